@@ -1,0 +1,42 @@
+"""Every exception that dmaproof raises on purpose.
+
+::
+
+    DmaproofError
+    ├── UsageError          the caller's arguments are wrong (exit code 2)
+    ├── UntestableError     the proof could not be carried out (exit code 3)
+    ├── BitmapError         a range, page size or buffer that a dirty bitmap cannot take
+    ├── TrackerError        a dirty tracker was asked for what it cannot do
+    ├── MemoryAccessError   an address outside every memory slot or IOVA mapping
+    └── ProtocolError       a vhost-user peer or a guest driver broke its specification
+
+Each message says what was tried, on what, and what to do about it.
+"""
+
+
+class DmaproofError(Exception):
+    """The root of every error that dmaproof raises on purpose."""
+
+
+class UsageError(DmaproofError):
+    """The caller's arguments are wrong."""
+
+
+class UntestableError(DmaproofError):
+    """The proof could not be carried out; the message says why and what would help."""
+
+
+class BitmapError(DmaproofError, ValueError):
+    """A range, page size or buffer that a dirty bitmap cannot take; nothing was written."""
+
+
+class TrackerError(DmaproofError):
+    """A dirty tracker was asked for what it cannot do."""
+
+
+class MemoryAccessError(DmaproofError):
+    """An address outside every memory slot or IOVA mapping; nothing was written."""
+
+
+class ProtocolError(DmaproofError):
+    """A vhost-user peer or a guest driver broke its specification."""

@@ -1,0 +1,148 @@
+"""Carries dirty pages from a tracker to a log: the only part that knows both.
+
+A *harvest* asks the tracker, range by range and through an `IovaBitmap`, what was written since the
+last harvest; translates IOVA to GPA; and merges the pages into the log. Harvests happen
+
+- at an interval, so that precopy sees the pages early and the last pass stays short;
+- immediately behind each write, where that is asked for;
+- once more before the device says that it has stopped: QEMU syncs its log after GET_VRING_BASE is
+  answered, so what is merged by then is in time, and nothing merged later is.
+
+Harvests are numbered from 1. A write made now is due in the next one (`due_epoch`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .dirty_log import LOG_PAGE_BYTES, DirtyLog
+from .dirty_tracker import DirtyTracker
+from .guest_memory import GuestMemory, IovaMap, IovaMapping
+from .iova_bitmap import IovaRange
+from .trace import ChainTrace, Link, TracedBitmap, TracedLog
+
+
+@dataclass(frozen=True)
+class Harvest:
+    """One harvest: when it began (CLOCK_MONOTONIC), how long it took, dirty pages found."""
+
+    epoch: int
+    time_ns: int
+    duration_ns: int
+    pages: int
+
+
+class Collector:
+    """Harvests `tracker` into a dirty log while logging is on.
+
+    `wrap_log` is put around the log that each start brings.
+    """
+
+    def __init__(
+        self, tracker: DirtyTracker, *, wrap_log: Callable[[DirtyLog], DirtyLog] = lambda log: log
+    ) -> None:
+        self._tracker = tracker
+        self._wrap_log = wrap_log
+        self._log: DirtyLog | None = None
+        self._iova_map = IovaMap(())
+        self.trace = ChainTrace((), ())
+        self.harvests: list[Harvest] = []
+        self.started_ns: int | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether logging is on."""
+        return self._log is not None
+
+    def due_epoch(self) -> int:
+        """The number of the harvest that has to report what is written now."""
+        return self.trace.epoch + 1
+
+    def start(self, log: DirtyLog, memory: GuestMemory, iova_map: IovaMap) -> None:
+        """Begin to track `iova_map`'s ranges; from now on harvests go to `log`."""
+        self.stop()
+        self.trace = ChainTrace(iova_map.ranges, _gpa_ranges(memory))
+        self.harvests = []
+        self.started_ns = time.monotonic_ns()
+        self._iova_map = iova_map
+        self._tracker.start(iova_map.ranges, LOG_PAGE_BYTES)
+        self._log = self._wrap_log(TracedLog(log, self.trace))
+
+    def switch_log(self, log: DirtyLog) -> None:
+        """QEMU replaced its log: what was dirty until now goes to the old one, the rest to `log`.
+
+        QEMU syncs the old log once more after the switch (vhost_dev_log_resize).
+        """
+        if self._log is None:
+            raise RuntimeError("switch_log: logging is off")
+        self.harvest()
+        self._log.close()
+        self._log = self._wrap_log(TracedLog(log, self.trace))
+
+    def remap(self, memory: GuestMemory, iova_map: IovaMap) -> None:
+        """The guest's memory changed: harvest by the old map, then track by the new one."""
+        if self._log is None:
+            return
+        self.harvest()
+        self._tracker.stop()
+        self.trace.cover(iova_map.ranges, _gpa_ranges(memory))
+        self._iova_map = iova_map
+        self._tracker.start(iova_map.ranges, LOG_PAGE_BYTES)
+
+    def stop(self) -> None:
+        """Harvest a last time and track no more."""
+        if self._log is None:
+            return
+        self.harvest()
+        self._tracker.stop()
+        self._log.close()
+        self._log = None
+
+    def harvest(self) -> int:
+        """Collect every tracked range; returns the number of dirty pages found."""
+        if self._log is None:
+            return 0
+        began_ns = time.monotonic_ns()
+        pages = self._collect(self._iova_map.mappings)
+        duration_ns = time.monotonic_ns() - began_ns
+        self.harvests.append(Harvest(self.trace.epoch, began_ns, duration_ns, pages))
+        return pages
+
+    def harvest_write(self, iova: int, length: int) -> None:
+        """Collect at once the pages that a write of `length` bytes at `iova` touched."""
+        if self._log is None:
+            return
+        start = iova // LOG_PAGE_BYTES * LOG_PAGE_BYTES
+        end = -(-(iova + length) // LOG_PAGE_BYTES) * LOG_PAGE_BYTES
+        pieces = []
+        for gpa, size in self._iova_map.translate(start, end - start):
+            pieces.append(IovaMapping(start, gpa, size))
+            start += size
+        self._collect(pieces)
+
+    def _collect(self, mappings: Iterable[IovaMapping]) -> int:
+        assert self._log is not None
+        self.trace.epoch += 1
+        epoch, links = self.trace.epoch, self.trace.links
+        found = 0
+        for iova, gpa, length in mappings:
+            pages = length // LOG_PAGE_BYTES
+            words = np.zeros(-(-pages // 64), dtype=np.uint64)
+            with TracedBitmap(iova, length, LOG_PAGE_BYTES, words) as bitmap:
+                bitmap.trace = self.trace
+                bitmap.for_each(self._tracker.read_and_clear)
+            if not words.any():
+                continue
+            found += int(np.bitwise_count(words).sum())
+            links[Link.ITERATOR].see_bits(iova, words, 0, pages, epoch)
+            links[Link.TRANSLATION].see_bits(gpa, words, 0, pages, epoch)
+            self._log.merge(gpa, words, 0, pages)
+        return found
+
+
+def _gpa_ranges(memory: GuestMemory) -> list[IovaRange]:
+    return [IovaRange(slot.gpa, slot.length) for slot in memory.slots]

@@ -1,0 +1,97 @@
+"""QEMU's vhost dirty log: where the chain hands its pages to QEMU.
+
+One bit for each 4 KiB page of guest-physical address, from GPA 0, in shared memory that QEMU sends
+with VHOST_USER_SET_LOG_BASE (vhost-user specification, "Migration"). At each bitmap sync QEMU takes
+every word by an atomic exchange with 0; several devices of one QEMU write one log. So bits are set
+with an atomic OR, and only after the data is in RAM.
+
+`DirtyLog` is the protocol; `VhostDirtyLog` the real one; `BufferDirtyLog` keeps its bits in plain
+memory, for tests and for trackers looked at without QEMU.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _core
+from .errors import BitmapError
+
+LOG_PAGE_BYTES = 4096
+"""VHOST_LOG_PAGE: what one bit stands for, whatever the guest's or the host's page size."""
+
+Words = NDArray[np.uint64]
+
+
+def log_bytes_needed(end_gpa: int) -> int:
+    """The size in bytes (whole 64-bit words) of a log that covers the GPAs below `end_gpa`."""
+    pages = -(-end_gpa // LOG_PAGE_BYTES)
+    return -(-pages // 64) * 8
+
+
+class DirtyLog(Protocol):
+    """Takes dirty pages by GPA."""
+
+    def merge(self, gpa: int, words: Words, first_bit: int, pages: int) -> None:
+        """Set the log's bit for each dirty page of [gpa, gpa + pages * 4096).
+
+        `gpa` is page-aligned; bit `first_bit` of `words` (uint64, least significant bit first)
+        stands for the page at `gpa`. Bits are only set, never cleared.
+
+        Raises:
+            BitmapError: the pages reach behind the log's end; nothing was set.
+        """
+
+    def close(self) -> None:
+        """Let go of the log's memory."""
+
+
+class BufferDirtyLog:
+    """A dirty log in a buffer of its caller's: little-endian 64-bit words."""
+
+    def __init__(self, buffer: bytearray | memoryview) -> None:
+        self._log = memoryview(buffer).cast("B")
+
+    def merge(self, gpa: int, words: Words, first_bit: int, pages: int) -> None:
+        """See `DirtyLog.merge`."""
+        first_page, misplaced = divmod(gpa, LOG_PAGE_BYTES)
+        if misplaced or first_page + pages > len(self._log) * 8:
+            raise BitmapError(
+                f"dirty log: {pages} pages at GPA {gpa:#x} are misaligned or reach behind its end "
+                f"({len(self._log) * 8 * LOG_PAGE_BYTES:#x})"
+            )
+        _core.or_bits(self._log, first_page, words, first_bit, pages)
+
+    def close(self) -> None:
+        """Let go of the buffer."""
+        self._log.release()
+
+
+class VhostDirtyLog(BufferDirtyLog):
+    """The log that came with VHOST_USER_SET_LOG_BASE.
+
+    `size` and `offset` are in bytes; the file descriptor may be closed afterwards.
+
+    Raises:
+        BitmapError: the size is no multiple of 8, or the file is shorter than offset + size.
+    """
+
+    def __init__(self, fd: int, size: int, offset: int) -> None:
+        available = os.fstat(fd).st_size
+        if size == 0 or size % 8 or offset % 8 or offset + size > available:
+            raise BitmapError(
+                f"dirty log of {size:#x} bytes at offset {offset:#x} is not a run of 64-bit words "
+                f"inside its file of {available:#x} bytes"
+            )
+        before = offset % mmap.ALLOCATIONGRANULARITY
+        self._mapping = mmap.mmap(fd, size + before, offset=offset - before)
+        super().__init__(memoryview(self._mapping)[before:])
+
+    def close(self) -> None:
+        """Unmap the log."""
+        super().close()
+        self._mapping.close()

@@ -1,0 +1,87 @@
+"""The only door through which a device touches guest RAM.
+
+Whatever a device writes passes `Dma.write`, so nothing is written that is not journalled and
+tracked. The order is that of hardware: the data is in RAM before the tracker knows of it, and so
+before its bit can reach any log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from .guest_memory import GuestMemory, IovaMap
+from .journal import Journal, WriteKind
+
+
+class DmaMarker(Protocol):
+    """What `Dma` needs of a dirty tracker."""
+
+    def dma(self, iova: int, length: int) -> None:
+        """The device wrote `length` bytes at `iova`."""
+
+
+class Dma:
+    """Reads and writes guest RAM by IOVA.
+
+    `due_epoch` tells the number of the harvest that will have to report a write made now;
+    `after_write(iova, length)` runs once the tracker knows of the write (a collector that harvests
+    immediately hooks in here).
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        iova_map: IovaMap,
+        tracker: DmaMarker,
+        journal: Journal,
+        *,
+        due_epoch: Callable[[], int],
+        after_write: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.memory = memory
+        self.iova_map = iova_map
+        self.journal = journal
+        self._tracker = tracker
+        self._due_epoch = due_epoch
+        self._after_write = after_write
+
+    def read(self, iova: int, length: int) -> bytes:
+        """`length` bytes at `iova`.
+
+        Raises:
+            MemoryAccessError: some of them are not mapped.
+        """
+        pieces = self.iova_map.translate(iova, length)
+        return b"".join(bytes(self.memory.view(gpa, size)) for gpa, size in pieces)
+
+    def view(self, iova: int, length: int) -> memoryview:
+        """A read-only window on `length` bytes at `iova`, for what is read again and again: rings.
+
+        Raises:
+            MemoryAccessError: they are not one piece of one memory slot.
+        """
+        pieces = self.iova_map.translate(iova, length)
+        return self.memory.view(pieces[0][0] if len(pieces) == 1 else iova, length).toreadonly()
+
+    def write(self, iova: int, data: bytes | memoryview, kind: WriteKind = WriteKind.DATA) -> None:
+        """Write `data` at `iova`, journal it, and let the tracker know.
+
+        Raises:
+            MemoryAccessError: some byte is not mapped; nothing was written.
+        """
+        pieces = [
+            (gpa, self.memory.view(gpa, size))
+            for gpa, size in self.iova_map.translate(iova, len(data))
+        ]
+        epoch = self._due_epoch()
+        offset = 0
+        source = memoryview(data)
+        for gpa, target in pieces:
+            piece = source[offset : offset + len(target)]
+            target[:] = piece
+            self.journal.write(kind, iova + offset, gpa, piece, epoch)
+            offset += len(target)
+        self._tracker.dma(iova, len(data))
+        if self._after_write is not None:
+            self._after_write(iova, len(data))

@@ -1,0 +1,127 @@
+"""What a device process hands over for the verdict: the journal, the trace of the chain, the slots.
+
+Written by the device into a folder, read by whoever compares the RAM: one NumPy archive, so that
+millions of records pass without a copy in text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .collector import Collector
+from .guest_memory import GuestMemory, IovaMap, IovaMapping
+from .iova_bitmap import IovaRange
+from .journal import Journal
+from .trace import TRACED_LINKS, Link, PageEpochs
+
+_FILE: Final = "evidence.npz"
+
+HARVEST: Final = np.dtype(
+    [("epoch", "<u8"), ("time_ns", "<u8"), ("duration_ns", "<u8"), ("pages", "<u8")]
+)
+"""See `dmaproof.collector.Harvest`."""
+
+
+class Slot(NamedTuple):
+    """A memory slot without its bytes: where it stands in the guest and in the backing file."""
+
+    gpa: int
+    length: int
+    file_offset: int
+    device: int
+    inode: int
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One session's side of the story.
+
+    `records` has dtype `dmaproof.journal.RECORD`; `harvests` dtype `HARVEST`; `planted` are the
+    GPAs (uint64) of the pages that a planted fault kept from the log; `started_ns` is when logging
+    was switched on (CLOCK_MONOTONIC), None if it never was.
+    """
+
+    slots: list[Slot]
+    mappings: list[IovaMapping]
+    records: NDArray[np.void]
+    links: dict[Link, PageEpochs]
+    harvests: NDArray[np.void]
+    planted: NDArray[np.uint64]
+    started_ns: int | None
+    requests: int
+
+    def save(self, folder: Path) -> None:
+        """Write it all into `folder`."""
+        arrays: dict[str, NDArray[Any]] = {
+            "slots": np.array(self.slots, dtype=np.uint64).reshape(-1, len(Slot._fields)),
+            "mappings": np.array(self.mappings, dtype=np.uint64).reshape(-1, 3),
+            "records": self.records,
+            "harvests": self.harvests,
+            "planted": self.planted,
+            "started_ns": np.array(self.started_ns or 0, dtype=np.uint64),
+            "requests": np.array(self.requests, dtype=np.uint64),
+        }
+        for link, pages in self.links.items():
+            arrays[f"{link}_ranges"] = np.array(pages.ranges, dtype=np.uint64).reshape(-1, 2)
+            arrays[f"{link}_epochs"] = pages.array
+        np.savez(folder / _FILE, allow_pickle=False, **arrays)
+
+    @classmethod
+    def load(cls, folder: Path) -> Evidence:
+        """Read what `save` wrote."""
+        with np.load(folder / _FILE) as arrays:
+            links = {}
+            for link in TRACED_LINKS:
+                pages = PageEpochs(
+                    IovaRange(*(int(number) for number in row)) for row in arrays[f"{link}_ranges"]
+                )
+                pages.array[:] = arrays[f"{link}_epochs"]
+                links[link] = pages
+            return cls(
+                slots=[Slot(*(int(number) for number in row)) for row in arrays["slots"]],
+                mappings=[
+                    IovaMapping(*(int(number) for number in row)) for row in arrays["mappings"]
+                ],
+                records=arrays["records"],
+                links=links,
+                harvests=arrays["harvests"],
+                planted=arrays["planted"],
+                started_ns=int(arrays["started_ns"]) or None,
+                requests=int(arrays["requests"]),
+            )
+
+
+def collect_evidence(
+    journal: Journal,
+    collector: Collector,
+    memory: GuestMemory,
+    iova_map: IovaMap,
+    *,
+    planted: NDArray[np.uint64],
+    requests: int,
+) -> Evidence:
+    """The evidence as it stands now."""
+    return Evidence(
+        slots=[
+            Slot(slot.gpa, slot.length, slot.file_offset, slot.device, slot.inode)
+            for slot in memory.slots
+        ],
+        mappings=list(iova_map.mappings),
+        records=journal.records(),
+        links=collector.trace.links,
+        harvests=np.array(
+            [
+                (harvest.epoch, harvest.time_ns, harvest.duration_ns, harvest.pages)
+                for harvest in collector.harvests
+            ],
+            dtype=HARVEST,
+        ),
+        planted=planted,
+        started_ns=journal.started_ns,
+        requests=requests,
+    )

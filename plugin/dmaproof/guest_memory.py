@@ -1,0 +1,202 @@
+"""Guest RAM as a device sees it: memory slots mapped from QEMU's file descriptors.
+
+Three address spaces meet here:
+
+GPA
+    guest-physical address: what the guest's CPUs and QEMU's dirty log count in.
+HVA
+    address in QEMU's own process: what vhost-user uses for the rings (SET_VRING_ADDR).
+IOVA
+    address that the device puts on the bus: what the driver writes into descriptors and what a
+    dirty tracker records. Without a virtual IOMMU it equals the GPA.
+
+`GuestMemory` holds the slots and is addressed by GPA; `IovaMap` leads from IOVA to GPA. Both refuse
+an access that is not covered whole, before a byte is written.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .errors import MemoryAccessError
+from .iova_bitmap import IovaRange
+
+_ADDRESS_SPACE = 1 << 64
+
+
+@dataclass(frozen=True)
+class MemorySlot:
+    """One run of guest RAM, backed by a file (vhost-user: one memory region).
+
+    `gpa`, `hva`, `length` and `file_offset` are in bytes; `device` and `inode` identify the file.
+    """
+
+    gpa: int
+    length: int
+    hva: int
+    file_offset: int
+    device: int
+    inode: int
+    bytes: memoryview
+
+    @property
+    def end(self) -> int:
+        """The first GPA behind the slot."""
+        return self.gpa + self.length
+
+
+def map_slot(fd: int, *, gpa: int, length: int, hva: int, file_offset: int) -> MemorySlot:
+    """Map `length` bytes of `fd` from `file_offset` as guest RAM at `gpa`.
+
+    The file descriptor may be closed afterwards.
+
+    Raises:
+        MemoryAccessError: the slot is empty, leaves the 64-bit space, or reaches behind the file's
+            end (touching such a mapping would end the process with SIGBUS).
+    """
+    name = f"memory slot GPA {gpa:#x} + {length:#x}"
+    if length == 0 or gpa + length > _ADDRESS_SPACE or hva + length > _ADDRESS_SPACE:
+        raise MemoryAccessError(f"{name}: empty, or leaves the 64-bit address space")
+    status = os.fstat(fd)
+    if file_offset + length > status.st_size:
+        raise MemoryAccessError(
+            f"{name}: needs bytes {file_offset:#x} to {file_offset + length:#x} of a file that has "
+            f"only {status.st_size:#x}"
+        )
+    before = file_offset % mmap.ALLOCATIONGRANULARITY
+    mapping = mmap.mmap(fd, length + before, offset=file_offset - before)
+    return MemorySlot(
+        gpa=gpa,
+        length=length,
+        hva=hva,
+        file_offset=file_offset,
+        device=status.st_dev,
+        inode=status.st_ino,
+        bytes=memoryview(mapping)[before:],
+    )
+
+
+class GuestMemory:
+    """The guest's RAM, addressed by GPA.
+
+    Raises:
+        MemoryAccessError: two slots overlap.
+    """
+
+    def __init__(self, slots: Iterable[MemorySlot]) -> None:
+        self.slots: tuple[MemorySlot, ...] = tuple(sorted(slots, key=lambda slot: slot.gpa))
+        for low, high in zip(self.slots, self.slots[1:], strict=False):
+            if low.end > high.gpa:
+                raise MemoryAccessError(
+                    f"memory slots overlap: GPA {low.gpa:#x} + {low.length:#x} reaches into the "
+                    f"slot at {high.gpa:#x}"
+                )
+        self._starts = [slot.gpa for slot in self.slots]
+
+    @property
+    def end(self) -> int:
+        """The first GPA behind the highest slot; 0 if there is none."""
+        return self.slots[-1].end if self.slots else 0
+
+    def view(self, gpa: int, length: int) -> memoryview:
+        """`length` writable bytes at `gpa`, which must lie in one slot.
+
+        Raises:
+            MemoryAccessError: they do not.
+        """
+        index = bisect_right(self._starts, gpa) - 1
+        if index >= 0:
+            slot = self.slots[index]
+            offset = gpa - slot.gpa
+            if offset + length <= slot.length:
+                return slot.bytes[offset : offset + length]
+        raise MemoryAccessError(
+            f"GPA {gpa:#x} + {length:#x} is not inside one memory slot ({self.describe()})"
+        )
+
+    def gpa_of_hva(self, hva: int, length: int) -> int:
+        """The GPA of `length` bytes at an address of QEMU's process.
+
+        Raises:
+            MemoryAccessError: no slot holds them all.
+        """
+        for slot in self.slots:
+            if slot.hva <= hva and hva + length <= slot.hva + slot.length:
+                return slot.gpa + hva - slot.hva
+        raise MemoryAccessError(
+            f"HVA {hva:#x} + {length:#x} is not inside one memory slot ({self.describe()})"
+        )
+
+    def describe(self) -> str:
+        """The slots in one line, for error messages."""
+        if not self.slots:
+            return "there are no slots"
+        return "slots: " + ", ".join(f"{slot.gpa:#x}-{slot.end - 1:#x}" for slot in self.slots)
+
+
+class IovaMapping(NamedTuple):
+    """`length` bytes at `iova` are guest RAM at `gpa`."""
+
+    iova: int
+    gpa: int
+    length: int
+
+
+class IovaMap:
+    """Leads from IOVA to GPA, page tables being flattened to runs.
+
+    Raises:
+        MemoryAccessError: two mappings overlap in IOVA.
+    """
+
+    def __init__(self, mappings: Iterable[IovaMapping]) -> None:
+        self.mappings: tuple[IovaMapping, ...] = tuple(sorted(mappings))
+        for low, high in zip(self.mappings, self.mappings[1:], strict=False):
+            if low.iova + low.length > high.iova:
+                raise MemoryAccessError(
+                    f"IOVA mappings overlap: {low.iova:#x} + {low.length:#x} reaches into the "
+                    f"mapping at {high.iova:#x}"
+                )
+        self._starts = [mapping.iova for mapping in self.mappings]
+
+    @classmethod
+    def identity(cls, memory: GuestMemory) -> IovaMap:
+        """The map of a guest without a virtual IOMMU: IOVA equals GPA."""
+        return cls(IovaMapping(slot.gpa, slot.gpa, slot.length) for slot in memory.slots)
+
+    @property
+    def ranges(self) -> Sequence[IovaRange]:
+        """The mapped IOVA ranges, in order."""
+        return [IovaRange(mapping.iova, mapping.length) for mapping in self.mappings]
+
+    def translate(self, iova: int, length: int) -> list[tuple[int, int]]:
+        """The (GPA, length in bytes) pieces that make up `length` bytes at `iova`, in order.
+
+        Raises:
+            MemoryAccessError: some byte is not mapped.
+        """
+        index = bisect_right(self._starts, iova) - 1
+        if index >= 0:
+            mapping = self.mappings[index]
+            offset = iova - mapping.iova
+            if offset + length <= mapping.length:
+                return [(mapping.gpa + offset, length)]
+        return list(self._pieces(iova, length))
+
+    def _pieces(self, iova: int, length: int) -> Iterator[tuple[int, int]]:
+        position, end = iova, iova + length
+        while position < end:
+            index = bisect_right(self._starts, position) - 1
+            mapping = self.mappings[index] if index >= 0 else None
+            if mapping is None or position >= mapping.iova + mapping.length:
+                raise MemoryAccessError(
+                    f"IOVA {iova:#x} + {length:#x}: nothing is mapped at {position:#x}"
+                )
+            piece = min(end, mapping.iova + mapping.length) - position
+            yield mapping.gpa + position - mapping.iova, piece
+            position += piece

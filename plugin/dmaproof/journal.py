@@ -1,0 +1,95 @@
+"""The ground truth: every DMA write that a device made while dirty logging was on.
+
+The journal never feeds the log. It is what the verdict holds the chain against: for each lost page
+it tells which request wrote it, when, and in which *epoch*, the number of the harvest that had to
+report it.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+import zlib
+from enum import IntEnum
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class WriteKind(IntEnum):
+    """What a device wrote."""
+
+    DATA = 0
+    STATUS = 1
+    USED_RING = 2
+
+
+RECORD: Final = np.dtype(
+    [
+        ("time_ns", "<u8"),
+        ("request", "<u8"),
+        ("iova", "<u8"),
+        ("gpa", "<u8"),
+        ("epoch", "<u8"),
+        ("length", "<u4"),
+        ("checksum", "<u4"),
+        ("kind", "<u4"),
+        ("queue", "<u4"),
+    ]
+)
+"""One write, in the order written: `time_ns` of CLOCK_MONOTONIC, `length` in bytes, `checksum` the
+CRC-32 of what was written; a write that spans two memory slots is two records."""
+
+_PACK = struct.Struct("<QQQQQIIII").pack
+assert struct.calcsize("<QQQQQIIII") == RECORD.itemsize
+
+
+class Journal:
+    """Records a device's writes from `start` to `stop`; before and after it only counts them.
+
+    `request` and `queue` say on whose behalf the device is writing; the device's queue handler sets
+    them before it writes.
+    """
+
+    def __init__(self) -> None:
+        self.request = 0
+        self.queue = 0
+        self.writes = 0
+        self.bytes_written = 0
+        self.started_ns: int | None = None
+        self._recording = False
+        self._records = bytearray()
+
+    def start(self) -> None:
+        """Forget earlier records and record from now on."""
+        self._records = bytearray()
+        self.started_ns = time.monotonic_ns()
+        self._recording = True
+
+    def stop(self) -> None:
+        """Record no more; what was recorded stays readable."""
+        self._recording = False
+
+    def write(
+        self, kind: WriteKind, iova: int, gpa: int, data: bytes | memoryview, epoch: int
+    ) -> None:
+        """Note that `data` now stands at `gpa`, and is due in the harvest numbered `epoch`."""
+        self.writes += 1
+        self.bytes_written += len(data)
+        if self._recording:
+            self._records += _PACK(
+                time.monotonic_ns(),
+                self.request,
+                iova,
+                gpa,
+                epoch,
+                len(data),
+                zlib.crc32(data),
+                kind,
+                self.queue,
+            )
+
+    def records(self) -> NDArray[np.void]:
+        """A copy of the records: shape (writes,), dtype `RECORD`."""
+        return np.frombuffer(bytes(self._records), dtype=RECORD)

@@ -1,0 +1,73 @@
+"""The content of every page that an emulated device makes up: never the same twice.
+
+A stale page can be told from a fresh one only if the device never writes the same bytes again.
+A stamped page is 512 little-endian 64-bit words:
+
+=====  ==================================================================
+word   meaning
+=====  ==================================================================
+0      `MAGIC`
+1      LBA: number of the page's first 512-byte sector
+2      request number: device-wide, from 1, strictly increasing
+3…511  checksum(LBA, request number) + word number (mod 2**64)
+=====  ==================================================================
+
+The whole page follows from its LBA and request number, so one look tells whether all of it is
+there; the guest's init (``guests/linux/init.c``) takes that look on every page that comes back.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+PAGE_BYTES = 4096
+SECTOR_BYTES = 512
+SECTORS_PER_PAGE = PAGE_BYTES // SECTOR_BYTES
+MAGIC = int.from_bytes(b"DMAPROOF", "little")
+
+_WORDS = PAGE_BYTES // 8
+_FIRST_CHECKED_WORD = 3
+_RAMP = np.arange(_WORDS, dtype=np.uint64)
+_MASK = (1 << 64) - 1
+
+
+class Stamp(NamedTuple):
+    """What a stamped page says of itself."""
+
+    lba: int
+    request: int
+
+
+def splitmix64(value: int) -> int:
+    """The 64-bit finaliser of Steele, Lea and Flood's SplitMix, after one step of its counter."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ value >> 27) * 0x94D049BB133111EB) & _MASK
+    return value ^ value >> 31
+
+
+def checksum(lba: int, request: int) -> int:
+    """The 64-bit number from which the words behind a stamp's head count up."""
+    return splitmix64(lba ^ (request << 32 | request >> 32) & _MASK)
+
+
+def stamped_page(lba: int, request: int) -> bytes:
+    """The 4096 bytes of the page at sector `lba`, as request number `request` finds it."""
+    words = _RAMP + np.uint64(checksum(lba, request))
+    words[0] = MAGIC
+    words[1] = lba
+    words[2] = request
+    return words.astype("<u8", copy=False).tobytes()
+
+
+def read_stamp(page: bytes | memoryview) -> Stamp | None:
+    """The stamp of a whole and untouched stamped page, else None."""
+    if len(page) != PAGE_BYTES:
+        return None
+    words = np.frombuffer(page, dtype="<u8")
+    if int(words[0]) != MAGIC:
+        return None
+    stamp = Stamp(lba=int(words[1]), request=int(words[2]))
+    return stamp if stamped_page(*stamp) == bytes(page) else None

@@ -1,0 +1,173 @@
+"""What each link of the chain passed on, page by page, so that a lost bit can be placed.
+
+For every page a link keeps only the number of the last harvest (the *epoch*) in which the page went
+through it. A write that was due in epoch *e* and is not found at a link in *e* or later was lost at
+that link: the first such link, in the order of `Link`, is to blame. Counting epochs and not just
+bits matters, because a page that was reported once and then written again must be reported again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dirty_log import LOG_PAGE_BYTES, DirtyLog, Words
+from .iova_bitmap import IovaBitmap, IovaRange
+
+
+class Link(StrEnum):
+    """The links at which a dirty page can be lost, in the order in which it travels."""
+
+    TRACKER = "tracker"
+    ITERATOR = "iterator"
+    TRANSLATION = "translation"
+    LOG = "log"
+    QEMU = "qemu"
+
+
+TRACED_LINKS: Final = (Link.TRACKER, Link.ITERATOR, Link.TRANSLATION, Link.LOG)
+"""The links on our side of the shared log. What is not lost at these was QEMU's to carry."""
+
+
+class PageEpochs:
+    """For each 4 KiB page of some address ranges, the last epoch in which it was seen; 0: never.
+
+    Addresses outside the ranges are passed over. `array` has one uint32 for each page, the ranges
+    one behind the other.
+    """
+
+    def __init__(self, ranges: Iterable[IovaRange]) -> None:
+        self.ranges: tuple[IovaRange, ...] = tuple(
+            IovaRange(first * LOG_PAGE_BYTES, (last - first) * LOG_PAGE_BYTES)
+            for first, last in (
+                (start // LOG_PAGE_BYTES, -(-(start + length) // LOG_PAGE_BYTES))
+                for start, length in ranges
+            )
+        )
+        pages = [length // LOG_PAGE_BYTES for _, length in self.ranges]
+        self.array: NDArray[np.uint32] = np.zeros(sum(pages), dtype=np.uint32)
+        edges = np.concatenate(([0], np.cumsum(pages, dtype=np.int64)))
+        self._parts = [self.array[low:high] for low, high in itertools.pairwise(edges)]
+
+    def see(self, address: int, length: int, epoch: int) -> None:
+        """The pages that `length` bytes at `address` touch were seen in `epoch`."""
+        if length == 0:
+            return
+        first, last = address // LOG_PAGE_BYTES, (address + length - 1) // LOG_PAGE_BYTES
+        for (start, size), part in zip(self.ranges, self._parts, strict=True):
+            offset = start // LOG_PAGE_BYTES
+            low, high = max(first - offset, 0), min(last + 1 - offset, size // LOG_PAGE_BYTES)
+            if low < high:
+                part[low:high] = epoch
+
+    def see_many(
+        self, addresses: NDArray[np.uint64], lengths: NDArray[np.uint64], epoch: int
+    ) -> None:
+        """`see` for arrays of the same shape."""
+        first = addresses // np.uint64(LOG_PAGE_BYTES)
+        last = (addresses + (lengths - np.uint64(1))) // np.uint64(LOG_PAGE_BYTES)
+        single = first == last
+        for (start, size), part in zip(self.ranges, self._parts, strict=True):
+            pages = first[single] - np.uint64(start // LOG_PAGE_BYTES)  # wraps where below
+            part[pages[pages < np.uint64(size // LOG_PAGE_BYTES)]] = epoch
+        for address, length in zip(addresses[~single], lengths[~single], strict=True):
+            self.see(int(address), int(length), epoch)
+
+    def see_bits(self, address: int, words: Words, first_bit: int, pages: int, epoch: int) -> None:
+        """The pages from `address` on whose bits are set in `words` were seen in `epoch`."""
+        for (start, size), part in zip(self.ranges, self._parts, strict=True):
+            low = max(address, start)
+            high = min(address + pages * LOG_PAGE_BYTES, start + size)
+            if low >= high:
+                continue
+            bit = first_bit + (low - address) // LOG_PAGE_BYTES
+            count = (high - low) // LOG_PAGE_BYTES
+            dirty = set_bits(words, bit, count)
+            part[dirty + (low - start) // LOG_PAGE_BYTES] = epoch
+
+    def covering(self, ranges: Iterable[IovaRange]) -> PageEpochs:
+        """The same epochs for other ranges; pages that are new have not been seen."""
+        other = PageEpochs(ranges)
+        for (start, size), part in zip(self.ranges, self._parts, strict=True):
+            for (new_start, new_size), new_part in zip(other.ranges, other._parts, strict=True):
+                low, high = max(start, new_start), min(start + size, new_start + new_size)
+                if low < high:
+                    count = (high - low) // LOG_PAGE_BYTES
+                    source = (low - start) // LOG_PAGE_BYTES
+                    target = (low - new_start) // LOG_PAGE_BYTES
+                    new_part[target : target + count] = part[source : source + count]
+        return other
+
+    def last(self, address: int) -> int:
+        """The last epoch in which the page of `address` was seen; 0 if never."""
+        for (start, size), part in zip(self.ranges, self._parts, strict=True):
+            if start <= address < start + size:
+                return int(part[(address - start) // LOG_PAGE_BYTES])
+        return 0
+
+
+def set_bits(words: Words, first_bit: int, bits: int) -> NDArray[np.int64]:
+    """The positions, relative to `first_bit`, of the set bits among `bits` bits of `words`."""
+    first_word, last_word = first_bit // 64, -(-(first_bit + bits) // 64)
+    piece = words[first_word:last_word]
+    occupied = np.flatnonzero(piece)
+    unpacked = np.unpackbits(
+        piece[occupied].astype("<u8", copy=False).view(np.uint8), bitorder="little"
+    ).reshape(-1, 64)
+    row, column = np.nonzero(unpacked)
+    positions = (occupied[row] + first_word) * 64 + column - first_bit
+    return positions[(positions >= 0) & (positions < bits)]
+
+
+class ChainTrace:
+    """One `PageEpochs` for each traced link; the first two count IOVAs, the others GPAs."""
+
+    def __init__(self, iova_ranges: Iterable[IovaRange], gpa_ranges: Iterable[IovaRange]) -> None:
+        self.epoch = 0
+        self.links = {link: PageEpochs(()) for link in TRACED_LINKS}
+        self.cover(iova_ranges, gpa_ranges)
+
+    def cover(self, iova_ranges: Iterable[IovaRange], gpa_ranges: Iterable[IovaRange]) -> None:
+        """Trace these ranges from now on; what was seen of pages still covered is kept."""
+        iova_ranges, gpa_ranges = list(iova_ranges), list(gpa_ranges)
+        for link, pages in self.links.items():
+            counts_iova = link in (Link.TRACKER, Link.ITERATOR)
+            self.links[link] = pages.covering(iova_ranges if counts_iova else gpa_ranges)
+
+
+class TracedBitmap(IovaBitmap):
+    """The iterator that notes what the tracker reports through it."""
+
+    trace: ChainTrace
+
+    def set(self, iova: int, length: int) -> None:
+        """See `IovaBitmap.set`."""
+        self.trace.links[Link.TRACKER].see(iova, length, self.trace.epoch)
+        super().set(iova, length)
+
+    def set_many(self, iovas: NDArray[np.uint64], lengths: NDArray[np.uint64]) -> None:
+        """See `IovaBitmap.set_many`."""
+        self.trace.links[Link.TRACKER].see_many(iovas, lengths, self.trace.epoch)
+        super().set_many(iovas, lengths)
+
+
+class TracedLog:
+    """A dirty log that notes what really reaches the log behind it."""
+
+    def __init__(self, log: DirtyLog, trace: ChainTrace) -> None:
+        self._log = log
+        self._trace = trace
+
+    def merge(self, gpa: int, words: Words, first_bit: int, pages: int) -> None:
+        """See `DirtyLog.merge`."""
+        self._log.merge(gpa, words, first_bit, pages)
+        self._trace.links[Link.LOG].see_bits(gpa, words, first_bit, pages, self._trace.epoch)
+
+    def close(self) -> None:
+        """See `DirtyLog.close`."""
+        self._log.close()

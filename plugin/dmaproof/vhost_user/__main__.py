@@ -1,0 +1,76 @@
+"""``python -m dmaproof.vhost_user``: the device process that `qmp_tools` starts for a proof.
+
+It ends when its control socket is closed, so it never outlives the tool that started it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from ..devices import emulated_devices
+from ..dirty_tracker import emulated_trackers
+from ..errors import DmaproofError
+from ..faults import plant
+from .server import Server
+
+
+def harvest_policy(text: str) -> tuple[float | None, bool]:
+    """The harvest's interval in seconds, and whether it is immediate, from ``--harvest``.
+
+    Raises:
+        ValueError: neither 'immediate', 'final', nor a number of seconds above 0.
+    """
+    if text == "immediate":
+        return None, True
+    if text == "final":
+        return None, False
+    interval_s = float(text)
+    if not 0 < interval_s < 3600:
+        raise ValueError(f"a harvest every {text} s is not possible")
+    return interval_s, False
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m dmaproof.vhost_user", description=__doc__)
+    parser.add_argument("--control", type=int, required=True, metavar="FD")
+    parser.add_argument(
+        "--socket", action="append", required=True, metavar="NAME=PATH", help="may come repeatedly"
+    )
+    parser.add_argument("--device", choices=sorted(emulated_devices()), default="blk")
+    parser.add_argument("--tracker", choices=sorted(emulated_trackers()), default="iommu")
+    parser.add_argument("--harvest", type=harvest_policy, default="0.2", metavar="SECONDS")
+    parser.add_argument("--fault", metavar="NAME=VALUE")
+    parser.add_argument("--seed", type=int, default=1)
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Serve until the control socket is closed."""
+    arguments = _arguments()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner of the control socket decides
+    interval_s, immediate = arguments.harvest
+    try:
+        server = Server(
+            emulated_devices()[arguments.device](),
+            emulated_trackers()[arguments.tracker],
+            plant(arguments.fault, arguments.seed),
+            socket.socket(fileno=arguments.control),
+            harvest_interval_s=interval_s,
+            immediate=immediate,
+        )
+        for listener in arguments.socket:
+            name, _, path = listener.partition("=")
+            server.listen(name, Path(path))
+    except DmaproofError as error:
+        print(f"dmaproof device: {error}", file=sys.stderr)
+        return 2
+    server.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""The socket of one front end: whole messages with their file descriptors, without blocking."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from typing import Final
+
+from ..errors import ProtocolError
+from .messages import HEADER_BYTES, MAX_FILE_DESCRIPTORS, Header, Message, decode_header
+
+_MAX_UNSENT_BYTES: Final = 1 << 16
+
+
+class Connection:
+    """Reads messages from, and sends answers to, a connected non-blocking Unix socket.
+
+    Header and payload are read with exact lengths: file descriptors belong to the first byte of
+    the message that they came with, and a longer read could pair them with the message before.
+    """
+
+    def __init__(self, peer: socket.socket) -> None:
+        peer.setblocking(False)
+        self._socket = peer
+        self._header: Header | None = None
+        self._received = bytearray()
+        self._fds: list[int] = []
+        self._unsent = bytearray()
+
+    def fileno(self) -> int:
+        """The socket's file descriptor."""
+        return self._socket.fileno()
+
+    @property
+    def wants_to_write(self) -> bool:
+        """Whether an answer waits for the socket to take it."""
+        return bool(self._unsent)
+
+    def receive(self) -> Iterator[Message]:
+        """The messages that have come in whole.
+
+        Raises:
+            ProtocolError: a header or the number of file descriptors breaks the specification.
+            EOFError: the front end has gone.
+        """
+        while True:
+            if self._header is None:
+                if not self._read_up_to(HEADER_BYTES):
+                    return
+                self._header = decode_header(bytes(self._received))
+                self._received.clear()
+            if not self._read_up_to(self._header.payload_bytes):
+                return
+            message = Message(
+                self._header.request,
+                bytes(self._received),
+                tuple(self._fds),
+                self._header.needs_reply,
+            )
+            self._header = None
+            self._received.clear()
+            self._fds = []
+            yield message
+
+    def _read_up_to(self, length: int) -> bool:
+        """Read until `length` bytes are there; False if they have not all come yet."""
+        while len(self._received) < length:
+            try:
+                data, fds, flags, _ = socket.recv_fds(
+                    self._socket, length - len(self._received), MAX_FILE_DESCRIPTORS
+                )
+            except BlockingIOError:
+                return False
+            except ConnectionError as error:
+                raise EOFError(str(error)) from error
+            self._fds += fds
+            if not data:
+                raise EOFError("the front end closed its end")
+            if len(self._fds) > MAX_FILE_DESCRIPTORS or flags & socket.MSG_CTRUNC:
+                raise ProtocolError(
+                    f"a message brought more than {MAX_FILE_DESCRIPTORS} file descriptors"
+                )
+            self._received += data
+        return True
+
+    def send(self, data: bytes) -> None:
+        """Send `data`, or keep what the socket does not take at once for `flush`.
+
+        Raises:
+            EOFError: the front end has gone.
+            ProtocolError: it asks on and on without reading its answers.
+        """
+        self._unsent += data
+        self.flush()
+        if len(self._unsent) > _MAX_UNSENT_BYTES:
+            raise ProtocolError(f"{len(self._unsent)} bytes of answers were not read")
+
+    def flush(self) -> None:
+        """Send what is left over.
+
+        Raises:
+            EOFError: the front end has gone.
+        """
+        try:
+            while self._unsent:
+                del self._unsent[: self._socket.send(self._unsent)]
+        except BlockingIOError:
+            pass
+        except ConnectionError as error:
+            raise EOFError(str(error)) from error
+
+    def close(self) -> None:
+        """Close the socket, and the file descriptors of a message that never became whole."""
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []
+        self._socket.close()

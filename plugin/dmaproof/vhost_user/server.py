@@ -1,0 +1,213 @@
+"""The device process: one thread that waits for sockets, kicks and the harvest's hour.
+
+One thread suffices and removes every race between a request, a harvest and a message: whatever the
+device wrote before GET_VRING_BASE came is in the tracker when the last harvest runs.
+
+Each listening socket serves one front end after another, so a QEMU that goes away may come back.
+The *control* socket belongs to whoever started the process: it gets events as lines of JSON, sends
+commands the same way, and the process ends when it is closed, however its owner died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..devices import VirtioDevice
+from ..dirty_tracker import EmulatedTracker
+from ..errors import MemoryAccessError, ProtocolError
+from ..evidence import collect_evidence
+from ..faults import Fault
+from .connection import Connection
+from .session import Session
+
+_ACCEPTED_AT_ONCE = 1
+
+
+class Server:
+    """Serves `device` on several listening sockets, each with a session at a time.
+
+    `harvest_interval_s` is the time between harvests, None for none but the last; with `immediate`
+    each write is harvested at once instead.
+    """
+
+    def __init__(
+        self,
+        device: VirtioDevice,
+        make_tracker: Callable[[], EmulatedTracker],
+        fault: Fault,
+        control: socket.socket,
+        *,
+        harvest_interval_s: float | None,
+        immediate: bool,
+    ) -> None:
+        self._device = device
+        self._make_tracker = make_tracker
+        self._fault = fault
+        self._control = control
+        self._commands = bytearray()
+        self._harvest_interval_s = harvest_interval_s
+        self._immediate = immediate
+        self._selector = selectors.DefaultSelector()
+        self._sessions: dict[str, Session] = {}
+        self._listeners: dict[str, socket.socket] = {}
+        self._running = True
+        self._selector.register(control, selectors.EVENT_READ, self._receive_commands)
+
+    def listen(self, name: str, path: Path) -> None:
+        """Accept front ends on a socket at `path` (mode 0600); events call its sessions `name`."""
+        listener = socket.socket(socket.AF_UNIX)
+        before = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(before)
+        listener.listen(_ACCEPTED_AT_ONCE)
+        listener.setblocking(False)
+        self._listeners[name] = listener
+        self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(name))
+        self._tell({"event": "listening", "session": name})
+
+    def run(self) -> None:
+        """Serve until the control socket is closed."""
+        next_harvest_s = time.monotonic()
+        busy = False
+        while self._running:
+            for key, _ in self._selector.select(self._patience_s(busy, next_harvest_s)):
+                key.data()
+            busy = self._serve_rings()
+            if self._harvest_interval_s is not None and time.monotonic() >= next_harvest_s:
+                next_harvest_s = time.monotonic() + self._harvest_interval_s
+                for name, session in self._sessions.items():
+                    if session.collector.active:
+                        self._harvest(name, session)
+        self.close()
+
+    def _patience_s(self, busy: bool, next_harvest_s: float) -> float | None:
+        if busy:
+            return 0
+        if self._harvest_interval_s is None or not any(
+            session.collector.active for session in self._sessions.values()
+        ):
+            return None
+        return max(0.0, next_harvest_s - time.monotonic())
+
+    def close(self) -> None:
+        """End every session and close every socket."""
+        for name in list(self._sessions):
+            self._end(name, "the device process ends")
+        for listener in self._listeners.values():
+            Path(listener.getsockname()).unlink(missing_ok=True)
+            listener.close()
+        self._control.close()
+        self._selector.close()
+
+    # Sessions -----------------------------------------------------------------------------------
+
+    def _accept(self, name: str) -> None:
+        listener = self._listeners[name]
+        peer, _ = listener.accept()
+        self._selector.unregister(listener)  # one session at a time: the next one queues
+        connection = Connection(peer)
+        self._sessions[name] = Session(
+            connection,
+            self._device,
+            self._make_tracker(),
+            self._selector,
+            immediate=self._immediate,
+            wrap_log=self._fault.wrap_log,
+            tell=lambda event: self._tell({**event, "session": name}),
+        )
+        self._selector.register(connection, selectors.EVENT_READ, lambda: self._receive(name))
+        self._tell({"event": "connected", "session": name})
+
+    def _receive(self, name: str) -> None:
+        session = self._sessions.get(name)
+        if session is None:  # it ended in this very turn
+            return
+        try:
+            if session.connection.wants_to_write:
+                session.connection.flush()
+            session.receive()
+        except ProtocolError as error:
+            self._refuse(name, error)
+        except EOFError as error:
+            self._end(name, str(error))
+        else:
+            events = selectors.EVENT_READ
+            if session.connection.wants_to_write:
+                events |= selectors.EVENT_WRITE
+            self._selector.modify(session.connection, events, lambda: self._receive(name))
+
+    def _serve_rings(self) -> bool:
+        busy = False
+        for name, session in list(self._sessions.items()):
+            try:
+                busy |= session.serve_rings()
+            except (ProtocolError, MemoryAccessError) as error:
+                self._refuse(name, error)
+        return busy
+
+    def _harvest(self, name: str, session: Session) -> None:
+        pages = session.collector.harvest()
+        self._tell({"event": "harvest", "session": name, "pages": pages})
+
+    def _refuse(self, name: str, error: Exception) -> None:
+        self._tell({"event": "refused", "session": name, "message": str(error)})
+        self._end(name, str(error))
+
+    def _end(self, name: str, reason: str) -> None:
+        session = self._sessions.pop(name)
+        self._selector.unregister(session.connection)
+        session.close()
+        listener = self._listeners[name]
+        self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(name))
+        self._tell({"event": "gone", "session": name, "reason": reason})
+
+    # Control ------------------------------------------------------------------------------------
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        event = {**event, "time_ns": time.monotonic_ns()}
+        try:
+            self._control.sendall(json.dumps(event).encode() + b"\n")
+        except OSError:  # its owner is gone, and so will we be
+            self._running = False
+
+    def _receive_commands(self) -> None:
+        with contextlib.suppress(ConnectionError):
+            received = self._control.recv(1 << 16)
+            if received:
+                self._commands += received
+                *lines, rest = self._commands.split(b"\n")
+                self._commands = rest
+                for line in lines:
+                    self._obey(json.loads(line))
+                return
+        self._running = False
+
+    def _obey(self, command: dict[str, Any]) -> None:
+        if command["do"] == "evidence":
+            session = self._sessions.get(command["session"])
+            if session is not None:
+                collect_evidence(
+                    session.journal,
+                    session.collector,
+                    session.memory,
+                    session.iova_map,
+                    planted=self._fault.planted(),
+                    requests=session.journal.writes,
+                ).save(Path(command["folder"]))
+            self._tell(
+                {
+                    "event": "evidence",
+                    "session": command["session"],
+                    "there_is": session is not None,
+                }
+            )

@@ -1,0 +1,440 @@
+"""One front end's session: memory, rings, features and the dirty log, from connect to disconnect.
+
+The life of the dirty log (vhost-user specification, "Migration"): SET_LOG_BASE brings its memory,
+SET_FEATURES with VHOST_F_LOG_ALL switches logging on, SET_VRING_ADDR comes again for each ring
+with the log address of its used ring. SET_LOG_BASE can come again while logging is on. A ring that
+gets GET_VRING_BASE has stopped for good when that is answered, so the collector harvests first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ..collector import Collector
+from ..devices import VirtioDevice
+from ..dirty_log import DirtyLog, VhostDirtyLog, log_bytes_needed
+from ..dirty_tracker import EmulatedTracker
+from ..dma import Dma
+from ..errors import BitmapError, MemoryAccessError, ProtocolError
+from ..guest_memory import GuestMemory, IovaMap, MemorySlot, map_slot
+from ..journal import Journal
+from ..virtqueue import RingAddresses, Virtqueue
+from .connection import Connection
+from .messages import (
+    ConfigAccess,
+    Message,
+    ProtocolFeature,
+    Request,
+    VringAddress,
+    VringState,
+    decode_config,
+    decode_log_base,
+    decode_memory_table,
+    decode_u64,
+    decode_vring_address,
+    decode_vring_file,
+    decode_vring_state,
+    encode_config,
+    encode_reply,
+    encode_u64,
+    encode_vring_state,
+)
+
+F_LOG_ALL: Final = 1 << 26
+F_RING_INDIRECT_DESC: Final = 1 << 28
+F_RING_EVENT_IDX: Final = 1 << 29
+F_PROTOCOL_FEATURES: Final = 1 << 30
+F_VERSION_1: Final = 1 << 32
+TRANSPORT_FEATURES: Final = (
+    F_LOG_ALL | F_RING_INDIRECT_DESC | F_RING_EVENT_IDX | F_PROTOCOL_FEATURES | F_VERSION_1
+)
+PROTOCOL_FEATURES: Final = (
+    ProtocolFeature.MQ
+    | ProtocolFeature.LOG_SHMFD
+    | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.CONFIG
+    | ProtocolFeature.RESET_DEVICE
+)
+
+_REQUESTS_PER_TURN: Final = 64
+"""How many requests of one ring are served before the other file descriptors get their turn."""
+_CONFIG_BYTES: Final = 256
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Vring:
+    """What the front end has said of one ring, and the ring once it runs."""
+
+    size: int = 0
+    base: int = 0
+    enabled: bool = False
+    address: VringAddress | None = None
+    kick_fd: int | None = None
+    call_fd: int | None = None
+    queue: Virtqueue | None = None
+    pending: bool = False
+
+
+class Session:
+    """Serves one front end with `device`.
+
+    `selector` calls back the `data` of a key when its file descriptor is readable; `tell` takes
+    events for whoever watches the process.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        device: VirtioDevice,
+        tracker: EmulatedTracker,
+        selector: selectors.BaseSelector,
+        *,
+        immediate: bool = False,
+        wrap_log: Callable[[DirtyLog], DirtyLog] = lambda log: log,
+        tell: Tell = lambda event: None,
+    ) -> None:
+        self.connection = connection
+        self.journal = Journal()
+        self.collector = Collector(tracker, wrap_log=wrap_log)
+        self.memory = GuestMemory(())
+        self.iova_map = IovaMap(())
+        self._device = device
+        self._tracker = tracker
+        self._selector = selector
+        self._immediate = immediate
+        self._tell = tell
+        self._dma = self._door()
+        self._features = 0
+        self._offered = device.features | TRANSPORT_FEATURES
+        self._acknowledge = False
+        self._vrings = [Vring() for _ in range(device.queues)]
+        self._log: VhostDirtyLog | None = None
+        self._log_bytes = 0
+
+    # Messages -----------------------------------------------------------------------------------
+
+    def receive(self) -> None:
+        """Serve every message that has come in.
+
+        Raises:
+            ProtocolError, MemoryAccessError, BitmapError: the front end broke the specification.
+            EOFError: it has gone.
+        """
+        for message in self.connection.receive():
+            try:
+                reply = _HANDLERS[message.request](self, message)
+            except (MemoryAccessError, BitmapError) as error:
+                raise ProtocolError(f"{message.request.name}: {error}") from error
+            finally:
+                for fd in message.fds:
+                    os.close(fd)
+            if reply is None and message.needs_reply and self._acknowledge:
+                reply = encode_u64(0)
+            if reply is not None:
+                self.connection.send(encode_reply(message.request, reply))
+
+    def _get_features(self, message: Message) -> bytes:
+        return encode_u64(self._offered)
+
+    def _set_features(self, message: Message) -> None:
+        features = decode_u64(message)
+        if unknown := features & ~self._offered:
+            raise ProtocolError(f"SET_FEATURES: bits {unknown:#x} were not offered")
+        self._features = features
+        if not features & F_PROTOCOL_FEATURES:  # then there is no SET_VRING_ENABLE either
+            for vring in self._vrings:
+                vring.enabled = True
+        if features & F_LOG_ALL:
+            self._start_logging()
+        elif self.collector.active:
+            self.collector.stop()
+            self.journal.stop()
+            self._tell({"event": "logging", "on": False})
+
+    def _get_protocol_features(self, message: Message) -> bytes:
+        return encode_u64(PROTOCOL_FEATURES)
+
+    def _set_protocol_features(self, message: Message) -> None:
+        features = decode_u64(message)
+        if unknown := features & ~PROTOCOL_FEATURES:
+            raise ProtocolError(f"SET_PROTOCOL_FEATURES: bits {unknown:#x} were not offered")
+        self._acknowledge = bool(features & ProtocolFeature.REPLY_ACK)
+
+    def _get_queue_num(self, message: Message) -> bytes:
+        return encode_u64(self._device.queues)
+
+    def _accept(self, message: Message) -> None:
+        """SET_OWNER, SET_VRING_ERR, …: nothing to do but to close what came along."""
+
+    def _set_mem_table(self, message: Message) -> None:
+        slots: list[MemorySlot] = []
+        for region, fd in zip(decode_memory_table(message), message.fds, strict=True):
+            slots.append(
+                map_slot(
+                    fd,
+                    gpa=region.gpa,
+                    length=region.length,
+                    hva=region.hva,
+                    file_offset=region.file_offset,
+                )
+            )
+        self.memory = GuestMemory(slots)
+        self.iova_map = IovaMap.identity(self.memory)
+        self._check_log_covers_memory(message.request)
+        self.collector.remap(self.memory, self.iova_map)
+        self._dma = self._door()
+        for vring in self._vrings:
+            if vring.queue is not None:
+                self._start_ring(vring, vring.queue.next_available)
+
+    def _set_log_base(self, message: Message) -> bytes:
+        size, offset = decode_log_base(message)
+        log = VhostDirtyLog(message.fds[0], size, offset)
+        self._log_bytes = size
+        try:
+            self._check_log_covers_memory(message.request)
+        except ProtocolError:
+            log.close()
+            raise
+        if self.collector.active:
+            self.collector.switch_log(log)
+        else:
+            self._drop_unused_log()
+            self._log = log
+            if self._features & F_LOG_ALL:
+                self._start_logging()
+        return encode_u64(0)
+
+    def _check_log_covers_memory(self, request: Request) -> None:
+        needed = log_bytes_needed(self.memory.end)
+        if (self._log is not None or self.collector.active or request == Request.SET_LOG_BASE) and (
+            self._log_bytes < needed
+        ):
+            raise ProtocolError(
+                f"{request.name}: a dirty log of {self._log_bytes} bytes is too small for a guest "
+                f"whose memory ends at GPA {self.memory.end:#x}; that needs {needed}"
+            )
+
+    def _start_logging(self) -> None:
+        if self._log is None:  # it is on already, or starts when the log comes
+            return
+        log, self._log = self._log, None
+        self.journal.start()
+        self.collector.start(log, self.memory, self.iova_map)
+        self._tell({"event": "logging", "on": True})
+
+    def _drop_unused_log(self) -> None:
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def _vring(self, message: Message, index: int) -> Vring:
+        if index >= len(self._vrings):
+            raise ProtocolError(
+                f"{message.request.name}: ring {index} of a device with {len(self._vrings)}"
+            )
+        return self._vrings[index]
+
+    def _set_vring_num(self, message: Message) -> None:
+        index, size = decode_vring_state(message)
+        self._vring(message, index).size = size
+
+    def _set_vring_base(self, message: Message) -> None:
+        index, base = decode_vring_state(message)
+        self._vring(message, index).base = base & 0xFFFF
+
+    def _set_vring_addr(self, message: Message) -> None:
+        address = decode_vring_address(message)
+        vring = self._vring(message, address.index)
+        vring.address = address
+        if vring.queue is not None:
+            self._start_ring(vring, vring.queue.next_available)
+
+    def _set_vring_enable(self, message: Message) -> None:
+        index, enabled = decode_vring_state(message)
+        vring = self._vring(message, index)
+        vring.enabled = bool(enabled)
+        vring.pending = True
+        self._try_start_ring(vring)
+
+    def _set_vring_kick(self, message: Message) -> None:
+        index, has_fd = decode_vring_file(message)
+        vring = self._vring(message, index)
+        if not has_fd:
+            raise ProtocolError(
+                "SET_VRING_KICK: a ring without a kick file descriptor has to be polled, which was "
+                "not offered"
+            )
+        self._forget_kick(vring)
+        vring.kick_fd = os.dup(message.fds[0])
+        os.set_blocking(vring.kick_fd, False)
+        self._selector.register(vring.kick_fd, selectors.EVENT_READ, lambda: self._kicked(vring))
+        vring.pending = True
+        self._try_start_ring(vring)
+
+    def _set_vring_call(self, message: Message) -> None:
+        index, has_fd = decode_vring_file(message)
+        vring = self._vring(message, index)
+        _close(vring.call_fd)
+        vring.call_fd = os.dup(message.fds[0]) if has_fd else None
+        if vring.call_fd is not None:
+            os.set_blocking(vring.call_fd, False)
+
+    def _get_vring_base(self, message: Message) -> bytes:
+        index, _ = decode_vring_state(message)
+        vring = self._vring(message, index)
+        if vring.queue is not None:
+            vring.base = vring.queue.next_available
+        self._stop_ring(vring)
+        self.collector.harvest()
+        return encode_vring_state(VringState(index, vring.base))
+
+    def _reset_device(self, message: Message) -> None:
+        for vring in self._vrings:
+            self._stop_ring(vring)
+            vring.enabled = False
+
+    def _get_config(self, message: Message) -> bytes:
+        offset, flags, space = decode_config(message)
+        config = self._device.config().ljust(_CONFIG_BYTES, b"\0")
+        if offset + len(space) > len(config):
+            raise ProtocolError(f"GET_CONFIG: {len(space)} bytes at {offset} of {len(config)}")
+        return encode_config(ConfigAccess(offset, flags, config[offset : offset + len(space)]))
+
+    # Rings --------------------------------------------------------------------------------------
+
+    def _door(self) -> Dma:
+        return Dma(
+            self.memory,
+            self.iova_map,
+            self._tracker,
+            self.journal,
+            due_epoch=self.collector.due_epoch,
+            after_write=self.collector.harvest_write if self._immediate else None,
+        )
+
+    def _try_start_ring(self, vring: Vring) -> None:
+        if vring.queue is None and vring.enabled and vring.kick_fd is not None:
+            self._start_ring(vring, vring.base)
+
+    def _start_ring(self, vring: Vring, next_available: int) -> None:
+        address = vring.address
+        if address is None:
+            raise ProtocolError("a ring was started before SET_VRING_ADDR")
+        used_bytes = 6 + 8 * vring.size
+        used = self.memory.gpa_of_hva(address.used, used_bytes)
+        if address.logged and address.log != used:
+            raise ProtocolError(
+                f"SET_VRING_ADDR: ring {address.index}'s used ring is at GPA {used:#x}, but its "
+                f"writes are to be logged at {address.log:#x}"
+            )
+        vring.queue = Virtqueue(
+            self._dma,
+            RingAddresses(
+                descriptors=self.memory.gpa_of_hva(address.descriptors, 16 * vring.size),
+                available=self.memory.gpa_of_hva(address.available, 6 + 2 * vring.size),
+                used=used,
+            ),
+            vring.size,
+            next_available=next_available,
+            event_index=bool(self._features & F_RING_EVENT_IDX),
+            indirect=bool(self._features & F_RING_INDIRECT_DESC),
+        )
+        vring.pending = True
+
+    def _stop_ring(self, vring: Vring) -> None:
+        self._forget_kick(vring)
+        vring.queue = None
+        vring.pending = False
+
+    def _kicked(self, vring: Vring) -> None:
+        if vring.kick_fd is None:  # the ring was stopped in this very turn
+            return
+        with contextlib.suppress(BlockingIOError):
+            os.read(vring.kick_fd, 8)
+        vring.pending = True
+
+    def _forget_kick(self, vring: Vring) -> None:
+        if vring.kick_fd is not None:
+            self._selector.unregister(vring.kick_fd)
+        _close(vring.kick_fd)
+        vring.kick_fd = None
+
+    def serve_rings(self) -> bool:
+        """Serve what the driver has made available; True if something is left for the next turn.
+
+        Raises:
+            ProtocolError, MemoryAccessError: the driver broke the specification.
+        """
+        for index, vring in enumerate(self._vrings):
+            if vring.pending and vring.enabled and vring.queue is not None:
+                self.journal.queue = index
+                vring.pending = self._serve_ring(vring, vring.queue)
+        return any(
+            vring.pending and vring.enabled and vring.queue is not None for vring in self._vrings
+        )
+
+    def _serve_ring(self, vring: Vring, queue: Virtqueue) -> bool:
+        more = True
+        for _ in range(_REQUESTS_PER_TURN):
+            chain = queue.pop()
+            if chain is None:
+                more = queue.ask_for_kick()
+                break
+            written = self._device.process(chain, self._dma)
+            queue.push(chain.head, written)
+        if queue.wants_interrupt() and vring.call_fd is not None:
+            with contextlib.suppress(BlockingIOError):  # the counter is full: it is seen anyway
+                os.write(vring.call_fd, struct.pack("=Q", 1))
+        return more
+
+    def close(self) -> None:
+        """Stop the rings and let go of every file descriptor and mapping.
+
+        Journal and trace stay readable.
+        """
+        for vring in self._vrings:
+            self._stop_ring(vring)
+            _close(vring.call_fd)
+            vring.call_fd = None
+        self.collector.stop()
+        self._drop_unused_log()
+        self.connection.close()
+
+
+def _close(fd: int | None) -> None:
+    if fd is not None:
+        os.close(fd)
+
+
+_HANDLERS: Final[dict[Request, Callable[[Session, Message], bytes | None]]] = {
+    Request.GET_FEATURES: Session._get_features,
+    Request.SET_FEATURES: Session._set_features,
+    Request.SET_OWNER: Session._accept,
+    Request.RESET_OWNER: Session._accept,
+    Request.SET_MEM_TABLE: Session._set_mem_table,
+    Request.SET_LOG_BASE: Session._set_log_base,
+    Request.SET_LOG_FD: Session._accept,
+    Request.SET_VRING_NUM: Session._set_vring_num,
+    Request.SET_VRING_ADDR: Session._set_vring_addr,
+    Request.SET_VRING_BASE: Session._set_vring_base,
+    Request.GET_VRING_BASE: Session._get_vring_base,
+    Request.SET_VRING_KICK: Session._set_vring_kick,
+    Request.SET_VRING_CALL: Session._set_vring_call,
+    Request.SET_VRING_ERR: Session._accept,
+    Request.GET_PROTOCOL_FEATURES: Session._get_protocol_features,
+    Request.SET_PROTOCOL_FEATURES: Session._set_protocol_features,
+    Request.GET_QUEUE_NUM: Session._get_queue_num,
+    Request.SET_VRING_ENABLE: Session._set_vring_enable,
+    Request.GET_CONFIG: Session._get_config,
+    Request.SET_CONFIG: Session._accept,
+    Request.RESET_DEVICE: Session._reset_device,
+}

@@ -1,0 +1,144 @@
+"""The device process of a proof: started, listened to, asked for its evidence."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from dmaproof.errors import UntestableError
+from dmaproof.evidence import Evidence
+
+from .process import Process
+
+_ANSWER_TIMEOUT_S: Final = 30.0
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """What ``python -m dmaproof.vhost_user`` is told; `harvest` as its ``--harvest``."""
+
+    device: str = "blk"
+    tracker: str = "iommu"
+    harvest: str = "0.2"
+    fault: str | None = None
+    seed: int = 1
+
+
+class Device:
+    """The running process. `refused` is done when it has refused something a front end sent."""
+
+    def __init__(self, process: Process, control: asyncio.StreamWriter) -> None:
+        self.process = process
+        self.refused: asyncio.Future[UntestableError] = asyncio.get_running_loop().create_future()
+        self.events: list[dict[str, Any]] = []
+        self._control = control
+        self._news = asyncio.Condition()
+
+    @classmethod
+    async def start(
+        cls, options: DeviceOptions, sockets: Mapping[str, Path], folder: Path
+    ) -> Device:
+        """Start the process and wait until it listens on `sockets` (session name → path).
+
+        Raises:
+            UntestableError: it does not come to listening.
+        """
+        ours, theirs = socket.socketpair()
+        command = [
+            *(sys.executable, "-m", "dmaproof.vhost_user"),
+            *("--control", str(theirs.fileno())),
+            *("--device", options.device),
+            *("--tracker", options.tracker),
+            *("--harvest", options.harvest),
+            *("--seed", str(options.seed)),
+            *(("--fault", options.fault) if options.fault else ()),
+        ]
+        for name, path in sockets.items():
+            command += ["--socket", f"{name}={path}"]
+        with theirs:
+            process = await Process.start(
+                "device", command, folder / "device.log", pass_fds=(theirs.fileno(),)
+            )
+        reader, writer = await asyncio.open_connection(sock=ours)
+        device = cls(process, writer)
+        device._listening = asyncio.ensure_future(device._listen(reader))
+        try:
+            for name in sockets:
+                await device.wait_for("listening", name)
+        except UntestableError:
+            await device.end()
+            raise
+        return device
+
+    _listening: asyncio.Future[None]
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        while line := await reader.readline():
+            event = json.loads(line)
+            if event["event"] == "refused" and not self.refused.done():
+                self.refused.set_result(
+                    UntestableError(
+                        f"the device refused what the {event['session']} QEMU or its guest sent: "
+                        f"{event['message']}"
+                    )
+                )
+            async with self._news:
+                self.events.append(event)
+                self._news.notify_all()
+        async with self._news:
+            self._news.notify_all()
+
+    async def wait_for(self, event: str, session: str, *, after: int = 0) -> dict[str, Any]:
+        """The first `event` of `session` among the events from number `after` on.
+
+        Raises:
+            UntestableError: the process ended, or does not answer.
+        """
+
+        def found() -> dict[str, Any] | None:
+            for candidate in self.events[after:]:
+                if candidate["event"] == event and candidate["session"] == session:
+                    return candidate
+            return None
+
+        try:
+            async with asyncio.timeout(_ANSWER_TIMEOUT_S), self._news:
+                while found() is None and not self._listening.done():
+                    await self._news.wait()
+        except TimeoutError:
+            raise UntestableError(
+                f"the device has not answered for {_ANSWER_TIMEOUT_S:.0f} s (no {event!r})"
+            ) from None
+        answer = found()
+        if answer is None:
+            raise UntestableError(
+                f"the device {self.process.how_it_ended()}\n{self.process.log_tail()}".rstrip()
+            )
+        return answer
+
+    async def evidence(self, session: str, folder: Path) -> Evidence:
+        """What the device knows of `session`, passed through `folder`.
+
+        Raises:
+            UntestableError: the session is over, or the process gone.
+        """
+        after = len(self.events)
+        request = {"do": "evidence", "session": session, "folder": str(folder)}
+        self._control.write(json.dumps(request).encode() + b"\n")
+        await self._control.drain()
+        answer = await self.wait_for("evidence", session, after=after)
+        if not answer["there_is"]:
+            raise UntestableError(f"the device has no session with the {session} QEMU any more")
+        return Evidence.load(folder)
+
+    async def end(self) -> None:
+        """End the process: it does so by itself when its control socket is closed."""
+        self.process.expect_end()
+        self._control.close()
+        await self.process.end()

@@ -1,0 +1,90 @@
+"""What the guest tells of itself over its second serial port, and the few things it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Final
+
+from dmaproof.errors import UntestableError
+
+from .guest import GuestReport, parse_line
+from .process import log_tail
+from .qemu import Qemu
+
+START_ONCE: Final = b"o"
+"""Begin to use the pages that are written only once."""
+SWEEP: Final = b"s"
+"""Check every page in RAM again."""
+QUIET: Final = b"q"
+"""Stop the vCPU's own steady writing."""
+
+_COMPLAINTS_KEPT: Final = 8
+
+
+class GuestError(UntestableError):
+    """The guest gave up, or went silent."""
+
+
+class GuestChannel:
+    """Reads the guest's lines as they come.
+
+    `latest` holds the last report of each verb; `complaints` the first error lines.
+    """
+
+    def __init__(self, qemu: Qemu) -> None:
+        self.latest: dict[str, GuestReport] = {}
+        self.complaints: list[str] = []
+        self._qemu = qemu
+        self._fatal: str | None = None
+        self._news = asyncio.Condition()
+        self._reading = asyncio.ensure_future(self._read())
+
+    async def _read(self) -> None:
+        with contextlib.suppress(ConnectionError):
+            while line := await self._qemu.report.readline():
+                text = line.decode(errors="replace").strip()
+                if not text:
+                    continue
+                report = parse_line(text)
+                async with self._news:
+                    self.latest[report.verb] = report
+                    if report.verb == "error" and len(self.complaints) < _COMPLAINTS_KEPT:
+                        self.complaints.append(text)
+                    elif report.verb == "fatal":
+                        self._fatal = report.values.get("message", text)
+                    self._news.notify_all()
+
+    def number(self, verb: str, key: str) -> int:
+        """The number `key` of the last `verb` report; 0 before the first."""
+        report = self.latest.get(verb)
+        return int(report.values.get(key, "0")) if report else 0
+
+    async def wait_for(self, reached: Callable[[], bool], what: str, timeout_s: float) -> None:
+        """Wait until `reached`; `what` says in words what that is.
+
+        Raises:
+            GuestError: the guest gave up, or it takes longer than `timeout_s`.
+        """
+        try:
+            async with asyncio.timeout(timeout_s), self._news:
+                while not reached() and self._fatal is None:
+                    await self._news.wait()
+        except TimeoutError:
+            raise GuestError(
+                f"the guest of the {self._qemu.process.name} has not {what} within "
+                f"{timeout_s:.0f} s\n{log_tail(self._qemu.console)}".rstrip()
+            ) from None
+        if self._fatal is not None:
+            raise GuestError(f"the guest of the {self._qemu.process.name} gave up: {self._fatal}")
+
+    async def tell(self, command: bytes) -> None:
+        """Send the guest a command."""
+        self._qemu.report_input.write(command)
+        with contextlib.suppress(ConnectionError):  # its QEMU has gone, which others notice
+            await self._qemu.report_input.drain()
+
+    def close(self) -> None:
+        """Read no more."""
+        self._reading.cancel()

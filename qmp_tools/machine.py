@@ -1,0 +1,86 @@
+"""The virtual machine of a proof as QEMU arguments: the same for source and destination."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from dmaproof.errors import UsageError
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+RAM_GRANULE_BYTES: Final = 8 * KIB
+"""QEMU's PC machines take RAM in steps of this (MachineClass.fixup_ram_size, pc_memory_init)."""
+
+_SUFFIXES: Final = {"": MIB, "K": KIB, "M": MIB, "G": GIB, "T": 1 << 40}
+
+
+def parse_memory(text: str) -> int:
+    """The bytes that '512M', '524296K', '5G' or '512' (MiB, as with QEMU's -m) name.
+
+    Raises:
+        UsageError: it is no such size, or one that a PC machine cannot have.
+    """
+    match = re.fullmatch(r"(\d+)([KMGT]?)", text.strip().upper().removesuffix("IB"))
+    if match is None:
+        raise UsageError(f"memory {text!r}: a number with K, M or G is due, such as 512M")
+    size = int(match[1]) * _SUFFIXES[match[2]]
+    if size < 64 * MIB or size % RAM_GRANULE_BYTES:
+        raise UsageError(f"memory {text!r}: at least 64M, in steps of 8K, is due")
+    return size
+
+
+def format_memory(size: int) -> str:
+    """The shortest form that `parse_memory` reads back."""
+    for suffix, unit in (("G", GIB), ("M", MIB)):
+        if size % unit == 0:
+            return f"{size // unit}{suffix}"
+    return f"{size // KIB}K"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A guest to be started twice: as the source and as the destination of a migration.
+
+    `memory_bytes` of RAM stand in one shared memfd, which the device and the comparison map too.
+    """
+
+    machine: str
+    accelerator: str
+    memory_bytes: int
+    cpus: int
+    kernel: Path
+    initramfs: Path | None = None
+    command_line: str = ""
+
+    def arguments(self) -> list[str]:
+        """The QEMU arguments that both sides share."""
+        # The firmware registers a pvclock page that KVM updates behind the migration's back.
+        cpu = ["-cpu", "qemu64,-kvmclock"] if self.accelerator == "kvm" else []
+        initrd = ["-initrd", str(self.initramfs)] if self.initramfs else []
+        return [
+            "-no-user-config",
+            "-no-reboot",
+            *("-accel", self.accelerator),
+            *cpu,
+            *("-smp", str(self.cpus)),
+            *("-object", f"memory-backend-memfd,id=ram,size={self.memory_bytes},share=on"),
+            *("-machine", f"{self.machine},memory-backend=ram"),
+            *("-m", f"{self.memory_bytes // KIB}K"),
+            *("-kernel", str(self.kernel)),
+            *initrd,
+            *("-append", self.command_line),
+        ]
+
+
+def vhost_user_blk_arguments(socket: Path, queues: int) -> list[str]:
+    """The QEMU arguments that attach a vhost-user-blk device whose back end listens at `socket`."""
+    return [
+        *("-chardev", f"socket,id=disk,path={socket}"),
+        *("-device", f"vhost-user-blk-pci,chardev=disk,num-queues={queues},queue-size=128"),
+    ]
+
+
+INCOMING: Final = ("-S", "-incoming", "defer")
+"""What makes a QEMU a destination: it waits for migrate-incoming, and stays paused afterwards."""

@@ -1,0 +1,192 @@
+"""One live migration over QMP, in any of the ways of `WAYS`.
+
+Statistics of query-migrate differ by QEMU version, so every member is optional here; what a version
+can do is asked of it, never told by its number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from dmaproof.errors import UntestableError
+
+from .qmp import Qmp
+
+_POLL_S: Final = 0.05
+_OVER: Final = frozenset({"completed", "failed", "cancelled"})
+
+
+class MigrationError(UntestableError):
+    """The migration did not come to its end."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the migration stream travels.
+
+    `listen_on(folder, host)` is the URI that the destination listens on; `capabilities` are set on
+    both sides.
+    """
+
+    summary: str
+    listen_on: Callable[[Path, str], str]
+    capabilities: tuple[str, ...] = ()
+
+
+WAYS: Final[dict[str, Way]] = {
+    "unix": Way(
+        "a Unix socket in the run's private folder",
+        lambda folder, host: f"unix:{folder / 'destination-migration.sock'}",
+    ),
+    "tcp": Way("TCP, on a free port", lambda folder, host: f"tcp:{host}:0"),
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of a migration: bytes a second (None: unlimited), downtime and whole time."""
+
+    bandwidth_bytes_per_s: int | None = None
+    downtime_s: float = 0.3
+    timeout_s: float = 120.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One answer of query-migrate: sizes in bytes, times in seconds; None where QEMU was silent."""
+
+    time_ns: int
+    status: str
+    syncs: int
+    """How often QEMU has synced its dirty bitmap; with the second sync every page has been sent."""
+    total: int | None
+    remaining: int | None
+    transferred: int | None
+    dirty_pages_per_s: int | None
+    mbit_per_s: float | None
+    expected_downtime_s: float | None
+    downtime_s: float | None
+    error: str | None
+
+
+def _progress(answer: dict[str, Any]) -> Progress:
+    ram = answer.get("ram", {})
+
+    def seconds(member: str) -> float | None:
+        return answer[member] / 1000 if member in answer else None
+
+    return Progress(
+        time_ns=time.monotonic_ns(),
+        status=answer.get("status", "none"),
+        syncs=ram.get("dirty-sync-count", 0),
+        total=ram.get("total"),
+        remaining=ram.get("remaining"),
+        transferred=ram.get("transferred"),
+        dirty_pages_per_s=ram.get("dirty-pages-rate"),
+        mbit_per_s=ram.get("mbps"),
+        expected_downtime_s=seconds("expected-downtime"),
+        downtime_s=seconds("downtime"),
+        error=answer.get("error-desc"),
+    )
+
+
+@dataclass
+class Migration:
+    """A migration from `source` to `destination`, which waits with ``-incoming defer``.
+
+    `start` begins it with a downtime limit so low that a busy guest does not converge; `release`
+    sets the limit that was asked for. In between, `follow` shows a precopy for as long as the
+    caller has something to do in it.
+    """
+
+    source: Qmp
+    destination: Qmp
+    way: Way
+    folder: Path
+    limits: Limits
+    host: str = "127.0.0.1"
+    history: list[Progress] = field(default_factory=list)
+
+    async def start(self) -> None:
+        """Begin, and hold the migration in precopy.
+
+        Raises:
+            QmpError: a QEMU refused a step.
+        """
+        for qmp in (self.source, self.destination):
+            await qmp.execute(
+                "migrate-set-capabilities",
+                capabilities=[
+                    {"capability": name, "state": True}
+                    for name in ("events", *self.way.capabilities)
+                ],
+            )
+        await self.source.execute(
+            "migrate-set-parameters",
+            max_bandwidth=self.limits.bandwidth_bytes_per_s or 1 << 40,
+            downtime_limit=0,
+        )
+        await self.destination.execute(
+            "migrate-incoming", uri=self.way.listen_on(self.folder, self.host)
+        )
+        await self.source.execute("migrate", uri=await self._listening_uri())
+
+    async def _listening_uri(self) -> str:
+        uri = self.way.listen_on(self.folder, self.host)
+        if uri.startswith("tcp:"):
+            answer = await self.destination.execute("query-migrate")
+            address = answer["socket-address"][0]
+            return f"tcp:{address['host']}:{address['port']}"
+        return uri
+
+    async def release(self) -> None:
+        """Let the migration end as soon as the downtime limit allows."""
+        await self.source.execute(
+            "migrate-set-parameters", downtime_limit=round(self.limits.downtime_s * 1000)
+        )
+
+    async def follow(self) -> AsyncIterator[Progress]:
+        """The progress, again and again until the migration has completed.
+
+        Raises:
+            MigrationError: it failed, was cancelled, or took longer than its time.
+        """
+        deadline = time.monotonic() + self.limits.timeout_s
+        while True:
+            progress = _progress(await self.source.execute("query-migrate"))
+            self.history.append(progress)
+            yield progress
+            if progress.status == "completed":
+                return
+            if progress.status in _OVER:
+                raise MigrationError(
+                    f"the migration {progress.status}: {progress.error or 'QEMU gave no reason'}"
+                )
+            if time.monotonic() > deadline:
+                raise MigrationError(
+                    f"the migration has not completed within {self.limits.timeout_s:.0f} s (it is "
+                    f"{progress.status!r}, {progress.remaining} bytes remain after "
+                    f"{progress.syncs} syncs); allow more bandwidth, downtime or time"
+                )
+            await asyncio.sleep(_POLL_S)
+
+    async def destination_paused(self) -> None:
+        """Wait until the destination has loaded everything and stands paused.
+
+        Raises:
+            MigrationError: it does not come to that.
+        """
+        deadline = time.monotonic() + self.limits.timeout_s
+        while time.monotonic() < deadline:
+            answer = await self.destination.execute("query-status")
+            if answer["status"] == "paused":
+                return
+            if answer["status"] not in ("inmigrate", "prelaunch", "finish-migrate"):
+                raise MigrationError(f"the destination is {answer['status']!r} and not paused")
+            await asyncio.sleep(_POLL_S)
+        raise MigrationError("the destination has not finished loading")

@@ -1,0 +1,171 @@
+"""What this machine and a QEMU can really do, found out by trying, and remembered.
+
+- Whether KVM runs our guest: /dev/kvm may open, and firmware run, where a Linux guest hangs.
+- Whether the accelerator's own dirty tracking loses pages that a vCPU wrote: QEMU 7.2 under TCG
+  does where the RAM size is a multiple of 256 KiB (its bitmap sync then takes whole words without
+  resetting the TLB's dirty state), and is clean at other sizes.
+
+An answer about the machine holds until it boots again; one about a QEMU until its file changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final
+
+from dmaproof.errors import UntestableError
+
+from .display import Display, QuietDisplay
+from .guest import LinuxGuest, Workload, probe_guest
+from .machine import INCOMING, KIB, MIB, Machine, format_memory
+from .migration import WAYS, Limits, Migration
+from .qemu import Qemu
+from .ram import compare, ram_file
+from .run_folder import run_folder
+
+DEFAULT_MEMORY_BYTES: Final = 512 * MIB
+_ODD_BYTES: Final = 8 * KIB
+"""Added to a RAM size, makes it no multiple of 64 pages."""
+
+_KVM_PATIENCE_S: Final = 6.0
+_PROBE_MEMORY_BYTES: Final = 64 * MIB
+
+
+def _cache_file() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "dmaproof" / "probes.json"
+
+
+def _recall() -> dict[str, int]:
+    try:
+        answers = json.loads(_cache_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return answers if isinstance(answers, dict) else {}
+
+
+async def _remembered(question: str, probe: Callable[[], Awaitable[int]]) -> int:
+    """The answer to `question`, from the last time or by `probe`."""
+    answers = _recall()
+    if question not in answers:
+        answer = await probe()
+        answers = {**_recall(), question: answer}
+        file = _cache_file()
+        with contextlib.suppress(OSError):  # then it is asked again the next time
+            file.parent.mkdir(parents=True, exist_ok=True)
+            fresh = file.with_suffix(f".{os.getpid()}")
+            fresh.write_text(json.dumps(answers, indent=1))
+            fresh.replace(file)
+    return answers[question]
+
+
+def _identity(qemu: Path) -> str:
+    status = qemu.resolve().stat()
+    return f"{qemu.resolve()} {status.st_size} {status.st_mtime_ns}"
+
+
+async def choose_accelerator(wanted: str, qemu: Path, guest: LinuxGuest, display: Display) -> str:
+    """'kvm' or 'tcg': what was `wanted`, or for 'auto' KVM if it runs `guest`."""
+    if wanted != "auto":
+        return wanted
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        there = Path("/dev/kvm").exists()
+        why = "may not be opened by this user" if there else "is not there"
+        display.say(f"accelerator: TCG, because /dev/kvm {why}")
+        return "tcg"
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    runs = await _remembered(
+        f"kvm {boot} {_identity(qemu)} {guest.version}", lambda: _kvm_runs(qemu, guest)
+    )
+    if not runs:
+        display.say(
+            f"accelerator: TCG, because under KVM the guest did not start within "
+            f"{_KVM_PATIENCE_S:.0f} s"
+        )
+    return "kvm" if runs else "tcg"
+
+
+async def _kvm_runs(qemu: Path, guest: LinuxGuest) -> int:
+    machine = Machine(
+        machine="q35",
+        accelerator="kvm",
+        memory_bytes=256 * MIB,
+        cpus=1,
+        kernel=guest.kernel,
+        initramfs=guest.initramfs,
+        command_line=guest.command_line(Workload()),
+    )
+    disk = ["-blockdev", "null-co,node-name=disk,size=64G"]
+    disk += ["-device", "virtio-blk-pci,drive=disk"]
+    with run_folder() as folder:
+        try:
+            running = await Qemu.start("probe", qemu, [*machine.arguments(), *disk], folder)
+        except UntestableError:
+            return 0
+        try:
+            async with asyncio.timeout(_KVM_PATIENCE_S):
+                return int(bool(await running.report.readline()))
+        except TimeoutError:
+            return 0
+        finally:
+            await running.end()
+
+
+async def choose_memory(qemu: Path, accelerator: str, display: Display) -> int:
+    """A RAM size in bytes at which the accelerator's own dirty tracking is sound."""
+    lost = await vcpu_pages_lost(qemu, accelerator)
+    if not lost:
+        return DEFAULT_MEMORY_BYTES
+    memory = DEFAULT_MEMORY_BYTES + _ODD_BYTES
+    display.say(
+        f"memory: {format_memory(memory)}, because at sizes like "
+        f"{format_memory(DEFAULT_MEMORY_BYTES)} this QEMU loses pages that its vCPUs write "
+        f"(a probe lost {lost})"
+    )
+    return memory
+
+
+async def vcpu_pages_lost(qemu: Path, accelerator: str) -> int:
+    """How many pages a migration loses that only a vCPU writes, without any device."""
+    return await _remembered(
+        f"vcpu-pages-lost {accelerator} {_identity(qemu)}",
+        lambda: _count_vcpu_pages_lost(qemu, accelerator, _PROBE_MEMORY_BYTES),
+    )
+
+
+async def _count_vcpu_pages_lost(qemu: Path, accelerator: str, memory_bytes: int) -> int:
+    machine = Machine(
+        machine="q35",
+        accelerator=accelerator,
+        memory_bytes=memory_bytes,
+        cpus=1,
+        kernel=probe_guest(),
+    )
+    with run_folder() as folder:
+        async with contextlib.AsyncExitStack() as stack:
+            source = await Qemu.start("source", qemu, machine.arguments(), folder)
+            stack.push_async_callback(source.end)
+            destination = await Qemu.start(
+                "destination", qemu, [*machine.arguments(), *INCOMING], folder
+            )
+            stack.push_async_callback(destination.end)
+            async with asyncio.timeout(_KVM_PATIENCE_S * 5):
+                await source.report.readline()
+            migration = Migration(
+                source.qmp, destination.qmp, WAYS["unix"], folder, Limits(timeout_s=30)
+            )
+            await migration.start()
+            await migration.release()
+            async for progress in migration.follow():
+                QuietDisplay().precopy(progress)
+            await migration.destination_paused()
+            with (
+                ram_file(source.process.pid, "the probe's source") as source_ram,
+                ram_file(destination.process.pid, "the probe's destination") as destination_ram,
+            ):
+                return len(compare(source_ram, destination_ram))

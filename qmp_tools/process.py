@@ -1,0 +1,122 @@
+"""Child processes that are bounded, logged and reaped, and cannot outlive the tool."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from dmaproof.errors import UntestableError
+
+_PR_SET_PDEATHSIG: Final = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_END_GRACE_S: Final = 5.0
+_TAIL_LINES: Final = 15
+
+
+class ProcessDiedError(UntestableError):
+    """A process of the proof ended before its time."""
+
+
+class Process:
+    """One child. What it prints goes to `log`; `died` is done when it has ended.
+
+    `name` is what messages call it: 'source QEMU', 'device'.
+    """
+
+    def __init__(self, name: str, log: Path, child: asyncio.subprocess.Process) -> None:
+        self.name = name
+        self.log = log
+        self._child = child
+        self._expected = False
+        self.died = asyncio.ensure_future(self._child.wait())
+
+    @classmethod
+    async def start(
+        cls, name: str, command: Sequence[str], log: Path, *, pass_fds: Sequence[int] = ()
+    ) -> Process:
+        """Start `command` in a session of its own (an interrupt is for the tool alone).
+
+        Raises:
+            UntestableError: the program could not be executed.
+        """
+        parent = os.getpid()
+
+        def bind_to_parent() -> None:
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:  # it died before the signal was asked for
+                os._exit(1)
+
+        with log.open("wb") as output:
+            try:
+                child = await asyncio.create_subprocess_exec(
+                    *command,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    pass_fds=pass_fds,
+                    start_new_session=True,
+                    preexec_fn=bind_to_parent,
+                )
+            except OSError as error:
+                raise UntestableError(
+                    f"{name} could not be started: {command[0]}: {error.strerror}"
+                ) from error
+        return cls(name, log, child)
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._child.pid
+
+    def expect_end(self) -> None:
+        """From now on the process may end without being missed."""
+        self._expected = True
+
+    async def missed(self) -> ProcessDiedError:
+        """Wait until the process has ended unexpectedly; returns the error that says so."""
+        await asyncio.shield(self.died)
+        if self._expected:
+            await asyncio.get_running_loop().create_future()  # for ever: nothing is amiss
+        return ProcessDiedError(f"{self.name} {self.how_it_ended()}\n{self.log_tail()}".rstrip())
+
+    def how_it_ended(self) -> str:
+        """'was killed by SIGKILL', 'ended with exit code 1', or 'is running'."""
+        code = self._child.returncode
+        if code is None:
+            return "is running"
+        if code < 0:
+            return f"was killed by {signal.Signals(-code).name}"
+        return f"ended with exit code {code}"
+
+    def log_tail(self) -> str:
+        """The last lines that the process printed, with the log's name; empty if it was silent."""
+        return log_tail(self.log)
+
+    async def end(self) -> None:
+        """Make sure that the process has ended and is reaped."""
+        self.expect_end()
+        for signal_number, patience_s in ((signal.SIGTERM, _END_GRACE_S), (signal.SIGKILL, None)):
+            if self.died.done():
+                break
+            with contextlib.suppress(ProcessLookupError):
+                self._child.send_signal(signal_number)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(self.died), patience_s)
+
+
+def log_tail(log: Path) -> str:
+    """The last lines of `log` under a heading; empty if there are none."""
+    try:
+        lines = log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
+    except OSError:
+        return ""
+    if not lines:
+        return ""
+    return "\n".join([f"  last lines of {log.name}:", *(f"    {line}" for line in lines)])

@@ -1,0 +1,263 @@
+"""One proof from end to end: boot, migrate under load, compare, attribute, go on.
+
+The load is kept sharp on purpose. The migration is held in precopy by a low downtime limit and by
+pages that the guest's CPU keeps dirtying; once QEMU has sent every page (its second bitmap sync),
+the guest is told to use pages of which each is written by the device only once. Only when these are
+used up may the migration end. So whatever the chain loses of them stays lost, and is seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from dmaproof.errors import UntestableError
+
+from .device import Device, DeviceOptions
+from .display import Display
+from .guest import Workload
+from .guest_channel import QUIET, START_ONCE, SWEEP, GuestChannel, GuestError
+from .machine import INCOMING, Machine, format_memory, vhost_user_blk_arguments
+from .migration import WAYS, Limits, Migration, Progress
+from .qemu import Qemu
+from .ram import compare, ram_file
+from .run_folder import run_folder
+from .verdict import GuestOutcome, Verdict, attribute, measure_sharpness
+
+_BOOT_TIMEOUT_S: Final = 60.0
+_GO_ON_TIMEOUT_S: Final = 60.0
+_BROKEN_GUEST_TIMEOUT_S: Final = 5.0
+"""How long a guest that has lost pages is waited for."""
+
+SOURCE: Final = "source"
+DESTINATION: Final = "destination"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that one proof depends on."""
+
+    qemu: Path
+    qemu_destination: Path
+    machine: Machine
+    workload: Workload
+    device: DeviceOptions
+    queues: int = 2
+    way: str = "unix"
+    host: str = "127.0.0.1"
+    limits: Limits = field(default_factory=Limits)
+    requests_after: int = 1000
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The verdict, and what happened on the way to it. Times in seconds."""
+
+    setup: Setup
+    verdict: Verdict
+    qemu_version: str
+    qemu_destination_version: str
+    boot_s: float
+    migration_s: float
+    compare_s: float
+    downtime_s: float | None
+    history: Sequence[Progress]
+    harvests: int
+    folder: Path | None
+
+
+async def prove(setup: Setup, display: Display, *, keep: bool = False) -> Proof:
+    """Carry out one proof.
+
+    Raises:
+        UntestableError: it did not come to a verdict; the message says why.
+    """
+    with run_folder(keep=keep) as folder:
+        async with contextlib.AsyncExitStack() as stack:
+            display.say(
+                f"starting: {format_memory(setup.machine.memory_bytes)} of RAM, "
+                f"{setup.machine.machine}, {setup.machine.accelerator}, seed {setup.device.seed}"
+            )
+            sockets = {name: folder / f"{name}-disk.sock" for name in (SOURCE, DESTINATION)}
+            device = await Device.start(setup.device, sockets, folder)
+            stack.push_async_callback(device.end)
+            run = _Run(setup, display, device, folder)
+            stack.push_async_callback(run.end)
+            await run.start()
+            return await run.guarded(run.carry_out(keep))
+
+
+class _Run:
+    """The processes of one proof, and the steps that it takes with them."""
+
+    def __init__(self, setup: Setup, display: Display, device: Device, folder: Path) -> None:
+        self._setup = setup
+        self._display = display
+        self._device = device
+        self._folder = folder
+        self._qemus: dict[str, Qemu] = {}
+        self._guests: dict[str, GuestChannel] = {}
+
+    async def start(self) -> None:
+        """Start both QEMUs; the destination waits while the source boots."""
+        for name, binary, extra in (
+            (SOURCE, self._setup.qemu, ()),
+            (DESTINATION, self._setup.qemu_destination, INCOMING),
+        ):
+            arguments = [
+                *self._setup.machine.arguments(),
+                *vhost_user_blk_arguments(self._folder / f"{name}-disk.sock", self._setup.queues),
+                *extra,
+            ]
+            self._qemus[name] = await Qemu.start(name, binary, arguments, self._folder)
+            self._guests[name] = GuestChannel(self._qemus[name])
+
+    async def end(self) -> None:
+        """End both QEMUs."""
+        for guest in self._guests.values():
+            guest.close()
+        await asyncio.gather(*(qemu.end() for qemu in self._qemus.values()))
+
+    async def guarded(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do `work`, but end with an error as soon as a process dies or the device refuses.
+
+        Raises:
+            UntestableError: what died, or what went wrong in `work`.
+        """
+        processes = [self._device.process, *(qemu.process for qemu in self._qemus.values())]
+        task = asyncio.ensure_future(work)
+        alarms: list[asyncio.Future[Any]] = [
+            *(asyncio.ensure_future(process.missed()) for process in processes),
+            asyncio.ensure_future(_wait_for(self._device.refused)),
+        ]
+        try:
+            await asyncio.wait([task, *alarms], return_when=asyncio.FIRST_COMPLETED)
+            if task.done() and task.exception() is None:
+                return task.result()
+            if task.done():  # perhaps only because something died, which is the better message
+                await asyncio.wait(alarms, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
+            for alarm in alarms:
+                if alarm.done():
+                    raise alarm.result()
+            return task.result()
+        finally:
+            for future in (task, *alarms):
+                future.cancel()
+            await asyncio.gather(task, *alarms, return_exceptions=True)
+
+    async def carry_out(self, keep: bool) -> Proof:
+        """From the boot to the verdict."""
+        source, destination = self._qemus[SOURCE], self._qemus[DESTINATION]
+        versions = [await _version(qemu) for qemu in (source, destination)]
+
+        began_s = time.monotonic()
+        await self._guests[SOURCE].wait_for(
+            lambda: "ready" in self._guests[SOURCE].latest, "become ready", _BOOT_TIMEOUT_S
+        )
+        boot_s = time.monotonic() - began_s
+        self._display.say(f"guest ready after {boot_s:.1f} s; migrating ({self._setup.way})")
+
+        began_s = time.monotonic()
+        migration = Migration(
+            source.qmp,
+            destination.qmp,
+            WAYS[self._setup.way],
+            self._folder,
+            self._setup.limits,
+            self._setup.host,
+        )
+        all_sent_ns = await self._migrate(migration)
+        migration_s = time.monotonic() - began_s
+        await migration.destination_paused()
+
+        began_s = time.monotonic()
+        self._display.say("comparing every page of RAM")
+        evidence = await self._device.evidence(SOURCE, self._folder)
+        with (
+            ram_file(source.process.pid, source.process.name) as source_ram,
+            ram_file(destination.process.pid, destination.process.name) as destination_ram,
+        ):
+            differing = compare(source_ram, destination_ram)
+            lost = attribute(differing, source_ram, destination_ram, evidence)
+            pages = source_ram.pages
+        compare_s = time.monotonic() - began_s
+
+        self._display.say(f"{len(lost)} of {pages} pages differ; continuing on the destination")
+        guest = await self._go_on(patience_s=_BROKEN_GUEST_TIMEOUT_S if lost else _GO_ON_TIMEOUT_S)
+        return Proof(
+            setup=self._setup,
+            verdict=Verdict(pages, lost, measure_sharpness(evidence, all_sent_ns), guest),
+            qemu_version=versions[0],
+            qemu_destination_version=versions[1],
+            boot_s=boot_s,
+            migration_s=migration_s,
+            compare_s=compare_s,
+            downtime_s=migration.history[-1].downtime_s,
+            history=migration.history,
+            harvests=len(evidence.harvests),
+            folder=self._folder if keep else None,
+        )
+
+    async def _migrate(self, migration: Migration) -> int:
+        """Migrate; returns when every page had been sent once (CLOCK_MONOTONIC, ns)."""
+        guest = self._guests[SOURCE]
+        all_sent_ns: int | None = None
+        released = False
+        await migration.start()
+        try:
+            async for progress in migration.follow():
+                self._display.precopy(progress)
+                if all_sent_ns is None and progress.syncs >= 2:
+                    all_sent_ns = progress.time_ns
+                    await guest.tell(START_ONCE)
+                elif not released and "once-done" in guest.latest:
+                    released = True
+                    await guest.tell(QUIET)
+                    await migration.release()
+        finally:
+            self._display.close()
+        return all_sent_ns if all_sent_ns is not None else time.monotonic_ns()
+
+    async def _go_on(self, *, patience_s: float) -> GuestOutcome:
+        """Continue on the destination; its guest checks all its pages, and works on."""
+        destination, guest = self._qemus[DESTINATION], self._guests[DESTINATION]
+        self._qemus[SOURCE].process.expect_end()
+        before = self._guests[SOURCE].number("progress", "requests")
+        await destination.qmp.execute("cont")
+        await guest.tell(SWEEP)
+        wanted = before + self._setup.requests_after
+        try:
+            await guest.wait_for(lambda: "sweep" in guest.latest, "swept its pages", patience_s)
+            await guest.wait_for(
+                lambda: guest.number("progress", "requests") >= wanted,
+                f"done {self._setup.requests_after} more requests",
+                patience_s,
+            )
+        except GuestError as error:
+            if patience_s == _GO_ON_TIMEOUT_S:
+                raise
+            return GuestOutcome(0, 1, 0, [str(error).splitlines()[0], *guest.complaints])
+        return GuestOutcome(
+            requests=guest.number("progress", "requests") - before,
+            errors=guest.number("progress", "errors"),
+            swept=guest.number("sweep", "pages"),
+            complaints=guest.complaints,
+        )
+
+
+async def _wait_for(future: asyncio.Future[UntestableError]) -> UntestableError:
+    return await asyncio.shield(future)
+
+
+async def _version(qemu: Qemu) -> str:
+    answer = await qemu.qmp.execute("query-version")
+    number = answer["qemu"]
+    text = f"{number['major']}.{number['minor']}.{number['micro']}"
+    return f"{text} {answer['package']}".strip()

@@ -1,0 +1,79 @@
+"""A QEMU process under QMP: started over inherited sockets, ended and reaped whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from .process import Process
+from .qmp import Qmp, QmpError
+
+
+class Qemu:
+    """A running QEMU.
+
+    `report` is its second serial port (COM2) as a stream: the channel on which our guests tell what
+    they see. The first serial port goes to ``<name>-console.log`` in the run's folder.
+    """
+
+    def __init__(self, process: Process, qmp: Qmp, console: Path) -> None:
+        self.process = process
+        self.qmp = qmp
+        self.console = console
+        self.report: asyncio.StreamReader
+        self.report_input: asyncio.StreamWriter
+
+    @classmethod
+    async def start(cls, name: str, binary: Path, arguments: Sequence[str], folder: Path) -> Qemu:
+        """Start `binary` as '`name` QEMU' with `arguments` and our QMP and serial channels.
+
+        QMP runs over a socket pair: no path, no retries, and a wrong command line is an immediate
+        end of file with QEMU's own words in the log.
+
+        Raises:
+            UntestableError: it could not be started, or does not answer on QMP.
+        """
+        ours_qmp, theirs_qmp = socket.socketpair()
+        ours_report, theirs_report = socket.socketpair()
+        console = folder / f"{name}-console.log"
+        command = [
+            os.fspath(binary),
+            "-nodefaults",
+            "-display",
+            "none",
+            *("-chardev", f"socket,id=qmp,fd={theirs_qmp.fileno()}"),
+            *("-mon", "chardev=qmp,mode=control"),
+            *("-chardev", f"file,id=console,path={console}"),
+            *("-serial", "chardev:console"),
+            *("-chardev", f"socket,id=report,fd={theirs_report.fileno()}"),
+            *("-serial", "chardev:report"),
+            *arguments,
+        ]
+        (folder / f"{name}-command").write_text(" ".join(command) + "\n")
+        with theirs_qmp, theirs_report:
+            process = await Process.start(
+                f"{name} QEMU",
+                command,
+                folder / f"{name}-qemu.log",
+                pass_fds=(theirs_qmp.fileno(), theirs_report.fileno()),
+            )
+        qemu = cls(process, Qmp(f"{name} QEMU"), console)
+        try:
+            qemu.report, qemu.report_input = await asyncio.open_connection(sock=ours_report)
+            await qemu.qmp.connect(ours_qmp)
+        except QmpError as error:
+            await qemu.end()
+            raise QmpError(
+                f"{error}; it {process.how_it_ended()}\n{process.log_tail()}".rstrip()
+            ) from error
+        return qemu
+
+    async def end(self) -> None:
+        """End the process if it still runs, and let go of its sockets."""
+        await self.process.end()
+        await self.qmp.close()
+        if hasattr(self, "report_input"):
+            self.report_input.close()

@@ -1,0 +1,71 @@
+"""QMP with errors of ours: every failure names the QEMU, the command, and what QEMU said."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
+
+from dmaproof.errors import UntestableError
+
+_COMMAND_TIMEOUT_S: Final = 30.0
+
+
+class QmpError(UntestableError):
+    """QEMU refused a command, or did not answer."""
+
+
+class Qmp:
+    """A QMP session. `name` is what messages call the QEMU: 'source QEMU'."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._client = QMPClient(name)
+
+    async def connect(self, address: socket.socket | str) -> None:
+        """Negotiate QMP on a connected socket, or on the one at a path.
+
+        Raises:
+            QmpError: QEMU is not there; with a wrong command line it ends before it greets.
+        """
+        try:
+            async with asyncio.timeout(_COMMAND_TIMEOUT_S):
+                await self._client.connect(address)
+        except (QMPError, OSError, EOFError) as error:
+            raise QmpError(f"{self.name} did not answer on QMP: {error}") from error
+
+    async def execute(self, command: str, **arguments: Any) -> Any:
+        """Execute `command`; underscores in argument names become hyphens.
+
+        Raises:
+            QmpError: QEMU refused it, has gone, or does not answer.
+        """
+        named = {name.replace("_", "-"): value for name, value in arguments.items()}
+        try:
+            async with asyncio.timeout(_COMMAND_TIMEOUT_S):
+                return await self._client.execute(command, named)
+        except ExecuteError as error:
+            raise QmpError(f"{self.name} refused {command}: {error}") from error
+        except TimeoutError as error:
+            raise QmpError(
+                f"{self.name} has not answered {command} for {_COMMAND_TIMEOUT_S:.0f} s"
+            ) from error
+        except (QMPError, EOFError) as error:
+            raise QmpError(f"{self.name} went away during {command}") from error
+
+    @contextlib.asynccontextmanager
+    async def events(self, *names: str) -> AsyncIterator[EventListener]:
+        """A listener for the events called `names`."""
+        listener = EventListener(names=names)
+        with self._client.listen(listener):
+            yield listener
+
+    async def close(self) -> None:
+        """Disconnect; a QEMU that has gone already is no error."""
+        # qemu.qmp 0.0.6 raises a bare EOFError where QEMU closed first.
+        with contextlib.suppress(QMPError, EOFError, OSError):
+            await self._client.disconnect()

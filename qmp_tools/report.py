@@ -1,0 +1,143 @@
+"""A proof as JSON for programs and as text for people; the JSON is the source of the text.
+
+The JSON's members keep their meaning while `SCHEMA_VERSION` stays; new ones may be added.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, Final
+
+from .machine import format_memory
+from .proof import Proof
+from .verdict import Blame, LostPage
+
+SCHEMA_VERSION: Final = 1
+_LOST_SHOWN: Final = 10
+
+
+def to_json(proof: Proof) -> dict[str, Any]:
+    """Everything that is known of a proof. Addresses and sizes in bytes, times in seconds."""
+    setup, verdict = proof.setup, proof.verdict
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "verdict": verdict.sentence,
+        "exit_code": verdict.exit_code,
+        "pages": verdict.pages,
+        "lost": {blame.value: verdict.count(blame) for blame in Blame},
+        "lost_pages": [asdict(page) for page in verdict.lost],
+        "sharpness": asdict(verdict.sharpness),
+        "guest": asdict(verdict.guest),
+        "setup": {
+            "seed": setup.device.seed,
+            "memory": format_memory(setup.machine.memory_bytes),
+            "machine": setup.machine.machine,
+            "accelerator": setup.machine.accelerator,
+            "cpus": setup.machine.cpus,
+            "queues": setup.queues,
+            "device": setup.device.device,
+            "tracker": setup.device.tracker,
+            "harvest": setup.device.harvest,
+            "fault": setup.device.fault,
+            "way": setup.way,
+            "bandwidth_bytes_per_s": setup.limits.bandwidth_bytes_per_s,
+            "downtime_limit_s": setup.limits.downtime_s,
+            "workload": asdict(setup.workload),
+            "qemu": str(setup.qemu),
+            "qemu_version": proof.qemu_version,
+            "qemu_destination": str(setup.qemu_destination),
+            "qemu_destination_version": proof.qemu_destination_version,
+        },
+        "migration": {
+            "boot_s": proof.boot_s,
+            "migration_s": proof.migration_s,
+            "compare_s": proof.compare_s,
+            "downtime_s": proof.downtime_s,
+            "syncs": proof.history[-1].syncs,
+            "transferred": proof.history[-1].transferred,
+            "harvests": proof.harvests,
+            "history": [asdict(progress) for progress in proof.history],
+        },
+    }
+
+
+def to_text(proof: Proof) -> str:
+    """The verdict, what it rests on, and the lost pages' stories."""
+    verdict, sharpness, guest = proof.verdict, proof.verdict.sharpness, proof.verdict.guest
+    last = proof.history[-1]
+    lines = [
+        f"{_HEADINGS[verdict.exit_code]}: {verdict.sentence}",
+        "",
+        f"  QEMU         {proof.qemu_version} → {proof.qemu_destination_version}, "
+        f"{proof.setup.machine.machine}, {proof.setup.machine.accelerator}, "
+        f"{format_memory(proof.setup.machine.memory_bytes)}",
+        f"  device       {proof.setup.device.device}, tracker {proof.setup.device.tracker}, "
+        f"{proof.harvests} harvests ({proof.setup.device.harvest})",
+        f"  migration    {proof.setup.way}, {proof.migration_s:.1f} s, {last.syncs} bitmap syncs"
+        + (f", downtime {proof.downtime_s * 1000:.0f} ms" if proof.downtime_s is not None else ""),
+        f"  sharpness    the device wrote {sharpness.written} pages while logging was on, "
+        f"{sharpness.rewritten} of them after",
+        "               everything had been sent; losing the bit of any one of "
+        f"{sharpness.certain} would certainly have shown",
+        f"  destination  the guest did {guest.requests} more requests and checked {guest.swept} "
+        f"pages again: {guest.errors} errors",
+    ]
+    if sharpness.reported_unwritten:
+        lines.append(
+            f"  reported     {sharpness.reported_unwritten} pages that the device had not written"
+        )
+    if proof.setup.device.fault:
+        spared = sum(not page.planted for page in verdict.lost)
+        lines.append(
+            f"  fault        {proof.setup.device.fault}: {sharpness.planted} pages kept from the "
+            f"log, {sharpness.planted_certain} of them certain; {spared} lost pages were not among "
+            "them"
+        )
+    lines.append(f"  seed         {proof.setup.device.seed}")
+    if proof.folder is not None:
+        lines.append(f"  kept         {proof.folder}")
+    for blame in Blame:
+        pages = [page for page in verdict.lost if page.blame == blame]
+        if pages:
+            lines += ["", f"lost by the {blame} ({len(pages)}):"]
+            lines += [f"  {_story(page)}" for page in pages[:_LOST_SHOWN]]
+            if len(pages) > _LOST_SHOWN:
+                lines.append(f"  … and {len(pages) - _LOST_SHOWN} more (--json tells all)")
+    lines += ["", "the guest said:"] * bool(guest.complaints)
+    lines += [f"  {complaint}" for complaint in guest.complaints]
+    if verdict.count(Blame.ACCELERATOR):
+        lines += ["", *_accelerator_advice(proof)]
+    return "\n".join(lines)
+
+
+_HEADINGS: Final = {0: "PASS", 1: "FAIL", 3: "NOT TESTED"}
+
+
+def _story(page: LostPage) -> str:
+    if page.gpa is None:
+        return f"RAM offset {page.ram_offset:#x}: {page.bytes_differing} bytes differ"
+    place = f"GPA {page.gpa:#x}: {page.bytes_differing} bytes differ"
+    if page.request is None:
+        return f"{place}; no device wrote them"
+    write = (
+        f"{place}; request {page.request} on queue {page.queue} wrote its {page.kind} to IOVA "
+        f"{page.iova:#x} {page.seconds:.3f} s after logging began"
+    )
+    if page.link is None:
+        return f"{write}, and a vCPU wrote there later"
+    return (
+        f"{write}, due in harvest {page.due_in_harvest}; lost at the {page.link}"
+        + " (planted)" * page.planted
+    )
+
+
+def _accelerator_advice(proof: Proof) -> list[str]:
+    machine = proof.setup.machine
+    if machine.accelerator != "tcg" or machine.memory_bytes % (256 << 10):
+        return ["The lost pages of the accelerator were written by vCPUs; QEMU did not send them."]
+    odd = format_memory(machine.memory_bytes + (8 << 10))
+    return [
+        "The accelerator's lost pages were written by vCPUs. QEMU 7.2 is known to lose such pages",
+        f"under TCG when RAM is a multiple of 256 KiB: --memory {odd} avoids it, and so does a",
+        "newer QEMU (dmaproof qemu fetch).",
+    ]

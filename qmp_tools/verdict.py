@@ -1,0 +1,305 @@
+"""Holds every page of the destination against the source, and says who lost it.
+
+For a page that differs, the bytes that differ are held against the device's journal:
+
+- The device wrote none of them while logging was on: the loss is the **accelerator's**, QEMU's own
+  tracking of what its vCPUs write.
+- The device wrote some of them: the last such write was due in a certain harvest, and the first
+  link of the chain (`dmaproof.trace.Link`) that has not seen the page in that harvest or later lost
+  it: the loss is the **device's**.
+- Every link of ours has seen it, and the source still holds what the device wrote: the bit was in
+  QEMU's log in time and QEMU did not send the page: **qemu**'s. If the source holds something else,
+  a vCPU wrote there later, and the loss is again the accelerator's.
+
+A pass needs evidence. Pages that the device wrote only once, after QEMU had sent every page at
+least once, are *certain*: their bit is the only thing that can have brought them across.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmaproof.evidence import Evidence, Slot
+from dmaproof.journal import WriteKind
+from dmaproof.trace import TRACED_LINKS, Link
+
+from .ram import PAGE_BYTES, RamFile
+
+EXIT_PASS: Final = 0
+EXIT_LOST: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_UNTESTED: Final = 3
+
+
+class Blame(StrEnum):
+    """Whose loss it was."""
+
+    DEVICE = "device"
+    QEMU = "qemu"
+    ACCELERATOR = "accelerator"
+
+
+@dataclass(frozen=True)
+class LostPage:
+    """One page that differs. Addresses in bytes; `gpa` is None where no memory slot names it.
+
+    The members from `iova` on tell of the device's last write to the bytes that differ, and are
+    None where there was none; `seconds` count from the start of logging.
+    """
+
+    ram_offset: int
+    gpa: int | None
+    bytes_differing: int
+    blame: Blame
+    planted: bool = False
+    link: Link | None = None
+    iova: int | None = None
+    request: int | None = None
+    queue: int | None = None
+    kind: str | None = None
+    seconds: float | None = None
+    due_in_harvest: int | None = None
+    last_seen_in_harvest: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """How much a run can tell; all in pages but for `writes`.
+
+    `rewritten` were written by the device after QEMU had sent every page once; `certain` are those
+    of them that the device wrote only once, with data; `planted` were kept from the log by a
+    planted fault, `planted_certain` are both; `reported_unwritten` reached the log though the
+    device had not written them.
+    """
+
+    writes: int
+    written: int
+    rewritten: int
+    certain: int
+    planted: int
+    planted_certain: int
+    reported_unwritten: int
+
+
+@dataclass(frozen=True)
+class GuestOutcome:
+    """What the guest itself saw on the destination; `swept` counts pages checked again in RAM."""
+
+    requests: int
+    errors: int
+    swept: int
+    complaints: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of one proof."""
+
+    pages: int
+    lost: Sequence[LostPage]
+    sharpness: Sharpness
+    guest: GuestOutcome
+
+    def count(self, blame: Blame) -> int:
+        """How many of the lost pages are `blame`'s."""
+        return sum(page.blame == blame for page in self.lost)
+
+    @property
+    def exit_code(self) -> int:
+        """0 pass, 1 lost, 3 nothing was tested."""
+        if self.lost or self.guest.errors:
+            return EXIT_LOST
+        return EXIT_PASS if self.sharpness.rewritten else EXIT_UNTESTED
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in one sentence."""
+        if self.lost:
+            shares = ", ".join(
+                f"{self.count(blame)} by {_CULPRITS[blame]}" for blame in Blame if self.count(blame)
+            )
+            return f"{len(self.lost)} of {self.pages} pages were lost: {shares}"
+        if self.guest.errors:
+            return (
+                f"every page equal, but the guest found {self.guest.errors} errors on the "
+                "destination"
+            )
+        if not self.sharpness.rewritten:
+            return (
+                "nothing was tested: the device dirtied no page again that had already been sent; "
+                "give the guest more time or the migration less bandwidth"
+            )
+        return f"every page equal: {self.pages} pages compared"
+
+
+_CULPRITS: Final = {
+    Blame.DEVICE: "the device's dirty tracking",
+    Blame.QEMU: "QEMU's handling of the device's log",
+    Blame.ACCELERATOR: "the accelerator's own dirty tracking",
+}
+
+
+class WrittenPages:
+    """The journal's records by the page that they touch.
+
+    `pages` (GPA page numbers, sorted) and `rows` (indices into the records) have one entry for each
+    page of each record; for one page the rows are in the order of the writes.
+    """
+
+    def __init__(self, records: NDArray[np.void]) -> None:
+        page_bytes = np.uint64(PAGE_BYTES)
+        first = records["gpa"] // page_bytes
+        last = (records["gpa"] + np.maximum(records["length"], 1) - np.uint64(1)) // page_bytes
+        counts = (last - first + np.uint64(1)).astype(np.int64)
+        rows = np.repeat(np.arange(len(records)), counts)
+        position = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        pages = first[rows] + position.astype(np.uint64)
+        order = np.argsort(pages, kind="stable")
+        self.pages: NDArray[np.uint64] = pages[order]
+        self.rows: NDArray[np.int64] = rows[order]
+
+    def rows_of(self, page: int) -> NDArray[np.int64]:
+        """The records that touch page number `page`, in the order of the writes."""
+        low, high = np.searchsorted(
+            self.pages, np.array((page, page + 1), dtype=np.uint64), side="left"
+        )
+        return self.rows[low:high]
+
+
+def measure_sharpness(evidence: Evidence, all_sent_ns: int) -> Sharpness:
+    """What the run can tell; by `all_sent_ns` (CLOCK_MONOTONIC) every page had been sent once."""
+    records = evidence.records
+    written = WrittenPages(records)
+    pages, first, counts = np.unique(written.pages, return_index=True, return_counts=True)
+    last_rows = written.rows[first + counts - 1]
+    late = records["time_ns"][last_rows] >= all_sent_ns
+    certain = pages[late & (counts == 1) & (records["kind"][last_rows] == WriteKind.DATA)]
+    planted = np.intersect1d(evidence.planted // np.uint64(PAGE_BYTES), pages)
+    logged = evidence.links[Link.LOG]
+    reported = [
+        np.flatnonzero(logged.array[offset : offset + length // PAGE_BYTES]) + start // PAGE_BYTES
+        for offset, (start, length) in zip(
+            np.cumsum([0, *(length // PAGE_BYTES for _, length in logged.ranges)]),
+            logged.ranges,
+            strict=False,
+        )
+    ]
+    reported_pages = np.concatenate([np.empty(0, dtype=np.int64), *reported]).astype(np.uint64)
+    return Sharpness(
+        writes=len(records),
+        written=len(pages),
+        rewritten=int(late.sum()),
+        certain=len(certain),
+        planted=len(planted),
+        planted_certain=len(np.intersect1d(planted, certain)),
+        reported_unwritten=len(np.setdiff1d(reported_pages, pages)),
+    )
+
+
+def attribute(
+    differing: NDArray[np.int64], source: RamFile, destination: RamFile, evidence: Evidence
+) -> list[LostPage]:
+    """Who lost each of the `differing` pages (page numbers of the RAM files)."""
+    written = WrittenPages(evidence.records)
+    planted = set((evidence.planted // np.uint64(PAGE_BYTES)).tolist())
+    slots = [
+        slot
+        for slot in evidence.slots
+        if (slot.device, slot.inode) == (source.device, source.inode)
+    ]
+    return [
+        _attribute_page(int(page), slots, source, destination, evidence, written, planted)
+        for page in differing
+    ]
+
+
+def _attribute_page(
+    index: int,
+    slots: Sequence[Slot],
+    source: RamFile,
+    destination: RamFile,
+    evidence: Evidence,
+    written: WrittenPages,
+    planted: set[int],
+) -> LostPage:
+    ram_offset = index * PAGE_BYTES
+    ours = np.frombuffer(source.read(ram_offset, PAGE_BYTES), dtype=np.uint8)
+    theirs = np.frombuffer(destination.read(ram_offset, PAGE_BYTES), dtype=np.uint8)
+    differs = ours != theirs
+    bytes_differing = int(differs.sum())
+    gpa = _gpa_of(ram_offset, slots)
+    if gpa is None:
+        return LostPage(ram_offset, None, bytes_differing, Blame.ACCELERATOR)
+    page = gpa // PAGE_BYTES
+    lost = LostPage(ram_offset, gpa, bytes_differing, Blame.ACCELERATOR, planted=page in planted)
+    record = _last_write_of(differs, gpa, evidence.records, written.rows_of(page))
+    if record is None:
+        return lost
+    iova = int(record["iova"]) + max(0, gpa - int(record["gpa"]))
+    due = int(record["epoch"])
+    seen = {
+        link: evidence.links[link].last(iova if link in (Link.TRACKER, Link.ITERATOR) else gpa)
+        for link in TRACED_LINKS
+    }
+    link = next((link for link in TRACED_LINKS if seen[link] < due), Link.QEMU)
+    blame = Blame.DEVICE
+    if link == Link.QEMU:
+        blame = Blame.QEMU if _still_there(record, source, slots) else Blame.ACCELERATOR
+    return LostPage(
+        ram_offset=ram_offset,
+        gpa=gpa,
+        bytes_differing=bytes_differing,
+        blame=blame,
+        planted=lost.planted,
+        link=link if blame != Blame.ACCELERATOR else None,
+        iova=iova,
+        request=int(record["request"]),
+        queue=int(record["queue"]),
+        kind=WriteKind(int(record["kind"])).name.lower().replace("_", " "),
+        seconds=(int(record["time_ns"]) - (evidence.started_ns or 0)) / 1e9,
+        due_in_harvest=due,
+        last_seen_in_harvest={link.value: epoch for link, epoch in seen.items()},
+    )
+
+
+def _gpa_of(ram_offset: int, slots: Sequence[Slot]) -> int | None:
+    for slot in slots:
+        if slot.file_offset <= ram_offset < slot.file_offset + slot.length:
+            return slot.gpa + ram_offset - slot.file_offset
+    return None
+
+
+def _offset_of(gpa: int, slots: Sequence[Slot]) -> int | None:
+    for slot in slots:
+        if slot.gpa <= gpa < slot.gpa + slot.length:
+            return slot.file_offset + gpa - slot.gpa
+    return None
+
+
+def _last_write_of(
+    differs: NDArray[np.bool_], gpa: int, records: NDArray[np.void], rows: NDArray[np.int64]
+) -> np.void | None:
+    """The last of the writes `rows` to one of the bytes of the page at `gpa` that differ."""
+    for row in rows[::-1]:
+        start = int(records["gpa"][row]) - gpa
+        end = start + int(records["length"][row])
+        if differs[max(0, start) : max(0, end)].any():
+            record: np.void = records[row]
+            return record
+    return None
+
+
+def _still_there(record: np.void, source: RamFile, slots: Sequence[Slot]) -> bool:
+    """Whether the source's RAM holds just what the device wrote."""
+    offset = _offset_of(int(record["gpa"]), slots)
+    if offset is None:
+        return False
+    content = source.read(offset, int(record["length"]))
+    return zlib.crc32(content) == int(record["checksum"])

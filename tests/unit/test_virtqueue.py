@@ -1,0 +1,228 @@
+"""The split ring: what is valid is served exactly, what is not is refused without a write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from dmaproof.dma import Dma
+from dmaproof.errors import MemoryAccessError, ProtocolError
+from dmaproof.guest_memory import IovaMap
+from dmaproof.journal import Journal
+from dmaproof.virtqueue import RingAddresses, Segment, Virtqueue
+from ring_driver import INDIRECT, NEXT, PAGE, WRITE, Buffer, RingDriver, guest_memory, ram_fd
+
+RAM_BYTES = 64 * PAGE
+RING = 16 * PAGE
+DATA = 32 * PAGE
+TABLE = 40 * PAGE
+
+
+class Marks:
+    """A tracker that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.ranges: list[tuple[int, int]] = []
+
+    def dma(self, iova: int, length: int) -> None:
+        self.ranges.append((iova, length))
+
+
+@pytest.fixture
+def driver() -> Iterator[RingDriver]:
+    with ram_fd(RAM_BYTES) as fd:
+        yield RingDriver(guest_memory(fd, (0, RAM_BYTES, 0)), RING)
+
+
+def queue_for(
+    driver: RingDriver,
+    *,
+    marks: Marks | None = None,
+    event_index: bool = False,
+    indirect: bool = True,
+    next_available: int = 0,
+) -> Virtqueue:
+    dma = Dma(
+        driver.memory,
+        IovaMap.identity(driver.memory),
+        marks or Marks(),
+        Journal(),
+        due_epoch=lambda: 1,
+    )
+    addresses = RingAddresses(driver.descriptors, driver.available, driver.used)
+    return Virtqueue(
+        dma,
+        addresses,
+        driver.size,
+        next_available=next_available,
+        event_index=event_index,
+        indirect=indirect,
+    )
+
+
+def test_an_empty_ring_has_no_request(driver: RingDriver) -> None:
+    assert queue_for(driver).pop() is None
+
+
+def test_readable_then_writable(driver: RingDriver) -> None:
+    driver.describe(
+        driver.chain([Buffer(DATA, 16), Buffer(DATA + PAGE, 512, WRITE), Buffer(DATA, 1, WRITE)])
+    )
+    driver.publish(0)
+    chain = queue_for(driver).pop()
+    assert chain is not None
+    assert chain.readable == [Segment(DATA, 16)]
+    assert chain.writable == [Segment(DATA + PAGE, 512), Segment(DATA, 1)]
+
+
+def test_an_indirect_table_may_be_longer_than_the_ring(driver: RingDriver) -> None:
+    buffers = driver.chain([Buffer(DATA + 16 * i, 16, WRITE) for i in range(3 * driver.size)])
+    driver.describe(buffers, table=TABLE)
+    driver.describe([Buffer(TABLE, 16 * len(buffers), INDIRECT)])
+    driver.publish(0)
+    chain = queue_for(driver).pop()
+    assert chain is not None
+    assert [segment.iova for segment in chain.writable] == [b.address for b in buffers]
+
+
+def test_the_ring_wraps_and_the_index_too(driver: RingDriver) -> None:
+    driver.describe([Buffer(DATA, 1, WRITE)])
+    driver._next = 0xFFFE
+    driver.write(driver.used + 2, b"\xfe\xff")
+    queue = queue_for(driver, next_available=0xFFFE)
+    for expected in (0xFFFF, 0, 1):
+        driver.publish(0)
+        chain = queue.pop()
+        assert chain is not None
+        queue.push(chain.head, 1)
+        assert driver.used_index == expected
+        assert driver.used_element(expected - 1) == (0, 1)
+    assert queue.next_available == 1
+
+
+@pytest.mark.parametrize(
+    ("buffers", "message"),
+    [
+        pytest.param([Buffer(DATA, 1, NEXT, 0)], "loops", id="loop of one"),
+        pytest.param([Buffer(DATA, 1, NEXT, 1), Buffer(DATA, 1, NEXT, 0)], "loops", id="of two"),
+        pytest.param([Buffer(DATA, 1, NEXT, 8)], "table has 8", id="next outside the table"),
+        pytest.param(
+            [Buffer(DATA, 1, WRITE | NEXT, 1), Buffer(DATA, 1)],
+            "readable descriptor behind",
+            id="readable behind writable",
+        ),
+        pytest.param([Buffer(TABLE, 24, INDIRECT)], "24 bytes", id="table with half an entry"),
+        pytest.param([Buffer(TABLE, 0, INDIRECT)], "0 bytes", id="table without entries"),
+        pytest.param([Buffer(TABLE, 16, INDIRECT | NEXT, 1)], "chained", id="table and more"),
+        pytest.param([Buffer(TABLE, 16, INDIRECT | WRITE)], "writable", id="writable table"),
+    ],
+)
+def test_a_broken_chain_is_refused(
+    driver: RingDriver, buffers: list[Buffer], message: str
+) -> None:
+    driver.describe(buffers)
+    driver.publish(0)
+    with pytest.raises(ProtocolError, match=message):
+        queue_for(driver).pop()
+
+
+def test_a_nested_table_is_refused(driver: RingDriver) -> None:
+    driver.describe([Buffer(TABLE, 16, INDIRECT)], table=TABLE)
+    driver.describe([Buffer(TABLE, 16, INDIRECT)])
+    driver.publish(0)
+    with pytest.raises(ProtocolError, match="nested"):
+        queue_for(driver).pop()
+
+
+def test_a_loop_inside_a_table_is_refused(driver: RingDriver) -> None:
+    driver.describe([Buffer(DATA, 1, NEXT, 1), Buffer(DATA, 1, NEXT, 0)], table=TABLE)
+    driver.describe([Buffer(TABLE, 32, INDIRECT)])
+    driver.publish(0)
+    with pytest.raises(ProtocolError, match="loops"):
+        queue_for(driver).pop()
+
+
+def test_a_table_that_was_not_negotiated_is_refused(driver: RingDriver) -> None:
+    driver.describe([Buffer(DATA, 1)], table=TABLE)
+    driver.describe([Buffer(TABLE, 16, INDIRECT)])
+    driver.publish(0)
+    with pytest.raises(ProtocolError, match="not negotiated"):
+        queue_for(driver, indirect=False).pop()
+
+
+def test_a_table_outside_ram_is_refused(driver: RingDriver) -> None:
+    driver.describe([Buffer(RAM_BYTES - 16, 32, INDIRECT)])
+    driver.publish(0)
+    with pytest.raises(MemoryAccessError):
+        queue_for(driver).pop()
+
+
+def test_a_head_outside_the_table_is_refused(driver: RingDriver) -> None:
+    driver.publish(driver.size)
+    with pytest.raises(ProtocolError, match="table has 8"):
+        queue_for(driver).pop()
+
+
+def test_an_index_further_ahead_than_the_ring_is_refused(driver: RingDriver) -> None:
+    driver.publish(*[0] * 9)
+    with pytest.raises(ProtocolError, match="9 ahead"):
+        queue_for(driver).pop()
+
+
+@pytest.mark.parametrize("size", [0, 3, 65536])
+def test_a_size_no_ring_can_have(driver: RingDriver, size: int) -> None:
+    driver.size = size
+    with pytest.raises(ProtocolError, match="power of two"):
+        queue_for(driver)
+
+
+def test_misaligned_and_missing_parts(driver: RingDriver) -> None:
+    driver.used += 2
+    with pytest.raises(ProtocolError, match="used ring"):
+        queue_for(driver)
+    driver.used = RAM_BYTES - 4
+    with pytest.raises(MemoryAccessError):
+        queue_for(driver)
+
+
+def test_every_write_to_the_used_ring_is_tracked(driver: RingDriver) -> None:
+    marks = Marks()
+    queue = queue_for(driver, marks=marks, event_index=True)
+    queue.push(3, 7)
+    assert marks.ranges == [(driver.used + 4, 8), (driver.used + 2, 2)]
+    queue.ask_for_kick()
+    assert marks.ranges[2:] == [(driver.used + 4 + 8 * driver.size, 2)]
+
+
+def test_the_driver_can_switch_interrupts_off(driver: RingDriver) -> None:
+    queue = queue_for(driver)
+    assert not queue.wants_interrupt()
+    queue.push(0, 0)
+    assert queue.wants_interrupt()
+    driver.publish(flags=1)
+    queue.push(0, 0)
+    assert not queue.wants_interrupt()
+
+
+@pytest.mark.parametrize(("used_event", "wanted"), [(0, True), (1, True), (2, False), (5, False)])
+def test_event_index_interrupts_when_used_event_is_passed(
+    driver: RingDriver, used_event: int, wanted: bool
+) -> None:
+    queue = queue_for(driver, event_index=True)
+    driver.publish(used_event=used_event)
+    queue.push(0, 0)
+    queue.push(1, 0)
+    assert queue.wants_interrupt() is wanted
+    assert not queue.wants_interrupt()
+
+
+def test_a_request_that_came_while_kicks_were_off_is_noticed(driver: RingDriver) -> None:
+    queue = queue_for(driver, event_index=True)
+    assert not queue.ask_for_kick()
+    driver.describe([Buffer(DATA, 1)])
+    driver.publish(0)
+    assert queue.ask_for_kick()
+    assert driver.read(driver.used + 4 + 8 * driver.size, 2) == b"\0\0"
+    assert queue.pop() is not None
+    assert not queue.ask_for_kick()
+    assert driver.read(driver.used + 4 + 8 * driver.size, 2) == b"\1\0"

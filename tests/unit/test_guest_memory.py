@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
 from dmaproof.errors import MemoryAccessError
 from dmaproof.guest_memory import GuestMemory, IovaMap, IovaMapping, map_slot
 from ring_driver import HVA_BASE, PAGE, guest_memory, ram_fd

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+
 from dmaproof.dma import Dma
 from dmaproof.errors import MemoryAccessError, ProtocolError
 from dmaproof.guest_memory import IovaMap
@@ -117,9 +118,7 @@ def test_the_ring_wraps_and_the_index_too(driver: RingDriver) -> None:
         pytest.param([Buffer(TABLE, 16, INDIRECT | WRITE)], "writable", id="writable table"),
     ],
 )
-def test_a_broken_chain_is_refused(
-    driver: RingDriver, buffers: list[Buffer], message: str
-) -> None:
+def test_a_broken_chain_is_refused(driver: RingDriver, buffers: list[Buffer], message: str) -> None:
     driver.describe(buffers)
     driver.publish(0)
     with pytest.raises(ProtocolError, match=message):

@@ -54,7 +54,7 @@ F_VERSION_1: Final = 1 << 32
 TRANSPORT_FEATURES: Final = (
     F_LOG_ALL | F_RING_INDIRECT_DESC | F_RING_EVENT_IDX | F_PROTOCOL_FEATURES | F_VERSION_1
 )
-PROTOCOL_FEATURES: Final = (
+PROTOCOL_FEATURES: Final = int(
     ProtocolFeature.MQ
     | ProtocolFeature.LOG_SHMFD
     | ProtocolFeature.REPLY_ACK
@@ -186,9 +186,11 @@ class Session:
                     file_offset=region.file_offset,
                 )
             )
-        self.memory = GuestMemory(slots)
-        self.iova_map = IovaMap.identity(self.memory)
-        self._check_log_covers_memory(message.request)
+        memory = GuestMemory(slots)
+        if self._log is not None or self.collector.active:
+            _check_log_covers(self._log_bytes, memory, message.request)
+        self.memory = memory
+        self.iova_map = IovaMap.identity(memory)
         self.collector.remap(self.memory, self.iova_map)
         self._dma = self._door()
         for vring in self._vrings:
@@ -197,13 +199,9 @@ class Session:
 
     def _set_log_base(self, message: Message) -> bytes:
         size, offset = decode_log_base(message)
+        _check_log_covers(size, self.memory, message.request)
         log = VhostDirtyLog(message.fds[0], size, offset)
         self._log_bytes = size
-        try:
-            self._check_log_covers_memory(message.request)
-        except ProtocolError:
-            log.close()
-            raise
         if self.collector.active:
             self.collector.switch_log(log)
         else:
@@ -212,16 +210,6 @@ class Session:
             if self._features & F_LOG_ALL:
                 self._start_logging()
         return encode_u64(0)
-
-    def _check_log_covers_memory(self, request: Request) -> None:
-        needed = log_bytes_needed(self.memory.end)
-        if (self._log is not None or self.collector.active or request == Request.SET_LOG_BASE) and (
-            self._log_bytes < needed
-        ):
-            raise ProtocolError(
-                f"{request.name}: a dirty log of {self._log_bytes} bytes is too small for a guest "
-                f"whose memory ends at GPA {self.memory.end:#x}; that needs {needed}"
-            )
 
     def _start_logging(self) -> None:
         if self._log is None:  # it is on already, or starts when the log comes
@@ -408,6 +396,15 @@ class Session:
         self.collector.stop()
         self._drop_unused_log()
         self.connection.close()
+
+
+def _check_log_covers(log_bytes: int, memory: GuestMemory, request: Request) -> None:
+    needed = log_bytes_needed(memory.end)
+    if log_bytes < needed:
+        raise ProtocolError(
+            f"{request.name}: a dirty log of {log_bytes} bytes is too small for a guest whose "
+            f"memory ends at GPA {memory.end:#x}; that needs {needed}"
+        )
 
 
 def _close(fd: int | None) -> None:

@@ -1,0 +1,51 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The probe guest: one vCPU that dirties the same 64 pages for ever, and nothing else.
+ *
+ * No firmware service, no paging, no interrupts: nothing flushes the TLB, so an accelerator that
+ * forgets to reset its dirty state at a bitmap sync loses these pages for certain. QEMU enters by
+ * PVH (the note below), in 32-bit protected mode with flat segments. It says "ready" on the second
+ * serial port once every page has been written.
+ */
+#define COM2 0x2f8
+#define FIRST_PAGE 0x1000000 /* 16 MiB */
+#define PAGES 64
+#define PAGE_BYTES 4096
+#define XEN_ELFNOTE_PHYS32_ENTRY 18
+
+    .section .note.pvh, "a", @note
+    .align 4
+    .long 4, 4, XEN_ELFNOTE_PHYS32_ENTRY
+    .asciz "Xen"
+    .long _start
+
+    .text
+    .globl _start
+_start:
+    cli
+    call increment
+    mov $text, %esi
+    mov $COM2, %dx
+tell:
+    lodsb
+    test %al, %al
+    jz run
+    outb %al, %dx
+    jmp tell
+run:
+    call increment
+    jmp run
+
+/* Add one to the first word of every page. */
+increment:
+    mov $FIRST_PAGE, %edi
+    mov $PAGES, %ecx
+next:
+    incl (%edi)
+    add $PAGE_BYTES, %edi
+    loop next
+    ret
+
+text:
+    .asciz "ready\n"
+    .section .note.GNU-stack, "", @progbits

@@ -1,0 +1,199 @@
+"""Packages of the distribution's archive in a private folder, without root.
+
+apt does the fetching and the checking of signatures, with state, cache and sources of its own, so
+the system's package state is neither read nor touched. Where the archive is, and which keys sign
+it, is taken from what the machine's own apt is set up with.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from dmaproof.errors import UntestableError
+
+_TIMEOUT_S: Final = 900.0
+_SECURITY_LABEL: Final = "Debian-Security"
+_POCKETS: Final = ("-updates", "-backports", "-security")
+
+
+@dataclass(frozen=True)
+class _Repository:
+    label: str
+    uri: str
+    codename: str
+    signed_by: str
+
+
+def _run(command: Sequence[str], what: str, folder: Path | None = None) -> str:
+    """What `command` prints; `what` says in words what it was to do."""
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env={**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise UntestableError(
+            f"{what} needs {command[0]}, which is not there: a Debian or Ubuntu machine is needed"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise UntestableError(f"{what} took longer than {_TIMEOUT_S:.0f} s") from None
+    if done.returncode:
+        complaints = [line for line in done.stderr.splitlines() if line.startswith("E:")]
+        told = "\n".join(f"    {line}" for line in complaints or done.stderr.splitlines()[-5:])
+        raise UntestableError(f"{what} failed ({command[0]} said):\n{told}")
+    return done.stdout
+
+
+def _repositories() -> list[_Repository]:
+    """The Debian repositories that the machine's apt is set up with."""
+    listing = _run(
+        [
+            "apt-get",
+            "indextargets",
+            "--format",
+            "$(ORIGIN)\t$(LABEL)\t$(REPO_URI)\t$(CODENAME)\t$(SIGNED_BY)",
+            "Created-By: Packages",
+        ],
+        "looking up the machine's package sources",
+    )
+    rows = {tuple(line.split("\t")) for line in listing.splitlines()}
+    found = (
+        sorted(_Repository(*row[1:]) for row in rows if len(row) == 5 and row[0] == "Debian")
+        if rows
+        else []
+    )
+    if not found:
+        raise UntestableError(
+            "apt knows no Debian archive; 'apt-get update' (as root, once) makes it known"
+        )
+    return found
+
+
+def own_codename() -> str:
+    """The codename of the machine's own release, such as 'bookworm'."""
+    main = next((it for it in _repositories() if it.label != _SECURITY_LABEL), None)
+    if main is None:
+        raise UntestableError("apt has no main Debian archive among its sources")
+    return re.sub("|".join(_POCKETS), "", main.codename)
+
+
+def _sources(suite: str) -> str:
+    """The lines of a sources.list for `suite` and what it builds on."""
+    release = re.sub("|".join(_POCKETS), "", suite)
+    lines = []
+    for label in ("Debian", _SECURITY_LABEL):
+        repository = next((it for it in _repositories() if it.label == label), None)
+        if repository is None:
+            continue
+        keys = f"[signed-by={repository.signed_by}] " if repository.signed_by else ""
+        if label == _SECURITY_LABEL:
+            suites = [f"{release}-security"]
+        else:
+            suites = [release, f"{release}-updates"]
+            suites += [suite] if suite not in suites else []
+        lines += [f"deb {keys}{repository.uri} {name} main" for name in suites]
+    return "\n".join(lines) + "\n"
+
+
+class Archive:
+    """apt for `suite` (such as 'trixie-backports') with all its state in `folder`.
+
+    Raises:
+        UntestableError: there is no apt, the archive cannot be reached, or it has no such suite.
+    """
+
+    def __init__(self, suite: str, folder: Path) -> None:
+        self.suite = suite
+        self._folder = folder.absolute()
+        for name in ("lists/partial", "archives/partial"):
+            (self._folder / name).mkdir(parents=True, exist_ok=True)
+        (self._folder / "status").touch()
+        (self._folder / "sources.list").write_text(_sources(suite))
+        self._apt("apt-get", "update", what=f"fetching the package lists of {suite}")
+
+    def _apt(self, program: str, *arguments: str, what: str) -> str:
+        settings = {
+            "Dir::State": self._folder,
+            "Dir::State::lists": self._folder / "lists",
+            "Dir::State::status": self._folder / "status",
+            "Dir::Cache": self._folder,
+            "Dir::Cache::archives": self._folder / "archives",
+            "Dir::Etc::sourcelist": self._folder / "sources.list",
+            "Dir::Etc::sourceparts": "-",
+            "Dir::Etc::preferences": "-",
+            "Dir::Etc::preferencesparts": "-",
+            "Acquire::Languages": "none",
+            "APT::Get::AllowUnauthenticated": "false",
+            "APT::Update::Error-Mode": "any",
+            # As root, apt would fetch as another user, who may not enter a private folder.
+            "APT::Sandbox::User": "root",
+        }
+        options = [part for name, value in settings.items() for part in ("-o", f"{name}={value}")]
+        return _run([program, *options, *arguments], what)
+
+    def version(self, package: str) -> str:
+        """The version of `package` that the suite would install."""
+        policy = self._apt("apt-cache", "-t", self.suite, "policy", package, what="asking apt")
+        match = re.search(r"^\s*Candidate: (\S+)", policy, re.MULTILINE)
+        if match is None or match[1] == "(none)":
+            raise UntestableError(f"{self.suite} has no package {package}")
+        return match[1]
+
+    def fetch_closure(self, packages: Sequence[str]) -> list[Path]:
+        """Download `packages` with all that they depend on, as for an empty system."""
+        self._apt(
+            "apt-get",
+            *("-t", self.suite, "install", "--download-only", "--yes", "--no-install-recommends"),
+            *packages,
+            what=f"downloading {', '.join(packages)} from {self.suite}",
+        )
+        return sorted((self._folder / "archives").glob("*.deb"))
+
+
+def fetch_own(package: str, folder: Path) -> Path:
+    """Download `package` of the machine's own release, without dependencies, into `folder`."""
+    _run(
+        ["apt-get", "-o", "APT::Sandbox::User=root", "download", package],
+        f"downloading {package}",
+        folder,
+    )
+    found = sorted(folder.glob(f"{package}_*.deb"))
+    if not found:
+        raise UntestableError(f"apt-get download {package} brought nothing")
+    return found[-1]
+
+
+def dependencies(package: str) -> list[str]:
+    """The names of the packages that `package` of the machine's own release depends on."""
+    listing = _run(["apt-cache", "depends", package], f"asking apt about {package}")
+    return re.findall(r"^\s*Depends: ([^<\s]+)", listing, re.MULTILINE)
+
+
+def unpack(package: Path, folder: Path) -> None:
+    """Unpack the files of a .deb into `folder`."""
+    _run(["dpkg-deb", "-x", str(package), str(folder)], f"unpacking {package.name}")
+
+
+def replace_folder(fresh: Path, target: Path) -> None:
+    """Put the finished folder `fresh` in `target`'s place, whole or not at all."""
+    if target.exists():
+        old = target.with_name(f"{target.name}.old-{os.getpid()}")
+        target.rename(old)
+        fresh.rename(target)
+        shutil.rmtree(old)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh.rename(target)

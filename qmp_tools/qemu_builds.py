@@ -1,0 +1,160 @@
+"""QEMU builds from the distribution's archive, each with all its libraries in a folder of its own.
+
+Packages of a newer release do not install on an older one, but they run from a folder: started
+through that folder's own dynamic loader, with its libraries, modules and firmware. A small script
+does that, so a fetched QEMU is a path like any other; it replaces itself by QEMU, so the process id
+stays the same.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from dmaproof.errors import UntestableError, UsageError
+
+from .archive import Archive, own_codename, replace_folder, unpack
+
+Say = Callable[[str], None]
+
+_RELEASES: Final = ("bookworm", "trixie")
+"""Those whose suites are tried for a version; the machine's own is tried too."""
+_PACKAGE: Final = "qemu-system-x86"
+_PACKAGES: Final = (_PACKAGE, "qemu-system-data", "qemu-utils", "seabios", "ipxe-qemu")
+_PROGRAMS: Final = ("qemu-system-x86_64", "qemu-storage-daemon", "qemu-img")
+_SUITE_FILE: Final = "suite"
+
+_WRAPPER: Final = """\
+#!/bin/sh
+# Runs this folder's {program} with this folder's loader, libraries, modules and firmware.
+root=$(dirname "$(readlink -f "$0")")/root
+libraries=$root/lib/x86_64-linux-gnu:$root/usr/lib/x86_64-linux-gnu
+export QEMU_MODULE_DIR="$root/usr/lib/x86_64-linux-gnu/qemu"
+exec "$root/lib64/ld-linux-x86-64.so.2" --library-path "$libraries" \\
+    "$root/usr/bin/{program}"{firmware} "$@"
+"""
+_FIRMWARE: Final = (
+    ' -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" \\\n    -L "$root/usr/lib/ipxe/qemu"'
+)
+
+
+@dataclass(frozen=True)
+class QemuBuild:
+    """A fetched QEMU; `path` is its qemu-system-x86_64."""
+
+    version: str
+    suite: str
+    path: Path
+
+
+def _home() -> Path:
+    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(base) / "dmaproof" / "qemu"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version))
+
+
+def installed() -> list[QemuBuild]:
+    """The builds that are there, oldest version first."""
+    builds = [
+        QemuBuild(file.parent.name, file.read_text().strip(), file.parent / _PROGRAMS[0])
+        for file in _home().glob(f"[0-9]*/{_SUITE_FILE}")
+    ]
+    return sorted(builds, key=lambda build: _numbers(build.version))
+
+
+def fetch(wanted: str, say: Say) -> QemuBuild:
+    """Bring the QEMU of a suite ('trixie-backports') or of a version ('11.1').
+
+    Raises:
+        UsageError: no suite of the archive has that version.
+        UntestableError: the archive cannot be reached, or what came does not run.
+    """
+    _home().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="new-", dir=_home()) as temporary:
+        folder = Path(temporary)
+        archive, version = _find(wanted, folder, say)
+        target = _home() / version
+        say(f"fetching QEMU {version} and its libraries from {archive.suite}")
+        packages = archive.fetch_closure(_PACKAGES)
+        say(f"unpacking {len(packages)} packages")
+        build = folder / "build"
+        for package in packages:
+            unpack(package, build / "root")
+        _finish(build)
+        (build / _SUITE_FILE).write_text(archive.suite + "\n")
+        _try(build / _PROGRAMS[0])
+        replace_folder(build, target)
+    return QemuBuild(version, archive.suite, target / _PROGRAMS[0])
+
+
+def _find(wanted: str, folder: Path, say: Say) -> tuple[Archive, str]:
+    """The suite that has what is `wanted`, and the upstream version there."""
+    is_version = wanted[:1].isdigit()
+    suites = _suites() if is_version else [wanted]
+    seen = []
+    for suite in suites:
+        say(f"looking into {suite}")
+        try:
+            archive = Archive(suite, folder / suite)
+            version = _upstream(archive.version(_PACKAGE))
+        except UntestableError:
+            if not is_version or len(suites) == 1:
+                raise
+            continue
+        if not is_version or version == wanted or version.startswith(wanted + "."):
+            return archive, version
+        seen.append(f"{suite} has {version}")
+    raise UsageError(
+        f"no suite has QEMU {wanted}: {', '.join(seen) or 'the archive could not be reached'}"
+    )
+
+
+def _suites() -> list[str]:
+    releases = list(dict.fromkeys((*_RELEASES, own_codename())))
+    return [f"{name}{pocket}" for name in reversed(releases) for pocket in ("-backports", "")]
+
+
+def _upstream(version: str) -> str:
+    """'10.0.13' from a Debian version such as '1:10.0.13+ds-0+deb13u1'."""
+    match = re.match(r"(?:\d+:)?([\d.]*\d)", version)
+    if match is None:
+        raise UntestableError(f"QEMU's package has a version without numbers: {version}")
+    return match[1]
+
+
+def _finish(build: Path) -> None:
+    """Make the unpacked tree whole: merged /usr, and a script for each program."""
+    root = build / "root"
+    for name in ("lib", "lib64"):
+        old, new = root / name, root / "usr" / name
+        if old.is_dir() and not old.is_symlink():
+            shutil.copytree(old, new, symlinks=True, dirs_exist_ok=True)
+            shutil.rmtree(old)
+        if not old.is_symlink():
+            old.symlink_to(f"usr/{name}")
+    for program in _PROGRAMS:
+        if not (root / "usr/bin" / program).exists():
+            continue
+        firmware = _FIRMWARE if program.startswith("qemu-system") else ""
+        script = build / program
+        script.write_text(_WRAPPER.format(program=program, firmware=firmware))
+        script.chmod(0o755)
+
+
+def _try(program: Path) -> None:
+    for option in ("--version", "-machine help"):
+        done = subprocess.run(
+            [program, *option.split()], capture_output=True, text=True, timeout=60, check=False
+        )
+        if done.returncode:
+            raise UntestableError(f"the fetched QEMU does not run: {done.stderr.strip()}")

@@ -1,0 +1,339 @@
+"""The back end against a front end that keeps the rules, and against one that does not."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from dmaproof.devices.blk import Blk
+from dmaproof.errors import MemoryAccessError, ProtocolError
+from dmaproof.faults import plant
+from dmaproof.stamp import read_stamp
+from dmaproof.vhost_user.messages import Request, encode_request, encode_u64
+from dmaproof.vhost_user.session import PROTOCOL_FEATURES
+from front_end import FEATURES, FrontEnd
+from ring_driver import PAGE, WRITE, Buffer, RingDriver, guest_memory, ram_fd
+
+RAM_BYTES = 128 * PAGE
+HIGH = 1 << 32
+"""The second slot's GPA; the first is at 0."""
+RING = 8 * PAGE
+HEADER = 20 * PAGE
+STATUS = 21 * PAGE + 5
+DATA = HIGH + 3 * PAGE
+LOG_BYTES = (HIGH + 64 * PAGE) // PAGE // 8
+IN, OUT, FLUSH, GET_ID = 0, 1, 4, 8
+
+
+class Guest(NamedTuple):
+    front_end: FrontEnd
+    driver: RingDriver
+    ram: int
+    log: int
+
+
+@pytest.fixture
+def guest() -> Iterator[Guest]:
+    yield from start_guest(FrontEnd())
+
+
+def start_guest(front_end: FrontEnd) -> Iterator[Guest]:
+    with ram_fd(RAM_BYTES) as ram, ram_fd(LOG_BYTES) as log:
+        places = ((0, 64 * PAGE, 0), (HIGH, 64 * PAGE, 64 * PAGE))
+        driver = RingDriver(guest_memory(ram, *places), RING)
+        front_end.send(Request.SET_FEATURES, encode_u64(FEATURES))
+        front_end.send(Request.SET_PROTOCOL_FEATURES, encode_u64(PROTOCOL_FEATURES))
+        front_end.set_memory(ram, *places)
+        front_end.start_ring(driver)
+        yield Guest(front_end, driver, ram, log)
+        front_end.close()
+
+
+def request(guest: Guest, kind: int, sector: int, *buffers: Buffer) -> int:
+    """Carry out one block request; returns its status byte."""
+    driver = guest.driver
+    driver.write(HEADER, struct.pack("<IIQ", kind, 0, sector))
+    driver.write(STATUS, b"\xff")
+    chain = [Buffer(HEADER, 16), *buffers, Buffer(STATUS, 1, WRITE)]
+    driver.describe(driver.chain(chain))
+    driver.publish(0)
+    guest.front_end.serve()
+    return driver.read(STATUS, 1)[0]
+
+
+def dirty_pages(log: int) -> set[int]:
+    """The pages whose bits are set in the log, which are taken as QEMU takes them."""
+    bits = np.unpackbits(np.frombuffer(os.pread(log, LOG_BYTES, 0), np.uint8), bitorder="little")
+    os.pwrite(log, bytes(LOG_BYTES), 0)
+    return set(np.flatnonzero(bits).tolist())
+
+
+def start_logging(guest: Guest) -> None:
+    guest.front_end.set_log(guest.log, LOG_BYTES)
+    guest.front_end.log_all(True)
+    guest.front_end.set_ring_address(guest.driver, logged=True)
+
+
+# Requests ---------------------------------------------------------------------------------------
+
+
+def test_every_read_is_stamped_and_unique(guest: Guest) -> None:
+    seen = set()
+    for number in (1, 2, 3):
+        assert request(guest, IN, 80, Buffer(DATA, 2 * PAGE, WRITE)) == 0
+        pages = [guest.driver.read(DATA + index * PAGE, PAGE) for index in (0, 1)]
+        assert [read_stamp(page) for page in pages] == [(80, number), (88, number)]
+        seen.update(pages)
+    assert len(seen) == 6
+    assert os.eventfd_read(guest.front_end.call) >= 1
+
+
+def test_a_read_scattered_over_unaligned_pieces(guest: Guest) -> None:
+    pieces = [Buffer(DATA + 100, 512, WRITE), Buffer(DATA + 9 * PAGE - 7, 1024, WRITE)]
+    assert request(guest, IN, 3, *pieces) == 0
+    assert request(guest, IN, 0, Buffer(DATA + 20 * PAGE, PAGE, WRITE)) == 0
+    scattered = guest.driver.read(pieces[0].address, 512) + guest.driver.read(
+        pieces[1].address, 1024
+    )
+    whole = bytearray(guest.driver.read(DATA + 20 * PAGE, PAGE))
+    assert len(scattered) == len(whole[3 * 512 : 6 * 512])
+    assert scattered[8:16] != whole[3 * 512 + 8 : 3 * 512 + 16]  # another request, other content
+
+
+def test_what_was_written_reads_back(guest: Guest) -> None:
+    content = os.urandom(PAGE + 512)
+    guest.driver.write(DATA, content)
+    assert request(guest, OUT, 21, Buffer(DATA, len(content))) == 0
+    assert request(guest, IN, 21, Buffer(DATA + 4 * PAGE, len(content), WRITE)) == 0
+    assert guest.driver.read(DATA + 4 * PAGE, len(content)) == content
+
+
+def test_flush_and_identity(guest: Guest) -> None:
+    assert request(guest, FLUSH, 0) == 0
+    assert request(guest, GET_ID, 0, Buffer(DATA, 20, WRITE)) == 0
+    assert guest.driver.read(DATA, 20) == b"dmaproof".ljust(20, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("kind", "sector", "buffer", "status"),
+    [
+        (IN, (1 << 30) // 512, Buffer(DATA, 512, WRITE), 1),
+        (IN, (1 << 30) // 512 - 1, Buffer(DATA, 1024, WRITE), 1),
+        (OUT, (1 << 64) - 1, Buffer(DATA, 512), 1),
+        (IN, 0, Buffer(DATA, 100, WRITE), 1),
+        (99, 0, Buffer(DATA, 512, WRITE), 2),
+    ],
+)
+def test_what_the_disk_cannot_do_is_a_status(
+    guest: Guest, kind: int, sector: int, buffer: Buffer, status: int
+) -> None:
+    before = guest.driver.read(DATA, 512)
+    assert request(guest, kind, sector, buffer) == status
+    assert guest.driver.read(DATA, 512) == before
+
+
+def test_config_space_says_capacity_and_queues(guest: Guest) -> None:
+    space = struct.pack("<III", 0, 60, 0) + bytes(60)
+    answer = guest.front_end.ask(Request.GET_CONFIG, space)[12:]
+    assert int.from_bytes(answer[:8], "little") == (1 << 30) // 512
+    assert int.from_bytes(answer[34:36], "little") == 2
+
+
+def test_stopping_answers_where_the_ring_stands(guest: Guest) -> None:
+    request(guest, FLUSH, 0)
+    request(guest, FLUSH, 0)
+    answer = guest.front_end.ask(Request.GET_VRING_BASE, struct.pack("<II", 0, 0))
+    assert answer == struct.pack("<II", 0, 2)
+    assert request(guest, FLUSH, 0) == 0xFF  # it serves no more
+
+
+# The dirty log ----------------------------------------------------------------------------------
+
+
+def test_the_log_gets_every_written_page_and_no_other(guest: Guest) -> None:
+    request(guest, IN, 0, Buffer(DATA, PAGE, WRITE))
+    start_logging(guest)
+    assert request(guest, IN, 8, Buffer(DATA + PAGE - 1, 2 * 512, WRITE)) == 0
+    guest.front_end.session.collector.harvest()
+    data = DATA // PAGE
+    expected = {data, data + 1, STATUS // PAGE, guest.driver.used // PAGE}
+    assert dirty_pages(guest.log) == expected
+    guest.front_end.session.collector.harvest()
+    assert dirty_pages(guest.log) == set()
+
+
+def test_the_last_pages_are_logged_before_the_ring_has_stopped(guest: Guest) -> None:
+    start_logging(guest)
+    request(guest, IN, 0, Buffer(DATA, PAGE, WRITE))
+    assert dirty_pages(guest.log) == set()
+    guest.front_end.ask(Request.GET_VRING_BASE, struct.pack("<II", 0, 0))
+    assert DATA // PAGE in dirty_pages(guest.log)
+
+
+def test_immediate_harvest_needs_no_harvest() -> None:
+    for guest in start_guest(FrontEnd(immediate=True)):
+        start_logging(guest)
+        request(guest, IN, 0, Buffer(DATA, PAGE, WRITE))
+        assert {DATA // PAGE, STATUS // PAGE} <= dirty_pages(guest.log)
+
+
+def test_a_new_log_takes_over_and_the_old_one_keeps_what_was_before(guest: Guest) -> None:
+    start_logging(guest)
+    request(guest, IN, 0, Buffer(DATA, PAGE, WRITE))
+    with ram_fd(2 * LOG_BYTES) as new_log:
+        guest.front_end.set_log(new_log, LOG_BYTES, LOG_BYTES)
+        assert DATA // PAGE in dirty_pages(guest.log)
+        request(guest, IN, 0, Buffer(DATA + 7 * PAGE, PAGE, WRITE))
+        guest.front_end.session.collector.harvest()
+        assert dirty_pages(guest.log) == set()
+        assert os.pread(new_log, LOG_BYTES, 0) == bytes(LOG_BYTES)
+        os.pwrite(guest.log, os.pread(new_log, LOG_BYTES, LOG_BYTES), 0)
+        assert DATA // PAGE + 7 in dirty_pages(guest.log)
+
+
+def test_logging_can_stop_and_start_again(guest: Guest) -> None:
+    start_logging(guest)
+    guest.front_end.log_all(False)
+    dirty_pages(guest.log)
+    request(guest, IN, 0, Buffer(DATA, PAGE, WRITE))
+    start_logging(guest)
+    request(guest, IN, 0, Buffer(DATA + PAGE, PAGE, WRITE))
+    guest.front_end.session.collector.harvest()
+    found = dirty_pages(guest.log)
+    assert DATA // PAGE + 1 in found
+    assert DATA // PAGE not in found
+
+
+def test_a_dropped_page_never_reaches_the_log() -> None:
+    fault = plant("drop-pages=0.5", seed=3)
+    for guest in start_guest(FrontEnd(fault=fault)):
+        start_logging(guest)
+        for index in range(40):
+            request(guest, IN, 0, Buffer(HIGH + index * PAGE, PAGE, WRITE))
+        guest.front_end.session.collector.harvest()
+        logged = {page - HIGH // PAGE for page in dirty_pages(guest.log)}
+        planted = {int(gpa - HIGH) // PAGE for gpa in fault.planted() if gpa >= HIGH}
+        written = set(range(40))
+        assert logged & written == written - planted
+        assert 5 < len(planted & written) < 35
+
+
+# Front ends that break the rules ----------------------------------------------------------------
+
+
+def refused(front_end: FrontEnd, message: str, data: bytes, fds: tuple[int, ...] = ()) -> None:
+    open_before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ProtocolError, match=message):
+        front_end.send_raw(data, fds)
+    assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (struct.pack("<III", 999, 1, 0), "request 999"),
+        (struct.pack("<III", 1, 2, 0), "version 2"),
+        (struct.pack("<III", 1, 5, 0), "a reply"),
+        (struct.pack("<III", 2, 1, 1 << 30), "SET_FEATURES: payload of 1073741824"),
+        (encode_request(Request.SET_FEATURES, b"1234"), "SET_FEATURES: payload of 4"),
+        (encode_request(Request.SET_FEATURES, encode_u64(1 << 63)), "not offered"),
+        (encode_request(Request.SET_PROTOCOL_FEATURES, encode_u64(1 << 63)), "not offered"),
+        (encode_request(Request.SET_VRING_NUM, struct.pack("<II", 2, 8)), "ring 2 of a device"),
+        (encode_request(Request.SET_VRING_KICK, encode_u64(0)), "0 file descriptors, not 1"),
+        (encode_request(Request.SET_VRING_KICK, encode_u64(1 << 8)), "polled"),
+        (encode_request(Request.SET_LOG_BASE, struct.pack("<QQ", 8, 0)), "0 file descriptors"),
+        (encode_request(Request.SET_MEM_TABLE, struct.pack("<II", 9, 0)), "9 regions"),
+        (encode_request(Request.SET_MEM_TABLE, struct.pack("<II", 1, 0) + bytes(32)), "0 files"),
+        (encode_request(Request.GET_CONFIG, struct.pack("<III", 250, 60, 0) + bytes(60)), "250"),
+        (encode_request(Request.GET_CONFIG, struct.pack("<III", 0, 60, 0)), "says 60"),
+    ],
+)
+def test_a_malformed_message_is_refused_by_name(guest: Guest, data: bytes, message: str) -> None:
+    refused(guest.front_end, message, data)
+
+
+def test_a_log_too_small_for_the_guest(guest: Guest) -> None:
+    payload = struct.pack("<QQ", LOG_BYTES - 8, 0)
+    data = encode_request(Request.SET_LOG_BASE, payload)
+    refused(guest.front_end, f"{LOG_BYTES - 8} bytes is too small", data, (guest.log,))
+
+
+def test_a_log_longer_than_its_file(guest: Guest) -> None:
+    data = encode_request(Request.SET_LOG_BASE, struct.pack("<QQ", LOG_BYTES + 8, 0))
+    refused(guest.front_end, "SET_LOG_BASE.*inside its file", data, (guest.log,))
+
+
+def test_memory_that_outgrows_the_log(guest: Guest) -> None:
+    start_logging(guest)
+    places = struct.pack("<II", 1, 0) + struct.pack("<QQQQ", HIGH * 2, 64 * PAGE, 0, 0)
+    data = encode_request(Request.SET_MEM_TABLE, places)
+    refused(guest.front_end, "SET_MEM_TABLE: a dirty log of", data, (guest.ram,))
+
+
+def test_a_memory_region_longer_than_its_file(guest: Guest) -> None:
+    places = struct.pack("<II", 1, 0) + struct.pack("<QQQQ", 0, RAM_BYTES, 0, PAGE)
+    data = encode_request(Request.SET_MEM_TABLE, places)
+    refused(guest.front_end, "SET_MEM_TABLE: memory slot", data, (guest.ram,))
+
+
+def test_a_ring_outside_every_slot(guest: Guest) -> None:
+    data = encode_request(Request.SET_VRING_ADDR, struct.pack("<IIQQQQ", 0, 0, 16, 16, 16, 16))
+    refused(guest.front_end, "SET_VRING_ADDR: HVA 0x10", data)
+
+
+def test_a_used_ring_logged_elsewhere(guest: Guest) -> None:
+    guest.driver.used += 4
+    with pytest.raises(ProtocolError, match="are to be logged at"):
+        guest.front_end.send(
+            Request.SET_VRING_ADDR,
+            struct.pack(
+                "<IIQQQQ",
+                0,
+                1,
+                0x7F00_0000_0000 + guest.driver.descriptors,
+                0x7F00_0000_0000 + guest.driver.used,
+                0x7F00_0000_0000 + guest.driver.available,
+                guest.driver.used - 4,
+            ),
+        )
+
+
+@pytest.mark.parametrize("address", [64 * PAGE - 10, HIGH - PAGE, HIGH + 64 * PAGE - 1, 1 << 63])
+def test_an_address_outside_every_slot_writes_nothing(guest: Guest, address: int) -> None:
+    guest.driver.write(64 * PAGE - 10, b"untouched!")
+    with pytest.raises(MemoryAccessError, match="0x"):
+        request(guest, IN, 0, Buffer(address, PAGE, WRITE))
+    assert guest.driver.read(64 * PAGE - 10, 10) == b"untouched!"
+    assert guest.driver.read(STATUS, 1) == b"\xff"
+
+
+def test_a_request_without_room_for_its_status(guest: Guest) -> None:
+    driver = guest.driver
+    driver.write(HEADER, struct.pack("<IIQ", IN, 0, 0))
+    driver.describe([Buffer(HEADER, 16)])
+    driver.publish(0)
+    with pytest.raises(ProtocolError, match="status byte"):
+        guest.front_end.serve()
+
+
+def test_a_request_larger_than_the_process_would_hold(guest: Guest) -> None:
+    device = Blk(1 << 40)
+    assert device._refused(0, 64 << 20)
+
+
+def test_a_message_that_comes_in_pieces(guest: Guest) -> None:
+    data = encode_request(Request.SET_VRING_NUM, struct.pack("<II", 1, 64))
+    for position in range(len(data)):
+        guest.front_end.send_raw(data[position : position + 1])
+    assert guest.front_end.session._vrings[1].size == 64
+
+
+def test_a_front_end_that_goes_away(guest: Guest) -> None:
+    guest.front_end.socket.close()
+    with pytest.raises(EOFError):
+        guest.front_end.session.receive()

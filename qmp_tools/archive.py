@@ -23,7 +23,7 @@ _SECURITY_LABEL: Final = "Debian-Security"
 _POCKETS: Final = ("-updates", "-backports", "-security")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class _Repository:
     label: str
     uri: str

@@ -18,6 +18,8 @@ from dmaproof.errors import UntestableError
 from .qmp import Qmp
 
 _POLL_S: Final = 0.05
+_UNLIMITED_BYTES_PER_S: Final = 1 << 40
+_HELD_BANDWIDTH_BYTES_PER_S: Final = 16 << 20
 _OVER: Final = frozenset({"completed", "failed", "cancelled"})
 
 
@@ -99,9 +101,9 @@ def _progress(answer: dict[str, Any]) -> Progress:
 class Migration:
     """A migration from `source` to `destination`, which waits with ``-incoming defer``.
 
-    `start` begins it with a downtime limit so low that a busy guest does not converge; `release`
-    sets the limit that was asked for. In between, `follow` shows a precopy for as long as the
-    caller has something to do in it.
+    `start` begins it with a downtime limit so low that a busy guest does not converge; `hold` slows
+    it down once its first pass is over; `release` sets the limits that were asked for. In between,
+    `follow` shows a precopy for as long as the caller has something to do in it.
     """
 
     source: Qmp
@@ -128,8 +130,8 @@ class Migration:
             )
         await self.source.execute(
             "migrate-set-parameters",
-            max_bandwidth=self.limits.bandwidth_bytes_per_s or 1 << 40,
-            downtime_limit=0,
+            max_bandwidth=self._bandwidth_bytes_per_s,
+            downtime_limit=1,  # with 0, QEMU takes an empty first pass for convergence
         )
         await self.destination.execute(
             "migrate-incoming", uri=self.way.listen_on(self.folder, self.host)
@@ -144,11 +146,24 @@ class Migration:
             return f"tcp:{address['host']}:{address['port']}"
         return uri
 
-    async def release(self) -> None:
-        """Let the migration end as soon as the downtime limit allows."""
+    async def hold(self) -> None:
+        """Send slowly: so the migration does not converge, and the guest has the processors."""
         await self.source.execute(
-            "migrate-set-parameters", downtime_limit=round(self.limits.downtime_s * 1000)
+            "migrate-set-parameters",
+            max_bandwidth=min(self._bandwidth_bytes_per_s, _HELD_BANDWIDTH_BYTES_PER_S),
         )
+
+    async def release(self) -> None:
+        """Let the migration end as soon as the limits allow."""
+        await self.source.execute(
+            "migrate-set-parameters",
+            max_bandwidth=self._bandwidth_bytes_per_s,
+            downtime_limit=max(1, round(self.limits.downtime_s * 1000)),
+        )
+
+    @property
+    def _bandwidth_bytes_per_s(self) -> int:
+        return self.limits.bandwidth_bytes_per_s or _UNLIMITED_BYTES_PER_S
 
     async def follow(self) -> AsyncIterator[Progress]:
         """The progress, again and again until the migration has completed.

@@ -216,6 +216,7 @@ class _Run:
                 self._display.precopy(progress)
                 if all_sent_ns is None and progress.syncs >= 2:
                     all_sent_ns = progress.time_ns
+                    await migration.hold()
                     await guest.tell(START_ONCE)
                 elif not released and "once-done" in guest.latest:
                     released = True

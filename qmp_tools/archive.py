@@ -19,6 +19,7 @@ from typing import Final
 from dmaproof.errors import UntestableError
 
 _TIMEOUT_S: Final = 900.0
+_KEYRING: Final = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _SECURITY_LABEL: Final = "Debian-Security"
 _POCKETS: Final = ("-updates", "-backports", "-security")
 
@@ -28,7 +29,6 @@ class _Repository:
     label: str
     uri: str
     codename: str
-    signed_by: str
 
 
 def _run(command: Sequence[str], what: str, folder: Path | None = None) -> str:
@@ -64,14 +64,14 @@ def _repositories() -> list[_Repository]:
             "apt-get",
             "indextargets",
             "--format",
-            "$(ORIGIN)\t$(LABEL)\t$(REPO_URI)\t$(CODENAME)\t$(SIGNED_BY)",
+            "$(ORIGIN)\t$(LABEL)\t$(REPO_URI)\t$(CODENAME)",
             "Created-By: Packages",
         ],
         "looking up the machine's package sources",
     )
     rows = {tuple(line.split("\t")) for line in listing.splitlines()}
     found = (
-        sorted(_Repository(*row[1:]) for row in rows if len(row) == 5 and row[0] == "Debian")
+        sorted(_Repository(*row[1:]) for row in rows if len(row) == 4 and row[0] == "Debian")
         if rows
         else []
     )
@@ -94,11 +94,12 @@ def _sources(suite: str) -> str:
     """The lines of a sources.list for `suite` and what it builds on."""
     release = re.sub("|".join(_POCKETS), "", suite)
     lines = []
+    # Without the keyring's package, apt takes the keys that the machine trusts anyway.
+    keys = f"[signed-by={_KEYRING}] " if _KEYRING.exists() else ""
     for label in ("Debian", _SECURITY_LABEL):
         repository = next((it for it in _repositories() if it.label == label), None)
         if repository is None:
             continue
-        keys = f"[signed-by={repository.signed_by}] " if repository.signed_by else ""
         if label == _SECURITY_LABEL:
             suites = [f"{release}-security"]
         else:
@@ -184,6 +185,7 @@ def dependencies(package: str) -> list[str]:
 
 def unpack(package: Path, folder: Path) -> None:
     """Unpack the files of a .deb into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
     _run(["dpkg-deb", "-x", str(package), str(folder)], f"unpacking {package.name}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -227,10 +228,10 @@ def test_a_dropped_page_never_reaches_the_log() -> None:
 
 
 def refused(front_end: FrontEnd, message: str, data: bytes, fds: tuple[int, ...] = ()) -> None:
-    open_before = len(os.listdir("/proc/self/fd"))
+    open_before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(ProtocolError, match=message):
         front_end.send_raw(data, fds)
-    assert len(os.listdir("/proc/self/fd")) == open_before
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_before
 
 
 @pytest.mark.parametrize(

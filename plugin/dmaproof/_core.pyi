@@ -1,0 +1,48 @@
+"""Atomics and memory-bandwidth loops over bitmaps; see ``_core.c``.
+
+A bitmap is any buffer; bit *n* is bit *n* % 8 of byte *n* // 8, which is the same as bit *n* % 64
+of the little-endian 64-bit word *n* // 64. Every function checks its bounds before it writes
+anything, and raises ValueError; all but `fence` work without the GIL.
+"""
+
+import mmap
+from typing import Any
+
+from numpy.typing import NDArray
+
+_Buffer = bytes | bytearray | memoryview | mmap.mmap | NDArray[Any]
+
+def fence() -> None:
+    """A full memory barrier (C11 seq_cst)."""
+
+def set_bits(data: _Buffer, first_bit: int, bits: int, shared: bool = True) -> int:
+    """Set `bits` bits from `first_bit` on, atomically if `shared`; returns how many were new."""
+
+def set_ranges(
+    data: _Buffer,
+    iova: int,
+    last: int,
+    page_shift: int,
+    iovas: NDArray[Any],
+    lengths: NDArray[Any],
+    shared: bool,
+) -> int:
+    """Set the bit of every page that one of the ranges touches; returns how many were new.
+
+    The bitmap covers the bytes `iova` to `last`, both included; `iovas` and `lengths` are uint64.
+    """
+
+def or_bits(into: _Buffer, into_bit: int, source: _Buffer, source_bit: int, bits: int) -> int:
+    """OR `bits` bits of `source` into `into`, atomically; returns how many were new there."""
+
+def find_set(data: _Buffer, first_bit: int, bits: int) -> bytes:
+    """The runs of set bits as pairs of uint64: start relative to `first_bit`, and length."""
+
+def take_set(data: _Buffer, first_bit: int, bits: int) -> bytes:
+    """`find_set`, the bits being cleared by an atomic exchange."""
+
+def count_bits(data: _Buffer, first_bit: int, bits: int) -> int:
+    """How many of the bits are set."""
+
+def differing_pages(a: _Buffer, b: _Buffer | None, page_size: int, differing: _Buffer) -> int:
+    """Set in `differing` the bit of each page of `a` that is not as in `b` (None: zeros)."""

@@ -1,0 +1,28 @@
+"""The AMD IOMMU's page table, version 1 (AMD I/O Virtualization Technology specification, 2.2.3).
+
+Entries have a dirty bit where the IOMMU supports HDSup. An entry's Next Level field says what it
+is: 1 to 6 a node of that level, 0 a page of the level's own size, 7 a page of another size, which
+is then shared by neighbouring entries.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from .page_table import EntryFormat, PageTableTracker
+
+_NEXT_LEVEL_SHIFT = 9
+
+
+class AmdIommu(PageTableTracker):
+    """Dirty bits in the entries of an AMD version 1 table, six levels deep."""
+
+    name: ClassVar[str] = "iommu"
+    form = EntryFormat(
+        present=1 << 0,
+        dirty=1 << 6,
+        leaf={1: 0, 2: 0, 3: 0},
+        node={level: (level - 1) << _NEXT_LEVEL_SHIFT for level in range(2, 7)},
+        contiguous=7 << _NEXT_LEVEL_SHIFT,
+        levels=6,
+    )

@@ -1,0 +1,29 @@
+"""Intel VT-d's second-stage page table (VT-d specification, chapter 9.8, "Second-Stage Paging
+Entries").
+
+Entries have a dirty bit where the IOMMU supports SSADS. A page of 2 MiB or 1 GiB is an entry of
+level 2 or 3 with the page-size bit.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from .page_table import EntryFormat, PageTableTracker
+
+_READ_WRITE = 3
+_PAGE_SIZE = 1 << 7
+
+
+class IntelIommu(PageTableTracker):
+    """Dirty bits in the entries of a second-stage table, four levels deep."""
+
+    name: ClassVar[str] = "iommu-intel"
+    form = EntryFormat(
+        present=_READ_WRITE,
+        dirty=1 << 9,
+        leaf={1: 0, 2: _PAGE_SIZE, 3: _PAGE_SIZE},
+        node=dict.fromkeys(range(2, 5), 0),
+        contiguous=0,
+        levels=4,
+    )

@@ -1,0 +1,338 @@
+"""The IOVA bitmap iterator: how a device reports dirty ranges without knowing where bits live.
+
+Theory of operation
+-------------------
+Whoever wants to know what is dirty makes an `IovaBitmap` for a range of IOVAs over memory of its
+own, and calls the device's tracker with it. The tracker calls back `set(iova, length)` for each
+range that it knows to be dirty, in whatever order and size its hardware brings them. It never sees
+the bits: not their page size, not where they stand, not how they are cut into windows. This is the
+user-space sibling of the kernel's iova_bitmap (drivers/iommu/iommufd/iova_bitmap.c since 6.11).
+
+One bit stands for one naturally aligned page: bit *n* of a bitmap over [iova, iova + length) is
+page ``iova // page_size + n``. Bits are kept in little-endian 64-bit words, the form of VFIO's and
+iommufd's bitmaps.
+
+The memory is either a buffer, which is used as it is, or a file, of which one *window* is mapped
+at a time, on demand of `set`. The window is the user-space equal of the kernel's pinned pages, and
+of the same size: 512 pages of bitmap, which stand for 64 GiB of 4 KiB pages. The last window stays
+mapped, so neighbouring reports cost nothing more; `set_many` sorts its ranges by window, so a
+million scattered ranges map each window once.
+
+What is promised
+----------------
+- A range sets the bit of every page that it touches, across windows, and no other.
+- Bits are only ever set. With ``shared`` (the default) they are set atomically, so several
+  processes may report into one bitmap.
+- A range that is not wholly inside the bitmap's is an error, and nothing of it is set. The kernel
+  drops or truncates such ranges silently; here that would hide a fault of the tracker.
+
+Not promised: that bits which are set become visible before `set` returns to other processes that
+do not use atomics or locks themselves.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _core
+from .errors import BitmapError
+
+ADDRESS_SPACE: Final = 1 << 64
+WINDOW_BYTES: Final = 2 << 20
+"""512 bitmap pages: what the kernel pins at a time."""
+
+BitmapBuffer = bytearray | memoryview | mmap.mmap | NDArray[Any]
+
+
+class IovaRange(NamedTuple):
+    """`length` bytes from `iova` on."""
+
+    iova: int
+    length: int
+
+
+@dataclass
+class BitmapStats:
+    """What an iteration has cost: windows mapped, bitmap pages (4 KiB) in them, ranges reported,
+    and bits that were not set before."""
+
+    windows: int = 0
+    pages: int = 0
+    ranges: int = 0
+    bits: int = 0
+
+
+Report = Callable[["IovaBitmap", int, int], None]
+
+
+class IovaBitmap:
+    """A dirty bitmap over `length` bytes from `iova` on, one bit for each `page_size` bytes.
+
+    `data` holds the bits: a writable buffer at any address, or a file descriptor, whose bitmap
+    starts at byte `offset` and is mapped `window_bytes` at a time. The buffer may end in the middle
+    of a word; bits behind the last page are never touched. `shared` False sets bits without
+    atomics, for a bitmap that nobody else writes.
+
+    Raises:
+        BitmapError: the range is empty or leaves the 64-bit space, the page size is no power of
+            two up to 2**63, or the buffer or file is too short or read-only.
+    """
+
+    def __init__(
+        self,
+        iova: int,
+        length: int,
+        page_size: int,
+        data: BitmapBuffer | int,
+        *,
+        offset: int = 0,
+        window_bytes: int = WINDOW_BYTES,
+        shared: bool = True,
+    ) -> None:
+        if page_size < 1 or page_size & (page_size - 1) or page_size > 1 << 63:
+            raise BitmapError(f"page size {page_size:#x} is no power of two up to 2**63")
+        if iova < 0 or length < 1 or iova + length > ADDRESS_SPACE:
+            raise BitmapError(
+                f"IOVA {iova:#x} + {length:#x}: the range is empty or leaves the 64-bit space"
+            )
+        if window_bytes < mmap.PAGESIZE or window_bytes % mmap.PAGESIZE:
+            raise BitmapError(f"a window of {window_bytes} bytes is no run of whole pages")
+        self.iova = iova
+        self.length = length
+        self.page_size = page_size
+        self.stats = BitmapStats()
+        self._last = iova + length - 1
+        self._shift = page_size.bit_length() - 1
+        self._origin = iova >> self._shift
+        self.bits = (self._last >> self._shift) - self._origin + 1
+        self._shared = shared
+        self._window: memoryview | None = None
+        self._window_index = -1
+        self._mapping: mmap.mmap | None = None
+        self._fd = -1
+        needed = -(-self.bits // 8)
+        if isinstance(data, int):
+            self._open_file(data, offset, needed, window_bytes)
+        else:
+            self._open_buffer(data, needed)
+
+    def _open_buffer(self, data: BitmapBuffer, needed: int) -> None:
+        try:
+            view = memoryview(data).cast("B")
+        except TypeError as error:
+            raise BitmapError(f"the bitmap's memory is no contiguous buffer: {error}") from error
+        if view.readonly:
+            raise BitmapError("the bitmap's memory is read-only")
+        if len(view) < needed:
+            raise BitmapError(
+                f"{self.bits} pages need {needed} bytes of bitmap, the buffer has {len(view)}"
+            )
+        self._window = view
+        self._window_index = 0
+        self._window_bits = self.bits
+        self.stats.windows = 1
+        self.stats.pages = -(-needed // mmap.PAGESIZE)
+
+    def _open_file(self, fd: int, offset: int, needed: int, window_bytes: int) -> None:
+        try:
+            size = os.fstat(fd).st_size
+            self._fd = os.dup(fd)
+        except OSError as error:
+            raise BitmapError(f"file descriptor {fd} cannot hold a bitmap: {error}") from error
+        if offset < 0 or offset + needed > size:
+            self.close()
+            raise BitmapError(
+                f"{self.bits} pages need {needed} bytes of bitmap from offset {offset} on, the "
+                f"file has {size}"
+            )
+        self._offset = offset
+        self._needed = needed
+        self._window_bits = window_bytes * 8
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the memory; the bitmap cannot be used afterwards. Twice is harmless."""
+        if self._window is not None:
+            self._window.release()
+            self._window = None
+        if self._mapping is not None:
+            self._mapping.close()
+            self._mapping = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self._window_index = -1
+
+    # Reporting ----------------------------------------------------------------------------------
+
+    def for_each(self, report: Report) -> None:
+        """Call ``report(bitmap, iova, length)`` for the whole range; it reports by `set`.
+
+        An exception of `report` ends the iteration and is passed on.
+        """
+        report(self, self.iova, self.length)
+
+    def set(self, iova: int, length: int) -> None:
+        """Set the bit of every page that `length` bytes at `iova` touch.
+
+        Raises:
+            BitmapError: the range is empty or not wholly inside the bitmap's; nothing was set.
+        """
+        if iova < self.iova or length < 1 or iova + length - 1 > self._last:
+            raise BitmapError(
+                f"IOVA {iova:#x} + {length:#x} is empty or not inside the bitmap's "
+                f"{self.iova:#x} + {self.length:#x}"
+            )
+        self.stats.ranges += 1
+        first = (iova >> self._shift) - self._origin
+        end = ((iova + length - 1) >> self._shift) - self._origin + 1
+        while first < end:
+            index = first // self._window_bits
+            start = index * self._window_bits
+            here = min(end, start + self._window_bits)
+            window = self._pin(index)
+            self.stats.bits += _core.set_bits(window, first - start, here - first, self._shared)
+            first = here
+
+    def set_many(self, iovas: NDArray[np.uint64], lengths: NDArray[np.uint64]) -> None:
+        """`set` for arrays of the same shape (ranges,) and dtype uint64, in one call.
+
+        Raises:
+            BitmapError: the arrays do not fit each other, or a range is empty or not wholly inside
+                the bitmap's; nothing was set.
+        """
+        iovas = np.ascontiguousarray(iovas, dtype=np.uint64)
+        lengths = np.ascontiguousarray(lengths, dtype=np.uint64)
+        if iovas.ndim != 1 or iovas.shape != lengths.shape:
+            raise BitmapError(f"IOVAs of shape {iovas.shape} and lengths of {lengths.shape}")
+        if self._fd < 0:
+            self._set_in_window(0, iovas, lengths)
+        else:
+            self._set_by_window(iovas, lengths)
+        self.stats.ranges += len(iovas)
+
+    def _set_by_window(self, iovas: NDArray[np.uint64], lengths: NDArray[np.uint64]) -> None:
+        """Sorted by window, so that each is mapped once; a range may continue in later ones."""
+        ends = lengths - np.uint64(1)
+        outside = (lengths == 0) | (iovas < self.iova) | (iovas > self._last)
+        outside |= ends > np.uint64(self._last) - np.minimum(iovas, np.uint64(self._last))
+        if outside.any():
+            worst = int(np.flatnonzero(outside)[0])
+            raise BitmapError(
+                f"range {worst} (IOVA {int(iovas[worst]):#x} + {int(lengths[worst]):#x}) is empty "
+                f"or not inside the bitmap's {self.iova:#x} + {self.length:#x}"
+            )
+        ends = iovas + ends
+        shift, bits = np.uint64(self._shift), np.uint64(self._window_bits)
+        first = ((iovas >> shift) - np.uint64(self._origin)) // bits
+        last = ((ends >> shift) - np.uint64(self._origin)) // bits
+        order = np.argsort(first, kind="stable")
+        crossing = np.flatnonzero(first != last)
+        # What crosses is cut: its first piece stays in its window, the rest is set by itself.
+        for row in crossing.tolist():
+            cut = self._start_of(int(first[row]) + 1)
+            ranges, self.stats.ranges = self.stats.ranges, 0
+            self.set(cut, int(ends[row]) - cut + 1)
+            self.stats.ranges = ranges
+            lengths = lengths.copy() if row == crossing[0] else lengths
+            lengths[row] = cut - int(iovas[row])
+        windows, starts = np.unique(first[order], return_index=True)
+        for window, rows in zip(windows.tolist(), np.split(order, starts[1:]), strict=True):
+            self._set_in_window(window, iovas[rows], lengths[rows])
+
+    def _set_in_window(
+        self, index: int, iovas: NDArray[np.uint64], lengths: NDArray[np.uint64]
+    ) -> None:
+        window = self._pin(index)
+        low = max(self.iova, self._start_of(index))
+        high = min(self._last, self._start_of(index + 1) - 1)
+        try:
+            self.stats.bits += _core.set_ranges(
+                window, low, high, self._shift, iovas, lengths, self._shared
+            )
+        except ValueError as error:
+            raise BitmapError(str(error)) from error
+
+    # Iterating ----------------------------------------------------------------------------------
+
+    def windows(self) -> Iterator[IovaRange]:
+        """The range in pieces, one for each window, for hardware that is asked piece by piece."""
+        for index in range(-(-self.bits // self._window_bits)):
+            low = max(self.iova, self._start_of(index))
+            yield IovaRange(low, min(self._last + 1, self._start_of(index + 1)) - low)
+
+    def ranges(self) -> Iterator[IovaRange]:
+        """The dirty ranges, merged, in order; clipped to the bitmap's own range."""
+        pending: IovaRange | None = None
+        for index in range(-(-self.bits // self._window_bits)):
+            start = index * self._window_bits
+            count = min(self._window_bits, self.bits - start)
+            runs = np.frombuffer(_core.find_set(self._pin(index), 0, count), dtype=np.uint64)
+            for first, pages in runs.reshape(-1, 2).tolist():
+                low = self._origin + start + first << self._shift
+                high = min(low + (pages << self._shift), self._last + 1)
+                low = max(low, self.iova)
+                if pending is not None and pending.iova + pending.length == low:
+                    pending = IovaRange(pending.iova, high - pending.iova)
+                    continue
+                if pending is not None:
+                    yield pending
+                pending = IovaRange(low, high - low)
+        if pending is not None:
+            yield pending
+
+    def count(self) -> int:
+        """How many pages are dirty."""
+        windows = range(-(-self.bits // self._window_bits))
+        sizes = (min(self._window_bits, self.bits - index * self._window_bits) for index in windows)
+        return sum(
+            _core.count_bits(self._pin(index), 0, size)
+            for index, size in zip(windows, sizes, strict=True)
+        )
+
+    # Windows ------------------------------------------------------------------------------------
+
+    def _start_of(self, index: int) -> int:
+        """The IOVA of a window's first page."""
+        return self._origin + index * self._window_bits << self._shift
+
+    def _pin(self, index: int) -> memoryview:
+        """The bits of a window, mapped if it is not the one at hand."""
+        if index != self._window_index or self._window is None:
+            self._map_window(index)
+        assert self._window is not None
+        return self._window
+
+    def _map_window(self, index: int) -> None:
+        if self._fd < 0:
+            raise BitmapError("the bitmap has been closed")
+        start = index * self._window_bits // 8
+        size = min(self._window_bits // 8, self._needed - start)
+        before = (self._offset + start) % mmap.ALLOCATIONGRANULARITY
+        if self._window is not None:
+            self._window.release()
+        if self._mapping is not None:
+            self._mapping.close()
+        self._window = self._mapping = None
+        try:
+            self._mapping = mmap.mmap(self._fd, size + before, offset=self._offset + start - before)
+        except (OSError, ValueError) as error:
+            raise BitmapError(f"a window of the bitmap cannot be mapped: {error}") from error
+        whole = memoryview(self._mapping)
+        self._window = whole[before:]
+        whole.release()
+        self._window_index = index
+        self.stats.windows += 1
+        self.stats.pages += -(-(size + before) // mmap.PAGESIZE)

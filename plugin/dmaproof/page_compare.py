@@ -1,0 +1,78 @@
+"""Compares two guests' RAM page by page, at the speed of memcmp, and leaves holes alone.
+
+Guest RAM in a memfd has holes where the guest never touched it. Reading a hole through a mapping
+would allocate it, so holes are found with SEEK_DATA and SEEK_HOLE and never read: two holes are
+equal, and data against a hole is compared with zeros.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _core
+
+_PIECE_BYTES: Final = 256 << 20
+
+
+def differing_pages(
+    source_fd: int, destination_fd: int, length: int, page_size: int = mmap.PAGESIZE
+) -> NDArray[np.int64]:
+    """The numbers of the pages that differ, sorted; shape (differences,).
+
+    Both files have `length` bytes, whole pages of `page_size` bytes, a multiple of the machine's.
+
+    Raises:
+        ValueError: `length` or `page_size` does not fit.
+    """
+    if page_size < 1 or page_size % mmap.PAGESIZE or length % page_size:
+        raise ValueError(f"{length} bytes are no whole pages of {page_size} bytes")
+    found: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
+    for start, end, in_source, in_destination in _pieces(
+        source_fd, destination_fd, length, page_size
+    ):
+        fds = [source_fd] * in_source + [destination_fd] * in_destination
+        bits = np.zeros(-(-(end - start) // page_size // 64) * 8 + 8, dtype=np.uint8)
+        mappings = [mmap.mmap(fd, end - start, prot=mmap.PROT_READ, offset=start) for fd in fds]
+        try:
+            other = mappings[1] if len(mappings) > 1 else None
+            if _core.differing_pages(mappings[0], other, page_size, bits):
+                pages = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
+                found.append(pages + start // page_size)
+        finally:
+            for mapping in mappings:
+                mapping.close()
+    return np.concatenate(found)
+
+
+def _pieces(
+    source_fd: int, destination_fd: int, length: int, page_size: int
+) -> Iterator[tuple[int, int, bool, bool]]:
+    """The (start, end, source has data, destination has data) pieces in which one of them has."""
+    position = 0
+    while position < length:
+        states = [_extent(fd, position, length, page_size) for fd in (source_fd, destination_fd)]
+        end = min(states[0][1], states[1][1], position + _PIECE_BYTES)
+        if states[0][0] or states[1][0]:
+            yield position, end, states[0][0], states[1][0]
+        position = end
+
+
+def _extent(fd: int, position: int, length: int, page_size: int) -> tuple[bool, int]:
+    """Whether `fd` has data at `position`, and up to where (whole pages) that holds."""
+    try:
+        data = os.lseek(fd, position, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return False, length  # nothing but a hole is left
+    if data // page_size > position // page_size:
+        return False, min(data // page_size * page_size, length)
+    hole = -(-os.lseek(fd, position, os.SEEK_HOLE) // page_size) * page_size
+    return True, min(max(hole, position + page_size), length)

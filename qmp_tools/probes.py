@@ -20,7 +20,7 @@ from typing import Final
 
 from dmaproof.errors import UntestableError
 
-from .display import Display, QuietDisplay
+from .display import Display
 from .guest import LinuxGuest, Workload, probe_guest
 from .machine import INCOMING, KIB, MIB, Machine, format_memory
 from .migration import WAYS, Limits, Migration
@@ -34,6 +34,8 @@ _ODD_BYTES: Final = 8 * KIB
 
 _KVM_PATIENCE_S: Final = 6.0
 _PROBE_MEMORY_BYTES: Final = 64 * MIB
+_PROBE_BANDWIDTH_BYTES_PER_S: Final = 64 * MIB
+_PROBE_SYNCS: Final = 4
 
 
 def _cache_file() -> Path:
@@ -133,7 +135,7 @@ async def choose_memory(qemu: Path, accelerator: str, display: Display) -> int:
 async def vcpu_pages_lost(qemu: Path, accelerator: str) -> int:
     """How many pages a migration loses that only a vCPU writes, without any device."""
     return await _remembered(
-        f"vcpu-pages-lost {accelerator} {_identity(qemu)}",
+        f"vcpu-pages-lost {accelerator} {_identity(qemu)} {probe_guest().parent.name}",
         lambda: _count_vcpu_pages_lost(qemu, accelerator, _PROBE_MEMORY_BYTES),
     )
 
@@ -156,13 +158,14 @@ async def _count_vcpu_pages_lost(qemu: Path, accelerator: str, memory_bytes: int
             stack.push_async_callback(destination.end)
             async with asyncio.timeout(_KVM_PATIENCE_S * 5):
                 await source.report.readline()
-            migration = Migration(
-                source.qmp, destination.qmp, WAYS["unix"], folder, Limits(timeout_s=30)
-            )
+            # So slow that the 64 dirty pages alone keep it from converging. They must be sent while
+            # the vCPU runs on: what is dirty when it stops is sent then, and hides the loss.
+            limits = Limits(bandwidth_bytes_per_s=_PROBE_BANDWIDTH_BYTES_PER_S)
+            migration = Migration(source.qmp, destination.qmp, WAYS["unix"], folder, limits)
             await migration.start()
-            await migration.release()
             async for progress in migration.follow():
-                QuietDisplay().precopy(progress)
+                if progress.syncs >= _PROBE_SYNCS:
+                    await migration.release()
             await migration.destination_paused()
             with (
                 ram_file(source.process.pid, "the probe's source") as source_ram,

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -21,7 +21,7 @@ from dmaproof.errors import UntestableError
 from .device import Device, DeviceOptions
 from .display import Display
 from .guest import Workload
-from .guest_channel import QUIET, START_ONCE, SWEEP, GuestChannel, GuestError
+from .guest_channel import QUIET, START_ONCE, SWEEP, GuestChannel
 from .machine import INCOMING, Machine, format_memory, vhost_user_blk_arguments
 from .migration import WAYS, Limits, Migration, Progress
 from .qemu import Qemu
@@ -31,8 +31,6 @@ from .verdict import GuestOutcome, Verdict, attribute, measure_sharpness
 
 _BOOT_TIMEOUT_S: Final = 60.0
 _GO_ON_TIMEOUT_S: Final = 60.0
-_BROKEN_GUEST_TIMEOUT_S: Final = 5.0
-"""How long a guest that has lost pages is waited for."""
 
 SOURCE: Final = "source"
 DESTINATION: Final = "destination"
@@ -91,7 +89,15 @@ async def prove(setup: Setup, display: Display, *, keep: bool = False) -> Proof:
             run = _Run(setup, display, device, folder)
             stack.push_async_callback(run.end)
             await run.start()
-            return await run.guarded(run.carry_out(keep))
+            proof = await run.guarded(run.migrate_and_compare())
+            try:
+                guest = await run.guarded(run.go_on())
+            except UntestableError as error:
+                if not proof.verdict.lost:
+                    raise
+                guest = GuestOutcome(0, 1, 0, [str(error).splitlines()[0]])
+            verdict = replace(proof.verdict, guest=guest)
+            return replace(proof, verdict=verdict, folder=folder if keep else None)
 
 
 class _Run:
@@ -152,8 +158,8 @@ class _Run:
                 future.cancel()
             await asyncio.gather(task, *alarms, return_exceptions=True)
 
-    async def carry_out(self, keep: bool) -> Proof:
-        """From the boot to the verdict."""
+    async def migrate_and_compare(self) -> Proof:
+        """From the boot to the verdict on the RAM; the destination's guest stands still yet."""
         source, destination = self._qemus[SOURCE], self._qemus[DESTINATION]
         versions = [await _version(qemu) for qemu in (source, destination)]
 
@@ -189,11 +195,13 @@ class _Run:
             pages = source_ram.pages
         compare_s = time.monotonic() - began_s
 
-        self._display.say(f"{len(lost)} of {pages} pages differ; continuing on the destination")
-        guest = await self._go_on(patience_s=_BROKEN_GUEST_TIMEOUT_S if lost else _GO_ON_TIMEOUT_S)
+        self._display.say(f"{len(lost)} of {pages} pages differ")
+        verdict = Verdict(
+            pages, lost, measure_sharpness(evidence, all_sent_ns), GuestOutcome(0, 0, 0)
+        )
         return Proof(
             setup=self._setup,
-            verdict=Verdict(pages, lost, measure_sharpness(evidence, all_sent_ns), guest),
+            verdict=verdict,
             qemu_version=versions[0],
             qemu_destination_version=versions[1],
             boot_s=boot_s,
@@ -202,7 +210,7 @@ class _Run:
             downtime_s=migration.history[-1].downtime_s,
             history=migration.history,
             harvests=len(evidence.harvests),
-            folder=self._folder if keep else None,
+            folder=None,
         )
 
     async def _migrate(self, migration: Migration) -> int:
@@ -226,25 +234,24 @@ class _Run:
             self._display.close()
         return all_sent_ns if all_sent_ns is not None else time.monotonic_ns()
 
-    async def _go_on(self, *, patience_s: float) -> GuestOutcome:
-        """Continue on the destination; its guest checks all its pages, and works on."""
+    async def go_on(self) -> GuestOutcome:
+        """Continue on the destination; its guest checks all its pages, and works on.
+
+        Raises:
+            UntestableError: the guest does not; after lost pages it may well not.
+        """
         destination, guest = self._qemus[DESTINATION], self._guests[DESTINATION]
-        self._qemus[SOURCE].process.expect_end()
+        self._display.say("continuing on the destination")
         before = self._guests[SOURCE].number("progress", "requests")
         await destination.qmp.execute("cont")
         await guest.tell(SWEEP)
         wanted = before + self._setup.requests_after
-        try:
-            await guest.wait_for(lambda: "sweep" in guest.latest, "swept its pages", patience_s)
-            await guest.wait_for(
-                lambda: guest.number("progress", "requests") >= wanted,
-                f"done {self._setup.requests_after} more requests",
-                patience_s,
-            )
-        except GuestError as error:
-            if patience_s == _GO_ON_TIMEOUT_S:
-                raise
-            return GuestOutcome(0, 1, 0, [str(error).splitlines()[0], *guest.complaints])
+        await guest.wait_for(lambda: "sweep" in guest.latest, "swept its pages", _GO_ON_TIMEOUT_S)
+        await guest.wait_for(
+            lambda: guest.number("progress", "requests") >= wanted,
+            f"done {self._setup.requests_after} more requests",
+            _GO_ON_TIMEOUT_S,
+        )
         return GuestOutcome(
             requests=guest.number("progress", "requests") - before,
             errors=guest.number("progress", "errors"),

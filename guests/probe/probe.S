@@ -23,6 +23,7 @@
     .globl _start
 _start:
     cli
+    mov $FIRST_PAGE, %esp /* the stack grows down from the pages */
     call increment
     mov $text, %esi
     mov $COM2, %dx

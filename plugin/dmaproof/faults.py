@@ -99,7 +99,7 @@ def _uniform(numbers: NDArray[np.uint64], seed: int) -> NDArray[np.float64]:
     value = (value ^ value >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ value >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     value = value ^ value >> np.uint64(31)
-    return (value >> np.uint64(11)) * 2.0**-53
+    return (value >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 FAULTS: Final[dict[str, Callable[[str, int], Fault]]] = {

@@ -125,7 +125,7 @@ class IovaBitmap:
 
     def _open_buffer(self, data: BitmapBuffer, needed: int) -> None:
         try:
-            view = memoryview(data).cast("B")
+            view = memoryview(data).cast("B")  # type: ignore[arg-type]  # mmap is a buffer
         except TypeError as error:
             raise BitmapError(f"the bitmap's memory is no contiguous buffer: {error}") from error
         if view.readonly:

@@ -6,10 +6,11 @@ so a new device is one new file.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
+import sys
+from collections.abc import Callable
 from typing import ClassVar, Protocol
 
+from ..discovery import named_classes
 from ..dma import Dma
 from ..virtqueue import DescriptorChain
 
@@ -39,16 +40,6 @@ class VirtioDevice(Protocol):
         """
 
 
-def emulated_devices() -> dict[str, type[VirtioDevice]]:
-    """The device classes of this package by name."""
-    found: dict[str, type[VirtioDevice]] = {}
-    for module_info in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{module_info.name}")
-        for member in vars(module).values():
-            if (
-                isinstance(member, type)
-                and member.__module__ == module.__name__
-                and hasattr(member, "process")
-            ):
-                found[member.name] = member
-    return found
+def emulated_devices() -> dict[str, Callable[[], VirtioDevice]]:
+    """The devices of this package by name; call one to make a device of its default form."""
+    return dict(named_classes(sys.modules[__name__]))

@@ -11,11 +11,11 @@ Each kind of hardware is one file of this package with one class that has a `nam
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
+import sys
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol
 
+from ..discovery import named_classes
 from ..iova_bitmap import IovaBitmap, IovaRange
 
 
@@ -53,14 +53,4 @@ class EmulatedTracker(DirtyTracker, Protocol):
 
 def emulated_trackers() -> dict[str, Callable[[], EmulatedTracker]]:
     """The trackers of this package by name; call one to make a tracker of its default form."""
-    found: dict[str, Callable[[], EmulatedTracker]] = {}
-    for module_info in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{module_info.name}")
-        for member in vars(module).values():
-            if (
-                isinstance(member, type)
-                and member.__module__ == module.__name__
-                and isinstance(vars(member).get("name"), str)
-            ):
-                found[member.name] = member
-    return found
+    return dict(named_classes(sys.modules[__name__]))

@@ -83,14 +83,14 @@ class Header(NamedTuple):
 class VringState(NamedTuple):
     """A ring's number, and a value: its size, base or whether it is enabled."""
 
-    index: int
+    ring: int
     value: int
 
 
 class VringAddress(NamedTuple):
     """Where a ring stands: HVAs, but for `log`, the GPA at which used-ring writes are logged."""
 
-    index: int
+    ring: int
     logged: bool
     descriptors: int
     used: int
@@ -125,7 +125,7 @@ class ConfigAccess(NamedTuple):
 class VringFile(NamedTuple):
     """Which ring a kick or call file descriptor is for, and whether one came along."""
 
-    index: int
+    ring: int
     has_fd: bool
 
 
@@ -208,8 +208,8 @@ def decode_vring_file(message: Message) -> VringFile:
 
 def decode_vring_address(message: Message) -> VringAddress:
     """Where the ring stands."""
-    index, flags, descriptors, used, available, log = _unpack(message, "<IIQQQQ")
-    return VringAddress(index, bool(flags & 1), descriptors, used, available, log)
+    ring, flags, descriptors, used, available, log = _unpack(message, "<IIQQQQ")
+    return VringAddress(ring, bool(flags & 1), descriptors, used, available, log)
 
 
 def decode_memory_table(message: Message) -> list[MemoryRegion]:

@@ -241,7 +241,7 @@ class Session:
 
     def _set_vring_addr(self, message: Message) -> None:
         address = decode_vring_address(message)
-        vring = self._vring(message, address.index)
+        vring = self._vring(message, address.ring)
         vring.address = address
         if vring.queue is not None:
             self._start_ring(vring, vring.queue.next_available)
@@ -321,7 +321,7 @@ class Session:
         used = self.memory.gpa_of_hva(address.used, used_bytes)
         if address.logged and address.log != used:
             raise ProtocolError(
-                f"SET_VRING_ADDR: ring {address.index}'s used ring is at GPA {used:#x}, but its "
+                f"SET_VRING_ADDR: ring {address.ring}'s used ring is at GPA {used:#x}, but its "
                 f"writes are to be logged at {address.log:#x}"
             )
         vring.queue = Virtqueue(

@@ -88,7 +88,7 @@ async def prove(setup: Setup, display: Display, *, keep: bool = False) -> Proof:
             stack.push_async_callback(device.end)
             run = _Run(setup, display, device, folder)
             stack.push_async_callback(run.end)
-            await run.start()
+            await run.guarded(run.start())
             proof = await run.guarded(run.migrate_and_compare())
             try:
                 guest = await run.guarded(run.go_on())

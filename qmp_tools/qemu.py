@@ -7,9 +7,13 @@ import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from .process import Process
 from .qmp import Qmp, QmpError
+
+_LAST_WORDS_S: Final = 1.0
+"""How long a QEMU that closed its QMP socket may take to end."""
 
 
 class Qemu:
@@ -65,10 +69,15 @@ class Qemu:
             qemu.report, qemu.report_input = await asyncio.open_connection(sock=ours_report)
             await qemu.qmp.connect(ours_qmp)
         except QmpError as error:
+            await asyncio.wait([process.died], timeout=_LAST_WORDS_S)
+            how_it_ended = process.how_it_ended()
             await qemu.end()
             raise QmpError(
-                f"{error}; it {process.how_it_ended()}\n{process.log_tail()}".rstrip()
+                f"{process.name} {how_it_ended} before it answered on QMP\n{process.log_tail()}"
             ) from error
+        except asyncio.CancelledError:
+            await qemu.end()
+            raise
         return qemu
 
     async def end(self) -> None:

@@ -28,145 +28,176 @@
 #error "bitmaps of little-endian words need a little-endian machine"
 #endif
 
+#if defined(__x86_64__) && defined(__GLIBC__)
+// The loader picks the fastest form that the machine has; the code is the same plain C for all.
+#define VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define VECTORISED
+#endif
+#define INLINE static inline __attribute__((always_inline))
 #define LIKELY(condition) __builtin_expect(!!(condition), 1)
 
 enum { PREFETCH_AHEAD = 24 };
 
 // Bitmaps ----------------------------------------------------------------------------------------
 
+/*
+ * A bitmap cut at the machine's aligned words. `skew` bits of the first word lie before the bitmap;
+ * the `whole` words from `first_whole` on lie wholly inside it.
+ */
 struct bitmap {
-    uint8_t *bytes;
-    uint64_t size;  // in bytes
+    uint64_t *base;
+    unsigned skew;
+    uint64_t first_whole, whole;
 };
 
+static struct bitmap bitmap_of(const Py_buffer *view) {
+    uintptr_t start = (uintptr_t)view->buf, base = start & ~(uintptr_t)7;
+    uint64_t first = start != base, end = (start + (uintptr_t)view->len - base) / 8;
+    return (struct bitmap){
+        .base = (uint64_t *)base,
+        .skew = (unsigned)(start - base) * 8,
+        .first_whole = first,
+        .whole = end > first ? end - first : 0,
+    };
+}
+
+INLINE bool is_whole(const struct bitmap *map, uint64_t index) {
+    return index - map->first_whole < map->whole;
+}
+
 // The mask of `count` bits from bit `first` of a word; first + count <= 64, count > 0.
-static inline uint64_t mask_of(unsigned first, unsigned count) {
+INLINE uint64_t mask_of(unsigned first, unsigned count) {
     return (~UINT64_C(0) >> (64 - count)) << first;
 }
 
-static inline unsigned or_byte(uint8_t *byte, uint8_t mask, bool shared) {
-    uint8_t old = shared ? atomic_fetch_or((_Atomic uint8_t *)byte, mask) : *byte;
-    if (!shared)
-        *byte = old | mask;
-    return __builtin_popcount(mask & ~old & 0xff);
+INLINE uint64_t load(const uint64_t *word) {
+    return atomic_load_explicit((const _Atomic uint64_t *)word, memory_order_relaxed);
 }
 
-static inline unsigned or_word(uint64_t *word, uint64_t mask, bool shared) {
-    uint64_t old = atomic_load_explicit((_Atomic uint64_t *)word, memory_order_relaxed);
+// OR `mask` into a word; returns the bits that were not set before.
+INLINE uint64_t or_word(uint64_t *word, uint64_t mask, bool shared) {
+    uint64_t old = load(word);
     if ((old & mask) == mask)
         return 0;
     if (shared)
         old = atomic_fetch_or((_Atomic uint64_t *)word, mask);
     else
         *word = old | mask;
-    return __builtin_popcountll(mask & ~old);
+    return mask & ~old;
 }
 
-/*
- * A bitmap cut at the machine's aligned words. `skew` bits of the first word lie before the bitmap;
- * words [whole, whole_end) lie wholly inside it.
- */
-struct words {
-    uint64_t *base;
-    unsigned skew;
-    uint64_t whole, whole_end;
-};
-
-static inline struct words words_of(struct bitmap map) {
-    uintptr_t start = (uintptr_t)map.bytes, base = start & ~(uintptr_t)7;
-    return (struct words){
-        .base = (uint64_t *)base,
-        .skew = (unsigned)(start - base) * 8,
-        .whole = start != base,
-        .whole_end = (start + map.size - base) / 8,
-    };
-}
-
-// OR `mask` into word number `index`, byte by byte where the word is not wholly inside the bitmap.
-static unsigned or_any_word(const struct words *words, uint64_t index, uint64_t mask, bool shared) {
-    if (LIKELY(index >= words->whole && index < words->whole_end))
-        return or_word(words->base + index, mask, shared);
-    unsigned added = 0;
-    uint8_t *bytes = (uint8_t *)(words->base + index);
-    for (unsigned byte = 0; byte < 8; byte++) {
-        uint8_t part = (uint8_t)(mask >> (8 * byte));
-        if (part)
-            added += or_byte(bytes + byte, part, shared);
+// The same for a word at a ragged end, byte by byte: the other bytes are not the bitmap's.
+static uint64_t or_bytes(uint8_t *bytes, uint64_t mask, bool shared) {
+    uint64_t added = 0;
+    for (unsigned i = 0; i < 8; i++) {
+        uint8_t part = (uint8_t)(mask >> (8 * i));
+        if (!part)
+            continue;
+        uint8_t old = bytes[i];
+        if (shared)
+            old = atomic_fetch_or((_Atomic uint8_t *)(bytes + i), part);
+        else
+            bytes[i] = old | part;
+        added |= (uint64_t)(part & ~old) << (8 * i);
     }
     return added;
 }
 
-static uint64_t load_any_word(const struct words *words, uint64_t index, uint64_t mask) {
-    if (LIKELY(index >= words->whole && index < words->whole_end))
-        return atomic_load_explicit((_Atomic uint64_t *)(words->base + index),
-                                    memory_order_relaxed) & mask;
-    uint64_t value = 0;
-    const uint8_t *bytes = (const uint8_t *)(words->base + index);
-    for (unsigned byte = 0; byte < 8; byte++) {
-        if ((uint8_t)(mask >> (8 * byte)))
-            value |= (uint64_t)bytes[byte] << (8 * byte);
-    }
-    return value & mask;
+INLINE uint64_t or_at(const struct bitmap *map, uint64_t index, uint64_t mask, bool shared) {
+    uint64_t *word = map->base + index;
+    return LIKELY(is_whole(map, index)) ? or_word(word, mask, shared)
+                                        : or_bytes((uint8_t *)word, mask, shared);
 }
 
-// Take the bits of `mask` out of word number `index`; returns those that were set.
-static uint64_t take_any_word(const struct words *words, uint64_t index, uint64_t mask) {
-    if (LIKELY(index >= words->whole && index < words->whole_end)) {
-        _Atomic uint64_t *word = (_Atomic uint64_t *)(words->base + index);
-        if (!(atomic_load_explicit(word, memory_order_relaxed) & mask))
-            return 0;
-        if (mask == ~UINT64_C(0))
-            return atomic_exchange(word, 0);
-        return atomic_fetch_and(word, ~mask) & mask;
+// The bits of `mask` in word number `index`; cleared there if `take`.
+static uint64_t read_at(const struct bitmap *map, uint64_t index, uint64_t mask, bool take) {
+    uint64_t *word = map->base + index, value = 0;
+    if (LIKELY(is_whole(map, index))) {
+        value = load(word) & mask;
+        if (value && take)
+            value = mask == ~UINT64_C(0) ? atomic_exchange((_Atomic uint64_t *)word, 0)
+                                         : atomic_fetch_and((_Atomic uint64_t *)word, ~mask) & mask;
+        return value;
     }
-    uint64_t value = 0;
-    uint8_t *bytes = (uint8_t *)(words->base + index);
-    for (unsigned byte = 0; byte < 8; byte++) {
-        uint8_t part = (uint8_t)(mask >> (8 * byte));
+    _Atomic uint8_t *bytes = (_Atomic uint8_t *)word;
+    for (unsigned i = 0; i < 8; i++) {
+        uint8_t part = (uint8_t)(mask >> (8 * i));
         if (part) {
-            uint8_t old = atomic_fetch_and((_Atomic uint8_t *)(bytes + byte), (uint8_t)~part);
-            value |= (uint64_t)(old & part) << (8 * byte);
+            uint8_t old = take ? atomic_fetch_and(bytes + i, (uint8_t)~part) : bytes[i];
+            value |= (uint64_t)(old & part) << (8 * i);
         }
     }
     return value;
 }
 
-// Set `count` bits from `first` on; returns how many were not set before.
-static uint64_t set_run(const struct words *words, uint64_t first, uint64_t count, bool shared) {
-    uint64_t added = 0, bit = first + words->skew;
-    while (count) {
-        unsigned offset = bit % 64;
-        unsigned here = count < 64 - offset ? (unsigned)count : 64 - offset;
-        added += or_any_word(words, bit / 64, mask_of(offset, here), shared);
-        bit += here;
-        count -= here;
-    }
-    return added;
-}
-
-// The 64 bits (or the `count` that are wanted) from bit `first` on, which may lie across two words.
-static inline uint64_t gather(const struct words *words, uint64_t first, unsigned count) {
-    uint64_t bit = first + words->skew;
-    unsigned offset = bit % 64;
-    unsigned here = count < 64 - offset ? count : 64 - offset;
-    uint64_t value = load_any_word(words, bit / 64, mask_of(offset, here)) >> offset;
-    if (here < count)
-        value |= load_any_word(words, bit / 64 + 1, mask_of(0, count - here)) << here;
-    return value;
-}
-
-// How many words from `index` up to `end`, all inside the bitmap, are zero.
-static inline uint64_t zero_words(const uint64_t *base, uint64_t index, uint64_t end) {
-    uint64_t start = index;
-    while (index + 8 <= end) {
-        const uint64_t *w = base + index;
-        if (w[0] | w[1] | w[2] | w[3] | w[4] | w[5] | w[6] | w[7])
+// How many of `count` words are zero before the first that is not.
+VECTORISED static uint64_t zero_words(const uint64_t *words, uint64_t count) {
+    uint64_t index = 0;
+    for (; index + 32 <= count; index += 32) {
+        uint64_t any = 0;
+        for (unsigned i = 0; i < 32; i++)
+            any |= words[index + i];
+        if (any)
             break;
-        index += 8;
     }
-    while (index < end && !base[index])
+    while (index < count && !words[index])
         index++;
-    return index - start;
+    return index;
+}
+
+VECTORISED static uint64_t count_words(const uint64_t *words, uint64_t count) {
+    uint64_t total = 0;
+    for (uint64_t i = 0; i < count; i++)
+        total += (uint64_t)__builtin_popcountll(words[i]);
+    return total;
+}
+
+// A run of bits is walked word by word: `mask` of word number `index`, until `count` is used up.
+struct cursor {
+    uint64_t bit, count;
+    uint64_t index, mask;
+    unsigned bits;
+};
+
+INLINE struct cursor cursor_at(const struct bitmap *map, uint64_t first, uint64_t count) {
+    return (struct cursor){.bit = first + map->skew, .count = count};
+}
+
+INLINE bool next_word(struct cursor *at) {
+    at->bit += at->bits;
+    at->count -= at->bits;
+    if (!at->count)
+        return false;
+    unsigned offset = at->bit % 64;
+    at->bits = at->count < 64 - offset ? (unsigned)at->count : 64 - offset;
+    at->index = at->bit / 64;
+    at->mask = mask_of(offset, at->bits);
+    return true;
+}
+
+// How many whole words of the run begin at the cursor.
+INLINE uint64_t whole_words(const struct bitmap *map, const struct cursor *at) {
+    if (at->bits != 64 || !is_whole(map, at->index))
+        return 0;
+    uint64_t left = map->first_whole + map->whole - at->index;
+    return at->count / 64 < left ? at->count / 64 : left;
+}
+
+// Pass over `words` words from the cursor's on; the next is found by next_word.
+INLINE void skip_words(struct cursor *at, uint64_t words) {
+    at->bit += 64 * words;
+    at->count -= 64 * words;
+    at->bits = 0;
+}
+
+// Set `count` bits from `first` on; returns how many were not set before.
+INLINE uint64_t set_run(const struct bitmap *map, uint64_t first, uint64_t count, bool shared) {
+    uint64_t added = 0;
+    struct cursor at = cursor_at(map, first, count);
+    while (next_word(&at))
+        added += (uint64_t)__builtin_popcountll(or_at(map, at.index, at.mask, shared));
+    return added;
 }
 
 // Runs of set bits -------------------------------------------------------------------------------
@@ -200,39 +231,198 @@ static void add_run(struct runs *runs, uint64_t start, uint64_t length) {
     runs->count++;
 }
 
+static PyObject *give_runs(struct runs *runs, bool refused) {
+    PyObject *answer = NULL;
+    if (runs->failed)
+        PyErr_NoMemory();
+    else if (!refused)
+        answer = PyBytes_FromStringAndSize((const char *)runs->pairs,
+                                           (Py_ssize_t)(runs->count * 2 * sizeof *runs->pairs));
+    free(runs->pairs);
+    return answer;
+}
+
 // The runs of set bits among `count` bits from `first`, relative to it; taken out if `take`.
-static struct runs find_runs(struct bitmap map, uint64_t first, uint64_t count, bool take) {
-    struct words words = words_of(map);
-    struct runs runs = {0};
-    uint64_t bit = first + words.skew, end = bit + count, origin = bit;
-    while (bit < end && !runs.failed) {
-        unsigned offset = bit % 64;
-        uint64_t index = bit / 64;
-        if (offset == 0 && index >= words.whole) {
-            uint64_t last = end / 64 < words.whole_end ? end / 64 : words.whole_end;
-            if (index < last) {
-                bit += 64 * zero_words(words.base, index, last);
-                index = bit / 64;
-                if (bit >= end)
-                    break;
-            }
+static void find_runs(struct runs *runs, const struct bitmap *map, uint64_t first, uint64_t count,
+                      bool take) {
+    uint64_t origin = first + map->skew;
+    struct cursor at = cursor_at(map, first, count);
+    while (next_word(&at) && !runs->failed) {
+        uint64_t empty = zero_words(map->base + at.index, whole_words(map, &at));
+        if (empty) {
+            skip_words(&at, empty);
+            continue;
         }
-        unsigned here = end - bit < 64 - offset ? (unsigned)(end - bit) : 64 - offset;
-        uint64_t mask = mask_of(offset, here);
-        uint64_t value = take ? take_any_word(&words, index, mask)
-                              : load_any_word(&words, index, mask);
+        uint64_t value = read_at(map, at.index, at.mask, take);
         while (value) {
             unsigned start = (unsigned)__builtin_ctzll(value);
             uint64_t rest = ~(value >> start);
             unsigned length = rest ? (unsigned)__builtin_ctzll(rest) : 64;
             if (length > 64 - start)
                 length = 64 - start;
-            add_run(&runs, index * 64 + start - origin, length);
+            add_run(runs, at.index * 64 + start - origin, length);
             value &= ~mask_of(start, length);
         }
-        bit += here;
     }
-    return runs;
+}
+
+// Merging ----------------------------------------------------------------------------------------
+
+INLINE uint64_t load_unaligned(const uint8_t *bytes) {
+    uint64_t word;
+    memcpy(&word, bytes, sizeof word);
+    return word;
+}
+
+// 64 bits from bit `shift` (0 to 7) of `bytes` on; byte 8 is read only if it holds some of them.
+INLINE uint64_t load_shifted(const uint8_t *bytes, unsigned shift) {
+    if (shift == 0)
+        return load_unaligned(bytes);
+    return load_unaligned(bytes) >> shift | load_unaligned(bytes + 1) << (8 - shift);
+}
+
+enum { BLOCK_WORDS = 8 };
+
+// OR whole words; blocks that bring nothing new, as most do, are only read.
+INLINE uint64_t merge_block(uint64_t *to, const uint8_t *from, unsigned shift, unsigned words,
+                            bool shared) {
+    uint64_t added = 0, any = 0, fresh[BLOCK_WORDS];
+    for (unsigned i = 0; i < words; i++)
+        any |= fresh[i] = load_shifted(from + 8 * i, shift);
+    if (!any)
+        return 0;
+    any = 0;
+    for (unsigned i = 0; i < words; i++)
+        any |= fresh[i] &= ~to[i];
+    if (!any)
+        return 0;
+    for (unsigned i = 0; i < words; i++) {
+        if (shared)
+            fresh[i] = fresh[i] ? or_word(to + i, fresh[i], true) : 0;
+        else
+            to[i] |= fresh[i];
+        added += (uint64_t)__builtin_popcountll(fresh[i]);
+    }
+    return added;
+}
+
+INLINE uint64_t merge_shifted(uint64_t *to, const uint8_t *from, unsigned shift, uint64_t count,
+                              bool shared) {
+    uint64_t added = 0, i = 0;
+    for (; i + BLOCK_WORDS <= count; i += BLOCK_WORDS)
+        added += merge_block(to + i, from + 8 * i, shift, BLOCK_WORDS, shared);
+    return added + merge_block(to + i, from + 8 * i, shift, (unsigned)(count - i), shared);
+}
+
+VECTORISED static uint64_t merge_words(uint64_t *to, const uint8_t *from, unsigned shift,
+                                       uint64_t count, bool shared) {
+    if (shift)
+        return merge_shifted(to, from, shift, count, shared);
+    return shared ? merge_shifted(to, from, 0, count, true)
+                  : merge_shifted(to, from, 0, count, false);
+}
+
+// OR `count` bits of `from` from bit `from_bit` on into `into`; returns how many were new there.
+static uint64_t merge(const struct bitmap *into, uint64_t into_bit, const struct bitmap *from,
+                      uint64_t from_bit, uint64_t count, bool shared) {
+    uint64_t added = 0;
+    const uint8_t *bytes = (const uint8_t *)from->base;
+    struct cursor at = cursor_at(into, into_bit, count);
+    while (next_word(&at)) {
+        uint64_t source = from_bit + from->skew + (count - at.count), value = 0;
+        uint64_t words = whole_words(into, &at);
+        if (words) {
+            added += merge_words(into->base + at.index, bytes + source / 8, source % 8, words,
+                                 shared);
+            skip_words(&at, words);
+            continue;
+        }
+        struct cursor part = {.bit = source, .count = at.bits};
+        for (unsigned done = 0; next_word(&part); done += part.bits)
+            value |= read_at(from, part.index, part.mask, false) >> part.bit % 64 << done;
+        if (value)
+            added += (uint64_t)__builtin_popcountll(
+                or_at(into, at.index, value << at.bit % 64, shared));
+    }
+    return added;
+}
+
+// Page tables ------------------------------------------------------------------------------------
+
+/*
+ * A radix tree of 512-entry tables, as IOMMUs walk it. Entries are told apart by the bits of
+ * `kind`: at level n, (n - 1) * `table_kind` is a pointer to a table of level n - 1; anything else
+ * maps memory. If `group_kind` is not 0, entries of that kind come in groups: one mapping of
+ * 2^n entries' size, given by the lowest zero bit of the address (AMD v1: next level 7). Hardware
+ * marks that entry of a group which it happened to walk.
+ */
+struct page_table {
+    uint8_t *memory;
+    uint64_t size;  // in bytes
+    uint64_t present, dirty, address, kind, table_kind, group_kind;
+    uint64_t iova, last;  // of the walk, both included
+    bool mark, clear;
+    struct runs runs;
+    bool corrupt;
+};
+
+enum { TABLE_BYTES = 4096, TABLE_ENTRIES = 512, LEVEL_BITS = 9, PAGE_SHIFT = 12 };
+
+INLINE unsigned group_size(const struct page_table *table, uint64_t entry, unsigned shift) {
+    if (!table->group_kind || (entry & table->kind) != table->group_kind)
+        return 1;
+    uint64_t inverted = ~((entry & table->address) >> PAGE_SHIFT);
+    unsigned size = inverted ? PAGE_SHIFT + 1 + (unsigned)__builtin_ctzll(inverted) : 64;
+    return size > shift && size < shift + LEVEL_BITS ? 1u << (size - shift) : 1;
+}
+
+// Report a mapping of which some entry is dirty; what is not wholly asked for stays dirty.
+static void collect(struct page_table *table, uint64_t *entries, unsigned count, uint64_t start,
+                    uint64_t end) {
+    bool whole = start >= table->iova && end <= table->last, dirty = false;
+    for (unsigned i = 0; i < count; i++) {
+        if (!(load(entries + i) & table->dirty))
+            continue;
+        dirty = true;
+        if (table->clear && whole)
+            atomic_fetch_and((_Atomic uint64_t *)(entries + i), ~table->dirty);
+    }
+    if (!dirty)
+        return;
+    uint64_t low = start > table->iova ? start : table->iova;
+    uint64_t high = end < table->last ? end : table->last;
+    add_run(&table->runs, low, high - low + 1);
+}
+
+static void walk(struct page_table *table, uint64_t at, unsigned level, uint64_t base) {
+    if (at % TABLE_BYTES || at > table->size || table->size - at < TABLE_BYTES) {
+        table->corrupt = true;
+        return;
+    }
+    uint64_t *entries = (uint64_t *)(table->memory + at);
+    unsigned shift = PAGE_SHIFT + LEVEL_BITS * (level - 1);
+    uint64_t first = table->iova > base ? (table->iova - base) >> shift : 0;
+    uint64_t last = (table->last - base) >> shift;
+    if (last >= TABLE_ENTRIES)
+        last = TABLE_ENTRIES - 1;
+    for (uint64_t i = first; i <= last && !table->corrupt; i++) {
+        uint64_t entry = load(entries + i);
+        if (!(entry & table->present))
+            continue;
+        uint64_t start = base + (i << shift);
+        if (level > 1 && (entry & table->kind) == (level - 1) * table->table_kind) {
+            walk(table, entry & table->address, level - 1, start);
+        } else if (table->mark) {
+            if (!(entry & table->dirty))
+                atomic_fetch_or((_Atomic uint64_t *)(entries + i), table->dirty);
+        } else {
+            unsigned group = group_size(table, entry, shift);
+            uint64_t head = i & ~(uint64_t)(group - 1);
+            start = base + (head << shift);
+            collect(table, entries + head, group, start, start + ((uint64_t)group << shift) - 1);
+            i = head + group - 1;
+        }
+    }
 }
 
 // Arguments --------------------------------------------------------------------------------------
@@ -253,10 +443,6 @@ static int check_bits(const Py_buffer *view, uint64_t first, uint64_t count, con
     return 0;
 }
 
-static struct bitmap bitmap_of(const Py_buffer *view) {
-    return (struct bitmap){view->buf, (uint64_t)view->len};
-}
-
 static PyObject *fence(PyObject *module, PyObject *none) {
     (void)module, (void)none;
     atomic_thread_fence(memory_order_seq_cst);
@@ -271,127 +457,118 @@ static PyObject *set_bits(PyObject *module, PyObject *args) {
     if (!PyArg_ParseTuple(args, "w*KK|p", &data, &first, &count, &shared))
         return NULL;
     uint64_t added = 0;
-    int bad = check_bits(&data, first, count, "set_bits");
-    if (!bad) {
-        struct words words = words_of(bitmap_of(&data));
+    int refused = check_bits(&data, first, count, "set_bits");
+    if (!refused) {
+        struct bitmap map = bitmap_of(&data);
         Py_BEGIN_ALLOW_THREADS
         atomic_thread_fence(memory_order_seq_cst);
-        added = set_run(&words, first, count, shared);
+        added = set_run(&map, first, count, shared);
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&data);
-    return bad ? NULL : PyLong_FromUnsignedLongLong(added);
+    return refused ? NULL : PyLong_FromUnsignedLongLong(added);
 }
 
-/*
- * set_ranges(data, iova, last, page_shift, iovas, lengths, shared) -> bits newly set
- *
- * For a bitmap over the bytes [iova, last], both included so that 2^64 can be the end.
- */
+// Ranges of bytes, to be set in a bitmap over the bytes [first, last] with pages of 1 << shift.
+struct ranges {
+    const uint64_t *iovas, *lengths;
+    size_t count;
+    uint64_t first, last;
+    unsigned shift;
+};
+
+VECTORISED static bool all_inside(const struct ranges *ranges) {
+    uint64_t outside = 0, first = ranges->first, room = ranges->last - first;
+    for (size_t i = 0; i < ranges->count; i++) {
+        uint64_t start = ranges->iovas[i] - first, length = ranges->lengths[i] - 1;
+        outside |= (uint64_t)(start > room) | (uint64_t)(length > room - start);
+    }
+    return !outside;
+}
+
+INLINE uint64_t set_each(const struct bitmap *map, const struct ranges *ranges, bool shared) {
+    uint64_t added = 0;
+    uint64_t origin = (ranges->first >> ranges->shift) - map->skew;
+    for (size_t i = 0; i < ranges->count; i++) {
+        if (LIKELY(i + PREFETCH_AHEAD < ranges->count)) {
+            uint64_t ahead = (ranges->iovas[i + PREFETCH_AHEAD] >> ranges->shift) - origin;
+            __builtin_prefetch(map->base + ahead / 64, 1);
+        }
+        uint64_t iova = ranges->iovas[i];
+        uint64_t first = (iova >> ranges->shift) - origin;
+        uint64_t last = ((iova + (ranges->lengths[i] - 1)) >> ranges->shift) - origin;
+        if (LIKELY(first == last))
+            added += or_at(map, first / 64, UINT64_C(1) << first % 64, shared) != 0;
+        else
+            added += set_run(map, first - map->skew, last - first + 1, shared);
+    }
+    return added;
+}
+
+VECTORISED static uint64_t set_ranges_shared(const struct bitmap *map, const struct ranges *ranges) {
+    return set_each(map, ranges, true);
+}
+
+VECTORISED static uint64_t set_ranges_private(const struct bitmap *map,
+                                              const struct ranges *ranges) {
+    return set_each(map, ranges, false);
+}
+
 static PyObject *set_ranges(PyObject *module, PyObject *args) {
     (void)module;
     Py_buffer data, iovas, lengths;
-    unsigned long long base, last;
+    unsigned long long first, last;
     unsigned shift;
     int shared;
-    if (!PyArg_ParseTuple(args, "w*KKIy*y*p", &data, &base, &last, &shift, &iovas, &lengths,
+    if (!PyArg_ParseTuple(args, "w*KKIy*y*p", &data, &first, &last, &shift, &iovas, &lengths,
                           &shared))
         return NULL;
     uint64_t added = 0;
-    const uint64_t *starts = iovas.buf, *sizes = lengths.buf;
-    size_t count = (size_t)iovas.len / 8, outside = count;
-    int bad = 0;
-    if (iovas.len != lengths.len || iovas.len % 8 || shift > 63 || last < base)
-        bad = refuse("set_ranges: arrays of 64-bit words, of one length, are due");
+    int refused = 0;
+    if (iovas.len != lengths.len || iovas.len % 8 || shift > 63 || last < first)
+        refused = refuse("set_ranges: two arrays of 64-bit words, of one length, are due");
     else
-        bad = check_bits(&data, 0, (last >> shift) - (base >> shift) + 1, "set_ranges");
-    if (!bad) {
+        refused = check_bits(&data, 0, (last >> shift) - (first >> shift) + 1, "set_ranges");
+    if (!refused) {
+        struct bitmap map = bitmap_of(&data);
+        struct ranges ranges = {iovas.buf, lengths.buf, (size_t)iovas.len / 8, first, last, shift};
+        bool inside;
         Py_BEGIN_ALLOW_THREADS
-        for (size_t i = 0; i < count; i++) {
-            if (starts[i] < base || starts[i] > last || !sizes[i] || sizes[i] - 1 > last - starts[i]) {
-                outside = i;
-                break;
-            }
-        }
-        if (outside == count) {
-            struct words words = words_of(bitmap_of(&data));
-            uint64_t origin = base >> shift;
+        inside = all_inside(&ranges);
+        if (inside) {
             atomic_thread_fence(memory_order_seq_cst);
-            for (size_t i = 0; i < count; i++) {
-                if (i + PREFETCH_AHEAD < count) {
-                    uint64_t ahead = (starts[i + PREFETCH_AHEAD] >> shift) - origin + words.skew;
-                    __builtin_prefetch(words.base + ahead / 64, 1);
-                }
-                uint64_t first = starts[i] >> shift;
-                uint64_t end = (starts[i] + (sizes[i] - 1)) >> shift;
-                if (LIKELY(first == end)) {
-                    uint64_t bit = first - origin + words.skew;
-                    added += or_any_word(&words, bit / 64, UINT64_C(1) << bit % 64, shared);
-                } else {
-                    added += set_run(&words, first - origin, end - first + 1, shared);
-                }
-            }
+            added = shared ? set_ranges_shared(&map, &ranges) : set_ranges_private(&map, &ranges);
         }
         Py_END_ALLOW_THREADS
-        if (outside < count) {
-            PyErr_Format(PyExc_ValueError,
-                         "range %zu (IOVA %#llx + %#llx) is empty or not inside [%#llx, %#llx]",
-                         outside, (unsigned long long)starts[outside],
-                         (unsigned long long)sizes[outside], base, last);
-            bad = -1;
-        }
+        if (!inside)
+            refused = refuse("set_ranges: a range is empty or not wholly inside the bitmap's");
     }
     PyBuffer_Release(&data);
     PyBuffer_Release(&iovas);
     PyBuffer_Release(&lengths);
-    return bad ? NULL : PyLong_FromUnsignedLongLong(added);
-}
-
-static uint64_t or_bitmap(struct bitmap into, uint64_t into_bit, struct bitmap from,
-                          uint64_t from_bit, uint64_t count) {
-    struct words to = words_of(into), source = words_of(from);
-    uint64_t added = 0, done = 0;
-    atomic_thread_fence(memory_order_seq_cst);
-    while (done < count) {
-        uint64_t bit = into_bit + done + to.skew, source_bit = from_bit + done + source.skew;
-        unsigned offset = bit % 64;
-        if (source_bit % 64 == 0 && source_bit / 64 >= source.whole) {
-            uint64_t end = (source_bit + (count - done)) / 64;
-            if (end > source.whole_end)
-                end = source.whole_end;
-            if (source_bit / 64 < end) {
-                done += 64 * zero_words(source.base, source_bit / 64, end);
-                if (done >= count)
-                    break;
-                bit = into_bit + done + to.skew;
-            }
-        }
-        unsigned here = count - done < 64 - offset ? (unsigned)(count - done) : 64 - offset;
-        uint64_t value = gather(&source, from_bit + done, here);
-        if (value)
-            added += or_any_word(&to, bit / 64, value << offset, true);
-        done += here;
-    }
-    return added;
+    return refused ? NULL : PyLong_FromUnsignedLongLong(added);
 }
 
 static PyObject *or_bits(PyObject *module, PyObject *args) {
     (void)module;
     Py_buffer into, from;
     unsigned long long into_bit, from_bit, count;
-    if (!PyArg_ParseTuple(args, "w*Ky*KK", &into, &into_bit, &from, &from_bit, &count))
+    int shared = 1;
+    if (!PyArg_ParseTuple(args, "w*Ky*KK|p", &into, &into_bit, &from, &from_bit, &count, &shared))
         return NULL;
     uint64_t added = 0;
-    int bad = check_bits(&into, into_bit, count, "or_bits, target") ||
-              check_bits(&from, from_bit, count, "or_bits, source");
-    if (!bad) {
+    int refused = check_bits(&into, into_bit, count, "or_bits, target") ||
+                  check_bits(&from, from_bit, count, "or_bits, source");
+    if (!refused) {
+        struct bitmap target = bitmap_of(&into), source = bitmap_of(&from);
         Py_BEGIN_ALLOW_THREADS
-        added = or_bitmap(bitmap_of(&into), into_bit, bitmap_of(&from), from_bit, count);
+        atomic_thread_fence(memory_order_seq_cst);
+        added = merge(&target, into_bit, &source, from_bit, count, shared);
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&into);
     PyBuffer_Release(&from);
-    return bad ? NULL : PyLong_FromUnsignedLongLong(added);
+    return refused ? NULL : PyLong_FromUnsignedLongLong(added);
 }
 
 static PyObject *runs_of(PyObject *args, const char *format, bool take) {
@@ -400,21 +577,15 @@ static PyObject *runs_of(PyObject *args, const char *format, bool take) {
     if (!PyArg_ParseTuple(args, format, &data, &first, &count))
         return NULL;
     struct runs runs = {0};
-    int bad = check_bits(&data, first, count, "runs");
-    if (!bad) {
+    int refused = check_bits(&data, first, count, "runs");
+    if (!refused) {
+        struct bitmap map = bitmap_of(&data);
         Py_BEGIN_ALLOW_THREADS
-        runs = find_runs(bitmap_of(&data), first, count, take);
+        find_runs(&runs, &map, first, count, take);
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&data);
-    PyObject *answer = NULL;
-    if (runs.failed)
-        PyErr_NoMemory();
-    else if (!bad)
-        answer = PyBytes_FromStringAndSize((const char *)runs.pairs,
-                                           (Py_ssize_t)(runs.count * 2 * sizeof *runs.pairs));
-    free(runs.pairs);
-    return answer;
+    return give_runs(&runs, refused);
 }
 
 static PyObject *find_set(PyObject *module, PyObject *args) {
@@ -434,26 +605,78 @@ static PyObject *count_bits(PyObject *module, PyObject *args) {
     if (!PyArg_ParseTuple(args, "y*KK", &data, &first, &count))
         return NULL;
     uint64_t total = 0;
-    int bad = check_bits(&data, first, count, "count_bits");
-    if (!bad) {
-        struct words words = words_of(bitmap_of(&data));
+    int refused = check_bits(&data, first, count, "count_bits");
+    if (!refused) {
+        struct bitmap map = bitmap_of(&data);
         Py_BEGIN_ALLOW_THREADS
-        uint64_t bit = first + words.skew, end = bit + count;
-        while (bit < end) {
-            unsigned offset = bit % 64;
-            unsigned here = end - bit < 64 - offset ? (unsigned)(end - bit) : 64 - offset;
-            total += (unsigned)__builtin_popcountll(
-                load_any_word(&words, bit / 64, mask_of(offset, here)));
-            bit += here;
+        struct cursor at = cursor_at(&map, first, count);
+        while (next_word(&at)) {
+            uint64_t words = whole_words(&map, &at);
+            if (words) {
+                total += count_words(map.base + at.index, words);
+                skip_words(&at, words);
+                continue;
+            }
+            total += (uint64_t)__builtin_popcountll(read_at(&map, at.index, at.mask, false));
         }
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&data);
-    return bad ? NULL : PyLong_FromUnsignedLongLong(total);
+    return refused ? NULL : PyLong_FromUnsignedLongLong(total);
 }
 
-static bool all_zero(const uint8_t *page, size_t size) {
-    return size == 0 || (page[0] == 0 && memcmp(page, page + 1, size - 1) == 0);
+static PyObject *walk_table(PyObject *args, const char *format, bool mark) {
+    Py_buffer memory;
+    unsigned long long root, present, dirty, address, kind, table_kind, group_kind, iova, last;
+    unsigned levels;
+    int clear = 0;
+    if (!PyArg_ParseTuple(args, format, &memory, &root, &levels, &present, &dirty, &address, &kind,
+                          &table_kind, &group_kind, &iova, &last, &clear))
+        return NULL;
+    struct page_table table = {
+        .memory = memory.buf, .size = (uint64_t)memory.len, .present = present, .dirty = dirty,
+        .address = address, .kind = kind, .table_kind = table_kind, .group_kind = group_kind,
+        .iova = iova, .last = last, .mark = mark, .clear = clear,
+    };
+    int refused = 0;
+    if (levels < 1 || levels > 6 || (uintptr_t)memory.buf % 8 || last < iova)
+        refused = refuse("walk: 1 to 6 levels, aligned memory and a range that is not empty are due");
+    if (!refused) {
+        Py_BEGIN_ALLOW_THREADS
+        atomic_thread_fence(memory_order_seq_cst);
+        walk(&table, root, levels, 0);
+        Py_END_ALLOW_THREADS
+        if (table.corrupt)
+            refused = refuse("walk: an entry points to a table outside the tables' memory");
+    }
+    PyBuffer_Release(&memory);
+    return give_runs(&table.runs, refused);
+}
+
+static PyObject *mark_table(PyObject *module, PyObject *args) {
+    (void)module;
+    return walk_table(args, "w*KIKKKKKKKK", true);
+}
+
+static PyObject *read_table(PyObject *module, PyObject *args) {
+    (void)module;
+    return walk_table(args, "w*KIKKKKKKKKp", false);
+}
+
+VECTORISED static bool all_zero(const uint8_t *bytes, size_t size) {
+    size_t at = 0;
+    for (; at + 256 <= size; at += 256) {
+        uint64_t any = 0;
+        for (unsigned i = 0; i < 256; i += 8)
+            any |= load_unaligned(bytes + at + i);
+        if (any)
+            return false;
+    }
+    for (; at < size; at++) {
+        if (bytes[at])
+            return false;
+    }
+    return true;
 }
 
 /*
@@ -468,15 +691,15 @@ static PyObject *differing_pages(PyObject *module, PyObject *args) {
     Py_ssize_t page_size;
     if (!PyArg_ParseTuple(args, "y*Onw*", &a, &other, &page_size, &differing))
         return NULL;
-    int bad = 0;
+    int refused = 0;
     uint64_t total = 0;
     if (other != Py_None)
-        bad = PyObject_GetBuffer(other, &b, PyBUF_SIMPLE);
-    if (!bad && (page_size < 1 || a.len % page_size || (b.obj && b.len != a.len)))
-        bad = refuse("differing_pages: two runs of whole pages, of one size, are due");
-    if (!bad)
-        bad = check_bits(&differing, 0, (uint64_t)(a.len / page_size), "differing_pages");
-    if (!bad) {
+        refused = PyObject_GetBuffer(other, &b, PyBUF_SIMPLE);
+    if (!refused && (page_size < 1 || a.len % page_size || (b.obj && b.len != a.len)))
+        refused = refuse("differing_pages: two runs of whole pages, of one size, are due");
+    if (!refused)
+        refused = check_bits(&differing, 0, (uint64_t)(a.len / page_size), "differing_pages");
+    if (!refused) {
         const uint8_t *left = a.buf, *right = b.buf;
         uint8_t *bits = differing.buf;
         size_t size = (size_t)page_size, pages = (size_t)a.len / size;
@@ -494,7 +717,7 @@ static PyObject *differing_pages(PyObject *module, PyObject *args) {
     PyBuffer_Release(&a);
     PyBuffer_Release(&b);
     PyBuffer_Release(&differing);
-    return bad ? NULL : PyLong_FromUnsignedLongLong(total);
+    return refused ? NULL : PyLong_FromUnsignedLongLong(total);
 }
 
 static PyMethodDef methods[] = {
@@ -504,11 +727,15 @@ static PyMethodDef methods[] = {
     {"set_ranges", set_ranges, METH_VARARGS,
      "set_ranges(data, iova, last, page_shift, iovas, lengths, shared) -> bits newly set"},
     {"or_bits", or_bits, METH_VARARGS,
-     "or_bits(into, into_bit, from, from_bit, bits) -> bits newly set"},
+     "or_bits(into, into_bit, source, source_bit, bits, shared=True) -> bits newly set"},
     {"find_set", find_set, METH_VARARGS, "find_set(data, first_bit, bits) -> (start, length) pairs"},
     {"take_set", take_set, METH_VARARGS,
      "take_set(data, first_bit, bits) -> (start, length) pairs, cleared atomically"},
     {"count_bits", count_bits, METH_VARARGS, "count_bits(data, first_bit, bits) -> set bits"},
+    {"mark_table", mark_table, METH_VARARGS,
+     "mark_table(memory, root, levels, *layout, iova, last): set dirty bits"},
+    {"read_table", read_table, METH_VARARGS,
+     "read_table(memory, root, levels, *layout, iova, last, clear) -> (iova, length) pairs"},
     {"differing_pages", differing_pages, METH_VARARGS,
      "differing_pages(a, b, page_size, differing) -> pages that differ"},
     {NULL, NULL, 0, NULL},

@@ -1,0 +1,132 @@
+"""The dmaproof command as a test runs it: bounded, and looked after from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 120.0
+
+
+@dataclass
+class Outcome:
+    """How a run of the command ended."""
+
+    exit_code: int
+    output: str
+    errors: str
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The verdict, where it was asked for by ``--json -``."""
+        answer: dict[str, Any] = json.loads(self.output)
+        return answer
+
+
+class Tool:
+    """Runs dmaproof with `folder` as its temporary folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def start(self, *arguments: str) -> Running:
+        """Start the command and go on."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "qmp_tools.cli", *arguments],
+            env={**os.environ, "TMPDIR": str(self.folder)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        return Running(process)
+
+    def run(self, *arguments: str) -> Outcome:
+        """Run the command to its end."""
+        return self.start(*arguments).finish()
+
+    def leftovers(self) -> list[Path]:
+        """What is left in the temporary folder."""
+        return sorted(self.folder.iterdir())
+
+
+@dataclass
+class Running:
+    """A command that runs; its standard error is collected while it does."""
+
+    process: subprocess.Popen[str]
+    errors: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.errors.append(line)
+
+    def wait_for(self, reached: Callable[[], object], what: str) -> None:
+        """Wait until `reached` is true."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while not reached():
+            assert time.monotonic() < deadline, f"{what} never came:\n{''.join(self.errors)}"
+            assert self.process.poll() is None, f"ended before {what}:\n{''.join(self.errors)}"
+            time.sleep(0.01)
+
+    def wait_for_line(self, start: str) -> None:
+        """Wait until a line of standard error starts with `start`."""
+        self.wait_for(lambda: any(line.startswith(start) for line in self.errors), repr(start))
+
+    def children(self) -> dict[str, int]:
+        """The processes of the proof by name: 'source', 'destination', 'device'; and others."""
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if parent == self.process.pid:
+                    found[_name_of(words)] = int(entry.name)
+        return found
+
+    def finish(self) -> Outcome:
+        """Wait for the command's end."""
+        assert self.process.stdout is not None
+        try:
+            output = self.process.stdout.read()
+            code = self.process.wait(TIMEOUT_S)
+        finally:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait()
+        self._reader.join()
+        self.process.stdout.close()
+        return Outcome(code, output, "".join(self.errors))
+
+
+def _name_of(words: list[bytes]) -> str:
+    if b"dmaproof.vhost_user" in words:
+        return "device"
+    if b"-incoming" in words:
+        return "destination"
+    if b"-nodefaults" in words:
+        return "source"
+    return words[-2].decode() if len(words) > 1 else ""
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process still runs (a zombie does not)."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"

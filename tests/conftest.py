@@ -1,0 +1,28 @@
+"""Fixtures for tests on real QEMU, and what the machine must have for them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from command import Tool
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests on real QEMU where there is none; DMAPROOF_NO_SKIP=1 fails them instead."""
+    if shutil.which("qemu-system-x86_64") is not None or os.environ.get("DMAPROOF_NO_SKIP") == "1":
+        return
+    lacking = pytest.mark.skip(reason="no QEMU here: apt-get install qemu-system-x86")
+    for item in items:
+        if item.get_closest_marker("qemu") is not None:
+            item.add_marker(lacking)
+
+
+@pytest.fixture
+def tool(tmp_path_factory: pytest.TempPathFactory) -> Tool:
+    """The dmaproof command, with a temporary folder of its own that must be empty afterwards."""
+    # Short, since the run's folder holds Unix sockets.
+    return Tool(Path(tmp_path_factory.mktemp("t")))

@@ -1,0 +1,76 @@
+"""Whatever is killed when: the message names it, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from command import Running, Tool, is_alive
+
+pytestmark = pytest.mark.qemu
+
+MOMENTS = {"boot": "starting", "precopy": "migration active", "after": "continuing"}
+NAMES = {"source": "source QEMU", "destination": "destination QEMU", "device": "device"}
+
+
+def run_up_to(tool: Tool, moment: str) -> tuple[Running, dict[str, int]]:
+    """A run that has come to `moment`, and its processes."""
+    # It would go on for a long time at each moment, so that the kill comes in time.
+    running = tool.start("prove", "--bandwidth", "32M", "--requests-after", "1000000")
+    running.wait_for_line(MOMENTS[moment])
+    running.wait_for(lambda: NAMES.keys() <= running.children().keys(), "all processes")
+    return running, running.children()
+
+
+def assert_nothing_is_left(tool: Tool, processes: dict[str, int]) -> None:
+    deadline = time.monotonic() + 10
+    while any(is_alive(pid) for pid in processes.values()) or tool.leftovers():
+        alive = {name: pid for name, pid in processes.items() if is_alive(pid)}
+        assert time.monotonic() < deadline, f"still there: {alive} {tool.leftovers()}"
+        time.sleep(0.05)
+    shared = [path for path in Path("/dev/shm").iterdir() if "dmaproof" in path.name]
+    assert not shared
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("victim", NAMES)
+def test_a_killed_process_is_named(tool: Tool, victim: str, moment: str) -> None:
+    running, processes = run_up_to(tool, moment)
+    os.kill(processes[victim], signal.SIGKILL)
+    outcome = running.finish()
+    assert outcome.exit_code == 3, outcome.errors
+    assert f"{NAMES[victim]} was killed by SIGKILL" in outcome.errors
+    assert "Traceback" not in outcome.errors
+    assert_nothing_is_left(tool, processes)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_tool_leaves_nothing(tool: Tool, how: signal.Signals, moment: str) -> None:
+    running, processes = run_up_to(tool, moment)
+    assert tool.leftovers()
+    running.process.send_signal(how)
+    outcome = running.finish()
+    assert outcome.exit_code == (-how if how == signal.SIGKILL else 3)
+    assert "Traceback" not in outcome.errors
+    assert_nothing_is_left(tool, processes)
+
+
+def test_a_later_run_sweeps_what_nobody_could(tool: Tool) -> None:
+    """The tool and its warden killed together leave a folder, but only until the next run."""
+    running, processes = run_up_to(tool, "boot")
+    (folder,) = tool.leftovers()
+    warden = next(pid for name, pid in processes.items() if name == str(folder))
+    os.kill(warden, signal.SIGKILL)
+    running.process.kill()
+    running.finish()
+    assert tool.leftovers() == [folder]
+    again, processes = run_up_to(tool, "boot")
+    assert folder not in tool.leftovers()
+    again.process.terminate()
+    again.finish()
+    assert_nothing_is_left(tool, processes)

@@ -571,6 +571,59 @@ static PyObject *or_bits(PyObject *module, PyObject *args) {
     return refused ? NULL : PyLong_FromUnsignedLongLong(added);
 }
 
+/*
+ * OR of a bitmap into one with pages of another size, by IOVA. Runs are sought in pieces, so that
+ * memory for them stays small however full the bitmap is.
+ */
+enum { PIECE_BITS = 1 << 20 };
+
+static PyObject *or_pages(PyObject *module, PyObject *args) {
+    (void)module;
+    Py_buffer into, from;
+    unsigned long long into_page, from_page, iova, last;
+    unsigned into_shift, from_shift;
+    int shared = 1;
+    if (!PyArg_ParseTuple(args, "w*KIy*KIKK|p", &into, &into_page, &into_shift, &from, &from_page,
+                          &from_shift, &iova, &last, &shared))
+        return NULL;
+    uint64_t added = 0;
+    struct runs runs = {0};
+    int refused = 0;
+    if (into_shift > 63 || from_shift > 63 || last < iova || iova >> into_shift < into_page ||
+        iova >> from_shift < from_page)
+        refused = refuse("or_pages: the range begins before a bitmap, or is empty");
+    if (!refused)
+        refused = check_bits(&into, 0, (last >> into_shift) - into_page + 1, "or_pages, target") ||
+                  check_bits(&from, 0, (last >> from_shift) - from_page + 1, "or_pages, source");
+    if (!refused) {
+        struct bitmap target = bitmap_of(&into), source = bitmap_of(&from);
+        uint64_t bit = (iova >> from_shift) - from_page;
+        uint64_t end = (last >> from_shift) - from_page + 1;
+        Py_BEGIN_ALLOW_THREADS
+        atomic_thread_fence(memory_order_seq_cst);
+        for (uint64_t here; bit < end && !runs.failed; bit += here) {
+            here = end - bit < PIECE_BITS ? end - bit : PIECE_BITS;
+            runs.count = 0;
+            find_runs(&runs, &source, bit, here, false);
+            for (size_t i = 0; i < runs.count; i++) {
+                uint64_t page = from_page + bit + runs.pairs[2 * i];
+                uint64_t start = page << from_shift;
+                uint64_t stop = ((page + runs.pairs[2 * i + 1]) << from_shift) - 1;  // may wrap
+                uint64_t low = (start > iova ? start : iova) >> into_shift;
+                uint64_t high = (stop < last ? stop : last) >> into_shift;
+                added += set_run(&target, low - into_page, high - low + 1, shared);
+            }
+        }
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&into);
+    PyBuffer_Release(&from);
+    if (runs.failed)
+        PyErr_NoMemory();
+    free(runs.pairs);
+    return refused || runs.failed ? NULL : PyLong_FromUnsignedLongLong(added);
+}
+
 static PyObject *runs_of(PyObject *args, const char *format, bool take) {
     Py_buffer data;
     unsigned long long first, count;
@@ -728,6 +781,8 @@ static PyMethodDef methods[] = {
      "set_ranges(data, iova, last, page_shift, iovas, lengths, shared) -> bits newly set"},
     {"or_bits", or_bits, METH_VARARGS,
      "or_bits(into, into_bit, source, source_bit, bits, shared=True) -> bits newly set"},
+    {"or_pages", or_pages, METH_VARARGS,
+     "or_pages(into, page, shift, source, page, shift, iova, last, shared=True) -> newly set"},
     {"find_set", find_set, METH_VARARGS, "find_set(data, first_bit, bits) -> (start, length) pairs"},
     {"take_set", take_set, METH_VARARGS,
      "take_set(data, first_bit, bits) -> (start, length) pairs, cleared atomically"},

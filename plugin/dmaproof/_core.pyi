@@ -32,8 +32,27 @@ def set_ranges(
     The bitmap covers the bytes `iova` to `last`, both included; `iovas` and `lengths` are uint64.
     """
 
-def or_bits(into: _Buffer, into_bit: int, source: _Buffer, source_bit: int, bits: int) -> int:
-    """OR `bits` bits of `source` into `into`, atomically; returns how many were new there."""
+def or_bits(
+    into: _Buffer, into_bit: int, source: _Buffer, source_bit: int, bits: int, shared: bool = True
+) -> int:
+    """OR `bits` bits of `source` into `into`, atomically if `shared`; returns how many were new."""
+
+def or_pages(
+    into: _Buffer,
+    into_page: int,
+    into_shift: int,
+    source: _Buffer,
+    source_page: int,
+    source_shift: int,
+    iova: int,
+    last: int,
+    shared: bool = True,
+) -> int:
+    """OR one bitmap into another whose pages have another size; returns how many bits were new.
+
+    Bit 0 of each stands for page number `…_page` of ``1 << …_shift`` bytes. Every page of `into` is
+    set that a set page of `source` touches within the bytes `iova` to `last`, both included.
+    """
 
 def find_set(data: _Buffer, first_bit: int, bits: int) -> bytes:
     """The runs of set bits as pairs of uint64: start relative to `first_bit`, and length."""
@@ -43,6 +62,44 @@ def take_set(data: _Buffer, first_bit: int, bits: int) -> bytes:
 
 def count_bits(data: _Buffer, first_bit: int, bits: int) -> int:
     """How many of the bits are set."""
+
+def mark_table(
+    memory: _Buffer,
+    root: int,
+    levels: int,
+    present: int,
+    dirty: int,
+    address: int,
+    kind: int,
+    node: int,
+    group: int,
+    iova: int,
+    last: int,
+) -> bytes:
+    """Set the dirty bits of a page table's entries that map the bytes `iova` to `last`; b"".
+
+    `root` is the byte of `memory` at which the root node begins; for the bits of an entry see
+    `dmaproof.dirty_tracker.page_table.EntryFormat`.
+    """
+
+def read_table(
+    memory: _Buffer,
+    root: int,
+    levels: int,
+    present: int,
+    dirty: int,
+    address: int,
+    kind: int,
+    node: int,
+    group: int,
+    iova: int,
+    last: int,
+    clear: bool,
+) -> bytes:
+    """The dirty (iova, length) runs, pairs of uint64, clipped to the bytes `iova` to `last`.
+
+    With `clear`, the dirty bits of pages that lie wholly inside are cleared.
+    """
 
 def differing_pages(a: _Buffer, b: _Buffer | None, page_size: int, differing: _Buffer) -> int:
     """Set in `differing` the bit of each page of `a` that is not as in `b` (None: zeros)."""

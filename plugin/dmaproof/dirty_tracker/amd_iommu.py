@@ -21,8 +21,10 @@ class AmdIommu(PageTableTracker):
     form = EntryFormat(
         present=1 << 0,
         dirty=1 << 6,
-        leaf={1: 0, 2: 0, 3: 0},
-        node={level: (level - 1) << _NEXT_LEVEL_SHIFT for level in range(2, 7)},
-        contiguous=7 << _NEXT_LEVEL_SHIFT,
+        address=(1 << 52) - (1 << 12),
+        kind=7 << _NEXT_LEVEL_SHIFT,
+        node=1 << _NEXT_LEVEL_SHIFT,
+        leaf={3: 0, 2: 0, 1: 0},
+        group=7 << _NEXT_LEVEL_SHIFT,
         levels=6,
     )

@@ -22,8 +22,10 @@ class IntelIommu(PageTableTracker):
     form = EntryFormat(
         present=_READ_WRITE,
         dirty=1 << 9,
-        leaf={1: 0, 2: _PAGE_SIZE, 3: _PAGE_SIZE},
-        node=dict.fromkeys(range(2, 5), 0),
-        contiguous=0,
+        address=(1 << 52) - (1 << 12),
+        kind=_PAGE_SIZE,
+        node=0,
+        leaf={3: _PAGE_SIZE, 2: _PAGE_SIZE, 1: 0},
+        group=0,
         levels=4,
     )

@@ -1,0 +1,100 @@
+"""A pair of bitmaps, sequence and acknowledge, in the style of pds.
+
+A page is dirty where the two differ. The device makes them differ when it writes; the driver reads
+both, reports their XOR, and writes what it has seen of the sequence into the acknowledge bitmap
+(drivers/vfio/pci/pds/dirty.c: `pds_vfio_dirty_seq_ack`). Neither side ever writes the other's
+bitmap, so no bit can be lost between them.
+
+The bitmaps are transferred in whole 64-bit words, so a query that does not begin or end at one
+sees neighbours too. Their acknowledge bits are written back as they were: they stay dirty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _core
+from ..errors import TrackerError
+from ..iova_bitmap import IovaBitmap, IovaRange
+from .page_set import combine_ranges, page_runs, report_pages
+
+_WORD_BITS = 64
+
+
+class _Region(NamedTuple):
+    """The bitmaps of the pages `first` to `end` - 1."""
+
+    first: int
+    end: int
+    sequence: NDArray[np.uint64]
+    acknowledge: NDArray[np.uint64]
+
+
+class SequencePair:
+    """Sequence and acknowledge bitmaps for at most `most_ranges` regions."""
+
+    name: ClassVar[str] = "sequence-pair"
+
+    def __init__(self, *, most_ranges: int = 8) -> None:
+        self._most_ranges = most_ranges
+        self._regions: list[_Region] | None = None
+        self._shift = 0
+
+    def start(self, ranges: Sequence[IovaRange], page_size: int) -> int:
+        """See `DirtyTracker.start`."""
+        if self._regions is not None:
+            raise TrackerError("the sequence bitmaps track already")
+        self._shift = page_size.bit_length() - 1
+        self._regions = []
+        for iova, length in combine_ranges(ranges, self._most_ranges):
+            first, end = iova >> self._shift, (iova + length - 1 >> self._shift) + 1
+            words = -(-(end - first) // _WORD_BITS)
+            sequence, acknowledge = np.zeros((2, words), dtype=np.uint64)
+            self._regions.append(_Region(first, end, sequence, acknowledge))
+        return page_size
+
+    def stop(self) -> None:
+        """See `DirtyTracker.stop`."""
+        self._regions = None
+
+    def dma(self, iova: int, length: int) -> None:
+        """See `EmulatedTracker.dma`: make the two bitmaps differ."""
+        for region, words, mask in self._touched(iova, length, outward=True):
+            sequence = region.sequence[words]
+            sequence ^= ~(sequence ^ region.acknowledge[words]) & mask
+
+    def read_and_clear(self, bitmap: IovaBitmap, iova: int, length: int) -> None:
+        """See `DirtyTracker.read_and_clear`: report the XOR, then acknowledge it.
+
+        A page of which only a part was asked for is reported, and not acknowledged.
+        """
+        if self._regions is None:
+            raise TrackerError("the sequence bitmaps do not track: call start first")
+        for region, words, mask in self._touched(iova, length, outward=True):
+            dirty = (region.sequence[words] ^ region.acknowledge[words]) & mask
+            pairs = _core.find_set(dirty, 0, len(dirty) * _WORD_BITS)
+            runs = page_runs(pairs, region.first + words.start * _WORD_BITS)
+            report_pages(bitmap, runs, self._shift, iova, length)
+        for region, words, mask in self._touched(iova, length, outward=False):
+            acknowledge = region.acknowledge[words]
+            acknowledge ^= (acknowledge ^ region.sequence[words]) & mask
+
+    def _touched(
+        self, iova: int, length: int, *, outward: bool
+    ) -> Iterator[tuple[_Region, slice, NDArray[np.uint64]]]:
+        """For each region the words, and in them the bits, of the pages that the range touches
+        (`outward`) or holds whole."""
+        first, end = iova >> self._shift, (iova + length - 1 >> self._shift) + 1
+        if not outward:
+            first, end = -(-iova >> self._shift), iova + length >> self._shift
+        for region in self._regions or ():
+            low, high = max(first, region.first) - region.first, min(end, region.end) - region.first
+            if low < high:
+                words = slice(low // _WORD_BITS, -(-high // _WORD_BITS))
+                mask = np.zeros(words.stop - words.start, dtype=np.uint64)
+                _core.set_bits(mask, low % _WORD_BITS, high - low)
+                yield region, words, mask

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from dmaproof.page_compare import differing_pages
 from numpy.typing import NDArray
 
 from dmaproof.errors import UntestableError
+from dmaproof.page_compare import differing_pages
 
 PAGE_BYTES: Final = 4096
 _MEMFD_NAME: Final = "/memfd:memory-backend-memfd"

@@ -1,0 +1,200 @@
+"""Whose loss it was: every kind of loss, planted by hand in two RAM files."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from dmaproof.evidence import HARVEST, Evidence, Slot
+from dmaproof.guest_memory import IovaMapping
+from dmaproof.iova_bitmap import IovaRange
+from dmaproof.journal import RECORD, WriteKind
+from dmaproof.trace import TRACED_LINKS, Link, PageEpochs
+from qmp_tools.ram import RamFile, compare
+from qmp_tools.verdict import (
+    Blame,
+    GuestOutcome,
+    LostPage,
+    Sharpness,
+    Verdict,
+    attribute,
+    measure_sharpness,
+)
+from ring_driver import PAGE, ram_fd
+
+PAGES = 64
+HIGH = 1 << 32
+"""The second half of the file is guest RAM above 4 GiB."""
+ALL_SENT_NS = 1000
+
+
+@dataclass
+class Case:
+    """Two RAM files and a journal that is filled write by write."""
+
+    source: RamFile
+    destination: RamFile
+
+    def __post_init__(self) -> None:
+        self.rows: list[tuple[int, ...]] = []
+        ranges = [IovaRange(0, PAGES // 2 * PAGE), IovaRange(HIGH, PAGES // 2 * PAGE)]
+        self.links = {link: PageEpochs(ranges) for link in TRACED_LINKS}
+        self.planted: list[int] = []
+
+    def device_writes(
+        self,
+        gpa: int,
+        data: bytes,
+        *,
+        epoch: int = 1,
+        time_ns: int = 2000,
+        seen_by: tuple[Link, ...] = TRACED_LINKS,
+        kind: WriteKind = WriteKind.DATA,
+    ) -> None:
+        """The device writes at the source, and the links `seen_by` see it in its epoch."""
+        offset = gpa if gpa < HIGH else gpa - HIGH + PAGES // 2 * PAGE
+        os.pwrite(self.source.fd, data, offset)
+        self.rows.append(
+            (time_ns, len(self.rows) + 1, gpa, gpa, epoch, len(data), zlib.crc32(data), kind, 0)
+        )
+        for link in seen_by:
+            self.links[link].see(gpa, len(data), epoch)
+
+    def evidence(self) -> Evidence:
+        half = PAGES // 2 * PAGE
+        identity = (self.source.device, self.source.inode)
+        return Evidence(
+            slots=[Slot(0, half, 0, *identity), Slot(HIGH, half, half, *identity)],
+            mappings=[IovaMapping(0, 0, half), IovaMapping(HIGH, HIGH, half)],
+            records=np.array(self.rows, dtype=RECORD),
+            links=self.links,
+            harvests=np.empty(0, dtype=HARVEST),
+            planted=np.array(self.planted, dtype=np.uint64),
+            started_ns=500,
+            requests=0,
+        )
+
+    def lost(self) -> list[LostPage]:
+        differing = compare(self.source, self.destination)
+        return attribute(differing, self.source, self.destination, self.evidence())
+
+    def sharpness(self) -> Sharpness:
+        return measure_sharpness(self.evidence(), ALL_SENT_NS)
+
+
+@pytest.fixture
+def case() -> Iterator[Case]:
+    with ExitStack() as stack:
+        files = []
+        for _ in range(2):
+            fd = stack.enter_context(ram_fd(PAGES * PAGE))
+            status = os.fstat(fd)
+            files.append(RamFile(fd, PAGES * PAGE, status.st_dev, status.st_ino))
+        yield Case(*files)
+
+
+@pytest.mark.parametrize("link", TRACED_LINKS)
+def test_the_link_that_missed_it_is_named(case: Case, link: Link) -> None:
+    seen = TRACED_LINKS[: TRACED_LINKS.index(link)]
+    case.device_writes(HIGH + 5 * PAGE, b"x" * PAGE, epoch=3, seen_by=seen)
+    (page,) = case.lost()
+    assert (page.blame, page.link) == (Blame.DEVICE, link)
+    assert page.gpa == page.iova == HIGH + 5 * PAGE
+    assert page.ram_offset == (PAGES // 2 + 5) * PAGE
+    assert (page.request, page.kind, page.due_in_harvest) == (1, "data", 3)
+    assert page.seconds == pytest.approx(1.5e-6)
+
+
+def test_a_page_that_was_logged_before_its_last_write(case: Case) -> None:
+    case.device_writes(0, b"one", epoch=1)
+    case.device_writes(0, b"two", epoch=2, seen_by=(Link.TRACKER,))
+    (page,) = case.lost()
+    assert (page.blame, page.link, page.request) == (Blame.DEVICE, Link.ITERATOR, 2)
+    assert page.last_seen_in_harvest == {
+        "tracker": 2,
+        "iterator": 1,
+        "translation": 1,
+        "log": 1,
+    }
+
+
+def test_a_page_that_was_in_the_log_is_qemus(case: Case) -> None:
+    case.device_writes(PAGE, b"data")
+    (page,) = case.lost()
+    assert (page.blame, page.link) == (Blame.QEMU, Link.QEMU)
+
+
+def test_a_page_that_a_vcpu_wrote_later_is_the_accelerators(case: Case) -> None:
+    case.device_writes(PAGE, b"data")
+    os.pwrite(case.source.fd, b"vcpu", PAGE)
+    (page,) = case.lost()
+    assert (page.blame, page.link, page.request) == (Blame.ACCELERATOR, None, 1)
+
+
+def test_bytes_that_no_device_wrote_are_the_accelerators(case: Case) -> None:
+    case.device_writes(PAGE, b"data")
+    os.pwrite(case.destination.fd, b"data", PAGE)
+    os.pwrite(case.source.fd, b"vcpu", PAGE + 100)  # beside the device's bytes
+    os.pwrite(case.source.fd, b"vcpu", 2 * PAGE)
+    assert [(page.blame, page.request, page.bytes_differing) for page in case.lost()] == [
+        (Blame.ACCELERATOR, None, 4)
+    ] * 2
+
+
+def test_a_write_across_pages_loses_just_the_page_that_differs(case: Case) -> None:
+    case.device_writes(3 * PAGE - 2, b"abcd", seen_by=())
+    os.pwrite(case.destination.fd, b"ab", 3 * PAGE - 2)
+    (page,) = case.lost()
+    assert (page.gpa, page.iova, page.bytes_differing) == (3 * PAGE, 3 * PAGE, 2)
+
+
+def test_planted_pages_are_marked(case: Case) -> None:
+    case.device_writes(0, b"a", seen_by=())
+    case.device_writes(PAGE, b"b", seen_by=())
+    case.planted = [PAGE]
+    assert [page.planted for page in case.lost()] == [False, True]
+
+
+def test_sharpness_counts_what_could_have_shown(case: Case) -> None:
+    case.device_writes(0, b"early", time_ns=900)
+    case.device_writes(PAGE, b"once")
+    case.device_writes(2 * PAGE, b"twice")
+    case.device_writes(2 * PAGE + 8, b"twice")
+    case.device_writes(3 * PAGE, b"s", kind=WriteKind.STATUS)
+    case.planted = [PAGE, 2 * PAGE]
+    case.links[Link.LOG].see(9 * PAGE, PAGE, 1)
+    assert case.sharpness() == Sharpness(
+        writes=5,
+        written=4,
+        rewritten=3,
+        certain=1,
+        planted=2,
+        planted_certain=1,
+        reported_unwritten=1,
+    )
+
+
+def test_no_journal_is_no_evidence(case: Case) -> None:
+    assert case.sharpness() == Sharpness(0, 0, 0, 0, 0, 0, 0)
+    verdict = Verdict(PAGES, [], case.sharpness(), GuestOutcome(1000, 0, 10))
+    assert verdict.exit_code == 3
+    assert verdict.sentence.startswith("nothing was tested")
+
+
+def test_exit_codes() -> None:
+    sharp = Sharpness(10, 10, 5, 5, 0, 0, 0)
+    blunt = Sharpness(10, 10, 0, 0, 0, 0, 0)
+    well, ill = GuestOutcome(1000, 0, 10), GuestOutcome(1000, 2, 10)
+    lost = LostPage(0, 0, 1, Blame.ACCELERATOR)
+    assert Verdict(PAGES, [], sharp, well).exit_code == 0
+    assert Verdict(PAGES, [], blunt, well).exit_code == 3
+    assert Verdict(PAGES, [], sharp, ill).exit_code == 1
+    assert Verdict(PAGES, [lost], sharp, well).exit_code == 1
+    assert Verdict(PAGES, [lost], blunt, well).exit_code == 1
+    assert "1 by the accelerator" in Verdict(PAGES, [lost], sharp, well).sentence

@@ -28,7 +28,7 @@ from .qemu import Qemu
 from .ram import compare, ram_file
 from .run_folder import run_folder
 
-DEFAULT_MEMORY_BYTES: Final = 512 * MIB
+DEFAULT_MEMORY_BYTES: Final = 256 * MIB
 _ODD_BYTES: Final = 8 * KIB
 """Added to a RAM size, makes it no multiple of 64 pages."""
 

@@ -57,7 +57,7 @@ class Workload:
     threads: int = 4
     hot: int = 1024
     once: int = 8192
-    churn: int = 1024
+    churn: int = 4096
     seed: int = 1
     write_every: int = 16
     max_pages: int = 8

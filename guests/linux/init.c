@@ -60,7 +60,7 @@ static struct parameter {
     const char *name;
     uint64_t value;
 } parameters[] = {
-    {"threads", 4}, {"hot", 1024},      {"once", 8192},   {"churn", 1024},
+    {"threads", 4}, {"hot", 1024},      {"once", 8192},   {"churn", 4096},
     {"seed", 1},    {"write_every", 16}, {"max_pages", 8},
 };
 enum { THREADS, HOT, ONCE, CHURN, SEED, WRITE_EVERY, MAX_PAGES };

@@ -202,11 +202,28 @@ INLINE uint64_t set_run(const struct bitmap *map, uint64_t first, uint64_t count
 
 // Runs of set bits -------------------------------------------------------------------------------
 
+enum { RUNS_IN_WORD = 32 };
+
 struct runs {
     uint64_t *pairs;  // start, length
     size_t count, room;
     bool failed;
 };
+
+// Make room before bits are taken: there must be no moment at which they are nowhere.
+static bool reserve_runs(struct runs *runs, size_t more) {
+    if (runs->room - runs->count >= more)
+        return true;
+    size_t room = 2 * runs->room + 256;
+    uint64_t *pairs = realloc(runs->pairs, room * 2 * sizeof *pairs);
+    if (!pairs) {
+        runs->failed = true;
+        return false;
+    }
+    runs->pairs = pairs;
+    runs->room = room;
+    return true;
+}
 
 static void add_run(struct runs *runs, uint64_t start, uint64_t length) {
     if (runs->count) {
@@ -215,16 +232,6 @@ static void add_run(struct runs *runs, uint64_t start, uint64_t length) {
             last[1] += length;
             return;
         }
-    }
-    if (runs->count == runs->room) {
-        size_t room = runs->room ? 2 * runs->room : 256;
-        uint64_t *pairs = realloc(runs->pairs, room * 2 * sizeof *pairs);
-        if (!pairs) {
-            runs->failed = true;
-            return;
-        }
-        runs->pairs = pairs;
-        runs->room = room;
     }
     runs->pairs[2 * runs->count] = start;
     runs->pairs[2 * runs->count + 1] = length;
@@ -247,7 +254,7 @@ static void find_runs(struct runs *runs, const struct bitmap *map, uint64_t firs
                       bool take) {
     uint64_t origin = first + map->skew;
     struct cursor at = cursor_at(map, first, count);
-    while (next_word(&at) && !runs->failed) {
+    while (next_word(&at) && reserve_runs(runs, RUNS_IN_WORD)) {
         uint64_t empty = zero_words(map->base + at.index, whole_words(map, &at));
         if (empty) {
             skip_words(&at, empty);
@@ -379,6 +386,8 @@ INLINE unsigned group_size(const struct page_table *table, uint64_t entry, unsig
 // Report a mapping of which some entry is dirty; what is not wholly asked for stays dirty.
 static void collect(struct page_table *table, uint64_t *entries, unsigned count, uint64_t start,
                     uint64_t end) {
+    if (!reserve_runs(&table->runs, 1))
+        return;
     bool whole = start >= table->iova && end <= table->last, dirty = false;
     for (unsigned i = 0; i < count; i++) {
         if (!(load(entries + i) & table->dirty))
@@ -405,7 +414,7 @@ static void walk(struct page_table *table, uint64_t at, unsigned level, uint64_t
     uint64_t last = (table->last - base) >> shift;
     if (last >= TABLE_ENTRIES)
         last = TABLE_ENTRIES - 1;
-    for (uint64_t i = first; i <= last && !table->corrupt; i++) {
+    for (uint64_t i = first; i <= last && !table->corrupt && !table->runs.failed; i++) {
         uint64_t entry = load(entries + i);
         if (!(entry & table->present))
             continue;
@@ -471,76 +480,152 @@ static PyObject *set_bits(PyObject *module, PyObject *args) {
 
 // Ranges of bytes, to be set in a bitmap over the bytes [first, last] with pages of 1 << shift.
 struct ranges {
-    const uint64_t *iovas, *lengths;
+    const uint64_t *iovas, *lengths;  // no lengths: all have `length`
+    uint64_t length;
     size_t count;
     uint64_t first, last;
     unsigned shift;
 };
 
-VECTORISED static bool all_inside(const struct ranges *ranges) {
-    uint64_t outside = 0, first = ranges->first, room = ranges->last - first;
+struct survey {
+    bool inside;   // every range is wholly inside, and none empty
+    bool single;   // every range touches one page
+    bool crowded;  // most neighbours in the list are neighbours in the bitmap, too
+};
+
+VECTORISED static struct survey survey_ranges(const struct ranges *ranges) {
+    uint64_t outside = 0, wide = 0, same = 0;
+    uint64_t first = ranges->first, room = ranges->last - first, length = ranges->length - 1;
+    uint64_t in_page = (UINT64_C(1) << ranges->shift) - 1, before = 0;
+    unsigned word_shift = ranges->shift < 58 ? ranges->shift + 6 : 63;
     for (size_t i = 0; i < ranges->count; i++) {
-        uint64_t start = ranges->iovas[i] - first, length = ranges->lengths[i] - 1;
-        outside |= (uint64_t)(start > room) | (uint64_t)(length > room - start);
+        uint64_t iova = ranges->iovas[i], start = iova - first;
+        uint64_t end = ranges->lengths ? ranges->lengths[i] - 1 : length;
+        outside |= (uint64_t)(start > room) | (uint64_t)(end > room - start);
+        wide |= ((iova & in_page) + end) & ~in_page;
+        same += (iova ^ before) >> word_shift == 0;
+        before = iova;
     }
-    return !outside;
+    return (struct survey){!outside, !wide, same > ranges->count / 8 * 7};
 }
 
-INLINE uint64_t set_each(const struct bitmap *map, const struct ranges *ranges, bool shared) {
+INLINE uint64_t set_page(const struct bitmap *map, uint64_t page, bool shared) {
+    uint64_t *word = map->base + page / 64, bit = UINT64_C(1) << page % 64, old = load(word);
+    if (!shared) {
+        *word = old | bit;
+        return !(old & bit);
+    }
+    // Of one bit the compiler makes a single locked instruction, of a mask a loop of them.
+    return old & bit ? 0 : !(atomic_fetch_or((_Atomic uint64_t *)word, bit) & bit);
+}
+
+// Ranges of one page each, all in whole words, in any order.
+INLINE uint64_t set_pages(const struct bitmap *map, const struct ranges *ranges, uint64_t origin,
+                          bool shared) {
+    uint64_t added = 0;
+    size_t i = 0;
+    for (; i + PREFETCH_AHEAD < ranges->count; i++) {
+        uint64_t ahead = (ranges->iovas[i + PREFETCH_AHEAD] >> ranges->shift) - origin;
+        __builtin_prefetch(map->base + ahead / 64, 1);
+        added += set_page(map, (ranges->iovas[i] >> ranges->shift) - origin, shared);
+    }
+    for (; i < ranges->count; i++)
+        added += set_page(map, (ranges->iovas[i] >> ranges->shift) - origin, shared);
+    return added;
+}
+
+enum { CROWD = 8 };
+
+// The same where neighbours often share a word, which is then written once for all of them.
+INLINE uint64_t set_crowds(const struct bitmap *map, const struct ranges *ranges, uint64_t origin,
+                           bool shared) {
+    uint64_t added = 0;
+    size_t i = 0;
+    for (; i + CROWD <= ranges->count; i += CROWD) {
+        uint64_t pages[CROWD], mask = 0, differing = 0;
+        for (unsigned k = 0; k < CROWD; k++) {
+            pages[k] = (ranges->iovas[i + k] >> ranges->shift) - origin;
+            mask |= UINT64_C(1) << pages[k] % 64;
+            differing |= pages[k] ^ pages[0];
+        }
+        if (LIKELY(differing < 64)) {
+            added += (uint64_t)__builtin_popcountll(
+                or_word(map->base + pages[0] / 64, mask, shared));
+            continue;
+        }
+        for (unsigned k = 0; k < CROWD; k++)
+            added += set_page(map, pages[k], shared);
+    }
+    for (; i < ranges->count; i++)
+        added += set_page(map, (ranges->iovas[i] >> ranges->shift) - origin, shared);
+    return added;
+}
+
+INLINE uint64_t set_each(const struct bitmap *map, const struct ranges *ranges,
+                         struct survey survey, bool shared) {
     uint64_t added = 0;
     uint64_t origin = (ranges->first >> ranges->shift) - map->skew;
+    uint64_t last_word = ((ranges->last >> ranges->shift) - origin) / 64;
+    if (LIKELY(survey.single && is_whole(map, 0) && is_whole(map, last_word)))
+        return survey.crowded ? set_crowds(map, ranges, origin, shared)
+                              : set_pages(map, ranges, origin, shared);
     for (size_t i = 0; i < ranges->count; i++) {
-        if (LIKELY(i + PREFETCH_AHEAD < ranges->count)) {
-            uint64_t ahead = (ranges->iovas[i + PREFETCH_AHEAD] >> ranges->shift) - origin;
-            __builtin_prefetch(map->base + ahead / 64, 1);
-        }
         uint64_t iova = ranges->iovas[i];
-        uint64_t first = (iova >> ranges->shift) - origin;
-        uint64_t last = ((iova + (ranges->lengths[i] - 1)) >> ranges->shift) - origin;
-        if (LIKELY(first == last))
-            added += or_at(map, first / 64, UINT64_C(1) << first % 64, shared) != 0;
-        else
-            added += set_run(map, first - map->skew, last - first + 1, shared);
+        uint64_t end = iova + ((ranges->lengths ? ranges->lengths[i] : ranges->length) - 1);
+        uint64_t first = (iova >> ranges->shift) - origin - map->skew;
+        uint64_t last = (end >> ranges->shift) - origin - map->skew;
+        added += set_run(map, first, last - first + 1, shared);
     }
     return added;
 }
 
-VECTORISED static uint64_t set_ranges_shared(const struct bitmap *map, const struct ranges *ranges) {
-    return set_each(map, ranges, true);
+VECTORISED static uint64_t set_shared(const struct bitmap *map, const struct ranges *ranges,
+                                      struct survey survey) {
+    return set_each(map, ranges, survey, true);
 }
 
-VECTORISED static uint64_t set_ranges_private(const struct bitmap *map,
-                                              const struct ranges *ranges) {
-    return set_each(map, ranges, false);
+VECTORISED static uint64_t set_private(const struct bitmap *map, const struct ranges *ranges,
+                                       struct survey survey) {
+    return set_each(map, ranges, survey, false);
 }
 
 static PyObject *set_ranges(PyObject *module, PyObject *args) {
     (void)module;
-    Py_buffer data, iovas, lengths;
-    unsigned long long first, last;
+    Py_buffer data, iovas, lengths = {0};
+    unsigned long long first, last, length = 0;
     unsigned shift;
     int shared;
-    if (!PyArg_ParseTuple(args, "w*KKIy*y*p", &data, &first, &last, &shift, &iovas, &lengths,
+    PyObject *of_each;
+    if (!PyArg_ParseTuple(args, "w*KKIy*Op", &data, &first, &last, &shift, &iovas, &of_each,
                           &shared))
         return NULL;
     uint64_t added = 0;
     int refused = 0;
-    if (iovas.len != lengths.len || iovas.len % 8 || shift > 63 || last < first)
+    if (PyLong_Check(of_each)) {
+        length = PyLong_AsUnsignedLongLong(of_each);
+        refused = PyErr_Occurred() != NULL;
+    } else {
+        refused = PyObject_GetBuffer(of_each, &lengths, PyBUF_SIMPLE);
+    }
+    if (!refused && ((lengths.obj && iovas.len != lengths.len) || iovas.len % 8 || shift > 63 ||
+                     last < first))
         refused = refuse("set_ranges: two arrays of 64-bit words, of one length, are due");
-    else
+    if (!refused)
         refused = check_bits(&data, 0, (last >> shift) - (first >> shift) + 1, "set_ranges");
     if (!refused) {
         struct bitmap map = bitmap_of(&data);
-        struct ranges ranges = {iovas.buf, lengths.buf, (size_t)iovas.len / 8, first, last, shift};
-        bool inside;
+        struct ranges ranges = {iovas.buf, lengths.buf, length, (size_t)iovas.len / 8,
+                                first,     last,        shift};
+        struct survey survey;
         Py_BEGIN_ALLOW_THREADS
-        inside = all_inside(&ranges);
-        if (inside) {
+        survey = survey_ranges(&ranges);
+        if (survey.inside) {
             atomic_thread_fence(memory_order_seq_cst);
-            added = shared ? set_ranges_shared(&map, &ranges) : set_ranges_private(&map, &ranges);
+            added = shared ? set_shared(&map, &ranges, survey)
+                           : set_private(&map, &ranges, survey);
         }
         Py_END_ALLOW_THREADS
-        if (!inside)
+        if (!survey.inside)
             refused = refuse("set_ranges: a range is empty or not wholly inside the bitmap's");
     }
     PyBuffer_Release(&data);
@@ -778,7 +863,8 @@ static PyMethodDef methods[] = {
     {"set_bits", set_bits, METH_VARARGS,
      "set_bits(data, first_bit, bits, shared=True) -> bits newly set"},
     {"set_ranges", set_ranges, METH_VARARGS,
-     "set_ranges(data, iova, last, page_shift, iovas, lengths, shared) -> bits newly set"},
+     "set_ranges(data, iova, last, page_shift, iovas, lengths, shared) -> bits newly set; "
+     "lengths: an array, or one number for all"},
     {"or_bits", or_bits, METH_VARARGS,
      "or_bits(into, into_bit, source, source_bit, bits, shared=True) -> bits newly set"},
     {"or_pages", or_pages, METH_VARARGS,

@@ -24,12 +24,13 @@ def set_ranges(
     last: int,
     page_shift: int,
     iovas: NDArray[Any],
-    lengths: NDArray[Any],
+    lengths: NDArray[Any] | int,
     shared: bool,
 ) -> int:
     """Set the bit of every page that one of the ranges touches; returns how many were new.
 
-    The bitmap covers the bytes `iova` to `last`, both included; `iovas` and `lengths` are uint64.
+    The bitmap covers the bytes `iova` to `last`, both included; `iovas` and `lengths` are uint64,
+    or all ranges have one length.
     """
 
 def or_bits(

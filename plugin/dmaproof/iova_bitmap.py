@@ -32,9 +32,10 @@ do not use atomics or locks themselves.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Self
 
@@ -49,6 +50,8 @@ WINDOW_BYTES: Final = 2 << 20
 """512 bitmap pages: what the kernel pins at a time."""
 
 BitmapBuffer = bytearray | memoryview | mmap.mmap | NDArray[Any]
+Words = NDArray[np.uint64]
+Addresses = NDArray[Any] | Sequence[int]
 
 
 class IovaRange(NamedTuple):
@@ -70,6 +73,19 @@ class BitmapStats:
 
 
 Report = Callable[["IovaBitmap", int, int], None]
+
+
+def _as_addresses(values: Addresses, name: str) -> Words:
+    """`values` as a contiguous array of uint64; what does not fit is refused, never wrapped."""
+    try:
+        array = np.asarray(values, dtype=None if isinstance(values, np.ndarray) else np.uint64)
+    except (OverflowError, ValueError, TypeError) as error:
+        raise BitmapError(f"{name} are no unsigned 64-bit numbers: {error}") from error
+    if array.dtype.kind not in "ui" or (array.dtype.kind == "i" and (array < 0).any()):
+        raise BitmapError(f"{name} of {array.dtype} are no unsigned 64-bit numbers")
+    if array.ndim != 1:
+        raise BitmapError(f"{name} of shape {array.shape}: one dimension is due")
+    return np.ascontiguousarray(array, dtype=np.uint64)
 
 
 class IovaBitmap:
@@ -143,9 +159,13 @@ class IovaBitmap:
     def _open_file(self, fd: int, offset: int, needed: int, window_bytes: int) -> None:
         try:
             size = os.fstat(fd).st_size
+            writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
             self._fd = os.dup(fd)
         except OSError as error:
             raise BitmapError(f"file descriptor {fd} cannot hold a bitmap: {error}") from error
+        if not writable:
+            self.close()
+            raise BitmapError(f"file descriptor {fd} is not open for reading and writing")
         if offset < 0 or offset + needed > size:
             self.close()
             raise BitmapError(
@@ -196,6 +216,9 @@ class IovaBitmap:
                 f"{self.iova:#x} + {self.length:#x}"
             )
         self.stats.ranges += 1
+        self._set_inside(iova, length)
+
+    def _set_inside(self, iova: int, length: int) -> None:
         first = (iova >> self._shift) - self._origin
         end = ((iova + length - 1) >> self._shift) - self._origin + 1
         while first < end:
@@ -206,55 +229,58 @@ class IovaBitmap:
             self.stats.bits += _core.set_bits(window, first - start, here - first, self._shared)
             first = here
 
-    def set_many(self, iovas: NDArray[np.uint64], lengths: NDArray[np.uint64]) -> None:
-        """`set` for arrays of the same shape (ranges,) and dtype uint64, in one call.
+    def set_many(self, iovas: Addresses, lengths: Addresses | int) -> None:
+        """`set` for many ranges in one call: shape (ranges,), unsigned 64-bit values.
+
+        One length stands for all ranges, as in lists of pages that hardware writes.
 
         Raises:
             BitmapError: the arrays do not fit each other, or a range is empty or not wholly inside
                 the bitmap's; nothing was set.
         """
-        iovas = np.ascontiguousarray(iovas, dtype=np.uint64)
-        lengths = np.ascontiguousarray(lengths, dtype=np.uint64)
-        if iovas.ndim != 1 or iovas.shape != lengths.shape:
-            raise BitmapError(f"IOVAs of shape {iovas.shape} and lengths of {lengths.shape}")
+        iovas = _as_addresses(iovas, "IOVAs")
+        if not isinstance(lengths, int):
+            lengths = _as_addresses(lengths, "lengths")
+            if lengths.shape != iovas.shape:
+                raise BitmapError(f"IOVAs of shape {iovas.shape}, lengths of {lengths.shape}")
+        elif not 0 < lengths <= self.length:
+            raise BitmapError(f"ranges of {lengths:#x} bytes in a bitmap over {self.length:#x}")
         if self._fd < 0:
             self._set_in_window(0, iovas, lengths)
         else:
-            self._set_by_window(iovas, lengths)
+            self._set_by_window(iovas, np.broadcast_to(np.uint64(lengths), iovas.shape))
         self.stats.ranges += len(iovas)
 
-    def _set_by_window(self, iovas: NDArray[np.uint64], lengths: NDArray[np.uint64]) -> None:
-        """Sorted by window, so that each is mapped once; a range may continue in later ones."""
-        ends = lengths - np.uint64(1)
-        outside = (lengths == 0) | (iovas < self.iova) | (iovas > self._last)
-        outside |= ends > np.uint64(self._last) - np.minimum(iovas, np.uint64(self._last))
+    def _refuse_outside(self, iovas: Words, lengths: Words | int) -> None:
+        """Raise the error that names the first range that is not wholly inside, if there is one."""
+        ends = np.asarray(lengths, dtype=np.uint64) - np.uint64(1)  # an empty range: 2**64 - 1
+        starts = iovas - np.uint64(self.iova)
+        room = np.uint64(self.length - 1)
+        outside = (starts > room) | (ends > room - np.minimum(starts, room))
         if outside.any():
-            worst = int(np.flatnonzero(outside)[0])
+            worst = int(np.argmax(outside))
+            length = int(np.broadcast_to(lengths, iovas.shape)[worst])
             raise BitmapError(
-                f"range {worst} (IOVA {int(iovas[worst]):#x} + {int(lengths[worst]):#x}) is empty "
-                f"or not inside the bitmap's {self.iova:#x} + {self.length:#x}"
+                f"range {worst} (IOVA {int(iovas[worst]):#x} + {length:#x}) is empty or not inside "
+                f"the bitmap's {self.iova:#x} + {self.length:#x}"
             )
-        ends = iovas + ends
-        shift, bits = np.uint64(self._shift), np.uint64(self._window_bits)
-        first = ((iovas >> shift) - np.uint64(self._origin)) // bits
-        last = ((ends >> shift) - np.uint64(self._origin)) // bits
-        order = np.argsort(first, kind="stable")
-        crossing = np.flatnonzero(first != last)
-        # What crosses is cut: its first piece stays in its window, the rest is set by itself.
-        for row in crossing.tolist():
-            cut = self._start_of(int(first[row]) + 1)
-            ranges, self.stats.ranges = self.stats.ranges, 0
-            self.set(cut, int(ends[row]) - cut + 1)
-            self.stats.ranges = ranges
-            lengths = lengths.copy() if row == crossing[0] else lengths
-            lengths[row] = cut - int(iovas[row])
-        windows, starts = np.unique(first[order], return_index=True)
-        for window, rows in zip(windows.tolist(), np.split(order, starts[1:]), strict=True):
-            self._set_in_window(window, iovas[rows], lengths[rows])
 
-    def _set_in_window(
-        self, index: int, iovas: NDArray[np.uint64], lengths: NDArray[np.uint64]
-    ) -> None:
+    def _set_by_window(self, iovas: Words, lengths: Words) -> None:
+        """Sorted by window, so that each is mapped once; a range may go on in later ones."""
+        self._refuse_outside(iovas, lengths)
+        shift, bits = np.uint64(self._shift), np.uint64(self._window_bits)
+        lasts = iovas + (lengths - np.uint64(1))
+        first = ((iovas >> shift) - np.uint64(self._origin)) // bits
+        crossing = first != ((lasts >> shift) - np.uint64(self._origin)) // bits
+        whole = ~crossing
+        order = np.argsort(first[whole], kind="stable")
+        windows, starts = np.unique(first[whole][order], return_index=True)
+        for window, rows in zip(windows.tolist(), np.split(order, starts[1:]), strict=False):
+            self._set_in_window(window, iovas[whole][rows], lengths[whole][rows])
+        for iova, length in zip(iovas[crossing].tolist(), lengths[crossing].tolist(), strict=True):
+            self._set_inside(iova, length)
+
+    def _set_in_window(self, index: int, iovas: Words, lengths: Words | int) -> None:
         window = self._pin(index)
         low = max(self.iova, self._start_of(index))
         high = min(self._last, self._start_of(index + 1) - 1)
@@ -263,6 +289,7 @@ class IovaBitmap:
                 window, low, high, self._shift, iovas, lengths, self._shared
             )
         except ValueError as error:
+            self._refuse_outside(iovas, lengths)
             raise BitmapError(str(error)) from error
 
     # Iterating ----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dirty_log import LOG_PAGE_BYTES, DirtyLog, Words
-from .iova_bitmap import IovaBitmap, IovaRange
+from .iova_bitmap import Addresses, IovaBitmap, IovaRange
 
 
 class Link(StrEnum):
@@ -150,9 +150,11 @@ class TracedBitmap(IovaBitmap):
         self.trace.links[Link.TRACKER].see(iova, length, self.trace.epoch)
         super().set(iova, length)
 
-    def set_many(self, iovas: NDArray[np.uint64], lengths: NDArray[np.uint64]) -> None:
+    def set_many(self, iovas: Addresses, lengths: Addresses | int) -> None:
         """See `IovaBitmap.set_many`."""
-        self.trace.links[Link.TRACKER].see_many(iovas, lengths, self.trace.epoch)
+        addresses = np.asarray(iovas, dtype=np.uint64)
+        sizes = np.broadcast_to(np.asarray(lengths, dtype=np.uint64), addresses.shape)
+        self.trace.links[Link.TRACKER].see_many(addresses, sizes, self.trace.epoch)
         super().set_many(iovas, lengths)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import TrackerError
 from ..iova_bitmap import IovaBitmap, IovaRange
-from .page_set import PageSet, combine_ranges
+from .page_set import PageSet, combine_ranges, page_shift
 
 _logger = logging.getLogger(__name__)
 
@@ -49,9 +49,9 @@ class AddressQueue:
         """See `DirtyTracker.start`; the page size is brought within what the device has."""
         if self._collected is not None:
             raise TrackerError("the page tracker tracks already")
+        page_shift(page_size)  # refuses what is no page size at all
         page_size = min(max(page_size, self._page_sizes[0]), self._page_sizes[1])
         self._collected = PageSet(combine_ranges(ranges, self._most_ranges), page_size)
-        self._shift = page_size.bit_length() - 1
         self._filled = 0
         self._overflowed = False
         return page_size

@@ -28,7 +28,7 @@ class Coarse:
         """See `DirtyTracker.start`."""
         if self._mapped is not None:
             raise TrackerError("the coarse tracker tracks already")
-        self._mapped = combine_ranges(ranges, max(1, len(ranges)))
+        self._mapped = combine_ranges(ranges, len(ranges))
         return page_size
 
     def stop(self) -> None:

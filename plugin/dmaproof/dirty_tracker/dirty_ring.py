@@ -38,8 +38,8 @@ class DirtyRing:
         """See `DirtyTracker.start`: protect every page."""
         if self._writable is not None:
             raise TrackerError("the dirty ring tracks already")
-        self._writable = PageSet(ranges, page_size)
         self._collected = PageSet(ranges, page_size)
+        self._writable = PageSet(ranges, page_size)
         self._filled = 0
         return page_size
 

@@ -27,6 +27,17 @@ class _Span(NamedTuple):
     bits: NDArray[np.uint64]
 
 
+def page_shift(page_size: int) -> int:
+    """log2 of `page_size` in bytes.
+
+    Raises:
+        TrackerError: it is no power of two up to 2**63.
+    """
+    if not 0 < page_size <= 1 << 63 or page_size & (page_size - 1):
+        raise TrackerError(f"page size {page_size:#x} is no power of two up to 2**63")
+    return page_size.bit_length() - 1
+
+
 def combine_ranges(ranges: Sequence[IovaRange], most: int) -> list[IovaRange]:
     """At most `most` ranges that cover `ranges`, sorted: the smallest gaps are closed.
 
@@ -56,13 +67,16 @@ class PageSet:
     """Pages of `page_size` bytes (a power of two) in `ranges`, none of them in the set at first.
 
     Ranges are rounded to whole pages; what lies outside them is passed over.
+
+    Raises:
+        TrackerError: what `combine_ranges` and `page_shift` refuse.
     """
 
     def __init__(self, ranges: Sequence[IovaRange], page_size: int) -> None:
-        self._shift = page_size.bit_length() - 1
+        self._shift = page_shift(page_size)
         self._spans: list[_Span] = []
         edges: list[list[int]] = []
-        for iova, length in sorted(ranges):
+        for iova, length in combine_ranges(ranges, len(ranges)):
             first, end = iova >> self._shift, (iova + length - 1 >> self._shift) + 1
             if edges and first <= edges[-1][1]:
                 edges[-1][1] = max(end, edges[-1][1])
@@ -73,21 +87,11 @@ class PageSet:
             self._spans.append(_Span(first, end, bits))
         self._starts = [span.first for span in self._spans]
 
-    def add(self, iova: int, length: int) -> int:
-        """Add the pages that `length` bytes at `iova` touch; returns how many are new."""
-        return sum(
-            _core.set_bits(span.bits, low - span.first, high - low)
-            for span, low, high in self._touched(iova, length)
-        )
-
     def add_pages(self, pages: NDArray[np.uint64]) -> None:
         """Add pages by their numbers."""
-        ones = np.ones(len(pages), dtype=np.uint64)
         for span in self._spans:
             inside = (pages >= span.first) & (pages < span.end)
-            _core.set_ranges(
-                span.bits, span.first, span.end - 1, 0, pages[inside], ones[inside], True
-            )
+            _core.set_ranges(span.bits, span.first, span.end - 1, 0, pages[inside], 1, False)
 
     def remove_pages(self, pages: NDArray[np.uint64]) -> None:
         """Take out pages by their numbers."""
@@ -149,10 +153,10 @@ def page_runs(pairs: bytes, first_page: int) -> NDArray[np.uint64]:
 
 
 def report_pages(
-    bitmap: IovaBitmap, runs: NDArray[np.uint64], page_shift: int, iova: int, length: int
+    bitmap: IovaBitmap, runs: NDArray[np.uint64], shift: int, iova: int, length: int
 ) -> None:
-    """Report runs of pages of ``1 << page_shift`` bytes, clipped to `length` bytes from `iova`."""
-    shift, one = np.uint64(page_shift), np.uint64(1)
-    starts = np.maximum(runs[:, 0] << shift, np.uint64(iova))
-    lasts = np.minimum(((runs[:, 0] + runs[:, 1]) << shift) - one, np.uint64(iova + length - 1))
+    """Report runs of pages of ``1 << shift`` bytes, clipped to `length` bytes from `iova`."""
+    bits, one = np.uint64(shift), np.uint64(1)
+    starts = np.maximum(runs[:, 0] << bits, np.uint64(iova))
+    lasts = np.minimum(((runs[:, 0] + runs[:, 1]) << bits) - one, np.uint64(iova + length - 1))
     bitmap.set_many(starts, lasts - starts + one)

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from .. import _core
 from ..errors import TrackerError
 from ..iova_bitmap import IovaBitmap, IovaRange
+from .page_set import combine_ranges
 
 _SHIFT: Final = 12
 _INDEX_BITS: Final = 9
@@ -275,7 +276,7 @@ class PageTableTracker:
         if self._table is not None:
             raise TrackerError("the IOMMU's page table tracks already")
         table = PageTable(self.form, self._page_sizes)
-        for iova, length in ranges:
+        for iova, length in combine_ranges(ranges, len(ranges)):
             table.map(iova, length)
         self._table = table
         return min(self._page_sizes)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from .. import _core
 from ..errors import TrackerError
 from ..iova_bitmap import IovaBitmap, IovaRange
-from .page_set import combine_ranges, page_runs, report_pages
+from .page_set import combine_ranges, page_runs, page_shift, report_pages
 
 _WORD_BITS = 64
 
@@ -48,13 +48,14 @@ class SequencePair:
         """See `DirtyTracker.start`."""
         if self._regions is not None:
             raise TrackerError("the sequence bitmaps track already")
-        self._shift = page_size.bit_length() - 1
-        self._regions = []
+        shift = page_shift(page_size)
+        regions = []
         for iova, length in combine_ranges(ranges, self._most_ranges):
-            first, end = iova >> self._shift, (iova + length - 1 >> self._shift) + 1
+            first, end = iova >> shift, (iova + length - 1 >> shift) + 1
             words = -(-(end - first) // _WORD_BITS)
             sequence, acknowledge = np.zeros((2, words), dtype=np.uint64)
-            self._regions.append(_Region(first, end, sequence, acknowledge))
+            regions.append(_Region(first, end, sequence, acknowledge))
+        self._shift, self._regions = shift, regions
         return page_size
 
     def stop(self) -> None:

@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * The ways of carrying reported ranges into a bitmap that were argued over when the kernel got its
+ * iova_bitmap, written down from their descriptions so that they can be measured beside ours.
+ *
+ * Each takes the same reports (page numbers relative to the bitmap's start, and lengths in pages)
+ * and sets the same bits in the same user's bitmap. What differs is how the bitmap's memory is got
+ * hold of. A kernel has to *pin* pages of user memory before it can write there; here a pin costs
+ * nothing but to note the page's address, so the times are a lower bound for a kernel's. What would
+ * have been pinned, and how many bytes were moved besides the bits themselves, is counted.
+ *
+ *   copied    a bitmap of the driver's own over the whole range takes the bits, and is merged into
+ *             the user's as a whole afterwards. Nothing is pinned for long, every byte moves.
+ *   pieces    the range is walked in windows of 512 bitmap pages; each is pinned, and the hardware
+ *             asked for that piece of the range alone (first merged version, Linux 6.1).
+ *   on demand the hardware is asked once; a report outside the pinned window moves the window to
+ *             it, and the last window stays (Linux 6.11).
+ */
+#define _POSIX_C_SOURCE 200809L  // clock_gettime
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030b0000
+#include <Python.h>
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+enum { BITMAP_PAGE = 4096, PAGE_BITS = BITMAP_PAGE * 8, WORD_BITS = 64, WINDOW_PAGES = 512 };
+
+struct cost {
+    uint64_t pins, bytes;
+};
+
+// The user's bitmap, and the run of its pages that is pinned at the moment.
+struct window {
+    uint8_t *bitmap;
+    uint64_t pages;  // in the whole bitmap
+    uint64_t first;  // of the window
+    unsigned count;
+    uint8_t *pinned[WINDOW_PAGES];
+    struct cost *cost;
+};
+
+static void pin(struct window *window, uint64_t page) {
+    uint64_t left = window->pages - page;
+    window->first = page;
+    window->count = left < WINDOW_PAGES ? (unsigned)left : WINDOW_PAGES;
+    for (unsigned i = 0; i < window->count; i++)
+        window->pinned[i] = window->bitmap + (page + i) * BITMAP_PAGE;
+    window->cost->pins += window->count;
+}
+
+// Set bits [first, first + count) of one page's bitmap, without atomics, as the kernel does.
+static inline void set_in_page(uint8_t *page, unsigned first, unsigned count) {
+    uint64_t *words = (uint64_t *)page + first / WORD_BITS;
+    unsigned offset = first % WORD_BITS;
+    if (offset + count <= WORD_BITS) {
+        *words |= (~UINT64_C(0) >> (WORD_BITS - count)) << offset;
+        return;
+    }
+    *words++ |= ~UINT64_C(0) << offset;
+    count -= WORD_BITS - offset;
+    for (; count >= WORD_BITS; count -= WORD_BITS)
+        *words++ = ~UINT64_C(0);
+    if (count)
+        *words |= ~UINT64_C(0) >> (WORD_BITS - count);
+}
+
+static inline void set_run(uint8_t *bitmap, uint64_t bit, uint64_t count) {
+    while (count) {
+        unsigned offset = bit % PAGE_BITS, room = PAGE_BITS - offset;
+        unsigned here = count < room ? (unsigned)count : room;
+        set_in_page(bitmap + bit / PAGE_BITS * BITMAP_PAGE, offset, here);
+        bit += here;
+        count -= here;
+    }
+}
+
+// On demand: every piece of a report that lies outside the window moves the window to it.
+static void on_demand(struct window *window, const uint64_t *bits, const uint64_t *counts,
+                      size_t reports) {
+    for (size_t i = 0; i < reports; i++) {
+        uint64_t bit = bits[i], left = counts[i];
+        do {
+            uint64_t page = bit / PAGE_BITS;
+            if (__builtin_expect(page - window->first >= window->count, 0))
+                pin(window, page);
+            unsigned offset = bit % PAGE_BITS, room = PAGE_BITS - offset;
+            unsigned here = left < room ? (unsigned)left : room;
+            set_in_page(window->pinned[page - window->first], offset, here);
+            bit += here;
+            left -= here;
+        } while (left);
+    }
+}
+
+/*
+ * Piece by piece: of each window's piece the hardware reports what falls into it. What the hardware
+ * has to do to find that is not charged for: `bits` are sorted.
+ */
+static void in_pieces(struct window *window, const uint64_t *bits, const uint64_t *counts,
+                      size_t reports) {
+    const uint64_t piece = (uint64_t)WINDOW_PAGES * PAGE_BITS;
+    size_t next = 0;
+    for (uint64_t page = 0; page < window->pages; page += WINDOW_PAGES) {
+        uint64_t start = page * PAGE_BITS, end = start + piece;
+        pin(window, page);
+        for (; next < reports && bits[next] < end; next++) {
+            uint64_t low = bits[next] > start ? bits[next] : start;
+            uint64_t high = bits[next] + counts[next];
+            set_run(window->bitmap, low, (high < end ? high : end) - low);
+            if (high > end)
+                break;  // its rest is reported with the next piece
+        }
+    }
+}
+
+static bool copied(struct window *window, const uint64_t *bits, const uint64_t *counts,
+                   size_t reports) {
+    size_t size = window->pages * BITMAP_PAGE;
+    uint8_t *own = aligned_alloc(BITMAP_PAGE, size);
+    if (!own)
+        return false;
+    memset(own, 0, size);
+    for (size_t i = 0; i < reports; i++)
+        set_run(own, bits[i], counts[i]);
+    for (size_t i = 0; i < size / 8; i++)
+        ((uint64_t *)window->bitmap)[i] |= ((const uint64_t *)own)[i];
+    free(own);
+    window->cost->pins += window->pages;
+    window->cost->bytes += 2 * (uint64_t)size;  // cleared, then merged
+    return true;
+}
+
+enum strategy { COPIED, IN_PIECES, ON_DEMAND };
+
+static PyObject *carry(PyObject *args, enum strategy strategy) {
+    Py_buffer bitmap, bits, counts;
+    if (!PyArg_ParseTuple(args, "w*y*y*", &bitmap, &bits, &counts))
+        return NULL;
+    struct cost cost = {0};
+    struct window window = {
+        .bitmap = bitmap.buf, .pages = (uint64_t)bitmap.len / BITMAP_PAGE, .cost = &cost};
+    size_t reports = (size_t)bits.len / 8;
+    const uint64_t *first = bits.buf, *length = counts.buf;
+    uint64_t room = window.pages * PAGE_BITS;
+    bool fits = bits.len == counts.len && bits.len % 8 == 0 && bitmap.len % BITMAP_PAGE == 0 &&
+                (uintptr_t)bitmap.buf % 8 == 0;
+    bool done = true;
+    Py_BEGIN_ALLOW_THREADS
+    for (size_t i = 0; fits && i < reports; i++)
+        fits = length[i] && first[i] < room && length[i] <= room - first[i] &&
+               (strategy != IN_PIECES || i == 0 || first[i] >= first[i - 1] + length[i - 1]);
+    Py_END_ALLOW_THREADS
+    struct timespec began, ended;
+    if (fits) {
+        Py_BEGIN_ALLOW_THREADS
+        clock_gettime(CLOCK_MONOTONIC, &began);
+        if (strategy == COPIED)
+            done = copied(&window, first, length, reports);
+        else if (strategy == IN_PIECES)
+            in_pieces(&window, first, length, reports);
+        else
+            on_demand(&window, first, length, reports);
+        clock_gettime(CLOCK_MONOTONIC, &ended);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&bitmap);
+    PyBuffer_Release(&bits);
+    PyBuffer_Release(&counts);
+    if (!fits) {
+        PyErr_SetString(PyExc_ValueError, "reports inside a bitmap of whole pages are due");
+        return NULL;
+    }
+    if (!done)
+        return PyErr_NoMemory();
+    double seconds = (double)(ended.tv_sec - began.tv_sec) +
+                     1e-9 * (double)(ended.tv_nsec - began.tv_nsec);
+    return Py_BuildValue("dKK", seconds, (unsigned long long)cost.pins,
+                         (unsigned long long)cost.bytes);
+}
+
+static PyObject *carry_copied(PyObject *module, PyObject *args) {
+    (void)module;
+    return carry(args, COPIED);
+}
+
+static PyObject *carry_in_pieces(PyObject *module, PyObject *args) {
+    (void)module;
+    return carry(args, IN_PIECES);
+}
+
+static PyObject *carry_on_demand(PyObject *module, PyObject *args) {
+    (void)module;
+    return carry(args, ON_DEMAND);
+}
+
+static PyMethodDef methods[] = {
+    {"copied", carry_copied, METH_VARARGS, "copied(bitmap, bits, counts) -> (s, pins, bytes)"},
+    {"in_pieces", carry_in_pieces, METH_VARARGS,
+     "in_pieces(bitmap, bits, counts) -> (s, pins, bytes)"},
+    {"on_demand", carry_on_demand, METH_VARARGS,
+     "on_demand(bitmap, bits, counts) -> (s, pins, bytes)"},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyModuleDef_Slot slots[] = {{0, NULL}};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_strategies", "The iterator's strategies.", 0, methods, slots,
+    NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__strategies(void) {
+    return PyModuleDef_Init(&definition);
+}

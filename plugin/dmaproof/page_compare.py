@@ -34,37 +34,36 @@ def differing_pages(
     if page_size < 1 or page_size % mmap.PAGESIZE or length % page_size:
         raise ValueError(f"{length} bytes are no whole pages of {page_size} bytes")
     found: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
-    for start, end, in_source, in_destination in _pieces(
-        source_fd, destination_fd, length, page_size
-    ):
+    machine_page = mmap.PAGESIZE  # what is a hole and what is not is told by these
+    for start, end, in_source, in_destination in _pieces(source_fd, destination_fd, length):
         fds = [source_fd] * in_source + [destination_fd] * in_destination
-        bits = np.zeros(-(-(end - start) // page_size // 64) * 8 + 8, dtype=np.uint8)
+        bits = np.zeros(-(-(end - start) // machine_page // 8), dtype=np.uint8)
         mappings = [mmap.mmap(fd, end - start, prot=mmap.PROT_READ, offset=start) for fd in fds]
         try:
             other = mappings[1] if len(mappings) > 1 else None
-            if _core.differing_pages(mappings[0], other, page_size, bits):
+            if _core.differing_pages(mappings[0], other, machine_page, bits):
                 pages = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
-                found.append(pages + start // page_size)
+                found.append((pages + start // machine_page) // (page_size // machine_page))
         finally:
             for mapping in mappings:
                 mapping.close()
-    return np.concatenate(found)
+    return np.unique(np.concatenate(found))
 
 
 def _pieces(
-    source_fd: int, destination_fd: int, length: int, page_size: int
+    source_fd: int, destination_fd: int, length: int
 ) -> Iterator[tuple[int, int, bool, bool]]:
     """The (start, end, source has data, destination has data) pieces in which one of them has."""
     position = 0
     while position < length:
-        states = [_extent(fd, position, length, page_size) for fd in (source_fd, destination_fd)]
+        states = [_extent(fd, position, length) for fd in (source_fd, destination_fd)]
         end = min(states[0][1], states[1][1], position + _PIECE_BYTES)
         if states[0][0] or states[1][0]:
             yield position, end, states[0][0], states[1][0]
         position = end
 
 
-def _extent(fd: int, position: int, length: int, page_size: int) -> tuple[bool, int]:
+def _extent(fd: int, position: int, length: int) -> tuple[bool, int]:
     """Whether `fd` has data at `position`, and up to where (whole pages) that holds."""
     try:
         data = os.lseek(fd, position, os.SEEK_DATA)
@@ -72,7 +71,8 @@ def _extent(fd: int, position: int, length: int, page_size: int) -> tuple[bool, 
         if error.errno != errno.ENXIO:
             raise
         return False, length  # nothing but a hole is left
-    if data // page_size > position // page_size:
-        return False, min(data // page_size * page_size, length)
-    hole = -(-os.lseek(fd, position, os.SEEK_HOLE) // page_size) * page_size
-    return True, min(max(hole, position + page_size), length)
+    start = data // mmap.PAGESIZE * mmap.PAGESIZE
+    if start > position:
+        return False, min(start, length)
+    hole = -(-os.lseek(fd, position, os.SEEK_HOLE) // mmap.PAGESIZE) * mmap.PAGESIZE
+    return True, min(hole, length)

@@ -1,0 +1,347 @@
+"""The rules of the kernel's iova_bitmap, one by one: those we keep, and those we break on purpose.
+
+docs/iterator.md names these tests; the cases come from the bugs that were mended there after its
+merge, from what its callers check, and from iommufd's self-tests.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dmaproof.errors import BitmapError
+from dmaproof.iova_bitmap import ADDRESS_SPACE, WINDOW_BYTES, IovaBitmap, IovaRange
+
+K, M, G, T = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+PAGE = 4 * K
+WINDOW = WINDOW_BYTES * 8 * PAGE
+"""What one window of bitmap stands for: 64 GiB."""
+
+
+def bits(data: Any) -> list[int]:
+    content = np.frombuffer(bytes(data), dtype=np.uint8)
+    return np.flatnonzero(np.unpackbits(content, bitorder="little")).tolist()
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.fixture
+def file() -> Iterator[int]:
+    fd = os.memfd_create("bitmap")
+    os.ftruncate(fd, 64 * M)
+    yield fd
+    os.close(fd)
+
+
+def file_bits(fd: int, offset: int, length: int) -> list[int]:
+    return bits(os.pread(fd, length, offset))
+
+
+# Indices ----------------------------------------------------------------------------------------
+
+
+def test_the_index_is_relative_to_the_base() -> None:
+    data = bytearray(8)
+    IovaBitmap(5 * PAGE, 64 * PAGE, PAGE, data).set(7 * PAGE, PAGE)
+    assert bits(data) == [2]
+
+
+def test_a_range_sets_every_page_it_touches() -> None:
+    data = bytearray(8)
+    IovaBitmap(0, 64 * PAGE, PAGE, data).set(PAGE - 1, PAGE + 2)
+    assert bits(data) == [0, 1, 2]
+
+
+def test_a_base_inside_a_page_does_not_shift_the_pages() -> None:
+    """The kernel counts from the base, so one page may set two bits; iommufd asks for alignment."""
+    data = bytearray(8)
+    IovaBitmap(PAGE // 2, 3 * PAGE, PAGE, data).set(PAGE, PAGE)
+    assert bits(data) == [1]
+
+
+def test_a_bitmap_that_holds_bits_keeps_them() -> None:
+    data = bytearray(b"\xf0" * 8)
+    IovaBitmap(0, 64 * PAGE, PAGE, data).set(0, 2 * PAGE)
+    assert data == b"\xf3" + b"\xf0" * 7
+
+
+def test_bytes_behind_a_partial_word_are_not_touched() -> None:
+    data = bytearray(16)
+    bitmap = IovaBitmap(0, 65 * PAGE, PAGE, memoryview(data)[:9])
+    bitmap.set(0, 65 * PAGE)
+    assert bits(data) == list(range(65))
+
+
+@pytest.mark.parametrize("length", [8 * K, 16 * K, 64 * K, 128 * K, 320 * K, 64 * M, 128 * M])
+@pytest.mark.parametrize("offset", [0, 2048, 0xFF1])
+def test_the_sizes_of_iommufds_self_tests(length: int, offset: int) -> None:
+    """Every second page, at aligned and odd addresses; exact, with guards, and twice the same."""
+    pages = length // PAGE
+    whole = np.full(offset + pages // 8 + 4096, 0, dtype=np.uint8)
+    data = whole[offset : offset + -(-pages // 8)]
+    base = 0x2000_0000
+    with IovaBitmap(base, length, PAGE, data) as bitmap:
+        iovas = base + np.arange(0, pages, 2, dtype=np.uint64) * np.uint64(PAGE)
+        bitmap.set_many(iovas, PAGE)
+        assert bitmap.stats.bits == len(iovas)
+        bitmap.set_many(iovas, PAGE)
+        assert bitmap.stats.bits == len(iovas)
+    assert bits(data) == list(range(0, pages, 2))
+    assert not whole[:offset].any()
+    assert not whole[offset + len(data) :].any()
+
+
+# Windows ----------------------------------------------------------------------------------------
+
+
+def test_a_small_bitmap_that_is_not_aligned_misses_nothing(file: int) -> None:
+    """The kernel once skipped a part of such a range, and lost what was dirty there."""
+    offset = mmap.PAGESIZE - 4
+    with IovaBitmap(0, 64 * PAGE, PAGE, file, offset=offset) as bitmap:
+        bitmap.set(0, 64 * PAGE)
+    assert file_bits(file, offset, 8) == list(range(64))
+    assert file_bits(file, 0, offset) == file_bits(file, offset + 8, 4096) == []
+
+
+def test_a_range_across_a_windows_edge(file: int) -> None:
+    with IovaBitmap(0, 2 * WINDOW, PAGE, file) as bitmap:
+        bitmap.set(WINDOW - PAGE, 2 * PAGE)
+        assert bitmap.stats.windows == 2
+    edge = WINDOW_BYTES - 1
+    assert file_bits(file, edge, 2) == [7, 8]
+
+
+def test_a_range_of_a_tebibyte(file: int) -> None:
+    """A single entry of a huge page once was recorded by half."""
+    with IovaBitmap(0, T, PAGE, file) as bitmap:
+        bitmap.set(0, T)
+        assert bitmap.stats.windows == T // WINDOW
+        assert bitmap.stats.bits == bitmap.count() == T // PAGE
+        assert list(bitmap.ranges()) == [(0, T)]
+
+
+def test_the_last_window_is_kept(file: int) -> None:
+    with IovaBitmap(0, 4 * WINDOW, PAGE, file) as bitmap:
+        for page in range(100):
+            bitmap.set(WINDOW + page * PAGE, PAGE)
+        assert (bitmap.stats.windows, bitmap.stats.pages) == (1, 512)
+        assert bitmap.stats.ranges == 100
+
+
+def test_far_jumps_cost_a_window_each_one_by_one_but_not_together(file: int) -> None:
+    """Descending jumps make the kernel pin anew each time: 1000 pins for 1000 sets."""
+    jumps = [window * WINDOW + step * PAGE for step in range(20) for window in reversed(range(4))]
+    with IovaBitmap(0, 4 * WINDOW, PAGE, file) as bitmap:
+        for iova in jumps:
+            bitmap.set(iova, PAGE)
+        assert bitmap.stats.windows == len(jumps)
+    with IovaBitmap(0, 4 * WINDOW, PAGE, file) as bitmap:
+        bitmap.set_many(jumps, PAGE)
+        assert bitmap.stats.windows == 4
+        assert bitmap.stats.bits == 0  # they were set already
+
+
+def test_a_mapped_buffer_is_one_window_whatever_its_size() -> None:
+    with mmap.mmap(-1, 32 * M) as data:
+        bitmap = IovaBitmap(0, T, PAGE, data)
+        bitmap.set(T - PAGE, PAGE)
+        bitmap.set(0, PAGE)
+        assert (bitmap.stats.windows, bitmap.stats.pages) == (1, 8192)
+        assert list(bitmap.windows()) == [(0, T)]
+        bitmap.close()
+
+
+def test_windows_are_pieces_of_the_range(file: int) -> None:
+    start = PAGE * 3
+    with IovaBitmap(start, 2 * WINDOW, PAGE, file) as bitmap:
+        assert list(bitmap.windows()) == [
+            IovaRange(start, WINDOW),
+            IovaRange(start + WINDOW, WINDOW),
+        ]
+
+
+# Iterating --------------------------------------------------------------------------------------
+
+
+def test_the_device_is_asked_once_for_the_whole_range() -> None:
+    asked = []
+    bitmap = IovaBitmap(M, 64 * PAGE, PAGE, bytearray(8))
+    bitmap.for_each(lambda iterator, iova, length: asked.append((iterator, iova, length)))
+    assert asked == [(bitmap, M, 64 * PAGE)]
+
+
+def test_an_error_of_the_device_is_passed_on_and_what_was_set_stays() -> None:
+    data = bytearray(8)
+
+    def fails_half_way(bitmap: IovaBitmap, iova: int, length: int) -> None:
+        bitmap.set(iova, PAGE)
+        raise OSError("the device has gone")
+
+    with pytest.raises(OSError, match="gone"):
+        IovaBitmap(0, 64 * PAGE, PAGE, data).for_each(fails_half_way)
+    assert bits(data) == [0]
+
+
+def test_ranges_are_merged_and_clipped() -> None:
+    bitmap = IovaBitmap(PAGE // 2, 9 * PAGE, PAGE, bytearray(8))
+    for iova in (PAGE // 2, PAGE, 5 * PAGE, 9 * PAGE):
+        bitmap.set(iova, 1)
+    assert list(bitmap.ranges()) == [
+        (PAGE // 2, PAGE // 2 + PAGE),
+        (5 * PAGE, PAGE),
+        (9 * PAGE, PAGE // 2),
+    ]
+
+
+# What is refused --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page_size", [0, -4096, 3, 0x3000, 1 << 64])
+def test_page_sizes_that_are_no_powers_of_two(page_size: int) -> None:
+    with pytest.raises(BitmapError, match="power of two"):
+        IovaBitmap(0, PAGE, page_size, bytearray(64))
+
+
+def test_the_greatest_page_size_divides_by_no_zero() -> None:
+    data = bytearray(1)
+    IovaBitmap(1 << 63, 1 << 63, 1 << 63, data).set(ADDRESS_SPACE - 1, 1)
+    assert bits(data) == [0]
+
+
+@pytest.mark.parametrize(
+    ("iova", "length"), [(0, 0), (-1, PAGE), (ADDRESS_SPACE - PAGE, PAGE + 1), (ADDRESS_SPACE, 1)]
+)
+def test_ranges_that_are_none(iova: int, length: int) -> None:
+    with pytest.raises(BitmapError, match="empty or leaves the 64-bit space"):
+        IovaBitmap(iova, length, PAGE, bytearray(64))
+
+
+def test_a_range_may_end_exactly_with_the_address_space() -> None:
+    """As with iommufd; VFIO's LOGGING_START refuses it."""
+    data = bytearray(1)
+    bitmap = IovaBitmap(ADDRESS_SPACE - 8 * PAGE, 8 * PAGE, PAGE, data)
+    bitmap.set(ADDRESS_SPACE - 1, 1)
+    assert bits(data) == [7]
+    assert list(bitmap.ranges()) == [(ADDRESS_SPACE - PAGE, PAGE)]
+
+
+@pytest.mark.parametrize(
+    ("iova", "length"),
+    [
+        pytest.param(9 * PAGE, 2 * PAGE, id="begins before: the kernel drops it whole"),
+        pytest.param(15 * PAGE, 4 * PAGE, id="ends behind: the kernel writes on"),
+        pytest.param(0, 64 * PAGE, id="around"),
+        pytest.param(18 * PAGE, PAGE, id="behind"),
+        pytest.param(10 * PAGE, 0, id="empty: the kernel may never end"),
+        pytest.param(10 * PAGE, -PAGE, id="negative"),
+        pytest.param(ADDRESS_SPACE - PAGE, 2 * PAGE, id="past 2**64"),
+    ],
+)
+def test_a_report_outside_is_an_error_and_sets_nothing(iova: int, length: int) -> None:
+    data = bytearray(8)
+    bitmap = IovaBitmap(10 * PAGE, 8 * PAGE, PAGE, data)
+    with pytest.raises(BitmapError, match="empty or not inside the bitmap's 0xa000 \\+ 0x8000"):
+        bitmap.set(iova, length)
+    assert not any(data)
+    assert bitmap.stats.ranges == 0
+
+
+def test_one_bad_report_of_many_is_named_and_sets_nothing(file: int) -> None:
+    for data, keywords in ((bytearray(8), {}), (file, {"window_bytes": mmap.PAGESIZE})):
+        bitmap = IovaBitmap(0, 64 * PAGE, PAGE, data, **keywords)  # type: ignore[arg-type]
+        with pytest.raises(BitmapError, match=r"range 1 \(IOVA 0x40000 \+ 0x1000\)"):
+            bitmap.set_many([0, 64 * PAGE, 70 * PAGE], [PAGE, PAGE, PAGE])
+        with pytest.raises(BitmapError, match="range 0"):
+            bitmap.set_many([63 * PAGE + 1], PAGE)
+        assert bitmap.count() == 0
+        bitmap.close()
+
+
+@pytest.mark.parametrize(
+    ("iovas", "lengths", "message"),
+    [
+        ([0, 1], [1], r"shape \(2,\), lengths of \(1,\)"),
+        ([[0]], [[1]], "one dimension"),
+        ([-1], [1], "IOVAs"),
+        (np.array([-1]), [1], "IOVAs of int64"),
+        (np.array([0.5]), [1], "IOVAs of float64"),
+        ([1 << 64], [1], "IOVAs"),
+        ([0], [-1], "lengths"),
+        ([0], 0, "ranges of 0x0 bytes"),
+        ([0], 1 << 65, "ranges of"),
+    ],
+)
+def test_numbers_that_are_no_addresses(iovas: Any, lengths: Any, message: str) -> None:
+    bitmap = IovaBitmap(0, ADDRESS_SPACE, 1 << 60, bytearray(2))
+    with pytest.raises(BitmapError, match=message):
+        bitmap.set_many(iovas, lengths)
+    assert bitmap.count() == 0
+
+
+def test_memory_that_is_too_short() -> None:
+    for data in (bytearray(8), np.zeros(1, dtype=np.uint64), memoryview(bytearray(8))):
+        with pytest.raises(BitmapError, match="65 pages need 9 bytes of bitmap, the buffer has 8"):
+            IovaBitmap(0, 65 * PAGE, PAGE, data)
+
+
+def test_memory_that_cannot_be_written(file: int) -> None:
+    with pytest.raises(BitmapError, match="read-only"):
+        IovaBitmap(0, 64 * PAGE, PAGE, memoryview(bytes(8)))
+    reader = os.open(f"/proc/self/fd/{file}", os.O_RDONLY)
+    try:
+        with pytest.raises(BitmapError, match="not open for reading and writing"):
+            IovaBitmap(0, 64 * PAGE, PAGE, reader)
+    finally:
+        os.close(reader)
+
+
+def test_memory_that_is_not_contiguous() -> None:
+    with pytest.raises(BitmapError, match="no contiguous buffer"):
+        IovaBitmap(0, 64 * PAGE, PAGE, np.zeros(32, dtype=np.uint8)[::2])
+
+
+def test_files_that_hold_no_bitmap(file: int) -> None:
+    open_before = open_files()
+    with pytest.raises(BitmapError, match="from offset 67108860 on, the file has 67108864"):
+        IovaBitmap(0, 64 * PAGE, PAGE, file, offset=64 * M - 4)
+    with pytest.raises(BitmapError, match="file descriptor 9999 cannot hold a bitmap"):
+        IovaBitmap(0, 64 * PAGE, PAGE, 9999)
+    with pytest.raises(BitmapError, match="from offset -8"):
+        IovaBitmap(0, 64 * PAGE, PAGE, file, offset=-8)
+    with pytest.raises(BitmapError, match="no run of whole pages"):
+        IovaBitmap(0, 64 * PAGE, PAGE, file, window_bytes=100)
+    assert open_files() == open_before
+
+
+def test_a_closed_bitmap_says_so(file: int) -> None:
+    for data in (bytearray(8), file):
+        bitmap = IovaBitmap(0, 64 * PAGE, PAGE, data)
+        bitmap.set(0, 1)
+        bitmap.close()
+        bitmap.close()
+        with pytest.raises(BitmapError, match="closed"):
+            bitmap.set(0, 1)
+        with pytest.raises(BitmapError, match="closed"):
+            bitmap.set_many([0], [1])
+        with pytest.raises(BitmapError, match="closed"):
+            list(bitmap.ranges())
+        with pytest.raises(BitmapError, match="closed"):
+            bitmap.count()
+
+
+def test_a_bitmap_lets_go_of_its_memory(file: int) -> None:
+    open_before = open_files()
+    data = bytearray(8)
+    with IovaBitmap(0, 64 * PAGE, PAGE, data) as bitmap, IovaBitmap(0, T, PAGE, file) as other:
+        bitmap.set(0, 1)
+        other.set(0, 1)
+    data.append(0)  # a buffer that is still exported cannot grow
+    assert open_files() == open_before

@@ -1,0 +1,234 @@
+"""The question of the first review, answered by measurement: how should a bitmap be got hold of?
+
+A dirty bitmap belongs to whoever asks for it, and the pages of a large one cannot all be pinned for
+long. Three ways were argued over, and are measured here as C code of their own
+(``_strategies.c``): a private bitmap that is copied as a whole, windows pinned piece by piece over
+the whole range, and pinning on demand with the last window kept. Beside them stand ours: a mapped
+bitmap, set atomically, and the same through a file with a window mapped at a time.
+
+Costs are what the review spoke of: pages pinned (for a mapped file: pages mapped), bytes moved
+besides the bits, and time. Pins cost nothing in the three, so their times are lower bounds.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..iova_bitmap import IovaBitmap
+from . import _strategies
+from .patterns import MOST_REPORTS, PAGE_BYTES, Locality, Pattern
+
+Words = NDArray[np.uint64]
+
+GIB, TIB = 1 << 30, 1 << 40
+GUEST_SIZES: Final = (GIB, 16 * GIB, 256 * GIB, TIB, 4 * TIB, 16 * TIB)
+DENSITIES: Final = (1e-6, 1e-4, 1e-2, 1.0)
+
+_BITMAP_PAGE_BITS: Final = 4096 * 8
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One harvest's cost: seconds (median), bitmap pages pinned or mapped, bytes moved.
+
+    `scaled` is true where only `MOST_REPORTS` of the reports were carried, and the rest was
+    reckoned from them.
+    """
+
+    seconds: float
+    pins: int
+    bytes: int
+    scaled: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a pattern costs each strategy."""
+
+    pattern: Pattern
+    costs: dict[str, Cost] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Bitmap:
+    """A bitmap for the largest guest, as memory and as the file behind it."""
+
+    fd: int
+    bits: NDArray[np.uint8]
+
+    def cleared(self, pages: int) -> NDArray[np.uint8]:
+        """The bitmap of `pages` pages, all clean, in whole pages that are really there."""
+        piece = self.bits[: -(-pages // _BITMAP_PAGE_BITS) * 4096]
+        piece[:] = 0
+        return piece
+
+
+@contextmanager
+def _bitmap(pages: int) -> Iterator[_Bitmap]:
+    size = -(-pages // _BITMAP_PAGE_BITS) * 4096
+    fd = os.memfd_create("bench-bitmap", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, size)
+        # Unmapped with the last array that looks into it.
+        yield _Bitmap(fd, np.frombuffer(mmap.mmap(fd, size), dtype=np.uint8))
+    finally:
+        os.close(fd)
+
+
+Strategy = Callable[[_Bitmap, Pattern, Words], tuple[float, int, int]]
+"""Carries the reports (page numbers); returns seconds, pages pinned, bytes moved."""
+
+
+def _copied(bitmap: _Bitmap, pattern: Pattern, pages: Words) -> tuple[float, int, int]:
+    return _strategies.copied(bitmap.cleared(pattern.guest_pages), pages, np.ones_like(pages))
+
+
+def _in_pieces(bitmap: _Bitmap, pattern: Pattern, pages: Words) -> tuple[float, int, int]:
+    return _strategies.in_pieces(
+        bitmap.cleared(pattern.guest_pages), np.sort(pages), np.ones_like(pages)
+    )
+
+
+def _on_demand(bitmap: _Bitmap, pattern: Pattern, pages: Words) -> tuple[float, int, int]:
+    return _strategies.on_demand(bitmap.cleared(pattern.guest_pages), pages, np.ones_like(pages))
+
+
+def _ours(
+    bitmap: _Bitmap, pattern: Pattern, pages: Words, *, windowed: bool
+) -> tuple[float, int, int]:
+    cleared = bitmap.cleared(pattern.guest_pages)
+    iovas = pages * np.uint64(PAGE_BYTES)
+    began_s = time.perf_counter()
+    data = bitmap.fd if windowed else cleared
+    with IovaBitmap(0, pattern.guest_bytes, PAGE_BYTES, data) as ours:
+        if len(pages):
+            ours.set_many(iovas, PAGE_BYTES)
+        seconds = time.perf_counter() - began_s
+        return seconds, ours.stats.pages if windowed else 0, 0
+
+
+def _mapped(bitmap: _Bitmap, pattern: Pattern, pages: Words) -> tuple[float, int, int]:
+    return _ours(bitmap, pattern, pages, windowed=False)
+
+
+def _windowed(bitmap: _Bitmap, pattern: Pattern, pages: Words) -> tuple[float, int, int]:
+    return _ours(bitmap, pattern, pages, windowed=True)
+
+
+STRATEGIES: Final[dict[str, Strategy]] = {
+    "copied": _copied,
+    "in pieces": _in_pieces,
+    "on demand": _on_demand,
+    "ours, mapped": _mapped,
+    "ours, windows": _windowed,
+}
+
+
+def measure(patterns: Iterable[Pattern], *, repeats: int = 3, seed: int = 1) -> Iterator[Row]:
+    """The cost of each pattern for each strategy, the strategies taking turns.
+
+    Where a pattern has more than `MOST_REPORTS` reports, so many are carried, and what a harvest
+    costs without any is taken from another measurement; the rest is in proportion.
+    """
+    patterns = list(patterns)
+    with _bitmap(max(pattern.guest_pages for pattern in patterns)) as bitmap:
+        for pattern in patterns:
+            pages = pattern.pages(seed)
+            bitmap.cleared(pattern.guest_pages)  # its memory is there from now on
+            samples: dict[str, list[tuple[float, int, int]]] = {name: [] for name in STRATEGIES}
+            empty: dict[str, list[tuple[float, int, int]]] = {name: [] for name in STRATEGIES}
+            for _ in range(repeats):
+                for name, strategy in STRATEGIES.items():
+                    samples[name].append(strategy(bitmap, pattern, pages))
+                    if pattern.reports > len(pages):
+                        empty[name].append(strategy(bitmap, pattern, pages[:0]))
+            yield Row(
+                pattern,
+                {
+                    name: _cost(samples[name], empty[name], pattern.reports / len(pages))
+                    for name in STRATEGIES
+                },
+            )
+
+
+def _cost(
+    samples: Sequence[tuple[float, int, int]],
+    empty: Sequence[tuple[float, int, int]],
+    factor: float,
+) -> Cost:
+    seconds = statistics.median(sample[0] for sample in samples)
+    _, pins, moved = samples[0]
+    if not empty:
+        return Cost(seconds, pins, moved, scaled=False)
+    fixed = statistics.median(sample[0] for sample in empty)
+    _, fixed_pins, _ = empty[0]
+    return Cost(
+        fixed + max(0.0, seconds - fixed) * factor,
+        fixed_pins + round((pins - fixed_pins) * factor),
+        moved,
+        scaled=True,
+    )
+
+
+def all_patterns(most_guest_bytes: int) -> list[Pattern]:
+    """Every density and locality at every guest size up to `most_guest_bytes`."""
+    return [
+        Pattern(size, density, locality)
+        for locality in Locality
+        for density in DENSITIES
+        for size in GUEST_SIZES
+        if size <= most_guest_bytes
+    ]
+
+
+def size_name(size: int) -> str:
+    """'16 TiB', '1 GiB'."""
+    return f"{size // TIB} TiB" if size >= TIB else f"{size // GIB} GiB"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table: milliseconds, and pins and bytes moved where there are any.
+
+    A time behind ``~`` is scaled up from `MOST_REPORTS` reports.
+    """
+    names = list(STRATEGIES)
+    lines = [
+        "| dirty | density | guest | "
+        + " | ".join(f"{name}, ms" for name in names)
+        + " | pins: pieces | on demand | windows | copied bytes |",
+        "|---|---|---|" + "---:|" * (len(names) + 4),
+    ]
+    for row in rows:
+        costs, pattern = row.costs, row.pattern
+        times = [f"{'~' * cost.scaled}{cost.seconds * 1e3:.3g}" for cost in costs.values()]
+        lines.append(
+            f"| {pattern.locality} | {pattern.density:g} | {size_name(pattern.guest_bytes)} | "
+            + " | ".join(times)
+            + f" | {costs['in pieces'].pins} | {costs['on demand'].pins}"
+            f" | {costs['ours, windows'].pins} | {costs['copied'].bytes} |"
+        )
+    return "\n".join(lines)
+
+
+__all__ = [
+    "DENSITIES",
+    "GUEST_SIZES",
+    "MOST_REPORTS",
+    "STRATEGIES",
+    "Cost",
+    "Row",
+    "all_patterns",
+    "measure",
+    "size_name",
+    "table",
+]

@@ -18,7 +18,7 @@ from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.errors import DmaproofError, UsageError
 from dmaproof.faults import plant
 
-from . import qemu_builds
+from . import bench, qemu_builds
 from .device import DeviceOptions
 from .display import Display, display
 from .guest import Workload, linux_guest
@@ -279,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_prove(commands)
     _add_qemu(commands)
+    bench.add_command(commands)
     arguments = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:

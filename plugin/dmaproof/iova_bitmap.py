@@ -37,6 +37,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
@@ -248,15 +249,18 @@ class IovaBitmap:
         if self._fd < 0:
             self._set_in_window(0, iovas, lengths)
         else:
-            self._set_by_window(iovas, np.broadcast_to(np.uint64(lengths), iovas.shape))
+            if isinstance(lengths, int):
+                lengths = np.full(iovas.shape, lengths, dtype=np.uint64)
+            self._set_by_window(iovas, lengths)
         self.stats.ranges += len(iovas)
 
     def _refuse_outside(self, iovas: Words, lengths: Words | int) -> None:
         """Raise the error that names the first range that is not wholly inside, if there is one."""
-        ends = np.asarray(lengths, dtype=np.uint64) - np.uint64(1)  # an empty range: 2**64 - 1
+        sizes = np.asarray(lengths, dtype=np.uint64)
+        ends = sizes - np.uint64(1)
         starts = iovas - np.uint64(self.iova)
         room = np.uint64(self.length - 1)
-        outside = (starts > room) | (ends > room - np.minimum(starts, room))
+        outside = (sizes == 0) | (starts > room) | (ends > room - np.minimum(starts, room))
         if outside.any():
             worst = int(np.argmax(outside))
             length = int(np.broadcast_to(lengths, iovas.shape)[worst])
@@ -268,17 +272,26 @@ class IovaBitmap:
     def _set_by_window(self, iovas: Words, lengths: Words) -> None:
         """Sorted by window, so that each is mapped once; a range may go on in later ones."""
         self._refuse_outside(iovas, lengths)
-        shift, bits = np.uint64(self._shift), np.uint64(self._window_bits)
         lasts = iovas + (lengths - np.uint64(1))
-        first = ((iovas >> shift) - np.uint64(self._origin)) // bits
-        crossing = first != ((lasts >> shift) - np.uint64(self._origin)) // bits
-        whole = ~crossing
-        order = np.argsort(first[whole], kind="stable")
-        windows, starts = np.unique(first[whole][order], return_index=True)
-        for window, rows in zip(windows.tolist(), np.split(order, starts[1:]), strict=False):
-            self._set_in_window(window, iovas[whole][rows], lengths[whole][rows])
-        for iova, length in zip(iovas[crossing].tolist(), lengths[crossing].tolist(), strict=True):
-            self._set_inside(iova, length)
+        first, last = self._windows_of(iovas), self._windows_of(lasts)
+        crossing = first != last
+        if crossing.any():
+            for iova, length in np.stack((iovas, lengths), 1)[crossing].tolist():
+                self._set_inside(iova, length)
+            iovas, lengths, first = iovas[~crossing], lengths[~crossing], first[~crossing]
+        if (first[1:] < first[:-1]).any():
+            order = np.argsort(first, kind="stable")
+            iovas, lengths, first = iovas[order], lengths[order], first[order]
+        edges = np.flatnonzero(np.diff(first)) + 1
+        for low, high in pairwise([0, *edges.tolist(), len(first)] if len(first) else []):
+            self._set_in_window(int(first[low]), iovas[low:high], lengths[low:high])
+
+    def _windows_of(self, iovas: Words) -> NDArray[np.unsignedinteger[Any]]:
+        """The window of each IOVA, in the smallest type that holds them: short keys sort fast."""
+        windows = ((iovas >> np.uint64(self._shift)) - np.uint64(self._origin)) // np.uint64(
+            self._window_bits
+        )
+        return windows.astype(np.min_scalar_type(self.bits // self._window_bits))
 
     def _set_in_window(self, index: int, iovas: Words, lengths: Words | int) -> None:
         window = self._pin(index)

@@ -38,7 +38,8 @@ def differing_pages(
     for start, end, in_source, in_destination in _pieces(source_fd, destination_fd, length):
         fds = [source_fd] * in_source + [destination_fd] * in_destination
         bits = np.zeros(-(-(end - start) // machine_page // 8), dtype=np.uint8)
-        mappings = [mmap.mmap(fd, end - start, prot=mmap.PROT_READ, offset=start) for fd in fds]
+        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE  # all of it is data: no hole is filled
+        mappings = [mmap.mmap(fd, end - start, flags, mmap.PROT_READ, offset=start) for fd in fds]
         try:
             other = mappings[1] if len(mappings) > 1 else None
             if _core.differing_pages(mappings[0], other, machine_page, bits):

@@ -27,7 +27,7 @@
 #include <string.h>
 #include <time.h>
 
-enum { BITMAP_PAGE = 4096, PAGE_BITS = BITMAP_PAGE * 8, WORD_BITS = 64, WINDOW_PAGES = 512 };
+enum { PAGE_SHIFT = 12, BITMAP_PAGE = 4096, PAGE_BITS = BITMAP_PAGE * 8, WORD_BITS = 64, WINDOW_PAGES = 512 };
 
 struct cost {
     uint64_t pins, bytes;
@@ -43,7 +43,7 @@ struct window {
     struct cost *cost;
 };
 
-static void pin(struct window *window, uint64_t page) {
+__attribute__((noinline)) static void pin(struct window *window, uint64_t page) {
     uint64_t left = window->pages - page;
     window->first = page;
     window->count = left < WINDOW_PAGES ? (unsigned)left : WINDOW_PAGES;
@@ -78,22 +78,29 @@ static inline void set_run(uint8_t *bitmap, uint64_t bit, uint64_t count) {
     }
 }
 
-// On demand: every piece of a report that lies outside the window moves the window to it.
+/*
+ * On demand: every piece of a report that lies outside the window moves the window to it. A report
+ * is a call, as a driver makes it: not inlined.
+ */
+__attribute__((noinline)) static void report(struct window *window, uint64_t iova,
+                                             uint64_t length) {
+    uint64_t bit = iova >> PAGE_SHIFT, last = (iova + length - 1) >> PAGE_SHIFT;
+    do {
+        uint64_t page = bit / PAGE_BITS;
+        if (__builtin_expect(page - window->first >= window->count, 0))
+            pin(window, page);
+        uint64_t left = last - bit + 1;
+        unsigned offset = bit % PAGE_BITS, room = PAGE_BITS - offset;
+        unsigned here = left < room ? (unsigned)left : room;
+        set_in_page(window->pinned[page - window->first], offset, here);
+        bit += here;
+    } while (bit <= last);
+}
+
 static void on_demand(struct window *window, const uint64_t *bits, const uint64_t *counts,
                       size_t reports) {
-    for (size_t i = 0; i < reports; i++) {
-        uint64_t bit = bits[i], left = counts[i];
-        do {
-            uint64_t page = bit / PAGE_BITS;
-            if (__builtin_expect(page - window->first >= window->count, 0))
-                pin(window, page);
-            unsigned offset = bit % PAGE_BITS, room = PAGE_BITS - offset;
-            unsigned here = left < room ? (unsigned)left : room;
-            set_in_page(window->pinned[page - window->first], offset, here);
-            bit += here;
-            left -= here;
-        } while (left);
-    }
+    for (size_t i = 0; i < reports; i++)
+        report(window, bits[i] << PAGE_SHIFT, counts[i] << PAGE_SHIFT);
 }
 
 /*

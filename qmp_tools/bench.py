@@ -1,0 +1,155 @@
+"""``dmaproof bench``: what iterator and core cost, as tables and a picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from dmaproof.bench import core
+from dmaproof.bench.iterator import (
+    DENSITIES,
+    GUEST_SIZES,
+    STRATEGIES,
+    Row,
+    all_patterns,
+    measure,
+    size_name,
+    table,
+)
+from dmaproof.bench.patterns import Locality
+from dmaproof.errors import UsageError
+
+_EXAMPLES: Final = """\
+examples:
+  dmaproof bench core                         ratios to memcpy, memcmp and the kernel's algorithm
+  dmaproof bench iterator --most 1T           the table, for guests up to 1 TiB
+  dmaproof bench iterator --picture cost.png  needs matplotlib: pip install 'dmaproof[bench]'
+"""
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``bench`` to the subcommands."""
+    parser = commands.add_parser(
+        "bench",
+        help="what iterator and core cost",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parts = parser.add_subparsers(metavar="WHAT", required=True)
+    iterator = parts.add_parser(
+        "iterator", help="the ways to hold a bitmap, over density, locality and guest size"
+    )
+    iterator.add_argument(
+        "--most",
+        choices=[_short(size) for size in GUEST_SIZES],
+        default=_short(GUEST_SIZES[-1]),
+        help="the largest guest; 16T takes about 1.5 GiB of memory (default: %(default)s)",
+    )
+    iterator.add_argument("--picture", type=Path, metavar="FILE.png")
+    iterator.set_defaults(run=_run_iterator)
+    core_parser = parts.add_parser("core", help="bit loops beside memcpy, memchr and memcmp")
+    core_parser.set_defaults(run=_run_core)
+    for part in (iterator, core_parser):
+        part.add_argument("--repeats", type=int, default=5, metavar="N")
+        part.add_argument("--json", metavar="FILE", help="write the figures too; '-' for stdout")
+
+
+def _short(size: int) -> str:
+    return size_name(size).replace(" ", "").removesuffix("iB")
+
+
+def _run_iterator(arguments: argparse.Namespace) -> int:
+    if arguments.picture is not None:
+        _matplotlib()  # told before minutes are spent
+    most = next(size for size in GUEST_SIZES if _short(size) == arguments.most)
+    patterns = all_patterns(most)
+    rows: list[Row] = []
+    for row in measure(patterns, repeats=arguments.repeats):
+        rows.append(row)
+        print(
+            f"{len(rows)}/{len(patterns)}: {row.pattern.locality}, {row.pattern.density:g}, "
+            f"{size_name(row.pattern.guest_bytes)}",
+            file=sys.stderr,
+        )
+    if arguments.json != "-":
+        print(table(rows))
+    if arguments.picture is not None:
+        draw(rows, arguments.picture)
+    _write_json([asdict(row) for row in rows], arguments.json)
+    return 0
+
+
+def _run_core(arguments: argparse.Namespace) -> int:
+    ratios = []
+    for ratio in core.measure(arguments.repeats):
+        ratios.append({**asdict(ratio), "speed": ratio.speed, "reached": ratio.reached})
+        if arguments.json != "-":
+            print(
+                f"{ratio.what:<44} {ratio.ours_s * 1e3:8.2f} ms, {ratio.speed:6.2f} x the speed of "
+                f"{ratio.yardstick} (wanted: {ratio.wanted:.2f})",
+                flush=True,
+            )
+    _write_json(ratios, arguments.json)
+    return 0
+
+
+def _write_json(answer: Any, target: str | None) -> None:
+    if target is None:
+        return
+    text = json.dumps(answer, indent=2) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(target).write_text(text)
+    except OSError as error:
+        raise UsageError(f"--json {target}: {error.strerror}") from error
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise UsageError("--picture needs matplotlib: pip install 'dmaproof[bench]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def draw(rows: Sequence[Row], file: Path) -> None:
+    """Draw time over guest size: a column for each locality, a line of graphs for each density."""
+    pyplot = _matplotlib()
+    densities = [
+        density for density in DENSITIES if any(r.pattern.density == density for r in rows)
+    ]
+    figure, axes = pyplot.subplots(
+        len(densities), len(Locality), figsize=(12, 3 * len(densities)), sharex=True, squeeze=False
+    )
+    for line, density in zip(axes, densities, strict=True):
+        for graph, locality in zip(line, Locality, strict=True):
+            shown = [
+                row
+                for row in rows
+                if row.pattern.density == density and row.pattern.locality == locality
+            ]
+            sizes = [row.pattern.guest_bytes for row in shown]
+            for name in STRATEGIES:
+                times = [row.costs[name].seconds * 1e3 for row in shown]
+                style = "-" if name.startswith("ours") else "--"
+                graph.plot(sizes, times, style, marker="o", markersize=3, label=name)
+            graph.set_xscale("log", base=2)
+            graph.set_yscale("log")
+            graph.set_xticks(sizes, [size_name(size) for size in sizes], rotation=30, fontsize=7)
+            graph.set_title(f"{locality}, {density:g} of the pages dirty", fontsize=9)
+            graph.grid(alpha=0.3)
+        line[0].set_ylabel("ms a harvest")
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)

@@ -207,7 +207,7 @@ class BitmapMachine(RuleBasedStateMachine):
     def refuse(self, data: st.DataObject) -> None:
         """What is empty or not wholly inside changes nothing, in whatever company it comes."""
         good = data.draw(st.lists(ranges_in(self.shape), max_size=3))
-        outside = [(self.shape.iova, 0), (self.shape.last, 2), (self.shape.iova, ADDRESS_SPACE)]
+        outside = [(self.shape.iova, 0), (self.shape.last, 2), (self.shape.last, ADDRESS_SPACE)]
         outside += [(self.shape.iova, self.shape.length + 1)]
         outside += [(self.shape.iova - 1, 1)] if self.shape.iova else []
         outside += [(self.shape.last + 1, 1)] if self.shape.last < ADDRESS_SPACE - 1 else []

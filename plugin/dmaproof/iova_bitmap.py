@@ -119,8 +119,10 @@ class IovaBitmap:
             raise BitmapError(
                 f"IOVA {iova:#x} + {length:#x}: the range is empty or leaves the 64-bit space"
             )
-        if window_bytes < mmap.PAGESIZE or window_bytes % mmap.PAGESIZE:
-            raise BitmapError(f"a window of {window_bytes} bytes is no run of whole pages")
+        if window_bytes < mmap.PAGESIZE or window_bytes & (window_bytes - 1):
+            raise BitmapError(
+                f"a window of {window_bytes} bytes is no power of two of {mmap.PAGESIZE} or more"
+            )
         self.iova = iova
         self.length = length
         self.page_size = page_size
@@ -288,9 +290,10 @@ class IovaBitmap:
 
     def _windows_of(self, iovas: Words) -> NDArray[np.unsignedinteger[Any]]:
         """The window of each IOVA, in the smallest type that holds them: short keys sort fast."""
-        windows = ((iovas >> np.uint64(self._shift)) - np.uint64(self._origin)) // np.uint64(
-            self._window_bits
-        )
+        if self.bits <= self._window_bits:
+            return np.zeros(len(iovas), dtype=np.uint8)
+        shift = self._shift + self._window_bits.bit_length() - 1
+        windows = (iovas - np.uint64(self._start_of(0))) >> np.uint64(shift)
         return windows.astype(np.min_scalar_type(self.bits // self._window_bits))
 
     def _set_in_window(self, index: int, iovas: Words, lengths: Words | int) -> None:

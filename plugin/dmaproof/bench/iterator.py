@@ -85,27 +85,27 @@ def _bitmap(pages: int) -> Iterator[_Bitmap]:
         os.close(fd)
 
 
-Strategy = Callable[[_Bitmap, Pattern, Words], tuple[float, int, int]]
-"""Carries the reports (page numbers); returns seconds, pages pinned, bytes moved."""
+Sample = tuple[float, float, int, int]
+"""Seconds, those of them that the bitmap's size alone costs, pages pinned, bytes moved."""
+Strategy = Callable[[_Bitmap, Pattern, Words], Sample]
+"""Carries the reports (page numbers)."""
 
 
-def _copied(bitmap: _Bitmap, pattern: Pattern, pages: Words) -> tuple[float, int, int]:
+def _copied(bitmap: _Bitmap, pattern: Pattern, pages: Words) -> Sample:
     return _strategies.copied(bitmap.cleared(pattern.guest_pages), pages, np.ones_like(pages))
 
 
-def _in_pieces(bitmap: _Bitmap, pattern: Pattern, pages: Words) -> tuple[float, int, int]:
+def _in_pieces(bitmap: _Bitmap, pattern: Pattern, pages: Words) -> Sample:
     return _strategies.in_pieces(
         bitmap.cleared(pattern.guest_pages), np.sort(pages), np.ones_like(pages)
     )
 
 
-def _on_demand(bitmap: _Bitmap, pattern: Pattern, pages: Words) -> tuple[float, int, int]:
+def _on_demand(bitmap: _Bitmap, pattern: Pattern, pages: Words) -> Sample:
     return _strategies.on_demand(bitmap.cleared(pattern.guest_pages), pages, np.ones_like(pages))
 
 
-def _ours(
-    bitmap: _Bitmap, pattern: Pattern, pages: Words, *, windowed: bool
-) -> tuple[float, int, int]:
+def _ours(bitmap: _Bitmap, pattern: Pattern, pages: Words, *, windowed: bool) -> Sample:
     cleared = bitmap.cleared(pattern.guest_pages)
     iovas = pages * np.uint64(PAGE_BYTES)
     began_s = time.perf_counter()
@@ -114,14 +114,14 @@ def _ours(
         if len(pages):
             ours.set_many(iovas, PAGE_BYTES)
         seconds = time.perf_counter() - began_s
-        return seconds, ours.stats.pages if windowed else 0, 0
+        return seconds, 0.0, ours.stats.pages if windowed else 0, 0
 
 
-def _mapped(bitmap: _Bitmap, pattern: Pattern, pages: Words) -> tuple[float, int, int]:
+def _mapped(bitmap: _Bitmap, pattern: Pattern, pages: Words) -> Sample:
     return _ours(bitmap, pattern, pages, windowed=False)
 
 
-def _windowed(bitmap: _Bitmap, pattern: Pattern, pages: Words) -> tuple[float, int, int]:
+def _windowed(bitmap: _Bitmap, pattern: Pattern, pages: Words) -> Sample:
     return _ours(bitmap, pattern, pages, windowed=True)
 
 
@@ -145,8 +145,8 @@ def measure(patterns: Iterable[Pattern], *, repeats: int = 3, seed: int = 1) -> 
         for pattern in patterns:
             pages = pattern.pages(seed)
             bitmap.cleared(pattern.guest_pages)  # its memory is there from now on
-            samples: dict[str, list[tuple[float, int, int]]] = {name: [] for name in STRATEGIES}
-            empty: dict[str, list[tuple[float, int, int]]] = {name: [] for name in STRATEGIES}
+            samples: dict[str, list[Sample]] = {name: [] for name in STRATEGIES}
+            empty: dict[str, list[Sample]] = {name: [] for name in STRATEGIES}
             for _ in range(repeats):
                 for name, strategy in STRATEGIES.items():
                     samples[name].append(strategy(bitmap, pattern, pages))
@@ -161,17 +161,16 @@ def measure(patterns: Iterable[Pattern], *, repeats: int = 3, seed: int = 1) -> 
             )
 
 
-def _cost(
-    samples: Sequence[tuple[float, int, int]],
-    empty: Sequence[tuple[float, int, int]],
-    factor: float,
-) -> Cost:
+def _cost(samples: Sequence[Sample], empty: Sequence[Sample], factor: float) -> Cost:
     seconds = statistics.median(sample[0] for sample in samples)
-    _, pins, moved = samples[0]
+    _, _, pins, moved = samples[0]
     if not empty:
         return Cost(seconds, pins, moved, scaled=False)
-    fixed = statistics.median(sample[0] for sample in empty)
-    _, fixed_pins, _ = empty[0]
+    # Told by the strategy itself where it is most of the time, else what no reports at all cost.
+    fixed = statistics.median(
+        sample[1] or none[0] for sample, none in zip(samples, empty, strict=True)
+    )
+    fixed_pins = empty[0][2]
     return Cost(
         fixed + max(0.0, seconds - fixed) * factor,
         fixed_pins + round((pins - fixed_pins) * factor),

@@ -265,8 +265,6 @@ static void find_runs(struct runs *runs, const struct bitmap *map, uint64_t firs
             unsigned start = (unsigned)__builtin_ctzll(value);
             uint64_t rest = ~(value >> start);
             unsigned length = rest ? (unsigned)__builtin_ctzll(rest) : 64;
-            if (length > 64 - start)
-                length = 64 - start;
             add_run(runs, at.index * 64 + start - origin, length);
             value &= ~mask_of(start, length);
         }

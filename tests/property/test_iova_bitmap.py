@@ -148,14 +148,18 @@ class BitmapMachine(RuleBasedStateMachine):
     @initialize(
         shape=shapes(),
         kind=st.sampled_from(["bytearray", "numpy", "mmap", "fd"]),
-        offset=st.integers(0, 8192),
+        offset=st.integers(0, 8192) | st.integers(0, 1024).map(lambda word: 8 * word),
+        whole_words=st.booleans(),
         shared=st.booleans(),
     )
-    def open(self, shape: Shape, kind: str, offset: int, shared: bool) -> None:
+    def open(
+        self, shape: Shape, kind: str, offset: int, whole_words: bool, shared: bool
+    ) -> None:
         self.shape = shape
         self.model: set[int] = set()
         self.ranges_told = 0
-        self.memory = Memory(kind, shape.bytes, offset)
+        size = -(-shape.bytes // 8) * 8 if whole_words else shape.bytes
+        self.memory = Memory(kind, size, offset)
         self.bitmap = IovaBitmap(
             shape.iova,
             shape.length,

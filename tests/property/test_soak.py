@@ -39,6 +39,8 @@ def one_round(seed: int) -> int:
     head = int(rng.integers(0, page_size))
     iova, length = first_page * page_size + head, pages * page_size - head
     needed, offset = -(-pages // 8), int(rng.integers(0, 5000))
+    if rng.random() < 0.5:  # whole words only, as bitmaps mostly are
+        needed, offset = -(-needed // 8) * 8, offset // 8 * 8
 
     fd = os.memfd_create("bitmap")
     try:

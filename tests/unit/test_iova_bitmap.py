@@ -60,6 +60,14 @@ def test_a_range_sets_every_page_it_touches() -> None:
     assert bits(data) == [0, 1, 2]
 
 
+def test_short_ranges_of_a_list_that_lie_across_a_page_edge() -> None:
+    data = bytearray(8)
+    with IovaBitmap(0, 64 * PAGE, PAGE, data) as bitmap:
+        bitmap.set_many([PAGE - 1, 5 * PAGE - 1, 9 * PAGE], [2, PAGE, PAGE])
+        bitmap.set_many([20 * PAGE + 1], PAGE)
+    assert bits(data) == [0, 1, 4, 5, 9, 20, 21]
+
+
 def test_a_base_inside_a_page_does_not_shift_the_pages() -> None:
     """The kernel counts from the base, so one page may set two bits; iommufd asks for alignment."""
     data = bytearray(8)

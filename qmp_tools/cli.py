@@ -21,7 +21,7 @@ from dmaproof.faults import plant
 from . import bench, qemu_builds
 from .device import DeviceOptions
 from .display import Display, display
-from .guest import Workload, linux_guest
+from .guest import GUESTS
 from .machine import Machine, parse_memory
 from .migration import WAYS, Limits
 from .probes import choose_accelerator, choose_memory
@@ -29,6 +29,7 @@ from .proof import Proof, Setup, prove
 from .qemu_choice import common_machine, find_qemu
 from .report import to_json, to_text
 from .verdict import EXIT_UNTESTED, EXIT_USAGE
+from .workload import parse_workload
 
 T = TypeVar("T")
 
@@ -39,6 +40,8 @@ examples:
   dmaproof prove                              the system's QEMU, everything chosen for you
   dmaproof prove --fault drop-pages=0.01      must fail: shows that losses are caught
   dmaproof prove --memory 5G --way tcp
+  dmaproof prove --guest bare                 no kernel to boot: the quickest proof
+  dmaproof prove --workload pattern=sequential,huge_every=4
   dmaproof prove --qemu 11.1 --qemu-destination /usr/bin/qemu-system-x86_64
   dmaproof prove --json - --quiet | jq .verdict
 
@@ -88,6 +91,19 @@ def _add_prove(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     qemu.add_argument("--accel", choices=("auto", "kvm", "tcg"), default="auto")
     qemu.add_argument("--memory", metavar="SIZE", help="RAM, such as 1G (default: about 512M)")
     qemu.add_argument("--cpus", type=_positive, default=2, metavar="N")
+    guest = parser.add_argument_group("guest")
+    guest.add_argument(
+        "--guest",
+        choices=sorted(GUESTS),
+        default="linux",
+        help="bare: no kernel, one CPU (default: %(default)s)",
+    )
+    guest.add_argument(
+        "--workload",
+        default="",
+        metavar="NAME=VALUE,…",
+        help="what the guest does, see docs/guests.md: such as pattern=hot-set,threads=16",
+    )
     migration = parser.add_argument_group("migration")
     migration.add_argument(
         "--way",
@@ -166,16 +182,16 @@ async def _setup(arguments: argparse.Namespace, show: Display) -> Setup:
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().getrandbits(32)
     plant(arguments.fault, seed)  # a wrong --fault is told before anything is started
     memory = parse_memory(arguments.memory) if arguments.memory else None
+    workload = parse_workload(arguments.workload, seed)
     source = find_qemu(arguments.qemu)
     destination = find_qemu(arguments.qemu_destination) if arguments.qemu_destination else source
-    guest = linux_guest(show.say)
+    guest = GUESTS[arguments.guest](show.say)
     accelerator = await choose_accelerator(arguments.accel, source, guest, show)
     if memory is None:
         memory = await choose_memory(source, accelerator, show)
     machine = arguments.machine
     if destination.resolve() != source.resolve():
         machine = await common_machine(machine, source, destination)
-    workload = Workload(seed=seed)
     return Setup(
         qemu=source,
         qemu_destination=destination,
@@ -188,6 +204,7 @@ async def _setup(arguments: argparse.Namespace, show: Display) -> Setup:
             initramfs=guest.initramfs,
             command_line=guest.command_line(workload),
         ),
+        guest=guest.name,
         workload=workload,
         device=DeviceOptions(
             arguments.device, arguments.tracker, arguments.harvest, arguments.fault, seed

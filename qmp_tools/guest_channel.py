@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shlex
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from dmaproof.errors import UntestableError
 
-from .guest import GuestReport, parse_line
 from .process import log_tail
 from .qemu import Qemu
 
@@ -25,6 +26,28 @@ _COMPLAINTS_KEPT: Final = 8
 
 class GuestError(UntestableError):
     """The guest gave up, or went silent."""
+
+
+@dataclass(frozen=True)
+class GuestReport:
+    """One line of the guest: a verb, and what it says by key."""
+
+    verb: str
+    values: dict[str, str]
+
+
+def parse_line(line: str) -> GuestReport:
+    """Parse ``verb key=value key="two words"``.
+
+    Raises:
+        UntestableError: the line is nothing that a guest of ours says.
+    """
+    try:
+        verb, *pairs = shlex.split(line)
+        values = dict(pair.split("=", 1) for pair in pairs)
+    except ValueError:
+        raise UntestableError(f"the guest said something unintelligible: {line!r}") from None
+    return GuestReport(verb, values)
 
 
 class GuestChannel:

@@ -20,19 +20,21 @@ from typing import Final
 
 from dmaproof.errors import UntestableError
 
+from .bare_guest import probe_guest
 from .display import Display
-from .guest import LinuxGuest, Workload, probe_guest
-from .machine import INCOMING, KIB, MIB, Machine, format_memory
+from .guest_build import Guest
+from .machine import GIB, INCOMING, KIB, MIB, Machine, format_memory
 from .migration import WAYS, Limits, Migration
 from .qemu import Qemu
 from .ram import compare, ram_file
 from .run_folder import run_folder
+from .workload import Workload
 
 DEFAULT_MEMORY_BYTES: Final = 256 * MIB
 _ODD_BYTES: Final = 8 * KIB
 """Added to a RAM size, makes it no multiple of 64 pages."""
 
-_KVM_PATIENCE_S: Final = 6.0
+_PROBE_BOOT_PATIENCE_S: Final = 30.0
 _PROBE_MEMORY_BYTES: Final = 64 * MIB
 _PROBE_BANDWIDTH_BYTES_PER_S: Final = 64 * MIB
 _PROBE_SYNCS: Final = 4
@@ -71,7 +73,7 @@ def _identity(qemu: Path) -> str:
     return f"{qemu.resolve()} {status.st_size} {status.st_mtime_ns}"
 
 
-async def choose_accelerator(wanted: str, qemu: Path, guest: LinuxGuest, display: Display) -> str:
+async def choose_accelerator(wanted: str, qemu: Path, guest: Guest, display: Display) -> str:
     """'kvm' or 'tcg': what was `wanted`, or for 'auto' KVM if it runs `guest`."""
     if wanted != "auto":
         return wanted
@@ -87,12 +89,12 @@ async def choose_accelerator(wanted: str, qemu: Path, guest: LinuxGuest, display
     if not runs:
         display.say(
             f"accelerator: TCG, because under KVM the guest did not start within "
-            f"{_KVM_PATIENCE_S:.0f} s"
+            f"{guest.kvm_patience_s:.0f} s"
         )
     return "kvm" if runs else "tcg"
 
 
-async def _kvm_runs(qemu: Path, guest: LinuxGuest) -> int:
+async def _kvm_runs(qemu: Path, guest: Guest) -> int:
     machine = Machine(
         machine="q35",
         accelerator="kvm",
@@ -102,7 +104,7 @@ async def _kvm_runs(qemu: Path, guest: LinuxGuest) -> int:
         initramfs=guest.initramfs,
         command_line=guest.command_line(Workload()),
     )
-    disk = ["-blockdev", "null-co,node-name=disk,size=64G"]
+    disk = ["-blockdev", f"null-co,node-name=disk,size={64 * GIB}"]
     disk += ["-device", "virtio-blk-pci,drive=disk"]
     with run_folder() as folder:
         try:
@@ -110,8 +112,9 @@ async def _kvm_runs(qemu: Path, guest: LinuxGuest) -> int:
         except UntestableError:
             return 0
         try:
-            async with asyncio.timeout(_KVM_PATIENCE_S):
-                return int(bool(await running.report.readline()))
+            async with asyncio.timeout(guest.kvm_patience_s):
+                line = await running.report.readline()
+                return int(bool(line) and not line.startswith(b"fatal"))
         except TimeoutError:
             return 0
         finally:
@@ -156,7 +159,7 @@ async def _count_vcpu_pages_lost(qemu: Path, accelerator: str, memory_bytes: int
                 "destination", qemu, [*machine.arguments(), *INCOMING], folder
             )
             stack.push_async_callback(destination.end)
-            async with asyncio.timeout(_KVM_PATIENCE_S * 5):
+            async with asyncio.timeout(_PROBE_BOOT_PATIENCE_S):
                 await source.report.readline()
             # So slow that the 64 dirty pages alone keep it from converging. They must be sent while
             # the vCPU runs on: what is dirty when it stops is sent then, and hides the loss.

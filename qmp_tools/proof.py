@@ -20,7 +20,6 @@ from dmaproof.errors import UntestableError
 
 from .device import Device, DeviceOptions
 from .display import Display
-from .guest import Workload
 from .guest_channel import QUIET, START_ONCE, SWEEP, GuestChannel
 from .machine import INCOMING, Machine, format_memory, vhost_user_blk_arguments
 from .migration import WAYS, Limits, Migration, Progress
@@ -28,6 +27,7 @@ from .qemu import Qemu
 from .ram import compare, ram_file
 from .run_folder import run_folder
 from .verdict import GuestOutcome, Verdict, attribute, measure_sharpness
+from .workload import Workload
 
 _BOOT_TIMEOUT_S: Final = 60.0
 _GO_ON_TIMEOUT_S: Final = 60.0
@@ -45,6 +45,7 @@ class Setup:
     qemu: Path
     qemu_destination: Path
     machine: Machine
+    guest: str
     workload: Workload
     device: DeviceOptions
     queues: int = 2

@@ -42,6 +42,7 @@ def to_json(proof: Proof) -> dict[str, Any]:
             "way": setup.way,
             "bandwidth_bytes_per_s": setup.limits.bandwidth_bytes_per_s,
             "downtime_limit_s": setup.limits.downtime_s,
+            "guest": setup.guest,
             "workload": asdict(setup.workload),
             "qemu": str(setup.qemu),
             "qemu_version": proof.qemu_version,
@@ -71,6 +72,7 @@ def to_text(proof: Proof) -> str:
         f"  QEMU         {proof.qemu_version} → {proof.qemu_destination_version}, "
         f"{proof.setup.machine.machine}, {proof.setup.machine.accelerator}, "
         f"{format_memory(proof.setup.machine.memory_bytes)}",
+        f"  guest        {proof.setup.guest}, {proof.setup.workload.pattern}",
         f"  device       {proof.setup.device.device}, tracker {proof.setup.device.tracker}, "
         f"{proof.harvests} harvests ({proof.setup.device.harvest})",
         f"  migration    {proof.setup.way}, {proof.migration_s:.1f} s, {last.syncs} bitmap syncs"

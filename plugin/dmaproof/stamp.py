@@ -13,7 +13,7 @@ word   meaning
 =====  ==================================================================
 
 The whole page follows from its LBA and request number, so one look tells whether all of it is
-there; the guest's init (``guests/linux/init.c``) takes that look on every page that comes back.
+there; the guests (``guests/workload.c``) take that look on every page that comes back.
 """
 
 from __future__ import annotations

@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * The freestanding guest: carries out the workload (workload.h) on the first virtio disk, without a
+ * kernel, on one CPU that polls everything. A slot of a queue is what a thread is in the Linux
+ * guest; churn, commands and reports come in between.
+ */
+#include "machine.h"
+
+enum {
+    COMMAND_LINE_BYTES = 1024,
+    POLLS_BETWEEN_CLOCKS = 64,  // the ports of clock and serial line are slow
+};
+
+const uint32_t piece_alignment = 8;
+
+void guest_main(const void *start_info);
+
+static struct {
+    struct worker worker;
+    struct request request;
+    bool busy;
+} slots[MAX_WORKERS];
+
+static unsigned in_flight;
+static bool paused;
+
+// Without a C library, the compiler's own calls have to be served.
+void *memset(void *target, int value, size_t bytes) {
+    void *at = target;
+    __asm__ volatile("rep stosb" : "+D"(at), "+c"(bytes) : "a"(value) : "memory");
+    return target;
+}
+
+void *memcpy(void *target, const void *source, size_t bytes) {
+    void *at = target;
+    __asm__ volatile("rep movsb" : "+D"(at), "+S"(source), "+c"(bytes) : : "memory");
+    return target;
+}
+
+// Take the parameters one by one from the command line.
+static void read_parameters(const char *text) {
+    static char line[COMMAND_LINE_BYTES];
+    size_t length = 0;
+    for (;; text++) {
+        if (*text == ' ' || *text == '\0') {
+            line[length] = '\0';
+            if (length && !read_parameter(line)) {
+                tell("fatal message=\"parameter %s is not understood\"", line);
+                stop();
+            }
+            length = 0;
+        } else if (length < sizeof line - 1) {
+            line[length++] = *text;
+        }
+        if (*text == '\0')
+            return;
+    }
+}
+
+static void finish_what_is_done(void) {
+    uint8_t status;
+    int number;
+    while ((number = disk_poll(&status)) >= 0) {
+        struct request *request = &slots[number].request;
+        finish_request(request, status ? status : bytes_of(request));
+        slots[number].busy = false;
+        in_flight--;
+    }
+}
+
+static void start_what_is_free(void) {
+    for (unsigned number = 0; number < parameters.threads && !paused; number++) {
+        if (!slots[number].busy && plan_request(&slots[number].worker, &slots[number].request)) {
+            slots[number].busy = true;
+            in_flight++;
+            disk_submit(number, &slots[number].request);
+        }
+    }
+}
+
+void pause_requests(bool wanted) {
+    paused = wanted;
+    while (paused && in_flight)
+        finish_what_is_done();
+}
+
+static bool due(uint64_t *next, uint64_t every_us) {
+    uint64_t now = microseconds();
+    if (now < *next)
+        return false;
+    *next = now + every_us;
+    return true;
+}
+
+void guest_main(const void *start_info) {
+    uint64_t next_churn = 0, next_report = 0;
+    bool ready = false;
+    catch_exceptions();
+    start_clock();
+    find_memory(start_info);
+    read_parameters(command_line(start_info));
+    uint64_t sectors = disk_open((unsigned)parameters.threads);
+    const char *problem = prepare_workload(sectors);
+    if (problem)
+        give_up(problem);
+    lay_out_buffer(buffer_pages());
+    for (unsigned number = 0; number < parameters.threads; number++)
+        slots[number].worker = new_worker(number);
+    for (unsigned polls = 0;; polls++) {
+        start_what_is_free();
+        finish_what_is_done();
+        if (!ready && requests_finished()) {
+            tell_ready();
+            ready = true;
+        }
+        if (polls % POLLS_BETWEEN_CLOCKS)
+            continue;
+        listen();
+        if (due(&next_churn, CHURN_EVERY_US))
+            churn();
+        if (ready && due(&next_report, REPORT_EVERY_US))
+            tell_progress();
+    }
+}

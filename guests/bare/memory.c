@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * Memory. Everything is mapped to itself, so that a pointer is a guest-physical address. What the
+ * guest needs for itself is allocated upwards from the end of its image; the buffer takes what is
+ * left, in chunks spread evenly over all of RAM, below 4 GiB and above.
+ */
+#include "machine.h"
+
+enum {
+    MAX_REGIONS = 32,
+    CHUNK_BYTES = 2 << 20,
+    CHUNK_PAGES = CHUNK_BYTES / PAGE_BYTES,
+    TABLE_ENTRIES = 512,
+    PRESENT_WRITABLE = 3,
+    LARGE = 0x80,
+};
+
+// The structures of PVH boot (Xen's public/arch-x86/hvm/start_info.h).
+struct start_info {
+    uint32_t magic, version, flags, module_count;
+    uint64_t modules, command_line, acpi_table, memory_map;
+    uint32_t memory_map_entries, reserved;
+};
+struct memory_map_entry {
+    uint64_t start, bytes;
+    uint32_t type, reserved;
+};
+enum { MEMORY_MAP_RAM = 1 };
+
+extern uint64_t page_map[], page_directory_pointers[];  // start.S; the first 4 GiB are mapped
+extern uint8_t _end[];                                  // of the image, by the linker
+
+// RAM that is free; the first region is the one behind the image.
+static struct region {
+    uint64_t start, end;
+} regions[MAX_REGIONS];
+static unsigned region_count;
+static uint64_t *chunks;
+
+void find_memory(const void *start_info) {
+    const struct start_info *info = start_info;
+    const struct memory_map_entry *entries = (void *)info->memory_map;
+    uint64_t image_end = (uint64_t)_end;
+    if (info->version < 1 || !info->memory_map_entries)
+        give_up("the PVH start info has no memory map");
+    region_count = 1;  // the first place is kept for the image's own region
+    for (uint32_t index = 0; index < info->memory_map_entries; index++) {
+        uint64_t start = entries[index].start, end = start + entries[index].bytes;
+        if (entries[index].type != MEMORY_MAP_RAM || end <= image_end)
+            continue;
+        if (start <= image_end)
+            regions[0] = (struct region){image_end, end};
+        else if (region_count < MAX_REGIONS)
+            regions[region_count++] = (struct region){start, end};
+    }
+    if (!regions[0].end)
+        give_up("the memory map does not have the image's own memory");
+    for (unsigned index = 0; index < region_count; index++)
+        map(regions[index].start, regions[index].end - regions[index].start);
+}
+
+const char *command_line(const void *start_info) {
+    return (const char *)((const struct start_info *)start_info)->command_line;
+}
+
+void *allocate_aligned(size_t bytes, size_t alignment) {
+    uint64_t start = (regions[0].start + alignment - 1) & -alignment;
+    if (start + bytes > regions[0].end)
+        give_up("there is not enough memory");
+    regions[0].start = start + bytes;
+    void *memory = (void *)start;
+    __builtin_memset(memory, 0, bytes);
+    return memory;
+}
+
+void *allocate(size_t bytes) {
+    return allocate_aligned(bytes, 64);
+}
+
+static uint64_t *table_behind(uint64_t *entry) {
+    if (!*entry)
+        *entry = (uint64_t)allocate_aligned(PAGE_BYTES, PAGE_BYTES) | PRESENT_WRITABLE;
+    return (void *)(*entry & -(uint64_t)PAGE_BYTES);
+}
+
+void map(uint64_t address, uint64_t bytes) {
+    uint64_t end = address + bytes;
+    for (address &= -(uint64_t)CHUNK_BYTES; address < end; address += CHUNK_BYTES) {
+        uint64_t *pointers = table_behind(&page_map[address >> 39 & (TABLE_ENTRIES - 1)]);
+        uint64_t *directory = table_behind(&pointers[address >> 30 & (TABLE_ENTRIES - 1)]);
+        directory[address >> 21 & (TABLE_ENTRIES - 1)] = address | PRESENT_WRITABLE | LARGE;
+    }
+}
+
+static uint64_t first_chunk(const struct region *region) {
+    return (region->start + CHUNK_BYTES - 1) / CHUNK_BYTES;
+}
+
+static uint64_t chunks_of(const struct region *region) {
+    uint64_t first = first_chunk(region), end = region->end / CHUNK_BYTES;
+    return first < end ? end - first : 0;
+}
+
+void lay_out_buffer(uint64_t pages) {
+    uint64_t needed = (pages + CHUNK_PAGES - 1) / CHUNK_PAGES, available = 0, before = 0;
+    chunks = allocate(needed * sizeof *chunks);
+    for (unsigned index = 0; index < region_count; index++)
+        available += chunks_of(&regions[index]);
+    if (needed > available) {
+        tell("fatal message=\"%lu pages of buffer do not fit into the %lu that are free\"", pages,
+             available * CHUNK_PAGES);
+        stop();
+    }
+    uint64_t chunk = 0;
+    for (unsigned index = 0; index < region_count; index++) {
+        uint64_t here = chunks_of(&regions[index]);
+        for (; chunk < needed && chunk * available / needed < before + here; chunk++)
+            chunks[chunk] =
+                (first_chunk(&regions[index]) + chunk * available / needed - before) * CHUNK_BYTES;
+        before += here;
+    }
+}
+
+uint8_t *page_at(uint64_t page) {
+    return (uint8_t *)(chunks[page / CHUNK_PAGES] + page % CHUNK_PAGES * PAGE_BYTES);
+}
+
+uint64_t gpa_of(const void *address) {
+    return (uint64_t)address;
+}

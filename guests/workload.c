@@ -1,0 +1,436 @@
+// SPDX-License-Identifier: Apache-2.0
+/* The workload of both guests; see workload.h. It runs with threads and without a C library. */
+#include "workload.h"
+
+#include <stdatomic.h>
+
+enum {
+    PAGE_WORDS = PAGE_BYTES / 8,
+    SECTORS_PER_PAGE = PAGE_BYTES / SECTOR_BYTES,
+    WRITE_BLOCKS = 256,
+    ERRORS_TOLD = 64,
+    BLOCK_PAGE = OWN_PAGES - 1,  // of a worker's own pages; what is unaligned goes to those before
+    HOT_SET_SHARE = 16,
+};
+
+static const uint64_t DEVICE_MAGIC = 0x464F4F5250414D44;  // "DMAPROOF"
+static const uint64_t GUEST_MAGIC = 0x46544E4554495257;   // "WRITENTF"
+
+struct parameters parameters;
+
+static const struct {
+    const char *name;
+    uint64_t *value;
+} parameter_names[] = {
+    {"threads=", &parameters.threads},
+    {"hot=", &parameters.hot},
+    {"once=", &parameters.once},
+    {"churn=", &parameters.churn},
+    {"seed=", &parameters.seed},
+    {"write_every=", &parameters.write_every},
+    {"max_pages=", &parameters.max_pages},
+    {"huge_every=", &parameters.huge_every},
+    {"unaligned_every=", &parameters.unaligned_every},
+};
+static const char *const pattern_names[] = {"random", "sequential", "hot-set"};
+
+// The last content of a page that was found right; request 0: none yet.
+struct page_state {
+    atomic_flag busy;
+    uint32_t offset;
+    uint64_t lba, request;
+};
+
+static uint64_t first_hot, first_once, first_churn;
+static uint64_t once_in_a_row;  // so many of the first once pages follow each other in memory
+static uint64_t disk_pages;
+static struct page_state *states;
+static uint32_t *once_order;
+
+static struct {
+    atomic_flag busy;
+    uint64_t counter;  // of the last write; 0: never written
+} blocks[WRITE_BLOCKS];
+
+static atomic_ulong requests, writes, once_taken, once_finished, errors, newest;
+static atomic_ulong disk_cursor, hot_cursor, churn_rounds;
+static atomic_bool once_wanted, quiet;
+
+// Parameters -------------------------------------------------------------------------------------
+
+// What follows `start` in `text`, or NULL if it does not start so.
+static const char *behind(const char *text, const char *start) {
+    while (*start)
+        if (*text++ != *start++)
+            return NULL;
+    return text;
+}
+
+bool read_parameter(const char *text) {
+    const char *value = behind(text, "pattern=");
+    for (size_t known = 0; value && known < sizeof pattern_names / sizeof *pattern_names; known++) {
+        const char *rest = behind(value, pattern_names[known]);
+        if (rest && *rest == '\0') {
+            parameters.pattern = known;
+            return true;
+        }
+    }
+    for (size_t known = 0; known < sizeof parameter_names / sizeof *parameter_names; known++) {
+        value = behind(text, parameter_names[known].name);
+        if (!value || *value == '\0')
+            continue;
+        uint64_t number = 0;
+        for (; *value >= '0' && *value <= '9'; value++)
+            number = number * 10 + (uint64_t)(*value - '0');
+        *parameter_names[known].value = number;
+        return *value == '\0';
+    }
+    return false;
+}
+
+// Stamps -----------------------------------------------------------------------------------------
+
+static uint64_t splitmix64(uint64_t value) {
+    value += 0x9E3779B97F4A7C15;
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9;
+    value = (value ^ value >> 27) * 0x94D049BB133111EB;
+    return value ^ value >> 31;
+}
+
+static uint64_t random_below(uint64_t *state, uint64_t bound) {
+    *state += 0x9E3779B97F4A7C15;
+    return (uint64_t)(((unsigned __int128)splitmix64(*state) * bound) >> 64);
+}
+
+static bool one_of(uint64_t *state, uint64_t many) {
+    return many && random_below(state, many) == 0;
+}
+
+static uint64_t checksum(uint64_t lba, uint64_t number) {
+    return splitmix64(lba ^ (number << 32 | number >> 32));
+}
+
+static void fill(uint64_t *words, uint64_t magic, uint64_t lba, uint64_t number) {
+    uint64_t first = checksum(lba, number);
+    for (uint64_t index = 0; index < PAGE_WORDS; index++)
+        words[index] = first + index;
+    words[0] = magic;
+    words[1] = lba;
+    words[2] = number;
+}
+
+static void tell_error(const char *kind, uint64_t lba, uint64_t request, uint64_t expected,
+                       uint64_t found, const void *place) {
+    if (atomic_fetch_add(&errors, 1) < ERRORS_TOLD)
+        tell("error kind=%s lba=%lu request=%lu expected=%#lx found=%#lx gpa=%#lx", kind, lba,
+             request, expected, found, gpa_of(place));
+}
+
+// Whether a page holds just the stamp (magic, lba, number); tells the first word that does not.
+static bool check(const char *kind, const uint64_t *words, uint64_t magic, uint64_t lba,
+                  uint64_t number) {
+    uint64_t first = checksum(lba, number), head[] = {magic, lba, number};
+    for (uint64_t index = 0; index < PAGE_WORDS; index++) {
+        uint64_t expected = index < 3 ? head[index] : first + index;
+        if (words[index] != expected) {
+            tell_error(kind, lba, number, expected, words[index], words);
+            return false;
+        }
+    }
+    return true;
+}
+
+// Planning ---------------------------------------------------------------------------------------
+
+uint64_t buffer_pages(void) {
+    return parameters.threads * OWN_PAGES + parameters.hot + parameters.once + parameters.churn;
+}
+
+const char *prepare_workload(uint64_t disk_sectors) {
+    disk_pages = disk_sectors / SECTORS_PER_PAGE;
+    if (disk_pages < 8 * WRITE_BLOCKS)
+        return "the disk is too small: at least 8 MiB are needed";
+    if (parameters.threads > MAX_WORKERS || parameters.max_pages > MAX_SMALL_PAGES ||
+        !parameters.threads || !parameters.max_pages || !parameters.hot)
+        return "threads, max_pages or hot is out of bounds";
+    first_hot = parameters.threads * OWN_PAGES;
+    first_once = first_hot + parameters.hot;
+    first_churn = first_once + parameters.once;
+    states = allocate(first_churn * sizeof *states);
+    once_order = allocate(parameters.once * sizeof *once_order);
+    for (uint64_t index = 0; index < parameters.once; index++)
+        once_order[index] = (uint32_t)(first_once + index);
+    // The first half stays in a row, so that a request's pages are one piece of memory; the second
+    // half is scattered (Fisher and Yates).
+    once_in_a_row = parameters.pattern == SEQUENTIAL ? parameters.once : parameters.once / 2;
+    uint64_t state = parameters.seed;
+    for (uint64_t index = once_in_a_row; index < parameters.once; index++) {
+        uint64_t other = once_in_a_row + random_below(&state, index - once_in_a_row + 1);
+        uint32_t page = once_order[other];
+        once_order[other] = once_order[index];
+        once_order[index] = page;
+    }
+    return NULL;
+}
+
+struct worker new_worker(uint64_t number) {
+    return (struct worker){
+        .random = splitmix64(parameters.seed * MAX_WORKERS + number),
+        .own = (uint32_t)(number * OWN_PAGES),
+    };
+}
+
+// Where a request for `count` pages begins among `span` of them, by the pattern.
+static uint64_t place(uint64_t *random, uint64_t span, uint64_t count, atomic_ulong *cursor) {
+    if (parameters.pattern == SEQUENTIAL)
+        return atomic_fetch_add(cursor, count) % span;
+    if (parameters.pattern == HOT_SET && span > HOT_SET_SHARE && random_below(random, 8))
+        span /= HOT_SET_SHARE;
+    return random_below(random, span);
+}
+
+// Where on the disk. Its last eighth is not read: there the blocks are written.
+static uint64_t sector_for(uint64_t *random, uint64_t count) {
+    uint64_t span = disk_pages / 8 * 7 - HUGE_PAGES;
+    return place(random, span, count, &disk_cursor) * SECTORS_PER_PAGE;
+}
+
+// Take up to `count` free hot pages, in a row or scattered.
+static uint32_t take_hot(uint64_t *random, uint32_t *pages, uint32_t count, bool in_a_row) {
+    uint32_t taken = 0;
+    uint64_t next = place(random, parameters.hot, count, &hot_cursor);
+    for (uint32_t tries = 0; taken < count && tries < 4 * count; tries++) {
+        uint32_t page = (uint32_t)(first_hot + next % parameters.hot);
+        next = in_a_row ? next + 1 : place(random, parameters.hot, 1, &hot_cursor);
+        if (!atomic_flag_test_and_set(&states[page].busy))
+            pages[taken++] = page;
+        else if (in_a_row && taken)
+            break;
+    }
+    return taken;
+}
+
+static uint32_t take_once(uint32_t *pages, uint32_t count) {
+    uint64_t first = atomic_fetch_add(&once_taken, count);
+    uint32_t taken = 0;
+    while (taken < count && first + taken < parameters.once) {
+        pages[taken] = once_order[first + taken];
+        taken++;
+    }
+    return taken;
+}
+
+// Write a block of our own, or read one back to check that it holds what was written last.
+static bool plan_block(struct worker *worker, struct request *request) {
+    uint32_t block = (uint32_t)random_below(&worker->random, WRITE_BLOCKS);
+    if (atomic_flag_test_and_set(&blocks[block].busy))
+        return false;
+    uint64_t counter = blocks[block].counter;
+    bool writes_it = counter == 0 || random_below(&worker->random, 2);
+    request->kind = writes_it ? WRITE : READ_BACK;
+    request->region = OWN;
+    request->block = block;
+    request->sector = (disk_pages - WRITE_BLOCKS + block) * SECTORS_PER_PAGE;
+    request->count = 1;
+    request->pages[0] = worker->own + BLOCK_PAGE;
+    if (writes_it)
+        fill((uint64_t *)piece_at(request, 0), GUEST_MAGIC, request->sector, counter + 1);
+    return true;
+}
+
+// Read a page into 512-byte pieces that begin anywhere.
+static void plan_unaligned(struct worker *worker, struct request *request) {
+    uint32_t places = (BLOCK_PAGE - 1) * PAGE_BYTES / piece_alignment;
+    request->region = OWN;
+    request->sector = sector_for(&worker->random, 1);
+    request->count = 1;
+    request->offset = (uint32_t)random_below(&worker->random, places) * piece_alignment;
+    request->piece_bytes = SECTOR_BYTES;
+    request->pages[0] = worker->own;
+}
+
+static bool plan_read(uint64_t *random, struct request *request) {
+    uint32_t count = 1;
+    bool huge = one_of(random, parameters.huge_every);
+    if (huge)
+        count = HUGE_PAGES;
+    else if (random_below(random, 4) == 0)
+        count += (uint32_t)random_below(random, parameters.max_pages);
+    request->count = 0;
+    bool fits = !huge || atomic_load(&once_taken) + HUGE_PAGES <= once_in_a_row;
+    if (atomic_load(&once_wanted) && fits && random_below(random, 4)) {
+        request->region = ONCE;
+        request->count = take_once(request->pages, count);
+    }
+    if (request->count == 0) {
+        bool in_a_row = huge || parameters.pattern == SEQUENTIAL || random_below(random, 2);
+        request->region = HOT;
+        request->count = take_hot(random, request->pages, count, in_a_row);
+    }
+    if (request->count)
+        request->sector = sector_for(random, request->count);
+    return request->count;
+}
+
+bool plan_request(struct worker *worker, struct request *request) {
+    request->kind = READ;
+    request->offset = 0;
+    request->piece_bytes = PAGE_BYTES;
+    request->newest_before = atomic_load(&newest);
+    if (one_of(&worker->random, parameters.write_every) && plan_block(worker, request))
+        return true;
+    if (one_of(&worker->random, parameters.unaligned_every)) {
+        plan_unaligned(worker, request);
+        return true;
+    }
+    return plan_read(&worker->random, request);
+}
+
+uint64_t bytes_of(const struct request *request) {
+    return (uint64_t)request->count * PAGE_BYTES;
+}
+
+uint32_t pieces_of(const struct request *request) {
+    return request->count * (PAGE_BYTES / request->piece_bytes);
+}
+
+uint8_t *piece_at(const struct request *request, uint32_t piece) {
+    uint32_t position = piece * request->piece_bytes;
+    return page_at(request->pages[position / PAGE_BYTES]) + request->offset + position % PAGE_BYTES;
+}
+
+// Checking ---------------------------------------------------------------------------------------
+
+static void advance_newest(uint64_t request) {
+    uint64_t seen = atomic_load(&newest);
+    while (seen < request && !atomic_compare_exchange_weak(&newest, &seen, request))
+        ;
+}
+
+static void check_page(const struct request *request, uint32_t index) {
+    struct page_state *state = &states[request->pages[index]];
+    const uint64_t *words = (void *)(page_at(request->pages[index]) + request->offset);
+    uint64_t lba = request->sector + (uint64_t)index * SECTORS_PER_PAGE, number = words[2];
+    if (!check("stamp", words, DEVICE_MAGIC, lba, number)) {
+        state->request = 0;
+        return;
+    }
+    if (number <= request->newest_before)
+        tell_error("stale", lba, number, request->newest_before + 1, number, words);
+    state->lba = lba;
+    state->request = number;
+    state->offset = request->offset;
+    advance_newest(number);
+}
+
+static void finish_block(const struct request *request, bool moved) {
+    uint64_t *counter = &blocks[request->block].counter;
+    if (moved && request->kind == WRITE)
+        ++*counter;
+    else if (moved)
+        check("writeback", (uint64_t *)piece_at(request, 0), GUEST_MAGIC, request->sector,
+              *counter);
+    if (request->kind == WRITE)
+        atomic_fetch_add(&writes, 1);
+    atomic_flag_clear(&blocks[request->block].busy);
+}
+
+static void count_once(uint64_t pages) {
+    if (atomic_fetch_add(&once_finished, pages) + pages == parameters.once)
+        tell("once-done pages=%lu", parameters.once);
+}
+
+void finish_request(struct request *request, uint64_t done) {
+    bool moved = done == bytes_of(request);
+    if (!moved)
+        tell_error("io", request->sector, 0, bytes_of(request), done, piece_at(request, 0));
+    if (request->kind != READ)
+        finish_block(request, moved);
+    for (uint32_t index = 0; request->kind == READ && index < request->count; index++) {
+        if (moved)
+            check_page(request, index);
+        else
+            states[request->pages[index]].request = 0;
+        if (request->region == HOT)
+            atomic_flag_clear(&states[request->pages[index]].busy);
+    }
+    if (request->region == ONCE)
+        count_once(request->count);
+    atomic_fetch_add(&requests, 1);
+}
+
+uint64_t requests_finished(void) {
+    return atomic_load(&requests);
+}
+
+static volatile uint64_t *churn_word(uint64_t page) {
+    return (volatile uint64_t *)page_at(first_churn + page);
+}
+
+void churn(void) {
+    if (atomic_load(&quiet))
+        return;
+    uint64_t round = atomic_load(&churn_rounds) + 1;
+    for (uint64_t page = 0; page < parameters.churn; page++)
+        *churn_word(page) = round;
+    atomic_store(&churn_rounds, round);
+}
+
+// Check every page in RAM again.
+static void sweep(void) {
+    uint64_t pages = 0, before = atomic_load(&errors), round = atomic_load(&churn_rounds);
+    pause_requests(true);
+    for (uint64_t page = 0; page < first_churn; page++) {
+        const struct page_state *state = &states[page];
+        if (state->request) {
+            pages++;
+            check("sweep", (void *)(page_at(page) + state->offset), DEVICE_MAGIC, state->lba,
+                  state->request);
+        }
+    }
+    // The churn may go on meanwhile: a word may be newer than the last whole round, never older.
+    for (uint64_t page = 0; page < parameters.churn; page++, pages++) {
+        uint64_t found = *churn_word(page);
+        if (found < round)
+            tell_error("churn", 0, 0, round, found, (const void *)churn_word(page));
+    }
+    tell("sweep pages=%lu errors=%lu", pages, atomic_load(&errors) - before);
+    pause_requests(false);
+}
+
+// The line to the tool ---------------------------------------------------------------------------
+
+void obey(char command) {
+    switch (command) {
+    case 'o':
+        if (!atomic_exchange(&once_wanted, true))
+            count_once(0);  // there may be none
+        break;
+    case 'q':
+        atomic_store(&quiet, true);
+        tell("quiet");
+        break;
+    case 's':
+        sweep();
+        break;
+    case 'p':
+        pause_requests(true);
+        tell("paused requests=%lu", atomic_load(&requests));
+        break;
+    case 'r':
+        pause_requests(false);
+        tell("resumed");
+        break;
+    }
+}
+
+void tell_ready(void) {
+    tell("ready threads=%lu hot=%lu once=%lu churn=%lu seed=%lu buffer_pages=%lu",
+         parameters.threads, parameters.hot, parameters.once, parameters.churn, parameters.seed,
+         parameters.hot + parameters.once);
+}
+
+void tell_progress(void) {
+    tell("progress requests=%lu writes=%lu once=%lu errors=%lu", atomic_load(&requests),
+         atomic_load(&writes), atomic_load(&once_finished), atomic_load(&errors));
+}

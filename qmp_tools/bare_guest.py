@@ -1,0 +1,61 @@
+"""The guests without a kernel, entered by PVH: machine code of ours and nothing else.
+
+``guests/bare`` carries out a workload as the Linux guest does, and is at its first request a few
+hundredths of a second after the firmware. ``guests/probe`` only dirties pages.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from .guest_build import Guest, Say, cache, compile_c, digest, fresh_folder, sources
+
+_FREESTANDING: Final = (
+    *("-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none"),
+    "-Wl,-Ttext-segment=0x100000",  # behind what belongs to the firmware
+)
+_BARE: Final = (
+    *("-std=gnu11", "-ffreestanding", "-fno-pic", "-fno-stack-protector", "-fcf-protection=none"),
+    "-mgeneral-regs-only",  # the FPU is not set up
+    "-mno-red-zone",  # an exception uses the stack at once
+    "-fno-asynchronous-unwind-tables",
+)
+_KVM_PATIENCE_S: Final = 2.0
+"""Under TCG the first request comes after 0.2 s."""
+
+
+def bare_guest(say: Say) -> Guest:
+    """The freestanding guest; compiled the first time.
+
+    Raises:
+        UntestableError: there is no compiler.
+    """
+    folder = sources()
+    files = [*sorted((folder / "bare").glob("*.[cS]")), folder / "workload.c"]
+    headers = [folder / "workload.h", folder / "bare" / "machine.h"]
+    target = _built("bare", files, headers, _BARE, say)
+    return Guest("bare", target.parent.name, target, None, "", _KVM_PATIENCE_S)
+
+
+def probe_guest() -> Path:
+    """An ELF whose vCPU dirties a few pages for ever.
+
+    Raises:
+        UntestableError: there is no compiler.
+    """
+    return _built("probe", [sources() / "probe" / "probe.S"], [], ("-m32",), lambda text: None)
+
+
+def _built(
+    name: str, files: list[Path], headers: list[Path], options: tuple[str, ...], say: Say
+) -> Path:
+    options = (*options, *_FREESTANDING)
+    parts = [file.read_bytes() for file in (*files, *headers)]
+    target = cache() / f"{name}-{digest([' '.join(options).encode(), *parts])}"
+    if not target.is_dir():
+        with fresh_folder(target) as fresh:
+            if fresh is not None:
+                say(f"building the {name} guest")
+                compile_c(files, fresh / name, *options)
+    return target / name

@@ -1,0 +1,172 @@
+"""The Linux guest: the distribution's own kernel and an init of ours.
+
+The kernel is unpacked to its ELF (QEMU enters that by PVH, which saves the decompressor's seconds
+under TCG); the initramfs holds the virtio modules and one static program, ``guests/linux/init.c``
+with ``guests/workload.c``.
+"""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+from typing import Final
+
+from dmaproof.errors import UntestableError
+
+from . import archive
+from .guest_build import Guest, Say, cache, compile_c, digest, fresh_folder, sources
+
+_KERNEL_PACKAGE: Final = "linux-image-amd64"
+_COMMAND_LINE: Final = (
+    "console=ttyS0 quiet panic=-1 nokaslr mitigations=off tsc=reliable no_timer_check "
+    "random.trust_cpu=on cryptomgr.notests transparent_hugepage=never"
+)
+_MODULES: Final = (
+    "virtio_ring",
+    "virtio",
+    "virtio_pci_legacy_dev",
+    "virtio_pci_modern_dev",
+    "virtio_pci",
+    "virtio_blk",
+)
+"""In the order in which they depend on each other."""
+
+_INIT_OPTIONS: Final = ("-static", "-pthread", "-std=c11")
+
+_KVM_PATIENCE_S: Final = 6.0
+"""Under TCG the first request comes after 2 s."""
+
+
+def linux_guest(say: Say) -> Guest:
+    """The Linux guest; the first time its kernel is fetched and its init compiled.
+
+    Raises:
+        UntestableError: the kernel cannot be had, or there is no compiler.
+    """
+    kernel = _linux_kernel(say)
+    version = (kernel / "version").read_text().strip()
+    files = [sources() / "linux" / "init.c", sources() / "workload.c"]
+    parts = [file.read_bytes() for file in (*files, sources() / "workload.h")]
+    how = f"{version} {_INIT_OPTIONS}"
+    target = cache() / f"linux-{digest([how.encode(), *parts])}"
+    if not target.is_dir():
+        with fresh_folder(target) as fresh:
+            if fresh is not None:
+                say("building the guest's initramfs")
+                compile_c(files, fresh / "init", *_INIT_OPTIONS)
+                (fresh / "initramfs").write_bytes(
+                    _initramfs((fresh / "init").read_bytes(), kernel / "modules")
+                )
+    return Guest(
+        name="linux",
+        version=f"{version} {target.name}",
+        kernel=kernel / "vmlinux",
+        initramfs=target / "initramfs",
+        options=f"{_COMMAND_LINE} --",
+        kvm_patience_s=_KVM_PATIENCE_S,
+    )
+
+
+def _linux_kernel(say: Say) -> Path:
+    """A folder with ``vmlinux``, ``modules/`` and ``version``."""
+    target = cache() / "kernel"
+    if target.is_dir():
+        return target
+    with fresh_folder(target) as fresh:
+        if fresh is not None:
+            real = archive.dependencies(_KERNEL_PACKAGE)
+            if not real:
+                raise UntestableError(
+                    f"apt knows no package {_KERNEL_PACKAGE}: run 'apt-get update' once"
+                )
+            say(f"fetching the guest's kernel ({real[0]}), once")
+            unpacked = fresh / "unpacked"
+            archive.unpack(archive.fetch_own(real[0], fresh), unpacked)
+            image = next((unpacked / "boot").glob("vmlinuz-*"))
+            (fresh / "vmlinux").write_bytes(kernel_elf(image.read_bytes()))
+            (fresh / "version").write_text(image.name.removeprefix("vmlinuz-"))
+            _pick_modules(unpacked, fresh / "modules")
+            shutil.rmtree(unpacked)
+            for package in fresh.glob("*.deb"):
+                package.unlink()
+    return target
+
+
+def kernel_elf(image: bytes) -> bytes:
+    """The ELF inside a bzImage (Linux x86 boot protocol 2.08: payload_offset, payload_length).
+
+    Raises:
+        UntestableError: this is no such image, or its compression is not known here.
+    """
+    if len(image) < 0x250 or image[0x202:0x206] != b"HdrS":
+        raise UntestableError("the kernel is no bzImage")
+    start = (image[0x1F1] + 1) * 512
+    offset, length = struct.unpack_from("<II", image, 0x248)
+    payload = image[start + offset : start + offset + length]
+    if payload.startswith(b"\xfd7zXZ\0"):
+        return lzma.LZMADecompressor().decompress(payload)
+    if payload.startswith(b"\x1f\x8b"):
+        return gzip.decompress(payload[:-4])  # the uncompressed size is put behind it
+    if payload.startswith(b"\x28\xb5\x2f\xfd"):
+        return _pipe(["zstd", "-dcq"], payload)
+    raise UntestableError(f"the kernel's compression ({payload[:4].hex()}) is not known here")
+
+
+def _pipe(command: list[str], data: bytes) -> bytes:
+    try:
+        done = subprocess.run(command, input=data, capture_output=True, timeout=120, check=False)
+    except FileNotFoundError:
+        raise UntestableError(
+            f"{command[0]} is needed to unpack the kernel: apt-get install {command[0]}"
+        ) from None
+    if not done.stdout:
+        raise UntestableError(f"{command[0]}: {done.stderr.decode(errors='replace').strip()}")
+    return done.stdout
+
+
+def _pick_modules(unpacked: Path, folder: Path) -> None:
+    folder.mkdir()
+    order = []
+    for name in _MODULES:
+        found = next((unpacked / "lib/modules").rglob(f"{name}.ko*"), None)
+        if found is None:  # then it is built into the kernel
+            continue
+        content = found.read_bytes()
+        if found.suffix == ".xz":
+            content = lzma.decompress(content)
+        (folder / f"{name}.ko").write_bytes(content)
+        order.append(f"/modules/{name}.ko\n")
+    (folder / "order").write_text("".join(order))
+
+
+def _initramfs(init: bytes, modules: Path) -> bytes:
+    files = {f"modules/{file.name}": file.read_bytes() for file in sorted(modules.iterdir())}
+    return newc_archive({"init": init, **files})
+
+
+def newc_archive(files: dict[str, bytes]) -> bytes:
+    """A cpio archive in the 'newc' form (kernel documentation, initramfs buffer format).
+
+    Folders are made for the `files`, all of which may be executed.
+    """
+    archive_bytes = bytearray()
+
+    def add(name: str, mode: int, content: bytes = b"") -> None:
+        encoded = name.encode() + b"\0"
+        fields = (0, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(encoded), 0)
+        archive_bytes.extend(b"070701" + b"".join(b"%08X" % field for field in fields) + encoded)
+        archive_bytes.extend(bytes(-len(archive_bytes) % 4))
+        archive_bytes.extend(content)
+        archive_bytes.extend(bytes(-len(archive_bytes) % 4))
+
+    folders = sorted({str(parent) for name in files for parent in Path(name).parents} - {"."})
+    for folder in ("dev", "proc", *folders):
+        add(folder, 0o040755)
+    for name, content in files.items():
+        add(name, 0o100755, content)
+    add("TRAILER!!!", 0)
+    return bytes(archive_bytes)

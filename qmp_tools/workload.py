@@ -1,0 +1,80 @@
+"""What a guest does to its disk and its memory: one set of parameters for every guest.
+
+The names are those of docs/guests.md, of ``guests/workload.c``, and of ``--workload``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final
+
+from dmaproof.errors import UsageError
+
+PATTERNS: Final = ("random", "sequential", "hot-set")
+
+_BOUNDS: Final = {
+    "threads": (1, 64),
+    "hot": (64, 1 << 24),
+    "once": (0, 1 << 24),
+    "churn": (0, 1 << 24),
+    "seed": (0, (1 << 64) - 1),
+    "write_every": (0, 1 << 30),
+    "max_pages": (1, 16),
+    "huge_every": (0, 1 << 30),
+    "unaligned_every": (0, 1 << 30),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The parameters; `hot`, `once` and `churn` in pages, `max_pages` too.
+
+    One of so many requests as `write_every`, `huge_every` and `unaligned_every` say is of that
+    kind; 0: none is.
+
+    Raises:
+        UsageError: a value is out of bounds.
+    """
+
+    threads: int = 4
+    hot: int = 1024
+    once: int = 8192
+    churn: int = 4096
+    seed: int = 1
+    pattern: str = "random"
+    write_every: int = 16
+    max_pages: int = 8
+    huge_every: int = 512
+    unaligned_every: int = 16
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _BOUNDS.items():
+            if not low <= getattr(self, name) <= high:
+                raise UsageError(
+                    f"workload: {name}={getattr(self, name)} is not between {low} and {high}"
+                )
+        if self.pattern not in PATTERNS:
+            raise UsageError(f"workload: pattern={self.pattern} is none of {', '.join(PATTERNS)}")
+
+    def __str__(self) -> str:
+        """As a guest takes it on its command line."""
+        return " ".join(f"{name}={value}" for name, value in asdict(self).items())
+
+
+def parse_workload(text: str, seed: int) -> Workload:
+    """The workload of ``name=value,name=value``, with defaults for what is not named.
+
+    Raises:
+        UsageError: there is no such parameter, or its value is not understood or out of bounds.
+    """
+    known = [field.name for field in fields(Workload)]
+    given: dict[str, Any] = {"seed": seed}
+    for pair in filter(None, text.split(",")):
+        name, _, value = pair.partition("=")
+        if name not in known:
+            raise UsageError(f"workload: {name!r} is not known; there are: {', '.join(known)}")
+        try:
+            given[name] = value if name == "pattern" else int(value)
+        except ValueError:
+            raise UsageError(f"workload: {name}={value} is no number") from None
+    return Workload(**given)

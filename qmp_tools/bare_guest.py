@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from .guest_build import Guest, Say, cache, compile_c, digest, fresh_folder, sources
+from .machine import MIB
 
 _FREESTANDING: Final = (
     *("-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none"),
@@ -35,7 +36,15 @@ def bare_guest(say: Say) -> Guest:
     files = [*sorted((folder / "bare").glob("*.[cS]")), folder / "workload.c"]
     headers = [folder / "workload.h", folder / "bare" / "machine.h"]
     target = _built("bare", files, headers, _BARE, say)
-    return Guest("bare", target.parent.name, target, None, "", _KVM_PATIENCE_S)
+    return Guest(
+        name="bare",
+        version=target.parent.name,
+        kernel=target,
+        initramfs=None,
+        options="",
+        memory_bytes=128 * MIB,
+        kvm_patience_s=_KVM_PATIENCE_S,
+    )
 
 
 def probe_guest() -> Path:

@@ -89,7 +89,9 @@ def _add_prove(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     qemu.add_argument("--qemu-destination", metavar="PATH", help="default: the same as --qemu")
     qemu.add_argument("--machine", default="q35", help="machine type (default: %(default)s)")
     qemu.add_argument("--accel", choices=("auto", "kvm", "tcg"), default="auto")
-    qemu.add_argument("--memory", metavar="SIZE", help="RAM, such as 1G (default: about 512M)")
+    qemu.add_argument(
+        "--memory", metavar="SIZE", help="RAM, such as 1G (default: enough for the guest)"
+    )
     qemu.add_argument("--cpus", type=_positive, default=2, metavar="N")
     guest = parser.add_argument_group("guest")
     guest.add_argument(
@@ -188,7 +190,7 @@ async def _setup(arguments: argparse.Namespace, show: Display) -> Setup:
     guest = GUESTS[arguments.guest](show.say)
     accelerator = await choose_accelerator(arguments.accel, source, guest, show)
     if memory is None:
-        memory = await choose_memory(source, accelerator, show)
+        memory = await choose_memory(source, accelerator, guest.memory_bytes, show)
     machine = arguments.machine
     if destination.resolve() != source.resolve():
         machine = await common_machine(machine, source, destination)

@@ -26,7 +26,8 @@ class Guest:
     """A guest that carries out a workload; `kernel` is an ELF that QEMU enters by PVH.
 
     `options` stand before the workload on its command line. `version` changes with what it is made
-    of. `kvm_patience_s`: where KVM takes longer to its first request, it is not worth using.
+    of. `memory_bytes` of RAM do for the default workload. `kvm_patience_s`: where KVM takes longer
+    to its first request, it is not worth using.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Guest:
     kernel: Path
     initramfs: Path | None
     options: str
+    memory_bytes: int
     kvm_patience_s: float
 
     def command_line(self, workload: Workload) -> str:

@@ -19,6 +19,7 @@ from dmaproof.errors import UntestableError
 
 from . import archive
 from .guest_build import Guest, Say, cache, compile_c, digest, fresh_folder, sources
+from .machine import MIB
 
 _KERNEL_PACKAGE: Final = "linux-image-amd64"
 _COMMAND_LINE: Final = (
@@ -67,6 +68,7 @@ def linux_guest(say: Say) -> Guest:
         kernel=kernel / "vmlinux",
         initramfs=target / "initramfs",
         options=f"{_COMMAND_LINE} --",
+        memory_bytes=256 * MIB,
         kvm_patience_s=_KVM_PATIENCE_S,
     )
 

@@ -30,7 +30,6 @@ from .ram import compare, ram_file
 from .run_folder import run_folder
 from .workload import Workload
 
-DEFAULT_MEMORY_BYTES: Final = 256 * MIB
 _ODD_BYTES: Final = 8 * KIB
 """Added to a RAM size, makes it no multiple of 64 pages."""
 
@@ -121,15 +120,15 @@ async def _kvm_runs(qemu: Path, guest: Guest) -> int:
             await running.end()
 
 
-async def choose_memory(qemu: Path, accelerator: str, display: Display) -> int:
-    """A RAM size in bytes at which the accelerator's own dirty tracking is sound."""
+async def choose_memory(qemu: Path, accelerator: str, wanted_bytes: int, display: Display) -> int:
+    """A RAM size of about `wanted_bytes` at which the accelerator's own dirty tracking is sound."""
     lost = await vcpu_pages_lost(qemu, accelerator)
     if not lost:
-        return DEFAULT_MEMORY_BYTES
-    memory = DEFAULT_MEMORY_BYTES + _ODD_BYTES
+        return wanted_bytes
+    memory = wanted_bytes + _ODD_BYTES
     display.say(
         f"memory: {format_memory(memory)}, because at sizes like "
-        f"{format_memory(DEFAULT_MEMORY_BYTES)} this QEMU loses pages that its vCPUs write "
+        f"{format_memory(wanted_bytes)} this QEMU loses pages that its vCPUs write "
         f"(a probe lost {lost})"
     )
     return memory

@@ -113,18 +113,28 @@ class _Run:
         self._guests: dict[str, GuestChannel] = {}
 
     async def start(self) -> None:
-        """Start both QEMUs; the destination waits while the source boots."""
-        for name, binary, extra in (
-            (SOURCE, self._setup.qemu, ()),
-            (DESTINATION, self._setup.qemu_destination, INCOMING),
-        ):
-            arguments = [
-                *self._setup.machine.arguments(),
-                *vhost_user_blk_arguments(self._folder / f"{name}-disk.sock", self._setup.queues),
-                *extra,
-            ]
-            self._qemus[name] = await Qemu.start(name, binary, arguments, self._folder)
-            self._guests[name] = GuestChannel(self._qemus[name])
+        """Start both QEMUs; the destination waits while the source boots.
+
+        Raises:
+            UntestableError: one of them could not be started.
+        """
+        outcomes = await asyncio.gather(
+            self._start(SOURCE, self._setup.qemu),
+            self._start(DESTINATION, self._setup.qemu_destination, *INCOMING),
+            return_exceptions=True,  # so that both are over, and `end` knows of what has started
+        )
+        for outcome in outcomes:
+            if outcome is not None:
+                raise outcome
+
+    async def _start(self, name: str, binary: Path, *extra: str) -> None:
+        arguments = [
+            *self._setup.machine.arguments(),
+            *vhost_user_blk_arguments(self._folder / f"{name}-disk.sock", self._setup.queues),
+            *extra,
+        ]
+        self._qemus[name] = await Qemu.start(name, binary, arguments, self._folder)
+        self._guests[name] = GuestChannel(self._qemus[name])
 
     async def end(self) -> None:
         """End both QEMUs."""

@@ -61,6 +61,8 @@ static void finish_what_is_done(void) {
     uint8_t status;
     int number;
     while ((number = disk_poll(&status)) >= 0) {
+        if (!slots[number].busy)  // so it is where the used ring was lost on the way
+            give_up("the disk has finished a request that was not under way");
         struct request *request = &slots[number].request;
         finish_request(request, status ? status : bytes_of(request));
         slots[number].busy = false;

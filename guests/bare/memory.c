@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
  * Memory. Everything is mapped to itself, so that a pointer is a guest-physical address. What the
- * guest needs for itself is allocated upwards from the end of its image; the buffer takes what is
+ * guest needs for itself is allocated upwards from the end of its image; the buffer lies in what is
  * left, in chunks spread evenly over all of RAM, below 4 GiB and above.
  */
 #include "machine.h"
@@ -26,6 +26,9 @@ struct memory_map_entry {
     uint32_t type, reserved;
 };
 enum { MEMORY_MAP_RAM = 1 };
+
+// A prime: so a multiple of it takes every value modulo any smaller number.
+static const uint64_t SCATTER = 2654435761;
 
 extern uint64_t page_map[], page_directory_pointers[];  // start.S; the first 4 GiB are mapped
 extern uint8_t _end[];                                  // of the image, by the linker
@@ -101,8 +104,15 @@ static uint64_t chunks_of(const struct region *region) {
     return first < end ? end - first : 0;
 }
 
+static uint64_t address_of_chunk(uint64_t number) {
+    const struct region *region = regions;
+    for (; number >= chunks_of(region); region++)
+        number -= chunks_of(region);
+    return (first_chunk(region) + number) * CHUNK_BYTES;
+}
+
 void lay_out_buffer(uint64_t pages) {
-    uint64_t needed = (pages + CHUNK_PAGES - 1) / CHUNK_PAGES, available = 0, before = 0;
+    uint64_t needed = (pages + CHUNK_PAGES - 1) / CHUNK_PAGES, available = 0;
     chunks = allocate(needed * sizeof *chunks);
     for (unsigned index = 0; index < region_count; index++)
         available += chunks_of(&regions[index]);
@@ -111,13 +121,10 @@ void lay_out_buffer(uint64_t pages) {
              available * CHUNK_PAGES);
         stop();
     }
-    uint64_t chunk = 0;
-    for (unsigned index = 0; index < region_count; index++) {
-        uint64_t here = chunks_of(&regions[index]);
-        for (; chunk < needed && chunk * available / needed < before + here; chunk++)
-            chunks[chunk] =
-                (first_chunk(&regions[index]) + chunk * available / needed - before) * CHUNK_BYTES;
-        before += here;
+    for (uint64_t index = 0; index < needed; index++) {
+        // Each of the buffer's regions is to be everywhere, so neighbours are put far apart.
+        uint64_t place = index * SCATTER % needed;
+        chunks[index] = address_of_chunk(place * available / needed);
     }
 }
 

@@ -90,7 +90,7 @@ static struct queue {
     volatile uint16_t *doorbell;
 } queues[MAX_QUEUES];
 
-static unsigned queue_count;
+static unsigned slot_count, queue_count;
 static uint64_t features;
 static struct slot *slots;
 static volatile uint8_t *statuses;
@@ -149,7 +149,8 @@ static void set_up_queue(volatile struct common_config *common, struct queue *qu
     }
 }
 
-uint64_t disk_open(unsigned slot_count) {
+uint64_t disk_open(unsigned wanted_slots) {
+    slot_count = wanted_slots;
     static const uint16_t ids[] = {BLK, TRANSITIONAL_BLK};
     struct pci_device device;
     if (!pci_find(VENDOR, ids, sizeof ids / sizeof *ids, &device))
@@ -266,6 +267,8 @@ int disk_poll(uint8_t *status) {
         // The event index is kept far ahead, so that no interrupt comes.
         queue->available->ring[queue->size] = queue->seen + 0x8000;
         unsigned number = head / queue->room * queue_count + index;
+        if (number >= slot_count)
+            give_up("the disk has finished a request that there is not");
         *status = statuses[number];
         return (int)number;
     }

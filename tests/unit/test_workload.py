@@ -1,0 +1,309 @@
+"""What guests are told to do, and what they make of it, against a disk of Python's."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from dmaproof.errors import UsageError
+from dmaproof.stamp import PAGE_BYTES, SECTORS_PER_PAGE, stamped_page
+from qmp_tools.workload import PATTERNS, Workload, parse_workload
+from workload_guest import (
+    DISK_SECTORS,
+    HOT,
+    HUGE_PAGES,
+    ONCE,
+    OWN,
+    OWN_PAGES,
+    READ,
+    READ_BACK,
+    WRITE,
+    WorkloadGuest,
+    WorkloadGuests,
+    build,
+)
+
+ONLY_READS = {"write_every": 0, "unaligned_every": 0, "huge_every": 0}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("workload"))
+
+
+@pytest.fixture
+def guests(built: Path, tmp_path: Path) -> WorkloadGuests:
+    return WorkloadGuests(built, tmp_path)
+
+
+def kinds_of_errors(guest: WorkloadGuest) -> list[str]:
+    return [report.values["kind"] for report in guest.told("error")]
+
+
+# Parameters ---------------------------------------------------------------------------------------
+
+
+def test_a_workload_is_read_by_name() -> None:
+    assert parse_workload("", 7) == Workload(seed=7)
+    assert parse_workload("pattern=hot-set,threads=16,huge_every=0", 7) == Workload(
+        seed=7, pattern="hot-set", threads=16, huge_every=0
+    )
+    assert parse_workload("seed=3", 7).seed == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("patern=random", "'patern' is not known"),
+        ("pattern=zigzag", "pattern=zigzag is none of random, sequential, hot-set"),
+        ("threads=many", "threads=many is no number"),
+        ("threads=65", "threads=65 is not between 1 and 64"),
+        ("max_pages=0", "max_pages=0 is not between 1 and 16"),
+        ("threads", "threads= is no number"),
+    ],
+)
+def test_a_wrong_workload_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_workload(text, 1)
+
+
+@pytest.mark.parametrize("text", ["thread=4", "threads=", "threads=4x", "pattern=randomly", ""])
+def test_a_guest_refuses_what_it_does_not_know(guests: WorkloadGuests, text: str) -> None:
+    assert not guests().library.read_parameter(text.encode())
+
+
+def test_a_guest_needs_its_parameters(guests: WorkloadGuests) -> None:
+    guest = guests()
+    assert guest.problem is None
+    guest.library.read_parameter(b"threads=0")
+    assert b"out of bounds" in guest.library.prepare_workload(DISK_SECTORS)
+    assert b"too small" in guest.library.prepare_workload(8)
+
+
+# What is planned ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_everything_right_is_found_right(guests: WorkloadGuests, pattern: str) -> None:
+    guest = guests(pattern=pattern, once=512, huge_every=16, write_every=4, unaligned_every=4)
+    worker = guest.worker()
+    guest.run(worker, 200)
+    guest.obey("o")
+    requests = guest.run(worker, 600)
+    guest.library.churn()
+    guest.obey("s")
+    assert guest.told("error") == []
+    assert {request.kind for request in requests} == {READ, WRITE, READ_BACK}
+    assert {request.region for request in requests} == {OWN, HOT, ONCE}
+    (sweep,) = guest.told("sweep")
+    # Every page that was read into is looked at: all once pages, the churn, and many hot ones.
+    assert int(sweep.values["pages"]) > 512 + 4096 + 500
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_once_pages_are_used_once(guests: WorkloadGuests, pattern: str) -> None:
+    guest = guests(pattern=pattern, hot=64, once=1000, churn=0, huge_every=8)
+    worker = guest.worker()
+    assert all(request.region != ONCE for request in guest.run(worker, 200))
+    guest.obey("o")
+    pages: Counter[int] = Counter()
+    while not guest.told("once-done"):
+        (request,) = guest.run(worker, 1)
+        if request.region == ONCE:
+            pages.update(request.taken)
+    first = 4 * OWN_PAGES + 64
+    assert pages == Counter(range(first, first + 1000))
+    assert [report.values for report in guest.told("once-done")] == [{"pages": "1000"}]
+    assert all(request.region != ONCE for request in guest.run(worker, 200))
+
+
+def test_no_once_pages_are_done_at_once(guests: WorkloadGuests) -> None:
+    guest = guests(once=0)
+    guest.obey("o")
+    guest.obey("o")
+    assert len(guest.told("once-done")) == 1
+
+
+def test_requests_under_way_share_nothing(guests: WorkloadGuests) -> None:
+    guest = guests(threads=64, hot=256, once=512, write_every=4, unaligned_every=4, huge_every=32)
+    guest.obey("o")
+    workers = [guest.worker(number) for number in range(64)]
+    for _ in range(20):
+        under_way = [guest.plan(worker) for worker in workers]
+        pages = Counter(page for request in under_way for page in request.taken)
+        assert max(pages.values()) == 1
+        blocks = [request.block for request in under_way if request.kind != READ]
+        assert len(blocks) == len(set(blocks)) > 0
+        for request in under_way:
+            guest.serve(request)
+            guest.finish(request)
+    assert guest.told("error") == []
+
+
+def test_sequential_goes_on_where_it_was(guests: WorkloadGuests) -> None:
+    guest = guests(pattern="sequential", **ONLY_READS)
+    requests = guest.run(guest.worker(), 100)
+    for before, after in pairwise(requests):
+        assert after.sector == before.sector + SECTORS_PER_PAGE * before.count
+        assert after.taken[0] == before.taken[-1] + 1 or after.taken[0] == 4 * OWN_PAGES
+
+
+@pytest.mark.parametrize(("pattern", "low", "high"), [("random", 0.0, 0.2), ("hot-set", 0.8, 1.0)])
+def test_a_hot_set_is_hot(guests: WorkloadGuests, pattern: str, low: float, high: float) -> None:
+    guest = guests(pattern=pattern, **ONLY_READS)
+    requests = guest.run(guest.worker(), 2000)
+    near = sum(request.sector < DISK_SECTORS / 16 for request in requests) / 2000
+    assert low < near < high
+    pages = Counter(page for request in requests for page in request.taken)
+    first = 4 * OWN_PAGES
+    hot = sum(count for page, count in pages.items() if page < first + 1024 / 16)
+    assert low < hot / pages.total() < high
+
+
+def test_a_huge_request_is_one_piece(guests: WorkloadGuests) -> None:
+    guest = guests(hot=1024, once=2048, churn=0, huge_every=2, write_every=0, unaligned_every=0)
+    guest.obey("o")
+    requests = guest.run(guest.worker(), 60)
+    huge = [request for request in requests if request.count == HUGE_PAGES]
+    assert {request.region for request in huge} == {HOT, ONCE}
+    for request in huge:
+        jumps = [
+            b - a for a, b in zip(request.taken, request.taken[1:], strict=False) if b - a != 1
+        ]
+        assert jumps in ([], [-1023])  # from the last hot page to the first
+
+
+def test_an_unaligned_request_is_in_sectors_of_its_worker(guests: WorkloadGuests) -> None:
+    guest = guests(unaligned_every=1, write_every=0)
+    start = guest.page(3 * OWN_PAGES)
+    offsets = set()
+    for request in guest.run(guest.worker(3), 200):
+        pieces = guest.pieces(request)
+        assert pieces == [pieces[0] + 512 * index for index in range(8)]
+        assert start <= pieces[0]
+        assert pieces[-1] + 512 <= start + (OWN_PAGES - 1) * PAGE_BYTES
+        offsets.add((pieces[0] - start) % PAGE_BYTES)
+    assert all(offset % 8 == 0 for offset in offsets)
+    assert sum(offset % 512 != 0 for offset in offsets) > 100
+    assert guest.told("error") == []
+
+
+# What is found ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", [0, 1, 2, 3, 255, 511])
+def test_a_torn_page_is_found(guests: WorkloadGuests, word: int) -> None:
+    guest = guests(**ONLY_READS)
+    worker = guest.worker()
+    guest.run(worker, 10)
+    request = guest.plan(worker)
+
+    def spoil(data: bytes) -> bytes:
+        spoilt = bytearray(data)
+        spoilt[8 * word] ^= 1
+        return bytes(spoilt)
+
+    guest.serve(request, spoil)
+    guest.finish(request)
+    (error,) = guest.told("error")
+    assert error.values["kind"] == "stamp"
+    assert int(error.values["lba"]) == request.sector
+    assert int(error.values["gpa"], 0) // PAGE_BYTES == request.taken[0]
+    guest.obey("s")  # what is known to be wrong is not looked at again
+    assert len(guest.told("error")) == 1
+
+
+def test_an_old_page_is_found(guests: WorkloadGuests) -> None:
+    guest = guests(**ONLY_READS)
+    worker = guest.worker()
+    guest.run(worker, 10)
+    request = guest.plan(worker)
+    guest.served -= 1  # the next answer has a number that was there before
+    guest.serve(request)
+    guest.finish(request)
+    assert set(kinds_of_errors(guest)) == {"stale"}
+
+
+def test_a_lost_write_is_found(guests: WorkloadGuests) -> None:
+    guest = guests(write_every=1)
+    worker = guest.worker()
+    guest.run(worker, 300)
+    assert guest.told("error") == []
+    before = dict(guest.written)
+    guest.run(worker, 300)
+    guest.written = before
+    guest.run(worker, 300)
+    assert set(kinds_of_errors(guest)) == {"writeback"}
+
+
+def test_a_failed_request_is_told(guests: WorkloadGuests) -> None:
+    guest = guests(**ONLY_READS)
+    request = guest.plan(guest.worker())
+    guest.finish(request, 5)
+    (error,) = guest.told("error")
+    assert error.values["kind"] == "io"
+    assert int(error.values["found"], 0) == 5
+
+
+@pytest.mark.parametrize("region", [OWN, HOT, ONCE])
+def test_a_page_that_was_lost_in_ram_is_found(guests: WorkloadGuests, region: int) -> None:
+    guest = guests(once=512, churn=0)
+    worker = guest.worker()
+    guest.obey("o")
+    requests = [request for request in guest.run(worker, 500) if request.kind == READ]
+    last = next(request for request in reversed(requests) if request.region == region)
+    old = stamped_page(last.sector, 1)
+    ctypes.memmove(guest.pieces(last)[0], old, last.piece_bytes)
+    guest.obey("s")
+    assert kinds_of_errors(guest) == ["sweep"]
+    assert guest.told("sweep")[0].values["errors"] == "1"
+
+
+def test_a_churn_page_that_was_lost_is_found(guests: WorkloadGuests) -> None:
+    guest = guests(churn=64)
+    address = guest.page(4 * OWN_PAGES + 1024 + 8192 + 5)
+    guest.library.churn()
+    old = ctypes.string_at(address, 8)
+    guest.library.churn()
+    ctypes.memmove(address, old, 8)
+    guest.obey("s")
+    assert kinds_of_errors(guest) == ["churn"]
+
+
+def test_quiet_stops_the_churn(guests: WorkloadGuests) -> None:
+    guest = guests(churn=64)
+    address = guest.page(4 * OWN_PAGES + 1024 + 8192)
+    guest.library.churn()
+    guest.obey("q")
+    before = ctypes.string_at(address, 8)
+    guest.library.churn()
+    assert ctypes.string_at(address, 8) == before == (1).to_bytes(8, "little")
+    assert len(guest.told("quiet")) == 1
+
+
+def test_what_is_told_of_the_progress(guests: WorkloadGuests) -> None:
+    guest = guests(write_every=2, seed=9)
+    guest.library.tell_ready()
+    (ready,) = guest.told("ready")
+    assert ready.values == {
+        "threads": "4",
+        "hot": "1024",
+        "once": "8192",
+        "churn": "4096",
+        "seed": "9",
+        "buffer_pages": str(1024 + 8192),
+    }
+    requests = guest.run(guest.worker(), 100)
+    guest.library.tell_progress()
+    (progress,) = guest.told("progress")
+    writes = sum(request.kind == WRITE for request in requests)
+    assert progress.values == {
+        "requests": "100",
+        "writes": str(writes),
+        "once": "0",
+        "errors": "0",
+    }

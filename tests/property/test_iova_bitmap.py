@@ -152,9 +152,7 @@ class BitmapMachine(RuleBasedStateMachine):
         whole_words=st.booleans(),
         shared=st.booleans(),
     )
-    def open(
-        self, shape: Shape, kind: str, offset: int, whole_words: bool, shared: bool
-    ) -> None:
+    def open(self, shape: Shape, kind: str, offset: int, whole_words: bool, shared: bool) -> None:
         self.shape = shape
         self.model: set[int] = set()
         self.ranges_told = 0

@@ -17,6 +17,7 @@ from dmaproof.devices import emulated_devices
 from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.errors import DmaproofError, UsageError
 from dmaproof.faults import plant
+from dmaproof.trace import Link
 
 from . import bench, qemu_builds
 from .device import DeviceOptions
@@ -231,7 +232,7 @@ async def _prove(arguments: argparse.Namespace, show: Display) -> tuple[Proof, P
 
 def _caught(control: Proof) -> bool:
     verdict = control.verdict
-    return bool(verdict.lost) and all(page.planted for page in verdict.lost)
+    return bool(verdict.lost) and all(page.link == Link.LOG for page in verdict.lost)
 
 
 def _run_prove(arguments: argparse.Namespace) -> int:

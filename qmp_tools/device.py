@@ -29,6 +29,16 @@ class DeviceOptions:
     fault: str | None = None
     seed: int = 1
 
+    def arguments(self) -> list[str]:
+        """The same on the command line."""
+        return [
+            *("--device", self.device),
+            *("--tracker", self.tracker),
+            *("--harvest", self.harvest),
+            *("--seed", str(self.seed)),
+            *(("--fault", self.fault) if self.fault else ()),
+        ]
+
 
 class Device:
     """The running process. `refused` is done when it has refused something a front end sent."""
@@ -53,11 +63,7 @@ class Device:
         command = [
             *(sys.executable, "-m", "dmaproof.vhost_user"),
             *("--control", str(theirs.fileno())),
-            *("--device", options.device),
-            *("--tracker", options.tracker),
-            *("--harvest", options.harvest),
-            *("--seed", str(options.seed)),
-            *(("--fault", options.fault) if options.fault else ()),
+            *options.arguments(),
         ]
         for name, path in sockets.items():
             command += ["--socket", f"{name}={path}"]

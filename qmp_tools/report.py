@@ -88,13 +88,14 @@ def to_text(proof: Proof) -> str:
         lines.append(
             f"  reported     {sharpness.reported_unwritten} pages that the device had not written"
         )
-    if proof.setup.device.fault:
-        spared = sum(not page.planted for page in verdict.lost)
+    if sharpness.unreported:
+        places = ", ".join(f"{pages} at the {link}" for link, pages in sharpness.missed_at.items())
         lines.append(
-            f"  fault        {proof.setup.device.fault}: {sharpness.planted} pages kept from the "
-            f"log, {sharpness.planted_certain} of them certain; {spared} lost pages were not among "
-            "them"
+            f"  unreported   {sharpness.unreported} pages that the device wrote have not reached "
+            f"the log (missed: {places}); {sharpness.unreported_certain} of them certain"
         )
+    if proof.setup.device.fault:
+        lines.append(f"  fault        {proof.setup.device.fault} was planted")
     lines.append(f"  seed         {proof.setup.device.seed}")
     if proof.folder is not None:
         lines.append(f"  kept         {proof.folder}")
@@ -127,10 +128,7 @@ def _story(page: LostPage) -> str:
     )
     if page.link is None:
         return f"{write}, and a vCPU wrote there later"
-    return (
-        f"{write}, due in harvest {page.due_in_harvest}; lost at the {page.link}"
-        + " (planted)" * page.planted
-    )
+    return f"{write}, due in harvest {page.due_in_harvest}; lost at the {page.link}"
 
 
 def _accelerator_advice(proof: Proof) -> list[str]:

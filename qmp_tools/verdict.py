@@ -11,6 +11,10 @@ For a page that differs, the bytes that differ are held against the device's jou
   QEMU's log in time and QEMU did not send the page: **qemu**'s. If the source holds something else,
   a vCPU wrote there later, and the loss is again the accelerator's.
 
+A page that the device wrote and that has not reached the log fails the proof even where it is
+equal: QEMU may have sent it for a reason of its own (it dirties every used ring when it stops it,
+and vCPUs write beside status bytes), and will not always have one.
+
 A pass needs evidence. Pages that the device wrote only once, after QEMU had sent every page at
 least once, are *certain*: their bit is the only thing that can have brought them across.
 """
@@ -18,6 +22,7 @@ least once, are *certain*: their bit is the only thing that can have brought the
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -58,7 +63,6 @@ class LostPage:
     gpa: int | None
     bytes_differing: int
     blame: Blame
-    planted: bool = False
     link: Link | None = None
     iova: int | None = None
     request: int | None = None
@@ -74,18 +78,30 @@ class Sharpness:
     """How much a run can tell; all in pages but for `writes`.
 
     `rewritten` were written by the device after QEMU had sent every page once; `certain` are those
-    of them that the device wrote only once, with data; `planted` were kept from the log by a
-    planted fault, `planted_certain` are both; `reported_unwritten` reached the log though the
-    device had not written them.
+    of them that the device wrote only once, with data. `unreported` were written and have not
+    reached the log since, whether they were lost by it or saved by luck; `unreported_certain` are
+    both, and `missed_at` counts them by the first link that has not seen them. `reported_unwritten`
+    reached the log though the device had not written them.
     """
 
     writes: int
     written: int
     rewritten: int
     certain: int
-    planted: int
-    planted_certain: int
+    unreported: int
+    unreported_certain: int
     reported_unwritten: int
+    missed_at: dict[str, int] = field(default_factory=dict)
+
+    def __add__(self, other: Sharpness) -> Sharpness:
+        """Of two devices together that write different pages."""
+        numbers = {
+            name: getattr(self, name) + getattr(other, name)
+            for name in self.__dataclass_fields__
+            if name != "missed_at"
+        }
+        missed_at = Counter(self.missed_at) + Counter(other.missed_at)
+        return Sharpness(**numbers, missed_at=dict(missed_at))
 
 
 @dataclass(frozen=True)
@@ -114,7 +130,7 @@ class Verdict:
     @property
     def exit_code(self) -> int:
         """0 pass, 1 lost, 3 nothing was tested."""
-        if self.lost or self.guest.errors:
+        if self.lost or self.guest.errors or self.sharpness.unreported:
             return EXIT_LOST
         return EXIT_PASS if self.sharpness.rewritten else EXIT_UNTESTED
 
@@ -130,6 +146,11 @@ class Verdict:
             return (
                 f"every page equal, but the guest found {self.guest.errors} errors on the "
                 "destination"
+            )
+        if self.sharpness.unreported:
+            return (
+                f"every page equal, but by luck: {self.sharpness.unreported} pages that the device "
+                "wrote have not reached the dirty log"
             )
         if not self.sharpness.rewritten:
             return (
@@ -181,8 +202,10 @@ def measure_sharpness(evidence: Evidence, all_sent_ns: int) -> Sharpness:
     last_rows = written.rows[first + counts - 1]
     late = records["time_ns"][last_rows] >= all_sent_ns
     certain = pages[late & (counts == 1) & (records["kind"][last_rows] == WriteKind.DATA)]
-    planted = np.intersect1d(evidence.planted // np.uint64(PAGE_BYTES), pages)
     logged = evidence.links[Link.LOG]
+    missed_at = _missed_at(pages, records[last_rows], evidence)
+    missed = (missed_at < len(TRACED_LINKS)) & _in_slots(pages, evidence.slots)
+    unreported = pages[missed]
     reported = [
         np.flatnonzero(logged.array[offset : offset + length // PAGE_BYTES]) + start // PAGE_BYTES
         for offset, (start, length) in zip(
@@ -197,10 +220,36 @@ def measure_sharpness(evidence: Evidence, all_sent_ns: int) -> Sharpness:
         written=len(pages),
         rewritten=int(late.sum()),
         certain=len(certain),
-        planted=len(planted),
-        planted_certain=len(np.intersect1d(planted, certain)),
+        unreported=len(unreported),
+        unreported_certain=len(np.intersect1d(unreported, certain)),
         reported_unwritten=len(np.setdiff1d(reported_pages, pages)),
+        missed_at=dict(Counter(TRACED_LINKS[index].value for index in missed_at[missed])),
     )
+
+
+def _missed_at(
+    pages: NDArray[np.uint64], last_writes: NDArray[np.void], evidence: Evidence
+) -> NDArray[np.int64]:
+    """For each page, the position in `TRACED_LINKS` of the first link that has missed its last
+    write; their number where none has."""
+    page_bytes = np.uint64(PAGE_BYTES)
+    iovas: NDArray[np.uint64] = last_writes["iova"]
+    gpas: NDArray[np.uint64] = last_writes["gpa"]
+    iova_pages = pages + (iovas // page_bytes - gpas // page_bytes)  # a difference may wrap
+    first = np.full(len(pages), len(TRACED_LINKS))
+    for index, link in reversed(list(enumerate(TRACED_LINKS))):
+        addressed = iova_pages if link in (Link.TRACKER, Link.ITERATOR) else pages
+        first[evidence.links[link].last_many(addressed) < last_writes["epoch"]] = index
+    return first
+
+
+def _in_slots(pages: NDArray[np.uint64], slots: Sequence[Slot]) -> NDArray[np.bool_]:
+    """Which of the page numbers are still guest RAM: memory can be unplugged."""
+    inside = np.zeros(len(pages), dtype=np.bool_)
+    for slot in slots:
+        first, end = slot.gpa // PAGE_BYTES, (slot.gpa + slot.length) // PAGE_BYTES
+        inside |= (pages >= first) & (pages < end)
+    return inside
 
 
 def attribute(
@@ -208,14 +257,13 @@ def attribute(
 ) -> list[LostPage]:
     """Who lost each of the `differing` pages (page numbers of the RAM files)."""
     written = WrittenPages(evidence.records)
-    planted = set((evidence.planted // np.uint64(PAGE_BYTES)).tolist())
     slots = [
         slot
         for slot in evidence.slots
         if (slot.device, slot.inode) == (source.device, source.inode)
     ]
     return [
-        _attribute_page(int(page), slots, source, destination, evidence, written, planted)
+        _attribute_page(int(page), slots, source, destination, evidence, written)
         for page in differing
     ]
 
@@ -227,7 +275,6 @@ def _attribute_page(
     destination: RamFile,
     evidence: Evidence,
     written: WrittenPages,
-    planted: set[int],
 ) -> LostPage:
     ram_offset = index * PAGE_BYTES
     ours = np.frombuffer(source.read(ram_offset, PAGE_BYTES), dtype=np.uint8)
@@ -238,7 +285,7 @@ def _attribute_page(
     if gpa is None:
         return LostPage(ram_offset, None, bytes_differing, Blame.ACCELERATOR)
     page = gpa // PAGE_BYTES
-    lost = LostPage(ram_offset, gpa, bytes_differing, Blame.ACCELERATOR, planted=page in planted)
+    lost = LostPage(ram_offset, gpa, bytes_differing, Blame.ACCELERATOR)
     record = _last_write_of(differs, gpa, evidence.records, written.rows_of(page))
     if record is None:
         return lost
@@ -257,7 +304,6 @@ def _attribute_page(
         gpa=gpa,
         bytes_differing=bytes_differing,
         blame=blame,
-        planted=lost.planted,
         link=link if blame != Blame.ACCELERATOR else None,
         iova=iova,
         request=int(record["request"]),

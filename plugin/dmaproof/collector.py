@@ -39,14 +39,20 @@ class Harvest:
 class Collector:
     """Harvests `tracker` into a dirty log while logging is on.
 
-    `wrap_log` is put around the log that each start brings.
+    `wrap_log` is put around each log that QEMU brings; `make_bitmap` makes the iterator of each
+    range, from the arguments of `IovaBitmap`.
     """
 
     def __init__(
-        self, tracker: DirtyTracker, *, wrap_log: Callable[[DirtyLog], DirtyLog] = lambda log: log
+        self,
+        tracker: DirtyTracker,
+        *,
+        wrap_log: Callable[[DirtyLog], DirtyLog] = lambda log: log,
+        make_bitmap: Callable[..., TracedBitmap] = TracedBitmap,
     ) -> None:
         self._tracker = tracker
         self._wrap_log = wrap_log
+        self._make_bitmap = make_bitmap
         self._log: DirtyLog | None = None
         self._iova_map = IovaMap(())
         self.trace = ChainTrace((), ())
@@ -102,6 +108,10 @@ class Collector:
         self._log.close()
         self._log = None
 
+    def flush(self) -> None:
+        """Harvest before a ring's stop is answered: with the last ring, the final flush."""
+        self.harvest()
+
     def harvest(self) -> int:
         """Collect every tracked range; returns the number of dirty pages found."""
         if self._log is None:
@@ -127,19 +137,18 @@ class Collector:
     def _collect(self, mappings: Iterable[IovaMapping]) -> int:
         assert self._log is not None
         self.trace.epoch += 1
-        epoch, links = self.trace.epoch, self.trace.links
         found = 0
         for iova, gpa, length in mappings:
             pages = length // LOG_PAGE_BYTES
             words = np.zeros(-(-pages // 64), dtype=np.uint64)
-            with TracedBitmap(iova, length, LOG_PAGE_BYTES, words) as bitmap:
+            with self._make_bitmap(iova, length, LOG_PAGE_BYTES, words) as bitmap:
                 bitmap.trace = self.trace
                 bitmap.for_each(self._tracker.read_and_clear)
             if not words.any():
                 continue
             found += int(np.bitwise_count(words).sum())
-            links[Link.ITERATOR].see_bits(iova, words, 0, pages, epoch)
-            links[Link.TRANSLATION].see_bits(gpa, words, 0, pages, epoch)
+            self.trace.see_bits(Link.ITERATOR, iova, words, 0, pages)
+            self.trace.see_bits(Link.TRANSLATION, gpa, words, 0, pages)
             self._log.merge(gpa, words, 0, pages)
         return found
 

@@ -51,24 +51,24 @@ class DirtyLog(Protocol):
 
 
 class BufferDirtyLog:
-    """A dirty log in a buffer of its caller's: little-endian 64-bit words."""
+    """A dirty log in a buffer of its caller's: little-endian 64-bit words, `memory` as bytes."""
 
     def __init__(self, buffer: bytearray | memoryview) -> None:
-        self._log = memoryview(buffer).cast("B")
+        self.memory = memoryview(buffer).cast("B")
 
     def merge(self, gpa: int, words: Words, first_bit: int, pages: int) -> None:
         """See `DirtyLog.merge`."""
         first_page, misplaced = divmod(gpa, LOG_PAGE_BYTES)
-        if misplaced or first_page + pages > len(self._log) * 8:
+        if misplaced or first_page + pages > len(self.memory) * 8:
             raise BitmapError(
                 f"dirty log: {pages} pages at GPA {gpa:#x} are misaligned or reach behind its end "
-                f"({len(self._log) * 8 * LOG_PAGE_BYTES:#x})"
+                f"({len(self.memory) * 8 * LOG_PAGE_BYTES:#x})"
             )
-        _core.or_bits(self._log, first_page, words, first_bit, pages)
+        _core.or_bits(self.memory, first_page, words, first_bit, pages)
 
     def close(self) -> None:
         """Let go of the buffer."""
-        self._log.release()
+        self.memory.release()
 
 
 class VhostDirtyLog(BufferDirtyLog):

@@ -70,6 +70,11 @@ class Dma:
         Raises:
             MemoryAccessError: some byte is not mapped; nothing was written.
         """
+        self._put(iova, data, kind)
+        self._mark(iova, len(data))
+
+    def _put(self, iova: int, data: bytes | memoryview, kind: WriteKind) -> None:
+        """The first half of a write: the data is in RAM, and in the journal."""
         pieces = [
             (gpa, self.memory.view(gpa, size))
             for gpa, size in self.iova_map.translate(iova, len(data))
@@ -82,6 +87,9 @@ class Dma:
             target[:] = piece
             self.journal.write(kind, iova + offset, gpa, piece, epoch)
             offset += len(target)
-        self._tracker.dma(iova, len(data))
+
+    def _mark(self, iova: int, length: int) -> None:
+        """The second half: the tracker knows, and what harvests immediately has harvested."""
+        self._tracker.dma(iova, length)
         if self._after_write is not None:
-            self._after_write(iova, len(data))
+            self._after_write(iova, length)

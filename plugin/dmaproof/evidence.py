@@ -41,9 +41,8 @@ class Slot(NamedTuple):
 class Evidence:
     """One session's side of the story.
 
-    `records` has dtype `dmaproof.journal.RECORD`; `harvests` dtype `HARVEST`; `planted` are the
-    GPAs (uint64) of the pages that a planted fault kept from the log; `started_ns` is when logging
-    was switched on (CLOCK_MONOTONIC), None if it never was.
+    `records` has dtype `dmaproof.journal.RECORD`; `harvests` dtype `HARVEST`; `started_ns`
+    is when logging was switched on (CLOCK_MONOTONIC), None if it never was.
     """
 
     slots: list[Slot]
@@ -51,7 +50,6 @@ class Evidence:
     records: NDArray[np.void]
     links: dict[Link, PageEpochs]
     harvests: NDArray[np.void]
-    planted: NDArray[np.uint64]
     started_ns: int | None
     requests: int
 
@@ -62,7 +60,6 @@ class Evidence:
             "mappings": np.array(self.mappings, dtype=np.uint64).reshape(-1, 3),
             "records": self.records,
             "harvests": self.harvests,
-            "planted": self.planted,
             "started_ns": np.array(self.started_ns or 0, dtype=np.uint64),
             "requests": np.array(self.requests, dtype=np.uint64),
         }
@@ -90,7 +87,6 @@ class Evidence:
                 records=arrays["records"],
                 links=links,
                 harvests=arrays["harvests"],
-                planted=arrays["planted"],
                 started_ns=int(arrays["started_ns"]) or None,
                 requests=int(arrays["requests"]),
             )
@@ -102,7 +98,6 @@ def collect_evidence(
     memory: GuestMemory,
     iova_map: IovaMap,
     *,
-    planted: NDArray[np.uint64],
     requests: int,
 ) -> Evidence:
     """The evidence as it stands now."""
@@ -121,7 +116,6 @@ def collect_evidence(
             ],
             dtype=HARVEST,
         ),
-        planted=planted,
         started_ns=journal.started_ns,
         requests=requests,
     )

@@ -61,6 +61,11 @@ class Journal:
         self._recording = False
         self._records = bytearray()
 
+    @property
+    def recording(self) -> bool:
+        """Whether writes are recorded now."""
+        return self._recording
+
     def start(self) -> None:
         """Forget earlier records and record from now on."""
         self._records = bytearray()

@@ -4,6 +4,9 @@ For every page a link keeps only the number of the last harvest (the *epoch*) in
 through it. A write that was due in epoch *e* and is not found at a link in *e* or later was lost at
 that link: the first such link, in the order of `Link`, is to blame. Counting epochs and not just
 bits matters, because a page that was reported once and then written again must be reported again.
+
+Once a device has said that it stopped, the trace is *frozen*: QEMU syncs its log a last time then,
+and what a link passes on later does not count.
 """
 
 from __future__ import annotations
@@ -110,6 +113,15 @@ class PageEpochs:
                 return int(part[(address - start) // LOG_PAGE_BYTES])
         return 0
 
+    def last_many(self, pages: NDArray[np.uint64]) -> NDArray[np.uint32]:
+        """`last` for an array of page numbers (address / 4096)."""
+        found = np.zeros(len(pages), dtype=np.uint32)
+        for (start, size), part in zip(self.ranges, self._parts, strict=True):
+            offset = pages - np.uint64(start // LOG_PAGE_BYTES)  # wraps where below
+            inside = offset < np.uint64(size // LOG_PAGE_BYTES)
+            found[inside] = part[offset[inside]]
+        return found
+
 
 def set_bits(words: Words, first_bit: int, bits: int) -> NDArray[np.int64]:
     """The positions, relative to `first_bit`, of the set bits among `bits` bits of `words`."""
@@ -129,8 +141,34 @@ class ChainTrace:
 
     def __init__(self, iova_ranges: Iterable[IovaRange], gpa_ranges: Iterable[IovaRange]) -> None:
         self.epoch = 0
+        self._frozen = False
         self.links = {link: PageEpochs(()) for link in TRACED_LINKS}
         self.cover(iova_ranges, gpa_ranges)
+
+    def freeze(self) -> None:
+        """The device has said that it stopped: what a link passes on from now on is too late."""
+        self._frozen = True
+
+    def thaw(self) -> None:
+        """The device runs again."""
+        self._frozen = False
+
+    def see(self, link: Link, address: int, length: int) -> None:
+        """`link` has passed on the pages that `length` bytes at `address` touch."""
+        if not self._frozen:
+            self.links[link].see(address, length, self.epoch)
+
+    def see_many(
+        self, link: Link, addresses: NDArray[np.uint64], lengths: NDArray[np.uint64]
+    ) -> None:
+        """`see` for arrays of the same shape."""
+        if not self._frozen:
+            self.links[link].see_many(addresses, lengths, self.epoch)
+
+    def see_bits(self, link: Link, address: int, words: Words, first_bit: int, pages: int) -> None:
+        """`link` has passed on the pages from `address` on whose bits are set in `words`."""
+        if not self._frozen:
+            self.links[link].see_bits(address, words, first_bit, pages, self.epoch)
 
     def cover(self, iova_ranges: Iterable[IovaRange], gpa_ranges: Iterable[IovaRange]) -> None:
         """Trace these ranges from now on; what was seen of pages still covered is kept."""
@@ -147,14 +185,14 @@ class TracedBitmap(IovaBitmap):
 
     def set(self, iova: int, length: int) -> None:
         """See `IovaBitmap.set`."""
-        self.trace.links[Link.TRACKER].see(iova, length, self.trace.epoch)
+        self.trace.see(Link.TRACKER, iova, length)
         super().set(iova, length)
 
     def set_many(self, iovas: Addresses, lengths: Addresses | int) -> None:
         """See `IovaBitmap.set_many`."""
         addresses = np.asarray(iovas, dtype=np.uint64)
         sizes = np.broadcast_to(np.asarray(lengths, dtype=np.uint64), addresses.shape)
-        self.trace.links[Link.TRACKER].see_many(addresses, sizes, self.trace.epoch)
+        self.trace.see_many(Link.TRACKER, addresses, sizes)
         super().set_many(iovas, lengths)
 
 
@@ -168,7 +206,7 @@ class TracedLog:
     def merge(self, gpa: int, words: Words, first_bit: int, pages: int) -> None:
         """See `DirtyLog.merge`."""
         self._log.merge(gpa, words, first_bit, pages)
-        self._trace.links[Link.LOG].see_bits(gpa, words, first_bit, pages, self._trace.epoch)
+        self._trace.see_bits(Link.LOG, gpa, words, first_bit, pages)
 
     def close(self) -> None:
         """See `DirtyLog.close`."""

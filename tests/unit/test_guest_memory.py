@@ -9,7 +9,7 @@ import pytest
 
 from dmaproof.errors import MemoryAccessError
 from dmaproof.guest_memory import GuestMemory, IovaMap, IovaMapping, map_slot
-from ring_driver import HVA_BASE, PAGE, guest_memory, ram_fd
+from qmp_tools.testbed.ring_driver import HVA_BASE, PAGE, guest_memory, ram_fd
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from dmaproof.dirty_log import BufferDirtyLog, DirtyLog, Words
 from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.guest_memory import IovaMap, IovaMapping
 from dmaproof.iova_bitmap import IovaBitmap, IovaRange
-from dmaproof.trace import TRACED_LINKS, Link, PageEpochs, set_bits
-from ring_driver import PAGE, guest_memory, ram_fd
+from dmaproof.trace import TRACED_LINKS, ChainTrace, Link, PageEpochs, set_bits
+from qmp_tools.testbed.ring_driver import PAGE, guest_memory, ram_fd
 
 LOW, HIGH = IovaRange(0x1000, 8 * PAGE), IovaRange(1 << 32, 4 * PAGE)
 
@@ -69,6 +69,29 @@ def test_new_ranges_keep_what_was_seen() -> None:
     assert moved.last(0x3000) == 2
     assert moved.last(0x4000) == 0
     assert moved.last(1 << 32) == 0
+
+
+def test_what_comes_after_the_stop_does_not_count() -> None:
+    trace = ChainTrace([LOW], [LOW])
+    words = np.array([0b11], dtype=np.uint64)
+    for epoch, step in enumerate((lambda: None, trace.freeze, trace.thaw), 1):
+        step()
+        trace.epoch = epoch
+        trace.see(Link.TRACKER, LOW.iova, PAGE)
+        trace.see_many(Link.ITERATOR, np.array([LOW.iova], np.uint64), np.array([PAGE], np.uint64))
+        trace.see_bits(Link.LOG, LOW.iova, words, 0, 2)
+        seen = 1 if epoch == 2 else epoch
+        for link in (Link.TRACKER, Link.ITERATOR, Link.LOG):
+            assert trace.links[link].last(LOW.iova) == seen
+
+
+def test_many_pages_are_looked_up_at_once() -> None:
+    pages = PageEpochs([LOW, HIGH])
+    pages.see(LOW.iova + PAGE, PAGE, 2)
+    pages.see(HIGH.iova, PAGE, 3)
+    numbers = [0, LOW.iova // PAGE + 1, HIGH.iova // PAGE, HIGH.iova // PAGE + 1, 1 << 40]
+    found = pages.last_many(np.array(numbers, dtype=np.uint64))
+    assert found.tolist() == [pages.last(number * PAGE) for number in numbers] == [0, 2, 3, 0, 0]
 
 
 class Forgetful(IovaBitmap):

@@ -6,7 +6,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from dmaproof.iova_bitmap import IovaRange
 from dmaproof.journal import RECORD, WriteKind
 from dmaproof.trace import TRACED_LINKS, Link, PageEpochs
 from qmp_tools.ram import RamFile, compare
+from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 from qmp_tools.verdict import (
     Blame,
     GuestOutcome,
@@ -26,7 +27,6 @@ from qmp_tools.verdict import (
     attribute,
     measure_sharpness,
 )
-from ring_driver import PAGE, ram_fd
 
 PAGES = 64
 HIGH = 1 << 32
@@ -45,7 +45,6 @@ class Case:
         self.rows: list[tuple[int, ...]] = []
         ranges = [IovaRange(0, PAGES // 2 * PAGE), IovaRange(HIGH, PAGES // 2 * PAGE)]
         self.links = {link: PageEpochs(ranges) for link in TRACED_LINKS}
-        self.planted: list[int] = []
 
     def device_writes(
         self,
@@ -75,7 +74,6 @@ class Case:
             records=np.array(self.rows, dtype=RECORD),
             links=self.links,
             harvests=np.empty(0, dtype=HARVEST),
-            planted=np.array(self.planted, dtype=np.uint64),
             started_ns=500,
             requests=0,
         )
@@ -154,11 +152,34 @@ def test_a_write_across_pages_loses_just_the_page_that_differs(case: Case) -> No
     assert (page.gpa, page.iova, page.bytes_differing) == (3 * PAGE, 3 * PAGE, 2)
 
 
-def test_planted_pages_are_marked(case: Case) -> None:
+def test_a_page_that_was_never_logged_is_told_even_if_it_is_equal(case: Case) -> None:
     case.device_writes(0, b"a", seen_by=())
-    case.device_writes(PAGE, b"b", seen_by=())
-    case.planted = [PAGE]
-    assert [page.planted for page in case.lost()] == [False, True]
+    case.device_writes(PAGE, b"b", seen_by=TRACED_LINKS[:2])
+    case.device_writes(HIGH, b"c", epoch=1)
+    case.device_writes(HIGH, b"d", epoch=2, kind=WriteKind.STATUS, seen_by=TRACED_LINKS[:3])
+    case.device_writes(2 * PAGE, b"e")
+    for offset, content in ((0, b"a"), (PAGE, b"b"), (PAGES // 2 * PAGE, b"d"), (2 * PAGE, b"e")):
+        os.pwrite(case.destination.fd, content, offset)
+    sharpness = case.sharpness()
+    assert (sharpness.unreported, sharpness.unreported_certain) == (3, 2)
+    assert sharpness.missed_at == {"tracker": 1, "translation": 1, "log": 1}
+    verdict = Verdict(PAGES, case.lost(), sharpness, GuestOutcome(1000, 0, 10))
+    assert verdict.lost == []
+    assert verdict.exit_code == 1
+    assert "by luck: 3 pages" in verdict.sentence
+
+
+def test_memory_that_was_unplugged_need_not_be_logged(case: Case) -> None:
+    case.device_writes(0, b"a", seen_by=())
+    case.device_writes(HIGH, b"b", seen_by=())
+    evidence = replace(case.evidence(), slots=case.evidence().slots[:1])
+    assert measure_sharpness(evidence, ALL_SENT_NS).unreported == 1
+
+
+def test_two_devices_together(case: Case) -> None:
+    first = Sharpness(1, 2, 3, 4, 5, 6, 7, {"log": 5})
+    second = Sharpness(10, 20, 30, 40, 50, 60, 70, {"log": 1, "tracker": 49})
+    assert first + second == Sharpness(11, 22, 33, 44, 55, 66, 77, {"log": 6, "tracker": 49})
 
 
 def test_sharpness_counts_what_could_have_shown(case: Case) -> None:
@@ -167,15 +188,14 @@ def test_sharpness_counts_what_could_have_shown(case: Case) -> None:
     case.device_writes(2 * PAGE, b"twice")
     case.device_writes(2 * PAGE + 8, b"twice")
     case.device_writes(3 * PAGE, b"s", kind=WriteKind.STATUS)
-    case.planted = [PAGE, 2 * PAGE]
     case.links[Link.LOG].see(9 * PAGE, PAGE, 1)
     assert case.sharpness() == Sharpness(
         writes=5,
         written=4,
         rewritten=3,
         certain=1,
-        planted=2,
-        planted_certain=1,
+        unreported=0,
+        unreported_certain=0,
         reported_unwritten=1,
     )
 

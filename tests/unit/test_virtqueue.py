@@ -11,7 +11,16 @@ from dmaproof.errors import MemoryAccessError, ProtocolError
 from dmaproof.guest_memory import IovaMap
 from dmaproof.journal import Journal
 from dmaproof.virtqueue import RingAddresses, Segment, Virtqueue
-from ring_driver import INDIRECT, NEXT, PAGE, WRITE, Buffer, RingDriver, guest_memory, ram_fd
+from qmp_tools.testbed.ring_driver import (
+    INDIRECT,
+    NEXT,
+    PAGE,
+    WRITE,
+    Buffer,
+    RingDriver,
+    guest_memory,
+    ram_fd,
+)
 
 RAM_BYTES = 64 * PAGE
 RING = 16 * PAGE

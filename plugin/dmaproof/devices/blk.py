@@ -21,7 +21,7 @@ _F_BLK_SIZE: Final = 1 << 6
 _F_FLUSH: Final = 1 << 9
 _F_MQ: Final = 1 << 12
 
-_T_IN, _T_OUT, _T_FLUSH, _T_GET_ID = 0, 1, 4, 8
+T_IN, _T_OUT, _T_FLUSH, _T_GET_ID = 0, 1, 4, 8
 _S_OK, _S_IOERR, _S_UNSUPP = 0, 1, 2
 
 _ID_BYTES: Final = 20
@@ -75,7 +75,7 @@ class Blk:
         payload = _take(chain.writable, 0, writable - 1)
         status_iova = _take(chain.writable, writable - 1, 1)[0].iova
 
-        if kind == _T_IN:
+        if kind == T_IN:
             status, written = self._read(sector, payload, writable - 1, dma)
         elif kind == _T_OUT:
             status, written = self._write(sector, _take(chain.readable, 16, None), dma), 0

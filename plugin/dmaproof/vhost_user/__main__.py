@@ -38,7 +38,18 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m dmaproof.vhost_user", description=__doc__)
     parser.add_argument("--control", type=int, required=True, metavar="FD")
     parser.add_argument(
-        "--socket", action="append", required=True, metavar="NAME=PATH", help="may come repeatedly"
+        "--socket",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="listen there for front ends; may come repeatedly",
+    )
+    parser.add_argument(
+        "--fd",
+        action="append",
+        default=[],
+        metavar="NAME=FD",
+        help="a socket that is connected to a front end already; may come repeatedly",
     )
     parser.add_argument("--device", choices=sorted(emulated_devices()), default="blk")
     parser.add_argument("--tracker", choices=sorted(emulated_trackers()), default="iommu")
@@ -54,17 +65,21 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner of the control socket decides
     interval_s, immediate = arguments.harvest
     try:
+        fault = plant(arguments.fault, arguments.seed)
         server = Server(
             emulated_devices()[arguments.device](),
             emulated_trackers()[arguments.tracker],
-            plant(arguments.fault, arguments.seed),
             socket.socket(fileno=arguments.control),
+            make_session=fault.make_session,
             harvest_interval_s=interval_s,
             immediate=immediate,
         )
         for listener in arguments.socket:
             name, _, path = listener.partition("=")
             server.listen(name, Path(path))
+        for connected in arguments.fd:
+            name, _, fd = connected.partition("=")
+            server.adopt(name, socket.socket(fileno=int(fd)))
     except DmaproofError as error:
         print(f"dmaproof device: {error}", file=sys.stderr)
         return 2

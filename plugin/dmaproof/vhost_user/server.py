@@ -24,7 +24,6 @@ from ..devices import VirtioDevice
 from ..dirty_tracker import EmulatedTracker
 from ..errors import MemoryAccessError, ProtocolError
 from ..evidence import collect_evidence
-from ..faults import Fault
 from .connection import Connection
 from .session import Session
 
@@ -35,22 +34,23 @@ class Server:
     """Serves `device` on several listening sockets, each with a session at a time.
 
     `harvest_interval_s` is the time between harvests, None for none but the last; with `immediate`
-    each write is harvested at once instead.
+    each write is harvested at once instead. `make_session` makes each front end's session, from the
+    arguments of `Session`.
     """
 
     def __init__(
         self,
         device: VirtioDevice,
         make_tracker: Callable[[], EmulatedTracker],
-        fault: Fault,
         control: socket.socket,
         *,
+        make_session: Callable[..., Session] = Session,
         harvest_interval_s: float | None,
         immediate: bool,
     ) -> None:
         self._device = device
         self._make_tracker = make_tracker
-        self._fault = fault
+        self._make_session = make_session
         self._control = control
         self._commands = bytearray()
         self._harvest_interval_s = harvest_interval_s
@@ -74,6 +74,20 @@ class Server:
         self._listeners[name] = listener
         self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(name))
         self._tell({"event": "listening", "session": name})
+
+    def adopt(self, name: str, peer: socket.socket) -> None:
+        """Serve the front end at the other end of a connected socket in the session `name`."""
+        connection = Connection(peer)
+        self._sessions[name] = self._make_session(
+            connection,
+            self._device,
+            self._make_tracker(),
+            self._selector,
+            immediate=self._immediate,
+            tell=lambda event: self._tell({**event, "session": name}),
+        )
+        self._selector.register(connection, selectors.EVENT_READ, lambda: self._receive(name))
+        self._tell({"event": "connected", "session": name})
 
     def run(self) -> None:
         """Serve until the control socket is closed."""
@@ -115,18 +129,7 @@ class Server:
         listener = self._listeners[name]
         peer, _ = listener.accept()
         self._selector.unregister(listener)  # one session at a time: the next one queues
-        connection = Connection(peer)
-        self._sessions[name] = Session(
-            connection,
-            self._device,
-            self._make_tracker(),
-            self._selector,
-            immediate=self._immediate,
-            wrap_log=self._fault.wrap_log,
-            tell=lambda event: self._tell({**event, "session": name}),
-        )
-        self._selector.register(connection, selectors.EVENT_READ, lambda: self._receive(name))
-        self._tell({"event": "connected", "session": name})
+        self.adopt(name, peer)
 
     def _receive(self, name: str) -> None:
         session = self._sessions.get(name)
@@ -167,8 +170,9 @@ class Server:
         session = self._sessions.pop(name)
         self._selector.unregister(session.connection)
         session.close()
-        listener = self._listeners[name]
-        self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(name))
+        if name in self._listeners:
+            listener = self._listeners[name]
+            self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(name))
         self._tell({"event": "gone", "session": name, "reason": reason})
 
     # Control ------------------------------------------------------------------------------------
@@ -201,7 +205,6 @@ class Server:
                     session.collector,
                     session.memory,
                     session.iova_map,
-                    planted=self._fault.planted(),
                     requests=session.journal.writes,
                 ).save(Path(command["folder"]))
             self._tell(

@@ -18,8 +18,8 @@ from typing import Any, Final
 
 from ..collector import Collector
 from ..devices import VirtioDevice
-from ..dirty_log import DirtyLog, VhostDirtyLog, log_bytes_needed
-from ..dirty_tracker import EmulatedTracker
+from ..dirty_log import VhostDirtyLog, log_bytes_needed
+from ..dirty_tracker import DirtyTracker, EmulatedTracker
 from ..dma import Dma
 from ..errors import BitmapError, MemoryAccessError, ProtocolError
 from ..guest_memory import GuestMemory, IovaMap, MemorySlot, map_slot
@@ -87,7 +87,9 @@ class Session:
     """Serves one front end with `device`.
 
     `selector` calls back the `data` of a key when its file descriptor is readable; `tell` takes
-    events for whoever watches the process.
+    events for whoever watches the process. `make_dma` makes the door to each new memory table, from
+    the arguments of `Dma`; `map_bus` tells which bus addresses lead to it: without an IOMMU, the
+    guest-physical ones.
     """
 
     def __init__(
@@ -98,18 +100,22 @@ class Session:
         selector: selectors.BaseSelector,
         *,
         immediate: bool = False,
-        wrap_log: Callable[[DirtyLog], DirtyLog] = lambda log: log,
+        make_dma: Callable[..., Dma] = Dma,
+        make_collector: Callable[[DirtyTracker], Collector] = Collector,
+        map_bus: Callable[[GuestMemory], IovaMap] = IovaMap.identity,
         tell: Tell = lambda event: None,
     ) -> None:
         self.connection = connection
         self.journal = Journal()
-        self.collector = Collector(tracker, wrap_log=wrap_log)
+        self.collector = make_collector(tracker)
         self.memory = GuestMemory(())
         self.iova_map = IovaMap(())
         self._device = device
         self._tracker = tracker
         self._selector = selector
         self._immediate = immediate
+        self._make_dma = make_dma
+        self._map_bus = map_bus
         self._tell = tell
         self._dma = self._door()
         self._features = 0
@@ -190,7 +196,7 @@ class Session:
         if self._log is not None or self.collector.active:
             _check_log_covers(self._log_bytes, memory, message.request)
         self.memory = memory
-        self.iova_map = IovaMap.identity(memory)
+        self.iova_map = self._map_bus(memory)
         self.collector.remap(self.memory, self.iova_map)
         self._dma = self._door()
         for vring in self._vrings:
@@ -282,7 +288,9 @@ class Session:
         if vring.queue is not None:
             vring.base = vring.queue.next_available
         self._stop_ring(vring)
-        self.collector.harvest()
+        self.collector.flush()
+        if not self.running:
+            self.collector.trace.freeze()
         return encode_vring_state(VringState(index, vring.base))
 
     def _reset_device(self, message: Message) -> None:
@@ -299,8 +307,13 @@ class Session:
 
     # Rings --------------------------------------------------------------------------------------
 
+    @property
+    def running(self) -> bool:
+        """Whether some ring runs."""
+        return any(vring.queue is not None for vring in self._vrings)
+
     def _door(self) -> Dma:
-        return Dma(
+        return self._make_dma(
             self.memory,
             self.iova_map,
             self._tracker,
@@ -337,6 +350,7 @@ class Session:
             indirect=bool(self._features & F_RING_INDIRECT_DESC),
         )
         vring.pending = True
+        self.collector.trace.thaw()
 
     def _stop_ring(self, vring: Vring) -> None:
         self._forget_kick(vring)

@@ -1,4 +1,4 @@
-"""A guest driver for tests: guest RAM in a memfd, with a split ring that it fills and reads."""
+"""A guest driver: guest RAM in a memfd, with a split ring that it fills and reads."""
 
 from __future__ import annotations
 

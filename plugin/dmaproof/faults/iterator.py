@@ -1,0 +1,117 @@
+"""Faults of the iterator: what a tracker reports does not all become bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..dirty_log import LOG_PAGE_BYTES
+from ..iova_bitmap import Addresses, IovaBitmap
+from ..trace import Link, TracedBitmap
+from .fault import Fault
+
+_WINDOW_PAGES: Final = 64
+"""One word of the bitmap."""
+_PAGE: Final = np.uint64(LOG_PAGE_BYTES)
+
+Ranges = tuple[NDArray[np.uint64], NDArray[np.uint64]]
+"""IOVAs and lengths in bytes, of the same shape."""
+
+
+class _Iterator(Fault):
+    """A fault that sets other ranges than were reported."""
+
+    link = Link.ITERATOR
+
+    def make_bitmap(self, *arguments: Any) -> TracedBitmap:
+        """An iterator that sets what `spoil` makes of the reported ranges."""
+        bitmap = _SpoiltBitmap(*arguments)
+        bitmap.spoil = self.spoil
+        return bitmap
+
+    def spoil(
+        self, bitmap: IovaBitmap, iovas: NDArray[np.uint64], ends: NDArray[np.uint64]
+    ) -> Ranges:
+        """The starts and ends (exclusive) that are set in `bitmap` instead; empty ones are not."""
+        raise NotImplementedError
+
+
+class _SpoiltBitmap(TracedBitmap):
+    spoil: Callable[[IovaBitmap, NDArray[np.uint64], NDArray[np.uint64]], Ranges]
+
+    def set(self, iova: int, length: int) -> None:
+        self.trace.see(Link.TRACKER, iova, length)
+        self._set_the_rest(np.array([iova], dtype=np.uint64), np.array([length], dtype=np.uint64))
+
+    def set_many(self, iovas: Addresses, lengths: Addresses | int) -> None:
+        starts = np.asarray(iovas, dtype=np.uint64)
+        sizes = np.broadcast_to(np.asarray(lengths, dtype=np.uint64), starts.shape)
+        self.trace.see_many(Link.TRACKER, starts, sizes)
+        self._set_the_rest(starts, sizes)
+
+    def _set_the_rest(self, iovas: NDArray[np.uint64], lengths: NDArray[np.uint64]) -> None:
+        starts, ends = self.spoil(self, iovas, iovas + lengths)
+        left = starts < ends
+        IovaBitmap.set_many(self, starts[left], ends[left] - starts[left])
+
+
+class SkipWindow(_Iterator):
+    """One window in eight, of 256 KiB each, is stepped over."""
+
+    name: ClassVar[str] = "skip-window"
+
+    def spoil(
+        self, bitmap: IovaBitmap, iovas: NDArray[np.uint64], ends: NDArray[np.uint64]
+    ) -> Ranges:
+        """See `_Iterator.spoil`: the pages, one by one, that lie in no chosen window."""
+        pages = [
+            np.arange(int(start), int(end), LOG_PAGE_BYTES, dtype=np.uint64)
+            for start, end in zip(iovas // _PAGE * _PAGE, ends, strict=True)
+        ]
+        every = np.concatenate([np.empty(0, dtype=np.uint64), *pages])
+        kept = every[every // _PAGE // np.uint64(_WINDOW_PAGES) % np.uint64(8) != self.seed % 8]
+        return kept, kept + _PAGE
+
+
+class ForgetLastWord(_Iterator):
+    """The last word of a bitmap is not set when its pages do not fill it."""
+
+    name: ClassVar[str] = "forget-last-word"
+    needs = "a device that writes the last pages of a slot"
+
+    def spoil(
+        self, bitmap: IovaBitmap, iovas: NDArray[np.uint64], ends: NDArray[np.uint64]
+    ) -> Ranges:
+        """See `_Iterator.spoil`."""
+        whole_words = bitmap.bits // 64 * 64
+        limit = np.uint64(bitmap.iova // LOG_PAGE_BYTES * LOG_PAGE_BYTES) + _PAGE * np.uint64(
+            whole_words
+        )
+        return iovas, np.minimum(ends, limit)
+
+
+class OffByOneAtStart(_Iterator):
+    """A range of several pages is set from its second page on."""
+
+    name: ClassVar[str] = "off-by-one-start"
+
+    def spoil(
+        self, bitmap: IovaBitmap, iovas: NDArray[np.uint64], ends: NDArray[np.uint64]
+    ) -> Ranges:
+        """See `_Iterator.spoil`."""
+        return np.where(ends - iovas > _PAGE, iovas + _PAGE, iovas), ends
+
+
+class OffByOneAtEnd(_Iterator):
+    """A range of several pages is set up to its last page but one."""
+
+    name: ClassVar[str] = "off-by-one-end"
+
+    def spoil(
+        self, bitmap: IovaBitmap, iovas: NDArray[np.uint64], ends: NDArray[np.uint64]
+    ) -> Ranges:
+        """See `_Iterator.spoil`."""
+        return iovas, np.where(ends - iovas > _PAGE, ends - _PAGE, ends)

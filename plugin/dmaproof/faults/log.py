@@ -1,0 +1,159 @@
+"""Faults of the dirty log: bits do not stay where QEMU looks for them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import ClassVar, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _core
+from ..collector import Collector
+from ..dirty_log import LOG_PAGE_BYTES, BufferDirtyLog, DirtyLog, Words
+from ..errors import BitmapError
+from ..guest_memory import GuestMemory, IovaMap
+from ..trace import Link, set_bits
+from .fault import Fault, uniform
+
+_HIGH_PAGE: Final = (4 << 30) // LOG_PAGE_BYTES
+_BETWEEN_READ_AND_WRITE_S: Final = 0.002
+
+
+class _FilteredLog:
+    """Passes on the dirty pages (page numbers) of which `keep` says so."""
+
+    def __init__(
+        self, log: DirtyLog, keep: Callable[[NDArray[np.uint64]], NDArray[np.bool_]]
+    ) -> None:
+        self._log = log
+        self._keep = keep
+
+    def merge(self, gpa: int, words: Words, first_bit: int, pages: int) -> None:
+        dirty = set_bits(words, first_bit, pages)
+        kept = self._keep(dirty.astype(np.uint64) + np.uint64(gpa // LOG_PAGE_BYTES))
+        bits = np.zeros(-(-pages // 64) * 64, dtype=np.uint8)
+        bits[dirty[kept]] = 1
+        self._log.merge(gpa, np.packbits(bits, bitorder="little").view("<u8"), 0, pages)
+
+    def close(self) -> None:
+        self._log.close()
+
+
+class DropPages(Fault):
+    """The bits of some pages never arrive, however often they are written."""
+
+    name: ClassVar[str] = "drop-pages"
+    link = Link.LOG
+    value_means = "a share of pages"
+    default = 0.01
+
+    def wrap_log(self, log: DirtyLog) -> DirtyLog:
+        """A log that the chosen pages never reach."""
+        return _FilteredLog(log, lambda pages: uniform(pages, self.seed) >= self.value)
+
+
+class DropBits(Fault):
+    """Some bits are dropped at each merge; a page that is written again may be made good."""
+
+    name: ClassVar[str] = "drop-bits"
+    link = Link.LOG
+    value_means = "a share of bits"
+    default = 0.02
+
+    def wrap_log(self, log: DirtyLog) -> DirtyLog:
+        """A log that loses other pages with each merge."""
+        merges = 0
+
+        def keep(pages: NDArray[np.uint64]) -> NDArray[np.bool_]:
+            nonlocal merges
+            merges += 1
+            return uniform(pages + np.uint64(merges << 32), self.seed) >= self.value
+
+        return _FilteredLog(log, keep)
+
+
+class ForgetHighSlot(Fault):
+    """Pages above 4 GiB are not logged."""
+
+    name: ClassVar[str] = "forget-high-slot"
+    link = Link.LOG
+    needs_high_ram = True
+
+    def wrap_log(self, log: DirtyLog) -> DirtyLog:
+        """A log of the first 4 GiB."""
+        return _FilteredLog(log, lambda pages: pages < np.uint64(_HIGH_PAGE))
+
+
+class _Faithful(Collector):
+    def switch_log(self, log: DirtyLog) -> None:
+        self.harvest()
+        log.close()
+
+
+class _ShortLog:
+    """Loses what lies behind the log's end: slots that came with the resize."""
+
+    def __init__(self, log: DirtyLog) -> None:
+        self._log = log
+
+    def merge(self, gpa: int, words: Words, first_bit: int, pages: int) -> None:
+        with contextlib.suppress(BitmapError):
+            self._log.merge(gpa, words, first_bit, pages)
+
+    def close(self) -> None:
+        self._log.close()
+
+
+class LogNotSwitched(Fault):
+    """When QEMU resizes its log, the bits go on into the old one."""
+
+    name: ClassVar[str] = "log-not-switched"
+    link = Link.LOG
+    needs = "a log that is resized"
+    collector_type = _Faithful
+
+    def wrap_log(self, log: DirtyLog) -> DirtyLog:
+        """The first log, which is too short for the slots that came later."""
+        return _ShortLog(log)
+
+
+class _ReadModifyWrite:
+    def __init__(self, log: DirtyLog) -> None:
+        assert isinstance(log, BufferDirtyLog)
+        self._log = log
+
+    def merge(self, gpa: int, words: Words, first_bit: int, pages: int) -> None:
+        log = np.frombuffer(self._log.memory, dtype=np.uint64)
+        first_page = gpa // LOG_PAGE_BYTES
+        low, high = first_page // 64, -(-(first_page + pages) // 64)
+        if high > len(log):
+            raise BitmapError(f"dirty log: {pages} pages at GPA {gpa:#x} reach behind its end")
+        bits = np.zeros(high - low, dtype=np.uint64)
+        _core.or_bits(bits, first_page - low * 64, words, first_bit, pages)
+        changed = np.flatnonzero(bits)
+        before = log[low + changed]
+        time.sleep(_BETWEEN_READ_AND_WRITE_S)
+        log[low + changed] = before | bits[changed]
+
+    def close(self) -> None:
+        self._log.close()
+
+
+class _Overwriting(Collector):
+    def start(self, log: DirtyLog, memory: GuestMemory, iova_map: IovaMap) -> None:
+        super().start(_ReadModifyWrite(log), memory, iova_map)
+
+    def switch_log(self, log: DirtyLog) -> None:
+        super().switch_log(_ReadModifyWrite(log))
+
+
+class NonAtomicOr(Fault):
+    """Words of the log are read, changed and written back, while another device does so too."""
+
+    name: ClassVar[str] = "non-atomic-or"
+    link = Link.LOG
+    needs = "a second device on the same log"
+    collector_type = _Overwriting

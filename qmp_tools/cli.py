@@ -16,25 +16,31 @@ from typing import Any, Final, TypeVar
 from dmaproof.devices import emulated_devices
 from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.errors import DmaproofError, UsageError
-from dmaproof.faults import plant
+from dmaproof.faults import known_faults, plant, summary
 from dmaproof.trace import Link
 
 from . import bench, qemu_builds
 from .device import DeviceOptions
-from .display import Display, display
+from .display import Display, QuietDisplay, display, print_table
+from .fault_trials import CONTROL, HEADINGS, Bench, try_faults
 from .guest import GUESTS
 from .machine import Machine, parse_memory
 from .migration import WAYS, Limits
 from .probes import choose_accelerator, choose_memory
 from .proof import Proof, Setup, prove
 from .qemu_choice import common_machine, find_qemu
-from .report import to_json, to_text
-from .verdict import EXIT_UNTESTED, EXIT_USAGE
+from .report import SCHEMA_VERSION, to_json, to_text
+from .run_folder import run_folder
+from .verdict import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED, EXIT_USAGE
 from .workload import parse_workload
 
 T = TypeVar("T")
 
 _CONTROL_FAULT: Final = "drop-pages=0.01"
+_TRACKER: Final = "iommu"
+_HARVEST: Final = "0.2"
+_HIGH_RAM: Final = ",max-ram-below-4g=128M"
+"""Brings RAM above 4 GiB to a guest of any size."""
 
 _PROVE_EXAMPLES: Final = """\
 examples:
@@ -48,7 +54,7 @@ examples:
 
 exit codes:
   0  every page equal, and the guest went on correctly
-  1  pages were lost, or the guest found errors
+  1  pages were lost or never reported, or the guest found errors
   2  wrong usage
   3  could not be tested; the message says why
 """
@@ -75,16 +81,17 @@ def _size(text: str) -> int:
     return _positive(text[:-1]) * unit if unit else _positive(text)
 
 
-def _add_prove(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "prove",
-        help="migrate a guest under DMA load and compare every page",
-        description="Migrate a guest while a device outside QEMU writes its RAM, compare every "
-        "page of both sides, and say who lost what.",
-        epilog=_PROVE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=_run_prove)
+def _describe_faults() -> str:
+    lines = ["faults that a proof can have (dmaproof faults tries them all, and more):"]
+    for name, fault in known_faults().items():
+        if not fault.needs:
+            value = f"={fault.default:g}" if fault.value_means else ""
+            lines += [f"  {name}{value}", f"      {summary(fault)}"]
+            lines += [f"      The value is {fault.value_means}."] * bool(fault.value_means)
+    return "\n".join(lines)
+
+
+def _add_setup_options(parser: argparse.ArgumentParser) -> None:
     qemu = parser.add_argument_group("QEMU")
     qemu.add_argument("--qemu", metavar="PATH", help="default: the system's; or a fetched version")
     qemu.add_argument("--qemu-destination", metavar="PATH", help="default: the same as --qemu")
@@ -124,25 +131,39 @@ def _add_prove(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--downtime-limit", type=float, default=0.3, metavar="SECONDS", help="default: %(default)s"
     )
     migration.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS")
+
+
+def _add_prove(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "prove",
+        help="migrate a guest under DMA load and compare every page",
+        description="Migrate a guest while a device outside QEMU writes its RAM, compare every "
+        "page of both sides, and say who lost what.",
+        epilog=f"{_PROVE_EXAMPLES}\n{_describe_faults()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=_run_prove)
+    _add_setup_options(parser)
     device = parser.add_argument_group("device")
     device.add_argument("--device", choices=sorted(emulated_devices()), default="blk")
     device.add_argument("--queues", type=_positive, default=2, metavar="N")
     device.add_argument(
         "--tracker",
         choices=sorted(emulated_trackers()),
-        default="iommu",
-        help="how the device remembers what it wrote (default: %(default)s)",
+        help="how the device remembers what it wrote "
+        f"(default: what the fault needs, or {_TRACKER})",
     )
     device.add_argument(
         "--harvest",
         type=_harvest,
-        default="0.2",
         metavar="SECONDS",
         help="between two harvests of the tracker, or 'immediate', or 'final' "
-        "(default: %(default)s)",
+        f"(default: what the fault needs, or {_HARVEST})",
     )
     device.add_argument(
-        "--fault", metavar="NAME=VALUE", help="break the chain on purpose: drop-pages=SHARE"
+        "--fault",
+        metavar="NAME[=VALUE]",
+        help="break the chain on purpose; see below",
     )
     run = parser.add_argument_group("run")
     run.add_argument(
@@ -161,6 +182,59 @@ def _add_prove(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     run.add_argument("--json", metavar="FILE", help="write the verdict as JSON; '-' for stdout")
     run.add_argument("--keep", action="store_true", help="keep the run's folder and say where")
     run.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+_FAULTS_EXAMPLES: Final = """\
+examples:
+  dmaproof faults                             every fault, wherever it shows: some minutes
+  dmaproof faults --on testbed --runs 20      without QEMU: takes a minute or two
+  dmaproof faults --only used-ring-unlogged --json -
+
+exit codes:
+  0  every fault was caught in 19 of 20 runs or more, the control never
+  1  a fault went unseen, or the control raised an alarm
+  2  wrong usage
+  3  a run came to no verdict
+"""
+
+
+def _add_faults(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "faults",
+        help="break every link of the chain in turn, and see whether it is caught",
+        description="Plant every known fault, on a test bed without QEMU and, where one device on "
+        "one QEMU shows it, in a real proof; tell which were caught, by what, at which link.",
+        epilog=_FAULTS_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(
+        run=_run_faults,
+        device="blk",
+        queues=2,
+        tracker=None,
+        harvest=None,
+        requests_after=1000,
+    )
+    parser.add_argument(
+        "--runs", type=_positive, default=1, metavar="N", help="of each (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of the first run; the next adds 1")
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=(CONTROL, *known_faults()),
+        metavar="NAME",
+        help=f"may come repeatedly; '{CONTROL}' is the control: {', '.join(known_faults())}",
+    )
+    parser.add_argument(
+        "--on",
+        choices=("both", *Bench),
+        default="both",
+        help="the test bed, real proofs, or both (default: %(default)s)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the table as JSON; '-' for stdout")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    _add_setup_options(parser)
 
 
 def _add_qemu(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -183,7 +257,14 @@ async def _setup(arguments: argparse.Namespace, show: Display) -> Setup:
     if not (0 < limits.downtime_s <= 2000 and limits.timeout_s > 0):
         raise UsageError("--downtime-limit takes 0.001 to 2000 seconds, --timeout more than 0")
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().getrandbits(32)
-    plant(arguments.fault, seed)  # a wrong --fault is told before anything is started
+    fault = plant(arguments.fault, seed)  # a wrong --fault is told before anything is started
+    if fault.needs:
+        raise UsageError(
+            f"fault {arguments.fault} shows only with {fault.needs}, which a proof does not have: "
+            f"dmaproof faults --only {arguments.fault.partition('=')[0]}"
+        )
+    tracker = _agreed("--tracker", arguments.tracker, fault.tracker) or _TRACKER
+    harvest = _agreed("--harvest", arguments.harvest, fault.harvest) or _HARVEST
     memory = parse_memory(arguments.memory) if arguments.memory else None
     workload = parse_workload(arguments.workload, seed)
     source = find_qemu(arguments.qemu)
@@ -195,6 +276,8 @@ async def _setup(arguments: argparse.Namespace, show: Display) -> Setup:
     machine = arguments.machine
     if destination.resolve() != source.resolve():
         machine = await common_machine(machine, source, destination)
+    if fault.needs_high_ram:
+        machine += _HIGH_RAM
     return Setup(
         qemu=source,
         qemu_destination=destination,
@@ -209,15 +292,26 @@ async def _setup(arguments: argparse.Namespace, show: Display) -> Setup:
         ),
         guest=guest.name,
         workload=workload,
-        device=DeviceOptions(
-            arguments.device, arguments.tracker, arguments.harvest, arguments.fault, seed
-        ),
+        device=DeviceOptions(arguments.device, tracker, harvest, arguments.fault, seed),
         queues=arguments.queues,
         way=arguments.way,
         host=arguments.host,
         limits=limits,
         requests_after=arguments.requests_after,
     )
+
+
+def _agreed(option: str, given: str | None, needed: str | None) -> str | None:
+    """What was given, or else what the fault needs.
+
+    Raises:
+        UsageError: the fault does not show with what was given.
+    """
+    if given and needed and given != needed:
+        raise UsageError(
+            f"{option} {given}: the fault shows for certain only with {option} {needed}"
+        )
+    return given or needed
 
 
 async def _prove(arguments: argparse.Namespace, show: Display) -> tuple[Proof, Proof | None]:
@@ -253,6 +347,39 @@ def _run_prove(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _write_json(answer, arguments.json)
     return code
+
+
+def _run_faults(arguments: argparse.Namespace) -> int:
+    show = display(quiet=arguments.quiet)
+    benches = list(Bench) if arguments.on == "both" else [Bench(arguments.on)]
+
+    teller = show
+
+    async def make_setup(fault: str | None, seed: int) -> Setup:
+        nonlocal teller
+        trial = {**vars(arguments), "fault": fault, "seed": seed}
+        setup = await _setup(argparse.Namespace(**trial), teller)
+        teller = QuietDisplay()  # the next would tell the same of the machine
+        return setup
+
+    with run_folder() as folder:
+        trials = try_faults(
+            arguments.only or (CONTROL, *known_faults()),
+            benches,
+            range(arguments.seed, arguments.seed + arguments.runs),
+            make_setup,
+            folder,
+            show.say,
+        )
+        rows = asyncio.run(_cancellable(trials))
+    if arguments.json != "-":
+        print_table(HEADINGS, [row.cells() for row in rows])
+    if arguments.json:
+        table = [row.to_json() for row in rows]
+        _write_json({"schema_version": SCHEMA_VERSION, "faults": table}, arguments.json)
+    if any(trial.untested for row in rows for trial in row.trials):
+        return EXIT_UNTESTED
+    return EXIT_PASS if all(row.as_wanted for row in rows) else EXIT_LOST
 
 
 def _write_json(answer: dict[str, Any], target: str) -> None:
@@ -298,6 +425,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_prove(commands)
+    _add_faults(commands)
     _add_qemu(commands)
     bench.add_command(commands)
     arguments = parser.parse_args(argv)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
+from rich.table import Table
 
 from .machine import MIB
 from .migration import Progress
@@ -106,6 +108,21 @@ def display(*, quiet: bool = False) -> Display:
         return QuietDisplay()
     console = Console(stderr=True)
     return TerminalDisplay(console) if console.is_terminal else LineDisplay()
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on standard output: drawn on a terminal, padded lines elsewhere."""
+    console = Console()
+    if console.is_terminal:
+        table = Table(*headings)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table, markup=False)
+        return
+    lines = [headings, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(map(str.ljust, line, widths)).rstrip())
 
 
 class QuietDisplay:

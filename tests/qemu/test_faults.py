@@ -1,0 +1,41 @@
+"""Planted faults on real QEMU: those that differ in how they are caught."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from command import Tool
+
+pytestmark = pytest.mark.qemu
+
+
+def trial(tool: Tool, fault: str) -> dict[str, Any]:
+    """The only trial of a fault, which must have come out as wanted."""
+    outcome = tool.run("faults", "--on", "qemu", "--only", fault, "--json", "-", "--quiet")
+    assert outcome.exit_code == 0, outcome.output + outcome.errors
+    assert not tool.leftovers()
+    (row,) = outcome.report["faults"]
+    assert row["as_wanted"]
+    (only,) = row["trials"]
+    assert isinstance(only, dict)
+    return only
+
+
+def test_nothing_broken_is_no_alarm(tool: Tool) -> None:
+    assert trial(tool, "none")["caught_by"] == []
+
+
+@pytest.mark.parametrize("fault", ["late-final-flush", "forget-high-slot", "off-by-one-end"])
+def test_lost_pages_are_seen_by_both_sides(tool: Tool, fault: str) -> None:
+    found = trial(tool, fault)
+    assert {"comparison", "journal"} <= set(found["caught_by"])
+    assert found["lost_pages"] > 100
+
+
+@pytest.mark.parametrize("fault", ["used-ring-unlogged", "status-unlogged"])
+def test_what_qemu_sends_anyhow_is_held_against_the_journal(tool: Tool, fault: str) -> None:
+    found = trial(tool, fault)
+    assert "journal" in found["caught_by"]
+    assert set(found["links"]) == {"tracker"}

@@ -1,0 +1,190 @@
+"""The test bed: a migration like QEMU's without QEMU, in which every planted fault shows."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from command import Tool, is_alive
+from dmaproof.dirty_tracker import emulated_trackers
+from dmaproof.errors import UntestableError
+from dmaproof.faults import known_faults
+from qmp_tools import cli, fault_trials
+from qmp_tools.device import DeviceOptions
+from qmp_tools.fault_trials import CONTROL, Bench, Row, Trial, judge
+from qmp_tools.testbed.precopy import PAGE_BYTES, Place, Precopy
+from qmp_tools.testbed.ring_driver import ram_fd
+from qmp_tools.testbed.scene import play
+from qmp_tools.verdict import Blame, GuestOutcome, LostPage, Sharpness, Verdict
+
+LOW, HIGH = Place(0, 3 * PAGE_BYTES, 0), Place(1 << 20, 70 * PAGE_BYTES, 3 * PAGE_BYTES)
+
+
+def test_precopy_sends_what_is_logged_or_written_by_a_vcpu() -> None:
+    with ram_fd(73 * PAGE_BYTES) as ram, ram_fd(73 * PAGE_BYTES) as copy, ram_fd(64) as log:
+        precopy = Precopy(ram, copy, (LOW, HIGH))
+
+        def write(page: int, content: bytes) -> None:
+            os.pwrite(ram, content, page * PAGE_BYTES)
+
+        def arrived(page: int) -> bytes:
+            return os.pread(copy, 1, page * PAGE_BYTES)
+
+        write(0, b"a")
+        precopy.send_all()
+        assert arrived(0) == b"a"
+        precopy.set_log(log)
+        for page in (0, 2, 72):
+            write(page, b"b")
+        os.pwrite(log, bytes([0b101]), 0)  # pages 0 and 2
+        os.pwrite(log, bytes([0b100000]), (256 + 69) // 8)  # the high slot's last page
+        precopy.pass_on()
+        assert [arrived(page) for page in (0, 2, 72)] == [b"b"] * 3
+        assert os.pread(log, 64, 0) == bytes(64), "every bit was taken"
+        assert set(np.flatnonzero(precopy.logged_ns)) == {0, 2, 72}
+        write(1, b"c")
+        precopy.pass_on()
+        assert arrived(1) == b"\0", "nobody told"
+        precopy.cpu_wrote(PAGE_BYTES + 5, 1)
+        precopy.pass_on()
+        assert arrived(1) == b"c"
+        assert precopy.logged_ns[1] == 0
+
+
+def test_a_replaced_log_is_synced_once_more() -> None:
+    size = 73 * PAGE_BYTES
+    with ram_fd(size) as ram, ram_fd(size) as copy, ram_fd(64) as old, ram_fd(64) as new:
+        precopy = Precopy(ram, copy, (LOW, HIGH))
+        precopy.set_log(old)
+        os.pwrite(ram, b"x", 0)
+        os.pwrite(old, b"\x01", 0)
+        precopy.set_log(new)
+        os.pwrite(ram, b"y", PAGE_BYTES)
+        os.pwrite(old, b"\x02", 0)
+        precopy.pass_on()
+        assert os.pread(copy, 1, 0) == b"x"
+        assert os.pread(copy, 1, PAGE_BYTES) == b"\0"
+
+
+@pytest.mark.parametrize("tracker", sorted(emulated_trackers()))
+@pytest.mark.parametrize("harvest", ["0.005", "final", "immediate"])
+def test_without_a_fault_every_page_survives(tmp_path: Path, tracker: str, harvest: str) -> None:
+    verdict = play(DeviceOptions(tracker=tracker, harvest=harvest, seed=3), tmp_path)
+    assert verdict.exit_code == 0, verdict
+    assert verdict.sharpness.certain == 1061 + 77
+    if tracker not in ("coarse", "sequence-pair"):  # which know no single pages
+        assert verdict.sharpness.reported_unwritten == 0
+
+
+def test_two_devices_share_a_log(tmp_path: Path) -> None:
+    verdict = play(DeviceOptions(harvest="0.002", seed=3), tmp_path, devices=2)
+    assert verdict.exit_code == 0, verdict
+    assert verdict.sharpness.certain == 1061 + 77
+
+
+@pytest.mark.parametrize("name", [CONTROL, *known_faults()])
+def test_every_fault_is_caught_at_its_link(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    command = ["faults", "--on", "testbed", "--only", name, "--runs", "3", "--json", "-"]
+    assert cli.main([*command, "--quiet"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["faults"]
+    assert row["caught"] == (0 if name == CONTROL else 3)
+    for trial in row["trials"]:
+        assert trial["untested"] is None
+        assert ("comparison" in trial["caught_by"]) is (name != CONTROL)
+        assert set(trial["links"]) == (set() if name == CONTROL else {row["link"]})
+
+
+def test_a_fault_that_does_nothing_is_not_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command tells it, whatever the fault is called."""
+    toothless = fault_trials.TestbedForm("=0.0000001")
+    monkeypatch.setitem(fault_trials._TESTBED_FORMS, "drop-pages", toothless)
+    assert cli.main(["faults", "--on", "testbed", "--only", "drop-pages", "--quiet"]) == 1
+
+
+def test_a_device_that_refuses_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_small(end_gpa: int) -> int:
+        return 8
+
+    monkeypatch.setattr("qmp_tools.testbed.scene.log_bytes_needed", too_small)
+    with pytest.raises(UntestableError, match="refused what it was sent: SET_LOG_BASE"):
+        play(DeviceOptions(), tmp_path)
+    assert fault_trials._on_testbed(CONTROL, 1, tmp_path).caught_by == ("refusal",)
+
+
+def test_a_scene_leaves_nothing_open(tmp_path: Path) -> None:
+    def left() -> tuple[int, int, int]:
+        gc.collect()
+        maps = Path("/proc/self/maps").read_text()
+        return (
+            len(list(Path("/proc/self/fd").iterdir())),
+            threading.active_count(),
+            maps.count("guest-ram"),
+        )
+
+    play(DeviceOptions(seed=1), tmp_path)
+    before = left()
+    for seed in range(3):
+        play(DeviceOptions(seed=seed), tmp_path)
+    assert left() == before
+    assert before[2] == 0
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_killed_test_bed_leaves_nothing(tool: Tool, how: signal.Signals) -> None:
+    command = ["faults", "--on", "testbed", "--only", "non-atomic-or", "--runs", "100"]
+    running = tool.start(*command)
+    running.wait_for(lambda: "device" in running.children(), "a device process")
+    device = running.children()["device"]
+    running.process.send_signal(how)
+    outcome = running.finish()
+    assert outcome.exit_code == (-how if how == signal.SIGKILL else 3)
+    assert "Traceback" not in outcome.errors
+    deadline_s = time.monotonic() + 20
+    while is_alive(device) or tool.leftovers():
+        assert time.monotonic() < deadline_s, (is_alive(device), tool.leftovers())
+        time.sleep(0.05)
+
+
+# What counts as caught --------------------------------------------------------------------------
+
+
+def row(*trials: Trial, fault: str = "drop-pages") -> Row:
+    return Row(fault, "log", "…", Bench.QEMU, trials)
+
+
+def test_only_the_right_link_counts() -> None:
+    right = Trial(1, ("comparison",), {"log": 3})
+    wrong = Trial(2, ("comparison",), {"log": 3, "qemu": 1})
+    unseen = Trial(3)
+    assert row(right).as_wanted
+    assert not row(wrong).as_wanted
+    assert not row(unseen).as_wanted
+    assert row(*[right] * 19, unseen).as_wanted
+    assert not row(*[right] * 18, unseen, unseen).as_wanted
+    assert row(Trial(1, ("refusal",))).as_wanted
+    assert not row(right, Trial(2, untested="no QEMU")).as_wanted
+    assert row(unseen, fault=CONTROL).as_wanted
+    assert not row(*[unseen] * 19, right, fault=CONTROL).as_wanted
+
+
+def test_what_a_vcpu_lost_is_not_the_faults() -> None:
+    sharp = Sharpness(10, 10, 5, 5, 0, 0, 0)
+    vcpu = LostPage(0, 0, 1, Blame.ACCELERATOR)
+    trial = judge(Verdict(64, [vcpu], sharp, GuestOutcome(1000, 0, 10)), 1)
+    assert trial.caught_by == ()
+    assert trial.untested is not None
+    clean = judge(Verdict(64, [], sharp, GuestOutcome(1000, 0, 10)), 1)
+    assert (clean.caught_by, clean.untested) == ((), None)
+    unlucky = Sharpness(10, 10, 5, 5, 2, 0, 0, {"tracker": 2})
+    assert judge(Verdict(64, [], unlucky, GuestOutcome(1000, 0, 10)), 1).links == {"tracker": 2}

@@ -24,7 +24,7 @@ from .device import DeviceOptions
 from .display import Display, QuietDisplay, display, print_table
 from .fault_trials import CONTROL, HEADINGS, Bench, try_faults
 from .guest import GUESTS
-from .machine import Machine, parse_memory
+from .machine import MIB, Machine, parse_memory
 from .migration import WAYS, Limits
 from .probes import choose_accelerator, choose_memory
 from .proof import Proof, Setup, prove
@@ -39,7 +39,6 @@ T = TypeVar("T")
 _CONTROL_FAULT: Final = "drop-pages=0.01"
 _TRACKER: Final = "iommu"
 _HARVEST: Final = "0.2"
-_HIGH_RAM: Final = ",max-ram-below-4g=128M"
 """Brings RAM above 4 GiB to a guest of any size."""
 
 _PROVE_EXAMPLES: Final = """\
@@ -277,7 +276,7 @@ async def _setup(arguments: argparse.Namespace, show: Display) -> Setup:
     if destination.resolve() != source.resolve():
         machine = await common_machine(machine, source, destination)
     if fault.needs_high_ram:
-        machine += _HIGH_RAM
+        machine += f",max-ram-below-4g={memory // 2 // MIB}M"
     return Setup(
         qemu=source,
         qemu_destination=destination,

@@ -10,10 +10,10 @@ from typing import Final
 
 from dmaproof.errors import DmaproofError, UsageError
 
-from .commands import bench, check, prove, qemu
+from .commands import bench, check, dirty_rate, prove, qemu, watch
 from .verdict import EXIT_UNTESTED, EXIT_USAGE
 
-_SUBCOMMANDS: Final = (prove, check, qemu, bench)
+_SUBCOMMANDS: Final = (prove, check, watch, dirty_rate, qemu, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

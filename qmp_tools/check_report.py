@@ -16,8 +16,8 @@ from .report import HEADINGS, SCHEMA_VERSION
 
 _CHECK_CLASSES: Final = {
     "equal": "the same on both sides",
-    "known": "it differs, and is known to after a sound migration",
-    "differs": "it differs",
+    "known": "not the same bytes, as is known of this page after a sound migration",
+    "differs": "not the same bytes on both sides",
 }
 _RUNS_SHOWN: Final = 10
 

@@ -318,7 +318,7 @@ def _check_sections(answer: Json) -> list[str]:
     rows: list[tuple[str, Any]] = [
         ("pages compared", answer["pages"]),
         ("pages that differ", answer["pages_differing"]),
-        ("of these known to", answer["pages_known_to_differ"]),
+        ("of these known to differ", answer["pages_known_to_differ"]),
         ("comparing took", f"{answer['compare_s']:.1f} s"),
     ]
     for name in ("source", "destination"):
@@ -330,8 +330,11 @@ def _check_sections(answer: Json) -> list[str]:
         ]
     found = [_section("What was compared", _facts(rows), *(_note(it) for it in answer["notes"]))]
     if differences:
-        columns = [("GPA", True), ("region", True), ("bytes", False), ("", True)]
+        columns = [("GPA", True), ("region", True), ("bytes", False)]
+        columns += [("DIMM", True), ("known as", True)]
         table = _long_table(columns, differences, answer["pages_differing"], _difference)
+        known = {it["known"]: it["why"] for it in differences if it["known"]}
+        table += [_note(f"{name}: {why}.") for name, why in known.items()]
         found.append(_section("Pages that differ", *table))
     found.append(_ram(answer["ram_map"]))
     if answer["not_compared"]:
@@ -353,7 +356,8 @@ def _difference(page: Json) -> list[str]:
         f"<code>{_address(page['gpa'])}</code>",
         f"<code>{escape(page['region'])} +{page['offset']:#x}</code>",
         str(page["bytes_differing"]),
-        _long(f"{page['known']}: {page['why']}" if page["known"] else page["device"] or ""),
+        escape(page["device"] or "–"),
+        escape(page["known"] or "–"),
     ]
 
 

@@ -88,12 +88,16 @@ class Pair:
     monitors: tuple[Monitor, Monitor]
     pids: tuple[int, int]
 
+    def begin_to_migrate(self) -> None:
+        """Start a migration from the source to the destination."""
+        uri = f"unix:{self.folder / 'migration'}"
+        self.monitors[1].execute("migrate-incoming", uri=uri)
+        self.monitors[0].execute("migrate", uri=uri)
+
     def migrate(self) -> None:
         """Migrate from the source to the destination, which stays paused."""
+        self.begin_to_migrate()
         source, destination = self.monitors
-        uri = f"unix:{self.folder / 'migration'}"
-        destination.execute("migrate-incoming", uri=uri)
-        source.execute("migrate", uri=uri)
         assert source.wait_for("query-migrate", "completed", "failed") == "completed"
         destination.wait_for("query-status", "paused")
 

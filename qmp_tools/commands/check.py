@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..check import check
 from ..check_report import to_json, to_text
+from .arguments import Subcommands, add_parser
 from .interruption import run_interruptibly
 from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
 
@@ -28,16 +29,16 @@ exit codes:
 """
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add(commands: Subcommands) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser(
+    parser = add_parser(
+        commands,
         "check",
-        help="compare all RAM of two paused QEMUs after a migration",
+        reporting_failure(_run, "check"),
+        summary="compare all RAM of two paused QEMUs after a migration",
         description="Compare all RAM of two paused QEMUs after a migration, page by page.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=reporting_failure(_run, "check"))
     parser.add_argument("source", type=Path, help="the source's QMP socket")
     parser.add_argument("destination", type=Path, help="the destination's QMP socket")
     add_outputs(parser)

@@ -9,7 +9,7 @@ from typing import Final
 
 from ..attachment import attach
 from ..dirty_rate import MODES, DirtyRates, measure, to_json, to_text
-from .argument_types import positive
+from .arguments import Subcommands, add_parser, positive
 from .interruption import run_interruptibly
 
 _EXAMPLES: Final = """\
@@ -19,17 +19,17 @@ examples:
 """
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add(commands: Subcommands) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser(
+    parser = add_parser(
+        commands,
         "dirty-rate",
-        help="how fast a running guest's RAM gets dirty",
+        _run,
+        summary="how fast a running guest's RAM gets dirty",
         description="Let QEMU measure its dirty rate, and read the devices' from the vhost log "
         "while a migration runs. The log is only read.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=_run)
     parser.add_argument("socket", type=Path, help="a QMP socket of the running QEMU")
     parser.add_argument("--seconds", type=positive, default=1, metavar="N")
     parser.add_argument(

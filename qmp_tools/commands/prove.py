@@ -22,7 +22,7 @@ from ..proof import Proof, Setup, prove
 from ..qemu_choice import common_machine, find_qemu
 from ..report import to_json, to_text
 from ..verdict import EXIT_UNTESTED
-from .argument_types import positive, seconds, size
+from .arguments import Subcommands, add_parser, positive, seconds, size
 from .interruption import run_interruptibly
 from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
 
@@ -51,17 +51,17 @@ def _harvest(text: str) -> str:
     return text
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add(commands: Subcommands) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser(
+    parser = add_parser(
+        commands,
         "prove",
-        help="migrate a guest under DMA load and compare every page",
+        reporting_failure(_run, "prove"),
+        summary="migrate a guest under DMA load and compare every page",
         description="Migrate a guest while a device outside QEMU writes its RAM, compare every "
         "page of both sides, and say who lost what.",
         epilog=_PROVE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=reporting_failure(_run, "prove"))
     qemu = parser.add_argument_group("QEMU")
     qemu.add_argument("--qemu", metavar="PATH", help="default: the system's; or a fetched version")
     qemu.add_argument("--qemu-destination", metavar="PATH", help="default: the same as --qemu")

@@ -7,9 +7,10 @@ import sys
 
 from .. import qemu_builds
 from ..display import display
+from .arguments import Subcommands
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add(commands: Subcommands) -> None:
     """Add the subcommand."""
     parser = commands.add_parser("qemu", help="QEMU builds in a private folder")
     actions = parser.add_subparsers(metavar="ACTION", required=True)

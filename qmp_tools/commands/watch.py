@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from rich.console import Console
 from rich.live import Live
@@ -18,7 +18,7 @@ from dmaproof.errors import UntestableError
 
 from ..attachment import attach
 from ..watch import View, watch
-from .argument_types import seconds
+from .arguments import Subcommands, add_parser, seconds
 from .interruption import run_interruptibly
 
 _EXAMPLES: Final = """\
@@ -29,23 +29,6 @@ examples:
   dmaproof watch /run/qmp2.sock
   dmaproof watch /run/qmp2.sock --interval 5 | tee migration.log
 """
-
-
-class _Screen(Protocol):
-    def show(self, view: View) -> None: ...
-
-
-class _Lines:
-    def show(self, view: View) -> None:
-        print(view.line, flush=True)
-
-
-class _Table:
-    def __init__(self, live: Live) -> None:
-        self._live = live
-
-    def show(self, view: View) -> None:
-        self._live.update(table(view), refresh=True)
 
 
 def table(view: View) -> Table:
@@ -60,25 +43,26 @@ def table(view: View) -> Table:
 
 
 @contextlib.contextmanager
-def _screen() -> Iterator[_Screen]:
+def _screen() -> Iterator[Callable[[View], None]]:
+    """What shows a view: a table that is drawn anew on a terminal, a line elsewhere."""
     console = Console()
     if not console.is_terminal:
-        yield _Lines()
+        yield lambda view: print(view.line, flush=True)
         return
     with Live(console=console, auto_refresh=False) as live:
-        yield _Table(live)
+        yield lambda view: live.update(table(view), refresh=True)
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add(commands: Subcommands) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser(
+    parser = add_parser(
+        commands,
         "watch",
-        help="live progress of any migration",
+        _run,
+        summary="live progress of any migration",
         description="Show how a migration of a running QEMU goes: passes, rates, expected end.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=_run)
     parser.add_argument("socket", type=Path, help="a QMP socket of the source")
     parser.add_argument(
         "--interval",
@@ -92,14 +76,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 async def _watch(arguments: argparse.Namespace) -> View:
     async with attach("QEMU", arguments.socket) as qemu:
         waiting = False
-        with _screen() as screen:
+        with _screen() as show:
             async for view in watch(qemu, arguments.interval):
                 if view.progress.status == "none":
                     if not waiting:
                         print("no migration yet; waiting for one", file=sys.stderr, flush=True)
                     waiting = True
                     continue
-                screen.show(view)
+                show(view)
         return view
 
 

@@ -34,8 +34,7 @@ def test_a_migration_is_followed_to_its_end(
         slow_down(pair)
         running = tool.start("watch", str(pair.source), "--interval", "0.1")
         running.wait_for_line("no migration yet")
-        pair.monitors[1].execute("migrate-incoming", uri=f"unix:{folder / 'm'}")
-        pair.monitors[0].execute("migrate", uri=f"unix:{folder / 'm'}")
+        pair.begin_to_migrate()
         time.sleep(2)
         pair.monitors[0].execute(
             "migrate-set-parameters", max_bandwidth=1 << 30, downtime_limit=500
@@ -57,8 +56,7 @@ def test_a_cancelled_migration_is_no_success(
     with foreign_pair(find_qemu(None), folder, busy_guest()) as pair:
         time.sleep(1)
         slow_down(pair)
-        pair.monitors[1].execute("migrate-incoming", uri=f"unix:{folder / 'm'}")
-        pair.monitors[0].execute("migrate", uri=f"unix:{folder / 'm'}")
+        pair.begin_to_migrate()
         running = tool.start("watch", str(pair.source), "--interval", "0.1")
         time.sleep(1)
         pair.monitors[0].execute("migrate_cancel")

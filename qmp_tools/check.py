@@ -77,15 +77,18 @@ class NotCompared:
 
 @dataclass(frozen=True)
 class Side:
-    """What was found at one of the sockets."""
+    """What was found at one of the sockets.
+
+    Of the RAM, `in_place_bytes` were read where they are, `saved_bytes` by way of QEMU.
+    """
 
     socket: str
     pid: int
     version: str
     status: str
     accelerator: str
-    shared_bytes: int
-    private_bytes: int
+    in_place_bytes: int
+    saved_bytes: int
 
 
 @dataclass(frozen=True)
@@ -210,15 +213,15 @@ async def _notes(source: AttachedQemu) -> list[str]:
 
 
 def _side(ram: GuestRam, status: str, accelerator: str) -> Side:
-    shared = sum(region.length for region in ram.shared)
+    in_place = sum(region.length for region in ram.shared)
     return Side(
         socket=str(ram.qemu.socket_path),
         pid=ram.qemu.pid,
         version=ram.qemu.version,
         status=status,
         accelerator=accelerator,
-        shared_bytes=shared,
-        private_bytes=ram.length - shared,
+        in_place_bytes=in_place,
+        saved_bytes=ram.length - in_place,
     )
 
 
@@ -304,7 +307,7 @@ class _Comparison:
                     self.destination.shared_extent(theirs, start),
                 )
                 if extents[0] is None or extents[1] is None:
-                    why = "hidden by the physical map, in private memory"
+                    why = "hidden by the physical map, and QEMU saves only what that shows"
                     self.not_compared.append(NotCompared(name, start, length, why))
                     continue
                 differing = differing_pages(extents[0], extents[1], length, PAGE_BYTES)

@@ -103,7 +103,10 @@ def _story(run: Sequence[Difference]) -> str:
 def _describe(side: Side) -> str:
     memory = [
         f"{length / MIB:.0f} MiB {kind}"
-        for length, kind in ((side.shared_bytes, "shared"), (side.private_bytes, "private"))
+        for length, kind in (
+            (side.in_place_bytes, "read in place"),
+            (side.saved_bytes, "saved by QEMU"),
+        )
         if length
     ]
     return f"QEMU {side.version}, process {side.pid}, {side.status}; {', '.join(memory)}"

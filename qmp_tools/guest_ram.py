@@ -1,9 +1,9 @@
 """One paused guest's RAM, whatever it stands in, as extents of files that can be compared.
 
 Memory that QEMU shares (memfd, file, shared anonymous memory) is read where it is, in its process.
-Private memory QEMU itself saves (QMP's pmemsave), a piece at a time, into a private folder. By the
-shared file also those parts of a backend can be read that the physical map hides (RAM behind the
-VGA window or the firmware); by pmemsave they cannot.
+Everything else (private memory, huge pages) QEMU itself saves (QMP's pmemsave), a piece at a time,
+into a private folder. In a shared file also those parts of a backend can be read that the physical
+map hides (RAM behind the VGA window or the firmware); by pmemsave they cannot.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class GuestRam:
             await self.qemu.qmp.execute("pmemsave", val=gpa, size=length, filename=str(file))
         except QmpError as error:
             raise UntestableError(
-                f"{error}; {self.qemu.name} has private memory, which only it can save: let it "
+                f"{error}; the memory of {self.qemu.name} is one that only it can save: let it "
                 f"write below {file.parent.parent} (TMPDIR sets another place), or give it shared "
                 "memory (memory-backend-memfd,share=on)"
             ) from error

@@ -323,10 +323,10 @@ def _check_sections(answer: Json) -> list[str]:
     ]
     for name in ("source", "destination"):
         side = answer[name]
-        shared, private = side["shared_bytes"] // MIB, side["private_bytes"] // MIB
+        in_place, saved = side["in_place_bytes"] // MIB, side["saved_bytes"] // MIB
         rows += [
             (f"{name}", f"process {side['pid']}, {side['status']}"),
-            (f"{name}'s memory", f"{shared} MiB shared, {private} MiB private"),
+            (f"{name}'s memory, read", f"{in_place} MiB in place, {saved} MiB saved by QEMU"),
         ]
     found = [_section("What was compared", _facts(rows), *(_note(it) for it in answer["notes"]))]
     if differences:

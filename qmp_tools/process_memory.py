@@ -7,6 +7,7 @@ only mapped (shared anonymous memory) through /proc/PID/map_files, which root ma
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -74,13 +75,19 @@ class SharedMemory:
 def shared_memory(
     pid: int, mappings: Iterable[Mapping], hva: int, length: int
 ) -> Iterator[SharedMemory | None]:
-    """The file behind `length` bytes at `hva` in process `pid`; None for private memory."""
+    """The file behind `length` bytes at `hva` in process `pid`.
+
+    None for private memory, and for files of huge pages, which cannot be mapped by the small page.
+    """
     mapping = _shared_mapping(mappings, hva, length)
     fd = _open(pid, mapping) if mapping else None
     if mapping is None or fd is None:
         yield None
         return
     try:
+        if os.fstatvfs(fd).f_bsize > mmap.PAGESIZE:  # hugetlbfs_statfs gives its page's size
+            yield None
+            return
         status = os.fstat(fd)
         yield SharedMemory(fd, mapping.offset + hva - mapping.start, status.st_dev, status.st_ino)
     finally:

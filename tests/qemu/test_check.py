@@ -72,8 +72,8 @@ def test_equal_where_equal_and_the_planted_byte_found(
         side = report["source"]
         assert isinstance(side, dict)
         shared = 60 * MIB if kind != "private" else 0
-        assert side["shared_bytes"] >= shared
-        assert (side["shared_bytes"] == 0) == (kind == "private")
+        assert side["in_place_bytes"] >= shared
+        assert (side["in_place_bytes"] == 0) == (kind == "private")
         plant(pair, kind)
         report = checked(tool, pair, 1)
         differences = report["differences"]

@@ -65,6 +65,17 @@ def test_private_memory_is_nobodys_file(flags: int) -> None:
                 assert memory is None
 
 
+def test_huge_pages_are_left_to_qemu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their file cannot be mapped at the offsets at which a guest's regions begin."""
+    with ram_fd(LENGTH) as fd, mmap.mmap(fd, LENGTH) as mapping:
+        usual = os.fstatvfs(fd)
+        huge = os.statvfs_result((2 << 20, *usual[1:]))
+        monkeypatch.setattr(os, "fstatvfs", lambda fd: huge)
+        mappings = mappings_of(os.getpid(), "me")
+        with shared_memory(os.getpid(), mappings, address_of(mapping), LENGTH) as memory:
+            assert memory is None
+
+
 @pytest.mark.parametrize(
     ("second", "found"),
     [

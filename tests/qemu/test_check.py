@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
@@ -206,5 +205,4 @@ def test_a_vcpus_pages_are_compared_too(tool: Tool, folder: Path) -> None:
     with foreign_pair(qemu, folder, arguments) as pair:
         time.sleep(2)
         pair.migrate()
-        report = checked(tool, pair, 0)
-        assert json.dumps(report["ram_map"])
+        assert checked(tool, pair, 0)["pages_known_to_differ"] == 0

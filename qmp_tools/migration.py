@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from dmaproof.errors import UntestableError
 
@@ -24,7 +24,8 @@ _UNLIMITED_BYTES_PER_S: Final = 1 << 40
 # ones right behind the first (seen: nine passes in 50 ms), and not those while it is held.
 _FIRST_PASS_BYTES_PER_S: Final = 128 << 20
 _HELD_BYTES_PER_S: Final = 32 << 20
-_OVER: Final = frozenset({"completed", "failed", "cancelled"})
+OVER: Final = frozenset({"completed", "failed", "cancelled"})
+"""The states in which a migration has come to its end."""
 
 
 class MigrationError(UntestableError):
@@ -78,9 +79,12 @@ class Progress:
     expected_downtime_s: float | None
     downtime_s: float | None
     error: str | None
+    elapsed_s: float | None = None
+    page_bytes: int | None = None
 
 
-def _progress(answer: dict[str, Any]) -> Progress:
+def parse_progress(answer: dict[str, Any]) -> Progress:
+    """What an answer of query-migrate says, now."""
     ram = answer.get("ram", {})
 
     def seconds(member: str) -> float | None:
@@ -98,6 +102,8 @@ def _progress(answer: dict[str, Any]) -> Progress:
         expected_downtime_s=seconds("expected-downtime"),
         downtime_s=seconds("downtime"),
         error=answer.get("error-desc"),
+        elapsed_s=seconds("total-time"),
+        page_bytes=ram.get("page-size"),
     )
 
 
@@ -108,6 +114,9 @@ class Migration:
     `start` begins it with a downtime limit so low that a busy guest does not converge; `hold` slows
     it down once its first pass is over; `release` sets the limits that were asked for. In between,
     `follow` shows a precopy for as long as the caller has something to do in it.
+
+    `moments` has the times (CLOCK_MONOTONIC, ns) of the source's events: 'STOP' when its vCPUs have
+    stopped, and the migration's last states, such as 'device' and 'completed'.
     """
 
     source: Qmp
@@ -117,6 +126,7 @@ class Migration:
     limits: Limits
     host: str = "127.0.0.1"
     history: list[Progress] = field(default_factory=list)
+    moments: dict[str, int] = field(default_factory=dict)
 
     async def start(self) -> None:
         """Begin, and hold the migration in precopy.
@@ -175,14 +185,28 @@ class Migration:
         Raises:
             MigrationError: it failed, was cancelled, or took longer than its time.
         """
+        async with self.source.events("STOP", "MIGRATION") as listener:
+            async for progress in self._poll():
+                self._note_moments(cast(list[Mapping[str, Any]], listener.clear()))
+                yield progress
+
+    def _note_moments(self, events: Iterable[Mapping[str, Any]]) -> None:
+        to_monotonic_ns = time.monotonic_ns() - time.time_ns()
+        for event in events:
+            stamp = event["timestamp"]
+            time_ns = stamp["seconds"] * 1_000_000_000 + stamp["microseconds"] * 1000
+            name = event["data"]["status"] if event["event"] == "MIGRATION" else event["event"]
+            self.moments[name] = time_ns + to_monotonic_ns
+
+    async def _poll(self) -> AsyncIterator[Progress]:
         deadline = time.monotonic() + self.limits.timeout_s
         while True:
-            progress = _progress(await self.source.execute("query-migrate"))
+            progress = parse_progress(await self.source.execute("query-migrate"))
             self.history.append(progress)
             yield progress
             if progress.status == "completed":
                 return
-            if progress.status in _OVER:
+            if progress.status in OVER:
                 raise MigrationError(
                     f"the migration {progress.status}: {progress.error or 'QEMU gave no reason'}"
                 )

@@ -27,11 +27,14 @@ class ProcessDiedError(UntestableError):
 class Process:
     """One child. What it prints goes to `log`; `died` is done when it has ended.
 
-    `name` is what messages call it: 'source QEMU', 'device'.
+    `name` is what messages call it: 'source QEMU', 'device'; `command` is its command line.
     """
 
-    def __init__(self, name: str, log: Path, child: asyncio.subprocess.Process) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], log: Path, child: asyncio.subprocess.Process
+    ) -> None:
         self.name = name
+        self.command = command
         self.log = log
         self._child = child
         self._expected = False
@@ -68,7 +71,7 @@ class Process:
                 raise UntestableError(
                     f"{name} could not be started: {command[0]}: {error.strerror}"
                 ) from error
-        return cls(name, log, child)
+        return cls(name, command, log, child)
 
     @property
     def pid(self) -> int:

@@ -11,10 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dmaproof.errors import UntestableError
 
@@ -25,6 +28,7 @@ from .machine import INCOMING, Machine, format_memory, vhost_user_blk_arguments
 from .migration import WAYS, Limits, Migration, Progress
 from .qemu import Qemu
 from .ram import compare, ram_file
+from .ram_map import RamMap, map_proof
 from .run_folder import run_folder
 from .verdict import GuestOutcome, Verdict, attribute, measure_sharpness
 from .workload import Workload
@@ -57,7 +61,11 @@ class Setup:
 
 @dataclass(frozen=True)
 class Proof:
-    """The verdict, and what happened on the way to it. Times in seconds."""
+    """The verdict, and what happened on the way to it. Times in seconds.
+
+    `moments` are those of the source's QMP events (CLOCK_MONOTONIC, ns; see `Migration`);
+    `harvests` has dtype `dmaproof.evidence.HARVEST`; `commands` are the processes' command lines.
+    """
 
     setup: Setup
     verdict: Verdict
@@ -68,7 +76,10 @@ class Proof:
     compare_s: float
     downtime_s: float | None
     history: Sequence[Progress]
-    harvests: int
+    moments: Mapping[str, int]
+    harvests: NDArray[np.void]
+    ram_map: RamMap
+    commands: Mapping[str, Sequence[str]]
     folder: Path | None
 
 
@@ -172,7 +183,7 @@ class _Run:
     async def migrate_and_compare(self) -> Proof:
         """From the boot to the verdict on the RAM; the destination's guest stands still yet."""
         source, destination = self._qemus[SOURCE], self._qemus[DESTINATION]
-        versions = [await _version(qemu) for qemu in (source, destination)]
+        versions = [await qemu.qmp.version() for qemu in (source, destination)]
 
         began_s = time.monotonic()
         await self._guests[SOURCE].wait_for(
@@ -204,6 +215,7 @@ class _Run:
             differing = compare(source_ram, destination_ram)
             lost = attribute(differing, source_ram, destination_ram, evidence)
             pages = source_ram.pages
+            ram_map = map_proof(evidence, lost, source_ram, all_sent_ns)
         compare_s = time.monotonic() - began_s
 
         self._display.say(f"{len(lost)} of {pages} pages differ")
@@ -220,7 +232,13 @@ class _Run:
             compare_s=compare_s,
             downtime_s=migration.history[-1].downtime_s,
             history=migration.history,
-            harvests=len(evidence.harvests),
+            moments=migration.moments,
+            harvests=evidence.harvests,
+            ram_map=ram_map,
+            commands={
+                it.name: it.command
+                for it in (source.process, destination.process, self._device.process)
+            },
             folder=None,
         )
 
@@ -273,10 +291,3 @@ class _Run:
 
 async def _wait_for(future: asyncio.Future[UntestableError]) -> UntestableError:
     return await asyncio.shield(future)
-
-
-async def _version(qemu: Qemu) -> str:
-    answer = await qemu.qmp.execute("query-version")
-    number = answer["qemu"]
-    text = f"{number['major']}.{number['minor']}.{number['micro']}"
-    return f"{text} {answer['package']}".strip()

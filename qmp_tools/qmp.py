@@ -26,14 +26,16 @@ class Qmp:
         self.name = name
         self._client = QMPClient(name)
 
-    async def connect(self, address: socket.socket | str) -> None:
+    async def connect(
+        self, address: socket.socket | str, *, timeout_s: float = _COMMAND_TIMEOUT_S
+    ) -> None:
         """Negotiate QMP on a connected socket, or on the one at a path.
 
         Raises:
             QmpError: QEMU is not there; with a wrong command line it ends before it greets.
         """
         try:
-            async with asyncio.timeout(_COMMAND_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 await self._client.connect(address)
         except (QMPError, OSError, EOFError) as error:
             raise QmpError(f"{self.name} did not answer on QMP: {error}") from error
@@ -56,6 +58,13 @@ class Qmp:
             ) from error
         except (QMPError, EOFError) as error:
             raise QmpError(f"{self.name} went away during {command}") from error
+
+    async def version(self) -> str:
+        """QEMU's version, with its packager's where it has one: '7.2.22 Debian …'."""
+        answer = await self.execute("query-version")
+        number = answer["qemu"]
+        text = f"{number['major']}.{number['minor']}.{number['micro']}"
+        return f"{text} {answer['package']}".strip()
 
     @contextlib.asynccontextmanager
     async def events(self, *names: str) -> AsyncIterator[EventListener]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmaproof.errors import UntestableError
-from dmaproof.page_compare import differing_pages
+from dmaproof.page_compare import Extent, differing_pages
 
 PAGE_BYTES: Final = 4096
 _MEMFD_NAME: Final = "/memfd:memory-backend-memfd"
@@ -81,4 +81,4 @@ def compare(source: RamFile, destination: RamFile) -> NDArray[np.int64]:
         raise UntestableError(
             f"the source has {source.length} bytes of RAM, the destination {destination.length}"
         )
-    return differing_pages(source.fd, destination.fd, source.length, PAGE_BYTES)
+    return differing_pages(Extent(source.fd), Extent(destination.fd), source.length, PAGE_BYTES)

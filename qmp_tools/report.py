@@ -1,6 +1,7 @@
-"""A proof as JSON for programs and as text for people; the JSON is the source of the text.
+"""A proof as JSON for programs and as text for people; every other report is made from the JSON.
 
 The JSON's members keep their meaning while `SCHEMA_VERSION` stays; new ones may be added.
+docs/report.schema.json describes them.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from dataclasses import asdict
 from typing import Any, Final
 
 from .machine import format_memory
+from .precopy import downtime_parts, harvest_list, passes
 from .proof import Proof
 from .verdict import Blame, LostPage
 
@@ -19,13 +21,16 @@ _LOST_SHOWN: Final = 10
 def to_json(proof: Proof) -> dict[str, Any]:
     """Everything that is known of a proof. Addresses and sizes in bytes, times in seconds."""
     setup, verdict = proof.setup, proof.verdict
+    began_ns = proof.history[0].time_ns
+    harvests = harvest_list(proof.harvests, began_ns)
     return {
         "schema_version": SCHEMA_VERSION,
+        "kind": "prove",
         "verdict": verdict.sentence,
         "exit_code": verdict.exit_code,
         "pages": verdict.pages,
         "lost": {blame.value: verdict.count(blame) for blame in Blame},
-        "lost_pages": [asdict(page) for page in verdict.lost],
+        "lost_pages": [{**asdict(page), "story": _story(page)} for page in verdict.lost],
         "sharpness": asdict(verdict.sharpness),
         "guest": asdict(verdict.guest),
         "setup": {
@@ -56,9 +61,18 @@ def to_json(proof: Proof) -> dict[str, Any]:
             "downtime_s": proof.downtime_s,
             "syncs": proof.history[-1].syncs,
             "transferred": proof.history[-1].transferred,
-            "harvests": proof.harvests,
-            "history": [asdict(progress) for progress in proof.history],
+            "downtime_parts": downtime_parts(proof.moments, proof.harvests, proof.downtime_s),
+            "moments_s": {
+                name: (time_ns - began_ns) / 1e9 for name, time_ns in proof.moments.items()
+            },
+            "passes": passes(proof.history, harvests),
+            "harvests": harvests,
+            "history": [
+                {**asdict(it), "seconds": (it.time_ns - began_ns) / 1e9} for it in proof.history
+            ],
         },
+        "ram_map": proof.ram_map.to_json(),
+        "commands": {name: list(command) for name, command in proof.commands.items()},
     }
 
 
@@ -67,14 +81,14 @@ def to_text(proof: Proof) -> str:
     verdict, sharpness, guest = proof.verdict, proof.verdict.sharpness, proof.verdict.guest
     last = proof.history[-1]
     lines = [
-        f"{_HEADINGS[verdict.exit_code]}: {verdict.sentence}",
+        f"{HEADINGS[verdict.exit_code]}: {verdict.sentence}",
         "",
         f"  QEMU         {proof.qemu_version} → {proof.qemu_destination_version}, "
         f"{proof.setup.machine.machine}, {proof.setup.machine.accelerator}, "
         f"{format_memory(proof.setup.machine.memory_bytes)}",
         f"  guest        {proof.setup.guest}, {proof.setup.workload.pattern}",
         f"  device       {proof.setup.device.device}, tracker {proof.setup.device.tracker}, "
-        f"{proof.harvests} harvests ({proof.setup.device.harvest})",
+        f"{len(proof.harvests)} harvests ({proof.setup.device.harvest})",
         f"  migration    {proof.setup.way}, {proof.migration_s:.1f} s, {last.syncs} bitmap syncs"
         + (f", downtime {proof.downtime_s * 1000:.0f} ms" if proof.downtime_s is not None else ""),
         f"  sharpness    the device wrote {sharpness.written} pages while logging was on, "
@@ -113,7 +127,7 @@ def to_text(proof: Proof) -> str:
     return "\n".join(lines)
 
 
-_HEADINGS: Final = {0: "PASS", 1: "FAIL", 3: "NOT TESTED"}
+HEADINGS: Final = {0: "PASS", 1: "FAIL", 3: "NOT TESTED"}
 
 
 def _story(page: LostPage) -> str:

@@ -13,9 +13,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+import jsonschema
 
 TIMEOUT_S = 120.0
+
+_SCHEMA: Final = jsonschema.Draft202012Validator(
+    json.loads((Path(__file__).parents[1] / "docs" / "report.schema.json").read_text())
+)
 
 
 @dataclass
@@ -28,8 +34,9 @@ class Outcome:
 
     @property
     def report(self) -> dict[str, Any]:
-        """The verdict, where it was asked for by ``--json -``."""
+        """The verdict, where it was asked for by ``--json -``; it is what its schema says."""
         answer: dict[str, Any] = json.loads(self.output)
+        _SCHEMA.validate(answer)
         return answer
 
 

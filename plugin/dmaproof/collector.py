@@ -28,12 +28,16 @@ from .trace import ChainTrace, Link, TracedBitmap, TracedLog
 
 @dataclass(frozen=True)
 class Harvest:
-    """One harvest: when it began (CLOCK_MONOTONIC), how long it took, dirty pages found."""
+    """One harvest: when it began (CLOCK_MONOTONIC), and how long it took.
+
+    `pages` is how many dirty pages were found, `merged` how many of them reached the log.
+    """
 
     epoch: int
     time_ns: int
     duration_ns: int
     pages: int
+    merged: int
 
 
 class Collector:
@@ -117,9 +121,11 @@ class Collector:
         if self._log is None:
             return 0
         began_ns = time.monotonic_ns()
+        merged_before = self.trace.merged_pages
         pages = self._collect(self._iova_map.mappings)
         duration_ns = time.monotonic_ns() - began_ns
-        self.harvests.append(Harvest(self.trace.epoch, began_ns, duration_ns, pages))
+        merged = self.trace.merged_pages - merged_before
+        self.harvests.append(Harvest(self.trace.epoch, began_ns, duration_ns, pages, merged))
         return pages
 
     def harvest_write(self, iova: int, length: int) -> None:

@@ -6,7 +6,7 @@ millions of records pass without a copy in text.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -22,7 +22,13 @@ from .trace import TRACED_LINKS, Link, PageEpochs
 _FILE: Final = "evidence.npz"
 
 HARVEST: Final = np.dtype(
-    [("epoch", "<u8"), ("time_ns", "<u8"), ("duration_ns", "<u8"), ("pages", "<u8")]
+    [
+        ("epoch", "<u8"),
+        ("time_ns", "<u8"),
+        ("duration_ns", "<u8"),
+        ("pages", "<u8"),
+        ("merged", "<u8"),
+    ]
 )
 """See `dmaproof.collector.Harvest`."""
 
@@ -110,10 +116,7 @@ def collect_evidence(
         records=journal.records(),
         links=collector.trace.links,
         harvests=np.array(
-            [
-                (harvest.epoch, harvest.time_ns, harvest.duration_ns, harvest.pages)
-                for harvest in collector.harvests
-            ],
+            [astuple(harvest) for harvest in collector.harvests],
             dtype=HARVEST,
         ),
         started_ns=journal.started_ns,

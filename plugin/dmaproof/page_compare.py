@@ -11,7 +11,7 @@ import errno
 import mmap
 import os
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,25 +21,39 @@ from . import _core
 _PIECE_BYTES: Final = 256 << 20
 
 
-def differing_pages(
-    source_fd: int, destination_fd: int, length: int, page_size: int = mmap.PAGESIZE
-) -> NDArray[np.int64]:
-    """The numbers of the pages that differ, sorted; shape (differences,).
+class Extent(NamedTuple):
+    """Bytes of an open file, from `offset` on."""
 
-    Both files have `length` bytes, whole pages of `page_size` bytes, a multiple of the machine's.
+    fd: int
+    offset: int = 0
+
+
+def differing_pages(
+    source: Extent, destination: Extent, length: int, page_size: int = mmap.PAGESIZE
+) -> NDArray[np.int64]:
+    """The numbers of the pages that differ, counted from the extents' starts, sorted.
+
+    Both extents have `length` bytes, whole pages of `page_size` bytes, a multiple of the machine's,
+    and start on one of the machine's. The result has shape (differences,).
 
     Raises:
-        ValueError: `length` or `page_size` does not fit.
+        ValueError: `length`, `page_size` or an offset does not fit.
     """
     if page_size < 1 or page_size % mmap.PAGESIZE or length % page_size:
         raise ValueError(f"{length} bytes are no whole pages of {page_size} bytes")
+    for extent in (source, destination):
+        if extent.offset % mmap.PAGESIZE:
+            raise ValueError(f"offset {extent.offset:#x} is not on a page of the machine")
     found: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
     machine_page = mmap.PAGESIZE  # what is a hole and what is not is told by these
-    for start, end, in_source, in_destination in _pieces(source_fd, destination_fd, length):
-        fds = [source_fd] * in_source + [destination_fd] * in_destination
+    for start, end, in_source, in_destination in _pieces(source, destination, length):
+        extents = [source] * in_source + [destination] * in_destination
         bits = np.zeros(-(-(end - start) // machine_page // 8), dtype=np.uint8)
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE  # all of it is data: no hole is filled
-        mappings = [mmap.mmap(fd, end - start, flags, mmap.PROT_READ, offset=start) for fd in fds]
+        mappings = [
+            mmap.mmap(fd, end - start, flags, mmap.PROT_READ, offset=offset + start)
+            for fd, offset in extents
+        ]
         try:
             other = mappings[1] if len(mappings) > 1 else None
             if _core.differing_pages(mappings[0], other, machine_page, bits):
@@ -52,22 +66,23 @@ def differing_pages(
 
 
 def _pieces(
-    source_fd: int, destination_fd: int, length: int
+    source: Extent, destination: Extent, length: int
 ) -> Iterator[tuple[int, int, bool, bool]]:
     """The (start, end, source has data, destination has data) pieces in which one of them has."""
     position = 0
     while position < length:
-        states = [_extent(fd, position, length) for fd in (source_fd, destination_fd)]
+        states = [_data_at(extent, position, length) for extent in (source, destination)]
         end = min(states[0][1], states[1][1], position + _PIECE_BYTES)
         if states[0][0] or states[1][0]:
             yield position, end, states[0][0], states[1][0]
         position = end
 
 
-def _extent(fd: int, position: int, length: int) -> tuple[bool, int]:
-    """Whether `fd` has data at `position`, and up to where (whole pages) that holds."""
+def _data_at(extent: Extent, position: int, length: int) -> tuple[bool, int]:
+    """Whether there is data at `position`, and up to where (whole pages) that holds."""
+    fd, offset = extent
     try:
-        data = os.lseek(fd, position, os.SEEK_DATA)
+        data = os.lseek(fd, offset + position, os.SEEK_DATA) - offset
     except OSError as error:
         if error.errno != errno.ENXIO:
             raise
@@ -75,5 +90,6 @@ def _extent(fd: int, position: int, length: int) -> tuple[bool, int]:
     start = data // mmap.PAGESIZE * mmap.PAGESIZE
     if start > position:
         return False, min(start, length)
-    hole = -(-os.lseek(fd, position, os.SEEK_HOLE) // mmap.PAGESIZE) * mmap.PAGESIZE
+    hole = os.lseek(fd, offset + position, os.SEEK_HOLE) - offset
+    hole = -(-hole // mmap.PAGESIZE) * mmap.PAGESIZE
     return True, min(hole, length)

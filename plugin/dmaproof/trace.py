@@ -137,11 +137,15 @@ def set_bits(words: Words, first_bit: int, bits: int) -> NDArray[np.int64]:
 
 
 class ChainTrace:
-    """One `PageEpochs` for each traced link; the first two count IOVAs, the others GPAs."""
+    """One `PageEpochs` for each traced link; the first two count IOVAs, the others GPAs.
+
+    `merged_pages` counts the pages that have reached the log, as often as they did.
+    """
 
     def __init__(self, iova_ranges: Iterable[IovaRange], gpa_ranges: Iterable[IovaRange]) -> None:
         self.epoch = 0
         self._frozen = False
+        self.merged_pages = 0
         self.links = {link: PageEpochs(()) for link in TRACED_LINKS}
         self.cover(iova_ranges, gpa_ranges)
 
@@ -207,6 +211,7 @@ class TracedLog:
         """See `DirtyLog.merge`."""
         self._log.merge(gpa, words, first_bit, pages)
         self._trace.see_bits(Link.LOG, gpa, words, first_bit, pages)
+        self._trace.merged_pages += len(set_bits(words, first_bit, pages))
 
     def close(self) -> None:
         """See `DirtyLog.close`."""

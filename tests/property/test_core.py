@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from dmaproof import _core
-from dmaproof.page_compare import differing_pages
+from dmaproof.page_compare import Extent, differing_pages
 
 BYTES = 80
 """Of a small bitmap: long enough for a block of words with ragged ends on both sides."""
@@ -234,7 +234,8 @@ def test_files_with_holes(
             if contents[0][page * page_bytes :][:page_bytes]
             != contents[1][page * page_bytes :][:page_bytes]
         ]
-        assert differing_pages(fds[0], fds[1], size, page_bytes).tolist() == expected
+        found = differing_pages(Extent(fds[0]), Extent(fds[1]), size, page_bytes)
+        assert found.tolist() == expected
         assert [os.fstat(fd).st_blocks for fd in fds] == blocks, "a hole was filled by reading it"
     finally:
         for fd in fds:
@@ -243,4 +244,4 @@ def test_files_with_holes(
 
 def test_files_that_are_no_whole_pages() -> None:
     with pytest.raises(ValueError, match="no whole pages"):
-        differing_pages(0, 0, 4097)
+        differing_pages(Extent(0), Extent(0), 4097)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from html import escape
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -30,12 +33,43 @@ def passed(outcome: Outcome) -> dict[str, Any]:
     return report
 
 
+def mapped(report: dict[str, Any]) -> dict[str, int]:
+    """How many pages of each class the map has, counted from its runs."""
+    names = [kind["name"] for kind in report["ram_map"]["classes"]]
+    counts = dict.fromkeys(names, 0)
+    for area in report["ram_map"]["areas"]:
+        assert sum(pages for _, pages in area["runs"]) == area["pages"]
+        for kind, pages in area["runs"]:
+            counts[names[kind]] += pages
+    assert sum(counts.values()) == report["pages"]
+    return counts
+
+
+def harvested_and_merged(report: dict[str, Any]) -> tuple[int, int]:
+    """What all harvests brought; the passes must have the same."""
+    migration = report["migration"]
+    harvested = sum(harvest["pages"] for harvest in migration["harvests"])
+    merged = sum(harvest["merged_pages"] for harvest in migration["harvests"])
+    assert sum(it["harvested_pages"] for it in migration["passes"]) == harvested
+    assert sum(it["merged_pages"] for it in migration["passes"]) == merged
+    return harvested, merged
+
+
 def test_every_page_survives(tool: Tool) -> None:
     report = passed(prove(tool, "--control"))
     sharpness = report["sharpness"]
     assert sharpness["certain"] >= 8000
     assert sharpness["reported_unwritten"] == 0
     assert sharpness["unreported"] == 0
+    assert mapped(report)["late"] == sharpness["rewritten"]
+    assert mapped(report)["lost"] == 0
+    harvested, merged = harvested_and_merged(report)
+    assert harvested == merged >= sharpness["written"]
+    migration = report["migration"]
+    assert migration["passes"][-1]["sync"] == migration["syncs"]
+    parts = sum(part["seconds"] for part in migration["downtime_parts"])
+    # QEMU's own figure is in whole milliseconds.
+    assert parts == pytest.approx(migration["downtime_s"], abs=0.002)
     control = report["control"]
     assert control["caught"] is True
     assert control["exit_code"] == 1
@@ -53,8 +87,10 @@ def test_ram_above_four_gigabytes_over_tcp(tool: Tool) -> None:
     assert report["pages"] == (5242888 << 10) // 4096
 
 
-def test_every_lost_page_is_a_dropped_one(tool: Tool) -> None:
-    outcome = prove(tool, "--fault", "drop-pages=0.01", "--seed", "7")
+def test_every_lost_page_is_a_dropped_one(tool: Tool, tmp_path: Path) -> None:
+    files = {form: tmp_path / form for form in ("report", "junit", "tap")}
+    options = [it for form, file in files.items() for it in (f"--{form}", str(file))]
+    outcome = prove(tool, "--fault", "drop-pages=0.01", "--seed", "7", *options)
     assert outcome.exit_code == 1, outcome.errors
     report = outcome.report
     lost = report["lost_pages"]
@@ -66,6 +102,13 @@ def test_every_lost_page_is_a_dropped_one(tool: Tool) -> None:
     assert len(lost) >= report["sharpness"]["unreported_certain"]
     assert report["sharpness"]["missed_at"] == {"log": report["sharpness"]["unreported"]}
     assert report["guest"]["errors"] > 0
+    assert mapped(report)["lost"] == len(lost)
+    harvested, merged = harvested_and_merged(report)
+    assert harvested - merged >= len(lost)
+    assert escape(report["verdict"]) in files["report"].read_text()
+    suite = ElementTree.parse(files["junit"]).getroot()
+    assert (suite.get("failures"), suite.get("errors")) == ("2", "0")
+    assert lost[0]["story"] in files["tap"].read_text()
     story = lost[0]
     assert story["link"] == "log"
     assert story["last_seen_in_harvest"]["translation"] >= story["due_in_harvest"]
@@ -100,7 +143,10 @@ def test_wrong_usage_is_told(tool: Tool, arguments: list[str], message: str) -> 
     assert "Traceback" not in outcome.errors
 
 
-def test_a_migration_that_takes_too_long(tool: Tool) -> None:
-    outcome = prove(tool, "--bandwidth", "1M", "--timeout", "2")
+def test_a_migration_that_takes_too_long(tool: Tool, tmp_path: Path) -> None:
+    outcome = prove(tool, "--bandwidth", "1M", "--timeout", "2", "--tap", str(tmp_path / "tap"))
     assert outcome.exit_code == 3
     assert "has not completed within 2 s" in outcome.errors
+    assert outcome.report["kind"] == "prove-untested"
+    assert "has not completed within 2 s" in outcome.report["verdict"]
+    assert "not ok 1" in (tmp_path / "tap").read_text()

@@ -23,18 +23,24 @@ SINGLE_BITS = 2000
 """How many bits each writer sets one by one, where it does so."""
 ROUNDS = 400
 
-# Each writer has every third bit, so all of them are at work in every word.
+# Each writer has every third bit, so all of them are at work in every word. The bytes behind the
+# bitmap are a barrier: a writer begins when the others are there, too.
 WRITER = """
-import mmap, sys
+import mmap, os, sys
 import numpy as np
 from dmaproof import _core
 fd, number, writers, bits, single, how = sys.argv[1:]
-data = mmap.mmap(int(fd), int(bits) // 8)
+whole = mmap.mmap(int(fd), int(bits) // 8 + mmap.PAGESIZE)
+data = memoryview(whole)[: int(bits) // 8]
+arrived = memoryview(whole)[int(bits) // 8 :][: int(writers)]
 mine = np.arange(int(number), int(bits), int(writers), dtype=np.uint64)
 own = np.zeros(int(bits) // 64, dtype=np.uint64)
 _core.set_ranges(own, 0, int(bits) - 1, 0, mine, 1, False)
 print("ready", flush=True)
-for line in sys.stdin:
+for turn, line in enumerate(sys.stdin, 1):
+    arrived[int(number)] = turn % 256
+    while bytes(arrived) != bytes([turn % 256]) * int(writers):
+        os.sched_yield()
     if how.startswith("or"):
         _core.or_bits(data, 0, own, 0, int(bits), how == "or-shared")
     elif how.startswith("page"):
@@ -82,7 +88,7 @@ class Writers:
 def lost_bits(how: str, rounds: int, *, harvest: bool) -> int:
     """How many bits are missing after `rounds`, at most; stops at the first that has lost some."""
     fd = os.memfd_create("log")
-    os.ftruncate(fd, BITS // 8)
+    os.ftruncate(fd, BITS // 8 + mmap.PAGESIZE)
     wanted = SINGLE_BITS * WRITERS if how.startswith("bits") else BITS
     with mmap.mmap(fd, BITS // 8) as data:
         writers = Writers(fd, how)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from .. import _core
 from ..iova_bitmap import WINDOW_BYTES, IovaBitmap
-from ..page_compare import differing_pages
+from ..page_compare import Extent, differing_pages
 from . import _strategies
 
 PAGE_BYTES: Final = 4096
@@ -199,7 +199,7 @@ def comparing(repeats: int) -> Iterator[Ratio]:
         for fd in ram:
             _punch_holes(fd)
         ours_s, memcmp_s = _in_turns(
-            lambda: _seconds(lambda: differing_pages(ram[0], ram[1], RAM_BYTES)),
+            lambda: _seconds(lambda: differing_pages(Extent(ram[0]), Extent(ram[1]), RAM_BYTES)),
             compare_all,
             repeats,
         )

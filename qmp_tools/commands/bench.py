@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,6 +23,9 @@ from dmaproof.bench.iterator import (
 from dmaproof.bench.patterns import Locality
 from dmaproof.errors import UsageError
 
+from .arguments import Subcommands
+from .outputs import write_json
+
 _EXAMPLES: Final = """\
 examples:
   dmaproof bench core                         ratios to memcpy, memcmp and the kernel's algorithm
@@ -32,8 +34,8 @@ examples:
 """
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``bench`` to the subcommands."""
+def add(commands: Subcommands) -> None:
+    """Add the subcommand."""
     parser = commands.add_parser(
         "bench",
         help="what iterator and core cost",
@@ -80,7 +82,8 @@ def _run_iterator(arguments: argparse.Namespace) -> int:
         print(table(rows))
     if arguments.picture is not None:
         draw(rows, arguments.picture)
-    _write_json([asdict(row) for row in rows], arguments.json)
+    if arguments.json:
+        write_json([asdict(row) for row in rows], arguments.json)
     return 0
 
 
@@ -94,21 +97,9 @@ def _run_core(arguments: argparse.Namespace) -> int:
                 f"{ratio.yardstick} (wanted: {ratio.wanted:.2f})",
                 flush=True,
             )
-    _write_json(ratios, arguments.json)
+    if arguments.json:
+        write_json(ratios, arguments.json)
     return 0
-
-
-def _write_json(answer: Any, target: str | None) -> None:
-    if target is None:
-        return
-    text = json.dumps(answer, indent=2) + "\n"
-    if target == "-":
-        sys.stdout.write(text)
-        return
-    try:
-        Path(target).write_text(text)
-    except OSError as error:
-        raise UsageError(f"--json {target}: {error.strerror}") from error
 
 
 def _matplotlib() -> Any:

@@ -1,0 +1,141 @@
+"""A check as JSON for programs and as text for people; see `report`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Final
+
+import numpy as np
+
+from .check import Check, ComparedArea, Difference, Side
+from .machine import MIB
+from .ram import PAGE_BYTES
+from .ram_map import MapArea, RamMap
+from .report import HEADINGS, SCHEMA_VERSION
+
+_CHECK_CLASSES: Final = {
+    "equal": "the same on both sides",
+    "known": "not the same bytes, as is known of this page after a sound migration",
+    "differs": "not the same bytes on both sides",
+}
+_RUNS_SHOWN: Final = 10
+
+
+def to_json(check: Check) -> dict[str, Any]:
+    """Everything that is known of a check. Addresses and sizes in bytes, times in seconds."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "check",
+        "verdict": check.sentence,
+        "exit_code": check.exit_code,
+        "pages": check.pages,
+        "pages_differing": check.differing,
+        "pages_known_to_differ": check.known,
+        "differences": [{**asdict(it), "story": _story([it])} for it in check.differences],
+        "not_compared": [asdict(it) for it in check.not_compared],
+        "notes": list(check.notes),
+        "source": asdict(check.source),
+        "destination": asdict(check.destination),
+        "compare_s": check.compare_s,
+        "ram_map": map_check(check).to_json(),
+    }
+
+
+def to_text(check: Check) -> str:
+    """The outcome, what it rests on, and where the differences are."""
+    lines = [
+        f"{HEADINGS[check.exit_code]}: {check.sentence}",
+        "",
+        f"  source       {_describe(check.source)}",
+        f"  destination  {_describe(check.destination)}",
+        *(f"  note         {note}" for note in check.notes),
+        *(
+            f"  not compared {it.region} {it.offset:#x} to {it.offset + it.length - 1:#x}: {it.why}"
+            for it in check.not_compared
+        ),
+    ]
+    unknown = [it for it in check.differences if it.known is None]
+    if unknown:
+        runs = join_runs(unknown)
+        lines += ["", f"differing ({check.differing - check.known} pages):"]
+        lines += [f"  {_story(run)}" for run in runs[:_RUNS_SHOWN]]
+        if len(runs) > _RUNS_SHOWN or check.differing > len(check.differences):
+            lines.append("  … and more (--json tells all)")
+    known = [it for it in check.differences if it.known is not None]
+    if known:
+        lines += ["", "known to differ:"]
+        lines += [f"  {_story([it])}: {it.why}" for it in known]
+    return "\n".join(lines)
+
+
+def join_runs(differences: Sequence[Difference]) -> list[list[Difference]]:
+    """The differences in runs of pages that follow each other in one region."""
+    runs: list[list[Difference]] = []
+    for difference in differences:
+        if runs:
+            last = runs[-1][-1]
+            if last.region == difference.region and last.offset + PAGE_BYTES == difference.offset:
+                runs[-1].append(difference)
+                continue
+        runs.append([difference])
+    return runs
+
+
+def _story(run: Sequence[Difference]) -> str:
+    first, last = run[0], run[-1]
+    if first.gpa is None or last.gpa is None:
+        place = "in RAM that the physical map hides"
+    elif len(run) == 1:
+        place = f"GPA {first.gpa:#x}"
+    else:
+        place = f"GPA {first.gpa:#x} to {last.gpa + PAGE_BYTES - 1:#x}"
+    region = f"{first.region} +{first.offset:#x}"
+    if first.device:
+        region += f", DIMM {first.device}"
+    amount = f"{sum(it.bytes_differing for it in run)} bytes differ"
+    if len(run) > 1:
+        amount += f" in {len(run)} pages"
+    known = f" ({first.known})" if first.known else ""
+    return f"{place} ({region}): {amount}{known}"
+
+
+def _describe(side: Side) -> str:
+    memory = [
+        f"{length / MIB:.0f} MiB {kind}"
+        for length, kind in (
+            (side.in_place_bytes, "read in place"),
+            (side.saved_bytes, "saved by QEMU"),
+        )
+        if length
+    ]
+    return f"QEMU {side.version}, process {side.pid}, {side.status}; {', '.join(memory)}"
+
+
+def map_check(check: Check) -> RamMap:
+    """The map of all that was compared; areas that follow each other are joined."""
+    names = list(_CHECK_CLASSES)
+    known = {(it.region, it.offset) for it in check.differences if it.known}
+    areas: list[MapArea] = []
+    for area in check.areas:
+        classes = np.full(area.pages, names.index("equal"), dtype=np.uint8)
+        classes[area.differing] = names.index("differs")
+        for page in area.differing if known else ():
+            if (area.region, area.offset + int(page) * PAGE_BYTES) in known:
+                classes[page] = names.index("known")
+        if areas and _follows(areas[-1], area):
+            last = areas.pop()
+            joined = np.concatenate((last.classes, classes))
+            areas.append(MapArea(last.region, last.gpa, last.offset, joined))
+        else:
+            areas.append(MapArea(area.region, area.gpa, area.offset, classes))
+    return RamMap(_CHECK_CLASSES, areas)
+
+
+def _follows(before: MapArea, area: ComparedArea) -> bool:
+    length = len(before.classes) * PAGE_BYTES
+    return (
+        before.region == area.region
+        and before.offset + length == area.offset
+        and (None if before.gpa is None else before.gpa + length) == area.gpa
+    )

@@ -1,0 +1,56 @@
+"""What the subcommands' parsers have in common."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TypeAlias
+
+Subcommands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""Where a subcommand adds its parser; argparse has no public name for it."""
+
+Run = Callable[[argparse.Namespace], int]
+"""Carries a subcommand out; returns the exit code."""
+
+
+def add_parser(
+    commands: Subcommands,
+    name: str,
+    run: Run,
+    *,
+    summary: str,
+    description: str,
+    epilog: str,
+) -> argparse.ArgumentParser:
+    """The parser of subcommand `name`; `epilog` is shown as it is written."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def size(text: str) -> int:
+    """Bytes, with K, M or G for powers of 1024."""
+    unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:].upper())
+    return positive(text[:-1]) * unit if unit else positive(text)
+
+
+def seconds(text: str) -> float:
+    """A time of more than 0 and less than an hour."""
+    value = float(text)
+    if not 0 < value < 3600:
+        raise ValueError
+    return value

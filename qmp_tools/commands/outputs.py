@@ -1,0 +1,94 @@
+"""The reports that a subcommand writes besides its text: JSON, HTML, JUnit XML, TAP.
+
+All of them are made from the JSON. Where nothing came of it, they are written too, and say why: a
+CI that collects them then shows the reason and not a missing file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from dmaproof.errors import UntestableError, UsageError
+
+from ..html_report import to_html
+from ..junit_tap import to_junit, to_tap
+from ..report import SCHEMA_VERSION
+from ..verdict import EXIT_UNTESTED
+
+Answer = dict[str, Any]
+
+_FORMS: Final[dict[str, tuple[str, Callable[[Answer], str]]]] = {
+    "json": ("the outcome as JSON", lambda answer: json.dumps(answer, indent=2) + "\n"),
+    "report": ("one self-contained HTML page", to_html),
+    "junit": ("JUnit XML", to_junit),
+    "tap": ("TAP, the Test Anything Protocol", to_tap),
+}
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    group = parser.add_argument_group("reports", "FILE may be '-' for standard output.")
+    for name, (what, _) in _FORMS.items():
+        group.add_argument(f"--{name}", metavar="FILE", help=f"write {what}")
+
+
+def writes_to_stdout(arguments: argparse.Namespace) -> bool:
+    """Whether one of the reports takes standard output, so that the text must not."""
+    return any(getattr(arguments, name) == "-" for name in _FORMS)
+
+
+def write_outputs(answer: Answer, arguments: argparse.Namespace) -> None:
+    """Write the reports that were asked for.
+
+    Raises:
+        UsageError: a file cannot be written.
+    """
+    for name in _FORMS:
+        if target := getattr(arguments, name):
+            _write(name, answer, target)
+
+
+def write_json(answer: Any, target: str) -> None:
+    """Write `answer` to the file `target`, or for '-' to standard output.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    _write("json", answer, target)
+
+
+def _write(name: str, answer: Any, target: str) -> None:
+    text = _FORMS[name][1](answer)
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(target).write_text(text)
+    except OSError as error:
+        raise UsageError(f"--{name} {target}: {error.strerror}") from error
+
+
+def reporting_failure(
+    run: Callable[[argparse.Namespace], int], kind: str
+) -> Callable[[argparse.Namespace], int]:
+    """`run`, a subcommand of `kind`, with reports also where it could not be carried out."""
+
+    def reporting(arguments: argparse.Namespace) -> int:
+        try:
+            return run(arguments)
+        except UntestableError as error:
+            answer = {
+                "schema_version": SCHEMA_VERSION,
+                "kind": f"{kind}-untested",
+                "verdict": f"could not be tested: {error}",
+                "exit_code": EXIT_UNTESTED,
+            }
+            write_outputs(answer, arguments)
+            raise
+
+    return reporting

@@ -1,0 +1,159 @@
+"""``dmaproof prove``: migrate a guest under DMA load and compare every page."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from typing import Final
+
+from dmaproof.devices import emulated_devices
+from dmaproof.dirty_tracker import emulated_trackers
+from dmaproof.faults import known_faults, summary
+from dmaproof.trace import Link
+
+from ..display import Display, display
+from ..machine import format_memory
+from ..proof import Proof, prove
+from ..report import to_json, to_text
+from ..verdict import EXIT_UNTESTED
+from .arguments import Subcommands, add_parser, positive, seconds
+from .interruption import run_interruptibly
+from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
+from .setup import HARVEST, TRACKER, add_setup_options, setup_of
+
+_CONTROL_FAULT: Final = "drop-pages=0.01"
+
+_PROVE_EXAMPLES: Final = """\
+examples:
+  dmaproof prove                              the system's QEMU, everything chosen for you
+  dmaproof prove --fault drop-pages=0.01      must fail: shows that losses are caught
+  dmaproof prove --memory 5G --way tcp
+  dmaproof prove --guest bare                 no kernel to boot: the quickest proof
+  dmaproof prove --workload pattern=sequential,huge_every=4
+  dmaproof prove --qemu 11.1 --qemu-destination /usr/bin/qemu-system-x86_64
+  dmaproof prove --report proof.html --junit proof.xml
+  dmaproof prove --json - --quiet | jq .verdict
+
+exit codes:
+  0  every page equal, and the guest went on correctly
+  1  pages were lost or never reported, or the guest found errors
+  2  wrong usage
+  3  could not be tested; the message says why
+"""
+
+
+def _harvest(text: str) -> str:
+    if text not in ("immediate", "final"):
+        seconds(text)
+    return text
+
+
+def _describe_faults() -> str:
+    lines = ["faults that a proof can have (dmaproof faults tries them all, and more):"]
+    for name, fault in known_faults().items():
+        if not fault.needs:
+            value = f"={fault.default:g}" if fault.value_means else ""
+            lines += [f"  {name}{value}", f"      {summary(fault)}"]
+            lines += [f"      The value is {fault.value_means}."] * bool(fault.value_means)
+    return "\n".join(lines)
+
+
+def add(commands: Subcommands) -> None:
+    """Add the subcommand."""
+    parser = add_parser(
+        commands,
+        "prove",
+        reporting_failure(_run, "prove"),
+        summary="migrate a guest under DMA load and compare every page",
+        description="Migrate a guest while a device outside QEMU writes its RAM, compare every "
+        "page of both sides, and say who lost what.",
+        epilog=f"{_PROVE_EXAMPLES}\n{_describe_faults()}",
+    )
+    add_setup_options(parser)
+    device = parser.add_argument_group("device")
+    device.add_argument("--device", choices=sorted(emulated_devices()), default="blk")
+    device.add_argument("--queues", type=positive, default=2, metavar="N")
+    device.add_argument(
+        "--tracker",
+        choices=sorted(emulated_trackers()),
+        help="how the device remembers what it wrote "
+        f"(default: what the fault needs, or {TRACKER})",
+    )
+    device.add_argument(
+        "--harvest",
+        type=_harvest,
+        metavar="SECONDS",
+        help="between two harvests of the tracker, or 'immediate', or 'final' "
+        f"(default: what the fault needs, or {HARVEST})",
+    )
+    device.add_argument(
+        "--fault",
+        metavar="NAME[=VALUE]",
+        help="break the chain on purpose; see below",
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--control",
+        action="store_true",
+        help=f"after a pass, repeat it with {_CONTROL_FAULT} planted, which must be caught",
+    )
+    run.add_argument("--seed", type=int, help="repeats a run's random choices")
+    run.add_argument(
+        "--requests-after",
+        type=positive,
+        default=1000,
+        metavar="N",
+        help="that the guest must do on the destination (default: %(default)s)",
+    )
+    run.add_argument("--keep", action="store_true", help="keep the run's folder and say where")
+    run.add_argument("--quiet", action="store_true", help="show no progress")
+    add_outputs(parser)
+
+
+async def _prove(arguments: argparse.Namespace, show: Display) -> tuple[Proof, Proof | None]:
+    setup = await setup_of(arguments, show)
+    proof = await prove(setup, show, keep=arguments.keep)
+    if not arguments.control or proof.verdict.exit_code != 0:
+        return proof, None
+    show.say(f"control: the same again with {_CONTROL_FAULT} planted")
+    faulty = replace(setup, device=replace(setup.device, fault=_CONTROL_FAULT))
+    return proof, await prove(faulty, show)
+
+
+def _caught(control: Proof) -> bool:
+    verdict = control.verdict
+    return bool(verdict.lost) and all(page.link == Link.LOG for page in verdict.lost)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    show = display(quiet=arguments.quiet)
+    proof, control = run_interruptibly(_prove(arguments, show))
+    answer = to_json(proof)
+    answer["commands"] = {"dmaproof": _again(arguments, proof), **answer["commands"]}
+    text = to_text(proof)
+    if control is not None:
+        caught = _caught(control)
+        answer["control"] = {**to_json(control), "caught": caught}
+        text += f"\n  control      {_CONTROL_FAULT} planted in the same set-up: " + (
+            f"caught, {len(control.verdict.lost)} pages" if caught else "NOT CAUGHT"
+        )
+        if not caught:
+            answer["exit_code"] = EXIT_UNTESTED
+            answer["verdict"] = f"nothing was proved: a planted {_CONTROL_FAULT} was not caught"
+    if not writes_to_stdout(arguments):
+        print(text)
+    write_outputs(answer, arguments)
+    code: int = answer["exit_code"]
+    return code
+
+
+def _again(arguments: argparse.Namespace, proof: Proof) -> list[str]:
+    """The command line that repeats the run, with all that was chosen for the user."""
+    chosen = []
+    if arguments.seed is None:
+        chosen += ["--seed", str(proof.setup.device.seed)]
+    if arguments.memory is None:
+        chosen += ["--memory", format_memory(proof.setup.machine.memory_bytes)]
+    if arguments.accel == "auto":
+        chosen += ["--accel", proof.setup.machine.accelerator]
+    return ["dmaproof", *arguments.command_line, *chosen]

@@ -1,0 +1,136 @@
+"""What a proof is made of, from the command line: for every subcommand that carries out proofs."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from typing import Final
+
+from dmaproof.errors import UsageError
+from dmaproof.faults import plant
+
+from ..device import DeviceOptions
+from ..display import Display
+from ..guest import GUESTS
+from ..machine import MIB, Machine, parse_memory
+from ..migration import WAYS, Limits
+from ..probes import choose_accelerator, choose_memory
+from ..proof import Setup
+from ..qemu_choice import common_machine, find_qemu
+from ..workload import parse_workload
+from .arguments import positive, size
+
+TRACKER: Final = "iommu"
+HARVEST: Final = "0.2"
+"""The defaults, where a planted fault needs nothing else."""
+
+
+def add_setup_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of QEMU, guest and migration."""
+    qemu = parser.add_argument_group("QEMU")
+    qemu.add_argument("--qemu", metavar="PATH", help="default: the system's; or a fetched version")
+    qemu.add_argument("--qemu-destination", metavar="PATH", help="default: the same as --qemu")
+    qemu.add_argument("--machine", default="q35", help="machine type (default: %(default)s)")
+    qemu.add_argument("--accel", choices=("auto", "kvm", "tcg"), default="auto")
+    qemu.add_argument(
+        "--memory", metavar="SIZE", help="RAM, such as 1G (default: enough for the guest)"
+    )
+    qemu.add_argument("--cpus", type=positive, default=2, metavar="N")
+    guest = parser.add_argument_group("guest")
+    guest.add_argument(
+        "--guest",
+        choices=sorted(GUESTS),
+        default="linux",
+        help="bare: no kernel, one CPU (default: %(default)s)",
+    )
+    guest.add_argument(
+        "--workload",
+        default="",
+        metavar="NAME=VALUE,…",
+        help="what the guest does, see docs/guests.md: such as pattern=hot-set,threads=16",
+    )
+    migration = parser.add_argument_group("migration")
+    migration.add_argument(
+        "--way",
+        choices=sorted(WAYS),
+        default="unix",
+        help="; ".join(f"{name}: {way.summary}" for name, way in WAYS.items()),
+    )
+    migration.add_argument(
+        "--host", default="127.0.0.1", help="where --way tcp listens (default: %(default)s)"
+    )
+    migration.add_argument(
+        "--bandwidth", type=size, metavar="SIZE", help="limit in bytes a second, such as 64M"
+    )
+    migration.add_argument(
+        "--downtime-limit", type=float, default=0.3, metavar="SECONDS", help="default: %(default)s"
+    )
+    migration.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS")
+
+
+async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
+    """The proof that the arguments describe; what they leave open is chosen, and said.
+
+    Raises:
+        UsageError: they contradict each other.
+        UntestableError: what is needed is not there.
+    """
+    limits = Limits(arguments.bandwidth, arguments.downtime_limit, arguments.timeout)
+    if not (0 < limits.downtime_s <= 2000 and limits.timeout_s > 0):
+        raise UsageError("--downtime-limit takes 0.001 to 2000 seconds, --timeout more than 0")
+    seed = arguments.seed if arguments.seed is not None else random.SystemRandom().getrandbits(32)
+    fault = plant(arguments.fault, seed)  # a wrong --fault is told before anything is started
+    if fault.needs:
+        raise UsageError(
+            f"fault {arguments.fault} shows only with {fault.needs}, which a proof does not have: "
+            f"dmaproof faults --only {arguments.fault.partition('=')[0]}"
+        )
+    tracker = _agreed("--tracker", arguments.tracker, fault.tracker) or TRACKER
+    harvest = _agreed("--harvest", arguments.harvest, fault.harvest) or HARVEST
+    memory = parse_memory(arguments.memory) if arguments.memory else None
+    workload = parse_workload(arguments.workload, seed)
+    source = find_qemu(arguments.qemu)
+    destination = find_qemu(arguments.qemu_destination) if arguments.qemu_destination else source
+    guest = GUESTS[arguments.guest](show.say)
+    accelerator = await choose_accelerator(arguments.accel, source, guest, show)
+    if memory is None:
+        memory = await choose_memory(source, accelerator, guest.memory_bytes, show)
+    machine = arguments.machine
+    if destination.resolve() != source.resolve():
+        machine = await common_machine(machine, source, destination)
+    if fault.needs_high_ram:
+        machine += f",max-ram-below-4g={memory // 2 // MIB}M"
+    return Setup(
+        qemu=source,
+        qemu_destination=destination,
+        machine=Machine(
+            machine=machine,
+            accelerator=accelerator,
+            memory_bytes=memory,
+            cpus=arguments.cpus,
+            kernel=guest.kernel,
+            initramfs=guest.initramfs,
+            command_line=guest.command_line(workload),
+        ),
+        guest=guest.name,
+        workload=workload,
+        device=DeviceOptions(arguments.device, tracker, harvest, arguments.fault, seed),
+        queues=arguments.queues,
+        way=arguments.way,
+        host=arguments.host,
+        limits=limits,
+        requests_after=arguments.requests_after,
+    )
+
+
+def _agreed(option: str, given: str | None, needed: str | None) -> str | None:
+    """What was given, or else what the fault needs.
+
+    Raises:
+        UsageError: the fault does not show with what was given.
+    """
+    if given and needed and given != needed:
+        raise UsageError(
+            f"{option} {given}: the fault shows for certain only with {option} {needed}"
+        )
+    return given or needed

@@ -1,0 +1,189 @@
+"""How fast a running guest's RAM gets dirty: by QEMU's own measure, and by its devices' log.
+
+QEMU's calc-dirty-rate has modes. 'page-sampling' compares checksums of sampled pages and so sees
+every change, whoever wrote; 'dirty-bitmap' and 'dirty-ring' count what the accelerator logs.
+
+What out-of-process devices write stands in QEMU's vhost log, a memfd that exists while dirty
+logging is on. It is only read here, never cleared: QEMU takes the bits at its bitmap syncs. So a
+page counts once between two syncs, and a bit that is set and taken between two looks is not seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmaproof.dirty_log import LOG_PAGE_BYTES
+from dmaproof.errors import UntestableError, UsageError
+
+from .attachment import AttachedQemu, owner_name
+from .machine import MIB
+
+_SAMPLING: Final = "page-sampling"
+MODES: Final = (_SAMPLING, "dirty-bitmap", "dirty-ring")
+_LOG_NAME: Final = "/memfd:vhost-log"
+_LOOK_EVERY_S: Final = 0.05
+_PATIENCE_S: Final = 10.0
+
+
+@dataclass(frozen=True)
+class DirtyRates:
+    """Rates in bytes a second; `devices_bytes_per_s` is None where there was no log to read.
+
+    `vcpus_bytes_per_s` has a rate for each vCPU where the mode tells them apart.
+    """
+
+    mode: str
+    seconds: float
+    qemu_bytes_per_s: int
+    vcpus_bytes_per_s: dict[int, int]
+    devices_bytes_per_s: float | None
+    devices_seconds: float
+
+
+async def measure(qemu: AttachedQemu, mode: str, seconds: int) -> DirtyRates:
+    """Measure for `seconds`.
+
+    Raises:
+        UsageError: the mode needs KVM, and the guest runs without it.
+        QmpError: this QEMU does not have the mode, or is measuring already.
+        UntestableError: the process may not be looked at, or no result comes.
+    """
+    # Under TCG, QEMU 7.2 dies of dirty-bitmap, and 11.1 always measures 0.
+    if mode != _SAMPLING and not (await qemu.qmp.execute("query-kvm"))["enabled"]:
+        raise UsageError(
+            f"--mode {mode}: it is KVM that logs these pages, and this guest runs without it; "
+            f"--mode {_SAMPLING} works everywhere"
+        )
+    await qemu.qmp.execute("calc-dirty-rate", calc_time=seconds, mode=mode)
+    meter = VhostLogMeter(qemu.pid, qemu.name)
+    deadline = time.monotonic() + seconds + _PATIENCE_S
+    while True:
+        meter.look()
+        answer = await qemu.qmp.execute("query-dirty-rate")
+        if answer["status"] == "measured":
+            break
+        if time.monotonic() > deadline:
+            raise UntestableError(
+                f"{qemu.name} has not measured its dirty rate within {_PATIENCE_S:.0f} s more "
+                "than it was given; a paused guest has none"
+            )
+        await asyncio.sleep(_LOOK_EVERY_S)
+    return DirtyRates(
+        mode=mode,
+        seconds=seconds,
+        qemu_bytes_per_s=answer["dirty-rate"] * MIB,
+        vcpus_bytes_per_s={
+            it["id"]: it["dirty-rate"] * MIB for it in answer.get("vcpu-dirty-rate", [])
+        },
+        devices_bytes_per_s=meter.bytes_per_s,
+        devices_seconds=meter.seconds,
+    )
+
+
+class VhostLogMeter:
+    """Counts the bits that appear in the vhost log of process `pid`, called `name` in messages.
+
+    `seconds` is for how long there was a log to look at.
+    """
+
+    def __init__(self, pid: int, name: str) -> None:
+        self._pid = pid
+        self._name = name
+        self._inode = 0
+        self._before: NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
+        self._looked_s = 0.0
+        self._pages = 0
+        self.seconds = 0.0
+
+    def look(self) -> None:
+        """Count what is new since the last look; the first look at a log only remembers it.
+
+        Raises:
+            UntestableError: this user may not look at the process.
+        """
+        found = _read_log(self._pid, self._name)
+        if found is None:
+            self._inode = 0
+            return
+        (inode, now), now_s = found, time.monotonic()
+        if inode == self._inode and len(now) == len(self._before):  # else QEMU made a new log
+            self._pages += int(np.bitwise_count(now & ~self._before).sum())
+            self.seconds += now_s - self._looked_s
+        self._inode, self._before, self._looked_s = inode, now, now_s
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """The rate at which pages appear in the log; None where there was no log."""
+        if not self.seconds:
+            return None
+        return self._pages * LOG_PAGE_BYTES / self.seconds
+
+
+def _read_log(pid: int, name: str) -> tuple[int, NDArray[np.uint8]] | None:
+    """The inode and the bits of the process's vhost log, if it has one."""
+    try:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if os.readlink(entry).startswith(_LOG_NAME):  # noqa: PTH115  (names no path)
+                    # By read and not by mapping, which would fill the memfd's holes.
+                    with entry.open("rb") as log:
+                        return os.fstat(log.fileno()).st_ino, np.frombuffer(log.read(), np.uint8)
+    except PermissionError:
+        owner = owner_name(Path(f"/proc/{pid}").stat().st_uid)
+        raise UntestableError(
+            f"{name} (process {pid}) belongs to user {owner}; run this as {owner} or as root"
+        ) from None
+    except FileNotFoundError:  # the process has gone, which QMP tells better
+        pass
+    return None
+
+
+def to_json(rates: DirtyRates) -> dict[str, Any]:
+    """The figures for programs."""
+    return {
+        "mode": rates.mode,
+        "seconds": rates.seconds,
+        "qemu_bytes_per_s": rates.qemu_bytes_per_s,
+        "vcpus_bytes_per_s": {str(vcpu): it for vcpu, it in rates.vcpus_bytes_per_s.items()},
+        "devices_bytes_per_s": rates.devices_bytes_per_s,
+        "devices_seconds": rates.devices_seconds,
+    }
+
+
+def to_text(rates: DirtyRates) -> str:
+    """The figures for people, and what they are figures of."""
+    lines = [
+        f"QEMU     {rates.qemu_bytes_per_s / MIB:.0f} MiB/s over {rates.seconds} s ({rates.mode}: "
+        f"{_MEANINGS[rates.mode]})"
+    ]
+    lines += [
+        f"vCPU {vcpu}   {rate / MIB:.0f} MiB/s" for vcpu, rate in rates.vcpus_bytes_per_s.items()
+    ]
+    if rates.devices_bytes_per_s is None:
+        lines.append(
+            "devices  no log to read: QEMU has a vhost log only with an out-of-process device "
+            "(vhost-user) and while a migration runs"
+        )
+    else:
+        lines.append(
+            f"devices  at least {rates.devices_bytes_per_s / MIB:.1f} MiB/s over "
+            f"{rates.devices_seconds:.1f} s (new bits in the vhost log, which QEMU empties at each "
+            "sync)"
+        )
+    return "\n".join(lines)
+
+
+_MEANINGS: Final = {
+    _SAMPLING: "pages whose content changed, whoever wrote them",
+    "dirty-bitmap": "pages that were logged dirty",
+    "dirty-ring": "pages that the vCPUs dirtied",
+}

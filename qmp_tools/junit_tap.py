@@ -1,0 +1,129 @@
+"""A report's JSON as what test runners collect: JUnit XML and TAP (version 14).
+
+A proof is one to four cases: the pages, the guest's own checks, whether the run could tell anything
+at all, and the control. What could not be tested is an error in JUnit, and 'not ok' in TAP, because
+a CI that takes it for a pass would be wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+from xml.etree import ElementTree
+
+_STORIES: Final = 100
+"""So many pages are told of in one failure."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test case; `outcome` is 'passed', 'failed' or 'error' (could not be tested)."""
+
+    name: str
+    outcome: str
+    message: str = ""
+    details: Sequence[str] = ()
+
+
+def cases(answer: Mapping[str, Any]) -> list[Case]:
+    """The test cases that a report stands for."""
+    if answer["kind"] == "prove":
+        return _proof_cases(answer)
+    if answer["kind"] == "check":
+        stories = [page["story"] for page in answer["differences"] if page["known"] is None]
+        return [_pages_case(answer["exit_code"] == 0, answer["verdict"], stories)]
+    return [Case("every page equal", "error", answer["verdict"])]
+
+
+def _pages_case(passed: bool, message: str, stories: Sequence[str]) -> Case:
+    if passed:
+        return Case("every page equal", "passed", message)
+    return Case("every page equal", "failed", message, stories[:_STORIES])
+
+
+def _proof_cases(answer: Mapping[str, Any]) -> list[Case]:
+    lost, guest, sharpness = answer["lost_pages"], answer["guest"], answer["sharpness"]
+    found = [
+        _pages_case(not lost, answer["verdict"], [page["story"] for page in lost]),
+        Case(
+            "the guest goes on correctly",
+            "failed" if guest["errors"] else "passed",
+            f"{guest['requests']} requests, {guest['errors']} errors",
+            guest["complaints"],
+        ),
+        Case(
+            "every page that the device wrote is reported",
+            "failed" if sharpness["unreported"] else "passed",
+            f"{sharpness['unreported']} of {sharpness['written']} are not",
+        ),
+        Case(
+            "a loss would have shown",
+            "passed" if sharpness["rewritten"] else "error",
+            f"{sharpness['rewritten']} pages written after they were sent, "
+            f"{sharpness['certain']} of them certain to show",
+        ),
+    ]
+    if "control" in answer:
+        caught = answer["control"]["caught"]
+        fault = answer["control"]["setup"]["fault"]
+        outcome = "passed" if caught else "error"
+        found.append(Case("the planted fault is caught", outcome, fault))
+    return found
+
+
+def _properties(answer: Mapping[str, Any]) -> dict[str, str]:
+    found = {"verdict": answer["verdict"]}
+    for side in ("source", "destination"):
+        if side in answer:
+            found[f"qemu_{side}"] = answer[side]["version"]
+    for name, value in answer.get("setup", {}).items():
+        if isinstance(value, (str, int, float)):
+            found[name] = str(value)
+    return found
+
+
+def to_junit(answer: Mapping[str, Any]) -> str:
+    """JUnit XML: one suite, its set-up as properties."""
+    found = cases(answer)
+    suite = ElementTree.Element("testsuite", name="dmaproof", tests=str(len(found)))
+    for attribute, outcome in (("failures", "failed"), ("errors", "error")):
+        suite.set(attribute, str(sum(case.outcome == outcome for case in found)))
+    properties = ElementTree.SubElement(suite, "properties")
+    for name, value in _properties(answer).items():
+        ElementTree.SubElement(properties, "property", name=name, value=_printable(value))
+    for case in found:
+        element = ElementTree.SubElement(
+            suite, "testcase", classname=f"dmaproof.{answer['kind']}", name=case.name
+        )
+        if case.outcome != "passed":
+            tag = "failure" if case.outcome == "failed" else "error"
+            problem = ElementTree.SubElement(element, tag, message=_printable(case.message))
+            problem.text = _printable("\n".join(case.details))
+    ElementTree.indent(suite)
+    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _printable(text: str) -> str:
+    """`text` without the characters that XML 1.0 cannot hold (a guest's console may have them)."""
+    return "".join(it if it in "\t\n" or it >= " " else "�" for it in text)
+
+
+def to_tap(answer: Mapping[str, Any]) -> str:
+    """TAP 14, with a YAML block for what did not pass."""
+    found = cases(answer)
+    lines = ["TAP version 14", f"1..{len(found)}"]
+    for number, case in enumerate(found, 1):
+        lines.append(f"{'ok' if case.outcome == 'passed' else 'not ok'} {number} - {case.name}")
+        if case.outcome != "passed":
+            # A JSON string is a YAML string.
+            lines += ["  ---", f"  severity: {case.outcome}", f"  message: {_yaml(case.message)}"]
+            lines += ["  data:"] * bool(case.details)
+            lines += [f"    - {_yaml(detail)}" for detail in case.details]
+            lines += ["  ..."]
+    return "\n".join(lines) + "\n"
+
+
+def _yaml(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

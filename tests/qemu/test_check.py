@@ -1,0 +1,208 @@
+"""`dmaproof check` on pairs of QEMUs that the test starts itself."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from command import Tool
+from foreign_pair import MEMORY, MIB, WITH_RAM0, Pair, foreign_pair
+from qmp_tools.bare_guest import probe_guest
+from qmp_tools.qemu_builds import installed
+from qmp_tools.qemu_choice import find_qemu
+
+pytestmark = pytest.mark.qemu
+
+PAGE = 4096
+PLANTED = 0x2345000
+BUILDS = {build.version: build.path for build in installed()}
+
+
+@pytest.fixture(params=["system", *BUILDS])
+def qemu(request: pytest.FixtureRequest) -> Path:
+    """Each QEMU that is here."""
+    return BUILDS.get(request.param) or find_qemu(None)
+
+
+@pytest.fixture
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short path, for sockets."""
+    return tmp_path_factory.mktemp("p")
+
+
+def checked(tool: Tool, pair: Pair, exit_code: int) -> dict[str, object]:
+    outcome = tool.run("check", str(pair.source), str(pair.destination), "--json", "-")
+    assert not tool.leftovers()
+    assert outcome.exit_code == exit_code, outcome.output + outcome.errors
+    return outcome.report
+
+
+def plant(pair: Pair, kind: str) -> None:
+    """Change one byte of the destination's RAM."""
+    if kind in ("memfd", "file"):
+        name = "memfd:" if kind == "memfd" else "destination-ram"
+        with pair.memory_file(1, name).open("r+b", buffering=0) as memory:
+            os.pwrite(memory.fileno(), b"!", PLANTED + 7)
+        return
+    # Anonymous and private memory can be written through the process's memory alone.
+    poke(pair, PLANTED + 7)
+
+
+def poke(pair: Pair, gpa: int) -> None:
+    """Change the byte at `gpa` in the memory of the destination's process."""
+    text = pair.monitors[1].execute("human-monitor-command", command_line=f"gpa2hva {gpa:#x}")
+    with Path(f"/proc/{pair.pids[1]}/mem").open("r+b", buffering=0) as memory:
+        os.pwrite(memory.fileno(), b"!", int(text.split()[-1], 16))
+
+
+@pytest.mark.parametrize("kind", MEMORY)
+def test_equal_where_equal_and_the_planted_byte_found(
+    tool: Tool, qemu: Path, folder: Path, kind: str
+) -> None:
+    with foreign_pair(qemu, folder, [*WITH_RAM0, *MEMORY[kind], "-vga", "std"]) as pair:
+        pair.migrate()
+        report = checked(tool, pair, 0)
+        # 64 MiB of RAM and 256 KiB of firmware at the least; the source's is all of one kind.
+        assert int(str(report["pages"])) >= (64 * MIB - 128 * 1024 + 256 * 1024) // PAGE
+        assert report["notes"] == []
+        side = report["source"]
+        assert isinstance(side, dict)
+        shared = 60 * MIB if kind != "private" else 0
+        assert side["in_place_bytes"] >= shared
+        assert (side["in_place_bytes"] == 0) == (kind == "private")
+        plant(pair, kind)
+        report = checked(tool, pair, 1)
+        differences = report["differences"]
+        assert isinstance(differences, list)
+        assert [(it["gpa"], it["region"], it["bytes_differing"]) for it in differences] == [
+            (PLANTED, "ram0", 1)
+        ]
+        assert differences[0]["known"] is None
+
+
+NUMA = [
+    *("-machine", "q35", "-m", "4608,slots=2,maxmem=8G"),
+    *("-object", "memory-backend-memfd,id=n0,size=4096M,share=on"),
+    *("-object", "memory-backend-ram,id=n1,size=512M"),
+    *("-numa", "node,memdev=n0", "-numa", "node,memdev=n1"),
+    *("-object", "memory-backend-memfd,id=hot,size=128M,share=on"),
+    *("-device", "pc-dimm,id=dimm0,memdev=hot"),
+]
+ABOVE = 1 << 32
+NODE1 = ABOVE + (2 << 30)
+"""q35 has the first 2 GiB of 4.5 below 4 GiB; node 1 begins with the last 512 MiB."""
+
+
+def test_several_backends_and_ram_above_four_gigabytes(tool: Tool, folder: Path) -> None:
+    with foreign_pair(find_qemu(None), folder, NUMA) as pair:
+        pair.migrate()
+        dimm = pair.monitors[1].execute("query-memory-devices")[0]["data"]["addr"]
+        report = checked(tool, pair, 0)
+        hidden = report["not_compared"]
+        assert hidden == [], "a private backend that is all in the map hides nothing"
+        planted = {ABOVE + 5 * PAGE: "n0", NODE1 + 3 * PAGE: "n1", dimm + 9 * PAGE: "hot"}
+        for gpa in planted:
+            poke(pair, gpa)
+        report = checked(tool, pair, 1)
+        differences = report["differences"]
+        assert isinstance(differences, list)
+        assert {it["gpa"]: it["region"] for it in differences} == planted
+        assert [it["device"] for it in differences] == [None, None, "dimm0"]
+
+
+def test_ram_that_the_map_hides_is_compared(tool: Tool, folder: Path) -> None:
+    arguments = [*WITH_RAM0, *MEMORY["memfd"], "-vga", "std"]
+    with foreign_pair(find_qemu(None), folder, arguments) as pair:
+        pair.migrate()
+        with pair.memory_file(1, "memfd:").open("r+b", buffering=0) as memory:
+            os.pwrite(memory.fileno(), b"!", 0xA1000)  # behind the VGA window
+        report = checked(tool, pair, 1)
+        differences = report["differences"]
+        assert isinstance(differences, list)
+        assert [(it["gpa"], it["offset"]) for it in differences] == [(None, 0xA1000)]
+
+
+def test_the_pvclock_page_is_named_and_not_hidden(tool: Tool, qemu: Path, folder: Path) -> None:
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        pytest.skip("no /dev/kvm here: modprobe kvm, and be in its group")
+    arguments = [*WITH_RAM0, *MEMORY["memfd"]]
+    with foreign_pair(qemu, folder, arguments, accelerator="kvm") as pair:
+        time.sleep(2)  # the firmware registers its clock
+        pair.migrate()
+        report = checked(tool, pair, 0)
+        assert report["pages_known_to_differ"] == 1
+        differences = report["differences"]
+        assert isinstance(differences, list)
+        (clock,) = differences
+        assert clock["known"] == "pvclock"
+        assert clock["gpa"] in range(0xE0000, 0xF0000)
+        text = tool.run("check", str(pair.source), str(pair.destination)).output
+        assert f"GPA {clock['gpa']:#x}" in text
+        assert "kvmclock" in text
+        # The same page with another byte wrong is a loss all the same.
+        with pair.memory_file(1, "memfd:").open("r+b", buffering=0) as memory:
+            os.pwrite(memory.fileno(), b"!!", clock["gpa"] + 0x800)
+        checked(tool, pair, 1)
+
+
+def refused(tool: Tool, source: Path, destination: Path, exit_code: int, message: str) -> None:
+    outcome = tool.run("check", str(source), str(destination))
+    assert outcome.exit_code == exit_code, outcome.errors
+    assert message in outcome.errors
+    assert "Traceback" not in outcome.errors
+    assert not tool.leftovers()
+
+
+def test_a_guest_that_does_not_stand_still(tool: Tool, folder: Path) -> None:
+    with foreign_pair(find_qemu(None), folder, [*WITH_RAM0, *MEMORY["memfd"]]) as pair:
+        refused(tool, pair.source, pair.destination, 3, "source QEMU")
+        pair.monitors[0].execute("stop")
+        refused(tool, pair.source, pair.destination, 3, "still waits for a migration's data")
+        pair.monitors[0].execute("cont")
+        pair.migrate()
+        pair.monitors[1].execute("cont")
+        refused(tool, pair.source, pair.destination, 3, "pause it first (QMP 'stop'")
+
+
+def test_two_that_do_not_belong_together(tool: Tool, folder: Path) -> None:
+    other = [*WITH_RAM0[:3], "128", "-object", "memory-backend-memfd,id=ram0,size=128M,share=on"]
+    arguments = [*WITH_RAM0, *MEMORY["memfd"]]
+    qemu = find_qemu(None)
+    (folder / "a").mkdir()
+    (folder / "b").mkdir()
+    with (
+        foreign_pair(qemu, folder / "a", arguments) as pair,
+        foreign_pair(qemu, folder / "b", other) as greater,
+    ):
+        pair.migrate()
+        greater.migrate()
+        refused(tool, pair.source, pair.source, 2, "given for both sides")
+        refused(tool, pair.source, folder / "a" / "source-2", 2, "the same QEMU's")
+        refused(tool, pair.source, greater.destination, 3, "KiB of RAM in its physical map")
+
+
+def test_one_file_for_both_is_no_test(tool: Tool, folder: Path) -> None:
+    both = "memory-backend-file,id=ram0,size=64M,share=on,mem-path={folder}/both"
+    with foreign_pair(find_qemu(None), folder, [*WITH_RAM0, "-object", both]) as pair:
+        pair.migrate()
+        refused(tool, pair.source, pair.destination, 3, "in the same file")
+
+
+def test_a_busy_socket_is_named(tool: Tool, folder: Path) -> None:
+    with foreign_pair(find_qemu(None), folder, [*WITH_RAM0, *MEMORY["memfd"]]) as pair:
+        refused(tool, folder / "source-test", pair.destination, 3, "serves one client at a time")
+
+
+def test_a_vcpus_pages_are_compared_too(tool: Tool, folder: Path) -> None:
+    """A guest that writes while it is migrated, by a QEMU and at a size that lose nothing."""
+    size = "64M" if BUILDS else "65544K"
+    arguments = ["-machine", "q35,memory-backend=ram0", "-m", size, "-kernel", str(probe_guest())]
+    arguments += ["-object", f"memory-backend-memfd,id=ram0,size={size},share=on"]
+    qemu = next(reversed(BUILDS.values())) if BUILDS else find_qemu(None)
+    with foreign_pair(qemu, folder, arguments) as pair:
+        time.sleep(2)
+        pair.migrate()
+        assert checked(tool, pair, 0)["pages_known_to_differ"] == 0

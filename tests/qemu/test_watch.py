@@ -1,0 +1,99 @@
+"""`dmaproof watch` and `dmaproof dirty-rate` on QEMUs that the test starts itself."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from command import Tool
+from foreign_pair import Pair, foreign_pair
+from qmp_tools.bare_guest import probe_guest
+from qmp_tools.dirty_rate import VhostLogMeter
+from qmp_tools.qemu_choice import find_qemu
+
+pytestmark = pytest.mark.qemu
+
+
+def busy_guest() -> list[str]:
+    """A guest whose vCPU dirties 64 pages for ever."""
+    return ["-machine", "q35", "-m", "64", "-kernel", str(probe_guest())]
+
+
+def slow_down(pair: Pair) -> None:
+    pair.monitors[0].execute("migrate-set-parameters", max_bandwidth=1 << 20, downtime_limit=1)
+
+
+def test_a_migration_is_followed_to_its_end(
+    tool: Tool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("p")
+    with foreign_pair(find_qemu(None), folder, busy_guest()) as pair:
+        time.sleep(1)  # the guest boots
+        slow_down(pair)
+        running = tool.start("watch", str(pair.source), "--interval", "0.1")
+        running.wait_for_line("no migration yet")
+        pair.begin_to_migrate()
+        time.sleep(2)
+        pair.monitors[0].execute(
+            "migrate-set-parameters", max_bandwidth=1 << 30, downtime_limit=500
+        )
+        outcome = running.finish()
+    assert outcome.exit_code == 0, outcome.errors
+    lines = outcome.output.splitlines()
+    assert sum(line.startswith("active") for line in lines) > 5
+    assert any("remaining" in line and "bandwidth" in line for line in lines)
+    assert any("dirty rate" in line and ", end " in line for line in lines)
+    assert lines[-1].startswith("completed")
+    assert "downtime" in lines[-1]
+
+
+def test_a_cancelled_migration_is_no_success(
+    tool: Tool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("p")
+    with foreign_pair(find_qemu(None), folder, busy_guest()) as pair:
+        time.sleep(1)
+        slow_down(pair)
+        pair.begin_to_migrate()
+        running = tool.start("watch", str(pair.source), "--interval", "0.1")
+        time.sleep(1)
+        pair.monitors[0].execute("migrate_cancel")
+        outcome = running.finish()
+    assert outcome.exit_code == 3
+    assert "the migration cancelled" in outcome.errors
+
+
+def test_the_rate_of_a_guest_without_devices(
+    tool: Tool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("p")
+    with foreign_pair(find_qemu(None), folder, busy_guest()) as pair:
+        time.sleep(1)
+        outcome = tool.run("dirty-rate", str(pair.source), "--json")
+        assert outcome.exit_code == 0, outcome.errors
+        rates = json.loads(outcome.output)
+        assert rates["mode"] == "page-sampling"
+        assert rates["devices_bytes_per_s"] is None
+        text = tool.run("dirty-rate", str(pair.source)).output
+        assert "no log to read" in text
+        # It would end QEMU 7.2, and the guest in it.
+        refused = tool.run("dirty-rate", str(pair.source), "--mode", "dirty-bitmap")
+        assert refused.exit_code == 2
+        assert "runs without it" in refused.errors
+        assert pair.monitors[0].execute("query-status")["running"] is True
+
+
+def test_the_devices_log_is_found_in_qemu(tool: Tool) -> None:
+    """The log of a proof's own device: it fills while the migration runs, and is only read."""
+    running = tool.start("prove", "--bandwidth", "32M")
+    running.wait_for_line("migration active")
+    meter = VhostLogMeter(running.children()["source"], "source QEMU")
+    for _ in range(20):
+        meter.look()
+        time.sleep(0.05)
+    outcome = running.finish()
+    assert outcome.exit_code == 0, outcome.output + outcome.errors
+    assert meter.seconds > 0.5
+    assert meter.bytes_per_s

@@ -1,0 +1,50 @@
+"""The comparison of two extents: holes, data, and offsets at which memory backends begin."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dmaproof.page_compare import Extent, differing_pages
+from qmp_tools.testbed.ring_driver import PAGE, ram_fd
+
+PAGES = 12
+CONTENTS = st.lists(st.sampled_from([None, 0, 1, 2]), min_size=PAGES, max_size=PAGES)
+"""For each page None for a hole, or the byte that it is filled with."""
+
+
+def fill(fd: int, offset: int, contents: list[int | None]) -> None:
+    for page, byte in enumerate(contents):
+        if byte is not None:
+            os.pwrite(fd, bytes([byte]) * PAGE, offset + page * PAGE)
+
+
+@given(CONTENTS, CONTENTS, st.integers(0, 3), st.integers(0, 3))
+def test_pages_differ_where_their_bytes_do(
+    ours: list[int | None], theirs: list[int | None], our_start: int, their_start: int
+) -> None:
+    with ram_fd((PAGES + 8) * PAGE) as source, ram_fd((PAGES + 8) * PAGE) as destination:
+        # What stands before and behind the extents must not matter.
+        fill(source, 0, [3] * our_start)
+        fill(destination, (their_start + PAGES) * PAGE, [4])
+        fill(source, our_start * PAGE, ours)
+        fill(destination, their_start * PAGE, theirs)
+        found = differing_pages(
+            Extent(source, our_start * PAGE),
+            Extent(destination, their_start * PAGE),
+            PAGES * PAGE,
+            PAGE,
+        )
+    expected = [page for page in range(PAGES) if (ours[page] or 0) != (theirs[page] or 0)]
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("offset", "length", "page_size"), [(512, PAGE, PAGE), (0, PAGE + 1, PAGE), (0, PAGE, 512)]
+)
+def test_what_is_no_whole_page_is_refused(offset: int, length: int, page_size: int) -> None:
+    with ram_fd(4 * PAGE) as fd, pytest.raises(ValueError, match="page"):
+        differing_pages(Extent(fd, offset), Extent(fd), length, page_size)

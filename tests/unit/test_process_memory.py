@@ -1,0 +1,116 @@
+"""Shared memory found in a process: this one, with mappings of every kind."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dmaproof.errors import UntestableError
+from qmp_tools.process_memory import Mapping, mappings_of, parse_maps, shared_memory
+from qmp_tools.testbed.ring_driver import PAGE, ram_fd
+
+LENGTH = 4 * PAGE
+
+
+def address_of(mapping: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+
+
+def test_maps_are_read() -> None:
+    lines = [
+        "7f00-8f00 rw-s 00001000 00:01 1701                       /memfd:a b (deleted)\n",
+        "8f00-9f00 rw-p 00000000 00:00 0 \n",
+    ]
+    assert parse_maps(lines) == [
+        Mapping(0x7F00, 0x8F00, True, 0x1000, 1701, "/memfd:a b (deleted)"),
+        Mapping(0x8F00, 0x9F00, False, 0, 0, ""),
+    ]
+
+
+def test_a_memfd_is_read_where_it_is() -> None:
+    with ram_fd(2 * LENGTH) as fd, mmap.mmap(fd, LENGTH, offset=LENGTH) as mapping:
+        os.pwrite(fd, b"here", LENGTH + PAGE)
+        mappings, hva = mappings_of(os.getpid(), "me"), address_of(mapping) + PAGE
+        with shared_memory(os.getpid(), mappings, hva, PAGE) as memory:
+            assert memory is not None
+            assert (memory.offset, memory.inode) == (LENGTH + PAGE, os.fstat(fd).st_ino)
+            assert os.pread(memory.fd, 4, memory.offset) == b"here"
+
+
+def test_a_file_that_is_closed_is_found_by_its_mapping() -> None:
+    with ram_fd(LENGTH) as fd:
+        mapping = mmap.mmap(fd, LENGTH)
+    with mapping:
+        mapping[:4] = b"here"
+        mappings = mappings_of(os.getpid(), "me")
+        with shared_memory(os.getpid(), mappings, address_of(mapping), LENGTH) as memory:
+            if memory is None and os.geteuid():
+                pytest.skip("/proc/PID/map_files is for root: run the tests as root")
+            assert memory is not None
+            assert os.pread(memory.fd, 4, memory.offset) == b"here"
+
+
+@pytest.mark.parametrize("flags", [mmap.MAP_PRIVATE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS])
+def test_private_memory_is_nobodys_file(flags: int) -> None:
+    with ram_fd(LENGTH) as fd:
+        number = -1 if flags & mmap.MAP_ANONYMOUS else fd
+        with mmap.mmap(number, LENGTH, flags=flags) as mapping:
+            mappings = mappings_of(os.getpid(), "me")
+            with shared_memory(os.getpid(), mappings, address_of(mapping), LENGTH) as memory:
+                assert memory is None
+
+
+def test_huge_pages_are_left_to_qemu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their file cannot be mapped at the offsets at which a guest's regions begin."""
+    with ram_fd(LENGTH) as fd, mmap.mmap(fd, LENGTH) as mapping:
+        usual = os.fstatvfs(fd)
+        huge = os.statvfs_result((2 << 20, *usual[1:]))
+        monkeypatch.setattr(os, "fstatvfs", lambda fd: huge)
+        mappings = mappings_of(os.getpid(), "me")
+        with shared_memory(os.getpid(), mappings, address_of(mapping), LENGTH) as memory:
+            assert memory is None
+
+
+@pytest.mark.parametrize(
+    ("second", "found"),
+    [
+        (Mapping(0x2000, 0x3000, True, 0x1000, 1, "f"), True),
+        (Mapping(0x2000, 0x3000, True, 0, 1, "f"), False),
+        (Mapping(0x2000, 0x3000, True, 0x1000, 2, "g"), False),
+        (Mapping(0x2000, 0x3000, False, 0x1000, 1, "f"), False),
+        (Mapping(0x3000, 0x4000, True, 0x1000, 1, "f"), False),
+    ],
+)
+def test_a_file_in_several_mappings(
+    monkeypatch: pytest.MonkeyPatch, second: Mapping, found: bool
+) -> None:
+    """Memory policies split a backend's mapping; the pieces must be the same file, in order."""
+    with ram_fd(LENGTH) as fd:
+        monkeypatch.setattr("qmp_tools.process_memory._open", lambda pid, mapping: os.dup(fd))
+        mappings = [Mapping(0x1000, 0x2000, True, 0, 1, "f"), second]
+        with shared_memory(os.getpid(), mappings, 0x1000, 0x2000) as memory:
+            assert (memory is not None) == found
+
+
+def test_a_process_that_is_not_there() -> None:
+    gone = int(Path("/proc/sys/kernel/pid_max").read_text())
+    with pytest.raises(UntestableError, match="source QEMU"):
+        mappings_of(gone, "source QEMU")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user is needed: run the tests as root")
+def test_a_process_of_another_user() -> None:
+    nobody = 65534
+    with subprocess.Popen(["sleep", "60"]) as process:
+        os.seteuid(nobody)
+        try:
+            with pytest.raises(UntestableError, match=r"belongs to user root.*run this as root"):
+                mappings_of(process.pid, "source QEMU")
+        finally:
+            os.seteuid(0)
+            process.kill()

@@ -1,0 +1,311 @@
+"""Every report of an outcome says the same, and the JSON is what its schema says."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import jsonschema
+import numpy as np
+import pytest
+
+from dmaproof.evidence import HARVEST
+from dmaproof.trace import Link
+from qmp_tools import check_report, report
+from qmp_tools.check import Check, ComparedArea, Difference, NotCompared, Side
+from qmp_tools.device import DeviceOptions
+from qmp_tools.html_report import to_html
+from qmp_tools.junit_tap import to_junit, to_tap
+from qmp_tools.machine import Machine
+from qmp_tools.migration import Progress, parse_progress
+from qmp_tools.precopy import downtime_parts, harvest_list, passes
+from qmp_tools.proof import Proof, Setup
+from qmp_tools.ram_map import MapArea, RamMap, run_lengths
+from qmp_tools.verdict import Blame, GuestOutcome, LostPage, Sharpness, Verdict
+from qmp_tools.workload import Workload
+
+SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_text())
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+
+PAGES = 64
+SECOND = 1_000_000_000
+LOST = [
+    LostPage(
+        ram_offset=0x5000,
+        gpa=0x5000,
+        bytes_differing=9,
+        blame=Blame.DEVICE,
+        link=Link.ITERATOR,
+        iova=0x5000,
+        request=7,
+        queue=1,
+        kind="data",
+        seconds=1.5,
+        due_in_harvest=3,
+        last_seen_in_harvest={"tracker": 3, "iterator": 0, "translation": 0, "log": 0},
+    ),
+    LostPage(ram_offset=0x9000, gpa=None, bytes_differing=1, blame=Blame.ACCELERATOR),
+]
+SHARP = Sharpness(40, 20, 10, 5, 0, 0, 0)
+
+
+def progress(seconds: float, syncs: int, transferred: int, remaining: int) -> Progress:
+    ram = {"dirty-sync-count": syncs, "transferred": transferred, "remaining": remaining}
+    answer = parse_progress({"status": "active", "ram": {**ram, "total": 1 << 20}})
+    return replace(answer, time_ns=round(seconds * SECOND))
+
+
+HISTORY = [
+    progress(10.0, 1, 0, 900),
+    progress(10.5, 1, 600, 300),
+    progress(11.0, 2, 800, 500),
+    progress(11.5, 4, 1000, 100),
+    progress(12.0, 4, 1300, 0),
+]
+HARVESTS = np.array(
+    [
+        (1, 9.9 * SECOND, 1000, 4, 4),
+        (2, 10.6 * SECOND, 1000, 10, 8),
+        (3, 11.1 * SECOND, 1000, 6, 6),
+        (4, 11.96 * SECOND, 0.01 * SECOND, 3, 3),
+    ],
+    dtype=HARVEST,
+)
+MOMENTS = {"STOP": round(11.98 * SECOND), "completed": round(12.0 * SECOND)}
+
+
+def proof(lost: list[LostPage], sharpness: Sharpness = SHARP, errors: int = 0) -> Proof:
+    classes = np.zeros(PAGES, dtype=np.uint8)
+    classes[8:12] = 2
+    for page in lost:
+        classes[page.ram_offset // 4096] = 3
+    meanings = {name: f"what {name} means" for name in ("other", "device", "late", "lost")}
+    guest = GuestOutcome(1000, errors, 10, ["error <bad> & \x1b[0m"] if errors else [])
+    return Proof(
+        setup=Setup(
+            qemu=Path("/usr/bin/qemu"),
+            qemu_destination=Path("/usr/bin/qemu"),
+            machine=Machine("q35", "tcg", 64 << 20, 2, Path("kernel")),
+            guest="bare",
+            workload=Workload(seed=3),
+            device=DeviceOptions(seed=3, fault="drop-pages=0.01" if lost else None),
+        ),
+        verdict=Verdict(PAGES, lost, sharpness, guest),
+        qemu_version="9.2.0",
+        qemu_destination_version="9.2.0",
+        boot_s=1.0,
+        migration_s=2.0,
+        compare_s=0.1,
+        downtime_s=0.05,
+        history=HISTORY,
+        moments=MOMENTS,
+        harvests=HARVESTS,
+        ram_map=RamMap(meanings, [MapArea("ram", 0, 0, classes)]),
+        commands={"source QEMU": ["qemu", "-append", "a b <c>"]},
+        folder=None,
+    )
+
+
+def check(differing: list[int], known: list[int]) -> Check:
+    side = Side("/run/qmp", 4711, "9.2.0", "paused", "kvm", 60 << 20, 4 << 20)
+    pages = sorted(differing + known)
+    return Check(
+        source=side,
+        destination=side,
+        areas=[
+            ComparedArea(0, "m0", 0, 16, np.array([it for it in pages if it < 16], dtype=np.int64)),
+            ComparedArea(
+                16 * 4096,
+                "m0",
+                16 * 4096,
+                16,
+                np.array([it - 16 for it in pages if it >= 16], dtype=np.int64),
+            ),
+            ComparedArea(1 << 32, "m1", 0, 8, np.array([], dtype=np.int64)),
+        ],
+        differences=[
+            Difference(it * 4096, "m0", it * 4096, 3, None, "pvclock", "the firmware’s clock")
+            if it in known
+            else Difference(it * 4096, "m0", it * 4096, 3, "dimm0")
+            for it in pages
+        ],
+        not_compared=[NotCompared("m1", 0xA0000, 0x20000, "hidden, in private memory")],
+        notes=["the source tells of no completed migration"],
+        compare_s=0.2,
+    )
+
+
+UNTESTED = {
+    "schema_version": 1,
+    "kind": "prove-untested",
+    "verdict": "could not be tested: no QEMU",
+    "exit_code": 3,
+}
+ANSWERS: dict[str, dict[str, Any]] = {
+    "pass": report.to_json(proof([])),
+    "lost": report.to_json(proof(LOST, errors=2)),
+    "blunt": report.to_json(proof([], Sharpness(0, 0, 0, 0, 0, 0, 0))),
+    "control": {
+        **report.to_json(proof([])),
+        "control": {**report.to_json(proof(LOST)), "caught": True},
+    },
+    "equal": check_report.to_json(check([], [])),
+    "known": check_report.to_json(check([], [3])),
+    "differs": check_report.to_json(check([5, 6, 20], [3])),
+    "untested": UNTESTED,
+}
+CASES = {
+    "pass": ["passed"] * 3,
+    "lost": ["failed", "failed", "passed"],
+    "blunt": ["passed", "passed", "passed", "error"],
+    "control": ["passed"] * 3,
+    "equal": ["passed"],
+    "known": ["passed"],
+    "differs": ["failed"],
+    "untested": ["error"],
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_the_json_is_what_its_schema_says(name: str) -> None:
+    answer = json.loads(json.dumps(ANSWERS[name]))
+    VALIDATOR.validate(answer)
+    for member in answer:
+        if member not in ("control", "commands"):
+            without = {key: value for key, value in answer.items() if key != member}
+            assert not VALIDATOR.is_valid(without), member
+
+
+def test_the_schema_refuses_what_is_wrong() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    for path, value in (
+        (("lost_pages", 0, "blame"), "gremlins"),
+        (("ram_map", "areas", 0, "runs", 0), [1]),
+        (("migration", "harvests", 0, "merged_pages"), -1),
+        (("setup", "seed"), "three"),
+    ):
+        answer: Any = copy.deepcopy(ANSWERS["lost"])
+        place = answer
+        for step in path[:-1]:
+            place = place[step]
+        place[path[-1]] = value
+        assert not VALIDATOR.is_valid(answer), path
+
+
+class Page(HTMLParser):
+    """Follows the tags; what is opened must be closed, and nothing may be fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "img", "iframe", "object"), tag
+        assert not {name for name, _ in attrs} & {"src", "href", "srcset"}
+        if tag not in ("meta", "br", "path", "rect"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        assert tag in ("path", "rect"), tag
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("path", "rect"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_the_page_is_whole_and_needs_nothing_else(name: str) -> None:
+    html = to_html(ANSWERS[name])
+    page = Page()
+    page.feed(html)
+    assert page.open == []
+    assert ANSWERS[name]["verdict"][1:] in page.text
+    assert "http" not in html.replace("http-equiv", "")
+    assert "url(" not in html
+    assert "nan" not in re.findall(r'[dxy]="[^"]*"', html)
+
+
+def test_the_page_tells_of_the_lost_pages() -> None:
+    page = Page()
+    page.feed(to_html(ANSWERS["lost"]))
+    for told in ("0x5000", "iterator", "accelerator", "qemu -append 'a b <c>'", "planted"):
+        assert told in page.text
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_junit_and_tap_agree(name: str) -> None:
+    suite = ElementTree.fromstring(to_junit(ANSWERS[name]))
+    outcomes = []
+    for case in suite.iter("testcase"):
+        kinds = [child.tag for child in case]
+        outcomes.append({"failure": "failed"}.get(kinds[0], kinds[0]) if kinds else "passed")
+    expected = CASES[name]
+    assert outcomes[: len(expected)] == expected
+    assert suite.get("failures") == str(outcomes.count("failed"))
+    assert suite.get("errors") == str(outcomes.count("error"))
+    assert suite.get("tests") == str(len(outcomes))
+    tap = to_tap(ANSWERS[name]).splitlines()
+    assert tap[:2] == ["TAP version 14", f"1..{len(outcomes)}"]
+    lines = [line for line in tap if re.match(r"(not )?ok \d", line)]
+    assert ["not ok" not in line for line in lines] == [it == "passed" for it in outcomes]
+
+
+def test_a_control_that_is_not_caught_is_no_pass() -> None:
+    answer = {**ANSWERS["control"], "control": {**ANSWERS["control"]["control"], "caught": False}}
+    suite = ElementTree.fromstring(to_junit(answer))
+    assert suite.get("errors") == "1"
+    assert "not ok 5 - the planted fault is caught" in to_tap(answer)
+
+
+def test_passes_have_what_happened_in_them() -> None:
+    found = passes(HISTORY, harvest_list(HARVESTS, HISTORY[0].time_ns))
+    assert [it["sync"] for it in found] == [1, 2, 4]
+    assert [it["harvested_pages"] for it in found] == [14, 6, 3]
+    assert [it["merged_pages"] for it in found] == [12, 6, 3]
+    assert [it["sent_bytes"] for it in found] == [800, 200, 300]
+    assert sum(it["harvests"] for it in found) == len(HARVESTS)
+
+
+def test_downtime_is_told_in_full() -> None:
+    parts = downtime_parts(MOMENTS, HARVESTS, 0.05)
+    assert [it["seconds"] for it in parts] == pytest.approx([0.01, 0.01, 0.01, 0.02])
+    assert parts[1]["what"] == "the device harvests a last time"
+    later = downtime_parts({**MOMENTS, "device": MOMENTS["STOP"] + 5_000_000}, HARVESTS, 0.05)
+    assert [it["seconds"] for it in later] == pytest.approx([0.01, 0.01, 0.01, 0.005, 0.015])
+    assert downtime_parts({}, HARVESTS, 0.05) == []
+    assert downtime_parts(MOMENTS, HARVESTS, None) == []
+
+
+def test_run_lengths_hold_every_page() -> None:
+    classes = np.array([0, 0, 3, 1, 1, 1], dtype=np.uint8)
+    assert run_lengths(classes) == [[0, 2], [3, 1], [1, 3]]
+    assert run_lengths(classes[:0]) == []
+
+
+def test_a_checks_map_joins_what_follows_each_other() -> None:
+    ram_map = ANSWERS["differs"]["ram_map"]
+    assert [(it["gpa"], it["pages"]) for it in ram_map["areas"]] == [(0, 32), (1 << 32, 8)]
+    runs = [[0, 3], [1, 1], [0, 1], [2, 2], [0, 13], [2, 1], [0, 11]]
+    assert ram_map["areas"][0]["runs"] == runs
+    assert [it["pages"] for it in ram_map["classes"]] == [36, 1, 3]
+
+
+def test_a_checks_text_joins_runs_and_names_what_is_known() -> None:
+    text = check_report.to_text(check([5, 6, 20], [3]))
+    assert text.startswith("FAIL: 3 of 40 pages differ, and 1 more that are known to differ")
+    assert "GPA 0x5000 to 0x6fff (m0 +0x5000, DIMM dimm0): 6 bytes differ in 2 pages" in text
+    assert "GPA 0x3000 (m0 +0x3000): 3 bytes differ (pvclock): the firmware’s clock" in text
+    assert "not compared m1 0xa0000 to 0xbffff: hidden, in private memory" in text
+    assert check([], [3]).exit_code == 0
+    assert check([5], [3]).exit_code == 1

@@ -27,7 +27,7 @@ _PROVE_EXAMPLES: Final = """\
 examples:
   dmaproof prove                              the system's QEMU, everything chosen for you
   dmaproof prove --fault drop-pages=0.01      must fail: shows that losses are caught
-  dmaproof prove --memory 5G --way tcp
+  dmaproof prove --qemu 11.1 --memory 5G --way tcp
   dmaproof prove --guest bare                 no kernel to boot: the quickest proof
   dmaproof prove --workload pattern=sequential,huge_every=4
   dmaproof prove --qemu 11.1 --qemu-destination /usr/bin/qemu-system-x86_64

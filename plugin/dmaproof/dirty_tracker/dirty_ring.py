@@ -68,8 +68,8 @@ class DirtyRing:
                 self.full_exits += 1
                 self._collect_and_reset(self._writable)
             here = min(pages, len(self._ring) - self._filled)
-            numbers = np.arange(first, first + here, dtype=np.uint64)
-            self._writable.add_pages(numbers)
+            self._writable.add_run(first, here)
+            numbers = first if here == 1 else np.arange(first, first + here, dtype=np.uint64)
             self._ring[self._filled : self._filled + here] = numbers
             self._filled += here
             first, pages = first + here, pages - here

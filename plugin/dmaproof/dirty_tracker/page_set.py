@@ -87,6 +87,11 @@ class PageSet:
             self._spans.append(_Span(first, end, bits))
         self._starts = [span.first for span in self._spans]
 
+    def add_run(self, first: int, pages: int) -> None:
+        """Add `pages` pages from number `first` on."""
+        for span, low, high in self._touched(first << self._shift, pages << self._shift):
+            _core.set_bits(span.bits, low - span.first, high - low, False)
+
     def add_pages(self, pages: NDArray[np.uint64]) -> None:
         """Add pages by their numbers."""
         for span in self._spans:

@@ -79,6 +79,8 @@ def fresh_folder(target: Path) -> Iterator[Path | None]:
         if target.is_dir():
             yield None
             return
+        for left in target.parent.glob("new-*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         fresh = Path(tempfile.mkdtemp(prefix="new-", dir=target.parent))
         try:
             yield fresh

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * The device's folder in debugfs, for whoever tests without owning the device: see control.h.
+ */
+#include <linux/debugfs.h>
+#include <linux/slab.h>
+#include <linux/vmalloc.h>
+
+#include "device.h"
+
+#define OPS_AT_ONCE 65536
+
+static struct dentry *root;
+
+static ssize_t control_write(struct file *file, const char __user *buffer, size_t count,
+			     loff_t *pos)
+{
+	struct dmaproof_device *device = file->private_data;
+	size_t ops = min_t(size_t, count / sizeof(struct dmaproof_op), OPS_AT_ONCE);
+	int ret;
+
+	if (!ops || count % sizeof(struct dmaproof_op))
+		return -EINVAL;
+
+	struct dmaproof_op *copy __free(kvfree) = vmemdup_user(buffer, ops * sizeof(*copy));
+
+	if (IS_ERR(copy))
+		return PTR_ERR(no_free_ptr(copy));
+	ret = dmaproof_execute(device, copy, ops);
+	return ret ?: ops * sizeof(*copy);
+}
+
+static const struct file_operations control = {
+	.owner = THIS_MODULE,
+	.open = simple_open,
+	.write = control_write,
+};
+
+static ssize_t bar_read(struct file *file, char __user *buffer, size_t count, loff_t *pos)
+{
+	struct dmaproof_device *device = file->private_data;
+	struct dmaproof_registers registers;
+
+	mutex_lock(&device->lock);
+	registers = device->registers;
+	mutex_unlock(&device->lock);
+	return simple_read_from_buffer(buffer, count, pos, &registers, sizeof(registers));
+}
+
+static ssize_t bar_write(struct file *file, const char __user *buffer, size_t count, loff_t *pos)
+{
+	struct dmaproof_device *device = file->private_data;
+	struct dmaproof_registers registers = {};
+	loff_t start = *pos;
+	ssize_t ret = simple_write_to_buffer(&registers, sizeof(registers), pos, buffer, count);
+
+	if (ret <= 0)
+		return ret;
+	mutex_lock(&device->lock);
+	dmaproof_bar_write(device, start, (u8 *)&registers + start, ret);
+	mutex_unlock(&device->lock);
+	return ret;
+}
+
+static const struct file_operations bar = {
+	.owner = THIS_MODULE,
+	.open = simple_open,
+	.read = bar_read,
+	.write = bar_write,
+	.llseek = default_llseek,
+};
+
+static ssize_t journal_read(struct file *file, char __user *buffer, size_t count, loff_t *pos)
+{
+	struct dmaproof_device *device = file->private_data;
+	u32 used;
+
+	mutex_lock(&device->lock);
+	used = device->journal_used;
+	mutex_unlock(&device->lock);
+	/* Entries are only added while somebody has the device open. */
+	return simple_read_from_buffer(buffer, count, pos, device->journal,
+				       used * sizeof(*device->journal));
+}
+
+static const struct file_operations journal = {
+	.owner = THIS_MODULE,
+	.open = simple_open,
+	.read = journal_read,
+	.llseek = default_llseek,
+};
+
+static ssize_t stats_read(struct file *file, char __user *buffer, size_t count, loff_t *pos)
+{
+	struct dmaproof_device *device = file->private_data;
+	struct dmaproof_tracker *tracker = &device->tracker;
+	char text[256];
+	int length;
+
+	mutex_lock(&device->lock);
+	mutex_lock(&tracker->lock);
+	length = scnprintf(text, sizeof(text),
+			   "state %d\nlogging %d\npage_size %llu\nwrites %u\nstarts %llu\n"
+			   "stops %llu\nreports %llu\nreported %llu\ndropped %llu\n",
+			   device->state, tracker->on, tracker->page_size, device->journal_used,
+			   tracker->starts, tracker->stops, tracker->reports, tracker->reported,
+			   tracker->dropped);
+	mutex_unlock(&tracker->lock);
+	mutex_unlock(&device->lock);
+	return simple_read_from_buffer(buffer, count, pos, text, length);
+}
+
+static const struct file_operations stats = {
+	.owner = THIS_MODULE,
+	.open = simple_open,
+	.read = stats_read,
+	.llseek = default_llseek,
+};
+
+void dmaproof_control_init(void)
+{
+	root = debugfs_create_dir("dmaproof", NULL);
+}
+
+void dmaproof_control_exit(void)
+{
+	debugfs_remove(root);
+}
+
+void dmaproof_control_add(struct dmaproof_device *device, const char *name)
+{
+	device->folder = debugfs_create_dir(name, root);
+	debugfs_create_file("control", 0200, device->folder, device, &control);
+	debugfs_create_file("bar", 0600, device->folder, device, &bar);
+	debugfs_create_file("journal", 0400, device->folder, device, &journal);
+	debugfs_create_file("stats", 0400, device->folder, device, &stats);
+}
+
+void dmaproof_control_remove(struct dmaproof_device *device)
+{
+	debugfs_remove(device->folder);
+}

@@ -1,0 +1,148 @@
+"""Runs one command in L1, and never hangs: L1 is a QEMU like any other of a run.
+
+The run's folder is shared with L1 at /mnt: the command goes in there, and what it writes there is
+outside when it is done. Lines that the command prints come out while it runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import qemu.qmp
+
+from dmaproof import _core, errors
+from dmaproof.errors import UntestableError
+
+from ..guest_build import Say
+from ..process import log_tail
+from ..qemu import Qemu
+from .kernel import MODULE, l1_kernel, l1_module
+from .root import COMPILE_PYTHON, l1_root, run_inside
+
+_COMMAND_LINE: Final = (
+    "console=ttyS0 quiet panic=-1 nokaslr tsc=reliable no_timer_check "
+    "transparent_hugepage=madvise iommufd.allow_unsafe_interrupts=1 "
+    "root=root rootfstype=9p rootflags=trans=virtio,version=9p2000.L,msize=512000,cache=loose "
+    "ro init=/init"
+)
+_JOB: Final = "job"
+_COMPILE_S: Final = 120.0
+
+
+@dataclass(frozen=True)
+class L1:
+    """What L1 is made of."""
+
+    root: Path
+    kernel: Path
+    module: Path
+    memory_mib: int = 2048
+    cpus: int = 2
+
+
+def l1(say: Say = lambda text: None) -> L1:
+    """L1, built the first time: some 6 minutes on two cores.
+
+    Raises:
+        UntestableError: it cannot be built here; the message says what is missing.
+    """
+    root = l1_root(say)
+    kernel = l1_kernel(root, say)
+    return L1(root, kernel, l1_module(root, kernel, say))
+
+
+async def run_in_l1(
+    machine: L1,
+    binary: Path,
+    command: str,
+    folder: Path,
+    heard: Callable[[str], None],
+    timeout_s: float,
+) -> tuple[int, Path]:
+    """Boot L1 with the QEMU `binary`, run the shell `command` in it, and wait for its end.
+
+    The command finds our Python packages in PYTHONPATH, and the kernel modules that L1 needs in
+    /mnt/modules. `heard` is given each line that it prints. Returns its exit code and the folder
+    that was its /mnt.
+
+    Raises:
+        UntestableError: L1 does not boot, ends too early, or takes longer than `timeout_s`.
+    """
+    job = folder / _JOB
+    _fill(job, machine, command)
+    running = await Qemu.start("L1", binary, _arguments(machine, job), folder)
+    try:
+        async with asyncio.timeout(timeout_s):
+            reading = asyncio.ensure_future(_read(running, heard))
+            await running.process.died
+            await reading
+    except TimeoutError:
+        raise UntestableError(
+            f"L1's command took longer than {timeout_s:.0f} s\n{log_tail(running.console)}".rstrip()
+        ) from None
+    finally:
+        await running.end()
+    try:
+        return int((job / "exit-code").read_text()), job
+    except (OSError, ValueError):
+        raise UntestableError(
+            f"L1 ended before its command did ({running.process.how_it_ended()})\n"
+            f"{running.process.log_tail()}\n{log_tail(running.console)}".rstrip()
+        ) from None
+
+
+async def _read(running: Qemu, heard: Callable[[str], None]) -> None:
+    with contextlib.suppress(ConnectionError):
+        while line := await running.report.readline():
+            heard(line.decode(errors="replace").rstrip())
+
+
+def _arguments(machine: L1, job: Path) -> list[str]:
+    return [
+        *("-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max"),
+        *("-m", f"{machine.memory_mib}M", "-smp", str(machine.cpus), "-no-reboot"),
+        *("-kernel", os.fspath(machine.kernel / "vmlinux"), "-append", _COMMAND_LINE),
+        *("-fsdev", f"local,id=root,path={machine.root},security_model=none,readonly=on"),
+        *("-device", "virtio-9p-pci,fsdev=root,mount_tag=root"),
+        *("-fsdev", f"local,id=job,path={job},security_model=none"),
+        *("-device", "virtio-9p-pci,fsdev=job,mount_tag=job"),
+    ]
+
+
+def _fill(job: Path, machine: L1, command: str) -> None:
+    """What L1's command finds in /mnt."""
+    python = job / "python"
+    _copy_packages(python)
+    run_inside(
+        machine.root, python, COMPILE_PYTHON, "compiling Python for L1", _COMPILE_S, WHAT="/mnt"
+    )
+    modules = job / "modules"
+    modules.mkdir()
+    for file in (*(machine.kernel / "modules").glob("*.ko"), machine.module):
+        shutil.copy(file, modules)
+    (job / "command").write_text(
+        "export PYTHONPATH=/mnt/python PYTHONDONTWRITEBYTECODE=1\n"
+        f"insmod /mnt/modules/mdev.ko && insmod /mnt/modules/{MODULE}.ko || exit 3\n"
+        f"{command}\n"
+    )
+
+
+def _copy_packages(target: Path) -> None:
+    """Copy our Python packages, with the C extension, and the one that they need."""
+    folders = {
+        "dmaproof": Path(errors.__file__).parent,
+        "qmp_tools": Path(__file__).parents[1],
+        "qemu/qmp": Path(qemu.qmp.__file__).parent,
+    }
+    for name, folder in folders.items():
+        ignored = shutil.ignore_patterns("__pycache__", "*.c", "guests")
+        shutil.copytree(folder, target / name, ignore=ignored)
+    # An editable installation keeps the extension elsewhere.
+    shutil.copy(_core.__file__, target / "dmaproof")

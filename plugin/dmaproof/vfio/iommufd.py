@@ -1,0 +1,115 @@
+"""iommufd: I/O address spaces, hardware page tables, and the dirty bits of these."""
+
+from __future__ import annotations
+
+import os
+
+from . import abi
+from .requests import Bits, KernelFile, address_of, bitmap_for, request
+
+
+class Iommufd(KernelFile):
+    """An open /dev/iommu. Objects are numbers, all gone when it is closed.
+
+    Raises:
+        OSError: this kernel has no iommufd, or it may not be opened.
+    """
+
+    def __init__(self, path: str = "/dev/iommu") -> None:
+        super().__init__(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+
+    def alloc_ioas(self) -> int:
+        """A new, empty I/O address space."""
+        size = abi.IOAS_ALLOC_DATA.size
+        data = bytearray(abi.IOAS_ALLOC_DATA.pack(size, 0, 0))
+        request(self.fd, abi.IOAS_ALLOC, data)
+        return int(abi.IOAS_ALLOC_DATA.unpack(data)[2])
+
+    def map(self, ioas: int, iova: int, address: int, length: int) -> None:
+        """Let devices read and write `length` bytes of ours at `address` under `iova`.
+
+        Raises:
+            VfioError: it is mapped already, not aligned, or no memory.
+        """
+        flags = abi.IOAS_MAP_FIXED | abi.IOAS_MAP_READABLE | abi.IOAS_MAP_WRITEABLE
+        size = abi.IOAS_MAP_DATA.size
+        data = bytearray(abi.IOAS_MAP_DATA.pack(size, flags, ioas, 0, address, length, iova))
+        request(self.fd, abi.IOAS_MAP, data)
+
+    def unmap(self, ioas: int, iova: int, length: int) -> None:
+        """Take mappings back.
+
+        Raises:
+            VfioError: nothing is there, or the range cuts a mapping.
+        """
+        size = abi.IOAS_UNMAP_DATA.size
+        request(
+            self.fd, abi.IOAS_UNMAP, bytearray(abi.IOAS_UNMAP_DATA.pack(size, ioas, iova, length))
+        )
+
+    def set_huge_pages(self, ioas: int, allowed: bool) -> None:
+        """Whether entries of the IOAS's page tables may be larger than a page: without, dirty bits
+        are exact."""
+        size = abi.OPTION_DATA.size
+        data = abi.OPTION_DATA.pack(size, abi.OPTION_HUGE_PAGES, 0, 0, ioas, int(allowed))
+        request(self.fd, abi.OPTION, bytearray(data))
+
+    def alloc_hwpt(self, device: int, ioas: int, *, dirty_tracking: bool) -> int:
+        """A hardware page table of `ioas` for the device with iommufd's number `device`.
+
+        Raises:
+            VfioError: the IOMMU cannot track dirty pages.
+        """
+        flags = abi.HWPT_DIRTY_TRACKING if dirty_tracking else 0
+        size = abi.HWPT_ALLOC_DATA.size
+        data = bytearray(abi.HWPT_ALLOC_DATA.pack(size, flags, device, ioas, 0, 0, 0, 0, 0, 0, 0))
+        request(self.fd, abi.HWPT_ALLOC, data)
+        return int(abi.HWPT_ALLOC_DATA.unpack(data)[4])
+
+    def set_dirty_tracking(self, hwpt: int, enable: bool) -> None:
+        """Start or stop tracking; starting forgets what was dirty.
+
+        Raises:
+            VfioError: the page table was made without dirty tracking.
+        """
+        flags = abi.DIRTY_TRACKING_ENABLE if enable else 0
+        size = abi.SET_DIRTY_TRACKING_DATA.size
+        data = abi.SET_DIRTY_TRACKING_DATA.pack(size, flags, hwpt, 0)
+        request(self.fd, abi.HWPT_SET_DIRTY_TRACKING, bytearray(data))
+
+    def get_dirty_bitmap(
+        self,
+        hwpt: int,
+        iova: int,
+        length: int,
+        page_size: int,
+        *,
+        clear: bool = True,
+        bits: Bits | None = None,
+    ) -> Bits:
+        """What is dirty of `length` bytes from `iova` on, and forget it if `clear`.
+
+        Bit n of the uint64 words is the n-th page from `iova` on. The kernel ORs into `bits`, where
+        given.
+
+        Raises:
+            VfioError: tracking is not on, or range and page size do not fit each other.
+        """
+        bits = bitmap_for(length, page_size) if bits is None else bits
+        flags = 0 if clear else abi.DIRTY_BITMAP_NO_CLEAR
+        size = abi.GET_DIRTY_BITMAP_DATA.size
+        data = abi.GET_DIRTY_BITMAP_DATA.pack(
+            size, hwpt, flags, 0, iova, length, page_size, address_of(bits)
+        )
+        request(self.fd, abi.HWPT_GET_DIRTY_BITMAP, bytearray(data))
+        return bits
+
+    def destroy(self, number: int) -> None:
+        """Destroy an object.
+
+        Raises:
+            VfioError: there is none, or something uses it.
+        """
+        request(
+            self.fd, abi.DESTROY, bytearray(abi.DESTROY_DATA.pack(abi.DESTROY_DATA.size, number))
+        )

@@ -1,0 +1,331 @@
+"""The kernel's interfaces without a kernel: structures against its headers, errors, trackers."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from struct import Struct
+
+import numpy as np
+import pytest
+
+from dmaproof.dirty_tracker import DirtyTracker
+from dmaproof.errors import TrackerError
+from dmaproof.iova_bitmap import IovaBitmap, IovaRange
+from dmaproof.vfio import abi
+from dmaproof.vfio.abi import Feature, MigrationState, Request
+from dmaproof.vfio.device import VfioDevice, precopy_bytes
+from dmaproof.vfio.iommufd import Iommufd
+from dmaproof.vfio.requests import Bits, VfioError, bitmap_for, request
+from dmaproof.vfio.trackers import DmaLogging, HwptTracker, Type1Tracker
+from dmaproof.vfio.type1 import Container
+
+PAGE = 4096
+
+VFIO_STRUCTS: dict[str, Struct] = {
+    "vfio_group_status": abi.GROUP_STATUS,
+    "vfio_iommu_type1_dma_map": abi.TYPE1_DMA_MAP,
+    "vfio_iommu_type1_dma_unmap": abi.TYPE1_DMA_UNMAP,
+    "vfio_iommu_type1_dirty_bitmap": abi.TYPE1_DIRTY_BITMAP,
+    "vfio_region_info": abi.REGION_INFO,
+    "vfio_irq_info": abi.IRQ_INFO,
+    "vfio_device_feature": abi.DEVICE_FEATURE,
+    "vfio_device_feature_migration": abi.DATA_MIGRATION,
+    "vfio_device_feature_mig_state": abi.DATA_MIG_STATE,
+    "vfio_device_feature_dma_logging_control": abi.DATA_LOGGING_CONTROL,
+    "vfio_device_feature_dma_logging_range": abi.DATA_LOGGING_RANGE,
+    "vfio_device_feature_dma_logging_report": abi.DATA_LOGGING_REPORT,
+}
+VFIO_REQUESTS: dict[str, Request] = {
+    "VFIO_GET_API_VERSION": abi.GET_API_VERSION,
+    "VFIO_CHECK_EXTENSION": abi.CHECK_EXTENSION,
+    "VFIO_SET_IOMMU": abi.SET_IOMMU,
+    "VFIO_GROUP_GET_STATUS": abi.GROUP_GET_STATUS,
+    "VFIO_GROUP_SET_CONTAINER": abi.GROUP_SET_CONTAINER,
+    "VFIO_GROUP_GET_DEVICE_FD": abi.GROUP_GET_DEVICE_FD,
+    "VFIO_IOMMU_MAP_DMA": abi.IOMMU_MAP_DMA,
+    "VFIO_IOMMU_UNMAP_DMA": abi.IOMMU_UNMAP_DMA,
+    "VFIO_IOMMU_DIRTY_PAGES": abi.IOMMU_DIRTY_PAGES,
+    "VFIO_DEVICE_GET_INFO": abi.DEVICE_GET_INFO,
+    "VFIO_DEVICE_GET_REGION_INFO": abi.DEVICE_GET_REGION_INFO,
+    "VFIO_DEVICE_GET_IRQ_INFO": abi.DEVICE_GET_IRQ_INFO,
+    "VFIO_DEVICE_RESET": abi.DEVICE_RESET,
+}
+IOMMUFD_SIZES: list[tuple[Struct, int]] = [
+    (abi.DESTROY_DATA, 8),
+    (abi.IOAS_ALLOC_DATA, 12),
+    (abi.IOAS_MAP_DATA, 40),
+    (abi.IOAS_UNMAP_DATA, 24),
+    (abi.OPTION_DATA, 24),
+    (abi.HWPT_ALLOC_DATA, 48),
+    (abi.SET_DIRTY_TRACKING_DATA, 16),
+    (abi.GET_DIRTY_BITMAP_DATA, 48),
+    (abi.BIND_IOMMUFD, 16),
+    (abi.ATTACH_PT, 12),
+    (abi.PRECOPY_INFO, 24),
+    (abi.TYPE1_DIRTY_BITMAP_GET, 8 + 40),
+]
+"""What older kernels' headers lack, from those of Linux 7.3."""
+
+
+def test_structures_and_numbers_are_those_of_the_kernels_headers(tmp_path: Path) -> None:
+    if shutil.which("cc") is None or not Path("/usr/include/linux/vfio.h").exists():
+        pytest.skip("no compiler or kernel headers: apt-get install gcc linux-libc-dev")
+    lines = [f'printf("%zu\\n", sizeof(struct {name}));' for name in VFIO_STRUCTS]
+    lines += [f'printf("%d\\n", {name});' for name in VFIO_REQUESTS]
+    lines += [f'printf("%d\\n", VFIO_DEVICE_FEATURE_{it.name});' for it in Feature if it < 9]
+    source = tmp_path / "sizes.c"
+    body = "\n".join(lines)
+    source.write_text(
+        f"#include <stdio.h>\n#include <linux/vfio.h>\nint main(void) {{ {body} return 0; }}\n"
+    )
+    subprocess.run(["cc", "-o", tmp_path / "sizes", source], check=True, timeout=60)
+    told = subprocess.run(
+        [tmp_path / "sizes"], check=True, capture_output=True, text=True, timeout=60
+    ).stdout.split()
+    ours = [it.size for it in VFIO_STRUCTS.values()]
+    ours += [it.number for it in VFIO_REQUESTS.values()]
+    ours += [int(it) for it in Feature if it < 9]
+    assert [int(number) for number in told] == ours
+
+
+@pytest.mark.parametrize(("structure", "size"), IOMMUFD_SIZES)
+def test_sizes_of_newer_structures(structure: Struct, size: int) -> None:
+    assert structure.size == size
+
+
+def test_numbers_of_iommufd() -> None:
+    assert abi.HWPT_GET_DIRTY_BITMAP.number == 0x3B8C
+    assert abi.HWPT_SET_DIRTY_TRACKING.number == 0x3B8B
+    assert abi.IOAS_MAP.number == 0x3B85
+    assert abi.DEVICE_BIND_IOMMUFD.number == 0x3B00 | 118
+    assert abi.DEVICE_ATTACH_PT.number == 0x3B00 | 119
+
+
+def test_a_refusal_names_request_errno_and_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(fd: int, number: int, data: object) -> int:
+        raise OSError(errno.E2BIG, "Argument list too long")
+
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
+    with pytest.raises(VfioError, match=r"DMA_LOGGING_START: E2BIG: .*256") as caught:
+        VfioDevice(-1).start_logging([IovaRange(0, PAGE)], PAGE)
+    assert caught.value.number == errno.E2BIG
+
+
+def test_a_file_that_is_no_device_is_told() -> None:
+    fd = os.open("/dev/null", os.O_RDWR)
+    try:
+        with pytest.raises(VfioError, match="ENOTTY: this kernel, or this device, does not know"):
+            request(fd, abi.HWPT_GET_DIRTY_BITMAP, bytearray(48))
+        assert not VfioDevice(fd).can_log()
+        assert not VfioDevice(fd).migration()
+        with pytest.raises(VfioError):
+            precopy_bytes(fd)
+    finally:
+        os.close(fd)
+
+
+def test_every_rule_is_told_for_an_errno_that_exists() -> None:
+    requests = [it for it in vars(abi).values() if isinstance(it, Request)]
+    assert len(requests) > 20
+    for rules in (*(it.rules for it in requests), *abi.FEATURE_RULES.values()):
+        assert all(number in errno.errorcode and text for number, text in rules.items())
+
+
+def test_a_device_that_is_not_bound_to_vfio_is_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(TrackerError, match="bind it to a VFIO driver"):
+        VfioDevice.open_cdev(tmp_path, Iommufd("/dev/null"))
+
+
+def test_start_logging_hands_over_ranges_and_takes_the_page_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def answer(fd: int, number: int, data: bytearray) -> int:
+        seen.append(abi.DATA_LOGGING_CONTROL.unpack_from(data, abi.DEVICE_FEATURE.size))
+        abi.DATA_LOGGING_CONTROL.pack_into(data, abi.DEVICE_FEATURE.size, 2 * PAGE, 2, 0, 0)
+        return 0
+
+    monkeypatch.setattr(fcntl, "ioctl", answer)
+    ranges = [IovaRange(0, PAGE), IovaRange(4 * PAGE, PAGE)]
+    assert VfioDevice(-1).start_logging(ranges, PAGE) == 2 * PAGE
+    assert seen[0][:3] == (PAGE, 2, 0)
+
+
+def test_set_state_returns_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(fd: int, number: int, data: bytearray) -> int:
+        abi.DATA_MIG_STATE.pack_into(data, abi.DEVICE_FEATURE.size, MigrationState.PRE_COPY, 17)
+        return 0
+
+    monkeypatch.setattr(fcntl, "ioctl", answer)
+    assert VfioDevice(-1).set_state(MigrationState.PRE_COPY) == 17
+    assert VfioDevice(-1).state is MigrationState.PRE_COPY
+
+
+# Trackers, on a kernel that is played -----------------------------------------------------------
+
+
+class Kernel:
+    """What the kernel would know: dirty pages, read and cleared by whole pages.
+
+    `mappings`: type1's; a question that cuts one is refused, as type1 does.
+    """
+
+    def __init__(self, mappings: Sequence[IovaRange] = ()) -> None:
+        self.dirty: set[int] = set()
+        self.on = False
+        self.mappings = list(mappings)
+        self.forgets_too_much = False
+
+    def read(self, iova: int, length: int, page_size: int) -> Bits:
+        assert self.on
+        assert iova % page_size == length % page_size == 0
+        if self.mappings:
+            assert IovaRange(iova, length) in self.mappings, "EINVAL: it cuts a mapping"
+        bits = bitmap_for(length, page_size)
+        first = iova // page_size
+        for page in sorted(self.dirty):
+            if first <= page < first + length // page_size:
+                bits[(page - first) // 64] |= np.uint64(1 << (page - first) % 64)
+                self.dirty.discard(page)
+        if self.forgets_too_much:
+            self.dirty.clear()
+        return bits
+
+
+class PlayedDevice(VfioDevice):
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__(-1)
+        self.kernel = kernel
+
+    def start_logging(self, ranges: Sequence[IovaRange], page_size: int) -> int:
+        self.kernel.on = True
+        return page_size
+
+    def stop_logging(self) -> None:
+        self.kernel.on = False
+
+    def report(self, iova: int, length: int, page_size: int, bits: Bits | None = None) -> Bits:
+        return self.kernel.read(iova, length, page_size)
+
+
+class PlayedIommufd(Iommufd):
+    def __init__(self, kernel: Kernel) -> None:
+        self.fd = -1
+        self.kernel = kernel
+
+    def set_dirty_tracking(self, hwpt: int, enable: bool) -> None:
+        self.kernel.on = enable
+
+    def get_dirty_bitmap(
+        self,
+        hwpt: int,
+        iova: int,
+        length: int,
+        page_size: int,
+        *,
+        clear: bool = True,
+        bits: Bits | None = None,
+    ) -> Bits:
+        return self.kernel.read(iova, length, page_size)
+
+
+class PlayedContainer(Container):
+    def __init__(self, kernel: Kernel) -> None:
+        self.fd = -1
+        self._groups = []
+        self.mappings = kernel.mappings
+        self.kernel = kernel
+
+    def set_dirty_tracking(self, enable: bool) -> None:
+        self.kernel.on = enable
+
+    def get_dirty_bitmap(
+        self, iova: int, length: int, page_size: int, bits: Bits | None = None
+    ) -> Bits:
+        return self.kernel.read(iova, length, page_size)
+
+
+RANGES = [IovaRange(0, 100 * PAGE), IovaRange(1 << 32, 300 * PAGE)]
+
+
+def played(name: str) -> tuple[Kernel, DirtyTracker]:
+    if name == "type1":
+        kernel = Kernel(RANGES)
+        return kernel, Type1Tracker(PlayedContainer(kernel))
+    kernel = Kernel()
+    if name == "hwpt":
+        return kernel, HwptTracker(PlayedIommufd(kernel), 1)
+    return kernel, DmaLogging(PlayedDevice(kernel))
+
+
+def collect(tracker: DirtyTracker, pieces: Sequence[IovaRange]) -> set[int]:
+    """The pages that the tracker tells when it is asked for `pieces`."""
+    told: set[int] = set()
+    for iova, length in pieces:
+        bits = bitmap_for(length + PAGE, PAGE)
+        with IovaBitmap(iova, length, PAGE, bits) as bitmap:
+            tracker.read_and_clear(bitmap, iova, length)
+            for dirty in bitmap.ranges():
+                last = (dirty.iova + dirty.length - 1) // PAGE
+                told.update(range(dirty.iova // PAGE, last + 1))
+    return told
+
+
+def cut(choose: random.Random, whole: IovaRange, pieces: int) -> list[IovaRange]:
+    """`whole` in pieces that are aligned to nothing."""
+    edges = sorted(
+        {0, whole.length, *(choose.randrange(1, whole.length) for _ in range(pieces - 1))}
+    )
+    return [IovaRange(whole.iova + low, high - low) for low, high in pairwise(edges)]
+
+
+@pytest.mark.parametrize("name", ["dma-logging", "hwpt", "type1"])
+def test_whatever_is_asked_for_no_page_is_lost(name: str) -> None:
+    choose = random.Random(7)
+    kernel, tracker = played(name)
+    assert tracker.start(RANGES, PAGE) == PAGE
+    everywhere = [page for it in RANGES for page in range(it.iova // PAGE, sum(it) // PAGE)]
+    for _ in range(50):
+        written = set(choose.sample(everywhere, 40))
+        kernel.dirty |= written
+        asked = [piece for whole in RANGES for piece in cut(choose, whole, choose.randint(1, 6))]
+        choose.shuffle(asked)
+        told = collect(tracker, asked)
+        assert written <= told
+        # What is told beyond it are pages that a question had cut: told once more, not made up.
+        assert collect(tracker, RANGES) <= told | written
+        assert not collect(tracker, RANGES)
+    tracker.stop()
+    assert not kernel.on
+
+
+def test_a_kernel_that_forgets_too_much_is_noticed() -> None:
+    kernel, tracker = played("dma-logging")
+    tracker.start(RANGES, PAGE)
+    kernel.forgets_too_much = True
+    kernel.dirty = {1, (1 << 32) // PAGE}
+    assert collect(tracker, RANGES) != {1, (1 << 32) // PAGE}
+
+
+@pytest.mark.parametrize("name", ["dma-logging", "hwpt", "type1"])
+def test_the_order_of_calls_is_held(name: str) -> None:
+    kernel, tracker = played(name)
+    with pytest.raises(TrackerError, match="not started"):
+        collect(tracker, RANGES)
+    tracker.stop()
+    tracker.start(RANGES, PAGE)
+    with pytest.raises(TrackerError, match="already"):
+        tracker.start(RANGES, PAGE)
+    kernel.dirty = {3}
+    tracker.stop()
+    tracker.start(RANGES, PAGE)
+    assert collect(tracker, RANGES) == {3}  # what the played kernel kept, not what we had

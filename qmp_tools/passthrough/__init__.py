@@ -1,0 +1,21 @@
+"""The passthrough route, proved without hardware: the real kernel, and QEMU's own vfio-pci.
+
+All of it runs in L1 (`qmp_tools.l1`), where the fake device's module is loaded; `inside` is what
+runs there, `prove` starts it from outside. Modules::
+
+    fake_device       the device, driven and watched through its control files
+    owner             a process that owns it, by iommufd or by the legacy container
+    mock_iommu        iommufd's test device: a page table whose dirty bits we set
+    rules             what the kernel promises, refuses, and does where nothing is promised:
+                      vfio_rules, iommufd_rules
+    states            VFIO's migration states and the device's state as a stream
+    differential      the kernel's iterator and trackers against ours, bit for bit
+    hwpt              the same for a page table's dirty bits
+    planted_faults    each fault of the module, caught every time
+    migrations        L2 to L2 with vfio-pci, each way with controls that must corrupt
+"""
+
+from typing import Final
+
+GROUPS: Final = ("rules", "states", "differential", "faults", "migration")
+"""Of proofs, in the order in which they are carried out."""

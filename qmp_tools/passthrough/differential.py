@@ -1,0 +1,264 @@
+"""The kernel's iterator against ours: the same reports into both, bit for bit.
+
+`iterator_cases` hands the kernel's iova_bitmap ranges through the device, thousands of random
+bitmaps of every size, alignment and page size, with bits that were set before and guard bytes on
+both sides. `dma_cases` lets the device write, and holds what the kernel reports against our
+`IovaBitmap` fed from the journal, and against RAM itself, in both directions.
+"""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmaproof.dirty_tracker import DirtyTracker
+from dmaproof.iova_bitmap import IovaBitmap, IovaRange
+from dmaproof.vfio.requests import bitmap_for
+from dmaproof.vfio.trackers import DmaLogging, Type1Tracker
+
+from .fake_device import Journal, content
+from .outcome import require
+from .owner import Owned, by_iommufd
+
+_PAGE: Final = 4096
+_GUARD_BYTES: Final = 64
+_UNIQUE_BYTES: Final = 16
+_SPACE: Final = IovaRange(0, 1 << 52)
+"""Where ranges are handed to the iterator; nothing is written there."""
+_MOST_PAGES: Final = 40 << 20
+"""More than two windows of the kernel's: it pins the bitmap of 2**24 pages at a time."""
+_RECORD_SHIFTS: Final = (12, 12, 12, 13, 16, 21, 30)
+
+
+def _case_pages(choose: random.Random) -> int:
+    """Few pages, about a word, about a page of bitmap; now and then more than a window."""
+    kind = choose.random()
+    if kind < 0.02:
+        return choose.randrange((16 << 20) + 1, _MOST_PAGES)
+    if kind < 0.3:
+        return choose.randrange(1, 70)
+    if kind < 0.6:
+        return choose.choice((64, 128, 320, 4096, 32768)) + choose.randrange(-2, 3)
+    return choose.randrange(1, 200_000)
+
+
+def _ranges(choose: random.Random, base: int, pages: int, page_size: int) -> list[tuple[int, int]]:
+    """Ranges inside a bitmap: parts of pages, runs of pages, and at the edges of words."""
+    length = pages * page_size
+    found = []
+    for _ in range(choose.choice((0, 1, 3, 20, 60))):
+        longest = choose.choice((1, page_size, 3 * page_size, 70 * page_size, length))
+        size = choose.randint(1, min(longest, length))
+        start = choose.randrange(length - size + 1)
+        if choose.random() < 0.3:  # at or about the edge of a word of the bitmap
+            start = start // (64 * page_size) * (64 * page_size)
+        found.append((base + start, size))
+    return found
+
+
+def iterator_cases(count: int, seed: int) -> tuple[str, dict[str, Any]]:
+    """`count` random bitmaps, each filled by the kernel's iterator and by ours."""
+    choose = random.Random(seed)
+    ranges = windows = 0
+    with by_iommufd() as owned:
+        owned.device.start_logging([_SPACE], _PAGE)
+        for case in range(count):
+            page_size = 1 << choose.choice(_RECORD_SHIFTS)
+            pages = _case_pages(choose)
+            base = choose.randrange(1 << 20) * page_size
+            asked = _ranges(choose, base, pages, page_size)
+            before = choose.choice((0, 0, 8, 2048, 0xFF1))
+            theirs = _filled(choose, before + -(-pages // 64) * 8)
+            ours = theirs.copy()
+            if asked:
+                owned.fake.mark(*_columns(asked))
+            bits = theirs[before + _GUARD_BYTES : -_GUARD_BYTES]
+            owned.device.report(base, pages * page_size, page_size, bits)  # type: ignore[arg-type]
+            with IovaBitmap(
+                base, pages * page_size, page_size, ours[before + _GUARD_BYTES :]
+            ) as bitmap:
+                for iova, length in asked:
+                    bitmap.set(iova, length)
+            require(
+                bool(np.array_equal(theirs, ours)),
+                f"seed {seed}, case {case}: {pages} pages of {page_size:#x} from {base:#x} on, "
+                f"bitmap at +{before:#x}: first byte that differs "
+                f"{int(np.flatnonzero(theirs != ours)[:1].sum())}",
+            )
+            ranges += len(asked)
+            windows += pages > 16 << 20
+        owned.device.stop_logging()
+    return (
+        f"{count} bitmaps, {ranges} ranges: equal to the bit, guards untouched",
+        {"cases": count, "ranges": ranges, "wider_than_a_window": windows, "seed": seed},
+    )
+
+
+def _filled(choose: random.Random, size: int) -> NDArray[np.uint8]:
+    """Bytes for a bitmap with guards: clean, or with bits that were set before."""
+    filled = np.zeros(size + 2 * _GUARD_BYTES, dtype=np.uint8)
+    filled[:_GUARD_BYTES] = filled[-_GUARD_BYTES:] = 0xA5
+    if choose.random() < 0.5:
+        for _ in range(8):
+            filled[_GUARD_BYTES + choose.randrange(size)] |= 1 << choose.randrange(8)
+    return filled
+
+
+def _columns(ranges: list[tuple[int, int]]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    table = np.array(ranges, dtype=np.uint64).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+def random_writes(choose: random.Random, window: IovaRange, count: int) -> list[tuple[int, int]]:
+    """Bursts of whole pages, and pieces that are aligned to nothing."""
+    found = []
+    for _ in range(count):
+        length = choose.choice((1, 512, _PAGE, choose.randint(1, 3 * _PAGE), 16 * _PAGE))
+        start = choose.randrange(window.length - length + 1)
+        if choose.random() < 0.5:
+            start = min(start // _PAGE * _PAGE, window.length - length)
+        found.append((window.iova + start, length))
+    return found
+
+
+def expected_bits(journal: Journal, query: IovaRange, page_size: int) -> NDArray[np.uint64]:
+    """What our iterator makes of the journal's writes that touch `query`."""
+    bits = bitmap_for(query.length, page_size)
+    with IovaBitmap(*query, page_size, bits) as bitmap:
+        for entry in journal:
+            first = max(int(entry["iova"]), query.iova)
+            end = min(int(entry["iova"] + entry["length"]), query.iova + query.length)
+            if first < end:
+                bitmap.set(first, end - first)
+    return bits
+
+
+def changed_pages(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which pages of memory are not what they were."""
+    changed: NDArray[np.bool_] = np.logical_or.reduce((before != after).reshape(-1, _PAGE), axis=1)
+    return changed
+
+
+def _pages_of(bits: NDArray[np.uint64], pages: int) -> NDArray[np.bool_]:
+    return np.unpackbits(bits.view(np.uint8), bitorder="little")[:pages].astype(bool)
+
+
+def dma_round(owned: Owned, choose: random.Random, writes: int) -> tuple[int, int]:
+    """The device writes, the kernel reports, and all three agree: report, journal and RAM.
+
+    Returns how many pages were dirty, and how many reports were asked for.
+
+    Raises:
+        ProofFailedError: they do not agree.
+    """
+    start = len(owned.fake.journal())
+    before = owned.memory.copy()
+    owned.fake.write(*_columns(random_writes(choose, owned.window, writes)))
+    written = owned.fake.journal()[start:]
+    require(len(written) == writes, f"{writes} writes, but {len(written)} in the journal")
+    _check_content(owned, written)
+    pages = len(owned.memory) // _PAGE
+    bits = np.zeros(pages, dtype=bool)
+    cuts = sorted({0, pages, *(choose.randrange(pages) for _ in range(choose.choice((0, 1, 5))))})
+    for low, high in pairwise(cuts):
+        query = IovaRange(owned.window.iova + low * _PAGE, (high - low) * _PAGE)
+        found = owned.device.report(*query, _PAGE)
+        expected = expected_bits(written, query, _PAGE)
+        require(
+            bool(np.array_equal(found, expected)),
+            f"IOVA {query.iova:#x} + {query.length:#x}: the kernel's bitmap is not ours: "
+            f"{int(np.bitwise_count(expected & ~found).sum())} pages missing, "
+            f"{int(np.bitwise_count(found & ~expected).sum())} too many",
+        )
+        bits[low:high] = _pages_of(found, high - low)
+        again = owned.device.report(*query, _PAGE)
+        require(not again.any(), "a second report is not empty")
+    changed = changed_pages(before, owned.memory)
+    require(bool((changed <= bits).all()), "RAM changed in pages that were not reported")
+    sure = _surely_changed(written, owned.window)
+    require(bool((sure <= changed).all()), "the journal has writes that are not in RAM")
+    require(bool((sure <= bits).all()), "pages were written that were not reported")
+    return int(bits.sum()), len(cuts) - 1
+
+
+def _surely_changed(written: Journal, window: IovaRange) -> NDArray[np.bool_]:
+    """The pages of which a write has so many bytes that they cannot be what they were by chance."""
+    sure = np.zeros(window.length // _PAGE, dtype=bool)
+    for entry in written:
+        start = int(entry["iova"]) - window.iova
+        end = start + int(entry["length"])
+        first, last = start // _PAGE, (end - 1) // _PAGE
+        sure[first + 1 : last] = True
+        for page in (first, last):
+            overlap = min(end, (page + 1) * _PAGE) - max(start, page * _PAGE)
+            sure[page] |= overlap >= _UNIQUE_BYTES
+    return sure
+
+
+def _check_content(owned: Owned, written: Journal) -> None:
+    """The last write of the round is in RAM to the byte: the journal is true."""
+    last = written[-1]
+    at = int(last["iova"]) - owned.window.iova
+    length = int(last["length"])
+    require(
+        bool(
+            np.array_equal(
+                owned.memory[at : at + length],
+                content(int(last["sequence"]), int(last["iova"]), length),
+            )
+        ),
+        f"write {int(last['sequence'])} is not what stands in RAM",
+    )
+
+
+def dma_cases(owned: Owned, rounds: int, seed: int) -> tuple[str, dict[str, Any]]:
+    """Rounds of random DMA with the device's own log."""
+    choose = random.Random(seed)
+    owned.device.start_logging([owned.window], _PAGE)
+    pages = reports = 0
+    for _ in range(rounds):
+        dirty, asked = dma_round(owned, choose, choose.choice((1, 10, 100)))
+        pages += dirty
+        reports += asked
+    owned.device.stop_logging()
+    return (
+        f"{rounds} rounds, {pages} dirty pages, {reports} reports: kernel, journal and RAM agree",
+        {"rounds": rounds, "pages": pages, "reports": reports, "seed": seed},
+    )
+
+
+def tracker_cases(owned: Owned, rounds: int, seed: int) -> tuple[str, dict[str, Any]]:
+    """The kernel's trackers by our protocol: whatever ranges are asked for, nothing is lost."""
+    choose = random.Random(seed)
+    trackers: dict[str, DirtyTracker] = {"dma-logging": DmaLogging(owned.device)}
+    if owned.container is not None:
+        trackers["type1"] = Type1Tracker(owned.container)
+    figures: dict[str, Any] = {"rounds": rounds, "seed": seed}
+    for name, tracker in trackers.items():
+        page_size = tracker.start([owned.window], _PAGE)
+        pages = 0
+        for _ in range(rounds):
+            start = len(owned.fake.journal())
+            owned.fake.write(*_columns(random_writes(choose, owned.window, 20)))
+            expected = expected_bits(owned.fake.journal()[start:], owned.window, page_size)
+            found = bitmap_for(owned.window.length, page_size)
+            cut = choose.randrange(1, owned.window.length)  # aligned to nothing
+            with IovaBitmap(*owned.window, page_size, found) as bitmap:
+                tracker.read_and_clear(bitmap, owned.window.iova, cut)
+                tracker.read_and_clear(bitmap, owned.window.iova + cut, owned.window.length - cut)
+            require(
+                bool(np.array_equal(found, expected)),
+                f"{name}: {int(np.bitwise_count(expected & ~found).sum())} pages missing, "
+                f"{int(np.bitwise_count(found & ~expected).sum())} too many",
+            )
+            # A page that was cut stays, and is told once more.
+            with IovaBitmap(*owned.window, page_size, found) as bitmap:
+                tracker.read_and_clear(bitmap, *owned.window)
+            pages += int(np.bitwise_count(expected).sum())
+        tracker.stop()
+        figures[name] = pages
+    return f"{', '.join(trackers)}: {rounds} rounds each, no page lost or made up", figures

@@ -1,0 +1,98 @@
+"""What runs in L1: all proofs, a line for each as it ends, and all of them as JSON.
+
+python3 -m qmp_tools.passthrough.inside RESULTS [--seed N] [--quick] [--only GROUP…]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from . import GROUPS, differential, hwpt, migrations, planted_faults, states
+from .outcome import Outcome, Proof, run
+from .owner import OWNERS
+from .rules import rules
+
+
+def _differential(seed: int, quick: bool) -> dict[str, Proof]:
+    cases, rounds = (200, 5) if quick else (3000, 40)
+
+    def owned(name: str, kind: str) -> Proof:
+        def carry_out() -> tuple[str, dict[str, object]]:
+            with OWNERS[name]() as owner:
+                if kind == "dma":
+                    return differential.dma_cases(owner, rounds, seed)
+                return differential.tracker_cases(owner, rounds // 2, seed)
+
+        return carry_out
+
+    proofs: dict[str, Proof] = {
+        "the kernel's iterator and ours": partial(differential.iterator_cases, cases, seed),
+        "the page table's dirty bits and our iterator": partial(hwpt.hwpt_cases, rounds * 7, seed),
+        "the page table as a tracker": partial(hwpt.hwpt_tracker_cases, rounds, seed),
+    }
+    for name in OWNERS:
+        proofs[f"random DMA, {name}"] = owned(name, "dma")
+        proofs[f"the kernel's trackers, {name}"] = owned(name, "trackers")
+    return proofs
+
+
+def _proofs(group: str, seed: int, quick: bool) -> dict[str, Proof]:
+    if group == "rules":
+        return rules()
+    if group == "states":
+        return {"transfer": states.transfer, "refusals": states.refusals}
+    if group == "differential":
+        return _differential(seed, quick)
+    if group == "faults":
+        rounds = 2 if quick else 10
+        proofs: dict[str, Proof] = {
+            name: partial(planted_faults.caught, name, rounds, seed)
+            for name in planted_faults.FAULTS
+        }
+        proofs["shift, in the iterators' comparison"] = partial(
+            planted_faults.caught_by_the_iterator, rounds, seed
+        )
+        return proofs
+    return migrations.proofs(seed)
+
+
+def carry_out(groups: list[str], seed: int, quick: bool) -> Iterator[Outcome]:
+    """The proofs of `groups`, one after another."""
+    for group in groups:
+        for name, proof in _proofs(group, seed, quick).items():
+            yield run(group, name, proof)
+
+
+def main() -> int:
+    """Carry out the proofs; returns 0 if all of them hold."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", nargs="*", choices=GROUPS, default=[])
+    arguments = parser.parse_args()
+    outcomes = []
+    for outcome in carry_out(arguments.only or list(GROUPS), arguments.seed, arguments.quick):
+        verdict = "ok" if outcome.passed else "FAILED"
+        print(f"{verdict}\t{outcome.group}: {outcome.name}: {outcome.found}", flush=True)
+        outcomes.append(outcome)
+    results = {
+        "kernel": platform.release(),
+        "seed": arguments.seed,
+        "seconds": round(time.monotonic(), 1),  # since L1's boot
+        "outcomes": [asdict(outcome) for outcome in outcomes],
+    }
+    arguments.results.write_text(json.dumps(results, indent=2) + "\n")
+    return 0 if all(outcome.passed for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

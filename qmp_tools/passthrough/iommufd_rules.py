@@ -1,0 +1,164 @@
+"""iommufd's rules: the dirty bits of a hardware page table, by its own test device.
+
+After io_pagetable.c and iova_bitmap.c in drivers/iommu/iommufd, and drivers/iommu/generic_pt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+
+from dmaproof.vfio.requests import Bits, address_of, bitmap_for
+
+from .mock_iommu import APERTURE, HUGE_ENTRY_BYTES, MockIommu, mock_iommu
+from .outcome import Rule, errno_of, refuses, require
+
+_PAGE: Final = 4096
+_WORD: Final = 64 * _PAGE
+"""What a word of the bitmap stands for."""
+_HUGE: Final = HUGE_ENTRY_BYTES
+_HALF_PAGES: Final = _HUGE // _PAGE // 2
+
+
+@contextlib.contextmanager
+def _tracking(length: int, *, huge: bool = False) -> Iterator[MockIommu]:
+    with mock_iommu(length, huge=huge) as mock:
+        mock.iommufd.set_dirty_tracking(mock.hwpt, True)
+        yield mock
+
+
+def _dirty(mock: MockIommu, iova: int, pages: int = 1, page_size: int = _PAGE) -> None:
+    bits = bitmap_for(pages * page_size, page_size)
+    bits.view(np.uint8)[:] = 0xFF
+    mock.set_dirty(iova, pages * page_size, page_size, bits)
+
+
+def _get(
+    mock: MockIommu, iova: int, length: int, bits: Bits | None = None, *, clear: bool = True
+) -> Bits:
+    return mock.iommufd.get_dirty_bitmap(mock.hwpt, iova, length, _PAGE, bits=bits, clear=clear)
+
+
+def _hwpt_refuses(expected: int, iova: int, length: int, page_size: int = _PAGE) -> str:
+    bits = np.zeros(64, dtype=np.uint64)
+    with _tracking(_WORD) as mock:
+        return refuses(
+            expected,
+            lambda: mock.iommufd.get_dirty_bitmap(mock.hwpt, iova, length, page_size, bits=bits),
+        )
+
+
+def _hwpt_end_of_space() -> str:
+    with _tracking(_WORD) as mock:
+        number = errno_of(lambda: _get(mock, 2**64 - _WORD, _WORD))
+    require(number != errno.EOVERFLOW, "EOVERFLOW")
+    return errno.errorcode.get(number, "no error")
+
+
+def _hwpt_odd_page_size() -> str:
+    with _tracking(_WORD) as mock:
+        _dirty(mock, APERTURE + 2 * _PAGE)
+        bits = np.zeros(64, dtype=np.uint64)
+        mock.iommufd.get_dirty_bitmap(mock.hwpt, APERTURE, _WORD, 0x3000, bits=bits)
+    require(int(bits[0]) == 1 << 2, f"{int(bits[0]):#x}")
+    return "0x3000 is taken, and acts as 0x1000"
+
+
+def _hwpt_enable_clears() -> str:
+    with _tracking(_WORD) as mock:
+        _dirty(mock, APERTURE)
+        mock.iommufd.set_dirty_tracking(mock.hwpt, False)
+        mock.iommufd.set_dirty_tracking(mock.hwpt, True)
+        bits = _get(mock, APERTURE, _WORD)
+    require(not bits.any(), f"{int(bits[0]):#x}")
+    return "nothing is dirty after it"
+
+
+def _hwpt_no_clear() -> str:
+    with _tracking(_WORD) as mock:
+        _dirty(mock, APERTURE + _PAGE)
+        found = [int(_get(mock, APERTURE, _WORD, clear=clear)[0]) for clear in (False, True, True)]
+    require(found == [2, 2, 0], str(found))
+    return "read, read again, gone"
+
+
+def _hwpt_ors() -> str:
+    with _tracking(_WORD) as mock:
+        _dirty(mock, APERTURE)
+        bits = _get(mock, APERTURE, _WORD, np.array([1 << 63], dtype=np.uint64))
+    require(int(bits[0]) == 1 << 63 | 1, f"{int(bits[0]):#x}")
+    return "bits that were set stay set"
+
+
+def _hwpt_hole() -> str:
+    """Three mappings of a word each; the middle one is taken away, the outer ones are dirty."""
+    with _tracking(_WORD) as mock:
+        memory = address_of(mock.memory)
+        mock.iommufd.map(mock.ioas, APERTURE + 2 * _WORD, memory, _WORD)
+        _dirty(mock, APERTURE)
+        _dirty(mock, APERTURE + 2 * _WORD)
+        first = _get(mock, APERTURE, 3 * _WORD)
+        later = _get(mock, APERTURE + 2 * _WORD, _WORD)
+    require(
+        int(first[0]) == 1 and int(first[2]) == 0 and int(later[0]) == 1,
+        f"{[int(word) for word in (*first, *later)]}",
+    )
+    return "success; the dirty page behind the hole is not told, but kept for the next question"
+
+
+def _huge_entry(iova: int) -> tuple[int, int, int]:
+    """A dirty huge entry of which half is asked for, from `iova` on.
+
+    Returns how many pages of that half are told, how many bits are set behind the bitmap, and how
+    many pages of the entry are dirty afterwards.
+    """
+    with _tracking(2 * _HUGE, huge=True) as mock:
+        _dirty(mock, APERTURE + _HUGE)
+        whole = _pages(_get(mock, APERTURE, 2 * _HUGE, clear=False))
+        require(whole == 2 * _HALF_PAGES, f"the entry is not huge: {whole} pages")
+        memory = bitmap_for(4 * _HUGE, _PAGE)
+        _get(mock, iova, _HUGE // 2, memory)
+        rest = _pages(_get(mock, APERTURE, 2 * _HUGE))
+    asked = _HALF_PAGES // 64
+    return _pages(memory[:asked]), _pages(memory[asked:]), rest
+
+
+def _pages(bits: Bits) -> int:
+    return int(np.bitwise_count(bits).sum())
+
+
+def _huge_cut_before() -> str:
+    told, beyond, rest = _huge_entry(APERTURE + _HUGE + _HUGE // 2)
+    found = f"{told} of {_HALF_PAGES} dirty pages told, {rest} dirty afterwards"
+    require((told, beyond, rest) == (0, 0, 0), found)
+    return found
+
+
+def _huge_cut_after() -> str:
+    told, beyond, rest = _huge_entry(APERTURE + _HUGE)
+    found = f"{told} pages told, {beyond} bits set behind the bitmap, {rest} pages dirty afterwards"
+    require((told, beyond, rest) == (_HALF_PAGES, _HALF_PAGES, 0), found)
+    return found
+
+
+def iommufd_rules() -> dict[str, Rule]:
+    """Every rule by what it says."""
+    return {
+        "HWPT: a length of 0 is EINVAL": lambda: _hwpt_refuses(errno.EINVAL, APERTURE, 0),
+        "HWPT: an unaligned IOVA is EINVAL": lambda: _hwpt_refuses(
+            errno.EINVAL, APERTURE + 512, _WORD
+        ),
+        "HWPT: a page size of 0 is EINVAL": lambda: _hwpt_refuses(errno.EINVAL, APERTURE, _WORD, 0),
+        "HWPT: a range that ends at 2**64 is no overflow": _hwpt_end_of_space,
+        "HWPT: a page size that is no power of two is taken": _hwpt_odd_page_size,
+        "HWPT: enabling forgets what was dirty": _hwpt_enable_clears,
+        "HWPT: NO_CLEAR reads without forgetting": _hwpt_no_clear,
+        "HWPT: only sets bits": _hwpt_ors,
+        "HWPT: a hole ends the walk, and the request succeeds": _hwpt_hole,
+        "HWPT: a huge entry that begins before the question is lost": _huge_cut_before,
+        "HWPT: a huge entry that ends behind the question overruns the bitmap": _huge_cut_after,
+    }

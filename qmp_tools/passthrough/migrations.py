@@ -1,0 +1,256 @@
+"""L2: QEMU's own vfio-pci on the fake device, migrated inside L1 while the device writes.
+
+L2 has no guest system, and no vCPU that would write either: nothing but the device does. Its engine
+writes a window of RAM round and round, each page with content that was never there, before, during
+and after every sync of the bitmap, until the device is stopped. So a page of the window whose dirty
+bit is lost once the first pass is over is stale on the destination, for certain.
+
+Every way is followed by controls: the same with a fault of the module planted, which must corrupt,
+and only the pages that were kept from the report.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..migration import WAYS, Limits, Migration
+from ..qemu import Qemu
+from ..ram import PAGE_BYTES, compare, ram_file
+from .fake_device import Engine, FakeDevice, Journal, dropped_pages, fake_device, planted
+from .outcome import Proof, require
+from .planted_faults import FAULTS
+
+_QEMU: Final = Path("/usr/bin/qemu-system-x86_64")
+_RAM_BYTES: Final = 64 << 20
+_ENGINE: Final = Engine(iova=8 << 20, length=8 << 20)
+_SENT_ONCE: Final = 2
+"""With the second sync of the bitmap, every page has been sent."""
+_SYNCS: Final = 4
+_REWRITES: Final = 1024
+"""As many syncs, and then writes, as the migration is held for."""
+_WARNING: Final = "doesn't support device and IOMMU dirty tracking"
+_HOLD_S: Final = 20.0
+_LIMITS: Final = Limits(downtime_s=60.0, timeout_s=60.0)
+_GOES_ON_S: Final = 10.0
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """How QEMU is to hear of dirty pages.
+
+    `device`: by the device's own log, else by type1's, which iommufd does not have. `precopy`: from
+    the start, else only once the device is stopped.
+    """
+
+    iommufd: bool = True
+    device: bool = True
+    precopy: bool = True
+
+    def arguments(self, device: FakeDevice) -> list[str]:
+        """QEMU's arguments for a vfio-pci on `device`."""
+        options = {
+            "sysfsdev": str(device.sysfs),
+            "enable-migration": "on",
+            "rombar": "0",
+            "x-device-dirty-page-tracking": "on" if self.device else "off",
+            "x-pre-copy-dirty-page-tracking": "on" if self.precopy else "off",
+        }
+        if self.iommufd:
+            options["iommufd"] = "iommufd0"
+        joined = ",".join(f"{name}={value}" for name, value in options.items())
+        iommufd = ["-object", "iommufd,id=iommufd0"] if self.iommufd else []
+        return [*iommufd, "-device", f"vfio-pci,{joined}"]
+
+
+@dataclass(frozen=True)
+class _Result:
+    differing: NDArray[np.int64]
+    journal: Journal
+    sent: int
+    """So many entries of the journal were there when every page had been sent once."""
+    stats: dict[str, int]
+    syncs: int
+    seconds: float
+    went_on: bool
+    warned: bool
+    """QEMU said at its start that nothing tracks."""
+
+    def rewritten(self) -> int:
+        """How many pages the device wrote after they had been sent: what would be lost."""
+        return len(np.unique(self.journal["iova"][self.sent :] // PAGE_BYTES))
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.journal)} writes, {self.rewritten()} pages rewritten after they were sent, "
+            f"{self.stats['reports']} reports, {self.syncs} syncs, {self.seconds:.1f} s"
+        )
+
+
+_TRACKINGS: Final[dict[str, Tracking]] = {
+    "iommufd, device log": Tracking(),
+    "iommufd, device log once stopped": Tracking(precopy=False),
+    "container, device log": Tracking(iommufd=False),
+    "container, device log once stopped": Tracking(iommufd=False, precopy=False),
+    "container, type1's log": Tracking(iommufd=False, device=False),
+}
+
+
+def proofs(seed: int) -> dict[str, Proof]:
+    """Every way of tracking, each followed by its controls."""
+    found: dict[str, Proof] = {}
+    for name, tracking in _TRACKINGS.items():
+        found[name] = partial(_equal, tracking)
+        if tracking.device:
+            # All faults on the first way, the one that is told apart page by page on each.
+            faults = FAULTS if tracking == Tracking() else ("drop",)
+            for fault in faults:
+                found[f"{name}, control: {fault}"] = partial(_corrupts, tracking, fault, seed)
+    found["iommufd, nothing tracks"] = _untracked
+    return found
+
+
+def _equal(tracking: Tracking) -> tuple[str, dict[str, Any]]:
+    """A migration after which all of RAM is equal."""
+    result = asyncio.run(_migrate(tracking))
+    require(not len(result.differing), f"{len(result.differing)} pages differ, {result}")
+    require(result.rewritten() > 0, f"nothing was tested, {result}")
+    require(result.went_on, "the device does not go on on the destination")
+    if tracking.device:
+        require(result.stats["reports"] > 0, "QEMU has never asked the device")
+    else:
+        require(result.stats["reports"] == 0, "QEMU asked the device, though it was told not to")
+    return f"0 of {_RAM_BYTES // PAGE_BYTES} pages differ, {result}", _figures(result)
+
+
+def _figures(result: _Result) -> dict[str, Any]:
+    return {
+        "differing": len(result.differing),
+        "certain": result.rewritten(),
+        "reports": result.stats["reports"],
+        "syncs": result.syncs,
+        "seconds": round(result.seconds, 1),
+    }
+
+
+def _untracked() -> tuple[str, dict[str, Any]]:
+    """With iommufd and without the device's log nobody tracks: no loss, or at least a warning."""
+    result = asyncio.run(_migrate(Tracking(device=False)))
+    require(result.rewritten() > 0, f"nothing was tested, {result}")
+    require(
+        result.warned or not len(result.differing),
+        f"{len(result.differing)} pages differ, and QEMU did not warn, {result}",
+    )
+    warned = "QEMU warned" if result.warned else "no warning"
+    return f"{warned}; {len(result.differing)} pages differ, {result}", _figures(result)
+
+
+def _corrupts(tracking: Tracking, fault: str, seed: int) -> tuple[str, dict[str, Any]]:
+    """The same with a fault, which must be seen, and nothing else."""
+    parameters = FAULTS[fault]
+    with planted(**parameters, seed=seed):
+        result = asyncio.run(_migrate(tracking))
+    written = np.unique(result.journal["iova"] // PAGE_BYTES).astype(np.int64)
+    may_differ = written
+    if fault == "drop":
+        may_differ = written[dropped_pages(written.astype(np.uint64), parameters["drop"], seed)]
+    require(len(result.differing) > 0, f"the fault is not seen, {result}")
+    strangers = np.setdiff1d(result.differing, may_differ)
+    require(not len(strangers), f"{len(strangers)} pages differ that the fault did not touch")
+    return f"{len(result.differing)} pages differ of {len(may_differ)} that were kept back", {
+        **_figures(result),
+        "kept_back": len(may_differ),
+    }
+
+
+async def _migrate(tracking: Tracking) -> _Result:
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    with (
+        fake_device() as here,
+        fake_device() as there,
+        tempfile.TemporaryDirectory(prefix="l2-") as temporary,
+    ):
+        folder = Path(temporary)
+        source = await Qemu.start("source", _QEMU, _arguments(tracking, here), folder)
+        try:
+            destination = await Qemu.start(
+                "destination",
+                _QEMU,
+                [*_arguments(tracking, there), "-incoming", "defer", "-S"],
+                folder,
+            )
+            try:
+                here.start(_ENGINE)
+                syncs, sent = await _hold_and_release(source, destination, here, folder)
+                with (
+                    ram_file(source.process.pid, "source") as ours,
+                    ram_file(destination.process.pid, "destination") as theirs,
+                ):
+                    differing = compare(ours, theirs)
+                journal, stats = here.journal(), here.stats()
+                went_on = await _goes_on(destination, there, int(journal["sequence"][-1]))
+            finally:
+                await destination.end()
+        finally:
+            await source.end()
+            warned = _WARNING in source.process.log.read_text(errors="replace")
+    return _Result(differing, journal, sent, stats, syncs, loop.time() - started, went_on, warned)
+
+
+def _arguments(tracking: Tracking, device: FakeDevice) -> list[str]:
+    return [
+        *("-machine", "q35,memory-backend=ram", "-accel", "qtest", "-m", f"{_RAM_BYTES >> 20}M"),
+        *("-object", f"memory-backend-memfd,id=ram,size={_RAM_BYTES},share=on"),
+        *tracking.arguments(device),
+    ]
+
+
+async def _hold_and_release(
+    source: Qemu, destination: Qemu, device: FakeDevice, folder: Path
+) -> tuple[int, int]:
+    """Migrate; held in precopy for some syncs and writes, unless it converges before.
+
+    Returns how often QEMU synced, and the writes that there were when all had been sent once.
+    """
+    loop = asyncio.get_running_loop()
+    migration = Migration(source.qmp, destination.qmp, WAYS["unix"], folder, _LIMITS)
+    await migration.start()
+    await migration.hold()
+    deadline = loop.time() + _HOLD_S
+    held = True
+    sent: int | None = None
+    async for progress in migration.follow():
+        writes = device.stats()["writes"]
+        if sent is None and progress.syncs >= _SENT_ONCE:
+            sent = writes
+        rewritten = sent is not None and writes >= sent + _REWRITES
+        if held and ((progress.syncs >= _SYNCS and rewritten) or loop.time() > deadline):
+            held = False
+            await migration.release()
+    await migration.destination_paused()
+    return migration.history[-1].syncs, device.stats()["writes"] if sent is None else sent
+
+
+async def _goes_on(destination: Qemu, device: FakeDevice, last: int) -> bool:
+    """Whether the device writes on the destination, with numbers that follow the source's."""
+    await destination.qmp.execute("cont")
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _GOES_ON_S
+    while loop.time() < deadline:
+        registers = device.registers()
+        if registers["error"]:
+            return False
+        if registers["sequence"] > last + 100:
+            first: Sequence[int] = device.journal()["sequence"][:1].tolist()
+            return list(first) == [last + 1]
+        await asyncio.sleep(0.05)
+    return False

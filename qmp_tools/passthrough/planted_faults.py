@@ -1,0 +1,55 @@
+"""Each fault of the module, planted again and again: the comparison must catch it every time."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, Final
+
+from dmaproof.errors import DmaproofError
+
+from .differential import dma_round, iterator_cases
+from .fake_device import planted
+from .outcome import ProofFailedError, require
+from .owner import by_iommufd
+
+FAULTS: Final[dict[str, dict[str, int]]] = {
+    "drop": {"drop": 50},
+    "shift": {"shift": 1},
+    "late": {"late": 2000},
+    "clear-before-read": {"clear_before_read": 200},
+}
+"""Parameters of the module by the fault's name."""
+_PAGE: Final = 4096
+_WRITES: Final = 60
+_CASES: Final = 30
+
+
+def caught(name: str, rounds: int, seed: int) -> tuple[str, dict[str, Any]]:
+    """`rounds` rounds of DMA with the fault planted; each must be told from a clean one."""
+    choose = random.Random(seed)
+    told: list[str] = []
+    for round_number in range(rounds):
+        # A device for each: what a fault holds back must not heal the next round.
+        with by_iommufd() as owned:
+            owned.device.start_logging([owned.window], _PAGE)
+            dma_round(owned, choose, _WRITES)  # clean, in the same set-up
+            with planted(**FAULTS[name], seed=seed + round_number):
+                try:
+                    dma_round(owned, choose, _WRITES)
+                except (ProofFailedError, DmaproofError) as error:
+                    told.append(str(error))
+    require(len(told) == rounds, f"caught {len(told)} of {rounds}")
+    return f"caught {rounds} of {rounds}; the first: {told[0]}", {"rounds": rounds, "seed": seed}
+
+
+def caught_by_the_iterator(rounds: int, seed: int) -> tuple[str, dict[str, Any]]:
+    """The comparison of iterators, with reports beside the place."""
+    told = 0
+    for round_number in range(rounds):
+        with planted(shift=1):
+            try:
+                iterator_cases(_CASES, seed + round_number)
+            except ProofFailedError:
+                told += 1
+    require(told == rounds, f"caught {told} of {rounds}")
+    return f"caught {rounds} of {rounds}", {"rounds": rounds, "seed": seed}

@@ -1,0 +1,247 @@
+"""VFIO's rules: DMA logging, the iterator behind it, and type1's dirty pages.
+
+After vfio_ioctl_device_feature_logging_… in drivers/vfio/vfio_main.c,
+drivers/iommu/iommufd/iova_bitmap.c and drivers/vfio/vfio_iommu_type1.c.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import mmap
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import numpy as np
+
+from dmaproof.iova_bitmap import IovaRange
+from dmaproof.vfio import abi
+from dmaproof.vfio.abi import Feature
+from dmaproof.vfio.requests import Bits, address_of, bitmap_for, feature
+
+from .outcome import Rule, refuses, require
+from .owner import IOVA, Owned, by_container, by_iommufd
+
+_PAGE: Final = 4096
+_WORD: Final = 64 * _PAGE
+"""What a word of the bitmap stands for."""
+
+
+@contextlib.contextmanager
+def _logging() -> Iterator[Owned]:
+    with by_iommufd() as owned:
+        owned.device.start_logging([IovaRange(0, 1 << 52)], _PAGE)
+        yield owned
+
+
+def _mark(owned: Owned, iova: int, length: int) -> None:
+    owned.fake.mark(np.array([iova], dtype=np.uint64), np.array([length], dtype=np.uint64))
+
+
+def _write(owned: Owned, iova: int, length: int = 1) -> None:
+    owned.fake.write(np.array([iova], dtype=np.uint64), np.array([length], dtype=np.uint64))
+
+
+# VFIO: starting ----------------------------------------------------------------------------------
+
+
+def _start(expected: int, ranges: list[IovaRange], page_size: int = _PAGE) -> str:
+    with by_iommufd() as owned:
+        return refuses(expected, lambda: owned.device.start_logging(ranges, page_size))
+
+
+def _start_256() -> str:
+    with by_iommufd() as owned:
+        owned.device.start_logging([IovaRange(i * 2 * _PAGE, _PAGE) for i in range(256)], _PAGE)
+    return "256 ranges are taken"
+
+
+def _start_other_page_size() -> str:
+    with by_iommufd() as owned:
+        used = owned.device.start_logging([IovaRange(0, _WORD)], 2048)
+    require(used == _PAGE, f"the page size became {used}")
+    return "2048 became 4096, as the device has it"
+
+
+def _start_rules() -> dict[str, Rule]:
+    start = IovaRange
+    return {
+        "START: no range is EINVAL": lambda: _start(errno.EINVAL, []),
+        "START: 256 ranges are taken": _start_256,
+        "START: 257 ranges are E2BIG": lambda: _start(
+            errno.E2BIG, [start(i * 2 * _PAGE, _PAGE) for i in range(257)]
+        ),
+        "START: a range not aligned to the page size is EINVAL": lambda: _start(
+            errno.EINVAL, [start(512, _PAGE)]
+        ),
+        "START: ranges that overlap are EINVAL": lambda: _start(
+            errno.EINVAL, [start(0, 2 * _PAGE), start(_PAGE, _PAGE)]
+        ),
+        "START: a range that ends at 2**64 is EOVERFLOW": lambda: _start(
+            errno.EOVERFLOW, [start(2**64 - _PAGE, _PAGE)]
+        ),
+        "START: the driver may change the page size": _start_other_page_size,
+    }
+
+
+# VFIO: reporting ---------------------------------------------------------------------------------
+
+
+def _report(expected: int, iova: int, length: int, page_size: int) -> str:
+    with _logging() as owned:
+        bits = np.zeros(64, dtype=np.uint64)
+        return refuses(expected, lambda: owned.device.report(iova, length, page_size, bits))
+
+
+def _report_ors() -> str:
+    with _logging() as owned:
+        bits = np.array([1 << 63], dtype=np.uint64)
+        _write(owned, IOVA)
+        owned.device.report(IOVA, _WORD, _PAGE, bits)
+    require(int(bits[0]) == 1 << 63 | 1, f"{int(bits[0]):#x}")
+    return "bits that were set stay set"
+
+
+def _report_clears() -> str:
+    with _logging() as owned:
+        _write(owned, IOVA)
+        first = owned.device.report(IOVA, _WORD, _PAGE)
+        second = owned.device.report(IOVA, _WORD, _PAGE)
+    require(int(first[0]) == 1 and not second.any(), f"{int(first[0]):#x}, {int(second[0]):#x}")
+    return "1 page, then none"
+
+
+def _report_unaligned_base() -> str:
+    """The bit index is relative to the base; a page about an unaligned base has two."""
+    with _logging() as owned:
+        _mark(owned, _WORD + _PAGE, _PAGE)
+        bits = owned.device.report(_WORD + 512, _WORD, _PAGE)
+    require(int(bits[0]) == 0b11, f"bits {int(bits[0]):#x}")
+    return "taken without error; one page set two bits"
+
+
+def _report_begins_before() -> str:
+    with _logging() as owned:
+        _mark(owned, _WORD - _PAGE, 3 * _PAGE)
+        bits = owned.device.report(_WORD, _WORD, _PAGE)
+    require(not bits.any(), f"bits {int(bits[0]):#x}")
+    return "3 pages reported from one page before the query on: none of the 2 inside arrived"
+
+
+def _report_runs_on() -> str:
+    with _logging() as owned:
+        _mark(owned, _WORD, 2 * _WORD)
+        bits = np.zeros(512, dtype=np.uint64)
+        owned.device.report(_WORD, _WORD, _PAGE, bits[:1])
+    beyond = int(np.bitwise_count(bits[1:]).sum())
+    require(int(bits[0]) == 2**64 - 1 and beyond > 0, f"{int(bits[0]):#x}, {beyond} bits behind it")
+    return f"{beyond} bits set behind the bitmap's 64"
+
+
+def _report_unmapped_bitmap() -> str:
+    """Two pages of address space, of which the second is taken away: the bitmap ends in it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    mapping = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+    memory = np.frombuffer(mapping, dtype=np.uint64)
+    none = ctypes.c_void_p(address_of(memory) + mmap.PAGESIZE)
+    if libc.mprotect(none, ctypes.c_size_t(mmap.PAGESIZE), 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    with _logging() as owned:
+        _mark(owned, mmap.PAGESIZE * 8 * _PAGE, _PAGE)  # the first bit of the second page
+        owned.device.report(0, 2 * mmap.PAGESIZE * 8 * _PAGE, _PAGE, memory)
+    libc.mprotect(none, ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ | mmap.PROT_WRITE)
+    require(not memory.any(), "the bit arrived")
+    return "the report succeeds, the bit is lost"
+
+
+def _report_half_the_space() -> str:
+    with _logging() as owned:
+        bits = owned.device.report(0, 1 << 63, 1 << 63)
+    return f"{len(bits)} word, no division by zero"
+
+
+def _report_when_off() -> str:
+    with by_iommufd() as owned:
+        return refuses(errno.EINVAL, lambda: owned.device.report(0, _WORD, _PAGE))
+
+
+def _probe() -> str:
+    with by_iommufd() as owned:
+        require(owned.device.can_log(), "it cannot")
+        feature(owned.device.fd, Feature.DMA_LOGGING_STOP, abi.FEATURE_SET)
+    return "START can be asked for without doing it; STOP when off is harmless"
+
+
+def _report_rules() -> dict[str, Rule]:
+    return {
+        "PROBE: logging can be asked about": _probe,
+        "REPORT: without START is EINVAL": _report_when_off,
+        "REPORT: a page size under 4 KiB is EINVAL": lambda: _report(errno.EINVAL, 0, _WORD, 2048),
+        "REPORT: a page size that is no power of two is EINVAL": lambda: _report(
+            errno.EINVAL, 0, _WORD, 0x3000
+        ),
+        "REPORT: a range that ends at 2**64 is EOVERFLOW": lambda: _report(
+            errno.EOVERFLOW, 2**64 - _WORD, _WORD, _PAGE
+        ),
+        "REPORT: only sets bits": _report_ors,
+        "REPORT: forgets what it told": _report_clears,
+        "REPORT: an unaligned base is taken, and makes two bits of a page": _report_unaligned_base,
+        "REPORT: a page size of 2**63 does no harm": _report_half_the_space,
+        "ITERATOR: a range that begins before the bitmap is dropped whole": _report_begins_before,
+        "ITERATOR: a range that ends behind the bitmap is written on": _report_runs_on,
+        "ITERATOR: where the bitmap cannot be written, bits are lost silently": (
+            _report_unmapped_bitmap
+        ),
+    }
+
+
+# type1 -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _type1() -> Iterator[tuple[Owned, Callable[..., Bits]]]:
+    with by_container() as owned:
+        assert owned.container is not None
+        owned.container.set_dirty_tracking(True)
+        yield owned, owned.container.get_dirty_bitmap
+
+
+def _type1_overwrites() -> str:
+    with _type1() as (owned, get):
+        _write(owned, IOVA)
+        bits = bitmap_for(owned.window.length, _PAGE)
+        bits[:] = 2**64 - 1
+        get(*owned.window, _PAGE, bits)
+    require(int(bits[0]) == 1 and not bits[1:].any(), f"{int(np.bitwise_count(bits).sum())} bits")
+    return "what was in the bitmap is gone"
+
+
+def _type1_refuses(cut: int, page_size: int) -> str:
+    with _type1() as (owned, get):
+        bits = bitmap_for(owned.window.length, _PAGE)
+        return refuses(
+            errno.EINVAL,
+            lambda: get(owned.window.iova + cut, owned.window.length - cut, page_size, bits),
+        )
+
+
+def _type1_off() -> str:
+    with by_container() as owned:
+        container = owned.container
+        assert container is not None
+        return refuses(errno.EINVAL, lambda: container.get_dirty_bitmap(*owned.window, _PAGE))
+
+
+def _type1_rules() -> dict[str, Rule]:
+    return {
+        "TYPE1: overwrites the bitmap": _type1_overwrites,
+        "TYPE1: only the smallest page size": lambda: _type1_refuses(0, 2 * _PAGE),
+        "TYPE1: a range that cuts a mapping is EINVAL": lambda: _type1_refuses(_PAGE, _PAGE),
+        "TYPE1: tracking that is off is EINVAL": _type1_off,
+    }
+
+
+def vfio_rules() -> dict[str, Rule]:
+    """Every rule by what it says."""
+    return {**_start_rules(), **_report_rules(), **_type1_rules()}

@@ -1,0 +1,45 @@
+"""The passthrough proofs in L1; builds L1 if it is not in the cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from command import Tool, is_alive
+
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(3600)]
+
+
+def test_all_proofs_hold_and_all_controls_are_caught(tool: Tool) -> None:
+    outcome = tool.run("passthrough", "--json", "-", "--seed", "1")
+    assert outcome.exit_code == 0, outcome.errors[-4000:]
+    rows = {(row["group"], row["name"]): row for row in json.loads(outcome.output)["outcomes"]}
+    assert all(row["passed"] for row in rows.values())
+    groups = {group for group, _ in rows}
+    assert groups == {"rules", "states", "differential", "faults", "migration"}
+    assert rows["differential", "the kernel's iterator and ours"]["figures"]["cases"] >= 3000
+    figures = {name: row["figures"] for (kind, name), row in rows.items() if kind == "migration"}
+    controls = [it for name, it in figures.items() if "control" in name]
+    assert len(controls) == 7
+    assert all(it["differing"] > 0 for it in controls)
+    apart = ("control", "nothing tracks")
+    clean = [it for name, it in figures.items() if not any(word in name for word in apart)]
+    assert len(clean) == 5
+    assert all(it["differing"] == 0 and it["certain"] > 0 for it in clean)
+    assert tool.leftovers() == []
+
+
+def test_nothing_is_left_when_the_tool_is_killed(tool: Tool) -> None:
+    running = tool.start("passthrough", "--quick")
+    running.wait_for_line("ok")  # L1 runs, and has more to do
+    machine = running.children()["source"]
+    os.kill(running.process.pid, signal.SIGKILL)
+    running.finish()
+    deadline = time.monotonic() + 10
+    while is_alive(machine) or tool.leftovers():
+        assert time.monotonic() < deadline, f"{is_alive(machine)}, {tool.leftovers()}"
+        time.sleep(0.05)

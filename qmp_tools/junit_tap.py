@@ -1,8 +1,9 @@
 """A report's JSON as what test runners collect: JUnit XML and TAP (version 14).
 
-A proof is one to four cases: the pages, the guest's own checks, whether the run could tell anything
-at all, and the control. What could not be tested is an error in JUnit, and 'not ok' in TAP, because
-a CI that takes it for a pass would be wrong.
+A proof is four cases: the pages, the guest's own checks, what the device wrote and did not report,
+and whether the run could tell anything at all; the control is a fifth. A fault, and each proof of
+the passthrough route, is a case of its own. What could not be tested is an error in JUnit, and 'not
+ok' in TAP, because a CI that takes it for a pass would be wrong.
 """
 
 from __future__ import annotations
@@ -34,7 +35,25 @@ def cases(answer: Mapping[str, Any]) -> list[Case]:
     if answer["kind"] == "check":
         stories = [page["story"] for page in answer["differences"] if page["known"] is None]
         return [_pages_case(answer["exit_code"] == 0, answer["verdict"], stories)]
+    if answer["kind"] == "faults":
+        return [_fault_case(row) for row in answer["faults"]]
+    if answer["kind"] == "passthrough":
+        return [
+            Case(
+                f"{it['group']}: {it['name']}", "passed" if it["passed"] else "failed", it["found"]
+            )
+            for it in answer["outcomes"]
+        ]
     return [Case("every page equal", "error", answer["verdict"])]
+
+
+def _fault_case(row: Mapping[str, Any]) -> Case:
+    untested = [trial["untested"] for trial in row["trials"] if trial["untested"]]
+    name = f"{row['fault']} on {row['bench']}"
+    if untested:
+        return Case(name, "error", untested[0])
+    told = f"{row['caught']} of {len(row['trials'])} runs: {row['summary']}"
+    return Case(name, "passed" if row["as_wanted"] else "failed", told)
 
 
 def _pages_case(passed: bool, message: str, stories: Sequence[str]) -> Case:

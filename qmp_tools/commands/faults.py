@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
 from dmaproof.faults import known_faults
 
 from ..display import QuietDisplay, display, print_table
-from ..fault_trials import CONTROL, HEADINGS, Bench, try_faults
+from ..fault_trials import CONTROL, HEADINGS, Bench, Row, try_faults
 from ..proof import Setup
 from ..report import SCHEMA_VERSION
 from ..run_folder import run_folder
 from ..verdict import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from .arguments import Subcommands, add_parser, positive
 from .interruption import run_interruptibly
-from .outputs import write_json
+from .outputs import add_outputs, write_outputs, writes_to_stdout
 from .setup import add_setup_options, setup_of
 
 _EXAMPLES: Final = """\
@@ -67,9 +68,9 @@ def add(commands: Subcommands) -> None:
         default="both",
         help="the test bed, real proofs, or both (default: %(default)s)",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the table as JSON; '-' for stdout")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     add_setup_options(parser)
+    add_outputs(parser, page=False)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -95,11 +96,26 @@ def _run(arguments: argparse.Namespace) -> int:
             show.say,
         )
         rows = run_interruptibly(trials)
-    if arguments.json != "-":
+    if not writes_to_stdout(arguments):
         print_table(HEADINGS, [row.cells() for row in rows])
-    if arguments.json:
-        table = [row.to_json() for row in rows]
-        write_json({"schema_version": SCHEMA_VERSION, "faults": table}, arguments.json)
+    answer = _to_json(rows)
+    write_outputs(answer, arguments)
+    code: int = answer["exit_code"]
+    return code
+
+
+def _to_json(rows: Sequence[Row]) -> dict[str, Any]:
+    missed = [row.fault for row in rows if not row.as_wanted]
     if any(trial.untested for row in rows for trial in row.trials):
-        return EXIT_UNTESTED
-    return EXIT_PASS if all(row.as_wanted for row in rows) else EXIT_LOST
+        code, verdict = EXIT_UNTESTED, "a run came to no verdict"
+    elif missed:
+        code, verdict = EXIT_LOST, f"not as it should be: {', '.join(dict.fromkeys(missed))}"
+    else:
+        code, verdict = EXIT_PASS, "every fault was caught, and nothing else gave an alarm"
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "faults",
+        "verdict": verdict,
+        "exit_code": code,
+        "faults": [row.to_json() for row in rows],
+    }

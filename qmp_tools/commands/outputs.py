@@ -30,16 +30,17 @@ _FORMS: Final[dict[str, tuple[str, Callable[[Answer], str]]]] = {
 }
 
 
-def add_outputs(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
+def add_outputs(parser: argparse.ArgumentParser, *, page: bool = True) -> None:
+    """Add the options; without `page`, where the outcome has no HTML page."""
     group = parser.add_argument_group("reports", "FILE may be '-' for standard output.")
     for name, (what, _) in _FORMS.items():
-        group.add_argument(f"--{name}", metavar="FILE", help=f"write {what}")
+        if page or name != "report":
+            group.add_argument(f"--{name}", metavar="FILE", help=f"write {what}")
 
 
 def writes_to_stdout(arguments: argparse.Namespace) -> bool:
     """Whether one of the reports takes standard output, so that the text must not."""
-    return any(getattr(arguments, name) == "-" for name in _FORMS)
+    return any(getattr(arguments, name, None) == "-" for name in _FORMS)
 
 
 def write_outputs(answer: Answer, arguments: argparse.Namespace) -> None:
@@ -49,7 +50,7 @@ def write_outputs(answer: Answer, arguments: argparse.Namespace) -> None:
         UsageError: a file cannot be written.
     """
     for name in _FORMS:
-        if target := getattr(arguments, name):
+        if target := getattr(arguments, name, None):
             _write(name, answer, target)
 
 

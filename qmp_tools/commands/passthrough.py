@@ -13,7 +13,7 @@ from ..passthrough.prove import Request, prove_passthrough, to_text
 from ..qemu_choice import find_qemu
 from .arguments import Subcommands, add_parser, seconds
 from .interruption import run_interruptibly
-from .outputs import write_json
+from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
 
 _EXAMPLES: Final = """\
 examples:
@@ -34,7 +34,7 @@ def add(commands: Subcommands) -> None:
     parser = add_parser(
         commands,
         "passthrough",
-        _run,
+        reporting_failure(_run, "passthrough"),
         summary="prove the kernel's and QEMU's VFIO dirty tracking, without hardware",
         description="Boot a machine with a VFIO device whose DMA is known, hold the kernel's dirty "
         "tracking against\nours in it, and migrate guests of QEMU's vfio-pci. The machine is built "
@@ -46,9 +46,9 @@ def add(commands: Subcommands) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer random cases")
     parser.add_argument("--seed", type=int, help="repeats a run's random choices")
     parser.add_argument("--timeout", type=seconds, default=600.0, metavar="SECONDS")
-    parser.add_argument("--json", metavar="FILE", help="write what was found; '-': standard output")
     parser.add_argument("--keep", action="store_true", help="keep the run's folder and say where")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add_outputs(parser, page=False)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -60,8 +60,7 @@ def _run(arguments: argparse.Namespace) -> int:
     machine = l1(show.say)
     qemu = find_qemu(arguments.qemu)
     results = run_interruptibly(prove_passthrough(machine, qemu, request, show))
-    if arguments.json != "-":
+    if not writes_to_stdout(arguments):
         print(to_text(results))
-    if arguments.json:
-        write_json(results, arguments.json)
+    write_outputs(results, arguments)
     return int(results["exit_code"])

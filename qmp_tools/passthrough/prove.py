@@ -11,9 +11,10 @@ from dmaproof.errors import UntestableError
 
 from ..display import Display
 from ..l1.machine import L1, run_in_l1
+from ..report import SCHEMA_VERSION
 from ..run_folder import run_folder
+from ..verdict import EXIT_LOST, EXIT_PASS
 
-SCHEMA_VERSION: Final = 1
 _RESULTS: Final = "results.json"
 
 
@@ -58,15 +59,27 @@ async def prove_passthrough(
         except (OSError, ValueError):
             told = "\n".join(f"    {line}" for line in said[-15:])
             raise UntestableError(f"L1's proofs broke off with exit code {code}:\n{told}") from None
-    return {"schema_version": SCHEMA_VERSION, "exit_code": code, **results}
+    return to_json(results)
+
+
+def to_json(results: dict[str, Any]) -> dict[str, Any]:
+    """What L1's side found, with the verdict, as docs/report.schema.json has it."""
+    failed = sum(not outcome["passed"] for outcome in results["outcomes"])
+    verdict = f"{failed} proofs do not hold" if failed else "every proof holds"
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "passthrough",
+        "verdict": f"{verdict}: the passthrough route on kernel {results['kernel']}",
+        "exit_code": EXIT_LOST if failed else EXIT_PASS,
+        **results,
+    }
 
 
 def to_text(results: dict[str, Any]) -> str:
     """What was found, for people: a line for each group, and each failure."""
     outcomes = results["outcomes"]
     failed = [outcome for outcome in outcomes if not outcome["passed"]]
-    word = f"FAIL: {len(failed)} of {len(outcomes)} proofs" if failed else "PASS"
-    lines = [f"{word}: the passthrough route on kernel {results['kernel']}", ""]
+    lines = [f"{'FAIL' if failed else 'PASS'}: {results['verdict']}", ""]
     for group in dict.fromkeys(outcome["group"] for outcome in outcomes):
         of_group = [outcome for outcome in outcomes if outcome["group"] == group]
         passed = sum(outcome["passed"] for outcome in of_group)

@@ -97,8 +97,10 @@ def test_its_proof_passes_and_catches(tool: Tool) -> None:
     assert report["sharpness"]["certain"] >= 8000
     control = report["control"]
     assert control["caught"] is True
-    assert all(page["planted"] and page["blame"] == "device" for page in control["lost_pages"])
-    assert len(control["lost_pages"]) >= control["sharpness"]["planted_certain"]
+    assert all(
+        page["link"] == "log" and page["blame"] == "device" for page in control["lost_pages"]
+    )
+    assert len(control["lost_pages"]) >= control["sharpness"]["unreported_certain"]
     assert control["guest"]["errors"] > 0
 
 
@@ -109,6 +111,6 @@ def test_its_pages_lie_on_both_sides_of_4_gib(tool: Tool) -> None:
     outcome = tool.run("prove", "--json", "-", *arguments)
     assert outcome.exit_code == 1, outcome.errors
     lost = outcome.report["lost_pages"]
-    assert all(page["planted"] for page in lost)
+    assert all(page["link"] == "log" for page in lost)
     above = sum(page["gpa"] >= 4 << 30 for page in lost)
     assert 10 < above < len(lost) - 10

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -17,7 +16,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.timeout(3600)]
 def test_all_proofs_hold_and_all_controls_are_caught(tool: Tool) -> None:
     outcome = tool.run("passthrough", "--json", "-", "--seed", "1")
     assert outcome.exit_code == 0, outcome.errors[-4000:]
-    rows = {(row["group"], row["name"]): row for row in json.loads(outcome.output)["outcomes"]}
+    rows = {(row["group"], row["name"]): row for row in outcome.report["outcomes"]}
     assert all(row["passed"] for row in rows.values())
     groups = {group for group, _ in rows}
     assert groups == {"rules", "states", "differential", "faults", "migration"}

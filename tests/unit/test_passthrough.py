@@ -15,7 +15,7 @@ from qmp_tools.l1.root import run_inside
 from qmp_tools.passthrough import differential
 from qmp_tools.passthrough.fake_device import content, dropped_pages
 from qmp_tools.passthrough.outcome import ProofFailedError, require, run
-from qmp_tools.passthrough.prove import to_text
+from qmp_tools.passthrough.prove import to_json, to_text
 
 PAGE = 4096
 JOURNAL = np.dtype([("sequence", "<u8"), ("iova", "<u8"), ("length", "<u8")])
@@ -94,13 +94,13 @@ def test_the_report_counts_by_group_and_shows_failures() -> None:
         {"group": "rules", "name": "a", "passed": True, "found": "x", "figures": {}},
         {"group": "rules", "name": "b", "passed": False, "found": "no error", "figures": {}},
     ]
-    text = to_text({"kernel": "7.3", "seed": 1, "seconds": 9.0, "outcomes": rows})
-    assert text.startswith("FAIL: 1 of 2 proofs")
+    found = {"kernel": "7.3", "seed": 1, "seconds": 9.0, "outcomes": rows}
+    text = to_text(to_json(found))
+    assert text.startswith("FAIL: 1 proofs do not hold: the passthrough route on kernel 7.3")
+    assert to_json(found)["exit_code"] == 1
     assert "1 of 2 hold" in text
     assert "FAILED rules: b: no error" in text
-    assert to_text({"kernel": "7.3", "seed": 1, "seconds": 9.0, "outcomes": rows[:1]}).startswith(
-        "PASS"
-    )
+    assert to_text(to_json({**found, "outcomes": rows[:1]})).startswith("PASS: every proof holds")
 
 
 def test_a_command_inside_that_fails_tells_what_it_said(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -90,37 +90,56 @@ async def prove(setup: Setup, display: Display, *, keep: bool = False) -> Proof:
         UntestableError: it did not come to a verdict; the message says why.
     """
     with run_folder(keep=keep) as folder:
-        async with contextlib.AsyncExitStack() as stack:
-            display.say(
-                f"starting: {format_memory(setup.machine.memory_bytes)} of RAM, "
-                f"{setup.machine.machine}, {setup.machine.accelerator}, seed {setup.device.seed}"
-            )
-            sockets = {name: folder / f"{name}-disk.sock" for name in (SOURCE, DESTINATION)}
-            device = await Device.start(setup.device, sockets, folder)
-            stack.push_async_callback(device.end)
-            run = _Run(setup, display, device, folder)
-            stack.push_async_callback(run.end)
-            await run.guarded(run.start())
-            proof = await run.guarded(run.migrate_and_compare())
-            try:
-                guest = await run.guarded(run.go_on())
-            except UntestableError as error:
-                if not proof.verdict.lost:
-                    raise
-                guest = GuestOutcome(0, 1, 0, [str(error).splitlines()[0]])
-            verdict = replace(proof.verdict, guest=guest)
-            return replace(proof, verdict=verdict, folder=folder if keep else None)
+        async with proof_run(setup, display, folder) as run:
+            migrated = await run.guarded(run.migrate())
+            proof = await run.guarded(run.compare(migrated))
+            return replace(await run.finish(proof), folder=folder if keep else None)
 
 
-class _Run:
-    """The processes of one proof, and the steps that it takes with them."""
+@contextlib.asynccontextmanager
+async def proof_run(setup: Setup, display: Display, folder: Path) -> AsyncIterator[ProofRun]:
+    """The device and both QEMUs of a proof, started; its steps are the caller's to take.
+
+    Raises:
+        UntestableError: one of them could not be started.
+    """
+    display.say(
+        f"starting: {format_memory(setup.machine.memory_bytes)} of RAM, "
+        f"{setup.machine.machine}, {setup.machine.accelerator}, seed {setup.device.seed}"
+    )
+    sockets = {name: folder / f"{name}-disk.sock" for name in (SOURCE, DESTINATION)}
+    async with contextlib.AsyncExitStack() as stack:
+        device = await Device.start(setup.device, sockets, folder)
+        stack.push_async_callback(device.end)
+        run = ProofRun(setup, display, device, folder)
+        stack.push_async_callback(run.end)
+        await run.guarded(run.start())
+        yield run
+
+
+@dataclass(frozen=True)
+class Migrated:
+    """What is known of a migration once it is over and both guests stand still."""
+
+    versions: Sequence[str]
+    boot_s: float
+    migration_s: float
+    all_sent_ns: int
+    migration: Migration
+
+
+class ProofRun:
+    """The processes of one proof, and the steps that it takes with them, each under `guarded`.
+
+    `qemus` has the source and the destination, by name, once `start` is done.
+    """
 
     def __init__(self, setup: Setup, display: Display, device: Device, folder: Path) -> None:
         self._setup = setup
         self._display = display
-        self._device = device
+        self.device = device
         self._folder = folder
-        self._qemus: dict[str, Qemu] = {}
+        self.qemus: dict[str, Qemu] = {}
         self._guests: dict[str, GuestChannel] = {}
 
     async def start(self) -> None:
@@ -144,14 +163,14 @@ class _Run:
             *vhost_user_blk_arguments(self._folder / f"{name}-disk.sock", self._setup.queues),
             *extra,
         ]
-        self._qemus[name] = await Qemu.start(name, binary, arguments, self._folder)
-        self._guests[name] = GuestChannel(self._qemus[name])
+        self.qemus[name] = await Qemu.start(name, binary, arguments, self._folder)
+        self._guests[name] = GuestChannel(self.qemus[name])
 
     async def end(self) -> None:
         """End both QEMUs."""
         for guest in self._guests.values():
             guest.close()
-        await asyncio.gather(*(qemu.end() for qemu in self._qemus.values()))
+        await asyncio.gather(*(qemu.end() for qemu in self.qemus.values()))
 
     async def guarded(self, work: Coroutine[Any, Any, T]) -> T:
         """Do `work`, but end with an error as soon as a process dies or the device refuses.
@@ -159,11 +178,11 @@ class _Run:
         Raises:
             UntestableError: what died, or what went wrong in `work`.
         """
-        processes = [self._device.process, *(qemu.process for qemu in self._qemus.values())]
+        processes = [self.device.process, *(qemu.process for qemu in self.qemus.values())]
         task = asyncio.ensure_future(work)
         alarms: list[asyncio.Future[Any]] = [
             *(asyncio.ensure_future(process.missed()) for process in processes),
-            asyncio.ensure_future(_wait_for(self._device.refused)),
+            asyncio.ensure_future(_wait_for(self.device.refused)),
         ]
         try:
             await asyncio.wait([task, *alarms], return_when=asyncio.FIRST_COMPLETED)
@@ -180,9 +199,9 @@ class _Run:
                 future.cancel()
             await asyncio.gather(task, *alarms, return_exceptions=True)
 
-    async def migrate_and_compare(self) -> Proof:
-        """From the boot to the verdict on the RAM; the destination's guest stands still yet."""
-        source, destination = self._qemus[SOURCE], self._qemus[DESTINATION]
+    async def migrate(self) -> Migrated:
+        """From the boot to the end of the migration; both guests stand still then."""
+        source, destination = self.qemus[SOURCE], self.qemus[DESTINATION]
         versions = [await qemu.qmp.version() for qemu in (source, destination)]
 
         began_s = time.monotonic()
@@ -204,10 +223,14 @@ class _Run:
         all_sent_ns = await self._migrate(migration)
         migration_s = time.monotonic() - began_s
         await migration.destination_paused()
+        return Migrated(versions, boot_s, migration_s, all_sent_ns, migration)
 
+    async def compare(self, migrated: Migrated) -> Proof:
+        """Hold the RAM of both against each other; the destination's guest stands still yet."""
+        source, destination = self.qemus[SOURCE], self.qemus[DESTINATION]
         began_s = time.monotonic()
         self._display.say("comparing every page of RAM")
-        evidence = await self._device.evidence(SOURCE, self._folder)
+        evidence = await self.device.evidence(SOURCE, self._folder)
         with (
             ram_file(source.process.pid, source.process.name) as source_ram,
             ram_file(destination.process.pid, destination.process.name) as destination_ram,
@@ -215,20 +238,20 @@ class _Run:
             differing = compare(source_ram, destination_ram)
             lost = attribute(differing, source_ram, destination_ram, evidence)
             pages = source_ram.pages
-            ram_map = map_proof(evidence, lost, source_ram, all_sent_ns)
+            ram_map = map_proof(evidence, lost, source_ram, migrated.all_sent_ns)
         compare_s = time.monotonic() - began_s
 
         self._display.say(f"{len(lost)} of {pages} pages differ")
-        verdict = Verdict(
-            pages, lost, measure_sharpness(evidence, all_sent_ns), GuestOutcome(0, 0, 0)
-        )
+        sharpness = measure_sharpness(evidence, migrated.all_sent_ns)
+        verdict = Verdict(pages, lost, sharpness, GuestOutcome(0, 0, 0))
+        migration = migrated.migration
         return Proof(
             setup=self._setup,
             verdict=verdict,
-            qemu_version=versions[0],
-            qemu_destination_version=versions[1],
-            boot_s=boot_s,
-            migration_s=migration_s,
+            qemu_version=migrated.versions[0],
+            qemu_destination_version=migrated.versions[1],
+            boot_s=migrated.boot_s,
+            migration_s=migrated.migration_s,
             compare_s=compare_s,
             downtime_s=migration.history[-1].downtime_s,
             history=migration.history,
@@ -237,7 +260,7 @@ class _Run:
             ram_map=ram_map,
             commands={
                 it.name: it.command
-                for it in (source.process, destination.process, self._device.process)
+                for it in (source.process, destination.process, self.device.process)
             },
             folder=None,
         )
@@ -263,13 +286,27 @@ class _Run:
             self._display.close()
         return all_sent_ns if all_sent_ns is not None else time.monotonic_ns()
 
-    async def go_on(self) -> GuestOutcome:
+    async def finish(self, proof: Proof) -> Proof:
+        """Let the guest go on, and add to the verdict what it saw.
+
+        Raises:
+            UntestableError: it does not go on, though no page was lost.
+        """
+        try:
+            guest = await self.guarded(self._go_on())
+        except UntestableError as error:
+            if not proof.verdict.lost:
+                raise
+            guest = GuestOutcome(0, 1, 0, [str(error).splitlines()[0]])
+        return replace(proof, verdict=replace(proof.verdict, guest=guest))
+
+    async def _go_on(self) -> GuestOutcome:
         """Continue on the destination; its guest checks all its pages, and works on.
 
         Raises:
             UntestableError: the guest does not; after lost pages it may well not.
         """
-        destination, guest = self._qemus[DESTINATION], self._guests[DESTINATION]
+        destination, guest = self.qemus[DESTINATION], self._guests[DESTINATION]
         self._display.say("continuing on the destination")
         before = self._guests[SOURCE].number("progress", "requests")
         await destination.qmp.execute("cont")

@@ -6,8 +6,6 @@ import argparse
 from dataclasses import replace
 from typing import Final
 
-from dmaproof.devices import emulated_devices
-from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.faults import known_faults, summary
 from dmaproof.trace import Link
 
@@ -16,10 +14,10 @@ from ..machine import format_memory
 from ..proof import Proof, prove
 from ..report import to_json, to_text
 from ..verdict import EXIT_UNTESTED
-from .arguments import Subcommands, add_parser, positive, seconds
+from .arguments import Subcommands, add_parser
 from .interruption import run_interruptibly
 from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
-from .setup import HARVEST, TRACKER, add_setup_options, setup_of
+from .setup import add_proof_options, setup_of
 
 _CONTROL_FAULT: Final = "drop-pages=0.01"
 
@@ -40,12 +38,6 @@ exit codes:
   2  wrong usage
   3  could not be tested; the message says why
 """
-
-
-def _harvest(text: str) -> str:
-    if text not in ("immediate", "final"):
-        seconds(text)
-    return text
 
 
 def _describe_faults() -> str:
@@ -69,41 +61,12 @@ def add(commands: Subcommands) -> None:
         "page of both sides, and say who lost what.",
         epilog=f"{_PROVE_EXAMPLES}\n{_describe_faults()}",
     )
-    add_setup_options(parser)
-    device = parser.add_argument_group("device")
-    device.add_argument("--device", choices=sorted(emulated_devices()), default="blk")
-    device.add_argument("--queues", type=positive, default=2, metavar="N")
-    device.add_argument(
-        "--tracker",
-        choices=sorted(emulated_trackers()),
-        help="how the device remembers what it wrote "
-        f"(default: what the fault needs, or {TRACKER})",
-    )
-    device.add_argument(
-        "--harvest",
-        type=_harvest,
-        metavar="SECONDS",
-        help="between two harvests of the tracker, or 'immediate', or 'final' "
-        f"(default: what the fault needs, or {HARVEST})",
-    )
-    device.add_argument(
-        "--fault",
-        metavar="NAME[=VALUE]",
-        help="break the chain on purpose; see below",
-    )
+    add_proof_options(parser)
     run = parser.add_argument_group("run")
     run.add_argument(
         "--control",
         action="store_true",
         help=f"after a pass, repeat it with {_CONTROL_FAULT} planted, which must be caught",
-    )
-    run.add_argument("--seed", type=int, help="repeats a run's random choices")
-    run.add_argument(
-        "--requests-after",
-        type=positive,
-        default=1000,
-        metavar="N",
-        help="that the guest must do on the destination (default: %(default)s)",
     )
     run.add_argument("--keep", action="store_true", help="keep the run's folder and say where")
     run.add_argument("--quiet", action="store_true", help="show no progress")

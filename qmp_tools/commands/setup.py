@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import random
-from typing import Final
+from collections.abc import Mapping
+from typing import Final, NoReturn
 
+from dmaproof.devices import emulated_devices
+from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.errors import UsageError
 from dmaproof.faults import plant
 
@@ -18,7 +21,7 @@ from ..probes import choose_accelerator, choose_memory
 from ..proof import Setup
 from ..qemu_choice import common_machine, find_qemu
 from ..workload import parse_workload
-from .arguments import positive, size
+from .arguments import positive, seconds, size
 
 TRACKER: Final = "iommu"
 HARVEST: Final = "0.2"
@@ -66,6 +69,67 @@ def add_setup_options(parser: argparse.ArgumentParser) -> None:
         "--downtime-limit", type=float, default=0.3, metavar="SECONDS", help="default: %(default)s"
     )
     migration.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS")
+
+
+def add_proof_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of all that one proof depends on: the setup, its device, the seed."""
+    add_setup_options(parser)
+    device = parser.add_argument_group("device")
+    device.add_argument("--device", choices=sorted(emulated_devices()), default="blk")
+    device.add_argument("--queues", type=positive, default=2, metavar="N")
+    device.add_argument(
+        "--tracker",
+        choices=sorted(emulated_trackers()),
+        help="how the device remembers what it wrote "
+        f"(default: what the fault needs, or {TRACKER})",
+    )
+    device.add_argument(
+        "--harvest",
+        type=_harvest,
+        metavar="SECONDS",
+        help="between two harvests of the tracker, or 'immediate', or 'final' "
+        f"(default: what the fault needs, or {HARVEST})",
+    )
+    device.add_argument(
+        "--fault",
+        metavar="NAME[=VALUE]",
+        help="break the chain on purpose; see below",
+    )
+    parser.add_argument("--seed", type=int, help="repeats a run's random choices")
+    parser.add_argument(
+        "--requests-after",
+        type=positive,
+        default=1000,
+        metavar="N",
+        help="that the guest must do on the destination (default: %(default)s)",
+    )
+
+
+def _harvest(text: str) -> str:
+    if text not in ("immediate", "final"):
+        seconds(text)
+    return text
+
+
+def parse_proof_options(options: Mapping[str, object]) -> argparse.Namespace:
+    """The arguments for `setup_of` from ``prove``'s options by name: {'guest': 'bare', …}.
+
+    An option that is None is left to its default; underscores stand for hyphens.
+
+    Raises:
+        UsageError: there is no such option, or it cannot have that value.
+    """
+    parser = _OptionParser(prog="proof", allow_abbrev=False, add_help=False)
+    add_proof_options(parser)
+    given = {name.replace("_", "-"): value for name, value in options.items()}
+    return parser.parse_args(
+        [f"--{name}={value}" for name, value in given.items() if value is not None]
+    )
+
+
+class _OptionParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
 
 
 async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:

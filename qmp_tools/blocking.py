@@ -1,0 +1,270 @@
+"""QEMUs, migrations and proofs for tests that are not asynchronous: pytest's, avocado's, yours.
+
+::
+
+    with Stage() as stage:
+        pair = stage.pair(["-machine", "q35", "-m", "256"])
+        pair.migrate()
+        assert stage.check(pair.source, pair.destination).exit_code == 0
+
+    with Stage() as stage:
+        proof = stage.proof({"guest": "bare", "tracker": "dirty-ring"})
+        proof.migrate()
+        assert proof.verdict().verdict.exit_code == 0
+
+Everything that a `Stage` has started has ended, is reaped and has left no files when its context is
+over, whatever was raised inside. Only its logs can be kept: see `Stage.logs`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dmaproof.errors import UsageError
+
+from .check import Check, check
+from .commands.setup import parse_proof_options, setup_of
+from .device import Device
+from .display import LineDisplay, QuietDisplay
+from .loop_thread import LoopThread
+from .machine import INCOMING
+from .migration import WAYS, Limits, Migration
+from .proof import DESTINATION, SOURCE, Migrated, Proof, ProofRun, proof_run
+from .qemu import Qemu
+from .qemu_choice import find_qemu
+from .run_folder import run_folder
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunningQemu:
+    """A QEMU under a `Stage`. `socket` is a QMP socket of it that nobody uses yet.
+
+    `process` and the rest of QMP are below `qemu`, for asynchronous code.
+    """
+
+    qemu: Qemu
+    version: str
+    socket: Path
+    _loop: LoopThread
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self.qemu.process.pid
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """Execute a QMP command; underscores in the arguments' names become hyphens.
+
+        Raises:
+            QmpError: QEMU refused it, has gone, or does not answer.
+        """
+        return self._loop.run(self.qemu.qmp.execute(command, **arguments))
+
+    def end(self) -> None:
+        """End it before its stage does."""
+        self._loop.run(self.qemu.end())
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A source, and a destination that waits for it and stays paused afterwards."""
+
+    source: RunningQemu
+    destination: RunningQemu
+    _stage: Stage
+
+    def migrate(self, way: str = "unix", *, timeout_s: float = 120.0) -> None:
+        """Migrate in one of the `WAYS`; both guests stand still afterwards.
+
+        Raises:
+            UsageError: there is no such way.
+            MigrationError: it failed, or took longer than `timeout_s`.
+        """
+        if way not in WAYS:
+            raise UsageError(f"way {way!r}: there are {', '.join(WAYS)}")
+        self._stage.run(self._migrate(way, timeout_s))
+
+    async def _migrate(self, way: str, timeout_s: float) -> None:
+        source, destination = self.source.qemu.qmp, self.destination.qemu.qmp
+        limits = Limits(timeout_s=timeout_s)
+        migration = Migration(source, destination, WAYS[way], self._stage.folder, limits)
+        await migration.start()
+        await migration.release()
+        async for _ in migration.follow():
+            pass
+        await migration.destination_paused()
+
+
+class StagedProof:
+    """A guest of ours on two QEMUs with a device of ours, to be migrated and judged.
+
+    Each of `migrate`, `compare` and `verdict` does its work once, and what comes before it if that
+    was not done yet.
+    """
+
+    def __init__(self, stage: Stage, run: ProofRun) -> None:
+        self._stage = stage
+        self._run = run
+
+    @property
+    def source(self) -> Qemu:
+        """The QEMU that is migrated."""
+        return self._run.qemus[SOURCE]
+
+    @property
+    def destination(self) -> Qemu:
+        """The QEMU that it is migrated to."""
+        return self._run.qemus[DESTINATION]
+
+    @property
+    def device(self) -> Device:
+        """The process that serves both as their disk."""
+        return self._run.device
+
+    def migrate(self) -> Migrated:
+        """Migrate while the device writes.
+
+        Raises:
+            UntestableError: the guest did not come up, or the migration failed.
+        """
+        return self._migrated
+
+    def compare(self) -> Proof:
+        """Compare all RAM, and say who lost what; the guest does not go on yet.
+
+        Raises:
+            UntestableError: it did not come to that.
+        """
+        return self._compared
+
+    def verdict(self) -> Proof:
+        """The whole proof: the guest goes on, and checks its pages.
+
+        Raises:
+            UntestableError: it did not come to a verdict.
+        """
+        return self._finished
+
+    @functools.cached_property
+    def _migrated(self) -> Migrated:
+        return self._stage.run(self._run.guarded(self._run.migrate()))
+
+    @functools.cached_property
+    def _compared(self) -> Proof:
+        return self._stage.run(self._run.guarded(self._run.compare(self._migrated)))
+
+    @functools.cached_property
+    def _finished(self) -> Proof:
+        return self._stage.run(self._run.finish(self._compared))
+
+
+class Stage:
+    """What one test has started. `folder` has its sockets and logs."""
+
+    folder: Path
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._display = QuietDisplay() if quiet else LineDisplay()
+
+    def __enter__(self) -> Stage:
+        with contextlib.ExitStack() as outer:
+            self._loop = outer.enter_context(LoopThread())
+            self.folder = outer.enter_context(run_folder())
+            self._started = contextlib.AsyncExitStack()
+            outer.callback(lambda: self.run(self._started.aclose()))
+            self._outer = outer.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._outer.close()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do asynchronous work in the stage's loop."""
+        return self._loop.run(work)
+
+    def qemu(
+        self,
+        arguments: Sequence[str] = (),
+        *,
+        binary: str | None = None,
+        accelerator: str | None = None,
+        name: str = "test",
+    ) -> RunningQemu:
+        """Start a QEMU with `arguments`; see `find_qemu` for `binary`. `name` must be new.
+
+        Raises:
+            UntestableError: there is none, or it does not start.
+        """
+        return self.run(self._start(name, find_qemu(binary), arguments, accelerator))
+
+    def pair(
+        self,
+        arguments: Sequence[str] = (),
+        *,
+        binary: str | None = None,
+        destination_binary: str | None = None,
+        accelerator: str | None = None,
+        name: str = "",
+    ) -> Pair:
+        """Start a source and a destination with the same `arguments`; `name` tells pairs apart.
+
+        Raises:
+            UntestableError: there is no QEMU, or one does not start.
+        """
+        qemus = [
+            self.run(self._start(name + side, find_qemu(program), options, accelerator))
+            for side, program, options in (
+                (SOURCE, binary, arguments),
+                (DESTINATION, destination_binary or binary, [*arguments, *INCOMING]),
+            )
+        ]
+        return Pair(qemus[0], qemus[1], self)
+
+    async def _start(
+        self, name: str, binary: Path, arguments: Sequence[str], accelerator: str | None
+    ) -> RunningQemu:
+        path = self.folder / f"{name}-qmp.sock"
+        options = [*arguments, "-qmp", f"unix:{path},server=on,wait=off"]
+        if accelerator is not None:
+            options = ["-accel", accelerator, *options]
+        qemu = await Qemu.start(name, binary, options, self.folder)
+        self._started.push_async_callback(qemu.end)
+        return RunningQemu(qemu, await qemu.qmp.version(), path, self._loop)
+
+    def proof(self, options: Mapping[str, object]) -> StagedProof:
+        """Start a guest of ours with a device of ours; `options` are those of ``dmaproof prove``.
+
+        Raises:
+            UsageError: there is no such option, or it cannot have that value.
+            UntestableError: what is needed is not there, or does not start.
+        """
+        arguments = parse_proof_options(options)
+        setup = self.run(setup_of(arguments, self._display))
+        run = proof_run(setup, self._display, self.folder)
+        return StagedProof(self, self.run(self._started.enter_async_context(run)))
+
+    def check(self, source: RunningQemu | Path, destination: RunningQemu | Path) -> Check:
+        """Compare all RAM of two QEMUs that stand still, ours or those behind QMP sockets.
+
+        Raises:
+            UsageError: a path is no socket, or both are the same QEMU's.
+            UntestableError: a guest runs, or memory cannot be read.
+        """
+        return self.run(check(_socket_of(source), _socket_of(destination)))
+
+    def logs(self) -> Iterator[Path]:
+        """The logs and command lines of everything that was started."""
+        for file in sorted(self.folder.iterdir()):
+            if file.suffix == ".log" or file.name.endswith("-command"):
+                yield file
+
+
+def _socket_of(qemu: RunningQemu | Path) -> Path:
+    return qemu if isinstance(qemu, Path) else qemu.socket

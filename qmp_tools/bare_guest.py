@@ -22,6 +22,9 @@ _BARE: Final = (
     "-mno-red-zone",  # an exception uses the stack at once
     "-fno-asynchronous-unwind-tables",
 )
+MEMORY_BYTES: Final = 128 * MIB
+"""The guest's RAM, where no other size is asked for."""
+
 _KVM_PATIENCE_S: Final = 2.0
 """Under TCG the first request comes after 0.2 s."""
 
@@ -42,7 +45,7 @@ def bare_guest(say: Say) -> Guest:
         kernel=target,
         initramfs=None,
         options="",
-        memory_bytes=128 * MIB,
+        memory_bytes=MEMORY_BYTES,
         kvm_patience_s=_KVM_PATIENCE_S,
     )
 

@@ -38,6 +38,9 @@ _MODULES: Final = (
 
 _INIT_OPTIONS: Final = ("-static", "-pthread", "-std=c11")
 
+MEMORY_BYTES: Final = 256 * MIB
+"""The guest's RAM, where no other size is asked for."""
+
 _KVM_PATIENCE_S: Final = 6.0
 """Under TCG the first request comes after 2 s."""
 
@@ -68,7 +71,7 @@ def linux_guest(say: Say) -> Guest:
         kernel=kernel / "vmlinux",
         initramfs=target / "initramfs",
         options=f"{_COMMAND_LINE} --",
-        memory_bytes=256 * MIB,
+        memory_bytes=MEMORY_BYTES,
         kvm_patience_s=_KVM_PATIENCE_S,
     )
 

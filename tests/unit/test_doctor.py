@@ -1,0 +1,160 @@
+"""What the doctor says of machines that lack something, and how it looks at this one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from command import Outcome, Tool
+from qmp_tools import cli
+from qmp_tools.commands import doctor as command
+from qmp_tools.doctor import GUEST_MEMORY_BYTES, Facts, Finding, State, can_prove, examine, look
+from qmp_tools.machine import MIB
+
+WHOLE = Facts(
+    root=True,
+    apt=True,
+    python=(3, 11),
+    qemu="11.1.3 (/usr/bin/qemu-system-x86_64)",
+    qemu_error=None,
+    fetched=["11.1.3"],
+    compiler="static",
+    kernel="kept",
+    kvm="usable",
+    kvm_group="kvm",
+    virtualization="vmx",
+    memory_available=8 << 30,
+    memfd_error=None,
+    temporary_error=None,
+    extras={"bench": []},
+)
+
+
+def finding(facts: Facts, name: str, guest: str = "linux") -> Finding:
+    (found,) = [it for it in examine(facts, guest) if it.name == name]
+    return found
+
+
+@pytest.mark.parametrize("guest", GUEST_MEMORY_BYTES)
+def test_a_machine_that_has_everything(guest: str) -> None:
+    findings = examine(WHOLE, guest)
+    assert {it.state for it in findings} == {State.OK}
+    assert all(it.remedy is None for it in findings)
+    assert can_prove(findings)
+
+
+INSTALL = "apt-get install -y --no-install-recommends"
+NO_PROOF = {
+    "no QEMU": (
+        {"qemu": None, "qemu_error": "there is no QEMU"},
+        "QEMU",
+        f"apt-get update && {INSTALL} qemu-system-x86",
+    ),
+    "no QEMU, not root": (
+        {"qemu": None, "root": False},
+        "QEMU",
+        f"sudo apt-get update && sudo {INSTALL} qemu-system-x86",
+    ),
+    "no QEMU, no apt": ({"qemu": None, "apt": False}, "QEMU", "your distribution's own tool"),
+    "old Python": ({"python": (3, 10)}, "Python", f"{INSTALL} python3.11 python3.11-venv"),
+    "no compiler": ({"compiler": None}, "C compiler", f"{INSTALL} gcc libc6-dev"),
+    "no static libc": ({"compiler": "dynamic"}, "C compiler", f"{INSTALL} gcc libc6-dev"),
+    "apt without lists": ({"kernel": "apt has no lists"}, "guest's kernel", "apt-get update"),
+    "no apt": ({"kernel": "no apt", "apt": False}, "guest's kernel", "prove --guest bare"),
+    "little memory": ({"memory_available": 700 * MIB}, "memory", "prove --guest bare"),
+    "no memfd": ({"memfd_error": "Operation not permitted"}, "shared memory", "memfd_create"),
+    "long TMPDIR": ({"temporary_error": "too long a path"}, "temporary folder", "TMPDIR=/tmp"),
+}
+
+
+@pytest.mark.parametrize(("lacks", "name", "remedy"), NO_PROOF.values(), ids=NO_PROOF)
+def test_what_no_proof_can_do_without(lacks: dict[str, object], name: str, remedy: str) -> None:
+    facts = replace(WHOLE, **lacks)  # type: ignore[arg-type]
+    found = finding(facts, name)
+    assert found.state == State.MISSING
+    assert remedy in (found.remedy or "")
+    assert not can_prove(examine(facts, "linux"))
+
+
+NOT_NEEDED = {
+    "no KVM": ({"kvm": "absent"}, "KVM", "modprobe kvm_intel"),
+    "no KVM, AMD": ({"kvm": "absent", "virtualization": "svm"}, "KVM", "modprobe kvm_amd"),
+    "no nesting": ({"kvm": "absent", "virtualization": None}, "KVM", "in the hypervisor"),
+    "group": ({"kvm": "forbidden", "root": False}, "KVM", "sudo usermod -aG kvm $USER"),
+    "root's": ({"kvm": "forbidden", "kvm_group": "root"}, "KVM", "chmod a+rw /dev/kvm"),
+    "one QEMU": ({"fetched": []}, "fetched QEMUs", "dmaproof qemu fetch 11.1"),
+    "no extra": (
+        {"extras": {"bench": ["matplotlib"]}},
+        "extra 'bench'",
+        "pip install 'dmaproof[bench]'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("lacks", "name", "remedy"), NOT_NEEDED.values(), ids=NOT_NEEDED)
+def test_what_a_proof_can_do_without(lacks: dict[str, object], name: str, remedy: str) -> None:
+    facts = replace(WHOLE, **lacks)  # type: ignore[arg-type]
+    found = finding(facts, name)
+    assert found.state == State.LIMITED
+    assert remedy in (found.remedy or "")
+    assert can_prove(examine(facts, "linux"))
+
+
+def test_the_bare_guest_needs_less() -> None:
+    facts = replace(WHOLE, compiler="dynamic", kernel="no apt", memory_available=700 * MIB)
+    assert can_prove(examine(facts, "bare"))
+    assert not can_prove(examine(replace(facts, compiler=None), "bare"))
+    assert not can_prove(examine(replace(facts, memory_available=500 * MIB), "bare"))
+
+
+@pytest.mark.parametrize(("facts", "exit_code"), [(WHOLE, 0), (replace(WHOLE, qemu=None), 3)])
+def test_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    facts: Facts,
+    exit_code: int,
+) -> None:
+    monkeypatch.setattr(command, "look", lambda: facts)
+    assert cli.main(["doctor"]) == exit_code
+    text = capsys.readouterr().out
+    assert ("MISSING  QEMU" in text) == (exit_code == 3)
+    assert ("→ apt-get update" in text) == (exit_code == 3)
+    assert cli.main(["doctor", "--json", "-"]) == exit_code
+    report = Outcome(exit_code, capsys.readouterr().out, "").report
+    assert report["exit_code"] == exit_code
+    states = {it["name"]: it["state"] for it in report["findings"]}
+    assert states["QEMU"] == ("ok" if exit_code == 0 else "missing")
+
+
+def test_this_machine_without_any_program(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look-ups themselves, where there is neither QEMU nor compiler nor apt nor a kernel."""
+    for name in ("PATH", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tool.folder))
+    outcome = tool.run("doctor", "--json", "-")
+    assert outcome.exit_code == 3, outcome.errors
+    states = {it["name"]: it["state"] for it in outcome.report["findings"]}
+    missing = {name for name, state in states.items() if state == "missing"}
+    assert missing == {"QEMU", "C compiler", "guest's kernel"}
+    assert states["Python"] == "ok"
+    assert not tool.leftovers()
+
+
+def test_a_temporary_folder_that_is_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    monkeypatch.setattr("qmp_tools.doctor._look_for_kernel", lambda: "kept")
+    facts = look()
+    assert "too long a path" in str(facts.temporary_error)
+    assert facts.qemu_error is None or "TMPDIR" not in facts.qemu_error
+    assert not list(folder.iterdir())
+
+
+def test_the_extras_are_those_of_the_package() -> None:
+    extras = look().extras
+    assert set(extras) >= {"bench", "test"}
+    assert "pytest" not in extras["test"], "it is running"

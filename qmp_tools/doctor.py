@@ -64,9 +64,10 @@ class Facts:
     """What there is. Sizes in bytes; an error is the text of what went wrong.
 
     `compiler` is 'static' where static programs can be linked, 'dynamic' where only others can, and
-    None where there is no compiler. `kernel` is 'kept', 'available', or the error. `kvm` is
-    'usable', 'forbidden' or 'absent', `kvm_group` the group that owns it, and `virtualization` the
-    processor's feature, 'vmx' or 'svm'. `extras` has the packages that each optional extra lacks.
+    None where there is no compiler. `qemu_error` tells why the QEMU that is there does not run.
+    `kernel` is 'kept', 'available', or the error. `kvm` is 'usable', 'forbidden' or 'absent',
+    `kvm_group` the group that owns it, and `virtualization` the processor's feature, 'vmx' or
+    'svm'. `extras` has the packages that each optional extra lacks.
     """
 
     root: bool
@@ -137,12 +138,10 @@ def _python(facts: Facts) -> Finding:
 def _qemu(facts: Facts) -> Finding:
     if facts.qemu is not None:
         return Finding("QEMU", State.OK, facts.qemu)
-    return Finding(
-        "QEMU",
-        State.MISSING,
-        facts.qemu_error or "there is none",
-        _install(facts, "qemu-system-x86"),
-    )
+    if facts.qemu_error is None:
+        return Finding("QEMU", State.MISSING, "there is none", _install(facts, "qemu-system-x86"))
+    remedy = _install(facts, "--reinstall qemu-system-x86")
+    return Finding("QEMU", State.MISSING, facts.qemu_error, remedy)
 
 
 def _fetched(facts: Facts) -> Finding:
@@ -263,8 +262,11 @@ def _runs(*command: str) -> bool:
 def _look_for_qemu(*, ask: bool) -> tuple[str | None, str | None]:
     try:
         binary = find_qemu(None)
-        if not ask:  # that needs a folder for its log
-            return str(binary), None
+    except UntestableError:
+        return None, None
+    if not ask:  # that needs a folder for its log
+        return str(binary), None
+    try:
         return f"{asyncio.run(_version(binary))} ({binary})", None
     except UntestableError as error:
         return None, str(error)

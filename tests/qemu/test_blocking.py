@@ -1,0 +1,73 @@
+"""QEMUs without asyncio: they end with their stage, and with whoever made it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from command import Tool
+from dmaproof.errors import UsageError
+from qmp_tools.blocking import Stage
+from qmp_tools.qmp import QmpError
+
+pytestmark = pytest.mark.qemu
+
+
+def test_everything_ends_with_the_stage(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tool.folder))
+    pids = []
+
+    def use() -> None:
+        with Stage(quiet=True) as stage:
+            pids.append(stage.qemu(["-machine", "none"]).pid)
+            pair = stage.pair(["-machine", "q35", "-m", "64"], accelerator="tcg")
+            pids.extend([pair.source.pid, pair.destination.pid])
+            with pytest.raises(UsageError, match="way 'pigeon'"):
+                pair.migrate("pigeon")
+            with pytest.raises(QmpError, match="no-such-command"):
+                pair.source.execute("no-such-command")
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        use()
+    assert len(pids) == 3
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    assert not tool.leftovers()
+
+
+_SCRIPT = """
+import time
+from qmp_tools.blocking import Stage
+with Stage(quiet=True) as stage:
+    print(stage.qemu(["-machine", "none"]).pid, flush=True)
+    time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_everything_ends_with_its_maker(tool: Tool, number: signal.Signals) -> None:
+    maker = subprocess.Popen(
+        [sys.executable, "-c", _SCRIPT],
+        env={"TMPDIR": str(tool.folder), "PATH": "/usr/bin:/bin"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert maker.stdout is not None
+    qemu = Path(f"/proc/{int(maker.stdout.readline())}")
+    maker.send_signal(number)
+    maker.communicate()
+    deadline = time.monotonic() + 30
+    while tool.leftovers() or (qemu.exists() and not _is_dead(qemu)):
+        assert time.monotonic() < deadline, tool.leftovers() or "QEMU lives on"
+        time.sleep(0.05)
+
+
+def _is_dead(process: Path) -> bool:
+    """Whether only its entry is left: nobody may reap orphans in a container."""
+    return (process / "stat").read_text().rpartition(")")[2].split()[0] == "Z"

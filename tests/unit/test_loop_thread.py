@@ -1,0 +1,92 @@
+"""Asynchronous work for callers that are not: results, errors, interrupts, and leftovers."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import NoReturn
+
+import pytest
+
+from qmp_tools.loop_thread import LoopThread
+
+
+async def _answer() -> int:
+    await asyncio.sleep(0)
+    return 42
+
+
+async def _refuse() -> NoReturn:
+    raise ValueError("no")
+
+
+def test_results_and_errors_come_to_the_caller() -> None:
+    with LoopThread() as loop:
+        assert loop.run(_answer()) == 42
+        with pytest.raises(ValueError, match="no"):
+            loop.run(_refuse())
+        assert loop.run(_answer()) == 42, "an error does not end the loop"
+
+
+def test_a_caller_may_have_a_loop_of_its_own() -> None:
+    async def caller() -> int:
+        with LoopThread() as loop:
+            return loop.run(_answer())
+
+    assert asyncio.run(caller()) == 42
+
+
+def test_the_loop_goes_on_between_two_calls() -> None:
+    happened = threading.Event()
+
+    async def begin() -> None:
+        asyncio.get_running_loop().call_later(0.01, happened.set)
+
+    with LoopThread() as loop:
+        loop.run(begin())
+        assert happened.wait(10)
+
+
+def test_an_interrupt_cancels_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    running, cancelled = threading.Event(), threading.Event()
+
+    async def work() -> None:
+        running.set()
+        try:
+            await asyncio.sleep(1000)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    def interrupted(future: object, timeout: float | None = None) -> NoReturn:
+        assert running.wait(10)
+        raise KeyboardInterrupt
+
+    with LoopThread() as loop:
+        with monkeypatch.context() as patch:
+            patch.setattr("concurrent.futures.Future.result", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                loop.run(work())
+        assert cancelled.wait(10)
+        assert loop.run(_answer()) == 42
+
+
+def test_what_is_left_is_cancelled_and_the_thread_gone() -> None:
+    ended = threading.Event()
+
+    async def leave_something() -> asyncio.Task[None]:
+        async def for_ever() -> None:
+            try:
+                await asyncio.sleep(1000)
+            finally:
+                ended.set()
+
+        task = asyncio.ensure_future(for_ever())
+        await asyncio.sleep(0)
+        return task
+
+    with LoopThread() as loop:
+        task = loop.run(leave_something())
+    assert ended.is_set()
+    assert task.cancelled()
+    assert not [it for it in threading.enumerate() if it.name == "dmaproof"]

@@ -6,12 +6,13 @@ pipe's end means that the tool ended, by kill -9 even. The tool's children die b
 so that it starts in milliseconds.
 """
 
+import os
 import shutil
 import signal
 import sys
 import time
 
-_ATTEMPTS = 20
+_ATTEMPTS = 50
 _PAUSE_S = 0.1
 
 
@@ -20,13 +21,11 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     sys.stdin.buffer.read()
-    for _ in range(_ATTEMPTS):  # a dying child may still be writing
-        try:
-            shutil.rmtree(sys.argv[1])
-        except FileNotFoundError:
+    for _ in range(_ATTEMPTS):  # a dying child may still be writing, or removing its own sockets
+        shutil.rmtree(sys.argv[1], ignore_errors=True)
+        if not os.path.lexists(sys.argv[1]):
             return
-        except OSError:
-            time.sleep(_PAUSE_S)
+        time.sleep(_PAUSE_S)
 
 
 if __name__ == "__main__":

@@ -367,10 +367,19 @@ static volatile uint64_t *churn_word(uint64_t page) {
     return (volatile uint64_t *)page_at(first_churn + page);
 }
 
+// With pages that compress well, a compressed migration would be over in no time.
+static void fill_churn(void) {
+    for (uint64_t page = 0; page < parameters.churn; page++)
+        for (uint64_t word = 1; word < PAGE_WORDS; word++)
+            churn_word(page)[word] = splitmix64(page * PAGE_WORDS + word);
+}
+
 void churn(void) {
     if (atomic_load(&quiet))
         return;
     uint64_t round = atomic_load(&churn_rounds) + 1;
+    if (round == 1)
+        fill_churn();
     for (uint64_t page = 0; page < parameters.churn; page++)
         *churn_word(page) = round;
     atomic_store(&churn_rounds, round);

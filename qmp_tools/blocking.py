@@ -33,11 +33,12 @@ from .device import Device
 from .display import LineDisplay, QuietDisplay
 from .loop_thread import LoopThread
 from .machine import INCOMING
-from .migration import WAYS, Limits, Migration
+from .migration import Limits, Migration
 from .proof import DESTINATION, SOURCE, Migrated, Proof, ProofRun, proof_run
 from .qemu import Qemu
 from .qemu_choice import find_qemu
 from .run_folder import run_folder
+from .ways import WAYS, Ends
 
 T = TypeVar("T")
 
@@ -94,12 +95,12 @@ class Pair:
     async def _migrate(self, way: str, timeout_s: float) -> None:
         source, destination = self.source.qemu.qmp, self.destination.qemu.qmp
         limits = Limits(timeout_s=timeout_s)
-        migration = Migration(source, destination, WAYS[way], self._stage.folder, limits)
+        migration = Migration(Ends(source, destination, self._stage.folder), WAYS[way], limits)
         await migration.start()
         await migration.release()
         async for _ in migration.follow():
             pass
-        await migration.destination_paused()
+        await migration.load()
 
 
 class StagedProof:
@@ -154,11 +155,11 @@ class StagedProof:
 
     @functools.cached_property
     def _migrated(self) -> Migrated:
-        return self._stage.run(self._run.guarded(self._run.migrate()))
+        return self._stage.run(self._run.migrate())
 
     @functools.cached_property
     def _compared(self) -> Proof:
-        return self._stage.run(self._run.guarded(self._run.compare(self._migrated)))
+        return self._stage.run(self._run.compare(self._migrated))
 
     @functools.cached_property
     def _finished(self) -> Proof:

@@ -1,4 +1,4 @@
-"""One live migration over QMP, in any of the ways of `WAYS`.
+"""One migration over QMP, in any of the ways of `ways.WAYS`.
 
 Statistics of query-migrate differ by QEMU version, so every member is optional here; what a version
 can do is asked of it, never told by its number.
@@ -7,51 +7,25 @@ can do is asked of it, never told by its number.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, cast
 
 from dmaproof.errors import UntestableError
 
-from .qmp import Qmp
+from .qmp import QmpRefusal
+from .ways import HELD_BYTES_PER_S, Ends, UnsupportedWayError, Way
 
 _POLL_S: Final = 0.05
 _UNLIMITED_BYTES_PER_S: Final = 1 << 40
-# QEMU hands out its bandwidth in portions of a tenth of a second. With these, a portion is less
-# than what the guest keeps dirtying (Workload.churn), so no pass can be over in no time: not the
-# ones right behind the first (seen: nine passes in 50 ms), and not those while it is held.
-_FIRST_PASS_BYTES_PER_S: Final = 128 << 20
-_HELD_BYTES_PER_S: Final = 32 << 20
 OVER: Final = frozenset({"completed", "failed", "cancelled"})
 """The states in which a migration has come to its end."""
 
 
 class MigrationError(UntestableError):
     """The migration did not come to its end."""
-
-
-@dataclass(frozen=True)
-class Way:
-    """How the migration stream travels.
-
-    `listen_on(folder, host)` is the URI that the destination listens on; `capabilities` are set on
-    both sides.
-    """
-
-    summary: str
-    listen_on: Callable[[Path, str], str]
-    capabilities: tuple[str, ...] = ()
-
-
-WAYS: Final[dict[str, Way]] = {
-    "unix": Way(
-        "a Unix socket in the run's private folder",
-        lambda folder, host: f"unix:{folder / 'destination-migration.sock'}",
-    ),
-    "tcp": Way("TCP, on a free port", lambda folder, host: f"tcp:{host}:0"),
-}
 
 
 @dataclass(frozen=True)
@@ -109,67 +83,84 @@ def parse_progress(answer: dict[str, Any]) -> Progress:
 
 @dataclass
 class Migration:
-    """A migration from `source` to `destination`, which waits with ``-incoming defer``.
+    """A migration between `ends`; the destination waits with ``-incoming defer``.
 
     `start` begins it with a downtime limit so low that a busy guest does not converge; `hold` slows
     it down once its first pass is over; `release` sets the limits that were asked for. In between,
-    `follow` shows a precopy for as long as the caller has something to do in it.
+    `follow` shows a precopy for as long as the caller has something to do in it; `way_shown` tells
+    whether the way has been used as its entry wants it. `load` is the end on the destination.
 
     `moments` has the times (CLOCK_MONOTONIC, ns) of the source's events: 'STOP' when its vCPUs have
     stopped, and the migration's last states, such as 'device' and 'completed'.
     """
 
-    source: Qmp
-    destination: Qmp
+    ends: Ends
     way: Way
-    folder: Path
     limits: Limits
-    host: str = "127.0.0.1"
     history: list[Progress] = field(default_factory=list)
     moments: dict[str, int] = field(default_factory=dict)
+    way_shown: bool = False
+    _held: bool = False
 
     async def start(self) -> None:
         """Begin, and hold the migration in precopy.
 
         Raises:
-            QmpError: a QEMU refused a step.
+            UnsupportedWayError: a QEMU lacks what the way needs, or refuses the way as it must.
+            MigrationError: it does not refuse what it must.
+            QmpError: a QEMU refused another step.
         """
-        for qmp in (self.source, self.destination):
-            await qmp.execute(
-                "migrate-set-capabilities",
-                capabilities=[
-                    {"capability": name, "state": True}
-                    for name in ("events", *self.way.capabilities)
-                ],
+        try:
+            await self._prepare()
+        except QmpRefusal as refusal:
+            # QEMU 7.2 prints its reason for refusing postcopy, and does not answer with it.
+            words = f"{refusal}\n{self.ends.printed()}".rstrip()
+            due = self.way.refusal is not None and self.way.refusal in words
+            what = "refused, as it has to be with this device" if due else "this QEMU lacks the way"
+            raise UnsupportedWayError(f"{what}: {words}") from refusal
+        if self.way.refusal is not None:
+            raise MigrationError(
+                f"QEMU took {', '.join(self.way.capabilities)}, which it must refuse with a device "
+                f"like this ({self.way.refusal!r} was due)"
             )
-        await self.source.execute(
+        source, stream = self.ends.source, self.way.stream
+        await source.execute(
             "migrate-set-parameters",
-            max_bandwidth=min(self._bandwidth_bytes_per_s, _FIRST_PASS_BYTES_PER_S),
+            max_bandwidth=min(self._bandwidth_bytes_per_s, self.way.first_pass_bytes_per_s),
             downtime_limit=1,  # with 0, QEMU takes an empty first pass for convergence
         )
-        await self.destination.execute(
-            "migrate-incoming", uri=self.way.listen_on(self.folder, self.host)
-        )
-        await self.source.execute("migrate", uri=await self._listening_uri())
+        if not stream.saved_first:
+            await self._read_stream()
+        await source.execute("migrate", uri=await stream.written_to(self.ends))
 
-    async def _listening_uri(self) -> str:
-        uri = self.way.listen_on(self.folder, self.host)
-        if uri.startswith("tcp:"):
-            answer = await self.destination.execute("query-migrate")
-            address = answer["socket-address"][0]
-            return f"tcp:{address['host']}:{address['port']}"
-        return uri
+    async def _prepare(self) -> None:
+        sides = (self.ends.source, self.ends.destination)
+        capabilities = [
+            {"capability": name, "state": True} for name in ("events", *self.way.capabilities)
+        ]
+        for qmp in sides:
+            await qmp.execute("migrate-set-capabilities", capabilities=capabilities)
+        await self.way.prepare(self.ends)
+        for qmp in sides:
+            await qmp.execute("migrate-set-parameters", **self.way.parameters)
+
+    async def _read_stream(self) -> None:
+        uri = self.way.stream.read_from(self.ends)
+        await self.ends.destination.execute("migrate-incoming", uri=uri)
 
     async def hold(self) -> None:
         """Send slowly: so the migration does not converge, and the guest has the processors."""
-        await self.source.execute(
+        self._held = True
+        held = self.way.held_bytes_per_s if self.way_shown else HELD_BYTES_PER_S
+        await self.ends.source.execute(
             "migrate-set-parameters",
-            max_bandwidth=min(self._bandwidth_bytes_per_s, _HELD_BYTES_PER_S),
+            max_bandwidth=min(self._bandwidth_bytes_per_s, held),
         )
 
     async def release(self) -> None:
         """Let the migration end as soon as the limits allow."""
-        await self.source.execute(
+        self._held = False
+        await self.ends.source.execute(
             "migrate-set-parameters",
             max_bandwidth=self._bandwidth_bytes_per_s,
             downtime_limit=max(1, round(self.limits.downtime_s * 1000)),
@@ -179,13 +170,13 @@ class Migration:
     def _bandwidth_bytes_per_s(self) -> int:
         return self.limits.bandwidth_bytes_per_s or _UNLIMITED_BYTES_PER_S
 
-    async def follow(self) -> AsyncIterator[Progress]:
+    async def follow(self) -> AsyncGenerator[Progress, None]:
         """The progress, again and again until the migration has completed.
 
         Raises:
             MigrationError: it failed, was cancelled, or took longer than its time.
         """
-        async with self.source.events("STOP", "MIGRATION") as listener:
+        async with self.ends.source.events("STOP", "MIGRATION") as listener:
             async for progress in self._poll():
                 self._note_moments(cast(list[Mapping[str, Any]], listener.clear()))
                 yield progress
@@ -198,10 +189,15 @@ class Migration:
             name = event["data"]["status"] if event["event"] == "MIGRATION" else event["event"]
             self.moments[name] = time_ns + to_monotonic_ns
 
-    async def _poll(self) -> AsyncIterator[Progress]:
+    async def _poll(self) -> AsyncGenerator[Progress, None]:
         deadline = time.monotonic() + self.limits.timeout_s
         while True:
-            progress = parse_progress(await self.source.execute("query-migrate"))
+            answer = await self.ends.source.execute("query-migrate")
+            progress = parse_progress(answer)
+            if not self.way_shown and self.way.is_shown_in(answer):
+                self.way_shown = True
+                if self._held:
+                    await self.hold()
             self.history.append(progress)
             yield progress
             if progress.status == "completed":
@@ -215,18 +211,40 @@ class Migration:
                     f"the migration has not completed within {self.limits.timeout_s:.0f} s (it is "
                     f"{progress.status!r}, {progress.remaining} bytes remain after "
                     f"{progress.syncs} syncs); allow more bandwidth, downtime or time"
+                    + ("" if self.way_shown else f" (no {self.way.shown_by} has been seen)")
                 )
             await asyncio.sleep(_POLL_S)
 
-    async def destination_paused(self) -> None:
+    async def cancel(self) -> None:
+        """Cancel, and wait until the source has let go of the migration and its devices' logs.
+
+        The destination ends by itself then, or may be ended.
+
+        Raises:
+            MigrationError: the migration came to another end.
+        """
+        await self.ends.source.execute("migrate_cancel")
+        with contextlib.suppress(MigrationError):
+            async for _ in self._poll():
+                pass
+        if self.history[-1].status != "cancelled":
+            raise MigrationError(
+                f"the migration was to be cancelled, and is {self.history[-1].status!r}"
+            )
+
+    async def load(self) -> None:
         """Wait until the destination has loaded everything and stands paused.
+
+        A stream that was saved first is read only now.
 
         Raises:
             MigrationError: it does not come to that.
         """
+        if self.way.stream.saved_first:
+            await self._read_stream()
         deadline = time.monotonic() + self.limits.timeout_s
         while time.monotonic() < deadline:
-            answer = await self.destination.execute("query-status")
+            answer = await self.ends.destination.execute("query-status")
             if answer["status"] == "paused":
                 return
             if answer["status"] not in ("inmigrate", "prelaunch", "finish-migrate"):

@@ -24,10 +24,11 @@ from .bare_guest import probe_guest
 from .display import Display
 from .guest_build import Guest
 from .machine import GIB, INCOMING, KIB, MIB, Machine, format_memory
-from .migration import WAYS, Limits, Migration
+from .migration import Limits, Migration
 from .qemu import Qemu
 from .ram import compare, ram_file
 from .run_folder import run_folder
+from .ways import WAYS, Ends
 from .workload import Workload
 
 _ODD_BYTES: Final = 8 * KIB
@@ -164,12 +165,12 @@ async def _count_vcpu_pages_lost(qemu: Path, accelerator: str, memory_bytes: int
             # the vCPU runs on, also on a busy machine: where it has not written to them again by
             # the time it is stopped, the loss is hidden.
             limits = Limits(bandwidth_bytes_per_s=_PROBE_BANDWIDTH_BYTES_PER_S)
-            migration = Migration(source.qmp, destination.qmp, WAYS["unix"], folder, limits)
+            migration = Migration(Ends(source.qmp, destination.qmp, folder), WAYS["unix"], limits)
             await migration.start()
             async for progress in migration.follow():
                 if progress.syncs >= _PROBE_SYNCS:
                     await migration.release()
-            await migration.destination_paused()
+            await migration.load()
             with (
                 ram_file(source.process.pid, "the probe's source") as source_ram,
                 ram_file(destination.process.pid, "the probe's destination") as destination_ram,

@@ -25,12 +25,13 @@ from .device import Device, DeviceOptions
 from .display import Display
 from .guest_channel import QUIET, START_ONCE, SWEEP, GuestChannel
 from .machine import INCOMING, Machine, format_memory, vhost_user_blk_arguments
-from .migration import WAYS, Limits, Migration, Progress
+from .migration import Limits, Migration, Progress
 from .qemu import Qemu
 from .ram import compare, ram_file
 from .ram_map import RamMap, map_proof
 from .run_folder import run_folder
 from .verdict import GuestOutcome, Verdict, attribute, measure_sharpness
+from .ways import LOCALHOST, WAYS, Ends
 from .workload import Workload
 
 _BOOT_TIMEOUT_S: Final = 60.0
@@ -54,7 +55,7 @@ class Setup:
     device: DeviceOptions
     queues: int = 2
     way: str = "unix"
-    host: str = "127.0.0.1"
+    host: str = LOCALHOST
     limits: Limits = field(default_factory=Limits)
     requests_after: int = 1000
 
@@ -91,8 +92,7 @@ async def prove(setup: Setup, display: Display, *, keep: bool = False) -> Proof:
     """
     with run_folder(keep=keep) as folder:
         async with proof_run(setup, display, folder) as run:
-            migrated = await run.guarded(run.migrate())
-            proof = await run.guarded(run.compare(migrated))
+            proof = await run.compare(await run.migrate())
             return replace(await run.finish(proof), folder=folder if keep else None)
 
 
@@ -113,7 +113,7 @@ async def proof_run(setup: Setup, display: Display, folder: Path) -> AsyncIterat
         stack.push_async_callback(device.end)
         run = ProofRun(setup, display, device, folder)
         stack.push_async_callback(run.end)
-        await run.guarded(run.start())
+        await run.start()
         yield run
 
 
@@ -122,14 +122,13 @@ class Migrated:
     """What is known of a migration once it is over and both guests stand still."""
 
     versions: Sequence[str]
-    boot_s: float
     migration_s: float
     all_sent_ns: int
     migration: Migration
 
 
 class ProofRun:
-    """The processes of one proof, and the steps that it takes with them, each under `guarded`.
+    """The processes of one proof, and the steps that it takes with them, each `guarded`.
 
     `qemus` has the source and the destination, by name, once `start` is done.
     """
@@ -141,21 +140,36 @@ class ProofRun:
         self._folder = folder
         self.qemus: dict[str, Qemu] = {}
         self._guests: dict[str, GuestChannel] = {}
+        self._boot_s = 0.0
 
     async def start(self) -> None:
-        """Start both QEMUs; the destination waits while the source boots.
+        """Start both QEMUs, and wait until the source's guest is ready.
 
         Raises:
-            UntestableError: one of them could not be started.
+            UntestableError: one of them could not be started, or the guest does not come to that.
         """
+        await self.guarded(self._start_both())
+        await self.guarded(self._boot())
+
+    async def _start_both(self) -> None:
         outcomes = await asyncio.gather(
             self._start(SOURCE, self._setup.qemu),
-            self._start(DESTINATION, self._setup.qemu_destination, *INCOMING),
+            self._start_destination(),
             return_exceptions=True,  # so that both are over, and `end` knows of what has started
         )
         for outcome in outcomes:
             if outcome is not None:
                 raise outcome
+
+    async def _boot(self) -> None:
+        began_s = time.monotonic()
+        guest = self._guests[SOURCE]
+        await guest.wait_for(lambda: "ready" in guest.latest, "become ready", _BOOT_TIMEOUT_S)
+        self._boot_s = time.monotonic() - began_s
+        self._display.say(f"guest ready after {self._boot_s:.1f} s")
+
+    async def _start_destination(self) -> None:
+        await self._start(DESTINATION, self._setup.qemu_destination, *INCOMING)
 
     async def _start(self, name: str, binary: Path, *extra: str) -> None:
         arguments = [
@@ -200,33 +214,37 @@ class ProofRun:
             await asyncio.gather(task, *alarms, return_exceptions=True)
 
     async def migrate(self) -> Migrated:
-        """From the boot to the end of the migration; both guests stand still then."""
+        """Migrate; both guests stand still afterwards.
+
+        Raises:
+            UntestableError: it does not come to that.
+        """
+        if WAYS[self._setup.way].cancelled_first:
+            await self.guarded(self._migrate_and_cancel())
+            await self.guarded(self._start_destination())
+        return await self.guarded(self._migrate_to_the_end())
+
+    async def _migrate_to_the_end(self) -> Migrated:
         source, destination = self.qemus[SOURCE], self.qemus[DESTINATION]
         versions = [await qemu.qmp.version() for qemu in (source, destination)]
+        self._display.say(f"migrating ({self._setup.way})")
 
         began_s = time.monotonic()
-        await self._guests[SOURCE].wait_for(
-            lambda: "ready" in self._guests[SOURCE].latest, "become ready", _BOOT_TIMEOUT_S
-        )
-        boot_s = time.monotonic() - began_s
-        self._display.say(f"guest ready after {boot_s:.1f} s; migrating ({self._setup.way})")
-
-        began_s = time.monotonic()
-        migration = Migration(
-            source.qmp,
-            destination.qmp,
-            WAYS[self._setup.way],
-            self._folder,
-            self._setup.limits,
-            self._setup.host,
-        )
+        migration = self._migration()
         all_sent_ns = await self._migrate(migration)
         migration_s = time.monotonic() - began_s
-        await migration.destination_paused()
-        return Migrated(versions, boot_s, migration_s, all_sent_ns, migration)
+        await migration.load()
+        return Migrated(versions, migration_s, all_sent_ns, migration)
 
     async def compare(self, migrated: Migrated) -> Proof:
-        """Hold the RAM of both against each other; the destination's guest stands still yet."""
+        """Hold the RAM of both against each other; the destination's guest stands still yet.
+
+        Raises:
+            UntestableError: the RAM or the device's evidence cannot be had.
+        """
+        return await self.guarded(self._compare(migrated))
+
+    async def _compare(self, migrated: Migrated) -> Proof:
         source, destination = self.qemus[SOURCE], self.qemus[DESTINATION]
         began_s = time.monotonic()
         self._display.say("comparing every page of RAM")
@@ -250,7 +268,7 @@ class ProofRun:
             verdict=verdict,
             qemu_version=migrated.versions[0],
             qemu_destination_version=migrated.versions[1],
-            boot_s=migrated.boot_s,
+            boot_s=self._boot_s,
             migration_s=migrated.migration_s,
             compare_s=compare_s,
             downtime_s=migration.history[-1].downtime_s,
@@ -265,6 +283,34 @@ class ProofRun:
             folder=None,
         )
 
+    def _migration(self) -> Migration:
+        source, destination = self.qemus[SOURCE], self.qemus[DESTINATION]
+        ends = Ends(
+            source.qmp,
+            destination.qmp,
+            self._folder,
+            self._setup.host,
+            printed=lambda: "\n".join(
+                it.process.log_tail() for it in (source, destination)
+            ).strip(),
+        )
+        return Migration(ends, WAYS[self._setup.way], self._setup.limits)
+
+    async def _migrate_and_cancel(self) -> None:
+        """Migrate until every page has been sent, cancel, and end the destination."""
+        self._display.say("migrating, to cancel it in precopy")
+        migration = self._migration()
+        await migration.start()
+        async with contextlib.aclosing(migration.follow()) as precopy:
+            async for progress in precopy:
+                if progress.syncs >= 2:
+                    break
+        destination = self.qemus[DESTINATION]
+        destination.process.expect_end()
+        await migration.cancel()
+        self._guests[DESTINATION].close()
+        await destination.end()
+
     async def _migrate(self, migration: Migration) -> int:
         """Migrate; returns when every page had been sent once (CLOCK_MONOTONIC, ns)."""
         guest = self._guests[SOURCE]
@@ -278,7 +324,7 @@ class ProofRun:
                     all_sent_ns = progress.time_ns
                     await migration.hold()
                     await guest.tell(START_ONCE)
-                elif not released and "once-done" in guest.latest:
+                elif not released and "once-done" in guest.latest and migration.way_shown:
                     released = True
                     await guest.tell(QUIET)
                     await migration.release()

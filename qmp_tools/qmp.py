@@ -19,6 +19,10 @@ class QmpError(UntestableError):
     """QEMU refused a command, or did not answer."""
 
 
+class QmpRefusal(QmpError):  # noqa: N818  (QEMU is well, and has said no)
+    """QEMU refused a command; the message has its words."""
+
+
 class Qmp:
     """A QMP session. `name` is what messages call the QEMU: 'source QEMU'."""
 
@@ -44,20 +48,33 @@ class Qmp:
         """Execute `command`; underscores in argument names become hyphens.
 
         Raises:
-            QmpError: QEMU refused it, has gone, or does not answer.
+            QmpRefusal: QEMU refused it.
+            QmpError: QEMU has gone, or does not answer.
         """
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         try:
             async with asyncio.timeout(_COMMAND_TIMEOUT_S):
                 return await self._client.execute(command, named)
         except ExecuteError as error:
-            raise QmpError(f"{self.name} refused {command}: {error}") from error
+            raise QmpRefusal(f"{self.name} refused {command}: {error}") from error
         except TimeoutError as error:
             raise QmpError(
                 f"{self.name} has not answered {command} for {_COMMAND_TIMEOUT_S:.0f} s"
             ) from error
         except (QMPError, EOFError) as error:
             raise QmpError(f"{self.name} went away during {command}") from error
+
+    async def send_fd(self, fd: int, name: str) -> None:
+        """Give QEMU a duplicate of `fd`, which its monitor then knows by `name`.
+
+        Raises:
+            QmpError: as for `execute`.
+        """
+        try:
+            self._client.send_fd_scm(fd)
+        except (QMPError, OSError) as error:
+            raise QmpError(f"{self.name} took no file descriptor: {error}") from error
+        await self.execute("getfd", fdname=name)
 
     async def version(self) -> str:
         """QEMU's version, with its packager's where it has one: '7.2.22 Debian …'."""

@@ -17,7 +17,7 @@ from ..verdict import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from .arguments import Subcommands, add_parser, positive
 from .interruption import run_interruptibly
 from .outputs import add_outputs, write_outputs, writes_to_stdout
-from .setup import add_setup_options, setup_of
+from .setup import add_setup_options, describe_ways, setup_of
 
 _EXAMPLES: Final = """\
 examples:
@@ -42,7 +42,7 @@ def add(commands: Subcommands) -> None:
         summary="break every link of the chain in turn, and see whether it is caught",
         description="Plant every known fault, on a test bed without QEMU and, where one device on "
         "one QEMU shows it, in a real proof; tell which were caught, by what, at which link.",
-        epilog=_EXAMPLES,
+        epilog=f"{_EXAMPLES}\n{describe_ways()}",
     )
     parser.set_defaults(
         device="blk",

@@ -19,6 +19,7 @@ from ..html_report import to_html
 from ..junit_tap import to_junit, to_tap
 from ..report import SCHEMA_VERSION
 from ..verdict import EXIT_UNTESTED
+from ..ways import UnsupportedWayError
 
 Answer = dict[str, Any]
 
@@ -88,6 +89,8 @@ def reporting_failure(
                 "kind": f"{kind}-untested",
                 "verdict": f"could not be tested: {error}",
                 "exit_code": EXIT_UNTESTED,
+                "unsupported": isinstance(error, UnsupportedWayError),
+                **({"way": arguments.way} if "way" in arguments else {}),
             }
             write_outputs(answer, arguments)
             raise

@@ -17,7 +17,7 @@ from ..verdict import EXIT_UNTESTED
 from .arguments import Subcommands, add_parser
 from .interruption import run_interruptibly
 from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
-from .setup import add_proof_options, setup_of
+from .setup import add_proof_options, describe_ways, setup_of
 
 _CONTROL_FAULT: Final = "drop-pages=0.01"
 
@@ -26,6 +26,7 @@ examples:
   dmaproof prove                              the system's QEMU, everything chosen for you
   dmaproof prove --fault drop-pages=0.01      must fail: shows that losses are caught
   dmaproof prove --qemu 11.1 --memory 5G --way tcp
+  dmaproof prove --way multifd-4              any of the ways below
   dmaproof prove --guest bare                 no kernel to boot: the quickest proof
   dmaproof prove --workload pattern=sequential,huge_every=4
   dmaproof prove --qemu 11.1 --qemu-destination /usr/bin/qemu-system-x86_64
@@ -59,7 +60,7 @@ def add(commands: Subcommands) -> None:
         summary="migrate a guest under DMA load and compare every page",
         description="Migrate a guest while a device outside QEMU writes its RAM, compare every "
         "page of both sides, and say who lost what.",
-        epilog=f"{_PROVE_EXAMPLES}\n{_describe_faults()}",
+        epilog=f"{_PROVE_EXAMPLES}\n{describe_ways()}\n\n{_describe_faults()}",
     )
     add_proof_options(parser)
     run = parser.add_argument_group("run")

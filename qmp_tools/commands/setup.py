@@ -16,10 +16,11 @@ from ..device import DeviceOptions
 from ..display import Display
 from ..guest import GUESTS
 from ..machine import MIB, Machine, parse_memory
-from ..migration import WAYS, Limits
+from ..migration import Limits
 from ..probes import choose_accelerator, choose_memory
 from ..proof import Setup
 from ..qemu_choice import common_machine, find_qemu
+from ..ways import LOCALHOST, WAYS
 from ..workload import parse_workload
 from .arguments import positive, seconds, size
 
@@ -55,12 +56,15 @@ def add_setup_options(parser: argparse.ArgumentParser) -> None:
     migration = parser.add_argument_group("migration")
     migration.add_argument(
         "--way",
-        choices=sorted(WAYS),
+        metavar="NAME",
+        choices=WAYS,
         default="unix",
-        help="; ".join(f"{name}: {way.summary}" for name, way in WAYS.items()),
+        help="how the guest migrates, see below (default: %(default)s)",
     )
     migration.add_argument(
-        "--host", default="127.0.0.1", help="where --way tcp listens (default: %(default)s)"
+        "--host",
+        default=LOCALHOST,
+        help="where the ways tcp and tls listen (default: %(default)s)",
     )
     migration.add_argument(
         "--bandwidth", type=size, metavar="SIZE", help="limit in bytes a second, such as 64M"
@@ -130,6 +134,13 @@ def parse_proof_options(options: Mapping[str, object]) -> argparse.Namespace:
 class _OptionParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
+
+
+def describe_ways() -> str:
+    """All ways to migrate, a line each, for a subcommand's help."""
+    width = max(map(len, WAYS))
+    lines = (f"  {name:<{width}}  {way.summary}" for name, way in WAYS.items())
+    return "\n".join(("ways to migrate (docs/ways.md tells what each needs):", *lines))
 
 
 async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:

@@ -22,9 +22,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ..migration import WAYS, Limits, Migration
+from ..migration import Limits, Migration
 from ..qemu import Qemu
 from ..ram import PAGE_BYTES, compare, ram_file
+from ..ways import WAYS, Ends
 from .fake_device import Engine, FakeDevice, Journal, dropped_pages, fake_device, planted
 from .outcome import Proof, require
 from .planted_faults import FAULTS
@@ -222,7 +223,7 @@ async def _hold_and_release(
     Returns how often QEMU synced, and the writes that there were when all had been sent once.
     """
     loop = asyncio.get_running_loop()
-    migration = Migration(source.qmp, destination.qmp, WAYS["unix"], folder, _LIMITS)
+    migration = Migration(Ends(source.qmp, destination.qmp, folder), WAYS["unix"], _LIMITS)
     await migration.start()
     await migration.hold()
     deadline = loop.time() + _HOLD_S
@@ -236,7 +237,7 @@ async def _hold_and_release(
         if held and ((progress.syncs >= _SYNCS and rewritten) or loop.time() > deadline):
             held = False
             await migration.release()
-    await migration.destination_paused()
+    await migration.load()
     return migration.history[-1].syncs, device.stats()["writes"] if sent is None else sent
 
 

@@ -1,0 +1,80 @@
+"""X.509 certificates for one migration under TLS, made by the ``openssl`` command.
+
+A certificate authority of the run's own signs one certificate for each side; the files have the
+names that QEMU's tls-creds-x509 looks for in its folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from pathlib import Path
+from typing import Final
+
+from dmaproof.errors import UntestableError
+
+SERVER_NAME: Final = "destination.dmaproof.test"
+"""The name in the destination's certificate; no address has it, so the source must be told."""
+
+_TIMEOUT_S: Final = 30.0
+# Nothing of the system's configuration, which adds extensions of its own.
+_CONFIGURATION: Final = "[req]\ndistinguished_name = name\n[name]\n"
+_AUTHORITY: Final = ("basicConstraints=critical,CA:TRUE", "keyUsage=critical,keyCertSign")
+# QEMU checks the purposes (qcrypto_tls_creds_check_cert_key_purpose).
+_EACH_SIDE: Final = ("basicConstraints=critical,CA:FALSE", "keyUsage=critical,digitalSignature")
+
+
+async def make_certificates(folder: Path) -> None:
+    """Write ca-cert.pem, and ``{client,server}-{cert,key}.pem``, into `folder`.
+
+    Raises:
+        UntestableError: there is no OpenSSL, of version 3 or later, or it fails.
+    """
+    (folder / "openssl.cnf").write_text(_CONFIGURATION)
+    await asyncio.to_thread(_make_all, folder)
+
+
+def _make_all(folder: Path) -> None:
+    _make(folder, "ca", "dmaproof", _AUTHORITY)
+    signed = ("-CA", "ca-cert.pem", "-CAkey", "ca-key.pem")
+    _make(folder, "client", "source", (*_EACH_SIDE, "extendedKeyUsage=clientAuth"), *signed)
+    server = ("extendedKeyUsage=serverAuth", f"subjectAltName=DNS:{SERVER_NAME}")
+    _make(folder, "server", "destination", (*_EACH_SIDE, *server), *signed)
+
+
+def _make(folder: Path, file: str, name: str, extensions: tuple[str, ...], *signed: str) -> None:
+    command = [
+        *(
+            "openssl",
+            "req",
+            "-x509",
+            "-config",
+            "openssl.cnf",
+            "-days",
+            "2",
+            "-subj",
+            f"/CN={name}",
+        ),
+        *("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-noenc"),
+        *("-keyout", f"{file}-key.pem", "-out", f"{file}-cert.pem"),
+        *(option for extension in extensions for option in ("-addext", extension)),
+        *signed,
+    ]
+    try:
+        subprocess.run(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=_TIMEOUT_S,
+        )
+    except FileNotFoundError:
+        raise UntestableError("TLS needs the openssl command: apt-get install openssl") from None
+    except subprocess.TimeoutExpired as error:
+        raise UntestableError(f"openssl did not end within {_TIMEOUT_S:.0f} s") from error
+    except subprocess.CalledProcessError as error:
+        raise UntestableError(
+            f"openssl (3 or later is needed) could not make the {file} certificate: {error.stderr}"
+        ) from error

@@ -1,0 +1,215 @@
+"""The ways in which a guest migrates: one entry of `WAYS` each.
+
+An entry says by which `Stream` the bytes get across, which capabilities and parameters both QEMUs
+are given, what must be there beforehand (`prepare`), and how query-migrate shows that the way was
+really taken. Which of it a QEMU version has is found out by asking for it: what it refuses before
+the migration begins it lacks (`UnsupportedWayError`), and what goes wrong later is a failure.
+"""
+
+from __future__ import annotations
+
+import shlex
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from functools import reduce
+from pathlib import Path
+from typing import Any, Final
+
+from dmaproof.errors import UntestableError
+
+from .certificates import SERVER_NAME, make_certificates
+from .qmp import Qmp
+
+LOCALHOST: Final = "127.0.0.1"
+# QEMU hands out its bandwidth in portions of a tenth of a second. With these, a portion is less
+# than what the guest keeps dirtying (Workload.churn), so no pass can be over in no time: not the
+# ones right behind the first (seen: nine passes in 50 ms), and not those while it is held.
+FIRST_PASS_BYTES_PER_S: Final = 128 << 20
+HELD_BYTES_PER_S: Final = 32 << 20
+
+
+class UnsupportedWayError(UntestableError):
+    """A QEMU lacks the way, or refuses it for this device: nothing has failed."""
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Both QEMUs of a migration, and the `folder` and `host` that are theirs for its stream.
+
+    `printed()` is what they have said elsewhere than on QMP.
+    """
+
+    source: Qmp
+    destination: Qmp
+    folder: Path
+    host: str = LOCALHOST
+    printed: Callable[[], str] = lambda: ""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Where the destination reads the stream and the source writes it, as migration URIs.
+
+    With `saved_first` the source writes all of it before the destination is told to read.
+    `written_to` is asked when the destination listens, unless `saved_first`.
+    """
+
+    read_from: Callable[[Ends], str]
+    written_to: Callable[[Ends], Awaitable[str]]
+    saved_first: bool = False
+
+
+def _socket(uri: Callable[[Ends], str]) -> Stream:
+    async def written_to(ends: Ends) -> str:
+        if not uri(ends).startswith("tcp:"):
+            return uri(ends)
+        address = (await ends.destination.execute("query-migrate"))["socket-address"][0]
+        return f"tcp:{address['host']}:{address['port']}"
+
+    return Stream(uri, written_to)
+
+
+def _saved(reading: Callable[[Path], str], writing: Callable[[Path], str]) -> Stream:
+    def file(ends: Ends) -> Path:
+        return ends.folder / "saved-guest"
+
+    async def written_to(ends: Ends) -> str:
+        return writing(file(ends))
+
+    return Stream(lambda ends: reading(file(ends)), written_to, saved_first=True)
+
+
+_UNIX: Final = _socket(lambda ends: f"unix:{ends.folder / 'destination-migration.sock'}")
+_TCP: Final = _socket(lambda ends: f"tcp:{ends.host}:0")
+_FD: Final = _socket(lambda ends: "fd:migration")
+_EXEC: Final = _saved(
+    lambda file: f"exec:cat <{shlex.quote(str(file))}",
+    lambda file: f"exec:cat >{shlex.quote(str(file))}",
+)
+_FILE: Final = _saved(lambda file: f"file:{file}", lambda file: f"file:{file}")
+
+
+async def _nothing(ends: Ends) -> None:
+    pass
+
+
+async def _hand_over_socket_pair(ends: Ends) -> None:
+    for qmp, end in zip((ends.source, ends.destination), socket.socketpair(), strict=True):
+        with end:
+            await qmp.send_fd(end.fileno(), "migration")
+
+
+async def _add_credentials(ends: Ends) -> None:
+    await make_certificates(ends.folder)
+    for qmp, endpoint in ((ends.source, "client"), (ends.destination, "server")):
+        await qmp.execute(
+            "object-add",
+            qom_type="tls-creds-x509",
+            id="migration-tls",
+            dir=str(ends.folder),
+            endpoint=endpoint,
+            verify_peer=True,
+        )
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a guest migrates.
+
+    `capabilities` and `parameters` (named as in QMP) are set on both sides, `prepare` is carried
+    out in between. `shown_by` is the path of a member of query-migrate ('ram.multifd-bytes') that
+    is more than 0 once the way has been used: only then may the migration end. `refusal` is what
+    QEMU must say to the capabilities: for a way that this device cannot go. With `cancelled_first`,
+    a first migration is cancelled in the middle of precopy. `first_pass_bytes_per_s`, and from
+    when the way has shown `held_bytes_per_s`, keep the migration from ending before it may.
+    """
+
+    summary: str
+    stream: Stream = _UNIX
+    capabilities: tuple[str, ...] = ()
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    prepare: Callable[[Ends], Awaitable[None]] = _nothing
+    shown_by: str | None = None
+    refusal: str | None = None
+    cancelled_first: bool = False
+    first_pass_bytes_per_s: int = FIRST_PASS_BYTES_PER_S
+    held_bytes_per_s: int = HELD_BYTES_PER_S
+
+    def is_shown_in(self, answer: Mapping[str, Any]) -> bool:
+        """Whether an answer of query-migrate shows that the way has been used."""
+        if self.shown_by is None:
+            return True
+        value: Any = reduce(lambda part, name: part.get(name, {}), self.shown_by.split("."), answer)
+        return bool(value)
+
+
+def _multifd(channels: int, compression: str | None = None) -> Way:
+    return Way(
+        f"a Unix socket for each of {channels} channels"
+        + (f", compressed by {compression}" if compression else ""),
+        capabilities=("multifd",),
+        parameters={
+            "multifd-channels": channels,
+            **({"multifd-compression": compression} if compression else {}),
+        },
+        shown_by="ram.multifd-bytes",
+        # So little is left of the first pass that a whole portion would remain for those behind it.
+        first_pass_bytes_per_s=HELD_BYTES_PER_S if compression else FIRST_PASS_BYTES_PER_S,
+    )
+
+
+WAYS: Final[dict[str, Way]] = {
+    "unix": Way("a Unix socket in the run's private folder"),
+    "tcp": Way("TCP, on a free port", _TCP),
+    "tls": Way(
+        "TCP under TLS: both sides show certificates, made for the run; needs openssl",
+        _TCP,
+        parameters={"tls-creds": "migration-tls", "tls-hostname": SERVER_NAME},
+        prepare=_add_credentials,
+    ),
+    "fd": Way("a socket pair, handed to both QEMUs", _FD, prepare=_hand_over_socket_pair),
+    "exec": Way("saved by a shell command into a file, restored by another", _EXEC),
+    "mapped-ram": Way(
+        "saved into a file where each page has its place, then restored",
+        _FILE,
+        capabilities=("mapped-ram",),
+    ),
+    "mapped-ram-multifd": Way(
+        "the same, written and read by 4 threads",
+        _FILE,
+        capabilities=("mapped-ram", "multifd"),
+        parameters={"multifd-channels": 4},
+        shown_by="ram.multifd-bytes",
+    ),
+    "multifd-1": _multifd(1),
+    "multifd-4": _multifd(4),
+    "multifd-8": _multifd(8),
+    "multifd-zlib": _multifd(4, "zlib"),
+    "multifd-zstd": _multifd(4, "zstd"),
+    "xbzrle": Way(
+        "pages sent before go as their difference",
+        capabilities=("xbzrle",),
+        shown_by="xbzrle-cache.pages",
+        # A dirty page is some 20 bytes then; the second pass still sends and caches whole pages.
+        held_bytes_per_s=256 << 10,
+    ),
+    "auto-converge": Way(
+        "the vCPUs are slowed down",
+        capabilities=("auto-converge",),
+        # The least that there is: throttled as soon as the guest dirties anything again.
+        parameters={"throttle-trigger-threshold": 1},
+        shown_by="cpu-throttle-percentage",
+    ),
+    "return-path": Way("the destination answers the source", capabilities=("return-path",)),
+    "switchover-ack": Way(
+        "the destination says when the source may stop",
+        capabilities=("return-path", "switchover-ack"),
+    ),
+    "postcopy-ram": Way(
+        "pages fetched on demand: QEMU must refuse it, as the device has no PAGEFAULT",
+        capabilities=("postcopy-ram",),
+        refusal="not capable of postcopy",
+    ),
+    "retry": Way("cancelled in the middle of precopy, and migrated again", cancelled_first=True),
+}

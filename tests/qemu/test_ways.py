@@ -1,0 +1,69 @@
+"""Every way to migrate, on the system's QEMU: it passes, or is told to be lacking where it is."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command import Outcome, Tool
+from qmp_tools.qemu import Qemu
+from qmp_tools.qemu_builds import installed
+from qmp_tools.qemu_choice import find_qemu
+from qmp_tools.ways import WAYS
+
+pytestmark = pytest.mark.qemu
+
+
+def prove(tool: Tool, way: str, *arguments: str) -> Outcome:
+    outcome = tool.run("prove", "--guest", "bare", "--json", "-", "--way", way, *arguments)
+    assert not tool.leftovers(), "the run's folder was left behind"
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def known_capabilities(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Those that the system's QEMU itself names."""
+    return asyncio.run(_ask(tmp_path_factory.mktemp("c")))
+
+
+async def _ask(folder: Path) -> set[str]:
+    qemu = await Qemu.start("idle", find_qemu(None), ["-machine", "none"], folder)
+    try:
+        answer: list[dict[str, Any]] = await qemu.qmp.execute("query-migrate-capabilities")
+        return {it["capability"] for it in answer}
+    finally:
+        await qemu.end()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_passes_or_is_told_to_be_lacking(
+    tool: Tool, known_capabilities: set[str], way: str
+) -> None:
+    outcome = prove(tool, way)
+    report = outcome.report
+    lacking = set(WAYS[way].capabilities) - known_capabilities
+    if lacking or WAYS[way].refusal:
+        assert (outcome.exit_code, report["unsupported"], report["way"]) == (3, True, way)
+        due = min(lacking) if lacking else f"{WAYS[way].refusal}"
+        assert due in report["verdict"]
+        return
+    assert outcome.exit_code == 0, outcome.output + outcome.errors
+    assert report["setup"]["way"] == way
+    assert report["sharpness"]["certain"] >= 8000
+
+
+@pytest.mark.parametrize("way", ["multifd-4", "exec", "mapped-ram", "retry"])
+def test_a_planted_fault_is_caught(tool: Tool, known_capabilities: set[str], way: str) -> None:
+    newer = []
+    if not set(WAYS[way].capabilities) <= known_capabilities:
+        if not installed():
+            pytest.skip(f"this QEMU lacks {way}: dmaproof qemu fetch 11.1")
+        newer = ["--qemu", str(installed()[-1].path)]
+    outcome = prove(tool, way, "--fault", "drop-pages=0.01", *newer)
+    assert outcome.exit_code == 1, outcome.errors
+    report = outcome.report
+    assert len(report["lost_pages"]) >= report["sharpness"]["unreported_certain"] > 40
+    assert all(page["blame"] == "device" for page in report["lost_pages"])

@@ -1,0 +1,194 @@
+"""What each way to migrate tells the QEMUs, in which order, and what is made of their answers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from qmp_tools.certificates import SERVER_NAME, make_certificates
+from qmp_tools.migration import Limits, Migration, MigrationError
+from qmp_tools.qmp import Qmp, QmpRefusal
+from qmp_tools.ways import WAYS, Ends, UnsupportedWayError, Way
+
+
+class RecordingQmp:
+    """Notes what it is told in `log`; refuses the command `refused` with `words`."""
+
+    def __init__(self, name: str, log: list[tuple[str, str, dict[str, Any]]]) -> None:
+        self.name = name
+        self.log = log
+        self.refused = ""
+        self.words = ""
+        self.statuses: list[str] = []
+        self.fds: list[os.stat_result] = []
+
+    async def execute(self, command: str, **arguments: Any) -> Any:
+        if command == self.refused:
+            raise QmpRefusal(f"{self.name} refused {command}: {self.words}")
+        self.log.append((self.name, command, arguments))
+        if command == "query-migrate":
+            status = self.statuses.pop(0) if self.statuses else "active"
+            return {"status": status, "socket-address": [{"host": "::1", "port": "4711"}]}
+        return {"status": "paused"}
+
+    async def send_fd(self, fd: int, name: str) -> None:
+        self.fds.append(os.fstat(fd))
+
+
+class Stage:
+    """A migration between two QEMUs that only take notes."""
+
+    def __init__(self, folder: Path, way: Way) -> None:
+        self.log: list[tuple[str, str, dict[str, Any]]] = []
+        self.source = RecordingQmp("source", self.log)
+        self.destination = RecordingQmp("destination", self.log)
+        self.printed = ""
+        ends = Ends(
+            cast(Qmp, self.source),
+            cast(Qmp, self.destination),
+            folder,
+            printed=lambda: self.printed,
+        )
+        self.migration = Migration(ends, way, Limits())
+
+    def start(self) -> None:
+        asyncio.run(self.migration.start())
+
+    def told(self, name: str, command: str) -> list[dict[str, Any]]:
+        return [arguments for it, said, arguments in self.log if (it, said) == (name, command)]
+
+
+PASSABLE = [name for name, way in WAYS.items() if way.refusal is None]
+
+
+@pytest.mark.parametrize("name", PASSABLE)
+def test_both_sides_are_told_the_same_before_anything_moves(tmp_path: Path, name: str) -> None:
+    way = WAYS[name]
+    stage = Stage(tmp_path, way)
+    stage.start()
+    for side in ("source", "destination"):
+        (capabilities,) = stage.told(side, "migrate-set-capabilities")
+        assert capabilities["capabilities"] == [
+            {"capability": it, "state": True} for it in ("events", *way.capabilities)
+        ]
+        assert stage.told(side, "migrate-set-parameters")[0] == way.parameters
+    assert stage.log[-1][:2] == ("source", "migrate")
+
+
+@pytest.mark.parametrize("name", PASSABLE)
+def test_what_is_written_is_read(tmp_path: Path, name: str) -> None:
+    stage = Stage(tmp_path, WAYS[name])
+    stage.start()
+    saved_first = WAYS[name].stream.saved_first
+    assert bool(stage.told("destination", "migrate-incoming")) is not saved_first
+    asyncio.run(stage.migration.load())
+    (reading,) = stage.told("destination", "migrate-incoming")
+    (writing,) = stage.told("source", "migrate")
+    if reading["uri"] == "tcp:127.0.0.1:0":
+        assert writing["uri"] == "tcp:::1:4711"
+    else:
+        assert writing["uri"].replace(">", "<") == reading["uri"]
+
+
+def test_a_socket_pair_is_handed_over_and_let_go(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    stage = Stage(tmp_path, WAYS["fd"])
+    stage.start()
+    ((source,), (destination,)) = stage.source.fds, stage.destination.fds
+    assert source.st_ino != destination.st_ino
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+def test_each_side_has_its_certificate(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, WAYS["tls"])
+    stage.start()
+    endpoints = [stage.told(it, "object-add")[0]["endpoint"] for it in ("source", "destination")]
+    assert endpoints == ["client", "server"]
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+@pytest.mark.parametrize("command", ["migrate-set-capabilities", "migrate-set-parameters"])
+def test_what_is_refused_at_first_is_lacking(tmp_path: Path, side: str, command: str) -> None:
+    stage = Stage(tmp_path, WAYS["multifd-zstd"])
+    qmp = getattr(stage, side)
+    qmp.refused, qmp.words = command, "it does not accept value 'zstd'"
+    with pytest.raises(UnsupportedWayError, match=f"lacks the way: {side} .* value 'zstd'"):
+        stage.start()
+    assert not stage.told("source", "migrate")
+
+
+def test_what_is_refused_later_is_a_failure(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, WAYS["unix"])
+    stage.source.refused, stage.source.words = "migrate", "a device blocks it"
+    with pytest.raises(QmpRefusal, match="a device blocks it"):
+        stage.start()
+
+
+@pytest.mark.parametrize(
+    ("words", "printed", "told"),
+    [
+        ("Postcopy is not supported: not capable of postcopy", "", "as it has to be"),
+        ("Postcopy is not supported", "backend not capable of postcopy", "as it has to be"),
+        ("Postcopy is not supported", "userfaultfd: not permitted", "lacks the way"),
+    ],
+)
+def test_postcopy_is_refused(tmp_path: Path, words: str, printed: str, told: str) -> None:
+    stage = Stage(tmp_path, WAYS["postcopy-ram"])
+    stage.destination.refused, stage.destination.words = "migrate-set-capabilities", words
+    stage.printed = printed
+    with pytest.raises(UnsupportedWayError, match=told):
+        stage.start()
+
+
+def test_postcopy_that_is_not_refused_is_a_failure(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, WAYS["postcopy-ram"])
+    with pytest.raises(MigrationError, match="took postcopy-ram, which it must refuse"):
+        stage.start()
+    assert not stage.told("source", "migrate")
+
+
+@pytest.mark.parametrize("name", [name for name, way in WAYS.items() if way.shown_by])
+def test_a_way_shows_only_when_it_was_used(name: str) -> None:
+    way = WAYS[name]
+    *parts, last = (way.shown_by or "").split(".")
+    for value in (0, 7):
+        answer: dict[str, Any] = {last: value}
+        for part in reversed(parts):
+            answer = {part: answer}
+        assert way.is_shown_in(answer) is (value > 0)
+    assert not way.is_shown_in({})
+
+
+@pytest.mark.parametrize("statuses", [["cancelling", "cancelled"], ["cancelled"]])
+def test_a_cancelled_migration_is_over(tmp_path: Path, statuses: list[str]) -> None:
+    stage = Stage(tmp_path, WAYS["retry"])
+    stage.source.statuses = statuses
+    asyncio.run(stage.migration.cancel())
+    assert stage.log[0][:2] == ("source", "migrate_cancel")
+
+
+@pytest.mark.parametrize("status", ["completed", "failed"])
+def test_a_migration_that_ends_otherwise_was_not_cancelled(tmp_path: Path, status: str) -> None:
+    stage = Stage(tmp_path, WAYS["retry"])
+    stage.source.statuses = ["active", status]
+    with pytest.raises(MigrationError, match=f"was to be cancelled, and is '{status}'"):
+        asyncio.run(stage.migration.cancel())
+
+
+def test_certificates_are_what_they_are_for(tmp_path: Path) -> None:
+    asyncio.run(make_certificates(tmp_path))
+
+    def verify(side: str, *options: str) -> bool:
+        command = ["openssl", "verify", "-CAfile", "ca-cert.pem", *options, f"{side}-cert.pem"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
+
+    assert verify("server", "-purpose", "sslserver", "-verify_hostname", SERVER_NAME)
+    assert not verify("server", "-verify_hostname", "elsewhere.test")
+    assert not verify("server", "-purpose", "sslclient")
+    assert verify("client", "-purpose", "sslclient")
+    assert not verify("client", "-purpose", "sslserver")

@@ -85,11 +85,14 @@ class Pair:
         """Migrate in one of the `WAYS`; both guests stand still afterwards.
 
         Raises:
-            UsageError: there is no such way.
+            UsageError: there is no such way, or only a proof can go it.
+            UnsupportedWayError: a QEMU lacks it.
             MigrationError: it failed, or took longer than `timeout_s`.
         """
         if way not in WAYS:
             raise UsageError(f"way {way!r}: there are {', '.join(WAYS)}")
+        if WAYS[way].cancelled_first or WAYS[way].refusal is not None:
+            raise UsageError(f"way {way!r}: only a proof, with a device of ours, can go it")
         self._stage.run(self._migrate(way, timeout_s))
 
     async def _migrate(self, way: str, timeout_s: float) -> None:

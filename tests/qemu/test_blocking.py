@@ -29,6 +29,9 @@ def test_everything_ends_with_the_stage(tool: Tool, monkeypatch: pytest.MonkeyPa
             pids.extend([pair.source.pid, pair.destination.pid])
             with pytest.raises(UsageError, match="way 'pigeon'"):
                 pair.migrate("pigeon")
+            for way in ("retry", "postcopy-ram"):
+                with pytest.raises(UsageError, match=f"way '{way}': only a proof"):
+                    pair.migrate(way)
             with pytest.raises(QmpError, match="no-such-command"):
                 pair.source.execute("no-such-command")
             raise LookupError

@@ -20,7 +20,7 @@ from .ways import HELD_BYTES_PER_S, Ends, UnsupportedWayError, Way
 
 _POLL_S: Final = 0.05
 _UNLIMITED_BYTES_PER_S: Final = 1 << 40
-OVER: Final = frozenset({"completed", "failed", "cancelled"})
+_OVER: Final = frozenset({"completed", "failed", "cancelled"})
 """The states in which a migration has come to its end."""
 
 
@@ -55,6 +55,15 @@ class Progress:
     error: str | None
     elapsed_s: float | None = None
     page_bytes: int | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the migration has come to its end, and its times are known.
+
+        QEMU 7.2 says 'completed' a moment before it has reckoned them, and has them as 0 until then
+        (migration_completion, migration_calculate_complete).
+        """
+        return self.status in _OVER and self.elapsed_s != 0
 
 
 def parse_progress(answer: dict[str, Any]) -> Progress:
@@ -200,9 +209,9 @@ class Migration:
                     await self.hold()
             self.history.append(progress)
             yield progress
-            if progress.status == "completed":
+            if progress.status == "completed" and progress.is_over:
                 return
-            if progress.status in OVER:
+            if progress.is_over:
                 raise MigrationError(
                     f"the migration {progress.status}: {progress.error or 'QEMU gave no reason'}"
                 )

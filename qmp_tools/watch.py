@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from .attachment import AttachedQemu
 from .machine import MIB
-from .migration import OVER, Progress, parse_progress
+from .migration import Progress, parse_progress
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class View:
     @property
     def is_over(self) -> bool:
         """Whether the migration has come to its end."""
-        return self.progress.status in OVER
+        return self.progress.is_over
 
     @property
     def bytes_per_s(self) -> float | None:

@@ -25,6 +25,7 @@ class RecordingQmp:
         self.refused = ""
         self.words = ""
         self.statuses: list[str] = []
+        self.total_times: list[int] = []
         self.fds: list[os.stat_result] = []
 
     async def execute(self, command: str, **arguments: Any) -> Any:
@@ -33,7 +34,9 @@ class RecordingQmp:
         self.log.append((self.name, command, arguments))
         if command == "query-migrate":
             status = self.statuses.pop(0) if self.statuses else "active"
-            return {"status": status, "socket-address": [{"host": "::1", "port": "4711"}]}
+            times = {"total-time": self.total_times.pop(0)} if self.total_times else {}
+            address = {"host": "::1", "port": "4711"}
+            return {"status": status, "socket-address": [address], **times}
         return {"status": "paused"}
 
     async def send_fd(self, fd: int, name: str) -> None:
@@ -178,6 +181,14 @@ def test_a_migration_that_ends_otherwise_was_not_cancelled(tmp_path: Path, statu
     stage.source.statuses = ["active", status]
     with pytest.raises(MigrationError, match=f"was to be cancelled, and is '{status}'"):
         asyncio.run(stage.migration.cancel())
+
+
+def test_a_migration_is_over_only_when_its_times_are_known(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, WAYS["unix"])
+    stage.source.statuses, stage.source.total_times = ["completed", "completed"], [0, 7]
+    with pytest.raises(MigrationError, match="is 'completed'"):
+        asyncio.run(stage.migration.cancel())
+    assert [look.elapsed_s for look in stage.migration.history] == [0, 0.007]
 
 
 def test_certificates_are_what_they_are_for(tmp_path: Path) -> None:

@@ -31,11 +31,11 @@ from avocado import Test
 
 from dmaproof.errors import UntestableError
 
-from . import check_report, report
 from .blocking import Stage, StagedProof
-from .device import Device
-from .html_report import to_html
-from .qemu import Qemu
+from .processes.device import Device
+from .processes.qemu import Qemu
+from .reports import check_report, report
+from .reports.html import to_html
 
 PARAMETERS: Final = (
     *("qemu", "qemu_destination", "machine", "accel", "memory", "cpus"),

@@ -27,18 +27,18 @@ from typing import Any, TypeVar
 
 from dmaproof.errors import UsageError
 
-from .check import Check, check
+from .check.check import Check, check
 from .commands.setup import parse_proof_options, setup_of
-from .device import Device
 from .display import LineDisplay, QuietDisplay
+from .host.qemu_choice import find_qemu
 from .loop_thread import LoopThread
-from .machine import INCOMING
-from .migration import Limits, Migration
+from .migration.migration import Limits, Migration
+from .migration.ways import WAYS, Ends
+from .processes.device import Device
+from .processes.machine import INCOMING
+from .processes.qemu import Qemu
+from .processes.run_folder import run_folder
 from .proof import DESTINATION, SOURCE, Migrated, Proof, ProofRun, proof_run
-from .qemu import Qemu
-from .qemu_choice import find_qemu
-from .run_folder import run_folder
-from .ways import WAYS, Ends
 
 T = TypeVar("T")
 

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from .machine import MIB
-from .migration import Progress
+from .migration.migration import Progress
+from .processes.machine import MIB
 
 _LINE_EVERY_S: Final = 1.0
 

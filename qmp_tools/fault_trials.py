@@ -21,8 +21,8 @@ from typing import Any, Final
 from dmaproof.errors import UntestableError
 from dmaproof.faults import known_faults, summary
 
-from .device import DeviceOptions
 from .display import QuietDisplay
+from .processes.device import DeviceOptions
 from .proof import Setup, prove
 from .testbed.scene import play
 from .verdict import EXIT_PASS, Blame, Verdict

@@ -21,18 +21,18 @@ from numpy.typing import NDArray
 
 from dmaproof.errors import UntestableError
 
-from .device import Device, DeviceOptions
 from .display import Display
-from .guest_channel import QUIET, START_ONCE, SWEEP, GuestChannel
-from .machine import INCOMING, Machine, format_memory, vhost_user_blk_arguments
-from .migration import Limits, Migration, Progress
-from .qemu import Qemu
+from .guest.channel import QUIET, START_ONCE, SWEEP, GuestChannel
+from .guest.workload import Workload
+from .migration.migration import Limits, Migration, Progress
+from .migration.ways import LOCALHOST, WAYS, Ends
+from .processes.device import Device, DeviceOptions
+from .processes.machine import INCOMING, Machine, format_memory, vhost_user_blk_arguments
+from .processes.qemu import Qemu
+from .processes.run_folder import run_folder
 from .ram import compare, ram_file
-from .ram_map import RamMap, map_proof
-from .run_folder import run_folder
+from .reports.ram_map import RamMap, map_proof
 from .verdict import GuestOutcome, Verdict, attribute, measure_sharpness
-from .ways import LOCALHOST, WAYS, Ends
-from .workload import Workload
 
 _BOOT_TIMEOUT_S: Final = 60.0
 _GO_ON_TIMEOUT_S: Final = 60.0

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
 
     from .blocking import Pair, RunningQemu, Stage, StagedProof
-    from .check import Check
+    from .check.check import Check
     from .proof import Proof
 
 T = TypeVar("T")
@@ -174,7 +174,7 @@ class VhostUserBlk:
         Raises:
             UntestableError: it did not come to a verdict.
         """
-        from . import report
+        from .reports import report
 
         proof = self.proof.verdict()
         _note_version(self._request, proof.qemu_version)
@@ -221,7 +221,7 @@ def ram_check(request: pytest.FixtureRequest) -> Iterator[Callable[..., Check]]:
 
     Takes the QEMUs of the fixtures, or paths of QMP sockets.
     """
-    from . import check_report
+    from .reports import check_report
 
     with _stage(request) as stage:
 
@@ -347,7 +347,7 @@ def _note_verdict(request: pytest.FixtureRequest, answer: dict[str, Any], text: 
     folder = _option(request.config, "reports")
     if folder is None:
         return
-    from .html_report import to_html
+    from .reports.html import to_html
 
     name = "".join(it if it.isalnum() or it in "._-" else "-" for it in request.node.nodeid)
     base = Path(folder) / f"{name}-{len(verdicts)}"

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dmaproof.stamp import PAGE_BYTES, SECTORS_PER_PAGE, stamped_page
-from qmp_tools.guest_build import compile_c, sources
-from qmp_tools.guest_channel import GuestReport, parse_line
-from qmp_tools.workload import Workload
+from qmp_tools.guest.build import compile_c, sources
+from qmp_tools.guest.channel import GuestReport, parse_line
+from qmp_tools.guest.workload import Workload
 
 DISK_SECTORS = 1 << 24
 HUGE_PAGES = 256

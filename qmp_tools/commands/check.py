@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..check import check
-from ..check_report import to_json, to_text
+from ..check.check import check
+from ..reports.check_report import to_json, to_text
 from .arguments import Subcommands, add_parser
 from .interruption import run_interruptibly
 from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout

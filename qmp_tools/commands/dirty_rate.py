@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Final
 
-from ..attachment import attach
-from ..dirty_rate import MODES, DirtyRates, measure, to_json, to_text
+from ..migration.dirty_rate import MODES, DirtyRates, measure, to_json, to_text
+from ..processes.attachment import attach
 from .arguments import Subcommands, add_parser, positive
 from .interruption import run_interruptibly
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from ..doctor import GUEST_MEMORY_BYTES, Finding, State, can_prove, examine, look
-from ..report import SCHEMA_VERSION
+from ..host.doctor import GUEST_MEMORY_BYTES, Finding, State, can_prove, examine, look
+from ..reports.report import SCHEMA_VERSION
 from ..verdict import EXIT_PASS, EXIT_UNTESTED
 from .arguments import Subcommands, add_parser
 from .outputs import write_json

@@ -10,9 +10,9 @@ from dmaproof.faults import known_faults
 
 from ..display import QuietDisplay, display, print_table
 from ..fault_trials import CONTROL, HEADINGS, Bench, Row, try_faults
+from ..processes.run_folder import run_folder
 from ..proof import Setup
-from ..report import SCHEMA_VERSION
-from ..run_folder import run_folder
+from ..reports.report import SCHEMA_VERSION
 from ..verdict import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from .arguments import Subcommands, add_parser, positive
 from .interruption import run_interruptibly

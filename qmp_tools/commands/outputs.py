@@ -15,11 +15,11 @@ from typing import Any, Final
 
 from dmaproof.errors import UntestableError, UsageError
 
-from ..html_report import to_html
-from ..junit_tap import to_junit, to_tap
-from ..report import SCHEMA_VERSION
+from ..migration.ways import UnsupportedWayError
+from ..reports.html import to_html
+from ..reports.junit_tap import to_junit, to_tap
+from ..reports.report import SCHEMA_VERSION
 from ..verdict import EXIT_UNTESTED
-from ..ways import UnsupportedWayError
 
 Answer = dict[str, Any]
 

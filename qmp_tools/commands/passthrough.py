@@ -7,10 +7,10 @@ import random
 from typing import Final
 
 from ..display import display
+from ..host.qemu_choice import find_qemu
 from ..l1.machine import l1
 from ..passthrough import GROUPS
 from ..passthrough.prove import Request, prove_passthrough, to_text
-from ..qemu_choice import find_qemu
 from .arguments import Subcommands, add_parser, seconds
 from .interruption import run_interruptibly
 from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout

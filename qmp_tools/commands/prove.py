@@ -10,9 +10,9 @@ from dmaproof.faults import known_faults, summary
 from dmaproof.trace import Link
 
 from ..display import Display, display
-from ..machine import format_memory
+from ..processes.machine import format_memory
 from ..proof import Proof, prove
-from ..report import to_json, to_text
+from ..reports.report import to_json, to_text
 from ..verdict import EXIT_UNTESTED
 from .arguments import Subcommands, add_parser
 from .interruption import run_interruptibly

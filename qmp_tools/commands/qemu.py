@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .. import qemu_builds
 from ..display import display
+from ..host import qemu_builds
 from .arguments import Subcommands
 
 

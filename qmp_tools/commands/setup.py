@@ -12,16 +12,16 @@ from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.errors import UsageError
 from dmaproof.faults import plant
 
-from ..device import DeviceOptions
 from ..display import Display
-from ..guest import GUESTS
-from ..machine import MIB, Machine, parse_memory
-from ..migration import Limits
-from ..probes import choose_accelerator, choose_memory
+from ..guest.choice import GUESTS
+from ..guest.workload import parse_workload
+from ..host.probes import choose_accelerator, choose_memory
+from ..host.qemu_choice import common_machine, find_qemu
+from ..migration.migration import Limits
+from ..migration.ways import LOCALHOST, WAYS
+from ..processes.device import DeviceOptions
+from ..processes.machine import MIB, Machine, parse_memory
 from ..proof import Setup
-from ..qemu_choice import common_machine, find_qemu
-from ..ways import LOCALHOST, WAYS
-from ..workload import parse_workload
 from .arguments import positive, seconds, size
 
 TRACKER: Final = "iommu"

@@ -16,8 +16,8 @@ from rich.table import Table
 
 from dmaproof.errors import UntestableError
 
-from ..attachment import attach
-from ..watch import View, watch
+from ..migration.watch import View, watch
+from ..processes.attachment import attach
 from .arguments import Subcommands, add_parser, seconds
 from .interruption import run_interruptibly
 

@@ -14,7 +14,7 @@ from typing import Final
 
 from dmaproof.errors import UntestableError
 
-from ..guest_build import Say, cache, digest, fresh_folder, sources
+from ..guest.build import Say, cache, digest, fresh_folder, sources
 from .root import KERNEL_SOURCE, run_inside
 
 MODULE: Final = "dmaproof_vfio"

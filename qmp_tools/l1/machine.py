@@ -20,9 +20,9 @@ import qemu.qmp
 from dmaproof import _core, errors
 from dmaproof.errors import UntestableError
 
-from ..guest_build import Say
-from ..process import log_tail
-from ..qemu import Qemu
+from ..guest.build import Say
+from ..processes.process import log_tail
+from ..processes.qemu import Qemu
 from .kernel import MODULE, l1_kernel, l1_module
 from .root import COMPILE_PYTHON, l1_root, run_inside
 

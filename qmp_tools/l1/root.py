@@ -18,8 +18,8 @@ from typing import Final
 
 from dmaproof.errors import UntestableError
 
-from ..archive import Archive, unpack
-from ..guest_build import Say, cache, digest, fresh_folder, sources
+from ..guest.build import Say, cache, digest, fresh_folder, sources
+from ..host.archive import Archive, unpack
 
 SUITE: Final = "trixie-backports"
 KERNEL_SOURCE: Final = "linux-source-7.3"

@@ -22,10 +22,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ..migration import Limits, Migration
-from ..qemu import Qemu
+from ..migration.migration import Limits, Migration
+from ..migration.ways import WAYS, Ends
+from ..processes.qemu import Qemu
 from ..ram import PAGE_BYTES, compare, ram_file
-from ..ways import WAYS, Ends
 from .fake_device import Engine, FakeDevice, Journal, dropped_pages, fake_device, planted
 from .outcome import Proof, require
 from .planted_faults import FAULTS

@@ -11,8 +11,8 @@ from dmaproof.errors import UntestableError
 
 from ..display import Display
 from ..l1.machine import L1, run_in_l1
-from ..report import SCHEMA_VERSION
-from ..run_folder import run_folder
+from ..processes.run_folder import run_folder
+from ..reports.report import SCHEMA_VERSION
 from ..verdict import EXIT_LOST, EXIT_PASS
 
 _RESULTS: Final = "results.json"

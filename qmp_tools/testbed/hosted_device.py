@@ -26,7 +26,7 @@ from dmaproof.guest_memory import GuestMemory, IovaMap
 from dmaproof.vhost_user.__main__ import harvest_policy
 from dmaproof.vhost_user.server import Server
 
-from ..device import DeviceOptions
+from ..processes.device import DeviceOptions
 
 _SESSION: Final = "scene"
 _PATIENCE_S: Final = 20.0

@@ -32,7 +32,7 @@ from dmaproof.trace import Link
 from dmaproof.vhost_user.messages import Request, encode_u64
 from dmaproof.vhost_user.session import PROTOCOL_FEATURES
 
-from ..device import DeviceOptions
+from ..processes.device import DeviceOptions
 from ..ram import RamFile, compare
 from ..verdict import (
     Blame,

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from command import Tool
-from qmp_tools.bare_guest import bare_guest
-from qmp_tools.device import Device, DeviceOptions
-from qmp_tools.guest_channel import START_ONCE, GuestChannel
-from qmp_tools.machine import MIB, Machine, vhost_user_blk_arguments
-from qmp_tools.qemu import Qemu
-from qmp_tools.qemu_choice import find_qemu
-from qmp_tools.workload import PATTERNS, Workload
+from qmp_tools.guest.bare import bare_guest
+from qmp_tools.guest.channel import START_ONCE, GuestChannel
+from qmp_tools.guest.workload import PATTERNS, Workload
+from qmp_tools.host.qemu_choice import find_qemu
+from qmp_tools.processes.device import Device, DeviceOptions
+from qmp_tools.processes.machine import MIB, Machine, vhost_user_blk_arguments
+from qmp_tools.processes.qemu import Qemu
 
 pytestmark = pytest.mark.qemu
 

@@ -13,7 +13,7 @@ import pytest
 from command import Tool
 from dmaproof.errors import UsageError
 from qmp_tools.blocking import Stage
-from qmp_tools.qmp import QmpError
+from qmp_tools.processes.qmp import QmpError
 
 pytestmark = pytest.mark.qemu
 

@@ -10,9 +10,9 @@ import pytest
 
 from command import Tool
 from foreign_pair import MEMORY, MIB, WITH_RAM0, Pair, foreign_pair
-from qmp_tools.bare_guest import probe_guest
-from qmp_tools.qemu_builds import installed
-from qmp_tools.qemu_choice import find_qemu
+from qmp_tools.guest.bare import probe_guest
+from qmp_tools.host.qemu_builds import installed
+from qmp_tools.host.qemu_choice import find_qemu
 
 pytestmark = pytest.mark.qemu
 

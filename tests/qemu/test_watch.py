@@ -9,9 +9,9 @@ import pytest
 
 from command import Tool
 from foreign_pair import Pair, foreign_pair
-from qmp_tools.bare_guest import probe_guest
-from qmp_tools.dirty_rate import VhostLogMeter
-from qmp_tools.qemu_choice import find_qemu
+from qmp_tools.guest.bare import probe_guest
+from qmp_tools.host.qemu_choice import find_qemu
+from qmp_tools.migration.dirty_rate import VhostLogMeter
 
 pytestmark = pytest.mark.qemu
 

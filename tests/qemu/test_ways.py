@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from command import Outcome, Tool
-from qmp_tools.qemu import Qemu
-from qmp_tools.qemu_builds import installed
-from qmp_tools.qemu_choice import find_qemu
-from qmp_tools.ways import WAYS
+from qmp_tools.host.qemu_builds import installed
+from qmp_tools.host.qemu_choice import find_qemu
+from qmp_tools.migration.ways import WAYS
+from qmp_tools.processes.qemu import Qemu
 
 pytestmark = pytest.mark.qemu
 

@@ -13,16 +13,16 @@ from threading import Thread
 
 import pytest
 
-import qmp_tools.attachment
+import qmp_tools.processes.attachment
 from dmaproof.errors import UntestableError, UsageError
-from qmp_tools.attachment import attach
+from qmp_tools.processes.attachment import attach
 
 VERSION = {"qemu": {"major": 9, "minor": 2, "micro": 1}, "package": "ours"}
 
 
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qmp_tools.attachment, "_GREETING_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(qmp_tools.processes.attachment, "_GREETING_TIMEOUT_S", 0.3)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from qmp_tools.dirty_rate import DirtyRates, VhostLogMeter, to_text
+from qmp_tools.migration.dirty_rate import DirtyRates, VhostLogMeter, to_text
 
 
 def log_fd(length: int = 4096) -> int:

@@ -17,18 +17,18 @@ import pytest
 
 from dmaproof.evidence import HARVEST
 from dmaproof.trace import Link
-from qmp_tools import check_report, report
-from qmp_tools.check import Check, ComparedArea, Difference, NotCompared, Side
-from qmp_tools.device import DeviceOptions
-from qmp_tools.html_report import to_html
-from qmp_tools.junit_tap import to_junit, to_tap
-from qmp_tools.machine import Machine
-from qmp_tools.migration import Progress, parse_progress
-from qmp_tools.precopy import downtime_parts, harvest_list, passes
+from qmp_tools.check.check import Check, ComparedArea, Difference, NotCompared, Side
+from qmp_tools.guest.workload import Workload
+from qmp_tools.migration.migration import Progress, parse_progress
+from qmp_tools.processes.device import DeviceOptions
+from qmp_tools.processes.machine import Machine
 from qmp_tools.proof import Proof, Setup
-from qmp_tools.ram_map import MapArea, RamMap, run_lengths
+from qmp_tools.reports import check_report, report
+from qmp_tools.reports.html import to_html
+from qmp_tools.reports.junit_tap import to_junit, to_tap
+from qmp_tools.reports.precopy import downtime_parts, harvest_list, passes
+from qmp_tools.reports.ram_map import MapArea, RamMap, run_lengths
 from qmp_tools.verdict import Blame, GuestOutcome, LostPage, Sharpness, Verdict
-from qmp_tools.workload import Workload
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)

@@ -18,8 +18,8 @@ from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.errors import UntestableError
 from dmaproof.faults import known_faults
 from qmp_tools import cli, fault_trials
-from qmp_tools.device import DeviceOptions
 from qmp_tools.fault_trials import CONTROL, Bench, Row, Trial, judge
+from qmp_tools.processes.device import DeviceOptions
 from qmp_tools.testbed.precopy import PAGE_BYTES, Place, Precopy
 from qmp_tools.testbed.ring_driver import ram_fd
 from qmp_tools.testbed.scene import play

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from qmp_tools import warden
+from qmp_tools.processes import warden
 
 FILES = 4000
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from qmp_tools.migration import parse_progress
-from qmp_tools.watch import View
+from qmp_tools.migration.migration import parse_progress
+from qmp_tools.migration.watch import View
 
 MIB = 1 << 20
 

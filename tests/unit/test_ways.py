@@ -10,10 +10,10 @@ from typing import Any, cast
 
 import pytest
 
-from qmp_tools.certificates import SERVER_NAME, make_certificates
-from qmp_tools.migration import Limits, Migration, MigrationError
-from qmp_tools.qmp import Qmp, QmpRefusal
-from qmp_tools.ways import WAYS, Ends, UnsupportedWayError, Way
+from qmp_tools.migration.certificates import SERVER_NAME, make_certificates
+from qmp_tools.migration.migration import Limits, Migration, MigrationError
+from qmp_tools.migration.ways import WAYS, Ends, UnsupportedWayError, Way
+from qmp_tools.processes.qmp import Qmp, QmpRefusal
 
 
 class RecordingQmp:

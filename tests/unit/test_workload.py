@@ -11,7 +11,7 @@ import pytest
 
 from dmaproof.errors import UsageError
 from dmaproof.stamp import PAGE_BYTES, SECTORS_PER_PAGE, stamped_page
-from qmp_tools.workload import PATTERNS, Workload, parse_workload
+from qmp_tools.guest.workload import PATTERNS, Workload, parse_workload
 from workload_guest import (
     DISK_SECTORS,
     HOT,

@@ -9,9 +9,9 @@ from typing import Any, Final
 
 from dmaproof.errors import UntestableError, UsageError
 
-from .qemu import Qemu
+from ..processes.qemu import Qemu
+from ..processes.run_folder import run_folder
 from .qemu_builds import installed
-from .run_folder import run_folder
 
 _PROGRAM: Final = "qemu-system-x86_64"
 

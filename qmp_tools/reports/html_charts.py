@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from .machine import MIB
+from ..processes.machine import MIB
 
 CLASS_STYLES: Final = {
     "other": "plain",

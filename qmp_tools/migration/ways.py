@@ -18,8 +18,8 @@ from typing import Any, Final
 
 from dmaproof.errors import UntestableError
 
+from ..processes.qmp import Qmp
 from .certificates import SERVER_NAME, make_certificates
-from .qmp import Qmp
 
 LOCALHOST: Final = "127.0.0.1"
 # QEMU hands out its bandwidth in portions of a tenth of a second. With these, a portion is less

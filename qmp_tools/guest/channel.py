@@ -11,8 +11,8 @@ from typing import Final
 
 from dmaproof.errors import UntestableError
 
-from .process import log_tail
-from .qemu import Qemu
+from ..processes.process import log_tail
+from ..processes.qemu import Qemu
 
 START_ONCE: Final = b"o"
 """Begin to use the pages that are written only once."""

@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 from dmaproof.errors import UntestableError, UsageError
 from dmaproof.page_compare import Extent, differing_pages
 
-from .attachment import AttachedQemu, attach
+from ..processes.attachment import AttachedQemu, attach
+from ..processes.machine import MIB
+from ..processes.run_folder import run_folder
+from ..ram import PAGE_BYTES
+from ..verdict import EXIT_LOST, EXIT_PASS
 from .guest_ram import GuestRam, guest_ram
 from .known_differences import known_difference
-from .machine import MIB
 from .physical_map import CommonRange, common_ranges, hidden_parts, is_backend
-from .ram import PAGE_BYTES
-from .run_folder import run_folder
-from .verdict import EXIT_LOST, EXIT_PASS
 
 _SAVED_PIECE_BYTES: Final = 64 * MIB
 _LOOKED_AT: Final = 10_000

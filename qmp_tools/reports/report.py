@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any, Final
 
-from .machine import format_memory
+from ..processes.machine import format_memory
+from ..proof import Proof
+from ..verdict import Blame, LostPage
 from .precopy import downtime_parts, harvest_list, passes
-from .proof import Proof
-from .verdict import Blame, LostPage
 
 SCHEMA_VERSION: Final = 1
 _LOST_SHOWN: Final = 10

@@ -12,8 +12,8 @@ from html import escape
 from pathlib import Path
 from typing import Any, Final
 
+from ..processes.machine import MIB
 from .html_charts import CLASS_STYLES, cell_pages, ram_area, timeline
-from .machine import MIB
 from .report import HEADINGS
 
 _STYLES: Final = {0: "pass", 1: "fail", 3: "untested"}

@@ -15,7 +15,7 @@ from typing import Any, Final, cast
 
 from dmaproof.errors import UntestableError
 
-from .qmp import QmpRefusal
+from ..processes.qmp import QmpRefusal
 from .ways import HELD_BYTES_PER_S, Ends, UnsupportedWayError, Way
 
 _POLL_S: Final = 0.05

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from .guest_build import Guest, Say, cache, compile_c, digest, fresh_folder, sources
-from .machine import MIB
+from ..processes.machine import MIB
+from .build import Guest, Say, cache, compile_c, digest, fresh_folder, sources
 
 _FREESTANDING: Final = (
     *("-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none"),

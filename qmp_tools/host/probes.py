@@ -20,16 +20,16 @@ from typing import Final
 
 from dmaproof.errors import UntestableError
 
-from .bare_guest import probe_guest
-from .display import Display
-from .guest_build import Guest
-from .machine import GIB, INCOMING, KIB, MIB, Machine, format_memory
-from .migration import Limits, Migration
-from .qemu import Qemu
-from .ram import compare, ram_file
-from .run_folder import run_folder
-from .ways import WAYS, Ends
-from .workload import Workload
+from ..display import Display
+from ..guest.bare import probe_guest
+from ..guest.build import Guest
+from ..guest.workload import Workload
+from ..migration.migration import Limits, Migration
+from ..migration.ways import WAYS, Ends
+from ..processes.machine import GIB, INCOMING, KIB, MIB, Machine, format_memory
+from ..processes.qemu import Qemu
+from ..processes.run_folder import run_folder
+from ..ram import compare, ram_file
 
 _ODD_BYTES: Final = 8 * KIB
 """Added to a RAM size, makes it no multiple of 64 pages."""

@@ -17,10 +17,10 @@ from pathlib import Path
 from dmaproof.errors import UntestableError
 from dmaproof.page_compare import Extent
 
-from .attachment import AttachedQemu
+from ..processes.attachment import AttachedQemu
+from ..processes.qmp import QmpError
 from .physical_map import MapRegion, parse_flat_view, parse_hva
 from .process_memory import SharedMemory, mappings_of, shared_memory
-from .qmp import QmpError
 
 
 @dataclass(frozen=True)

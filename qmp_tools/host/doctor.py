@@ -24,13 +24,15 @@ from packaging.requirements import Requirement
 
 from dmaproof.errors import UntestableError
 
-from . import archive, bare_guest, linux_guest
-from .guest_build import cache, compile_c
-from .machine import MIB, format_memory
-from .qemu import Qemu
+from ..guest import bare as bare_guest
+from ..guest import linux as linux_guest
+from ..guest.build import cache, compile_c
+from ..processes.machine import MIB, format_memory
+from ..processes.qemu import Qemu
+from ..processes.run_folder import run_folder
+from . import archive
 from .qemu_builds import installed
 from .qemu_choice import find_qemu
-from .run_folder import run_folder
 
 OLDEST_PYTHON: Final = (3, 11)
 _KVM: Final = Path("/dev/kvm")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dmaproof.errors import UntestableError
 
-from .attachment import owner_name
+from ..processes.attachment import owner_name
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .migration import Progress
+from ..migration.migration import Progress
 
 
 def harvest_list(harvests: NDArray[np.void], began_ns: int) -> list[dict[str, Any]]:

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from dmaproof.dirty_log import LOG_PAGE_BYTES
 from dmaproof.errors import UntestableError, UsageError
 
-from .attachment import AttachedQemu, owner_name
-from .machine import MIB
+from ..processes.attachment import AttachedQemu, owner_name
+from ..processes.machine import MIB
 
 _SAMPLING: Final = "page-sampling"
 MODES: Final = (_SAMPLING, "dirty-bitmap", "dirty-ring")

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from dmaproof.evidence import Evidence, Slot
 
-from .physical_map import MapRegion, hidden_parts
-from .ram import PAGE_BYTES, RamFile
-from .verdict import LostPage, WrittenPages
+from ..check.physical_map import MapRegion, hidden_parts
+from ..ram import PAGE_BYTES, RamFile
+from ..verdict import LostPage, WrittenPages
 
 _PROOF_CLASSES: Final = {
     "other": "no device wrote it while dirty logging was on; which of these the guest's CPUs "

@@ -17,9 +17,9 @@ from typing import Final
 
 from dmaproof.errors import UntestableError
 
-from . import archive
-from .guest_build import Guest, Say, cache, compile_c, digest, fresh_folder, sources
-from .machine import MIB
+from ..host import archive
+from ..processes.machine import MIB
+from .build import Guest, Say, cache, compile_c, digest, fresh_folder, sources
 
 _KERNEL_PACKAGE: Final = "linux-image-amd64"
 _COMMAND_LINE: Final = (

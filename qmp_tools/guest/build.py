@@ -55,7 +55,7 @@ def sources() -> Path:
     Raises:
         UntestableError: it is not there.
     """
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     for folder in (here / "guests", here.parent / "guests"):
         if (folder / "workload.h").is_file():
             return folder

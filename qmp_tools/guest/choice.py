@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from .bare_guest import bare_guest
-from .guest_build import Guest, Say
-from .linux_guest import linux_guest
+from .bare import bare_guest
+from .build import Guest, Say
+from .linux import linux_guest
 
 GUESTS: Final[dict[str, Callable[[Say], Guest]]] = {"bare": bare_guest, "linux": linux_guest}

@@ -12,8 +12,8 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from .attachment import AttachedQemu
-from .machine import MIB
+from ..processes.attachment import AttachedQemu
+from ..processes.machine import MIB
 from .migration import Progress, parse_progress
 
 

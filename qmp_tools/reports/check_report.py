@@ -8,9 +8,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from .check import Check, ComparedArea, Difference, Side
-from .machine import MIB
-from .ram import PAGE_BYTES
+from ..check.check import Check, ComparedArea, Difference, Side
+from ..processes.machine import MIB
+from ..ram import PAGE_BYTES
 from .ram_map import MapArea, RamMap
 from .report import HEADINGS, SCHEMA_VERSION
 

@@ -1,0 +1,1 @@
+"""Any two QEMUs' RAM, held page against page."""

@@ -1,0 +1,1 @@
+"""The guests: built, kept, and told what to do."""

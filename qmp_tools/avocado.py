@@ -32,7 +32,7 @@ from avocado import Test
 from dmaproof.errors import UntestableError
 
 from .blocking import Stage, StagedProof
-from .processes.device import Device
+from .devices.device import AttachedDevice
 from .processes.qemu import Qemu
 from .reports import check_report, report
 from .reports.html import to_html
@@ -53,7 +53,7 @@ class MigrationTest(Test):  # type: ignore[misc]
 
     source: Qemu
     destination: Qemu
-    device: Device
+    device: AttachedDevice
     _started: contextlib.ExitStack
     _stage: Stage
     _proof: StagedProof

@@ -29,16 +29,16 @@ from dmaproof.errors import UsageError
 
 from .check.check import Check, check
 from .commands.setup import parse_proof_options, setup_of
+from .devices.device import AttachedDevice
 from .display import LineDisplay, QuietDisplay
 from .host.qemu_choice import find_qemu
 from .loop_thread import LoopThread
 from .migration.migration import Limits, Migration
 from .migration.ways import WAYS, Ends
-from .processes.device import Device
-from .processes.machine import INCOMING
+from .processes.machine import DESTINATION, INCOMING, SOURCE
 from .processes.qemu import Qemu
 from .processes.run_folder import run_folder
-from .proof import DESTINATION, SOURCE, Migrated, Proof, ProofRun, proof_run
+from .proof import Migrated, Proof, ProofRun, proof_run
 
 T = TypeVar("T")
 
@@ -128,8 +128,8 @@ class StagedProof:
         return self._run.qemus[DESTINATION]
 
     @property
-    def device(self) -> Device:
-        """The process that serves both as their disk."""
+    def device(self) -> AttachedDevice:
+        """What serves both as their disk."""
         return self._run.device
 
     def migrate(self) -> Migrated:

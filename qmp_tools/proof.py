@@ -20,25 +20,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmaproof.errors import UntestableError
+from dmaproof.evidence import HARVEST, Slot
 
+from .check.physical_map import parse_flat_view, shown_parts
+from .devices.device import AttachedDevice, ProofDevice
 from .display import Display
 from .guest.channel import QUIET, START_ONCE, SWEEP, GuestChannel
 from .guest.workload import Workload
 from .migration.migration import Limits, Migration, Progress
 from .migration.ways import LOCALHOST, WAYS, Ends
-from .processes.device import Device, DeviceOptions
-from .processes.machine import INCOMING, Machine, format_memory, vhost_user_blk_arguments
+from .processes.machine import (
+    DESTINATION,
+    INCOMING,
+    RAM_BACKEND,
+    SOURCE,
+    Machine,
+    format_memory,
+)
 from .processes.qemu import Qemu
 from .processes.run_folder import run_folder
-from .ram import compare, ram_file
+from .ram import RamFile, compare, ram_file
 from .reports.ram_map import RamMap, map_proof
-from .verdict import GuestOutcome, Verdict, attribute, measure_sharpness
+from .verdict import (
+    GuestOutcome,
+    Verdict,
+    attribute,
+    measure_sharpness,
+    sharpness_by_guest,
+)
 
 _BOOT_TIMEOUT_S: Final = 60.0
 _GO_ON_TIMEOUT_S: Final = 60.0
-
-SOURCE: Final = "source"
-DESTINATION: Final = "destination"
 
 T = TypeVar("T")
 
@@ -52,8 +64,8 @@ class Setup:
     machine: Machine
     guest: str
     workload: Workload
-    device: DeviceOptions
-    queues: int = 2
+    device: ProofDevice
+    seed: int
     way: str = "unix"
     host: str = LOCALHOST
     limits: Limits = field(default_factory=Limits)
@@ -105,16 +117,15 @@ async def proof_run(setup: Setup, display: Display, folder: Path) -> AsyncIterat
     """
     display.say(
         f"starting: {format_memory(setup.machine.memory_bytes)} of RAM, "
-        f"{setup.machine.machine}, {setup.machine.accelerator}, seed {setup.device.seed}"
+        f"{setup.machine.machine}, {setup.machine.accelerator}, seed {setup.seed}"
     )
-    sockets = {name: folder / f"{name}-disk.sock" for name in (SOURCE, DESTINATION)}
-    async with contextlib.AsyncExitStack() as stack:
-        device = await Device.start(setup.device, sockets, folder)
-        stack.push_async_callback(device.end)
+    async with setup.device.start(folder) as device:
         run = ProofRun(setup, display, device, folder)
-        stack.push_async_callback(run.end)
-        await run.start()
-        yield run
+        try:
+            await run.start()
+            yield run
+        finally:
+            await run.end()
 
 
 @dataclass(frozen=True)
@@ -133,7 +144,9 @@ class ProofRun:
     `qemus` has the source and the destination, by name, once `start` is done.
     """
 
-    def __init__(self, setup: Setup, display: Display, device: Device, folder: Path) -> None:
+    def __init__(
+        self, setup: Setup, display: Display, device: AttachedDevice, folder: Path
+    ) -> None:
         self._setup = setup
         self._display = display
         self.device = device
@@ -174,7 +187,7 @@ class ProofRun:
     async def _start(self, name: str, binary: Path, *extra: str) -> None:
         arguments = [
             *self._setup.machine.arguments(),
-            *vhost_user_blk_arguments(self._folder / f"{name}-disk.sock", self._setup.queues),
+            *await self.device.attach(name),
             *extra,
         ]
         self.qemus[name] = await Qemu.start(name, binary, arguments, self._folder)
@@ -192,11 +205,11 @@ class ProofRun:
         Raises:
             UntestableError: what died, or what went wrong in `work`.
         """
-        processes = [self.device.process, *(qemu.process for qemu in self.qemus.values())]
+        processes = [*self.device.processes, *(qemu.process for qemu in self.qemus.values())]
         task = asyncio.ensure_future(work)
         alarms: list[asyncio.Future[Any]] = [
             *(asyncio.ensure_future(process.missed()) for process in processes),
-            asyncio.ensure_future(_wait_for(self.device.refused)),
+            asyncio.ensure_future(self.device.refusal()),
         ]
         try:
             await asyncio.wait([task, *alarms], return_when=asyncio.FIRST_COMPLETED)
@@ -248,19 +261,23 @@ class ProofRun:
         source, destination = self.qemus[SOURCE], self.qemus[DESTINATION]
         began_s = time.monotonic()
         self._display.say("comparing every page of RAM")
-        evidence = await self.device.evidence(SOURCE, self._folder)
+        evidence = await self.device.evidence(SOURCE)
         with (
             ram_file(source.process.pid, source.process.name) as source_ram,
             ram_file(destination.process.pid, destination.process.name) as destination_ram,
         ):
             differing = compare(source_ram, destination_ram)
-            lost = attribute(differing, source_ram, destination_ram, evidence)
+            slots = evidence.slots if evidence else await _slots(source, source_ram)
+            lost = attribute(differing, source_ram, destination_ram, slots, evidence)
             pages = source_ram.pages
-            ram_map = map_proof(evidence, lost, source_ram, migrated.all_sent_ns)
+            ram_map = map_proof(slots, evidence, lost, source_ram, migrated.all_sent_ns)
         compare_s = time.monotonic() - began_s
 
         self._display.say(f"{len(lost)} of {pages} pages differ")
-        sharpness = measure_sharpness(evidence, migrated.all_sent_ns)
+        if evidence:
+            sharpness = measure_sharpness(evidence, migrated.all_sent_ns)
+        else:
+            sharpness = sharpness_by_guest(self._guests[SOURCE].number("progress", "once"))
         verdict = Verdict(pages, lost, sharpness, GuestOutcome(0, 0, 0))
         migration = migrated.migration
         return Proof(
@@ -274,11 +291,11 @@ class ProofRun:
             downtime_s=migration.history[-1].downtime_s,
             history=migration.history,
             moments=migration.moments,
-            harvests=evidence.harvests,
+            harvests=evidence.harvests if evidence else np.empty(0, dtype=HARVEST),
             ram_map=ram_map,
             commands={
                 it.name: it.command
-                for it in (source.process, destination.process, self.device.process)
+                for it in (source.process, destination.process, *self.device.processes)
             },
             folder=None,
         )
@@ -372,5 +389,10 @@ class ProofRun:
         )
 
 
-async def _wait_for(future: asyncio.Future[UntestableError]) -> UntestableError:
-    return await asyncio.shield(future)
+async def _slots(qemu: Qemu, ram: RamFile) -> list[Slot]:
+    """Where `ram` stands in the guest's physical map, as QEMU itself tells it."""
+    view = await qemu.qmp.execute("human-monitor-command", command_line="info mtree -f")
+    return [
+        Slot(gpa, length, offset, ram.device, ram.inode)
+        for gpa, offset, length in shown_parts(parse_flat_view(view), RAM_BACKEND)
+    ]

@@ -15,8 +15,11 @@ A page that the device wrote and that has not reached the log fails the proof ev
 equal: QEMU may have sent it for a reason of its own (it dirties every used ring when it stops it,
 and vCPUs write beside status bytes), and will not always have one.
 
+Of a device that keeps no journal none of this is known: who lost a page stays open.
+
 A pass needs evidence. Pages that the device wrote only once, after QEMU had sent every page at
-least once, are *certain*: their bit is the only thing that can have brought them across.
+least once, are *certain*: their bit is the only thing that can have brought them across. Where
+there is no journal the guest's word counts: it began to read into its once pages only then.
 """
 
 from __future__ import annotations
@@ -24,9 +27,9 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +52,7 @@ class Blame(StrEnum):
     DEVICE = "device"
     QEMU = "qemu"
     ACCELERATOR = "accelerator"
+    UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,13 @@ class LostPage:
     last_seen_in_harvest: dict[str, int] = field(default_factory=dict)
 
 
+class Witness(StrEnum):
+    """Who knows what a device wrote: its own journal, or only the guest that asked for it."""
+
+    JOURNAL = "journal"
+    GUEST = "guest"
+
+
 @dataclass(frozen=True)
 class Sharpness:
     """How much a run can tell; all in pages but for `writes`.
@@ -81,7 +92,8 @@ class Sharpness:
     of them that the device wrote only once, with data. `unreported` were written and have not
     reached the log since, whether they were lost by it or saved by luck; `unreported_certain` are
     both, and `missed_at` counts them by the first link that has not seen them. `reported_unwritten`
-    reached the log though the device had not written them.
+    reached the log though the device had not written them. Where the guest is the `witness`, it
+    knows of its once pages alone: they are `rewritten` and `certain`, and the rest is not known.
     """
 
     writes: int
@@ -92,16 +104,25 @@ class Sharpness:
     unreported_certain: int
     reported_unwritten: int
     missed_at: dict[str, int] = field(default_factory=dict)
+    witness: Witness = Witness.JOURNAL
 
     def __add__(self, other: Sharpness) -> Sharpness:
         """Of two devices together that write different pages."""
         numbers = {
             name: getattr(self, name) + getattr(other, name)
             for name in self.__dataclass_fields__
-            if name != "missed_at"
+            if name not in ("missed_at", "witness")
         }
         missed_at = Counter(self.missed_at) + Counter(other.missed_at)
         return Sharpness(**numbers, missed_at=dict(missed_at))
+
+    def to_json(self) -> dict[str, Any]:
+        """The members by name; what is not known is None."""
+        members = asdict(self)
+        if self.witness == Witness.JOURNAL:
+            return members
+        known = ("rewritten", "certain", "missed_at", "witness")
+        return {name: value if name in known else None for name, value in members.items()}
 
 
 @dataclass(frozen=True)
@@ -137,6 +158,11 @@ class Verdict:
     @property
     def sentence(self) -> str:
         """The verdict in one sentence."""
+        if self.count(Blame.UNKNOWN):
+            return (
+                f"{len(self.lost)} of {self.pages} pages were lost; by whom is not ours to know, "
+                "the device keeps no journal"
+            )
         if self.lost:
             shares = ", ".join(
                 f"{self.count(blame)} by {_CULPRITS[blame]}" for blame in Blame if self.count(blame)
@@ -227,6 +253,12 @@ def measure_sharpness(evidence: Evidence, all_sent_ns: int) -> Sharpness:
     )
 
 
+def sharpness_by_guest(once: int) -> Sharpness:
+    """What a run without a journal can tell: `once` pages the guest has had read into just once,
+    all of them after everything had been sent."""
+    return Sharpness(0, 0, once, once, 0, 0, 0, witness=Witness.GUEST)
+
+
 def _missed_at(
     pages: NDArray[np.uint64], last_writes: NDArray[np.void], evidence: Evidence
 ) -> NDArray[np.int64]:
@@ -253,15 +285,20 @@ def _in_slots(pages: NDArray[np.uint64], slots: Sequence[Slot]) -> NDArray[np.bo
 
 
 def attribute(
-    differing: NDArray[np.int64], source: RamFile, destination: RamFile, evidence: Evidence
+    differing: NDArray[np.int64],
+    source: RamFile,
+    destination: RamFile,
+    slots: Sequence[Slot],
+    evidence: Evidence | None,
 ) -> list[LostPage]:
-    """Who lost each of the `differing` pages (page numbers of the RAM files)."""
+    """Who lost each of the `differing` pages (page numbers of the RAM files).
+
+    `slots` say where the guest has its RAM; without `evidence`, who it was stays open.
+    """
+    slots = [slot for slot in slots if (slot.device, slot.inode) == (source.device, source.inode)]
+    if evidence is None:
+        return [_unattributed(int(page), slots, source, destination) for page in differing]
     written = WrittenPages(evidence.records)
-    slots = [
-        slot
-        for slot in evidence.slots
-        if (slot.device, slot.inode) == (source.device, source.inode)
-    ]
     return [
         _attribute_page(int(page), slots, source, destination, evidence, written)
         for page in differing
@@ -277,9 +314,7 @@ def _attribute_page(
     written: WrittenPages,
 ) -> LostPage:
     ram_offset = index * PAGE_BYTES
-    ours = np.frombuffer(source.read(ram_offset, PAGE_BYTES), dtype=np.uint8)
-    theirs = np.frombuffer(destination.read(ram_offset, PAGE_BYTES), dtype=np.uint8)
-    differs = ours != theirs
+    differs = _differs(ram_offset, source, destination)
     bytes_differing = int(differs.sum())
     gpa = _gpa_of(ram_offset, slots)
     if gpa is None:
@@ -313,6 +348,23 @@ def _attribute_page(
         due_in_harvest=due,
         last_seen_in_harvest={link.value: epoch for link, epoch in seen.items()},
     )
+
+
+def _unattributed(
+    index: int, slots: Sequence[Slot], source: RamFile, destination: RamFile
+) -> LostPage:
+    ram_offset = index * PAGE_BYTES
+    bytes_differing = int(_differs(ram_offset, source, destination).sum())
+    return LostPage(ram_offset, _gpa_of(ram_offset, slots), bytes_differing, Blame.UNKNOWN)
+
+
+def _differs(ram_offset: int, source: RamFile, destination: RamFile) -> NDArray[np.bool_]:
+    ours, theirs = (
+        np.frombuffer(ram.read(ram_offset, PAGE_BYTES), dtype=np.uint8)
+        for ram in (source, destination)
+    )
+    differs: NDArray[np.bool_] = ours != theirs
+    return differs
 
 
 def _gpa_of(ram_offset: int, slots: Sequence[Slot]) -> int | None:

@@ -131,6 +131,20 @@ def is_backend(region: MapRegion, name: str) -> bool:
     return region.is_ram and region.name.removeprefix("/objects/") == name
 
 
+def shown_parts(regions: Sequence[MapRegion], name: str) -> list[tuple[int, int, int]]:
+    """Where backend `name` stands, as (GPA, offset, length), each as long as it goes on."""
+    parts: list[tuple[int, int, int]] = []
+    for region in regions:
+        if not is_backend(region, name):
+            continue
+        gpa, offset, length = parts[-1] if parts else (0, 0, 0)
+        if parts and (gpa + length, offset + length) == (region.gpa, region.offset):
+            parts[-1] = (gpa, offset, length + region.length)
+        else:
+            parts.append((region.gpa, region.offset, region.length))
+    return parts
+
+
 def hidden_parts(regions: Sequence[MapRegion], name: str, size: int) -> list[tuple[int, int]]:
     """The (offset, length) parts of backend `name`, of `size` bytes, that no region shows."""
     hidden = []

@@ -76,11 +76,15 @@ def add(commands: Subcommands) -> None:
 
 async def _prove(arguments: argparse.Namespace, show: Display) -> tuple[Proof, Proof | None]:
     setup = await setup_of(arguments, show)
+    faulty = (
+        replace(setup, device=setup.device.with_fault(_CONTROL_FAULT))
+        if arguments.control
+        else None
+    )
     proof = await prove(setup, show, keep=arguments.keep)
-    if not arguments.control or proof.verdict.exit_code != 0:
+    if faulty is None or proof.verdict.exit_code != 0:
         return proof, None
     show.say(f"control: the same again with {_CONTROL_FAULT} planted")
-    faulty = replace(setup, device=replace(setup.device, fault=_CONTROL_FAULT))
     return proof, await prove(faulty, show)
 
 
@@ -115,7 +119,7 @@ def _again(arguments: argparse.Namespace, proof: Proof) -> list[str]:
     """The command line that repeats the run, with all that was chosen for the user."""
     chosen = []
     if arguments.seed is None:
-        chosen += ["--seed", str(proof.setup.device.seed)]
+        chosen += ["--seed", str(proof.setup.seed)]
     if arguments.memory is None:
         chosen += ["--memory", format_memory(proof.setup.machine.memory_bytes)]
     if arguments.accel == "auto":

@@ -12,6 +12,7 @@ from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.errors import UsageError
 from dmaproof.faults import plant
 
+from ..devices.emulated import EmulatedDevice
 from ..display import Display
 from ..guest.choice import GUESTS
 from ..guest.workload import parse_workload
@@ -166,6 +167,14 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
     workload = parse_workload(arguments.workload, seed)
     source = find_qemu(arguments.qemu)
     destination = find_qemu(arguments.qemu_destination) if arguments.qemu_destination else source
+    device = EmulatedDevice(
+        DeviceOptions(arguments.device, tracker, harvest, arguments.fault, seed), arguments.queues
+    )
+    if arguments.guest not in device.guests:
+        raise UsageError(
+            f"--guest {arguments.guest}: it has no driver for {device.facts.device}; "
+            f"--guest {' or '.join(sorted(device.guests))} has one"
+        )
     guest = GUESTS[arguments.guest](show.say)
     accelerator = await choose_accelerator(arguments.accel, source, guest, show)
     if memory is None:
@@ -189,8 +198,8 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
         ),
         guest=guest.name,
         workload=workload,
-        device=DeviceOptions(arguments.device, tracker, harvest, arguments.fault, seed),
-        queues=arguments.queues,
+        device=device,
+        seed=seed,
         way=arguments.way,
         host=arguments.host,
         limits=limits,

@@ -1,1 +1,1 @@
-"""What to run on: QEMUs and kernels found, fetched and tried; what is lacking, and what mends it."""
+"""What to run on: QEMUs and kernels found, fetched, tried; what is lacking, and what mends it."""

@@ -13,6 +13,9 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 RAM_GRANULE_BYTES: Final = 8 * KIB
 """QEMU's PC machines take RAM in steps of this (MachineClass.fixup_ram_size, pc_memory_init)."""
 
+RAM_BACKEND: Final = "ram"
+"""The id of the memory backend that is the guest's RAM."""
+
 _SUFFIXES: Final = {"": MIB, "K": KIB, "M": MIB, "G": GIB, "T": 1 << 40}
 
 
@@ -65,8 +68,11 @@ class Machine:
             *("-accel", self.accelerator),
             *cpu,
             *("-smp", str(self.cpus)),
-            *("-object", f"memory-backend-memfd,id=ram,size={self.memory_bytes},share=on"),
-            *("-machine", f"{self.machine},memory-backend=ram"),
+            *(
+                "-object",
+                f"memory-backend-memfd,id={RAM_BACKEND},size={self.memory_bytes},share=on",
+            ),
+            *("-machine", f"{self.machine},memory-backend={RAM_BACKEND}"),
             *("-m", f"{self.memory_bytes // KIB}K"),
             *("-kernel", str(self.kernel)),
             *initrd,
@@ -81,6 +87,10 @@ def vhost_user_blk_arguments(socket: Path, queues: int) -> list[str]:
         *("-device", f"vhost-user-blk-pci,chardev=disk,num-queues={queues},queue-size=128"),
     ]
 
+
+SOURCE: Final = "source"
+DESTINATION: Final = "destination"
+"""What the two sides of a proof are called."""
 
 INCOMING: Final = ("-S", "-incoming", "defer")
 """What makes a QEMU a destination: it waits for migrate-incoming, and stays paused afterwards."""

@@ -124,15 +124,11 @@ def _proof_facts(answer: Json) -> str:
     rows: list[tuple[str, Any]] = [
         ("pages compared", answer["pages"]),
         ("pages lost", len(answer["lost_pages"])),
-        ("written by the device while logging", sharpness["written"]),
-        ("of these after all had been sent", sharpness["rewritten"]),
-        ("certain to show a lost bit", sharpness["certain"]),
-        ("written, and never reported", _unreported(sharpness)),
+        *_written(sharpness),
         ("requests after the migration", guest["requests"]),
         ("pages the guest checked again", guest["swept"]),
         ("errors that the guest found", guest["errors"]),
-        ("device, tracker", f"{setup['device']}, {setup['tracker']}"),
-        ("harvest", f"{setup['harvest']} s" if setup["harvest"][0].isdigit() else setup["harvest"]),
+        *_device(setup),
         ("migration", f"{setup['way']}, {answer['migration']['migration_s']:.1f} s"),
     ]
     if setup["fault"]:
@@ -140,9 +136,29 @@ def _proof_facts(answer: Json) -> str:
     return _facts(rows)
 
 
-def _unreported(sharpness: Json) -> str:
+def _written(sharpness: Json) -> list[tuple[str, Any]]:
+    if sharpness["witness"] == "guest":
+        return [("written after all had been sent, certain to show a loss", sharpness["certain"])]
     links = ", ".join(f"{count} at the {link}" for link, count in sharpness["missed_at"].items())
-    return f"{sharpness['unreported']}" + (f" ({links})" if links else "")
+    return [
+        ("written by the device while logging", sharpness["written"]),
+        ("of these after all had been sent", sharpness["rewritten"]),
+        ("certain to show a lost bit", sharpness["certain"]),
+        (
+            "written, and never reported",
+            f"{sharpness['unreported']}" + (f" ({links})" if links else ""),
+        ),
+    ]
+
+
+def _device(setup: Json) -> list[tuple[str, Any]]:
+    if setup["tracker"] is None:
+        return [("device", f"{setup['device']}, without a journal")]
+    harvest = setup["harvest"]
+    return [
+        ("device, tracker", f"{setup['device']}, {setup['tracker']}"),
+        ("harvest", f"{harvest} s" if harvest[0].isdigit() else harvest),
+    ]
 
 
 def _control(answer: Json) -> str:
@@ -212,6 +228,8 @@ def _address(gpa: int | None) -> str:
 
 
 def _harvest_legend(answer: Json) -> str:
+    if answer["setup"]["tracker"] is None:
+        return ""
     harvests = answer["migration"]["harvests"]
     found = sum(it["pages"] for it in harvests)
     merged = sum(it["merged_pages"] for it in harvests)

@@ -73,17 +73,19 @@ def _proof_cases(answer: Mapping[str, Any]) -> list[Case]:
             guest["complaints"],
         ),
         Case(
-            "every page that the device wrote is reported",
-            "failed" if sharpness["unreported"] else "passed",
-            f"{sharpness['unreported']} of {sharpness['written']} are not",
-        ),
-        Case(
             "a loss would have shown",
             "passed" if sharpness["rewritten"] else "error",
             f"{sharpness['rewritten']} pages written after they were sent, "
             f"{sharpness['certain']} of them certain to show",
         ),
     ]
+    if sharpness["unreported"] is not None:
+        unreported = Case(
+            "every page that the device wrote is reported",
+            "failed" if sharpness["unreported"] else "passed",
+            f"{sharpness['unreported']} of {sharpness['written']} are not",
+        )
+        found.insert(2, unreported)
     if "control" in answer:
         caught = answer["control"]["caught"]
         fault = answer["control"]["setup"]["fault"]

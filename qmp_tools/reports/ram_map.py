@@ -23,6 +23,10 @@ _PROOF_CLASSES: Final = {
     "brought it across",
     "lost": "it differs on the destination",
 }
+_CLASSES_WITHOUT_JOURNAL: Final = {
+    "other": "it is equal; who wrote it is not known, for the device keeps no journal",
+    "lost": _PROOF_CLASSES["lost"],
+}
 
 
 @dataclass(frozen=True)
@@ -83,20 +87,20 @@ def run_lengths(classes: NDArray[np.uint8]) -> list[list[int]]:
 
 
 def map_proof(
-    evidence: Evidence, lost: Sequence[LostPage], source: RamFile, all_sent_ns: int
+    slots: Sequence[Slot],
+    evidence: Evidence | None,
+    lost: Sequence[LostPage],
+    source: RamFile,
+    all_sent_ns: int,
 ) -> RamMap:
     """The map of a proof's RAM; by `all_sent_ns` (CLOCK_MONOTONIC) every page had been sent."""
-    names = list(_PROOF_CLASSES)
+    meanings = _PROOF_CLASSES if evidence else _CLASSES_WITHOUT_JOURNAL
+    names = list(meanings)
     slots = sorted(
-        slot
-        for slot in evidence.slots
-        if (slot.device, slot.inode) == (source.device, source.inode)
+        slot for slot in slots if (slot.device, slot.inode) == (source.device, source.inode)
     )
-    written = WrittenPages(evidence.records)
-    late = evidence.records["time_ns"][written.rows] >= all_sent_ns
     classes = np.full(source.pages, names.index("other"), dtype=np.uint8)
-    for name, rows in (("device", ~late), ("late", late)):
-        pages = written.pages[rows].astype(np.int64)
+    for name, pages in _written(evidence, all_sent_ns) if evidence else ():
         for slot in slots:
             inside = pages[(pages >= slot.gpa // PAGE_BYTES) & (pages < _end(slot) // PAGE_BYTES)]
             classes[inside + (slot.file_offset - slot.gpa) // PAGE_BYTES] = names.index(name)
@@ -107,12 +111,21 @@ def map_proof(
     hidden = hidden_parts(regions, "ram", source.length)
     areas = [*places, *((None, offset, length) for offset, length in hidden)]
     return RamMap(
-        _PROOF_CLASSES,
+        meanings,
         [
             MapArea("ram", gpa, offset, classes[offset // PAGE_BYTES :][: length // PAGE_BYTES])
             for gpa, offset, length in areas
         ],
     )
+
+
+def _written(evidence: Evidence, all_sent_ns: int) -> list[tuple[str, NDArray[np.int64]]]:
+    written = WrittenPages(evidence.records)
+    late = evidence.records["time_ns"][written.rows] >= all_sent_ns
+    return [
+        (name, written.pages[rows].astype(np.int64))
+        for name, rows in (("device", ~late), ("late", late))
+    ]
 
 
 def _end(slot: Slot) -> int:

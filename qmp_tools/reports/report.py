@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from ..processes.machine import format_memory
 from ..proof import Proof
-from ..verdict import Blame, LostPage
+from ..verdict import Blame, LostPage, Sharpness, Witness
 from .precopy import downtime_parts, harvest_list, passes
 
 SCHEMA_VERSION: Final = 1
@@ -31,19 +31,15 @@ def to_json(proof: Proof) -> dict[str, Any]:
         "pages": verdict.pages,
         "lost": {blame.value: verdict.count(blame) for blame in Blame},
         "lost_pages": [{**asdict(page), "story": _story(page)} for page in verdict.lost],
-        "sharpness": asdict(verdict.sharpness),
+        "sharpness": verdict.sharpness.to_json(),
         "guest": asdict(verdict.guest),
         "setup": {
-            "seed": setup.device.seed,
+            "seed": setup.seed,
             "memory": format_memory(setup.machine.memory_bytes),
             "machine": setup.machine.machine,
             "accelerator": setup.machine.accelerator,
             "cpus": setup.machine.cpus,
-            "queues": setup.queues,
-            "device": setup.device.device,
-            "tracker": setup.device.tracker,
-            "harvest": setup.device.harvest,
-            "fault": setup.device.fault,
+            **asdict(setup.device.facts),
             "way": setup.way,
             "bandwidth_bytes_per_s": setup.limits.bandwidth_bytes_per_s,
             "downtime_limit_s": setup.limits.downtime_s,
@@ -87,14 +83,10 @@ def to_text(proof: Proof) -> str:
         f"{proof.setup.machine.machine}, {proof.setup.machine.accelerator}, "
         f"{format_memory(proof.setup.machine.memory_bytes)}",
         f"  guest        {proof.setup.guest}, {proof.setup.workload.pattern}",
-        f"  device       {proof.setup.device.device}, tracker {proof.setup.device.tracker}, "
-        f"{len(proof.harvests)} harvests ({proof.setup.device.harvest})",
+        f"  device       {_device(proof)}",
         f"  migration    {proof.setup.way}, {proof.migration_s:.1f} s, {last.syncs} bitmap syncs"
         + (f", downtime {proof.downtime_s * 1000:.0f} ms" if proof.downtime_s is not None else ""),
-        f"  sharpness    the device wrote {sharpness.written} pages while logging was on, "
-        f"{sharpness.rewritten} of them after",
-        "               everything had been sent; losing the bit of any one of "
-        f"{sharpness.certain} would certainly have shown",
+        *_sharpness(sharpness),
         f"  destination  the guest did {guest.requests} more requests and checked {guest.swept} "
         f"pages again: {guest.errors} errors",
     ]
@@ -108,15 +100,15 @@ def to_text(proof: Proof) -> str:
             f"  unreported   {sharpness.unreported} pages that the device wrote have not reached "
             f"the log (missed: {places}); {sharpness.unreported_certain} of them certain"
         )
-    if proof.setup.device.fault:
-        lines.append(f"  fault        {proof.setup.device.fault} was planted")
-    lines.append(f"  seed         {proof.setup.device.seed}")
+    if proof.setup.device.facts.fault:
+        lines.append(f"  fault        {proof.setup.device.facts.fault} was planted")
+    lines.append(f"  seed         {proof.setup.seed}")
     if proof.folder is not None:
         lines.append(f"  kept         {proof.folder}")
     for blame in Blame:
         pages = [page for page in verdict.lost if page.blame == blame]
         if pages:
-            lines += ["", f"lost by the {blame} ({len(pages)}):"]
+            lines += ["", f"lost {_BY[blame]} ({len(pages)}):"]
             lines += [f"  {_story(page)}" for page in pages[:_LOST_SHOWN]]
             if len(pages) > _LOST_SHOWN:
                 lines.append(f"  … and {len(pages) - _LOST_SHOWN} more (--json tells all)")
@@ -127,6 +119,38 @@ def to_text(proof: Proof) -> str:
     return "\n".join(lines)
 
 
+_BY: Final = {
+    Blame.DEVICE: "by the device",
+    Blame.QEMU: "by QEMU",
+    Blame.ACCELERATOR: "by the accelerator",
+    Blame.UNKNOWN: "by whom is not known, the device keeps no journal",
+}
+
+
+def _device(proof: Proof) -> str:
+    facts = proof.setup.device.facts
+    if facts.tracker is None:
+        return f"{facts.device}, without a journal: what it wrote is known from the guest alone"
+    return (
+        f"{facts.device}, tracker {facts.tracker}, {len(proof.harvests)} harvests ({facts.harvest})"
+    )
+
+
+def _sharpness(sharpness: Sharpness) -> list[str]:
+    if sharpness.witness == Witness.GUEST:
+        return [
+            f"  sharpness    the guest had {sharpness.certain} pages written just once after "
+            "everything had been sent;",
+            "               losing the bit of any one of them would certainly have shown",
+        ]
+    return [
+        f"  sharpness    the device wrote {sharpness.written} pages while logging was on, "
+        f"{sharpness.rewritten} of them after",
+        "               everything had been sent; losing the bit of any one of "
+        f"{sharpness.certain} would certainly have shown",
+    ]
+
+
 HEADINGS: Final = {0: "PASS", 1: "FAIL", 3: "NOT TESTED"}
 
 
@@ -134,6 +158,8 @@ def _story(page: LostPage) -> str:
     if page.gpa is None:
         return f"RAM offset {page.ram_offset:#x}: {page.bytes_differing} bytes differ"
     place = f"GPA {page.gpa:#x}: {page.bytes_differing} bytes differ"
+    if page.blame == Blame.UNKNOWN:
+        return place
     if page.request is None:
         return f"{place}; no device wrote them"
     write = (

@@ -299,7 +299,7 @@ def _attribute(
     told = [
         [
             _known_better(page, each, precopy)
-            for page in attribute(differing, source, destination, each)
+            for page in attribute(differing, source, destination, each.slots, each)
         ]
         for each in evidence
     ]

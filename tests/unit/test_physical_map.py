@@ -11,6 +11,7 @@ from qmp_tools.check.physical_map import (
     hidden_parts,
     parse_flat_view,
     parse_hva,
+    shown_parts,
 )
 
 MTREE = """\
@@ -60,6 +61,21 @@ def test_hidden_parts_of_a_backend_are_found() -> None:
         (0x80000000, 0x1000),
     ]
     assert hidden_parts(regions, "m0", 0x80000000)[-1] == (0xE0000, 0x20000)
+
+
+def test_a_backend_is_shown_in_parts_as_long_as_they_go_on() -> None:
+    regions = [
+        *parse_flat_view(MTREE)[:4],
+        MapRegion(0x80000000, 0x1000, "ram", "m0", 0x80000000),
+        MapRegion(0x80001000, 0x1000, "ram", "m1", 0x80001000),
+        MapRegion(0x80002000, 0x1000, "ram", "m0", 0x80001000),
+    ]
+    assert shown_parts(regions, "m0") == [
+        (0, 0, 0xA0000),
+        (0xC0000, 0xC0000, 0x20000),
+        (0x100000, 0x100000, 0x7FF01000),
+        (0x80002000, 0x80001000, 0x1000),
+    ]
 
 
 @pytest.mark.parametrize("text", ["", "unknown command", MTREE.split("FlatView #1")[0]])

@@ -18,6 +18,8 @@ import pytest
 from dmaproof.evidence import HARVEST
 from dmaproof.trace import Link
 from qmp_tools.check.check import Check, ComparedArea, Difference, NotCompared, Side
+from qmp_tools.devices.device import DeviceFacts
+from qmp_tools.devices.emulated import EmulatedDevice
 from qmp_tools.guest.workload import Workload
 from qmp_tools.migration.migration import Progress, parse_progress
 from qmp_tools.processes.device import DeviceOptions
@@ -28,7 +30,7 @@ from qmp_tools.reports.html import to_html
 from qmp_tools.reports.junit_tap import to_junit, to_tap
 from qmp_tools.reports.precopy import downtime_parts, harvest_list, passes
 from qmp_tools.reports.ram_map import MapArea, RamMap, run_lengths
-from qmp_tools.verdict import Blame, GuestOutcome, LostPage, Sharpness, Verdict
+from qmp_tools.verdict import Blame, GuestOutcome, LostPage, Sharpness, Verdict, sharpness_by_guest
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
@@ -77,10 +79,25 @@ HARVESTS = np.array(
     ],
     dtype=HARVEST,
 )
+OPTIONS = DeviceOptions(seed=3)
+FAULT = "drop-pages=0.01"
 MOMENTS = {"STOP": round(11.98 * SECOND), "completed": round(12.0 * SECOND)}
 
 
-def proof(lost: list[LostPage], sharpness: Sharpness = SHARP, errors: int = 0) -> Proof:
+class Foreign(EmulatedDevice):
+    """One that keeps no journal."""
+
+    @property
+    def facts(self) -> DeviceFacts:
+        return DeviceFacts("somebody's", 1)
+
+
+def proof(
+    lost: list[LostPage],
+    sharpness: Sharpness = SHARP,
+    errors: int = 0,
+    device: EmulatedDevice | None = None,
+) -> Proof:
     classes = np.zeros(PAGES, dtype=np.uint8)
     classes[8:12] = 2
     for page in lost:
@@ -94,7 +111,8 @@ def proof(lost: list[LostPage], sharpness: Sharpness = SHARP, errors: int = 0) -
             machine=Machine("q35", "tcg", 64 << 20, 2, Path("kernel")),
             guest="bare",
             workload=Workload(seed=3),
-            device=DeviceOptions(seed=3, fault="drop-pages=0.01" if lost else None),
+            device=device or EmulatedDevice(OPTIONS if not lost else replace(OPTIONS, fault=FAULT)),
+            seed=3,
         ),
         verdict=Verdict(PAGES, lost, sharpness, guest),
         qemu_version="9.2.0",
@@ -151,6 +169,14 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "pass": report.to_json(proof([])),
     "lost": report.to_json(proof(LOST, errors=2)),
     "blunt": report.to_json(proof([], Sharpness(0, 0, 0, 0, 0, 0, 0))),
+    "foreign": report.to_json(proof([], sharpness_by_guest(5), device=Foreign(OPTIONS))),
+    "foreign, lost": report.to_json(
+        proof(
+            [LostPage(0x9000, 0x9000, 1, Blame.UNKNOWN)],
+            sharpness_by_guest(0),
+            device=Foreign(OPTIONS),
+        )
+    ),
     "control": {
         **report.to_json(proof([])),
         "control": {**report.to_json(proof(LOST)), "caught": True},
@@ -164,6 +190,8 @@ CASES = {
     "pass": ["passed"] * 3,
     "lost": ["failed", "failed", "passed"],
     "blunt": ["passed", "passed", "passed", "error"],
+    "foreign": ["passed"] * 3,
+    "foreign, lost": ["failed", "passed", "error"],
     "control": ["passed"] * 3,
     "equal": ["passed"],
     "known": ["passed"],
@@ -241,6 +269,16 @@ def test_the_page_tells_of_the_lost_pages() -> None:
     page.feed(to_html(ANSWERS["lost"]))
     for told in ("0x5000", "iterator", "accelerator", "qemu -append 'a b <c>'", "planted"):
         assert told in page.text
+
+
+def test_without_a_journal_nothing_is_said_of_it() -> None:
+    page = Page()
+    page.feed(to_html(ANSWERS["foreign"]))
+    text = report.to_text(proof([], sharpness_by_guest(5), device=Foreign(OPTIONS)))
+    for told in (page.text, text):
+        assert "somebody's, without a journal" in told
+        assert "None" not in told
+    assert "written just once" in text
 
 
 @pytest.mark.parametrize("name", ANSWERS)

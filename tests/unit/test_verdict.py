@@ -26,6 +26,7 @@ from qmp_tools.verdict import (
     Verdict,
     attribute,
     measure_sharpness,
+    sharpness_by_guest,
 )
 
 PAGES = 64
@@ -80,7 +81,8 @@ class Case:
 
     def lost(self) -> list[LostPage]:
         differing = compare(self.source, self.destination)
-        return attribute(differing, self.source, self.destination, self.evidence())
+        evidence = self.evidence()
+        return attribute(differing, self.source, self.destination, evidence.slots, evidence)
 
     def sharpness(self) -> Sharpness:
         return measure_sharpness(self.evidence(), ALL_SENT_NS)
@@ -205,6 +207,28 @@ def test_no_journal_is_no_evidence(case: Case) -> None:
     verdict = Verdict(PAGES, [], case.sharpness(), GuestOutcome(1000, 0, 10))
     assert verdict.exit_code == 3
     assert verdict.sentence.startswith("nothing was tested")
+
+
+def test_without_a_journal_it_stays_open_who_lost_a_page(case: Case) -> None:
+    for ram in (case.source, case.destination):
+        os.pwrite(ram.fd, b"same", PAGE)
+    os.pwrite(case.source.fd, b"data", PAGES // 2 * PAGE)
+    differing = compare(case.source, case.destination)
+    lost = attribute(differing, case.source, case.destination, case.evidence().slots, None)
+    assert lost == [LostPage(PAGES // 2 * PAGE, HIGH, 4, Blame.UNKNOWN)]
+    verdict = Verdict(PAGES, lost, sharpness_by_guest(20), GuestOutcome(1000, 0, 10))
+    assert verdict.exit_code == 1
+    assert "not ours to know" in verdict.sentence
+
+
+def test_without_a_journal_the_guest_is_the_witness() -> None:
+    well = GuestOutcome(1000, 0, 10)
+    assert Verdict(PAGES, [], sharpness_by_guest(20), well).exit_code == 0
+    assert Verdict(PAGES, [], sharpness_by_guest(0), well).exit_code == 3
+    told = sharpness_by_guest(20).to_json()
+    assert (told["certain"], told["rewritten"], told["witness"]) == (20, 20, "guest")
+    assert told["unreported"] is None
+    assert Sharpness(1, 2, 3, 4, 5, 6, 7).to_json()["unreported"] == 5
 
 
 def test_exit_codes() -> None:

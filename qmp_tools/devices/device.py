@@ -1,0 +1,84 @@
+"""The device of a proof: what a proof asks of it, whoever made it.
+
+A `ProofDevice` is what a set-up names: plain data, from which the same can be started any number of
+times. Started, it is an `AttachedDevice`: the processes that serve the two QEMUs, what each QEMU is
+told on its command line, and what there is of evidence afterwards. A device may be several: one
+object stands for all that the guest of a proof is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from dmaproof.errors import UntestableError
+from dmaproof.evidence import Evidence
+
+from ..processes.process import Process
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What reports tell of a device; None where it has no such thing."""
+
+    device: str
+    queues: int
+    tracker: str | None = None
+    harvest: str | None = None
+    fault: str | None = None
+
+
+class ProofDevice(Protocol):
+    """A device as a set-up names it."""
+
+    @property
+    def facts(self) -> DeviceFacts:
+        """What reports tell of it."""
+
+    @property
+    def guests(self) -> Collection[str]:
+        """The guests (`guest.choice.GUESTS`) that have a driver for it."""
+
+    def with_fault(self, fault: str) -> ProofDevice:
+        """The same with `fault` planted, as ``--fault`` names it.
+
+        Raises:
+            UsageError: nothing can be planted in it.
+        """
+
+    def start(self, folder: Path) -> AbstractAsyncContextManager[AttachedDevice]:
+        """What it runs besides QEMU; its sockets and logs are in the run's `folder`.
+
+        Raises:
+            UntestableError: it does not start.
+        """
+
+
+class AttachedDevice(Protocol):
+    """A device that has been started. `side` is `SOURCE` or `DESTINATION` (`processes.machine`)."""
+
+    @property
+    def processes(self) -> Sequence[Process]:
+        """Its own processes, none of which may end before the proof does."""
+
+    async def attach(self, side: str) -> Sequence[str]:
+        """Be ready for a QEMU that is about to be started as `side`; returns its arguments.
+
+        A side may come again: after a cancelled migration there is a second destination.
+
+        Raises:
+            UntestableError: what is to serve it does not start.
+        """
+
+    async def refusal(self) -> UntestableError:
+        """Wait until it refuses what a QEMU or its guest sent, for ever if it does not."""
+
+    async def evidence(self, side: str) -> Evidence | None:
+        """What it knows of its own writes to the RAM of `side`; None if it keeps no journal.
+
+        Raises:
+            UntestableError: it should know, and cannot tell.
+        """

@@ -12,7 +12,7 @@ from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 
 from dmaproof.errors import UntestableError
 
-_COMMAND_TIMEOUT_S: Final = 30.0
+_COMMAND_TIMEOUT_S: Final = 120.0
 
 
 class QmpError(UntestableError):

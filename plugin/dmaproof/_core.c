@@ -28,7 +28,9 @@
 #error "bitmaps of little-endian words need a little-endian machine"
 #endif
 
-#if defined(__x86_64__) && defined(__GLIBC__)
+#if defined(VECTORISED)
+// The build has chosen: sanitizers do not work with functions that the loader picks.
+#elif defined(__x86_64__) && defined(__GLIBC__)
 // The loader picks the fastest form that the machine has; the code is the same plain C for all.
 #define VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -450,6 +452,11 @@ static int check_bits(const Py_buffer *view, uint64_t first, uint64_t count, con
     return 0;
 }
 
+// The same for the bits up to `last`, which is included: all of 2^64 pages may be asked for.
+static int check_last_bit(const Py_buffer *view, uint64_t last, const char *name) {
+    return check_bits(view, last, 1, name);
+}
+
 static PyObject *fence(PyObject *module, PyObject *none) {
     (void)module, (void)none;
     atomic_thread_fence(memory_order_seq_cst);
@@ -620,7 +627,7 @@ static PyObject *set_ranges(PyObject *module, PyObject *args) {
                      last < first))
         refused = refuse("set_ranges: two arrays of 64-bit words, of one length, are due");
     if (!refused)
-        refused = check_bits(&data, 0, (last >> shift) - (first >> shift) + 1, "set_ranges");
+        refused = check_last_bit(&data, (last >> shift) - (first >> shift), "set_ranges");
     if (!refused) {
         struct bitmap map = bitmap_of(&data);
         struct ranges ranges = {iovas.buf, lengths.buf, length, (size_t)iovas.len / 8,
@@ -687,8 +694,8 @@ static PyObject *or_pages(PyObject *module, PyObject *args) {
         iova >> from_shift < from_page)
         refused = refuse("or_pages: the range begins before a bitmap, or is empty");
     if (!refused)
-        refused = check_bits(&into, 0, (last >> into_shift) - into_page + 1, "or_pages, target") ||
-                  check_bits(&from, 0, (last >> from_shift) - from_page + 1, "or_pages, source");
+        refused = check_last_bit(&into, (last >> into_shift) - into_page, "or_pages, target") ||
+                  check_last_bit(&from, (last >> from_shift) - from_page, "or_pages, source");
     if (!refused) {
         struct bitmap target = bitmap_of(&into), source = bitmap_of(&from);
         uint64_t bit = (iova >> from_shift) - from_page;

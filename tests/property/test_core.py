@@ -161,6 +161,10 @@ def test_two_mebibytes_become_512_pages_and_back() -> None:
         lambda data: _core.count_bits(data, 60, 5),
         lambda data: _core.or_pages(data, 1, 0, data, 0, 0, 0, 9),
         lambda data: _core.or_pages(data, 0, 0, data, 0, 0, 0, 64),
+        lambda data: _core.or_pages(data, 0, 0, bytes(8), 0, 0, 0, (1 << 64) - 1),
+        lambda data: _core.set_ranges(
+            data, 0, (1 << 64) - 1, 0, np.full(1, 1 << 20, np.uint64), 1, True
+        ),
         lambda data: _core.set_ranges(data, 0, 64, 0, np.zeros(1, np.uint64), 1, True),
         lambda data: _core.set_ranges(data, 0, 63, 64, np.zeros(1, np.uint64), 1, True),
         lambda data: _core.set_ranges(

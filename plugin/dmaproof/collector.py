@@ -107,10 +107,12 @@ class Collector:
         """Harvest a last time and track no more."""
         if self._log is None:
             return
-        self.harvest()
-        self._tracker.stop()
-        self._log.close()
-        self._log = None
+        try:
+            self.harvest()
+        finally:
+            self._tracker.stop()
+            self._log.close()
+            self._log = None
 
     def flush(self) -> None:
         """Harvest before a ring's stop is answered: with the last ring, the final flush."""

@@ -11,7 +11,6 @@ memory, for tests and for trackers looked at without QEMU.
 
 from __future__ import annotations
 
-import mmap
 import os
 from typing import Protocol
 
@@ -19,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from .errors import BitmapError
+from ._mapping import SharedMapping
+from .errors import BitmapError, ProtocolError
 
 LOG_PAGE_BYTES = 4096
 """VHOST_LOG_PAGE: what one bit stands for, whatever the guest's or the host's page size."""
@@ -77,7 +77,8 @@ class VhostDirtyLog(BufferDirtyLog):
     `size` and `offset` are in bytes; the file descriptor may be closed afterwards.
 
     Raises:
-        BitmapError: the size is no multiple of 8, or the file is shorter than offset + size.
+        BitmapError: the size is no multiple of 8, or the file is shorter than offset + size or
+            cannot be mapped.
     """
 
     def __init__(self, fd: int, size: int, offset: int) -> None:
@@ -87,11 +88,18 @@ class VhostDirtyLog(BufferDirtyLog):
                 f"dirty log of {size:#x} bytes at offset {offset:#x} is not a run of 64-bit words "
                 f"inside its file of {available:#x} bytes"
             )
-        before = offset % mmap.ALLOCATIONGRANULARITY
-        self._mapping = mmap.mmap(fd, size + before, offset=offset - before)
-        super().__init__(memoryview(self._mapping)[before:])
+        try:
+            self._mapping = SharedMapping(fd, size, offset)
+        except OSError as error:
+            raise BitmapError(f"the dirty log's file cannot be mapped: {error}") from error
+        super().__init__(memoryview(self._mapping))
 
-    def close(self) -> None:
-        """Unmap the log."""
-        super().close()
-        self._mapping.close()
+    def merge(self, gpa: int, words: Words, first_bit: int, pages: int) -> None:
+        """See `DirtyLog.merge`.
+
+        Raises:
+            ProtocolError: the log's file became too short while it was mapped: bits were lost.
+        """
+        super().merge(gpa, words, first_bit, pages)
+        if self._mapping.lost:
+            raise ProtocolError("dirty log: its file was cut short while it was in use")

@@ -16,17 +16,18 @@ an access that is not covered whole, before a byte is written.
 
 from __future__ import annotations
 
-import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .errors import MemoryAccessError
+from ._mapping import SharedMapping
+from .errors import MemoryAccessError, ProtocolError
 from .iova_bitmap import IovaRange
 
 _ADDRESS_SPACE = 1 << 64
+_PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class MemorySlot:
     file_offset: int
     device: int
     inode: int
+    mapping: SharedMapping
     bytes: memoryview
 
     @property
@@ -56,20 +58,24 @@ def map_slot(fd: int, *, gpa: int, length: int, hva: int, file_offset: int) -> M
     The file descriptor may be closed afterwards.
 
     Raises:
-        MemoryAccessError: the slot is empty, leaves the 64-bit space, or reaches behind the file's
-            end (touching such a mapping would end the process with SIGBUS).
+        MemoryAccessError: the slot is empty, no run of whole 4 KiB pages, leaves the 64-bit space,
+            or reaches behind the file's end; or the file cannot be mapped.
     """
     name = f"memory slot GPA {gpa:#x} + {length:#x}"
     if length == 0 or gpa + length > _ADDRESS_SPACE or hva + length > _ADDRESS_SPACE:
         raise MemoryAccessError(f"{name}: empty, or leaves the 64-bit address space")
+    if (gpa | length) % _PAGE_BYTES:
+        raise MemoryAccessError(f"{name}: no run of whole pages of {_PAGE_BYTES} bytes")
     status = os.fstat(fd)
     if file_offset + length > status.st_size:
         raise MemoryAccessError(
             f"{name}: needs bytes {file_offset:#x} to {file_offset + length:#x} of a file that has "
             f"only {status.st_size:#x}"
         )
-    before = file_offset % mmap.ALLOCATIONGRANULARITY
-    mapping = mmap.mmap(fd, length + before, offset=file_offset - before)
+    try:
+        mapping = SharedMapping(fd, length, file_offset)
+    except OSError as error:
+        raise MemoryAccessError(f"{name}: its file cannot be mapped: {error}") from error
     return MemorySlot(
         gpa=gpa,
         length=length,
@@ -77,7 +83,8 @@ def map_slot(fd: int, *, gpa: int, length: int, hva: int, file_offset: int) -> M
         file_offset=file_offset,
         device=status.st_dev,
         inode=status.st_ino,
-        bytes=memoryview(mapping)[before:],
+        mapping=mapping,
+        bytes=memoryview(mapping),
     )
 
 
@@ -102,6 +109,20 @@ class GuestMemory:
     def end(self) -> int:
         """The first GPA behind the highest slot; 0 if there is none."""
         return self.slots[-1].end if self.slots else 0
+
+    def check(self) -> None:
+        """Look whether the slots' files are still there.
+
+        Raises:
+            ProtocolError: one became too short while it was mapped, and what was read from there
+                since then or written to it is void.
+        """
+        for slot in self.slots:
+            if slot.mapping.lost:
+                raise ProtocolError(
+                    f"memory slot GPA {slot.gpa:#x} + {slot.length:#x}: its file was cut short, or "
+                    "has no memory to give, while the slot was in use"
+                )
 
     def view(self, gpa: int, length: int) -> memoryview:
         """`length` writable bytes at `gpa`, which must lie in one slot.

@@ -1,0 +1,116 @@
+"""Memory whose file goes away: the access goes on, the loss is noticed, and nobody else's is."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dmaproof._mapping import SharedMapping
+from qmp_tools.testbed.ring_driver import PAGE, ram_fd
+
+
+@pytest.fixture
+def fd() -> Iterator[int]:
+    with ram_fd(16 * PAGE) as ram:
+        yield ram
+
+
+def test_it_shows_its_piece_of_the_file(fd: int) -> None:
+    os.pwrite(fd, b"here", 3 * PAGE + 100)
+    view = memoryview(SharedMapping(fd, 2 * PAGE, 3 * PAGE + 100))
+    assert len(view) == 2 * PAGE
+    assert bytes(view[:4]) == b"here"
+    view[-1] = 7
+    assert os.pread(fd, 1, 5 * PAGE + 99) == b"\7"
+
+
+def test_what_was_cut_off_reads_as_zeros(fd: int) -> None:
+    mapping, other = SharedMapping(fd, 4 * PAGE, 0), SharedMapping(fd, 2 * PAGE, 0)
+    view = memoryview(mapping)
+    view[0] = view[3 * PAGE] = 1
+    os.ftruncate(fd, 3 * PAGE)
+    assert view[0] == 1
+    assert not mapping.lost, "nothing that had gone was touched"
+    assert view[3 * PAGE] == 0
+    view[3 * PAGE] = 5  # nobody's memory
+    assert mapping.lost
+    assert not other.lost
+    assert memoryview(other)[0] == 1
+    os.ftruncate(fd, 16 * PAGE)
+    assert os.pread(fd, 1, 3 * PAGE) == b"\0"
+
+
+def test_loops_of_c_and_other_threads_survive_too(fd: int) -> None:
+    mapping = SharedMapping(fd, 16 * PAGE, 0)
+    data = np.frombuffer(memoryview(mapping), dtype=np.uint8)
+    os.ftruncate(fd, 0)
+    threads = [threading.Thread(target=data.sum) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert mapping.lost
+    assert not data.any()
+
+
+def test_it_is_unmapped_with_its_last_view(fd: int) -> None:
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count("memfd:guest-ram")
+
+    view = memoryview(SharedMapping(fd, PAGE, 0))[10:]
+    assert mapped() == 1
+    del view
+    assert mapped() == 0
+    for _ in range(2000):  # more than there can be at a time
+        SharedMapping(fd, PAGE, 0)
+    assert mapped() == 0
+
+
+def test_too_many_at_a_time(fd: int) -> None:
+    held = [SharedMapping(fd, PAGE, 0) for _ in range(1000)]
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        held += [SharedMapping(fd, PAGE, 0) for _ in range(1000)]
+    held.clear()
+    SharedMapping(fd, PAGE, 0)
+
+
+@pytest.mark.parametrize(("length", "offset"), [(0, 0), (-1, 0), (PAGE, -PAGE)])
+def test_lengths_that_make_no_sense(fd: int, length: int, offset: int) -> None:
+    with pytest.raises(ValueError, match="above 0"):
+        SharedMapping(fd, length, offset)
+
+
+def test_a_file_that_may_only_be_read(fd: int) -> None:
+    reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+    with pytest.raises(PermissionError):
+        SharedMapping(reader, PAGE, 0)
+    os.close(reader)
+
+
+ANOTHER = """
+import mmap, os, sys
+from dmaproof._mapping import SharedMapping
+fd = os.memfd_create("x")
+os.ftruncate(fd, 4096)
+ours, others = SharedMapping(fd, 4096, 0), mmap.mmap(fd, 4096)
+os.ftruncate(fd, 0)
+assert memoryview(ours)[0] == 0 and ours.lost
+print("ours was caught", flush=True)
+others[0]
+"""
+
+
+def test_another_mapping_still_ends_the_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ANOTHER], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "ours was caught\n", done.stderr
+    assert done.returncode == -signal.SIGBUS

@@ -59,6 +59,8 @@ class Server:
         self._sessions: dict[str, Session] = {}
         self._listeners: dict[str, socket.socket] = {}
         self._running = True
+        self._busy = False
+        self._next_harvest_s = time.monotonic()
         self._selector.register(control, selectors.EVENT_READ, self._receive_commands)
 
     def listen(self, name: str, path: Path) -> None:
@@ -91,27 +93,33 @@ class Server:
 
     def run(self) -> None:
         """Serve until the control socket is closed."""
-        next_harvest_s = time.monotonic()
-        busy = False
         while self._running:
-            for key, _ in self._selector.select(self._patience_s(busy, next_harvest_s)):
-                key.data()
-            busy = self._serve_rings()
-            if self._harvest_interval_s is not None and time.monotonic() >= next_harvest_s:
-                next_harvest_s = time.monotonic() + self._harvest_interval_s
-                for name, session in self._sessions.items():
-                    if session.collector.active:
-                        self._harvest(name, session)
+            self.turn(self._patience_s())
         self.close()
 
-    def _patience_s(self, busy: bool, next_harvest_s: float) -> float | None:
-        if busy:
+    def turn(self, patience_s: float | None) -> bool:
+        """Serve what comes within `patience_s` (None: however long that takes), and harvest if due.
+
+        True if some ring is not empty yet.
+        """
+        for key, _ in self._selector.select(patience_s):
+            key.data()
+        self._busy = self._serve_rings()
+        if self._harvest_interval_s is not None and time.monotonic() >= self._next_harvest_s:
+            self._next_harvest_s = time.monotonic() + self._harvest_interval_s
+            for name, session in list(self._sessions.items()):
+                if session.collector.active:
+                    self._harvest(name, session)
+        return self._busy
+
+    def _patience_s(self) -> float | None:
+        if self._busy:
             return 0
         if self._harvest_interval_s is None or not any(
             session.collector.active for session in self._sessions.values()
         ):
             return None
-        return max(0.0, next_harvest_s - time.monotonic())
+        return max(0.0, self._next_harvest_s - time.monotonic())
 
     def close(self) -> None:
         """End every session and close every socket."""
@@ -159,7 +167,11 @@ class Server:
         return busy
 
     def _harvest(self, name: str, session: Session) -> None:
-        pages = session.collector.harvest()
+        try:
+            pages = session.collector.harvest()
+        except ProtocolError as error:
+            self._refuse(name, error)
+            return
         self._tell({"event": "harvest", "session": name, "pages": pages})
 
     def _refuse(self, name: str, error: Exception) -> None:

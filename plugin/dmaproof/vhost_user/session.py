@@ -9,11 +9,13 @@ gets GET_VRING_BASE has stopped for good when that is answered, so the collector
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import selectors
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from ..collector import Collector
@@ -64,6 +66,10 @@ PROTOCOL_FEATURES: Final = int(
 
 _REQUESTS_PER_TURN: Final = 64
 """How many requests of one ring are served before the other file descriptors get their turn."""
+_MESSAGES_PER_TURN: Final = 16
+"""The same for messages: a front end must not keep the process for itself."""
+_MAX_GUEST_BYTES: Final = 1 << 40
+"""Trackers and traces keep some bytes for each page, and a sparse file costs a front end none."""
 _CONFIG_BYTES: Final = 256
 
 Tell = Callable[[dict[str, Any]], None]
@@ -128,20 +134,21 @@ class Session:
     # Messages -----------------------------------------------------------------------------------
 
     def receive(self) -> None:
-        """Serve every message that has come in.
+        """Serve the messages that have come in, up to a turn's share.
 
         Raises:
-            ProtocolError, MemoryAccessError, BitmapError: the front end broke the specification.
+            ProtocolError: the front end broke the specification, or asks for too much.
             EOFError: it has gone.
         """
-        for message in self.connection.receive():
+        for message in itertools.islice(self.connection.receive(), _MESSAGES_PER_TURN):
             try:
                 reply = _HANDLERS[message.request](self, message)
-            except (MemoryAccessError, BitmapError) as error:
+            except (MemoryAccessError, BitmapError, MemoryError, OSError) as error:
                 raise ProtocolError(f"{message.request.name}: {error}") from error
             finally:
                 for fd in message.fds:
                     os.close(fd)
+                self.memory.check()
             if reply is None and message.needs_reply and self._acknowledge:
                 reply = encode_u64(0)
             if reply is not None:
@@ -181,8 +188,14 @@ class Session:
         """SET_OWNER, SET_VRING_ERR, …: nothing to do but to close what came along."""
 
     def _set_mem_table(self, message: Message) -> None:
+        regions = decode_memory_table(message)
+        if (total := sum(region.length for region in regions)) > _MAX_GUEST_BYTES:
+            raise ProtocolError(
+                f"SET_MEM_TABLE: {total:#x} bytes of RAM, more than the {_MAX_GUEST_BYTES:#x} that "
+                "can be tracked"
+            )
         slots: list[MemorySlot] = []
-        for region, fd in zip(decode_memory_table(message), message.fds, strict=True):
+        for region, fd in zip(regions, message.fds, strict=True):
             slots.append(
                 map_slot(
                     fd,
@@ -267,6 +280,7 @@ class Session:
                 "SET_VRING_KICK: a ring without a kick file descriptor has to be polled, which was "
                 "not offered"
             )
+        _check_event_fd(message)
         self._forget_kick(vring)
         vring.kick_fd = os.dup(message.fds[0])
         os.set_blocking(vring.kick_fd, False)
@@ -277,6 +291,8 @@ class Session:
     def _set_vring_call(self, message: Message) -> None:
         index, has_fd = decode_vring_file(message)
         vring = self._vring(message, index)
+        if has_fd:
+            _check_event_fd(message)
         _close(vring.call_fd)
         vring.call_fd = os.dup(message.fds[0]) if has_fd else None
         if vring.call_fd is not None:
@@ -376,10 +392,13 @@ class Session:
         Raises:
             ProtocolError, MemoryAccessError: the driver broke the specification.
         """
-        for index, vring in enumerate(self._vrings):
-            if vring.pending and vring.enabled and vring.queue is not None:
-                self.journal.queue = index
-                vring.pending = self._serve_ring(vring, vring.queue)
+        try:
+            for index, vring in enumerate(self._vrings):
+                if vring.pending and vring.enabled and vring.queue is not None:
+                    self.journal.queue = index
+                    vring.pending = self._serve_ring(vring, vring.queue)
+        finally:
+            self.memory.check()  # a slot that was taken away explains whatever else went wrong
         return any(
             vring.pending and vring.enabled and vring.queue is not None for vring in self._vrings
         )
@@ -407,7 +426,8 @@ class Session:
             self._stop_ring(vring)
             _close(vring.call_fd)
             vring.call_fd = None
-        self.collector.stop()
+        with contextlib.suppress(ProtocolError):  # the log went away: nothing to harvest into
+            self.collector.stop()
         self._drop_unused_log()
         self.connection.close()
 
@@ -419,6 +439,13 @@ def _check_log_covers(log_bytes: int, memory: GuestMemory, request: Request) -> 
             f"{request.name}: a dirty log of {log_bytes} bytes is too small for a guest whose "
             f"memory ends at GPA {memory.end:#x}; that needs {needed}"
         )
+
+
+def _check_event_fd(message: Message) -> None:
+    """Refuse all but eventfds: others may fail, block or be somebody's data when written to."""
+    kind = str(Path(f"/proc/self/fd/{message.fds[0]}").readlink())
+    if kind != "anon_inode:[eventfd]":
+        raise ProtocolError(f"{message.request.name}: the file descriptor is {kind}, no eventfd")
 
 
 def _close(fd: int | None) -> None:

@@ -1,0 +1,45 @@
+"""A coverage-guided fuzzer as front end and guest, see ``hostile_peer``; README.md says how to run.
+
+Coverage is that of dmaproof's Python; what the fuzzer found worth keeping it keeps in the folder
+that it is given.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import atheris
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+with atheris.instrument_imports(include=["dmaproof"]):
+    import hostile_peer
+
+T = TypeVar("T")
+
+
+class Bytes:
+    """The fuzzer's bytes decide."""
+
+    def __init__(self, data: bytes) -> None:
+        self._provider: Any = atheris.FuzzedDataProvider(data)
+
+    def integer(self, low: int, high: int) -> int:
+        """See `hostile_peer.Source`."""
+        return int(self._provider.ConsumeIntInRange(low, high))
+
+    def blob(self, most: int) -> bytes:
+        """See `hostile_peer.Source`."""
+        return bytes(self._provider.ConsumeBytes(self.integer(0, most)))
+
+    def pick(self, options: Sequence[T]) -> T:
+        """See `hostile_peer.Source`."""
+        return options[self.integer(0, len(options) - 1)]
+
+
+if __name__ == "__main__":
+    atheris.Setup(sys.argv, lambda data: hostile_peer.attack(Bytes(data)))
+    atheris.Fuzz()

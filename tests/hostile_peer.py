@@ -1,0 +1,639 @@
+"""A front end and a guest that do anything, against the real server: what fuzzers drive.
+
+A `Source` decides everything: Hypothesis, or a coverage-guided fuzzer. What is sent is valid often
+enough to get far. Whatever it is, the server must raise nothing, come to rest after a bounded
+number of turns, write nowhere but into the slots and the log that it was given, set log bits for
+pages of slots alone, and leave no file descriptor and no mapping behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import json
+import os
+import select
+import socket
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeVar
+
+import numpy as np
+
+from dmaproof.devices.blk import Blk
+from dmaproof.dirty_tracker import emulated_trackers
+from dmaproof.vhost_user.messages import Request, encode_request, encode_u64
+from dmaproof.vhost_user.server import Server
+from dmaproof.vhost_user.session import (
+    F_LOG_ALL,
+    F_PROTOCOL_FEATURES,
+    F_RING_EVENT_IDX,
+    F_RING_INDIRECT_DESC,
+    F_VERSION_1,
+    PROTOCOL_FEATURES,
+)
+from qmp_tools.testbed.ring_driver import HVA_BASE, INDIRECT, NEXT, PAGE, WRITE
+
+T = TypeVar("T")
+
+_FEATURES: Final = F_VERSION_1 | F_PROTOCOL_FEATURES | F_RING_INDIRECT_DESC
+_QUEUE_SIZE: Final = 8
+_STEPS: Final = 40
+_MOST_TURNS: Final = 4096
+"""More than it takes to empty rings of the largest size."""
+
+_LOW: Final = (0, 24 * PAGE, 4 * PAGE)
+_RAM_BYTES: Final = 64 * PAGE
+_HIGH_GPAS: Final = (64 * PAGE, 1 << 32)
+_HIGH_BYTES, _HIGH_OFFSET = 9 * PAGE, 40 * PAGE
+_LOG_OFFSET: Final = 64
+_CANARY: Final = 0xA5
+
+_RINGS: Final = (PAGE, 4 * PAGE)
+"""GPAs of the two rings: descriptors, behind them the available ring, the used ring a page on."""
+_TABLE, _HEADER, _STATUS, _DATA = 8 * PAGE, 10 * PAGE, 11 * PAGE, 12 * PAGE
+
+
+class Source(Protocol):
+    """Whoever decides."""
+
+    def integer(self, low: int, high: int) -> int:
+        """Some number from `low` to `high`, both included."""
+
+    def blob(self, most: int) -> bytes:
+        """Up to `most` bytes."""
+
+    def pick(self, options: Sequence[T]) -> T:
+        """One of them."""
+
+
+def attack(source: Source) -> list[str]:
+    """Play one story; returns why sessions ended.
+
+    Raises:
+        AssertionError: the server did what it must never do.
+    """
+    gc.collect(0)
+    fds_before, mappings_before = _open_files(), _shared_mappings()
+    with _Peer(source) as peer:
+        peer.play()
+        reasons = peer.reasons
+    if _shared_mappings() != mappings_before:
+        gc.collect()  # an exception's traceback may be part of a cycle
+    assert _shared_mappings() == mappings_before, "a mapping was left behind"
+    assert _open_files() == fds_before, "a file descriptor was left behind"
+    return reasons
+
+
+def _open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def _shared_mappings() -> int:
+    return Path("/proc/self/maps").read_text().count("memfd:hostile")
+
+
+class _Shared:
+    """A file shared with the server; `mine` is what it holds but for what the server wrote."""
+
+    def __init__(self, name: str, size: int, offset: int = 0) -> None:
+        self.fd = os.memfd_create(f"hostile-{name}", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, size)
+        self.mine = np.full(size, _CANARY, dtype=np.uint8)
+        self.mine[offset:] = 0
+        os.pwrite(self.fd, self.mine.tobytes(), 0)
+        self.given = np.zeros(size, dtype=bool)
+
+    def write(self, offset: int, data: bytes) -> None:
+        piece = data[: max(0, len(self.mine) - offset)]
+        if piece:
+            with contextlib.suppress(PermissionError):  # cut short and then sealed
+                os.pwrite(self.fd, piece, offset)
+                self.mine[offset : offset + len(piece)] = np.frombuffer(piece, np.uint8)
+
+    def resize(self, size: int) -> None:
+        """What is cut away comes back as zeros, if the file ever grows again."""
+        with contextlib.suppress(PermissionError):  # sealed
+            os.ftruncate(self.fd, size)
+            self.mine[size:] = 0
+
+    def give(self, offset: int, length: int) -> None:
+        self.given[offset : offset + length] = True
+
+    def content(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        data = os.pread(self.fd, len(self.mine), 0)
+        return np.frombuffer(data.ljust(len(self.mine), b"\0"), np.uint8)
+
+    def check(self, name: str) -> None:
+        wrong = np.flatnonzero((self.content() != self.mine) & ~self.given)
+        assert not len(wrong), f"{name}: written outside what was given, at {wrong[0]:#x}"
+
+
+class _Peer:
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.reasons: list[str] = []
+        self._fds: list[int] = []
+        self._stack = contextlib.ExitStack()
+        self.high = source.pick(_HIGH_GPAS)
+        self.logged_gpas: list[tuple[int, int]] = []
+        pages = (self.high + _HIGH_BYTES) // PAGE
+        self.log_bytes = -(-pages // 64) * 8
+        self.ram = self._shared("ram", _RAM_BYTES)
+        self.log = self._shared("log", _LOG_OFFSET + self.log_bytes + 4096)
+        self.log.mine[:] = 0
+        self.log.mine[:_LOG_OFFSET] = self.log.mine[_LOG_OFFSET + self.log_bytes :] = _CANARY
+        os.pwrite(self.log.fd, self.log.mine.tobytes(), 0)
+        self.next_available = [0, 0]
+        self.events = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(3)]
+        self._fds += self.events
+        self.control, theirs = socket.socketpair()
+        self.control.setblocking(False)
+        trackers = emulated_trackers()
+        self.server = Server(
+            Blk(1 << 24, queues=2),
+            trackers[source.pick(sorted(trackers))],
+            theirs,
+            harvest_interval_s=source.pick((1e-9, None)),
+            immediate=bool(source.integer(0, 1)),
+        )
+        self.socket = self._connect()
+
+    def _shared(self, name: str, size: int) -> _Shared:
+        shared = _Shared(name, size)
+        self._fds.append(shared.fd)
+        return shared
+
+    def __enter__(self) -> _Peer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.server.close()
+        self.socket.close()
+        self.control.close()
+        self._stack.close()
+        for fd in self._fds:
+            os.close(fd)
+
+    def play(self) -> None:
+        """Some of what QEMU does, then anything."""
+        for step in (self.boot, self.start_rings, self.start_logging)[: self.source.integer(0, 3)]:
+            step()
+        for _ in range(self.source.integer(0, _STEPS)):
+            self.source.pick(_STEPS_BY_WEIGHT)(self)
+            self.settle()
+        for shared, name in ((self.ram, "RAM"), (self.log, "log")):
+            shared.check(name)
+        self._check_log_bits()
+
+    def settle(self) -> None:
+        """Turns of the server until it has nothing more to do, and what it tells."""
+        for _ in range(_MOST_TURNS):
+            busy = self.server.turn(0)
+            with contextlib.suppress(BlockingIOError):
+                for line in self.control.recv(1 << 20).splitlines():
+                    event = json.loads(line)
+                    if event["event"] in ("refused", "gone"):
+                        self.reasons.append(event.get("message") or event["reason"])
+            if not busy and not self._readable():
+                break
+        else:
+            raise AssertionError("the server never comes to rest")
+        if not self.server._sessions and self.source.integer(0, 3):
+            self.socket.close()
+            self.socket = self._connect()
+            for step in (self.boot, self.start_rings)[: self.source.integer(0, 2)]:
+                step()
+
+    def _readable(self) -> bool:
+        return bool(self.server._selector.select(0))
+
+    def _check_log_bits(self) -> None:
+        """Bits that the server set are those of pages of slots."""
+        log = self.log.content()[_LOG_OFFSET : _LOG_OFFSET + self.log_bytes]
+        mine = self.log.mine[_LOG_OFFSET : _LOG_OFFSET + self.log_bytes]
+        pages = np.flatnonzero(np.unpackbits(log & ~mine, bitorder="little"))
+        for page in pages.tolist():
+            assert any(gpa <= page * PAGE < gpa + length for gpa, length in self.logged_gpas), (
+                f"the log says that GPA {page * PAGE:#x} is dirty, which is in no slot"
+            )
+
+    # Saying things ------------------------------------------------------------------------------
+
+    def _connect(self) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        self.server.adopt("hostile", theirs)
+        return ours
+
+    def send_raw(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send bytes, and take answers so that neither side is ever stuck."""
+        with contextlib.suppress(OSError):
+            self.socket.recv(1 << 16)
+        with contextlib.suppress(OSError):  # the server has hung up, or reads no more
+            socket.send_fds(self.socket, [data], list(fds)) if data else None
+
+    def send(self, request: Request, payload: bytes, fds: Sequence[int] = ()) -> None:
+        self.send_raw(encode_request(request, payload, need_reply=self._rarely()), fds)
+        self.server.turn(0)
+
+    def _rarely(self) -> bool:
+        return self.source.integer(0, 7) == 7
+
+    def number(self, *likely: int) -> int:
+        """One of `likely`, near one of them, or what breaks sums."""
+        kind = self.source.integer(0, 15)
+        if kind < 13 and likely:
+            return likely[0] if kind < 8 else self.source.pick(likely)
+        if kind < 15:
+            base = self.source.pick((*likely, 0, PAGE, 1 << 16, 1 << 31, 1 << 32, 1 << 63, 1 << 64))
+            return (base + self.source.integer(-17, 17)) % (1 << 64)
+        return self.source.integer(0, (1 << 64) - 1)
+
+    # What QEMU does -----------------------------------------------------------------------------
+
+    def boot(self) -> None:
+        """The features and the memory of an honest front end."""
+        self.ram.resize(_RAM_BYTES)
+        event_index = F_RING_EVENT_IDX if self.source.integer(0, 1) else 0
+        self.send(Request.SET_FEATURES, encode_u64(_FEATURES | event_index))
+        self.send(Request.SET_PROTOCOL_FEATURES, encode_u64(PROTOCOL_FEATURES))
+        self.set_memory(_LOW, (self.high, _HIGH_BYTES, _HIGH_OFFSET))
+
+    def set_memory(self, *places: tuple[int, int, int]) -> None:
+        """A memory table of the RAM's file; what it gives may be written."""
+        regions = b""
+        for gpa, length, offset in places:
+            regions += struct.pack("<QQQQ", gpa, length, (HVA_BASE + gpa) % (1 << 64), offset)
+            self.ram.give(offset, length)
+            self.logged_gpas.append((gpa, length))
+        payload = struct.pack("<II", len(places), 0) + regions
+        self.send(Request.SET_MEM_TABLE, payload, [self.ram.fd] * min(len(places), 9))
+
+    def start_rings(self) -> None:
+        """Both rings as QEMU starts them."""
+        for index in range(2):
+            self.send(Request.SET_VRING_NUM, struct.pack("<II", index, _QUEUE_SIZE))
+            self.send(Request.SET_VRING_BASE, struct.pack("<II", index, self.next_available[index]))
+            self.set_address(index)
+            self.send(Request.SET_VRING_CALL, encode_u64(index), [self.events[2]])
+            self.send(Request.SET_VRING_KICK, encode_u64(index), [self.events[index]])
+            self.send(Request.SET_VRING_ENABLE, struct.pack("<II", index, 1))
+
+    def restart(self) -> None:
+        """Memory and rings anew."""
+        self.boot()
+        self.start_rings()
+
+    def set_address(self, index: int, logged: bool = False) -> None:
+        """A ring's honest address."""
+        base = _RINGS[index % 2]
+        used = base + PAGE
+        places = (HVA_BASE + base, HVA_BASE + used, HVA_BASE + base + 16 * _QUEUE_SIZE, used)
+        self.send(Request.SET_VRING_ADDR, struct.pack("<IIQQQQ", index, int(logged), *places))
+
+    def start_logging(self) -> None:
+        """The log, then the feature."""
+        self.give_log(self.log_bytes, _LOG_OFFSET)
+        self.send(Request.SET_FEATURES, encode_u64(_FEATURES | F_LOG_ALL))
+        for index in range(2):
+            self.set_address(index, logged=True)
+
+    def give_log(self, size: int, offset: int, fd: int | None = None) -> None:
+        """SET_LOG_BASE."""
+        if fd is None:
+            self.log.give(offset, size)
+        payload = struct.pack("<QQ", size, offset)
+        self.send(Request.SET_LOG_BASE, payload, [self.log.fd if fd is None else fd])
+
+    # What it never does -------------------------------------------------------------------------
+
+    def some_fds(self, most: int) -> list[int]:
+        """File descriptors of odd kinds, closed with the peer."""
+        return [self.some_fd() for _ in range(self.source.integer(0, most))]
+
+    def some_fd(self) -> int:
+        """A file descriptor of an odd kind, or an honest one."""
+        kind = self.source.pick(_KINDS)
+        opened = kind(self)
+        self._stack.callback(os.close, opened)
+        return opened
+
+    def any_message(self) -> None:
+        """A header and a payload of anything, with anything."""
+        number = self.source.pick((*Request, 0, 4, 19, 23, 31, 999, 0xFFFFFFFF))
+        flags = self.source.pick((1, 1, 1, 9, 0, 2, 5, 0xFFFFFFFF))
+        payload = self.source.blob(300)
+        size = self.source.pick((len(payload), len(payload), len(payload) + 1, 4097, 0, 0xFFFFFFFF))
+        fds = self.some_fds(10)
+        for fd in fds:
+            self._forgive(fd)
+        self.send_raw(struct.pack("<III", number, flags, size) + payload, fds)
+
+    def _forgive(self, fd: int) -> None:
+        """A file that came with a message of chance may be written anywhere."""
+        for shared in (self.ram, self.log):
+            if os.path.sameopenfile(fd, shared.fd):
+                shared.given[:] = True
+                self.logged_gpas.append((0, 1 << 64))
+
+    def part_of_a_message(self) -> None:
+        """A message that is cut off; perhaps the rest comes, perhaps another message."""
+        data = encode_request(
+            self.source.pick(tuple(Request)), encode_u64(self.number(0, 1, _FEATURES))
+        )
+        cut = self.source.integer(1, len(data) - 1)
+        self.send_raw(data[:cut], self.some_fds(2))
+        self.server.turn(0)
+        if self.source.integer(0, 1):
+            self.send_raw(data[cut:], self.some_fds(2))
+
+    def set_features(self) -> None:
+        """Features in any combination."""
+        bit = 1 << self.source.integer(0, 63)
+        features = _FEATURES | self.source.pick((0, F_LOG_ALL, F_RING_EVENT_IDX))
+        features = self.source.pick((features, features ^ bit, features & ~F_PROTOCOL_FEATURES))
+        self.send(Request.SET_FEATURES, encode_u64(features))
+        if self._rarely():
+            features = self.source.pick((PROTOCOL_FEATURES, 0, PROTOCOL_FEATURES | bit))
+            self.send(Request.SET_PROTOCOL_FEATURES, encode_u64(features))
+
+    def memory_table(self) -> None:
+        """A table that may overlap, leave the address space or the file."""
+        places = []
+        for honest in (_LOW, (self.high, _HIGH_BYTES, _HIGH_OFFSET))[: self.source.integer(0, 2)]:
+            gpa = self.number(honest[0], self.high, 4 * PAGE, 28 * PAGE, (1 << 64) - PAGE)
+            length = self.number(honest[1], PAGE, 2 * PAGE, 0, 1 << 40)
+            offset = self.number(honest[2], 0, 100, (1 << 63) - 1)
+            places.append((gpa, length, offset))
+        self.set_memory(*places)
+
+    def memory_of_odd_files(self) -> None:
+        """Files that are no RAM, or are huge."""
+        count = self.source.integer(1, 3)
+        regions = b""
+        for index in range(count):
+            gpa = self.number(index << 32, index * 32 * PAGE)
+            regions += struct.pack(
+                "<QQQQ", gpa, self.number(PAGE, 1 << 30, 1 << 46), HVA_BASE + index, self.number(0)
+            )
+        fds = [self.some_fd() for _ in range(self.source.pick((count, count, count, 0, 8, 9)))]
+        for fd in fds:
+            self._forgive(fd)
+        self.send(Request.SET_MEM_TABLE, struct.pack("<II", count, 0) + regions, fds)
+
+    def odd_log(self) -> None:
+        """A log of a wrong size or place, or in a file that is none."""
+        size = self.number(self.log_bytes, self.log_bytes - 8, 1 << 20, 8)
+        offset = self.number(_LOG_OFFSET, 0, 8)
+        fd = None if self.source.integer(0, 1) else self.some_fd()
+        if fd is not None:
+            self._forgive(fd)
+        self.give_log(size, offset, fd)
+
+    def ring_state(self) -> None:
+        """Any state message of a ring that may not be there."""
+        request = self.source.pick(_STATES)
+        index = self.ring()
+        value = self.number(*_LIKELY_STATES[request]) & 0xFFFFFFFF
+        self.send(request, struct.pack("<II", index, value))
+
+    def ring_address(self) -> None:
+        """Addresses where nothing is, or one part upon another."""
+        index = self.ring()
+        base = _RINGS[index % 2]
+        odd = (base, base + PAGE, base + 16 * _QUEUE_SIZE, _LOW[1] - 64, self.high)
+        honest = (base, base + PAGE, base + 16 * _QUEUE_SIZE)
+        places = [HVA_BASE + self.number(place, *odd) for place in honest]
+        log = self.number(base + PAGE, base)
+        flags = self.source.pick((0, 0, 1, 0xFFFFFFFF))
+        payload = struct.pack("<IIQQQQ", index, flags, *(p % (1 << 64) for p in places), log)
+        self.send(Request.SET_VRING_ADDR, payload)
+
+    def event_fds(self) -> None:
+        """A kick or call of an odd kind, or none."""
+        request = self.source.pick(
+            (Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_ERR)
+        )
+        value = self.source.pick((0, 0, 1, 1, 2, 255, 256, 257, (1 << 64) - 1))
+        count = self.source.pick((0, 1, 1, 1, 2))
+        self.send(request, encode_u64(value), [self.some_fd() for _ in range(count)])
+
+    def ring(self) -> int:
+        """A ring's number."""
+        return self.source.pick((*[0, 1] * 6, 2, 255, 0xFFFFFFFF))
+
+    def configuration(self) -> None:
+        """Reads and writes of the configuration space."""
+        size = self.source.pick((0, 8, 60, 256))
+        offset = self.number(0, 8, 256) & 0xFFFFFFFF
+        claimed = self.source.pick((size, size, size + 1))
+        payload = struct.pack("<III", offset, claimed, 0) + bytes(size)
+        self.send(self.source.pick((Request.GET_CONFIG, Request.SET_CONFIG)), payload)
+
+    def cut_a_file(self) -> None:
+        """RAM or log gets shorter while it is mapped, and perhaps long again."""
+        shared = self.source.pick((self.ram, self.log))
+        whole = len(shared.mine)
+        shared.resize(self.source.integer(0, whole))
+        if self.source.integer(0, 1):
+            self.honest_request()
+            self.settle()
+        if self.source.integer(0, 1):
+            shared.resize(whole)
+
+    def seal(self) -> None:
+        """No one may shrink or grow the RAM from now on."""
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+        fcntl.fcntl(self.ram.fd, fcntl.F_ADD_SEALS, seals)
+
+    def hang_up(self) -> None:
+        """The front end goes, in the middle or not."""
+        if self.source.integer(0, 1):
+            self.send_raw(
+                struct.pack("<III", Request.SET_MEM_TABLE, 1, 40)[: self.source.integer(1, 12)]
+            )
+        self.socket.close()
+
+    def flood(self) -> None:
+        """Questions on and on, whose answers nobody reads."""
+        data = encode_request(Request.GET_CONFIG, struct.pack("<III", 0, 256, 0) + bytes(256))
+        with contextlib.suppress(OSError):
+            for _ in range(self.source.integer(1, 600)):
+                self.socket.send(data)
+
+    # What a guest does --------------------------------------------------------------------------
+
+    def put(self, gpa: int, data: bytes) -> None:
+        """The guest writes its RAM."""
+        for start, length, offset in (_LOW, (self.high, _HIGH_BYTES, _HIGH_OFFSET)):
+            if start <= gpa and gpa + len(data) <= start + length:
+                self.ram.write(offset + gpa - start, data)
+
+    def descriptor(self, entries: int) -> bytes:
+        """One descriptor, hostile or not."""
+        address = self.number(_DATA, _HEADER, _STATUS, _TABLE, self.high, *_RINGS, _LOW[1] - 8)
+        length = self.number(16, 1, 512, PAGE, 0xFFFFFFFF, 32 << 20, 0) & 0xFFFFFFFF
+        flags = self.source.pick((NEXT, NEXT, WRITE, WRITE | NEXT, 0, INDIRECT, 7, 0xFFFF))
+        following = self.source.pick((*range(entries), entries, 0xFFFF))
+        return struct.pack("<QIHH", address, length, flags, following)
+
+    def honest_request(self) -> None:
+        """A read, a write or something else of the disk that should succeed."""
+        ring = self.source.integer(0, 1)
+        kind = self.source.pick((0, 0, 1, 4, 8, 77))
+        size = self.source.pick((512, PAGE, 3 * PAGE, 100))
+        sector = self.number(0, 8, (1 << 24) // 512 - 1)
+        direction = WRITE if kind in (0, 8) else 0
+        self.put(_HEADER, struct.pack("<IIQ", kind, 0, sector))
+        target = self.source.pick((_DATA + self.source.integer(0, PAGE), self.high, *_RINGS))
+        chain = (
+            struct.pack("<QIHH", _HEADER, 16, NEXT, 1)
+            + struct.pack("<QIHH", target, size, direction | NEXT, 2)
+            + struct.pack("<QIHH", _STATUS, 1, WRITE, 0)
+        )
+        self.put(_RINGS[ring], chain)
+        self.publish(ring, [0])
+
+    def hostile_request(self) -> None:
+        """Descriptors in any order, and a head that may not be there."""
+        ring = self.source.integer(0, 1)
+        count = self.source.integer(1, _QUEUE_SIZE)
+        for index in range(count):
+            self.put(_RINGS[ring] + 16 * index, self.descriptor(_QUEUE_SIZE))
+        if self.source.integer(0, 1):
+            entries = self.source.integer(1, 12)
+            table = b"".join(self.descriptor(entries) for _ in range(entries))
+            self.put(_TABLE, table)
+            indirect = struct.pack(
+                "<QIHH", _TABLE, self.number(len(table)) & 0xFFFFFFFF, INDIRECT, 0
+            )
+            self.put(_RINGS[ring], indirect)
+        heads = [
+            self.source.pick((0, 0, 1, _QUEUE_SIZE - 1, _QUEUE_SIZE, 0xFFFF)) for _ in range(2)
+        ]
+        self.publish(ring, heads)
+
+    def publish(self, ring: int, heads: Sequence[int]) -> None:
+        """Make requests available and kick."""
+        available = _RINGS[ring] + 16 * _QUEUE_SIZE
+        for head in heads:
+            place = available + 4 + 2 * (self.next_available[ring] % _QUEUE_SIZE)
+            self.put(place, struct.pack("<H", head))
+            self.next_available[ring] = (self.next_available[ring] + 1) & 0xFFFF
+        self.put(
+            available, struct.pack("<HH", self.source.pick((0, 0, 1)), self.next_available[ring])
+        )
+        self.put(available + 4 + 2 * _QUEUE_SIZE, struct.pack("<H", self.source.integer(0, 0xFFFF)))
+        os.eventfd_write(self.events[ring], 1)
+
+    def jump(self) -> None:
+        """The available index goes anywhere."""
+        ring = self.source.integer(0, 1)
+        self.next_available[ring] = self.source.integer(0, 0xFFFF)
+        self.publish(ring, [])
+
+    def scribble(self) -> None:
+        """Anything anywhere in the rings."""
+        place = self.source.pick((*_RINGS, _RINGS[0] + PAGE, _TABLE))
+        self.put(place + self.source.integer(0, 512), self.source.blob(64))
+
+    def fill_the_call(self) -> None:
+        """The interrupts' counter is full, so a write to it would block."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_write(self.events[2], (1 << 64) - 2)
+
+    def take_the_log(self) -> None:
+        """QEMU's sync."""
+        self.log.write(_LOG_OFFSET, bytes(self.log_bytes))
+
+
+def _reopened(flags: int) -> Callable[[_Peer], int]:
+    return lambda peer: os.open(f"/proc/self/fd/{peer.ram.fd}", flags)
+
+
+def _sized(size: int, flags: int = 0) -> Callable[[_Peer], int]:
+    def make(peer: _Peer) -> int:
+        fd = os.memfd_create("hostile-odd", flags | os.MFD_CLOEXEC)
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, size)
+        return fd
+
+    return make
+
+
+def _one_end_of_a_pipe(peer: _Peer) -> int:
+    ends = list(os.pipe())
+    kept = ends.pop(peer.source.integer(0, 1))
+    os.close(ends[0])
+    return kept
+
+
+def _epoll(peer: _Peer) -> int:
+    epoll = select.epoll()
+    fd = os.dup(epoll.fileno())
+    epoll.close()
+    return fd
+
+
+_KINDS: Final[tuple[Callable[[_Peer], int], ...]] = (
+    lambda peer: os.dup(peer.events[peer.source.integer(0, 2)]),
+    lambda peer: os.dup(peer.ram.fd),
+    lambda peer: os.dup(peer.log.fd),
+    lambda peer: os.dup(peer.socket.fileno()) if peer.socket.fileno() >= 0 else os.eventfd(0),
+    _reopened(os.O_RDONLY),
+    _reopened(os.O_PATH),
+    _sized(0),
+    _sized(1 << 24),
+    _sized(1 << 48),
+    _sized((1 << 63) - 1),
+    _sized(2 << 20, os.MFD_HUGETLB),
+    _one_end_of_a_pipe,
+    _epoll,
+    lambda peer: os.open("/", os.O_RDONLY),
+    lambda peer: os.open("/dev/zero", os.O_RDWR),
+    lambda peer: os.open("/dev/null", os.O_RDWR),
+)
+
+_STATES: Final = (
+    Request.SET_VRING_NUM,
+    Request.SET_VRING_BASE,
+    Request.GET_VRING_BASE,
+    Request.SET_VRING_ENABLE,
+)
+
+_LIKELY_STATES: Final = {
+    Request.SET_VRING_NUM: (_QUEUE_SIZE, 0, 1, 2, 32768, 65536, 3),
+    Request.SET_VRING_BASE: (0, 5, 0xFFFF, 0x10000),
+    Request.GET_VRING_BASE: (0,),
+    Request.SET_VRING_ENABLE: (1, 0, 2),
+}
+
+_WEIGHTS: Final[dict[Callable[[_Peer], None], int]] = {
+    _Peer.honest_request: 6,
+    _Peer.hostile_request: 6,
+    _Peer.ring_state: 3,
+    _Peer.ring_address: 3,
+    _Peer.restart: 3,
+    _Peer.start_logging: 3,
+    _Peer.boot: 2,
+    _Peer.set_features: 2,
+    _Peer.memory_table: 2,
+    _Peer.memory_of_odd_files: 1,
+    _Peer.odd_log: 2,
+    _Peer.event_fds: 2,
+    _Peer.jump: 1,
+    _Peer.scribble: 2,
+    _Peer.take_the_log: 1,
+    _Peer.cut_a_file: 2,
+    _Peer.seal: 1,
+    _Peer.configuration: 1,
+    _Peer.any_message: 1,
+    _Peer.part_of_a_message: 1,
+    _Peer.fill_the_call: 1,
+    _Peer.flood: 1,
+    _Peer.hang_up: 1,
+}
+_STEPS_BY_WEIGHT: Final = tuple(step for step, weight in _WEIGHTS.items() for _ in range(weight))

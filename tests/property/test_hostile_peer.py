@@ -1,0 +1,42 @@
+"""Front ends and guests that do anything: the device process refuses them, and stays whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import hostile_peer
+
+T = TypeVar("T")
+
+
+class Drawn:
+    """Hypothesis decides."""
+
+    def __init__(self, data: st.DataObject) -> None:
+        self._data = data
+
+    def integer(self, low: int, high: int) -> int:
+        """See `hostile_peer.Source`."""
+        return self._data.draw(st.integers(low, high))
+
+    def blob(self, most: int) -> bytes:
+        """See `hostile_peer.Source`."""
+        return self._data.draw(st.binary(max_size=most))
+
+    def pick(self, options: Sequence[T]) -> T:
+        """See `hostile_peer.Source`."""
+        return options[self._data.draw(st.integers(0, len(options) - 1))]
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow],
+)
+@given(st.data())
+def test_whatever_comes_is_served_or_refused(data: st.DataObject) -> None:
+    hostile_peer.attack(Drawn(data))

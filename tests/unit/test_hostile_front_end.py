@@ -1,0 +1,200 @@
+"""What a front end must not do with files, sizes and turns: refused, and nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import select
+import socket
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from dmaproof.devices.blk import Blk
+from dmaproof.dirty_tracker import emulated_trackers
+from dmaproof.errors import ProtocolError
+from dmaproof.vhost_user.messages import HEADER_BYTES, Request, encode_request, encode_u64
+from dmaproof.vhost_user.server import Server
+from dmaproof.vhost_user.session import PROTOCOL_FEATURES
+from front_end import FEATURES, FrontEnd
+from qmp_tools.testbed import front_end as testbed
+from qmp_tools.testbed.ring_driver import (
+    HVA_BASE,
+    PAGE,
+    WRITE,
+    Buffer,
+    RingDriver,
+    guest_memory,
+    ram_fd,
+)
+
+RAM_BYTES = 32 * PAGE
+LOG_BYTES = 8
+RING, HEADER, STATUS, DATA = 2 * PAGE, 6 * PAGE, 7 * PAGE, 24 * PAGE
+
+
+def mapped() -> int:
+    gc.collect()
+    return Path("/proc/self/maps").read_text().count("memfd:guest-ram")
+
+
+@pytest.fixture
+def ram() -> Iterator[int]:
+    with ram_fd(RAM_BYTES) as fd:
+        yield fd
+
+
+@pytest.fixture
+def front_end() -> Iterator[FrontEnd]:
+    before = mapped()
+    front_end = FrontEnd()
+    front_end.send(Request.SET_FEATURES, encode_u64(FEATURES))
+    front_end.send(Request.SET_PROTOCOL_FEATURES, encode_u64(PROTOCOL_FEATURES))
+    yield front_end
+    front_end.close()
+    assert mapped() == before
+
+
+def table(*regions: tuple[int, int, int]) -> bytes:
+    """SET_MEM_TABLE's payload of (GPA, length, file offset)."""
+    packed = b"".join(
+        struct.pack("<QQQQ", gpa, length, HVA_BASE + gpa, offset) for gpa, length, offset in regions
+    )
+    return struct.pack("<II", len(regions), 0) + packed
+
+
+def a_pipe() -> int:
+    ends = os.pipe()
+    os.close(ends[0])
+    return ends[1]
+
+
+def an_epoll() -> int:
+    with select.epoll() as epoll:
+        return os.dup(epoll.fileno())
+
+
+@pytest.mark.parametrize("request_", [Request.SET_VRING_KICK, Request.SET_VRING_CALL])
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: os.memfd_create("data"), "memfd:data"),
+        (lambda: os.open("/", os.O_RDONLY), "is /, no eventfd"),
+        (a_pipe, "pipe:"),
+        (an_epoll, "eventpoll"),
+    ],
+)
+def test_an_event_is_an_eventfd(
+    front_end: FrontEnd, request_: Request, make: Callable[[], int], kind: str
+) -> None:
+    fd = make()
+    with pytest.raises(ProtocolError, match=f"{request_.name}.*{kind}"):
+        front_end.send(request_, encode_u64(0), [fd])
+    os.close(fd)
+
+
+@pytest.mark.parametrize("request_", [Request.SET_MEM_TABLE, Request.SET_LOG_BASE])
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_PATH])
+def test_a_file_that_cannot_be_mapped(
+    front_end: FrontEnd, ram: int, request_: Request, flags: int
+) -> None:
+    fd = os.open(f"/proc/self/fd/{ram}", flags)
+    payload = table((0, PAGE, 0)) if request_ is Request.SET_MEM_TABLE else struct.pack("<QQ", 8, 0)
+    with pytest.raises(ProtocolError, match=f"{request_.name}.* cannot be mapped"):
+        front_end.send(request_, payload, [fd])
+    os.close(fd)
+
+
+@pytest.mark.parametrize(("gpa", "length"), [(0, PAGE + 512), (512, PAGE), (0, 100)])
+def test_a_slot_that_is_no_run_of_pages(
+    front_end: FrontEnd, ram: int, gpa: int, length: int
+) -> None:
+    with pytest.raises(ProtocolError, match="no run of whole pages"):
+        front_end.send(Request.SET_MEM_TABLE, table((gpa, length, 0)), [ram])
+
+
+def test_more_memory_than_can_be_tracked(front_end: FrontEnd) -> None:
+    with ram_fd(1 << 41) as sparse, pytest.raises(ProtocolError, match="can be tracked"):
+        front_end.send(Request.SET_MEM_TABLE, table((0, (1 << 40) + PAGE, 0)), [sparse])
+
+
+def test_messages_without_end_leave_room_for_others(front_end: FrontEnd) -> None:
+    question = encode_request(Request.GET_FEATURES)
+    front_end.socket.sendall(question * 200)
+    front_end.session.receive()
+    answers = len(front_end.socket.recv(1 << 16)) // (HEADER_BYTES + 8)
+    assert 0 < answers < 100
+    for _ in range(200):
+        front_end.session.receive()
+    assert len(front_end.socket.recv(1 << 16)) // (HEADER_BYTES + 8) == 200 - answers
+
+
+# Files that are cut short ------------------------------------------------------------------------
+
+
+class Peer(testbed.FrontEnd):
+    """A front end of a server that runs in this very thread."""
+
+    def __init__(self, server: Server) -> None:
+        ours, theirs = socket.socketpair()
+        super().__init__(ours)
+        self._server = server
+        server.adopt(str(ours.fileno()), theirs)
+
+    def send_raw(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send bytes as they are and let the server have a turn."""
+        super().send_raw(data, fds)
+        self._server.turn(0)
+
+
+def boot(front_end: testbed.FrontEnd, ram: int) -> RingDriver:
+    front_end.set_memory(ram, (0, RAM_BYTES, 0))
+    driver = RingDriver(guest_memory(ram, (0, RAM_BYTES, 0)), RING)
+    front_end.start_ring(driver)
+    driver.write(HEADER, struct.pack("<IIQ", 0, 0, 0))
+    driver.describe(
+        driver.chain([Buffer(HEADER, 16), Buffer(DATA, PAGE, WRITE), Buffer(STATUS, 1, WRITE)])
+    )
+    return driver
+
+
+@pytest.mark.parametrize("kept", [0, DATA])
+def test_ram_that_is_cut_short(front_end: FrontEnd, ram: int, kept: int) -> None:
+    driver = boot(front_end, ram)
+    driver.publish(0)
+    os.ftruncate(ram, kept)
+    with pytest.raises(ProtocolError, match=r"slot GPA 0x0 .* cut short"):
+        front_end.serve()
+
+
+def test_a_log_that_is_cut_short_ends_one_session_only(ram: int) -> None:
+    control, theirs = socket.socketpair()
+    server = Server(
+        Blk(1 << 30, queues=1),
+        emulated_trackers()["iommu"],
+        theirs,
+        harvest_interval_s=1e-9,
+        immediate=False,
+    )
+    good, bad = Peer(server), Peer(server)
+    with ram_fd(LOG_BYTES) as log:
+        bad.send(Request.SET_FEATURES, encode_u64(FEATURES))
+        driver = boot(bad, ram)
+        bad.set_log(log, LOG_BYTES)
+        bad.log_all(True)
+        os.ftruncate(log, 0)
+        driver.publish(0)
+        os.eventfd_write(bad.kick, 1)
+        for _ in range(4):
+            server.turn(0)
+    events = [json.loads(line) for line in control.recv(1 << 16).splitlines()]
+    assert [event["message"] for event in events if event["event"] == "refused"] == [
+        "dirty log: its file was cut short while it was in use"
+    ]
+    assert good.ask(Request.GET_FEATURES)
+    server.close()
+    for closed in (good, bad, control):
+        closed.close()

@@ -6,20 +6,29 @@ millions of records pass without a copy in text.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .collector import Collector
+from .errors import UntestableError
 from .guest_memory import GuestMemory, IovaMap, IovaMapping
 from .iova_bitmap import IovaRange
-from .journal import Journal
+from .journal import RECORD, Journal
 from .trace import TRACED_LINKS, Link, PageEpochs
 
 _FILE: Final = "evidence.npz"
+
+_NOT_WHOLE: Final = (
+    *(OSError, EOFError, MemoryError, BadZipFile, zlib.error),
+    *(KeyError, RuntimeError, TypeError, ValueError),
+)
+"""What numpy and zipfile raise for a file that is cut off or spoilt."""
 
 HARVEST: Final = np.dtype(
     [
@@ -76,7 +85,20 @@ class Evidence:
 
     @classmethod
     def load(cls, folder: Path) -> Evidence:
-        """Read what `save` wrote."""
+        """Read what `save` wrote.
+
+        Raises:
+            UntestableError: it is not there, or not whole.
+        """
+        try:
+            return cls._load(folder)
+        except _NOT_WHOLE as error:
+            raise UntestableError(
+                f"the device's evidence in {folder / _FILE} cannot be read: {error}"
+            ) from error
+
+    @classmethod
+    def _load(cls, folder: Path) -> Evidence:
         with np.load(folder / _FILE) as arrays:
             links = {}
             for link in TRACED_LINKS:
@@ -85,14 +107,17 @@ class Evidence:
                 )
                 pages.array[:] = arrays[f"{link}_epochs"]
                 links[link] = pages
+            records, harvests = arrays["records"], arrays["harvests"]
+            if (records.dtype, harvests.dtype) != (RECORD, HARVEST):
+                raise ValueError(f"records of {records.dtype}, harvests of {harvests.dtype}")
             return cls(
                 slots=[Slot(*(int(number) for number in row)) for row in arrays["slots"]],
                 mappings=[
                     IovaMapping(*(int(number) for number in row)) for row in arrays["mappings"]
                 ],
-                records=arrays["records"],
+                records=records,
                 links=links,
-                harvests=arrays["harvests"],
+                harvests=harvests,
                 started_ns=int(arrays["started_ns"]) or None,
                 requests=int(arrays["requests"]),
             )

@@ -23,6 +23,7 @@ _REGION: Final = re.compile(
     r"(?: @([0-9a-f]{16}))?(?: (?:KVM|kvm))?$",  # the accelerator that has the region as a slot
     re.MULTILINE,
 )
+_REGION_LINE: Final = re.compile(r"^  \S.*$", re.MULTILINE)
 _HVA: Final = re.compile(r"is 0x([0-9a-f]+)\s*$")
 _RAM_KINDS: Final = frozenset({"ram", "rom", "romd"})
 
@@ -56,25 +57,36 @@ def parse_flat_view(text: str) -> list[MapRegion]:
     """The regions of the system's memory, by address, from what ``info mtree -f`` prints.
 
     Raises:
-        UntestableError: there is no such view in `text`.
+        UntestableError: there is no such view in `text`, or something in it is not understood.
     """
     for view in text.replace("\r", "").split(_VIEW):
         if _SYSTEM_MEMORY.search(view):
-            regions = [
-                MapRegion(
-                    gpa=int(first, 16),
-                    length=int(last, 16) + 1 - int(first, 16),
-                    kind=kind,
-                    name=name,
-                    offset=int(offset or "0", 16),
-                )
-                for first, last, kind, name, offset in _REGION.findall(view)
-            ]
+            regions = [_region(line) for line in _REGION_LINE.findall(view)]
+            for low, high in itertools.pairwise(regions):
+                if high.gpa < low.end:
+                    raise UntestableError(
+                        f"QEMU's physical map has {high.name} at {high.gpa:#x}, where {low.name} "
+                        f"still is"
+                    )
             if regions:
                 return regions
     raise UntestableError(
         "QEMU's physical map ('info mtree -f') has no view of the system's memory; is its human "
         "monitor built in?"
+    )
+
+
+def _region(line: str) -> MapRegion:
+    match = _REGION.match(line)
+    if match is None or int(match[1], 16) > int(match[2], 16):
+        raise UntestableError(f"QEMU's physical map ('info mtree -f') has a strange line: {line!r}")
+    first, last, kind, name, offset = match.groups(default="0")
+    return MapRegion(
+        gpa=int(first, 16),
+        length=int(last, 16) + 1 - int(first, 16),
+        kind=kind,
+        name=name,
+        offset=int(offset, 16),
     )
 
 

@@ -31,14 +31,21 @@ class Mapping:
 
 
 def parse_maps(lines: Iterable[str]) -> list[Mapping]:
-    """The mappings that /proc/PID/maps tells of."""
+    """The mappings that /proc/PID/maps tells of.
+
+    Raises:
+        UntestableError: a line is none of proc(5)'s.
+    """
     mappings = []
     for line in lines:
-        addresses, permissions, offset, _, inode, *path = line.rstrip("\n").split(maxsplit=5)
-        start, end = (int(address, 16) for address in addresses.split("-"))
-        mappings.append(
-            Mapping(start, end, permissions[3] == "s", int(offset, 16), int(inode), "".join(path))
-        )
+        try:
+            addresses, permissions, offset, _, inode, *path = line.rstrip("\n").split(maxsplit=5)
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            shared = permissions[3] == "s"
+            mapping = Mapping(start, end, shared, int(offset, 16), int(inode), "".join(path))
+        except (ValueError, IndexError):
+            raise UntestableError(f"/proc/PID/maps has a line that is none: {line!r}") from None
+        mappings.append(mapping)
     return mappings
 
 

@@ -11,7 +11,7 @@ from typing import Final
 
 from dmaproof.errors import UntestableError
 
-from ..processes.process import log_tail
+from ..processes.process import log_tail, printable
 from ..processes.qemu import Qemu
 
 START_ONCE: Final = b"o"
@@ -22,6 +22,10 @@ QUIET: Final = b"q"
 """Stop the vCPU's own steady writing."""
 
 _COMPLAINTS_KEPT: Final = 8
+_MOST_VERBS: Final = 64
+"""Far more than guests have. What comes is kept by verb, and a guest must not fill our memory."""
+_MOST_DIGITS: Final = 20
+_SHOWN_CHARACTERS: Final = 200
 
 
 class GuestError(UntestableError):
@@ -46,7 +50,9 @@ def parse_line(line: str) -> GuestReport:
         verb, *pairs = shlex.split(line)
         values = dict(pair.split("=", 1) for pair in pairs)
     except ValueError:
-        raise UntestableError(f"the guest said something unintelligible: {line!r}") from None
+        raise UntestableError(
+            f"the guest said something unintelligible: {line[:_SHOWN_CHARACTERS]!r}"
+        ) from None
     return GuestReport(verb, values)
 
 
@@ -65,24 +71,48 @@ class GuestChannel:
         self._reading = asyncio.ensure_future(self._read())
 
     async def _read(self) -> None:
-        with contextlib.suppress(ConnectionError):
-            while line := await self._qemu.report.readline():
-                text = line.decode(errors="replace").strip()
-                if not text:
-                    continue
-                report = parse_line(text)
-                async with self._news:
-                    self.latest[report.verb] = report
-                    if report.verb == "error" and len(self.complaints) < _COMPLAINTS_KEPT:
-                        self.complaints.append(text)
-                    elif report.verb == "fatal":
-                        self._fatal = report.values.get("message", text)
-                    self._news.notify_all()
+        try:
+            with contextlib.suppress(ConnectionError):
+                while line := await self._qemu.report.readline():
+                    await self._hear(printable(line.decode(errors="replace").strip()))
+        except ValueError:  # asyncio's LimitOverrunError comes as one
+            await self._despair("it said a line without an end")
+        except UntestableError as error:
+            await self._despair(str(error))
+
+    async def _hear(self, text: str) -> None:
+        if not text:
+            return
+        report = parse_line(text)
+        if report.verb not in self.latest and len(self.latest) == _MOST_VERBS:
+            raise UntestableError(f"the guest said more than {_MOST_VERBS} kinds of things")
+        async with self._news:
+            self.latest[report.verb] = report
+            if report.verb == "error" and len(self.complaints) < _COMPLAINTS_KEPT:
+                self.complaints.append(text)
+            elif report.verb == "fatal":
+                self._fatal = report.values.get("message", text)
+            self._news.notify_all()
+
+    async def _despair(self, why: str) -> None:
+        async with self._news:
+            self._fatal = why
+            self._news.notify_all()
 
     def number(self, verb: str, key: str) -> int:
-        """The number `key` of the last `verb` report; 0 before the first."""
+        """The number `key` of the last `verb` report; 0 before the first.
+
+        Raises:
+            GuestError: it is no number.
+        """
         report = self.latest.get(verb)
-        return int(report.values.get(key, "0")) if report else 0
+        value = report.values.get(key, "0") if report else "0"
+        if not (value.isascii() and value.isdigit() and len(value) <= _MOST_DIGITS):
+            raise GuestError(
+                f"the guest of the {self._qemu.process.name} said {value[:_SHOWN_CHARACTERS]!r} "
+                f"where {verb} has the number {key}"
+            )
+        return int(value)
 
     async def wait_for(self, reached: Callable[[], bool], what: str, timeout_s: float) -> None:
         """Wait until `reached`; `what` says in words what that is.

@@ -50,7 +50,9 @@ def _recall() -> dict[str, int]:
         answers = json.loads(_cache_file().read_text())
     except (OSError, ValueError):
         return {}
-    return answers if isinstance(answers, dict) else {}
+    if not isinstance(answers, dict):
+        return {}
+    return {question: answer for question, answer in answers.items() if isinstance(answer, int)}
 
 
 async def _remembered(question: str, probe: Callable[[], Awaitable[int]]) -> int:

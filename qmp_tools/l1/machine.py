@@ -17,7 +17,7 @@ from typing import Final
 
 import qemu.qmp
 
-from dmaproof import _core, errors
+from dmaproof import _core, _mapping, errors
 from dmaproof.errors import UntestableError
 
 from ..guest.build import Say
@@ -144,5 +144,6 @@ def _copy_packages(target: Path) -> None:
     for name, folder in folders.items():
         ignored = shutil.ignore_patterns("__pycache__", "*.c", "guests")
         shutil.copytree(folder, target / name, ignore=ignored)
-    # An editable installation keeps the extension elsewhere.
-    shutil.copy(_core.__file__, target / "dmaproof")
+    # An editable installation keeps the extensions elsewhere.
+    for extension in (_core.__file__, _mapping.__file__):
+        shutil.copy(extension, target / "dmaproof")

@@ -85,20 +85,27 @@ class Device:
     _listening: asyncio.Future[None]
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
-        while line := await reader.readline():
-            event = json.loads(line)
-            if event["event"] == "refused" and not self.refused.done():
-                self.refused.set_result(
-                    UntestableError(
-                        f"the device refused what the {event['session']} QEMU or its guest sent: "
-                        f"{event['message']}"
-                    )
+        while (line := await reader.readline()).endswith(b"\n"):  # else it died in mid-word
+            try:
+                event = json.loads(line)
+                name, session = event["event"], event["session"]
+            except (ValueError, KeyError, TypeError):
+                self._refuse(f"the device said something unintelligible: {line[:200]!r}")
+                break
+            if name == "refused":
+                self._refuse(
+                    f"the device refused what the {session} QEMU or its guest sent: "
+                    f"{event.get('message')}"
                 )
             async with self._news:
                 self.events.append(event)
                 self._news.notify_all()
         async with self._news:
             self._news.notify_all()
+
+    def _refuse(self, why: str) -> None:
+        if not self.refused.done():
+            self.refused.set_result(UntestableError(why))
 
     async def wait_for(self, event: str, session: str, *, after: int = 0) -> dict[str, Any]:
         """The first `event` of `session` among the events from number `after` on.

@@ -17,6 +17,7 @@ _PR_SET_PDEATHSIG: Final = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 _END_GRACE_S: Final = 5.0
+_TAIL_BYTES: Final = 1 << 16
 _TAIL_LINES: Final = 15
 
 
@@ -117,9 +118,19 @@ class Process:
 def log_tail(log: Path) -> str:
     """The last lines of `log` under a heading; empty if there are none."""
     try:
-        lines = log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
     except OSError:
         return ""
     if not lines:
         return ""
-    return "\n".join([f"  last lines of {log.name}:", *(f"    {line}" for line in lines)])
+    told = (f"    {printable(line)}" for line in lines)
+    return "\n".join([f"  last lines of {log.name}:", *told])
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal would obey and XML cannot hold: a guest may say anything."""
+    return "".join(
+        it if it.isprintable() or it == "\t" else "\N{REPLACEMENT CHARACTER}" for it in text
+    )

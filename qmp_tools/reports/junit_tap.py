@@ -128,7 +128,9 @@ def to_junit(answer: Mapping[str, Any]) -> str:
 
 def _printable(text: str) -> str:
     """`text` without the characters that XML 1.0 cannot hold (a guest's console may have them)."""
-    return "".join(it if it in "\t\n" or it >= " " else "�" for it in text)
+    return "".join(
+        it if it in "\t\n" or (it >= " " and it not in "\ufffe\uffff") else "�" for it in text
+    )
 
 
 def to_tap(answer: Mapping[str, Any]) -> str:

@@ -105,3 +105,24 @@ def test_ram_in_only_one_of_them_is_refused() -> None:
         common_ranges(ours, theirs)
     with pytest.raises(UntestableError, match="0x1000 to 0x1fff is no RAM at the source and a"):
         common_ranges(theirs, ours)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "  0000000000200000-00000000003fffff (prio 0, ram) /objects/m0",
+        "  0000000000200000-00000000001fffff (prio 0, ram): /objects/m0",
+        "  200000-3fffff (prio 0, ram): /objects/m0",
+        "  something else",
+    ],
+)
+def test_a_line_that_is_not_understood_is_no_region_less(line: str) -> None:
+    text = MTREE.replace(" Root memory region: system\n", f" Root memory region: system\n{line}\n")
+    with pytest.raises(UntestableError, match="strange line: "):
+        parse_flat_view(text)
+
+
+def test_regions_that_overlap_are_no_flat_view() -> None:
+    text = MTREE.replace("00000000000a0000-00000000000bffff", "0000000000090000-00000000000bffff")
+    with pytest.raises(UntestableError, match="vga-lowmem at 0x90000, where /objects/m0 still is"):
+        parse_flat_view(text)

@@ -114,3 +114,12 @@ def test_a_process_of_another_user() -> None:
         finally:
             os.seteuid(0)
             process.kill()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "7f0000000000", "x-y rw-s 0 00:01 5", "1000-2000 rw 0 00:01 5", "1000 rw-s 0 00:01 5 /a"],
+)
+def test_a_line_that_proc_never_prints(line: str) -> None:
+    with pytest.raises(UntestableError, match="a line that is none"):
+        parse_maps([line])

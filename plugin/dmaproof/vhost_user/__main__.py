@@ -80,10 +80,10 @@ def main() -> int:
         for connected in arguments.fd:
             name, _, fd = connected.partition("=")
             server.adopt(name, socket.socket(fileno=int(fd)))
+        server.run()
     except DmaproofError as error:
         print(f"dmaproof device: {error}", file=sys.stderr)
         return 2
-    server.run()
     return 0
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from ..devices import VirtioDevice
 from ..dirty_tracker import EmulatedTracker
-from ..errors import MemoryAccessError, ProtocolError
+from ..errors import MemoryAccessError, ProtocolError, UsageError
 from ..evidence import collect_evidence
 from .connection import Connection
 from .session import Session
@@ -92,10 +92,16 @@ class Server:
         self._tell({"event": "connected", "session": name})
 
     def run(self) -> None:
-        """Serve until the control socket is closed."""
-        while self._running:
-            self.turn(self._patience_s())
-        self.close()
+        """Serve until the control socket is closed.
+
+        Raises:
+            UsageError: what came on it is no command.
+        """
+        try:
+            while self._running:
+                self.turn(self._patience_s())
+        finally:
+            self.close()
 
     def turn(self, patience_s: float | None) -> bool:
         """Serve what comes within `patience_s` (None: however long that takes), and harvest if due.
@@ -204,25 +210,29 @@ class Server:
                 *lines, rest = self._commands.split(b"\n")
                 self._commands = rest
                 for line in lines:
-                    self._obey(json.loads(line))
+                    self._obey(bytes(line))
                 return
         self._running = False
 
-    def _obey(self, command: dict[str, Any]) -> None:
-        if command["do"] == "evidence":
-            session = self._sessions.get(command["session"])
-            if session is not None:
-                collect_evidence(
-                    session.journal,
-                    session.collector,
-                    session.memory,
-                    session.iova_map,
-                    requests=session.journal.writes,
-                ).save(Path(command["folder"]))
-            self._tell(
-                {
-                    "event": "evidence",
-                    "session": command["session"],
-                    "there_is": session is not None,
-                }
+    def _obey(self, line: bytes) -> None:
+        try:
+            command = json.loads(line)
+            if command["do"] != "evidence":
+                raise ValueError(f"{command['do']!r} is not known")
+            name, folder = str(command["session"]), Path(command["folder"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"control socket: {line[:200]!r} is no command: {error!r}") from error
+        session = self._sessions.get(name)
+        if session is not None:
+            evidence = collect_evidence(
+                session.journal,
+                session.collector,
+                session.memory,
+                session.iova_map,
+                requests=session.journal.writes,
             )
+            try:
+                evidence.save(folder)
+            except OSError as error:
+                raise UsageError(f"control socket: evidence into {folder}: {error}") from error
+        self._tell({"event": "evidence", "session": name, "there_is": session is not None})

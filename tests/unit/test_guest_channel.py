@@ -1,0 +1,119 @@
+"""What a guest says: believed when it makes sense, told of when it does not, never obeyed."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from dmaproof.errors import UntestableError
+from qmp_tools.guest.channel import GuestChannel, GuestError, parse_line
+from qmp_tools.processes.process import log_tail
+from qmp_tools.processes.qemu import Qemu
+
+PATIENCE_S = 20.0
+
+
+async def hear(said: bytes) -> GuestChannel:
+    """A channel whose guest says `said`, and then that it is done."""
+    report = asyncio.StreamReader()
+    report.feed_data(said)
+    report.feed_data(b"\ndone\n")
+    qemu = SimpleNamespace(
+        report=report, process=SimpleNamespace(name="source QEMU"), console=Path("/nowhere")
+    )
+    channel = GuestChannel(cast(Qemu, qemu))
+    try:
+        await channel.wait_for(lambda: "done" in channel.latest, "said it all", PATIENCE_S)
+    finally:
+        channel.close()
+    return channel
+
+
+def test_verbs_and_values() -> None:
+    report = parse_line('error kind="two words" lba=8 empty=')
+    assert (report.verb, report.values) == (
+        "error",
+        {"kind": "two words", "lba": "8", "empty": ""},
+    )
+
+
+def test_the_last_report_of_each_verb_counts() -> None:
+    channel = asyncio.run(hear(b"progress requests=1\n\n  \nprogress requests=20 errors=0\n"))
+    assert channel.number("progress", "requests") == 20
+    assert channel.number("progress", "nothing of the kind") == 0
+    assert channel.number("never said", "requests") == 0
+
+
+@pytest.mark.parametrize(
+    "said", [b"progress requests", b'error "unfinished', b"ready =a b", b"a b=c d", b"\xff\xfe x"]
+)
+def test_what_is_unintelligible_ends_the_wait(said: bytes) -> None:
+    with pytest.raises(GuestError, match="source QEMU gave up: the guest said something unintell"):
+        asyncio.run(hear(said))
+
+
+def test_a_line_without_an_end_ends_the_wait() -> None:
+    with pytest.raises(GuestError, match="a line without an end"):
+        asyncio.run(hear(b"x" * (1 << 18)))
+
+
+def test_more_and_more_kinds_of_things_are_not_kept() -> None:
+    with pytest.raises(GuestError, match="more than 64 kinds"):
+        asyncio.run(hear(b"".join(b"verb%d\n" % number for number in range(1000))))
+
+
+@pytest.mark.parametrize("value", ["", "-1", "1_000", "0x10", "٣", "1" * 5000, "many"])
+def test_a_number_that_is_none(value: str) -> None:
+    channel = asyncio.run(hear(f"progress requests='{value}'".encode()))
+    with pytest.raises(GuestError, match="progress has the number requests"):
+        channel.number("progress", "requests")
+
+
+def test_nothing_is_said_to_a_terminal() -> None:
+    channel = asyncio.run(hear(b"error kind=\x1b[2J\x07 x=\xc2\x9b31m\xef\xbf\xbe\n" * 20))
+    assert len(channel.complaints) == 8
+    assert channel.complaints[0] == "error kind=�[2J� x=�31m�"
+
+
+def test_giving_up_is_told_in_the_guests_words() -> None:
+    with pytest.raises(GuestError, match="gave up: no disk"):
+        asyncio.run(hear(b'fatal message="no disk"'))
+
+
+def test_silence_is_told_with_what_was_waited_for() -> None:
+    async def wait() -> None:
+        qemu = SimpleNamespace(
+            report=asyncio.StreamReader(),
+            process=SimpleNamespace(name="source QEMU"),
+            console=Path("/nowhere"),
+        )
+        channel = GuestChannel(cast(Qemu, qemu))
+        try:
+            await channel.wait_for(lambda: False, "become ready", 0.01)
+        finally:
+            channel.close()
+
+    with pytest.raises(GuestError, match="has not become ready"):
+        asyncio.run(wait())
+
+
+def test_a_console_of_any_size_and_content(tmp_path: Path) -> None:
+    console = tmp_path / "console.log"
+    with console.open("wb") as file:
+        file.truncate(1 << 36)  # more than could be read
+        file.seek(0, 2)
+        file.write(b"\nlast \x1b[31mwords\r\n")
+    told = log_tail(console).splitlines()
+    assert told[-1] == "    last �[31mwords"
+    assert len(told) <= 16
+
+
+@pytest.mark.parametrize("line", ["'", "\\", "x y", "x " * 100_000])
+def test_what_is_told_of_nonsense_is_short(line: str) -> None:
+    with pytest.raises(UntestableError) as raised:
+        parse_line(line)
+    assert len(str(raised.value)) < 400

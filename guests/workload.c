@@ -407,6 +407,17 @@ static void sweep(void) {
     pause_requests(false);
 }
 
+// As before the first migration: the once pages are to be used when the tool says so, and once only.
+static void begin_again(void) {
+    pause_requests(true);
+    atomic_store(&once_wanted, false);
+    atomic_store(&once_taken, 0);
+    atomic_store(&once_finished, 0);
+    atomic_store(&quiet, false);
+    tell("again");
+    pause_requests(false);
+}
+
 // The line to the tool ---------------------------------------------------------------------------
 
 void obey(char command) {
@@ -421,6 +432,9 @@ void obey(char command) {
         break;
     case 's':
         sweep();
+        break;
+    case 'a':
+        begin_again();
         break;
     case 'p':
         pause_requests(true);

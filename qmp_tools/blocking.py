@@ -91,7 +91,7 @@ class Pair:
         """
         if way not in WAYS:
             raise UsageError(f"way {way!r}: there are {', '.join(WAYS)}")
-        if WAYS[way].cancelled_first or WAYS[way].refusal is not None:
+        if WAYS[way].only_in_proofs:
             raise UsageError(f"way {way!r}: only a proof, with a device of ours, can go it")
         self._stage.run(self._migrate(way, timeout_s))
 

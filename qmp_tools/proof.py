@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -25,10 +25,10 @@ from dmaproof.evidence import HARVEST, Slot
 from .check.physical_map import parse_flat_view, shown_parts
 from .devices.device import AttachedDevice, ProofDevice
 from .display import Display
-from .guest.channel import QUIET, START_ONCE, SWEEP, GuestChannel
+from .guest.channel import AGAIN, QUIET, START_ONCE, SWEEP, GuestChannel
 from .guest.workload import Workload
 from .migration.migration import Limits, Migration, Progress
-from .migration.ways import LOCALHOST, WAYS, Ends
+from .migration.ways import LOCALHOST, WAYS, Ends, FirstAttempt
 from .processes.machine import (
     DESTINATION,
     INCOMING,
@@ -42,6 +42,7 @@ from .processes.run_folder import run_folder
 from .ram import RamFile, compare, ram_file
 from .reports.ram_map import RamMap, map_proof
 from .verdict import (
+    EXIT_PASS,
     GuestOutcome,
     Verdict,
     attribute,
@@ -51,6 +52,8 @@ from .verdict import (
 
 _BOOT_TIMEOUT_S: Final = 60.0
 _GO_ON_TIMEOUT_S: Final = 60.0
+_REQUESTS_BETWEEN: Final = 100
+"""That the source's guest must do after an attempt has failed, before the next begins."""
 
 T = TypeVar("T")
 
@@ -70,6 +73,22 @@ class Setup:
     host: str = LOCALHOST
     limits: Limits = field(default_factory=Limits)
     requests_after: int = 1000
+
+
+@dataclass(frozen=True)
+class Hop:
+    """One migration of several, in numbers: see `Proof`, `Verdict`, `Sharpness`, `GuestOutcome`."""
+
+    seconds: float
+    downtime_s: float | None
+    pages: int
+    lost: int
+    rewritten: int
+    certain: int
+    unreported: int
+    requests: int
+    swept: int
+    errors: int
 
 
 @dataclass(frozen=True)
@@ -94,6 +113,25 @@ class Proof:
     ram_map: RamMap
     commands: Mapping[str, Sequence[str]]
     folder: Path | None
+    earlier: Sequence[Hop] = ()
+    """The same guest's migrations before this one, all of them passes."""
+
+    @property
+    def hop(self) -> Hop:
+        """What counts of this migration beside others."""
+        sharpness, guest = self.verdict.sharpness, self.verdict.guest
+        return Hop(
+            seconds=self.migration_s,
+            downtime_s=self.downtime_s,
+            pages=self.verdict.pages,
+            lost=len(self.verdict.lost),
+            rewritten=sharpness.rewritten,
+            certain=sharpness.certain,
+            unreported=sharpness.unreported,
+            requests=guest.requests,
+            swept=guest.swept,
+            errors=guest.errors,
+        )
 
 
 async def prove(setup: Setup, display: Display, *, keep: bool = False) -> Proof:
@@ -103,9 +141,29 @@ async def prove(setup: Setup, display: Display, *, keep: bool = False) -> Proof:
         UntestableError: it did not come to a verdict; the message says why.
     """
     with run_folder(keep=keep) as folder:
-        async with proof_run(setup, display, folder) as run:
-            proof = await run.compare(await run.migrate())
-            return replace(await run.finish(proof), folder=folder if keep else None)
+        async with (
+            proof_run(setup, display, folder) as run,
+            contextlib.aclosing(there_and_back(run, WAYS[setup.way].migrations)) as proofs,
+        ):
+            proof = [it async for it in proofs][-1]
+            return replace(proof, folder=folder if keep else None)
+
+
+async def there_and_back(run: ProofRun, migrations: int) -> AsyncGenerator[Proof, None]:
+    """The proofs of so many migrations of one guest, until the first that is no pass.
+
+    Raises:
+        UntestableError: one did not come to a verdict; the message says why.
+    """
+    hops: list[Hop] = []
+    for number in range(migrations):
+        if number:
+            await run.turn_round()
+        proof = await run.finish(await run.compare(await run.migrate()))
+        yield replace(proof, earlier=tuple(hops))
+        hops.append(proof.hop)
+        if proof.verdict.exit_code != EXIT_PASS:
+            return
 
 
 @contextlib.asynccontextmanager
@@ -141,7 +199,8 @@ class Migrated:
 class ProofRun:
     """The processes of one proof, and the steps that it takes with them, each `guarded`.
 
-    `qemus` has the source and the destination, by name, once `start` is done.
+    `qemus` has the QEMUs at the source and at the destination once `start` is done. The guest
+    migrates from `here` to `there`, which `turn_round` exchanges.
     """
 
     def __init__(
@@ -154,6 +213,7 @@ class ProofRun:
         self.qemus: dict[str, Qemu] = {}
         self._guests: dict[str, GuestChannel] = {}
         self._boot_s = 0.0
+        self.here, self.there = SOURCE, DESTINATION
 
     async def start(self) -> None:
         """Start both QEMUs, and wait until the source's guest is ready.
@@ -166,7 +226,7 @@ class ProofRun:
 
     async def _start_both(self) -> None:
         outcomes = await asyncio.gather(
-            self._start(SOURCE, self._setup.qemu),
+            self._start(self.here),
             self._start_destination(),
             return_exceptions=True,  # so that both are over, and `end` knows of what has started
         )
@@ -176,15 +236,16 @@ class ProofRun:
 
     async def _boot(self) -> None:
         began_s = time.monotonic()
-        guest = self._guests[SOURCE]
+        guest = self._guests[self.here]
         await guest.wait_for(lambda: "ready" in guest.latest, "become ready", _BOOT_TIMEOUT_S)
         self._boot_s = time.monotonic() - began_s
         self._display.say(f"guest ready after {self._boot_s:.1f} s")
 
     async def _start_destination(self) -> None:
-        await self._start(DESTINATION, self._setup.qemu_destination, *INCOMING)
+        await self._start(self.there, *INCOMING)
 
-    async def _start(self, name: str, binary: Path, *extra: str) -> None:
+    async def _start(self, name: str, *extra: str) -> None:
+        binary = self._setup.qemu if name == SOURCE else self._setup.qemu_destination
         arguments = [
             *self._setup.machine.arguments(),
             *await self.device.attach(name),
@@ -232,13 +293,13 @@ class ProofRun:
         Raises:
             UntestableError: it does not come to that.
         """
-        if WAYS[self._setup.way].cancelled_first:
-            await self.guarded(self._migrate_and_cancel())
+        if attempt := WAYS[self._setup.way].first_attempt:
+            await self.guarded(self._migrate_and_fail(attempt))
             await self.guarded(self._start_destination())
         return await self.guarded(self._migrate_to_the_end())
 
     async def _migrate_to_the_end(self) -> Migrated:
-        source, destination = self.qemus[SOURCE], self.qemus[DESTINATION]
+        source, destination = self.qemus[self.here], self.qemus[self.there]
         versions = [await qemu.qmp.version() for qemu in (source, destination)]
         self._display.say(f"migrating ({self._setup.way})")
 
@@ -258,10 +319,10 @@ class ProofRun:
         return await self.guarded(self._compare(migrated))
 
     async def _compare(self, migrated: Migrated) -> Proof:
-        source, destination = self.qemus[SOURCE], self.qemus[DESTINATION]
+        source, destination = self.qemus[self.here], self.qemus[self.there]
         began_s = time.monotonic()
         self._display.say("comparing every page of RAM")
-        evidence = await self.device.evidence(SOURCE)
+        evidence = await self.device.evidence(self.here)
         with (
             ram_file(source.process.pid, source.process.name) as source_ram,
             ram_file(destination.process.pid, destination.process.name) as destination_ram,
@@ -277,7 +338,7 @@ class ProofRun:
         if evidence:
             sharpness = measure_sharpness(evidence, migrated.all_sent_ns)
         else:
-            sharpness = sharpness_by_guest(self._guests[SOURCE].number("progress", "once"))
+            sharpness = sharpness_by_guest(self._guests[self.here].number("progress", "once"))
         verdict = Verdict(pages, lost, sharpness, GuestOutcome(0, 0, 0))
         migration = migrated.migration
         return Proof(
@@ -301,7 +362,7 @@ class ProofRun:
         )
 
     def _migration(self) -> Migration:
-        source, destination = self.qemus[SOURCE], self.qemus[DESTINATION]
+        source, destination = self.qemus[self.here], self.qemus[self.there]
         ends = Ends(
             source.qmp,
             destination.qmp,
@@ -313,24 +374,49 @@ class ProofRun:
         )
         return Migration(ends, WAYS[self._setup.way], self._setup.limits)
 
-    async def _migrate_and_cancel(self) -> None:
-        """Migrate until every page has been sent, cancel, and end the destination."""
-        self._display.say("migrating, to cancel it in precopy")
+    async def _migrate_and_fail(self, attempt: FirstAttempt) -> None:
+        """Migrate until every page has been sent, and let it fail; the source's guest goes on.
+
+        The device's log must be taken from it, or it would go on logging for nobody.
+        """
+        self._display.say(f"a first migration, {attempt.value}")
+        guest, destination = self._guests[self.here], self.qemus[self.there]
+        at_switchover = attempt is FirstAttempt.DESTINATION_KILLED_AT_SWITCHOVER
+        await self._let_pause_before_switchover(at_switchover)
         migration = self._migration()
         await migration.start()
         async with contextlib.aclosing(migration.follow()) as precopy:
             async for progress in precopy:
                 if progress.syncs >= 2:
                     break
-        destination = self.qemus[DESTINATION]
+        if at_switchover:
+            await migration.pause_before_switchover()
         destination.process.expect_end()
-        await migration.cancel()
-        self._guests[DESTINATION].close()
+        if attempt is FirstAttempt.CANCELLED:
+            await migration.cancel()
+        else:
+            await destination.process.kill()
+            await migration.fail()
+        await self.device.logging_ended(self.here)
+        self._guests[self.there].close()
         await destination.end()
+        await self._let_pause_before_switchover(False)
+        wanted = guest.number("progress", "requests") + _REQUESTS_BETWEEN
+        await guest.wait_for(
+            lambda: guest.number("progress", "requests") >= wanted,
+            f"done {_REQUESTS_BETWEEN} more requests after the first migration",
+            _GO_ON_TIMEOUT_S,
+        )
+
+    async def _let_pause_before_switchover(self, state: bool) -> None:
+        capability = {"capability": "pause-before-switchover", "state": state}
+        await self.qemus[self.here].qmp.execute(
+            "migrate-set-capabilities", capabilities=[capability]
+        )
 
     async def _migrate(self, migration: Migration) -> int:
         """Migrate; returns when every page had been sent once (CLOCK_MONOTONIC, ns)."""
-        guest = self._guests[SOURCE]
+        guest = self._guests[self.here]
         all_sent_ns: int | None = None
         released = False
         await migration.start()
@@ -348,6 +434,20 @@ class ProofRun:
         finally:
             self._display.close()
         return all_sent_ns if all_sent_ns is not None else time.monotonic_ns()
+
+    async def turn_round(self) -> None:
+        """End the QEMU that the guest has left, start a new one there, and get ready to go back.
+
+        Raises:
+            UntestableError: it could not be started.
+        """
+        self._guests[self.here].close()
+        await self.qemus[self.here].end()
+        self.here, self.there = self.there, self.here
+        await self.guarded(self._start_destination())
+        guest = self._guests[self.here]
+        await guest.tell(AGAIN)
+        await guest.wait_for(lambda: "again" in guest.latest, "begun anew", _GO_ON_TIMEOUT_S)
 
     async def finish(self, proof: Proof) -> Proof:
         """Let the guest go on, and add to the verdict what it saw.
@@ -369,9 +469,9 @@ class ProofRun:
         Raises:
             UntestableError: the guest does not; after lost pages it may well not.
         """
-        destination, guest = self.qemus[DESTINATION], self._guests[DESTINATION]
+        destination, guest = self.qemus[self.there], self._guests[self.there]
         self._display.say("continuing on the destination")
-        before = self._guests[SOURCE].number("progress", "requests")
+        before = self._guests[self.here].number("progress", "requests")
         await destination.qmp.execute("cont")
         await guest.tell(SWEEP)
         wanted = before + self._setup.requests_after

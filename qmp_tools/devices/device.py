@@ -76,6 +76,13 @@ class AttachedDevice(Protocol):
     async def refusal(self) -> UntestableError:
         """Wait until it refuses what a QEMU or its guest sent, for ever if it does not."""
 
+    async def logging_ended(self, side: str) -> None:
+        """Wait until the QEMU of `side` has taken its dirty log back; not if that cannot be told.
+
+        Raises:
+            UntestableError: it does not.
+        """
+
     async def evidence(self, side: str) -> Evidence | None:
         """What it knows of its own writes to the RAM of `side`; None if it keeps no journal.
 

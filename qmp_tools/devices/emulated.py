@@ -63,5 +63,8 @@ class _AttachedDevice:
     async def refusal(self) -> UntestableError:
         return await asyncio.shield(self._device.refused)
 
+    async def logging_ended(self, side: str) -> None:
+        await self._device.logging_ended(side)
+
     async def evidence(self, side: str) -> Evidence | None:
         return await self._device.evidence(side, self._folder)

@@ -20,6 +20,8 @@ SWEEP: Final = b"s"
 """Check every page in RAM again."""
 QUIET: Final = b"q"
 """Stop the vCPU's own steady writing."""
+AGAIN: Final = b"a"
+"""Get ready for another migration: no once page has been used, and the vCPU writes steadily."""
 
 _COMPLAINTS_KEPT: Final = 8
 _MOST_VERBS: Final = 64

@@ -233,13 +233,47 @@ class Migration:
             MigrationError: the migration came to another end.
         """
         await self.ends.source.execute("migrate_cancel")
+        await self._come_to("cancelled")
+
+    async def pause_before_switchover(self) -> None:
+        """Come to where the source stands still, all but the last pages sent, and stay there.
+
+        The migration must have been told to by the capability of this name.
+
+        Raises:
+            MigrationError: it does not come to that.
+        """
+        await self.release()
+        async with contextlib.aclosing(self._poll()) as precopy:
+            async for progress in precopy:
+                if progress.status == "pre-switchover":
+                    return
+        raise MigrationError("the migration has completed, though it was to pause before")
+
+    async def fail(self) -> None:
+        """See the migration fail, as its destination has gone; the source's guest runs again.
+
+        Raises:
+            MigrationError: the migration came to another end, or the guest stands still.
+        """
+        if self.history[-1].status == "pre-switchover":
+            await self.ends.source.execute("migrate-continue", state="pre-switchover")
+        await self._come_to("failed")
+        deadline = time.monotonic() + self.limits.timeout_s
+        while (status := (await self.ends.source.execute("query-status"))["status"]) != "running":
+            if time.monotonic() > deadline:
+                raise MigrationError(
+                    f"the migration failed, as it was to, but the source is {status!r} and does "
+                    "not run on"
+                )
+            await asyncio.sleep(_POLL_S)
+
+    async def _come_to(self, end: str) -> None:
         with contextlib.suppress(MigrationError):
             async for _ in self._poll():
                 pass
-        if self.history[-1].status != "cancelled":
-            raise MigrationError(
-                f"the migration was to be cancelled, and is {self.history[-1].status!r}"
-            )
+        if (status := self.history[-1].status) != end:
+            raise MigrationError(f"the migration was to be {end}, and is {status!r}")
 
     async def load(self) -> None:
         """Wait until the destination has loaded everything and stands paused.

@@ -12,6 +12,7 @@ import shlex
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import reduce
 from pathlib import Path
 from typing import Any, Final
@@ -115,6 +116,14 @@ async def _add_credentials(ends: Ends) -> None:
         )
 
 
+class FirstAttempt(Enum):
+    """How a migration that comes before the real one, to a destination of its own, fails."""
+
+    CANCELLED = "cancelled in precopy"
+    DESTINATION_KILLED = "its destination killed in precopy"
+    DESTINATION_KILLED_AT_SWITCHOVER = "its destination killed when the guest stood still"
+
+
 @dataclass(frozen=True)
 class Way:
     """How a guest migrates.
@@ -122,9 +131,11 @@ class Way:
     `capabilities` and `parameters` (named as in QMP) are set on both sides, `prepare` is carried
     out in between. `shown_by` is the path of a member of query-migrate ('ram.multifd-bytes') that
     is more than 0 once the way has been used: only then may the migration end. `refusal` is what
-    QEMU must say to the capabilities: for a way that this device cannot go. With `cancelled_first`,
-    a first migration is cancelled in the middle of precopy. `first_pass_bytes_per_s`, and from
-    when the way has shown `held_bytes_per_s`, keep the migration from ending before it may.
+    QEMU must say to the capabilities: for a way that this device cannot go. `first_attempt` is a
+    migration that fails once every page has been sent; the source's guest must go on as if nothing
+    had been. `migrations` is how often the guest migrates, there and back.
+    `first_pass_bytes_per_s`, and from when the way has shown `held_bytes_per_s`, keep the migration
+    from ending before it may.
     """
 
     summary: str
@@ -134,9 +145,15 @@ class Way:
     prepare: Callable[[Ends], Awaitable[None]] = _nothing
     shown_by: str | None = None
     refusal: str | None = None
-    cancelled_first: bool = False
+    first_attempt: FirstAttempt | None = None
+    migrations: int = 1
     first_pass_bytes_per_s: int = FIRST_PASS_BYTES_PER_S
     held_bytes_per_s: int = HELD_BYTES_PER_S
+
+    @property
+    def only_in_proofs(self) -> bool:
+        """Whether it takes more than one migration, or a device that QEMU must refuse it with."""
+        return self.first_attempt is not None or self.migrations > 1 or self.refusal is not None
 
     def is_shown_in(self, answer: Mapping[str, Any]) -> bool:
         """Whether an answer of query-migrate shows that the way has been used."""
@@ -214,5 +231,17 @@ WAYS: Final[dict[str, Way]] = {
         capabilities=("postcopy-ram",),
         refusal="not capable of postcopy",
     ),
-    "retry": Way("cancelled in the middle of precopy, and migrated again", cancelled_first=True),
+    "retry": Way(
+        "cancelled in the middle of precopy, and migrated again",
+        first_attempt=FirstAttempt.CANCELLED,
+    ),
+    "destination-killed": Way(
+        "the destination killed in the middle of precopy, and migrated to a new one",
+        first_attempt=FirstAttempt.DESTINATION_KILLED,
+    ),
+    "destination-killed-late": Way(
+        "the same when the source stood still already, and all but the last pages had been sent",
+        first_attempt=FirstAttempt.DESTINATION_KILLED_AT_SWITCHOVER,
+    ),
+    "ping-pong": Way("there, back and there again, each time verified", migrations=3),
 }

@@ -6,10 +6,10 @@ import asyncio
 import json
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from dmaproof.errors import UntestableError
 from dmaproof.evidence import Evidence
@@ -17,6 +17,8 @@ from dmaproof.evidence import Evidence
 from .process import Process
 
 _ANSWER_TIMEOUT_S: Final = 30.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Device:
     def __init__(self, process: Process, control: asyncio.StreamWriter) -> None:
         self.process = process
         self.refused: asyncio.Future[UntestableError] = asyncio.get_running_loop().create_future()
-        self.events: list[dict[str, Any]] = []
+        self._latest: dict[tuple[str, str], dict[str, Any]] = {}
+        """The last event of each kind and session."""
         self._control = control
         self._news = asyncio.Condition()
 
@@ -98,7 +101,7 @@ class Device:
                     f"{event.get('message')}"
                 )
             async with self._news:
-                self.events.append(event)
+                self._latest[name, session] = event
                 self._news.notify_all()
         async with self._news:
             self._news.notify_all()
@@ -107,29 +110,37 @@ class Device:
         if not self.refused.done():
             self.refused.set_result(UntestableError(why))
 
-    async def wait_for(self, event: str, session: str, *, after: int = 0) -> dict[str, Any]:
-        """The first `event` of `session` among the events from number `after` on.
+    async def wait_for(self, event: str, session: str) -> dict[str, Any]:
+        """The last `event` of `session`, or the first if there was none.
 
         Raises:
             UntestableError: the process ended, or does not answer.
         """
+        return await self._wait_for(lambda: self._latest.get((event, session)), f"no {event!r}")
 
-        def found() -> dict[str, Any] | None:
-            for candidate in self.events[after:]:
-                if candidate["event"] == event and candidate["session"] == session:
-                    return candidate
-            return None
+    async def logging_ended(self, session: str) -> None:
+        """Wait until logging is off in `session`, or has never been on.
 
+        Raises:
+            UntestableError: it stays on, or the process ended.
+        """
+
+        def is_off() -> bool:
+            return not self._latest.get(("logging", session), {"on": False})["on"]
+
+        await self._wait_for(is_off, "its dirty log was not taken back")
+
+    async def _wait_for(self, found: Callable[[], T | None], what_is_missing: str) -> T:
         try:
             async with asyncio.timeout(_ANSWER_TIMEOUT_S), self._news:
-                while found() is None and not self._listening.done():
+                while not found() and not self._listening.done():
                     await self._news.wait()
         except TimeoutError:
             raise UntestableError(
-                f"the device has not answered for {_ANSWER_TIMEOUT_S:.0f} s (no {event!r})"
+                f"the device has not answered for {_ANSWER_TIMEOUT_S:.0f} s ({what_is_missing})"
             ) from None
         answer = found()
-        if answer is None:
+        if not answer:
             raise UntestableError(
                 f"the device {self.process.how_it_ended()}\n{self.process.log_tail()}".rstrip()
             )
@@ -141,11 +152,11 @@ class Device:
         Raises:
             UntestableError: the session is over, or the process gone.
         """
-        after = len(self.events)
+        self._latest.pop(("evidence", session), None)
         request = {"do": "evidence", "session": session, "folder": str(folder)}
         self._control.write(json.dumps(request).encode() + b"\n")
         await self._control.drain()
-        answer = await self.wait_for("evidence", session, after=after)
+        answer = await self.wait_for("evidence", session)
         if not answer["there_is"]:
             raise UntestableError(f"the device has no session with the {session} QEMU any more")
         return Evidence.load(folder)

@@ -103,6 +103,13 @@ class Process:
         """The last lines that the process printed, with the log's name; empty if it was silent."""
         return log_tail(self.log)
 
+    async def kill(self) -> None:
+        """End the process by SIGKILL, as a crash of its host would; it is not missed."""
+        self.expect_end()
+        with contextlib.suppress(ProcessLookupError):
+            self._child.kill()
+        await asyncio.shield(self.died)
+
     async def end(self) -> None:
         """Make sure that the process has ended and is reaped."""
         self.expect_end()

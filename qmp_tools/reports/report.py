@@ -6,11 +6,12 @@ docs/report.schema.json describes them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
 from ..processes.machine import format_memory
-from ..proof import Proof
+from ..proof import Hop, Proof
 from ..verdict import Blame, LostPage, Sharpness, Witness
 from .precopy import downtime_parts, harvest_list, passes
 
@@ -50,6 +51,7 @@ def to_json(proof: Proof) -> dict[str, Any]:
             "qemu_destination": str(setup.qemu_destination),
             "qemu_destination_version": proof.qemu_destination_version,
         },
+        "migrations": [asdict(hop) for hop in (*proof.earlier, proof.hop)],
         "migration": {
             "boot_s": proof.boot_s,
             "migration_s": proof.migration_s,
@@ -86,6 +88,7 @@ def to_text(proof: Proof) -> str:
         f"  device       {_device(proof)}",
         f"  migration    {proof.setup.way}, {proof.migration_s:.1f} s, {last.syncs} bitmap syncs"
         + (f", downtime {proof.downtime_s * 1000:.0f} ms" if proof.downtime_s is not None else ""),
+        *_earlier(proof.earlier),
         *_sharpness(sharpness),
         f"  destination  the guest did {guest.requests} more requests and checked {guest.swept} "
         f"pages again: {guest.errors} errors",
@@ -148,6 +151,15 @@ def _sharpness(sharpness: Sharpness) -> list[str]:
         f"{sharpness.rewritten} of them after",
         "               everything had been sent; losing the bit of any one of "
         f"{sharpness.certain} would certainly have shown",
+    ]
+
+
+def _earlier(hops: Sequence[Hop]) -> list[str]:
+    if not hops:
+        return []
+    return [
+        f"  before it    {len(hops)} more, there and back: {sum(hop.pages for hop in hops)} pages "
+        f"compared, {sum(hop.certain for hop in hops)} certain"
     ]
 
 

@@ -11,9 +11,11 @@ from typing import Any, cast
 import pytest
 
 from qmp_tools.migration.certificates import SERVER_NAME, make_certificates
-from qmp_tools.migration.migration import Limits, Migration, MigrationError
+from qmp_tools.migration.migration import Limits, Migration, MigrationError, parse_progress
 from qmp_tools.migration.ways import WAYS, Ends, UnsupportedWayError, Way
 from qmp_tools.processes.qmp import Qmp, QmpRefusal
+
+DEFAULT_LIMITS = Limits()
 
 
 class RecordingQmp:
@@ -26,6 +28,7 @@ class RecordingQmp:
         self.words = ""
         self.statuses: list[str] = []
         self.total_times: list[int] = []
+        self.run_states: list[str] = []
         self.fds: list[os.stat_result] = []
 
     async def execute(self, command: str, **arguments: Any) -> Any:
@@ -37,6 +40,8 @@ class RecordingQmp:
             times = {"total-time": self.total_times.pop(0)} if self.total_times else {}
             address = {"host": "::1", "port": "4711"}
             return {"status": status, "socket-address": [address], **times}
+        if command == "query-status" and self.run_states:
+            return {"status": self.run_states.pop(0)}
         return {"status": "paused"}
 
     async def send_fd(self, fd: int, name: str) -> None:
@@ -46,7 +51,7 @@ class RecordingQmp:
 class Stage:
     """A migration between two QEMUs that only take notes."""
 
-    def __init__(self, folder: Path, way: Way) -> None:
+    def __init__(self, folder: Path, way: Way, limits: Limits = DEFAULT_LIMITS) -> None:
         self.log: list[tuple[str, str, dict[str, Any]]] = []
         self.source = RecordingQmp("source", self.log)
         self.destination = RecordingQmp("destination", self.log)
@@ -57,7 +62,7 @@ class Stage:
             folder,
             printed=lambda: self.printed,
         )
-        self.migration = Migration(ends, way, Limits())
+        self.migration = Migration(ends, way, limits)
 
     def start(self) -> None:
         asyncio.run(self.migration.start())
@@ -181,6 +186,46 @@ def test_a_migration_that_ends_otherwise_was_not_cancelled(tmp_path: Path, statu
     stage.source.statuses = ["active", status]
     with pytest.raises(MigrationError, match=f"was to be cancelled, and is '{status}'"):
         asyncio.run(stage.migration.cancel())
+
+
+def test_a_migration_whose_destination_is_gone_fails(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, WAYS["destination-killed"])
+    stage.migration.history.append(parse_progress({"status": "active"}))
+    stage.source.statuses, stage.source.run_states = ["active", "failed"], ["paused", "running"]
+    asyncio.run(stage.migration.fail())
+    assert not stage.told("source", "migrate-continue")
+
+
+def test_a_migration_that_waits_for_switchover_fails_when_it_goes_on(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, WAYS["destination-killed-late"])
+    stage.source.statuses = ["active", "pre-switchover", "failed"]
+    stage.source.run_states = ["running"]
+    asyncio.run(stage.migration.pause_before_switchover())
+    asyncio.run(stage.migration.fail())
+    assert stage.told("source", "migrate-continue") == [{"state": "pre-switchover"}]
+
+
+def test_a_migration_that_completes_without_its_destination_is_wrong(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, WAYS["destination-killed"])
+    stage.migration.history.append(parse_progress({"status": "active"}))
+    stage.source.statuses = ["active", "completed"]
+    with pytest.raises(MigrationError, match="was to be failed, and is 'completed'"):
+        asyncio.run(stage.migration.fail())
+
+
+def test_a_source_that_stands_still_for_good_is_told(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, WAYS["destination-killed"], Limits(timeout_s=0.1))
+    stage.migration.history.append(parse_progress({"status": "active"}))
+    stage.source.statuses = ["failed"]
+    with pytest.raises(MigrationError, match="is 'paused' and does not run on"):
+        asyncio.run(stage.migration.fail())
+
+
+def test_a_migration_that_does_not_pause_before_switchover_is_told(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, WAYS["destination-killed-late"])
+    stage.source.statuses = ["completed"]
+    with pytest.raises(MigrationError, match="has completed, though it was to pause"):
+        asyncio.run(stage.migration.pause_before_switchover())
 
 
 def test_a_migration_is_over_only_when_its_times_are_known(tmp_path: Path) -> None:

@@ -121,6 +121,33 @@ def test_once_pages_are_used_once(guests: WorkloadGuests, pattern: str) -> None:
     assert all(request.region != ONCE for request in guest.run(worker, 200))
 
 
+def test_once_pages_are_used_once_in_each_migration(guests: WorkloadGuests) -> None:
+    guest = guests(hot=64, once=256, churn=8)
+    worker = guest.worker()
+    for migration in (1, 2, 3):
+        assert not any(request.region == ONCE for request in guest.run(worker, 50))
+        guest.obey("o")
+        once: list[int] = []
+        while len(guest.told("once-done")) < migration:
+            once += [
+                page
+                for request in guest.run(worker, 10)
+                if request.region == ONCE
+                for page in request.taken
+            ]
+        assert len(once) == len(set(once)) == 256
+        guest.obey("q")
+        before = ctypes.c_uint64.from_address(guest.page(4 * OWN_PAGES + 64 + 256)).value
+        guest.library.churn()
+        assert ctypes.c_uint64.from_address(guest.page(4 * OWN_PAGES + 64 + 256)).value == before
+        guest.obey("a")
+        assert len(guest.told("again")) == migration
+        guest.library.churn()
+        assert ctypes.c_uint64.from_address(guest.page(4 * OWN_PAGES + 64 + 256)).value > before
+        guest.obey("s")
+    assert not guest.told("error")
+
+
 def test_no_once_pages_are_done_at_once(guests: WorkloadGuests) -> None:
     guest = guests(once=0)
     guest.obey("o")

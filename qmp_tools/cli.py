@@ -10,10 +10,32 @@ from typing import Final
 
 from dmaproof.errors import DmaproofError, UsageError
 
-from .commands import bench, check, dirty_rate, doctor, faults, passthrough, prove, qemu, watch
+from .commands import (
+    bench,
+    check,
+    dirty_rate,
+    doctor,
+    faults,
+    passthrough,
+    prove,
+    qemu,
+    soak,
+    watch,
+)
 from .verdict import EXIT_UNTESTED, EXIT_USAGE
 
-_SUBCOMMANDS: Final = (prove, passthrough, faults, check, watch, dirty_rate, qemu, doctor, bench)
+_SUBCOMMANDS: Final = (
+    prove,
+    soak,
+    passthrough,
+    faults,
+    check,
+    watch,
+    dirty_rate,
+    qemu,
+    doctor,
+    bench,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,9 +1,10 @@
 """A report's JSON as what test runners collect: JUnit XML and TAP (version 14).
 
 A proof is four cases: the pages, the guest's own checks, what the device wrote and did not report,
-and whether the run could tell anything at all; the control is a fifth. A fault, and each proof of
-the passthrough route, is a case of its own. What could not be tested is an error in JUnit, and 'not
-ok' in TAP, because a CI that takes it for a pass would be wrong.
+and whether the run could tell anything at all; the control is a fifth. A soak is the cases of its
+last migration, and one for each process that may not grow. A fault, and each proof of the
+passthrough route, is a case of its own. What could not be tested is an error in JUnit, and 'not ok'
+in TAP, because a CI that takes it for a pass would be wrong.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ def cases(answer: Mapping[str, Any]) -> list[Case]:
     """The test cases that a report stands for."""
     if answer["kind"] == "prove":
         return _proof_cases(answer)
+    if answer["kind"] == "soak":
+        return [*_proof_cases(answer["last"]), *map(_growth_case, answer["growth"])]
     if answer["kind"] == "check":
         stories = [page["story"] for page in answer["differences"] if page["known"] is None]
         return [_pages_case(answer["exit_code"] == 0, answer["verdict"], stories)]
@@ -45,6 +48,12 @@ def cases(answer: Mapping[str, Any]) -> list[Case]:
             for it in answer["outcomes"]
         ]
     return [Case("every page equal", "error", answer["verdict"])]
+
+
+def _growth_case(row: Mapping[str, Any]) -> Case:
+    warm, last = (json.dumps(row[it]) for it in ("warm", "last"))
+    outcome = "passed" if row["none"] else "failed"
+    return Case(f"the {row['process']} does not grow", outcome, f"{warm} when warm, then {last}")
 
 
 def _fault_case(row: Mapping[str, Any]) -> Case:

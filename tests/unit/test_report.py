@@ -25,11 +25,12 @@ from qmp_tools.migration.migration import Progress, parse_progress
 from qmp_tools.processes.device import DeviceOptions
 from qmp_tools.processes.machine import Machine
 from qmp_tools.proof import Proof, Setup
-from qmp_tools.reports import check_report, report
+from qmp_tools.reports import check_report, report, soak_report
 from qmp_tools.reports.html import to_html
 from qmp_tools.reports.junit_tap import to_junit, to_tap
 from qmp_tools.reports.precopy import downtime_parts, harvest_list, passes
 from qmp_tools.reports.ram_map import MapArea, RamMap, run_lengths
+from qmp_tools.soak import Holdings, Soak
 from qmp_tools.verdict import Blame, GuestOutcome, LostPage, Sharpness, Verdict, sharpness_by_guest
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_text())
@@ -159,6 +160,12 @@ def check(differing: list[int], known: list[int]) -> Check:
     )
 
 
+def soak(last: Proof, descriptors: list[int]) -> Soak:
+    hops = [proof([]).hop] * (len(descriptors) - 1)
+    seen = [Holdings(20 << 20, number, 3) for number in descriptors]
+    return Soak(len(descriptors), replace(last, earlier=hops), {"device": seen}, 60.0)
+
+
 UNTESTED = {
     "schema_version": 1,
     "kind": "prove-untested",
@@ -184,6 +191,9 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "equal": check_report.to_json(check([], [])),
     "known": check_report.to_json(check([], [3])),
     "differs": check_report.to_json(check([5, 6, 20], [3])),
+    "soak": soak_report.soak_to_json(soak(proof([]), [8, 9, 9, 9])),
+    "grown": soak_report.soak_to_json(soak(proof([]), [8, 9, 10, 11])),
+    "lost in the long run": soak_report.soak_to_json(soak(proof(LOST), [9, 9, 9, 9])),
     "untested": UNTESTED,
 }
 CASES = {
@@ -196,6 +206,9 @@ CASES = {
     "equal": ["passed"],
     "known": ["passed"],
     "differs": ["failed"],
+    "soak": ["passed"] * 5,
+    "grown": ["passed"] * 4 + ["failed"],
+    "lost in the long run": ["failed", *["passed"] * 4],
     "untested": ["error"],
 }
 
@@ -323,6 +336,24 @@ def test_downtime_is_told_in_full() -> None:
     assert [it["seconds"] for it in later] == pytest.approx([0.01, 0.01, 0.01, 0.005, 0.015])
     assert downtime_parts({}, HARVESTS, 0.05) == []
     assert downtime_parts(MOMENTS, HARVESTS, None) == []
+
+
+def test_a_soak_tells_which_migration_it_was() -> None:
+    text = soak_report.soak_to_text(soak(proof(LOST), [9, 9, 9]))
+    assert text.startswith("FAIL: migration 3 of 3: 2 of 64 pages were lost")
+    assert soak_report.soak_to_text(soak(proof([]), [8, 9, 9])).startswith("PASS: every page equal")
+
+
+def test_a_soaks_growth_is_told_in_figures() -> None:
+    rows = soak_report.growth_rows(soak(proof([]), [8, 9, 10, 11]).growths)
+    assert ["device", "file descriptors", "9", "11", "+2"] in rows
+    assert ["device", "private memory", "20480 KiB", "20480 KiB", "+0 KiB"] in rows
+
+
+def test_a_proof_tells_of_the_migrations_before_it() -> None:
+    before = proof([])
+    text = report.to_text(replace(before, earlier=[before.hop, before.hop]))
+    assert "2 more, there and back: 128 pages compared, 10 certain" in text
 
 
 def test_run_lengths_hold_every_page() -> None:

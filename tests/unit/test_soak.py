@@ -1,0 +1,78 @@
+"""What a process holds on to is counted, and told from what it needs to warm up."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dmaproof.errors import UntestableError
+from qmp_tools.soak import Holdings, growth, holdings_of
+
+MIB = 1 << 20
+
+
+def holdings(private_mib: float = 20, descriptors: int = 9, shared_objects: int = 3) -> Holdings:
+    return Holdings(round(private_mib * MIB), descriptors, shared_objects)
+
+
+def test_a_memfd_is_counted_open_or_mapped() -> None:
+    before = holdings_of(os.getpid())
+    fd = os.memfd_create("held")
+    os.ftruncate(fd, mmap.PAGESIZE)
+    opened = holdings_of(os.getpid())
+    assert opened.shared_objects == before.shared_objects + 1
+    assert opened.descriptors == before.descriptors + 1
+    mapping = mmap.mmap(fd, mmap.PAGESIZE)  # mmap has a duplicate of its own
+    os.close(fd)
+    assert holdings_of(os.getpid()).shared_objects == before.shared_objects + 1
+    mapping.close()
+    assert holdings_of(os.getpid()).shared_objects == before.shared_objects
+
+
+def test_only_private_memory_is_counted() -> None:
+    before = holdings_of(os.getpid())
+    with mmap.mmap(-1, 64 * MIB) as shared:  # anonymous and shared: the kernel's /dev/zero
+        shared.write(b"x" * 64 * MIB)
+        assert holdings_of(os.getpid()).private_bytes < before.private_bytes + 32 * MIB
+    private = bytearray(os.urandom(1) * (64 * MIB))
+    assert holdings_of(os.getpid()).private_bytes > before.private_bytes + 48 * MIB
+    del private
+
+
+def test_a_process_that_has_gone_is_told() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    with pytest.raises(UntestableError, match=f"process {process.pid} cannot be looked at"):
+        holdings_of(process.pid)
+
+
+def test_warming_up_is_no_growth() -> None:
+    seen = [holdings(private_mib=it) for it in (5, 18, *[20] * 10)]
+    assert growth("tool", seen).is_none
+
+
+def test_a_spike_is_no_growth() -> None:
+    seen = [holdings()] * 20
+    seen[17] = holdings(private_mib=60, descriptors=30)
+    assert growth("tool", seen).is_none
+
+
+@pytest.mark.parametrize("step", [holdings(1, 0, 0), holdings(0, 1, 0), holdings(0, 0, 1)])
+def test_what_grows_by_a_little_each_time_is_growth(step: Holdings) -> None:
+    seen = [
+        holdings(
+            private_mib=20 + number * step.private_bytes / MIB,
+            descriptors=9 + number * step.descriptors,
+            shared_objects=3 + number * step.shared_objects,
+        )
+        for number in range(40)
+    ]
+    assert not growth("tool", seen).is_none
+
+
+def test_a_single_migration_has_no_growth() -> None:
+    assert growth("tool", [holdings()]).is_none

@@ -91,7 +91,7 @@ class Device:
         while (line := await reader.readline()).endswith(b"\n"):  # else it died in mid-word
             try:
                 event = json.loads(line)
-                name, session = event["event"], event["session"]
+                name, session = str(event["event"]), str(event["session"])
             except (ValueError, KeyError, TypeError):
                 self._refuse(f"the device said something unintelligible: {line[:200]!r}")
                 break

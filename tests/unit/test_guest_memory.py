@@ -51,8 +51,16 @@ def test_a_slot_the_file_does_not_hold_is_refused(fd: int, length: int, offset: 
 
 
 def test_a_slot_beyond_the_address_space_is_refused(fd: int) -> None:
-    with pytest.raises(MemoryAccessError, match="64-bit"):
-        map_slot(fd, gpa=(1 << 64) - PAGE, length=2 * PAGE, hva=0, file_offset=0)
+    high = (1 << 64) - PAGE
+    for gpa, hva in ((high, 0), (0, high)):
+        with pytest.raises(MemoryAccessError, match="64-bit"):
+            map_slot(fd, gpa=gpa, length=2 * PAGE, hva=hva, file_offset=0)
+    assert map_slot(fd, gpa=high, length=PAGE, hva=high, file_offset=0).end == 1 << 64
+
+
+def test_slots_may_touch(fd: int) -> None:
+    memory = guest_memory(fd, (0, 2 * PAGE, 0), (2 * PAGE, PAGE, 2 * PAGE))
+    assert memory.end == 3 * PAGE
 
 
 def test_overlapping_slots_are_refused(fd: int) -> None:

@@ -24,6 +24,7 @@ from qmp_tools.verdict import (
     LostPage,
     Sharpness,
     Verdict,
+    WrittenPages,
     attribute,
     measure_sharpness,
     sharpness_by_guest,
@@ -242,3 +243,21 @@ def test_exit_codes() -> None:
     assert Verdict(PAGES, [lost], sharp, well).exit_code == 1
     assert Verdict(PAGES, [lost], blunt, well).exit_code == 1
     assert "1 by the accelerator" in Verdict(PAGES, [lost], sharp, well).sentence
+
+
+def test_another_files_slots_tell_nothing(case: Case) -> None:
+    case.device_writes(3 * PAGE, b"x", seen_by=())
+    (page,) = case.lost()
+    assert page.gpa == 3 * PAGE
+    evidence = case.evidence()
+    others = [slot._replace(device=slot.device + 1) for slot in evidence.slots]
+    differing = compare(case.source, case.destination)
+    (page,) = attribute(differing, case.source, case.destination, others, evidence)
+    assert page.gpa is None
+
+
+def test_a_write_of_nothing_touches_its_own_page_only() -> None:
+    records = np.zeros(3, dtype=RECORD)
+    records["gpa"] = (0, PAGE, 2 * PAGE - 1)
+    records["length"] = (0, 0, 2)
+    assert WrittenPages(records).pages.tolist() == [0, 1, 1, 2]

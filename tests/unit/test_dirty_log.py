@@ -1,0 +1,57 @@
+"""QEMU's log: which sizes and places can be one, and that nothing is set outside."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from dmaproof.dirty_log import BufferDirtyLog, VhostDirtyLog, log_bytes_needed
+from dmaproof.errors import BitmapError
+from qmp_tools.testbed.ring_driver import PAGE, ram_fd
+
+ALL = np.full(8, (1 << 64) - 1, dtype=np.uint64)
+
+
+@pytest.fixture
+def fd() -> Iterator[int]:
+    with ram_fd(PAGE) as file:
+        yield file
+
+
+@pytest.mark.parametrize(
+    ("pages", "needed"), [(0, 0), (1, 8), (64, 8), (65, 16), (128, 16), (1 << 20, 1 << 17)]
+)
+def test_a_log_is_whole_words(pages: int, needed: int) -> None:
+    assert log_bytes_needed(pages * PAGE) == needed
+    assert log_bytes_needed(pages * PAGE - 1 if pages else 0) == needed
+
+
+@pytest.mark.parametrize(
+    ("gpa", "pages"), [(0, 129), (128 * PAGE, 1), (127 * PAGE, 2), (1 << 63, 1), (512, 1)]
+)
+def test_what_does_not_fit_sets_nothing(gpa: int, pages: int) -> None:
+    memory = bytearray(24)
+    log = BufferDirtyLog(memoryview(memory)[:16])
+    with pytest.raises(BitmapError, match="misaligned or reach behind"):
+        log.merge(gpa, ALL, 0, pages)
+    assert memory == bytes(24)
+    log.merge(0, ALL, 0, 128)
+    assert memory == b"\xff" * 16 + bytes(8)
+
+
+@pytest.mark.parametrize(
+    ("size", "offset"), [(0, 0), (12, 0), (8, 4), (8, PAGE), (PAGE + 8, 0), (1 << 63, 0)]
+)
+def test_what_is_no_log(fd: int, size: int, offset: int) -> None:
+    with pytest.raises(BitmapError, match="no"):
+        VhostDirtyLog(fd, size, offset)
+
+
+def test_a_log_anywhere_in_its_file(fd: int) -> None:
+    log = VhostDirtyLog(fd, 16, 3000)
+    log.merge(64 * PAGE, ALL, 3, 2)
+    log.close()
+    assert os.pread(fd, PAGE, 0) == bytes(3008) + b"\3" + bytes(PAGE - 3009)

@@ -1,0 +1,170 @@
+"""What a session keeps and lets go of, as rings and logs come and go."""
+
+from __future__ import annotations
+
+import gc
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dmaproof.vhost_user.messages import Request, encode_u64
+from dmaproof.vhost_user.session import PROTOCOL_FEATURES
+from front_end import FEATURES, FrontEnd
+from qmp_tools.testbed.ring_driver import (
+    PAGE,
+    WRITE,
+    Buffer,
+    RingDriver,
+    guest_memory,
+    ram_fd,
+)
+
+RAM_BYTES = 32 * PAGE
+LOG_BYTES = 8
+RING, HEADER, STATUS, DATA = 2 * PAGE, 6 * PAGE, 7 * PAGE, 24 * PAGE
+DONE, UNTOUCHED = 0, 0xFF
+PROTOCOL_FEATURES_BIT = 1 << 30
+
+
+class Guest:
+    """A front end, the driver of its first ring, and the files of its RAM and log."""
+
+    def __init__(self, ram: int, log: int, features: int = FEATURES) -> None:
+        self.front_end = FrontEnd()
+        self.log = log
+        self.front_end.send(Request.SET_FEATURES, encode_u64(features))
+        self.front_end.send(Request.SET_PROTOCOL_FEATURES, encode_u64(PROTOCOL_FEATURES))
+        self.front_end.set_memory(ram, (0, RAM_BYTES, 0))
+        self.driver = RingDriver(guest_memory(ram, (0, RAM_BYTES, 0)), RING)
+
+    def request(self, flags: int = 0) -> int:
+        """Read a page from the disk; the status byte."""
+        driver = self.driver
+        driver.write(HEADER, struct.pack("<IIQ", 0, 0, 0))
+        driver.write(STATUS, bytes((UNTOUCHED,)))
+        buffers = [Buffer(HEADER, 16), Buffer(DATA, PAGE, WRITE), Buffer(STATUS, 1, WRITE)]
+        driver.describe(driver.chain(buffers))
+        driver.publish(0, flags=flags)
+        self.front_end.serve()
+        return driver.read(STATUS, 1)[0]
+
+    def start_logging(self) -> None:
+        self.front_end.set_log(self.log, LOG_BYTES)
+        self.front_end.log_all(True)
+
+
+@pytest.fixture
+def files() -> Iterator[tuple[int, int]]:
+    with ram_fd(RAM_BYTES) as ram, ram_fd(LOG_BYTES) as log:
+        yield ram, log
+
+
+@pytest.fixture
+def guest(files: tuple[int, int]) -> Iterator[Guest]:
+    guest = Guest(*files)
+    guest.front_end.start_ring(guest.driver)
+    yield guest
+    guest.front_end.close()
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def mappings() -> int:
+    gc.collect()
+    return Path("/proc/self/maps").read_text().count("memfd:guest-ram")
+
+
+def test_a_ring_that_is_switched_off_waits(guest: Guest) -> None:
+    enable = struct.pack("<II", 0, 0), struct.pack("<II", 0, 1)
+    guest.front_end.send(Request.SET_VRING_ENABLE, enable[0])
+    assert guest.request() == UNTOUCHED
+    guest.front_end.send(Request.SET_VRING_ENABLE, enable[1])
+    guest.front_end.serve()
+    assert guest.driver.read(STATUS, 1)[0] == DONE
+
+
+def test_a_reset_switches_rings_off(guest: Guest) -> None:
+    guest.front_end.send(Request.RESET_DEVICE)
+    guest.front_end.send(Request.SET_VRING_KICK, encode_u64(0), [guest.front_end.kick])
+    assert guest.request() == UNTOUCHED
+    guest.front_end.send(Request.SET_VRING_ENABLE, struct.pack("<II", 0, 1))
+    guest.front_end.serve()
+    assert guest.driver.read(STATUS, 1)[0] == DONE
+
+
+def test_without_protocol_features_rings_need_no_enabling(files: tuple[int, int]) -> None:
+    guest = Guest(*files, features=FEATURES & ~PROTOCOL_FEATURES_BIT)
+    front_end = guest.front_end
+    front_end.send(Request.SET_VRING_NUM, struct.pack("<II", 0, guest.driver.size))
+    front_end.set_ring_address(guest.driver)
+    front_end.send(Request.SET_VRING_KICK, encode_u64(0), [front_end.kick])
+    assert guest.request() == DONE
+    front_end.close()
+
+
+def test_a_driver_that_wants_no_interrupt_gets_none(guest: Guest) -> None:
+    assert guest.request(flags=1) == DONE
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(guest.front_end.call)
+    assert guest.request() == DONE
+    assert os.eventfd_read(guest.front_end.call) == 1
+
+
+def test_a_ring_that_filled_up_meanwhile_is_served_again(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = guest.front_end.session
+    queue = session._vrings[0].queue
+    assert queue is not None
+    monkeypatch.setattr(queue, "ask_for_kick", lambda: True)
+    os.eventfd_write(guest.front_end.kick, 1)
+    for key, _ in guest.front_end.selector.select(0):
+        key.data()
+    assert session.serve_rings()
+    monkeypatch.undo()
+    assert not session.serve_rings()
+
+
+def test_new_events_take_the_old_ones_place(guest: Guest) -> None:
+    before = open_files()
+    for _ in range(5):
+        guest.front_end.send(Request.SET_VRING_KICK, encode_u64(0), [guest.front_end.kick])
+        guest.front_end.send(Request.SET_VRING_CALL, encode_u64(0), [guest.front_end.call])
+    assert open_files() == before
+    assert guest.request() == DONE
+
+
+def test_every_file_that_comes_along_is_closed(guest: Guest) -> None:
+    before = open_files()
+    for request in (Request.SET_LOG_FD, Request.SET_VRING_ERR, Request.SET_OWNER):
+        guest.front_end.send(request, encode_u64(0), [guest.log])
+    assert open_files() == before
+
+
+def test_a_log_that_is_replaced_before_it_is_used_is_let_go(guest: Guest) -> None:
+    before = mappings()
+    for _ in range(3):
+        guest.front_end.set_log(guest.log, LOG_BYTES)
+    assert mappings() == before + 1
+    guest.front_end.log_all(True)
+    guest.front_end.log_all(False)
+    assert mappings() == before
+
+
+def test_the_journal_ends_with_logging(guest: Guest) -> None:
+    journal = guest.front_end.session.journal
+    guest.request()
+    assert len(journal.records()) == 0
+    guest.start_logging()
+    guest.request()
+    recorded = len(journal.records())
+    assert recorded >= 4  # data, status, used entry, used index
+    guest.front_end.log_all(False)
+    guest.request()
+    assert len(journal.records()) == recorded
+    assert not journal.recording

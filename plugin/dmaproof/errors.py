@@ -5,6 +5,7 @@
     DmaproofError
     ├── UsageError          the caller's arguments are wrong (exit code 2)
     ├── UntestableError     the proof could not be carried out (exit code 3)
+    │   └── UnsupportedError    because a QEMU lacks, or refuses, what was asked for
     ├── BitmapError         a range, page size or buffer that a dirty bitmap cannot take
     ├── TrackerError        a dirty tracker was asked for what it cannot do
     ├── MemoryAccessError   an address outside every memory slot or IOVA mapping
@@ -24,6 +25,10 @@ class UsageError(DmaproofError):
 
 class UntestableError(DmaproofError):
     """The proof could not be carried out; the message says why and what would help."""
+
+
+class UnsupportedError(UntestableError):
+    """A QEMU lacks what was asked for, or refuses it: nothing has failed."""
 
 
 class BitmapError(DmaproofError, ValueError):

@@ -17,7 +17,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, Final
 
-from dmaproof.errors import UntestableError
+from dmaproof.errors import UnsupportedError
 
 from ..processes.qmp import Qmp
 from .certificates import SERVER_NAME, make_certificates
@@ -32,8 +32,8 @@ FIRST_PASS_BYTES_PER_S: Final = 128 << 20
 HELD_BYTES_PER_S: Final = 32 << 20
 
 
-class UnsupportedWayError(UntestableError):
-    """A QEMU lacks the way, or refuses it for this device: nothing has failed."""
+class UnsupportedWayError(UnsupportedError):
+    """A QEMU lacks the way, or refuses it for this device."""
 
 
 @dataclass(frozen=True)

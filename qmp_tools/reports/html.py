@@ -7,27 +7,30 @@ JSON; what the JSON does not have, the page does not show.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, Final
 
 from ..processes.machine import MIB
+from . import html_elements as element
+from . import html_matrix
 from .html_charts import CLASS_STYLES, cell_pages, ram_area, timeline
+from .html_elements import Json
 from .report import HEADINGS
 
 _STYLES: Final = {0: "pass", 1: "fail", 3: "untested"}
-_ROWS_SHOWN: Final = 500
-_ROWS_OPEN: Final = 20
 _PASSES_OPEN: Final = 12
 _PART_STYLES: Final = ("plain", "strong", "soft", "known", "good")
 
-Json = Mapping[str, Any]
-
 
 def to_html(answer: Json) -> str:
-    """The page for a proof, a check, or one of these that could not be carried out."""
-    sections = {"prove": _proof_sections, "check": _check_sections}.get(answer["kind"])
+    """The page for a proof, a check, a matrix, or one of these that could not be carried out."""
+    sections = {
+        "prove": _proof_sections,
+        "check": _check_sections,
+        "matrix": html_matrix.sections,
+    }.get(answer["kind"])
     style = Path(__file__).with_suffix(".css").read_text()
     code = answer["exit_code"]
     heading = HEADINGS[code]
@@ -36,14 +39,10 @@ def to_html(answer: Json) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>dmaproof: {escape(heading)}</title>\n<style>\n{style}</style>\n</head>\n"
         f'<body class="{_STYLES[code]}">\n<main>\n<header>\n<span class="badge">{heading}</span>\n'
-        f"<h1>{escape(_sentence(answer['verdict']))}</h1>\n{_subtitle(answer)}</header>\n"
+        f"<h1>{escape(element.sentence(answer['verdict']))}</h1>\n{_subtitle(answer)}</header>\n"
         + "\n".join(sections(answer) if sections else [])
         + "\n</main>\n</body>\n</html>\n"
     )
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _subtitle(answer: Json) -> str:
@@ -61,61 +60,22 @@ def _subtitle(answer: Json) -> str:
     return f'<p class="quiet">{escape(text)}</p>\n'
 
 
-def _section(title: str, *content: str) -> str:
-    return f"<section>\n<h2>{escape(title)}</h2>\n" + "\n".join(content) + "\n</section>"
-
-
-def _facts(rows: Sequence[tuple[str, Any]]) -> str:
-    return (
-        '<dl class="facts">'
-        + "".join(
-            f"<div><dt>{escape(name)}</dt>"
-            f"<dd{'' if isinstance(value, int) else _WORDS}>{_number(value)}</dd></div>"
-            for name, value in rows
-        )
-        + "</dl>"
-    )
-
-
-_WORDS: Final = ' class="words"'
-
-
-def _number(value: Any) -> str:
-    """Whole numbers with thin spaces between thousands."""
-    return f"{value:,}".replace(",", "\u2009") if isinstance(value, int) else escape(str(value))
-
-
-def _table(columns: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str]]) -> str:
-    """`columns` are (heading, whether it holds words); the cells of `rows` are HTML."""
-    styles = [_WORDS if words else "" for _, words in columns]
-    head = "".join(
-        f"<th{style}>{escape(name)}</th>" for (name, _), style in zip(columns, styles, strict=True)
-    )
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td{style}>{cell}</td>" for cell, style in zip(row, styles, strict=True))
-        + "</tr>\n"
-        for row in rows
-    )
-    return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>'
-
-
 def _proof_sections(answer: Json) -> list[str]:
     migration = answer["migration"]
-    found = [_section("What the verdict rests on", _proof_facts(answer), _control(answer))]
+    found = [element.section("What the verdict rests on", _proof_facts(answer), _control(answer))]
     found += [
         _ram(answer["ram_map"]),
-        _section(
+        element.section(
             "The precopy",
             f'<div class="wide">{timeline(migration)}</div>',
             _harvest_legend(answer),
             _passes(migration["passes"]),
         ),
-        _section("The downtime", _downtime(migration)),
+        element.section("The downtime", _downtime(migration)),
     ]
     if answer["lost_pages"]:
         found.append(_lost_pages(answer["lost_pages"]))
-    found.append(_section("To do it again", _commands(answer["commands"])))
+    found.append(element.section("To do it again", _commands(answer["commands"])))
     return found
 
 
@@ -133,7 +93,7 @@ def _proof_facts(answer: Json) -> str:
     ]
     if setup["fault"]:
         rows.append(("planted fault", setup["fault"]))
-    return _facts(rows)
+    return element.facts(rows)
 
 
 def _written(sharpness: Json) -> list[tuple[str, Any]]:
@@ -180,7 +140,9 @@ def _lost_pages(pages: Sequence[Json]) -> str:
     columns = [("GPA", True), ("lost by", True), ("at", True), ("wrote", True)]
     columns += [(name, False) for name in ("request", "queue", "after s", "due in harvest")]
     columns.append(("last seen in harvest", True))
-    return _section("Lost pages", *_long_table(columns, pages, len(pages), _lost_page))
+    return element.section(
+        "Lost pages", *element.long_table(columns, pages, len(pages), _lost_page)
+    )
 
 
 def _lost_page(page: Json) -> list[str]:
@@ -188,39 +150,14 @@ def _lost_page(page: Json) -> list[str]:
     return [
         f"<code>{_address(page['gpa'])}</code>",
         escape(page["blame"]),
-        _known(page["link"]),
-        _known(page["kind"]),
-        _known(page["request"]),
-        _known(page["queue"]),
-        _known(None if page["seconds"] is None else f"{page['seconds']:.3f}"),
-        _known(page["due_in_harvest"]),
+        element.known(page["link"]),
+        element.known(page["kind"]),
+        element.known(page["request"]),
+        element.known(page["queue"]),
+        element.known(None if page["seconds"] is None else f"{page['seconds']:.3f}"),
+        element.known(page["due_in_harvest"]),
         ", ".join(f"{escape(link)}\u00a0{epoch or 'never'}" for link, epoch in seen) or "–",
     ]
-
-
-def _known(value: Any) -> str:
-    return "–" if value is None else escape(str(value))
-
-
-def _long(text: str) -> str:
-    return f'<span class="long">{escape(text)}</span>'
-
-
-def _long_table(
-    columns: Sequence[tuple[str, bool]],
-    items: Sequence[Json],
-    total: int,
-    row: Callable[[Json], list[str]],
-) -> list[str]:
-    """A table whose first rows are open to see; `total` of which the JSON may have only some."""
-    rows = [row(item) for item in items[:_ROWS_SHOWN]]
-    parts = [_table(columns, rows[:_ROWS_OPEN])]
-    if rows[_ROWS_OPEN:]:
-        summary = f"<summary>{len(rows) - _ROWS_OPEN} more</summary>"
-        parts.append(f"<details>{summary}{_table(columns, rows[_ROWS_OPEN:])}</details>")
-    if total > len(rows):
-        parts.append(f'<p class="quiet">{total - len(rows)} more are not shown here.</p>')
-    return parts
 
 
 def _address(gpa: int | None) -> str:
@@ -237,18 +174,7 @@ def _harvest_legend(answer: Json) -> str:
     rows = [("strong", merged, f"pages of tracker {tracker} merged into QEMU's log")]
     if found != merged:
         rows.append(("bad", found - merged, "pages harvested, but not merged"))
-    return _legend(rows)
-
-
-def _legend(rows: Sequence[tuple[str, int, str]]) -> str:
-    return (
-        '<ul class="legend">'
-        + "".join(
-            f'<li><i class="{style}"></i><b>{_number(count)}</b><span>{escape(text)}</span></li>'
-            for style, count, text in rows
-        )
-        + "</ul>"
-    )
+    return element.legend(rows)
 
 
 def _passes(passes: Sequence[Json]) -> str:
@@ -257,9 +183,9 @@ def _passes(passes: Sequence[Json]) -> str:
             str(it["sync"]),
             f"{it['began_s']:.2f}",
             f"{it['ended_s'] - it['began_s']:.2f}",
-            _number(it["harvests"]),
-            _number(it["harvested_pages"]),
-            _number(it["merged_pages"]),
+            element.number(it["harvests"]),
+            element.number(it["harvested_pages"]),
+            element.number(it["merged_pages"]),
             f"{it['sent_bytes'] / MIB:.1f}",
             "–" if it["remaining_bytes"] is None else f"{it['remaining_bytes'] / MIB:.1f}",
         )
@@ -270,7 +196,7 @@ def _passes(passes: Sequence[Json]) -> str:
     return (
         f"<details{is_open}><summary>{len(passes)} passes, each from one bitmap sync to the next; "
         "harvested and merged in pages</summary>"
-        + _table([(name, False) for name in names], rows)
+        + element.table([(name, False) for name in names], rows)
         + "</details>"
     )
 
@@ -300,7 +226,7 @@ def _downtime(migration: Json) -> str:
 
 def _ram(ram_map: Json) -> str:
     pages_a_cell = cell_pages(ram_map)
-    legend = _legend(
+    legend = element.legend(
         [
             (CLASS_STYLES[kind["name"]], kind["pages"], f"{kind['name']}: {kind['meaning']}")
             for kind in ram_map["classes"]
@@ -313,7 +239,7 @@ def _ram(ram_map: Json) -> str:
         for area in ram_map["areas"]
     ]
     note = f'<p class="quiet">A cell is {amount} and has the colour of the gravest page in it.</p>'
-    return _section("The guest’s RAM", legend, note, *drawings)
+    return element.section("The guest’s RAM", legend, note, *drawings)
 
 
 def _area_title(area: Json, page_bytes: int) -> str:
@@ -348,26 +274,30 @@ def _check_sections(answer: Json) -> list[str]:
             (f"{name}", f"process {side['pid']}, {side['status']}"),
             (f"{name}'s memory, read", f"{in_place} MiB in place, {saved} MiB saved by QEMU"),
         ]
-    found = [_section("What was compared", _facts(rows), *(_note(it) for it in answer["notes"]))]
+    found = [
+        element.section(
+            "What was compared", element.facts(rows), *(element.note(it) for it in answer["notes"])
+        )
+    ]
     if differences:
         columns = [("GPA", True), ("region", True), ("bytes", False)]
         columns += [("DIMM", True), ("known as", True)]
-        table = _long_table(columns, differences, answer["pages_differing"], _difference)
+        table = element.long_table(columns, differences, answer["pages_differing"], _difference)
         known = {it["known"]: it["why"] for it in differences if it["known"]}
-        table += [_note(f"{name}: {why}.") for name, why in known.items()]
-        found.append(_section("Pages that differ", *table))
+        table += [element.note(f"{name}: {why}.") for name, why in known.items()]
+        found.append(element.section("Pages that differ", *table))
     found.append(_ram(answer["ram_map"]))
     if answer["not_compared"]:
         items = [
             (
                 f"<code>{escape(it['region'])} +{it['offset']:#x}</code>",
                 f"{it['length'] // 1024} KiB",
-                _long(it["why"]),
+                element.long_text(it["why"]),
             )
             for it in answer["not_compared"]
         ]
         columns = [("region", True), ("length", False), ("why", True)]
-        found.append(_section("Not compared", _table(columns, items)))
+        found.append(element.section("Not compared", element.table(columns, items)))
     return found
 
 
@@ -379,7 +309,3 @@ def _difference(page: Json) -> list[str]:
         escape(page["device"] or "–"),
         escape(page["known"] or "–"),
     ]
-
-
-def _note(text: str) -> str:
-    return f'<p class="quiet" style="margin-top:14px">{escape(_sentence(text))}</p>'

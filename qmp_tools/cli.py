@@ -16,6 +16,7 @@ from .commands import (
     dirty_rate,
     doctor,
     faults,
+    matrix,
     passthrough,
     prove,
     qemu,
@@ -27,6 +28,7 @@ from .verdict import EXIT_UNTESTED, EXIT_USAGE
 _SUBCOMMANDS: Final = (
     prove,
     soak,
+    matrix,
     passthrough,
     faults,
     check,

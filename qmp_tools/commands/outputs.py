@@ -13,9 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from dmaproof.errors import UntestableError, UsageError
+from dmaproof.errors import UnsupportedError, UntestableError, UsageError
 
-from ..migration.ways import UnsupportedWayError
 from ..reports.html import to_html
 from ..reports.junit_tap import to_junit, to_tap
 from ..reports.report import SCHEMA_VERSION
@@ -89,7 +88,8 @@ def reporting_failure(
                 "kind": f"{kind}-untested",
                 "verdict": f"could not be tested: {error}",
                 "exit_code": EXIT_UNTESTED,
-                "unsupported": isinstance(error, UnsupportedWayError),
+                "reason": str(error),
+                "unsupported": isinstance(error, UnsupportedError),
                 **({"way": arguments.way} if "way" in arguments else {}),
             }
             write_outputs(answer, arguments)

@@ -25,9 +25,10 @@ from ..processes.machine import MIB, Machine, parse_memory
 from ..proof import Setup
 from .arguments import positive, seconds, size
 
+MACHINE: Final = "q35"
 TRACKER: Final = "iommu"
 HARVEST: Final = "0.2"
-"""The defaults, where a planted fault needs nothing else."""
+"""The defaults of the options of these names, the last two where a fault needs nothing else."""
 
 
 def add_setup_options(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +36,7 @@ def add_setup_options(parser: argparse.ArgumentParser) -> None:
     qemu = parser.add_argument_group("QEMU")
     qemu.add_argument("--qemu", metavar="PATH", help="default: the system's; or a fetched version")
     qemu.add_argument("--qemu-destination", metavar="PATH", help="default: the same as --qemu")
-    qemu.add_argument("--machine", default="q35", help="machine type (default: %(default)s)")
+    qemu.add_argument("--machine", default=MACHINE, help="machine type (default: %(default)s)")
     qemu.add_argument("--accel", choices=("auto", "kvm", "tcg"), default="auto")
     qemu.add_argument(
         "--memory", metavar="SIZE", help="RAM, such as 1G (default: enough for the guest)"
@@ -116,6 +117,23 @@ def _harvest(text: str) -> str:
     return text
 
 
+def proof_options() -> dict[str, argparse.Action]:
+    """The options of one proof by name, without hyphens in front, as their parser knows them."""
+    # argparse has no public way to ask a parser for its options.
+    return {action.option_strings[0].removeprefix("--"): action for action in _parser()._actions}
+
+
+def proof_option_groups() -> list[tuple[str | None, list[argparse.Action]]]:
+    """The same under the titles of their groups, as a help shows them."""
+    return [(group.title, group._group_actions) for group in _parser()._action_groups]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OptionParser(prog="proof", allow_abbrev=False, add_help=False)
+    add_proof_options(parser)
+    return parser
+
+
 def parse_proof_options(options: Mapping[str, object]) -> argparse.Namespace:
     """The arguments for `setup_of` from ``prove``'s options by name: {'guest': 'bare', …}.
 
@@ -124,10 +142,8 @@ def parse_proof_options(options: Mapping[str, object]) -> argparse.Namespace:
     Raises:
         UsageError: there is no such option, or it cannot have that value.
     """
-    parser = _OptionParser(prog="proof", allow_abbrev=False, add_help=False)
-    add_proof_options(parser)
     given = {name.replace("_", "-"): value for name, value in options.items()}
-    return parser.parse_args(
+    return _parser().parse_args(
         [f"--{name}={value}" for name, value in given.items() if value is not None]
     )
 
@@ -180,7 +196,7 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
     if memory is None:
         memory = await choose_memory(source, accelerator, guest.memory_bytes, show)
     machine = arguments.machine
-    if destination.resolve() != source.resolve():
+    if destination.resolve() != source.resolve() or machine != MACHINE:
         machine = await common_machine(machine, source, destination)
     if fault.needs_high_ram:
         machine += f",max-ram-below-4g={memory // 2 // MIB}M"

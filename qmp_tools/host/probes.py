@@ -70,7 +70,8 @@ async def _remembered(question: str, probe: Callable[[], Awaitable[int]]) -> int
     return answers[question]
 
 
-def _identity(qemu: Path) -> str:
+def identity(qemu: Path) -> str:
+    """What changes when the file of a QEMU does."""
     status = qemu.resolve().stat()
     return f"{qemu.resolve()} {status.st_size} {status.st_mtime_ns}"
 
@@ -86,7 +87,7 @@ async def choose_accelerator(wanted: str, qemu: Path, guest: Guest, display: Dis
         return "tcg"
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     runs = await _remembered(
-        f"kvm {boot} {_identity(qemu)} {guest.version}", lambda: _kvm_runs(qemu, guest)
+        f"kvm {boot} {identity(qemu)} {guest.version}", lambda: _kvm_runs(qemu, guest)
     )
     if not runs:
         display.say(
@@ -140,7 +141,7 @@ async def choose_memory(qemu: Path, accelerator: str, wanted_bytes: int, display
 async def vcpu_pages_lost(qemu: Path, accelerator: str) -> int:
     """How many pages a migration loses that only a vCPU writes, without any device."""
     return await _remembered(
-        f"vcpu-pages-lost {accelerator} {_identity(qemu)} {probe_guest().parent.name}",
+        f"vcpu-pages-lost {accelerator} {identity(qemu)} {probe_guest().parent.name}",
         lambda: _count_vcpu_pages_lost(qemu, accelerator, _PROBE_MEMORY_BYTES),
     )
 

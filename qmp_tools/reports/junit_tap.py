@@ -2,9 +2,10 @@
 
 A proof is four cases: the pages, the guest's own checks, what the device wrote and did not report,
 and whether the run could tell anything at all; the control is a fifth. A soak is the cases of its
-last migration, and one for each process that may not grow. A fault, and each proof of the
-passthrough route, is a case of its own. What could not be tested is an error in JUnit, and 'not ok'
-in TAP, because a CI that takes it for a pass would be wrong.
+last migration, and one for each process that may not grow. A fault, a matrix' cell, and each proof
+of the passthrough route, is a case of its own. What could not be tested is an error in JUnit, and
+'not ok' in TAP, because a CI that takes it for a pass would be wrong; what a QEMU lacks is skipped
+in both.
 """
 
 from __future__ import annotations
@@ -17,11 +18,18 @@ from xml.etree import ElementTree
 
 _STORIES: Final = 100
 """So many pages are told of in one failure."""
+_MATRIX_OUTCOMES: Final = {
+    "clean": "passed",
+    "lost": "failed",
+    "skipped": "skipped",
+    "untested": "error",
+}
+_TAGS: Final = {"failed": "failure", "error": "error", "skipped": "skipped"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One test case; `outcome` is 'passed', 'failed' or 'error' (could not be tested)."""
+    """One test case; `outcome` is 'passed', 'failed', 'skipped' or 'error' (not to be tested)."""
 
     name: str
     outcome: str
@@ -40,6 +48,11 @@ def cases(answer: Mapping[str, Any]) -> list[Case]:
         return [_pages_case(answer["exit_code"] == 0, answer["verdict"], stories)]
     if answer["kind"] == "faults":
         return [_fault_case(row) for row in answer["faults"]]
+    if answer["kind"] == "matrix":
+        return [
+            Case(it["name"], _MATRIX_OUTCOMES[it["state"]], it["message"], it["stories"])
+            for it in answer["cells"]
+        ]
     if answer["kind"] == "passthrough":
         return [
             Case(
@@ -118,7 +131,7 @@ def to_junit(answer: Mapping[str, Any]) -> str:
     """JUnit XML: one suite, its set-up as properties."""
     found = cases(answer)
     suite = ElementTree.Element("testsuite", name="dmaproof", tests=str(len(found)))
-    for attribute, outcome in (("failures", "failed"), ("errors", "error")):
+    for attribute, outcome in (("failures", "failed"), ("errors", "error"), ("skipped", "skipped")):
         suite.set(attribute, str(sum(case.outcome == outcome for case in found)))
     properties = ElementTree.SubElement(suite, "properties")
     for name, value in _properties(answer).items():
@@ -128,7 +141,7 @@ def to_junit(answer: Mapping[str, Any]) -> str:
             suite, "testcase", classname=f"dmaproof.{answer['kind']}", name=case.name
         )
         if case.outcome != "passed":
-            tag = "failure" if case.outcome == "failed" else "error"
+            tag = _TAGS[case.outcome]
             problem = ElementTree.SubElement(element, tag, message=_printable(case.message))
             problem.text = _printable("\n".join(case.details))
     ElementTree.indent(suite)
@@ -147,8 +160,10 @@ def to_tap(answer: Mapping[str, Any]) -> str:
     found = cases(answer)
     lines = ["TAP version 14", f"1..{len(found)}"]
     for number, case in enumerate(found, 1):
-        lines.append(f"{'ok' if case.outcome == 'passed' else 'not ok'} {number} - {case.name}")
-        if case.outcome != "passed":
+        ok = "ok" if case.outcome in ("passed", "skipped") else "not ok"
+        skip = f" # SKIP {case.message.splitlines()[0]}" if case.outcome == "skipped" else ""
+        lines.append(f"{ok} {number} - {case.name}{skip}")
+        if ok == "not ok":
             # A JSON string is a YAML string.
             lines += ["  ---", f"  severity: {case.outcome}", f"  message: {_yaml(case.message)}"]
             lines += ["  data:"] * bool(case.details)

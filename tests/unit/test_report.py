@@ -21,11 +21,13 @@ from qmp_tools.check.check import Check, ComparedArea, Difference, NotCompared, 
 from qmp_tools.devices.device import DeviceFacts
 from qmp_tools.devices.emulated import EmulatedDevice
 from qmp_tools.guest.workload import Workload
+from qmp_tools.matrix.axes import Matrix
+from qmp_tools.matrix.result import Result, State, skipped, untested
 from qmp_tools.migration.migration import Progress, parse_progress
 from qmp_tools.processes.device import DeviceOptions
 from qmp_tools.processes.machine import Machine
 from qmp_tools.proof import Proof, Setup
-from qmp_tools.reports import check_report, report, soak_report
+from qmp_tools.reports import check_report, matrix_report, report, soak_report
 from qmp_tools.reports.html import to_html
 from qmp_tools.reports.junit_tap import to_junit, to_tap
 from qmp_tools.reports.precopy import downtime_parts, harvest_list, passes
@@ -172,7 +174,15 @@ UNTESTED = {
     "verdict": "could not be tested: no QEMU",
     "exit_code": 3,
 }
+CELLS = [
+    Result(State.CLEAN, "every page equal", (), (), ("7.2", "8.0"), 8192, 3, 2.5, ["dmaproof"]),
+    Result(State.LOST, "3 of 9 pages were lost", ["device"], ["GPA 0x7000: <bad>"], seed=3),
+    skipped("source QEMU refused it:\nno TLS"),
+    untested("the guest did not come up"),
+]
+MATRIX = Matrix({"qemu": ["7.2", "8.0"], "way": ["unix", "tls"], "guest": ["bare"]})
 ANSWERS: dict[str, dict[str, Any]] = {
+    "matrix": matrix_report.to_json(MATRIX, CELLS),
     "pass": report.to_json(proof([])),
     "lost": report.to_json(proof(LOST, errors=2)),
     "blunt": report.to_json(proof([], Sharpness(0, 0, 0, 0, 0, 0, 0))),
@@ -197,6 +207,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "untested": UNTESTED,
 }
 CASES = {
+    "matrix": ["passed", "failed", "skipped", "error"],
     "pass": ["passed"] * 3,
     "lost": ["failed", "failed", "passed"],
     "blunt": ["passed", "passed", "passed", "error"],
@@ -305,11 +316,22 @@ def test_junit_and_tap_agree(name: str) -> None:
     assert outcomes[: len(expected)] == expected
     assert suite.get("failures") == str(outcomes.count("failed"))
     assert suite.get("errors") == str(outcomes.count("error"))
+    assert suite.get("skipped") == str(outcomes.count("skipped"))
     assert suite.get("tests") == str(len(outcomes))
     tap = to_tap(ANSWERS[name]).splitlines()
     assert tap[:2] == ["TAP version 14", f"1..{len(outcomes)}"]
     lines = [line for line in tap if re.match(r"(not )?ok \d", line)]
-    assert ["not ok" not in line for line in lines] == [it == "passed" for it in outcomes]
+    skipped = [bool(re.match(r"ok \d+ - .* # SKIP .", line)) for line in lines]
+    assert skipped == [it == "skipped" for it in outcomes]
+    passed = [line.startswith("ok") for line in lines]
+    assert passed == [it in ("passed", "skipped") for it in outcomes]
+
+
+def test_the_page_of_a_matrix_has_a_note_for_each_cell_that_is_not_clean() -> None:
+    page = Page()
+    page.feed(to_html(ANSWERS["matrix"]))
+    for told in ("7.2 → 7.2", "LOST: device 1", "no TLS", "GPA 0x7000: <bad>", "did not come up"):
+        assert told in page.text
 
 
 def test_a_control_that_is_not_caught_is_no_pass() -> None:

@@ -1,0 +1,108 @@
+"""A matrix on the system's QEMU: what its cells come to, what is kept, how it is interrupted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from html import escape
+from pathlib import Path
+
+import pytest
+
+from command import Tool, is_alive
+from qmp_tools.host.qemu_choice import known_qemus
+
+pytestmark = pytest.mark.qemu
+
+BARE = ("--guest", "bare", "--accel", "tcg")
+
+
+def descendants(pid: int) -> set[int]:
+    """The processes that `pid` has started, and theirs."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {pid}
+
+
+def test_every_state_of_a_cell_and_what_is_kept(tool: Tool, tmp_path: Path) -> None:
+    files = {form: tmp_path / form for form in ("report", "junit", "tap")}
+    options = [f"--{form}={file}" for form, file in files.items()]
+    options += [f"--folder={tmp_path / 'kept'}", "--json=-", "--jobs=2", *BARE]
+    # A machine type that no QEMU has, and a migration that cannot end in time.
+    version = known_qemus()[0].version
+    axes = [f"--qemu={version}", "--machine=q35,toaster", "--fault=drop-pages=0.01", "--fault="]
+    outcome = tool.run("matrix", *axes, "--timeout=0.01,120", *options)
+    assert outcome.exit_code == 1, outcome.errors
+    cells = {cell["name"]: cell for cell in outcome.report["cells"]}
+    assert len(cells) == 8
+    for name, cell in cells.items():
+        lost = "fault=drop" in name
+        expected = "skipped" if "toaster" in name else "lost" if lost else "clean"
+        assert cell["state"] == ("untested" if "q35 timeout=0.01" in name else expected), name
+        if cell["state"] == "lost":
+            assert cell["short"] == "LOST: device"
+            assert cell["qemu_versions"][0].startswith(version)
+            assert "lost at the log" in cell["stories"][0]
+    assert "no such machine type" in cells["machine=toaster timeout=120 fault=none"]["message"]
+    untested = cells["machine=q35 timeout=0.01 fault=none"]["message"]
+    assert "has not completed within 0 s" in untested
+    assert escape(untested) in files["report"].read_text()
+    assert files["tap"].read_text().count("# SKIP") == 4
+    assert not tool.leftovers()
+
+    again = tool.run("matrix", *axes, "--timeout=120", *options).report
+    assert [cell["kept"] for cell in again["cells"]] == [True, True, False, False]
+    assert again["counts"] == {"clean": 1, "lost": 1, "skipped": 2, "untested": 0}
+    command = again["cells"][0]["command"]
+    assert command[:2] == ["dmaproof", "prove"]
+    assert f"--seed={cells['machine=q35 timeout=120 fault=drop-pages=0.01']['seed']}" in command
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_it_leaves_nothing_and_goes_on(
+    tool: Tool, tmp_path: Path, how: signal.Signals
+) -> None:
+    kept = tmp_path / "kept"
+    # The second cell would go on for long.
+    options = ["--jobs=1", f"--folder={kept}", *BARE]
+    running = tool.start("matrix", "--requests-after=1000,1000000000", *options)
+    running.wait_for_line("1/2")
+    running.wait_for(lambda: len(descendants(running.process.pid)) >= 5, "the second cell")
+    processes = descendants(running.process.pid)
+    os.kill(running.process.pid, how)
+    outcome = running.finish()
+    assert outcome.exit_code == (-how if how == signal.SIGKILL else 3)
+    assert "Traceback" not in outcome.errors
+    deadline = time.monotonic() + 20
+    while tool.leftovers() or any(map(is_alive, processes)):
+        assert time.monotonic() < deadline, tool.leftovers()
+        time.sleep(0.05)
+    assert {file.suffix for file in kept.iterdir()} == {".json", ""}
+    report = tool.run("matrix", "--requests-after=1000", *options, "--json=-").report
+    assert [cell["kept"] for cell in report["cells"]] == [True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--way=pigeon"], "pigeon"),
+        (["--qemu=0.1"], "no such version; there are: "),
+        (["--fault=gremlins"], "gremlins"),
+        (["/no/such/file.toml"], "No such file"),
+    ],
+)
+def test_wrong_usage_is_told_at_once(
+    tool: Tool, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    outcome = tool.run("matrix", *arguments, f"--folder={tmp_path}", *BARE)
+    assert (outcome.exit_code, outcome.output) == (2, "")
+    assert message in outcome.errors
+    assert not tool.leftovers()

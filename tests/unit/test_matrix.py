@@ -1,0 +1,331 @@
+"""A matrix without QEMU: its axes and cells, the room for them, what is kept, and its reports."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dmaproof.devices import emulated_devices
+from dmaproof.dirty_tracker import emulated_trackers
+from dmaproof.errors import UntestableError, UsageError
+from qmp_tools.avocado_plugins import options_of
+from qmp_tools.commands.setup import proof_options
+from qmp_tools.devices.emulated import EmulatedDevice
+from qmp_tools.guest.workload import Workload
+from qmp_tools.matrix.avocado_recipe import runnables
+from qmp_tools.matrix.axes import Matrix, is_matrix, make_matrix, read_matrix, split_values
+from qmp_tools.matrix.kept import Kept, key_of
+from qmp_tools.matrix.result import Result, State, result_of, skipped, untested
+from qmp_tools.matrix.room import Room
+from qmp_tools.migration.ways import WAYS
+from qmp_tools.processes.device import DeviceOptions
+from qmp_tools.processes.machine import GIB, Machine
+from qmp_tools.proof import Setup
+from qmp_tools.reports.matrix_report import grid_of, to_json, to_text
+
+MATRIX = Matrix({"qemu": ["7.2", "11.1"], "way": ["unix", "tls"], "guest": ["bare"]})
+LOST = Result(State.LOST, "3 of 9 pages were lost", ["device"], ["GPA 0x1000: …"], seed=7)
+CLEAN = Result(State.CLEAN, "every page equal", certain=8192, command=["dmaproof", "prove"])
+
+
+# Axes and cells
+
+
+def test_the_last_axis_changes_the_fastest() -> None:
+    names = [MATRIX.label(cell) for cell in MATRIX.cells()]
+    assert names == [
+        f"qemu={qemu} way={way}" for qemu in ("7.2", "11.1") for way in ("unix", "tls")
+    ]
+    assert all(cell["guest"] == "bare" for cell in MATRIX.cells())
+
+
+def test_every_option_of_a_proof_can_be_an_axis() -> None:
+    for name, action in proof_options().items():
+        value = str(next(iter(action.choices))) if action.choices else "1"
+        matrix = make_matrix({name: [value]})
+        assert matrix.cells() == [{name: value}]
+
+
+def test_all_and_patterns_are_what_is_there() -> None:
+    assert make_matrix({"tracker": ["all"]}).axes["tracker"] == sorted(emulated_trackers())
+    assert set(make_matrix({"device": ["all"]}).axes["device"]) >= emulated_devices().keys()
+    ways = make_matrix({"way": ["multifd-*", "unix", "multifd-4"]}).axes["way"]
+    assert ways == [*(way for way in WAYS if way.startswith("multifd-")), "unix"]
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("unix,tls", ["unix", "tls"]),
+        ("q35,hpet=off,pc", ["q35,hpet=off", "pc"]),
+        ("pattern=hot-set,threads=4", ["pattern=hot-set,threads=4"]),
+        ("drop-pages=0.01", ["drop-pages=0.01"]),
+        ("blk,net:mtu=9000,queues=2", ["blk", "net:mtu=9000,queues=2"]),
+    ],
+)
+def test_a_comma_before_a_name_belongs_to_the_value(text: str, values: list[str]) -> None:
+    assert split_values(text) == values
+
+
+def test_an_empty_value_leaves_the_option_out() -> None:
+    matrix = make_matrix({"fault": ["", "drop-pages=0.01"], "guest": ["bare"]})
+    assert matrix.cells() == [{"guest": "bare"}, {"fault": "drop-pages=0.01", "guest": "bare"}]
+    assert matrix.label(matrix.cells()[0]) == "fault=none"
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"wya": ["unix"]}, "no such option"),
+        ({"way": ["unix", "pigeon"]}, "pigeon"),
+        ({"way": ["pigeon-*"]}, "matches none of unix"),
+        ({"memory": ["all"]}, "no list of values"),
+        ({"cpus": ["0"]}, "cpus"),
+        ({"way": []}, "a value is due"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_runs(
+    axes: dict[str, list[str]], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        make_matrix(axes)
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "matrix.toml"
+    file.write_text(text)
+    return file
+
+
+def test_a_file_and_options_in_place_of_its_axes(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        '[matrix]\nqemu_destination = ["7.2", "8"]\nway = ["unix", "multifd-4", "multifd-8"]\n'
+        'queues = 2\n[[exclude]]\nqemu_destination = 8\nway = "multifd-*"\n',
+    )
+    assert is_matrix(file)
+    matrix = read_matrix(file)
+    assert matrix.axes["queues"] == ["2"]
+    found = {(cell["qemu-destination"], cell["way"]) for cell in matrix.cells()}
+    assert found == {("7.2", way) for way in matrix.axes["way"]} | {("8", "unix")}
+    assert len(read_matrix(file, {"way": ["tls"], "guest": ["bare"]}).cells()) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[matrix", "is not TOML"),
+        ('way = "unix"\n', r"a table \[matrix\] is due"),
+        ('[matrix]\nway = "unix"\n[except]\n', "except is not known"),
+        ("[matrix]\nway = true\n", "words and numbers are due"),
+        ('[matrix]\nway = "unix"\n[exclude]\nway = "tls"\n', "double brackets"),
+        ('[matrix]\nway = "unix"\n[[exclude]]\nguest = "bare"\n', "guest is no axis"),
+        ('[matrix]\nway = "unix"\n[[exclude]]\nway = "*"\n', "everything is excluded"),
+    ],
+)
+def test_a_file_that_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(UsageError, match=message) as error:
+        read_matrix(file)
+    assert str(file) in str(error.value)
+
+
+# Room
+
+
+def setup(memory_bytes: int = GIB, cpus: int = 2, seed: int = 1) -> Setup:
+    qemu = Path("/bin/sh")
+    machine = Machine("q35", "tcg", memory_bytes, cpus, Path("/kernel"))
+    return Setup(
+        qemu,
+        qemu,
+        machine,
+        "bare",
+        Workload(seed=seed),
+        EmulatedDevice(DeviceOptions(seed=seed)),
+        seed,
+    )
+
+
+async def most_at_a_time(room: Room, setups: list[Setup]) -> int:
+    running = most = 0
+
+    async def one(it: Setup) -> None:
+        nonlocal running, most
+        async with room.take(it):
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(0.01)
+            running -= 1
+
+    await asyncio.gather(*map(one, setups))
+    return most
+
+
+@pytest.mark.parametrize(
+    ("processors", "memory_bytes", "jobs", "most"),
+    [
+        (9, 100 * GIB, None, 3),  # three processors each
+        (2, 100 * GIB, None, 1),  # too few for one, which runs alone
+        (9, 5 * GIB, None, 2),  # 2 GiB each, and what QEMU needs
+        (1, 100 * GIB, 4, 4),
+        (9, 5 * GIB, 4, 2),
+    ],
+)
+def test_so_many_at_a_time_as_there_is_room(
+    processors: int, memory_bytes: int, jobs: int | None, most: int
+) -> None:
+    async def measure() -> int:
+        return await most_at_a_time(Room(processors, memory_bytes, jobs=jobs), [setup()] * 5)
+
+    assert asyncio.run(measure()) == most
+
+
+def test_what_memory_never_holds_is_not_begun() -> None:
+    async def begin() -> None:
+        async with Room(8, GIB).take(setup()):
+            pytest.fail("begun")
+
+    with pytest.raises(UntestableError, match="needs 2448 MiB of memory, and 1024 MiB are free"):
+        asyncio.run(begin())
+
+
+# What is kept
+
+CELL = {"way": "unix", "guest": "bare"}
+REPORT: dict[str, Any] = {"verdict": "could not be tested: x", "exit_code": 3, "reason": "x"}
+
+
+def test_kept_until_something_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    qemu = tmp_path / "qemu"
+    qemu.write_text("one")
+    now = replace(setup(), qemu=qemu)
+    key = key_of(CELL, now)
+    with Kept.open(tmp_path / "kept") as kept:
+        assert kept.find(CELL, key) is None
+        kept.keep(CELL, key, REPORT, 2.5)
+    with Kept.open(tmp_path / "kept") as kept:
+        found = kept.find(CELL, key)
+        assert found is not None
+        assert (found["report"], found["seconds"]) == (REPORT, 2.5)
+        assert kept.find({**CELL, "way": "tls"}, key) is None
+        assert kept.find(CELL, "another key") is None
+        kept.file(CELL).write_text("{")
+        assert kept.find(CELL, key) is None
+    assert key_of(CELL, replace(now, seed=2)) == key, "a seed was not given"
+    others = [replace(now, machine=it) for it in (setup(2 * GIB).machine, setup(cpus=3).machine)]
+    others.append(replace(now, qemu_destination=qemu))
+    assert key not in {key_of(CELL, it) for it in others}
+    assert key_of({**CELL, "seed": "2"}, now) != key
+    qemu.write_text("another build")
+    assert key_of(CELL, now) != key
+    qemu.write_text("one")
+    os.utime(qemu, ns=(1, 1))
+    assert key_of(CELL, now) != key
+    unchanged = key_of(CELL, setup())
+    monkeypatch.setattr("qmp_tools.matrix.kept.build_of_dmaproof", lambda: "another dmaproof")
+    assert key_of(CELL, setup()) != unchanged
+
+
+def test_a_folder_is_one_matrix_at_a_time(tmp_path: Path) -> None:
+    with Kept.open(tmp_path / "kept"), pytest.raises(UsageError, match="another matrix is using"):
+        Kept.open(tmp_path / "kept").__enter__()
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=f"--folder {tmp_path / 'file'}"):
+        Kept.open(tmp_path / "file").__enter__()
+
+
+# Results and reports
+
+
+def proof_report(exit_code: int, lost: dict[str, int], **more: int) -> dict[str, Any]:
+    return {
+        "verdict": "…",
+        "exit_code": exit_code,
+        "lost": lost,
+        "lost_pages": [{"story": f"page {number}"} for number in range(sum(lost.values()))],
+        "sharpness": {"certain": 5, "unreported": more.get("unreported", 0)},
+        "guest": {"errors": more.get("errors", 0)},
+        "setup": {"qemu_version": "7.2", "qemu_destination_version": "8", "seed": 3},
+    }
+
+
+def test_results_name_who_is_to_blame() -> None:
+    lost = result_of(proof_report(1, {"device": 2, "qemu": 0, "accelerator": 30}), 1.0)
+    assert lost.short == "LOST: device, accelerator"
+    assert len(lost.stories) == 20
+    assert result_of(proof_report(1, {"device": 0}, unreported=1), 1.0).blame == ["unreported"]
+    assert result_of(proof_report(1, {"device": 0}, errors=1), 1.0).blame == ["guest"]
+    assert result_of(proof_report(0, {"device": 0}), 1.0).state == State.CLEAN
+    assert result_of(REPORT, 1.0) == untested("x")
+    assert result_of({**REPORT, "unsupported": True}, 1.0) == skipped("x")
+    blunt = {**proof_report(3, {"device": 0}), "verdict": "nothing was tested: …"}
+    assert result_of(blunt, 1.0) == untested("nothing was tested: …")
+
+
+@pytest.mark.parametrize(
+    ("results", "exit_code", "verdict"),
+    [
+        ([CLEAN] * 4, 0, "4 clean of 4 cells"),
+        ([CLEAN, CLEAN, CLEAN, skipped("x")], 0, "3 clean, 1 skipped of 4 cells"),
+        ([CLEAN, LOST, untested("x"), CLEAN], 1, "2 clean, 1 lost, 1 untested of 4 cells"),
+        ([CLEAN, CLEAN, CLEAN, untested("x")], 3, "3 clean, 1 untested of 4 cells"),
+        ([skipped("x")] * 4, 3, "4 skipped of 4 cells"),
+    ],
+)
+def test_the_gravest_cell_decides(results: list[Result], exit_code: int, verdict: str) -> None:
+    answer = to_json(MATRIX, results)
+    assert (answer["exit_code"], answer["verdict"]) == (exit_code, verdict)
+
+
+def test_the_table_has_qemus_across_and_its_notes_below() -> None:
+    lacks = skipped("source QEMU refused it:\nno TLS")
+    text = to_text(to_json(MATRIX, [CLEAN, lacks, LOST, lacks])).splitlines()
+    assert text[2:5] == [
+        "way   7.2 → 7.2    11.1 → 11.1",
+        "unix  clean        LOST: device [2]",
+        "tls   skipped [1]  skipped [1]",
+    ]
+    assert text[6:9] == ["[1] source QEMU refused it:", "    no TLS", "[2] 3 of 9 pages were lost"]
+    assert text[-1] == "  GPA 0x1000: …"
+
+
+def test_without_several_qemus_the_last_axis_is_across() -> None:
+    matrix = Matrix(
+        {"way": ["unix", "tls"], "tracker": ["a", "b"]}, [{"way": ["tls"], "tracker": ["b"]}]
+    )
+    grid = grid_of(to_json(matrix, [CLEAN] * 3))
+    assert (grid.row_axes, grid.columns, grid.rows) == (["way"], ["a", "b"], [("unix",), ("tls",)])
+    assert [[cell is not None for cell in row] for row in grid.cells] == [
+        [True, True],
+        [True, False],
+    ]
+    alone = grid_of(to_json(Matrix({}), [CLEAN]))
+    assert (alone.columns, len(alone.rows)) == (["result"], 1)
+
+
+# For avocado
+
+
+def test_runnables_carry_their_options() -> None:
+    found = runnables(MATRIX)
+    assert found[1] == {
+        "kind": "dmaproof",
+        "uri": "qemu=7.2 way=tls",
+        "kwargs": {"qemu": "7.2", "way": "tls", "guest": "bare"},
+    }
+
+
+def test_parameters_of_avocado_go_before_them() -> None:
+    from avocado.core.nrunner.runnable import Runnable
+
+    runnable = Runnable("dmaproof", "x", way="tls", guest="bare")
+    assert options_of(runnable) == {"way": "tls", "guest": "bare"}
+    nodes = [["/run/a", [["/run/a", "way", "tcp"]]], ["/run/b", [["/run/b", "requests_after", 5]]]]
+    runnable.variant = {"variant": nodes, "variant_id": "1", "paths": ["/run/*"]}
+    assert options_of(runnable) == {"way": "tcp", "guest": "bare", "requests-after": "5"}

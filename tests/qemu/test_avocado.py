@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import getpass
 import importlib.util
 import json
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -28,6 +32,10 @@ class Job:
     exit_code: int
     tests: list[dict[str, Any]]
 
+    def by_name(self) -> dict[str, int]:
+        """The tests' numbers by their names, without avocado's variant behind them."""
+        return {it["name"].partition(";")[0]: index for index, it in enumerate(self.tests)}
+
     def files(self, test: int = 0) -> Path:
         """The output folder of a test."""
         return Path(self.tests[test]["logdir"]) / "data"
@@ -44,12 +52,13 @@ class Avocado:
     scratch: Path
     results: Path
 
-    def run(self, test: str, *options: str, **environment: str) -> Job:
-        """Run the file `test`."""
-        command = [sys.executable, "-m", "avocado", "run", str(SUITE / test), *options]
-        command += ["--job-results-dir", str(self.results), "--disable-sysinfo", "--json", "-"]
+    def run(self, test: str | Path, *options: str, config: str = "", **environment: str) -> Job:
+        """Run the file `test`, with `config` in avocado's configuration."""
+        (self.scratch / "avocado.conf").write_text(config)
+        command = [sys.executable, "-m", "avocado", "--config", str(self.scratch / "avocado.conf")]
+        command += ["run", str(SUITE / test), *options, "--job-results-dir", str(self.results)]
         done = subprocess.run(
-            command,
+            [*command, "--disable-sysinfo", "--json", "-"],
             env={**os.environ, "TMPDIR": str(self.scratch), **environment},
             capture_output=True,
             text=True,
@@ -138,3 +147,120 @@ def test_a_parameter_that_is_wrong_is_an_error(avocado: Avocado) -> None:
     job = avocado.run("disk.py", "-p", "tracker=none-such")
     assert [test["status"] for test in job.tests] == ["ERROR"]
     assert "none-such" in job.tests[0]["fail_reason"]
+
+
+def avocado_says(*words: str) -> str:
+    command = [sys.executable, "-m", "avocado", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def test_avocado_knows_us(avocado: Avocado) -> None:
+    named = [line for line in avocado_says("plugins").splitlines() if line.startswith("dmaproof ")]
+    assert [line.split()[1:3] for line in named] == [["Runner", "for"], ["Test", "resolver"]]
+    listed = avocado_says("list", str(SUITE / "proof.toml")).splitlines()
+    cells = [
+        "way=unix fault=none",
+        "way=multifd-4 fault=none",
+        "way=multifd-4 fault=drop-pages=0.01",
+    ]
+    assert listed == [f"dmaproof {cell}" for cell in cells]
+    chosen = avocado_says("list", f"{SUITE / 'proof.toml'}:drop").splitlines()
+    assert chosen == [f"dmaproof {cells[2]}"]
+
+
+def test_one_planted_fault_fails_exactly_that_cell(avocado: Avocado) -> None:
+    job = avocado.run("proof.toml", "-p", "tracker=dirty-ring", "--max-parallel-tasks", "1")
+    tests = job.by_name()
+    broken = tests.pop("way=multifd-4 fault=drop-pages=0.01")
+    assert job.exit_code == 1
+    assert {job.tests[it]["status"] for it in tests.values()} == {"PASS"}, job.log()
+    assert job.tests[broken]["status"] == "FAIL"
+    assert "pages were lost" in job.tests[broken]["fail_reason"]
+    report = json.loads((job.files(broken).parent / "proof.json").read_text())
+    assert report["setup"]["tracker"] == "dirty-ring"
+    log = job.log(broken)
+    assert report["lost_pages"]
+    assert all(page["story"] in log for page in report["lost_pages"])
+    assert "lost at the log" in log
+    assert "lost at" not in job.log(tests["way=unix fault=none"])
+    assert no_runs_left(avocado)
+
+
+def test_a_recipe_tells_a_skip_from_an_error(avocado: Avocado, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.json"
+    axes = ["--machine=q35,toaster", "--timeout=0.01", "--guest=bare", "--accel=tcg"]
+    command = [sys.executable, "-m", "qmp_tools.cli", "matrix", *axes, f"--avocado={recipe}"]
+    subprocess.run(command, check=True, timeout=60)
+    job = avocado.run(recipe)
+    tests = job.by_name()
+    late, toaster = (job.tests[tests[f"machine={name}"]] for name in ("q35", "toaster"))
+    assert (late["status"], toaster["status"]) == ("ERROR", "SKIP")
+    assert "has not completed within 0 s" in late["fail_reason"]
+    assert "no such machine type" in toaster["fail_reason"]
+    assert no_runs_left(avocado)
+
+
+def test_wrong_usage_is_an_error_with_its_words(avocado: Avocado) -> None:
+    job = avocado.run("proof.toml:unix", "-p", "tracker=none-such")
+    assert [test["status"] for test in job.tests] == ["ERROR"]
+    assert "invalid choice: 'none-such'" in job.tests[0]["fail_reason"]
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Path]:
+    """A slot of avocado's remote spawner: this machine by ssh, with keys of the test's own."""
+    sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+    if sshd is None or importlib.util.find_spec("avocado_spawner_remote") is None:
+        pytest.skip(
+            "apt-get install openssh-server; pip install avocado-framework-plugin-spawner-remote"
+        )
+    if os.getuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)  # sshd's own service makes it where there is one
+    for name in ("host", "key"):
+        file = str(tmp_path / name)
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", file], check=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {
+        "Port": port,
+        "ListenAddress": "127.0.0.1",
+        "HostKey": tmp_path / "host",
+        "AuthorizedKeysFile": tmp_path / "key.pub",
+        "StrictModes": "no",
+        "PasswordAuthentication": "no",
+        "PermitRootLogin": "yes",
+        "PidFile": "none",
+    }
+    config = tmp_path / "sshd_config"
+    config.write_text("".join(f"{name} {value}\n" for name, value in options.items()))
+    server = subprocess.Popen([sshd, "-D", "-f", config], stderr=subprocess.DEVNULL)
+    slot = {
+        "client": "ssh",
+        "host": "127.0.0.1",
+        "port": port,
+        "username": getpass.getuser(),
+        "password": "",
+        "prompt": "[#$] *$",
+        "identity_file": str(tmp_path / "key"),
+    }
+    (tmp_path / "slot.json").write_text(json.dumps(slot))
+    try:
+        yield tmp_path / "slot.json"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def test_a_remote_host_carries_a_cell_out(avocado: Avocado, host: Path) -> None:
+    bin_folder = Path(sys.executable).parent
+    config = (
+        f"[spawner.remote]\nslots = ['{host}']\n"
+        f"setup_hook = export PATH={bin_folder}:$PATH TMPDIR={avocado.scratch}\n"
+    )
+    options = ("--spawner", "remote", "--max-parallel-tasks", "1")
+    job = avocado.run("proof.toml:drop", *options, config=config)
+    assert [test["status"] for test in job.tests] == ["FAIL"], job.tests
+    assert "lost at the log" in job.log()
+    assert json.loads((job.files().parent / "proof.json").read_text())["exit_code"] == 1
+    assert no_runs_left(avocado)

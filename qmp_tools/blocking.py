@@ -1,4 +1,4 @@
-"""QEMUs, migrations and proofs for tests that are not asynchronous: pytest's, avocado's, yours.
+"""QEMUs, migrations and proofs for code that is not asynchronous; `qmp_tools.aio` is for other.
 
 ::
 
@@ -25,16 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dmaproof.errors import UsageError
-
+from . import aio
 from .check.check import Check, check
 from .commands.setup import parse_proof_options, setup_of
 from .devices.device import AttachedDevice
 from .display import LineDisplay, QuietDisplay
-from .host.qemu_choice import find_qemu
 from .loop_thread import LoopThread
-from .migration.migration import Limits, Migration
-from .migration.ways import WAYS, Ends
+from .migration.migration import Limits
 from .processes.machine import DESTINATION, INCOMING, SOURCE
 from .processes.qemu import Qemu
 from .processes.run_folder import run_folder
@@ -89,21 +86,12 @@ class Pair:
             UnsupportedWayError: a QEMU lacks it.
             MigrationError: it failed, or took longer than `timeout_s`.
         """
-        if way not in WAYS:
-            raise UsageError(f"way {way!r}: there are {', '.join(WAYS)}")
-        if WAYS[way].only_in_proofs:
-            raise UsageError(f"way {way!r}: only a proof, with a device of ours, can go it")
         self._stage.run(self._migrate(way, timeout_s))
 
     async def _migrate(self, way: str, timeout_s: float) -> None:
         source, destination = self.source.qemu.qmp, self.destination.qemu.qmp
-        limits = Limits(timeout_s=timeout_s)
-        migration = Migration(Ends(source, destination, self._stage.folder), WAYS[way], limits)
-        await migration.start()
-        await migration.release()
-        async for _ in migration.follow():
+        async for _ in aio.migrate(source, destination, way, Limits(timeout_s=timeout_s)):
             pass
-        await migration.load()
 
 
 class StagedProof:
@@ -169,6 +157,17 @@ class StagedProof:
         return self._stage.run(self._run.finish(self._compared))
 
 
+def prove(options: Mapping[str, object]) -> Proof:
+    """One proof; `options` are those of ``dmaproof prove``: {'guest': 'bare', 'way': 'tls'}.
+
+    Raises:
+        UsageError: there is no such option, or it cannot have that value.
+        UntestableError: it did not come to a verdict.
+    """
+    with Stage(quiet=True) as stage:
+        return stage.proof(options).verdict()
+
+
 class Stage:
     """What one test has started. `folder` has its sockets and logs."""
 
@@ -206,7 +205,7 @@ class Stage:
         Raises:
             UntestableError: there is none, or it does not start.
         """
-        return self.run(self._start(name, find_qemu(binary), arguments, accelerator))
+        return self.run(self._start(name, binary, arguments, accelerator))
 
     def pair(
         self,
@@ -223,7 +222,7 @@ class Stage:
             UntestableError: there is no QEMU, or one does not start.
         """
         qemus = [
-            self.run(self._start(name + side, find_qemu(program), options, accelerator))
+            self.run(self._start(name + side, program, options, accelerator))
             for side, program, options in (
                 (SOURCE, binary, arguments),
                 (DESTINATION, destination_binary or binary, [*arguments, *INCOMING]),
@@ -232,15 +231,14 @@ class Stage:
         return Pair(qemus[0], qemus[1], self)
 
     async def _start(
-        self, name: str, binary: Path, arguments: Sequence[str], accelerator: str | None
+        self, name: str, binary: str | None, arguments: Sequence[str], accelerator: str | None
     ) -> RunningQemu:
-        path = self.folder / f"{name}-qmp.sock"
-        options = [*arguments, "-qmp", f"unix:{path},server=on,wait=off"]
-        if accelerator is not None:
-            options = ["-accel", accelerator, *options]
-        qemu = await Qemu.start(name, binary, options, self.folder)
-        self._started.push_async_callback(qemu.end)
-        return RunningQemu(qemu, await qemu.qmp.version(), path, self._loop)
+        started = await self._started.enter_async_context(
+            aio.start_qemu(
+                arguments, binary=binary, accelerator=accelerator, name=name, folder=self.folder
+            )
+        )
+        return RunningQemu(started.qemu, started.version, started.socket, self._loop)
 
     def proof(self, options: Mapping[str, object]) -> StagedProof:
         """Start a guest of ours with a device of ours; `options` are those of ``dmaproof prove``.

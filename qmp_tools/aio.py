@@ -1,0 +1,158 @@
+"""QEMUs, migrations and proofs for asynchronous code; `qmp_tools.blocking` has them for other.
+
+::
+
+    proof = await prove({"guest": "bare", "tracker": "dirty-ring"})
+    assert proof.verdict.exit_code == 0
+
+    async with (
+        start_qemu(["-machine", "q35", "-m", "64"]) as source,
+        start_qemu(["-machine", "q35", "-m", "64", *INCOMING]) as destination,
+    ):
+        async for progress in migrate(source.qmp, destination.qmp, way="multifd-4"):
+            print(progress.status, progress.remaining)
+        outcome = await check(source.socket, destination.socket)
+
+    async with attach("my QEMU", Path("/run/qmp.sock")) as qemu:
+        async for view in watch(qemu, 0.5):
+            print(view.line)
+
+Whatever is started here is ended, reaped and swept away when its context is over, and when this
+process is killed. Errors are `dmaproof.errors`' (`UsageError`, `UntestableError`, …) and
+`QmpError`; each names the QEMU and what it said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dmaproof.errors import UsageError
+
+from . import proof
+from .check.check import Check, check
+from .commands.setup import parse_proof_options, setup_of
+from .display import Display, QuietDisplay
+from .host.qemu_choice import find_qemu
+from .migration.dirty_rate import DirtyRates
+from .migration.dirty_rate import measure as measure_dirty_rate
+from .migration.migration import Limits, Migration, MigrationError, Progress
+from .migration.watch import View, watch
+from .migration.ways import WAYS, Ends, UnsupportedWayError
+from .processes.attachment import AttachedQemu, attach
+from .processes.machine import INCOMING
+from .processes.qemu import Qemu
+from .processes.qmp import Qmp, QmpError
+from .processes.run_folder import run_folder
+from .proof import Proof
+
+__all__ = [
+    "INCOMING",
+    "WAYS",
+    "AttachedQemu",
+    "Check",
+    "DirtyRates",
+    "Limits",
+    "MigrationError",
+    "Progress",
+    "Proof",
+    "Qmp",
+    "QmpError",
+    "StartedQemu",
+    "UnsupportedWayError",
+    "View",
+    "attach",
+    "check",
+    "measure_dirty_rate",
+    "migrate",
+    "prove",
+    "start_qemu",
+    "watch",
+]
+
+
+@dataclass(frozen=True)
+class StartedQemu:
+    """A QEMU of ours. `socket` is a second QMP socket of it, which nobody uses yet."""
+
+    qemu: Qemu
+    version: str
+    socket: Path
+
+    @property
+    def qmp(self) -> Qmp:
+        """Its QMP: ``await qmp.execute("query-status")``."""
+        return self.qemu.qmp
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self.qemu.process.pid
+
+
+@contextlib.asynccontextmanager
+async def start_qemu(
+    arguments: Sequence[str] = (),
+    *,
+    binary: str | None = None,
+    accelerator: str | None = None,
+    name: str = "test",
+    folder: Path | None = None,
+) -> AsyncIterator[StartedQemu]:
+    """A QEMU with `arguments`, for as long as the context lasts.
+
+    See `find_qemu` for `binary`. Its logs and sockets are in `folder`, or else in one of its own.
+
+    Raises:
+        UntestableError: there is none, or it does not start.
+    """
+    with contextlib.ExitStack() as own:
+        where = folder or own.enter_context(run_folder())
+        path = where / f"{name}-qmp.sock"
+        options = [*arguments, "-qmp", f"unix:{path},server=on,wait=off"]
+        if accelerator is not None:
+            options = ["-accel", accelerator, *options]
+        qemu = await Qemu.start(name, find_qemu(binary), options, where)
+        try:
+            yield StartedQemu(qemu, await qemu.qmp.version(), path)
+        finally:
+            await qemu.end()
+
+
+async def migrate(
+    source: Qmp, destination: Qmp, way: str = "unix", limits: Limits | None = None
+) -> AsyncIterator[Progress]:
+    """Migrate, and tell how far it is; at the end the destination has loaded everything.
+
+    The destination must have been started with `INCOMING`. Both stand still afterwards.
+
+    Raises:
+        UsageError: there is no such way, or only a proof can go it.
+        UnsupportedWayError: a QEMU lacks it.
+        MigrationError: it failed, or took longer than the `limits` allow.
+    """
+    if way not in WAYS:
+        raise UsageError(f"way {way!r}: there are {', '.join(WAYS)}")
+    if WAYS[way].only_in_proofs:
+        raise UsageError(f"way {way!r}: only a proof, with a device of ours, can go it")
+    with run_folder() as folder:
+        migration = Migration(Ends(source, destination, folder), WAYS[way], limits or Limits())
+        await migration.start()
+        await migration.release()
+        async with contextlib.aclosing(migration.follow()) as precopy:
+            async for progress in precopy:
+                yield progress
+        await migration.load()
+
+
+async def prove(options: Mapping[str, object], display: Display | None = None) -> Proof:
+    """One proof; `options` are those of ``dmaproof prove``: {'guest': 'bare', 'way': 'tls'}.
+
+    Raises:
+        UsageError: there is no such option, or it cannot have that value.
+        UntestableError: it did not come to a verdict.
+    """
+    show = display or QuietDisplay()
+    return await proof.prove(await setup_of(parse_proof_options(options), show), show)

@@ -1,0 +1,60 @@
+"""The examples of docs/library.md, each run as it stands there."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from command import Tool
+from qmp_tools.blocking import Stage
+
+pytestmark = pytest.mark.qemu
+
+PAGE = (Path(__file__).parents[2] / "docs" / "library.md").read_text()
+EXAMPLES = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+TOLD = (
+    r"every page equal: \d+ pages compared\n",
+    r"[\d.]+.* running\nevery page equal: \d+ pages compared\n",
+    r"(\w+ \d+ (\d+|None)\n)+completed \d+ 0\nevery page equal: \d+ pages compared\n",
+    r"[\d.]+.* running\n\d+ bytes a second\n",
+    r"\[\('0x12000', 12288\)\]\n",
+)
+"""What they print, in their order."""
+RUNS_ALREADY = 3
+
+
+def run(number: int, tool: Tool, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", EXAMPLES[number], *arguments],
+        env={**os.environ, "TMPDIR": str(tool.folder)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("number", [it for it in range(len(TOLD)) if it != RUNS_ALREADY])
+def test_an_example_does_what_it_says(number: int, tool: Tool) -> None:
+    assert re.fullmatch(TOLD[number], run(number, tool))
+    assert not tool.leftovers()
+
+
+def test_the_example_for_a_qemu_that_runs_already(
+    tool: Tool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tool.folder))
+    with Stage(quiet=True) as stage:
+        qemu = stage.qemu(["-machine", "q35", "-m", "64"], accelerator="tcg")
+        assert re.fullmatch(TOLD[RUNS_ALREADY], run(RUNS_ALREADY, tool, str(qemu.socket)))
+
+
+def test_there_is_no_other_example() -> None:
+    assert len(EXAMPLES) == len(TOLD)

@@ -32,16 +32,13 @@ from avocado import Test
 from dmaproof.errors import UntestableError
 
 from .blocking import Stage, StagedProof
+from .commands.setup import proof_options
 from .devices.device import AttachedDevice
 from .processes.qemu import Qemu
 from .reports import check_report, report
 from .reports.html import to_html
 
-PARAMETERS: Final = (
-    *("qemu", "qemu_destination", "machine", "accel", "memory", "cpus"),
-    *("guest", "workload", "way", "bandwidth", "downtime_limit", "timeout"),
-    *("device", "queues", "tracker", "harvest", "fault", "seed", "requests_after"),
-)
+PARAMETERS: Final = tuple(name.replace("-", "_") for name in proof_options())
 """Named as the options of ``dmaproof prove``, and with the same defaults."""
 
 

@@ -13,6 +13,7 @@ from dmaproof.errors import DmaproofError, UsageError
 from .commands import (
     bench,
     check,
+    completion,
     dirty_rate,
     doctor,
     faults,
@@ -37,19 +38,36 @@ _SUBCOMMANDS: Final = (
     qemu,
     doctor,
     bench,
+    completion,
 )
 
+_EXAMPLES: Final = """\
+examples:
+  dmaproof doctor                    what this machine lacks, and what mends it
+  dmaproof prove --guest bare        one proof, in a few seconds
+  dmaproof prove --help              each command's help has examples of its own
+"""
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="dmaproof",
         description="Proves that every page a device writes by DMA survives a live migration.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for subcommand in _SUBCOMMANDS:
         subcommand.add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    parser = make_parser()
     arguments = parser.parse_args(argv)
+    arguments.parser = parser
     arguments.command_line = list(sys.argv[1:] if argv is None else argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:

@@ -23,7 +23,7 @@ from dmaproof.bench.iterator import (
 from dmaproof.bench.patterns import Locality
 from dmaproof.errors import UsageError
 
-from .arguments import Subcommands
+from .arguments import Subcommands, add_parser, positive
 from .outputs import write_json
 
 _EXAMPLES: Final = """\
@@ -43,8 +43,13 @@ def add(commands: Subcommands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parts = parser.add_subparsers(metavar="WHAT", required=True)
-    iterator = parts.add_parser(
-        "iterator", help="the ways to hold a bitmap, over density, locality and guest size"
+    iterator = add_parser(
+        parts,
+        "iterator",
+        _run_iterator,
+        summary="the ways to hold a bitmap, over density, locality and guest size",
+        description="Measure the ways to hold a bitmap, over density, locality and guest size.",
+        epilog=_EXAMPLES,
     )
     iterator.add_argument(
         "--most",
@@ -53,11 +58,16 @@ def add(commands: Subcommands) -> None:
         help="the largest guest; 16T takes about 1.5 GiB of memory (default: %(default)s)",
     )
     iterator.add_argument("--picture", type=Path, metavar="FILE.png")
-    iterator.set_defaults(run=_run_iterator)
-    core_parser = parts.add_parser("core", help="bit loops beside memcpy, memchr and memcmp")
-    core_parser.set_defaults(run=_run_core)
+    core_parser = add_parser(
+        parts,
+        "core",
+        _run_core,
+        summary="bit loops beside memcpy, memchr and memcmp",
+        description="Measure the loops over bits and pages beside memcpy, memchr and memcmp.",
+        epilog=_EXAMPLES,
+    )
     for part in (iterator, core_parser):
-        part.add_argument("--repeats", type=int, default=5, metavar="N")
+        part.add_argument("--repeats", type=positive, default=5, metavar="N")
         part.add_argument("--json", metavar="FILE", help="write the figures too; '-' for stdout")
 
 

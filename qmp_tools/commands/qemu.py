@@ -4,26 +4,48 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Final
 
 from ..display import display
 from ..host import qemu_builds
-from .arguments import Subcommands
+from .arguments import Subcommands, add_parser
+
+_EXAMPLES: Final = """\
+examples:
+  dmaproof qemu fetch 11.1                  the newest QEMU 11.1 that Debian has
+  dmaproof qemu fetch trixie-backports      the QEMU of that suite
+  dmaproof qemu list
+  dmaproof prove --qemu 11.1                a proof with what was fetched
+"""
 
 
 def add(commands: Subcommands) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser("qemu", help="QEMU builds in a private folder")
+    parser = commands.add_parser(
+        "qemu",
+        help="QEMU builds in a private folder",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     actions = parser.add_subparsers(metavar="ACTION", required=True)
-    fetch = actions.add_parser(
+    fetch = add_parser(
+        actions,
         "fetch",
-        help="bring a QEMU from the distribution's archive, without root",
+        _fetch,
+        summary="bring a QEMU from the distribution's archive, without root",
         description="Unpack a QEMU with all its libraries into a private folder. Nothing of the "
         "system is touched.",
+        epilog=_EXAMPLES,
     )
     fetch.add_argument("build", metavar="VERSION|SUITE", help="such as 11.1, or trixie-backports")
-    fetch.set_defaults(run=_fetch)
-    show = actions.add_parser("list", help="the QEMUs that are there")
-    show.set_defaults(run=_list)
+    add_parser(
+        actions,
+        "list",
+        _list,
+        summary="the QEMUs that are there",
+        description="List version, suite and path of each QEMU that was fetched.",
+        epilog=_EXAMPLES,
+    )
 
 
 def _fetch(arguments: argparse.Namespace) -> int:

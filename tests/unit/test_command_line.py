@@ -1,0 +1,98 @@
+"""The command line as a whole: its help, and the completion that shells get."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qmp_tools.cli import main, make_parser
+from qmp_tools.commands.arguments import parsers_of
+
+PARSERS = {parser.prog: parser for parser in parsers_of(make_parser())}
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_help_has_examples_which_parse(name: str) -> None:
+    text = PARSERS[name].format_help()
+    assert "\nexamples:\n" in text
+    examples = text.partition("\nexamples:\n")[2].partition("\n\n")[0].splitlines()
+    commands = [line.strip() for line in examples if line.startswith("  dmaproof ")]
+    assert commands
+    for command in commands:
+        words = shlex.split(re.split(r"  |[|>]", command)[0])
+        if words[-1] != "--help":
+            make_parser().parse_args(words[1:])
+
+
+def completion(shell: str, capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["completion", shell]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[str], list[str]]:
+    """What a bash that has sourced the completion offers for the last word of a line."""
+    script = tmp_path / "dmaproof.bash"
+    script.write_text(completion("bash", capsys))
+    (tmp_path / "proof.json").touch()
+
+    def offered(line: str) -> list[str]:
+        # What readline does: 'complete -p' tells the function, which fills COMPREPLY.
+        ask = f"""
+            source {script}
+            read -ra COMP_WORDS <<<"$1"
+            [[ "$1" != *' ' ]] || COMP_WORDS+=("")
+            COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+            [[ $(complete -p dmaproof) =~ -F\\ ([^ ]+) ]]
+            "${{BASH_REMATCH[1]}}" dmaproof "${{COMP_WORDS[-1]}}" "${{COMP_WORDS[-2]}}"
+            printf '%s\\n' "${{COMPREPLY[@]}}"
+        """
+        done = subprocess.run(
+            ["bash", "--norc", "-c", ask, "bash", line],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+        assert done.stderr == ""
+        return done.stdout.split()
+
+    return offered
+
+
+def test_bash_completes(complete: Callable[[str], list[str]]) -> None:
+    subcommands = complete("dmaproof ")
+    assert {"prove", "check", "doctor", "completion"} <= set(subcommands)
+    assert complete("dmaproof pr") == ["prove"]
+    assert complete("dmaproof prove --guest ") == ["bare", "linux"]
+    assert complete("dmaproof prove --guest b") == ["bare"]
+    assert complete("dmaproof qemu f") == ["fetch"]
+    assert "--tracker" in complete("dmaproof prove --t")
+    assert "address-queue" in complete("dmaproof prove --tracker a")
+
+
+def test_bash_completes_files(complete: Callable[[str], list[str]]) -> None:
+    assert complete("dmaproof prove --json pro") == ["proof.json"]
+    assert complete("dmaproof check pro") == ["proof.json"]
+    assert complete("dmaproof prove --fault pro") == []
+
+
+@pytest.mark.parametrize(
+    ("shell", "sign"), [("zsh", "#compdef dmaproof"), ("fish", "complete -c dmaproof")]
+)
+def test_other_shells(shell: str, sign: str, capsys: pytest.CaptureFixture[str]) -> None:
+    script = completion(shell, capsys)
+    assert sign in script
+    assert "dirty-ring" in script
+
+
+def test_an_unknown_shell_is_wrong_usage() -> None:
+    command = [sys.executable, "-m", "qmp_tools.cli", "completion", "sh"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 2

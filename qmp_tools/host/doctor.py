@@ -36,6 +36,10 @@ from .qemu_choice import find_qemu
 
 OLDEST_PYTHON: Final = (3, 11)
 _KVM: Final = Path("/dev/kvm")
+_KVM_MISC_DEVICE: Final = Path("/sys/class/misc/kvm")
+"""There where the running kernel has KVM; a container sees it even if /dev/kvm is kept from it."""
+_DEVELOPERS_EXTRAS: Final = {"docs", "test"}
+"""For work on dmaproof itself; `./dmaproof test` installs them."""
 _OVERHEAD_BYTES: Final = 128 * MIB
 """What a QEMU needs besides its guest's RAM, and the share of the device and the tool."""
 GUEST_MEMORY_BYTES: Final = {"bare": bare_guest.MEMORY_BYTES, "linux": linux_guest.MEMORY_BYTES}
@@ -67,9 +71,10 @@ class Facts:
 
     `compiler` is 'static' where static programs can be linked, 'dynamic' where only others can, and
     None where there is no compiler. `qemu_error` tells why the QEMU that is there does not run.
-    `kernel` is 'kept', 'available', or the error. `kvm` is 'usable', 'forbidden' or 'absent',
-    `kvm_group` the group that owns it, and `virtualization` the processor's feature, 'vmx' or
-    'svm'. `extras` has the packages that each optional extra lacks.
+    `archive_error` tells why QEMUs cannot be fetched from Debian's archive. `kernel` is 'kept',
+    'available', or the error. `kvm` is 'usable', 'forbidden', 'withheld' (the kernel has it, a
+    container does not) or 'absent', `kvm_group` the group that owns it, and `virtualization` the
+    processor's feature, 'vmx' or 'svm'. `extras` has the packages that each optional extra lacks.
     """
 
     root: bool
@@ -78,6 +83,7 @@ class Facts:
     qemu: str | None
     qemu_error: str | None
     fetched: Sequence[str]
+    archive_error: str | None
     compiler: str | None
     kernel: str
     kvm: str
@@ -149,7 +155,11 @@ def _qemu(facts: Facts) -> Finding:
 def _fetched(facts: Facts) -> Finding:
     if facts.fetched:
         return Finding("fetched QEMUs", State.OK, ", ".join(facts.fetched))
-    remedy = "dmaproof qemu fetch 11.1" if facts.apt else "needs Debian's or Ubuntu's apt"
+    remedy = "dmaproof qemu fetch 11.1"
+    if not facts.apt:
+        remedy = "needs Debian's apt"
+    elif facts.archive_error is not None:
+        remedy = f"{_as_root(facts, 'apt-get update')} && {remedy}"
     return Finding("fetched QEMUs", State.LIMITED, "none: only one version to prove", remedy)
 
 
@@ -189,6 +199,9 @@ def _kvm(facts: Facts) -> Finding:
         remedy = f"{_as_root(facts, f'usermod -aG {group} $USER')} (and log in again)"
         return Finding("KVM", State.LIMITED, what, remedy)
     what = f"there is no {_KVM}: proofs use TCG"
+    if facts.kvm == "withheld":
+        remedy = f"start this container with --device {_KVM}: the kernel outside has KVM"
+        return Finding("KVM", State.LIMITED, what, remedy)
     module = {"vmx": "kvm_intel", "svm": "kvm_amd"}.get(facts.virtualization or "")
     if module is None:
         remedy = "switch virtualization on in the firmware, or nesting in the hypervisor"
@@ -242,6 +255,7 @@ def look() -> Facts:
         qemu=qemu,
         qemu_error=qemu_error,
         fetched=[build.version for build in installed()],
+        archive_error=_look_for_archive(),
         compiler=_look_for_compiler(),
         kernel=_look_for_kernel(),
         kvm=kvm,
@@ -306,11 +320,19 @@ def _look_for_kernel() -> str:
     return "available" if known else "apt has no lists of packages yet"
 
 
+def _look_for_archive() -> str | None:
+    try:
+        archive.own_codename()
+    except UntestableError as error:
+        return str(error)
+    return None
+
+
 def _look_for_kvm() -> tuple[str, str | None]:
     try:
         owner = _KVM.stat().st_gid
     except OSError:
-        return "absent", None
+        return "withheld" if _KVM_MISC_DEVICE.exists() else "absent", None
     try:
         group = grp.getgrgid(owner).gr_name
     except KeyError:
@@ -349,7 +371,7 @@ def _try_temporary_folder() -> str | None:
 
 
 def _look_for_extras() -> dict[str, list[str]]:
-    """Each extra of the installed dmaproof, with the packages of it that are not there."""
+    """Each extra for users of the installed dmaproof, with the packages that are not there."""
     distribution = metadata.distribution("dmaproof")
     required = [Requirement(line) for line in distribution.requires or []]
     return {
@@ -359,6 +381,7 @@ def _look_for_extras() -> dict[str, list[str]]:
             if it.marker and it.marker.evaluate({"extra": extra}) and not _fits(it)
         ]
         for extra in distribution.metadata.get_all("Provides-Extra") or []
+        if extra not in _DEVELOPERS_EXTRAS
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ WHOLE = Facts(
     qemu="11.1.3 (/usr/bin/qemu-system-x86_64)",
     qemu_error=None,
     fetched=["11.1.3"],
+    archive_error=None,
     compiler="static",
     kernel="kept",
     kvm="usable",
@@ -97,7 +99,14 @@ NOT_NEEDED = {
     "no nesting": ({"kvm": "absent", "virtualization": None}, "KVM", "in the hypervisor"),
     "group": ({"kvm": "forbidden", "root": False}, "KVM", "sudo usermod -aG kvm $USER"),
     "root's": ({"kvm": "forbidden", "kvm_group": "root"}, "KVM", "chmod a+rw /dev/kvm"),
+    "in a container": ({"kvm": "withheld"}, "KVM", "--device /dev/kvm"),
     "one QEMU": ({"fetched": []}, "fetched QEMUs", "dmaproof qemu fetch 11.1"),
+    "one QEMU, apt without lists": (
+        {"fetched": [], "archive_error": "apt knows no archive"},
+        "fetched QEMUs",
+        "apt-get update && dmaproof qemu fetch 11.1",
+    ),
+    "one QEMU, no apt": ({"fetched": [], "apt": False}, "fetched QEMUs", "needs Debian's apt"),
     "no extra": (
         {"extras": {"bench": ["matplotlib"]}},
         "extra 'bench'",
@@ -167,7 +176,18 @@ def test_a_temporary_folder_that_is_too_long(
     assert not list(folder.iterdir())
 
 
-def test_the_extras_are_those_of_the_package() -> None:
+def test_the_extras_are_those_for_users() -> None:
     extras = look().extras
-    assert set(extras) >= {"bench", "test"}
-    assert "pytest" not in extras["test"], "it is running"
+    assert set(extras) == {"avocado", "bench"}
+
+
+def test_an_extra_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = metadata.version
+
+    def version(name: str) -> str:
+        if name == "matplotlib":
+            raise metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert look().extras["bench"] == ["matplotlib"]

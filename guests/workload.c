@@ -418,6 +418,14 @@ static void begin_again(void) {
     pause_requests(false);
 }
 
+static void use_new_memory(void) {
+    pause_requests(true);
+    for (uint64_t page = first_once; page < first_churn; page++)
+        states[page].request = 0;
+    tell("memory pages=%lu", move_to_new_memory(first_once, parameters.once));
+    pause_requests(false);
+}
+
 // The line to the tool ---------------------------------------------------------------------------
 
 void obey(char command) {
@@ -435,6 +443,9 @@ void obey(char command) {
         break;
     case 'a':
         begin_again();
+        break;
+    case 'm':
+        use_new_memory();
         break;
     case 'p':
         pause_requests(true);

@@ -25,25 +25,26 @@ from dmaproof.evidence import HARVEST, Slot
 from .check.physical_map import parse_flat_view, shown_parts
 from .devices.device import AttachedDevice, ProofDevice
 from .display import Display
-from .guest.channel import AGAIN, QUIET, START_ONCE, SWEEP, GuestChannel
+from .guest.channel import AGAIN, QUIET, START_ONCE, SWEEP, USE_NEW_MEMORY, GuestChannel
 from .guest.workload import Workload
 from .migration.migration import Limits, Migration, Progress
-from .migration.ways import LOCALHOST, WAYS, Ends, FirstAttempt
+from .migration.ways import LOCALHOST, WAYS, Ends, FirstAttempt, Plug
 from .processes.machine import (
     DESTINATION,
     INCOMING,
-    RAM_BACKEND,
     SOURCE,
     Machine,
+    dimm_arguments,
     format_memory,
 )
 from .processes.qemu import Qemu
 from .processes.run_folder import run_folder
-from .ram import RamFile, compare, ram_file
-from .reports.ram_map import RamMap, map_proof
+from .ram import RamFile, compare, ram_files
+from .reports.ram_map import RamMap, joined, map_proof
 from .verdict import (
     EXIT_PASS,
     GuestOutcome,
+    LostPage,
     Verdict,
     attribute,
     measure_sharpness,
@@ -214,6 +215,9 @@ class ProofRun:
         self._guests: dict[str, GuestChannel] = {}
         self._boot_s = 0.0
         self.here, self.there = SOURCE, DESTINATION
+        self._way = WAYS[setup.way]
+        self._dimms: list[list[str]] = []
+        """The arguments of the DIMMs that are plugged."""
 
     async def start(self) -> None:
         """Start both QEMUs, and wait until the source's guest is ready.
@@ -221,8 +225,15 @@ class ProofRun:
         Raises:
             UntestableError: one of them could not be started, or the guest does not come to that.
         """
-        await self.guarded(self._start_both())
+        if self._way.plug is None:
+            await self.guarded(self._start_both())
+            await self.guarded(self._boot())
+            return
+        await self.guarded(self._start(self.here, with_device=self._way.plug is not Plug.DISK))
         await self.guarded(self._boot())
+        if self._way.plug is Plug.DIMM:
+            await self.guarded(self._plug_dimm())
+        await self.guarded(self._start_destination())
 
     async def _start_both(self) -> None:
         outcomes = await asyncio.gather(
@@ -237,6 +248,10 @@ class ProofRun:
     async def _boot(self) -> None:
         began_s = time.monotonic()
         guest = self._guests[self.here]
+        if self._way.plug is Plug.DISK:
+            await guest.wait_for(lambda: "waiting" in guest.latest, "booted", _BOOT_TIMEOUT_S)
+            self._display.say("plugging the disk")
+            await self.qemus[self.here].plug(await self.device.attach(self.here))
         await guest.wait_for(lambda: "ready" in guest.latest, "become ready", _BOOT_TIMEOUT_S)
         self._boot_s = time.monotonic() - began_s
         self._display.say(f"guest ready after {self._boot_s:.1f} s")
@@ -244,11 +259,32 @@ class ProofRun:
     async def _start_destination(self) -> None:
         await self._start(self.there, *INCOMING)
 
-    async def _start(self, name: str, *extra: str) -> None:
+    async def _plug_dimm(self) -> None:
+        """Plug another DIMM, and let the once pages lie in it."""
+        name = f"dimm{len(self._dimms)}"
+        qemu, guest = self.qemus[self.here], self._guests[self.here]
+        self._display.say(f"plugging {name}")
+        await qemu.plug(dimm_arguments(name))
+        (address,) = [
+            it["data"]["addr"]
+            for it in await qemu.qmp.execute("query-memory-devices")
+            if it["data"].get("id") == name
+        ]
+        self._dimms.append(dimm_arguments(name, address))
+        await guest.tell(USE_NEW_MEMORY)
+        await guest.wait_for(
+            lambda: "memory" in guest.latest, "looked for new memory", _BOOT_TIMEOUT_S
+        )
+        if not (pages := guest.number("memory", "pages")):
+            raise UntestableError(f"the guest did not find the memory of {name}")
+        self._display.say(f"{name} is at {address:#x}; {pages} once pages lie in plugged memory")
+
+    async def _start(self, name: str, *extra: str, with_device: bool = True) -> None:
         binary = self._setup.qemu if name == SOURCE else self._setup.qemu_destination
         arguments = [
             *self._setup.machine.arguments(),
-            *await self.device.attach(name),
+            *(argument for dimm in self._dimms for argument in dimm),
+            *(await self.device.attach(name) if with_device else ()),
             *extra,
         ]
         self.qemus[name] = await Qemu.start(name, binary, arguments, self._folder)
@@ -293,7 +329,7 @@ class ProofRun:
         Raises:
             UntestableError: it does not come to that.
         """
-        if attempt := WAYS[self._setup.way].first_attempt:
+        if attempt := self._way.first_attempt:
             await self.guarded(self._migrate_and_fail(attempt))
             await self.guarded(self._start_destination())
         return await self.guarded(self._migrate_to_the_end())
@@ -323,15 +359,19 @@ class ProofRun:
         began_s = time.monotonic()
         self._display.say("comparing every page of RAM")
         evidence = await self.device.evidence(self.here)
-        with (
-            ram_file(source.process.pid, source.process.name) as source_ram,
-            ram_file(destination.process.pid, destination.process.name) as destination_ram,
-        ):
-            differing = compare(source_ram, destination_ram)
-            slots = evidence.slots if evidence else await _slots(source, source_ram)
-            lost = attribute(differing, source_ram, destination_ram, slots, evidence)
-            pages = source_ram.pages
-            ram_map = map_proof(slots, evidence, lost, source_ram, migrated.all_sent_ns)
+        lost: list[LostPage] = []
+        maps: list[RamMap] = []
+        pages = 0
+        async with ram_files(source) as ours, ram_files(destination) as theirs:
+            if [it.backend for it in ours] != [it.backend for it in theirs]:
+                raise UntestableError("source and destination have not the same memory backends")
+            for source_ram, destination_ram in zip(ours, theirs, strict=True):
+                differing = compare(source_ram, destination_ram)
+                slots = evidence.slots if evidence else await _slots(source, source_ram)
+                found = attribute(differing, source_ram, destination_ram, slots, evidence)
+                maps.append(map_proof(slots, evidence, found, source_ram, migrated.all_sent_ns))
+                lost += found
+                pages += source_ram.pages
         compare_s = time.monotonic() - began_s
 
         self._display.say(f"{len(lost)} of {pages} pages differ")
@@ -353,7 +393,7 @@ class ProofRun:
             history=migration.history,
             moments=migration.moments,
             harvests=evidence.harvests if evidence else np.empty(0, dtype=HARVEST),
-            ram_map=ram_map,
+            ram_map=joined(maps),
             commands={
                 it.name: it.command
                 for it in (source.process, destination.process, *self.device.processes)
@@ -372,7 +412,7 @@ class ProofRun:
                 it.process.log_tail() for it in (source, destination)
             ).strip(),
         )
-        return Migration(ends, WAYS[self._setup.way], self._setup.limits)
+        return Migration(ends, self._way, self._setup.limits)
 
     async def _migrate_and_fail(self, attempt: FirstAttempt) -> None:
         """Migrate until every page has been sent, and let it fail; the source's guest goes on.
@@ -444,10 +484,14 @@ class ProofRun:
         self._guests[self.here].close()
         await self.qemus[self.here].end()
         self.here, self.there = self.there, self.here
-        await self.guarded(self._start_destination())
         guest = self._guests[self.here]
         await guest.tell(AGAIN)
-        await guest.wait_for(lambda: "again" in guest.latest, "begun anew", _GO_ON_TIMEOUT_S)
+        await self.guarded(
+            guest.wait_for(lambda: "again" in guest.latest, "begun anew", _GO_ON_TIMEOUT_S)
+        )
+        if self._way.plug is Plug.DIMM:
+            await self.guarded(self._plug_dimm())
+        await self.guarded(self._start_destination())
 
     async def finish(self, proof: Proof) -> Proof:
         """Let the guest go on, and add to the verdict what it saw.
@@ -494,5 +538,5 @@ async def _slots(qemu: Qemu, ram: RamFile) -> list[Slot]:
     view = await qemu.qmp.execute("human-monitor-command", command_line="info mtree -f")
     return [
         Slot(gpa, length, offset, ram.device, ram.inode)
-        for gpa, offset, length in shown_parts(parse_flat_view(view), RAM_BACKEND)
+        for gpa, offset, length in shown_parts(parse_flat_view(view), ram.backend)
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,18 +15,27 @@ from numpy.typing import NDArray
 from dmaproof.errors import UntestableError
 from dmaproof.page_compare import Extent, differing_pages
 
+from .check.physical_map import parse_hva
+from .check.process_memory import mappings_of, shared_memory
+from .processes.machine import RAM_BACKEND
+from .processes.qemu import Qemu
+
 PAGE_BYTES: Final = 4096
 _MEMFD_NAME: Final = "/memfd:memory-backend-memfd"
 
 
 @dataclass(frozen=True)
 class RamFile:
-    """The file behind a guest's RAM, open for reading; `length` in bytes."""
+    """The file behind a guest's RAM, open for reading; `length` in bytes.
+
+    `backend` is the id of the memory backend.
+    """
 
     fd: int
     length: int
     device: int
     inode: int
+    backend: str = RAM_BACKEND
 
     @property
     def pages(self) -> int:
@@ -62,6 +71,32 @@ def ram_file(pid: int, name: str) -> Iterator[RamFile]:
         yield RamFile(fd, status.st_size, status.st_dev, status.st_ino)
     finally:
         os.close(fd)
+
+
+@contextlib.asynccontextmanager
+async def ram_files(qemu: Qemu) -> AsyncIterator[list[RamFile]]:
+    """The memfds that `qemu` has for its guest's RAM and for the DIMMs that are plugged into it.
+
+    Raises:
+        UntestableError: one of them is not to be found.
+    """
+    name, pid = qemu.process.name, qemu.process.pid
+    places = {RAM_BACKEND: 0}
+    for device in await qemu.qmp.execute("query-memory-devices"):
+        backend = str(device["data"]["memdev"]).removeprefix("/objects/")
+        places[backend] = device["data"]["addr"]
+    mappings = mappings_of(pid, name)
+    with contextlib.ExitStack() as stack:
+        files = []
+        for backend, gpa in places.items():
+            told = await qemu.qmp.execute("human-monitor-command", command_line=f"gpa2hva {gpa:#x}")
+            hva = parse_hva(told)
+            memory = hva and stack.enter_context(shared_memory(pid, mappings, hva, PAGE_BYTES))
+            if not memory:
+                raise UntestableError(f"{name} has no file for its memory backend {backend}")
+            length = os.fstat(memory.fd).st_size
+            files.append(RamFile(memory.fd, length, memory.device, memory.inode, backend))
+        yield files
 
 
 def _link_of(entry: Path) -> str:

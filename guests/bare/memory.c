@@ -13,6 +13,12 @@ enum {
     TABLE_ENTRIES = 512,
     PRESENT_WRITABLE = 3,
     LARGE = 0x80,
+
+    // Memory that can be plugged, as ACPI would ask for it (QEMU's docs/specs/acpi_mem_hotplug).
+    SLOT = 0xa00,  // written: which slot the others tell of; read: its address, in two halves
+    SLOT_BYTES = 0xa08,
+    SLOT_FLAGS = 0xa14,
+    SLOT_ENABLED = 1,
 };
 
 // The structures of PVH boot (Xen's public/arch-x86/hvm/start_info.h).
@@ -126,6 +132,29 @@ void lay_out_buffer(uint64_t pages) {
         uint64_t place = index * SCATTER % needed;
         chunks[index] = address_of_chunk(place * available / needed);
     }
+}
+
+static uint64_t read_halves(uint16_t port) {
+    uint32_t low = in32(port);
+    return (uint64_t)in32((uint16_t)(port + 4)) << 32 | low;
+}
+
+uint64_t move_to_new_memory(uint64_t first, uint64_t count) {
+    static uint32_t slots_used;
+    out32(SLOT, slots_used);
+    if (!(in8(SLOT_FLAGS) & SLOT_ENABLED) || in8(SLOT_FLAGS) == UINT8_MAX)
+        return 0;
+    slots_used++;
+    struct region plugged = {read_halves(SLOT), 0};
+    plugged.end = plugged.start + read_halves(SLOT_BYTES);
+    map(plugged.start, plugged.end - plugged.start);
+    uint64_t chunk = (first + CHUNK_PAGES - 1) / CHUNK_PAGES, end = (first + count) / CHUNK_PAGES;
+    uint64_t room = chunks_of(&plugged), moved = end > chunk ? end - chunk : 0;
+    if (moved > room)
+        moved = room;
+    for (uint64_t index = 0; index < moved; index++)  // from its first to its last page
+        chunks[chunk + index] = (first_chunk(&plugged) + index * room / moved) * CHUNK_BYTES;
+    return moved * CHUNK_PAGES;
 }
 
 uint8_t *page_at(uint64_t page) {

@@ -30,6 +30,7 @@ enum {
     STATUS_DRIVER_OK = 4,
     STATUS_FEATURES_OK = 8,
 
+    DISK_PATIENCE_US = 10 * 1000 * 1000,
     MAX_QUEUES = 16,
     MAX_QUEUE_SIZE = 128,
     MAX_DESCRIPTORS = MAX_SMALL_PAGES + 2,  // more pieces than these are in a row
@@ -153,8 +154,12 @@ uint64_t disk_open(unsigned wanted_slots) {
     slot_count = wanted_slots;
     static const uint16_t ids[] = {BLK, TRANSITIONAL_BLK};
     struct pci_device device;
-    if (!pci_find(VENDOR, ids, sizeof ids / sizeof *ids, &device))
-        give_up("there is no virtio disk");
+    for (bool told = false; !pci_find(VENDOR, ids, sizeof ids / sizeof *ids, &device); told = true) {
+        if (!told)
+            tell("waiting for=disk");
+        if (microseconds() > DISK_PATIENCE_US)
+            give_up("there is no virtio disk");
+    }
     volatile uint8_t *notifications, *config, *structure;
     uint32_t multiplier = pci_read32(
         &device, capability(&device, NOTIFICATIONS, &notifications) + CAPABILITY_MULTIPLIER);

@@ -28,12 +28,14 @@
 
 #include "../workload.h"
 
-enum { DISK_PATIENCE_US = 10 * 1000 * 1000 };
+enum { DISK_PATIENCE_US = 10 * 1000 * 1000, MEMORY_PATIENCE_US = 10 * 1000 * 1000 };
 
 const uint32_t piece_alignment = SECTOR_BYTES;  // O_DIRECT asks for it
 
 static int report_fd = -1, disk_fd = -1;
 static uint8_t *buffer;
+static uint64_t ram_end;        // now
+static uint64_t first_ram_end;  // at the start, with nothing plugged
 static atomic_bool paused;
 static atomic_int in_flight;
 
@@ -98,6 +100,37 @@ void pause_requests(bool wanted) {
     atomic_store(&paused, wanted);
     while (wanted && atomic_load(&in_flight))
         usleep(1000);
+}
+
+// The first address behind all RAM.
+static uint64_t end_of_ram(void) {
+    char line[256];
+    uint64_t start, last, end = 0;
+    FILE *map = fopen("/proc/iomem", "r");
+    if (!map)
+        give_up("opening /proc/iomem");
+    while (fgets(line, sizeof line, map))
+        if (strstr(line, ": System RAM") && sscanf(line, "%lx-%lx", &start, &last) == 2)
+            end = last + 1 > end ? last + 1 : end;
+    fclose(map);
+    return end;
+}
+
+// The kernel brings plugged memory online in ZONE_MOVABLE (memhp_default_state), and takes the pages
+// of a new mapping from there first; from which of several DIMMs is its own affair.
+uint64_t move_to_new_memory(uint64_t first, uint64_t count) {
+    uint64_t moved = 0;
+    for (int waited = 0; end_of_ram() == ram_end; waited += 1000, usleep(1000))
+        if (waited > MEMORY_PATIENCE_US)
+            return 0;
+    if (mmap(page_at(first), count * PAGE_BYTES, PROT_READ | PROT_WRITE,
+             MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE | MAP_LOCKED | MAP_FIXED, -1,
+             0) == MAP_FAILED)
+        give_up("mapping the once pages anew");
+    for (uint64_t page = first; page < first + count; page++)
+        moved += gpa_of(page_at(page)) >= first_ram_end;
+    ram_end = end_of_ram();
+    return moved;
 }
 
 // Threads ----------------------------------------------------------------------------------------
@@ -178,6 +211,8 @@ static uint64_t open_disk(void) {
     uint64_t bytes = 0;
     for (int waited = 0; disk_fd < 0; waited += 1000, usleep(1000)) {
         disk_fd = open("/dev/vda", O_RDWR | O_DIRECT | O_CLOEXEC);
+        if (disk_fd < 0 && waited == 0)
+            tell("waiting for=disk");
         if (disk_fd < 0 && waited > DISK_PATIENCE_US)
             give_up("opening /dev/vda");
     }
@@ -221,6 +256,7 @@ int main(int count, char **arguments) {
     load_modules();
     uint64_t sectors = open_disk();
     map_buffer();
+    ram_end = first_ram_end = end_of_ram();
     const char *problem = prepare_workload(sectors);
     if (problem) {
         tell("fatal message=\"%s\"", problem);

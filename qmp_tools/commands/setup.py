@@ -19,13 +19,12 @@ from ..guest.workload import parse_workload
 from ..host.probes import choose_accelerator, choose_memory
 from ..host.qemu_choice import common_machine, find_qemu
 from ..migration.migration import Limits
-from ..migration.ways import LOCALHOST, WAYS
+from ..migration.ways import LOCALHOST, WAYS, Plug
 from ..processes.device import DeviceOptions
 from ..processes.machine import MIB, Machine, parse_memory
 from ..proof import Setup
 from .arguments import positive, seconds, size
 
-MACHINE: Final = "q35"
 TRACKER: Final = "iommu"
 HARVEST: Final = "0.2"
 """The defaults of the options of these names, the last two where a fault needs nothing else."""
@@ -36,7 +35,7 @@ def add_setup_options(parser: argparse.ArgumentParser) -> None:
     qemu = parser.add_argument_group("QEMU")
     qemu.add_argument("--qemu", metavar="PATH", help="default: the system's; or a fetched version")
     qemu.add_argument("--qemu-destination", metavar="PATH", help="default: the same as --qemu")
-    qemu.add_argument("--machine", default=MACHINE, help="machine type (default: %(default)s)")
+    qemu.add_argument("--machine", help="machine type (default: q35, or what the way needs)")
     qemu.add_argument("--accel", choices=("auto", "kvm", "tcg"), default="auto")
     qemu.add_argument(
         "--memory", metavar="SIZE", help="RAM, such as 1G (default: enough for the guest)"
@@ -195,8 +194,9 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
     accelerator = await choose_accelerator(arguments.accel, source, guest, show)
     if memory is None:
         memory = await choose_memory(source, accelerator, guest.memory_bytes, show)
-    machine = arguments.machine
-    if destination.resolve() != source.resolve() or machine != MACHINE:
+    way = WAYS[arguments.way]
+    machine = arguments.machine or way.machine
+    if destination.resolve() != source.resolve() or arguments.machine:
         machine = await common_machine(machine, source, destination)
     if fault.needs_high_ram:
         machine += f",max-ram-below-4g={memory // 2 // MIB}M"
@@ -211,6 +211,7 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
             kernel=guest.kernel,
             initramfs=guest.initramfs,
             command_line=guest.command_line(workload),
+            dimm_slots=way.migrations if way.plug is Plug.DIMM else 0,
         ),
         guest=guest.name,
         workload=workload,

@@ -20,6 +20,8 @@ SWEEP: Final = b"s"
 """Check every page in RAM again."""
 QUIET: Final = b"q"
 """Stop the vCPU's own steady writing."""
+USE_NEW_MEMORY: Final = b"m"
+"""Let the once pages lie in memory that has been plugged, which the guest waits for."""
 AGAIN: Final = b"a"
 """Get ready for another migration: no once page has been used, and the vCPU writes steadily."""
 

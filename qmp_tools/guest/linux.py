@@ -24,7 +24,8 @@ from .build import Guest, Say, cache, compile_c, digest, fresh_folder, sources
 _KERNEL_PACKAGE: Final = "linux-image-amd64"
 _COMMAND_LINE: Final = (
     "console=ttyS0 quiet panic=-1 nokaslr mitigations=off tsc=reliable no_timer_check "
-    "random.trust_cpu=on cryptomgr.notests transparent_hugepage=never"
+    "random.trust_cpu=on cryptomgr.notests transparent_hugepage=never "
+    "memhp_default_state=online_movable"
 )
 _MODULES: Final = (
     "virtio_ring",

@@ -124,6 +124,13 @@ class FirstAttempt(Enum):
     DESTINATION_KILLED_AT_SWITCHOVER = "its destination killed when the guest stood still"
 
 
+class Plug(Enum):
+    """What is plugged into the running guest, for it to use at once."""
+
+    DIMM = "a DIMM before each migration"
+    DISK = "its disk"
+
+
 @dataclass(frozen=True)
 class Way:
     """How a guest migrates.
@@ -133,7 +140,8 @@ class Way:
     is more than 0 once the way has been used: only then may the migration end. `refusal` is what
     QEMU must say to the capabilities: for a way that this device cannot go. `first_attempt` is a
     migration that fails once every page has been sent; the source's guest must go on as if nothing
-    had been. `migrations` is how often the guest migrates, there and back.
+    had been. `migrations` is how often the guest migrates, there and back, and `plug` what is
+    plugged into it before; `machine` is the machine type where no other is asked for.
     `first_pass_bytes_per_s`, and from when the way has shown `held_bytes_per_s`, keep the migration
     from ending before it may.
     """
@@ -147,13 +155,15 @@ class Way:
     refusal: str | None = None
     first_attempt: FirstAttempt | None = None
     migrations: int = 1
+    plug: Plug | None = None
+    machine: str = "q35"
     first_pass_bytes_per_s: int = FIRST_PASS_BYTES_PER_S
     held_bytes_per_s: int = HELD_BYTES_PER_S
 
     @property
     def only_in_proofs(self) -> bool:
-        """Whether it takes more than one migration, or a device that QEMU must refuse it with."""
-        return self.first_attempt is not None or self.migrations > 1 or self.refusal is not None
+        """Whether it takes more than a migration of just any guest with just any device."""
+        return bool(self.first_attempt or self.migrations > 1 or self.plug or self.refusal)
 
     def is_shown_in(self, answer: Mapping[str, Any]) -> bool:
         """Whether an answer of query-migrate shows that the way has been used."""
@@ -244,4 +254,14 @@ WAYS: Final[dict[str, Way]] = {
         first_attempt=FirstAttempt.DESTINATION_KILLED_AT_SWITCHOVER,
     ),
     "ping-pong": Way("there, back and there again, each time verified", migrations=3),
+    "memory-hotplug": Way(
+        "a DIMM plugged and used, there; another plugged and used, and back",
+        migrations=2,
+        plug=Plug.DIMM,
+    ),
+    "device-hotplug": Way(
+        "the disk plugged into the running guest",
+        plug=Plug.DISK,
+        machine="pc",  # a q35 takes devices only behind a port, and gives them no address there
+    ),
 }

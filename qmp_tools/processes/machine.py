@@ -46,7 +46,8 @@ def format_memory(size: int) -> str:
 class Machine:
     """A guest to be started twice: as the source and as the destination of a migration.
 
-    `memory_bytes` of RAM stand in one shared memfd, which the device and the comparison map too.
+    `memory_bytes` of RAM stand in one shared memfd, which the device and the comparison map too. So
+    many DIMMs as `dimm_slots` can be plugged, each of `DIMM_BYTES`.
     """
 
     machine: str
@@ -56,6 +57,7 @@ class Machine:
     kernel: Path
     initramfs: Path | None = None
     command_line: str = ""
+    dimm_slots: int = 0
 
     def arguments(self) -> list[str]:
         """The QEMU arguments that both sides share."""
@@ -73,11 +75,30 @@ class Machine:
                 f"memory-backend-memfd,id={RAM_BACKEND},size={self.memory_bytes},share=on",
             ),
             *("-machine", f"{self.machine},memory-backend={RAM_BACKEND}"),
-            *("-m", f"{self.memory_bytes // KIB}K"),
+            *("-m", f"{self.memory_bytes // KIB}K{self._room_for_dimms()}"),
             *("-kernel", str(self.kernel)),
             *initrd,
             *("-append", self.command_line),
         ]
+
+    def _room_for_dimms(self) -> str:
+        if not self.dimm_slots:
+            return ""
+        most_bytes = self.memory_bytes + self.dimm_slots * DIMM_BYTES
+        return f",slots={self.dimm_slots},maxmem={most_bytes // KIB}K"
+
+
+DIMM_BYTES: Final = 128 * MIB
+"""A memory block of Linux on x86: what is smaller it does not take."""
+
+
+def dimm_arguments(name: str, address: int | None = None) -> list[str]:
+    """The QEMU arguments of the DIMM `name`, at a guest-physical address or where QEMU likes."""
+    place = "" if address is None else f",addr={address:#x}"
+    return [
+        *("-object", f"memory-backend-memfd,id={name}-ram,size={DIMM_BYTES},share=on"),
+        *("-device", f"pc-dimm,id={name},memdev={name}-ram{place}"),
+    ]
 
 
 def vhost_user_blk_arguments(socket: Path, queues: int) -> list[str]:

@@ -12,6 +12,13 @@ from typing import Final
 from .process import Process
 from .qmp import Qmp, QmpError
 
+_PLUGGED_BY: Final = {
+    "-object": "object_add",
+    "-chardev": "chardev-add",
+    "-device": "device_add",
+}
+"""The human monitor's commands that take what the command line's options take."""
+
 _LAST_WORDS_S: Final = 1.0
 """How long a QEMU that closed its QMP socket may take to end."""
 
@@ -79,6 +86,20 @@ class Qemu:
             await qemu.end()
             raise
         return qemu
+
+    async def plug(self, arguments: Sequence[str]) -> None:
+        """Add to the running machine what `arguments` would have made of it at its start.
+
+        Of options with an argument each, -object, -chardev and -device.
+
+        Raises:
+            QmpError: QEMU refused one of them.
+        """
+        for option, value in zip(arguments[::2], arguments[1::2], strict=True):
+            command = f"{_PLUGGED_BY[option]} {value}"
+            told = await self.qmp.execute("human-monitor-command", command_line=command)
+            if told.strip():
+                raise QmpError(f"{self.process.name} refused {command}: {told.strip()}")
 
     async def end(self) -> None:
         """End the process if it still runs, and let go of its sockets."""

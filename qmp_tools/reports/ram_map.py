@@ -75,6 +75,11 @@ class RamMap:
         }
 
 
+def joined(maps: Sequence[RamMap]) -> RamMap:
+    """One map of memory that stands in several files."""
+    return RamMap(maps[0].meanings, [area for it in maps for area in it.areas])
+
+
 def run_lengths(classes: NDArray[np.uint8]) -> list[list[int]]:
     """[class, pages] for each run of equal classes."""
     if not len(classes):
@@ -100,20 +105,21 @@ def map_proof(
         slot for slot in slots if (slot.device, slot.inode) == (source.device, source.inode)
     )
     classes = np.full(source.pages, names.index("other"), dtype=np.uint8)
-    for name, pages in _written(evidence, all_sent_ns) if evidence else ():
+    for kind, pages in _written(evidence, all_sent_ns) if evidence else ():
         for slot in slots:
             inside = pages[(pages >= slot.gpa // PAGE_BYTES) & (pages < _end(slot) // PAGE_BYTES)]
-            classes[inside + (slot.file_offset - slot.gpa) // PAGE_BYTES] = names.index(name)
+            classes[inside + (slot.file_offset - slot.gpa) // PAGE_BYTES] = names.index(kind)
     for page in lost:
         classes[page.ram_offset // PAGE_BYTES] = names.index("lost")
-    regions = [MapRegion(it.gpa, it.length, "ram", "ram", it.file_offset) for it in slots]
+    name = source.backend
+    regions = [MapRegion(it.gpa, it.length, "ram", name, it.file_offset) for it in slots]
     places = [(it.gpa, it.offset, it.length) for it in regions]
-    hidden = hidden_parts(regions, "ram", source.length)
+    hidden = hidden_parts(regions, name, source.length)
     areas = [*places, *((None, offset, length) for offset, length in hidden)]
     return RamMap(
         meanings,
         [
-            MapArea("ram", gpa, offset, classes[offset // PAGE_BYTES :][: length // PAGE_BYTES])
+            MapArea(name, gpa, offset, classes[offset // PAGE_BYTES :][: length // PAGE_BYTES])
             for gpa, offset, length in areas
         ],
     )

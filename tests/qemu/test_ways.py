@@ -12,6 +12,7 @@ from command import Outcome, Tool
 from qmp_tools.host.qemu_builds import installed
 from qmp_tools.host.qemu_choice import find_qemu
 from qmp_tools.migration.ways import WAYS
+from qmp_tools.processes.machine import DIMM_BYTES
 from qmp_tools.processes.qemu import Qemu
 
 pytestmark = pytest.mark.qemu
@@ -53,6 +54,30 @@ def test_it_passes_or_is_told_to_be_lacking(
     assert outcome.exit_code == 0, outcome.output + outcome.errors
     assert report["setup"]["way"] == way
     assert [it["certain"] >= 8000 for it in report["migrations"]] == [True] * WAYS[way].migrations
+
+
+def test_plugged_memory_is_compared_too(tool: Tool) -> None:
+    outcome = prove(tool, "memory-hotplug", "--fault", "forget-high-slot")
+    assert outcome.exit_code == 1, outcome.errors
+    report = outcome.report
+    assert len(report["migrations"]) == 1
+    (dimm,) = [area for area in report["ram_map"]["areas"] if area["region"] == "dimm0-ram"]
+    assert dimm["pages"] == DIMM_BYTES // 4096
+    inside = range(dimm["gpa"], dimm["gpa"] + DIMM_BYTES)
+    assert sum(page["gpa"] in inside for page in report["lost_pages"]) >= 7000
+    assert all(page["link"] == "log" for page in report["lost_pages"])
+
+
+def test_linux_uses_plugged_memory(tool: Tool) -> None:
+    outcome = tool.run("prove", "--way", "memory-hotplug", "--json", "-")
+    assert outcome.exit_code == 0, outcome.output + outcome.errors
+    assert len(outcome.report["migrations"]) == 2
+
+
+def test_a_machine_that_takes_no_disk_is_told(tool: Tool) -> None:
+    outcome = prove(tool, "device-hotplug", "--machine", "q35")
+    assert outcome.exit_code == 3
+    assert "does not support hotplugging" in outcome.errors
 
 
 @pytest.mark.parametrize("way", ["multifd-4", "exec", "mapped-ram", "destination-killed-late"])

@@ -13,6 +13,7 @@ import pytest
 from qmp_tools.migration.certificates import SERVER_NAME, make_certificates
 from qmp_tools.migration.migration import Limits, Migration, MigrationError, parse_progress
 from qmp_tools.migration.ways import WAYS, Ends, UnsupportedWayError, Way
+from qmp_tools.processes.machine import Machine, dimm_arguments
 from qmp_tools.processes.qmp import Qmp, QmpRefusal
 
 DEFAULT_LIMITS = Limits()
@@ -248,3 +249,15 @@ def test_certificates_are_what_they_are_for(tmp_path: Path) -> None:
     assert not verify("server", "-purpose", "sslclient")
     assert verify("client", "-purpose", "sslclient")
     assert not verify("client", "-purpose", "sslserver")
+
+
+def test_a_dimm_is_the_same_on_both_sides() -> None:
+    plugged, started = dimm_arguments("dimm0"), dimm_arguments("dimm0", 1 << 32)
+    assert started == [*plugged[:-1], f"{plugged[-1]},addr=0x100000000"]
+
+
+def test_a_machine_has_room_for_its_dimms() -> None:
+    machine = Machine("q35", "tcg", 128 << 20, 1, Path("kernel"), dimm_slots=2)
+    assert machine.arguments()[machine.arguments().index("-m") + 1] == (
+        "131072K,slots=2,maxmem=393216K"
+    )

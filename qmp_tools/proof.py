@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,16 @@ from .display import Display
 from .guest.channel import AGAIN, QUIET, START_ONCE, SWEEP, USE_NEW_MEMORY, GuestChannel
 from .guest.workload import Workload
 from .migration.migration import Limits, Migration, Progress
-from .migration.ways import LOCALHOST, WAYS, Ends, FirstAttempt, Plug
+from .migration.ways import (
+    LOCALHOST,
+    WAYS,
+    Ends,
+    FirstAttempt,
+    Plug,
+    UnsupportedWayError,
+    channel,
+    channel_path,
+)
 from .processes.machine import (
     DESTINATION,
     INCOMING,
@@ -38,6 +48,7 @@ from .processes.machine import (
     format_memory,
 )
 from .processes.qemu import Qemu
+from .processes.qmp import QmpError
 from .processes.run_folder import run_folder
 from .ram import RamFile, compare, ram_files
 from .reports.ram_map import RamMap, joined, map_proof
@@ -46,6 +57,7 @@ from .verdict import (
     GuestOutcome,
     LostPage,
     Verdict,
+    Witness,
     attribute,
     measure_sharpness,
     sharpness_by_guest,
@@ -53,6 +65,7 @@ from .verdict import (
 
 _BOOT_TIMEOUT_S: Final = 60.0
 _GO_ON_TIMEOUT_S: Final = 60.0
+_LOOK_AGAIN_S: Final = 0.01
 _REQUESTS_BETWEEN: Final = 100
 """That the source's guest must do after an attempt has failed, before the next begins."""
 
@@ -225,17 +238,24 @@ class ProofRun:
         Raises:
             UntestableError: one of them could not be started, or the guest does not come to that.
         """
-        if self._way.plug is None:
-            await self.guarded(self._start_both())
-            await self.guarded(self._boot())
-            return
-        await self.guarded(self._start(self.here, with_device=self._way.plug is not Plug.DISK))
+        try:
+            await self.guarded(self._start_what_comes_first())
+        except QmpError as error:
+            if self._way.machine_options:
+                raise UnsupportedWayError(f"this QEMU lacks the way: {error}") from error
+            raise
         await self.guarded(self._boot())
         if self._way.plug is Plug.DIMM:
             await self.guarded(self._plug_dimm())
-        await self.guarded(self._start_destination())
+        if self.there not in self.qemus and not self._way.cpr_channel:
+            await self.guarded(self._start_destination())
 
-    async def _start_both(self) -> None:
+    async def _start_what_comes_first(self) -> None:
+        """Start the source; the destination too, but where it must be told of what is plugged, or
+        comes by a channel."""
+        if self._way.plug or self._way.cpr_channel:
+            await self._start(self.here, with_device=self._way.plug is not Plug.DISK)
+            return
         outcomes = await asyncio.gather(
             self._start(self.here),
             self._start_destination(),
@@ -280,6 +300,21 @@ class ProofRun:
         self._display.say(f"{name} is at {address:#x}; {pages} once pages lie in plugged memory")
 
     async def _start(self, name: str, *extra: str, with_device: bool = True) -> None:
+        await self._launch(name, *extra, with_device=with_device)
+        await self.qemus[name].connect()
+
+    async def _launch_to_join(self) -> None:
+        """Launch a destination that waits for the source's file descriptors before all else."""
+        descriptors = json.dumps(channel(self._folder, "cpr"))
+        await self._launch(self.there, *INCOMING, "-incoming", descriptors)
+        deadline = time.monotonic() + _BOOT_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if channel_path(self._folder, "cpr").exists():
+                return
+            await asyncio.sleep(_LOOK_AGAIN_S)
+        raise UntestableError("the destination does not listen for the source's descriptors")
+
+    async def _launch(self, name: str, *extra: str, with_device: bool = True) -> None:
         binary = self._setup.qemu if name == SOURCE else self._setup.qemu_destination
         arguments = [
             *self._setup.machine.arguments(),
@@ -287,7 +322,7 @@ class ProofRun:
             *(await self.device.attach(name) if with_device else ()),
             *extra,
         ]
-        self.qemus[name] = await Qemu.start(name, binary, arguments, self._folder)
+        self.qemus[name] = await Qemu.launch(name, binary, arguments, self._folder)
         self._guests[name] = GuestChannel(self.qemus[name])
 
     async def end(self) -> None:
@@ -332,11 +367,18 @@ class ProofRun:
         if attempt := self._way.first_attempt:
             await self.guarded(self._migrate_and_fail(attempt))
             await self.guarded(self._start_destination())
+        if self._way.cpr_channel:
+            await self.guarded(self._launch_to_join())
         return await self.guarded(self._migrate_to_the_end())
 
     async def _migrate_to_the_end(self) -> Migrated:
         source, destination = self.qemus[self.here], self.qemus[self.there]
-        versions = [await qemu.qmp.version() for qemu in (source, destination)]
+        if self._way.stands_still:
+            guest = self._guests[self.here]
+            await guest.tell(START_ONCE)
+            await guest.wait_for(
+                lambda: "once-done" in guest.latest, "used its once pages", _GO_ON_TIMEOUT_S
+            )
         self._display.say(f"migrating ({self._setup.way})")
 
         began_s = time.monotonic()
@@ -344,6 +386,7 @@ class ProofRun:
         all_sent_ns = await self._migrate(migration)
         migration_s = time.monotonic() - began_s
         await migration.load()
+        versions = [await qemu.qmp.version() for qemu in (source, destination)]
         return Migrated(versions, migration_s, all_sent_ns, migration)
 
     async def compare(self, migrated: Migrated) -> Proof:
@@ -365,6 +408,8 @@ class ProofRun:
         async with ram_files(source) as ours, ram_files(destination) as theirs:
             if [it.backend for it in ours] != [it.backend for it in theirs]:
                 raise UntestableError("source and destination have not the same memory backends")
+            if self._way.cpr_channel and ours[0].inode != theirs[0].inode:
+                raise UntestableError("the source has copied its memory and not handed it over")
             for source_ram, destination_ram in zip(ours, theirs, strict=True):
                 differing = compare(source_ram, destination_ram)
                 slots = evidence.slots if evidence else await _slots(source, source_ram)
@@ -375,7 +420,10 @@ class ProofRun:
         compare_s = time.monotonic() - began_s
 
         self._display.say(f"{len(lost)} of {pages} pages differ")
-        if evidence:
+        if self._way.stands_still:
+            once = self._guests[self.here].number("once-done", "pages")
+            sharpness = sharpness_by_guest(once, Witness.STILL)
+        elif evidence:
             sharpness = measure_sharpness(evidence, migrated.all_sent_ns)
         else:
             sharpness = sharpness_by_guest(self._guests[self.here].number("progress", "once"))
@@ -408,6 +456,7 @@ class ProofRun:
             destination.qmp,
             self._folder,
             self._setup.host,
+            joined=destination.connect if self._way.cpr_channel else None,
             printed=lambda: "\n".join(
                 it.process.log_tail() for it in (source, destination)
             ).strip(),
@@ -463,6 +512,8 @@ class ProofRun:
         try:
             async for progress in migration.follow():
                 self._display.precopy(progress)
+                if self._way.stands_still:
+                    continue
                 if all_sent_ns is None and progress.syncs >= 2:
                     all_sent_ns = progress.time_ns
                     await migration.hold()

@@ -78,10 +78,14 @@ class LostPage:
 
 
 class Witness(StrEnum):
-    """Who knows what a device wrote: its own journal, or only the guest that asked for it."""
+    """Who knows what a device wrote: its own journal, or only the guest that asked for it.
+
+    STILL is the guest too, where it stood still before anything moved.
+    """
 
     JOURNAL = "journal"
     GUEST = "guest"
+    STILL = "still"
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,8 @@ class Sharpness:
     of them that the device wrote only once, with data. `unreported` were written and have not
     reached the log since, whether they were lost by it or saved by luck; `unreported_certain` are
     both, and `missed_at` counts them by the first link that has not seen them. `reported_unwritten`
-    reached the log though the device had not written them. Where the guest is the `witness`, it
-    knows of its once pages alone: they are `rewritten` and `certain`, and the rest is not known.
+    reached the log though the device had not written them. Where the `witness`
+    is not the journal, the once pages alone are known: they are `rewritten` and `certain`.
     """
 
     writes: int
@@ -253,10 +257,10 @@ def measure_sharpness(evidence: Evidence, all_sent_ns: int) -> Sharpness:
     )
 
 
-def sharpness_by_guest(once: int) -> Sharpness:
+def sharpness_by_guest(once: int, witness: Witness = Witness.GUEST) -> Sharpness:
     """What a run without a journal can tell: `once` pages the guest has had read into just once,
-    all of them after everything had been sent."""
-    return Sharpness(0, 0, once, once, 0, 0, 0, witness=Witness.GUEST)
+    all of them after everything had been sent, or before anything was."""
+    return Sharpness(0, 0, once, once, 0, 0, 0, witness=witness)
 
 
 def _missed_at(

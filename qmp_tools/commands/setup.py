@@ -198,6 +198,7 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
     machine = arguments.machine or way.machine
     if destination.resolve() != source.resolve() or arguments.machine:
         machine = await common_machine(machine, source, destination)
+    machine += way.machine_options
     if fault.needs_high_ram:
         machine += f",max-ram-below-4g={memory // 2 // MIB}M"
     return Setup(

@@ -16,7 +16,7 @@ from typing import Any, Final, cast
 from dmaproof.errors import UntestableError
 
 from ..processes.qmp import QmpRefusal
-from .ways import HELD_BYTES_PER_S, Ends, UnsupportedWayError, Way
+from .ways import HELD_BYTES_PER_S, Ends, UnsupportedWayError, Way, channel
 
 _POLL_S: Final = 0.05
 _UNLIMITED_BYTES_PER_S: Final = 1 << 40
@@ -138,12 +138,20 @@ class Migration:
             max_bandwidth=min(self._bandwidth_bytes_per_s, self.way.first_pass_bytes_per_s),
             downtime_limit=1,  # with 0, QEMU takes an empty first pass for convergence
         )
+        if self.ends.joined is not None:
+            main, descriptors = (channel(self.ends.folder, kind) for kind in ("main", "cpr"))
+            await source.execute("migrate", channels=[main, descriptors])
+            await self.ends.joined()
+            await self.ends.destination.execute("migrate-incoming", channels=[main])
+            return
         if not stream.saved_first:
             await self._read_stream()
         await source.execute("migrate", uri=await stream.written_to(self.ends))
 
     async def _prepare(self) -> None:
-        sides = (self.ends.source, self.ends.destination)
+        sides = [self.ends.source]
+        if self.ends.joined is None:
+            sides.append(self.ends.destination)
         capabilities = [
             {"capability": name, "state": True} for name in ("events", *self.way.capabilities)
         ]

@@ -40,7 +40,8 @@ class UnsupportedWayError(UnsupportedError):
 class Ends:
     """Both QEMUs of a migration, and the `folder` and `host` that are theirs for its stream.
 
-    `printed()` is what they have said elsewhere than on QMP.
+    `printed()` is what they have said elsewhere than on QMP. `joined()` waits until the destination
+    answers on QMP, where that is only during the migration.
     """
 
     source: Qmp
@@ -48,6 +49,7 @@ class Ends:
     folder: Path
     host: str = LOCALHOST
     printed: Callable[[], str] = lambda: ""
+    joined: Callable[[], Awaitable[None]] | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,17 @@ class FirstAttempt(Enum):
     DESTINATION_KILLED_AT_SWITCHOVER = "its destination killed when the guest stood still"
 
 
+def channel(folder: Path, kind: str) -> dict[str, Any]:
+    """The migration channel `kind`, 'main' or 'cpr', over a socket in `folder`."""
+    address = {"transport": "socket", "type": "unix", "path": str(channel_path(folder, kind))}
+    return {"channel-type": kind, "addr": address}
+
+
+def channel_path(folder: Path, kind: str) -> Path:
+    """Where the destination listens for channel `kind`."""
+    return folder / f"{kind}-channel.sock"
+
+
 class Plug(Enum):
     """What is plugged into the running guest, for it to use at once."""
 
@@ -141,7 +154,10 @@ class Way:
     QEMU must say to the capabilities: for a way that this device cannot go. `first_attempt` is a
     migration that fails once every page has been sent; the source's guest must go on as if nothing
     had been. `migrations` is how often the guest migrates, there and back, and `plug` what is
-    plugged into it before; `machine` is the machine type where no other is asked for.
+    plugged into it before; `machine` is the machine type where no other is asked for, and
+    `machine_options` what any of them is told besides. With `stands_still` QEMU stops the guest
+    before anything moves. With `cpr_channel` the destination takes the source's file descriptors
+    over a channel of its own, and answers on QMP only when it has them.
     `first_pass_bytes_per_s`, and from when the way has shown `held_bytes_per_s`, keep the migration
     from ending before it may.
     """
@@ -157,13 +173,22 @@ class Way:
     migrations: int = 1
     plug: Plug | None = None
     machine: str = "q35"
+    machine_options: str = ""
+    stands_still: bool = False
+    cpr_channel: bool = False
     first_pass_bytes_per_s: int = FIRST_PASS_BYTES_PER_S
     held_bytes_per_s: int = HELD_BYTES_PER_S
 
     @property
     def only_in_proofs(self) -> bool:
         """Whether it takes more than a migration of just any guest with just any device."""
-        return bool(self.first_attempt or self.migrations > 1 or self.plug or self.refusal)
+        return bool(
+            self.first_attempt
+            or self.migrations > 1
+            or self.plug
+            or self.stands_still
+            or self.refusal
+        )
 
     def is_shown_in(self, answer: Mapping[str, Any]) -> bool:
         """Whether an answer of query-migrate shows that the way has been used."""
@@ -254,6 +279,19 @@ WAYS: Final[dict[str, Way]] = {
         first_attempt=FirstAttempt.DESTINATION_KILLED_AT_SWITCHOVER,
     ),
     "ping-pong": Way("there, back and there again, each time verified", migrations=3),
+    "cpr-reboot": Way(
+        "stopped, saved into a file, and restored: how a guest outlives a new kernel of its host",
+        _FILE,
+        parameters={"mode": "cpr-reboot"},
+        stands_still=True,
+    ),
+    "cpr-transfer": Way(
+        "stopped, and its memory handed to another QEMU on the same host without a copy",
+        parameters={"mode": "cpr-transfer"},
+        machine_options=",aux-ram-share=on",
+        stands_still=True,
+        cpr_channel=True,
+    ),
     "memory-hotplug": Way(
         "a DIMM plugged and used, there; another plugged and used, and back",
         migrations=2,

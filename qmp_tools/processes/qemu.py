@@ -34,6 +34,7 @@ class Qemu:
         self.process = process
         self.qmp = qmp
         self.console = console
+        self._unconnected: socket.socket | None = None
         self.report: asyncio.StreamReader
         self.report_input: asyncio.StreamWriter
 
@@ -46,6 +47,17 @@ class Qemu:
 
         Raises:
             UntestableError: it could not be started, or does not answer on QMP.
+        """
+        qemu = await cls.launch(name, binary, arguments, folder)
+        await qemu.connect()
+        return qemu
+
+    @classmethod
+    async def launch(cls, name: str, binary: Path, arguments: Sequence[str], folder: Path) -> Qemu:
+        """Start it as `start` does, without waiting for it on QMP: `connect` has to follow.
+
+        Raises:
+            UntestableError: it could not be started.
         """
         ours_qmp, theirs_qmp = socket.socketpair()
         ours_report, theirs_report = socket.socketpair()
@@ -72,20 +84,35 @@ class Qemu:
                 pass_fds=(theirs_qmp.fileno(), theirs_report.fileno()),
             )
         qemu = cls(process, Qmp(f"{name} QEMU"), console)
+        qemu._unconnected = ours_qmp
         try:
             qemu.report, qemu.report_input = await asyncio.open_connection(sock=ours_report)
-            await qemu.qmp.connect(ours_qmp)
-        except QmpError as error:
-            await asyncio.wait([process.died], timeout=_LAST_WORDS_S)
-            how_it_ended = process.how_it_ended()
-            await qemu.end()
-            raise QmpError(
-                f"{process.name} {how_it_ended} before it answered on QMP\n{process.log_tail()}"
-            ) from error
         except asyncio.CancelledError:
             await qemu.end()
             raise
         return qemu
+
+    async def connect(self) -> None:
+        """Wait until it answers on QMP; where it does not, it has ended.
+
+        Raises:
+            QmpError: it does not.
+        """
+        connection, self._unconnected = self._unconnected, None
+        assert connection is not None
+        try:
+            await self.qmp.connect(connection)
+        except QmpError as error:
+            await asyncio.wait([self.process.died], timeout=_LAST_WORDS_S)
+            how_it_ended = self.process.how_it_ended()
+            await self.end()
+            raise QmpError(
+                f"{self.process.name} {how_it_ended} before it answered on QMP\n"
+                f"{self.process.log_tail()}".rstrip()
+            ) from error
+        except asyncio.CancelledError:
+            await self.end()
+            raise
 
     async def plug(self, arguments: Sequence[str]) -> None:
         """Add to the running machine what `arguments` would have made of it at its start.
@@ -104,6 +131,8 @@ class Qemu:
     async def end(self) -> None:
         """End the process if it still runs, and let go of its sockets."""
         await self.process.end()
+        if self._unconnected is not None:
+            self._unconnected.close()
         await self.qmp.close()
         if hasattr(self, "report_input"):
             self.report_input.close()

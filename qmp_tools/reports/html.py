@@ -99,6 +99,10 @@ def _proof_facts(answer: Json) -> str:
 def _written(sharpness: Json) -> list[tuple[str, Any]]:
     if sharpness["witness"] == "guest":
         return [("written after all had been sent, certain to show a loss", sharpness["certain"])]
+    if sharpness["witness"] == "still":
+        return [
+            ("written before the guest stood still, certain to show a loss", sharpness["certain"])
+        ]
     links = ", ".join(f"{count} at the {link}" for link, count in sharpness["missed_at"].items())
     return [
         ("written by the device while logging", sharpness["written"]),

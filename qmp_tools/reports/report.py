@@ -146,6 +146,12 @@ def _sharpness(sharpness: Sharpness) -> list[str]:
             "everything had been sent;",
             "               losing the bit of any one of them would certainly have shown",
         ]
+    if sharpness.witness == Witness.STILL:
+        return [
+            f"  sharpness    the guest had {sharpness.certain} pages written just once before it "
+            "stood still, and nothing moved until then;",
+            "               losing any one of them would certainly have shown",
+        ]
     return [
         f"  sharpness    the device wrote {sharpness.written} pages while logging was on, "
         f"{sharpness.rewritten} of them after",
@@ -185,6 +191,12 @@ def _story(page: LostPage) -> str:
 
 def _accelerator_advice(proof: Proof) -> list[str]:
     machine = proof.setup.machine
+    if machine.accelerator == "tcg" and machine.dimm_slots:
+        return [
+            "The accelerator's lost pages were written by vCPUs. QEMU 7.2 is known to lose such",
+            "pages under TCG in DIMMs like these, whose size is a multiple of 256 KiB: a newer QEMU",
+            "does not (dmaproof qemu fetch).",
+        ]
     if machine.accelerator != "tcg" or machine.memory_bytes % (256 << 10):
         return ["The lost pages of the accelerator were written by vCPUs; QEMU did not send them."]
     odd = format_memory(machine.memory_bytes + (8 << 10))

@@ -46,6 +46,9 @@ def test_it_passes_or_is_told_to_be_lacking(
     outcome = prove(tool, way)
     report = outcome.report
     lacking = set(WAYS[way].capabilities) - known_capabilities
+    if "mode" in WAYS[way].parameters and report.get("unsupported"):
+        assert ("aux-ram-share" if WAYS[way].machine_options else "'mode'") in report["verdict"]
+        return
     if lacking or WAYS[way].refusal:
         assert (outcome.exit_code, report["unsupported"], report["way"]) == (3, True, way)
         due = min(lacking) if lacking else f"{WAYS[way].refusal}"
@@ -69,7 +72,11 @@ def test_plugged_memory_is_compared_too(tool: Tool) -> None:
 
 
 def test_linux_uses_plugged_memory(tool: Tool) -> None:
-    outcome = tool.run("prove", "--way", "memory-hotplug", "--json", "-")
+    # QEMU 7.2 under TCG loses what vCPUs write to a DIMM, as its size is a multiple of 256 KiB.
+    if not installed():
+        pytest.skip("needs a newer QEMU: dmaproof qemu fetch 11.1")
+    newest = str(installed()[-1].path)
+    outcome = tool.run("prove", "--way", "memory-hotplug", "--qemu", newest, "--json", "-")
     assert outcome.exit_code == 0, outcome.output + outcome.errors
     assert len(outcome.report["migrations"]) == 2
 

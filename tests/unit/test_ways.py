@@ -62,8 +62,12 @@ class Stage:
             cast(Qmp, self.destination),
             folder,
             printed=lambda: self.printed,
+            joined=self.join if way.cpr_channel else None,
         )
         self.migration = Migration(ends, way, limits)
+
+    async def join(self) -> None:
+        self.log.append(("destination", "join", {}))
 
     def start(self) -> None:
         asyncio.run(self.migration.start())
@@ -72,7 +76,7 @@ class Stage:
         return [arguments for it, said, arguments in self.log if (it, said) == (name, command)]
 
 
-PASSABLE = [name for name, way in WAYS.items() if way.refusal is None]
+PASSABLE = [name for name, way in WAYS.items() if way.refusal is None and not way.cpr_channel]
 
 
 @pytest.mark.parametrize("name", PASSABLE)
@@ -102,6 +106,24 @@ def test_what_is_written_is_read(tmp_path: Path, name: str) -> None:
         assert writing["uri"] == "tcp:::1:4711"
     else:
         assert writing["uri"].replace(">", "<") == reading["uri"]
+
+
+def test_who_comes_by_a_channel_is_told_when_it_has_joined(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, WAYS["cpr-transfer"])
+    stage.start()
+    steps = [(name, command) for name, command, _ in stage.log if command != "query-status"]
+    assert steps == [
+        ("source", "migrate-set-capabilities"),
+        ("source", "migrate-set-parameters"),
+        ("source", "migrate-set-parameters"),
+        ("source", "migrate"),
+        ("destination", "join"),
+        ("destination", "migrate-incoming"),
+    ]
+    (writing,) = stage.told("source", "migrate")
+    (reading,) = stage.told("destination", "migrate-incoming")
+    assert [it["channel-type"] for it in writing["channels"]] == ["main", "cpr"]
+    assert reading["channels"] == writing["channels"][:1]
 
 
 def test_a_socket_pair_is_handed_over_and_let_go(tmp_path: Path) -> None:

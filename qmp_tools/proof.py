@@ -50,10 +50,11 @@ from .processes.machine import (
 from .processes.qemu import Qemu
 from .processes.qmp import QmpError
 from .processes.run_folder import run_folder
-from .ram import RamFile, compare, ram_files
+from .ram import RamFile, compare, copied, ram_files
 from .reports.ram_map import RamMap, joined, map_proof
 from .verdict import (
     EXIT_PASS,
+    Blame,
     GuestOutcome,
     LostPage,
     Verdict,
@@ -66,6 +67,8 @@ from .verdict import (
 _BOOT_TIMEOUT_S: Final = 60.0
 _GO_ON_TIMEOUT_S: Final = 60.0
 _LOOK_AGAIN_S: Final = 0.01
+_CANNOT_LOAD: Final = "error while loading state"
+"""QEMU's words for a device's state that it refuses (vmstate_load)."""
 _REQUESTS_BETWEEN: Final = 100
 """That the source's guest must do after an attempt has failed, before the next begins."""
 
@@ -231,6 +234,9 @@ class ProofRun:
         self._way = WAYS[setup.way]
         self._dimms: list[list[str]] = []
         """The arguments of the DIMMs that are plugged."""
+        self._moment: Sequence[RamFile] | None = None
+        self._kept = contextlib.ExitStack()
+        """Holds the RAM of the moment."""
 
     async def start(self) -> None:
         """Start both QEMUs, and wait until the source's guest is ready.
@@ -327,6 +333,7 @@ class ProofRun:
 
     async def end(self) -> None:
         """End both QEMUs."""
+        self._kept.close()
         for guest in self._guests.values():
             guest.close()
         await asyncio.gather(*(qemu.end() for qemu in self.qemus.values()))
@@ -369,7 +376,16 @@ class ProofRun:
             await self.guarded(self._start_destination())
         if self._way.cpr_channel:
             await self.guarded(self._launch_to_join())
-        return await self.guarded(self._migrate_to_the_end())
+        try:
+            return await self.guarded(self._migrate_to_the_end())
+        except UntestableError as error:
+            if self._way.snapshot and _CANNOT_LOAD in str(error):
+                raise UntestableError(
+                    "QEMU took a snapshot that cannot be loaded, as it does not hold off what a "
+                    "device outside QEMU writes: its rings are of a later moment than the devices' "
+                    f"state\n{error}"
+                ) from error
+            raise
 
     async def _migrate_to_the_end(self) -> Migrated:
         source, destination = self.qemus[self.here], self.qemus[self.there]
@@ -379,6 +395,10 @@ class ProofRun:
             await guest.wait_for(
                 lambda: "once-done" in guest.latest, "used its once pages", _GO_ON_TIMEOUT_S
             )
+        if self._way.snapshot:
+            await source.qmp.execute("stop")
+            async with ram_files(source) as files:
+                self._moment = self._kept.enter_context(copied(files))
         self._display.say(f"migrating ({self._setup.way})")
 
         began_s = time.monotonic()
@@ -402,10 +422,13 @@ class ProofRun:
         began_s = time.monotonic()
         self._display.say("comparing every page of RAM")
         evidence = await self.device.evidence(self.here)
+        blame = Blame.UNKNOWN
+        if self._way.snapshot:  # taken without a dirty log, so the journal was not kept
+            evidence, blame = None, Blame.SNAPSHOT
         lost: list[LostPage] = []
         maps: list[RamMap] = []
         pages = 0
-        async with ram_files(source) as ours, ram_files(destination) as theirs:
+        async with self._ram_to_hold_against() as ours, ram_files(destination) as theirs:
             if [it.backend for it in ours] != [it.backend for it in theirs]:
                 raise UntestableError("source and destination have not the same memory backends")
             if self._way.cpr_channel and ours[0].inode != theirs[0].inode:
@@ -413,16 +436,17 @@ class ProofRun:
             for source_ram, destination_ram in zip(ours, theirs, strict=True):
                 differing = compare(source_ram, destination_ram)
                 slots = evidence.slots if evidence else await _slots(source, source_ram)
-                found = attribute(differing, source_ram, destination_ram, slots, evidence)
+                found = attribute(differing, source_ram, destination_ram, slots, evidence, blame)
                 maps.append(map_proof(slots, evidence, found, source_ram, migrated.all_sent_ns))
                 lost += found
                 pages += source_ram.pages
         compare_s = time.monotonic() - began_s
 
         self._display.say(f"{len(lost)} of {pages} pages differ")
-        if self._way.stands_still:
-            once = self._guests[self.here].number("once-done", "pages")
-            sharpness = sharpness_by_guest(once, Witness.STILL)
+        if self._way.stands_still or self._way.snapshot:
+            witness = Witness.SNAPSHOT if self._way.snapshot else Witness.STILL
+            once = self._guests[self.here].number("progress", "once")
+            sharpness = sharpness_by_guest(once, witness)
         elif evidence:
             sharpness = measure_sharpness(evidence, migrated.all_sent_ns)
         else:
@@ -448,6 +472,15 @@ class ProofRun:
             },
             folder=None,
         )
+
+    @contextlib.asynccontextmanager
+    async def _ram_to_hold_against(self) -> AsyncIterator[Sequence[RamFile]]:
+        """The source's RAM, or what it was at the moment of which there is a snapshot."""
+        if self._moment is not None:
+            yield self._moment
+            return
+        async with ram_files(self.qemus[self.here]) as files:
+            yield files
 
     def _migration(self) -> Migration:
         source, destination = self.qemus[self.here], self.qemus[self.there]
@@ -514,6 +547,9 @@ class ProofRun:
                 self._display.precopy(progress)
                 if self._way.stands_still:
                     continue
+                if self._way.snapshot:
+                    await self._run_on(progress)
+                    continue
                 if all_sent_ns is None and progress.syncs >= 2:
                     all_sent_ns = progress.time_ns
                     await migration.hold()
@@ -544,12 +580,23 @@ class ProofRun:
             await self.guarded(self._plug_dimm())
         await self.guarded(self._start_destination())
 
+    async def _run_on(self, progress: Progress) -> None:
+        """Let the source's guest run, and its device write, while the snapshot is taken."""
+        qmp, guest = self.qemus[self.here].qmp, self._guests[self.here]
+        if progress.status != "active":
+            return
+        if (await qmp.execute("query-status"))["status"] != "running":
+            await qmp.execute("cont")  # QEMU 7.2 does so by itself
+        await guest.tell(START_ONCE)
+
     async def finish(self, proof: Proof) -> Proof:
         """Let the guest go on, and add to the verdict what it saw.
 
         Raises:
             UntestableError: it does not go on, though no page was lost.
         """
+        if proof.verdict.count(Blame.SNAPSHOT):  # of two moments: there is nothing to be learnt
+            return proof
         try:
             guest = await self.guarded(self._go_on())
         except UntestableError as error:

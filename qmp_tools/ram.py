@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +21,7 @@ from .processes.machine import RAM_BACKEND
 from .processes.qemu import Qemu
 
 PAGE_BYTES: Final = 4096
+_COPIED_AT_ONCE: Final = 1 << 20
 _MEMFD_NAME: Final = "/memfd:memory-backend-memfd"
 
 
@@ -97,6 +98,30 @@ async def ram_files(qemu: Qemu) -> AsyncIterator[list[RamFile]]:
             length = os.fstat(memory.fd).st_size
             files.append(RamFile(memory.fd, length, memory.device, memory.inode, backend))
         yield files
+
+
+@contextlib.contextmanager
+def copied(files: Iterable[RamFile]) -> Iterator[list[RamFile]]:
+    """Copies of `files` as they are now, for as long as the context lasts.
+
+    Raises:
+        UntestableError: there is not enough memory for them.
+    """
+    with contextlib.ExitStack() as stack:
+        copies = []
+        for it in files:
+            fd = os.memfd_create("dmaproof-ram", os.MFD_CLOEXEC)
+            stack.callback(os.close, fd)
+            try:
+                os.ftruncate(fd, it.length)
+                for offset in range(0, it.length, _COPIED_AT_ONCE):
+                    piece = it.read(offset, min(_COPIED_AT_ONCE, it.length - offset))
+                    if piece.count(0) < len(piece):  # else it stays a hole
+                        os.pwrite(fd, piece, offset)
+            except OSError as error:
+                raise UntestableError(f"the guest's RAM cannot be copied: {error}") from error
+            copies.append(replace(it, fd=fd))
+        yield copies
 
 
 def _link_of(entry: Path) -> str:

@@ -52,6 +52,7 @@ class Blame(StrEnum):
     DEVICE = "device"
     QEMU = "qemu"
     ACCELERATOR = "accelerator"
+    SNAPSHOT = "snapshot"
     UNKNOWN = "unknown"
 
 
@@ -80,12 +81,14 @@ class LostPage:
 class Witness(StrEnum):
     """Who knows what a device wrote: its own journal, or only the guest that asked for it.
 
-    STILL is the guest too, where it stood still before anything moved.
+    STILL is the guest too, where it stood still before anything moved; SNAPSHOT where it ran on
+    while a snapshot was taken.
     """
 
     JOURNAL = "journal"
     GUEST = "guest"
     STILL = "still"
+    SNAPSHOT = "snapshot"
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,11 @@ class Verdict:
             return (
                 f"{len(self.lost)} of {self.pages} pages were lost; by whom is not ours to know, "
                 "the device keeps no journal"
+            )
+        if self.count(Blame.SNAPSHOT):
+            return (
+                f"{len(self.lost)} of {self.pages} pages are not of the snapshot's moment: QEMU "
+                "took it, and does not hold off what a device outside QEMU writes"
             )
         if self.lost:
             shares = ", ".join(
@@ -259,7 +267,7 @@ def measure_sharpness(evidence: Evidence, all_sent_ns: int) -> Sharpness:
 
 def sharpness_by_guest(once: int, witness: Witness = Witness.GUEST) -> Sharpness:
     """What a run without a journal can tell: `once` pages the guest has had read into just once,
-    all of them after everything had been sent, or before anything was."""
+    all of them after everything had been sent, before anything was, or while it was."""
     return Sharpness(0, 0, once, once, 0, 0, 0, witness=witness)
 
 
@@ -294,14 +302,15 @@ def attribute(
     destination: RamFile,
     slots: Sequence[Slot],
     evidence: Evidence | None,
+    blame: Blame = Blame.UNKNOWN,
 ) -> list[LostPage]:
     """Who lost each of the `differing` pages (page numbers of the RAM files).
 
-    `slots` say where the guest has its RAM; without `evidence`, who it was stays open.
+    `slots` say where the guest has its RAM; without `evidence` it was `blame`.
     """
     slots = [slot for slot in slots if (slot.device, slot.inode) == (source.device, source.inode)]
     if evidence is None:
-        return [_unattributed(int(page), slots, source, destination) for page in differing]
+        return [_unattributed(int(page), slots, source, destination, blame) for page in differing]
     written = WrittenPages(evidence.records)
     return [
         _attribute_page(int(page), slots, source, destination, evidence, written)
@@ -355,11 +364,11 @@ def _attribute_page(
 
 
 def _unattributed(
-    index: int, slots: Sequence[Slot], source: RamFile, destination: RamFile
+    index: int, slots: Sequence[Slot], source: RamFile, destination: RamFile, blame: Blame
 ) -> LostPage:
     ram_offset = index * PAGE_BYTES
     bytes_differing = int(_differs(ram_offset, source, destination).sum())
-    return LostPage(ram_offset, _gpa_of(ram_offset, slots), bytes_differing, Blame.UNKNOWN)
+    return LostPage(ram_offset, _gpa_of(ram_offset, slots), bytes_differing, blame)
 
 
 def _differs(ram_offset: int, source: RamFile, destination: RamFile) -> NDArray[np.bool_]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shlex
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -92,6 +93,17 @@ _EXEC: Final = _saved(
     lambda file: f"exec:cat <{shlex.quote(str(file))}",
     lambda file: f"exec:cat >{shlex.quote(str(file))}",
 )
+# QEMU saves a background snapshot without a limit of its own. This reads some 12 MiB a second.
+_SLOW_CAT: Final = (
+    "import sys, time\n"
+    "while piece := sys.stdin.buffer.read(1 << 18):\n"
+    "    sys.stdout.buffer.write(piece)\n"
+    "    time.sleep(0.02)\n"
+)
+_EXEC_SLOWLY: Final = _saved(
+    lambda file: f"exec:cat <{shlex.quote(str(file))}",
+    lambda file: f"exec:{shlex.join((sys.executable, '-c', _SLOW_CAT))} >{shlex.quote(str(file))}",
+)
 _FILE: Final = _saved(lambda file: f"file:{file}", lambda file: f"file:{file}")
 
 
@@ -156,8 +168,9 @@ class Way:
     had been. `migrations` is how often the guest migrates, there and back, and `plug` what is
     plugged into it before; `machine` is the machine type where no other is asked for, and
     `machine_options` what any of them is told besides. With `stands_still` QEMU stops the guest
-    before anything moves. With `cpr_channel` the destination takes the source's file descriptors
-    over a channel of its own, and answers on QMP only when it has them.
+    before anything moves. A `snapshot` is of the moment at which it was begun, and the guest runs
+    on at the source. With `cpr_channel` the destination takes the source's file descriptors over a
+    channel of its own, and answers on QMP only when it has them.
     `first_pass_bytes_per_s`, and from when the way has shown `held_bytes_per_s`, keep the migration
     from ending before it may.
     """
@@ -175,6 +188,7 @@ class Way:
     machine: str = "q35"
     machine_options: str = ""
     stands_still: bool = False
+    snapshot: bool = False
     cpr_channel: bool = False
     first_pass_bytes_per_s: int = FIRST_PASS_BYTES_PER_S
     held_bytes_per_s: int = HELD_BYTES_PER_S
@@ -187,6 +201,7 @@ class Way:
             or self.migrations > 1
             or self.plug
             or self.stands_still
+            or self.snapshot
             or self.refusal
         )
 
@@ -279,6 +294,12 @@ WAYS: Final[dict[str, Way]] = {
         first_attempt=FirstAttempt.DESTINATION_KILLED_AT_SWITCHOVER,
     ),
     "ping-pong": Way("there, back and there again, each time verified", migrations=3),
+    "background-snapshot": Way(
+        "the moment saved while the guest runs on; the device writes past QEMU's protection of it",
+        _EXEC_SLOWLY,
+        capabilities=("background-snapshot",),
+        snapshot=True,
+    ),
     "cpr-reboot": Way(
         "stopped, saved into a file, and restored: how a guest outlives a new kernel of its host",
         _FILE,

@@ -103,6 +103,8 @@ def _written(sharpness: Json) -> list[tuple[str, Any]]:
         return [
             ("written before the guest stood still, certain to show a loss", sharpness["certain"])
         ]
+    if sharpness["witness"] == "snapshot":
+        return [("written while the snapshot was taken", sharpness["certain"])]
     links = ", ".join(f"{count} at the {link}" for link, count in sharpness["missed_at"].items())
     return [
         ("written by the device while logging", sharpness["written"]),

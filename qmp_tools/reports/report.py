@@ -126,6 +126,7 @@ _BY: Final = {
     Blame.DEVICE: "by the device",
     Blame.QEMU: "by QEMU",
     Blame.ACCELERATOR: "by the accelerator",
+    Blame.SNAPSHOT: "by QEMU's snapshot, which holds off its vCPUs and no other writer",
     Blame.UNKNOWN: "by whom is not known, the device keeps no journal",
 }
 
@@ -145,6 +146,11 @@ def _sharpness(sharpness: Sharpness) -> list[str]:
             f"  sharpness    the guest had {sharpness.certain} pages written just once after "
             "everything had been sent;",
             "               losing the bit of any one of them would certainly have shown",
+        ]
+    if sharpness.witness == Witness.SNAPSHOT:
+        return [
+            f"  sharpness    the guest had {sharpness.certain} pages written while the snapshot "
+            "was taken, none of which it may have",
         ]
     if sharpness.witness == Witness.STILL:
         return [
@@ -176,7 +182,7 @@ def _story(page: LostPage) -> str:
     if page.gpa is None:
         return f"RAM offset {page.ram_offset:#x}: {page.bytes_differing} bytes differ"
     place = f"GPA {page.gpa:#x}: {page.bytes_differing} bytes differ"
-    if page.blame == Blame.UNKNOWN:
+    if page.blame in (Blame.UNKNOWN, Blame.SNAPSHOT):
         return place
     if page.request is None:
         return f"{place}; no device wrote them"
@@ -194,8 +200,8 @@ def _accelerator_advice(proof: Proof) -> list[str]:
     if machine.accelerator == "tcg" and machine.dimm_slots:
         return [
             "The accelerator's lost pages were written by vCPUs. QEMU 7.2 is known to lose such",
-            "pages under TCG in DIMMs like these, whose size is a multiple of 256 KiB: a newer QEMU",
-            "does not (dmaproof qemu fetch).",
+            "pages under TCG in DIMMs like these, whose size is a multiple of 256 KiB: a newer",
+            "QEMU does not (dmaproof qemu fetch).",
         ]
     if machine.accelerator != "tcg" or machine.memory_bytes % (256 << 10):
         return ["The lost pages of the accelerator were written by vCPUs; QEMU did not send them."]

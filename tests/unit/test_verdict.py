@@ -24,6 +24,7 @@ from qmp_tools.verdict import (
     LostPage,
     Sharpness,
     Verdict,
+    Witness,
     WrittenPages,
     attribute,
     measure_sharpness,
@@ -261,3 +262,12 @@ def test_a_write_of_nothing_touches_its_own_page_only() -> None:
     records["gpa"] = (0, PAGE, 2 * PAGE - 1)
     records["length"] = (0, 0, 2)
     assert WrittenPages(records).pages.tolist() == [0, 1, 1, 2]
+
+
+def test_what_a_snapshot_has_of_a_later_moment_is_its_own() -> None:
+    sharp = sharpness_by_guest(7, Witness.SNAPSHOT)
+    lost = [LostPage(0, 0, 4, Blame.SNAPSHOT)]
+    torn = Verdict(PAGES, lost, sharp, GuestOutcome(0, 0, 0))
+    assert torn.exit_code == 1
+    assert torn.sentence.startswith(f"1 of {PAGES} pages are not of the snapshot's moment")
+    assert sharp.to_json()["witness"] == "snapshot"

@@ -105,7 +105,8 @@ def test_what_is_written_is_read(tmp_path: Path, name: str) -> None:
     if reading["uri"] == "tcp:127.0.0.1:0":
         assert writing["uri"] == "tcp:::1:4711"
     else:
-        assert writing["uri"].replace(">", "<") == reading["uri"]
+        assert writing["uri"].split(":")[0] == reading["uri"].split(":")[0]
+        assert writing["uri"].split("/")[-1] == reading["uri"].split("/")[-1]
 
 
 def test_who_comes_by_a_channel_is_told_when_it_has_joined(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from .display import Display
 from .guest.channel import AGAIN, QUIET, START_ONCE, SWEEP, USE_NEW_MEMORY, GuestChannel
 from .guest.workload import Workload
 from .migration.migration import Limits, Migration, Progress
+from .migration.refused_features import explain_refusal
 from .migration.ways import (
     LOCALHOST,
     WAYS,
@@ -379,6 +380,9 @@ class ProofRun:
         try:
             return await self.guarded(self._migrate_to_the_end())
         except UntestableError as error:
+            accepted = self.device.accepted_features(self.here)
+            if reason := explain_refusal(str(error), accepted):
+                raise UnsupportedWayError(f"{reason}\n{error}") from error
             if self._way.snapshot and _CANNOT_LOAD in str(error):
                 raise UntestableError(
                     "QEMU took a snapshot that cannot be loaded, as it does not hold off what a "

@@ -49,6 +49,7 @@ def add(commands: Subcommands) -> None:
         queues=2,
         tracker=None,
         harvest=None,
+        destination_lacks=[],
         requests_after=1000,
     )
     parser.add_argument(

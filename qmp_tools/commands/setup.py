@@ -19,6 +19,7 @@ from ..guest.workload import parse_workload
 from ..host.probes import choose_accelerator, choose_memory
 from ..host.qemu_choice import common_machine, find_qemu
 from ..migration.migration import Limits
+from ..migration.refused_features import FEATURES
 from ..migration.ways import LOCALHOST, WAYS, Plug
 from ..processes.device import DeviceOptions
 from ..processes.machine import MIB, Machine, parse_memory
@@ -99,6 +100,15 @@ def add_proof_options(parser: argparse.ArgumentParser) -> None:
         "--fault",
         metavar="NAME[=VALUE]",
         help="break the chain on purpose; see below",
+    )
+    device.add_argument(
+        "--destination-lacks",
+        action="append",
+        default=[],
+        choices=FEATURES,
+        metavar="FEATURE",
+        help="a virtio feature that the device offers at the source alone, which QEMU has to "
+        f"refuse; may come repeatedly: {', '.join(FEATURES)}",
     )
     parser.add_argument("--seed", type=int, help="repeats a run's random choices")
     parser.add_argument(
@@ -182,8 +192,10 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
     workload = parse_workload(arguments.workload, seed)
     source = find_qemu(arguments.qemu)
     destination = find_qemu(arguments.qemu_destination) if arguments.qemu_destination else source
+    lacks = sum(1 << FEATURES[name][0] for name in set(arguments.destination_lacks))
     device = EmulatedDevice(
-        DeviceOptions(arguments.device, tracker, harvest, arguments.fault, seed), arguments.queues
+        DeviceOptions(arguments.device, tracker, harvest, arguments.fault, seed, lacks),
+        arguments.queues,
     )
     if arguments.guest not in device.guests:
         raise UsageError(

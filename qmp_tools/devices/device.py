@@ -83,6 +83,9 @@ class AttachedDevice(Protocol):
             UntestableError: it does not.
         """
 
+    def accepted_features(self, side: str) -> int | None:
+        """The virtio features (bits) that the driver of `side` uses; None if that is not known."""
+
     async def evidence(self, side: str) -> Evidence | None:
         """What it knows of its own writes to the RAM of `side`; None if it keeps no journal.
 

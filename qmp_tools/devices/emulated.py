@@ -66,5 +66,8 @@ class _AttachedDevice:
     async def logging_ended(self, side: str) -> None:
         await self._device.logging_ended(side)
 
+    def accepted_features(self, side: str) -> int | None:
+        return self._device.accepted_features(side)
+
     async def evidence(self, side: str) -> Evidence | None:
         return await self._device.evidence(side, self._folder)

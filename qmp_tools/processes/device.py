@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar
 from dmaproof.errors import UntestableError
 from dmaproof.evidence import Evidence
 
+from .machine import DESTINATION
 from .process import Process
 
 _ANSWER_TIMEOUT_S: Final = 30.0
@@ -23,13 +24,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class DeviceOptions:
-    """What ``python -m dmaproof.vhost_user`` is told; `harvest` as its ``--harvest``."""
+    """What ``python -m dmaproof.vhost_user`` is told; `harvest` as its ``--harvest``.
+
+    `destination_lacks` are the virtio features (bits) that only the source's side offers.
+    """
 
     device: str = "blk"
     tracker: str = "iommu"
     harvest: str = "0.2"
     fault: str | None = None
     seed: int = 1
+    destination_lacks: int = 0
 
     def arguments(self) -> list[str]:
         """The same on the command line."""
@@ -39,7 +44,13 @@ class DeviceOptions:
             *("--harvest", self.harvest),
             *("--seed", str(self.seed)),
             *(("--fault", self.fault) if self.fault else ()),
+            *self._withheld(),
         ]
+
+    def _withheld(self) -> list[str]:
+        if not self.destination_lacks:
+            return []
+        return ["--withhold", f"{DESTINATION}={self.destination_lacks:#x}"]
 
 
 class Device:
@@ -117,6 +128,11 @@ class Device:
             UntestableError: the process ended, or does not answer.
         """
         return await self._wait_for(lambda: self._latest.get((event, session)), f"no {event!r}")
+
+    def accepted_features(self, session: str) -> int | None:
+        """The virtio features that the driver of `session` has accepted last; None if never."""
+        event = self._latest.get(("features", session))
+        return int(event["accepted"]) if event else None
 
     async def logging_ended(self, session: str) -> None:
         """Wait until logging is off in `session`, or has never been on.

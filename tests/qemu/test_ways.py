@@ -91,6 +91,21 @@ def test_a_machine_that_takes_no_disk_is_told(tool: Tool) -> None:
     assert "does not support hotplugging" in outcome.errors
 
 
+@pytest.mark.parametrize("newer", [False, True], ids=["", "hidden by QEMU"])
+def test_a_lesser_destination_is_refused(tool: Tool, newer: bool) -> None:
+    if newer and not installed():
+        pytest.skip("needs a newer QEMU: dmaproof qemu fetch 11.1")
+    destination = str(installed()[-1].path if newer else find_qemu(None))
+    outcome = prove(
+        tool,
+        "unix",
+        *("--machine", "pc", "--qemu-destination", destination),
+        *("--destination-lacks", "event-idx"),
+    )
+    assert (outcome.exit_code, outcome.report["unsupported"]) == (3, True)
+    assert "the guest uses VIRTIO_F_EVENT_IDX (29)" in outcome.report["verdict"]
+
+
 @pytest.mark.parametrize("way", ["multifd-4", "exec", "mapped-ram", "destination-killed-late"])
 def test_a_planted_fault_is_caught(tool: Tool, known_capabilities: set[str], way: str) -> None:
     newer = []

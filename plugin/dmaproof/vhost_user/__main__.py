@@ -51,6 +51,13 @@ def _arguments() -> argparse.Namespace:
         metavar="NAME=FD",
         help="a socket that is connected to a front end already; may come repeatedly",
     )
+    parser.add_argument(
+        "--withhold",
+        action="append",
+        default=[],
+        metavar="NAME=FEATURES",
+        help="features (a number) that sessions of this name are not offered",
+    )
     parser.add_argument("--device", choices=sorted(emulated_devices()), default="blk")
     parser.add_argument("--tracker", choices=sorted(emulated_trackers()), default="iommu")
     parser.add_argument("--harvest", type=harvest_policy, default="0.2", metavar="SECONDS")
@@ -74,6 +81,9 @@ def main() -> int:
             harvest_interval_s=interval_s,
             immediate=immediate,
         )
+        for withheld in arguments.withhold:
+            name, _, features = withheld.partition("=")
+            server.withhold(name, int(features, 0))
         for listener in arguments.socket:
             name, _, path = listener.partition("=")
             server.listen(name, Path(path))

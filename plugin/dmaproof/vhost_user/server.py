@@ -58,6 +58,7 @@ class Server:
         self._selector = selectors.DefaultSelector()
         self._sessions: dict[str, Session] = {}
         self._listeners: dict[str, socket.socket] = {}
+        self._withheld: dict[str, int] = {}
         self._running = True
         self._busy = False
         self._next_harvest_s = time.monotonic()
@@ -77,6 +78,10 @@ class Server:
         self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(name))
         self._tell({"event": "listening", "session": name})
 
+    def withhold(self, name: str, features: int) -> None:
+        """Do not offer these features (bits of virtio's) in sessions called `name`."""
+        self._withheld[name] = features
+
     def adopt(self, name: str, peer: socket.socket) -> None:
         """Serve the front end at the other end of a connected socket in the session `name`."""
         connection = Connection(peer)
@@ -86,6 +91,7 @@ class Server:
             self._make_tracker(),
             self._selector,
             immediate=self._immediate,
+            withheld=self._withheld.get(name, 0),
             tell=lambda event: self._tell({**event, "session": name}),
         )
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._receive(name))

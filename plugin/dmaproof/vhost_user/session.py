@@ -56,6 +56,8 @@ F_VERSION_1: Final = 1 << 32
 TRANSPORT_FEATURES: Final = (
     F_LOG_ALL | F_RING_INDIRECT_DESC | F_RING_EVENT_IDX | F_PROTOCOL_FEATURES | F_VERSION_1
 )
+_NOT_THE_DRIVERS: Final = F_LOG_ALL | F_PROTOCOL_FEATURES
+"""What the front end accepts, and the guest's driver knows nothing of."""
 PROTOCOL_FEATURES: Final = int(
     ProtocolFeature.MQ
     | ProtocolFeature.LOG_SHMFD
@@ -95,7 +97,7 @@ class Session:
     `selector` calls back the `data` of a key when its file descriptor is readable; `tell` takes
     events for whoever watches the process. `make_dma` makes the door to each new memory table, from
     the arguments of `Dma`; `map_bus` tells which bus addresses lead to it: without an IOMMU, the
-    guest-physical ones.
+    guest-physical ones. `withheld` are features that are not offered, though the device has them.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Session:
         selector: selectors.BaseSelector,
         *,
         immediate: bool = False,
+        withheld: int = 0,
         make_dma: Callable[..., Dma] = Dma,
         make_collector: Callable[[DirtyTracker], Collector] = Collector,
         map_bus: Callable[[GuestMemory], IovaMap] = IovaMap.identity,
@@ -125,7 +128,7 @@ class Session:
         self._tell = tell
         self._dma = self._door()
         self._features = 0
-        self._offered = device.features | TRANSPORT_FEATURES
+        self._offered = (device.features | TRANSPORT_FEATURES) & ~withheld
         self._acknowledge = False
         self._vrings = [Vring() for _ in range(device.queues)]
         self._log: VhostDirtyLog | None = None
@@ -162,6 +165,7 @@ class Session:
         if unknown := features & ~self._offered:
             raise ProtocolError(f"SET_FEATURES: bits {unknown:#x} were not offered")
         self._features = features
+        self._tell({"event": "features", "accepted": features & ~_NOT_THE_DRIVERS})
         if not features & F_PROTOCOL_FEATURES:  # then there is no SET_VRING_ENABLE either
             for vring in self._vrings:
                 vring.enabled = True

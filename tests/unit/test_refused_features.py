@@ -1,0 +1,45 @@
+"""Which virtio feature it was that a destination refused, whatever its QEMU says of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from qmp_tools.migration.refused_features import explain_refusal
+
+OLD = "Features 0x130001000 unsupported. Allowed features: 0x158001244"
+NEW = (
+    "Features 0x00000000000000000000000110001000 unsupported. "
+    "Allowed features: 0x00000000000000000000000158001244"
+)
+ACCEPTED = 0x130001000
+
+
+@pytest.mark.parametrize("accepted", [ACCEPTED, None])
+def test_an_older_qemu_names_the_feature(accepted: int | None) -> None:
+    told = explain_refusal(OLD, accepted)
+    assert told is not None
+    assert "VIRTIO_F_EVENT_IDX (29)" in told
+    assert "leaves" not in told
+
+
+def test_a_newer_qemu_does_not_and_the_device_does() -> None:
+    told = explain_refusal(f"a line\nqemu: {NEW}\nanother", ACCEPTED)
+    assert told is not None
+    assert "VIRTIO_F_EVENT_IDX (29)" in told
+    assert "its message leaves that out" in told
+
+
+def test_without_the_device_it_stays_open_which_it_is() -> None:
+    told = explain_refusal(NEW, None)
+    assert told is not None
+    assert "leaves out which" in told
+
+
+def test_several_and_unknown_features_are_named_by_their_bits() -> None:
+    told = explain_refusal(NEW, ACCEPTED | 1 << 28 | 1 << 40)
+    assert told is not None
+    assert "VIRTIO_F_EVENT_IDX (29) and bit (40)" in told
+
+
+def test_other_words_are_not_explained() -> None:
+    assert explain_refusal("load of migration failed: Invalid argument", ACCEPTED) is None

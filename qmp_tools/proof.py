@@ -12,7 +12,15 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -49,7 +57,7 @@ from .processes.machine import (
     format_memory,
 )
 from .processes.qemu import Qemu
-from .processes.qmp import QmpError
+from .processes.qmp import QmpError, QmpRefusal
 from .processes.run_folder import run_folder
 from .ram import RamFile, compare, copied, ram_files
 from .reports.ram_map import RamMap, joined, map_proof
@@ -254,13 +262,13 @@ class ProofRun:
         await self.guarded(self._boot())
         if self._way.plug is Plug.DIMM:
             await self.guarded(self._plug_dimm())
-        if self.there not in self.qemus and not self._way.cpr_channel:
+        if self.there not in self.qemus and not self._joins_late:
             await self.guarded(self._start_destination())
 
     async def _start_what_comes_first(self) -> None:
         """Start the source; the destination too, but where it must be told of what is plugged, or
         comes by a channel."""
-        if self._way.plug or self._way.cpr_channel:
+        if self._way.plug or self._joins_late:
             await self._start(self.here, with_device=self._way.plug is not Plug.DISK)
             return
         outcomes = await asyncio.gather(
@@ -314,12 +322,48 @@ class ProofRun:
         """Launch a destination that waits for the source's file descriptors before all else."""
         descriptors = json.dumps(channel(self._folder, "cpr"))
         await self._launch(self.there, *INCOMING, "-incoming", descriptors)
+        await self._wait_for_socket(channel_path(self._folder, "cpr"))
+
+    @property
+    def _joins_late(self) -> bool:
+        return self._way.cpr_channel or self._way.in_place
+
+    async def _prepare_successor(self) -> None:
+        """Tell the source what to execute: itself, but that it loads, and has another QMP socket.
+
+        A greeting in the midst of the old socket's stream is nothing that a QMP client takes.
+        """
+        source = self.qemus[self.here]
+        self.qemus[self.there] = source.successor()
+        self._guests[self.there] = self._guests[self.here]
+        command = list(source.process.command)
+        place = next(index for index, it in enumerate(command) if it.startswith("socket,id=qmp,"))
+        command[place] = f"socket,id=qmp,path={self._successor_socket},server=on,wait=off"
+        stream = self._way.stream.read_from(self._ends())
+        await self.device.attach(self.here)
+        try:
+            await source.qmp.execute(
+                "migrate-set-parameters", cpr_exec_command=[*command, "-S", "-incoming", stream]
+            )
+        except QmpRefusal as refusal:
+            raise UnsupportedWayError(f"this QEMU lacks the way: {refusal}") from refusal
+
+    @property
+    def _successor_socket(self) -> Path:
+        return self._folder / "successor-qmp.sock"
+
+    async def _connect_successor(self) -> None:
+        await self._wait_for_socket(self._successor_socket)
+        await self.qemus[self.here].qmp.close()
+        await self.qemus[self.there].qmp.connect(str(self._successor_socket))
+
+    async def _wait_for_socket(self, path: Path) -> None:
         deadline = time.monotonic() + _BOOT_TIMEOUT_S
         while time.monotonic() < deadline:
-            if channel_path(self._folder, "cpr").exists():
+            if path.exists():
                 return
             await asyncio.sleep(_LOOK_AGAIN_S)
-        raise UntestableError("the destination does not listen for the source's descriptors")
+        raise UntestableError(f"nobody listens at {path}")
 
     async def _launch(self, name: str, *extra: str, with_device: bool = True) -> None:
         binary = self._setup.qemu if name == SOURCE else self._setup.qemu_destination
@@ -377,6 +421,8 @@ class ProofRun:
             await self.guarded(self._start_destination())
         if self._way.cpr_channel:
             await self.guarded(self._launch_to_join())
+        if self._way.in_place:
+            await self.guarded(self._prepare_successor())
         try:
             return await self.guarded(self._migrate_to_the_end())
         except UntestableError as error:
@@ -399,7 +445,7 @@ class ProofRun:
             await guest.wait_for(
                 lambda: "once-done" in guest.latest, "used its once pages", _GO_ON_TIMEOUT_S
             )
-        if self._way.snapshot:
+        if self._way.snapshot or self._way.in_place:
             await source.qmp.execute("stop")
             async with ram_files(source) as files:
                 self._moment = self._kept.enter_context(copied(files))
@@ -410,7 +456,8 @@ class ProofRun:
         all_sent_ns = await self._migrate(migration)
         migration_s = time.monotonic() - began_s
         await migration.load()
-        versions = [await qemu.qmp.version() for qemu in (source, destination)]
+        remaining = (destination,) * 2 if self._way.in_place else (source, destination)
+        versions = [await qemu.qmp.version() for qemu in remaining]
         return Migrated(versions, migration_s, all_sent_ns, migration)
 
     async def compare(self, migrated: Migrated) -> Proof:
@@ -427,8 +474,10 @@ class ProofRun:
         self._display.say("comparing every page of RAM")
         evidence = await self.device.evidence(self.here)
         blame = Blame.UNKNOWN
-        if self._way.snapshot:  # taken without a dirty log, so the journal was not kept
-            evidence, blame = None, Blame.SNAPSHOT
+        if self._way.snapshot or self._way.stands_still:  # without a dirty log there is no journal
+            evidence = None
+        if self._way.snapshot:
+            blame = Blame.SNAPSHOT
         lost: list[LostPage] = []
         maps: list[RamMap] = []
         pages = 0
@@ -439,7 +488,7 @@ class ProofRun:
                 raise UntestableError("the source has copied its memory and not handed it over")
             for source_ram, destination_ram in zip(ours, theirs, strict=True):
                 differing = compare(source_ram, destination_ram)
-                slots = evidence.slots if evidence else await _slots(source, source_ram)
+                slots = evidence.slots if evidence else await _slots(destination, source_ram)
                 found = attribute(differing, source_ram, destination_ram, slots, evidence, blame)
                 maps.append(map_proof(slots, evidence, found, source_ram, migrated.all_sent_ns))
                 lost += found
@@ -449,7 +498,8 @@ class ProofRun:
         self._display.say(f"{len(lost)} of {pages} pages differ")
         if self._way.stands_still or self._way.snapshot:
             witness = Witness.SNAPSHOT if self._way.snapshot else Witness.STILL
-            once = self._guests[self.here].number("progress", "once")
+            guest = self._guests[self.here]
+            once = max(guest.number("once-done", "pages"), guest.number("progress", "once"))
             sharpness = sharpness_by_guest(once, witness)
         elif evidence:
             sharpness = measure_sharpness(evidence, migrated.all_sent_ns)
@@ -487,18 +537,25 @@ class ProofRun:
             yield files
 
     def _migration(self) -> Migration:
+        return Migration(self._ends(), self._way, self._setup.limits)
+
+    def _ends(self) -> Ends:
         source, destination = self.qemus[self.here], self.qemus[self.there]
-        ends = Ends(
+        joined: Callable[[], Awaitable[None]] | None = None
+        if self._way.cpr_channel:
+            joined = destination.connect
+        elif self._way.in_place:
+            joined = self._connect_successor
+        return Ends(
             source.qmp,
             destination.qmp,
             self._folder,
             self._setup.host,
-            joined=destination.connect if self._way.cpr_channel else None,
+            joined=joined,
             printed=lambda: "\n".join(
                 it.process.log_tail() for it in (source, destination)
             ).strip(),
         )
-        return Migration(ends, self._way, self._setup.limits)
 
     async def _migrate_and_fail(self, attempt: FirstAttempt) -> None:
         """Migrate until every page has been sent, and let it fail; the source's guest goes on.

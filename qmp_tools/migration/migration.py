@@ -138,6 +138,13 @@ class Migration:
             max_bandwidth=min(self._bandwidth_bytes_per_s, self.way.first_pass_bytes_per_s),
             downtime_limit=1,  # with 0, QEMU takes an empty first pass for convergence
         )
+        if self.way.in_place and self.ends.joined is not None:
+            await source.execute("migrate", uri=await stream.written_to(self.ends))
+            await self.ends.joined()
+            self.history.append(
+                parse_progress(await self.ends.destination.execute("query-migrate"))
+            )
+            return
         if self.ends.joined is not None:
             main, descriptors = (channel(self.ends.folder, kind) for kind in ("main", "cpr"))
             await source.execute("migrate", channels=[main, descriptors])
@@ -193,6 +200,8 @@ class Migration:
         Raises:
             MigrationError: it failed, was cancelled, or took longer than its time.
         """
+        if self.way.in_place:  # it is over when `start` is, and the source is no more
+            return
         async with self.ends.source.events("STOP", "MIGRATION") as listener:
             async for progress in self._poll():
                 self._note_moments(cast(list[Mapping[str, Any]], listener.clear()))
@@ -291,7 +300,7 @@ class Migration:
         Raises:
             MigrationError: it does not come to that.
         """
-        if self.way.stream.saved_first:
+        if self.way.stream.saved_first and not self.way.in_place:
             await self._read_stream()
         deadline = time.monotonic() + self.limits.timeout_s
         while time.monotonic() < deadline:

@@ -170,7 +170,8 @@ class Way:
     `machine_options` what any of them is told besides. With `stands_still` QEMU stops the guest
     before anything moves. A `snapshot` is of the moment at which it was begun, and the guest runs
     on at the source. With `cpr_channel` the destination takes the source's file descriptors over a
-    channel of its own, and answers on QMP only when it has them.
+    channel of its own, and answers on QMP only when it has them; `in_place` it is the same process,
+    which executes QEMU anew.
     `first_pass_bytes_per_s`, and from when the way has shown `held_bytes_per_s`, keep the migration
     from ending before it may.
     """
@@ -190,6 +191,7 @@ class Way:
     stands_still: bool = False
     snapshot: bool = False
     cpr_channel: bool = False
+    in_place: bool = False
     first_pass_bytes_per_s: int = FIRST_PASS_BYTES_PER_S
     held_bytes_per_s: int = HELD_BYTES_PER_S
 
@@ -312,6 +314,14 @@ WAYS: Final[dict[str, Way]] = {
         machine_options=",aux-ram-share=on",
         stands_still=True,
         cpr_channel=True,
+    ),
+    "cpr-exec": Way(
+        "stopped, and QEMU executed anew in the same process, which keeps the memory",
+        _FILE,
+        parameters={"mode": "cpr-exec"},
+        machine_options=",aux-ram-share=on",
+        stands_still=True,
+        in_place=True,
     ),
     "memory-hotplug": Way(
         "a DIMM plugged and used, there; another plugged and used, and back",

@@ -92,6 +92,15 @@ class Qemu:
             raise
         return qemu
 
+    def successor(self) -> Qemu:
+        """What the same process is once it has executed QEMU anew; its QMP is not connected yet.
+
+        The serial channel's socket is inherited.
+        """
+        successor = Qemu(self.process, Qmp(f"{self.process.name}, executed anew,"), self.console)
+        successor.report, successor.report_input = self.report, self.report_input
+        return successor
+
     async def connect(self) -> None:
         """Wait until it answers on QMP; where it does not, it has ended.
 

@@ -62,7 +62,7 @@ class Stage:
             cast(Qmp, self.destination),
             folder,
             printed=lambda: self.printed,
-            joined=self.join if way.cpr_channel else None,
+            joined=self.join if way.cpr_channel or way.in_place else None,
         )
         self.migration = Migration(ends, way, limits)
 
@@ -76,7 +76,11 @@ class Stage:
         return [arguments for it, said, arguments in self.log if (it, said) == (name, command)]
 
 
-PASSABLE = [name for name, way in WAYS.items() if way.refusal is None and not way.cpr_channel]
+PASSABLE = [
+    name
+    for name, way in WAYS.items()
+    if way.refusal is None and not (way.cpr_channel or way.in_place)
+]
 
 
 @pytest.mark.parametrize("name", PASSABLE)
@@ -125,6 +129,20 @@ def test_who_comes_by_a_channel_is_told_when_it_has_joined(tmp_path: Path) -> No
     (reading,) = stage.told("destination", "migrate-incoming")
     assert [it["channel-type"] for it in writing["channels"]] == ["main", "cpr"]
     assert reading["channels"] == writing["channels"][:1]
+
+
+def test_who_executes_itself_anew_is_over_when_it_has(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, WAYS["cpr-exec"])
+    stage.start()
+    steps = [(name, command) for name, command, _ in stage.log[-3:]]
+    assert steps == [
+        ("source", "migrate"),
+        ("destination", "join"),
+        ("destination", "query-migrate"),
+    ]
+    asyncio.run(stage.migration.load())
+    assert not stage.told("destination", "migrate-incoming")
+    assert len(stage.migration.history) == 1
 
 
 def test_a_socket_pair_is_handed_over_and_let_go(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -40,6 +42,9 @@ _SUBCOMMANDS: Final = (
     bench,
     completion,
 )
+
+_EXIT_UNREAD: Final = 128 + signal.SIGPIPE
+"""What a shell calls a program that SIGPIPE ended."""
 
 _EXAMPLES: Final = """\
 examples:
@@ -81,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, asyncio.CancelledError):
         print("dmaproof: interrupted; everything was cleaned up", file=sys.stderr)
         return EXIT_UNTESTED
+    except BrokenPipeError:  # whoever read the output has seen enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_UNREAD
 
 
 if __name__ == "__main__":

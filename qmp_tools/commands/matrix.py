@@ -45,7 +45,7 @@ examples:
   dmaproof matrix --qemu 7.2,11.1 --qemu-destination 7.2,11.1 --way all --report matrix.html
   dmaproof matrix matrix.toml --junit matrix.xml --json matrix.json
   dmaproof matrix matrix.toml --list
-  dmaproof matrix matrix.toml --avocado recipe.json && avocado run recipe.json
+  dmaproof matrix matrix.toml --avocado recipe.json    # for: avocado run recipe.json
 
 exit codes:
   0  every cell is clean, but for those that a QEMU cannot have

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -96,3 +97,12 @@ def test_other_shells(shell: str, sign: str, capsys: pytest.CaptureFixture[str])
 def test_an_unknown_shell_is_wrong_usage() -> None:
     command = [sys.executable, "-m", "qmp_tools.cli", "completion", "sh"]
     assert subprocess.run(command, capture_output=True, check=False).returncode == 2
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = f"{sys.executable} -u -m qmp_tools.cli completion bash; echo $? >&2"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(["sh", "-c", command], stdout=write, stderr=subprocess.PIPE, check=True)
+    os.close(write)
+    assert done.stderr == b"141\n"

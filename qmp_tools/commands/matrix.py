@@ -69,9 +69,8 @@ def add(commands: Subcommands) -> None:
     )
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE.toml", help="the axes")
     for title, actions in proof_option_groups():
-        group = parser.add_argument_group(f"axes: {title}") if actions else None
+        group = parser.add_argument_group(f"axes: {title}")
         for action in actions:
-            assert group is not None
             _add_axis(group, action)
     run = parser.add_argument_group("run")
     run.add_argument(

@@ -134,7 +134,8 @@ def proof_options() -> dict[str, argparse.Action]:
 
 def proof_option_groups() -> list[tuple[str | None, list[argparse.Action]]]:
     """The same under the titles of their groups, as a help shows them."""
-    return [(group.title, group._group_actions) for group in _parser()._action_groups]
+    groups = [(group.title, group._group_actions) for group in _parser()._action_groups]
+    return [(title, actions) for title, actions in groups if actions]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -88,7 +88,7 @@ async def run_matrix(
     if not again:
         results |= run.find_kept(planned)
     for number, index in enumerate(sorted(results), 1):
-        run.tell(number, matrix.cells()[index], results[index])
+        run.tell(number, index, results[index])
     seed = random.SystemRandom().getrandbits(32)
     with run_folder() as folder:
         try:
@@ -109,10 +109,11 @@ class _Run:
         self._room = room
         self._say = say
 
-    def tell(self, number: int, cell: Cell, result: Result) -> None:
-        """A line for a cell that is finished."""
+    def tell(self, number: int, index: int, result: Result) -> None:
+        """A line for the cell at `index`, the `number`th that is finished."""
         how = "kept" if result.kept else f"{result.seconds:.1f} s"
-        line = f"{number}/{len(self._cells)}  {self._matrix.label(cell)}  {result.short} ({how})"
+        name = self._matrix.label(self._cells[index])
+        line = f"{number}/{len(self._cells)}  {name}  {result.short} ({how})"
         if result.state not in (State.CLEAN, State.SKIPPED):
             line += f": {result.message.splitlines()[0]}"
         self._say(line)
@@ -161,7 +162,7 @@ class _Run:
         except UntestableError as error:
             result = untested(str(error))
         results[index] = replace(result, command=["dmaproof", *_arguments(it.options(seed))])
-        self.tell(len(results), it.cell, result)
+        self.tell(len(results), index, result)
 
     async def _prove(self, it: _Planned, seed: int, base: Path) -> Result:
         began_s = time.monotonic()

@@ -31,6 +31,7 @@ static const struct {
     {"max_pages=", &parameters.max_pages},
     {"huge_every=", &parameters.huge_every},
     {"unaligned_every=", &parameters.unaligned_every},
+    {"image=", &parameters.image},
 };
 static const char *const pattern_names[] = {"random", "sequential", "hot-set"};
 
@@ -315,7 +316,7 @@ static void check_page(const struct request *request, uint32_t index) {
         state->request = 0;
         return;
     }
-    if (number <= request->newest_before)
+    if (!parameters.image && number <= request->newest_before)
         tell_error("stale", lba, number, request->newest_before + 1, number, words);
     state->lba = lba;
     state->request = number;

@@ -7,7 +7,9 @@
  * Every page of the disk is stamped by the device (docs/guests.md): a page is known from its LBA
  * and request number, every word of it. Request numbers rise with each request that the device
  * serves, so whatever a read brings must be newer than anything seen when it was asked for. A page
- * that the device wrote and the migration lost holds an older stamp, and cannot pass.
+ * that the device wrote and the migration lost holds an older stamp, and cannot pass. The disk may
+ * also be an image file (parameter image), with stamps that stay as they are: then a page that was
+ * lost holds another LBA's, or none.
  *
  * The buffer has four regions: a few pages of each worker's own; the hot pages, which are read into
  * again and again; the once pages, each of which is read into a single time, after the tool has
@@ -37,7 +39,7 @@ enum pattern { RANDOM, SEQUENTIAL, HOT_SET };
 // The parameters of docs/guests.md, by the names that they have there.
 struct parameters {
     uint64_t threads, hot, once, churn, seed, write_every, max_pages, huge_every, unaligned_every;
-    uint64_t pattern;
+    uint64_t image, pattern;
 };
 extern struct parameters parameters;
 

@@ -34,7 +34,15 @@ from dmaproof.evidence import HARVEST, Slot
 from .check.physical_map import parse_flat_view, shown_parts
 from .devices.device import AttachedDevice, ProofDevice
 from .display import Display
-from .guest.channel import AGAIN, QUIET, START_ONCE, SWEEP, USE_NEW_MEMORY, GuestChannel
+from .guest.channel import (
+    AGAIN,
+    QUIET,
+    START_ONCE,
+    SWEEP,
+    USE_NEW_MEMORY,
+    GuestChannel,
+    GuestGaveUpError,
+)
 from .guest.workload import Workload
 from .migration.migration import Limits, Migration, Progress
 from .migration.refused_features import explain_refusal
@@ -399,6 +407,8 @@ class ProofRun:
             await asyncio.wait([task, *alarms], return_when=asyncio.FIRST_COMPLETED)
             if task.done() and task.exception() is None:
                 return task.result()
+            if task.done() and isinstance(task.exception(), GuestGaveUpError):
+                return task.result()  # no death says more
             if task.done():  # perhaps only because something died, which is the better message
                 await asyncio.wait(alarms, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
             for alarm in alarms:
@@ -575,6 +585,7 @@ class ProofRun:
         if at_switchover:
             await migration.pause_before_switchover()
         destination.process.expect_end()
+        self.device.release(self.there)
         if attempt is FirstAttempt.CANCELLED:
             await migration.cancel()
         else:
@@ -630,6 +641,7 @@ class ProofRun:
             UntestableError: it could not be started.
         """
         self._guests[self.here].close()
+        self.device.release(self.here)
         await self.qemus[self.here].end()
         self.here, self.there = self.there, self.here
         guest = self._guests[self.here]

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * The whole user space of the Linux guest: carries out the workload (workload.h) on the first
- * virtio disk, past the page cache, with a thread for each request that is to be under way.
+ * The whole user space of the Linux guest: carries out the workload (workload.h) on a disk, past the
+ * page cache, with a thread for each request that is to be under way.
  *
  * The second serial port is the line to the tool: single bytes in, lines of key=value out.
  */
@@ -14,7 +14,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
@@ -24,8 +23,6 @@
 #include <termios.h>
 #include <unistd.h>
 
-#include <linux/fs.h>
-
 #include "../workload.h"
 
 enum { DISK_PATIENCE_US = 10 * 1000 * 1000, MEMORY_PATIENCE_US = 10 * 1000 * 1000 };
@@ -33,6 +30,8 @@ enum { DISK_PATIENCE_US = 10 * 1000 * 1000, MEMORY_PATIENCE_US = 10 * 1000 * 100
 const uint32_t piece_alignment = SECTOR_BYTES;  // O_DIRECT asks for it
 
 static int report_fd = -1, disk_fd = -1;
+static const char *disk;         // its place
+static const char *shared_tag;  // of the virtiofs that it is a file of, or NULL
 static uint8_t *buffer;
 static uint64_t ram_end;        // now
 static uint64_t first_ram_end;  // at the start, with nothing plugged
@@ -208,17 +207,20 @@ static void load_modules(void) {
 }
 
 static uint64_t open_disk(void) {
-    uint64_t bytes = 0;
+    mkdir("/shared", 0755);
+    if (shared_tag && mount(shared_tag, "/shared", "virtiofs", 0, NULL) < 0)
+        give_up("mounting the virtiofs");
     for (int waited = 0; disk_fd < 0; waited += 1000, usleep(1000)) {
-        disk_fd = open("/dev/vda", O_RDWR | O_DIRECT | O_CLOEXEC);
+        disk_fd = open(disk, O_RDWR | O_DIRECT | O_CLOEXEC);
         if (disk_fd < 0 && waited == 0)
             tell("waiting for=disk");
         if (disk_fd < 0 && waited > DISK_PATIENCE_US)
-            give_up("opening /dev/vda");
+            give_up(disk);
     }
-    if (ioctl(disk_fd, BLKGETSIZE64, &bytes) < 0)
-        give_up("asking /dev/vda for its size");
-    return bytes / SECTOR_BYTES;
+    off_t bytes = lseek(disk_fd, 0, SEEK_END);
+    if (bytes < 0)
+        give_up("asking the disk for its size");
+    return (uint64_t)bytes / SECTOR_BYTES;
 }
 
 static void map_buffer(void) {
@@ -239,9 +241,14 @@ static void map_buffer(void) {
 // a "=" in init's environment, the others here.
 static void read_parameters(int count, char **arguments) {
     for (int index = 1; index < count; index++) {
-        if (strchr(arguments[index], '=') && !read_parameter(arguments[index])) {
+        const char *argument = arguments[index];
+        if (strncmp(argument, "disk=", 5) == 0) {
+            disk = argument + 5;
+        } else if (strncmp(argument, "shared=", 7) == 0) {
+            shared_tag = argument + 7;
+        } else if (strchr(argument, '=') && !read_parameter(argument)) {
             errno = EINVAL;
-            give_up(arguments[index]);
+            give_up(argument);
         }
     }
 }

@@ -30,6 +30,7 @@ examples:
   dmaproof prove --guest bare                 no kernel to boot: the quickest proof
   dmaproof prove --workload pattern=sequential,huge_every=4
   dmaproof prove --qemu 11.1 --qemu-destination /usr/bin/qemu-system-x86_64
+  dmaproof prove --device qemu:virtio-blk-pci --guest bare
   dmaproof prove --report proof.html --junit proof.xml
   dmaproof prove --json - --quiet | jq .verdict
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final, NoReturn
 
-from dmaproof.devices import emulated_devices
 from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.errors import UsageError
 from dmaproof.faults import plant
 
-from ..devices.emulated import EmulatedDevice
+from ..devices.choice import choose_device
 from ..display import Display
 from ..guest.choice import GUESTS
 from ..guest.workload import parse_workload
@@ -81,7 +81,19 @@ def add_proof_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of all that one proof depends on: the setup, its device, the seed."""
     add_setup_options(parser)
     device = parser.add_argument_group("device")
-    device.add_argument("--device", choices=sorted(emulated_devices()), default="blk")
+    device.add_argument(
+        "--device",
+        metavar="NAME",
+        default="blk",
+        help="one of dmaproof's, or qemu:NAME, one inside QEMU; see docs/devices.md "
+        "(default: %(default)s)",
+    )
+    device.add_argument(
+        "--device-command",
+        metavar="COMMAND",
+        help="a vhost-user back end to be run in the device's place, listening on {socket}; "
+        "{image}, {folder}, {side} and {queues} are filled in too",
+    )
     device.add_argument("--queues", type=positive, default=2, metavar="N")
     device.add_argument(
         "--tracker",
@@ -189,21 +201,29 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
         )
     tracker = _agreed("--tracker", arguments.tracker, fault.tracker) or TRACKER
     harvest = _agreed("--harvest", arguments.harvest, fault.harvest) or HARVEST
-    memory = parse_memory(arguments.memory) if arguments.memory else None
-    workload = parse_workload(arguments.workload, seed)
-    source = find_qemu(arguments.qemu)
-    destination = find_qemu(arguments.qemu_destination) if arguments.qemu_destination else source
     lacks = sum(1 << FEATURES[name][0] for name in set(arguments.destination_lacks))
-    device = EmulatedDevice(
+    device = choose_device(
+        arguments.device,
+        arguments.device_command,
         DeviceOptions(arguments.device, tracker, harvest, arguments.fault, seed, lacks),
         arguments.queues,
     )
+    if device.facts.tracker is None:
+        for option in ("tracker", "harvest", "fault"):
+            if getattr(arguments, option) is not None:
+                raise UsageError(
+                    f"--{option}: {device.facts.device} is not one of dmaproof's devices"
+                )
     if arguments.guest not in device.guests:
         raise UsageError(
             f"--guest {arguments.guest}: it has no driver for {device.facts.device}; "
             f"--guest {' or '.join(sorted(device.guests))} has one"
         )
-    guest = GUESTS[arguments.guest](show.say)
+    memory = parse_memory(arguments.memory) if arguments.memory else None
+    workload = replace(parse_workload(arguments.workload, seed), image=int(device.image))
+    source = find_qemu(arguments.qemu)
+    destination = find_qemu(arguments.qemu_destination) if arguments.qemu_destination else source
+    guest = GUESTS[arguments.guest](show.say, device.driver)
     accelerator = await choose_accelerator(arguments.accel, source, guest, show)
     if memory is None:
         memory = await choose_memory(source, accelerator, guest.memory_bytes, show)

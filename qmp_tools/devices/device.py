@@ -8,6 +8,7 @@ object stands for all that the guest of a proof is given.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Protocol
 from dmaproof.errors import UntestableError
 from dmaproof.evidence import Evidence
 
+from ..guest.linux import Driver
 from ..processes.process import Process
 
 
@@ -41,6 +43,14 @@ class ProofDevice(Protocol):
     @property
     def guests(self) -> Collection[str]:
         """The guests (`guest.choice.GUESTS`) that have a driver for it."""
+
+    @property
+    def driver(self) -> Driver:
+        """The one by which the Linux guest comes to it."""
+
+    @property
+    def image(self) -> bool:
+        """Whether its content is an image file's: the same whenever it is read."""
 
     def with_fault(self, fault: str) -> ProofDevice:
         """The same with `fault` planted, as ``--fault`` names it.
@@ -67,11 +77,15 @@ class AttachedDevice(Protocol):
     async def attach(self, side: str) -> Sequence[str]:
         """Be ready for a QEMU that is about to be started as `side`; returns its arguments.
 
-        A side may come again: after a cancelled migration there is a second destination.
+        A side may come again, after it was released: a cancelled migration has a second
+        destination.
 
         Raises:
             UntestableError: what is to serve it does not start.
         """
+
+    def release(self, side: str) -> None:
+        """The QEMU of `side` is about to be ended: what serves only that may end by itself now."""
 
     async def refusal(self) -> UntestableError:
         """Wait until it refuses what a QEMU or its guest sent, for ever if it does not."""
@@ -92,3 +106,9 @@ class AttachedDevice(Protocol):
         Raises:
             UntestableError: it should know, and cannot tell.
         """
+
+
+async def never() -> UntestableError:
+    """The `refusal` of a device that cannot tell of one."""
+    future: asyncio.Future[UntestableError] = asyncio.get_running_loop().create_future()
+    return await future

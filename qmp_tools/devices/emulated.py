@@ -12,6 +12,7 @@ from typing import ClassVar
 from dmaproof.errors import UntestableError
 from dmaproof.evidence import Evidence
 
+from ..guest.linux import VIRTIO_BLK, Driver
 from ..processes.device import Device, DeviceOptions
 from ..processes.machine import DESTINATION, SOURCE, vhost_user_blk_arguments
 from ..processes.process import Process
@@ -26,6 +27,8 @@ class EmulatedDevice:
     queues: int = 2
 
     guests: ClassVar[Collection[str]] = ("bare", "linux")
+    driver: ClassVar[Driver] = VIRTIO_BLK
+    image: ClassVar[bool] = False
 
     @property
     def facts(self) -> DeviceFacts:
@@ -59,6 +62,9 @@ class _AttachedDevice:
 
     async def attach(self, side: str) -> Sequence[str]:
         return vhost_user_blk_arguments(self._folder / f"{side}-disk.sock", self._setup.queues)
+
+    def release(self, side: str) -> None:
+        pass  # it serves the other side too, and whoever comes next
 
     async def refusal(self) -> UntestableError:
         return await asyncio.shield(self._device.refused)

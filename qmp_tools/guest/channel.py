@@ -36,6 +36,10 @@ class GuestError(UntestableError):
     """The guest gave up, or went silent."""
 
 
+class GuestGaveUpError(GuestError):
+    """The guest said that it cannot go on; it switches its machine off."""
+
+
 @dataclass(frozen=True)
 class GuestReport:
     """One line of the guest: a verb, and what it says by key."""
@@ -134,7 +138,9 @@ class GuestChannel:
                 f"{timeout_s:.0f} s\n{log_tail(self._qemu.console)}".rstrip()
             ) from None
         if self._fatal is not None:
-            raise GuestError(f"the guest of the {self._qemu.process.name} gave up: {self._fatal}")
+            raise GuestGaveUpError(
+                f"the guest of the {self._qemu.process.name} gave up: {self._fatal}"
+            )
 
     async def tell(self, command: bytes) -> None:
         """Send the guest a command."""

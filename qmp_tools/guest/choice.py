@@ -7,6 +7,9 @@ from typing import Final
 
 from .bare import bare_guest
 from .build import Guest, Say
-from .linux import linux_guest
+from .linux import Driver, linux_guest
 
-GUESTS: Final[dict[str, Callable[[Say], Guest]]] = {"bare": bare_guest, "linux": linux_guest}
+GUESTS: Final[dict[str, Callable[[Say, Driver], Guest]]] = {
+    "bare": lambda say, driver: bare_guest(say),  # it drives virtio disks, and nothing else
+    "linux": linux_guest,
+}

@@ -1,17 +1,20 @@
 """The Linux guest: the distribution's own kernel and an init of ours.
 
 The kernel is unpacked to its ELF (QEMU enters that by PVH, which saves the decompressor's seconds
-under TCG); the initramfs holds the virtio modules and one static program, ``guests/linux/init.c``
-with ``guests/workload.c``.
+under TCG); the initramfs holds the modules that the disk needs and one static program,
+``guests/linux/init.c`` with ``guests/workload.c``.
 """
 
 from __future__ import annotations
 
 import gzip
 import lzma
+import re
 import shutil
 import struct
 import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -27,15 +30,33 @@ _COMMAND_LINE: Final = (
     "random.trust_cpu=on cryptomgr.notests transparent_hugepage=never "
     "memhp_default_state=online_movable"
 )
-_MODULES: Final = (
-    "virtio_ring",
-    "virtio",
-    "virtio_pci_legacy_dev",
-    "virtio_pci_modern_dev",
-    "virtio_pci",
-    "virtio_blk",
-)
-"""In the order in which they depend on each other."""
+
+
+@dataclass(frozen=True)
+class Driver:
+    """How Linux comes to a disk: by `modules` (and what these depend on), at `disk`.
+
+    `disk` is a device node, or a file in a virtiofs that is mounted from the tag `shared`.
+    """
+
+    modules: Sequence[str]
+    disk: str
+    shared: str = ""
+
+    def __str__(self) -> str:
+        """As ``guests/linux/init.c`` takes it on its command line."""
+        return f"disk={self.disk}" + (f" shared={self.shared}" if self.shared else "")
+
+
+VIRTIO_BLK: Final = Driver(("virtio_pci", "virtio_blk"), "/dev/vda")
+VIRTIO_SCSI: Final = Driver(("virtio_pci", "virtio_scsi", "sd_mod"), "/dev/sda")
+VIRTIOFS: Final = Driver(("virtio_pci", "virtiofs"), "/shared/disk", shared="disk")
+NVME: Final = Driver(("nvme",), "/dev/nvme0n1")
+AHCI: Final = Driver(("ahci", "sd_mod"), "/dev/sda")
+LSI: Final = Driver(("sym53c8xx", "sd_mod"), "/dev/sda")
+MEGASAS: Final = Driver(("megaraid_sas", "sd_mod"), "/dev/sda")
+PVSCSI: Final = Driver(("vmw_pvscsi", "sd_mod"), "/dev/sda")
+_DRIVERS: Final = (VIRTIO_BLK, VIRTIO_SCSI, VIRTIOFS, NVME, AHCI, LSI, MEGASAS, PVSCSI)
 
 _INIT_OPTIONS: Final = ("-static", "-pthread", "-std=c11")
 
@@ -46,8 +67,9 @@ _KVM_PATIENCE_S: Final = 6.0
 """Under TCG the first request comes after 2 s."""
 
 
-def linux_guest(say: Say) -> Guest:
-    """The Linux guest; the first time its kernel is fetched and its init compiled.
+def linux_guest(say: Say, driver: Driver = VIRTIO_BLK) -> Guest:
+    """The Linux guest with one of our `_DRIVERS`; the first time its kernel is fetched and its init
+    compiled.
 
     Raises:
         UntestableError: the kernel cannot be had, or there is no compiler.
@@ -56,7 +78,7 @@ def linux_guest(say: Say) -> Guest:
     version = (kernel / "version").read_text().strip()
     files = [sources() / "linux" / "init.c", sources() / "workload.c"]
     parts = [file.read_bytes() for file in (*files, sources() / "workload.h")]
-    how = f"{version} {_INIT_OPTIONS}"
+    how = f"{version} {_INIT_OPTIONS} {driver.modules}"
     target = cache() / f"linux-{digest([how.encode(), *parts])}"
     if not target.is_dir():
         with fresh_folder(target) as fresh:
@@ -64,22 +86,28 @@ def linux_guest(say: Say) -> Guest:
                 say("building the guest's initramfs")
                 compile_c(files, fresh / "init", *_INIT_OPTIONS)
                 (fresh / "initramfs").write_bytes(
-                    _initramfs((fresh / "init").read_bytes(), kernel / "modules")
+                    _initramfs((fresh / "init").read_bytes(), kernel / "modules", driver)
                 )
     return Guest(
         name="linux",
         version=f"{version} {target.name}",
         kernel=kernel / "vmlinux",
         initramfs=target / "initramfs",
-        options=f"{_COMMAND_LINE} --",
+        options=f"{_COMMAND_LINE} -- {driver}",
         memory_bytes=MEMORY_BYTES,
         kvm_patience_s=_KVM_PATIENCE_S,
     )
 
 
+def kernel_folder() -> Path:
+    """Where the kernel is kept, once it has been fetched."""
+    names = sorted({name for driver in _DRIVERS for name in driver.modules})
+    return cache() / f"kernel-{digest([' '.join(names).encode()])}"
+
+
 def _linux_kernel(say: Say) -> Path:
     """A folder with ``vmlinux``, ``modules/`` and ``version``."""
-    target = cache() / "kernel"
+    target = kernel_folder()
     if target.is_dir():
         return target
     with fresh_folder(target) as fresh:
@@ -135,23 +163,50 @@ def _pipe(command: list[str], data: bytes) -> bytes:
 
 
 def _pick_modules(unpacked: Path, folder: Path) -> None:
+    """Copy what our drivers need, uncompressed; what is not there is built into the kernel."""
     folder.mkdir()
-    order = []
-    for name in _MODULES:
-        found = next((unpacked / "lib/modules").rglob(f"{name}.ko*"), None)
-        if found is None:  # then it is built into the kernel
+    found = {_module(file.name): file for file in (unpacked / "lib/modules").rglob("*.ko*")}
+    wanted = [name for driver in _DRIVERS for name in driver.modules]
+    while wanted:
+        name = wanted.pop()
+        target = folder / f"{name}.ko"
+        if name not in found or target.exists():
             continue
-        content = found.read_bytes()
-        if found.suffix == ".xz":
+        content = found[name].read_bytes()
+        if found[name].suffix == ".xz":
             content = lzma.decompress(content)
-        (folder / f"{name}.ko").write_bytes(content)
-        order.append(f"/modules/{name}.ko\n")
-    (folder / "order").write_text("".join(order))
+        target.write_bytes(content)
+        wanted += _dependencies(content)
 
 
-def _initramfs(init: bytes, modules: Path) -> bytes:
-    files = {f"modules/{file.name}": file.read_bytes() for file in sorted(modules.iterdir())}
-    return newc_archive({"init": init, **files})
+def _module(file_name: str) -> str:
+    return file_name.partition(".")[0].replace("-", "_")
+
+
+def _dependencies(module: bytes) -> list[str]:
+    """The modules that an uncompressed one depends on, as its .modinfo section says."""
+    match = re.search(rb"\0depends=([^\0]*)\0", module)
+    names = match[1].decode().split(",") if match else []
+    return [_module(name) for name in names if name]
+
+
+def _initramfs(init: bytes, modules: Path, driver: Driver) -> bytes:
+    files: dict[str, bytes] = {}
+
+    def add(name: str) -> None:
+        """Each module stands behind those that it depends on."""
+        file = modules / f"{name}.ko"
+        if f"modules/{file.name}" in files or not file.exists():
+            return
+        content = file.read_bytes()
+        for dependency in _dependencies(content):
+            add(dependency)
+        files[f"modules/{file.name}"] = content
+
+    for name in driver.modules:
+        add(name)
+    order = "".join(f"/{name}\n" for name in files)
+    return newc_archive({"init": init, "modules/order": order.encode(), **files})
 
 
 def newc_archive(files: dict[str, bytes]) -> bytes:

@@ -22,6 +22,7 @@ _BOUNDS: Final = {
     "max_pages": (1, 16),
     "huge_every": (0, 1 << 30),
     "unaligned_every": (0, 1 << 30),
+    "image": (0, 1),
 }
 
 
@@ -30,7 +31,7 @@ class Workload:
     """The parameters; `hot`, `once` and `churn` in pages, `max_pages` too.
 
     One of so many requests as `write_every`, `huge_every` and `unaligned_every` say is of that
-    kind; 0: none is.
+    kind; 0: none is. `image` is 1 where the disk is an image file, whose stamps stay as they are.
 
     Raises:
         UsageError: a value is out of bounds.
@@ -46,6 +47,7 @@ class Workload:
     max_pages: int = 8
     huge_every: int = 512
     unaligned_every: int = 16
+    image: int = 0
 
     def __post_init__(self) -> None:
         for name, (low, high) in _BOUNDS.items():

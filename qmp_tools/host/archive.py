@@ -145,13 +145,21 @@ class Archive:
         options = [part for name, value in settings.items() for part in ("-o", f"{name}={value}")]
         return _run([program, *options, *arguments], what)
 
+    def has(self, package: str) -> bool:
+        """Whether the suite, or what it builds on, has `package`."""
+        return self._candidate(package) is not None
+
     def version(self, package: str) -> str:
         """The version of `package` that the suite would install."""
+        version = self._candidate(package)
+        if version is None:
+            raise UntestableError(f"{self.suite} has no package {package}")
+        return version
+
+    def _candidate(self, package: str) -> str | None:
         policy = self._apt("apt-cache", "-t", self.suite, "policy", package, what="asking apt")
         match = re.search(r"^\s*Candidate: (\S+)", policy, re.MULTILINE)
-        if match is None or match[1] == "(none)":
-            raise UntestableError(f"{self.suite} has no package {package}")
-        return match[1]
+        return match[1] if match and match[1] != "(none)" else None
 
     def fetch_closure(self, packages: Sequence[str]) -> list[Path]:
         """Download `packages` with all that they depend on, as for an empty system."""

@@ -311,7 +311,7 @@ def _look_for_compiler() -> str | None:
 
 
 def _look_for_kernel() -> str:
-    if (cache() / "kernel").is_dir():
+    if linux_guest.kernel_folder().is_dir():
         return "kept"
     try:
         known = archive.dependencies("linux-image-amd64")

@@ -28,7 +28,16 @@ _RELEASES: Final = ("bookworm", "trixie")
 """Those whose suites are tried for a version; the machine's own is tried too."""
 _PACKAGE: Final = "qemu-system-x86"
 _PACKAGES: Final = (_PACKAGE, "qemu-system-data", "qemu-utils", "seabios", "ipxe-qemu")
-_PROGRAMS: Final = ("qemu-system-x86_64", "qemu-storage-daemon", "qemu-img")
+_VIRTIOFSD: Final = "virtiofsd"
+"""A package of its own from Debian 13 on."""
+_QEMU: Final = "qemu-system-x86_64"
+_PROGRAMS: Final = {
+    _QEMU: "usr/bin",
+    "qemu-storage-daemon": "usr/bin",
+    "qemu-img": "usr/bin",
+    _VIRTIOFSD: "usr/libexec",
+}
+"""Where the packages have them."""
 _SUITE_FILE: Final = "suite"
 
 _WRAPPER: Final = """\
@@ -38,7 +47,7 @@ root=$(dirname "$(readlink -f "$0")")/root
 libraries=$root/lib/x86_64-linux-gnu:$root/usr/lib/x86_64-linux-gnu
 export QEMU_MODULE_DIR="$root/usr/lib/x86_64-linux-gnu/qemu"
 exec "$root/lib64/ld-linux-x86-64.so.2" --library-path "$libraries" \\
-    "$root/usr/bin/{program}"{firmware} "$@"
+    "$root/{place}/{program}"{firmware} "$@"
 """
 _FIRMWARE: Final = (
     ' -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" \\\n    -L "$root/usr/lib/ipxe/qemu"'
@@ -66,7 +75,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 def installed() -> list[QemuBuild]:
     """The builds that are there, oldest version first."""
     builds = [
-        QemuBuild(file.parent.name, file.read_text().strip(), file.parent / _PROGRAMS[0])
+        QemuBuild(file.parent.name, file.read_text().strip(), file.parent / _QEMU)
         for file in _home().glob(f"[0-9]*/{_SUITE_FILE}")
     ]
     return sorted(builds, key=lambda build: _numbers(build.version))
@@ -85,16 +94,17 @@ def fetch(wanted: str, say: Say) -> QemuBuild:
         archive, version = _find(wanted, folder, say)
         target = _home() / version
         say(f"fetching QEMU {version} and its libraries from {archive.suite}")
-        packages = archive.fetch_closure(_PACKAGES)
+        with_virtiofsd = (_VIRTIOFSD,) if archive.has(_VIRTIOFSD) else ()
+        packages = archive.fetch_closure((*_PACKAGES, *with_virtiofsd))
         say(f"unpacking {len(packages)} packages")
         build = folder / "build"
         for package in packages:
             unpack(package, build / "root")
         _finish(build)
         (build / _SUITE_FILE).write_text(archive.suite + "\n")
-        _try(build / _PROGRAMS[0])
+        _try(build / _QEMU)
         replace_folder(build, target)
-    return QemuBuild(version, archive.suite, target / _PROGRAMS[0])
+    return QemuBuild(version, archive.suite, target / _QEMU)
 
 
 def _find(wanted: str, folder: Path, say: Say) -> tuple[Archive, str]:
@@ -142,12 +152,12 @@ def _finish(build: Path) -> None:
             shutil.rmtree(old)
         if not old.is_symlink():
             old.symlink_to(f"usr/{name}")
-    for program in _PROGRAMS:
-        if not (root / "usr/bin" / program).exists():
+    for program, place in _PROGRAMS.items():
+        if not (root / place / program).exists():
             continue
         firmware = _FIRMWARE if program.startswith("qemu-system") else ""
         script = build / program
-        script.write_text(_WRAPPER.format(program=program, firmware=firmware))
+        script.write_text(_WRAPPER.format(program=program, place=place, firmware=firmware))
         script.chmod(0o755)
 
 

@@ -109,6 +109,14 @@ def vhost_user_blk_arguments(socket: Path, queues: int) -> list[str]:
     ]
 
 
+def vhost_user_fs_arguments(socket: Path) -> list[str]:
+    """The QEMU arguments that attach a vhost-user-fs device of tag 'disk'."""
+    return [
+        *("-chardev", f"socket,id=disk,path={socket}"),
+        *("-device", "vhost-user-fs-pci,chardev=disk,tag=disk"),
+    ]
+
+
 SOURCE: Final = "source"
 DESTINATION: Final = "destination"
 """What the two sides of a proof are called."""

@@ -13,6 +13,8 @@ from typing import Final
 
 from dmaproof.errors import UntestableError
 
+from .warden import marked_environment
+
 _PR_SET_PDEATHSIG: Final = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -43,9 +45,18 @@ class Process:
 
     @classmethod
     async def start(
-        cls, name: str, command: Sequence[str], log: Path, *, pass_fds: Sequence[int] = ()
+        cls,
+        name: str,
+        command: Sequence[str],
+        log: Path,
+        *,
+        pass_fds: Sequence[int] = (),
+        run_folder: Path | None = None,
     ) -> Process:
         """Start `command` in a session of its own (an interrupt is for the tool alone).
+
+        A program that is not ours may have children; whatever still runs of them is killed when
+        `run_folder` goes.
 
         Raises:
             UntestableError: the program could not be executed.
@@ -61,6 +72,7 @@ class Process:
             try:
                 child = await asyncio.create_subprocess_exec(
                     *command,
+                    env=None if run_folder is None else marked_environment(run_folder),
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,

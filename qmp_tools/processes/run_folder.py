@@ -48,22 +48,31 @@ def run_folder(*, keep: bool = False) -> Iterator[Path]:
         )
     if keep:  # without a lock, and so never swept
         unlocked.rename(folder)
-        yield folder
+        with _warden(folder, "keep"):
+            yield folder
         return
     with (unlocked / _LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         unlocked.rename(folder)
-        watch = subprocess.Popen(
-            [sys.executable, "-I", "-S", warden.__file__, str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)  # the warden tries again
-            watch.communicate()
+        with _warden(folder):
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)  # the warden tries again
+
+
+@contextlib.contextmanager
+def _warden(folder: Path, *options: str) -> Iterator[None]:
+    watch = subprocess.Popen(
+        [sys.executable, "-I", "-S", warden.__file__, str(folder), *options],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        watch.communicate()
 
 
 def _sweep(base: Path) -> None:

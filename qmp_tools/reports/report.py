@@ -134,7 +134,7 @@ _BY: Final = {
 def _device(proof: Proof) -> str:
     facts = proof.setup.device.facts
     if facts.tracker is None:
-        return f"{facts.device}, without a journal: what it wrote is known from the guest alone"
+        return f"{facts.device}, without a journal"
     return (
         f"{facts.device}, tracker {facts.tracker}, {len(proof.harvests)} harvests ({facts.harvest})"
     )

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from command import is_alive
 from qmp_tools.processes import warden
+from qmp_tools.processes.process import Process
+from qmp_tools.processes.run_folder import run_folder
 
 FILES = 4000
 
@@ -27,3 +36,37 @@ def test_a_folder_goes_while_its_files_are_going(tmp_path: Path) -> None:
         file.unlink(missing_ok=True)
     assert watch.wait(20) == 0
     assert not folder.exists()
+
+
+async def first_number(log: Path) -> int:
+    async with asyncio.timeout(20):
+        while not log.read_text():  # noqa: ASYNC110  (another process writes it)
+            await asyncio.sleep(0.01)
+    return int(log.read_text())
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_other_peoples_programs_have_started_goes_too(tmp_path: Path, keep: bool) -> None:
+    """A grandchild in a session of its own, which no signal of a parent's reaches."""
+
+    async def scene() -> tuple[int, int]:
+        with run_folder(keep=keep) as folder:
+            command = ["sh", "-c", "setsid sleep 1000 & echo $!; sleep 1000"]
+            processes = [
+                await Process.start("theirs", command, folder / log, run_folder=run)
+                for log, run in (("marked", folder), ("other", tmp_path))
+            ]
+            marked, other = [await first_number(folder / log) for log in ("marked", "other")]
+            for process in processes:
+                await process.end()
+            assert is_alive(marked)
+        if keep:
+            shutil.rmtree(folder)
+        return marked, other
+
+    marked, other = asyncio.run(scene())
+    try:
+        assert not is_alive(marked)
+        assert is_alive(other)
+    finally:
+        os.kill(other, signal.SIGKILL)

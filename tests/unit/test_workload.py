@@ -255,6 +255,21 @@ def test_an_old_page_is_found(guests: WorkloadGuests) -> None:
     assert set(kinds_of_errors(guest)) == {"stale"}
 
 
+def test_an_images_stamps_need_not_be_new(guests: WorkloadGuests) -> None:
+    guest = guests(image=1, **ONLY_READS)
+    worker = guest.worker()
+    for _ in range(50):
+        request = guest.plan(worker)
+        guest.served = 0  # every answer has the same number
+        guest.serve(request)
+        guest.finish(request)
+    assert guest.told("error") == []
+    elsewhere = stamped_page(request.sector + SECTORS_PER_PAGE, 1)
+    ctypes.memmove(guest.pieces(request)[0], elsewhere, PAGE_BYTES)
+    guest.obey("s")
+    assert kinds_of_errors(guest) == ["sweep"]
+
+
 def test_a_lost_write_is_found(guests: WorkloadGuests) -> None:
     guest = guests(write_every=1)
     worker = guest.worker()

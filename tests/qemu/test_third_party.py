@@ -1,0 +1,155 @@
+"""Devices that are not ours: the recipes of docs/devices.md, carried out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from command import Outcome, Tool
+from qmp_tools.devices import inside_qemu
+from qmp_tools.host.qemu_builds import fetch, installed
+
+pytestmark = pytest.mark.qemu
+
+ROOT: Final = Path(__file__).parents[2]
+RECIPES: Final = (ROOT / "docs" / "devices.md").read_text()
+FAULTY: Final = shlex.join(
+    [sys.executable, str(ROOT / "tests" / "faulty_backend.py"), "{socket}", "drop-pages=0.05"]
+)
+
+REFUSALS: Final = {
+    "nvme": ["State blocked by non-migratable device"],
+    "lsi53c895a": ["lsi_pre_save: Assertion"],
+}
+"""Of old QEMUs; see docs/devices.md."""
+
+
+def recipe(program: str) -> list[str]:
+    """The arguments of the recipe in docs/devices.md that runs `program`, told to print JSON."""
+    commands = re.findall(r"(?m)^    (dmaproof prove (?:.*\\\n)*.*)$", RECIPES)
+    (command,) = [it for it in commands if f"--device-command '{program} " in it]
+    return [*shlex.split(command)[1:], "--quiet", "--json", "-"]
+
+
+def prove(tool: Tool, *arguments: str) -> Outcome:
+    return tool.run("prove", "--quiet", "--json", "-", *arguments)
+
+
+def assert_passed(outcome: Outcome, device: str) -> None:
+    assert outcome.exit_code == 0, outcome.output + outcome.errors
+    report = outcome.report
+    assert report["setup"]["device"] == device
+    assert report["setup"]["tracker"] is None
+    assert report["lost_pages"] == []
+    assert report["guest"]["errors"] == 0
+    assert report["sharpness"]["witness"] == "guest"
+    assert report["sharpness"]["certain"] >= 8000
+    assert report["sharpness"]["unreported"] is None
+
+
+def test_qemu_storage_daemon(tool: Tool) -> None:
+    outcome = tool.run(*recipe("qemu-storage-daemon"))
+    assert_passed(outcome, "blk by qemu-storage-daemon")
+    assert "source device" in outcome.report["commands"]
+    assert tool.leftovers() == []
+
+
+def test_a_back_end_may_serve_the_linux_guest_and_a_second_destination(tool: Tool) -> None:
+    arguments = recipe("qemu-storage-daemon")
+    guest = arguments.index("--guest")
+    arguments[guest + 1] = "linux"
+    outcome = tool.run(*arguments, "--way", "retry")
+    assert_passed(outcome, "blk by qemu-storage-daemon")
+
+
+def test_a_page_that_somebody_elses_device_loses_is_seen(tool: Tool) -> None:
+    outcome = prove(tool, "--guest", "bare", "--device-command", FAULTY)
+    assert outcome.exit_code == 1, outcome.output + outcome.errors
+    report = outcome.report
+    assert "not ours to know" in report["verdict"]
+    assert len(report["lost_pages"]) == report["lost"]["unknown"] > 100
+    assert all(page["gpa"] is not None for page in report["lost_pages"])
+    assert report["guest"]["errors"] > 100
+
+
+def test_nothing_tested_is_no_pass_without_a_journal_either(tool: Tool) -> None:
+    arguments = ("--device", "qemu:virtio-blk-pci", "--workload", "once=0")
+    outcome = prove(tool, "--guest", "bare", *arguments)
+    assert outcome.exit_code == 3, outcome.output + outcome.errors
+    assert outcome.report["verdict"].startswith("nothing was tested")
+
+
+@pytest.mark.parametrize("guest", ["bare", "linux"])
+def test_virtio_blk_inside_qemu(tool: Tool, guest: str) -> None:
+    outcome = prove(tool, "--guest", guest, "--device", "qemu:virtio-blk-pci")
+    assert_passed(outcome, "qemu:virtio-blk-pci")
+
+
+@pytest.mark.parametrize("name", [name for name in inside_qemu.KINDS if name != "virtio-blk-pci"])
+def test_disks_inside_qemu(tool: Tool, name: str) -> None:
+    outcome = prove(tool, "--device", f"qemu:{name}")
+    if outcome.exit_code == 3:
+        assert any(refusal in outcome.errors for refusal in REFUSALS.get(name, [])), outcome.errors
+    else:
+        assert_passed(outcome, f"qemu:{name}")
+
+
+def test_virtiofsd(tool: Tool) -> None:
+    build = next((it for it in installed() if it.path.with_name("virtiofsd").exists()), None)
+    build = build or fetch("trixie", print)
+    arguments = recipe("virtiofsd")
+    command = arguments.index("--device-command") + 1
+    arguments[command] = f"{build.path.parent}/{arguments[command]}"
+    arguments[arguments.index("--qemu") + 1] = str(build.path)
+    assert_passed(tool.run(*arguments), "fs by virtiofsd")
+
+
+def test_a_virtiofsd_that_qemu_will_not_migrate(tool: Tool) -> None:
+    outcome = tool.run(*recipe("/usr/lib/qemu/virtiofsd"))
+    assert outcome.exit_code == 3, outcome.output + outcome.errors
+    assert "non-migratable device" in outcome.errors
+    assert "vhost-user-fs" in outcome.errors
+
+
+@pytest.mark.parametrize("victim", ["back end", "tool"])
+def test_whatever_is_killed_nothing_is_left(tool: Tool, victim: str) -> None:
+    # The shell stays, so that the back end is a grandchild of the tool's.
+    command = shlex.join(["sh", "-c", f"{FAULTY}; exit 7"])
+    arguments = ("--guest", "bare", "--device-command", command, "--bandwidth", "8M")
+    running = tool.start("prove", *arguments)
+    running.wait_for_line("migration active")
+    (back_end,) = of_run(tool, "source-disk.sock", "dmaproof.vhost_user")
+    if victim == "tool":
+        running.process.kill()
+    else:
+        os.kill(back_end, signal.SIGKILL)
+    outcome = running.finish()
+    if victim == "back end":
+        assert outcome.exit_code == 3, outcome.errors
+        assert "source device ended with exit code 7" in outcome.errors
+    deadline = time.monotonic() + 20
+    while tool.leftovers() or of_run(tool):
+        assert time.monotonic() < deadline, (tool.leftovers(), of_run(tool))
+        time.sleep(0.05)
+
+
+def of_run(tool: Tool, *words: str) -> list[int]:
+    """The processes that have the tool's folder and all `words` on their command lines."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            line = (entry / "cmdline").read_bytes().split(b"\0")
+            if line[0] != b"sh" and all(
+                any(word.encode() in it for it in line) for word in (str(tool.folder), *words)
+            ):
+                found.append(int(entry.name))
+    return found

@@ -1,0 +1,173 @@
+"""Devices that are not ours: chosen, their disk, and the processes behind them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from command import is_alive
+from dmaproof.errors import UntestableError, UsageError
+from dmaproof.stamp import PAGE_BYTES, Stamp, read_stamp
+from qmp_tools import cli
+from qmp_tools.devices import command
+from qmp_tools.devices.choice import choose_device
+from qmp_tools.devices.command import CommandDevice
+from qmp_tools.devices.device import AttachedDevice
+from qmp_tools.devices.disk_image import IMAGE_BYTES, write_image
+from qmp_tools.devices.emulated import EmulatedDevice
+from qmp_tools.devices.inside_qemu import InsideQemu
+from qmp_tools.processes.device import DeviceOptions
+from qmp_tools.processes.machine import DESTINATION, SOURCE
+from qmp_tools.processes.process import ProcessDiedError
+
+LISTENS = (
+    sys.executable,
+    "-c",
+    "import socket, sys, time\n"
+    "print('side', sys.argv[2], flush=True)\n"
+    "listener = socket.socket(socket.AF_UNIX)\n"
+    "listener.bind(sys.argv[1])\n"
+    "listener.listen()\n"
+    "time.sleep(1000)",
+    "{socket}",
+    "{side}",
+)
+
+
+@contextlib.asynccontextmanager
+async def attached(folder: Path, *words: str) -> AsyncIterator[AttachedDevice]:
+    async with CommandDevice("blk", words).start(folder) as device:
+        yield device
+
+
+def test_a_device_is_chosen_by_name() -> None:
+    options = DeviceOptions()
+    assert choose_device("blk", None, options, 2) == EmulatedDevice(options, 2)
+    assert choose_device("qemu:nvme", None, options, 2) == InsideQemu("nvme", 2)
+    theirs = choose_device("fs", "/opt/fs \\\n  --at '{socket}'", options, 1)
+    assert theirs == CommandDevice("fs", ["/opt/fs", "--at", "{socket}"], 1)
+    assert theirs.facts.device == "fs by fs"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("tape", None, "there are blk, .*qemu:nvme"),
+        ("fs", None, "needs a --device-command"),
+        ("qemu:virtio-balloon-pci", None, "no guest drives it; .* virtio-blk-pci"),
+        ("qemu:nvme", "backend {socket}", "--device-command can serve blk, fs"),
+        ("blk", "backend --socket x", "must name {socket}"),
+        ("blk", "backend {socket} {tag}", "'tag'; placeholders are {socket}"),
+        ("blk", "backend '{socket}", "No closing quotation"),
+        ("blk", "backend {socket} {", "braces are doubled"),
+    ],
+)
+def test_what_there_is_not_is_refused(name: str, text: str | None, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        choose_device(name, text, DeviceOptions(), 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tracker", "iommu"], "--tracker: qemu:nvme is not one of dmaproof's"),
+        (["--fault", "drop-pages"], "--fault: qemu:nvme is not one of dmaproof's"),
+        (["--guest", "bare"], "--guest linux has one"),
+    ],
+)
+def test_what_it_cannot_have_is_refused(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["prove", "--device", "qemu:nvme", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", [InsideQemu("nvme"), CommandDevice("blk", LISTENS)])
+def test_nothing_can_be_planted_in_it(device: InsideQemu | CommandDevice) -> None:
+    with pytest.raises(UsageError, match="drop-pages cannot be planted"):
+        device.with_fault("drop-pages")
+
+
+def test_every_page_of_the_image_is_stamped(tmp_path: Path) -> None:
+    write_image(tmp_path / "image")
+    content = (tmp_path / "image").read_bytes()
+    assert len(content) == IMAGE_BYTES
+    for page in (0, 1, IMAGE_BYTES // PAGE_BYTES - 1):
+        stamp = read_stamp(content[page * PAGE_BYTES :][:PAGE_BYTES])
+        assert stamp == Stamp(lba=8 * page, request=1)
+
+
+def test_a_socket_listens_once_it_accepts_connections(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    assert not command.listens(path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        assert not command.listens(path)
+        listener.listen()
+        assert command.listens(path)
+    path.unlink()
+    path.touch()
+    assert not command.listens(path)
+
+
+def test_each_side_has_a_back_end(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with attached(tmp_path, *LISTENS) as device:
+            for side in (SOURCE, DESTINATION):
+                arguments = await device.attach(side)
+                assert f"socket,id=disk,path={tmp_path / side}-disk.sock" in arguments
+                assert (tmp_path / f"{side}-device.log").read_text() == f"side {side}\n"
+            first = device.processes
+            device.release(DESTINATION)
+            await device.attach(DESTINATION)
+            assert not is_alive(first[1].pid)
+            assert [process.name for process in device.processes] == [
+                "source device",
+                "destination device",
+            ]
+            assert device.processes[0] is first[0]
+            assert await device.evidence(SOURCE) is None
+            pids = [process.pid for process in device.processes]
+        assert not any(is_alive(pid) for pid in pids)
+
+    asyncio.run(scene())
+
+
+def test_a_back_end_that_ends_is_told_with_its_last_words(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with attached(
+            tmp_path, "sh", "-c", "echo no such option; exit 5", "{socket}"
+        ) as device:
+            with pytest.raises(ProcessDiedError, match=r"exit code 5\n.*\n +no such option"):
+                await device.attach(SOURCE)
+
+    asyncio.run(scene())
+
+
+def test_a_back_end_that_does_not_listen_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene() -> None:
+        monkeypatch.setattr(command, "_START_TIMEOUT_S", 0.1)
+        async with attached(tmp_path, "sh", "-c", "sleep 1000", "{socket}") as device:
+            with pytest.raises(UntestableError, match="source device has not listened"):
+                await device.attach(SOURCE)
+            (backend,) = device.processes
+        assert not is_alive(backend.pid)
+
+    asyncio.run(scene())
+
+
+def test_a_program_that_is_not_there(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with attached(tmp_path, "/nowhere/backend", "{socket}") as device:
+            with pytest.raises(UntestableError, match="/nowhere/backend: No such file"):
+                await device.attach(SOURCE)
+
+    asyncio.run(scene())

@@ -120,6 +120,10 @@ static void fill(uint64_t *words, uint64_t magic, uint64_t lba, uint64_t number)
     words[2] = number;
 }
 
+void stamp_page(uint64_t *words, uint64_t lba, uint64_t number) {
+    fill(words, DEVICE_MAGIC, lba, number);
+}
+
 static void tell_error(const char *kind, uint64_t lba, uint64_t request, uint64_t expected,
                        uint64_t found, const void *place) {
     if (atomic_fetch_add(&errors, 1) < ERRORS_TOLD)

@@ -92,6 +92,8 @@ bool plan_request(struct worker *worker, struct request *request);
 uint32_t pieces_of(const struct request *request);
 uint8_t *piece_at(const struct request *request, uint32_t piece);
 uint64_t bytes_of(const struct request *request);
+// Stamp a page, as the device would; for a guest that has to make up what is to come back.
+void stamp_page(uint64_t *words, uint64_t lba, uint64_t number);
 // The request is over: `done` bytes were moved, or it is an error number.
 void finish_request(struct request *request, uint64_t done);
 

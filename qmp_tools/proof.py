@@ -514,7 +514,8 @@ class ProofRun:
         elif evidence:
             sharpness = measure_sharpness(evidence, migrated.all_sent_ns)
         else:
-            sharpness = sharpness_by_guest(self._guests[self.here].number("progress", "once"))
+            once = self._guests[self.here].number("progress", "once")
+            sharpness = sharpness_by_guest(once, certain=self._setup.device.direct)
         verdict = Verdict(pages, lost, sharpness, GuestOutcome(0, 0, 0))
         migration = migrated.migration
         return Proof(

@@ -99,8 +99,9 @@ class Sharpness:
     of them that the device wrote only once, with data. `unreported` were written and have not
     reached the log since, whether they were lost by it or saved by luck; `unreported_certain` are
     both, and `missed_at` counts them by the first link that has not seen them. `reported_unwritten`
-    reached the log though the device had not written them. Where the `witness`
-    is not the journal, the once pages alone are known: they are `rewritten` and `certain`.
+    reached the log though the device had not written them. Where the `witness` is not the journal,
+    the once pages alone are known: they are `rewritten`, and `certain` unless the guest's kernel
+    has copied them from buffers that it uses again.
     """
 
     writes: int
@@ -265,10 +266,13 @@ def measure_sharpness(evidence: Evidence, all_sent_ns: int) -> Sharpness:
     )
 
 
-def sharpness_by_guest(once: int, witness: Witness = Witness.GUEST) -> Sharpness:
+def sharpness_by_guest(
+    once: int, witness: Witness = Witness.GUEST, *, certain: bool = True
+) -> Sharpness:
     """What a run without a journal can tell: `once` pages the guest has had read into just once,
-    all of them after everything had been sent, before anything was, or while it was."""
-    return Sharpness(0, 0, once, once, 0, 0, 0, witness=witness)
+    all of them after everything had been sent, before anything was, or while it was; if they are
+    `certain`, each at a place that nothing else was written to."""
+    return Sharpness(0, 0, once, once if certain else 0, 0, 0, 0, witness=witness)
 
 
 def _missed_at(

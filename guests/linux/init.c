@@ -1,22 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
  * The whole user space of the Linux guest: carries out the workload (workload.h) on a disk, past the
- * page cache, with a thread for each request that is to be under way.
+ * page cache, or on a network that sends everything back, with a thread for each request that is to
+ * be under way.
  *
  * The second serial port is the line to the tool: single bytes in, lines of key=value out.
  */
 #define _GNU_SOURCE
+#include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <net/if.h>
+#include <netpacket/packet.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
@@ -25,13 +31,21 @@
 
 #include "../workload.h"
 
-enum { DISK_PATIENCE_US = 10 * 1000 * 1000, MEMORY_PATIENCE_US = 10 * 1000 * 1000 };
+enum {
+    DEVICE_PATIENCE_US = 10 * 1000 * 1000,
+    MEMORY_PATIENCE_US = 10 * 1000 * 1000,
+    LOOP_SECTORS = 1 << 24,
+    LOOP_PATIENCE_US = 100 * 1000,  // then a frame is lost, as it may be while a guest migrates
+    FRAME_DATA_BYTES = 1366,        // three frames for a page
+    FIRST_PROTOCOL = 0x9100,        // an Ethernet type for each thread
+};
 
 const uint32_t piece_alignment = SECTOR_BYTES;  // O_DIRECT asks for it
 
 static int report_fd = -1, disk_fd = -1;
-static const char *disk;         // its place
+static const char *disk;        // its place
 static const char *shared_tag;  // of the virtiofs that it is a file of, or NULL
+static const char *loop;        // a network interface in the disk's place, or NULL
 static uint8_t *buffer;
 static uint64_t ram_end;        // now
 static uint64_t first_ram_end;  // at the start, with nothing plugged
@@ -132,6 +146,93 @@ uint64_t move_to_new_memory(uint64_t first, uint64_t count) {
     return moved;
 }
 
+// The network ------------------------------------------------------------------------------------
+//
+// Whatever is sent comes back. So a page is stamped here, sent in frames, and put together again
+// from what the device wrote into the kernel's buffers.
+
+struct frame {
+    uint64_t number;
+    uint32_t part;
+    uint8_t data[FRAME_DATA_BYTES];
+};
+
+enum { PARTS = (PAGE_BYTES + FRAME_DATA_BYTES - 1) / FRAME_DATA_BYTES };
+
+static size_t part_bytes(uint32_t part) {
+    size_t rest = PAGE_BYTES - part * FRAME_DATA_BYTES;
+    return rest < FRAME_DATA_BYTES ? rest : FRAME_DATA_BYTES;
+}
+
+static void open_interface(void) {
+    int fd = socket(AF_PACKET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    struct ifreq interface = {.ifr_flags = IFF_UP | IFF_PROMISC};
+    strncpy(interface.ifr_name, loop, sizeof interface.ifr_name - 1);
+    for (int waited = 0; ioctl(fd, SIOCSIFFLAGS, &interface) < 0; waited += 1000, usleep(1000))
+        if (waited > DEVICE_PATIENCE_US)
+            give_up(loop);
+    close(fd);
+}
+
+// A socket for the frames of one thread.
+static int open_loop(uintptr_t thread) {
+    static const struct timeval patience = {.tv_usec = LOOP_PATIENCE_US};
+    uint16_t protocol = htons((uint16_t)(FIRST_PROTOCOL + thread));
+    int fd = socket(AF_PACKET, SOCK_DGRAM | SOCK_CLOEXEC, protocol);
+    struct sockaddr_ll address = {
+        .sll_family = AF_PACKET,
+        .sll_protocol = protocol,
+        .sll_ifindex = (int)if_nametoindex(loop),
+    };
+    if (fd < 0 || bind(fd, (void *)&address, sizeof address) < 0 ||
+        setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience) < 0)
+        give_up("opening a packet socket");
+    return fd;
+}
+
+static void send_page(int fd, uintptr_t thread, const uint8_t *page, uint64_t number) {
+    struct sockaddr_ll address = {
+        .sll_family = AF_PACKET,
+        .sll_protocol = htons((uint16_t)(FIRST_PROTOCOL + thread)),
+        .sll_ifindex = (int)if_nametoindex(loop),
+        .sll_halen = 6,
+        .sll_addr = {0xff, 0xff, 0xff, 0xff, 0xff, 0xff},
+    };
+    for (uint32_t part = 0; part < PARTS; part++) {
+        struct frame frame = {.number = number, .part = part};
+        memcpy(frame.data, page + part * FRAME_DATA_BYTES, part_bytes(part));
+        sendto(fd, &frame, sizeof frame, 0, (void *)&address, sizeof address);
+    }
+}
+
+// Put the frames of page `number` together; false if they do not all come.
+static bool receive_page(int fd, uint8_t *page, uint64_t number) {
+    struct frame frame;
+    for (uint32_t missing = (1 << PARTS) - 1; missing;) {
+        if (recv(fd, &frame, sizeof frame, 0) < (ssize_t)sizeof frame)
+            return false;
+        if (frame.number != number || frame.part >= PARTS)
+            continue;  // it was sent before, and is late
+        memcpy(page + frame.part * FRAME_DATA_BYTES, frame.data, part_bytes(frame.part));
+        missing &= ~(1u << frame.part);
+    }
+    return true;
+}
+
+static uint64_t transfer_by_loop(int fd, uintptr_t thread, const struct request *request) {
+    static atomic_ulong sent;
+    uint64_t words[PAGE_BYTES / sizeof(uint64_t)];
+    for (uint32_t index = 0; index < request->count; index++) {
+        uint64_t number;
+        do {
+            number = atomic_fetch_add(&sent, 1) + 1;
+            stamp_page(words, request->sector + index * (PAGE_BYTES / SECTOR_BYTES), number);
+            send_page(fd, thread, (void *)words, number);
+        } while (!receive_page(fd, piece_at(request, index), number));
+    }
+    return bytes_of(request);
+}
+
 // Threads ----------------------------------------------------------------------------------------
 
 static uint64_t transfer(const struct request *request) {
@@ -148,10 +249,13 @@ static uint64_t transfer(const struct request *request) {
 static void *work(void *argument) {
     struct worker worker = new_worker((uintptr_t)argument);
     struct request request;
+    uintptr_t thread = (uintptr_t)argument;
+    int loop_fd = loop ? open_loop(thread) : -1;
     for (;;) {
         atomic_fetch_add(&in_flight, 1);
         if (!atomic_load(&paused) && plan_request(&worker, &request))
-            finish_request(&request, transfer(&request));
+            finish_request(&request, loop ? transfer_by_loop(loop_fd, thread, &request)
+                                          : transfer(&request));
         atomic_fetch_sub(&in_flight, 1);
         while (atomic_load(&paused))
             usleep(1000);
@@ -166,7 +270,7 @@ static void *keep_churning(void *argument) {
     return argument;
 }
 
-static void *listen(void *argument) {
+static void *take_commands(void *argument) {
     char command;
     while (read(report_fd, &command, 1) == 1)
         obey(command);
@@ -214,7 +318,7 @@ static uint64_t open_disk(void) {
         disk_fd = open(disk, O_RDWR | O_DIRECT | O_CLOEXEC);
         if (disk_fd < 0 && waited == 0)
             tell("waiting for=disk");
-        if (disk_fd < 0 && waited > DISK_PATIENCE_US)
+        if (disk_fd < 0 && waited > DEVICE_PATIENCE_US)
             give_up(disk);
     }
     off_t bytes = lseek(disk_fd, 0, SEEK_END);
@@ -246,6 +350,8 @@ static void read_parameters(int count, char **arguments) {
             disk = argument + 5;
         } else if (strncmp(argument, "shared=", 7) == 0) {
             shared_tag = argument + 7;
+        } else if (strncmp(argument, "loop=", 5) == 0) {
+            loop = argument + 5;
         } else if (strchr(argument, '=') && !read_parameter(argument)) {
             errno = EINVAL;
             give_up(argument);
@@ -261,7 +367,9 @@ int main(int count, char **arguments) {
     open_report();
     read_parameters(count, arguments);
     load_modules();
-    uint64_t sectors = open_disk();
+    if (loop)
+        open_interface();
+    uint64_t sectors = loop ? LOOP_SECTORS : open_disk();
     map_buffer();
     ram_end = first_ram_end = end_of_ram();
     const char *problem = prepare_workload(sectors);
@@ -269,7 +377,7 @@ int main(int count, char **arguments) {
         tell("fatal message=\"%s\"", problem);
         power_off();
     }
-    start_thread(listen, 0);
+    start_thread(take_commands, 0);
     start_thread(keep_churning, 0);
     for (uintptr_t number = 0; number < parameters.threads; number++)
         start_thread(work, number);

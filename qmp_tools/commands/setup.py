@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Final, NoReturn
 
 from dmaproof.dirty_tracker import emulated_trackers
@@ -220,7 +219,7 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
             f"--guest {' or '.join(sorted(device.guests))} has one"
         )
     memory = parse_memory(arguments.memory) if arguments.memory else None
-    workload = replace(parse_workload(arguments.workload, seed), image=int(device.image))
+    workload = device.fit(parse_workload(arguments.workload, seed))
     source = find_qemu(arguments.qemu)
     destination = find_qemu(arguments.qemu_destination) if arguments.qemu_destination else source
     guest = GUESTS[arguments.guest](show.say, device.driver)

@@ -1,7 +1,7 @@
 """Somebody else's vhost-user back end in our device's place: one process for each side.
 
-It keeps no journal. Its disk is an image file with stamped pages, so the guest can check whatever
-it reads; who lost a page stays open.
+It keeps no journal, so who lost a page stays open. A disk is an image file with stamped pages, and
+a network is to send back what it gets; so the guest can check whatever comes.
 """
 
 from __future__ import annotations
@@ -13,15 +13,20 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import Final
 
 from dmaproof.errors import UntestableError, UsageError
 from dmaproof.evidence import Evidence
 
-from ..guest.linux import VIRTIO_BLK, VIRTIOFS, Driver
-from ..processes.machine import vhost_user_blk_arguments, vhost_user_fs_arguments
+from ..guest.linux import VIRTIO_BLK, VIRTIO_NET, VIRTIOFS, Driver
+from ..guest.workload import Workload
+from ..processes.machine import (
+    vhost_user_blk_arguments,
+    vhost_user_fs_arguments,
+    vhost_user_net_arguments,
+)
 from ..processes.process import Process
-from .device import AttachedDevice, DeviceFacts, never
+from .device import AttachedDevice, DeviceFacts, never, on_image, on_network
 from .disk_image import write_image
 
 _START_TIMEOUT_S: Final = 30.0
@@ -37,11 +42,18 @@ class _Kind:
     arguments: Callable[[Path, int], list[str]]
     guests: Collection[str]
     driver: Driver
+    network: bool = False
 
 
 KINDS: Final = {
     "blk": _Kind(vhost_user_blk_arguments, ("bare", "linux"), VIRTIO_BLK),
     "fs": _Kind(lambda socket, queues: vhost_user_fs_arguments(socket), ("linux",), VIRTIOFS),
+    "net": _Kind(
+        lambda socket, queues: vhost_user_net_arguments(socket),
+        ("linux",),
+        VIRTIO_NET,
+        network=True,
+    ),
 }
 
 
@@ -52,8 +64,6 @@ class CommandDevice:
     kind: str
     words: Sequence[str]
     queues: int = 2
-
-    image: ClassVar[bool] = True
 
     @property
     def facts(self) -> DeviceFacts:
@@ -69,6 +79,15 @@ class CommandDevice:
     def driver(self) -> Driver:
         """See `ProofDevice.driver`."""
         return KINDS[self.kind].driver
+
+    @property
+    def direct(self) -> bool:
+        """See `ProofDevice.direct`."""
+        return not KINDS[self.kind].network
+
+    def fit(self, workload: Workload) -> Workload:
+        """See `ProofDevice.fit`."""
+        return on_network(workload) if KINDS[self.kind].network else on_image(workload)
 
     def with_fault(self, fault: str) -> CommandDevice:
         """See `ProofDevice.with_fault`."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from dmaproof.errors import UntestableError
 from dmaproof.evidence import Evidence
 
 from ..guest.linux import Driver
+from ..guest.workload import Workload
 from ..processes.process import Process
 
 
@@ -49,8 +50,11 @@ class ProofDevice(Protocol):
         """The one by which the Linux guest comes to it."""
 
     @property
-    def image(self) -> bool:
-        """Whether its content is an image file's: the same whenever it is read."""
+    def direct(self) -> bool:
+        """Whether it writes where the guest's program asks it to, not into its kernel's buffers."""
+
+    def fit(self, workload: Workload) -> Workload:
+        """The workload, as far as it can be carried out on this device."""
 
     def with_fault(self, fault: str) -> ProofDevice:
         """The same with `fault` planted, as ``--fault`` names it.
@@ -106,6 +110,16 @@ class AttachedDevice(Protocol):
         Raises:
             UntestableError: it should know, and cannot tell.
         """
+
+
+def on_image(workload: Workload) -> Workload:
+    """The workload on an image file, whose content is the same whenever it is read."""
+    return replace(workload, image=1)
+
+
+def on_network(workload: Workload) -> Workload:
+    """The workload on a network that sends back what it gets, and keeps nothing."""
+    return replace(workload, write_every=0, huge_every=0, unaligned_every=0)
 
 
 async def never() -> UntestableError:

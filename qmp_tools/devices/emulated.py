@@ -13,6 +13,7 @@ from dmaproof.errors import UntestableError
 from dmaproof.evidence import Evidence
 
 from ..guest.linux import VIRTIO_BLK, Driver
+from ..guest.workload import Workload
 from ..processes.device import Device, DeviceOptions
 from ..processes.machine import DESTINATION, SOURCE, vhost_user_blk_arguments
 from ..processes.process import Process
@@ -28,7 +29,7 @@ class EmulatedDevice:
 
     guests: ClassVar[Collection[str]] = ("bare", "linux")
     driver: ClassVar[Driver] = VIRTIO_BLK
-    image: ClassVar[bool] = False
+    direct: ClassVar[bool] = True
 
     @property
     def facts(self) -> DeviceFacts:
@@ -37,6 +38,10 @@ class EmulatedDevice:
         return DeviceFacts(
             options.device, self.queues, options.tracker, options.harvest, options.fault
         )
+
+    def fit(self, workload: Workload) -> Workload:
+        """See `ProofDevice.fit`."""
+        return workload
 
     def with_fault(self, fault: str) -> EmulatedDevice:
         """See `ProofDevice.with_fault`."""

@@ -1,8 +1,8 @@
 """A device that QEMU itself emulates, as ``--device qemu:NAME`` names it.
 
 Its writes go through QEMU's own address space functions, which dirty the pages. It keeps no
-journal, and its disk is an image file (see disk_image.py). Here are those that a guest of ours can
-drive.
+journal. A disk is an image file (see disk_image.py), a network a socket that is its own peer, so
+that whatever the guest sends comes back. Here are those that a guest of ours can drive.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import Final
 
 from dmaproof.errors import UntestableError, UsageError
 from dmaproof.evidence import Evidence
 
 from ..guest import linux
+from ..guest.workload import Workload
 from ..processes.process import Process
-from .device import AttachedDevice, DeviceFacts, never
+from .device import AttachedDevice, DeviceFacts, never, on_image, on_network
 from .disk_image import file_node, write_image
 
 
@@ -29,10 +30,15 @@ class _Kind:
     devices: Sequence[str]
     driver: linux.Driver
     guests: Collection[str] = ("linux",)
+    network: bool = False
 
 
 def _scsi(adapter: str, driver: linux.Driver) -> _Kind:
     return _Kind((f"{adapter},id=adapter", "scsi-hd,drive=disk,bus=adapter.0"), driver)
+
+
+def _network(name: str, driver: linux.Driver) -> _Kind:
+    return _Kind((f"{name},netdev=net",), driver, network=True)
 
 
 KINDS: Final = {
@@ -45,8 +51,15 @@ KINDS: Final = {
     "lsi53c895a": _scsi("lsi53c895a", linux.LSI),
     "megasas": _scsi("megasas", linux.MEGASAS),
     "pvscsi": _scsi("pvscsi", linux.PVSCSI),
+    "virtio-net-pci": _network("virtio-net-pci", linux.VIRTIO_NET),
+    "e1000": _network("e1000", linux.E1000),
+    "e1000e": _network("e1000e", linux.E1000E),
+    "igb": _network("igb", linux.IGB),
+    "vmxnet3": _network("vmxnet3", linux.VMXNET3),
 }
 """By QEMU's own names."""
+
+_DISK: Final = "disk"
 
 
 @dataclass(frozen=True)
@@ -59,8 +72,6 @@ class InsideQemu:
 
     name: str
     queues: int = 2
-
-    image: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.name not in KINDS:
@@ -84,6 +95,15 @@ class InsideQemu:
         """See `ProofDevice.driver`."""
         return KINDS[self.name].driver
 
+    @property
+    def direct(self) -> bool:
+        """See `ProofDevice.direct`."""
+        return not KINDS[self.name].network
+
+    def fit(self, workload: Workload) -> Workload:
+        """See `ProofDevice.fit`."""
+        return on_network(workload) if KINDS[self.name].network else on_image(workload)
+
     def with_fault(self, fault: str) -> InsideQemu:
         """See `ProofDevice.with_fault`."""
         raise UsageError(f"{fault} cannot be planted in a device of QEMU's")
@@ -91,25 +111,32 @@ class InsideQemu:
     @asynccontextmanager
     async def start(self, folder: Path) -> AsyncIterator[AttachedDevice]:
         """See `ProofDevice.start`."""
-        image = folder / "disk"
-        write_image(image)
-        yield _Attached(self, image)
+        if not KINDS[self.name].network:
+            write_image(folder / _DISK)
+        yield _Attached(self, folder)
+
+
+def own_peer(socket: Path) -> str:
+    """The value of QEMU's ``-netdev`` for a network 'net' that is a socket sending to itself."""
+    ends = (f"{end}.type=unix,{end}.path={socket}" for end in ("local", "remote"))
+    return f"dgram,id=net,{','.join(ends)}"
 
 
 class _Attached:
-    def __init__(self, setup: InsideQemu, image: Path) -> None:
+    def __init__(self, setup: InsideQemu, folder: Path) -> None:
         self.processes: Sequence[Process] = ()
         self._setup = setup
-        self._image = image
+        self._folder = folder
 
     async def attach(self, side: str) -> Sequence[str]:
-        devices = [
-            device.format(queues=self._setup.queues) for device in KINDS[self._setup.name].devices
-        ]
-        return [
-            *("-blockdev", file_node(self._image)),
-            *(word for device in devices for word in ("-device", device)),
-        ]
+        kind = KINDS[self._setup.name]
+        devices = [device.format(queues=self._setup.queues) for device in kind.devices]
+        behind = ["-blockdev", file_node(self._folder / _DISK)]
+        if kind.network:
+            socket = self._folder / f"{side}-net.sock"
+            socket.unlink(missing_ok=True)
+            behind = ["-netdev", own_peer(socket)]
+        return [*behind, *(word for device in devices for word in ("-device", device))]
 
     def release(self, side: str) -> None:
         pass  # it is QEMU

@@ -34,29 +34,35 @@ _COMMAND_LINE: Final = (
 
 @dataclass(frozen=True)
 class Driver:
-    """How Linux comes to a disk: by `modules` (and what these depend on), at `disk`.
+    """How Linux comes to a device: by `modules`, and what these depend on.
 
-    `disk` is a device node, or a file in a virtiofs that is mounted from the tag `shared`.
+    `place` tells ``guests/linux/init.c`` where the device is: a disk's node, a file in a virtiofs
+    of such a tag, or a network interface.
     """
 
     modules: Sequence[str]
-    disk: str
-    shared: str = ""
-
-    def __str__(self) -> str:
-        """As ``guests/linux/init.c`` takes it on its command line."""
-        return f"disk={self.disk}" + (f" shared={self.shared}" if self.shared else "")
+    place: str
 
 
-VIRTIO_BLK: Final = Driver(("virtio_pci", "virtio_blk"), "/dev/vda")
-VIRTIO_SCSI: Final = Driver(("virtio_pci", "virtio_scsi", "sd_mod"), "/dev/sda")
-VIRTIOFS: Final = Driver(("virtio_pci", "virtiofs"), "/shared/disk", shared="disk")
-NVME: Final = Driver(("nvme",), "/dev/nvme0n1")
-AHCI: Final = Driver(("ahci", "sd_mod"), "/dev/sda")
-LSI: Final = Driver(("sym53c8xx", "sd_mod"), "/dev/sda")
-MEGASAS: Final = Driver(("megaraid_sas", "sd_mod"), "/dev/sda")
-PVSCSI: Final = Driver(("vmw_pvscsi", "sd_mod"), "/dev/sda")
-_DRIVERS: Final = (VIRTIO_BLK, VIRTIO_SCSI, VIRTIOFS, NVME, AHCI, LSI, MEGASAS, PVSCSI)
+_SCSI_DISK: Final = "disk=/dev/sda"
+_NETWORK: Final = "loop=eth0"
+VIRTIO_BLK: Final = Driver(("virtio_pci", "virtio_blk"), "disk=/dev/vda")
+VIRTIO_SCSI: Final = Driver(("virtio_pci", "virtio_scsi", "sd_mod"), _SCSI_DISK)
+VIRTIOFS: Final = Driver(("virtio_pci", "virtiofs"), "disk=/shared/disk shared=disk")
+NVME: Final = Driver(("nvme",), "disk=/dev/nvme0n1")
+AHCI: Final = Driver(("ahci", "sd_mod"), _SCSI_DISK)
+LSI: Final = Driver(("sym53c8xx", "sd_mod"), _SCSI_DISK)
+MEGASAS: Final = Driver(("megaraid_sas", "sd_mod"), _SCSI_DISK)
+PVSCSI: Final = Driver(("vmw_pvscsi", "sd_mod"), _SCSI_DISK)
+VIRTIO_NET: Final = Driver(("virtio_pci", "virtio_net", "af_packet"), _NETWORK)
+E1000: Final = Driver(("e1000", "af_packet"), _NETWORK)
+E1000E: Final = Driver(("e1000e", "af_packet"), _NETWORK)
+IGB: Final = Driver(("igb", "af_packet"), _NETWORK)
+VMXNET3: Final = Driver(("vmxnet3", "af_packet"), _NETWORK)
+_DRIVERS: Final = (
+    *(VIRTIO_BLK, VIRTIO_SCSI, VIRTIOFS, NVME, AHCI, LSI, MEGASAS, PVSCSI),
+    *(VIRTIO_NET, E1000, E1000E, IGB, VMXNET3),
+)
 
 _INIT_OPTIONS: Final = ("-static", "-pthread", "-std=c11")
 
@@ -93,7 +99,7 @@ def linux_guest(say: Say, driver: Driver = VIRTIO_BLK) -> Guest:
         version=f"{version} {target.name}",
         kernel=kernel / "vmlinux",
         initramfs=target / "initramfs",
-        options=f"{_COMMAND_LINE} -- {driver}",
+        options=f"{_COMMAND_LINE} -- {driver.place}",
         memory_bytes=MEMORY_BYTES,
         kvm_patience_s=_KVM_PATIENCE_S,
     )

@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -100,7 +100,7 @@ def fetch(wanted: str, say: Say) -> QemuBuild:
         build = folder / "build"
         for package in packages:
             unpack(package, build / "root")
-        _finish(build)
+        make_whole(build, _PROGRAMS)
         (build / _SUITE_FILE).write_text(archive.suite + "\n")
         _try(build / _QEMU)
         replace_folder(build, target)
@@ -142,8 +142,11 @@ def _upstream(version: str) -> str:
     return match[1]
 
 
-def _finish(build: Path) -> None:
-    """Make the unpacked tree whole: merged /usr, and a script for each program."""
+def make_whole(build: Path, programs: Mapping[str, str]) -> None:
+    """Make the packages unpacked in ``root`` run: merged /usr, and a script for each program.
+
+    `programs` are those that are to be run, with the folder that the packages have them in.
+    """
     root = build / "root"
     for name in ("lib", "lib64"):
         old, new = root / name, root / "usr" / name
@@ -152,7 +155,7 @@ def _finish(build: Path) -> None:
             shutil.rmtree(old)
         if not old.is_symlink():
             old.symlink_to(f"usr/{name}")
-    for program, place in _PROGRAMS.items():
+    for program, place in programs.items():
         if not (root / place / program).exists():
             continue
         firmware = _FIRMWARE if program.startswith("qemu-system") else ""

@@ -117,6 +117,15 @@ def vhost_user_fs_arguments(socket: Path) -> list[str]:
     ]
 
 
+def vhost_user_net_arguments(socket: Path) -> list[str]:
+    """The QEMU arguments that attach a network card whose back end listens at `socket`."""
+    return [
+        *("-chardev", f"socket,id=net,path={socket}"),
+        *("-netdev", "vhost-user,id=net,chardev=net"),
+        *("-device", "virtio-net-pci,netdev=net"),
+    ]
+
+
 SOURCE: Final = "source"
 DESTINATION: Final = "destination"
 """What the two sides of a proof are called."""

@@ -98,7 +98,10 @@ def _proof_facts(answer: Json) -> str:
 
 def _written(sharpness: Json) -> list[tuple[str, Any]]:
     if sharpness["witness"] == "guest":
-        return [("written after all had been sent, certain to show a loss", sharpness["certain"])]
+        return [
+            ("written after all had been sent, as the guest knows", sharpness["rewritten"]),
+            ("certain to show a lost bit", sharpness["certain"]),
+        ]
     if sharpness["witness"] == "still":
         return [
             ("written before the guest stood still, certain to show a loss", sharpness["certain"])

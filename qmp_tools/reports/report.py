@@ -141,6 +141,12 @@ def _device(proof: Proof) -> str:
 
 
 def _sharpness(sharpness: Sharpness) -> list[str]:
+    if sharpness.witness == Witness.GUEST and not sharpness.certain:
+        return [
+            f"  sharpness    the guest had {sharpness.rewritten} pages written after everything "
+            "had been sent, into",
+            "               buffers that are used again: no single bit is certain to have shown",
+        ]
     if sharpness.witness == Witness.GUEST:
         return [
             f"  sharpness    the guest had {sharpness.certain} pages written just once after "

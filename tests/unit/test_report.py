@@ -186,11 +186,13 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "pass": report.to_json(proof([])),
     "lost": report.to_json(proof(LOST, errors=2)),
     "blunt": report.to_json(proof([], Sharpness(0, 0, 0, 0, 0, 0, 0))),
-    "foreign": report.to_json(proof([], sharpness_by_guest(5), device=Foreign(OPTIONS))),
+    "foreign": report.to_json(
+        proof([], sharpness_by_guest(5, certain=True), device=Foreign(OPTIONS))
+    ),
     "foreign, lost": report.to_json(
         proof(
             [LostPage(0x9000, 0x9000, 1, Blame.UNKNOWN)],
-            sharpness_by_guest(0),
+            sharpness_by_guest(0, certain=True),
             device=Foreign(OPTIONS),
         )
     ),
@@ -298,7 +300,7 @@ def test_the_page_tells_of_the_lost_pages() -> None:
 def test_without_a_journal_nothing_is_said_of_it() -> None:
     page = Page()
     page.feed(to_html(ANSWERS["foreign"]))
-    text = report.to_text(proof([], sharpness_by_guest(5), device=Foreign(OPTIONS)))
+    text = report.to_text(proof([], sharpness_by_guest(5, certain=True), device=Foreign(OPTIONS)))
     for told in (page.text, text):
         assert "somebody's, without a journal" in told
         assert "None" not in told

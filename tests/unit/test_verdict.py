@@ -218,18 +218,21 @@ def test_without_a_journal_it_stays_open_who_lost_a_page(case: Case) -> None:
     differing = compare(case.source, case.destination)
     lost = attribute(differing, case.source, case.destination, case.evidence().slots, None)
     assert lost == [LostPage(PAGES // 2 * PAGE, HIGH, 4, Blame.UNKNOWN)]
-    verdict = Verdict(PAGES, lost, sharpness_by_guest(20), GuestOutcome(1000, 0, 10))
+    verdict = Verdict(PAGES, lost, sharpness_by_guest(20, certain=True), GuestOutcome(1000, 0, 10))
     assert verdict.exit_code == 1
     assert "not ours to know" in verdict.sentence
 
 
 def test_without_a_journal_the_guest_is_the_witness() -> None:
     well = GuestOutcome(1000, 0, 10)
-    assert Verdict(PAGES, [], sharpness_by_guest(20), well).exit_code == 0
-    assert Verdict(PAGES, [], sharpness_by_guest(0), well).exit_code == 3
-    told = sharpness_by_guest(20).to_json()
+    assert Verdict(PAGES, [], sharpness_by_guest(20, certain=True), well).exit_code == 0
+    assert Verdict(PAGES, [], sharpness_by_guest(0, certain=True), well).exit_code == 3
+    told = sharpness_by_guest(20, certain=True).to_json()
     assert (told["certain"], told["rewritten"], told["witness"]) == (20, 20, "guest")
     assert told["unreported"] is None
+    copied = sharpness_by_guest(20, certain=False)
+    assert (copied.rewritten, copied.certain) == (20, 0)
+    assert Verdict(PAGES, [], copied, well).exit_code == 0
     assert Sharpness(1, 2, 3, 4, 5, 6, 7).to_json()["unreported"] == 5
 
 

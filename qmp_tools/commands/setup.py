@@ -27,7 +27,7 @@ from .arguments import positive, seconds, size
 
 TRACKER: Final = "iommu"
 HARVEST: Final = "0.2"
-"""The defaults of the options of these names, the last two where a fault needs nothing else."""
+"""The defaults of the options of these names, where a fault needs nothing else."""
 
 
 def add_setup_options(parser: argparse.ArgumentParser) -> None:

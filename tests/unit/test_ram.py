@@ -1,0 +1,47 @@
+"""A guest's RAM, as it was at a moment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+
+from dmaproof.errors import UntestableError
+from qmp_tools.ram import PAGE_BYTES, RamFile, compare, copied
+from qmp_tools.testbed.ring_driver import ram_fd
+
+PAGES = 600  # more than are copied at once, and no multiple of that
+
+
+def ram(fd: int) -> RamFile:
+    status = os.fstat(fd)
+    return RamFile(fd, status.st_size, status.st_dev, status.st_ino)
+
+
+def test_a_copy_is_of_its_moment() -> None:
+    with ram_fd(PAGES * PAGE_BYTES) as fd:
+        for page in (0, 299, PAGES - 1):
+            os.pwrite(fd, b"then", page * PAGE_BYTES)
+        with copied([ram(fd)]) as (moment,):
+            assert len(compare(moment, ram(fd))) == 0
+            assert (moment.device, moment.inode) == (ram(fd).device, ram(fd).inode)
+            os.pwrite(fd, b"now", 299 * PAGE_BYTES)
+            os.pwrite(fd, b"now", 300 * PAGE_BYTES)
+            assert compare(moment, ram(fd)).tolist() == [299, 300]
+            copy = moment.fd
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(copy)
+
+
+def test_what_was_never_written_takes_no_memory() -> None:
+    with ram_fd(PAGES * PAGE_BYTES) as fd, copied([ram(fd)]) as (moment,):
+        assert os.fstat(moment.fd).st_blocks == 0
+        assert len(compare(moment, ram(fd))) == 0
+
+
+def test_memory_that_cannot_be_read_is_told() -> None:
+    with ram_fd(PAGE_BYTES) as fd:
+        gone = replace(ram(fd), fd=-1)
+    with pytest.raises(UntestableError, match="cannot be copied"), copied([gone]):
+        pass

@@ -31,7 +31,7 @@ from pathlib import Path
 
 from dmaproof.errors import UsageError
 
-from . import proof
+from . import proof_run
 from .check.check import Check, check
 from .commands.setup import parse_proof_options, setup_of
 from .display import Display, QuietDisplay
@@ -155,4 +155,4 @@ async def prove(options: Mapping[str, object], display: Display | None = None) -
         UntestableError: it did not come to a verdict.
     """
     show = display or QuietDisplay()
-    return await proof.prove(await setup_of(parse_proof_options(options), show), show)
+    return await proof_run.prove(await setup_of(parse_proof_options(options), show), show)

@@ -35,7 +35,8 @@ from .migration.migration import Limits
 from .processes.machine import DESTINATION, INCOMING, SOURCE
 from .processes.qemu import Qemu
 from .processes.run_folder import run_folder
-from .proof import Migrated, Proof, ProofRun, proof_run
+from .proof import Proof
+from .proof_run import Migrated, ProofRun, proof_run
 
 T = TypeVar("T")
 

@@ -23,7 +23,8 @@ from dmaproof.faults import known_faults, summary
 
 from .display import QuietDisplay
 from .processes.device import DeviceOptions
-from .proof import Setup, prove
+from .proof import Setup
+from .proof_run import prove
 from .testbed.scene import play
 from .verdict import EXIT_PASS, Blame, Verdict
 

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from dmaproof.errors import UntestableError
+from dmaproof.errors import UntestableError, UsageError
 
 from .display import QuietDisplay
+from .migration.ways import WAYS
 from .processes.machine import MIB
 from .processes.run_folder import run_folder
-from .proof import Hop, Proof, Setup, proof_run, there_and_back
+from .proof import Hop, Proof, Setup
+from .proof_run import proof_run, there_and_back
 from .verdict import EXIT_LOST, EXIT_PASS
 
 TOOL: Final = "tool"
@@ -166,8 +168,12 @@ async def soak(setup: Setup, migrations: int, say: Callable[[str], None]) -> Soa
     """Migrate so often, until the first time that is no pass; `say` is told of each.
 
     Raises:
+        UsageError: the way cannot be gone again and again.
         UntestableError: one did not come to a verdict.
     """
+    if not WAYS[setup.way].repeatable:
+        repeatable = ", ".join(name for name, way in WAYS.items() if way.repeatable)
+        raise UsageError(f"way {setup.way!r} cannot be gone again and again; {repeatable} can")
     began_s = time.monotonic()
     holdings: dict[str, list[Holdings]] = {}
     with run_folder() as folder:

@@ -11,7 +11,8 @@ from dmaproof.trace import Link
 
 from ..display import Display, display
 from ..processes.machine import format_memory
-from ..proof import Proof, prove
+from ..proof import Proof
+from ..proof_run import prove
 from ..reports.report import to_json, to_text
 from ..verdict import EXIT_UNTESTED
 from .arguments import Subcommands, add_parser

@@ -207,6 +207,11 @@ class Way:
             or self.refusal
         )
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether a guest that has gone this way can go back the same way, and so on."""
+        return not (self.plug or self.stands_still or self.snapshot or self.refusal)
+
     def is_shown_in(self, answer: Mapping[str, Any]) -> bool:
         """Whether an answer of query-migrate shows that the way has been used."""
         if self.shown_by is None:

@@ -1,0 +1,386 @@
+"""One proof from end to end: boot, migrate under load, compare, attribute, go on.
+
+The load is kept sharp on purpose. The migration is held in precopy by a low downtime limit and by
+pages that the guest's CPU keeps dirtying; once QEMU has sent every page (its second bitmap sync),
+the guest is told to use pages of which each is written by the device only once. Only when these are
+used up may the migration end. So whatever the chain loses of them stays lost, and is seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from dmaproof.errors import UntestableError
+from dmaproof.evidence import HARVEST, Evidence, Slot
+
+from .check.physical_map import parse_flat_view, shown_parts
+from .devices.device import AttachedDevice
+from .display import Display
+from .guest.channel import QUIET, START_ONCE, SWEEP
+from .migration.migration import Migration, Progress
+from .migration.refused_features import explain_refusal
+from .migration.ways import WAYS, FirstAttempt, UnsupportedWayError
+from .processes.machine import format_memory
+from .processes.qemu import Qemu
+from .processes.run_folder import run_folder
+from .proof import Hop, Proof, Setup
+from .qemu_pair import QemuPair
+from .ram import RamFile, compare, copied, ram_files
+from .reports.ram_map import RamMap, joined, map_proof
+from .verdict import (
+    EXIT_PASS,
+    Blame,
+    GuestOutcome,
+    LostPage,
+    Verdict,
+    Witness,
+    attribute,
+    measure_sharpness,
+    sharpness_by_guest,
+)
+
+_GO_ON_TIMEOUT_S: Final = 60.0
+_CANNOT_LOAD: Final = "error while loading state"
+"""QEMU's words for a device's state that it refuses (vmstate_load)."""
+_REQUESTS_BETWEEN: Final = 100
+"""That the source's guest must do after an attempt has failed, before the next begins."""
+
+
+async def prove(setup: Setup, display: Display, *, keep: bool = False) -> Proof:
+    """Carry out one proof.
+
+    Raises:
+        UntestableError: it did not come to a verdict; the message says why.
+    """
+    with run_folder(keep=keep) as folder:
+        async with (
+            proof_run(setup, display, folder) as run,
+            contextlib.aclosing(there_and_back(run, WAYS[setup.way].migrations)) as proofs,
+        ):
+            proof = [it async for it in proofs][-1]
+            return replace(proof, folder=folder if keep else None)
+
+
+async def there_and_back(run: ProofRun, migrations: int) -> AsyncGenerator[Proof, None]:
+    """The proofs of so many migrations of one guest, until the first that is no pass.
+
+    Raises:
+        UntestableError: one did not come to a verdict; the message says why.
+    """
+    hops: list[Hop] = []
+    for number in range(migrations):
+        if number:
+            await run.turn_round()
+        proof = await run.finish(await run.compare(await run.migrate()))
+        yield replace(proof, earlier=tuple(hops))
+        hops.append(proof.hop)
+        if proof.verdict.exit_code != EXIT_PASS:
+            return
+
+
+@contextlib.asynccontextmanager
+async def proof_run(setup: Setup, display: Display, folder: Path) -> AsyncIterator[ProofRun]:
+    """The device and both QEMUs of a proof, started; its steps are the caller's to take.
+
+    Raises:
+        UntestableError: one of them could not be started.
+    """
+    display.say(
+        f"starting: {format_memory(setup.machine.memory_bytes)} of RAM, "
+        f"{setup.machine.machine}, {setup.machine.accelerator}, seed {setup.seed}"
+    )
+    async with setup.device.start(folder) as device:
+        run = ProofRun(setup, display, device, folder)
+        try:
+            await run.start()
+            yield run
+        finally:
+            await run.end()
+
+
+@dataclass(frozen=True)
+class Migrated:
+    """What is known of a migration once it is over and both guests stand still."""
+
+    versions: Sequence[str]
+    migration_s: float
+    all_sent_ns: int
+    migration: Migration
+
+
+class ProofRun(QemuPair):
+    """The steps that a proof takes with its processes, each of them `guarded`."""
+
+    def __init__(
+        self, setup: Setup, display: Display, device: AttachedDevice, folder: Path
+    ) -> None:
+        super().__init__(setup, display, device, folder)
+        self._moment: Sequence[RamFile] | None = None
+        self._kept = contextlib.ExitStack()
+        """Holds the RAM of the moment."""
+
+    async def end(self) -> None:
+        """See `QemuPair.end`."""
+        self._kept.close()
+        await super().end()
+
+    async def migrate(self) -> Migrated:
+        """Migrate; both guests stand still afterwards.
+
+        Raises:
+            UntestableError: it does not come to that.
+        """
+        if attempt := self._way.first_attempt:
+            await self.guarded(self._migrate_and_fail(attempt))
+            await self.guarded(self._start_destination())
+        if self._way.cpr_channel:
+            await self.guarded(self._launch_to_join())
+        if self._way.in_place:
+            await self.guarded(self._prepare_successor())
+        try:
+            return await self.guarded(self._migrate_to_the_end())
+        except UntestableError as error:
+            accepted = self.device.accepted_features(self.here)
+            if reason := explain_refusal(str(error), accepted):
+                raise UnsupportedWayError(f"{reason}\n{error}") from error
+            if self._way.snapshot and _CANNOT_LOAD in str(error):
+                raise UntestableError(
+                    "QEMU took a snapshot that cannot be loaded, as it does not hold off what a "
+                    "device outside QEMU writes: its rings are of a later moment than the devices' "
+                    f"state\n{error}"
+                ) from error
+            raise
+
+    async def _migrate_to_the_end(self) -> Migrated:
+        source, destination = self.qemus[self.here], self.qemus[self.there]
+        if self._way.stands_still:
+            guest = self._guests[self.here]
+            await guest.tell(START_ONCE)
+            await guest.wait_for(
+                lambda: "once-done" in guest.latest, "used its once pages", _GO_ON_TIMEOUT_S
+            )
+        if self._way.snapshot or self._way.in_place:
+            await source.qmp.execute("stop")
+            async with ram_files(source) as files:
+                self._moment = self._kept.enter_context(copied(files))
+        self._display.say(f"migrating ({self._setup.way})")
+
+        began_s = time.monotonic()
+        migration = self._migration()
+        all_sent_ns = await self._migrate(migration)
+        migration_s = time.monotonic() - began_s
+        await migration.load()
+        remaining = (destination,) * 2 if self._way.in_place else (source, destination)
+        versions = [await qemu.qmp.version() for qemu in remaining]
+        return Migrated(versions, migration_s, all_sent_ns, migration)
+
+    async def compare(self, migrated: Migrated) -> Proof:
+        """Hold the RAM of both against each other; the destination's guest stands still yet.
+
+        Raises:
+            UntestableError: the RAM or the device's evidence cannot be had.
+        """
+        return await self.guarded(self._compare(migrated))
+
+    async def _compare(self, migrated: Migrated) -> Proof:
+        source, destination = self.qemus[self.here], self.qemus[self.there]
+        began_s = time.monotonic()
+        self._display.say("comparing every page of RAM")
+        blame = Blame.SNAPSHOT if self._way.snapshot else Blame.UNKNOWN
+        evidence: Evidence | None = None
+        if not (self._way.snapshot or self._way.stands_still):  # there is no journal but of a log
+            evidence = await self.device.evidence(self.here)
+        lost: list[LostPage] = []
+        maps: list[RamMap] = []
+        pages = 0
+        async with self._ram_to_hold_against() as ours, ram_files(destination) as theirs:
+            if [it.backend for it in ours] != [it.backend for it in theirs]:
+                raise UntestableError("source and destination have not the same memory backends")
+            if self._way.cpr_channel and ours[0].inode != theirs[0].inode:
+                raise UntestableError("the source has copied its memory and not handed it over")
+            for source_ram, destination_ram in zip(ours, theirs, strict=True):
+                differing = compare(source_ram, destination_ram)
+                slots = evidence.slots if evidence else await _slots(destination, source_ram)
+                found = attribute(differing, source_ram, destination_ram, slots, evidence, blame)
+                maps.append(map_proof(slots, evidence, found, source_ram, migrated.all_sent_ns))
+                lost += found
+                pages += source_ram.pages
+        compare_s = time.monotonic() - began_s
+
+        self._display.say(f"{len(lost)} of {pages} pages differ")
+        if self._way.stands_still or self._way.snapshot:
+            witness = Witness.SNAPSHOT if self._way.snapshot else Witness.STILL
+            guest = self._guests[self.here]
+            once = max(guest.number("once-done", "pages"), guest.number("progress", "once"))
+            sharpness = sharpness_by_guest(once, witness)
+        elif evidence:
+            sharpness = measure_sharpness(evidence, migrated.all_sent_ns)
+        else:
+            once = self._guests[self.here].number("progress", "once")
+            sharpness = sharpness_by_guest(once, certain=self._setup.device.direct)
+        verdict = Verdict(pages, lost, sharpness, GuestOutcome(0, 0, 0))
+        migration = migrated.migration
+        return Proof(
+            setup=self._setup,
+            verdict=verdict,
+            qemu_version=migrated.versions[0],
+            qemu_destination_version=migrated.versions[1],
+            boot_s=self._boot_s,
+            migration_s=migrated.migration_s,
+            compare_s=compare_s,
+            downtime_s=migration.history[-1].downtime_s,
+            history=migration.history,
+            moments=migration.moments,
+            harvests=evidence.harvests if evidence else np.empty(0, dtype=HARVEST),
+            ram_map=joined(maps),
+            commands={
+                it.name: it.command
+                for it in (source.process, destination.process, *self.device.processes)
+            },
+            folder=None,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _ram_to_hold_against(self) -> AsyncIterator[Sequence[RamFile]]:
+        """The source's RAM, or what it was at the moment of which there is a snapshot."""
+        if self._moment is not None:
+            yield self._moment
+            return
+        async with ram_files(self.qemus[self.here]) as files:
+            yield files
+
+    def _migration(self) -> Migration:
+        return Migration(self._ends(), self._way, self._setup.limits)
+
+    async def _migrate_and_fail(self, attempt: FirstAttempt) -> None:
+        """Migrate until every page has been sent, and let it fail; the source's guest goes on.
+
+        The device's log must be taken from it, or it would go on logging for nobody.
+        """
+        self._display.say(f"a first migration, {attempt.value}")
+        guest, destination = self._guests[self.here], self.qemus[self.there]
+        at_switchover = attempt is FirstAttempt.DESTINATION_KILLED_AT_SWITCHOVER
+        await self._let_pause_before_switchover(at_switchover)
+        migration = self._migration()
+        await migration.start()
+        async with contextlib.aclosing(migration.follow()) as precopy:
+            async for progress in precopy:
+                if progress.syncs >= 2:
+                    break
+        if at_switchover:
+            await migration.pause_before_switchover()
+        destination.process.expect_end()
+        self.device.release(self.there)
+        if attempt is FirstAttempt.CANCELLED:
+            await migration.cancel()
+        else:
+            await destination.process.kill()
+            await migration.fail()
+        await self.device.logging_ended(self.here)
+        self._guests[self.there].close()
+        await destination.end()
+        await self._let_pause_before_switchover(False)
+        wanted = guest.number("progress", "requests") + _REQUESTS_BETWEEN
+        await guest.wait_for(
+            lambda: guest.number("progress", "requests") >= wanted,
+            f"done {_REQUESTS_BETWEEN} more requests after the first migration",
+            _GO_ON_TIMEOUT_S,
+        )
+
+    async def _let_pause_before_switchover(self, state: bool) -> None:
+        capability = {"capability": "pause-before-switchover", "state": state}
+        await self.qemus[self.here].qmp.execute(
+            "migrate-set-capabilities", capabilities=[capability]
+        )
+
+    async def _migrate(self, migration: Migration) -> int:
+        """Migrate; returns when every page had been sent once (CLOCK_MONOTONIC, ns)."""
+        guest = self._guests[self.here]
+        all_sent_ns: int | None = None
+        released = False
+        await migration.start()
+        try:
+            async for progress in migration.follow():
+                self._display.precopy(progress)
+                if self._way.stands_still:
+                    continue
+                if self._way.snapshot:
+                    await self._run_on(progress)
+                    continue
+                if all_sent_ns is None and progress.syncs >= 2:
+                    all_sent_ns = progress.time_ns
+                    await migration.hold()
+                    await guest.tell(START_ONCE)
+                elif not released and "once-done" in guest.latest and migration.way_shown:
+                    released = True
+                    await guest.tell(QUIET)
+                    await migration.release()
+        finally:
+            self._display.close()
+        return all_sent_ns if all_sent_ns is not None else time.monotonic_ns()
+
+    async def _run_on(self, progress: Progress) -> None:
+        """Let the source's guest run, and its device write, while the snapshot is taken."""
+        qmp, guest = self.qemus[self.here].qmp, self._guests[self.here]
+        if progress.status != "active":
+            return
+        if (await qmp.execute("query-status"))["status"] != "running":
+            await qmp.execute("cont")  # QEMU 7.2 does so by itself
+        await guest.tell(START_ONCE)
+
+    async def finish(self, proof: Proof) -> Proof:
+        """Let the guest go on, and add to the verdict what it saw.
+
+        Raises:
+            UntestableError: it does not go on, though no page was lost.
+        """
+        if proof.verdict.count(Blame.SNAPSHOT):  # of two moments: there is nothing to be learnt
+            return proof
+        try:
+            guest = await self.guarded(self._go_on())
+        except UntestableError as error:
+            if not proof.verdict.lost:
+                raise
+            guest = GuestOutcome(0, 1, 0, [str(error).splitlines()[0]])
+        return replace(proof, verdict=replace(proof.verdict, guest=guest))
+
+    async def _go_on(self) -> GuestOutcome:
+        """Continue on the destination; its guest checks all its pages, and works on.
+
+        Raises:
+            UntestableError: the guest does not; after lost pages it may well not.
+        """
+        destination, guest = self.qemus[self.there], self._guests[self.there]
+        self._display.say("continuing on the destination")
+        before = self._guests[self.here].number("progress", "requests")
+        await destination.qmp.execute("cont")
+        await guest.tell(SWEEP)
+        wanted = before + self._setup.requests_after
+        await guest.wait_for(lambda: "sweep" in guest.latest, "swept its pages", _GO_ON_TIMEOUT_S)
+        await guest.wait_for(
+            lambda: guest.number("progress", "requests") >= wanted,
+            f"done {self._setup.requests_after} more requests",
+            _GO_ON_TIMEOUT_S,
+        )
+        return GuestOutcome(
+            requests=guest.number("progress", "requests") - before,
+            errors=guest.number("progress", "errors"),
+            swept=guest.number("sweep", "pages"),
+            complaints=guest.complaints,
+        )
+
+
+async def _slots(qemu: Qemu, ram: RamFile) -> list[Slot]:
+    """Where `ram` stands in the guest's physical map, as QEMU itself tells it."""
+    view = await qemu.qmp.execute("human-monitor-command", command_line="info mtree -f")
+    return [
+        Slot(gpa, length, offset, ram.device, ram.inode)
+        for gpa, offset, length in shown_parts(parse_flat_view(view), ram.backend)
+    ]

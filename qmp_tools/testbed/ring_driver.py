@@ -1,4 +1,8 @@
-"""A guest driver: guest RAM in a memfd, with a split ring that it fills and reads."""
+"""A guest's driver: guest RAM in a memfd, with a split or a packed ring that it fills and reads.
+
+Written from the driver's side of the specification (virtio 1.2, sections 2.7 and 2.8), and without
+the device's code: what the two do not agree on shows.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,21 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dmaproof.guest_memory import GuestMemory, map_slot
 
 PAGE = 4096
 NEXT, WRITE, INDIRECT = 1, 2, 4
+AVAIL, USED = 1 << 7, 1 << 15
+ENABLED, DISABLED, AT_DESCRIPTOR = 0, 1, 2
 
 HVA_BASE = 0x7F00_0000_0000
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """A descriptor as a driver writes it."""
+    """A descriptor as a driver writes it; `following` is a split ring's alone."""
 
     address: int
     length: int
@@ -26,7 +32,7 @@ class Buffer:
     following: int = 0
 
     def pack(self) -> bytes:
-        """The 16 bytes in the table."""
+        """The 16 bytes in the table of a split ring."""
         return struct.pack("<QIHH", self.address, self.length, self.flags, self.following)
 
 
@@ -49,16 +55,22 @@ def guest_memory(fd: int, *places: tuple[int, int, int]) -> GuestMemory:
     )
 
 
-class RingDriver:
-    """The driver's end of a split ring of `size` entries that stands at GPA `base`."""
+class Driver:
+    """What the drivers of both kinds of ring have: guest RAM, and a ring that begins at a GPA.
 
-    def __init__(self, memory: GuestMemory, base: int, size: int = 8) -> None:
+    `descriptors`, `available` and `used` are the GPAs of its parts, by the names that
+    SET_VRING_ADDR has for them; `base` is where it begins, for SET_VRING_BASE.
+    """
+
+    base = 0
+
+    def __init__(self, memory: GuestMemory, base: int, size: int) -> None:
         self.memory = memory
         self.size = size
         self.descriptors = base
         self.available = base + 16 * size
         self.used = base + PAGE
-        self._next = 0
+        self.event_index = False
 
     def write(self, gpa: int, data: bytes) -> None:
         """Put `data` into guest RAM."""
@@ -67,6 +79,70 @@ class RingDriver:
     def read(self, gpa: int, length: int) -> bytes:
         """Take bytes out of guest RAM."""
         return bytes(self.memory.view(gpa, length))
+
+    def submit(self, buffers: Sequence[Buffer], table: int | None = None) -> int:
+        """Make one request available, in an indirect table at GPA `table` if there is one.
+
+        Of the buffers' flags only WRITE may be set. Returns the request's number: what `collect`
+        gives back.
+        """
+        raise NotImplementedError
+
+    def collect(self) -> list[tuple[int, int]]:
+        """The requests that came back since this was called last: number, and bytes written."""
+        raise NotImplementedError
+
+    def interrupt(self, *, wanted: bool, after: int | None = None) -> None:
+        """Ask for interrupts or for none; with an event index, for one when `after` more
+        descriptors (packed ring) or requests (split ring) than now have come back."""
+        raise NotImplementedError
+
+
+class RingDriver(Driver):
+    """The driver's end of a split ring of `size` entries that stands at GPA `base`."""
+
+    def __init__(self, memory: GuestMemory, base: int, size: int = 8) -> None:
+        super().__init__(memory, base, size)
+        self._next = 0
+        self._seen = 0
+        self._free = list(range(size))
+        self._taken: dict[int, list[int]] = {}
+        self._flags = 0
+        self._used_event = 0
+
+    def submit(self, buffers: Sequence[Buffer], table: int | None = None) -> int:
+        """See `Driver.submit`."""
+        places = [self._free.pop(0) for _ in (buffers if table is None else [0])]
+        self._taken[places[0]] = places
+        if table is not None:
+            self.describe(self.chain(buffers), table)
+            whole = Buffer(table, 16 * len(buffers), INDIRECT)
+            self.write(self.descriptors + 16 * places[0], whole.pack())
+        else:
+            for buffer, place, following in zip(buffers, places, [*places[1:], None], strict=True):
+                linked = buffer
+                if following is not None:
+                    linked = replace(buffer, flags=buffer.flags | NEXT, following=following)
+                self.write(self.descriptors + 16 * place, linked.pack())
+        self.publish(places[0], flags=self._flags, used_event=self._used_event)
+        return places[0]
+
+    def collect(self) -> list[tuple[int, int]]:
+        """See `Driver.collect`."""
+        done = []
+        while self._seen != self.used_index:
+            head, written = self.used_element(self._seen)
+            self._seen = (self._seen + 1) & 0xFFFF
+            self._free += self._taken.pop(head)
+            done.append((head, written))
+        return done
+
+    def interrupt(self, *, wanted: bool, after: int | None = None) -> None:
+        """See `Driver.interrupt`."""
+        self._flags = int(not wanted)
+        ahead = (after or 1) - 1 if wanted else 0x8000
+        self._used_event = (self._seen + ahead) & 0xFFFF
+        self.publish(flags=self._flags, used_event=self._used_event)
 
     def describe(self, buffers: Sequence[Buffer], table: int | None = None) -> None:
         """Write descriptors from the table's start."""
@@ -91,8 +167,8 @@ class RingDriver:
         for head in heads:
             self.write(self.available + 4 + 2 * (self._next % self.size), struct.pack("<H", head))
             self._next = (self._next + 1) & 0xFFFF
-        self.write(self.available, struct.pack("<HH", flags, self._next))
         self.write(self.available + 4 + 2 * self.size, struct.pack("<H", used_event))
+        self.write(self.available, struct.pack("<HH", flags, self._next))
 
     @property
     def used_index(self) -> int:
@@ -105,3 +181,70 @@ class RingDriver:
             "<II", self.read(self.used + 4 + 8 * (position % self.size), 8)
         )
         return head, length
+
+
+class PackedDriver(Driver):
+    """The driver's end of a packed ring of `size` descriptors that stands at GPA `base`."""
+
+    base = 0x8000_8000
+
+    def __init__(self, memory: GuestMemory, base: int, size: int = 8) -> None:
+        super().__init__(memory, base, size)
+        self.available = (base + 16 * size + 3) // 4 * 4
+        self._next, self._wrap = 0, True
+        self._seen, self._seen_wrap = 0, True
+        self._ids = list(range(size))
+        self._taken: dict[int, int] = {}
+        self.room = size
+
+    def put(self, index: int, buffer: Buffer, buffer_id: int, flags: int) -> None:
+        """Write a descriptor into the ring, its flags last."""
+        place = self.descriptors + 16 * index
+        self.write(place, struct.pack("<QIH", buffer.address, buffer.length, buffer_id))
+        self.write(place + 14, struct.pack("<H", flags))
+
+    def submit(self, buffers: Sequence[Buffer], table: int | None = None) -> int:
+        """See `Driver.submit`."""
+        if table is not None:
+            for index, it in enumerate(buffers):
+                piece = struct.pack("<QIHH", it.address, it.length, 0xBAD, it.flags)
+                self.write(table + 16 * index, piece)
+            buffers = [Buffer(table, 16 * len(buffers), INDIRECT)]
+        assert len(buffers) <= self.room
+        self.room -= len(buffers)
+        buffer_id = self._ids.pop(0)
+        self._taken[buffer_id] = len(buffers)
+        planned = []
+        for number, buffer in enumerate(buffers):
+            last = number == len(buffers) - 1
+            owner = AVAIL if self._wrap else USED
+            flags = buffer.flags | owner | (0 if last else NEXT)
+            planned.append((self._next, buffer, buffer_id if last else 0xBAD, flags))
+            self._next, self._wrap = self._after(self._next, self._wrap, 1)
+        for entry in reversed(planned):  # the first one makes all of them available
+            self.put(*entry)
+        return buffer_id
+
+    def _after(self, index: int, wrap: bool, descriptors: int) -> tuple[int, bool]:
+        index += descriptors
+        return (index, wrap) if index < self.size else (index - self.size, not wrap)
+
+    def collect(self) -> list[tuple[int, int]]:
+        """See `Driver.collect`."""
+        done: list[tuple[int, int]] = []
+        while True:
+            place = self.descriptors + 16 * self._seen
+            _, length, buffer_id, flags = struct.unpack("<QIHH", self.read(place, 16))
+            if bool(flags & AVAIL) != self._seen_wrap or bool(flags & USED) != self._seen_wrap:
+                return done
+            descriptors = self._taken.pop(buffer_id)
+            self._ids.append(buffer_id)
+            self.room += descriptors
+            self._seen, self._seen_wrap = self._after(self._seen, self._seen_wrap, descriptors)
+            done.append((buffer_id, length if flags & WRITE else 0))
+
+    def interrupt(self, *, wanted: bool, after: int | None = None) -> None:
+        """See `Driver.interrupt`."""
+        index, wrap = self._after(self._seen, self._seen_wrap, (after or 1) - 1)
+        flags = (AT_DESCRIPTOR if self.event_index else ENABLED) if wanted else DISABLED
+        self.write(self.available, struct.pack("<HH", index | wrap << 15, flags))

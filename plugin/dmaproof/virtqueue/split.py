@@ -1,0 +1,169 @@
+"""The split ring (section 2.7): a descriptor table, an available ring and a used ring."""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+from .. import _core
+from ..dma import Dma
+from ..errors import ProtocolError
+from ..journal import WriteKind
+from .chain import (
+    DESCRIPTOR_BYTES,
+    F_INDIRECT,
+    F_NEXT,
+    DescriptorChain,
+    RingAddresses,
+    Segment,
+    add_segment,
+    check_ring,
+    read_indirect_table,
+)
+
+_DESCRIPTOR: Final = struct.Struct("<QIHH")
+_AVAIL_F_NO_INTERRUPT: Final = 1
+
+
+class SplitVirtqueue:
+    """The device's end of one split ring; see `Virtqueue`.
+
+    Its base is the free-running index of the first request not yet taken.
+
+    Raises:
+        ProtocolError: the size is no power of two up to `MAX_QUEUE_SIZE`, or a part is misaligned.
+        MemoryAccessError: a part lies outside guest RAM.
+    """
+
+    def __init__(
+        self,
+        dma: Dma,
+        addresses: RingAddresses,
+        size: int,
+        *,
+        base: int = 0,
+        event_index: bool = False,
+        indirect: bool = False,
+    ) -> None:
+        check_ring(
+            size,
+            (
+                ("descriptor table", addresses.descriptors, 16),
+                ("available ring", addresses.driver, 2),
+                ("used ring", addresses.device, 4),
+            ),
+        )
+        if size & (size - 1):
+            raise ProtocolError(f"queue size {size} of a split ring is not a power of two")
+        self.size = size
+        self._next_available = base & 0xFFFF
+        self._dma = dma
+        self._used_iova = addresses.device
+        self._event_index = event_index
+        self._indirect = indirect
+        self._table = dma.view(addresses.descriptors, DESCRIPTOR_BYTES * size)
+        # flags, idx, ring[size], used_event
+        self._available = dma.view(addresses.driver, 6 + 2 * size).cast("H")
+        # flags, idx, ring[size] of (id, len), avail_event
+        used = dma.view(addresses.device, 6 + 8 * size)
+        self._next_used = int.from_bytes(used[2:4], "little")
+        self._signalled_used = self._next_used
+
+    @property
+    def base(self) -> int:
+        """See `Virtqueue.base`."""
+        return self._next_available
+
+    def pop(self) -> DescriptorChain | None:
+        """See `Virtqueue.pop`."""
+        pending = (self._available[1] - self._next_available) & 0xFFFF
+        if pending == 0:
+            return None
+        if pending > self.size:
+            raise ProtocolError(
+                f"available index {self._available[1]} is {pending} ahead of "
+                f"{self._next_available}, more than the queue's {self.size} entries"
+            )
+        _core.fence()  # the entry may be read only after the index that publishes it
+        head = self._available[2 + self._next_available % self.size]
+        self._next_available = (self._next_available + 1) & 0xFFFF
+        return self.chain_at(head)
+
+    @property
+    def used_index(self) -> int:
+        """The free-running index of the used ring."""
+        return self._next_used
+
+    def go_on_at(self, next_available: int) -> None:
+        """Take the request with this free-running index next."""
+        self._next_available = next_available & 0xFFFF
+
+    def chain_at(self, head: int) -> DescriptorChain:
+        """The request whose first descriptor is `head`.
+
+        Raises:
+            ProtocolError: the chain breaks the specification.
+            MemoryAccessError: an indirect table lies outside guest RAM.
+        """
+        chain = DescriptorChain(head, 1)
+        table: bytes | memoryview = self._table
+        entries, index, seen = self.size, head, 0
+        inside_indirect = False
+        while True:
+            if index >= entries:
+                raise ProtocolError(f"descriptor {index} of request {head}: table has {entries}")
+            seen += 1
+            if seen > entries:
+                raise ProtocolError(f"descriptor chain of request {head} loops")
+            iova, length, flags, following = _DESCRIPTOR.unpack_from(
+                table, DESCRIPTOR_BYTES * index
+            )
+            if flags & F_INDIRECT:
+                # Section 2.7.5.3.2: that it is writable is to be ignored.
+                if not self._indirect or inside_indirect or flags & F_NEXT:
+                    raise ProtocolError(
+                        f"indirect descriptor of request {head} is nested, chained, or was not "
+                        "negotiated"
+                    )
+                table = read_indirect_table(self._dma, head, iova, length)
+                # A head in the ring and its chain in the table may be as long as the table.
+                entries, index, seen = length // DESCRIPTOR_BYTES, 0, 0
+                inside_indirect = True
+                continue
+            add_segment(chain, Segment(iova, length), flags)
+            if not flags & F_NEXT:
+                return chain
+            index = following
+
+    def push(self, chain: DescriptorChain, written: int) -> None:
+        """See `Virtqueue.push`."""
+        slot = self._used_iova + 4 + 8 * (self._next_used % self.size)
+        self._dma.write(slot, struct.pack("<II", chain.head, written), WriteKind.USED_RING)
+        self._next_used = (self._next_used + 1) & 0xFFFF
+        _core.fence()  # the entry must be in RAM before the index that publishes it
+        index = struct.pack("<H", self._next_used)
+        self._dma.write(self._used_iova + 2, index, WriteKind.USED_RING)
+
+    def wants_interrupt(self) -> bool:
+        """See `Virtqueue.wants_interrupt`.
+
+        Section 2.7.7.2: with an event index, when used_event was passed; else unless the driver
+        set VIRTQ_AVAIL_F_NO_INTERRUPT.
+        """
+        _core.fence()  # used index written before used_event is read (section 2.7.13.4.1)
+        before, self._signalled_used = self._signalled_used, self._next_used
+        if not self._event_index:
+            return before != self._next_used and not self._available[0] & _AVAIL_F_NO_INTERRUPT
+        used_event = self._available[2 + self.size]
+        return (self._next_used - used_event - 1) & 0xFFFF < (self._next_used - before) & 0xFFFF
+
+    def ask_for_kick(self) -> bool:
+        """See `Virtqueue.ask_for_kick`."""
+        if self._event_index:
+            self._dma.write(
+                self._used_iova + 4 + 8 * self.size,
+                struct.pack("<H", self._next_available),
+                WriteKind.USED_RING,
+            )
+            _core.fence()  # avail_event written before the available index is read again
+        return self._available[1] != self._next_available

@@ -1,0 +1,147 @@
+"""Any traffic on any ring: what the driver submits arrives once, and comes back once, exactly.
+
+The driver is the test bed's, which shares no code with the device. The device answers in any order
+and is replaced in mid-traffic, as by a migration: it goes on from its base alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dmaproof.dma import Dma
+from dmaproof.guest_memory import IovaMap
+from dmaproof.journal import Journal
+from dmaproof.virtqueue import (
+    DescriptorChain,
+    PackedVirtqueue,
+    RingAddresses,
+    Segment,
+    SplitVirtqueue,
+    Virtqueue,
+)
+from qmp_tools.testbed.ring_driver import (
+    PAGE,
+    WRITE,
+    Buffer,
+    Driver,
+    PackedDriver,
+    RingDriver,
+    guest_memory,
+    ram_fd,
+)
+
+RING, TABLES, DATA = 0, 8 * PAGE, 64 * PAGE
+RAM_BYTES = 128 * PAGE
+
+Kind = tuple[Callable[..., Driver], Callable[..., Virtqueue]]
+KINDS: dict[str, Kind] = {
+    "split": (RingDriver, SplitVirtqueue),
+    "packed": (PackedDriver, PackedVirtqueue),
+}
+
+
+class Unmarked:
+    def dma(self, iova: int, length: int) -> None:
+        """Nothing is to be tracked here."""
+
+
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    size=st.sampled_from([1, 2, 4, 8, 32]),
+    event_index=st.booleans(),
+    data=st.data(),
+)
+def test_what_is_submitted_arrives_and_comes_back(
+    kind: str, size: int, event_index: bool, data: st.DataObject
+) -> None:
+    make_driver, make_queue = KINDS[kind]
+    with ram_fd(RAM_BYTES) as fd:
+        driver = make_driver(guest_memory(fd, (0, RAM_BYTES, 0)), RING, size)
+        driver.event_index = event_index
+        driver.interrupt(wanted=True, after=1)
+        dma = Dma(
+            driver.memory,
+            IovaMap.identity(driver.memory),
+            Unmarked(),
+            Journal(),
+            due_epoch=lambda: 1,
+        )
+
+        def queue_at(base: int) -> Virtqueue:
+            return make_queue(
+                dma,
+                RingAddresses(driver.descriptors, driver.available, driver.used),
+                size,
+                base=base,
+                event_index=event_index,
+                indirect=True,
+            )
+
+        queue = queue_at(driver.base)
+        room = size
+        requests = 0
+        submitted: list[tuple[int, list[Segment], list[Segment]]] = []
+        taken: list[DescriptorChain] = []
+        under_way: dict[int, int] = {}  # number → descriptors of the ring
+        given_back: list[tuple[int, int]] = []
+        silent_since_wish = 0  # what has come back since the driver asked for interrupts
+        wish: int | None = 1
+
+        for _ in range(data.draw(st.integers(1, 60))):
+            step = data.draw(
+                st.sampled_from(["submit", "pop", "push", "collect", "wish", "restart"])
+            )
+            if step == "submit" and room:
+                indirect = data.draw(st.booleans())
+                pieces = data.draw(st.integers(1, 40 if indirect else room))
+                readable = data.draw(st.integers(0, pieces))
+                segments = [Segment(DATA + 8 * i, i + 1) for i in range(pieces)]
+                buffers = [
+                    Buffer(*segment, 0 if number < readable else WRITE)
+                    for number, segment in enumerate(segments)
+                ]
+                table = TABLES + PAGE * (requests % 32) if indirect else None
+                requests += 1
+                number = driver.submit(buffers, table)
+                submitted.append((number, segments[:readable], segments[readable:]))
+                under_way[number] = 1 if indirect else pieces
+                room -= under_way[number]
+            elif step == "pop":
+                chain = queue.pop()
+                if not submitted:
+                    assert chain is None
+                    assert not queue.ask_for_kick()
+                else:
+                    assert chain is not None
+                    assert (chain.head, chain.readable, chain.writable) == submitted.pop(0)
+                    assert queue.ask_for_kick() is bool(submitted)
+                    taken.append(chain)
+            elif step == "push" and taken:
+                chain = taken.pop(data.draw(st.integers(0, len(taken) - 1)))
+                written = data.draw(st.integers(0, 1 << 31)) if chain.writable else 0
+                queue.push(chain, written)
+                given_back.append((chain.head, written))
+                before = silent_since_wish
+                silent_since_wish += under_way[chain.head] if kind == "packed" else 1
+                interrupts = queue.wants_interrupt()
+                if wish is None:
+                    assert not interrupts
+                elif event_index:
+                    assert interrupts is (before < wish <= silent_since_wish)
+                else:
+                    assert interrupts
+            elif step == "collect":
+                assert driver.collect() == given_back
+                room += sum(under_way.pop(number) for number, _ in given_back)
+                given_back = []
+            elif step == "wish" and not given_back:
+                after = data.draw(st.integers(1, size))
+                wanted = data.draw(st.booleans())
+                driver.interrupt(wanted=wanted, after=after)
+                wish = after if wanted else None
+                silent_since_wish = 0
+            elif step == "restart":
+                queue = queue_at(queue.base)

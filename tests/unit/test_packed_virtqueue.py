@@ -1,0 +1,295 @@
+"""A packed ring: what is valid is served exactly, what is not is refused without a write."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from dmaproof.dma import Dma
+from dmaproof.errors import MemoryAccessError, ProtocolError
+from dmaproof.guest_memory import IovaMap
+from dmaproof.journal import Journal, WriteKind
+from dmaproof.virtqueue import DescriptorChain, PackedVirtqueue, RingAddresses, Segment
+from qmp_tools.testbed.ring_driver import (
+    AVAIL,
+    INDIRECT,
+    NEXT,
+    PAGE,
+    USED,
+    WRITE,
+    Buffer,
+    PackedDriver,
+    guest_memory,
+    ram_fd,
+)
+
+RAM_BYTES = 64 * PAGE
+RING = 16 * PAGE
+DATA = 32 * PAGE
+TABLE = 40 * PAGE
+SIZE = 8
+
+
+class Marks:
+    """A tracker that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.ranges: list[tuple[int, int]] = []
+
+    def dma(self, iova: int, length: int) -> None:
+        self.ranges.append((iova, length))
+
+
+@pytest.fixture
+def driver() -> Iterator[PackedDriver]:
+    with ram_fd(RAM_BYTES) as fd:
+        yield PackedDriver(guest_memory(fd, (0, RAM_BYTES, 0)), RING, SIZE)
+
+
+def queue_for(
+    driver: PackedDriver,
+    *,
+    marks: Marks | None = None,
+    journal: Journal | None = None,
+    event_index: bool = False,
+    indirect: bool = True,
+    base: int = PackedDriver.base,
+) -> PackedVirtqueue:
+    dma = Dma(
+        driver.memory,
+        IovaMap.identity(driver.memory),
+        marks or Marks(),
+        journal or Journal(),
+        due_epoch=lambda: 1,
+    )
+    driver.event_index = event_index
+    return PackedVirtqueue(
+        dma,
+        RingAddresses(driver.descriptors, driver.available, driver.used),
+        driver.size,
+        base=base,
+        event_index=event_index,
+        indirect=indirect,
+    )
+
+
+def flags_at(driver: PackedDriver, index: int) -> int:
+    return int.from_bytes(driver.read(driver.descriptors + 16 * index + 14, 2), "little")
+
+
+def test_an_empty_ring_has_no_request(driver: PackedDriver) -> None:
+    assert queue_for(driver).pop() is None
+
+
+def test_a_list_has_its_buffer_id_in_the_last_descriptor(driver: PackedDriver) -> None:
+    expected = driver.submit(
+        [Buffer(DATA, 16), Buffer(DATA + PAGE, 512, WRITE), Buffer(DATA, 1, WRITE)]
+    )
+    queue = queue_for(driver)
+    chain = queue.pop()
+    assert chain == DescriptorChain(
+        expected, 3, [Segment(DATA, 16)], [Segment(DATA + PAGE, 512), Segment(DATA, 1)]
+    )
+    assert queue.pop() is None
+
+
+def test_requests_come_back_in_any_order(driver: PackedDriver) -> None:
+    first = driver.submit([Buffer(DATA, 1, WRITE)] * 3)
+    second = driver.submit([Buffer(DATA, 1, WRITE)])
+    queue = queue_for(driver)
+    chains = [queue.pop(), queue.pop()]
+    for chain, written in zip(reversed(chains), (7, 0), strict=True):
+        assert chain is not None
+        queue.push(chain, written)
+    assert driver.collect() == [(second, 7), (first, 0)]
+
+
+def test_a_list_wraps_around_the_ring(driver: PackedDriver) -> None:
+    queue = queue_for(driver)
+    for number in range(11):  # 3 does not divide 8: every alignment comes
+        expected = driver.submit([Buffer(DATA + number, 1, WRITE)] * 3)
+        chain = queue.pop()
+        assert chain is not None
+        assert chain.writable == [Segment(DATA + number, 1)] * 3
+        queue.push(chain, number)
+        assert driver.collect() == [(expected, number)]
+        done = 3 * (number + 1)
+        half = done % 8 | (0x8000 if done // 8 % 2 == 0 else 0)
+        assert queue.base == half | half << 16
+
+
+def test_a_full_ring_and_no_more(driver: PackedDriver) -> None:
+    queue = queue_for(driver)
+    for _ in range(3):
+        expected = [driver.submit([Buffer(DATA, 1, WRITE)]) for _ in range(SIZE)]
+        chains = [queue.pop() for _ in range(SIZE)]
+        assert queue.pop() is None
+        for chain in chains:
+            assert chain is not None
+            queue.push(chain, 1)
+        assert driver.collect() == [(number, 1) for number in expected]
+
+
+def test_a_ring_goes_on_where_its_base_says(driver: PackedDriver) -> None:
+    queue = queue_for(driver)
+    for _ in range(3):
+        driver.submit([Buffer(DATA, 1, WRITE)] * 3)
+        chain = queue.pop()
+        assert chain is not None
+        queue.push(chain, 1)
+        driver.collect()
+    expected = [driver.submit([Buffer(DATA, 1, WRITE)] * 3) for _ in range(2)]
+    taken = queue.pop()  # but not given back: the halves of the base differ
+    assert taken is not None
+    successor = queue_for(driver, base=queue.base)
+    successor.push(taken, 5)
+    chain = successor.pop()
+    assert chain is not None
+    assert chain.head == expected[1]
+    successor.push(chain, 6)
+    assert driver.collect() == [(expected[0], 5), (expected[1], 6)]
+
+
+def test_an_indirect_table_takes_one_descriptor(driver: PackedDriver) -> None:
+    buffers = [Buffer(DATA + 16 * i, 16, WRITE) for i in range(3 * SIZE)]
+    driver.submit(buffers, TABLE)
+    chain = queue_for(driver).pop()
+    assert chain is not None
+    assert chain.descriptors == 1
+    assert [segment.iova for segment in chain.writable] == [it.address for it in buffers]
+
+
+@pytest.mark.parametrize(
+    ("buffers", "message"),
+    [
+        pytest.param([Buffer(DATA, 1, NEXT)] * SIZE, "through all of a ring of 8", id="endless"),
+        pytest.param(
+            [Buffer(DATA, 1, WRITE | NEXT), Buffer(DATA, 1)],
+            "readable descriptor behind",
+            id="readable behind writable",
+        ),
+        pytest.param([Buffer(TABLE, 24, INDIRECT)], "24 bytes", id="table with half an entry"),
+        pytest.param([Buffer(TABLE, 0, INDIRECT)], "0 bytes", id="table without entries"),
+        pytest.param(
+            [Buffer(TABLE, 16, INDIRECT | NEXT), Buffer(DATA, 1)], "chained", id="table and more"
+        ),
+        pytest.param(
+            [Buffer(DATA, 1, NEXT), Buffer(TABLE, 16, INDIRECT)], "chained", id="more and table"
+        ),
+        pytest.param([Buffer(TABLE + 16, 16, INDIRECT)], "nested", id="table in a table"),
+    ],
+)
+def test_a_broken_list_is_refused(
+    driver: PackedDriver, buffers: list[Buffer], message: str
+) -> None:
+    driver.write(TABLE, struct.pack("<QIHH", DATA, 16, 0, 0))
+    driver.write(TABLE + 16, struct.pack("<QIHH", TABLE, 16, 0, INDIRECT))
+    for index, buffer in enumerate(buffers):
+        driver.put(index, buffer, 0, buffer.flags | AVAIL)
+    queue = queue_for(driver)
+    for _ in range(2):  # and it is not passed over
+        with pytest.raises(ProtocolError, match=message):
+            queue.pop()
+
+
+def test_a_table_that_was_not_negotiated_is_refused(driver: PackedDriver) -> None:
+    driver.submit([Buffer(DATA, 1)], TABLE)
+    with pytest.raises(ProtocolError, match="not negotiated"):
+        queue_for(driver, indirect=False).pop()
+
+
+def test_a_table_outside_ram_is_refused(driver: PackedDriver) -> None:
+    driver.put(0, Buffer(RAM_BYTES - 16, 32), 0, INDIRECT | AVAIL)
+    with pytest.raises(MemoryAccessError):
+        queue_for(driver).pop()
+
+
+@pytest.mark.parametrize("flags", [0, USED, AVAIL | USED])
+def test_what_is_not_the_devices_is_left_alone(driver: PackedDriver, flags: int) -> None:
+    driver.put(0, Buffer(DATA, 1), 0, flags)
+    assert queue_for(driver).pop() is None
+
+
+@pytest.mark.parametrize("size", [0, 32769])
+def test_a_size_no_ring_can_have(driver: PackedDriver, size: int) -> None:
+    driver.size = size
+    with pytest.raises(ProtocolError, match="queue size"):
+        queue_for(driver)
+
+
+@pytest.mark.parametrize("base", [0x8000_8008, 0x8008_8000, 0x7FFF, 1 << 40])
+def test_a_base_outside_the_ring_is_refused(driver: PackedDriver, base: int) -> None:
+    with pytest.raises(ProtocolError, match="not inside a packed ring of 8"):
+        queue_for(driver, base=base)
+
+
+def test_misaligned_and_missing_parts(driver: PackedDriver) -> None:
+    driver.used += 2
+    with pytest.raises(ProtocolError, match="device's event suppression"):
+        queue_for(driver)
+    driver.used = RAM_BYTES
+    with pytest.raises(MemoryAccessError):
+        queue_for(driver)
+
+
+def test_every_write_to_the_ring_is_tracked(driver: PackedDriver) -> None:
+    marks, journal = Marks(), Journal()
+    journal.start()
+    queue = queue_for(driver, marks=marks, journal=journal, event_index=True)
+    queue.push(DescriptorChain(5, 2), 7)
+    queue.push(DescriptorChain(6, 1), 0)
+    ring = driver.descriptors
+    assert marks.ranges == [(ring + 8, 6), (ring + 14, 2), (ring + 40, 6), (ring + 46, 2)]
+    assert driver.read(ring + 8, 8) == struct.pack("<IHH", 7, 5, AVAIL | USED | WRITE)
+    assert driver.read(ring + 40, 8) == struct.pack("<IHH", 0, 6, AVAIL | USED)
+    del marks.ranges[:]
+    queue.ask_for_kick()
+    queue.ask_for_kick()  # nothing changes: nothing is written
+    assert marks.ranges == [(driver.used, 4)]
+    assert set(journal.records()["kind"]) == {WriteKind.USED_RING}
+
+
+def test_the_driver_can_switch_interrupts_off(driver: PackedDriver) -> None:
+    queue = queue_for(driver)
+    assert not queue.wants_interrupt()
+    queue.push(DescriptorChain(0, 1), 0)
+    assert queue.wants_interrupt()
+    assert not queue.wants_interrupt()
+    driver.interrupt(wanted=False)
+    queue.push(DescriptorChain(0, 1), 0)
+    assert not queue.wants_interrupt()
+
+
+@pytest.mark.parametrize("start", range(2 * SIZE))
+@pytest.mark.parametrize(("descriptor", "wanted"), [(0, True), (3, True), (4, False), (8, False)])
+def test_an_interrupt_when_the_named_descriptor_is_used(
+    driver: PackedDriver, start: int, descriptor: int, wanted: bool
+) -> None:
+    half = start % SIZE | (0x8000 if start < SIZE else 0)
+    queue = queue_for(driver, event_index=True, base=half | half << 16)
+    awaited = (start + descriptor) % (2 * SIZE)
+    offset = awaited % SIZE | (0x8000 if awaited < SIZE else 0)
+    driver.write(driver.available, struct.pack("<HH", offset, 2))
+    queue.push(DescriptorChain(0, 3), 0)
+    queue.push(DescriptorChain(1, 1), 0)
+    assert queue.wants_interrupt() is wanted
+    assert not queue.wants_interrupt()
+
+
+def test_a_request_that_came_while_kicks_were_off_is_noticed(driver: PackedDriver) -> None:
+    queue = queue_for(driver, event_index=True)
+    assert not queue.ask_for_kick()
+    assert driver.read(driver.used, 4) == struct.pack("<HH", 0x8000, 2)
+    driver.submit([Buffer(DATA, 1)] * 3)
+    assert queue.ask_for_kick()
+    assert queue.pop() is not None
+    assert not queue.ask_for_kick()
+    assert driver.read(driver.used, 4) == struct.pack("<HH", 0x8003, 2)
+
+
+def test_a_wish_of_somebody_elses_is_overwritten(driver: PackedDriver) -> None:
+    driver.write(driver.used, struct.pack("<HH", 0, 1))  # "never kick"
+    queue_for(driver).ask_for_kick()
+    assert driver.read(driver.used, 4) == bytes(4)

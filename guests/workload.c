@@ -131,11 +131,12 @@ static void tell_error(const char *kind, uint64_t lba, uint64_t request, uint64_
              request, expected, found, gpa_of(place));
 }
 
-// Whether a page holds just the stamp (magic, lba, number); tells the first word that does not.
-static bool check(const char *kind, const uint64_t *words, uint64_t magic, uint64_t lba,
-                  uint64_t number) {
+// Whether the first `count` words of a page hold just the stamp (magic, lba, number); tells the
+// first word that does not.
+static bool check_words(const char *kind, const uint64_t *words, uint64_t count, uint64_t magic,
+                        uint64_t lba, uint64_t number) {
     uint64_t first = checksum(lba, number), head[] = {magic, lba, number};
-    for (uint64_t index = 0; index < PAGE_WORDS; index++) {
+    for (uint64_t index = 0; index < count; index++) {
         uint64_t expected = index < 3 ? head[index] : first + index;
         if (words[index] != expected) {
             tell_error(kind, lba, number, expected, words[index], words);
@@ -143,6 +144,11 @@ static bool check(const char *kind, const uint64_t *words, uint64_t magic, uint6
         }
     }
     return true;
+}
+
+static bool check(const char *kind, const uint64_t *words, uint64_t magic, uint64_t lba,
+                  uint64_t number) {
+    return check_words(kind, words, PAGE_WORDS, magic, lba, number);
 }
 
 // Planning ---------------------------------------------------------------------------------------
@@ -326,6 +332,20 @@ static void check_page(const struct request *request, uint32_t index) {
     state->request = number;
     state->offset = request->offset;
     advance_newest(number);
+}
+
+void check_packet(const uint64_t *words, uint64_t count) {
+    static uint64_t newest_packet;
+    if (count < 3) {
+        tell_error("packet", 0, 0, 3, count, words);
+        return;
+    }
+    uint64_t number = words[2];
+    if (!check_words("packet", words, count, DEVICE_MAGIC, 0, number))
+        return;
+    if (number <= newest_packet)
+        tell_error("stale-packet", 0, number, newest_packet + 1, number, words);
+    newest_packet = number;
 }
 
 static void finish_block(const struct request *request, bool moved) {

@@ -97,6 +97,10 @@ void stamp_page(uint64_t *words, uint64_t lba, uint64_t number);
 // The request is over: `done` bytes were moved, or it is an error number.
 void finish_request(struct request *request, uint64_t done);
 
+// Check what a packet brought: the first `count` words of a stamped page whose LBA is 0, newer than
+// any before. One thread may do so.
+void check_packet(const uint64_t *words, uint64_t count);
+
 uint64_t requests_finished(void);
 // Write to every churn page, unless the tool wants quiet.
 void churn(void);

@@ -30,6 +30,7 @@
 #include <unistd.h>
 
 #include "../workload.h"
+#include "network.h"
 
 enum {
     DEVICE_PATIENCE_US = 10 * 1000 * 1000,
@@ -46,6 +47,7 @@ static int report_fd = -1, disk_fd = -1;
 static const char *disk;        // its place
 static const char *shared_tag;  // of the virtiofs that it is a file of, or NULL
 static const char *loop;        // a network interface in the disk's place, or NULL
+static const char *packets_interface;  // a network beside the disk, or NULL
 static uint8_t *buffer;
 static uint64_t ram_end;        // now
 static uint64_t first_ram_end;  // at the start, with nothing plugged
@@ -352,6 +354,8 @@ static void read_parameters(int count, char **arguments) {
             shared_tag = argument + 7;
         } else if (strncmp(argument, "loop=", 5) == 0) {
             loop = argument + 5;
+        } else if (strncmp(argument, "packets=", 8) == 0) {
+            packets_interface = argument + 8;
         } else if (strchr(argument, '=') && !read_parameter(argument)) {
             errno = EINVAL;
             give_up(argument);
@@ -377,6 +381,8 @@ int main(int count, char **arguments) {
         tell("fatal message=\"%s\"", problem);
         power_off();
     }
+    if (packets_interface && !start_network(packets_interface))
+        give_up("starting the network");
     start_thread(take_commands, 0);
     start_thread(keep_churning, 0);
     for (uintptr_t number = 0; number < parameters.threads; number++)
@@ -384,6 +390,8 @@ int main(int count, char **arguments) {
     while (requests_finished() == 0)
         usleep(1000);
     tell_ready();
-    for (;; usleep(REPORT_EVERY_US))
+    for (;; usleep(REPORT_EVERY_US)) {
         tell_progress();
+        tell_network();
+    }
 }

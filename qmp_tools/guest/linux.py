@@ -82,8 +82,10 @@ def linux_guest(say: Say, driver: Driver = VIRTIO_BLK) -> Guest:
     """
     kernel = _linux_kernel(say)
     version = (kernel / "version").read_text().strip()
-    files = [sources() / "linux" / "init.c", sources() / "workload.c"]
-    parts = [file.read_bytes() for file in (*files, sources() / "workload.h")]
+    folder = sources()
+    files = [*sorted((folder / "linux").glob("*.c")), folder / "workload.c"]
+    headers = [*sorted((folder / "linux").glob("*.h")), folder / "workload.h"]
+    parts = [file.read_bytes() for file in (*files, *headers)]
     how = f"{version} {_INIT_OPTIONS} {driver.modules}"
     target = cache() / f"linux-{digest([how.encode(), *parts])}"
     if not target.is_dir():

@@ -2,19 +2,27 @@
 
 Sectors that were never written read as stamped pages (see `dmaproof.stamp`): LBA, request number
 and checksum in each 4 KiB page, so that no two reads bring the same bytes. Sectors that the guest
-wrote read back as they were written, like any disk's; they are kept in memory.
+wrote read back as they were written, like any disk's: they are kept in a file, whose holes are what
+was never written. A flush is an fdatasync. Without a file of the user's, one in memory does.
 """
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 import struct
-from typing import ClassVar, Final
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Final
 
 from ..dma import Dma
-from ..errors import ProtocolError
+from ..errors import ProtocolError, UsageError
 from ..journal import WriteKind
 from ..stamp import PAGE_BYTES, SECTOR_BYTES, SECTORS_PER_PAGE, stamped_page
 from ..virtqueue import DescriptorChain, Segment
+from .segments import gather, scatter, take
 
 _F_SEG_MAX: Final = 1 << 2
 _F_BLK_SIZE: Final = 1 << 6
@@ -32,19 +40,35 @@ _SEG_MAX: Final = 126
 
 
 class Blk:
-    """A disk of `capacity_bytes` (a multiple of 4096) served by up to `queues` virtqueues."""
+    """A disk of `capacity_bytes` (a multiple of 4096) served by up to `queues` virtqueues.
+
+    `file` keeps its content; a file that is not empty has the capacity of its size.
+
+    Raises:
+        UsageError: the file cannot be used.
+    """
 
     name: ClassVar[str] = "blk"
+    guests: ClassVar[Collection[str]] = ("bare", "linux")
+    options: ClassVar[Mapping[str, Callable[[str], Any]]] = {"file": Path}
+    linux: ClassVar[tuple[Sequence[str], str]] = (("virtio_pci", "virtio_blk"), "disk=/dev/vda")
+    restartable: ClassVar[bool] = True
+    has_workload: ClassVar[bool] = True
     features = _F_SEG_MAX | _F_BLK_SIZE | _F_FLUSH | _F_MQ
 
-    def __init__(self, capacity_bytes: int = 64 << 30, queues: int = 16) -> None:
-        if capacity_bytes <= 0 or capacity_bytes % PAGE_BYTES:
-            raise ValueError(f"capacity of {capacity_bytes} bytes is no multiple of {PAGE_BYTES}")
+    def __init__(
+        self, capacity_bytes: int = 64 << 30, queues: int = 16, file: Path | None = None
+    ) -> None:
         self.queues = queues
         self.requests = 0
-        self._sectors = capacity_bytes // SECTOR_BYTES
-        self._written: dict[int, bytearray] = {}
-        """Page number on the disk → its content, for pages with a sector that was written."""
+        self._content = _Content(file, capacity_bytes)
+        self._sectors = self._content.pages * SECTORS_PER_PAGE
+
+    @staticmethod
+    def qemu_arguments(chardev: str, queues: int, properties: Sequence[str]) -> list[str]:
+        """See `VirtioDevice.qemu_arguments`."""
+        device = (f"vhost-user-blk-pci,chardev={chardev}", f"num-queues={queues}", "queue-size=128")
+        return ["-device", ",".join((*device, *properties))]
 
     def config(self) -> bytes:
         """See `VirtioDevice.config`; struct virtio_blk_config, section 5.2.4."""
@@ -60,11 +84,15 @@ class Blk:
             self.queues,
         )
 
+    def is_ready(self, queue: int) -> bool:
+        """See `VirtioDevice.is_ready`."""
+        return True
+
     def process(self, chain: DescriptorChain, dma: Dma) -> int:
         """See `VirtioDevice.process`; struct virtio_blk_req, section 5.2.6."""
         self.requests += 1
         dma.journal.request = self.requests
-        header = b"".join(dma.read(*segment) for segment in _take(chain.readable, 0, 16))
+        header = gather(take(chain.readable, 0, 16), dma)
         writable = sum(length for _, length in chain.writable)
         if len(header) < 16 or writable < 1:
             raise ProtocolError(
@@ -72,18 +100,18 @@ class Blk:
                 f"{writable} bytes writable; a status byte is needed"
             )
         kind, _, sector = struct.unpack("<IIQ", header)
-        payload = _take(chain.writable, 0, writable - 1)
-        status_iova = _take(chain.writable, writable - 1, 1)[0].iova
+        payload = take(chain.writable, 0, writable - 1)
+        status_iova = take(chain.writable, writable - 1, 1)[0].iova
 
         if kind == T_IN:
             status, written = self._read(sector, payload, writable - 1, dma)
         elif kind == _T_OUT:
-            status, written = self._write(sector, _take(chain.readable, 16, None), dma), 0
+            status, written = self._write(sector, take(chain.readable, 16, None), dma), 0
         elif kind == _T_FLUSH:
-            status, written = _S_OK, 0
+            status, written = self._content.flush(), 0
         elif kind == _T_GET_ID:
             identity = b"dmaproof".ljust(_ID_BYTES, b"\0")[: writable - 1]
-            written = _scatter(identity, payload, dma)
+            written = scatter(identity, payload, dma)
             status = _S_OK
         else:
             status, written = _S_UNSUPP, 0
@@ -102,12 +130,15 @@ class Blk:
             return _S_IOERR, 0
         first, skipped = divmod(sector, SECTORS_PER_PAGE)
         last = -(-(sector + length // SECTOR_BYTES) // SECTORS_PER_PAGE)
-        data = b"".join(self._page(page) for page in range(first, last))
+        try:
+            data = b"".join(self._page(page) for page in range(first, last))
+        except OSError:
+            return _S_IOERR, 0
         start = skipped * SECTOR_BYTES
-        return _S_OK, _scatter(memoryview(data)[start : start + length], payload, dma)
+        return _S_OK, scatter(memoryview(data)[start : start + length], payload, dma)
 
-    def _page(self, page: int) -> bytes | bytearray:
-        written = self._written.get(page)
+    def _page(self, page: int) -> bytes:
+        written = self._content.read(page)
         if written is None:
             return stamped_page(page * SECTORS_PER_PAGE, self.requests)
         return written
@@ -115,37 +146,82 @@ class Blk:
     def _write(self, sector: int, payload: list[Segment], dma: Dma) -> int:
         if self._refused(sector, sum(length for _, length in payload)):
             return _S_IOERR
-        data = b"".join(dma.read(*segment) for segment in payload)
+        data = gather(payload, dma)
         position = 0
-        while position < len(data):
-            page, start = divmod(sector * SECTOR_BYTES + position, PAGE_BYTES)
-            size = min(PAGE_BYTES - start, len(data) - position)
-            content = bytearray(self._page(page))
-            content[start : start + size] = data[position : position + size]
-            self._written[page] = content
-            position += size
+        try:
+            while position < len(data):
+                page, start = divmod(sector * SECTOR_BYTES + position, PAGE_BYTES)
+                size = min(PAGE_BYTES - start, len(data) - position)
+                content = bytearray(self._page(page))
+                content[start : start + size] = data[position : position + size]
+                self._content.write(page, content)
+                position += size
+        except OSError:
+            return _S_IOERR
         return _S_OK
 
 
-def _take(segments: list[Segment], start: int, length: int | None) -> list[Segment]:
-    """The pieces that hold `length` bytes (None: all the rest) from byte `start` of `segments`."""
-    end = sum(size for _, size in segments) if length is None else start + length
-    pieces: list[Segment] = []
-    position = 0
-    for iova, size in segments:
-        low, high = max(start, position), min(end, position + size)
-        if low < high:
-            pieces.append(Segment(iova + low - position, high - low))
-        position += size
-    return pieces
+class _Content:
+    """What was written to a disk: a file of whole pages, those that were not written being holes.
+
+    Without a `file`, one in memory. `pages` is the disk's size. Nothing is kept beside the file:
+    both sides of a migration may be served by processes of their own.
+    """
+
+    def __init__(self, file: Path | None, capacity_bytes: int) -> None:
+        if file is None:
+            self._fd = os.memfd_create("disk")
+        else:
+            self._fd = _open(file)
+            capacity_bytes = os.fstat(self._fd).st_size or capacity_bytes
+        weakref.finalize(self, os.close, self._fd)
+        if capacity_bytes <= 0 or capacity_bytes % PAGE_BYTES:
+            raise UsageError(
+                f"a disk of {capacity_bytes} bytes ({file or 'in memory'}) is not one of whole "
+                f"pages of {PAGE_BYTES} bytes"
+            )
+        os.ftruncate(self._fd, capacity_bytes)
+        self.pages = capacity_bytes // PAGE_BYTES
+
+    def _is_hole(self, page: int) -> bool:
+        try:
+            return os.lseek(self._fd, page * PAGE_BYTES, os.SEEK_DATA) >= (page + 1) * PAGE_BYTES
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # there are no data behind it
+                raise
+            return True
+
+    def read(self, page: int) -> bytes | None:
+        """The content of a page; None if it was never written."""
+        if self._is_hole(page):
+            return None
+        return os.pread(self._fd, PAGE_BYTES, page * PAGE_BYTES)
+
+    def write(self, page: int, content: bytes | bytearray) -> None:
+        """Keep the content of a page.
+
+        Raises:
+            OSError: the file cannot take it.
+        """
+        if os.pwrite(self._fd, content, page * PAGE_BYTES) != PAGE_BYTES:
+            raise OSError(errno.ENOSPC, "a page was written by half")
+
+    def flush(self) -> int:
+        """Make what was written last; returns a request's status."""
+        try:
+            os.fdatasync(self._fd)
+        except OSError:
+            return _S_IOERR
+        return _S_OK
 
 
-def _scatter(data: bytes | memoryview, segments: list[Segment], dma: Dma) -> int:
-    position = 0
-    for iova, length in segments:
-        piece = data[position : position + length]
-        if not piece:
-            break
-        dma.write(iova, piece)
-        position += len(piece)
-    return position
+def _open(file: Path) -> int:
+    """Open a disk's file, or make it."""
+    try:
+        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise UsageError(f"the disk's file {file}: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise UsageError(f"the disk's file {file} is not a regular file")
+    return fd

@@ -1,0 +1,117 @@
+"""The network and the entropy device against drivers that keep the rules, and some that do not."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+from dmaproof.devices.net import ETHERTYPE, PAYLOAD_BYTES, Net
+from dmaproof.devices.rng import Rng
+from dmaproof.errors import ProtocolError
+from dmaproof.stamp import stamped_page
+from dmaproof.vhost_user.features import PROTOCOL_FEATURES
+from dmaproof.vhost_user.messages import ProtocolFeature, Request, encode_u64
+from front_end import FEATURES, FrontEnd
+from qmp_tools.testbed.ring_driver import PAGE, WRITE, Buffer, RingDriver, guest_memory, ram_fd
+
+OFFERED = PROTOCOL_FEATURES & ~ProtocolFeature.CONFIG
+RAM_BYTES = 128 * PAGE
+RECEIVE, TRANSMIT = 8 * PAGE, 16 * PAGE
+DATA, SENT = 32 * PAGE, 100 * PAGE
+FRAME_BYTES = 12 + 14 + PAYLOAD_BYTES
+
+
+class Guest(NamedTuple):
+    front_end: FrontEnd
+    receive: RingDriver
+    transmit: RingDriver
+
+    def send(self, ethertype: int, content: bytes) -> None:
+        frame = bytes(12) + b"\xff" * 6 + b"\x52" * 6 + struct.pack("!H", ethertype) + content
+        self.transmit.write(SENT, frame)
+        self.transmit.submit([Buffer(SENT, 12), Buffer(SENT + 12, len(frame) - 12)])
+        self.front_end.serve()
+
+    def offer(self, count: int) -> None:
+        for number in range(count):
+            self.receive.submit([Buffer(DATA + number * PAGE, PAGE, WRITE)])
+        self.front_end.serve()
+
+    def received(self) -> list[bytes]:
+        return [
+            self.receive.read(DATA + head * PAGE, written)
+            for head, written in self.receive.collect()
+        ]
+
+
+@pytest.fixture
+def guest() -> Iterator[Guest]:
+    front_end = FrontEnd(Net())
+    with ram_fd(RAM_BYTES) as ram:
+        memory = guest_memory(ram, (0, RAM_BYTES, 0))
+        drivers = [RingDriver(memory, base) for base in (RECEIVE, TRANSMIT)]
+        front_end.send(Request.SET_FEATURES, encode_u64(FEATURES))
+        front_end.send(Request.SET_PROTOCOL_FEATURES, encode_u64(OFFERED))
+        front_end.set_memory(ram, (0, RAM_BYTES, 0))
+        for index, driver in enumerate(drivers):
+            front_end.start_ring(driver, index)
+        yield Guest(front_end, *drivers)
+        front_end.close()
+
+
+def test_packets_come_as_many_as_were_asked_for(guest: Guest) -> None:
+    guest.offer(6)
+    assert guest.received() == []
+    guest.send(ETHERTYPE, struct.pack("<I", 2))
+    assert guest.transmit.collect() == [(0, 0)]
+    for number, packet in enumerate(guest.received(), 2):  # the first request was the guest's
+        assert len(packet) == FRAME_BYTES
+        assert packet[:12] == bytes(10) + b"\1\0"  # struct virtio_net_hdr: one buffer
+        assert packet[24:26] == b"\x88\xb5"
+        assert packet[26:] == stamped_page(0, number)[:PAYLOAD_BYTES]
+    guest.send(ETHERTYPE, struct.pack("<I", 9))
+    assert len(guest.received()) == 4, "there were no more buffers"
+    guest.offer(8)
+    assert len(guest.received()) == 5, "what was asked for is not forgotten"
+
+
+@pytest.mark.parametrize(
+    ("ethertype", "content"),
+    [(0x0806, struct.pack("<I", 2)), (ETHERTYPE, b"\2"), (ETHERTYPE, b"")],
+)
+def test_what_else_is_sent_is_let_go(guest: Guest, ethertype: int, content: bytes) -> None:
+    guest.offer(2)
+    guest.send(ethertype, content)
+    assert guest.transmit.collect() == [(0, 0)]
+    assert guest.received() == []
+
+
+def test_a_buffer_without_room_for_a_packet(guest: Guest) -> None:
+    guest.receive.submit([Buffer(DATA, FRAME_BYTES - 1, WRITE)])
+    with pytest.raises(ProtocolError, match="no room for 1522 bytes"):
+        guest.send(ETHERTYPE, struct.pack("<I", 1))
+
+
+def test_an_idle_ring_is_no_work(guest: Guest) -> None:
+    guest.offer(2)
+    assert not guest.front_end.session.serve_rings()
+
+
+def test_entropy_fills_what_it_is_given() -> None:
+    front_end = FrontEnd(Rng())
+    with ram_fd(RAM_BYTES) as ram:
+        driver = RingDriver(guest_memory(ram, (0, RAM_BYTES, 0)), RECEIVE)
+        front_end.send(Request.SET_FEATURES, encode_u64(FEATURES))
+        front_end.send(Request.SET_PROTOCOL_FEATURES, encode_u64(OFFERED))
+        front_end.set_memory(ram, (0, RAM_BYTES, 0))
+        front_end.start_ring(driver)
+        for _ in range(2):
+            driver.submit([Buffer(DATA, 100, WRITE), Buffer(DATA + PAGE, 3, WRITE)])
+            front_end.serve()
+        assert driver.collect() == [(0, 103), (2, 103)]
+        assert len(set(driver.read(DATA, 100))) > 30
+        assert driver.read(DATA + 100, 1) == b"\0"
+        front_end.close()

@@ -52,10 +52,12 @@ class TestbedForm:
     value: str = ""
     harvest: str = "0.01"
     devices: int = 1
+    killed: bool = False
 
 
 _TESTBED_FORMS: Final = {
     "bit-before-data": TestbedForm("=0.01"),
+    "forgotten-at-restart": TestbedForm(harvest="final", killed=True),
     "non-atomic-or": TestbedForm(harvest="0.002", devices=2),
     "tracker-after-log": TestbedForm("=1", harvest="final"),
 }
@@ -217,7 +219,7 @@ def _on_testbed(name: str, seed: int, folder: Path) -> Trial:
             harvest=fault.harvest or form.harvest,
         )
     try:
-        return judge(play(options, folder, devices=form.devices), seed)
+        return judge(play(options, folder, devices=form.devices, killed=form.killed), seed)
     except UntestableError as error:
         return _without_verdict(error, seed)
 

@@ -7,6 +7,7 @@ import selectors
 import socket
 from collections.abc import Sequence
 
+from dmaproof.devices import VirtioDevice
 from dmaproof.devices.blk import Blk
 from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.faults import plant
@@ -21,7 +22,11 @@ class FrontEnd(front_end.FrontEnd):
     """Drives one `Session` in this very thread: send, let it receive, read the answer."""
 
     def __init__(
-        self, device: Blk | None = None, *, immediate: bool = False, fault: str | None = None
+        self,
+        device: VirtioDevice | None = None,
+        *,
+        immediate: bool = False,
+        fault: str | None = None,
     ) -> None:
         ours, theirs = socket.socketpair()
         super().__init__(ours)

@@ -24,9 +24,7 @@ import numpy as np
 
 from dmaproof.devices.blk import Blk
 from dmaproof.dirty_tracker import emulated_trackers
-from dmaproof.vhost_user.messages import Request, encode_request, encode_u64
-from dmaproof.vhost_user.server import Server
-from dmaproof.vhost_user.session import (
+from dmaproof.vhost_user.features import (
     F_LOG_ALL,
     F_PROTOCOL_FEATURES,
     F_RING_EVENT_IDX,
@@ -34,6 +32,8 @@ from dmaproof.vhost_user.session import (
     F_VERSION_1,
     PROTOCOL_FEATURES,
 )
+from dmaproof.vhost_user.messages import Request, encode_request, encode_u64
+from dmaproof.vhost_user.server import Server
 from qmp_tools.testbed.ring_driver import HVA_BASE, INDIRECT, NEXT, PAGE, WRITE
 
 T = TypeVar("T")

@@ -22,7 +22,7 @@ import numpy as np
 from .dirty_log import LOG_PAGE_BYTES, DirtyLog
 from .dirty_tracker import DirtyTracker
 from .guest_memory import GuestMemory, IovaMap, IovaMapping
-from .iova_bitmap import IovaRange
+from .iova_bitmap import IovaBitmap, IovaRange
 from .trace import ChainTrace, Link, TracedBitmap, TracedLog
 
 
@@ -142,7 +142,16 @@ class Collector:
             start += size
         self._collect(pieces)
 
+    def harvest_everything(self) -> None:
+        """Report every page, as whoever cannot know what has been dirtied has to."""
+        self._collect_from(lambda bitmap, *whole: bitmap.set(*whole), self._iova_map.mappings)
+
     def _collect(self, mappings: Iterable[IovaMapping]) -> int:
+        return self._collect_from(self._tracker.read_and_clear, mappings)
+
+    def _collect_from(
+        self, report: Callable[[IovaBitmap, int, int], None], mappings: Iterable[IovaMapping]
+    ) -> int:
         assert self._log is not None
         self.trace.epoch += 1
         found = 0
@@ -151,7 +160,7 @@ class Collector:
             words = np.zeros(-(-pages // 64), dtype=np.uint64)
             with self._make_bitmap(iova, length, LOG_PAGE_BYTES, words) as bitmap:
                 bitmap.trace = self.trace
-                bitmap.for_each(self._tracker.read_and_clear)
+                bitmap.for_each(report)
             if not words.any():
                 continue
             found += int(np.bitwise_count(words).sum())

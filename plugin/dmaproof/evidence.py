@@ -54,7 +54,7 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class Evidence:
-    """One session's side of the story.
+    """One session's side of the story; `device` names its device to whoever has several.
 
     `records` has dtype `dmaproof.journal.RECORD`; `harvests` dtype `HARVEST`; `started_ns`
     is when logging was switched on (CLOCK_MONOTONIC), None if it never was.
@@ -67,9 +67,10 @@ class Evidence:
     harvests: NDArray[np.void]
     started_ns: int | None
     requests: int
+    device: str = ""
 
     def save(self, folder: Path) -> None:
-        """Write it all into `folder`."""
+        """Write it all into `folder`, or leave there what there was."""
         arrays: dict[str, NDArray[Any]] = {
             "slots": np.array(self.slots, dtype=np.uint64).reshape(-1, len(Slot._fields)),
             "mappings": np.array(self.mappings, dtype=np.uint64).reshape(-1, 3),
@@ -81,7 +82,9 @@ class Evidence:
         for link, pages in self.links.items():
             arrays[f"{link}_ranges"] = np.array(pages.ranges, dtype=np.uint64).reshape(-1, 2)
             arrays[f"{link}_epochs"] = pages.array
-        np.savez(folder / _FILE, allow_pickle=False, **arrays)
+        fresh = folder / f"new-{_FILE}"
+        np.savez(fresh, allow_pickle=False, **arrays)
+        fresh.replace(folder / _FILE)
 
     @classmethod
     def load(cls, folder: Path) -> Evidence:

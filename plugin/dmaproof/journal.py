@@ -11,6 +11,7 @@ import struct
 import time
 import zlib
 from enum import IntEnum
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -48,11 +49,13 @@ assert struct.calcsize("<QQQQQIIII") == RECORD.itemsize
 class Journal:
     """Records a device's writes from `start` to `stop`; before and after it only counts them.
 
-    `request` and `queue` say on whose behalf the device is writing; the device's queue handler sets
-    them before it writes.
+    With a `file` each record also goes there at once, so that it outlives the process. `request`
+    and `queue` say on whose behalf the device is writing; the device's queue handler sets them
+    before it writes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, file: Path | None = None) -> None:
+        self._file = file.open("ab", buffering=0) if file else None
         self.request = 0
         self.queue = 0
         self.writes = 0
@@ -69,7 +72,19 @@ class Journal:
     def start(self) -> None:
         """Forget earlier records and record from now on."""
         self._records = bytearray()
+        if self._file is not None:
+            self._file.truncate(0)
         self.started_ns = time.monotonic_ns()
+        self._recording = True
+
+    def resume(self, started_ns: int) -> None:
+        """Go on behind the records in the file; recording had begun at `started_ns`."""
+        assert self._file is not None
+        whole = Path(self._file.name).read_bytes()
+        whole = whole[: len(whole) // RECORD.itemsize * RECORD.itemsize]
+        self._file.truncate(len(whole))  # the last one may have been written by half
+        self._records = bytearray(whole)
+        self.started_ns = started_ns
         self._recording = True
 
     def stop(self) -> None:
@@ -83,7 +98,7 @@ class Journal:
         self.writes += 1
         self.bytes_written += len(data)
         if self._recording:
-            self._records += _PACK(
+            record = _PACK(
                 time.monotonic_ns(),
                 self.request,
                 iova,
@@ -94,7 +109,15 @@ class Journal:
                 kind,
                 self.queue,
             )
+            self._records += record
+            if self._file is not None:
+                self._file.write(record)
 
     def records(self) -> NDArray[np.void]:
         """A copy of the records: shape (writes,), dtype `RECORD`."""
         return np.frombuffer(bytes(self._records), dtype=RECORD)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._file is not None:
+            self._file.close()

@@ -12,7 +12,7 @@ and what a link passes on later does not count.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Final
 
@@ -148,6 +148,12 @@ class ChainTrace:
         self.merged_pages = 0
         self.links = {link: PageEpochs(()) for link in TRACED_LINKS}
         self.cover(iova_ranges, gpa_ranges)
+
+    def resume(self, links: Mapping[Link, PageEpochs], epoch: int) -> None:
+        """Go on from what another process had seen by `epoch`."""
+        self.epoch = epoch
+        for link, pages in self.links.items():
+            self.links[link] = links[link].covering(pages.ranges)
 
     def freeze(self) -> None:
         """The device has said that it stopped: what a link passes on from now on is too late."""

@@ -9,15 +9,23 @@ from collections.abc import Sequence
 from typing import Final
 
 from dmaproof.errors import ProtocolError
-from dmaproof.vhost_user.messages import HEADER_BYTES, Request, encode_request, encode_u64
-from dmaproof.vhost_user.session import (
+from dmaproof.vhost_user.features import (
     F_LOG_ALL,
     F_PROTOCOL_FEATURES,
     F_RING_INDIRECT_DESC,
     F_VERSION_1,
 )
+from dmaproof.vhost_user.messages import (
+    HEADER_BYTES,
+    MAX_FILE_DESCRIPTORS,
+    InflightFile,
+    Request,
+    encode_inflight,
+    encode_request,
+    encode_u64,
+)
 
-from .ring_driver import HVA_BASE, RingDriver
+from .ring_driver import HVA_BASE, Driver
 
 FEATURES: Final = F_VERSION_1 | F_PROTOCOL_FEATURES | F_RING_INDIRECT_DESC
 _ANSWER_TIMEOUT_S: Final = 20.0
@@ -25,17 +33,27 @@ _REPLY_OF_VERSION_1: Final = 0b101
 
 
 class FrontEnd:
-    """The front end's end of `peer`, with the event file descriptors of one device's rings."""
+    """The front end's end of `peer`, with the event file descriptors of one device's rings.
 
-    def __init__(self, peer: socket.socket) -> None:
+    `features` are those that the guest's driver has acknowledged.
+    """
+
+    def __init__(self, peer: socket.socket, features: int = FEATURES) -> None:
         self.socket = peer
+        self.features = features
         self.socket.settimeout(_ANSWER_TIMEOUT_S)
+        self.inflight: int | None = None
+        """The file in which the device notes what is in flight, once it was asked for one."""
+        self.inflight_said = b""
+        """What it said of that file."""
         self.kick = os.eventfd(0, os.EFD_NONBLOCK)
         self.call = os.eventfd(0, os.EFD_NONBLOCK)
 
     def close(self) -> None:
         """Close everything."""
         self.socket.close()
+        if self.inflight is not None:
+            os.close(self.inflight)
         os.close(self.kick)
         os.close(self.call)
 
@@ -55,7 +73,13 @@ class FrontEnd:
             ProtocolError: it answered something else.
         """
         self.send(request, payload, fds)
-        header = self.socket.recv(HEADER_BYTES, socket.MSG_WAITALL)
+        answer, _ = self._receive(request)
+        return answer
+
+    def _receive(self, request: Request) -> tuple[bytes, list[int]]:
+        header, files, _, _ = socket.recv_fds(
+            self.socket, HEADER_BYTES, MAX_FILE_DESCRIPTORS, socket.MSG_WAITALL
+        )
         if len(header) < HEADER_BYTES:
             raise ConnectionError(f"{request.name}: the device has hung up")
         number, flags, size = struct.unpack("<III", header)
@@ -63,7 +87,15 @@ class FrontEnd:
             raise ProtocolError(
                 f"{request.name}: the device answers request {number} with flags {flags:#x}"
             )
-        return self.socket.recv(size, socket.MSG_WAITALL)
+        return self.socket.recv(size, socket.MSG_WAITALL), files
+
+    def track_inflight(self, queues: int, queue_size: int) -> None:
+        """Let the device note what is in flight; with a file that there is, go on from it."""
+        if self.inflight is None:
+            wanted = encode_inflight(InflightFile(0, 0, queues, queue_size))
+            self.send(Request.GET_INFLIGHT_FD, wanted)
+            self.inflight_said, (self.inflight,) = self._receive(Request.GET_INFLIGHT_FD)
+        self.send(Request.SET_INFLIGHT_FD, self.inflight_said, [self.inflight])
 
     def set_memory(self, fd: int, *places: tuple[int, int, int]) -> None:
         """Send a memory table of (GPA, length, file offset) places of one file."""
@@ -80,9 +112,9 @@ class FrontEnd:
 
     def log_all(self, on: bool) -> None:
         """Switch dirty logging."""
-        self.send(Request.SET_FEATURES, encode_u64(FEATURES | (F_LOG_ALL if on else 0)))
+        self.send(Request.SET_FEATURES, encode_u64(self.features | (F_LOG_ALL if on else 0)))
 
-    def set_ring_address(self, driver: RingDriver, *, index: int = 0, logged: bool = False) -> None:
+    def set_ring_address(self, driver: Driver, *, index: int = 0, logged: bool = False) -> None:
         """Tell where a ring stands."""
         self.send(
             Request.SET_VRING_ADDR,
@@ -97,11 +129,14 @@ class FrontEnd:
             ),
         )
 
-    def start_ring(self, driver: RingDriver, index: int = 0) -> None:
-        """The messages with which QEMU starts a ring."""
+    def start_ring(
+        self, driver: Driver, index: int = 0, *, base: int | None = None, logged: bool = False
+    ) -> None:
+        """The messages with which QEMU starts a ring; at its beginning, unless `base` is given."""
+        base = driver.base if base is None else base
         self.send(Request.SET_VRING_NUM, struct.pack("<II", index, driver.size))
-        self.send(Request.SET_VRING_BASE, struct.pack("<II", index, 0))
-        self.set_ring_address(driver, index=index)
+        self.send(Request.SET_VRING_BASE, struct.pack("<II", index, base))
+        self.set_ring_address(driver, index=index, logged=logged)
         self.send(Request.SET_VRING_CALL, encode_u64(index), [self.call])
         self.send(Request.SET_VRING_KICK, encode_u64(index), [self.kick])
         self.send(Request.SET_VRING_ENABLE, struct.pack("<II", index, 1))

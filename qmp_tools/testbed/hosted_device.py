@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from dmaproof.devices import emulated_devices
+from dmaproof.devices import make_device
 from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.errors import UntestableError
 from dmaproof.evidence import Evidence
@@ -35,8 +35,14 @@ _PATIENCE_S: Final = 20.0
 class HostedDevice:
     """A device that serves the front end at the other end of `peer`."""
 
-    def __init__(self, peer: socket.socket, control: socket.socket) -> None:
+    def __init__(
+        self,
+        peer: socket.socket,
+        control: socket.socket,
+        process: subprocess.Popen[bytes] | None = None,
+    ) -> None:
         self.peer = peer
+        self._process = process
         self._control = control
         self._control.setblocking(False)
         self._received = b""
@@ -59,6 +65,12 @@ class HostedDevice:
             if event["event"] == "refused":
                 raise UntestableError(f"the device refused what it was sent: {event['message']}")
         return events
+
+    def kill(self) -> None:
+        """End its process by SIGKILL."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
 
     def evidence(self, folder: Path) -> Evidence:
         """What the device knows of its session, passed through `folder`.
@@ -86,7 +98,7 @@ def device_thread(
     ours, theirs = socket.socketpair()
     peer, device_peer = socket.socketpair()
     server = Server(
-        emulated_devices()[options.device](),
+        make_device(options.device),
         emulated_trackers()[options.tracker],
         theirs,
         make_session=lambda *arguments, **parts: fault.make_session(
@@ -106,8 +118,11 @@ def device_thread(
 
 
 @contextlib.contextmanager
-def device_process(options: DeviceOptions) -> Iterator[HostedDevice]:
-    """The device in a process of its own, on a bus whose addresses are guest-physical."""
+def device_process(options: DeviceOptions, state: Path | None = None) -> Iterator[HostedDevice]:
+    """The device in a process of its own, on a bus whose addresses are guest-physical.
+
+    What its successor has to know is kept in the folder `state`.
+    """
     ours, theirs = socket.socketpair()
     peer, device_peer = socket.socketpair()
     with theirs, device_peer:
@@ -117,13 +132,14 @@ def device_process(options: DeviceOptions) -> Iterator[HostedDevice]:
                 *("--control", str(theirs.fileno())),
                 *("--fd", f"{_SESSION}={device_peer.fileno()}"),
                 *options.arguments(),
+                *(("--state", str(state)) if state else ()),
             ],
             pass_fds=(theirs.fileno(), device_peer.fileno()),
             stdin=subprocess.DEVNULL,
         )
     try:
         with ours, peer:
-            yield HostedDevice(peer, ours)
+            yield HostedDevice(peer, ours, process)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_PATIENCE_S)
     finally:

@@ -18,7 +18,7 @@ import os
 import random
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -29,8 +29,8 @@ from dmaproof.errors import ProtocolError, UntestableError
 from dmaproof.evidence import Evidence
 from dmaproof.guest_memory import GuestMemory, IovaMap, IovaMapping
 from dmaproof.trace import Link
+from dmaproof.vhost_user.features import F_RING_PACKED, PROTOCOL_FEATURES
 from dmaproof.vhost_user.messages import Request, encode_u64
-from dmaproof.vhost_user.session import PROTOCOL_FEATURES
 
 from ..processes.device import DeviceOptions
 from ..ram import RamFile, compare
@@ -38,7 +38,6 @@ from ..verdict import (
     Blame,
     GuestOutcome,
     LostPage,
-    Sharpness,
     Verdict,
     attribute,
     measure_sharpness,
@@ -46,7 +45,7 @@ from ..verdict import (
 from .front_end import FEATURES, FrontEnd
 from .hosted_device import HostedDevice, device_process, device_thread
 from .precopy import PAGE_BYTES, Place, Precopy
-from .ring_driver import NEXT, WRITE, Buffer, RingDriver, guest_memory, ram_fd
+from .ring_driver import WRITE, Buffer, PackedDriver, RingDriver, guest_memory, ram_fd
 
 _LOW: Final = Place(0, 512 * PAGE_BYTES, 0)
 _HIGH: Final = Place(4 << 30, 1061 * PAGE_BYTES, _LOW.length)
@@ -70,10 +69,18 @@ Run = tuple[int, int]
 """IOVA and length in bytes of one buffer."""
 
 
-def play(options: DeviceOptions, folder: Path, *, devices: int = 1) -> Verdict:
+def play(
+    options: DeviceOptions,
+    folder: Path,
+    *,
+    devices: int = 1,
+    packed: bool = False,
+    killed: bool = False,
+) -> Verdict:
     """Play the scene with a device, or with two that share the log; `folder` takes the evidence.
 
-    Two devices are processes, and have a bus without surprises.
+    Its rings are split ones or `packed`. Half-way the device may be `killed` and started again. Two
+    devices, or one that is to be killed, are processes, and have a bus without surprises.
 
     Raises:
         UntestableError: a device refused something, died, or does not go on.
@@ -82,20 +89,34 @@ def play(options: DeviceOptions, folder: Path, *, devices: int = 1) -> Verdict:
         source, destination = (stack.enter_context(ram_fd(_RAM_BYTES)) for _ in range(2))
         precopy = Precopy(source, destination, (_LOW, _HIGH))
         guests = []
+
+        def start_device() -> HostedDevice:
+            if devices == 1 and not killed:
+                return stack.enter_context(device_thread(options, _swapped_bus))
+            return stack.enter_context(device_process(options, folder if killed else None))
+
         for number in range(devices):
-            host = device_thread(options, _swapped_bus) if devices == 1 else device_process(options)
-            device = stack.enter_context(host)
-            guests.append(_Guest(device, precopy, source, number))
-            stack.callback(guests[-1].front_end.close)
+            guests.append(_Guest(start_device(), precopy, source, number, packed))
+            stack.callback(guests[-1].close)
         try:
-            all_sent_ns = _migrate(guests, precopy, source, random.Random(options.seed), stack)
+            all_sent_ns = _migrate(
+                guests,
+                precopy,
+                source,
+                random.Random(options.seed),
+                stack,
+                start_device if killed else None,
+            )
         except (OSError, ProtocolError) as error:
             for guest in guests:
                 guest.device.events()  # perhaps it has told why it hung up
             raise UntestableError(f"the device of the test bed: {error}") from error
-        evidence = [guest.device.evidence(folder) for guest in guests]
+        evidence = [
+            replace(guest.device.evidence(folder), device=f"device {number}")
+            for number, guest in enumerate(guests)
+        ]
         ram = [_ram_file(fd) for fd in (source, destination)]
-        sharpness = _sum([measure_sharpness(each, all_sent_ns) for each in evidence])
+        sharpness = measure_sharpness(evidence, all_sent_ns)
         lost = _attribute(ram[0], ram[1], evidence, precopy)
         done = sum(guest.requests for guest in guests)
         return Verdict(ram[0].pages, lost, sharpness, GuestOutcome(done, 0, 0))
@@ -124,8 +145,12 @@ def _migrate(
     ram: int,
     chance: random.Random,
     stack: contextlib.ExitStack,
+    start_another: Callable[[], HostedDevice] | None,
 ) -> int:
-    """From the boot to the last pass; returns when every page had been sent once."""
+    """From the boot to the last pass; returns when every page had been sent once.
+
+    If there is a way to `start_another` device, that of the first guest is killed.
+    """
     for guest in guests:
         guest.boot(ram)
     _set_log(guests, precopy, stack)
@@ -134,13 +159,16 @@ def _migrate(
     precopy.send_all()
     all_sent_ns = time.monotonic_ns()
     runs = _runs(_HIGH, chance, len(guests))
-    _write(guests, runs[: len(runs) // 2], precopy)
+    half = len(runs) // 2
+    _write(guests, runs[:half], precopy)
+    if start_another is not None:
+        guests[0].lose_device(runs[half], runs[half + 1], precopy, start_another)
     precopy.places += (_PLUGGED,)
     _set_log(guests, precopy, stack)
     for guest in guests:
         guest.front_end.set_memory(ram, *precopy.places)
         guest.settle()
-    rest = runs[len(runs) // 2 :] + _runs(_PLUGGED, chance, len(guests))
+    rest = runs[half + (2 if start_another else 0) :] + _runs(_PLUGGED, chance, len(guests))
     chance.shuffle(rest)
     _write(guests, rest, precopy)
     for guest in guests:
@@ -154,7 +182,7 @@ def _set_log(guests: Sequence[_Guest], precopy: Precopy, stack: contextlib.ExitS
     size = log_bytes_needed(max(place.gpa + place.length for place in precopy.places))
     log = stack.enter_context(ram_fd(size))
     for guest in guests:
-        guest.front_end.set_log(log, size)
+        guest.set_log(log, size)
     precopy.set_log(log)
 
 
@@ -199,8 +227,18 @@ def _write(guests: Sequence[_Guest], runs: Sequence[Run], precopy: Precopy) -> N
             time.sleep(_POLL_S)
 
 
-class _Driver(RingDriver):
+class _SplitDriver(RingDriver):
     """A driver whose every write is a vCPU's."""
+
+    precopy: Precopy
+
+    def write(self, gpa: int, data: bytes) -> None:
+        super().write(gpa, data)
+        self.precopy.cpu_wrote(gpa, len(data))
+
+
+class _PackedDriver(PackedDriver):
+    """The same with a packed ring."""
 
     precopy: Precopy
 
@@ -212,21 +250,73 @@ class _Driver(RingDriver):
 class _Guest:
     """What one device is attached to: QEMU's end of the socket, and the guest's driver."""
 
-    def __init__(self, device: HostedDevice, precopy: Precopy, ram: int, number: int) -> None:
+    def __init__(
+        self, device: HostedDevice, precopy: Precopy, ram: int, number: int, packed: bool
+    ) -> None:
         self.device = device
-        self.front_end = FrontEnd(device.peer)
+        self.front_end = FrontEnd(device.peer, FEATURES | (F_RING_PACKED if packed else 0))
         self.requests = 0
+        self._served = 0
         self._base = (number + 1) * _DRIVER_PAGES * PAGE_BYTES
-        self._driver = _Driver(guest_memory(ram, _LOW), self._base, _RING_SIZE)
+        make_driver = _PackedDriver if packed else _SplitDriver
+        self._driver = make_driver(guest_memory(ram, _LOW), self._base, _RING_SIZE)
         self._driver.precopy = precopy
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self.front_end.close()
 
     def boot(self, ram: int) -> None:
         """The guest has loaded its driver."""
-        self.front_end.send(Request.SET_FEATURES, encode_u64(FEATURES))
+        self._ram = ram
+        self.front_end.send(Request.SET_FEATURES, encode_u64(self.front_end.features))
         self.front_end.send(Request.SET_PROTOCOL_FEATURES, encode_u64(PROTOCOL_FEATURES))
+        self.front_end.track_inflight(1, _RING_SIZE)
         self.front_end.set_memory(ram, _LOW, _HIGH)
         self.front_end.start_ring(self._driver)
         self.settle()
+
+    def set_log(self, log: int, size: int) -> None:
+        """Hand over a dirty log of `size` bytes."""
+        self._log = log, size
+        self.front_end.set_log(log, size)
+
+    def lose_device(
+        self,
+        before: Run,
+        behind: Run,
+        precopy: Precopy,
+        start_another: Callable[[], HostedDevice],
+    ) -> None:
+        """Have a run written `before` the device is killed, and one `behind` that, by another.
+
+        QEMU does what it does: it tells everything anew, and hands over what was in flight.
+        """
+        self.publish([[before]])
+        precopy.pass_on()
+        self.kick()
+        deadline_s = time.monotonic() + _PATIENCE_S
+        while not self.served():
+            if time.monotonic() > deadline_s:
+                raise UntestableError("the device of the test bed does not serve its ring")
+        self.device.kill()
+        precopy.pass_on()
+        self.publish([[behind]])  # nobody takes that yet
+        precopy.pass_on()
+        self.device = start_another()
+        self.front_end.socket = self.device.peer
+        front_end = self.front_end
+        front_end.send(Request.SET_PROTOCOL_FEATURES, encode_u64(PROTOCOL_FEATURES))
+        front_end.log_all(True)
+        front_end.track_inflight(1, _RING_SIZE)
+        front_end.set_memory(self._ram, _LOW, _HIGH)
+        base = self._driver.used_index if isinstance(self._driver, RingDriver) else None
+        front_end.start_ring(self._driver, base=base, logged=True)
+        front_end.set_log(*self._log)
+        self.settle()
+        while not self.served():
+            if time.monotonic() > deadline_s:
+                raise UntestableError("what was in flight does not come back")
 
     def settle(self) -> None:
         """Return when everything that was sent has been done."""
@@ -240,27 +330,19 @@ class _Guest:
 
     def publish(self, batch: Sequence[Sequence[Run]]) -> None:
         """Make one read request for each of the lists of buffers, as far as they are not empty."""
-        heads: list[int] = []
-        index = 0
-        for runs in filter(None, batch):
-            header = self._base + _HEADERS + 16 * len(heads)
+        for number, runs in enumerate(filter(None, batch)):
+            header = self._base + _HEADERS + 16 * number
             status = self._base + _STATUSES + self.requests % _STATUS_PAGES * PAGE_BYTES
             self._driver.write(header, struct.pack("<IIQ", T_IN, 0, 8 * self.requests))
             self._driver.write(status, b"\xff")
-            buffers = [
-                Buffer(header, 16, NEXT, index + 1),
-                *(
-                    Buffer(iova, length, NEXT | WRITE, index + 2 + position)
-                    for position, (iova, length) in enumerate(runs)
-                ),
-                Buffer(status, 1, WRITE),
-            ]
-            for position, buffer in enumerate(buffers, index):
-                self._driver.write(self._driver.descriptors + 16 * position, buffer.pack())
-            heads.append(index)
-            index += len(buffers)
+            self._driver.submit(
+                [
+                    Buffer(header, 16),
+                    *(Buffer(iova, length, WRITE) for iova, length in runs),
+                    Buffer(status, 1, WRITE),
+                ]
+            )
             self.requests += 1
-        self._driver.publish(*heads)
 
     def kick(self) -> None:
         """Tell the device that there are requests."""
@@ -273,7 +355,8 @@ class _Guest:
             UntestableError: the device is gone, or has refused something.
         """
         self.device.events()
-        return self._driver.used_index == self.requests & 0xFFFF
+        self._served += len(self._driver.collect())
+        return self._served == self.requests
 
 
 # The verdict ------------------------------------------------------------------------------------
@@ -284,33 +367,20 @@ def _ram_file(fd: int) -> RamFile:
     return RamFile(fd, status.st_size, status.st_dev, status.st_ino)
 
 
-def _sum(parts: Sequence[Sharpness]) -> Sharpness:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
-
-
 def _attribute(
     source: RamFile, destination: RamFile, evidence: Sequence[Evidence], precopy: Precopy
 ) -> list[LostPage]:
     """As after a real migration, but for bits that were lost in the log."""
     differing = compare(source, destination)
-    told = [
-        [
-            _known_better(page, each, precopy)
-            for page in attribute(differing, source, destination, each.slots, each)
-        ]
-        for each in evidence
-    ]
-    # Each page was written by one of the devices; the others' journals do not know it.
-    return [max(pages, key=lambda page: page.link is not None) for pages in zip(*told, strict=True)]
+    lost = attribute(differing, source, destination, evidence[0].slots, evidence)
+    started_ns = {each.device or None: each.started_ns or 0 for each in evidence}
+    return [_known_better(page, started_ns.get(page.device, 0), precopy) for page in lost]
 
 
-def _known_better(page: LostPage, evidence: Evidence, precopy: Precopy) -> LostPage:
+def _known_better(page: LostPage, started_ns: int, precopy: Precopy) -> LostPage:
     if page.link != Link.QEMU or page.seconds is None:
         return page
-    written_ns = (evidence.started_ns or 0) + round(page.seconds * 1e9)
+    written_ns = started_ns + round(page.seconds * 1e9)
     if int(precopy.logged_ns[page.ram_offset // PAGE_BYTES]) >= written_ns:
         return page
     return replace(page, blame=Blame.DEVICE, link=Link.LOG)

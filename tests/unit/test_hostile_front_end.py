@@ -16,9 +16,9 @@ import pytest
 from dmaproof.devices.blk import Blk
 from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.errors import ProtocolError
+from dmaproof.vhost_user.features import PROTOCOL_FEATURES
 from dmaproof.vhost_user.messages import HEADER_BYTES, Request, encode_request, encode_u64
 from dmaproof.vhost_user.server import Server
-from dmaproof.vhost_user.session import PROTOCOL_FEATURES
 from front_end import FEATURES, FrontEnd
 from qmp_tools.testbed import front_end as testbed
 from qmp_tools.testbed.ring_driver import (

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dmaproof.vhost_user.features import PROTOCOL_FEATURES
 from dmaproof.vhost_user.messages import Request, encode_u64
-from dmaproof.vhost_user.session import PROTOCOL_FEATURES
 from front_end import FEATURES, FrontEnd
 from qmp_tools.testbed.ring_driver import (
     PAGE,

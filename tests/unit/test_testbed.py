@@ -17,6 +17,7 @@ from command import Tool, is_alive
 from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.errors import UntestableError
 from dmaproof.faults import known_faults
+from dmaproof.trace import Link
 from qmp_tools import cli, fault_trials
 from qmp_tools.fault_trials import CONTROL, Bench, Row, Trial, judge
 from qmp_tools.processes.device import DeviceOptions
@@ -82,6 +83,34 @@ def test_without_a_fault_every_page_survives(tmp_path: Path, tracker: str, harve
     assert verdict.sharpness.certain == 1061 + 77
     if tracker not in ("coarse", "sequence-pair"):  # which know no single pages
         assert verdict.sharpness.reported_unwritten == 0
+
+
+def test_packed_rings(tmp_path: Path) -> None:
+    verdict = play(DeviceOptions(harvest="0.005", seed=3), tmp_path, packed=True)
+    assert verdict.exit_code == 0, verdict
+    assert verdict.sharpness.certain == 1061 + 77
+
+
+def test_what_is_used_in_a_packed_ring_must_be_reported(tmp_path: Path) -> None:
+    options = DeviceOptions(harvest="0.005", seed=3, fault="used-ring-unlogged")
+    verdict = play(options, tmp_path, packed=True)
+    assert {(page.link, page.kind) for page in verdict.lost} == {(Link.TRACKER, "used ring")}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("harvest", ["0.005", "final", "immediate"])
+def test_a_killed_device_loses_nothing(tmp_path: Path, harvest: str, packed: bool) -> None:
+    options = DeviceOptions(harvest=harvest, seed=3)
+    verdict = play(options, tmp_path, packed=packed, killed=True)
+    assert verdict.exit_code == 0, verdict
+    assert verdict.sharpness.written >= 1061 + 77
+    assert verdict.sharpness.reported_unwritten > 0, "everything was reported at the restart"
+
+
+def test_what_a_killed_device_forgets_is_lost(tmp_path: Path) -> None:
+    options = DeviceOptions(harvest="final", seed=3, fault="forgotten-at-restart")
+    verdict = play(options, tmp_path, killed=True)
+    assert {page.link for page in verdict.lost} == {Link.TRACKER}
 
 
 def test_two_devices_share_a_log(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Iterator
@@ -11,11 +12,18 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from dmaproof.devices import make_device
 from dmaproof.devices.blk import Blk
-from dmaproof.errors import MemoryAccessError, ProtocolError
+from dmaproof.errors import MemoryAccessError, ProtocolError, UsageError
 from dmaproof.stamp import read_stamp
-from dmaproof.vhost_user.messages import Request, encode_request, encode_u64
-from dmaproof.vhost_user.session import PROTOCOL_FEATURES
+from dmaproof.vhost_user.features import PROTOCOL_FEATURES
+from dmaproof.vhost_user.messages import (
+    InflightFile,
+    Request,
+    encode_inflight,
+    encode_request,
+    encode_u64,
+)
 from front_end import FEATURES, FrontEnd
 from qmp_tools.testbed.ring_driver import PAGE, WRITE, Buffer, RingDriver, guest_memory, ram_fd
 
@@ -28,6 +36,10 @@ STATUS = 21 * PAGE + 5
 DATA = HIGH + 3 * PAGE
 LOG_BYTES = (HIGH + 64 * PAGE) // PAGE // 8
 IN, OUT, FLUSH, GET_ID = 0, 1, 4, 8
+
+
+def inflight(queues: int = 2, queue_size: int = 128) -> bytes:
+    return encode_inflight(InflightFile(0, 0, queues, queue_size))
 
 
 class Guest(NamedTuple):
@@ -111,6 +123,62 @@ def test_what_was_written_reads_back(guest: Guest) -> None:
     assert request(guest, OUT, 21, Buffer(DATA, len(content))) == 0
     assert request(guest, IN, 21, Buffer(DATA + 4 * PAGE, len(content), WRITE)) == 0
     assert guest.driver.read(DATA + 4 * PAGE, len(content)) == content
+
+
+def test_what_was_written_stays_in_the_file(tmp_path: Path) -> None:
+    image = tmp_path / "disk"
+    content = os.urandom(512)
+    for guest in start_guest(FrontEnd(Blk(1 << 30, queues=2, file=image))):
+        guest.driver.write(DATA, content)
+        assert request(guest, OUT, 21, Buffer(DATA, 512)) == 0
+        assert request(guest, FLUSH, 0) == 0
+    assert image.stat().st_size == 1 << 30
+    assert image.stat().st_blocks * 512 == PAGE
+    for guest in start_guest(FrontEnd(Blk(file=image, queues=2))):
+        assert request(guest, IN, 16, Buffer(DATA, 3 * PAGE, WRITE)) == 0
+        assert guest.driver.read(DATA + 5 * 512, 512) == content
+        assert read_stamp(guest.driver.read(DATA, PAGE)) is None
+        assert read_stamp(guest.driver.read(DATA + PAGE, PAGE)) == (24, 1)
+
+
+def test_a_flush_reaches_the_disk(monkeypatch: pytest.MonkeyPatch, guest: Guest) -> None:
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "no disk")
+
+    assert request(guest, FLUSH, 0) == 0
+    monkeypatch.setattr(os, "fdatasync", fail)
+    assert request(guest, FLUSH, 0) == 1
+
+
+def test_a_disk_that_is_full_fails_the_request(
+    monkeypatch: pytest.MonkeyPatch, guest: Guest
+) -> None:
+    def fail(fd: int, data: bytes, offset: int) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    assert request(guest, OUT, 0, Buffer(DATA, PAGE)) == 1
+    assert request(guest, IN, 0, Buffer(DATA, PAGE, WRITE)) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("toaster", "'toaster' is not known; there are: blk"),
+        ("blk:colour=red", "blk has no option 'colour'; there are: file"),
+        ("blk:file=/", "the disk's file /: Is a directory"),
+        ("blk:file=/dev/null", "/dev/null is not a regular file"),
+    ],
+)
+def test_a_device_that_cannot_be_made(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make_device(text)
+
+
+def test_a_file_of_no_whole_pages(tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(b"x")
+    with pytest.raises(UsageError, match="1 bytes"):
+        make_device(f"blk:file={tmp_path}/disk")
 
 
 def test_flush_and_identity(guest: Guest) -> None:
@@ -221,6 +289,98 @@ def test_a_dropped_page_never_reaches_the_log() -> None:
         assert 5 < len(logged) < 35
 
 
+def test_nothing_is_served_between_log_all_and_the_log(guest: Guest) -> None:
+    guest.front_end.log_all(True)
+    assert request(guest, IN, 0, Buffer(DATA, PAGE, WRITE)) == 0xFF
+    guest.front_end.set_log(guest.log, LOG_BYTES)
+    guest.front_end.set_ring_address(guest.driver, logged=True)
+    guest.front_end.serve()
+    guest.front_end.session.collector.harvest()
+    assert guest.driver.read(STATUS, 1) == b"\0"
+    assert DATA // PAGE in dirty_pages(guest.log)
+
+
+# A back end that died ---------------------------------------------------------------------------
+
+
+def successor(guest: Guest, *, log: bool) -> Guest:
+    """The same guest with another back end, after the first one died: QEMU tells all anew."""
+    dead = guest.front_end
+    front_end = FrontEnd()
+    assert dead.inflight is not None
+    front_end.inflight, front_end.inflight_said = os.dup(dead.inflight), dead.inflight_said
+    front_end.send(Request.SET_PROTOCOL_FEATURES, encode_u64(PROTOCOL_FEATURES))
+    front_end.log_all(log)
+    front_end.track_inflight(2, 128)
+    front_end.set_memory(guest.ram, (0, 64 * PAGE, 0), (HIGH, 64 * PAGE, 64 * PAGE))
+    front_end.start_ring(guest.driver, base=guest.driver.used_index, logged=log)
+    if log:
+        front_end.set_log(guest.log, LOG_BYTES)
+    return guest._replace(front_end=front_end)
+
+
+@pytest.fixture
+def tracked(guest: Guest) -> Guest:
+    """A guest whose requests in flight are noted."""
+    guest.front_end.ask(Request.GET_VRING_BASE, struct.pack("<II", 0, 0))
+    guest.front_end.track_inflight(2, 128)
+    guest.front_end.start_ring(guest.driver)
+    return guest
+
+
+def test_a_request_in_flight_is_given_back_by_the_successor(
+    tracked: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Blk, "process", die)
+        with pytest.raises(KeyboardInterrupt):
+            request(tracked, IN, 0, Buffer(DATA, PAGE, WRITE))
+    assert tracked.driver.used_index == 0
+    guest = successor(tracked, log=False)
+    guest.front_end.serve()
+    assert guest.driver.used_index == 1
+    assert guest.driver.read(STATUS, 1) == b"\0"
+    assert os.eventfd_read(guest.front_end.call) >= 1
+    guest.front_end.close()
+
+
+def test_a_successor_reports_everything_if_the_log_was_on(tracked: Guest) -> None:
+    start_logging(tracked)
+    assert request(tracked, IN, 0, Buffer(DATA, PAGE, WRITE)) == 0
+    assert dirty_pages(tracked.log) == set(), "it died before the next harvest"
+    guest = successor(tracked, log=True)
+    high = range(HIGH // PAGE, HIGH // PAGE + 64)
+    assert dirty_pages(guest.log) == {*range(64), *high}
+    guest.front_end.close()
+
+
+def test_a_successor_without_a_log_owes_nothing(tracked: Guest) -> None:
+    guest = successor(tracked, log=False)
+    start_logging(guest)
+    guest.front_end.session.collector.harvest()
+    assert dirty_pages(guest.log) == set()
+    guest.front_end.close()
+
+
+def test_a_ring_that_was_stopped_leaves_nothing_to_a_successor(tracked: Guest) -> None:
+    start_logging(tracked)
+    tracked.front_end.ask(Request.GET_VRING_BASE, struct.pack("<II", 0, 0))
+    dirty_pages(tracked.log)
+    guest = successor(tracked, log=True)
+    assert dirty_pages(guest.log) == set()
+    guest.front_end.close()
+
+
+def test_a_file_that_is_cut_short_is_refused(tracked: Guest) -> None:
+    assert tracked.front_end.inflight is not None
+    os.ftruncate(tracked.front_end.inflight, 0)
+    with pytest.raises(ProtocolError, match="in flight was cut short"):
+        request(tracked, FLUSH, 0)
+
+
 # Front ends that break the rules ----------------------------------------------------------------
 
 
@@ -246,6 +406,10 @@ def refused(front_end: FrontEnd, message: str, data: bytes, fds: tuple[int, ...]
         (encode_request(Request.SET_VRING_KICK, encode_u64(1 << 8)), "polled"),
         (encode_request(Request.SET_LOG_BASE, struct.pack("<QQ", 8, 0)), "0 file descriptors"),
         (encode_request(Request.SET_MEM_TABLE, struct.pack("<II", 9, 0)), "9 regions"),
+        (encode_request(Request.GET_INFLIGHT_FD, inflight(queues=3)), "3 rings of 128"),
+        (encode_request(Request.GET_INFLIGHT_FD, inflight(queue_size=0)), "2 rings of 0"),
+        (encode_request(Request.GET_INFLIGHT_FD, inflight(queue_size=40000)), "rings of 40000"),
+        (encode_request(Request.SET_INFLIGHT_FD, inflight()), "SET_INFLIGHT_FD: 0 file"),
         (encode_request(Request.SET_MEM_TABLE, struct.pack("<II", 1, 0) + bytes(32)), "0 files"),
         (encode_request(Request.GET_CONFIG, struct.pack("<III", 250, 60, 0) + bytes(60)), "250"),
         (encode_request(Request.GET_CONFIG, struct.pack("<III", 0, 60, 0)), "says 60"),

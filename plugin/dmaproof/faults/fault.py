@@ -36,6 +36,8 @@ class Fault:
     """The only harvest policy under which it shows for certain."""
     needs_high_ram: ClassVar[bool] = False
     """Whether it shows only with RAM above 4 GiB."""
+    needs_kill: ClassVar[bool] = False
+    """Whether it shows only with a device that is killed and started again."""
     session_type: ClassVar[type[Session]] = Session
     collector_type: ClassVar[type[Collector]] = Collector
 

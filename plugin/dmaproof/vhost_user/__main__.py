@@ -11,7 +11,7 @@ import socket
 import sys
 from pathlib import Path
 
-from ..devices import emulated_devices
+from ..devices import make_device
 from ..dirty_tracker import emulated_trackers
 from ..errors import DmaproofError
 from ..faults import plant
@@ -45,6 +45,13 @@ def _arguments() -> argparse.Namespace:
         help="listen there for front ends; may come repeatedly",
     )
     parser.add_argument(
+        "--seek",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="serve the front ends that listen there; may come repeatedly",
+    )
+    parser.add_argument(
         "--fd",
         action="append",
         default=[],
@@ -58,11 +65,14 @@ def _arguments() -> argparse.Namespace:
         metavar="NAME=FEATURES",
         help="features (a number) that sessions of this name are not offered",
     )
-    parser.add_argument("--device", choices=sorted(emulated_devices()), default="blk")
+    parser.add_argument("--device", default="blk", metavar="NAME[:OPTION=VALUE,…]")
     parser.add_argument("--tracker", choices=sorted(emulated_trackers()), default="iommu")
     parser.add_argument("--harvest", type=harvest_policy, default="0.2", metavar="SECONDS")
     parser.add_argument("--fault", metavar="NAME=VALUE")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--state", type=Path, metavar="FOLDER", help="keep there what a successor has to know"
+    )
     return parser.parse_args()
 
 
@@ -74,12 +84,13 @@ def main() -> int:
     try:
         fault = plant(arguments.fault, arguments.seed)
         server = Server(
-            emulated_devices()[arguments.device](),
+            make_device(arguments.device),
             emulated_trackers()[arguments.tracker],
             socket.socket(fileno=arguments.control),
             make_session=fault.make_session,
             harvest_interval_s=interval_s,
             immediate=immediate,
+            state=arguments.state,
         )
         for withheld in arguments.withhold:
             name, _, features = withheld.partition("=")
@@ -87,6 +98,9 @@ def main() -> int:
         for listener in arguments.socket:
             name, _, path = listener.partition("=")
             server.listen(name, Path(path))
+        for front_end in arguments.seek:
+            name, _, path = front_end.partition("=")
+            server.seek(name, Path(path))
         for connected in arguments.fd:
             name, _, fd = connected.partition("=")
             server.adopt(name, socket.socket(fileno=int(fd)))

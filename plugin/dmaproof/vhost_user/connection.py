@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from ..errors import ProtocolError
@@ -26,7 +27,7 @@ class Connection:
         self._header: Header | None = None
         self._received = bytearray()
         self._fds: list[int] = []
-        self._unsent = bytearray()
+        self._unsent: deque[tuple[bytes, tuple[int, ...]]] = deque()
 
     def fileno(self) -> int:
         """The socket's file descriptor."""
@@ -84,17 +85,18 @@ class Connection:
             self._received += data
         return True
 
-    def send(self, data: bytes) -> None:
-        """Send `data`, or keep what the socket does not take at once for `flush`.
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send `data` with `fds`, or keep what the socket does not take at once for `flush`.
 
         Raises:
             EOFError: the front end has gone.
             ProtocolError: it asks on and on without reading its answers.
         """
-        self._unsent += data
+        self._unsent.append((data, tuple(os.dup(fd) for fd in fds)))
         self.flush()
-        if len(self._unsent) > _MAX_UNSENT_BYTES:
-            raise ProtocolError(f"{len(self._unsent)} bytes of answers were not read")
+        unsent = sum(len(data) for data, _ in self._unsent)
+        if unsent > _MAX_UNSENT_BYTES:
+            raise ProtocolError(f"{unsent} bytes of answers were not read")
 
     def flush(self) -> None:
         """Send what is left over.
@@ -104,15 +106,22 @@ class Connection:
         """
         try:
             while self._unsent:
-                del self._unsent[: self._socket.send(self._unsent)]
+                data, fds = self._unsent[0]
+                sent = socket.send_fds(self._socket, [data], fds)
+                for fd in fds:
+                    os.close(fd)
+                self._unsent[0] = (data[sent:], ())
+                if sent == len(data):
+                    self._unsent.popleft()
         except BlockingIOError:
             pass
         except ConnectionError as error:
             raise EOFError(str(error)) from error
 
     def close(self) -> None:
-        """Close the socket, and the file descriptors of a message that never became whole."""
-        for fd in self._fds:
+        """Close the socket and every file descriptor that has not been taken over."""
+        for fd in (*self._fds, *(fd for _, fds in self._unsent for fd in fds)):
             os.close(fd)
         self._fds = []
+        self._unsent.clear()
         self._socket.close()

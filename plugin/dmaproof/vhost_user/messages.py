@@ -23,6 +23,7 @@ _FLAG_REPLY: Final = 1 << 2
 _FLAG_NEED_REPLY: Final = 1 << 3
 _NO_FILE_DESCRIPTOR: Final = 1 << 8
 _HEADER: Final = struct.Struct("<III")
+_INFLIGHT: Final = "<QQHH4x"  # a C structure, with its padding
 
 HEADER_BYTES: Final = _HEADER.size
 
@@ -50,6 +51,8 @@ class Request(IntEnum):
     SET_VRING_ENABLE = 18
     GET_CONFIG = 24
     SET_CONFIG = 25
+    GET_INFLIGHT_FD = 31
+    SET_INFLIGHT_FD = 32
     RESET_DEVICE = 34
 
 
@@ -60,6 +63,7 @@ class ProtocolFeature(IntFlag):
     LOG_SHMFD = 1 << 1
     REPLY_ACK = 1 << 3
     CONFIG = 1 << 9
+    INFLIGHT_SHMFD = 1 << 12
     RESET_DEVICE = 1 << 13
 
 
@@ -112,6 +116,15 @@ class LogBase(NamedTuple):
 
     size: int
     offset: int
+
+
+class InflightFile(NamedTuple):
+    """Where requests in flight are noted: `size` and `offset` in bytes, and for which rings."""
+
+    size: int
+    offset: int
+    queues: int
+    queue_size: int
 
 
 class ConfigAccess(NamedTuple):
@@ -245,6 +258,23 @@ def decode_log_base(message: Message) -> LogBase:
     if len(message.fds) != 1:
         raise ProtocolError(f"SET_LOG_BASE: {len(message.fds)} file descriptors, not 1")
     return log
+
+
+def decode_inflight(message: Message) -> InflightFile:
+    """What is said of the file for requests in flight.
+
+    Raises:
+        ProtocolError: SET_INFLIGHT_FD did not bring exactly one file.
+    """
+    file = InflightFile(*_unpack(message, _INFLIGHT))
+    if message.request == Request.SET_INFLIGHT_FD and len(message.fds) != 1:
+        raise ProtocolError(f"SET_INFLIGHT_FD: {len(message.fds)} file descriptors, not 1")
+    return file
+
+
+def encode_inflight(file: InflightFile) -> bytes:
+    """The payload of the messages that carry `file`."""
+    return struct.pack(_INFLIGHT, *file)
 
 
 def decode_config(message: Message) -> ConfigAccess:

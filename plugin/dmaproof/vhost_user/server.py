@@ -28,6 +28,7 @@ from .connection import Connection
 from .session import Session
 
 _ACCEPTED_AT_ONCE = 1
+_SEEK_EVERY_S = 0.02
 
 
 class Server:
@@ -35,7 +36,7 @@ class Server:
 
     `harvest_interval_s` is the time between harvests, None for none but the last; with `immediate`
     each write is harvested at once instead. `make_session` makes each front end's session, from the
-    arguments of `Session`.
+    arguments of `Session`; what a successor has to know is kept in the folder `state`.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Server:
         make_session: Callable[..., Session] = Session,
         harvest_interval_s: float | None,
         immediate: bool,
+        state: Path | None = None,
     ) -> None:
         self._device = device
         self._make_tracker = make_tracker
@@ -55,10 +57,12 @@ class Server:
         self._commands = bytearray()
         self._harvest_interval_s = harvest_interval_s
         self._immediate = immediate
+        self._state = state
         self._selector = selectors.DefaultSelector()
         self._sessions: dict[str, Session] = {}
         self._listeners: dict[str, socket.socket] = {}
         self._withheld: dict[str, int] = {}
+        self._front_ends: dict[str, Path] = {}
         self._running = True
         self._busy = False
         self._next_harvest_s = time.monotonic()
@@ -82,6 +86,23 @@ class Server:
         """Do not offer these features (bits of virtio's) in sessions called `name`."""
         self._withheld[name] = features
 
+    def seek(self, name: str, path: Path) -> None:
+        """Serve a front end that listens at `path`, as often as one does."""
+        self._front_ends[name] = path
+        self._tell({"event": "seeking", "session": name})
+
+    def _seek(self) -> None:
+        for name, path in self._front_ends.items():
+            if name in self._sessions:
+                continue
+            peer = socket.socket(socket.AF_UNIX)
+            try:
+                peer.connect(str(path))
+            except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
+                peer.close()  # nobody is there yet
+            else:
+                self.adopt(name, peer)
+
     def adopt(self, name: str, peer: socket.socket) -> None:
         """Serve the front end at the other end of a connected socket in the session `name`."""
         connection = Connection(peer)
@@ -92,6 +113,7 @@ class Server:
             self._selector,
             immediate=self._immediate,
             withheld=self._withheld.get(name, 0),
+            state=self._state / name if self._state else None,
             tell=lambda event: self._tell({**event, "session": name}),
         )
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._receive(name))
@@ -116,6 +138,7 @@ class Server:
         """
         for key, _ in self._selector.select(patience_s):
             key.data()
+        self._seek()
         self._busy = self._serve_rings()
         if self._harvest_interval_s is not None and time.monotonic() >= self._next_harvest_s:
             self._next_harvest_s = time.monotonic() + self._harvest_interval_s
@@ -127,6 +150,8 @@ class Server:
     def _patience_s(self) -> float | None:
         if self._busy:
             return 0
+        if any(name not in self._sessions for name in self._front_ends):
+            return _SEEK_EVERY_S
         if self._harvest_interval_s is None or not any(
             session.collector.active for session in self._sessions.values()
         ):
@@ -180,7 +205,7 @@ class Server:
 
     def _harvest(self, name: str, session: Session) -> None:
         try:
-            pages = session.collector.harvest()
+            pages = session.harvest()
         except ProtocolError as error:
             self._refuse(name, error)
             return

@@ -12,11 +12,9 @@ import contextlib
 import itertools
 import os
 import selectors
-import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ..collector import Collector
 from ..devices import VirtioDevice
@@ -25,17 +23,24 @@ from ..dirty_tracker import DirtyTracker, EmulatedTracker
 from ..dma import Dma
 from ..errors import BitmapError, MemoryAccessError, ProtocolError
 from ..guest_memory import GuestMemory, IovaMap, MemorySlot, map_slot
-from ..journal import Journal
-from ..virtqueue import RingAddresses, Virtqueue
+from ..virtqueue import MAX_QUEUE_SIZE
 from .connection import Connection
+from .features import (
+    F_LOG_ALL,
+    F_PROTOCOL_FEATURES,
+    PROTOCOL_FEATURES,
+    TRANSPORT_FEATURES,
+)
+from .inflight import InflightRegions, make_file
+from .keeper import Keeper
 from .messages import (
     ConfigAccess,
     Message,
     ProtocolFeature,
     Request,
-    VringAddress,
     VringState,
     decode_config,
+    decode_inflight,
     decode_log_base,
     decode_memory_table,
     decode_u64,
@@ -43,33 +48,17 @@ from .messages import (
     decode_vring_file,
     decode_vring_state,
     encode_config,
+    encode_inflight,
     encode_reply,
     encode_u64,
     encode_vring_state,
 )
+from .vring import Vring
 
-F_LOG_ALL: Final = 1 << 26
-F_RING_INDIRECT_DESC: Final = 1 << 28
-F_RING_EVENT_IDX: Final = 1 << 29
-F_PROTOCOL_FEATURES: Final = 1 << 30
-F_VERSION_1: Final = 1 << 32
-TRANSPORT_FEATURES: Final = (
-    F_LOG_ALL | F_RING_INDIRECT_DESC | F_RING_EVENT_IDX | F_PROTOCOL_FEATURES | F_VERSION_1
-)
 _NOT_THE_DRIVERS: Final = F_LOG_ALL | F_PROTOCOL_FEATURES
 """What the front end accepts, and the guest's driver knows nothing of."""
-PROTOCOL_FEATURES: Final = int(
-    ProtocolFeature.MQ
-    | ProtocolFeature.LOG_SHMFD
-    | ProtocolFeature.REPLY_ACK
-    | ProtocolFeature.CONFIG
-    | ProtocolFeature.RESET_DEVICE
-)
-
-_REQUESTS_PER_TURN: Final = 64
-"""How many requests of one ring are served before the other file descriptors get their turn."""
 _MESSAGES_PER_TURN: Final = 16
-"""The same for messages: a front end must not keep the process for itself."""
+"""So many messages are served in a turn: a front end must not keep the process for itself."""
 _MAX_GUEST_BYTES: Final = 1 << 40
 """Trackers and traces keep some bytes for each page, and a sparse file costs a front end none."""
 _CONFIG_BYTES: Final = 256
@@ -77,25 +66,19 @@ _CONFIG_BYTES: Final = 256
 Tell = Callable[[dict[str, Any]], None]
 
 
-@dataclass
-class Vring:
-    """What the front end has said of one ring, and the ring once it runs."""
+class _ReplyWithFile(NamedTuple):
+    """An answer with a file descriptor, which is to be closed once it has been sent."""
 
-    size: int = 0
-    base: int = 0
-    enabled: bool = False
-    address: VringAddress | None = None
-    kick_fd: int | None = None
-    call_fd: int | None = None
-    queue: Virtqueue | None = None
-    pending: bool = False
+    payload: bytes
+    fd: int
 
 
 class Session:
     """Serves one front end with `device`.
 
     `selector` calls back the `data` of a key when its file descriptor is readable; `tell` takes
-    events for whoever watches the process. `make_dma` makes the door to each new memory table, from
+    events for whoever watches the process; what a successor of a killed process has to know is kept
+    in the folder `state`. `make_dma` makes the door to each new memory table, from
     the arguments of `Dma`; `map_bus` tells which bus addresses lead to it: without an IOMMU, the
     guest-physical ones. `withheld` are features that are not offered, though the device has them.
     """
@@ -113,15 +96,16 @@ class Session:
         make_collector: Callable[[DirtyTracker], Collector] = Collector,
         map_bus: Callable[[GuestMemory], IovaMap] = IovaMap.identity,
         tell: Tell = lambda event: None,
+        state: Path | None = None,
     ) -> None:
         self.connection = connection
-        self.journal = Journal()
+        self._keeper = Keeper(state)
+        self.journal = self._keeper.journal
         self.collector = make_collector(tracker)
         self.memory = GuestMemory(())
         self.iova_map = IovaMap(())
         self._device = device
         self._tracker = tracker
-        self._selector = selector
         self._immediate = immediate
         self._make_dma = make_dma
         self._map_bus = map_bus
@@ -129,10 +113,18 @@ class Session:
         self._dma = self._door()
         self._features = 0
         self._offered = (device.features | TRANSPORT_FEATURES) & ~withheld
+        self._offered_protocol = PROTOCOL_FEATURES
+        if not device.config():  # QEMU warns of what a device cannot have
+            self._offered_protocol &= ~ProtocolFeature.CONFIG
         self._acknowledge = False
-        self._vrings = [Vring() for _ in range(device.queues)]
+        self._vrings = [Vring(index, selector) for index in range(device.queues)]
         self._log: VhostDirtyLog | None = None
         self._log_bytes = 0
+        self._inflight: InflightRegions | None = None
+        self._left_behind = False
+        """Whether the process before us died, perhaps with the log on."""
+        self._owes_everything = False
+        """Whether what it had written and not reported is to be made good: all pages, then."""
 
     # Messages -----------------------------------------------------------------------------------
 
@@ -152,6 +144,10 @@ class Session:
                 for fd in message.fds:
                     os.close(fd)
                 self.memory.check()
+            if isinstance(reply, _ReplyWithFile):
+                self.connection.send(encode_reply(message.request, reply.payload), [reply.fd])
+                os.close(reply.fd)
+                continue
             if reply is None and message.needs_reply and self._acknowledge:
                 reply = encode_u64(0)
             if reply is not None:
@@ -177,11 +173,11 @@ class Session:
             self._tell({"event": "logging", "on": False})
 
     def _get_protocol_features(self, message: Message) -> bytes:
-        return encode_u64(PROTOCOL_FEATURES)
+        return encode_u64(self._offered_protocol)
 
     def _set_protocol_features(self, message: Message) -> None:
         features = decode_u64(message)
-        if unknown := features & ~PROTOCOL_FEATURES:
+        if unknown := features & ~self._offered_protocol:
             raise ProtocolError(f"SET_PROTOCOL_FEATURES: bits {unknown:#x} were not offered")
         self._acknowledge = bool(features & ProtocolFeature.REPLY_ACK)
 
@@ -218,7 +214,7 @@ class Session:
         self._dma = self._door()
         for vring in self._vrings:
             if vring.queue is not None:
-                self._start_ring(vring, vring.queue.next_available)
+                self._start_ring(vring)
 
     def _set_log_base(self, message: Message) -> bytes:
         size, offset = decode_log_base(message)
@@ -238,14 +234,35 @@ class Session:
         if self._log is None:  # it is on already, or starts when the log comes
             return
         log, self._log = self._log, None
-        self.journal.start()
         self.collector.start(log, self.memory, self.iova_map)
+        if not (self._left_behind and self._keeper.resume(self.collector)):
+            self.journal.start()
+        if self._owes_everything:
+            self.collector.harvest_everything()
+        self._left_behind = self._owes_everything = False
+        self._keeper.keep(self.collector, self.memory, self.iova_map)
         self._tell({"event": "logging", "on": True})
 
     def _drop_unused_log(self) -> None:
         if self._log is not None:
             self._log.close()
             self._log = None
+
+    def _get_inflight_fd(self, message: Message) -> _ReplyWithFile:
+        asked = decode_inflight(message)
+        if asked.queues > self._device.queues or not 0 < asked.queue_size <= MAX_QUEUE_SIZE:
+            raise ProtocolError(
+                f"GET_INFLIGHT_FD: {asked.queues} rings of {asked.queue_size}, of a device with "
+                f"{self._device.queues} of up to {MAX_QUEUE_SIZE}"
+            )
+        fd, file = make_file(asked.queues, asked.queue_size)
+        return _ReplyWithFile(encode_inflight(file), fd)
+
+    def _set_inflight_fd(self, message: Message) -> None:
+        file = decode_inflight(message)
+        regions = InflightRegions(message.fds[0], file)
+        self._inflight = regions
+        self._left_behind = self._owes_everything = regions.left_behind
 
     def _vring(self, message: Message, index: int) -> Vring:
         if index >= len(self._vrings):
@@ -260,14 +277,14 @@ class Session:
 
     def _set_vring_base(self, message: Message) -> None:
         index, base = decode_vring_state(message)
-        self._vring(message, index).base = base & 0xFFFF
+        self._vring(message, index).base = base
 
     def _set_vring_addr(self, message: Message) -> None:
         address = decode_vring_address(message)
         vring = self._vring(message, address.ring)
         vring.address = address
         if vring.queue is not None:
-            self._start_ring(vring, vring.queue.next_available)
+            self._start_ring(vring)
 
     def _set_vring_enable(self, message: Message) -> None:
         index, enabled = decode_vring_state(message)
@@ -285,29 +302,19 @@ class Session:
                 "not offered"
             )
         _check_event_fd(message)
-        self._forget_kick(vring)
-        vring.kick_fd = os.dup(message.fds[0])
-        os.set_blocking(vring.kick_fd, False)
-        self._selector.register(vring.kick_fd, selectors.EVENT_READ, lambda: self._kicked(vring))
-        vring.pending = True
+        vring.set_kick(message.fds[0])
         self._try_start_ring(vring)
 
     def _set_vring_call(self, message: Message) -> None:
         index, has_fd = decode_vring_file(message)
-        vring = self._vring(message, index)
         if has_fd:
             _check_event_fd(message)
-        _close(vring.call_fd)
-        vring.call_fd = os.dup(message.fds[0]) if has_fd else None
-        if vring.call_fd is not None:
-            os.set_blocking(vring.call_fd, False)
+        self._vring(message, index).set_call(message.fds[0] if has_fd else None)
 
     def _get_vring_base(self, message: Message) -> bytes:
         index, _ = decode_vring_state(message)
         vring = self._vring(message, index)
-        if vring.queue is not None:
-            vring.base = vring.queue.next_available
-        self._stop_ring(vring)
+        vring.stop()
         self.collector.flush()
         if not self.running:
             self.collector.trace.freeze()
@@ -315,7 +322,7 @@ class Session:
 
     def _reset_device(self, message: Message) -> None:
         for vring in self._vrings:
-            self._stop_ring(vring)
+            vring.stop()
             vring.enabled = False
 
     def _get_config(self, message: Message) -> bytes:
@@ -343,52 +350,19 @@ class Session:
         )
 
     def _try_start_ring(self, vring: Vring) -> None:
-        if vring.queue is None and vring.enabled and vring.kick_fd is not None:
-            self._start_ring(vring, vring.base)
+        if vring.queue is None and vring.may_run:
+            self._start_ring(vring)
 
-    def _start_ring(self, vring: Vring, next_available: int) -> None:
-        address = vring.address
-        if address is None:
-            raise ProtocolError("a ring was started before SET_VRING_ADDR")
-        used_bytes = 6 + 8 * vring.size
-        used = self.memory.gpa_of_hva(address.used, used_bytes)
-        if address.logged and address.log != used:
-            raise ProtocolError(
-                f"SET_VRING_ADDR: ring {address.ring}'s used ring is at GPA {used:#x}, but its "
-                f"writes are to be logged at {address.log:#x}"
+    def _start_ring(self, vring: Vring) -> None:
+        if vring.queue is None:
+            self._keeper.number_requests(self._device)
+        if not self._features & F_LOG_ALL:
+            self._left_behind = self._owes_everything = (
+                False  # QEMU has not begun to send yet, or begins anew
             )
-        vring.queue = Virtqueue(
-            self._dma,
-            RingAddresses(
-                descriptors=self.memory.gpa_of_hva(address.descriptors, 16 * vring.size),
-                available=self.memory.gpa_of_hva(address.available, 6 + 2 * vring.size),
-                used=used,
-            ),
-            vring.size,
-            next_available=next_available,
-            event_index=bool(self._features & F_RING_EVENT_IDX),
-            indirect=bool(self._features & F_RING_INDIRECT_DESC),
-        )
-        vring.pending = True
+        inflight = self._inflight.region(vring.index, vring.size) if self._inflight else None
+        vring.start(self._dma, self.memory, self._features, inflight)
         self.collector.trace.thaw()
-
-    def _stop_ring(self, vring: Vring) -> None:
-        self._forget_kick(vring)
-        vring.queue = None
-        vring.pending = False
-
-    def _kicked(self, vring: Vring) -> None:
-        if vring.kick_fd is None:  # the ring was stopped in this very turn
-            return
-        with contextlib.suppress(BlockingIOError):
-            os.read(vring.kick_fd, 8)
-        vring.pending = True
-
-    def _forget_kick(self, vring: Vring) -> None:
-        if vring.kick_fd is not None:
-            self._selector.unregister(vring.kick_fd)
-        _close(vring.kick_fd)
-        vring.kick_fd = None
 
     def serve_rings(self) -> bool:
         """Serve what the driver has made available; True if something is left for the next turn.
@@ -396,30 +370,23 @@ class Session:
         Raises:
             ProtocolError, MemoryAccessError: the driver broke the specification.
         """
+        if self._features & F_LOG_ALL and not self.collector.active:
+            return False  # what is written before the log comes could not be told
         try:
-            for index, vring in enumerate(self._vrings):
-                if vring.pending and vring.enabled and vring.queue is not None:
-                    self.journal.queue = index
-                    vring.pending = self._serve_ring(vring, vring.queue)
+            for vring in self._vrings:
+                if vring.has_work(self._device):
+                    vring.serve(self._device, self._dma)
         finally:
             self.memory.check()  # a slot that was taken away explains whatever else went wrong
-        return any(
-            vring.pending and vring.enabled and vring.queue is not None for vring in self._vrings
-        )
+            if self._inflight is not None:
+                self._inflight.check()
+        return any(vring.has_work(self._device) for vring in self._vrings)
 
-    def _serve_ring(self, vring: Vring, queue: Virtqueue) -> bool:
-        more = True
-        for _ in range(_REQUESTS_PER_TURN):
-            chain = queue.pop()
-            if chain is None:
-                more = queue.ask_for_kick()
-                break
-            written = self._device.process(chain, self._dma)
-            queue.push(chain.head, written)
-        if queue.wants_interrupt() and vring.call_fd is not None:
-            with contextlib.suppress(BlockingIOError):  # the counter is full: it is seen anyway
-                os.write(vring.call_fd, struct.pack("=Q", 1))
-        return more
+    def harvest(self) -> int:
+        """Collect what is dirty; returns the number of pages."""
+        pages = self.collector.harvest()
+        self._keeper.keep(self.collector, self.memory, self.iova_map)
+        return pages
 
     def close(self) -> None:
         """Stop the rings and let go of every file descriptor and mapping.
@@ -427,12 +394,12 @@ class Session:
         Journal and trace stay readable.
         """
         for vring in self._vrings:
-            self._stop_ring(vring)
-            _close(vring.call_fd)
-            vring.call_fd = None
+            vring.close()
         with contextlib.suppress(ProtocolError):  # the log went away: nothing to harvest into
             self.collector.stop()
         self._drop_unused_log()
+        self._inflight = None
+        self.journal.close()
         self.connection.close()
 
 
@@ -452,12 +419,7 @@ def _check_event_fd(message: Message) -> None:
         raise ProtocolError(f"{message.request.name}: the file descriptor is {kind}, no eventfd")
 
 
-def _close(fd: int | None) -> None:
-    if fd is not None:
-        os.close(fd)
-
-
-_HANDLERS: Final[dict[Request, Callable[[Session, Message], bytes | None]]] = {
+_HANDLERS: Final[dict[Request, Callable[[Session, Message], bytes | _ReplyWithFile | None]]] = {
     Request.GET_FEATURES: Session._get_features,
     Request.SET_FEATURES: Session._set_features,
     Request.SET_OWNER: Session._accept,
@@ -478,5 +440,7 @@ _HANDLERS: Final[dict[Request, Callable[[Session, Message], bytes | None]]] = {
     Request.SET_VRING_ENABLE: Session._set_vring_enable,
     Request.GET_CONFIG: Session._get_config,
     Request.SET_CONFIG: Session._accept,
+    Request.GET_INFLIGHT_FD: Session._get_inflight_fd,
+    Request.SET_INFLIGHT_FD: lambda session, message: session._set_inflight_fd(message),
     Request.RESET_DEVICE: Session._reset_device,
 }

@@ -1,0 +1,34 @@
+"""The feature bits that the back end offers for every device.
+
+Virtio's own (virtio 1.2, section 6), vhost's VHOST_F_LOG_ALL, and vhost-user's protocol features.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from .messages import ProtocolFeature
+
+F_LOG_ALL: Final = 1 << 26
+F_RING_INDIRECT_DESC: Final = 1 << 28
+F_RING_EVENT_IDX: Final = 1 << 29
+F_PROTOCOL_FEATURES: Final = 1 << 30
+F_VERSION_1: Final = 1 << 32
+F_RING_PACKED: Final = 1 << 34
+
+TRANSPORT_FEATURES: Final = (
+    F_LOG_ALL
+    | F_RING_INDIRECT_DESC
+    | F_RING_EVENT_IDX
+    | F_PROTOCOL_FEATURES
+    | F_VERSION_1
+    | F_RING_PACKED
+)
+PROTOCOL_FEATURES: Final = int(
+    ProtocolFeature.MQ
+    | ProtocolFeature.LOG_SHMFD
+    | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.CONFIG
+    | ProtocolFeature.INFLIGHT_SHMFD
+    | ProtocolFeature.RESET_DEVICE
+)

@@ -1,0 +1,388 @@
+"""Requests in flight, noted in shared memory that outlives the back end.
+
+A back end that dies between taking a request and giving it back would leave its driver waiting for
+ever. So it notes what is in flight in a file that the front end keeps for it: the front end asks
+for one (GET_INFLIGHT_FD) and hands it to whoever serves the device next (SET_INFLIGHT_FD). The
+layout of a queue's part is the specification's ("Inflight I/O tracking"), for split and for packed
+rings, and so is the order in which it is written: whenever the process ends, what is in flight can
+be told.
+
+A region whose version is 0 has not been used. Ours is set back to that when its ring is stopped in
+good order: a version of 1 in a region that comes says that the process before us has died.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import Final, Protocol
+
+from .. import _core
+from .._mapping import SharedMapping
+from ..errors import ProtocolError
+from ..virtqueue import (
+    DescriptorChain,
+    PackedDescriptor,
+    PackedVirtqueue,
+    SplitVirtqueue,
+    Virtqueue,
+)
+from .messages import InflightFile
+
+_VERSION: Final = 1
+_HEADER_BYTES: Final = 32
+_ENTRY_BYTES: Final = 32
+"""Of a packed ring's part; a split ring's header and entries are half as large."""
+_ALIGNMENT: Final = 64
+
+
+def region_bytes(queue_size: int) -> int:
+    """The room that each queue's part has in the file, whichever form its ring has."""
+    return -(-(_HEADER_BYTES + _ENTRY_BYTES * queue_size) // _ALIGNMENT) * _ALIGNMENT
+
+
+def make_file(queues: int, queue_size: int) -> tuple[int, InflightFile]:
+    """A file for so many rings of `queue_size`, all unused; the descriptor is the caller's."""
+    size = queues * region_bytes(queue_size)
+    fd = os.memfd_create("inflight")
+    os.ftruncate(fd, size)
+    return fd, InflightFile(size, 0, queues, queue_size)
+
+
+class InflightRegions:
+    """The mapped file of all rings of a device; `fd` may be closed afterwards.
+
+    Raises:
+        ProtocolError: the file is shorter than it is said to be, or too short for its rings.
+        OSError: it cannot be mapped.
+    """
+
+    def __init__(self, fd: int, file: InflightFile) -> None:
+        needed = file.queues * region_bytes(file.queue_size)
+        available = os.fstat(fd).st_size
+        if file.size < needed or file.offset + file.size > available or file.size == 0:
+            raise ProtocolError(
+                f"SET_INFLIGHT_FD: {file.size} bytes at {file.offset} of a file of {available} "
+                f"are not the {needed} of {file.queues} rings of {file.queue_size}"
+            )
+        self._mapping = SharedMapping(fd, file.size, file.offset)
+        self._bytes = memoryview(self._mapping)
+        self.queues = file.queues
+        self.queue_size = file.queue_size
+
+    def region(self, index: int, ring_size: int) -> memoryview | None:
+        """The part of ring number `index`, which has `ring_size` descriptors; None without one.
+
+        Raises:
+            ProtocolError: the ring is larger than the file has room for.
+        """
+        if index >= self.queues:
+            return None
+        if ring_size > self.queue_size:
+            raise ProtocolError(
+                f"ring {index} of {ring_size} is larger than what is in flight can be noted for, "
+                f"{self.queue_size}"
+            )
+        return self._part(index)
+
+    def _part(self, index: int) -> memoryview:
+        size = region_bytes(self.queue_size)
+        return self._bytes[index * size : (index + 1) * size]
+
+    @property
+    def left_behind(self) -> bool:
+        """Whether a process that served these rings has died."""
+        return any(self._part(index)[8:10] != bytes(2) for index in range(self.queues))
+
+    def check(self) -> None:
+        """Look whether the file is still there.
+
+        Raises:
+            ProtocolError: it became too short while it was mapped.
+        """
+        if self._mapping.lost:
+            raise ProtocolError("the file of what is in flight was cut short while it was in use")
+
+
+class _Region(Protocol):
+    """One ring's part of the file, written in the order in which things happen."""
+
+    def begin(self) -> None:
+        """Note that the ring is served from now on."""
+
+    def end(self) -> None:
+        """Note that the ring was stopped in good order."""
+
+    def taken(self, chain: DescriptorChain) -> None:
+        """Note a request that has just been taken."""
+
+    def giving_back(self, chain: DescriptorChain) -> None:
+        """Note a request that is about to be given back."""
+
+    def given_back(self, chain: DescriptorChain) -> None:
+        """Note that the driver has it."""
+
+
+class InflightVirtqueue:
+    """A ring whose requests in flight are noted; it begins with those that are found there."""
+
+    def __init__(self, queue: SplitVirtqueue | PackedVirtqueue, memory: memoryview) -> None:
+        self._queue: Virtqueue = queue
+        self._region: _Region
+        if isinstance(queue, SplitVirtqueue):
+            self._region, self._found = _split_region(queue, memory)
+        else:
+            self._region, self._found = _packed_region(queue, memory)
+        self._region.begin()
+
+    @property
+    def size(self) -> int:
+        """See `Virtqueue.size`."""
+        return self._queue.size
+
+    @property
+    def base(self) -> int:
+        """See `Virtqueue.base`."""
+        return self._queue.base
+
+    def pop(self) -> DescriptorChain | None:
+        """See `Virtqueue.pop`."""
+        if self._found:
+            return self._found.pop(0)
+        chain = self._queue.pop()
+        if chain is not None:
+            self._region.taken(chain)
+        return chain
+
+    def push(self, chain: DescriptorChain, written: int) -> None:
+        """See `Virtqueue.push`."""
+        self._region.giving_back(chain)
+        self._queue.push(chain, written)
+        _core.fence()  # the driver has it before it is noted that it is in flight no more
+        self._region.given_back(chain)
+
+    def wants_interrupt(self) -> bool:
+        """See `Virtqueue.wants_interrupt`."""
+        return self._queue.wants_interrupt()
+
+    def ask_for_kick(self) -> bool:
+        """See `Virtqueue.ask_for_kick`."""
+        return self._queue.ask_for_kick() or bool(self._found)
+
+    def end(self) -> None:
+        """The ring is stopped, with nothing in flight."""
+        self._region.end()
+
+
+# Split rings ------------------------------------------------------------------------------------
+
+
+class _SplitRegion:
+    """QueueRegionSplit and its DescStateSplit entries; a batch is one request here."""
+
+    header: Final = struct.Struct(
+        "<QHHHH"
+    )  # features, version, desc_num, last_batch_head, used_idx
+    entry: Final = struct.Struct("<B5xHQ")  # inflight, next, counter
+
+    def __init__(self, queue: SplitVirtqueue, memory: memoryview, counter: int) -> None:
+        self._queue = queue
+        self._memory = memory
+        self._counter = counter
+
+    def begin(self) -> None:
+        struct.pack_into("<H", self._memory, 14, self._queue.used_index)
+        if self._memory[8:10] == bytes(2):
+            struct.pack_into("<H", self._memory, 10, self._queue.size)
+            struct.pack_into("<H", self._memory, 8, _VERSION)
+
+    def end(self) -> None:
+        self._memory[:] = bytes(len(self._memory))
+
+    def taken(self, chain: DescriptorChain) -> None:
+        place = self.header.size + self.entry.size * chain.head
+        struct.pack_into("<Q", self._memory, place + 8, self._counter)
+        self._counter += 1
+        self._memory[place] = 1
+
+    def giving_back(self, chain: DescriptorChain) -> None:
+        place = self.header.size + self.entry.size * chain.head
+        self._memory[place + 6 : place + 8] = self._memory[12:14]
+        struct.pack_into("<H", self._memory, 12, chain.head)
+
+    def given_back(self, chain: DescriptorChain) -> None:
+        self._memory[self.header.size + self.entry.size * chain.head] = 0
+        struct.pack_into("<H", self._memory, 14, self._queue.used_index)
+
+
+def _split_region(
+    queue: SplitVirtqueue, memory: memoryview
+) -> tuple[_SplitRegion, list[DescriptorChain]]:
+    _, version, size, last_batch_head, used_index = _SplitRegion.header.unpack_from(memory)
+    if version == 0:
+        return _SplitRegion(queue, memory, 0), []
+    _check(version, size, queue.size)
+    places = [_SplitRegion.header.size + _SplitRegion.entry.size * head for head in range(size)]
+    if used_index != queue.used_index and last_batch_head < size:
+        memory[places[last_batch_head]] = 0  # the driver has it, which was not noted any more
+    found = [
+        (counter, head)
+        for head, (inflight, _, counter) in enumerate(
+            _SplitRegion.entry.unpack_from(memory, place) for place in places
+        )
+        if inflight
+    ]
+    found.sort()
+    chains = [queue.chain_at(head) for _, head in found]
+    queue.go_on_at(queue.used_index + len(found))
+    return _SplitRegion(queue, memory, found[-1][0] + 1 if found else 0), chains
+
+
+# Packed rings -----------------------------------------------------------------------------------
+
+
+class _PackedRegion:
+    """QueueRegionPacked and its DescStatePacked entries."""
+
+    # features, version, desc_num, free_head, old_free_head, used_idx, old_used_idx, then both
+    # wrap counters and 7 bytes of padding; the entries are aligned to 8 bytes.
+    header: Final = struct.Struct("<QHHHHHHBB")
+    # inflight, next, last, num, counter, id, flags, len, addr
+    entry: Final = struct.Struct("<BxHHHQHHIQ")
+    free_head_at, old_free_head_at, used_at, old_used_at = 12, 14, 16, 18
+    wrap_at, old_wrap_at = 20, 21
+
+    def __init__(self, queue: PackedVirtqueue, memory: memoryview) -> None:
+        self._queue = queue
+        self._memory = memory
+        self._counter = 0
+        self._heads: dict[int, int] = {}
+        """Of what is in flight: buffer ID → the entry that stands for it."""
+
+    def _get(self, place: int) -> int:
+        value: int = struct.unpack_from("<H", self._memory, place)[0]
+        return value
+
+    def _set(self, place: int, value: int) -> None:
+        struct.pack_into("<H", self._memory, place, value)
+
+    def _entry_at(self, index: int) -> int:
+        return _HEADER_BYTES + self.entry.size * index
+
+    def begin(self) -> None:
+        if self._memory[8:10] != bytes(2):
+            return  # what is in flight stays noted
+        size = self._queue.size
+        index, wrap = self._queue.used_place
+        self.header.pack_into(self._memory, 0, 0, 0, size, 0, 0, index, index, wrap, wrap)
+        for number in range(size):
+            self._set(self._entry_at(number) + 2, number + 1)
+        self._set(8, _VERSION)
+
+    def end(self) -> None:
+        self._memory[:] = bytes(len(self._memory))
+
+    def taken(self, chain: DescriptorChain) -> None:
+        head = self._get(self.old_free_head_at)
+        place = self._entry_at(head)
+        self._set(place + 6, 0)
+        struct.pack_into("<Q", self._memory, place + 8, self._counter)
+        self._counter += 1
+        self._memory[place] = 1
+        for number, (iova, length, buffer_id, flags) in enumerate(chain.packed, 1):
+            free = self._get(self.free_head_at)
+            if number == len(chain.packed):
+                self._set(place + 4, free)
+            self._set(place + 6, number)
+            struct.pack_into(
+                "<HHIQ", self._memory, self._entry_at(free) + 16, buffer_id, flags, length, iova
+            )
+            self._set(self.free_head_at, self._get(self._entry_at(free) + 2))
+        self._set(self.old_free_head_at, self._get(self.free_head_at))
+        self._heads[chain.head] = head
+
+    def giving_back(self, chain: DescriptorChain) -> None:
+        head = self._heads[chain.head]
+        last = self._get(self._entry_at(head) + 4)
+        self._set(self._entry_at(last) + 2, self._get(self.free_head_at))
+        self._set(self.free_head_at, head)
+        index, wrap = self._queue.used_place_after(chain)
+        self._set(self.used_at, index)
+        self._memory[self.wrap_at] = wrap
+
+    def given_back(self, chain: DescriptorChain) -> None:
+        self._memory[self._entry_at(self._heads.pop(chain.head))] = 0
+        self._commit()
+
+    def _commit(self) -> None:
+        self._memory[self.old_free_head_at : self.old_free_head_at + 2] = self._memory[12:14]
+        self._memory[self.old_used_at : self.old_used_at + 2] = self._memory[16:18]
+        self._memory[self.old_wrap_at] = self._memory[self.wrap_at]
+
+    def recover(self) -> list[DescriptorChain]:
+        """What is in flight, the region being made whole first."""
+        size = self._queue.size
+        old_place = self._get(self.old_used_at), bool(self._memory[self.old_wrap_at])
+        if old_place[0] >= size or self._get(self.used_at) >= size:
+            raise ProtocolError(f"in-flight region: used index outside a ring of {size}")
+        if self._get(self.used_at) != old_place[0] or (
+            self._memory[self.wrap_at] != self._memory[self.old_wrap_at]
+        ):
+            if not self._queue.is_available_at(*old_place):
+                self._commit()
+            self._memory[12:14] = self._memory[14:16]
+            self._memory[16:18] = self._memory[18:20]
+            self._memory[self.wrap_at] = self._memory[self.old_wrap_at]
+        self._set(self.free_head_at, self._get(self.old_free_head_at))
+        for index in self._list_from(self._get(self.free_head_at), size):
+            self._memory[self._entry_at(index)] = 0
+        found = []
+        for index in range(size):
+            inflight, _, _, count, counter, *_ = self.entry.unpack_from(
+                self._memory, self._entry_at(index)
+            )
+            if inflight:
+                found.append((counter, index, count))
+        found.sort()
+        chains = []
+        for counter, index, count in found:
+            entries = self._list_from(index, count)
+            chains.append(self._queue.chain_of([self._descriptor(entry) for entry in entries]))
+            self._heads[chains[-1].head] = index
+            self._counter = counter + 1
+        place = self._get(self.used_at), bool(self._memory[self.wrap_at])
+        self._queue.go_on_at(*place, sum(chain.descriptors for chain in chains))
+        return chains
+
+    def _descriptor(self, index: int) -> PackedDescriptor:
+        *_, buffer_id, flags, length, iova = self.entry.unpack_from(
+            self._memory, self._entry_at(index)
+        )
+        return PackedDescriptor(iova, length, buffer_id, flags)
+
+    def _list_from(self, index: int, count: int) -> list[int]:
+        """Up to `count` entries, linked one to the next."""
+        linked: list[int] = []
+        while index < self._queue.size and len(linked) < count:
+            linked.append(index)
+            index = self._get(self._entry_at(index) + 2)
+        return linked
+
+
+def _packed_region(
+    queue: PackedVirtqueue, memory: memoryview
+) -> tuple[_PackedRegion, list[DescriptorChain]]:
+    _, version, size, *_ = _PackedRegion.header.unpack_from(memory)
+    region = _PackedRegion(queue, memory)
+    if version == 0:
+        return region, []
+    _check(version, size, queue.size)
+    return region, region.recover()
+
+
+def _check(version: int, size: int, queue_size: int) -> None:
+    if version != _VERSION or size != queue_size:
+        raise ProtocolError(
+            f"in-flight region: version {version} for a ring of {size}, not {_VERSION} for one of "
+            f"{queue_size}"
+        )

@@ -1,0 +1,165 @@
+"""One ring of a session: what the front end has said of it, and the virtqueue once it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import struct
+from typing import Final
+
+from ..devices import VirtioDevice
+from ..dma import Dma
+from ..errors import ProtocolError
+from ..guest_memory import GuestMemory
+from ..virtqueue import PackedVirtqueue, RingAddresses, SplitVirtqueue, Virtqueue
+from .features import F_RING_EVENT_IDX, F_RING_INDIRECT_DESC, F_RING_PACKED
+from .inflight import InflightVirtqueue
+from .messages import VringAddress
+
+_REQUESTS_PER_TURN: Final = 64
+"""How many requests of one ring are served before the other file descriptors get their turn."""
+
+
+class Vring:
+    """Ring number `index` of a device.
+
+    It runs, that is has a `queue`, from the moment it is both enabled and has a kick file
+    descriptor until it is stopped. `base` is where it begins, and where it stood when it was
+    stopped. `pending` says that the driver may have made something available.
+    """
+
+    def __init__(self, index: int, selector: selectors.BaseSelector) -> None:
+        self.index = index
+        self.size = 0
+        self.base = 0
+        self.enabled = False
+        self.address: VringAddress | None = None
+        self.queue: Virtqueue | None = None
+        self.pending = False
+        self._selector = selector
+        self._kick_fd: int | None = None
+        self._call_fd: int | None = None
+
+    @property
+    def may_run(self) -> bool:
+        """Whether the front end has said all that makes a ring run."""
+        return self.enabled and self._kick_fd is not None
+
+    def has_work(self, device: VirtioDevice) -> bool:
+        """Whether the ring runs and is to be looked at."""
+        runs = self.pending and self.enabled and self.queue is not None
+        return runs and device.is_ready(self.index)
+
+    def set_kick(self, fd: int) -> None:
+        """The driver kicks by `fd`, which stays the caller's, from now on."""
+        self._forget_kick()
+        self._kick_fd = os.dup(fd)
+        os.set_blocking(self._kick_fd, False)
+        self._selector.register(self._kick_fd, selectors.EVENT_READ, self._kicked)
+        self.pending = True
+
+    def set_call(self, fd: int | None) -> None:
+        """The driver is to be interrupted by `fd`, which stays the caller's; None: it polls."""
+        if self._call_fd is not None:
+            os.close(self._call_fd)
+        self._call_fd = None if fd is None else os.dup(fd)
+        if self._call_fd is not None:
+            os.set_blocking(self._call_fd, False)
+            self._interrupt()  # a back end that died may have given back requests and not told
+
+    def start(
+        self, dma: Dma, memory: GuestMemory, features: int, inflight: memoryview | None = None
+    ) -> None:
+        """Run where the front end says; or go on by a new memory table, or at new addresses.
+
+        Requests in flight are noted in the region `inflight`, if there is one.
+
+        Raises:
+            ProtocolError: the ring breaks the specification, or its address is not known.
+            MemoryAccessError: it lies outside guest RAM.
+        """
+        address = self.address
+        if address is None:
+            raise ProtocolError("a ring was started before SET_VRING_ADDR")
+        packed = bool(features & F_RING_PACKED)
+        driver_bytes, device_bytes = (4, 4) if packed else (6 + 2 * self.size, 6 + 8 * self.size)
+        device = memory.gpa_of_hva(address.used, device_bytes)
+        if address.logged and address.log != device:
+            raise ProtocolError(
+                f"SET_VRING_ADDR: ring {self.index}'s used ring is at GPA {device:#x}, but its "
+                f"writes are to be logged at {address.log:#x}"
+            )
+        make_queue = PackedVirtqueue if packed else SplitVirtqueue
+        queue = make_queue(
+            dma,
+            RingAddresses(
+                descriptors=memory.gpa_of_hva(address.descriptors, 16 * self.size),
+                driver=memory.gpa_of_hva(address.available, driver_bytes),
+                device=device,
+            ),
+            self.size,
+            base=self.base if self.queue is None else self.queue.base,
+            event_index=bool(features & F_RING_EVENT_IDX),
+            indirect=bool(features & F_RING_INDIRECT_DESC),
+        )
+        self.queue = queue if inflight is None else InflightVirtqueue(queue, inflight)
+        self.pending = True
+
+    def stop(self) -> None:
+        """Serve no more, with nothing in flight; `base` then says where the ring stands."""
+        if isinstance(self.queue, InflightVirtqueue):
+            self.queue.end()
+        self._leave()
+
+    def _leave(self) -> None:
+        self._forget_kick()
+        if self.queue is not None:
+            self.base = self.queue.base
+        self.queue = None
+        self.pending = False
+
+    def close(self) -> None:
+        """Let go of every file descriptor. The ring was not stopped: another may go on with it."""
+        self._leave()
+        self.set_call(None)
+
+    def _kicked(self) -> None:
+        if self._kick_fd is None:  # the ring was stopped in this very turn
+            return
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._kick_fd, 8)
+        self.pending = True
+
+    def _forget_kick(self) -> None:
+        if self._kick_fd is not None:
+            self._selector.unregister(self._kick_fd)
+            os.close(self._kick_fd)
+        self._kick_fd = None
+
+    def serve(self, device: VirtioDevice, dma: Dma) -> None:
+        """Serve what the driver has made available, up to a turn's share.
+
+        Raises:
+            ProtocolError, MemoryAccessError: the driver broke the specification.
+        """
+        queue = self.queue
+        assert queue is not None
+        dma.journal.queue = self.index
+        self.pending = True
+        for _ in range(_REQUESTS_PER_TURN):
+            if not device.is_ready(self.index):
+                break
+            chain = queue.pop()
+            if chain is None:
+                self.pending = queue.ask_for_kick()
+                break
+            written = device.process(chain, dma)
+            queue.push(chain, written)
+        if queue.wants_interrupt():
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        if self._call_fd is not None:
+            with contextlib.suppress(BlockingIOError):  # the counter is full: it is seen anyway
+                os.write(self._call_fd, struct.pack("=Q", 1))

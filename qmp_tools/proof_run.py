@@ -194,7 +194,7 @@ class ProofRun(QemuPair):
         began_s = time.monotonic()
         self._display.say("comparing every page of RAM")
         blame = Blame.SNAPSHOT if self._way.snapshot else Blame.UNKNOWN
-        evidence: Evidence | None = None
+        evidence: Sequence[Evidence] = []
         if not (self._way.snapshot or self._way.stands_still):  # there is no journal but of a log
             evidence = await self.device.evidence(self.here)
         lost: list[LostPage] = []
@@ -207,7 +207,7 @@ class ProofRun(QemuPair):
                 raise UntestableError("the source has copied its memory and not handed it over")
             for source_ram, destination_ram in zip(ours, theirs, strict=True):
                 differing = compare(source_ram, destination_ram)
-                slots = evidence.slots if evidence else await _slots(destination, source_ram)
+                slots = evidence[0].slots if evidence else await _slots(destination, source_ram)
                 found = attribute(differing, source_ram, destination_ram, slots, evidence, blame)
                 maps.append(map_proof(slots, evidence, found, source_ram, migrated.all_sent_ns))
                 lost += found
@@ -238,7 +238,10 @@ class ProofRun(QemuPair):
             downtime_s=migration.history[-1].downtime_s,
             history=migration.history,
             moments=migration.moments,
-            harvests=evidence.harvests if evidence else np.empty(0, dtype=HARVEST),
+            harvests=np.sort(
+                np.concatenate([np.empty(0, dtype=HARVEST), *(it.harvests for it in evidence)]),
+                order="time_ns",
+            ),
             ram_map=joined(maps),
             commands={
                 it.name: it.command
@@ -304,7 +307,7 @@ class ProofRun(QemuPair):
         """Migrate; returns when every page had been sent once (CLOCK_MONOTONIC, ns)."""
         guest = self._guests[self.here]
         all_sent_ns: int | None = None
-        released = False
+        disturbed = released = False
         await migration.start()
         try:
             async for progress in migration.follow():
@@ -318,6 +321,10 @@ class ProofRun(QemuPair):
                     all_sent_ns = progress.time_ns
                     await migration.hold()
                     await guest.tell(START_ONCE)
+                elif all_sent_ns is not None and not disturbed:
+                    if guest.number("progress", "once") or "once-done" in guest.latest:
+                        disturbed = True
+                        await self.device.disturb(self.here)
                 elif not released and "once-done" in guest.latest and migration.way_shown:
                     released = True
                     await guest.tell(QUIET)

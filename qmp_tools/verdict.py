@@ -61,7 +61,7 @@ class LostPage:
     """One page that differs. Addresses in bytes; `gpa` is None where no memory slot names it.
 
     The members from `iova` on tell of the device's last write to the bytes that differ, and are
-    None where there was none; `seconds` count from the start of logging.
+    None where there was none; `device` is its name, `seconds` count from the start of logging.
     """
 
     ram_offset: int
@@ -69,6 +69,7 @@ class LostPage:
     bytes_differing: int
     blame: Blame
     link: Link | None = None
+    device: str | None = None
     iova: int | None = None
     request: int | None = None
     queue: int | None = None
@@ -98,10 +99,10 @@ class Sharpness:
     `rewritten` were written by the device after QEMU had sent every page once; `certain` are those
     of them that the device wrote only once, with data. `unreported` were written and have not
     reached the log since, whether they were lost by it or saved by luck; `unreported_certain` are
-    both, and `missed_at` counts them by the first link that has not seen them. `reported_unwritten`
-    reached the log though the device had not written them. Where the `witness` is not the journal,
-    the once pages alone are known: they are `rewritten`, and `certain` unless the guest's kernel
-    has copied them from buffers that it uses again.
+    both; `missed_at` counts them by the first link that has not seen them, `missed_by` by the
+    device that wrote them. `reported_unwritten` reached the log though no device had written them.
+    Where the `witness` is not the journal, the once pages alone are known: they are `rewritten`,
+    and `certain` unless the guest's kernel has copied them from buffers that it uses again.
     """
 
     writes: int
@@ -112,24 +113,15 @@ class Sharpness:
     unreported_certain: int
     reported_unwritten: int
     missed_at: dict[str, int] = field(default_factory=dict)
+    missed_by: dict[str, int] = field(default_factory=dict)
     witness: Witness = Witness.JOURNAL
-
-    def __add__(self, other: Sharpness) -> Sharpness:
-        """Of two devices together that write different pages."""
-        numbers = {
-            name: getattr(self, name) + getattr(other, name)
-            for name in self.__dataclass_fields__
-            if name not in ("missed_at", "witness")
-        }
-        missed_at = Counter(self.missed_at) + Counter(other.missed_at)
-        return Sharpness(**numbers, missed_at=dict(missed_at))
 
     def to_json(self) -> dict[str, Any]:
         """The members by name; what is not known is None."""
         members = asdict(self)
         if self.witness == Witness.JOURNAL:
             return members
-        known = ("rewritten", "certain", "missed_at", "witness")
+        known = ("rewritten", "certain", "missed_at", "missed_by", "witness")
         return {name: value if name in known else None for name, value in members.items()}
 
 
@@ -233,18 +225,32 @@ class WrittenPages:
         return self.rows[low:high]
 
 
-def measure_sharpness(evidence: Evidence, all_sent_ns: int) -> Sharpness:
-    """What the run can tell; by `all_sent_ns` (CLOCK_MONOTONIC) every page had been sent once."""
+@dataclass(frozen=True)
+class _Told:
+    """What one device's evidence tells, in sorted arrays of page numbers.
+
+    `missed` are the pages that have not reached the log since they were written last, `links` for
+    each of them the first link that missed it.
+    """
+
+    written: NDArray[np.uint64]
+    late: NDArray[np.uint64]
+    certain: NDArray[np.uint64]
+    missed: NDArray[np.uint64]
+    links: Sequence[Link]
+    unwritten: NDArray[np.uint64]
+
+
+def _told_by(evidence: Evidence, all_sent_ns: int) -> _Told:
     records = evidence.records
     written = WrittenPages(records)
     pages, first, counts = np.unique(written.pages, return_index=True, return_counts=True)
     last_rows = written.rows[first + counts - 1]
     late = records["time_ns"][last_rows] >= all_sent_ns
-    certain = pages[late & (counts == 1) & (records["kind"][last_rows] == WriteKind.DATA)]
-    logged = evidence.links[Link.LOG]
+    once = late & (counts == 1) & (records["kind"][last_rows] == WriteKind.DATA)
     missed_at = _missed_at(pages, records[last_rows], evidence)
     missed = (missed_at < len(TRACED_LINKS)) & _in_slots(pages, evidence.slots)
-    unreported = pages[missed]
+    logged = evidence.links[Link.LOG]
     reported = [
         np.flatnonzero(logged.array[offset : offset + length // PAGE_BYTES]) + start // PAGE_BYTES
         for offset, (start, length) in zip(
@@ -254,16 +260,45 @@ def measure_sharpness(evidence: Evidence, all_sent_ns: int) -> Sharpness:
         )
     ]
     reported_pages = np.concatenate([np.empty(0, dtype=np.int64), *reported]).astype(np.uint64)
-    return Sharpness(
-        writes=len(records),
-        written=len(pages),
-        rewritten=int(late.sum()),
-        certain=len(certain),
-        unreported=len(unreported),
-        unreported_certain=len(np.intersect1d(unreported, certain)),
-        reported_unwritten=len(np.setdiff1d(reported_pages, pages)),
-        missed_at=dict(Counter(TRACED_LINKS[index].value for index in missed_at[missed])),
+    return _Told(
+        written=pages,
+        late=pages[late],
+        certain=pages[once],
+        missed=pages[missed],
+        links=[TRACED_LINKS[index] for index in missed_at[missed]],
+        unwritten=np.setdiff1d(reported_pages, pages),
     )
+
+
+def measure_sharpness(evidence: Sequence[Evidence], all_sent_ns: int) -> Sharpness:
+    """What the run can tell; by `all_sent_ns` (CLOCK_MONOTONIC) every page had been sent once.
+
+    A page is certain if it was written once by one of the devices and never by another.
+    """
+    told = [_told_by(each, all_sent_ns) for each in evidence]
+    every_write = _together([each.written for each in told])
+    pages, writers = np.unique(every_write, return_counts=True)
+    certain = np.intersect1d(_together([each.certain for each in told]), pages[writers == 1])
+    missed = np.unique(_together([each.missed for each in told]))
+    return Sharpness(
+        writes=sum(len(each.records) for each in evidence),
+        written=len(pages),
+        rewritten=len(np.unique(_together([each.late for each in told]))),
+        certain=len(certain),
+        unreported=len(missed),
+        unreported_certain=len(np.intersect1d(missed, certain)),
+        reported_unwritten=len(np.unique(_together([each.unwritten for each in told]))),
+        missed_at=dict(Counter(link.value for each in told for link in each.links)),
+        missed_by={
+            each.device: len(its.missed)
+            for each, its in zip(evidence, told, strict=True)
+            if len(its.missed)
+        },
+    )
+
+
+def _together(pages: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
+    return np.concatenate([np.empty(0, dtype=np.uint64), *pages])
 
 
 def sharpness_by_guest(
@@ -305,17 +340,17 @@ def attribute(
     source: RamFile,
     destination: RamFile,
     slots: Sequence[Slot],
-    evidence: Evidence | None,
+    evidence: Sequence[Evidence],
     blame: Blame = Blame.UNKNOWN,
 ) -> list[LostPage]:
     """Who lost each of the `differing` pages (page numbers of the RAM files).
 
-    `slots` say where the guest has its RAM; without `evidence` it was `blame`.
+    `slots` say where the guest has its RAM; without any `evidence` it was `blame`.
     """
     slots = [slot for slot in slots if (slot.device, slot.inode) == (source.device, source.inode)]
-    if evidence is None:
+    if not evidence:
         return [_unattributed(int(page), slots, source, destination, blame) for page in differing]
-    written = WrittenPages(evidence.records)
+    written = [WrittenPages(each.records) for each in evidence]
     return [
         _attribute_page(int(page), slots, source, destination, evidence, written)
         for page in differing
@@ -327,8 +362,8 @@ def _attribute_page(
     slots: Sequence[Slot],
     source: RamFile,
     destination: RamFile,
-    evidence: Evidence,
-    written: WrittenPages,
+    journals: Sequence[Evidence],
+    written: Sequence[WrittenPages],
 ) -> LostPage:
     ram_offset = index * PAGE_BYTES
     differs = _differs(ram_offset, source, destination)
@@ -338,9 +373,15 @@ def _attribute_page(
         return LostPage(ram_offset, None, bytes_differing, Blame.ACCELERATOR)
     page = gpa // PAGE_BYTES
     lost = LostPage(ram_offset, gpa, bytes_differing, Blame.ACCELERATOR)
-    record = _last_write_of(differs, gpa, evidence.records, written.rows_of(page))
-    if record is None:
+    last = [
+        (record["time_ns"], record, evidence)
+        for evidence, rows in zip(journals, written, strict=True)
+        if (record := _last_write_of(differs, gpa, evidence.records, rows.rows_of(page)))
+        is not None
+    ]
+    if not last:
         return lost
+    _, record, evidence = max(last, key=lambda it: it[0])
     iova = int(record["iova"]) + max(0, gpa - int(record["gpa"]))
     due = int(record["epoch"])
     seen = {
@@ -357,6 +398,7 @@ def _attribute_page(
         bytes_differing=bytes_differing,
         blame=blame,
         link=link if blame != Blame.ACCELERATOR else None,
+        device=evidence.device or None,
         iova=iova,
         request=int(record["request"]),
         queue=int(record["queue"]),

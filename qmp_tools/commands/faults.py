@@ -45,8 +45,10 @@ def add(commands: Subcommands) -> None:
         epilog=f"{_EXAMPLES}\n{describe_ways()}",
     )
     parser.set_defaults(
-        device="blk",
+        device=None,
         queues=2,
+        ring="split",
+        kill_device=False,
         tracker=None,
         harvest=None,
         destination_lacks=[],

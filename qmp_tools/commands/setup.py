@@ -12,6 +12,7 @@ from dmaproof.errors import UsageError
 from dmaproof.faults import plant
 
 from ..devices.choice import choose_device
+from ..devices.emulated import RINGS
 from ..display import Display
 from ..guest.choice import GUESTS
 from ..guest.workload import parse_workload
@@ -82,10 +83,10 @@ def add_proof_options(parser: argparse.ArgumentParser) -> None:
     device = parser.add_argument_group("device")
     device.add_argument(
         "--device",
-        metavar="NAME",
-        default="blk",
-        help="one of dmaproof's, or qemu:NAME, one inside QEMU; see docs/devices.md "
-        "(default: %(default)s)",
+        metavar="NAME[:OPTION=VALUE,…]",
+        action="append",
+        help="one of dmaproof's, or qemu:NAME, one inside QEMU; see docs/devices.md and "
+        "docs/own-devices.md; may come repeatedly (default: blk)",
     )
     device.add_argument(
         "--device-command",
@@ -94,6 +95,9 @@ def add_proof_options(parser: argparse.ArgumentParser) -> None:
         "{image}, {folder}, {side} and {queues} are filled in too",
     )
     device.add_argument("--queues", type=positive, default=2, metavar="N")
+    device.add_argument(
+        "--ring", choices=RINGS, default="split", help="form of its queues (default: %(default)s)"
+    )
     device.add_argument(
         "--tracker",
         choices=sorted(emulated_trackers()),
@@ -120,6 +124,11 @@ def add_proof_options(parser: argparse.ArgumentParser) -> None:
         metavar="FEATURE",
         help="a virtio feature that the device offers at the source alone, which QEMU has to "
         f"refuse; may come repeatedly: {', '.join(FEATURES)}",
+    )
+    device.add_argument(
+        "--kill-device",
+        action="store_true",
+        help="kill its process in the middle of the migration, and start it again",
     )
     parser.add_argument("--seed", type=int, help="repeats a run's random choices")
     parser.add_argument(
@@ -158,14 +167,19 @@ def _parser() -> argparse.ArgumentParser:
 def parse_proof_options(options: Mapping[str, object]) -> argparse.Namespace:
     """The arguments for `setup_of` from ``prove``'s options by name: {'guest': 'bare', …}.
 
-    An option that is None is left to its default; underscores stand for hyphens.
+    An option that is None, or a switch that is False, is left to its default; underscores stand for
+    hyphens.
 
     Raises:
         UsageError: there is no such option, or it cannot have that value.
     """
     given = {name.replace("_", "-"): value for name, value in options.items()}
     return _parser().parse_args(
-        [f"--{name}={value}" for name, value in given.items() if value is not None]
+        [
+            f"--{name}" if value is True else f"--{name}={value}"
+            for name, value in given.items()
+            if value is not None and value is not False
+        ]
     )
 
 
@@ -202,10 +216,12 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
     harvest = _agreed("--harvest", arguments.harvest, fault.harvest) or HARVEST
     lacks = sum(1 << FEATURES[name][0] for name in set(arguments.destination_lacks))
     device = choose_device(
-        arguments.device,
+        arguments.device or ["blk"],
         arguments.device_command,
-        DeviceOptions(arguments.device, tracker, harvest, arguments.fault, seed, lacks),
+        DeviceOptions("", tracker, harvest, arguments.fault, seed, lacks),
         arguments.queues,
+        arguments.ring,
+        killed=arguments.kill_device or fault.needs_kill,
     )
     if device.facts.tracker is None:
         for option in ("tracker", "harvest", "fault"):
@@ -215,7 +231,8 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
                 )
     if arguments.guest not in device.guests:
         raise UsageError(
-            f"--guest {arguments.guest}: it has no driver for {device.facts.device}; "
+            f"--guest {arguments.guest}: it has no driver for {device.facts.device} with "
+            f"{device.facts.ring} rings; "
             f"--guest {' or '.join(sorted(device.guests))} has one"
         )
     memory = parse_memory(arguments.memory) if arguments.memory else None

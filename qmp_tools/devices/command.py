@@ -186,8 +186,11 @@ class _Attached:
     def accepted_features(self, side: str) -> int | None:
         return None
 
-    async def evidence(self, side: str) -> Evidence | None:
-        return None
+    async def disturb(self, side: str) -> None:
+        pass
+
+    async def evidence(self, side: str) -> Sequence[Evidence]:
+        return []
 
     async def end(self) -> None:
         """End all back ends."""

@@ -29,9 +29,11 @@ class DeviceFacts:
 
     device: str
     queues: int
+    ring: str | None = None
     tracker: str | None = None
     harvest: str | None = None
     fault: str | None = None
+    killed: bool = False
 
 
 class ProofDevice(Protocol):
@@ -91,6 +93,13 @@ class AttachedDevice(Protocol):
     def release(self, side: str) -> None:
         """The QEMU of `side` is about to be ended: what serves only that may end by itself now."""
 
+    async def disturb(self, side: str) -> None:
+        """Do to the device what its set-up says, in the middle of the migration from `side`.
+
+        Raises:
+            UntestableError: it does not survive that as it should.
+        """
+
     async def refusal(self) -> UntestableError:
         """Wait until it refuses what a QEMU or its guest sent, for ever if it does not."""
 
@@ -104,8 +113,10 @@ class AttachedDevice(Protocol):
     def accepted_features(self, side: str) -> int | None:
         """The virtio features (bits) that the driver of `side` uses; None if that is not known."""
 
-    async def evidence(self, side: str) -> Evidence | None:
-        """What it knows of its own writes to the RAM of `side`; None if it keeps no journal.
+    async def evidence(self, side: str) -> Sequence[Evidence]:
+        """What it knows of its own writes to the RAM of `side`; none if it keeps no journal.
+
+        Several devices have one each, by name.
 
         Raises:
             UntestableError: it should know, and cannot tell.

@@ -7,41 +7,109 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Final
 
-from dmaproof.errors import UntestableError
+from dmaproof.devices import VirtioDevice, parse_device
+from dmaproof.errors import UntestableError, UsageError
 from dmaproof.evidence import Evidence
+from dmaproof.vhost_user.features import F_RING_PACKED
 
-from ..guest.linux import VIRTIO_BLK, Driver
+from ..guest.linux import Driver
 from ..guest.workload import Workload
 from ..processes.device import Device, DeviceOptions
-from ..processes.machine import DESTINATION, SOURCE, vhost_user_blk_arguments
+from ..processes.machine import DESTINATION, SOURCE
 from ..processes.process import Process
 from .device import AttachedDevice, DeviceFacts
+
+RINGS: Final = ("split", "packed")
+"""The forms of a virtqueue (virtio 1.2, sections 2.7 and 2.8)."""
 
 
 @dataclass(frozen=True)
 class EmulatedDevice:
-    """See `ProofDevice`. A disk with so many `queues`."""
+    """See `ProofDevice`. It has so many `queues`, whose form is one of `RINGS`.
+
+    If it is to be `killed`, that happens in the middle of the migration, and it is started again.
+    One of several has a `name` of its own.
+    """
 
     options: DeviceOptions
     queues: int = 2
+    ring: str = "split"
+    killed: bool = False
+    name: str = "device"
 
-    guests: ClassVar[Collection[str]] = ("bare", "linux")
-    driver: ClassVar[Driver] = VIRTIO_BLK
-    direct: ClassVar[bool] = True
+    @property
+    def _type(self) -> type[VirtioDevice]:
+        return parse_device(self.options.device)[0]
+
+    @property
+    def has_workload(self) -> bool:
+        """Whether the guests' workload runs on it."""
+        return self._type.has_workload
+
+    @property
+    def driver(self) -> Driver:
+        """See `ProofDevice.driver`."""
+        return Driver(*self._type.linux)
+
+    @property
+    def direct(self) -> bool:
+        """See `ProofDevice.direct`."""
+        return self.has_workload
+
+    def __post_init__(self) -> None:
+        if self.killed and not self._type.restartable:
+            raise UsageError(
+                f"device {self.options.device} cannot be killed and started again: QEMU does not "
+                "keep for it what is in flight"
+            )
 
     @property
     def facts(self) -> DeviceFacts:
         """See `ProofDevice.facts`."""
         options = self.options
         return DeviceFacts(
-            options.device, self.queues, options.tracker, options.harvest, options.fault
+            options.device,
+            self.queues,
+            self.ring,
+            options.tracker,
+            options.harvest,
+            options.fault,
+            self.killed,
         )
+
+    @property
+    def guests(self) -> Collection[str]:
+        """See `ProofDevice.guests`; of ours only Linux has a driver for packed rings."""
+        guests = self._type.guests
+        return guests if self.ring == "split" else [it for it in guests if it == "linux"]
 
     def fit(self, workload: Workload) -> Workload:
         """See `ProofDevice.fit`."""
         return workload
+
+    def options_with_state(self, folder: Path) -> DeviceOptions:
+        """The options of a process whose disk has to outlive it in `folder`."""
+        device = self.options.device
+        if "file" in self._type.options and "file=" not in device:
+            device += f"{',' if ':' in device else ':'}file={folder / 'disk'}"
+        return replace(self.options, device=device)
+
+    def qemu_arguments(self, socket: Path) -> list[str]:
+        """What attaches it to a QEMU, by way of the `socket` of the two.
+
+        QEMU listens there if the device is to be killed: to connect again by itself it would need
+        an option whose name differs from version to version.
+        """
+        chardev = f"socket,id={self.name},path={socket}"
+        if self.killed:
+            chardev += ",server=on,wait=off"
+        properties = ["packed=on"] if self.ring == "packed" else []
+        return [
+            *("-chardev", chardev),
+            *self._type.qemu_arguments(self.name, self.queues, properties),
+        ]
 
     def with_fault(self, fault: str) -> EmulatedDevice:
         """See `ProofDevice.with_fault`."""
@@ -50,35 +118,102 @@ class EmulatedDevice:
     @asynccontextmanager
     async def start(self, folder: Path) -> AsyncIterator[AttachedDevice]:
         """See `ProofDevice.start`."""
-        sockets = {side: folder / f"{side}-disk.sock" for side in (SOURCE, DESTINATION)}
-        device = await Device.start(self.options, sockets, folder)
+        attached = _AttachedDevice(self, folder)
         try:
-            yield _AttachedDevice(self, device, folder)
+            await attached.start()
+            yield attached
         finally:
-            await device.end()
+            await attached.end()
 
 
 class _AttachedDevice:
-    def __init__(self, setup: EmulatedDevice, device: Device, folder: Path) -> None:
-        self.processes: Sequence[Process] = (device.process,)
+    """One process serves both sides; or each has its own, if that of one is to be killed.
+
+    (QEMU 7.2 does not take up a device again that it has lost before it was started.)
+    """
+
+    def __init__(self, setup: EmulatedDevice, folder: Path) -> None:
         self._setup = setup
-        self._device = device
         self._folder = folder
+        self._sockets = {
+            side: folder / f"{side}-{setup.name}.sock" for side in (SOURCE, DESTINATION)
+        }
+        self._options = setup.options
+        self._devices: dict[str, Device] = {}
+        self._news = asyncio.Condition()
+        self._state: Path | None = None
+        if setup.killed:
+            self._state = folder / f"{setup.name}-state"
+            self._state.mkdir()
+            self._options = setup.options_with_state(self._state)
+
+    async def start(self) -> None:
+        if self._setup.killed:
+            for side in self._sockets:
+                await self._start_for(side)
+            return
+        device = await Device.start(
+            self._options, self._sockets, self._folder, name=self._setup.name
+        )
+        self._devices = dict.fromkeys(self._sockets, device)
+
+    async def _start_for(self, side: str) -> None:
+        device = await Device.start(
+            self._options,
+            {side: self._sockets[side]},
+            self._folder,
+            name=f"{side} {self._setup.name}",
+            state=self._state,
+        )
+        async with self._news:
+            self._devices[side] = device
+            self._news.notify_all()
+
+    async def end(self) -> None:
+        for device in set(self._devices.values()):
+            await device.end()
+
+    @property
+    def processes(self) -> Sequence[Process]:
+        return [device.process for device in dict.fromkeys(self._devices.values())]
 
     async def attach(self, side: str) -> Sequence[str]:
-        return vhost_user_blk_arguments(self._folder / f"{side}-disk.sock", self._setup.queues)
+        return self._setup.qemu_arguments(self._sockets[side])
+
+    async def disturb(self, side: str) -> None:
+        if self._setup.killed:
+            await self._devices[side].kill()
+            await self._start_for(side)
+            await self._devices[side].wait_for("logging", side)
 
     def release(self, side: str) -> None:
         pass  # it serves the other side too, and whoever comes next
 
     async def refusal(self) -> UntestableError:
-        return await asyncio.shield(self._device.refused)
+        while True:
+            devices = list(self._devices.values())
+            waiting = {it.refused for it in devices} | {it.process.died for it in devices}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for device in devices:
+                if device.refused.done():
+                    return device.refused.result()
+            async with self._news:
+                while devices == list(self._devices.values()):  # until one has been replaced
+                    await self._news.wait()
 
     async def logging_ended(self, side: str) -> None:
-        await self._device.logging_ended(side)
+        await self._devices[side].logging_ended(side)
 
     def accepted_features(self, side: str) -> int | None:
-        return self._device.accepted_features(side)
+        return self._devices[side].accepted_features(side)
 
-    async def evidence(self, side: str) -> Evidence | None:
-        return await self._device.evidence(side, self._folder)
+    async def evidence(self, side: str) -> Sequence[Evidence]:
+        accepted = self.accepted_features(side)
+        if accepted is not None and bool(accepted & F_RING_PACKED) != (
+            self._setup.ring == "packed"
+        ):
+            raise UntestableError(
+                f"the guest of the {side} QEMU has not taken up {self._setup.ring} rings"
+            )
+        evidence = await self._devices[side].evidence(side, self._folder)
+        return [replace(evidence, device=self._setup.facts.device)]

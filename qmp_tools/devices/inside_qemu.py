@@ -150,5 +150,8 @@ class _Attached:
     def accepted_features(self, side: str) -> int | None:
         return None
 
-    async def evidence(self, side: str) -> Evidence | None:
-        return None
+    async def disturb(self, side: str) -> None:
+        pass
+
+    async def evidence(self, side: str) -> Sequence[Evidence]:
+        return []

@@ -66,9 +66,18 @@ class Device:
 
     @classmethod
     async def start(
-        cls, options: DeviceOptions, sockets: Mapping[str, Path], folder: Path
+        cls,
+        options: DeviceOptions,
+        sockets: Mapping[str, Path],
+        folder: Path,
+        *,
+        name: str = "device",
+        state: Path | None = None,
     ) -> Device:
-        """Start the process and wait until it listens on `sockets` (session name → path).
+        """Start the process `name` and wait until it listens on `sockets` (session name → path).
+
+        A device that can be killed and started again keeps what that takes in the folder `state`,
+        and does not listen, but seeks the front ends that listen there.
 
         Raises:
             UntestableError: it does not come to listening.
@@ -79,18 +88,20 @@ class Device:
             *("--control", str(theirs.fileno())),
             *options.arguments(),
         ]
-        for name, path in sockets.items():
-            command += ["--socket", f"{name}={path}"]
+        if state is not None:
+            command += ["--state", str(state)]
+        for session, path in sockets.items():
+            command += ["--seek" if state else "--socket", f"{session}={path}"]
         with theirs:
             process = await Process.start(
-                "device", command, folder / "device.log", pass_fds=(theirs.fileno(),)
+                name, command, folder / f"{name.replace(' ', '-')}.log", pass_fds=(theirs.fileno(),)
             )
         reader, writer = await asyncio.open_connection(sock=ours)
         device = cls(process, writer)
         device._listening = asyncio.ensure_future(device._listen(reader))
         try:
-            for name in sockets:
-                await device.wait_for("listening", name)
+            for session in sockets:
+                await device.wait_for("seeking" if state else "listening", session)
         except UntestableError:
             await device.end()
             raise
@@ -176,6 +187,11 @@ class Device:
         if not answer["there_is"]:
             raise UntestableError(f"the device has no session with the {session} QEMU any more")
         return Evidence.load(folder)
+
+    async def kill(self) -> None:
+        """End the process by SIGKILL, as if it had crashed."""
+        await self.process.kill()
+        self._control.close()
 
     async def end(self) -> None:
         """End the process: it does so by itself when its control socket is closed."""

@@ -93,7 +93,7 @@ def run_lengths(classes: NDArray[np.uint8]) -> list[list[int]]:
 
 def map_proof(
     slots: Sequence[Slot],
-    evidence: Evidence | None,
+    evidence: Sequence[Evidence],
     lost: Sequence[LostPage],
     source: RamFile,
     all_sent_ns: int,
@@ -105,7 +105,7 @@ def map_proof(
         slot for slot in slots if (slot.device, slot.inode) == (source.device, source.inode)
     )
     classes = np.full(source.pages, names.index("other"), dtype=np.uint8)
-    for kind, pages in _written(evidence, all_sent_ns) if evidence else ():
+    for kind, pages in _written(evidence, all_sent_ns):
         for slot in slots:
             inside = pages[(pages >= slot.gpa // PAGE_BYTES) & (pages < _end(slot) // PAGE_BYTES)]
             classes[inside + (slot.file_offset - slot.gpa) // PAGE_BYTES] = names.index(kind)
@@ -125,13 +125,14 @@ def map_proof(
     )
 
 
-def _written(evidence: Evidence, all_sent_ns: int) -> list[tuple[str, NDArray[np.int64]]]:
-    written = WrittenPages(evidence.records)
-    late = evidence.records["time_ns"][written.rows] >= all_sent_ns
-    return [
-        (name, written.pages[rows].astype(np.int64))
-        for name, rows in (("device", ~late), ("late", late))
-    ]
+def _written(evidence: Sequence[Evidence], all_sent_ns: int) -> list[tuple[str, NDArray[np.int64]]]:
+    early, late = [], []
+    for each in evidence:
+        written = WrittenPages(each.records)
+        is_late = each.records["time_ns"][written.rows] >= all_sent_ns
+        early.append(("device", written.pages[~is_late].astype(np.int64)))
+        late.append(("late", written.pages[is_late].astype(np.int64)))
+    return early + late  # what one device wrote late counts, whatever others did before
 
 
 def _end(slot: Slot) -> int:

@@ -135,8 +135,10 @@ def _device(proof: Proof) -> str:
     facts = proof.setup.device.facts
     if facts.tracker is None:
         return f"{facts.device}, without a journal"
+    killed = ", killed and started again" if facts.killed else ""
     return (
-        f"{facts.device}, tracker {facts.tracker}, {len(proof.harvests)} harvests ({facts.harvest})"
+        f"{facts.device}, {facts.ring} rings, tracker {facts.tracker}, "
+        f"{len(proof.harvests)} harvests ({facts.harvest}){killed}"
     )
 
 
@@ -193,7 +195,8 @@ def _story(page: LostPage) -> str:
     if page.request is None:
         return f"{place}; no device wrote them"
     write = (
-        f"{place}; request {page.request} on queue {page.queue} wrote its {page.kind} to IOVA "
+        f"{place}; request {page.request} on queue {page.queue} of {page.device or 'the device'} "
+        f"wrote its {page.kind} to IOVA "
         f"{page.iova:#x} {page.seconds:.3f} s after logging began"
     )
     if page.link is None:

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from command import Tool
+from qmp_tools.devices.emulated import EmulatedDevice
 from qmp_tools.guest.bare import bare_guest
 from qmp_tools.guest.channel import START_ONCE, GuestChannel
 from qmp_tools.guest.workload import PATTERNS, Workload
 from qmp_tools.host.qemu_choice import find_qemu
 from qmp_tools.processes.device import Device, DeviceOptions
-from qmp_tools.processes.machine import MIB, Machine, vhost_user_blk_arguments
+from qmp_tools.processes.machine import MIB, Machine
 from qmp_tools.processes.qemu import Qemu
 
 pytestmark = pytest.mark.qemu
@@ -38,7 +39,7 @@ async def _boot(
     ).arguments()
     device = await Device.start(DeviceOptions(), {"source": socket}, folder)
     try:
-        disk = vhost_user_blk_arguments(socket, queues=2)
+        disk = EmulatedDevice(DeviceOptions()).qemu_arguments(socket)
         qemu = await Qemu.start(
             "source", find_qemu(None), [*machine_arguments, *disk, *arguments], folder
         )

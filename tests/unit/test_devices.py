@@ -22,6 +22,7 @@ from qmp_tools.devices.device import AttachedDevice
 from qmp_tools.devices.disk_image import IMAGE_BYTES, write_image
 from qmp_tools.devices.emulated import EmulatedDevice
 from qmp_tools.devices.inside_qemu import InsideQemu
+from qmp_tools.devices.several import SeveralDevices
 from qmp_tools.processes.device import DeviceOptions
 from qmp_tools.processes.machine import DESTINATION, SOURCE
 from qmp_tools.processes.process import ProcessDiedError
@@ -48,11 +49,41 @@ async def attached(folder: Path, *words: str) -> AsyncIterator[AttachedDevice]:
 
 def test_a_device_is_chosen_by_name() -> None:
     options = DeviceOptions()
-    assert choose_device("blk", None, options, 2) == EmulatedDevice(options, 2)
-    assert choose_device("qemu:nvme", None, options, 2) == InsideQemu("nvme", 2)
-    theirs = choose_device("fs", "/opt/fs \\\n  --at '{socket}'", options, 1)
+    assert choose_device(["blk"], None, options, 2) == EmulatedDevice(options, 2)
+    assert choose_device(["qemu:nvme"], None, options, 2) == InsideQemu("nvme", 2)
+    theirs = choose_device(["fs"], "/opt/fs \\\n  --at '{socket}'", options, 1)
     assert theirs == CommandDevice("fs", ["/opt/fs", "--at", "{socket}"], 1)
     assert theirs.facts.device == "fs by fs"
+
+
+def test_several_devices_are_one() -> None:
+    options = DeviceOptions(seed=5)
+    both = choose_device(["blk:file=/disk", "net"], None, options, 2, "packed")
+    assert isinstance(both, SeveralDevices)
+    assert both.facts.device == "blk:file=/disk, net"
+    assert both.guests == ["linux"]
+    assert both.driver.modules == ("virtio_pci", "virtio_blk", "virtio_net", "af_packet")
+    assert both.driver.place == "disk=/dev/vda packets=eth0"
+    faulty = both.with_fault("drop-pages=0.1")
+    assert [device.facts.fault for device in faulty.devices] == ["drop-pages=0.1"] * 2
+
+
+@pytest.mark.parametrize(
+    ("names", "ring", "killed", "message"),
+    [
+        (["net"], "split", False, "needs a disk beside it"),
+        (["blk", "net"], "split", True, "net cannot be killed"),
+        (["qemu:nvme"], "packed", False, "--ring and --kill-device are for dmaproof's own"),
+        (["qemu:nvme"], "split", True, "--ring and --kill-device are for dmaproof's own"),
+        (["blk", "qemu:nvme"], "split", False, "only dmaproof's own go together"),
+        (["blk:colour=red"], "split", False, "no option 'colour'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    names: list[str], ring: str, killed: bool, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        choose_device(names, None, DeviceOptions(), 2, ring, killed=killed)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +101,7 @@ def test_a_device_is_chosen_by_name() -> None:
 )
 def test_what_there_is_not_is_refused(name: str, text: str | None, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        choose_device(name, text, DeviceOptions(), 2)
+        choose_device([name], text, DeviceOptions(), 2)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +163,7 @@ def test_each_side_has_a_back_end(tmp_path: Path) -> None:
                 "destination device",
             ]
             assert device.processes[0] is first[0]
-            assert await device.evidence(SOURCE) is None
+            assert await device.evidence(SOURCE) == []
             pids = [process.pid for process in device.processes]
         assert not any(is_alive(pid) for pid in pids)
 

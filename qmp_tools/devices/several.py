@@ -1,0 +1,109 @@
+"""Several devices on one QEMU: what they write goes into one log, and each answers for its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dmaproof.errors import UntestableError
+from dmaproof.evidence import Evidence
+
+from ..guest.linux import Driver
+from ..guest.workload import Workload
+from ..processes.process import Process
+from .device import AttachedDevice, DeviceFacts, ProofDevice
+
+
+@dataclass(frozen=True)
+class SeveralDevices:
+    """See `ProofDevice`. Each of the `devices`, at least one, is started as it would be alone."""
+
+    devices: Sequence[ProofDevice]
+
+    @property
+    def facts(self) -> DeviceFacts:
+        """See `ProofDevice.facts`: the first one's, but for names and queues."""
+        facts = [device.facts for device in self.devices]
+        return replace(
+            facts[0],
+            device=", ".join(it.device for it in facts),
+            queues=sum(it.queues for it in facts),
+        )
+
+    @property
+    def guests(self) -> Collection[str]:
+        """See `ProofDevice.guests`: those that can drive all of them."""
+        first, *others = (device.guests for device in self.devices)
+        return [guest for guest in first if all(guest in other for other in others)]
+
+    @property
+    def driver(self) -> Driver:
+        """See `ProofDevice.driver`: all of them."""
+        drivers = [device.driver for device in self.devices]
+        modules = dict.fromkeys(module for driver in drivers for module in driver.modules)
+        return Driver(tuple(modules), " ".join(it.place for it in drivers if it.place))
+
+    @property
+    def direct(self) -> bool:
+        """See `ProofDevice.direct`: one of them does, and the others add to that."""
+        return any(device.direct for device in self.devices)
+
+    def fit(self, workload: Workload) -> Workload:
+        """See `ProofDevice.fit`."""
+        for device in self.devices:
+            workload = device.fit(workload)
+        return workload
+
+    def with_fault(self, fault: str) -> SeveralDevices:
+        """See `ProofDevice.with_fault`: it is planted in each."""
+        return SeveralDevices([device.with_fault(fault) for device in self.devices])
+
+    @asynccontextmanager
+    async def start(self, folder: Path) -> AsyncIterator[AttachedDevice]:
+        """See `ProofDevice.start`."""
+        async with AsyncExitStack() as stack:
+            yield _AttachedDevices(
+                [await stack.enter_async_context(it.start(folder)) for it in self.devices]
+            )
+
+
+class _AttachedDevices:
+    def __init__(self, devices: Sequence[AttachedDevice]) -> None:
+        self._devices = devices
+
+    @property
+    def processes(self) -> Sequence[Process]:
+        return [process for device in self._devices for process in device.processes]
+
+    async def attach(self, side: str) -> Sequence[str]:
+        return [word for device in self._devices for word in await device.attach(side)]
+
+    def release(self, side: str) -> None:
+        for device in self._devices:
+            device.release(side)
+
+    async def disturb(self, side: str) -> None:
+        for device in self._devices:
+            await device.disturb(side)
+
+    async def refusal(self) -> UntestableError:
+        refusals = [asyncio.ensure_future(device.refusal()) for device in self._devices]
+        try:
+            done, _ = await asyncio.wait(refusals, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            for refusal in refusals:
+                refusal.cancel()
+
+    async def logging_ended(self, side: str) -> None:
+        for device in self._devices:
+            await device.logging_ended(side)
+
+    def accepted_features(self, side: str) -> int | None:
+        return self._devices[0].accepted_features(side)
+
+    async def evidence(self, side: str) -> Sequence[Evidence]:
+        return [each for device in self._devices for each in await device.evidence(side)]

@@ -1,0 +1,100 @@
+"""The devices of ours beyond the plain disk, each in a proof on real QEMU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from command import Tool
+
+pytestmark = pytest.mark.qemu
+
+
+def test_packed_rings(tool: Tool) -> None:
+    outcome = tool.run("prove", "--ring", "packed", "--control", "--json", "-")
+    assert outcome.exit_code == 0, outcome.output + outcome.errors
+    report = outcome.report
+    assert report["setup"]["ring"] == "packed"
+    assert report["lost_pages"] == []
+    assert report["guest"]["errors"] == 0
+    assert report["sharpness"]["certain"] >= 8000
+    assert report["control"]["caught"] is True
+
+
+def test_a_disk_in_a_file(tool: Tool, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    outcome = tool.run("prove", "--guest", "bare", "--device", f"blk:file={disk}", "--json", "-")
+    assert outcome.exit_code == 0, outcome.output + outcome.errors
+    with disk.open("rb") as content:
+        content.seek(-256 * 4096, os.SEEK_END)  # where guests write their blocks
+        blocks = content.read()
+    written = [blocks[start : start + 8] == b"WRITENTF" for start in range(0, len(blocks), 4096)]
+    assert sum(written) > 200
+
+
+@pytest.mark.parametrize("ring", ["split", "packed"])
+def test_a_device_that_is_killed_loses_nothing(tool: Tool, ring: str) -> None:
+    outcome = tool.run("prove", "--kill-device", "--ring", ring, "--json", "-")
+    assert outcome.exit_code == 0, outcome.output + outcome.errors
+    assert outcome.report["lost_pages"] == []
+    assert outcome.report["guest"]["errors"] == 0
+    assert outcome.report["setup"]["killed"] is True
+
+
+def test_what_a_killed_device_forgets_is_lost(tool: Tool) -> None:
+    outcome = tool.run("prove", "--fault", "forgotten-at-restart", "--guest", "bare", "--json", "-")
+    assert outcome.exit_code == 1, outcome.output + outcome.errors
+    lost = outcome.report["lost_pages"]
+    assert lost
+    assert {(page["blame"], page["link"]) for page in lost} == {("device", "tracker")}
+
+
+def test_a_disk_and_a_network_share_a_log(tool: Tool) -> None:
+    outcome = tool.run("prove", "--device", "blk", "--device", "net", "--json", "-")
+    assert outcome.exit_code == 0, outcome.output + outcome.errors
+    assert outcome.report["setup"]["device"] == "blk, net"
+    assert outcome.report["lost_pages"] == []
+    assert outcome.report["guest"]["errors"] == 0
+    assert outcome.report["sharpness"]["unreported"] == 0
+
+
+def test_each_of_two_devices_answers_for_its_own_pages(tool: Tool) -> None:
+    fault = ("--fault", "drop-pages=0.1")
+    outcome = tool.run("prove", "--device", "blk", "--device", "net", *fault, "--json", "-")
+    assert outcome.exit_code == 1, outcome.output + outcome.errors
+    # What a driver receives into it also writes to, so the lost pages are mostly the disk's.
+    lost = outcome.report["lost_pages"]
+    assert {page["link"] for page in lost} == {"log"}
+    assert "blk" in {page["device"] for page in lost}
+    missed = outcome.report["sharpness"]["missed_by"]
+    assert missed.keys() == {"blk", "net"}
+    assert missed["blk"] > 500
+
+
+def test_qemu_does_not_migrate_an_entropy_device(tool: Tool) -> None:
+    outcome = tool.run("prove", "--device", "blk", "--device", "rng", "--guest", "bare")
+    assert outcome.exit_code == 3
+    assert "vhost-user-rng" in outcome.errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--device", "net"), "needs a disk beside it"),
+        (("--device", "blk", "--device", "net", "--guest", "bare"), "no driver for blk, net"),
+        (("--device", "blk", "--device", "net", "--kill-device"), "cannot be killed"),
+        (("--device", "blk:colour=red"), "no option 'colour'"),
+    ],
+)
+def test_wrong_usage_is_told(tool: Tool, arguments: tuple[str, ...], message: str) -> None:
+    outcome = tool.run("prove", *arguments)
+    assert outcome.exit_code == 2
+    assert message in outcome.errors
+
+
+def test_a_guest_without_packed_rings_is_refused(tool: Tool) -> None:
+    outcome = tool.run("prove", "--ring", "packed", "--guest", "bare")
+    assert outcome.exit_code == 2
+    assert "no driver for blk with packed rings" in outcome.errors

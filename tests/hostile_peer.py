@@ -22,17 +22,20 @@ from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 
-from dmaproof.devices.blk import Blk
+from dmaproof.devices import VirtioDevice, emulated_devices
+from dmaproof.devices.net import ETHERTYPE
 from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.vhost_user.features import (
     F_LOG_ALL,
     F_PROTOCOL_FEATURES,
     F_RING_EVENT_IDX,
     F_RING_INDIRECT_DESC,
+    F_RING_PACKED,
     F_VERSION_1,
     PROTOCOL_FEATURES,
 )
-from dmaproof.vhost_user.messages import Request, encode_request, encode_u64
+from dmaproof.vhost_user.inflight import region_bytes
+from dmaproof.vhost_user.messages import ProtocolFeature, Request, encode_request, encode_u64
 from dmaproof.vhost_user.server import Server
 from qmp_tools.testbed.ring_driver import HVA_BASE, INDIRECT, NEXT, PAGE, WRITE
 
@@ -40,7 +43,10 @@ T = TypeVar("T")
 
 _FEATURES: Final = F_VERSION_1 | F_PROTOCOL_FEATURES | F_RING_INDIRECT_DESC
 _QUEUE_SIZE: Final = 8
+_DISK_BYTES: Final = 1 << 24
 _STEPS: Final = 40
+_DEPTHS: Final = (0, 1, 2, 2, 3, 3, 3)
+"""How much of what QEMU does first is done before anything else."""
 _MOST_TURNS: Final = 4096
 """More than it takes to empty rings of the largest size."""
 
@@ -52,7 +58,9 @@ _LOG_OFFSET: Final = 64
 _CANARY: Final = 0xA5
 
 _RINGS: Final = (PAGE, 4 * PAGE)
-"""GPAs of the two rings: descriptors, behind them the available ring, the used ring a page on."""
+"""GPAs of the two rings: descriptors, behind them what the driver writes (the available ring, or
+its event suppression structure), and a page on what the device writes."""
+_AVAIL, _USED = 1 << 7, 1 << 15
 _TABLE, _HEADER, _STATUS, _DATA = 8 * PAGE, 10 * PAGE, 11 * PAGE, 12 * PAGE
 
 
@@ -80,6 +88,7 @@ def attack(source: Source) -> list[str]:
     with _Peer(source) as peer:
         peer.play()
         reasons = peer.reasons
+    del peer  # and with it the disk's file
     if _shared_mappings() != mappings_before:
         gc.collect()  # an exception's traceback may be part of a cycle
     assert _shared_mappings() == mappings_before, "a mapping was left behind"
@@ -146,14 +155,24 @@ class _Peer:
         self.log.mine[:] = 0
         self.log.mine[:_LOG_OFFSET] = self.log.mine[_LOG_OFFSET + self.log_bytes :] = _CANARY
         os.pwrite(self.log.fd, self.log.mine.tobytes(), 0)
+        self.inflight = self._shared("inflight", 2 * region_bytes(_QUEUE_SIZE) + PAGE)
+        self.inflight.write(0, bytes(2 * region_bytes(_QUEUE_SIZE)))
+        self.device = _device(source.pick(sorted(emulated_devices())))
+        self.rings = min(2, self.device.queues)
+        self.packed = bool(source.integer(0, 1))
+        self.protocol_features = PROTOCOL_FEATURES
+        if not self.device.config():
+            self.protocol_features &= ~ProtocolFeature.CONFIG
+        self.features = _FEATURES | (F_RING_PACKED if self.packed else 0)
         self.next_available = [0, 0]
+        """Of a packed ring: the position over two rounds of it."""
         self.events = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(3)]
         self._fds += self.events
         self.control, theirs = socket.socketpair()
         self.control.setblocking(False)
         trackers = emulated_trackers()
         self.server = Server(
-            Blk(1 << 24, queues=2),
+            self.device,
             trackers[source.pick(sorted(trackers))],
             theirs,
             harvest_interval_s=source.pick((1e-9, None)),
@@ -179,12 +198,13 @@ class _Peer:
 
     def play(self) -> None:
         """Some of what QEMU does, then anything."""
-        for step in (self.boot, self.start_rings, self.start_logging)[: self.source.integer(0, 3)]:
+        for step in (self.boot, self.start_rings, self.start_logging)[: self.source.pick(_DEPTHS)]:
             step()
         for _ in range(self.source.integer(0, _STEPS)):
             self.source.pick(_STEPS_BY_WEIGHT)(self)
             self.settle()
-        for shared, name in ((self.ram, "RAM"), (self.log, "log")):
+        files = {"RAM": self.ram, "log": self.log, "in-flight region": self.inflight}
+        for name, shared in files.items():
             shared.check(name)
         self._check_log_bits()
 
@@ -204,7 +224,9 @@ class _Peer:
         if not self.server._sessions and self.source.integer(0, 3):
             self.socket.close()
             self.socket = self._connect()
-            for step in (self.boot, self.start_rings)[: self.source.integer(0, 2)]:
+            for step in (self.boot, self.start_rings, self.start_logging)[
+                : self.source.pick(_DEPTHS)
+            ]:
                 step()
 
     def _readable(self) -> bool:
@@ -258,8 +280,8 @@ class _Peer:
         """The features and the memory of an honest front end."""
         self.ram.resize(_RAM_BYTES)
         event_index = F_RING_EVENT_IDX if self.source.integer(0, 1) else 0
-        self.send(Request.SET_FEATURES, encode_u64(_FEATURES | event_index))
-        self.send(Request.SET_PROTOCOL_FEATURES, encode_u64(PROTOCOL_FEATURES))
+        self.send(Request.SET_FEATURES, encode_u64(self.features | event_index))
+        self.send(Request.SET_PROTOCOL_FEATURES, encode_u64(self.protocol_features))
         self.set_memory(_LOW, (self.high, _HIGH_BYTES, _HIGH_OFFSET))
 
     def set_memory(self, *places: tuple[int, int, int]) -> None:
@@ -273,10 +295,10 @@ class _Peer:
         self.send(Request.SET_MEM_TABLE, payload, [self.ram.fd] * min(len(places), 9))
 
     def start_rings(self) -> None:
-        """Both rings as QEMU starts them."""
-        for index in range(2):
+        """The rings as QEMU starts them."""
+        for index in range(self.rings):
             self.send(Request.SET_VRING_NUM, struct.pack("<II", index, _QUEUE_SIZE))
-            self.send(Request.SET_VRING_BASE, struct.pack("<II", index, self.next_available[index]))
+            self.send(Request.SET_VRING_BASE, struct.pack("<II", index, self.base(index)))
             self.set_address(index)
             self.send(Request.SET_VRING_CALL, encode_u64(index), [self.events[2]])
             self.send(Request.SET_VRING_KICK, encode_u64(index), [self.events[index]])
@@ -286,6 +308,18 @@ class _Peer:
         """Memory and rings anew."""
         self.boot()
         self.start_rings()
+
+    def base(self, ring: int) -> int:
+        """Where the ring goes on, as SET_VRING_BASE has it."""
+        if not self.packed:
+            return self.next_available[ring]
+        index, second_round = self.position(ring)
+        return (index | (0 if second_round else 1 << 15)) * 0x1_0001
+
+    def position(self, ring: int) -> tuple[int, bool]:
+        """A packed ring's next descriptor, and whether it is in its second round."""
+        position = self.next_available[ring] % (2 * _QUEUE_SIZE)
+        return position % _QUEUE_SIZE, position >= _QUEUE_SIZE
 
     def set_address(self, index: int, logged: bool = False) -> None:
         """A ring's honest address."""
@@ -297,8 +331,8 @@ class _Peer:
     def start_logging(self) -> None:
         """The log, then the feature."""
         self.give_log(self.log_bytes, _LOG_OFFSET)
-        self.send(Request.SET_FEATURES, encode_u64(_FEATURES | F_LOG_ALL))
-        for index in range(2):
+        self.send(Request.SET_FEATURES, encode_u64(self.features | F_LOG_ALL))
+        for index in range(self.rings):
             self.set_address(index, logged=True)
 
     def give_log(self, size: int, offset: int, fd: int | None = None) -> None:
@@ -334,7 +368,7 @@ class _Peer:
 
     def _forgive(self, fd: int) -> None:
         """A file that came with a message of chance may be written anywhere."""
-        for shared in (self.ram, self.log):
+        for shared in (self.ram, self.log, self.inflight):
             if os.path.sameopenfile(fd, shared.fd):
                 shared.given[:] = True
                 self.logged_gpas.append((0, 1 << 64))
@@ -353,11 +387,11 @@ class _Peer:
     def set_features(self) -> None:
         """Features in any combination."""
         bit = 1 << self.source.integer(0, 63)
-        features = _FEATURES | self.source.pick((0, F_LOG_ALL, F_RING_EVENT_IDX))
+        features = self.features | self.source.pick((0, F_LOG_ALL, F_RING_EVENT_IDX))
         features = self.source.pick((features, features ^ bit, features & ~F_PROTOCOL_FEATURES))
         self.send(Request.SET_FEATURES, encode_u64(features))
         if self._rarely():
-            features = self.source.pick((PROTOCOL_FEATURES, 0, PROTOCOL_FEATURES | bit))
+            features = self.source.pick((self.protocol_features, 0, PROTOCOL_FEATURES | bit))
             self.send(Request.SET_PROTOCOL_FEATURES, encode_u64(features))
 
     def memory_table(self) -> None:
@@ -433,9 +467,46 @@ class _Peer:
         payload = struct.pack("<III", offset, claimed, 0) + bytes(size)
         self.send(self.source.pick((Request.GET_CONFIG, Request.SET_CONFIG)), payload)
 
+    def give_inflight(self) -> None:
+        """A file for what is in flight: fresh, left behind by another, or of anything."""
+        if self._rarely():
+            asked = struct.pack("<QQHH4x", 0, 0, self.number(2) & 0xFFFF, self.number(8) & 0xFFFF)
+            self.send(Request.GET_INFLIGHT_FD, asked)
+        self.spoil_inflight()
+        region = region_bytes(_QUEUE_SIZE)
+        size, queues = self.number(2 * region, region), self.number(2, 1) & 0xFFFF
+        offset, queue_size = self.number(0, 8, 64), self.number(_QUEUE_SIZE, 1, 4) & 0xFFFF
+        self.inflight.give(offset, size)
+        payload = struct.pack("<QQHH4x", size, offset, queues, queue_size)
+        fds = self.some_fds(2) if self._rarely() else [self.inflight.fd]
+        for fd in fds:
+            self._forgive(fd)
+        self.send(Request.SET_INFLIGHT_FD, payload, fds)
+
+    def spoil_inflight(self) -> None:
+        """Write into the file of what is in flight."""
+        ring = self.source.integer(0, 1) * region_bytes(_QUEUE_SIZE)
+        if self.source.integer(0, 1):
+            header = [self.number(1, 0), self.number(_QUEUE_SIZE)]
+            header += [self.number(0, 1, _QUEUE_SIZE - 1, _QUEUE_SIZE) for _ in range(4)]
+            words = struct.pack("<6H", *(word & 0xFFFF for word in header))
+            self.inflight.write(ring + 8, words + self.source.blob(2))
+        for _ in range(self.source.integer(0, 4)):
+            of_packed = self.source.integer(0, 1)
+            number = self.source.integer(0, _QUEUE_SIZE - 1)
+            place = 32 + 32 * number if of_packed else 16 + 16 * number
+            links = (self.number(0, 1, 7, 8) & 0xFFFF for _ in range(3))
+            counter = self.number(0, (1 << 64) - 1)
+            entry = struct.pack("<BxHHHQ", self.source.integer(0, 1), *links, counter)
+            self.inflight.write(ring + place, entry)
+            if of_packed:
+                address, length, flags, buffer_id = self.fields(_QUEUE_SIZE)
+                described = struct.pack("<HHIQ", buffer_id, flags, length, address)
+                self.inflight.write(ring + place + 16, described)
+
     def cut_a_file(self) -> None:
-        """RAM or log gets shorter while it is mapped, and perhaps long again."""
-        shared = self.source.pick((self.ram, self.log))
+        """A file gets shorter while it is mapped, and perhaps long again."""
+        shared = self.source.pick((self.ram, self.ram, self.log, self.inflight))
         whole = len(shared.mine)
         shared.resize(self.source.integer(0, whole))
         if self.source.integer(0, 1):
@@ -473,34 +544,52 @@ class _Peer:
                 self.ram.write(offset + gpa - start, data)
 
     def descriptor(self, entries: int) -> bytes:
-        """One descriptor, hostile or not."""
+        """One descriptor of a split ring, hostile or not."""
+        return struct.pack("<QIHH", *self.fields(entries))
+
+    def fields(self, entries: int) -> tuple[int, int, int, int]:
+        """Its address, length, flags and what follows."""
         address = self.number(_DATA, _HEADER, _STATUS, _TABLE, self.high, *_RINGS, _LOW[1] - 8)
         length = self.number(16, 1, 512, PAGE, 0xFFFFFFFF, 32 << 20, 0) & 0xFFFFFFFF
         flags = self.source.pick((NEXT, NEXT, WRITE, WRITE | NEXT, 0, INDIRECT, 7, 0xFFFF))
         following = self.source.pick((*range(entries), entries, 0xFFFF))
-        return struct.pack("<QIHH", address, length, flags, following)
+        return address, length, flags, following
 
     def honest_request(self) -> None:
-        """A read, a write or something else of the disk that should succeed."""
-        ring = self.source.integer(0, 1)
-        kind = self.source.pick((0, 0, 1, 4, 8, 77))
+        """One that should succeed."""
+        ring = self.source.integer(0, self.rings - 1)
         size = self.source.pick((512, PAGE, 3 * PAGE, 100))
-        sector = self.number(0, 8, (1 << 24) // 512 - 1)
+        target = self.source.pick((_DATA + self.source.integer(0, PAGE), self.high, *_RINGS))
+        if self.device.name == "blk":
+            chain = self.disk_request(target, size)
+        elif self.device.name == "net" and ring == 1:
+            frame = struct.pack("!12x12xHI", ETHERTYPE, self.source.pick((1, 0x01000000)))
+            self.put(_HEADER, frame)
+            chain = [(_HEADER, len(frame), 0)]
+        else:
+            chain = [(target, size, WRITE)]
+        if self.packed:
+            self.publish_packed(ring, [(*part, 0) for part in chain])
+            return
+        for index, part in enumerate(chain):
+            self.put(_RINGS[ring] + 16 * index, struct.pack("<QIHH", *part, index + 1))
+        self.publish(ring, [0])
+
+    def disk_request(self, target: int, size: int) -> list[tuple[int, int, int]]:
+        """A read, a write or something else of the disk."""
+        kind = self.source.pick((0, 0, 1, 4, 8, 77))
+        sector = self.number(0, 8, _DISK_BYTES // 512 - 1)
         direction = WRITE if kind in (0, 8) else 0
         self.put(_HEADER, struct.pack("<IIQ", kind, 0, sector))
-        target = self.source.pick((_DATA + self.source.integer(0, PAGE), self.high, *_RINGS))
-        chain = (
-            struct.pack("<QIHH", _HEADER, 16, NEXT, 1)
-            + struct.pack("<QIHH", target, size, direction | NEXT, 2)
-            + struct.pack("<QIHH", _STATUS, 1, WRITE, 0)
-        )
-        self.put(_RINGS[ring], chain)
-        self.publish(ring, [0])
+        return [(_HEADER, 16, NEXT), (target, size, direction | NEXT), (_STATUS, 1, WRITE)]
 
     def hostile_request(self) -> None:
         """Descriptors in any order, and a head that may not be there."""
         ring = self.source.integer(0, 1)
         count = self.source.integer(1, _QUEUE_SIZE)
+        if self.packed:
+            self.publish_packed(ring, [self.fields(3) for _ in range(count)])
+            return
         for index in range(count):
             self.put(_RINGS[ring] + 16 * index, self.descriptor(_QUEUE_SIZE))
         if self.source.integer(0, 1):
@@ -515,6 +604,18 @@ class _Peer:
             self.source.pick((0, 0, 1, _QUEUE_SIZE - 1, _QUEUE_SIZE, 0xFFFF)) for _ in range(2)
         ]
         self.publish(ring, heads)
+
+    def publish_packed(self, ring: int, chain: Sequence[tuple[int, int, int, int]]) -> None:
+        """Make a packed ring's descriptors (address, length, flags, ID) available, and kick."""
+        for address, length, flags, buffer_id in chain:
+            index, second_round = self.position(ring)
+            flags = flags & ~(_AVAIL | _USED) | (_USED if second_round else _AVAIL)
+            entry = struct.pack("<QIHH", address, length, buffer_id, flags)
+            self.put(_RINGS[ring] + 16 * index, entry)
+            self.next_available[ring] = (self.next_available[ring] + 1) % (2 * _QUEUE_SIZE)
+        wish = struct.pack("<HH", self.source.integer(0, 0xFFFF), self.source.pick((0, 0, 1, 2, 3)))
+        self.put(_RINGS[ring] + 16 * _QUEUE_SIZE, wish)
+        os.eventfd_write(self.events[ring], 1)
 
     def publish(self, ring: int, heads: Sequence[int]) -> None:
         """Make requests available and kick."""
@@ -533,7 +634,10 @@ class _Peer:
         """The available index goes anywhere."""
         ring = self.source.integer(0, 1)
         self.next_available[ring] = self.source.integer(0, 0xFFFF)
-        self.publish(ring, [])
+        if self.packed:
+            self.publish_packed(ring, [])
+        else:
+            self.publish(ring, [])
 
     def scribble(self) -> None:
         """Anything anywhere in the rings."""
@@ -541,13 +645,23 @@ class _Peer:
         self.put(place + self.source.integer(0, 512), self.source.blob(64))
 
     def fill_the_call(self) -> None:
-        """The interrupts' counter is full, so a write to it would block."""
+        """The interrupts' counter is full, so that a write to it may block."""
+        os.set_blocking(self.events[2], False)
         with contextlib.suppress(BlockingIOError):
             os.eventfd_write(self.events[2], (1 << 64) - 2)
+        for event in self.events:
+            os.set_blocking(event, bool(self.source.integer(0, 1)))
 
     def take_the_log(self) -> None:
         """QEMU's sync."""
         self.log.write(_LOG_OFFSET, bytes(self.log_bytes))
+
+
+def _device(name: str) -> VirtioDevice:
+    # A small disk, whose end is near.
+    if name == "blk":
+        return emulated_devices()[name](capacity_bytes=_DISK_BYTES, queues=2)  # type: ignore[call-arg]
+    return emulated_devices()[name]()
 
 
 def _reopened(flags: int) -> Callable[[_Peer], int]:
@@ -606,7 +720,7 @@ _STATES: Final = (
 
 _LIKELY_STATES: Final = {
     Request.SET_VRING_NUM: (_QUEUE_SIZE, 0, 1, 2, 32768, 65536, 3),
-    Request.SET_VRING_BASE: (0, 5, 0xFFFF, 0x10000),
+    Request.SET_VRING_BASE: (0, 0x8000_8000, 5, 0xFFFF, 0x10000),
     Request.GET_VRING_BASE: (0,),
     Request.SET_VRING_ENABLE: (1, 0, 2),
 }
@@ -623,6 +737,8 @@ _WEIGHTS: Final[dict[Callable[[_Peer], None], int]] = {
     _Peer.memory_table: 2,
     _Peer.memory_of_odd_files: 1,
     _Peer.odd_log: 2,
+    _Peer.give_inflight: 3,
+    _Peer.spoil_inflight: 2,
     _Peer.event_fds: 2,
     _Peer.jump: 1,
     _Peer.scribble: 2,

@@ -8,6 +8,7 @@ import os
 import select
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,10 +16,12 @@ import pytest
 
 from dmaproof.devices.blk import Blk
 from dmaproof.dirty_tracker import emulated_trackers
+from dmaproof.dma import Dma
 from dmaproof.errors import ProtocolError
 from dmaproof.vhost_user.features import PROTOCOL_FEATURES
 from dmaproof.vhost_user.messages import HEADER_BYTES, Request, encode_request, encode_u64
 from dmaproof.vhost_user.server import Server
+from dmaproof.virtqueue import DescriptorChain
 from front_end import FEATURES, FrontEnd
 from qmp_tools.testbed import front_end as testbed
 from qmp_tools.testbed.ring_driver import (
@@ -159,6 +162,40 @@ def boot(front_end: testbed.FrontEnd, ram: int) -> RingDriver:
         driver.chain([Buffer(HEADER, 16), Buffer(DATA, PAGE, WRITE), Buffer(STATUS, 1, WRITE)])
     )
     return driver
+
+
+@pytest.mark.timeout(60)
+def test_an_event_that_would_wait_for_its_reader(front_end: FrontEnd, ram: int) -> None:
+    driver = boot(front_end, ram)
+    os.eventfd_read(front_end.call)
+    os.eventfd_write(front_end.call, (1 << 64) - 2)  # the counter is full
+    os.set_blocking(front_end.call, True)
+    driver.write(STATUS, b"\xff")
+    driver.publish(0)
+    front_end.serve()
+    assert driver.read(STATUS, 1) == b"\0"
+
+
+class SlowBlk(Blk):
+    """A disk whose every request takes longer than a turn may."""
+
+    def process(self, chain: DescriptorChain, dma: Dma) -> int:
+        """See `VirtioDevice.process`."""
+        time.sleep(0.1)
+        return super().process(chain, dma)
+
+
+def test_requests_that_take_long_leave_room_for_others(ram: int) -> None:
+    device = SlowBlk(1 << 30, queues=1)
+    front_end = FrontEnd(device)
+    front_end.send(Request.SET_FEATURES, encode_u64(FEATURES))
+    driver = boot(front_end, ram)
+    driver.publish(0, 0, 0)
+    for served in (1, 2, 3):
+        assert front_end.session.serve_rings()
+        assert device.requests == served
+    assert not front_end.session.serve_rings()
+    front_end.close()
 
 
 @pytest.mark.parametrize("kept", [0, DATA])

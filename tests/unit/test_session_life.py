@@ -66,6 +66,7 @@ def files() -> Iterator[tuple[int, int]]:
 def guest(files: tuple[int, int]) -> Iterator[Guest]:
     guest = Guest(*files)
     guest.front_end.start_ring(guest.driver)
+    os.eventfd_read(guest.front_end.call)  # sent in case a back end has died before
     yield guest
     guest.front_end.close()
 

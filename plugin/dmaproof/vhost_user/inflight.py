@@ -13,8 +13,11 @@ good order: a version of 1 in a region that comes says that the process before u
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Final, Protocol
 
 from .. import _core
@@ -123,17 +126,32 @@ class _Region(Protocol):
         """Note that the driver has it."""
 
 
+Found = list[Callable[[], DescriptorChain]]
+"""What reads each request that was found in flight, in their order: one at a time, since a file of
+anything may tell of more than one turn could bear."""
+
+
+@contextlib.contextmanager
+def _spoilt_is_refused() -> Iterator[None]:
+    """Whoever shares the file may write anything into it, at any time."""
+    try:
+        yield
+    except (IndexError, KeyError, ValueError, struct.error) as error:
+        raise ProtocolError(f"in-flight region: it makes no sense: {error!r}") from error
+
+
 class InflightVirtqueue:
     """A ring whose requests in flight are noted; it begins with those that are found there."""
 
     def __init__(self, queue: SplitVirtqueue | PackedVirtqueue, memory: memoryview) -> None:
         self._queue: Virtqueue = queue
         self._region: _Region
-        if isinstance(queue, SplitVirtqueue):
-            self._region, self._found = _split_region(queue, memory)
-        else:
-            self._region, self._found = _packed_region(queue, memory)
-        self._region.begin()
+        with _spoilt_is_refused():
+            if isinstance(queue, SplitVirtqueue):
+                self._region, self._found = _split_region(queue, memory)
+            else:
+                self._region, self._found = _packed_region(queue, memory)
+            self._region.begin()
 
     @property
     def size(self) -> int:
@@ -147,19 +165,22 @@ class InflightVirtqueue:
 
     def pop(self) -> DescriptorChain | None:
         """See `Virtqueue.pop`."""
-        if self._found:
-            return self._found.pop(0)
-        chain = self._queue.pop()
-        if chain is not None:
-            self._region.taken(chain)
-        return chain
+        with _spoilt_is_refused():
+            if self._found:
+                return self._found.pop(0)()
+            chain = self._queue.pop()
+            if chain is not None:
+                self._region.taken(chain)
+            return chain
 
     def push(self, chain: DescriptorChain, written: int) -> None:
         """See `Virtqueue.push`."""
-        self._region.giving_back(chain)
+        with _spoilt_is_refused():
+            self._region.giving_back(chain)
         self._queue.push(chain, written)
         _core.fence()  # the driver has it before it is noted that it is in flight no more
-        self._region.given_back(chain)
+        with _spoilt_is_refused():
+            self._region.given_back(chain)
 
     def wants_interrupt(self) -> bool:
         """See `Virtqueue.wants_interrupt`."""
@@ -215,9 +236,7 @@ class _SplitRegion:
         struct.pack_into("<H", self._memory, 14, self._queue.used_index)
 
 
-def _split_region(
-    queue: SplitVirtqueue, memory: memoryview
-) -> tuple[_SplitRegion, list[DescriptorChain]]:
+def _split_region(queue: SplitVirtqueue, memory: memoryview) -> tuple[_SplitRegion, Found]:
     _, version, size, last_batch_head, used_index = _SplitRegion.header.unpack_from(memory)
     if version == 0:
         return _SplitRegion(queue, memory, 0), []
@@ -233,7 +252,7 @@ def _split_region(
         if inflight
     ]
     found.sort()
-    chains = [queue.chain_at(head) for _, head in found]
+    chains: Found = [partial(queue.chain_at, head) for _, head in found]
     queue.go_on_at(queue.used_index + len(found))
     return _SplitRegion(queue, memory, found[-1][0] + 1 if found else 0), chains
 
@@ -319,7 +338,7 @@ class _PackedRegion:
         self._memory[self.old_used_at : self.old_used_at + 2] = self._memory[16:18]
         self._memory[self.old_wrap_at] = self._memory[self.wrap_at]
 
-    def recover(self) -> list[DescriptorChain]:
+    def recover(self) -> Found:
         """What is in flight, the region being made whole first."""
         size = self._queue.size
         old_place = self._get(self.old_used_at), bool(self._memory[self.old_wrap_at])
@@ -344,14 +363,22 @@ class _PackedRegion:
             if inflight:
                 found.append((counter, index, count))
         found.sort()
-        chains = []
+        chains: Found = []
+        taken = 0
         for counter, index, count in found:
             entries = self._list_from(index, count)
-            chains.append(self._queue.chain_of([self._descriptor(entry) for entry in entries]))
-            self._heads[chains[-1].head] = index
+            taken += len(entries)
+            if not entries or taken > size:
+                raise ProtocolError(
+                    f"in-flight region: {taken} descriptors, the last {len(entries)} of one "
+                    f"request, in a ring of {size}"
+                )
+            descriptors = [self._descriptor(entry) for entry in entries]
+            chains.append(partial(self._queue.chain_of, descriptors))
+            self._heads[descriptors[-1].buffer_id] = index
             self._counter = counter + 1
         place = self._get(self.used_at), bool(self._memory[self.wrap_at])
-        self._queue.go_on_at(*place, sum(chain.descriptors for chain in chains))
+        self._queue.go_on_at(*place, taken)
         return chains
 
     def _descriptor(self, index: int) -> PackedDescriptor:
@@ -363,15 +390,13 @@ class _PackedRegion:
     def _list_from(self, index: int, count: int) -> list[int]:
         """Up to `count` entries, linked one to the next."""
         linked: list[int] = []
-        while index < self._queue.size and len(linked) < count:
+        while index < self._queue.size and len(linked) < min(count, self._queue.size):
             linked.append(index)
             index = self._get(self._entry_at(index) + 2)
         return linked
 
 
-def _packed_region(
-    queue: PackedVirtqueue, memory: memoryview
-) -> tuple[_PackedRegion, list[DescriptorChain]]:
+def _packed_region(queue: PackedVirtqueue, memory: memoryview) -> tuple[_PackedRegion, Found]:
     _, version, size, *_ = _PackedRegion.header.unpack_from(memory)
     region = _PackedRegion(queue, memory)
     if version == 0:

@@ -399,6 +399,8 @@ class Session:
             self.collector.stop()
         self._drop_unused_log()
         self._inflight = None
+        self.memory, self.iova_map = GuestMemory(()), IovaMap(())
+        self._dma = self._door()
         self.journal.close()
         self.connection.close()
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import selectors
 import struct
+import time
 from typing import Final
 
 from ..devices import VirtioDevice
@@ -19,6 +20,8 @@ from .messages import VringAddress
 
 _REQUESTS_PER_TURN: Final = 64
 """How many requests of one ring are served before the other file descriptors get their turn."""
+_TURN_S: Final = 0.05
+"""So long at the most, and one request more: a driver may make them as large as a disk takes."""
 
 
 class Vring:
@@ -54,9 +57,13 @@ class Vring:
     def set_kick(self, fd: int) -> None:
         """The driver kicks by `fd`, which stays the caller's, from now on."""
         self._forget_kick()
-        self._kick_fd = os.dup(fd)
-        os.set_blocking(self._kick_fd, False)
-        self._selector.register(self._kick_fd, selectors.EVENT_READ, self._kicked)
+        kick_fd = os.dup(fd)
+        try:
+            self._selector.register(kick_fd, selectors.EVENT_READ, self._kicked)
+        except OSError:
+            os.close(kick_fd)
+            raise
+        self._kick_fd = kick_fd
         self.pending = True
 
     def set_call(self, fd: int | None) -> None:
@@ -65,7 +72,6 @@ class Vring:
             os.close(self._call_fd)
         self._call_fd = None if fd is None else os.dup(fd)
         if self._call_fd is not None:
-            os.set_blocking(self._call_fd, False)
             self._interrupt()  # a back end that died may have given back requests and not told
 
     def start(
@@ -127,6 +133,7 @@ class Vring:
     def _kicked(self) -> None:
         if self._kick_fd is None:  # the ring was stopped in this very turn
             return
+        _never_wait(self._kick_fd)
         with contextlib.suppress(BlockingIOError):
             os.read(self._kick_fd, 8)
         self.pending = True
@@ -147,6 +154,7 @@ class Vring:
         assert queue is not None
         dma.journal.queue = self.index
         self.pending = True
+        end_s = time.monotonic() + _TURN_S
         for _ in range(_REQUESTS_PER_TURN):
             if not device.is_ready(self.index):
                 break
@@ -156,10 +164,18 @@ class Vring:
                 break
             written = device.process(chain, dma)
             queue.push(chain, written)
+            if time.monotonic() >= end_s:
+                break
         if queue.wants_interrupt():
             self._interrupt()
 
     def _interrupt(self) -> None:
         if self._call_fd is not None:
+            _never_wait(self._call_fd)
             with contextlib.suppress(BlockingIOError):  # the counter is full: it is seen anyway
                 os.write(self._call_fd, struct.pack("=Q", 1))
+
+
+def _never_wait(fd: int) -> None:
+    """Each time anew: the front end shares the open file, and whether it blocks with it."""
+    os.set_blocking(fd, False)

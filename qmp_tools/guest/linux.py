@@ -59,10 +59,11 @@ E1000: Final = Driver(("e1000", "af_packet"), _NETWORK)
 E1000E: Final = Driver(("e1000e", "af_packet"), _NETWORK)
 IGB: Final = Driver(("igb", "af_packet"), _NETWORK)
 VMXNET3: Final = Driver(("vmxnet3", "af_packet"), _NETWORK)
-_DRIVERS: Final = (
+DRIVERS: Final = (
     *(VIRTIO_BLK, VIRTIO_SCSI, VIRTIOFS, NVME, AHCI, LSI, MEGASAS, PVSCSI),
     *(VIRTIO_NET, E1000, E1000E, IGB, VMXNET3),
 )
+_MODULES: Final = sorted({name for driver in DRIVERS for name in driver.modules})
 
 _INIT_OPTIONS: Final = ("-static", "-pthread", "-std=c11")
 
@@ -74,7 +75,7 @@ _KVM_PATIENCE_S: Final = 6.0
 
 
 def linux_guest(say: Say, driver: Driver = VIRTIO_BLK) -> Guest:
-    """The Linux guest with one of our `_DRIVERS`; the first time its kernel is fetched and its init
+    """The Linux guest with one of our `DRIVERS`; the first time its kernel is fetched and its init
     compiled.
 
     Raises:
@@ -109,8 +110,7 @@ def linux_guest(say: Say, driver: Driver = VIRTIO_BLK) -> Guest:
 
 def kernel_folder() -> Path:
     """Where the kernel is kept, once it has been fetched."""
-    names = sorted({name for driver in _DRIVERS for name in driver.modules})
-    return cache() / f"kernel-{digest([' '.join(names).encode()])}"
+    return cache() / f"kernel-{digest([' '.join(_MODULES).encode()])}"
 
 
 def _linux_kernel(say: Say) -> Path:
@@ -131,7 +131,7 @@ def _linux_kernel(say: Say) -> Path:
             image = next((unpacked / "boot").glob("vmlinuz-*"))
             (fresh / "vmlinux").write_bytes(kernel_elf(image.read_bytes()))
             (fresh / "version").write_text(image.name.removeprefix("vmlinuz-"))
-            _pick_modules(unpacked, fresh / "modules")
+            pick_modules(unpacked, _MODULES, fresh / "modules")
             shutil.rmtree(unpacked)
             for package in fresh.glob("*.deb"):
                 package.unlink()
@@ -170,13 +170,16 @@ def _pipe(command: list[str], data: bytes) -> bytes:
     return done.stdout
 
 
-def _pick_modules(unpacked: Path, folder: Path) -> None:
-    """Copy what our drivers need, uncompressed; what is not there is built into the kernel."""
+def pick_modules(unpacked: Path, wanted: Sequence[str], folder: Path) -> None:
+    """Copy the modules that are `wanted`, and what they depend on, uncompressed into `folder`.
+
+    What is not there is built into the kernel.
+    """
     folder.mkdir()
     found = {_module(file.name): file for file in (unpacked / "lib/modules").rglob("*.ko*")}
-    wanted = [name for driver in _DRIVERS for name in driver.modules]
-    while wanted:
-        name = wanted.pop()
+    left = list(wanted)
+    while left:
+        name = left.pop()
         target = folder / f"{name}.ko"
         if name not in found or target.exists():
             continue
@@ -184,7 +187,7 @@ def _pick_modules(unpacked: Path, folder: Path) -> None:
         if found[name].suffix == ".xz":
             content = lzma.decompress(content)
         target.write_bytes(content)
-        wanted += _dependencies(content)
+        left += _dependencies(content)
 
 
 def _module(file_name: str) -> str:
@@ -198,22 +201,26 @@ def _dependencies(module: bytes) -> list[str]:
     return [_module(name) for name in names if name]
 
 
-def _initramfs(init: bytes, modules: Path, driver: Driver) -> bytes:
-    files: dict[str, bytes] = {}
+def load_order(driver: Driver, modules: Path) -> list[str]:
+    """The driver's modules of folder `modules`, each behind those that it depends on."""
+    order: list[str] = []
 
     def add(name: str) -> None:
-        """Each module stands behind those that it depends on."""
         file = modules / f"{name}.ko"
-        if f"modules/{file.name}" in files or not file.exists():
-            return
-        content = file.read_bytes()
-        for dependency in _dependencies(content):
-            add(dependency)
-        files[f"modules/{file.name}"] = content
+        if name not in order and file.exists():
+            for dependency in _dependencies(file.read_bytes()):
+                add(dependency)
+            order.append(name)
 
     for name in driver.modules:
         add(name)
-    order = "".join(f"/{name}\n" for name in files)
+    return order
+
+
+def _initramfs(init: bytes, modules: Path, driver: Driver) -> bytes:
+    names = [f"modules/{name}.ko" for name in load_order(driver, modules)]
+    order = "".join(f"/{name}\n" for name in names)
+    files = {name: (modules.parent / name).read_bytes() for name in names}
     return newc_archive({"init": init, "modules/order": order.encode(), **files})
 
 

@@ -217,14 +217,11 @@ class ProofRun(QemuPair):
         self._display.say(f"{len(lost)} of {pages} pages differ")
         if self._way.stands_still or self._way.snapshot:
             witness = Witness.SNAPSHOT if self._way.snapshot else Witness.STILL
-            guest = self._guests[self.here]
-            once = max(guest.number("once-done", "pages"), guest.number("progress", "once"))
-            sharpness = sharpness_by_guest(once, witness)
+            sharpness = sharpness_by_guest(self._once_pages(), witness)
         elif evidence:
             sharpness = measure_sharpness(evidence, migrated.all_sent_ns)
         else:
-            once = self._guests[self.here].number("progress", "once")
-            sharpness = sharpness_by_guest(once, certain=self._setup.device.direct)
+            sharpness = sharpness_by_guest(self._once_pages(), certain=self._setup.device.direct)
         verdict = Verdict(pages, lost, sharpness, GuestOutcome(0, 0, 0))
         migration = migrated.migration
         return Proof(
@@ -249,6 +246,11 @@ class ProofRun(QemuPair):
             },
             folder=None,
         )
+
+    def _once_pages(self) -> int:
+        """How many of its once pages the guest has had read into."""
+        guest = self._guests[self.here]
+        return max(guest.number("once-done", "pages"), guest.number("progress", "once"))
 
     @contextlib.asynccontextmanager
     async def _ram_to_hold_against(self) -> AsyncIterator[Sequence[RamFile]]:

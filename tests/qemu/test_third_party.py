@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import shlex
@@ -19,7 +20,7 @@ from command import Outcome, Tool
 from qmp_tools.devices import inside_qemu
 from qmp_tools.guest.build import cache, fresh_folder
 from qmp_tools.host.archive import Archive, own_codename, unpack
-from qmp_tools.host.qemu_builds import fetch, installed, make_whole
+from qmp_tools.host.qemu_builds import QemuBuild, fetch, installed, make_whole
 
 pytestmark = pytest.mark.qemu
 
@@ -113,13 +114,25 @@ def test_disks_inside_qemu(tool: Tool, name: str) -> None:
         assert_passed(outcome, f"qemu:{name}")
 
 
-def test_virtiofsd(tool: Tool) -> None:
+@functools.cache
+def newer_qemu() -> QemuBuild:
+    """A QEMU that has come from Debian 13 or later, with a virtiofsd beside it."""
     build = next((it for it in installed() if it.path.with_name("virtiofsd").exists()), None)
-    build = build or fetch("trixie", print)
-    arguments = recipe("virtiofsd")
-    command = arguments.index("--device-command") + 1
-    arguments[command] = f"{build.path.parent}/{arguments[command]}"
-    arguments[arguments.index("--qemu") + 1] = str(build.path)
+    return build or fetch("trixie", print)
+
+
+def on_newer_qemu(program: str, *command: str) -> list[str]:
+    """The recipe that runs `program`, as the words `command`, on a QEMU that was fetched."""
+    arguments = recipe(program)
+    arguments[arguments.index("--qemu") + 1] = str(newer_qemu().path)
+    at = arguments.index("--device-command") + 1
+    arguments[at] = " ".join([*command, arguments[at].removeprefix(program)])
+    return arguments
+
+
+def test_virtiofsd(tool: Tool) -> None:
+    program = str(newer_qemu().path.with_name("virtiofsd"))
+    arguments = on_newer_qemu("virtiofsd", program)
     assert_passed(tool.run(*arguments, *BRIEF), "fs by virtiofsd")
 
 
@@ -130,10 +143,10 @@ def test_a_virtiofsd_that_qemu_will_not_migrate(tool: Tool) -> None:
     assert "vhost-user-fs" in outcome.errors
 
 
-def dpdk() -> tuple[str, list[str]]:
+def dpdk() -> list[str]:
     """testpmd, and the options by which it finds its drivers: the system's, or fetched once."""
     if testpmd := shutil.which("dpdk-testpmd"):
-        return testpmd, []
+        return [testpmd]
     # Not below the temporary folder: DPDK loads nothing from where everybody may write.
     target = cache() / f"dpdk-{own_codename()}"
     with fresh_folder(target) as fresh:
@@ -143,19 +156,13 @@ def dpdk() -> tuple[str, list[str]]:
                 unpack(package, fresh / "root")
             make_whole(fresh, {"dpdk-testpmd": "usr/bin"})
             shutil.rmtree(fresh / "apt")
-    drivers = [
-        str(next((target / "root/usr/lib").glob(f"*/dpdk/pmds-*/librte_{name}.so")))
-        for name in ("net_vhost", "mempool_ring")
-    ]
-    return str(target / "dpdk-testpmd"), [f"-d {driver}" for driver in drivers]
+    folder = next((target / "root/usr/lib").glob("*/dpdk/pmds-*"))
+    drivers = [f"-d {folder}/librte_{name}.so" for name in ("net_vhost", "mempool_ring")]
+    return [str(target / "dpdk-testpmd"), *drivers]
 
 
 def test_dpdk(tool: Tool) -> None:
-    testpmd, options = dpdk()
-    arguments = recipe("dpdk-testpmd")
-    command = arguments.index("--device-command") + 1
-    words = arguments[command].removeprefix("dpdk-testpmd")
-    arguments[command] = " ".join([testpmd, *options, words])
+    arguments = on_newer_qemu("dpdk-testpmd", *dpdk())
     assert_passed(tool.run(*arguments, *BRIEF), "net by dpdk-testpmd", certain=False)
 
 

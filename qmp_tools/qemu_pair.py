@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -78,7 +78,7 @@ class QemuPair:
         """Start the source; the destination too, but where it must be told of what is plugged, or
         comes by a channel."""
         if self._way.plug or self._joins_late:
-            await self._start(self.here, with_device=self._way.plug is not Plug.DISK)
+            await self._start(self.here)
             return
         outcomes = await asyncio.gather(
             self._start(self.here),
@@ -95,7 +95,7 @@ class QemuPair:
         if self._way.plug is Plug.DISK:
             await guest.wait_for(lambda: "waiting" in guest.latest, "booted", _BOOT_TIMEOUT_S)
             self._display.say("plugging the disk")
-            await self.qemus[self.here].plug(await self.device.attach(self.here))
+            await self.qemus[self.here].plug(_devices(self._attached[self.here], True))
         await guest.wait_for(lambda: "ready" in guest.latest, "become ready", _BOOT_TIMEOUT_S)
         self._boot_s = time.monotonic() - began_s
         self._display.say(f"guest ready after {self._boot_s:.1f} s")
@@ -123,8 +123,8 @@ class QemuPair:
             raise UntestableError(f"the guest did not find the memory of {name}")
         self._display.say(f"{name} is at {address:#x}; {pages} once pages lie in plugged memory")
 
-    async def _start(self, name: str, *extra: str, with_device: bool = True) -> None:
-        await self._launch(name, *extra, with_device=with_device)
+    async def _start(self, name: str, *extra: str) -> None:
+        await self._launch(name, *extra)
         await self.qemus[name].connect()
 
     async def _launch_to_join(self) -> None:
@@ -179,13 +179,14 @@ class QemuPair:
             await asyncio.sleep(_LOOK_AGAIN_S)
         raise UntestableError(f"nobody listens at {path}")
 
-    async def _launch(self, name: str, *extra: str, with_device: bool = True) -> None:
+    async def _launch(self, name: str, *extra: str) -> None:
         binary = self._setup.qemu if name == SOURCE else self._setup.qemu_destination
-        self._attached[name] = [*await self.device.attach(name)] if with_device else []
+        self._attached[name] = [*await self.device.attach(name)]
+        plugged_later = self._way.plug is Plug.DISK and name == self.here
         arguments = [
             *self._setup.machine.arguments(),
             *(argument for dimm in self._dimms for argument in dimm),
-            *self._attached[name],
+            *(_devices(self._attached[name], False) if plugged_later else self._attached[name]),
             *extra,
         ]
         self.qemus[name] = await Qemu.launch(name, binary, arguments, self._folder)
@@ -262,3 +263,9 @@ class QemuPair:
         if self._way.plug is Plug.DIMM:
             await self.guarded(self._plug_dimm())
         await self.guarded(self._start_destination())
+
+
+def _devices(arguments: Sequence[str], wanted: bool) -> list[str]:
+    """Of a device's arguments, those of the devices themselves, or those of what is behind them."""
+    pairs = zip(arguments[::2], arguments[1::2], strict=True)
+    return [word for pair in pairs if (pair[0] == "-device") is wanted for word in pair]

@@ -12,11 +12,7 @@ from typing import Final
 from .process import Process
 from .qmp import Qmp, QmpError
 
-_PLUGGED_BY: Final = {
-    "-object": "object_add",
-    "-chardev": "chardev-add",
-    "-device": "device_add",
-}
+_PLUGGED_BY: Final = {"-object": "object_add", "-device": "device_add"}
 """The human monitor's commands that take what the command line's options take."""
 
 _LAST_WORDS_S: Final = 1.0
@@ -126,7 +122,7 @@ class Qemu:
     async def plug(self, arguments: Sequence[str]) -> None:
         """Add to the running machine what `arguments` would have made of it at its start.
 
-        Of options with an argument each, -object, -chardev and -device.
+        Of the options with an argument each, -object and -device.
 
         Raises:
             QmpError: QEMU refused one of them.

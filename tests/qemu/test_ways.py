@@ -75,6 +75,13 @@ def test_plugged_memory_is_compared_too(tool: Tool) -> None:
     assert all(page["link"] == "log" for page in report["lost_pages"])
 
 
+@pytest.mark.parametrize("way", ["background-snapshot", "device-hotplug"])
+def test_a_device_of_qemus_own_goes_it_too(tool: Tool, way: str) -> None:
+    outcome = prove(tool, way, "--device", "qemu:virtio-blk-pci")
+    assert outcome.exit_code == 0, outcome.output + outcome.errors
+    assert outcome.report["sharpness"]["rewritten"] > 0
+
+
 def test_linux_uses_plugged_memory(tool: Tool) -> None:
     # QEMU 7.2 under TCG loses what vCPUs write to a DIMM, as its size is a multiple of 256 KiB.
     if not installed():

@@ -17,7 +17,7 @@ from ..verdict import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from .arguments import Subcommands, add_parser, positive
 from .interruption import run_interruptibly
 from .outputs import add_outputs, write_outputs, writes_to_stdout
-from .setup import add_setup_options, describe_ways, setup_of
+from .setup import add_setup_options, describe_ways, parse_proof_options, setup_of
 
 _EXAMPLES: Final = """\
 examples:
@@ -43,16 +43,6 @@ def add(commands: Subcommands) -> None:
         description="Plant every known fault, on a test bed without QEMU and, where one device on "
         "one QEMU shows it, in a real proof; tell which were caught, by what, at which link.",
         epilog=f"{_EXAMPLES}\n{describe_ways()}",
-    )
-    parser.set_defaults(
-        device=None,
-        queues=2,
-        ring="split",
-        kill_device=False,
-        tracker=None,
-        harvest=None,
-        destination_lacks=[],
-        requests_after=1000,
     )
     parser.add_argument(
         "--runs", type=positive, default=1, metavar="N", help="of each (default: %(default)s)"
@@ -81,10 +71,11 @@ def _run(arguments: argparse.Namespace) -> int:
     benches = list(Bench) if arguments.on == "both" else [Bench(arguments.on)]
 
     teller = show
+    defaults = parse_proof_options({})
 
     async def make_setup(fault: str | None, seed: int) -> Setup:
         nonlocal teller
-        trial = {**vars(arguments), "fault": fault, "seed": seed}
+        trial = {**vars(defaults), **vars(arguments), "fault": fault, "seed": seed}
         setup = await setup_of(argparse.Namespace(**trial), teller)
         teller = QuietDisplay()  # the next would tell the same of the machine
         return setup

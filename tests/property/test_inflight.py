@@ -206,3 +206,10 @@ def test_a_region_of_another_ring(kind: str) -> None:
         addresses = RingAddresses(driver.descriptors, driver.available, driver.used)
         with pytest.raises(ProtocolError, match="for a ring of 16"):
             InflightVirtqueue(make_queue(dma, addresses, SIZE, base=driver.base), region)
+
+
+def test_a_ring_larger_than_the_front_end_said_is_not_noted() -> None:
+    regions = InflightRegions(*make_file(2, SIZE))
+    assert regions.region(1, SIZE) is not None
+    assert regions.region(1, 2 * SIZE) is None
+    assert regions.region(2, SIZE) is None

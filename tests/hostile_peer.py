@@ -89,8 +89,8 @@ def attack(source: Source) -> list[str]:
         peer.play()
         reasons = peer.reasons
     del peer  # and with it the disk's file
-    if _shared_mappings() != mappings_before:
-        gc.collect()  # an exception's traceback may be part of a cycle
+    if (_open_files(), _shared_mappings()) != (fds_before, mappings_before):
+        gc.collect()  # the server, or an exception's traceback, may be part of a cycle
     assert _shared_mappings() == mappings_before, "a mapping was left behind"
     assert _open_files() == fds_before, "a file descriptor was left behind"
     return reasons

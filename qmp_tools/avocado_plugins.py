@@ -86,7 +86,9 @@ class ProofRunner(BaseRunner):  # type: ignore[misc]
             yield FinishedMessage.get("error", str(error))
 
     def _prove(self, runnable: Runnable, loop: LoopThread, folder: Path) -> Iterator[Status]:
-        options = [f"--{name}={value}" for name, value in options_of(runnable).items()]
+        from .commands.setup import proof_words  # late, as in `MatrixResolver.resolve`
+
+        options = proof_words(options_of(runnable))
         program = [sys.executable, "-m", "qmp_tools.cli", "prove", *options]
         reports = [f"--json={folder / _FILES[0]}", f"--report={folder / _FILES[1]}"]
         log = folder / "proof.log"

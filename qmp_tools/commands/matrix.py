@@ -96,7 +96,8 @@ def add(commands: Subcommands) -> None:
 
 
 def _add_axis(group: argparse._ArgumentGroup, action: argparse.Action) -> None:
-    choices = "" if action.choices is None else f"; {', '.join(map(str, action.choices))}"
+    values = ("on", "off") if action.nargs == 0 else action.choices or ()
+    choices = f"; {', '.join(map(str, values))}" if values else ""
     group.add_argument(
         action.option_strings[0],
         action="append",

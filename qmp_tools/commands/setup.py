@@ -167,20 +167,45 @@ def _parser() -> argparse.ArgumentParser:
 def parse_proof_options(options: Mapping[str, object]) -> argparse.Namespace:
     """The arguments for `setup_of` from ``prove``'s options by name: {'guest': 'bare', …}.
 
-    An option that is None, or a switch that is False, is left to its default; underscores stand for
-    hyphens.
+    Underscores stand for hyphens; see `proof_words` for the values.
 
     Raises:
         UsageError: there is no such option, or it cannot have that value.
     """
-    given = {name.replace("_", "-"): value for name, value in options.items()}
-    return _parser().parse_args(
-        [
-            f"--{name}" if value is True else f"--{name}={value}"
-            for name, value in given.items()
-            if value is not None and value is not False
-        ]
-    )
+    return _parser().parse_args(proof_words(options))
+
+
+def proof_words(options: Mapping[str, object]) -> list[str]:
+    """The options as words of a command line.
+
+    One that is None is not given. A switch is True or 'on', False or 'off'. What may come
+    repeatedly has its values in a list, or in a text with blanks between them.
+
+    Raises:
+        UsageError: a switch is something else.
+    """
+    known = proof_options()
+    words = []
+    for key, value in options.items():
+        name = key.replace("_", "-")
+        action = known.get(name)
+        if value is None:
+            continue
+        if action is not None and action.nargs == 0:
+            words += [f"--{name}"] if _is_on(name, value) else []
+        elif isinstance(action, argparse._AppendAction):
+            several = value if isinstance(value, (list, tuple)) else str(value).split()
+            words += [f"--{name}={it}" for it in several]
+        else:
+            words.append(f"--{name}={value}")
+    return words
+
+
+def _is_on(name: str, value: object) -> bool:
+    text = str(value).lower()
+    if text not in ("on", "off", "true", "false"):
+        raise UsageError(f"--{name} {value}: on or off is due")
+    return text in ("on", "true")
 
 
 class _OptionParser(argparse.ArgumentParser):

@@ -87,12 +87,12 @@ def known_values() -> dict[str, list[str]]:
     qemus = [build.version for build in known_qemus()]
     # A device's name can have options behind it, so its parser has no list of choices.
     known = {"device": sorted(emulated_devices()), "qemu": qemus, "qemu-destination": qemus}
-    choices = {
-        name: list(map(str, action.choices))
-        for name, action in proof_options().items()
-        if action.choices is not None
-    }
-    return {**known, **choices}
+    for name, action in proof_options().items():
+        if action.choices is not None:
+            known[name] = list(map(str, action.choices))
+        elif action.nargs == 0:
+            known[name] = ["off", "on"]
+    return known
 
 
 def split_values(text: str) -> list[str]:
@@ -186,6 +186,6 @@ def _values(file: Path, table: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def _texts(file: Path, name: str, value: object) -> Iterable[str]:
     for it in value if isinstance(value, list) else [value]:
-        if isinstance(it, bool) or not isinstance(it, (str, int, float)):
+        if not isinstance(it, (str, int, float)):
             raise UsageError(f"{file}: {name} = {it!r}: words and numbers are due, or a list")
-        yield str(it)
+        yield ("on" if it else "off") if isinstance(it, bool) else str(it)

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from dmaproof.errors import UnsupportedError, UntestableError, UsageError
 
-from ..commands.setup import parse_proof_options, setup_of
+from ..commands.setup import parse_proof_options, proof_words, setup_of
 from ..display import Display, QuietDisplay
 from ..host.qemu_choice import find_qemu
 from ..processes.machine import format_memory
@@ -70,7 +70,7 @@ class _OnceDisplay(QuietDisplay):
 
 def _arguments(options: Cell) -> list[str]:
     """What ``dmaproof`` is given to carry out a proof with `options`."""
-    return ["prove", *(f"--{name}={value}" for name, value in options.items())]
+    return ["prove", *proof_words(options)]
 
 
 async def run_matrix(

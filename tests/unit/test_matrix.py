@@ -14,7 +14,7 @@ from dmaproof.devices import emulated_devices
 from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.errors import UntestableError, UsageError
 from qmp_tools.avocado_plugins import options_of
-from qmp_tools.commands.setup import proof_options
+from qmp_tools.commands.setup import proof_options, proof_words
 from qmp_tools.devices.emulated import EmulatedDevice
 from qmp_tools.guest.workload import Workload
 from qmp_tools.matrix.avocado_recipe import runnables
@@ -46,7 +46,9 @@ def test_the_last_axis_changes_the_fastest() -> None:
 
 def test_every_option_of_a_proof_can_be_an_axis() -> None:
     for name, action in proof_options().items():
-        value = str(next(iter(action.choices))) if action.choices else "1"
+        value = "on" if action.nargs == 0 else "1"
+        if action.choices is not None:
+            value = str(next(iter(action.choices)))
         matrix = make_matrix({name: [value]})
         assert matrix.cells() == [{name: value}]
 
@@ -70,6 +72,18 @@ def test_all_and_patterns_are_what_is_there() -> None:
 )
 def test_a_comma_before_a_name_belongs_to_the_value(text: str, values: list[str]) -> None:
     assert split_values(text) == values
+
+
+def test_a_switch_is_on_or_off_and_what_may_be_repeated_has_blanks(tmp_path: Path) -> None:
+    file = write(tmp_path, '[matrix]\nkill-device = [false, true]\ndevice = "blk rng"\n')
+    cells = read_matrix(file).cells()
+    assert [proof_words(cell) for cell in cells] == [
+        ["--device=blk", "--device=rng"],
+        ["--kill-device", "--device=blk", "--device=rng"],
+    ]
+    assert make_matrix({"kill-device": ["all"]}).axes["kill-device"] == ["off", "on"]
+    with pytest.raises(UsageError, match="--kill-device maybe: on or off is due"):
+        make_matrix({"kill-device": ["maybe"]})
 
 
 def test_an_empty_value_leaves_the_option_out() -> None:
@@ -122,7 +136,7 @@ def test_a_file_and_options_in_place_of_its_axes(tmp_path: Path) -> None:
         ("[matrix", "is not TOML"),
         ('way = "unix"\n', r"a table \[matrix\] is due"),
         ('[matrix]\nway = "unix"\n[except]\n', "except is not known"),
-        ("[matrix]\nway = true\n", "words and numbers are due"),
+        ("[matrix]\nway = {}\n", "words and numbers are due"),
         ('[matrix]\nway = "unix"\n[exclude]\nway = "tls"\n', "double brackets"),
         ('[matrix]\nway = "unix"\n[[exclude]]\nguest = "bare"\n', "guest is no axis"),
         ('[matrix]\nway = "unix"\n[[exclude]]\nway = "*"\n', "everything is excluded"),

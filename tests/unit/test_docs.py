@@ -1,14 +1,25 @@
-"""What the documentation names is there: tests, proofs and files."""
+"""What the documentation names is there: tests, proofs, files, commands and messages."""
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import io
+import json
 import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
-ROOT = Path(__file__).parents[2]
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+from doc_commands import PAGES, ROOT, Block, all_blocks, commands_in, in_prose
+from qmp_tools.cli import make_parser
+from qmp_tools.commands.arguments import parsers_of
+from qmp_tools.pytest_plugin import pytest_addoption
 
 
 def text_of(*folders: str) -> str:
@@ -40,3 +51,158 @@ def test_this_test_finds_what_is_missing() -> None:
     assert "def test_that_is_nowhere(" not in text_of("qmp_tools")
     named = re.findall(r"`(test_[a-z0-9_]+)`", (ROOT / "docs" / "iterator.md").read_text())
     assert len(named) > 30
+
+
+BLOCKS = all_blocks()
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_what_is_done_about_commands_is_said(block: Block) -> None:
+    assert block.mark, f"{block}: put <!-- run --> or <!-- parsed: WHY --> above (doc_commands.py)"
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_command_lines_parse(block: Block) -> None:
+    for words in block.command_lines():
+        if block.page.name != "README.md" or words[0] != "test":  # ./dmaproof's own
+            assert complaint(words) is None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_options_in_prose_exist(page: Path) -> None:
+    helps = {tuple(it.prog.split()[1:]): it.format_help() for it in parsers_of(make_parser())}
+    for words in in_prose(page):
+        assert (words[0],) in helps
+        known = helps.get(tuple(words[:2])) or helps[words[0],]
+        assert [word for word in words if word.startswith("--") and word not in known] == []
+
+
+def complaint(words: list[str]) -> str | None:
+    """What the parser has against a command line."""
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            make_parser().parse_args(words)
+        except SystemExit as end:
+            return errors.getvalue() if end.code else None
+    return None
+
+
+def test_a_wrong_command_line_is_found() -> None:
+    assert complaint(["prove", "--guest", "bare"]) is None
+    assert "--no-such" in str(complaint(["prove", "--no-such"]))
+    assert "horse" in str(complaint(["prove", "--guest", "horse"]))
+
+
+def texts_of(node: ast.AST) -> Iterator[str]:
+    """The strings in `node`, '…' in place of what is put in when the program runs."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    elif isinstance(node, ast.JoinedStr):
+        parts = (it.value if isinstance(it, ast.Constant) else "…" for it in node.values)
+        yield "".join(map(str, parts))
+    else:
+        for child in ast.iter_child_nodes(node):
+            yield from texts_of(child)
+
+
+def messages() -> list[str]:
+    """Every string of the program."""
+    sources = [file for name in ("qmp_tools", "plugin") for file in (ROOT / name).rglob("*.py")]
+    return [text for file in sources for text in texts_of(ast.parse(file.read_text()))]
+
+
+def test_messages_that_are_explained_exist() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    explained = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
+    known = messages()
+    assert len(explained) > 20
+    # A message that is cut short ends in ' …'.
+    cut = [text.removesuffix(" …") for text in explained]
+    assert [text for text in cut if not any(text in message for message in known)] == []
+
+
+def test_a_message_that_does_not_exist_is_found() -> None:
+    assert list(texts_of(ast.parse('raise E(f"no {this} of " f"{that!r:>4}, " "so")'))) == [
+        "no … of …, so"
+    ]
+    assert not any("there is no such message" in message for message in messages())
+
+
+def kinds_of(node: object) -> Iterator[str]:
+    """What the member 'kind' may be, by a JSON schema."""
+    if isinstance(node, dict):
+        kind = node.get("kind")
+        if isinstance(kind, dict) and ("const" in kind or "enum" in kind):
+            yield from kind.get("enum", [kind.get("const")])
+        for value in node.values():
+            yield from kinds_of(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from kinds_of(value)
+
+
+def test_every_kind_of_report_is_told() -> None:
+    schema = json.loads((ROOT / "docs" / "report.schema.json").read_text())
+    kinds = set(kinds_of(schema))
+    assert {"prove", "check-untested", "doctor"} <= kinds
+    page = (ROOT / "docs" / "report.md").read_text()
+    assert [kind for kind in kinds if f"`{kind}`" not in page] == []
+
+
+CI = [*(ROOT / "docs" / "ci").glob("*.yml"), *(ROOT / ".github" / "workflows").glob("*.yml")]
+
+
+def scripts_of(node: object) -> Iterator[str]:
+    """The shell scripts of a workflow: GitHub's 'run', GitLab's 'script' and 'before_script'."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            if name in ("run", "script", "before_script"):
+                yield from [value] if isinstance(value, str) else value
+            else:
+                yield from scripts_of(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from scripts_of(value)
+
+
+def plugin_options() -> set[str]:
+    """The options of the pytest plugin."""
+    parser = pytest.Parser(_ispytest=True)
+    pytest_addoption(parser)
+    return {name for group in parser._groups for it in group.options for name in it.names()}
+
+
+@pytest.mark.parametrize("file", CI, ids=lambda file: file.name)
+def test_workflows_are_sound(file: Path) -> None:
+    scripts = list(scripts_of(yaml.safe_load(file.read_text())))
+    commands = []
+    for script in scripts:
+        # The services put a value in the place of their own expressions.
+        shell = re.sub(r"\$\{\{.*?\}\}", "VALUE", script)
+        subprocess.run(["bash", "-n", "-c", shell], check=True)
+        commands += [words for line in shell.splitlines() for words in commands_in(line)]
+    assert commands
+    for words in commands:
+        if words[0] != "test":  # ./dmaproof's own
+            assert complaint(words) is None, words
+    known = plugin_options()
+    assert set(re.findall(r"--dmaproof-[a-z]+", "\n".join(scripts))) <= known
+
+
+def test_the_pages_build(tmp_path: Path) -> None:
+    """With warnings as errors; in a copy, since API pages are written beside the others."""
+    shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("api"))
+    (tmp_path / "plugin").symlink_to(ROOT / "plugin")
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", "html"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    pages = {file.stem for file in (tmp_path / "html").glob("*.html")}
+    assert {file.stem for file in (ROOT / "docs").glob("*.md")} <= pages
+    assert (
+        'id="dmaproof.iova_bitmap.IovaBitmap.set_many"'
+        in (tmp_path / "html" / "api" / "dmaproof.iova_bitmap.html").read_text()
+    )
+    assert "--requests-after" in (tmp_path / "html" / "command-line.html").read_text()

@@ -128,7 +128,7 @@ PRECOPY_INFO: Final = Struct("<IIQQ")
 
 
 class Feature(IntEnum):
-    """VFIO_DEVICE_FEATURE_…"""
+    """`VFIO_DEVICE_FEATURE_…`"""
 
     MIGRATION = 1
     MIG_DEVICE_STATE = 2
@@ -157,7 +157,7 @@ FEATURE_RULES: Final[Mapping[Feature, Mapping[int, str]]] = {
         errno.EOPNOTSUPP: "the kernel has been built without iova_bitmap (CONFIG_IOMMUFD_DRIVER)",
     },
 }
-"""vfio_ioctl_device_feature_… and vfio_mig_get_next_state of drivers/vfio/vfio_main.c."""
+"""`vfio_ioctl_device_feature_…` and `vfio_mig_get_next_state` of drivers/vfio/vfio_main.c."""
 
 DATA_MIGRATION: Final = Struct("<Q")
 DATA_MIG_STATE: Final = Struct("<Ii")

@@ -1,0 +1,108 @@
+"""The commands that README and docs/*.md tell their readers to type.
+
+A block of commands is an indented block, or a fence of kind ``console`` (prompts and what is
+printed) or ``sh``, whose first line begins with a program. Above each one stands what is done about
+it, as a comment that readers do not see:
+
+- ``<!-- run -->``: it is run, and must succeed; ``<!-- run: exit code 1 -->``: and must end so;
+- ``<!-- parsed: WHY -->``: it costs too much; dmaproof's command lines in it are parsed.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from markdown_it import MarkdownIt
+
+ROOT: Final = Path(__file__).parents[1]
+PAGES: Final = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+_PROGRAM: Final = re.compile(
+    r"(\$ |(\./dmaproof|dmaproof|avocado|pytest|pipx?|python3?|qemu-system-x86_64|sudo|apt-get|git"
+    r"|cd|export|source|meson|make|sphinx-build)(?= |$))"
+)
+_MARK: Final = re.compile(
+    r"<!-- (?:(?P<run>run)(?:: exit code (?P<code>\d+))?|parsed: (?P<why>[^>]+)) -->\s*"
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Commands that stand together: what to type, what is printed, and what is done about it."""
+
+    page: Path
+    line: int
+    script: str
+    printed: list[str]
+    mark: re.Match[str] | None
+
+    def __str__(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it is to be run."""
+        return self.mark is not None and self.mark["run"] is not None
+
+    @property
+    def exit_code(self) -> int:
+        """What its last command must end with."""
+        return int(self.mark["code"] or 0) if self.mark is not None else 0
+
+    def command_lines(self) -> Iterator[list[str]]:
+        """dmaproof's command lines in it, see `commands_in`."""
+        for line in self.script.replace("\\\n", " ").splitlines():
+            yield from commands_in(line)
+
+
+def commands_in(line: str) -> Iterator[list[str]]:
+    """dmaproof's command lines in a line of shell, as words; without ``dmaproof`` itself."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
+    lexer.whitespace_split = True
+    command: list[str] = []
+    for word in [*lexer, ";"]:
+        if set(word) <= set("|&;<>"):
+            if command and command[0].removeprefix("./") == "dmaproof":
+                yield command[1:]
+            command = []
+        else:
+            command.append(word)
+
+
+def blocks(page: Path) -> list[Block]:
+    """The blocks of commands on a page."""
+    found = []
+    mark = None
+    for token in MarkdownIt().parse(page.read_text()):
+        if token.type == "html_block":
+            mark = _MARK.fullmatch(token.content)
+            continue
+        if token.type in ("code_block", "fence") and token.info in ("", "console", "sh"):
+            lines = token.content.rstrip("\n").splitlines()
+            if lines and _PROGRAM.match(lines[0]):
+                console = token.info == "console"
+                typed = [line for line in lines if line.startswith("$ ") or not console]
+                printed = [line for line in lines if line and line not in typed]
+                script = "\n".join(line.removeprefix("$ ") for line in typed)
+                line = token.map[0] + 1 if token.map else 0
+                found.append(Block(page, line, script, printed, mark))
+        mark = None
+    return found
+
+
+def all_blocks() -> list[Block]:
+    """The blocks of commands of all pages."""
+    return [block for page in PAGES for block in blocks(page)]
+
+
+def in_prose(page: Path) -> Iterator[list[str]]:
+    """dmaproof's command lines between backticks, as words."""
+    for token in MarkdownIt().enable("table").parse(page.read_text()):
+        for child in token.children or ():
+            if child.type == "code_inline" and re.match(r"dmaproof [a-z]", child.content):
+                yield from commands_in(child.content)

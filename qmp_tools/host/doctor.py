@@ -72,9 +72,10 @@ class Facts:
     `compiler` is 'static' where static programs can be linked, 'dynamic' where only others can, and
     None where there is no compiler. `qemu_error` tells why the QEMU that is there does not run.
     `archive_error` tells why QEMUs cannot be fetched from Debian's archive. `kernel` is 'kept',
-    'available', or the error. `kvm` is 'usable', 'forbidden', 'withheld' (the kernel has it, a
-    container does not) or 'absent', `kvm_group` the group that owns it, and `virtualization` the
-    processor's feature, 'vmx' or 'svm'. `extras` has the packages that each optional extra lacks.
+    'available', or what is wrong with it. `kvm` is 'usable', 'forbidden', 'withheld' (the kernel
+    has it, a container does not) or 'absent', `kvm_group` the group that owns it, and
+    `virtualization` the processor's feature, 'vmx' or 'svm'. `extras` has the packages that each
+    optional extra lacks.
     """
 
     root: bool
@@ -314,10 +315,10 @@ def _look_for_kernel() -> str:
     if linux_guest.kernel_folder().is_dir():
         return "kept"
     try:
-        known = archive.dependencies("linux-image-amd64")
-    except UntestableError as error:
-        return str(error)
-    return "available" if known else "apt has no lists of packages yet"
+        archive.dependencies("linux-image-amd64")
+    except UntestableError:
+        return "apt knows no linux-image-amd64; its lists may be missing"
+    return "available"
 
 
 def _look_for_archive() -> str | None:

@@ -1,0 +1,79 @@
+"""The commands of README and docs that are marked as run: typed as they stand there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from doc_commands import ROOT, Block, all_blocks
+
+pytestmark = pytest.mark.qemu
+
+RUN = [block for block in all_blocks() if block.is_run]
+
+
+def type_in(block: Block, folder: Path) -> tuple[int, str]:
+    """What a shell in `folder` ends with and prints when the block is typed into it."""
+    (folder / "tests").symlink_to(ROOT / "tests")
+    shell = subprocess.Popen(
+        ["bash", "-e", "-o", "pipefail", "-c", block.script],
+        cwd=folder,
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "TMPDIR": str(folder),
+            "HOME": str(folder),
+            "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache"),
+        },
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        printed, _ = shell.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # the block's background processes
+            os.killpg(shell.pid, signal.SIGKILL)
+        shell.wait()
+    return shell.returncode, printed
+
+
+def missing(block: Block, printed: str) -> list[str]:
+    """The lines that the page shows and that were not printed in this order.
+
+    Numbers may be others; … stands for anything.
+    """
+    lines = iter(printed.splitlines())
+    absent = []
+    for shown in block.printed:
+        parts = (re.escape(part) for part in re.split(r"…|0x[0-9a-f]+|[\d.]*\d", shown))
+        if not any(re.fullmatch(r".*?".join(parts), line) for line in lines):
+            absent.append(shown)
+    return absent
+
+
+@pytest.mark.parametrize("block", RUN, ids=str)
+def test_what_is_shown_happens(block: Block, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("d")  # short, for sockets
+    exit_code, printed = type_in(block, folder)
+    assert exit_code == block.exit_code, f"{block}: {block.script}\n{printed}"
+    assert not missing(block, printed), printed
+    shutil.rmtree(folder)
+
+
+def test_what_is_not_printed_is_found() -> None:
+    block = next(block for block in RUN if len(block.printed) > 5)
+    assert missing(block, "\n".join(block.printed)) == []
+    for line in block.printed:
+        kept = [other for other in block.printed if other is not line]
+        assert line in missing(block, "\n".join(kept)) or line.strip(" …") == ""

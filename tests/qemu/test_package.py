@@ -1,0 +1,158 @@
+"""What users install: the built wheel alone, in empty environments, away from the sources."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(600)]
+
+ROOT: Final = Path(__file__).parents[2]
+MINORS: Final = (11, 12, 13, 14)
+"""Of Python 3: those that the package's metadata names."""
+PROOF: Final = ("prove", "--guest", "bare", "--accel", "tcg", "--json", "-")
+
+
+def interpreter(minor: int) -> Path | None:
+    """A Python 3.`minor` of this machine: this one, one in PATH, or one of pyenv's."""
+    if sys.version_info[:2] == (3, minor):
+        return Path(sys.executable)
+    name = f"python3.{minor}"
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    found = [*pyenv.glob(f"versions/3.{minor}.*/bin/{name}")]
+    if in_path := shutil.which(name):
+        found.append(Path(in_path))
+    return next((it for it in found if _runs(it)), None)
+
+
+def _runs(python: Path) -> bool:
+    """Whether it can make environments (pyenv's stand-ins in PATH may lead nowhere)."""
+    command: list[str | Path] = [python, "-c", "import venv"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """An empty folder to run programs in; guests are built anew, from what is installed."""
+
+    folder: Path
+
+    def run(self, *command: str | Path, exit_code: int = 0) -> str:
+        """What `command` prints."""
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env={
+                **{name: value for name, value in os.environ.items() if "PYTHON" not in name},
+                "TMPDIR": str(self.folder),
+                "XDG_CACHE_HOME": str(self.folder / "cache"),
+                "PIPX_HOME": str(self.folder / "pipx"),
+            },
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == exit_code, f"{command}:\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def install(self, python: Path, *packages: str | Path) -> Path:
+        """Install `packages` into an empty environment; returns where its programs are."""
+        self.run(python, "-m", "venv", "--without-pip", "venv")
+        scripts = self.folder / "venv" / "bin"
+        pip = (sys.executable, "-m", "pip", "--python", scripts / "python", "install")
+        self.run(*pip, "--quiet", "--no-compile", *packages)
+        return scripts
+
+
+@pytest.fixture
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    folder = tmp_path_factory.mktemp("p")  # short, for sockets
+    yield Place(folder)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the sdist of what is committed, and with the wheel that is made of it."""
+    folder = tmp_path_factory.mktemp("dist")
+    command: list[str | Path] = [sys.executable, "-m", "build", "--outdir", folder, ROOT]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    (wheel,) = built.glob("*.whl")
+    return wheel
+
+
+def committed() -> set[str]:
+    command = ["git", "-C", str(ROOT), "ls-tree", "-r", "--name-only", "HEAD"]
+    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_sdist_has_every_file(built: Path) -> None:
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {it.name.partition("/")[2] for it in archive.getmembers() if it.isfile()}
+    assert names - {"PKG-INFO"} == committed()
+
+
+def test_wheel_has_code_and_guests(wheel: Path) -> None:
+    wanted = {
+        re.sub("^guests/", "qmp_tools/guests/", name.removeprefix("plugin/"))
+        for name in committed()
+        if re.match(r"(plugin/dmaproof|qmp_tools|guests)/", name)
+        and not re.match(r"plugin/.*\.c$", name)
+    }
+    extensions = {"dmaproof/_core.abi3.so", "dmaproof/bench/_strategies.abi3.so"}
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name for name in names if ".dist-info/" not in name} == wanted | extensions
+
+
+@pytest.mark.parametrize("minor", MINORS)
+def test_wheel_alone_proves(minor: int, wheel: Path, place: Place) -> None:
+    python = interpreter(minor)
+    if python is None:
+        pytest.skip(f"no Python 3.{minor} here: pyenv install 3.{minor}")
+    scripts = place.install(python, wheel)
+    where = "import dmaproof, qmp_tools, sys; print(dmaproof.__file__, qmp_tools.__file__)"
+    for file in place.run(scripts / "python", "-c", where).split():
+        assert Path(file).is_relative_to(place.folder / f"venv/lib/python3.{minor}/site-packages")
+    proof = json.loads(place.run(scripts / "dmaproof", *PROOF))
+    assert proof["exit_code"] == 0
+    assert proof["sharpness"]["certain"] > 1000
+
+
+def test_pipx_runs_it(wheel: Path, place: Place) -> None:
+    pipx = (sys.executable, "-m", "pipx", "run", "--spec", str(wheel))
+    assert json.loads(place.run(*pipx, "dmaproof", *PROOF))["exit_code"] == 0
+
+
+def test_a_pytest_project(wheel: Path, place: Place) -> None:
+    """The project of docs/pytest.md, and the same with a fault planted."""
+    scripts = place.install(Path(sys.executable), wheel, "pytest")
+    page = (ROOT / "docs" / "pytest.md").read_text()
+    found = re.search("A whole project:\n\n```python\n(.*?)```", page, re.DOTALL)
+    assert found
+    project = place.folder / "test_project.py"
+    project.write_text(found[1])
+    pytest_command = (scripts / "pytest", "-ra", "--basetemp=base", "--dmaproof-accel=tcg")
+    assert "2 passed" in place.run(*pytest_command)
+    project.write_text(found[1].replace("vhost_user_blk(", 'vhost_user_blk(fault="drop-pages", '))
+    assert "1 failed, 1 passed" in place.run(*pytest_command, exit_code=1)

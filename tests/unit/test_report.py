@@ -236,6 +236,12 @@ def test_the_json_is_what_its_schema_says(name: str) -> None:
             assert not VALIDATOR.is_valid(without), member
 
 
+def test_a_cell_can_have_every_blame() -> None:
+    answer: Any = copy.deepcopy(ANSWERS["matrix"])
+    answer["cells"][1]["blame"] = [*map(str, Blame), "unreported", "guest"]
+    VALIDATOR.validate(json.loads(json.dumps(answer)))
+
+
 def test_the_schema_refuses_what_is_wrong() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     for path, value in (

@@ -42,6 +42,7 @@ class Qmp:
             async with asyncio.timeout(timeout_s):
                 await self._client.connect(address)
         except (QMPError, OSError, EOFError) as error:
+            await self.close()  # or qemu.qmp's reader may complain later, on stderr
             raise QmpError(f"{self.name} did not answer on QMP: {error}") from error
 
     async def execute(self, command: str, **arguments: Any) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from ..host.doctor import GUEST_MEMORY_BYTES, Finding, State, can_prove, examine, look
+from ..host.doctor import GUEST_MEMORY_BYTES, can_prove, examine, look
+from ..host.finding import Finding, State
 from ..reports.report import SCHEMA_VERSION
 from ..verdict import EXIT_PASS, EXIT_UNTESTED
 from .arguments import Subcommands, add_parser

@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 from typing import Final
@@ -31,6 +30,7 @@ from ..processes.machine import MIB, format_memory
 from ..processes.qemu import Qemu
 from ..processes.run_folder import run_folder
 from . import archive
+from .finding import Finding, State
 from .qemu_builds import installed
 from .qemu_choice import find_qemu
 
@@ -43,26 +43,6 @@ _DEVELOPERS_EXTRAS: Final = {"docs", "test"}
 _OVERHEAD_BYTES: Final = 128 * MIB
 """What a QEMU needs besides its guest's RAM, and the share of the device and the tool."""
 GUEST_MEMORY_BYTES: Final = {"bare": bare_guest.MEMORY_BYTES, "linux": linux_guest.MEMORY_BYTES}
-
-
-class State(StrEnum):
-    """How a finding is to be taken."""
-
-    OK = "ok"
-    LIMITED = "limited"
-    """A proof can run, but not all that dmaproof can do."""
-    MISSING = "missing"
-    """No proof can run."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at; `remedy` is a command, or words where no command helps."""
-
-    name: str
-    state: State
-    what: str
-    remedy: str | None = None
 
 
 @dataclass(frozen=True)

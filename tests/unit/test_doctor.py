@@ -14,12 +14,11 @@ from qmp_tools.commands import doctor as command
 from qmp_tools.host.doctor import (
     GUEST_MEMORY_BYTES,
     Facts,
-    Finding,
-    State,
     can_prove,
     examine,
     look,
 )
+from qmp_tools.host.finding import Finding, State
 from qmp_tools.processes.machine import MIB
 
 WHOLE = Facts(

@@ -7,6 +7,7 @@ What it does, and the form of what goes in and out, is told in ``guests/passthro
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 import uuid
 from collections.abc import Iterator
@@ -35,13 +36,17 @@ _REGISTERS: Final = np.dtype(
 _ENTRY: Final = np.dtype(
     [
         *((name, "<u8") for name in ("sequence", "iova", "length")),
-        *(("reports", "<u4"), ("state", "<u2"), ("logged", "<u2")),
+        *(("reports", "<u4"), ("state", "<u2"), ("logged", "<u2"), ("time_ns", "<u8")),
     ]
 )
+_TOLD: Final = np.dtype([(name, "<u8") for name in ("report", "iova", "length")])
 
 Addresses = NDArray[np.uint64]
 Journal = NDArray[np.void]
-"""Structured, fields sequence, iova, length, reports, state, logged; in the order of writing."""
+"""Structured, fields sequence, iova, length, reports, state, logged, time_ns (CLOCK_MONOTONIC); in
+the order of writing."""
+Told = NDArray[np.void]
+"""Structured, fields report, iova, length; in the order of telling."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,14 @@ class FakeDevice:
             OSError: nobody has opened the device, it is stopped, or nothing is mapped there.
         """
         self._execute(_WRITE, iovas, lengths)
+
+    def open_dma(self) -> int:
+        """A file descriptor, the caller's to close: what is written to it at the position of an
+        IOVA, the device writes there by DMA.
+
+        Such a write ends with an OSError as `write` does, and may take less than it was given.
+        """
+        return os.open(self._folder / "dma", os.O_WRONLY | os.O_CLOEXEC)
 
     def mark(self, iovas: Addresses, lengths: Addresses) -> None:
         """Have ranges handed to the kernel's iterator at the next report, as they are.
@@ -123,6 +136,10 @@ class FakeDevice:
     def journal(self) -> Journal:
         """Every write since the device was opened."""
         return np.frombuffer((self._folder / "journal").read_bytes(), dtype=_ENTRY)
+
+    def told(self) -> Told:
+        """What the kernel's iterator was told by the device since it was opened."""
+        return np.frombuffer((self._folder / "told").read_bytes(), dtype=_TOLD)
 
     def stats(self) -> dict[str, int]:
         """What the device counts: reports, reported ranges, dropped pages, and so on."""

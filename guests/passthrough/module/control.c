@@ -3,12 +3,14 @@
  * The device's folder in debugfs, for whoever tests without owning the device: see control.h.
  */
 #include <linux/debugfs.h>
+#include <linux/sizes.h>
 #include <linux/slab.h>
 #include <linux/vmalloc.h>
 
 #include "device.h"
 
 #define OPS_AT_ONCE 65536
+#define BYTES_AT_ONCE SZ_1M
 
 static struct dentry *root;
 
@@ -26,7 +28,7 @@ static ssize_t control_write(struct file *file, const char __user *buffer, size_
 
 	if (IS_ERR(copy))
 		return PTR_ERR(no_free_ptr(copy));
-	ret = dmaproof_execute(device, copy, ops);
+	ret = dmaproof_execute(device, copy, ops, NULL);
 	return ret ?: ops * sizeof(*copy);
 }
 
@@ -34,6 +36,35 @@ static const struct file_operations control = {
 	.owner = THIS_MODULE,
 	.open = simple_open,
 	.write = control_write,
+};
+
+static ssize_t dma_write(struct file *file, const char __user *buffer, size_t count, loff_t *pos)
+{
+	struct dmaproof_device *device = file->private_data;
+	size_t bytes = min_t(size_t, count, BYTES_AT_ONCE);
+	struct dmaproof_op op = {
+		.kind = cpu_to_le32(DMAPROOF_OP_WRITE),
+		.iova = cpu_to_le64(*pos),
+		.length = cpu_to_le64(bytes),
+	};
+	int ret;
+
+	void *copy __free(kvfree) = vmemdup_user(buffer, bytes);
+
+	if (IS_ERR(copy))
+		return PTR_ERR(no_free_ptr(copy));
+	ret = dmaproof_execute(device, &op, 1, copy);
+	if (ret)
+		return ret;
+	*pos += bytes;
+	return bytes;
+}
+
+static const struct file_operations dma = {
+	.owner = THIS_MODULE,
+	.open = simple_open,
+	.write = dma_write,
+	.llseek = no_seek_end_llseek,
 };
 
 static ssize_t bar_read(struct file *file, char __user *buffer, size_t count, loff_t *pos)
@@ -90,6 +121,27 @@ static const struct file_operations journal = {
 	.llseek = default_llseek,
 };
 
+static ssize_t told_read(struct file *file, char __user *buffer, size_t count, loff_t *pos)
+{
+	struct dmaproof_device *device = file->private_data;
+	struct dmaproof_tracker *tracker = &device->tracker;
+	u32 used;
+
+	mutex_lock(&tracker->lock);
+	used = tracker->told_used;
+	mutex_unlock(&tracker->lock);
+	/* As in the journal, entries are only added. */
+	return simple_read_from_buffer(buffer, count, pos, tracker->told,
+				       used * sizeof(*tracker->told));
+}
+
+static const struct file_operations told = {
+	.owner = THIS_MODULE,
+	.open = simple_open,
+	.read = told_read,
+	.llseek = default_llseek,
+};
+
 static ssize_t stats_read(struct file *file, char __user *buffer, size_t count, loff_t *pos)
 {
 	struct dmaproof_device *device = file->private_data;
@@ -132,7 +184,9 @@ void dmaproof_control_add(struct dmaproof_device *device, const char *name)
 	device->folder = debugfs_create_dir(name, root);
 	debugfs_create_file("control", 0200, device->folder, device, &control);
 	debugfs_create_file("bar", 0600, device->folder, device, &bar);
+	debugfs_create_file("dma", 0200, device->folder, device, &dma);
 	debugfs_create_file("journal", 0400, device->folder, device, &journal);
+	debugfs_create_file("told", 0400, device->folder, device, &told);
 	debugfs_create_file("stats", 0400, device->folder, device, &stats);
 }
 

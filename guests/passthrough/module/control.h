@@ -4,8 +4,9 @@
  *
  * The registers are in BAR 0, and in the file "bar" of the device's folder in debugfs, where a
  * process that does not own the device can reach them. "control" takes an array of struct
- * dmaproof_op and has executed them when write() returns; "journal" gives an array of struct
- * dmaproof_entry; "stats" is text, a "name value" in each line.
+ * dmaproof_op and has executed them when write() returns; "dma" takes bytes, and has written them by
+ * DMA at the IOVA that is the file's position; "journal" gives an array of struct dmaproof_entry,
+ * "told" one of struct dmaproof_told; "stats" is text, a "name value" in each line.
  */
 #ifndef DMAPROOF_CONTROL_H
 #define DMAPROOF_CONTROL_H
@@ -58,12 +59,21 @@ struct dmaproof_entry {
 	__le32 reports; /* reports that had been asked for before the write */
 	__le16 state;	/* enum vfio_device_mig_state */
 	__le16 logged;	/* 1: logging was on, and the range was inside what is logged */
+	__le64 time_ns; /* CLOCK_MONOTONIC */
+};
+
+/* What the kernel's iterator was told: a range, in the report of this number (from 1 on). */
+struct dmaproof_told {
+	__le64 report;
+	__le64 iova;
+	__le64 length;
 };
 
 /*
  * What is written: byte b of the 64-bit little-endian word at the aligned IOVA a, by write s, is
  * byte b of mix(s * 0x9E3779B97F4A7C15 ^ a / 8), where mix is SplitMix64's finalizer. So no two
- * writes leave the same bytes anywhere, and a page tells by itself who wrote it.
+ * writes leave the same bytes anywhere, and a page tells by itself who wrote it. Only what comes
+ * through the file "dma" is written as it was given.
  */
 
 #endif

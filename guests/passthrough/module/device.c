@@ -15,7 +15,8 @@
  * truth, and then told to the tracker (tracker.c): what hardware would remember. The journal is
  * never used for reports. A report goes from the tracker through the kernel's own iova_bitmap into
  * the user's bitmap, by the one function dmaproof_report() (faults.c), where faults can be planted
- * by module parameter. Without faults, that function is a call of iova_bitmap_set().
+ * by module parameter. Without faults, all that it does is to call iova_bitmap_set(), and to note
+ * what the iterator was told.
  *
  * The order is: data into RAM, then the tracker, both under the device's lock. Whoever has moved
  * the device to STOP (migration.c) has held that lock, so all that was ever written is reported by
@@ -221,6 +222,7 @@ static int device_open(struct vfio_device *vdev)
 	reset(device);
 	mutex_lock(&device->lock);
 	device->journal_used = 0;
+	device->tracker.told_used = 0;
 	device->opened = true;
 	mutex_unlock(&device->lock);
 	return 0;
@@ -241,20 +243,28 @@ static int device_init(struct vfio_device *vdev)
 {
 	struct dmaproof_device *device = to_dmaproof(vdev);
 
+	int ret;
+
 	mutex_init(&device->lock);
-	dmaproof_tracker_init(&device->tracker);
+	ret = dmaproof_tracker_init(&device->tracker);
+	if (ret)
+		return ret;
 	device->state = VFIO_DEVICE_STATE_RUNNING;
 	reset_config(device);
 	vdev->migration_flags =
 		VFIO_MIGRATION_STOP_COPY | VFIO_MIGRATION_P2P | VFIO_MIGRATION_PRE_COPY;
 	vdev->mig_ops = &dmaproof_migration_ops;
 	vdev->log_ops = &dmaproof_log_ops;
-	return dmaproof_engine_init(device);
+	ret = dmaproof_engine_init(device);
+	if (ret)
+		dmaproof_tracker_release(&device->tracker);
+	return ret;
 }
 
 static void device_release(struct vfio_device *vdev)
 {
 	dmaproof_engine_release(to_dmaproof(vdev));
+	dmaproof_tracker_release(&to_dmaproof(vdev)->tracker);
 }
 
 static const struct vfio_device_ops device_ops = {

@@ -32,6 +32,8 @@ struct dmaproof_tracker {
 	struct xarray pages;
 	struct list_head marks;
 	struct list_head held; /* by the fault "late" */
+	struct dmaproof_told *told;
+	u32 told_used;
 	u64 starts, stops, reports, reported, dropped;
 };
 
@@ -68,15 +70,19 @@ int dmaproof_engine_init(struct dmaproof_device *device);
 void dmaproof_engine_release(struct dmaproof_device *device);
 void dmaproof_engine_reset(struct dmaproof_device *device);
 void dmaproof_engine_kick(struct dmaproof_device *device);
-int dmaproof_execute(struct dmaproof_device *device, const struct dmaproof_op *ops, size_t count);
+int dmaproof_execute(struct dmaproof_device *device, const struct dmaproof_op *ops, size_t count,
+		     void *given);
 void dmaproof_bar_write(struct dmaproof_device *device, u32 offset, const void *data, size_t count);
 
 /* tracker.c */
 extern const struct vfio_log_ops dmaproof_log_ops;
-void dmaproof_tracker_init(struct dmaproof_tracker *tracker);
+int dmaproof_tracker_init(struct dmaproof_tracker *tracker);
+void dmaproof_tracker_release(struct dmaproof_tracker *tracker);
 void dmaproof_tracker_stop(struct dmaproof_tracker *tracker);
 bool dmaproof_tracker_add(struct dmaproof_tracker *tracker, u64 iova, u64 length);
 int dmaproof_tracker_mark(struct dmaproof_tracker *tracker, u64 iova, u64 length);
+void dmaproof_tracker_tell(struct dmaproof_tracker *tracker, struct iova_bitmap *dirty, u64 iova,
+			   u64 length);
 void dmaproof_tracker_forget(struct dmaproof_tracker *tracker, u64 iova, u64 last);
 
 /* faults.c */

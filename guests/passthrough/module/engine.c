@@ -47,7 +47,8 @@ static bool may_write(struct dmaproof_device *device)
 	}
 }
 
-static int dma_write(struct dmaproof_device *device, u64 iova, u64 length)
+/* Write what control.h says, or what is `given`. */
+static int dma_write(struct dmaproof_device *device, u64 iova, u64 length, u8 *given)
 {
 	struct dmaproof_entry *entry;
 	u64 sequence = le64_to_cpu(device->registers.sequence) + 1;
@@ -62,8 +63,11 @@ static int dma_write(struct dmaproof_device *device, u64 iova, u64 length)
 	while (done < length && !ret) {
 		size_t chunk = min_t(u64, PAGE_SIZE, length - done);
 
-		fill(device->piece, sequence, iova + done, chunk);
-		ret = vfio_dma_rw(&device->vdev, iova + done, device->piece, chunk, true);
+		u8 *data = given ? given + done : device->piece;
+
+		if (!given)
+			fill(data, sequence, iova + done, chunk);
+		ret = vfio_dma_rw(&device->vdev, iova + done, data, chunk, true);
 		if (!ret)
 			done += chunk;
 	}
@@ -80,6 +84,7 @@ static int dma_write(struct dmaproof_device *device, u64 iova, u64 length)
 		.reports = cpu_to_le32(READ_ONCE(device->tracker.reports)),
 		.state = cpu_to_le16(device->state),
 		.logged = cpu_to_le16(logged),
+		.time_ns = cpu_to_le64(ktime_get_ns()),
 	};
 	return ret;
 }
@@ -115,7 +120,7 @@ static int one_piece(struct dmaproof_device *device)
 
 	if (!place(registers, done, &iova))
 		return -EINVAL;
-	ret = dma_write(device, iova, le32_to_cpu(registers->piece));
+	ret = dma_write(device, iova, le32_to_cpu(registers->piece), NULL);
 	if (ret)
 		return ret;
 	registers->done = cpu_to_le64(done + 1);
@@ -160,10 +165,11 @@ struct batch {
 	struct dmaproof_device *device;
 	const struct dmaproof_op *ops;
 	size_t count;
+	void *given;
 	int ret;
 };
 
-static int execute_one(struct dmaproof_device *device, const struct dmaproof_op *op)
+static int execute_one(struct dmaproof_device *device, const struct dmaproof_op *op, void *given)
 {
 	u64 iova = le64_to_cpu(op->iova), length = le64_to_cpu(op->length), end;
 
@@ -172,7 +178,7 @@ static int execute_one(struct dmaproof_device *device, const struct dmaproof_op 
 		return -EINVAL;
 	switch (le32_to_cpu(op->kind)) {
 	case DMAPROOF_OP_WRITE:
-		return dma_write(device, iova, length);
+		return dma_write(device, iova, length, given);
 	case DMAPROOF_OP_MARK:
 		return dmaproof_tracker_mark(&device->tracker, iova, length);
 	}
@@ -185,14 +191,18 @@ static void execute_batch(struct work_struct *work)
 
 	mutex_lock(&batch->device->lock);
 	for (size_t i = 0; i < batch->count && !batch->ret; i++)
-		batch->ret = execute_one(batch->device, &batch->ops[i]);
+		batch->ret = execute_one(batch->device, &batch->ops[i], batch->given);
 	mutex_unlock(&batch->device->lock);
 }
 
-/* Execute `ops` and wait for them; the first error ends it. */
-int dmaproof_execute(struct dmaproof_device *device, const struct dmaproof_op *ops, size_t count)
+/*
+ * Execute `ops` and wait for them; the first error ends it. `given` is what a single write is to
+ * write, or NULL.
+ */
+int dmaproof_execute(struct dmaproof_device *device, const struct dmaproof_op *ops, size_t count,
+		     void *given)
 {
-	struct batch batch = { .device = device, .ops = ops, .count = count };
+	struct batch batch = { .device = device, .ops = ops, .count = count, .given = given };
 
 	INIT_WORK_ONSTACK(&batch.work, execute_batch);
 	queue_work(device->workers, &batch.work);

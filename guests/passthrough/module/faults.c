@@ -3,7 +3,7 @@
  * Faults that can be planted by module parameter, at any time, for all devices of the module.
  *
  * Each stands for a mistake of real hardware or of a driver, and loses dirty pages for certain. All
- * of them are off at first; then dmaproof_report() is iova_bitmap_set() and nothing else.
+ * of them are off at first; then dmaproof_report() is dmaproof_tracker_tell() and nothing else.
  */
 #include <linux/delay.h>
 #include <linux/ktime.h>
@@ -59,7 +59,7 @@ static void report_undropped(struct dmaproof_tracker *tracker, struct iova_bitma
 		if (dropped(iova / tracker->page_size))
 			tracker->dropped++;
 		else
-			iova_bitmap_set(dirty, iova, end - iova + 1);
+			dmaproof_tracker_tell(tracker, dirty, iova, end - iova + 1);
 		if (end == last)
 			return;
 		iova = end + 1;
@@ -94,7 +94,7 @@ void dmaproof_fault_before_read(struct dmaproof_tracker *tracker, struct iova_bi
 		if (mark->due > ktime_get_ns() || mark->iova < iova ||
 		    mark->iova + mark->length - 1 > last)
 			continue;
-		iova_bitmap_set(dirty, mark->iova, mark->length);
+		dmaproof_tracker_tell(tracker, dirty, mark->iova, mark->length);
 		list_del(&mark->list);
 		kfree(mark);
 	}
@@ -110,5 +110,6 @@ void dmaproof_report(struct dmaproof_tracker *tracker, struct iova_bitmap *dirty
 	else if (drop)
 		report_undropped(tracker, dirty, iova, length);
 	else
-		iova_bitmap_set(dirty, iova + shift * (s64)tracker->page_size, length);
+		dmaproof_tracker_tell(tracker, dirty, iova + shift * (s64)tracker->page_size,
+				      length);
 }

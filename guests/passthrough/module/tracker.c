@@ -12,21 +12,45 @@
 #include <linux/bitmap.h>
 #include <linux/interval_tree.h>
 #include <linux/slab.h>
+#include <linux/vmalloc.h>
 
 #include "device.h"
 
 #define CHUNK_PAGES 32768UL
+#define TOLD_ENTRIES (1 << 20)
 
 struct chunk {
 	DECLARE_BITMAP(dirty, CHUNK_PAGES);
 };
 
-void dmaproof_tracker_init(struct dmaproof_tracker *tracker)
+int dmaproof_tracker_init(struct dmaproof_tracker *tracker)
 {
 	mutex_init(&tracker->lock);
 	xa_init(&tracker->pages);
 	INIT_LIST_HEAD(&tracker->marks);
 	INIT_LIST_HEAD(&tracker->held);
+	tracker->told = vcalloc(TOLD_ENTRIES, sizeof(*tracker->told));
+	return tracker->told ? 0 : -ENOMEM;
+}
+
+void dmaproof_tracker_release(struct dmaproof_tracker *tracker)
+{
+	vfree(tracker->told);
+}
+
+/* Tell the kernel's iterator of a range, and remember that it was told; the lock is held. */
+void dmaproof_tracker_tell(struct dmaproof_tracker *tracker, struct iova_bitmap *dirty, u64 iova,
+			   u64 length)
+{
+	iova_bitmap_set(dirty, iova, length);
+	/* What is missing there would be taken for a loss. */
+	if (WARN_ON(tracker->told_used == TOLD_ENTRIES))
+		return;
+	tracker->told[tracker->told_used++] = (struct dmaproof_told){
+		.report = cpu_to_le64(tracker->reports),
+		.iova = cpu_to_le64(iova),
+		.length = cpu_to_le64(length),
+	};
 }
 
 static void forget_marks(struct list_head *marks)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import selectors
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dmaproof.devices import VirtioDevice
 from dmaproof.devices.blk import Blk
 from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.faults import plant
+from dmaproof.vfio.vhost_session import StandIn, StandInSession
 from dmaproof.vhost_user.connection import Connection
+from dmaproof.vhost_user.session import Session
 from qmp_tools.testbed import front_end
 from qmp_tools.testbed.front_end import FEATURES
 
@@ -27,14 +29,17 @@ class FrontEnd(front_end.FrontEnd):
         *,
         immediate: bool = False,
         fault: str | None = None,
+        stand_in: StandIn | None = None,
     ) -> None:
         ours, theirs = socket.socketpair()
         super().__init__(ours)
         self.selector = selectors.DefaultSelector()
-        self.session = plant(fault, seed=3).make_session(
+        emulated = plant(fault, seed=3).make_session
+        make_session: Callable[..., Session] = StandInSession if stand_in else emulated
+        self.session = make_session(
             Connection(theirs),
             device or Blk(1 << 30, queues=2),
-            emulated_trackers()["iommu"](),
+            stand_in or emulated_trackers()["iommu"](),
             self.selector,
             immediate=immediate,
         )

@@ -84,9 +84,13 @@ class Dma:
         source = memoryview(data)
         for gpa, target in pieces:
             piece = source[offset : offset + len(target)]
-            target[:] = piece
+            self._store(iova + offset, target, piece)
             self.journal.write(kind, iova + offset, gpa, piece, epoch)
             offset += len(target)
+
+    def _store(self, iova: int, target: memoryview, data: memoryview) -> None:
+        """Bring `data` to `target`, the RAM at `iova`."""
+        target[:] = data
 
     def _mark(self, iova: int, length: int) -> None:
         """The second half: the tracker knows, and what harvests immediately has harvested."""

@@ -57,7 +57,8 @@ class Evidence:
     """One session's side of the story; `device` names its device to whoever has several.
 
     `records` has dtype `dmaproof.journal.RECORD`; `harvests` dtype `HARVEST`; `started_ns`
-    is when logging was switched on (CLOCK_MONOTONIC), None if it never was.
+    is when logging was switched on (CLOCK_MONOTONIC), None if it never was. `slots` are empty where
+    the device does not know them.
     """
 
     slots: list[Slot]

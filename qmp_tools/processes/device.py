@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 from dmaproof.errors import UntestableError
 from dmaproof.evidence import Evidence
@@ -26,8 +26,11 @@ T = TypeVar("T")
 class DeviceOptions:
     """What ``python -m dmaproof.vhost_user`` is told; `harvest` as its ``--harvest``.
 
-    `destination_lacks` are the virtio features (bits) that only the source's side offers.
+    `module` is another in its place, which takes the same arguments. `destination_lacks` are the
+    virtio features (bits) that only the source's side offers.
     """
+
+    module: ClassVar[str] = "dmaproof.vhost_user"
 
     device: str = "blk"
     tracker: str = "iommu"
@@ -84,7 +87,7 @@ class Device:
         """
         ours, theirs = socket.socketpair()
         command = [
-            *(sys.executable, "-m", "dmaproof.vhost_user"),
+            *(sys.executable, "-m", options.module),
             *("--control", str(theirs.fileno())),
             *options.arguments(),
         ]

@@ -8,12 +8,13 @@ ones do in the chain.
 
 ::
 
-    abi         requests, their numbers and structures, as in linux/vfio.h and linux/iommufd.h
-    requests    makes a request; what the kernel refuses is told with the rule that was broken
-    iommufd     IOAS, mappings, hardware page tables and their dirty bits
-    type1       the legacy container with its groups
-    device      a device: regions, migration, DMA logging
-    trackers    the three as `DirtyTracker`
+    abi            requests, their numbers and structures, as in linux/vfio.h and linux/iommufd.h
+    requests       makes a request; a refusal is told with the rule that was broken
+    iommufd        IOAS, mappings, hardware page tables and their dirty bits
+    type1          the legacy container with its groups
+    device         a device: regions, migration, DMA logging
+    trackers       the three as `DirtyTracker`
+    vhost_session  a vhost-user device whose DMA a VFIO device does
 
 Nothing here needs more than the standard library and numpy. A device is never bound to VFIO here:
 who has not done that already does not mean it to be tested.

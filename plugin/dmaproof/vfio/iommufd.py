@@ -113,3 +113,19 @@ class Iommufd(KernelFile):
         request(
             self.fd, abi.DESTROY, bytearray(abi.DESTROY_DATA.pack(abi.DESTROY_DATA.size, number))
         )
+
+
+class Ioas:
+    """A new I/O address space of `iommufd`, with the calls that a `Container` has."""
+
+    def __init__(self, iommufd: Iommufd) -> None:
+        self.number = iommufd.alloc_ioas()
+        self._iommufd = iommufd
+
+    def map(self, iova: int, address: int, length: int) -> None:
+        """See `Iommufd.map`."""
+        self._iommufd.map(self.number, iova, address, length)
+
+    def unmap(self, iova: int, length: int) -> None:
+        """See `Iommufd.unmap`."""
+        self._iommufd.unmap(self.number, iova, length)

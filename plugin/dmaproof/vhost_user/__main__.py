@@ -1,6 +1,7 @@
 """``python -m dmaproof.vhost_user``: the device process that `qmp_tools` starts for a proof.
 
-It ends when its control socket is closed, so it never outlives the tool that started it.
+It ends when its control socket is closed, so it never outlives the tool that started it. `main` is
+also that of processes whose devices have other trackers.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ import argparse
 import signal
 import socket
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..devices import make_device
-from ..dirty_tracker import emulated_trackers
+from ..dirty_tracker import EmulatedTracker, emulated_trackers
 from ..errors import DmaproofError
 from ..faults import plant
+from ..faults.fault import Fault
 from .server import Server
+from .session import Session
 
 
 def harvest_policy(text: str) -> tuple[float | None, bool]:
@@ -34,7 +38,7 @@ def harvest_policy(text: str) -> tuple[float | None, bool]:
     return interval_s, False
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(trackers: Mapping[str, object], default: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m dmaproof.vhost_user", description=__doc__)
     parser.add_argument("--control", type=int, required=True, metavar="FD")
     parser.add_argument(
@@ -66,7 +70,7 @@ def _arguments() -> argparse.Namespace:
         help="features (a number) that sessions of this name are not offered",
     )
     parser.add_argument("--device", default="blk", metavar="NAME[:OPTION=VALUE,…]")
-    parser.add_argument("--tracker", choices=sorted(emulated_trackers()), default="iommu")
+    parser.add_argument("--tracker", choices=sorted(trackers), default=default)
     parser.add_argument("--harvest", type=harvest_policy, default="0.2", metavar="SECONDS")
     parser.add_argument("--fault", metavar="NAME=VALUE")
     parser.add_argument("--seed", type=int, default=1)
@@ -76,18 +80,26 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
-    """Serve until the control socket is closed."""
-    arguments = _arguments()
+def main(
+    trackers: Mapping[str, Callable[[], EmulatedTracker]],
+    default: str,
+    session_of: Callable[[Fault], Callable[..., Session]] = lambda fault: fault.make_session,
+) -> int:
+    """Serve until the control socket is closed.
+
+    `trackers` are those that can be asked for by name, or else the one called `default`;
+    `session_of` tells how sessions with a fault are made.
+    """
+    arguments = _arguments(trackers, default)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner of the control socket decides
     interval_s, immediate = arguments.harvest
     try:
         fault = plant(arguments.fault, arguments.seed)
         server = Server(
             make_device(arguments.device),
-            emulated_trackers()[arguments.tracker],
+            trackers[arguments.tracker],
             socket.socket(fileno=arguments.control),
-            make_session=fault.make_session,
+            make_session=session_of(fault),
             harvest_interval_s=interval_s,
             immediate=immediate,
             state=arguments.state,
@@ -112,4 +124,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(emulated_trackers(), "iommu"))

@@ -78,8 +78,8 @@ class Session:
 
     `selector` calls back the `data` of a key when its file descriptor is readable; `tell` takes
     events for whoever watches the process; what a successor of a killed process has to know is kept
-    in the folder `state`. `make_dma` makes the door to each new memory table, from
-    the arguments of `Dma`; `map_bus` tells which bus addresses lead to it: without an IOMMU, the
+    in the folder `state`. `make_dma` makes the door to each new memory table, from the arguments of
+    `Dma`; `map_bus` makes bus addresses lead to it, and tells which: without an IOMMU, the
     guest-physical ones. `withheld` are features that are not offered, though the device has them.
     """
 
@@ -206,6 +206,7 @@ class Session:
                 )
             )
         memory = GuestMemory(slots)
+        self.collector.harvest()  # while the bus still leads to the RAM that was written
         if self._log is not None or self.collector.active:
             _check_log_covers(self._log_bytes, memory, message.request)
         self.memory = memory

@@ -1,0 +1,132 @@
+"""A vhost-user device whose DMA a VFIO device does, and whose dirty pages the kernel tracks.
+
+The way of a dirty page is that of any device of ours but for its beginning::
+
+    slots of the front end ──map──▶ the VFIO device's I/O address space
+    Dma.write ──▶ the VFIO device ──DMA──▶ guest RAM
+                        └──▶ its log, or its IOMMU's, or type1's ──▶ KernelTracker ──▶ the collector
+
+A *stand-in* is that VFIO device: what a session needs in place of an emulated tracker. It is opened
+for one session, and closed with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol
+
+from ..devices import VirtioDevice
+from ..dma import Dma
+from ..guest_memory import GuestMemory, IovaMap
+from ..iova_bitmap import IovaBitmap, IovaRange
+from ..vhost_user.session import Session
+from .requests import address_of
+from .trackers import KernelTracker
+
+
+class IoAddressSpace(Protocol):
+    """What IOVAs lead to, for one VFIO device: `Ioas`, or a `Container`."""
+
+    def map(self, iova: int, address: int, length: int) -> None:
+        """Let the device read and write `length` bytes of ours at `address` under `iova`."""
+
+    def unmap(self, iova: int, length: int) -> None:
+        """Take a mapping back."""
+
+
+class StandIn:
+    """A VFIO device that writes guest RAM in the place of an emulated one.
+
+    `write(iova, data)` makes the device write by DMA, and returns when it has; `release` closes all
+    that the device was opened with.
+    """
+
+    name: ClassVar[str] = "vfio"
+
+    def __init__(
+        self,
+        space: IoAddressSpace,
+        tracker: KernelTracker,
+        write: Callable[[int, memoryview], None],
+        release: Callable[[], None],
+    ) -> None:
+        self.write = write
+        self._space = space
+        self._tracker = tracker
+        self._release = release
+        self._memory = GuestMemory(())
+
+    def map_bus(self, memory: GuestMemory) -> IovaMap:
+        """Map the slots of `memory`, and no others any more, under their guest-physical addresses.
+
+        Raises:
+            VfioError: the kernel cannot map one.
+        """
+        for slot in self._memory.slots:
+            self._space.unmap(slot.gpa, slot.length)
+        self._memory = GuestMemory(())
+        for slot in memory.slots:
+            self._space.map(slot.gpa, address_of(slot.bytes), slot.length)
+        self._memory = memory
+        return IovaMap.identity(memory)
+
+    def make_dma(self, *arguments: Any, **options: Any) -> Dma:
+        """The door to guest RAM through the device, from `Dma`'s arguments."""
+        return _StandInDma(self.write, *arguments, **options)
+
+    def dma(self, iova: int, length: int) -> None:
+        """See `EmulatedTracker.dma`: hardware knows by itself what it wrote."""
+
+    def start(self, ranges: Sequence[IovaRange], page_size: int) -> int:
+        """See `DirtyTracker.start`."""
+        return self._tracker.start(ranges, page_size)
+
+    def stop(self) -> None:
+        """See `DirtyTracker.stop`."""
+        self._tracker.stop()
+
+    def read_and_clear(self, bitmap: IovaBitmap, iova: int, length: int) -> None:
+        """See `DirtyTracker.read_and_clear`."""
+        self._tracker.read_and_clear(bitmap, iova, length)
+
+    def close(self) -> None:
+        """Let go of the device, and of guest RAM."""
+        self._release()
+        self._memory = GuestMemory(())
+
+
+class _StandInDma(Dma):
+    def __init__(
+        self, write: Callable[[int, memoryview], None], *arguments: Any, **options: Any
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self._write = write
+
+    def _store(self, iova: int, target: memoryview, data: memoryview) -> None:
+        self._write(iova, data)
+
+
+class StandInSession(Session):
+    """Serves one front end with a device whose DMA is done by `stand_in`; closes that at its end.
+
+    The other arguments are those of `Session`.
+    """
+
+    def __init__(
+        self, connection: Any, device: VirtioDevice, stand_in: StandIn, *others: Any, **options: Any
+    ) -> None:
+        super().__init__(
+            connection,
+            device,
+            stand_in,
+            *others,
+            make_dma=stand_in.make_dma,
+            map_bus=stand_in.map_bus,
+            **options,
+        )
+        self._stand_in = stand_in
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        super().close()
+        self._stand_in.close()

@@ -29,6 +29,7 @@ from ..ram import PAGE_BYTES, compare, ram_file
 from .fake_device import Engine, FakeDevice, Journal, dropped_pages, fake_device, planted
 from .outcome import Proof, require
 from .planted_faults import FAULTS
+from .tracking import TRACKINGS, Tracking
 
 _QEMU: Final = Path("/usr/bin/qemu-system-x86_64")
 _RAM_BYTES: Final = 64 << 20
@@ -42,34 +43,6 @@ _WARNING: Final = "doesn't support device and IOMMU dirty tracking"
 _HOLD_S: Final = 20.0
 _LIMITS: Final = Limits(downtime_s=60.0, timeout_s=60.0)
 _GOES_ON_S: Final = 10.0
-
-
-@dataclass(frozen=True)
-class Tracking:
-    """How QEMU is to hear of dirty pages.
-
-    `device`: by the device's own log, else by type1's, which iommufd does not have. `precopy`: from
-    the start, else only once the device is stopped.
-    """
-
-    iommufd: bool = True
-    device: bool = True
-    precopy: bool = True
-
-    def arguments(self, device: FakeDevice) -> list[str]:
-        """QEMU's arguments for a vfio-pci on `device`."""
-        options = {
-            "sysfsdev": str(device.sysfs),
-            "enable-migration": "on",
-            "rombar": "0",
-            "x-device-dirty-page-tracking": "on" if self.device else "off",
-            "x-pre-copy-dirty-page-tracking": "on" if self.precopy else "off",
-        }
-        if self.iommufd:
-            options["iommufd"] = "iommufd0"
-        joined = ",".join(f"{name}={value}" for name, value in options.items())
-        iommufd = ["-object", "iommufd,id=iommufd0"] if self.iommufd else []
-        return [*iommufd, "-device", f"vfio-pci,{joined}"]
 
 
 @dataclass(frozen=True)
@@ -96,19 +69,20 @@ class _Result:
         )
 
 
-_TRACKINGS: Final[dict[str, Tracking]] = {
-    "iommufd, device log": Tracking(),
-    "iommufd, device log once stopped": Tracking(precopy=False),
-    "container, device log": Tracking(iommufd=False),
-    "container, device log once stopped": Tracking(iommufd=False, precopy=False),
-    "container, type1's log": Tracking(iommufd=False, device=False),
+_NAMES: Final = {
+    "iommufd, device log": "iommufd",
+    "iommufd, device log once stopped": "iommufd-once-stopped",
+    "container, device log": "container",
+    "container, device log once stopped": "container-once-stopped",
+    "container, type1's log": "container-type1",
 }
 
 
 def proofs(seed: int) -> dict[str, Proof]:
     """Every way of tracking, each followed by its controls."""
     found: dict[str, Proof] = {}
-    for name, tracking in _TRACKINGS.items():
+    for name, short in _NAMES.items():
+        tracking = TRACKINGS[short]
         found[name] = partial(_equal, tracking)
         if tracking.device:
             # All faults on the first way, the one that is told apart page by page on each.
@@ -211,7 +185,7 @@ def _arguments(tracking: Tracking, device: FakeDevice) -> list[str]:
     return [
         *("-machine", "q35,memory-backend=ram", "-accel", "qtest", "-m", f"{_RAM_BYTES >> 20}M"),
         *("-object", f"memory-backend-memfd,id=ram,size={_RAM_BYTES},share=on"),
-        *tracking.arguments(device),
+        *tracking.arguments(device.sysfs),
     ]
 
 

@@ -1,0 +1,128 @@
+"""Two VFIO functions of this host as the device of a proof: QEMU's vfio-pci has one on each side.
+
+What they write is not known here, so there is no journal: who lost a page stays open, and how sharp
+a proof was is known from its guest alone. `qmp_tools.host.vfio_functions` tells beforehand what is
+missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Final
+
+from dmaproof.errors import UntestableError, UsageError
+from dmaproof.evidence import Evidence
+
+from ..devices.device import AttachedDevice, DeviceFacts
+from ..host.finding import Finding, State
+from ..host.vfio_functions import (
+    Function,
+    Host,
+    examine,
+    examine_pair,
+    find_function,
+    lockable_bytes,
+    look,
+)
+from ..processes.machine import SOURCE
+from ..processes.process import Process
+from .tracking import Tracking
+
+PREFIX: Final = "vfio:"
+OWN_GUEST: Final = "own"
+_CONTAINER: Final = "container"
+
+
+@dataclass(frozen=True)
+class HostFunctions:
+    """See `ProofDevice`. With the legacy container unless `iommufd`."""
+
+    source: Function
+    destination: Function
+    iommufd: bool = True
+
+    guests: ClassVar[Collection[str]] = (OWN_GUEST,)
+
+    @property
+    def facts(self) -> DeviceFacts:
+        """See `ProofDevice.facts`."""
+        name = f"{PREFIX}{self.source.address},{self.destination.address}"
+        return DeviceFacts(name if self.iommufd else f"{name},{_CONTAINER}", 0)
+
+    def with_fault(self, fault: str) -> HostFunctions:
+        """See `ProofDevice.with_fault`."""
+        raise UsageError(f"--fault {fault}: nothing can be planted in a device of the host")
+
+    @contextlib.asynccontextmanager
+    async def start(self, folder: Path) -> AsyncIterator[AttachedDevice]:
+        """See `ProofDevice.start`."""
+        yield _AttachedFunctions(self)
+
+
+class _AttachedFunctions:
+    def __init__(self, functions: HostFunctions) -> None:
+        self.processes: Sequence[Process] = ()
+        self._functions = functions
+
+    async def attach(self, side: str) -> Sequence[str]:
+        ours = self._functions
+        function = ours.source if side == SOURCE else ours.destination
+        return Tracking(iommufd=ours.iommufd).arguments(function.sysfs)
+
+    async def refusal(self) -> UntestableError:
+        await asyncio.get_running_loop().create_future()  # it refuses nothing
+        raise AssertionError
+
+    async def logging_ended(self, side: str) -> None:
+        """That cannot be told."""
+
+    async def evidence(self, side: str) -> Evidence | None:
+        return None
+
+
+def parse_functions(text: str, host: Host) -> HostFunctions:
+    """The functions of 'vfio:SOURCE,DESTINATION', or of 'vfio:SOURCE,DESTINATION,container'.
+
+    Of one alone, it is the source and the destination, which `require_testable` does not let pass.
+
+    Raises:
+        UsageError: it is nothing of the kind, or one of them is not there.
+    """
+    addresses = text.removeprefix(PREFIX).split(",")
+    container = addresses[-1] == _CONTAINER
+    if container:
+        addresses.pop()
+    if not 1 <= len(addresses) <= 2:
+        raise UsageError(f"--device {text}: {PREFIX}SOURCE,DESTINATION is due, two PCI addresses")
+    functions = [find_function(address, host) for address in addresses]
+    return HostFunctions(functions[0], functions[-1], not container)
+
+
+def require_testable(functions: HostFunctions, memory_bytes: int, host: Host) -> list[str]:
+    """Lines that tell what there is, where a proof with a guest of `memory_bytes` can be made.
+
+    Raises:
+        UntestableError: it cannot; all that is missing is told, each with its remedy.
+    """
+    sides = dict.fromkeys((functions.source, functions.destination))
+    facts = [look(side, host, iommufd=functions.iommufd) for side in sides]
+    # The container counts what a QEMU locks, iommufd what the user does (IOPT_PAGES_ACCOUNT_USER).
+    locked_bytes = memory_bytes * (2 if functions.iommufd else 1)
+    lockable = lockable_bytes()
+    told: list[tuple[str, Finding]] = []
+    for side in facts:
+        told += [(side.function.address, it) for it in examine(side, locked_bytes, lockable)]
+    told += [("both", finding) for finding in examine_pair(facts[0], facts[-1])]
+    lines = [f"{who}: {it.name}: {it.what}" for who, it in told]
+    if all(finding.state is not State.MISSING for _, finding in told):
+        return lines
+    missing = [
+        f"  {line}" + (f"\n    remedy: {finding.remedy}" if finding.remedy else "")
+        for line, (_, finding) in zip(lines, told, strict=True)
+        if finding.state is State.MISSING
+    ]
+    raise UntestableError(f"{functions.facts.device} cannot be proved:\n" + "\n".join(missing))

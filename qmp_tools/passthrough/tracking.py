@@ -1,0 +1,46 @@
+"""How a QEMU whose vfio-pci has the fake device is to hear of dirty pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """How QEMU is to hear of dirty pages.
+
+    `device`: by the device's own log, else by type1's, which iommufd does not have. `precopy`: from
+    the start, else only once the device is stopped.
+    """
+
+    iommufd: bool = True
+    device: bool = True
+    precopy: bool = True
+
+    def arguments(self, sysfs: Path) -> list[str]:
+        """QEMU's arguments for a vfio-pci on the device with the folder `sysfs`."""
+        options = {
+            "sysfsdev": str(sysfs),
+            "enable-migration": "on",
+            "rombar": "0",
+            "x-device-dirty-page-tracking": "on" if self.device else "off",
+            "x-pre-copy-dirty-page-tracking": "on" if self.precopy else "off",
+        }
+        if self.iommufd:
+            options["iommufd"] = "iommufd0"
+        joined = ",".join(f"{name}={value}" for name, value in options.items())
+        iommufd = ["-object", "iommufd,id=iommufd0"] if self.iommufd else []
+        return [*iommufd, "-device", f"vfio-pci,{joined}"]
+
+
+TRACKINGS: Final[dict[str, Tracking]] = {
+    "iommufd": Tracking(),
+    "iommufd-once-stopped": Tracking(precopy=False),
+    "iommufd-untracked": Tracking(device=False),
+    "container": Tracking(iommufd=False),
+    "container-once-stopped": Tracking(iommufd=False, precopy=False),
+    "container-type1": Tracking(iommufd=False, device=False),
+}
+"""The ways by name: who owns the device, and who tracks if not the device's own log throughout."""

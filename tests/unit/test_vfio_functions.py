@@ -1,0 +1,334 @@
+"""What is told of VFIO functions of a host; the host is a tree of files."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dmaproof.errors import TrackerError, UntestableError, UsageError
+from dmaproof.vfio.abi import MigrationFlag
+from dmaproof.vfio.device import VfioDevice
+from qmp_tools.host import vfio_functions
+from qmp_tools.host.finding import State
+from qmp_tools.host.vfio_functions import (
+    FunctionFacts,
+    Host,
+    examine,
+    examine_pair,
+    find_function,
+    lockable_bytes,
+    look,
+)
+from qmp_tools.passthrough import host_functions
+from qmp_tools.passthrough.host_functions import parse_functions, require_testable
+from qmp_tools.processes.machine import DESTINATION, GIB, SOURCE
+
+SOURCE_ADDRESS, DESTINATION_ADDRESS = "0000:3b:00.2", "0000:3b:00.3"
+ALL = MigrationFlag.STOP_COPY | MigrationFlag.P2P | MigrationFlag.PRE_COPY
+
+
+class Tree:
+    """A host with an IOMMU, iommufd and the legacy container, and functions as they are added."""
+
+    def __init__(self, root: Path) -> None:
+        self.host = Host(root / "sys", root / "dev")
+        self.file("vfio/vfio")
+        self.file("iommu")
+
+    def file(self, name: str) -> Path:
+        path = self.host.dev / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        return path
+
+    def add(
+        self,
+        address: str,
+        *,
+        driver: str | None = "mlx5_vfio_pci",
+        group: str | None = None,
+        number: int | None = None,
+        device: str = "0x101e",
+    ) -> Path:
+        """A function with `driver`; to VFIO, where it is bound to that, device `number`."""
+        folder = self.host.sys / "bus" / "pci" / "devices" / address
+        folder.mkdir(parents=True)
+        (folder / "vendor").write_text("0x15b3\n")
+        (folder / "device").write_text(f"{device}\n")
+        if driver:
+            target = self.host.sys / "drivers" / driver
+            target.mkdir(parents=True, exist_ok=True)
+            (folder / "driver").symlink_to(target)
+        if group:
+            members = self.host.sys / "kernel" / "iommu_groups" / group / "devices"
+            members.mkdir(parents=True, exist_ok=True)
+            (members / address).symlink_to(folder)
+            (folder / "iommu_group").symlink_to(members.parent)
+            self.file(f"vfio/{group}")
+        if number is not None:
+            (folder / "vfio-dev" / f"vfio{number}").mkdir(parents=True)
+            self.file(f"vfio/devices/vfio{number}")
+        return folder
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    return Tree(tmp_path)
+
+
+@pytest.fixture
+def pair(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> Tree:
+    """Two functions that are all that they should be, on a kernel that is played."""
+    tree.add(SOURCE_ADDRESS, group="20", number=0)
+    tree.add(DESTINATION_ADDRESS, group="21", number=1)
+    play(monkeypatch)
+    return tree
+
+
+def play(
+    monkeypatch: pytest.MonkeyPatch,
+    flags: MigrationFlag = ALL,
+    *,
+    logs: bool = True,
+    iommu_tracks: bool = False,
+    error: Exception | None = None,
+) -> None:
+    """Functions that say this of themselves, or cannot be opened."""
+
+    @contextmanager
+    def opened(sysfs: Path, iommufd: bool) -> Iterator[tuple[VfioDevice, bool]]:
+        if error:
+            raise error
+        yield VfioDevice(-1), iommu_tracks
+
+    monkeypatch.setattr(vfio_functions, "_opened", opened)
+    monkeypatch.setattr(VfioDevice, "migration", lambda self: flags)
+    monkeypatch.setattr(VfioDevice, "can_log", lambda self: logs)
+    monkeypatch.setattr(host_functions, "lockable_bytes", lambda: None)
+
+
+def facts_of(tree: Tree, address: str = SOURCE_ADDRESS, *, iommufd: bool = True) -> FunctionFacts:
+    return look(find_function(address, tree.host), tree.host, iommufd=iommufd)
+
+
+def missing(facts: FunctionFacts, lockable: int | None = None) -> dict[str, str]:
+    """What is missing by name, with its remedy."""
+    findings = examine(facts, GIB, lockable)
+    assert all(it.remedy for it in findings if it.state is State.MISSING)
+    return {it.name: f"{it.what}; {it.remedy}" for it in findings if it.state is State.MISSING}
+
+
+@pytest.mark.parametrize("way", ["", ",container"])
+def test_a_pair_that_is_as_it_must_be(pair: Tree, way: str) -> None:
+    text = f"vfio:3b:00.2,{DESTINATION_ADDRESS}{way}"
+    functions = parse_functions(text, pair.host)
+    lines = require_testable(functions, GIB, pair.host)
+    assert f"{SOURCE_ADDRESS}: driver: bound to mlx5_vfio_pci" in lines
+    assert f"{DESTINATION_ADDRESS}: IOMMU group: group 21, viable" in lines
+    assert any("STOP_COPY" in line and "PRE_COPY" in line for line in lines)
+    assert functions.facts.device == f"vfio:{SOURCE_ADDRESS},{DESTINATION_ADDRESS}{way}"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("vfio:", "no PCI address"),
+        ("vfio:eth0", "no PCI address"),
+        ("vfio:3b:00.2,3b:00.3,3b:00.4", "two PCI addresses"),
+        ("vfio:container", "two PCI addresses"),
+        ("vfio:0000:3b:00.7", "there is no .*3b:00.7.*lspci"),
+        ("vfio:/sys/bus/mdev/devices/none", "there is no"),
+    ],
+)
+def test_what_names_no_functions_is_wrong_usage(pair: Tree, text: str, why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        parse_functions(text, pair.host)
+
+
+def test_a_folder_of_sysfs_names_a_function_without_a_pci_address(pair: Tree) -> None:
+    folder = pair.add("c0ffee", driver="dmaproof_vfio", group="22", number=2)
+    assert find_function(str(folder), pair.host).address == "c0ffee"
+    assert not missing(facts_of(pair, str(folder)))
+
+
+def test_one_function_alone_has_no_destination(pair: Tree) -> None:
+    functions = parse_functions(f"vfio:{SOURCE_ADDRESS}", pair.host)
+    with pytest.raises(
+        UntestableError, match="both: pair: source and destination are one function"
+    ):
+        require_testable(functions, GIB, pair.host)
+
+
+def test_functions_of_two_kinds_are_no_pair(pair: Tree) -> None:
+    pair.add("0000:5e:00.1", group="30", number=5, device="0x1017")
+    other = facts_of(pair, "0000:5e:00.1")
+    (finding,) = examine_pair(facts_of(pair), other)
+    assert finding.state is State.MISSING
+    assert "0x101e" in finding.what
+    (finding,) = examine_pair(other, replace(other, function=facts_of(pair).function, driver="x"))
+    assert "driver" in finding.what
+
+
+def test_two_functions_of_one_group_cannot_have_two_owners(pair: Tree) -> None:
+    pair.add("0000:3b:00.4", group="20", number=2)
+    (finding,) = examine_pair(facts_of(pair), facts_of(pair, "0000:3b:00.4"))
+    assert finding.state is State.MISSING
+    assert "group 20" in finding.what
+
+
+@pytest.mark.parametrize(
+    ("driver", "why"), [("mlx5_core", "mlx5_core, and not to VFIO"), (None, "no driver")]
+)
+def test_a_function_that_is_not_bound_to_vfio_is_left_alone(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch, driver: str | None, why: str
+) -> None:
+    tree.add(SOURCE_ADDRESS, driver=driver, group="20")
+    play(monkeypatch, error=AssertionError("it was opened"))
+    before = sorted(tree.host.sys.rglob("*"))
+    found = missing(facts_of(tree))
+    assert why in found["driver"]
+    assert "driverctl set-override 0000:3b:00.2" in found["driver"]
+    assert sorted(tree.host.sys.rglob("*")) == before
+
+
+def test_without_an_iommu_there_is_no_group(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree.add(SOURCE_ADDRESS, number=0)
+    play(monkeypatch, error=AssertionError("it was opened"))
+    assert "intel_iommu=on" in missing(facts_of(tree))["IOMMU group"]
+
+
+def test_a_group_with_strangers_is_not_viable(pair: Tree) -> None:
+    pair.add("0000:3b:00.0", driver="mlx5_core", group="20")
+    pair.add("0000:3a:00.0", driver="pcieport", group="20")
+    pair.add("0000:3b:00.1", driver=None, group="20")
+    pair.add("0000:3b:00.4", driver="vfio-pci", group="20")
+    found = missing(facts_of(pair))["IOMMU group"]
+    assert "group 20 is not viable: other drivers have 0000:3b:00.0 (mlx5_core);" in found
+
+
+@pytest.mark.parametrize(
+    ("iommufd", "gone"), [(True, "iommu"), (True, "vfio/devices/vfio0"), (False, "vfio/20")]
+)
+def test_files_that_the_kernel_has_not(pair: Tree, iommufd: bool, gone: str) -> None:
+    (pair.host.dev / gone).unlink()
+    found = missing(facts_of(pair, iommufd=iommufd))["files"]
+    assert f"the kernel has no {pair.host.dev / gone}" in found
+    assert not missing(facts_of(pair, iommufd=not iommufd)).get("files")
+
+
+def test_a_kernel_without_device_files_has_the_container(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree.add(SOURCE_ADDRESS, driver="vfio-pci", group="20")
+    play(monkeypatch)
+    assert "container" in missing(facts_of(tree))["files"]
+    assert not missing(facts_of(tree, iommufd=False))
+
+
+def test_files_that_may_not_be_opened(pair: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = pair.host.dev / "vfio" / "devices" / "vfio0"
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != file and may(path, mode))
+    assert f"{file}: no access; sudo chown $USER {file}" in missing(facts_of(pair))["files"]
+
+
+def test_a_function_that_is_in_use(pair: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    play(monkeypatch, error=TrackerError("BIND_IOMMUFD: EBUSY"))
+    assert "EBUSY; end whoever has it" in missing(facts_of(pair))["open"]
+
+
+def test_a_driver_that_cannot_migrate(pair: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    play(monkeypatch, MigrationFlag(0))
+    assert "devlink port function set" in missing(facts_of(pair))["migration"]
+    plain = replace(facts_of(pair), driver="vfio-pci")
+    assert "vfio-pci cannot migrate it; bind it to the vendor's" in missing(plain)["migration"]
+
+
+@pytest.mark.parametrize(
+    ("logs", "iommu_tracks", "state"),
+    [(True, False, State.OK), (False, True, State.OK), (False, False, State.LIMITED)],
+)
+def test_who_tracks(
+    pair: Tree, monkeypatch: pytest.MonkeyPatch, logs: bool, iommu_tracks: bool, state: State
+) -> None:
+    play(monkeypatch, MigrationFlag.STOP_COPY, logs=logs, iommu_tracks=iommu_tracks)
+    found = {it.name: it for it in examine(facts_of(pair), GIB, None)}
+    assert found["tracking"].state is state
+    assert found["migration"].state is State.LIMITED, "there is no PRE_COPY"
+
+
+@pytest.mark.parametrize(
+    ("lockable", "enough"), [(None, True), (8 << 20, False), (GIB, False), (2 * GIB, True)]
+)
+def test_all_of_the_guests_ram_is_locked(pair: Tree, lockable: int | None, enough: bool) -> None:
+    found = missing(facts_of(pair), lockable)
+    assert ("locked memory" not in found) is enough
+    assert enough or "ulimit -l" in found["locked memory"]
+
+
+@pytest.mark.parametrize(("way", "enough"), [("", False), (",container", True)])
+def test_with_iommufd_both_qemus_lock_at_the_users_expense(
+    pair: Tree, monkeypatch: pytest.MonkeyPatch, way: str, enough: bool
+) -> None:
+    monkeypatch.setattr(host_functions, "lockable_bytes", lambda: 3 * GIB // 2)
+    functions = parse_functions(f"vfio:{SOURCE_ADDRESS},{DESTINATION_ADDRESS}{way}", pair.host)
+    if enough:
+        assert require_testable(functions, GIB, pair.host)
+        return
+    with pytest.raises(UntestableError, match="RLIMIT_MEMLOCK"):
+        require_testable(functions, GIB, pair.host)
+
+
+def test_all_that_is_missing_is_told_at_once(pair: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    play(monkeypatch, MigrationFlag(0))
+    monkeypatch.setattr(host_functions, "lockable_bytes", lambda: 65536)
+    functions = parse_functions(f"vfio:{SOURCE_ADDRESS},{DESTINATION_ADDRESS}", pair.host)
+    with pytest.raises(UntestableError) as caught:
+        require_testable(functions, GIB, pair.host)
+    text = str(caught.value)
+    assert text.count("remedy:") == 4
+    assert f"{DESTINATION_ADDRESS}: migration: " in text
+    assert "driver:" not in text, "what is as it must be is not told"
+
+
+async def arguments_of(tree: Tree, way: str, side: str) -> str:
+    functions = parse_functions(f"vfio:{SOURCE_ADDRESS},{DESTINATION_ADDRESS}{way}", tree.host)
+    async with functions.start(tree.host.dev) as attached:
+        assert await attached.evidence(side) is None
+        return " ".join(await attached.attach(side))
+
+
+def test_each_side_has_a_function_of_its_own(pair: Tree) -> None:
+    source = asyncio.run(arguments_of(pair, "", SOURCE))
+    destination = asyncio.run(arguments_of(pair, ",container", DESTINATION))
+    assert f"sysfsdev={pair.host.sys}/bus/pci/devices/{SOURCE_ADDRESS}," in source
+    assert "enable-migration=on" in source
+    assert "-object iommufd,id=iommufd0" in source
+    assert f"/{DESTINATION_ADDRESS}," in destination
+    assert "iommufd" not in destination
+
+
+def test_no_fault_can_be_planted_in_them(pair: Tree) -> None:
+    functions = parse_functions(f"vfio:{SOURCE_ADDRESS},{DESTINATION_ADDRESS}", pair.host)
+    with pytest.raises(UsageError, match="nothing can be planted"):
+        functions.with_fault("drop-pages")
+
+
+def test_a_process_with_the_capability_locks_as_much_as_it_likes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (65536, 65536))
+    status = tmp_path / "status"
+    status.write_text("Name:\tx\nCapEff:\t0000000000004000\n")
+    assert lockable_bytes(status) is None
+    status.write_text("Name:\tx\nCapEff:\t00000000a80435fb\n")
+    assert lockable_bytes(status) == 65536
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
+    assert lockable_bytes(status) is None

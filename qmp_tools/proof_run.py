@@ -197,6 +197,8 @@ class ProofRun(QemuPair):
         evidence: Sequence[Evidence] = []
         if not (self._way.snapshot or self._way.stands_still):  # there is no journal but of a log
             evidence = await self.device.evidence(self.here)
+        known = evidence[0].slots if evidence else []
+        places: list[Slot] = []
         lost: list[LostPage] = []
         maps: list[RamMap] = []
         pages = 0
@@ -207,11 +209,14 @@ class ProofRun(QemuPair):
                 raise UntestableError("the source has copied its memory and not handed it over")
             for source_ram, destination_ram in zip(ours, theirs, strict=True):
                 differing = compare(source_ram, destination_ram)
-                slots = evidence[0].slots if evidence else await _slots(destination, source_ram)
+                slots = known or await _slots(destination, source_ram)
+                places += slots
                 found = attribute(differing, source_ram, destination_ram, slots, evidence, blame)
                 maps.append(map_proof(slots, evidence, found, source_ram, migrated.all_sent_ns))
                 lost += found
                 pages += source_ram.pages
+        if evidence and not known:
+            evidence = [replace(it, slots=places) for it in evidence]
         compare_s = time.monotonic() - began_s
 
         self._display.say(f"{len(lost)} of {pages} pages differ")

@@ -45,7 +45,7 @@ def add(commands: Subcommands) -> None:
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=[], help="some of the proofs")
     parser.add_argument("--quick", action="store_true", help="fewer random cases")
     parser.add_argument("--seed", type=int, help="repeats a run's random choices")
-    parser.add_argument("--timeout", type=seconds, default=600.0, metavar="SECONDS")
+    parser.add_argument("--timeout", type=seconds, default=1200.0, metavar="SECONDS")
     parser.add_argument("--keep", action="store_true", help="keep the run's folder and say where")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     add_outputs(parser, page=False)

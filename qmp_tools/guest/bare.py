@@ -1,7 +1,8 @@
 """The guests without a kernel, entered by PVH: machine code of ours and nothing else.
 
 ``guests/bare`` carries out a workload as the Linux guest does, and is at its first request a few
-hundredths of a second after the firmware. ``guests/probe`` only dirties pages.
+hundredths of a second after the firmware. ``guests/passthrough/guest`` drives the fake VFIO device
+instead of a disk. ``guests/probe`` only dirties pages.
 """
 
 from __future__ import annotations
@@ -48,6 +49,19 @@ def bare_guest(say: Say) -> Guest:
         memory_bytes=MEMORY_BYTES,
         kvm_patience_s=_KVM_PATIENCE_S,
     )
+
+
+def vfio_guest(say: Say) -> Path:
+    """The ELF of the freestanding guest that drives the fake VFIO device.
+
+    Raises:
+        UntestableError: there is no compiler.
+    """
+    folder = sources()
+    bare = [folder / "bare" / f"{part}.c" for part in ("console", "exceptions", "memory", "pci")]
+    files = [folder / "passthrough" / "guest" / "main.c", folder / "bare" / "start.S", *bare]
+    headers = [folder / "workload.h", folder / "bare" / "machine.h"]
+    return _built("vfio", files, headers, _BARE, say)
 
 
 def probe_guest() -> Path:

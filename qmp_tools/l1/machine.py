@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -65,18 +65,20 @@ async def run_in_l1(
     folder: Path,
     heard: Callable[[str], None],
     timeout_s: float,
+    *,
+    files: Sequence[Path] = (),
 ) -> tuple[int, Path]:
     """Boot L1 with the QEMU `binary`, run the shell `command` in it, and wait for its end.
 
-    The command finds our Python packages in PYTHONPATH, and the kernel modules that L1 needs in
-    /mnt/modules. `heard` is given each line that it prints. Returns its exit code and the folder
-    that was its /mnt.
+    The command finds our Python packages in PYTHONPATH, the kernel modules that L1 needs in
+    /mnt/modules, and `files` in /mnt. `heard` is given each line that it prints. Returns its exit
+    code and the folder that was its /mnt.
 
     Raises:
         UntestableError: L1 does not boot, ends too early, or takes longer than `timeout_s`.
     """
     job = folder / _JOB
-    _fill(job, machine, command)
+    _fill(job, machine, command, files)
     running = await Qemu.start("L1", binary, _arguments(machine, job), folder)
     try:
         async with asyncio.timeout(timeout_s):
@@ -116,7 +118,7 @@ def _arguments(machine: L1, job: Path) -> list[str]:
     ]
 
 
-def _fill(job: Path, machine: L1, command: str) -> None:
+def _fill(job: Path, machine: L1, command: str, files: Sequence[Path]) -> None:
     """What L1's command finds in /mnt."""
     python = job / "python"
     _copy_packages(python)
@@ -127,6 +129,8 @@ def _fill(job: Path, machine: L1, command: str) -> None:
     modules.mkdir()
     for file in (*(machine.kernel / "modules").glob("*.ko"), machine.module):
         shutil.copy(file, modules)
+    for file in files:
+        shutil.copy(file, job)
     (job / "command").write_text(
         "export PYTHONPATH=/mnt/python PYTHONDONTWRITEBYTECODE=1\n"
         f"insmod /mnt/modules/mdev.ko && insmod /mnt/modules/{MODULE}.ko || exit 3\n"

@@ -13,9 +13,13 @@ runs there, `prove` starts it from outside. Modules::
     hwpt              the same for a page table's dirty bits
     planted_faults    each fault of the module, caught every time
     migrations        L2 to L2 with vfio-pci, each way with controls that must corrupt
+    vhost             our vhost-user disk over the kernel's trackers, each with a control;
+                      vhost_device is its process
+    functions         the fake device as if it were hardware: `prove --device vfio:…`, in L1
+    owned_proof       a whole proof on it, whose journal is known: `prove --device vfio-fake`
 """
 
 from typing import Final
 
-GROUPS: Final = ("rules", "states", "differential", "faults", "migration")
+GROUPS: Final = ("rules", "states", "differential", "faults", "migration", "vhost", "functions")
 """Of proofs, in the order in which they are carried out."""

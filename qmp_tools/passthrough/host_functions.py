@@ -7,7 +7,6 @@ missing.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,9 @@ from typing import ClassVar, Final
 from dmaproof.errors import UntestableError, UsageError
 from dmaproof.evidence import Evidence
 
-from ..devices.device import AttachedDevice, DeviceFacts
+from ..devices.device import AttachedDevice, DeviceFacts, never
+from ..guest.linux import Driver
+from ..guest.workload import Workload
 from ..host.finding import Finding, State
 from ..host.vfio_functions import (
     Function,
@@ -53,6 +54,20 @@ class HostFunctions:
         name = f"{PREFIX}{self.source.address},{self.destination.address}"
         return DeviceFacts(name if self.iommufd else f"{name},{_CONTAINER}", 0)
 
+    @property
+    def driver(self) -> Driver:
+        """See `ProofDevice.driver`: there is none of ours."""
+        return Driver((), "")
+
+    @property
+    def direct(self) -> bool:
+        """See `ProofDevice.direct`."""
+        return True
+
+    def fit(self, workload: Workload) -> Workload:
+        """See `ProofDevice.fit`."""
+        return workload
+
     def with_fault(self, fault: str) -> HostFunctions:
         """See `ProofDevice.with_fault`."""
         raise UsageError(f"--fault {fault}: nothing can be planted in a device of the host")
@@ -73,12 +88,17 @@ class _AttachedFunctions:
         function = ours.source if side == SOURCE else ours.destination
         return Tracking(iommufd=ours.iommufd).arguments(function.sysfs)
 
+    def release(self, side: str) -> None:
+        """Nothing serves it but the kernel."""
+
     async def refusal(self) -> UntestableError:
-        await asyncio.get_running_loop().create_future()  # it refuses nothing
-        raise AssertionError
+        return await never()
 
     async def logging_ended(self, side: str) -> None:
         """That cannot be told."""
+
+    def accepted_features(self, side: str) -> int | None:
+        return None
 
     async def evidence(self, side: str) -> Evidence | None:
         return None

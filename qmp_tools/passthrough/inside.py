@@ -1,6 +1,8 @@
 """What runs in L1: all proofs, a line for each as it ends, and all of them as JSON.
 
-python3 -m qmp_tools.passthrough.inside RESULTS [--seed N] [--quick] [--only GROUP…]
+python3 -m qmp_tools.passthrough.inside RESULTS BARE VFIO [--seed N] [--quick] [--only GROUP…]
+
+BARE and VFIO are the ELFs of the guests of these names.
 """
 
 from __future__ import annotations
@@ -14,11 +16,19 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from . import GROUPS, differential, hwpt, migrations, planted_faults, states
+from . import GROUPS, differential, functions, hwpt, migrations, planted_faults, states, vhost
 from .outcome import Outcome, Proof, run
 from .owner import OWNERS
 from .rules import rules
+
+
+class Guests(NamedTuple):
+    """The ELFs of L2's guests."""
+
+    bare: Path
+    vfio: Path
 
 
 def _differential(seed: int, quick: bool) -> dict[str, Proof]:
@@ -44,7 +54,7 @@ def _differential(seed: int, quick: bool) -> dict[str, Proof]:
     return proofs
 
 
-def _proofs(group: str, seed: int, quick: bool) -> dict[str, Proof]:
+def _proofs(group: str, guests: Guests, seed: int, quick: bool) -> dict[str, Proof]:
     if group == "rules":
         return rules()
     if group == "states":
@@ -61,13 +71,17 @@ def _proofs(group: str, seed: int, quick: bool) -> dict[str, Proof]:
             planted_faults.caught_by_the_iterator, rounds, seed
         )
         return proofs
+    if group == "vhost":
+        return vhost.proofs(guests.bare, seed)
+    if group == "functions":
+        return functions.proofs(guests.vfio, seed)
     return migrations.proofs(seed)
 
 
-def carry_out(groups: list[str], seed: int, quick: bool) -> Iterator[Outcome]:
+def carry_out(groups: list[str], guests: Guests, seed: int, quick: bool) -> Iterator[Outcome]:
     """The proofs of `groups`, one after another."""
     for group in groups:
-        for name, proof in _proofs(group, seed, quick).items():
+        for name, proof in _proofs(group, guests, seed, quick).items():
             yield run(group, name, proof)
 
 
@@ -75,12 +89,16 @@ def main() -> int:
     """Carry out the proofs; returns 0 if all of them hold."""
     parser = argparse.ArgumentParser()
     parser.add_argument("results", type=Path)
+    parser.add_argument("bare", type=Path)
+    parser.add_argument("vfio", type=Path)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", nargs="*", choices=GROUPS, default=[])
     arguments = parser.parse_args()
     outcomes = []
-    for outcome in carry_out(arguments.only or list(GROUPS), arguments.seed, arguments.quick):
+    groups = arguments.only or list(GROUPS)
+    guests = Guests(arguments.bare, arguments.vfio)
+    for outcome in carry_out(groups, guests, arguments.seed, arguments.quick):
         verdict = "ok" if outcome.passed else "FAILED"
         print(f"{verdict}\t{outcome.group}: {outcome.name}: {outcome.found}", flush=True)
         outcomes.append(outcome)

@@ -1,8 +1,9 @@
-"""Starts L1, has all proofs carried out there, and tells what they found."""
+"""Starts L1, has proofs carried out there, and tells what they found."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -10,12 +11,16 @@ from typing import Any, Final
 from dmaproof.errors import UntestableError
 
 from ..display import Display
+from ..guest.bare import bare_guest, vfio_guest
 from ..l1.machine import L1, run_in_l1
+from ..l1.root import quoted
 from ..processes.run_folder import run_folder
 from ..reports.report import SCHEMA_VERSION
 from ..verdict import EXIT_LOST, EXIT_PASS
 
 _RESULTS: Final = "results.json"
+_AROUND_S: Final = 300.0
+"""More than all that a proof in L1 does besides to migrate."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Request:
     seed: int
     groups: tuple[str, ...] = ()
     quick: bool = False
-    timeout_s: float = 600.0
+    timeout_s: float = 1200.0
     keep: bool = False
 
 
@@ -37,15 +42,16 @@ async def prove_passthrough(
     Raises:
         UntestableError: L1 does not boot, or breaks off.
     """
-    command = f"python3 -m qmp_tools.passthrough.inside /mnt/{_RESULTS} --seed {request.seed}"
+    guests = (bare_guest(show.say).kernel, vfio_guest(show.say))
+    command = f"python3 -m qmp_tools.passthrough.inside /mnt/{_RESULTS} "
+    command += " ".join(f"/mnt/{guest.name}" for guest in guests)
+    command += f" --seed {request.seed}"
     if request.quick:
         command += " --quick"
     if request.groups:
         command += " --only " + " ".join(request.groups)
-    said: list[str] = []
 
     def heard(line: str) -> None:
-        said.append(line)
         verdict, tab, told = line.partition("\t")
         if tab:
             show.say(f"{verdict:6} {told}")
@@ -53,13 +59,71 @@ async def prove_passthrough(
     with run_folder(keep=request.keep) as folder:
         if request.keep:
             show.say(f"the run's folder stays: {folder}")
-        code, job = await run_in_l1(machine, qemu, command, folder, heard, request.timeout_s)
-        try:
-            results: dict[str, Any] = json.loads((job / _RESULTS).read_text())
-        except (OSError, ValueError):
-            told = "\n".join(f"    {line}" for line in said[-15:])
-            raise UntestableError(f"L1's proofs broke off with exit code {code}:\n{told}") from None
+        job = await _run(machine, qemu, command, folder, heard, request.timeout_s, guests)
+        results: dict[str, Any] = json.loads((job / _RESULTS).read_text())
     return to_json(results)
+
+
+@dataclass(frozen=True)
+class OwnedRequest:
+    """A proof of QEMU's vfio-pci on the fake device; see `owned_proof`. `timeout_s` is the
+    migration's."""
+
+    seed: int
+    tracking: str
+    fault: str | None = None
+    timeout_s: float = 120.0
+    keep: bool = False
+
+
+async def prove_owned(
+    machine: L1, qemu: Path, request: OwnedRequest, show: Display
+) -> tuple[dict[str, Any], str]:
+    """Carry out one proof in L1, booted by `qemu`; its report as for JSON, and for people.
+
+    Raises:
+        UntestableError: L1 does not boot, or the proof does not come to a verdict.
+    """
+    guest = vfio_guest(show.say)
+    command = f"python3 -m qmp_tools.passthrough.owned_proof /mnt/{_RESULTS} /mnt/{guest.name} "
+    command += quoted("--tracking", request.tracking, "--seed", str(request.seed))
+    command += f" --timeout {request.timeout_s}"
+    if request.fault:
+        command += " " + quoted("--fault", request.fault)
+    with run_folder(keep=request.keep) as folder:
+        if request.keep:
+            show.say(f"the run's folder stays: {folder}")
+        timeout_s = request.timeout_s + _AROUND_S
+        job = await _run(machine, qemu, command, folder, show.say, timeout_s, (guest,))
+        report = job / _RESULTS
+        return json.loads(report.read_text()), report.with_suffix(".txt").read_text()
+
+
+async def _run(
+    machine: L1,
+    qemu: Path,
+    command: str,
+    folder: Path,
+    heard: Callable[[str], None],
+    timeout_s: float,
+    guests: Sequence[Path],
+) -> Path:
+    """Run `command` in L1 with `guests` beside it; the folder in which it has left its results.
+
+    Raises:
+        UntestableError: it has left none.
+    """
+    said: list[str] = []
+
+    def hear(line: str) -> None:
+        said.append(line)
+        heard(line)
+
+    code, job = await run_in_l1(machine, qemu, command, folder, hear, timeout_s, files=guests)
+    if not (job / _RESULTS).exists():
+        told = "\n".join(f"    {line}" for line in said[-15:])
+        raise UntestableError(f"L1's proof broke off with exit code {code}:\n{told}")
+    return job
 
 
 def to_json(results: dict[str, Any]) -> dict[str, Any]:

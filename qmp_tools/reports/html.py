@@ -123,11 +123,10 @@ def _written(sharpness: Json) -> list[tuple[str, Any]]:
 def _device(setup: Json) -> list[tuple[str, Any]]:
     if setup["tracker"] is None:
         return [("device", f"{setup['device']}, without a journal")]
-    harvest = setup["harvest"]
-    return [
-        ("device, tracker", f"{setup['device']}, {setup['tracker']}"),
-        ("harvest", f"{harvest} s" if harvest[0].isdigit() else harvest),
-    ]
+    rows = [("device, tracker", f"{setup['device']}, {setup['tracker']}")]
+    if harvest := setup["harvest"]:
+        rows.append(("harvest", f"{harvest} s" if harvest[0].isdigit() else harvest))
+    return rows
 
 
 def _control(answer: Json) -> str:

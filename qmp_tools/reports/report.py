@@ -135,6 +135,8 @@ def _device(proof: Proof) -> str:
     facts = proof.setup.device.facts
     if facts.tracker is None:
         return f"{facts.device}, without a journal"
+    if facts.harvest is None:
+        return f"{facts.device}, tracker {facts.tracker}"
     killed = ", killed and started again" if facts.killed else ""
     return (
         f"{facts.device}, {facts.ring} rings, tracker {facts.tracker}, "

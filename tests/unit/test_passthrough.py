@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +110,17 @@ def test_a_command_inside_that_fails_tells_what_it_said(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     with pytest.raises(UntestableError, match="building nothing failed"):
         run_inside(tmp_path, tmp_path / "inside", "true", "building nothing", 30.0)
+
+
+def test_what_runs_in_l1_needs_nothing_that_l1_has_not() -> None:
+    script = (
+        "import sys\n"
+        "for name in ('rich', 'packaging', 'jsonschema', 'matplotlib', 'pytest', 'avocado'):\n"
+        "    sys.modules[name] = None\n"
+        "import qmp_tools.passthrough.inside, qmp_tools.passthrough.owned_proof\n"
+        "import qmp_tools.passthrough.vhost_device\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr

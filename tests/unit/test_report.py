@@ -95,6 +95,14 @@ class Foreign(EmulatedDevice):
         return DeviceFacts("somebody's", 1)
 
 
+class Owned(EmulatedDevice):
+    """One whose tracker somebody else asks."""
+
+    @property
+    def facts(self) -> DeviceFacts:
+        return DeviceFacts("vfio-fake", 0, tracker="iommufd")
+
+
 def proof(
     lost: list[LostPage],
     sharpness: Sharpness = SHARP,
@@ -186,6 +194,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "pass": report.to_json(proof([])),
     "lost": report.to_json(proof(LOST, errors=2)),
     "blunt": report.to_json(proof([], Sharpness(0, 0, 0, 0, 0, 0, 0))),
+    "owned": report.to_json(proof([], device=Owned(OPTIONS))),
     "foreign": report.to_json(
         proof([], sharpness_by_guest(5, certain=True), device=Foreign(OPTIONS))
     ),
@@ -213,6 +222,7 @@ CASES = {
     "pass": ["passed"] * 3,
     "lost": ["failed", "failed", "passed"],
     "blunt": ["passed", "passed", "passed", "error"],
+    "owned": ["passed"] * 3,
     "foreign": ["passed"] * 3,
     "foreign, lost": ["failed", "passed", "error"],
     "control": ["passed"] * 3,

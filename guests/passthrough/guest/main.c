@@ -1,0 +1,330 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * The freestanding guest that owns the fake VFIO device (../module): it lets the device's engine
+ * write its memory, and checks what comes, without a kernel and without interrupts.
+ *
+ * There are three windows. The hot pages are written by the engine round after round. The once
+ * pages are written a single time, when the tool asks for it: a dirty bit that is lost there is
+ * never made good. The churn pages are kept dirty by the CPU. A page that the engine wrote tells
+ * which write it was (../module/control.h), so it can be told whether it is whole, in its place,
+ * and as new as it must be.
+ *
+ * The line to the tool is that of the other guests (docs/guests.md).
+ */
+#include "../../bare/machine.h"
+
+enum {
+    VENDOR = 0xfffd,
+    DEVICE = 0xd3a0,
+
+    // Registers of BAR 0 (../module/control.h).
+    MAGIC = 0,
+    IOVA = 8,
+    LENGTH = 16,
+    DONE = 24,
+    SEQUENCE = 32,
+    PIECE = 40,
+    SKEW = 44,
+    STRIDE = 48,
+    BURST = 52,
+    PERIOD_US = 56,
+    LIMIT = 60,
+    RUN = 64,
+    ERROR = 68,
+
+    RUN_SCATTERED = 3,
+    HOT_BURST = 2,  // so slow that a page stands still for longer than it takes to look at it
+    ONCE_BURST = 16,
+    TICK_US = 4000,
+
+    PAGE_WORDS = PAGE_BYTES / 8,
+    TORN_TRIES = 4,  // the engine may be writing a page while it is looked at
+    ERRORS_TOLD = 64,
+};
+
+static const uint64_t DEVICE_MAGIC = 0x464f5250414d44;
+static const uint64_t SCATTER = 2654435761;
+static const uint64_t GOLDEN = 0x9E3779B97F4A7C15, GOLDEN_INVERSE = 0xF1DE83E19937733D;
+
+static struct window {
+    const char *name;
+    uint64_t pages;
+    uint64_t (*words)[PAGE_WORDS];
+    uint64_t *written;  // for each page the number of the write that it was found to hold
+} hot = {.name = "hot="}, once = {.name = "once="}, churned = {.name = "churn="};
+
+static volatile uint8_t *bar;
+static uint64_t hot_start;  // the number of the last write before the engine's first hot one
+static uint64_t finished, errors, once_written, churn_rounds, random_state;
+static bool quiet, once_under_way;
+
+// Without a C library, the compiler's own calls have to be served.
+void *memset(void *target, int value, size_t bytes) {
+    void *at = target;
+    __asm__ volatile("rep stosb" : "+D"(at), "+c"(bytes) : "a"(value) : "memory");
+    return target;
+}
+
+void *memcpy(void *target, const void *source, size_t bytes) {
+    void *at = target;
+    __asm__ volatile("rep movsb" : "+D"(at), "+S"(source), "+c"(bytes) : : "memory");
+    return target;
+}
+
+// Content ----------------------------------------------------------------------------------------
+
+static uint64_t mix(uint64_t value) {
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9;
+    value = (value ^ value >> 27) * 0x94D049BB133111EB;
+    return value ^ value >> 31;
+}
+
+static uint64_t unmix(uint64_t value) {
+    value = (value ^ value >> 31 ^ value >> 62) * 0x319642B2D24D8EC3;
+    value = (value ^ value >> 27 ^ value >> 54) * 0x96DE1B173F119089;
+    return value ^ value >> 30 ^ value >> 60;
+}
+
+// The number of the write that left a page's first word, if the engine did.
+static uint64_t writer_of(const volatile uint64_t *words) {
+    return (unmix(words[0]) ^ (uint64_t)words / 8) * GOLDEN_INVERSE;
+}
+
+// The first word that write `number` has not left as it does, or PAGE_WORDS.
+static unsigned first_foreign(const volatile uint64_t *words, uint64_t number) {
+    unsigned index = 0;
+    while (index < PAGE_WORDS && words[index] == mix(number * GOLDEN ^ (uint64_t)&words[index] / 8))
+        index++;
+    return index;
+}
+
+static void tell_error(const char *kind, uint64_t expected, uint64_t found,
+                       const volatile void *place) {
+    if (errors++ < ERRORS_TOLD)
+        tell("error kind=%s expected=%#lx found=%#lx gpa=%#lx", kind, expected, found,
+             (uint64_t)place);
+}
+
+// The engine -------------------------------------------------------------------------------------
+
+static uint32_t read32(unsigned offset) {
+    return *(volatile uint32_t *)(bar + offset);
+}
+
+static uint64_t read64(unsigned offset) {
+    return read32(offset) | (uint64_t)read32(offset + 4) << 32;
+}
+
+static void write32(unsigned offset, uint32_t value) {
+    *(volatile uint32_t *)(bar + offset) = value;
+}
+
+static void write64(unsigned offset, uint64_t value) {
+    write32(offset, (uint32_t)value);
+    write32(offset + 4, (uint32_t)(value >> 32));
+}
+
+// Let the engine write a window, page by page in a scattered order, `burst` pages in a tick, and
+// `limit` pages in all, or for ever.
+static void run_engine(const struct window *window, uint32_t burst, uint32_t limit) {
+    write64(IOVA, (uint64_t)window->words);
+    write64(LENGTH, window->pages * PAGE_BYTES);
+    write32(PIECE, PAGE_BYTES);
+    write32(SKEW, 0);
+    write32(STRIDE, PAGE_BYTES);
+    write32(BURST, burst);
+    write32(PERIOD_US, TICK_US);
+    write32(LIMIT, limit);
+    write32(RUN, RUN_SCATTERED);
+}
+
+static void write_hot(void) {
+    hot_start = read64(SEQUENCE);
+    run_engine(&hot, HOT_BURST, 0);
+}
+
+// The engine never writes again once this has returned, until it is started.
+static void stop_engine(void) {
+    write32(RUN, 0);
+    if (read32(ERROR))
+        give_up("the device's engine has failed");
+}
+
+static void find_engine(void) {
+    static const uint16_t ids[] = {DEVICE};
+    struct pci_device device;
+    if (!pci_find(VENDOR, ids, 1, &device))
+        give_up("there is no fake VFIO device");
+    bar = pci_map_bar(&device, 0);
+    pci_enable(&device);
+    if (read64(MAGIC) != DEVICE_MAGIC)
+        give_up("the fake VFIO device does not answer");
+}
+
+// Checking ---------------------------------------------------------------------------------------
+
+// Look at some hot page: it must never be older than it was. One that does not stand still is
+// passed over; `sweep` looks at all of them while they do.
+static void check_hot(void) {
+    random_state += GOLDEN;
+    uint64_t page = mix(random_state) % hot.pages;
+    const volatile uint64_t *words = hot.words[page];
+    for (unsigned tries = 0; tries < TORN_TRIES; tries++) {
+        uint64_t number = writer_of(words);
+        if (first_foreign(words, number) < PAGE_WORDS && words[0])
+            continue;
+        if (!words[0])  // not yet written
+            return;
+        if (number < hot.written[page])
+            tell_error("stale", hot.written[page], number, words);
+        finished += number > hot.written[page];
+        hot.written[page] = number;
+        return;
+    }
+}
+
+static void check_exactly(const struct window *window, uint64_t page, uint64_t number) {
+    const volatile uint64_t *words = window->words[page];
+    unsigned foreign = first_foreign(words, number);
+    if (foreign < PAGE_WORDS)
+        tell_error("sweep", number, writer_of(words), &words[foreign]);
+}
+
+// Every page, while the engine stands still: each must hold its last write, to the byte.
+static void sweep(void) {
+    uint64_t before = errors, pages = 0;
+    stop_engine();
+    uint64_t done = read64(DONE), first = done < hot.pages ? 0 : done - hot.pages;
+    for (uint64_t piece = first; piece < done; piece++, pages++) {
+        uint64_t page = piece % hot.pages * SCATTER % hot.pages;
+        check_exactly(&hot, page, hot_start + piece + 1);
+        hot.written[page] = hot_start + piece + 1;
+    }
+    for (uint64_t page = 0; page < once_written; page++, pages++)
+        check_exactly(&once, page, once.written[page]);
+    for (uint64_t page = 0; page < churned.pages; page++, pages++)
+        if (churned.words[page][0] < churn_rounds)
+            tell_error("churn", churn_rounds, churned.words[page][0], churned.words[page]);
+    tell("sweep pages=%lu errors=%lu", pages, errors - before);
+    write_hot();
+}
+
+// The once pages ---------------------------------------------------------------------------------
+
+static void begin_once(void) {
+    stop_engine();
+    once_under_way = true;
+    if (once.pages)
+        run_engine(&once, ONCE_BURST, (uint32_t)once.pages);
+}
+
+static void finish_once(void) {
+    if (!once_under_way || read32(RUN))
+        return;
+    once_under_way = false;
+    stop_engine();
+    for (; once_written < once.pages; once_written++)
+        once.written[once_written] = writer_of(once.words[once_written]);
+    tell("once-done pages=%lu", once.pages);
+    write_hot();
+}
+
+// The CPU's own pages ----------------------------------------------------------------------------
+
+// With pages that compress well, a compressed migration would be over in no time.
+static void fill_churn(void) {
+    for (uint64_t page = 0; page < churned.pages; page++)
+        for (unsigned word = 1; word < PAGE_WORDS; word++)
+            churned.words[page][word] = mix(page * PAGE_WORDS + word);
+}
+
+void churn(void) {
+    if (quiet)
+        return;
+    churn_rounds++;
+    for (uint64_t page = 0; page < churned.pages; page++)
+        *(volatile uint64_t *)churned.words[page] = churn_rounds;
+}
+
+// The line to the tool ---------------------------------------------------------------------------
+
+void obey(char command) {
+    switch (command) {
+    case 'o':
+        begin_once();
+        break;
+    case 'q':
+        quiet = true;
+        tell("quiet");
+        break;
+    case 's':
+        sweep();
+        break;
+    }
+}
+
+// The number behind `name` on the command line; 0 if it is not there.
+static uint64_t parameter(const char *line, const char *name) {
+    for (bool begins = true; *line; begins = *line++ == ' ') {
+        const char *at = line, *wanted = name;
+        while (begins && *wanted && *at == *wanted)
+            at++, wanted++;
+        if (!begins || *wanted)
+            continue;
+        uint64_t number = 0;
+        for (; *at >= '0' && *at <= '9'; at++)
+            number = number * 10 + (uint64_t)(*at - '0');
+        return number;
+    }
+    return 0;
+}
+
+static void prepare(struct window *window, const char *line) {
+    window->pages = parameter(line, window->name);
+    window->words = allocate_aligned(window->pages * PAGE_BYTES, PAGE_BYTES);
+    window->written = allocate(window->pages * sizeof *window->written);
+}
+
+static bool due(uint64_t *next, uint64_t every_us) {
+    uint64_t now = microseconds();
+    if (now < *next)
+        return false;
+    *next = now + every_us;
+    return true;
+}
+
+void guest_main(const void *start_info);
+
+void guest_main(const void *start_info) {
+    uint64_t next_churn = 0, next_report = 0;
+    bool ready = false;
+    catch_exceptions();
+    start_clock();
+    find_memory(start_info);
+    const char *line = command_line(start_info);
+    prepare(&hot, line);
+    prepare(&once, line);
+    prepare(&churned, line);
+    random_state = parameter(line, "seed=");
+    if (!hot.pages)
+        give_up("there must be hot pages");
+    fill_churn();
+    find_engine();
+    write_hot();
+    for (;;) {
+        check_hot();
+        finish_once();
+        listen();
+        if (due(&next_churn, CHURN_EVERY_US))
+            churn();
+        if (!ready && finished) {
+            tell("ready hot=%lu once=%lu churn=%lu", hot.pages, once.pages, churned.pages);
+            ready = true;
+        }
+        if (ready && due(&next_report, REPORT_EVERY_US)) {
+            if (read32(ERROR))
+                give_up("the device's engine has failed");
+            tell("progress requests=%lu once=%lu errors=%lu", finished, once_written, errors);
+        }
+    }
+}

@@ -1,0 +1,102 @@
+"""The fake device as if it were a device of the host: the very steps of ``prove --device vfio:…``.
+
+What is looked at beforehand is looked at on the real kernel; the proof then knows nothing of the
+device but what its guest tells. A fault that is planted must be seen all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from dmaproof.errors import UntestableError
+
+from ..display import QuietDisplay
+from ..host.vfio_functions import Host, look
+from ..proof import Proof as Migrated
+from ..proof_run import prove
+from ..verdict import Blame
+from .fake_device import fake_device, planted
+from .host_functions import HostFunctions, parse_functions, require_testable
+from .outcome import Proof, require
+from .owned_proof import MEMORY_BYTES, setup_of
+from .owner import by_container, by_iommufd
+
+_DROP_IN_1000: Final = 50
+_TIMEOUT_S: Final = 300.0
+
+
+def proofs(guest: Path, seed: int) -> dict[str, Proof]:
+    """Each way to own them, and a control; `guest` is the one that drives the fake device."""
+    return {
+        "one that is in use": _in_use,
+        "iommufd": partial(_equal, guest, "", seed),
+        "container": partial(_equal, guest, ",container", seed),
+        "iommufd, control: drop": partial(_corrupts, guest, "", seed),
+    }
+
+
+def _prove(guest: Path, way: str, seed: int) -> tuple[Migrated, int]:
+    """The proof, and how many things were looked at beforehand."""
+    with fake_device() as source, fake_device() as destination:
+        functions = parse_functions(f"vfio:{source.sysfs},{destination.sysfs}{way}", Host())
+        lines = require_testable(functions, MEMORY_BYTES, Host())
+        setup = setup_of(guest, functions, seed, _TIMEOUT_S)
+        return asyncio.run(prove(setup, QuietDisplay())), len(lines)
+
+
+def _equal(guest: Path, way: str, seed: int) -> tuple[str, dict[str, Any]]:
+    proof, looked_at = _prove(guest, way, seed)
+    require(proof.verdict.exit_code == 0, proof.verdict.sentence)
+    return f"{looked_at} things are as they must be; {_told(proof)}", _figures(proof)
+
+
+def _corrupts(guest: Path, way: str, seed: int) -> tuple[str, dict[str, Any]]:
+    with planted(drop=_DROP_IN_1000, seed=seed):
+        proof, _ = _prove(guest, way, seed)
+    require(len(proof.verdict.lost) > 0, f"the fault is not seen, {_told(proof)}")
+    known = sum(page.blame is not Blame.UNKNOWN for page in proof.verdict.lost)
+    require(not known, f"{known} lost pages are blamed on somebody, without a journal")
+    return _told(proof), _figures(proof)
+
+
+def _told(proof: Migrated) -> str:
+    verdict = proof.verdict
+    return (
+        f"{len(verdict.lost)} of {verdict.pages} pages differ, {verdict.sharpness.certain} "
+        f"certain, {verdict.guest.errors} errors of the guest, {proof.migration_s:.1f} s"
+    )
+
+
+def _figures(proof: Migrated) -> dict[str, Any]:
+    return {
+        "differing": len(proof.verdict.lost),
+        "certain": proof.verdict.sharpness.certain,
+        "seconds": round(proof.migration_s, 1),
+    }
+
+
+def _in_use() -> tuple[str, dict[str, Any]]:
+    """A function that somebody has is told, whichever way it is to be opened."""
+    told = []
+    for owner in (by_iommufd, by_container):
+        with owner() as owned, fake_device() as other:
+            for iommufd in (True, False):
+                text = f"vfio:{owned.fake.sysfs},{other.sysfs}" + ("" if iommufd else ",container")
+                functions = parse_functions(text, Host())
+                told.append(_refusal(functions))
+    return f"refused {len(told)} times: {told[0]}", {}
+
+
+def _refusal(functions: HostFunctions) -> str:
+    facts = look(functions.source, Host(), iommufd=functions.iommufd)
+    require(facts.open_error is not None, "a function that is in use can be opened")
+    try:
+        require_testable(functions, MEMORY_BYTES, Host())
+    except UntestableError as error:
+        require("fuser" in str(error), f"no remedy is told: {error}")
+    else:
+        require(False, "a function that is in use is testable")
+    return str(facts.open_error)

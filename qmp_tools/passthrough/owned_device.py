@@ -1,0 +1,161 @@
+"""The fake VFIO device as the device of a proof: QEMU's own vfio-pci has it, and tracks its pages.
+
+Its journal is the ground truth, as with any device of ours. Of the chain behind it we see one link,
+the *tracker*: what the kernel's iterator was told by the device, and in which report. The links
+behind that are the kernel's and QEMU's, and stand for one: a page that was told and did not arrive
+was lost by QEMU (or by the kernel on its way there). Where it is not the device that QEMU asks, all
+of the chain is like that.
+
+An epoch is a report here: a write is due in the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import AsyncIterator, Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmaproof.errors import UntestableError
+from dmaproof.evidence import HARVEST, Evidence
+from dmaproof.guest_memory import IovaMapping
+from dmaproof.iova_bitmap import IovaRange
+from dmaproof.journal import RECORD, WriteKind
+from dmaproof.trace import TRACED_LINKS, PageEpochs
+
+from ..devices.device import AttachedDevice, DeviceFacts, never
+from ..guest.linux import Driver
+from ..guest.workload import Workload
+from ..processes.process import Process
+from ..ram import PAGE_BYTES
+from .fake_device import FakeDevice, Journal, Told, content, fake_device
+from .tracking import TRACKINGS
+
+NAME: Final = "vfio-fake"
+_EVERY_EPOCH: Final = int(np.iinfo(np.uint32).max)
+
+
+@dataclass(frozen=True)
+class OwnedDevice:
+    """See `ProofDevice`. `tracking` is one of `TRACKINGS`; `fault` has been planted by others."""
+
+    tracking: str
+    fault: str | None = None
+
+    guests: ClassVar[Collection[str]] = (NAME,)
+
+    @property
+    def facts(self) -> DeviceFacts:
+        """See `ProofDevice.facts`."""
+        return DeviceFacts(NAME, 0, tracker=self.tracking, fault=self.fault)
+
+    @property
+    def driver(self) -> Driver:
+        """See `ProofDevice.driver`: there is none of ours."""
+        return Driver((), "")
+
+    @property
+    def direct(self) -> bool:
+        """See `ProofDevice.direct`."""
+        return True
+
+    def fit(self, workload: Workload) -> Workload:
+        """See `ProofDevice.fit`."""
+        return workload
+
+    def with_fault(self, fault: str) -> OwnedDevice:
+        """See `ProofDevice.with_fault`."""
+        return replace(self, fault=fault)
+
+    @contextlib.asynccontextmanager
+    async def start(self, folder: Path) -> AsyncIterator[AttachedDevice]:
+        """See `ProofDevice.start`."""
+        with contextlib.ExitStack() as stack:
+            yield _AttachedDevice(self.tracking, stack)
+
+
+class _AttachedDevice:
+    def __init__(self, tracking: str, stack: contextlib.ExitStack) -> None:
+        self.processes: Sequence[Process] = ()
+        self._tracking = TRACKINGS[tracking]
+        self._stack = stack
+        self._devices: dict[str, FakeDevice] = {}
+
+    async def attach(self, side: str) -> Sequence[str]:
+        device = self._devices[side] = self._stack.enter_context(fake_device())
+        return self._tracking.arguments(device.sysfs)
+
+    def release(self, side: str) -> None:
+        """Nothing serves it but the kernel."""
+
+    async def refusal(self) -> UntestableError:
+        return await never()
+
+    async def logging_ended(self, side: str) -> None:
+        """That cannot be told."""
+
+    def accepted_features(self, side: str) -> int | None:
+        return None
+
+    async def evidence(self, side: str) -> Evidence | None:
+        device = self._devices[side]
+        return evidence_of(device.journal(), device.told() if self._tracking.device else None)
+
+
+def evidence_of(journal: Journal, told: Told | None) -> Evidence:
+    """The evidence of a device that has written `journal`, and has told the iterator `told`.
+
+    It has no slots. Without `told`, QEMU was not to ask the device: then no page is missed by a
+    link of ours.
+    """
+    logged = np.flatnonzero(journal["logged"])
+    if told is not None and len(logged):
+        journal = journal[logged[0] :]
+    end = int((journal["iova"] + journal["length"]).max(initial=0))
+    space = IovaRange(0, -(-end // PAGE_BYTES) * PAGE_BYTES)
+    seen = PageEpochs([space] if end else [])
+    if told is None:
+        seen.see_many(journal["iova"], journal["length"], _EVERY_EPOCH)
+    else:
+        for report in np.unique(told["report"]):
+            of_report = told[told["report"] == report]
+            seen.see_many(of_report["iova"], of_report["length"], int(report))
+    return Evidence(
+        slots=[],
+        mappings=[IovaMapping(space.iova, space.iova, space.length)] if end else [],
+        records=_records(journal),
+        links=dict.fromkeys(TRACED_LINKS, seen),
+        harvests=np.empty(0, dtype=HARVEST),
+        started_ns=int(journal["time_ns"][0]) if len(journal) else None,
+        requests=len(journal),
+    )
+
+
+def _records(journal: Journal) -> NDArray[np.void]:
+    """The journal in the form of ours; a request is a write, by its number.
+
+    Of ranges that were written again, only the last write has a checksum, for it alone can be found
+    in RAM.
+    """
+    records = np.zeros(len(journal), dtype=RECORD)
+    for ours, theirs in (("request", "sequence"), ("gpa", "iova")):
+        records[ours] = journal[theirs]
+    for name in ("time_ns", "iova", "length"):
+        records[name] = journal[name]
+    records["epoch"] = journal["reports"] + 1
+    records["kind"] = WriteKind.DATA
+    last: dict[tuple[int, int], int] = {}
+    for row, (iova, length) in enumerate(journal[["iova", "length"]].tolist()):
+        last[iova, length] = row
+    for (iova, length), row in last.items():
+        records["checksum"][row] = zlib.crc32(_bytes(journal[row], iova, length))
+    return records
+
+
+def _bytes(entry: Any, iova: int, length: int) -> bytes:
+    return content(int(entry["sequence"]), iova, length).tobytes()

@@ -1,0 +1,110 @@
+"""One proof of QEMU's own vfio-pci on the fake device, in L1: `qmp_tools.proof` and nothing else.
+
+python3 -m qmp_tools.passthrough.owned_proof REPORT GUEST [--tracking NAME] [--fault NAME=VALUE]…
+
+GUEST is the ELF of the guest that drives the device. REPORT gets the proof as JSON; what a person
+is to read of it goes into the file beside it that ends in ``.txt``, and the story to standard
+output. The exit code is the verdict's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from dmaproof.errors import UntestableError, UsageError
+
+from ..devices.device import ProofDevice
+from ..display import LineDisplay
+from ..guest.workload import Workload
+from ..migration.migration import Limits
+from ..processes.machine import MIB, Machine
+from ..proof import Setup
+from ..proof_run import prove
+from ..reports.report import to_json, to_text
+from ..verdict import EXIT_UNTESTED
+from .fake_device import planted
+from .owned_device import OwnedDevice
+from .planted_faults import FAULTS
+from .tracking import TRACKINGS
+
+_QEMU: Final = Path("/usr/bin/qemu-system-x86_64")
+MEMORY_BYTES: Final = 64 * MIB
+_WORKLOAD: Final = Workload(hot=256, once=1024, churn=512)
+_REQUESTS_AFTER: Final = 50
+_BANDWIDTH_BYTES_PER_S: Final = 4 * MIB
+_DOWNTIME_S: Final = 10.0
+
+
+def parse_fault(text: str) -> dict[str, int]:
+    """The module's parameters for 'NAME' or 'NAME=VALUE', one of `FAULTS`.
+
+    Raises:
+        UsageError: there is no such fault, or it cannot have that value.
+    """
+    name, given, value = text.partition("=")
+    if name not in FAULTS:
+        raise UsageError(f"fault {text}: the fake VFIO device has {', '.join(sorted(FAULTS))}")
+    ((parameter, number),) = FAULTS[name].items()
+    if given:
+        number = int(value) if value.isdecimal() else 0
+    if not 0 < number < 1 << 31:
+        raise UsageError(f"fault {text}: a whole number from 1 on is due")
+    return {parameter: number}
+
+
+def setup_of(guest: Path, device: ProofDevice, seed: int, timeout_s: float) -> Setup:
+    """A proof inside L1 on `device`, which is the fake one; `guest` is the ELF that drives it."""
+    return Setup(
+        qemu=_QEMU,
+        qemu_destination=_QEMU,
+        machine=Machine("q35", "tcg", MEMORY_BYTES, 1, guest, command_line=_line(seed)),
+        guest="vfio",
+        workload=replace(_WORKLOAD, seed=seed),
+        device=device,
+        seed=seed,
+        limits=Limits(_BANDWIDTH_BYTES_PER_S, _DOWNTIME_S, timeout_s),
+        requests_after=_REQUESTS_AFTER,
+    )
+
+
+def _line(seed: int) -> str:
+    return f"hot={_WORKLOAD.hot} once={_WORKLOAD.once} churn={_WORKLOAD.churn} seed={seed}"
+
+
+class _Display(LineDisplay):
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+
+def main() -> int:
+    """Carry out the proof; returns its exit code."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("report", type=Path)
+    parser.add_argument("guest", type=Path)
+    parser.add_argument("--tracking", choices=TRACKINGS, default="iommufd")
+    parser.add_argument("--fault")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--timeout", type=float, default=120.0)
+    arguments = parser.parse_args()
+    fault = parse_fault(arguments.fault) if arguments.fault else {}
+    device = OwnedDevice(arguments.tracking, arguments.fault)
+    setup = setup_of(arguments.guest, device, arguments.seed, arguments.timeout)
+    try:
+        with planted(**fault, **({"seed": arguments.seed} if fault else {})):
+            proof = asyncio.run(prove(setup, _Display()))
+    except UntestableError as error:
+        print(f"could not be tested: {error}", flush=True)
+        return EXIT_UNTESTED
+    arguments.report.write_text(json.dumps(to_json(proof)))
+    arguments.report.with_suffix(".txt").write_text(to_text(proof))
+    return proof.verdict.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Our vhost-user disk over the kernel's trackers: proved as any other device of ours, inside L1.
+
+The guest of L2 asks the disk, the disk has the fake VFIO device write guest RAM by DMA, the kernel
+tells what was written, and we merge that into QEMU's vhost dirty log. The verdict is that of
+`qmp_tools.proof`: every page compared, each lost one attributed. Every way has a control, in which
+a planted fault must corrupt, and be placed where it was planted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+from dmaproof.trace import Link
+
+from ..devices.emulated import EmulatedDevice
+from ..display import QuietDisplay
+from ..guest.workload import Workload
+from ..migration.migration import Limits
+from ..processes.device import DeviceOptions
+from ..processes.machine import MIB, Machine
+from ..proof import Proof as Migrated
+from ..proof import Setup
+from ..proof_run import prove
+from ..verdict import Blame
+from .fake_device import planted
+from .outcome import Proof, require
+from .vhost_device import TRACKERS
+
+_QEMU: Final = Path("/usr/bin/qemu-system-x86_64")
+_MEMORY_BYTES: Final = 64 * MIB
+_WORKLOAD: Final = Workload(threads=2, hot=128, once=512, churn=512, huge_every=0)
+_REQUESTS_AFTER: Final = 100
+_LIMITS: Final = Limits(bandwidth_bytes_per_s=4 * MIB, downtime_s=10.0, timeout_s=300.0)
+_DROP_IN_1000: Final = 50
+_DROP_PAGES: Final = "drop-pages=0.05"
+_CONTROLS: Final = {TRACKERS[0]: Link.TRACKER, TRACKERS[1]: Link.TRACKER, TRACKERS[2]: Link.LOG}
+"""Where each way's control loses pages: type1's own log has no fault, so ours is dropped."""
+
+
+@dataclass(frozen=True)
+class _Options(DeviceOptions):
+    module: ClassVar[str] = "qmp_tools.passthrough.vhost_device"
+
+
+def proofs(guest: Path, seed: int) -> dict[str, Proof]:
+    """Every tracker of the kernel's, each followed by its control; `guest` is the bare one."""
+    found: dict[str, Proof] = {}
+    for tracker, link in _CONTROLS.items():
+        found[tracker] = partial(_equal, guest, tracker, seed)
+        found[f"{tracker}, control: lost at the {link}"] = partial(
+            _corrupts, guest, tracker, link, seed
+        )
+    return found
+
+
+def _prove(guest: Path, tracker: str, fault: str | None, seed: int) -> Migrated:
+    workload = replace(_WORKLOAD, seed=seed)
+    setup = Setup(
+        qemu=_QEMU,
+        qemu_destination=_QEMU,
+        machine=Machine("q35", "tcg", _MEMORY_BYTES, 1, guest, command_line=str(workload)),
+        guest="bare",
+        workload=workload,
+        device=EmulatedDevice(_Options(tracker=tracker, fault=fault, seed=seed)),
+        seed=seed,
+        limits=_LIMITS,
+        requests_after=_REQUESTS_AFTER,
+    )
+    return asyncio.run(prove(setup, QuietDisplay()))
+
+
+def _equal(guest: Path, tracker: str, seed: int) -> tuple[str, dict[str, Any]]:
+    """A proof that passes."""
+    proof = _prove(guest, tracker, None, seed)
+    require(proof.verdict.exit_code == 0, proof.verdict.sentence)
+    require(proof.verdict.sharpness.certain > 0, "no page was certain to show a loss")
+    return f"0 of {proof.verdict.pages} pages differ, {_told(proof)}", _figures(proof)
+
+
+def _corrupts(guest: Path, tracker: str, link: Link, seed: int) -> tuple[str, dict[str, Any]]:
+    """The same with a fault at `link`, which must be seen there, and nothing else."""
+    if link is Link.TRACKER:
+        with planted(drop=_DROP_IN_1000, seed=seed):
+            proof = _prove(guest, tracker, None, seed)
+    else:
+        proof = _prove(guest, tracker, _DROP_PAGES, seed)
+    lost = proof.verdict.lost
+    require(len(lost) > 0, f"the fault is not seen, {_told(proof)}")
+    elsewhere = sum((page.blame, page.link) != (Blame.DEVICE, link) for page in lost)
+    require(not elsewhere, f"{elsewhere} of {len(lost)} lost pages are not placed at the {link}")
+    return f"{len(lost)} pages differ, all lost at the {link}, {_told(proof)}", _figures(proof)
+
+
+def _told(proof: Migrated) -> str:
+    sharpness = proof.verdict.sharpness
+    return (
+        f"{sharpness.written} written, {sharpness.certain} certain, "
+        f"{len(proof.harvests)} harvests, {proof.history[-1].syncs} syncs, "
+        f"{proof.migration_s:.1f} s"
+    )
+
+
+def _figures(proof: Migrated) -> dict[str, Any]:
+    sharpness = proof.verdict.sharpness
+    return {
+        "differing": len(proof.verdict.lost),
+        "certain": sharpness.certain,
+        "written": sharpness.written,
+        "unreported": sharpness.unreported,
+        "harvests": len(proof.harvests),
+        "syncs": proof.history[-1].syncs,
+        "seconds": round(proof.migration_s, 1),
+    }

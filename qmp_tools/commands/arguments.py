@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
+from dmaproof.errors import UsageError
+
 Subcommands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """Where a subcommand adds its parser; argparse has no public name for it."""
 
@@ -63,3 +65,16 @@ def seconds(text: str) -> float:
     if not 0 < value < 3600:
         raise ValueError
     return value
+
+
+def sole_device(arguments: argparse.Namespace, begins: str) -> str | None:
+    """The device that was asked for, if its name `begins` so.
+
+    Raises:
+        UsageError: there are others beside it.
+    """
+    names: list[str] = arguments.device or []
+    wanted = next((name for name in names if name.startswith(begins)), None)
+    if wanted is not None and len(names) > 1:
+        raise UsageError(f"--device {wanted}: a proof can have no other device beside it")
+    return wanted

@@ -10,6 +10,7 @@ from dmaproof.faults import known_faults, summary
 from dmaproof.trace import Link
 
 from ..display import Display, display
+from ..host.vfio_functions import Host
 from ..processes.machine import format_memory
 from ..proof import Proof
 from ..proof_run import prove
@@ -18,6 +19,13 @@ from ..verdict import EXIT_UNTESTED
 from .arguments import Subcommands, add_parser
 from .interruption import run_interruptibly
 from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
+from .prove_functions import (
+    add_own_guest_options,
+    are_functions,
+    functions_setup_of,
+    refuse_own_guest,
+)
+from .prove_owned import is_owned, run_owned
 from .setup import add_proof_options, describe_ways, setup_of
 
 _CONTROL_FAULT: Final = "drop-pages=0.01"
@@ -30,6 +38,9 @@ examples:
   dmaproof prove --way multifd-4              any of the ways below
   dmaproof prove --guest bare                 no kernel to boot: the quickest proof
   dmaproof prove --workload pattern=sequential,huge_every=4
+  dmaproof prove --device vfio-fake --control
+                                              QEMU's own vfio-pci, in a machine of ours
+  dmaproof prove --device vfio:3b:00.2,3b:00.3 --kernel vmlinuz --initrd initrd.img
   dmaproof prove --qemu 11.1 --qemu-destination /usr/bin/qemu-system-x86_64
   dmaproof prove --device qemu:virtio-blk-pci --guest bare
   dmaproof prove --report proof.html --junit proof.xml
@@ -65,6 +76,7 @@ def add(commands: Subcommands) -> None:
         epilog=f"{_PROVE_EXAMPLES}\n{describe_ways()}\n\n{_describe_faults()}",
     )
     add_proof_options(parser)
+    add_own_guest_options(parser)
     run = parser.add_argument_group("run")
     run.add_argument(
         "--control",
@@ -77,7 +89,10 @@ def add(commands: Subcommands) -> None:
 
 
 async def _prove(arguments: argparse.Namespace, show: Display) -> tuple[Proof, Proof | None]:
-    setup = await setup_of(arguments, show)
+    if are_functions(arguments):
+        setup = await functions_setup_of(arguments, show, Host())
+    else:
+        setup = await setup_of(arguments, show)
     faulty = (
         replace(setup, device=setup.device.with_fault(_CONTROL_FAULT))
         if arguments.control
@@ -96,6 +111,10 @@ def _caught(control: Proof) -> bool:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if not are_functions(arguments):
+        refuse_own_guest(arguments)
+    if is_owned(arguments):
+        return run_owned(arguments)
     show = display(quiet=arguments.quiet)
     proof, control = run_interruptibly(_prove(arguments, show))
     answer = to_json(proof)

@@ -85,8 +85,9 @@ def add_proof_options(parser: argparse.ArgumentParser) -> None:
         "--device",
         metavar="NAME[:OPTION=VALUE,…]",
         action="append",
-        help="one of dmaproof's, or qemu:NAME, one inside QEMU; see docs/devices.md and "
-        "docs/own-devices.md; may come repeatedly (default: blk)",
+        help="one of dmaproof's (docs/own-devices.md), may come repeatedly; qemu:NAME, one inside "
+        "QEMU (docs/devices.md); vfio-fake, or vfio:SOURCE,DESTINATION (docs/passthrough.md); "
+        "default: blk",
     )
     device.add_argument(
         "--device-command",

@@ -91,6 +91,9 @@ class _AttachedFunctions:
     def release(self, side: str) -> None:
         """Nothing serves it but the kernel."""
 
+    async def disturb(self, side: str) -> None:
+        """No set-up says how."""
+
     async def refusal(self) -> UntestableError:
         return await never()
 
@@ -100,8 +103,8 @@ class _AttachedFunctions:
     def accepted_features(self, side: str) -> int | None:
         return None
 
-    async def evidence(self, side: str) -> Evidence | None:
-        return None
+    async def evidence(self, side: str) -> Sequence[Evidence]:
+        return ()
 
 
 def parse_functions(text: str, host: Host) -> HostFunctions:

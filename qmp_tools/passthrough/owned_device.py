@@ -93,6 +93,9 @@ class _AttachedDevice:
     def release(self, side: str) -> None:
         """Nothing serves it but the kernel."""
 
+    async def disturb(self, side: str) -> None:
+        """No set-up says how."""
+
     async def refusal(self) -> UntestableError:
         return await never()
 
@@ -102,9 +105,10 @@ class _AttachedDevice:
     def accepted_features(self, side: str) -> int | None:
         return None
 
-    async def evidence(self, side: str) -> Evidence | None:
+    async def evidence(self, side: str) -> Sequence[Evidence]:
         device = self._devices[side]
-        return evidence_of(device.journal(), device.told() if self._tracking.device else None)
+        told = device.told() if self._tracking.device else None
+        return [evidence_of(device.journal(), told)]
 
 
 def evidence_of(journal: Journal, told: Told | None) -> Evidence:

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from command import Tool, is_alive
+from qmp_tools.passthrough import GROUPS
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(3600)]
 
@@ -19,7 +20,7 @@ def test_all_proofs_hold_and_all_controls_are_caught(tool: Tool) -> None:
     rows = {(row["group"], row["name"]): row for row in outcome.report["outcomes"]}
     assert all(row["passed"] for row in rows.values())
     groups = {group for group, _ in rows}
-    assert groups == {"rules", "states", "differential", "faults", "migration"}
+    assert groups == set(GROUPS)
     assert rows["differential", "the kernel's iterator and ours"]["figures"]["cases"] >= 3000
     figures = {name: row["figures"] for (kind, name), row in rows.items() if kind == "migration"}
     controls = [it for name, it in figures.items() if "control" in name]
@@ -29,6 +30,30 @@ def test_all_proofs_hold_and_all_controls_are_caught(tool: Tool) -> None:
     clean = [it for name, it in figures.items() if not any(word in name for word in apart)]
     assert len(clean) == 5
     assert all(it["differing"] == 0 and it["certain"] > 0 for it in clean)
+    whole = {
+        f"{kind}: {name}": row["figures"]
+        for (kind, name), row in rows.items()
+        if kind in ("vhost", "functions") and row["figures"]
+    }
+    assert len(whole) == 9
+    for name, it in whole.items():
+        assert it["certain"] > 0, name
+        assert (it["differing"] > 0) is ("control" in name), name
+    assert tool.leftovers() == []
+
+
+def test_qemus_vfio_pci_is_proved_with_a_control_and_lost_pages_are_placed(tool: Tool) -> None:
+    outcome = tool.run("prove", "--device", "vfio-fake", "--control", "--json", "-", "--seed", "1")
+    assert outcome.exit_code == 0, outcome.errors[-4000:]
+    report = outcome.report
+    assert report["sharpness"]["certain"] == 1024
+    assert report["sharpness"]["unreported"] == 0
+    assert report["guest"]["swept"] > 1024
+    control = report["control"]
+    assert control["caught"]
+    assert control["exit_code"] == 1
+    assert 0 < control["lost"]["device"] == len(control["lost_pages"])
+    assert control["sharpness"]["missed_at"] == {"tracker": control["sharpness"]["unreported"]}
     assert tool.leftovers() == []
 
 

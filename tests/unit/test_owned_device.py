@@ -1,0 +1,203 @@
+"""The fake VFIO device as a proof's device: its journal as evidence, and what the command takes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dmaproof.errors import UsageError
+from dmaproof.evidence import Evidence, Slot
+from dmaproof.trace import Link
+from qmp_tools.commands.prove_owned import _check, add_control, is_owned
+from qmp_tools.commands.setup import parse_proof_options
+from qmp_tools.passthrough.fake_device import _ENTRY, _TOLD, Journal, Told, content
+from qmp_tools.passthrough.owned_device import evidence_of
+from qmp_tools.passthrough.owned_proof import parse_fault
+from qmp_tools.ram import RamFile, compare
+from qmp_tools.testbed.ring_driver import PAGE, ram_fd
+from qmp_tools.verdict import Blame, LostPage, Sharpness, attribute, measure_sharpness
+
+PAGES = 32
+ALL_SENT_NS = 1000
+
+
+class Case:
+    """What the device wrote into the source's RAM, and what it has told in which report."""
+
+    def __init__(self, source: RamFile, destination: RamFile) -> None:
+        self.source, self.destination = source, destination
+        self._writes: list[tuple[int, ...]] = []
+        self._told: list[tuple[int, int, int]] = []
+
+    def write(self, page: int, *, reports: int, time_ns: int = 2000, logged: int = 1) -> None:
+        sequence, iova = len(self._writes) + 1, page * PAGE
+        os.pwrite(self.source.fd, content(sequence, iova, PAGE).tobytes(), iova)
+        self._writes.append((sequence, iova, PAGE, reports, 1, logged, time_ns))
+
+    def tell(self, page: int, report: int) -> None:
+        self._told.append((report, page * PAGE, PAGE))
+
+    def send(self, page: int) -> None:
+        os.pwrite(self.destination.fd, os.pread(self.source.fd, PAGE, page * PAGE), page * PAGE)
+
+    @property
+    def journal(self) -> Journal:
+        return np.array(self._writes, dtype=_ENTRY)
+
+    @property
+    def told(self) -> Told:
+        return np.array(self._told, dtype=_TOLD)
+
+    def evidence(self, *, asked: bool = True) -> Evidence:
+        return evidence_of(self.journal, self.told if asked else None)
+
+    def lost(self, *, asked: bool = True) -> list[LostPage]:
+        slots = [Slot(0, PAGES * PAGE, 0, self.source.device, self.source.inode)]
+        differing = compare(self.source, self.destination)
+        evidence = self.evidence(asked=asked)
+        return attribute(differing, self.source, self.destination, slots, [evidence])
+
+    def sharpness(self, *, asked: bool = True) -> Sharpness:
+        evidence = self.evidence(asked=asked)
+        evidence.slots.append(Slot(0, PAGES * PAGE, 0, 1, 1))
+        return measure_sharpness([evidence], ALL_SENT_NS)
+
+
+@pytest.fixture
+def case() -> Iterator[Case]:
+    with ram_fd(PAGES * PAGE) as source, ram_fd(PAGES * PAGE) as destination:
+        files = [
+            RamFile(fd, PAGES * PAGE, os.fstat(fd).st_dev, os.fstat(fd).st_ino)
+            for fd in (source, destination)
+        ]
+        yield Case(*files)
+
+
+def test_a_page_that_was_never_told_is_the_devices(case: Case) -> None:
+    case.write(3, reports=7)
+    case.tell(4, 8)
+    (page,) = case.lost()
+    assert (page.blame, page.link, page.gpa) == (Blame.DEVICE, Link.TRACKER, 3 * PAGE)
+    assert (page.request, page.due_in_harvest) == (1, 8)
+    assert case.sharpness().unreported == 1
+
+
+def test_a_page_that_was_told_only_before_its_last_write_is_the_devices(case: Case) -> None:
+    case.write(3, reports=0)
+    case.tell(3, 1)
+    case.send(3)
+    assert not case.lost()
+    case.write(3, reports=1)
+    (page,) = case.lost()
+    assert (page.blame, page.link, page.due_in_harvest) == (Blame.DEVICE, Link.TRACKER, 2)
+
+
+def test_a_page_that_was_told_in_time_is_lost_by_qemu(case: Case) -> None:
+    case.write(3, reports=0)
+    case.write(3, reports=4)
+    case.tell(3, 5)
+    (page,) = case.lost()
+    assert (page.blame, page.link, page.request) == (Blame.QEMU, Link.QEMU, 2)
+    assert case.sharpness().unreported == 0
+
+
+def test_a_page_that_a_vcpu_wrote_later_is_the_accelerators(case: Case) -> None:
+    case.write(3, reports=0)
+    case.tell(3, 1)
+    os.pwrite(case.source.fd, b"vcpu", 3 * PAGE + 8)
+    (page,) = case.lost()
+    assert page.blame is Blame.ACCELERATOR
+
+
+def test_where_the_device_is_not_asked_it_has_missed_nothing(case: Case) -> None:
+    case.write(3, reports=0, logged=0)
+    case.write(5, reports=0, logged=0)
+    case.send(5)
+    (page,) = case.lost(asked=False)
+    assert page.blame is Blame.QEMU
+    sharpness = case.sharpness(asked=False)
+    assert (sharpness.unreported, sharpness.reported_unwritten) == (0, 0)
+
+
+def test_what_was_written_before_logging_was_on_is_not_held_against_it(case: Case) -> None:
+    case.write(1, reports=0, logged=0)
+    case.write(2, reports=0)
+    case.write(3, reports=0, logged=0)  # while logging was on, and outside of what is logged
+    sharpness = case.sharpness()
+    assert (sharpness.writes, sharpness.unreported) == (2, 2)
+
+
+def test_only_pages_written_once_and_after_all_was_sent_are_certain(case: Case) -> None:
+    for page, time_ns in ((1, 500), (1, 2000), (2, 2000), (3, 2000), (3, 2001)):
+        case.write(page, reports=0, time_ns=time_ns)
+        case.tell(page, 1)
+    sharpness = case.sharpness()
+    assert (sharpness.written, sharpness.rewritten, sharpness.certain) == (3, 3, 1)
+
+
+def test_a_device_that_wrote_nothing_is_no_evidence(case: Case) -> None:
+    evidence = case.evidence()
+    assert (evidence.requests, len(evidence.records), evidence.started_ns) == (0, 0, None)
+    assert case.sharpness().rewritten == 0
+
+
+# The command --------------------------------------------------------------------------------------
+
+
+def given(**options: Any) -> argparse.Namespace:
+    arguments = parse_proof_options({})
+    given = {"device": ["vfio-fake"], "control": False, **options}
+    return argparse.Namespace(**{**vars(arguments), **given})
+
+
+def test_the_name_of_the_device_with_a_tracking_or_without() -> None:
+    assert is_owned(given())
+    assert is_owned(given(device=["vfio-fake:container"]))
+    assert not is_owned(given(device=["vfio:0000:3b:00.2"]))
+    assert not is_owned(given(device=["blk", "net"]))
+    assert not is_owned(given(device=None))
+    with pytest.raises(UsageError, match="no other device beside it"):
+        is_owned(given(device=["vfio-fake", "blk"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "tracking", "why"),
+    [
+        ({}, "none", "vfio-fake has iommufd, .*container-type1"),
+        ({"guest": "bare"}, "iommufd", "--guest does not apply"),
+        ({"memory": "1G"}, "iommufd", "--memory does not apply"),
+        ({"requests_after": 5}, "iommufd", "--requests-after does not apply"),
+        ({"fault": "drop-pages=0.1"}, "iommufd", "has clear-before-read, drop, late, shift"),
+        ({"fault": "drop=0"}, "iommufd", "from 1 on"),
+        ({"fault": "drop=x"}, "iommufd", "from 1 on"),
+        ({"fault": "drop"}, "container-type1", "QEMU does not ask the device"),
+        ({"control": True}, "iommufd-untracked", "QEMU does not ask the device"),
+    ],
+)
+def test_what_does_not_apply_is_wrong_usage(
+    options: dict[str, Any], tracking: str, why: str
+) -> None:
+    with pytest.raises(UsageError, match=why):
+        _check(given(**options), tracking)
+
+
+def test_what_applies() -> None:
+    _check(given(seed=3, fault="drop=20", timeout=60.0, control=True), "container-once-stopped")
+    assert parse_fault("drop=20") == {"drop": 20}
+    assert parse_fault("clear-before-read") == {"clear_before_read": 200}
+
+
+@pytest.mark.parametrize(
+    ("links", "caught"), [([], False), (["tracker"], True), (["tracker", "qemu"], False)]
+)
+def test_a_control_that_is_not_caught_takes_the_pass_away(links: list[str], caught: bool) -> None:
+    report: dict[str, Any] = {"exit_code": 0, "verdict": "every page equal"}
+    line = add_control(report, {"lost_pages": [{"link": link} for link in links]})
+    assert report["control"]["caught"] is caught
+    assert (report["exit_code"] == 0) is caught
+    assert ("NOT CAUGHT" in line) is not caught

@@ -21,7 +21,7 @@ BITS = 64 * WORDS
 WRITERS = 3
 SINGLE_BITS = 2000
 """How many bits each writer sets one by one, where it does so."""
-ROUNDS = 400
+ROUNDS = 8000
 
 # Each writer has every third bit, so all of them are at work in every word. The bytes behind the
 # bitmap are a barrier: a writer begins when the others are there, too.

@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 _TYPE: Final = Path("/sys/class/dmaproof/dmaproof/mdev_supported_types/dmaproof-dma")
 _DEVICES: Final = Path("/sys/bus/mdev/devices")
 _CONTROL: Final = Path("/sys/kernel/debug/dmaproof")
 _PARAMETERS: Final = Path("/sys/module/dmaproof_vfio/parameters")
 
-_OP: Final = np.dtype([("kind", "<u4"), ("reserved", "<u4"), ("iova", "<u8"), ("length", "<u8")])
+_OP: Final = np.dtype(
+    [("kind", "<u4"), ("count", "<u4"), ("iova", "<u8"), ("length", "<u8"), ("stride", "<i8")]
+)
 _WRITE: Final = 1
 _MARK: Final = 2
 _REGISTERS: Final = np.dtype(
@@ -102,11 +104,23 @@ class FakeDevice:
         """
         self._execute(_MARK, iovas, lengths)
 
-    def _execute(self, kind: int, iovas: Addresses, lengths: Addresses) -> None:
-        operations = np.zeros(len(iovas), dtype=_OP)
+    def mark_comb(self, iova: int, length: int, count: int, stride: int) -> None:
+        """`mark` for `count` ranges that begin `stride` bytes apart, downwards if it is negative.
+
+        Raises:
+            OSError: the device does not log, or one of them is outside of 64 bits.
+        """
+        self._execute(_MARK, [iova], [length], count, stride)
+
+    def _execute(
+        self, kind: int, iovas: ArrayLike, lengths: ArrayLike, count: int = 1, stride: int = 0
+    ) -> None:
+        operations = np.zeros(np.size(iovas), dtype=_OP)
         operations["kind"] = kind
+        operations["count"] = count
         operations["iova"] = iovas
         operations["length"] = lengths
+        operations["stride"] = stride
         with (self._folder / "control").open("wb", buffering=0) as control:
             control.write(operations.tobytes())
 

@@ -44,6 +44,7 @@ static ssize_t dma_write(struct file *file, const char __user *buffer, size_t co
 	size_t bytes = min_t(size_t, count, BYTES_AT_ONCE);
 	struct dmaproof_op op = {
 		.kind = cpu_to_le32(DMAPROOF_OP_WRITE),
+		.count = cpu_to_le32(1),
 		.iova = cpu_to_le64(*pos),
 		.length = cpu_to_le64(bytes),
 	};

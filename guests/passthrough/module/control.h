@@ -38,16 +38,17 @@ struct dmaproof_registers {
 
 struct dmaproof_op {
 	__le32 kind;
-	__le32 reserved; /* 0 */
+	__le32 count; /* of marks, `stride` bytes apart; 1 for a write */
 	__le64 iova;
 	__le64 length;
+	__le64 stride; /* signed */
 };
 
 /* Write `length` bytes by DMA: journalled, and remembered as dirty. */
 #define DMAPROOF_OP_WRITE 1
 /*
- * Hand exactly this range to iova_bitmap_set() at the next report, whatever is asked for there:
- * what hardware would do that does not look at the question. Nothing is written.
+ * Hand exactly these ranges to iova_bitmap_set() at the next report, in this order, whatever is
+ * asked for there: what hardware would do that does not look at the question. Nothing is written.
  */
 #define DMAPROOF_OP_MARK 2
 

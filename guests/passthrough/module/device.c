@@ -186,24 +186,6 @@ static int set_irqs(void __user *arg)
 	return header.count || header.index >= VFIO_PCI_NUM_IRQS ? -EINVAL : 0;
 }
 
-static long device_ioctl(struct vfio_device *vdev, unsigned int command, unsigned long arg)
-{
-	void __user *user = (void __user *)arg;
-
-	switch (command) {
-	case VFIO_DEVICE_GET_INFO:
-		return get_info(user);
-	case VFIO_DEVICE_GET_IRQ_INFO:
-		return get_irq_info(user);
-	case VFIO_DEVICE_SET_IRQS:
-		return set_irqs(user);
-	case VFIO_DEVICE_RESET:
-		reset(to_dmaproof(vdev));
-		return 0;
-	}
-	return -ENOTTY;
-}
-
 static int region_info(struct vfio_device *vdev, struct vfio_region_info *info,
 		       struct vfio_info_cap *caps)
 {
@@ -213,6 +195,46 @@ static int region_info(struct vfio_device *vdev, struct vfio_region_info *info,
 	info->size = region_bytes(info->index);
 	info->flags = info->size ? VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE : 0;
 	return 0;
+}
+
+#ifndef DMAPROOF_HAS_REGION_INFO_OP
+static int get_region_info(struct vfio_device *vdev, void __user *arg)
+{
+	struct vfio_region_info info;
+	size_t bytes = offsetofend(struct vfio_region_info, offset);
+	int ret;
+
+	if (copy_from_user(&info, arg, bytes))
+		return -EFAULT;
+	if (info.argsz < bytes)
+		return -EINVAL;
+	ret = region_info(vdev, &info, NULL);
+	if (ret)
+		return ret;
+	return copy_to_user(arg, &info, bytes) ? -EFAULT : 0;
+}
+#endif
+
+static long device_ioctl(struct vfio_device *vdev, unsigned int command, unsigned long arg)
+{
+	void __user *user = (void __user *)arg;
+
+	switch (command) {
+	case VFIO_DEVICE_GET_INFO:
+		return get_info(user);
+#ifndef DMAPROOF_HAS_REGION_INFO_OP
+	case VFIO_DEVICE_GET_REGION_INFO:
+		return get_region_info(vdev, user);
+#endif
+	case VFIO_DEVICE_GET_IRQ_INFO:
+		return get_irq_info(user);
+	case VFIO_DEVICE_SET_IRQS:
+		return set_irqs(user);
+	case VFIO_DEVICE_RESET:
+		reset(to_dmaproof(vdev));
+		return 0;
+	}
+	return -ENOTTY;
 }
 
 static int device_open(struct vfio_device *vdev)
@@ -271,16 +293,20 @@ static const struct vfio_device_ops device_ops = {
 	.name = "dmaproof",
 	.init = device_init,
 	.release = device_release,
+#ifdef DMAPROOF_HAS_IOMMUFD
 	.bind_iommufd = vfio_iommufd_emulated_bind,
 	.unbind_iommufd = vfio_iommufd_emulated_unbind,
 	.attach_ioas = vfio_iommufd_emulated_attach_ioas,
 	.detach_ioas = vfio_iommufd_emulated_detach_ioas,
+#endif
 	.open_device = device_open,
 	.close_device = device_close,
 	.read = device_read,
 	.write = device_write,
 	.ioctl = device_ioctl,
+#ifdef DMAPROOF_HAS_REGION_INFO_OP
 	.get_region_info_caps = region_info,
+#endif
 };
 
 static int probe(struct mdev_device *mdev)
@@ -328,7 +354,7 @@ static struct mdev_type type = {
 };
 static struct mdev_type *types[] = { &type };
 
-static const struct class parent_class = { .name = "dmaproof" };
+static struct class parent_class = { .name = "dmaproof" };
 static struct device *parent;
 static struct mdev_parent mdev_parent;
 
@@ -376,4 +402,4 @@ module_init(dmaproof_init);
 module_exit(dmaproof_exit);
 MODULE_LICENSE("GPL");
 MODULE_DESCRIPTION("A VFIO PCI device without hardware, whose DMA is known to the byte");
-MODULE_IMPORT_NS("IOMMUFD");
+MODULE_INFO(import_ns, "IOMMUFD"); /* MODULE_IMPORT_NS() wants quotes from Linux 6.13 on */

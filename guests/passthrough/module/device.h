@@ -8,6 +8,7 @@
 #include <linux/workqueue.h>
 #include <linux/xarray.h>
 
+#include "compat.h"
 #include "control.h"
 
 #define DMAPROOF_CONFIG_BYTES 256
@@ -17,6 +18,8 @@ struct dmaproof_stream;
 struct dmaproof_mark {
 	struct list_head list;
 	u64 iova, length;
+	s64 stride;
+	u32 count; /* held: 1 */
 	u64 due; /* held: when it is told at last, in nanoseconds */
 };
 
@@ -80,7 +83,8 @@ int dmaproof_tracker_init(struct dmaproof_tracker *tracker);
 void dmaproof_tracker_release(struct dmaproof_tracker *tracker);
 void dmaproof_tracker_stop(struct dmaproof_tracker *tracker);
 bool dmaproof_tracker_add(struct dmaproof_tracker *tracker, u64 iova, u64 length);
-int dmaproof_tracker_mark(struct dmaproof_tracker *tracker, u64 iova, u64 length);
+int dmaproof_tracker_mark(struct dmaproof_tracker *tracker, u64 iova, u64 length, u32 count,
+			  s64 stride);
 void dmaproof_tracker_tell(struct dmaproof_tracker *tracker, struct iova_bitmap *dirty, u64 iova,
 			   u64 length);
 void dmaproof_tracker_forget(struct dmaproof_tracker *tracker, u64 iova, u64 last);

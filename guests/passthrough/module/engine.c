@@ -36,7 +36,7 @@ static void fill(u8 *bytes, u64 sequence, u64 iova, size_t length)
 
 static bool may_write(struct dmaproof_device *device)
 {
-	switch (device->state) {
+	switch ((int)device->state) { /* before Linux 6.2, PRE_COPY is not among the names */
 	case VFIO_DEVICE_STATE_RUNNING:
 	case VFIO_DEVICE_STATE_RUNNING_P2P:
 	case VFIO_DEVICE_STATE_PRE_COPY:
@@ -169,18 +169,33 @@ struct batch {
 	int ret;
 };
 
+/* Whether `count` ranges that begin `stride` bytes apart are all inside 64 bits. */
+static bool in_space(u64 iova, u64 length, u32 count, s64 stride)
+{
+	u64 reach, last;
+
+	if (check_mul_overflow((u64)(count - 1), (u64)abs(stride), &reach))
+		return false;
+	if (stride < 0)
+		return reach <= iova && !check_add_overflow(iova, length - 1, &last);
+	return !check_add_overflow(iova, reach, &last) &&
+	       !check_add_overflow(last, length - 1, &last);
+}
+
 static int execute_one(struct dmaproof_device *device, const struct dmaproof_op *op, void *given)
 {
-	u64 iova = le64_to_cpu(op->iova), length = le64_to_cpu(op->length), end;
+	u64 iova = le64_to_cpu(op->iova), length = le64_to_cpu(op->length);
+	u32 count = le32_to_cpu(op->count);
+	s64 stride = le64_to_cpu(op->stride);
 
 	/* A mark may be anything that hardware could say, but iova_bitmap_set() never ends for 0. */
-	if (op->reserved || !length || check_add_overflow(iova, length - 1, &end))
+	if (!length || !count || !in_space(iova, length, count, stride))
 		return -EINVAL;
 	switch (le32_to_cpu(op->kind)) {
 	case DMAPROOF_OP_WRITE:
-		return dma_write(device, iova, length, given);
+		return count == 1 ? dma_write(device, iova, length, given) : -EINVAL;
 	case DMAPROOF_OP_MARK:
-		return dmaproof_tracker_mark(&device->tracker, iova, length);
+		return dmaproof_tracker_mark(&device->tracker, iova, length, count, stride);
 	}
 	return -EINVAL;
 }

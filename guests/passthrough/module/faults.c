@@ -73,7 +73,7 @@ static void hold(struct dmaproof_tracker *tracker, u64 iova, u64 length)
 	if (!mark)
 		return;
 	*mark = (struct dmaproof_mark){
-		.iova = iova, .length = length, .due = ktime_get_ns() + late * (u64)NSEC_PER_MSEC,
+		.iova = iova, .length = length, .count = 1, .due = ktime_get_ns() + late * (u64)NSEC_PER_MSEC,
 	};
 	list_add_tail(&mark->list, &tracker->held);
 }

@@ -88,6 +88,7 @@ static ssize_t stream_write(struct file *file, const char __user *buffer, size_t
 	return ret;
 }
 
+#ifdef VFIO_MIG_GET_PRECOPY_INFO
 static long stream_ioctl(struct file *file, unsigned int command, unsigned long arg)
 {
 	struct dmaproof_stream *stream = file->private_data;
@@ -108,6 +109,7 @@ static long stream_ioctl(struct file *file, unsigned int command, unsigned long 
 	mutex_unlock(&stream->lock);
 	return ret;
 }
+#endif
 
 static int stream_release(struct inode *inode, struct file *file)
 {
@@ -118,7 +120,9 @@ static int stream_release(struct inode *inode, struct file *file)
 static const struct file_operations saving = {
 	.owner = THIS_MODULE,
 	.read = stream_read,
+#ifdef VFIO_MIG_GET_PRECOPY_INFO
 	.unlocked_ioctl = stream_ioctl,
+#endif
 	.release = stream_release,
 };
 
@@ -267,16 +271,20 @@ static int get_state(struct vfio_device *vdev, enum vfio_device_mig_state *state
 	return 0;
 }
 
+#ifdef VFIO_MIG_GET_PRECOPY_INFO /* came together */
 static int get_data_size(struct vfio_device *vdev, unsigned long *bytes)
 {
 	*bytes = RECORD_BYTES;
 	return 0;
 }
+#endif
 
 const struct vfio_migration_ops dmaproof_migration_ops = {
 	.migration_set_state = set_state,
 	.migration_get_state = get_state,
+#ifdef VFIO_MIG_GET_PRECOPY_INFO
 	.migration_get_data_size = get_data_size,
+#endif
 };
 
 /* End every session and run; the device's lock is held. */

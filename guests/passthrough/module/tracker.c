@@ -101,7 +101,7 @@ static struct chunk *chunk_of(struct dmaproof_tracker *tracker, u64 page)
 	return chunk;
 }
 
-static void add_pages(struct dmaproof_tracker *tracker, u64 first, u64 last)
+static void remember_pages(struct dmaproof_tracker *tracker, u64 first, u64 last)
 {
 	while (first <= last) {
 		u64 end = min(last, first | (CHUNK_PAGES - 1));
@@ -129,14 +129,15 @@ bool dmaproof_tracker_add(struct dmaproof_tracker *tracker, u64 iova, u64 length
 
 		if (first > last)
 			continue;
-		add_pages(tracker, first / tracker->page_size, last / tracker->page_size);
+		remember_pages(tracker, first / tracker->page_size, last / tracker->page_size);
 		logged += last - first + 1;
 	}
 	mutex_unlock(&tracker->lock);
 	return logged == length;
 }
 
-int dmaproof_tracker_mark(struct dmaproof_tracker *tracker, u64 iova, u64 length)
+int dmaproof_tracker_mark(struct dmaproof_tracker *tracker, u64 iova, u64 length, u32 count,
+			  s64 stride)
 {
 	struct dmaproof_mark *mark = kzalloc(sizeof(*mark), GFP_KERNEL);
 
@@ -144,6 +145,8 @@ int dmaproof_tracker_mark(struct dmaproof_tracker *tracker, u64 iova, u64 length
 		return -ENOMEM;
 	mark->iova = iova;
 	mark->length = length;
+	mark->count = count;
+	mark->stride = stride;
 	mutex_lock(&tracker->lock);
 	if (!tracker->on) {
 		mutex_unlock(&tracker->lock);
@@ -218,7 +221,8 @@ static void read_marks(struct dmaproof_tracker *tracker, struct iova_bitmap *dir
 	struct dmaproof_mark *mark, *next;
 
 	list_for_each_entry_safe(mark, next, &tracker->marks, list) {
-		dmaproof_report(tracker, dirty, mark->iova, mark->length);
+		for (u32 i = 0; i < mark->count; i++)
+			dmaproof_report(tracker, dirty, mark->iova + i * mark->stride, mark->length);
 		kfree(mark);
 	}
 	INIT_LIST_HEAD(&tracker->marks);

@@ -85,7 +85,8 @@ def add_control(report: dict[str, Any], control: dict[str, Any]) -> str:
 def _prove(
     arguments: argparse.Namespace, request: OwnedRequest, show: Display
 ) -> tuple[dict[str, Any], str]:
-    return run_interruptibly(prove_owned(l1(show.say), find_qemu(arguments.qemu), request, show))
+    machine = l1(say=show.say)
+    return run_interruptibly(prove_owned(machine, find_qemu(arguments.qemu), request, show))
 
 
 def _check(arguments: argparse.Namespace, tracking: str) -> None:

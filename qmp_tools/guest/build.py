@@ -9,16 +9,19 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from dmaproof.errors import UntestableError
 
 from .workload import Workload
 
 Say = Callable[[str], None]
+_UNUSED_S: Final = 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -72,21 +75,61 @@ def digest(parts: Sequence[bytes]) -> str:
 
 @contextmanager
 def fresh_folder(target: Path) -> Iterator[Path | None]:
-    """A folder to fill in `target`'s place, or None if another process has filled it meanwhile."""
+    """A folder to fill in `target`'s place, or None if another process has filled it meanwhile.
+
+    Whoever makes another of the same kind (``kind-digest``) waits.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / "lock").open("w") as lock:
+    kind = _kind(target)
+    with (target.parent / f"lock-{kind}").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.is_dir():
             yield None
             return
-        for left in target.parent.glob("new-*"):  # by a process that was killed
+        for left in target.parent.glob(f"partial-{kind}-*"):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
-        fresh = Path(tempfile.mkdtemp(prefix="new-", dir=target.parent))
+        fresh = Path(tempfile.mkdtemp(prefix=f"partial-{kind}-", dir=target.parent))
         try:
             yield fresh
             fresh.rename(target)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _kind(folder: Path) -> str:
+    return folder.name.rpartition("-")[0] or folder.name
+
+
+def prune(target: Path) -> Path:
+    """Take `target`, named ``kind-digest``, into use, and remove its siblings of the same kind that
+    nobody has used for a day.
+
+    A folder that is in use is locked by whoever uses it until that process ends. Returns `target`.
+    """
+    os.utime(target)
+    fcntl.flock(os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), fcntl.LOCK_SH)
+    kind = _kind(target)
+    for sibling in target.parent.glob(f"{kind}-*"):
+        if _kind(sibling) == kind and sibling != target:
+            _remove_unused(sibling)
+    return target
+
+
+def _remove_unused(folder: Path) -> None:
+    try:
+        if time.time() - folder.stat().st_mtime < _UNUSED_S:
+            return
+        number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:  # somebody else has just removed it
+        return
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(number)
 
 
 def compile_c(files: Sequence[Path], target: Path, *options: str) -> None:

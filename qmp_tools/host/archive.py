@@ -125,7 +125,7 @@ class Archive:
         (self._folder / "sources.list").write_text(_sources(suite))
         self._apt("apt-get", "update", what=f"fetching the package lists of {suite}")
 
-    def _apt(self, program: str, *arguments: str, what: str) -> str:
+    def _apt(self, program: str, *arguments: str, what: str, folder: Path | None = None) -> str:
         settings = {
             "Dir::State": self._folder,
             "Dir::State::lists": self._folder / "lists",
@@ -143,7 +143,7 @@ class Archive:
             "APT::Sandbox::User": "root",
         }
         options = [part for name, value in settings.items() for part in ("-o", f"{name}={value}")]
-        return _run([program, *options, *arguments], what)
+        return _run([program, *options, *arguments], what, folder)
 
     def has(self, package: str) -> bool:
         """Whether the suite, or what it builds on, has `package`."""
@@ -160,6 +160,31 @@ class Archive:
         policy = self._apt("apt-cache", "-t", self.suite, "policy", package, what="asking apt")
         match = re.search(r"^\s*Candidate: (\S+)", policy, re.MULTILINE)
         return match[1] if match and match[1] != "(none)" else None
+
+    def dependencies(self, package: str) -> list[str]:
+        """The names of the packages that `package` of this suite depends on.
+
+        Raises:
+            UntestableError: the suite has none.
+        """
+        self.version(package)
+        what = f"asking apt about {package}"
+        return _depends(self._apt("apt-cache", "depends", package, what=what))
+
+    def fetch(self, package: str) -> Path:
+        """Download `package` alone.
+
+        Raises:
+            UntestableError: the suite has none, or it cannot be had.
+        """
+        archives = self._folder / "archives"
+        self.version(package)
+        self._apt(
+            *("apt-get", "-t", self.suite, "download", package),
+            what=f"downloading {package} from {self.suite}",
+            folder=archives,
+        )
+        return next(archives.glob(f"{package}_*.deb"))
 
     def fetch_closure(self, packages: Sequence[str]) -> list[Path]:
         """Download `packages` with all that they depend on, as for an empty system."""
@@ -187,7 +212,10 @@ def fetch_own(package: str, folder: Path) -> Path:
 
 def dependencies(package: str) -> list[str]:
     """The names of the packages that `package` of the machine's own release depends on."""
-    listing = _run(["apt-cache", "depends", package], f"asking apt about {package}")
+    return _depends(_run(["apt-cache", "depends", package], f"asking apt about {package}"))
+
+
+def _depends(listing: str) -> list[str]:
     return re.findall(r"^\s*Depends: ([^<\s]+)", listing, re.MULTILINE)
 
 

@@ -30,9 +30,9 @@ _PACKAGE: Final = "qemu-system-x86"
 _PACKAGES: Final = (_PACKAGE, "qemu-system-data", "qemu-utils", "seabios", "ipxe-qemu")
 _VIRTIOFSD: Final = "virtiofsd"
 """A package of its own from Debian 13 on."""
-_QEMU: Final = "qemu-system-x86_64"
+PROGRAM: Final = "qemu-system-x86_64"
 _PROGRAMS: Final = {
-    _QEMU: "usr/bin",
+    PROGRAM: "usr/bin",
     "qemu-storage-daemon": "usr/bin",
     "qemu-img": "usr/bin",
     _VIRTIOFSD: "usr/libexec",
@@ -75,7 +75,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 def installed() -> list[QemuBuild]:
     """The builds that are there, oldest version first."""
     builds = [
-        QemuBuild(file.parent.name, file.read_text().strip(), file.parent / _QEMU)
+        QemuBuild(file.parent.name, file.read_text().strip(), file.parent / PROGRAM)
         for file in _home().glob(f"[0-9]*/{_SUITE_FILE}")
     ]
     return sorted(builds, key=lambda build: _numbers(build.version))
@@ -102,9 +102,9 @@ def fetch(wanted: str, say: Say) -> QemuBuild:
             unpack(package, build / "root")
         make_whole(build, _PROGRAMS)
         (build / _SUITE_FILE).write_text(archive.suite + "\n")
-        _try(build / _QEMU)
+        _try(build / PROGRAM)
         replace_folder(build, target)
-    return QemuBuild(version, archive.suite, target / _QEMU)
+    return QemuBuild(version, archive.suite, target / PROGRAM)
 
 
 def _find(wanted: str, folder: Path, say: Say) -> tuple[Archive, str]:

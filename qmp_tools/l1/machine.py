@@ -21,17 +21,22 @@ from dmaproof import _core, _mapping, errors
 from dmaproof.errors import UntestableError
 
 from ..guest.build import Say
+from ..host.qemu_builds import PROGRAM as QEMU_PROGRAM
 from ..processes.process import log_tail
 from ..processes.qemu import Qemu
-from .kernel import MODULE, l1_kernel, l1_module
+from .kernel import KERNELS, MODULE, l1_kernel, l1_module
 from .root import COMPILE_PYTHON, l1_root, run_inside
+from .stock import STOCK, stock_kernel
 
+_SHARE: Final = "trans=virtio,version=9p2000.L,msize=512000"
 _COMMAND_LINE: Final = (
     "console=ttyS0 quiet panic=-1 nokaslr tsc=reliable no_timer_check "
     "transparent_hugepage=madvise iommufd.allow_unsafe_interrupts=1 "
-    "root=root rootfstype=9p rootflags=trans=virtio,version=9p2000.L,msize=512000,cache=loose "
+    f"root=root rootfstype=9p rootflags={_SHARE},cache=loose "
     "ro init=/init"
 )
+TESTED_QEMU: Final = "DMAPROOF_TESTED_QEMU"
+"""The variable by which L1's command finds a QEMU that is not the root file system's."""
 _JOB: Final = "job"
 _COMPILE_S: Final = 120.0
 
@@ -43,18 +48,29 @@ class L1:
     root: Path
     kernel: Path
     module: Path
+    qemu: Path | None = None
+    """The folder of a fetched QEMU, which is there in L1 and named by `TESTED_QEMU`."""
     memory_mib: int = 2048
-    cpus: int = 2
+    counting: bool = False
+    """Its clock counts instructions, one a nanosecond, on one CPU: the same everywhere."""
 
 
-def l1(say: Say = lambda text: None) -> L1:
-    """L1, built the first time: some 6 minutes on two cores.
+def l1(version: str = next(iter(KERNELS)), say: Say = lambda text: None) -> L1:
+    """L1 with the kernel `version`, built the first time: some 6 minutes on two cores.
+
+    Where that kernel cannot be built, L1 has Debian's stock one, as with `version` "stock".
 
     Raises:
-        UntestableError: it cannot be built here; the message says what is missing.
+        UntestableError: there is no L1 here at all; the message says what is missing.
     """
     root = l1_root(say)
-    kernel = l1_kernel(root, say)
+    try:
+        kernel = stock_kernel(say) if version == STOCK else l1_kernel(root, version, say)
+    except UntestableError as error:
+        if version == STOCK:
+            raise
+        say(f"{error}\nso it has to be Debian's stock kernel, with which less can be proved")
+        kernel = stock_kernel(say)
     return L1(root, kernel, l1_module(root, kernel, say))
 
 
@@ -107,14 +123,29 @@ async def _read(running: Qemu, heard: Callable[[str], None]) -> None:
 
 
 def _arguments(machine: L1, job: Path) -> list[str]:
+    initramfs = machine.kernel / "initramfs"
+    if machine.counting:
+        # Without what fills memory byte by byte: each byte would count as an instruction.
+        cpu = ["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"]
+        cpu += ["-cpu", "max,erms=off,fsrm=off"]
+    else:
+        cpu = ["-accel", "tcg,thread=multi", "-smp", "2", "-cpu", "max"]
     return [
-        *("-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max"),
-        *("-m", f"{machine.memory_mib}M", "-smp", str(machine.cpus), "-no-reboot"),
+        *("-machine", "q35", *cpu, "-m", f"{machine.memory_mib}M", "-no-reboot"),
         *("-kernel", os.fspath(machine.kernel / "vmlinux"), "-append", _COMMAND_LINE),
+        *(("-initrd", os.fspath(initramfs)) if initramfs.exists() else ()),
         *("-fsdev", f"local,id=root,path={machine.root},security_model=none,readonly=on"),
         *("-device", "virtio-9p-pci,fsdev=root,mount_tag=root"),
         *("-fsdev", f"local,id=job,path={job},security_model=none"),
         *("-device", "virtio-9p-pci,fsdev=job,mount_tag=job"),
+        *(_share_qemu(machine.qemu) if machine.qemu else ()),
+    ]
+
+
+def _share_qemu(folder: Path) -> list[str]:
+    return [
+        *("-fsdev", f"local,id=qemu,path={folder},security_model=none,readonly=on"),
+        *("-device", "virtio-9p-pci,fsdev=qemu,mount_tag=qemu"),
     ]
 
 
@@ -127,13 +158,22 @@ def _fill(job: Path, machine: L1, command: str, files: Sequence[Path]) -> None:
     )
     modules = job / "modules"
     modules.mkdir()
-    for file in (*(machine.kernel / "modules").glob("*.ko"), machine.module):
+    for file in (*(machine.kernel / "modules").iterdir(), machine.module):
         shutil.copy(file, modules)
     for file in files:
         shutil.copy(file, job)
+    mount = ""
+    if machine.qemu:
+        mount = (
+            f"mkdir /run/qemu && mount -t 9p -o {_SHARE},cache=loose,ro qemu /run/qemu || exit 3\n"
+            f"export {TESTED_QEMU}=/run/qemu/{QEMU_PROGRAM}\n"
+        )
     (job / "command").write_text(
         "export PYTHONPATH=/mnt/python PYTHONDONTWRITEBYTECODE=1\n"
-        f"insmod /mnt/modules/mdev.ko && insmod /mnt/modules/{MODULE}.ko || exit 3\n"
+        f"{mount}"
+        f"for module in $(cat /mnt/modules/order) {MODULE}.ko; do\n"
+        "    insmod /mnt/modules/$module || exit 3\n"
+        "done\n"
         f"{command}\n"
     )
 

@@ -18,11 +18,10 @@ from typing import Final
 
 from dmaproof.errors import UntestableError
 
-from ..guest.build import Say, cache, digest, fresh_folder, sources
+from ..guest.build import Say, cache, digest, fresh_folder, prune, sources
 from ..host.archive import Archive, unpack
 
 SUITE: Final = "trixie-backports"
-KERNEL_SOURCE: Final = "linux-source-7.3"
 _RUNNING: Final = ("coreutils", "dash", "libc-bin", "mount", "kmod", "python3", "python3-numpy")
 _QEMU: Final = ("qemu-system-x86", "qemu-system-data", "seabios")
 _BUILDING: Final = (
@@ -56,14 +55,14 @@ exec chroot "$root" /usr/bin/env -i PATH=/usr/sbin:/usr/bin HOME=/ LC_ALL=C "$@"
 
 
 def l1_root(say: Say = lambda text: None) -> Path:
-    """The root file system; fetched the first time, some 300 MB.
+    """The root file system; fetched the first time, some 150 MB.
 
     Its file ``packages`` lists what it was made of.
 
     Raises:
         UntestableError: the archive cannot be reached.
     """
-    packages = (*_RUNNING, *_QEMU, *_BUILDING, KERNEL_SOURCE)
+    packages = (*_RUNNING, *_QEMU, *_BUILDING)
     init = sources() / "passthrough" / "init"
     recipe = "\n".join((SUITE, *packages, *_LINKS.values())).encode()
     target = cache() / "l1" / f"root-{digest([recipe, init.read_bytes()])}"
@@ -71,7 +70,7 @@ def l1_root(say: Say = lambda text: None) -> Path:
         with fresh_folder(target) as fresh:
             if fresh is not None:
                 _fill(fresh, packages, init, say)
-    return target
+    return prune(target)
 
 
 def _fill(fresh: Path, packages: Sequence[str], init: Path, say: Say) -> None:

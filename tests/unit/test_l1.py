@@ -1,0 +1,103 @@
+"""What L1 is kept and put together by, without building it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from dmaproof.errors import UntestableError
+from qmp_tools.guest.build import prune
+from qmp_tools.l1 import machine, stock
+from qmp_tools.l1.kernel import KERNELS
+
+DAY_S = 24 * 3600
+
+
+def folder(path: Path, *, unused_days: float) -> Path:
+    path.mkdir()
+    (path / "vmlinux").touch()
+    then = time.time() - unused_days * DAY_S
+    os.utime(path, (then, then))
+    return path
+
+
+def test_what_nobody_uses_any_more_goes_and_what_may_be_used_stays(tmp_path: Path) -> None:
+    current = folder(tmp_path / "kernel-7.3-aaaa", unused_days=9)
+    old = folder(tmp_path / "kernel-7.3-bbbb", unused_days=2)
+    recent = folder(tmp_path / "kernel-7.3-cccc", unused_days=0.5)
+    other = folder(tmp_path / "kernel-6.12-dddd", unused_days=9)
+    assert prune(current) == current
+    assert current.exists()
+    assert not old.exists()
+    assert recent.exists()
+    assert other.exists()
+    assert time.time() - current.stat().st_mtime < 100
+
+
+def test_what_another_process_uses_stays_however_old(tmp_path: Path) -> None:
+    used = folder(tmp_path / "root-aaaa", unused_days=9)
+    number = os.open(used, os.O_RDONLY)
+    fcntl.flock(number, fcntl.LOCK_SH)
+    fresh = folder(tmp_path / "root-bbbb", unused_days=0)
+    prune(fresh)
+    assert used.exists()
+    os.close(number)
+    prune(fresh)
+    assert not used.exists()
+
+
+def module(tree: Path, name: str, depends: str) -> None:
+    file = tree / "lib/modules/6.1/kernel" / f"{name}.ko"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"\x7fELF\0license=GPL\0depends=" + depends.encode() + b"\0retpoline=Y\0")
+
+
+def test_modules_are_loaded_after_what_they_depend_on(tmp_path: Path) -> None:
+    module(tmp_path, "virtio", "")
+    module(tmp_path, "virtio_ring", "virtio")
+    module(tmp_path, "vfio-pci-core", "vfio,virtio_ring")
+    module(tmp_path, "vfio", "virtio")
+    module(tmp_path, "unwanted", "")
+    stock._collect_modules(tmp_path, ["vfio_pci_core", "vfio", "built_in"], tmp_path / "modules")
+    order = (tmp_path / "modules/order").read_text().split()
+    assert order == ["virtio.ko", "vfio.ko", "virtio_ring.ko", "vfio-pci-core.ko"]
+    assert sorted(file.name for file in (tmp_path / "modules").glob("*.ko")) == sorted(order)
+
+
+def test_headers_become_one_tree_that_does_not_point_out_of_itself(tmp_path: Path) -> None:
+    headers = tmp_path / "usr/src/linux-headers-6.1-amd64"
+    common = tmp_path / "usr/src/linux-headers-6.1-common"
+    kbuild = tmp_path / "usr/lib/linux-kbuild-6.1"
+    for made in (headers, common, kbuild / "scripts", kbuild / "tools"):
+        made.mkdir(parents=True)
+    (kbuild / "scripts/mkcompile").touch()
+    for link in (headers / "scripts", headers / "tools", common / "scripts"):
+        link.symlink_to(f"../../lib/linux-kbuild-6.1/{link.name}")
+    (headers / ".kernelvariables").write_text("CC = $(CROSS_COMPILE)gcc-12\n")
+    stock._build_tree(tmp_path / "usr", headers.name, tmp_path / "build")
+    for place in ("scripts", "common/scripts"):
+        assert (
+            (tmp_path / "build" / place / "mkcompile").resolve().is_relative_to(tmp_path / "build")
+        )
+    assert "gcc-" not in (tmp_path / "build/.kernelvariables").read_text()
+
+
+def test_where_the_kernel_cannot_be_built_the_stock_one_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(root: Path, version: str, say: object) -> Path:
+        raise UntestableError("there is no space")
+
+    monkeypatch.setattr(machine, "l1_root", lambda say: tmp_path)
+    monkeypatch.setattr(machine, "l1_kernel", fails)
+    monkeypatch.setattr(machine, "stock_kernel", lambda say: tmp_path / "stock")
+    monkeypatch.setattr(machine, "l1_module", lambda root, kernel, say: kernel / "module.ko")
+    said: list[str] = []
+    found = machine.l1(next(iter(KERNELS)), said.append)
+    assert found.kernel == tmp_path / "stock"
+    assert "there is no space" in said[0]
+    assert "less can be proved" in said[0]

@@ -1,4 +1,4 @@
-"""``dmaproof bench``: what iterator and core cost, as tables and a picture."""
+"""``dmaproof bench``: what iterator, core and kernel cost, as tables and a picture."""
 
 from __future__ import annotations
 
@@ -23,7 +23,15 @@ from dmaproof.bench.iterator import (
 from dmaproof.bench.patterns import Locality
 from dmaproof.errors import UsageError
 
-from .arguments import Subcommands, add_parser, positive
+from ..display import display
+from ..host.qemu_choice import find_qemu
+from ..kernel_cost import tables
+from ..kernel_cost.bench import measure_kernel_cost
+from ..kernel_cost.measure import REPORT_SIZES
+from ..l1.kernel import KERNELS
+from ..l1.machine import l1
+from .arguments import Subcommands, add_parser, positive, seconds
+from .interruption import run_interruptibly
 from .outputs import write_json
 
 _EXAMPLES: Final = """\
@@ -31,6 +39,7 @@ examples:
   dmaproof bench core                         ratios to memcpy, memcmp and the kernel's algorithm
   dmaproof bench iterator --most 1T           the table, for guests up to 1 TiB
   dmaproof bench iterator --picture cost.png  needs matplotlib: pip install 'dmaproof[bench]'
+  dmaproof bench kernel --json cost.json      the kernel's dirty bitmaps, in instructions
 """
 
 
@@ -38,7 +47,7 @@ def add(commands: Subcommands) -> None:
     """Add the subcommand."""
     parser = commands.add_parser(
         "bench",
-        help="what iterator and core cost",
+        help="what iterator, core and kernel cost",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -57,7 +66,6 @@ def add(commands: Subcommands) -> None:
         default=_short(GUEST_SIZES[-1]),
         help="the largest guest; 16T takes about 1.5 GiB of memory (default: %(default)s)",
     )
-    iterator.add_argument("--picture", type=Path, metavar="FILE.png")
     core_parser = add_parser(
         parts,
         "core",
@@ -66,8 +74,29 @@ def add(commands: Subcommands) -> None:
         description="Measure the loops over bits and pages beside memcpy, memchr and memcmp.",
         epilog=_EXAMPLES,
     )
+    kernel = add_parser(
+        parts,
+        "kernel",
+        _run_kernel,
+        summary="REPORT, GET_DIRTY_BITMAP and type1's log, counted in instructions",
+        description="Count what the kernel's dirty bitmaps cost, in the machine of 'dmaproof "
+        "passthrough',\nand reckon it for guests of 1, 4 and 16 TiB.",
+        epilog=_EXAMPLES,
+    )
+    kernel.add_argument("--kernel", choices=KERNELS, default=next(iter(KERNELS)))
+    kernel.add_argument(
+        "--most",
+        choices=[_short(size) for size in REPORT_SIZES],
+        default=_short(REPORT_SIZES[-1]),
+        help="the largest guest that is measured (default: %(default)s)",
+    )
+    kernel.add_argument("--qemu", metavar="PATH", help="runs the machine; default: the system's")
+    kernel.add_argument("--timeout", type=seconds, default=1200.0, metavar="SECONDS")
     for part in (iterator, core_parser):
         part.add_argument("--repeats", type=positive, default=5, metavar="N")
+    for part in (iterator, kernel):
+        part.add_argument("--picture", type=Path, metavar="FILE.png")
+    for part in (iterator, core_parser, kernel):
         part.add_argument("--json", metavar="FILE", help="write the figures too; '-' for stdout")
 
 
@@ -109,6 +138,23 @@ def _run_core(arguments: argparse.Namespace) -> int:
             )
     if arguments.json:
         write_json(ratios, arguments.json)
+    return 0
+
+
+def _run_kernel(arguments: argparse.Namespace) -> int:
+    if arguments.picture is not None:
+        _matplotlib()
+    say = display(quiet=False).say
+    machine = l1(arguments.kernel, say)
+    qemu = find_qemu(arguments.qemu)
+    most = next(size for size in REPORT_SIZES if _short(size) == arguments.most)
+    cost = run_interruptibly(measure_kernel_cost(machine, qemu, say, most, arguments.timeout))
+    if arguments.json != "-":
+        print(tables.to_text(cost.rows, cost.fits, cost.projections, cost.nanoseconds))
+    if arguments.picture is not None:
+        tables.draw(_matplotlib(), cost.rows, cost.projections, arguments.picture)
+    if arguments.json:
+        write_json(cost.to_json(), arguments.json)
     return 0
 
 

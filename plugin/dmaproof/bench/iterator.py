@@ -191,8 +191,11 @@ def all_patterns(most_guest_bytes: int) -> list[Pattern]:
 
 
 def size_name(size: int) -> str:
-    """'16 TiB', '1 GiB'."""
-    return f"{size // TIB} TiB" if size >= TIB else f"{size // GIB} GiB"
+    """'16 TiB', '1 GiB', '1984 MiB'."""
+    for unit, name in ((TIB, "TiB"), (GIB, "GiB")):
+        if size % unit == 0:
+            return f"{size // unit} {name}"
+    return f"{size >> 20} MiB"
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -1,0 +1,196 @@
+"""The model that is fitted to the measurement, and what it makes of guests that do not fit here.
+
+What the kernel does for a question is counted by `measure`: windows and pages pinned, ranges set,
+words filled, entries of a page table looked at. Each costs instructions, the same whenever it is
+done; least squares over the relative errors of all rows find how many. So the projection adds what
+was measured, and its error is that of the fit, which is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from .measure import DENSITIES, PAGE_BYTES, TIB, Comb, Pinned, Row, combs, pinned
+
+Costs = Mapping[str, float]
+"""Instructions by what they are for."""
+
+GUESTS: Final = (TIB, 4 * TIB, 16 * TIB)
+ENTRY_BYTES: Final = (4096, 2 << 20)
+"""What an IOMMU's page table maps guests with: small pages, or huge ones."""
+
+
+YARDSTICKS: Final[Mapping[str, Sequence[str]]] = {
+    "question": ("system call",),
+    "window pinned": ("bitmap page found",),
+    "bitmap page pinned": ("bitmap page found",),
+    "bitmap page found behind one": ("bitmap page found",),
+    "bitmap page faulted in": ("bitmap page faulted in",),
+    "range set": ("bit set nearby", "bit set far away"),
+    "entry looked at": ("bit set nearby", "bit set far away"),
+    "dirty entry": ("bit set nearby", "bit set far away"),
+    "word filled": ("word filled",),
+    "word copied": ("word filled",),
+}
+"""Of which kind the instructions of each cost are; where they may be of either, of which two."""
+
+
+def _work(row: Row) -> dict[str, float]:
+    """What the kernel does for `row`, by the names of what it costs."""
+    if row.interface == "report":
+        return {
+            "question": 1,
+            "window pinned": row.pinned.windows,
+            "bitmap page pinned": row.pinned.pages,
+            "bitmap page faulted in": row.pinned.faults,
+            "bitmap page found behind one": row.pinned.behind,
+            "range set": row.sets,
+            "word filled": row.filled,
+        }
+    if row.interface == "type1":
+        return {
+            "question": 1,
+            "bitmap page faulted in": row.pinned.faults,
+            "word copied": row.filled,
+        }
+    return {"question": 1, "entry looked at": row.entries, "dirty entry": row.sets}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """`costs` of an interface, and the largest error of a row as a share of it."""
+
+    interface: str
+    costs: Costs
+    rows: int
+    worst: float
+
+    def parts(self, row: Row) -> Costs:
+        """The instructions of `row` by what they are for."""
+        return {name: self.costs[name] * times for name, times in _work(row).items()}
+
+
+def fit(rows: Sequence[Row]) -> Fit:
+    """The costs that explain `rows` of one interface best, none of them negative."""
+    names = list(_work(rows[0]))
+    measured = np.array([row.instructions for row in rows], dtype=float)
+    work = np.array([list(_work(row).values()) for row in rows], dtype=float)
+    used = list(range(len(names)))
+    while True:
+        weighted = work[:, used] / measured[:, None]
+        found = np.linalg.lstsq(weighted, np.ones(len(rows)), rcond=None)[0]
+        if (found >= 0).all():
+            break
+        used = [column for column, cost in zip(used, found, strict=True) if cost >= 0]
+    costs = dict.fromkeys(names, 0.0)
+    costs.update({names[column]: float(cost) for column, cost in zip(used, found, strict=True)})
+    errors = np.abs(work @ np.array(list(costs.values())) / measured - 1)
+    return Fit(rows[0].interface, costs, len(rows), float(errors.max()))
+
+
+def fits(rows: Iterable[Row]) -> dict[str, Fit]:
+    """A fit for each interface."""
+    by_interface: dict[str, list[Row]] = {}
+    for row in rows:
+        by_interface.setdefault(row.interface, []).append(row)
+    return {name: fit(of_interface) for name, of_interface in by_interface.items()}
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What a question about a whole guest costs; its bitmap comes fresh from the kernel.
+
+    `parts`: the instructions by what they are for. `measured`: the instructions of the row that
+    asks the same, where there is one.
+    """
+
+    interface: str
+    guest_bytes: int
+    pattern: str
+    parts: Costs
+    measured: int | None
+
+    @property
+    def instructions(self) -> float:
+        """Measured, or else the model's."""
+        return sum(self.parts.values()) if self.measured is None else self.measured
+
+    def milliseconds(self, nanoseconds: Mapping[str, float]) -> tuple[float, float]:
+        """From the quickest to the slowest, by the `nanoseconds` of an instruction."""
+        scale = self.instructions / sum(self.parts.values()) / 1e6
+
+        def total(choose: Callable[[Iterable[float]], float]) -> float:
+            return scale * sum(
+                cost * choose(nanoseconds[yardstick] for yardstick in YARDSTICKS[name])
+                for name, cost in self.parts.items()
+            )
+
+        return total(min), total(max)
+
+
+def project(rows: Sequence[Row], found: Mapping[str, Fit]) -> Iterator[Projection]:
+    """Guests of 1, 4 and 16 TiB, by each interface and for each pattern of dirty pages."""
+    for guest in GUESTS:
+        for comb in combs(guest):
+            words = guest // PAGE_BYTES // 64 if comb.pattern == "contiguous" else 0
+            pins = pinned(guest, comb, fresh=True)
+            row = Row("report", guest, comb.pattern, True, comb.count, pins, words, 0, 0)
+            yield _project(rows, found["report"], row)
+    for entry_bytes in ENTRY_BYTES:
+        for guest in GUESTS:
+            for density in (0.0, *DENSITIES):
+                yield _page_table(found, guest, entry_bytes, density)
+    for guest in GUESTS:
+        words = guest // PAGE_BYTES // 64
+        pins = Pinned(0, 0, words * 8 // PAGE_BYTES, 0)
+        yield _project(
+            rows, found["type1"], Row("type1", guest, "none", True, 0, pins, words, 0, 0)
+        )
+
+
+def _project(rows: Sequence[Row], model: Fit, like: Row) -> Projection:
+    asked = (like.interface, like.bytes, like.pattern, like.fresh)
+    measured = [
+        row.instructions
+        for row in rows
+        if (row.interface, row.bytes, row.pattern, row.fresh) == asked
+    ]
+    return Projection(
+        like.interface,
+        like.bytes,
+        like.pattern,
+        model.parts(like),
+        measured[0] if measured else None,
+    )
+
+
+def _page_table(
+    found: Mapping[str, Fit], guest: int, entry_bytes: int, density: float
+) -> Projection:
+    """The walk by the fit of GET_DIRTY_BITMAP; the bitmap, which is larger than there, by REPORT's.
+
+    Entries are of 4 KiB or 1 MiB in the measurement: one of 2 MiB costs as much as the latter.
+    """
+    walk = found["hwpt" if entry_bytes == PAGE_BYTES else "hwpt, huge entries"]
+    entries = guest // entry_bytes
+    dirty = int(entries * density)
+    stride = guest // dirty // entry_bytes * entry_bytes if dirty else 0
+    pins = pinned(guest, Comb("", 0, entry_bytes, dirty, stride), fresh=True)
+    bitmap = found["report"].parts(Row("report", guest, "", True, 0, pins, 0, 0, 0))
+    parts = walk.parts(Row(walk.interface, guest, "", True, dirty, pins, 0, entries, 0))
+    return Projection(
+        f"hwpt, entries of {entry_bytes // 1024} KiB",
+        guest,
+        f"{density:g}" if density else "none",
+        {**bitmap, **parts},
+        None,
+    )
+
+
+def nanoseconds(here: Mapping[str, float], counted: Mapping[str, float]) -> dict[str, float]:
+    """Of an instruction, by the yardstick: timed `here`, `counted` in L1."""
+    return {name: here[name] / counted[name] for name in here}

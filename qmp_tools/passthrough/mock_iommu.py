@@ -21,6 +21,8 @@ from dmaproof.vfio.abi import Request
 from dmaproof.vfio.iommufd import Iommufd
 from dmaproof.vfio.requests import Bits, address_of, request
 
+from .owner import open_iommufd
+
 _TEST: Final = Request("IOMMU_TEST_CMD", ord(";") << 8 | 0xA0)
 _COMMAND_BYTES: Final = 72
 _HEADER: Final = Struct("<IIII")
@@ -75,7 +77,7 @@ def mock_iommu(length: int, *, huge: bool = False) -> Iterator[MockIommu]:
     whole = np.frombuffer(mapping, dtype=np.uint8)
     memory = whole[-address_of(whole) % _HUGE_PAGE_BYTES :][:length]
     memory[::4096] = 1  # there, and so of huge pages where these are allowed
-    with Iommufd() as iommufd:
+    with open_iommufd() as iommufd:
         ioas = iommufd.alloc_ioas()
         if not huge:
             iommufd.set_huge_pages(ioas, False)

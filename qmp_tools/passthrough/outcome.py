@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from dmaproof.errors import DmaproofError
 from dmaproof.vfio.requests import VfioError
@@ -20,16 +20,32 @@ class Outcome:
     passed: bool
     found: str
     figures: dict[str, Any] = field(default_factory=dict)
+    lacking: bool = False
+    """It could not be carried out: kernel or QEMU does not have what is to be proved."""
 
 
 class ProofFailedError(Exception):
     """What was to be shown is not so."""
 
 
+class LackingError(Exception):
+    """Kernel or QEMU does not have what is to be proved; the message is theirs."""
+
+
+_UNKNOWN: Final = (errno.ENOTTY, errno.EOPNOTSUPP)
+"""With these the kernel says that it does not know a request, or a device not its feature."""
+
+
 def require(holds: bool, found: str) -> None:
     """Fail the proof, with what was `found`, unless it `holds`."""
     if not holds:
         raise ProofFailedError(found)
+
+
+def observe(so: bool, found: str) -> None:
+    """For what no kernel promises: where this one does not do so, that is no failure, but told."""
+    if not so:
+        raise LackingError(f"otherwise on this kernel: {found}")
 
 
 Proof = Callable[[], tuple[str, dict[str, Any]]]
@@ -44,9 +60,14 @@ Rule = Callable[[], str]
 
 
 def run(group: str, name: str, proof: Proof) -> Outcome:
-    """Carry out one proof; an error of the kernel's is a failed proof too."""
+    """Carry out one proof; an error of the kernel's is a failed proof too, but for what it does not
+    know."""
     try:
         found, figures = proof()
+    except LackingError as error:
+        return Outcome(group, name, False, str(error), lacking=True)
+    except VfioError as error:
+        return Outcome(group, name, False, str(error), lacking=error.number in _UNKNOWN)
     except (ProofFailedError, DmaproofError, OSError) as error:
         return Outcome(group, name, False, str(error))
     return Outcome(group, name, True, found, figures)

@@ -7,6 +7,7 @@ import mmap
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -14,11 +15,13 @@ from numpy.typing import NDArray
 
 from dmaproof.iova_bitmap import IovaRange
 from dmaproof.vfio.device import VfioDevice
+from dmaproof.vfio.iommufd import PATH as IOMMUFD_PATH
 from dmaproof.vfio.iommufd import Iommufd
 from dmaproof.vfio.requests import address_of
 from dmaproof.vfio.type1 import Container
 
 from .fake_device import FakeDevice, fake_device
+from .outcome import LackingError
 
 MEMORY_BYTES: Final = 8 << 20
 IOVA: Final = 1 << 32
@@ -48,10 +51,22 @@ def _memory() -> Iterator[NDArray[np.uint8]]:
     # Unmapped when the last view is gone.
 
 
+def open_iommufd() -> Iommufd:
+    """iommufd.
+
+    Raises:
+        LackingError: this kernel has none.
+    """
+    try:
+        return Iommufd()
+    except FileNotFoundError as error:
+        raise LackingError(f"iommufd: {error}") from error
+
+
 @contextlib.contextmanager
 def by_iommufd() -> Iterator[Owned]:
     """Through the device's own file and an I/O address space."""
-    with fake_device() as fake, _memory() as memory, Iommufd() as iommufd:
+    with fake_device() as fake, _memory() as memory, open_iommufd() as iommufd:
         ioas = iommufd.alloc_ioas()
         iommufd.map(ioas, IOVA, address_of(memory), len(memory))
         with VfioDevice.open_cdev(fake.sysfs, iommufd) as device:
@@ -70,6 +85,11 @@ def by_container() -> Iterator[Owned]:
     ):
         container.map(IOVA, address_of(memory), len(memory))
         yield Owned(fake, device, memory, container)
+
+
+def by_either() -> AbstractContextManager[Owned]:
+    """By iommufd, or where the kernel has none by the container."""
+    return by_iommufd() if Path(IOMMUFD_PATH).exists() else by_container()
 
 
 OWNERS: Final[dict[str, Callable[[], AbstractContextManager[Owned]]]] = {

@@ -10,7 +10,7 @@ from dmaproof.errors import DmaproofError
 from .differential import dma_round, iterator_cases
 from .fake_device import planted
 from .outcome import ProofFailedError, require
-from .owner import by_iommufd
+from .owner import by_either
 
 FAULTS: Final[dict[str, dict[str, int]]] = {
     "drop": {"drop": 50},
@@ -30,7 +30,7 @@ def caught(name: str, rounds: int, seed: int) -> tuple[str, dict[str, Any]]:
     told: list[str] = []
     for round_number in range(rounds):
         # A device for each: what a fault holds back must not heal the next round.
-        with by_iommufd() as owned:
+        with by_either() as owned:
             owned.device.start_logging([owned.window], _PAGE)
             dma_round(owned, choose, _WRITES)  # clean, in the same set-up
             with planted(**FAULTS[name], seed=seed + round_number):

@@ -16,7 +16,7 @@ from ..l1.machine import L1, run_in_l1
 from ..l1.root import quoted
 from ..processes.run_folder import run_folder
 from ..reports.report import SCHEMA_VERSION
-from ..verdict import EXIT_LOST, EXIT_PASS
+from ..verdict import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 
 _RESULTS: Final = "results.json"
 _AROUND_S: Final = 300.0
@@ -30,6 +30,8 @@ class Request:
     seed: int
     groups: tuple[str, ...] = ()
     quick: bool = False
+    controls: int = 1
+    """How often each control of a migration is repeated."""
     timeout_s: float = 1200.0
     keep: bool = False
 
@@ -50,6 +52,7 @@ async def prove_passthrough(
         command += " --quick"
     if request.groups:
         command += " --only " + " ".join(request.groups)
+    command += f" --controls {request.controls}"
 
     def heard(line: str) -> None:
         verdict, tab, told = line.partition("\t")
@@ -128,13 +131,21 @@ async def _run(
 
 def to_json(results: dict[str, Any]) -> dict[str, Any]:
     """What L1's side found, with the verdict, as docs/report.schema.json has it."""
-    failed = sum(not outcome["passed"] for outcome in results["outcomes"])
-    verdict = f"{failed} proofs do not hold" if failed else "every proof holds"
+    outcomes = results["outcomes"]
+    held = sum(it["passed"] for it in outcomes)
+    failed = sum(not it["passed"] and not it["lacking"] for it in outcomes)
+    exit_code = EXIT_LOST if failed else EXIT_PASS if held else EXIT_UNTESTED
+    if failed:
+        verdict = f"{failed} proofs do not hold"
+    elif held < len(outcomes):
+        verdict = f"{held} proofs hold, for {len(outcomes) - held} kernel or QEMU lack something"
+    else:
+        verdict = "every proof holds"
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "passthrough",
         "verdict": f"{verdict}: the passthrough route on kernel {results['kernel']}",
-        "exit_code": EXIT_LOST if failed else EXIT_PASS,
+        "exit_code": exit_code,
         **results,
     }
 
@@ -142,12 +153,15 @@ def to_json(results: dict[str, Any]) -> dict[str, Any]:
 def to_text(results: dict[str, Any]) -> str:
     """What was found, for people: a line for each group, and each failure."""
     outcomes = results["outcomes"]
-    failed = [outcome for outcome in outcomes if not outcome["passed"]]
-    lines = [f"{'FAIL' if failed else 'PASS'}: {results['verdict']}", ""]
+    heading = {EXIT_LOST: "FAIL", EXIT_PASS: "PASS"}.get(results["exit_code"], "UNTESTED")
+    lines = [f"{heading}: {results['verdict']}", ""]
     for group in dict.fromkeys(outcome["group"] for outcome in outcomes):
         of_group = [outcome for outcome in outcomes if outcome["group"] == group]
         passed = sum(outcome["passed"] for outcome in of_group)
         lines.append(f"  {group:13} {passed} of {len(of_group)} hold")
-    lines += [f"  FAILED {it['group']}: {it['name']}: {it['found']}" for it in failed]
+    for it in outcomes:
+        if not it["passed"]:
+            how = "lacking" if it["lacking"] else "FAILED"
+            lines.append(f"  {how} {it['group']}: {it['name']}: {it['found']}")
     lines.append(f"  seed          {results['seed']}, {results['seconds']:.0f} s in L1")
     return "\n".join(lines)

@@ -16,8 +16,8 @@ from dmaproof.vfio.device import VfioDevice, precopy_bytes
 from dmaproof.vfio.requests import VfioError
 
 from .fake_device import planted
-from .outcome import require
-from .owner import IOVA, by_iommufd
+from .outcome import LackingError, require
+from .owner import IOVA, by_either
 
 _PAGE: Final = 4096
 _ALL: Final = MigrationFlag.STOP_COPY | MigrationFlag.P2P | MigrationFlag.PRE_COPY
@@ -83,10 +83,17 @@ def _load(device: VfioDevice, data: bytes) -> int:
         os.close(fd)
 
 
+def _check_flags(device: VfioDevice) -> None:
+    flags = device.migration()
+    if not flags & MigrationFlag.PRE_COPY:  # before Linux 6.2
+        raise LackingError(f"this kernel's devices have no PRE_COPY, but {flags!r}")
+    require(flags == _ALL, f"{flags!r}")
+
+
 def transfer() -> tuple[str, dict[str, Any]]:
     """Save one device, load another: it goes on where the first stopped."""
-    with by_iommufd() as source, by_iommufd() as destination:
-        require(source.device.migration() == _ALL, f"{source.device.migration()!r}")
+    with by_either() as source, by_either() as destination:
+        _check_flags(source.device)
         source.device.start_logging([source.window], _PAGE)
         source.fake.write(*_one_page())
         data = _save(source.device)
@@ -108,8 +115,9 @@ def transfer() -> tuple[str, dict[str, Any]]:
 
 def refusals() -> tuple[str, dict[str, Any]]:
     """Ways that are none, state that is none, and a device that fails on each way."""
-    with by_iommufd() as owned, by_iommufd() as other:
+    with by_either() as owned, by_either() as other:
         device = owned.device
+        _check_flags(device)
         data = _save(device)
         for state in (MigrationState.PRE_COPY, MigrationState.PRE_COPY_P2P):
             require(_refused(device, state) == errno.EINVAL, f"STOP_COPY → {state.name} is a way")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from .outcome import LackingError
 
 
 @dataclass(frozen=True)
@@ -19,17 +22,29 @@ class Tracking:
     device: bool = True
     precopy: bool = True
 
-    def arguments(self, sysfs: Path) -> list[str]:
-        """QEMU's arguments for a vfio-pci on the device with the folder `sysfs`."""
+    def arguments(self, sysfs: Path, known: Container[str] | None = None) -> list[str]:
+        """QEMU's arguments for a vfio-pci on the device with the folder `sysfs`.
+
+        `known`: the properties that this QEMU's vfio-pci has, where it was asked.
+
+        Raises:
+            LackingError: it does not have what this way of tracking takes.
+        """
+        old = known is not None and "enable-migration" not in known
         options = {
             "sysfsdev": str(sysfs),
-            "enable-migration": "on",
+            "x-enable-migration" if old else "enable-migration": "on",
             "rombar": "0",
-            "x-device-dirty-page-tracking": "on" if self.device else "off",
-            "x-pre-copy-dirty-page-tracking": "on" if self.precopy else "off",
         }
+        if not self.device:
+            options["x-device-dirty-page-tracking"] = "off"
+        if not self.precopy:
+            options["x-pre-copy-dirty-page-tracking"] = "off"
         if self.iommufd:
             options["iommufd"] = "iommufd0"
+        missing = [name for name in options if known is not None and name not in known]
+        if missing:
+            raise LackingError(f"this QEMU's vfio-pci has no property {', '.join(missing)}")
         joined = ",".join(f"{name}={value}" for name, value in options.items())
         iommufd = ["-object", "iommufd,id=iommufd0"] if self.iommufd else []
         return [*iommufd, "-device", f"vfio-pci,{joined}"]

@@ -54,11 +54,12 @@ def cases(answer: Mapping[str, Any]) -> list[Case]:
             for it in answer["cells"]
         ]
     if answer["kind"] == "passthrough":
+        return [_passthrough_case(row) for row in answer["outcomes"]]
+    if answer["kind"] == "passthrough-matrix":
         return [
-            Case(
-                f"{it['group']}: {it['name']}", "passed" if it["passed"] else "failed", it["found"]
-            )
-            for it in answer["outcomes"]
+            _passthrough_case(row, f"kernel {run['kernel']}, QEMU {run['qemu']}: ")
+            for run in answer["runs"]
+            for row in run["outcomes"]
         ]
     return [Case("every page equal", "error", answer["verdict"])]
 
@@ -67,6 +68,11 @@ def _growth_case(row: Mapping[str, Any]) -> Case:
     warm, last = (json.dumps(row[it]) for it in ("warm", "last"))
     outcome = "passed" if row["none"] else "failed"
     return Case(f"the {row['process']} does not grow", outcome, f"{warm} when warm, then {last}")
+
+
+def _passthrough_case(row: Mapping[str, Any], where: str = "") -> Case:
+    outcome = "passed" if row["passed"] else "skipped" if row["lacking"] else "failed"
+    return Case(f"{where}{row['group']}: {row['name']}", outcome, row["found"])
 
 
 def _fault_case(row: Mapping[str, Any]) -> Case:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -18,7 +19,7 @@ def test_all_proofs_hold_and_all_controls_are_caught(tool: Tool) -> None:
     outcome = tool.run("passthrough", "--json", "-", "--seed", "1")
     assert outcome.exit_code == 0, outcome.errors[-4000:]
     rows = {(row["group"], row["name"]): row for row in outcome.report["outcomes"]}
-    assert all(row["passed"] for row in rows.values())
+    assert all(row["passed"] and not row["lacking"] for row in rows.values())
     groups = {group for group, _ in rows}
     assert groups == set(GROUPS)
     assert rows["differential", "the kernel's iterator and ours"]["figures"]["cases"] >= 3000
@@ -55,6 +56,37 @@ def test_qemus_vfio_pci_is_proved_with_a_control_and_lost_pages_are_placed(tool:
     assert 0 < control["lost"]["device"] == len(control["lost_pages"])
     assert control["sharpness"]["missed_at"] == {"tracker": control["sharpness"]["unreported"]}
     assert tool.leftovers() == []
+
+
+def test_the_stock_kernel_lacks_much_and_fails_nothing(tool: Tool) -> None:
+    groups = ("rules", "states", "differential", "faults", "migration")
+    options = ("--quick", "--json", "-", "--seed", "1", "--only", *groups)
+    outcome = tool.run("passthrough", "--kernel", "stock", *options)
+    assert outcome.exit_code == 0, outcome.errors[-4000:]
+    report = outcome.report
+    assert report["kernel"].startswith("6.1.")
+    rows = {(row["group"], row["name"]): row for row in report["outcomes"]}
+    held = [place for place, row in rows.items() if row["passed"]]
+    assert ("differential", "random DMA, container") in held
+    assert ("faults", "drop") in held
+    assert ("rules", "TYPE1: overwrites the bitmap") in held
+    lacking = {place: row["found"] for place, row in rows.items() if row["lacking"]}
+    assert "/dev/iommu" in lacking["rules", "HWPT: only sets bits"]
+    assert "MIG_DATA_SIZE: ENOTTY" in lacking["migration", "container, device log"]
+    assert len(lacking) + len(held) == len(rows)
+
+
+def test_instructions_are_counted_and_are_the_same_on_each_run(tool: Tool) -> None:
+    costs = []
+    for _ in range(2):
+        outcome = tool.run("bench", "kernel", "--most", "64M", "--json", "-")
+        assert outcome.exit_code == 0, outcome.errors[-4000:]
+        costs.append({it["interface"]: it["costs"] for it in json.loads(outcome.output)["fits"]})
+    first, second = costs
+    assert set(first) == {"report", "hwpt", "hwpt, huge entries", "type1"}
+    for interface, what in (("report", "range set"), ("hwpt", "entry looked at")):
+        assert 20 < first[interface][what] < 500
+        assert second[interface][what] == pytest.approx(first[interface][what], rel=0.02)
 
 
 def test_nothing_is_left_when_the_tool_is_killed(tool: Tool) -> None:

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 
 from dmaproof.errors import TrackerError, UntestableError
 from dmaproof.iova_bitmap import IovaRange
+from dmaproof.vfio.requests import VfioError
 from qmp_tools.l1.root import run_inside
-from qmp_tools.passthrough import differential
+from qmp_tools.passthrough import differential, matrix
 from qmp_tools.passthrough.fake_device import content, dropped_pages
-from qmp_tools.passthrough.outcome import ProofFailedError, require, run
+from qmp_tools.passthrough.migrations import NAMES, UNTRACKED
+from qmp_tools.passthrough.outcome import LackingError, Proof, ProofFailedError, require, run
 from qmp_tools.passthrough.prove import to_json, to_text
+from qmp_tools.passthrough.tracking import Tracking
+from qmp_tools.reports.junit_tap import to_junit, to_tap
 
 PAGE = 4096
+SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_text())
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 JOURNAL = np.dtype([("sequence", "<u8"), ("iova", "<u8"), ("length", "<u8")])
 
 
@@ -96,6 +105,7 @@ def test_the_report_counts_by_group_and_shows_failures() -> None:
         {"group": "rules", "name": "a", "passed": True, "found": "x", "figures": {}},
         {"group": "rules", "name": "b", "passed": False, "found": "no error", "figures": {}},
     ]
+    rows = [{**row, "lacking": False} for row in rows]
     found = {"kernel": "7.3", "seed": 1, "seconds": 9.0, "outcomes": rows}
     text = to_text(to_json(found))
     assert text.startswith("FAIL: 1 proofs do not hold: the passthrough route on kernel 7.3")
@@ -124,3 +134,131 @@ def test_what_runs_in_l1_needs_nothing_that_l1_has_not() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+# Where kernel or QEMU lack something --------------------------------------------------------------
+
+
+def proof_that_raises(error: Exception) -> Proof:
+    def proof() -> tuple[str, dict[str, Any]]:
+        raise error
+
+    return proof
+
+
+def test_what_the_kernel_does_not_know_is_lacking_and_what_it_refuses_fails() -> None:
+    errors = (
+        LackingError("no property iommufd"),
+        VfioError("REPORT", errno.EOPNOTSUPP, None),
+        VfioError("TEST", errno.ENOTTY, None),
+        VfioError("START", errno.EINVAL, None),
+        FileNotFoundError("/dev/iommu"),
+    )
+    outcomes = [run("rules", "name", proof_that_raises(error)) for error in errors]
+    assert [it.lacking for it in outcomes] == [True, True, True, False, False]
+    assert not any(it.passed for it in outcomes)
+    assert outcomes[0].found == "no property iommufd"
+
+
+def row(name: str, how: str, group: str = "migration", **figures: int) -> dict[str, Any]:
+    return {
+        "group": group,
+        "name": name,
+        "passed": how == "passed",
+        "lacking": how == "lacking",
+        "found": f"{name}: {how}",
+        "figures": figures,
+    }
+
+
+def report(kernel: str, qemu: str, *rows: dict[str, Any]) -> dict[str, Any]:
+    found = {"kernel": kernel, "qemu": qemu, "seed": 1, "seconds": 9.0, "outcomes": list(rows)}
+    return to_json(found)
+
+
+def test_what_is_lacking_is_no_failure_but_no_pass_either() -> None:
+    some = report("6.1", "10.0", row("a", "passed"), row("b", "lacking"))
+    assert (some["exit_code"], "1 proofs hold, for 1" in some["verdict"]) == (0, True)
+    assert "lacking migration: b: b: lacking" in to_text(some)
+    nothing = report("6.1", "7.2", row("a", "lacking"))
+    assert nothing["exit_code"] == 3
+    assert to_text(nothing).startswith("UNTESTED")
+    assert report("6.1", "7.2", row("a", "lacking"), row("b", "failed"))["exit_code"] == 1
+
+
+WAYS = list(NAMES)
+
+
+def test_the_matrix_has_a_cell_for_each_way_and_its_control() -> None:
+    runs = [
+        report(
+            *("7.3.4", "11.1.3"),
+            row(WAYS[0], "passed", differing=0, certain=5),
+            row(f"{WAYS[0]}, control: drop", "passed", differing=7, kept_back=9),
+            row(WAYS[1], "failed"),
+            row(UNTRACKED, "passed", differing=5, certain=6),
+            row("START", "passed", group="rules"),
+            row("HWPT", "lacking", group="rules"),
+        ),
+        report(
+            *("6.1.0", "7.2.22"),
+            row(WAYS[0], "lacking"),
+            row(WAYS[4], "lacking"),
+            row(f"{WAYS[0]}, control: drop", "lacking"),
+        ),
+    ]
+    assert VALIDATOR.is_valid(matrix.to_json(runs))
+    lines = matrix.table(runs).splitlines()
+    assert lines[0] == f"| {' | '.join(matrix.COLUMNS)} |"
+    first = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    assert first[2:4] == ["0 differ; control 7 of 9", "FAILED [1]"]
+    assert first[-2:] == ["5 of 6 stale", "1 of 2 hold, 1 lacking"]
+    second = [cell.strip() for cell in lines[3].strip("|").split("|")]
+    assert (second[:3], second[6]) == (["6.1.0", "7.2.22", "lacking [2]"], "lacking [3]")
+    assert lines[-1] == f"3. {WAYS[4]}: lacking"
+    assert matrix.to_json(runs)["exit_code"] == 1
+    assert matrix.to_json(runs[1:])["exit_code"] == 3
+
+
+def test_a_control_that_is_not_caught_shows_in_the_matrix() -> None:
+    lost = report(
+        *("7.3.4", "11.1.3"),
+        row(WAYS[0], "passed", differing=0, certain=5),
+        row(f"{WAYS[0]}, control: drop", "failed"),
+    )
+    assert "0 differ; control FAILED [1]" in matrix.table([lost])
+
+
+def test_the_docs_table_has_the_columns_of_the_code() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "passthrough.md").read_text()
+    lines = page.splitlines()
+    at = lines.index(f"| {' | '.join(matrix.COLUMNS)} |")
+    body = lines[at + 2 : lines.index("", at)]
+    cells = [line.strip("|").split("|") for line in body]
+    assert all(len(row) == len(matrix.COLUMNS) for row in cells)
+    assert all(len({row[place].strip() for row in cells}) >= 2 for place in (0, 1))
+
+
+def test_runners_are_told_what_was_skipped() -> None:
+    answer = report("6.1", "10.0", row("a", "passed"), row("b", "lacking"))
+    assert '<skipped message="b: lacking"' in to_junit(answer)
+    assert "ok 2 - migration: b # SKIP b: lacking" in to_tap(answer)
+    both = matrix.to_json([answer, answer])
+    assert 'name="kernel 6.1, QEMU 10.0: migration: a"' in to_junit(both)
+
+
+def test_arguments_follow_what_this_qemu_s_vfio_pci_has() -> None:
+    device = Path("/sys/bus/mdev/devices/x")
+    new = {
+        *("sysfsdev", "enable-migration", "rombar", "iommufd"),
+        *("x-device-dirty-page-tracking", "x-pre-copy-dirty-page-tracking"),
+    }
+    told = " ".join(Tracking(device=False).arguments(device, new))
+    assert ",enable-migration=on,rombar=0,x-device-dirty-page-tracking=off,iommufd=" in told
+    old = {"sysfsdev", "x-enable-migration", "rombar", "x-pre-copy-dirty-page-tracking"}
+    told = " ".join(Tracking(iommufd=False, precopy=False).arguments(device, old))
+    assert ",x-enable-migration=on,rombar=0,x-pre-copy-dirty-page-tracking=off" in told
+    with pytest.raises(LackingError, match="no property iommufd"):
+        Tracking().arguments(device, old)
+    with pytest.raises(LackingError, match="x-device-dirty-page-tracking"):
+        Tracking(iommufd=False, device=False).arguments(device, old)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import Final
 
 from . import abi
 from .requests import Bits, KernelFile, address_of, bitmap_for, request
+
+PATH: Final = "/dev/iommu"
 
 
 class Iommufd(KernelFile):
@@ -15,7 +18,7 @@ class Iommufd(KernelFile):
         OSError: this kernel has no iommufd, or it may not be opened.
     """
 
-    def __init__(self, path: str = "/dev/iommu") -> None:
+    def __init__(self, path: str = PATH) -> None:
         super().__init__(os.open(path, os.O_RDWR | os.O_CLOEXEC))
 
     def alloc_ioas(self) -> int:

@@ -1,0 +1,99 @@
+"""Kernels and QEMUs against each other: what each pair tracks, as a table.
+
+Made of the reports of `prove`, one for each pair; docs/passthrough.md has it as it is printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from ..reports.report import SCHEMA_VERSION
+from ..verdict import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
+from .migrations import NAMES, UNTRACKED
+
+Run = Mapping[str, Any]
+"""The report of one pair."""
+
+COLUMNS: Final = ("kernel", "QEMU", *NAMES, UNTRACKED, "other proofs")
+_CONTROL: Final = ", control: drop"
+
+
+def to_json(runs: Sequence[Run]) -> dict[str, Any]:
+    """The reports of all pairs, with a verdict over them."""
+    failed, passed = (
+        sum(run["exit_code"] == code for run in runs) for code in (EXIT_LOST, EXIT_PASS)
+    )
+    pairs = f"{len(runs)} pairs of kernel and QEMU"
+    verdict = f"{failed} of {pairs} fail" if failed else f"no proof fails on {pairs}"
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "passthrough-matrix",
+        "verdict": verdict,
+        "exit_code": EXIT_LOST if failed else EXIT_PASS if passed else EXIT_UNTESTED,
+        "runs": list(runs),
+    }
+
+
+class _Notes:
+    """What does not fit in a cell, numbered below the table."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def refer(self, text: str) -> str:
+        """The number of a note with this text."""
+        line = " ".join(text.split())
+        return f"[{self._numbers.setdefault(line, len(self._numbers) + 1)}]"
+
+    def lines(self) -> list[str]:
+        return [f"{number}. {text}" for text, number in self._numbers.items()]
+
+
+def table(runs: Sequence[Run]) -> str:
+    """The table in Markdown, with notes."""
+    notes = _Notes()
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+    for run in runs:
+        by_name = {it["name"]: it for it in run["outcomes"] if it["group"] == "migration"}
+        cells = [_tracking(by_name, name, notes) for name in NAMES]
+        cells += [_untracked(by_name, notes), _others(run)]
+        lines.append(f"| {' | '.join((run['kernel'], run['qemu'], *cells))} |")
+    return "\n".join([*lines, "", *notes.lines()])
+
+
+def _tracking(by_name: Mapping[str, Run], name: str, notes: _Notes) -> str:
+    outcome, control = by_name.get(name), by_name.get(name + _CONTROL)
+    if outcome is None:
+        return ""
+    if not outcome["passed"]:
+        return _not_passed(outcome, notes)
+    told = f"{outcome['figures']['differing']} differ"
+    if control is None:
+        return told
+    if not control["passed"]:
+        return f"{told}; control {_not_passed(control, notes)}"
+    figures = control["figures"]
+    return f"{told}; control {figures['differing']} of {figures['kept_back']}"
+
+
+def _untracked(by_name: Mapping[str, Run], notes: _Notes) -> str:
+    outcome = by_name.get(UNTRACKED)
+    if outcome is None:
+        return ""
+    if not outcome["passed"]:
+        return _not_passed(outcome, notes)
+    return f"{outcome['figures']['differing']} of {outcome['figures']['certain']} stale"
+
+
+def _not_passed(outcome: Run, notes: _Notes) -> str:
+    return f"{'lacking' if outcome['lacking'] else 'FAILED'} {notes.refer(outcome['found'])}"
+
+
+def _others(run: Run) -> str:
+    others = [it for it in run["outcomes"] if it["group"] != "migration"]
+    if not others:
+        return ""
+    told = f"{sum(it['passed'] for it in others)} of {len(others)} hold"
+    lacking = sum(it["lacking"] for it in others)
+    return f"{told}, {lacking} lacking" if lacking else told

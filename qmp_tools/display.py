@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Final, Protocol
 
 from .migration.migration import Progress
-from .processes.machine import MIB
 
 _LINE_EVERY_S: Final = 1.0
 
@@ -26,18 +25,6 @@ class Display(Protocol):
         """Nothing more will come."""
 
 
-def describe(progress: Progress) -> str:
-    """How far it is, in a few words."""
-    parts = [f"pass {max(progress.syncs, 1)}"]
-    if progress.remaining is not None:
-        parts.append(f"{progress.remaining // MIB} MiB remain")
-    if progress.mbit_per_s is not None:
-        parts.append(f"{progress.mbit_per_s:.0f} Mbit/s")
-    if progress.dirty_pages_per_s:
-        parts.append(f"{progress.dirty_pages_per_s} dirty pages/s")
-    return ", ".join(parts)
-
-
 class LineDisplay:
     """Plain lines on standard error."""
 
@@ -53,7 +40,7 @@ class LineDisplay:
         now_s = time.monotonic()
         if now_s >= self._next_line_s:
             self._next_line_s = now_s + _LINE_EVERY_S
-            self.say(f"migration {progress.status}: {describe(progress)}")
+            self.say(f"migration {progress.status}: {progress.summary}")
 
     def close(self) -> None:
         """See `Display.close`."""

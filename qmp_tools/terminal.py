@@ -9,7 +9,6 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from .display import describe
 from .migration.migration import Progress
 
 
@@ -41,7 +40,7 @@ class TerminalDisplay:
         share = 0.0
         if progress.total and progress.remaining is not None:
             share = 1 - min(1.0, progress.remaining / progress.total)
-        self._bar.update(self._task, completed=share, description=describe(progress))
+        self._bar.update(self._task, completed=share, description=progress.summary)
         if progress.status == "completed":
             self.close()
 

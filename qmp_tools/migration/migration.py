@@ -15,6 +15,7 @@ from typing import Any, Final, cast
 
 from dmaproof.errors import UntestableError
 
+from ..processes.machine import MIB
 from ..processes.qmp import QmpRefusal
 from .ways import HELD_BYTES_PER_S, Ends, UnsupportedWayError, Way, channel
 
@@ -64,6 +65,18 @@ class Progress:
         (migration_completion, migration_calculate_complete).
         """
         return self.status in _OVER and self.elapsed_s != 0
+
+    @property
+    def summary(self) -> str:
+        """How far it is, in a few words."""
+        parts = [f"pass {max(self.syncs, 1)}"]
+        if self.remaining is not None:
+            parts.append(f"{self.remaining // MIB} MiB remain")
+        if self.mbit_per_s is not None:
+            parts.append(f"{self.mbit_per_s:.0f} Mbit/s")
+        if self.dirty_pages_per_s:
+            parts.append(f"{self.dirty_pages_per_s} dirty pages/s")
+        return ", ".join(parts)
 
 
 def parse_progress(answer: dict[str, Any]) -> Progress:

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..l1.machine import TESTED_QEMU
-from ..migration.migration import Limits, Migration
+from ..migration.migration import Limits, Migration, MigrationError
 from ..migration.ways import WAYS, Ends
 from ..processes.qemu import Qemu
 from ..processes.qmp import QmpRefusal
@@ -50,7 +50,7 @@ _HOLD_S: Final = 20.0
 _BANDWIDTH: Final = 8 << 30
 _TRIES: Final = 3
 """A migration that is over before the device has written anything again tells nothing."""
-_LIMITS: Final = Limits(downtime_s=60.0, timeout_s=60.0)
+_LIMITS: Final = Limits(downtime_s=60.0, timeout_s=40.0)
 _GOES_ON_S: Final = 10.0
 
 
@@ -195,7 +195,7 @@ def _corrupts(tracking: Tracking, fault: str, seed: int, rounds: int) -> tuple[s
 def _corrupted(tracking: Tracking, fault: str, seed: int) -> tuple[str, dict[str, Any]]:
     parameters = FAULTS[fault]
     with planted(**parameters, seed=seed):
-        result = _migrated(tracking)
+        result = _telling(tracking)
     written = np.unique(result.journal["iova"] // PAGE_BYTES).astype(np.int64)
     may_differ = written
     if fault == "drop":
@@ -210,12 +210,18 @@ def _corrupted(tracking: Tracking, fault: str, seed: int) -> tuple[str, dict[str
 
 
 def _telling(tracking: Tracking) -> _Result:
-    """A migration in which the device has written again what had been sent, if one will have it."""
-    for _ in range(_TRIES):
-        result = _migrated(tracking)
-        if result.rewritten():
-            break
-    return result
+    """A migration that ends, and in which the device has written again what had been sent, if one
+    of some will have it.
+
+    Where the device is asked only once it has stopped, QEMU 11.1 sometimes goes round and round
+    with nothing left to send, and never stops the guest.
+    """
+    for _ in range(_TRIES - 1):
+        with contextlib.suppress(MigrationError):
+            result = _migrated(tracking)
+            if result.rewritten():
+                return result
+    return _migrated(tracking)
 
 
 def _migrated(tracking: Tracking) -> _Result:

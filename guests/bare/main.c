@@ -24,19 +24,6 @@ static struct {
 static unsigned in_flight;
 static bool paused;
 
-// Without a C library, the compiler's own calls have to be served.
-void *memset(void *target, int value, size_t bytes) {
-    void *at = target;
-    __asm__ volatile("rep stosb" : "+D"(at), "+c"(bytes) : "a"(value) : "memory");
-    return target;
-}
-
-void *memcpy(void *target, const void *source, size_t bytes) {
-    void *at = target;
-    __asm__ volatile("rep movsb" : "+D"(at), "+S"(source), "+c"(bytes) : : "memory");
-    return target;
-}
-
 // Take the parameters one by one from the command line.
 static void read_parameters(const char *text) {
     static char line[COMMAND_LINE_BYTES];

@@ -6,7 +6,6 @@ What is missing for it is told first, before anything is started.
 from __future__ import annotations
 
 import argparse
-import random
 from typing import Final
 
 from dmaproof.errors import UsageError
@@ -16,14 +15,14 @@ from ..guest.bare import bare_guest
 from ..guest.own import MEMORY_BYTES, own_guest
 from ..guest.workload import parse_workload
 from ..host.probes import choose_accelerator, choose_memory
-from ..host.qemu_choice import common_machine, find_qemu
+from ..host.qemu_choice import common_machine
 from ..host.vfio_functions import Host
 from ..migration.migration import Limits
 from ..passthrough.host_functions import PREFIX, parse_functions, require_testable
 from ..processes.machine import Machine, parse_memory
 from ..proof import Setup
 from .arguments import sole_device
-from .setup import parse_proof_options
+from .setup import parse_proof_options, qemus_of, seed_of
 
 _TAKEN: Final = frozenset(
     {
@@ -81,10 +80,9 @@ async def functions_setup_of(arguments: argparse.Namespace, show: Display, host:
             "docs/passthrough.md tells of such a guest"
         )
     guest = own_guest(arguments.kernel, arguments.initrd, arguments.append)
-    seed = arguments.seed if arguments.seed is not None else random.SystemRandom().getrandbits(32)
+    seed = seed_of(arguments)
     workload = parse_workload(arguments.workload, seed)
-    source = find_qemu(arguments.qemu)
-    destination = find_qemu(arguments.qemu_destination) if arguments.qemu_destination else source
+    source, destination = qemus_of(arguments)
     accelerator = await choose_accelerator(arguments.accel, source, bare_guest(show.say), show)
     if memory is None:
         memory = await choose_memory(source, accelerator, guest.memory_bytes, show)

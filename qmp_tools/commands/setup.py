@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final, NoReturn
 
 from dmaproof.dirty_tracker import emulated_trackers
@@ -231,7 +232,7 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
     limits = Limits(arguments.bandwidth, arguments.downtime_limit, arguments.timeout)
     if not (0 < limits.downtime_s <= 2000 and limits.timeout_s > 0):
         raise UsageError("--downtime-limit takes 0.001 to 2000 seconds, --timeout more than 0")
-    seed = arguments.seed if arguments.seed is not None else random.SystemRandom().getrandbits(32)
+    seed = seed_of(arguments)
     fault = plant(arguments.fault, seed)  # a wrong --fault is told before anything is started
     if fault.needs:
         raise UsageError(
@@ -263,8 +264,7 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
         )
     memory = parse_memory(arguments.memory) if arguments.memory else None
     workload = device.fit(parse_workload(arguments.workload, seed))
-    source = find_qemu(arguments.qemu)
-    destination = find_qemu(arguments.qemu_destination) if arguments.qemu_destination else source
+    source, destination = qemus_of(arguments)
     guest = GUESTS[arguments.guest](show.say, device.driver)
     accelerator = await choose_accelerator(arguments.accel, source, guest, show)
     if memory is None:
@@ -298,6 +298,24 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
         limits=limits,
         requests_after=arguments.requests_after,
     )
+
+
+def seed_of(arguments: argparse.Namespace) -> int:
+    """The seed that was given, or else one that nobody has had."""
+    return arguments.seed if arguments.seed is not None else random.SystemRandom().getrandbits(32)
+
+
+def qemus_of(arguments: argparse.Namespace) -> tuple[Path, Path]:
+    """The source's and the destination's QEMU.
+
+    Raises:
+        UsageError: there is no such QEMU.
+        UntestableError: there is none at all.
+    """
+    source = find_qemu(arguments.qemu)
+    if not arguments.qemu_destination:
+        return source, source
+    return source, find_qemu(arguments.qemu_destination)
 
 
 def _agreed(option: str, given: str | None, needed: str | None) -> str | None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Final
 
 from dmaproof.errors import UntestableError, UsageError
-from dmaproof.evidence import Evidence
 
 from ..guest.linux import VIRTIO_BLK, VIRTIO_NET, VIRTIOFS, Driver
 from ..guest.workload import Workload
@@ -26,7 +25,7 @@ from ..processes.machine import (
     vhost_user_net_arguments,
 )
 from ..processes.process import Process
-from .device import AttachedDevice, DeviceFacts, never, on_image, on_network
+from .device import AttachedDevice, DeviceFacts, SilentDevice, on_image, on_network
 from .disk_image import write_image
 
 _START_TIMEOUT_S: Final = 30.0
@@ -131,7 +130,7 @@ def parse_command(text: str) -> Sequence[str]:
 _PLACEHOLDERS: Final = ("socket", "side", "image", "folder", "queues")
 
 
-class _Attached:
+class _Attached(SilentDevice):
     def __init__(self, setup: CommandDevice, folder: Path, shared: Path) -> None:
         self._setup = setup
         self._folder = folder
@@ -176,21 +175,6 @@ class _Attached:
 
     def release(self, side: str) -> None:
         self._backends[side].expect_end()
-
-    async def refusal(self) -> UntestableError:
-        return await never()  # it does not speak to us
-
-    async def logging_ended(self, side: str) -> None:
-        pass  # it does not tell
-
-    def accepted_features(self, side: str) -> int | None:
-        return None
-
-    async def disturb(self, side: str) -> None:
-        pass
-
-    async def evidence(self, side: str) -> Sequence[Evidence]:
-        return []
 
     async def end(self) -> None:
         """End all back ends."""

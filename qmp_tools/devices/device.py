@@ -133,7 +133,32 @@ def on_network(workload: Workload) -> Workload:
     return replace(workload, write_every=0, huge_every=0, unaligned_every=0)
 
 
-async def never() -> UntestableError:
-    """The `refusal` of a device that cannot tell of one."""
-    future: asyncio.Future[UntestableError] = asyncio.get_running_loop().create_future()
-    return await future
+class SilentDevice:
+    """An `AttachedDevice`, but for `attach`, that runs no process and tells nothing of itself."""
+
+    @property
+    def processes(self) -> Sequence[Process]:
+        """See `AttachedDevice.processes`."""
+        return ()
+
+    def release(self, side: str) -> None:
+        """See `AttachedDevice.release`."""
+
+    async def disturb(self, side: str) -> None:
+        """See `AttachedDevice.disturb`: no set-up says how."""
+
+    async def refusal(self) -> UntestableError:
+        """See `AttachedDevice.refusal`."""
+        future: asyncio.Future[UntestableError] = asyncio.get_running_loop().create_future()
+        return await future
+
+    async def logging_ended(self, side: str) -> None:
+        """See `AttachedDevice.logging_ended`."""
+
+    def accepted_features(self, side: str) -> int | None:
+        """See `AttachedDevice.accepted_features`."""
+        return None
+
+    async def evidence(self, side: str) -> Sequence[Evidence]:
+        """See `AttachedDevice.evidence`."""
+        return []

@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from dmaproof.errors import UntestableError, UsageError
-from dmaproof.evidence import Evidence
+from dmaproof.errors import UsageError
 
 from ..guest import linux
 from ..guest.workload import Workload
-from ..processes.process import Process
-from .device import AttachedDevice, DeviceFacts, never, on_image, on_network
+from .device import AttachedDevice, DeviceFacts, SilentDevice, on_image, on_network
 from .disk_image import file_node, write_image
 
 
@@ -122,9 +120,8 @@ def own_peer(socket: Path) -> str:
     return f"dgram,id=net,{','.join(ends)}"
 
 
-class _Attached:
+class _Attached(SilentDevice):
     def __init__(self, setup: InsideQemu, folder: Path) -> None:
-        self.processes: Sequence[Process] = ()
         self._setup = setup
         self._folder = folder
 
@@ -137,21 +134,3 @@ class _Attached:
             socket.unlink(missing_ok=True)
             behind = ["-netdev", own_peer(socket)]
         return [*behind, *(word for device in devices for word in ("-device", device))]
-
-    def release(self, side: str) -> None:
-        pass  # it is QEMU
-
-    async def refusal(self) -> UntestableError:
-        return await never()  # QEMU's own devices do not tell
-
-    async def logging_ended(self, side: str) -> None:
-        pass  # QEMU keeps its log itself
-
-    def accepted_features(self, side: str) -> int | None:
-        return None
-
-    async def disturb(self, side: str) -> None:
-        pass
-
-    async def evidence(self, side: str) -> Sequence[Evidence]:
-        return []

@@ -58,7 +58,8 @@ def vfio_guest(say: Say) -> Path:
         UntestableError: there is no compiler.
     """
     folder = sources()
-    bare = [folder / "bare" / f"{part}.c" for part in ("console", "exceptions", "memory", "pci")]
+    parts = ("compiler_calls", "console", "exceptions", "memory", "pci")
+    bare = [folder / "bare" / f"{part}.c" for part in parts]
     files = [folder / "passthrough" / "guest" / "main.c", folder / "bare" / "start.S", *bare]
     headers = [folder / "workload.h", folder / "bare" / "machine.h"]
     return _built("vfio", files, headers, _BARE, say)

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from dmaproof.errors import UntestableError, UsageError
-from dmaproof.evidence import Evidence
 
-from ..devices.device import AttachedDevice, DeviceFacts, never
+from ..devices.device import AttachedDevice, DeviceFacts, SilentDevice
 from ..guest.linux import Driver
 from ..guest.workload import Workload
 from ..host.finding import Finding, State
@@ -30,7 +29,6 @@ from ..host.vfio_functions import (
     look,
 )
 from ..processes.machine import SOURCE
-from ..processes.process import Process
 from .tracking import Tracking
 
 PREFIX: Final = "vfio:"
@@ -78,33 +76,14 @@ class HostFunctions:
         yield _AttachedFunctions(self)
 
 
-class _AttachedFunctions:
+class _AttachedFunctions(SilentDevice):
     def __init__(self, functions: HostFunctions) -> None:
-        self.processes: Sequence[Process] = ()
         self._functions = functions
 
     async def attach(self, side: str) -> Sequence[str]:
         ours = self._functions
         function = ours.source if side == SOURCE else ours.destination
         return Tracking(iommufd=ours.iommufd).arguments(function.sysfs)
-
-    def release(self, side: str) -> None:
-        """Nothing serves it but the kernel."""
-
-    async def disturb(self, side: str) -> None:
-        """No set-up says how."""
-
-    async def refusal(self) -> UntestableError:
-        return await never()
-
-    async def logging_ended(self, side: str) -> None:
-        """That cannot be told."""
-
-    def accepted_features(self, side: str) -> int | None:
-        return None
-
-    async def evidence(self, side: str) -> Sequence[Evidence]:
-        return ()
 
 
 def parse_functions(text: str, host: Host) -> HostFunctions:

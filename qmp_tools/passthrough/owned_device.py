@@ -21,17 +21,15 @@ from typing import Any, ClassVar, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dmaproof.errors import UntestableError
 from dmaproof.evidence import HARVEST, Evidence
 from dmaproof.guest_memory import IovaMapping
 from dmaproof.iova_bitmap import IovaRange
 from dmaproof.journal import RECORD, WriteKind
 from dmaproof.trace import TRACED_LINKS, PageEpochs
 
-from ..devices.device import AttachedDevice, DeviceFacts, never
+from ..devices.device import AttachedDevice, DeviceFacts, SilentDevice
 from ..guest.linux import Driver
 from ..guest.workload import Workload
-from ..processes.process import Process
 from ..ram import PAGE_BYTES
 from .fake_device import FakeDevice, Journal, Told, content, fake_device
 from .tracking import TRACKINGS
@@ -79,9 +77,8 @@ class OwnedDevice:
             yield _AttachedDevice(self.tracking, stack)
 
 
-class _AttachedDevice:
+class _AttachedDevice(SilentDevice):
     def __init__(self, tracking: str, stack: contextlib.ExitStack) -> None:
-        self.processes: Sequence[Process] = ()
         self._tracking = TRACKINGS[tracking]
         self._stack = stack
         self._devices: dict[str, FakeDevice] = {}
@@ -89,21 +86,6 @@ class _AttachedDevice:
     async def attach(self, side: str) -> Sequence[str]:
         device = self._devices[side] = self._stack.enter_context(fake_device())
         return self._tracking.arguments(device.sysfs)
-
-    def release(self, side: str) -> None:
-        """Nothing serves it but the kernel."""
-
-    async def disturb(self, side: str) -> None:
-        """No set-up says how."""
-
-    async def refusal(self) -> UntestableError:
-        return await never()
-
-    async def logging_ended(self, side: str) -> None:
-        """That cannot be told."""
-
-    def accepted_features(self, side: str) -> int | None:
-        return None
 
     async def evidence(self, side: str) -> Sequence[Evidence]:
         device = self._devices[side]

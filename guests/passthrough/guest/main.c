@@ -58,19 +58,6 @@ static uint64_t hot_start;  // the number of the last write before the engine's 
 static uint64_t finished, errors, once_written, churn_rounds, random_state;
 static bool quiet, once_under_way;
 
-// Without a C library, the compiler's own calls have to be served.
-void *memset(void *target, int value, size_t bytes) {
-    void *at = target;
-    __asm__ volatile("rep stosb" : "+D"(at), "+c"(bytes) : "a"(value) : "memory");
-    return target;
-}
-
-void *memcpy(void *target, const void *source, size_t bytes) {
-    void *at = target;
-    __asm__ volatile("rep movsb" : "+D"(at), "+S"(source), "+c"(bytes) : : "memory");
-    return target;
-}
-
 // Content ----------------------------------------------------------------------------------------
 
 static uint64_t mix(uint64_t value) {

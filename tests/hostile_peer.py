@@ -157,6 +157,7 @@ class _Peer:
         self._stack = contextlib.ExitStack()
         self.high = source.pick(_HIGH_GPAS)
         self.logged_gpas: list[tuple[int, int]] = []
+        self.log_offsets: set[int] = set()
         pages = (self.high + _HIGH_BYTES) // PAGE
         self.log_bytes = -(-pages // 64) * 8
         self.ram = self._shared("ram", _RAM_BYTES)
@@ -243,13 +244,16 @@ class _Peer:
 
     def _check_log_bits(self) -> None:
         """Bits that the server set are those of pages of slots."""
-        log = self.log.content()[_LOG_OFFSET : _LOG_OFFSET + self.log_bytes]
-        mine = self.log.mine[_LOG_OFFSET : _LOG_OFFSET + self.log_bytes]
-        pages = np.flatnonzero(np.unpackbits(log & ~mine, bitorder="little"))
-        for page in pages.tolist():
-            assert any(gpa <= page * PAGE < gpa + length for gpa, length in self.logged_gpas), (
-                f"the log says that GPA {page * PAGE:#x} is dirty, which is in no slot"
+        set_by_server = self.log.content() & ~self.log.mine
+        for bit in np.flatnonzero(np.unpackbits(set_by_server, bitorder="little")).tolist():
+            gpas = [(bit - 8 * offset) * PAGE for offset in self.log_offsets]
+            assert any(self._is_in_a_slot(gpa) for gpa in gpas), (
+                f"the log has bit {bit} of its file set: of no page in a slot, whichever of the "
+                f"offsets {sorted(self.log_offsets)} it began at"
             )
+
+    def _is_in_a_slot(self, gpa: int) -> bool:
+        return any(start <= gpa < start + length for start, length in self.logged_gpas)
 
     # Saying things ------------------------------------------------------------------------------
 
@@ -346,6 +350,7 @@ class _Peer:
 
     def give_log(self, size: int, offset: int, fd: int | None = None) -> None:
         """SET_LOG_BASE."""
+        self.log_offsets.add(offset)
         if fd is None:
             self.log.give(offset, size)
         payload = struct.pack("<QQ", size, offset)

@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -57,16 +58,19 @@ class Avocado:
         (self.scratch / "avocado.conf").write_text(config)
         command = [sys.executable, "-m", "avocado", "--config", str(self.scratch / "avocado.conf")]
         command += ["run", str(SUITE / test), *options, "--job-results-dir", str(self.results)]
+        told = self.scratch / "results.json"
         done = subprocess.run(
-            [*command, "--disable-sysinfo", "--json", "-"],
+            [*command, "--disable-sysinfo", "--json", str(told)],
             env={**os.environ, "TMPDIR": str(self.scratch), **environment},
             capture_output=True,
             text=True,
             timeout=200,
             check=False,
         )
-        assert done.stdout, done.stderr
-        return Job(done.returncode, json.loads(done.stdout)["tests"])
+        assert told.exists(), f"avocado's run ended before its tests\n{done.stdout}\n{done.stderr}"
+        tests = json.loads(told.read_text())["tests"]
+        told.unlink()
+        return Job(done.returncode, tests)
 
 
 @pytest.fixture
@@ -206,6 +210,11 @@ def test_wrong_usage_is_an_error_with_its_words(avocado: Avocado) -> None:
     assert "invalid choice: 'none-such'" in job.tests[0]["fail_reason"]
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[Path]:
     """A slot of avocado's remote spawner: this machine by ssh, with keys of the test's own."""
@@ -246,6 +255,9 @@ def host(tmp_path: Path) -> Iterator[Path]:
     }
     (tmp_path / "slot.json").write_text(json.dumps(slot))
     try:
+        while not listens(port):
+            assert server.poll() is None, f"sshd ended with {server.returncode}"
+            time.sleep(0.05)
         yield tmp_path / "slot.json"
     finally:
         server.terminate()

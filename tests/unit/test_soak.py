@@ -33,14 +33,19 @@ def test_a_memfd_is_counted_open_or_mapped() -> None:
     assert holdings_of(os.getpid()).shared_objects == before.shared_objects
 
 
+def touch(mapping: mmap.mmap) -> None:
+    for page in range(0, len(mapping), mmap.PAGESIZE):
+        mapping[page] = 1
+
+
 def test_only_private_memory_is_counted() -> None:
     before = holdings_of(os.getpid())
     with mmap.mmap(-1, 64 * MIB) as shared:  # anonymous and shared: the kernel's /dev/zero
-        shared.write(b"x" * 64 * MIB)
+        touch(shared)
         assert holdings_of(os.getpid()).private_bytes < before.private_bytes + 32 * MIB
-    private = bytearray(os.urandom(1) * (64 * MIB))
-    assert holdings_of(os.getpid()).private_bytes > before.private_bytes + 48 * MIB
-    del private
+    with mmap.mmap(-1, 64 * MIB, flags=mmap.MAP_PRIVATE) as private:  # no heap that has room left
+        touch(private)
+        assert holdings_of(os.getpid()).private_bytes > before.private_bytes + 48 * MIB
 
 
 def test_a_process_that_has_gone_is_told() -> None:

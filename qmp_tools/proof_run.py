@@ -151,7 +151,7 @@ class ProofRun(QemuPair):
             if reason := explain_refusal(str(error), accepted):
                 raise UnsupportedWayError(f"{reason}\n{error}") from error
             if self._way.snapshot and _CANNOT_LOAD in str(error):
-                raise UntestableError(
+                raise UnsupportedWayError(
                     "QEMU took a snapshot that cannot be loaded, as it does not hold off what a "
                     "device outside QEMU writes: its rings are of a later moment than the devices' "
                     f"state\n{error}"

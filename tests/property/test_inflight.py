@@ -7,6 +7,7 @@ guest RAM and the notes in the region of what is in flight, before and after eac
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,30 +17,13 @@ from hypothesis import strategies as st
 
 from dmaproof.dma import Dma
 from dmaproof.errors import ProtocolError
-from dmaproof.guest_memory import IovaMap
-from dmaproof.journal import Journal, WriteKind
+from dmaproof.journal import WriteKind
 from dmaproof.vhost_user import inflight
 from dmaproof.vhost_user.inflight import InflightRegions, InflightVirtqueue, make_file, region_bytes
 from dmaproof.vhost_user.messages import InflightFile
-from dmaproof.virtqueue import DescriptorChain, PackedVirtqueue, RingAddresses, SplitVirtqueue
-from qmp_tools.testbed.ring_driver import (
-    PAGE,
-    WRITE,
-    Buffer,
-    Driver,
-    PackedDriver,
-    RingDriver,
-    guest_memory,
-    ram_fd,
-)
-
-SIZE = 8
-TABLES, DATA = 8 * PAGE, 64 * PAGE
-RAM_BYTES = 128 * PAGE
-KINDS: dict[str, tuple[Callable[..., Driver], Callable[..., SplitVirtqueue | PackedVirtqueue]]] = {
-    "split": (RingDriver, SplitVirtqueue),
-    "packed": (PackedDriver, PackedVirtqueue),
-}
+from dmaproof.virtqueue import DescriptorChain
+from qmp_tools.testbed.ring_driver import PAGE, WRITE, Buffer, RingDriver
+from rings import DATA, DRIVERS, SIZE, TABLES, dma_for, driver_of, queue_for
 
 
 class KilledError(Exception):
@@ -59,17 +43,14 @@ class Steps:
 
 
 class MortalDma(Dma):
-    steps: Steps
+    def __init__(self, steps: Steps, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._steps = steps
 
     def write(self, iova: int, data: bytes | memoryview, kind: WriteKind = WriteKind.DATA) -> None:
-        self.steps.step()
+        self._steps.step()
         super().write(iova, data, kind)
-        self.steps.step()
-
-
-class Unmarked:
-    def dma(self, iova: int, length: int) -> None:
-        """Nothing is to be tracked here."""
+        self._steps.step()
 
 
 @contextlib.contextmanager
@@ -93,17 +74,15 @@ def mortal_notes(steps: Steps) -> Iterator[None]:
 
 @settings(max_examples=400)
 @given(
-    kind=st.sampled_from(sorted(KINDS)),
+    form=st.sampled_from(sorted(DRIVERS)),
     lives=st.lists(st.integers(0, 60), min_size=1, max_size=6),
     data=st.data(),
 )
 def test_nothing_is_lost_or_given_back_twice(
-    kind: str, lives: list[int], data: st.DataObject
+    form: str, lives: list[int], data: st.DataObject
 ) -> None:
-    make_driver, make_queue = KINDS[kind]
     region = memoryview(bytearray(region_bytes(SIZE)))
-    with ram_fd(RAM_BYTES) as fd:
-        driver = make_driver(guest_memory(fd, (0, RAM_BYTES, 0)), 0, SIZE)
+    with driver_of(DRIVERS[form]) as driver:
         base = driver.base
         expected: dict[int, list[int]] = {}
         requests = 0
@@ -116,23 +95,14 @@ def test_nothing_is_lost_or_given_back_twice(
                 table = TABLES + PAGE * (requests % 32) if data.draw(st.booleans()) else None
                 expected[driver.submit(buffers, table)] = [it.address for it in buffers]
                 requests += 1
-            dma = MortalDma(
-                driver.memory,
-                IovaMap.identity(driver.memory),
-                Unmarked(),
-                Journal(),
-                due_epoch=lambda: 1,
-            )
-            dma.steps = Steps(last_step)
-            addresses = RingAddresses(driver.descriptors, driver.available, driver.used)
+            steps = Steps(last_step)
+            dma = dma_for(driver.memory, make_dma=functools.partial(MortalDma, steps))
             # QEMU cannot ask a dead back end for a packed ring's base: the old one comes again. Of
             # a split ring it knows the used index.
             if isinstance(driver, RingDriver):
                 base = driver.used_index
-            with contextlib.suppress(KilledError), mortal_notes(dma.steps):
-                queue = InflightVirtqueue(
-                    make_queue(dma, addresses, SIZE, base=base, indirect=True), region
-                )
+            with contextlib.suppress(KilledError), mortal_notes(steps):
+                queue = InflightVirtqueue(queue_for(driver, dma, base=base), region)
                 taken: list[DescriptorChain] = []
                 at_a_time = data.draw(st.integers(1, 3), label="at a time")
                 while True:
@@ -150,25 +120,15 @@ def test_nothing_is_lost_or_given_back_twice(
         assert not expected
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
-def test_a_ring_that_was_stopped_in_good_order_leaves_nothing(kind: str) -> None:
-    make_driver, make_queue = KINDS[kind]
+@pytest.mark.parametrize("form", sorted(DRIVERS))
+def test_a_ring_that_was_stopped_in_good_order_leaves_nothing(form: str) -> None:
     fd, file = make_file(2, SIZE)
     regions = InflightRegions(fd, file)
     part = regions.region(1, SIZE)
     assert part is not None
-    with ram_fd(RAM_BYTES) as ram:
-        driver = make_driver(guest_memory(ram, (0, RAM_BYTES, 0)), 0, SIZE)
-        dma = Dma(
-            driver.memory,
-            IovaMap.identity(driver.memory),
-            Unmarked(),
-            Journal(),
-            due_epoch=lambda: 1,
-        )
-        addresses = RingAddresses(driver.descriptors, driver.available, driver.used)
+    with driver_of(DRIVERS[form]) as driver:
         assert not regions.left_behind
-        queue = InflightVirtqueue(make_queue(dma, addresses, SIZE, base=driver.base), part)
+        queue = InflightVirtqueue(queue_for(driver), part)
         assert regions.left_behind
         assert InflightRegions(fd, file).left_behind, "whoever is handed the file can tell"
         queue.end()
@@ -189,23 +149,12 @@ def test_a_file_that_is_too_short(file: InflightFile) -> None:
         InflightRegions(fd, file)
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
-def test_a_region_of_another_ring(kind: str) -> None:
-    make_driver, make_queue = KINDS[kind]
+@pytest.mark.parametrize("form", sorted(DRIVERS))
+def test_a_region_of_another_ring(form: str) -> None:
     region = memoryview(bytearray(region_bytes(SIZE)))
     region[8], region[10] = 1, 2 * SIZE
-    with ram_fd(RAM_BYTES) as ram:
-        driver = make_driver(guest_memory(ram, (0, RAM_BYTES, 0)), 0, SIZE)
-        dma = Dma(
-            driver.memory,
-            IovaMap.identity(driver.memory),
-            Unmarked(),
-            Journal(),
-            due_epoch=lambda: 1,
-        )
-        addresses = RingAddresses(driver.descriptors, driver.available, driver.used)
-        with pytest.raises(ProtocolError, match="for a ring of 16"):
-            InflightVirtqueue(make_queue(dma, addresses, SIZE, base=driver.base), region)
+    with driver_of(DRIVERS[form]) as driver, pytest.raises(ProtocolError, match="a ring of 16"):
+        InflightVirtqueue(queue_for(driver), region)
 
 
 def test_a_ring_larger_than_the_front_end_said_is_not_noted() -> None:

@@ -6,81 +6,27 @@ and is replaced in mid-traffic, as by a migration: it goes on from its base alon
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmaproof.dma import Dma
-from dmaproof.guest_memory import IovaMap
-from dmaproof.journal import Journal
-from dmaproof.virtqueue import (
-    DescriptorChain,
-    PackedVirtqueue,
-    RingAddresses,
-    Segment,
-    SplitVirtqueue,
-    Virtqueue,
-)
-from qmp_tools.testbed.ring_driver import (
-    PAGE,
-    WRITE,
-    Buffer,
-    Driver,
-    PackedDriver,
-    RingDriver,
-    guest_memory,
-    ram_fd,
-)
-
-RING, TABLES, DATA = 0, 8 * PAGE, 64 * PAGE
-RAM_BYTES = 128 * PAGE
-
-Kind = tuple[Callable[..., Driver], Callable[..., Virtqueue]]
-KINDS: dict[str, Kind] = {
-    "split": (RingDriver, SplitVirtqueue),
-    "packed": (PackedDriver, PackedVirtqueue),
-}
-
-
-class Unmarked:
-    def dma(self, iova: int, length: int) -> None:
-        """Nothing is to be tracked here."""
+from dmaproof.virtqueue import DescriptorChain, Segment
+from qmp_tools.testbed.ring_driver import PAGE, WRITE, Buffer
+from rings import DATA, DRIVERS, TABLES, driver_of, queue_for
 
 
 @given(
-    kind=st.sampled_from(sorted(KINDS)),
+    form=st.sampled_from(sorted(DRIVERS)),
     size=st.sampled_from([1, 2, 4, 8, 32]),
     event_index=st.booleans(),
     data=st.data(),
 )
 def test_what_is_submitted_arrives_and_comes_back(
-    kind: str, size: int, event_index: bool, data: st.DataObject
+    form: str, size: int, event_index: bool, data: st.DataObject
 ) -> None:
-    make_driver, make_queue = KINDS[kind]
-    with ram_fd(RAM_BYTES) as fd:
-        driver = make_driver(guest_memory(fd, (0, RAM_BYTES, 0)), RING, size)
+    with driver_of(DRIVERS[form], size) as driver:
         driver.event_index = event_index
         driver.interrupt(wanted=True, after=1)
-        dma = Dma(
-            driver.memory,
-            IovaMap.identity(driver.memory),
-            Unmarked(),
-            Journal(),
-            due_epoch=lambda: 1,
-        )
-
-        def queue_at(base: int) -> Virtqueue:
-            return make_queue(
-                dma,
-                RingAddresses(driver.descriptors, driver.available, driver.used),
-                size,
-                base=base,
-                event_index=event_index,
-                indirect=True,
-            )
-
-        queue = queue_at(driver.base)
+        queue = queue_for(driver)
         room = size
         requests = 0
         submitted: list[tuple[int, list[Segment], list[Segment]]] = []
@@ -125,7 +71,7 @@ def test_what_is_submitted_arrives_and_comes_back(
                 queue.push(chain, written)
                 given_back.append((chain.head, written))
                 before = silent_since_wish
-                silent_since_wish += under_way[chain.head] if kind == "packed" else 1
+                silent_since_wish += under_way[chain.head] if form == "packed" else 1
                 interrupts = queue.wants_interrupt()
                 if wish is None:
                     assert not interrupts
@@ -144,4 +90,4 @@ def test_what_is_submitted_arrives_and_comes_back(
                 wish = after if wanted else None
                 silent_since_wish = 0
             elif step == "restart":
-                queue = queue_at(queue.base)
+                queue = queue_for(driver, base=queue.base)

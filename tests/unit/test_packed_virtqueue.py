@@ -7,11 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from dmaproof.dma import Dma
 from dmaproof.errors import MemoryAccessError, ProtocolError
-from dmaproof.guest_memory import IovaMap
 from dmaproof.journal import Journal, WriteKind
-from dmaproof.virtqueue import DescriptorChain, PackedVirtqueue, RingAddresses, Segment
+from dmaproof.virtqueue import DescriptorChain, Segment
 from qmp_tools.testbed.ring_driver import (
     AVAIL,
     INDIRECT,
@@ -21,62 +19,14 @@ from qmp_tools.testbed.ring_driver import (
     WRITE,
     Buffer,
     PackedDriver,
-    guest_memory,
-    ram_fd,
 )
-
-RAM_BYTES = 64 * PAGE
-RING = 16 * PAGE
-DATA = 32 * PAGE
-TABLE = 40 * PAGE
-SIZE = 8
-
-
-class Marks:
-    """A tracker that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.ranges: list[tuple[int, int]] = []
-
-    def dma(self, iova: int, length: int) -> None:
-        self.ranges.append((iova, length))
+from rings import DATA, RAM_BYTES, SIZE, TABLES, Marks, dma_for, driver_of, queue_for
 
 
 @pytest.fixture
 def driver() -> Iterator[PackedDriver]:
-    with ram_fd(RAM_BYTES) as fd:
-        yield PackedDriver(guest_memory(fd, (0, RAM_BYTES, 0)), RING, SIZE)
-
-
-def queue_for(
-    driver: PackedDriver,
-    *,
-    marks: Marks | None = None,
-    journal: Journal | None = None,
-    event_index: bool = False,
-    indirect: bool = True,
-    base: int = PackedDriver.base,
-) -> PackedVirtqueue:
-    dma = Dma(
-        driver.memory,
-        IovaMap.identity(driver.memory),
-        marks or Marks(),
-        journal or Journal(),
-        due_epoch=lambda: 1,
-    )
-    driver.event_index = event_index
-    return PackedVirtqueue(
-        dma,
-        RingAddresses(driver.descriptors, driver.available, driver.used),
-        driver.size,
-        base=base,
-        event_index=event_index,
-        indirect=indirect,
-    )
-
-
-def flags_at(driver: PackedDriver, index: int) -> int:
-    return int.from_bytes(driver.read(driver.descriptors + 16 * index + 14, 2), "little")
+    with driver_of(PackedDriver) as driver:
+        yield driver
 
 
 def test_an_empty_ring_has_no_request(driver: PackedDriver) -> None:
@@ -154,7 +104,7 @@ def test_a_ring_goes_on_where_its_base_says(driver: PackedDriver) -> None:
 
 def test_an_indirect_table_takes_one_descriptor(driver: PackedDriver) -> None:
     buffers = [Buffer(DATA + 16 * i, 16, WRITE) for i in range(3 * SIZE)]
-    driver.submit(buffers, TABLE)
+    driver.submit(buffers, TABLES)
     chain = queue_for(driver).pop()
     assert chain is not None
     assert chain.descriptors == 1
@@ -170,22 +120,22 @@ def test_an_indirect_table_takes_one_descriptor(driver: PackedDriver) -> None:
             "readable descriptor behind",
             id="readable behind writable",
         ),
-        pytest.param([Buffer(TABLE, 24, INDIRECT)], "24 bytes", id="table with half an entry"),
-        pytest.param([Buffer(TABLE, 0, INDIRECT)], "0 bytes", id="table without entries"),
+        pytest.param([Buffer(TABLES, 24, INDIRECT)], "24 bytes", id="table with half an entry"),
+        pytest.param([Buffer(TABLES, 0, INDIRECT)], "0 bytes", id="table without entries"),
         pytest.param(
-            [Buffer(TABLE, 16, INDIRECT | NEXT), Buffer(DATA, 1)], "chained", id="table and more"
+            [Buffer(TABLES, 16, INDIRECT | NEXT), Buffer(DATA, 1)], "chained", id="table and more"
         ),
         pytest.param(
-            [Buffer(DATA, 1, NEXT), Buffer(TABLE, 16, INDIRECT)], "chained", id="more and table"
+            [Buffer(DATA, 1, NEXT), Buffer(TABLES, 16, INDIRECT)], "chained", id="more and table"
         ),
-        pytest.param([Buffer(TABLE + 16, 16, INDIRECT)], "nested", id="table in a table"),
+        pytest.param([Buffer(TABLES + 16, 16, INDIRECT)], "nested", id="table in a table"),
     ],
 )
 def test_a_broken_list_is_refused(
     driver: PackedDriver, buffers: list[Buffer], message: str
 ) -> None:
-    driver.write(TABLE, struct.pack("<QIHH", DATA, 16, 0, 0))
-    driver.write(TABLE + 16, struct.pack("<QIHH", TABLE, 16, 0, INDIRECT))
+    driver.write(TABLES, struct.pack("<QIHH", DATA, 16, 0, 0))
+    driver.write(TABLES + 16, struct.pack("<QIHH", TABLES, 16, 0, INDIRECT))
     for index, buffer in enumerate(buffers):
         driver.put(index, buffer, 0, buffer.flags | AVAIL)
     queue = queue_for(driver)
@@ -195,7 +145,7 @@ def test_a_broken_list_is_refused(
 
 
 def test_a_table_that_was_not_negotiated_is_refused(driver: PackedDriver) -> None:
-    driver.submit([Buffer(DATA, 1)], TABLE)
+    driver.submit([Buffer(DATA, 1)], TABLES)
     with pytest.raises(ProtocolError, match="not negotiated"):
         queue_for(driver, indirect=False).pop()
 
@@ -237,7 +187,8 @@ def test_misaligned_and_missing_parts(driver: PackedDriver) -> None:
 def test_every_write_to_the_ring_is_tracked(driver: PackedDriver) -> None:
     marks, journal = Marks(), Journal()
     journal.start()
-    queue = queue_for(driver, marks=marks, journal=journal, event_index=True)
+    driver.event_index = True
+    queue = queue_for(driver, dma_for(driver.memory, marks=marks, journal=journal))
     queue.push(DescriptorChain(5, 2), 7)
     queue.push(DescriptorChain(6, 1), 0)
     ring = driver.descriptors
@@ -268,7 +219,8 @@ def test_an_interrupt_when_the_named_descriptor_is_used(
     driver: PackedDriver, start: int, descriptor: int, wanted: bool
 ) -> None:
     half = start % SIZE | (0x8000 if start < SIZE else 0)
-    queue = queue_for(driver, event_index=True, base=half | half << 16)
+    driver.event_index = True
+    queue = queue_for(driver, base=half | half << 16)
     awaited = (start + descriptor) % (2 * SIZE)
     offset = awaited % SIZE | (0x8000 if awaited < SIZE else 0)
     driver.write(driver.available, struct.pack("<HH", offset, 2))
@@ -279,7 +231,8 @@ def test_an_interrupt_when_the_named_descriptor_is_used(
 
 
 def test_a_request_that_came_while_kicks_were_off_is_noticed(driver: PackedDriver) -> None:
-    queue = queue_for(driver, event_index=True)
+    driver.event_index = True
+    queue = queue_for(driver)
     assert not queue.ask_for_kick()
     assert driver.read(driver.used, 4) == struct.pack("<HH", 0x8000, 2)
     driver.submit([Buffer(DATA, 1)] * 3)

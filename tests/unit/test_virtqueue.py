@@ -6,68 +6,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from dmaproof.dma import Dma
 from dmaproof.errors import MemoryAccessError, ProtocolError
-from dmaproof.guest_memory import IovaMap
-from dmaproof.journal import Journal
-from dmaproof.virtqueue import DescriptorChain, RingAddresses, Segment, SplitVirtqueue
-from qmp_tools.testbed.ring_driver import (
-    INDIRECT,
-    NEXT,
-    PAGE,
-    WRITE,
-    Buffer,
-    RingDriver,
-    guest_memory,
-    ram_fd,
-)
-
-RAM_BYTES = 64 * PAGE
-RING = 16 * PAGE
-DATA = 32 * PAGE
-TABLE = 40 * PAGE
-
-
-class Marks:
-    """A tracker that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.ranges: list[tuple[int, int]] = []
-
-    def dma(self, iova: int, length: int) -> None:
-        self.ranges.append((iova, length))
+from dmaproof.virtqueue import DescriptorChain, Segment
+from qmp_tools.testbed.ring_driver import INDIRECT, NEXT, PAGE, WRITE, Buffer, RingDriver
+from rings import DATA, RAM_BYTES, TABLES, Marks, dma_for, driver_of, queue_for
 
 
 @pytest.fixture
 def driver() -> Iterator[RingDriver]:
-    with ram_fd(RAM_BYTES) as fd:
-        yield RingDriver(guest_memory(fd, (0, RAM_BYTES, 0)), RING)
-
-
-def queue_for(
-    driver: RingDriver,
-    *,
-    marks: Marks | None = None,
-    event_index: bool = False,
-    indirect: bool = True,
-    base: int = 0,
-) -> SplitVirtqueue:
-    dma = Dma(
-        driver.memory,
-        IovaMap.identity(driver.memory),
-        marks or Marks(),
-        Journal(),
-        due_epoch=lambda: 1,
-    )
-    addresses = RingAddresses(driver.descriptors, driver.available, driver.used)
-    return SplitVirtqueue(
-        dma,
-        addresses,
-        driver.size,
-        base=base,
-        event_index=event_index,
-        indirect=indirect,
-    )
+    with driver_of(RingDriver) as driver:
+        yield driver
 
 
 def test_an_empty_ring_has_no_request(driver: RingDriver) -> None:
@@ -87,8 +35,8 @@ def test_readable_then_writable(driver: RingDriver) -> None:
 
 def test_an_indirect_table_may_be_longer_than_the_ring(driver: RingDriver) -> None:
     buffers = driver.chain([Buffer(DATA + 16 * i, 16, WRITE) for i in range(3 * driver.size)])
-    driver.describe(buffers, table=TABLE)
-    driver.describe([Buffer(TABLE, 16 * len(buffers), INDIRECT)])
+    driver.describe(buffers, table=TABLES)
+    driver.describe([Buffer(TABLES, 16 * len(buffers), INDIRECT)])
     driver.publish(0)
     chain = queue_for(driver).pop()
     assert chain is not None
@@ -121,9 +69,9 @@ def test_the_ring_wraps_and_the_index_too(driver: RingDriver) -> None:
             "readable descriptor behind",
             id="readable behind writable",
         ),
-        pytest.param([Buffer(TABLE, 24, INDIRECT)], "24 bytes", id="table with half an entry"),
-        pytest.param([Buffer(TABLE, 0, INDIRECT)], "0 bytes", id="table without entries"),
-        pytest.param([Buffer(TABLE, 16, INDIRECT | NEXT, 1)], "chained", id="table and more"),
+        pytest.param([Buffer(TABLES, 24, INDIRECT)], "24 bytes", id="table with half an entry"),
+        pytest.param([Buffer(TABLES, 0, INDIRECT)], "0 bytes", id="table without entries"),
+        pytest.param([Buffer(TABLES, 16, INDIRECT | NEXT, 1)], "chained", id="table and more"),
     ],
 )
 def test_a_broken_chain_is_refused(driver: RingDriver, buffers: list[Buffer], message: str) -> None:
@@ -135,8 +83,8 @@ def test_a_broken_chain_is_refused(driver: RingDriver, buffers: list[Buffer], me
 
 def test_that_a_table_is_writable_is_ignored(driver: RingDriver) -> None:
     # Section 2.7.5.3.2.
-    driver.describe([Buffer(DATA, 16)], table=TABLE)
-    driver.describe([Buffer(TABLE, 16, INDIRECT | WRITE)])
+    driver.describe([Buffer(DATA, 16)], table=TABLES)
+    driver.describe([Buffer(TABLES, 16, INDIRECT | WRITE)])
     driver.publish(0)
     chain = queue_for(driver).pop()
     assert chain is not None
@@ -144,24 +92,24 @@ def test_that_a_table_is_writable_is_ignored(driver: RingDriver) -> None:
 
 
 def test_a_nested_table_is_refused(driver: RingDriver) -> None:
-    driver.describe([Buffer(TABLE, 16, INDIRECT)], table=TABLE)
-    driver.describe([Buffer(TABLE, 16, INDIRECT)])
+    driver.describe([Buffer(TABLES, 16, INDIRECT)], table=TABLES)
+    driver.describe([Buffer(TABLES, 16, INDIRECT)])
     driver.publish(0)
     with pytest.raises(ProtocolError, match="nested"):
         queue_for(driver).pop()
 
 
 def test_a_loop_inside_a_table_is_refused(driver: RingDriver) -> None:
-    driver.describe([Buffer(DATA, 1, NEXT, 1), Buffer(DATA, 1, NEXT, 0)], table=TABLE)
-    driver.describe([Buffer(TABLE, 32, INDIRECT)])
+    driver.describe([Buffer(DATA, 1, NEXT, 1), Buffer(DATA, 1, NEXT, 0)], table=TABLES)
+    driver.describe([Buffer(TABLES, 32, INDIRECT)])
     driver.publish(0)
     with pytest.raises(ProtocolError, match="loops"):
         queue_for(driver).pop()
 
 
 def test_a_table_that_was_not_negotiated_is_refused(driver: RingDriver) -> None:
-    driver.describe([Buffer(DATA, 1)], table=TABLE)
-    driver.describe([Buffer(TABLE, 16, INDIRECT)])
+    driver.describe([Buffer(DATA, 1)], table=TABLES)
+    driver.describe([Buffer(TABLES, 16, INDIRECT)])
     driver.publish(0)
     with pytest.raises(ProtocolError, match="not negotiated"):
         queue_for(driver, indirect=False).pop()
@@ -204,7 +152,8 @@ def test_misaligned_and_missing_parts(driver: RingDriver) -> None:
 
 def test_every_write_to_the_used_ring_is_tracked(driver: RingDriver) -> None:
     marks = Marks()
-    queue = queue_for(driver, marks=marks, event_index=True)
+    driver.event_index = True
+    queue = queue_for(driver, dma_for(driver.memory, marks=marks))
     queue.push(DescriptorChain(3, 1), 7)
     assert marks.ranges == [(driver.used + 4, 8), (driver.used + 2, 2)]
     queue.ask_for_kick()
@@ -225,7 +174,8 @@ def test_the_driver_can_switch_interrupts_off(driver: RingDriver) -> None:
 def test_event_index_interrupts_when_used_event_is_passed(
     driver: RingDriver, used_event: int, wanted: bool
 ) -> None:
-    queue = queue_for(driver, event_index=True)
+    driver.event_index = True
+    queue = queue_for(driver)
     driver.publish(used_event=used_event)
     queue.push(DescriptorChain(0, 1), 0)
     queue.push(DescriptorChain(1, 1), 0)
@@ -234,7 +184,8 @@ def test_event_index_interrupts_when_used_event_is_passed(
 
 
 def test_a_request_that_came_while_kicks_were_off_is_noticed(driver: RingDriver) -> None:
-    queue = queue_for(driver, event_index=True)
+    driver.event_index = True
+    queue = queue_for(driver)
     assert not queue.ask_for_kick()
     driver.describe([Buffer(DATA, 1)])
     driver.publish(0)

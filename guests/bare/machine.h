@@ -71,9 +71,9 @@ void pci_enable(const struct pci_device *device);
 
 // virtio_blk.c: the disk -------------------------------------------------------------------------
 
-// Find the first virtio disk, and give `wanted_slots` requests at a time a place in its queues. Returns
+// Find the first virtio disk, and give `slots` requests at a time a place in its queues. Returns
 // its size in sectors.
-uint64_t disk_open(unsigned wanted_slots);
+uint64_t disk_open(unsigned slots);
 void disk_submit(unsigned slot, const struct request *request);
 // A slot whose request is over, or -1; `status` is virtio's, 0 for success.
 int disk_poll(uint8_t *status);

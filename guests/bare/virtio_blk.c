@@ -1,15 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * A virtio block driver over the modern PCI transport (virtio 1.2, sections 4.1, 2.7 and 5.2),
- * polled. Every slot has descriptors of its own in its queue's table, and a table for an indirect
- * descriptor, which it uses for what does not fit into the former.
- *
- * Used rings and status bytes are on pages of their own, which only the device writes: if it does
- * not report these writes, nothing else hides that.
+ * A virtio block driver over the modern PCI transport (virtio 1.2, sections 4.1 and 5.2), polled.
+ * Every slot has a place in one of the queues, in turn. Status bytes are on a page of their own,
+ * which only the device writes, as it does its area of a queue.
  */
-#include "machine.h"
-
-#include <stdatomic.h>
+#include "virtqueue.h"
 
 enum {
     VENDOR = 0x1af4,
@@ -32,22 +27,12 @@ enum {
 
     DISK_PATIENCE_US = 10 * 1000 * 1000,
     MAX_QUEUES = 16,
-    MAX_QUEUE_SIZE = 128,
-    MAX_DESCRIPTORS = MAX_SMALL_PAGES + 2,  // more pieces than these are in a row
-
-    DESCRIPTOR_NEXT = 1,
-    DESCRIPTOR_WRITE = 2,
-    DESCRIPTOR_INDIRECT = 4,
-    NO_INTERRUPT = 1,
-    NO_NOTIFY = 1,
 
     REQUEST_IN = 0,
     REQUEST_OUT = 1,
 };
 
 static const uint64_t F_BLK_MQ = 1ull << 12;
-static const uint64_t F_INDIRECT = 1ull << 28;
-static const uint64_t F_EVENT_INDEX = 1ull << 29;
 static const uint64_t F_VERSION_1 = 1ull << 32;
 
 struct common_config {
@@ -58,43 +43,20 @@ struct common_config {
     uint32_t queue_parts[3][2];  // descriptors, driver, device: low and high half
 };
 
-struct descriptor {
-    uint64_t address;
-    uint32_t length;
-    uint16_t flags, next;
-};
-struct available {
-    uint16_t flags, index, ring[];  // behind the ring: used_event
-};
-struct used {
-    uint16_t flags, index;
-    struct {
-        uint32_t id, length;
-    } ring[];  // behind it: avail_event, the index that a kick is wanted for
-};
-
-struct slot {
-    struct {
-        uint32_t type, reserved;
-        uint64_t sector;
-    } header;
-    struct descriptor table[MAX_DESCRIPTORS];
+struct header {
+    uint32_t type, reserved;
+    uint64_t sector;
 };
 
 static struct queue {
-    uint16_t size, room;  // descriptors in all, and for each slot
-    uint16_t published, seen;
-    struct descriptor *descriptors;
-    volatile struct available *available;
-    volatile struct used *used;
-    const volatile uint16_t *kick_wanted_at;  // avail_event
+    struct virtqueue ring;
     volatile uint16_t *doorbell;
 } queues[MAX_QUEUES];
 
-static unsigned slot_count, queue_count;
+static unsigned queue_count;
 static uint64_t features;
-static struct slot *slots;
-static volatile uint8_t *statuses;
+static struct header *headers;      // of each slot
+static volatile uint8_t *statuses;  // likewise
 
 // Finding the device -----------------------------------------------------------------------------
 
@@ -118,7 +80,8 @@ static uint64_t negotiate(volatile struct common_config *common) {
         common->device_feature_select = half;
         offered |= (uint64_t)common->device_feature << 32 * half;
     }
-    uint64_t wanted = offered & (F_BLK_MQ | F_INDIRECT | F_EVENT_INDEX | F_VERSION_1);
+    uint64_t of_rings = F_RING_INDIRECT | F_RING_EVENT_INDEX | F_RING_PACKED;
+    uint64_t wanted = offered & (F_BLK_MQ | F_VERSION_1 | of_rings);
     for (uint32_t half = 0; half < 2; half++) {
         common->driver_feature_select = half;
         common->driver_feature = (uint32_t)(wanted >> 32 * half);
@@ -129,29 +92,20 @@ static uint64_t negotiate(volatile struct common_config *common) {
     return wanted;
 }
 
-static void set_up_queue(volatile struct common_config *common, struct queue *queue,
-                         unsigned slots_here) {
-    queue->size = common->queue_size < MAX_QUEUE_SIZE ? common->queue_size : MAX_QUEUE_SIZE;
-    queue->room = (uint16_t)(queue->size / slots_here);
-    if (queue->room < (features & F_INDIRECT ? 1 : MAX_DESCRIPTORS))
+static void set_up_queue(volatile struct common_config *common, struct virtqueue *queue,
+                         unsigned places) {
+    uint16_t size = common->queue_size < MAX_QUEUE_SIZE ? common->queue_size : MAX_QUEUE_SIZE;
+    if (!virtqueue_open(queue, features, size, places))
         give_up("the disk's queues are too small for so many threads");
-    size_t descriptors_bytes = queue->size * sizeof(struct descriptor);
-    uint8_t *drivers = allocate_aligned(descriptors_bytes + 6 + 2 * queue->size, PAGE_BYTES);
-    queue->descriptors = (void *)drivers;
-    queue->available = (void *)(drivers + descriptors_bytes);
-    queue->used = allocate_aligned((6 + 8 * queue->size + PAGE_BYTES - 1) & -PAGE_BYTES, PAGE_BYTES);
-    queue->kick_wanted_at = (volatile void *)&queue->used->ring[queue->size];
-    queue->available->flags = NO_INTERRUPT;
-    const volatile void *parts[] = {queue->descriptors, queue->available, queue->used};
-    common->queue_size = queue->size;
+    const volatile void *parts[] = {queue->descriptors, queue->driver, queue->device};
+    common->queue_size = size;
     for (unsigned part = 0; part < 3; part++) {
         common->queue_parts[part][0] = (uint32_t)(uint64_t)parts[part];
         common->queue_parts[part][1] = (uint32_t)((uint64_t)parts[part] >> 32);
     }
 }
 
-uint64_t disk_open(unsigned wanted_slots) {
-    slot_count = wanted_slots;
+uint64_t disk_open(unsigned slots) {
     static const uint16_t ids[] = {BLK, TRANSITIONAL_BLK};
     struct pci_device device;
     for (bool told = false; !pci_find(VENDOR, ids, sizeof ids / sizeof *ids, &device); told = true) {
@@ -177,17 +131,17 @@ uint64_t disk_open(unsigned wanted_slots) {
     queue_count = features & F_BLK_MQ ? *(volatile uint16_t *)(config + 34) : 1;
     if (queue_count > MAX_QUEUES)
         queue_count = MAX_QUEUES;
-    if (queue_count > slot_count)
-        queue_count = slot_count;
+    if (queue_count > slots)
+        queue_count = slots;
     for (unsigned index = 0; index < queue_count; index++) {
         struct queue *queue = &queues[index];
         common->queue_select = (uint16_t)index;
-        set_up_queue(common, queue, (slot_count + queue_count - 1) / queue_count);
+        set_up_queue(common, &queue->ring, (slots - index + queue_count - 1) / queue_count);
         queue->doorbell =
             (volatile uint16_t *)(notifications + common->queue_notify_off * multiplier);
         common->queue_enable = 1;
     }
-    slots = allocate(slot_count * sizeof *slots);
+    headers = allocate(slots * sizeof *headers);
     statuses = allocate_aligned(PAGE_BYTES, PAGE_BYTES);
     common->device_status |= STATUS_DRIVER_OK;
     return *(volatile uint64_t *)config;
@@ -195,87 +149,51 @@ uint64_t disk_open(unsigned wanted_slots) {
 
 // Requests ---------------------------------------------------------------------------------------
 
-static void add(struct descriptor *table, unsigned *count, const volatile void *address,
+static void add(struct piece *pieces, unsigned *count, const volatile void *address,
                 uint32_t length, uint16_t flags) {
-    if (*count == MAX_DESCRIPTORS)
+    if (*count == MAX_PIECES)
         give_up("a request is in too many pieces");
-    table[*count] = (struct descriptor){(uint64_t)address, length, flags, 0};
+    pieces[*count] = (struct piece){(uint64_t)address, length, flags};
     ++*count;
 }
 
-// Describe a request, pages that follow each other in memory as one; returns the descriptors' count.
-static unsigned describe(struct slot *slot, volatile uint8_t *status,
-                         const struct request *request) {
-    struct descriptor *table = slot->table;
+// The pieces of a slot's request, pages that follow each other in memory as one; returns how many.
+static unsigned describe(unsigned slot, const struct request *request, struct piece *pieces) {
     uint16_t flags = request->kind == WRITE ? 0 : DESCRIPTOR_WRITE;
     unsigned count = 0;
-    slot->header.type = request->kind == WRITE ? REQUEST_OUT : REQUEST_IN;
-    slot->header.sector = request->sector;
-    add(table, &count, &slot->header, sizeof slot->header, 0);
+    headers[slot].type = request->kind == WRITE ? REQUEST_OUT : REQUEST_IN;
+    headers[slot].sector = request->sector;
+    add(pieces, &count, &headers[slot], sizeof headers[slot], 0);
     for (uint32_t piece = 0; piece < pieces_of(request); piece++) {
         const uint8_t *address = piece_at(request, piece);
-        struct descriptor *last = &table[count - 1];
+        struct piece *last = &pieces[count - 1];
         bool follows = count > 1 && (uint64_t)address == last->address + last->length;
         if (follows && request->piece_bytes == PAGE_BYTES)
             last->length += request->piece_bytes;
         else
-            add(table, &count, address, request->piece_bytes, flags);
+            add(pieces, &count, address, request->piece_bytes, flags);
     }
-    add(table, &count, status, 1, DESCRIPTOR_WRITE);
+    add(pieces, &count, &statuses[slot], 1, DESCRIPTOR_WRITE);
     return count;
 }
 
-static void publish(struct queue *queue, uint16_t head) {
-    uint16_t before = queue->published++;
-    queue->available->ring[before % queue->size] = head;
-    atomic_thread_fence(memory_order_release);
-    queue->available->index = queue->published;
-    atomic_thread_fence(memory_order_seq_cst);  // section 2.7.13.4.1: before the device is asked
-    bool kick = !(queue->used->flags & NO_NOTIFY);
-    if (features & F_EVENT_INDEX) {
-        uint16_t passed = (uint16_t)(queue->published - *queue->kick_wanted_at - 1);
-        kick = passed < (uint16_t)(queue->published - before);
-    }
-    if (kick)
-        *queue->doorbell = (uint16_t)(queue - queues);
-}
-
-void disk_submit(unsigned number, const struct request *request) {
-    struct queue *queue = &queues[number % queue_count];
-    struct slot *slot = &slots[number];
-    uint16_t head = (uint16_t)(number / queue_count * queue->room);
-    unsigned count = describe(slot, &statuses[number], request);
-    bool direct = count <= queue->room;
-    struct descriptor *table = direct ? &queue->descriptors[head] : slot->table;
-    for (unsigned index = 0; index < count; index++) {
-        table[index] = slot->table[index];
-        if (index + 1 < count) {
-            table[index].flags |= DESCRIPTOR_NEXT;
-            table[index].next = (uint16_t)((direct ? head : 0) + index + 1);
-        }
-    }
-    if (!direct)
-        queue->descriptors[head] = (struct descriptor){
-            (uint64_t)table, count * (uint32_t)sizeof *table, DESCRIPTOR_INDIRECT, 0};
-    publish(queue, head);
+void disk_submit(unsigned slot, const struct request *request) {
+    struct piece pieces[MAX_PIECES];
+    unsigned count = describe(slot, request, pieces), index = slot % queue_count;
+    if (virtqueue_submit(&queues[index].ring, slot / queue_count, pieces, count))
+        *queues[index].doorbell = (uint16_t)index;
 }
 
 int disk_poll(uint8_t *status) {
     static unsigned turn;
     for (unsigned tried = 0; tried < queue_count; tried++) {
         unsigned index = turn++ % queue_count;
-        struct queue *queue = &queues[index];
-        if (queue->used->index == queue->seen)
+        int place = virtqueue_poll(&queues[index].ring);
+        if (place < 0)
             continue;
-        atomic_thread_fence(memory_order_acquire);
-        unsigned head = queue->used->ring[queue->seen++ % queue->size].id;
-        // The event index is kept far ahead, so that no interrupt comes.
-        queue->available->ring[queue->size] = queue->seen + 0x8000;
-        unsigned number = head / queue->room * queue_count + index;
-        if (number >= slot_count)
-            give_up("the disk has finished a request that there is not");
-        *status = statuses[number];
-        return (int)number;
+        unsigned slot = (unsigned)place * queue_count + index;
+        *status = statuses[slot];
+        return (int)slot;
     }
     return -1;
 }

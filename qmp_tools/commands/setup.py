@@ -258,8 +258,7 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
                 )
     if arguments.guest not in device.guests:
         raise UsageError(
-            f"--guest {arguments.guest}: it has no driver for {device.facts.device} with "
-            f"{device.facts.ring} rings; "
+            f"--guest {arguments.guest}: it has no driver for {device.facts.device}; "
             f"--guest {' or '.join(sorted(device.guests))} has one"
         )
     memory = parse_memory(arguments.memory) if arguments.memory else None

@@ -81,9 +81,8 @@ class EmulatedDevice:
 
     @property
     def guests(self) -> Collection[str]:
-        """See `ProofDevice.guests`; of ours only Linux has a driver for packed rings."""
-        guests = self._type.guests
-        return guests if self.ring == "split" else [it for it in guests if it == "linux"]
+        """See `ProofDevice.guests`."""
+        return self._type.guests
 
     def fit(self, workload: Workload) -> Workload:
         """See `ProofDevice.fit`."""

@@ -38,7 +38,7 @@ def bare_guest(say: Say) -> Guest:
     """
     folder = sources()
     files = [*sorted((folder / "bare").glob("*.[cS]")), folder / "workload.c"]
-    headers = [folder / "workload.h", folder / "bare" / "machine.h"]
+    headers = [*sorted((folder / "bare").glob("*.h")), folder / "workload.h"]
     target = _built("bare", files, headers, _BARE, say)
     return Guest(
         name="bare",

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from command import Tool
-from qmp_tools.devices.emulated import EmulatedDevice
+from dmaproof.vhost_user.features import F_RING_PACKED
+from qmp_tools.devices.emulated import RINGS, EmulatedDevice
 from qmp_tools.guest.bare import bare_guest
 from qmp_tools.guest.channel import START_ONCE, GuestChannel
 from qmp_tools.guest.workload import PATTERNS, Workload
@@ -24,7 +25,11 @@ _PATIENCE_S = 60.0
 
 
 async def _boot(
-    folder: Path, workload: Workload, machine: str = "q35", arguments: Sequence[str] = ()
+    folder: Path,
+    workload: Workload,
+    machine: str = "q35",
+    arguments: Sequence[str] = (),
+    ring: str = "split",
 ) -> GuestChannel:
     """What the guest has told when it is through with its once pages."""
     guest = bare_guest(lambda text: None)
@@ -39,7 +44,7 @@ async def _boot(
     ).arguments()
     device = await Device.start(DeviceOptions(), {"source": socket}, folder)
     try:
-        disk = EmulatedDevice(DeviceOptions()).qemu_arguments(socket)
+        disk = EmulatedDevice(DeviceOptions(), ring=ring).qemu_arguments(socket)
         qemu = await Qemu.start(
             "source", find_qemu(None), [*machine_arguments, *disk, *arguments], folder
         )
@@ -52,6 +57,9 @@ async def _boot(
                 _PATIENCE_S,
             )
             channel.close()
+            accepted = device.accepted_features("source")
+            assert accepted is not None
+            assert bool(accepted & F_RING_PACKED) is (ring == "packed")
         finally:
             await qemu.end()
     finally:
@@ -70,11 +78,12 @@ def test_it_starts_on(tmp_path: Path, machine: str, firmware: tuple[str, ...]) -
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("threads", [1, 64])
-def test_it_carries_out(tmp_path: Path, pattern: str, threads: int) -> None:
+@pytest.mark.parametrize("ring", RINGS)
+def test_it_carries_out(tmp_path: Path, pattern: str, threads: int, ring: str) -> None:
     workload = Workload(
         pattern=pattern, threads=threads, once=2048, huge_every=8, unaligned_every=4, write_every=4
     )
-    channel = asyncio.run(_boot(tmp_path, workload))
+    channel = asyncio.run(_boot(tmp_path, workload, ring=ring))
     assert channel.complaints == []
     assert channel.number("once-done", "pages") == 2048
     assert channel.number("progress", "writes") > 0
@@ -87,11 +96,12 @@ def test_it_says_why_it_gives_up(tool: Tool) -> None:
     assert "pages of buffer do not fit" in outcome.errors
 
 
-def test_its_proof_passes_and_catches(tool: Tool) -> None:
-    outcome = tool.run("prove", "--guest", "bare", "--control", "--json", "-")
+@pytest.mark.parametrize("ring", RINGS)
+def test_its_proof_passes_and_catches(tool: Tool, ring: str) -> None:
+    outcome = tool.run("prove", "--guest", "bare", "--ring", ring, "--control", "--json", "-")
     assert outcome.exit_code == 0, outcome.output + outcome.errors
     report = outcome.report
-    assert report["setup"]["guest"] == "bare"
+    assert (report["setup"]["guest"], report["setup"]["ring"]) == ("bare", ring)
     assert report["lost_pages"] == []
     assert report["guest"]["errors"] == 0
     assert report["guest"]["swept"] > 8192

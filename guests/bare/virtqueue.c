@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "virtqueue.h"
+
+bool virtqueue_open(struct virtqueue *queue, uint64_t features, uint16_t size, unsigned places) {
+    const struct ring_form *form = features & F_RING_PACKED ? &packed_ring : &split_ring;
+    *queue = (struct virtqueue){
+        .form = form,
+        .event_index = features & F_RING_EVENT_INDEX,
+        .size = size,
+        .places = (uint16_t)places,
+        .room = (uint16_t)(size / places),
+    };
+    if (queue->room < (features & F_RING_INDIRECT ? 1 : MAX_PIECES))
+        return false;
+    size_t descriptors_bytes = (size_t)size * DESCRIPTOR_BYTES;
+    size_t driver_bytes = form->driver_bytes + form->driver_bytes_each * size;
+    size_t device_bytes = form->device_bytes + form->device_bytes_each * size;
+    uint8_t *ours = allocate_aligned(descriptors_bytes + driver_bytes, PAGE_BYTES);
+    queue->descriptors = ours;
+    queue->driver = ours + descriptors_bytes;
+    queue->device = allocate_aligned((device_bytes + PAGE_BYTES - 1) & -PAGE_BYTES, PAGE_BYTES);
+    queue->tables = allocate(places * sizeof *queue->tables);
+    form->want_no_interrupt(queue);
+    return true;
+}
+
+bool virtqueue_submit(struct virtqueue *queue, unsigned place, const struct piece *pieces,
+                      unsigned count) {
+    struct piece table = {(uint64_t)queue->tables[place], count * DESCRIPTOR_BYTES,
+                          DESCRIPTOR_INDIRECT};
+    if (count > queue->room) {
+        queue->form->fill_table(queue->tables[place], pieces, count);
+        pieces = &table;
+        count = 1;
+    }
+    queue->taken[place] = (uint16_t)count;
+    return queue->form->publish(queue, (uint16_t)place, pieces, (uint16_t)count);
+}
+
+int virtqueue_poll(struct virtqueue *queue) {
+    int place = queue->form->collect(queue);
+    if (place >= queue->places)
+        give_up("the device has finished a request that there is not");
+    return place;
+}

@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+/* The bare guest's virtqueues for tests, over memory that they share with a device of the test's. */
+#include "../guests/bare/virtqueue.h"
+
+#include <setjmp.h>
+
+static uint8_t *free_memory;
+static jmp_buf gave_up;
+
+void *allocate_aligned(size_t bytes, size_t alignment) {
+    void *start = (void *)(((uint64_t)free_memory + alignment - 1) & -alignment);
+    free_memory = (uint8_t *)start + bytes;
+    return start;
+}
+
+void *allocate(size_t bytes) {
+    return allocate_aligned(bytes, 64);
+}
+
+_Noreturn void give_up(const char *why) {
+    (void)why;
+    longjmp(gave_up, 1);
+}
+
+// A queue in `memory`, which is all zeros; NULL if it is too small.
+struct virtqueue *ring_open(void *memory, uint64_t features, uint16_t size, unsigned places) {
+    free_memory = memory;
+    struct virtqueue *queue = allocate(sizeof *queue);
+    return virtqueue_open(queue, features, size, places) ? queue : NULL;
+}
+
+void ring_areas(const struct virtqueue *queue, uint64_t areas[3]) {
+    areas[0] = (uint64_t)queue->descriptors;
+    areas[1] = (uint64_t)queue->driver;
+    areas[2] = (uint64_t)queue->device;
+}
+
+// As virtqueue_poll; -2 where it gives up.
+int ring_poll(struct virtqueue *queue) {
+    return setjmp(gave_up) ? -2 : virtqueue_poll(queue);
+}

@@ -6,13 +6,15 @@ A descriptor is 16 bytes in both: address, length, and two 16-bit fields, which 
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
 from ..dma import Dma
 from ..errors import ProtocolError
 
-DESCRIPTOR_BYTES: Final = 16
+DESCRIPTOR: Final = struct.Struct("<QIHH")
+DESCRIPTOR_BYTES: Final = DESCRIPTOR.size
 MAX_QUEUE_SIZE: Final = 32768
 """The largest size of a split ring (section 2.7) and of a packed one (section 2.8.10.1)."""
 

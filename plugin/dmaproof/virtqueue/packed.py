@@ -24,6 +24,7 @@ from ..dma import Dma
 from ..errors import ProtocolError
 from ..journal import WriteKind
 from .chain import (
+    DESCRIPTOR,
     DESCRIPTOR_BYTES,
     F_INDIRECT,
     F_NEXT,
@@ -40,7 +41,6 @@ from .chain import (
 INITIAL_BASE: Final = 0x8000_8000
 """Both indices 0, both wrap counters 1 (section 2.8.1)."""
 
-_DESCRIPTOR: Final = struct.Struct("<QIHH")
 _LENGTH_OFFSET, _FLAGS_OFFSET = 8, 14
 _F_AVAIL: Final = 1 << 7
 _F_USED: Final = 1 << 15
@@ -170,7 +170,7 @@ class PackedVirtqueue:
         for ahead in range(self.size):
             index = (self._next_available + ahead) % self.size
             place = DESCRIPTOR_BYTES * index
-            descriptor = PackedDescriptor(*_DESCRIPTOR.unpack_from(self._ring, place))
+            descriptor = PackedDescriptor(*DESCRIPTOR.unpack_from(self._ring, place))
             found.append(descriptor)
             if not descriptor.flags & F_NEXT:
                 return found
@@ -183,7 +183,7 @@ class PackedVirtqueue:
             )
         table = read_indirect_table(self._dma, chain.head, iova, length)
         # Section 2.8.7: all of the table, in its order; only the flag WRITE counts there.
-        for piece_iova, piece_length, _, piece_flags in _DESCRIPTOR.iter_unpack(table):
+        for piece_iova, piece_length, _, piece_flags in DESCRIPTOR.iter_unpack(table):
             if piece_flags & F_INDIRECT:
                 raise ProtocolError(f"indirect descriptor of request {chain.head} is nested")
             add_segment(chain, Segment(piece_iova, piece_length), piece_flags)

@@ -10,6 +10,7 @@ from ..dma import Dma
 from ..errors import ProtocolError
 from ..journal import WriteKind
 from .chain import (
+    DESCRIPTOR,
     DESCRIPTOR_BYTES,
     F_INDIRECT,
     F_NEXT,
@@ -21,7 +22,6 @@ from .chain import (
     read_indirect_table,
 )
 
-_DESCRIPTOR: Final = struct.Struct("<QIHH")
 _AVAIL_F_NO_INTERRUPT: Final = 1
 
 
@@ -115,9 +115,7 @@ class SplitVirtqueue:
             seen += 1
             if seen > entries:
                 raise ProtocolError(f"descriptor chain of request {head} loops")
-            iova, length, flags, following = _DESCRIPTOR.unpack_from(
-                table, DESCRIPTOR_BYTES * index
-            )
+            iova, length, flags, following = DESCRIPTOR.unpack_from(table, DESCRIPTOR_BYTES * index)
             if flags & F_INDIRECT:
                 # Section 2.7.5.3.2: that it is writable is to be ignored.
                 if not self._indirect or inside_indirect or flags & F_NEXT:

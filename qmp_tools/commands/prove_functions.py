@@ -17,12 +17,11 @@ from ..guest.workload import parse_workload
 from ..host.probes import choose_accelerator, choose_memory
 from ..host.qemu_choice import common_machine
 from ..host.vfio_functions import Host
-from ..migration.migration import Limits
 from ..passthrough.host_functions import PREFIX, parse_functions, require_testable
 from ..processes.machine import Machine, parse_memory
 from ..proof import Setup
 from .arguments import sole_device
-from .setup import parse_proof_options, qemus_of, seed_of
+from .setup import limits_of, parse_proof_options, qemus_of, seed_of
 
 _TAKEN: Final = frozenset(
     {
@@ -64,6 +63,7 @@ async def functions_setup_of(arguments: argparse.Namespace, show: Display, host:
         UsageError: they contradict each other, or a function is not there.
         UntestableError: the functions, or this machine, are not up to it.
     """
+    limits = limits_of(arguments)
     name = sole_device(arguments, PREFIX) or PREFIX
     functions = parse_functions(name, host)
     for option, default in vars(parse_proof_options({})).items():
@@ -107,6 +107,6 @@ async def functions_setup_of(arguments: argparse.Namespace, show: Display, host:
         seed=seed,
         way=arguments.way,
         host=arguments.host,
-        limits=Limits(arguments.bandwidth, arguments.downtime_limit, arguments.timeout),
+        limits=limits,
         requests_after=arguments.requests_after,
     )

@@ -24,7 +24,7 @@ from ..verdict import EXIT_PASS, EXIT_UNTESTED
 from .arguments import sole_device
 from .interruption import run_interruptibly
 from .outputs import write_outputs, writes_to_stdout
-from .setup import parse_proof_options
+from .setup import limits_of, parse_proof_options
 
 _TRACKING: Final = "iommufd"
 _CONTROL_FAULT: Final = "drop=50"
@@ -49,7 +49,8 @@ def run_owned(arguments: argparse.Namespace) -> int:
     _check(arguments, tracking)
     show = display(quiet=arguments.quiet)
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().getrandbits(16)
-    request = OwnedRequest(seed, tracking, arguments.fault, arguments.timeout, arguments.keep)
+    timeout_s = limits_of(arguments).timeout_s
+    request = OwnedRequest(seed, tracking, arguments.fault, timeout_s, arguments.keep)
     report, text = _prove(arguments, request, show)
     report["commands"] = {
         "dmaproof": ["dmaproof", *arguments.command_line]
@@ -58,7 +59,7 @@ def run_owned(arguments: argparse.Namespace) -> int:
     }
     if arguments.control and report["exit_code"] == EXIT_PASS:
         show.say(f"control: the same again with {_CONTROL_FAULT} planted")
-        faulty = OwnedRequest(seed, tracking, _CONTROL_FAULT, arguments.timeout)
+        faulty = OwnedRequest(seed, tracking, _CONTROL_FAULT, timeout_s)
         control, _ = _prove(arguments, faulty, show)
         text += "\n" + add_control(report, control)
     if not writes_to_stdout(arguments):

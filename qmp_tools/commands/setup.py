@@ -229,9 +229,7 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
         UsageError: they contradict each other.
         UntestableError: what is needed is not there.
     """
-    limits = Limits(arguments.bandwidth, arguments.downtime_limit, arguments.timeout)
-    if not (0 < limits.downtime_s <= 2000 and limits.timeout_s > 0):
-        raise UsageError("--downtime-limit takes 0.001 to 2000 seconds, --timeout more than 0")
+    limits = limits_of(arguments)
     seed = seed_of(arguments)
     fault = plant(arguments.fault, seed)  # a wrong --fault is told before anything is started
     if fault.needs:
@@ -297,6 +295,19 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
         limits=limits,
         requests_after=arguments.requests_after,
     )
+
+
+def limits_of(arguments: argparse.Namespace) -> Limits:
+    """What the migration may take.
+
+    Raises:
+        UsageError: QEMU takes no such downtime limit (it counts in milliseconds), or no migration
+            could end in time.
+    """
+    limits = Limits(arguments.bandwidth, arguments.downtime_limit, arguments.timeout)
+    if not (0.001 <= limits.downtime_s <= 2000 and limits.timeout_s > 0):
+        raise UsageError("--downtime-limit takes 0.001 to 2000 seconds, --timeout more than 0")
+    return limits
 
 
 def seed_of(arguments: argparse.Namespace) -> int:

@@ -106,3 +106,22 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     done = subprocess.run(["sh", "-c", command], stdout=write, stderr=subprocess.PIPE, check=True)
     os.close(write)
     assert done.stderr == b"141\n"
+
+
+@pytest.mark.parametrize("device", ["blk", "vfio-fake", "vfio:0000:3b:00.2,0000:3b:00.3"])
+@pytest.mark.parametrize(
+    "limit",
+    [
+        *("--timeout=0", "--timeout=-1", "--timeout=nan"),
+        *("--downtime-limit=0.0009", "--downtime-limit=2001", "--downtime-limit=nan"),
+    ],
+)
+def test_a_migration_that_could_never_end_is_wrong_usage(
+    device: str, limit: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if device == "vfio-fake" and limit.startswith("--downtime-limit"):
+        why = "--downtime-limit does not apply to --device vfio-fake"
+    else:
+        why = "--downtime-limit takes 0.001 to 2000 seconds, --timeout more than 0"
+    assert main(["prove", "--device", device, limit]) == 2
+    assert why in capsys.readouterr().err

@@ -46,7 +46,8 @@ def _run(command: Sequence[str], what: str, folder: Path | None = None) -> str:
         )
     except FileNotFoundError:
         raise UntestableError(
-            f"{what} needs {command[0]}, which is not there: a Debian or Ubuntu machine is needed"
+            f"{what} needs {command[0]}, which is not there: a Debian machine or container is "
+            "needed"
         ) from None
     except subprocess.TimeoutExpired:
         raise UntestableError(f"{what} took longer than {_TIMEOUT_S:.0f} s") from None
@@ -58,7 +59,11 @@ def _run(command: Sequence[str], what: str, folder: Path | None = None) -> str:
 
 
 def _repositories() -> list[_Repository]:
-    """The Debian repositories that the machine's apt is set up with."""
+    """The Debian repositories that the machine's apt is set up with.
+
+    Raises:
+        UntestableError: there are none, as without apt's lists, or on another distribution.
+    """
     listing = _run(
         [
             "apt-get",
@@ -70,14 +75,11 @@ def _repositories() -> list[_Repository]:
         "looking up the machine's package sources",
     )
     rows = {tuple(line.split("\t")) for line in listing.splitlines()}
-    found = (
-        sorted(_Repository(*row[1:]) for row in rows if len(row) == 4 and row[0] == "Debian")
-        if rows
-        else []
-    )
+    found = sorted(_Repository(*row[1:]) for row in rows if len(row) == 4 and row[0] == "Debian")
     if not found:
         raise UntestableError(
-            "apt knows no Debian archive; 'apt-get update' (as root, once) makes it known"
+            "apt knows no Debian archive: on Debian 'apt-get update' (as root, once) makes it "
+            "known, elsewhere a container of Debian's is needed"
         )
     return found
 
@@ -211,7 +213,12 @@ def fetch_own(package: str, folder: Path) -> Path:
 
 
 def dependencies(package: str) -> list[str]:
-    """The names of the packages that `package` of the machine's own release depends on."""
+    """The names of the packages that `package` of the machine's own Debian release depends on.
+
+    Raises:
+        UntestableError: apt knows no Debian archive, or no such package.
+    """
+    _repositories()
     return _depends(_run(["apt-cache", "depends", package], f"asking apt about {package}"))
 
 

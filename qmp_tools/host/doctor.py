@@ -140,7 +140,8 @@ def _fetched(facts: Facts) -> Finding:
     if not facts.apt:
         remedy = "needs Debian's apt"
     elif facts.archive_error is not None:
-        remedy = f"{_as_root(facts, 'apt-get update')} && {remedy}"
+        update = _as_root(facts, "apt-get update")
+        remedy = f"on Debian, or in a container of it: {update} && {remedy}"
     return Finding("fetched QEMUs", State.LIMITED, "none: only one version to prove", remedy)
 
 
@@ -163,9 +164,10 @@ def _kernel(facts: Facts) -> Finding:
         return Finding(name, State.OK, f"in {cache()}")
     if facts.kernel == "available":
         return Finding(name, State.OK, "apt has it; fetched with the first proof")
-    if facts.apt:
-        return Finding(name, State.MISSING, facts.kernel, _as_root(facts, "apt-get update"))
     remedy = "dmaproof prove --guest bare"
+    if facts.apt:
+        remedy = f"on Debian: {_as_root(facts, 'apt-get update')}; elsewhere: {remedy}"
+        return Finding(name, State.MISSING, facts.kernel, remedy)
     return Finding(name, State.MISSING, "it comes by apt, which is not here", remedy)
 
 
@@ -297,7 +299,7 @@ def _look_for_kernel() -> str:
     try:
         archive.dependencies("linux-image-amd64")
     except UntestableError:
-        return "apt knows no linux-image-amd64; its lists may be missing"
+        return "apt knows no linux-image-amd64, which is Debian's"
     return "available"
 
 

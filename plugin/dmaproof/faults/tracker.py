@@ -71,7 +71,7 @@ class ClearBeforeRead(Fault):
     name: ClassVar[str] = "clear-before-read"
     link = Link.TRACKER
     value_means = "a share of the harvested ranges"
-    default = 0.5
+    default = 0.75
 
     def wrap_tracker(self, tracker: EmulatedTracker) -> EmulatedTracker:
         """A tracker that is now and then cleared first."""

@@ -432,9 +432,14 @@ static void sweep(void) {
     pause_requests(false);
 }
 
-// As before the first migration: the once pages are to be used when the tool says so, and once only.
+// As before the first migration: the once pages are empty, and to be used when the tool says so, and
+// once only.
 static void begin_again(void) {
     pause_requests(true);
+    for (uint64_t page = first_once; page < first_churn; page++) {
+        states[page].request = 0;
+        __builtin_memset(page_at(page), 0, PAGE_BYTES);
+    }
     atomic_store(&once_wanted, false);
     atomic_store(&once_taken, 0);
     atomic_store(&once_finished, 0);

@@ -19,8 +19,10 @@ import pytest
 from command import Outcome, Tool
 from qmp_tools.devices import inside_qemu
 from qmp_tools.guest.build import cache, fresh_folder
+from qmp_tools.guest.workload import Workload
 from qmp_tools.host.archive import Archive, own_codename, unpack
 from qmp_tools.host.qemu_builds import QemuBuild, fetch, installed, make_whole
+from qmp_tools.soak import TOOL
 
 pytestmark = pytest.mark.qemu
 
@@ -80,6 +82,23 @@ def test_a_back_end_may_serve_the_linux_guest_and_a_second_destination(tool: Too
     arguments[guest + 1] = "linux"
     outcome = tool.run(*arguments, "--way", "retry")
     assert_passed(outcome, "blk by qemu-storage-daemon")
+
+
+def test_a_back_end_is_started_anew_with_each_qemu(tool: Tool) -> None:
+    outcome = tool.run(*recipe("qemu-storage-daemon"), "--way", "ping-pong")
+    assert_passed(outcome, "blk by qemu-storage-daemon")
+    migrations = outcome.report["migrations"]
+    assert [it["certain"] for it in migrations] == [Workload().once] * 3
+
+
+def test_migrations_in_a_row_of_a_device_inside_qemu(tool: Tool) -> None:
+    options = ("--device", "qemu:virtio-blk-pci", "--migrations", "3")
+    outcome = tool.run("soak", "--guest", "bare", *options, "--json", "-")
+    assert outcome.exit_code == 0, outcome.output + outcome.errors
+    report = outcome.report
+    assert [it["certain"] for it in report["migrations"]] == [Workload().once] * 3
+    assert [it["errors"] for it in report["migrations"]] == [0] * 3
+    assert [it["process"] for it in report["growth"]] == [TOOL]
 
 
 def test_a_page_that_somebody_elses_device_loses_is_seen(tool: Tool) -> None:

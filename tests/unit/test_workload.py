@@ -142,6 +142,8 @@ def test_once_pages_are_used_once_in_each_migration(guests: WorkloadGuests) -> N
         assert ctypes.c_uint64.from_address(guest.page(4 * OWN_PAGES + 64 + 256)).value == before
         guest.obey("a")
         assert len(guest.told("again")) == migration
+        first_once = guest.page(4 * OWN_PAGES + 64)
+        assert ctypes.string_at(first_once, 256 * PAGE_BYTES) == bytes(256 * PAGE_BYTES)
         guest.library.churn()
         assert ctypes.c_uint64.from_address(guest.page(4 * OWN_PAGES + 64 + 256)).value > before
         guest.obey("s")

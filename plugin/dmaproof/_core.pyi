@@ -1,4 +1,4 @@
-"""Atomics and memory-bandwidth loops over bitmaps; see ``_core.c``.
+"""Atomics and memory-bandwidth loops over bitmaps; see ``core/``.
 
 A bitmap is any buffer; bit *n* is bit *n* % 8 of byte *n* // 8, which is the same as bit *n* % 64
 of the little-endian 64-bit word *n* // 64. Every function checks its bounds before it writes

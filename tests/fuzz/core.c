@@ -1,10 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * A libFuzzer target for plugin/dmaproof/_core.c: its functions as Python calls them, with any
+ * A libFuzzer target for plugin/dmaproof/core: its functions as Python calls them, with any
  * arguments, over buffers that end where the address sanitizer's red zones begin. What they do is
  * held against loops over single bits. See README.md for how to build and run it.
  */
-#include "../../plugin/dmaproof/_core.c"
+#include "../../plugin/dmaproof/core/module.c"
+
+#include "../../plugin/dmaproof/core/merge.c"
+#include "../../plugin/dmaproof/core/page_compare.c"
+#include "../../plugin/dmaproof/core/page_table.c"
+#include "../../plugin/dmaproof/core/ranges.c"
+#include "../../plugin/dmaproof/core/runs.c"
 
 #include <stdio.h>
 

@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * Bitmaps in memory, word by word.
+ *
+ * A bitmap is a run of bytes: bit n is bit n % 8 of byte n / 8. On the little-endian machines that
+ * this is written for, that is the same as bit n % 64 of 64-bit word n / 64, wherever the words
+ * begin, so a bitmap may start and end at any address: aligned words that lie wholly inside it are
+ * used whole, the bytes at its ragged ends one by one. Nothing outside is ever touched.
+ *
+ * Bits of a shared bitmap are set with an atomic OR and taken with an atomic exchange. A bit that
+ * is already set is not set again; what makes that sound is the caller's fence before (module.c).
+ */
+#ifndef DMAPROOF_BITMAP_H
+#define DMAPROOF_BITMAP_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "bitmaps of little-endian words need a little-endian machine"
+#endif
+
+#if defined(VECTORISED)
+// The build has chosen: sanitizers do not work with functions that the loader picks.
+#elif defined(__x86_64__) && defined(__GLIBC__)
+// The loader picks the fastest form that the machine has; the code is the same plain C for all.
+#define VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define VECTORISED
+#endif
+#define INLINE static inline __attribute__((always_inline))
+#define LIKELY(condition) __builtin_expect(!!(condition), 1)
+
+/*
+ * A bitmap cut at the machine's aligned words. `skew` bits of the first word lie before the bitmap;
+ * the `whole` words from `first_whole` on lie wholly inside it.
+ */
+struct bitmap {
+    uint64_t *base;
+    unsigned skew;
+    uint64_t first_whole, whole;
+};
+
+INLINE struct bitmap bitmap_of(void *data, size_t bytes) {
+    uintptr_t start = (uintptr_t)data, base = start & ~(uintptr_t)7;
+    uint64_t first = start != base, end = (start + bytes - base) / 8;
+    return (struct bitmap){
+        .base = (uint64_t *)base,
+        .skew = (unsigned)(start - base) * 8,
+        .first_whole = first,
+        .whole = end > first ? end - first : 0,
+    };
+}
+
+INLINE bool is_whole(const struct bitmap *map, uint64_t index) {
+    return index - map->first_whole < map->whole;
+}
+
+// The mask of `count` bits from bit `first` of a word; first + count <= 64, count > 0.
+INLINE uint64_t mask_of(unsigned first, unsigned count) {
+    return (~UINT64_C(0) >> (64 - count)) << first;
+}
+
+INLINE uint64_t load(const uint64_t *word) {
+    return atomic_load_explicit((const _Atomic uint64_t *)word, memory_order_relaxed);
+}
+
+INLINE uint64_t load_unaligned(const uint8_t *bytes) {
+    uint64_t word;
+    memcpy(&word, bytes, sizeof word);
+    return word;
+}
+
+// OR `mask` into a word; returns the bits that were not set before.
+INLINE uint64_t or_word(uint64_t *word, uint64_t mask, bool shared) {
+    uint64_t old = load(word);
+    if ((old & mask) == mask)
+        return 0;
+    if (shared)
+        old = atomic_fetch_or((_Atomic uint64_t *)word, mask);
+    else
+        *word = old | mask;
+    return mask & ~old;
+}
+
+// The same for a word at a ragged end, byte by byte: the other bytes are not the bitmap's.
+INLINE uint64_t or_bytes(uint8_t *bytes, uint64_t mask, bool shared) {
+    uint64_t added = 0;
+    for (unsigned i = 0; i < 8; i++) {
+        uint8_t part = (uint8_t)(mask >> (8 * i));
+        if (!part)
+            continue;
+        uint8_t old = bytes[i];
+        if (shared)
+            old = atomic_fetch_or((_Atomic uint8_t *)(bytes + i), part);
+        else
+            bytes[i] = old | part;
+        added |= (uint64_t)(part & ~old) << (8 * i);
+    }
+    return added;
+}
+
+INLINE uint64_t or_at(const struct bitmap *map, uint64_t index, uint64_t mask, bool shared) {
+    uint64_t *word = map->base + index;
+    return LIKELY(is_whole(map, index)) ? or_word(word, mask, shared)
+                                        : or_bytes((uint8_t *)word, mask, shared);
+}
+
+// The bits of `mask` in word number `index`; cleared there if `take`.
+INLINE uint64_t read_at(const struct bitmap *map, uint64_t index, uint64_t mask, bool take) {
+    uint64_t *word = map->base + index, value = 0;
+    if (LIKELY(is_whole(map, index))) {
+        value = load(word) & mask;
+        if (value && take)
+            value = mask == ~UINT64_C(0) ? atomic_exchange((_Atomic uint64_t *)word, 0)
+                                         : atomic_fetch_and((_Atomic uint64_t *)word, ~mask) & mask;
+        return value;
+    }
+    _Atomic uint8_t *bytes = (_Atomic uint8_t *)word;
+    for (unsigned i = 0; i < 8; i++) {
+        uint8_t part = (uint8_t)(mask >> (8 * i));
+        if (part) {
+            uint8_t old = take ? atomic_fetch_and(bytes + i, (uint8_t)~part) : bytes[i];
+            value |= (uint64_t)(old & part) << (8 * i);
+        }
+    }
+    return value;
+}
+
+// A run of bits is walked word by word: `mask` of word number `index`, until `count` is used up.
+struct cursor {
+    uint64_t bit, count;
+    uint64_t index, mask;
+    unsigned bits;
+};
+
+INLINE struct cursor cursor_at(const struct bitmap *map, uint64_t first, uint64_t count) {
+    return (struct cursor){.bit = first + map->skew, .count = count};
+}
+
+INLINE bool next_word(struct cursor *at) {
+    at->bit += at->bits;
+    at->count -= at->bits;
+    if (!at->count)
+        return false;
+    unsigned offset = at->bit % 64;
+    at->bits = at->count < 64 - offset ? (unsigned)at->count : 64 - offset;
+    at->index = at->bit / 64;
+    at->mask = mask_of(offset, at->bits);
+    return true;
+}
+
+// How many whole words of the run begin at the cursor.
+INLINE uint64_t whole_words(const struct bitmap *map, const struct cursor *at) {
+    if (at->bits != 64 || !is_whole(map, at->index))
+        return 0;
+    uint64_t left = map->first_whole + map->whole - at->index;
+    return at->count / 64 < left ? at->count / 64 : left;
+}
+
+// Pass over `words` words from the cursor's on; the next is found by next_word.
+INLINE void skip_words(struct cursor *at, uint64_t words) {
+    at->bit += 64 * words;
+    at->count -= 64 * words;
+    at->bits = 0;
+}
+
+// Set `count` bits from `first` on; returns how many were not set before.
+INLINE uint64_t set_run(const struct bitmap *map, uint64_t first, uint64_t count, bool shared) {
+    uint64_t added = 0;
+    struct cursor at = cursor_at(map, first, count);
+    while (next_word(&at))
+        added += (uint64_t)__builtin_popcountll(or_at(map, at.index, at.mask, shared));
+    return added;
+}
+
+#endif

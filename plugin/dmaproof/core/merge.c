@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "merge.h"
+
+#include "runs.h"
+
+#include <stdlib.h>
+
+// 64 bits from bit `shift` (0 to 7) of `bytes` on; byte 8 is read only if it holds some of them.
+INLINE uint64_t load_shifted(const uint8_t *bytes, unsigned shift) {
+    if (shift == 0)
+        return load_unaligned(bytes);
+    return load_unaligned(bytes) >> shift | load_unaligned(bytes + 1) << (8 - shift);
+}
+
+enum { BLOCK_WORDS = 8 };
+
+// OR whole words; blocks that bring nothing new, as most do, are only read.
+INLINE uint64_t merge_block(uint64_t *to, const uint8_t *from, unsigned shift, unsigned words,
+                            bool shared) {
+    uint64_t added = 0, any = 0, fresh[BLOCK_WORDS];
+    for (unsigned i = 0; i < words; i++)
+        any |= fresh[i] = load_shifted(from + 8 * i, shift);
+    if (!any)
+        return 0;
+    any = 0;
+    for (unsigned i = 0; i < words; i++)
+        any |= fresh[i] &= ~to[i];
+    if (!any)
+        return 0;
+    for (unsigned i = 0; i < words; i++) {
+        if (shared)
+            fresh[i] = fresh[i] ? or_word(to + i, fresh[i], true) : 0;
+        else
+            to[i] |= fresh[i];
+        added += (uint64_t)__builtin_popcountll(fresh[i]);
+    }
+    return added;
+}
+
+INLINE uint64_t merge_shifted(uint64_t *to, const uint8_t *from, unsigned shift, uint64_t count,
+                              bool shared) {
+    uint64_t added = 0, i = 0;
+    for (; i + BLOCK_WORDS <= count; i += BLOCK_WORDS)
+        added += merge_block(to + i, from + 8 * i, shift, BLOCK_WORDS, shared);
+    return added + merge_block(to + i, from + 8 * i, shift, (unsigned)(count - i), shared);
+}
+
+VECTORISED static uint64_t merge_words(uint64_t *to, const uint8_t *from, unsigned shift,
+                                       uint64_t count, bool shared) {
+    if (shift)
+        return merge_shifted(to, from, shift, count, shared);
+    return shared ? merge_shifted(to, from, 0, count, true)
+                  : merge_shifted(to, from, 0, count, false);
+}
+
+uint64_t merge(const struct bitmap *into, uint64_t into_bit, const struct bitmap *from,
+               uint64_t from_bit, uint64_t count, bool shared) {
+    uint64_t added = 0;
+    const uint8_t *bytes = (const uint8_t *)from->base;
+    struct cursor at = cursor_at(into, into_bit, count);
+    while (next_word(&at)) {
+        uint64_t source = from_bit + from->skew + (count - at.count), value = 0;
+        uint64_t words = whole_words(into, &at);
+        if (words) {
+            added += merge_words(into->base + at.index, bytes + source / 8, source % 8, words,
+                                 shared);
+            skip_words(&at, words);
+            continue;
+        }
+        struct cursor part = {.bit = source, .count = at.bits};
+        for (unsigned done = 0; next_word(&part); done += part.bits)
+            value |= read_at(from, part.index, part.mask, false) >> part.bit % 64 << done;
+        if (value)
+            added += (uint64_t)__builtin_popcountll(
+                or_at(into, at.index, value << at.bit % 64, shared));
+    }
+    return added;
+}
+
+// Runs are sought in pieces, so that memory for them stays small however full the bitmap is.
+enum { PIECE_BITS = 1 << 20 };
+
+bool merge_pages(const struct page_bitmap *into, const struct page_bitmap *from, uint64_t iova,
+                 uint64_t last, bool shared, uint64_t *added) {
+    struct runs runs = {0};
+    uint64_t bit = (iova >> from->shift) - from->first_page;
+    uint64_t end = (last >> from->shift) - from->first_page + 1;
+    for (uint64_t here; bit < end && !runs.failed; bit += here) {
+        here = end - bit < PIECE_BITS ? end - bit : PIECE_BITS;
+        runs.count = 0;
+        find_runs(&runs, &from->map, bit, here, false);
+        for (size_t i = 0; i < runs.count; i++) {
+            uint64_t page = from->first_page + bit + runs.pairs[2 * i];
+            uint64_t start = page << from->shift;
+            uint64_t stop = ((page + runs.pairs[2 * i + 1]) << from->shift) - 1;  // may wrap
+            uint64_t low = (start > iova ? start : iova) >> into->shift;
+            uint64_t high = (stop < last ? stop : last) >> into->shift;
+            *added += set_run(&into->map, low - into->first_page, high - low + 1, shared);
+        }
+    }
+    free(runs.pairs);
+    return !runs.failed;
+}

@@ -46,7 +46,7 @@ _WRAPPER: Final = """\
 root=$(dirname "$(readlink -f "$0")")/root
 libraries=$root/lib/x86_64-linux-gnu:$root/usr/lib/x86_64-linux-gnu
 export QEMU_MODULE_DIR="$root/usr/lib/x86_64-linux-gnu/qemu"
-exec "$root/lib64/ld-linux-x86-64.so.2" --library-path "$libraries" \\
+exec "$root/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2" --library-path "$libraries" \\
     "$root/{place}/{program}"{firmware} "$@"
 """
 _FIRMWARE: Final = (

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from dmaproof.errors import DmaproofError
 from dmaproof.vfio.requests import VfioError
+
+from ..migration.migration import MigrationError
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,16 @@ class Outcome:
     figures: dict[str, Any] = field(default_factory=dict)
     lacking: bool = False
     """It could not be carried out: kernel or QEMU does not have what is to be proved."""
+    seconds: float = 0.0
+    """How long it took."""
 
 
 class ProofFailedError(Exception):
     """What was to be shown is not so."""
+
+
+class NothingTestedError(ProofFailedError):
+    """It was over before anything could have been lost: an attempt that tells nothing."""
 
 
 class LackingError(Exception):
@@ -55,6 +64,33 @@ Raises ProofFailedError where it is not so.
 """
 
 
+_TRIES: Final = 3
+
+
+def patient(proof: Proof) -> Proof:
+    """`proof`, tried again where an attempt has told nothing, or its migration did not end.
+
+    On a starved machine that happens. It is never hidden: what was found says so, and the figure
+    ``tries`` counts the attempts.
+    """
+
+    def carry_out() -> tuple[str, dict[str, Any]]:
+        whys: list[str] = []
+        while True:
+            try:
+                found, figures = proof()
+            except (NothingTestedError, MigrationError) as error:
+                whys.append(str(error))
+                if len(whys) == _TRIES:
+                    raise
+                continue
+            if whys:
+                found += f"; at try {len(whys) + 1}, before that: {'; '.join(whys)}"
+            return found, {**figures, "tries": len(whys) + 1}
+
+    return carry_out
+
+
 Rule = Callable[[], str]
 """A proof without figures."""
 
@@ -62,6 +98,12 @@ Rule = Callable[[], str]
 def run(group: str, name: str, proof: Proof) -> Outcome:
     """Carry out one proof; an error of the kernel's is a failed proof too, but for what it does not
     know."""
+    began_s = time.monotonic()
+    outcome = _carry_out(group, name, proof)
+    return replace(outcome, seconds=round(time.monotonic() - began_s, 1))
+
+
+def _carry_out(group: str, name: str, proof: Proof) -> Outcome:
     try:
         found, figures = proof()
     except LackingError as error:

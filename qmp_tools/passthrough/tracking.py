@@ -22,6 +22,11 @@ class Tracking:
     device: bool = True
     precopy: bool = True
 
+    @property
+    def heard(self) -> bool:
+        """Whether QEMU hears of what the device writes while that runs."""
+        return self.precopy and (self.device or not self.iommufd)
+
     def arguments(self, sysfs: Path, known: Container[str] | None = None) -> list[str]:
         """QEMU's arguments for a vfio-pci on the device with the folder `sysfs`.
 

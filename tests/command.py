@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -97,14 +97,19 @@ class Running:
 
     def children(self) -> dict[str, int]:
         """The processes of the proof by name: 'source', 'destination', 'device'; and others."""
-        found = {}
+        return {name: pid for pid, name in self._children()}
+
+    def machines(self) -> list[int]:
+        """The L1s of a command that has them."""
+        return [pid for pid, name in self._children() if name == "source"]
+
+    def _children(self) -> Iterator[tuple[int, str]]:
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
                 words = (entry / "cmdline").read_bytes().split(b"\0")
                 if parent == self.process.pid:
-                    found[_name_of(words)] = int(entry.name)
-        return found
+                    yield int(entry.name), _name_of(words)
 
     def finish(self) -> Outcome:
         """Wait for the command's end."""

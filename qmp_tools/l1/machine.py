@@ -1,7 +1,8 @@
 """Runs one command in L1, and never hangs: L1 is a QEMU like any other of a run.
 
-The run's folder is shared with L1 at /mnt: the command goes in there, and what it writes there is
-outside when it is done. Lines that the command prints come out while it runs.
+A folder of the run's is shared with L1 at /mnt: the command goes in there, and what it writes there
+is outside when it is done. Lines that the command prints come out while it runs. Several machines
+may run the same command side by side, with one /mnt, and share the work out among themselves.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +40,10 @@ _COMMAND_LINE: Final = (
 TESTED_QEMU: Final = "DMAPROOF_TESTED_QEMU"
 """The variable by which L1's command finds a QEMU that is not the root file system's."""
 _JOB: Final = "job"
+_PYTHON: Final = "python"
 _COMPILE_S: Final = 120.0
+_TOLD_LINES: Final = 15
+"""Of what a command has printed, in the error that tells of its failure."""
 
 
 @dataclass(frozen=True)
@@ -83,22 +88,52 @@ async def run_in_l1(
     timeout_s: float,
     *,
     files: Sequence[Path] = (),
-) -> tuple[int, Path]:
+    machines: int = 1,
+) -> Path:
     """Boot L1 with the QEMU `binary`, run the shell `command` in it, and wait for its end.
 
     The command finds our Python packages in PYTHONPATH, the kernel modules that L1 needs in
-    /mnt/modules, and `files` in /mnt. `heard` is given each line that it prints. Returns its exit
-    code and the folder that was its /mnt.
+    /mnt/modules, `files` in /mnt, and in MACHINE which of so many `machines` side by side it runs
+    in, from 1 on. `heard` is given each line that it prints. Returns the folder that was /mnt.
 
     Raises:
-        UntestableError: L1 does not boot, ends too early, or takes longer than `timeout_s`.
+        UntestableError: a machine does not boot, ends too early, or takes longer than `timeout_s`,
+            or its command fails. The others have been ended.
     """
     job = folder / _JOB
     _fill(job, machine, command, files)
-    running = await Qemu.start("L1", binary, _arguments(machine, job), folder)
+    running = [
+        asyncio.ensure_future(_run(number, machine, binary, folder, heard, timeout_s))
+        for number in range(1, machines + 1)
+    ]
+    try:
+        await asyncio.gather(*running)
+    finally:
+        for one in running:
+            one.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+    return job
+
+
+async def _run(
+    number: int,
+    machine: L1,
+    binary: Path,
+    folder: Path,
+    heard: Callable[[str], None],
+    timeout_s: float,
+) -> None:
+    job = folder / _JOB
+    said: deque[str] = deque(maxlen=_TOLD_LINES)
+
+    def hear(line: str) -> None:
+        said.append(f"    {line}")
+        heard(line)
+
+    running = await Qemu.start(f"L1-{number}", binary, _arguments(number, machine, job), folder)
     try:
         async with asyncio.timeout(timeout_s):
-            reading = asyncio.ensure_future(_read(running, heard))
+            reading = asyncio.ensure_future(_read(running, hear))
             await running.process.died
             await reading
     except TimeoutError:
@@ -108,12 +143,14 @@ async def run_in_l1(
     finally:
         await running.end()
     try:
-        return int((job / "exit-code").read_text()), job
+        code = int((job / f"exit-code-{number}").read_text())
     except (OSError, ValueError):
         raise UntestableError(
             f"L1 ended before its command did ({running.process.how_it_ended()})\n"
             f"{running.process.log_tail()}\n{log_tail(running.console)}".rstrip()
         ) from None
+    if code:
+        raise UntestableError("\n".join((f"L1's command ended with exit code {code}:", *said)))
 
 
 async def _read(running: Qemu, heard: Callable[[str], None]) -> None:
@@ -122,8 +159,9 @@ async def _read(running: Qemu, heard: Callable[[str], None]) -> None:
             heard(line.decode(errors="replace").rstrip())
 
 
-def _arguments(machine: L1, job: Path) -> list[str]:
+def _arguments(number: int, machine: L1, job: Path) -> list[str]:
     initramfs = machine.kernel / "initramfs"
+    line = f"{_COMMAND_LINE} MACHINE={number}"
     if machine.counting:
         # Without what fills memory byte by byte: each byte would count as an instruction.
         cpu = ["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"]
@@ -132,26 +170,32 @@ def _arguments(machine: L1, job: Path) -> list[str]:
         cpu = ["-accel", "tcg,thread=multi", "-smp", "2", "-cpu", "max"]
     return [
         *("-machine", "q35", *cpu, "-m", f"{machine.memory_mib}M", "-no-reboot"),
-        *("-kernel", os.fspath(machine.kernel / "vmlinux"), "-append", _COMMAND_LINE),
+        *("-kernel", os.fspath(machine.kernel / "vmlinux"), "-append", line),
         *(("-initrd", os.fspath(initramfs)) if initramfs.exists() else ()),
-        *("-fsdev", f"local,id=root,path={machine.root},security_model=none,readonly=on"),
-        *("-device", "virtio-9p-pci,fsdev=root,mount_tag=root"),
-        *("-fsdev", f"local,id=job,path={job},security_model=none"),
-        *("-device", "virtio-9p-pci,fsdev=job,mount_tag=job"),
-        *(_share_qemu(machine.qemu) if machine.qemu else ()),
+        *_share("root", machine.root),
+        *_share("python", job / _PYTHON),
+        *(_share("qemu", machine.qemu) if machine.qemu else ()),
+        *_share("job", job, readonly=False),
     ]
 
 
-def _share_qemu(folder: Path) -> list[str]:
+def _share(tag: str, folder: Path, *, readonly: bool = True) -> list[str]:
+    option = ",readonly=on" if readonly else ""
     return [
-        *("-fsdev", f"local,id=qemu,path={folder},security_model=none,readonly=on"),
-        *("-device", "virtio-9p-pci,fsdev=qemu,mount_tag=qemu"),
+        *("-fsdev", f"local,id={tag},path={folder},security_model=none{option}"),
+        *("-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"),
     ]
+
+
+def _mount(tag: str) -> str:
+    """The shell's commands for what does not change, and may be kept in L1's memory."""
+    where = f"/run/{tag}"
+    return f"mkdir {where} && mount -t 9p -o {_SHARE},cache=loose,ro {tag} {where} || exit 3\n"
 
 
 def _fill(job: Path, machine: L1, command: str, files: Sequence[Path]) -> None:
     """What L1's command finds in /mnt."""
-    python = job / "python"
+    python = job / _PYTHON
     _copy_packages(python)
     run_inside(
         machine.root, python, COMPILE_PYTHON, "compiling Python for L1", _COMPILE_S, WHAT="/mnt"
@@ -162,15 +206,12 @@ def _fill(job: Path, machine: L1, command: str, files: Sequence[Path]) -> None:
         shutil.copy(file, modules)
     for file in files:
         shutil.copy(file, job)
-    mount = ""
+    qemu = ""
     if machine.qemu:
-        mount = (
-            f"mkdir /run/qemu && mount -t 9p -o {_SHARE},cache=loose,ro qemu /run/qemu || exit 3\n"
-            f"export {TESTED_QEMU}=/run/qemu/{QEMU_PROGRAM}\n"
-        )
+        qemu = f"{_mount('qemu')}export {TESTED_QEMU}=/run/qemu/{QEMU_PROGRAM}\n"
     (job / "command").write_text(
-        "export PYTHONPATH=/mnt/python PYTHONDONTWRITEBYTECODE=1\n"
-        f"{mount}"
+        f"{_mount('python')}export PYTHONPATH=/run/python PYTHONDONTWRITEBYTECODE=1\n"
+        f"{qemu}"
         f"for module in $(cat /mnt/modules/order) {MODULE}.ko; do\n"
         "    insmod /mnt/modules/$module || exit 3\n"
         "done\n"

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
-
-from dmaproof.errors import UntestableError
 
 from ..display import Display
 from ..guest.bare import bare_guest, vfio_guest
 from ..l1.machine import L1, run_in_l1
 from ..l1.root import quoted
+from ..matrix.room import free_memory_bytes
 from ..processes.run_folder import run_folder
 from ..reports.report import SCHEMA_VERSION
 from ..verdict import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 
-_RESULTS: Final = "results.json"
+_RESULTS: Final = "results-{}.json"
+_MEMORY_MIB: Final = 1024
+"""Of an L1, whose guests in L2 are small."""
+_OVERHEAD_BYTES: Final = 256 << 20
+"""What an L1 takes besides its memory."""
 _AROUND_S: Final = 300.0
 """More than all that a proof in L1 does besides to migrate."""
 
@@ -41,11 +45,14 @@ async def prove_passthrough(
 ) -> dict[str, Any]:
     """Carry out the proofs in L1, booted by `qemu`; what they found, as for JSON.
 
+    Where there is room for two machines, they share the proofs.
+
     Raises:
         UntestableError: L1 does not boot, or breaks off.
     """
     guests = (bare_guest(show.say).kernel, vfio_guest(show.say))
-    command = f"python3 -m qmp_tools.passthrough.inside /mnt/{_RESULTS} "
+    command = "mkdir -p /mnt/taken; exec python3 -m qmp_tools.passthrough.inside "
+    command += f"/mnt/{_RESULTS.format('$MACHINE')} /mnt/taken "
     command += " ".join(f"/mnt/{guest.name}" for guest in guests)
     command += f" --seed {request.seed}"
     if request.quick:
@@ -59,12 +66,37 @@ async def prove_passthrough(
         if tab:
             show.say(f"{verdict:6} {told}")
 
+    machine = replace(machine, memory_mib=_MEMORY_MIB)
+    machines = _machines_side_by_side()
     with run_folder(keep=request.keep) as folder:
         if request.keep:
             show.say(f"the run's folder stays: {folder}")
-        job = await _run(machine, qemu, command, folder, heard, request.timeout_s, guests)
-        results: dict[str, Any] = json.loads((job / _RESULTS).read_text())
-    return to_json(results)
+        job = await run_in_l1(
+            *(machine, qemu, command, folder, heard, request.timeout_s),
+            files=guests,
+            machines=machines,
+        )
+        parts = [
+            json.loads((job / _RESULTS.format(number)).read_text())
+            for number in range(1, machines + 1)
+        ]
+    return to_json(joined(parts))
+
+
+def _machines_side_by_side() -> int:
+    """Two, where there are a processor and the memory for each."""
+    by_memory = free_memory_bytes() // ((_MEMORY_MIB << 20) + _OVERHEAD_BYTES)
+    return max(1, min(2, len(os.sched_getaffinity(0)), by_memory))
+
+
+def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What several machines have found, as if one had: the outcomes in the order of the proofs."""
+    outcomes = {int(number): it for part in parts for number, it in part["outcomes"].items()}
+    return {
+        **parts[0],
+        "seconds": max(part["seconds"] for part in parts),
+        "outcomes": [outcomes[number] for number in sorted(outcomes)],
+    }
 
 
 @dataclass(frozen=True)
@@ -88,7 +120,8 @@ async def prove_owned(
         UntestableError: L1 does not boot, or the proof does not come to a verdict.
     """
     guest = vfio_guest(show.say)
-    command = f"python3 -m qmp_tools.passthrough.owned_proof /mnt/{_RESULTS} /mnt/{guest.name} "
+    report = _RESULTS.format(1)
+    command = f"python3 -m qmp_tools.passthrough.owned_proof /mnt/{report} /mnt/{guest.name} "
     command += quoted("--tracking", request.tracking, "--seed", str(request.seed))
     command += f" --timeout {request.timeout_s}"
     if request.fault:
@@ -97,36 +130,9 @@ async def prove_owned(
         if request.keep:
             show.say(f"the run's folder stays: {folder}")
         timeout_s = request.timeout_s + _AROUND_S
-        job = await _run(machine, qemu, command, folder, show.say, timeout_s, (guest,))
-        report = job / _RESULTS
-        return json.loads(report.read_text()), report.with_suffix(".txt").read_text()
-
-
-async def _run(
-    machine: L1,
-    qemu: Path,
-    command: str,
-    folder: Path,
-    heard: Callable[[str], None],
-    timeout_s: float,
-    guests: Sequence[Path],
-) -> Path:
-    """Run `command` in L1 with `guests` beside it; the folder in which it has left its results.
-
-    Raises:
-        UntestableError: it has left none.
-    """
-    said: list[str] = []
-
-    def hear(line: str) -> None:
-        said.append(line)
-        heard(line)
-
-    code, job = await run_in_l1(machine, qemu, command, folder, hear, timeout_s, files=guests)
-    if not (job / _RESULTS).exists():
-        told = "\n".join(f"    {line}" for line in said[-15:])
-        raise UntestableError(f"L1's proof broke off with exit code {code}:\n{told}")
-    return job
+        job = await run_in_l1(machine, qemu, command, folder, show.say, timeout_s, files=(guest,))
+        text = (job / report).with_suffix(".txt").read_text()
+        return json.loads((job / report).read_text()), text
 
 
 def to_json(results: dict[str, Any]) -> dict[str, Any]:
@@ -158,7 +164,8 @@ def to_text(results: dict[str, Any]) -> str:
     for group in dict.fromkeys(outcome["group"] for outcome in outcomes):
         of_group = [outcome for outcome in outcomes if outcome["group"] == group]
         passed = sum(outcome["passed"] for outcome in of_group)
-        lines.append(f"  {group:13} {passed} of {len(of_group)} hold")
+        seconds = sum(outcome["seconds"] for outcome in of_group)
+        lines.append(f"  {group:13} {passed} of {len(of_group)} hold, {seconds:.0f} s")
     for it in outcomes:
         if not it["passed"]:
             how = "lacking" if it["lacking"] else "FAILED"

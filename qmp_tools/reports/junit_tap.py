@@ -35,6 +35,7 @@ class Case:
     outcome: str
     message: str = ""
     details: Sequence[str] = ()
+    seconds: float | None = None
 
 
 def cases(answer: Mapping[str, Any]) -> list[Case]:
@@ -72,7 +73,8 @@ def _growth_case(row: Mapping[str, Any]) -> Case:
 
 def _passthrough_case(row: Mapping[str, Any], where: str = "") -> Case:
     outcome = "passed" if row["passed"] else "skipped" if row["lacking"] else "failed"
-    return Case(f"{where}{row['group']}: {row['name']}", outcome, row["found"])
+    name = f"{where}{row['group']}: {row['name']}"
+    return Case(name, outcome, row["found"], seconds=row["seconds"])
 
 
 def _fault_case(row: Mapping[str, Any]) -> Case:
@@ -146,6 +148,8 @@ def to_junit(answer: Mapping[str, Any]) -> str:
         element = ElementTree.SubElement(
             suite, "testcase", classname=f"dmaproof.{answer['kind']}", name=case.name
         )
+        if case.seconds is not None:
+            element.set("time", str(case.seconds))
         if case.outcome != "passed":
             tag = _TAGS[case.outcome]
             problem = ElementTree.SubElement(element, tag, message=_printable(case.message))

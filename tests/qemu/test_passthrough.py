@@ -37,6 +37,9 @@ def test_all_proofs_hold_and_all_controls_are_caught(tool: Tool) -> None:
         if kind in ("vhost", "functions") and row["figures"]
     }
     assert len(whole) == 9
+    assert [row["group"] for row in outcome.report["outcomes"]] == [
+        group for group in GROUPS for kind, _ in rows if kind == group
+    ]
     for name, it in whole.items():
         assert it["certain"] > 0, name
         assert (it["differing"] > 0) is ("control" in name), name
@@ -92,10 +95,28 @@ def test_instructions_are_counted_and_are_the_same_on_each_run(tool: Tool) -> No
 def test_nothing_is_left_when_the_tool_is_killed(tool: Tool) -> None:
     running = tool.start("passthrough", "--quick")
     running.wait_for_line("ok")  # L1 runs, and has more to do
-    machine = running.children()["source"]
+    machines = running.machines()
+    assert machines
     os.kill(running.process.pid, signal.SIGKILL)
     running.finish()
+    wait_until_gone(tool, machines)
+
+
+def test_where_one_machine_fails_the_other_is_ended(tool: Tool) -> None:
+    running = tool.start("passthrough", "--quick")
+    running.wait_for_line("ok")
+    machines = running.machines()
+    assert len(machines) == min(2, len(os.sched_getaffinity(0)))
+    os.kill(machines[-1], signal.SIGKILL)
+    outcome = running.finish()
+    assert outcome.exit_code == 3
+    assert "L1 ended before its command did (was killed by SIGKILL)" in outcome.errors
+    wait_until_gone(tool, machines)
+
+
+def wait_until_gone(tool: Tool, pids: list[int]) -> None:
+    """Wait until none of `pids` is alive, and nothing is left in the temporary folder."""
     deadline = time.monotonic() + 10
-    while is_alive(machine) or tool.leftovers():
-        assert time.monotonic() < deadline, f"{is_alive(machine)}, {tool.leftovers()}"
+    while any(map(is_alive, pids)) or tool.leftovers():
+        assert time.monotonic() < deadline, f"{list(map(is_alive, pids))}, {tool.leftovers()}"
         time.sleep(0.05)

@@ -18,11 +18,21 @@ from dmaproof.errors import TrackerError, UntestableError
 from dmaproof.iova_bitmap import IovaRange
 from dmaproof.vfio.requests import VfioError
 from qmp_tools.l1.root import run_inside
-from qmp_tools.passthrough import differential, matrix
+from qmp_tools.migration.migration import MigrationError
+from qmp_tools.passthrough import differential, matrix, prove
 from qmp_tools.passthrough.fake_device import content, dropped_pages
+from qmp_tools.passthrough.inside import untaken
 from qmp_tools.passthrough.migrations import NAMES, UNTRACKED
-from qmp_tools.passthrough.outcome import LackingError, Proof, ProofFailedError, require, run
-from qmp_tools.passthrough.prove import to_json, to_text
+from qmp_tools.passthrough.outcome import (
+    LackingError,
+    NothingTestedError,
+    Proof,
+    ProofFailedError,
+    patient,
+    require,
+    run,
+)
+from qmp_tools.passthrough.prove import joined, to_json, to_text
 from qmp_tools.passthrough.tracking import Tracking
 from qmp_tools.reports.junit_tap import to_junit, to_tap
 
@@ -105,12 +115,12 @@ def test_the_report_counts_by_group_and_shows_failures() -> None:
         {"group": "rules", "name": "a", "passed": True, "found": "x", "figures": {}},
         {"group": "rules", "name": "b", "passed": False, "found": "no error", "figures": {}},
     ]
-    rows = [{**row, "lacking": False} for row in rows]
+    rows = [{**row, "lacking": False, "seconds": 1.5} for row in rows]
     found = {"kernel": "7.3", "seed": 1, "seconds": 9.0, "outcomes": rows}
     text = to_text(to_json(found))
     assert text.startswith("FAIL: 1 proofs do not hold: the passthrough route on kernel 7.3")
     assert to_json(found)["exit_code"] == 1
-    assert "1 of 2 hold" in text
+    assert "1 of 2 hold, 3 s" in text
     assert "FAILED rules: b: no error" in text
     assert to_text(to_json({**found, "outcomes": rows[:1]})).startswith("PASS: every proof holds")
 
@@ -120,6 +130,69 @@ def test_a_command_inside_that_fails_tells_what_it_said(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     with pytest.raises(UntestableError, match="building nothing failed"):
         run_inside(tmp_path, tmp_path / "inside", "true", "building nothing", 30.0)
+
+
+# Attempts that tell nothing -----------------------------------------------------------------------
+
+
+def proof_of(*attempts: Exception | tuple[str, dict[str, Any]]) -> Proof:
+    """A proof whose attempts go like that, one after another."""
+    left = list(attempts)
+
+    def proof() -> tuple[str, dict[str, Any]]:
+        attempt = left.pop(0)
+        if isinstance(attempt, Exception):
+            raise attempt
+        return attempt
+
+    return proof
+
+
+def test_an_attempt_that_told_nothing_is_repeated_and_the_outcome_says_so() -> None:
+    equal = ("equal", {"pages": 1})
+    assert patient(proof_of(equal))() == ("equal", {"pages": 1, "tries": 1})
+    proof = proof_of(NothingTestedError("0 pages"), MigrationError("no end"), equal)
+    found, figures = patient(proof)()
+    assert found == "equal; at try 3, before that: 0 pages; no end"
+    assert figures == {"pages": 1, "tries": 3}
+
+
+def test_what_never_tells_anything_fails_and_so_does_what_is_not_so_at_once() -> None:
+    never = proof_of(*[NothingTestedError(f"{number} pages") for number in range(4)])
+    outcome = run("migration", "name", patient(never))
+    assert (outcome.passed, outcome.found) == (False, "2 pages")
+    lost = proof_of(ProofFailedError("3 pages differ"), ("equal", {}))
+    assert run("migration", "name", patient(lost)).found == "3 pages differ"
+
+
+# Machines side by side ----------------------------------------------------------------------------
+
+
+def test_each_proof_is_taken_by_one_machine_and_all_are(tmp_path: Path) -> None:
+    first, second = untaken(5, tmp_path), untaken(5, tmp_path)
+    assert [next(first), next(second), next(second), next(first)] == [0, 1, 2, 3]
+    assert [*second, *first] == [4]
+
+
+def test_what_two_machines_found_is_one_report_in_order() -> None:
+    rows = [row(str(number), "passed", group="rules") for number in range(11)]
+    common = {"kernel": "7.3", "qemu": "11.1", "seed": 1}
+    parts = [
+        {**common, "seconds": 7.0, "outcomes": {"10": rows[10], "0": rows[0], "2": rows[2]}},
+        {**common, "seconds": 9.0, "outcomes": {str(at): rows[at] for at in (1, *range(3, 10))}},
+    ]
+    assert joined(parts) == {**common, "seconds": 9.0, "outcomes": rows}
+
+
+@pytest.mark.parametrize(
+    ("processors", "free_mib", "machines"), [(1, 9000, 1), (2, 9000, 2), (8, 9000, 2), (2, 2000, 1)]
+)
+def test_as_many_machines_as_there_is_room_for(
+    processors: int, free_mib: int, machines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(processors)))
+    monkeypatch.setattr(prove, "free_memory_bytes", lambda: free_mib << 20)
+    assert prove._machines_side_by_side() == machines
 
 
 def test_what_runs_in_l1_needs_nothing_that_l1_has_not() -> None:
@@ -168,6 +241,7 @@ def row(name: str, how: str, group: str = "migration", **figures: int) -> dict[s
         "lacking": how == "lacking",
         "found": f"{name}: {how}",
         "figures": figures,
+        "seconds": 2.5,
     }
 
 
@@ -242,6 +316,7 @@ def test_the_docs_table_has_the_columns_of_the_code() -> None:
 def test_runners_are_told_what_was_skipped() -> None:
     answer = report("6.1", "10.0", row("a", "passed"), row("b", "lacking"))
     assert '<skipped message="b: lacking"' in to_junit(answer)
+    assert 'name="migration: a" time="2.5"' in to_junit(answer)
     assert "ok 2 - migration: b # SKIP b: lacking" in to_tap(answer)
     both = matrix.to_json([answer, answer])
     assert 'name="kernel 6.1, QEMU 10.0: migration: a"' in to_junit(both)

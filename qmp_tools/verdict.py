@@ -315,14 +315,9 @@ def _missed_at(
 ) -> NDArray[np.int64]:
     """For each page, the position in `TRACED_LINKS` of the first link that has missed its last
     write; their number where none has."""
-    page_bytes = np.uint64(PAGE_BYTES)
-    iovas: NDArray[np.uint64] = last_writes["iova"]
-    gpas: NDArray[np.uint64] = last_writes["gpa"]
-    iova_pages = pages + (iovas // page_bytes - gpas // page_bytes)  # a difference may wrap
     first = np.full(len(pages), len(TRACED_LINKS))
     for index, link in reversed(list(enumerate(TRACED_LINKS))):
-        addressed = iova_pages if link in (Link.TRACKER, Link.ITERATOR) else pages
-        first[evidence.links[link].last_many(addressed) < last_writes["epoch"]] = index
+        first[evidence.links[link].last_many(pages) < last_writes["epoch"]] = index
     return first
 
 
@@ -384,10 +379,7 @@ def _attribute_page(
     _, record, evidence = max(last, key=lambda it: it[0])
     iova = int(record["iova"]) + max(0, gpa - int(record["gpa"]))
     due = int(record["epoch"])
-    seen = {
-        link: evidence.links[link].last(iova if link in (Link.TRACKER, Link.ITERATOR) else gpa)
-        for link in TRACED_LINKS
-    }
+    seen = {link: evidence.links[link].last(gpa) for link in TRACED_LINKS}
     link = next((link for link in TRACED_LINKS if seen[link] < due), Link.QEMU)
     blame = Blame.DEVICE
     if link == Link.QEMU:

@@ -16,6 +16,7 @@ from dmaproof.vhost_user.connection import Connection
 from dmaproof.vhost_user.session import Session
 from qmp_tools.testbed import front_end
 from qmp_tools.testbed.front_end import FEATURES
+from qmp_tools.testbed.guest_iommu import GuestIommu
 
 __all__ = ["FEATURES", "FrontEnd"]
 
@@ -30,9 +31,10 @@ class FrontEnd(front_end.FrontEnd):
         immediate: bool = False,
         fault: str | None = None,
         stand_in: StandIn | None = None,
+        iommu: GuestIommu | None = None,
     ) -> None:
         ours, theirs = socket.socketpair()
-        super().__init__(ours)
+        super().__init__(ours, iommu=iommu)
         self.selector = selectors.DefaultSelector()
         emulated = plant(fault, seed=3).make_session
         make_session: Callable[..., Session] = StandInSession if stand_in else emulated
@@ -58,6 +60,12 @@ class FrontEnd(front_end.FrontEnd):
     def serve(self) -> None:
         """Kick, and let the session serve its rings until they are empty."""
         os.eventfd_write(self.kick, 1)
+        self.turn()
+        while self.iommu is not None and self.answer_misses():
+            self.turn()
+
+    def turn(self) -> None:
+        """Let the session do what it can without an answer to what it asks."""
         for key, _ in self.selector.select(0):
             key.data()
         while self.session.serve_rings():

@@ -29,6 +29,7 @@ from dmaproof.devices.net import ETHERTYPE
 from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.vhost_user import vring
 from dmaproof.vhost_user.features import (
+    F_ACCESS_PLATFORM,
     F_LOG_ALL,
     F_PROTOCOL_FEATURES,
     F_RING_EVENT_IDX,
@@ -174,6 +175,10 @@ class _Peer:
         if not self.device.config():
             self.protocol_features &= ~ProtocolFeature.CONFIG
         self.features = _FEATURES | (F_RING_PACKED if self.packed else 0)
+        if source.integer(0, 2) == 2:
+            self.features |= F_ACCESS_PLATFORM
+        self.channel: socket.socket | None = None
+        """Our end of the back-end channel."""
         self.next_available = [0, 0]
         """Of a packed ring: the position over two rounds of it."""
         self.events = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(3)]
@@ -201,6 +206,8 @@ class _Peer:
     def __exit__(self, *exception: object) -> None:
         self.server.close()
         self.socket.close()
+        if self.channel is not None:
+            self.channel.close()
         self.control.close()
         self._stack.close()
         for fd in self._fds:
@@ -227,7 +234,7 @@ class _Peer:
                     event = json.loads(line)
                     if event["event"] in ("refused", "gone"):
                         self.reasons.append(event.get("message") or event["reason"])
-            if not busy and not self._readable():
+            if not busy and not self._readable() and not self.answer_questions():
                 break
         else:
             raise AssertionError("the server never comes to rest")
@@ -295,7 +302,41 @@ class _Peer:
         event_index = F_RING_EVENT_IDX if self.source.integer(0, 1) else 0
         self.send(Request.SET_FEATURES, encode_u64(self.features | event_index))
         self.send(Request.SET_PROTOCOL_FEATURES, encode_u64(self.protocol_features))
+        self.open_channel()
         self.set_memory(_LOW, (self.high, _HIGH_BYTES, _HIGH_OFFSET))
+
+    def open_channel(self) -> None:
+        """Give the back end a way to ask."""
+        if self.channel is not None:
+            self.channel.close()
+        self.channel, theirs = socket.socketpair()
+        self.channel.setblocking(False)
+        with theirs:
+            self.send(Request.SET_BACKEND_REQ_FD, b"", [theirs.fileno()])
+
+    def answer_questions(self) -> bool:
+        """Answer what the back end has asked, nearly always as QEMU would; whether it had."""
+        questions = b""
+        with contextlib.suppress(OSError):
+            questions = self.channel.recv(1 << 16) if self.channel is not None else b""
+        for place in range(0, len(questions) // 44 * 44, 44):
+            iova, access = struct.unpack_from("<Q16xB", questions, place + 12)
+            gpa = iova - HVA_BASE if iova >= HVA_BASE else iova
+            there_is = any(start <= gpa < start + size for start, size in self.logged_gpas)
+            if there_is:
+                self.tell_iotlb(2, iova, PAGE, HVA_BASE + gpa, access)
+            answer = struct.pack("<IIIQ", 1, 5, 8, not there_is)
+            if self.source.integer(0, 31) == 31:
+                answer = self.source.pick((b"", answer * 2, answer[:7], self.source.blob(40)))
+            with contextlib.suppress(OSError):
+                assert self.channel is not None
+                self.channel.send(answer) if answer else None
+        return bool(questions)
+
+    def tell_iotlb(self, event: int, iova: int, size: int, hva: int, access: int) -> None:
+        """An IOTLB message. IOVAs lead to the GPAs of the same number, or of their HVAs."""
+        payload = struct.pack("<QQQBB6x", iova, size, hva % (1 << 64), access, event)
+        self.send(Request.IOTLB_MSG, payload)
 
     def set_memory(self, *places: tuple[int, int, int]) -> None:
         """A memory table of the RAM's file; what it gives may be written."""
@@ -468,6 +509,28 @@ class _Peer:
         value = self.source.pick((0, 0, 1, 1, 2, 255, 256, 257, (1 << 64) - 1))
         count = self.source.pick((0, 1, 1, 1, 2))
         self.send(request, encode_u64(value), [self.some_fd() for _ in range(count)])
+
+    def any_mapping(self) -> None:
+        """A mapping comes or goes: an honest one, or of anything."""
+        event = self.source.pick((2, 2, 2, 3, 3, 1, 4, 0, 255))
+        iova = self.number(_DATA, *_RINGS, HVA_BASE + _RINGS[0], 1 << 47, 0)
+        size = self.number(PAGE, 4 * PAGE, 0, 1 << 30, 1 << 47)
+        hva = HVA_BASE + self.number(_DATA, _RINGS[0], self.high)
+        self.tell_iotlb(event, iova, size, hva, self.source.pick((3, 3, 1, 2, 0, 4)))
+
+    def everything_unmapped(self) -> None:
+        """The guest's IOMMU is flushed."""
+        self.tell_iotlb(3, 0, 0, 0, 0)
+
+    def odd_channel(self) -> None:
+        """A back-end channel that is none, or is closed."""
+        if self.source.integer(0, 1) and self.channel is not None:
+            self.channel.close()
+            return
+        fds = self.some_fds(2)
+        for fd in fds:
+            self._forgive(fd)
+        self.send(Request.SET_BACKEND_REQ_FD, b"", fds)
 
     def ring(self) -> int:
         """A ring's number."""
@@ -759,6 +822,9 @@ _WEIGHTS: Final[dict[Callable[[_Peer], None], int]] = {
     _Peer.take_the_log: 1,
     _Peer.cut_a_file: 2,
     _Peer.seal: 1,
+    _Peer.any_mapping: 3,
+    _Peer.everything_unmapped: 1,
+    _Peer.odd_channel: 1,
     _Peer.configuration: 1,
     _Peer.any_message: 1,
     _Peer.part_of_a_message: 1,

@@ -6,7 +6,9 @@ last harvest; translates IOVA to GPA; and merges the pages into the log. Harvest
 - at an interval, so that precopy sees the pages early and the last pass stays short;
 - immediately behind each write, where that is asked for;
 - once more before the device says that it has stopped: QEMU syncs its log after GET_VRING_BASE is
-  answered, so what is merged by then is in time, and nothing merged later is.
+  answered, so what is merged by then is in time, and nothing merged later is;
+- of a part, before an IOMMU's mapping is taken away: afterwards nobody could tell any more which
+  page an IOVA was (iommufd and VFIO's type1 read the dirty bits of what they unmap, too).
 
 Harvests are numbered from 1. A write made now is due in the next one (`due_epoch`).
 """
@@ -16,12 +18,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 
 from .dirty_log import LOG_PAGE_BYTES, DirtyLog
 from .dirty_tracker import DirtyTracker
-from .guest_memory import GuestMemory, IovaMap, IovaMapping
+from .guest_memory import WRITE, Bus, GuestMemory, IovaMap, IovaMapping
 from .iova_bitmap import IovaBitmap, IovaRange
 from .trace import ChainTrace, Link, TracedBitmap, TracedLog
 
@@ -44,7 +47,7 @@ class Collector:
     """Harvests `tracker` into a dirty log while logging is on.
 
     `wrap_log` is put around each log that QEMU brings; `make_bitmap` makes the iterator of each
-    range, from the arguments of `IovaBitmap`.
+    range, from the arguments of `IovaBitmap`; `translate` tells the GPA at which a mapping begins.
     """
 
     def __init__(
@@ -53,13 +56,16 @@ class Collector:
         *,
         wrap_log: Callable[[DirtyLog], DirtyLog] = lambda log: log,
         make_bitmap: Callable[..., TracedBitmap] = TracedBitmap,
+        translate: Callable[[IovaMapping], int] = attrgetter("gpa"),
     ) -> None:
         self._tracker = tracker
         self._wrap_log = wrap_log
         self._make_bitmap = make_bitmap
+        self._translate = translate
         self._log: DirtyLog | None = None
-        self._iova_map = IovaMap(())
-        self.trace = ChainTrace((), ())
+        self._memory = GuestMemory(())
+        self._bus: Bus = IovaMap(())
+        self.trace = ChainTrace(())
         self.harvests: list[Harvest] = []
         self.started_ns: int | None = None
 
@@ -72,14 +78,14 @@ class Collector:
         """The number of the harvest that has to report what is written now."""
         return self.trace.epoch + 1
 
-    def start(self, log: DirtyLog, memory: GuestMemory, iova_map: IovaMap) -> None:
-        """Begin to track `iova_map`'s ranges; from now on harvests go to `log`."""
+    def start(self, log: DirtyLog, memory: GuestMemory, bus: Bus) -> None:
+        """Begin to track `bus`'s ranges; from now on harvests go to `log`."""
         self.stop()
-        self.trace = ChainTrace(iova_map.ranges, _gpa_ranges(memory))
+        self.trace = ChainTrace(_gpa_ranges(memory))
         self.harvests = []
         self.started_ns = time.monotonic_ns()
-        self._iova_map = iova_map
-        self._tracker.start(iova_map.ranges, LOG_PAGE_BYTES)
+        self._memory, self._bus = memory, bus
+        self._tracker.start(bus.ranges, LOG_PAGE_BYTES)
         self._log = self._wrap_log(TracedLog(log, self.trace))
 
     def switch_log(self, log: DirtyLog) -> None:
@@ -93,15 +99,15 @@ class Collector:
         self._log.close()
         self._log = self._wrap_log(TracedLog(log, self.trace))
 
-    def remap(self, memory: GuestMemory, iova_map: IovaMap) -> None:
+    def remap(self, memory: GuestMemory, bus: Bus) -> None:
         """The guest's memory changed: harvest by the old map, then track by the new one."""
         if self._log is None:
             return
         self.harvest()
         self._tracker.stop()
-        self.trace.cover(iova_map.ranges, _gpa_ranges(memory))
-        self._iova_map = iova_map
-        self._tracker.start(iova_map.ranges, LOG_PAGE_BYTES)
+        self.trace.cover(_gpa_ranges(memory))
+        self._memory, self._bus = memory, bus
+        self._tracker.start(bus.ranges, LOG_PAGE_BYTES)
 
     def stop(self) -> None:
         """Harvest a last time and track no more."""
@@ -124,7 +130,7 @@ class Collector:
             return 0
         began_ns = time.monotonic_ns()
         merged_before = self.trace.merged_pages
-        pages = self._collect(self._iova_map.mappings)
+        pages = self._collect(self._bus.mappings)
         duration_ns = time.monotonic_ns() - began_ns
         merged = self.trace.merged_pages - merged_before
         self.harvests.append(Harvest(self.trace.epoch, began_ns, duration_ns, pages, merged))
@@ -137,14 +143,20 @@ class Collector:
         start = iova // LOG_PAGE_BYTES * LOG_PAGE_BYTES
         end = -(-(iova + length) // LOG_PAGE_BYTES) * LOG_PAGE_BYTES
         pieces = []
-        for gpa, size in self._iova_map.translate(start, end - start):
+        for gpa, size in self._bus.translate(start, end - start, WRITE):
             pieces.append(IovaMapping(start, gpa, size))
             start += size
         self._collect(pieces)
 
+    def unmap(self, mappings: Iterable[IovaMapping]) -> None:
+        """Collect what was written through `mappings`, which are about to be taken away."""
+        if self._log is not None:
+            self._collect(mappings)
+
     def harvest_everything(self) -> None:
         """Report every page, as whoever cannot know what has been dirtied has to."""
-        self._collect_from(lambda bitmap, *whole: bitmap.set(*whole), self._iova_map.mappings)
+        every_page = IovaMap.identity(self._memory).mappings
+        self._collect_from(lambda bitmap, *whole: bitmap.set(*whole), every_page)
 
     def _collect(self, mappings: Iterable[IovaMapping]) -> int:
         return self._collect_from(self._tracker.read_and_clear, mappings)
@@ -155,16 +167,17 @@ class Collector:
         assert self._log is not None
         self.trace.epoch += 1
         found = 0
-        for iova, gpa, length in mappings:
-            pages = length // LOG_PAGE_BYTES
+        for mapping in mappings:
+            pages = mapping.length // LOG_PAGE_BYTES
             words = np.zeros(-(-pages // 64), dtype=np.uint64)
-            with self._make_bitmap(iova, length, LOG_PAGE_BYTES, words) as bitmap:
-                bitmap.trace = self.trace
+            with self._make_bitmap(mapping.iova, mapping.length, LOG_PAGE_BYTES, words) as bitmap:
+                bitmap.trace, bitmap.gpa = self.trace, mapping.gpa
                 bitmap.for_each(report)
             if not words.any():
                 continue
             found += int(np.bitwise_count(words).sum())
-            self.trace.see_bits(Link.ITERATOR, iova, words, 0, pages)
+            self.trace.see_bits(Link.ITERATOR, mapping.gpa, words, 0, pages)
+            gpa = self._translate(mapping)
             self.trace.see_bits(Link.TRANSLATION, gpa, words, 0, pages)
             self._log.merge(gpa, words, 0, pages)
         return found

@@ -7,10 +7,12 @@ before its bit can reach any log.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from .guest_memory import GuestMemory, IovaMap
+from .errors import MemoryAccessError
+from .guest_memory import WRITE, Bus, GuestMemory
 from .journal import Journal, WriteKind
 
 
@@ -32,7 +34,7 @@ class Dma:
     def __init__(
         self,
         memory: GuestMemory,
-        iova_map: IovaMap,
+        bus: Bus,
         tracker: DmaMarker,
         journal: Journal,
         *,
@@ -40,11 +42,17 @@ class Dma:
         after_write: Callable[[int, int], None] | None = None,
     ) -> None:
         self.memory = memory
-        self.iova_map = iova_map
+        self.bus = bus
         self.journal = journal
         self._tracker = tracker
         self._due_epoch = due_epoch
         self._after_write = after_write
+
+    def require(
+        self, readable: Iterable[tuple[int, int]], writable: Iterable[tuple[int, int]]
+    ) -> None:
+        """See `Bus.require`."""
+        self.bus.require(readable, writable)
 
     def read(self, iova: int, length: int) -> bytes:
         """`length` bytes at `iova`.
@@ -52,17 +60,23 @@ class Dma:
         Raises:
             MemoryAccessError: some of them are not mapped.
         """
-        pieces = self.iova_map.translate(iova, length)
+        pieces = self.bus.translate(iova, length)
         return b"".join(bytes(self.memory.view(gpa, size)) for gpa, size in pieces)
 
     def view(self, iova: int, length: int) -> memoryview:
         """A read-only window on `length` bytes at `iova`, for what is read again and again: rings.
 
+        Behind an IOMMU it is valid until one of its mappings is taken away.
+
         Raises:
             MemoryAccessError: they are not one piece of one memory slot.
         """
-        pieces = self.iova_map.translate(iova, length)
-        return self.memory.view(pieces[0][0] if len(pieces) == 1 else iova, length).toreadonly()
+        pieces = self.bus.translate(iova, length)
+        if any(sum(piece) != following for piece, (following, _) in itertools.pairwise(pieces)):
+            raise MemoryAccessError(
+                f"IOVA {iova:#x} + {length:#x} is several pieces of guest RAM, not one"
+            )
+        return self.memory.view(pieces[0][0], length).toreadonly()
 
     def write(self, iova: int, data: bytes | memoryview, kind: WriteKind = WriteKind.DATA) -> None:
         """Write `data` at `iova`, journal it, and let the tracker know.
@@ -77,7 +91,7 @@ class Dma:
         """The first half of a write: the data is in RAM, and in the journal."""
         pieces = [
             (gpa, self.memory.view(gpa, size))
-            for gpa, size in self.iova_map.translate(iova, len(data))
+            for gpa, size in self.bus.translate(iova, len(data), WRITE)
         ]
         epoch = self._due_epoch()
         offset = 0

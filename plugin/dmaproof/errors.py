@@ -9,10 +9,13 @@
     ├── BitmapError         a range, page size or buffer that a dirty bitmap cannot take
     ├── TrackerError        a dirty tracker was asked for what it cannot do
     ├── MemoryAccessError   an address outside every memory slot or IOVA mapping
+    │   └── IotlbMissError      so far: the IOMMU is to be asked
     └── ProtocolError       a vhost-user peer or a guest driver broke its specification
 
 Each message says what was tried, on what, and what to do about it.
 """
+
+from collections.abc import Sequence
 
 
 class DmaproofError(Exception):
@@ -41,6 +44,15 @@ class TrackerError(DmaproofError):
 
 class MemoryAccessError(DmaproofError):
     """An address outside every memory slot or IOVA mapping; nothing was written."""
+
+
+class IotlbMissError(MemoryAccessError):
+    """A device's IOTLB does not know some pages; `missing` are (IOVA, access), to be asked for."""
+
+    def __init__(self, missing: Sequence[tuple[int, int]]) -> None:
+        pages = ", ".join(f"{iova:#x}" for iova, _ in missing)
+        super().__init__(f"the IOTLB does not know the pages at IOVA {pages}")
+        self.missing = missing
 
 
 class ProtocolError(DmaproofError):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .collector import Collector
 from .errors import UntestableError
-from .guest_memory import GuestMemory, IovaMap, IovaMapping
+from .guest_memory import GuestMemory
 from .iova_bitmap import IovaRange
 from .journal import RECORD, Journal
 from .trace import TRACED_LINKS, Link, PageEpochs
@@ -62,7 +62,6 @@ class Evidence:
     """
 
     slots: list[Slot]
-    mappings: list[IovaMapping]
     records: NDArray[np.void]
     links: dict[Link, PageEpochs]
     harvests: NDArray[np.void]
@@ -74,7 +73,6 @@ class Evidence:
         """Write it all into `folder`, or leave there what there was."""
         arrays: dict[str, NDArray[Any]] = {
             "slots": np.array(self.slots, dtype=np.uint64).reshape(-1, len(Slot._fields)),
-            "mappings": np.array(self.mappings, dtype=np.uint64).reshape(-1, 3),
             "records": self.records,
             "harvests": self.harvests,
             "started_ns": np.array(self.started_ns or 0, dtype=np.uint64),
@@ -116,9 +114,6 @@ class Evidence:
                 raise ValueError(f"records of {records.dtype}, harvests of {harvests.dtype}")
             return cls(
                 slots=[Slot(*(int(number) for number in row)) for row in arrays["slots"]],
-                mappings=[
-                    IovaMapping(*(int(number) for number in row)) for row in arrays["mappings"]
-                ],
                 records=records,
                 links=links,
                 harvests=harvests,
@@ -131,7 +126,6 @@ def collect_evidence(
     journal: Journal,
     collector: Collector,
     memory: GuestMemory,
-    iova_map: IovaMap,
     *,
     requests: int,
 ) -> Evidence:
@@ -141,7 +135,6 @@ def collect_evidence(
             Slot(slot.gpa, slot.length, slot.file_offset, slot.device, slot.inode)
             for slot in memory.slots
         ],
-        mappings=list(iova_map.mappings),
         records=journal.records(),
         links=collector.trace.links,
         harvests=np.array(

@@ -10,8 +10,9 @@ IOVA
     address that the device puts on the bus: what the driver writes into descriptors and what a
     dirty tracker records. Without a virtual IOMMU it equals the GPA.
 
-`GuestMemory` holds the slots and is addressed by GPA; `IovaMap` leads from IOVA to GPA. Both refuse
-an access that is not covered whole, before a byte is written.
+`GuestMemory` holds the slots and is addressed by GPA; a `Bus` leads from IOVA to GPA: an `IovaMap`,
+or behind a virtual IOMMU an `Iotlb`. Both refuse an access that is not covered whole, before a byte
+is written.
 """
 
 from __future__ import annotations
@@ -20,11 +21,15 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from ._mapping import SharedMapping
 from .errors import MemoryAccessError, ProtocolError
 from .iova_bitmap import IovaRange
+
+READ: Final = 1
+WRITE: Final = 2
+"""What a device may do at an address: bits, as in vhost's VHOST_ACCESS_RO, WO and RW."""
 
 _ADDRESS_SPACE = 1 << 64
 _PAGE_BYTES = 4096
@@ -168,6 +173,34 @@ class IovaMapping(NamedTuple):
     length: int
 
 
+class Bus(Protocol):
+    """Leads a device's accesses from IOVA to GPA."""
+
+    @property
+    def mappings(self) -> Sequence[IovaMapping]:
+        """What leads where now, in the order of the IOVAs."""
+
+    @property
+    def ranges(self) -> Sequence[IovaRange]:
+        """The IOVA ranges that a tracker has to watch; every mapping lies in them."""
+
+    def translate(self, iova: int, length: int, access: int = READ) -> list[tuple[int, int]]:
+        """The (GPA, length in bytes) pieces that make up `length` bytes at `iova`, in order.
+
+        Raises:
+            MemoryAccessError: some byte is not mapped, or not for `access`.
+        """
+
+    def require(
+        self, readable: Iterable[tuple[int, int]], writable: Iterable[tuple[int, int]]
+    ) -> None:
+        """Make sure of (IOVA, length) ranges before anything of a request is done.
+
+        Raises:
+            IotlbMissError: some byte is not known yet, but can be asked for.
+        """
+
+
 class IovaMap:
     """Leads from IOVA to GPA, page tables being flattened to runs.
 
@@ -195,12 +228,8 @@ class IovaMap:
         """The mapped IOVA ranges, in order."""
         return [IovaRange(mapping.iova, mapping.length) for mapping in self.mappings]
 
-    def translate(self, iova: int, length: int) -> list[tuple[int, int]]:
-        """The (GPA, length in bytes) pieces that make up `length` bytes at `iova`, in order.
-
-        Raises:
-            MemoryAccessError: some byte is not mapped.
-        """
+    def translate(self, iova: int, length: int, access: int = READ) -> list[tuple[int, int]]:
+        """See `Bus.translate`: whatever is mapped may be read and written."""
         index = bisect_right(self._starts, iova) - 1
         if index >= 0:
             mapping = self.mappings[index]
@@ -208,6 +237,11 @@ class IovaMap:
             if offset + length <= mapping.length:
                 return [(mapping.gpa + offset, length)]
         return list(self._pieces(iova, length))
+
+    def require(
+        self, readable: Iterable[tuple[int, int]], writable: Iterable[tuple[int, int]]
+    ) -> None:
+        """See `Bus.require`: there is nobody to ask."""
 
     def _pieces(self, iova: int, length: int) -> Iterator[tuple[int, int]]:
         position, end = iova, iova + length

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dirty_log import LOG_PAGE_BYTES, DirtyLog, Words
-from .iova_bitmap import Addresses, IovaBitmap, IovaRange
+from .iova_bitmap import ADDRESS_SPACE, Addresses, IovaBitmap, IovaRange
 
 
 class Link(StrEnum):
@@ -137,17 +137,20 @@ def set_bits(words: Words, first_bit: int, bits: int) -> NDArray[np.int64]:
 
 
 class ChainTrace:
-    """One `PageEpochs` for each traced link; the first two count IOVAs, the others GPAs.
+    """One `PageEpochs` over the GPAs of `ranges` for each traced link.
+
+    The first two links know a page by its IOVA. It is counted by the GPA to which that leads in the
+    harvest: behind an IOMMU, the same IOVA may be another page in the next.
 
     `merged_pages` counts the pages that have reached the log, as often as they did.
     """
 
-    def __init__(self, iova_ranges: Iterable[IovaRange], gpa_ranges: Iterable[IovaRange]) -> None:
+    def __init__(self, ranges: Iterable[IovaRange]) -> None:
         self.epoch = 0
         self._frozen = False
         self.merged_pages = 0
         self.links = {link: PageEpochs(()) for link in TRACED_LINKS}
-        self.cover(iova_ranges, gpa_ranges)
+        self.cover(ranges)
 
     def resume(self, links: Mapping[Link, PageEpochs], epoch: int) -> None:
         """Go on from what another process had seen by `epoch`."""
@@ -163,47 +166,50 @@ class ChainTrace:
         """The device runs again."""
         self._frozen = False
 
-    def see(self, link: Link, address: int, length: int) -> None:
-        """`link` has passed on the pages that `length` bytes at `address` touch."""
+    def see(self, link: Link, gpa: int, length: int) -> None:
+        """`link` has passed on the pages that `length` bytes at `gpa` touch."""
         if not self._frozen:
-            self.links[link].see(address, length, self.epoch)
+            self.links[link].see(gpa, length, self.epoch)
 
-    def see_many(
-        self, link: Link, addresses: NDArray[np.uint64], lengths: NDArray[np.uint64]
-    ) -> None:
+    def see_many(self, link: Link, gpas: NDArray[np.uint64], lengths: NDArray[np.uint64]) -> None:
         """`see` for arrays of the same shape."""
         if not self._frozen:
-            self.links[link].see_many(addresses, lengths, self.epoch)
+            self.links[link].see_many(gpas, lengths, self.epoch)
 
-    def see_bits(self, link: Link, address: int, words: Words, first_bit: int, pages: int) -> None:
-        """`link` has passed on the pages from `address` on whose bits are set in `words`."""
+    def see_bits(self, link: Link, gpa: int, words: Words, first_bit: int, pages: int) -> None:
+        """`link` has passed on the pages from `gpa` on whose bits are set in `words`."""
         if not self._frozen:
-            self.links[link].see_bits(address, words, first_bit, pages, self.epoch)
+            self.links[link].see_bits(gpa, words, first_bit, pages, self.epoch)
 
-    def cover(self, iova_ranges: Iterable[IovaRange], gpa_ranges: Iterable[IovaRange]) -> None:
-        """Trace these ranges from now on; what was seen of pages still covered is kept."""
-        iova_ranges, gpa_ranges = list(iova_ranges), list(gpa_ranges)
+    def cover(self, ranges: Iterable[IovaRange]) -> None:
+        """Trace these GPAs from now on; what was seen of pages still covered is kept."""
+        ranges = list(ranges)
         for link, pages in self.links.items():
-            counts_iova = link in (Link.TRACKER, Link.ITERATOR)
-            self.links[link] = pages.covering(iova_ranges if counts_iova else gpa_ranges)
+            self.links[link] = pages.covering(ranges)
 
 
 class TracedBitmap(IovaBitmap):
-    """The iterator that notes what the tracker reports through it."""
+    """The iterator that notes what the tracker reports through it; its IOVAs begin at `gpa`."""
 
     trace: ChainTrace
+    gpa: int
 
     def set(self, iova: int, length: int) -> None:
         """See `IovaBitmap.set`."""
-        self.trace.see(Link.TRACKER, iova, length)
+        self.trace.see(Link.TRACKER, iova - self.iova + self.gpa, length)
         super().set(iova, length)
 
     def set_many(self, iovas: Addresses, lengths: Addresses | int) -> None:
         """See `IovaBitmap.set_many`."""
         addresses = np.asarray(iovas, dtype=np.uint64)
         sizes = np.broadcast_to(np.asarray(lengths, dtype=np.uint64), addresses.shape)
-        self.trace.see_many(Link.TRACKER, addresses, sizes)
+        self.see_many(addresses, sizes)
         super().set_many(iovas, lengths)
+
+    def see_many(self, iovas: NDArray[np.uint64], lengths: NDArray[np.uint64]) -> None:
+        """Note these ranges as reported by the tracker."""
+        moved = np.uint64((self.gpa - self.iova) % ADDRESS_SPACE)  # a sum may wrap
+        self.trace.see_many(Link.TRACKER, iovas + moved, lengths)
 
 
 class TracedLog:

@@ -22,7 +22,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmaproof.evidence import HARVEST, Evidence
-from dmaproof.guest_memory import IovaMapping
 from dmaproof.iova_bitmap import IovaRange
 from dmaproof.journal import RECORD, WriteKind
 from dmaproof.trace import TRACED_LINKS, PageEpochs
@@ -113,7 +112,6 @@ def evidence_of(journal: Journal, told: Told | None) -> Evidence:
             seen.see_many(of_report["iova"], of_report["length"], int(report))
     return Evidence(
         slots=[],
-        mappings=[IovaMapping(space.iova, space.iova, space.length)] if end else [],
         records=_records(journal),
         links=dict.fromkeys(TRACED_LINKS, seen),
         harvests=np.empty(0, dtype=HARVEST),

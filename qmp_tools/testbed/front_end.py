@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from dmaproof.errors import ProtocolError
+from dmaproof.iotlb import PAGE_BYTES
 from dmaproof.vhost_user.features import (
+    F_ACCESS_PLATFORM,
     F_LOG_ALL,
     F_PROTOCOL_FEATURES,
     F_RING_INDIRECT_DESC,
@@ -19,28 +22,41 @@ from dmaproof.vhost_user.messages import (
     HEADER_BYTES,
     MAX_FILE_DESCRIPTORS,
     InflightFile,
+    IotlbChange,
+    IotlbEvent,
     Request,
     encode_inflight,
+    encode_iotlb,
     encode_request,
     encode_u64,
 )
 
+from .guest_iommu import GuestIommu, Page
 from .ring_driver import HVA_BASE, Driver
 
 FEATURES: Final = F_VERSION_1 | F_PROTOCOL_FEATURES | F_RING_INDIRECT_DESC
 _ANSWER_TIMEOUT_S: Final = 20.0
 _REPLY_OF_VERSION_1: Final = 0b101
+_QUESTION: Final = struct.Struct("<IIIQQQBB6x")
+"""A back-end message's header, and struct vhost_iotlb_msg: iova, size, uaddr, perm, type."""
 
 
 class FrontEnd:
     """The front end's end of `peer`, with the event file descriptors of one device's rings.
 
-    `features` are those that the guest's driver has acknowledged.
+    `features` are those that the guest's driver has acknowledged. With an `iommu`, rings and
+    buffers are addressed by its IOVAs.
     """
 
-    def __init__(self, peer: socket.socket, features: int = FEATURES) -> None:
+    def __init__(
+        self, peer: socket.socket, features: int = FEATURES, iommu: GuestIommu | None = None
+    ) -> None:
         self.socket = peer
-        self.features = features
+        self.features = features | (F_ACCESS_PLATFORM if iommu else 0)
+        self.iommu = iommu
+        self.channel: socket.socket | None = None
+        """Our end of the back-end channel."""
+        self._rings: dict[int, int] = {}
         self.socket.settimeout(_ANSWER_TIMEOUT_S)
         self.inflight: int | None = None
         """The file in which the device notes what is in flight, once it was asked for one."""
@@ -52,6 +68,8 @@ class FrontEnd:
     def close(self) -> None:
         """Close everything."""
         self.socket.close()
+        if self.channel is not None:
+            self.channel.close()
         if self.inflight is not None:
             os.close(self.inflight)
         os.close(self.kick)
@@ -65,14 +83,21 @@ class FrontEnd:
         """Send bytes as they are."""
         socket.send_fds(self.socket, [data], list(fds))
 
-    def ask(self, request: Request, payload: bytes = b"", fds: Sequence[int] = ()) -> bytes:
+    def ask(
+        self,
+        request: Request,
+        payload: bytes = b"",
+        fds: Sequence[int] = (),
+        *,
+        need_reply: bool = False,
+    ) -> bytes:
         """Send a message and return its answer's payload.
 
         Raises:
             ConnectionError: the device has hung up.
             ProtocolError: it answered something else.
         """
-        self.send(request, payload, fds)
+        self.send_raw(encode_request(request, payload, need_reply=need_reply), fds)
         answer, _ = self._receive(request)
         return answer
 
@@ -114,20 +139,64 @@ class FrontEnd:
         """Switch dirty logging."""
         self.send(Request.SET_FEATURES, encode_u64(self.features | (F_LOG_ALL if on else 0)))
 
+    def open_channel(self) -> None:
+        """Give the device its own way to ask."""
+        if self.channel is not None:
+            self.channel.close()
+        self.channel, theirs = socket.socketpair()
+        self.channel.settimeout(_ANSWER_TIMEOUT_S)
+        with theirs:
+            self.send(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
+
+    def update(self, page: Page) -> None:
+        """Tell of a mapping; returns when the device has taken notice."""
+        self._change(IotlbEvent.UPDATE, page.iova, PAGE_BYTES, HVA_BASE + page.gpa, page.access)
+
+    def invalidate(self, iova: int, length: int) -> None:
+        """Tell that nothing in `length` bytes at `iova` leads anywhere any more, and wait."""
+        self._change(IotlbEvent.INVALIDATE, iova, length, 0, 0)
+
+    def _change(self, *change: Any) -> None:
+        self.ask(Request.IOTLB_MSG, encode_iotlb(IotlbChange(*change)), need_reply=True)
+
+    def answer_misses(self) -> int:
+        """Answer what the device has asked on its channel; returns how many questions that were.
+
+        As QEMU does: the mapping first, then whether there was one.
+        """
+        assert self.channel is not None
+        assert self.iommu is not None
+        questions = 0
+        while select.select([self.channel], [], [], 0)[0]:
+            question = self.channel.recv(_QUESTION.size, socket.MSG_WAITALL)
+            if not question:
+                break
+            number, _, _, iova, _, _, access, event = _QUESTION.unpack(question)
+            if event != IotlbEvent.MISS:
+                raise ProtocolError(f"back-end channel: an IOTLB message of type {event}")
+            page = self.iommu.page(iova, access)
+            if page is not None:
+                self.update(page)
+            self.channel.sendall(struct.pack("<IIIQ", number, _REPLY_OF_VERSION_1, 8, not page))
+            questions += 1
+        return questions
+
     def set_ring_address(self, driver: Driver, *, index: int = 0, logged: bool = False) -> None:
-        """Tell where a ring stands."""
-        self.send(
-            Request.SET_VRING_ADDR,
-            struct.pack(
-                "<IIQQQQ",
-                index,
-                int(logged),
-                HVA_BASE + driver.descriptors,
-                HVA_BASE + driver.used,
-                HVA_BASE + driver.available,
-                driver.used,
-            ),
-        )
+        """Tell where a ring stands: by HVAs, or by IOVAs if there is an IOMMU."""
+        parts = [driver.descriptors, driver.used, driver.available]
+        if self.iommu is None:
+            places = [*(HVA_BASE + gpa for gpa in parts), driver.used]
+        else:
+            moved = self._ring_iova(driver) - driver.descriptors
+            places = [gpa + moved for gpa in (*parts, driver.used)]
+        self.send(Request.SET_VRING_ADDR, struct.pack("<IIQQQQ", index, int(logged), *places))
+
+    def _ring_iova(self, driver: Driver) -> int:
+        """Where the two pages of a ring are mapped."""
+        assert self.iommu is not None
+        if driver.descriptors not in self._rings:
+            self._rings[driver.descriptors] = self.iommu.map(driver.descriptors, 2 * PAGE_BYTES)
+        return self._rings[driver.descriptors]
 
     def start_ring(
         self, driver: Driver, index: int = 0, *, base: int | None = None, logged: bool = False

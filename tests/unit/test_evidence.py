@@ -10,7 +10,6 @@ import pytest
 
 from dmaproof.errors import UntestableError
 from dmaproof.evidence import HARVEST, Evidence, Slot
-from dmaproof.guest_memory import IovaMapping
 from dmaproof.iova_bitmap import IovaRange
 from dmaproof.journal import RECORD
 from dmaproof.trace import TRACED_LINKS, PageEpochs
@@ -28,7 +27,6 @@ def some_evidence() -> Evidence:
     records["gpa"], harvests["pages"] = (1, 2, (1 << 64) - 1), (5, 6)
     return Evidence(
         slots=[Slot(0, 8 * PAGE, 0, 5, 9), Slot(1 << 32, 2 * PAGE, 8 * PAGE, 5, 9)],
-        mappings=[IovaMapping(0, 1 << 32, 2 * PAGE)],
         records=records,
         links=links,
         harvests=harvests,
@@ -41,7 +39,7 @@ def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
     saved = some_evidence()
     saved.save(tmp_path)
     loaded = Evidence.load(tmp_path)
-    for name in ("slots", "mappings", "started_ns", "requests"):
+    for name in ("slots", "started_ns", "requests"):
         assert getattr(loaded, name) == getattr(saved, name)
     assert (loaded.records == saved.records).all()
     assert (loaded.harvests == saved.harvests).all()
@@ -51,9 +49,9 @@ def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_log_that_was_never_switched_on(tmp_path: Path) -> None:
-    Evidence(
-        [], [], np.zeros(0, RECORD), some_evidence().links, np.zeros(0, HARVEST), None, 0
-    ).save(tmp_path)
+    Evidence([], np.zeros(0, RECORD), some_evidence().links, np.zeros(0, HARVEST), None, 0).save(
+        tmp_path
+    )
     assert Evidence.load(tmp_path).started_ns is None
 
 

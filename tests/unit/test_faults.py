@@ -44,7 +44,7 @@ def pages_in(buffer: bytearray) -> set[int]:
 
 
 def test_every_fault_is_told_in_one_line() -> None:
-    assert len(known_faults()) == 21
+    assert len(known_faults()) == 22
     for name, fault in known_faults().items():
         assert len(summary(fault)) > 20, name
         assert summary(fault).endswith("."), name
@@ -170,10 +170,10 @@ def iterated(
     found = []
     for many in (False, True):
         words = np.zeros(pages // 64 + 1, dtype=np.uint64)
-        trace = ChainTrace([IovaRange(0, pages * PAGE)], [])
+        trace = ChainTrace([IovaRange(0, pages * PAGE)])
         trace.epoch = 1
         with plant(spec, seed).make_bitmap(0, pages * PAGE, PAGE, words) as bitmap:
-            bitmap.trace = trace
+            bitmap.trace, bitmap.gpa = trace, 0
             if many:
                 iovas, lengths = np.array(ranges, dtype=np.uint64).T * np.uint64(PAGE)
                 bitmap.set_many(iovas, lengths)
@@ -213,7 +213,7 @@ def test_off_by_one_at_either_end() -> None:
 def test_one_length_stands_for_all_ranges() -> None:
     words = np.zeros(2, dtype=np.uint64)
     with plant("forget-last-word", 0).make_bitmap(0, 100 * PAGE, PAGE, words) as bitmap:
-        bitmap.trace = ChainTrace([IovaRange(0, 100 * PAGE)], [])
+        bitmap.trace, bitmap.gpa = ChainTrace([IovaRange(0, 100 * PAGE)]), 0
         bitmap.set_many(np.array([3, 70], dtype=np.uint64) * np.uint64(PAGE), 2 * PAGE)
     assert pages_in(bytearray(words.tobytes())) == {3, 4}
 

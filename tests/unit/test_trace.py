@@ -72,7 +72,7 @@ def test_new_ranges_keep_what_was_seen() -> None:
 
 
 def test_what_comes_after_the_stop_does_not_count() -> None:
-    trace = ChainTrace([LOW], [LOW])
+    trace = ChainTrace([LOW])
     words = np.array([0b11], dtype=np.uint64)
     for epoch, step in enumerate((lambda: None, trace.freeze, trace.thaw), 1):
         step()

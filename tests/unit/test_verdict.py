@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from dmaproof.evidence import HARVEST, Evidence, Slot
-from dmaproof.guest_memory import IovaMapping
 from dmaproof.iova_bitmap import IovaRange
 from dmaproof.journal import RECORD, WriteKind
 from dmaproof.trace import TRACED_LINKS, Link, PageEpochs
@@ -73,7 +72,6 @@ class Case:
         identity = (self.source.device, self.source.inode)
         return Evidence(
             slots=[Slot(0, half, 0, *identity), Slot(HIGH, half, half, *identity)],
-            mappings=[IovaMapping(0, 0, half), IovaMapping(HIGH, HIGH, half)],
             records=np.array(self.rows, dtype=RECORD),
             links=self.links,
             harvests=np.empty(0, dtype=HARVEST),

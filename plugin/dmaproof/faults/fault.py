@@ -12,6 +12,7 @@ from ..dirty_log import DirtyLog
 from ..dirty_tracker import DirtyTracker, EmulatedTracker
 from ..dma import Dma
 from ..errors import UsageError
+from ..guest_memory import IovaMapping
 from ..trace import Link, TracedBitmap
 from ..vhost_user.session import Session
 
@@ -36,6 +37,8 @@ class Fault:
     """The only harvest policy under which it shows for certain."""
     needs_high_ram: ClassVar[bool] = False
     """Whether it shows only with RAM above 4 GiB."""
+    needs_iommu: ClassVar[bool] = False
+    """Whether it shows only behind a virtual IOMMU."""
     needs_kill: ClassVar[bool] = False
     """Whether it shows only with a device that is killed and started again."""
     session_type: ClassVar[type[Session]] = Session
@@ -85,11 +88,20 @@ class Fault:
 
     def make_collector(self, tracker: DirtyTracker) -> Collector:
         """The collector of one session."""
-        return self.collector_type(tracker, wrap_log=self.wrap_log, make_bitmap=self.make_bitmap)
+        return self.collector_type(
+            tracker,
+            wrap_log=self.wrap_log,
+            make_bitmap=self.make_bitmap,
+            translate=self.translate,
+        )
 
     def make_bitmap(self, *arguments: Any) -> TracedBitmap:
         """The iterator of one range, from `IovaBitmap`'s arguments."""
         return TracedBitmap(*arguments)
+
+    def translate(self, mapping: IovaMapping) -> int:
+        """The GPA at which a mapping begins."""
+        return mapping.gpa
 
     def wrap_log(self, log: DirtyLog) -> DirtyLog:
         """The broken form of `log`."""

@@ -43,13 +43,12 @@ class _SpoiltBitmap(TracedBitmap):
     spoil: Callable[[IovaBitmap, NDArray[np.uint64], NDArray[np.uint64]], Ranges]
 
     def set(self, iova: int, length: int) -> None:
-        self.trace.see(Link.TRACKER, iova, length)
-        self._set_the_rest(np.array([iova], dtype=np.uint64), np.array([length], dtype=np.uint64))
+        self.set_many([iova], [length])
 
     def set_many(self, iovas: Addresses, lengths: Addresses | int) -> None:
         starts = np.asarray(iovas, dtype=np.uint64)
         sizes = np.broadcast_to(np.asarray(lengths, dtype=np.uint64), starts.shape)
-        self.trace.see_many(Link.TRACKER, starts, sizes)
+        self.see_many(starts, sizes)
         self._set_the_rest(starts, sizes)
 
     def _set_the_rest(self, iovas: NDArray[np.uint64], lengths: NDArray[np.uint64]) -> None:

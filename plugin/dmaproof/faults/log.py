@@ -14,7 +14,7 @@ from .. import _core
 from ..collector import Collector
 from ..dirty_log import LOG_PAGE_BYTES, BufferDirtyLog, DirtyLog, Words
 from ..errors import BitmapError
-from ..guest_memory import GuestMemory, IovaMap
+from ..guest_memory import Bus, GuestMemory
 from ..trace import Link, set_bits
 from .fault import Fault, uniform
 
@@ -93,7 +93,7 @@ class _Faithful(Collector):
         log.close()
 
 
-class _ShortLog:
+class ShortLog:
     """Loses what lies behind the log's end: slots that came with the resize."""
 
     def __init__(self, log: DirtyLog) -> None:
@@ -117,7 +117,7 @@ class LogNotSwitched(Fault):
 
     def wrap_log(self, log: DirtyLog) -> DirtyLog:
         """The first log, which is too short for the slots that came later."""
-        return _ShortLog(log)
+        return ShortLog(log)
 
 
 class _ReadModifyWrite:
@@ -143,8 +143,8 @@ class _ReadModifyWrite:
 
 
 class _Overwriting(Collector):
-    def start(self, log: DirtyLog, memory: GuestMemory, iova_map: IovaMap) -> None:
-        super().start(_ReadModifyWrite(log), memory, iova_map)
+    def start(self, log: DirtyLog, memory: GuestMemory, bus: Bus) -> None:
+        super().start(_ReadModifyWrite(log), memory, bus)
 
     def switch_log(self, log: DirtyLog) -> None:
         super().switch_log(_ReadModifyWrite(log))

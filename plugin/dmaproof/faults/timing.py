@@ -12,7 +12,7 @@ from ..collector import Collector
 from ..dirty_log import LOG_PAGE_BYTES, DirtyLog
 from ..dirty_tracker import DirtyTracker
 from ..dma import Dma
-from ..guest_memory import GuestMemory, IovaMap, IovaMapping
+from ..guest_memory import Bus, GuestMemory, IovaMapping
 from ..journal import WriteKind
 from ..trace import Link
 from ..vhost_user.session import Session
@@ -117,13 +117,13 @@ class _Tardy(Collector):
     missed_harvests: int
     _left = 0
 
-    def start(self, log: DirtyLog, memory: GuestMemory, iova_map: IovaMap) -> None:
-        super().start(log, memory, iova_map)
+    def start(self, log: DirtyLog, memory: GuestMemory, bus: Bus) -> None:
+        super().start(log, memory, bus)
         self._tracker.stop()
         self._left = self.missed_harvests
 
-    def remap(self, memory: GuestMemory, iova_map: IovaMap) -> None:
-        super().remap(memory, iova_map)
+    def remap(self, memory: GuestMemory, bus: Bus) -> None:
+        super().remap(memory, bus)
         if self._left:
             self._tracker.stop()
 
@@ -133,5 +133,5 @@ class _Tardy(Collector):
         self.trace.epoch += 1
         self._left -= 1
         if not self._left:
-            self._tracker.start(self._iova_map.ranges, LOG_PAGE_BYTES)
+            self._tracker.start(self._bus.ranges, LOG_PAGE_BYTES)
         return 0

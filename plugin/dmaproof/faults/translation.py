@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 from ..collector import Collector
 from ..dirty_log import DirtyLog
-from ..guest_memory import GuestMemory, IovaMap, IovaMapping
+from ..guest_memory import Bus, GuestMemory, IovaMapping
 from ..trace import Link
 from .fault import Fault
-
-
-class _Untranslated(Collector):
-    def start(self, log: DirtyLog, memory: GuestMemory, iova_map: IovaMap) -> None:
-        super().start(log, memory, _identity(iova_map))
-
-    def remap(self, memory: GuestMemory, iova_map: IovaMap) -> None:
-        super().remap(memory, _identity(iova_map))
-
-
-def _identity(iova_map: IovaMap) -> IovaMap:
-    return IovaMap(IovaMapping(iova, iova, length) for iova, _, length in iova_map.mappings)
+from .log import ShortLog
 
 
 class IovaAsGpa(Fault):
@@ -28,12 +18,33 @@ class IovaAsGpa(Fault):
 
     name: ClassVar[str] = "iova-as-gpa"
     link = Link.TRANSLATION
-    needs = "an IOMMU"
-    collector_type = _Untranslated
+    needs_iommu: ClassVar[bool] = True
+
+    def translate(self, mapping: IovaMapping) -> int:
+        """The IOVA."""
+        return mapping.iova
+
+    def wrap_log(self, log: DirtyLog) -> DirtyLog:
+        """A log that takes no notice of IOVAs behind its end."""
+        return ShortLog(log)
+
+
+class _Hasty(Collector):
+    def unmap(self, mappings: Iterable[IovaMapping]) -> None:
+        pass
+
+
+class UnmapUnharvested(Fault):
+    """A mapping is taken away before the pages written through it have been collected."""
+
+    name: ClassVar[str] = "unmap-unharvested"
+    link = Link.TRACKER
+    needs_iommu: ClassVar[bool] = True
+    collector_type = _Hasty
 
 
 class _Conservative(Collector):
-    def remap(self, memory: GuestMemory, iova_map: IovaMap) -> None:
+    def remap(self, memory: GuestMemory, bus: Bus) -> None:
         self.harvest()
 
 

@@ -19,6 +19,7 @@ from ..devices import VirtioDevice
 from ..dma import Dma
 from ..guest_memory import GuestMemory, IovaMap
 from ..iova_bitmap import IovaBitmap, IovaRange
+from ..vhost_user.features import F_ACCESS_PLATFORM
 from ..vhost_user.session import Session
 from .requests import address_of
 from .trackers import KernelTracker
@@ -109,17 +110,24 @@ class _StandInDma(Dma):
 class StandInSession(Session):
     """Serves one front end with a device whose DMA is done by `stand_in`; closes that at its end.
 
-    The other arguments are those of `Session`.
+    There is no virtual IOMMU before it. The other arguments are those of `Session`.
     """
 
     def __init__(
-        self, connection: Any, device: VirtioDevice, stand_in: StandIn, *others: Any, **options: Any
+        self,
+        connection: Any,
+        device: VirtioDevice,
+        stand_in: StandIn,
+        *others: Any,
+        withheld: int = 0,
+        **options: Any,
     ) -> None:
         super().__init__(
             connection,
             device,
             stand_in,
             *others,
+            withheld=withheld | F_ACCESS_PLATFORM,
             make_dma=stand_in.make_dma,
             map_bus=stand_in.map_bus,
             **options,

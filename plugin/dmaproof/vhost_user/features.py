@@ -14,6 +14,7 @@ F_RING_INDIRECT_DESC: Final = 1 << 28
 F_RING_EVENT_IDX: Final = 1 << 29
 F_PROTOCOL_FEATURES: Final = 1 << 30
 F_VERSION_1: Final = 1 << 32
+F_ACCESS_PLATFORM: Final = 1 << 33
 F_RING_PACKED: Final = 1 << 34
 
 TRANSPORT_FEATURES: Final = (
@@ -22,12 +23,14 @@ TRANSPORT_FEATURES: Final = (
     | F_RING_EVENT_IDX
     | F_PROTOCOL_FEATURES
     | F_VERSION_1
+    | F_ACCESS_PLATFORM
     | F_RING_PACKED
 )
 PROTOCOL_FEATURES: Final = int(
     ProtocolFeature.MQ
     | ProtocolFeature.LOG_SHMFD
     | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIG
     | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.RESET_DEVICE

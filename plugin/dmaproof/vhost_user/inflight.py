@@ -162,7 +162,9 @@ class InflightVirtqueue:
         """See `Virtqueue.pop`."""
         with _spoilt_is_refused():
             if self._found:
-                return self._found.pop(0)()
+                found = self._found[0]()
+                del self._found[0]
+                return found
             chain = self._queue.pop()
             if chain is not None:
                 self._region.taken(chain)

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..collector import Collector, Harvest
 from ..devices import VirtioDevice
 from ..evidence import Evidence, collect_evidence
-from ..guest_memory import GuestMemory, IovaMap
+from ..guest_memory import GuestMemory
 from ..journal import Journal
 
 
@@ -34,12 +34,13 @@ class Keeper:
         if self._folder is not None:
             device.requests = max(device.requests, time.monotonic_ns() // 1000)
 
-    def keep(self, collector: Collector, memory: GuestMemory, iova_map: IovaMap) -> None:
+    def keep(self, collector: Collector, memory: GuestMemory) -> None:
         """Note where the trace stands."""
         if self._folder is not None:
-            collect_evidence(
-                self.journal, collector, memory, iova_map, requests=self.journal.writes
-            ).save(self._folder)
+            evidence = collect_evidence(
+                self.journal, collector, memory, requests=self.journal.writes
+            )
+            evidence.save(self._folder)
 
     def resume(self, collector: Collector) -> bool:
         """Let the journal, and a collector that has just been started, go on from what was kept.

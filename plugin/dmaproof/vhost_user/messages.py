@@ -24,8 +24,12 @@ _FLAG_NEED_REPLY: Final = 1 << 3
 _NO_FILE_DESCRIPTOR: Final = 1 << 8
 _HEADER: Final = struct.Struct("<III")
 _INFLIGHT: Final = "<QQHH4x"  # a C structure, with its padding
+_IOTLB: Final = "<QQQBB6x"  # struct vhost_iotlb_msg: iova, size, uaddr, perm, type
+_BACKEND_IOTLB_MSG: Final = 1  # the only back-end message here ("Back-end message types")
 
 HEADER_BYTES: Final = _HEADER.size
+BACKEND_REPLY_BYTES: Final = HEADER_BYTES + 8
+"""The front end's answer to a back end's message."""
 
 
 class Request(IntEnum):
@@ -49,6 +53,8 @@ class Request(IntEnum):
     SET_PROTOCOL_FEATURES = 16
     GET_QUEUE_NUM = 17
     SET_VRING_ENABLE = 18
+    SET_BACKEND_REQ_FD = 21
+    IOTLB_MSG = 22
     GET_CONFIG = 24
     SET_CONFIG = 25
     GET_INFLIGHT_FD = 31
@@ -62,9 +68,19 @@ class ProtocolFeature(IntFlag):
     MQ = 1 << 0
     LOG_SHMFD = 1 << 1
     REPLY_ACK = 1 << 3
+    BACKEND_REQ = 1 << 5
     CONFIG = 1 << 9
     INFLIGHT_SHMFD = 1 << 12
     RESET_DEVICE = 1 << 13
+
+
+class IotlbEvent(IntEnum):
+    """What an IOTLB message tells (VHOST_IOTLB_MISS, …)."""
+
+    MISS = 1
+    UPDATE = 2
+    INVALIDATE = 3
+    ACCESS_FAIL = 4
 
 
 class Message(NamedTuple):
@@ -92,7 +108,11 @@ class VringState(NamedTuple):
 
 
 class VringAddress(NamedTuple):
-    """Where a ring stands: HVAs, but for `log`, the GPA at which used-ring writes are logged."""
+    """Where a ring stands: HVAs, but for `log`, the GPA at which used-ring writes are logged.
+
+    Behind an IOMMU all of them are IOVAs, and `log` is that of the used ring: QEMU sends it
+    (vhost_virtqueue_set_addr), and vhost in the kernel takes it for nothing else.
+    """
 
     ring: int
     logged: bool
@@ -133,6 +153,19 @@ class ConfigAccess(NamedTuple):
     offset: int
     flags: int
     content: bytes
+
+
+class IotlbChange(NamedTuple):
+    """A mapping that has come or gone, in bytes; `hva` and `access` (bits) only of one that came.
+
+    A `size` of 2**64, the whole address space, does not fit into the message: it is 0 there.
+    """
+
+    event: IotlbEvent
+    iova: int
+    size: int
+    hva: int
+    access: int
 
 
 class VringFile(NamedTuple):
@@ -275,6 +308,58 @@ def decode_inflight(message: Message) -> InflightFile:
 def encode_inflight(file: InflightFile) -> bytes:
     """The payload of the messages that carry `file`."""
     return struct.pack(_INFLIGHT, *file)
+
+
+def decode_iotlb(message: Message) -> IotlbChange:
+    """The mapping that has come or gone.
+
+    Raises:
+        ProtocolError: it is neither of the two, empty, or leaves the 64-bit space.
+    """
+    iova, size, hva, access, event = _unpack(message, _IOTLB)
+    if event not in (IotlbEvent.UPDATE, IotlbEvent.INVALIDATE):
+        raise ProtocolError(f"IOTLB_MSG: type {event} is not a front end's to send")
+    if event == IotlbEvent.INVALIDATE and iova == size == 0:
+        size = 1 << 64
+    if size == 0 or iova + size > 1 << 64:
+        raise ProtocolError(
+            f"IOTLB_MSG: IOVA {iova:#x} + {size:#x} is empty, or leaves the 64-bit address space"
+        )
+    if event == IotlbEvent.UPDATE and access not in (1, 2, 3):
+        raise ProtocolError(f"IOTLB_MSG: a mapping with permissions {access:#x}")
+    return IotlbChange(IotlbEvent(event), iova, size, hva, access)
+
+
+def encode_iotlb(change: IotlbChange) -> bytes:
+    """The payload of the messages that carry `change`."""
+    event, iova, size, hva, access = change
+    return struct.pack(_IOTLB, iova, size % (1 << 64), hva, access, event)
+
+
+def encode_miss(iova: int, access: int) -> bytes:
+    """The back end's message that asks for a mapping, and for an answer."""
+    payload = struct.pack(_IOTLB, iova, 0, 0, access, IotlbEvent.MISS)
+    flags = _VERSION | _FLAG_NEED_REPLY
+    return _HEADER.pack(_BACKEND_IOTLB_MSG, flags, len(payload)) + payload
+
+
+def decode_backend_reply(reply: bytes) -> bool:
+    """Whether a back end's message could be obeyed, from `BACKEND_REPLY_BYTES`.
+
+    Raises:
+        ProtocolError: it is no answer to one that is sent here.
+    """
+    number, flags, payload_bytes = _HEADER.unpack_from(reply)
+    if (number, flags & (_VERSION_MASK | _FLAG_REPLY), payload_bytes) != (
+        _BACKEND_IOTLB_MSG,
+        _VERSION | _FLAG_REPLY,
+        8,
+    ):
+        raise ProtocolError(
+            f"the back-end channel brought request {number} with flags {flags:#x} and "
+            f"{payload_bytes} bytes, not the answer that is due"
+        )
+    return not int.from_bytes(reply[HEADER_BYTES:], "little")
 
 
 def decode_config(message: Message) -> ConfigAccess:

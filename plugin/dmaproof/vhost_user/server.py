@@ -201,6 +201,8 @@ class Server:
                 busy |= session.serve_rings()
             except (ProtocolError, MemoryAccessError) as error:
                 self._refuse(name, error)
+            except EOFError as error:
+                self._end(name, str(error))
         return busy
 
     def _harvest(self, name: str, session: Session) -> None:
@@ -259,7 +261,6 @@ class Server:
                 session.journal,
                 session.collector,
                 session.memory,
-                session.iova_map,
                 requests=session.journal.writes,
             )
             try:

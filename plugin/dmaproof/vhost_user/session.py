@@ -4,6 +4,11 @@ The life of the dirty log (vhost-user specification, "Migration"): SET_LOG_BASE 
 SET_FEATURES with VHOST_F_LOG_ALL switches logging on, SET_VRING_ADDR comes again for each ring
 with the log address of its used ring. SET_LOG_BASE can come again while logging is on. A ring that
 gets GET_VRING_BASE has stopped for good when that is answered, so the collector harvests first.
+
+Behind a virtual IOMMU ("IOMMU support") rings and requests are addressed by IOVA, and IOTLB_MSG
+tells where these lead. What the device does not know it asks for, and serves other rings until it
+has been told; a request is taken only when all of its addresses are known. A mapping that is taken
+away is harvested before that is answered: from then on the guest uses its page for something else.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ import contextlib
 import itertools
 import os
 import selectors
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -21,11 +26,20 @@ from ..devices import VirtioDevice
 from ..dirty_log import VhostDirtyLog, log_bytes_needed
 from ..dirty_tracker import DirtyTracker, EmulatedTracker
 from ..dma import Dma
-from ..errors import BitmapError, MemoryAccessError, ProtocolError
-from ..guest_memory import GuestMemory, IovaMap, MemorySlot, map_slot
+from ..errors import (
+    BitmapError,
+    IotlbMissError,
+    MemoryAccessError,
+    ProtocolError,
+    TrackerError,
+)
+from ..guest_memory import WRITE, Bus, GuestMemory, IovaMap, MemorySlot, map_slot
+from ..iotlb import Entry, Iotlb, Miss
 from ..virtqueue import MAX_QUEUE_SIZE
+from .backend_channel import BackendChannel
 from .connection import Connection
 from .features import (
+    F_ACCESS_PLATFORM,
     F_LOG_ALL,
     F_PROTOCOL_FEATURES,
     PROTOCOL_FEATURES,
@@ -35,12 +49,14 @@ from .inflight import InflightRegions, make_file
 from .keeper import Keeper
 from .messages import (
     ConfigAccess,
+    IotlbEvent,
     Message,
     ProtocolFeature,
     Request,
     VringState,
     decode_config,
     decode_inflight,
+    decode_iotlb,
     decode_log_base,
     decode_memory_table,
     decode_u64,
@@ -79,8 +95,8 @@ class Session:
     `selector` calls back the `data` of a key when its file descriptor is readable; `tell` takes
     events for whoever watches the process; what a successor of a killed process has to know is kept
     in the folder `state`. `make_dma` makes the door to each new memory table, from the arguments of
-    `Dma`; `map_bus` makes bus addresses lead to it, and tells which: without an IOMMU, the
-    guest-physical ones. `withheld` are features that are not offered, though the device has them.
+    `Dma`; where there is no virtual IOMMU, `map_bus` makes bus addresses lead to it, and tells
+    which. `withheld` are features that are not offered, though the device has them.
     """
 
     def __init__(
@@ -94,7 +110,7 @@ class Session:
         withheld: int = 0,
         make_dma: Callable[..., Dma] = Dma,
         make_collector: Callable[[DirtyTracker], Collector] = Collector,
-        map_bus: Callable[[GuestMemory], IovaMap] = IovaMap.identity,
+        map_bus: Callable[[GuestMemory], Bus] = IovaMap.identity,
         tell: Tell = lambda event: None,
         state: Path | None = None,
     ) -> None:
@@ -103,7 +119,7 @@ class Session:
         self.journal = self._keeper.journal
         self.collector = make_collector(tracker)
         self.memory = GuestMemory(())
-        self.iova_map = IovaMap(())
+        self.bus: Bus = IovaMap(())
         self._device = device
         self._tracker = tracker
         self._immediate = immediate
@@ -117,6 +133,8 @@ class Session:
         if not device.config():  # QEMU warns of what a device cannot have
             self._offered_protocol &= ~ProtocolFeature.CONFIG
         self._acknowledge = False
+        self._selector = selector
+        self._channel: BackendChannel | None = None
         self._vrings = [Vring(index, selector) for index in range(device.queues)]
         self._log: VhostDirtyLog | None = None
         self._log_bytes = 0
@@ -138,7 +156,10 @@ class Session:
         for message in itertools.islice(self.connection.receive(), _MESSAGES_PER_TURN):
             try:
                 reply = _HANDLERS[message.request](self, message)
-            except (MemoryAccessError, BitmapError, MemoryError, OSError) as error:
+            except (
+                *(MemoryAccessError, BitmapError, TrackerError),
+                *(MemoryError, OSError),
+            ) as error:
                 raise ProtocolError(f"{message.request.name}: {error}") from error
             finally:
                 for fd in message.fds:
@@ -160,7 +181,10 @@ class Session:
         features = decode_u64(message)
         if unknown := features & ~self._offered:
             raise ProtocolError(f"SET_FEATURES: bits {unknown:#x} were not offered")
+        other_bus = (features ^ self._features) & F_ACCESS_PLATFORM
         self._features = features
+        if other_bus:
+            self._lay_bus()
         self._tell({"event": "features", "accepted": features & ~_NOT_THE_DRIVERS})
         if not features & F_PROTOCOL_FEATURES:  # then there is no SET_VRING_ENABLE either
             for vring in self._vrings:
@@ -210,11 +234,18 @@ class Session:
         if self._log is not None or self.collector.active:
             _check_log_covers(self._log_bytes, memory, message.request)
         self.memory = memory
-        self.iova_map = self._map_bus(memory)
-        self.collector.remap(self.memory, self.iova_map)
+        self._lay_bus()
+
+    def _lay_bus(self) -> None:
+        """Lead bus addresses to the memory that there is now; a virtual IOMMU is yet to be asked.
+
+        The HVAs that its mappings were told by are of the memory table before.
+        """
+        self.bus = Iotlb() if self._features & F_ACCESS_PLATFORM else self._map_bus(self.memory)
+        self.collector.remap(self.memory, self.bus)
         self._dma = self._door()
         for vring in self._vrings:
-            if vring.queue is not None:
+            if vring.runs:
                 self._start_ring(vring)
 
     def _set_log_base(self, message: Message) -> bytes:
@@ -235,13 +266,13 @@ class Session:
         if self._log is None:  # it is on already, or starts when the log comes
             return
         log, self._log = self._log, None
-        self.collector.start(log, self.memory, self.iova_map)
+        self.collector.start(log, self.memory, self.bus)
         if not (self._left_behind and self._keeper.resume(self.collector)):
             self.journal.start()
         if self._owes_everything:
             self.collector.harvest_everything()
         self._left_behind = self._owes_everything = False
-        self._keeper.keep(self.collector, self.memory, self.iova_map)
+        self._keeper.keep(self.collector, self.memory)
         self._tell({"event": "logging", "on": True})
 
     def _drop_unused_log(self) -> None:
@@ -284,7 +315,7 @@ class Session:
         address = decode_vring_address(message)
         vring = self._vring(message, address.ring)
         vring.address = address
-        if vring.queue is not None:
+        if vring.runs:
             self._start_ring(vring)
 
     def _set_vring_enable(self, message: Message) -> None:
@@ -319,12 +350,15 @@ class Session:
         self.collector.flush()
         if not self.running:
             self.collector.trace.freeze()
+            self._forget_mappings()
         return encode_vring_state(VringState(index, vring.base))
 
     def _reset_device(self, message: Message) -> None:
         for vring in self._vrings:
             vring.stop()
             vring.enabled = False
+        self.collector.flush()
+        self._forget_mappings()
 
     def _get_config(self, message: Message) -> bytes:
         offset, flags, space = decode_config(message)
@@ -333,17 +367,94 @@ class Session:
             raise ProtocolError(f"GET_CONFIG: {len(space)} bytes at {offset} of {len(config)}")
         return encode_config(ConfigAccess(offset, flags, config[offset : offset + len(space)]))
 
+    # The virtual IOMMU --------------------------------------------------------------------------
+
+    def _set_backend_req_fd(self, message: Message) -> None:
+        if len(message.fds) != 1:
+            raise ProtocolError(f"SET_BACKEND_REQ_FD: {len(message.fds)} file descriptors, not 1")
+        channel = BackendChannel(message.fds[0], self._selector)
+        if self._channel is not None:
+            self._channel.close()
+            for vring in self._vrings:
+                vring.go_on()  # and ask again
+        self._channel = channel
+
+    def _iotlb_msg(self, message: Message) -> None:
+        change = decode_iotlb(message)
+        if not isinstance(self.bus, Iotlb):
+            raise ProtocolError("IOTLB_MSG: VIRTIO_F_ACCESS_PLATFORM was not accepted")
+        if change.event == IotlbEvent.INVALIDATE:
+            self._unmap(self.bus, change.iova, change.size)
+            return
+        gpa = self.memory.gpa_of_hva(change.hva, change.size)
+        entry = self.bus.widened(Entry(change.iova, gpa, change.size, change.access))
+        if self.bus.knows(entry):
+            return
+        self._unmap(self.bus, change.iova, change.size)
+        if not self.bus.has_room_for(entry):
+            self._unmap(self.bus, 0, 1 << 64)  # what is still needed is asked for again
+            self.bus.clear()
+        if self.bus.add(entry):
+            self.collector.remap(self.memory, self.bus)
+
+    def _unmap(self, bus: Iotlb, iova: int, length: int) -> None:
+        """Forget the mappings that reach into `length` bytes at `iova`, and harvest them first."""
+        if mappings := bus.overlapping(iova, length):
+            self.collector.unmap(mappings)
+            bus.remove(iova, length)
+            for mapping in mappings:
+                for vring in self._vrings:
+                    vring.unmap(mapping.iova, mapping.length)
+
+    def _forget_mappings(self) -> None:
+        """All rings have stopped: from now on nobody tells when a mapping goes (vhost_dev_stop)."""
+        if isinstance(self.bus, Iotlb):
+            self.bus.clear()
+        if self._channel is not None:
+            self._channel.forget_questions()
+
+    def _ask(self, missing: Sequence[tuple[int, int]]) -> None:
+        """Ask the front end for the pages that an IOTLB does not know.
+
+        Raises:
+            ProtocolError: it gave no way to do so, or does not read it.
+        """
+        if self._channel is None or not self._acknowledge:
+            raise ProtocolError(
+                f"IOVA {missing[0][0]:#x} is not in the IOTLB, and there is no way to ask: "
+                "SET_BACKEND_REQ_FD and the protocol feature REPLY_ACK are due behind an IOMMU"
+            )
+        self._channel.ask(Miss(*it) for it in missing)
+
+    def _hear_answers(self, channel: BackendChannel) -> None:
+        """Let rings go on for which all that was asked has been answered.
+
+        Raises:
+            MemoryAccessError: the guest's IOMMU has no such mapping.
+            ProtocolError, EOFError: see `BackendChannel.answers`.
+        """
+        answers = channel.answers()
+        for miss, there_is in answers:
+            if miss is not None and not there_is:
+                verb = "write to" if miss.access & WRITE else "read from"
+                raise MemoryAccessError(
+                    f"IOVA {miss.iova:#x}: the guest's IOMMU does not let the device {verb} it"
+                )
+        if answers and not channel.waits:
+            for vring in self._vrings:
+                vring.go_on()
+
     # Rings --------------------------------------------------------------------------------------
 
     @property
     def running(self) -> bool:
         """Whether some ring runs."""
-        return any(vring.queue is not None for vring in self._vrings)
+        return any(vring.runs for vring in self._vrings)
 
     def _door(self) -> Dma:
         return self._make_dma(
             self.memory,
-            self.iova_map,
+            self.bus,
             self._tracker,
             self.journal,
             due_epoch=self.collector.due_epoch,
@@ -351,42 +462,58 @@ class Session:
         )
 
     def _try_start_ring(self, vring: Vring) -> None:
-        if vring.queue is None and vring.may_run:
+        if not vring.runs and vring.may_run:
             self._start_ring(vring)
 
     def _start_ring(self, vring: Vring) -> None:
-        if vring.queue is None:
+        with contextlib.suppress(IotlbMissError):  # asked for when it is to be served
+            self._start(vring)
+
+    def _start(self, vring: Vring) -> None:
+        if not vring.runs:
             self._keeper.number_requests(self._device)
         if not self._features & F_LOG_ALL:
             self._left_behind = self._owes_everything = (
                 False  # QEMU has not begun to send yet, or begins anew
             )
         inflight = self._inflight.region(vring.index, vring.size) if self._inflight else None
-        vring.start(self._dma, self.memory, self._features, inflight)
         self.collector.trace.thaw()
+        vring.start(self._dma, self.memory, self._features, inflight)
 
     def serve_rings(self) -> bool:
         """Serve what the driver has made available; True if something is left for the next turn.
 
         Raises:
             ProtocolError, MemoryAccessError: the driver broke the specification.
+            EOFError: the front end has gone.
         """
+        if self._channel is not None:
+            self._hear_answers(self._channel)
         if self._features & F_LOG_ALL and not self.collector.active:
             return False  # what is written before the log comes could not be told
         try:
             for vring in self._vrings:
                 if vring.has_work(self._device):
-                    vring.serve(self._device, self._dma)
+                    self._serve(vring)
         finally:
             self.memory.check()  # a slot that was taken away explains whatever else went wrong
             if self._inflight is not None:
                 self._inflight.check()
         return any(vring.has_work(self._device) for vring in self._vrings)
 
+    def _serve(self, vring: Vring) -> None:
+        try:
+            if not vring.has_addresses:
+                self._start(vring)
+            vring.serve(self._device, self._dma)
+        except IotlbMissError as miss:
+            self._ask(miss.missing)
+            vring.wait()
+
     def harvest(self) -> int:
         """Collect what is dirty; returns the number of pages."""
         pages = self.collector.harvest()
-        self._keeper.keep(self.collector, self.memory, self.iova_map)
+        self._keeper.keep(self.collector, self.memory)
         return pages
 
     def close(self) -> None:
@@ -400,7 +527,9 @@ class Session:
             self.collector.stop()
         self._drop_unused_log()
         self._inflight = None
-        self.memory, self.iova_map = GuestMemory(()), IovaMap(())
+        if self._channel is not None:
+            self._channel.close()
+        self.memory, self.bus = GuestMemory(()), IovaMap(())
         self._dma = self._door()
         self.journal.close()
         self.connection.close()
@@ -441,6 +570,8 @@ _HANDLERS: Final[dict[Request, Callable[[Session, Message], bytes | _ReplyWithFi
     Request.SET_PROTOCOL_FEATURES: Session._set_protocol_features,
     Request.GET_QUEUE_NUM: Session._get_queue_num,
     Request.SET_VRING_ENABLE: Session._set_vring_enable,
+    Request.SET_BACKEND_REQ_FD: Session._set_backend_req_fd,
+    Request.IOTLB_MSG: Session._iotlb_msg,
     Request.GET_CONFIG: Session._get_config,
     Request.SET_CONFIG: Session._accept,
     Request.GET_INFLIGHT_FD: Session._get_inflight_fd,

@@ -14,7 +14,7 @@ from ..dma import Dma
 from ..errors import ProtocolError
 from ..guest_memory import GuestMemory
 from ..virtqueue import PackedVirtqueue, RingAddresses, SplitVirtqueue, Virtqueue
-from .features import F_RING_EVENT_IDX, F_RING_INDIRECT_DESC, F_RING_PACKED
+from .features import F_ACCESS_PLATFORM, F_RING_EVENT_IDX, F_RING_INDIRECT_DESC, F_RING_PACKED
 from .inflight import InflightVirtqueue
 from .messages import VringAddress
 
@@ -27,9 +27,10 @@ _TURN_S: Final = 0.05
 class Vring:
     """Ring number `index` of a device.
 
-    It runs, that is has a `queue`, from the moment it is both enabled and has a kick file
-    descriptor until it is stopped. `base` is where it begins, and where it stood when it was
-    stopped. `pending` says that the driver may have made something available.
+    It `runs` from the moment it is both enabled and has a kick file descriptor until it is stopped.
+    `base` is where it begins, and where it stood when it was stopped. `pending` says that the
+    driver may have made something available, `waits` that an IOMMU has been asked for what is
+    needed to go on. Its `queue` is there once its addresses are known.
     """
 
     def __init__(self, index: int, selector: selectors.BaseSelector) -> None:
@@ -38,8 +39,14 @@ class Vring:
         self.base = 0
         self.enabled = False
         self.address: VringAddress | None = None
+        self.runs = False
         self.queue: Virtqueue | None = None
         self.pending = False
+        self.waits = False
+        self._lost = False
+        """Whether an address of the queue leads nowhere any more."""
+        self._areas: list[tuple[int, int]] = []
+        """IOVA and length of the queue's three parts."""
         self._selector = selector
         self._kick_fd: int | None = None
         self._call_fd: int | None = None
@@ -51,8 +58,12 @@ class Vring:
 
     def has_work(self, device: VirtioDevice) -> bool:
         """Whether the ring runs and is to be looked at."""
-        runs = self.pending and self.enabled and self.queue is not None
-        return runs and device.is_ready(self.index)
+        return self.pending and self.runs and self.enabled and device.is_ready(self.index)
+
+    @property
+    def has_addresses(self) -> bool:
+        """Whether it is known where the ring stands in RAM."""
+        return self.queue is not None and not self._lost
 
     def set_kick(self, fd: int) -> None:
         """The driver kicks by `fd`, which stays the caller's, from now on."""
@@ -84,33 +95,56 @@ class Vring:
         Raises:
             ProtocolError: the ring breaks the specification, or its address is not known.
             MemoryAccessError: it lies outside guest RAM.
+            IotlbMissError: the IOMMU has to be asked for its address first.
         """
         address = self.address
         if address is None:
             raise ProtocolError("a ring was started before SET_VRING_ADDR")
+        self.runs = self.pending = self._lost = True
         packed = bool(features & F_RING_PACKED)
         driver_bytes, device_bytes = (4, 4) if packed else (6 + 2 * self.size, 6 + 8 * self.size)
-        device = memory.gpa_of_hva(address.used, device_bytes)
-        if address.logged and address.log != device:
-            raise ProtocolError(
-                f"SET_VRING_ADDR: ring {self.index}'s used ring is at GPA {device:#x}, but its "
-                f"writes are to be logged at {address.log:#x}"
+        descriptors = (address.descriptors, 16 * self.size)
+        driver = (address.available, driver_bytes)
+        device = (address.used, device_bytes)
+        if features & F_ACCESS_PLATFORM:
+            # A packed ring's answers are written over its descriptors.
+            dma.require([descriptors, driver], [device, *([descriptors] if packed else [])])
+        else:
+            descriptors, driver, device = (
+                (memory.gpa_of_hva(hva, length), length)
+                for hva, length in (descriptors, driver, device)
             )
+            if address.logged and address.log != device[0]:
+                raise ProtocolError(
+                    f"SET_VRING_ADDR: ring {self.index}'s used ring is at GPA {device[0]:#x}, but "
+                    f"its writes are to be logged at {address.log:#x}"
+                )
         make_queue = PackedVirtqueue if packed else SplitVirtqueue
         queue = make_queue(
             dma,
-            RingAddresses(
-                descriptors=memory.gpa_of_hva(address.descriptors, 16 * self.size),
-                driver=memory.gpa_of_hva(address.available, driver_bytes),
-                device=device,
-            ),
+            RingAddresses(descriptors=descriptors[0], driver=driver[0], device=device[0]),
             self.size,
             base=self.base if self.queue is None else self.queue.base,
             event_index=bool(features & F_RING_EVENT_IDX),
             indirect=bool(features & F_RING_INDIRECT_DESC),
         )
         self.queue = queue if inflight is None else InflightVirtqueue(queue, inflight)
-        self.pending = True
+        self._areas = [descriptors, driver, device]
+        self._lost = self.waits = False
+
+    def unmap(self, iova: int, length: int) -> None:
+        """Nothing leads from `length` bytes at `iova` any more."""
+        if any(start < iova + length and iova < start + size for start, size in self._areas):
+            self._lost = self.pending = True
+
+    def wait(self) -> None:
+        """Do nothing until `go_on` is called, or the driver kicks."""
+        self.pending, self.waits = False, True
+
+    def go_on(self) -> None:
+        """What was asked for has been answered."""
+        self.pending |= self.waits
+        self.waits = False
 
     def stop(self) -> None:
         """Serve no more, with nothing in flight; `base` then says where the ring stands."""
@@ -123,7 +157,8 @@ class Vring:
         if self.queue is not None:
             self.base = self.queue.base
         self.queue = None
-        self.pending = False
+        self._areas = []
+        self.runs = self.pending = self.waits = False
 
     def close(self) -> None:
         """Let go of every file descriptor. The ring was not stopped: another may go on with it."""
@@ -149,25 +184,28 @@ class Vring:
 
         Raises:
             ProtocolError, MemoryAccessError: the driver broke the specification.
+            IotlbMissError: the IOMMU has to be asked for an address of the next request first.
         """
         queue = self.queue
         assert queue is not None
         dma.journal.queue = self.index
         self.pending = True
         end_s = time.monotonic() + _TURN_S
-        for _ in range(_REQUESTS_PER_TURN):
-            if not device.is_ready(self.index):
-                break
-            chain = queue.pop()
-            if chain is None:
-                self.pending = queue.ask_for_kick()
-                break
-            written = device.process(chain, dma)
-            queue.push(chain, written)
-            if time.monotonic() >= end_s:
-                break
-        if queue.wants_interrupt():
-            self._interrupt()
+        try:
+            for _ in range(_REQUESTS_PER_TURN):
+                if not device.is_ready(self.index):
+                    break
+                chain = queue.pop()
+                if chain is None:
+                    self.pending = queue.ask_for_kick()
+                    break
+                written = device.process(chain, dma)
+                queue.push(chain, written)
+                if time.monotonic() >= end_s:
+                    break
+        finally:
+            if queue.wants_interrupt():
+                self._interrupt()
 
     def _interrupt(self) -> None:
         if self._call_fd is not None:

@@ -86,9 +86,13 @@ class Virtqueue(Protocol):
     def pop(self) -> DescriptorChain | None:
         """The next request, or None when the driver has made no more available.
 
+        All of its addresses are known: behind an IOMMU, it can be carried out without a miss.
+
         Raises:
             ProtocolError: the ring or the chain breaks the specification.
             MemoryAccessError: an indirect table lies outside guest RAM.
+            IotlbMissError: the IOMMU has to be asked for some address first; the request is the
+                next one still.
         """
 
     def push(self, chain: DescriptorChain, written: int) -> None:

@@ -154,6 +154,7 @@ class PackedVirtqueue:
         Raises:
             ProtocolError: the chain breaks the specification.
             MemoryAccessError: an indirect table lies outside guest RAM.
+            IotlbMissError: the IOMMU has to be asked for some address first.
         """
         # Only the last descriptor of a list has its buffer ID (section 2.8.6).
         chain = DescriptorChain(descriptors[-1].buffer_id, len(descriptors), packed=descriptors)
@@ -162,6 +163,7 @@ class PackedVirtqueue:
                 self._add_indirect(chain, iova, length)
             else:
                 add_segment(chain, Segment(iova, length), flags)
+        self._dma.require(chain.readable, chain.writable)
         return chain
 
     def _descriptors(self) -> list[PackedDescriptor]:

@@ -85,9 +85,9 @@ class SplitVirtqueue:
                 f"{self._next_available}, more than the queue's {self.size} entries"
             )
         _core.fence()  # the entry may be read only after the index that publishes it
-        head = self._available[2 + self._next_available % self.size]
+        chain = self.chain_at(self._available[2 + self._next_available % self.size])
         self._next_available = (self._next_available + 1) & 0xFFFF
-        return self.chain_at(head)
+        return chain
 
     @property
     def used_index(self) -> int:
@@ -104,6 +104,7 @@ class SplitVirtqueue:
         Raises:
             ProtocolError: the chain breaks the specification.
             MemoryAccessError: an indirect table lies outside guest RAM.
+            IotlbMissError: the IOMMU has to be asked for some address first.
         """
         chain = DescriptorChain(head, 1)
         table: bytes | memoryview = self._table
@@ -130,6 +131,7 @@ class SplitVirtqueue:
                 continue
             add_segment(chain, Segment(iova, length), flags)
             if not flags & F_NEXT:
+                self._dma.require(chain.readable, chain.writable)
                 return chain
             index = following
 

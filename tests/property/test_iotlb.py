@@ -1,0 +1,139 @@
+"""An IOTLB against a plain table of pages, through any mappings that come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dmaproof.errors import IotlbMissError, MemoryAccessError
+from dmaproof.guest_memory import READ, WRITE
+from dmaproof.iotlb import PAGE_BYTES as PAGE
+from dmaproof.iotlb import Entry, Iotlb
+
+PAGES = 24
+BASE = (256 << 20) - 12 * PAGE
+"""Of the IOVAs: the first pages are in one piece of the address space, the others in the next."""
+
+pages = st.integers(0, PAGES - 1)
+lengths = st.integers(1, 8)
+accesses = st.sampled_from((READ, WRITE, READ | WRITE))
+changes = st.lists(
+    st.one_of(
+        st.tuples(st.just("update"), pages, lengths, st.integers(0, 1000), accesses),
+        st.tuples(st.just("invalidate"), pages, lengths, st.just(0), st.just(0)),
+    ),
+    max_size=30,
+)
+
+Model = dict[int, tuple[int, int]]
+"""Page → the GPA of its page, and the access."""
+
+
+def played(story: list[tuple[str, int, int, int, int]]) -> Iterator[tuple[Iotlb, Model]]:
+    """The IOTLB after each change, and what it should be."""
+    iotlb, entries = Iotlb(), dict[int, Entry]()
+    for kind, page, length, gpa_page, access in story:
+        iova, size = BASE + page * PAGE, length * PAGE
+        gone = [it for it in entries.values() if it.iova < iova + size and iova < it.end]
+        assert _pages(iotlb.overlapping(iova, size)) == _pages(gone)
+        iotlb.remove(iova, size)
+        for entry in gone:
+            del entries[entry.iova]
+        if kind == "update":
+            entry = Entry(iova, gpa_page * PAGE, size, access)
+            assert iotlb.has_room_for(entry)
+            iotlb.add(entry)
+            assert iotlb.knows(entry)
+            entries[iova] = entry
+        yield (
+            iotlb,
+            {
+                it.iova + offset: (it.gpa + offset, it.access)
+                for it in entries.values()
+                for offset in range(0, it.length, PAGE)
+            },
+        )
+
+
+def _pages(mappings: object) -> dict[int, int]:
+    return {
+        it.iova + offset: it.gpa + offset
+        for it in mappings  # type: ignore[attr-defined]
+        for offset in range(0, it.length, PAGE)
+    }
+
+
+@given(changes, st.integers(0, PAGES * PAGE), st.integers(1, 5 * PAGE), accesses)
+def test_it_is_the_table(
+    story: list[tuple[str, int, int, int, int]], offset: int, length: int, access: int
+) -> None:
+    start, end = BASE + offset, BASE + offset + length
+    for iotlb, model in played(story):
+        assert _pages(iotlb.mappings) == {iova: gpa for iova, (gpa, _) in model.items()}
+        for mapping in iotlb.mappings:
+            assert any(
+                first <= mapping.iova and mapping.iova + mapping.length <= first + size
+                for first, size in iotlb.ranges
+            )
+        touched = range(start // PAGE * PAGE, end, PAGE)
+        missing = [it for it in touched if it not in model or access & ~model[it][1]]
+        wanted = [(start, length)]
+        readable, writable = (wanted, []) if access == READ else ([], wanted)
+        if missing:
+            with pytest.raises(IotlbMissError) as caught:
+                iotlb.translate(start, length, access)
+            assert list(caught.value.missing) == [(missing[0], access)]
+        else:
+            position = start
+            for gpa, size in iotlb.translate(start, length, access):
+                assert model[position // PAGE * PAGE][0] + position % PAGE == gpa
+                position += size
+            assert position == end
+        if access == READ | WRITE:
+            continue
+        if missing:
+            with pytest.raises(IotlbMissError) as caught:
+                iotlb.require(readable, writable)
+            assert list(caught.value.missing) == [(it, access) for it in missing]
+        else:
+            iotlb.require(readable, writable)
+
+
+def test_what_can_be_no_mapping_is_refused() -> None:
+    iotlb = Iotlb()
+    for entry in (
+        Entry(0, 0, 0, READ),
+        Entry(1, 0, PAGE, READ),
+        Entry(0, 8, PAGE, READ),
+        Entry(0, 0, PAGE + 512, READ),
+        Entry((1 << 48) - PAGE, 0, 2 * PAGE, READ),
+        Entry(0, 0, 1 << 40, READ),
+    ):
+        with pytest.raises(MemoryAccessError, match="IOTLB entry"):
+            iotlb.add(entry)
+    assert not iotlb.mappings
+
+
+def test_it_is_bounded() -> None:
+    def entry(number: int) -> Entry:
+        return Entry(number << 30, 0, PAGE, READ)
+
+    iotlb = Iotlb()
+    for number in range(8):
+        assert iotlb.has_room_for(entry(number))
+        assert iotlb.add(entry(number)), "a piece more is to be watched"
+    assert not iotlb.has_room_for(entry(8)), "there are as many ranges as every tracker can watch"
+    assert iotlb.has_room_for(Entry(PAGE, 0, PAGE, READ))
+    assert not iotlb.add(Entry(PAGE, 0, PAGE, READ))
+    iotlb.clear()
+    assert not iotlb.mappings
+    assert not iotlb.ranges
+    small = Iotlb(most_entries=2)
+    small.add(Entry(0, 0, PAGE, READ))
+    small.add(Entry(PAGE, 0, PAGE, READ))
+    assert not small.has_room_for(Entry(2 * PAGE, 0, PAGE, READ))
+    with pytest.raises(MemoryAccessError, match="touches 3 pages, more than the IOTLB's 2"):
+        small.require([(0, 2 * PAGE)], [(5 * PAGE, 1)])

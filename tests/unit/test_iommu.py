@@ -1,0 +1,392 @@
+"""A device behind a virtual IOMMU: it asks, waits, goes on, and loses nothing that is unmapped."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from dmaproof.errors import MemoryAccessError, ProtocolError
+from dmaproof.guest_memory import READ, WRITE
+from dmaproof.stamp import read_stamp
+from dmaproof.vhost_user.features import F_ACCESS_PLATFORM, PROTOCOL_FEATURES
+from dmaproof.vhost_user.messages import (
+    IotlbChange,
+    IotlbEvent,
+    ProtocolFeature,
+    Request,
+    encode_iotlb,
+    encode_u64,
+)
+from front_end import FrontEnd
+from qmp_tools.testbed.guest_iommu import GuestIommu, Page
+from qmp_tools.testbed.ring_driver import (
+    HVA_BASE,
+    INDIRECT,
+    PAGE,
+    Buffer,
+    Driver,
+    PackedDriver,
+    RingDriver,
+    guest_memory,
+    ram_fd,
+)
+from qmp_tools.testbed.ring_driver import WRITE as WRITABLE
+
+RAM_BYTES = 128 * PAGE
+LOG_BYTES = RAM_BYTES // PAGE // 8
+RINGS = (8 * PAGE, 12 * PAGE)
+HEADER, STATUS, TABLE, DATA = 20 * PAGE, 21 * PAGE + 5, 22 * PAGE, 40 * PAGE
+RING_SIZE = 8
+
+
+class Guest:
+    """A front end, and a driver for each of two rings that maps what it gives to the device."""
+
+    def __init__(
+        self, ram: int, log: int, *, packed: bool = False, fault: str | None = None
+    ) -> None:
+        self.ram, self.log = ram, log
+        self.iommu = GuestIommu()
+        self.front_end = FrontEnd(fault=fault, iommu=self.iommu)
+        place = (0, RAM_BYTES, 0)
+        make = PackedDriver if packed else RingDriver
+        self.drivers: list[Driver] = [
+            make(guest_memory(ram, place), base, RING_SIZE) for base in RINGS
+        ]
+        self.front_end.features |= (1 << 34 if packed else 0) | 1 << 28
+        self.front_end.send(Request.SET_FEATURES, encode_u64(self.front_end.features))
+        self.front_end.send(Request.SET_PROTOCOL_FEATURES, encode_u64(PROTOCOL_FEATURES))
+        self.front_end.open_channel()
+        self.front_end.set_memory(ram, place)
+        for index, driver in enumerate(self.drivers):
+            self.front_end.start_ring(driver, index)
+
+    def log_on(self) -> None:
+        """Logging begins."""
+        self.front_end.set_log(self.log, LOG_BYTES)
+        self.front_end.log_all(True)
+        for index, driver in enumerate(self.drivers):
+            self.front_end.set_ring_address(driver, index=index, logged=True)
+
+    def logged(self) -> set[int]:
+        """The GPA page numbers in the log, taken from it, but for rings and status bytes."""
+        raw = np.frombuffer(os.pread(self.log, LOG_BYTES, 0), np.uint8)
+        os.pwrite(self.log, bytes(LOG_BYTES), 0)
+        found = np.flatnonzero(np.unpackbits(raw, bitorder="little")).tolist()
+        return {page for page in found if page >= DATA // PAGE}
+
+    def map(self, gpa: int, length: int, access: int = READ | WRITE) -> int:
+        """See `GuestIommu.map`."""
+        return self.iommu.map(gpa, length, access)
+
+    def submit(self, *buffers: Buffer, ring: int = 0, indirect: bool = False) -> None:
+        """Make a read of the disk available, into buffers that are mapped already."""
+        driver = self.drivers[ring]
+        driver.write(HEADER, struct.pack("<IIQ", 0, 0, 80))
+        driver.write(STATUS, b"\xff")
+        chain = [
+            Buffer(self.map(HEADER, 16, READ), 16),
+            *buffers,
+            Buffer(self.map(STATUS, 1, WRITE), 1, WRITABLE),
+        ]
+        if not indirect:
+            driver.submit(chain)
+            return
+        if isinstance(driver, RingDriver):
+            table = b"".join(it.pack() for it in driver.chain(chain))
+        else:
+            table = b"".join(
+                struct.pack("<QIHH", it.address, it.length, 0, it.flags) for it in chain
+            )
+        driver.write(TABLE, table)
+        driver.submit([Buffer(self.map(TABLE, len(table), READ), len(table), INDIRECT)])
+
+    def kick(self) -> None:
+        """Kick, and answer nothing that the device asks."""
+        os.eventfd_write(self.front_end.kick, 1)
+        self.front_end.turn()
+
+    def asked(self) -> list[int]:
+        """The pages that the device has asked for, and that matter still."""
+        channel = self.front_end.session._channel
+        assert channel is not None
+        return [question.iova for question in channel._questions if question is not None]
+
+    @property
+    def status(self) -> int:
+        """Of the last request: 0xff while it is not done."""
+        return self.drivers[0].read(STATUS, 1)[0]
+
+    def unmap(self, iova: int, length: int) -> None:
+        """Take a mapping away, and tell."""
+        self.iommu.unmap(iova, length)
+        self.front_end.invalidate(iova, length)
+
+
+def stamped_lba(guest: Guest, gpa: int) -> int:
+    """The LBA in the stamp of a page of guest RAM."""
+    stamp = read_stamp(guest.drivers[0].read(gpa, PAGE))
+    assert stamp is not None
+    return stamp[0]
+
+
+@pytest.fixture
+def files() -> Iterator[tuple[int, int]]:
+    with ram_fd(RAM_BYTES) as ram, ram_fd(LOG_BYTES) as log:
+        yield ram, log
+
+
+@pytest.fixture(params=[False, True], ids=["split", "packed"])
+def guest(request: pytest.FixtureRequest, files: tuple[int, int]) -> Iterator[Guest]:
+    guest = Guest(*files, packed=request.param)
+    yield guest
+    guest.front_end.close()
+
+
+@pytest.mark.parametrize("indirect", [False, True])
+def test_a_request_by_iovas_is_logged_by_gpas(guest: Guest, indirect: bool) -> None:
+    guest.log_on()
+    iova = guest.map(DATA, 2 * PAGE)
+    guest.submit(Buffer(iova, 2 * PAGE, WRITABLE), indirect=indirect)
+    guest.front_end.serve()
+    assert guest.status == 0
+    assert [stamped_lba(guest, DATA + at) for at in (0, PAGE)] == [80, 88]
+    guest.front_end.session.harvest()
+    assert guest.logged() == {DATA // PAGE, DATA // PAGE + 1}
+    records = guest.front_end.session.journal.records()
+    assert (records["iova"] != records["gpa"]).all()
+
+
+def test_nothing_is_done_before_everything_is_known(guest: Guest) -> None:
+    guest.front_end.serve()
+    known = guest.map(DATA, PAGE)
+    guest.submit(
+        Buffer(known, PAGE, WRITABLE), Buffer(guest.map(DATA + 8 * PAGE, PAGE), PAGE, WRITABLE)
+    )
+    unknown = next(it for it in guest.iommu.all_pages() if it.gpa == DATA + 8 * PAGE)
+    for page in guest.iommu.all_pages():
+        if page != unknown:
+            guest.front_end.update(page)
+    for _ in range(2):
+        guest.kick()
+        assert guest.asked() == [unknown.iova], "and asked for once"
+        assert guest.status == 0xFF
+        assert guest.drivers[0].read(DATA, PAGE) == bytes(PAGE), "the known part waits, too"
+    guest.front_end.serve()
+    assert guest.status == 0
+    assert stamped_lba(guest, DATA + 8 * PAGE) == 88
+
+
+def test_other_rings_go_on_while_one_waits(guest: Guest) -> None:
+    guest.front_end.serve()
+    guest.submit(Buffer(guest.map(DATA, PAGE), PAGE, WRITABLE))
+    before = guest.iommu.all_pages()
+    guest.submit(Buffer(guest.map(DATA + PAGE, PAGE), PAGE, WRITABLE), ring=1)
+    for page in guest.iommu.all_pages():
+        if page not in before:
+            guest.front_end.update(page)
+    guest.kick()
+    guest.kick()  # there is one event for both rings
+    assert guest.asked()
+    assert not guest.drivers[0].collect()
+    assert len(guest.drivers[1].collect()) == 1
+    guest.front_end.serve()
+    assert len(guest.drivers[0].collect()) == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [(None, {DATA // PAGE}), ("unmap-unharvested", set()), ("iova-as-gpa", set())],
+)
+def test_what_is_unmapped_is_in_the_log_before_that_is_answered(
+    files: tuple[int, int], fault: str | None, expected: set[int]
+) -> None:
+    guest = Guest(*files, fault=fault)
+    guest.log_on()
+    iova = guest.map(DATA, PAGE)
+    guest.submit(Buffer(iova, PAGE, WRITABLE))
+    guest.front_end.serve()
+    guest.unmap(iova, PAGE)
+    assert guest.logged() == expected
+    # The same IOVA is another page now.
+    assert guest.map(DATA + 5 * PAGE, PAGE) == iova
+    guest.submit(Buffer(iova, PAGE, WRITABLE))
+    guest.front_end.serve()
+    guest.front_end.session.harvest()
+    assert guest.logged() == (set() if fault == "iova-as-gpa" else {DATA // PAGE + 5})
+    guest.front_end.close()
+
+
+def test_one_page_at_two_iovas(guest: Guest) -> None:
+    guest.log_on()
+    first, second = guest.map(DATA, PAGE), guest.map(DATA, PAGE)
+    assert first != second
+    guest.submit(Buffer(first, 2048, WRITABLE), Buffer(second + 2048, 2048, WRITABLE))
+    guest.front_end.serve()
+    assert stamped_lba(guest, DATA) == 80
+    guest.unmap(first, PAGE)
+    assert guest.logged() == {DATA // PAGE}
+    guest.unmap(second, PAGE)
+    assert guest.logged() == {DATA // PAGE}, "both IOVAs were written"
+
+
+def test_a_ring_that_is_unmapped_asks_where_it_stands(guest: Guest) -> None:
+    guest.log_on()
+    for number in range(3 * RING_SIZE):
+        iova = guest.map(DATA + number * PAGE, PAGE)
+        guest.submit(Buffer(iova, PAGE, WRITABLE))
+        guest.front_end.serve()
+        assert guest.status == 0
+        assert len(guest.drivers[0].collect()) == 1
+        guest.iommu.unmap(iova, PAGE)
+        guest.front_end.invalidate(0, 1 << 64)
+        assert not guest.front_end.session.bus.mappings
+    assert guest.logged() == set(range(DATA // PAGE, DATA // PAGE + 3 * RING_SIZE))
+
+
+def test_what_is_mapped_anew_was_harvested_before(guest: Guest) -> None:
+    guest.log_on()
+    iova = guest.map(DATA, PAGE)
+    guest.submit(Buffer(iova, PAGE, WRITABLE))
+    guest.front_end.serve()
+    guest.front_end.update(Page(iova, DATA + 9 * PAGE, READ | WRITE))
+    assert guest.logged() == {DATA // PAGE}
+
+
+def test_what_there_is_no_room_for_was_harvested_before(guest: Guest) -> None:
+    guest.log_on()
+    iova = guest.map(DATA, PAGE)
+    guest.submit(Buffer(iova, PAGE, WRITABLE))
+    guest.front_end.serve()
+    for number in range(1, 9):
+        guest.front_end.update(Page(number << 32, DATA, READ))
+    assert guest.logged() == {DATA // PAGE}
+    guest.submit(Buffer(iova, PAGE, WRITABLE))
+    guest.front_end.serve()
+    assert guest.status == 0
+
+
+def test_access_that_comes_bit_by_bit(guest: Guest) -> None:
+    page = Page(guest.map(DATA, PAGE), DATA, READ)
+    guest.front_end.update(page)
+    guest.front_end.update(page._replace(access=WRITE))
+    bus = guest.front_end.session.bus
+    assert bus.translate(page.iova, PAGE, READ | WRITE) == [(DATA, PAGE)]
+
+
+def test_a_new_memory_table_makes_all_mappings_void(guest: Guest) -> None:
+    guest.log_on()
+    iova = guest.map(DATA, PAGE)
+    guest.submit(Buffer(iova, PAGE, WRITABLE))
+    guest.front_end.serve()
+    guest.front_end.set_memory(guest.ram, (0, RAM_BYTES, 0))
+    assert not guest.front_end.session.bus.mappings
+    assert guest.logged() == {DATA // PAGE}
+    guest.submit(Buffer(iova, PAGE, WRITABLE))
+    guest.front_end.serve()
+    assert guest.status == 0
+
+
+def test_a_request_that_waits_is_left_to_whoever_goes_on(guest: Guest) -> None:
+    guest.front_end.track_inflight(2, RING_SIZE)
+    for index, driver in enumerate(guest.drivers):
+        guest.front_end.set_ring_address(driver, index=index)
+    guest.front_end.serve()
+    iova = guest.map(DATA, PAGE)
+    guest.submit(Buffer(iova, PAGE, WRITABLE))
+    guest.kick()
+    assert guest.asked()
+    base = struct.pack("<II", 0, 0)
+    answer = guest.front_end.ask(Request.GET_VRING_BASE, base)
+    guest.front_end.ask(Request.GET_VRING_BASE, struct.pack("<II", 1, 0))
+    assert struct.unpack("<II", answer)[1] == guest.drivers[0].base, "it was not taken"
+    assert not guest.asked()
+    guest.front_end.answer_misses()  # too late, and nobody minds
+    guest.front_end.start_ring(guest.drivers[0])
+    guest.front_end.serve()
+    assert guest.status == 0
+    assert len(guest.drivers[0].collect()) == 1
+
+
+def test_an_iova_that_leads_nowhere_is_refused(guest: Guest) -> None:
+    guest.submit(Buffer(0x1234_5000, PAGE, WRITABLE))
+    with pytest.raises(MemoryAccessError, match=r"IOVA 0x12345000: .* does not let .* write to it"):
+        guest.front_end.serve()
+
+
+def test_a_page_that_may_only_be_read_is_not_written(guest: Guest) -> None:
+    guest.submit(Buffer(guest.map(DATA, PAGE, READ), PAGE, WRITABLE))
+    with pytest.raises(MemoryAccessError, match="does not let the device write to it"):
+        guest.front_end.serve()
+
+
+def test_there_must_be_a_way_to_ask(guest: Guest) -> None:
+    features = PROTOCOL_FEATURES & ~ProtocolFeature.REPLY_ACK
+    guest.front_end.send(Request.SET_PROTOCOL_FEATURES, encode_u64(features))
+    with pytest.raises(ProtocolError, match="there is no way to ask: SET_BACKEND_REQ_FD and"):
+        guest.front_end.serve()
+
+
+def test_without_the_feature_there_is_no_iotlb(guest: Guest) -> None:
+    features = guest.front_end.features & ~F_ACCESS_PLATFORM
+    for index in range(2):
+        guest.front_end.ask(Request.GET_VRING_BASE, struct.pack("<II", index, 0))
+    guest.front_end.send(Request.SET_FEATURES, encode_u64(features))
+    with pytest.raises(ProtocolError, match="VIRTIO_F_ACCESS_PLATFORM was not accepted"):
+        guest.front_end.invalidate(0, PAGE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (IotlbChange(IotlbEvent.MISS, 0, PAGE, HVA_BASE, 3), "type 1 is not a front end's"),
+        (IotlbChange(IotlbEvent.UPDATE, 0, 0, HVA_BASE, 3), "is empty"),
+        (IotlbChange(IotlbEvent.UPDATE, 0, PAGE, HVA_BASE, 0), "permissions 0x0"),
+        (IotlbChange(IotlbEvent.UPDATE, 0, PAGE, 0, 3), "not inside one memory slot"),
+        (IotlbChange(IotlbEvent.UPDATE, 8, PAGE, HVA_BASE, 3), "whole pages"),
+        (IotlbChange(IotlbEvent.UPDATE, 1 << 48, PAGE, HVA_BASE, 3), "48 bits"),
+        (IotlbChange(IotlbEvent.INVALIDATE, PAGE, 0, 0, 0), "is empty"),
+        (IotlbChange(IotlbEvent.INVALIDATE, (1 << 64) - PAGE, 2 * PAGE, 0, 0), "leaves the 64-bit"),
+    ],
+)
+def test_iotlb_messages_that_make_no_sense(
+    files: tuple[int, int], change: IotlbChange, message: str
+) -> None:
+    guest = Guest(*files)
+    with pytest.raises(ProtocolError, match=message):
+        guest.front_end.send(Request.IOTLB_MSG, encode_iotlb(change))
+    guest.front_end.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (struct.pack("<IIIQ", 1, 5, 8, 0), "an answer to no question"),
+        (struct.pack("<IIIQ", 2, 5, 8, 0), "brought request 2"),
+        (struct.pack("<IIIQ", 1, 1, 8, 0), "flags 0x1"),
+        (struct.pack("<IIIQ", 1, 5, 9, 0), "9 bytes"),
+    ],
+)
+def test_answers_that_make_no_sense(files: tuple[int, int], answer: bytes, message: str) -> None:
+    guest = Guest(*files)
+    assert guest.front_end.channel is not None
+    guest.front_end.channel.sendall(answer)
+    with pytest.raises(ProtocolError, match=message):
+        guest.front_end.turn()
+    guest.front_end.close()
+
+
+def test_a_channel_that_is_no_socket(guest: Guest) -> None:
+    with pytest.raises(ProtocolError, match="SET_BACKEND_REQ_FD"):
+        guest.front_end.send(Request.SET_BACKEND_REQ_FD, fds=[guest.ram])
+
+
+def test_a_channel_that_is_closed(guest: Guest) -> None:
+    assert guest.front_end.channel is not None
+    guest.front_end.channel.close()
+    with pytest.raises(EOFError, match="closed the back-end channel"):
+        guest.front_end.turn()

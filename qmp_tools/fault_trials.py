@@ -53,13 +53,16 @@ class TestbedForm:
     harvest: str = "0.01"
     devices: int = 1
     killed: bool = False
+    iommu: bool = False
 
 
 _TESTBED_FORMS: Final = {
     "bit-before-data": TestbedForm("=0.01"),
     "forgotten-at-restart": TestbedForm(harvest="final", killed=True),
+    "iova-as-gpa": TestbedForm(iommu=True),
     "non-atomic-or": TestbedForm(harvest="0.002", devices=2),
     "tracker-after-log": TestbedForm("=1", harvest="final"),
+    "unmap-unharvested": TestbedForm(iommu=True),
 }
 
 
@@ -219,7 +222,8 @@ def _on_testbed(name: str, seed: int, folder: Path) -> Trial:
             harvest=fault.harvest or form.harvest,
         )
     try:
-        return judge(play(options, folder, devices=form.devices, killed=form.killed), seed)
+        verdict = play(options, folder, devices=form.devices, killed=form.killed, iommu=form.iommu)
+        return judge(verdict, seed)
     except UntestableError as error:
         return _without_verdict(error, seed)
 

@@ -9,6 +9,11 @@ The last writes are made just before the rings are stopped.
 Then RAM is compared and the loss attributed as after a real migration. The test bed knows more than
 QEMU tells: which bits it has taken from the log. A bit that the chain has merged and that was never
 taken was lost in the log.
+
+With an IOMMU the guest maps each buffer for its request alone, some twice, and takes the mappings
+away once that is done, now and then all at once: then the device has to ask for its ring, too. Of
+some mappings it is told beforehand, for most it has to ask. The same IOVAs are used again and again
+for other pages.
 """
 
 from __future__ import annotations
@@ -27,6 +32,8 @@ from dmaproof.devices.blk import T_IN
 from dmaproof.dirty_log import log_bytes_needed
 from dmaproof.errors import ProtocolError, UntestableError
 from dmaproof.evidence import Evidence
+from dmaproof.guest_memory import READ as READ_ACCESS
+from dmaproof.guest_memory import WRITE as WRITE_ACCESS
 from dmaproof.guest_memory import GuestMemory, IovaMap, IovaMapping
 from dmaproof.trace import Link
 from dmaproof.vhost_user.features import F_RING_PACKED, PROTOCOL_FEATURES
@@ -43,6 +50,7 @@ from ..verdict import (
     measure_sharpness,
 )
 from .front_end import FEATURES, FrontEnd
+from .guest_iommu import GuestIommu
 from .hosted_device import HostedDevice, device_process, device_thread
 from .precopy import PAGE_BYTES, Place, Precopy
 from .ring_driver import WRITE, Buffer, PackedDriver, RingDriver, guest_memory, ram_fd
@@ -66,7 +74,8 @@ _PASS_EVERY_S: Final = 0.003
 enough to be spoilt there."""
 
 Run = tuple[int, int]
-"""IOVA and length in bytes of one buffer."""
+"""Bus address, or behind an IOMMU GPA, and length in bytes of one buffer."""
+_EVERYTHING: Final = (0, 1 << 64)
 
 
 def play(
@@ -76,11 +85,13 @@ def play(
     devices: int = 1,
     packed: bool = False,
     killed: bool = False,
+    iommu: bool = False,
 ) -> Verdict:
     """Play the scene with a device, or with two that share the log; `folder` takes the evidence.
 
-    Its rings are split ones or `packed`. Half-way the device may be `killed` and started again. Two
-    devices, or one that is to be killed, are processes, and have a bus without surprises.
+    Its rings are split ones or `packed`. Half-way the device may be `killed` and started again. It
+    may be behind an `iommu`. Two devices, or one that is to be killed, are processes, and have a
+    bus without surprises but for that.
 
     Raises:
         UntestableError: a device refused something, died, or does not go on.
@@ -96,7 +107,9 @@ def play(
             return stack.enter_context(device_process(options, folder if killed else None))
 
         for number in range(devices):
-            guests.append(_Guest(start_device(), precopy, source, number, packed))
+            chance = random.Random(options.seed + number)
+            behind = GuestIommu() if iommu else None
+            guests.append(_Guest(start_device(), precopy, source, number, packed, behind, chance))
             stack.callback(guests[-1].close)
         try:
             all_sent_ns = _migrate(
@@ -251,12 +264,27 @@ class _Guest:
     """What one device is attached to: QEMU's end of the socket, and the guest's driver."""
 
     def __init__(
-        self, device: HostedDevice, precopy: Precopy, ram: int, number: int, packed: bool
+        self,
+        device: HostedDevice,
+        precopy: Precopy,
+        ram: int,
+        number: int,
+        packed: bool,
+        iommu: GuestIommu | None,
+        chance: random.Random,
     ) -> None:
         self.device = device
-        self.front_end = FrontEnd(device.peer, FEATURES | (F_RING_PACKED if packed else 0))
+        self.front_end = FrontEnd(device.peer, FEATURES | (F_RING_PACKED if packed else 0), iommu)
         self.requests = 0
         self._served = 0
+        self._hears = True
+        """Whether there is a device to be told of anything."""
+        self._iommu = iommu
+        self._chance = chance
+        self._mapped: dict[int, list[Run]] = {}
+        """By the number of the request for which they were mapped: IOVAs and lengths."""
+        self._done: list[Run] = []
+        """What is mapped still, though its request is done."""
         self._base = (number + 1) * _DRIVER_PAGES * PAGE_BYTES
         make_driver = _PackedDriver if packed else _SplitDriver
         self._driver = make_driver(guest_memory(ram, _LOW), self._base, _RING_SIZE)
@@ -271,6 +299,7 @@ class _Guest:
         self._ram = ram
         self.front_end.send(Request.SET_FEATURES, encode_u64(self.front_end.features))
         self.front_end.send(Request.SET_PROTOCOL_FEATURES, encode_u64(PROTOCOL_FEATURES))
+        self.front_end.open_channel()
         self.front_end.track_inflight(1, _RING_SIZE)
         self.front_end.set_memory(ram, _LOW, _HIGH)
         self.front_end.start_ring(self._driver)
@@ -301,12 +330,15 @@ class _Guest:
                 raise UntestableError("the device of the test bed does not serve its ring")
         self.device.kill()
         precopy.pass_on()
+        self._hears = False
         self.publish([[behind]])  # nobody takes that yet
         precopy.pass_on()
         self.device = start_another()
+        self._hears = True
         self.front_end.socket = self.device.peer
         front_end = self.front_end
         front_end.send(Request.SET_PROTOCOL_FEATURES, encode_u64(PROTOCOL_FEATURES))
+        front_end.open_channel()
         front_end.log_all(True)
         front_end.track_inflight(1, _RING_SIZE)
         front_end.set_memory(self._ram, _LOW, _HIGH)
@@ -335,14 +367,44 @@ class _Guest:
             status = self._base + _STATUSES + self.requests % _STATUS_PAGES * PAGE_BYTES
             self._driver.write(header, struct.pack("<IIQ", T_IN, 0, 8 * self.requests))
             self._driver.write(status, b"\xff")
-            self._driver.submit(
-                [
-                    Buffer(header, 16),
-                    *(Buffer(iova, length, WRITE) for iova, length in runs),
-                    Buffer(status, 1, WRITE),
-                ]
-            )
+            buffers = [
+                Buffer(header, 16),
+                *(Buffer(address, length, WRITE) for address, length in runs),
+                Buffer(status, 1, WRITE),
+            ]
+            mapped = self._map(buffers) if self._iommu else buffers
+            request = self._driver.submit(mapped)
+            self._mapped[request] = [(it.address, it.length) for it in mapped]
             self.requests += 1
+
+    def _map(self, buffers: Sequence[Buffer]) -> list[Buffer]:
+        """The same by IOVAs, each mapped for just what the device is to do."""
+        assert self._iommu is not None
+        mapped = []
+        for buffer in buffers:
+            access = WRITE_ACCESS if buffer.flags & WRITE else READ_ACCESS
+            iova = self._iommu.map(buffer.address, buffer.length, access)
+            mapped.append(replace(buffer, address=iova))
+            if self._chance.random() < 0.25:
+                self._done.append((self._iommu.map(buffer.address, buffer.length), buffer.length))
+            if self._hears and self._chance.random() < 0.25:
+                for page in self._iommu.pages(iova, buffer.length):
+                    self.front_end.update(page)
+        return mapped
+
+    def _unmap(self) -> None:
+        """Take away what is not needed any more, or of that only a part yet."""
+        assert self._iommu is not None
+        count = self._chance.randrange(len(self._done) + 1)
+        self._chance.shuffle(self._done)
+        gone, self._done = self._done[:count], self._done[count:]
+        for run in gone:
+            self._iommu.unmap(*run)
+        if gone and self._chance.random() < 0.1:
+            self.front_end.invalidate(*_EVERYTHING)
+            return
+        for iova, length in gone:
+            self.front_end.invalidate(iova, length)
 
     def kick(self) -> None:
         """Tell the device that there are requests."""
@@ -355,7 +417,13 @@ class _Guest:
             UntestableError: the device is gone, or has refused something.
         """
         self.device.events()
-        self._served += len(self._driver.collect())
+        if self._iommu is not None:
+            self.front_end.answer_misses()
+        for request, _ in self._driver.collect():
+            self._served += 1
+            self._done += self._mapped.pop(request)
+        if self._iommu is not None:
+            self._unmap()
         return self._served == self.requests
 
 

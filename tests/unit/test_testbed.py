@@ -85,6 +85,38 @@ def test_without_a_fault_every_page_survives(tmp_path: Path, tracker: str, harve
         assert verdict.sharpness.reported_unwritten == 0
 
 
+@pytest.mark.parametrize("tracker", sorted(emulated_trackers()))
+def test_behind_an_iommu_every_page_survives(tmp_path: Path, tracker: str) -> None:
+    options = DeviceOptions(tracker=tracker, harvest="0.005", seed=3)
+    verdict = play(options, tmp_path, iommu=True)
+    assert verdict.exit_code == 0, verdict
+    assert verdict.sharpness.certain == 1061 + 77
+    if tracker not in ("coarse", "sequence-pair"):
+        assert verdict.sharpness.reported_unwritten == 0
+
+
+@pytest.mark.parametrize("form", ["immediate", "packed", "killed", "two"])
+def test_behind_an_iommu_in_every_form(tmp_path: Path, form: str) -> None:
+    verdict = play(
+        DeviceOptions(harvest="immediate" if form == "immediate" else "final", seed=5),
+        tmp_path,
+        devices=2 if form == "two" else 1,
+        packed=form == "packed",
+        killed=form == "killed",
+        iommu=True,
+    )
+    assert verdict.exit_code == 0, verdict
+    assert verdict.sharpness.written >= 1061 + 77
+
+
+@pytest.mark.parametrize("fault", ["drop-pages=0.05", "off-by-one-end", "clear-before-read"])
+def test_behind_an_iommu_other_links_are_told_apart(tmp_path: Path, fault: str) -> None:
+    options = DeviceOptions(harvest="0.005", seed=3, fault=fault)
+    verdict = play(options, tmp_path, iommu=True)
+    link = known_faults()[fault.partition("=")[0]].link
+    assert {page.link for page in verdict.lost} == {link}
+
+
 def test_packed_rings(tmp_path: Path) -> None:
     verdict = play(DeviceOptions(harvest="0.005", seed=3), tmp_path, packed=True)
     assert verdict.exit_code == 0, verdict

@@ -26,7 +26,7 @@ from .prove_functions import (
     refuse_own_guest,
 )
 from .prove_owned import is_owned, run_owned
-from .setup import add_proof_options, describe_ways, setup_of
+from .setup import add_proof_options, describe_iommus, describe_ways, setup_of
 
 _CONTROL_FAULT: Final = "drop-pages=0.01"
 
@@ -38,6 +38,7 @@ examples:
   dmaproof prove --way multifd-4              any of the ways below
   dmaproof prove --guest bare                 no kernel to boot: the quickest proof
   dmaproof prove --workload pattern=sequential,huge_every=4
+  dmaproof prove --iommu intel                IOVAs that are not guest-physical addresses
   dmaproof prove --device vfio-fake --control
                                               QEMU's own vfio-pci, in a machine of ours
   dmaproof prove --device vfio:3b:00.2,3b:00.3 --kernel vmlinuz --initrd initrd.img
@@ -73,7 +74,9 @@ def add(commands: Subcommands) -> None:
         summary="migrate a guest under DMA load and compare every page",
         description="Migrate a guest while a device outside QEMU writes its RAM, compare every "
         "page of both sides, and say who lost what.",
-        epilog=f"{_PROVE_EXAMPLES}\n{describe_ways()}\n\n{_describe_faults()}",
+        epilog="\n\n".join(
+            (_PROVE_EXAMPLES.rstrip(), describe_ways(), describe_iommus(), _describe_faults())
+        ),
     )
     add_proof_options(parser)
     add_own_guest_options(parser)

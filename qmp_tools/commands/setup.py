@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -23,6 +24,7 @@ from ..migration.migration import Limits
 from ..migration.refused_features import FEATURES
 from ..migration.ways import LOCALHOST, WAYS, Plug
 from ..processes.device import DeviceOptions
+from ..processes.iommu import IOMMUS
 from ..processes.machine import MIB, Machine, parse_memory
 from ..proof import Setup
 from .arguments import positive, seconds, size
@@ -30,6 +32,8 @@ from .arguments import positive, seconds, size
 TRACKER: Final = "iommu"
 HARVEST: Final = "0.2"
 """The defaults of the options of these names, where a fault needs nothing else."""
+_BEHIND_IOMMU: Final = "once=2048"
+"""Each page costs the device and QEMU a conversation there."""
 
 
 def add_setup_options(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +47,12 @@ def add_setup_options(parser: argparse.ArgumentParser) -> None:
         "--memory", metavar="SIZE", help="RAM, such as 1G (default: enough for the guest)"
     )
     qemu.add_argument("--cpus", type=positive, default=2, metavar="N")
+    qemu.add_argument(
+        "--iommu",
+        choices=IOMMUS,
+        help="put the devices behind an IOMMU of QEMU's, see below (default: none, or what the "
+        "fault needs)",
+    )
     guest = parser.add_argument_group("guest")
     guest.add_argument(
         "--guest",
@@ -215,6 +225,12 @@ class _OptionParser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
+def describe_iommus() -> str:
+    """All virtual IOMMUs, a line each, for a subcommand's help."""
+    lines = (f"  {name:<12}{iommu.summary}" for name, iommu in IOMMUS.items())
+    return "\n".join(("IOMMUs (docs/iommu.md):", *lines))
+
+
 def describe_ways() -> str:
     """All ways to migrate, a line each, for a subcommand's help."""
     width = max(map(len, WAYS))
@@ -239,6 +255,7 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
         )
     tracker = _agreed("--tracker", arguments.tracker, fault.tracker) or TRACKER
     harvest = _agreed("--harvest", arguments.harvest, fault.harvest) or HARVEST
+    iommu = arguments.iommu or ("intel" if fault.needs_iommu else None)
     lacks = sum(1 << FEATURES[name][0] for name in set(arguments.destination_lacks))
     device = choose_device(
         arguments.device or ["blk"],
@@ -247,6 +264,7 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
         arguments.queues,
         arguments.ring,
         killed=arguments.kill_device or fault.needs_kill,
+        behind_iommu=iommu is not None,
     )
     if device.facts.tracker is None:
         for option in ("tracker", "harvest", "fault"):
@@ -260,9 +278,12 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
             f"--guest {' or '.join(sorted(device.guests))} has one"
         )
     memory = parse_memory(arguments.memory) if arguments.memory else None
-    workload = device.fit(parse_workload(arguments.workload, seed))
+    usual = _BEHIND_IOMMU if iommu else ""
+    workload = device.fit(parse_workload(f"{usual},{arguments.workload}", seed))
     source, destination = qemus_of(arguments)
     guest = GUESTS[arguments.guest](show.say, device.driver)
+    if iommu is not None:
+        guest = replace(guest, options=f"{IOMMUS[iommu].linux_options} {guest.options}")
     accelerator = await choose_accelerator(arguments.accel, source, guest, show)
     if memory is None:
         memory = await choose_memory(source, accelerator, guest.memory_bytes, show)
@@ -270,6 +291,10 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
     machine = arguments.machine or way.machine
     if destination.resolve() != source.resolve() or arguments.machine:
         machine = await common_machine(machine, source, destination)
+    if iommu is not None and "q35" not in machine:
+        raise UsageError(
+            f"--iommu {iommu}: only q35 machines have it, and this one is to be {machine}"
+        )
     machine += way.machine_options
     if fault.needs_high_ram:
         machine += f",max-ram-below-4g={memory // 2 // MIB}M"
@@ -285,6 +310,7 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
             initramfs=guest.initramfs,
             command_line=guest.command_line(workload),
             dimm_slots=way.migrations if way.plug is Plug.DIMM else 0,
+            iommu=iommu,
         ),
         guest=guest.name,
         workload=workload,

@@ -26,10 +26,12 @@ def choose_device(
     ring: str = "split",
     *,
     killed: bool = False,
+    behind_iommu: bool = False,
 ) -> ProofDevice:
     """The devices called `names`: of ours, served by `device_command`, or inside QEMU.
 
-    `options` are for those of ours, as are `ring` and whether they are to be `killed`.
+    `options` are for those of ours, as are `ring` and whether they are to be `killed`, or are
+    `behind_iommu`.
 
     Raises:
         UsageError: there is no such device, or they do not go together.
@@ -43,7 +45,8 @@ def choose_device(
         elif name.partition(":")[0] in emulated_devices():
             own = replace(options, device=name)
             called = f"device-{number}" if number > 1 else "device"
-            devices.append(EmulatedDevice(own, queues, ring, killed, called))
+            port = number if behind_iommu else None
+            devices.append(EmulatedDevice(own, queues, ring, killed, called, port))
         else:
             raise _unknown(name)
     if not any(_has_workload(device) for device in devices):
@@ -52,9 +55,10 @@ def choose_device(
             "--device blk"
         )
     others = [device for device in devices if not isinstance(device, EmulatedDevice)]
-    if others and (killed or ring != "split"):
+    if others and (killed or behind_iommu or ring != "split"):
         raise UsageError(
-            f"--device {others[0].facts.device}: --ring and --kill-device are for dmaproof's own"
+            f"--device {others[0].facts.device}: --ring, --iommu and --kill-device are for "
+            "dmaproof's own"
         )
     if others and len(devices) > 1:
         raise UsageError(

@@ -12,11 +12,12 @@ from typing import Final
 from dmaproof.devices import VirtioDevice, parse_device
 from dmaproof.errors import UntestableError, UsageError
 from dmaproof.evidence import Evidence
-from dmaproof.vhost_user.features import F_RING_PACKED
+from dmaproof.vhost_user.features import F_ACCESS_PLATFORM, F_RING_PACKED
 
 from ..guest.linux import Driver
 from ..guest.workload import Workload
 from ..processes.device import Device, DeviceOptions
+from ..processes.iommu import behind_iommu, root_port
 from ..processes.machine import DESTINATION, SOURCE
 from ..processes.process import Process
 from .device import AttachedDevice, DeviceFacts
@@ -30,7 +31,8 @@ class EmulatedDevice:
     """See `ProofDevice`. It has so many `queues`, whose form is one of `RINGS`.
 
     If it is to be `killed`, that happens in the middle of the migration, and it is started again.
-    One of several has a `name` of its own.
+    One of several has a `name` of its own. One that is behind an IOMMU of QEMU's is plugged into
+    the root port of number `iommu_port`.
     """
 
     options: DeviceOptions
@@ -38,6 +40,7 @@ class EmulatedDevice:
     ring: str = "split"
     killed: bool = False
     name: str = "device"
+    iommu_port: int | None = None
 
     @property
     def _type(self) -> type[VirtioDevice]:
@@ -81,8 +84,9 @@ class EmulatedDevice:
 
     @property
     def guests(self) -> Collection[str]:
-        """See `ProofDevice.guests`."""
-        return self._type.guests
+        """See `ProofDevice.guests`; of ours only Linux uses an IOMMU."""
+        guests = self._type.guests
+        return guests if self.iommu_port is None else [it for it in guests if it == "linux"]
 
     def fit(self, workload: Workload) -> Workload:
         """See `ProofDevice.fit`."""
@@ -105,7 +109,12 @@ class EmulatedDevice:
         if self.killed:
             chardev += ",server=on,wait=off"
         properties = ["packed=on"] if self.ring == "packed" else []
+        port = []
+        if self.iommu_port is not None:
+            port = root_port(self.iommu_port)
+            properties += behind_iommu(self.iommu_port)
         return [
+            *port,
             *("-chardev", chardev),
             *self._type.qemu_arguments(self.name, self.queues, properties),
         ]
@@ -213,6 +222,15 @@ class _AttachedDevice:
         ):
             raise UntestableError(
                 f"the guest of the {side} QEMU has not taken up {self._setup.ring} rings"
+            )
+        if (
+            accepted is not None
+            and self._setup.iommu_port is not None
+            and not accepted & F_ACCESS_PLATFORM
+        ):
+            raise UntestableError(
+                f"the {side} QEMU has not put the device behind its IOMMU: it has accepted the "
+                f"features {accepted:#x}, without VIRTIO_F_ACCESS_PLATFORM"
             )
         evidence = await self._devices[side].evidence(side, self._folder)
         return [replace(evidence, device=self._setup.facts.device)]

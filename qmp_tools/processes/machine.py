@@ -9,6 +9,8 @@ from typing import Final
 
 from dmaproof.errors import UsageError
 
+from .iommu import IOMMUS
+
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 RAM_GRANULE_BYTES: Final = 8 * KIB
 """QEMU's PC machines take RAM in steps of this (MachineClass.fixup_ram_size, pc_memory_init)."""
@@ -47,7 +49,8 @@ class Machine:
     """A guest to be started twice: as the source and as the destination of a migration.
 
     `memory_bytes` of RAM stand in one shared memfd, which the device and the comparison map too. So
-    many DIMMs as `dimm_slots` can be plugged, each of `DIMM_BYTES`.
+    many DIMMs as `dimm_slots` can be plugged, each of `DIMM_BYTES`. Its devices are behind the
+    `iommu`, if there is one (`iommu.IOMMUS`).
     """
 
     machine: str
@@ -58,6 +61,7 @@ class Machine:
     initramfs: Path | None = None
     command_line: str = ""
     dimm_slots: int = 0
+    iommu: str | None = None
 
     def arguments(self) -> list[str]:
         """The QEMU arguments that both sides share."""
@@ -79,6 +83,7 @@ class Machine:
             *("-kernel", str(self.kernel)),
             *initrd,
             *("-append", self.command_line),
+            *(IOMMUS[self.iommu].qemu_arguments if self.iommu else ()),
         ]
 
     def _room_for_dimms(self) -> str:

@@ -39,6 +39,7 @@ def to_json(proof: Proof) -> dict[str, Any]:
             "memory": format_memory(setup.machine.memory_bytes),
             "machine": setup.machine.machine,
             "accelerator": setup.machine.accelerator,
+            "iommu": setup.machine.iommu,
             "cpus": setup.machine.cpus,
             **asdict(setup.device.facts),
             "way": setup.way,
@@ -138,9 +139,10 @@ def _device(proof: Proof) -> str:
     if facts.harvest is None:
         return f"{facts.device}, tracker {facts.tracker}"
     killed = ", killed and started again" if facts.killed else ""
+    iommu = f", behind IOMMU {proof.setup.machine.iommu}" if proof.setup.machine.iommu else ""
     return (
         f"{facts.device}, {facts.ring} rings, tracker {facts.tracker}, "
-        f"{len(proof.harvests)} harvests ({facts.harvest}){killed}"
+        f"{len(proof.harvests)} harvests ({facts.harvest}){iommu}{killed}"
     )
 
 

@@ -73,8 +73,8 @@ def test_several_devices_are_one() -> None:
     [
         (["net"], "split", False, "needs a disk beside it"),
         (["blk", "net"], "split", True, "net cannot be killed"),
-        (["qemu:nvme"], "packed", False, "--ring and --kill-device are for dmaproof's own"),
-        (["qemu:nvme"], "split", True, "--ring and --kill-device are for dmaproof's own"),
+        (["qemu:nvme"], "packed", False, "--iommu and --kill-device are for dmaproof's own"),
+        (["qemu:nvme"], "split", True, "--iommu and --kill-device are for dmaproof's own"),
         (["blk", "qemu:nvme"], "split", False, "only dmaproof's own go together"),
         (["blk:colour=red"], "split", False, "no option 'colour'"),
     ],
@@ -84,6 +84,27 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         choose_device(names, None, DeviceOptions(), 2, ring, killed=killed)
+
+
+def test_behind_an_iommu_each_device_has_a_port(tmp_path: Path) -> None:
+    both = choose_device(["blk", "net"], None, DeviceOptions(), 2, behind_iommu=True)
+    assert isinstance(both, SeveralDevices)
+    words = [
+        word
+        for device in both.devices
+        if isinstance(device, EmulatedDevice)
+        for word in device.qemu_arguments(tmp_path / "socket")
+    ]
+    assert [it for it in words if it.startswith("pcie-root-port")] == [
+        "pcie-root-port,id=port-1,chassis=1",
+        "pcie-root-port,id=port-2,chassis=2",
+    ]
+    for number in (1, 2):
+        behind = f",bus=port-{number},iommu_platform=on,ats=on"
+        assert sum(behind in word for word in words) == 1
+    assert both.guests == ["linux"]
+    with pytest.raises(UsageError, match="--iommu and --kill-device are for dmaproof's own"):
+        choose_device(["qemu:nvme"], None, DeviceOptions(), 2, behind_iommu=True)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,41 @@
+"""A device behind QEMU's VT-d, whose mappings come and go while its dirty pages are logged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from command import Tool
+
+pytestmark = pytest.mark.qemu
+
+FEW_PAGES = ("--workload", "once=512", "--accel", "tcg", "--seed", "3")
+
+
+def prove(tool: Tool, *options: str) -> dict[str, Any]:
+    outcome = tool.run("prove", *FEW_PAGES, *options, "--json", "-", "--quiet")
+    assert not tool.leftovers()
+    report = outcome.report
+    assert report["setup"]["iommu"] == "intel", outcome.output + outcome.errors
+    return report
+
+
+def test_every_page_survives(tool: Tool) -> None:
+    report = prove(tool, "--iommu", "intel", "--device", "blk", "--device", "net")
+    assert report["exit_code"] == 0, report["verdict"]
+    assert report["sharpness"]["certain"] >= 512
+    assert report["sharpness"]["reported_unwritten"] == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "link"), [("iova-as-gpa", "translation"), ("unmap-unharvested", "tracker")]
+)
+def test_what_is_wrong_behind_it_only_is_caught(tool: Tool, fault: str, link: str) -> None:
+    report = prove(tool, "--fault", fault)
+    assert report["exit_code"] == 1, report["verdict"]
+    lost = [page for page in report["lost_pages"] if page["blame"] == "device"]
+    assert len(lost) > 100
+    assert {page["link"] for page in lost} == {link}
+    assert all(page["iova"] // 4096 != page["gpa"] // 4096 for page in lost)
+    assert set(report["sharpness"]["missed_at"]) == {link}

@@ -49,6 +49,8 @@ from .verdict import (
 _GO_ON_TIMEOUT_S: Final = 60.0
 _CANNOT_LOAD: Final = "error while loading state"
 """QEMU's words for a device's state that it refuses (vmstate_load)."""
+_RING_LEFT_BEHIND: Final = "< last_avail_idx"
+"""The same for a ring with more requests under way than there is room for (virtio_load)."""
 _REQUESTS_BETWEEN: Final = 100
 """That the source's guest must do after an attempt has failed, before the next begins."""
 
@@ -155,6 +157,12 @@ class ProofRun(QemuPair):
                     "QEMU took a snapshot that cannot be loaded, as it does not hold off what a "
                     "device outside QEMU writes: its rings are of a later moment than the devices' "
                     f"state\n{error}"
+                ) from error
+            if _RING_LEFT_BEHIND in str(error):
+                raise UntestableError(
+                    "the destination refused what had come across: a ring whose used index is far "
+                    "behind, because the device's writes to the used ring are missing from the log"
+                    f"\n{error}"
                 ) from error
             raise
 

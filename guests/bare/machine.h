@@ -69,6 +69,18 @@ unsigned pci_capability(const struct pci_device *device, uint8_t id, unsigned af
 volatile uint8_t *pci_map_bar(const struct pci_device *device, unsigned bar);
 void pci_enable(const struct pci_device *device);
 
+// iommu.c: what a device's addresses lead to, if it is behind an IOMMU ------------------------------
+
+// A window for each slot's requests, and one for what stays mapped.
+enum { IOMMU_KEPT = MAX_WORKERS, IOMMU_WINDOWS };
+
+// Let the device reach nothing but what is mapped from now on.
+void iommu_open(const struct pci_device *device);
+// What the device is to be told in the place of `address`: that itself, if it has no IOMMU.
+uint64_t iommu_map(unsigned window, uint64_t address, uint64_t bytes);
+// Take away all that was mapped in a window, and wait until the device has it no more.
+void iommu_unmap(unsigned window);
+
 // virtio_blk.c: the disk -------------------------------------------------------------------------
 
 // Find the first virtio disk, and give `slots` requests at a time a place in its queues. Returns

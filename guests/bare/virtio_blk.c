@@ -34,6 +34,7 @@ enum {
 
 static const uint64_t F_BLK_MQ = 1ull << 12;
 static const uint64_t F_VERSION_1 = 1ull << 32;
+static const uint64_t F_ACCESS_PLATFORM = 1ull << 33;
 
 struct common_config {
     uint32_t device_feature_select, device_feature, driver_feature_select, driver_feature;
@@ -57,6 +58,7 @@ static unsigned queue_count;
 static uint64_t features;
 static struct header *headers;      // of each slot
 static volatile uint8_t *statuses;  // likewise
+static uint64_t headers_at, statuses_at;  // where the device finds them
 
 // Finding the device -----------------------------------------------------------------------------
 
@@ -81,7 +83,7 @@ static uint64_t negotiate(volatile struct common_config *common) {
         offered |= (uint64_t)common->device_feature << 32 * half;
     }
     uint64_t of_rings = F_RING_INDIRECT | F_RING_EVENT_INDEX | F_RING_PACKED;
-    uint64_t wanted = offered & (F_BLK_MQ | F_VERSION_1 | of_rings);
+    uint64_t wanted = offered & (F_BLK_MQ | F_VERSION_1 | F_ACCESS_PLATFORM | of_rings);
     for (uint32_t half = 0; half < 2; half++) {
         common->driver_feature_select = half;
         common->driver_feature = (uint32_t)(wanted >> 32 * half);
@@ -97,11 +99,10 @@ static void set_up_queue(volatile struct common_config *common, struct virtqueue
     uint16_t size = common->queue_size < MAX_QUEUE_SIZE ? common->queue_size : MAX_QUEUE_SIZE;
     if (!virtqueue_open(queue, features, size, places))
         give_up("the disk's queues are too small for so many threads");
-    const volatile void *parts[] = {queue->descriptors, queue->driver, queue->device};
     common->queue_size = size;
     for (unsigned part = 0; part < 3; part++) {
-        common->queue_parts[part][0] = (uint32_t)(uint64_t)parts[part];
-        common->queue_parts[part][1] = (uint32_t)((uint64_t)parts[part] >> 32);
+        common->queue_parts[part][0] = (uint32_t)queue->parts[part];
+        common->queue_parts[part][1] = (uint32_t)(queue->parts[part] >> 32);
     }
 }
 
@@ -127,6 +128,8 @@ uint64_t disk_open(unsigned slots) {
         ;
     common->device_status = STATUS_ACKNOWLEDGE | STATUS_DRIVER;
     features = negotiate(common);
+    if (features & F_ACCESS_PLATFORM)
+        iommu_open(&device);
 
     queue_count = features & F_BLK_MQ ? *(volatile uint16_t *)(config + 34) : 1;
     if (queue_count > MAX_QUEUES)
@@ -143,17 +146,19 @@ uint64_t disk_open(unsigned slots) {
     }
     headers = allocate(slots * sizeof *headers);
     statuses = allocate_aligned(PAGE_BYTES, PAGE_BYTES);
+    headers_at = iommu_map(IOMMU_KEPT, (uint64_t)headers, slots * sizeof *headers);
+    statuses_at = iommu_map(IOMMU_KEPT, (uint64_t)statuses, PAGE_BYTES);
     common->device_status |= STATUS_DRIVER_OK;
     return *(volatile uint64_t *)config;
 }
 
 // Requests ---------------------------------------------------------------------------------------
 
-static void add(struct piece *pieces, unsigned *count, const volatile void *address,
-                uint32_t length, uint16_t flags) {
+static void add(struct piece *pieces, unsigned *count, uint64_t address, uint32_t length,
+                uint16_t flags) {
     if (*count == MAX_PIECES)
         give_up("a request is in too many pieces");
-    pieces[*count] = (struct piece){(uint64_t)address, length, flags};
+    pieces[*count] = (struct piece){address, length, flags};
     ++*count;
 }
 
@@ -163,7 +168,7 @@ static unsigned describe(unsigned slot, const struct request *request, struct pi
     unsigned count = 0;
     headers[slot].type = request->kind == WRITE ? REQUEST_OUT : REQUEST_IN;
     headers[slot].sector = request->sector;
-    add(pieces, &count, &headers[slot], sizeof headers[slot], 0);
+    add(pieces, &count, headers_at + slot * sizeof *headers, sizeof *headers, 0);
     for (uint32_t piece = 0; piece < pieces_of(request); piece++) {
         const uint8_t *address = piece_at(request, piece);
         struct piece *last = &pieces[count - 1];
@@ -171,9 +176,11 @@ static unsigned describe(unsigned slot, const struct request *request, struct pi
         if (follows && request->piece_bytes == PAGE_BYTES)
             last->length += request->piece_bytes;
         else
-            add(pieces, &count, address, request->piece_bytes, flags);
+            add(pieces, &count, (uint64_t)address, request->piece_bytes, flags);
     }
-    add(pieces, &count, &statuses[slot], 1, DESCRIPTOR_WRITE);
+    for (unsigned index = 1; index < count; index++)
+        pieces[index].address = iommu_map(slot, pieces[index].address, pieces[index].length);
+    add(pieces, &count, statuses_at + slot, 1, DESCRIPTOR_WRITE);
     return count;
 }
 
@@ -193,6 +200,7 @@ int disk_poll(uint8_t *status) {
             continue;
         unsigned slot = (unsigned)place * queue_count + index;
         *status = statuses[slot];
+        iommu_unmap(slot);
         return (int)slot;
     }
     return -1;

@@ -20,14 +20,18 @@ bool virtqueue_open(struct virtqueue *queue, uint64_t features, uint16_t size, u
     queue->driver = ours + descriptors_bytes;
     queue->device = allocate_aligned((device_bytes + PAGE_BYTES - 1) & -PAGE_BYTES, PAGE_BYTES);
     queue->tables = allocate(places * sizeof *queue->tables);
+    queue->parts[0] = iommu_map(IOMMU_KEPT, (uint64_t)ours, descriptors_bytes);
+    queue->parts[1] = iommu_map(IOMMU_KEPT, (uint64_t)queue->driver, driver_bytes);
+    queue->parts[2] = iommu_map(IOMMU_KEPT, (uint64_t)queue->device, device_bytes);
+    queue->tables_at = iommu_map(IOMMU_KEPT, (uint64_t)queue->tables, places * sizeof *queue->tables);
     form->want_no_interrupt(queue);
     return true;
 }
 
 bool virtqueue_submit(struct virtqueue *queue, unsigned place, const struct piece *pieces,
                       unsigned count) {
-    struct piece table = {(uint64_t)queue->tables[place], count * DESCRIPTOR_BYTES,
-                          DESCRIPTOR_INDIRECT};
+    struct piece table = {queue->tables_at + place * sizeof *queue->tables,
+                          count * DESCRIPTOR_BYTES, DESCRIPTOR_INDIRECT};
     if (count > queue->room) {
         queue->form->fill_table(queue->tables[place], pieces, count);
         pieces = &table;

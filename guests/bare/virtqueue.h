@@ -43,6 +43,7 @@ struct virtqueue {
     // if it does not report these writes, nothing else hides that.
     volatile void *descriptors, *driver, *device;
     uint8_t (*tables)[MAX_PIECES * DESCRIPTOR_BYTES];  // an indirect one for each place
+    uint64_t parts[3], tables_at;  // where the device finds the areas, and the tables
 };
 
 struct ring_form {

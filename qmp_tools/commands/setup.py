@@ -277,12 +277,17 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
             f"--guest {arguments.guest}: it has no driver for {device.facts.device}; "
             f"--guest {' or '.join(sorted(device.guests))} has one"
         )
+    if iommu is not None and arguments.guest not in IOMMUS[iommu].guests:
+        raise UsageError(
+            f"--iommu {iommu}: the guest {arguments.guest} does not use it so; "
+            f"--guest {' or '.join(IOMMUS[iommu].guests)} does"
+        )
     memory = parse_memory(arguments.memory) if arguments.memory else None
     usual = _BEHIND_IOMMU if iommu else ""
     workload = device.fit(parse_workload(f"{usual},{arguments.workload}", seed))
     source, destination = qemus_of(arguments)
     guest = GUESTS[arguments.guest](show.say, device.driver)
-    if iommu is not None:
+    if iommu is not None and guest.name == "linux":
         guest = replace(guest, options=f"{IOMMUS[iommu].linux_options} {guest.options}")
     accelerator = await choose_accelerator(arguments.accel, source, guest, show)
     if memory is None:

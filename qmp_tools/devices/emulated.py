@@ -84,9 +84,8 @@ class EmulatedDevice:
 
     @property
     def guests(self) -> Collection[str]:
-        """See `ProofDevice.guests`; of ours only Linux uses an IOMMU."""
-        guests = self._type.guests
-        return guests if self.iommu_port is None else [it for it in guests if it == "linux"]
+        """See `ProofDevice.guests`."""
+        return self._type.guests
 
     def fit(self, workload: Workload) -> Workload:
         """See `ProofDevice.fit`."""

@@ -8,14 +8,15 @@ from typing import Final
 
 @dataclass(frozen=True)
 class Iommu:
-    """One of them: what QEMU is told of it, and what Linux, that it maps what it gives to devices.
+    """One of them: what QEMU is told of it, before the devices, and what the Linux guest.
 
-    It comes before the devices on QEMU's command line.
+    `guests` are those that map what they give to devices so.
     """
 
     summary: str
     qemu_arguments: tuple[str, ...]
     linux_options: str
+    guests: tuple[str, ...]
 
 
 _INTEL: Final = ("-device", "intel-iommu,device-iotlb=on,intremap=off")
@@ -25,11 +26,13 @@ IOMMUS: Final = {
         "VT-d; each mapping goes as soon as its request is done",
         _INTEL,
         "intel_iommu=on iommu.strict=1",
+        ("bare", "linux"),
     ),
     "intel-lazy": Iommu(
         "VT-d; the guest takes mappings away in batches, and the rings' with them",
         _INTEL,
         "intel_iommu=on iommu.strict=0",
+        ("linux",),
     ),
 }
 

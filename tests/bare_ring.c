@@ -22,6 +22,13 @@ _Noreturn void give_up(const char *why) {
     longjmp(gave_up, 1);
 }
 
+// There is no IOMMU.
+uint64_t iommu_map(unsigned window, uint64_t address, uint64_t bytes) {
+    (void)window;
+    (void)bytes;
+    return address;
+}
+
 // A queue in `memory`, which is all zeros; NULL if it is too small.
 struct virtqueue *ring_open(void *memory, uint64_t features, uint16_t size, unsigned places) {
     free_memory = memory;
@@ -30,9 +37,8 @@ struct virtqueue *ring_open(void *memory, uint64_t features, uint16_t size, unsi
 }
 
 void ring_areas(const struct virtqueue *queue, uint64_t areas[3]) {
-    areas[0] = (uint64_t)queue->descriptors;
-    areas[1] = (uint64_t)queue->driver;
-    areas[2] = (uint64_t)queue->device;
+    for (unsigned part = 0; part < 3; part++)
+        areas[part] = queue->parts[part];
 }
 
 // As virtqueue_poll; -2 where it gives up.

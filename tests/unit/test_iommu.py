@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import selectors
+import socket
 import struct
 from collections.abc import Iterator
 
@@ -11,7 +14,9 @@ import pytest
 
 from dmaproof.errors import MemoryAccessError, ProtocolError
 from dmaproof.guest_memory import READ, WRITE
+from dmaproof.iotlb import Miss
 from dmaproof.stamp import read_stamp
+from dmaproof.vhost_user.backend_channel import BackendChannel
 from dmaproof.vhost_user.features import F_ACCESS_PLATFORM, PROTOCOL_FEATURES
 from dmaproof.vhost_user.messages import (
     IotlbChange,
@@ -390,3 +395,19 @@ def test_a_channel_that_is_closed(guest: Guest) -> None:
     guest.front_end.channel.close()
     with pytest.raises(EOFError, match="closed the back-end channel"):
         guest.front_end.turn()
+
+
+def test_whoever_does_not_read_is_refused_and_whoever_has_gone_is_not() -> None:
+    theirs, ours = socket.socketpair()
+    with theirs, ours, selectors.DefaultSelector() as selector:
+        channel = BackendChannel(theirs.fileno(), selector)
+        theirs.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                theirs.send(bytes(1 << 16))
+        with pytest.raises(ProtocolError, match="messages are not read"):
+            channel.ask([Miss(0, READ)])
+        ours.close()
+        with pytest.raises(EOFError, match="the back-end channel"):
+            channel.ask([Miss(0, READ)])
+        channel.close()

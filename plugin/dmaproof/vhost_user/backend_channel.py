@@ -55,7 +55,8 @@ class BackendChannel:
         """Ask for these pages, as far as they are not asked for, and there is room for questions.
 
         Raises:
-            ProtocolError: the front end does not read its questions, or has hung up.
+            ProtocolError: the front end does not read its questions.
+            EOFError: it has gone.
         """
         for miss in misses:
             if len(self._questions) == _MOST_QUESTIONS:
@@ -63,12 +64,13 @@ class BackendChannel:
             if miss in self._questions:
                 continue
             question = encode_miss(*miss)
+            sent = 0
             try:
                 sent = self._socket.send(question, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                pass  # as if it had taken a part
             except OSError as error:
-                raise ProtocolError(
-                    f"the back-end channel does not take what is to be asked: {error}"
-                ) from error
+                raise EOFError(f"the back-end channel: {error}") from error
             if sent < len(question):
                 raise ProtocolError("the back-end channel's messages are not read")
             self._questions.append(miss)

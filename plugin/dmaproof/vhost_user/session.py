@@ -418,6 +418,7 @@ class Session:
 
         Raises:
             ProtocolError: it gave no way to do so, or does not read it.
+            EOFError: it has gone.
         """
         if self._channel is None or not self._acknowledge:
             raise ProtocolError(

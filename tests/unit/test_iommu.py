@@ -12,9 +12,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from dmaproof.dirty_tracker import emulated_trackers
+from dmaproof.dma import Dma
 from dmaproof.errors import MemoryAccessError, ProtocolError
 from dmaproof.guest_memory import READ, WRITE
-from dmaproof.iotlb import Miss
+from dmaproof.iotlb import Entry, Iotlb, Miss
+from dmaproof.journal import Journal
 from dmaproof.stamp import read_stamp
 from dmaproof.vhost_user.backend_channel import BackendChannel
 from dmaproof.vhost_user.features import F_ACCESS_PLATFORM, PROTOCOL_FEATURES
@@ -411,3 +414,15 @@ def test_whoever_does_not_read_is_refused_and_whoever_has_gone_is_not() -> None:
         with pytest.raises(EOFError, match="the back-end channel"):
             channel.ask([Miss(0, READ)])
         channel.close()
+
+
+def test_a_ring_in_several_pieces_of_ram_is_refused_by_name(files: tuple[int, int]) -> None:
+    iotlb = Iotlb()
+    memory = guest_memory(files[0], (0, RAM_BYTES, 0))
+    dma = Dma(memory, iotlb, emulated_trackers()["iommu"](), Journal(), due_epoch=lambda: 1)
+    for iova, gpa in ((0, 4), (1, 5), (2, 9)):
+        iotlb.add(Entry(iova * PAGE, gpa * PAGE, PAGE, READ))
+    memory.view(4 * PAGE, 2 * PAGE)[:] = bytes(range(256)) * 32
+    assert dma.view(PAGE - 8, 16) == bytes((*range(248, 256), *range(8)))
+    with pytest.raises(MemoryAccessError, match="is several pieces of guest RAM, not one"):
+        dma.view(2 * PAGE - 8, 16)

@@ -82,6 +82,7 @@ def test_a_switch_is_on_or_off_and_what_may_be_repeated_has_blanks(tmp_path: Pat
         ["--kill-device", "--device=blk", "--device=rng"],
     ]
     assert make_matrix({"kill-device": ["all"]}).axes["kill-device"] == ["off", "on"]
+    assert make_matrix({"iommu": ["all"]}).axes["iommu"] == ["intel", "intel-lazy"]
     with pytest.raises(UsageError, match="--kill-device maybe: on or off is due"):
         make_matrix({"kill-device": ["maybe"]})
 

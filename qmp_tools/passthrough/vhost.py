@@ -25,7 +25,7 @@ from ..processes.machine import MIB, Machine
 from ..proof import Proof as Migrated
 from ..proof import Setup
 from ..proof_run import prove
-from ..verdict import Blame
+from ..verdict import EXIT_PASS, EXIT_UNTESTED, Blame
 from .fake_device import planted
 from .outcome import NothingTestedError, Proof, ProofFailedError, patient, require
 from .vhost_device import TRACKERS
@@ -76,7 +76,9 @@ def _prove(guest: Path, tracker: str, fault: str | None, seed: int) -> Migrated:
 def _equal(guest: Path, tracker: str, seed: int) -> tuple[str, dict[str, Any]]:
     """A proof that passes."""
     proof = _prove(guest, tracker, None, seed)
-    require(proof.verdict.exit_code == 0, proof.verdict.sentence)
+    if proof.verdict.exit_code == EXIT_UNTESTED:
+        raise NothingTestedError(proof.verdict.sentence)
+    require(proof.verdict.exit_code == EXIT_PASS, proof.verdict.sentence)
     _require_test(proof)
     return f"0 of {proof.verdict.pages} pages differ, {_told(proof)}", _figures(proof)
 

@@ -169,7 +169,9 @@ class Iotlb:
 
         Raises:
             IotlbMissError: some byte is not known, or not for `access`.
+            MemoryAccessError: some byte is beyond `ADDRESS_BITS`, where nothing can be mapped.
         """
+        _require_addressable(iova, length)
         pieces: list[tuple[int, int]] = []
         position, end = iova, iova + length
         while position < end:
@@ -187,9 +189,12 @@ class Iotlb:
         """See `Bus.require`; names a bounded number of pages.
 
         Raises:
-            MemoryAccessError: there are more pages than the IOTLB can hold.
+            MemoryAccessError: there are more pages than the IOTLB can hold, or some beyond
+                `ADDRESS_BITS`.
         """
         readable, writable = list(readable), list(writable)
+        for iova, length in (*readable, *writable):
+            _require_addressable(iova, length)
         pages = sum(
             -(-(iova + length) // PAGE_BYTES) - iova // PAGE_BYTES
             for iova, length in (*readable, *writable)
@@ -218,6 +223,11 @@ class Iotlb:
                 position = page + PAGE_BYTES
             else:
                 position = entry.end
+
+
+def _require_addressable(iova: int, length: int) -> None:
+    if iova + length > 1 << ADDRESS_BITS:
+        raise MemoryAccessError(f"IOVA {iova:#x} + {length:#x} is beyond {ADDRESS_BITS} bits")
 
 
 def _pieces_of(entry: Entry) -> range:

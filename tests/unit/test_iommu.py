@@ -326,6 +326,13 @@ def test_an_iova_that_leads_nowhere_is_refused(guest: Guest) -> None:
         guest.front_end.serve()
 
 
+@pytest.mark.parametrize("iova", [(1 << 48) - PAGE, 1 << 48, (1 << 64) - PAGE])
+def test_an_iova_that_no_table_translates_is_not_asked_for(guest: Guest, iova: int) -> None:
+    guest.submit(Buffer(iova, 2 * PAGE, WRITABLE))
+    with pytest.raises(MemoryAccessError, match=f"IOVA {iova:#x} .* is beyond 48 bits"):
+        guest.front_end.serve()
+
+
 def test_a_page_that_may_only_be_read_is_not_written(guest: Guest) -> None:
     guest.submit(Buffer(guest.map(DATA, PAGE, READ), PAGE, WRITABLE))
     with pytest.raises(MemoryAccessError, match="does not let the device write to it"):

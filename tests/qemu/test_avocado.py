@@ -28,10 +28,11 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @dataclass
 class Job:
-    """An avocado run: its exit code, and what it tells of each test."""
+    """An avocado run: its exit code, what it tells of each test, and what it said besides."""
 
     exit_code: int
     tests: list[dict[str, Any]]
+    said: str
 
     def by_name(self) -> dict[str, int]:
         """The tests' numbers by their names, without avocado's variant behind them."""
@@ -67,10 +68,11 @@ class Avocado:
             timeout=200,
             check=False,
         )
-        assert told.exists(), f"avocado's run ended before its tests\n{done.stdout}\n{done.stderr}"
+        said = done.stdout + done.stderr
+        assert told.exists(), f"avocado's run ended before its tests:\n{said}"
         tests = json.loads(told.read_text())["tests"]
         told.unlink()
-        return Job(done.returncode, tests)
+        return Job(done.returncode, tests, said)
 
 
 @pytest.fixture
@@ -210,11 +212,6 @@ def test_wrong_usage_is_an_error_with_its_words(avocado: Avocado) -> None:
     assert "invalid choice: 'none-such'" in job.tests[0]["fail_reason"]
 
 
-def listens(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
-
-
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[Path]:
     """A slot of avocado's remote spawner: this machine by ssh, with keys of the test's own."""
@@ -243,7 +240,8 @@ def host(tmp_path: Path) -> Iterator[Path]:
     }
     config = tmp_path / "sshd_config"
     config.write_text("".join(f"{name} {value}\n" for name, value in options.items()))
-    server = subprocess.Popen([sshd, "-D", "-f", config], stderr=subprocess.DEVNULL)
+    log = tmp_path / "sshd.log"
+    server = subprocess.Popen([sshd, "-D", "-E", log, "-f", config])
     slot = {
         "client": "ssh",
         "host": "127.0.0.1",
@@ -252,10 +250,11 @@ def host(tmp_path: Path) -> Iterator[Path]:
         "password": "",
         "prompt": "[#$] *$",
         "identity_file": str(tmp_path / "key"),
+        "timeout": 120,  # for each step of the login
     }
     (tmp_path / "slot.json").write_text(json.dumps(slot))
     try:
-        while not listens(port):
+        while not (log.exists() and "Server listening" in log.read_text()):
             assert server.poll() is None, f"sshd ended with {server.returncode}"
             time.sleep(0.05)
         yield tmp_path / "slot.json"
@@ -272,7 +271,9 @@ def test_a_remote_host_carries_a_cell_out(avocado: Avocado, host: Path) -> None:
     )
     options = ("--spawner", "remote", "--max-parallel-tasks", "1")
     job = avocado.run("proof.toml:drop", *options, config=config)
-    assert [test["status"] for test in job.tests] == ["FAIL"], job.tests
+    assert [test["status"] for test in job.tests] == ["FAIL"], (
+        job.said + (host.parent / "sshd.log").read_text()
+    )
     assert "lost at the log" in job.log()
     assert json.loads((job.files().parent / "proof.json").read_text())["exit_code"] == 1
     assert no_runs_left(avocado)

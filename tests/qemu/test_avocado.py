@@ -264,13 +264,14 @@ def host(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_remote_host_carries_a_cell_out(avocado: Avocado, host: Path) -> None:
-    bin_folder = Path(sys.executable).parent
+    programs = Path(sys.executable).parent  # the spawner's own helper is found by PATH only
     config = (
         f"[spawner.remote]\nslots = ['{host}']\n"
-        f"setup_hook = export PATH={bin_folder}:$PATH TMPDIR={avocado.scratch}\n"
+        f"setup_hook = export PATH={programs}:$PATH TMPDIR={avocado.scratch}\n"
     )
     options = ("--spawner", "remote", "--max-parallel-tasks", "1")
-    job = avocado.run("proof.toml:drop", *options, config=config)
+    path = f"{programs}:{os.environ['PATH']}"
+    job = avocado.run("proof.toml:drop", *options, config=config, PATH=path)
     assert [test["status"] for test in job.tests] == ["FAIL"], (
         job.said + (host.parent / "sshd.log").read_text()
     )

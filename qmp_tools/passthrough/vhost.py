@@ -28,6 +28,7 @@ from ..proof_run import prove
 from ..verdict import EXIT_PASS, EXIT_UNTESTED, Blame
 from .fake_device import planted
 from .outcome import NothingTestedError, Proof, ProofFailedError, patient, require
+from .owner import open_iommufd
 from .vhost_device import TRACKERS
 
 _QEMU: Final = Path("/usr/bin/qemu-system-x86_64")
@@ -58,6 +59,8 @@ def proofs(guest: Path, seed: int) -> dict[str, Proof]:
 
 
 def _prove(guest: Path, tracker: str, fault: str | None, seed: int) -> Migrated:
+    if "iommufd" in tracker:
+        open_iommufd().close()  # or fail with what the kernel lacks
     workload = replace(_WORKLOAD, seed=seed)
     setup = Setup(
         qemu=_QEMU,

@@ -62,7 +62,7 @@ def test_qemus_vfio_pci_is_proved_with_a_control_and_lost_pages_are_placed(tool:
 
 
 def test_the_stock_kernel_lacks_much_and_fails_nothing(tool: Tool) -> None:
-    groups = ("rules", "states", "differential", "faults", "migration")
+    groups = ("rules", "states", "differential", "faults", "migration", "functions")
     options = ("--quick", "--json", "-", "--seed", "1", "--only", *groups)
     outcome = tool.run("passthrough", "--kernel", "stock", *options)
     assert outcome.exit_code == 0, outcome.errors[-4000:]
@@ -76,6 +76,7 @@ def test_the_stock_kernel_lacks_much_and_fails_nothing(tool: Tool) -> None:
     lacking = {place: row["found"] for place, row in rows.items() if row["lacking"]}
     assert "/dev/iommu" in lacking["rules", "HWPT: only sets bits"]
     assert "PRE_COPY" in lacking["states", "transfer"]
+    assert "MIG_DATA_SIZE" in lacking["functions", "container"]
     assert len(lacking) + len(held) == len(rows)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..passthrough.prove import Request, prove_passthrough, to_text
 from .arguments import Subcommands, add_parser, positive, seconds
 from .interruption import run_interruptibly
 from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
+from .setup import seed_of
 
 _EXAMPLES: Final = """\
 examples:
@@ -85,7 +85,7 @@ def add(commands: Subcommands) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     show = display(quiet=arguments.quiet)
-    seed = arguments.seed if arguments.seed is not None else random.SystemRandom().getrandbits(16)
+    seed = seed_of(arguments, bits=16)
     request = Request(
         seed=seed,
         groups=tuple(arguments.only),

@@ -7,7 +7,6 @@ in as a command line, and the report comes out.
 from __future__ import annotations
 
 import argparse
-import random
 from typing import Any, Final
 
 from dmaproof.errors import UsageError
@@ -24,7 +23,7 @@ from ..verdict import EXIT_PASS, EXIT_UNTESTED
 from .arguments import sole_device
 from .interruption import run_interruptibly
 from .outputs import write_outputs, writes_to_stdout
-from .setup import limits_of, parse_proof_options
+from .setup import limits_of, parse_proof_options, seed_of
 
 _TRACKING: Final = "iommufd"
 _CONTROL_FAULT: Final = "drop=50"
@@ -48,7 +47,7 @@ def run_owned(arguments: argparse.Namespace) -> int:
     tracking = tracking if colon else _TRACKING
     _check(arguments, tracking)
     show = display(quiet=arguments.quiet)
-    seed = arguments.seed if arguments.seed is not None else random.SystemRandom().getrandbits(16)
+    seed = seed_of(arguments, bits=16)
     timeout_s = limits_of(arguments).timeout_s
     request = OwnedRequest(seed, tracking, arguments.fault, timeout_s, arguments.keep)
     report, text = _prove(arguments, request, show)

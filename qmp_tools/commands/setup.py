@@ -341,9 +341,9 @@ def limits_of(arguments: argparse.Namespace) -> Limits:
     return limits
 
 
-def seed_of(arguments: argparse.Namespace) -> int:
-    """The seed that was given, or else one that nobody has had."""
-    return arguments.seed if arguments.seed is not None else random.SystemRandom().getrandbits(32)
+def seed_of(arguments: argparse.Namespace, bits: int = 32) -> int:
+    """The seed that was given, or else one of so many `bits` that nobody has had."""
+    return arguments.seed if arguments.seed is not None else random.SystemRandom().getrandbits(bits)
 
 
 def qemus_of(arguments: argparse.Namespace) -> tuple[Path, Path]:

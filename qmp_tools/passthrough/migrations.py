@@ -320,9 +320,8 @@ async def _hold_and_release(
             sent = writes
             if not heard:
                 await source.qmp.execute("migrate-set-parameters", max_bandwidth=_SLOW_BYTES_PER_S)
-        rewritten = sent is not None and writes >= sent + _REWRITES
-        if heard and progress.syncs < _SYNCS:
-            rewritten = False
+        synced = progress.syncs >= _SYNCS or not heard
+        rewritten = synced and sent is not None and writes >= sent + _REWRITES
         if held and (rewritten or loop.time() > deadline):
             held = False
             await _reckon_with(source, _ENDING_BYTES_PER_S)

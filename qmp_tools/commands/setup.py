@@ -18,7 +18,7 @@ from ..devices.emulated import RINGS
 from ..display import Display
 from ..guest.choice import GUESTS
 from ..guest.workload import parse_workload
-from ..host.probes import choose_accelerator, choose_memory
+from ..host.probes import choose_accelerator, choose_memory, warn_of_dimms
 from ..host.qemu_choice import common_machine, find_qemu
 from ..migration.migration import Limits
 from ..migration.refused_features import FEATURES
@@ -301,6 +301,8 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
             f"--iommu {iommu}: only q35 machines have it, and this one is to be {machine}"
         )
     machine += way.machine_options
+    if way.plug is Plug.DIMM:
+        await warn_of_dimms(source, accelerator, show)
     if fault.needs_high_ram:
         machine += f",max-ram-below-4g={memory // 2 // MIB}M"
     return Setup(

@@ -212,9 +212,9 @@ def _accelerator_advice(proof: Proof) -> list[str]:
     machine = proof.setup.machine
     if machine.accelerator == "tcg" and machine.dimm_slots:
         return [
-            "The accelerator's lost pages were written by vCPUs. QEMU 7.2 is known to lose such",
-            "pages under TCG in DIMMs like these, whose size is a multiple of 256 KiB: a newer",
-            "QEMU does not (dmaproof qemu fetch).",
+            "The accelerator's lost pages were written by vCPUs. QEMU up to 11.1 is known to lose",
+            "such pages of DIMMs under TCG (docs/kernel-findings.md). Under KVM it does not, and of",
+            "the bare guest only the device writes there while it migrates (--guest bare).",
         ]
     if machine.accelerator != "tcg" or machine.memory_bytes % (256 << 10):
         return ["The lost pages of the accelerator were written by vCPUs; QEMU did not send them."]

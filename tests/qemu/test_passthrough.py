@@ -41,8 +41,8 @@ def test_all_proofs_hold_and_all_controls_are_caught(tool: Tool) -> None:
         group for group in GROUPS for kind, _ in rows if kind == group
     ]
     for name, it in whole.items():
-        assert it["certain"] > 0, name
         assert (it["differing"] > 0) is ("control" in name), name
+        assert it["certain"] > 0 or "control" in name, name
     assert tool.leftovers() == []
 
 

@@ -213,8 +213,8 @@ def _accelerator_advice(proof: Proof) -> list[str]:
     if machine.accelerator == "tcg" and machine.dimm_slots:
         return [
             "The accelerator's lost pages were written by vCPUs. QEMU up to 11.1 is known to lose",
-            "such pages of DIMMs under TCG (docs/kernel-findings.md). Under KVM it does not, and of",
-            "the bare guest only the device writes there while it migrates (--guest bare).",
+            "such pages of DIMMs under TCG (docs/kernel-findings.md). Under KVM it does not, and",
+            "with --guest bare only the device writes to a DIMM while the guest migrates.",
         ]
     if machine.accelerator != "tcg" or machine.memory_bytes % (256 << 10):
         return ["The lost pages of the accelerator were written by vCPUs; QEMU did not send them."]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import jsonschema
 
@@ -69,19 +69,25 @@ class Tool:
 
 @dataclass
 class Running:
-    """A command that runs; its standard error is collected while it does."""
+    """A command that runs; the lines that it prints are collected while it does."""
 
     process: subprocess.Popen[str]
+    output: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        streams = ((self.process.stdout, self.output), (self.process.stderr, self.errors))
+        self._readers = [
+            threading.Thread(target=self._read, args=arguments, daemon=True)
+            for arguments in streams
+        ]
+        for reader in self._readers:
+            reader.start()
 
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.errors.append(line)
+    @staticmethod
+    def _read(stream: IO[str], lines: list[str]) -> None:
+        with stream:
+            lines.extend(stream)
 
     def wait_for(self, reached: Callable[[], object], what: str) -> None:
         """Wait until `reached` is true."""
@@ -113,16 +119,15 @@ class Running:
 
     def finish(self) -> Outcome:
         """Wait for the command's end."""
-        assert self.process.stdout is not None
         try:
-            output = self.process.stdout.read()
+            self._readers[0].join()
             code = self.process.wait(TIMEOUT_S)
         finally:
             self.process.send_signal(signal.SIGKILL)
             self.process.wait()
-        self._reader.join()
-        self.process.stdout.close()
-        return Outcome(code, output, "".join(self.errors))
+        for reader in self._readers:
+            reader.join()
+        return Outcome(code, "".join(self.output), "".join(self.errors))
 
 
 def _name_of(words: list[bytes]) -> str:

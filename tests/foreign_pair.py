@@ -28,6 +28,11 @@ MEMORY = {
 """QEMU options for each way in which a guest's RAM can stand in memory."""
 WITH_RAM0 = ["-machine", "q35,memory-backend=ram0", "-m", "64"]
 
+_HEARD = ["-chardev", "file,id=heard,path={folder}/{side}-heard"]
+HEARD_PROBE = [*_HEARD, *("-serial", "null", "-serial", "chardev:heard")]
+HEARD_FIRMWARE = [*_HEARD, *("-device", "isa-debugcon,iobase=0x402,chardev=heard")]
+"""QEMU options that let `Pair.wait_to_hear` know what the probe guest or SeaBIOS says."""
+
 
 class Monitor:
     """A QMP client of a test's own."""
@@ -100,6 +105,14 @@ class Pair:
         source, destination = self.monitors
         assert source.wait_for("query-migrate", "completed", "failed") == "completed"
         destination.wait_for("query-status", "paused")
+
+    def wait_to_hear(self, text: str) -> None:
+        """Wait until the source's guest has said `text`."""
+        heard = self.folder / "source-heard"
+        deadline = time.monotonic() + _TIMEOUT_S
+        while text not in (said := heard.read_text(errors="replace")):
+            assert time.monotonic() < deadline, f"no {text!r} from the guest, but {said!r}"
+            time.sleep(0.05)
 
     def memory_file(self, side: int, name: str) -> Path:
         """The entry in /proc of the file behind the RAM of a side (0 source, 1 destination)."""

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 import pytest
 
 from command import Tool
-from foreign_pair import MEMORY, MIB, WITH_RAM0, Pair, foreign_pair
+from foreign_pair import (
+    HEARD_FIRMWARE,
+    HEARD_PROBE,
+    MEMORY,
+    MIB,
+    WITH_RAM0,
+    Pair,
+    foreign_pair,
+)
 from qmp_tools.guest.bare import probe_guest
 from qmp_tools.host.qemu_builds import installed
 from qmp_tools.host.qemu_choice import find_qemu
@@ -128,9 +135,9 @@ def test_ram_that_the_map_hides_is_compared(tool: Tool, folder: Path) -> None:
 def test_the_pvclock_page_is_named_and_not_hidden(tool: Tool, qemu: Path, folder: Path) -> None:
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         pytest.skip("no /dev/kvm here: modprobe kvm, and be in its group")
-    arguments = [*WITH_RAM0, *MEMORY["memfd"]]
+    arguments = [*WITH_RAM0, *MEMORY["memfd"], *HEARD_FIRMWARE]
     with foreign_pair(qemu, folder, arguments, accelerator="kvm") as pair:
-        time.sleep(2)  # the firmware registers its clock
+        pair.wait_to_hear("No bootable device")  # by then the firmware has registered its clock
         pair.migrate()
         report = checked(tool, pair, 0)
         assert report["pages_known_to_differ"] == 1
@@ -202,9 +209,9 @@ def test_a_vcpus_pages_are_compared_too(tool: Tool, folder: Path) -> None:
     """A guest that writes while it is migrated, by a QEMU and at a size that lose nothing."""
     size = "64M" if BUILDS else "65544K"
     arguments = ["-machine", "q35,memory-backend=ram0", "-m", size, "-kernel", str(probe_guest())]
-    arguments += ["-object", f"memory-backend-memfd,id=ram0,size={size},share=on"]
+    arguments += ["-object", f"memory-backend-memfd,id=ram0,size={size},share=on", *HEARD_PROBE]
     qemu = next(reversed(BUILDS.values())) if BUILDS else find_qemu(None)
     with foreign_pair(qemu, folder, arguments) as pair:
-        time.sleep(2)
+        pair.wait_to_hear("ready")
         pair.migrate()
         assert checked(tool, pair, 0)["pages_known_to_differ"] == 0

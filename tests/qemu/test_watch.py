@@ -8,7 +8,7 @@ import time
 import pytest
 
 from command import Tool
-from foreign_pair import Pair, foreign_pair
+from foreign_pair import HEARD_PROBE, Pair, foreign_pair
 from qmp_tools.guest.bare import probe_guest
 from qmp_tools.host.qemu_choice import find_qemu
 from qmp_tools.migration.dirty_rate import VhostLogMeter
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.qemu
 
 
 def busy_guest() -> list[str]:
-    """A guest whose vCPU dirties 64 pages for ever."""
-    return ["-machine", "q35", "-m", "64", "-kernel", str(probe_guest())]
+    """A guest whose vCPU dirties 64 pages for ever, at a RAM size at which any QEMU sees that."""
+    return ["-machine", "q35", "-m", "65544K", "-kernel", str(probe_guest()), *HEARD_PROBE]
 
 
 def slow_down(pair: Pair) -> None:
@@ -30,12 +30,12 @@ def test_a_migration_is_followed_to_its_end(
 ) -> None:
     folder = tmp_path_factory.mktemp("p")
     with foreign_pair(find_qemu(None), folder, busy_guest()) as pair:
-        time.sleep(1)  # the guest boots
+        pair.wait_to_hear("ready")
         slow_down(pair)
         running = tool.start("watch", str(pair.source), "--interval", "0.1")
         running.wait_for_line("no migration yet")
         pair.begin_to_migrate()
-        time.sleep(2)
+        running.wait_for(lambda: "".join(running.output).count(", end ") > 5, "six ends reckoned")
         pair.monitors[0].execute(
             "migrate-set-parameters", max_bandwidth=1 << 30, downtime_limit=500
         )
@@ -54,11 +54,11 @@ def test_a_cancelled_migration_is_no_success(
 ) -> None:
     folder = tmp_path_factory.mktemp("p")
     with foreign_pair(find_qemu(None), folder, busy_guest()) as pair:
-        time.sleep(1)
+        pair.wait_to_hear("ready")
         slow_down(pair)
         pair.begin_to_migrate()
         running = tool.start("watch", str(pair.source), "--interval", "0.1")
-        time.sleep(1)
+        running.wait_for(lambda: "active" in "".join(running.output), "an active migration")
         pair.monitors[0].execute("migrate_cancel")
         outcome = running.finish()
     assert outcome.exit_code == 3
@@ -70,7 +70,7 @@ def test_the_rate_of_a_guest_without_devices(
 ) -> None:
     folder = tmp_path_factory.mktemp("p")
     with foreign_pair(find_qemu(None), folder, busy_guest()) as pair:
-        time.sleep(1)
+        pair.wait_to_hear("ready")
         outcome = tool.run("dirty-rate", str(pair.source), "--json")
         assert outcome.exit_code == 0, outcome.errors
         rates = json.loads(outcome.output)

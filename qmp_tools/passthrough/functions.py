@@ -20,7 +20,7 @@ from ..proof_run import prove
 from ..verdict import Blame
 from .fake_device import fake_device, planted
 from .host_functions import HostFunctions, parse_functions, require_testable
-from .outcome import Proof, require
+from .outcome import Proof, patient, require, require_loss, require_pass
 from .owned_proof import MEMORY_BYTES, setup_of
 from .owner import by_container, by_iommufd
 
@@ -32,9 +32,9 @@ def proofs(guest: Path, seed: int) -> dict[str, Proof]:
     """Each way to own them, and a control; `guest` is the one that drives the fake device."""
     return {
         "one that is in use": _in_use,
-        "iommufd": partial(_equal, guest, "", seed),
-        "container": partial(_equal, guest, ",container", seed),
-        "iommufd, control: drop": partial(_corrupts, guest, "", seed),
+        "iommufd": patient(partial(_equal, guest, "", seed)),
+        "container": patient(partial(_equal, guest, ",container", seed)),
+        "iommufd, control: drop": patient(partial(_corrupts, guest, "", seed)),
     }
 
 
@@ -57,14 +57,14 @@ def _require_a_kernel_for(way: str) -> None:
 
 def _equal(guest: Path, way: str, seed: int) -> tuple[str, dict[str, Any]]:
     proof, looked_at = _prove(guest, way, seed)
-    require(proof.verdict.exit_code == 0, proof.verdict.sentence)
+    require_pass(proof.verdict)
     return f"{looked_at} things are as they must be; {_told(proof)}", _figures(proof)
 
 
 def _corrupts(guest: Path, way: str, seed: int) -> tuple[str, dict[str, Any]]:
     with planted(drop=_DROP_IN_1000, seed=seed):
         proof, _ = _prove(guest, way, seed)
-    require(len(proof.verdict.lost) > 0, f"the fault is not seen, {_told(proof)}")
+    require_loss(proof.verdict, _told(proof))
     known = sum(page.blame is not Blame.UNKNOWN for page in proof.verdict.lost)
     require(not known, f"{known} lost pages are blamed on somebody, without a journal")
     return _told(proof), _figures(proof)

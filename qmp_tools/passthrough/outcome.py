@@ -12,6 +12,7 @@ from dmaproof.errors import DmaproofError
 from dmaproof.vfio.requests import VfioError
 
 from ..migration.migration import MigrationError
+from ..verdict import EXIT_PASS, EXIT_UNTESTED, Verdict
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,27 @@ def require(holds: bool, found: str) -> None:
     """Fail the proof, with what was `found`, unless it `holds`."""
     if not holds:
         raise ProofFailedError(found)
+
+
+def require_pass(verdict: Verdict) -> None:
+    """Fail the proof unless the verdict is a pass."""
+    if verdict.exit_code != EXIT_UNTESTED:
+        require(verdict.exit_code == EXIT_PASS, verdict.sentence)
+    _require_test(verdict)
+
+
+def require_loss(verdict: Verdict, told: str) -> None:
+    """Fail the proof unless pages were lost by the fault that was planted."""
+    if not verdict.lost:
+        _require_test(verdict)
+        raise ProofFailedError(f"the fault is not seen, {told}")
+
+
+def _require_test(verdict: Verdict) -> None:
+    """Fail the attempt if no page was certain to show a loss: on a starved machine a migration may
+    be over before the guest has got to its once pages."""
+    if not verdict.sharpness.certain:
+        raise NothingTestedError(verdict.sentence)
 
 
 def observe(so: bool, found: str) -> None:

@@ -7,6 +7,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,14 @@ from qmp_tools.passthrough.outcome import (
     ProofFailedError,
     patient,
     require,
+    require_loss,
+    require_pass,
     run,
 )
 from qmp_tools.passthrough.prove import joined, to_json, to_text
 from qmp_tools.passthrough.tracking import Tracking
 from qmp_tools.reports.junit_tap import to_junit, to_tap
+from qmp_tools.verdict import Blame, GuestOutcome, LostPage, Sharpness, Verdict
 
 PAGE = 4096
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_text())
@@ -163,6 +167,29 @@ def test_what_never_tells_anything_fails_and_so_does_what_is_not_so_at_once() ->
     assert (outcome.passed, outcome.found) == (False, "2 pages")
     lost = proof_of(ProofFailedError("3 pages differ"), ("equal", {}))
     assert run("migration", "name", patient(lost)).found == "3 pages differ"
+
+
+LOST = LostPage(0, 0, 1, Blame.DEVICE)
+
+
+def verdict(lost: Sequence[LostPage], certain: int) -> Verdict:
+    sharpness = Sharpness(9, 9, certain, certain, 0, 0, 0)
+    return Verdict(64, lost, sharpness, GuestOutcome(1000, 0, 10))
+
+
+def test_a_verdict_that_tests_nothing_ends_the_attempt_only() -> None:
+    require_pass(verdict([], certain=5))
+    require_loss(verdict([LOST], certain=0), "told")
+    with pytest.raises(NothingTestedError):
+        require_pass(verdict([], certain=0))
+    with pytest.raises(NothingTestedError):
+        require_loss(verdict([], certain=0), "told")
+    with pytest.raises(ProofFailedError, match="1 of 64 pages were lost") as failed:
+        require_pass(verdict([LOST], certain=0))
+    assert not isinstance(failed.value, NothingTestedError)
+    with pytest.raises(ProofFailedError, match="the fault is not seen, told") as unseen:
+        require_loss(verdict([], certain=5), "told")
+    assert not isinstance(unseen.value, NothingTestedError)
 
 
 # Machines side by side ----------------------------------------------------------------------------

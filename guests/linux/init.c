@@ -104,9 +104,10 @@ uint64_t gpa_of(const void *address) {
     return (entry & ((1ULL << 55) - 1)) * PAGE_BYTES + (uintptr_t)address % PAGE_BYTES;
 }
 
+// There at once, and so not in memory that is plugged later.
 void *allocate(size_t bytes) {
     void *memory = calloc(bytes + 1, 1);
-    if (!memory)
+    if (!memory || mlock(memory, bytes + 1) < 0)
         give_up("allocating the buffer's states");
     return memory;
 }
@@ -131,21 +132,31 @@ static uint64_t end_of_ram(void) {
     return end;
 }
 
-// The kernel brings plugged memory online in ZONE_MOVABLE (memhp_default_state), and takes the pages
-// of a new mapping from there first; from which of several DIMMs is its own affair.
-uint64_t move_to_new_memory(uint64_t first, uint64_t count) {
+// Map pages anew; returns how many of them lie in plugged memory then.
+static uint64_t map_anew(uint64_t first, uint64_t count) {
     uint64_t moved = 0;
-    for (int waited = 0; end_of_ram() == ram_end; waited += 1000, usleep(1000))
-        if (waited > MEMORY_PATIENCE_US)
-            return 0;
     if (mmap(page_at(first), count * PAGE_BYTES, PROT_READ | PROT_WRITE,
              MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE | MAP_LOCKED | MAP_FIXED, -1,
              0) == MAP_FAILED)
         give_up("mapping the once pages anew");
     for (uint64_t page = first; page < first + count; page++)
         moved += gpa_of(page_at(page)) >= first_ram_end;
-    ram_end = end_of_ram();
     return moved;
+}
+
+// The kernel brings plugged memory online in ZONE_MOVABLE (memhp_default_state), a moment after it
+// shows it, and takes the pages of a new mapping from there first; from which of several DIMMs is
+// its own affair.
+uint64_t move_to_new_memory(uint64_t first, uint64_t count) {
+    for (int waited = 0; waited <= MEMORY_PATIENCE_US; waited += 1000, usleep(1000)) {
+        uint64_t end = end_of_ram();
+        uint64_t moved = end > ram_end ? map_anew(first, count) : 0;
+        if (moved) {
+            ram_end = end;
+            return moved;
+        }
+    }
+    return 0;
 }
 
 // The network ------------------------------------------------------------------------------------

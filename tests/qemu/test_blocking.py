@@ -65,7 +65,7 @@ def test_everything_ends_with_its_maker(tool: Tool, number: signal.Signals) -> N
     qemu = Path(f"/proc/{int(maker.stdout.readline())}")
     maker.send_signal(number)
     maker.communicate()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while tool.leftovers() or (qemu.exists() and not _is_dead(qemu)):
         assert time.monotonic() < deadline, tool.leftovers() or "QEMU lives on"
         time.sleep(0.05)

@@ -27,7 +27,7 @@ def run_up_to(tool: Tool, moment: str) -> tuple[Running, dict[str, int]]:
 
 
 def assert_nothing_is_left(tool: Tool, processes: dict[str, int]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(is_alive(pid) for pid in processes.values()) or tool.leftovers():
         alive = {name: pid for name, pid in processes.items() if is_alive(pid)}
         assert time.monotonic() < deadline, f"still there: {alive} {tool.leftovers()}"

@@ -81,7 +81,7 @@ def test_interrupted_it_leaves_nothing_and_goes_on(
     outcome = running.finish()
     assert outcome.exit_code == (-how if how == signal.SIGKILL else 3)
     assert "Traceback" not in outcome.errors
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while tool.leftovers() or any(map(is_alive, processes)):
         assert time.monotonic() < deadline, tool.leftovers()
         time.sleep(0.05)

@@ -210,7 +210,7 @@ def test_whatever_is_killed_nothing_is_left(tool: Tool, victim: str) -> None:
     if victim == "back end":
         assert outcome.exit_code == 3, outcome.errors
         assert "source device ended with exit code 7" in outcome.errors
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while tool.leftovers() or of_run(tool):
         assert time.monotonic() < deadline, (tool.leftovers(), of_run(tool))
         time.sleep(0.05)

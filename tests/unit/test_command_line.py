@@ -59,7 +59,7 @@ def complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[st
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=120,
             check=True,
         )
         assert done.stderr == ""

@@ -44,7 +44,7 @@ def test_the_loop_goes_on_between_two_calls() -> None:
 
     with LoopThread() as loop:
         loop.run(begin())
-        assert happened.wait(10)
+        assert happened.wait(60)
 
 
 def test_an_interrupt_cancels_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +59,7 @@ def test_an_interrupt_cancels_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
             raise
 
     def interrupted(future: object, timeout: float | None = None) -> NoReturn:
-        assert running.wait(10)
+        assert running.wait(60)
         raise KeyboardInterrupt
 
     with LoopThread() as loop:
@@ -67,7 +67,7 @@ def test_an_interrupt_cancels_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
             patch.setattr("concurrent.futures.Future.result", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 loop.run(work())
-        assert cancelled.wait(10)
+        assert cancelled.wait(60)
         assert loop.run(_answer()) == 42
 
 

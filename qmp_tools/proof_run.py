@@ -46,7 +46,6 @@ from .verdict import (
     sharpness_by_guest,
 )
 
-_GO_ON_TIMEOUT_S: Final = 60.0
 _CANNOT_LOAD: Final = "error while loading state"
 """QEMU's words for a device's state that it refuses (vmstate_load)."""
 _RING_LEFT_BEHIND: Final = "< last_avail_idx"
@@ -171,9 +170,7 @@ class ProofRun(QemuPair):
         if self._way.stands_still:
             guest = self._guests[self.here]
             await guest.tell(START_ONCE)
-            await guest.wait_for(
-                lambda: "once-done" in guest.latest, "used its once pages", _GO_ON_TIMEOUT_S
-            )
+            await guest.wait_for(lambda: "once-done" in guest.latest, "used its once pages")
         if self._way.snapshot or self._way.in_place:
             await source.qmp.execute("stop")
             async with ram_files(source) as files:
@@ -309,7 +306,6 @@ class ProofRun(QemuPair):
         await guest.wait_for(
             lambda: guest.number("progress", "requests") >= wanted,
             f"done {_REQUESTS_BETWEEN} more requests after the first migration",
-            _GO_ON_TIMEOUT_S,
         )
 
     async def _let_pause_before_switchover(self, state: bool) -> None:
@@ -385,11 +381,10 @@ class ProofRun(QemuPair):
         await destination.qmp.execute("cont")
         await guest.tell(SWEEP)
         wanted = before + self._setup.requests_after
-        await guest.wait_for(lambda: "sweep" in guest.latest, "swept its pages", _GO_ON_TIMEOUT_S)
+        await guest.wait_for(lambda: "sweep" in guest.latest, "swept its pages")
         await guest.wait_for(
             lambda: guest.number("progress", "requests") >= wanted,
             f"done {self._setup.requests_after} more requests",
-            _GO_ON_TIMEOUT_S,
         )
         return GuestOutcome(
             requests=guest.number("progress", "requests") - before,

@@ -18,15 +18,13 @@ from dmaproof.errors import UntestableError
 
 from .devices.device import AttachedDevice
 from .display import Display
-from .guest.channel import AGAIN, USE_NEW_MEMORY, GuestChannel, GuestGaveUpError
+from .guest.channel import AGAIN, PATIENCE_S, USE_NEW_MEMORY, GuestChannel, GuestGaveUpError
 from .migration.ways import WAYS, Ends, Plug, UnsupportedWayError, channel, channel_path
 from .processes.machine import DESTINATION, INCOMING, SOURCE, dimm_arguments
 from .processes.qemu import Qemu
 from .processes.qmp import QmpError, QmpRefusal
 from .proof import Setup
 
-_BOOT_TIMEOUT_S: Final = 60.0
-_GO_ON_TIMEOUT_S: Final = 60.0
 _LOOK_AGAIN_S: Final = 0.01
 
 T = TypeVar("T")
@@ -93,10 +91,10 @@ class QemuPair:
         began_s = time.monotonic()
         guest = self._guests[self.here]
         if self._way.plug is Plug.DISK:
-            await guest.wait_for(lambda: "waiting" in guest.latest, "booted", _BOOT_TIMEOUT_S)
+            await guest.wait_for(lambda: "waiting" in guest.latest, "booted")
             self._display.say("plugging the disk")
             await self.qemus[self.here].plug(_devices(self._attached[self.here], True))
-        await guest.wait_for(lambda: "ready" in guest.latest, "become ready", _BOOT_TIMEOUT_S)
+        await guest.wait_for(lambda: "ready" in guest.latest, "become ready")
         self._boot_s = time.monotonic() - began_s
         self._display.say(f"guest ready after {self._boot_s:.1f} s")
 
@@ -116,9 +114,7 @@ class QemuPair:
         ]
         self._dimms.append(dimm_arguments(name, address))
         await guest.tell(USE_NEW_MEMORY)
-        await guest.wait_for(
-            lambda: "memory" in guest.latest, "looked for new memory", _BOOT_TIMEOUT_S
-        )
+        await guest.wait_for(lambda: "memory" in guest.latest, "looked for new memory")
         if not (pages := guest.number("memory", "pages")):
             raise UntestableError(f"the guest did not find the memory of {name}")
         self._display.say(f"{name} is at {address:#x}; {pages} once pages lie in plugged memory")
@@ -172,7 +168,7 @@ class QemuPair:
         await self.qemus[self.there].qmp.connect(str(self._successor_socket))
 
     async def _wait_for_socket(self, path: Path) -> None:
-        deadline = time.monotonic() + _BOOT_TIMEOUT_S
+        deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             if path.exists():
                 return
@@ -257,9 +253,7 @@ class QemuPair:
         self.here, self.there = self.there, self.here
         guest = self._guests[self.here]
         await guest.tell(AGAIN)
-        await self.guarded(
-            guest.wait_for(lambda: "again" in guest.latest, "begun anew", _GO_ON_TIMEOUT_S)
-        )
+        await self.guarded(guest.wait_for(lambda: "again" in guest.latest, "begun anew"))
         if self._way.plug is Plug.DIMM:
             await self.guarded(self._plug_dimm())
         await self.guarded(self._start_destination())

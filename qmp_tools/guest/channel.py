@@ -25,6 +25,8 @@ USE_NEW_MEMORY: Final = b"m"
 AGAIN: Final = b"a"
 """Get ready for another migration: no once page has been used, and the vCPU writes steadily."""
 
+PATIENCE_S: Final = 120.0
+"""What a guest has for whatever it is waited for, on a machine that may be slow and busy."""
 _COMPLAINTS_KEPT: Final = 8
 _MOST_VERBS: Final = 64
 """Far more than guests have. What comes is kept by verb, and a guest must not fill our memory."""
@@ -122,7 +124,9 @@ class GuestChannel:
             )
         return int(value)
 
-    async def wait_for(self, reached: Callable[[], bool], what: str, timeout_s: float) -> None:
+    async def wait_for(
+        self, reached: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S
+    ) -> None:
         """Wait until `reached`; `what` says in words what that is.
 
         Raises:

@@ -21,8 +21,6 @@ from qmp_tools.processes.qemu import Qemu
 
 pytestmark = pytest.mark.qemu
 
-_PATIENCE_S = 60.0
-
 
 async def _boot(
     folder: Path,
@@ -54,7 +52,6 @@ async def _boot(
             await channel.wait_for(
                 lambda: channel.number("progress", "once") == workload.once,
                 "used its once pages",
-                _PATIENCE_S,
             )
             channel.close()
             accepted = device.accepted_features("source")

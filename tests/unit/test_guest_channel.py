@@ -14,8 +14,6 @@ from qmp_tools.guest.channel import GuestChannel, GuestError, parse_line
 from qmp_tools.processes.process import log_tail
 from qmp_tools.processes.qemu import Qemu
 
-PATIENCE_S = 20.0
-
 
 async def hear(said: bytes) -> GuestChannel:
     """A channel whose guest says `said`, and then that it is done."""
@@ -27,7 +25,7 @@ async def hear(said: bytes) -> GuestChannel:
     )
     channel = GuestChannel(cast(Qemu, qemu))
     try:
-        await channel.wait_for(lambda: "done" in channel.latest, "said it all", PATIENCE_S)
+        await channel.wait_for(lambda: "done" in channel.latest, "said it all")
     finally:
         channel.close()
     return channel

@@ -59,7 +59,7 @@ class FunctionFacts:
     viable, with their drivers. `files` are those that QEMU opens, and `closed` those of them that
     are not there or may not be opened. `migration` and what follows is None where the function was
     not opened: `logs` says whether it logs its DMA, `iommu_tracks` whether its IOMMU has dirty
-    bits, or type1 tracks in its place.
+    bits, or type1 tracks in its place. `state_bytes` is None too where the kernel does not tell.
     """
 
     function: Function
@@ -74,6 +74,7 @@ class FunctionFacts:
     migration: MigrationFlag | None = None
     logs: bool | None = None
     iommu_tracks: bool | None = None
+    state_bytes: int | None = None
 
 
 def find_function(address: str, host: Host) -> Function:
@@ -149,6 +150,7 @@ def _try(facts: FunctionFacts, iommufd: bool) -> FunctionFacts:
                     "migration": device.migration(),
                     "logs": device.can_log(),
                     "iommu_tracks": tracks,
+                    "state_bytes": _state_bytes(device),
                 }
             )
     except (OSError, TrackerError) as error:
@@ -175,6 +177,13 @@ def _iommu_tracks(iommufd: Iommufd, device: VfioDevice) -> bool:
     except VfioError:
         return False
     return True
+
+
+def _state_bytes(device: VfioDevice) -> int | None:
+    try:
+        return device.stop_copy_bytes()
+    except VfioError:
+        return None
 
 
 def _link(path: Path) -> str | None:
@@ -212,7 +221,7 @@ def examine(facts: FunctionFacts, locked_bytes: int, lockable: int | None) -> li
         remedy = "end whoever has it: 'fuser -v /dev/vfio/*' tells"
         findings.append(Finding("open", State.MISSING, facts.open_error, remedy))
     if facts.migration is not None:
-        findings += [_migration(facts, facts.migration), _tracking(facts)]
+        findings += [_migration(facts, facts.migration), _state(facts), _tracking(facts)]
     findings.append(_memory(locked_bytes + _OVERHEAD_BYTES, lockable))
     return findings
 
@@ -285,6 +294,16 @@ def _migration(facts: FunctionFacts, flags: MigrationFlag) -> Finding:
         what = f"{names}; without PRE_COPY all of its state moves while the guest stands still"
         return Finding("migration", State.LIMITED, what)
     return Finding("migration", State.OK, names)
+
+
+def _state(facts: FunctionFacts) -> Finding:
+    if facts.state_bytes is None:
+        what = (
+            "the kernel does not tell how much the device has (it does from Linux 6.2 on): QEMU "
+            "takes 100 GiB for granted, and may never stop the guest"
+        )
+        return Finding("state", State.LIMITED, what, "a newer kernel")
+    return Finding("state", State.OK, f"some {facts.state_bytes} bytes, as the device reckons")
 
 
 def _tracking(facts: FunctionFacts) -> Finding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import resource
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 from dmaproof.errors import TrackerError, UntestableError, UsageError
 from dmaproof.vfio.abi import MigrationFlag
 from dmaproof.vfio.device import VfioDevice
+from dmaproof.vfio.requests import VfioError
 from qmp_tools.host import vfio_functions
 from qmp_tools.host.finding import State
 from qmp_tools.host.vfio_functions import (
@@ -98,6 +100,7 @@ def play(
     *,
     logs: bool = True,
     iommu_tracks: bool = False,
+    state: int | VfioError = 4096,
     error: Exception | None = None,
 ) -> None:
     """Functions that say this of themselves, or cannot be opened."""
@@ -108,9 +111,15 @@ def play(
             raise error
         yield VfioDevice(-1), iommu_tracks
 
+    def stop_copy_bytes(device: VfioDevice) -> int:
+        if isinstance(state, VfioError):
+            raise state
+        return state
+
     monkeypatch.setattr(vfio_functions, "_opened", opened)
     monkeypatch.setattr(VfioDevice, "migration", lambda self: flags)
     monkeypatch.setattr(VfioDevice, "can_log", lambda self: logs)
+    monkeypatch.setattr(VfioDevice, "stop_copy_bytes", stop_copy_bytes)
     monkeypatch.setattr(host_functions, "lockable_bytes", lambda: None)
 
 
@@ -249,6 +258,16 @@ def test_a_driver_that_cannot_migrate(pair: Tree, monkeypatch: pytest.MonkeyPatc
     assert "devlink port function set" in missing(facts_of(pair))["migration"]
     plain = replace(facts_of(pair), driver="vfio-pci")
     assert "vfio-pci cannot migrate it; bind it to the vendor's" in missing(plain)["migration"]
+
+
+def test_how_much_state_there_is(pair: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    play(monkeypatch, state=VfioError("MIG_DATA_SIZE", errno.ENOTTY, None))
+    unknown = {it.name: it for it in examine(facts_of(pair), GIB, None)}["state"]
+    assert unknown.state is State.LIMITED
+    assert "100 GiB" in unknown.what
+    play(monkeypatch, state=1 << 20)
+    known = {it.name: it for it in examine(facts_of(pair), GIB, None)}["state"]
+    assert (known.state, known.what) == (State.OK, "some 1048576 bytes, as the device reckons")
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,13 @@ from .display import Display
 from .guest.channel import AGAIN, PATIENCE_S, USE_NEW_MEMORY, GuestChannel, GuestGaveUpError
 from .migration.ways import WAYS, Ends, Plug, UnsupportedWayError, channel, channel_path
 from .processes.machine import DESTINATION, INCOMING, SOURCE, dimm_arguments
+from .processes.process import ProcessDiedError
 from .processes.qemu import Qemu
 from .processes.qmp import QmpError, QmpRefusal
 from .proof import Setup
 
 _LOOK_AGAIN_S: Final = 0.01
+_LATE_NEWS_S: Final = 1.0
 
 T = TypeVar("T")
 
@@ -208,16 +210,11 @@ class QemuPair:
         ]
         try:
             await asyncio.wait([task, *alarms], return_when=asyncio.FIRST_COMPLETED)
-            if task.done() and task.exception() is None:
-                return task.result()
-            if task.done() and isinstance(task.exception(), GuestGaveUpError):
-                return task.result()  # no death says more
-            if task.done():  # perhaps only because something died, which is the better message
-                await asyncio.wait(alarms, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
-            for alarm in alarms:
-                if alarm.done():
-                    raise alarm.result()
-            return task.result()
+            if task.done() and isinstance(task.exception(), GuestGaveUpError | None):
+                return task.result()  # where the guest gave up, no death says more
+            if reason := await _reason(alarms):
+                raise reason
+            return await task
         finally:
             for future in (task, *alarms):
                 future.cancel()
@@ -257,6 +254,29 @@ class QemuPair:
         if self._way.plug is Plug.DIMM:
             await self.guarded(self._plug_dimm())
         await self.guarded(self._start_destination())
+
+
+async def _reason(alarms: Sequence[asyncio.Future[UntestableError]]) -> UntestableError | None:
+    """The alarm that says best why something went wrong; None if there is no alarm.
+
+    What ended by itself did so perhaps only because another was killed, and the kernel tells of
+    that a moment later: a QEMU's memory is freed first.
+    """
+    told: set[asyncio.Future[UntestableError]] = set()
+    silent = set(alarms)
+    while silent and not any(_was_killed(it.result()) for it in told):
+        news, silent = await asyncio.wait(
+            silent, timeout=_LATE_NEWS_S, return_when=asyncio.FIRST_COMPLETED
+        )
+        if not news:
+            break
+        told |= news
+    reasons = [it.result() for it in alarms if it in told]
+    return max(reasons, key=_was_killed, default=None)
+
+
+def _was_killed(reason: UntestableError) -> bool:
+    return isinstance(reason, ProcessDiedError) and reason.killed
 
 
 def _devices(arguments: Sequence[str], wanted: bool) -> list[str]:

@@ -24,7 +24,11 @@ _TAIL_LINES: Final = 15
 
 
 class ProcessDiedError(UntestableError):
-    """A process of the proof ended before its time."""
+    """A process of the proof ended before its time; `killed` tells whether by a signal."""
+
+    def __init__(self, message: str, killed: bool) -> None:
+        super().__init__(message)
+        self.killed = killed
 
 
 class Process:
@@ -100,7 +104,8 @@ class Process:
         await asyncio.shield(self.died)
         if self._expected:
             await asyncio.get_running_loop().create_future()  # for ever: nothing is amiss
-        return ProcessDiedError(f"{self.name} {self.how_it_ended()}\n{self.log_tail()}".rstrip())
+        message = f"{self.name} {self.how_it_ended()}\n{self.log_tail()}".rstrip()
+        return ProcessDiedError(message, killed=(self._child.returncode or 0) < 0)
 
     def how_it_ended(self) -> str:
         """'was killed by SIGKILL', 'ended with exit code 1', or 'is running'."""

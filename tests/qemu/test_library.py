@@ -20,7 +20,7 @@ EXAMPLES = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 TOLD = (
     r"every page equal: \d+ pages compared\n",
     r"[\d.]+.* running\nevery page equal: \d+ pages compared\n",
-    r"(\w+ \d+ (\d+|None)\n)+completed \d+ 0\nevery page equal: \d+ pages compared\n",
+    r"(\w+ \d+ (\d+|None)\n)*completed \d+ 0\nevery page equal: \d+ pages compared\n",
     r"[\d.]+.* running\n\d+ bytes a second\n",
     r"\[\('0x12000', 12288\)\]\n",
 )

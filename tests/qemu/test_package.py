@@ -71,10 +71,9 @@ class Place:
 
     def install(self, python: Path, *packages: str | Path) -> Path:
         """Install `packages` into an empty environment; returns where its programs are."""
-        self.run(python, "-m", "venv", "--without-pip", "venv")
+        self.run(python, "-m", "venv", "venv")
         scripts = self.folder / "venv" / "bin"
-        pip = (sys.executable, "-m", "pip", "--python", scripts / "python", "install")
-        self.run(*pip, "--quiet", "--no-compile", *packages)
+        self.run(scripts / "pip", "install", "--quiet", "--no-compile", *packages)
         return scripts
 
 

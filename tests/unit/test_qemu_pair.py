@@ -1,0 +1,81 @@
+"""What ends a proof: of several processes that die, the death that says best why."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from dmaproof.errors import UntestableError
+from qmp_tools.display import QuietDisplay
+from qmp_tools.guest.channel import GuestGaveUpError
+from qmp_tools.processes.process import Process
+from qmp_tools.qemu_pair import QemuPair
+
+ENDS = "exit 3"
+IS_KILLED = "kill -KILL $$"
+IS_KILLED_LATER = f"sleep 0.1; {IS_KILLED}"
+STAYS = "exec sleep 1000"
+
+
+def outcome_of(folder: Path, work: Coroutine[Any, Any, str], **scripts: str) -> str:
+    """What a guarded `work` comes to while the shell runs `scripts` in the places of QEMUs."""
+
+    async def guard() -> str:
+        quiet = asyncio.get_running_loop().create_future()
+        device = SimpleNamespace(processes=[], refusal=lambda: quiet)
+        setup = SimpleNamespace(way="unix")
+        pair = QemuPair(cast(Any, setup), QuietDisplay(), cast(Any, device), folder)
+        for name, script in scripts.items():
+            process = await Process.start(name, ["sh", "-c", script], folder / name)
+            pair.qemus[name] = cast(Any, SimpleNamespace(process=process, end=process.end))
+        try:
+            return await pair.guarded(work)
+        finally:
+            await pair.end()
+
+    return asyncio.run(guard())
+
+
+async def lasts() -> str:
+    await asyncio.sleep(1000)
+    return "over"
+
+
+async def succeeds() -> str:
+    return "done"
+
+
+async def fails(error: Exception) -> str:
+    await asyncio.sleep(0)
+    raise error
+
+
+def test_who_was_killed_is_named_before_who_ended_for_it(tmp_path: Path) -> None:
+    with pytest.raises(UntestableError, match="source was killed by SIGKILL"):
+        outcome_of(tmp_path, lasts(), source=IS_KILLED_LATER, destination=ENDS)
+
+
+def test_who_ended_alone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UntestableError, match="destination ended with exit code 3"):
+        outcome_of(tmp_path, lasts(), source=STAYS, destination=ENDS)
+
+
+def test_a_death_says_more_than_what_failed_for_it(tmp_path: Path) -> None:
+    with pytest.raises(UntestableError, match="source was killed by SIGKILL"):
+        outcome_of(tmp_path, fails(UntestableError("no answer")), source=IS_KILLED_LATER)
+
+
+def test_where_nobody_died_the_work_tells(tmp_path: Path) -> None:
+    with pytest.raises(UntestableError, match="no answer"):
+        outcome_of(tmp_path, fails(UntestableError("no answer")), source=STAYS)
+    assert outcome_of(tmp_path, succeeds(), source=STAYS) == "done"
+
+
+def test_a_guest_that_gave_up_has_told_why(tmp_path: Path) -> None:
+    with pytest.raises(GuestGaveUpError):
+        outcome_of(tmp_path, fails(GuestGaveUpError("gave up")), source=IS_KILLED)

@@ -29,7 +29,7 @@ from ..verdict import Blame
 from .fake_device import planted
 from .outcome import Proof, patient, require, require_loss, require_pass
 from .owner import open_iommufd
-from .vhost_device import TRACKERS
+from .vhost_device import BY_IOMMUFD, TRACKERS
 
 _QEMU: Final = Path("/usr/bin/qemu-system-x86_64")
 _MEMORY_BYTES: Final = 32 * MIB
@@ -59,7 +59,7 @@ def proofs(guest: Path, seed: int) -> dict[str, Proof]:
 
 
 def _prove(guest: Path, tracker: str, fault: str | None, seed: int) -> Migrated:
-    if "iommufd" in tracker:
+    if tracker == BY_IOMMUFD:
         open_iommufd().close()  # or fail with what the kernel lacks
     workload = replace(_WORKLOAD, seed=seed)
     setup = Setup(

@@ -56,8 +56,9 @@ def _by_type1(
     return container, Type1Tracker(container)
 
 
+BY_IOMMUFD: Final = "iommufd, device log"
 _OWNERS: Final = {
-    "iommufd, device log": _by_iommufd,
+    BY_IOMMUFD: _by_iommufd,
     "container, device log": _by_container,
     "container, type1's log": _by_type1,
 }

@@ -177,7 +177,7 @@ async def check(source_socket: Path, destination_socket: Path) -> Check:
             areas=comparison.areas,
             differences=comparison.differences,
             not_compared=comparison.not_compared,
-            notes=await _notes(qemus[0]),
+            notes=[*await _notes(qemus[0]), *comparison.notes()],
             compare_s=compare_s,
         )
 
@@ -261,6 +261,16 @@ class _Comparison:
                     NotCompared(region.name, region.offset, region.length, "a device's own memory")
                 )
         self._compare_hidden()
+
+    def notes(self) -> list[str]:
+        """What may be behind differences that are not known."""
+        if self.accelerator == "kvm" or all(it.known for it in self.differences):
+            return []
+        return [
+            "the source does not run under KVM. Under TCG QEMU itself may lose what vCPUs write, "
+            "mostly to DIMMs and to other NUMA nodes than the first (docs/kernel-findings.md): "
+            "see whether the pages differ under KVM too"
+        ]
 
     async def _compare_range(self, common: CommonRange) -> None:
         whole = common.length // PAGE_BYTES * PAGE_BYTES

@@ -49,7 +49,7 @@ def _piece(first: int, count: int, available: int) -> tuple[int, int]:
     return first, min(count, available - first)
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(bitmaps, bitmaps, pieces, st.integers(0, 8 * 64), st.booleans())
 def test_or_between_any_two_bits(
     into: tuple[bytearray, int],
@@ -78,7 +78,7 @@ def test_or_between_any_two_bits(
     assert (as_bits(target) == expected).all()
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(bitmaps, pieces)
 def test_finding_taking_and_counting(source: tuple[bytearray, int], piece: tuple[int, int]) -> None:
     data, at = source
@@ -94,7 +94,7 @@ def test_finding_taking_and_counting(source: tuple[bytearray, int], piece: tuple
     assert (as_bits(data) == before).all()
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     seed=st.integers(0, 1 << 32),
     density=st.sampled_from([0.001, 0.3, 1.0]),
@@ -182,7 +182,7 @@ def test_nothing_is_written_outside(call: object) -> None:
     assert data == bytes(8)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     page_bytes=st.sampled_from([1, 7, 64, 128, 256, 300, 4096]),
     pages=st.integers(1, 70),
@@ -208,7 +208,7 @@ def test_comparing(
     assert np.flatnonzero(as_bits(differing)).tolist() == expected
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     data=st.lists(st.integers(0, 63), max_size=20),
     other_data=st.lists(st.integers(0, 63), max_size=20),

@@ -105,6 +105,5 @@ TestTracker = TrackerMachine.TestCase
 TestTracker.settings = settings(
     max_examples=100,
     stateful_step_count=15,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

@@ -262,12 +262,10 @@ TestBitmap = BitmapMachine.TestCase
 TestBitmap.settings = settings(
     max_examples=150,
     stateful_step_count=12,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
 
-@settings(deadline=None)
 @given(
     iova=st.integers(-1, ADDRESS_SPACE),
     length=st.integers(-1, ADDRESS_SPACE + 1),

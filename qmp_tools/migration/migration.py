@@ -21,6 +21,7 @@ from .ways import HELD_BYTES_PER_S, Ends, UnsupportedWayError, Way, channel
 
 _POLL_S: Final = 0.05
 _UNLIMITED_BYTES_PER_S: Final = 1 << 40
+_PAUSED: Final = "pre-switchover"
 _OVER: Final = frozenset({"completed", "failed", "cancelled"})
 """The states in which a migration has come to its end."""
 
@@ -276,7 +277,7 @@ class Migration:
         await self.release()
         async with contextlib.aclosing(self._poll()) as precopy:
             async for progress in precopy:
-                if progress.status == "pre-switchover":
+                if progress.status == _PAUSED:
                     return
         raise MigrationError("the migration has completed, though it was to pause before")
 
@@ -286,8 +287,6 @@ class Migration:
         Raises:
             MigrationError: the migration came to another end, or the guest stands still.
         """
-        if self.history[-1].status == "pre-switchover":
-            await self.ends.source.execute("migrate-continue", state="pre-switchover")
         await self._come_to("failed")
         deadline = time.monotonic() + self.limits.timeout_s
         while (status := (await self.ends.source.execute("query-status"))["status"]) != "running":
@@ -299,9 +298,12 @@ class Migration:
             await asyncio.sleep(_POLL_S)
 
     async def _come_to(self, end: str) -> None:
+        paused = False
         with contextlib.suppress(MigrationError):
-            async for _ in self._poll():
-                pass
+            async for progress in self._poll():
+                if progress.status == _PAUSED and not paused:
+                    paused = True
+                    await self.ends.source.execute("migrate-continue", state=_PAUSED)
         if (status := self.history[-1].status) != end:
             raise MigrationError(f"the migration was to be {end}, and is {status!r}")
 

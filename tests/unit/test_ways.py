@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 
 from qmp_tools.migration.certificates import SERVER_NAME, make_certificates
-from qmp_tools.migration.migration import Limits, Migration, MigrationError, parse_progress
+from qmp_tools.migration.migration import Limits, Migration, MigrationError
 from qmp_tools.migration.ways import WAYS, Ends, UnsupportedWayError, Way
 from qmp_tools.processes.machine import Machine, dimm_arguments
 from qmp_tools.processes.qmp import Qmp, QmpRefusal
@@ -232,24 +232,26 @@ def test_a_migration_that_ends_otherwise_was_not_cancelled(tmp_path: Path, statu
 
 def test_a_migration_whose_destination_is_gone_fails(tmp_path: Path) -> None:
     stage = Stage(tmp_path, WAYS["destination-killed"])
-    stage.migration.history.append(parse_progress({"status": "active"}))
     stage.source.statuses, stage.source.run_states = ["active", "failed"], ["paused", "running"]
     asyncio.run(stage.migration.fail())
     assert not stage.told("source", "migrate-continue")
 
 
-def test_a_migration_that_waits_for_switchover_fails_when_it_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wanted", [True, False], ids=["wanted", "converged too soon"])
+def test_a_migration_that_waits_for_switchover_fails_when_it_goes_on(
+    tmp_path: Path, wanted: bool
+) -> None:
     stage = Stage(tmp_path, WAYS["destination-killed-late"])
-    stage.source.statuses = ["active", "pre-switchover", "failed"]
+    stage.source.statuses = ["active", "pre-switchover", "pre-switchover", "failed"]
     stage.source.run_states = ["running"]
-    asyncio.run(stage.migration.pause_before_switchover())
+    if wanted:
+        asyncio.run(stage.migration.pause_before_switchover())
     asyncio.run(stage.migration.fail())
     assert stage.told("source", "migrate-continue") == [{"state": "pre-switchover"}]
 
 
 def test_a_migration_that_completes_without_its_destination_is_wrong(tmp_path: Path) -> None:
     stage = Stage(tmp_path, WAYS["destination-killed"])
-    stage.migration.history.append(parse_progress({"status": "active"}))
     stage.source.statuses = ["active", "completed"]
     with pytest.raises(MigrationError, match="was to be failed, and is 'completed'"):
         asyncio.run(stage.migration.fail())
@@ -257,7 +259,6 @@ def test_a_migration_that_completes_without_its_destination_is_wrong(tmp_path: P
 
 def test_a_source_that_stands_still_for_good_is_told(tmp_path: Path) -> None:
     stage = Stage(tmp_path, WAYS["destination-killed"], Limits(timeout_s=0.1))
-    stage.migration.history.append(parse_progress({"status": "active"}))
     stage.source.statuses = ["failed"]
     with pytest.raises(MigrationError, match="is 'paused' and does not run on"):
         asyncio.run(stage.migration.fail())

@@ -495,6 +495,7 @@ void tell_ready(void) {
 }
 
 void tell_progress(void) {
-    tell("progress requests=%lu writes=%lu once=%lu errors=%lu", atomic_load(&requests),
-         atomic_load(&writes), atomic_load(&once_finished), atomic_load(&errors));
+    tell("progress requests=%lu under_way=%lu writes=%lu once=%lu errors=%lu",
+         atomic_load(&requests), requests_under_way(), atomic_load(&writes),
+         atomic_load(&once_finished), atomic_load(&errors));
 }

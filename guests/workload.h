@@ -71,6 +71,8 @@ void *allocate(size_t bytes);
 void tell(const char *format, ...) __attribute__((format(printf, 1, 2)));
 // Stop making requests and wait until none is under way; or go on.
 void pause_requests(bool wanted);
+// How many requests are under way.
+uint64_t requests_under_way(void);
 // Wait for memory to be plugged, and let `count` pages of the buffer, from page `first` on, lie in
 // plugged memory, as many as there is room for. Returns how many; what they held is gone.
 uint64_t move_to_new_memory(uint64_t first, uint64_t count);

@@ -23,7 +23,7 @@ from dmaproof.evidence import HARVEST, Evidence, Slot
 from .check.physical_map import parse_flat_view, shown_parts
 from .devices.device import AttachedDevice
 from .display import Display
-from .guest.channel import QUIET, START_ONCE, SWEEP
+from .guest.channel import PATIENCE_S, QUIET, START_ONCE, SWEEP, GuestLateError
 from .migration.migration import Migration, Progress
 from .migration.refused_features import explain_refusal
 from .migration.ways import WAYS, FirstAttempt, UnsupportedWayError
@@ -46,6 +46,8 @@ from .verdict import (
     sharpness_by_guest,
 )
 
+_PATIENCE_AFTER_LOSS_S: Final = 30.0
+"""With a guest whose RAM is not what it was, and which may do anything now."""
 _CANNOT_LOAD: Final = "error while loading state"
 """QEMU's words for a device's state that it refuses (vmstate_load)."""
 _RING_LEFT_BEHIND: Final = "< last_avail_idx"
@@ -357,19 +359,32 @@ class ProofRun(QemuPair):
         """Let the guest go on, and add to the verdict what it saw.
 
         Raises:
-            UntestableError: it does not go on, though no page was lost.
+            UntestableError: it does not go on, though no page was lost, and no request either.
         """
         if self._way.snapshot:  # the disk is of another moment, so the guest must find it wrong
             return proof
+        lost = proof.verdict.lost
         try:
-            guest = await self.guarded(self._go_on())
+            guest = await self.guarded(self._go_on(_PATIENCE_AFTER_LOSS_S if lost else PATIENCE_S))
         except UntestableError as error:
-            if not proof.verdict.lost:
+            unanswered = self._unanswered() if isinstance(error, GuestLateError) else 0
+            if not (lost or unanswered):
                 raise
-            guest = GuestOutcome(0, 1, 0, [str(error).splitlines()[0]])
+            complaints = [str(error).splitlines()[0]]
+            if unanswered:
+                complaints.append(
+                    f"{unanswered} requests are not answered: the device of the source has to have "
+                    "done them before it lets go of its rings"
+                )
+            guest = GuestOutcome(0, unanswered or 1, 0, complaints)
         return replace(proof, verdict=replace(proof.verdict, guest=guest))
 
-    async def _go_on(self) -> GuestOutcome:
+    def _unanswered(self) -> int:
+        """How many requests the destination's guest waits for, where it makes no new ones."""
+        guest = self._guests[self.there]
+        return 0 if "sweep" in guest.latest else guest.number("progress", "under_way")
+
+    async def _go_on(self, patience_s: float) -> GuestOutcome:
         """Continue on the destination; its guest checks all its pages, and works on.
 
         Raises:
@@ -381,10 +396,11 @@ class ProofRun(QemuPair):
         await destination.qmp.execute("cont")
         await guest.tell(SWEEP)
         wanted = before + self._setup.requests_after
-        await guest.wait_for(lambda: "sweep" in guest.latest, "swept its pages")
+        await guest.wait_for(lambda: "sweep" in guest.latest, "swept its pages", patience_s)
         await guest.wait_for(
             lambda: guest.number("progress", "requests") >= wanted,
             f"done {self._setup.requests_after} more requests",
+            patience_s,
         )
         return GuestOutcome(
             requests=guest.number("progress", "requests") - before,

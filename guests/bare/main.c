@@ -22,6 +22,7 @@ static struct {
 } slots[MAX_WORKERS];
 
 static unsigned in_flight;
+static bool ready;
 static bool paused;
 
 // Take the parameters one by one from the command line.
@@ -67,10 +68,8 @@ static void start_what_is_free(void) {
     }
 }
 
-void pause_requests(bool wanted) {
-    paused = wanted;
-    while (paused && in_flight)
-        finish_what_is_done();
+uint64_t requests_under_way(void) {
+    return in_flight;
 }
 
 static bool due(uint64_t *next, uint64_t every_us) {
@@ -81,9 +80,22 @@ static bool due(uint64_t *next, uint64_t every_us) {
     return true;
 }
 
+static void report(void) {
+    static uint64_t next;
+    if (ready && due(&next, REPORT_EVERY_US))
+        tell_progress();
+}
+
+void pause_requests(bool wanted) {
+    paused = wanted;
+    while (paused && in_flight) {
+        finish_what_is_done();
+        report();
+    }
+}
+
 void guest_main(const void *start_info) {
-    uint64_t next_churn = 0, next_report = 0;
-    bool ready = false;
+    uint64_t next_churn = 0;
     catch_exceptions();
     start_clock();
     find_memory(start_info);
@@ -107,7 +119,6 @@ void guest_main(const void *start_info) {
         listen();
         if (due(&next_churn, CHURN_EVERY_US))
             churn();
-        if (ready && due(&next_report, REPORT_EVERY_US))
-            tell_progress();
+        report();
     }
 }

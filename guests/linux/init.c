@@ -118,6 +118,10 @@ void pause_requests(bool wanted) {
         usleep(1000);
 }
 
+uint64_t requests_under_way(void) {
+    return (uint64_t)atomic_load(&in_flight);
+}
+
 // The first address behind all RAM.
 static uint64_t end_of_ram(void) {
     char line[256];

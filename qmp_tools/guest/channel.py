@@ -42,6 +42,10 @@ class GuestGaveUpError(GuestError):
     """The guest said that it cannot go on; it switches its machine off."""
 
 
+class GuestLateError(GuestError):
+    """The guest has not done in time what it was waited for."""
+
+
 @dataclass(frozen=True)
 class GuestReport:
     """One line of the guest: a verb, and what it says by key."""
@@ -130,14 +134,15 @@ class GuestChannel:
         """Wait until `reached`; `what` says in words what that is.
 
         Raises:
-            GuestError: the guest gave up, or it takes longer than `timeout_s`.
+            GuestGaveUpError: the guest gave up.
+            GuestLateError: it takes longer than `timeout_s`.
         """
         try:
             async with asyncio.timeout(timeout_s), self._news:
                 while not reached() and self._fatal is None:
                     await self._news.wait()
         except TimeoutError:
-            raise GuestError(
+            raise GuestLateError(
                 f"the guest of the {self._qemu.process.name} has not {what} within "
                 f"{timeout_s:.0f} s\n{log_tail(self._qemu.console)}".rstrip()
             ) from None

@@ -244,7 +244,8 @@ class Migration:
                 return
             if progress.is_over:
                 raise MigrationError(
-                    f"the migration {progress.status}: {progress.error or 'QEMU gave no reason'}"
+                    f"the migration {progress.status}: {progress.error or 'QEMU gave no reason'}\n"
+                    f"{self.ends.printed()}".rstrip()
                 )
             if time.monotonic() > deadline:
                 raise MigrationError(

@@ -347,6 +347,7 @@ def test_what_is_told_of_the_progress(guests: WorkloadGuests) -> None:
     writes = sum(request.kind == WRITE for request in requests)
     assert progress.values == {
         "requests": "100",
+        "under_way": "3",
         "writes": str(writes),
         "once": "0",
         "errors": "0",

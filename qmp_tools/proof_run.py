@@ -373,8 +373,8 @@ class ProofRun(QemuPair):
             complaints = [str(error).splitlines()[0]]
             if unanswered:
                 complaints.append(
-                    f"{unanswered} requests are not answered: the device of the source has to have "
-                    "done them before it lets go of its rings"
+                    f"{unanswered} of its requests are not answered: the source's device let go of "
+                    "its rings before it had done them, or its last writes to them are lost"
                 )
             guest = GuestOutcome(0, unanswered or 1, 0, complaints)
         return replace(proof, verdict=replace(proof.verdict, guest=guest))

@@ -70,7 +70,7 @@ def _require_test(verdict: Verdict) -> None:
     """Fail the attempt if no page was certain to show a loss: on a starved machine a migration may
     be over before the guest has got to its once pages."""
     if not verdict.sharpness.certain:
-        raise NothingTestedError(verdict.sentence)
+        raise NothingTestedError(f"no page was certain to show a loss; {verdict.sentence}")
 
 
 def observe(so: bool, found: str) -> None:

@@ -187,7 +187,7 @@ def test_what_does_not_apply_is_wrong_usage(
 
 
 def test_what_applies() -> None:
-    _check(given(seed=3, fault="drop=20", timeout=120.0, control=True), "container-once-stopped")
+    _check(given(seed=3, fault="drop=20", timeout=60.0, control=True), "container-once-stopped")
     assert parse_fault("drop=20") == {"drop": 20}
     assert parse_fault("clear-before-read") == {"clear_before_read": 200}
 

@@ -46,6 +46,7 @@ from .processes.machine import INCOMING
 from .processes.qemu import Qemu
 from .processes.qmp import Qmp, QmpError
 from .processes.run_folder import run_folder
+from .processes.timeout import DEFAULT_TIMEOUT_S
 from .proof import Proof
 
 __all__ = [
@@ -100,10 +101,12 @@ async def start_qemu(
     accelerator: str | None = None,
     name: str = "test",
     folder: Path | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> AsyncIterator[StartedQemu]:
     """A QEMU with `arguments`, for as long as the context lasts.
 
     See `find_qemu` for `binary`. Its logs and sockets are in `folder`, or else in one of its own.
+    `timeout_s` bounds the wait for each of its answers.
 
     Raises:
         UntestableError: there is none, or it does not start.
@@ -114,7 +117,7 @@ async def start_qemu(
         options = [*arguments, "-qmp", f"unix:{path},server=on,wait=off"]
         if accelerator is not None:
             options = ["-accel", accelerator, *options]
-        qemu = await Qemu.start(name, find_qemu(binary), options, where)
+        qemu = await Qemu.start(name, find_qemu(binary), options, where, timeout_s=timeout_s)
         try:
             yield StartedQemu(qemu, await qemu.qmp.version(), path)
         finally:

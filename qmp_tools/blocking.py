@@ -35,6 +35,7 @@ from .migration.migration import Limits
 from .processes.machine import DESTINATION, INCOMING, SOURCE
 from .processes.qemu import Qemu
 from .processes.run_folder import run_folder
+from .processes.timeout import DEFAULT_TIMEOUT_S
 from .proof import Proof
 from .proof_run import Migrated, ProofRun, proof_run
 
@@ -79,7 +80,7 @@ class Pair:
     destination: RunningQemu
     _stage: Stage
 
-    def migrate(self, way: str = "unix", *, timeout_s: float = 120.0) -> None:
+    def migrate(self, way: str = "unix", *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Migrate in one of the `WAYS`; both guests stand still afterwards.
 
         Raises:

@@ -23,7 +23,7 @@ from dmaproof.evidence import HARVEST, Evidence, Slot
 from .check.physical_map import parse_flat_view, shown_parts
 from .devices.device import AttachedDevice
 from .display import Display
-from .guest.channel import PATIENCE_S, QUIET, START_ONCE, SWEEP, GuestLateError
+from .guest.channel import QUIET, START_ONCE, SWEEP, GuestLateError
 from .migration.migration import Migration, Progress
 from .migration.refused_features import explain_refusal
 from .migration.ways import WAYS, FirstAttempt, UnsupportedWayError
@@ -99,7 +99,7 @@ async def proof_run(setup: Setup, display: Display, folder: Path) -> AsyncIterat
         f"starting: {format_memory(setup.machine.memory_bytes)} of RAM, "
         f"{setup.machine.machine}, {setup.machine.accelerator}, seed {setup.seed}"
     )
-    async with setup.device.start(folder) as device:
+    async with setup.device.start(folder, setup.limits.timeout_s) as device:
         run = ProofRun(setup, display, device, folder)
         try:
             await run.start()
@@ -365,7 +365,7 @@ class ProofRun(QemuPair):
             return proof
         lost = proof.verdict.lost
         try:
-            guest = await self.guarded(self._go_on(_PATIENCE_AFTER_LOSS_S if lost else PATIENCE_S))
+            guest = await self.guarded(self._go_on(_PATIENCE_AFTER_LOSS_S if lost else None))
         except UntestableError as error:
             unanswered = self._unanswered() if isinstance(error, GuestLateError) else 0
             if not (lost or unanswered):
@@ -384,8 +384,10 @@ class ProofRun(QemuPair):
         guest = self._guests[self.there]
         return 0 if "sweep" in guest.latest else guest.number("progress", "under_way")
 
-    async def _go_on(self, patience_s: float) -> GuestOutcome:
+    async def _go_on(self, timeout_s: float | None) -> GuestOutcome:
         """Continue on the destination; its guest checks all its pages, and works on.
+
+        `timeout_s` is a bound of each wait lower than the set-up's.
 
         Raises:
             UntestableError: the guest does not; after lost pages it may well not.
@@ -396,11 +398,11 @@ class ProofRun(QemuPair):
         await destination.qmp.execute("cont")
         await guest.tell(SWEEP)
         wanted = before + self._setup.requests_after
-        await guest.wait_for(lambda: "sweep" in guest.latest, "swept its pages", patience_s)
+        await guest.wait_for(lambda: "sweep" in guest.latest, "swept its pages", timeout_s)
         await guest.wait_for(
             lambda: guest.number("progress", "requests") >= wanted,
             f"done {self._setup.requests_after} more requests",
-            patience_s,
+            timeout_s,
         )
         return GuestOutcome(
             requests=guest.number("progress", "requests") - before,

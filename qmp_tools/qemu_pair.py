@@ -14,16 +14,17 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from dmaproof.errors import UntestableError
+from dmaproof.errors import UntestableError, WaitTimeoutError
 
 from .devices.device import AttachedDevice
 from .display import Display
-from .guest.channel import AGAIN, PATIENCE_S, USE_NEW_MEMORY, GuestChannel, GuestGaveUpError
+from .guest.channel import AGAIN, USE_NEW_MEMORY, GuestChannel, GuestGaveUpError
 from .migration.ways import WAYS, Ends, Plug, UnsupportedWayError, channel, channel_path
 from .processes.machine import DESTINATION, INCOMING, SOURCE, dimm_arguments
 from .processes.process import ProcessDiedError
 from .processes.qemu import Qemu
 from .processes.qmp import QmpError, QmpRefusal
+from .processes.timeout import bounded
 from .proof import Setup
 
 _LOOK_AGAIN_S: Final = 0.01
@@ -170,12 +171,11 @@ class QemuPair:
         await self.qemus[self.there].qmp.connect(str(self._successor_socket))
 
     async def _wait_for_socket(self, path: Path) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            if path.exists():
-                return
-            await asyncio.sleep(_LOOK_AGAIN_S)
-        raise UntestableError(f"nobody listens at {path}")
+        timeout_s = self._setup.limits.timeout_s
+        error = WaitTimeoutError(f"nobody has listened at {path} within {timeout_s:g} s")
+        async with bounded(timeout_s, lambda: error):
+            while not path.exists():  # noqa: ASYNC110  (nothing of ours makes it)
+                await asyncio.sleep(_LOOK_AGAIN_S)
 
     async def _launch(self, name: str, *extra: str) -> None:
         binary = self._setup.qemu if name == SOURCE else self._setup.qemu_destination
@@ -187,8 +187,11 @@ class QemuPair:
             *(_devices(self._attached[name], False) if plugged_later else self._attached[name]),
             *extra,
         ]
-        self.qemus[name] = await Qemu.launch(name, binary, arguments, self._folder)
-        self._guests[name] = GuestChannel(self.qemus[name])
+        timeout_s = self._setup.limits.timeout_s
+        self.qemus[name] = await Qemu.launch(
+            name, binary, arguments, self._folder, timeout_s=timeout_s
+        )
+        self._guests[name] = GuestChannel(self.qemus[name], timeout_s)
 
     async def end(self) -> None:
         """End both QEMUs."""

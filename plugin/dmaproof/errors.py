@@ -5,7 +5,8 @@
     DmaproofError
     ├── UsageError          the caller's arguments are wrong (exit code 2)
     ├── UntestableError     the proof could not be carried out (exit code 3)
-    │   └── UnsupportedError    because a QEMU lacks, or refuses, what was asked for
+    │   ├── UnsupportedError    because a QEMU lacks, or refuses, what was asked for
+    │   └── WaitTimeoutError    because something did not come in time
     ├── BitmapError         a range, page size or buffer that a dirty bitmap cannot take
     ├── TrackerError        a dirty tracker was asked for what it cannot do
     ├── MemoryAccessError   an address outside every memory slot or IOVA mapping
@@ -32,6 +33,10 @@ class UntestableError(DmaproofError):
 
 class UnsupportedError(UntestableError):
     """A QEMU lacks what was asked for, or refuses it: nothing has failed."""
+
+
+class WaitTimeoutError(UntestableError):
+    """A wait has reached its bound; the message says what for, how long, and who is to blame."""
 
 
 class BitmapError(DmaproofError, ValueError):

@@ -26,6 +26,7 @@ from dmaproof.page_compare import Extent, differing_pages
 from ..processes.attachment import AttachedQemu, attach
 from ..processes.machine import MIB
 from ..processes.run_folder import run_folder
+from ..processes.timeout import DEFAULT_TIMEOUT_S
 from ..ram import PAGE_BYTES
 from ..verdict import EXIT_LOST, EXIT_PASS
 from .guest_ram import GuestRam, guest_ram
@@ -134,8 +135,12 @@ class Check:
         return f"every page equal: {self.pages} pages compared"
 
 
-async def check(source_socket: Path, destination_socket: Path) -> Check:
+async def check(
+    source_socket: Path, destination_socket: Path, *, timeout_s: float = DEFAULT_TIMEOUT_S
+) -> Check:
     """Compare the RAM of the QEMUs behind two QMP sockets.
+
+    `timeout_s` bounds the wait for each of their answers.
 
     Raises:
         UsageError: a socket is none, or both are the same QEMU's.
@@ -147,7 +152,7 @@ async def check(source_socket: Path, destination_socket: Path) -> Check:
     async with contextlib.AsyncExitStack() as stack:
         folder = stack.enter_context(run_folder())
         qemus = [
-            await stack.enter_async_context(attach(name, path))
+            await stack.enter_async_context(attach(name, path, timeout_s=timeout_s))
             for name, path in (
                 ("source QEMU", source_socket),
                 ("destination QEMU", destination_socket),

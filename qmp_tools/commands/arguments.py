@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 from dmaproof.errors import UsageError
+
+from ..processes.timeout import DEFAULT_TIMEOUT_S
 
 Subcommands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """Where a subcommand adds its parser; argparse has no public name for it."""
@@ -65,6 +68,25 @@ def seconds(text: str) -> float:
     if not 0 < value < 3600:
         raise ValueError
     return value
+
+
+def _timeout(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected more than 0 seconds")
+    return value
+
+
+def add_timeout(parser: argparse._ActionsContainer) -> None:
+    """Add ``--timeout``, which bounds each wait of a subcommand (see `processes.timeout`)."""
+    parser.add_argument(
+        "--timeout",
+        type=_timeout,
+        default=DEFAULT_TIMEOUT_S,
+        metavar="SECONDS",
+        help="how long to wait for any one thing, such as an answer or the end of a migration "
+        "(default: %(default)g)",
+    )
 
 
 def sole_device(arguments: argparse.Namespace, begins: str) -> str | None:

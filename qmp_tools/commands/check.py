@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..check.check import check
 from ..reports.check_report import to_json, to_text
-from .arguments import Subcommands, add_parser
+from .arguments import Subcommands, add_parser, add_timeout
 from .interruption import run_interruptibly
 from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
 
@@ -41,11 +41,14 @@ def add(commands: Subcommands) -> None:
     )
     parser.add_argument("source", type=Path, help="the source's QMP socket")
     parser.add_argument("destination", type=Path, help="the destination's QMP socket")
+    add_timeout(parser)
     add_outputs(parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    outcome = run_interruptibly(check(arguments.source, arguments.destination))
+    outcome = run_interruptibly(
+        check(arguments.source, arguments.destination, timeout_s=arguments.timeout)
+    )
     if not writes_to_stdout(arguments):
         print(to_text(outcome))
     write_outputs(to_json(outcome), arguments)

@@ -9,7 +9,7 @@ from typing import Final
 
 from ..migration.dirty_rate import MODES, DirtyRates, measure, to_json, to_text
 from ..processes.attachment import attach
-from .arguments import Subcommands, add_parser, positive
+from .arguments import Subcommands, add_parser, add_timeout, positive
 from .interruption import run_interruptibly
 
 _EXAMPLES: Final = """\
@@ -35,11 +35,12 @@ def add(commands: Subcommands) -> None:
     parser.add_argument(
         "--mode", choices=MODES, default=MODES[0], help="QEMU's measure (default: %(default)s)"
     )
+    add_timeout(parser)
     parser.add_argument("--json", action="store_true", help="write JSON instead of text")
 
 
 async def _measure(arguments: argparse.Namespace) -> DirtyRates:
-    async with attach("QEMU", arguments.socket) as qemu:
+    async with attach("QEMU", arguments.socket, timeout_s=arguments.timeout) as qemu:
         return await measure(qemu, arguments.mode, arguments.seconds)
 
 

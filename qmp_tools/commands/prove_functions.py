@@ -83,12 +83,16 @@ async def functions_setup_of(arguments: argparse.Namespace, show: Display, host:
     seed = seed_of(arguments)
     workload = parse_workload(arguments.workload, seed)
     source, destination = qemus_of(arguments)
-    accelerator = await choose_accelerator(arguments.accel, source, bare_guest(show.say), show)
+    accelerator = await choose_accelerator(
+        arguments.accel, source, bare_guest(show.say), show, limits.timeout_s
+    )
     if memory is None:
-        memory = await choose_memory(source, accelerator, guest.memory_bytes, show)
+        memory = await choose_memory(
+            source, accelerator, guest.memory_bytes, show, limits.timeout_s
+        )
     machine = arguments.machine
     if destination.resolve() != source.resolve():
-        machine = await common_machine(machine, source, destination)
+        machine = await common_machine(machine, source, destination, limits.timeout_s)
     return Setup(
         qemu=source,
         qemu_destination=destination,

@@ -18,7 +18,7 @@ from dmaproof.errors import UntestableError
 
 from ..migration.watch import View, watch
 from ..processes.attachment import attach
-from .arguments import Subcommands, add_parser, seconds
+from .arguments import Subcommands, add_parser, add_timeout, seconds
 from .interruption import run_interruptibly
 
 _EXAMPLES: Final = """\
@@ -71,10 +71,11 @@ def add(commands: Subcommands) -> None:
         metavar="SECONDS",
         help="between two looks (default: %(default)s)",
     )
+    add_timeout(parser)
 
 
 async def _watch(arguments: argparse.Namespace) -> View:
-    async with attach("QEMU", arguments.socket) as qemu:
+    async with attach("QEMU", arguments.socket, timeout_s=arguments.timeout) as qemu:
         waiting = False
         with _screen() as show:
             async for view in watch(qemu, arguments.interval):

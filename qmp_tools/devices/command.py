@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from dmaproof.errors import UntestableError, UsageError
+from dmaproof.errors import UsageError, WaitTimeoutError
 
 from ..guest.linux import VIRTIO_BLK, VIRTIO_NET, VIRTIOFS, Driver
 from ..guest.workload import Workload
@@ -25,10 +25,10 @@ from ..processes.machine import (
     vhost_user_net_arguments,
 )
 from ..processes.process import Process
+from ..processes.timeout import bounded
 from .device import AttachedDevice, DeviceFacts, SilentDevice, on_image, on_network
 from .disk_image import write_image
 
-_START_TIMEOUT_S: Final = 30.0
 _POLL_S: Final = 0.01
 _ACCEPTS_CONNECTIONS: Final = 1 << 16
 """__SO_ACCEPTCON, as /proc/net/unix shows it among a socket's flags."""
@@ -93,12 +93,12 @@ class CommandDevice:
         raise UsageError(f"{fault} cannot be planted in somebody else's device")
 
     @asynccontextmanager
-    async def start(self, folder: Path) -> AsyncIterator[AttachedDevice]:
+    async def start(self, folder: Path, timeout_s: float) -> AsyncIterator[AttachedDevice]:
         """See `ProofDevice.start`."""
         shared = folder / "shared"
         shared.mkdir()
         write_image(shared / "disk")
-        attached = _Attached(self, folder, shared)
+        attached = _Attached(self, folder, shared, timeout_s)
         try:
             yield attached
         finally:
@@ -131,10 +131,11 @@ _PLACEHOLDERS: Final = ("socket", "side", "image", "folder", "queues")
 
 
 class _Attached(SilentDevice):
-    def __init__(self, setup: CommandDevice, folder: Path, shared: Path) -> None:
+    def __init__(self, setup: CommandDevice, folder: Path, shared: Path, timeout_s: float) -> None:
         self._setup = setup
         self._folder = folder
         self._shared = shared
+        self._timeout_s = timeout_s
         self._backends: dict[str, Process] = {}
 
     @property
@@ -160,17 +161,18 @@ class _Attached(SilentDevice):
             run_folder=self._folder,
         )
         self._backends[side] = backend
-        try:
-            async with asyncio.timeout(_START_TIMEOUT_S):
-                while not listens(socket):
-                    if backend.died.done():
-                        raise await backend.missed()
-                    await asyncio.sleep(_POLL_S)
-        except TimeoutError:
-            raise UntestableError(
-                f"{backend.name} has not listened on {socket} for {_START_TIMEOUT_S:.0f} s\n"
+
+        def late() -> WaitTimeoutError:
+            return WaitTimeoutError(
+                f"{backend.name} has not listened on {socket} within {self._timeout_s:g} s\n"
                 f"{backend.log_tail()}".rstrip()
-            ) from None
+            )
+
+        async with bounded(self._timeout_s, late):
+            while not listens(socket):
+                if backend.died.done():
+                    raise await backend.missed()
+                await asyncio.sleep(_POLL_S)
         return KINDS[self._setup.kind].arguments(socket, self._setup.queues)
 
     def release(self, side: str) -> None:

@@ -65,8 +65,10 @@ class ProofDevice(Protocol):
             UsageError: nothing can be planted in it.
         """
 
-    def start(self, folder: Path) -> AbstractAsyncContextManager[AttachedDevice]:
+    def start(self, folder: Path, timeout_s: float) -> AbstractAsyncContextManager[AttachedDevice]:
         """What it runs besides QEMU; its sockets and logs are in the run's `folder`.
+
+        `timeout_s` bounds each wait for it.
 
         Raises:
             UntestableError: it does not start.

@@ -123,9 +123,9 @@ class EmulatedDevice:
         return replace(self, options=replace(self.options, fault=fault))
 
     @asynccontextmanager
-    async def start(self, folder: Path) -> AsyncIterator[AttachedDevice]:
+    async def start(self, folder: Path, timeout_s: float) -> AsyncIterator[AttachedDevice]:
         """See `ProofDevice.start`."""
-        attached = _AttachedDevice(self, folder)
+        attached = _AttachedDevice(self, folder, timeout_s)
         try:
             await attached.start()
             yield attached
@@ -139,9 +139,10 @@ class _AttachedDevice:
     (QEMU 7.2 does not take up a device again that it has lost before it was started.)
     """
 
-    def __init__(self, setup: EmulatedDevice, folder: Path) -> None:
+    def __init__(self, setup: EmulatedDevice, folder: Path, timeout_s: float) -> None:
         self._setup = setup
         self._folder = folder
+        self._timeout_s = timeout_s
         self._sockets = {
             side: folder / f"{side}-{setup.name}.sock" for side in (SOURCE, DESTINATION)
         }
@@ -160,7 +161,11 @@ class _AttachedDevice:
                 await self._start_for(side)
             return
         device = await Device.start(
-            self._options, self._sockets, self._folder, name=self._setup.name
+            self._options,
+            self._sockets,
+            self._folder,
+            timeout_s=self._timeout_s,
+            name=self._setup.name,
         )
         self._devices = dict.fromkeys(self._sockets, device)
 
@@ -169,6 +174,7 @@ class _AttachedDevice:
             self._options,
             {side: self._sockets[side]},
             self._folder,
+            timeout_s=self._timeout_s,
             name=f"{side} {self._setup.name}",
             state=self._state,
         )

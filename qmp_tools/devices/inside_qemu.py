@@ -107,7 +107,7 @@ class InsideQemu:
         raise UsageError(f"{fault} cannot be planted in a device of QEMU's")
 
     @asynccontextmanager
-    async def start(self, folder: Path) -> AsyncIterator[AttachedDevice]:
+    async def start(self, folder: Path, timeout_s: float) -> AsyncIterator[AttachedDevice]:
         """See `ProofDevice.start`."""
         if not KINDS[self.name].network:
             write_image(folder / _DISK)

@@ -62,11 +62,14 @@ class SeveralDevices:
         return SeveralDevices([device.with_fault(fault) for device in self.devices])
 
     @asynccontextmanager
-    async def start(self, folder: Path) -> AsyncIterator[AttachedDevice]:
+    async def start(self, folder: Path, timeout_s: float) -> AsyncIterator[AttachedDevice]:
         """See `ProofDevice.start`."""
         async with AsyncExitStack() as stack:
             yield _AttachedDevices(
-                [await stack.enter_async_context(it.start(folder)) for it in self.devices]
+                [
+                    await stack.enter_async_context(it.start(folder, timeout_s))
+                    for it in self.devices
+                ]
             )
 
 

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from dmaproof.errors import UntestableError
+from dmaproof.errors import UntestableError, WaitTimeoutError
 
 from ..processes.process import log_tail, printable
 from ..processes.qemu import Qemu
+from ..processes.timeout import bounded
 
 START_ONCE: Final = b"o"
 """Begin to use the pages that are written only once."""
@@ -25,8 +26,6 @@ USE_NEW_MEMORY: Final = b"m"
 AGAIN: Final = b"a"
 """Get ready for another migration: no once page has been used, and the vCPU writes steadily."""
 
-PATIENCE_S: Final = 120.0
-"""What a guest has for whatever it is waited for, on a machine that may be slow and busy."""
 _COMPLAINTS_KEPT: Final = 8
 _MOST_VERBS: Final = 64
 """Far more than guests have. What comes is kept by verb, and a guest must not fill our memory."""
@@ -42,7 +41,7 @@ class GuestGaveUpError(GuestError):
     """The guest said that it cannot go on; it switches its machine off."""
 
 
-class GuestLateError(GuestError):
+class GuestLateError(GuestError, WaitTimeoutError):
     """The guest has not done in time what it was waited for."""
 
 
@@ -73,13 +72,15 @@ def parse_line(line: str) -> GuestReport:
 class GuestChannel:
     """Reads the guest's lines as they come.
 
-    `latest` holds the last report of each verb; `complaints` the first error lines.
+    `latest` holds the last report of each verb; `complaints` the first error lines. `timeout_s`
+    bounds each wait.
     """
 
-    def __init__(self, qemu: Qemu) -> None:
+    def __init__(self, qemu: Qemu, timeout_s: float) -> None:
         self.latest: dict[str, GuestReport] = {}
         self.complaints: list[str] = []
         self._qemu = qemu
+        self._timeout_s = timeout_s
         self._fatal: str | None = None
         self._news = asyncio.Condition()
         self._reading = asyncio.ensure_future(self._read())
@@ -129,23 +130,27 @@ class GuestChannel:
         return int(value)
 
     async def wait_for(
-        self, reached: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S
+        self, reached: Callable[[], bool], what: str, timeout_s: float | None = None
     ) -> None:
         """Wait until `reached`; `what` says in words what that is.
 
+        `timeout_s` is a bound lower than the channel's own.
+
         Raises:
             GuestGaveUpError: the guest gave up.
-            GuestLateError: it takes longer than `timeout_s`.
+            GuestLateError: it takes longer.
         """
-        try:
-            async with asyncio.timeout(timeout_s), self._news:
-                while not reached() and self._fatal is None:
-                    await self._news.wait()
-        except TimeoutError:
-            raise GuestLateError(
+        bound_s = self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
+
+        def late() -> GuestLateError:
+            return GuestLateError(
                 f"the guest of the {self._qemu.process.name} has not {what} within "
-                f"{timeout_s:.0f} s\n{log_tail(self._qemu.console)}".rstrip()
-            ) from None
+                f"{bound_s:g} s\n{log_tail(self._qemu.console)}".rstrip()
+            )
+
+        async with bounded(bound_s, late), self._news:
+            while not reached() and self._fatal is None:
+                await self._news.wait()
         if self._fatal is not None:
             raise GuestGaveUpError(
                 f"the guest of the {self._qemu.process.name} gave up: {self._fatal}"

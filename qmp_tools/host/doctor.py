@@ -29,6 +29,7 @@ from ..guest.build import cache, compile_c
 from ..processes.machine import MIB, format_memory
 from ..processes.qemu import Qemu
 from ..processes.run_folder import run_folder
+from ..processes.timeout import DEFAULT_TIMEOUT_S
 from . import archive
 from .finding import Finding, State
 from .qemu_builds import installed
@@ -273,7 +274,9 @@ def _look_for_qemu(*, ask: bool) -> tuple[str | None, str | None]:
 
 async def _version(binary: Path) -> str:
     with run_folder() as folder:
-        qemu = await Qemu.start("doctor's", binary, ["-machine", "none"], folder)
+        qemu = await Qemu.start(
+            "doctor's", binary, ["-machine", "none"], folder, timeout_s=DEFAULT_TIMEOUT_S
+        )
         try:
             return await qemu.qmp.version()
         finally:

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from dmaproof.errors import UntestableError
+from dmaproof.errors import UntestableError, WaitTimeoutError
 
 from ..display import Display
 from ..guest.bare import probe_guest
@@ -29,12 +29,12 @@ from ..migration.ways import WAYS, Ends
 from ..processes.machine import GIB, INCOMING, KIB, MIB, Machine, format_memory
 from ..processes.qemu import Qemu
 from ..processes.run_folder import run_folder
+from ..processes.timeout import bounded
 from ..ram import compare, ram_file
 
 _ODD_BYTES: Final = 8 * KIB
 """Added to a RAM size, makes it no multiple of 64 pages."""
 
-_PROBE_BOOT_PATIENCE_S: Final = 30.0
 _PROBE_MEMORY_BYTES: Final = 64 * MIB
 _BLOCK_BEFORE: Final = ("-object", f"memory-backend-ram,id=before,size={_PROBE_MEMORY_BYTES}")
 """Takes the first place among QEMU's RAM blocks, which else is that of the guest's RAM."""
@@ -78,7 +78,9 @@ def identity(qemu: Path) -> str:
     return f"{qemu.resolve()} {status.st_size} {status.st_mtime_ns}"
 
 
-async def choose_accelerator(wanted: str, qemu: Path, guest: Guest, display: Display) -> str:
+async def choose_accelerator(
+    wanted: str, qemu: Path, guest: Guest, display: Display, timeout_s: float
+) -> str:
     """'kvm' or 'tcg': what was `wanted`, or for 'auto' KVM if it runs `guest`."""
     if wanted != "auto":
         return wanted
@@ -89,7 +91,7 @@ async def choose_accelerator(wanted: str, qemu: Path, guest: Guest, display: Dis
         return "tcg"
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     runs = await _remembered(
-        f"kvm {boot} {identity(qemu)} {guest.version}", lambda: _kvm_runs(qemu, guest)
+        f"kvm {boot} {identity(qemu)} {guest.version}", lambda: _kvm_runs(qemu, guest, timeout_s)
     )
     if not runs:
         display.say(
@@ -99,7 +101,7 @@ async def choose_accelerator(wanted: str, qemu: Path, guest: Guest, display: Dis
     return "kvm" if runs else "tcg"
 
 
-async def _kvm_runs(qemu: Path, guest: Guest) -> int:
+async def _kvm_runs(qemu: Path, guest: Guest, timeout_s: float) -> int:
     machine = Machine(
         machine="q35",
         accelerator="kvm",
@@ -113,7 +115,9 @@ async def _kvm_runs(qemu: Path, guest: Guest) -> int:
     disk += ["-device", "virtio-blk-pci,drive=disk"]
     with run_folder() as folder:
         try:
-            running = await Qemu.start("probe", qemu, [*machine.arguments(), *disk], folder)
+            running = await Qemu.start(
+                "probe", qemu, [*machine.arguments(), *disk], folder, timeout_s=timeout_s
+            )
         except UntestableError:
             return 0
         try:
@@ -126,9 +130,11 @@ async def _kvm_runs(qemu: Path, guest: Guest) -> int:
             await running.end()
 
 
-async def choose_memory(qemu: Path, accelerator: str, wanted_bytes: int, display: Display) -> int:
+async def choose_memory(
+    qemu: Path, accelerator: str, wanted_bytes: int, display: Display, timeout_s: float
+) -> int:
     """A RAM size of about `wanted_bytes` at which the accelerator's own dirty tracking is sound."""
-    lost = await vcpu_pages_lost(qemu, accelerator)
+    lost = await vcpu_pages_lost(qemu, accelerator, timeout_s)
     if not lost:
         return wanted_bytes
     memory = wanted_bytes + _ODD_BYTES
@@ -140,26 +146,32 @@ async def choose_memory(qemu: Path, accelerator: str, wanted_bytes: int, display
     return memory
 
 
-async def warn_of_dimms(qemu: Path, accelerator: str, display: Display) -> None:
+async def warn_of_dimms(qemu: Path, accelerator: str, display: Display, timeout_s: float) -> None:
     """Say so if the accelerator's own dirty tracking is not sound in memory that is plugged."""
-    if lost := await vcpu_pages_lost(qemu, accelerator, in_dimms=True):
+    if lost := await vcpu_pages_lost(qemu, accelerator, timeout_s, in_dimms=True):
         display.say(
             f"memory: what vCPUs write to a DIMM may get lost by this QEMU (a probe lost {lost}); "
             "it is told as the accelerator's loss"
         )
 
 
-async def vcpu_pages_lost(qemu: Path, accelerator: str, *, in_dimms: bool = False) -> int:
+async def vcpu_pages_lost(
+    qemu: Path, accelerator: str, timeout_s: float, *, in_dimms: bool = False
+) -> int:
     """How many pages a migration loses that only a vCPU writes, without any device: in the guest's
     RAM, which is QEMU's first RAM block, or in the blocks behind it, such as DIMMs."""
     block = " behind the first block" if in_dimms else ""
     return await _remembered(
         f"vcpu-pages-lost{block} {accelerator} {identity(qemu)} {probe_guest().parent.name}",
-        lambda: _count_vcpu_pages_lost(qemu, accelerator, _BLOCK_BEFORE if in_dimms else ()),
+        lambda: _count_vcpu_pages_lost(
+            qemu, accelerator, _BLOCK_BEFORE if in_dimms else (), timeout_s
+        ),
     )
 
 
-async def _count_vcpu_pages_lost(qemu: Path, accelerator: str, before: Sequence[str]) -> int:
+async def _count_vcpu_pages_lost(
+    qemu: Path, accelerator: str, before: Sequence[str], timeout_s: float
+) -> int:
     machine = Machine(
         machine="q35",
         accelerator=accelerator,
@@ -170,16 +182,21 @@ async def _count_vcpu_pages_lost(qemu: Path, accelerator: str, before: Sequence[
     arguments = [*before, *machine.arguments()]
     with run_folder() as folder:
         async with contextlib.AsyncExitStack() as stack:
-            source = await Qemu.start("source", qemu, arguments, folder)
+            source = await Qemu.start("source", qemu, arguments, folder, timeout_s=timeout_s)
             stack.push_async_callback(source.end)
-            destination = await Qemu.start("destination", qemu, [*arguments, *INCOMING], folder)
+            destination = await Qemu.start(
+                "destination", qemu, [*arguments, *INCOMING], folder, timeout_s=timeout_s
+            )
             stack.push_async_callback(destination.end)
-            async with asyncio.timeout(_PROBE_BOOT_PATIENCE_S):
+            late = WaitTimeoutError(
+                f"the probe's guest on {qemu} has said nothing within {timeout_s:g} s"
+            )
+            async with bounded(timeout_s, lambda: late):
                 await source.report.readline()
             # So slow that the 64 dirty pages take a quarter of a second. They must be sent while
             # the vCPU runs on, also on a busy machine: where it has not written to them again by
             # the time it is stopped, the loss is hidden.
-            limits = Limits(bandwidth_bytes_per_s=_PROBE_BANDWIDTH_BYTES_PER_S)
+            limits = Limits(_PROBE_BANDWIDTH_BYTES_PER_S, timeout_s=timeout_s)
             migration = Migration(Ends(source.qmp, destination.qmp, folder), WAYS["unix"], limits)
             await migration.start()
             async for progress in migration.follow():

@@ -72,7 +72,7 @@ def version_of(binary: Path) -> str | None:
     return match[1] if match else None
 
 
-async def common_machine(wanted: str, source: Path, destination: Path) -> str:
+async def common_machine(wanted: str, source: Path, destination: Path, timeout_s: float) -> str:
     """A versioned machine type that both QEMUs have, for an alias such as 'q35'.
 
     Two builds of one version resolve an alias alike; else it is the older one's type. Properties
@@ -83,7 +83,7 @@ async def common_machine(wanted: str, source: Path, destination: Path) -> str:
             in common.
     """
     name, comma, properties = wanted.partition(",")
-    types = [await _machine_types(binary) for binary in (source, destination)]
+    types = [await _machine_types(binary, timeout_s) for binary in (source, destination)]
     for binary, known in zip((source, destination), types, strict=True):
         if name not in known:
             raise UnsupportedError(f"machine {name}: {binary} has no such machine type")
@@ -95,12 +95,14 @@ async def common_machine(wanted: str, source: Path, destination: Path) -> str:
     )
 
 
-async def _machine_types(binary: Path) -> dict[str, str]:
+async def _machine_types(binary: Path, timeout_s: float) -> dict[str, str]:
     """Machine type or alias → the name of the type; asked once of each QEMU."""
     if binary in _types:
         return _types[binary]
     with run_folder() as folder:
-        qemu = await Qemu.start("machine-types", binary, ["-machine", "none"], folder)
+        qemu = await Qemu.start(
+            "machine-types", binary, ["-machine", "none"], folder, timeout_s=timeout_s
+        )
         try:
             answer: list[dict[str, Any]] = await qemu.qmp.execute("query-machines")
         finally:

@@ -130,7 +130,9 @@ async def _run(
         said.append(f"    {line}")
         heard(line)
 
-    running = await Qemu.start(f"L1-{number}", binary, _arguments(number, machine, job), folder)
+    running = await Qemu.start(
+        f"L1-{number}", binary, _arguments(number, machine, job), folder, timeout_s=timeout_s
+    )
     try:
         async with asyncio.timeout(timeout_s):
             reading = asyncio.ensure_future(_read(running, hear))

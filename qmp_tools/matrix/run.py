@@ -33,8 +33,8 @@ from .kept import Kept, key_of
 from .result import Result, State, result_of, skipped, untested
 from .room import Room
 
-_GRACE_S: Final = 300.0
-"""What a proof may take besides its migrations: it bounds each of its steps by itself."""
+_WAITS_OF_A_PROOF: Final = 20
+"""So many of its waits, each of which it bounds itself, a proof may take to their bounds."""
 
 Say = Callable[[str], None]
 
@@ -168,14 +168,14 @@ class _Run:
         began_s = time.monotonic()
         answer, log = base.with_suffix(".json"), base.with_suffix(".log")
         program = [sys.executable, "-m", "qmp_tools.cli", *_arguments(it.options(seed))]
-        limit_s = 2 * it.setup.limits.timeout_s + _GRACE_S
+        limit_s = _WAITS_OF_A_PROOF * it.setup.limits.timeout_s
         async with _ended(
             await Process.start("proof", [*program, "--quiet", f"--json={answer}"], log)
         ) as process:
             try:
                 await asyncio.wait_for(asyncio.shield(process.died), limit_s)
             except TimeoutError:
-                return untested(f"the proof has not ended within {limit_s:.0f} s")
+                return untested(f"the proof has not ended within {limit_s:g} s")
         seconds = time.monotonic() - began_s
         report = _read(answer)
         if report is None:

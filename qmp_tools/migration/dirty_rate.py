@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmaproof.dirty_log import LOG_PAGE_BYTES
-from dmaproof.errors import UntestableError, UsageError
+from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError
 
 from ..processes.attachment import AttachedQemu, owner_name
 from ..processes.machine import MIB
@@ -31,7 +31,6 @@ _SAMPLING: Final = "page-sampling"
 MODES: Final = (_SAMPLING, "dirty-bitmap", "dirty-ring")
 _LOG_NAME: Final = "/memfd:vhost-log"
 _LOOK_EVERY_S: Final = 0.05
-_PATIENCE_S: Final = 10.0
 
 
 @dataclass(frozen=True)
@@ -65,16 +64,21 @@ async def measure(qemu: AttachedQemu, mode: str, seconds: int) -> DirtyRates:
         )
     await qemu.qmp.execute("calc-dirty-rate", calc_time=seconds, mode=mode)
     meter = VhostLogMeter(qemu.pid, qemu.name)
-    deadline = time.monotonic() + seconds + _PATIENCE_S
+    due = time.monotonic() + seconds
     while True:
         meter.look()
         answer = await qemu.qmp.execute("query-dirty-rate")
         if answer["status"] == "measured":
             break
-        if time.monotonic() > deadline:
+        late_s = time.monotonic() - due
+        if late_s > 0 and (status := await qemu.status()) != "running":
             raise UntestableError(
-                f"{qemu.name} has not measured its dirty rate within {_PATIENCE_S:.0f} s more "
-                "than it was given; a paused guest has none"
+                f"{qemu.name} is {status!r}: only a running guest has a dirty rate"
+            )
+        if late_s > qemu.qmp.timeout_s:
+            raise WaitTimeoutError(
+                f"{qemu.name} has not measured its dirty rate within {qemu.qmp.timeout_s:g} s more "
+                f"than the {seconds} s that it was given"
             )
         await asyncio.sleep(_LOOK_EVERY_S)
     return DirtyRates(

@@ -13,10 +13,11 @@ from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
-from dmaproof.errors import UntestableError
+from dmaproof.errors import UntestableError, WaitTimeoutError
 
 from ..processes.machine import MIB
 from ..processes.qmp import QmpRefusal
+from ..processes.timeout import DEFAULT_TIMEOUT_S
 from .ways import HELD_BYTES_PER_S, Ends, UnsupportedWayError, Way, channel
 
 _POLL_S: Final = 0.05
@@ -30,13 +31,20 @@ class MigrationError(UntestableError):
     """The migration did not come to its end."""
 
 
+class MigrationTimeoutError(MigrationError, WaitTimeoutError):
+    """The migration did not come to its end in time."""
+
+
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of a migration: bytes a second (None: unlimited), downtime and whole time."""
+    """Bounds of a migration: bytes a second (None: unlimited), and downtime.
+
+    `timeout_s` bounds each wait of a proof: for the migration to complete, and for any other thing.
+    """
 
     bandwidth_bytes_per_s: int | None = None
     downtime_s: float = 0.3
-    timeout_s: float = 120.0
+    timeout_s: float = DEFAULT_TIMEOUT_S
 
 
 @dataclass(frozen=True)
@@ -212,7 +220,8 @@ class Migration:
         """The progress, again and again until the migration has completed.
 
         Raises:
-            MigrationError: it failed, was cancelled, or took longer than its time.
+            MigrationTimeoutError: it took longer than its time.
+            MigrationError: it failed, or was cancelled.
         """
         if self.way.in_place:  # it is over when `start` is, and the source is no more
             return
@@ -248,8 +257,8 @@ class Migration:
                     f"{self.ends.printed()}".rstrip()
                 )
             if time.monotonic() > deadline:
-                raise MigrationError(
-                    f"the migration has not completed within {self.limits.timeout_s:.0f} s (it is "
+                raise MigrationTimeoutError(
+                    f"the migration has not completed within {self.limits.timeout_s:g} s (it is "
                     f"{progress.status!r}, {progress.remaining} bytes remain after "
                     f"{progress.syncs} syncs); allow more bandwidth, downtime or time"
                     + ("" if self.way_shown else f" (no {self.way.shown_by} has been seen)")
@@ -292,19 +301,23 @@ class Migration:
         deadline = time.monotonic() + self.limits.timeout_s
         while (status := (await self.ends.source.execute("query-status"))["status"]) != "running":
             if time.monotonic() > deadline:
-                raise MigrationError(
-                    f"the migration failed, as it was to, but the source is {status!r} and does "
-                    "not run on"
+                raise MigrationTimeoutError(
+                    f"the migration failed, as it was to, but the source is {status!r}, and has "
+                    f"not run on within {self.limits.timeout_s:g} s"
                 )
             await asyncio.sleep(_POLL_S)
 
     async def _come_to(self, end: str) -> None:
         paused = False
-        with contextlib.suppress(MigrationError):
+        try:
             async for progress in self._poll():
                 if progress.status == _PAUSED and not paused:
                     paused = True
                     await self.ends.source.execute("migrate-continue", state=_PAUSED)
+        except MigrationTimeoutError:
+            raise
+        except MigrationError:
+            pass  # it has come to an end, which is looked at now
         if (status := self.history[-1].status) != end:
             raise MigrationError(f"the migration was to be {end}, and is {status!r}")
 
@@ -326,4 +339,6 @@ class Migration:
             if answer["status"] not in ("inmigrate", "prelaunch", "finish-migrate"):
                 raise MigrationError(f"the destination is {answer['status']!r} and not paused")
             await asyncio.sleep(_POLL_S)
-        raise MigrationError("the destination has not finished loading")
+        raise MigrationTimeoutError(
+            f"the destination has not loaded everything within {self.limits.timeout_s:g} s"
+        )

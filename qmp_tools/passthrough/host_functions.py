@@ -71,7 +71,7 @@ class HostFunctions:
         raise UsageError(f"--fault {fault}: nothing can be planted in a device of the host")
 
     @contextlib.asynccontextmanager
-    async def start(self, folder: Path) -> AsyncIterator[AttachedDevice]:
+    async def start(self, folder: Path, timeout_s: float) -> AsyncIterator[AttachedDevice]:
         """See `ProofDevice.start`."""
         yield _AttachedFunctions(self)
 

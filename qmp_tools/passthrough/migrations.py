@@ -127,7 +127,9 @@ def tested_qemu() -> TestedQemu:
 
 async def _ask_qemu() -> TestedQemu:
     with tempfile.TemporaryDirectory(prefix="l2-") as folder:
-        qemu = await Qemu.start("tested", _QEMU, ["-machine", "none"], Path(folder))
+        qemu = await Qemu.start(
+            "tested", _QEMU, ["-machine", "none"], Path(folder), timeout_s=_LIMITS.timeout_s
+        )
         try:
             version = (await qemu.qmp.execute("query-version"))["qemu"]
             properties = await qemu.qmp.execute("device-list-properties", typename="vfio-pci")
@@ -258,13 +260,20 @@ async def _migrate(tracking: Tracking, qemu: TestedQemu) -> _Result:
         tempfile.TemporaryDirectory(prefix="l2-") as temporary,
     ):
         folder = Path(temporary)
-        source = await Qemu.start("source", _QEMU, _arguments(tracking, here, qemu), folder)
+        source = await Qemu.start(
+            "source",
+            _QEMU,
+            _arguments(tracking, here, qemu),
+            folder,
+            timeout_s=_LIMITS.timeout_s,
+        )
         try:
             destination = await Qemu.start(
                 "destination",
                 _QEMU,
                 [*_arguments(tracking, there, qemu), "-incoming", "defer", "-S"],
                 folder,
+                timeout_s=_LIMITS.timeout_s,
             )
             try:
                 here.start(_ENGINE)

@@ -70,7 +70,7 @@ class OwnedDevice:
         return replace(self, fault=fault)
 
     @contextlib.asynccontextmanager
-    async def start(self, folder: Path) -> AsyncIterator[AttachedDevice]:
+    async def start(self, folder: Path, timeout_s: float) -> AsyncIterator[AttachedDevice]:
         """See `ProofDevice.start`."""
         with contextlib.ExitStack() as stack:
             yield _AttachedDevice(self.tracking, stack)

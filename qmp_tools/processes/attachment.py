@@ -20,8 +20,8 @@ from typing import Any, Final
 from dmaproof.errors import UntestableError, UsageError
 
 from .qmp import Qmp, QmpError
+from .timeout import DEFAULT_TIMEOUT_S
 
-_GREETING_TIMEOUT_S: Final = 5.0
 _CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
@@ -50,24 +50,30 @@ class AttachedQemu:
 
 
 @contextlib.asynccontextmanager
-async def attach(name: str, path: Path) -> AsyncIterator[AttachedQemu]:
+async def attach(
+    name: str, path: Path, *, timeout_s: float = DEFAULT_TIMEOUT_S
+) -> AsyncIterator[AttachedQemu]:
     """A session with the QEMU, called `name`, that listens at `path`.
+
+    `timeout_s` bounds the wait for each of its answers. The greeting comes at once, or never where
+    the socket serves another client, so a tenth of that bounds the wait for it.
 
     Raises:
         UsageError: there is no socket at `path`.
         UntestableError: it may not be opened, nobody listens, or QEMU does not greet.
     """
-    connection = _connect(name, path)
+    greeting_s = timeout_s / 10
+    connection = _connect(name, path, greeting_s)
     pid, _, _ = _CREDENTIALS.unpack(
         connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     )
-    qmp = Qmp(name)
+    qmp = Qmp(name, timeout_s, greeting_s)
     try:
-        await qmp.connect(connection, timeout_s=_GREETING_TIMEOUT_S)
+        await qmp.connect(connection)
     except QmpError as error:
         connection.close()
         raise QmpError(
-            f"{name}: nobody greets at {path} within {_GREETING_TIMEOUT_S:.0f} s. A QMP socket "
+            f"{name}: no QMP greeting from {path} within {greeting_s:g} s. A QMP socket "
             "serves one client at a time: end the other client, or give QEMU a second socket "
             "(-qmp unix:PATH,server=on,wait=off)"
         ) from error
@@ -77,7 +83,7 @@ async def attach(name: str, path: Path) -> AsyncIterator[AttachedQemu]:
         await qmp.close()
 
 
-def _connect(name: str, path: Path) -> socket.socket:
+def _connect(name: str, path: Path, timeout_s: float) -> socket.socket:
     try:
         if not stat.S_ISSOCK(path.stat().st_mode):
             raise UsageError(f"{name}: {path} is no socket; a QMP socket is due")
@@ -88,7 +94,7 @@ def _connect(name: str, path: Path) -> socket.socket:
     except PermissionError:
         raise UntestableError(f"{name}: {path} is out of reach of this user") from None
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.settimeout(_GREETING_TIMEOUT_S)  # connect waits while the listener's queue is full
+    connection.settimeout(timeout_s)  # connect waits while the listener's queue is full
     try:
         connection.connect(os.fspath(path))
     except PermissionError:

@@ -9,15 +9,14 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from dmaproof.errors import UntestableError
+from dmaproof.errors import UntestableError, WaitTimeoutError
 from dmaproof.evidence import Evidence
 
 from .machine import DESTINATION
 from .process import Process
-
-_ANSWER_TIMEOUT_S: Final = 30.0
+from .timeout import bounded
 
 T = TypeVar("T")
 
@@ -57,10 +56,14 @@ class DeviceOptions:
 
 
 class Device:
-    """The running process. `refused` is done when it has refused something a front end sent."""
+    """The running process. `refused` is done when it has refused something a front end sent.
 
-    def __init__(self, process: Process, control: asyncio.StreamWriter) -> None:
+    `timeout_s` bounds the wait for each of its answers.
+    """
+
+    def __init__(self, process: Process, control: asyncio.StreamWriter, timeout_s: float) -> None:
         self.process = process
+        self._timeout_s = timeout_s
         self.refused: asyncio.Future[UntestableError] = asyncio.get_running_loop().create_future()
         self._latest: dict[tuple[str, str], dict[str, Any]] = {}
         """The last event of each kind and session."""
@@ -74,6 +77,7 @@ class Device:
         sockets: Mapping[str, Path],
         folder: Path,
         *,
+        timeout_s: float,
         name: str = "device",
         state: Path | None = None,
     ) -> Device:
@@ -100,7 +104,7 @@ class Device:
                 name, command, folder / f"{name.replace(' ', '-')}.log", pass_fds=(theirs.fileno(),)
             )
         reader, writer = await asyncio.open_connection(sock=ours)
-        device = cls(process, writer)
+        device = cls(process, writer, timeout_s)
         device._listening = asyncio.ensure_future(device._listen(reader))
         try:
             for session in sockets:
@@ -161,14 +165,15 @@ class Device:
         await self._wait_for(is_off, "its dirty log was not taken back")
 
     async def _wait_for(self, found: Callable[[], T | None], what_is_missing: str) -> T:
-        try:
-            async with asyncio.timeout(_ANSWER_TIMEOUT_S), self._news:
-                while not found() and not self._listening.done():
-                    await self._news.wait()
-        except TimeoutError:
-            raise UntestableError(
-                f"the device has not answered for {_ANSWER_TIMEOUT_S:.0f} s ({what_is_missing})"
-            ) from None
+        def late() -> WaitTimeoutError:
+            return WaitTimeoutError(
+                f"the {self.process.name} has not answered within {self._timeout_s:g} s "
+                f"({what_is_missing})\n{self.process.log_tail()}".rstrip()
+            )
+
+        async with bounded(self._timeout_s, late), self._news:
+            while not found() and not self._listening.done():
+                await self._news.wait()
         answer = found()
         if not answer:
             raise UntestableError(

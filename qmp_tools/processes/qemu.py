@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from .process import Process
-from .qmp import Qmp, QmpError
+from .qmp import Qmp, QmpError, QmpTimeoutError
 
 _PLUGGED_BY: Final = {"-object": "object_add", "-device": "device_add"}
 """The human monitor's commands that take what the command line's options take."""
@@ -35,21 +35,37 @@ class Qemu:
         self.report_input: asyncio.StreamWriter
 
     @classmethod
-    async def start(cls, name: str, binary: Path, arguments: Sequence[str], folder: Path) -> Qemu:
+    async def start(
+        cls,
+        name: str,
+        binary: Path,
+        arguments: Sequence[str],
+        folder: Path,
+        *,
+        timeout_s: float,
+    ) -> Qemu:
         """Start `binary` as '`name` QEMU' with `arguments` and our QMP and serial channels.
 
         QMP runs over a socket pair: no path, no retries, and a wrong command line is an immediate
-        end of file with QEMU's own words in the log.
+        end of file with QEMU's own words in the log. `timeout_s` bounds each wait for an answer.
 
         Raises:
             UntestableError: it could not be started, or does not answer on QMP.
         """
-        qemu = await cls.launch(name, binary, arguments, folder)
+        qemu = await cls.launch(name, binary, arguments, folder, timeout_s=timeout_s)
         await qemu.connect()
         return qemu
 
     @classmethod
-    async def launch(cls, name: str, binary: Path, arguments: Sequence[str], folder: Path) -> Qemu:
+    async def launch(
+        cls,
+        name: str,
+        binary: Path,
+        arguments: Sequence[str],
+        folder: Path,
+        *,
+        timeout_s: float,
+    ) -> Qemu:
         """Start it as `start` does, without waiting for it on QMP: `connect` has to follow.
 
         Raises:
@@ -79,7 +95,7 @@ class Qemu:
                 folder / f"{name}-qemu.log",
                 pass_fds=(theirs_qmp.fileno(), theirs_report.fileno()),
             )
-        qemu = cls(process, Qmp(f"{name} QEMU"), console)
+        qemu = cls(process, Qmp(f"{name} QEMU", timeout_s), console)
         qemu._unconnected = ours_qmp
         try:
             qemu.report, qemu.report_input = await asyncio.open_connection(sock=ours_report)
@@ -93,20 +109,25 @@ class Qemu:
 
         The serial channel's socket is inherited.
         """
-        successor = Qemu(self.process, Qmp(f"{self.process.name}, executed anew,"), self.console)
+        qmp = Qmp(f"{self.process.name}, executed anew,", self.qmp.timeout_s)
+        successor = Qemu(self.process, qmp, self.console)
         successor.report, successor.report_input = self.report, self.report_input
         return successor
 
     async def connect(self) -> None:
-        """Wait until it answers on QMP; where it does not, it has ended.
+        """Wait until it answers on QMP; where it does not, it has ended afterwards.
 
         Raises:
-            QmpError: it does not.
+            QmpTimeoutError: it runs, and has not answered in time.
+            QmpError: it ended instead.
         """
         connection, self._unconnected = self._unconnected, None
         assert connection is not None
         try:
             await self.qmp.connect(connection)
+        except QmpTimeoutError:
+            await self.end()
+            raise
         except QmpError as error:
             await asyncio.wait([self.process.died], timeout=_LAST_WORDS_S)
             how_it_ended = self.process.how_it_ended()

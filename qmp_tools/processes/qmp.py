@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator
-from typing import Any, Final
+from typing import Any
 
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 
-from dmaproof.errors import UntestableError
+from dmaproof.errors import UntestableError, WaitTimeoutError
 
-_COMMAND_TIMEOUT_S: Final = 120.0
+from .timeout import bounded
 
 
 class QmpError(UntestableError):
@@ -23,24 +22,37 @@ class QmpRefusal(QmpError):  # noqa: N818  (QEMU is well, and has said no)
     """QEMU refused a command; the message has its words."""
 
 
-class Qmp:
-    """A QMP session. `name` is what messages call the QEMU: 'source QEMU'."""
+class QmpTimeoutError(QmpError, WaitTimeoutError):
+    """QEMU has not answered in time."""
 
-    def __init__(self, name: str) -> None:
+
+class Qmp:
+    """A QMP session. `name` is what messages call the QEMU: 'source QEMU'.
+
+    `timeout_s` bounds the wait for each answer, and for the greeting too unless that has a
+    `greeting_s` of its own.
+    """
+
+    def __init__(self, name: str, timeout_s: float, greeting_s: float | None = None) -> None:
         self.name = name
+        self.timeout_s = timeout_s
+        self._greeting_s = timeout_s if greeting_s is None else greeting_s
         self._client = QMPClient(name)
 
-    async def connect(
-        self, address: socket.socket | str, *, timeout_s: float = _COMMAND_TIMEOUT_S
-    ) -> None:
+    async def connect(self, address: socket.socket | str) -> None:
         """Negotiate QMP on a connected socket, or on the one at a path.
 
         Raises:
+            QmpTimeoutError: QEMU does not greet in time.
             QmpError: QEMU is not there; with a wrong command line it ends before it greets.
         """
         try:
-            async with asyncio.timeout(timeout_s):
+            late = self._late("greeted on QMP", self._greeting_s)
+            async with bounded(self._greeting_s, lambda: late):
                 await self._client.connect(address)
+        except QmpTimeoutError:
+            await self.close()
+            raise
         except (QMPError, OSError, EOFError) as error:
             await self.close()  # or qemu.qmp's reader may complain later, on stderr
             raise QmpError(f"{self.name} did not answer on QMP: {error}") from error
@@ -50,20 +62,21 @@ class Qmp:
 
         Raises:
             QmpRefusal: QEMU refused it.
-            QmpError: QEMU has gone, or does not answer.
+            QmpTimeoutError: QEMU does not answer in time.
+            QmpError: QEMU has gone.
         """
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         try:
-            async with asyncio.timeout(_COMMAND_TIMEOUT_S):
+            late = self._late(f"answered {command}", self.timeout_s)
+            async with bounded(self.timeout_s, lambda: late):
                 return await self._client.execute(command, named)
         except ExecuteError as error:
             raise QmpRefusal(f"{self.name} refused {command}: {error}") from error
-        except TimeoutError as error:
-            raise QmpError(
-                f"{self.name} has not answered {command} for {_COMMAND_TIMEOUT_S:.0f} s"
-            ) from error
         except (QMPError, EOFError) as error:
             raise QmpError(f"{self.name} went away during {command}") from error
+
+    def _late(self, what: str, timeout_s: float) -> QmpTimeoutError:
+        return QmpTimeoutError(f"{self.name} has not {what} within {timeout_s:g} s")
 
     async def send_fd(self, fd: int, name: str) -> None:
         """Give QEMU a duplicate of `fd`, which its monitor then knows by `name`.

@@ -18,6 +18,7 @@ from qmp_tools.host.qemu_choice import find_qemu
 from qmp_tools.processes.device import Device, DeviceOptions
 from qmp_tools.processes.machine import MIB, Machine
 from qmp_tools.processes.qemu import Qemu
+from qmp_tools.processes.timeout import DEFAULT_TIMEOUT_S
 
 pytestmark = pytest.mark.qemu
 
@@ -40,14 +41,20 @@ async def _boot(
         kernel=guest.kernel,
         command_line=guest.command_line(workload),
     ).arguments()
-    device = await Device.start(DeviceOptions(), {"source": socket}, folder)
+    device = await Device.start(
+        DeviceOptions(), {"source": socket}, folder, timeout_s=DEFAULT_TIMEOUT_S
+    )
     try:
         disk = EmulatedDevice(DeviceOptions(), ring=ring).qemu_arguments(socket)
         qemu = await Qemu.start(
-            "source", find_qemu(None), [*machine_arguments, *disk, *arguments], folder
+            "source",
+            find_qemu(None),
+            [*machine_arguments, *disk, *arguments],
+            folder,
+            timeout_s=DEFAULT_TIMEOUT_S,
         )
         try:
-            channel = GuestChannel(qemu)
+            channel = GuestChannel(qemu, DEFAULT_TIMEOUT_S)
             await channel.tell(START_ONCE)
             await channel.wait_for(
                 lambda: channel.number("progress", "once") == workload.once,

@@ -11,6 +11,7 @@ from command import Tool
 from qmp_tools.host.probes import vcpu_pages_lost
 from qmp_tools.host.qemu_builds import installed
 from qmp_tools.host.qemu_choice import find_qemu, version_of
+from qmp_tools.processes.timeout import DEFAULT_TIMEOUT_S
 
 pytestmark = pytest.mark.qemu
 
@@ -33,7 +34,8 @@ def test_a_probe_tells_what_gets_lost(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where no answer is remembered
     lost, lost_in_dimms = (
-        asyncio.run(vcpu_pages_lost(qemu, "tcg", in_dimms=in_dimms)) for in_dimms in (False, True)
+        asyncio.run(vcpu_pages_lost(qemu, "tcg", DEFAULT_TIMEOUT_S, in_dimms=in_dimms))
+        for in_dimms in (False, True)
     )
     version = tuple(int(part) for part in str(version_of(qemu)).split("."))
     assert (lost == 0) if version >= (9,) else (lost >= _MANY)
@@ -44,5 +46,5 @@ def test_a_probe_tells_what_gets_lost(
 def test_a_proof_with_dimms_says_so(tool: Tool) -> None:
     outcome = tool.run("prove", "--guest", "bare", "--way", "memory-hotplug", "--accel", "tcg")
     assert outcome.exit_code == 0, outcome.output + outcome.errors
-    lost = asyncio.run(vcpu_pages_lost(find_qemu(None), "tcg", in_dimms=True))
+    lost = asyncio.run(vcpu_pages_lost(find_qemu(None), "tcg", DEFAULT_TIMEOUT_S, in_dimms=True))
     assert (f"(a probe lost {lost})" in outcome.errors) is (lost > 0)

@@ -14,6 +14,7 @@ from qmp_tools.host.qemu_choice import find_qemu
 from qmp_tools.migration.ways import WAYS
 from qmp_tools.processes.machine import DIMM_BYTES, GIB
 from qmp_tools.processes.qemu import Qemu
+from qmp_tools.processes.timeout import DEFAULT_TIMEOUT_S
 
 pytestmark = pytest.mark.qemu
 
@@ -31,7 +32,9 @@ def known_capabilities(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 
 async def _ask(folder: Path) -> set[str]:
-    qemu = await Qemu.start("idle", find_qemu(None), ["-machine", "none"], folder)
+    qemu = await Qemu.start(
+        "idle", find_qemu(None), ["-machine", "none"], folder, timeout_s=DEFAULT_TIMEOUT_S
+    )
     try:
         answer: list[dict[str, Any]] = await qemu.qmp.execute("query-migrate-capabilities")
         return {it["capability"] for it in answer}

@@ -68,7 +68,7 @@ async def listen(said: bytes) -> Device:
     reader.feed_data(said)
     reader.feed_eof()
     process = SimpleNamespace(how_it_ended=lambda: "was killed", log_tail=lambda: "")
-    device = Device(cast(Process, process), cast(asyncio.StreamWriter, None))
+    device = Device(cast(Process, process), cast(asyncio.StreamWriter, None), 60)
     device._listening = asyncio.ensure_future(device._listen(reader))
     await device._listening
     return device

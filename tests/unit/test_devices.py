@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from command import is_alive
-from dmaproof.errors import UntestableError, UsageError
+from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError
 from dmaproof.stamp import PAGE_BYTES, Stamp, read_stamp
 from qmp_tools import cli
 from qmp_tools.devices import command
@@ -43,7 +43,7 @@ LISTENS = (
 
 @contextlib.asynccontextmanager
 async def attached(folder: Path, *words: str) -> AsyncIterator[AttachedDevice]:
-    async with CommandDevice("blk", words).start(folder) as device:
+    async with CommandDevice("blk", words).start(folder, 60) as device:
         yield device
 
 
@@ -201,13 +201,11 @@ def test_a_back_end_that_ends_is_told_with_its_last_words(tmp_path: Path) -> Non
     asyncio.run(scene())
 
 
-def test_a_back_end_that_does_not_listen_is_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_back_end_that_does_not_listen_is_waited_for_as_long_as_told(tmp_path: Path) -> None:
     async def scene() -> None:
-        monkeypatch.setattr(command, "_START_TIMEOUT_S", 0.1)
-        async with attached(tmp_path, "sh", "-c", "sleep 1000", "{socket}") as device:
-            with pytest.raises(UntestableError, match="source device has not listened"):
+        words = ("sh", "-c", "sleep 1000", "{socket}")
+        async with CommandDevice("blk", words).start(tmp_path, 0.1) as device:
+            with pytest.raises(WaitTimeoutError, match=r"source device has not listened.* 0\.1 s"):
                 await device.attach(SOURCE)
             (backend,) = device.processes
         assert not is_alive(backend.pid)

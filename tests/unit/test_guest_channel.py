@@ -23,7 +23,7 @@ async def hear(said: bytes) -> GuestChannel:
     qemu = SimpleNamespace(
         report=report, process=SimpleNamespace(name="source QEMU"), console=Path("/nowhere")
     )
-    channel = GuestChannel(cast(Qemu, qemu))
+    channel = GuestChannel(cast(Qemu, qemu), 60)
     try:
         await channel.wait_for(lambda: "done" in channel.latest, "said it all")
     finally:
@@ -89,9 +89,9 @@ def test_silence_is_told_with_what_was_waited_for() -> None:
             process=SimpleNamespace(name="source QEMU"),
             console=Path("/nowhere"),
         )
-        channel = GuestChannel(cast(Qemu, qemu))
+        channel = GuestChannel(cast(Qemu, qemu), 0.01)
         try:
-            await channel.wait_for(lambda: False, "become ready", 0.01)
+            await channel.wait_for(lambda: False, "become ready")
         finally:
             channel.close()
 

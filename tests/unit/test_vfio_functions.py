@@ -319,7 +319,7 @@ def test_all_that_is_missing_is_told_at_once(pair: Tree, monkeypatch: pytest.Mon
 
 async def arguments_of(tree: Tree, way: str, side: str) -> str:
     functions = parse_functions(f"vfio:{SOURCE_ADDRESS},{DESTINATION_ADDRESS}{way}", tree.host)
-    async with functions.start(tree.host.dev) as attached:
+    async with functions.start(tree.host.dev, 60) as attached:
         assert not await attached.evidence(side)
         return " ".join(await attached.attach(side))
 

@@ -260,7 +260,7 @@ def test_a_migration_that_completes_without_its_destination_is_wrong(tmp_path: P
 def test_a_source_that_stands_still_for_good_is_told(tmp_path: Path) -> None:
     stage = Stage(tmp_path, WAYS["destination-killed"], Limits(timeout_s=0.1))
     stage.source.statuses = ["failed"]
-    with pytest.raises(MigrationError, match="is 'paused' and does not run on"):
+    with pytest.raises(MigrationError, match="is 'paused', and has not run on"):
         asyncio.run(stage.migration.fail())
 
 

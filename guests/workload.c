@@ -26,6 +26,7 @@ static const struct {
     {"hot=", &parameters.hot},
     {"once=", &parameters.once},
     {"churn=", &parameters.churn},
+    {"hold=", &parameters.hold},
     {"seed=", &parameters.seed},
     {"write_every=", &parameters.write_every},
     {"max_pages=", &parameters.max_pages},
@@ -47,6 +48,7 @@ static uint64_t once_in_a_row;  // so many of the first once pages follow each o
 static uint64_t disk_pages;
 static struct page_state *states;
 static uint32_t *once_order;
+static uint8_t *hold;
 
 static struct {
     atomic_flag busy;
@@ -157,6 +159,31 @@ uint64_t buffer_pages(void) {
     return parameters.threads * OWN_PAGES + parameters.hot + parameters.once + parameters.churn;
 }
 
+// With pages that compress well, a compressed migration would be over in no time.
+static void fill_with_noise(volatile uint64_t *words, uint64_t seed) {
+    for (uint64_t word = 0; word < PAGE_WORDS; word++)
+        words[word] = splitmix64(seed * PAGE_WORDS + word);
+}
+
+static void prepare_hold_pages(void) {
+    if (parameters.hold)
+        hold = allocate_unmoving(parameters.hold * PAGE_BYTES);
+    for (uint64_t page = 0; hold && page < parameters.hold; page++)
+        fill_with_noise((void *)(hold + page * PAGE_BYTES), ~page);
+}
+
+static void tell_hold_pages(void) {
+    uint64_t first = 0;
+    for (uint64_t page = 1; hold && page <= parameters.hold; page++) {
+        uint64_t start = gpa_of(hold + first * PAGE_BYTES);
+        if (page < parameters.hold &&
+            gpa_of(hold + page * PAGE_BYTES) == start + (page - first) * PAGE_BYTES)
+            continue;
+        tell("hold gpa=%#lx pages=%lu", start, page - first);
+        first = page;
+    }
+}
+
 const char *prepare_workload(uint64_t disk_sectors) {
     disk_pages = disk_sectors / SECTORS_PER_PAGE;
     if (disk_pages < 8 * WRITE_BLOCKS)
@@ -181,6 +208,7 @@ const char *prepare_workload(uint64_t disk_sectors) {
         once_order[other] = once_order[index];
         once_order[index] = page;
     }
+    prepare_hold_pages();
     return NULL;
 }
 
@@ -392,11 +420,9 @@ static volatile uint64_t *churn_word(uint64_t page) {
     return (volatile uint64_t *)page_at(first_churn + page);
 }
 
-// With pages that compress well, a compressed migration would be over in no time.
 static void fill_churn(void) {
     for (uint64_t page = 0; page < parameters.churn; page++)
-        for (uint64_t word = 1; word < PAGE_WORDS; word++)
-            churn_word(page)[word] = splitmix64(page * PAGE_WORDS + word);
+        fill_with_noise(churn_word(page), page);
 }
 
 void churn(void) {
@@ -489,6 +515,7 @@ void obey(char command) {
 }
 
 void tell_ready(void) {
+    tell_hold_pages();
     tell("ready threads=%lu hot=%lu once=%lu churn=%lu seed=%lu buffer_pages=%lu",
          parameters.threads, parameters.hot, parameters.once, parameters.churn, parameters.seed,
          parameters.hot + parameters.once);

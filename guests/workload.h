@@ -15,6 +15,9 @@
  * again and again; the once pages, each of which is read into a single time, after the tool has
  * asked for it, so that a dirty bit that is lost there is never made good by a later write; and the
  * churn pages, which a vCPU keeps dirtying beside the device.
+ *
+ * Beside the buffer are the hold pages. Nothing in the guest uses them: the tool has QEMU write to
+ * them, so that a migration stays in precopy however slow the guest is.
  */
 #ifndef DMAPROOF_WORKLOAD_H
 #define DMAPROOF_WORKLOAD_H
@@ -38,8 +41,8 @@ enum pattern { RANDOM, SEQUENTIAL, HOT_SET };
 
 // The parameters of docs/guests.md, by the names that they have there.
 struct parameters {
-    uint64_t threads, hot, once, churn, seed, write_every, max_pages, huge_every, unaligned_every;
-    uint64_t image, pattern;
+    uint64_t threads, hot, once, churn, hold, seed;
+    uint64_t write_every, max_pages, huge_every, unaligned_every, image, pattern;
 };
 extern struct parameters parameters;
 
@@ -67,6 +70,9 @@ uint8_t *page_at(uint64_t page);
 uint64_t gpa_of(const void *address);
 // Zeroed memory that is never given back.
 void *allocate(size_t bytes);
+// Memory that keeps its guest-physical addresses, in pieces as large as they can be; NULL if the
+// guest has no such memory.
+uint8_t *allocate_unmoving(size_t bytes);
 // Send a line to the tool; of conversions, %s, %lu and %#lx are known.
 void tell(const char *format, ...) __attribute__((format(printf, 1, 2)));
 // Stop making requests and wait until none is under way; or go on.

@@ -24,6 +24,7 @@ from .check.physical_map import parse_flat_view, shown_parts
 from .devices.device import AttachedDevice
 from .display import Display
 from .guest.channel import QUIET, START_ONCE, SWEEP, GuestLateError
+from .migration.hold import PrecopyHold
 from .migration.migration import Migration, Progress
 from .migration.refused_features import explain_refusal
 from .migration.ways import WAYS, FirstAttempt, UnsupportedWayError
@@ -115,6 +116,7 @@ class Migrated:
     versions: Sequence[str]
     migration_s: float
     all_sent_ns: int
+    ended_early: bool
     migration: Migration
 
 
@@ -181,12 +183,13 @@ class ProofRun(QemuPair):
 
         began_s = time.monotonic()
         migration = self._migration()
-        all_sent_ns = await self._migrate(migration)
+        all_sent_ns, released = await self._migrate(migration)
         migration_s = time.monotonic() - began_s
         await migration.load()
         remaining = (destination,) * 2 if self._way.in_place else (source, destination)
         versions = [await qemu.qmp.version() for qemu in remaining]
-        return Migrated(versions, migration_s, all_sent_ns, migration)
+        ended_early = self._way.holds_precopy and not released
+        return Migrated(versions, migration_s, all_sent_ns, ended_early, migration)
 
     async def compare(self, migrated: Migrated) -> Proof:
         """Hold the RAM of both against each other; the destination's guest stands still yet.
@@ -234,7 +237,7 @@ class ProofRun(QemuPair):
             sharpness = measure_sharpness(evidence, migrated.all_sent_ns)
         else:
             sharpness = sharpness_by_guest(self._once_pages(), certain=self._setup.device.direct)
-        verdict = Verdict(pages, lost, sharpness, GuestOutcome(0, 0, 0))
+        verdict = Verdict(pages, lost, sharpness, GuestOutcome(0, 0, 0), migrated.ended_early)
         migration = migrated.migration
         return Proof(
             setup=self._setup,
@@ -272,6 +275,10 @@ class ProofRun(QemuPair):
             return
         async with ram_files(self.qemus[self.here]) as files:
             yield files
+
+    def _hold(self, migration: Migration) -> PrecopyHold | None:
+        qtest = self._qtests.get(self.here)
+        return PrecopyHold(migration, qtest, self._hold_pages) if qtest else None
 
     def _migration(self) -> Migration:
         return Migration(self._ends(), self._way, self._setup.limits)
@@ -316,15 +323,25 @@ class ProofRun(QemuPair):
             "migrate-set-capabilities", capabilities=[capability]
         )
 
-    async def _migrate(self, migration: Migration) -> int:
-        """Migrate; returns when every page had been sent once (CLOCK_MONOTONIC, ns)."""
+    async def _migrate(self, migration: Migration) -> tuple[int, bool]:
+        """Migrate.
+
+        Returns when every page had been sent once (CLOCK_MONOTONIC, ns), and whether the migration
+        ended only when it was released.
+        """
         guest = self._guests[self.here]
         all_sent_ns: int | None = None
         disturbed = released = False
+        once = 0
         await migration.start()
+        hold = self._hold(migration)
         try:
             async for progress in migration.follow():
                 self._display.precopy(progress)
+                if hold and not released:
+                    await hold.keep(progress)
+                if once < (once := self._once_pages()):
+                    migration.restart_timeout()
                 if self._way.stands_still:
                     continue
                 if self._way.snapshot:
@@ -332,7 +349,6 @@ class ProofRun(QemuPair):
                     continue
                 if all_sent_ns is None and progress.syncs >= 2:
                     all_sent_ns = progress.time_ns
-                    await migration.hold()
                     await guest.tell(START_ONCE)
                 elif all_sent_ns is not None and not disturbed:
                     if guest.number("progress", "once") or "once-done" in guest.latest:
@@ -344,7 +360,7 @@ class ProofRun(QemuPair):
                     await migration.release()
         finally:
             self._display.close()
-        return all_sent_ns if all_sent_ns is not None else time.monotonic_ns()
+        return (all_sent_ns if all_sent_ns is not None else time.monotonic_ns()), released
 
     async def _run_on(self, progress: Progress) -> None:
         """Let the source's guest run, and its device write, while the snapshot is taken."""

@@ -8,7 +8,9 @@ answers; it may be the very process that the source was.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ from .processes.machine import DESTINATION, INCOMING, SOURCE, dimm_arguments
 from .processes.process import ProcessDiedError
 from .processes.qemu import Qemu
 from .processes.qmp import QmpError, QmpRefusal
+from .processes.qtest import Qtest
 from .processes.timeout import bounded
 from .proof import Setup
 
@@ -49,6 +52,9 @@ class QemuPair:
         self._folder = folder
         self.qemus: dict[str, Qemu] = {}
         self._guests: dict[str, GuestChannel] = {}
+        self._qtests: dict[str, Qtest] = {}
+        self._hold_pages: Sequence[int] = ()
+        """The guest-physical addresses of the guest's hold pages."""
         self._boot_s = 0.0
         self.here, self.there = SOURCE, DESTINATION
         self._way = WAYS[setup.way]
@@ -98,6 +104,7 @@ class QemuPair:
             self._display.say("plugging the disk")
             await self.qemus[self.here].plug(_devices(self._attached[self.here], True))
         await guest.wait_for(lambda: "ready" in guest.latest, "become ready")
+        self._hold_pages = guest.hold_pages
         self._boot_s = time.monotonic() - began_s
         self._display.say(f"guest ready after {self._boot_s:.1f} s")
 
@@ -188,15 +195,32 @@ class QemuPair:
             *extra,
         ]
         timeout_s = self._setup.limits.timeout_s
-        self.qemus[name] = await Qemu.launch(
-            name, binary, arguments, self._folder, timeout_s=timeout_s
-        )
+        with contextlib.ExitStack() as inherited:
+            fds = []
+            if self._way.holds_precopy:
+                fds.append(await self._open_qtest(name, inherited))
+                arguments += Qtest.arguments(fds[0])
+            self.qemus[name] = await Qemu.launch(
+                name, binary, arguments, self._folder, timeout_s=timeout_s, pass_fds=fds
+            )
         self._guests[name] = GuestChannel(self.qemus[name], timeout_s)
+
+    async def _open_qtest(self, name: str, inherited: contextlib.ExitStack) -> int:
+        """Open the test channel to QEMU `name`; returns the descriptor that it is to inherit."""
+        ours, theirs = socket.socketpair()
+        inherited.enter_context(theirs)
+        if name in self._qtests:
+            self._qtests[name].close()
+        qtest = await Qtest.open(f"{name} QEMU", ours, self._setup.limits.timeout_s)
+        self._qtests[name] = qtest
+        return theirs.fileno()
 
     async def end(self) -> None:
         """End both QEMUs."""
         for guest in self._guests.values():
             guest.close()
+        for qtest in self._qtests.values():
+            qtest.close()
         await asyncio.gather(*(qemu.end() for qemu in self.qemus.values()))
 
     async def guarded(self, work: Coroutine[Any, Any, T]) -> T:

@@ -137,12 +137,17 @@ class GuestOutcome:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome of one proof."""
+    """The outcome of one proof.
+
+    With `ended_early` the migration completed before the guest had used its once pages, so that no
+    number of equal pages is a pass.
+    """
 
     pages: int
     lost: Sequence[LostPage]
     sharpness: Sharpness
     guest: GuestOutcome
+    ended_early: bool = False
 
     def count(self, blame: Blame) -> int:
         """How many of the lost pages are `blame`'s."""
@@ -153,7 +158,8 @@ class Verdict:
         """0 pass, 1 lost, 3 nothing was tested."""
         if self.lost or self.guest.errors or self.sharpness.unreported:
             return EXIT_LOST
-        return EXIT_PASS if self.sharpness.rewritten else EXIT_UNTESTED
+        tested = self.sharpness.rewritten and not self.ended_early
+        return EXIT_PASS if tested else EXIT_UNTESTED
 
     @property
     def sentence(self) -> str:
@@ -182,6 +188,11 @@ class Verdict:
             return (
                 f"every page equal, but by luck: {self.sharpness.unreported} pages that the device "
                 "wrote have not reached the dirty log"
+            )
+        if self.ended_early:
+            return (
+                "too little was tested: the migration completed before the guest had used its once "
+                "pages, though it was to be held in precopy until then"
             )
         if not self.sharpness.rewritten:
             return (

@@ -9,7 +9,11 @@
 
 const uint32_t piece_alignment = 8;
 
-static uint8_t *buffer;
+enum { PIECE_BYTES = 512 * PAGE_BYTES };
+static const uint64_t UNMOVING_GPA = 1ULL << 32;
+
+static uint8_t *buffer, *unmoving;
+static size_t unmoving_bytes;
 static char told[1 << 16];
 static int told_bytes;
 
@@ -20,11 +24,21 @@ uint8_t *page_at(uint64_t page) {
 }
 
 uint64_t gpa_of(const void *address) {
+    uint64_t offset = (uint64_t)((const uint8_t *)address - unmoving);
+    if (unmoving && offset < unmoving_bytes)
+        return UNMOVING_GPA + offset + offset / PIECE_BYTES * PIECE_BYTES;
     return (uint64_t)((const uint8_t *)address - buffer);
 }
 
 void *allocate(size_t bytes) {
     return calloc(bytes + 1, 1);
+}
+
+// Its guest-physical addresses: pieces with as much between them.
+uint8_t *allocate_unmoving(size_t bytes) {
+    unmoving = calloc(bytes, 1);
+    unmoving_bytes = bytes;
+    return unmoving;
 }
 
 void tell(const char *format, ...) {

@@ -140,6 +140,11 @@ class WorkloadGuest:
         """Give it a command of the tool's."""
         self.library.obey(ctypes.c_char(command.encode()))
 
+    @property
+    def lines(self) -> list[str]:
+        """The verbs of all that it has told."""
+        return [it.split()[0] for it in self.library.everything_told().decode().splitlines()]
+
     def told(self, verb: str) -> list[GuestReport]:
         """What it has told with `verb`."""
         lines = self.library.everything_told().decode().splitlines()

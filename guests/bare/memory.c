@@ -86,6 +86,10 @@ void *allocate(size_t bytes) {
     return allocate_aligned(bytes, 64);
 }
 
+uint8_t *allocate_unmoving(size_t bytes) {
+    return allocate_aligned(bytes, PAGE_BYTES);
+}
+
 static uint64_t *table_behind(uint64_t *entry) {
     if (!*entry)
         *entry = (uint64_t)allocate_aligned(PAGE_BYTES, PAGE_BYTES) | PRESENT_WRITABLE;

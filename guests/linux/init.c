@@ -35,6 +35,7 @@
 enum {
     DEVICE_PATIENCE_US = 10 * 1000 * 1000,
     MEMORY_PATIENCE_US = 10 * 1000 * 1000,
+    HUGE_PAGE_BYTES = 2 << 20,
     LOOP_SECTORS = 1 << 24,
     LOOP_PATIENCE_US = 100 * 1000,  // then a frame is lost, as it may be while a guest migrates
     FRAME_DATA_BYTES = 1366,        // three frames for a page
@@ -110,6 +111,18 @@ void *allocate(size_t bytes) {
     if (!memory || mlock(memory, bytes + 1) < 0)
         give_up("allocating the buffer's states");
     return memory;
+}
+
+// Linux moves ordinary pages when it compacts memory, locked ones too, but no huge pages.
+uint8_t *allocate_unmoving(size_t bytes) {
+    FILE *reserve = fopen("/proc/sys/vm/nr_hugepages", "w");
+    if (!reserve)
+        return NULL;
+    fprintf(reserve, "%zu", (bytes + HUGE_PAGE_BYTES - 1) / HUGE_PAGE_BYTES);
+    fclose(reserve);
+    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | MAP_POPULATE, -1, 0);
+    return memory == MAP_FAILED ? NULL : memory;
 }
 
 void pause_requests(bool wanted) {

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from dmaproof.errors import UntestableError, WaitTimeoutError
+from dmaproof.stamp import PAGE_BYTES
 
 from ..processes.process import log_tail, printable
 from ..processes.qemu import Qemu
 from ..processes.timeout import bounded
+from .workload import MOST_HOLD_PAGES
 
 START_ONCE: Final = b"o"
 """Begin to use the pages that are written only once."""
@@ -72,13 +75,15 @@ def parse_line(line: str) -> GuestReport:
 class GuestChannel:
     """Reads the guest's lines as they come.
 
-    `latest` holds the last report of each verb; `complaints` the first error lines. `timeout_s`
-    bounds each wait.
+    `latest` holds the last report of each verb; `complaints` the first error lines; `hold_pages`
+    the guest-physical addresses of the pages that nothing in the guest uses (guests/workload.h).
+    `timeout_s` bounds each wait.
     """
 
     def __init__(self, qemu: Qemu, timeout_s: float) -> None:
         self.latest: dict[str, GuestReport] = {}
         self.complaints: list[str] = []
+        self.hold_pages: list[int] = []
         self._qemu = qemu
         self._timeout_s = timeout_s
         self._fatal: str | None = None
@@ -105,6 +110,8 @@ class GuestChannel:
             self.latest[report.verb] = report
             if report.verb == "error" and len(self.complaints) < _COMPLAINTS_KEPT:
                 self.complaints.append(text)
+            elif report.verb == "hold":
+                self.hold_pages += self._run_of_pages(report)
             elif report.verb == "fatal":
                 self._fatal = report.values.get("message", text)
             self._news.notify_all()
@@ -113,6 +120,16 @@ class GuestChannel:
         async with self._news:
             self._fatal = why
             self._news.notify_all()
+
+    def _run_of_pages(self, report: GuestReport) -> range:
+        gpa, pages = report.values.get("gpa", ""), report.values.get("pages", "")
+        if not (
+            re.fullmatch("0x[0-9a-f]{1,16}", gpa)
+            and re.fullmatch("[0-9]{1,8}", pages)
+            and len(self.hold_pages) + int(pages) <= MOST_HOLD_PAGES
+        ):
+            raise UntestableError(f"the guest reported no hold pages, but gpa={gpa} pages={pages}")
+        return range(int(gpa, 16), int(gpa, 16) + int(pages) * PAGE_BYTES, PAGE_BYTES)
 
     def number(self, verb: str, key: str) -> int:
         """The number `key` of the last `verb` report; 0 before the first.

@@ -11,12 +11,14 @@ from typing import Any, Final
 from dmaproof.errors import UsageError
 
 PATTERNS: Final = ("random", "sequential", "hot-set")
+MOST_HOLD_PAGES: Final = 1 << 16
 
 _BOUNDS: Final = {
     "threads": (1, 64),
     "hot": (64, 1 << 24),
     "once": (0, 1 << 24),
     "churn": (0, 1 << 24),
+    "hold": (0, MOST_HOLD_PAGES),
     "seed": (0, (1 << 64) - 1),
     "write_every": (0, 1 << 30),
     "max_pages": (1, 16),
@@ -28,7 +30,7 @@ _BOUNDS: Final = {
 
 @dataclass(frozen=True)
 class Workload:
-    """The parameters; `hot`, `once` and `churn` in pages, `max_pages` too.
+    """The parameters; `hot`, `once`, `churn`, `hold` and `max_pages` in pages.
 
     One of so many requests as `write_every`, `huge_every` and `unaligned_every` say is of that
     kind; 0: none is. `image` is 1 where the disk is an image file, whose stamps stay as they are.
@@ -41,6 +43,7 @@ class Workload:
     hot: int = 1024
     once: int = 8192
     churn: int = 4096
+    hold: int = 2048
     seed: int = 1
     pattern: str = "random"
     write_every: int = 16

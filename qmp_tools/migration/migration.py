@@ -116,10 +116,11 @@ def parse_progress(answer: dict[str, Any]) -> Progress:
 class Migration:
     """A migration between `ends`; the destination waits with ``-incoming defer``.
 
-    `start` begins it with a downtime limit so low that a busy guest does not converge; `hold` slows
-    it down once its first pass is over; `release` sets the limits that were asked for. In between,
-    `follow` shows a precopy for as long as the caller has something to do in it; `way_shown` tells
-    whether the way has been used as its entry wants it. `load` is the end on the destination.
+    `start` begins it with a downtime limit so low that a busy guest does not converge;
+    `hold.PrecopyHold` sees to it that none does; `release` sets the limits that were asked for. In
+    between, `follow` shows a precopy for as long as the caller has something to do in it;
+    `way_shown` tells whether the way has been used as its entry wants it. `load` is the end on the
+    destination.
 
     `moments` has the times (CLOCK_MONOTONIC, ns) of the source's events: 'STOP' when its vCPUs have
     stopped, and the migration's last states, such as 'device' and 'completed'.
@@ -131,7 +132,8 @@ class Migration:
     history: list[Progress] = field(default_factory=list)
     moments: dict[str, int] = field(default_factory=dict)
     way_shown: bool = False
-    _held: bool = False
+    _bytes_per_s: int = 0
+    _deadline: float = 0.0
 
     async def start(self) -> None:
         """Begin, and hold the migration in precopy.
@@ -155,11 +157,9 @@ class Migration:
                 f"like this ({self.way.refusal!r} was due)"
             )
         source, stream = self.ends.source, self.way.stream
-        await source.execute(
-            "migrate-set-parameters",
-            max_bandwidth=min(self._bandwidth_bytes_per_s, self.way.first_pass_bytes_per_s),
-            downtime_limit=1,  # with 0, QEMU takes an empty first pass for convergence
-        )
+        # With a downtime limit of 0, QEMU takes an empty first pass for convergence.
+        await self._set_limits(self.way.first_pass_bytes_per_s, downtime_limit=1)
+        self.restart_timeout()
         if self.way.in_place and self.ends.joined is not None:
             await source.execute("migrate", uri=await stream.written_to(self.ends))
             await self.ends.joined()
@@ -194,23 +194,39 @@ class Migration:
         uri = self.way.stream.read_from(self.ends)
         await self.ends.destination.execute("migrate-incoming", uri=uri)
 
-    async def hold(self) -> None:
-        """Send slowly: so the migration does not converge, and the guest has the processors."""
-        self._held = True
-        held = self.way.held_bytes_per_s if self.way_shown else HELD_BYTES_PER_S
+    async def limit_bandwidth(self, bytes_per_s: int) -> None:
+        """Have the source send no more than that, nor more than the limits allow.
+
+        Small changes are not worth a command.
+        """
+        if not 0.9 < self._allowed(bytes_per_s) / (self._bytes_per_s or 1) < 1.1:
+            await self._set_limits(bytes_per_s)
+
+    async def _set_limits(self, bytes_per_s: int, **others: int) -> None:
+        self._bytes_per_s = self._allowed(bytes_per_s)
         await self.ends.source.execute(
-            "migrate-set-parameters",
-            max_bandwidth=min(self._bandwidth_bytes_per_s, held),
+            "migrate-set-parameters", max_bandwidth=self._bytes_per_s, **others
         )
+
+    def _allowed(self, bytes_per_s: int) -> int:
+        return max(1, min(self._bandwidth_bytes_per_s, bytes_per_s))
+
+    @property
+    def held_bytes_per_s(self) -> int:
+        """With how much bandwidth the migration stays in precopy, if the guest dirties enough."""
+        return self.way.held_bytes_per_s if self.way_shown else HELD_BYTES_PER_S
+
+    def restart_timeout(self) -> None:
+        """Count the limits' timeout from now: something that takes its time has come about."""
+        self._deadline = time.monotonic() + self.limits.timeout_s
 
     async def release(self) -> None:
         """Let the migration end as soon as the limits allow."""
-        self._held = False
-        await self.ends.source.execute(
-            "migrate-set-parameters",
-            max_bandwidth=self._bandwidth_bytes_per_s,
+        await self._set_limits(
+            self._bandwidth_bytes_per_s,
             downtime_limit=max(1, round(self.limits.downtime_s * 1000)),
         )
+        self.restart_timeout()
 
     @property
     def _bandwidth_bytes_per_s(self) -> int:
@@ -239,14 +255,12 @@ class Migration:
             self.moments[name] = time_ns + to_monotonic_ns
 
     async def _poll(self) -> AsyncGenerator[Progress, None]:
-        deadline = time.monotonic() + self.limits.timeout_s
+        self.restart_timeout()
         while True:
             answer = await self.ends.source.execute("query-migrate")
             progress = parse_progress(answer)
             if not self.way_shown and self.way.is_shown_in(answer):
                 self.way_shown = True
-                if self._held:
-                    await self.hold()
             self.history.append(progress)
             yield progress
             if progress.status == "completed" and progress.is_over:
@@ -256,7 +270,7 @@ class Migration:
                     f"the migration {progress.status}: {progress.error or 'QEMU gave no reason'}\n"
                     f"{self.ends.printed()}".rstrip()
                 )
-            if time.monotonic() > deadline:
+            if time.monotonic() > self._deadline:
                 raise MigrationTimeoutError(
                     f"the migration has not completed within {self.limits.timeout_s:g} s (it is "
                     f"{progress.status!r}, {progress.remaining} bytes remain after "

@@ -208,6 +208,11 @@ class Way:
         )
 
     @property
+    def holds_precopy(self) -> bool:
+        """Whether the guest runs at the source while its memory moves, for as long as is wanted."""
+        return not (self.stands_still or self.snapshot)
+
+    @property
     def repeatable(self) -> bool:
         """Whether a guest that has gone this way can go back the same way, and so on."""
         return not (self.plug or self.stands_still or self.snapshot or self.refusal)

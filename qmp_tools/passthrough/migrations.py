@@ -319,7 +319,7 @@ async def _hold_and_release(
         await migration.start()
     except QmpRefusal as error:
         raise LackingError(str(error)) from error
-    await migration.hold()
+    await migration.limit_bandwidth(migration.held_bytes_per_s)
     deadline = loop.time() + _HOLD_S
     held = True
     sent: int | None = None

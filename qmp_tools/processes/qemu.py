@@ -65,8 +65,11 @@ class Qemu:
         folder: Path,
         *,
         timeout_s: float,
+        pass_fds: Sequence[int] = (),
     ) -> Qemu:
         """Start it as `start` does, without waiting for it on QMP: `connect` has to follow.
+
+        It inherits the file descriptors `pass_fds`, which `arguments` may name.
 
         Raises:
             UntestableError: it could not be started.
@@ -93,7 +96,7 @@ class Qemu:
                 f"{name} QEMU",
                 command,
                 folder / f"{name}-qemu.log",
-                pass_fds=(theirs_qmp.fileno(), theirs_report.fileno()),
+                pass_fds=(theirs_qmp.fileno(), theirs_report.fileno(), *pass_fds),
             )
         qemu = cls(process, Qmp(f"{name} QEMU", timeout_s), console)
         qemu._unconnected = ours_qmp

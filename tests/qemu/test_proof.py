@@ -76,6 +76,18 @@ def test_every_page_survives(tool: Tool) -> None:
     assert all(page["link"] == "log" for page in control["lost_pages"])
 
 
+def test_a_guest_that_gets_almost_no_cpu_is_waited_for(tool: Tool, tmp_path: Path) -> None:
+    # A million instructions a second: the guest dirties too little to hold a migration by itself.
+    slow = tmp_path / "slow-qemu"
+    slow.write_text('#!/bin/sh\nexec qemu-system-x86_64 -icount shift=10,sleep=on "$@"\n')
+    slow.chmod(0o755)
+    arguments = ("--guest", "bare", "--accel", "tcg", "--memory", "131080K", "--qemu", str(slow))
+    outcome = prove(tool, *arguments, "--workload", "once=256,churn=64,hot=64")
+    assert outcome.exit_code == 0, outcome.output + outcome.errors
+    assert outcome.report["sharpness"]["certain"] >= 256
+    assert "-qtest" in outcome.report["commands"]["source QEMU"]
+
+
 @pytest.mark.parametrize("harvest", ["immediate", "final", "0.05"])
 def test_every_harvest_is_in_time(tool: Tool, harvest: str) -> None:
     passed(prove(tool, "--harvest", harvest))

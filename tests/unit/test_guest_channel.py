@@ -46,6 +46,27 @@ def test_the_last_report_of_each_verb_counts() -> None:
     assert channel.number("never said", "requests") == 0
 
 
+def test_hold_pages_are_collected_from_all_runs() -> None:
+    channel = asyncio.run(hear(b"hold gpa=0x200000 pages=2\nhold gpa=0x400000 pages=1\n"))
+    assert channel.hold_pages == [0x200000, 0x201000, 0x400000]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"hold gpa=0x1000 pages=-1",
+        b"hold gpa=1000 pages=1",
+        b"hold pages=1",
+        b"hold gpa=0x1000",
+        b"hold gpa=0x1000 pages=65537",
+        b"hold gpa=0x0 pages=65536\nhold gpa=0x10000000 pages=1",
+    ],
+)
+def test_hold_pages_that_cannot_be_are_refused(said: bytes) -> None:
+    with pytest.raises(GuestError, match="hold pages"):
+        asyncio.run(hear(said))
+
+
 @pytest.mark.parametrize(
     "said", [b"progress requests", b'error "unfinished', b"ready =a b", b"a b=c d", b"\xff\xfe x"]
 )

@@ -329,6 +329,23 @@ def test_quiet_stops_the_churn(guests: WorkloadGuests) -> None:
     assert len(guest.told("quiet")) == 1
 
 
+def test_the_runs_of_hold_pages_are_reported_before_ready(guests: WorkloadGuests) -> None:
+    guest = guests(hold=1100)
+    guest.library.tell_ready()
+    assert [report.values for report in guest.told("hold")] == [
+        {"gpa": "0x100000000", "pages": "512"},
+        {"gpa": "0x100400000", "pages": "512"},
+        {"gpa": "0x100800000", "pages": "76"},
+    ]
+    assert guest.lines.index("hold") < guest.lines.index("ready")
+
+
+def test_a_guest_without_hold_pages_reports_none(guests: WorkloadGuests) -> None:
+    guest = guests(hold=0)
+    guest.library.tell_ready()
+    assert guest.told("hold") == []
+
+
 def test_what_is_told_of_the_progress(guests: WorkloadGuests) -> None:
     guest = guests(write_every=2, seed=9)
     guest.library.tell_ready()

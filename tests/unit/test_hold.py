@@ -1,0 +1,132 @@
+"""Holding a migration in precopy: what is dirtied when, and how little QEMU may send meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+
+from dmaproof.stamp import PAGE_BYTES
+from qmp_tools.migration.hold import PrecopyHold
+from qmp_tools.migration.migration import Limits, Migration, Progress, parse_progress
+from qmp_tools.migration.ways import FIRST_PASS_BYTES_PER_S, HELD_BYTES_PER_S, WAYS, Ends
+from qmp_tools.processes.qmp import Qmp, QmpError
+from qmp_tools.processes.qtest import Qtest
+
+MIB = 1 << 20
+PAGES = range(0, 8 * MIB, PAGE_BYTES)
+
+
+class FakeQemu:
+    """Notes the bandwidths that it is given, and the words written to its memory."""
+
+    def __init__(self) -> None:
+        self.bandwidths: list[int] = []
+        self.words: list[int] = []
+
+    async def execute(self, command: str, **arguments: Any) -> None:
+        assert command == "migrate-set-parameters"
+        self.bandwidths.append(arguments["max_bandwidth"])
+
+    async def write_words(self, gpas: Sequence[int], word: int) -> None:
+        self.words.append(word)
+
+
+class Stage:
+    """A hold of a migration whose progress the test makes up."""
+
+    def __init__(self, pages: Sequence[int] = PAGES, limits: Limits | None = None) -> None:
+        self.qemu = FakeQemu()
+        qmp = cast(Qmp, self.qemu)
+        migration = Migration(Ends(qmp, qmp, cast(Any, None)), WAYS["unix"], limits or Limits())
+        self.hold = PrecopyHold(migration, cast(Qtest, self.qemu), pages)
+        self.progress = replace(
+            parse_progress({"status": "active"}), time_ns=0, total=256 * MIB, remaining=256 * MIB
+        )
+
+    def look(self, after_s: float = 0.05, **changes: Any) -> Progress:
+        """Look at the migration `after_s` seconds after the last time."""
+        time_ns = self.progress.time_ns + round(after_s * 1e9)
+        self.progress = replace(self.progress, time_ns=time_ns, **changes)
+        asyncio.run(self.hold.keep(self.progress))
+        return self.progress
+
+
+def test_the_hold_pages_are_dirtied_once_after_each_sync() -> None:
+    stage = Stage()
+    for syncs in (0, 0, 1, 1, 2, 2, 2, 7):
+        stage.look(syncs=syncs)
+    assert stage.qemu.words == [1, 2, 3, 4]
+
+
+def test_the_first_pass_ends_no_faster_than_the_hold_pages_allow() -> None:
+    stage = Stage()
+    stage.look(syncs=1)
+    assert stage.qemu.bandwidths == [FIRST_PASS_BYTES_PER_S]
+    stage.look(syncs=1, remaining=1 * MIB)
+    # Two tenths of a second for 8 MiB: QEMU sends in portions of a tenth.
+    assert stage.qemu.bandwidths[-1] == 40 * MIB
+    stage.look(syncs=2, remaining=20 * MIB)
+    assert stage.qemu.bandwidths[-1] == HELD_BYTES_PER_S
+
+
+def test_the_later_a_look_comes_the_less_is_sent_until_the_next() -> None:
+    stage = Stage()
+    stage.look(syncs=2, remaining=16 * MIB)
+    stage.look(after_s=1.0)
+    assert stage.qemu.bandwidths == [HELD_BYTES_PER_S, 4 * MIB]
+    for _ in range(40):
+        stage.look()
+    assert stage.qemu.bandwidths[-1] > HELD_BYTES_PER_S * 0.9  # less is not worth a command
+
+
+def test_a_bandwidth_that_was_asked_for_is_never_exceeded() -> None:
+    stage = Stage(limits=Limits(bandwidth_bytes_per_s=MIB))
+    stage.look(syncs=1)
+    stage.look(syncs=2)
+    assert set(stage.qemu.bandwidths) == {MIB}
+
+
+def test_without_hold_pages_the_guest_has_to_hold_the_migration() -> None:
+    stage = Stage(pages=())
+    stage.look(syncs=2)
+    assert stage.qemu.bandwidths == [HELD_BYTES_PER_S]
+
+
+# The test channel ---------------------------------------------------------------------------------
+
+
+async def write(answers: bytes, gpas: Sequence[int]) -> bytes:
+    """What QEMU reads when words are written at `gpas`, and answers so."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.sendall(answers)
+        theirs.shutdown(socket.SHUT_WR)
+        qtest = await Qtest.open("source QEMU", ours, timeout_s=60)
+        try:
+            await qtest.write_words(gpas, 0x0102)
+            return theirs.recv(1 << 16)
+        finally:
+            qtest.close()
+
+
+def test_words_are_written_in_the_guests_byte_order() -> None:
+    assert asyncio.run(write(b"OK\nOK\n", [0x1000, 0x2000])) == (
+        b"write 0x1000 0x8 0x0201000000000000\nwrite 0x2000 0x8 0x0201000000000000\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        (b"OK\n", "source QEMU closed its test channel"),
+        (b"OK\nFAIL Unknown command 'write'\n", "source QEMU refused to write guest RAM"),
+    ],
+)
+def test_a_write_that_qemu_does_not_do_is_an_error(answers: bytes, message: str) -> None:
+    with pytest.raises(QmpError, match=message):
+        asyncio.run(write(answers, [0x1000, 0x2000]))

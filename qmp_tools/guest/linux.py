@@ -7,12 +7,9 @@ under TCG); the initramfs holds the modules that the disk needs and one static p
 
 from __future__ import annotations
 
-import gzip
-import lzma
 import re
 import shutil
 import struct
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +20,7 @@ from dmaproof.errors import UntestableError
 from ..host import archive
 from ..processes.machine import MIB
 from .build import Guest, Say, cache, compile_c, digest, fresh_folder, sources
+from .compression import decompress
 
 _KERNEL_PACKAGE: Final = "linux-image-amd64"
 _COMMAND_LINE: Final = (
@@ -64,6 +62,10 @@ DRIVERS: Final = (
     *(VIRTIO_NET, E1000, E1000E, IGB, VMXNET3),
 )
 _MODULES: Final = sorted({name for driver in DRIVERS for name in driver.modules})
+
+_MODULE_TREES: Final = ("lib/modules", "usr/lib/modules")
+"""Where a kernel package has its modules: until Debian 12, and from Debian 13 on."""
+_BUILT_IN: Final = "built_in"
 
 _INIT_OPTIONS: Final = ("-static", "-pthread", "-std=c11")
 
@@ -110,7 +112,7 @@ def linux_guest(say: Say, driver: Driver = VIRTIO_BLK) -> Guest:
 
 def kernel_folder() -> Path:
     """Where the kernel is kept, once it has been fetched."""
-    return cache() / f"kernel-{digest([' '.join(_MODULES).encode()])}"
+    return cache() / f"kernel-{digest([' '.join((*_MODULES, _BUILT_IN)).encode()])}"
 
 
 def _linux_kernel(say: Say) -> Path:
@@ -124,7 +126,9 @@ def _linux_kernel(say: Say) -> Path:
             say(f"fetching the guest's kernel ({real}), once")
             unpacked = fresh / "unpacked"
             archive.unpack(archive.fetch_own(real, fresh), unpacked)
-            image = next((unpacked / "boot").glob("vmlinuz-*"))
+            image = next((unpacked / "boot").glob("vmlinuz-*"), None)
+            if image is None:
+                raise UntestableError(f"package {real} has no kernel: expected boot/vmlinuz-*")
             (fresh / "vmlinux").write_bytes(kernel_elf(image.read_bytes()))
             (fresh / "version").write_text(image.name.removeprefix("vmlinuz-"))
             pick_modules(unpacked, _MODULES, fresh / "modules")
@@ -138,41 +142,27 @@ def kernel_elf(image: bytes) -> bytes:
     """The ELF inside a bzImage (Linux x86 boot protocol 2.08: payload_offset, payload_length).
 
     Raises:
-        UntestableError: this is no such image, or its compression is not known here.
+        UntestableError: this is no such image, or it cannot be decompressed.
     """
     if len(image) < 0x250 or image[0x202:0x206] != b"HdrS":
         raise UntestableError("the kernel is no bzImage")
     start = (image[0x1F1] + 1) * 512
     offset, length = struct.unpack_from("<II", image, 0x248)
     payload = image[start + offset : start + offset + length]
-    if payload.startswith(b"\xfd7zXZ\0"):
-        return lzma.LZMADecompressor().decompress(payload)
-    if payload.startswith(b"\x1f\x8b"):
-        return gzip.decompress(payload[:-4])  # the uncompressed size is put behind it
-    if payload.startswith(b"\x28\xb5\x2f\xfd"):
-        return _pipe(["zstd", "-dcq"], payload)
-    raise UntestableError(f"the kernel's compression ({payload[:4].hex()}) is not known here")
-
-
-def _pipe(command: list[str], data: bytes) -> bytes:
-    try:
-        done = subprocess.run(command, input=data, capture_output=True, timeout=120, check=False)
-    except FileNotFoundError:
-        raise UntestableError(
-            f"{command[0]} is needed to unpack the kernel: apt-get install {command[0]}"
-        ) from None
-    if not done.stdout:
-        raise UntestableError(f"{command[0]}: {done.stderr.decode(errors='replace').strip()}")
-    return done.stdout
+    return decompress(payload, "the kernel")
 
 
 def pick_modules(unpacked: Path, wanted: Sequence[str], folder: Path) -> None:
     """Copy the modules that are `wanted`, and what they depend on, uncompressed into `folder`.
 
-    What is not there is built into the kernel.
+    The names of those that are built into the kernel go into its file ``built_in``.
     """
     folder.mkdir()
-    found = {_module(file.name): file for file in (unpacked / "lib/modules").rglob("*.ko*")}
+    trees = [unpacked / place for place in _MODULE_TREES]
+    found = {_module(file.name): file for tree in trees for file in tree.rglob("*.ko*")}
+    lists = [file for tree in trees for file in tree.rglob("modules.builtin")]
+    built_in = {_module(Path(line).name) for file in lists for line in file.read_text().split()}
+    (folder / _BUILT_IN).write_text("".join(f"{name}\n" for name in sorted(built_in)))
     left = list(wanted)
     while left:
         name = left.pop()
@@ -180,8 +170,8 @@ def pick_modules(unpacked: Path, wanted: Sequence[str], folder: Path) -> None:
         if name not in found or target.exists():
             continue
         content = found[name].read_bytes()
-        if found[name].suffix == ".xz":
-            content = lzma.decompress(content)
+        if found[name].suffix != ".ko":
+            content = decompress(content, f"module {name}")
         target.write_bytes(content)
         left += _dependencies(content)
 
@@ -197,24 +187,37 @@ def _dependencies(module: bytes) -> list[str]:
     return [_module(name) for name in names if name]
 
 
-def load_order(driver: Driver, modules: Path) -> list[str]:
-    """The driver's modules of folder `modules`, each behind those that it depends on."""
+def load_order(wanted: Sequence[str], modules: Path) -> list[str]:
+    """The `wanted` modules and what they depend on, each after its dependencies.
+
+    `modules` was filled by `pick_modules`. What is built in needs no loading.
+
+    Raises:
+        UntestableError: the kernel has a module neither as a file nor built in.
+    """
+    built_in = set((modules / _BUILT_IN).read_text().split())
     order: list[str] = []
 
     def add(name: str) -> None:
+        if name in order or name in built_in:
+            return
         file = modules / f"{name}.ko"
-        if name not in order and file.exists():
-            for dependency in _dependencies(file.read_bytes()):
-                add(dependency)
-            order.append(name)
+        if not file.exists():
+            raise UntestableError(
+                f"the kernel has no module {name}: it is not in its package "
+                f"({' or '.join(_MODULE_TREES)}), and modules.builtin does not name it"
+            )
+        for dependency in _dependencies(file.read_bytes()):
+            add(dependency)
+        order.append(name)
 
-    for name in driver.modules:
+    for name in wanted:
         add(name)
     return order
 
 
 def _initramfs(init: bytes, modules: Path, driver: Driver) -> bytes:
-    names = [f"modules/{name}.ko" for name in load_order(driver, modules)]
+    names = [f"modules/{name}.ko" for name in load_order(driver.modules, modules)]
     order = "".join(f"/{name}\n" for name in names)
     files = {name: (modules.parent / name).read_bytes() for name in names}
     return newc_archive({"init": init, "modules/order": order.encode(), **files})

@@ -24,6 +24,7 @@ from packaging.requirements import Requirement
 from dmaproof.errors import UntestableError
 
 from ..guest import bare as bare_guest
+from ..guest import compression
 from ..guest import linux as linux_guest
 from ..guest.build import cache, compile_c
 from ..processes.machine import MIB, format_memory
@@ -53,10 +54,11 @@ class Facts:
     `compiler` is 'static' where static programs can be linked, 'dynamic' where only others can, and
     None where there is no compiler. `qemu_error` tells why the QEMU that is there does not run.
     `archive_error` tells why QEMUs cannot be fetched from Debian's archive. `kernel` is 'kept',
-    'available', or what is wrong with it. `kvm` is 'usable', 'forbidden', 'withheld' (the kernel
-    has it, a container does not) or 'absent', `kvm_group` the group that owns it, and
-    `virtualization` the processor's feature, 'vmx' or 'svm'. `extras` has the packages that each
-    optional extra lacks.
+    'available', or what is wrong with it. `missing_formats` has the formats of compressed kernels
+    that this Python cannot decompress, and the module that each needs. `kvm` is 'usable',
+    'forbidden', 'withheld' (the kernel has it, a container does not) or 'absent', `kvm_group` the
+    group that owns it, and `virtualization` the processor's feature, 'vmx' or 'svm'. `extras` has
+    the packages that each optional extra lacks.
     """
 
     root: bool
@@ -68,6 +70,7 @@ class Facts:
     archive_error: str | None
     compiler: str | None
     kernel: str
+    missing_formats: Mapping[str, str]
     kvm: str
     kvm_group: str | None
     virtualization: str | None
@@ -163,6 +166,14 @@ def _kernel(facts: Facts) -> Finding:
     name = "guest's kernel"
     if facts.kernel == "kept":
         return Finding(name, State.OK, f"in {cache()}")
+    if facts.kernel == "available" and facts.missing_formats:
+        formats = (f"{name} (module {it})" for name, it in facts.missing_formats.items())
+        return Finding(
+            name,
+            State.MISSING,
+            f"apt has it, but this Python cannot decompress {', '.join(formats)}",
+            _python_module(facts),
+        )
     if facts.kernel == "available":
         return Finding(name, State.OK, "apt has it; fetched with the first proof")
     remedy = "dmaproof prove --guest bare"
@@ -170,6 +181,12 @@ def _kernel(facts: Facts) -> Finding:
         remedy = f"on Debian: {_as_root(facts, 'apt-get update')}; elsewhere: {remedy}"
         return Finding(name, State.MISSING, facts.kernel, remedy)
     return Finding(name, State.MISSING, "it comes by apt, which is not here", remedy)
+
+
+def _python_module(facts: Facts) -> str:
+    if "backports.zstd" in facts.missing_formats.values():
+        return f"{sys.executable} -m pip install backports-zstd"
+    return "run dmaproof with a Python that has its whole standard library, such as Debian's"
 
 
 def _kvm(facts: Facts) -> Finding:
@@ -242,6 +259,7 @@ def look() -> Facts:
         archive_error=_look_for_archive(),
         compiler=_look_for_compiler(),
         kernel=_look_for_kernel(),
+        missing_formats=compression.missing_modules(),
         kvm=kvm,
         kvm_group=group,
         virtualization=_look_for_virtualization(),

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from ..guest.build import Say, cache, compile_c, digest, fresh_folder, prune, sources
-from ..guest.linux import kernel_elf, newc_archive
+from ..guest.linux import kernel_elf, load_order, newc_archive, pick_modules
 from ..host.archive import Archive, unpack
 
 STOCK: Final = "stock"
@@ -24,7 +24,6 @@ _PACKAGE: Final = "linux-image-amd64"
 _FOR_ROOT: Final = ("virtio_pci", "9pnet_virtio", "9p")
 _FOR_VFIO: Final = ("vfio", "vfio_iommu_type1", "mdev")
 _INIT_OPTIONS: Final = ("-static", "-std=c11")
-_DEPENDS: Final = re.compile(rb"\0depends=([^\0]*)\0")
 
 
 def stock_kernel(say: Say = lambda text: None) -> Path:
@@ -70,31 +69,11 @@ def _fill(fresh: Path, init: Path, say: Say) -> None:
         shutil.rmtree(folder)
 
 
-def _collect_modules(unpacked: Path, names: Iterable[str], folder: Path) -> None:
+def _collect_modules(unpacked: Path, names: Sequence[str], folder: Path) -> None:
     """Copy modules and what they depend on; ``order`` is that in which they can be loaded."""
-    there = {_plain(file.stem): file for file in (unpacked / "lib/modules").rglob("*.ko")}
-    order: list[str] = []
-
-    def add(name: str) -> None:
-        file = there.get(_plain(name))
-        if file is None or file.name in order:  # built in, or added already
-            return
-        content = file.read_bytes()
-        found = _DEPENDS.search(content)
-        for needed in found[1].decode().split(",") if found else ():
-            add(needed)
-        (folder / file.name).write_bytes(content)
-        order.append(file.name)
-
-    folder.mkdir()
-    for name in names:
-        add(name)
-    (folder / "order").write_text("".join(f"{name}\n" for name in order))
-
-
-def _plain(name: str) -> str:
-    """A module's name as the kernel compares it."""
-    return name.replace("-", "_")
+    pick_modules(unpacked, names, folder)
+    order = load_order(names, folder)
+    (folder / "order").write_text("".join(f"{name}.ko\n" for name in order))
 
 
 def _build_tree(unpacked: Path, headers: str, tree: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +32,7 @@ WHOLE = Facts(
     archive_error=None,
     compiler="static",
     kernel="kept",
+    missing_formats={},
     kvm="usable",
     kvm_group="kvm",
     virtualization="vmx",
@@ -77,6 +79,16 @@ NO_PROOF = {
     "no static libc": ({"compiler": "dynamic"}, "C compiler", f"{INSTALL} gcc libc6-dev"),
     "apt without lists": ({"kernel": "apt has no lists"}, "guest's kernel", "apt-get update"),
     "no apt": ({"kernel": "no apt", "apt": False}, "guest's kernel", "prove --guest bare"),
+    "no zstd": (
+        {"kernel": "available", "missing_formats": {"zstd": "backports.zstd"}},
+        "guest's kernel",
+        "-m pip install backports-zstd",
+    ),
+    "a Python without lzma": (
+        {"kernel": "available", "missing_formats": {"xz": "lzma"}},
+        "guest's kernel",
+        "a Python that has its whole standard library",
+    ),
     "little memory": ({"memory_available": 700 * MIB}, "memory", "prove --guest bare"),
     "no memfd": ({"memfd_error": "Operation not permitted"}, "shared memory", "memfd_create"),
     "long TMPDIR": ({"temporary_error": "too long a path"}, "temporary folder", "TMPDIR=/tmp"),
@@ -160,6 +172,15 @@ def test_this_machine_without_any_program(tool: Tool, monkeypatch: pytest.Monkey
     assert missing == {"QEMU", "C compiler", "guest's kernel"}
     assert states["Python"] == "ok"
     assert not tool.leftovers()
+
+
+def test_a_kernel_that_is_kept_needs_no_decompression() -> None:
+    assert can_prove(examine(replace(WHOLE, missing_formats={"zstd": "backports.zstd"}), "linux"))
+
+
+def test_what_this_python_cannot_decompress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lzma", None)
+    assert look().missing_formats == {"xz": "lzma"}
 
 
 def test_a_temporary_folder_that_is_too_long(

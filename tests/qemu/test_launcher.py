@@ -1,0 +1,146 @@
+"""The launcher, in checkouts of a project that is built without network in a second."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(600)]
+
+LAUNCHER: Final = Path(__file__).parents[2] / "dmaproof"
+PROJECT: Final = """\
+[build-system]
+build-backend = "backend"
+backend-path = ["."]
+requires = []
+"""
+BACKEND: Final = """\
+import zipfile
+
+NAME = "dmaproof-1-py3-none-any.whl"
+INFO = "dmaproof-1.dist-info"
+
+def build_wheel(folder, config_settings=None, metadata_directory=None):
+    files = {
+        "program.py": 'import sys\\ndef main(): print("runs in", sys.prefix, *sys.argv[1:])\\n',
+        f"{INFO}/METADATA": "Metadata-Version: 2.1\\nName: dmaproof\\nVersion: 1\\n",
+        f"{INFO}/WHEEL": "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n",
+        f"{INFO}/entry_points.txt": "[console_scripts]\\ndmaproof = program:main\\n",
+    }
+    record = "".join(f"{name},,\\n" for name in (*files, f"{INFO}/RECORD"))
+    with zipfile.ZipFile(f"{folder}/{NAME}", "w") as wheel:
+        for name, text in {**files, f"{INFO}/RECORD": record}.items():
+            wheel.writestr(name, text)
+    return NAME
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    folder = tmp_path / "checkout"
+    for name in ("plugin", "qmp_tools", "guests"):
+        (folder / name).mkdir(parents=True)
+    for name in ("meson.build", "README.md"):
+        (folder / name).touch()
+    (folder / "pyproject.toml").write_text(PROJECT)
+    (folder / "backend.py").write_text(BACKEND)
+    shutil.copy(LAUNCHER, folder)
+    return folder
+
+
+def launch(launcher: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [launcher, "doctor"],
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def assert_runs_in(checkout: Path, launcher: Path | None = None) -> None:
+    done = launch(launcher or checkout / "dmaproof")
+    assert done.stdout == f"runs in {checkout}/.venv doctor\n", done.stderr
+    assert done.returncode == 0
+
+
+def test_a_symlink_leads_to_the_checkout(checkout: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/first").symlink_to("../checkout/dmaproof")
+    (tmp_path / "bin/second").symlink_to(tmp_path / "bin/first")
+    assert_runs_in(checkout, tmp_path / "bin/second")
+    assert len(list((tmp_path / "bin").iterdir())) == 2
+
+
+def test_a_checkout_in_another_place(checkout: Path, tmp_path: Path) -> None:
+    assert_runs_in(checkout)
+    copy = tmp_path / "a copy"
+    shutil.copytree(checkout, copy, symlinks=True)
+    assert_runs_in(copy)
+    assert_runs_in(checkout.rename(tmp_path / "moved"))
+
+
+def test_an_interpreter_that_is_gone(checkout: Path) -> None:
+    assert_runs_in(checkout)
+    for python in (checkout / ".venv/bin").glob("python*"):
+        python.unlink()
+        python.symlink_to("/nowhere/python3")
+    assert_runs_in(checkout)
+
+
+def test_an_interpreter_of_another_release(checkout: Path) -> None:
+    """As after an upgrade of the system: .venv's packages are the old release's."""
+    assert_runs_in(checkout)
+    (packages,) = (checkout / ".venv/lib").iterdir()
+    packages.rename(packages.with_name("python3.9"))
+    environment = checkout / ".venv/environment"
+    environment.write_text(f"{environment.read_text().rpartition(' ')[0]} 9\n")
+    assert_runs_in(checkout)
+
+
+def test_a_program_that_is_gone(checkout: Path) -> None:
+    assert_runs_in(checkout)
+    (checkout / ".venv/bin/dmaproof").unlink()
+    assert_runs_in(checkout)
+
+
+def test_what_is_built_is_kept(checkout: Path) -> None:
+    assert "building" in launch(checkout / "dmaproof").stderr
+    assert launch(checkout / "dmaproof").stderr == ""
+    (checkout / "plugin/new.py").touch()
+    again = launch(checkout / "dmaproof").stderr
+    assert "building" in again
+    assert "creating" not in again
+
+
+def test_a_pip_that_fails(checkout: Path) -> None:
+    (checkout / "backend.py").write_text("raise OSError('no space')\n")
+    done = launch(checkout / "dmaproof")
+    assert done.returncode == 3
+    assert "no space" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"dmaproof: pip could not install {checkout}: ")
+    (checkout / "backend.py").write_text(BACKEND)
+    assert_runs_in(checkout)
+
+
+def test_an_environment_that_cannot_be_made(checkout: Path) -> None:
+    (checkout / ".venv").touch()
+    done = launch(checkout / "dmaproof")
+    assert done.returncode == 3
+    assert done.stderr.splitlines()[-1].startswith("dmaproof: python3 -m venv")
+
+
+def test_a_set_up_that_ends_otherwise(checkout: Path) -> None:
+    """Exit code 1 would say that pages were lost."""
+    assert_runs_in(checkout)
+    (checkout / ".venv/state").unlink()
+    (checkout / ".venv/state").mkdir()
+    done = launch(checkout / "dmaproof")
+    assert done.returncode == 3
+    assert done.stderr.splitlines()[-1] == "dmaproof: the set-up failed for the reason above"

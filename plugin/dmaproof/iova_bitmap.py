@@ -38,7 +38,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,7 +144,8 @@ class IovaBitmap:
 
     def _open_buffer(self, data: BitmapBuffer, needed: int) -> None:
         try:
-            view = memoryview(data).cast("B")  # type: ignore[arg-type]  # mmap is a buffer
+            # To typeshed an mmap is a buffer from Python 3.12 on.
+            view = memoryview(cast(bytearray, data)).cast("B")
         except TypeError as error:
             raise BitmapError(f"the bitmap's memory is no contiguous buffer: {error}") from error
         if view.readonly:

@@ -240,6 +240,8 @@ class QemuPair:
             if task.done() and isinstance(task.exception(), GuestGaveUpError | None):
                 return task.result()  # where the guest gave up, no death says more
             if reason := await _reason(alarms):
+                for guest in self._guests.values():
+                    await guest.hear_last_words()
                 raise reason
             return await task
         finally:

@@ -168,6 +168,20 @@ class GuestChannel:
         async with bounded(bound_s, late), self._news:
             while not reached() and self._fatal is None:
                 await self._news.wait()
+        self._raise_if_gave_up()
+
+    async def hear_last_words(self) -> None:
+        """Where the guest's QEMU has ended, read what the guest said before that.
+
+        Raises:
+            GuestGaveUpError: it said why it gives up.
+        """
+        if self._qemu.process.died.done():
+            # It ends with the socket, whose other end is closed.
+            await asyncio.wait([self._reading], timeout=self._timeout_s)
+            self._raise_if_gave_up()
+
+    def _raise_if_gave_up(self) -> None:
         if self._fatal is not None:
             raise GuestGaveUpError(
                 f"the guest of the {self._qemu.process.name} gave up: {self._fatal}"

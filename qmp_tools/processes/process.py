@@ -34,7 +34,8 @@ class ProcessDiedError(UntestableError):
 class Process:
     """One child. What it prints goes to `log`; `died` is done when it has ended.
 
-    `name` is what messages call it: 'source QEMU', 'device'; `command` is its command line.
+    `name` is what messages call it: 'source QEMU', 'device'; `command` is its command line. The end
+    of each of `more_logs` is shown too where the process ends before its time.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Process:
         self.name = name
         self.command = command
         self.log = log
+        self.more_logs: Sequence[Path] = ()
         self._child = child
         self._expected = False
         self.died = asyncio.ensure_future(self._child.wait())
@@ -117,8 +119,8 @@ class Process:
         return f"ended with exit code {code}"
 
     def log_tail(self) -> str:
-        """The last lines that the process printed, with the log's name; empty if it was silent."""
-        return log_tail(self.log)
+        """The last lines of each log, with the log's name; empty if the process was silent."""
+        return "\n".join(filter(None, map(log_tail, (self.log, *self.more_logs))))
 
     async def kill(self) -> None:
         """End the process by SIGKILL, as a crash of its host would; it is not missed."""

@@ -98,6 +98,7 @@ class Qemu:
                 folder / f"{name}-qemu.log",
                 pass_fds=(theirs_qmp.fileno(), theirs_report.fileno(), *pass_fds),
             )
+        process.more_logs = (console,)  # a guest that fails early has nothing else to say it on
         qemu = cls(process, Qmp(f"{name} QEMU", timeout_s), console)
         qemu._unconnected = ours_qmp
         try:

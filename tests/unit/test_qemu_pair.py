@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Coroutine
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 
 from dmaproof.errors import UntestableError
 from qmp_tools.display import QuietDisplay
-from qmp_tools.guest.channel import GuestGaveUpError
+from qmp_tools.guest.channel import GuestChannel, GuestGaveUpError
 from qmp_tools.processes.process import Process
 from qmp_tools.qemu_pair import QemuPair
 
@@ -22,8 +23,13 @@ IS_KILLED_LATER = f"sleep 0.1; {IS_KILLED}"
 STAYS = "exec sleep 1000"
 
 
-def outcome_of(folder: Path, work: Coroutine[Any, Any, str], **scripts: str) -> str:
-    """What a guarded `work` comes to while the shell runs `scripts` in the places of QEMUs."""
+def outcome_of(
+    folder: Path, work: Coroutine[Any, Any, str], said: bytes = b"", **scripts: str
+) -> str:
+    """What a guarded `work` comes to while the shell runs `scripts` in the places of QEMUs.
+
+    Their guests have `said` something that nobody has read yet.
+    """
 
     async def guard() -> str:
         quiet = asyncio.get_running_loop().create_future()
@@ -32,7 +38,12 @@ def outcome_of(folder: Path, work: Coroutine[Any, Any, str], **scripts: str) -> 
         pair = QemuPair(cast(Any, setup), QuietDisplay(), cast(Any, device), folder)
         for name, script in scripts.items():
             process = await Process.start(name, ["sh", "-c", script], folder / name)
-            pair.qemus[name] = cast(Any, SimpleNamespace(process=process, end=process.end))
+            report = asyncio.StreamReader()
+            report.feed_data(said)
+            report.feed_eof()
+            qemu = SimpleNamespace(process=process, end=process.end, report=report)
+            pair.qemus[name] = cast(Any, qemu)
+            pair._guests[name] = GuestChannel(pair.qemus[name])
         try:
             return await pair.guarded(work)
         finally:
@@ -79,3 +90,23 @@ def test_where_nobody_died_the_work_tells(tmp_path: Path) -> None:
 def test_a_guest_that_gave_up_has_told_why(tmp_path: Path) -> None:
     with pytest.raises(GuestGaveUpError):
         outcome_of(tmp_path, fails(GuestGaveUpError("gave up")), source=IS_KILLED)
+
+
+def test_a_guest_that_switched_itself_off_has_told_why(tmp_path: Path) -> None:
+    said = b'fatal message="/dev/vda: No such file or directory"\n'
+    with pytest.raises(GuestGaveUpError, match="/dev/vda: No such file"):
+        outcome_of(tmp_path, lasts(), said, source="exit 0")
+
+
+def test_a_death_shows_every_log(tmp_path: Path) -> None:
+    async def text_of_death() -> str:
+        console = tmp_path / "console.log"
+        console.write_text("Kernel panic\n")
+        process = await Process.start("source", ["sh", "-c", "echo reset"], tmp_path / "qemu.log")
+        process.more_logs = (console,)
+        return str(await process.missed())
+
+    text = asyncio.run(text_of_death())
+    assert re.search(
+        r"source ended .*qemu.log:\n +reset\n.*console.log:\n +Kernel panic", text, re.DOTALL
+    )

@@ -89,7 +89,7 @@ def linux_guest(say: Say, driver: Driver = VIRTIO_BLK) -> Guest:
     files = [*sorted((folder / "linux").glob("*.c")), folder / "workload.c"]
     headers = [*sorted((folder / "linux").glob("*.h")), folder / "workload.h"]
     parts = [file.read_bytes() for file in (*files, *headers)]
-    how = f"{version} {_INIT_OPTIONS} {driver.modules}"
+    how = f"{kernel.name} {version} {_INIT_OPTIONS} {driver.modules}"
     target = cache() / f"linux-{digest([how.encode(), *parts])}"
     if not target.is_dir():
         with fresh_folder(target) as fresh:

@@ -92,7 +92,7 @@ def own_codename() -> str:
     return re.sub("|".join(_POCKETS), "", main.codename)
 
 
-def _sources(suite: str) -> str:
+def sources_list(suite: str) -> str:
     """The lines of a sources.list for `suite` and what it builds on."""
     release = re.sub("|".join(_POCKETS), "", suite)
     lines = []
@@ -124,7 +124,7 @@ class Archive:
         for name in ("lists/partial", "archives/partial"):
             (self._folder / name).mkdir(parents=True, exist_ok=True)
         (self._folder / "status").touch()
-        (self._folder / "sources.list").write_text(_sources(suite))
+        (self._folder / "sources.list").write_text(sources_list(suite))
         self._apt("apt-get", "update", what=f"fetching the package lists of {suite}")
 
     def _apt(self, program: str, *arguments: str, what: str, folder: Path | None = None) -> str:

@@ -1,0 +1,63 @@
+"""README's two commands, in fresh trees of the Debian releases that it names."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from debian_tree import Tree, fresh_tree, why_not
+
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(3600)]
+
+ROOT: Final = Path(__file__).parents[2]
+CHECKOUT: Final = Path("/root/dmaproof")
+TIMEOUT_S: Final = 1500.0
+SOME_TESTS: Final = (
+    "tests/unit/test_doctor.py",
+    "tests/unit/test_linux_guest.py",
+    "tests/unit/test_matrix.py",
+    "tests/qemu/test_devices.py::test_a_disk_and_a_network_share_a_log",
+)
+"""Those that depend on the release: on its Python, its kernel and its QEMU."""
+
+
+def check_out(target: Path) -> None:
+    """Copy what git would have in a checkout, and what is about to be added."""
+    options = ("-z", "--cached", "--others", "--exclude-standard")
+    listing: list[str | Path] = ["git", "-C", ROOT, "ls-files", *options]
+    names = subprocess.run(listing, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).exists():  # not deleted
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target / name)
+
+
+@pytest.fixture(params=["bookworm", "trixie"])
+def tree(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Tree]:
+    if reason := why_not():
+        pytest.skip(reason)
+    data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    shared = {data / "dmaproof": Path("/root/.local/share/dmaproof")}  # fetched QEMUs
+    with fresh_tree(request.param, tmp_path / "tree", shared) as tree:
+        check_out(tree.root / CHECKOUT.relative_to("/"))
+        yield tree
+
+
+def test_commands_of_the_readme(tree: Tree) -> None:
+    def run(*command: str) -> str:
+        done = tree.run(*command, folder=CHECKOUT, timeout_s=TIMEOUT_S)
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    assert "PASS: every page equal" in run("./dmaproof", "prove")
+    assert "fetched with the first proof" in run(
+        "env", "XDG_CACHE_HOME=/tmp/empty", "./dmaproof", "doctor"
+    )
+    assert " passed" in run("./dmaproof", "test", *SOME_TESTS)
+    assert str(tree.root) not in Path("/proc/self/mountinfo").read_text()

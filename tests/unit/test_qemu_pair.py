@@ -43,7 +43,7 @@ def outcome_of(
             report.feed_eof()
             qemu = SimpleNamespace(process=process, end=process.end, report=report)
             pair.qemus[name] = cast(Any, qemu)
-            pair._guests[name] = GuestChannel(pair.qemus[name])
+            pair._guests[name] = GuestChannel(pair.qemus[name], timeout_s=60)
         try:
             return await pair.guarded(work)
         finally:

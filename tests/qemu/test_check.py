@@ -203,6 +203,12 @@ def test_one_file_for_both_is_no_test(tool: Tool, folder: Path) -> None:
         refused(tool, pair.source, pair.destination, 3, "in the same file")
 
 
+def test_a_human_monitor_is_named(tool: Tool, folder: Path, qemu: Path) -> None:
+    arguments = ["-machine", "none", "-monitor", "unix:{folder}/{side}-hmp,server=on,wait=off"]
+    with foreign_pair(qemu, folder, arguments) as pair:
+        refused(tool, folder / "source-hmp", pair.destination, 2, "is a human monitor (HMP)")
+
+
 def test_a_busy_socket_is_named(tool: Tool, folder: Path) -> None:
     with foreign_pair(find_qemu(None), folder, [*WITH_RAM0, *MEMORY["memfd"]]) as pair:
         refused(tool, folder / "source-test", pair.destination, 3, "serves one client at a time")

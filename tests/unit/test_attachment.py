@@ -13,8 +13,17 @@ from threading import Thread
 
 import pytest
 
-from dmaproof.errors import UntestableError, UsageError
-from qmp_tools.processes.attachment import attach
+from dmaproof.errors import UntestableError
+from qmp_tools.processes.attachment import (
+    DomainNameError,
+    HumanMonitorError,
+    LibvirtMonitorError,
+    NoGreetingError,
+    NotASocketError,
+    NotQmpError,
+    TcpAddressError,
+    attach,
+)
 
 VERSION = {"qemu": {"major": 9, "minor": 2, "micro": 1}, "package": "ours"}
 
@@ -37,8 +46,54 @@ def attach_to(path: Path, timeout_s: float = 600) -> tuple[int, str]:
 
 def test_a_socket_that_does_not_greet_is_busy(tmp_path: Path) -> None:
     path = tmp_path / "qmp"
-    with listener(path), pytest.raises(UntestableError, match=r"one client at a time.*-qmp unix:"):
+    message = r"no QMP greeting from .*/qmp within 0\.1 s.*one client at a time.*-qmp unix:"
+    with listener(path), pytest.raises(NoGreetingError, match=message) as raised:
         attach_to(path, timeout_s=1)
+    assert not isinstance(raised.value, LibvirtMonitorError)
+
+
+def test_libvirts_monitor_is_known_by_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "domain-3-vm" / "monitor.sock"
+    path.parent.mkdir()
+    with listener(path), pytest.raises(LibvirtMonitorError, match=r"libvirt .*<qemu:commandline>"):
+        attach_to(path, timeout_s=1)
+
+
+@contextmanager
+def saying(path: Path, words: bytes) -> Iterator[None]:
+    """A server that says `words` to its first client, and closes the connection."""
+
+    def serve(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(words)
+
+    with listener(path) as server:
+        thread = Thread(target=serve, args=(server,))
+        thread.start()
+        yield
+        thread.join()
+
+
+HMP = b"QEMU 7.2.22 monitor - type 'help' for more information\r\n(qemu) "
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "message"),
+    [
+        (HMP, HumanMonitorError, r"human monitor \(HMP\).*start QEMU with -qmp unix:"),
+        (b"\xff\xfb\x01" + HMP, HumanMonitorError, "human monitor"),  # with telnet=on
+        (b"SSH-2.0-OpenSSH_9.2", NotQmpError, r"does not speak QMP.*SSH-2\.0.*-qmp unix:"),
+        (b"", NoGreetingError, "no QMP greeting"),
+        (b"{}\n", NoGreetingError, "no QMP greeting"),
+    ],
+)
+def test_a_server_that_does_not_speak_qmp(
+    tmp_path: Path, words: bytes, kind: type[Exception], message: str
+) -> None:
+    path = tmp_path / "socket"
+    with saying(path, words), pytest.raises(kind, match=message):
+        attach_to(path)
 
 
 def test_nobody_listens(tmp_path: Path) -> None:
@@ -49,11 +104,39 @@ def test_nobody_listens(tmp_path: Path) -> None:
         attach_to(path)
 
 
-def test_what_is_no_socket(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"there is no .*start QEMU with -qmp"):
+def test_a_path_that_is_not_a_socket(tmp_path: Path) -> None:
+    with pytest.raises(NotASocketError, match=r"there is no .*start QEMU with -qmp"):
         attach_to(tmp_path / "nothing")
-    with pytest.raises(UsageError, match="is no socket"):
+    with pytest.raises(NotASocketError, match=r"is a folder; expected .*-qmp"):
         attach_to(tmp_path)
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(NotASocketError, match="is a regular file"):
+        attach_to(file)
+    with pytest.raises(NotASocketError, match="Not a directory"):
+        attach_to(file / "qmp")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(NotASocketError, match="is a pipe"):
+        attach_to(pipe)
+    with pytest.raises(NotASocketError, match="is a character device"):
+        attach_to(Path("/dev/null"))
+
+
+@pytest.mark.parametrize("given", ["localhost:4444", "tcp:[::1]:4444", "tcp::4444,server=on"])
+def test_an_address_of_qmp_over_tcp(given: str) -> None:
+    with pytest.raises(TcpAddressError, match=r"TCP address; expected .*Unix socket.*-qmp unix:"):
+        attach_to(Path(given))
+
+
+def test_a_name_may_be_a_libvirt_domains() -> None:
+    with pytest.raises(DomainNameError, match=r"libvirt domain: expected .*<qemu:commandline>"):
+        attach_to(Path("my-vm"))
+
+
+def test_qemus_own_form_of_a_sockets_address() -> None:
+    with pytest.raises(NotASocketError, match=r"name the path alone: /run/no-qmp$"):
+        attach_to(Path("unix:/run/no-qmp,server=on"))
 
 
 def serve_version(server: socket.socket) -> None:

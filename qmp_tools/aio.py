@@ -33,6 +33,7 @@ from dmaproof.errors import UsageError
 
 from . import proof_run
 from .check.check import Check, check
+from .check.migrated import GuestHasRunError, NotMigratedError
 from .commands.setup import parse_proof_options, setup_of
 from .display import Display, QuietDisplay
 from .host.qemu_choice import find_qemu
@@ -55,8 +56,10 @@ __all__ = [
     "AttachedQemu",
     "Check",
     "DirtyRates",
+    "GuestHasRunError",
     "Limits",
     "MigrationError",
+    "NotMigratedError",
     "Progress",
     "Proof",
     "Qmp",

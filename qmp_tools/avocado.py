@@ -101,17 +101,20 @@ class MigrationTest(Test):  # type: ignore[misc]
                 shutil.copy(log, self.outputdir)
 
 
-def check_ram(test: Test, source: str | Path, destination: str | Path) -> None:
+def check_ram(
+    test: Test, source: str | Path, destination: str | Path, *, expect_migration: bool = True
+) -> None:
     """Fail `test` unless all RAM of the QEMUs behind two QMP sockets is equal.
 
-    The guests must stand still, and nobody else may use the sockets; see docs/check.md.
+    The guests must be paused as their migration left them, and nobody else may use the sockets; see
+    docs/check.md. Without `expect_migration`, any two paused QEMUs are compared.
 
     Raises:
         UsageError: there is no such socket.
-        UntestableError: it could not be compared.
+        UntestableError: it could not be compared, there was no migration, or a guest has run since.
     """
     with Stage() as stage:
-        outcome = stage.check(Path(source), Path(destination))
+        outcome = stage.check(Path(source), Path(destination), expect_migration=expect_migration)
     _write(test, "ram", check_report.to_json(outcome), check_report.to_text(outcome))
     if outcome.exit_code:
         test.fail(outcome.sentence)

@@ -254,14 +254,24 @@ class Stage:
         run = proof_run(setup, self._display, self.folder)
         return StagedProof(self, self.run(self._started.enter_async_context(run)))
 
-    def check(self, source: RunningQemu | Path, destination: RunningQemu | Path) -> Check:
-        """Compare all RAM of two QEMUs that stand still, ours or those behind QMP sockets.
+    def check(
+        self,
+        source: RunningQemu | Path,
+        destination: RunningQemu | Path,
+        *,
+        expect_migration: bool = True,
+    ) -> Check:
+        """Compare all RAM of two QEMUs after a migration, ours or those behind QMP sockets.
+
+        Without `expect_migration`, any two paused QEMUs are compared.
 
         Raises:
             UsageError: a path is no socket, or both are the same QEMU's.
-            UntestableError: a guest runs, or memory cannot be read.
+            UntestableError: they have not migrated, a guest has run since, or memory cannot be
+                read.
         """
-        return self.run(check(_socket_of(source), _socket_of(destination)))
+        sockets = _socket_of(source), _socket_of(destination)
+        return self.run(check(*sockets, expect_migration=expect_migration))
 
     def logs(self) -> Iterator[Path]:
         """The logs and command lines of everything that was started."""

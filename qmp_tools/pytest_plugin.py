@@ -219,18 +219,22 @@ def vhost_user_blk(request: pytest.FixtureRequest) -> Iterator[Callable[..., Vho
 def ram_check(request: pytest.FixtureRequest) -> Iterator[Callable[..., Check]]:
     """Fails unless all RAM of two paused QEMUs is equal: ``ram_check(pair.source, …destination)``.
 
-    Takes the QEMUs of the fixtures, or paths of QMP sockets.
+    Takes the QEMUs of the fixtures, or paths of QMP sockets, after a migration. With
+    ``expect_migration=False`` it compares any two paused QEMUs.
     """
     from .reports import check_report
 
     with _stage(request) as stage:
 
         def compare(
-            source: RunningQemu | str | Path, destination: RunningQemu | str | Path
+            source: RunningQemu | str | Path,
+            destination: RunningQemu | str | Path,
+            *,
+            expect_migration: bool = True,
         ) -> Check:
             __tracebackhide__ = True
             sides = [Path(it) if isinstance(it, str) else it for it in (source, destination)]
-            outcome = stage.check(sides[0], sides[1])
+            outcome = stage.check(sides[0], sides[1], expect_migration=expect_migration)
             _note_version(request, outcome.source.version)
             _note_verdict(request, check_report.to_json(outcome), check_report.to_text(outcome))
             if outcome.exit_code:

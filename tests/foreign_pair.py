@@ -130,15 +130,18 @@ def foreign_pair(
     arguments: Sequence[str],
     *,
     accelerator: str = "tcg",
+    destination: Sequence[str] = ("-S", "-incoming", "defer"),
 ) -> Iterator[Pair]:
     """The pair with `arguments`, in which {folder} and {side} are replaced.
+
+    `destination` are the options of that side alone.
 
     Each side has two more QMP sockets: another free one, and one for the test itself.
     """
     processes: list[subprocess.Popen[bytes]] = []
     monitors: list[Monitor] = []
     try:
-        for side, extra in (("source", []), ("destination", ["-S", "-incoming", "defer"])):
+        for side, extra in (("source", ()), ("destination", destination)):
             options = [it.format(folder=folder, side=side) for it in (*arguments, *extra)]
             for name in (side, f"{side}-2", f"{side}-test"):
                 options += ["-qmp", f"unix:{folder / name},server=on,wait=off"]

@@ -31,9 +31,11 @@ from ..ram import PAGE_BYTES
 from ..verdict import EXIT_LOST, EXIT_PASS
 from .guest_ram import GuestRam, guest_ram
 from .known_differences import known_difference
+from .migrated import GuestHasRunError, has_run, require_migrated, require_paused
 from .physical_map import CommonRange, common_ranges, hidden_parts, is_backend
 
 _SAVED_PIECE_BYTES: Final = 64 * MIB
+_NO_MIGRATION: Final = "no migration was expected, and so none was looked for"
 _LOOKED_AT: Final = 10_000
 """So many differing pages are looked into; more are only counted and mapped."""
 
@@ -136,15 +138,24 @@ class Check:
 
 
 async def check(
-    source_socket: Path, destination_socket: Path, *, timeout_s: float = DEFAULT_TIMEOUT_S
+    source_socket: Path,
+    destination_socket: Path,
+    *,
+    expect_migration: bool = True,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Check:
     """Compare the RAM of the QEMUs behind two QMP sockets.
 
-    `timeout_s` bounds the wait for each of their answers.
+    They must be paused as their migration left them. Without `expect_migration`, any two paused
+    QEMUs are compared, such as two that were started alike. `timeout_s` bounds the wait for each of
+    their answers.
 
     Raises:
-        UsageError: a socket is none, or both are the same QEMU's.
-        UntestableError: a guest runs, the sizes or maps differ, or memory cannot be read.
+        UsageError: a path is not a QMP socket, both are the same QEMU's, or they are in the wrong
+            order.
+        NotMigratedError: no completed migration lies between them.
+        GuestHasRunError: a guest has run since, or pages differ and it may have.
+        UntestableError: the sizes or maps differ, or memory cannot be read.
     """
     with contextlib.suppress(OSError):  # what is wrong with a socket, attaching to it tells
         if source_socket.samefile(destination_socket):
@@ -158,60 +169,49 @@ async def check(
                 ("destination QEMU", destination_socket),
             )
         ]
-        statuses = [await _standing_still(qemu) for qemu in qemus]
         accelerators = [await _accelerator(qemu) for qemu in qemus]
         source, destination = [
             await stack.enter_async_context(guest_ram(qemu, folder)) for qemu in qemus
         ]
-        began_s = time.monotonic()
         comparison = _Comparison(source, destination, accelerators[0])
         comparison.refuse_what_proves_nothing()
+        await _require_comparable(qemus, expect_migration)
+        began_s = time.monotonic()
         await comparison.compare()
         compare_s = time.monotonic() - began_s
-        for qemu in qemus:
-            await _standing_still(qemu)
+        await _require_comparable(qemus, expect_migration)
         sides = [
-            _side(ram, status, accelerator)
-            for ram, status, accelerator in zip(
-                (source, destination), statuses, accelerators, strict=True
-            )
+            _side(ram, await ram.qemu.status(), accelerator)
+            for ram, accelerator in zip((source, destination), accelerators, strict=True)
         ]
-        return Check(
+        outcome = Check(
             source=sides[0],
             destination=sides[1],
             areas=comparison.areas,
             differences=comparison.differences,
             not_compared=comparison.not_compared,
-            notes=[*await _notes(qemus[0]), *comparison.notes()],
+            notes=[*([] if expect_migration else [_NO_MIGRATION]), *comparison.notes()],
             compare_s=compare_s,
         )
+        if outcome.exit_code and expect_migration and await has_run(qemus[1]) is None:
+            raise GuestHasRunError(
+                f"{outcome.sentence}, but whether the destination's guest has run since the "
+                "migration is unknown: the accelerator does not tell. KVM and TCG do"
+            )
+        return outcome
 
 
-async def _standing_still(qemu: AttachedQemu) -> str:
-    status = await qemu.status()
-    if status == "running":
-        raise UntestableError(
-            f"{qemu.name} ({qemu.socket_path}) is running, and so its RAM changes while it is "
-            "read: pause it first (QMP 'stop'; start the destination with -S)"
-        )
-    if status == "inmigrate":
-        raise UntestableError(
-            f"{qemu.name} ({qemu.socket_path}) still waits for a migration's data: let the "
-            "migration complete first"
-        )
-    return status
+async def _require_comparable(qemus: Sequence[AttachedQemu], expect_migration: bool) -> None:
+    if expect_migration:
+        await require_migrated(*qemus)
+        return
+    for qemu in qemus:
+        await require_paused(qemu)
 
 
 async def _accelerator(qemu: AttachedQemu) -> str:
     answer = await qemu.qmp.execute("query-kvm")
     return "kvm" if answer["enabled"] else "other"
-
-
-async def _notes(source: AttachedQemu) -> list[str]:
-    migration = await source.qmp.execute("query-migrate")
-    if migration.get("status") == "completed":
-        return []
-    return ["the source tells of no completed migration: was this QEMU its source?"]
 
 
 def _side(ram: GuestRam, status: str, accelerator: str) -> Side:

@@ -12,13 +12,14 @@ from .interruption import run_interruptibly
 from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
 
 _EXAMPLES = """\
-Both guests must stand still: the source does after its migration, the destination if it was
+Both guests must be paused as the migration left them: the source is, the destination if it was
 started with -S. Nothing has to be known of how they were started; shared memory is read where it
 is, private memory is saved by QEMU piece by piece.
 
 examples:
   dmaproof check /run/source-qmp.sock /run/destination-qmp.sock
   dmaproof check source.sock destination.sock --report check.html --junit check.xml
+  dmaproof check one.sock other.sock --no-migration
   dmaproof check source.sock destination.sock --json - | jq '.differences[].gpa'
 
 exit codes:
@@ -41,13 +42,23 @@ def add(commands: Subcommands) -> None:
     )
     parser.add_argument("source", type=Path, help="the source's QMP socket")
     parser.add_argument("destination", type=Path, help="the destination's QMP socket")
+    parser.add_argument(
+        "--no-migration",
+        action="store_true",
+        help="compare any two paused QEMUs; without it, two that have not migrated are not tested",
+    )
     add_timeout(parser)
     add_outputs(parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     outcome = run_interruptibly(
-        check(arguments.source, arguments.destination, timeout_s=arguments.timeout)
+        check(
+            arguments.source,
+            arguments.destination,
+            expect_migration=not arguments.no_migration,
+            timeout_s=arguments.timeout,
+        )
     )
     if not writes_to_stdout(arguments):
         print(to_text(outcome))

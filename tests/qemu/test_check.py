@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import cast
 
@@ -18,6 +19,8 @@ from foreign_pair import (
     Pair,
     foreign_pair,
 )
+from qmp_tools.blocking import Stage
+from qmp_tools.check.migrated import GuestHasRunError, NotMigratedError
 from qmp_tools.guest.bare import probe_guest
 from qmp_tools.host.qemu_builds import installed
 from qmp_tools.host.qemu_choice import find_qemu
@@ -166,15 +169,85 @@ def refused(tool: Tool, source: Path, destination: Path, exit_code: int, message
     assert not tool.leftovers()
 
 
-def test_a_guest_that_does_not_stand_still(tool: Tool, folder: Path) -> None:
-    with foreign_pair(find_qemu(None), folder, [*WITH_RAM0, *MEMORY["memfd"]]) as pair:
-        refused(tool, pair.source, pair.destination, 3, "source QEMU")
-        pair.monitors[0].execute("stop")
-        refused(tool, pair.source, pair.destination, 3, "still waits for a migration's data")
-        pair.monitors[0].execute("cont")
+def wait_until_it_has_run(pair: Pair, side: int, accelerator: str) -> None:
+    """Resume a side, and pause it when its vCPU has shown that it ran."""
+    monitor = pair.monitors[side]
+    monitor.execute("cont")
+    if accelerator == "tcg":
+        # A guest that waits for its next interrupt translates nothing.
+        deadline = time.monotonic() + 60
+        while "TB count            0" in monitor.execute(
+            "human-monitor-command", command_line="info jit"
+        ):
+            assert time.monotonic() < deadline, "the guest does not run"
+            time.sleep(0.05)
+    monitor.execute("stop")
+
+
+@pytest.mark.parametrize("accelerator", ["tcg", "kvm"])
+def test_a_guest_that_has_run_since(tool: Tool, folder: Path, qemu: Path, accelerator: str) -> None:
+    if accelerator == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        pytest.skip("no /dev/kvm here: modprobe kvm, and be in its group")
+    arguments = [*WITH_RAM0, *MEMORY["memfd"]]
+    with foreign_pair(qemu, folder, arguments, accelerator=accelerator) as pair:
         pair.migrate()
+        checked(tool, pair, 0)
+        refused(tool, pair.destination, pair.source, 2, "give the source first")
         pair.monitors[1].execute("cont")
-        refused(tool, pair.source, pair.destination, 3, "pause it first (QMP 'stop'")
+        refused(tool, pair.source, pair.destination, 3, "is running, and so its RAM is no longer")
+        wait_until_it_has_run(pair, 1, accelerator)
+        refused(tool, pair.source, pair.destination, 3, "is paused, but has run since")
+        wait_until_it_has_run(pair, 0, accelerator)
+        refused(tool, pair.source, pair.destination, 3, "was resumed or reset after its migration")
+
+
+def test_stop_before_the_end_of_the_migration_is_as_good_as_a_paused_start(
+    tool: Tool, folder: Path, qemu: Path
+) -> None:
+    arguments = [*WITH_RAM0, *MEMORY["memfd"]]
+    with foreign_pair(qemu, folder, arguments, destination=["-incoming", "defer"]) as pair:
+        pair.monitors[1].execute("stop")
+        pair.migrate()
+        checked(tool, pair, 0)
+
+
+def test_without_a_migration_nothing_is_tested_unless_none_was_intended(
+    tool: Tool, folder: Path
+) -> None:
+    arguments = [*WITH_RAM0, *MEMORY["memfd"], "-S"]
+    with foreign_pair(find_qemu(None), folder, arguments, destination=[]) as pair:
+        refused(tool, pair.source, pair.destination, 3, "no migration behind it")
+        command = ["check", str(pair.source), str(pair.destination), "--no-migration"]
+        outcome = tool.run(*command)
+        assert outcome.exit_code == 0, outcome.errors
+        assert "no migration was expected" in outcome.output
+        plant(pair, "memfd")
+        assert tool.run(*command).exit_code == 1
+        pair.monitors[1].execute("cont")
+        outcome = tool.run(*command)
+        assert outcome.exit_code == 3
+        assert "pause it first (QMP 'stop')" in outcome.errors
+
+
+def test_a_guest_that_a_file_carried(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Stage(quiet=True) as stage:
+        pair = stage.pair(["-machine", "q35", "-m", "65544K"], accelerator="tcg")
+        with pytest.raises(NotMigratedError):
+            stage.check(pair.source, pair.destination)
+        pair.migrate("exec")
+        assert stage.check(pair.source, pair.destination).exit_code == 0
+        hva = str(pair.destination.execute("human-monitor-command", command_line="gpa2hva 0x10000"))
+        with Path(f"/proc/{pair.destination.pid}/mem").open("r+b", buffering=0) as memory:
+            os.pwrite(memory.fileno(), b"!!", int(hva.split()[-1], 16))
+        assert stage.check(pair.source, pair.destination).exit_code == 1
+
+        async def unknown(qemu: object) -> None:
+            return None
+
+        for module in ("check", "migrated"):
+            monkeypatch.setattr(f"qmp_tools.check.{module}.has_run", unknown)
+        with pytest.raises(GuestHasRunError, match=r"1 of \d+ pages differ, but whether"):
+            stage.check(pair.source, pair.destination)
 
 
 def test_two_that_do_not_belong_together(tool: Tool, folder: Path) -> None:

@@ -1,0 +1,132 @@
+"""What is told of two QEMUs that are not the two sides of a completed migration."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from dmaproof.errors import UntestableError, UsageError
+from qmp_tools.check.migrated import (
+    GuestHasRunError,
+    NotMigratedError,
+    has_run,
+    require_migrated,
+    require_paused,
+)
+from qmp_tools.processes.attachment import AttachedQemu
+from qmp_tools.processes.qmp import QmpRefusal
+
+NO_JIT = "Error: JIT information is only available with accel=tcg\r\n"
+
+
+def jit(blocks: int) -> str:
+    return f"gen code size 1/2\r\nTB count            {blocks}\r\ncross page TB count 7 (0%)\r\n"
+
+
+def vcpu(**counts: int) -> dict[str, Any]:
+    return {"stats": [{"name": name, "value": value} for name, value in counts.items()]}
+
+
+@dataclass
+class PlayedQemu:
+    """A QEMU that answers what it is told to; its own QMP session, and its human monitor."""
+
+    state: str = "paused"
+    migration: dict[str, Any] = field(default_factory=lambda: {"status": "completed"})
+    kvm: bool = False
+    jit: str = jit(0)
+    vcpus: list[dict[str, Any]] | None = None
+    name: str = "this QEMU"
+    socket_path: Path = Path("/run/qmp")
+
+    @property
+    def qmp(self) -> PlayedQemu:
+        return self
+
+    async def execute(self, command: str, **_: Any) -> Any:
+        if command == "query-stats" and self.vcpus is None:
+            raise QmpRefusal("no such command")
+        return {
+            "query-kvm": {"enabled": self.kvm},
+            "query-migrate": self.migration,
+            "query-stats": self.vcpus,
+        }[command]
+
+    async def status(self) -> str:
+        return self.state
+
+    async def monitor(self, command: str) -> str:
+        assert command == "info jit"
+        return self.jit
+
+
+def played(**what: Any) -> AttachedQemu:
+    return cast(AttachedQemu, PlayedQemu(**what))
+
+
+SENT = {"status": "completed", "ram": {}}
+SOURCE = {"state": "postmigrate", "migration": SENT, "jit": jit(9)}
+
+
+@pytest.mark.parametrize("state", ["postmigrate", "finish-migrate"])
+def test_what_a_migration_leaves_behind(state: str) -> None:
+    asyncio.run(require_migrated(played(**{**SOURCE, "state": state}), played()))
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "kind", "message"),
+    [
+        ({"migration": {}}, {}, NotMigratedError, "no migration behind it.*--no-migration"),
+        ({"state": "running", "migration": {}}, {}, NotMigratedError, "no migration behind it"),
+        ({"migration": {"status": "active"}}, {}, NotMigratedError, "'active', not 'completed'"),
+        ({"migration": {"status": "failed"}}, {}, NotMigratedError, "'failed'"),
+        ({"state": "running"}, {}, GuestHasRunError, "was resumed or reset"),
+        ({"state": "paused"}, {}, GuestHasRunError, "was resumed or reset"),
+        ({"state": "prelaunch"}, {}, GuestHasRunError, "was resumed or reset"),
+        ({}, {"state": "prelaunch", "migration": {}}, NotMigratedError, "no migration behind it"),
+        ({}, {"state": "inmigrate", "migration": {}}, NotMigratedError, "still waits"),
+        ({}, {"migration": {"status": "postcopy-active"}}, NotMigratedError, "postcopy-active"),
+        ({}, {"state": "running"}, GuestHasRunError, "is running, .*-S, or .*QMP 'stop' while"),
+        ({}, {"jit": jit(1)}, GuestHasRunError, "is paused, but has run since .*-S, or"),
+        ({}, {"kvm": True, "vcpus": [vcpu(exits=1)]}, GuestHasRunError, "has run since"),
+        (
+            {"state": "paused", "migration": {"status": "completed"}},
+            {"state": "postmigrate", "migration": SENT},
+            UsageError,
+            "give the source first",
+        ),
+    ],
+)
+def test_what_is_not_comparable(
+    source: dict[str, Any], destination: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        asyncio.run(require_migrated(played(**{**SOURCE, **source}), played(**destination)))
+
+
+@pytest.mark.parametrize(
+    ("qemu", "expected"),
+    [
+        ({"jit": jit(0)}, False),
+        ({"jit": jit(12)}, True),
+        ({"jit": NO_JIT}, None),
+        ({"kvm": True, "vcpus": [vcpu(exits=0, signal_exits=0)] * 2}, False),
+        ({"kvm": True, "vcpus": [vcpu(exits=0), vcpu(exits=3)]}, True),
+        ({"kvm": True, "vcpus": [vcpu(exits=0, signal_exits=1)]}, True),
+        ({"kvm": True, "vcpus": [vcpu()]}, None),
+        ({"kvm": True, "vcpus": []}, None),
+        ({"kvm": True}, None),
+    ],
+)
+def test_whether_a_guest_has_run(qemu: dict[str, Any], expected: bool | None) -> None:
+    assert asyncio.run(has_run(played(**qemu))) is expected
+
+
+def test_without_a_migration_it_is_enough_to_be_paused() -> None:
+    asyncio.run(require_paused(played(state="prelaunch", migration={}, jit=jit(5))))
+    with pytest.raises(UntestableError, match=r"is running.*QMP 'stop'"):
+        asyncio.run(require_paused(played(state="running")))

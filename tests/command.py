@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
@@ -41,15 +41,16 @@ class Outcome:
 
 
 class Tool:
-    """Runs dmaproof with `folder` as its temporary folder."""
+    """Runs dmaproof with `folder` as its temporary folder; `wrapper` is a command to run it by."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, wrapper: Sequence[str] = ()) -> None:
         self.folder = folder
+        self.wrapper = wrapper
 
     def start(self, *arguments: str) -> Running:
         """Start the command and go on."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "qmp_tools.cli", *arguments],
+            [*self.wrapper, sys.executable, "-m", "qmp_tools.cli", *arguments],
             env={**os.environ, "TMPDIR": str(self.folder)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

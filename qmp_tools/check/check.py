@@ -1,7 +1,7 @@
 """Compares all RAM of two paused QEMUs after a migration, however they were started.
 
 What is compared is the physical map's RAM and ROM, range by range (`physical_map`), and, where both
-sides share a backend's memory in a file, those parts of it too that the map hides. The rest is told
+QEMUs' processes can be read, those parts of a backend too that the map hides. The rest is told
 as not compared. No device of ours takes part, so a difference is placed (address, region, backend)
 and not attributed.
 """
@@ -24,17 +24,16 @@ from dmaproof.errors import UntestableError, UsageError
 from dmaproof.page_compare import Extent, differing_pages
 
 from ..processes.attachment import AttachedQemu, attach
-from ..processes.machine import MIB
 from ..processes.run_folder import run_folder
 from ..processes.timeout import DEFAULT_TIMEOUT_S
 from ..ram import PAGE_BYTES
 from ..verdict import EXIT_LOST, EXIT_PASS
+from .copied_memory import PIECE_BYTES
 from .guest_ram import GuestRam, guest_ram
 from .known_differences import known_difference
 from .migrated import GuestHasRunError, has_run, require_migrated, require_paused
-from .physical_map import CommonRange, common_ranges, hidden_parts, is_backend
+from .physical_map import CommonRange, MapRegion, common_ranges, hidden_parts, is_backend
 
-_SAVED_PIECE_BYTES: Final = 64 * MIB
 _NO_MIGRATION: Final = "no migration was expected, and so none was looked for"
 _LOOKED_AT: Final = 10_000
 """So many differing pages are looked into; more are only counted and mapped."""
@@ -82,7 +81,8 @@ class NotCompared:
 class Side:
     """What was found at one of the sockets.
 
-    Of the RAM, `in_place_bytes` were read where they are, `saved_bytes` by way of QEMU.
+    Of the RAM, `in_place_bytes` were read where they are, `copied_bytes` were copied from QEMU's
+    process, and `saved_bytes` QEMU saved.
     """
 
     socket: str
@@ -91,6 +91,7 @@ class Side:
     status: str
     accelerator: str
     in_place_bytes: int
+    copied_bytes: int
     saved_bytes: int
 
 
@@ -216,6 +217,7 @@ async def _accelerator(qemu: AttachedQemu) -> str:
 
 def _side(ram: GuestRam, status: str, accelerator: str) -> Side:
     in_place = sum(region.length for region in ram.shared)
+    copied = sum(region.length for region in ram.copied)
     return Side(
         socket=str(ram.qemu.socket_path),
         pid=ram.qemu.pid,
@@ -223,7 +225,8 @@ def _side(ram: GuestRam, status: str, accelerator: str) -> Side:
         status=status,
         accelerator=accelerator,
         in_place_bytes=in_place,
-        saved_bytes=ram.length - in_place,
+        copied_bytes=copied,
+        saved_bytes=ram.length - in_place - copied,
     )
 
 
@@ -265,7 +268,7 @@ class _Comparison:
                 self.not_compared.append(
                     NotCompared(region.name, region.offset, region.length, "a device's own memory")
                 )
-        self._compare_hidden()
+        await self._compare_hidden()
 
     def notes(self) -> list[str]:
         """What may be behind differences that are not known."""
@@ -289,7 +292,7 @@ class _Comparison:
         both_shared = (
             common.source in self.source.shared and common.destination in self.destination.shared
         )
-        step = whole if both_shared else _SAVED_PIECE_BYTES
+        step = whole if both_shared else PIECE_BYTES
         for start in range(0, whole, max(step, 1)):
             gpa, length = common.gpa + start, min(step, whole - start)
             async with (
@@ -304,7 +307,7 @@ class _Comparison:
                 )
                 self._add(area, ours, theirs)
 
-    def _compare_hidden(self) -> None:
+    async def _compare_hidden(self) -> None:
         """Compare what the physical map hides of each memory backend."""
         for name, size in self.source.backends.items():
             ours, theirs = (
@@ -313,18 +316,23 @@ class _Comparison:
             )
             if ours is None or theirs is None or self.destination.backends.get(name) != size:
                 continue
-            for start, length in hidden_parts(self.source.regions, name, size):
-                extents = (
-                    self.source.shared_extent(ours, start),
-                    self.destination.shared_extent(theirs, start),
-                )
-                if extents[0] is None or extents[1] is None:
-                    why = "hidden by the physical map, and QEMU saves only what that shows"
-                    self.not_compared.append(NotCompared(name, start, length, why))
-                    continue
-                differing = differing_pages(extents[0], extents[1], length, PAGE_BYTES)
-                area = ComparedArea(None, name, start, length // PAGE_BYTES, differing)
-                self._add(area, extents[0], extents[1])
+            for begin, length in hidden_parts(self.source.regions, name, size):
+                for start in range(begin, begin + length, PIECE_BYTES):
+                    await self._compare_hidden_piece(
+                        (ours, theirs), name, start, min(PIECE_BYTES, begin + length - start)
+                    )
+
+    async def _compare_hidden_piece(
+        self, regions: tuple[MapRegion, MapRegion], name: str, start: int, length: int
+    ) -> None:
+        ours = await self.source.backend_extent(regions[0], start, length)
+        theirs = await self.destination.backend_extent(regions[1], start, length)
+        if ours is None or theirs is None:
+            why = "hidden by the physical map, and QEMU saves only what that shows"
+            self.not_compared.append(NotCompared(name, start, length, why))
+            return
+        differing = await asyncio.to_thread(differing_pages, ours, theirs, length, PAGE_BYTES)
+        self._add(ComparedArea(None, name, start, length // PAGE_BYTES, differing), ours, theirs)
 
     def _add(self, area: ComparedArea, ours: Extent, theirs: Extent) -> None:
         self.areas.append(area)

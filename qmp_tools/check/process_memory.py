@@ -18,6 +18,10 @@ from dmaproof.errors import UntestableError
 from ..processes.attachment import owner_name
 
 
+class OutOfReachError(UntestableError):
+    """This user may not look at the memory of a process."""
+
+
 @dataclass(frozen=True)
 class Mapping:
     """One line of /proc/PID/maps; addresses and `offset` in bytes."""
@@ -53,19 +57,47 @@ def mappings_of(pid: int, name: str) -> list[Mapping]:
     """The mappings of process `pid`, called `name` in messages.
 
     Raises:
-        UntestableError: this user may not look at them.
+        OutOfReachError: this user may not look at them.
+        UntestableError: there is no such process.
     """
     try:
         with Path(f"/proc/{pid}/maps").open() as lines:
             return parse_maps(lines)
     except PermissionError:
         owner = owner_name(Path(f"/proc/{pid}").stat().st_uid)
-        raise UntestableError(
+        raise OutOfReachError(
             f"the memory of {name} (process {pid}) may not be read: it belongs to user {owner}; "
             f"run this as {'root' if owner == 'root' else f'{owner} or as root'}"
         ) from None
     except OSError as error:
         raise UntestableError(f"{name} (process {pid}) cannot be looked at: {error}") from error
+
+
+def user_and_group(pid: int) -> tuple[int, int]:
+    """The user and the group with which process `pid` opens files.
+
+    The owner of /proc/PID does not tell them: it is root where a process is not dumpable.
+    """
+    process = Path(f"/proc/{pid}")
+    return _numbers(process, "Uid")[-1], _numbers(process, "Gid")[-1]
+
+
+def has_thread(pid: int, thread: int) -> bool:
+    """Whether process `pid` has a thread that knows itself by `thread`, in a namespace or not."""
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if _numbers(task, "NSpid")[-1:] == [thread]:
+                return True
+    return False
+
+
+def _numbers(process: Path, key: str) -> list[int]:
+    """The numbers that /proc/PID/status has behind `key` (proc_pid_status(5))."""
+    for line in (process / "status").read_text().splitlines():
+        name, _, values = line.partition(":")
+        if name == key:
+            return [int(value) for value in values.split()]
+    return []
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_st
 _EXAMPLES = """\
 Both guests must be paused as the migration left them: the source is, the destination if it was
 started with -S. Nothing has to be known of how they were started; shared memory is read where it
-is, private memory is saved by QEMU piece by piece.
+is, private memory is copied from QEMU's process piece by piece.
 
 examples:
   dmaproof check /run/source-qmp.sock /run/destination-qmp.sock

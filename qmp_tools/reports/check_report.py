@@ -105,6 +105,7 @@ def _describe(side: Side) -> str:
         f"{length / MIB:.0f} MiB {kind}"
         for length, kind in (
             (side.in_place_bytes, "read in place"),
+            (side.copied_bytes, "copied from its process"),
             (side.saved_bytes, "saved by QEMU"),
         )
         if length

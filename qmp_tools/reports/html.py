@@ -277,10 +277,16 @@ def _check_sections(answer: Json) -> list[str]:
     ]
     for name in ("source", "destination"):
         side = answer[name]
-        in_place, saved = side["in_place_bytes"] // MIB, side["saved_bytes"] // MIB
+        in_place, copied, saved = (
+            side[f"{how}_bytes"] // MIB for how in ("in_place", "copied", "saved")
+        )
         rows += [
             (f"{name}", f"process {side['pid']}, {side['status']}"),
-            (f"{name}'s memory, read", f"{in_place} MiB in place, {saved} MiB saved by QEMU"),
+            (
+                f"{name}'s memory, read",
+                f"{in_place} MiB in place, {copied} MiB copied from its process, "
+                f"{saved} MiB saved by QEMU",
+            ),
         ]
     found = [
         element.section(

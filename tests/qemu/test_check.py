@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import cast
@@ -62,11 +63,11 @@ def plant(pair: Pair, kind: str) -> None:
     poke(pair, PLANTED + 7)
 
 
-def poke(pair: Pair, gpa: int) -> None:
-    """Change the byte at `gpa` in the memory of the destination's process."""
+def poke(pair: Pair, gpa: int, offset: int = 0) -> None:
+    """Change the byte `offset` behind `gpa` in the memory of the destination's process."""
     text = pair.monitors[1].execute("human-monitor-command", command_line=f"gpa2hva {gpa:#x}")
     with Path(f"/proc/{pair.pids[1]}/mem").open("r+b", buffering=0) as memory:
-        os.pwrite(memory.fileno(), b"!", int(text.split()[-1], 16))
+        os.pwrite(memory.fileno(), b"!", int(text.split()[-1], 16) + offset)
 
 
 @pytest.mark.parametrize("kind", MEMORY)
@@ -84,6 +85,9 @@ def test_equal_where_equal_and_the_planted_byte_found(
         shared = 60 * MIB if kind != "private" else 0
         assert side["in_place_bytes"] >= shared
         assert (side["in_place_bytes"] == 0) == (kind == "private")
+        # Firmware and video memory are private in any case.
+        assert side["copied_bytes"] > 0
+        assert side["saved_bytes"] == 0
         plant(pair, kind)
         report = checked(tool, pair, 1)
         differences = report["differences"]
@@ -126,16 +130,58 @@ def test_several_backends_and_ram_above_four_gigabytes(tool: Tool, folder: Path)
         assert [it["device"] for it in differences] == [None, None, "dimm0"]
 
 
-def test_ram_that_the_map_hides_is_compared(tool: Tool, folder: Path) -> None:
-    arguments = [*WITH_RAM0, *MEMORY["memfd"], "-vga", "std"]
+@pytest.mark.parametrize("kind", ["memfd", "private"])
+def test_ram_that_the_map_hides_is_compared(tool: Tool, folder: Path, kind: str) -> None:
+    arguments = [*WITH_RAM0, *MEMORY[kind], "-vga", "std"]
     with foreign_pair(find_qemu(None), folder, arguments) as pair:
         pair.migrate()
-        with pair.memory_file(1, "memfd:").open("r+b", buffering=0) as memory:
-            os.pwrite(memory.fileno(), b"!", 0xA1000)  # behind the VGA window
+        assert checked(tool, pair, 0)["not_compared"] == []
+        poke(pair, 0, 0xA1000)  # behind the VGA window
         report = checked(tool, pair, 1)
         differences = report["differences"]
         assert isinstance(differences, list)
         assert [(it["gpa"], it["offset"]) for it in differences] == [(None, 0xA1000)]
+
+
+NOBODY = 65534
+WRAPPERS = {
+    "root": [],
+    "root without CAP_SYS_PTRACE": ["setpriv", "--bounding-set=-sys_ptrace"],
+    # The capability is for the Python that runs the tests, which may be in root's home.
+    "QEMU's user in another group": [
+        *("setpriv", f"--reuid={NOBODY}", "--regid=4711", "--clear-groups"),
+        *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
+    ],
+}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="other users are needed: run the tests as root")
+def test_private_memory_of_another_users_qemu() -> None:
+    arguments = [*WITH_RAM0, *MEMORY["private"], "-runas", "nobody"]
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # one that every user can reach
+        folder = Path(name)
+        os.chown(folder, NOBODY, NOBODY)
+        (folder / "t").mkdir()
+        os.chown(folder / "t", NOBODY, NOBODY)
+        with foreign_pair(find_qemu(None), folder, arguments) as pair:
+            for path in (pair.source, pair.destination):
+                path.chmod(0o777)
+            pair.migrate()
+            for user, wrapper in WRAPPERS.items():
+                side = checked(Tool(folder / "t", wrapper), pair, 0)["source"]
+                assert isinstance(side, dict)
+                assert (side["copied_bytes"] > 0, side["saved_bytes"] > 0) == (
+                    user == "root",
+                    user != "root",
+                ), user
+            stranger = Tool(
+                folder / "t", ["--reuid=4711" if "reuid" in it else it for it in wrapper]
+            )
+            os.chown(folder / "t", 4711, 4711)
+            refused(stranger, pair.source, pair.destination, 3, "may not be read: it belongs to")
+            plant(pair, "private")
+            for wrapper in list(WRAPPERS.values())[:2]:
+                checked(Tool(folder / "t", wrapper), pair, 1)
 
 
 def test_the_pvclock_page_is_named_and_not_hidden(tool: Tool, qemu: Path, folder: Path) -> None:

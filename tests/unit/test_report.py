@@ -142,7 +142,7 @@ def proof(
 
 
 def check(differing: list[int], known: list[int]) -> Check:
-    side = Side("/run/qmp", 4711, "9.2.0", "paused", "kvm", 60 << 20, 4 << 20)
+    side = Side("/run/qmp", 4711, "9.2.0", "paused", "kvm", 48 << 20, 12 << 20, 4 << 20)
     pages = sorted(differing + known)
     return Check(
         source=side,

@@ -1,0 +1,72 @@
+"""Memory that only a process has mapped, copied from it: this process, with mappings of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dmaproof.errors import UntestableError
+from qmp_tools.check.copied_memory import ProcessMemory, process_memory
+from qmp_tools.check.process_memory import Mapping, has_thread, mappings_of, user_and_group
+from qmp_tools.testbed.ring_driver import PAGE
+
+
+@pytest.fixture
+def private() -> Iterator[mmap.mmap]:
+    """Four pages of private memory; the second is never touched."""
+    with mmap.mmap(-1, 4 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as mapping:
+        mapping[:3] = b"one"
+        mapping[2 * PAGE : 2 * PAGE + 5] = b"three"
+        yield mapping
+
+
+def address_of(mapping: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+
+
+def test_private_memory_is_copied_and_the_next_copy_overwrites_it(private: mmap.mmap) -> None:
+    with process_memory(os.getpid(), "me", mappings_of(os.getpid(), "me")) as memory:
+        assert memory is not None
+        hva = address_of(private)
+        assert memory.has(hva, 4 * PAGE)
+        fd, offset = memory.copy(hva, 3 * PAGE)
+        assert os.pread(fd, 3 * PAGE, offset) == private[: 3 * PAGE]
+        fd, offset = memory.copy(hva + 2 * PAGE, PAGE)
+        assert os.pread(fd, 5, offset) == b"three"
+
+
+def test_memory_that_is_not_mapped(private: mmap.mmap) -> None:
+    hva = address_of(private)
+    with process_memory(os.getpid(), "me", mappings_of(os.getpid(), "me")) as memory:
+        assert memory is not None
+        assert not memory.has(0, PAGE)
+        with pytest.raises(UntestableError, match=r"memory of me cannot be read .* 0x1000:"):
+            memory.copy(0x1000, PAGE)
+    with process_memory(os.getpid(), "me", [Mapping(hva, hva + PAGE, False, 0, 0, "")]) as memory:
+        assert memory is not None
+        assert memory.has(hva, PAGE)
+        assert not memory.has(hva, 2 * PAGE)
+
+
+@pytest.mark.parametrize(("second", "found"), [(0x2000, True), (0x3000, False)])
+def test_memory_in_several_mappings(private: mmap.mmap, second: int, found: bool) -> None:
+    mappings = [Mapping(it, it + 0x1000, False, 0, 0, "") for it in (0x1000, second)]
+    memory = ProcessMemory("me", mappings, -1, -1, private)
+    assert memory.has(0x1000, 0x2000) == found
+
+
+def test_a_process_that_may_not_be_read() -> None:
+    gone = int(Path("/proc/sys/kernel/pid_max").read_text())
+    with process_memory(gone, "it", []) as memory:
+        assert memory is None
+
+
+def test_what_is_known_of_a_process() -> None:
+    assert user_and_group(os.getpid()) == (os.geteuid(), os.getegid())
+    assert has_thread(os.getpid(), os.getpid())
+    assert not has_thread(os.getpid(), os.getppid())

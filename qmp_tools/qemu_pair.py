@@ -25,9 +25,10 @@ from .migration.ways import WAYS, Ends, Plug, UnsupportedWayError, channel, chan
 from .processes.machine import DESTINATION, INCOMING, SOURCE, dimm_arguments
 from .processes.process import ProcessDiedError
 from .processes.qemu import Qemu
-from .processes.qmp import QmpError, QmpRefusal
+from .processes.qmp import QmpError, QmpRefusal, QmpTimeoutError
 from .processes.qtest import Qtest
 from .processes.timeout import bounded
+from .processes.vhost_user_trace import trace_arguments, unanswered
 from .proof import Setup
 
 _LOOK_AGAIN_S: Final = 0.01
@@ -71,6 +72,8 @@ class QemuPair:
         """
         try:
             await self.guarded(self._start_what_comes_first())
+        except QmpTimeoutError:
+            raise
         except QmpError as error:
             if self._way.machine_options:
                 raise UnsupportedWayError(f"this QEMU lacks the way: {error}") from error
@@ -194,6 +197,8 @@ class QemuPair:
             *(_devices(self._attached[name], False) if plugged_later else self._attached[name]),
             *extra,
         ]
+        if self.device.serving(name):
+            arguments += trace_arguments(self._trace(name))
         timeout_s = self._setup.limits.timeout_s
         with contextlib.ExitStack() as inherited:
             fds = []
@@ -226,6 +231,8 @@ class QemuPair:
     async def guarded(self, work: Coroutine[Any, Any, T]) -> T:
         """Do `work`, but end with an error as soon as a process dies or the device refuses.
 
+        Where a wait reaches its bound, the error tells too which process is mute.
+
         Raises:
             UntestableError: what died, or what went wrong in `work`.
         """
@@ -243,11 +250,42 @@ class QemuPair:
                 for guest in self._guests.values():
                     await guest.hear_last_words()
                 raise reason
-            return await task
+            try:
+                return await task
+            except WaitTimeoutError as error:
+                raise type(error)("\n".join(self._mute() + self._with_logs(str(error)))) from error
         finally:
             for future in (task, *alarms):
                 future.cancel()
             await asyncio.gather(task, *alarms, return_exceptions=True)
+
+    def _mute(self) -> list[str]:
+        """Lines about the processes that do not answer."""
+        told = []
+        for side, qemu in self.qemus.items():
+            serving = self.device.serving(side)
+            waited_for = unanswered(self._trace(side)) if serving else None
+            if waited_for is not None:
+                who = " or ".join(process.description for process in serving)
+                told.append(
+                    f"{who} has not answered {waited_for}, and {qemu.process.name} waits for it"
+                )
+            silent = [] if waited_for else serving
+            told += [
+                f"{process.description} does not run"
+                for process in (*silent, qemu.process)
+                if process.is_stopped
+            ]
+        return list(dict.fromkeys(told))  # one process may serve both sides
+
+    def _with_logs(self, text: str) -> list[str]:
+        """`text`, and what the device's processes have printed last."""
+        tails = [process.log_tail() for process in self.device.processes]
+        return [text, *(tail for tail in tails if tail and tail not in text)]
+
+    def _trace(self, side: str) -> Path:
+        """Where the QEMU of `side` notes its vhost-user messages."""
+        return self._folder / f"{side}-vhost-user.log"
 
     def _ends(self) -> Ends:
         source, destination = self.qemus[self.here], self.qemus[self.there]

@@ -142,6 +142,9 @@ class _Attached(SilentDevice):
     def processes(self) -> Sequence[Process]:
         return tuple(self._backends.values())
 
+    def serving(self, side: str) -> Sequence[Process]:
+        return [self._backends[side]] if side in self._backends else []
+
     async def attach(self, side: str) -> Sequence[str]:
         socket = self._folder / f"{side}-disk.sock"
         if side in self._backends:  # what it left must not be taken for what is to come

@@ -82,6 +82,9 @@ class AttachedDevice(Protocol):
     def processes(self) -> Sequence[Process]:
         """Its own processes, none of which may end before the proof does."""
 
+    def serving(self, side: str) -> Sequence[Process]:
+        """Those of its processes that serve the QEMU of `side`."""
+
     async def attach(self, side: str) -> Sequence[str]:
         """Be ready for a QEMU that is about to be started as `side`; returns its arguments.
 
@@ -141,6 +144,10 @@ class SilentDevice:
     @property
     def processes(self) -> Sequence[Process]:
         """See `AttachedDevice.processes`."""
+        return ()
+
+    def serving(self, side: str) -> Sequence[Process]:
+        """See `AttachedDevice.serving`."""
         return ()
 
     def release(self, side: str) -> None:

@@ -190,6 +190,9 @@ class _AttachedDevice:
     def processes(self) -> Sequence[Process]:
         return [device.process for device in dict.fromkeys(self._devices.values())]
 
+    def serving(self, side: str) -> Sequence[Process]:
+        return [self._devices[side].process]
+
     async def attach(self, side: str) -> Sequence[str]:
         return self._setup.qemu_arguments(self._sockets[side])
 

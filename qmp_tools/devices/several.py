@@ -81,6 +81,9 @@ class _AttachedDevices:
     def processes(self) -> Sequence[Process]:
         return [process for device in self._devices for process in device.processes]
 
+    def serving(self, side: str) -> Sequence[Process]:
+        return [process for device in self._devices for process in device.serving(side)]
+
     async def attach(self, side: str) -> Sequence[str]:
         return [word for device in self._devices for word in await device.attach(side)]
 

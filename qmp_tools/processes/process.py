@@ -118,6 +118,20 @@ class Process:
             return f"was killed by {signal.Signals(-code).name}"
         return f"ended with exit code {code}"
 
+    @property
+    def description(self) -> str:
+        """Its name with the process id, and whether it is stopped: 'device (PID 7, stopped)'."""
+        return f"{self.name} (PID {self.pid}{', stopped' if self.is_stopped else ''})"
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a signal or a debugger has stopped it (states T and t of proc(5))."""
+        try:
+            status = Path(f"/proc/{self.pid}/stat").read_text()
+        except OSError:
+            return False
+        return status.rpartition(")")[2].split()[0] in "Tt"
+
     def log_tail(self) -> str:
         """The last lines of each log, with the log's name; empty if the process was silent."""
         return "\n".join(filter(None, map(log_tail, (self.log, *self.more_logs))))

@@ -11,9 +11,9 @@ from typing import Any, cast
 
 import pytest
 
-from dmaproof.errors import UntestableError
+from dmaproof.errors import UntestableError, WaitTimeoutError
 from qmp_tools.display import QuietDisplay
-from qmp_tools.guest.channel import GuestChannel, GuestGaveUpError
+from qmp_tools.guest.channel import GuestChannel, GuestGaveUpError, GuestLateError
 from qmp_tools.processes.process import Process
 from qmp_tools.qemu_pair import QemuPair
 
@@ -21,6 +21,7 @@ ENDS = "exit 3"
 IS_KILLED = "kill -KILL $$"
 IS_KILLED_LATER = f"sleep 0.1; {IS_KILLED}"
 STAYS = "exec sleep 1000"
+STOPS = "kill -STOP $$"
 
 
 def outcome_of(
@@ -28,16 +29,24 @@ def outcome_of(
 ) -> str:
     """What a guarded `work` comes to while the shell runs `scripts` in the places of QEMUs.
 
-    Their guests have `said` something that nobody has read yet.
+    Their guests have `said` something that nobody has read yet. The script of `device` is in the
+    place of a back end, which serves all of them.
     """
 
     async def guard() -> str:
         quiet = asyncio.get_running_loop().create_future()
-        device = SimpleNamespace(processes=[], refusal=lambda: quiet)
+        served: list[Process] = []
+        device = SimpleNamespace(
+            processes=served, serving=lambda side: served, refusal=lambda: quiet
+        )
         setup = SimpleNamespace(way="unix")
         pair = QemuPair(cast(Any, setup), QuietDisplay(), cast(Any, device), folder)
         for name, script in scripts.items():
             process = await Process.start(name, ["sh", "-c", script], folder / name)
+            if name == "device":
+                await stopped(process)
+                served.append(process)
+                continue
             report = asyncio.StreamReader()
             report.feed_data(said)
             report.feed_eof()
@@ -47,9 +56,14 @@ def outcome_of(
         try:
             return await pair.guarded(work)
         finally:
-            await pair.end()
+            await asyncio.gather(pair.end(), *(process.end() for process in served))
 
     return asyncio.run(guard())
+
+
+async def stopped(process: Process) -> None:
+    while not process.is_stopped:  # noqa: ASYNC110  (the kernel sets no event)
+        await asyncio.sleep(0.01)
 
 
 async def lasts() -> str:
@@ -110,3 +124,23 @@ def test_a_death_shows_every_log(tmp_path: Path) -> None:
     assert re.search(
         r"source ended .*qemu.log:\n +reset\n.*console.log:\n +Kernel panic", text, re.DOTALL
     )
+
+
+def test_where_a_wait_is_over_who_is_mute_is_named(tmp_path: Path) -> None:
+    late = GuestLateError("the guest is late")
+    with pytest.raises(GuestLateError) as raised:
+        outcome_of(tmp_path, fails(late), source=STAYS, device=f"echo hello; {STOPS}")
+    mute, told, *log = str(raised.value).splitlines()
+    assert re.fullmatch(r"device \(PID \d+, stopped\) does not run", mute)
+    assert (told, log) == ("the guest is late", ["  last lines of device:", "    hello"])
+
+
+def test_where_a_wait_is_over_the_unanswered_message_is_named(tmp_path: Path) -> None:
+    (tmp_path / "source-vhost-user.log").write_text("vhost_user_write req:6 flags:0x1\n")
+    with pytest.raises(WaitTimeoutError) as raised:
+        outcome_of(tmp_path, fails(WaitTimeoutError("late")), source=STAYS, device=STOPS)
+    mute, told = str(raised.value).splitlines()
+    assert re.fullmatch(
+        r"device \(PID \d+, stopped\) has not answered SET_LOG_BASE, and source waits for it", mute
+    )
+    assert told == "late"

@@ -1,0 +1,56 @@
+"""A back end that does not answer: named, with the message and its log, when the wait is over."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from command import Tool
+from dmaproof.errors import WaitTimeoutError
+from qmp_tools.blocking import Stage
+
+pytestmark = pytest.mark.qemu
+
+MUTE: Final = Path(__file__).parents[1] / "mute_backend.py"
+ACCEPTS_NOTHING: Final = (
+    "import socket, sys, time; listener = socket.socket(socket.AF_UNIX); "
+    "listener.bind(sys.argv[1]); listener.listen(); print('listening', flush=True); "
+    "time.sleep(10**6)"
+)
+
+
+@pytest.mark.parametrize(
+    ("message", "how", "state"),
+    [("SET_LOG_BASE", "stops", ", stopped"), ("GET_VRING_BASE", "hangs", "")],
+)
+def test_a_message_that_is_not_answered_is_named(message: str, how: str, state: str) -> None:
+    command = shlex.join([sys.executable, str(MUTE), "{socket}", message, how])
+    options = {"guest": "bare", "workload": "once=64,churn=16", "device-command": command}
+    with Stage(quiet=True) as stage:
+        proof = stage.proof(options)
+        proof.source.qmp.timeout_s = 5
+        with pytest.raises(WaitTimeoutError) as raised:
+            proof.migrate()
+    mute, late, *log = str(raised.value).splitlines()
+    assert re.fullmatch(
+        rf"source device \(PID \d+{state}\) has not answered {message}, and source QEMU "
+        "waits for it",
+        mute,
+    )
+    assert re.fullmatch(r"source QEMU has not answered \S+ within 5 s", late)
+    assert log[:2] == ["  last lines of source-device.log:", f"    received {message}"]
+
+
+def test_a_wait_is_as_long_as_the_command_line_says(tool: Tool) -> None:
+    command = shlex.join([sys.executable, "-S", "-c", ACCEPTS_NOTHING, "{socket}"])
+    options = ("--guest", "bare", "--device-command", command, "--timeout", "10", "--quiet")
+    outcome = tool.run("prove", *options)
+    assert outcome.exit_code == 3
+    assert "has not answered GET_FEATURES, and " in outcome.errors
+    assert "QEMU has not greeted on QMP within 10 s" in outcome.errors
+    assert "last lines of source-device.log:\n    listening" in outcome.errors

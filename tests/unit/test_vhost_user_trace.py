@@ -1,0 +1,37 @@
+"""The vhost-user message that a QEMU waits to have answered, read from its trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qmp_tools.processes.vhost_user_trace import unanswered
+
+GET_FEATURES = "vhost_user_write req:1 flags:0x1\nvhost_user_read req:1 flags:0x5\n"
+
+
+@pytest.mark.parametrize(
+    ("trace", "message"),
+    [
+        (GET_FEATURES, None),
+        (f"{GET_FEATURES}vhost_user_write req:6 flags:0x1\n", "SET_LOG_BASE"),
+        ("vhost_user_write req:11 (GET_VRING_BASE) flags:0x1\n", "GET_VRING_BASE"),
+        ("7@1700000000.5:vhost_user_write req:11 flags:0x9\n", "GET_VRING_BASE"),
+        ("vhost_user_write req:5 flags:0x1\n", None),  # no answer is expected
+        ("vhost_user_write req:5 flags:0x9\n", "SET_MEM_TABLE"),
+        ("vhost_user_write req:99 flags:0x9\n", "message 99"),
+        (f"{'x' * 9000}\nvhost_user_write req:1 flags:0x1\nsomething else\n", "GET_FEATURES"),
+        ("", None),
+    ],
+)
+def test_the_last_message_counts_until_its_answer_comes(
+    trace: str, message: str | None, tmp_path: Path
+) -> None:
+    log = tmp_path / "trace"
+    log.write_text(trace)
+    assert unanswered(log) == message
+
+
+def test_a_qemu_without_these_events_leaves_it_open(tmp_path: Path) -> None:
+    assert unanswered(tmp_path / "none") is None

@@ -18,7 +18,7 @@ from ..l1.machine import L1, l1
 from ..l1.stock import STOCK
 from ..passthrough import GROUPS, matrix
 from ..passthrough.prove import Request, prove_passthrough, to_text
-from .arguments import Subcommands, add_parser, positive, seconds
+from .arguments import Subcommands, add_parser, add_timeout, positive
 from .interruption import run_interruptibly
 from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
 from .setup import seed_of
@@ -34,7 +34,7 @@ exit codes:
   0  all proofs hold, and each planted fault was caught
   1  a proof does not hold
   2  wrong usage
-  3  could not be tested; the message says why
+  3  a proof could not be tested, on a machine that is too busy, say; the message says why
 """
 
 
@@ -77,7 +77,7 @@ def add(commands: Subcommands) -> None:
         help="repeat each fault planted in a migration (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, help="repeats a run's random choices")
-    parser.add_argument("--timeout", type=seconds, default=1200.0, metavar="SECONDS")
+    add_timeout(parser)
     parser.add_argument("--keep", action="store_true", help="keep the run's folder and say where")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     add_outputs(parser, page=False)

@@ -12,6 +12,7 @@ from dmaproof.errors import UnsupportedError, UntestableError, UsageError
 
 from ..processes.qemu import Qemu
 from ..processes.run_folder import run_folder
+from ..processes.timeout import DEFAULT_TIMEOUT_S
 from .qemu_builds import QemuBuild, installed
 
 _PROGRAM: Final = "qemu-system-x86_64"
@@ -64,7 +65,11 @@ def version_of(binary: Path) -> str | None:
     """The version that a QEMU says it has, such as '7.2.22'; None where it does not run."""
     try:
         done = subprocess.run(
-            [binary, "--version"], capture_output=True, text=True, timeout=30, check=False
+            [binary, "--version"],
+            capture_output=True,
+            text=True,
+            timeout=DEFAULT_TIMEOUT_S,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -12,7 +12,7 @@ import contextlib
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,7 +20,7 @@ from typing import Final
 import qemu.qmp
 
 from dmaproof import _core, _mapping, errors
-from dmaproof.errors import UntestableError
+from dmaproof.errors import UntestableError, WaitTimeoutError
 
 from ..guest.build import Say
 from ..host.qemu_builds import PROGRAM as QEMU_PROGRAM
@@ -41,7 +41,6 @@ TESTED_QEMU: Final = "DMAPROOF_TESTED_QEMU"
 """The variable by which L1's command finds a QEMU that is not the root file system's."""
 _JOB: Final = "job"
 _PYTHON: Final = "python"
-_COMPILE_S: Final = 120.0
 _TOLD_LINES: Final = 15
 """Of what a command has printed, in the error that tells of its failure."""
 
@@ -95,13 +94,14 @@ async def run_in_l1(
     The command finds our Python packages in PYTHONPATH, the kernel modules that L1 needs in
     /mnt/modules, `files` in /mnt, and in MACHINE which of so many `machines` side by side it runs
     in, from 1 on. `heard` is given each line that it prints. Returns the folder that was /mnt.
+    `timeout_s` bounds the wait for each of these lines.
 
     Raises:
-        UntestableError: a machine does not boot, ends too early, or takes longer than `timeout_s`,
-            or its command fails. The others have been ended.
+        WaitTimeoutError: a machine has gone silent. The others have been ended.
+        UntestableError: a machine does not boot, or ends too early, or its command fails; the same.
     """
     job = folder / _JOB
-    _fill(job, machine, command, files)
+    _fill(job, machine, command, files, timeout_s)
     running = [
         asyncio.ensure_future(_run(number, machine, binary, folder, heard, timeout_s))
         for number in range(1, machines + 1)
@@ -125,23 +125,20 @@ async def _run(
 ) -> None:
     job = folder / _JOB
     said: deque[str] = deque(maxlen=_TOLD_LINES)
-
-    def hear(line: str) -> None:
-        said.append(f"    {line}")
-        heard(line)
-
+    loop = asyncio.get_running_loop()
     running = await Qemu.start(
         f"L1-{number}", binary, _arguments(number, machine, job), folder, timeout_s=timeout_s
     )
     try:
-        async with asyncio.timeout(timeout_s):
-            reading = asyncio.ensure_future(_read(running, hear))
+        async with asyncio.timeout(timeout_s) as silence:
+            async for line in _lines(running):
+                silence.reschedule(loop.time() + timeout_s)
+                said.append(f"    {line}")
+                heard(line)
             await running.process.died
-            await reading
     except TimeoutError:
-        raise UntestableError(
-            f"L1's command took longer than {timeout_s:.0f} s\n{log_tail(running.console)}".rstrip()
-        ) from None
+        told = [f"L1 has said nothing for {timeout_s:g} s", *said, log_tail(running.console)]
+        raise WaitTimeoutError("\n".join(told).rstrip()) from None
     finally:
         await running.end()
     try:
@@ -155,10 +152,10 @@ async def _run(
         raise UntestableError("\n".join((f"L1's command ended with exit code {code}:", *said)))
 
 
-async def _read(running: Qemu, heard: Callable[[str], None]) -> None:
+async def _lines(running: Qemu) -> AsyncIterator[str]:
     with contextlib.suppress(ConnectionError):
         while line := await running.report.readline():
-            heard(line.decode(errors="replace").rstrip())
+            yield line.decode(errors="replace").rstrip()
 
 
 def _arguments(number: int, machine: L1, job: Path) -> list[str]:
@@ -195,12 +192,12 @@ def _mount(tag: str) -> str:
     return f"mkdir {where} && mount -t 9p -o {_SHARE},cache=loose,ro {tag} {where} || exit 3\n"
 
 
-def _fill(job: Path, machine: L1, command: str, files: Sequence[Path]) -> None:
+def _fill(job: Path, machine: L1, command: str, files: Sequence[Path], timeout_s: float) -> None:
     """What L1's command finds in /mnt."""
     python = job / _PYTHON
     _copy_packages(python)
     run_inside(
-        machine.root, python, COMPILE_PYTHON, "compiling Python for L1", _COMPILE_S, WHAT="/mnt"
+        machine.root, python, COMPILE_PYTHON, "compiling Python for L1", timeout_s, WHAT="/mnt"
     )
     modules = job / "modules"
     modules.mkdir()

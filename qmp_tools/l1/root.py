@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from dmaproof.errors import UntestableError
+from dmaproof.errors import UntestableError, WaitTimeoutError
 
 from ..guest.build import Say, cache, digest, fresh_folder, prune, sources
 from ..host.archive import Archive, unpack
@@ -126,7 +126,7 @@ def run_inside(
     except FileNotFoundError:
         raise UntestableError(f"{what} needs unshare: apt-get install util-linux") from None
     except subprocess.TimeoutExpired:
-        raise UntestableError(f"{what} took longer than {timeout_s:.0f} s") from None
+        raise WaitTimeoutError(f"{what} took longer than {timeout_s:g} s") from None
     if done.returncode:
         told = done.stderr.strip().splitlines()[-12:]
         if any(line.startswith("unshare:") for line in told):

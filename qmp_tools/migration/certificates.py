@@ -11,12 +11,13 @@ import subprocess
 from pathlib import Path
 from typing import Final
 
-from dmaproof.errors import UntestableError
+from dmaproof.errors import UntestableError, WaitTimeoutError
+
+from ..processes.timeout import DEFAULT_TIMEOUT_S
 
 SERVER_NAME: Final = "destination.dmaproof.test"
 """The name in the destination's certificate; no address has it, so the source must be told."""
 
-_TIMEOUT_S: Final = 30.0
 # Nothing of the system's configuration, which adds extensions of its own.
 _CONFIGURATION: Final = "[req]\ndistinguished_name = name\n[name]\n"
 _AUTHORITY: Final = ("basicConstraints=critical,CA:TRUE", "keyUsage=critical,keyCertSign")
@@ -68,12 +69,12 @@ def _make(folder: Path, file: str, name: str, extensions: tuple[str, ...], *sign
             capture_output=True,
             text=True,
             check=True,
-            timeout=_TIMEOUT_S,
+            timeout=DEFAULT_TIMEOUT_S,
         )
     except FileNotFoundError:
         raise UntestableError("TLS needs the openssl command: apt-get install openssl") from None
     except subprocess.TimeoutExpired as error:
-        raise UntestableError(f"openssl did not end within {_TIMEOUT_S:.0f} s") from error
+        raise WaitTimeoutError(f"openssl did not end within {DEFAULT_TIMEOUT_S:g} s") from error
     except subprocess.CalledProcessError as error:
         raise UntestableError(
             f"openssl (3 or later is needed) could not make the {file} certificate: {error.stderr}"

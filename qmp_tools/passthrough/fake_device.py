@@ -18,6 +18,10 @@ from typing import Final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dmaproof.errors import WaitTimeoutError
+
+from ..processes.timeout import DEFAULT_TIMEOUT_S
+
 _TYPE: Final = Path("/sys/class/dmaproof/dmaproof/mdev_supported_types/dmaproof-dma")
 _DEVICES: Final = Path("/sys/bus/mdev/devices")
 _CONTROL: Final = Path("/sys/kernel/debug/dmaproof")
@@ -185,24 +189,31 @@ def planted(**faults: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def fake_device() -> Iterator[FakeDevice]:
-    """A device for a while."""
+def fake_device(timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[FakeDevice]:
+    """A device for a while; `timeout_s` bounds the wait until nobody has it open any more.
+
+    Raises:
+        WaitTimeoutError: somebody still has.
+    """
     device = FakeDevice()
     try:
         yield device
     finally:
-        _close_when_free(device)
+        _close_when_free(device, timeout_s)
 
 
-def _close_when_free(device: FakeDevice, patience_s: float = 10.0) -> None:
+def _close_when_free(device: FakeDevice, timeout_s: float) -> None:
     """Remove the device; a QEMU that has just died may still be letting go of it."""
-    deadline = time.monotonic() + patience_s
+    deadline = time.monotonic() + timeout_s
     while True:
         try:
             device.close()
-        except OSError:
+        except OSError as error:
             if time.monotonic() > deadline:
-                raise
+                raise WaitTimeoutError(
+                    f"the fake VFIO device {device.name} cannot be removed, even after "
+                    f"{timeout_s:g} s: {error}"
+                ) from error
             time.sleep(0.05)
         else:
             return

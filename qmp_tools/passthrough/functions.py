@@ -25,26 +25,28 @@ from .owned_proof import MEMORY_BYTES, setup_of
 from .owner import by_container, by_iommufd
 
 _DROP_IN_1000: Final = 50
-_TIMEOUT_S: Final = 300.0
 
 
-def proofs(guest: Path, seed: int) -> dict[str, Proof]:
-    """Each way to own them, and a control; `guest` is the one that drives the fake device."""
+def proofs(guest: Path, seed: int, timeout_s: float) -> dict[str, Proof]:
+    """Each way to own them, and a control; `guest` is the one that drives the fake device.
+
+    `timeout_s` bounds each wait.
+    """
     return {
         "one that is in use": _in_use,
-        "iommufd": patient(partial(_equal, guest, "", seed)),
-        "container": patient(partial(_equal, guest, ",container", seed)),
-        "iommufd, control: drop": patient(partial(_corrupts, guest, "", seed)),
+        "iommufd": patient(partial(_equal, guest, "", seed, timeout_s)),
+        "container": patient(partial(_equal, guest, ",container", seed, timeout_s)),
+        "iommufd, control: drop": patient(partial(_corrupts, guest, "", seed, timeout_s)),
     }
 
 
-def _prove(guest: Path, way: str, seed: int) -> tuple[Migrated, int]:
+def _prove(guest: Path, way: str, seed: int, timeout_s: float) -> tuple[Migrated, int]:
     """The proof, and how many things were looked at beforehand."""
     _require_a_kernel_for(way)
-    with fake_device() as source, fake_device() as destination:
+    with fake_device(timeout_s) as source, fake_device(timeout_s) as destination:
         functions = parse_functions(f"vfio:{source.sysfs},{destination.sysfs}{way}", Host())
         lines = require_testable(functions, MEMORY_BYTES, Host())
-        setup = setup_of(guest, functions, seed, _TIMEOUT_S)
+        setup = setup_of(guest, functions, seed, timeout_s)
         return asyncio.run(prove(setup, QuietDisplay())), len(lines)
 
 
@@ -55,15 +57,15 @@ def _require_a_kernel_for(way: str) -> None:
         owned.device.stop_copy_bytes()
 
 
-def _equal(guest: Path, way: str, seed: int) -> tuple[str, dict[str, Any]]:
-    proof, looked_at = _prove(guest, way, seed)
+def _equal(guest: Path, way: str, seed: int, timeout_s: float) -> tuple[str, dict[str, Any]]:
+    proof, looked_at = _prove(guest, way, seed, timeout_s)
     require_pass(proof.verdict)
     return f"{looked_at} things are as they must be; {_told(proof)}", _figures(proof)
 
 
-def _corrupts(guest: Path, way: str, seed: int) -> tuple[str, dict[str, Any]]:
+def _corrupts(guest: Path, way: str, seed: int, timeout_s: float) -> tuple[str, dict[str, Any]]:
     with planted(drop=_DROP_IN_1000, seed=seed):
-        proof, _ = _prove(guest, way, seed)
+        proof, _ = _prove(guest, way, seed, timeout_s)
     require_loss(proof.verdict, _told(proof))
     known = sum(page.blame is not Blame.UNKNOWN for page in proof.verdict.lost)
     require(not known, f"{known} lost pages are blamed on somebody, without a journal")

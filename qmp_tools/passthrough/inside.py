@@ -1,7 +1,7 @@
 """What runs in L1: all proofs, a line for each as it ends, and all of them as JSON.
 
 python3 -m qmp_tools.passthrough.inside RESULTS TAKEN BARE VFIO [--seed N] [--quick] [--controls N]
-    [--only GROUP…]
+    [--only GROUP…] [--timeout SECONDS]
 
 Several machines may do so side by side: each takes the next proof that none has taken, which it
 notes in the folder TAKEN. BARE and VFIO are the ELFs of the guests of these names.
@@ -15,15 +15,15 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from dmaproof.errors import DmaproofError
 
+from ..processes.timeout import DEFAULT_TIMEOUT_S
 from . import GROUPS, differential, functions, hwpt, migrations, planted_faults, states, vhost
-from .outcome import Proof, run
+from .outcome import Proof, State, run
 from .owner import OWNERS
 from .rules import rules
 
@@ -58,7 +58,18 @@ def _differential(seed: int, quick: bool) -> dict[str, Proof]:
     return proofs
 
 
-def _proofs(group: str, guests: Guests, seed: int, quick: bool, controls: int) -> dict[str, Proof]:
+_TAGS: Final = {
+    State.HOLDS: "ok",
+    State.FAILS: "FAILED",
+    State.LACKING: "lacks",
+    State.UNTESTED: "untested",
+}
+"""What the line of a proof begins with."""
+
+
+def _proofs(
+    group: str, guests: Guests, seed: int, quick: bool, controls: int, timeout_s: float
+) -> dict[str, Proof]:
     if group == "rules":
         return rules()
     if group == "states":
@@ -76,18 +87,18 @@ def _proofs(group: str, guests: Guests, seed: int, quick: bool, controls: int) -
         )
         return proofs
     if group == "vhost":
-        return vhost.proofs(guests.bare, seed)
+        return vhost.proofs(guests.bare, seed, timeout_s)
     if group == "functions":
-        return functions.proofs(guests.vfio, seed)
-    return migrations.proofs(seed, controls, quick=quick)
+        return functions.proofs(guests.vfio, seed, timeout_s)
+    return migrations.proofs(seed, timeout_s, controls, quick=quick)
 
 
 def _all_proofs(
-    groups: list[str], guests: Guests, seed: int, quick: bool, controls: int
+    groups: list[str], guests: Guests, seed: int, quick: bool, controls: int, timeout_s: float
 ) -> Iterator[tuple[str, str, Proof]]:
     """The proofs of `groups` in order, each with its group's name and its own."""
     for group in groups:
-        for name, proof in _proofs(group, guests, seed, quick, controls).items():
+        for name, proof in _proofs(group, guests, seed, quick, controls, timeout_s).items():
             yield group, name, proof
 
 
@@ -101,9 +112,9 @@ def untaken(count: int, taken: Path) -> Iterator[int]:
         yield number
 
 
-def _qemu_version() -> str:
+def _qemu_version(timeout_s: float) -> str:
     try:
-        return migrations.tested_qemu().version
+        return migrations.tested_qemu(timeout_s).version
     except DmaproofError:  # each migration has told so
         return "that does not run"
 
@@ -117,22 +128,23 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--controls", type=int, default=1)
     parser.add_argument("--only", nargs="*", choices=GROUPS, default=[])
+    parser.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT_S)
     arguments = parser.parse_args()
     groups = arguments.only or list(GROUPS)
     guests = Guests(arguments.bare, arguments.vfio)
-    proofs = list(_all_proofs(groups, guests, arguments.seed, arguments.quick, arguments.controls))
+    choices = (arguments.seed, arguments.quick, arguments.controls, arguments.timeout)
+    proofs = list(_all_proofs(groups, guests, *choices))
     outcomes = {}
     for number in untaken(len(proofs), arguments.taken):
         outcomes[number] = outcome = run(*proofs[number])
-        verdict = "ok" if outcome.passed else "lacks" if outcome.lacking else "FAILED"
         told = f"{outcome.group}: {outcome.name}: {outcome.found} ({outcome.seconds:.1f} s)"
-        print(f"{verdict}\t{told}", flush=True)
+        print(f"{_TAGS[outcome.state]}\t{told}", flush=True)
     results = {
         "kernel": platform.release(),
-        "qemu": _qemu_version(),
+        "qemu": _qemu_version(arguments.timeout),
         "seed": arguments.seed,
         "seconds": round(time.monotonic(), 1),  # since L1's boot
-        "outcomes": {number: asdict(outcome) for number, outcome in outcomes.items()},
+        "outcomes": {number: outcome.to_json() for number, outcome in outcomes.items()},
     }
     arguments.results.write_text(json.dumps(results, indent=2) + "\n")
     return 0

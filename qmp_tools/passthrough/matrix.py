@@ -5,12 +5,14 @@ Made of the reports of `prove`, one for each pair; docs/passthrough.md has it as
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ..reports.report import SCHEMA_VERSION
 from ..verdict import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from .migrations import NAMES, UNTRACKED
+from .outcome import NOT_HELD, State
 
 Run = Mapping[str, Any]
 """The report of one pair."""
@@ -21,9 +23,8 @@ _CONTROL: Final = ", control: drop"
 
 def to_json(runs: Sequence[Run]) -> dict[str, Any]:
     """The reports of all pairs, with a verdict over them."""
-    failed, passed = (
-        sum(run["exit_code"] == code for run in runs) for code in (EXIT_LOST, EXIT_PASS)
-    )
+    counts = Counter(run["exit_code"] for run in runs)
+    failed, passed = counts[EXIT_LOST], counts[EXIT_PASS]
     pairs = f"{len(runs)} pairs of kernel and QEMU"
     verdict = f"{failed} of {pairs} fail" if failed else f"no proof fails on {pairs}"
     return {
@@ -66,13 +67,13 @@ def _tracking(by_name: Mapping[str, Run], name: str, notes: _Notes) -> str:
     outcome, control = by_name.get(name), by_name.get(name + _CONTROL)
     if outcome is None:
         return ""
-    if not outcome["passed"]:
-        return _not_passed(outcome, notes)
+    if outcome["state"] != State.HOLDS:
+        return _not_held(outcome, notes)
     told = f"{outcome['figures']['differing']} differ"
     if control is None:
         return told
-    if not control["passed"]:
-        return f"{told}; control {_not_passed(control, notes)}"
+    if control["state"] != State.HOLDS:
+        return f"{told}; control {_not_held(control, notes)}"
     figures = control["figures"]
     return f"{told}; control {figures['differing']} of {figures['kept_back']}"
 
@@ -81,19 +82,22 @@ def _untracked(by_name: Mapping[str, Run], notes: _Notes) -> str:
     outcome = by_name.get(UNTRACKED)
     if outcome is None:
         return ""
-    if not outcome["passed"]:
-        return _not_passed(outcome, notes)
+    if outcome["state"] != State.HOLDS:
+        return _not_held(outcome, notes)
     return f"{outcome['figures']['differing']} of {outcome['figures']['certain']} stale"
 
 
-def _not_passed(outcome: Run, notes: _Notes) -> str:
-    return f"{'lacking' if outcome['lacking'] else 'FAILED'} {notes.refer(outcome['found'])}"
+def _not_held(outcome: Run, notes: _Notes) -> str:
+    return f"{NOT_HELD[outcome['state']]} {notes.refer(outcome['found'])}"
 
 
 def _others(run: Run) -> str:
     others = [it for it in run["outcomes"] if it["group"] != "migration"]
     if not others:
         return ""
-    told = f"{sum(it['passed'] for it in others)} of {len(others)} hold"
-    lacking = sum(it["lacking"] for it in others)
-    return f"{told}, {lacking} lacking" if lacking else told
+    counts = Counter(State(it["state"]) for it in others)
+    told = f"{counts[State.HOLDS]} of {len(others)} hold"
+    for state in (State.LACKING, State.UNTESTED):
+        if counts[state]:
+            told += f", {counts[state]} {NOT_HELD[state]}"
+    return told

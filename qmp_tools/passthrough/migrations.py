@@ -29,11 +29,14 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from dmaproof.errors import WaitTimeoutError
+
 from ..l1.machine import TESTED_QEMU
 from ..migration.migration import Limits, Migration, Progress
 from ..migration.ways import WAYS, Ends
 from ..processes.qemu import Qemu
 from ..processes.qmp import QmpRefusal
+from ..processes.timeout import bounded
 from ..ram import PAGE_BYTES, compare, ram_file
 from .fake_device import Engine, FakeDevice, Journal, dropped_pages, fake_device, planted
 from .outcome import (
@@ -61,7 +64,6 @@ _REWRITES: Final = _ENGINE.length // PAGE_BYTES
 _SLOW_BYTES_PER_S: Final = 4096
 """The rest of the first pass takes longer than these writes, though its pages are all zero."""
 _WARNING: Final = "doesn't support device and IOMMU dirty tracking"
-_HOLD_S: Final = 20.0
 _ENDLESS_BYTES_PER_S: Final = 1 << 20
 _NEVER_BEHIND_BYTES_PER_S: Final = 4 << 30
 _ENDING_BYTES_PER_S: Final = 8 << 30
@@ -69,8 +71,7 @@ _ENDING_BYTES_PER_S: Final = 8 << 30
 the pages, and where it does not; and when it is to end. It stops the guest when no more is left
 than passes in the downtime limit, which is 1 ms until the end: a page never passes, and of the
 first pass the last 4 MiB do, so that QEMU does not come behind it if we are late."""
-_LIMITS: Final = Limits(downtime_s=60.0, timeout_s=40.0)
-_GOES_ON_S: Final = 10.0
+_DOWNTIME_S: Final = 60.0
 
 
 @dataclass(frozen=True)
@@ -116,19 +117,19 @@ class TestedQemu:
 
 
 @functools.cache
-def tested_qemu() -> TestedQemu:
+def tested_qemu(timeout_s: float) -> TestedQemu:
     """Asks QEMU itself.
 
     Raises:
         QmpError: it does not run, or has no vfio-pci.
     """
-    return asyncio.run(_ask_qemu())
+    return asyncio.run(_ask_qemu(timeout_s))
 
 
-async def _ask_qemu() -> TestedQemu:
+async def _ask_qemu(timeout_s: float) -> TestedQemu:
     with tempfile.TemporaryDirectory(prefix="l2-") as folder:
         qemu = await Qemu.start(
-            "tested", _QEMU, ["-machine", "none"], Path(folder), timeout_s=_LIMITS.timeout_s
+            "tested", _QEMU, ["-machine", "none"], Path(folder), timeout_s=timeout_s
         )
         try:
             version = (await qemu.qmp.execute("query-version"))["qemu"]
@@ -150,29 +151,31 @@ def _require_device_log() -> None:
         owned.device.report(*owned.window, PAGE_BYTES)
 
 
-def proofs(seed: int, controls: int = 1, *, quick: bool = False) -> dict[str, Proof]:
+def proofs(
+    seed: int, timeout_s: float, controls: int = 1, *, quick: bool = False
+) -> dict[str, Proof]:
     """Every way of tracking, each followed by its controls, which are repeated `controls` times.
 
-    If `quick`, by one control.
+    If `quick`, by one control. `timeout_s` bounds each wait.
     """
     found: dict[str, Proof] = {}
     for name, short in NAMES.items():
         tracking = TRACKINGS[short]
-        found[name] = patient(partial(_equal, tracking))
+        found[name] = patient(partial(_equal, tracking, timeout_s))
         if tracking.device:
             # All faults on the first way, the one that is told apart page by page on each.
             faults = FAULTS if tracking == Tracking() and not quick else ("drop",)
             for fault in faults:
                 found[f"{name}, control: {fault}"] = partial(
-                    _corrupts, tracking, fault, seed, controls
+                    _corrupts, tracking, fault, seed, controls, timeout_s
                 )
-    found[UNTRACKED] = patient(_untracked)
+    found[UNTRACKED] = patient(partial(_untracked, timeout_s))
     return found
 
 
-def _equal(tracking: Tracking) -> tuple[str, dict[str, Any]]:
+def _equal(tracking: Tracking, timeout_s: float) -> tuple[str, dict[str, Any]]:
     """A migration after which all of RAM is equal."""
-    result = _migrated(tracking)
+    result = _migrated(tracking, timeout_s)
     require(not len(result.differing), f"{len(result.differing)} pages differ, {result}")
     _require_test(result)
     require(result.went_on, "the device does not go on on the destination")
@@ -199,9 +202,9 @@ def _figures(result: _Result) -> dict[str, Any]:
     }
 
 
-def _untracked() -> tuple[str, dict[str, Any]]:
+def _untracked(timeout_s: float) -> tuple[str, dict[str, Any]]:
     """With iommufd and without the device's log nobody tracks: no loss, or at least a warning."""
-    result = _migrated(Tracking(device=False))
+    result = _migrated(Tracking(device=False), timeout_s)
     _require_test(result)
     require(
         result.warned or not len(result.differing),
@@ -211,10 +214,13 @@ def _untracked() -> tuple[str, dict[str, Any]]:
     return f"{warned}; {len(result.differing)} pages differ, {result}", _figures(result)
 
 
-def _corrupts(tracking: Tracking, fault: str, seed: int, rounds: int) -> tuple[str, dict[str, Any]]:
+def _corrupts(
+    tracking: Tracking, fault: str, seed: int, rounds: int, timeout_s: float
+) -> tuple[str, dict[str, Any]]:
     """The same with a fault, which must be seen each time, and nothing else."""
     every = [
-        patient(partial(_corrupted, tracking, fault, seed + number))() for number in range(rounds)
+        patient(partial(_corrupted, tracking, fault, seed + number, timeout_s))()
+        for number in range(rounds)
     ]
     found, figures = every[0]
     if rounds > 1:
@@ -223,10 +229,12 @@ def _corrupts(tracking: Tracking, fault: str, seed: int, rounds: int) -> tuple[s
     return found, {**figures, "rounds": rounds, "tries": tries}
 
 
-def _corrupted(tracking: Tracking, fault: str, seed: int) -> tuple[str, dict[str, Any]]:
+def _corrupted(
+    tracking: Tracking, fault: str, seed: int, timeout_s: float
+) -> tuple[str, dict[str, Any]]:
     parameters = FAULTS[fault]
     with planted(**parameters, seed=seed):
-        result = _migrated(tracking)
+        result = _migrated(tracking, timeout_s)
     written = np.unique(result.journal["iova"] // PAGE_BYTES).astype(np.int64)
     may_differ = written
     if fault == "drop":
@@ -242,21 +250,21 @@ def _corrupted(tracking: Tracking, fault: str, seed: int) -> tuple[str, dict[str
     }
 
 
-def _migrated(tracking: Tracking) -> _Result:
-    qemu = tested_qemu()
+def _migrated(tracking: Tracking, timeout_s: float) -> _Result:
+    qemu = tested_qemu(timeout_s)
     if tracking.iommufd:
         open_iommufd().close()
     if tracking.device:
         _require_device_log()
-    return asyncio.run(_migrate(tracking, qemu))
+    return asyncio.run(_migrate(tracking, qemu, timeout_s))
 
 
-async def _migrate(tracking: Tracking, qemu: TestedQemu) -> _Result:
+async def _migrate(tracking: Tracking, qemu: TestedQemu, timeout_s: float) -> _Result:
     loop = asyncio.get_running_loop()
     started = loop.time()
     with (
-        fake_device() as here,
-        fake_device() as there,
+        fake_device(timeout_s) as here,
+        fake_device(timeout_s) as there,
         tempfile.TemporaryDirectory(prefix="l2-") as temporary,
     ):
         folder = Path(temporary)
@@ -265,7 +273,7 @@ async def _migrate(tracking: Tracking, qemu: TestedQemu) -> _Result:
             _QEMU,
             _arguments(tracking, here, qemu),
             folder,
-            timeout_s=_LIMITS.timeout_s,
+            timeout_s=timeout_s,
         )
         try:
             destination = await Qemu.start(
@@ -273,12 +281,12 @@ async def _migrate(tracking: Tracking, qemu: TestedQemu) -> _Result:
                 _QEMU,
                 [*_arguments(tracking, there, qemu), "-incoming", "defer", "-S"],
                 folder,
-                timeout_s=_LIMITS.timeout_s,
+                timeout_s=timeout_s,
             )
             try:
                 here.start(_ENGINE)
                 syncs, sent = await _hold_and_release(
-                    source, destination, here, folder, heard=tracking.heard
+                    source, destination, here, folder, timeout_s, heard=tracking.heard
                 )
                 with (
                     ram_file(source.process.pid, "source") as ours,
@@ -286,7 +294,9 @@ async def _migrate(tracking: Tracking, qemu: TestedQemu) -> _Result:
                 ):
                     differing = compare(ours, theirs)
                 journal, stats = here.journal(), here.stats()
-                went_on = await _goes_on(destination, there, int(journal["sequence"][-1]))
+                went_on = await _goes_on(
+                    destination, there, int(journal["sequence"][-1]), timeout_s
+                )
             finally:
                 await destination.end()
         finally:
@@ -306,21 +316,30 @@ def _arguments(tracking: Tracking, device: FakeDevice, qemu: TestedQemu) -> list
 
 
 async def _hold_and_release(
-    source: Qemu, destination: Qemu, device: FakeDevice, folder: Path, *, heard: bool
+    source: Qemu,
+    destination: Qemu,
+    device: FakeDevice,
+    folder: Path,
+    timeout_s: float,
+    *,
+    heard: bool,
 ) -> tuple[int, int]:
     """Migrate; held, unless it converges before, until the window has been written again.
+
+    It is held for half of the migration's time at the most: it has to end as well.
 
     Returns how often QEMU synced, and the writes that there were when the window had been sent.
     """
     loop = asyncio.get_running_loop()
-    migration = Migration(Ends(source.qmp, destination.qmp, folder), WAYS["unix"], _LIMITS)
+    limits = Limits(downtime_s=_DOWNTIME_S, timeout_s=timeout_s)
+    migration = Migration(Ends(source.qmp, destination.qmp, folder), WAYS["unix"], limits)
     await _reckon_with(source, _ENDLESS_BYTES_PER_S if heard else _NEVER_BEHIND_BYTES_PER_S)
     try:
         await migration.start()
     except QmpRefusal as error:
         raise LackingError(str(error)) from error
     await migration.limit_bandwidth(migration.held_bytes_per_s)
-    deadline = loop.time() + _HOLD_S
+    deadline = loop.time() + timeout_s / 2
     held = True
     sent: int | None = None
     async for progress in migration.follow():
@@ -359,17 +378,20 @@ async def _reckon_with(source: Qemu, bytes_per_s: int) -> None:
         await source.qmp.execute("migrate-set-parameters", avail_switchover_bandwidth=bytes_per_s)
 
 
-async def _goes_on(destination: Qemu, device: FakeDevice, last: int) -> bool:
-    """Whether the device writes on the destination, with numbers that follow the source's."""
+async def _goes_on(destination: Qemu, device: FakeDevice, last: int, timeout_s: float) -> bool:
+    """Whether the device writes on the destination, with numbers that follow the source's.
+
+    Raises:
+        WaitTimeoutError: it does not write, and has no error either.
+    """
     await destination.qmp.execute("cont")
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + _GOES_ON_S
-    while loop.time() < deadline:
-        registers = device.registers()
-        if registers["error"]:
-            return False
-        if registers["sequence"] > last + 100:
-            first: Sequence[int] = device.journal()["sequence"][:1].tolist()
-            return list(first) == [last + 1]
-        await asyncio.sleep(0.05)
-    return False
+    late = WaitTimeoutError(
+        f"the device has not written 100 times on the destination within {timeout_s:g} s"
+    )
+    async with bounded(timeout_s, lambda: late):
+        while (registers := device.registers())["sequence"] <= last + 100:
+            if registers["error"]:
+                return False
+            await asyncio.sleep(0.05)
+    first: Sequence[int] = device.journal()["sequence"][:1].tolist()
+    return not registers["error"] and list(first) == [last + 1]

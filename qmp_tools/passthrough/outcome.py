@@ -5,14 +5,34 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
 from typing import Any, Final
 
-from dmaproof.errors import DmaproofError
+from dmaproof.errors import DmaproofError, WaitTimeoutError
 from dmaproof.vfio.requests import VfioError
 
 from ..migration.migration import MigrationError
 from ..verdict import EXIT_PASS, EXIT_UNTESTED, Verdict
+
+
+class State(StrEnum):
+    """What is known of a proof."""
+
+    HOLDS = "holds"
+    FAILS = "fails"
+    LACKING = "lacking"
+    """It could not be carried out: kernel or QEMU does not have what is to be proved."""
+    UNTESTED = "untested"
+    """The machine was too slow or too busy: every attempt was over before it told anything."""
+
+
+NOT_HELD: Final = {
+    State.FAILS: "FAILED",
+    State.LACKING: "lacking",
+    State.UNTESTED: "not tested",
+}
+"""What people are told of a proof that does not hold, or not yet."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +41,16 @@ class Outcome:
 
     group: str
     name: str
-    passed: bool
+    state: State
     found: str
     figures: dict[str, Any] = field(default_factory=dict)
-    lacking: bool = False
-    """It could not be carried out: kernel or QEMU does not have what is to be proved."""
     seconds: float = 0.0
     """How long it took."""
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, and what `state` was told by before there was one."""
+        passed, lacking = self.state is State.HOLDS, self.state is State.LACKING
+        return {**asdict(self), "passed": passed, "lacking": lacking}
 
 
 class ProofFailedError(Exception):
@@ -92,8 +115,8 @@ _TRIES: Final = 3
 def patient(proof: Proof) -> Proof:
     """`proof`, tried again where an attempt has told nothing, or its migration did not end.
 
-    On a starved machine that happens. It is never hidden: what was found says so, and the figure
-    ``tries`` counts the attempts.
+    On a starved machine that happens. It is never hidden: each attempt is a line of L1's output,
+    what was found says so, and the figure ``tries`` counts the attempts.
     """
 
     def carry_out() -> tuple[str, dict[str, Any]]:
@@ -101,11 +124,14 @@ def patient(proof: Proof) -> Proof:
         while True:
             try:
                 found, figures = proof()
-            except (NothingTestedError, MigrationError) as error:
+            except (NothingTestedError, WaitTimeoutError, MigrationError) as error:
                 whys.append(str(error))
-                if len(whys) == _TRIES:
-                    raise
-                continue
+                if len(whys) < _TRIES:
+                    print(f"again\t{whys[-1].splitlines()[0]}", flush=True)
+                    continue
+                if isinstance(error, NothingTestedError | WaitTimeoutError):
+                    raise NothingTestedError(f"tried {_TRIES} times: {'; '.join(whys)}") from error
+                raise
             if whys:
                 found += f"; at try {len(whys) + 1}, before that: {'; '.join(whys)}"
             return found, {**figures, "tries": len(whys) + 1}
@@ -119,7 +145,7 @@ Rule = Callable[[], str]
 
 def run(group: str, name: str, proof: Proof) -> Outcome:
     """Carry out one proof; an error of the kernel's is a failed proof too, but for what it does not
-    know."""
+    know. A wait that has reached its bound proves nothing."""
     began_s = time.monotonic()
     outcome = _carry_out(group, name, proof)
     return replace(outcome, seconds=round(time.monotonic() - began_s, 1))
@@ -129,12 +155,15 @@ def _carry_out(group: str, name: str, proof: Proof) -> Outcome:
     try:
         found, figures = proof()
     except LackingError as error:
-        return Outcome(group, name, False, str(error), lacking=True)
+        return Outcome(group, name, State.LACKING, str(error))
     except VfioError as error:
-        return Outcome(group, name, False, str(error), lacking=error.number in _UNKNOWN)
+        state = State.LACKING if error.number in _UNKNOWN else State.FAILS
+        return Outcome(group, name, state, str(error))
+    except (NothingTestedError, WaitTimeoutError) as error:
+        return Outcome(group, name, State.UNTESTED, str(error))
     except (ProofFailedError, DmaproofError, OSError) as error:
-        return Outcome(group, name, False, str(error))
-    return Outcome(group, name, True, found, figures)
+        return Outcome(group, name, State.FAILS, str(error))
+    return Outcome(group, name, State.HOLDS, found, figures)
 
 
 def errno_of(call: Callable[[], object]) -> int:

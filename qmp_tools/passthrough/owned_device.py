@@ -73,17 +73,18 @@ class OwnedDevice:
     async def start(self, folder: Path, timeout_s: float) -> AsyncIterator[AttachedDevice]:
         """See `ProofDevice.start`."""
         with contextlib.ExitStack() as stack:
-            yield _AttachedDevice(self.tracking, stack)
+            yield _AttachedDevice(self.tracking, stack, timeout_s)
 
 
 class _AttachedDevice(SilentDevice):
-    def __init__(self, tracking: str, stack: contextlib.ExitStack) -> None:
+    def __init__(self, tracking: str, stack: contextlib.ExitStack, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
         self._tracking = TRACKINGS[tracking]
         self._stack = stack
         self._devices: dict[str, FakeDevice] = {}
 
     async def attach(self, side: str) -> Sequence[str]:
-        device = self._devices[side] = self._stack.enter_context(fake_device())
+        device = self._devices[side] = self._stack.enter_context(fake_device(self._timeout_s))
         return self._tracking.arguments(device.sysfs)
 
     async def evidence(self, side: str) -> Sequence[Evidence]:

@@ -24,6 +24,7 @@ from ..display import LineDisplay
 from ..guest.workload import Workload
 from ..migration.migration import Limits
 from ..processes.machine import MIB, Machine
+from ..processes.timeout import DEFAULT_TIMEOUT_S
 from ..proof import Setup
 from ..proof_run import prove
 from ..reports.report import to_json, to_text
@@ -90,7 +91,7 @@ def main() -> int:
     parser.add_argument("--tracking", choices=TRACKINGS, default="iommufd")
     parser.add_argument("--fault")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--timeout", type=float, default=120.0)
+    parser.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT_S)
     arguments = parser.parse_args()
     fault = parse_fault(arguments.fault) if arguments.fault else {}
     device = OwnedDevice(arguments.tracking, arguments.fault)

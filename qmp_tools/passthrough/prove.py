@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,16 +16,18 @@ from ..l1.machine import L1, run_in_l1
 from ..l1.root import quoted
 from ..matrix.room import free_memory_bytes
 from ..processes.run_folder import run_folder
+from ..processes.timeout import DEFAULT_TIMEOUT_S
 from ..reports.report import SCHEMA_VERSION
 from ..verdict import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
+from .outcome import NOT_HELD, State
 
 _RESULTS: Final = "results-{}.json"
 _MEMORY_MIB: Final = 1024
 """Of an L1, whose guests in L2 are small."""
 _OVERHEAD_BYTES: Final = 256 << 20
 """What an L1 takes besides its memory."""
-_AROUND_S: Final = 300.0
-"""More than all that a proof in L1 does besides to migrate."""
+_WAITS_BETWEEN_LINES: Final = 4
+"""So many of its waits an attempt in L1 may take to their bounds before it prints another line."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Request:
     quick: bool = False
     controls: int = 1
     """How often each control of a migration is repeated."""
-    timeout_s: float = 1200.0
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    """Bounds each wait in L1."""
     keep: bool = False
 
 
@@ -48,13 +52,13 @@ async def prove_passthrough(
     Where there is room for two machines, they share the proofs.
 
     Raises:
-        UntestableError: L1 does not boot, or breaks off.
+        UntestableError: L1 does not boot, breaks off, or goes silent.
     """
     guests = (bare_guest(show.say).kernel, vfio_guest(show.say))
     command = "mkdir -p /mnt/taken; exec python3 -m qmp_tools.passthrough.inside "
     command += f"/mnt/{_RESULTS.format('$MACHINE')} /mnt/taken "
     command += " ".join(f"/mnt/{guest.name}" for guest in guests)
-    command += f" --seed {request.seed}"
+    command += f" --seed {request.seed} --timeout {request.timeout_s}"
     if request.quick:
         command += " --quick"
     if request.groups:
@@ -72,7 +76,7 @@ async def prove_passthrough(
         if request.keep:
             show.say(f"the run's folder stays: {folder}")
         job = await run_in_l1(
-            *(machine, qemu, command, folder, heard, request.timeout_s),
+            *(machine, qemu, command, folder, heard, _WAITS_BETWEEN_LINES * request.timeout_s),
             files=guests,
             machines=machines,
         )
@@ -101,13 +105,13 @@ def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class OwnedRequest:
-    """A proof of QEMU's vfio-pci on the fake device; see `owned_proof`. `timeout_s` is the
-    migration's."""
+    """A proof of QEMU's vfio-pci on the fake device; see `owned_proof`. `timeout_s` bounds each
+    wait."""
 
     seed: int
     tracking: str
     fault: str | None = None
-    timeout_s: float = 120.0
+    timeout_s: float = DEFAULT_TIMEOUT_S
     keep: bool = False
 
 
@@ -129,7 +133,7 @@ async def prove_owned(
     with run_folder(keep=request.keep) as folder:
         if request.keep:
             show.say(f"the run's folder stays: {folder}")
-        timeout_s = request.timeout_s + _AROUND_S
+        timeout_s = _WAITS_BETWEEN_LINES * request.timeout_s
         job = await run_in_l1(machine, qemu, command, folder, show.say, timeout_s, files=(guest,))
         text = (job / report).with_suffix(".txt").read_text()
         return json.loads((job / report).read_text()), text
@@ -138,13 +142,17 @@ async def prove_owned(
 def to_json(results: dict[str, Any]) -> dict[str, Any]:
     """What L1's side found, with the verdict, as docs/report.schema.json has it."""
     outcomes = results["outcomes"]
-    held = sum(it["passed"] for it in outcomes)
-    failed = sum(not it["passed"] and not it["lacking"] for it in outcomes)
-    exit_code = EXIT_LOST if failed else EXIT_PASS if held else EXIT_UNTESTED
+    counts = Counter(State(it["state"]) for it in outcomes)
+    held, failed = counts[State.HOLDS], counts[State.FAILS]
+    lacking, untested = counts[State.LACKING], counts[State.UNTESTED]
+    exit_code = EXIT_PASS if held and not untested else EXIT_UNTESTED
     if failed:
+        exit_code = EXIT_LOST
         verdict = f"{failed} proofs do not hold"
-    elif held < len(outcomes):
-        verdict = f"{held} proofs hold, for {len(outcomes) - held} kernel or QEMU lack something"
+    elif untested:
+        verdict = f"{held} proofs hold, {untested} were not tested"
+    elif lacking:
+        verdict = f"{held} proofs hold, for {lacking} kernel or QEMU lack something"
     else:
         verdict = "every proof holds"
     return {
@@ -163,12 +171,12 @@ def to_text(results: dict[str, Any]) -> str:
     lines = [f"{heading}: {results['verdict']}", ""]
     for group in dict.fromkeys(outcome["group"] for outcome in outcomes):
         of_group = [outcome for outcome in outcomes if outcome["group"] == group]
-        passed = sum(outcome["passed"] for outcome in of_group)
+        passed = sum(outcome["state"] == State.HOLDS for outcome in of_group)
         seconds = sum(outcome["seconds"] for outcome in of_group)
         lines.append(f"  {group:13} {passed} of {len(of_group)} hold, {seconds:.0f} s")
     for it in outcomes:
-        if not it["passed"]:
-            how = "lacking" if it["lacking"] else "FAILED"
+        if it["state"] != State.HOLDS:
+            how = NOT_HELD[it["state"]]
             lines.append(f"  {how} {it['group']}: {it['name']}: {it['found']}")
     lines.append(f"  seed          {results['seed']}, {results['seconds']:.0f} s in L1")
     return "\n".join(lines)

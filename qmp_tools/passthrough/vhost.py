@@ -35,7 +35,8 @@ _QEMU: Final = Path("/usr/bin/qemu-system-x86_64")
 _MEMORY_BYTES: Final = 32 * MIB
 _WORKLOAD: Final = Workload(threads=8, hot=64, once=256, churn=512, huge_every=0)
 _REQUESTS_AFTER: Final = 50
-_LIMITS: Final = Limits(bandwidth_bytes_per_s=4 * MIB, downtime_s=10.0, timeout_s=300.0)
+_BANDWIDTH_BYTES_PER_S: Final = 4 * MIB
+_DOWNTIME_S: Final = 10.0
 _DROP_IN_1000: Final = 200
 _DROP_PAGES: Final = "drop-pages=0.2"
 _CONTROLS: Final = {TRACKERS[0]: Link.TRACKER, TRACKERS[1]: Link.TRACKER, TRACKERS[2]: Link.LOG}
@@ -47,18 +48,21 @@ class _Options(DeviceOptions):
     module: ClassVar[str] = "qmp_tools.passthrough.vhost_device"
 
 
-def proofs(guest: Path, seed: int) -> dict[str, Proof]:
-    """Every tracker of the kernel's, each followed by its control; `guest` is the bare one."""
+def proofs(guest: Path, seed: int, timeout_s: float) -> dict[str, Proof]:
+    """Every tracker of the kernel's, each followed by its control; `guest` is the bare one.
+
+    `timeout_s` bounds each wait.
+    """
     found: dict[str, Proof] = {}
     for tracker, link in _CONTROLS.items():
-        found[tracker] = patient(partial(_equal, guest, tracker, seed))
+        found[tracker] = patient(partial(_equal, guest, tracker, seed, timeout_s))
         found[f"{tracker}, control: lost at the {link}"] = patient(
-            partial(_corrupts, guest, tracker, link, seed)
+            partial(_corrupts, guest, tracker, link, seed, timeout_s)
         )
     return found
 
 
-def _prove(guest: Path, tracker: str, fault: str | None, seed: int) -> Migrated:
+def _prove(guest: Path, tracker: str, fault: str | None, seed: int, timeout_s: float) -> Migrated:
     if tracker == BY_IOMMUFD:
         open_iommufd().close()  # or fail with what the kernel lacks
     workload = replace(_WORKLOAD, seed=seed)
@@ -70,26 +74,28 @@ def _prove(guest: Path, tracker: str, fault: str | None, seed: int) -> Migrated:
         workload=workload,
         device=EmulatedDevice(_Options(tracker=tracker, fault=fault, seed=seed)),
         seed=seed,
-        limits=_LIMITS,
+        limits=Limits(_BANDWIDTH_BYTES_PER_S, _DOWNTIME_S, timeout_s),
         requests_after=_REQUESTS_AFTER,
     )
     return asyncio.run(prove(setup, QuietDisplay()))
 
 
-def _equal(guest: Path, tracker: str, seed: int) -> tuple[str, dict[str, Any]]:
+def _equal(guest: Path, tracker: str, seed: int, timeout_s: float) -> tuple[str, dict[str, Any]]:
     """A proof that passes."""
-    proof = _prove(guest, tracker, None, seed)
+    proof = _prove(guest, tracker, None, seed, timeout_s)
     require_pass(proof.verdict)
     return f"0 of {proof.verdict.pages} pages differ, {_told(proof)}", _figures(proof)
 
 
-def _corrupts(guest: Path, tracker: str, link: Link, seed: int) -> tuple[str, dict[str, Any]]:
+def _corrupts(
+    guest: Path, tracker: str, link: Link, seed: int, timeout_s: float
+) -> tuple[str, dict[str, Any]]:
     """The same with a fault at `link`, which must be seen there, and nothing else."""
     if link is Link.TRACKER:
         with planted(drop=_DROP_IN_1000, seed=seed):
-            proof = _prove(guest, tracker, None, seed)
+            proof = _prove(guest, tracker, None, seed, timeout_s)
     else:
-        proof = _prove(guest, tracker, _DROP_PAGES, seed)
+        proof = _prove(guest, tracker, _DROP_PAGES, seed, timeout_s)
     require_loss(proof.verdict, _told(proof))
     lost = proof.verdict.lost
     elsewhere = sum((page.blame, page.link) != (Blame.DEVICE, link) for page in lost)

@@ -71,8 +71,16 @@ def _growth_case(row: Mapping[str, Any]) -> Case:
     return Case(f"the {row['process']} does not grow", outcome, f"{warm} when warm, then {last}")
 
 
+_OF_PASSTHROUGH: Final = {
+    "holds": "passed",
+    "fails": "failed",
+    "lacking": "skipped",
+    "untested": "error",
+}
+
+
 def _passthrough_case(row: Mapping[str, Any], where: str = "") -> Case:
-    outcome = "passed" if row["passed"] else "skipped" if row["lacking"] else "failed"
+    outcome = _OF_PASSTHROUGH[row["state"]]
     name = f"{where}{row['group']}: {row['name']}"
     return Case(name, outcome, row["found"], seconds=row["seconds"])
 

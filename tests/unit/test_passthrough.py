@@ -15,11 +15,12 @@ import jsonschema
 import numpy as np
 import pytest
 
-from dmaproof.errors import TrackerError, UntestableError
+from dmaproof.errors import TrackerError, UntestableError, WaitTimeoutError
 from dmaproof.iova_bitmap import IovaRange
 from dmaproof.vfio.requests import VfioError
+from qmp_tools.guest.channel import GuestLateError
 from qmp_tools.l1.root import run_inside
-from qmp_tools.migration.migration import MigrationError
+from qmp_tools.migration.migration import MigrationError, MigrationTimeoutError
 from qmp_tools.passthrough import differential, matrix, prove
 from qmp_tools.passthrough.fake_device import content, dropped_pages
 from qmp_tools.passthrough.inside import untaken
@@ -29,6 +30,7 @@ from qmp_tools.passthrough.outcome import (
     NothingTestedError,
     Proof,
     ProofFailedError,
+    State,
     patient,
     require,
     require_loss,
@@ -37,6 +39,7 @@ from qmp_tools.passthrough.outcome import (
 )
 from qmp_tools.passthrough.prove import joined, to_json, to_text
 from qmp_tools.passthrough.tracking import Tracking
+from qmp_tools.processes.qmp import QmpTimeoutError
 from qmp_tools.reports.junit_tap import to_junit, to_tap
 from qmp_tools.verdict import Blame, GuestOutcome, LostPage, Sharpness, Verdict
 
@@ -108,18 +111,18 @@ def test_a_proof_that_does_not_hold_is_told_and_not_raised() -> None:
         return "equal", {"cases": 1}
 
     outcomes = [run("group", "name", proof) for proof in (fails, breaks, holds)]
-    assert [it.passed for it in outcomes] == [False, False, True]
+    assert [it.state for it in outcomes] == ["fails", "fails", "holds"]
     assert [it.found for it in outcomes] == ["3 pages missing", "EINVAL", "equal"]
     with pytest.raises(ProofFailedError):
         fails()
 
 
 def test_the_report_counts_by_group_and_shows_failures() -> None:
-    rows = [
-        {"group": "rules", "name": "a", "passed": True, "found": "x", "figures": {}},
-        {"group": "rules", "name": "b", "passed": False, "found": "no error", "figures": {}},
+    rows: list[dict[str, Any]] = [
+        {"group": "rules", "name": "a", "state": "holds", "found": "x", "figures": {}},
+        {"group": "rules", "name": "b", "state": "fails", "found": "no error", "figures": {}},
     ]
-    rows = [{**row, "lacking": False, "seconds": 1.5} for row in rows]
+    rows = [{**row, "seconds": 1.5} for row in rows]
     found = {"kernel": "7.3", "seed": 1, "seconds": 9.0, "outcomes": rows}
     text = to_text(to_json(found))
     assert text.startswith("FAIL: 1 proofs do not hold: the passthrough route on kernel 7.3")
@@ -161,12 +164,40 @@ def test_an_attempt_that_told_nothing_is_repeated_and_the_outcome_says_so() -> N
     assert figures == {"pages": 1, "tries": 3}
 
 
-def test_what_never_tells_anything_fails_and_so_does_what_is_not_so_at_once() -> None:
-    never = proof_of(*[NothingTestedError(f"{number} pages") for number in range(4)])
-    outcome = run("migration", "name", patient(never))
-    assert (outcome.passed, outcome.found) == (False, "2 pages")
-    lost = proof_of(ProofFailedError("3 pages differ"), ("equal", {}))
-    assert run("migration", "name", patient(lost)).found == "3 pages differ"
+@pytest.mark.parametrize(
+    "last",
+    [
+        NothingTestedError("no page"),
+        QmpTimeoutError("no answer"),
+        GuestLateError("no report"),
+        MigrationTimeoutError("no end"),
+    ],
+)
+def test_what_is_starved_at_each_attempt_is_not_tested(last: Exception) -> None:
+    starved = (NothingTestedError("0 pages"), WaitTimeoutError("late"), last)
+    outcome = run("migration", "name", patient(proof_of(*starved, ("equal", {}))))
+    assert outcome.state is State.UNTESTED
+    assert outcome.found == f"tried 3 times: 0 pages; late; {last}"
+    assert run("rules", "name", proof_of(WaitTimeoutError("late"))).state is State.UNTESTED
+
+
+def test_what_is_not_so_fails_at_once_and_what_cannot_migrate_fails_in_the_end() -> None:
+    lost = run("migration", "name", patient(proof_of(ProofFailedError("3 pages differ"))))
+    assert (lost.state, lost.found) == (State.FAILS, "3 pages differ")
+    broken: list[Exception] = [WaitTimeoutError("late")]
+    broken += [MigrationError("the migration failed")] * 2
+    assert run("migration", "name", patient(proof_of(*broken))).state is State.FAILS
+
+
+def test_what_is_not_tested_is_neither_a_pass_nor_a_failure() -> None:
+    starved = report("7.3", "11.1", row("a", "holds"), row("b", "untested"))
+    assert (starved["exit_code"], "1 were not tested" in starved["verdict"]) == (3, True)
+    assert "not tested migration: b: b: untested" in to_text(starved)
+    assert '<error message="b: untested"' in to_junit(starved)
+    failed = report("7.3", "11.1", row("a", "fails"), row("b", "untested"))
+    assert failed["exit_code"] == 1
+    assert matrix.to_json([starved])["exit_code"] == 3
+    assert VALIDATOR.is_valid(matrix.to_json([starved]))
 
 
 LOST = LostPage(0, 0, 1, Blame.DEVICE)
@@ -202,7 +233,7 @@ def test_each_proof_is_taken_by_one_machine_and_all_are(tmp_path: Path) -> None:
 
 
 def test_what_two_machines_found_is_one_report_in_order() -> None:
-    rows = [row(str(number), "passed", group="rules") for number in range(11)]
+    rows = [row(str(number), "holds", group="rules") for number in range(11)]
     common = {"kernel": "7.3", "qemu": "11.1", "seed": 1}
     parts = [
         {**common, "seconds": 7.0, "outcomes": {"10": rows[10], "0": rows[0], "2": rows[2]}},
@@ -255,8 +286,7 @@ def test_what_the_kernel_does_not_know_is_lacking_and_what_it_refuses_fails() ->
         FileNotFoundError("/dev/iommu"),
     )
     outcomes = [run("rules", "name", proof_that_raises(error)) for error in errors]
-    assert [it.lacking for it in outcomes] == [True, True, True, False, False]
-    assert not any(it.passed for it in outcomes)
+    assert [it.state for it in outcomes] == ["lacking"] * 3 + ["fails"] * 2
     assert outcomes[0].found == "no property iommufd"
 
 
@@ -264,7 +294,8 @@ def row(name: str, how: str, group: str = "migration", **figures: int) -> dict[s
     return {
         "group": group,
         "name": name,
-        "passed": how == "passed",
+        "state": how,
+        "passed": how == "holds",
         "lacking": how == "lacking",
         "found": f"{name}: {how}",
         "figures": figures,
@@ -278,13 +309,13 @@ def report(kernel: str, qemu: str, *rows: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_what_is_lacking_is_no_failure_but_no_pass_either() -> None:
-    some = report("6.1", "10.0", row("a", "passed"), row("b", "lacking"))
+    some = report("6.1", "10.0", row("a", "holds"), row("b", "lacking"))
     assert (some["exit_code"], "1 proofs hold, for 1" in some["verdict"]) == (0, True)
     assert "lacking migration: b: b: lacking" in to_text(some)
     nothing = report("6.1", "7.2", row("a", "lacking"))
     assert nothing["exit_code"] == 3
     assert to_text(nothing).startswith("UNTESTED")
-    assert report("6.1", "7.2", row("a", "lacking"), row("b", "failed"))["exit_code"] == 1
+    assert report("6.1", "7.2", row("a", "lacking"), row("b", "fails"))["exit_code"] == 1
 
 
 WAYS = list(NAMES)
@@ -294,11 +325,11 @@ def test_the_matrix_has_a_cell_for_each_way_and_its_control() -> None:
     runs = [
         report(
             *("7.3.4", "11.1.3"),
-            row(WAYS[0], "passed", differing=0, certain=5),
-            row(f"{WAYS[0]}, control: drop", "passed", differing=7, kept_back=9),
-            row(WAYS[1], "failed"),
-            row(UNTRACKED, "passed", differing=5, certain=6),
-            row("START", "passed", group="rules"),
+            row(WAYS[0], "holds", differing=0, certain=5),
+            row(f"{WAYS[0]}, control: drop", "holds", differing=7, kept_back=9),
+            row(WAYS[1], "fails"),
+            row(UNTRACKED, "holds", differing=5, certain=6),
+            row("START", "holds", group="rules"),
             row("HWPT", "lacking", group="rules"),
         ),
         report(
@@ -324,8 +355,8 @@ def test_the_matrix_has_a_cell_for_each_way_and_its_control() -> None:
 def test_a_control_that_is_not_caught_shows_in_the_matrix() -> None:
     lost = report(
         *("7.3.4", "11.1.3"),
-        row(WAYS[0], "passed", differing=0, certain=5),
-        row(f"{WAYS[0]}, control: drop", "failed"),
+        row(WAYS[0], "holds", differing=0, certain=5),
+        row(f"{WAYS[0]}, control: drop", "fails"),
     )
     assert "0 differ; control FAILED [1]" in matrix.table([lost])
 
@@ -341,7 +372,7 @@ def test_the_docs_table_has_the_columns_of_the_code() -> None:
 
 
 def test_runners_are_told_what_was_skipped() -> None:
-    answer = report("6.1", "10.0", row("a", "passed"), row("b", "lacking"))
+    answer = report("6.1", "10.0", row("a", "holds"), row("b", "lacking"))
     assert '<skipped message="b: lacking"' in to_junit(answer)
     assert 'name="migration: a" time="2.5"' in to_junit(answer)
     assert "ok 2 - migration: b # SKIP b: lacking" in to_tap(answer)

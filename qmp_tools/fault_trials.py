@@ -23,6 +23,7 @@ from dmaproof.faults import known_faults, summary
 
 from .display import QuietDisplay
 from .processes.device import DeviceOptions
+from .processes.timeout import DEFAULT_TIMEOUT_S
 from .proof import Setup
 from .proof_run import prove
 from .testbed.scene import play
@@ -154,10 +155,12 @@ async def try_faults(
     make_setup: MakeSetup,
     folder: Path,
     say: Tell,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> list[Row]:
     """The rows of the faults `names` (`CONTROL` among them), each with every seed.
 
     `make_setup` makes the set-up of a proof with a fault and a seed; `folder` takes evidence.
+    `timeout_s` bounds each wait on the test bed; a set-up has its own.
     """
     names, rows = list(names), []
     benches = list(benches)
@@ -165,7 +168,7 @@ async def try_faults(
         for name in names:
             trials = []
             for seed in seeds:
-                trials.append(_on_testbed(name, seed, folder))
+                trials.append(_on_testbed(name, seed, folder, timeout_s))
                 await asyncio.sleep(0.001)  # so that a signal can end it: 0 would not look for one
             rows.append(_row(name, Bench.TESTBED, trials, say))
     if Bench.QEMU in benches:
@@ -210,7 +213,7 @@ class _Proofs:
         return judge(proof.verdict, seed)
 
 
-def _on_testbed(name: str, seed: int, folder: Path) -> Trial:
+def _on_testbed(name: str, seed: int, folder: Path, timeout_s: float) -> Trial:
     fault = known_faults().get(name)
     form = _TESTBED_FORMS.get(name, TestbedForm())
     options = DeviceOptions(seed=seed, harvest=form.harvest)
@@ -222,7 +225,14 @@ def _on_testbed(name: str, seed: int, folder: Path) -> Trial:
             harvest=fault.harvest or form.harvest,
         )
     try:
-        verdict = play(options, folder, devices=form.devices, killed=form.killed, iommu=form.iommu)
+        verdict = play(
+            options,
+            folder,
+            devices=form.devices,
+            killed=form.killed,
+            iommu=form.iommu,
+            timeout_s=timeout_s,
+        )
         return judge(verdict, seed)
     except UntestableError as error:
         return _without_verdict(error, seed)

@@ -17,7 +17,8 @@ from typing import IO, Any, Final
 
 import jsonschema
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 900.0
+"""Of each wait of a test: far more than it takes, for machines may be busy."""
 
 _SCHEMA: Final = jsonschema.Draft202012Validator(
     json.loads((Path(__file__).parents[1] / "docs" / "report.schema.json").read_text())

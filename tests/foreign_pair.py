@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_TIMEOUT_S = 60.0
+_TIMEOUT_S = 900.0
 MIB = 1 << 20
 
 MEMORY = {

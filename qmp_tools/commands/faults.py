@@ -88,6 +88,7 @@ def _run(arguments: argparse.Namespace) -> int:
             make_setup,
             folder,
             show.say,
+            arguments.timeout,
         )
         rows = run_interruptibly(trials)
     if not writes_to_stdout(arguments):

@@ -31,11 +31,11 @@ from dmaproof.vhost_user.messages import (
     encode_u64,
 )
 
+from ..processes.timeout import DEFAULT_TIMEOUT_S
 from .guest_iommu import GuestIommu, Page
 from .ring_driver import HVA_BASE, Driver
 
 FEATURES: Final = F_VERSION_1 | F_PROTOCOL_FEATURES | F_RING_INDIRECT_DESC
-_ANSWER_TIMEOUT_S: Final = 20.0
 _REPLY_OF_VERSION_1: Final = 0b101
 _QUESTION: Final = struct.Struct("<IIIQQQBB6x")
 """A back-end message's header, and struct vhost_iotlb_msg: iova, size, uaddr, perm, type."""
@@ -45,19 +45,24 @@ class FrontEnd:
     """The front end's end of `peer`, with the event file descriptors of one device's rings.
 
     `features` are those that the guest's driver has acknowledged. With an `iommu`, rings and
-    buffers are addressed by its IOVAs.
+    buffers are addressed by its IOVAs. `timeout_s` bounds the wait for each answer.
     """
 
     def __init__(
-        self, peer: socket.socket, features: int = FEATURES, iommu: GuestIommu | None = None
+        self,
+        peer: socket.socket,
+        features: int = FEATURES,
+        iommu: GuestIommu | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
         self.socket = peer
+        self._timeout_s = timeout_s
         self.features = features | (F_ACCESS_PLATFORM if iommu else 0)
         self.iommu = iommu
         self.channel: socket.socket | None = None
         """Our end of the back-end channel."""
         self._rings: dict[int, int] = {}
-        self.socket.settimeout(_ANSWER_TIMEOUT_S)
+        self.socket.settimeout(self._timeout_s)
         self.inflight: int | None = None
         """The file in which the device notes what is in flight, once it was asked for one."""
         self.inflight_said = b""
@@ -144,7 +149,7 @@ class FrontEnd:
         if self.channel is not None:
             self.channel.close()
         self.channel, theirs = socket.socketpair()
-        self.channel.settimeout(_ANSWER_TIMEOUT_S)
+        self.channel.settimeout(self._timeout_s)
         with theirs:
             self.send(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
 

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from dmaproof.devices import make_device
 from dmaproof.dirty_tracker import emulated_trackers
-from dmaproof.errors import UntestableError
+from dmaproof.errors import UntestableError, WaitTimeoutError
 from dmaproof.evidence import Evidence
 from dmaproof.faults import plant
 from dmaproof.guest_memory import GuestMemory, IovaMap
@@ -29,19 +29,23 @@ from dmaproof.vhost_user.server import Server
 from ..processes.device import DeviceOptions
 
 _SESSION: Final = "scene"
-_PATIENCE_S: Final = 20.0
 
 
 class HostedDevice:
-    """A device that serves the front end at the other end of `peer`."""
+    """A device that serves the front end at the other end of `peer`.
+
+    `timeout_s` bounds each wait for it.
+    """
 
     def __init__(
         self,
         peer: socket.socket,
         control: socket.socket,
+        timeout_s: float,
         process: subprocess.Popen[bytes] | None = None,
     ) -> None:
         self.peer = peer
+        self.timeout_s = timeout_s
         self._process = process
         self._control = control
         self._control.setblocking(False)
@@ -80,17 +84,20 @@ class HostedDevice:
         """
         command = {"do": "evidence", "session": _SESSION, "folder": str(folder)}
         self._control.sendall(json.dumps(command).encode() + b"\n")
-        deadline_s = time.monotonic() + _PATIENCE_S
+        deadline_s = time.monotonic() + self.timeout_s
         while not any(event["event"] == "evidence" for event in self.events()):
             if time.monotonic() > deadline_s:
-                raise UntestableError("the device of the test bed does not answer")
+                raise WaitTimeoutError(
+                    f"the device of the test bed has not told its evidence within "
+                    f"{self.timeout_s:g} s"
+                )
             time.sleep(0.001)
         return Evidence.load(folder)
 
 
 @contextlib.contextmanager
 def device_thread(
-    options: DeviceOptions, map_bus: Callable[[GuestMemory], IovaMap]
+    options: DeviceOptions, map_bus: Callable[[GuestMemory], IovaMap], timeout_s: float
 ) -> Iterator[HostedDevice]:
     """The device in a thread, on a bus whose addresses `map_bus` leads to guest RAM."""
     fault = plant(options.fault, options.seed)
@@ -112,13 +119,15 @@ def device_thread(
     thread.start()
     try:
         with ours, peer:
-            yield HostedDevice(peer, ours)
+            yield HostedDevice(peer, ours, timeout_s)
     finally:
-        thread.join(_PATIENCE_S)
+        thread.join(timeout_s)
 
 
 @contextlib.contextmanager
-def device_process(options: DeviceOptions, state: Path | None = None) -> Iterator[HostedDevice]:
+def device_process(
+    options: DeviceOptions, state: Path | None, timeout_s: float
+) -> Iterator[HostedDevice]:
     """The device in a process of its own, on a bus whose addresses are guest-physical.
 
     What its successor has to know is kept in the folder `state`.
@@ -139,9 +148,9 @@ def device_process(options: DeviceOptions, state: Path | None = None) -> Iterato
         )
     try:
         with ours, peer:
-            yield HostedDevice(peer, ours, process)
+            yield HostedDevice(peer, ours, timeout_s, process)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_PATIENCE_S)
+            process.wait(timeout_s)
     finally:
         process.kill()
         process.wait()

@@ -30,7 +30,7 @@ from typing import Final
 
 from dmaproof.devices.blk import T_IN
 from dmaproof.dirty_log import log_bytes_needed
-from dmaproof.errors import ProtocolError, UntestableError
+from dmaproof.errors import ProtocolError, UntestableError, WaitTimeoutError
 from dmaproof.evidence import Evidence
 from dmaproof.guest_memory import READ as READ_ACCESS
 from dmaproof.guest_memory import WRITE as WRITE_ACCESS
@@ -40,6 +40,7 @@ from dmaproof.vhost_user.features import F_RING_PACKED, PROTOCOL_FEATURES
 from dmaproof.vhost_user.messages import Request, encode_u64
 
 from ..processes.device import DeviceOptions
+from ..processes.timeout import DEFAULT_TIMEOUT_S
 from ..ram import RamFile, compare
 from ..verdict import (
     Blame,
@@ -67,7 +68,6 @@ _DRIVER_PAGES: Final = 64
 """Of the low slot, for each device: its ring, then headers, then status bytes, a page for each."""
 _HEADERS, _STATUSES, _STATUS_PAGES = 2 * PAGE_BYTES, 8 * PAGE_BYTES, 32
 _BATCH: Final = 4
-_PATIENCE_S: Final = 30.0
 _POLL_S: Final = 0.0002
 _PASS_EVERY_S: Final = 0.003
 """Far more often than with QEMU. If it were oftener still, nothing would ever stand in the log long
@@ -86,12 +86,13 @@ def play(
     packed: bool = False,
     killed: bool = False,
     iommu: bool = False,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Verdict:
     """Play the scene with a device, or with two that share the log; `folder` takes the evidence.
 
     Its rings are split ones or `packed`. Half-way the device may be `killed` and started again. It
     may be behind an `iommu`. Two devices, or one that is to be killed, are processes, and have a
-    bus without surprises but for that.
+    bus without surprises but for that. `timeout_s` bounds each wait for a device.
 
     Raises:
         UntestableError: a device refused something, died, or does not go on.
@@ -103,8 +104,9 @@ def play(
 
         def start_device() -> HostedDevice:
             if devices == 1 and not killed:
-                return stack.enter_context(device_thread(options, _swapped_bus))
-            return stack.enter_context(device_process(options, folder if killed else None))
+                return stack.enter_context(device_thread(options, _swapped_bus, timeout_s))
+            state = folder if killed else None
+            return stack.enter_context(device_process(options, state, timeout_s))
 
         for number in range(devices):
             chance = random.Random(options.seed + number)
@@ -228,12 +230,10 @@ def _write(guests: Sequence[_Guest], runs: Sequence[Run], precopy: Precopy) -> N
         precopy.pass_on()  # the driver's own writes are sent, so that they do not hide the device's
         for guest in guests:
             guest.kick()
-        deadline_s = time.monotonic() + _PATIENCE_S
-        next_pass_s = time.monotonic()
+        next_pass_s = began_s = time.monotonic()
         while not all(guest.served() for guest in guests):
             now_s = time.monotonic()
-            if now_s > deadline_s:
-                raise UntestableError("the device of the test bed does not serve its ring")
+            guests[0].require_time_since(began_s)
             if now_s >= next_pass_s:
                 precopy.pass_on()
                 next_pass_s = now_s + _PASS_EVERY_S
@@ -274,7 +274,8 @@ class _Guest:
         chance: random.Random,
     ) -> None:
         self.device = device
-        self.front_end = FrontEnd(device.peer, FEATURES | (F_RING_PACKED if packed else 0), iommu)
+        features = FEATURES | (F_RING_PACKED if packed else 0)
+        self.front_end = FrontEnd(device.peer, features, iommu, device.timeout_s)
         self.requests = 0
         self._served = 0
         self._hears = True
@@ -324,10 +325,7 @@ class _Guest:
         self.publish([[before]])
         precopy.pass_on()
         self.kick()
-        deadline_s = time.monotonic() + _PATIENCE_S
-        while not self.served():
-            if time.monotonic() > deadline_s:
-                raise UntestableError("the device of the test bed does not serve its ring")
+        self._wait_until_served()
         self.device.kill()
         precopy.pass_on()
         self._hears = False
@@ -346,9 +344,24 @@ class _Guest:
         front_end.start_ring(self._driver, base=base, logged=True)
         front_end.set_log(*self._log)
         self.settle()
+        self._wait_until_served()
+
+    def _wait_until_served(self) -> None:
+        began_s = time.monotonic()
         while not self.served():
-            if time.monotonic() > deadline_s:
-                raise UntestableError("what was in flight does not come back")
+            self.require_time_since(began_s)
+
+    def require_time_since(self, began_s: float) -> None:
+        """Give the device up if it has not served its ring since `began_s` (monotonic).
+
+        Raises:
+            WaitTimeoutError: the wait has reached its bound.
+        """
+        if time.monotonic() - began_s > self.device.timeout_s:
+            raise WaitTimeoutError(
+                f"the device of the test bed has not served its ring within "
+                f"{self.device.timeout_s:g} s"
+            )
 
     def settle(self) -> None:
         """Return when everything that was sent has been done."""

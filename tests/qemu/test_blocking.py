@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from command import Tool
+from command import TIMEOUT_S, Tool
 from dmaproof.errors import UsageError
 from qmp_tools.blocking import Stage
 from qmp_tools.processes.qmp import QmpError
@@ -65,7 +65,7 @@ def test_everything_ends_with_its_maker(tool: Tool, number: signal.Signals) -> N
     qemu = Path(f"/proc/{int(maker.stdout.readline())}")
     maker.send_signal(number)
     maker.communicate()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIMEOUT_S
     while tool.leftovers() or (qemu.exists() and not _is_dead(qemu)):
         assert time.monotonic() < deadline, tool.leftovers() or "QEMU lives on"
         time.sleep(0.05)

@@ -40,7 +40,7 @@ def type_in(block: Block, folder: Path) -> tuple[int, str]:
         start_new_session=True,
     )
     try:
-        printed, _ = shell.communicate(timeout=120)
+        printed, _ = shell.communicate(timeout=900)
     finally:
         with contextlib.suppress(ProcessLookupError):  # the block's background processes
             os.killpg(shell.pid, signal.SIGKILL)

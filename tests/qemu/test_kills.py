@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from command import Running, Tool, is_alive
+from command import TIMEOUT_S, Running, Tool, is_alive
 
 pytestmark = pytest.mark.qemu
 
@@ -27,7 +27,7 @@ def run_up_to(tool: Tool, moment: str) -> tuple[Running, dict[str, int]]:
 
 
 def assert_nothing_is_left(tool: Tool, processes: dict[str, int]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIMEOUT_S
     while any(is_alive(pid) for pid in processes.values()) or tool.leftovers():
         alive = {name: pid for name, pid in processes.items() if is_alive(pid)}
         assert time.monotonic() < deadline, f"still there: {alive} {tool.leftovers()}"

@@ -34,7 +34,7 @@ def run(number: int, tool: Tool, *arguments: str) -> str:
         env={**os.environ, "TMPDIR": str(tool.folder)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ from typing import Final
 
 import pytest
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(1800)]
 
 ROOT: Final = Path(__file__).parents[2]
 MINORS: Final = (11, 12, 13, 14)
@@ -63,7 +63,7 @@ class Place:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
             check=False,
         )
         assert done.returncode == exit_code, f"{command}:\n{done.stdout}\n{done.stderr}"
@@ -89,7 +89,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the sdist of what is committed, and with the wheel that is made of it."""
     folder = tmp_path_factory.mktemp("dist")
     command: list[str | Path] = [sys.executable, "-m", "build", "--outdir", folder, ROOT]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

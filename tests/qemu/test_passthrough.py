@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from command import Tool, is_alive
+from command import TIMEOUT_S, Tool, is_alive
 from qmp_tools.passthrough import GROUPS
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(3600)]
@@ -117,7 +117,7 @@ def test_where_one_machine_fails_the_other_is_ended(tool: Tool) -> None:
 
 def wait_until_gone(tool: Tool, pids: list[int]) -> None:
     """Wait until none of `pids` is alive, and nothing is left in the temporary folder."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIMEOUT_S
     while any(map(is_alive, pids)) or tool.leftovers():
         assert time.monotonic() < deadline, f"{list(map(is_alive, pids))}, {tool.leftovers()}"
         time.sleep(0.05)

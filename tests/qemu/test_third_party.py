@@ -16,7 +16,7 @@ from typing import Final
 
 import pytest
 
-from command import Outcome, Tool
+from command import TIMEOUT_S, Outcome, Tool
 from qmp_tools.devices import inside_qemu
 from qmp_tools.guest.build import cache, fresh_folder
 from qmp_tools.guest.workload import Workload
@@ -236,7 +236,7 @@ def test_whatever_is_killed_nothing_is_left(tool: Tool, victim: str) -> None:
     if victim == "back end":
         assert outcome.exit_code == 3, outcome.errors
         assert "source device ended with exit code 7" in outcome.errors
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIMEOUT_S
     while tool.leftovers() or of_run(tool):
         assert time.monotonic() < deadline, (tool.leftovers(), of_run(tool))
         time.sleep(0.05)

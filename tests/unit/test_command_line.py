@@ -59,7 +59,7 @@ def complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[st
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=900,
             check=True,
         )
         assert done.stderr == ""

@@ -37,7 +37,7 @@ def test_a_command_that_is_none_ends_the_process(line: bytes) -> None:
     with ours, theirs:
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE)
         ours.sendall(line + b"\n")
-        _, told = process.communicate(timeout=120)
+        _, told = process.communicate(timeout=900)
     assert process.returncode == 2
     assert told.startswith(b"dmaproof device: control socket: ")
     assert b"is no command" in told
@@ -56,7 +56,7 @@ def test_evidence_into_a_folder_that_is_not_there(tmp_path: Path) -> None:
         process = subprocess.Popen(command, pass_fds=fds, stderr=subprocess.PIPE)
         request = {"do": "evidence", "session": "a", "folder": str(tmp_path / "none")}
         ours.sendall(json.dumps(request).encode() + b"\n")
-        _, told = process.communicate(timeout=120)
+        _, told = process.communicate(timeout=900)
     assert process.returncode == 2
     assert b"evidence into" in told
     assert len(told.splitlines()) == 1

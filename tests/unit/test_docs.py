@@ -196,7 +196,7 @@ def test_the_pages_build(tmp_path: Path) -> None:
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", "html"]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr
     pages = {file.stem for file in (tmp_path / "html").glob("*.html")}

@@ -164,7 +164,7 @@ def boot(front_end: testbed.FrontEnd, ram: int) -> RingDriver:
     return driver
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(600)
 def test_an_event_that_would_wait_for_its_reader(front_end: FrontEnd, ram: int) -> None:
     driver = boot(front_end, ram)
     os.eventfd_read(front_end.call)

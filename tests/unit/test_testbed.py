@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from command import Tool, is_alive
+from command import TIMEOUT_S, Tool, is_alive
 from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.errors import UntestableError
 from dmaproof.faults import known_faults
@@ -180,7 +180,7 @@ def test_a_device_that_refuses_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("qmp_tools.testbed.scene.log_bytes_needed", too_small)
     with pytest.raises(UntestableError, match="refused what it was sent: SET_LOG_BASE"):
         play(DeviceOptions(), tmp_path)
-    assert fault_trials._on_testbed(CONTROL, 1, tmp_path).caught_by == ("refusal",)
+    assert fault_trials._on_testbed(CONTROL, 1, tmp_path, 60).caught_by == ("refusal",)
 
 
 def test_a_scene_leaves_nothing_open(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_a_killed_test_bed_leaves_nothing(tool: Tool, how: signal.Signals) -> No
     outcome = running.finish()
     assert outcome.exit_code == (-how if how == signal.SIGKILL else 3)
     assert "Traceback" not in outcome.errors
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + TIMEOUT_S
     while is_alive(device) or tool.leftovers():
         assert time.monotonic() < deadline_s, (is_alive(device), tool.leftovers())
         time.sleep(0.05)

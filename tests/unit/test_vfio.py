@@ -86,9 +86,9 @@ def test_structures_and_numbers_are_those_of_the_kernels_headers(tmp_path: Path)
     source.write_text(
         f"#include <stdio.h>\n#include <linux/vfio.h>\nint main(void) {{ {body} return 0; }}\n"
     )
-    subprocess.run(["cc", "-o", tmp_path / "sizes", source], check=True, timeout=120)
+    subprocess.run(["cc", "-o", tmp_path / "sizes", source], check=True, timeout=900)
     told = subprocess.run(
-        [tmp_path / "sizes"], check=True, capture_output=True, text=True, timeout=120
+        [tmp_path / "sizes"], check=True, capture_output=True, text=True, timeout=900
     ).stdout.split()
     ours = [it.size for it in VFIO_STRUCTS.values()]
     ours += [it.number for it in VFIO_REQUESTS.values()]

@@ -39,7 +39,7 @@ def test_a_folder_goes_while_its_files_are_going(tmp_path: Path) -> None:
 
 
 async def first_number(log: Path) -> int:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(900):
         while not log.read_text():  # noqa: ASYNC110  (another process writes it)
             await asyncio.sleep(0.01)
     return int(log.read_text())

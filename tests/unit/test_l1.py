@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from dmaproof.errors import UntestableError
+from dmaproof.errors import UntestableError, WaitTimeoutError
 from qmp_tools.guest.build import prune
 from qmp_tools.l1 import machine, stock
 from qmp_tools.l1.kernel import KERNELS
+from qmp_tools.processes.qemu import Qemu
 
 DAY_S = 24 * 3600
 
@@ -102,3 +105,26 @@ def test_where_the_kernel_cannot_be_built_the_stock_one_serves(
     assert found.kernel == tmp_path / "stock"
     assert "there is no space" in said[0]
     assert "less can be proved" in said[0]
+
+
+def test_an_l1_that_goes_silent_is_given_up_with_its_last_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def start(*arguments: object, timeout_s: float) -> SimpleNamespace:
+        report = asyncio.StreamReader()
+        report.feed_data(b"ok\tfirst\nok\tsecond\n")
+
+        async def end() -> None:
+            report.feed_eof()
+
+        process = SimpleNamespace(died=asyncio.get_running_loop().create_future())
+        return SimpleNamespace(report=report, process=process, console=tmp_path, end=end)
+
+    monkeypatch.setattr(Qemu, "start", start)
+    heard: list[str] = []
+    made_of = machine.L1(tmp_path, tmp_path, tmp_path)
+    with pytest.raises(
+        WaitTimeoutError, match=r"nothing for 0\.1 s\n    ok\tfirst\n    ok\tsecond"
+    ):
+        asyncio.run(machine._run(1, made_of, tmp_path, tmp_path, heard.append, 0.1))
+    assert heard == ["ok\tfirst", "ok\tsecond"]

@@ -11,12 +11,10 @@ from typing import Final
 
 from .process import Process
 from .qmp import Qmp, QmpError, QmpTimeoutError
+from .timeout import bounded
 
 _PLUGGED_BY: Final = {"-object": "object_add", "-device": "device_add"}
 """The human monitor's commands that take what the command line's options take."""
-
-_LAST_WORDS_S: Final = 1.0
-"""How long a QEMU that closed its QMP socket may take to end."""
 
 
 class Qemu:
@@ -129,13 +127,21 @@ class Qemu:
         assert connection is not None
         try:
             await self.qmp.connect(connection)
-        except QmpTimeoutError:
+        except QmpTimeoutError as error:
             await self.end()
-            raise
+            raise QmpTimeoutError(f"{error}\n{self.process.log_tail()}".rstrip()) from error
         except QmpError as error:
-            await asyncio.wait([self.process.died], timeout=_LAST_WORDS_S)
-            how_it_ended = self.process.how_it_ended()
-            await self.end()
+            # It closed its socket, and so is about to end: how it does tells why.
+            late = QmpTimeoutError(
+                f"{self.process.name} closed its QMP socket and has not ended within "
+                f"{self.qmp.timeout_s:g} s"
+            )
+            try:
+                async with bounded(self.qmp.timeout_s, lambda: late):
+                    await asyncio.shield(self.process.died)
+            finally:
+                how_it_ended = self.process.how_it_ended()
+                await self.end()
             raise QmpError(
                 f"{self.process.name} {how_it_ended} before it answered on QMP\n"
                 f"{self.process.log_tail()}".rstrip()

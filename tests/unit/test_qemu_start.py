@@ -1,0 +1,41 @@
+"""A QEMU that does not answer on QMP: what is told of it. A script plays it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from qmp_tools.processes.qemu import Qemu
+from qmp_tools.processes.qmp import QmpError, QmpTimeoutError
+
+CLOSES_QMP = (
+    'for word; do case $word in socket,id=qmp,fd=*) exec {fd}>&"${word##*=}"-;; esac; done; '
+    "exec {fd}>&-; "
+)
+
+
+def start(folder: Path, script: str, timeout_s: float) -> None:
+    """Start the `script` (of bash) in QEMU's place."""
+    program = folder / "qemu"
+    program.write_text(f"#!/bin/bash\n{script}\n")
+    program.chmod(0o755)
+    asyncio.run(Qemu.start("source", program, [], folder, timeout_s=timeout_s))
+
+
+def test_one_that_ends_late_is_waited_for(tmp_path: Path) -> None:
+    with pytest.raises(QmpError, match="source QEMU ended with exit code 7 before it answered"):
+        start(tmp_path, f"{CLOSES_QMP} sleep 1.5; exit 7", 600)
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("echo starting; exec sleep 1000", "has not greeted on QMP within 1 s\n.*\n    starting"),
+        (f"{CLOSES_QMP} exec sleep 1000", "closed its QMP socket and has not ended within 1 s"),
+    ],
+)
+def test_one_that_runs_on_has_not_answered_in_time(script: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(QmpTimeoutError, match=f"source QEMU {told}"):
+        start(tmp_path, script, 1)

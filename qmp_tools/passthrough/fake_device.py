@@ -46,6 +46,8 @@ _ENTRY: Final = np.dtype(
     ]
 )
 _TOLD: Final = np.dtype([(name, "<u8") for name in ("report", "iova", "length")])
+JOURNAL_ENTRIES: Final = 1 << 20
+"""As in engine.c: with so many writes in its journal the device writes no more."""
 
 Addresses = NDArray[np.uint64]
 Journal = NDArray[np.void]

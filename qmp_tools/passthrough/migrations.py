@@ -38,7 +38,15 @@ from ..processes.qemu import Qemu
 from ..processes.qmp import QmpRefusal
 from ..processes.timeout import bounded
 from ..ram import PAGE_BYTES, compare, ram_file
-from .fake_device import Engine, FakeDevice, Journal, dropped_pages, fake_device, planted
+from .fake_device import (
+    JOURNAL_ENTRIES,
+    Engine,
+    FakeDevice,
+    Journal,
+    dropped_pages,
+    fake_device,
+    planted,
+)
 from .outcome import (
     LackingError,
     NothingTestedError,
@@ -294,6 +302,8 @@ async def _migrate(tracking: Tracking, qemu: TestedQemu, timeout_s: float) -> _R
                 ):
                     differing = compare(ours, theirs)
                 journal, stats = here.journal(), here.stats()
+                if len(journal) == JOURNAL_ENTRIES:
+                    raise NothingTestedError("the device's journal was full, and it wrote no more")
                 went_on = await _goes_on(
                     destination, there, int(journal["sequence"][-1]), timeout_s
                 )

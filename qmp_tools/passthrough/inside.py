@@ -22,7 +22,17 @@ from typing import Final, NamedTuple
 from dmaproof.errors import DmaproofError
 
 from ..processes.timeout import DEFAULT_TIMEOUT_S
-from . import GROUPS, differential, functions, hwpt, migrations, planted_faults, states, vhost
+from . import (
+    GROUPS,
+    clock,
+    differential,
+    functions,
+    hwpt,
+    migrations,
+    planted_faults,
+    states,
+    vhost,
+)
 from .outcome import Proof, State, run
 from .owner import OWNERS
 from .rules import rules
@@ -132,7 +142,8 @@ def main() -> int:
     arguments = parser.parse_args()
     groups = arguments.only or list(GROUPS)
     guests = Guests(arguments.bare, arguments.vfio)
-    choices = (arguments.seed, arguments.quick, arguments.controls, arguments.timeout)
+    timeout_s = clock.in_l1(arguments.timeout, arguments.taken)
+    choices = (arguments.seed, arguments.quick, arguments.controls, timeout_s)
     proofs = list(_all_proofs(groups, guests, *choices))
     outcomes = {}
     for number in untaken(len(proofs), arguments.taken):
@@ -141,7 +152,7 @@ def main() -> int:
         print(f"{_TAGS[outcome.state]}\t{told}", flush=True)
     results = {
         "kernel": platform.release(),
-        "qemu": _qemu_version(arguments.timeout),
+        "qemu": _qemu_version(timeout_s),
         "seed": arguments.seed,
         "seconds": round(time.monotonic(), 1),  # since L1's boot
         "outcomes": {number: outcome.to_json() for number, outcome in outcomes.items()},

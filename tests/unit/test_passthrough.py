@@ -21,7 +21,7 @@ from dmaproof.vfio.requests import VfioError
 from qmp_tools.guest.channel import GuestLateError
 from qmp_tools.l1.root import run_inside
 from qmp_tools.migration.migration import MigrationError, MigrationTimeoutError
-from qmp_tools.passthrough import differential, matrix, prove
+from qmp_tools.passthrough import clock, differential, matrix, prove
 from qmp_tools.passthrough.fake_device import content, dropped_pages
 from qmp_tools.passthrough.inside import untaken
 from qmp_tools.passthrough.migrations import NAMES, UNTRACKED
@@ -221,6 +221,15 @@ def test_a_verdict_that_tests_nothing_ends_the_attempt_only() -> None:
     with pytest.raises(ProofFailedError, match="the fault is not seen, told") as unseen:
         require_loss(verdict([], certain=5), "told")
     assert not isinstance(unseen.value, NothingTestedError)
+
+
+def test_a_wait_is_stretched_where_l1_s_clock_is_too_fast(tmp_path: Path) -> None:
+    begin = clock.Moment(host=1000.0, l1=5.0)
+    assert clock.stretched(100.0, begin, clock.Moment(1001.0, 8.0)) == 300.0
+    assert clock.stretched(100.0, begin, clock.Moment(1004.0, 8.0)) == 100.0
+    assert clock.stretched(100.0, begin, clock.Moment(1000.0, 8.0)) == 100.0
+    assert clock.in_l1(100.0, tmp_path) >= 100.0
+    assert not list(tmp_path.iterdir())
 
 
 # Machines side by side ----------------------------------------------------------------------------

@@ -1,0 +1,41 @@
+"""L1's clock beside the host's, so that a wait in L1 is as long as the caller says.
+
+Linux measures at boot how fast the TSC counts. On a busy machine the measurement is interrupted,
+and L1's clock is too fast afterwards (three times as fast was seen), so that every wait ends too
+early. A folder that L1 makes in what it shares with the host has the host's time.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Final, NamedTuple
+
+_SAMPLE_S: Final = 1.0
+
+
+class Moment(NamedTuple):
+    """The same moment by both clocks, in seconds."""
+
+    host: float
+    l1: float
+
+
+def in_l1(timeout_s: float, shared: Path) -> float:
+    """`timeout_s` in seconds of L1's clock; `shared` is a folder of the host's. Takes a second."""
+    begin = _now(shared)
+    time.sleep(_SAMPLE_S)
+    return stretched(timeout_s, begin, _now(shared))
+
+
+def stretched(timeout_s: float, begin: Moment, end: Moment) -> float:
+    """`timeout_s` of the host's in seconds of L1's clock, but never less than as many."""
+    passed_s = end.host - begin.host
+    return timeout_s * max(1.0, (end.l1 - begin.l1) / passed_s) if passed_s > 0 else timeout_s
+
+
+def _now(shared: Path) -> Moment:
+    with tempfile.TemporaryDirectory(dir=shared) as fresh:
+        return Moment(os.stat(fresh).st_mtime, time.monotonic())  # noqa: PTH116

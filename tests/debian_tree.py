@@ -36,6 +36,7 @@ _TIMEOUT_S: Final = 900.0
 
 _ENTER: Final = """\
 root=$1; shift
+mount --bind "$root" "$root"  # a root that is a mount: programs that pivot_root need it
 mount --rbind /dev "$root/dev"
 mount --rbind /sys "$root/sys"
 mount -t proc proc "$root/proc"

@@ -23,6 +23,7 @@ SOME_TESTS: Final = (
     "tests/unit/test_linux_guest.py",
     "tests/unit/test_matrix.py",
     "tests/qemu/test_devices.py::test_a_disk_and_a_network_share_a_log",
+    "tests/qemu/test_third_party.py::test_qemu_storage_daemon",
 )
 """Those that depend on the release: on its Python, its kernel and its QEMU."""
 

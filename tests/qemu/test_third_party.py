@@ -182,7 +182,10 @@ def test_virtiofsd(tool: Tool) -> None:
 
 
 def test_a_virtiofsd_that_qemu_will_not_migrate(tool: Tool) -> None:
-    outcome = tool.run(*recipe("/usr/lib/qemu/virtiofsd"))
+    program = "/usr/lib/qemu/virtiofsd"
+    if not Path(program).exists():
+        pytest.skip(f"no {program} here: it was part of QEMU 7.2 in Debian 12")
+    outcome = tool.run(*recipe(program))
     assert outcome.exit_code == 3, outcome.output + outcome.errors
     assert "non-migratable device" in outcome.errors
     assert "vhost-user-fs" in outcome.errors

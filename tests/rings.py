@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Final, TypeVar
 
 from dmaproof.dma import Dma
-from dmaproof.guest_memory import GuestMemory, IovaMap
+from dmaproof.guest_memory import Bus, GuestMemory, IovaMap, IovaMapping
 from dmaproof.journal import Journal
 from dmaproof.virtqueue import PackedVirtqueue, RingAddresses, SplitVirtqueue
 from qmp_tools.testbed.ring_driver import (
@@ -44,23 +44,42 @@ class Marks:
 
 
 @contextmanager
-def driver_of(make_driver: type[_Driver], size: int = SIZE) -> Iterator[_Driver]:
-    """The driver of a ring of `size` in guest RAM of its own."""
+def driver_of(
+    make_driver: type[_Driver], size: int = SIZE, *, base: int = RING
+) -> Iterator[_Driver]:
+    """The driver of a ring of `size` at `base`, in guest RAM of its own."""
     with ram_fd(RAM_BYTES) as fd:
-        yield make_driver(guest_memory(fd, (0, RAM_BYTES, 0)), RING, size)
+        yield make_driver(guest_memory(fd, (0, RAM_BYTES, 0)), base, size)
+
+
+def scatter(driver: Driver) -> None:
+    """Let the pages of the ring of `driver` lie in RAM in reversed order, no two contiguous."""
+    pages = driver.pages
+    first, end = pages[0], pages[-1] + PAGE
+    driver.bus = IovaMap(
+        [
+            IovaMapping(0, 0, first),
+            *(
+                IovaMapping(address, gpa, PAGE)
+                for address, gpa in zip(pages, reversed(pages), strict=True)
+            ),
+            IovaMapping(end, end, driver.memory.end - end),
+        ]
+    )
 
 
 def dma_for(
     memory: GuestMemory,
     *,
+    bus: Bus | None = None,
     marks: Marks | None = None,
     journal: Journal | None = None,
     make_dma: Callable[..., Dma] = Dma,
 ) -> Dma:
-    """A device's door to `memory`, without an IOMMU."""
+    """A device's door to `memory`, without an IOMMU unless there is a `bus`."""
     return make_dma(
         memory,
-        IovaMap.identity(memory),
+        bus or IovaMap.identity(memory),
         marks or Marks(),
         journal or Journal(),
         due_epoch=lambda: 1,
@@ -73,7 +92,7 @@ def queue_for(
     """The queue that serves `driver`, from `base` on, or from where a ring begins."""
     make_queue = PackedVirtqueue if isinstance(driver, PackedDriver) else SplitVirtqueue
     return make_queue(
-        dma or dma_for(driver.memory),
+        dma or dma_for(driver.memory, bus=driver.bus),
         RingAddresses(driver.descriptors, driver.available, driver.used),
         driver.size,
         base=driver.base if base is None else base,

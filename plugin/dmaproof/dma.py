@@ -7,12 +7,11 @@ before its bit can reach any log.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable
-from typing import Protocol
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
-from .errors import MemoryAccessError
-from .guest_memory import WRITE, Bus, GuestMemory
+from .guest_memory import PAGE_BYTES, WRITE, Bus, GuestMemory
 from .journal import Journal, WriteKind
 
 
@@ -21,6 +20,25 @@ class DmaMarker(Protocol):
 
     def dma(self, iova: int, length: int) -> None:
         """The device wrote `length` bytes at `iova`."""
+
+
+class Window:
+    """A read-only window on guest RAM: contiguous IOVAs, whose `pages` may lie anywhere in RAM.
+
+    It begins `start` bytes into the first page.
+    """
+
+    def __init__(self, pages: Sequence[memoryview], start: int) -> None:
+        self._pages = pages
+        self._start = start
+
+    def unpack(self, layout: struct.Struct, offset: int) -> tuple[Any, ...]:
+        """Read one field at `offset` bytes; the field must be aligned to its size, a power of two.
+
+        The alignment keeps the field on a single page.
+        """
+        place = self._start + offset
+        return layout.unpack_from(self._pages[place // PAGE_BYTES], place % PAGE_BYTES)
 
 
 class Dma:
@@ -63,20 +81,21 @@ class Dma:
         pieces = self.bus.translate(iova, length)
         return b"".join(bytes(self.memory.view(gpa, size)) for gpa, size in pieces)
 
-    def view(self, iova: int, length: int) -> memoryview:
-        """A read-only window on `length` bytes at `iova`, for what is read again and again: rings.
+    def view(self, iova: int, length: int) -> Window:
+        """A window on `length` bytes at `iova`, for what is read again and again: rings.
 
         Behind an IOMMU it is valid until one of its mappings is taken away.
 
         Raises:
-            MemoryAccessError: they are not one piece of one memory slot.
+            MemoryAccessError: some of them are not mapped.
         """
-        pieces = self.bus.translate(iova, length)
-        if any(sum(piece) != following for piece, (following, _) in itertools.pairwise(pieces)):
-            raise MemoryAccessError(
-                f"IOVA {iova:#x} + {length:#x} is several pieces of guest RAM, not one"
-            )
-        return self.memory.view(pieces[0][0], length).toreadonly()
+        start = iova % PAGE_BYTES
+        pages = [
+            self.memory.view(gpa, size).toreadonly()
+            for page in range(iova - start, iova + length, PAGE_BYTES)
+            for gpa, size in self.bus.translate(page, PAGE_BYTES)
+        ]
+        return Window(pages, start)
 
     def write(self, iova: int, data: bytes | memoryview, kind: WriteKind = WriteKind.DATA) -> None:
         """Write `data` at `iova`, journal it, and let the tracker know.

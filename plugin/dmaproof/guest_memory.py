@@ -32,7 +32,8 @@ WRITE: Final = 2
 """What a device may do at an address: bits, as in vhost's VHOST_ACCESS_RO, WO and RW."""
 
 _ADDRESS_SPACE = 1 << 64
-_PAGE_BYTES = 4096
+PAGE_BYTES: Final = 4096
+"""Memory slots, and the mappings of every IOMMU that QEMU has, are whole pages of this size."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ def map_slot(fd: int, *, gpa: int, length: int, hva: int, file_offset: int) -> M
     name = f"memory slot GPA {gpa:#x} + {length:#x}"
     if length == 0 or gpa + length > _ADDRESS_SPACE or hva + length > _ADDRESS_SPACE:
         raise MemoryAccessError(f"{name}: empty, or leaves the 64-bit address space")
-    if (gpa | length) % _PAGE_BYTES:
-        raise MemoryAccessError(f"{name}: no run of whole pages of {_PAGE_BYTES} bytes")
+    if (gpa | length) % PAGE_BYTES:
+        raise MemoryAccessError(f"{name}: no run of whole pages of {PAGE_BYTES} bytes")
     status = os.fstat(fd)
     if file_offset + length > status.st_size:
         raise MemoryAccessError(

@@ -24,11 +24,9 @@ from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
 from .errors import IotlbMissError, MemoryAccessError
-from .guest_memory import READ, WRITE, IovaMapping
+from .guest_memory import PAGE_BYTES, READ, WRITE, IovaMapping
 from .iova_bitmap import IovaRange
 
-PAGE_BYTES: Final = 4096
-"""The smallest page of every IOMMU that QEMU has."""
 ADDRESS_BITS: Final = 48
 """The widest IOVA: what a page table of four levels translates."""
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from dmaproof.errors import ProtocolError
-from dmaproof.iotlb import PAGE_BYTES
+from dmaproof.guest_memory import PAGE_BYTES
 from dmaproof.vhost_user.features import (
     F_ACCESS_PLATFORM,
     F_LOG_ALL,
@@ -197,10 +197,11 @@ class FrontEnd:
         self.send(Request.SET_VRING_ADDR, struct.pack("<IIQQQQ", index, int(logged), *places))
 
     def _ring_iova(self, driver: Driver) -> int:
-        """Where the two pages of a ring are mapped."""
+        """Where a ring is mapped."""
         assert self.iommu is not None
         if driver.descriptors not in self._rings:
-            self._rings[driver.descriptors] = self.iommu.map(driver.descriptors, 2 * PAGE_BYTES)
+            start = driver.descriptors % PAGE_BYTES
+            self._rings[driver.descriptors] = self.iommu.map_pages(driver.pages) + start
         return self._rings[driver.descriptors]
 
     def start_ring(

@@ -6,11 +6,10 @@ IOVAs of what is taken away are dealt out again first: the same IOVA soon leads 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
-from dmaproof.guest_memory import READ, WRITE
-from dmaproof.iotlb import PAGE_BYTES
+from dmaproof.guest_memory import PAGE_BYTES, READ, WRITE
 
 _FIRST_IOVA: Final = 0xF000_0000
 """Where guest RAM never is on a PC."""
@@ -34,12 +33,16 @@ class GuestIommu:
 
     def map(self, gpa: int, length: int, access: int = READ | WRITE) -> int:
         """Map `length` bytes at `gpa` once more; returns the IOVA of their first."""
-        first, end = gpa // PAGE_BYTES, -(-(gpa + length) // PAGE_BYTES)
-        iova = self._take(end - first)
-        for number, page in enumerate(range(first, end)):
-            mapped = Page(iova + number * PAGE_BYTES, page * PAGE_BYTES, access)
+        start = gpa % PAGE_BYTES
+        return self.map_pages(range(gpa - start, gpa + length, PAGE_BYTES), access) + start
+
+    def map_pages(self, gpas: Sequence[int], access: int = READ | WRITE) -> int:
+        """Map pages of RAM one behind the other; returns the IOVA of the first."""
+        iova = self._take(len(gpas))
+        for number, gpa in enumerate(gpas):
+            mapped = Page(iova + number * PAGE_BYTES, gpa, access)
             self._pages[mapped.iova] = mapped
-        return iova + gpa % PAGE_BYTES
+        return iova
 
     def _take(self, pages: int) -> int:
         if pages == 1 and self._free:

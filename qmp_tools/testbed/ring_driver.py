@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from dmaproof.guest_memory import GuestMemory, map_slot
+from dmaproof.guest_memory import Bus, GuestMemory, IovaMap, map_slot
 
 PAGE = 4096
 NEXT, WRITE, INDIRECT = 1, 2, 4
@@ -56,29 +56,43 @@ def guest_memory(fd: int, *places: tuple[int, int, int]) -> GuestMemory:
 
 
 class Driver:
-    """What the drivers of both kinds of ring have: guest RAM, and a ring that begins at a GPA.
+    """What the drivers of both kinds of ring have: guest RAM, and a ring that begins at an address.
 
-    `descriptors`, `available` and `used` are the GPAs of its parts, by the names that
-    SET_VRING_ADDR has for them; `base` is where it begins, for SET_VRING_BASE.
+    `descriptors`, `available` and `used` are the addresses of its parts, by the names that
+    SET_VRING_ADDR has for them; `base` is where it begins, for SET_VRING_BASE. `bus` leads from the
+    driver's addresses to GPAs. They are equal unless the ring is to lie on scattered pages.
     """
 
     base = 0
+    bus: Bus
 
     def __init__(self, memory: GuestMemory, base: int, size: int) -> None:
         self.memory = memory
+        self.bus = IovaMap.identity(memory)
         self.size = size
         self.descriptors = base
         self.available = base + 16 * size
         self.used = base + PAGE
+        self.used_bytes = 6 + 8 * size
         self.event_index = False
 
-    def write(self, gpa: int, data: bytes) -> None:
-        """Put `data` into guest RAM."""
-        self.memory.view(gpa, len(data))[:] = data
+    @property
+    def pages(self) -> list[int]:
+        """The GPAs of the pages on which the ring lies, in the order of the driver's addresses."""
+        first, end = self.descriptors // PAGE, -(-(self.used + self.used_bytes) // PAGE)
+        return [self.bus.translate(page * PAGE, PAGE)[0][0] for page in range(first, end)]
 
-    def read(self, gpa: int, length: int) -> bytes:
+    def write(self, address: int, data: bytes) -> None:
+        """Put `data` into guest RAM."""
+        rest = data
+        for gpa, size in self.bus.translate(address, len(data)):
+            self.memory.view(gpa, size)[:] = rest[:size]
+            rest = rest[size:]
+
+    def read(self, address: int, length: int) -> bytes:
         """Take bytes out of guest RAM."""
-        return bytes(self.memory.view(gpa, length))
+        pieces = self.bus.translate(address, length)
+        return b"".join(bytes(self.memory.view(*piece)) for piece in pieces)
 
     def submit(self, buffers: Sequence[Buffer], table: int | None = None) -> int:
         """Make one request available, in an indirect table at GPA `table` if there is one.
@@ -99,7 +113,7 @@ class Driver:
 
 
 class RingDriver(Driver):
-    """The driver's end of a split ring of `size` entries that stands at GPA `base`."""
+    """The driver's end of a split ring of `size` entries that begins at `base`."""
 
     def __init__(self, memory: GuestMemory, base: int, size: int = 8) -> None:
         super().__init__(memory, base, size)
@@ -184,13 +198,14 @@ class RingDriver(Driver):
 
 
 class PackedDriver(Driver):
-    """The driver's end of a packed ring of `size` descriptors that stands at GPA `base`."""
+    """The driver's end of a packed ring of `size` descriptors that begins at `base`."""
 
     base = 0x8000_8000
 
     def __init__(self, memory: GuestMemory, base: int, size: int = 8) -> None:
         super().__init__(memory, base, size)
         self.available = (base + 16 * size + 3) // 4 * 4
+        self.used_bytes = 4
         self._next, self._wrap = 0, True
         self._seen, self._seen_wrap = 0, True
         self._ids = list(range(size))

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmaproof.errors import IotlbMissError, MemoryAccessError
+from dmaproof.guest_memory import PAGE_BYTES as PAGE
 from dmaproof.guest_memory import READ, WRITE
-from dmaproof.iotlb import PAGE_BYTES as PAGE
 from dmaproof.iotlb import Entry, Iotlb
 
 PAGES = 24

@@ -1,5 +1,7 @@
 """Any traffic on any ring: what the driver submits arrives once, and comes back once, exactly.
 
+The ring may begin anywhere in a page, and its pages may be scattered over guest RAM.
+
 The driver is the test bed's, which shares no code with the device. The device answers in any order
 and is replaced in mid-traffic, as by a migration: it goes on from its base alone.
 """
@@ -9,24 +11,32 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dmaproof.journal import Journal, WriteKind
 from dmaproof.virtqueue import DescriptorChain, Segment
 from qmp_tools.testbed.ring_driver import PAGE, WRITE, Buffer
-from rings import DATA, DRIVERS, TABLES, driver_of, queue_for
+from rings import DATA, DRIVERS, RING, TABLES, Marks, dma_for, driver_of, queue_for, scatter
 
 
 @given(
     form=st.sampled_from(sorted(DRIVERS)),
     size=st.sampled_from([1, 2, 4, 8, 32]),
     event_index=st.booleans(),
+    start=st.integers(0, PAGE // 16 - 1),
+    scattered=st.booleans(),
     data=st.data(),
 )
 def test_what_is_submitted_arrives_and_comes_back(
-    form: str, size: int, event_index: bool, data: st.DataObject
+    form: str, size: int, event_index: bool, start: int, scattered: bool, data: st.DataObject
 ) -> None:
-    with driver_of(DRIVERS[form], size) as driver:
+    with driver_of(DRIVERS[form], size, base=RING + 16 * start) as driver:
+        if scattered:
+            scatter(driver)
         driver.event_index = event_index
         driver.interrupt(wanted=True, after=1)
-        queue = queue_for(driver)
+        marks, journal = Marks(), Journal()
+        journal.start()
+        dma = dma_for(driver.memory, bus=driver.bus, marks=marks, journal=journal)
+        queue = queue_for(driver, dma)
         room = size
         requests = 0
         submitted: list[tuple[int, list[Segment], list[Segment]]] = []
@@ -90,4 +100,12 @@ def test_what_is_submitted_arrives_and_comes_back(
                 wish = after if wanted else None
                 silent_since_wish = 0
             elif step == "restart":
-                queue = queue_for(driver, base=queue.base)
+                queue = queue_for(driver, dma, base=queue.base)
+
+        expected = [
+            (WriteKind.USED_RING, *piece)
+            for range_ in marks.ranges
+            for piece in driver.bus.translate(*range_)
+        ]
+        records = journal.records()
+        assert records[["kind", "gpa", "length"]].tolist() == expected

@@ -6,8 +6,9 @@ driver chooses with VIRTIO_F_RING_PACKED.
 
 The driver is not trusted: every index, flag and length that is read from a ring is checked, a
 chain that loops or nests is a `ProtocolError`, and an address outside guest RAM a
-`MemoryAccessError` from `Dma`. Reads go through read-only views of the ring; what the device writes
-there are DMA writes like any other, since QEMU has to learn of them too.
+`MemoryAccessError` from `Dma`. Reads go through read-only windows on the ring, whose pages may be
+scattered over guest RAM behind an IOMMU; what the device writes there are DMA writes like any
+other, since QEMU has to learn of them too.
 """
 
 from .chain import (

@@ -138,10 +138,12 @@ def read_indirect_table(dma: Dma, head: int, iova: int, length: int) -> bytes:
     Raises:
         ProtocolError: `length` (bytes) is not that of a table.
         MemoryAccessError: it lies outside guest RAM.
+        IotlbMissError: the IOMMU has to be asked for some of its pages first.
     """
     if length == 0 or length % DESCRIPTOR_BYTES or length > MAX_QUEUE_SIZE * DESCRIPTOR_BYTES:
         raise ProtocolError(
             f"indirect table of request {head} has {length} bytes, not {DESCRIPTOR_BYTES} for "
             f"each of up to {MAX_QUEUE_SIZE} descriptors"
         )
+    dma.require([(iova, length)], [])  # all of its pages are asked for at a time
     return dma.read(iova, length)

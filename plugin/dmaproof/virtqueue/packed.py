@@ -45,6 +45,7 @@ _LENGTH_OFFSET, _FLAGS_OFFSET = 8, 14
 _F_AVAIL: Final = 1 << 7
 _F_USED: Final = 1 << 15
 
+_U16: Final = struct.Struct("<H")
 _EVENT: Final = struct.Struct("<HH")
 _EVENTS_ENABLED, _EVENTS_DISABLED, _EVENTS_AT_DESCRIPTOR = 0, 1, 2
 _WRAP: Final = 1 << 15
@@ -140,7 +141,7 @@ class PackedVirtqueue:
     def is_available_at(self, index: int, wrap: bool) -> bool:
         """Whether the descriptor at `index` was made available in the round of `wrap`, and has been
         neither given back since nor made available anew."""
-        (flags,) = struct.unpack_from("<H", self._ring, DESCRIPTOR_BYTES * index + _FLAGS_OFFSET)
+        (flags,) = self._ring.unpack(_U16, DESCRIPTOR_BYTES * index + _FLAGS_OFFSET)
         return bool(flags & _F_AVAIL) == wrap and bool(flags & _F_USED) != wrap
 
     def go_on_at(self, index: int, wrap: bool, taken: int) -> None:
@@ -172,7 +173,7 @@ class PackedVirtqueue:
         for ahead in range(self.size):
             index = (self._next_available + ahead) % self.size
             place = DESCRIPTOR_BYTES * index
-            descriptor = PackedDescriptor(*DESCRIPTOR.unpack_from(self._ring, place))
+            descriptor = PackedDescriptor(*self._ring.unpack(DESCRIPTOR, place))
             found.append(descriptor)
             if not descriptor.flags & F_NEXT:
                 return found
@@ -211,7 +212,7 @@ class PackedVirtqueue:
         """
         _core.fence()  # flags written before the driver's wish is read (section 2.8.21.3.1)
         used, self._unsignalled = self._unsignalled, 0
-        offset, flags = _EVENT.unpack(self._drivers_event)
+        offset, flags = self._drivers_event.unpack(_EVENT, 0)
         if not used or flags == _EVENTS_DISABLED:
             return False
         if not self._event_index or flags != _EVENTS_AT_DESCRIPTOR:
@@ -223,10 +224,10 @@ class PackedVirtqueue:
 
     def ask_for_kick(self) -> bool:
         """See `Virtqueue.ask_for_kick`."""
-        wish = _EVENT.pack(0, _EVENTS_ENABLED)
+        wish = (0, _EVENTS_ENABLED)
         if self._event_index:
-            wish = _EVENT.pack(self._half(self._next_available), _EVENTS_AT_DESCRIPTOR)
-        if self._own_event != wish:
-            self._dma.write(self._own_event_iova, wish, WriteKind.USED_RING)
+            wish = (self._half(self._next_available), _EVENTS_AT_DESCRIPTOR)
+        if self._own_event.unpack(_EVENT, 0) != wish:
+            self._dma.write(self._own_event_iova, _EVENT.pack(*wish), WriteKind.USED_RING)
             _core.fence()  # the wish written before the ring is looked at again
         return self._is_available()

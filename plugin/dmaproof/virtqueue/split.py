@@ -23,6 +23,7 @@ from .chain import (
 )
 
 _AVAIL_F_NO_INTERRUPT: Final = 1
+_U16: Final = struct.Struct("<H")
 
 
 class SplitVirtqueue:
@@ -63,10 +64,10 @@ class SplitVirtqueue:
         self._indirect = indirect
         self._table = dma.view(addresses.descriptors, DESCRIPTOR_BYTES * size)
         # flags, idx, ring[size], used_event
-        self._available = dma.view(addresses.driver, 6 + 2 * size).cast("H")
+        self._available = dma.view(addresses.driver, 6 + 2 * size)
         # flags, idx, ring[size] of (id, len), avail_event
         used = dma.view(addresses.device, 6 + 8 * size)
-        self._next_used = int.from_bytes(used[2:4], "little")
+        self._next_used = int(used.unpack(_U16, 2)[0])
         self._signalled_used = self._next_used
 
     @property
@@ -74,18 +75,24 @@ class SplitVirtqueue:
         """See `Virtqueue.base`."""
         return self._next_available
 
+    def _available_at(self, index: int) -> int:
+        """The 16-bit field `index` of the available ring: flags, idx, ring[size], used_event."""
+        value: int = self._available.unpack(_U16, 2 * index)[0]
+        return value
+
     def pop(self) -> DescriptorChain | None:
         """See `Virtqueue.pop`."""
-        pending = (self._available[1] - self._next_available) & 0xFFFF
+        available = self._available_at(1)
+        pending = (available - self._next_available) & 0xFFFF
         if pending == 0:
             return None
         if pending > self.size:
             raise ProtocolError(
-                f"available index {self._available[1]} is {pending} ahead of "
-                f"{self._next_available}, more than the queue's {self.size} entries"
+                f"available index {available} is {pending} ahead of {self._next_available}, more "
+                f"than the queue's {self.size} entries"
             )
         _core.fence()  # the entry may be read only after the index that publishes it
-        chain = self.chain_at(self._available[2 + self._next_available % self.size])
+        chain = self.chain_at(self._available_at(2 + self._next_available % self.size))
         self._next_available = (self._next_available + 1) & 0xFFFF
         return chain
 
@@ -107,19 +114,23 @@ class SplitVirtqueue:
             IotlbMissError: the IOMMU has to be asked for some address first.
         """
         chain = DescriptorChain(head, 1)
-        table: bytes | memoryview = self._table
+        table: bytes | None = None  # the indirect one, once it is reached
         entries, index, seen = self.size, head, 0
-        inside_indirect = False
         while True:
             if index >= entries:
                 raise ProtocolError(f"descriptor {index} of request {head}: table has {entries}")
             seen += 1
             if seen > entries:
                 raise ProtocolError(f"descriptor chain of request {head} loops")
-            iova, length, flags, following = DESCRIPTOR.unpack_from(table, DESCRIPTOR_BYTES * index)
+            place = DESCRIPTOR_BYTES * index
+            iova, length, flags, following = (
+                self._table.unpack(DESCRIPTOR, place)
+                if table is None
+                else DESCRIPTOR.unpack_from(table, place)
+            )
             if flags & F_INDIRECT:
                 # Section 2.7.5.3.2: that it is writable is to be ignored.
-                if not self._indirect or inside_indirect or flags & F_NEXT:
+                if not self._indirect or table is not None or flags & F_NEXT:
                     raise ProtocolError(
                         f"indirect descriptor of request {head} is nested, chained, or was not "
                         "negotiated"
@@ -127,7 +138,6 @@ class SplitVirtqueue:
                 table = read_indirect_table(self._dma, head, iova, length)
                 # A head in the ring and its chain in the table may be as long as the table.
                 entries, index, seen = length // DESCRIPTOR_BYTES, 0, 0
-                inside_indirect = True
                 continue
             add_segment(chain, Segment(iova, length), flags)
             if not flags & F_NEXT:
@@ -153,8 +163,8 @@ class SplitVirtqueue:
         _core.fence()  # used index written before used_event is read (section 2.7.13.4.1)
         before, self._signalled_used = self._signalled_used, self._next_used
         if not self._event_index:
-            return before != self._next_used and not self._available[0] & _AVAIL_F_NO_INTERRUPT
-        used_event = self._available[2 + self.size]
+            return before != self._next_used and not self._available_at(0) & _AVAIL_F_NO_INTERRUPT
+        used_event = self._available_at(2 + self.size)
         return (self._next_used - used_event - 1) & 0xFFFF < (self._next_used - before) & 0xFFFF
 
     def ask_for_kick(self) -> bool:
@@ -166,4 +176,4 @@ class SplitVirtqueue:
                 WriteKind.USED_RING,
             )
             _core.fence()  # avail_event written before the available index is read again
-        return self._available[1] != self._next_available
+        return self._available_at(1) != self._next_available

@@ -37,8 +37,8 @@ A file has the same as TOML; an option in front of or behind it takes the place 
   qemu = "7.2"
   way = "multifd-8"
 
-What came to a verdict is kept in a folder, and not run again until dmaproof, its QEMUs, its guest
-or the host's kernel change: an interrupted matrix goes on where it was.
+What came to a verdict is kept in a folder, and not run again until dmaproof, its QEMUs, its guest,
+a back end's program or the host's kernel change: an interrupted matrix goes on where it was.
 
 examples:
   dmaproof matrix --guest bare --way unix,tls,multifd-4 --tracker all

@@ -84,6 +84,11 @@ class CommandDevice:
         """See `ProofDevice.direct`."""
         return not KINDS[self.kind].network
 
+    @property
+    def commands(self) -> Sequence[Sequence[str]]:
+        """See `ProofDevice.commands`."""
+        return [self.words]
+
     def fit(self, workload: Workload) -> Workload:
         """See `ProofDevice.fit`."""
         return on_network(workload) if KINDS[self.kind].network else on_image(workload)

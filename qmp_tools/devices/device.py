@@ -55,6 +55,10 @@ class ProofDevice(Protocol):
     def direct(self) -> bool:
         """Whether it writes where the guest's program asks it to, not into its kernel's buffers."""
 
+    @property
+    def commands(self) -> Sequence[Sequence[str]]:
+        """The words of each command that serves it, but for dmaproof's own and QEMU's."""
+
     def fit(self, workload: Workload) -> Workload:
         """The workload, as far as it can be carried out on this device."""
 

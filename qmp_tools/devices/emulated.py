@@ -87,6 +87,11 @@ class EmulatedDevice:
         """See `ProofDevice.guests`."""
         return self._type.guests
 
+    @property
+    def commands(self) -> Sequence[Sequence[str]]:
+        """See `ProofDevice.commands`."""
+        return ()
+
     def fit(self, workload: Workload) -> Workload:
         """See `ProofDevice.fit`."""
         return workload

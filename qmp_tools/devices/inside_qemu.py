@@ -98,6 +98,11 @@ class InsideQemu:
         """See `ProofDevice.direct`."""
         return not KINDS[self.name].network
 
+    @property
+    def commands(self) -> Sequence[Sequence[str]]:
+        """See `ProofDevice.commands`."""
+        return ()
+
     def fit(self, workload: Workload) -> Workload:
         """See `ProofDevice.fit`."""
         return on_network(workload) if KINDS[self.name].network else on_image(workload)

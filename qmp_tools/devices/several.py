@@ -51,6 +51,11 @@ class SeveralDevices:
         """See `ProofDevice.direct`: one of them does, and the others add to that."""
         return any(device.direct for device in self.devices)
 
+    @property
+    def commands(self) -> Sequence[Sequence[str]]:
+        """See `ProofDevice.commands`."""
+        return [command for device in self.devices for command in device.commands]
+
     def fit(self, workload: Workload) -> Workload:
         """See `ProofDevice.fit`."""
         for device in self.devices:

@@ -81,6 +81,13 @@ def installed() -> list[QemuBuild]:
     return sorted(builds, key=lambda build: _numbers(build.version))
 
 
+def files_of_build(program: Path) -> list[Path]:
+    """All files of the fetched QEMU that `program` belongs to; none if it was not fetched."""
+    if not (program.parent / _SUITE_FILE).is_file():
+        return []
+    return [file for file in (program.parent / "root").rglob("*") if file.is_file()]
+
+
 def fetch(wanted: str, say: Say) -> QemuBuild:
     """Bring the QEMU of a suite ('trixie-backports') or of a version ('11.1').
 

@@ -1,8 +1,9 @@
 """Results that outlive a matrix's run: a folder with a file for each cell that came to a verdict.
 
-A file counts as long as what it was made with is what there is now: dmaproof's own code, both
-QEMUs, the device's program where it is not ours, the guest, the machine that the options come to,
-and the host's kernel. What changed makes the cells that used it run again, and no others.
+A file counts as long as what it was made with is what there is now: dmaproof's own code and the
+Python that runs it, both QEMUs, the device's program where it is not ours, the guest, the machine
+that the options come to, and the host's kernel. Files count by their content
+(`host.program_files`). What changed makes the cells that used it run again, and no others.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -23,12 +26,13 @@ import dmaproof
 from dmaproof.errors import UsageError
 
 from ..guest.build import sources
-from ..host.probes import identity
+from ..host.program_files import ProgramFiles
 from ..proof import Setup
 from .axes import Cell
 
 _NAME_LENGTH: Final = 120
-_SUFFIXES: Final = frozenset({".py", ".so", ".c", ".h", ".S"})
+_PACKAGES: Final = ("numpy", "qemu.qmp")
+"""They take part in a verdict."""
 
 
 @cache
@@ -36,7 +40,12 @@ def build_of_dmaproof() -> str:
     """A digest of all code that takes part in a proof: Python, the C core, the guests' sources."""
     core = importlib.util.find_spec("dmaproof._core")
     folders = [*map(Path, dmaproof.__path__), Path(__file__).parents[1], sources()]
-    files = {file for folder in folders for file in folder.rglob("*") if file.suffix in _SUFFIXES}
+    files = {
+        file
+        for folder in folders
+        for file in folder.rglob("*")
+        if file.is_file() and file.suffix != ".pyc"
+    }
     files |= {Path(core.origin)} if core is not None and core.origin is not None else set()
     digest = hashlib.sha256()
     for file in sorted(files):
@@ -44,15 +53,17 @@ def build_of_dmaproof() -> str:
     return digest.hexdigest()
 
 
-def key_of(cell: Cell, setup: Setup) -> str:
+def key_of(cell: Cell, setup: Setup, files: ProgramFiles) -> str:
     """What the result of `cell`, which comes to `setup`, depends on, as a digest."""
     machine = setup.machine
+    guest = [file for file in (machine.kernel, machine.initramfs) if file is not None]
     parts = {
         "dmaproof": build_of_dmaproof(),
-        "qemu": [identity(setup.qemu), identity(setup.qemu_destination)],
-        "device": [identity(it) for it in vars(setup.device).values() if isinstance(it, Path)],
-        "host": os.uname().release,
-        "guest": [str(machine.kernel), str(machine.initramfs)],
+        "python": [sys.version, *map(importlib.metadata.version, _PACKAGES)],
+        "qemu": [files.contents([qemu]) for qemu in (setup.qemu, setup.qemu_destination)],
+        "device": [files.contents(command) for command in setup.device.commands],
+        "host": [os.uname().release, os.uname().version],
+        "guest": files.contents(guest),
         "machine": [machine.machine, machine.accelerator, machine.memory_bytes, machine.cpus],
         "options": dict(cell),
     }

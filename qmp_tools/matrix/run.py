@@ -23,6 +23,7 @@ from dmaproof.errors import UnsupportedError, UntestableError, UsageError
 
 from ..commands.setup import parse_proof_options, proof_words, setup_of
 from ..display import Display, QuietDisplay
+from ..host.program_files import ProgramFiles
 from ..host.qemu_choice import find_qemu
 from ..processes.machine import format_memory
 from ..processes.process import Process
@@ -128,11 +129,12 @@ class _Run:
             for value in self._matrix.axes.get(name, ()):
                 find_qemu(value)
         show = _OnceDisplay(self._say)
+        files = ProgramFiles()
         found: list[_Planned | Result] = []
         wrong: UsageError | None = None
         for cell in self._cells:
             try:
-                found.append(await _planned(cell, show))
+                found.append(await _planned(cell, show, files))
             except (UntestableError, UsageError) as error:
                 wrong = error if isinstance(error, UsageError) else wrong
                 outcome = skipped if isinstance(error, UnsupportedError) else untested
@@ -186,9 +188,9 @@ class _Run:
         return replace(result, seconds=seconds)
 
 
-async def _planned(cell: Cell, show: Display) -> _Planned:
+async def _planned(cell: Cell, show: Display, files: ProgramFiles) -> _Planned:
     setup = await setup_of(parse_proof_options(cell), show)
-    return _Planned(cell, setup, key_of(cell, setup))
+    return _Planned(cell, setup, key_of(cell, setup, files))
 
 
 @contextlib.asynccontextmanager

@@ -62,6 +62,11 @@ class HostFunctions:
         """See `ProofDevice.direct`."""
         return True
 
+    @property
+    def commands(self) -> Sequence[Sequence[str]]:
+        """See `ProofDevice.commands`."""
+        return ()
+
     def fit(self, workload: Workload) -> Workload:
         """See `ProofDevice.fit`."""
         return workload

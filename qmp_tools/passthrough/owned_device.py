@@ -61,6 +61,11 @@ class OwnedDevice:
         """See `ProofDevice.direct`."""
         return True
 
+    @property
+    def commands(self) -> Sequence[Sequence[str]]:
+        """See `ProofDevice.commands`."""
+        return ()
+
     def fit(self, workload: Workload) -> Workload:
         """See `ProofDevice.fit`."""
         return workload

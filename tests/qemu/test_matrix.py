@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from command import TIMEOUT_S, Tool, is_alive
+from qmp_tools.guest.build import compile_c
+from qmp_tools.host.program_files import ProgramFiles
 from qmp_tools.host.qemu_choice import known_qemus
 
 pytestmark = pytest.mark.qemu
@@ -88,6 +90,23 @@ def test_interrupted_it_leaves_nothing_and_goes_on(
     assert {file.suffix for file in kept.iterdir()} == {".json", ""}
     report = tool.run("matrix", "--requests-after=1000", *options, "--json=-").report
     assert [cell["kept"] for cell in report["cells"]] == [True]
+
+
+def test_a_program_consists_of_its_shared_libraries_too(tmp_path: Path) -> None:
+    library, program = tmp_path / "libanswer.so", tmp_path / "program"
+    source = tmp_path / "source.c"
+
+    def compile_library(answer: int) -> None:
+        source.write_text(f"int answer(void) {{ return {answer}; }}")
+        compile_c([source], library, "-shared", "-fPIC")
+
+    compile_library(1)
+    source.write_text("int answer(void); int main(void) { return answer(); }")
+    compile_c([source, library], program, f"-Wl,-rpath,{tmp_path}")
+    before = ProgramFiles().contents([program])
+    compile_library(2)
+    after = ProgramFiles().contents([program])
+    assert {file for file in after if after[file] != before[file]} == {str(library)}
 
 
 @pytest.mark.parametrize(

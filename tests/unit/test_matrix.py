@@ -15,10 +15,14 @@ from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.errors import UntestableError, UsageError
 from qmp_tools.avocado_plugins import options_of
 from qmp_tools.commands.setup import proof_options, proof_words
+from qmp_tools.devices.command import CommandDevice, parse_command
+from qmp_tools.devices.device import ProofDevice
 from qmp_tools.devices.emulated import EmulatedDevice
+from qmp_tools.devices.several import SeveralDevices
 from qmp_tools.guest.workload import Workload
+from qmp_tools.host.program_files import ProgramFiles
 from qmp_tools.matrix.avocado_recipe import runnables
-from qmp_tools.matrix.axes import Matrix, is_matrix, make_matrix, read_matrix, split_values
+from qmp_tools.matrix.axes import Cell, Matrix, is_matrix, make_matrix, read_matrix, split_values
 from qmp_tools.matrix.kept import Kept, key_of
 from qmp_tools.matrix.result import Result, State, result_of, skipped, untested
 from qmp_tools.matrix.room import Room
@@ -216,35 +220,96 @@ CELL = {"way": "unix", "guest": "bare"}
 REPORT: dict[str, Any] = {"verdict": "could not be tested: x", "exit_code": 3, "reason": "x"}
 
 
-def test_kept_until_something_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    qemu = tmp_path / "qemu"
-    qemu.write_text("one")
-    now = replace(setup(), qemu=qemu)
-    key = key_of(CELL, now)
+def key(cell: Cell, it: Setup) -> str:
+    return key_of(cell, it, ProgramFiles())
+
+
+@pytest.fixture
+def now(tmp_path: Path) -> Setup:
+    """A set-up that is made of files that a test can change."""
+    qemu, kernel, initramfs = (tmp_path / name for name in ("qemu", "kernel", "initramfs"))
+    for file in (qemu, kernel, initramfs):
+        file.write_text("one")
+    machine = replace(setup().machine, kernel=kernel, initramfs=initramfs)
+    return replace(setup(), qemu=qemu, qemu_destination=qemu, machine=machine)
+
+
+def test_kept_until_something_changes(
+    now: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = key(CELL, now)
     with Kept.open(tmp_path / "kept") as kept:
-        assert kept.find(CELL, key) is None
-        kept.keep(CELL, key, REPORT, 2.5)
+        assert kept.find(CELL, first) is None
+        kept.keep(CELL, first, REPORT, 2.5)
     with Kept.open(tmp_path / "kept") as kept:
-        found = kept.find(CELL, key)
+        found = kept.find(CELL, first)
         assert found is not None
         assert (found["report"], found["seconds"]) == (REPORT, 2.5)
-        assert kept.find({**CELL, "way": "tls"}, key) is None
+        assert kept.find({**CELL, "way": "tls"}, first) is None
         assert kept.find(CELL, "another key") is None
         kept.file(CELL).write_text("{")
-        assert kept.find(CELL, key) is None
-    assert key_of(CELL, replace(now, seed=2)) == key, "a seed was not given"
-    others = [replace(now, machine=it) for it in (setup(2 * GIB).machine, setup(cpus=3).machine)]
-    others.append(replace(now, qemu_destination=qemu))
-    assert key not in {key_of(CELL, it) for it in others}
-    assert key_of({**CELL, "seed": "2"}, now) != key
-    qemu.write_text("another build")
-    assert key_of(CELL, now) != key
-    qemu.write_text("one")
-    os.utime(qemu, ns=(1, 1))
-    assert key_of(CELL, now) != key
-    unchanged = key_of(CELL, setup())
+        assert kept.find(CELL, first) is None
+    assert key(CELL, replace(now, seed=2)) == first, "a seed was not given"
+    machines = [replace(now.machine, memory_bytes=2 * GIB), replace(now.machine, cpus=3)]
+    others = [replace(now, machine=machine) for machine in machines]
+    others.append(replace(now, qemu_destination=tmp_path / "kernel"))
+    assert first not in {key(CELL, it) for it in others}
+    assert key({**CELL, "seed": "2"}, now) != first
     monkeypatch.setattr("qmp_tools.matrix.kept.build_of_dmaproof", lambda: "another dmaproof")
-    assert key_of(CELL, setup()) != unchanged
+    assert key(CELL, now) != first
+
+
+@pytest.mark.parametrize("name", ["qemu", "kernel", "initramfs"])
+def test_a_file_counts_by_its_content(now: Setup, tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    first, times = key(CELL, now), (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    file.write_text("two")
+    os.utime(file, ns=times)
+    assert key(CELL, now) != first
+    file.write_text("one")
+    os.utime(file, ns=(1, 1))
+    assert key(CELL, now) == first
+
+
+@pytest.mark.parametrize(
+    ("command", "changed"),
+    [
+        ("{folder}/backend {{socket}}", "backend"),
+        ("backend {{socket}}", "backend"),  # by PATH
+        ("interpreter {folder}/backend {{socket}}", "backend"),
+        ("interpreter {folder}/backend {{socket}}", "interpreter"),
+        ("wrapper {{socket}}", "backend"),  # which a script starts
+        ("wrapper {{socket}}", "interpreter"),  # of that script
+        ("backend {{socket}} --config={folder}/config", "config"),
+        ("backend {{socket}} --set file={folder}/config,queues=2", "config"),
+    ],
+)
+@pytest.mark.parametrize("beside_another", [False, True])
+def test_a_back_end_that_was_rebuilt_has_no_result(
+    now: Setup,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    changed: str,
+    beside_another: bool,
+) -> None:
+    files = {
+        "backend": "one",
+        "interpreter": "one",
+        "config": "one",
+        "wrapper": f"#!{tmp_path}/interpreter\nexec {tmp_path}/backend $1\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    device: ProofDevice = CommandDevice("blk", parse_command(command.format(folder=tmp_path)))
+    if beside_another:
+        device = SeveralDevices([EmulatedDevice(DeviceOptions()), device])
+    now = replace(now, device=device)
+    first = key(CELL, now)
+    (tmp_path / changed).write_text(files[changed].replace("one", "two") + "\n")
+    assert key(CELL, now) != first
 
 
 def test_a_folder_is_one_matrix_at_a_time(tmp_path: Path) -> None:

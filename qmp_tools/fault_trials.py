@@ -18,7 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
-from dmaproof.errors import UntestableError
+from dmaproof.errors import RefusedError, UntestableError
 from dmaproof.faults import known_faults, summary
 
 from .display import QuietDisplay
@@ -67,6 +67,16 @@ _TESTBED_FORMS: Final = {
 }
 
 
+class Means(StrEnum):
+    """What a fault is caught by."""
+
+    COMPARISON = "comparison"
+    GUEST = "guest"
+    JOURNAL = "journal"
+    REFUSAL = "refusal"
+    """The device's, of what a QEMU or its guest sent."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """One run with a fault: by what it was caught (nothing: not at all), and what was lost.
@@ -76,7 +86,7 @@ class Trial:
     """
 
     seed: int
-    caught_by: Sequence[str] = ()
+    caught_by: Sequence[Means] = ()
     links: dict[str, int] = field(default_factory=dict)
     lost_pages: int = 0
     certain_pages: int = 0
@@ -99,7 +109,7 @@ class Row:
         if self.fault == CONTROL:
             return sum(bool(trial.caught_by) for trial in self.trials)
         return sum(
-            "refusal" in trial.caught_by or set(trial.links) == {self.link}
+            Means.REFUSAL in trial.caught_by or set(trial.links) == {self.link}
             for trial in self.trials
             if trial.caught_by
         )
@@ -238,25 +248,24 @@ def _on_testbed(name: str, seed: int, folder: Path, timeout_s: float) -> Trial:
         return _without_verdict(error, seed)
 
 
-def _without_verdict(error: Exception, seed: int) -> Trial:
-    message = str(error).splitlines()[0]
-    if "refused what" in message:
-        return Trial(seed, ("refusal",))
-    return Trial(seed, untested=message)
+def _without_verdict(error: UntestableError, seed: int) -> Trial:
+    if isinstance(error, RefusedError):
+        return Trial(seed, (Means.REFUSAL,))
+    return Trial(seed, untested=str(error).splitlines()[0])
 
 
 def judge(verdict: Verdict, seed: int) -> Trial:
     """By what a verdict catches a fault of the chain; vCPUs' own losses do not count."""
     ours = [page for page in verdict.lost if page.blame != Blame.ACCELERATOR]
     evidence = {
-        "comparison": bool(ours),
-        "guest": bool(verdict.guest.errors),
-        "journal": bool(verdict.sharpness.unreported),
+        Means.COMPARISON: bool(ours),
+        Means.GUEST: bool(verdict.guest.errors),
+        Means.JOURNAL: bool(verdict.sharpness.unreported),
     }
     links = Counter(str(page.link) for page in ours) | Counter(verdict.sharpness.missed_at)
     trial = Trial(
         seed,
-        tuple(name for name, there_is in evidence.items() if there_is),
+        tuple(means for means, there_is in evidence.items() if there_is),
         dict(links),
         len(verdict.lost),
         verdict.sharpness.certain,

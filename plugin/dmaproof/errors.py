@@ -6,6 +6,7 @@
     ├── UsageError          the caller's arguments are wrong (exit code 2)
     ├── UntestableError     the proof could not be carried out (exit code 3)
     │   ├── UnsupportedError    because a QEMU lacks, or refuses, what was asked for
+    │   ├── RefusedError        because the device refused what a QEMU or its guest sent
     │   └── WaitTimeoutError    because something did not come in time
     ├── BitmapError         a range, page size or buffer that a dirty bitmap cannot take
     ├── TrackerError        a dirty tracker was asked for what it cannot do
@@ -33,6 +34,10 @@ class UntestableError(DmaproofError):
 
 class UnsupportedError(UntestableError):
     """A QEMU lacks what was asked for, or refuses it: nothing has failed."""
+
+
+class RefusedError(UntestableError):
+    """A device of dmaproof's refused what a QEMU or its guest sent; the message says what."""
 
 
 class WaitTimeoutError(UntestableError):

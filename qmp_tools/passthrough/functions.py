@@ -11,15 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from dmaproof.errors import UntestableError
-
 from ..display import QuietDisplay
 from ..host.vfio_functions import Host, look
 from ..proof import Proof as Migrated
 from ..proof_run import prove
 from ..verdict import Blame
 from .fake_device import fake_device, planted
-from .host_functions import HostFunctions, parse_functions, require_testable
+from .host_functions import HostFunctions, MissingError, parse_functions, require_testable
 from .outcome import Proof, patient, require, require_loss, require_pass
 from .owned_proof import MEMORY_BYTES, setup_of
 from .owner import by_container, by_iommufd
@@ -105,8 +103,9 @@ def _refusal(functions: HostFunctions) -> str:
     require(facts.open_error is not None, "a function that is in use can be opened")
     try:
         require_testable(functions, MEMORY_BYTES, Host())
-    except UntestableError as error:
-        require("fuser" in str(error), f"no remedy is told: {error}")
+    except MissingError as error:
+        remedies = [it.remedy for it in error.missing if it.what == facts.open_error]
+        require(any(remedies), f"no remedy is told: {error}")
     else:
         require(False, "a function that is in use is testable")
     return str(facts.open_error)

@@ -36,6 +36,14 @@ OWN_GUEST: Final = "own"
 _CONTAINER: Final = "container"
 
 
+class MissingError(UntestableError):
+    """A proof on functions of the host cannot be made; `missing` has all that it lacks."""
+
+    def __init__(self, message: str, missing: Sequence[Finding]) -> None:
+        super().__init__(message)
+        self.missing = missing
+
+
 @dataclass(frozen=True)
 class HostFunctions:
     """See `ProofDevice`. With the legacy container unless `iommufd`."""
@@ -113,7 +121,7 @@ def require_testable(functions: HostFunctions, memory_bytes: int, host: Host) ->
     """Lines that tell what there is, where a proof with a guest of `memory_bytes` can be made.
 
     Raises:
-        UntestableError: it cannot; all that is missing is told, each with its remedy.
+        MissingError: it cannot; all that is missing is told, each with its remedy.
     """
     sides = dict.fromkeys((functions.source, functions.destination))
     facts = [look(side, host, iommufd=functions.iommufd) for side in sides]
@@ -132,4 +140,7 @@ def require_testable(functions: HostFunctions, memory_bytes: int, host: Host) ->
         for line, (_, finding) in zip(lines, told, strict=True)
         if finding.state is State.MISSING
     ]
-    raise UntestableError(f"{functions.facts.device} cannot be proved:\n" + "\n".join(missing))
+    raise MissingError(
+        f"{functions.facts.device} cannot be proved:\n" + "\n".join(missing),
+        [finding for _, finding in told if finding.state is State.MISSING],
+    )

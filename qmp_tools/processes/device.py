@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from dmaproof.errors import UntestableError, WaitTimeoutError
+from dmaproof.errors import RefusedError, UntestableError, WaitTimeoutError
 from dmaproof.evidence import Evidence
 
 from .machine import DESTINATION
@@ -122,12 +122,16 @@ class Device:
                 event = json.loads(line)
                 name, session = str(event["event"]), str(event["session"])
             except (ValueError, KeyError, TypeError):
-                self._refuse(f"the device said something unintelligible: {line[:200]!r}")
+                self._refuse(
+                    UntestableError(f"the device said something unintelligible: {line[:200]!r}")
+                )
                 break
             if name == "refused":
                 self._refuse(
-                    f"the device refused what the {session} QEMU or its guest sent: "
-                    f"{event.get('message')}"
+                    RefusedError(
+                        f"the device refused what the {session} QEMU or its guest sent: "
+                        f"{event.get('message')}"
+                    )
                 )
             async with self._news:
                 self._latest[name, session] = event
@@ -135,9 +139,9 @@ class Device:
         async with self._news:
             self._news.notify_all()
 
-    def _refuse(self, why: str) -> None:
+    def _refuse(self, why: UntestableError) -> None:
         if not self.refused.done():
-            self.refused.set_result(UntestableError(why))
+            self.refused.set_result(why)
 
     async def wait_for(self, event: str, session: str) -> dict[str, Any]:
         """The last `event` of `session`, or the first if there was none.

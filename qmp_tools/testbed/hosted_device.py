@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from dmaproof.devices import make_device
 from dmaproof.dirty_tracker import emulated_trackers
-from dmaproof.errors import UntestableError, WaitTimeoutError
+from dmaproof.errors import RefusedError, UntestableError, WaitTimeoutError
 from dmaproof.evidence import Evidence
 from dmaproof.faults import plant
 from dmaproof.guest_memory import GuestMemory, IovaMap
@@ -55,7 +55,8 @@ class HostedDevice:
         """What the device has told since this was called last.
 
         Raises:
-            UntestableError: it is gone, or has refused what it was sent; the message says what.
+            RefusedError: it has refused what it was sent.
+            UntestableError: it is gone.
         """
         try:
             while data := self._control.recv(1 << 16):
@@ -67,7 +68,7 @@ class HostedDevice:
         events = [json.loads(line) for line in lines]
         for event in events:
             if event["event"] == "refused":
-                raise UntestableError(f"the device refused what it was sent: {event['message']}")
+                raise RefusedError(f"the device refused what it was sent: {event['message']}")
         return events
 
     def kill(self) -> None:

@@ -9,17 +9,18 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
 
 from command import TIMEOUT_S, Tool, is_alive
 from dmaproof.dirty_tracker import emulated_trackers
-from dmaproof.errors import UntestableError
+from dmaproof.errors import RefusedError, UntestableError
 from dmaproof.faults import known_faults
 from dmaproof.trace import Link
 from qmp_tools import cli, fault_trials
-from qmp_tools.fault_trials import CONTROL, Bench, Row, Trial, judge
+from qmp_tools.fault_trials import CONTROL, Bench, Means, Row, Trial, judge
 from qmp_tools.processes.device import DeviceOptions
 from qmp_tools.testbed.precopy import PAGE_BYTES, Place, Precopy
 from qmp_tools.testbed.ring_driver import ram_fd
@@ -178,9 +179,31 @@ def test_a_device_that_refuses_is_told(tmp_path: Path, monkeypatch: pytest.Monke
         return 8
 
     monkeypatch.setattr("qmp_tools.testbed.scene.log_bytes_needed", too_small)
-    with pytest.raises(UntestableError, match="refused what it was sent: SET_LOG_BASE"):
+    with pytest.raises(RefusedError, match="SET_LOG_BASE"):
         play(DeviceOptions(), tmp_path)
-    assert fault_trials._on_testbed(CONTROL, 1, tmp_path, 60).caught_by == ("refusal",)
+    assert fault_trials._on_testbed(CONTROL, 1, tmp_path, 60).caught_by == (Means.REFUSAL,)
+
+
+@pytest.mark.parametrize(
+    ("error", "caught_by"),
+    [
+        (RefusedError("ring 2: it is misaligned"), (Means.REFUSAL,)),
+        (UntestableError("the destination refused what had come across"), ()),
+    ],
+)
+def test_who_refused_is_told_by_the_error_not_by_its_words(
+    error: UntestableError,
+    caught_by: tuple[Means, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*arguments: object, **options: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(fault_trials, "play", fail)
+    trial = fault_trials._on_testbed(CONTROL, 1, tmp_path, 60)
+    assert trial.caught_by == caught_by
+    assert trial.untested == (None if caught_by else str(error))
 
 
 def test_a_scene_leaves_nothing_open(tmp_path: Path) -> None:
@@ -225,15 +248,15 @@ def row(*trials: Trial, fault: str = "drop-pages") -> Row:
 
 
 def test_only_the_right_link_counts() -> None:
-    right = Trial(1, ("comparison",), {"log": 3})
-    wrong = Trial(2, ("comparison",), {"log": 3, "qemu": 1})
+    right = Trial(1, (Means.COMPARISON,), {"log": 3})
+    wrong = Trial(2, (Means.COMPARISON,), {"log": 3, "qemu": 1})
     unseen = Trial(3)
     assert row(right).as_wanted
     assert not row(wrong).as_wanted
     assert not row(unseen).as_wanted
     assert row(*[right] * 19, unseen).as_wanted
     assert not row(*[right] * 18, unseen, unseen).as_wanted
-    assert row(Trial(1, ("refusal",))).as_wanted
+    assert row(Trial(1, (Means.REFUSAL,))).as_wanted
     assert not row(right, Trial(2, untested="no QEMU")).as_wanted
     assert row(unseen, fault=CONTROL).as_wanted
     assert not row(*[unseen] * 19, right, fault=CONTROL).as_wanted

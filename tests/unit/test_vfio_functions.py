@@ -29,7 +29,7 @@ from qmp_tools.host.vfio_functions import (
     look,
 )
 from qmp_tools.passthrough import host_functions
-from qmp_tools.passthrough.host_functions import parse_functions, require_testable
+from qmp_tools.passthrough.host_functions import MissingError, parse_functions, require_testable
 from qmp_tools.processes.machine import DESTINATION, GIB, SOURCE
 
 SOURCE_ADDRESS, DESTINATION_ADDRESS = "0000:3b:00.2", "0000:3b:00.3"
@@ -170,9 +170,10 @@ def test_a_folder_of_sysfs_names_a_function_without_a_pci_address(pair: Tree) ->
 def test_one_function_alone_has_no_destination(pair: Tree) -> None:
     functions = parse_functions(f"vfio:{SOURCE_ADDRESS}", pair.host)
     with pytest.raises(
-        UntestableError, match="both: pair: source and destination are one function"
-    ):
+        MissingError, match="both: pair: source and destination are one function"
+    ) as caught:
         require_testable(functions, GIB, pair.host)
+    assert "pair" in [finding.name for finding in caught.value.missing]
 
 
 def test_functions_of_two_kinds_are_no_pair(pair: Tree) -> None:

@@ -13,7 +13,7 @@
             print(progress.status, progress.remaining)
         outcome = await check(source.socket, destination.socket)
 
-    async with attach("my QEMU", Path("/run/qmp.sock")) as qemu:
+    async with attach("my QEMU", "/run/qmp.sock") as qemu:
         async for view in watch(qemu, 0.5):
             print(view.line)
 
@@ -28,10 +28,12 @@ import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 
 from dmaproof.errors import UsageError
 
 from . import proof_run
+from .arguments import AnyPath, path_of, require, words_of
 from .check.check import Check, check
 from .check.migrated import GuestHasRunError, NotMigratedError
 from .commands.setup import parse_proof_options, setup_of
@@ -100,10 +102,10 @@ class StartedQemu:
 async def start_qemu(
     arguments: Sequence[str] = (),
     *,
-    binary: str | None = None,
+    binary: AnyPath | None = None,
     accelerator: str | None = None,
     name: str = "test",
-    folder: Path | None = None,
+    folder: AnyPath | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> AsyncIterator[StartedQemu]:
     """A QEMU with `arguments`, for as long as the context lasts.
@@ -112,15 +114,20 @@ async def start_qemu(
     `timeout_s` bounds the wait for each of its answers.
 
     Raises:
+        UsageError: an argument is of another type.
         UntestableError: there is none, or it does not start.
     """
+    words = words_of("arguments", arguments)
+    program = None if binary is None else str(path_of("binary", binary))
+    require("accelerator", accelerator, (str, NoneType), "a name, such as 'tcg'")
+    require("name", name, str, "a name")
     with contextlib.ExitStack() as own:
-        where = folder or own.enter_context(run_folder())
+        where = own.enter_context(run_folder()) if folder is None else path_of("folder", folder)
         path = where / f"{name}-qmp.sock"
-        options = [*arguments, "-qmp", f"unix:{path},server=on,wait=off"]
+        options = [*words, "-qmp", f"unix:{path},server=on,wait=off"]
         if accelerator is not None:
             options = ["-accel", accelerator, *options]
-        qemu = await Qemu.start(name, find_qemu(binary), options, where, timeout_s=timeout_s)
+        qemu = await Qemu.start(name, find_qemu(program), options, where, timeout_s=timeout_s)
         try:
             yield StartedQemu(qemu, await qemu.qmp.version(), path)
         finally:
@@ -135,10 +142,15 @@ async def migrate(
     The destination must have been started with `INCOMING`. Both stand still afterwards.
 
     Raises:
-        UsageError: there is no such way, or only a proof can go it.
+        UsageError: there is no such way, or only a proof can go it; or an argument is of another
+            type.
         UnsupportedWayError: a QEMU lacks it.
         MigrationError: it failed, or took longer than the `limits` allow.
     """
+    for argument, qmp in (("source", source), ("destination", destination)):
+        require(argument, qmp, Qmp, "the QMP of a QEMU, its .qmp")
+    require("limits", limits, (Limits, NoneType), "Limits")
+    require("way", way, str, "a name")
     if way not in WAYS:
         raise UsageError(f"way {way!r}: there are {', '.join(WAYS)}")
     if WAYS[way].only_in_proofs:

@@ -31,10 +31,10 @@ from avocado import Test
 
 from dmaproof.errors import UntestableError
 
-from .blocking import Stage, StagedProof
+from .arguments import AnyPath
+from .blocking import ProofQemu, Stage, StagedProof
 from .commands.setup import proof_options
 from .devices.device import AttachedDevice
-from .processes.qemu import Qemu
 from .reports import check_report, report
 from .reports.html import to_html
 
@@ -48,8 +48,8 @@ class MigrationTest(Test):  # type: ignore[misc]
     :avocado: enable
     """
 
-    source: Qemu
-    destination: Qemu
+    source: ProofQemu
+    destination: ProofQemu
     device: AttachedDevice
     _started: contextlib.ExitStack
     _stage: Stage
@@ -102,7 +102,7 @@ class MigrationTest(Test):  # type: ignore[misc]
 
 
 def check_ram(
-    test: Test, source: str | Path, destination: str | Path, *, expect_migration: bool = True
+    test: Test, source: AnyPath, destination: AnyPath, *, expect_migration: bool = True
 ) -> None:
     """Fail `test` unless all RAM of the QEMUs behind two QMP sockets is equal.
 
@@ -114,7 +114,7 @@ def check_ram(
         UntestableError: it could not be compared, there was no migration, or a guest has run since.
     """
     with Stage() as stage:
-        outcome = stage.check(Path(source), Path(destination), expect_migration=expect_migration)
+        outcome = stage.check(source, destination, expect_migration=expect_migration)
     _write(test, "ram", check_report.to_json(outcome), check_report.to_text(outcome))
     if outcome.exit_code:
         test.fail(outcome.sentence)

@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from . import aio
-from .check.check import Check, check
-from .commands.setup import parse_proof_options, setup_of
+from .arguments import AnyPath, require, words_of
+from .check.check import Check
+from .commands import setup
 from .devices.device import AttachedDevice
 from .display import LineDisplay, QuietDisplay
 from .loop_thread import LoopThread
@@ -39,19 +40,19 @@ from .processes.timeout import DEFAULT_TIMEOUT_S
 from .proof import Proof
 from .proof_run import Migrated, ProofRun, proof_run
 
+__all__ = ["Pair", "ProofQemu", "RunningQemu", "Stage", "StagedProof", "check", "prove"]
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class RunningQemu:
-    """A QEMU under a `Stage`. `socket` is a QMP socket of it that nobody uses yet.
+class ProofQemu:
+    """A QEMU of a `StagedProof`.
 
-    `process` and the rest of QMP are below `qemu`, for asynchronous code.
+    `process` and the rest of QMP are below `qemu`, for asynchronous code: see `Stage.run`.
     """
 
     qemu: Qemu
-    version: str
-    socket: Path
     _loop: LoopThread
 
     @property
@@ -64,12 +65,22 @@ class RunningQemu:
 
         Raises:
             QmpError: QEMU refused it, has gone, or does not answer.
+            UsageError: the command is not a string.
         """
+        require("command", command, str, "the name of a QMP command")
         return self._loop.run(self.qemu.qmp.execute(command, **arguments))
 
     def end(self) -> None:
         """End it before its stage does."""
         self._loop.run(self.qemu.end())
+
+
+@dataclass(frozen=True)
+class RunningQemu(ProofQemu):
+    """A QEMU under a `Stage`. `socket` is a QMP socket of it that nobody uses yet."""
+
+    version: str
+    socket: Path
 
 
 @dataclass(frozen=True)
@@ -84,10 +95,12 @@ class Pair:
         """Migrate in one of the `WAYS`; both guests stand still afterwards.
 
         Raises:
-            UsageError: there is no such way, or only a proof can go it.
+            UsageError: there is no such way, or only a proof can go it; or an argument is of
+                another type.
             UnsupportedWayError: a QEMU lacks it.
             MigrationError: it failed, or took longer than `timeout_s`.
         """
+        require("timeout_s", timeout_s, (int, float), "seconds")
         self._stage.run(self._migrate(way, timeout_s))
 
     async def _migrate(self, way: str, timeout_s: float) -> None:
@@ -108,18 +121,18 @@ class StagedProof:
         self._run = run
 
     @property
-    def source(self) -> Qemu:
+    def source(self) -> ProofQemu:
         """The QEMU that is migrated."""
-        return self._run.qemus[SOURCE]
+        return ProofQemu(self._run.qemus[SOURCE], self._stage._loop)
 
     @property
-    def destination(self) -> Qemu:
+    def destination(self) -> ProofQemu:
         """The QEMU that it is migrated to."""
-        return self._run.qemus[DESTINATION]
+        return ProofQemu(self._run.qemus[DESTINATION], self._stage._loop)
 
     @property
     def device(self) -> AttachedDevice:
-        """What serves both as their disk."""
+        """What serves both as their disk; for asynchronous code, see `Stage.run`."""
         return self._run.device
 
     def migrate(self) -> Migrated:
@@ -170,6 +183,22 @@ def prove(options: Mapping[str, object]) -> Proof:
         return stage.proof(options).verdict()
 
 
+def check(source: AnyPath, destination: AnyPath) -> Check:
+    """Compare all RAM of the two paused QEMUs behind two QMP sockets.
+
+    ::
+
+        outcome = check("/run/source.qmp", "/run/destination.qmp")
+        assert outcome.exit_code == 0, outcome.sentence
+
+    Raises:
+        UsageError: a path is not of a socket, or both are the same QEMU's.
+        UntestableError: a guest runs, or memory cannot be read.
+    """
+    with Stage(quiet=True) as stage:
+        return stage.check(source, destination)
+
+
 class Stage:
     """What one test has started. `folder` has its sockets and logs."""
 
@@ -191,20 +220,26 @@ class Stage:
         self._outer.close()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Do asynchronous work in the stage's loop."""
+        """Do asynchronous work in the stage's loop.
+
+        Raises:
+            UsageError: `work` is not a coroutine.
+        """
+        require("work", work, Coroutine, "a coroutine")
         return self._loop.run(work)
 
     def qemu(
         self,
         arguments: Sequence[str] = (),
         *,
-        binary: str | None = None,
+        binary: AnyPath | None = None,
         accelerator: str | None = None,
         name: str = "test",
     ) -> RunningQemu:
         """Start a QEMU with `arguments`; see `find_qemu` for `binary`. `name` must be new.
 
         Raises:
+            UsageError: an argument is of another type.
             UntestableError: there is none, or it does not start.
         """
         return self.run(self._start(name, binary, arguments, accelerator))
@@ -213,34 +248,37 @@ class Stage:
         self,
         arguments: Sequence[str] = (),
         *,
-        binary: str | None = None,
-        destination_binary: str | None = None,
+        binary: AnyPath | None = None,
+        destination_binary: AnyPath | None = None,
         accelerator: str | None = None,
         name: str = "",
     ) -> Pair:
         """Start a source and a destination with the same `arguments`; `name` tells pairs apart.
 
         Raises:
+            UsageError: an argument is of another type.
             UntestableError: there is no QEMU, or one does not start.
         """
+        words = words_of("arguments", arguments)
+        require("name", name, str, "a name")
         qemus = [
             self.run(self._start(name + side, program, options, accelerator))
             for side, program, options in (
-                (SOURCE, binary, arguments),
-                (DESTINATION, destination_binary or binary, [*arguments, *INCOMING]),
+                (SOURCE, binary, words),
+                (DESTINATION, destination_binary or binary, [*words, *INCOMING]),
             )
         ]
         return Pair(qemus[0], qemus[1], self)
 
     async def _start(
-        self, name: str, binary: str | None, arguments: Sequence[str], accelerator: str | None
+        self, name: str, binary: AnyPath | None, arguments: Sequence[str], accelerator: str | None
     ) -> RunningQemu:
         started = await self._started.enter_async_context(
             aio.start_qemu(
                 arguments, binary=binary, accelerator=accelerator, name=name, folder=self.folder
             )
         )
-        return RunningQemu(started.qemu, started.version, started.socket, self._loop)
+        return RunningQemu(started.qemu, self._loop, started.version, started.socket)
 
     def proof(self, options: Mapping[str, object]) -> StagedProof:
         """Start a guest of ours with a device of ours; `options` are those of ``dmaproof prove``.
@@ -249,15 +287,15 @@ class Stage:
             UsageError: there is no such option, or it cannot have that value.
             UntestableError: what is needed is not there, or does not start.
         """
-        arguments = parse_proof_options(options)
-        setup = self.run(setup_of(arguments, self._display))
-        run = proof_run(setup, self._display, self.folder)
+        arguments = setup.parse_proof_options(options)
+        chosen = self.run(setup.setup_of(arguments, self._display))
+        run = proof_run(chosen, self._display, self.folder)
         return StagedProof(self, self.run(self._started.enter_async_context(run)))
 
     def check(
         self,
-        source: RunningQemu | Path,
-        destination: RunningQemu | Path,
+        source: RunningQemu | AnyPath,
+        destination: RunningQemu | AnyPath,
         *,
         expect_migration: bool = True,
     ) -> Check:
@@ -271,7 +309,7 @@ class Stage:
                 read.
         """
         sockets = _socket_of(source), _socket_of(destination)
-        return self.run(check(*sockets, expect_migration=expect_migration))
+        return self.run(aio.check(*sockets, expect_migration=expect_migration))
 
     def logs(self) -> Iterator[Path]:
         """The logs and command lines of everything that was started."""
@@ -280,5 +318,5 @@ class Stage:
                 yield file
 
 
-def _socket_of(qemu: RunningQemu | Path) -> Path:
-    return qemu if isinstance(qemu, Path) else qemu.socket
+def _socket_of(qemu: RunningQemu | AnyPath) -> AnyPath:
+    return qemu.socket if isinstance(qemu, RunningQemu) else qemu

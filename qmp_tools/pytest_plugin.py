@@ -22,6 +22,7 @@ from dmaproof.errors import UntestableError, UsageError
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
 
+    from .arguments import AnyPath
     from .blocking import Pair, RunningQemu, Stage, StagedProof
     from .check.check import Check
     from .proof import Proof
@@ -227,14 +228,13 @@ def ram_check(request: pytest.FixtureRequest) -> Iterator[Callable[..., Check]]:
     with _stage(request) as stage:
 
         def compare(
-            source: RunningQemu | str | Path,
-            destination: RunningQemu | str | Path,
+            source: RunningQemu | AnyPath,
+            destination: RunningQemu | AnyPath,
             *,
             expect_migration: bool = True,
         ) -> Check:
             __tracebackhide__ = True
-            sides = [Path(it) if isinstance(it, str) else it for it in (source, destination)]
-            outcome = stage.check(sides[0], sides[1], expect_migration=expect_migration)
+            outcome = stage.check(source, destination, expect_migration=expect_migration)
             _note_version(request, outcome.source.version)
             _note_verdict(request, check_report.to_json(outcome), check_report.to_text(outcome))
             if outcome.exit_code:

@@ -14,7 +14,6 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from dmaproof.errors import UntestableError, UsageError
 from dmaproof.page_compare import Extent, differing_pages
 
+from ..arguments import AnyPath, path_of
 from ..processes.attachment import AttachedQemu, attach
 from ..processes.run_folder import run_folder
 from ..processes.timeout import DEFAULT_TIMEOUT_S
@@ -139,8 +139,8 @@ class Check:
 
 
 async def check(
-    source_socket: Path,
-    destination_socket: Path,
+    source_socket: AnyPath,
+    destination_socket: AnyPath,
     *,
     expect_migration: bool = True,
     timeout_s: float = DEFAULT_TIMEOUT_S,
@@ -152,12 +152,14 @@ async def check(
     their answers.
 
     Raises:
-        UsageError: a path is not a QMP socket, both are the same QEMU's, or they are in the wrong
-            order.
+        UsageError: a path is none, or not of a QMP socket, both are the same QEMU's, or they are in
+            the wrong order.
         NotMigratedError: no completed migration lies between them.
         GuestHasRunError: a guest has run since, or pages differ and it may have.
         UntestableError: the sizes or maps differ, or memory cannot be read.
     """
+    source_socket = path_of("source", source_socket)
+    destination_socket = path_of("destination", destination_socket)
     with contextlib.suppress(OSError):  # what is wrong with a socket, attaching to it tells
         if source_socket.samefile(destination_socket):
             raise UsageError(f"{source_socket} is given for both sides")

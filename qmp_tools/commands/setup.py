@@ -13,6 +13,7 @@ from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.errors import UsageError
 from dmaproof.faults import plant
 
+from ..arguments import require
 from ..devices.choice import choose_device
 from ..devices.emulated import RINGS
 from ..display import Display
@@ -184,6 +185,9 @@ def parse_proof_options(options: Mapping[str, object]) -> argparse.Namespace:
     Raises:
         UsageError: there is no such option, or it cannot have that value.
     """
+    require("options", options, Mapping, "options by name, such as {'guest': 'bare'}")
+    for name in options:
+        require("options", name, str, "names that are strings")
     return _parser().parse_args(proof_words(options))
 
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from dmaproof.dirty_log import LOG_PAGE_BYTES
 from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError
 
+from ..arguments import require
 from ..processes.attachment import AttachedQemu, owner_name
 from ..processes.machine import MIB
 
@@ -56,6 +57,8 @@ async def measure(qemu: AttachedQemu, mode: str, seconds: int) -> DirtyRates:
         QmpError: this QEMU does not have the mode, or is measuring already.
         UntestableError: the process may not be looked at, or no result comes.
     """
+    require("qemu", qemu, AttachedQemu, "a QEMU from attach()")
+    require("seconds", seconds, int, "whole seconds")
     # Under TCG, QEMU 7.2 dies of dirty-bitmap, and 11.1 always measures 0.
     if mode != _SAMPLING and not (await qemu.qmp.execute("query-kvm"))["enabled"]:
         raise UsageError(

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+from ..arguments import require
 from ..processes.attachment import AttachedQemu
 from ..processes.machine import MIB
 from .migration import Progress, parse_progress
@@ -95,6 +96,8 @@ async def watch(qemu: AttachedQemu, interval_s: float) -> AsyncIterator[View]:
     Raises:
         QmpError: QEMU goes away, or does not know migrations.
     """
+    require("qemu", qemu, AttachedQemu, "a QEMU from attach()")
+    require("interval_s", interval_s, (int, float), "seconds")
     began_s = time.monotonic()
     number = 0
     while True:

@@ -25,6 +25,7 @@ from typing import Any, Final
 
 from dmaproof.errors import UntestableError, UsageError
 
+from ..arguments import AnyPath, path_of, require
 from .qmp import Qmp, QmpError
 from .timeout import DEFAULT_TIMEOUT_S
 
@@ -99,7 +100,7 @@ class AttachedQemu:
 
 @contextlib.asynccontextmanager
 async def attach(
-    name: str, path: Path, *, timeout_s: float = DEFAULT_TIMEOUT_S
+    name: str, path: AnyPath, *, timeout_s: float = DEFAULT_TIMEOUT_S
 ) -> AsyncIterator[AttachedQemu]:
     """A session with the QEMU, called `name`, that listens at `path`.
 
@@ -113,6 +114,8 @@ async def attach(
         NoGreetingError: the server says nothing; `LibvirtMonitorError` where libvirt uses it.
         UntestableError: it may not be opened, or nobody listens.
     """
+    require("name", name, str, "a name")
+    path = path_of("path", path)
     greeting_s = timeout_s / 10
     connection = _connect(name, path, greeting_s)
     pid, _, _ = _CREDENTIALS.unpack(

@@ -12,7 +12,7 @@ import pytest
 
 from command import TIMEOUT_S, Tool
 from dmaproof.errors import UsageError
-from qmp_tools.blocking import Stage
+from qmp_tools.blocking import Stage, check
 from qmp_tools.processes.qmp import QmpError
 
 pytestmark = pytest.mark.qemu
@@ -40,6 +40,29 @@ def test_everything_ends_with_the_stage(tool: Tool, monkeypatch: pytest.MonkeyPa
         use()
     assert len(pids) == 3
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    assert not tool.leftovers()
+
+
+def test_a_check_returns_when_it_has_compared(
+    tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tool.folder))
+    with Stage(quiet=True) as stage:
+        pair = stage.pair(["-machine", "q35", "-m", "64"], accelerator="tcg")
+        pair.migrate()
+        sockets = [str(pair.source.socket), str(pair.destination.socket)]
+        assert check(*sockets).exit_code == 0
+        answer = pair.destination.execute("human-monitor-command", command_line="gpa2hva 0x2345000")
+        with Path(f"/proc/{pair.destination.pid}/mem").open("r+b", buffering=0) as memory:
+            memory.seek(int(answer.split()[-1], 16))
+            memory.write(b"lost")
+        assert check(*sockets).differing == 1
+        with pytest.raises(UsageError, match="source: expected a path, got 7"):
+            stage.check(7, pair.destination)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="got the string '-m 64'"):
+            stage.qemu("-m 64")
+    with pytest.raises(UsageError, match="nothing"):
+        check(str(tmp_path / "nothing"), tmp_path)
     assert not tool.leftovers()
 
 

@@ -1,0 +1,129 @@
+"""The library's public API: nothing in `blocking` is to be awaited, and wrong types are refused."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import typing
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dmaproof.errors import UsageError
+from qmp_tools import aio, arguments, blocking
+from qmp_tools.commands.setup import parse_proof_options
+
+
+def _functions() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Every function that `blocking` has a public name for, its classes' methods among them."""
+    for name, value in vars(blocking).items():
+        if not name.startswith("_") and inspect.isroutine(value):
+            yield name, value
+    for name in blocking.__all__:
+        value = getattr(blocking, name)
+        if not inspect.isclass(value):
+            continue
+        for member, found in inspect.getmembers_static(value):
+            function = found
+            if isinstance(found, property):
+                function = found.fget
+            elif isinstance(found, cached_property):
+                function = found.func
+            if not member.startswith("_") and inspect.isfunction(function):
+                yield f"{name}.{member}", function
+
+
+FUNCTIONS = dict(_functions())
+
+
+def test_the_functions_of_blocking_are_found() -> None:
+    assert {"check", "prove", "Stage.check", "Pair.migrate", "ProofQemu.execute"} <= set(FUNCTIONS)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_nothing_in_blocking_is_to_be_awaited(name: str) -> None:
+    function = FUNCTIONS[name]
+    assert not inspect.iscoroutinefunction(function)
+    assert not inspect.isasyncgenfunction(function)
+    if function.__module__ == blocking.__name__:
+        returned = typing.get_type_hints(function)["return"]
+        kind = typing.get_origin(returned) or returned
+        assert not (inspect.isclass(kind) and issubclass(kind, (Awaitable, AsyncIterator)))
+
+
+async def _enter(context: Any) -> None:
+    async with context:
+        pytest.fail("begun")
+
+
+async def _first(items: AsyncIterator[object]) -> None:
+    await anext(items)
+
+
+SOCKET = Path("/no/such/socket")
+CALLS: Mapping[str, tuple[Callable[[], Coroutine[Any, Any, object]], str]] = {
+    "check": (lambda: aio.check(1, SOCKET), "source: expected a path, got 1 (int)"),  # type: ignore[arg-type]
+    "check, second": (
+        lambda: aio.check(str(SOCKET), None),  # type: ignore[arg-type]
+        "destination: expected a path, got None (NoneType)",
+    ),
+    "attach": (
+        lambda: _enter(aio.attach("a QEMU", b"/run/x")),  # type: ignore[arg-type]
+        "path: expected a path, got b'/run/x' (bytes)",
+    ),
+    "prove": (
+        lambda: aio.prove("guest=bare"),  # type: ignore[arg-type]
+        "options: expected options by name, such as {'guest': 'bare'}, got 'guest=bare' (str)",
+    ),
+    "start_qemu, one string": (
+        lambda: _enter(aio.start_qemu("-m 64")),
+        "arguments: expected a list of words, such as ['-m', '64'], got the string '-m 64'",
+    ),
+    "start_qemu, a number": (
+        lambda: _enter(aio.start_qemu(["-m", 64])),  # type: ignore[list-item]
+        "arguments[1]: expected a word, got 64 (int)",
+    ),
+    "start_qemu, binary": (
+        lambda: _enter(aio.start_qemu(binary=7.2)),  # type: ignore[arg-type]
+        "binary: expected a path, got 7.2 (float)",
+    ),
+    "start_qemu, accelerator": (
+        lambda: _enter(aio.start_qemu(accelerator=True)),  # type: ignore[arg-type]
+        "accelerator: expected a name, such as 'tcg', got True (bool)",
+    ),
+    "migrate": (
+        lambda: _first(aio.migrate("a", "b")),  # type: ignore[arg-type]
+        "source: expected the QMP of a QEMU, its .qmp, got 'a' (str)",
+    ),
+    "watch": (
+        lambda: _first(aio.watch("a", 1.0)),  # type: ignore[arg-type]
+        "qemu: expected a QEMU from attach(), got 'a' (str)",
+    ),
+    "measure_dirty_rate": (
+        lambda: aio.measure_dirty_rate("a", "page-sampling", 1),  # type: ignore[arg-type]
+        "qemu: expected a QEMU from attach(), got 'a' (str)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_wrong_type_is_wrong_usage(name: str) -> None:
+    call, message = CALLS[name]
+    with pytest.raises(UsageError) as caught:
+        asyncio.run(call())
+    assert str(caught.value) == message
+
+
+def test_paths_may_be_strings() -> None:
+    for path in (SOCKET, str(SOCKET)):
+        with pytest.raises(UsageError, match=str(SOCKET)):
+            asyncio.run(_enter(aio.attach("a QEMU", path)))
+    assert arguments.words_of("arguments", ("-kernel", SOCKET)) == ["-kernel", str(SOCKET)]
+
+
+def test_an_options_name_is_a_string() -> None:
+    with pytest.raises(UsageError, match="options: expected names that are strings, got 1"):
+        parse_proof_options({1: "bare"})  # type: ignore[dict-item]

@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import qemu.qmp
-
 from dmaproof import _core, _mapping, errors
 from dmaproof.errors import UntestableError, WaitTimeoutError
 
 from ..guest.build import Say
 from ..host.qemu_builds import PROGRAM as QEMU_PROGRAM
+from ..processes import qemu_qmp
 from ..processes.process import log_tail
 from ..processes.qemu import Qemu
 from .kernel import KERNELS, MODULE, l1_kernel, l1_module
@@ -223,7 +222,7 @@ def _copy_packages(target: Path) -> None:
     folders = {
         "dmaproof": Path(errors.__file__).parent,
         "qmp_tools": Path(__file__).parents[1],
-        "qemu/qmp": Path(qemu.qmp.__file__).parent,
+        "qemu/qmp": qemu_qmp.folder(),
     }
     for name, folder in folders.items():
         ignored = shutil.ignore_patterns("__pycache__", "*.c", "guests")

@@ -7,10 +7,9 @@ import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
-from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
-
 from dmaproof.errors import UntestableError, WaitTimeoutError
 
+from . import qemu_qmp
 from .timeout import bounded
 
 
@@ -37,7 +36,7 @@ class Qmp:
         self.name = name
         self.timeout_s = timeout_s
         self._greeting_s = timeout_s if greeting_s is None else greeting_s
-        self._client = QMPClient(name)
+        self._client = qemu_qmp.QMPClient(name)
 
     async def connect(self, address: socket.socket | str) -> None:
         """Negotiate QMP on a connected socket, or on the one at a path.
@@ -53,7 +52,7 @@ class Qmp:
         except QmpTimeoutError:
             await self.close()
             raise
-        except (QMPError, OSError, EOFError) as error:
+        except (qemu_qmp.QMPError, OSError, EOFError) as error:
             await self.close()  # or qemu.qmp's reader may complain later, on stderr
             raise QmpError(f"{self.name} did not answer on QMP: {error}") from error
 
@@ -70,9 +69,9 @@ class Qmp:
             late = self._late(f"answered {command}", self.timeout_s)
             async with bounded(self.timeout_s, lambda: late):
                 return await self._client.execute(command, named)
-        except ExecuteError as error:
+        except qemu_qmp.ExecuteError as error:
             raise QmpRefusal(f"{self.name} refused {command}: {error}") from error
-        except (QMPError, EOFError) as error:
+        except (qemu_qmp.QMPError, EOFError) as error:
             raise QmpError(f"{self.name} went away during {command}") from error
 
     def _late(self, what: str, timeout_s: float) -> QmpTimeoutError:
@@ -86,7 +85,7 @@ class Qmp:
         """
         try:
             self._client.send_fd_scm(fd)
-        except (QMPError, OSError) as error:
+        except (qemu_qmp.QMPError, OSError) as error:
             raise QmpError(f"{self.name} took no file descriptor: {error}") from error
         await self.execute("getfd", fdname=name)
 
@@ -98,14 +97,14 @@ class Qmp:
         return f"{text} {answer['package']}".strip()
 
     @contextlib.asynccontextmanager
-    async def events(self, *names: str) -> AsyncIterator[EventListener]:
+    async def events(self, *names: str) -> AsyncIterator[qemu_qmp.EventListener]:
         """A listener for the events called `names`."""
-        listener = EventListener(names=names)
+        listener = qemu_qmp.EventListener(names=names)
         with self._client.listen(listener):
             yield listener
 
     async def close(self) -> None:
         """Disconnect; a QEMU that has gone already is no error."""
         # qemu.qmp 0.0.6 raises a bare EOFError where QEMU closed first.
-        with contextlib.suppress(QMPError, EOFError, OSError):
+        with contextlib.suppress(qemu_qmp.QMPError, EOFError, OSError):
             await self._client.disconnect()

@@ -1,0 +1,68 @@
+"""The library qemu.qmp, which a folder named ``qemu`` cannot hide.
+
+``qemu`` is a namespace package: qemu.qmp installs no ``qemu/__init__.py``. If a folder ``qemu`` on
+`sys.path` has one (tp-qemu's does), ``import qemu.qmp`` fails; and once qemu.qmp was imported,
+that folder can no longer be. So qemu.qmp is loaded from its own folder under another name here, and
+dmaproof leaves ``qemu`` to whoever needs it.
+
+It is loaded when it is first needed, so that `UntestableError` reports that it is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Final
+
+from dmaproof.errors import UntestableError
+
+if TYPE_CHECKING:
+    from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
+
+__all__ = ["EventListener", "ExecuteError", "QMPClient", "QMPError", "folder"]
+
+_NAME: Final = f"{__name__}.library"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(_library(), name)
+
+
+@cache
+def _library() -> ModuleType:
+    package = folder()
+    spec = importlib.util.spec_from_file_location(
+        _NAME, package / "__init__.py", submodule_search_locations=[str(package)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    library = importlib.util.module_from_spec(spec)
+    sys.modules[_NAME] = library  # its modules import one another relative to it
+    spec.loader.exec_module(library)
+    # It does so itself for its usual name; else what it logs comes out on stderr.
+    logging.getLogger(_NAME).addHandler(logging.NullHandler())
+    return library
+
+
+def folder() -> Path:
+    """The folder ``qemu/qmp`` of qemu.qmp.
+
+    Raises:
+        UntestableError: it is not installed.
+    """
+    for entry in sys.path:
+        package = Path(entry, "qemu", "qmp")
+        if (package / "qmp_client.py").is_file():
+            return package.absolute()
+    with contextlib.suppress(ImportError):  # an editable installation may have a finder instead
+        spec = importlib.util.find_spec("qemu.qmp")
+        if spec is not None and spec.submodule_search_locations:
+            return Path(spec.submodule_search_locations[0])
+    raise UntestableError("qemu.qmp is not installed: pip install qemu.qmp")

@@ -1,0 +1,68 @@
+"""A folder `qemu` with an `__init__.py`, earlier on sys.path, hides no qemu.qmp from dmaproof."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from command import Tool
+
+pytestmark = pytest.mark.qemu
+
+LIBRARY = """
+from qmp_tools.blocking import Stage
+with Stage(quiet=True) as stage:
+    assert stage.qemu(["-machine", "none"]).execute("query-status")["status"] == "running"
+import qemu.tests
+assert qemu.tests.THEIRS
+"""
+PLUGIN = """
+import qemu.tests
+
+def test_it(qemu):
+    assert qemu("-machine", "none").execute("query-status")["status"] == "running"
+    import qemu.tests
+    assert qemu.tests.THEIRS
+"""
+COMMAND_LINE = """
+import sys
+from qmp_tools.cli import main
+sys.exit(main(["prove", "--machine", "pigeon"]))
+"""
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["imported first", "imported later"])
+@pytest.mark.parametrize(
+    ("program", "exit_code", "told"),
+    [
+        pytest.param(COMMAND_LINE, 3, "has no such machine type", id="command line"),
+        pytest.param(LIBRARY, 0, "", id="library"),
+        pytest.param(PLUGIN, 0, "1 passed", id="pytest plugin"),
+    ],
+)
+def test_a_folder_of_its_name_does_not_hide_it(
+    tool: Tool, tmp_path: Path, program: str, exit_code: int, told: str, first: bool
+) -> None:
+    theirs = tmp_path / "their folder"
+    (theirs / "qemu").mkdir(parents=True)
+    (theirs / "qemu" / "__init__.py").touch()
+    (theirs / "qemu" / "tests.py").write_text("THEIRS = True\n")
+    script = tmp_path / "test_script.py"
+    script.write_text("import qemu\n" * first + program)
+    pytest_options = ["-m", "pytest", "-q", "-p", "no:cacheprovider"] if program is PLUGIN else []
+    done = subprocess.run(
+        [sys.executable, *pytest_options, script],
+        env={**os.environ, "PYTHONPATH": str(theirs), "TMPDIR": str(tool.folder)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == exit_code, done.stdout + done.stderr
+    assert told in done.stdout + done.stderr
+    assert not tool.leftovers()

@@ -121,6 +121,7 @@ async def start_qemu(
     program = None if binary is None else str(path_of("binary", binary))
     require("accelerator", accelerator, (str, NoneType), "a name, such as 'tcg'")
     require("name", name, str, "a name")
+    require("timeout_s", timeout_s, (int, float), "seconds")
     with contextlib.ExitStack() as own:
         where = own.enter_context(run_folder()) if folder is None else path_of("folder", folder)
         path = where / f"{name}-qmp.sock"

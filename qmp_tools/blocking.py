@@ -183,8 +183,10 @@ def prove(options: Mapping[str, object]) -> Proof:
         return stage.proof(options).verdict()
 
 
-def check(source: AnyPath, destination: AnyPath) -> Check:
+def check(source: AnyPath, destination: AnyPath, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Check:
     """Compare all RAM of the two paused QEMUs behind two QMP sockets.
+
+    `timeout_s` bounds the wait for each of their answers.
 
     ::
 
@@ -196,7 +198,7 @@ def check(source: AnyPath, destination: AnyPath) -> Check:
         UntestableError: a guest runs, or memory cannot be read.
     """
     with Stage(quiet=True) as stage:
-        return stage.check(source, destination)
+        return stage.run(aio.check(source, destination, timeout_s=timeout_s))
 
 
 class Stage:

@@ -115,6 +115,7 @@ async def attach(
         UntestableError: it may not be opened, or nobody listens.
     """
     require("name", name, str, "a name")
+    require("timeout_s", timeout_s, (int, float), "seconds")
     path = path_of("path", path)
     greeting_s = timeout_s / 10
     connection = _connect(name, path, greeting_s)

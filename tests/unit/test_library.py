@@ -74,6 +74,10 @@ CALLS: Mapping[str, tuple[Callable[[], Coroutine[Any, Any, object]], str]] = {
         lambda: _enter(aio.attach("a QEMU", b"/run/x")),  # type: ignore[arg-type]
         "path: expected a path, got b'/run/x' (bytes)",
     ),
+    "attach, timeout_s": (
+        lambda: _enter(aio.attach("a QEMU", SOCKET, timeout_s="1")),  # type: ignore[arg-type]
+        "timeout_s: expected seconds, got '1' (str)",
+    ),
     "prove": (
         lambda: aio.prove("guest=bare"),  # type: ignore[arg-type]
         "options: expected options by name, such as {'guest': 'bare'}, got 'guest=bare' (str)",

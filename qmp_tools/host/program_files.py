@@ -53,9 +53,17 @@ class ProgramFiles:
 
     def _digest(self, file: Path) -> str:
         if file not in self._digests:
-            with file.open("rb") as opened:
-                self._digests[file] = hashlib.file_digest(opened, "sha256").hexdigest()
+            self._digests[file] = _digest(file)
         return self._digests[file]
+
+
+def _digest(file: Path) -> str:
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError:  # a program need not be readable to be run
+        status = file.stat()
+        return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _named(word: str) -> set[Path]:
@@ -69,10 +77,14 @@ def _regular(names: Iterable[str | Path]) -> set[Path]:
 
 
 def _needed_by(file: Path) -> set[Path]:
-    with file.open("rb") as opened:
-        start = opened.read(4)
-        if start.startswith(b"#!"):
-            return _needed_by_script(start + opened.read(_SCRIPT_BYTES))
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(4)
+            script = start + opened.read(_SCRIPT_BYTES) if start.startswith(b"#!") else None
+    except OSError:  # see `_digest`
+        return set()
+    if script is not None:
+        return _needed_by_script(script)
     return _shared_libraries(file) if start == b"\x7fELF" else set()
 
 

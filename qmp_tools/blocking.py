@@ -183,10 +183,17 @@ def prove(options: Mapping[str, object]) -> Proof:
         return stage.proof(options).verdict()
 
 
-def check(source: AnyPath, destination: AnyPath, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Check:
-    """Compare all RAM of the two paused QEMUs behind two QMP sockets.
+def check(
+    source: AnyPath,
+    destination: AnyPath,
+    *,
+    expect_migration: bool = True,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> Check:
+    """Compare all RAM of two QEMUs after a migration, behind two QMP sockets.
 
-    `timeout_s` bounds the wait for each of their answers.
+    Without `expect_migration`, any two paused QEMUs are compared. `timeout_s` bounds the wait for
+    each of their answers.
 
     ::
 
@@ -195,10 +202,12 @@ def check(source: AnyPath, destination: AnyPath, *, timeout_s: float = DEFAULT_T
 
     Raises:
         UsageError: a path is not of a socket, or both are the same QEMU's.
-        UntestableError: a guest runs, or memory cannot be read.
+        UntestableError: they have not migrated, a guest has run since, or memory cannot be read.
     """
     with Stage(quiet=True) as stage:
-        return stage.run(aio.check(source, destination, timeout_s=timeout_s))
+        return stage.run(
+            aio.check(source, destination, expect_migration=expect_migration, timeout_s=timeout_s)
+        )
 
 
 class Stage:

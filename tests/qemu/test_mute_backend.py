@@ -33,7 +33,7 @@ def test_a_message_that_is_not_answered_is_named(message: str, how: str, state: 
     options = {"guest": "bare", "workload": "once=64,churn=16", "device-command": command}
     with Stage(quiet=True) as stage:
         proof = stage.proof(options)
-        proof.source.qmp.timeout_s = 5
+        proof.source.qemu.qmp.timeout_s = 5
         with pytest.raises(WaitTimeoutError) as raised:
             proof.migrate()
     mute, late, *log = str(raised.value).splitlines()

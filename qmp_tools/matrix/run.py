@@ -28,6 +28,7 @@ from ..host.qemu_choice import find_qemu
 from ..processes.machine import format_memory
 from ..processes.process import Process
 from ..processes.run_folder import run_folder
+from ..processes.timeout import DEFAULT_TIMEOUT_S
 from ..proof import Setup
 from .axes import Cell, Matrix
 from .kept import Kept, key_of
@@ -35,7 +36,8 @@ from .result import Result, State, result_of, skipped, untested
 from .room import Room
 
 _WAITS_OF_A_PROOF: Final = 20
-"""So many of its waits, each of which it bounds itself, a proof may take to their bounds."""
+"""So many waits, each of which it bounds itself, a proof may take to their bounds. This is for one
+that does not end by itself, so a short ``--timeout`` does not make it shorter."""
 
 Say = Callable[[str], None]
 
@@ -170,7 +172,7 @@ class _Run:
         began_s = time.monotonic()
         answer, log = base.with_suffix(".json"), base.with_suffix(".log")
         program = [sys.executable, "-m", "qmp_tools.cli", *_arguments(it.options(seed))]
-        limit_s = _WAITS_OF_A_PROOF * it.setup.limits.timeout_s
+        limit_s = _WAITS_OF_A_PROOF * max(it.setup.limits.timeout_s, DEFAULT_TIMEOUT_S)
         async with _ended(
             await Process.start("proof", [*program, "--quiet", f"--json={answer}"], log)
         ) as process:

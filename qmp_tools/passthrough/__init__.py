@@ -6,7 +6,7 @@ runs there, `prove` starts it from outside. Modules::
     fake_device       the device, driven and watched through its control files
     owner             a process that owns it, by iommufd or by the legacy container
     mock_iommu        iommufd's test device: a page table whose dirty bits we set
-    clock             L1's clock beside the host's: on a busy machine it is too fast
+    clock             L1's clock beside the host's: on a busy machine it may be too fast
     rules             what the kernel promises, refuses, and does where nothing is promised:
                       vfio_rules, iommufd_rules
     states            VFIO's migration states and the device's state as a stream

@@ -1,8 +1,8 @@
 """L1's clock beside the host's, so that a wait in L1 is as long as the caller says.
 
-Linux measures at boot how fast the TSC counts. On a busy machine the measurement is interrupted,
-and L1's clock is too fast afterwards (three times as fast was seen), so that every wait ends too
-early. A folder that L1 makes in what it shares with the host has the host's time.
+L1's clock counts the ticks of a timer, and may be too fast on a busy machine: one showed 866 s
+where 302 had passed, and every wait ended too early. A folder that L1 makes in what it shares with
+the host has the host's time.
 """
 
 from __future__ import annotations
@@ -16,18 +16,24 @@ from typing import Final, NamedTuple
 _SAMPLE_S: Final = 1.0
 
 
+class Clocks:
+    """Both clocks from now on; `shared` is a folder of the host's."""
+
+    def __init__(self, shared: Path) -> None:
+        self._shared = shared
+        self._begin = _now(shared)
+        time.sleep(_SAMPLE_S)
+
+    def in_l1(self, timeout_s: float) -> float:
+        """`timeout_s` in seconds of L1's clock, as it has gone so far."""
+        return stretched(timeout_s, self._begin, _now(self._shared))
+
+
 class Moment(NamedTuple):
     """The same moment by both clocks, in seconds."""
 
     host: float
     l1: float
-
-
-def in_l1(timeout_s: float, shared: Path) -> float:
-    """`timeout_s` in seconds of L1's clock; `shared` is a folder of the host's. Takes a second."""
-    begin = _now(shared)
-    time.sleep(_SAMPLE_S)
-    return stretched(timeout_s, begin, _now(shared))
 
 
 def stretched(timeout_s: float, begin: Moment, end: Moment) -> float:

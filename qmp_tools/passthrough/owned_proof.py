@@ -29,7 +29,7 @@ from ..proof import Setup
 from ..proof_run import prove
 from ..reports.report import to_json, to_text
 from ..verdict import EXIT_UNTESTED
-from . import clock
+from .clock import Clocks
 from .fake_device import planted
 from .owned_device import OwnedDevice
 from .planted_faults import FAULTS
@@ -96,7 +96,7 @@ def main() -> int:
     arguments = parser.parse_args()
     fault = parse_fault(arguments.fault) if arguments.fault else {}
     device = OwnedDevice(arguments.tracking, arguments.fault)
-    timeout_s = clock.in_l1(arguments.timeout, arguments.report.parent)
+    timeout_s = Clocks(arguments.report.parent).in_l1(arguments.timeout)
     setup = setup_of(arguments.guest, device, arguments.seed, timeout_s)
     try:
         with planted(**fault, **({"seed": arguments.seed} if fault else {})):

@@ -228,7 +228,7 @@ def test_a_wait_is_stretched_where_l1_s_clock_is_too_fast(tmp_path: Path) -> Non
     assert clock.stretched(100.0, begin, clock.Moment(1001.0, 8.0)) == 300.0
     assert clock.stretched(100.0, begin, clock.Moment(1004.0, 8.0)) == 100.0
     assert clock.stretched(100.0, begin, clock.Moment(1000.0, 8.0)) == 100.0
-    assert clock.in_l1(100.0, tmp_path) >= 100.0
+    assert clock.Clocks(tmp_path).in_l1(100.0) >= 100.0
     assert not list(tmp_path.iterdir())
 
 

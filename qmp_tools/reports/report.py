@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
-from ..processes.machine import format_memory
+from ..check.ram_blocks import RamBlock, known_tcg_loss
+from ..processes.machine import DIMM_BYTES, RAM_BACKEND, format_memory
 from ..proof import Hop, Proof
+from ..ram import PAGE_BYTES
 from ..verdict import Blame, LostPage, Sharpness, Witness
 from .precopy import downtime_parts, harvest_list, passes
+from .ram_map import MapArea
 
 SCHEMA_VERSION: Final = 1
 _LOST_SHOWN: Final = 10
@@ -209,18 +212,37 @@ def _story(page: LostPage) -> str:
 
 
 def _accelerator_advice(proof: Proof) -> list[str]:
+    """What is known of such losses in the RAM blocks that have the accelerator's lost pages."""
     machine = proof.setup.machine
-    if machine.accelerator == "tcg" and machine.dimm_slots:
-        return [
-            "The accelerator's lost pages were written by vCPUs. QEMU up to 11.1 is known to lose",
-            "such pages of DIMMs under TCG (docs/kernel-findings.md). Under KVM it does not, and",
-            "with --guest bare only the device writes to a DIMM while the guest migrates.",
-        ]
-    if machine.accelerator != "tcg" or machine.memory_bytes % (256 << 10):
-        return ["The lost pages of the accelerator were written by vCPUs; QEMU did not send them."]
-    odd = format_memory(machine.memory_bytes + (8 << 10))
-    return [
-        "The accelerator's lost pages were written by vCPUs. QEMU 7.2 is known to lose such pages",
-        f"under TCG when RAM is a multiple of 256 KiB: --memory {odd} avoids it, and so does a",
-        "newer QEMU (dmaproof qemu fetch).",
-    ]
+    lines = ["The lost pages of the accelerator were written by vCPUs; QEMU did not send them."]
+    if machine.accelerator != "tcg":
+        return lines
+    for area in proof.ram_map.areas:
+        is_main = area.region == RAM_BACKEND  # the first that QEMU is given, so its first block
+        block = RamBlock(
+            area.region,
+            0 if is_main else machine.memory_bytes,
+            machine.memory_bytes if is_main else DIMM_BYTES,
+        )
+        why = known_tcg_loss(block, proof.qemu_version)
+        lost = (page for page in proof.verdict.lost if page.blame == Blame.ACCELERATOR)
+        if why and any(_is_in(page, area) for page in lost):
+            odd = format_memory(machine.memory_bytes + (8 << 10))
+            lines += [
+                f"Under TCG this QEMU is known to lose such pages of RAM block {block.name},",
+                f"because {why} (docs/kernel-findings.md).",
+                f"--memory {odd} avoids it, and so does a newer QEMU (dmaproof qemu fetch)."
+                if is_main
+                else "Under KVM it does not, and with --guest bare no vCPU writes to a DIMM.",
+            ]
+    return list(dict.fromkeys(lines))
+
+
+def _is_in(page: LostPage, area: MapArea) -> bool:
+    if page.gpa is None or area.gpa is None:
+        return page.gpa is area.gpa is None and _covers(area, area.offset, page.ram_offset)
+    return _covers(area, area.gpa, page.gpa)
+
+
+def _covers(area: MapArea, begin: int, place: int) -> bool:
+    return begin <= place < begin + len(area.classes) * PAGE_BYTES

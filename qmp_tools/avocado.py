@@ -37,6 +37,7 @@ from .commands.setup import proof_options
 from .devices.device import AttachedDevice
 from .reports import check_report, report
 from .reports.html import to_html
+from .verdict import EXIT_UNTESTED
 
 PARAMETERS: Final = tuple(name.replace("-", "_") for name in proof_options())
 """Named as the options of ``dmaproof prove``, and with the same defaults."""
@@ -116,6 +117,8 @@ def check_ram(
     with Stage() as stage:
         outcome = stage.check(source, destination, expect_migration=expect_migration)
     _write(test, "ram", check_report.to_json(outcome), check_report.to_text(outcome))
+    if outcome.exit_code == EXIT_UNTESTED:
+        raise UntestableError(outcome.sentence)
     if outcome.exit_code:
         test.fail(outcome.sentence)
 

@@ -224,6 +224,7 @@ def ram_check(request: pytest.FixtureRequest) -> Iterator[Callable[..., Check]]:
     ``expect_migration=False`` it compares any two paused QEMUs.
     """
     from .reports import check_report
+    from .verdict import EXIT_UNTESTED
 
     with _stage(request) as stage:
 
@@ -237,6 +238,8 @@ def ram_check(request: pytest.FixtureRequest) -> Iterator[Callable[..., Check]]:
             outcome = stage.check(source, destination, expect_migration=expect_migration)
             _note_version(request, outcome.source.version)
             _note_verdict(request, check_report.to_json(outcome), check_report.to_text(outcome))
+            if outcome.exit_code == EXIT_UNTESTED:
+                raise UntestableError(outcome.sentence)
             if outcome.exit_code:
                 raise AssertionError(outcome.sentence)
             return outcome

@@ -2,8 +2,9 @@
 
 What is compared is the physical map's RAM and ROM, range by range (`physical_map`), and, where both
 QEMUs' processes can be read, those parts of a backend too that the map hides. The rest is told
-as not compared. No device of ours takes part, so a difference is placed (address, region, backend)
-and not attributed.
+as not compared, such as memory that is the same on both sides. Pages that the guest has given back
+are counted by themselves (`discarded`). No device of ours takes part, so a difference is placed
+(address, region, backend) and not attributed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import asyncio
 import contextlib
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -27,14 +29,18 @@ from ..processes.attachment import AttachedQemu, attach
 from ..processes.run_folder import run_folder
 from ..processes.timeout import DEFAULT_TIMEOUT_S
 from ..ram import PAGE_BYTES
-from ..verdict import EXIT_LOST, EXIT_PASS
+from ..verdict import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from .copied_memory import PIECE_BYTES
+from .discarded import Discarder, discarders, sort_differences
 from .guest_ram import GuestRam, guest_ram
 from .known_differences import known_difference
 from .migrated import GuestHasRunError, has_run, require_migrated, require_paused
 from .physical_map import CommonRange, MapRegion, common_ranges, hidden_parts, is_backend
+from .ram_blocks import RamBlock, block_of, known_tcg_loss, parse_ram_blocks
+from .same_memory import is_same_memory
 
 _NO_MIGRATION: Final = "no migration was expected, and so none was looked for"
+_SAME_MEMORY: Final = "the same memory on both sides"
 _LOOKED_AT: Final = 10_000
 """So many differing pages are looked into; more are only counted and mapped."""
 
@@ -56,15 +62,25 @@ class Difference:
     why: str | None = None
 
 
+def _no_pages() -> NDArray[np.int64]:
+    return np.empty(0, dtype=np.int64)
+
+
 @dataclass(frozen=True)
 class ComparedArea:
-    """A run of pages that was compared; `differing` are the numbers of its pages that differ."""
+    """A run of pages that was compared.
+
+    `differing` are the numbers of its pages that differ, `discarded` of those that the guest gave
+    back, and `undecided` of those that may be either.
+    """
 
     gpa: int | None
     region: str
     offset: int
     pages: int
     differing: NDArray[np.int64]
+    discarded: NDArray[np.int64] = field(default_factory=_no_pages)
+    undecided: NDArray[np.int64] = field(default_factory=_no_pages)
 
 
 @dataclass(frozen=True)
@@ -97,7 +113,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Check:
-    """The outcome; `differences` has the first pages that differ, `areas` know of all."""
+    """The outcome; `differences` has the first pages that differ, `areas` know of all.
+
+    `discarders` are the names of the source's devices by which its guest may give memory back.
+    """
 
     source: Side
     destination: Side
@@ -106,6 +125,7 @@ class Check:
     not_compared: Sequence[NotCompared]
     notes: Sequence[str]
     compare_s: float
+    discarders: Sequence[str] = ()
 
     @property
     def pages(self) -> int:
@@ -118,23 +138,44 @@ class Check:
         return sum(len(area.differing) for area in self.areas)
 
     @property
+    def discarded(self) -> int:
+        """How many pages are not equal because the guest gave them back, and so need not be."""
+        return sum(len(area.discarded) for area in self.areas)
+
+    @property
+    def undecided(self) -> int:
+        """How many pages are not equal, and may have been given back or lost."""
+        return sum(len(area.undecided) for area in self.areas)
+
+    @property
     def known(self) -> int:
-        """How many of these are known to differ after a sound migration."""
+        """How many of those that differ are known to, after a sound migration."""
         return sum(difference.known is not None for difference in self.differences)
 
     @property
     def exit_code(self) -> int:
-        """0 where nothing differs but what is known to, else 1."""
-        return EXIT_LOST if self.differing > self.known else EXIT_PASS
+        """1 where pages differ that are not known to, 3 where they may, else 0."""
+        if self.differing > self.known:
+            return EXIT_LOST
+        return EXIT_UNTESTED if self.undecided else EXIT_PASS
 
     @property
     def sentence(self) -> str:
         """The outcome in one sentence."""
-        known = f", and {self.known} more that are known to differ" if self.known else ""
+        more = [
+            f"{pages} {what}"
+            for pages, what in (
+                (self.known, "known to differ"),
+                (self.undecided, "either lost or given back by the guest"),
+                (self.discarded, "given back by the guest, of which nothing is proved"),
+            )
+            if pages
+        ]
         if self.differing > self.known:
-            return f"{self.differing - self.known} of {self.pages} pages differ{known}"
-        if self.known:
-            return f"{self.pages} pages compared: all equal but {self.known} known to differ"
+            also = f", and {', '.join(more)}" if more else ""
+            return f"{self.differing - self.known} of {self.pages} pages differ{also}"
+        if more:
+            return f"{self.pages} pages compared: all equal but {', '.join(more)}"
         return f"every page equal: {self.pages} pages compared"
 
 
@@ -176,7 +217,13 @@ async def check(
         source, destination = [
             await stack.enter_async_context(guest_ram(qemu, folder)) for qemu in qemus
         ]
-        comparison = _Comparison(source, destination, accelerators[0])
+        comparison = _Comparison(
+            source,
+            destination,
+            accelerators[0],
+            discarders=await discarders(qemus[0]),
+            blocks=await _ram_blocks(qemus[0]),
+        )
         comparison.refuse_what_proves_nothing()
         await _require_comparable(qemus, expect_migration)
         began_s = time.monotonic()
@@ -195,6 +242,7 @@ async def check(
             not_compared=comparison.not_compared,
             notes=[*([] if expect_migration else [_NO_MIGRATION]), *comparison.notes()],
             compare_s=compare_s,
+            discarders=[it.name for it in comparison.discarders],
         )
         if outcome.exit_code and expect_migration and await has_run(qemus[1]) is None:
             raise GuestHasRunError(
@@ -215,6 +263,13 @@ async def _require_comparable(qemus: Sequence[AttachedQemu], expect_migration: b
 async def _accelerator(qemu: AttachedQemu) -> str:
     answer = await qemu.qmp.execute("query-kvm")
     return "kvm" if answer["enabled"] else "other"
+
+
+async def _ram_blocks(qemu: AttachedQemu) -> list[RamBlock]:
+    """The RAM blocks of `qemu`; none where its human monitor does not tell them."""
+    with contextlib.suppress(UntestableError):
+        return parse_ram_blocks(await qemu.monitor("info ramblock"))
+    return []
 
 
 def _side(ram: GuestRam, status: str, accelerator: str) -> Side:
@@ -239,6 +294,8 @@ class _Comparison:
     source: GuestRam
     destination: GuestRam
     accelerator: str
+    discarders: Sequence[Discarder]
+    blocks: Sequence[RamBlock]
     areas: list[ComparedArea] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
     not_compared: list[NotCompared] = field(default_factory=list)
@@ -249,11 +306,6 @@ class _Comparison:
         # Where a supervisor opened the sockets, the process is the same for different QEMUs.
         if source.qemu.pid == destination.qemu.pid and source.hvas == destination.hvas:
             raise UsageError(f"both sockets are the same QEMU's (process {source.qemu.pid})")
-        if _files(source) & _files(destination):
-            raise UntestableError(
-                "source and destination have their RAM in the same file (x-ignore-shared?), so "
-                "there is nothing to compare"
-            )
         if source.length != destination.length:
             raise UntestableError(
                 f"the source has {source.length // 1024} KiB of RAM in its physical map, the "
@@ -262,9 +314,23 @@ class _Comparison:
             )
 
     async def compare(self) -> None:
-        """Compare all that can be."""
-        for common in common_ranges(self.source.regions, self.destination.regions):
-            await self._compare_range(common)
+        """Compare all that can be.
+
+        Raises:
+            UntestableError: none of the guest's RAM can be.
+        """
+        ranges = common_ranges(self.source.regions, self.destination.regions)
+        same = {it for it in ranges if is_same_memory(self.source, self.destination, it)}
+        if same and not any(self._is_guest_ram(common) for common in ranges if common not in same):
+            raise UntestableError(
+                "source and destination have their RAM in the same file (x-ignore-shared?), so "
+                "there is nothing to compare"
+            )
+        for common in ranges:
+            if common in same:
+                self._leave_out(common, 0, common.length, _SAME_MEMORY)
+            else:
+                await self._compare_range(common)
         for region in self.source.regions:
             if region.kind == "ramd":
                 self.not_compared.append(
@@ -273,24 +339,54 @@ class _Comparison:
         await self._compare_hidden()
 
     def notes(self) -> list[str]:
-        """What may be behind differences that are not known."""
-        if self.accelerator == "kvm" or all(it.known for it in self.differences):
-            return []
-        return [
-            "the source does not run under KVM. Under TCG QEMU itself may lose what vCPUs write, "
-            "mostly to DIMMs and to other NUMA nodes than the first (docs/kernel-findings.md): "
-            "see whether the pages differ under KVM too"
-        ]
+        """What may be behind the pages that are not equal."""
+        notes = []
+        if any(len(area.undecided) for area in self.areas):
+            notes.append(
+                "whether the undecided pages are lost or given back cannot be seen from outside: "
+                "they may be zero because a huge page was filled in around them, or not sent "
+                "because the guest hinted that they are free. Compare with RAM in a memfd, without "
+                "transparent huge pages and with free-page-hint=off"
+            )
+        if any(it.hints for it in self.discarders) and any(len(it.differing) for it in self.areas):
+            notes.append(
+                "the source has a balloon with free-page-hint=on: a page that was sent, freed by "
+                "the guest and hinted then differs as well. See whether pages differ with it off"
+            )
+        if self.accelerator != "kvm":
+            notes += self._known_tcg_losses()
+        return notes
+
+    def _known_tcg_losses(self) -> list[str]:
+        """A note for each RAM block in which QEMU's own TCG may have lost the pages that differ."""
+        lost: Counter[str] = Counter()
+        for area in self.areas:
+            lost[area.region] += len(area.differing)
+        lost.subtract(it.region for it in self.differences if it.known)
+        notes = []
+        for region in (region for region, pages in lost.items() if pages):
+            block = block_of(region, self.blocks)
+            why = known_tcg_loss(block, self.source.qemu.version) if block else None
+            if block and why:
+                notes.append(
+                    "the source does not run under KVM. Under TCG this QEMU may lose what vCPUs "
+                    f"write to RAM block {block.name}, because {why} (docs/kernel-findings.md): "
+                    "see whether pages differ under KVM too"
+                )
+        return notes
+
+    def _is_guest_ram(self, common: CommonRange) -> bool:
+        return any(is_backend(common.source, name) for name in self.source.backends)
+
+    def _leave_out(self, common: CommonRange, start: int, length: int, why: str) -> None:
+        offset = common.source.offset + common.gpa - common.source.gpa + start
+        self.not_compared.append(NotCompared(common.source.name, offset, length, why))
 
     async def _compare_range(self, common: CommonRange) -> None:
         whole = common.length // PAGE_BYTES * PAGE_BYTES
         offset = common.source.offset + common.gpa - common.source.gpa
         if whole < common.length:
-            self.not_compared.append(
-                NotCompared(
-                    common.source.name, offset + whole, common.length - whole, "less than a page"
-                )
-            )
+            self._leave_out(common, whole, common.length - whole, "less than a page")
         both_shared = (
             common.source in self.source.shared and common.destination in self.destination.shared
         )
@@ -304,9 +400,18 @@ class _Comparison:
                 differing = await asyncio.to_thread(
                     differing_pages, ours, theirs, length, PAGE_BYTES
                 )
-                area = ComparedArea(
-                    gpa, common.source.name, offset + start, length // PAGE_BYTES, differing
+                pages = length // PAGE_BYTES
+                found = await asyncio.to_thread(
+                    sort_differences,
+                    self.discarders,
+                    (self.source, self.destination),
+                    common,
+                    gpa,
+                    ours,
+                    differing,
+                    pages,
                 )
+                area = ComparedArea(gpa, common.source.name, offset + start, pages, *found)
                 self._add(area, ours, theirs)
 
     async def _compare_hidden(self) -> None:
@@ -332,6 +437,9 @@ class _Comparison:
         if ours is None or theirs is None:
             why = "hidden by the physical map, and QEMU saves only what that shows"
             self.not_compared.append(NotCompared(name, start, length, why))
+            return
+        if ours.offset == theirs.offset and os.path.sameopenfile(ours.fd, theirs.fd):
+            self.not_compared.append(NotCompared(name, start, length, _SAME_MEMORY))
             return
         differing = await asyncio.to_thread(differing_pages, ours, theirs, length, PAGE_BYTES)
         self._add(ComparedArea(None, name, start, length // PAGE_BYTES, differing), ours, theirs)
@@ -366,7 +474,3 @@ class _Comparison:
             if gpa is not None and base <= gpa < base + size:
                 return name
         return None
-
-
-def _files(ram: GuestRam) -> set[tuple[int, int, int]]:
-    return {(it.device, it.inode, it.offset) for it in ram.shared.values()}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import mmap
 import os
 import stat
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from dmaproof.page_compare import Extent
 
 from ..processes.attachment import AttachedQemu
 from ..processes.qmp import QmpRefusal
+from .absent_pages import Absent, absent_in_file, absent_in_process
 from .copied_memory import ProcessMemory, process_memory
 from .physical_map import MapRegion, parse_flat_view, parse_hva
 from .process_memory import Mapping as ProcessMapping
@@ -83,6 +85,15 @@ class GuestRam:
             return None
         address = hva + offset - region.offset
         return address if self.process.has(address, length) else None
+
+    def absent(self, region: MapRegion, gpa: int, pages: int) -> Absent:
+        """Which pages from `gpa` on, all of them in `region`, hold nothing."""
+        offset = region.offset + gpa - region.gpa
+        if shared := self.shared_extent(region, offset):
+            return absent_in_file(shared, pages)
+        mappings = self.process.mappings if self.process else ()
+        address = self._address(region, offset, pages * mmap.PAGESIZE)
+        return absent_in_process(self.qemu.pid, mappings, address or 0, pages)
 
     @contextlib.asynccontextmanager
     async def extent(self, region: MapRegion, gpa: int, length: int) -> AsyncIterator[Extent]:

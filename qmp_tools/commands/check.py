@@ -23,10 +23,11 @@ examples:
   dmaproof check source.sock destination.sock --json - | jq '.differences[].gpa'
 
 exit codes:
-  0  every page equal, but for pages that are known to differ (they are named)
+  0  every page equal, but for pages that are known to differ or that the guest gave back (they
+     are named)
   1  pages differ
   2  wrong usage
-  3  could not be compared; the message says why
+  3  could not be compared, or pages are either lost or given back; the message says why
 """
 
 

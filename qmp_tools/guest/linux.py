@@ -57,11 +57,12 @@ E1000: Final = Driver(("e1000", "af_packet"), _NETWORK)
 E1000E: Final = Driver(("e1000e", "af_packet"), _NETWORK)
 IGB: Final = Driver(("igb", "af_packet"), _NETWORK)
 VMXNET3: Final = Driver(("vmxnet3", "af_packet"), _NETWORK)
+BALLOON: Final = Driver(("virtio_pci", "virtio_balloon"), "")
 DRIVERS: Final = (
     *(VIRTIO_BLK, VIRTIO_SCSI, VIRTIOFS, NVME, AHCI, LSI, MEGASAS, PVSCSI),
     *(VIRTIO_NET, E1000, E1000E, IGB, VMXNET3),
 )
-_MODULES: Final = sorted({name for driver in DRIVERS for name in driver.modules})
+_MODULES: Final = sorted({name for driver in (*DRIVERS, BALLOON) for name in driver.modules})
 
 _MODULE_TREES: Final = ("lib/modules", "usr/lib/modules")
 """Where a kernel package has its modules: until Debian 12, and from Debian 13 on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -16,7 +16,9 @@ from .report import HEADINGS, SCHEMA_VERSION
 
 _CHECK_CLASSES: Final = {
     "equal": "the same on both sides",
+    "discarded": "given back by the guest on the source, so its content need not be the same",
     "known": "not the same bytes, as is known of this page after a sound migration",
+    "undecided": "not the same bytes: either lost, or given back by the guest",
     "differs": "not the same bytes on both sides",
 }
 _RUNS_SHOWN: Final = 10
@@ -32,7 +34,12 @@ def to_json(check: Check) -> dict[str, Any]:
         "pages": check.pages,
         "pages_differing": check.differing,
         "pages_known_to_differ": check.known,
+        "pages_discarded": check.discarded,
+        "pages_undecided": check.undecided,
+        "discarding_devices": list(check.discarders),
         "differences": [{**asdict(it), "story": _story([it])} for it in check.differences],
+        "discarded": [asdict(it) for it in runs_of(check, "discarded")],
+        "undecided": [asdict(it) for it in runs_of(check, "undecided")],
         "not_compared": [asdict(it) for it in check.not_compared],
         "notes": list(check.notes),
         "source": asdict(check.source),
@@ -62,11 +69,50 @@ def to_text(check: Check) -> str:
         lines += [f"  {_story(run)}" for run in runs[:_RUNS_SHOWN]]
         if len(runs) > _RUNS_SHOWN or check.differing > len(check.differences):
             lines.append("  … and more (--json tells all)")
+    for kind, heading in (
+        ("undecided", "either lost or given back by the guest"),
+        ("discarded", "given back by the guest"),
+    ):
+        if found := runs_of(check, kind):
+            pages = sum(run.pages for run in found)
+            lines += ["", f"{heading} ({pages} pages, by {', '.join(check.discarders)}):"]
+            lines += [f"  {_place(run)}" for run in found[:_RUNS_SHOWN]]
+            if len(found) > _RUNS_SHOWN:
+                lines.append("  … and more (--json tells all)")
     known = [it for it in check.differences if it.known is not None]
     if known:
         lines += ["", "known to differ:"]
         lines += [f"  {_story([it])}: {it.why}" for it in known]
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class PageRun:
+    """`pages` pages, one after the other."""
+
+    gpa: int | None
+    region: str
+    offset: int
+    pages: int
+
+
+def runs_of(check: Check, kind: str) -> list[PageRun]:
+    """The runs of pages that are 'discarded' or 'undecided'."""
+    runs = []
+    for area in check.areas:
+        numbers = {"discarded": area.discarded, "undecided": area.undecided}[kind]
+        for run in np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1):
+            if len(run):
+                start = int(run[0]) * PAGE_BYTES
+                gpa = None if area.gpa is None else area.gpa + start
+                runs.append(PageRun(gpa, area.region, area.offset + start, len(run)))
+    return runs
+
+
+def _place(run: PageRun) -> str:
+    begin = run.offset if run.gpa is None else run.gpa
+    last = begin + run.pages * PAGE_BYTES - 1
+    return f"GPA {begin:#x} to {last:#x} ({run.region} +{run.offset:#x}): {run.pages} pages"
 
 
 def join_runs(differences: Sequence[Difference]) -> list[list[Difference]]:
@@ -121,6 +167,8 @@ def map_check(check: Check) -> RamMap:
     for area in check.areas:
         classes = np.full(area.pages, names.index("equal"), dtype=np.uint8)
         classes[area.differing] = names.index("differs")
+        classes[area.discarded] = names.index("discarded")
+        classes[area.undecided] = names.index("undecided")
         for page in area.differing if known else ():
             if (area.region, area.offset + int(page) * PAGE_BYTES) in known:
                 classes[page] = names.index("known")

@@ -273,6 +273,9 @@ def _check_sections(answer: Json) -> list[str]:
         ("pages compared", answer["pages"]),
         ("pages that differ", answer["pages_differing"]),
         ("of these known to differ", answer["pages_known_to_differ"]),
+        ("given back by the guest", answer["pages_discarded"]),
+        ("lost or given back, not decided", answer["pages_undecided"]),
+        ("devices that discard", ", ".join(answer["discarding_devices"]) or "–"),
         ("comparing took", f"{answer['compare_s']:.1f} s"),
     ]
     for name in ("source", "destination"):

@@ -16,7 +16,9 @@ CLASS_STYLES: Final = {
     "equal": "plain",
     "device": "soft",
     "late": "strong",
+    "discarded": "soft",
     "known": "known",
+    "undecided": "strong",
     "lost": "bad",
     "differs": "bad",
 }

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 from xml.etree import ElementTree
 
+from ..verdict import EXIT_PASS, EXIT_UNTESTED
+
 _STORIES: Final = 100
 """So many pages are told of in one failure."""
 _MATRIX_OUTCOMES: Final = {
@@ -46,7 +48,9 @@ def cases(answer: Mapping[str, Any]) -> list[Case]:
         return [*_proof_cases(answer["last"]), *map(_growth_case, answer["growth"])]
     if answer["kind"] == "check":
         stories = [page["story"] for page in answer["differences"] if page["known"] is None]
-        return [_pages_case(answer["exit_code"] == 0, answer["verdict"], stories)]
+        if answer["exit_code"] == EXIT_UNTESTED:
+            return [Case("every page equal", "error", answer["verdict"])]
+        return [_pages_case(answer["exit_code"] == EXIT_PASS, answer["verdict"], stories)]
     if answer["kind"] == "faults":
         return [_fault_case(row) for row in answer["faults"]]
     if answer["kind"] == "matrix":

@@ -6,10 +6,11 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import pytest
 
+import balloon_guest
 from command import Tool
 from foreign_pair import (
     HEARD_FIRMWARE,
@@ -24,12 +25,14 @@ from qmp_tools.blocking import Stage
 from qmp_tools.check.migrated import GuestHasRunError, NotMigratedError
 from qmp_tools.guest.bare import probe_guest
 from qmp_tools.host.qemu_builds import installed
-from qmp_tools.host.qemu_choice import find_qemu
+from qmp_tools.host.qemu_choice import find_qemu, version_of
 
 pytestmark = pytest.mark.qemu
 
 PAGE = 4096
 PLANTED = 0x2345000
+REPETITIONS = int(os.environ.get("BALLOON_REPETITIONS", "1"))
+"""Of the test with a balloon, for whoever wants to see it more often."""
 BUILDS = {build.version: build.path for build in installed()}
 
 
@@ -45,7 +48,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("p")
 
 
-def checked(tool: Tool, pair: Pair, exit_code: int) -> dict[str, object]:
+def _major(qemu: Path) -> int:
+    return int(str(version_of(qemu)).split(".")[0])
+
+
+def checked(tool: Tool, pair: Pair, exit_code: int) -> dict[str, Any]:
     outcome = tool.run("check", str(pair.source), str(pair.destination), "--json", "-")
     assert not tool.leftovers()
     assert outcome.exit_code == exit_code, outcome.output + outcome.errors
@@ -96,8 +103,31 @@ def test_equal_where_equal_and_the_planted_byte_found(
             (PLANTED, "ram0", 1)
         ]
         assert differences[0]["known"] is None
-        (note,) = cast(list[str], report["notes"])
-        assert note.startswith("the source does not run under KVM. Under TCG ")
+        # ram0 is the first RAM block, and a multiple of 256 KiB.
+        notes = report["notes"]
+        assert len(notes) == (_major(qemu) < 9)
+        assert all("RAM block ram0, because its size, 65536 KiB," in note for note in notes)
+
+
+def test_the_note_on_tcg_names_the_blocks_that_it_may_concern(
+    tool: Tool, qemu: Path, folder: Path
+) -> None:
+    """Main RAM is not the first RAM block where another backend is given before it."""
+    arguments = [
+        *("-machine", "q35,memory-backend=ram0", "-m", "64,slots=1,maxmem=1G"),
+        *("-object", "memory-backend-ram,id=before,size=64M"),
+        *MEMORY["memfd"],
+        *("-object", "memory-backend-memfd,id=odd,size=131080K,share=on"),
+        *("-device", "pc-dimm,id=dimm0,memdev=odd"),
+    ]
+    with foreign_pair(qemu, folder, arguments) as pair:
+        pair.migrate()
+        poke(pair, pair.monitors[1].execute("query-memory-devices")[0]["data"]["addr"])
+        assert checked(tool, pair, 1)["notes"] == [], "QEMU syncs this DIMM page by page"
+        poke(pair, PLANTED)
+        (note,) = checked(tool, pair, 1)["notes"]
+        assert "may lose what vCPUs write to RAM block ram0, because its size, 65536 KiB" in note
+        assert ("not the first RAM block" in note) == (_major(qemu) >= 9)
 
 
 NUMA = [
@@ -326,6 +356,60 @@ def test_a_human_monitor_is_named(tool: Tool, folder: Path, qemu: Path) -> None:
     arguments = ["-machine", "none", "-monitor", "unix:{folder}/{side}-hmp,server=on,wait=off"]
     with foreign_pair(qemu, folder, arguments) as pair:
         refused(tool, folder / "source-hmp", pair.destination, 2, "is a human monitor (HMP)")
+
+
+@pytest.mark.parametrize("share", ["on", "off"])
+def test_what_is_not_the_same_memory_is_compared(tool: Tool, folder: Path, share: str) -> None:
+    """A DIMM in one file of both sides, which they share, or of which each has a private copy."""
+    arguments = [
+        *("-machine", "q35,memory-backend=ram0", "-m", "64,slots=1,maxmem=1G", *MEMORY["private"]),
+        "-object",
+        f"memory-backend-file,id=hot,size=128M,share={share},mem-path={{folder}}/both",
+        *("-device", "pc-dimm,id=dimm0,memdev=hot"),
+    ]
+    with foreign_pair(find_qemu(None), folder, arguments) as pair:
+        pair.migrate()
+        hot = {"region": "hot", "offset": 0, "length": 128 * MIB}
+        same = [{**hot, "why": "the same memory on both sides"}] if share == "on" else []
+        assert checked(tool, pair, 0)["not_compared"] == same
+        dimm = pair.monitors[1].execute("query-memory-devices")[0]["data"]["addr"]
+        poke(pair, PLANTED)
+        poke(pair, dimm)
+        regions = [it["region"] for it in checked(tool, pair, 1)["differences"]]
+        assert regions == (["ram0"] if share == "on" else ["ram0", "hot"])
+
+
+@pytest.mark.parametrize("repetition", range(REPETITIONS))
+@pytest.mark.parametrize("memory", balloon_guest.MEMORY)
+def test_what_a_balloon_discards_is_not_lost_and_hides_no_loss(
+    tool: Tool, folder: Path, memory: str, repetition: int
+) -> None:
+    arguments = [
+        *("-machine", "q35,memory-backend=ram0", "-m", balloon_guest.RAM),
+        *("-object", balloon_guest.MEMORY[memory]),
+        *("-device", "virtio-balloon-pci,free-page-reporting=on"),
+        *balloon_guest.options(folder),
+    ]
+    with foreign_pair(find_qemu(None), folder, arguments) as pair:
+        balloon_guest.free_while_migrating(pair)
+        report = checked(tool, pair, 0)
+        assert report["pages_discarded"] >= balloon_guest.FREED_BYTES // PAGE // 2
+        assert (report["differences"], report["notes"]) == ([], [])
+        assert report["discarding_devices"] == ["balloon device[0] (free-page-reporting)"]
+        lost = balloon_guest.populated_after(pair, report["discarded"][repetition % 2])
+        poke(pair, lost)
+        after = checked(tool, pair, 1)
+        assert [it["gpa"] for it in after["differences"]] == [lost]
+        assert after["pages_discarded"] == report["pages_discarded"]
+
+
+def test_a_balloon_that_the_guest_does_not_drive_discards_nothing(tool: Tool, folder: Path) -> None:
+    arguments = [*WITH_RAM0, *MEMORY["memfd"], "-device", "virtio-balloon-pci,id=balloon0"]
+    with foreign_pair(find_qemu(None), folder, arguments) as pair:
+        pair.migrate()
+        poke(pair, PLANTED)  # which the source's guest never touched
+        report = checked(tool, pair, 1)
+        assert (report["pages_differing"], report["discarding_devices"]) == (1, [])
 
 
 def test_a_busy_socket_is_named(tool: Tool, folder: Path) -> None:

@@ -141,14 +141,27 @@ def proof(
     )
 
 
-def check(differing: list[int], known: list[int]) -> Check:
+def check(
+    differing: list[int],
+    known: list[int],
+    discarded: tuple[int, ...] = (),
+    undecided: tuple[int, ...] = (),
+) -> Check:
     side = Side("/run/qmp", 4711, "9.2.0", "paused", "kvm", 48 << 20, 12 << 20, 4 << 20)
     pages = sorted(differing + known)
     return Check(
         source=side,
         destination=side,
         areas=[
-            ComparedArea(0, "m0", 0, 16, np.array([it for it in pages if it < 16], dtype=np.int64)),
+            ComparedArea(
+                0,
+                "m0",
+                0,
+                16,
+                np.array([it for it in pages if it < 16], dtype=np.int64),
+                np.array(discarded, dtype=np.int64),
+                np.array(undecided, dtype=np.int64),
+            ),
             ComparedArea(
                 16 * 4096,
                 "m0",
@@ -167,6 +180,7 @@ def check(differing: list[int], known: list[int]) -> Check:
         not_compared=[NotCompared("m1", 0xA0000, 0x20000, "hidden, in private memory")],
         notes=["the source tells of no completed migration"],
         compare_s=0.2,
+        discarders=["balloon b"] if discarded or undecided else [],
     )
 
 
@@ -212,6 +226,8 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "equal": check_report.to_json(check([], [])),
     "known": check_report.to_json(check([], [3])),
     "differs": check_report.to_json(check([5, 6, 20], [3])),
+    "discarded": check_report.to_json(check([], [3], (8, 9, 11))),
+    "undecided": check_report.to_json(check([], [3], (8, 9), (10,))),
     "soak": soak_report.soak_to_json(soak(proof([]), [8, 9, 9, 9])),
     "grown": soak_report.soak_to_json(soak(proof([]), [8, 9, 10, 11])),
     "lost in the long run": soak_report.soak_to_json(soak(proof(LOST), [9, 9, 9, 9])),
@@ -229,6 +245,8 @@ CASES = {
     "equal": ["passed"],
     "known": ["passed"],
     "differs": ["failed"],
+    "discarded": ["passed"],
+    "undecided": ["error"],
     "soak": ["passed"] * 5,
     "grown": ["passed"] * 4 + ["failed"],
     "lost in the long run": ["failed", *["passed"] * 4],
@@ -405,16 +423,48 @@ def test_run_lengths_hold_every_page() -> None:
 def test_a_checks_map_joins_what_follows_each_other() -> None:
     ram_map = ANSWERS["differs"]["ram_map"]
     assert [(it["gpa"], it["pages"]) for it in ram_map["areas"]] == [(0, 32), (1 << 32, 8)]
-    runs = [[0, 3], [1, 1], [0, 1], [2, 2], [0, 13], [2, 1], [0, 11]]
+    runs = [[0, 3], [2, 1], [0, 1], [4, 2], [0, 13], [4, 1], [0, 11]]
     assert ram_map["areas"][0]["runs"] == runs
-    assert [it["pages"] for it in ram_map["classes"]] == [36, 1, 3]
+    assert [it["pages"] for it in ram_map["classes"]] == [36, 0, 1, 0, 3]
 
 
 def test_a_checks_text_joins_runs_and_names_what_is_known() -> None:
     text = check_report.to_text(check([5, 6, 20], [3]))
-    assert text.startswith("FAIL: 3 of 40 pages differ, and 1 more that are known to differ")
+    assert text.startswith("FAIL: 3 of 40 pages differ, and 1 known to differ")
     assert "GPA 0x5000 to 0x6fff (m0 +0x5000, DIMM dimm0): 6 bytes differ in 2 pages" in text
     assert "GPA 0x3000 (m0 +0x3000): 3 bytes differ (pvclock): the firmware’s clock" in text
     assert "not compared m1 0xa0000 to 0xbffff: hidden, in private memory" in text
     assert check([], [3]).exit_code == 0
     assert check([5], [3]).exit_code == 1
+
+
+def test_a_check_counts_what_the_guest_gave_back_by_itself() -> None:
+    sound = check([], [], (8, 9, 11))
+    assert sound.exit_code == 0
+    assert sound.sentence == (
+        "40 pages compared: all equal but 3 given back by the guest, of which nothing is proved"
+    )
+    text = check_report.to_text(sound)
+    assert "given back by the guest (3 pages, by balloon b):\n  GPA 0x8000 to 0x9fff (m0 " in text
+    assert ANSWERS["discarded"]["discarded"] == [
+        {"gpa": 0x8000, "region": "m0", "offset": 0x8000, "pages": 2},
+        {"gpa": 0xB000, "region": "m0", "offset": 0xB000, "pages": 1},
+    ]
+    assert check([5], [], (8,)).exit_code == check([5], [], (8,), (10,)).exit_code == 1
+    assert check([], [], (8,), (10,)).exit_code == 3
+    assert "either lost or given back by the guest (1 pages, by balloon b):" in (
+        check_report.to_text(check([], [], (8,), (10,)))
+    )
+
+
+def test_tcg_is_blamed_only_by_a_rule_that_applies() -> None:
+    new = proof([LostPage(0x9000, 0x9000, 1, Blame.ACCELERATOR)])
+    assert "Under TCG" not in report.to_text(new), "the first block is sound since 9.0"
+    assert "lose such pages of RAM block ram,\nbecause its size, 65536 KiB, is a" in (
+        report.to_text(replace(new, qemu_version="7.2.22 Debian 1:7.2"))
+    )
+    classes = np.zeros(PAGES, dtype=np.uint8)
+    behind = RamMap(new.ram_map.meanings, [MapArea("dimm0-ram", 0, 0, classes)])
+    text = report.to_text(replace(new, ram_map=behind))
+    assert "RAM block dimm0-ram,\nbecause its size, 131072 KiB, is a" in text
+    assert "not the first RAM block" in text

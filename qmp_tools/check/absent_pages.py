@@ -1,0 +1,102 @@
+"""Which pages of a guest's RAM hold nothing: never touched, or discarded.
+
+A page that anybody wrote, if only with zeros, is populated. An absent page reads as zeros as well,
+so the content does not tell them apart, but the kernel does: an absent page is a hole in a shared
+file (SEEK_HOLE, lseek(2)), and in private memory QEMU's process has no page of its own there
+(/proc/PID/pagemap; Documentation/admin-guide/mm/pagemap.rst). The zero page, which the kernel maps
+where an absent page of private memory is read, counts as absent.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmaproof.page_compare import Extent
+
+from .process_memory import Mapping
+
+_PRESENT: Final = np.uint64(1 << 63)
+_SWAPPED: Final = np.uint64(1 << 62)
+_FILE: Final = np.uint64(1 << 61)
+_EXCLUSIVE: Final = np.uint64(1 << 56)
+_ENTRY_BYTES: Final = 8
+_KSM_PAGES: Final = Path("/sys/kernel/mm/ksm/pages_sharing")
+
+
+@dataclass(frozen=True)
+class Absent:
+    """Which pages are `absent`, as an array of bools.
+
+    Where it is not `certain`, a page that is not `absent` may have been discarded all the same:
+    the kernel fills in zeros around a page that is written in memory of huge pages, or the memory
+    cannot be looked at.
+    """
+
+    absent: NDArray[np.bool_]
+    certain: bool = True
+
+
+def absent_in_file(extent: Extent, pages: int) -> Absent:
+    """The holes among `pages` pages of a shared file."""
+    absent = np.ones(pages, dtype=np.bool_)
+    end = extent.offset + pages * mmap.PAGESIZE
+    position = extent.offset
+    while position < end:
+        try:
+            data = os.lseek(extent.fd, position, os.SEEK_DATA)
+        except OSError:  # ENXIO: nothing but a hole up to the end of the file
+            break
+        if data >= end:
+            break
+        position = os.lseek(extent.fd, data, os.SEEK_HOLE)
+        first, last = (data - extent.offset, min(position, end) - 1 - extent.offset)
+        absent[first // mmap.PAGESIZE : last // mmap.PAGESIZE + 1] = False
+    return Absent(absent)
+
+
+def absent_in_process(pid: int, mappings: Sequence[Mapping], hva: int, pages: int) -> Absent:
+    """The pages of private memory from `hva` on that process `pid` has no page of its own for."""
+    unknown = Absent(np.zeros(pages, dtype=np.bool_), certain=False)
+    length = pages * mmap.PAGESIZE
+    mapping = next((it for it in mappings if it.start <= hva and hva + length <= it.end), None)
+    if mapping is None or mapping.shared:
+        return unknown
+    try:
+        with Path(f"/proc/{pid}/pagemap").open("rb", buffering=0) as pagemap:
+            content = os.pread(
+                pagemap.fileno(), pages * _ENTRY_BYTES, hva // mmap.PAGESIZE * _ENTRY_BYTES
+            )
+        huge = _has_huge_pages(pid, mapping)
+        merged = int(_KSM_PAGES.read_text()) > 0 if _KSM_PAGES.exists() else False
+    except OSError:
+        return unknown
+    if len(content) != pages * _ENTRY_BYTES:
+        return unknown
+    entries = np.frombuffer(content, dtype=np.uint64)
+    present = (entries & _PRESENT != 0) & (entries & _FILE == 0)
+    if not merged:  # else a page that is mapped more than once may be one that KSM merged
+        present &= entries & _EXCLUSIVE != 0
+    return Absent(~(present | (entries & _SWAPPED != 0)), certain=not huge)
+
+
+def _has_huge_pages(pid: int, mapping: Mapping) -> bool:
+    """Whether a mapping has huge pages now, transparent ones or others (proc_pid_smaps(5))."""
+    inside = False
+    with Path(f"/proc/{pid}/smaps").open() as lines:
+        for line in lines:
+            key, *values = line.split()
+            if not key.endswith(":"):
+                inside = key == f"{mapping.start:x}-{mapping.end:x}"
+            elif inside and key in ("AnonHugePages:", "Private_Hugetlb:") and values[0] != "0":
+                return True
+            elif inside and key == "VmFlags:":
+                return False
+    return True  # it has changed meanwhile: take nothing for certain

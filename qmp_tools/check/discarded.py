@@ -1,0 +1,177 @@
+"""Pages whose content the guest gave back while it was migrated, told apart from lost ones.
+
+A balloon discards what the guest gives it, or reports free, on the source: the page then holds
+nothing, while the destination may have what was sent before. QEMU need not send it again, because
+the guest has given up the content. So a page that is absent on the source (`absent_pages`), where
+some device discards, is not a lost one. A page that the guest has written since is populated again,
+and compared like any other.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmaproof.page_compare import Extent
+
+from ..processes.attachment import AttachedQemu
+from ..processes.machine import MIB
+from ..ram import PAGE_BYTES
+from .guest_ram import GuestRam
+from .physical_map import CommonRange, is_backend
+
+_FOLDERS: Final = ("/machine/peripheral", "/machine/peripheral-anon")
+_BALLOON: Final = "child<virtio-balloon-device>"
+_BALLOON_ADDRESS_SPACE: Final = re.compile(r'^ AS "virtio-balloon', re.MULTILINE)
+_NO_VIEW: Final = "No rendered FlatView"
+_HINTED_BLOCK_BYTES: Final = 4 * MIB
+"""Linux hints free pages in its largest blocks (VIRTIO_BALLOON_HINT_BLOCK_ORDER)."""
+_ZEROS: Final = bytes(PAGE_BYTES)
+
+
+@dataclass(frozen=True)
+class Discarder:
+    """A device by which a guest gives memory back. `name` tells it to people.
+
+    It may discard what lies from guest-physical address `start` up to `end`, or any RAM where `end`
+    is None. Where `unsent_block_bytes` is not 0, QEMU may leave out whole blocks of that size,
+    although the source still holds their content. `hints` is whether it is a balloon by which the
+    guest hints what is free.
+    """
+
+    name: str
+    start: int = 0
+    end: int | None = None
+    unsent_block_bytes: int = 0
+    hints: bool = False
+
+
+class Sorted(NamedTuple):
+    """Page numbers, sorted: pages that `differ`, were `discarded`, or may be either."""
+
+    differing: NDArray[np.int64]
+    discarded: NDArray[np.int64]
+    undecided: NDArray[np.int64]
+
+
+async def discarders(qemu: AttachedQemu) -> list[Discarder]:
+    """The devices by which the guest of `qemu` may give memory back, with an id or without.
+
+    A balloon that the guest has no driver for is none of them.
+    """
+    found = []
+    drives_balloon = guest_drives_balloon(await qemu.monitor("info mtree -f"))
+    for folder in _FOLDERS:
+        for entry in await _properties(qemu, folder):
+            if not entry["type"].startswith("child<"):
+                continue
+            path = f"{folder}/{entry['name']}"
+            members = [entry, *await _properties(qemu, path)]
+            if drives_balloon and any(member["type"] == _BALLOON for member in members):
+                found.append(await _balloon(qemu, path, {it["name"] for it in members}))
+    for device in await qemu.qmp.execute("query-memory-devices"):
+        if device["type"] == "virtio-mem":
+            found.append(_virtio_mem(device["data"]))
+    return found
+
+
+def guest_drives_balloon(flat_views: str) -> bool:
+    """Whether the guest lets a balloon on PCI access its memory, by what ``info mtree -f`` prints.
+
+    Firmware does not; a driver has to (bus mastering). Balloons on other buses are not listed, and
+    are taken for driven.
+    """
+    views = flat_views.replace("\r", "").split("FlatView #")
+    of_balloons = [view for view in views if _BALLOON_ADDRESS_SPACE.search(view)]
+    return not of_balloons or any(_NO_VIEW not in view for view in of_balloons)
+
+
+async def _properties(qemu: AttachedQemu, path: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = await qemu.qmp.execute("qom-list", path=path)
+    return found
+
+
+async def _balloon(qemu: AttachedQemu, path: str, properties: set[str]) -> Discarder:
+    options = [
+        option
+        for option in ("free-page-reporting", "free-page-hint")
+        if option in properties
+        and await qemu.qmp.execute("qom-get", path=path, property=option) is True
+    ]
+    name = f"balloon {path.rpartition('/')[2]}"
+    if options:
+        name += f" ({', '.join(options)})"
+    hints = "free-page-hint" in options
+    return Discarder(name, unsent_block_bytes=_HINTED_BLOCK_BYTES if hints else 0, hints=hints)
+
+
+def _virtio_mem(data: dict[str, Any]) -> Discarder:
+    return Discarder(
+        f"virtio-mem {data.get('id', 'without an id')}",
+        data["memaddr"],
+        data["memaddr"] + data["max-size"],
+        unsent_block_bytes=data["block-size"],
+    )
+
+
+def sort_differences(
+    devices: Sequence[Discarder],
+    sides: tuple[GuestRam, GuestRam],
+    common: CommonRange,
+    gpa: int,
+    source: Extent,
+    differing: NDArray[np.int64],
+    pages: int,
+) -> Sorted:
+    """Sort pages that are not equal, counted from `gpa` on, of `pages` that were compared there.
+
+    `source` is where the source's content of them stands.
+    """
+    none = np.empty(0, dtype=np.int64)
+    ours, theirs = sides
+    addresses = gpa + differing * PAGE_BYTES
+    reach = np.zeros(len(differing), dtype=np.bool_)
+    for device in devices if _may_be_discarded(ours, common) else ():
+        reach |= _within(device, addresses)
+    if not reach.any():
+        return Sorted(differing, none, none)
+    absence = ours.absent(common.source, gpa, pages)
+    zero = reach & np.array([_reads_zero(source, int(page)) for page in differing], dtype=np.bool_)
+    discarded = zero & absence.absent[differing]
+    undecided = zero & ~discarded & (not absence.certain)
+    unsent = np.zeros(len(differing), dtype=np.bool_)
+    absent_there = theirs.absent(common.destination, gpa, pages).absent
+    for device in devices:
+        if device.unsent_block_bytes:
+            whole = _absent_blocks(absent_there, gpa, device.unsent_block_bytes)
+            unsent |= _within(device, addresses) & whole[differing]
+    undecided |= unsent & ~discarded
+    return Sorted(differing[~discarded & ~undecided], differing[discarded], differing[undecided])
+
+
+def _may_be_discarded(ram: GuestRam, common: CommonRange) -> bool:
+    """Whether it is RAM of a memory backend: no guest gives back ROM or video memory."""
+    kind = common.source.kind.removeprefix("nv-")
+    return kind == "ram" and any(is_backend(common.source, name) for name in ram.backends)
+
+
+def _within(device: Discarder, addresses: NDArray[np.int64]) -> NDArray[np.bool_]:
+    inside = addresses >= device.start
+    return inside if device.end is None else inside & (addresses < device.end)
+
+
+def _reads_zero(extent: Extent, page: int) -> bool:
+    return os.pread(extent.fd, PAGE_BYTES, extent.offset + page * PAGE_BYTES) == _ZEROS
+
+
+def _absent_blocks(absent: NDArray[np.bool_], gpa: int, block_bytes: int) -> NDArray[np.bool_]:
+    """Which pages, counted from `gpa` on, are in blocks of which every page is absent."""
+    blocks = (gpa + np.arange(len(absent)) * PAGE_BYTES) // block_bytes - gpa // block_bytes
+    populated = np.bincount(blocks[~absent], minlength=int(blocks[-1]) + 1)
+    return np.equal(populated[blocks], 0)

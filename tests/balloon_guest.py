@@ -1,0 +1,115 @@
+"""A Linux guest with a balloon that frees memory when a test says so (balloon_guest.c)."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from foreign_pair import Pair
+from qmp_tools.guest import linux
+from qmp_tools.guest.build import compile_c
+
+_TIMEOUT_S = 60.0
+PAGE_BYTES = 4096
+FREED_BYTES = 64 << 20  # as in balloon_guest.c
+RAM = "196616K"
+"""No multiple of 256 KiB: at such sizes QEMU 7.2 loses what vCPUs write under TCG."""
+
+
+MEMORY = {
+    "memfd": f"memory-backend-memfd,id=ram0,size={RAM},share=on",
+    "private": f"memory-backend-ram,id=ram0,size={RAM}",
+}
+
+
+def options(folder: Path) -> list[str]:
+    """The QEMU options that boot it, but for its RAM; `folder` keeps its init and initramfs."""
+    kernel = linux.linux_guest(print, linux.BALLOON).kernel
+    compile_c([Path(__file__).with_suffix(".c")], folder / "init", "-static")
+    modules = linux.kernel_folder() / "modules"
+    names = linux.load_order(linux.BALLOON.modules, modules)
+    initramfs = folder / "initramfs"
+    initramfs.write_bytes(
+        linux.newc_archive(
+            {
+                "init": (folder / "init").read_bytes(),
+                "modules/order": "".join(f"/modules/{it}.ko\n" for it in names).encode(),
+                **{f"modules/{it}.ko": (modules / f"{it}.ko").read_bytes() for it in names},
+            }
+        )
+    )
+    line = "socket,id=line,path={folder}/{side}-line,server=on,wait=off"
+    return [
+        *("-no-reboot", "-kernel", str(kernel), "-initrd", str(initramfs)),
+        *("-append", "quiet panic=-1 nokaslr mitigations=off tsc=reliable no_timer_check"),
+        *("-chardev", line, "-serial", "null", "-serial", "chardev:line"),
+    ]
+
+
+def free_while_migrating(pair: Pair) -> None:
+    """Migrate; the guest frees memory once all of its RAM has been sent, and QEMU discards it
+    before the migration ends."""
+    source = pair.monitors[0]
+    with _line_of(pair) as line:
+        _wait_for_word(line, b"ready")
+        source.execute("migrate-set-parameters", downtime_limit=1, max_bandwidth=100 << 20)
+        pair.begin_to_migrate()
+        _wait_until(lambda: _syncs(pair) >= 2, "a second sync of the dirty bitmap")
+        source.execute("migrate-set-parameters", max_bandwidth=8 << 20)
+        before = _resident_bytes(pair.pids[0])
+        line.sendall(b"f")
+        _wait_for_word(line, b"freed")
+        _wait_until(
+            lambda: before - _resident_bytes(pair.pids[0]) >= FREED_BYTES // 2,
+            "memory that the source discards",
+        )
+    source.execute("migrate-set-parameters", downtime_limit=60_000, max_bandwidth=1 << 30)
+    assert source.wait_for("query-migrate", "completed", "failed") == "completed"
+    pair.monitors[1].wait_for("query-status", "paused")
+
+
+def populated_after(pair: Pair, run: dict[str, int]) -> int:
+    """The guest-physical address of the first page behind a run that is not zero on the source."""
+    page = run["gpa"] // PAGE_BYTES + run["pages"]
+    command = f"gpa2hva {page * PAGE_BYTES:#x}"
+    text = pair.monitors[0].execute("human-monitor-command", command_line=command)
+    position = int(text.split()[-1], 16)
+    with Path(f"/proc/{pair.pids[0]}/mem").open("rb", buffering=0) as memory:
+        while not any(os.pread(memory.fileno(), PAGE_BYTES, position)):
+            position, page = position + PAGE_BYTES, page + 1
+    return page * PAGE_BYTES
+
+
+def _syncs(pair: Pair) -> int:
+    ram = pair.monitors[0].execute("query-migrate").get("ram", {})
+    return int(ram.get("dirty-sync-count", 0))
+
+
+def _resident_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def _line_of(pair: Pair) -> socket.socket:
+    line = socket.socket(socket.AF_UNIX)
+    line.settimeout(_TIMEOUT_S)
+    line.connect(str(pair.folder / "source-line"))
+    return line
+
+
+def _wait_for_word(line: socket.socket, word: bytes) -> None:
+    said = b""
+    while word not in said:
+        more = line.recv(4096)
+        assert more, f"the guest is gone, and has not said {word!r}, but {said!r}"
+        said += more
+
+
+def _wait_until(holds: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + _TIMEOUT_S
+    while not holds():
+        assert time.monotonic() < deadline, f"no {what}"
+        time.sleep(0.05)

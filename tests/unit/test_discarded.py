@@ -1,0 +1,209 @@
+"""Discarded pages and lost ones, told apart in memory of this process."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from dmaproof.page_compare import Extent, differing_pages
+from qmp_tools.check.absent_pages import absent_in_file, absent_in_process
+from qmp_tools.check.discarded import (
+    Discarder,
+    discarders,
+    guest_drives_balloon,
+    sort_differences,
+)
+from qmp_tools.check.guest_ram import GuestRam
+from qmp_tools.check.physical_map import CommonRange, MapRegion
+from qmp_tools.check.process_memory import SharedMemory, mappings_of
+from qmp_tools.processes.attachment import AttachedQemu
+
+PAGE = mmap.PAGESIZE
+PAGES = 64
+BASE = 1 << 20
+BALLOON = Discarder("balloon b")
+
+
+def ram(data: dict[int, bytes], kind: str = "ram") -> GuestRam:
+    """A guest's RAM in a memfd, in which only the pages of `data` are populated."""
+    fd = os.memfd_create("test", os.MFD_CLOEXEC)
+    os.ftruncate(fd, PAGES * PAGE)
+    for page, content in data.items():
+        os.pwrite(fd, content * PAGE, page * PAGE)
+    region = MapRegion(BASE, PAGES * PAGE, kind, "ram0")
+    status = os.fstat(fd)
+    return GuestRam(
+        qemu=cast(AttachedQemu, None),
+        regions=[region],
+        hvas=[None],
+        shared={region: SharedMemory(fd, 0, status.st_dev, status.st_ino)},
+        process=None,
+        backends={"ram0": PAGES * PAGE},
+        dimms={},
+        folder=Path(),
+    )
+
+
+def sort(source: GuestRam, destination: GuestRam, *devices: Discarder) -> list[list[int]]:
+    """The pages that differ, that were discarded, and that may be either."""
+    sides = (source, destination)
+    extents = [Extent(next(iter(side.shared.values())).fd) for side in sides]
+    differing = differing_pages(extents[0], extents[1], PAGES * PAGE)
+    common = CommonRange(BASE, PAGES * PAGE, source.regions[0], destination.regions[0])
+    found = sort_differences(devices, sides, common, BASE, extents[0], differing, PAGES)
+    for side in sides:
+        os.close(next(iter(side.shared.values())).fd)
+    return [pages.tolist() for pages in found]
+
+
+def test_an_absent_page_was_discarded_and_a_zeroed_one_is_lost() -> None:
+    source = {3: b"a", 4: b"\0", 5: b"b", 7: b"n"}
+    destination = {3: b"a", 4: b"o", 5: b"c", 6: b"o", 60: b"o"}
+    assert sort(ram(source), ram(destination), BALLOON) == [[4, 5, 7], [6, 60], []]
+
+
+def test_without_a_device_that_discards_every_difference_is_a_loss() -> None:
+    assert sort(ram({}), ram({6: b"o"})) == [[6], [], []]
+
+
+@pytest.mark.parametrize("kind", ["rom", "romd"])
+def test_no_guest_gives_back_rom(kind: str) -> None:
+    assert sort(ram({}, kind), ram({6: b"o"}, kind), BALLOON) == [[6], [], []]
+
+
+def test_no_guest_gives_back_what_is_no_memory_backend() -> None:
+    assert sort(replace(ram({}), backends={}), ram({6: b"o"}), BALLOON) == [[6], [], []]
+
+
+def test_a_device_discards_only_what_is_its_own() -> None:
+    device = Discarder("virtio-mem v", BASE + 8 * PAGE, BASE + 16 * PAGE)
+    destination = dict.fromkeys((7, 8, 15, 16), b"o")
+    assert sort(ram({}), ram(destination), device) == [[7, 16], [8, 15], []]
+
+
+def test_whole_blocks_that_were_not_sent_are_not_decided() -> None:
+    hinting = Discarder("balloon b (free-page-hint)", unsent_block_bytes=16 * PAGE)
+    source = dict.fromkeys((1, 17, 33), b"n")
+    assert sort(ram(source), ram({18: b"\0"}), hinting) == [[17], [], [1, 33]]
+    assert sort(ram(source), ram({18: b"\0"}), BALLOON) == [[1, 17, 33], [], []]
+
+
+@pytest.fixture
+def private() -> Iterator[mmap.mmap]:
+    """Private memory without huge pages: page 0 is untouched, 1 read, 2 and 3 written."""
+    memory = mmap.mmap(-1, 4 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    assert memory[PAGE] == 0
+    memory[2 * PAGE] = 0
+    memory[3 * PAGE] = 1
+    yield memory
+    memory.close()
+
+
+def absent_here(memory: mmap.mmap, pages: int = 4) -> tuple[list[bool], bool]:
+    hva = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    found = absent_in_process(os.getpid(), mappings_of(os.getpid(), "test"), hva, pages)
+    return found.absent.tolist(), found.certain
+
+
+def test_private_memory_that_was_only_read_holds_nothing(private: mmap.mmap) -> None:
+    assert absent_here(private) == ([True, True, False, False], True)
+    private.madvise(mmap.MADV_DONTNEED, 2 * PAGE, PAGE)
+    assert absent_here(private) == ([True, True, True, False], True)
+
+
+def test_private_memory_that_cannot_be_looked_at_is_not_certain() -> None:
+    unmapped = absent_in_process(os.getpid(), [], 1 << 40, 4)
+    assert (unmapped.absent.tolist(), unmapped.certain) == ([False] * 4, False)
+    with mmap.mmap(-1, 4 * PAGE) as shared:  # MAP_SHARED: it may be swapped out
+        assert absent_here(shared) == ([False] * 4, False)
+
+
+def test_holes_of_a_file_hold_nothing() -> None:
+    fd = os.memfd_create("test", os.MFD_CLOEXEC)
+    os.ftruncate(fd, 8 * PAGE)
+    for page in (0, 3, 5):
+        os.pwrite(fd, b"\0" * PAGE, page * PAGE)
+    expected = np.array([False, True, False, True])
+    assert np.array_equal(absent_in_file(Extent(fd, 3 * PAGE), 4).absent, expected)
+    assert absent_in_file(Extent(fd, 6 * PAGE), 2).absent.all()
+    os.close(fd)
+
+
+UNUSED = """\
+FlatView #0
+ AS "memory", root: system
+ Root memory region: system
+  0000000000000000-000000000009ffff (prio 0, ram): ram0
+
+FlatView #1
+ AS "virtio-balloon-pci", root: bus master container
+ Root memory region: (none)
+  No rendered FlatView
+"""
+USED = UNUSED.replace(
+    ' AS "memory", root: system\n',
+    ' AS "memory", root: system\n AS "virtio-balloon-pci", root: bus master container\n',
+)
+
+
+def test_whether_a_balloon_has_a_driver() -> None:
+    assert not guest_drives_balloon(UNUSED.replace("\n", "\r\n"))
+    assert guest_drives_balloon(USED)
+    assert guest_drives_balloon(UNUSED.replace("virtio-balloon", "virtio-blk")), "on no PCI bus"
+
+
+QOM = {
+    "/machine/peripheral": [
+        {"name": "b", "type": "child<virtio-balloon-ccw>"},
+        {"name": "n", "type": "child<virtio-net-pci>"},
+    ],
+    "/machine/peripheral/b": [
+        {"name": "virtio-backend", "type": "child<virtio-balloon-device>"},
+        {"name": "free-page-reporting", "type": "bool"},
+        {"name": "free-page-hint", "type": "bool"},
+    ],
+    "/machine/peripheral/n": [{"name": "mac", "type": "str"}],
+    "/machine/peripheral-anon": [{"name": "device[0]", "type": "child<virtio-balloon-device>"}],
+    "/machine/peripheral-anon/device[0]": [],
+}
+
+
+class Devices:
+    """A QEMU with two balloons, one of them on a bus of its own, and virtio-mem."""
+
+    def __init__(self, flat_views: str) -> None:
+        self.qmp = self
+        self._flat_views = flat_views
+
+    async def monitor(self, command: str) -> str:
+        assert command == "info mtree -f"
+        return self._flat_views
+
+    async def execute(self, command: str, **arguments: Any) -> Any:
+        if command == "query-memory-devices":
+            data = {"memaddr": 1 << 32, "size": 0, "max-size": 1 << 30, "block-size": 1 << 21}
+            return [{"type": "dimm", "data": {}}, {"type": "virtio-mem", "data": data}]
+        if command == "qom-get":
+            return arguments["property"] == "free-page-hint"
+        return [{"name": "type", "type": "string"}, *QOM[arguments["path"]]]
+
+
+def test_devices_are_found_whatever_they_are_called() -> None:
+    found = asyncio.run(discarders(cast(AttachedQemu, Devices(USED))))
+    virtio_mem = Discarder("virtio-mem without an id", 1 << 32, 5 << 30, 1 << 21)
+    assert found == [
+        Discarder("balloon b (free-page-hint)", unsent_block_bytes=4 << 20, hints=True),
+        Discarder("balloon device[0]"),
+        virtio_mem,
+    ]
+    assert asyncio.run(discarders(cast(AttachedQemu, Devices(UNUSED)))) == [virtio_mem]

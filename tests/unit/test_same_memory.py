@@ -1,0 +1,54 @@
+"""Which of two guests' RAM is the same part of one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from dmaproof.errors import UntestableError
+from qmp_tools.check.guest_ram import GuestRam
+from qmp_tools.check.physical_map import CommonRange, MapRegion
+from qmp_tools.check.process_memory import SharedMemory
+from qmp_tools.check.same_memory import is_same_memory
+from qmp_tools.processes.attachment import AttachedQemu
+
+MIB = 1 << 20
+REGION = MapRegion(16 * MIB, 8 * MIB, "ram", "ram0")
+
+
+def ram(offset: int | None, inode: int = 7) -> GuestRam:
+    """8 MiB of RAM at `offset` in a file, or private for None."""
+    return GuestRam(
+        qemu=cast(AttachedQemu, None),
+        regions=[REGION],
+        hvas=[None],
+        shared={} if offset is None else {REGION: SharedMemory(-1, offset, 1, inode)},
+        process=None,
+        backends={},
+        dimms={},
+        folder=Path(),
+    )
+
+
+def same(source: GuestRam, destination: GuestRam) -> bool:
+    part = CommonRange(18 * MIB, 2 * MIB, REGION, REGION)
+    return is_same_memory(source, destination, part)
+
+
+def test_the_same_place_in_the_same_file_is_the_same_memory() -> None:
+    assert same(ram(4 * MIB), ram(4 * MIB))
+
+
+def test_another_file_another_part_and_private_copies_are_not() -> None:
+    assert not same(ram(0), ram(0, inode=8))
+    assert not same(ram(0), ram(8 * MIB))
+    assert not same(ram(None), ram(None))
+    assert not same(ram(0), ram(None))
+
+
+@pytest.mark.parametrize("offset", [4096, 3 * MIB])
+def test_parts_that_overlap_are_refused(offset: int) -> None:
+    with pytest.raises(UntestableError, match="each writes to the other's RAM"):
+        same(ram(4 * MIB), ram(4 * MIB - offset))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmaproof.page_compare import Extent, differing_pages
+from dmaproof.page_compare import Extent, differing_pages, page_digests
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 
 PAGES = 12
@@ -48,3 +49,31 @@ def test_pages_differ_where_their_bytes_do(
 def test_what_is_no_whole_page_is_refused(offset: int, length: int, page_size: int) -> None:
     with ram_fd(4 * PAGE) as fd, pytest.raises(ValueError, match="page"):
         differing_pages(Extent(fd, offset), Extent(fd), length, page_size)
+
+
+@given(CONTENTS, st.integers(0, 3), st.data())
+def test_a_pages_digest_changes_with_its_content(
+    contents: list[int | None], start: int, data: st.DataObject
+) -> None:
+    with ram_fd((PAGES + 8) * PAGE) as fd:
+        extent = Extent(fd, start * PAGE)
+        fill(fd, start * PAGE, contents)
+        before = page_digests(extent, PAGES * PAGE, PAGE)
+        assert [bool(digest) for digest in before] == [bool(byte) for byte in contents]
+        changed = data.draw(st.sets(st.integers(0, PAGES - 1)))
+        for page in changed:
+            place = (start + page) * PAGE + data.draw(st.integers(0, PAGE - 1))
+            os.pwrite(
+                fd, bytes([os.pread(fd, 1, place)[0] ^ 1 << data.draw(st.integers(0, 7))]), place
+            )
+        os.pwrite(fd, b"x", (start + PAGES) * PAGE)  # behind the extent
+        after = page_digests(extent, PAGES * PAGE, PAGE)
+        assert set(np.flatnonzero(before != after)) == changed
+
+
+def test_top_bits_that_change_in_an_even_number_of_words_change_the_digest() -> None:
+    with ram_fd(PAGE) as fd:
+        before = page_digests(Extent(fd), PAGE, PAGE)
+        for word in (3, 400):
+            os.pwrite(fd, b"\x80", word * 8 + 7)
+        assert page_digests(Extent(fd), PAGE, PAGE) != before

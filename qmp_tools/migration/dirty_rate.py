@@ -11,11 +11,9 @@ page counts once between two syncs, and a bit that is set and taken between two 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -25,12 +23,12 @@ from dmaproof.dirty_log import LOG_PAGE_BYTES
 from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError
 
 from ..arguments import require
-from ..processes.attachment import AttachedQemu, owner_name
+from ..processes.attachment import AttachedQemu
 from ..processes.machine import MIB
+from .vhost_log import vhost_log
 
 _SAMPLING: Final = "page-sampling"
 MODES: Final = (_SAMPLING, "dirty-bitmap", "dirty-ring")
-_LOG_NAME: Final = "/memfd:vhost-log"
 _LOOK_EVERY_S: Final = 0.05
 
 
@@ -137,21 +135,12 @@ class VhostLogMeter:
 
 def _read_log(pid: int, name: str) -> tuple[int, NDArray[np.uint8]] | None:
     """The inode and the bits of the process's vhost log, if it has one."""
-    try:
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                if os.readlink(entry).startswith(_LOG_NAME):  # noqa: PTH115  (names no path)
-                    # By read and not by mapping, which would fill the memfd's holes.
-                    with entry.open("rb") as log:
-                        return os.fstat(log.fileno()).st_ino, np.frombuffer(log.read(), np.uint8)
-    except PermissionError:
-        owner = owner_name(Path(f"/proc/{pid}").stat().st_uid)
-        raise UntestableError(
-            f"{name} (process {pid}) belongs to user {owner}; run this as {owner} or as root"
-        ) from None
-    except FileNotFoundError:  # the process has gone, which QMP tells better
-        pass
-    return None
+    with vhost_log(pid, name, os.O_RDONLY) as fd:
+        if fd is None:
+            return None
+        # By read and not by mapping, which would fill the memfd's holes.
+        status = os.fstat(fd)
+        return status.st_ino, np.frombuffer(os.pread(fd, status.st_size, 0), np.uint8)
 
 
 def to_json(rates: DirtyRates) -> dict[str, Any]:

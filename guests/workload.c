@@ -11,6 +11,7 @@ enum {
     ERRORS_TOLD = 64,
     BLOCK_PAGE = OWN_PAGES - 1,  // of a worker's own pages; what is unaligned goes to those before
     HOT_SET_SHARE = 16,
+    LAST_EVERY = 16,
 };
 
 static const uint64_t DEVICE_MAGIC = 0x464F4F5250414D44;  // "DMAPROOF"
@@ -33,6 +34,7 @@ static const struct {
     {"huge_every=", &parameters.huge_every},
     {"unaligned_every=", &parameters.unaligned_every},
     {"image=", &parameters.image},
+    {"last=", &parameters.last},
 };
 static const char *const pattern_names[] = {"random", "sequential", "hot-set"};
 
@@ -55,9 +57,9 @@ static struct {
     uint64_t counter;  // of the last write; 0: never written
 } blocks[WRITE_BLOCKS];
 
-static atomic_ulong requests, writes, once_taken, once_finished, errors, newest;
+static atomic_ulong requests, writes, once_taken, last_taken, once_finished, errors, newest;
 static atomic_ulong disk_cursor, hot_cursor, churn_rounds;
-static atomic_bool once_wanted, quiet;
+static atomic_bool once_wanted, last_wanted, quiet;
 
 // Parameters -------------------------------------------------------------------------------------
 
@@ -155,6 +157,11 @@ static bool check(const char *kind, const uint64_t *words, uint64_t magic, uint6
 
 // Planning ---------------------------------------------------------------------------------------
 
+// How many of the once pages come before the last ones.
+static uint64_t early_once(void) {
+    return parameters.once - parameters.last;
+}
+
 uint64_t buffer_pages(void) {
     return parameters.threads * OWN_PAGES + parameters.hot + parameters.once + parameters.churn;
 }
@@ -191,6 +198,8 @@ const char *prepare_workload(uint64_t disk_sectors) {
     if (parameters.threads > MAX_WORKERS || parameters.max_pages > MAX_SMALL_PAGES ||
         !parameters.threads || !parameters.max_pages || !parameters.hot)
         return "threads, max_pages or hot is out of bounds";
+    if (parameters.last > parameters.once)
+        return "last is more than once";
     first_hot = parameters.threads * OWN_PAGES;
     first_once = first_hot + parameters.hot;
     first_churn = first_once + parameters.once;
@@ -200,7 +209,7 @@ const char *prepare_workload(uint64_t disk_sectors) {
         once_order[index] = (uint32_t)(first_once + index);
     // The first half stays in a row, so that a request's pages are one piece of memory; the second
     // half is scattered (Fisher and Yates).
-    once_in_a_row = parameters.pattern == SEQUENTIAL ? parameters.once : parameters.once / 2;
+    once_in_a_row = parameters.pattern == SEQUENTIAL ? early_once() : early_once() / 2;
     uint64_t state = parameters.seed;
     for (uint64_t index = once_in_a_row; index < parameters.once; index++) {
         uint64_t other = once_in_a_row + random_below(&state, index - once_in_a_row + 1);
@@ -252,11 +261,19 @@ static uint32_t take_hot(uint64_t *random, uint32_t *pages, uint32_t count, bool
 static uint32_t take_once(uint32_t *pages, uint32_t count) {
     uint64_t first = atomic_fetch_add(&once_taken, count);
     uint32_t taken = 0;
-    while (taken < count && first + taken < parameters.once) {
+    while (taken < count && first + taken < early_once()) {
         pages[taken] = once_order[first + taken];
         taken++;
     }
     return taken;
+}
+
+static uint32_t take_last(uint32_t *page) {
+    uint64_t index = early_once() + atomic_fetch_add(&last_taken, 1);
+    if (index >= parameters.once)
+        return 0;
+    *page = once_order[index];
+    return 1;
 }
 
 // Write a block of our own, or read one back to check that it holds what was written last.
@@ -300,6 +317,10 @@ static bool plan_read(uint64_t *random, struct request *request) {
     if (atomic_load(&once_wanted) && fits && random_below(random, 4)) {
         request->region = ONCE;
         request->count = take_once(request->pages, count);
+    }
+    if (request->count == 0 && atomic_load(&last_wanted) && one_of(random, LAST_EVERY)) {
+        request->region = ONCE;
+        request->count = take_last(request->pages);
     }
     if (request->count == 0) {
         bool in_a_row = huge || parameters.pattern == SEQUENTIAL || random_below(random, 2);
@@ -389,8 +410,8 @@ static void finish_block(const struct request *request, bool moved) {
 }
 
 static void count_once(uint64_t pages) {
-    if (atomic_fetch_add(&once_finished, pages) + pages == parameters.once)
-        tell("once-done pages=%lu", parameters.once);
+    if (atomic_fetch_add(&once_finished, pages) + pages == early_once())
+        tell("once-done pages=%lu", early_once());
 }
 
 void finish_request(struct request *request, uint64_t done) {
@@ -467,7 +488,9 @@ static void begin_again(void) {
         __builtin_memset(page_at(page), 0, PAGE_BYTES);
     }
     atomic_store(&once_wanted, false);
+    atomic_store(&last_wanted, false);
     atomic_store(&once_taken, 0);
+    atomic_store(&last_taken, 0);
     atomic_store(&once_finished, 0);
     atomic_store(&quiet, false);
     tell("again");
@@ -489,6 +512,9 @@ void obey(char command) {
     case 'o':
         if (!atomic_exchange(&once_wanted, true))
             count_once(0);  // there may be none
+        break;
+    case 'l':
+        atomic_store(&last_wanted, true);
         break;
     case 'q':
         atomic_store(&quiet, true);

@@ -41,7 +41,7 @@ enum pattern { RANDOM, SEQUENTIAL, HOT_SET };
 
 // The parameters of docs/guests.md, by the names that they have there.
 struct parameters {
-    uint64_t threads, hot, once, churn, hold, seed;
+    uint64_t threads, hot, once, last, churn, hold, seed;
     uint64_t write_every, max_pages, huge_every, unaligned_every, image, pattern;
 };
 extern struct parameters parameters;

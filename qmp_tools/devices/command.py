@@ -11,7 +11,7 @@ import shlex
 import stat
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -30,6 +30,9 @@ from .device import AttachedDevice, DeviceFacts, SilentDevice, on_image, on_netw
 from .disk_image import write_image
 
 _POLL_S: Final = 0.01
+_LAST_SHARE: Final = 4
+"""One of so many once pages is written while the migration ends. What a device forgets to mark when
+it is stopped are the pages that it has written last."""
 _ACCEPTS_CONNECTIONS: Final = 1 << 16
 """__SO_ACCEPTCON, as /proc/net/unix shows it among a socket's flags."""
 
@@ -91,7 +94,9 @@ class CommandDevice:
 
     def fit(self, workload: Workload) -> Workload:
         """See `ProofDevice.fit`."""
-        return on_network(workload) if KINDS[self.kind].network else on_image(workload)
+        if KINDS[self.kind].network:
+            return on_network(workload)
+        return replace(on_image(workload), last=workload.once // _LAST_SHARE)
 
     def with_fault(self, fault: str) -> CommandDevice:
         """See `ProofDevice.with_fault`."""

@@ -20,6 +20,8 @@ from .workload import MOST_HOLD_PAGES
 
 START_ONCE: Final = b"o"
 """Begin to use the pages that are written only once."""
+START_LAST: Final = b"l"
+"""Begin to use, now and then, those of them that are kept for the end of the migration."""
 SWEEP: Final = b"s"
 """Check every page in RAM again."""
 QUIET: Final = b"q"

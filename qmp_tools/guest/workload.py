@@ -25,6 +25,7 @@ _BOUNDS: Final = {
     "huge_every": (0, 1 << 30),
     "unaligned_every": (0, 1 << 30),
     "image": (0, 1),
+    "last": (0, 1 << 24),
 }
 
 
@@ -34,6 +35,7 @@ class Workload:
 
     One of so many requests as `write_every`, `huge_every` and `unaligned_every` say is of that
     kind; 0: none is. `image` is 1 where the disk is an image file, whose stamps stay as they are.
+    So many of the once pages as `last` says are used only when the migration is about to end.
 
     Raises:
         UsageError: a value is out of bounds.
@@ -51,6 +53,7 @@ class Workload:
     huge_every: int = 512
     unaligned_every: int = 16
     image: int = 0
+    last: int = 0
 
     def __post_init__(self) -> None:
         for name, (low, high) in _BOUNDS.items():

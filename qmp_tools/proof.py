@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from .devices.device import ProofDevice
 from .guest.workload import Workload
+from .late_dma import SETTLE_S
 from .migration.migration import Limits, Progress
 from .migration.ways import LOCALHOST
 from .processes.machine import Machine
@@ -20,7 +21,11 @@ from .verdict import Verdict
 
 @dataclass(frozen=True)
 class Setup:
-    """All that one proof depends on."""
+    """All that one proof depends on.
+
+    `settle_s` is for how long the source's RAM must not change after its guest was paused, where
+    the device keeps no journal and is not part of QEMU.
+    """
 
     qemu: Path
     qemu_destination: Path
@@ -33,6 +38,7 @@ class Setup:
     host: str = LOCALHOST
     limits: Limits = field(default_factory=Limits)
     requests_after: int = 1000
+    settle_s: float = SETTLE_S
 
 
 @dataclass(frozen=True)

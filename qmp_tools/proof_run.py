@@ -8,7 +8,9 @@ used up may the migration end. So whatever the chain loses of them stays lost, a
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,10 +25,13 @@ from dmaproof.evidence import HARVEST, Evidence, Slot
 from .check.physical_map import parse_flat_view, shown_parts
 from .devices.device import AttachedDevice
 from .display import Display
-from .guest.channel import QUIET, START_ONCE, SWEEP, GuestLateError
+from .guest.channel import QUIET, START_LAST, START_ONCE, SWEEP, GuestLateError
+from .late_dma import PausedRam
 from .migration.hold import PrecopyHold
+from .migration.log_watch import LogWatch, used_rings
 from .migration.migration import Migration, Progress
 from .migration.refused_features import explain_refusal
+from .migration.vhost_log import vhost_log
 from .migration.ways import WAYS, FirstAttempt, UnsupportedWayError
 from .processes.machine import format_memory
 from .processes.qemu import Qemu
@@ -34,7 +39,7 @@ from .processes.run_folder import run_folder
 from .proof import Hop, Proof, Setup
 from .qemu_pair import QemuPair
 from .ram import RamFile, compare, copied, ram_files
-from .reports.ram_map import RamMap, joined, map_proof
+from .reports.ram_map import RamMap, joined, map_proof, with_lost
 from .verdict import (
     EXIT_PASS,
     Blame,
@@ -43,8 +48,11 @@ from .verdict import (
     Verdict,
     Witness,
     attribute,
+    blame_early_bits,
     measure_sharpness,
     sharpness_by_guest,
+    slots_in,
+    with_late_dma,
 )
 
 _PATIENCE_AFTER_LOSS_S: Final = 30.0
@@ -130,9 +138,12 @@ class ProofRun(QemuPair):
         self._moment: Sequence[RamFile] | None = None
         self._kept = contextlib.ExitStack()
         """Holds the RAM of the moment."""
+        self._paused: PausedRam | None = None
+        self._log_watch: LogWatch | None = None
 
     async def end(self) -> None:
         """See `QemuPair.end`."""
+        self._end_log_watch()
         self._kept.close()
         await super().end()
 
@@ -175,6 +186,7 @@ class ProofRun(QemuPair):
             guest = self._guests[self.here]
             await guest.tell(START_ONCE)
             await guest.wait_for(lambda: "once-done" in guest.latest, "used its once pages")
+        self._paused = self._log_watch = None
         if self._way.snapshot or self._way.in_place:
             await source.qmp.execute("stop")
             async with ram_files(source) as files:
@@ -203,6 +215,7 @@ class ProofRun(QemuPair):
         source, destination = self.qemus[self.here], self.qemus[self.there]
         began_s = time.monotonic()
         self._display.say("comparing every page of RAM")
+        self._end_log_watch()
         blame = Blame.SNAPSHOT if self._way.snapshot else Blame.UNKNOWN
         evidence: Sequence[Evidence] = []
         if not (self._way.snapshot or self._way.stands_still):  # there is no journal but of a log
@@ -217,6 +230,8 @@ class ProofRun(QemuPair):
                 raise UntestableError("source and destination have not the same memory backends")
             if self._way.cpr_channel and ours[0].inode != theirs[0].inode:
                 raise UntestableError("the source has copied its memory and not handed it over")
+            if all(our.inode != their.inode for our, their in zip(ours, theirs, strict=True)):
+                self._paused = PausedRam(ours)
             for source_ram, destination_ram in zip(ours, theirs, strict=True):
                 differing = compare(source_ram, destination_ram)
                 slots = known or await _slots(destination, source_ram)
@@ -227,6 +242,8 @@ class ProofRun(QemuPair):
                 pages += source_ram.pages
         if evidence and not known:
             evidence = [replace(it, slots=places) for it in evidence]
+        if self._log_watch is not None:
+            lost = blame_early_bits(lost, self._log_watch.evidence())
         compare_s = time.monotonic() - began_s
 
         self._display.say(f"{len(lost)} of {pages} pages differ")
@@ -349,6 +366,7 @@ class ProofRun(QemuPair):
                     continue
                 if all_sent_ns is None and progress.syncs >= 2:
                     all_sent_ns = progress.time_ns
+                    self._log_watch = await self._watch_log()
                     await guest.tell(START_ONCE)
                 elif all_sent_ns is not None and not disturbed:
                     if guest.number("progress", "once") or "once-done" in guest.latest:
@@ -356,11 +374,39 @@ class ProofRun(QemuPair):
                         await self.device.disturb(self.here)
                 elif not released and "once-done" in guest.latest and migration.way_shown:
                     released = True
+                    if self._log_watch is not None:
+                        self._log_watch.let_go()
+                    await guest.tell(START_LAST)
                     await guest.tell(QUIET)
                     await migration.release()
         finally:
+            if self._log_watch is not None:
+                self._log_watch.let_go()
             self._display.close()
         return (all_sent_ns if all_sent_ns is not None else time.monotonic_ns()), released
+
+    async def _watch_log(self) -> LogWatch | None:
+        """Watch QEMU's vhost log, where nothing else tells what the device has reported."""
+        if not self._is_third_party:
+            return None
+        source = self.qemus[self.here]
+        with vhost_log(source.process.pid, source.process.name, os.O_RDWR) as log:
+            if log is None:  # the migration is over already
+                return None
+            # Behind an IOMMU, QEMU tells a ring's bus address.
+            rings = [] if self._setup.machine.iommu else await used_rings(source.qmp)
+            async with ram_files(source) as files:
+                slots = [slot for ram in files for slot in await _slots(source, ram)]
+                return LogWatch(log, files, slots, rings)
+
+    @property
+    def _is_third_party(self) -> bool:
+        """Whether the device keeps no journal, and is outside QEMU."""
+        return self._setup.device.facts.tracker is None and bool(self.device.processes)
+
+    def _end_log_watch(self) -> None:
+        if self._log_watch is not None:
+            self._log_watch.end()
 
     async def _run_on(self, progress: Progress) -> None:
         """Let the source's guest run, and its device write, while the snapshot is taken."""
@@ -379,6 +425,32 @@ class ProofRun(QemuPair):
         """
         if self._way.snapshot:  # the disk is of another moment, so the guest must find it wrong
             return proof
+        return await self.guarded(self._settle(await self._finish(proof)))
+
+    async def _settle(self, proof: Proof) -> Proof:
+        """Add to the verdict what has happened at the source since its guest was paused."""
+        if self._paused is None:
+            return proof
+        source, verdict = self.qemus[self.here], proof.verdict
+        paused_s = (proof.moments.get("STOP") or proof.history[-1].time_ns) / 1e9
+        if self._is_third_party:
+            left_s = paused_s + self._setup.settle_s - time.monotonic()
+            self._display.say(f"watching the source's RAM for {max(0.0, left_s):.1f} s more")
+            await asyncio.sleep(left_s)
+        late: list[LostPage] = []
+        settled_s = time.monotonic() - paused_s
+        async with ram_files(source) as files:
+            for ram in files:
+                late += self._paused.written(ram, slots_in(ram, await _slots(source, ram)))
+        verdict = replace(
+            verdict,
+            lost=with_late_dma(verdict.lost, late),
+            settled_s=settled_s,
+            log=self._log_watch.evidence() if self._log_watch is not None else None,
+        )
+        return replace(proof, verdict=verdict, ram_map=with_lost(proof.ram_map, late))
+
+    async def _finish(self, proof: Proof) -> Proof:
         lost = proof.verdict.lost
         try:
             guest = await self.guarded(self._go_on(_PATIENCE_AFTER_LOSS_S if lost else None))

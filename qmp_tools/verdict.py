@@ -15,7 +15,9 @@ A page that the device wrote and that has not reached the log fails the proof ev
 equal: QEMU may have sent it for a reason of its own (it dirties every used ring when it stops it,
 and vCPUs write beside status bytes), and will not always have one.
 
-Of a device that keeps no journal none of this is known: who lost a page stays open.
+Of a device that keeps no journal none of this is known: who lost a page stays open. Only a page
+that was written after the guest had been paused (`late_dma`), and a page whose dirty bit was in
+QEMU's log before its data was in RAM (`migration.log_watch`), are the device's for certain.
 
 A pass needs evidence. Pages that the device wrote only once, after QEMU had sent every page at
 least once, are *certain*: their bit is the only thing that can have brought them across. Where
@@ -27,7 +29,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Final
 
@@ -38,6 +40,7 @@ from dmaproof.evidence import Evidence, Slot
 from dmaproof.journal import WriteKind
 from dmaproof.trace import TRACED_LINKS, Link
 
+from .migration.log_watch import LogEvidence
 from .ram import PAGE_BYTES, RamFile
 
 EXIT_PASS: Final = 0
@@ -54,11 +57,15 @@ class Blame(StrEnum):
     ACCELERATOR = "accelerator"
     SNAPSHOT = "snapshot"
     UNKNOWN = "unknown"
+    LATE_DMA = "late-dma"
+    EARLY_BIT = "early-bit"
 
 
 @dataclass(frozen=True)
 class LostPage:
     """One page that differs. Addresses in bytes; `gpa` is None where no memory slot names it.
+
+    `bytes_differing` is None where the page was written only after it had been compared.
 
     The members from `iova` on tell of the device's last write to the bytes that differ, and are
     None where there was none; `device` is its name, `seconds` count from the start of logging.
@@ -66,7 +73,7 @@ class LostPage:
 
     ram_offset: int
     gpa: int | None
-    bytes_differing: int
+    bytes_differing: int | None
     blame: Blame
     link: Link | None = None
     device: str | None = None
@@ -141,6 +148,9 @@ class Verdict:
 
     With `ended_early` the migration completed before the guest had used its once pages, so that no
     number of equal pages is a pass.
+
+    `settled_s` is for how long the source's RAM was seen not to change after its guest had been
+    paused, None if it was not looked at; `log` what QEMU's vhost log has shown, if it was watched.
     """
 
     pages: int
@@ -148,6 +158,8 @@ class Verdict:
     sharpness: Sharpness
     guest: GuestOutcome
     ended_early: bool = False
+    settled_s: float | None = None
+    log: LogEvidence | None = None
 
     def count(self, blame: Blame) -> int:
         """How many of the lost pages are `blame`'s."""
@@ -156,29 +168,32 @@ class Verdict:
     @property
     def exit_code(self) -> int:
         """0 pass, 1 lost, 3 nothing was tested."""
-        if self.lost or self.guest.errors or self.sharpness.unreported:
+        if self.lost or self.guest.errors or self.sharpness.unreported or self._log_faults:
             return EXIT_LOST
         tested = self.sharpness.rewritten and not self.ended_early
         return EXIT_PASS if tested else EXIT_UNTESTED
 
     @property
+    def _log_faults(self) -> list[str]:
+        """What the log has shown to be wrong, whether or not a page was lost by it."""
+        found = []
+        if self.log and self.log.late_bits:
+            found.append(
+                f"{len(self.log.late_bits)} dirty bits were set after QEMU had read the log for "
+                "the last time"
+            )
+        if self.log and self.log.unlogged_queues:
+            queues = ", ".join(str(queue) for queue in self.log.unlogged_queues)
+            found.append(f"the device never logged its writes to the used ring of queue {queues}")
+        return found
+
+    @property
     def sentence(self) -> str:
         """The verdict in one sentence."""
-        if self.count(Blame.UNKNOWN):
-            return (
-                f"{len(self.lost)} of {self.pages} pages were lost; by whom is not ours to know, "
-                "the device keeps no journal"
-            )
-        if self.count(Blame.SNAPSHOT):
-            return (
-                f"{len(self.lost)} of {self.pages} pages are not of the snapshot's moment: QEMU "
-                "took it, and does not hold off what a device outside QEMU writes"
-            )
         if self.lost:
-            shares = ", ".join(
-                f"{self.count(blame)} by {_CULPRITS[blame]}" for blame in Blame if self.count(blame)
-            )
-            return f"{len(self.lost)} of {self.pages} pages were lost: {shares}"
+            return "; ".join((self._loss, *self._log_faults))
+        if self._log_faults:
+            return "; ".join(("every page equal, but by luck", *self._log_faults))
         if self.guest.errors:
             return (
                 f"every page equal, but the guest found {self.guest.errors} errors on the "
@@ -201,11 +216,60 @@ class Verdict:
             )
         return f"every page equal: {self.pages} pages compared"
 
+    @property
+    def _loss(self) -> str:
+        if self.count(Blame.SNAPSHOT):
+            return (
+                f"{len(self.lost)} of {self.pages} pages are not of the snapshot's moment: QEMU "
+                "took it, and does not hold off what a device outside QEMU writes"
+            )
+        if self.count(Blame.UNKNOWN) == len(self.lost):
+            return (
+                f"{len(self.lost)} of {self.pages} pages were lost; by whom is not ours to know, "
+                "the device keeps no journal"
+            )
+        shares = ", ".join(
+            f"{self.count(blame)} {_CULPRITS[blame]}" for blame in Blame if self.count(blame)
+        )
+        return f"{len(self.lost)} of {self.pages} pages were lost: {shares}"
+
+    @property
+    def unseen(self) -> list[str]:
+        """What may be wrong with a device without a journal, and could not have shown."""
+        if self.sharpness.witness is not Witness.GUEST:
+            return []
+        found = []
+        if self.settled_s is not None:
+            found.append(f"DMA later than {self.settled_s:.1f} s after the guest was paused")
+        if self.log is None:
+            return found
+        found.append(
+            "a dirty bit that is set before its data by less than about "
+            f"{self.log.look_interval_s * 1000:.1f} ms, or on pages that are used again"
+        )
+        if not self.log.judged_queues:
+            found.append(
+                "an unlogged used ring: too few dirty bits came before the device was stopped, or "
+                "QEMU does not say where the ring is"
+            )
+        else:
+            found.append(
+                "an unlogged used ring whose page the device marks for something else in it"
+            )
+        found.append(
+            "bits that are forgotten when the device is stopped, of pages that it has not written "
+            "just before"
+        )
+        return found
+
 
 _CULPRITS: Final = {
-    Blame.DEVICE: "the device's dirty tracking",
-    Blame.QEMU: "QEMU's handling of the device's log",
-    Blame.ACCELERATOR: "the accelerator's own dirty tracking",
+    Blame.DEVICE: "by the device's dirty tracking",
+    Blame.QEMU: "by QEMU's handling of the device's log",
+    Blame.ACCELERATOR: "by the accelerator's own dirty tracking",
+    Blame.UNKNOWN: "cause unknown",
+    Blame.LATE_DMA: "by DMA after the guest had been paused",
+    Blame.EARLY_BIT: "by dirty bits that were set before the data was written",
 }
 
 
@@ -353,7 +417,7 @@ def attribute(
 
     `slots` say where the guest has its RAM; without any `evidence` it was `blame`.
     """
-    slots = [slot for slot in slots if (slot.device, slot.inode) == (source.device, source.inode)]
+    slots = slots_in(source, slots)
     if not evidence:
         return [_unattributed(int(page), slots, source, destination, blame) for page in differing]
     written = [WrittenPages(each.records) for each in evidence]
@@ -361,6 +425,31 @@ def attribute(
         _attribute_page(int(page), slots, source, destination, evidence, written)
         for page in differing
     ]
+
+
+def blame_early_bits(lost: Sequence[LostPage], log: LogEvidence) -> list[LostPage]:
+    """The `lost` pages, with that blame where the `log` has shown the page's bit to be early."""
+    early = set(log.early_bits)
+    return [replace(page, blame=Blame.EARLY_BIT) if page.gpa in early else page for page in lost]
+
+
+def with_late_dma(lost: Sequence[LostPage], late: Sequence[LostPage]) -> list[LostPage]:
+    """The `lost` pages and the `late` ones, each once: by the journal where there is one."""
+
+    def place(page: LostPage) -> tuple[int, int | None]:
+        return page.ram_offset, page.gpa
+
+    late_places = {place(page) for page in late}
+    others = [
+        page for page in lost if page.blame is not Blame.UNKNOWN or place(page) not in late_places
+    ]
+    other_places = {place(page) for page in others}
+    return [*others, *(page for page in late if place(page) not in other_places)]
+
+
+def slots_in(ram: RamFile, slots: Sequence[Slot]) -> list[Slot]:
+    """Those of the `slots` that are parts of `ram`."""
+    return [slot for slot in slots if (slot.device, slot.inode) == (ram.device, ram.inode)]
 
 
 def _attribute_page(
@@ -374,7 +463,7 @@ def _attribute_page(
     ram_offset = index * PAGE_BYTES
     differs = _differs(ram_offset, source, destination)
     bytes_differing = int(differs.sum())
-    gpa = _gpa_of(ram_offset, slots)
+    gpa = gpa_of(ram_offset, slots)
     if gpa is None:
         return LostPage(ram_offset, None, bytes_differing, Blame.ACCELERATOR)
     page = gpa // PAGE_BYTES
@@ -417,7 +506,7 @@ def _unattributed(
 ) -> LostPage:
     ram_offset = index * PAGE_BYTES
     bytes_differing = int(_differs(ram_offset, source, destination).sum())
-    return LostPage(ram_offset, _gpa_of(ram_offset, slots), bytes_differing, blame)
+    return LostPage(ram_offset, gpa_of(ram_offset, slots), bytes_differing, blame)
 
 
 def _differs(ram_offset: int, source: RamFile, destination: RamFile) -> NDArray[np.bool_]:
@@ -429,7 +518,8 @@ def _differs(ram_offset: int, source: RamFile, destination: RamFile) -> NDArray[
     return differs
 
 
-def _gpa_of(ram_offset: int, slots: Sequence[Slot]) -> int | None:
+def gpa_of(ram_offset: int, slots: Sequence[Slot]) -> int | None:
+    """Where the guest has what is at `ram_offset` of a RAM file; None where it has it nowhere."""
     for slot in slots:
         if slot.file_offset <= ram_offset < slot.file_offset + slot.length:
             return slot.gpa + ram_offset - slot.file_offset

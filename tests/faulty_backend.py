@@ -1,25 +1,89 @@
-"""A vhost-user back end as somebody else's would be that has a fault: our own device, unobserved.
+"""A vhost-user back end as a third party's would be that has a fault: our own device, unobserved.
 
-Run with the path to listen on and the fault to plant.
+Run with the path to listen on, the fault to inject ('none': no fault), and optionally when to
+harvest (as ``--harvest``). The faults are those of `dmaproof.faults` and one more:
+``dma-after-stop=SECONDS`` writes a page again so long after the device has stopped.
 """
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
+import threading
+from collections.abc import Callable
+from typing import Any, Final
+
+from dmaproof.dirty_tracker import emulated_trackers
+from dmaproof.dma import Dma
+from dmaproof.stamp import PAGE_BYTES, stamped_page
+from dmaproof.vhost_user.__main__ import main as serve
+from dmaproof.vhost_user.session import Session
+
+_DMA_AFTER_STOP: Final = "dma-after-stop="
 
 
-def main() -> None:
+class _LastPage:
+    """The door to guest RAM, and where it was last used for a whole page."""
+
+    def __init__(self) -> None:
+        self.page = memoryview(bytearray(PAGE_BYTES))
+
+    def make_dma(self, *arguments: Any, **options: Any) -> Dma:
+        dma = _RememberingDma(*arguments, **options)
+        dma.last = self
+        return dma
+
+
+class _RememberingDma(Dma):
+    last: _LastPage
+
+    def _store(self, iova: int, target: memoryview, data: memoryview) -> None:
+        super()._store(iova, target, data)
+        if len(target) == PAGE_BYTES:
+            self.last.page = target
+
+
+class _RestlessSession(Session):
+    """Writes a page again when it has long been stopped."""
+
+    after_s: float
+    last: _LastPage
+    _done = False
+
+    def receive(self) -> None:
+        super().receive()
+        if self.collector.active and not self.running and not self._done:
+            self._done = True
+            content = stamped_page(lba=8, request=1 << 40)
+            threading.Timer(
+                self.after_s, self.last.page.__setitem__, (slice(None), content)
+            ).start()
+
+
+def _make_session(after_s: float) -> Callable[..., Session]:
+    def make(connection: Any, device: Any, tracker: Any, *others: Any, **options: Any) -> Session:
+        last = _LastPage()
+        session = _RestlessSession(
+            connection, device, tracker, *others, make_dma=last.make_dma, **options
+        )
+        session.after_s, session.last = after_s, last
+        return session
+
+    return make
+
+
+def main() -> int:
     """Become the device; its control socket stays open, and nobody speaks on it."""
-    path, fault = sys.argv[1:]
-    ours, theirs = socket.socketpair()
-    for end in (ours, theirs):
-        end.set_inheritable(True)
-    ours.detach()
-    command = [sys.executable, "-m", "dmaproof.vhost_user", "--control", str(theirs.detach())]
-    os.execv(sys.executable, [*command, "--socket", f"theirs={path}", "--fault", fault])
+    path, fault, *harvest = sys.argv[1:]
+    _ours, theirs = socket.socketpair()
+    sys.argv[1:] = ["--control", str(theirs.detach()), "--socket", f"theirs={path}"]
+    sys.argv += ["--harvest", *harvest] if harvest else []
+    if fault.startswith(_DMA_AFTER_STOP):
+        after_s = float(fault.removeprefix(_DMA_AFTER_STOP))
+        return serve(emulated_trackers(), "iommu", lambda _: _make_session(after_s))
+    sys.argv += ["--fault", fault] if fault != "none" else []
+    return serve(emulated_trackers(), "iommu", lambda fault: fault.make_session)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

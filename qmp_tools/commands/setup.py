@@ -21,6 +21,7 @@ from ..guest.choice import GUESTS
 from ..guest.workload import parse_workload
 from ..host.probes import choose_accelerator, choose_memory, warn_of_dimms
 from ..host.qemu_choice import common_machine, find_qemu
+from ..late_dma import SETTLE_S
 from ..migration.migration import Limits
 from ..migration.refused_features import FEATURES
 from ..migration.ways import LOCALHOST, WAYS, Plug
@@ -150,6 +151,14 @@ def add_proof_options(parser: argparse.ArgumentParser) -> None:
         default=1000,
         metavar="N",
         help="that the guest must do on the destination (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--settle",
+        type=seconds,
+        default=SETTLE_S,
+        metavar="SECONDS",
+        help="how long a third-party device must leave the source's RAM alone after its guest was "
+        "paused (default: %(default)g)",
     )
 
 
@@ -333,6 +342,7 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
         host=arguments.host,
         limits=limits,
         requests_after=arguments.requests_after,
+        settle_s=arguments.settle,
     )
 
 

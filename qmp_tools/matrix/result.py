@@ -27,10 +27,10 @@ class State(StrEnum):
 class Result:
     """A cell's outcome. `message` is one of the verdict's or QEMU's sentences.
 
-    `blame` has who lost pages (`verdict.Blame`), or 'unreported' and 'guest' where only the log or
-    the guest found a fault; `stories` are those of the first lost pages. `certain` counts the pages
-    of which any one's lost bit would have shown. `command` is the command line that repeats the
-    proof. `kept` is a result of an earlier run.
+    `blame` has who lost pages (`verdict.Blame`), or 'unreported', 'late-bits', 'unlogged-ring' and
+    'guest' where only the log or the guest found a fault; `stories` are those of the first lost
+    pages. `certain` counts the pages of which any one's lost bit would have shown. `command` is the
+    command line that repeats the proof. `kept` is a result of an earlier run.
     """
 
     state: State
@@ -85,5 +85,11 @@ def _blame(report: Mapping[str, Any]) -> list[str]:
     losers = [name for name, pages in report["lost"].items() if pages]
     if losers:
         return losers
-    found = {"unreported": report["sharpness"]["unreported"], "guest": report["guest"]["errors"]}
+    log = report["log"] or {"late_bits": [], "unlogged_queues": []}
+    found = {
+        "unreported": report["sharpness"]["unreported"],
+        "late-bits": log["late_bits"],
+        "unlogged-ring": log["unlogged_queues"],
+        "guest": report["guest"]["errors"],
+    }
     return [name for name, count in found.items() if count]

@@ -88,6 +88,7 @@ def _proof_facts(answer: Json) -> str:
         ("requests after the migration", guest["requests"]),
         ("pages the guest checked again", guest["swept"]),
         ("errors that the guest found", guest["errors"]),
+        *_watched(answer),
         *_device(setup),
         ("migration", f"{setup['way']}, {answer['migration']['migration_s']:.1f} s"),
     ]
@@ -118,6 +119,24 @@ def _written(sharpness: Json) -> list[tuple[str, Any]]:
             f"{sharpness['unreported']}" + (f" ({links})" if links else ""),
         ),
     ]
+
+
+def _watched(answer: Json) -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    if answer["settled_s"] is not None:
+        rows.append(
+            ("source's RAM watched after the guest was paused", f"{answer['settled_s']:.1f} s")
+        )
+    if (log := answer["log"]) is not None:
+        unlogged = ", ".join(f"queue {queue}" for queue in log["unlogged_queues"])
+        rows += [
+            ("looks at QEMU's vhost log", log["looks"]),
+            ("dirty bits set after QEMU had read it last", len(log["late_bits"])),
+            ("used rings that were never logged", unlogged or "none was seen"),
+        ]
+    if answer["unseen"]:
+        rows.append(("what could not have shown", "; ".join(answer["unseen"])))
+    return rows
 
 
 def _device(setup: Json) -> list[tuple[str, Any]]:

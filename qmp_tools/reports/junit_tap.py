@@ -128,6 +128,14 @@ def _proof_cases(answer: Mapping[str, Any]) -> list[Case]:
             f"{sharpness['unreported']} of {sharpness['written']} are not",
         )
         found.insert(2, unreported)
+    if (log := answer["log"]) is not None:
+        late, unlogged = len(log["late_bits"]), len(log["unlogged_queues"])
+        logged = Case(
+            "the device has kept QEMU's log in time",
+            "failed" if late or unlogged else "passed",
+            f"{late} late dirty bits, {unlogged} used rings that were never logged",
+        )
+        found.insert(2, logged)
     if "control" in answer:
         caught = answer["control"]["caught"]
         fault = answer["control"]["setup"]["fault"]

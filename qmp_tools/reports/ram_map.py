@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -123,6 +123,21 @@ def map_proof(
             for gpa, offset, length in areas
         ],
     )
+
+
+def with_lost(ram_map: RamMap, lost: Sequence[LostPage]) -> RamMap:
+    """The map with more pages lost, found after it was made; only those that the guest sees."""
+    kind = list(ram_map.meanings).index("lost")
+    areas = []
+    for area in ram_map.areas:
+        classes = area.classes.copy()
+        for page in lost:
+            if page.gpa is not None and area.gpa is not None:
+                index = (page.gpa - area.gpa) // PAGE_BYTES
+                if 0 <= index < len(classes):
+                    classes[index] = kind
+        areas.append(replace(area, classes=classes))
+    return replace(ram_map, areas=areas)
 
 
 def _written(evidence: Sequence[Evidence], all_sent_ns: int) -> list[tuple[str, NDArray[np.int64]]]:

@@ -36,6 +36,9 @@ def to_json(proof: Proof) -> dict[str, Any]:
         "lost": {blame.value: verdict.count(blame) for blame in Blame},
         "lost_pages": [{**asdict(page), "story": _story(page)} for page in verdict.lost],
         "sharpness": verdict.sharpness.to_json(),
+        "settled_s": verdict.settled_s,
+        "log": asdict(verdict.log) if verdict.log else None,
+        "unseen": verdict.unseen,
         "guest": asdict(verdict.guest),
         "setup": {
             "seed": setup.seed,
@@ -97,6 +100,10 @@ def to_text(proof: Proof) -> str:
         f"  destination  the guest did {guest.requests} more requests and checked {guest.swept} "
         f"pages again: {guest.errors} errors",
     ]
+    lines += [
+        f"  {'unseen' if index == 0 else '':<12} {each}"
+        for index, each in enumerate(verdict.unseen)
+    ]
     if sharpness.reported_unwritten:
         lines.append(
             f"  reported     {sharpness.reported_unwritten} pages that the device had not written"
@@ -132,6 +139,8 @@ _BY: Final = {
     Blame.ACCELERATOR: "by the accelerator",
     Blame.SNAPSHOT: "by QEMU's snapshot, which holds off its vCPUs and no other writer",
     Blame.UNKNOWN: "by whom is not known, the device keeps no journal",
+    Blame.LATE_DMA: "by DMA after the guest had been paused",
+    Blame.EARLY_BIT: "by the device, whose dirty bits were set before the data was written",
 }
 
 
@@ -194,10 +203,13 @@ HEADINGS: Final = {0: "PASS", 1: "FAIL", 3: "NOT TESTED"}
 
 
 def _story(page: LostPage) -> str:
+    if page.blame is Blame.LATE_DMA:
+        place = f"GPA {page.gpa:#x}" if page.gpa is not None else f"RAM offset {page.ram_offset:#x}"
+        return f"{place}: written after the guest had been paused"
     if page.gpa is None:
         return f"RAM offset {page.ram_offset:#x}: {page.bytes_differing} bytes differ"
     place = f"GPA {page.gpa:#x}: {page.bytes_differing} bytes differ"
-    if page.blame in (Blame.UNKNOWN, Blame.SNAPSHOT):
+    if page.blame in (Blame.UNKNOWN, Blame.SNAPSHOT, Blame.EARLY_BIT):
         return place
     if page.request is None:
         return f"{place}; no device wrote them"

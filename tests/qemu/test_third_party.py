@@ -28,16 +28,22 @@ pytestmark = pytest.mark.qemu
 
 ROOT: Final = Path(__file__).parents[2]
 RECIPES: Final = (ROOT / "docs" / "devices.md").read_text()
-FAULTY: Final = shlex.join(
-    [sys.executable, str(ROOT / "tests" / "faulty_backend.py"), "{socket}", "drop-pages=0.05"]
-)
+
+
+def faulty(fault: str, *harvest: str) -> str:
+    """The command of a back end that has a fault, or 'none'."""
+    program = str(ROOT / "tests" / "faulty_backend.py")
+    return shlex.join([sys.executable, program, "{socket}", fault, *harvest])
+
+
+FAULTY: Final = faulty("drop-pages=0.05")
 
 DISKS: Final = [
     name
     for name, kind in inside_qemu.KINDS.items()
     if not kind.network and name != "virtio-blk-pci"
 ]
-BRIEF: Final = ("--requests-after", "200", "--workload", "once=1024")
+BRIEF: Final = ("--requests-after", "200", "--workload", "once=1400")
 REFUSALS: Final = {
     "nvme": ["State blocked by non-migratable device"],
     "lsi53c895a": ["lsi_pre_save: Assertion", "has not become ready within"],
@@ -58,7 +64,9 @@ def prove(tool: Tool, *arguments: str) -> Outcome:
     return tool.run("prove", "--quiet", "--json", "-", *arguments)
 
 
-def assert_passed(outcome: Outcome, device: str, *, certain: bool = True) -> None:
+def assert_passed(
+    outcome: Outcome, device: str, *, certain: bool = True, least: int = 1000
+) -> None:
     assert outcome.exit_code == 0, outcome.output + outcome.errors
     report = outcome.report
     assert report["setup"]["device"] == device
@@ -66,7 +74,7 @@ def assert_passed(outcome: Outcome, device: str, *, certain: bool = True) -> Non
     assert report["lost_pages"] == []
     assert report["guest"]["errors"] == 0
     assert report["sharpness"]["witness"] == "guest"
-    assert report["sharpness"]["rewritten"] >= 1000
+    assert report["sharpness"]["rewritten"] >= least
     assert (report["sharpness"]["certain"] > 0) == certain
     assert report["sharpness"]["unreported"] is None
 
@@ -85,7 +93,8 @@ def assert_let_go(outcome: Outcome) -> None:
     report = outcome.report
     assert any("requests are not answered" in it for it in report["guest"]["complaints"]), report
     assert report["guest"]["errors"] <= Workload().threads
-    assert report["lost"]["unknown"] == len(report["lost_pages"])
+    lost = report["lost"]  # some of it may come after the comparison
+    assert lost["unknown"] + lost["late-dma"] == len(report["lost_pages"])
 
 
 def test_qemu_storage_daemon(tool: Tool) -> None:
@@ -113,7 +122,7 @@ def test_a_back_end_is_started_anew_with_each_qemu(tool: Tool) -> None:
     outcome = tool.run(*recipe("qemu-storage-daemon"), "--way", "ping-pong")
     assert_passed_or_let_go(outcome)
     migrations = outcome.report["migrations"]
-    assert [it["certain"] for it in migrations] == [Workload().once] * len(migrations)
+    assert all(it["certain"] >= Workload().once * 3 // 4 for it in migrations)
     assert len(migrations) == 3 or outcome.exit_code
 
 
@@ -135,6 +144,49 @@ def test_a_page_that_somebody_elses_device_loses_is_seen(tool: Tool) -> None:
     assert len(report["lost_pages"]) == report["lost"]["unknown"] > 100
     assert all(page["gpa"] is not None for page in report["lost_pages"])
     assert report["guest"]["errors"] > 100
+
+
+def watch(tool: Tool, command: str, *arguments: str) -> Outcome:
+    """A short proof of a back end, each side of which has a disk of its own."""
+    options = ("--requests-after", "200", "--workload", "once=1024,churn=1024,write_every=0")
+    return prove(tool, "--guest", "bare", "--device-command", command, *options, *arguments)
+
+
+def test_a_third_party_device_without_a_fault_passes(tool: Tool) -> None:
+    outcome = watch(tool, faulty("none", "immediate"), "--settle", "1")
+    assert_passed(outcome, f"blk by {Path(sys.executable).name}", least=768)
+    report = outcome.report
+    assert report["settled_s"] >= 1
+    assert report["log"]["judged_queues"] == [0, 1]
+    assert report["log"]["unlogged_queues"] == report["log"]["late_bits"] == []
+    assert len(report["unseen"]) == 4
+
+
+def test_dma_after_the_device_has_stopped_is_seen(tool: Tool) -> None:
+    outcome = watch(tool, faulty("dma-after-stop=0.5"))
+    assert outcome.exit_code == 1, outcome.output + outcome.errors
+    assert outcome.report["lost"]["late-dma"] == len(outcome.report["lost_pages"]) == 1
+    assert "DMA after the guest had been paused" in outcome.report["verdict"]
+
+
+def test_a_dirty_bit_that_comes_before_its_data_is_seen(tool: Tool) -> None:
+    outcome = watch(tool, faulty("bit-before-data=0.005", "immediate"), "--settle", "1")
+    assert outcome.exit_code == 1, outcome.output + outcome.errors
+    assert outcome.report["lost"]["early-bit"] > 0
+
+
+def test_a_used_ring_that_is_not_logged_is_seen(tool: Tool) -> None:
+    outcome = watch(tool, faulty("used-ring-unlogged", "immediate"), "--settle", "1")
+    assert outcome.exit_code == 1, outcome.output + outcome.errors
+    assert outcome.report["lost_pages"] == []
+    assert outcome.report["log"]["unlogged_queues"] == [0, 1]
+
+
+def test_a_flush_that_is_missing_when_the_device_stops_is_seen(tool: Tool) -> None:
+    # The longer the interval, the less likely it ends just before the stop.
+    outcome = watch(tool, faulty("no-final-flush", "0.5"), "--settle", "1")
+    assert outcome.exit_code == 1, outcome.output + outcome.errors
+    assert outcome.report["log"]["late_bits"]
 
 
 def test_nothing_tested_is_no_pass_without_a_journal_either(tool: Tool) -> None:
@@ -230,7 +282,7 @@ def test_whatever_is_killed_nothing_is_left(tool: Tool, victim: str) -> None:
     arguments = ("--guest", "bare", "--device-command", command, "--bandwidth", "8M")
     running = tool.start("prove", *arguments)
     running.wait_for_line("migration active")
-    (back_end,) = of_run(tool, "source-disk.sock", "dmaproof.vhost_user")
+    (back_end,) = of_run(tool, "source-disk.sock", "faulty_backend.py")
     if victim == "tool":
         running.process.kill()
     else:

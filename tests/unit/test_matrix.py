@@ -331,6 +331,7 @@ def proof_report(exit_code: int, lost: dict[str, int], **more: int) -> dict[str,
         "lost_pages": [{"story": f"page {number}"} for number in range(sum(lost.values()))],
         "sharpness": {"certain": 5, "unreported": more.get("unreported", 0)},
         "guest": {"errors": more.get("errors", 0)},
+        "log": None,
         "setup": {"qemu_version": "7.2", "qemu_destination_version": "8", "seed": 3},
     }
 

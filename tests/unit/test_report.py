@@ -22,7 +22,8 @@ from qmp_tools.devices.device import DeviceFacts
 from qmp_tools.devices.emulated import EmulatedDevice
 from qmp_tools.guest.workload import Workload
 from qmp_tools.matrix.axes import Matrix
-from qmp_tools.matrix.result import Result, State, skipped, untested
+from qmp_tools.matrix.result import Result, State, result_of, skipped, untested
+from qmp_tools.migration.log_watch import LogEvidence
 from qmp_tools.migration.migration import Progress, parse_progress
 from qmp_tools.processes.device import DeviceOptions
 from qmp_tools.processes.machine import Machine
@@ -31,7 +32,7 @@ from qmp_tools.reports import check_report, matrix_report, report, soak_report
 from qmp_tools.reports.html import to_html
 from qmp_tools.reports.junit_tap import to_junit, to_tap
 from qmp_tools.reports.precopy import downtime_parts, harvest_list, passes
-from qmp_tools.reports.ram_map import MapArea, RamMap, run_lengths
+from qmp_tools.reports.ram_map import MapArea, RamMap, run_lengths, with_lost
 from qmp_tools.soak import Holdings, Soak
 from qmp_tools.verdict import Blame, GuestOutcome, LostPage, Sharpness, Verdict, sharpness_by_guest
 
@@ -141,6 +142,15 @@ def proof(
     )
 
 
+LOG = LogEvidence(looks=900, look_interval_s=0.002, judged_queues=[0, 1])
+
+
+def watched(log: LogEvidence, *lost: LostPage) -> Proof:
+    """The proof of a third-party device, whose log was watched."""
+    found = proof(list(lost), sharpness_by_guest(5), device=Foreign(OPTIONS))
+    return replace(found, verdict=replace(found.verdict, settled_s=4.0, log=log))
+
+
 def check(
     differing: list[int],
     known: list[int],
@@ -219,6 +229,15 @@ ANSWERS: dict[str, dict[str, Any]] = {
             device=Foreign(OPTIONS),
         )
     ),
+    "watched": report.to_json(watched(LOG)),
+    "watched, late": report.to_json(watched(replace(LOG, late_bits=[0x3000]))),
+    "watched, lost": report.to_json(
+        watched(
+            replace(LOG, early_bits=[0x9000], unlogged_queues=[1]),
+            LostPage(0x9000, 0x9000, 1, Blame.EARLY_BIT),
+            LostPage(0x5000, 0x5000, None, Blame.LATE_DMA),
+        )
+    ),
     "control": {
         **report.to_json(proof([])),
         "control": {**report.to_json(proof(LOST)), "caught": True},
@@ -241,6 +260,9 @@ CASES = {
     "owned": ["passed"] * 3,
     "foreign": ["passed"] * 3,
     "foreign, lost": ["failed", "passed", "error"],
+    "watched": ["passed"] * 4,
+    "watched, late": ["passed", "passed", "failed", "passed"],
+    "watched, lost": ["failed", "passed", "failed", "passed"],
     "control": ["passed"] * 3,
     "equal": ["passed"],
     "known": ["passed"],
@@ -266,7 +288,10 @@ def test_the_json_is_what_its_schema_says(name: str) -> None:
 
 def test_a_cell_can_have_every_blame() -> None:
     answer: Any = copy.deepcopy(ANSWERS["matrix"])
-    answer["cells"][1]["blame"] = [*map(str, Blame), "unreported", "guest"]
+    answer["cells"][1]["blame"] = [
+        *map(str, Blame),
+        *("unreported", "late-bits", "unlogged-ring", "guest"),
+    ]
     VALIDATOR.validate(json.loads(json.dumps(answer)))
 
 
@@ -339,6 +364,32 @@ def test_without_a_journal_nothing_is_said_of_it() -> None:
         assert "somebody's, without a journal" in told
         assert "None" not in told
     assert "written just once" in text
+
+
+def test_pages_that_were_lost_late_are_in_the_map_too() -> None:
+    (area,) = with_lost(
+        proof([]).ram_map,
+        [LostPage(at, at, None, Blame.LATE_DMA) for at in (0x2000, PAGES * 4096)],
+    ).areas
+    assert run_lengths(area.classes)[:4] == [[0, 2], [3, 1], [0, 5], [2, 4]]
+
+
+def test_what_could_not_have_shown_is_told() -> None:
+    page = Page()
+    page.feed(to_html(ANSWERS["watched"]))
+    unseen = watched(LOG).verdict.unseen
+    assert len(unseen) == 4
+    for told in (page.text, report.to_text(watched(LOG))):
+        for each in unseen:
+            assert each in told
+
+
+@pytest.mark.parametrize(
+    ("name", "blame"),
+    [("watched, late", ["late-bits"]), ("watched, lost", ["late-dma", "early-bit"])],
+)
+def test_a_matrix_tells_what_a_watched_device_has_done(name: str, blame: list[str]) -> None:
+    assert result_of(ANSWERS[name], 1.0).blame == blame
 
 
 @pytest.mark.parametrize("name", ANSWERS)

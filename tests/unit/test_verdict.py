@@ -15,6 +15,7 @@ from dmaproof.evidence import HARVEST, Evidence, Slot
 from dmaproof.iova_bitmap import IovaRange
 from dmaproof.journal import RECORD, WriteKind
 from dmaproof.trace import TRACED_LINKS, Link, PageEpochs
+from qmp_tools.migration.log_watch import LogEvidence
 from qmp_tools.ram import RamFile, compare
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 from qmp_tools.verdict import (
@@ -26,8 +27,10 @@ from qmp_tools.verdict import (
     Witness,
     WrittenPages,
     attribute,
+    blame_early_bits,
     measure_sharpness,
     sharpness_by_guest,
+    with_late_dma,
 )
 
 PAGES = 64
@@ -290,3 +293,42 @@ def test_what_a_snapshot_has_of_a_later_moment_is_its_own() -> None:
     assert torn.exit_code == 1
     assert torn.sentence.startswith(f"1 of {PAGES} pages are not of the snapshot's moment")
     assert sharp.to_json()["witness"] == "snapshot"
+
+
+def test_what_the_log_shows_fails_a_proof_whose_pages_are_equal() -> None:
+    log = LogEvidence(looks=100, look_interval_s=0.001, judged_queues=[0, 1])
+    verdict = Verdict(64, [], sharpness_by_guest(5), GuestOutcome(1, 0, 1), settled_s=4, log=log)
+    assert (verdict.exit_code, verdict.sentence) == (0, "every page equal: 64 pages compared")
+    late = replace(verdict, log=replace(log, late_bits=[0x1000, 0x5000]))
+    assert late.exit_code == 1
+    assert "2 dirty bits were set after" in late.sentence
+    unlogged = replace(verdict, log=replace(log, unlogged_queues=[1]))
+    assert unlogged.exit_code == 1
+    assert "used ring of queue 1" in unlogged.sentence
+
+
+def test_what_could_not_have_shown_is_said_where_there_is_no_journal() -> None:
+    log = LogEvidence(looks=100, look_interval_s=0.001)
+    verdict = Verdict(64, [], sharpness_by_guest(5), GuestOutcome(1, 0, 1), settled_s=4, log=log)
+    assert any("4.0 s after the guest was paused" in each for each in verdict.unseen)
+    assert any("1.0 ms" in each for each in verdict.unseen)
+    assert any("used ring" in each and "too few" in each for each in verdict.unseen)
+    assert replace(verdict, sharpness=Sharpness(5, 5, 5, 5, 0, 0, 0)).unseen == []
+
+
+def test_early_bits_and_late_dma_are_the_devices() -> None:
+    lost = [LostPage(offset, offset, 9, Blame.UNKNOWN) for offset in (0x1000, 0x2000, 0x3000)]
+    log = LogEvidence(looks=1, look_interval_s=0, early_bits=[0x1000, 0x9000])
+    lost = blame_early_bits(lost, log)
+    late = [LostPage(offset, offset, None, Blame.LATE_DMA) for offset in (0x1000, 0x2000, 0x7000)]
+    found = with_late_dma(lost, late)
+    assert sorted((page.ram_offset, page.blame.value) for page in found) == [
+        (0x1000, "early-bit"),
+        (0x2000, "late-dma"),
+        (0x3000, "unknown"),
+        (0x7000, "late-dma"),
+    ]
+    verdict = Verdict(64, found, sharpness_by_guest(5), GuestOutcome(1, 0, 1))
+    assert verdict.exit_code == 1
+    assert "2 by DMA after the guest had been paused" in verdict.sentence
+    assert "1 cause unknown" in verdict.sentence

@@ -1,0 +1,190 @@
+"""What a vhost log tells of a device: the log and the RAM are memfds of the test's own."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+
+from dmaproof import _core
+from dmaproof.evidence import Slot
+from dmaproof.stamp import stamped_page
+from qmp_tools.late_dma import PausedRam
+from qmp_tools.migration.log_watch import LogEvidence, LogWatch, UsedRing
+from qmp_tools.ram import RamFile
+from qmp_tools.testbed.ring_driver import PAGE, ram_fd
+from qmp_tools.verdict import Blame
+
+PAGES = 64
+FIRST = 16
+"""The page of GPA at which the RAM begins."""
+RING = UsedRing(queue=1, gpa=(FIRST + 5) * PAGE + 256)
+
+
+class Stage:
+    """A guest's RAM and log, watched, and what a device and QEMU do to them."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.ram = stack.enter_context(ram_fd(PAGES * PAGE))
+        self.log = stack.enter_context(ram_fd(PAGE))
+        status = os.fstat(self.ram)
+        identity = (status.st_dev, status.st_ino)
+        self.file = RamFile(self.ram, PAGES * PAGE, *identity)
+        self.slots = [Slot(FIRST * PAGE, PAGES * PAGE, 0, *identity)]
+        self.watch = LogWatch(self.log, [self.file], self.slots, [RING])
+
+    def write(self, page: int, content: bytes = stamped_page(8, 1), offset: int = 0) -> None:
+        os.pwrite(self.ram, content, page * PAGE + offset)
+
+    def mark(self, page: int) -> None:
+        place, bit = divmod(FIRST + page, 8)
+        os.pwrite(self.log, bytes([os.pread(self.log, 1, place)[0] | 1 << bit]), place)
+
+    def marked(self) -> list[int]:
+        runs = np.frombuffer(_core.find_set(os.pread(self.log, PAGE, 0), 0, 8 * PAGE), np.uint64)
+        return [
+            int(page) - FIRST
+            for start, length in runs.reshape(-1, 2)
+            for page in range(int(start), int(start + length))
+        ]
+
+    def sync(self) -> None:
+        """Take every bit, as QEMU does."""
+        os.pwrite(self.log, bytes(PAGE), 0)
+
+    def over(self) -> LogEvidence:
+        self.watch.let_go()
+        self.watch.end()
+        return self.watch.evidence()
+
+
+@pytest.fixture
+def stage() -> Iterator[Stage]:
+    with ExitStack() as stack:
+        found = Stage(stack)
+        stack.callback(found.watch.end)
+        yield found
+
+
+def eventually(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def report(stage: Stage, page: int) -> None:
+    """Write the page, mark it, and let QEMU take the bit once it has been seen."""
+    looks = stage.watch.reports
+    stage.write(page)
+    stage.mark(page)
+    eventually(lambda: stage.watch.reports > looks)
+    stage.sync()
+    looks = stage.watch.looks
+    eventually(lambda: stage.watch.looks > looks + 1)
+
+
+def test_a_bit_whose_data_is_there_stays_in_the_log(stage: Stage) -> None:
+    stage.write(3)
+    stage.mark(3)
+    eventually(lambda: stage.watch.reports > 0)
+    assert stage.marked() == [3]
+    assert stage.over().early_bits == []
+
+
+def test_a_bit_before_its_data_is_taken_as_qemu_would(stage: Stage) -> None:
+    stage.mark(3)
+    eventually(lambda: stage.marked() == [])
+    stage.write(3)
+    assert stage.over().early_bits == [(FIRST + 3) * PAGE]
+    assert stage.marked() == []
+
+
+def test_a_device_may_mark_a_page_before_and_after_it_writes(stage: Stage) -> None:
+    stage.mark(3)
+    eventually(lambda: stage.marked() == [])
+    stage.write(3)
+    stage.mark(3)
+    stage.over()
+    assert stage.marked() == [3]  # so QEMU sends it
+
+
+def test_a_page_that_was_marked_and_never_written_gets_its_bit_back(stage: Stage) -> None:
+    stage.mark(3)
+    eventually(lambda: stage.marked() == [])
+    stage.watch.let_go()
+    assert stage.marked() == [3]
+    stage.mark(4)  # and from now on nothing is taken
+    assert stage.over().early_bits == []
+    assert stage.marked() == [3, 4]
+
+
+def test_a_bit_that_was_given_back_when_all_was_over_is_not_late(stage: Stage) -> None:
+    stage.mark(3)
+    eventually(lambda: stage.marked() == [])
+    assert stage.over().late_bits == []
+    assert stage.marked() == [3]
+
+
+def test_what_is_outside_of_ram_is_left_alone(stage: Stage) -> None:
+    stage.mark(-FIRST)
+    stage.mark(PAGES)
+    eventually(lambda: stage.watch.reports > 0)
+    assert stage.over().late_bits == []
+    assert stage.marked() == [-FIRST, PAGES]
+
+
+def test_bits_that_are_set_when_all_is_over_are_late(stage: Stage) -> None:
+    report(stage, 3)
+    stage.over()
+    assert stage.watch.evidence().late_bits == []
+    stage.mark(7)
+    assert stage.watch.evidence().late_bits == [(FIRST + 7) * PAGE]
+
+
+@pytest.mark.parametrize("logged", [True, False])
+def test_a_used_ring_that_moves_has_to_be_logged(stage: Stage, logged: bool) -> None:
+    for page in range(8, 20):
+        stage.write(5, (10 * page).to_bytes(2, "little"), offset=256 + 2)
+        if logged:
+            stage.mark(5)
+        report(stage, page)
+    evidence = stage.over()
+    assert evidence.judged_queues == [1]
+    assert evidence.unlogged_queues == ([] if logged else [1])
+
+
+def test_a_used_ring_is_judged_only_if_it_has_been_in_use(stage: Stage) -> None:
+    stage.write(5, b"\x07", offset=256 + 2)
+    for page in range(8, 20):
+        report(stage, page)
+    assert stage.over().judged_queues == []
+
+
+def test_a_device_that_reports_only_at_the_end_is_not_judged_by_its_used_ring(
+    stage: Stage,
+) -> None:
+    stage.write(5, b"\xff", offset=256 + 2)
+    report(stage, 9)
+    evidence = stage.over()
+    assert evidence.judged_queues == []
+    assert evidence.unlogged_queues == []
+
+
+def test_late_dma_is_told_by_page(stage: Stage) -> None:
+    stage.write(2)
+    paused = PausedRam([stage.file])
+    assert paused.written(stage.file, stage.slots) == []
+    stage.write(2, b"x", offset=1000)
+    stage.write(9)
+    (first, second) = paused.written(stage.file, stage.slots)
+    assert [(page.ram_offset, page.gpa) for page in (first, second)] == [
+        (2 * PAGE, (FIRST + 2) * PAGE),
+        (9 * PAGE, (FIRST + 9) * PAGE),
+    ]
+    assert {first.blame, second.blame} == {Blame.LATE_DMA}
+    assert paused.written(stage.file, [])[0].gpa is None

@@ -45,7 +45,7 @@ from .migration.migration import Limits, Migration, MigrationError, Progress
 from .migration.watch import View, watch
 from .migration.ways import WAYS, Ends, UnsupportedWayError
 from .processes.attachment import AttachedQemu, attach
-from .processes.machine import INCOMING
+from .processes.machine import INCOMING, option_value
 from .processes.qemu import Qemu
 from .processes.qmp import Qmp, QmpError
 from .processes.run_folder import run_folder
@@ -125,7 +125,7 @@ async def start_qemu(
     with contextlib.ExitStack() as own:
         where = own.enter_context(run_folder()) if folder is None else path_of("folder", folder)
         path = where / f"{name}-qmp.sock"
-        options = [*words, "-qmp", f"unix:{path},server=on,wait=off"]
+        options = [*words, "-qmp", f"unix:{option_value(path)},server=on,wait=off"]
         if accelerator is not None:
             options = ["-accel", accelerator, *options]
         qemu = await Qemu.start(name, find_qemu(program), options, where, timeout_s=timeout_s)

@@ -37,7 +37,7 @@ from .commands.setup import proof_options
 from .devices.device import AttachedDevice
 from .reports import check_report, report
 from .reports.html import to_html
-from .verdict import EXIT_UNTESTED
+from .exit_codes import EXIT_UNTESTED
 
 PARAMETERS: Final = tuple(name.replace("-", "_") for name in proof_options())
 """Named as the options of ``dmaproof prove``, and with the same defaults."""

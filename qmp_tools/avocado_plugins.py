@@ -27,11 +27,12 @@ from avocado.core.references import reference_split
 from avocado.core.resolver import ReferenceResolution, ReferenceResolutionResult, check_file
 from avocado.core.utils.messages import FileMessage, FinishedMessage, LogMessage, StartedMessage
 
-from dmaproof.errors import DmaproofError, UsageError
+from dmaproof.errors import UsageError, printable
 
 from .loop_thread import LoopThread
 from .processes.process import Process
 from .processes.run_folder import run_folder
+from .unexpected import untestable
 
 KIND: Final = "dmaproof"
 _SUFFIX: Final = ".toml"
@@ -82,8 +83,8 @@ class ProofRunner(BaseRunner):  # type: ignore[misc]
         try:
             with LoopThread() as loop, run_folder() as folder:
                 yield from self._prove(runnable, loop, folder)
-        except DmaproofError as error:
-            yield FinishedMessage.get("error", str(error))
+        except Exception as error:  # whatever it is, it is no failure of the device's
+            yield FinishedMessage.get("error", str(untestable(error)))
 
     def _prove(self, runnable: Runnable, loop: LoopThread, folder: Path) -> Iterator[Status]:
         from .commands.setup import proof_words  # late, as in `MatrixResolver.resolve`
@@ -136,7 +137,7 @@ def _stories(report: Mapping[str, Any]) -> list[str]:
 
 
 def _log(line: str) -> Status:
-    message: Status = LogMessage.get(line.rstrip("\n"))
+    message: Status = LogMessage.get(printable(line.rstrip("\n")))
     return message
 
 

@@ -35,7 +35,7 @@ from .loop_thread import LoopThread
 from .migration.migration import Limits
 from .processes.machine import DESTINATION, INCOMING, SOURCE
 from .processes.qemu import Qemu
-from .processes.run_folder import run_folder
+from .processes.run_folder import room_in, run_folder
 from .processes.timeout import DEFAULT_TIMEOUT_S
 from .proof import Proof
 from .proof_run import Migrated, ProofRun, proof_run
@@ -235,9 +235,11 @@ class Stage:
 
         Raises:
             UsageError: `work` is not a coroutine.
+            UntestableError: it finds no room in the stage's folder.
         """
         require("work", work, Coroutine, "a coroutine")
-        return self._loop.run(work)
+        with room_in(self.folder):
+            return self._loop.run(work)
 
     def qemu(
         self,

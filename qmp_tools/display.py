@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Final, Protocol
 
+from dmaproof.errors import printable
+
 from .migration.migration import Progress
 
 _LINE_EVERY_S: Final = 1.0
@@ -33,7 +35,7 @@ class LineDisplay:
 
     def say(self, text: str) -> None:
         """See `Display.say`."""
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
     def precopy(self, progress: Progress) -> None:
         """See `Display.precopy`: a line now and then."""
@@ -70,6 +72,11 @@ def display(*, quiet: bool = False) -> Display:
     return TerminalDisplay()
 
 
+def print_text(text: str) -> None:
+    """Print a report on standard output; it may quote processes and guests that are not ours."""
+    print(printable(text))
+
+
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on standard output: drawn on a terminal, padded lines elsewhere."""
     if sys.stdout.isatty():
@@ -77,7 +84,7 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
         draw_table(headings, rows)
         return
-    lines = [headings, *rows]
+    lines = [headings, *([printable(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(map(str.ljust, line, widths)).rstrip())

@@ -22,12 +22,13 @@ from dmaproof.errors import RefusedError, UntestableError
 from dmaproof.faults import known_faults, summary
 
 from .display import QuietDisplay
+from .exit_codes import EXIT_PASS
 from .processes.device import DeviceOptions
 from .processes.timeout import DEFAULT_TIMEOUT_S
 from .proof import Setup
 from .proof_run import prove
 from .testbed.scene import play
-from .verdict import EXIT_PASS, Blame, Verdict
+from .verdict import Blame, Verdict
 
 CONTROL: Final = "none"
 _CAUGHT_OF_20: Final = 19

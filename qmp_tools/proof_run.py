@@ -25,6 +25,7 @@ from dmaproof.evidence import HARVEST, Evidence, Slot
 from .check.physical_map import parse_flat_view, shown_parts
 from .devices.device import AttachedDevice
 from .display import Display
+from .exit_codes import EXIT_PASS
 from .guest.channel import QUIET, START_LAST, START_ONCE, SWEEP, GuestLateError
 from .late_dma import PausedRam
 from .migration.hold import PrecopyHold
@@ -41,7 +42,6 @@ from .qemu_pair import QemuPair
 from .ram import RamFile, compare, copied, ram_files
 from .reports.ram_map import RamMap, joined, map_proof, with_lost
 from .verdict import (
-    EXIT_PASS,
     Blame,
     GuestOutcome,
     LostPage,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import pytest
 
-from dmaproof.errors import UntestableError, UsageError
+from dmaproof.errors import UntestableError, UsageError, printable
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
@@ -95,7 +95,7 @@ def pytest_runtest_makereport(
         verdicts = item.stash.get(_VERDICTS, None)
         report.sections += verdicts or []
         report.sections += [
-            (f"dmaproof {log.name}", log.read_text(errors="replace")[-_LOG_SHOWN:])
+            (f"dmaproof {log.name}", printable(log.read_text(errors="replace")[-_LOG_SHOWN:]))
             for stage in item.stash.get(_STAGES, [])
             for log in stage.logs()
             if log.stat().st_size
@@ -224,7 +224,7 @@ def ram_check(request: pytest.FixtureRequest) -> Iterator[Callable[..., Check]]:
     ``expect_migration=False`` it compares any two paused QEMUs.
     """
     from .reports import check_report
-    from .verdict import EXIT_UNTESTED
+    from .exit_codes import EXIT_UNTESTED
 
     with _stage(request) as stage:
 

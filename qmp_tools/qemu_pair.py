@@ -22,7 +22,7 @@ from .devices.device import AttachedDevice
 from .display import Display
 from .guest.channel import AGAIN, USE_NEW_MEMORY, GuestChannel, GuestGaveUpError
 from .migration.ways import WAYS, Ends, Plug, UnsupportedWayError, channel, channel_path
-from .processes.machine import DESTINATION, INCOMING, SOURCE, dimm_arguments
+from .processes.machine import DESTINATION, INCOMING, SOURCE, dimm_arguments, option_value
 from .processes.process import ProcessDiedError
 from .processes.qemu import Qemu
 from .processes.qmp import QmpError, QmpRefusal, QmpTimeoutError
@@ -156,7 +156,8 @@ class QemuPair:
         self._guests[self.there] = self._guests[self.here]
         command = list(source.process.command)
         place = next(index for index, it in enumerate(command) if it.startswith("socket,id=qmp,"))
-        command[place] = f"socket,id=qmp,path={self._successor_socket},server=on,wait=off"
+        path = option_value(self._successor_socket)
+        command[place] = f"socket,id=qmp,path={path},server=on,wait=off"
         attached = self._attached[self.here]
         place = command.index(attached[0])
         while command[place : place + len(attached)] != attached:
@@ -301,7 +302,7 @@ class QemuPair:
             self._setup.host,
             joined=joined,
             printed=lambda: "\n".join(
-                it.process.log_tail() for it in (source, destination)
+                dict.fromkeys(it.process.log_tail() for it in (source, destination))
             ).strip(),
         )
 
@@ -339,7 +340,11 @@ async def _reason(alarms: Sequence[asyncio.Future[UntestableError]]) -> Untestab
             break
         told |= news
     reasons = [it.result() for it in alarms if it in told]
-    return max(reasons, key=_was_killed, default=None)
+    return max(reasons, key=lambda it: (_was_killed(it), _says_why(it)), default=None)
+
+
+def _says_why(reason: UntestableError) -> bool:
+    return not isinstance(reason, ProcessDiedError)
 
 
 def _was_killed(reason: UntestableError) -> bool:

@@ -18,12 +18,12 @@ from typing import Final
 from dmaproof.errors import UntestableError, UsageError
 
 from .display import QuietDisplay
+from .exit_codes import EXIT_LOST, EXIT_PASS
 from .migration.ways import WAYS
 from .processes.machine import MIB
 from .processes.run_folder import run_folder
 from .proof import Hop, Proof, Setup
 from .proof_run import proof_run, there_and_back
-from .verdict import EXIT_LOST, EXIT_PASS
 
 TOOL: Final = "tool"
 _ALLOWED_BYTES: Final = 8 * MIB

@@ -9,6 +9,8 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from dmaproof.errors import printable
+
 from .migration.migration import Progress
 
 
@@ -22,7 +24,7 @@ class TerminalDisplay:
 
     def say(self, text: str) -> None:
         """See `Display.say`."""
-        self._console.print(text, highlight=False, markup=False)
+        self._console.print(printable(text), highlight=False, markup=False)
 
     def precopy(self, progress: Progress) -> None:
         """See `Display.precopy`: the bar shows how much of what is dirty now has been sent."""
@@ -55,5 +57,5 @@ def draw_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Draw a table on standard output."""
     table = Table(*headings)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     Console().print(table, markup=False)

@@ -40,13 +40,9 @@ from dmaproof.evidence import Evidence, Slot
 from dmaproof.journal import WriteKind
 from dmaproof.trace import TRACED_LINKS, Link
 
+from .exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from .migration.log_watch import LogEvidence
 from .ram import PAGE_BYTES, RamFile
-
-EXIT_PASS: Final = 0
-EXIT_LOST: Final = 1
-EXIT_USAGE: Final = 2
-EXIT_UNTESTED: Final = 3
 
 
 class Blame(StrEnum):

@@ -20,8 +20,26 @@ Each message says what was tried, on what, and what to do about it.
 from collections.abc import Sequence
 
 
+def printable(text: str) -> str:
+    """`text` without what a terminal would obey and XML cannot hold.
+
+    It is for whatever a process or a guest that is not ours has printed. Lines and tabs stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        it if it.isprintable() or it in "\n\t" else "\N{REPLACEMENT CHARACTER}" for it in text
+    )
+
+
 class DmaproofError(Exception):
-    """The root of every error that dmaproof raises on purpose."""
+    """The root of every error that dmaproof raises on purpose.
+
+    Its message is printable: it may quote a process that is not ours.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 class UsageError(DmaproofError):

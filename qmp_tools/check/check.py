@@ -25,11 +25,11 @@ from dmaproof.errors import UntestableError, UsageError
 from dmaproof.page_compare import Extent, differing_pages
 
 from ..arguments import AnyPath, path_of
+from ..exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from ..processes.attachment import AttachedQemu, attach
 from ..processes.run_folder import run_folder
 from ..processes.timeout import DEFAULT_TIMEOUT_S
 from ..ram import PAGE_BYTES
-from ..verdict import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from .copied_memory import PIECE_BYTES
 from .discarded import Discarder, discarders, sort_differences
 from .guest_ram import GuestRam, guest_ram

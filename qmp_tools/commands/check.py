@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..check.check import check
+from ..display import print_text
 from ..reports.check_report import to_json, to_text
 from .arguments import Subcommands, add_parser, add_timeout
 from .interruption import run_interruptibly
@@ -62,6 +63,6 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     )
     if not writes_to_stdout(arguments):
-        print(to_text(outcome))
+        print_text(to_text(outcome))
     write_outputs(to_json(outcome), arguments)
     return outcome.exit_code

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
+from ..display import print_text
+from ..exit_codes import EXIT_PASS, EXIT_UNTESTED
 from ..host.doctor import GUEST_MEMORY_BYTES, can_prove, examine, look
 from ..host.finding import Finding, State
 from ..reports.report import SCHEMA_VERSION
-from ..verdict import EXIT_PASS, EXIT_UNTESTED
 from .arguments import Subcommands, add_parser
 from .outputs import write_json
 
@@ -55,7 +56,7 @@ def _run(arguments: argparse.Namespace) -> int:
     findings = examine(look(), arguments.guest)
     exit_code = EXIT_PASS if can_prove(findings) else EXIT_UNTESTED
     if arguments.json != "-":
-        print(to_text(findings, arguments.guest))
+        print_text(to_text(findings, arguments.guest))
     if arguments.json:
         answer = {
             "schema_version": SCHEMA_VERSION,

@@ -9,11 +9,11 @@ from typing import Any, Final
 from dmaproof.faults import known_faults
 
 from ..display import QuietDisplay, display, print_table
+from ..exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from ..fault_trials import CONTROL, HEADINGS, Bench, Row, try_faults
 from ..processes.run_folder import run_folder
 from ..proof import Setup
 from ..reports.report import SCHEMA_VERSION
-from ..verdict import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from .arguments import Subcommands, add_parser, positive
 from .interruption import run_interruptibly
 from .outputs import add_outputs, write_outputs, writes_to_stdout

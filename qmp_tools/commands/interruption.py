@@ -1,23 +1,69 @@
-"""Runs a subcommand's asynchronous work so that a signal ends it in good order."""
+"""Signals that ask for an end: the first is obeyed, and what was begun is cleaned up.
+
+Those that come meanwhile (an impatient second Ctrl-C) change nothing. Nor does one that was ignored
+when the command was started, as nohup does with SIGHUP.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, Final, NoReturn, TypeVar
 
 T = TypeVar("T")
 
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Have the first of the signals raise KeyboardInterrupt."""
+    with _first_signal(_interrupt):
+        yield
+
+
+def _interrupt() -> NoReturn:
+    raise KeyboardInterrupt
+
 
 def run_interruptibly(work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, ended by SIGTERM and SIGHUP as it is by an interrupt."""
+    """The result of `work`, which the first of the signals cancels.
+
+    Raises:
+        asyncio.CancelledError: one did.
+    """
     return asyncio.run(_cancellable(work))
 
 
 async def _cancellable(work: Coroutine[Any, Any, T]) -> T:
-    task = asyncio.ensure_future(work)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, task.cancel)
-    return await task
+    task = asyncio.ensure_future(work)
+    with _first_signal(lambda: loop.call_soon_threadsafe(task.cancel)):
+        return await task
+
+
+@contextlib.contextmanager
+def _first_signal(react: Callable[[], object]) -> Iterator[None]:
+    """`react` to the first of the signals; from then on this process ignores them, to its end."""
+    if threading.current_thread() is not threading.main_thread():  # which has the signals
+        yield
+        return
+
+    def handle(number: int, frame: object) -> None:
+        for it in before:
+            signal.signal(it, signal.SIG_IGN)
+        react()
+
+    handlers = {it: signal.getsignal(it) for it in _SIGNALS}
+    before = {it: handler for it, handler in handlers.items() if handler is not signal.SIG_IGN}
+    for it in before:
+        signal.signal(it, handle)
+    try:
+        yield
+    finally:
+        for it, handler in before.items():
+            if signal.getsignal(it) is not signal.SIG_IGN:
+                signal.signal(it, handler)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from ..display import display
+from ..display import display, print_text
 from ..matrix.avocado_recipe import runnables
 from ..matrix.axes import Matrix, make_matrix, read_matrix, split_values
 from ..matrix.kept import Kept
@@ -144,7 +144,7 @@ def _run(arguments: argparse.Namespace) -> int:
             raise
     answer = to_json(matrix, results)
     if not writes_to_stdout(arguments):
-        print(to_text(answer))
+        print_text(to_text(answer))
     write_outputs(answer, arguments)
     code: int = answer["exit_code"]
     return code

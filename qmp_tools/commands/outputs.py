@@ -13,12 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from dmaproof.errors import UnsupportedError, UntestableError, UsageError
+from dmaproof.errors import UnsupportedError, UsageError
+from dmaproof.system_errors import NO_ROOM
 
+from ..exit_codes import EXIT_UNTESTED
 from ..reports.html import to_html
 from ..reports.junit_tap import to_junit, to_tap
 from ..reports.report import SCHEMA_VERSION
-from ..verdict import EXIT_UNTESTED
+from ..unexpected import untestable
+from .streams import OutputError
 
 Answer = dict[str, Any]
 
@@ -48,6 +51,7 @@ def write_outputs(answer: Answer, arguments: argparse.Namespace) -> None:
 
     Raises:
         UsageError: a file cannot be written.
+        OutputError: there is no room for it.
     """
     for name in _FORMS:
         if target := getattr(arguments, name, None):
@@ -59,6 +63,7 @@ def write_json(answer: Any, target: str) -> None:
 
     Raises:
         UsageError: the file cannot be written.
+        OutputError: there is no room for it.
     """
     _write("json", answer, target)
 
@@ -69,9 +74,10 @@ def _write(name: str, answer: Any, target: str) -> None:
         sys.stdout.write(text)
         return
     try:
-        Path(target).write_text(text)
+        Path(target).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"--{name} {target}: {error.strerror}") from error
+        kind = OutputError if error.errno in NO_ROOM else UsageError
+        raise kind(f"--{name} {target}: {error.strerror}") from error
 
 
 def reporting_failure(
@@ -82,7 +88,10 @@ def reporting_failure(
     def reporting(arguments: argparse.Namespace) -> int:
         try:
             return run(arguments)
-        except UntestableError as error:
+        except (UsageError, OutputError):
+            raise
+        except Exception as unexpected:
+            error = untestable(unexpected)
             answer = {
                 "schema_version": SCHEMA_VERSION,
                 "kind": f"{kind}-untested",
@@ -93,6 +102,8 @@ def reporting_failure(
                 **({"way": arguments.way} if "way" in arguments else {}),
             }
             write_outputs(answer, arguments)
-            raise
+            if error is unexpected:
+                raise
+            raise error from unexpected
 
     return reporting

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from dmaproof.errors import UsageError
 
-from ..display import Display, display
+from ..display import Display, display, print_text
 from ..host.qemu_builds import installed
 from ..host.qemu_choice import find_qemu
 from ..l1.kernel import KERNELS
@@ -101,7 +101,7 @@ def _run(arguments: argparse.Namespace) -> int:
     runs = run_interruptibly(_prove_all(pairs, machine_qemu, request, show))
     results = runs[0] if len(runs) == 1 else matrix.to_json(runs)
     if not writes_to_stdout(arguments):
-        print(to_text(runs[0]) if len(runs) == 1 else matrix.table(runs))
+        print_text(to_text(runs[0]) if len(runs) == 1 else matrix.table(runs))
     write_outputs(results, arguments)
     return int(results["exit_code"])
 

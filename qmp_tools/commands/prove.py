@@ -9,13 +9,13 @@ from typing import Final
 from dmaproof.faults import known_faults, summary
 from dmaproof.trace import Link
 
-from ..display import Display, display
+from ..display import Display, display, print_text
+from ..exit_codes import EXIT_UNTESTED
 from ..host.vfio_functions import Host
 from ..processes.machine import format_memory
 from ..proof import Proof
 from ..proof_run import prove
 from ..reports.report import to_json, to_text
-from ..verdict import EXIT_UNTESTED
 from .arguments import Subcommands, add_parser
 from .interruption import run_interruptibly
 from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
@@ -133,7 +133,7 @@ def _run(arguments: argparse.Namespace) -> int:
             answer["exit_code"] = EXIT_UNTESTED
             answer["verdict"] = f"nothing was proved: a planted {_CONTROL_FAULT} was not caught"
     if not writes_to_stdout(arguments):
-        print(text)
+        print_text(text)
     write_outputs(answer, arguments)
     code: int = answer["exit_code"]
     return code

@@ -12,14 +12,14 @@ from typing import Any, Final
 from dmaproof.errors import UsageError
 from dmaproof.trace import Link
 
-from ..display import Display, display
+from ..display import Display, display, print_text
+from ..exit_codes import EXIT_PASS, EXIT_UNTESTED
 from ..host.qemu_choice import find_qemu
 from ..l1.machine import l1
 from ..passthrough.owned_device import NAME
 from ..passthrough.owned_proof import parse_fault
 from ..passthrough.prove import OwnedRequest, prove_owned
 from ..passthrough.tracking import TRACKINGS
-from ..verdict import EXIT_PASS, EXIT_UNTESTED
 from .arguments import sole_device
 from .interruption import run_interruptibly
 from .outputs import write_outputs, writes_to_stdout
@@ -62,7 +62,7 @@ def run_owned(arguments: argparse.Namespace) -> int:
         control, _ = _prove(arguments, faulty, show)
         text += "\n" + add_control(report, control)
     if not writes_to_stdout(arguments):
-        print(text)
+        print_text(text)
     write_outputs(report, arguments)
     return int(report["exit_code"])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Final
 
-from ..display import Display, display, print_table
+from ..display import Display, display, print_table, print_text
 from ..reports.soak_report import GROWTH_HEADINGS, growth_rows, soak_to_json, soak_to_text
 from ..soak import Soak, soak
 from .arguments import Subcommands, add_parser, positive
@@ -55,7 +55,7 @@ async def _soak(arguments: argparse.Namespace, show: Display) -> Soak:
 def _run(arguments: argparse.Namespace) -> int:
     outcome = run_interruptibly(_soak(arguments, display(quiet=arguments.quiet)))
     if not writes_to_stdout(arguments):
-        print(f"{soak_to_text(outcome)}\n")
+        print_text(f"{soak_to_text(outcome)}\n")
         print_table(GROWTH_HEADINGS, growth_rows(outcome.growths))
     write_outputs(soak_to_json(outcome), arguments)
     return outcome.exit_code

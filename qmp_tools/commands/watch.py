@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from dmaproof.errors import UntestableError
+from dmaproof.errors import UntestableError, printable
 
 from ..migration.watch import View, watch
 from ..processes.attachment import attach
@@ -47,7 +47,7 @@ def _screen() -> Iterator[Callable[[View], None]]:
     """What shows a view: a table that is drawn anew on a terminal, a line elsewhere."""
     console = Console()
     if not console.is_terminal:
-        yield lambda view: print(view.line, flush=True)
+        yield lambda view: print(printable(view.line), flush=True)
         return
     with Live(console=console, auto_refresh=False) as live:
         yield lambda view: live.update(table(view), refresh=True)

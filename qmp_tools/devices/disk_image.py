@@ -12,6 +12,8 @@ from typing import Final
 
 from dmaproof.stamp import PAGE_BYTES, SECTORS_PER_PAGE, stamped_page
 
+from ..processes.machine import option_value
+
 IMAGE_BYTES: Final = 64 << 20
 _REQUEST: Final = 1
 """The request number in every stamp: there is no request yet."""
@@ -29,4 +31,4 @@ def file_node(path: Path) -> str:
 
     Without locks, since the source has the image open while the destination opens it.
     """
-    return f"driver=file,node-name=disk,filename={path},locking=off"
+    return f"driver=file,node-name=disk,filename={option_value(path)},locking=off"

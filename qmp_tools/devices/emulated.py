@@ -18,7 +18,7 @@ from ..guest.linux import Driver
 from ..guest.workload import Workload
 from ..processes.device import Device, DeviceOptions
 from ..processes.iommu import behind_iommu, root_port
-from ..processes.machine import DESTINATION, SOURCE
+from ..processes.machine import DESTINATION, SOURCE, option_value
 from ..processes.process import Process
 from .device import AttachedDevice, DeviceFacts
 
@@ -100,7 +100,7 @@ class EmulatedDevice:
         """The options of a process whose disk has to outlive it in `folder`."""
         device = self.options.device
         if "file" in self._type.options and "file=" not in device:
-            device += f"{',' if ':' in device else ':'}file={folder / 'disk'}"
+            device += f"{',' if ':' in device else ':'}file={option_value(folder / 'disk')}"
         return replace(self.options, device=device)
 
     def qemu_arguments(self, socket: Path) -> list[str]:
@@ -109,7 +109,7 @@ class EmulatedDevice:
         QEMU listens there if the device is to be killed: to connect again by itself it would need
         an option whose name differs from version to version.
         """
-        chardev = f"socket,id={self.name},path={socket}"
+        chardev = f"socket,id={self.name},path={option_value(socket)}"
         if self.killed:
             chardev += ",server=on,wait=off"
         properties = ["packed=on"] if self.ring == "packed" else []
@@ -213,7 +213,7 @@ class _AttachedDevice:
     async def refusal(self) -> UntestableError:
         while True:
             devices = list(self._devices.values())
-            waiting = {it.refused for it in devices} | {it.process.died for it in devices}
+            waiting = {it.refused for it in devices} | {it.silent for it in devices}
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for device in devices:
                 if device.refused.done():

@@ -17,6 +17,7 @@ from dmaproof.errors import UsageError
 
 from ..guest import linux
 from ..guest.workload import Workload
+from ..processes.machine import option_value
 from .device import AttachedDevice, DeviceFacts, SilentDevice, on_image, on_network
 from .disk_image import file_node, write_image
 
@@ -121,7 +122,8 @@ class InsideQemu:
 
 def own_peer(socket: Path) -> str:
     """The value of QEMU's ``-netdev`` for a network 'net' that is a socket sending to itself."""
-    ends = (f"{end}.type=unix,{end}.path={socket}" for end in ("local", "remote"))
+    path = option_value(socket)
+    ends = (f"{end}.type=unix,{end}.path={path}" for end in ("local", "remote"))
     return f"dgram,id=net,{','.join(ends)}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -18,10 +19,13 @@ from typing import Final
 
 from dmaproof.errors import UntestableError
 
+from ..host.user_folders import cache_folder
+from ..unexpected import writing_to
 from .workload import Workload
 
 Say = Callable[[str], None]
 _UNUSED_S: Final = 24 * 3600.0
+_REMEDY: Final = "set XDG_CACHE_HOME to a folder that can be written to, with room"
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,12 @@ class Guest:
 
 
 def cache() -> Path:
-    """Where what was built and fetched for guests is kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "dmaproof" / "guest"
+    """Where what was built and fetched for guests is kept.
+
+    Raises:
+        UntestableError: this user has no folder for it.
+    """
+    return cache_folder() / "guest"
 
 
 def sources() -> Path:
@@ -78,7 +85,16 @@ def fresh_folder(target: Path) -> Iterator[Path | None]:
     """A folder to fill in `target`'s place, or None if another process has filled it meanwhile.
 
     Whoever makes another of the same kind (``kind-digest``) waits.
+
+    Raises:
+        UntestableError: the cache cannot be written to.
     """
+    with writing_to(target.parent, _REMEDY), _fresh_folder(target) as fresh:
+        yield fresh
+
+
+@contextmanager
+def _fresh_folder(target: Path) -> Iterator[Path | None]:
     target.parent.mkdir(parents=True, exist_ok=True)
     kind = _kind(target)
     with (target.parent / f"lock-{kind}").open("w") as lock:
@@ -106,7 +122,8 @@ def prune(target: Path) -> Path:
 
     A folder that is in use is locked by whoever uses it until that process ends. Returns `target`.
     """
-    os.utime(target)
+    with contextlib.suppress(OSError):  # of somebody else's, or read-only: nobody removes it there
+        os.utime(target)
     fcntl.flock(os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), fcntl.LOCK_SH)
     kind = _kind(target)
     for sibling in target.parent.glob(f"{kind}-*"):
@@ -140,7 +157,9 @@ def compile_c(files: Sequence[Path], target: Path, *options: str) -> None:
     """
     command = ["cc", "-O2", *options, "-o", str(target), *map(str, files)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=300, check=False
+        )
     except FileNotFoundError:
         raise UntestableError(
             "a C compiler is needed to build the guest: apt-get install gcc libc6-dev"

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from dmaproof.errors import UntestableError, WaitTimeoutError
+from dmaproof.errors import UntestableError, WaitTimeoutError, printable
 from dmaproof.stamp import PAGE_BYTES
 
-from ..processes.process import log_tail, printable
+from ..processes.process import log_tail
 from ..processes.qemu import Qemu
 from ..processes.timeout import bounded
 from .workload import MOST_HOLD_PAGES

@@ -41,6 +41,7 @@ def _run(command: Sequence[str], what: str, folder: Path | None = None) -> str:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=_TIMEOUT_S,
             check=False,
         )

@@ -7,9 +7,11 @@ made), and `examine` judges them; so what is said about any machine can be teste
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import grp
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,6 +37,7 @@ from . import archive
 from .finding import Finding, State
 from .qemu_builds import installed
 from .qemu_choice import find_qemu
+from .user_folders import cache_folder
 
 OLDEST_PYTHON: Final = (3, 11)
 _KVM: Final = Path("/dev/kvm")
@@ -77,6 +80,7 @@ class Facts:
     memory_available: int
     memfd_error: str | None
     temporary_error: str | None
+    cache_error: str | None
     extras: Mapping[str, Sequence[str]]
 
 
@@ -92,6 +96,7 @@ def examine(facts: Facts, guest: str) -> list[Finding]:
         _memory(facts, guest),
         _shared_memory(facts),
         _temporary_folder(facts),
+        _cache_folder(facts),
         *(_extra(name, lacking) for name, lacking in facts.extras.items()),
     ]
 
@@ -236,6 +241,13 @@ def _temporary_folder(facts: Facts) -> Finding:
     return Finding("temporary folder", State.MISSING, facts.temporary_error, "export TMPDIR=/tmp")
 
 
+def _cache_folder(facts: Facts) -> Finding:
+    name = "cache folder"
+    if facts.cache_error is None:
+        return Finding(name, State.OK, f"{cache_folder()}")
+    return Finding(name, State.MISSING, facts.cache_error, "export XDG_CACHE_HOME=/var/tmp/cache")
+
+
 def _extra(name: str, lacking: Sequence[str]) -> Finding:
     title = f"extra '{name}'"
     if not lacking:
@@ -266,6 +278,7 @@ def look() -> Facts:
         memory_available=_look_for_memory(),
         memfd_error=_try_memfd(),
         temporary_error=temporary_error,
+        cache_error=_try_cache_folder(),
         extras=_look_for_extras(),
     )
 
@@ -302,7 +315,11 @@ async def _version(binary: Path) -> str:
 
 
 def _look_for_compiler() -> str | None:
-    with tempfile.TemporaryDirectory() as folder:
+    try:
+        temporary = tempfile.TemporaryDirectory()
+    except OSError:  # which is a finding of its own
+        return "static" if shutil.which("cc") else None
+    with temporary as folder:
         source = Path(folder) / "try.c"
         source.write_text("int main(void) { return 0; }\n")
         for kind, options in (("static", ["-static", "-pthread"]), ("dynamic", [])):
@@ -315,8 +332,10 @@ def _look_for_compiler() -> str | None:
 
 
 def _look_for_kernel() -> str:
-    if linux_guest.kernel_folder().is_dir():
-        return "kept"
+    # Without a cache there is no kernel in it; the cache is a finding of its own.
+    with contextlib.suppress(OSError, UntestableError):
+        if linux_guest.kernel_folder().is_dir():
+            return "kept"
     try:
         archive.dependencies("linux-image-amd64")
     except UntestableError:
@@ -371,6 +390,17 @@ def _try_temporary_folder() -> str | None:
         return str(error)
     except OSError as error:
         return f"{tempfile.gettempdir()}: {error.strerror}"
+    return None
+
+
+def _try_cache_folder() -> str | None:
+    try:
+        folder = cache_folder()
+    except UntestableError as error:
+        return str(error)
+    there = next(it for it in (folder, *folder.parents) if os.access(it, os.F_OK))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return f"guests are kept in {folder}, and {there} cannot be written to"
     return None
 
 

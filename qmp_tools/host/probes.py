@@ -31,6 +31,7 @@ from ..processes.qemu import Qemu
 from ..processes.run_folder import run_folder
 from ..processes.timeout import bounded
 from ..ram import compare, ram_file
+from .user_folders import cache_folder
 
 _ODD_BYTES: Final = 8 * KIB
 """Added to a RAM size, makes it no multiple of 64 pages."""
@@ -43,14 +44,13 @@ _PROBE_SYNCS: Final = 4
 
 
 def _cache_file() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "dmaproof" / "probes.json"
+    return cache_folder() / "probes.json"
 
 
 def _recall() -> dict[str, int]:
     try:
         answers = json.loads(_cache_file().read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, UntestableError):
         return {}
     if not isinstance(answers, dict):
         return {}
@@ -63,8 +63,8 @@ async def _remembered(question: str, probe: Callable[[], Awaitable[int]]) -> int
     if question not in answers:
         answer = await probe()
         answers = {**_recall(), question: answer}
-        file = _cache_file()
-        with contextlib.suppress(OSError):  # then it is asked again the next time
+        with contextlib.suppress(OSError, UntestableError):  # then it is asked again the next time
+            file = _cache_file()
             file.parent.mkdir(parents=True, exist_ok=True)
             fresh = file.with_suffix(f".{os.getpid()}")
             fresh.write_text(json.dumps(answers, indent=1))

@@ -8,7 +8,6 @@ stays the same.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -20,7 +19,9 @@ from typing import Final
 
 from dmaproof.errors import UntestableError, UsageError
 
+from ..unexpected import writing_to
 from .archive import Archive, own_codename, replace_folder, unpack
+from .user_folders import data_folder
 
 Say = Callable[[str], None]
 
@@ -39,6 +40,7 @@ _PROGRAMS: Final = {
 }
 """Where the packages have them."""
 _SUITE_FILE: Final = "suite"
+_REMEDY: Final = "set XDG_DATA_HOME to a folder that can be written to, with room"
 
 _WRAPPER: Final = """\
 #!/bin/sh
@@ -64,8 +66,7 @@ class QemuBuild:
 
 
 def _home() -> Path:
-    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(base) / "dmaproof" / "qemu"
+    return data_folder() / "qemu"
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -74,9 +75,13 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def installed() -> list[QemuBuild]:
     """The builds that are there, oldest version first."""
+    try:
+        home = _home()
+    except UntestableError:  # and so nothing was fetched
+        return []
     builds = [
         QemuBuild(file.parent.name, file.read_text().strip(), file.parent / PROGRAM)
-        for file in _home().glob(f"[0-9]*/{_SUITE_FILE}")
+        for file in home.glob(f"[0-9]*/{_SUITE_FILE}")
     ]
     return sorted(builds, key=lambda build: _numbers(build.version))
 
@@ -95,6 +100,11 @@ def fetch(wanted: str, say: Say) -> QemuBuild:
         UsageError: no suite of the archive has that version.
         UntestableError: the archive cannot be reached, or what came does not run.
     """
+    with writing_to(_home(), _REMEDY):
+        return _fetch(wanted, say)
+
+
+def _fetch(wanted: str, say: Say) -> QemuBuild:
     _home().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="new-", dir=_home()) as temporary:
         folder = Path(temporary)
@@ -174,7 +184,12 @@ def make_whole(build: Path, programs: Mapping[str, str]) -> None:
 def _try(program: Path) -> None:
     for option in ("--version", "-machine help"):
         done = subprocess.run(
-            [program, *option.split()], capture_output=True, text=True, timeout=60, check=False
+            [program, *option.split()],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=60,
+            check=False,
         )
         if done.returncode:
             raise UntestableError(f"the fetched QEMU does not run: {done.stderr.strip()}")

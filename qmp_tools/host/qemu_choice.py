@@ -68,6 +68,7 @@ def version_of(binary: Path) -> str | None:
             [binary, "--version"],
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=DEFAULT_TIMEOUT_S,
             check=False,
         )

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Final
 
 from dmaproof import _core, _mapping, errors
-from dmaproof.errors import UntestableError, WaitTimeoutError
+from dmaproof.errors import UntestableError, WaitTimeoutError, printable
 
 from ..guest.build import Say
 from ..host.qemu_builds import PROGRAM as QEMU_PROGRAM
 from ..processes import qemu_qmp
+from ..processes.machine import option_value
 from ..processes.process import log_tail
 from ..processes.qemu import Qemu
 from .kernel import KERNELS, MODULE, l1_kernel, l1_module
@@ -154,7 +155,7 @@ async def _run(
 async def _lines(running: Qemu) -> AsyncIterator[str]:
     with contextlib.suppress(ConnectionError):
         while line := await running.report.readline():
-            yield line.decode(errors="replace").rstrip()
+            yield printable(line.decode(errors="replace").rstrip())
 
 
 def _arguments(number: int, machine: L1, job: Path) -> list[str]:
@@ -180,7 +181,7 @@ def _arguments(number: int, machine: L1, job: Path) -> list[str]:
 def _share(tag: str, folder: Path, *, readonly: bool = True) -> list[str]:
     option = ",readonly=on" if readonly else ""
     return [
-        *("-fsdev", f"local,id={tag},path={folder},security_model=none{option}"),
+        *("-fsdev", f"local,id={tag},path={option_value(folder)},security_model=none{option}"),
         *("-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"),
     ]
 

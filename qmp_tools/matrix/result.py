@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
-from ..verdict import EXIT_LOST, EXIT_PASS
+from ..exit_codes import EXIT_LOST, EXIT_PASS
 
 _STORIES: Final = 20
 

@@ -68,6 +68,7 @@ def _make(folder: Path, file: str, name: str, extensions: tuple[str, ...], *sign
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
+            errors="replace",
             check=True,
             timeout=DEFAULT_TIMEOUT_S,
         )

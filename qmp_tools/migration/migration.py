@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
-from dmaproof.errors import UntestableError, WaitTimeoutError
+from dmaproof.errors import UntestableError, WaitTimeoutError, printable
 
 from ..processes.machine import MIB
 from ..processes.qmp import QmpRefusal
@@ -106,7 +106,7 @@ def parse_progress(answer: dict[str, Any]) -> Progress:
         mbit_per_s=ram.get("mbps"),
         expected_downtime_s=seconds("expected-downtime"),
         downtime_s=seconds("downtime"),
-        error=answer.get("error-desc"),
+        error=printable(answer["error-desc"]) if "error-desc" in answer else None,
         elapsed_s=seconds("total-time"),
         page_bytes=ram.get("page-size"),
     )

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from ..exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from ..reports.report import SCHEMA_VERSION
-from ..verdict import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from .migrations import NAMES, UNTRACKED
 from .outcome import NOT_HELD, State
 

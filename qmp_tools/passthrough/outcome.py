@@ -12,8 +12,9 @@ from typing import Any, Final
 from dmaproof.errors import DmaproofError, WaitTimeoutError
 from dmaproof.vfio.requests import VfioError
 
+from ..exit_codes import EXIT_PASS, EXIT_UNTESTED
 from ..migration.migration import MigrationError
-from ..verdict import EXIT_PASS, EXIT_UNTESTED, Verdict
+from ..verdict import Verdict
 
 
 class State(StrEnum):

@@ -21,6 +21,7 @@ from dmaproof.errors import UntestableError, UsageError
 
 from ..devices.device import ProofDevice
 from ..display import LineDisplay
+from ..exit_codes import EXIT_UNTESTED
 from ..guest.workload import Workload
 from ..migration.migration import Limits
 from ..processes.machine import MIB, Machine
@@ -28,7 +29,6 @@ from ..processes.timeout import DEFAULT_TIMEOUT_S
 from ..proof import Setup
 from ..proof_run import prove
 from ..reports.report import to_json, to_text
-from ..verdict import EXIT_UNTESTED
 from .clock import Clocks
 from .fake_device import planted
 from .owned_device import OwnedDevice

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..display import Display
+from ..exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from ..guest.bare import bare_guest, vfio_guest
 from ..l1.machine import L1, run_in_l1
 from ..l1.root import quoted
@@ -18,7 +19,6 @@ from ..matrix.room import free_memory_bytes
 from ..processes.run_folder import run_folder
 from ..processes.timeout import DEFAULT_TIMEOUT_S
 from ..reports.report import SCHEMA_VERSION
-from ..verdict import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from .outcome import NOT_HELD, State
 
 _RESULTS: Final = "results-{}.json"

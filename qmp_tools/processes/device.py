@@ -16,6 +16,7 @@ from dmaproof.evidence import Evidence
 
 from .machine import DESTINATION
 from .process import Process
+from .run_folder import TMPDIR_REMEDY
 from .timeout import bounded
 
 T = TypeVar("T")
@@ -116,6 +117,11 @@ class Device:
 
     _listening: asyncio.Future[None]
 
+    @property
+    def silent(self) -> asyncio.Future[None]:
+        """Done when all that the process has said has been heard, as it has ended."""
+        return self._listening
+
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         while (line := await reader.readline()).endswith(b"\n"):  # else it died in mid-word
             try:
@@ -132,6 +138,10 @@ class Device:
                         f"the device refused what the {session} QEMU or its guest sent: "
                         f"{event.get('message')}"
                     )
+                )
+            elif name == "failed":
+                self._refuse(
+                    UntestableError(f"the {self.process.name} cannot go on: {event.get('message')}")
                 )
             async with self._news:
                 self._latest[name, session] = event
@@ -179,6 +189,8 @@ class Device:
             while not found() and not self._listening.done():
                 await self._news.wait()
         answer = found()
+        if not answer and self.refused.done():
+            raise self.refused.result()
         if not answer:
             raise UntestableError(
                 f"the device {self.process.how_it_ended()}\n{self.process.log_tail()}".rstrip()
@@ -198,6 +210,11 @@ class Device:
         answer = await self.wait_for("evidence", session)
         if not answer["there_is"]:
             raise UntestableError(f"the device has no session with the {session} QEMU any more")
+        if "error" in answer:
+            raise UntestableError(
+                f"the device cannot write its evidence into {folder}: {answer['error']}; "
+                f"{TMPDIR_REMEDY}"
+            )
         return Evidence.load(folder)
 
     async def kill(self) -> None:

@@ -21,6 +21,11 @@ RAM_BACKEND: Final = "ram"
 _SUFFIXES: Final = {"": MIB, "K": KIB, "M": MIB, "G": GIB, "T": 1 << 40}
 
 
+def option_value(text: object) -> str:
+    """`text`, such as a path, as the value of one of several options behind a QEMU option."""
+    return str(text).replace(",", ",,")
+
+
 def parse_memory(text: str) -> int:
     """The bytes that '512M', '524296K', '5G' or '512' (MiB, as with QEMU's -m) name.
 
@@ -109,7 +114,7 @@ def dimm_arguments(name: str, address: int | None = None) -> list[str]:
 def vhost_user_blk_arguments(socket: Path, queues: int) -> list[str]:
     """The QEMU arguments that attach a vhost-user-blk device whose back end listens at `socket`."""
     return [
-        *("-chardev", f"socket,id=disk,path={socket}"),
+        *("-chardev", f"socket,id=disk,path={option_value(socket)}"),
         *("-device", f"vhost-user-blk-pci,chardev=disk,num-queues={queues},queue-size=128"),
     ]
 
@@ -117,7 +122,7 @@ def vhost_user_blk_arguments(socket: Path, queues: int) -> list[str]:
 def vhost_user_fs_arguments(socket: Path) -> list[str]:
     """The QEMU arguments that attach a vhost-user-fs device of tag 'disk'."""
     return [
-        *("-chardev", f"socket,id=disk,path={socket}"),
+        *("-chardev", f"socket,id=disk,path={option_value(socket)}"),
         *("-device", "vhost-user-fs-pci,chardev=disk,tag=disk"),
     ]
 
@@ -125,7 +130,7 @@ def vhost_user_fs_arguments(socket: Path) -> list[str]:
 def vhost_user_net_arguments(socket: Path) -> list[str]:
     """The QEMU arguments that attach a network card whose back end listens at `socket`."""
     return [
-        *("-chardev", f"socket,id=net,path={socket}"),
+        *("-chardev", f"socket,id=net,path={option_value(socket)}"),
         *("-netdev", "vhost-user,id=net,chardev=net"),
         *("-device", "virtio-net-pci,netdev=net"),
     ]

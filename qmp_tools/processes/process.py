@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from dmaproof.errors import UntestableError
+from dmaproof.errors import UntestableError, printable
 
 from .warden import marked_environment
 
@@ -21,6 +21,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _END_GRACE_S: Final = 5.0
 _TAIL_BYTES: Final = 1 << 16
 _TAIL_LINES: Final = 15
+_LEAST_ROOM_BYTES: Final = 64 << 10
+"""With less in the log's file system, what somebody wanted to write there may have failed."""
+_WHY_KILLED: Final = {
+    signal.SIGXFSZ: "a file has outgrown what 'ulimit -f' allows",
+    signal.SIGXCPU: "it has used the processor for longer than 'ulimit -t' allows",
+}
 
 
 class ProcessDiedError(UntestableError):
@@ -115,7 +121,9 @@ class Process:
         if code is None:
             return "is running"
         if code < 0:
-            return f"was killed by {signal.Signals(-code).name}"
+            number = signal.Signals(-code)
+            why = _WHY_KILLED.get(number)
+            return f"was killed by {number.name}" + (f" ({why})" if why else "")
         return f"ended with exit code {code}"
 
     @property
@@ -156,21 +164,17 @@ class Process:
 
 
 def log_tail(log: Path) -> str:
-    """The last lines of `log` under a heading; empty if there are none."""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
-    except OSError:
-        return ""
-    if not lines:
-        return ""
-    told = (f"    {printable(line)}" for line in lines)
-    return "\n".join([f"  last lines of {log.name}:", *told])
+    """The last lines of `log` under a heading; empty if there are none.
 
-
-def printable(text: str) -> str:
-    """`text` without what a terminal would obey and XML cannot hold: a guest may say anything."""
-    return "".join(
-        it if it.isprintable() or it == "\t" else "\N{REPLACEMENT CHARACTER}" for it in text
-    )
+    Where there is no room for more, that is told too.
+    """
+    told = []
+    with contextlib.suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
+        told += [f"  last lines of {log.name}:"] * bool(lines)
+        told += [f"    {printable(line)}" for line in lines]
+        room = os.statvfs(file.fileno())
+        if room.f_bavail * room.f_frsize < _LEAST_ROOM_BYTES:
+            told.append(f"  there is no room left in {log.parent}: set TMPDIR to another folder")
+    return "\n".join(told)

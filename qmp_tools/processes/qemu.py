@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from .machine import option_value
 from .process import Process
 from .qmp import Qmp, QmpError, QmpTimeoutError
 from .timeout import bounded
@@ -82,7 +83,7 @@ class Qemu:
             "none",
             *("-chardev", f"socket,id=qmp,fd={theirs_qmp.fileno()}"),
             *("-mon", "chardev=qmp,mode=control"),
-            *("-chardev", f"file,id=console,path={console}"),
+            *("-chardev", f"file,id=console,path={option_value(console)}"),
             *("-serial", "chardev:console"),
             *("-chardev", f"socket,id=report,fd={theirs_report.fileno()}"),
             *("-serial", "chardev:report"),

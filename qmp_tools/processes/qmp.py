@@ -7,7 +7,7 @@ import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
-from dmaproof.errors import UntestableError, WaitTimeoutError
+from dmaproof.errors import UntestableError, WaitTimeoutError, printable
 
 from . import qemu_qmp
 from .timeout import bounded
@@ -94,7 +94,7 @@ class Qmp:
         answer = await self.execute("query-version")
         number = answer["qemu"]
         text = f"{number['major']}.{number['minor']}.{number['micro']}"
-        return f"{text} {answer['package']}".strip()
+        return printable(f"{text} {answer['package']}".strip())
 
     @contextlib.asynccontextmanager
     async def events(self, *names: str) -> AsyncIterator[qemu_qmp.EventListener]:

@@ -16,11 +16,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 from dmaproof.errors import UntestableError
 
+from ..unexpected import writing_to
 from . import warden
 
 _PREFIX: Final = "dmaproof-"
@@ -28,6 +30,8 @@ _LOCK: Final = "lock"
 _LONGEST_SOCKET_NAME: Final = "destination-migration.sock"
 _SOCKET_PATH_BYTES: Final = 107
 """sockaddr_un.sun_path without its final NUL, see unix(7)."""
+TMPDIR_REMEDY: Final = "set TMPDIR to a folder that can be written to, with 200 MiB of room"
+"""A disk's image is 64 MiB, evidence and logs are less; a stream that is saved comes on top."""
 
 
 @contextlib.contextmanager
@@ -35,11 +39,13 @@ def run_folder(*, keep: bool = False) -> Iterator[Path]:
     """A folder (mode 0700) for one run, removed at the end unless `keep`.
 
     Raises:
-        UntestableError: the temporary folder's path is too long for Unix sockets.
+        UntestableError: the temporary folder's path is too long for Unix sockets, or it has no room
+            for what is done in the context.
     """
-    base = Path(tempfile.gettempdir())
+    base = _temporary_folder()
     _sweep(base)
-    unlocked = Path(tempfile.mkdtemp(prefix="." + _PREFIX, dir=base))
+    with writing_to(base, TMPDIR_REMEDY):
+        unlocked = Path(tempfile.mkdtemp(prefix="." + _PREFIX, dir=base))
     folder = base / unlocked.name[1:]
     if len(os.fsencode(folder / _LONGEST_SOCKET_NAME)) > _SOCKET_PATH_BYTES:
         unlocked.rmdir()
@@ -48,17 +54,39 @@ def run_folder(*, keep: bool = False) -> Iterator[Path]:
         )
     if keep:  # without a lock, and so never swept
         unlocked.rename(folder)
-        with _warden(folder, "keep"):
+        with _warden(folder, "keep"), room_in(folder):
             yield folder
         return
-    with (unlocked / _LOCK).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _locked(unlocked):
         unlocked.rename(folder)
-        with _warden(folder):
+        with _warden(folder), room_in(folder):
             try:
                 yield folder
             finally:
                 shutil.rmtree(folder, ignore_errors=True)  # the warden tries again
+
+
+def room_in(folder: Path) -> AbstractContextManager[None]:
+    """Tell of files in a run's `folder` that cannot be written.
+
+    Raises:
+        UntestableError: one cannot.
+    """
+    return writing_to(folder, TMPDIR_REMEDY)
+
+
+def _temporary_folder() -> Path:
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError as error:
+        raise UntestableError(f"{error.strerror}; {TMPDIR_REMEDY}") from None
+
+
+def _locked(folder: Path) -> IO[str]:
+    with writing_to(folder, TMPDIR_REMEDY):
+        lock = (folder / _LOCK).open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
 
 
 @contextlib.contextmanager

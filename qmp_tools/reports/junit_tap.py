@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 from xml.etree import ElementTree
 
-from ..verdict import EXIT_PASS, EXIT_UNTESTED
+from ..exit_codes import EXIT_PASS, EXIT_UNTESTED
 
 _STORIES: Final = 100
 """So many pages are told of in one failure."""

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from ..exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from ..matrix.axes import NONE, Cell, Matrix
 from ..matrix.result import Result, State
-from ..verdict import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from .report import HEADINGS, SCHEMA_VERSION
 
 _QEMU: Final = "qemu"

@@ -60,6 +60,19 @@ def test_a_killed_tool_leaves_nothing(tool: Tool, how: signal.Signals, moment: s
     assert_nothing_is_left(tool, processes)
 
 
+@pytest.mark.parametrize("pause_s", [0.0, 0.1])
+def test_an_impatient_user_changes_nothing(tool: Tool, pause_s: float) -> None:
+    running, processes = run_up_to(tool, "precopy")
+    while running.process.poll() is None:  # until it has ended, and while it does
+        running.process.send_signal(signal.SIGINT)
+        time.sleep(pause_s)
+    outcome = running.finish()
+    assert outcome.exit_code == 3
+    assert outcome.errors.count("interrupted") == 1
+    assert "Traceback" not in outcome.errors
+    assert_nothing_is_left(tool, processes)
+
+
 def test_a_later_run_sweeps_what_nobody_could(tool: Tool) -> None:
     """The tool and its warden killed together leave a folder, but only until the next run."""
     running, processes = run_up_to(tool, "boot")

@@ -108,6 +108,50 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert done.stderr == b"141\n"
 
 
+TELLING = {
+    "help": "--help",
+    "a subcommand's help": "prove --help",
+    "completion": "completion bash",
+    "list": "matrix --list --way unix",
+}
+
+
+@pytest.mark.parametrize("words", TELLING.values(), ids=TELLING)
+@pytest.mark.parametrize(("where", "why"), [("/dev/full", "No space left"), ("&-", "is closed")])
+def test_an_output_that_takes_nothing_is_told(words: str, where: str, why: str) -> None:
+    command = f"{sys.executable} -m qmp_tools.cli {words} >{where}"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 3
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("dmaproof: standard output cannot be written to: ")
+    assert why in line
+
+
+@pytest.mark.parametrize("where", ["/dev/full", "&-"])
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [("completion bash", 0), ("prove --device nothing", 2), ("check /none /none", 2)],
+)
+def test_errors_that_cannot_be_told_change_nothing(where: str, words: str, code: int) -> None:
+    command = f"{sys.executable} -m qmp_tools.cli {words} 2>{where}"
+    done = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == code
+    assert "dmaproof: " not in done.stdout
+
+
+def test_a_report_on_a_full_disk_is_no_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json", "/dev/full"]) == 3
+    assert "--json /dev/full: No space left on device" in capsys.readouterr().err
+
+
+def test_an_output_of_few_characters_gets_all_that_it_has() -> None:
+    command = [sys.executable, "-m", "qmp_tools.cli", "prove", "--help"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"NAME[:OPTION=VALUE,\u2026]" in done.stdout
+
+
 @pytest.mark.parametrize("device", ["blk", "vfio-fake", "vfio:0000:3b:00.2,0000:3b:00.3"])
 @pytest.mark.parametrize(
     "limit", ["--downtime-limit=0.0009", "--downtime-limit=2001", "--downtime-limit=nan"]

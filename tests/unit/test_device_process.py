@@ -56,10 +56,13 @@ def test_evidence_into_a_folder_that_is_not_there(tmp_path: Path) -> None:
         process = subprocess.Popen(command, pass_fds=fds, stderr=subprocess.PIPE)
         request = {"do": "evidence", "session": "a", "folder": str(tmp_path / "none")}
         ours.sendall(json.dumps(request).encode() + b"\n")
+        theirs.close()
+        with ours.makefile() as said:
+            answer = next(it for line in said if (it := json.loads(line))["event"] == "evidence")
+            ours.shutdown(socket.SHUT_RDWR)
         _, told = process.communicate(timeout=900)
-    assert process.returncode == 2
-    assert b"evidence into" in told
-    assert len(told.splitlines()) == 1
+    assert "No such file or directory" in answer["error"]
+    assert (process.returncode, told) == (0, b"")
 
 
 async def listen(said: bytes) -> Device:
@@ -67,7 +70,7 @@ async def listen(said: bytes) -> Device:
     reader = asyncio.StreamReader()
     reader.feed_data(said)
     reader.feed_eof()
-    process = SimpleNamespace(how_it_ended=lambda: "was killed", log_tail=lambda: "")
+    process = SimpleNamespace(name="device", how_it_ended=lambda: "was killed", log_tail=lambda: "")
     device = Device(cast(Process, process), cast(asyncio.StreamWriter, None), 60)
     device._listening = asyncio.ensure_future(device._listen(reader))
     await device._listening
@@ -109,5 +112,49 @@ def test_what_a_device_refuses_is_told() -> None:
             RefusedError, match="refused what the source QEMU or its guest sent: ring 2"
         ):
             raise device.refused.result()
+
+    asyncio.run(story())
+
+
+def test_a_device_whose_log_is_on_the_full_disk_tells_its_owner() -> None:
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-m", "dmaproof.vhost_user", "--control", str(theirs.fileno())]
+    command += ["--device", "blk:file=/dev/full"]
+    with ours, theirs, Path("/dev/full").open("w") as log:
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=log)
+        theirs.close()
+        with ours.makefile() as said:
+            (event,) = map(json.loads, said)
+        assert process.wait(timeout=120) == 2
+    assert event["event"] == "failed"
+    assert "/dev/full is not a regular file" in event["message"]
+
+
+def test_what_keeps_a_device_from_going_on_is_told() -> None:
+    async def story() -> None:
+        said = {"event": "failed", "session": "", "message": "No space left on device"}
+        device = await listen(json.dumps(said).encode() + b"\n")
+        with pytest.raises(UntestableError, match="cannot go on: No space left on device"):
+            await device.wait_for("listening", "source")
+        assert device.refused.done()
+
+    asyncio.run(story())
+
+
+def test_evidence_that_could_not_be_written_is_told(tmp_path: Path) -> None:
+    async def story() -> None:
+        device = await listen(b"")
+        answer = {"event": "evidence", "there_is": True, "error": "No space left on device"}
+        sent: list[bytes] = []
+
+        async def drain() -> None:
+            device._latest["evidence", "source"] = answer
+
+        device._control = cast(
+            asyncio.StreamWriter, SimpleNamespace(write=sent.append, drain=drain)
+        )
+        with pytest.raises(UntestableError, match=r"No space left on device; set TMPDIR"):
+            await device.evidence("source", tmp_path)
+        assert json.loads(sent[0])["do"] == "evidence"
 
     asyncio.run(story())

@@ -39,6 +39,7 @@ WHOLE = Facts(
     memory_available=8 << 30,
     memfd_error=None,
     temporary_error=None,
+    cache_error=None,
     extras={"bench": []},
 )
 
@@ -92,6 +93,7 @@ NO_PROOF = {
     "little memory": ({"memory_available": 700 * MIB}, "memory", "prove --guest bare"),
     "no memfd": ({"memfd_error": "Operation not permitted"}, "shared memory", "memfd_create"),
     "long TMPDIR": ({"temporary_error": "too long a path"}, "temporary folder", "TMPDIR=/tmp"),
+    "no cache": ({"cache_error": "cannot be written to"}, "cache folder", "XDG_CACHE_HOME="),
 }
 
 

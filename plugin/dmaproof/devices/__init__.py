@@ -77,6 +77,8 @@ def emulated_devices() -> dict[str, type[VirtioDevice]]:
 def parse_device(text: str) -> tuple[type[VirtioDevice], dict[str, Any]]:
     """The class, and its arguments, of the device that ``NAME[:OPTION=VALUE,…]`` asks for.
 
+    A comma in a value is doubled.
+
     Raises:
         UsageError: there is no such device or option, or it cannot have that value.
     """
@@ -85,7 +87,7 @@ def parse_device(text: str) -> tuple[type[VirtioDevice], dict[str, Any]]:
     if name not in known:
         raise UsageError(f"device {name!r} is not known; there are: {', '.join(sorted(known))}")
     arguments = {}
-    for pair in filter(None, options.split(",")):
+    for pair in _pairs(options):
         option, _, value = pair.partition("=")
         convert = known[name].options.get(option)
         if convert is None:
@@ -96,6 +98,12 @@ def parse_device(text: str) -> tuple[type[VirtioDevice], dict[str, Any]]:
         except ValueError:
             raise UsageError(f"device {name}: {pair} is not understood") from None
     return known[name], arguments
+
+
+def _pairs(options: str) -> list[str]:
+    """The parts between single commas: a doubled one belongs to a value, as with QEMU's options."""
+    pairs = options.replace(",,", "\0").split(",")
+    return [pair.replace("\0", ",") for pair in pairs if pair]
 
 
 def make_device(text: str) -> VirtioDevice:

@@ -7,6 +7,8 @@ also that of processes whose devices have other trackers.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import signal
 import socket
 import sys
@@ -18,6 +20,7 @@ from ..dirty_tracker import EmulatedTracker, emulated_trackers
 from ..errors import DmaproofError
 from ..faults import plant
 from ..faults.fault import Fault
+from ..system_errors import describe
 from .server import Server
 from .session import Session
 
@@ -93,12 +96,14 @@ def main(
     arguments = _arguments(trackers, default)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner of the control socket decides
     interval_s, immediate = arguments.harvest
+    control = socket.socket(fileno=arguments.control)
+    owner = control.dup()  # the server closes its own
     try:
         fault = plant(arguments.fault, arguments.seed)
         server = Server(
             make_device(arguments.device),
             trackers[arguments.tracker],
-            socket.socket(fileno=arguments.control),
+            control,
             make_session=session_of(fault),
             harvest_interval_s=interval_s,
             immediate=immediate,
@@ -117,8 +122,14 @@ def main(
             name, _, fd = connected.partition("=")
             server.adopt(name, socket.socket(fileno=int(fd)))
         server.run()
-    except DmaproofError as error:
-        print(f"dmaproof device: {error}", file=sys.stderr)
+    except (DmaproofError, OSError) as error:
+        # Whoever started it may have given it a log on the very disk that is full.
+        why = describe(error) if isinstance(error, OSError) else str(error)
+        with contextlib.suppress(OSError):
+            event = {"event": "failed", "session": "", "message": why}
+            owner.sendall(json.dumps(event).encode() + b"\n")
+        with contextlib.suppress(OSError):
+            print(f"dmaproof device: {why}", file=sys.stderr)
         return 2
     return 0
 

@@ -24,6 +24,7 @@ from ..devices import VirtioDevice
 from ..dirty_tracker import EmulatedTracker
 from ..errors import MemoryAccessError, ProtocolError, UsageError
 from ..evidence import collect_evidence
+from ..system_errors import describe
 from .connection import Connection
 from .session import Session
 
@@ -124,6 +125,7 @@ class Server:
 
         Raises:
             UsageError: what came on it is no command.
+            OSError: a file of its own cannot be written.
         """
         try:
             while self._running:
@@ -256,6 +258,7 @@ class Server:
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"control socket: {line[:200]!r} is no command: {error!r}") from error
         session = self._sessions.get(name)
+        answer = {"event": "evidence", "session": name, "there_is": session is not None}
         if session is not None:
             evidence = collect_evidence(
                 session.journal,
@@ -266,5 +269,5 @@ class Server:
             try:
                 evidence.save(folder)
             except OSError as error:
-                raise UsageError(f"control socket: evidence into {folder}: {error}") from error
-        self._tell({"event": "evidence", "session": name, "there_is": session is not None})
+                answer["error"] = describe(error)
+        self._tell(answer)

@@ -35,6 +35,7 @@ from ..errors import (
 )
 from ..guest_memory import WRITE, Bus, GuestMemory, IovaMap, MemorySlot, map_slot
 from ..iotlb import Entry, Iotlb, Miss
+from ..system_errors import NO_ROOM
 from ..virtqueue import MAX_QUEUE_SIZE
 from .backend_channel import BackendChannel
 from .connection import Connection
@@ -152,6 +153,7 @@ class Session:
         Raises:
             ProtocolError: the front end broke the specification, or asks for too much.
             EOFError: it has gone.
+            OSError: there is no room for what is kept of the session.
         """
         for message in itertools.islice(self.connection.receive(), _MESSAGES_PER_TURN):
             try:
@@ -160,6 +162,8 @@ class Session:
                 *(MemoryAccessError, BitmapError, TrackerError),
                 *(MemoryError, OSError),
             ) as error:
+                if isinstance(error, OSError) and error.errno in NO_ROOM:
+                    raise  # it is for a file of ours that there is none
                 raise ProtocolError(f"{message.request.name}: {error}") from error
             finally:
                 for fd in message.fds:

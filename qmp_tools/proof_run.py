@@ -298,7 +298,12 @@ class ProofRun(QemuPair):
         return PrecopyHold(migration, qtest, self._hold_pages) if qtest else None
 
     def _migration(self) -> Migration:
-        return Migration(self._ends(), self._way, self._setup.limits)
+        return Migration(
+            self._ends(),
+            self._way,
+            self._setup.limits,
+            must_be_refused=self._way.refusal is not None and self.device.lacks_pagefault,
+        )
 
     async def _migrate_and_fail(self, attempt: FirstAttempt) -> None:
         """Migrate until every page has been sent, and let it fail; the source's guest goes on.

@@ -21,7 +21,13 @@ from ..passthrough.host_functions import PREFIX, parse_functions, require_testab
 from ..processes.machine import Machine, parse_memory
 from ..proof import Setup
 from .arguments import sole_device
-from .setup import limits_of, parse_proof_options, qemus_of, seed_of
+from .setup import (
+    limits_of,
+    parse_proof_options,
+    qemus_of,
+    require_way_for,
+    seed_of,
+)
 
 _TAKEN: Final = frozenset(
     {
@@ -71,6 +77,7 @@ async def functions_setup_of(arguments: argparse.Namespace, show: Display, host:
             raise UsageError(f"--{option.replace('_', '-')} does not apply to --device {name}")
     if arguments.control:
         raise UsageError("--control: nothing can be planted in a device of the host")
+    require_way_for(arguments.way, functions)
     memory = parse_memory(arguments.memory) if arguments.memory else None
     for line in require_testable(functions, memory or MEMORY_BYTES, host):
         show.say(line)

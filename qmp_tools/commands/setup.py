@@ -15,6 +15,7 @@ from dmaproof.faults import plant
 
 from ..arguments import require
 from ..devices.choice import choose_device
+from ..devices.device import ProofDevice
 from ..devices.emulated import RINGS
 from ..display import Display
 from ..guest.choice import GUESTS
@@ -24,7 +25,7 @@ from ..host.qemu_choice import common_machine, find_qemu
 from ..late_dma import SETTLE_S
 from ..migration.migration import Limits
 from ..migration.refused_features import FEATURES
-from ..migration.ways import LOCALHOST, WAYS, Plug
+from ..migration.ways import LOCALHOST, WAYS, Plug, Way
 from ..processes.device import DeviceOptions
 from ..processes.iommu import IOMMUS
 from ..processes.machine import MIB, Machine, parse_memory
@@ -295,6 +296,7 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
             f"--iommu {iommu}: the guest {arguments.guest} does not use it so; "
             f"--guest {' or '.join(IOMMUS[iommu].guests)} does"
         )
+    way = require_way_for(arguments.way, device)
     memory = parse_memory(arguments.memory) if arguments.memory else None
     usual = _BEHIND_IOMMU if iommu else ""
     workload = device.fit(parse_workload(f"{usual},{arguments.workload}", seed))
@@ -307,7 +309,6 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
         memory = await choose_memory(
             source, accelerator, guest.memory_bytes, show, limits.timeout_s
         )
-    way = WAYS[arguments.way]
     machine = arguments.machine or way.machine
     if destination.resolve() != source.resolve() or arguments.machine:
         machine = await common_machine(machine, source, destination, limits.timeout_s)
@@ -344,6 +345,18 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
         requests_after=arguments.requests_after,
         settle_s=arguments.settle,
     )
+
+
+def require_way_for(name: str, device: ProofDevice) -> Way:
+    """The way of this name.
+
+    Raises:
+        UsageError: `device` cannot go it.
+    """
+    way = WAYS[name]
+    if way.plug is Plug.DISK and not device.driver.has_disk:
+        raise UsageError(f"--way {name}: it plugs a disk, and {device.facts.device} is not one")
+    return way
 
 
 def limits_of(arguments: argparse.Namespace) -> Limits:

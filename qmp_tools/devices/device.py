@@ -99,6 +99,11 @@ class AttachedDevice(Protocol):
             UntestableError: what is to serve it does not start.
         """
 
+    @property
+    def lacks_pagefault(self) -> bool:
+        """Whether it is a vhost-user device that is known to lack VHOST_USER_PROTOCOL_F_PAGEFAULT:
+        with one of these, QEMU must refuse postcopy."""
+
     def release(self, side: str) -> None:
         """The QEMU of `side` is about to be ended: what serves only that may end by itself now."""
 
@@ -153,6 +158,11 @@ class SilentDevice:
     def serving(self, side: str) -> Sequence[Process]:
         """See `AttachedDevice.serving`."""
         return ()
+
+    @property
+    def lacks_pagefault(self) -> bool:
+        """See `AttachedDevice.lacks_pagefault`."""
+        return False
 
     def release(self, side: str) -> None:
         """See `AttachedDevice.release`."""

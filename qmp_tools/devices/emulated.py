@@ -198,6 +198,10 @@ class _AttachedDevice:
     def serving(self, side: str) -> Sequence[Process]:
         return [self._devices[side].process]
 
+    @property
+    def lacks_pagefault(self) -> bool:
+        return True
+
     async def attach(self, side: str) -> Sequence[str]:
         return self._setup.qemu_arguments(self._sockets[side])
 

@@ -41,6 +41,11 @@ class Driver:
     modules: Sequence[str]
     place: str
 
+    @property
+    def has_disk(self) -> bool:
+        """Whether it is the node of a disk, for which our guests wait until it is plugged."""
+        return "disk=/dev/" in self.place
+
 
 _SCSI_DISK: Final = "disk=/dev/sda"
 _NETWORK: Final = "loop=eth0"

@@ -122,6 +122,9 @@ class Migration:
     `way_shown` tells whether the way has been used as its entry wants it. `load` is the end on the
     destination.
 
+    With some devices a way `must_be_refused` by QEMU; with others it may be, and dmaproof does not
+    go it (`Way.refusal`).
+
     `moments` has the times (CLOCK_MONOTONIC, ns) of the source's events: 'STOP' when its vCPUs have
     stopped, and the migration's last states, such as 'device' and 'completed'.
     """
@@ -132,6 +135,7 @@ class Migration:
     history: list[Progress] = field(default_factory=list)
     moments: dict[str, int] = field(default_factory=dict)
     way_shown: bool = False
+    must_be_refused: bool = False
     _bytes_per_s: int = 0
     _deadline: float = 0.0
 
@@ -139,7 +143,8 @@ class Migration:
         """Begin, and hold the migration in precopy.
 
         Raises:
-            UnsupportedWayError: a QEMU lacks what the way needs, or refuses the way as it must.
+            UnsupportedWayError: a QEMU lacks what the way needs, or refuses the way as it must; or
+                the way is one that dmaproof cannot go.
             MigrationError: it does not refuse what it must.
             QmpError: a QEMU refused another step.
         """
@@ -151,10 +156,15 @@ class Migration:
             due = self.way.refusal is not None and self.way.refusal in words
             what = "refused, as it has to be with this device" if due else "this QEMU lacks the way"
             raise UnsupportedWayError(f"{what}: {words}") from refusal
-        if self.way.refusal is not None:
+        if self.must_be_refused:
             raise MigrationError(
-                f"QEMU took {', '.join(self.way.capabilities)}, which it must refuse with a device "
-                f"like this ({self.way.refusal!r} was due)"
+                f"QEMU accepted {', '.join(self.way.capabilities)}, which it must refuse with a "
+                f"device like this ({self.way.refusal!r} was expected)"
+            )
+        if self.way.refusal is not None:
+            raise UnsupportedWayError(
+                f"QEMU accepts {', '.join(self.way.capabilities)}, as it may with this device; "
+                "dmaproof does not carry out such a migration"
             )
         source, stream = self.ends.source, self.way.stream
         # With a downtime limit of 0, QEMU takes an empty first pass for convergence.

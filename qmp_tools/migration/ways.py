@@ -34,7 +34,7 @@ HELD_BYTES_PER_S: Final = 32 << 20
 
 
 class UnsupportedWayError(UnsupportedError):
-    """A QEMU lacks the way, or refuses it for this device."""
+    """A QEMU lacks the way, or refuses it for this device; or dmaproof cannot go it."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,8 @@ class Way:
     `capabilities` and `parameters` (named as in QMP) are set on both sides, `prepare` is carried
     out in between. `shown_by` is the path of a member of query-migrate ('ram.multifd-bytes') that
     is more than 0 once the way has been used: only then may the migration end. `refusal` is what
-    QEMU must say to the capabilities: for a way that this device cannot go. `first_attempt` is a
+    QEMU must say to the capabilities with some devices, for a way that is not gone with any other
+    either: whether it is refused is all that can be shown. `first_attempt` is a
     migration that fails once every page has been sent; the source's guest must go on as if nothing
     had been. `migrations` is how often the guest migrates, there and back, and `plug` what is
     plugged into it before; `machine` is the machine type where no other is asked for, and
@@ -289,7 +290,7 @@ WAYS: Final[dict[str, Way]] = {
         capabilities=("return-path", "switchover-ack"),
     ),
     "postcopy-ram": Way(
-        "pages fetched on demand: QEMU must refuse it, as the device has no PAGEFAULT",
+        "pages fetched on demand: only whether QEMU refuses it for a device without PAGEFAULT",
         capabilities=("postcopy-ram",),
         refusal="not capable of postcopy",
     ),

@@ -88,6 +88,12 @@ def test_a_device_of_qemus_own_goes_it_too(tool: Tool, way: str) -> None:
     assert outcome.report["sharpness"]["rewritten"] > 0
 
 
+def test_postcopy_is_no_fault_without_a_vhost_user_device(tool: Tool) -> None:
+    outcome = prove(tool, "postcopy-ram", "--device", "qemu:virtio-blk-pci")
+    assert (outcome.exit_code, outcome.report["unsupported"]) == (3, True)
+    assert "QEMU accepts postcopy-ram, as it may with this device" in outcome.report["reason"]
+
+
 def test_linux_uses_plugged_memory(tool: Tool) -> None:
     if not installed():
         pytest.skip("needs a newer QEMU: dmaproof qemu fetch 11.1")

@@ -108,6 +108,17 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert done.stderr == b"141\n"
 
 
+@pytest.mark.parametrize(
+    "device",
+    [["--device=qemu:e1000"], ["--device=fs", "--device-command=virtiofsd --socket={socket}"]],
+)
+def test_only_a_disk_can_be_plugged_as_one(
+    device: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prove", "--way=device-hotplug", *device]) == 2
+    assert "--way device-hotplug: it plugs a disk, and " in capsys.readouterr().err
+
+
 TELLING = {
     "help": "--help",
     "a subcommand's help": "prove --help",

@@ -35,9 +35,9 @@ from .arguments import AnyPath
 from .blocking import ProofQemu, Stage, StagedProof
 from .commands.setup import proof_options
 from .devices.device import AttachedDevice
+from .exit_codes import EXIT_UNTESTED
 from .reports import check_report, report
 from .reports.html import to_html
-from .exit_codes import EXIT_UNTESTED
 
 PARAMETERS: Final = tuple(name.replace("-", "_") for name in proof_options())
 """Named as the options of ``dmaproof prove``, and with the same defaults."""

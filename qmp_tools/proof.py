@@ -39,6 +39,7 @@ class Setup:
     limits: Limits = field(default_factory=Limits)
     requests_after: int = 1000
     settle_s: float = SETTLE_S
+    max_downtime_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from dmaproof.evidence import HARVEST, Evidence, Slot
 from .check.physical_map import parse_flat_view, shown_parts
 from .devices.device import AttachedDevice
 from .display import Display
+from .downtime import measure_downtime
 from .exit_codes import EXIT_PASS
 from .guest.channel import QUIET, START_LAST, START_ONCE, SWEEP, GuestLateError
 from .late_dma import PausedRam
@@ -254,8 +255,20 @@ class ProofRun(QemuPair):
             sharpness = measure_sharpness(evidence, migrated.all_sent_ns)
         else:
             sharpness = sharpness_by_guest(self._once_pages(), certain=self._setup.device.direct)
-        verdict = Verdict(pages, lost, sharpness, GuestOutcome(0, 0, 0), migrated.ended_early)
         migration = migrated.migration
+        harvests = np.sort(
+            np.concatenate([np.empty(0, dtype=HARVEST), *(it.harvests for it in evidence)]),
+            order="time_ns",
+        )
+        downtime = measure_downtime(
+            migration.moments,
+            harvests,
+            migration.history[-1].downtime_s,
+            migration.loading_ns,
+            self._setup.max_downtime_s,
+        )
+        guest = GuestOutcome(0, 0, 0)
+        verdict = Verdict(pages, lost, sharpness, guest, migrated.ended_early, downtime=downtime)
         return Proof(
             setup=self._setup,
             verdict=verdict,
@@ -267,10 +280,7 @@ class ProofRun(QemuPair):
             downtime_s=migration.history[-1].downtime_s,
             history=migration.history,
             moments=migration.moments,
-            harvests=np.sort(
-                np.concatenate([np.empty(0, dtype=HARVEST), *(it.harvests for it in evidence)]),
-                order="time_ns",
-            ),
+            harvests=harvests,
             ram_map=joined(maps),
             commands={
                 it.name: it.command

@@ -223,8 +223,8 @@ def ram_check(request: pytest.FixtureRequest) -> Iterator[Callable[..., Check]]:
     Takes the QEMUs of the fixtures, or paths of QMP sockets, after a migration. With
     ``expect_migration=False`` it compares any two paused QEMUs.
     """
-    from .reports import check_report
     from .exit_codes import EXIT_UNTESTED
+    from .reports import check_report
 
     with _stage(request) as stage:
 

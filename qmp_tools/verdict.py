@@ -40,6 +40,7 @@ from dmaproof.evidence import Evidence, Slot
 from dmaproof.journal import WriteKind
 from dmaproof.trace import TRACED_LINKS, Link
 
+from .downtime import Downtime
 from .exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from .migration.log_watch import LogEvidence
 from .ram import PAGE_BYTES, RamFile
@@ -156,6 +157,7 @@ class Verdict:
     ended_early: bool = False
     settled_s: float | None = None
     log: LogEvidence | None = None
+    downtime: Downtime = field(default_factory=Downtime)
 
     def count(self, blame: Blame) -> int:
         """How many of the lost pages are `blame`'s."""
@@ -163,10 +165,11 @@ class Verdict:
 
     @property
     def exit_code(self) -> int:
-        """0 pass, 1 lost, 3 nothing was tested."""
-        if self.lost or self.guest.errors or self.sharpness.unreported or self._log_faults:
+        """0 pass, 1 lost or too slow, 3 nothing was tested."""
+        found = self.lost or self.guest.errors or self.sharpness.unreported or self._log_faults
+        if found or self.downtime.exceeded:
             return EXIT_LOST
-        tested = self.sharpness.rewritten and not self.ended_early
+        tested = self.sharpness.rewritten and not (self.ended_early or self.downtime.unmeasured)
         return EXIT_PASS if tested else EXIT_UNTESTED
 
     @property
@@ -200,6 +203,8 @@ class Verdict:
                 f"every page equal, but by luck: {self.sharpness.unreported} pages that the device "
                 "wrote have not reached the dirty log"
             )
+        if self.downtime.exceeded:
+            return f"every page equal, but {self.downtime.sentence}"
         if self.ended_early:
             return (
                 "too little was tested: the migration completed before the guest had used its once "
@@ -210,6 +215,8 @@ class Verdict:
                 "nothing was tested: the device dirtied no page again that had already been sent; "
                 "give the guest more time or the migration less bandwidth"
             )
+        if self.downtime.unmeasured:
+            return f"every page equal, but {self.downtime.sentence}"
         return f"every page equal: {self.pages} pages compared"
 
     @property

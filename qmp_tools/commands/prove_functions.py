@@ -23,6 +23,7 @@ from ..proof import Setup
 from .arguments import sole_device
 from .setup import (
     limits_of,
+    max_downtime_of,
     parse_proof_options,
     qemus_of,
     require_way_for,
@@ -32,7 +33,8 @@ from .setup import (
 _TAKEN: Final = frozenset(
     {
         *("device", "qemu", "qemu_destination", "machine", "accel", "memory", "cpus", "workload"),
-        *("way", "host", "bandwidth", "downtime_limit", "timeout", "seed", "requests_after"),
+        *("way", "host", "bandwidth", "downtime_limit", "max_downtime", "timeout", "seed"),
+        "requests_after",
     }
 )
 """Those of `prove`'s options that mean something here."""
@@ -120,4 +122,5 @@ async def functions_setup_of(arguments: argparse.Namespace, show: Display, host:
         host=arguments.host,
         limits=limits,
         requests_after=arguments.requests_after,
+        max_downtime_s=max_downtime_of(arguments),
     )

@@ -88,6 +88,13 @@ def add_setup_options(parser: argparse.ArgumentParser) -> None:
     migration.add_argument(
         "--downtime-limit", type=float, default=0.3, metavar="SECONDS", help="default: %(default)s"
     )
+    migration.add_argument(
+        "--max-downtime",
+        type=seconds,
+        metavar="SECONDS",
+        help="fail where the guest is stopped for longer, until the destination has loaded "
+        "everything; QEMU itself is told --downtime-limit",
+    )
     add_timeout(migration)
 
 
@@ -260,6 +267,7 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
         UntestableError: what is needed is not there.
     """
     limits = limits_of(arguments)
+    max_downtime_s = max_downtime_of(arguments)
     seed = seed_of(arguments)
     fault = plant(arguments.fault, seed)  # a wrong --fault is told before anything is started
     if fault.needs:
@@ -344,6 +352,7 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
         limits=limits,
         requests_after=arguments.requests_after,
         settle_s=arguments.settle,
+        max_downtime_s=max_downtime_s,
     )
 
 
@@ -369,6 +378,22 @@ def limits_of(arguments: argparse.Namespace) -> Limits:
     if not 0.001 <= limits.downtime_s <= 2000:
         raise UsageError("--downtime-limit takes 0.001 to 2000 seconds")
     return limits
+
+
+def max_downtime_of(arguments: argparse.Namespace) -> float | None:
+    """The limit that was given.
+
+    Raises:
+        UsageError: the way has no downtime that could be measured.
+    """
+    limit_s: float | None = arguments.max_downtime
+    way = WAYS[arguments.way]
+    if limit_s is not None and (way.snapshot or way.in_place):
+        raise UsageError(
+            f"--max-downtime: with --way {arguments.way} dmaproof itself stops the guest, for as "
+            "long as it takes to copy its RAM"
+        )
+    return limit_s
 
 
 def seed_of(arguments: argparse.Namespace, bits: int = 32) -> int:

@@ -17,6 +17,8 @@ class State(StrEnum):
 
     CLEAN = "clean"
     LOST = "lost"
+    SLOW = "slow"
+    """No page was lost, but the downtime was longer than ``--max-downtime`` allows."""
     SKIPPED = "skipped"
     """A QEMU lacks what the cell needs, or has to refuse it; `Result.message` has its words."""
     UNTESTED = "untested"
@@ -69,10 +71,11 @@ def result_of(report: Mapping[str, Any], seconds: float) -> Result:
         message = report.get("reason", report["verdict"])
         return skipped(message) if report.get("unsupported") else untested(message)
     setup, sharpness = report["setup"], report["sharpness"]
+    blame = _blame(report) if code == EXIT_LOST else []
     return Result(
-        State.CLEAN if code == EXIT_PASS else State.LOST,
+        State.CLEAN if code == EXIT_PASS else State.LOST if blame else State.SLOW,
         report["verdict"],
-        blame=_blame(report) if code == EXIT_LOST else (),
+        blame=blame,
         stories=[page["story"] for page in report["lost_pages"][:_STORIES]],
         qemu_versions=[setup["qemu_version"], setup["qemu_destination_version"]],
         certain=sharpness["certain"],

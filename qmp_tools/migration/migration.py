@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
+
+from qemu.qmp import EventListener
 
 from dmaproof.errors import UntestableError, WaitTimeoutError, printable
 
@@ -126,7 +128,8 @@ class Migration:
     go it (`Way.refusal`).
 
     `moments` has the times (CLOCK_MONOTONIC, ns) of the source's events: 'STOP' when its vCPUs have
-    stopped, and the migration's last states, such as 'device' and 'completed'.
+    stopped, and the migration's last states, such as 'device' and 'completed'. `loading_ns` is when
+    the destination was let load a stream that was saved first (else 0), and when it had loaded all.
     """
 
     ends: Ends
@@ -134,10 +137,13 @@ class Migration:
     limits: Limits
     history: list[Progress] = field(default_factory=list)
     moments: dict[str, int] = field(default_factory=dict)
+    loading_ns: tuple[int, int] | None = None
     way_shown: bool = False
     must_be_refused: bool = False
     _bytes_per_s: int = 0
     _deadline: float = 0.0
+    _loading: dict[str, int] = field(default_factory=dict)
+    """As `moments`, on the destination."""
 
     async def start(self) -> None:
         """Begin, and hold the migration in precopy.
@@ -251,18 +257,15 @@ class Migration:
         """
         if self.way.in_place:  # it is over when `start` is, and the source is no more
             return
-        async with self.ends.source.events("STOP", "MIGRATION") as listener:
+        source, destination = self.ends.source, self.ends.destination
+        async with (
+            source.events("STOP", "MIGRATION") as listener,
+            destination.events("MIGRATION") as loading,
+        ):
             async for progress in self._poll():
-                self._note_moments(cast(list[Mapping[str, Any]], listener.clear()))
+                self.moments |= _moments(listener)
+                self._loading |= _moments(loading)
                 yield progress
-
-    def _note_moments(self, events: Iterable[Mapping[str, Any]]) -> None:
-        to_monotonic_ns = time.monotonic_ns() - time.time_ns()
-        for event in events:
-            stamp = event["timestamp"]
-            time_ns = stamp["seconds"] * 1_000_000_000 + stamp["microseconds"] * 1000
-            name = event["data"]["status"] if event["event"] == "MIGRATION" else event["event"]
-            self.moments[name] = time_ns + to_monotonic_ns
 
     async def _poll(self) -> AsyncGenerator[Progress, None]:
         self.restart_timeout()
@@ -353,6 +356,13 @@ class Migration:
         Raises:
             MigrationError: it does not come to that.
         """
+        async with self.ends.destination.events("MIGRATION") as loading:
+            began_ns = time.monotonic_ns() if self.way.stream.saved_first else 0
+            await self._load()
+            self._loading |= _moments(loading)
+        self.loading_ns = began_ns, self._loading.get("completed", time.monotonic_ns())
+
+    async def _load(self) -> None:
         if self.way.stream.saved_first and not self.way.in_place:
             await self._read_stream()
         deadline = time.monotonic() + self.limits.timeout_s
@@ -366,3 +376,15 @@ class Migration:
         raise MigrationTimeoutError(
             f"the destination has not loaded everything within {self.limits.timeout_s:g} s"
         )
+
+
+def _moments(listener: EventListener) -> dict[str, int]:
+    """When each of the events that have come happened, by name or by the migration's state."""
+    to_monotonic_ns = time.monotonic_ns() - time.time_ns()
+    found = {}
+    for event in cast(list[Mapping[str, Any]], listener.clear()):
+        stamp = event["timestamp"]
+        time_ns = stamp["seconds"] * 1_000_000_000 + stamp["microseconds"] * 1000
+        name = event["data"]["status"] if event["event"] == "MIGRATION" else event["event"]
+        found[name] = time_ns + to_monotonic_ns
+    return found

@@ -71,7 +71,7 @@ def _proof_sections(answer: Json) -> list[str]:
             _harvest_legend(answer),
             _passes(migration["passes"]),
         ),
-        element.section("The downtime", _downtime(migration)),
+        element.section("The downtime", _limit(answer["downtime"]), _downtime(migration)),
     ]
     if answer["lost_pages"]:
         found.append(_lost_pages(answer["lost_pages"]))
@@ -249,6 +249,22 @@ def _downtime(migration: Json) -> str:
         for part, style in zip(parts, styles, strict=True)
     )
     return f'{head}<div class="parts">{bar}</div><ul class="legend">{rows}</ul>'
+
+
+def _limit(downtime: Json) -> str:
+    if downtime["limit_s"] is None:
+        return ""
+    if downtime["seconds"] is None:
+        return "<p>It could not be measured, so it cannot be held against its limit.</p>"
+    relation = "more than" if downtime["exceeded"] else "within"
+    rows = [
+        (f"{part['seconds'] * 1000:.1f} ms", escape(part["what"])) for part in downtime["parts"]
+    ]
+    return (
+        f"<p>{downtime['seconds'] * 1000:.0f} ms until the destination had loaded everything: "
+        f"{relation} the {downtime['limit_s'] * 1000:.0f} ms that are allowed.</p>"
+        + element.table([("for", False), ("part", True)], rows)
+    )
 
 
 def _ram(ram_map: Json) -> str:

@@ -16,12 +16,14 @@ from .matrix_report import Grid, grid_of
 _STYLES: Final = {
     State.CLEAN: "good",
     State.LOST: "bad",
+    State.SLOW: "bad",
     State.SKIPPED: "plain",
     State.UNTESTED: "known",
 }
 _MEANINGS: Final = {
     State.CLEAN: "clean: every page equal and reported, and the guest went on correctly",
     State.LOST: "lost: pages differ or were never reported, and the cell names whose fault it is",
+    State.SLOW: "slow: the downtime was longer than --max-downtime allows",
     State.SKIPPED: "skipped: a QEMU lacks what the cell needs, or has to refuse it",
     State.UNTESTED: "untested: no verdict was reached",
 }

@@ -1,7 +1,8 @@
 """A report's JSON as what test runners collect: JUnit XML and TAP (version 14).
 
 A proof is four cases: the pages, the guest's own checks, what the device wrote and did not report,
-and whether the run could tell anything at all; the control is a fifth. A soak is the cases of its
+and whether the run could tell anything at all; with a limit of the downtime and with the control
+there is one more for each. A soak is the cases of its
 last migration, and one for each process that may not grow. A fault, a matrix' cell, and each proof
 of the passthrough route, is a case of its own. What could not be tested is an error in JUnit, and
 'not ok' in TAP, because a CI that takes it for a pass would be wrong; what a QEMU lacks is skipped
@@ -23,6 +24,7 @@ _STORIES: Final = 100
 _MATRIX_OUTCOMES: Final = {
     "clean": "passed",
     "lost": "failed",
+    "slow": "failed",
     "skipped": "skipped",
     "untested": "error",
 }
@@ -104,6 +106,15 @@ def _pages_case(passed: bool, message: str, stories: Sequence[str]) -> Case:
     return Case("every page equal", "failed", message, stories[:_STORIES])
 
 
+def _downtime_case(downtime: Mapping[str, Any]) -> Case:
+    name = "the downtime is within its limit"
+    if downtime["seconds"] is None:
+        return Case(name, "error", "it could not be measured")
+    told = f"{downtime['seconds']:.3f} s, of {downtime['limit_s']:g} s"
+    parts = [f"{part['seconds']:.3f} s: {part['what']}" for part in downtime["parts"]]
+    return Case(name, "failed" if downtime["exceeded"] else "passed", told, parts)
+
+
 def _proof_cases(answer: Mapping[str, Any]) -> list[Case]:
     lost, guest, sharpness = answer["lost_pages"], answer["guest"], answer["sharpness"]
     found = [
@@ -136,6 +147,8 @@ def _proof_cases(answer: Mapping[str, Any]) -> list[Case]:
             f"{late} late dirty bits, {unlogged} used rings that were never logged",
         )
         found.insert(2, logged)
+    if (downtime := answer["downtime"])["limit_s"] is not None:
+        found.append(_downtime_case(downtime))
     if "control" in answer:
         caught = answer["control"]["caught"]
         fault = answer["control"]["setup"]["fault"]

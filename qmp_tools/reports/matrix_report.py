@@ -43,8 +43,8 @@ def to_json(matrix: Matrix, results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _exit_code(counts: Mapping[str, int]) -> int:
-    """Lost pages outweigh what was not tested; a matrix without a single verdict is no pass."""
-    if counts[State.LOST]:
+    """What has failed outweighs what was not tested; a matrix without any verdict is no pass."""
+    if counts[State.LOST] or counts[State.SLOW]:
         return EXIT_LOST
     return EXIT_UNTESTED if counts[State.UNTESTED] or not counts[State.CLEAN] else EXIT_PASS
 

@@ -1,9 +1,9 @@
-"""What happened in a proof's migration, pass by pass and through the downtime, for the reports."""
+"""What happened in a proof's migration, pass by pass, for the reports."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -65,34 +65,3 @@ def passes(
         )
         sent_before = sent
     return answer
-
-
-def downtime_parts(
-    moments: Mapping[str, int], harvests: NDArray[np.void], downtime_s: float | None
-) -> list[dict[str, float | str]]:
-    """What the source's downtime went to, in its order; empty where QEMU does not tell enough.
-
-    QEMU counts its downtime from before it stops the vCPUs to the migration's completion, and stops
-    its devices before it says STOP (vm_stop), so the device's last harvest comes before that.
-    """
-    stopped, completed = moments.get("STOP"), moments.get("completed")
-    if stopped is None or completed is None or downtime_s is None:
-        return []
-    steps = [("QEMU stops the vCPUs, and tells the device to stop", 0)]
-    at = completed - int(downtime_s * 1e9)
-    if len(harvests):
-        last = harvests[-1]
-        began, ended = int(last["time_ns"]), int(last["time_ns"] + last["duration_ns"])
-        if at <= began and ended <= stopped:
-            steps += [("the device harvests a last time", began)]
-            steps += [("QEMU takes the answer, and stops its other devices", ended)]
-    steps += [("QEMU syncs its bitmap, and sends the last pages and the devices' state", stopped)]
-    handed_over = moments.get("device")
-    if handed_over is not None and stopped <= handed_over <= completed:
-        steps[-1] = ("QEMU syncs its bitmap, and sends the last pages", stopped)
-        steps += [("QEMU sends the devices' state", handed_over)]
-    starts = [at, *(start for _, start in steps[1:])]
-    return [
-        {"what": what, "seconds": max(0, end - start) / 1e9}
-        for (what, _), (start, end) in zip(steps, pairwise([*starts, completed]), strict=True)
-    ]

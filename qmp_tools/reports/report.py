@@ -11,11 +11,12 @@ from dataclasses import asdict
 from typing import Any, Final
 
 from ..check.ram_blocks import RamBlock, known_tcg_loss
+from ..downtime import downtime_parts
 from ..processes.machine import DIMM_BYTES, RAM_BACKEND, format_memory
 from ..proof import Hop, Proof
 from ..ram import PAGE_BYTES
 from ..verdict import Blame, LostPage, Sharpness, Witness
-from .precopy import downtime_parts, harvest_list, passes
+from .precopy import harvest_list, passes
 from .ram_map import MapArea
 
 SCHEMA_VERSION: Final = 1
@@ -40,6 +41,7 @@ def to_json(proof: Proof) -> dict[str, Any]:
         "log": asdict(verdict.log) if verdict.log else None,
         "unseen": verdict.unseen,
         "guest": asdict(verdict.guest),
+        "downtime": verdict.downtime.to_json(),
         "setup": {
             "seed": setup.seed,
             "memory": format_memory(setup.machine.memory_bytes),
@@ -114,6 +116,8 @@ def to_text(proof: Proof) -> str:
             f"  unreported   {sharpness.unreported} pages that the device wrote have not reached "
             f"the log (missed: {places}); {sharpness.unreported_certain} of them certain"
         )
+    if verdict.downtime.limit_s is not None:
+        lines.append(f"  downtime     {verdict.downtime.sentence}")
     if proof.setup.device.facts.fault:
         lines.append(f"  fault        {proof.setup.device.facts.fault} was planted")
     lines.append(f"  seed         {proof.setup.seed}")

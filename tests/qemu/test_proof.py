@@ -56,7 +56,7 @@ def harvested_and_merged(report: dict[str, Any]) -> tuple[int, int]:
 
 
 def test_every_page_survives(tool: Tool) -> None:
-    report = passed(prove(tool, "--control"))
+    report = passed(prove(tool, "--control", "--max-downtime", "3000"))
     sharpness = report["sharpness"]
     assert sharpness["certain"] >= 8000
     assert sharpness["reported_unwritten"] == 0
@@ -70,6 +70,9 @@ def test_every_page_survives(tool: Tool) -> None:
     parts = sum(part["seconds"] for part in migration["downtime_parts"])
     # QEMU's own figure is in whole milliseconds.
     assert parts == pytest.approx(migration["downtime_s"], abs=0.002)
+    whole = report["downtime"]
+    assert whole["parts"][:-1] == migration["downtime_parts"]
+    assert whole["parts"][-1]["what"].startswith("the destination loads")
     control = report["control"]
     assert control["caught"] is True
     assert control["exit_code"] == 1

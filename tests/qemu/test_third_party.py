@@ -38,6 +38,8 @@ def faulty(fault: str, *harvest: str) -> str:
 
 FAULTY: Final = faulty("drop-pages=0.05")
 
+SLOW: Final = shlex.join([sys.executable, str(ROOT / "tests" / "slow_backend.py"), "{socket}"])
+
 DISKS: Final = [
     name
     for name, kind in inside_qemu.KINDS.items()
@@ -309,3 +311,15 @@ def of_run(tool: Tool, *words: str) -> list[int]:
             ):
                 found.append(int(entry.name))
     return found
+
+
+def test_a_device_that_stops_slowly_is_told(tool: Tool) -> None:
+    options = ["--guest", "bare", "--workload", "once=512,write_every=0", "--max-downtime", "0.4"]
+    outcome = prove(tool, *options, "--device-command", SLOW)
+    assert outcome.exit_code == 1, outcome.errors
+    report = outcome.report
+    assert not report["lost_pages"]
+    assert "longest part" in report["verdict"]
+    slowest = max(report["downtime"]["parts"], key=lambda part: float(part["seconds"]))
+    assert slowest["what"].startswith("QEMU stops the vCPUs and its devices")
+    assert slowest["seconds"] >= 0.5

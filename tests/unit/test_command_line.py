@@ -108,6 +108,14 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert done.stderr == b"141\n"
 
 
+@pytest.mark.parametrize("way", ["cpr-exec", "background-snapshot"])
+def test_a_downtime_of_dmaproofs_own_has_no_limit(
+    way: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prove", f"--way={way}", "--max-downtime=1"]) == 2
+    assert "dmaproof itself stops the guest" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "device",
     [["--device=qemu:e1000"], ["--device=fs", "--device-command=virtiofsd --socket={socket}"]],

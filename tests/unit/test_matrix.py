@@ -343,6 +343,9 @@ def test_results_name_who_is_to_blame() -> None:
     assert result_of(proof_report(1, {"device": 0}, unreported=1), 1.0).blame == ["unreported"]
     assert result_of(proof_report(1, {"device": 0}, errors=1), 1.0).blame == ["guest"]
     assert result_of(proof_report(0, {"device": 0}), 1.0).state == State.CLEAN
+    slow = result_of(proof_report(1, {"device": 0}), 1.0)
+    assert (slow.state, slow.blame, slow.short) == (State.SLOW, [], "slow")
+    assert to_json(Matrix({"way": ["unix"]}), [slow])["exit_code"] == 1
     assert result_of(REPORT, 1.0) == untested("x")
     assert result_of({**REPORT, "unsupported": True}, 1.0) == skipped("x")
     blunt = {**proof_report(3, {"device": 0}), "verdict": "nothing was tested: …"}

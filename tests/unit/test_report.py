@@ -20,6 +20,7 @@ from dmaproof.trace import Link
 from qmp_tools.check.check import Check, ComparedArea, Difference, NotCompared, Side
 from qmp_tools.devices.device import DeviceFacts
 from qmp_tools.devices.emulated import EmulatedDevice
+from qmp_tools.downtime import Downtime, Part, downtime_parts
 from qmp_tools.guest.workload import Workload
 from qmp_tools.matrix.axes import Matrix
 from qmp_tools.matrix.result import Result, State, result_of, skipped, untested
@@ -31,7 +32,7 @@ from qmp_tools.proof import Proof, Setup
 from qmp_tools.reports import check_report, matrix_report, report, soak_report
 from qmp_tools.reports.html import to_html
 from qmp_tools.reports.junit_tap import to_junit, to_tap
-from qmp_tools.reports.precopy import downtime_parts, harvest_list, passes
+from qmp_tools.reports.precopy import harvest_list, passes
 from qmp_tools.reports.ram_map import MapArea, RamMap, run_lengths, with_lost
 from qmp_tools.soak import Holdings, Soak
 from qmp_tools.verdict import Blame, GuestOutcome, LostPage, Sharpness, Verdict, sharpness_by_guest
@@ -109,6 +110,7 @@ def proof(
     sharpness: Sharpness = SHARP,
     errors: int = 0,
     device: EmulatedDevice | None = None,
+    downtime: Downtime | None = None,
 ) -> Proof:
     classes = np.zeros(PAGES, dtype=np.uint8)
     classes[8:12] = 2
@@ -126,7 +128,7 @@ def proof(
             device=device or EmulatedDevice(OPTIONS if not lost else replace(OPTIONS, fault=FAULT)),
             seed=3,
         ),
-        verdict=Verdict(PAGES, lost, sharpness, guest),
+        verdict=Verdict(PAGES, lost, sharpness, guest, downtime=downtime or Downtime()),
         qemu_version="9.2.0",
         qemu_destination_version="9.2.0",
         boot_s=1.0,
@@ -213,10 +215,14 @@ CELLS = [
     untested("the guest did not come up"),
 ]
 MATRIX = Matrix({"qemu": ["7.2", "8.0"], "way": ["unix", "tls"], "guest": ["bare"]})
+SLOW = [Part("the <device> stops", 40.0), Part("the destination loads", 0.5)]
 ANSWERS: dict[str, dict[str, Any]] = {
     "matrix": matrix_report.to_json(MATRIX, CELLS),
     "pass": report.to_json(proof([])),
     "lost": report.to_json(proof(LOST, errors=2)),
+    "slow": report.to_json(proof([], downtime=Downtime(SLOW, 2.0))),
+    "quick": report.to_json(proof([], downtime=Downtime(SLOW, 60.0))),
+    "unmeasured": report.to_json(proof([], downtime=Downtime((), 2.0))),
     "blunt": report.to_json(proof([], Sharpness(0, 0, 0, 0, 0, 0, 0))),
     "owned": report.to_json(proof([], device=Owned(OPTIONS))),
     "foreign": report.to_json(
@@ -256,6 +262,9 @@ CASES = {
     "matrix": ["passed", "failed", "skipped", "error"],
     "pass": ["passed"] * 3,
     "lost": ["failed", "failed", "passed"],
+    "slow": ["passed"] * 4 + ["failed"],
+    "quick": ["passed"] * 5,
+    "unmeasured": ["passed"] * 4 + ["error"],
     "blunt": ["passed", "passed", "passed", "error"],
     "owned": ["passed"] * 3,
     "foreign": ["passed"] * 3,
@@ -445,6 +454,36 @@ def test_downtime_is_told_in_full() -> None:
     assert [it["seconds"] for it in later] == pytest.approx([0.01, 0.01, 0.01, 0.005, 0.015])
     assert downtime_parts({}, HARVESTS, 0.05) == []
     assert downtime_parts(MOMENTS, HARVESTS, None) == []
+
+
+def test_a_downtime_that_is_too_long_is_told_everywhere() -> None:
+    answer = ANSWERS["slow"]
+    assert answer["exit_code"] == 1
+    assert answer["downtime"]["exceeded"] is True
+    text = report.to_text(proof([], downtime=Downtime(SLOW, 2.0)))
+    for told in (text, answer["verdict"], to_html(answer), to_junit(answer), to_tap(answer)):
+        assert "40" in told
+        assert "device" in told
+    page = to_html(answer)
+    assert "the &lt;device&gt; stops" in page
+    assert "more than the 2000 ms that are allowed" in page
+    assert 'failures="1"' in to_junit(answer)
+    assert "not ok 5 - the downtime is within its limit" in to_tap(answer)
+
+
+def test_a_downtime_within_its_limit_is_told_too() -> None:
+    answer = ANSWERS["quick"]
+    assert answer["exit_code"] == 0
+    assert "\nok 5 - the downtime is within its limit" in to_tap(answer)
+    assert "within the 60000 ms that are allowed" in to_html(answer)
+    assert "within the 60 s" in report.to_text(proof([], downtime=Downtime(SLOW, 60.0)))
+
+
+def test_a_downtime_that_was_not_measured_is_no_pass() -> None:
+    answer = ANSWERS["unmeasured"]
+    assert answer["exit_code"] == 3
+    assert "could not be measured" in answer["verdict"]
+    assert 'errors="1"' in to_junit(answer)
 
 
 def test_a_soak_tells_which_migration_it_was() -> None:

@@ -15,6 +15,7 @@ from dmaproof.evidence import HARVEST, Evidence, Slot
 from dmaproof.iova_bitmap import IovaRange
 from dmaproof.journal import RECORD, WriteKind
 from dmaproof.trace import TRACED_LINKS, Link, PageEpochs
+from qmp_tools.downtime import Downtime, Part
 from qmp_tools.migration.log_watch import LogEvidence
 from qmp_tools.ram import RamFile, compare
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
@@ -266,6 +267,20 @@ def test_exit_codes() -> None:
     assert Verdict(PAGES, [lost], sharp, well).exit_code == 1
     assert Verdict(PAGES, [lost], blunt, well).exit_code == 1
     assert "1 by the accelerator" in Verdict(PAGES, [lost], sharp, well).sentence
+
+
+def test_a_slow_switchover_fails_what_else_would_pass() -> None:
+    sharp, well = Sharpness(10, 10, 5, 5, 0, 0, 0), GuestOutcome(1000, 0, 10)
+    slow = Downtime([Part("its start", 1.0), Part("its end", 2.5)], 3.0)
+    assert Verdict(PAGES, [], sharp, well, downtime=slow).exit_code == 1
+    assert "the downtime was 3.5 s, longer than the 3 s" in slow.sentence
+    assert "longest part, 2.5 s: its end" in Verdict(PAGES, [], sharp, well, downtime=slow).sentence
+    assert Verdict(PAGES, [], sharp, well, downtime=replace(slow, limit_s=3.5)).exit_code == 0
+    assert Verdict(PAGES, [], sharp, well, downtime=replace(slow, limit_s=None)).exit_code == 0
+    unmeasured = Downtime((), 3.0)
+    assert Verdict(PAGES, [], sharp, well, downtime=unmeasured).exit_code == 3
+    lost = [LostPage(0, 0, 1, Blame.ACCELERATOR)]
+    assert "1 of" in Verdict(PAGES, lost, sharp, well, downtime=slow).sentence
 
 
 def test_another_files_slots_tell_nothing(case: Case) -> None:

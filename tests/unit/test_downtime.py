@@ -1,0 +1,53 @@
+"""What a downtime is made of, as far as QEMU reports it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dmaproof.evidence import HARVEST
+from qmp_tools.downtime import measure_downtime
+
+MS = 1_000_000
+NONE = np.empty(0, dtype=HARVEST)
+STOPPED, HANDED_OVER, COMPLETED, LOADED = 600 * MS, 700 * MS, 1000 * MS, 1250 * MS
+EVENTS = {"STOP": STOPPED, "device": HANDED_OVER, "completed": COMPLETED}
+WITHOUT_DEVICE = {"STOP": STOPPED, "completed": COMPLETED}
+
+
+def milliseconds(
+    moments: dict[str, int], reported_s: float | None, loading_ns: tuple[int, int] | None
+) -> list[float]:
+    downtime = measure_downtime(moments, NONE, reported_s, loading_ns, None)
+    return [part.seconds * 1000 for part in downtime.parts]
+
+
+def test_the_destination_is_part_of_it() -> None:
+    assert milliseconds(EVENTS, 0.9, (0, LOADED)) == pytest.approx([500, 100, 300, 250])
+    assert milliseconds(WITHOUT_DEVICE, 0.9, (0, LOADED)) == pytest.approx([500, 400, 250])
+
+
+def test_a_destination_that_is_done_first_takes_no_time() -> None:
+    assert milliseconds(EVENTS, 0.9, (0, COMPLETED - MS))[-1] == 0
+
+
+def test_what_dmaproof_takes_before_a_saved_stream_is_read_is_no_part_of_it() -> None:
+    began = COMPLETED + 100 * MS
+    assert milliseconds(EVENTS, 0.9, (began, LOADED))[-1] == pytest.approx(150)
+
+
+@pytest.mark.parametrize("reported_s", [None, 0.0])
+def test_without_qemus_figure_its_events_tell(reported_s: float | None) -> None:
+    assert milliseconds(EVENTS, reported_s, (0, LOADED)) == pytest.approx([400, 250])
+
+
+def test_without_events_qemus_figure_tells() -> None:
+    downtime = measure_downtime({}, NONE, 0.9, None, 0.5)
+    assert (downtime.seconds, downtime.exceeded) == (0.9, True)
+    assert "do not report its parts" in downtime.sentence
+
+
+def test_without_both_nothing_was_measured() -> None:
+    downtime = measure_downtime({}, NONE, None, (0, LOADED), 0.5)
+    assert (downtime.seconds, downtime.exceeded, downtime.unmeasured) == (None, False, True)
+    assert not measure_downtime({}, NONE, None, (0, LOADED), None).unmeasured

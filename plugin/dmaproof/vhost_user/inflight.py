@@ -37,6 +37,8 @@ _HEADER_BYTES: Final = 32
 _ENTRY_BYTES: Final = 32
 """Of a packed ring's part; a split ring's header and entries are half as large."""
 _ALIGNMENT: Final = 64
+_LARGEST_RING_OF_QEMU: Final = 1024
+"""VIRTQUEUE_MAX_SIZE: QEMU lets a driver make any ring as large, whatever queue-size says."""
 
 
 def region_bytes(queue_size: int) -> int:
@@ -45,8 +47,12 @@ def region_bytes(queue_size: int) -> int:
 
 
 def make_file(queues: int, queue_size: int) -> tuple[int, InflightFile]:
-    """A file for so many rings of `queue_size`, all unused; the descriptor is the caller's."""
-    size = queues * region_bytes(queue_size)
+    """A file for so many rings of `queue_size`, all unused; the descriptor is the caller's.
+
+    A driver may make its rings larger than the front end says: Linux on QEMU 10.0 has rings of 1024
+    on a device whose largest is 128, SeaBIOS 1.16.3 has rings of 256. So there is room for these.
+    """
+    size = queues * region_bytes(max(queue_size, _LARGEST_RING_OF_QEMU))
     fd = os.memfd_create("inflight")
     os.ftruncate(fd, size)
     return fd, InflightFile(size, 0, queues, queue_size)
@@ -63,7 +69,7 @@ class InflightRegions:
     def __init__(self, fd: int, file: InflightFile) -> None:
         needed = file.queues * region_bytes(file.queue_size)
         available = os.fstat(fd).st_size
-        if file.size < needed or file.offset + file.size > available or file.size == 0:
+        if file.queues == 0 or file.size < needed or file.offset + file.size > available:
             raise ProtocolError(
                 f"SET_INFLIGHT_FD: {file.size} bytes at {file.offset} of a file of {available} "
                 f"are not the {needed} of {file.queues} rings of {file.queue_size}"
@@ -71,21 +77,16 @@ class InflightRegions:
         self._mapping = SharedMapping(fd, file.size, file.offset)
         self._bytes = memoryview(self._mapping)
         self.queues = file.queues
-        self.queue_size = file.queue_size
+        self._part_bytes = file.size // file.queues // _ALIGNMENT * _ALIGNMENT
 
     def region(self, index: int, ring_size: int) -> memoryview | None:
-        """The part of ring number `index`, which has `ring_size` descriptors; None without one.
-
-        A driver may make its ring larger than the front end had said, and so than there is room
-        for: SeaBIOS 1.16.3 makes rings of 256 on a device whose largest is 128, and QEMU lets it.
-        """
-        if index >= self.queues or ring_size > self.queue_size:
+        """The part of ring number `index`, which has `ring_size` descriptors; None without one."""
+        if index >= self.queues or region_bytes(ring_size) > self._part_bytes:
             return None
         return self._part(index)
 
     def _part(self, index: int) -> memoryview:
-        size = region_bytes(self.queue_size)
-        return self._bytes[index * size : (index + 1) * size]
+        return self._bytes[index * self._part_bytes : (index + 1) * self._part_bytes]
 
     @property
     def left_behind(self) -> bool:

@@ -62,7 +62,7 @@ def test_every_state_of_a_cell_and_what_is_kept(tool: Tool, tmp_path: Path) -> N
 
     again = tool.run("matrix", *axes, "--timeout=900", *options).report
     assert [cell["kept"] for cell in again["cells"]] == [True, True, False, False]
-    assert again["counts"] == {"clean": 1, "lost": 1, "skipped": 2, "untested": 0}
+    assert again["counts"] == {"clean": 1, "lost": 1, "slow": 0, "skipped": 2, "untested": 0}
     command = again["cells"][0]["command"]
     assert command[:2] == ["dmaproof", "prove"]
     assert f"--seed={cells['machine=q35 timeout=900 fault=drop-pages=0.01']['seed']}" in command

@@ -76,6 +76,8 @@ class Means(StrEnum):
     JOURNAL = "journal"
     REFUSAL = "refusal"
     """The device's, of what a QEMU or its guest sent."""
+    RING = "ring"
+    """Whose index cannot be right."""
 
 
 @dataclass(frozen=True)
@@ -262,6 +264,7 @@ def judge(verdict: Verdict, seed: int) -> Trial:
         Means.COMPARISON: bool(ours),
         Means.GUEST: bool(verdict.guest.errors),
         Means.JOURNAL: bool(verdict.sharpness.unreported),
+        Means.RING: bool(verdict.wrong_rings),
     }
     links = Counter(str(page.link) for page in ours) | Counter(verdict.sharpness.missed_at)
     trial = Trial(

@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -26,12 +27,12 @@ from .check.physical_map import parse_flat_view, shown_parts
 from .devices.device import AttachedDevice
 from .display import Display
 from .downtime import measure_downtime
-from .exit_codes import EXIT_PASS
+from .exit_codes import EXIT_LOST, EXIT_PASS
 from .guest.channel import QUIET, START_LAST, START_ONCE, SWEEP, GuestLateError
 from .late_dma import PausedRam
 from .migration.hold import PrecopyHold
 from .migration.log_watch import LogWatch, used_rings
-from .migration.migration import Migration, Progress
+from .migration.migration import Migration, MigrationError, Progress
 from .migration.refused_features import explain_refusal
 from .migration.vhost_log import vhost_log
 from .migration.ways import WAYS, FirstAttempt, UnsupportedWayError
@@ -42,6 +43,7 @@ from .proof import Hop, Proof, Setup
 from .qemu_pair import QemuPair
 from .ram import RamFile, compare, copied, ram_files
 from .reports.ram_map import RamMap, joined, map_proof, with_lost
+from .rings import ReadRam, Ring, stopped_rings
 from .verdict import (
     Blame,
     GuestOutcome,
@@ -60,8 +62,9 @@ _PATIENCE_AFTER_LOSS_S: Final = 30.0
 """With a guest whose RAM is not what it was, and which may do anything now."""
 _CANNOT_LOAD: Final = "error while loading state"
 """QEMU's words for a device's state that it refuses (vmstate_load)."""
-_RING_LEFT_BEHIND: Final = "< last_avail_idx"
-"""The same for a ring with more requests under way than there is room for (virtio_load)."""
+_STATE_REFUSED: Final = re.compile(f"{_CANNOT_LOAD} for instance \\S+ of device '(?!ram')")
+"""The same, but for the state of RAM, behind which that of the devices comes. A QEMU that ended for
+it tells it in no other way."""
 _REQUESTS_BETWEEN: Final = 100
 """That the source's guest must do after an attempt has failed, before the next begins."""
 
@@ -120,13 +123,20 @@ async def proof_run(setup: Setup, display: Display, folder: Path) -> AsyncIterat
 
 @dataclass(frozen=True)
 class Migrated:
-    """What is known of a migration once it is over and both guests stand still."""
+    """What is known of a migration once it is over and both guests are paused.
+
+    `refusal` is set where the destination has refused the devices' state, which ended it. All of
+    RAM had arrived; but `moved_on` is the source's, if it ran its guest again: its RAM is not that
+    of the migration's end any more.
+    """
 
     versions: Sequence[str]
     migration_s: float
     all_sent_ns: int
     ended_early: bool
     migration: Migration
+    refusal: UntestableError | None = None
+    moved_on: bool = False
 
 
 class ProofRun(QemuPair):
@@ -137,19 +147,24 @@ class ProofRun(QemuPair):
     ) -> None:
         super().__init__(setup, display, device, folder)
         self._moment: Sequence[RamFile] | None = None
-        self._kept = contextlib.ExitStack()
-        """Holds the RAM of the moment."""
+        self._arrived: Sequence[RamFile] | None = None
+        """The destination's RAM, open before it can end."""
+        self._kept = contextlib.AsyncExitStack()
+        """Holds the RAM of the moment, and that which arrives."""
         self._paused: PausedRam | None = None
         self._log_watch: LogWatch | None = None
+        self._began_s = 0.0
+        self._all_sent_ns: int | None = None
+        self._released = False
 
     async def end(self) -> None:
         """See `QemuPair.end`."""
         self._end_log_watch()
-        self._kept.close()
+        await self._kept.aclose()
         await super().end()
 
     async def migrate(self) -> Migrated:
-        """Migrate; both guests stand still afterwards.
+        """Migrate; both guests are paused afterwards, unless the destination refused its own.
 
         Raises:
             UntestableError: it does not come to that.
@@ -161,8 +176,9 @@ class ProofRun(QemuPair):
             await self.guarded(self._launch_to_join())
         if self._way.in_place:
             await self.guarded(self._prepare_successor())
+        migration = self._migration()
         try:
-            return await self.guarded(self._migrate_to_the_end())
+            await self.guarded(self._migrate_to_the_end(migration))
         except UntestableError as error:
             accepted = self.device.accepted_features(self.here)
             if reason := explain_refusal(str(error), accepted):
@@ -173,16 +189,56 @@ class ProofRun(QemuPair):
                     "device outside QEMU writes: its rings are of a later moment than the devices' "
                     f"state\n{error}"
                 ) from error
-            if _RING_LEFT_BEHIND in str(error):
-                raise UntestableError(
-                    "the destination refused what had come across: a ring whose used index is far "
-                    "behind, because the device's writes to the used ring are missing from the log"
-                    f"\n{error}"
-                ) from error
-            raise
+            if not self._state_was_refused():
+                raise
+            return await self.guarded(self._after_refusal(migration, error))
+        return await self._migrated(migration)
 
-    async def _migrate_to_the_end(self) -> Migrated:
+    async def _migrated(
+        self,
+        migration: Migration,
+        refusal: UntestableError | None = None,
+        *,
+        moved_on: bool = False,
+    ) -> Migrated:
+        source = self.there if self._way.in_place else self.here
+        return Migrated(
+            versions=[await self.qemus[side].qmp.version() for side in (source, self.there)],
+            migration_s=time.monotonic() - self._began_s,
+            all_sent_ns=time.monotonic_ns() if self._all_sent_ns is None else self._all_sent_ns,
+            ended_early=self._way.holds_precopy and not self._released,
+            migration=migration,
+            refusal=refusal,
+            moved_on=moved_on,
+        )
+
+    def _state_was_refused(self) -> bool:
+        """Whether the destination has ended because it could not load a device's state."""
+        destination = self.qemus[self.there].process
+        return (
+            self._arrived is not None
+            and destination.died.done()
+            and _STATE_REFUSED.search(destination.log_tail()) is not None
+        )
+
+    async def _after_refusal(self, migration: Migration, refusal: UntestableError) -> Migrated:
+        """Pause the source, unless it has sent everything before it noticed, and is paused."""
+        self.qemus[self.there].process.expect_end()
+        moved_on = False
+        try:
+            async for _ in migration.follow():
+                pass
+        except MigrationError:
+            moved_on = True
+            await migration.fail()
+            await self.qemus[self.here].qmp.execute("stop")
+        return await self._migrated(migration, refusal, moved_on=moved_on)
+
+    async def _migrate_to_the_end(self, migration: Migration) -> None:
         source, destination = self.qemus[self.here], self.qemus[self.there]
+        await self._kept.aclose()
+        self._moment = self._arrived = self._all_sent_ns = None
+        self._released = False
         if self._way.stands_still:
             guest = self._guests[self.here]
             await guest.tell(START_ONCE)
@@ -192,17 +248,13 @@ class ProofRun(QemuPair):
             await source.qmp.execute("stop")
             async with ram_files(source) as files:
                 self._moment = self._kept.enter_context(copied(files))
+        if not self._joins_late:
+            self._arrived = await self._kept.enter_async_context(ram_files(destination))
         self._display.say(f"migrating ({self._setup.way})")
 
-        began_s = time.monotonic()
-        migration = self._migration()
-        all_sent_ns, released = await self._migrate(migration)
-        migration_s = time.monotonic() - began_s
+        self._began_s = time.monotonic()
+        await self._migrate(migration)
         await migration.load()
-        remaining = (destination,) * 2 if self._way.in_place else (source, destination)
-        versions = [await qemu.qmp.version() for qemu in remaining]
-        ended_early = self._way.holds_precopy and not released
-        return Migrated(versions, migration_s, all_sent_ns, ended_early, migration)
 
     async def compare(self, migrated: Migrated) -> Proof:
         """Hold the RAM of both against each other; the destination's guest stands still yet.
@@ -226,21 +278,30 @@ class ProofRun(QemuPair):
         lost: list[LostPage] = []
         maps: list[RamMap] = []
         pages = 0
-        async with self._ram_to_hold_against() as ours, ram_files(destination) as theirs:
+        async with self._ram_to_hold_against() as ours, self._ram_that_arrived() as theirs:
             if [it.backend for it in ours] != [it.backend for it in theirs]:
                 raise UntestableError("source and destination have not the same memory backends")
             if self._way.cpr_channel and ours[0].inode != theirs[0].inode:
                 raise UntestableError("the source has copied its memory and not handed it over")
-            if all(our.inode != their.inode for our, their in zip(ours, theirs, strict=True)):
+            if not migrated.moved_on and all(
+                our.inode != their.inode for our, their in zip(ours, theirs, strict=True)
+            ):
                 self._paused = PausedRam(ours)
             for source_ram, destination_ram in zip(ours, theirs, strict=True):
-                differing = compare(source_ram, destination_ram)
-                slots = known or await _slots(destination, source_ram)
+                asked = source if migrated.refusal else destination
+                slots = known or await _slots(asked, source_ram)
                 places += slots
+                if migrated.moved_on:
+                    continue
+                differing = compare(source_ram, destination_ram)
                 found = attribute(differing, source_ram, destination_ram, slots, evidence, blame)
                 maps.append(map_proof(slots, evidence, found, source_ram, migrated.all_sent_ns))
                 lost += found
                 pages += source_ram.pages
+            rams = {self.here: _reader(places, ours, ours)}
+            if migrated.moved_on:
+                rams[self.there] = _reader(places, ours, theirs)
+            wrong_rings = await self._wrong_rings(rams)
         if evidence and not known:
             evidence = [replace(it, slots=places) for it in evidence]
         if self._log_watch is not None:
@@ -254,7 +315,8 @@ class ProofRun(QemuPair):
         elif evidence:
             sharpness = measure_sharpness(evidence, migrated.all_sent_ns)
         else:
-            sharpness = sharpness_by_guest(self._once_pages(), certain=self._setup.device.direct)
+            once = 0 if migrated.moved_on else self._once_pages()
+            sharpness = sharpness_by_guest(once, certain=self._setup.device.direct)
         migration = migrated.migration
         harvests = np.sort(
             np.concatenate([np.empty(0, dtype=HARVEST), *(it.harvests for it in evidence)]),
@@ -267,8 +329,18 @@ class ProofRun(QemuPair):
             migration.loading_ns,
             self._setup.max_downtime_s,
         )
-        guest = GuestOutcome(0, 0, 0)
-        verdict = Verdict(pages, lost, sharpness, guest, migrated.ended_early, downtime=downtime)
+        verdict = Verdict(
+            pages,
+            lost,
+            sharpness,
+            GuestOutcome(0, 0, 0),
+            migrated.ended_early,
+            downtime=downtime,
+            wrong_rings=wrong_rings,
+            refusal=str(migrated.refusal) if migrated.refusal else None,
+        )
+        if migrated.refusal and verdict.exit_code != EXIT_LOST:
+            raise migrated.refusal
         return Proof(
             setup=self._setup,
             verdict=verdict,
@@ -289,6 +361,25 @@ class ProofRun(QemuPair):
             folder=None,
         )
 
+    async def _wrong_rings(self, rams: Mapping[str, ReadRam]) -> Sequence[Ring]:
+        """The rings in the `rams` that cannot be right; none where that cannot be known.
+
+        It is known of split rings, of a source that is paused. Behind an IOMMU, QEMU tells where
+        rings are in IOVAs.
+        """
+        told_by_nobody = self._way.snapshot or self._way.in_place or not self.device.processes
+        if (
+            told_by_nobody
+            or self._setup.machine.iommu is not None
+            or self._setup.device.facts.ring == "packed"
+        ):
+            return []
+        return [
+            ring
+            for ring in await stopped_rings(self.qemus[self.here].qmp, rams)
+            if not (ring.is_consistent and (ring.is_answered_right or ring.side == self.there))
+        ]
+
     def _once_pages(self) -> int:
         """How many of its once pages the guest has had read into."""
         guest = self._guests[self.here]
@@ -301,6 +392,15 @@ class ProofRun(QemuPair):
             yield self._moment
             return
         async with ram_files(self.qemus[self.here]) as files:
+            yield files
+
+    @contextlib.asynccontextmanager
+    async def _ram_that_arrived(self) -> AsyncIterator[Sequence[RamFile]]:
+        """The destination's RAM, which was open before it arrived where that could be."""
+        if self._arrived is not None:
+            yield self._arrived
+            return
+        async with ram_files(self.qemus[self.there]) as files:
             yield files
 
     def _hold(self, migration: Migration) -> PrecopyHold | None:
@@ -355,22 +455,17 @@ class ProofRun(QemuPair):
             "migrate-set-capabilities", capabilities=[capability]
         )
 
-    async def _migrate(self, migration: Migration) -> tuple[int, bool]:
-        """Migrate.
-
-        Returns when every page had been sent once (CLOCK_MONOTONIC, ns), and whether the migration
-        ended only when it was released.
-        """
+    async def _migrate(self, migration: Migration) -> None:
+        """Migrate, and note when every page had been sent once, and whether it was released."""
         guest = self._guests[self.here]
-        all_sent_ns: int | None = None
-        disturbed = released = False
+        disturbed = False
         once = 0
         await migration.start()
         hold = self._hold(migration)
         try:
             async for progress in migration.follow():
                 self._display.precopy(progress)
-                if hold and not released:
+                if hold and not self._released:
                     await hold.keep(progress)
                 if once < (once := self._once_pages()):
                     migration.restart_timeout()
@@ -379,16 +474,16 @@ class ProofRun(QemuPair):
                 if self._way.snapshot:
                     await self._run_on(progress)
                     continue
-                if all_sent_ns is None and progress.syncs >= 2:
-                    all_sent_ns = progress.time_ns
+                if self._all_sent_ns is None and progress.syncs >= 2:
+                    self._all_sent_ns = progress.time_ns
                     self._log_watch = await self._watch_log()
                     await guest.tell(START_ONCE)
-                elif all_sent_ns is not None and not disturbed:
+                elif self._all_sent_ns is not None and not disturbed:
                     if guest.number("progress", "once") or "once-done" in guest.latest:
                         disturbed = True
                         await self.device.disturb(self.here)
-                elif not released and "once-done" in guest.latest and migration.way_shown:
-                    released = True
+                elif not self._released and "once-done" in guest.latest and migration.way_shown:
+                    self._released = True
                     if self._log_watch is not None:
                         self._log_watch.let_go()
                     await guest.tell(START_LAST)
@@ -398,7 +493,6 @@ class ProofRun(QemuPair):
             if self._log_watch is not None:
                 self._log_watch.let_go()
             self._display.close()
-        return (all_sent_ns if all_sent_ns is not None else time.monotonic_ns()), released
 
     async def _watch_log(self) -> LogWatch | None:
         """Watch QEMU's vhost log, where nothing else tells what the device has reported."""
@@ -466,6 +560,8 @@ class ProofRun(QemuPair):
         return replace(proof, verdict=verdict, ram_map=with_lost(proof.ram_map, late))
 
     async def _finish(self, proof: Proof) -> Proof:
+        if not proof.verdict.can_go_on:
+            return proof
         lost = proof.verdict.lost
         try:
             guest = await self.guarded(self._go_on(_PATIENCE_AFTER_LOSS_S if lost else None))
@@ -522,3 +618,17 @@ async def _slots(qemu: Qemu, ram: RamFile) -> list[Slot]:
         Slot(gpa, length, offset, ram.device, ram.inode)
         for gpa, offset, length in shown_parts(parse_flat_view(view), ram.backend)
     ]
+
+
+def _reader(slots: Sequence[Slot], known: Sequence[RamFile], files: Sequence[RamFile]) -> ReadRam:
+    """Reads the RAM in `files`, each of which stands for the one of `known` that `slots` name."""
+    by_inode = {(it.device, it.inode): file for it, file in zip(known, files, strict=True)}
+
+    def read(gpa: int, length: int) -> bytes | None:
+        for slot in slots:
+            if slot.gpa <= gpa and gpa + length <= slot.gpa + slot.length:
+                file = by_inode[slot.device, slot.inode]
+                return file.read(slot.file_offset + gpa - slot.gpa, length)
+        return None
+
+    return read

@@ -19,6 +19,9 @@ Of a device that keeps no journal none of this is known: who lost a page stays o
 that was written after the guest had been paused (`late_dma`), and a page whose dirty bit was in
 QEMU's log before its data was in RAM (`migration.log_watch`), are the device's for certain.
 
+A ring whose index cannot be right (`rings`) fails the proof by itself, whatever QEMU made of it:
+the destination repeats requests, or skips some, or refuses the device.
+
 A pass needs evidence. Pages that the device wrote only once, after QEMU had sent every page at
 least once, are *certain*: their bit is the only thing that can have brought them across. Where
 there is no journal the guest's word counts: it began to read into its once pages only then.
@@ -44,6 +47,7 @@ from .downtime import Downtime
 from .exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from .migration.log_watch import LogEvidence
 from .ram import PAGE_BYTES, RamFile
+from .rings import Ring
 
 
 class Blame(StrEnum):
@@ -148,6 +152,9 @@ class Verdict:
 
     `settled_s` is for how long the source's RAM was seen not to change after its guest had been
     paused, None if it was not looked at; `log` what QEMU's vhost log has shown, if it was watched.
+
+    `refusal` has QEMU's words where the destination refused the devices' state after it had got all
+    of RAM. Then, and where there are `wrong_rings`, the guest was not continued.
     """
 
     pages: int
@@ -158,16 +165,23 @@ class Verdict:
     settled_s: float | None = None
     log: LogEvidence | None = None
     downtime: Downtime = field(default_factory=Downtime)
+    wrong_rings: Sequence[Ring] = ()
+    refusal: str | None = None
 
     def count(self, blame: Blame) -> int:
         """How many of the lost pages are `blame`'s."""
         return sum(page.blame == blame for page in self.lost)
 
     @property
+    def can_go_on(self) -> bool:
+        """Whether the guest can be continued on the destination, and would not wait in vain."""
+        return not (self.refusal or self.wrong_rings)
+
+    @property
     def exit_code(self) -> int:
         """0 pass, 1 lost or too slow, 3 nothing was tested."""
         found = self.lost or self.guest.errors or self.sharpness.unreported or self._log_faults
-        if found or self.downtime.exceeded:
+        if found or self.wrong_rings or self.downtime.exceeded:
             return EXIT_LOST
         tested = self.sharpness.rewritten and not (self.ended_early or self.downtime.unmeasured)
         return EXIT_PASS if tested else EXIT_UNTESTED
@@ -189,6 +203,16 @@ class Verdict:
     @property
     def sentence(self) -> str:
         """The verdict in one sentence."""
+        if self.wrong_rings:
+            number = len(self.wrong_rings)
+            wrong = "index of a ring is" if number == 1 else f"indices of {number} rings are"
+            return f"the {wrong} wrong: {self.wrong_rings[0].story}"
+        if self.refusal and not self.pages:
+            return (
+                "no page was compared, as the destination refused the device and the source "
+                f"continued; {self.sharpness.unreported} pages that the device wrote have not "
+                "reached the dirty log"
+            )
         if self.lost:
             return "; ".join((self._loss, *self._log_faults))
         if self._log_faults:

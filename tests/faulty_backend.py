@@ -1,8 +1,9 @@
 """A vhost-user back end as a third party's would be that has a fault: our own device, unobserved.
 
 Run with the path to listen on, the fault to inject ('none': no fault), and optionally when to
-harvest (as ``--harvest``). The faults are those of `dmaproof.faults` and one more:
-``dma-after-stop=SECONDS`` writes a page again so long after the device has stopped.
+harvest (as ``--harvest``). The faults are those of `dmaproof.faults` and two more:
+``dma-after-stop=SECONDS`` writes a page again so long after the device has stopped, and
+``base=EXPRESSION`` answers GET_VRING_BASE by an expression of the ``right`` answer.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ import sys
 import threading
 from collections.abc import Callable
 from typing import Any, Final
+from unittest import mock
 
 from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.dma import Dma
 from dmaproof.stamp import PAGE_BYTES, stamped_page
+from dmaproof.vhost_user import session
 from dmaproof.vhost_user.__main__ import main as serve
+from dmaproof.vhost_user.messages import VringState, encode_vring_state
 from dmaproof.vhost_user.session import Session
 
 _DMA_AFTER_STOP: Final = "dma-after-stop="
+_BASE: Final = "base="
 
 
 class _LastPage:
@@ -72,6 +77,14 @@ def _make_session(after_s: float) -> Callable[..., Session]:
     return make
 
 
+def _encode_wrongly(answer: str) -> Callable[[VringState], bytes]:
+    def encode(state: VringState) -> bytes:
+        value = eval(answer, {"right": state.value}) & 0xFFFF
+        return encode_vring_state(state._replace(value=value))
+
+    return encode
+
+
 def main() -> int:
     """Become the device; its control socket stays open, and nobody speaks on it."""
     path, fault, *harvest = sys.argv[1:]
@@ -81,6 +94,10 @@ def main() -> int:
     if fault.startswith(_DMA_AFTER_STOP):
         after_s = float(fault.removeprefix(_DMA_AFTER_STOP))
         return serve(emulated_trackers(), "iommu", lambda _: _make_session(after_s))
+    if fault.startswith(_BASE):
+        wrong = _encode_wrongly(fault.removeprefix(_BASE))
+        with mock.patch.object(session, "encode_vring_state", wrong):
+            return serve(emulated_trackers(), "iommu")
     sys.argv += ["--fault", fault] if fault != "none" else []
     return serve(emulated_trackers(), "iommu", lambda fault: fault.make_session)
 

@@ -94,5 +94,6 @@ def _blame(report: Mapping[str, Any]) -> list[str]:
         "late-bits": log["late_bits"],
         "unlogged-ring": log["unlogged_queues"],
         "guest": report["guest"]["errors"],
+        "ring": report["wrong_rings"],
     }
     return [name for name, count in found.items() if count]

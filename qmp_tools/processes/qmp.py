@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from dmaproof.errors import UntestableError, WaitTimeoutError, printable
@@ -90,8 +90,12 @@ class Qmp:
         await self.execute("getfd", fdname=name)
 
     async def version(self) -> str:
-        """QEMU's version, with its packager's where it has one: '7.2.22 Debian …'."""
-        answer = await self.execute("query-version")
+        """QEMU's version, with its packager's where it has one: '7.2.22 Debian …'.
+
+        The greeting has it, so a QEMU that has ended is still known by it.
+        """
+        assert self._client.greeting is not None, "not connected yet"
+        answer: Mapping[str, Any] = self._client.greeting.QMP.version
         number = answer["qemu"]
         text = f"{number['major']}.{number['minor']}.{number['micro']}"
         return printable(f"{text} {answer['package']}".strip())

@@ -73,6 +73,13 @@ def _proof_sections(answer: Json) -> list[str]:
         ),
         element.section("The downtime", _limit(answer["downtime"]), _downtime(migration)),
     ]
+    if answer["wrong_rings"]:
+        stories = (element.note(f"{ring['story']}.") for ring in answer["wrong_rings"])
+        found.insert(1, element.section("Rings whose index is wrong", *stories))
+    if refusal := answer["refusal"]:
+        found.insert(
+            1, element.section("What the destination refused", f"<pre>{escape(refusal)}</pre>")
+        )
     if answer["lost_pages"]:
         found.append(_lost_pages(answer["lost_pages"]))
     found.append(element.section("To do it again", _commands(answer["commands"])))

@@ -1,12 +1,11 @@
 """A report's JSON as what test runners collect: JUnit XML and TAP (version 14).
 
 A proof is four cases: the pages, the guest's own checks, what the device wrote and did not report,
-and whether the run could tell anything at all; with a limit of the downtime and with the control
-there is one more for each. A soak is the cases of its
-last migration, and one for each process that may not grow. A fault, a matrix' cell, and each proof
-of the passthrough route, is a case of its own. What could not be tested is an error in JUnit, and
-'not ok' in TAP, because a CI that takes it for a pass would be wrong; what a QEMU lacks is skipped
-in both.
+and whether the run could tell anything at all; there is one more for a ring whose index is wrong,
+for a limit of the downtime and for the control. A soak is the cases of its last migration, and one
+for each process that may not grow. A fault, a matrix' cell, and each proof of the passthrough
+route, is a case of its own. What could not be tested is an error in JUnit, and 'not ok' in TAP,
+because a CI that takes it for a pass would be wrong; what a QEMU lacks is skipped in both.
 """
 
 from __future__ import annotations
@@ -117,13 +116,16 @@ def _downtime_case(downtime: Mapping[str, Any]) -> Case:
 
 def _proof_cases(answer: Mapping[str, Any]) -> list[Case]:
     lost, guest, sharpness = answer["lost_pages"], answer["guest"], answer["sharpness"]
+    rings, refusal = answer["wrong_rings"], answer["refusal"]
+    not_continued = bool(rings or refusal)
     found = [
         _pages_case(not lost, answer["verdict"], [page["story"] for page in lost]),
         Case(
             "the guest goes on correctly",
-            "failed" if guest["errors"] else "passed",
-            f"{guest['requests']} requests, {guest['errors']} errors",
-            guest["complaints"],
+            "failed" if guest["errors"] or not_continued else "passed",
+            f"{guest['requests']} requests, {guest['errors']} errors"
+            + (", not continued" if not_continued else ""),
+            [*guest["complaints"], *([refusal] if refusal else [])],
         ),
         Case(
             "a loss would have shown",
@@ -149,6 +151,11 @@ def _proof_cases(answer: Mapping[str, Any]) -> list[Case]:
         found.insert(2, logged)
     if (downtime := answer["downtime"])["limit_s"] is not None:
         found.append(_downtime_case(downtime))
+    if rings:
+        stories = [ring["story"] for ring in rings]
+        found.append(
+            Case("every ring's index is right", "failed", f"{len(rings)} are not", stories)
+        )
     if "control" in answer:
         caught = answer["control"]["caught"]
         fault = answer["control"]["setup"]["fault"]

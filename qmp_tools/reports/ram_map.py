@@ -77,7 +77,7 @@ class RamMap:
 
 def joined(maps: Sequence[RamMap]) -> RamMap:
     """One map of memory that stands in several files."""
-    return RamMap(maps[0].meanings, [area for it in maps for area in it.areas])
+    return RamMap(maps[0].meanings if maps else {}, [area for it in maps for area in it.areas])
 
 
 def run_lengths(classes: NDArray[np.uint8]) -> list[list[int]]:

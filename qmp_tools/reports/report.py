@@ -42,6 +42,8 @@ def to_json(proof: Proof) -> dict[str, Any]:
         "unseen": verdict.unseen,
         "guest": asdict(verdict.guest),
         "downtime": verdict.downtime.to_json(),
+        "wrong_rings": [{**asdict(ring), "story": ring.story} for ring in verdict.wrong_rings],
+        "refusal": verdict.refusal,
         "setup": {
             "seed": setup.seed,
             "memory": format_memory(setup.machine.memory_bytes),
@@ -100,7 +102,9 @@ def to_text(proof: Proof) -> str:
         *_earlier(proof.earlier),
         *_sharpness(sharpness),
         f"  destination  the guest did {guest.requests} more requests and checked {guest.swept} "
-        f"pages again: {guest.errors} errors",
+        f"pages again: {guest.errors} errors"
+        if verdict.can_go_on
+        else "  destination  the guest was not continued",
     ]
     lines += [
         f"  {'unseen' if index == 0 else '':<12} {each}"
@@ -130,6 +134,11 @@ def to_text(proof: Proof) -> str:
             lines += [f"  {_story(page)}" for page in pages[:_LOST_SHOWN]]
             if len(pages) > _LOST_SHOWN:
                 lines.append(f"  … and {len(pages) - _LOST_SHOWN} more (--json tells all)")
+    if len(verdict.wrong_rings) > 1:
+        lines += ["", "wrong rings:", *(f"  {ring.story}" for ring in verdict.wrong_rings)]
+    if verdict.refusal:
+        lines += ["", "the destination refused the state of a device:"]
+        lines += [f"  {line}" for line in verdict.refusal.splitlines()]
     lines += ["", "the guest said:"] * bool(guest.complaints)
     lines += [f"  {complaint}" for complaint in guest.complaints]
     if verdict.count(Blame.ACCELERATOR):

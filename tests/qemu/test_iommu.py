@@ -60,9 +60,9 @@ def test_what_is_wrong_behind_it_only_is_caught(
     assert set(report["sharpness"]["missed_at"]) == {link}
 
 
-def test_a_used_ring_that_is_not_logged_is_no_ring_on_the_destination(tool: Tool) -> None:
-    fault = ("--fault", "used-ring-unlogged", "--iommu", "intel", "--guest", "bare")
-    outcome = tool.run("prove", *FEW_PAGES, *fault, "--quiet")
-    assert outcome.exit_code == 3
-    assert "the device's writes to the used ring are missing from the log" in outcome.errors
-    assert not tool.leftovers()
+def test_a_used_ring_that_is_not_logged_is_refused_by_the_destination_and_lost(tool: Tool) -> None:
+    report = prove(tool, "--fault", "used-ring-unlogged", "--iommu", "intel", "--guest", "bare")
+    assert report["exit_code"] == 1, report["verdict"]
+    assert "last_avail_idx" in report["refusal"]
+    assert {page["kind"] for page in report["lost_pages"]} <= {"used ring"}
+    assert report["sharpness"]["unreported"]

@@ -192,6 +192,27 @@ def test_a_flush_that_is_missing_when_the_device_stops_is_seen(tool: Tool) -> No
     assert outcome.report["log"]["late_bits"]
 
 
+@pytest.mark.parametrize(
+    ("answer", "wrong"),
+    [("right-3", "3 too few"), ("0", "too few"), ("right+3", "3 too many")],
+)
+def test_a_wrong_ring_index_is_the_back_ends_fault(tool: Tool, answer: str, wrong: str) -> None:
+    junit = tool.folder.parent / "junit.xml"
+    arguments = ("--workload", "once=256,churn=512", "--junit", str(junit))
+    command = ("--device-command", faulty(f"base={answer}"))
+    outcome = prove(tool, "--guest", "bare", *arguments, *command)
+    assert outcome.exit_code == 1, outcome.output + outcome.errors
+    report = outcome.report
+    assert "the device answered GET_VRING_BASE with" in report["verdict"]
+    (ring, _) = report["wrong_rings"]
+    assert wrong in ring["story"]
+    assert ring["answered"] != ring["used"]
+    assert (report["refusal"] is not None) == (answer == "right-3")
+    assert report["lost_pages"] == []
+    assert "every ring's index is right" in junit.read_text()
+    assert tool.leftovers() == []
+
+
 def test_nothing_tested_is_no_pass_without_a_journal_either(tool: Tool) -> None:
     arguments = ("--device", "qemu:virtio-blk-pci", "--workload", "once=0")
     outcome = prove(tool, "--guest", "bare", *arguments)

@@ -341,6 +341,8 @@ def test_results_name_who_is_to_blame() -> None:
     assert lost.short == "LOST: device, accelerator"
     assert len(lost.stories) == 20
     assert result_of(proof_report(1, {"device": 0}, unreported=1), 1.0).blame == ["unreported"]
+    wrong = {**proof_report(1, {"device": 0}), "wrong_rings": [{"queue": 0}]}
+    assert result_of(wrong, 1.0).blame == ["ring"]
     assert result_of(proof_report(1, {"device": 0}, errors=1), 1.0).blame == ["guest"]
     assert result_of(proof_report(0, {"device": 0}), 1.0).state == State.CLEAN
     slow = result_of(proof_report(1, {"device": 0}), 1.0)

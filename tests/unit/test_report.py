@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -34,6 +35,7 @@ from qmp_tools.reports.html import to_html
 from qmp_tools.reports.junit_tap import to_junit, to_tap
 from qmp_tools.reports.precopy import harvest_list, passes
 from qmp_tools.reports.ram_map import MapArea, RamMap, run_lengths, with_lost
+from qmp_tools.rings import Ring
 from qmp_tools.soak import Holdings, Soak
 from qmp_tools.verdict import Blame, GuestOutcome, LostPage, Sharpness, Verdict, sharpness_by_guest
 
@@ -84,6 +86,7 @@ HARVESTS = np.array(
     ],
     dtype=HARVEST,
 )
+WRONG_RING = Ring("source", "virtio-blk", 1, 128, answered=97, used=100, available=101)
 OPTIONS = DeviceOptions(seed=3)
 FAULT = "drop-pages=0.01"
 MOMENTS = {"STOP": round(11.98 * SECOND), "completed": round(12.0 * SECOND)}
@@ -111,6 +114,8 @@ def proof(
     errors: int = 0,
     device: EmulatedDevice | None = None,
     downtime: Downtime | None = None,
+    wrong_rings: Sequence[Ring] = (),
+    refusal: str | None = None,
 ) -> Proof:
     classes = np.zeros(PAGES, dtype=np.uint8)
     classes[8:12] = 2
@@ -128,7 +133,15 @@ def proof(
             device=device or EmulatedDevice(OPTIONS if not lost else replace(OPTIONS, fault=FAULT)),
             seed=3,
         ),
-        verdict=Verdict(PAGES, lost, sharpness, guest, downtime=downtime or Downtime()),
+        verdict=Verdict(
+            PAGES,
+            lost,
+            sharpness,
+            guest,
+            downtime=downtime or Downtime(),
+            wrong_rings=wrong_rings,
+            refusal=refusal,
+        ),
         qemu_version="9.2.0",
         qemu_destination_version="9.2.0",
         boot_s=1.0,
@@ -244,6 +257,9 @@ ANSWERS: dict[str, dict[str, Any]] = {
             LostPage(0x5000, 0x5000, None, Blame.LATE_DMA),
         )
     ),
+    "wrong ring": report.to_json(
+        proof([], wrong_rings=[WRONG_RING], refusal="VQ 0 size 0x80 < last_avail_idx")
+    ),
     "control": {
         **report.to_json(proof([])),
         "control": {**report.to_json(proof(LOST)), "caught": True},
@@ -272,6 +288,7 @@ CASES = {
     "watched": ["passed"] * 4,
     "watched, late": ["passed", "passed", "failed", "passed"],
     "watched, lost": ["failed", "passed", "failed", "passed"],
+    "wrong ring": ["passed", "failed", "passed", "passed", "failed"],
     "control": ["passed"] * 3,
     "equal": ["passed"],
     "known": ["passed"],
@@ -428,6 +445,27 @@ def test_the_page_of_a_matrix_has_a_note_for_each_cell_that_is_not_clean() -> No
     page.feed(to_html(ANSWERS["matrix"]))
     for told in ("7.2 → 7.2", "LOST: device 1", "no TLS", "GPA 0x7000: <bad>", "did not come up"):
         assert told in page.text
+
+
+def test_a_wrong_ring_and_what_qemu_said_are_in_every_report() -> None:
+    it = proof([], wrong_rings=[WRONG_RING, WRONG_RING], refusal="VQ 0 size 0x80 < last_avail_idx")
+    answer = report.to_json(it)
+    assert answer["exit_code"] == 1
+    assert answer["verdict"] == f"the indices of 2 rings are wrong: {WRONG_RING.story}"
+    text = report.to_text(it)
+    assert "the guest was not continued" in text
+    page = Page()
+    page.feed(to_html(answer))
+    for told in (text, page.text, to_junit(answer), to_tap(answer)):
+        assert "with 97, at least 3 too few" in told
+        assert "VQ 0 size 0x80" in told
+
+
+def test_a_refusal_without_a_comparison_claims_none() -> None:
+    unreported = replace(SHARP, unreported=2)
+    verdict = Verdict(0, [], unreported, GuestOutcome(0, 0, 0), refusal="VQ 0")
+    assert verdict.exit_code == 1
+    assert "no page was compared" in verdict.sentence
 
 
 def test_a_control_that_is_not_caught_is_no_pass() -> None:

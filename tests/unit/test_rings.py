@@ -1,0 +1,108 @@
+"""Which answers to GET_VRING_BASE can be right, and what is said of those that cannot."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from typing import Any, cast
+
+import pytest
+
+from qmp_tools.processes.qmp import QmpRefusal
+from qmp_tools.rings import Ring, stopped_rings
+
+
+def ring(answered: int, used: int, available: int, side: str = "source") -> Ring:
+    return Ring(side, "virtio-blk", 0, 128, answered, used, available)
+
+
+@pytest.mark.parametrize("answered", [100, 103, 110])
+def test_an_answer_between_used_and_available_is_right(answered: int) -> None:
+    it = ring(answered, 100, 110)
+    assert it.is_answered_right
+    assert it.is_consistent
+
+
+@pytest.mark.parametrize(
+    ("answered", "used", "available"),
+    [(0xFFFF, 0xFFFE, 2), (0, 0xFFFE, 2), (2, 0xFFFE, 2), (5, 5, 5)],
+)
+def test_indices_wrap(answered: int, used: int, available: int) -> None:
+    assert ring(answered, used, available).is_answered_right
+
+
+@pytest.mark.parametrize(
+    ("answered", "used", "available", "wrong"),
+    [
+        (97, 100, 110, "3 too few"),
+        (0, 100, 110, "100 too few"),
+        (113, 100, 110, "3 too many"),
+        (0xFFFD, 0, 4, "3 too few"),
+        (2, 0xFFF0, 0xFFFF, "3 too many"),
+    ],
+)
+def test_an_answer_outside_is_told_by_how_much(
+    answered: int, used: int, available: int, wrong: str
+) -> None:
+    it = ring(answered, used, available)
+    assert not it.is_answered_right
+    assert f"with {answered}, at least {wrong}" in it.story
+    assert f"used index {used} and available index {available}" in it.story
+
+
+@pytest.mark.parametrize(("used", "available"), [(0, 129), (101, 100)])
+def test_a_ring_with_more_outstanding_than_it_has_room_for(used: int, available: int) -> None:
+    it = ring(available, used, available, "destination")
+    assert it.is_answered_right
+    assert not it.is_consistent
+    assert "in the destination's RAM cannot be right for a ring of 128" in it.story
+
+
+DESCRIPTORS, AVAILABLE, USED = 0x1000, 0x2000, 0x3000
+
+
+class PausedQemu:
+    """Two queues, of which the guest uses the first."""
+
+    async def execute(self, command: str, **arguments: Any) -> Any:
+        if command == "x-query-virtio":
+            return [{"name": "virtio-blk", "path": "/machine/disk"}]
+        assert command == "x-query-virtio-queue-status"
+        assert arguments["path"] == "/machine/disk"
+        if arguments["queue"] == 2:
+            raise QmpRefusal("Invalid virtqueue number 2")
+        used = arguments["queue"] == 0
+        return {
+            "vring-desc": DESCRIPTORS if used else 0,
+            "vring-avail": AVAILABLE if used else 0,
+            "vring-used": USED if used else 0,
+            "vring-num": 128,
+            "last-avail-idx": 7 if used else 0,
+        }
+
+
+class QemuBefore72(PausedQemu):
+    async def execute(self, command: str, **arguments: Any) -> Any:
+        raise QmpRefusal(f"The command {command} has not been found")
+
+
+def read(gpa: int, length: int) -> bytes | None:
+    """RAM in which the ring's indices stand behind 16 bits of flags."""
+    indices = {AVAILABLE + 2: 12, USED + 2: 10}
+    return struct.pack("<H", indices[gpa])[:length]
+
+
+def test_rings_are_read_where_qemu_says_that_they_are() -> None:
+    rams = {"source": read, "destination": lambda gpa, length: bytes(length)}
+    found = asyncio.run(stopped_rings(cast(Any, PausedQemu()), rams))
+    assert found == [ring(7, 10, 12), ring(7, 0, 0, "destination")]
+    assert not found[0].is_answered_right
+
+
+def test_a_ring_outside_ram_is_none() -> None:
+    rams = {"source": lambda gpa, length: None}
+    assert asyncio.run(stopped_rings(cast(Any, PausedQemu()), rams)) == []
+
+
+def test_a_qemu_that_does_not_tell() -> None:
+    assert asyncio.run(stopped_rings(cast(Any, QemuBefore72()), {"source": read})) == []

@@ -224,6 +224,7 @@ class ProofRun(QemuPair):
     async def _after_refusal(self, migration: Migration, refusal: UntestableError) -> Migrated:
         """Pause the source, unless it has sent everything before it noticed, and is paused."""
         self.qemus[self.there].process.expect_end()
+        self.device.release(self.there)
         moved_on = False
         try:
             async for _ in migration.follow():
@@ -337,7 +338,7 @@ class ProofRun(QemuPair):
             migrated.ended_early,
             downtime=downtime,
             wrong_rings=wrong_rings,
-            refusal=str(migrated.refusal) if migrated.refusal else None,
+            refusal=self._last_words(destination) if migrated.refusal else None,
         )
         if migrated.refusal and verdict.exit_code != EXIT_LOST:
             raise migrated.refusal
@@ -360,6 +361,11 @@ class ProofRun(QemuPair):
             },
             folder=None,
         )
+
+    @staticmethod
+    def _last_words(qemu: Qemu) -> str:
+        process = qemu.process
+        return f"{process.name} {process.how_it_ended()}\n{process.log_tail()}".rstrip()
 
     async def _wrong_rings(self, rams: Mapping[str, ReadRam]) -> Sequence[Ring]:
         """The rings in the `rams` that cannot be right; none where that cannot be known.

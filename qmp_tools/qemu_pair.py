@@ -250,7 +250,7 @@ class QemuPair:
             if reason := await _reason(alarms):
                 for guest in self._guests.values():
                     await guest.hear_last_words()
-                raise reason
+                raise _with_failure(reason, task.exception() if task.done() else None)
             try:
                 return await task
             except WaitTimeoutError as error:
@@ -345,6 +345,13 @@ async def _reason(alarms: Sequence[asyncio.Future[UntestableError]]) -> Untestab
 
 def _says_why(reason: UntestableError) -> bool:
     return not isinstance(reason, ProcessDiedError)
+
+
+def _with_failure(reason: UntestableError, failure: BaseException | None) -> UntestableError:
+    """`reason`, with what QEMU said of it: a QEMU that has just been started is no alarm yet."""
+    if isinstance(reason, ProcessDiedError) and isinstance(failure, QmpError):
+        return ProcessDiedError(f"{reason}\n{failure}", reason.killed)
+    return reason
 
 
 def _was_killed(reason: UntestableError) -> bool:

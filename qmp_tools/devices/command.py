@@ -7,8 +7,11 @@ a network is to send back what it gets; so the guest can check whatever comes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
+import os
 import shlex
-import stat
+import socket
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -147,6 +150,7 @@ class _Attached(SilentDevice):
         self._shared = shared
         self._timeout_s = timeout_s
         self._backends: dict[str, Process] = {}
+        self._news = asyncio.Condition()
 
     @property
     def processes(self) -> Sequence[Process]:
@@ -156,12 +160,12 @@ class _Attached(SilentDevice):
         return [self._backends[side]] if side in self._backends else []
 
     async def attach(self, side: str) -> Sequence[str]:
-        socket = self._folder / f"{side}-disk.sock"
+        path = self._folder / f"{side}-disk.sock"
         if side in self._backends:  # what it left must not be taken for what is to come
             await self._backends[side].end()
-            socket.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         values = {
-            "socket": socket,
+            "socket": path,
             "side": side,
             "image": self._shared / "disk",
             "folder": self._shared,
@@ -173,20 +177,42 @@ class _Attached(SilentDevice):
             self._folder / f"{side}-device.log",
             run_folder=self._folder,
         )
-        self._backends[side] = backend
+        async with self._news:
+            self._backends[side] = backend
+            self._news.notify_all()
 
         def late() -> WaitTimeoutError:
             return WaitTimeoutError(
-                f"{backend.name} has not listened on {socket} within {self._timeout_s:g} s\n"
+                f"{backend.name} has not listened on {path} within {self._timeout_s:g} s\n"
                 f"{backend.log_tail()}".rstrip()
             )
 
         async with bounded(self._timeout_s, late):
-            while not listens(socket):
+            while not listens(path, backend.pid):
                 if backend.died.done():
                     raise await backend.missed()
                 await asyncio.sleep(_POLL_S)
-        return KINDS[self._setup.kind].arguments(socket, self._setup.queues)
+        return KINDS[self._setup.kind].arguments(path, self._setup.queues)
+
+    async def refusal(self) -> UntestableError:
+        """Wait until a back end ends unexpectedly, also one that is started meanwhile."""
+        while True:
+            backends = list(self._backends.values())
+            missed = [asyncio.ensure_future(it.missed()) for it in backends]
+            another = asyncio.ensure_future(self._other_than(backends))
+            try:
+                await asyncio.wait([*missed, another], return_when=asyncio.FIRST_COMPLETED)
+                for future in missed:
+                    if future.done():
+                        return future.result()
+            finally:
+                for waiting in (*missed, another):
+                    waiting.cancel()
+
+    async def _other_than(self, backends: Sequence[Process]) -> None:
+        async with self._news:
+            while backends == list(self._backends.values()):
+                await self._news.wait()
 
     def release(self, side: str) -> None:
         self._backends[side].expect_end()
@@ -196,16 +222,21 @@ class _Attached(SilentDevice):
         await asyncio.gather(*(backend.end() for backend in self._backends.values()))
 
 
-def listens(socket: Path) -> bool:
-    """Whether connections are accepted there; found out without making one, for some back ends take
-    only a single one."""
-    try:
-        if not stat.S_ISSOCK(socket.stat().st_mode):
-            return False
-    except FileNotFoundError:
+def listens(path: Path, pid: int) -> bool:
+    """Whether process `pid`, or one that it has started, accepts connections at `path`.
+
+    No connection is made, as some back ends take only a single one. A socket of another type is
+    refused without one, and the reason tells whether some process still has the file's socket open,
+    whatever its network namespace is (unix_find_bsd in the kernel).
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        error = probe.connect_ex(os.fspath(path))
+    if error not in (errno.EPROTOTYPE, errno.EACCES):  # ECONNREFUSED: the file was left behind
         return False
-    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
-        fields = line.split()  # address, count, protocol, flags, type, state, inode, path
-        if fields[-1] == str(socket):
-            return bool(int(fields[3], 16) & _ACCEPTS_CONNECTIONS)
-    return True  # it is of another network namespace: its own word is all there is
+    for seen_from in ("self", pid):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{seen_from}/net/unix").read_text().splitlines()[1:]:
+                fields = line.split(maxsplit=7)  # address, count, protocol, flags, …, path
+                if fields[7:] == [os.fspath(path)]:
+                    return bool(int(fields[3], 16) & _ACCEPTS_CONNECTIONS)
+    return error == errno.EPROTOTYPE  # a namespace that is not seen: bound is all that is known

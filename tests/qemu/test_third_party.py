@@ -40,6 +40,16 @@ FAULTY: Final = faulty("drop-pages=0.05")
 
 SLOW: Final = shlex.join([sys.executable, str(ROOT / "tests" / "slow_backend.py"), "{socket}"])
 
+DYING: Final = (
+    "import socket, sys\n"
+    "print('about to end', flush=True)\n"
+    "listener = socket.socket(socket.AF_UNIX)\n"
+    "listener.bind(sys.argv[1])\n"
+    "exec(sys.argv[2])\n"
+    "sys.exit(7)"
+)
+"""A back end that does, after it has bound its socket, only what it is told to."""
+
 DISKS: Final = [
     name
     for name, kind in inside_qemu.KINDS.items()
@@ -297,6 +307,15 @@ def test_networks_inside_qemu(tool: Tool, name: str) -> None:
         assert name == "igb"  # it came with QEMU 8.0
     else:
         assert_passed(outcome, f"qemu:{name}", certain=False)
+
+
+@pytest.mark.parametrize("until", ["", "listener.listen()", "listener.listen(); listener.accept()"])
+def test_a_back_end_that_ends_at_once_is_told_with_its_last_words(tool: Tool, until: str) -> None:
+    command = shlex.join([sys.executable, "-c", DYING, "{socket}", until])
+    outcome = prove(tool, "--guest", "bare", "--device-command", command)
+    assert outcome.exit_code == 3
+    assert re.search(r"(source|destination) device ended with exit code 7\n", outcome.errors)
+    assert "about to end" in outcome.errors
 
 
 @pytest.mark.parametrize("victim", ["back end", "tool"])

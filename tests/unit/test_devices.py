@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import socket
+import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -39,6 +44,9 @@ LISTENS = (
     "{socket}",
     "{side}",
 )
+
+BINDS: Final = LISTENS[2].partition("listener.listen()")[0]
+OWN_NETWORK: Final = ("unshare", "--map-root-user", "--net")
 
 
 @contextlib.asynccontextmanager
@@ -155,16 +163,35 @@ def test_every_page_of_the_image_is_stamped(tmp_path: Path) -> None:
 
 
 def test_a_socket_listens_once_it_accepts_connections(tmp_path: Path) -> None:
-    path = tmp_path / "socket"
-    assert not command.listens(path)
+    path, here = tmp_path / "a socket", os.getpid()
+    assert not command.listens(path, here)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
-        assert not command.listens(path)
+        assert not command.listens(path, here)
         listener.listen()
-        assert command.listens(path)
+        assert command.listens(path, here)
+    assert path.is_socket()
+    assert not command.listens(path, here)
     path.unlink()
     path.touch()
-    assert not command.listens(path)
+    assert not command.listens(path, here)
+
+
+def test_who_listens_in_a_network_of_its_own_is_known_until_it_ends(tmp_path: Path) -> None:
+    if subprocess.run([*OWN_NETWORK, "true"], stderr=subprocess.DEVNULL, check=False).returncode:
+        pytest.skip("this user may not make network namespaces")
+    path = tmp_path / "socket"
+    words = [word.format(socket=path, side=SOURCE) for word in (*OWN_NETWORK, *LISTENS)]
+    with subprocess.Popen(words) as backend:
+        deadline = time.monotonic() + 60
+        while not command.listens(path, backend.pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert str(path) not in Path("/proc/net/unix").read_text()
+        assert command.listens(path, os.getpid())  # as where a grandchild of the shell's listens
+        backend.kill()
+    assert path.is_socket()
+    assert not command.listens(path, os.getpid())
 
 
 def test_each_side_has_a_back_end(tmp_path: Path) -> None:
@@ -197,6 +224,32 @@ def test_a_back_end_that_ends_is_told_with_its_last_words(tmp_path: Path) -> Non
         ) as device:
             with pytest.raises(ProcessDiedError, match=r"exit code 5\n.*\n +no such option"):
                 await device.attach(SOURCE)
+
+    asyncio.run(scene())
+
+
+def test_a_back_end_that_binds_and_ends_is_told_with_its_last_words(tmp_path: Path) -> None:
+    async def scene() -> None:
+        words = (sys.executable, "-c", f"{BINDS}sys.exit(5)", "{socket}", "{side}")
+        async with attached(tmp_path, *words) as device:
+            with pytest.raises(ProcessDiedError, match=r"exit code 5\n.*\n +side source"):
+                await device.attach(SOURCE)
+
+    asyncio.run(scene())
+
+
+def test_a_back_end_that_ends_later_is_noticed_by_who_waited_before_it_was_started(
+    tmp_path: Path,
+) -> None:
+    async def scene() -> None:
+        async with attached(tmp_path, *LISTENS) as device:
+            refusal = asyncio.ensure_future(device.refusal())
+            await device.attach(SOURCE)
+            await device.attach(DESTINATION)
+            device.release(SOURCE)
+            for process in device.processes:
+                os.kill(process.pid, signal.SIGTERM)
+            assert str(await refusal).startswith("destination device was killed by SIGTERM")
 
     asyncio.run(scene())
 

@@ -14,7 +14,8 @@ import pytest
 from dmaproof.errors import UntestableError, WaitTimeoutError
 from qmp_tools.display import QuietDisplay
 from qmp_tools.guest.channel import GuestChannel, GuestGaveUpError, GuestLateError
-from qmp_tools.processes.process import Process
+from qmp_tools.processes.process import Process, ProcessDiedError
+from qmp_tools.processes.qmp import QmpError
 from qmp_tools.qemu_pair import QemuPair
 
 ENDS = "exit 3"
@@ -93,6 +94,12 @@ def test_who_ended_alone_is_named(tmp_path: Path) -> None:
 def test_a_death_says_more_than_what_failed_for_it(tmp_path: Path) -> None:
     with pytest.raises(UntestableError, match="source was killed by SIGKILL"):
         outcome_of(tmp_path, fails(UntestableError("no answer")), source=IS_KILLED_LATER)
+
+
+def test_what_qemu_said_of_a_back_end_that_died_is_told_behind_its_death(tmp_path: Path) -> None:
+    refused = fails(QmpError("source QEMU ended: Connection refused"))
+    with pytest.raises(ProcessDiedError, match=r"^device ended with exit code 3\n.*refused$"):
+        outcome_of(tmp_path, refused, device=ENDS)
 
 
 def test_where_nobody_died_the_work_tells(tmp_path: Path) -> None:

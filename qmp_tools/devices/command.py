@@ -27,7 +27,7 @@ from ..processes.machine import (
     vhost_user_fs_arguments,
     vhost_user_net_arguments,
 )
-from ..processes.process import Process
+from ..processes.process import Process, ProcessDiedError
 from ..processes.timeout import bounded
 from .device import AttachedDevice, DeviceFacts, SilentDevice, on_image, on_network
 from .disk_image import write_image
@@ -194,7 +194,7 @@ class _Attached(SilentDevice):
                 await asyncio.sleep(_POLL_S)
         return KINDS[self._setup.kind].arguments(path, self._setup.queues)
 
-    async def refusal(self) -> UntestableError:
+    async def refusal(self) -> ProcessDiedError:
         """Wait until a back end ends unexpectedly, also one that is started meanwhile."""
         while True:
             backends = list(self._backends.values())

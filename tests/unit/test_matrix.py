@@ -332,6 +332,7 @@ def proof_report(exit_code: int, lost: dict[str, int], **more: int) -> dict[str,
         "sharpness": {"certain": 5, "unreported": more.get("unreported", 0)},
         "guest": {"errors": more.get("errors", 0)},
         "log": None,
+        "wrong_rings": [],
         "setup": {"qemu_version": "7.2", "qemu_destination_version": "8", "seed": 3},
     }
 

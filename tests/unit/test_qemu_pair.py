@@ -98,8 +98,8 @@ def test_a_death_says_more_than_what_failed_for_it(tmp_path: Path) -> None:
 
 def test_what_qemu_said_of_a_back_end_that_died_is_told_behind_its_death(tmp_path: Path) -> None:
     refused = fails(QmpError("source QEMU ended: Connection refused"))
-    with pytest.raises(ProcessDiedError, match=r"^device ended with exit code 3\n.*refused$"):
-        outcome_of(tmp_path, refused, device=ENDS)
+    with pytest.raises(ProcessDiedError, match=r"^back_end ended with exit code 3\n.*refused$"):
+        outcome_of(tmp_path, refused, back_end=ENDS)
 
 
 def test_where_nobody_died_the_work_tells(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError
+from dmaproof.errors import UsageError, WaitTimeoutError
 
 from ..guest.linux import VIRTIO_BLK, VIRTIO_NET, VIRTIOFS, Driver
 from ..guest.workload import Workload

@@ -13,10 +13,9 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
-from qemu.qmp import EventListener
-
 from dmaproof.errors import UntestableError, WaitTimeoutError, printable
 
+from ..processes import qemu_qmp
 from ..processes.machine import MIB
 from ..processes.qmp import QmpRefusal
 from ..processes.timeout import DEFAULT_TIMEOUT_S
@@ -378,7 +377,7 @@ class Migration:
         )
 
 
-def _moments(listener: EventListener) -> dict[str, int]:
+def _moments(listener: qemu_qmp.EventListener) -> dict[str, int]:
     """When each of the events that have come happened, by name or by the migration's state."""
     to_monotonic_ns = time.monotonic_ns() - time.time_ns()
     found = {}

@@ -296,6 +296,8 @@ class ProofRun(QemuPair):
                     continue
                 differing = compare(source_ram, destination_ram)
                 found = attribute(differing, source_ram, destination_ram, slots, evidence, blame)
+                if migrated.ended_early:  # QEMU may have written to them when all had been sent
+                    found = [page for page in found if page.gpa not in self._hold_pages]
                 maps.append(map_proof(slots, evidence, found, source_ram, migrated.all_sent_ns))
                 lost += found
                 pages += source_ram.pages

@@ -54,7 +54,7 @@ class PrecopyHold:
             self._look_every_s = max(passed_s, self._look_every_s * _FORGOTTEN_SHARE, _PORTION_S)
         self._looked_ns = progress.time_ns
         await self._migration.limit_bandwidth(self._bytes_per_s(progress))
-        if progress.syncs != self._syncs_when_dirtied:
+        if progress.syncs != self._syncs_when_dirtied and not progress.is_over:
             self._syncs_when_dirtied = progress.syncs
             self._dirtied += 1
             await self._qtest.write_words(self._pages, self._dirtied)

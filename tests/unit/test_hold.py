@@ -63,6 +63,13 @@ def test_the_hold_pages_are_dirtied_once_after_each_sync() -> None:
     assert stage.qemu.words == [1, 2, 3, 4]
 
 
+def test_nothing_is_written_when_the_migration_is_over() -> None:
+    stage = Stage()
+    stage.look(syncs=2)
+    stage.look(syncs=3, status="completed")
+    assert stage.qemu.words == [1]
+
+
 def test_the_first_pass_ends_no_faster_than_the_hold_pages_allow() -> None:
     stage = Stage()
     stage.look(syncs=1)

@@ -20,7 +20,7 @@ from ..devices.emulated import RINGS
 from ..display import Display
 from ..guest.choice import GUESTS
 from ..guest.workload import parse_workload
-from ..host.probes import choose_accelerator, choose_memory, warn_of_dimms
+from ..host.probes import choose_accelerator, choose_memory, require_x86_64, warn_of_dimms
 from ..host.qemu_choice import common_machine, find_qemu
 from ..late_dma import SETTLE_S
 from ..migration.migration import Limits
@@ -28,7 +28,14 @@ from ..migration.refused_features import FEATURES
 from ..migration.ways import LOCALHOST, WAYS, Plug, Way
 from ..processes.device import DeviceOptions
 from ..processes.iommu import IOMMUS
-from ..processes.machine import MIB, Machine, parse_memory
+from ..processes.machine import (
+    DESTINATION,
+    MIB,
+    SOURCE,
+    Machine,
+    parse_memory,
+    refuse_taken_properties,
+)
 from ..proof import Setup
 from .arguments import add_timeout, positive, seconds, size
 
@@ -308,7 +315,11 @@ async def setup_of(arguments: argparse.Namespace, show: Display) -> Setup:
     memory = parse_memory(arguments.memory) if arguments.memory else None
     usual = _BEHIND_IOMMU if iommu else ""
     workload = device.fit(parse_workload(f"{usual},{arguments.workload}", seed))
+    if arguments.machine:
+        refuse_taken_properties(arguments.machine)
     source, destination = qemus_of(arguments)
+    for side, qemu in ((SOURCE, source), (DESTINATION, destination)):
+        await require_x86_64(side, qemu, limits.timeout_s)
     guest = GUESTS[arguments.guest](show.say, device.driver)
     if iommu is not None and guest.name == "linux":
         guest = replace(guest, options=f"{IOMMUS[iommu].linux_options} {guest.options}")

@@ -16,6 +16,8 @@ from .emulated import EmulatedDevice
 from .several import SeveralDevices
 
 INSIDE_QEMU: Final = "qemu:"
+_PASSED_THROUGH: Final = ("vfio-fake", "vfio:SOURCE,DESTINATION")
+"""What subcommand prove carries out by itself (docs/passthrough.md)."""
 
 
 def choose_device(
@@ -82,6 +84,8 @@ def _unknown(name: str) -> UsageError:
     if name in command.KINDS:
         return UsageError(f"--device {name} needs a --device-command that serves it")
     return UsageError(
-        f"--device {name}: there are {', '.join(emulated_devices())}, and of QEMU's own "
-        f"{', '.join(INSIDE_QEMU + name for name in inside_qemu.KINDS)}"
+        f"--device {name}: there is no such device. There are {', '.join(emulated_devices())}; "
+        f"with a --device-command {', '.join(command.KINDS)}; of QEMU's own "
+        f"{', '.join(INSIDE_QEMU + name for name in inside_qemu.KINDS)}; and passed through to "
+        f"the guest {', '.join(_PASSED_THROUGH)}"
     )

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from dmaproof.errors import UntestableError, WaitTimeoutError
+from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError
 
 from ..display import Display
 from ..guest.bare import probe_guest
@@ -76,6 +76,33 @@ def identity(qemu: Path) -> str:
     """What changes when the file of a QEMU does."""
     status = qemu.resolve().stat()
     return f"{qemu.resolve()} {status.st_size} {status.st_mtime_ns}"
+
+
+async def require_x86_64(side: str, qemu: Path, timeout_s: float) -> None:
+    """Refuse a QEMU for `side` that emulates another architecture than the guests'.
+
+    Raises:
+        UsageError: it does.
+        UntestableError: it does not start.
+    """
+
+    async def is_x86_64() -> int:
+        return int(await _architecture(side, qemu, timeout_s) == "x86_64")
+
+    if not await _remembered(f"is x86_64 {identity(qemu)}", is_x86_64):
+        raise UsageError(
+            f"{qemu} emulates {await _architecture(side, qemu, timeout_s)}, and dmaproof's guests "
+            "run on x86_64: name a qemu-system-x86_64"
+        )
+
+
+async def _architecture(side: str, qemu: Path, timeout_s: float) -> str:
+    with run_folder() as folder:
+        running = await Qemu.start(side, qemu, ["-machine", "none"], folder, timeout_s=timeout_s)
+        try:
+            return str((await running.qmp.execute("query-target"))["arch"])
+        finally:
+            await running.end()
 
 
 async def choose_accelerator(

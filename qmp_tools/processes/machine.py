@@ -49,6 +49,32 @@ def format_memory(size: int) -> str:
     return f"{size // KIB}K"
 
 
+_TAKEN_PROPERTIES: Final = {
+    "accel": "--accel chooses the accelerator",
+    "append": "dmaproof boots a guest of its own",
+    "dtb": "dmaproof boots a guest of its own",
+    "firmware": "dmaproof boots a guest of its own",
+    "initrd": "dmaproof boots a guest of its own",
+    "kernel": "dmaproof boots a guest of its own",
+    "memory": "--memory sizes the guest's RAM",
+    "memory-backend": "--memory sizes the guest's RAM, which must be one shared memfd",
+    "smp": "--cpus says how many CPUs the guest has",
+}
+"""Properties of machine types that `Machine` sets, by another option of QEMU or in the same."""
+
+
+def refuse_taken_properties(machine: str) -> None:
+    """Refuse a ``--machine`` such as 'q35,memory-backend=x', which dmaproof would override.
+
+    Raises:
+        UsageError: dmaproof itself sets one of the properties.
+    """
+    for pair in machine.split(",")[1:]:
+        name = pair.partition("=")[0]
+        if (why := _TAKEN_PROPERTIES.get(name.partition(".")[0])) is not None:
+            raise UsageError(f"--machine {machine}: dmaproof sets {name} itself: {why}")
+
+
 @dataclass(frozen=True)
 class Machine:
     """A guest to be started twice: as the source and as the destination of a migration.

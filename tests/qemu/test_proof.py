@@ -141,6 +141,9 @@ def test_what_was_never_sharp_is_no_pass(tool: Tool) -> None:
     ("arguments", "message"),
     [
         (["--memory", "lots"], "memory 'lots'"),
+        (["--machine", "q35,memory-backend=x"], "dmaproof sets memory-backend itself: --memory"),
+        (["--machine", "q35,hpet=off,smp.cpus=4"], "dmaproof sets smp.cpus itself: --cpus"),
+        (["--qemu", "qemu-system-i386"], "emulates i386, and dmaproof's guests run on x86_64"),
         (["--memory", "4K"], "at least 64M"),
         (["--qemu", "/no/such/qemu"], "--qemu /no/such/qemu"),
         (["--machine", "toaster", "--qemu-destination", "/bin/sh"], "sh"),

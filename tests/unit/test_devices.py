@@ -117,7 +117,7 @@ def test_behind_an_iommu_each_device_has_a_port(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("tape", None, "there are blk, .*qemu:nvme"),
+        ("tape", None, r"There are blk, .* fs.*qemu:nvme.*vfio-fake, vfio:SOURCE,DESTINATION"),
         ("fs", None, "needs a --device-command"),
         ("qemu:virtio-balloon-pci", None, "no guest drives it; .* virtio-blk-pci"),
         ("qemu:nvme", "backend {socket}", "--device-command can serve blk, fs"),

@@ -54,6 +54,7 @@ static uint64_t ram_end;        // now
 static uint64_t first_ram_end;  // at the start, with nothing plugged
 static atomic_bool paused;
 static atomic_int in_flight;
+static atomic_ulong frames_sent, frames_received;  // on the loop
 
 // What the workload needs ------------------------------------------------------------------------
 
@@ -231,7 +232,8 @@ static void send_page(int fd, uintptr_t thread, const uint8_t *page, uint64_t nu
     for (uint32_t part = 0; part < PARTS; part++) {
         struct frame frame = {.number = number, .part = part};
         memcpy(frame.data, page + part * FRAME_DATA_BYTES, part_bytes(part));
-        sendto(fd, &frame, sizeof frame, 0, (void *)&address, sizeof address);
+        if (sendto(fd, &frame, sizeof frame, 0, (void *)&address, sizeof address) > 0)
+            atomic_fetch_add(&frames_sent, 1);
     }
 }
 
@@ -241,6 +243,7 @@ static bool receive_page(int fd, uint8_t *page, uint64_t number) {
     for (uint32_t missing = (1 << PARTS) - 1; missing;) {
         if (recv(fd, &frame, sizeof frame, 0) < (ssize_t)sizeof frame)
             return false;
+        atomic_fetch_add(&frames_received, 1);
         if (frame.number != number || frame.part >= PARTS)
             continue;  // it was sent before, and is late
         memcpy(page + frame.part * FRAME_DATA_BYTES, frame.data, part_bytes(frame.part));
@@ -261,6 +264,12 @@ static uint64_t transfer_by_loop(int fd, uintptr_t thread, const struct request 
         } while (!receive_page(fd, piece_at(request, index), number));
     }
     return bytes_of(request);
+}
+
+static void tell_frames(void) {
+    if (loop)
+        tell("frames sent=%lu received=%lu", atomic_load(&frames_sent),
+             atomic_load(&frames_received));
 }
 
 // Threads ----------------------------------------------------------------------------------------
@@ -415,11 +424,12 @@ int main(int count, char **arguments) {
     start_thread(keep_churning, 0);
     for (uintptr_t number = 0; number < parameters.threads; number++)
         start_thread(work, number);
-    while (requests_finished() == 0)
-        usleep(1000);
+    for (; requests_finished() == 0; usleep(loop ? REPORT_EVERY_US : 1000))
+        tell_frames();
     tell_ready();
     for (;; usleep(REPORT_EVERY_US)) {
         tell_progress();
         tell_network();
+        tell_frames();
     }
 }

@@ -32,6 +32,13 @@ AGAIN: Final = b"a"
 """Get ready for another migration: no once page has been used, and the vCPU writes steadily."""
 
 _COMPLAINTS_KEPT: Final = 8
+_FRAMES_BEFORE_ECHO: Final = 5_000
+"""A network that sends frames back has sent one of so many. Each thread of the guest sends 30 a
+second while none comes."""
+_NEEDS_ECHO: Final = (
+    "the guest's workload checks what the network writes into its RAM, so the network must send "
+    "every frame back (see docs/devices.md)"
+)
 _MOST_VERBS: Final = 64
 """Far more than guests have. What comes is kept by verb, and a guest must not fill our memory."""
 _MOST_DIGITS: Final = 20
@@ -48,6 +55,10 @@ class GuestGaveUpError(GuestError):
 
 class GuestLateError(GuestError, WaitTimeoutError):
     """The guest has not done in time what it was waited for."""
+
+
+class NoEchoError(GuestLateError):
+    """The network has sent none of the guest's frames back."""
 
 
 @dataclass(frozen=True)
@@ -157,20 +168,38 @@ class GuestChannel:
 
         Raises:
             GuestGaveUpError: the guest gave up.
+            NoEchoError: the network that it needs sends no frame back.
             GuestLateError: it takes longer.
         """
         bound_s = self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
 
         def late() -> GuestLateError:
-            return GuestLateError(
-                f"the guest of the {self._qemu.process.name} has not {what} within "
-                f"{bound_s:g} s\n{log_tail(self._qemu.console)}".rstrip()
-            )
+            name = self._qemu.process.name
+            if self._frames_without_echo:
+                why = f"{self._network()}; {_NEEDS_ECHO}"
+                return NoEchoError(f"the guest of the {name} has not {what}: {why}")
+            wait = f"the guest of the {name} has not {what} within {bound_s:g} s"
+            lines = [wait, self._network(), log_tail(self._qemu.console)]
+            return GuestLateError("\n".join(line for line in lines if line).rstrip())
 
         async with bounded(bound_s, late), self._news:
             while not reached() and self._fatal is None:
+                if self._frames_without_echo >= _FRAMES_BEFORE_ECHO:
+                    raise late()
                 await self._news.wait()
         self._raise_if_gave_up()
+
+    @property
+    def _frames_without_echo(self) -> int:
+        """How many frames the guest has sent, where none has come back."""
+        return 0 if self.number("frames", "received") else self.number("frames", "sent")
+
+    def _network(self) -> str:
+        """What has passed through the guest's network; nothing if it has none."""
+        if "frames" not in self.latest:
+            return ""
+        sent, received = (self.number("frames", key) for key in ("sent", "received"))
+        return f"the guest sent {sent} frames and received {received} of them"
 
     async def hear_last_words(self) -> None:
         """Where the guest's QEMU has ended, read what the guest said before that.

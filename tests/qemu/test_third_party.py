@@ -50,6 +50,18 @@ DYING: Final = (
 )
 """A back end that does, after it has bound its socket, only what it is told to."""
 
+WITHOUT_ECHO: Final = (
+    "import socket, sys\n"
+    "from dmaproof.dirty_tracker import emulated_trackers\n"
+    "from dmaproof.vhost_user.__main__ import main\n"
+    "print('nothing is sent back', flush=True)\n"
+    "ours, theirs = socket.socketpair()\n"
+    "control, path = str(theirs.detach()), sys.argv[1]\n"
+    "sys.argv[1:] = ['--control', control, '--socket', 'theirs=' + path, '--device', 'net']\n"
+    "sys.exit(main(emulated_trackers(), 'iommu'))"
+)
+"""A network that sends packets only to those who ask for them in its own way."""
+
 DISKS: Final = [
     name
     for name, kind in inside_qemu.KINDS.items()
@@ -298,6 +310,26 @@ def dpdk() -> list[str]:
 def test_dpdk(tool: Tool) -> None:
     arguments = on_newer_qemu("dpdk-testpmd", *dpdk())
     assert_passed(tool.run(*arguments, *BRIEF), "net by dpdk-testpmd", certain=False)
+
+
+def test_a_network_that_does_not_echo_is_reported_with_both_counts_and_its_log(tool: Tool) -> None:
+    command = shlex.join([sys.executable, "-c", WITHOUT_ECHO, "{socket}"])
+    qemu = str(newer_qemu().path)
+    outcome = prove(tool, "--qemu", qemu, "--device", "net", "--device-command", command)
+    assert outcome.exit_code == 3, outcome.output + outcome.errors
+    assert re.search(r"the guest sent \d{4} frames and received 0 of them", outcome.errors)
+    assert "the network must send every frame back" in outcome.errors
+    assert "nothing is sent back" in outcome.errors
+
+
+def test_a_dpdk_that_takes_frames_and_sends_none(tool: Tool) -> None:
+    arguments = on_newer_qemu("dpdk-testpmd", *dpdk())
+    at = arguments.index("--device-command") + 1
+    arguments[at] += " --forward-mode=rxonly"
+    outcome = tool.run(*arguments)
+    assert outcome.exit_code == 3, outcome.output + outcome.errors
+    assert "and received 0 of them" in outcome.errors
+    assert "Tx-bps" in outcome.errors  # of testpmd's own statistics
 
 
 @pytest.mark.parametrize("name", [name for name, it in inside_qemu.KINDS.items() if it.network])

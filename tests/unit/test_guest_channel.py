@@ -10,7 +10,13 @@ from typing import cast
 import pytest
 
 from dmaproof.errors import UntestableError
-from qmp_tools.guest.channel import GuestChannel, GuestError, parse_line
+from qmp_tools.guest.channel import (
+    GuestChannel,
+    GuestError,
+    GuestLateError,
+    NoEchoError,
+    parse_line,
+)
 from qmp_tools.processes.process import log_tail
 from qmp_tools.processes.qemu import Qemu
 
@@ -59,7 +65,7 @@ def test_hold_pages_are_collected_from_all_runs() -> None:
         b"hold pages=1",
         b"hold gpa=0x1000",
         b"hold gpa=0x1000 pages=65537",
-        b"hold gpa=0x0 pages=65536\nhold gpa=0x10000000 pages=1",
+        b"hold gpa=0x0 pages=65536\nhold gpa=0x5000000 pages=1",
     ],
 )
 def test_hold_pages_that_cannot_be_are_refused(said: bytes) -> None:
@@ -103,21 +109,42 @@ def test_giving_up_is_told_in_the_guests_words() -> None:
         asyncio.run(hear(b'fatal message="no disk"'))
 
 
-def test_silence_is_told_with_what_was_waited_for() -> None:
-    async def wait() -> None:
-        qemu = SimpleNamespace(
-            report=asyncio.StreamReader(),
-            process=SimpleNamespace(name="source QEMU"),
-            console=Path("/nowhere"),
-        )
-        channel = GuestChannel(cast(Qemu, qemu), 0.01)
-        try:
-            await channel.wait_for(lambda: False, "become ready")
-        finally:
-            channel.close()
+async def wait_in_vain(said: bytes, timeout_s: float) -> None:
+    """Wait for a guest that says `said`, and is never ready."""
+    report = asyncio.StreamReader()
+    report.feed_data(said)
+    qemu = SimpleNamespace(
+        report=report, process=SimpleNamespace(name="source QEMU"), console=Path("/nowhere")
+    )
+    channel = GuestChannel(cast(Qemu, qemu), timeout_s)
+    try:
+        await channel.wait_for(lambda: False, "become ready")
+    finally:
+        channel.close()
 
+
+def test_silence_is_told_with_what_was_waited_for() -> None:
     with pytest.raises(GuestError, match="has not become ready"):
-        asyncio.run(wait())
+        asyncio.run(wait_in_vain(b"", 0.01))
+
+
+def test_a_network_that_sends_nothing_back_is_reported_before_the_timeout() -> None:
+    said = b"frames sent=9 received=0\nframes sent=5000 received=0\n"
+    with pytest.raises(NoEchoError, match="sent 5000 frames and received 0 of them"):
+        asyncio.run(wait_in_vain(said, 60))
+
+
+def test_a_few_frames_that_have_not_come_back_are_waited_for_until_the_timeout() -> None:
+    with pytest.raises(NoEchoError, match="sent 9 frames and received 0 of them"):
+        asyncio.run(wait_in_vain(b"frames sent=9 received=0\n", 0.1))
+
+
+@pytest.mark.parametrize(("sent", "received"), [(0, 0), (20_000, 1), (20_000, 19_997)])
+def test_a_network_that_is_slow_or_takes_no_frames_is_late(sent: int, received: int) -> None:
+    said = f"frames sent={sent} received={received}\n".encode()
+    with pytest.raises(GuestLateError, match=f"sent {sent} frames and received {received}") as late:
+        asyncio.run(wait_in_vain(said, 0.1))
+    assert not isinstance(late.value, NoEchoError)
 
 
 def test_a_console_of_any_size_and_content(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -43,6 +44,7 @@ COMPILE_PYTHON: Final = (
 _MOUNT_POINTS: Final = ("dev", "proc", "sys", "tmp", "run", "mnt")
 
 _PR_SET_PDEATHSIG: Final = 1
+_CAP_SYS_ADMIN: Final = 21
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 _ENTER: Final = """\
@@ -107,7 +109,8 @@ def run_inside(
         UntestableError: it failed, took longer, or namespaces are forbidden here.
     """
     command = [
-        *("unshare", "--map-root-user", "--mount", "--pid", "--fork", "--kill-child=SIGKILL"),
+        *("unshare", "--mount", "--pid", "--fork", "--kill-child=SIGKILL"),
+        *(() if _may_mount() else ("--map-root-user",)),
         *("sh", "-ec", _ENTER, "sh", os.fspath(root), os.fspath(mounted)),
         *_assignments(variables),
         *("sh", "-ec", script),
@@ -136,6 +139,13 @@ def run_inside(
             )
         raise UntestableError(f"{what} failed:\n" + "\n".join(f"    {line}" for line in told))
     return done.stdout
+
+
+def _may_mount() -> bool:
+    """Whether no user namespace is needed; in a chroot root can have none (create_user_ns)."""
+    status = Path("/proc/self/status").read_text()
+    match = re.search(r"(?m)^CapEff:\s*([0-9a-f]+)$", status)
+    return match is not None and bool(int(match[1], 16) >> _CAP_SYS_ADMIN & 1)
 
 
 def _assignments(variables: Mapping[str, str]) -> list[str]:

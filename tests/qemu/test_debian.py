@@ -22,6 +22,7 @@ SOME_TESTS: Final = (
     "tests/unit/test_doctor.py",
     "tests/unit/test_linux_guest.py",
     "tests/unit/test_matrix.py",
+    "tests/qemu/test_passthrough.py::test_a_command_runs_inside_a_root_file_system",
     "tests/qemu/test_devices.py::test_a_disk_and_a_network_share_a_log",
     "tests/qemu/test_third_party.py::test_qemu_storage_daemon",
 )

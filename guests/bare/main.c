@@ -22,7 +22,6 @@ static struct {
 } slots[MAX_WORKERS];
 
 static unsigned in_flight;
-static bool ready;
 static bool paused;
 
 // Take the parameters one by one from the command line.
@@ -82,7 +81,7 @@ static bool due(uint64_t *next, uint64_t every_us) {
 
 static void report(void) {
     static uint64_t next;
-    if (ready && due(&next, REPORT_EVERY_US))
+    if (due(&next, REPORT_EVERY_US))
         tell_progress();
 }
 
@@ -96,6 +95,7 @@ void pause_requests(bool wanted) {
 
 void guest_main(const void *start_info) {
     uint64_t next_churn = 0;
+    bool ready = false;
     catch_exceptions();
     start_clock();
     find_memory(start_info);

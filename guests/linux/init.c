@@ -266,12 +266,6 @@ static uint64_t transfer_by_loop(int fd, uintptr_t thread, const struct request 
     return bytes_of(request);
 }
 
-static void tell_frames(void) {
-    if (loop)
-        tell("frames sent=%lu received=%lu", atomic_load(&frames_sent),
-             atomic_load(&frames_received));
-}
-
 // Threads ----------------------------------------------------------------------------------------
 
 static uint64_t transfer(const struct request *request) {
@@ -380,6 +374,14 @@ static void map_buffer(void) {
     mlock(buffer, pages * PAGE_BYTES);
 }
 
+static void report(void) {
+    tell_progress();
+    tell_network();
+    if (loop)
+        tell("frames sent=%lu received=%lu", atomic_load(&frames_sent),
+             atomic_load(&frames_received));
+}
+
 // What stands behind the kernel's "--". Options that the kernel did not know come along: those with
 // a "=" in init's environment, the others here.
 static void read_parameters(int count, char **arguments) {
@@ -424,12 +426,10 @@ int main(int count, char **arguments) {
     start_thread(keep_churning, 0);
     for (uintptr_t number = 0; number < parameters.threads; number++)
         start_thread(work, number);
-    for (; requests_finished() == 0; usleep(loop ? REPORT_EVERY_US : 1000))
-        tell_frames();
+    for (int waited = 0; requests_finished() == 0; waited += 1000, usleep(1000))
+        if (waited % REPORT_EVERY_US == 0)
+            report();
     tell_ready();
-    for (;; usleep(REPORT_EVERY_US)) {
-        tell_progress();
-        tell_network();
-        tell_frames();
-    }
+    for (;; usleep(REPORT_EVERY_US))
+        report();
 }

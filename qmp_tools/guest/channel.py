@@ -176,11 +176,11 @@ class GuestChannel:
         def late() -> GuestLateError:
             name = self._qemu.process.name
             if self._frames_without_echo:
-                why = f"{self._network()}; {_NEEDS_ECHO}"
+                why = "; ".join([*self._so_far(), _NEEDS_ECHO])
                 return NoEchoError(f"the guest of the {name} has not {what}: {why}")
             wait = f"the guest of the {name} has not {what} within {bound_s:g} s"
-            lines = [wait, self._network(), log_tail(self._qemu.console)]
-            return GuestLateError("\n".join(line for line in lines if line).rstrip())
+            lines = [wait, *self._so_far(), log_tail(self._qemu.console)]
+            return GuestLateError("\n".join(lines).rstrip())
 
         async with bounded(bound_s, late), self._news:
             while not reached() and self._fatal is None:
@@ -194,12 +194,18 @@ class GuestChannel:
         """How many frames the guest has sent, where none has come back."""
         return 0 if self.number("frames", "received") else self.number("frames", "sent")
 
-    def _network(self) -> str:
-        """What has passed through the guest's network; nothing if it has none."""
-        if "frames" not in self.latest:
-            return ""
-        sent, received = (self.number("frames", key) for key in ("sent", "received"))
-        return f"the guest sent {sent} frames and received {received} of them"
+    def _so_far(self) -> list[str]:
+        """What the guest has reported of its requests, and of its network if it has one."""
+        told = []
+        if "progress" in self.latest:
+            finished, begun = (self.number("progress", key) for key in ("requests", "under_way"))
+            told.append(
+                f"{finished} of its requests are finished, and {begun} are not answered yet"
+            )
+        if "frames" in self.latest:
+            sent, received = (self.number("frames", key) for key in ("sent", "received"))
+            told.append(f"the guest sent {sent} frames and received {received} of them")
+        return told
 
     async def hear_last_words(self) -> None:
         """Where the guest's QEMU has ended, read what the guest said before that.

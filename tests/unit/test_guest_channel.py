@@ -128,6 +128,12 @@ def test_silence_is_told_with_what_was_waited_for() -> None:
         asyncio.run(wait_in_vain(b"", 0.01))
 
 
+def test_requests_that_are_not_answered_are_reported() -> None:
+    said = b"progress requests=0 under_way=4 writes=0\n"
+    with pytest.raises(GuestLateError, match="\n0 of its requests are finished, and 4 are not"):
+        asyncio.run(wait_in_vain(said, 0.1))
+
+
 def test_a_network_that_sends_nothing_back_is_reported_before_the_timeout() -> None:
     said = b"frames sent=9 received=0\nframes sent=5000 received=0\n"
     with pytest.raises(NoEchoError, match="sent 5000 frames and received 0 of them"):

@@ -8,18 +8,16 @@ harvest (as ``--harvest``). The faults are those of `dmaproof.faults` and two mo
 
 from __future__ import annotations
 
-import socket
 import sys
 import threading
 from collections.abc import Callable
 from typing import Any, Final
 from unittest import mock
 
-from dmaproof.dirty_tracker import emulated_trackers
+import unobserved
 from dmaproof.dma import Dma
 from dmaproof.stamp import PAGE_BYTES, stamped_page
 from dmaproof.vhost_user import session
-from dmaproof.vhost_user.__main__ import main as serve
 from dmaproof.vhost_user.messages import VringState, encode_vring_state
 from dmaproof.vhost_user.session import Session
 
@@ -86,20 +84,18 @@ def _encode_wrongly(answer: str) -> Callable[[VringState], bytes]:
 
 
 def main() -> int:
-    """Become the device; its control socket stays open, and nobody speaks on it."""
+    """Become the device."""
     path, fault, *harvest = sys.argv[1:]
-    _ours, theirs = socket.socketpair()
-    sys.argv[1:] = ["--control", str(theirs.detach()), "--socket", f"theirs={path}"]
-    sys.argv += ["--harvest", *harvest] if harvest else []
+    options = ["--harvest", *harvest] if harvest else []
     if fault.startswith(_DMA_AFTER_STOP):
-        after_s = float(fault.removeprefix(_DMA_AFTER_STOP))
-        return serve(emulated_trackers(), "iommu", lambda _: _make_session(after_s))
+        make = _make_session(float(fault.removeprefix(_DMA_AFTER_STOP)))
+        return unobserved.serve(path, *options, session_of=lambda _: make)
     if fault.startswith(_BASE):
         wrong = _encode_wrongly(fault.removeprefix(_BASE))
         with mock.patch.object(session, "encode_vring_state", wrong):
-            return serve(emulated_trackers(), "iommu")
-    sys.argv += ["--fault", fault] if fault != "none" else []
-    return serve(emulated_trackers(), "iommu", lambda fault: fault.make_session)
+            return unobserved.serve(path, *options)
+    options += ["--fault", fault] if fault != "none" else []
+    return unobserved.serve(path, *options)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 from typing import Any
 
-from dmaproof.dirty_tracker import emulated_trackers
-from dmaproof.vhost_user.__main__ import main as serve
+import unobserved
 from dmaproof.vhost_user.messages import Message, Request
 from dmaproof.vhost_user.session import _HANDLERS, Session
 
@@ -35,10 +33,7 @@ def main() -> None:
         return _HANDLERS[Request.SET_LOG_BASE](session, message)
 
     _HANDLERS[Request.SET_LOG_BASE] = begin
-    ours, theirs = socket.socketpair()
-    ours.detach()  # the control socket stays open, and nobody speaks on it
-    sys.argv[1:] = ["--control", str(theirs.detach()), "--socket", f"theirs={path}"]
-    sys.exit(serve(emulated_trackers(), "iommu"))
+    sys.exit(unobserved.serve(path))
 
 
 if __name__ == "__main__":

@@ -5,13 +5,12 @@ Run with the path to listen on.
 
 from __future__ import annotations
 
-import socket
 import sys
 import time
 
+import unobserved
 from dmaproof.dirty_tracker.amd_iommu import AmdIommu
 from dmaproof.iova_bitmap import IovaBitmap
-from dmaproof.vhost_user.__main__ import main
 
 PAUSE_S = 0.5
 
@@ -28,8 +27,5 @@ class SlowTracker(AmdIommu):
 
 
 if __name__ == "__main__":
-    ours, theirs = socket.socketpair()  # nobody speaks on its control socket
-    path = sys.argv.pop()
-    sys.argv += ["--control", str(theirs.detach()), "--socket", f"theirs={path}"]
-    sys.argv += ["--harvest", "final"]
-    sys.exit(main({"slow": SlowTracker}, "slow"))
+    trackers = {"slow": SlowTracker}
+    sys.exit(unobserved.serve(sys.argv[1], "--harvest", "final", trackers=trackers, tracker="slow"))

@@ -22,18 +22,7 @@ ACCEPTS_NOTHING: Final = (
     "listener.bind(sys.argv[1]); listener.listen(); print('listening', flush=True); "
     "time.sleep(10**6)"
 )
-COMPLETES_NOTHING: Final = (
-    "import socket, sys\n"
-    "from dmaproof.dirty_tracker import emulated_trackers\n"
-    "from dmaproof.vhost_user.__main__ import main\n"
-    "from dmaproof.vhost_user.session import Session\n"
-    "Session.serve_rings = lambda session: False\n"
-    "ours, theirs = socket.socketpair()\n"
-    "control, path = str(theirs.detach()), sys.argv[1]\n"
-    "sys.argv[1:] = ['--control', control, '--socket', 'theirs=' + path]\n"
-    "print('serving', flush=True)\n"
-    "sys.exit(main(emulated_trackers(), 'iommu'))"
-)
+SILENT: Final = Path(__file__).parents[1] / "silent_backend.py"
 
 
 @pytest.mark.parametrize(
@@ -69,10 +58,10 @@ def test_a_wait_is_as_long_as_the_command_line_says(tool: Tool) -> None:
 
 
 def test_requests_that_a_back_end_does_not_complete_are_counted(tool: Tool) -> None:
-    command = shlex.join([sys.executable, "-c", COMPLETES_NOTHING, "{socket}"])
+    command = shlex.join([sys.executable, str(SILENT), "{socket}", "disk"])
     options = ("--guest", "bare", "--device-command", command, "--timeout", "10", "--quiet")
     outcome = tool.run("prove", *options)
     assert outcome.exit_code == 3
     assert "has not become ready within 10 s\n" in outcome.errors
     assert re.search("0 of its requests are finished, and [1-9] are not answered", outcome.errors)
-    assert "last lines of source-device.log:\n    serving" in outcome.errors
+    assert "last lines of source-device.log:\n    silent" in outcome.errors

@@ -50,18 +50,6 @@ DYING: Final = (
 )
 """A back end that does, after it has bound its socket, only what it is told to."""
 
-WITHOUT_ECHO: Final = (
-    "import socket, sys\n"
-    "from dmaproof.dirty_tracker import emulated_trackers\n"
-    "from dmaproof.vhost_user.__main__ import main\n"
-    "print('nothing is sent back', flush=True)\n"
-    "ours, theirs = socket.socketpair()\n"
-    "control, path = str(theirs.detach()), sys.argv[1]\n"
-    "sys.argv[1:] = ['--control', control, '--socket', 'theirs=' + path, '--device', 'net']\n"
-    "sys.exit(main(emulated_trackers(), 'iommu'))"
-)
-"""A network that sends packets only to those who ask for them in its own way."""
-
 DISKS: Final = [
     name
     for name, kind in inside_qemu.KINDS.items()
@@ -214,9 +202,10 @@ def test_a_flush_that_is_missing_when_the_device_stops_is_seen(tool: Tool) -> No
     assert outcome.report["log"]["late_bits"]
 
 
+# On a busy machine up to eight requests are available that the device has not taken yet.
 @pytest.mark.parametrize(
     ("answer", "wrong"),
-    [("right-3", "3 too few"), ("0", "too few"), ("right+3", "3 too many")],
+    [("right-3", "3 too few"), ("0", "too few"), ("right+64", "too many")],
 )
 def test_a_wrong_ring_index_is_the_back_ends_fault(tool: Tool, answer: str, wrong: str) -> None:
     junit = tool.folder.parent / "junit.xml"
@@ -313,13 +302,14 @@ def test_dpdk(tool: Tool) -> None:
 
 
 def test_a_network_that_does_not_echo_is_reported_with_both_counts_and_its_log(tool: Tool) -> None:
-    command = shlex.join([sys.executable, "-c", WITHOUT_ECHO, "{socket}"])
+    program = str(ROOT / "tests" / "silent_backend.py")
+    command = shlex.join([sys.executable, program, "{socket}", "net"])
     qemu = str(newer_qemu().path)
     outcome = prove(tool, "--qemu", qemu, "--device", "net", "--device-command", command)
     assert outcome.exit_code == 3, outcome.output + outcome.errors
     assert re.search(r"the guest sent \d{4} frames and received 0 of them", outcome.errors)
     assert "the network must send every frame back" in outcome.errors
-    assert "nothing is sent back" in outcome.errors
+    assert "device.log:\n    silent" in outcome.errors
 
 
 def test_a_dpdk_that_takes_frames_and_sends_none(tool: Tool) -> None:

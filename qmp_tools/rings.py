@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from .processes.machine import DESTINATION
 from .processes.qmp import Qmp, QmpRefusal
 
 _WRAP: Final = 1 << 16
@@ -67,13 +68,25 @@ class Ring:
         if not self.is_consistent:
             return (
                 f"{ring}: {figures} in the {self.side}'s RAM cannot be right for a ring of "
-                f"{self.size}: the device's last writes to its used ring are missing"
+                f"{self.size}: {self._why_inconsistent}"
             )
         few, many = (self.used - self.answered) % _WRAP, (self.answered - self.available) % _WRAP
         wrong = f"{few} too few" if few <= many else f"{many} too many"
         return (
             f"{ring}: the device answered GET_VRING_BASE with {self.answered}, at least {wrong}: "
             f"the ring in the {self.side}'s RAM has {figures}, and the answer must lie between them"
+        )
+
+    @property
+    def _why_inconsistent(self) -> str:
+        too_many = (self.used - self.available) % _WRAP
+        if too_many >= _WRAP // 2:  # so it is the available index that is ahead
+            return "the device's last writes to its used ring are missing"
+        if self.side == DESTINATION:
+            return "the driver's last writes to its available ring are missing"
+        return (
+            f"the device has finished {too_many} more requests than it was given, as one does that "
+            f"starts at a wrong index; it answered GET_VRING_BASE with {self.answered}"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import struct
 from typing import Any, cast
 
@@ -50,12 +51,22 @@ def test_an_answer_outside_is_told_by_how_much(
     assert f"used index {used} and available index {available}" in it.story
 
 
-@pytest.mark.parametrize(("used", "available"), [(0, 129), (101, 100)])
-def test_a_ring_with_more_outstanding_than_it_has_room_for(used: int, available: int) -> None:
-    it = ring(available, used, available, "destination")
+@pytest.mark.parametrize(
+    ("used", "available", "side", "why"),
+    [
+        (0, 129, "source", "the device's last writes to its used ring are missing"),
+        (0xFFF0, 0x90, "destination", "the device's last writes to its used ring are missing"),
+        (101, 100, "destination", "the driver's last writes to its available ring are missing"),
+        (103, 100, "source", "has finished 3 more requests .* GET_VRING_BASE with 100"),
+        (1, 0xFFFE, "source", "has finished 3 more requests .* GET_VRING_BASE with 65534"),
+    ],
+)
+def test_indices_that_a_ring_cannot_have(used: int, available: int, side: str, why: str) -> None:
+    it = ring(available, used, available, side)
     assert it.is_answered_right
     assert not it.is_consistent
-    assert "in the destination's RAM cannot be right for a ring of 128" in it.story
+    assert f"in the {side}'s RAM cannot be right for a ring of 128: " in it.story
+    assert re.search(why, it.story)
 
 
 DESCRIPTORS, AVAILABLE, USED = 0x1000, 0x2000, 0x3000

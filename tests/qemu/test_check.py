@@ -220,7 +220,7 @@ def test_the_pvclock_page_is_named_and_not_hidden(tool: Tool, qemu: Path, folder
     arguments = [*WITH_RAM0, *MEMORY["memfd"], *HEARD_FIRMWARE]
     with foreign_pair(qemu, folder, arguments, accelerator="kvm") as pair:
         pair.wait_to_hear("No bootable device")  # by then the firmware has registered its clock
-        pair.migrate()
+        pair.migrate(running=True)
         report = checked(tool, pair, 0)
         assert report["pages_known_to_differ"] == 1
         differences = report["differences"]
@@ -425,5 +425,5 @@ def test_a_vcpus_pages_are_compared_too(tool: Tool, folder: Path) -> None:
     qemu = next(reversed(BUILDS.values())) if BUILDS else find_qemu(None)
     with foreign_pair(qemu, folder, arguments) as pair:
         pair.wait_to_hear("ready")
-        pair.migrate()
+        pair.migrate(running=True)
         assert checked(tool, pair, 0)["pages_known_to_differ"] == 0

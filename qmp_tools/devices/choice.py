@@ -84,7 +84,7 @@ def _unknown(name: str) -> UsageError:
     if name in command.KINDS:
         return UsageError(f"--device {name} needs a --device-command that serves it")
     return UsageError(
-        f"--device {name}: there is no such device. There are {', '.join(emulated_devices())}; "
+        f"--device {name} is unknown. There are {', '.join(emulated_devices())}; "
         f"with a --device-command {', '.join(command.KINDS)}; of QEMU's own "
         f"{', '.join(INSIDE_QEMU + name for name in inside_qemu.KINDS)}; and passed through to "
         f"the guest {', '.join(_PASSED_THROUGH)}"

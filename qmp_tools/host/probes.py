@@ -86,23 +86,23 @@ async def require_x86_64(side: str, qemu: Path, timeout_s: float) -> None:
         UntestableError: it does not start.
     """
 
-    async def is_x86_64() -> int:
-        return int(await _architecture(side, qemu, timeout_s) == "x86_64")
+    async def probe() -> int:
+        with run_folder() as folder:
+            running = await Qemu.start(
+                side, qemu, ["-machine", "none"], folder, timeout_s=timeout_s
+            )
+            try:
+                architecture = (await running.qmp.execute("query-target"))["arch"]
+            finally:
+                await running.end()
+        if architecture != "x86_64":
+            raise UsageError(
+                f"{qemu} emulates {architecture}, and dmaproof's guests run on x86_64: name a "
+                "qemu-system-x86_64"
+            )
+        return True
 
-    if not await _remembered(f"is x86_64 {identity(qemu)}", is_x86_64):
-        raise UsageError(
-            f"{qemu} emulates {await _architecture(side, qemu, timeout_s)}, and dmaproof's guests "
-            "run on x86_64: name a qemu-system-x86_64"
-        )
-
-
-async def _architecture(side: str, qemu: Path, timeout_s: float) -> str:
-    with run_folder() as folder:
-        running = await Qemu.start(side, qemu, ["-machine", "none"], folder, timeout_s=timeout_s)
-        try:
-            return str((await running.qmp.execute("query-target"))["arch"])
-        finally:
-            await running.end()
+    await _remembered(f"emulates x86_64 {identity(qemu)}", probe)
 
 
 async def choose_accelerator(

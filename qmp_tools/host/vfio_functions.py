@@ -25,12 +25,12 @@ from dmaproof.vfio.requests import VfioError
 from dmaproof.vfio.type1 import Container
 
 from ..processes.machine import MIB, format_memory
+from .capabilities import CAP_IPC_LOCK, is_capable
 from .finding import Finding, State
 
 _PCI_ADDRESS: Final = re.compile(r"(?:[0-9a-f]{4}:)?[0-9a-f]{2}:[0-1][0-9a-f]\.[0-7]", re.I)
 _BRIDGES: Final = frozenset({"pcieport", "shpchp", "pci-stub"})
 """Drivers that may stay in a viable group (vfio_dev_viable)."""
-_CAP_IPC_LOCK: Final = 14
 _OVERHEAD_BYTES: Final = 64 * MIB
 """What QEMU maps for DMA besides the guest's RAM: firmware, and the memory of other devices."""
 
@@ -202,8 +202,7 @@ def lockable_bytes(status: Path = Path("/proc/self/status")) -> int | None:
 
     `status` is the file that tells its capabilities.
     """
-    effective = re.search(r"^CapEff:\s*([0-9a-f]+)", _read(status), re.M)
-    if effective and int(effective[1], 16) >> _CAP_IPC_LOCK & 1:
+    if is_capable(CAP_IPC_LOCK, status):
         return None
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return None if soft == resource.RLIM_INFINITY else soft

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -21,6 +20,7 @@ from dmaproof.errors import UntestableError, WaitTimeoutError
 
 from ..guest.build import Say, cache, digest, fresh_folder, prune, sources
 from ..host.archive import Archive, unpack
+from ..host.capabilities import CAP_SYS_ADMIN, is_capable
 
 SUITE: Final = "trixie-backports"
 _RUNNING: Final = ("coreutils", "dash", "libc-bin", "mount", "kmod", "python3", "python3-numpy")
@@ -44,7 +44,6 @@ COMPILE_PYTHON: Final = (
 _MOUNT_POINTS: Final = ("dev", "proc", "sys", "tmp", "run", "mnt")
 
 _PR_SET_PDEATHSIG: Final = 1
-_CAP_SYS_ADMIN: Final = 21
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 _ENTER: Final = """\
@@ -110,7 +109,8 @@ def run_inside(
     """
     command = [
         *("unshare", "--mount", "--pid", "--fork", "--kill-child=SIGKILL"),
-        *(() if _may_mount() else ("--map-root-user",)),
+        # In a chroot not even root can have a user namespace (create_user_ns in the kernel).
+        *(() if is_capable(CAP_SYS_ADMIN) else ("--map-root-user",)),
         *("sh", "-ec", _ENTER, "sh", os.fspath(root), os.fspath(mounted)),
         *_assignments(variables),
         *("sh", "-ec", script),
@@ -139,13 +139,6 @@ def run_inside(
             )
         raise UntestableError(f"{what} failed:\n" + "\n".join(f"    {line}" for line in told))
     return done.stdout
-
-
-def _may_mount() -> bool:
-    """Whether no user namespace is needed; in a chroot root can have none (create_user_ns)."""
-    status = Path("/proc/self/status").read_text()
-    match = re.search(r"(?m)^CapEff:\s*([0-9a-f]+)$", status)
-    return match is not None and bool(int(match[1], 16) >> _CAP_SYS_ADMIN & 1)
 
 
 def _assignments(variables: Mapping[str, str]) -> list[str]:

@@ -50,12 +50,10 @@ def format_memory(size: int) -> str:
 
 
 _TAKEN_PROPERTIES: Final = {
+    **dict.fromkeys(
+        ("append", "dtb", "firmware", "initrd", "kernel"), "dmaproof boots a guest of its own"
+    ),
     "accel": "--accel chooses the accelerator",
-    "append": "dmaproof boots a guest of its own",
-    "dtb": "dmaproof boots a guest of its own",
-    "firmware": "dmaproof boots a guest of its own",
-    "initrd": "dmaproof boots a guest of its own",
-    "kernel": "dmaproof boots a guest of its own",
     "memory": "--memory sizes the guest's RAM",
     "memory-backend": "--memory sizes the guest's RAM, which must be one shared memfd",
     "smp": "--cpus says how many CPUs the guest has",

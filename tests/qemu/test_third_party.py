@@ -205,7 +205,12 @@ def test_a_flush_that_is_missing_when_the_device_stops_is_seen(tool: Tool) -> No
 # On a busy machine up to eight requests are available that the device has not taken yet.
 @pytest.mark.parametrize(
     ("answer", "wrong"),
-    [("right-3", "3 too few"), ("0", "too few"), ("right+64", "too many")],
+    [
+        # A source that notices the refusal resumes for a moment, from the wrong index.
+        ("right-3", "3 too few|finished 3 more requests"),
+        ("0", "too few"),
+        ("right+64", "at least (5[6-9]|6[0-4]) too many"),
+    ],
 )
 def test_a_wrong_ring_index_is_the_back_ends_fault(tool: Tool, answer: str, wrong: str) -> None:
     junit = tool.folder.parent / "junit.xml"
@@ -216,8 +221,7 @@ def test_a_wrong_ring_index_is_the_back_ends_fault(tool: Tool, answer: str, wron
     report = outcome.report
     assert "answered GET_VRING_BASE with" in report["verdict"]
     (ring, _) = report["wrong_rings"]
-    # A source that notices the refusal goes on for a moment, from the wrong index.
-    assert re.search(f"{wrong}|finished 3 more requests", ring["story"])
+    assert re.search(wrong, ring["story"])
     assert ring["answered"] != ring["used"]
     assert (report["refusal"] is not None) == (answer == "right-3")
     assert report["lost_pages"] == []

@@ -32,25 +32,25 @@ from types import NoneType
 
 from dmaproof.errors import UsageError
 
-from . import proof_run
 from .arguments import AnyPath, path_of, require, words_of
 from .check.check import Check, check
 from .check.migrated import GuestHasRunError, NotMigratedError
-from .commands.setup import parse_proof_options, setup_of
-from .display import Display, QuietDisplay
-from .host.qemu_choice import find_qemu
+from .host.run_folder import run_folder
+from .host.timeout import DEFAULT_TIMEOUT_S
 from .migration.dirty_rate import DirtyRates
 from .migration.dirty_rate import measure as measure_dirty_rate
 from .migration.migration import Limits, Migration, MigrationError, Progress
 from .migration.watch import View, watch
 from .migration.ways import WAYS, Ends, UnsupportedWayError
-from .processes.attachment import AttachedQemu, attach
-from .processes.machine import INCOMING, option_value
-from .processes.qemu import Qemu
-from .processes.qmp import Qmp, QmpError
-from .processes.run_folder import run_folder
-from .processes.timeout import DEFAULT_TIMEOUT_S
-from .proof import Proof
+from .proof import run as proof_run
+from .proof.display import Display, QuietDisplay
+from .proof.model import Proof
+from .proof.setup import parse_proof_options, setup_of
+from .qemu.attachment import AttachedQemu, attach
+from .qemu.choice import find_qemu
+from .qemu.machine import INCOMING, option_value
+from .qemu.qemu import Qemu
+from .qemu.qmp import Qmp, QmpError
 
 __all__ = [
     "INCOMING",

@@ -28,17 +28,17 @@ from typing import Any, TypeVar
 from . import aio
 from .arguments import AnyPath, require, words_of
 from .check.check import Check
-from .commands import setup
 from .devices.device import AttachedDevice
-from .display import LineDisplay, QuietDisplay
-from .loop_thread import LoopThread
+from .host.loop_thread import LoopThread
+from .host.run_folder import room_in, run_folder
+from .host.timeout import DEFAULT_TIMEOUT_S
 from .migration.migration import Limits
-from .processes.machine import DESTINATION, INCOMING, SOURCE
-from .processes.qemu import Qemu
-from .processes.run_folder import room_in, run_folder
-from .processes.timeout import DEFAULT_TIMEOUT_S
-from .proof import Proof
-from .proof_run import Migrated, ProofRun, proof_run
+from .proof import setup
+from .proof.display import LineDisplay, QuietDisplay
+from .proof.model import Proof
+from .proof.run import Migrated, ProofRun, proof_run
+from .qemu.machine import DESTINATION, INCOMING, SOURCE
+from .qemu.qemu import Qemu
 
 __all__ = ["Pair", "ProofQemu", "RunningQemu", "Stage", "StagedProof", "check", "prove"]
 

@@ -26,17 +26,17 @@ from dmaproof.page_compare import Extent, differing_pages
 
 from ..arguments import AnyPath, path_of
 from ..exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
-from ..processes.attachment import AttachedQemu, attach
-from ..processes.run_folder import run_folder
-from ..processes.timeout import DEFAULT_TIMEOUT_S
-from ..ram import PAGE_BYTES
-from .copied_memory import PIECE_BYTES
+from ..host.run_folder import run_folder
+from ..host.timeout import DEFAULT_TIMEOUT_S
+from ..memory.copied_memory import PIECE_BYTES
+from ..memory.guest_ram import GuestRam, guest_ram
+from ..memory.physical_map import CommonRange, MapRegion, common_ranges, hidden_parts, is_backend
+from ..memory.ram import PAGE_BYTES
+from ..memory.ram_blocks import RamBlock, block_of, known_tcg_loss, parse_ram_blocks
+from ..qemu.attachment import AttachedQemu, attach
 from .discarded import Discarder, discarders, sort_differences
-from .guest_ram import GuestRam, guest_ram
 from .known_differences import known_difference
 from .migrated import GuestHasRunError, has_run, require_migrated, require_paused
-from .physical_map import CommonRange, MapRegion, common_ranges, hidden_parts, is_backend
-from .ram_blocks import RamBlock, block_of, known_tcg_loss, parse_ram_blocks
 from .same_memory import is_same_memory
 
 _NO_MIGRATION: Final = "no migration was expected, and so none was looked for"

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from dmaproof.page_compare import Extent
 
-from ..processes.attachment import AttachedQemu
-from ..processes.machine import MIB
-from ..ram import PAGE_BYTES
-from .guest_ram import GuestRam
-from .physical_map import CommonRange, is_backend
+from ..memory.guest_ram import GuestRam
+from ..memory.physical_map import CommonRange, is_backend
+from ..memory.ram import PAGE_BYTES
+from ..qemu.attachment import AttachedQemu
+from ..qemu.machine import MIB
 
 _FOLDERS: Final = ("/machine/peripheral", "/machine/peripheral-anon")
 _BALLOON: Final = "child<virtio-balloon-device>"

@@ -20,8 +20,8 @@ from typing import Any, Final
 
 from dmaproof.errors import UntestableError, UsageError
 
-from ..processes.attachment import AttachedQemu
-from ..processes.qmp import QmpRefusal
+from ..qemu.attachment import AttachedQemu
+from ..qemu.qmp import QmpRefusal
 
 _BLOCKS: Final = re.compile(r"^TB count +(\d+)", re.MULTILINE)
 _EXITS: Final = ("exits", "signal_exits")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from dmaproof.errors import UntestableError
 
-from .guest_ram import GuestRam
-from .physical_map import CommonRange, MapRegion
+from ..memory.guest_ram import GuestRam
+from ..memory.physical_map import CommonRange, MapRegion
 
 
 @dataclass(frozen=True)

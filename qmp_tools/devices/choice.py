@@ -9,10 +9,10 @@ from typing import Final
 from dmaproof.devices import emulated_devices
 from dmaproof.errors import UsageError
 
-from ..processes.device import DeviceOptions
 from . import command, inside_qemu
 from .device import ProofDevice
 from .emulated import EmulatedDevice
+from .process import DeviceOptions
 from .several import SeveralDevices
 
 INSIDE_QEMU: Final = "qemu:"

@@ -22,13 +22,13 @@ from dmaproof.errors import UsageError, WaitTimeoutError
 
 from ..guest.linux import VIRTIO_BLK, VIRTIO_NET, VIRTIOFS, Driver
 from ..guest.workload import Workload
-from ..processes.machine import (
+from ..host.process import Process, ProcessDiedError
+from ..host.timeout import bounded
+from ..qemu.machine import (
     vhost_user_blk_arguments,
     vhost_user_fs_arguments,
     vhost_user_net_arguments,
 )
-from ..processes.process import Process, ProcessDiedError
-from ..processes.timeout import bounded
 from .device import AttachedDevice, DeviceFacts, SilentDevice, on_image, on_network
 from .disk_image import write_image
 

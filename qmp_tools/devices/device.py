@@ -20,7 +20,7 @@ from dmaproof.evidence import Evidence
 
 from ..guest.linux import Driver
 from ..guest.workload import Workload
-from ..processes.process import Process
+from ..host.process import Process
 
 
 @dataclass(frozen=True)

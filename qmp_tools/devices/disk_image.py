@@ -12,7 +12,7 @@ from typing import Final
 
 from dmaproof.stamp import PAGE_BYTES, SECTORS_PER_PAGE, stamped_page
 
-from ..processes.machine import option_value
+from ..qemu.machine import option_value
 
 IMAGE_BYTES: Final = 64 << 20
 _REQUEST: Final = 1

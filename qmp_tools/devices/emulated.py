@@ -16,11 +16,11 @@ from dmaproof.vhost_user.features import F_ACCESS_PLATFORM, F_RING_PACKED
 
 from ..guest.linux import Driver
 from ..guest.workload import Workload
-from ..processes.device import Device, DeviceOptions
-from ..processes.iommu import behind_iommu, root_port
-from ..processes.machine import DESTINATION, SOURCE, option_value
-from ..processes.process import Process
+from ..host.process import Process
+from ..qemu.iommu import behind_iommu, root_port
+from ..qemu.machine import DESTINATION, SOURCE, option_value
 from .device import AttachedDevice, DeviceFacts
+from .process import Device, DeviceOptions
 
 RINGS: Final = ("split", "packed")
 """The forms of a virtqueue (virtio 1.2, sections 2.7 and 2.8)."""

@@ -17,7 +17,7 @@ from dmaproof.errors import UsageError
 
 from ..guest import linux
 from ..guest.workload import Workload
-from ..processes.machine import option_value
+from ..qemu.machine import option_value
 from .device import AttachedDevice, DeviceFacts, SilentDevice, on_image, on_network
 from .disk_image import file_node, write_image
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from ..processes.machine import MIB
+from ..qemu.machine import MIB
 from .build import Guest, Say, cache, compile_c, digest, fresh_folder, sources
 
 _FREESTANDING: Final = (

@@ -19,8 +19,8 @@ from typing import Final
 
 from dmaproof.errors import UntestableError
 
+from ..host.unexpected import writing_to
 from ..host.user_folders import cache_folder
-from ..unexpected import writing_to
 from .workload import Workload
 
 Say = Callable[[str], None]

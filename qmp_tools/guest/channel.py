@@ -13,9 +13,9 @@ from typing import Final
 from dmaproof.errors import UntestableError, WaitTimeoutError, printable
 from dmaproof.stamp import PAGE_BYTES
 
-from ..processes.process import log_tail
-from ..processes.qemu import Qemu
-from ..processes.timeout import bounded
+from ..host.process import log_tail
+from ..host.timeout import bounded
+from ..qemu.qemu import Qemu
 from .workload import MOST_HOLD_PAGES
 
 START_ONCE: Final = b"o"

@@ -18,7 +18,7 @@ from typing import Final
 from dmaproof.errors import UntestableError
 
 from ..host import archive
-from ..processes.machine import MIB
+from ..qemu.machine import MIB
 from .build import Guest, Say, cache, compile_c, digest, fresh_folder, sources
 from .compression import decompress
 

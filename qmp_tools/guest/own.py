@@ -12,7 +12,7 @@ from typing import Final
 
 from dmaproof.errors import UsageError
 
-from ..processes.machine import GIB
+from ..qemu.machine import GIB
 from .build import Guest
 
 MEMORY_BYTES: Final = GIB

@@ -1,1 +1,1 @@
-"""What to run on: QEMUs and kernels found, fetched, tried; what is lacking, and what mends it."""
+"""The host: processes and folders that cannot outlive the tool, packages, limits of waits."""

@@ -1,7 +1,7 @@
 """A matrix as avocado's recipe: a runnable for each cell, which avocado spreads over its hosts.
 
-Each is of kind 'dmaproof' (`qmp_tools.avocado_plugins`) and carries its options with it, so the
-hosts need nothing but dmaproof and QEMUs. A URI is only a name.
+Each is of kind 'dmaproof' (`qmp_tools.integrations.avocado_plugins`) and carries its options with
+it, so the hosts need nothing but dmaproof and QEMUs. A URI is only a name.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ from typing import Any, Final, TypeAlias
 from dmaproof.devices import emulated_devices
 from dmaproof.errors import UsageError
 
-from ..commands.setup import parse_proof_options, proof_options
-from ..host.qemu_choice import known_qemus
+from ..proof.setup import parse_proof_options, proof_options
+from ..qemu.choice import known_qemus
 
 Cell: TypeAlias = Mapping[str, str]
 """The options of one proof, by name: those that the matrix has, in its order."""

@@ -21,19 +21,19 @@ from typing import Any, Final
 
 from dmaproof.errors import UnsupportedError, UntestableError, UsageError
 
-from ..commands.setup import parse_proof_options, proof_words, setup_of
-from ..display import Display, QuietDisplay
-from ..host.program_files import ProgramFiles
-from ..host.qemu_choice import find_qemu
-from ..processes.machine import format_memory
-from ..processes.process import Process
-from ..processes.run_folder import run_folder
-from ..processes.timeout import DEFAULT_TIMEOUT_S
-from ..proof import Setup
+from ..host.process import Process
+from ..host.run_folder import run_folder
+from ..host.timeout import DEFAULT_TIMEOUT_S
+from ..proof.display import Display, QuietDisplay
+from ..proof.model import Setup
+from ..proof.setup import parse_proof_options, proof_words, setup_of
+from ..qemu.choice import find_qemu
+from ..qemu.machine import format_memory
+from ..qemu.program_files import ProgramFiles
 from .axes import Cell, Matrix
-from .kept import Kept, key_of
+from .resources import Room
 from .result import Result, State, result_of, skipped, untested
-from .room import Room
+from .result_cache import Kept, key_of
 
 _WAITS_OF_A_PROOF: Final = 20
 """So many waits, each of which it bounds itself, a proof may take to their bounds. This is for one

@@ -13,7 +13,7 @@ from typing import Final
 
 from dmaproof.errors import UntestableError, WaitTimeoutError
 
-from ..processes.timeout import DEFAULT_TIMEOUT_S
+from ..host.timeout import DEFAULT_TIMEOUT_S
 
 SERVER_NAME: Final = "destination.dmaproof.test"
 """The name in the destination's certificate; no address has it, so the source must be told."""

@@ -23,8 +23,8 @@ from dmaproof.dirty_log import LOG_PAGE_BYTES
 from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError
 
 from ..arguments import require
-from ..processes.attachment import AttachedQemu
-from ..processes.machine import MIB
+from ..qemu.attachment import AttachedQemu
+from ..qemu.machine import MIB
 from .vhost_log import vhost_log
 
 _SAMPLING: Final = "page-sampling"

@@ -16,7 +16,7 @@ from typing import Final
 
 from dmaproof.stamp import PAGE_BYTES
 
-from ..processes.qtest import Qtest
+from ..qemu.qtest import Qtest
 from .migration import Migration, Progress
 
 _PORTION_S: Final = 0.1

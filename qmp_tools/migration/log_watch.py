@@ -37,8 +37,8 @@ from dmaproof.dirty_log import LOG_PAGE_BYTES
 from dmaproof.evidence import Slot
 from dmaproof.stamp import read_stamp
 
-from ..processes.qmp import Qmp, QmpRefusal
-from ..ram import RamFile
+from ..memory.ram import RamFile
+from ..qemu.qmp import Qmp, QmpRefusal
 
 _LOOK_EVERY_S: Final = 100e-6
 """A look takes some 20 µs: the guest and the device need the processors more."""

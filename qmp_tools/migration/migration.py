@@ -15,10 +15,10 @@ from typing import Any, Final, cast
 
 from dmaproof.errors import UntestableError, WaitTimeoutError, printable
 
-from ..processes import qemu_qmp
-from ..processes.machine import MIB
-from ..processes.qmp import QmpRefusal
-from ..processes.timeout import DEFAULT_TIMEOUT_S
+from ..host.timeout import DEFAULT_TIMEOUT_S
+from ..qemu import qemu_qmp
+from ..qemu.machine import MIB
+from ..qemu.qmp import QmpRefusal
 from .ways import HELD_BYTES_PER_S, Ends, UnsupportedWayError, Way, channel
 
 _POLL_S: Final = 0.05

@@ -14,7 +14,7 @@ from typing import Final
 
 from dmaproof.errors import UntestableError
 
-from ..processes.attachment import owner_name
+from ..qemu.attachment import owner_name
 
 _NAME: Final = "/memfd:vhost-log"
 

@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from ..arguments import require
-from ..processes.attachment import AttachedQemu
-from ..processes.machine import MIB
+from ..qemu.attachment import AttachedQemu
+from ..qemu.machine import MIB
 from .migration import Progress, parse_progress
 
 

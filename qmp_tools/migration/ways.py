@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from dmaproof.errors import UnsupportedError
 
-from ..processes.qmp import Qmp
+from ..qemu.qmp import Qmp
 from .certificates import SERVER_NAME, make_certificates
 
 LOCALHOST: Final = "127.0.0.1"

@@ -1,7 +1,7 @@
 """The passthrough route, proved without hardware: the real kernel, and QEMU's own vfio-pci.
 
-All of it runs in L1 (`qmp_tools.l1`), where the fake device's module is loaded; `inside` is what
-runs there, `prove` starts it from outside. Modules::
+All of it runs in the nested machine L1 (`l1`), where the fake device's module is loaded; `inside`
+is what runs there, `prove` starts it from outside, `kernel_cost` counts what it costs. Modules::
 
     fake_device       the device, driven and watched through its control files
     owner             a process that owns it, by iommufd or by the legacy container
@@ -12,7 +12,7 @@ runs there, `prove` starts it from outside. Modules::
     states            VFIO's migration states and the device's state as a stream
     differential      the kernel's iterator and trackers against ours, bit for bit
     hwpt              the same for a page table's dirty bits
-    planted_faults    each fault of the module, caught every time
+    injected_faults   each fault of the module, caught every time
     migrations        L2 to L2 with vfio-pci, each way with controls that must corrupt
     vhost             our vhost-user disk over the kernel's trackers, each with a control;
                       vhost_device is its process

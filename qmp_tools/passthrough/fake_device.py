@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dmaproof.errors import WaitTimeoutError
 
-from ..processes.timeout import DEFAULT_TIMEOUT_S
+from ..host.timeout import DEFAULT_TIMEOUT_S
 
 _TYPE: Final = Path("/sys/class/dmaproof/dmaproof/mdev_supported_types/dmaproof-dma")
 _DEVICES: Final = Path("/sys/bus/mdev/devices")

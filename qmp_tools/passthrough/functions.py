@@ -11,16 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from ..display import QuietDisplay
-from ..host.vfio_functions import Host, look
-from ..proof import Proof as Migrated
-from ..proof_run import prove
-from ..verdict import Blame
+from ..proof.display import QuietDisplay
+from ..proof.model import Proof as Migrated
+from ..proof.run import prove
+from ..proof.verdict import Blame
 from .fake_device import fake_device, planted
 from .host_functions import HostFunctions, MissingError, parse_functions, require_testable
 from .outcome import Proof, patient, require, require_loss, require_pass
 from .owned_proof import MEMORY_BYTES, setup_of
 from .owner import by_container, by_iommufd
+from .vfio_functions import Host, look
 
 _DROP_IN_1000: Final = 50
 

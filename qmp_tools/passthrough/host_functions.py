@@ -1,8 +1,7 @@
 """Two VFIO functions of this host as the device of a proof: QEMU's vfio-pci has one on each side.
 
 What they write is not known here, so there is no journal: who lost a page stays open, and how sharp
-a proof was is known from its guest alone. `qmp_tools.host.vfio_functions` tells beforehand what is
-missing.
+a proof was is known from its guest alone. `vfio_functions` reports beforehand what is missing.
 """
 
 from __future__ import annotations
@@ -19,7 +18,9 @@ from ..devices.device import AttachedDevice, DeviceFacts, SilentDevice
 from ..guest.linux import Driver
 from ..guest.workload import Workload
 from ..host.finding import Finding, State
-from ..host.vfio_functions import (
+from ..qemu.machine import SOURCE
+from .tracking import Tracking
+from .vfio_functions import (
     Function,
     Host,
     examine,
@@ -28,8 +29,6 @@ from ..host.vfio_functions import (
     lockable_bytes,
     look,
 )
-from ..processes.machine import SOURCE
-from .tracking import Tracking
 
 PREFIX: Final = "vfio:"
 OWN_GUEST: Final = "own"

@@ -21,8 +21,9 @@ from typing import Final, NamedTuple
 
 from dmaproof.errors import DmaproofError
 
-from ..processes.timeout import DEFAULT_TIMEOUT_S
-from . import GROUPS, differential, functions, hwpt, migrations, planted_faults, states, vhost
+from ..host.timeout import DEFAULT_TIMEOUT_S
+from . import GROUPS, differential, functions, hwpt, migrations, states, vhost
+from . import injected_faults as planted_faults
 from .clock import Clocks
 from .outcome import Proof, State, run
 from .owner import OWNERS

@@ -31,13 +31,12 @@ from numpy.typing import NDArray
 
 from dmaproof.errors import WaitTimeoutError
 
-from ..l1.machine import TESTED_QEMU
+from ..host.timeout import bounded
+from ..memory.ram import PAGE_BYTES, compare, ram_file
 from ..migration.migration import Limits, Migration, Progress
 from ..migration.ways import WAYS, Ends
-from ..processes.qemu import Qemu
-from ..processes.qmp import QmpRefusal
-from ..processes.timeout import bounded
-from ..ram import PAGE_BYTES, compare, ram_file
+from ..qemu.qemu import Qemu
+from ..qemu.qmp import QmpRefusal
 from .fake_device import (
     JOURNAL_ENTRIES,
     Engine,
@@ -47,16 +46,10 @@ from .fake_device import (
     fake_device,
     planted,
 )
-from .outcome import (
-    LackingError,
-    NothingTestedError,
-    Proof,
-    ProofFailedError,
-    patient,
-    require,
-)
+from .injected_faults import FAULTS
+from .l1.machine import TESTED_QEMU
+from .outcome import LackingError, NothingTestedError, Proof, ProofFailedError, patient, require
 from .owner import by_either, open_iommufd
-from .planted_faults import FAULTS
 from .tracking import TRACKINGS, Tracking
 
 _QEMU: Final = Path(os.environ.get(TESTED_QEMU, "/usr/bin/qemu-system-x86_64"))

@@ -14,7 +14,7 @@ from dmaproof.vfio.requests import VfioError
 
 from ..exit_codes import EXIT_PASS, EXIT_UNTESTED
 from ..migration.migration import MigrationError
-from ..verdict import Verdict
+from ..proof.verdict import Verdict
 
 
 class State(StrEnum):

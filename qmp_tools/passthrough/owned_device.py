@@ -29,7 +29,7 @@ from dmaproof.trace import TRACED_LINKS, PageEpochs
 from ..devices.device import AttachedDevice, DeviceFacts, SilentDevice
 from ..guest.linux import Driver
 from ..guest.workload import Workload
-from ..ram import PAGE_BYTES
+from ..memory.ram import PAGE_BYTES
 from .fake_device import FakeDevice, Journal, Told, content, fake_device
 from .tracking import TRACKINGS
 

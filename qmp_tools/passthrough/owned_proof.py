@@ -20,19 +20,19 @@ from typing import Final
 from dmaproof.errors import UntestableError, UsageError
 
 from ..devices.device import ProofDevice
-from ..display import LineDisplay
 from ..exit_codes import EXIT_UNTESTED
 from ..guest.workload import Workload
+from ..host.timeout import DEFAULT_TIMEOUT_S
 from ..migration.migration import Limits
-from ..processes.machine import MIB, Machine
-from ..processes.timeout import DEFAULT_TIMEOUT_S
-from ..proof import Setup
-from ..proof_run import prove
+from ..proof.display import LineDisplay
+from ..proof.model import Setup
+from ..proof.run import prove
+from ..qemu.machine import MIB, Machine
 from ..reports.report import to_json, to_text
 from .clock import Clocks
 from .fake_device import planted
+from .injected_faults import FAULTS
 from .owned_device import OwnedDevice
-from .planted_faults import FAULTS
 from .tracking import TRACKINGS
 
 _QEMU: Final = Path("/usr/bin/qemu-system-x86_64")

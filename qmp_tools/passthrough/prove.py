@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from ..display import Display
 from ..exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from ..guest.bare import bare_guest, vfio_guest
-from ..l1.machine import L1, run_in_l1
-from ..l1.root import quoted
-from ..matrix.room import free_memory_bytes
-from ..processes.run_folder import run_folder
-from ..processes.timeout import DEFAULT_TIMEOUT_S
+from ..host.run_folder import run_folder
+from ..host.timeout import DEFAULT_TIMEOUT_S
+from ..matrix.resources import free_memory_bytes
+from ..proof.display import Display
 from ..reports.report import SCHEMA_VERSION
+from .l1.machine import L1, run_in_l1
+from .l1.root import quoted
 from .outcome import NOT_HELD, State
 
 _RESULTS: Final = "results-{}.json"

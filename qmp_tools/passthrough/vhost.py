@@ -17,15 +17,15 @@ from typing import Any, ClassVar, Final
 from dmaproof.trace import Link
 
 from ..devices.emulated import EmulatedDevice
-from ..display import QuietDisplay
+from ..devices.process import DeviceOptions
 from ..guest.workload import Workload
 from ..migration.migration import Limits
-from ..processes.device import DeviceOptions
-from ..processes.machine import MIB, Machine
-from ..proof import Proof as Migrated
-from ..proof import Setup
-from ..proof_run import prove
-from ..verdict import Blame
+from ..proof.display import QuietDisplay
+from ..proof.model import Proof as Migrated
+from ..proof.model import Setup
+from ..proof.run import prove
+from ..proof.verdict import Blame
+from ..qemu.machine import MIB, Machine
 from .fake_device import planted
 from .outcome import Proof, patient, require, require_loss, require_pass
 from .owner import open_iommufd

@@ -9,9 +9,9 @@ from typing import Any, Final
 import numpy as np
 
 from ..check.check import Check, ComparedArea, Difference, Side
-from ..processes.machine import MIB
-from ..ram import PAGE_BYTES
-from .ram_map import MapArea, RamMap
+from ..memory.ram import PAGE_BYTES
+from ..proof.ram_map import MapArea, RamMap
+from ..qemu.machine import MIB
 from .report import HEADINGS, SCHEMA_VERSION
 
 _CHECK_CLASSES: Final = {

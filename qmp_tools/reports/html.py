@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, Final
 
-from ..processes.machine import MIB
+from ..qemu.machine import MIB
 from . import html_elements as element
 from . import html_matrix
 from .html_charts import CLASS_STYLES, cell_pages, ram_area, timeline

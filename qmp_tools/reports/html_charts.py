@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..processes.machine import MIB
+from ..qemu.machine import MIB
 
 CLASS_STYLES: Final = {
     "other": "plain",

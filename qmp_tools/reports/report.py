@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
-from ..check.ram_blocks import RamBlock, known_tcg_loss
-from ..downtime import downtime_parts
-from ..processes.machine import DIMM_BYTES, RAM_BACKEND, format_memory
-from ..proof import Hop, Proof
-from ..ram import PAGE_BYTES
-from ..verdict import Blame, LostPage, Sharpness, Witness
+from ..memory.ram import PAGE_BYTES
+from ..memory.ram_blocks import RamBlock, known_tcg_loss
+from ..migration.downtime import downtime_parts
+from ..proof.model import Hop, Proof
+from ..proof.ram_map import MapArea
+from ..proof.verdict import Blame, LostPage, Sharpness, Witness
+from ..qemu.machine import DIMM_BYTES, RAM_BACKEND, format_memory
 from .precopy import harvest_list, passes
-from .ram_map import MapArea
 
 SCHEMA_VERSION: Final = 1
 _LOST_SHOWN: Final = 10

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
-from ..processes.machine import format_memory
-from ..soak import Growth, Soak
+from ..proof.soak import Growth, Soak
+from ..qemu.machine import format_memory
 from .report import HEADINGS, SCHEMA_VERSION, to_json
 
 _KIB: Final = 1 << 10

@@ -7,7 +7,7 @@ resized, bus addresses that are not guest-physical ones.
 
 ::
 
-    scene.py          the story: boot, log, send all, write, plug memory, write, stop, compare
+    simulation.py     the story: boot, log, send all, write, plug memory, write, stop, compare
     front_end.py      what QEMU says
     ring_driver.py    what the guest's driver does
     guest_iommu.py    what it maps for the device, if that is behind an IOMMU

@@ -31,7 +31,7 @@ from dmaproof.vhost_user.messages import (
     encode_u64,
 )
 
-from ..processes.timeout import DEFAULT_TIMEOUT_S
+from ..host.timeout import DEFAULT_TIMEOUT_S
 from .guest_iommu import GuestIommu, Page
 from .ring_driver import HVA_BASE, Driver
 

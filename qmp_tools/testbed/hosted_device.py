@@ -26,7 +26,7 @@ from dmaproof.guest_memory import GuestMemory, IovaMap
 from dmaproof.vhost_user.__main__ import harvest_policy
 from dmaproof.vhost_user.server import Server
 
-from ..processes.device import DeviceOptions
+from ..devices.process import DeviceOptions
 
 _SESSION: Final = "scene"
 

@@ -1,10 +1,10 @@
 """A disk outside QEMU writes guest RAM during a migration."""
 
-from qmp_tools.avocado import MigrationTest
+from qmp_tools.integrations.avocado import MigrationTest
 
 
 class Disk(MigrationTest):
-    """Takes the parameters of `qmp_tools.avocado.PARAMETERS`.
+    """Takes the parameters of `qmp_tools.integrations.avocado.PARAMETERS`.
 
     :avocado: enable
     :avocado: tags=migration,dma

@@ -11,7 +11,7 @@ from typing import Any
 from avocado import Test
 from qemu.qmp.legacy import QEMUMonitorProtocol
 
-from qmp_tools.avocado import check_ram  # added
+from qmp_tools.integrations.avocado import check_ram
 
 
 class Existing(Test):  # type: ignore[misc]

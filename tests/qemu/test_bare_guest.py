@@ -11,14 +11,14 @@ import pytest
 from command import Tool
 from dmaproof.vhost_user.features import F_RING_PACKED
 from qmp_tools.devices.emulated import RINGS, EmulatedDevice
+from qmp_tools.devices.process import Device, DeviceOptions
 from qmp_tools.guest.bare import bare_guest
 from qmp_tools.guest.channel import START_ONCE, GuestChannel
 from qmp_tools.guest.workload import PATTERNS, Workload
-from qmp_tools.host.qemu_choice import find_qemu
-from qmp_tools.processes.device import Device, DeviceOptions
-from qmp_tools.processes.machine import MIB, Machine
-from qmp_tools.processes.qemu import Qemu
-from qmp_tools.processes.timeout import DEFAULT_TIMEOUT_S
+from qmp_tools.host.timeout import DEFAULT_TIMEOUT_S
+from qmp_tools.qemu.choice import find_qemu
+from qmp_tools.qemu.machine import MIB, Machine
+from qmp_tools.qemu.qemu import Qemu
 
 pytestmark = pytest.mark.qemu
 

@@ -13,7 +13,7 @@ import pytest
 from command import TIMEOUT_S, Tool
 from dmaproof.errors import UsageError
 from qmp_tools.blocking import Stage, check
-from qmp_tools.processes.qmp import QmpError
+from qmp_tools.qemu.qmp import QmpError
 
 pytestmark = pytest.mark.qemu
 

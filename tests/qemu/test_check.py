@@ -24,8 +24,8 @@ from foreign_pair import (
 from qmp_tools.blocking import Stage
 from qmp_tools.check.migrated import GuestHasRunError, NotMigratedError
 from qmp_tools.guest.bare import probe_guest
-from qmp_tools.host.qemu_builds import installed
-from qmp_tools.host.qemu_choice import find_qemu, version_of
+from qmp_tools.qemu.builds import installed
+from qmp_tools.qemu.choice import find_qemu, version_of
 
 pytestmark = pytest.mark.qemu
 

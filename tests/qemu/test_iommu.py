@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from command import Tool
-from qmp_tools.host.qemu_builds import installed
+from qmp_tools.qemu.builds import installed
 
 pytestmark = pytest.mark.qemu
 

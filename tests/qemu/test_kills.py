@@ -74,11 +74,11 @@ def test_an_impatient_user_changes_nothing(tool: Tool, pause_s: float) -> None:
 
 
 def test_a_later_run_sweeps_what_nobody_could(tool: Tool) -> None:
-    """The tool and its warden killed together leave a folder, but only until the next run."""
+    """The tool and its reaper killed together leave a folder, but only until the next run."""
     running, processes = run_up_to(tool, "boot")
     (folder,) = tool.leftovers()
-    warden = next(pid for name, pid in processes.items() if name == str(folder))
-    os.kill(warden, signal.SIGKILL)
+    reaper = next(pid for name, pid in processes.items() if name == str(folder))
+    os.kill(reaper, signal.SIGKILL)
     running.process.kill()
     running.finish()
     assert tool.leftovers() == [folder]

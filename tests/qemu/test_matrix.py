@@ -12,8 +12,8 @@ import pytest
 
 from command import TIMEOUT_S, Tool, is_alive
 from qmp_tools.guest.build import compile_c
-from qmp_tools.host.program_files import ProgramFiles
-from qmp_tools.host.qemu_choice import known_qemus
+from qmp_tools.qemu.choice import known_qemus
+from qmp_tools.qemu.program_files import ProgramFiles
 
 pytestmark = pytest.mark.qemu
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from command import TIMEOUT_S, Tool, is_alive
-from qmp_tools.l1.root import run_inside
 from qmp_tools.passthrough import GROUPS
+from qmp_tools.passthrough.l1.root import run_inside
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(3600)]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from command import Tool
-from qmp_tools.host.probes import vcpu_pages_lost
-from qmp_tools.host.qemu_builds import installed
-from qmp_tools.host.qemu_choice import find_qemu, version_of
-from qmp_tools.processes.timeout import DEFAULT_TIMEOUT_S
+from qmp_tools.host.timeout import DEFAULT_TIMEOUT_S
+from qmp_tools.proof.probes import vcpu_pages_lost
+from qmp_tools.qemu.builds import installed
+from qmp_tools.qemu.choice import find_qemu, version_of
 
 pytestmark = pytest.mark.qemu
 

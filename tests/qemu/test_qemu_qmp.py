@@ -30,7 +30,7 @@ def test_it(qemu):
 """
 COMMAND_LINE = """
 import sys
-from qmp_tools.cli import main
+from qmp_tools.cli.main import main
 sys.exit(main(["prove", "--machine", "pigeon"]))
 """
 

@@ -8,10 +8,10 @@ import os
 import pytest
 
 from command import Tool
-from qmp_tools.commands.setup import parse_proof_options, setup_of
-from qmp_tools.display import QuietDisplay
-from qmp_tools.proof_run import ProofRun
-from qmp_tools.soak import TOOL, Soak, soak
+from qmp_tools.proof.display import QuietDisplay
+from qmp_tools.proof.run import ProofRun
+from qmp_tools.proof.setup import parse_proof_options, setup_of
+from qmp_tools.proof.soak import TOOL, Soak, soak
 
 pytestmark = pytest.mark.qemu
 

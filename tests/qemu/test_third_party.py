@@ -21,8 +21,8 @@ from qmp_tools.devices import inside_qemu
 from qmp_tools.guest.build import cache, fresh_folder
 from qmp_tools.guest.workload import Workload
 from qmp_tools.host.archive import Archive, own_codename, unpack
-from qmp_tools.host.qemu_builds import QemuBuild, fetch, installed, make_whole
-from qmp_tools.soak import TOOL
+from qmp_tools.proof.soak import TOOL
+from qmp_tools.qemu.builds import QemuBuild, fetch, installed, make_whole
 
 pytestmark = pytest.mark.qemu
 

@@ -10,8 +10,8 @@ import pytest
 from command import Tool
 from foreign_pair import HEARD_PROBE, Pair, foreign_pair
 from qmp_tools.guest.bare import probe_guest
-from qmp_tools.host.qemu_choice import find_qemu
 from qmp_tools.migration.dirty_rate import VhostLogMeter
+from qmp_tools.qemu.choice import find_qemu
 
 pytestmark = pytest.mark.qemu
 

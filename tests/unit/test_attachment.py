@@ -14,7 +14,7 @@ from threading import Thread
 import pytest
 
 from dmaproof.errors import UntestableError
-from qmp_tools.processes.attachment import (
+from qmp_tools.qemu.attachment import (
     DomainNameError,
     HumanMonitorError,
     LibvirtMonitorError,

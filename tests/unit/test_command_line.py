@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from qmp_tools.cli import main, make_parser
-from qmp_tools.commands.arguments import parsers_of
+from qmp_tools.cli.arguments import parsers_of
+from qmp_tools.cli.main import main, make_parser
 
 PARSERS = {parser.prog: parser for parser in parsers_of(make_parser())}
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from dmaproof.errors import UntestableError
-from qmp_tools.check.copied_memory import ProcessMemory, process_memory
-from qmp_tools.check.process_memory import Mapping, has_thread, mappings_of, user_and_group
+from qmp_tools.memory.copied_memory import ProcessMemory, process_memory
+from qmp_tools.memory.process_memory import Mapping, has_thread, mappings_of, user_and_group
 from qmp_tools.testbed.ring_driver import PAGE
 
 

@@ -14,8 +14,8 @@ from typing import cast
 import pytest
 
 from dmaproof.errors import RefusedError, UntestableError
-from qmp_tools.processes.device import Device
-from qmp_tools.processes.process import Process
+from qmp_tools.devices.process import Device
+from qmp_tools.host.process import Process
 
 
 @pytest.mark.parametrize(

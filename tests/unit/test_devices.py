@@ -19,7 +19,7 @@ import pytest
 from command import is_alive
 from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError
 from dmaproof.stamp import PAGE_BYTES, Stamp, read_stamp
-from qmp_tools import cli
+from qmp_tools.cli import main as cli
 from qmp_tools.devices import command
 from qmp_tools.devices.choice import choose_device
 from qmp_tools.devices.command import CommandDevice
@@ -27,10 +27,10 @@ from qmp_tools.devices.device import AttachedDevice
 from qmp_tools.devices.disk_image import IMAGE_BYTES, write_image
 from qmp_tools.devices.emulated import EmulatedDevice
 from qmp_tools.devices.inside_qemu import InsideQemu
+from qmp_tools.devices.process import DeviceOptions
 from qmp_tools.devices.several import SeveralDevices
-from qmp_tools.processes.device import DeviceOptions
-from qmp_tools.processes.machine import DESTINATION, SOURCE
-from qmp_tools.processes.process import ProcessDiedError
+from qmp_tools.host.process import ProcessDiedError
+from qmp_tools.qemu.machine import DESTINATION, SOURCE
 
 LISTENS = (
     sys.executable,

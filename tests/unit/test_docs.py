@@ -17,9 +17,9 @@ import pytest
 import yaml
 
 from doc_commands import PAGES, ROOT, Block, all_blocks, commands_in, in_prose
-from qmp_tools.cli import make_parser
-from qmp_tools.commands.arguments import parsers_of
-from qmp_tools.pytest_plugin import pytest_addoption
+from qmp_tools.cli.arguments import parsers_of
+from qmp_tools.cli.main import make_parser
+from qmp_tools.integrations.pytest_plugin import pytest_addoption
 
 
 def text_of(*folders: str) -> str:

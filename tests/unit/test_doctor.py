@@ -10,17 +10,11 @@ from pathlib import Path
 import pytest
 
 from command import Outcome, Tool
-from qmp_tools import cli
-from qmp_tools.commands import doctor as command
-from qmp_tools.host.doctor import (
-    GUEST_MEMORY_BYTES,
-    Facts,
-    can_prove,
-    examine,
-    look,
-)
+from qmp_tools.cli import doctor as command
+from qmp_tools.cli import main as cli
+from qmp_tools.doctor import GUEST_MEMORY_BYTES, Facts, can_prove, examine, look
 from qmp_tools.host.finding import Finding, State
-from qmp_tools.processes.machine import MIB
+from qmp_tools.qemu.machine import MIB
 
 WHOLE = Facts(
     root=True,
@@ -191,7 +185,7 @@ def test_a_temporary_folder_that_is_too_long(
     folder = tmp_path / ("x" * 100)
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
-    monkeypatch.setattr("qmp_tools.host.doctor._look_for_kernel", lambda: "kept")
+    monkeypatch.setattr("qmp_tools.doctor._look_for_kernel", lambda: "kept")
     facts = look()
     assert "too long a path" in str(facts.temporary_error)
     assert facts.qemu_error is None or "TMPDIR" not in facts.qemu_error

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dmaproof.evidence import HARVEST
-from qmp_tools.downtime import measure_downtime
+from qmp_tools.migration.downtime import measure_downtime
 
 MS = 1_000_000
 NONE = np.empty(0, dtype=HARVEST)

@@ -17,8 +17,8 @@ from qmp_tools.guest.channel import (
     NoEchoError,
     parse_line,
 )
-from qmp_tools.processes.process import log_tail
-from qmp_tools.processes.qemu import Qemu
+from qmp_tools.host.process import log_tail
+from qmp_tools.qemu.qemu import Qemu
 
 
 def listen_to(said: bytes, timeout_s: float) -> GuestChannel:

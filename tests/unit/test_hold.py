@@ -14,8 +14,8 @@ from dmaproof.stamp import PAGE_BYTES
 from qmp_tools.migration.hold import PrecopyHold
 from qmp_tools.migration.migration import Limits, Migration, Progress, parse_progress
 from qmp_tools.migration.ways import FIRST_PASS_BYTES_PER_S, HELD_BYTES_PER_S, WAYS, Ends
-from qmp_tools.processes.qmp import Qmp, QmpError
-from qmp_tools.processes.qtest import Qtest
+from qmp_tools.qemu.qmp import Qmp, QmpError
+from qmp_tools.qemu.qtest import Qtest
 
 MIB = 1 << 20
 PAGES = range(0, 8 * MIB, PAGE_BYTES)

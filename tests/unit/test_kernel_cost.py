@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qmp_tools.kernel_cost import model, tables
-from qmp_tools.kernel_cost.measure import (
+from qmp_tools.passthrough.kernel_cost import model, tables
+from qmp_tools.passthrough.kernel_cost.measure import (
     GIB,
     MIB,
     PAGE_BITS,
@@ -21,7 +21,7 @@ from qmp_tools.kernel_cost.measure import (
     combs,
     pinned,
 )
-from qmp_tools.kernel_cost.yardsticks import yardsticks
+from qmp_tools.passthrough.kernel_cost.yardsticks import yardsticks
 
 NOTHING = Pinned(0, 0, 0, 0)
 DOCS = Path(__file__).parents[2] / "docs" / "kernel-cost.md"

@@ -13,9 +13,9 @@ import pytest
 
 from dmaproof.errors import UntestableError, WaitTimeoutError
 from qmp_tools.guest.build import prune
-from qmp_tools.l1 import machine, stock
-from qmp_tools.l1.kernel import KERNELS
-from qmp_tools.processes.qemu import Qemu
+from qmp_tools.passthrough.l1 import machine, stock
+from qmp_tools.passthrough.l1.kernel import KERNELS
+from qmp_tools.qemu.qemu import Qemu
 
 DAY_S = 24 * 3600
 

@@ -14,7 +14,7 @@ import pytest
 
 from dmaproof.errors import UsageError
 from qmp_tools import aio, arguments, blocking
-from qmp_tools.commands.setup import parse_proof_options
+from qmp_tools.proof.setup import parse_proof_options
 
 
 def _functions() -> Iterator[tuple[str, Callable[..., Any]]]:

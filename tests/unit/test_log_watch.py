@@ -13,11 +13,11 @@ import pytest
 from dmaproof import _core
 from dmaproof.evidence import Slot
 from dmaproof.stamp import stamped_page
-from qmp_tools.late_dma import PausedRam
+from qmp_tools.memory.ram import RamFile
 from qmp_tools.migration.log_watch import LogEvidence, LogWatch, UsedRing
-from qmp_tools.ram import RamFile
+from qmp_tools.proof.late_dma import PausedRam
+from qmp_tools.proof.verdict import Blame
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
-from qmp_tools.verdict import Blame
 
 PAGES = 64
 FIRST = 16

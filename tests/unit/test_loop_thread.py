@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import pytest
 
-from qmp_tools.loop_thread import LoopThread
+from qmp_tools.host.loop_thread import LoopThread
 
 
 async def _answer() -> int:

@@ -13,23 +13,23 @@ import pytest
 from dmaproof.devices import emulated_devices
 from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.errors import UntestableError, UsageError
-from qmp_tools.avocado_plugins import options_of
-from qmp_tools.commands.setup import proof_options, proof_words
 from qmp_tools.devices.command import CommandDevice, parse_command
 from qmp_tools.devices.device import ProofDevice
 from qmp_tools.devices.emulated import EmulatedDevice
+from qmp_tools.devices.process import DeviceOptions
 from qmp_tools.devices.several import SeveralDevices
 from qmp_tools.guest.workload import Workload
-from qmp_tools.host.program_files import ProgramFiles
+from qmp_tools.integrations.avocado_plugins import options_of
 from qmp_tools.matrix.avocado_recipe import runnables
 from qmp_tools.matrix.axes import Cell, Matrix, is_matrix, make_matrix, read_matrix, split_values
-from qmp_tools.matrix.kept import Kept, key_of
+from qmp_tools.matrix.resources import Room
 from qmp_tools.matrix.result import Result, State, result_of, skipped, untested
-from qmp_tools.matrix.room import Room
+from qmp_tools.matrix.result_cache import Kept, key_of
 from qmp_tools.migration.ways import WAYS
-from qmp_tools.processes.device import DeviceOptions
-from qmp_tools.processes.machine import GIB, Machine
-from qmp_tools.proof import Setup
+from qmp_tools.proof.model import Setup
+from qmp_tools.proof.setup import proof_options, proof_words
+from qmp_tools.qemu.machine import GIB, Machine
+from qmp_tools.qemu.program_files import ProgramFiles
 from qmp_tools.reports.matrix_report import grid_of, to_json, to_text
 
 MATRIX = Matrix({"qemu": ["7.2", "11.1"], "way": ["unix", "tls"], "guest": ["bare"]})
@@ -255,7 +255,9 @@ def test_kept_until_something_changes(
     others.append(replace(now, qemu_destination=tmp_path / "kernel"))
     assert first not in {key(CELL, it) for it in others}
     assert key({**CELL, "seed": "2"}, now) != first
-    monkeypatch.setattr("qmp_tools.matrix.kept.build_of_dmaproof", lambda: "another dmaproof")
+    monkeypatch.setattr(
+        "qmp_tools.matrix.result_cache.build_of_dmaproof", lambda: "another dmaproof"
+    )
     assert key(CELL, now) != first
 
 

@@ -17,8 +17,8 @@ from qmp_tools.check.migrated import (
     require_migrated,
     require_paused,
 )
-from qmp_tools.processes.attachment import AttachedQemu
-from qmp_tools.processes.qmp import QmpRefusal
+from qmp_tools.qemu.attachment import AttachedQemu
+from qmp_tools.qemu.qmp import QmpRefusal
 
 NO_JIT = "Error: JIT information is only available with accel=tcg\r\n"
 

@@ -13,14 +13,14 @@ import pytest
 from dmaproof.errors import UsageError
 from dmaproof.evidence import Evidence, Slot
 from dmaproof.trace import Link
-from qmp_tools.commands.prove_owned import _check, add_control, is_owned
-from qmp_tools.commands.setup import parse_proof_options
+from qmp_tools.cli.prove_owned import _check, add_control, is_owned
+from qmp_tools.memory.ram import RamFile, compare
 from qmp_tools.passthrough.fake_device import _ENTRY, _TOLD, Journal, Told, content
 from qmp_tools.passthrough.owned_device import evidence_of
 from qmp_tools.passthrough.owned_proof import parse_fault
-from qmp_tools.ram import RamFile, compare
+from qmp_tools.proof.setup import parse_proof_options
+from qmp_tools.proof.verdict import Blame, LostPage, Sharpness, attribute, measure_sharpness
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
-from qmp_tools.verdict import Blame, LostPage, Sharpness, attribute, measure_sharpness
 
 PAGES = 32
 ALL_SENT_NS = 1000

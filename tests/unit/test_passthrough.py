@@ -19,11 +19,11 @@ from dmaproof.errors import TrackerError, UntestableError, WaitTimeoutError
 from dmaproof.iova_bitmap import IovaRange
 from dmaproof.vfio.requests import VfioError
 from qmp_tools.guest.channel import GuestLateError
-from qmp_tools.l1.root import run_inside
 from qmp_tools.migration.migration import MigrationError, MigrationTimeoutError
 from qmp_tools.passthrough import clock, differential, matrix, prove
 from qmp_tools.passthrough.fake_device import content, dropped_pages
 from qmp_tools.passthrough.inside import untaken
+from qmp_tools.passthrough.l1.root import run_inside
 from qmp_tools.passthrough.migrations import NAMES, UNTRACKED
 from qmp_tools.passthrough.outcome import (
     LackingError,
@@ -39,9 +39,9 @@ from qmp_tools.passthrough.outcome import (
 )
 from qmp_tools.passthrough.prove import joined, to_json, to_text
 from qmp_tools.passthrough.tracking import Tracking
-from qmp_tools.processes.qmp import QmpTimeoutError
+from qmp_tools.proof.verdict import Blame, GuestOutcome, LostPage, Sharpness, Verdict
+from qmp_tools.qemu.qmp import QmpTimeoutError
 from qmp_tools.reports.junit_tap import to_junit, to_tap
-from qmp_tools.verdict import Blame, GuestOutcome, LostPage, Sharpness, Verdict
 
 PAGE = 4096
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_text())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dmaproof.errors import UntestableError
-from qmp_tools.check.physical_map import (
+from qmp_tools.memory.physical_map import (
     MapRegion,
     common_ranges,
     hidden_parts,

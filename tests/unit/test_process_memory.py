@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dmaproof.errors import UntestableError
-from qmp_tools.check.process_memory import Mapping, mappings_of, parse_maps, shared_memory
+from qmp_tools.memory.process_memory import Mapping, mappings_of, parse_maps, shared_memory
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 
 LENGTH = 4 * PAGE
@@ -91,7 +91,9 @@ def test_a_file_in_several_mappings(
 ) -> None:
     """Memory policies split a backend's mapping; the pieces must be the same file, in order."""
     with ram_fd(LENGTH) as fd:
-        monkeypatch.setattr("qmp_tools.check.process_memory._open", lambda pid, mapping: os.dup(fd))
+        monkeypatch.setattr(
+            "qmp_tools.memory.process_memory._open", lambda pid, mapping: os.dup(fd)
+        )
         mappings = [Mapping(0x1000, 0x2000, True, 0, 1, "f"), second]
         with shared_memory(os.getpid(), mappings, 0x1000, 0x2000) as memory:
             assert (memory is not None) == found

@@ -114,8 +114,8 @@ def test_nothing_is_imported_that_no_test_needs(project: pytest.Pytester) -> Non
     project.makepyfile(
         "import sys\n"
         "def test_it():\n"
-        "    assert 'qmp_tools.pytest_plugin' in sys.modules\n"
+        "    assert 'qmp_tools.integrations.pytest_plugin' in sys.modules\n"
         "    assert 'numpy' not in sys.modules\n"
-        "    assert 'qmp_tools.processes.qmp' not in sys.modules\n"
+        "    assert 'qmp_tools.qemu.qmp' not in sys.modules\n"
     )
     project.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from qmp_tools.host.qemu_builds import make_whole
+from qmp_tools.qemu.builds import make_whole
 
 
 def test_a_fetched_program_runs_by_its_own_loader(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ from typing import Any, cast
 import pytest
 
 from dmaproof.errors import UntestableError, WaitTimeoutError
-from qmp_tools.display import QuietDisplay
 from qmp_tools.guest.channel import GuestChannel, GuestGaveUpError, GuestLateError
-from qmp_tools.processes.process import Process, ProcessDiedError
-from qmp_tools.processes.qmp import QmpError
-from qmp_tools.qemu_pair import QemuPair
+from qmp_tools.host.process import Process, ProcessDiedError
+from qmp_tools.proof.display import QuietDisplay
+from qmp_tools.proof.pair import QemuPair
+from qmp_tools.qemu.qmp import QmpError
 
 ENDS = "exit 3"
 IS_KILLED = "kill -KILL $$"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dmaproof.errors import UntestableError
-from qmp_tools.processes import qemu_qmp
+from qmp_tools.qemu import qemu_qmp
 
 
 def test_it_is_found_behind_folders_of_its_name(
@@ -32,6 +32,6 @@ def test_where_it_is_missing_that_is_an_error_of_ours(monkeypatch: pytest.Monkey
 
 def test_it_does_not_take_the_name_qemu() -> None:
     library = qemu_qmp.QMPClient.__module__
-    assert library.startswith("qmp_tools.processes.qemu_qmp.")
+    assert library.startswith("qmp_tools.qemu.qemu_qmp.")
     with pytest.raises(AttributeError, match="no attribute 'Pigeon'"):
         qemu_qmp.Pigeon  # noqa: B018

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qmp_tools.processes.qemu import Qemu
-from qmp_tools.processes.qmp import QmpError, QmpTimeoutError
+from qmp_tools.qemu.qemu import Qemu
+from qmp_tools.qemu.qmp import QmpError, QmpTimeoutError
 
 CLOSES_QMP = (
     'for word; do case $word in socket,id=qmp,fd=*) exec {fd}>&"${word##*=}"-;; esac; done; '

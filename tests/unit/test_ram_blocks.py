@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dmaproof.errors import UntestableError
-from qmp_tools.check.ram_blocks import RamBlock, block_of, known_tcg_loss, parse_ram_blocks
+from qmp_tools.memory.ram_blocks import RamBlock, block_of, known_tcg_loss, parse_ram_blocks
 
 MIB = 1 << 20
 OLD = """\

@@ -21,23 +21,30 @@ from dmaproof.trace import Link
 from qmp_tools.check.check import Check, ComparedArea, Difference, NotCompared, Side
 from qmp_tools.devices.device import DeviceFacts
 from qmp_tools.devices.emulated import EmulatedDevice
-from qmp_tools.downtime import Downtime, Part, downtime_parts
+from qmp_tools.devices.process import DeviceOptions
 from qmp_tools.guest.workload import Workload
 from qmp_tools.matrix.axes import Matrix
 from qmp_tools.matrix.result import Result, State, result_of, skipped, untested
+from qmp_tools.migration.downtime import Downtime, Part, downtime_parts
 from qmp_tools.migration.log_watch import LogEvidence
 from qmp_tools.migration.migration import Progress, parse_progress
-from qmp_tools.processes.device import DeviceOptions
-from qmp_tools.processes.machine import Machine
-from qmp_tools.proof import Proof, Setup
+from qmp_tools.proof.model import Proof, Setup
+from qmp_tools.proof.ram_map import MapArea, RamMap, run_lengths, with_lost
+from qmp_tools.proof.rings import Ring
+from qmp_tools.proof.soak import Holdings, Soak
+from qmp_tools.proof.verdict import (
+    Blame,
+    GuestOutcome,
+    LostPage,
+    Sharpness,
+    Verdict,
+    sharpness_by_guest,
+)
+from qmp_tools.qemu.machine import Machine
 from qmp_tools.reports import check_report, matrix_report, report, soak_report
 from qmp_tools.reports.html import to_html
 from qmp_tools.reports.junit_tap import to_junit, to_tap
 from qmp_tools.reports.precopy import harvest_list, passes
-from qmp_tools.reports.ram_map import MapArea, RamMap, run_lengths, with_lost
-from qmp_tools.rings import Ring
-from qmp_tools.soak import Holdings, Soak
-from qmp_tools.verdict import Blame, GuestOutcome, LostPage, Sharpness, Verdict, sharpness_by_guest
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)

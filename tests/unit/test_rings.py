@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import pytest
 
-from qmp_tools.processes.qmp import QmpRefusal
-from qmp_tools.rings import Ring, stopped_rings
+from qmp_tools.proof.rings import Ring, stopped_rings
+from qmp_tools.qemu.qmp import QmpRefusal
 
 
 def ring(answered: int, used: int, available: int, side: str = "source") -> Ring:

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from dmaproof.errors import UntestableError
-from qmp_tools.soak import Holdings, growth, holdings_of
+from qmp_tools.proof.soak import Holdings, growth, holdings_of
 
 MIB = 1 << 20
 

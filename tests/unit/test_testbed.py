@@ -19,13 +19,14 @@ from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.errors import RefusedError, UntestableError
 from dmaproof.faults import known_faults
 from dmaproof.trace import Link
-from qmp_tools import cli, fault_trials
-from qmp_tools.fault_trials import CONTROL, Bench, Means, Row, Trial, judge
-from qmp_tools.processes.device import DeviceOptions
+from qmp_tools.cli import main as cli
+from qmp_tools.devices.process import DeviceOptions
+from qmp_tools.proof.verdict import Blame, GuestOutcome, LostPage, Sharpness, Verdict
+from qmp_tools.testbed import fault_trials
+from qmp_tools.testbed.fault_trials import CONTROL, Bench, Means, Row, Trial, judge
 from qmp_tools.testbed.precopy import PAGE_BYTES, Place, Precopy
 from qmp_tools.testbed.ring_driver import ram_fd
-from qmp_tools.testbed.scene import play
-from qmp_tools.verdict import Blame, GuestOutcome, LostPage, Sharpness, Verdict
+from qmp_tools.testbed.simulation import play
 
 LOW, HIGH = Place(0, 3 * PAGE_BYTES, 0), Place(1 << 20, 70 * PAGE_BYTES, 3 * PAGE_BYTES)
 
@@ -178,7 +179,7 @@ def test_a_device_that_refuses_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     def too_small(end_gpa: int) -> int:
         return 8
 
-    monkeypatch.setattr("qmp_tools.testbed.scene.log_bytes_needed", too_small)
+    monkeypatch.setattr("qmp_tools.testbed.simulation.log_bytes_needed", too_small)
     with pytest.raises(RefusedError, match="SET_LOG_BASE"):
         play(DeviceOptions(), tmp_path)
     assert fault_trials._on_testbed(CONTROL, 1, tmp_path, 60).caught_by == (Means.REFUSAL,)

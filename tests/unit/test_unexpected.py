@@ -17,16 +17,17 @@ from avocado.core.nrunner.runnable import Runnable
 
 from dmaproof import errors
 from dmaproof.errors import DmaproofError, UntestableError
-from qmp_tools.avocado_plugins import ProofRunner
-from qmp_tools.cli import main
-from qmp_tools.commands import prove
-from qmp_tools.display import LineDisplay, print_table, print_text
+from qmp_tools.cli import prove
+from qmp_tools.cli.display import print_table, print_text
+from qmp_tools.cli.main import main
 from qmp_tools.guest.build import compile_c, fresh_folder
-from qmp_tools.host import qemu_builds
+from qmp_tools.host.process import log_tail
+from qmp_tools.host.run_folder import run_folder
+from qmp_tools.host.unexpected import CrashError, untestable
+from qmp_tools.integrations.avocado_plugins import ProofRunner
 from qmp_tools.migration.migration import parse_progress
-from qmp_tools.processes.process import log_tail
-from qmp_tools.processes.run_folder import run_folder
-from qmp_tools.unexpected import CrashError, untestable
+from qmp_tools.proof.display import LineDisplay
+from qmp_tools.qemu import builds as qemu_builds
 
 INIT = DmaproofError.__init__
 ESCAPE = "\x1b]0;taken\x07\x1b[2J"
@@ -151,7 +152,7 @@ def test_a_crash_is_told_with_its_traceback_and_reported(
 
 
 def test_what_cannot_be_imported_is_no_loss() -> None:
-    script = "import sys; sys.modules['numpy'] = None; from qmp_tools.cli import main; "
+    script = "import sys; sys.modules['numpy'] = None; from qmp_tools.cli.main import main; "
     command = [sys.executable, "-c", script + "sys.exit(main(['doctor']))"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 3

@@ -15,11 +15,10 @@ from dmaproof.evidence import HARVEST, Evidence, Slot
 from dmaproof.iova_bitmap import IovaRange
 from dmaproof.journal import RECORD, WriteKind
 from dmaproof.trace import TRACED_LINKS, Link, PageEpochs
-from qmp_tools.downtime import Downtime, Part
+from qmp_tools.memory.ram import RamFile, compare
+from qmp_tools.migration.downtime import Downtime, Part
 from qmp_tools.migration.log_watch import LogEvidence
-from qmp_tools.ram import RamFile, compare
-from qmp_tools.testbed.ring_driver import PAGE, ram_fd
-from qmp_tools.verdict import (
+from qmp_tools.proof.verdict import (
     Blame,
     GuestOutcome,
     LostPage,
@@ -33,6 +32,7 @@ from qmp_tools.verdict import (
     sharpness_by_guest,
     with_late_dma,
 )
+from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 
 PAGES = 64
 HIGH = 1 << 32

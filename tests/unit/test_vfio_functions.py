@@ -17,9 +17,10 @@ from dmaproof.errors import TrackerError, UntestableError, UsageError
 from dmaproof.vfio.abi import MigrationFlag
 from dmaproof.vfio.device import VfioDevice
 from dmaproof.vfio.requests import VfioError
-from qmp_tools.host import vfio_functions
 from qmp_tools.host.finding import State
-from qmp_tools.host.vfio_functions import (
+from qmp_tools.passthrough import host_functions, vfio_functions
+from qmp_tools.passthrough.host_functions import MissingError, parse_functions, require_testable
+from qmp_tools.passthrough.vfio_functions import (
     FunctionFacts,
     Host,
     examine,
@@ -28,9 +29,7 @@ from qmp_tools.host.vfio_functions import (
     lockable_bytes,
     look,
 )
-from qmp_tools.passthrough import host_functions
-from qmp_tools.passthrough.host_functions import MissingError, parse_functions, require_testable
-from qmp_tools.processes.machine import DESTINATION, GIB, SOURCE
+from qmp_tools.qemu.machine import DESTINATION, GIB, SOURCE
 
 SOURCE_ADDRESS, DESTINATION_ADDRESS = "0000:3b:00.2", "0000:3b:00.3"
 ALL = MigrationFlag.STOP_COPY | MigrationFlag.P2P | MigrationFlag.PRE_COPY

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qmp_tools.processes.vhost_user_trace import unanswered
+from qmp_tools.qemu.vhost_user_trace import unanswered
 
 GET_FEATURES = "vhost_user_write req:1 flags:0x1\nvhost_user_read req:1 flags:0x5\n"
 

@@ -16,8 +16,8 @@ from qemu.qmp import EventListener
 from qmp_tools.migration.certificates import SERVER_NAME, make_certificates
 from qmp_tools.migration.migration import Limits, Migration, MigrationError
 from qmp_tools.migration.ways import WAYS, Ends, UnsupportedWayError, Way
-from qmp_tools.processes.machine import Machine, dimm_arguments
-from qmp_tools.processes.qmp import Qmp, QmpRefusal
+from qmp_tools.qemu.machine import Machine, dimm_arguments
+from qmp_tools.qemu.qmp import Qmp, QmpRefusal
 
 DEFAULT_LIMITS = Limits()
 

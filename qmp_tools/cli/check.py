@@ -1,0 +1,68 @@
+"""``dmaproof check``: compare all RAM of two paused QEMUs after a migration."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..check.check import check
+from ..reports.check_report import to_json, to_text
+from .arguments import Subcommands, add_parser, add_timeout
+from .display import print_text
+from .interruption import run_interruptibly
+from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
+
+_EXAMPLES = """\
+Both guests must be paused as the migration left them: the source is, the destination if it was
+started with -S. Nothing has to be known of how they were started; shared memory is read where it
+is, private memory is copied from QEMU's process piece by piece.
+
+examples:
+  dmaproof check /run/source-qmp.sock /run/destination-qmp.sock
+  dmaproof check source.sock destination.sock --report check.html --junit check.xml
+  dmaproof check one.sock other.sock --no-migration
+  dmaproof check source.sock destination.sock --json - | jq '.differences[].gpa'
+
+exit codes:
+  0  every page equal, but for pages that are known to differ or that the guest gave back (they
+     are named)
+  1  pages differ
+  2  wrong usage
+  3  could not be compared, or pages are either lost or given back; the message says why
+"""
+
+
+def add(commands: Subcommands) -> None:
+    """Add the subcommand."""
+    parser = add_parser(
+        commands,
+        "check",
+        reporting_failure(_run, "check"),
+        summary="compare all RAM of two paused QEMUs after a migration",
+        description="Compare all RAM of two paused QEMUs after a migration, page by page.",
+        epilog=_EXAMPLES,
+    )
+    parser.add_argument("source", type=Path, help="the source's QMP socket")
+    parser.add_argument("destination", type=Path, help="the destination's QMP socket")
+    parser.add_argument(
+        "--no-migration",
+        action="store_true",
+        help="compare any two paused QEMUs; without it, two that have not migrated are not tested",
+    )
+    add_timeout(parser)
+    add_outputs(parser)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    outcome = run_interruptibly(
+        check(
+            arguments.source,
+            arguments.destination,
+            expect_migration=not arguments.no_migration,
+            timeout_s=arguments.timeout,
+        )
+    )
+    if not writes_to_stdout(arguments):
+        print_text(to_text(outcome))
+    write_outputs(to_json(outcome), arguments)
+    return outcome.exit_code

@@ -1,0 +1,117 @@
+"""``dmaproof faults``: break every link of the chain in turn, and see whether it is caught."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, Final
+
+from dmaproof.faults import known_faults
+
+from ..exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
+from ..host.run_folder import run_folder
+from ..proof.display import QuietDisplay
+from ..proof.model import Setup
+from ..proof.setup import add_setup_options, describe_ways, parse_proof_options, setup_of
+from ..reports.report import SCHEMA_VERSION
+from ..testbed.fault_trials import CONTROL, HEADINGS, Bench, Row, try_faults
+from .arguments import Subcommands, add_parser, positive
+from .display import display, print_table
+from .interruption import run_interruptibly
+from .outputs import add_outputs, write_outputs, writes_to_stdout
+
+_EXAMPLES: Final = """\
+examples:
+  dmaproof faults                             every fault, wherever it shows: some minutes
+  dmaproof faults --on testbed --runs 20      without QEMU: takes a minute or two
+  dmaproof faults --only used-ring-unlogged --json -
+
+exit codes:
+  0  every fault was caught in 19 of 20 runs or more, the control never
+  1  a fault went unseen, or the control raised an alarm
+  2  wrong usage
+  3  a run came to no verdict
+"""
+
+
+def add(commands: Subcommands) -> None:
+    """Add the subcommand."""
+    parser = add_parser(
+        commands,
+        "faults",
+        _run,
+        summary="break every link of the chain in turn, and see whether it is caught",
+        description="Plant every known fault, on a test bed without QEMU and, where one device on "
+        "one QEMU shows it, in a real proof; tell which were caught, by what, at which link.",
+        epilog=f"{_EXAMPLES}\n{describe_ways()}",
+    )
+    parser.add_argument(
+        "--runs", type=positive, default=1, metavar="N", help="of each (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of the first run; the next adds 1")
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=(CONTROL, *known_faults()),
+        metavar="NAME",
+        help=f"may come repeatedly; '{CONTROL}' is the control: {', '.join(known_faults())}",
+    )
+    parser.add_argument(
+        "--on",
+        choices=("both", *Bench),
+        default="both",
+        help="the test bed, real proofs, or both (default: %(default)s)",
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add_setup_options(parser)
+    add_outputs(parser, page=False)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    show = display(quiet=arguments.quiet)
+    benches = list(Bench) if arguments.on == "both" else [Bench(arguments.on)]
+
+    teller = show
+    defaults = parse_proof_options({})
+
+    async def make_setup(fault: str | None, seed: int) -> Setup:
+        nonlocal teller
+        trial = {**vars(defaults), **vars(arguments), "fault": fault, "seed": seed}
+        setup = await setup_of(argparse.Namespace(**trial), teller)
+        teller = QuietDisplay()  # the next would tell the same of the machine
+        return setup
+
+    with run_folder() as folder:
+        trials = try_faults(
+            arguments.only or (CONTROL, *known_faults()),
+            benches,
+            range(arguments.seed, arguments.seed + arguments.runs),
+            make_setup,
+            folder,
+            show.say,
+            arguments.timeout,
+        )
+        rows = run_interruptibly(trials)
+    if not writes_to_stdout(arguments):
+        print_table(HEADINGS, [row.cells() for row in rows])
+    answer = _to_json(rows)
+    write_outputs(answer, arguments)
+    code: int = answer["exit_code"]
+    return code
+
+
+def _to_json(rows: Sequence[Row]) -> dict[str, Any]:
+    missed = [row.fault for row in rows if not row.as_wanted]
+    if any(trial.untested for row in rows for trial in row.trials):
+        code, verdict = EXIT_UNTESTED, "a run came to no verdict"
+    elif missed:
+        code, verdict = EXIT_LOST, f"not as it should be: {', '.join(dict.fromkeys(missed))}"
+    else:
+        code, verdict = EXIT_PASS, "every fault was caught, and nothing else gave an alarm"
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "faults",
+        "verdict": verdict,
+        "exit_code": code,
+        "faults": [row.to_json() for row in rows],
+    }

@@ -1,0 +1,150 @@
+"""``dmaproof matrix``: many proofs, over whatever options a proof has."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from ..matrix.avocado_recipe import runnables
+from ..matrix.axes import Matrix, make_matrix, read_matrix, split_values
+from ..matrix.resources import Room
+from ..matrix.result_cache import Kept
+from ..matrix.run import run_matrix
+from ..proof.setup import describe_ways, proof_option_groups
+from ..reports.matrix_report import to_json, to_text
+from .arguments import Subcommands, add_parser, positive
+from .display import display, print_text
+from .interruption import run_interruptibly
+from .outputs import add_outputs, reporting_failure, write_json, write_outputs, writes_to_stdout
+
+_EXAMPLES: Final = """\
+Each option of a proof takes several values here, behind commas or by being repeated (a comma in
+front of 'name=' belongs to the value). 'all' is every value there is, and * and ? match some:
+--way 'multifd-*'. The cells are all combinations.
+
+A file has the same as TOML; an option in front of or behind it takes the place of its axis:
+
+  [matrix]
+  qemu = ["7.2", "11.1"]
+  way = ["unix", "multifd-*"]
+  tracker = "all"
+  guest = "bare"
+
+  [[exclude]]
+  qemu = "7.2"
+  way = "multifd-8"
+
+What came to a verdict is kept in a folder, and not run again until dmaproof, its QEMUs, its guest,
+a back end's program or the host's kernel change: an interrupted matrix goes on where it was.
+
+examples:
+  dmaproof matrix --guest bare --way unix,tls,multifd-4 --tracker all
+  dmaproof matrix --qemu 7.2,11.1 --qemu-destination 7.2,11.1 --way all --report matrix.html
+  dmaproof matrix matrix.toml --junit matrix.xml --json matrix.json
+  dmaproof matrix matrix.toml --list
+  dmaproof matrix matrix.toml --avocado recipe.json    # for: avocado run recipe.json
+
+exit codes:
+  0  every cell is clean, but for those that a QEMU cannot have
+  1  a cell lost pages
+  2  wrong usage
+  3  a cell could not be tested, or none was
+"""
+
+
+def add(commands: Subcommands) -> None:
+    """Add the subcommand."""
+    parser = add_parser(
+        commands,
+        "matrix",
+        reporting_failure(_run, "matrix"),
+        summary="many proofs: QEMU versions, ways to migrate, devices, trackers, guests",
+        description="Carry out a proof for every combination of options, side by side as far as "
+        "the machine has room, and tell which were clean, which lost pages, and why others could "
+        "not be tested.",
+        epilog=f"{_EXAMPLES}\n{describe_ways()}",
+    )
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE.toml", help="the axes")
+    for title, actions in proof_option_groups():
+        group = parser.add_argument_group(f"axes: {title}")
+        for action in actions:
+            _add_axis(group, action)
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("dmaproof-matrix"),
+        metavar="FOLDER",
+        help="where results are kept (default: %(default)s)",
+    )
+    run.add_argument("--again", action="store_true", help="run what is kept, too")
+    run.add_argument(
+        "--jobs",
+        type=positive,
+        metavar="N",
+        help="proofs at a time (default: by processors); memory bounds them in any case",
+    )
+    run.add_argument("--list", action="store_true", help="show the cells, and run none")
+    run.add_argument(
+        "--avocado", metavar="FILE.json", help="write the cells as avocado's recipe, and run none"
+    )
+    run.add_argument("--quiet", action="store_true", help="show no progress")
+    add_outputs(parser)
+
+
+def _add_axis(group: argparse._ArgumentGroup, action: argparse.Action) -> None:
+    values = ("on", "off") if action.nargs == 0 else action.choices or ()
+    choices = f"; {', '.join(map(str, values))}" if values else ""
+    group.add_argument(
+        action.option_strings[0],
+        action="append",
+        dest=_DEST + action.option_strings[0].removeprefix("--"),
+        metavar=action.metavar if isinstance(action.metavar, str) else "VALUE",
+        help=f"{(action.help or '') % vars(action)}{choices}".lstrip("; ").replace("%", "%%"),
+    )
+
+
+_DEST: Final = "axis "
+"""In front of an axis' name in the parsed arguments, where other options have names too."""
+
+
+def _chosen(arguments: Mapping[str, object]) -> dict[str, list[str]]:
+    return {
+        name.removeprefix(_DEST): [it for text in given for it in split_values(text)]
+        for name, given in arguments.items()
+        if name.startswith(_DEST) and isinstance(given, Sequence)
+    }
+
+
+def _matrix(arguments: argparse.Namespace) -> Matrix:
+    axes = _chosen(vars(arguments))
+    return read_matrix(arguments.file, axes) if arguments.file else make_matrix(axes)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    matrix = _matrix(arguments)
+    if arguments.list:
+        for cell in matrix.cells():
+            print(matrix.label(cell))
+        return 0
+    if arguments.avocado:
+        write_json(runnables(matrix), arguments.avocado)
+        return 0
+    show = display(quiet=arguments.quiet)
+    room = Room.of_this_machine(arguments.jobs)
+    with Kept.open(arguments.folder) as kept:
+        work = run_matrix(matrix, kept, room, show.say, again=arguments.again)
+        try:
+            results = run_interruptibly(work)
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            show.say(f"finished cells are kept in {arguments.folder}; the same again goes on")
+            raise
+    answer = to_json(matrix, results)
+    if not writes_to_stdout(arguments):
+        print_text(to_text(answer))
+    write_outputs(answer, arguments)
+    code: int = answer["exit_code"]
+    return code

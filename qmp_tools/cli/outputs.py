@@ -1,0 +1,109 @@
+"""The reports that a subcommand writes besides its text: JSON, HTML, JUnit XML, TAP.
+
+All of them are made from the JSON. Where nothing came of it, they are written too, and say why: a
+CI that collects them then shows the reason and not a missing file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from dmaproof.errors import UnsupportedError, UsageError
+from dmaproof.system_errors import NO_ROOM
+
+from ..exit_codes import EXIT_UNTESTED
+from ..host.unexpected import untestable
+from ..reports.html import to_html
+from ..reports.junit_tap import to_junit, to_tap
+from ..reports.report import SCHEMA_VERSION
+from .streams import OutputError
+
+Answer = dict[str, Any]
+
+_FORMS: Final[dict[str, tuple[str, Callable[[Answer], str]]]] = {
+    "json": ("the outcome as JSON", lambda answer: json.dumps(answer, indent=2) + "\n"),
+    "report": ("one self-contained HTML page", to_html),
+    "junit": ("JUnit XML", to_junit),
+    "tap": ("TAP, the Test Anything Protocol", to_tap),
+}
+
+
+def add_outputs(parser: argparse.ArgumentParser, *, page: bool = True) -> None:
+    """Add the options; without `page`, where the outcome has no HTML page."""
+    group = parser.add_argument_group("reports", "FILE may be '-' for standard output.")
+    for name, (what, _) in _FORMS.items():
+        if page or name != "report":
+            group.add_argument(f"--{name}", metavar="FILE", help=f"write {what}")
+
+
+def writes_to_stdout(arguments: argparse.Namespace) -> bool:
+    """Whether one of the reports takes standard output, so that the text must not."""
+    return any(getattr(arguments, name, None) == "-" for name in _FORMS)
+
+
+def write_outputs(answer: Answer, arguments: argparse.Namespace) -> None:
+    """Write the reports that were asked for.
+
+    Raises:
+        UsageError: a file cannot be written.
+        OutputError: there is no room for it.
+    """
+    for name in _FORMS:
+        if target := getattr(arguments, name, None):
+            _write(name, answer, target)
+
+
+def write_json(answer: Any, target: str) -> None:
+    """Write `answer` to the file `target`, or for '-' to standard output.
+
+    Raises:
+        UsageError: the file cannot be written.
+        OutputError: there is no room for it.
+    """
+    _write("json", answer, target)
+
+
+def _write(name: str, answer: Any, target: str) -> None:
+    text = _FORMS[name][1](answer)
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(target).write_text(text, encoding="utf-8")
+    except OSError as error:
+        kind = OutputError if error.errno in NO_ROOM else UsageError
+        raise kind(f"--{name} {target}: {error.strerror}") from error
+
+
+def reporting_failure(
+    run: Callable[[argparse.Namespace], int], kind: str
+) -> Callable[[argparse.Namespace], int]:
+    """`run`, a subcommand of `kind`, with reports also where it could not be carried out."""
+
+    def reporting(arguments: argparse.Namespace) -> int:
+        try:
+            return run(arguments)
+        except (UsageError, OutputError):
+            raise
+        except Exception as unexpected:
+            error = untestable(unexpected)
+            answer = {
+                "schema_version": SCHEMA_VERSION,
+                "kind": f"{kind}-untested",
+                "verdict": f"could not be tested: {error}",
+                "exit_code": EXIT_UNTESTED,
+                "reason": str(error),
+                "unsupported": isinstance(error, UnsupportedError),
+                **({"way": arguments.way} if "way" in arguments else {}),
+            }
+            write_outputs(answer, arguments)
+            if error is unexpected:
+                raise
+            raise error from unexpected
+
+    return reporting

@@ -1,0 +1,63 @@
+"""``dmaproof qemu``: the QEMU builds in a private folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Final
+
+from ..qemu import builds as qemu_builds
+from .arguments import Subcommands, add_parser
+from .display import display
+
+_EXAMPLES: Final = """\
+examples:
+  dmaproof qemu fetch 11.1                  the newest QEMU 11.1 that Debian has
+  dmaproof qemu fetch trixie-backports      the QEMU of that suite
+  dmaproof qemu list
+  dmaproof prove --qemu 11.1                a proof with what was fetched
+"""
+
+
+def add(commands: Subcommands) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "qemu",
+        help="QEMU builds in a private folder",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    fetch = add_parser(
+        actions,
+        "fetch",
+        _fetch,
+        summary="bring a QEMU from the distribution's archive, without root",
+        description="Unpack a QEMU with all its libraries into a private folder. Nothing of the "
+        "system is touched.",
+        epilog=_EXAMPLES,
+    )
+    fetch.add_argument("build", metavar="VERSION|SUITE", help="such as 11.1, or trixie-backports")
+    add_parser(
+        actions,
+        "list",
+        _list,
+        summary="the QEMUs that are there",
+        description="List version, suite and path of each QEMU that was fetched.",
+        epilog=_EXAMPLES,
+    )
+
+
+def _fetch(arguments: argparse.Namespace) -> int:
+    build = qemu_builds.fetch(arguments.build, display().say)
+    print(f"QEMU {build.version} ({build.suite}): {build.path}")
+    return 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    builds = qemu_builds.installed()
+    for build in builds:
+        print(f"{build.version}\t{build.suite}\t{build.path}")
+    if not builds:
+        print("none was fetched yet: dmaproof qemu fetch 11.1", file=sys.stderr)
+    return 0

@@ -1,0 +1,62 @@
+"""``dmaproof soak``: migrate one guest again and again; nothing may be lost, nothing may grow."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Final
+
+from ..proof.display import Display
+from ..proof.setup import add_proof_options, describe_ways, setup_of
+from ..proof.soak import Soak, soak
+from ..reports.soak_report import GROWTH_HEADINGS, growth_rows, soak_to_json, soak_to_text
+from .arguments import Subcommands, add_parser, positive
+from .display import display, print_table, print_text
+from .interruption import run_interruptibly
+from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
+
+_EXAMPLES: Final = """\
+examples:
+  dmaproof soak                               200 migrations: some minutes
+  dmaproof soak --migrations 20 --way multifd-4 --guest linux
+  dmaproof soak --json - | jq .growth
+
+exit codes:
+  0  every page equal each time, and neither the tool nor the device grew
+  1  pages were lost or never reported, or the guest found errors, or something grew
+  2  wrong usage
+  3  could not be tested; the message says why
+"""
+
+
+def add(commands: Subcommands) -> None:
+    """Add the subcommand."""
+    parser = add_parser(
+        commands,
+        "soak",
+        reporting_failure(_run, "soak"),
+        summary="migrate one guest again and again: nothing may be lost, nothing may grow",
+        description="Migrate one guest there and back, again and again, each time to a new QEMU; "
+        "compare every page each time, and see whether the tool and the device keep memory, file "
+        "descriptors or shared memory.",
+        epilog=f"{_EXAMPLES}\n{describe_ways()}",
+    )
+    parser.add_argument(
+        "--migrations", type=positive, default=200, metavar="N", help="default: %(default)s"
+    )
+    add_proof_options(parser)
+    parser.set_defaults(guest="bare")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add_outputs(parser, page=False)
+
+
+async def _soak(arguments: argparse.Namespace, show: Display) -> Soak:
+    return await soak(await setup_of(arguments, show), arguments.migrations, show.say)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    outcome = run_interruptibly(_soak(arguments, display(quiet=arguments.quiet)))
+    if not writes_to_stdout(arguments):
+        print_text(f"{soak_to_text(outcome)}\n")
+        print_table(GROWTH_HEADINGS, growth_rows(outcome.growths))
+    write_outputs(soak_to_json(outcome), arguments)
+    return outcome.exit_code

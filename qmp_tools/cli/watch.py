@@ -1,0 +1,96 @@
+"""``dmaproof watch``: live progress of any migration."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from dmaproof.errors import UntestableError, printable
+
+from ..migration.watch import View, watch
+from ..qemu.attachment import attach
+from .arguments import Subcommands, add_parser, add_timeout, seconds
+from .interruption import run_interruptibly
+
+_EXAMPLES: Final = """\
+Waits for a migration if none has begun, and ends with it: exit code 0 if it completed, 3 if not.
+A QMP socket serves one client at a time: give QEMU one of its own for this.
+
+examples:
+  dmaproof watch /run/qmp2.sock
+  dmaproof watch /run/qmp2.sock --interval 5 | tee migration.log
+"""
+
+
+def table(view: View) -> Table:
+    """The view for a terminal: a bar of what has been sent, and the figures."""
+    grid = Table.grid(padding=(0, 2))
+    total, remaining = view.progress.total, view.progress.remaining
+    if total and remaining is not None:
+        grid.add_row("precopy", ProgressBar(total, max(0, total - remaining), width=40))
+    for name, value in view.columns().items():
+        grid.add_row(name, value)
+    return grid
+
+
+@contextlib.contextmanager
+def _screen() -> Iterator[Callable[[View], None]]:
+    """What shows a view: a table that is drawn anew on a terminal, a line elsewhere."""
+    console = Console()
+    if not console.is_terminal:
+        yield lambda view: print(printable(view.line), flush=True)
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        yield lambda view: live.update(table(view), refresh=True)
+
+
+def add(commands: Subcommands) -> None:
+    """Add the subcommand."""
+    parser = add_parser(
+        commands,
+        "watch",
+        _run,
+        summary="live progress of any migration",
+        description="Show how a migration of a running QEMU goes: passes, rates, expected end.",
+        epilog=_EXAMPLES,
+    )
+    parser.add_argument("socket", type=Path, help="a QMP socket of the source")
+    parser.add_argument(
+        "--interval",
+        type=seconds,
+        default=0.5,
+        metavar="SECONDS",
+        help="between two looks (default: %(default)s)",
+    )
+    add_timeout(parser)
+
+
+async def _watch(arguments: argparse.Namespace) -> View:
+    async with attach("QEMU", arguments.socket, timeout_s=arguments.timeout) as qemu:
+        waiting = False
+        with _screen() as show:
+            async for view in watch(qemu, arguments.interval):
+                if view.progress.status == "none":
+                    if not waiting:
+                        print("no migration yet; waiting for one", file=sys.stderr, flush=True)
+                    waiting = True
+                    continue
+                show(view)
+        return view
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    progress = run_interruptibly(_watch(arguments)).progress
+    if progress.status != "completed":
+        why = progress.error or "QEMU gave no reason"
+        raise UntestableError(f"the migration {progress.status}: {why}")
+    return 0

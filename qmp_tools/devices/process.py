@@ -1,0 +1,229 @@
+"""The device process of a proof: started, listened to, asked for its evidence."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from dmaproof.errors import RefusedError, UntestableError, WaitTimeoutError
+from dmaproof.evidence import Evidence
+
+from ..host.process import Process
+from ..host.run_folder import TMPDIR_REMEDY
+from ..host.timeout import bounded
+from ..qemu.machine import DESTINATION
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """What ``python -m dmaproof.vhost_user`` is told; `harvest` as its ``--harvest``.
+
+    `module` is another in its place, which takes the same arguments. `destination_lacks` are the
+    virtio features (bits) that only the source's side offers.
+    """
+
+    module: ClassVar[str] = "dmaproof.vhost_user"
+
+    device: str = "blk"
+    tracker: str = "iommu"
+    harvest: str = "0.2"
+    fault: str | None = None
+    seed: int = 1
+    destination_lacks: int = 0
+
+    def arguments(self) -> list[str]:
+        """The same on the command line."""
+        return [
+            *("--device", self.device),
+            *("--tracker", self.tracker),
+            *("--harvest", self.harvest),
+            *("--seed", str(self.seed)),
+            *(("--fault", self.fault) if self.fault else ()),
+            *self._withheld(),
+        ]
+
+    def _withheld(self) -> list[str]:
+        if not self.destination_lacks:
+            return []
+        return ["--withhold", f"{DESTINATION}={self.destination_lacks:#x}"]
+
+
+class Device:
+    """The running process. `refused` is done when it has refused something a front end sent.
+
+    `timeout_s` bounds the wait for each of its answers.
+    """
+
+    def __init__(self, process: Process, control: asyncio.StreamWriter, timeout_s: float) -> None:
+        self.process = process
+        self._timeout_s = timeout_s
+        self.refused: asyncio.Future[UntestableError] = asyncio.get_running_loop().create_future()
+        self._latest: dict[tuple[str, str], dict[str, Any]] = {}
+        """The last event of each kind and session."""
+        self._control = control
+        self._news = asyncio.Condition()
+
+    @classmethod
+    async def start(
+        cls,
+        options: DeviceOptions,
+        sockets: Mapping[str, Path],
+        folder: Path,
+        *,
+        timeout_s: float,
+        name: str = "device",
+        state: Path | None = None,
+    ) -> Device:
+        """Start the process `name` and wait until it listens on `sockets` (session name → path).
+
+        A device that can be killed and started again keeps what that takes in the folder `state`,
+        and does not listen, but seeks the front ends that listen there.
+
+        Raises:
+            UntestableError: it does not come to listening.
+        """
+        ours, theirs = socket.socketpair()
+        command = [
+            *(sys.executable, "-m", options.module),
+            *("--control", str(theirs.fileno())),
+            *options.arguments(),
+        ]
+        if state is not None:
+            command += ["--state", str(state)]
+        for session, path in sockets.items():
+            command += ["--seek" if state else "--socket", f"{session}={path}"]
+        with theirs:
+            process = await Process.start(
+                name, command, folder / f"{name.replace(' ', '-')}.log", pass_fds=(theirs.fileno(),)
+            )
+        reader, writer = await asyncio.open_connection(sock=ours)
+        device = cls(process, writer, timeout_s)
+        device._listening = asyncio.ensure_future(device._listen(reader))
+        try:
+            for session in sockets:
+                await device.wait_for("seeking" if state else "listening", session)
+        except UntestableError:
+            await device.end()
+            raise
+        return device
+
+    _listening: asyncio.Future[None]
+
+    @property
+    def silent(self) -> asyncio.Future[None]:
+        """Done when all that the process has said has been heard, as it has ended."""
+        return self._listening
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        while (line := await reader.readline()).endswith(b"\n"):  # else it died in mid-word
+            try:
+                event = json.loads(line)
+                name, session = str(event["event"]), str(event["session"])
+            except (ValueError, KeyError, TypeError):
+                self._refuse(
+                    UntestableError(f"the device said something unintelligible: {line[:200]!r}")
+                )
+                break
+            if name == "refused":
+                self._refuse(
+                    RefusedError(
+                        f"the device refused what the {session} QEMU or its guest sent: "
+                        f"{event.get('message')}"
+                    )
+                )
+            elif name == "failed":
+                self._refuse(
+                    UntestableError(f"the {self.process.name} cannot go on: {event.get('message')}")
+                )
+            async with self._news:
+                self._latest[name, session] = event
+                self._news.notify_all()
+        async with self._news:
+            self._news.notify_all()
+
+    def _refuse(self, why: UntestableError) -> None:
+        if not self.refused.done():
+            self.refused.set_result(why)
+
+    async def wait_for(self, event: str, session: str) -> dict[str, Any]:
+        """The last `event` of `session`, or the first if there was none.
+
+        Raises:
+            UntestableError: the process ended, or does not answer.
+        """
+        return await self._wait_for(lambda: self._latest.get((event, session)), f"no {event!r}")
+
+    def accepted_features(self, session: str) -> int | None:
+        """The virtio features that the driver of `session` has accepted last; None if never."""
+        event = self._latest.get(("features", session))
+        return int(event["accepted"]) if event else None
+
+    async def logging_ended(self, session: str) -> None:
+        """Wait until logging is off in `session`, or has never been on.
+
+        Raises:
+            UntestableError: it stays on, or the process ended.
+        """
+
+        def is_off() -> bool:
+            return not self._latest.get(("logging", session), {"on": False})["on"]
+
+        await self._wait_for(is_off, "its dirty log was not taken back")
+
+    async def _wait_for(self, found: Callable[[], T | None], what_is_missing: str) -> T:
+        def late() -> WaitTimeoutError:
+            return WaitTimeoutError(
+                f"the {self.process.name} has not answered within {self._timeout_s:g} s "
+                f"({what_is_missing})\n{self.process.log_tail()}".rstrip()
+            )
+
+        async with bounded(self._timeout_s, late), self._news:
+            while not found() and not self._listening.done():
+                await self._news.wait()
+        answer = found()
+        if not answer and self.refused.done():
+            raise self.refused.result()
+        if not answer:
+            raise UntestableError(
+                f"the device {self.process.how_it_ended()}\n{self.process.log_tail()}".rstrip()
+            )
+        return answer
+
+    async def evidence(self, session: str, folder: Path) -> Evidence:
+        """What the device knows of `session`, passed through `folder`.
+
+        Raises:
+            UntestableError: the session is over, or the process gone.
+        """
+        self._latest.pop(("evidence", session), None)
+        request = {"do": "evidence", "session": session, "folder": str(folder)}
+        self._control.write(json.dumps(request).encode() + b"\n")
+        await self._control.drain()
+        answer = await self.wait_for("evidence", session)
+        if not answer["there_is"]:
+            raise UntestableError(f"the device has no session with the {session} QEMU any more")
+        if "error" in answer:
+            raise UntestableError(
+                f"the device cannot write its evidence into {folder}: {answer['error']}; "
+                f"{TMPDIR_REMEDY}"
+            )
+        return Evidence.load(folder)
+
+    async def kill(self) -> None:
+        """End the process by SIGKILL, as if it had crashed."""
+        await self.process.kill()
+        self._control.close()
+
+    async def end(self) -> None:
+        """End the process: it does so by itself when its control socket is closed."""
+        self.process.expect_end()
+        self._control.close()
+        await self.process.end()

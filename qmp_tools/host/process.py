@@ -1,0 +1,180 @@
+"""Child processes that are bounded, logged and reaped, and cannot outlive the tool."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from dmaproof.errors import UntestableError, printable
+
+from .reaper import marked_environment
+
+_PR_SET_PDEATHSIG: Final = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_END_GRACE_S: Final = 5.0
+_TAIL_BYTES: Final = 1 << 16
+_TAIL_LINES: Final = 15
+_LEAST_ROOM_BYTES: Final = 64 << 10
+"""With less in the log's file system, what somebody wanted to write there may have failed."""
+_WHY_KILLED: Final = {
+    signal.SIGXFSZ: "a file has outgrown what 'ulimit -f' allows",
+    signal.SIGXCPU: "it has used the processor for longer than 'ulimit -t' allows",
+}
+
+
+class ProcessDiedError(UntestableError):
+    """A process of the proof ended before its time; `killed` tells whether by a signal."""
+
+    def __init__(self, message: str, killed: bool) -> None:
+        super().__init__(message)
+        self.killed = killed
+
+
+class Process:
+    """One child. What it prints goes to `log`; `died` is done when it has ended.
+
+    `name` is what messages call it: 'source QEMU', 'device'; `command` is its command line. The end
+    of each of `more_logs` is shown too where the process ends before its time.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], log: Path, child: asyncio.subprocess.Process
+    ) -> None:
+        self.name = name
+        self.command = command
+        self.log = log
+        self.more_logs: Sequence[Path] = ()
+        self._child = child
+        self._expected = False
+        self.died = asyncio.ensure_future(self._child.wait())
+
+    @classmethod
+    async def start(
+        cls,
+        name: str,
+        command: Sequence[str],
+        log: Path,
+        *,
+        pass_fds: Sequence[int] = (),
+        run_folder: Path | None = None,
+    ) -> Process:
+        """Start `command` in a session of its own (an interrupt is for the tool alone).
+
+        A program that is not ours may have children; whatever still runs of them is killed when
+        `run_folder` goes.
+
+        Raises:
+            UntestableError: the program could not be executed.
+        """
+        parent = os.getpid()
+
+        def bind_to_parent() -> None:
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:  # it died before the signal was asked for
+                os._exit(1)
+
+        with log.open("wb") as output:
+            try:
+                child = await asyncio.create_subprocess_exec(
+                    *command,
+                    env=None if run_folder is None else marked_environment(run_folder),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    pass_fds=pass_fds,
+                    start_new_session=True,
+                    preexec_fn=bind_to_parent,
+                )
+            except OSError as error:
+                raise UntestableError(
+                    f"{name} could not be started: {command[0]}: {error.strerror}"
+                ) from error
+        return cls(name, command, log, child)
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._child.pid
+
+    def expect_end(self) -> None:
+        """From now on the process may end without being missed."""
+        self._expected = True
+
+    async def missed(self) -> ProcessDiedError:
+        """Wait until the process has ended unexpectedly; returns the error that says so."""
+        await asyncio.shield(self.died)
+        if self._expected:
+            await asyncio.get_running_loop().create_future()  # for ever: nothing is amiss
+        message = f"{self.name} {self.how_it_ended()}\n{self.log_tail()}".rstrip()
+        return ProcessDiedError(message, killed=(self._child.returncode or 0) < 0)
+
+    def how_it_ended(self) -> str:
+        """'was killed by SIGKILL', 'ended with exit code 1', or 'is running'."""
+        code = self._child.returncode
+        if code is None:
+            return "is running"
+        if code < 0:
+            number = signal.Signals(-code)
+            why = _WHY_KILLED.get(number)
+            return f"was killed by {number.name}" + (f" ({why})" if why else "")
+        return f"ended with exit code {code}"
+
+    @property
+    def description(self) -> str:
+        """Its name with the process id, and whether it is stopped: 'device (PID 7, stopped)'."""
+        return f"{self.name} (PID {self.pid}{', stopped' if self.is_stopped else ''})"
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a signal or a debugger has stopped it (states T and t of proc(5))."""
+        try:
+            status = Path(f"/proc/{self.pid}/stat").read_text()
+        except OSError:
+            return False
+        return status.rpartition(")")[2].split()[0] in "Tt"
+
+    def log_tail(self) -> str:
+        """The last lines of each log, with the log's name; empty if the process was silent."""
+        return "\n".join(filter(None, map(log_tail, (self.log, *self.more_logs))))
+
+    async def kill(self) -> None:
+        """End the process by SIGKILL, as a crash of its host would; it is not missed."""
+        self.expect_end()
+        with contextlib.suppress(ProcessLookupError):
+            self._child.kill()
+        await asyncio.shield(self.died)
+
+    async def end(self) -> None:
+        """Make sure that the process has ended and is reaped."""
+        self.expect_end()
+        for signal_number, patience_s in ((signal.SIGTERM, _END_GRACE_S), (signal.SIGKILL, None)):
+            if self.died.done():
+                break
+            with contextlib.suppress(ProcessLookupError):
+                self._child.send_signal(signal_number)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(self.died), patience_s)
+
+
+def log_tail(log: Path) -> str:
+    """The last lines of `log` under a heading; empty if there are none.
+
+    Where there is no room for more, that is told too.
+    """
+    told = []
+    with contextlib.suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
+        told += [f"  last lines of {log.name}:"] * bool(lines)
+        told += [f"    {printable(line)}" for line in lines]
+        room = os.statvfs(file.fileno())
+        if room.f_bavail * room.f_frsize < _LEAST_ROOM_BYTES:
+            told.append(f"  there is no room left in {log.parent}: set TMPDIR to another folder")
+    return "\n".join(told)

@@ -1,0 +1,1 @@
+"""dmaproof in the test frameworks that people have: avocado and pytest."""

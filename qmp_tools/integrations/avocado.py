@@ -1,0 +1,131 @@
+"""For avocado: a test class that migrates a guest under DMA load, and a RAM check for any test.
+
+::
+
+    from qmp_tools.integrations.avocado import MigrationTest
+
+    class Disk(MigrationTest):
+        def test(self):
+            self.migrate()
+            self.assert_ram_equal()
+            self.assert_dma_survived()
+
+The parameters are `PARAMETERS`, from avocado's ``-p name=value`` or a varianter. Where the machine
+lacks something the test is cancelled, with the reason; DMAPROOF_NO_SKIP=1 makes that an error. The
+verdict's JSON, the HTML report and the logs of QEMU and device end up in the test's output folder.
+
+avocado calls setUp and tearDown in threads of their own, and ends the first before the second
+begins. QEMU is started by the thread of a `blocking.Stage`, which lives from the one to the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Final
+
+from avocado import Test
+
+from dmaproof.errors import UntestableError
+
+from ..arguments import AnyPath
+from ..blocking import ProofQemu, Stage, StagedProof
+from ..devices.device import AttachedDevice
+from ..exit_codes import EXIT_UNTESTED
+from ..proof.setup import proof_options
+from ..reports import check_report, report
+from ..reports.html import to_html
+
+PARAMETERS: Final = tuple(name.replace("-", "_") for name in proof_options())
+"""Named as the options of ``dmaproof prove``, and with the same defaults."""
+
+
+class MigrationTest(Test):  # type: ignore[misc]
+    """A guest of ours on `source`, with a `device` of ours, and a `destination` that waits for it.
+
+    :avocado: enable
+    """
+
+    source: ProofQemu
+    destination: ProofQemu
+    device: AttachedDevice
+    _started: contextlib.ExitStack
+    _stage: Stage
+    _proof: StagedProof
+
+    def setUp(self) -> None:
+        """Start the device and both QEMUs."""
+        chosen = {name: self.params.get(name) for name in PARAMETERS}
+        self._started = contextlib.ExitStack()
+        self._stage = self._started.enter_context(Stage())
+        try:
+            self._proof = self._stage.proof(chosen)
+        except UntestableError as error:
+            if os.environ.get("DMAPROOF_NO_SKIP") == "1":
+                raise
+            self.cancel(str(error))
+        self.source, self.destination = self._proof.source, self._proof.destination
+        self.device = self._proof.device
+
+    def migrate(self) -> None:
+        """Migrate while the device writes guest RAM; both guests stand still afterwards.
+
+        Raises:
+            UntestableError: the guest did not come up, or the migration failed.
+        """
+        self._proof.migrate()
+
+    def assert_ram_equal(self) -> None:
+        """Fail where any page of RAM differs, with each page's story."""
+        proof = self._proof.compare()
+        _write(self, "ram", report.to_json(proof), report.to_text(proof))
+        if proof.verdict.lost:
+            self.fail(proof.verdict.sentence)
+
+    def assert_dma_survived(self) -> None:
+        """Fail unless the verdict is a pass: every page equal and reported, and the guest well.
+
+        A run in which nothing was tested is no pass.
+        """
+        proof = self._proof.verdict()
+        _write(self, "proof", report.to_json(proof), report.to_text(proof))
+        if proof.verdict.exit_code:
+            self.fail(proof.verdict.sentence)
+
+    def tearDown(self) -> None:
+        """Keep the logs; end and reap everything."""
+        with self._started:
+            for log in self._stage.logs():
+                shutil.copy(log, self.outputdir)
+
+
+def check_ram(
+    test: Test, source: AnyPath, destination: AnyPath, *, expect_migration: bool = True
+) -> None:
+    """Fail `test` unless all RAM of the QEMUs behind two QMP sockets is equal.
+
+    The guests must be paused as their migration left them, and nobody else may use the sockets; see
+    docs/check.md. Without `expect_migration`, any two paused QEMUs are compared.
+
+    Raises:
+        UsageError: there is no such socket.
+        UntestableError: it could not be compared, there was no migration, or a guest has run since.
+    """
+    with Stage() as stage:
+        outcome = stage.check(source, destination, expect_migration=expect_migration)
+    _write(test, "ram", check_report.to_json(outcome), check_report.to_text(outcome))
+    if outcome.exit_code == EXIT_UNTESTED:
+        raise UntestableError(outcome.sentence)
+    if outcome.exit_code:
+        test.fail(outcome.sentence)
+
+
+def _write(test: Test, name: str, answer: dict[str, Any], text: str) -> None:
+    for line in text.splitlines():
+        test.log.info(line)
+    folder = Path(test.outputdir)
+    (folder / f"{name}.json").write_text(json.dumps(answer, indent=2) + "\n")
+    (folder / f"{name}.html").write_text(to_html(answer))

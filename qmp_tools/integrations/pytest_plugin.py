@@ -1,0 +1,366 @@
+"""The pytest plugin: fixtures that start QEMUs, migrate them and hold their RAM against each other.
+
+pytest finds it by its entry point, so an installed dmaproof is enough; docs/pytest.md shows a whole
+project. Fixtures and tests are synchronous (`blocking`): no plugin for asynchronous tests is needed
+and none is in the way. Heavy modules are imported by the fixtures that need them, for the plugin is
+loaded in every pytest run of its environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+
+import pytest
+
+from dmaproof.errors import UntestableError, UsageError, printable
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
+
+    from ..arguments import AnyPath
+    from ..blocking import Pair, RunningQemu, Stage, StagedProof
+    from ..check.check import Check
+    from ..proof.model import Proof
+
+T = TypeVar("T")
+
+_MARKERS: Final = (
+    "kvm: the fixtures' guests run under KVM; skipped where KVM does not run them",
+    "tcg: the fixtures' guests run under TCG",
+    'qemu_version(specifier): needs a QEMU such as ">=9" (or ">=8.2,<10")',
+)
+_OPTIONS: Final = {
+    "qemu": ("PATH|VERSION", "the QEMU of the fixtures (default: the system's)"),
+    "qemu-destination": ("PATH|VERSION", "what is migrated to (default: the same)"),
+    "accel": ("kvm|tcg", "the accelerator of tests without the marker kvm or tcg"),
+    "guest": ("NAME", "the guest of vhost_user_blk (default: bare)"),
+    "seed": ("N", "repeats the random choices of vhost_user_blk"),
+    "reports": ("FOLDER", "write the JSON and HTML report of each verdict there"),
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options."""
+    group = parser.getgroup("dmaproof", "dmaproof: QEMUs, migrations and their RAM")
+    for name, (metavar, what) in _OPTIONS.items():
+        group.addoption(f"--dmaproof-{name}", metavar=metavar, help=what)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the markers known, and refuse a wrong option before anything runs."""
+    for marker in _MARKERS:
+        config.addinivalue_line("markers", marker)
+    accelerator = _option(config, "accel")
+    if accelerator not in (None, "kvm", "tcg"):
+        raise pytest.UsageError(f"--dmaproof-accel {accelerator}: kvm or tcg is due")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse malformed markers before anything runs."""
+    for item in items:
+        _wanted_versions(item)
+        _marked_accelerator(item)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this machine or its QEMU cannot do."""
+    versions = _wanted_versions(item)
+    if versions:
+        version = _qemu_version(item.config)
+        unfit = [str(it) for it in versions if not it.contains(version, prereleases=True)]
+        if unfit:
+            _unavailable(
+                f"QEMU {version} is here and {' and '.join(unfit)} is needed: "
+                "'dmaproof qemu fetch VERSION' brings another, --dmaproof-qemu VERSION takes it"
+            )
+    if _marked_accelerator(item) == "kvm":
+        if _option(item.config, "accel") == "tcg":
+            _unavailable("marked kvm: leave out --dmaproof-accel tcg")
+        if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+            _unavailable("/dev/kvm may not be opened: 'dmaproof doctor' tells what would help")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show the verdicts and the logs' last lines below a test that failed."""
+    report = yield
+    if report.failed and call.when == "call":
+        verdicts = item.stash.get(_VERDICTS, None)
+        report.sections += verdicts or []
+        report.sections += [
+            (f"dmaproof {log.name}", printable(log.read_text(errors="replace")[-_LOG_SHOWN:]))
+            for stage in item.stash.get(_STAGES, [])
+            for log in stage.logs()
+            if log.stat().st_size
+        ]
+    return report
+
+
+_LOG_SHOWN: Final = 4000
+_STAGES: Final = pytest.StashKey[list["Stage"]]()
+_VERDICTS: Final = pytest.StashKey[list[tuple[str, str]]]()
+_VERSIONS: Final = pytest.StashKey[dict[str | None, str]]()
+
+
+@pytest.fixture
+def qemu(request: pytest.FixtureRequest) -> Iterator[Callable[..., RunningQemu]]:
+    """Starts QEMUs: ``qemu("-machine", "q35", …)``; they are ended and reaped behind the test."""
+    number = 0
+
+    with _stage(request) as stage:
+
+        def start(*arguments: str) -> RunningQemu:
+            nonlocal number
+            number += 1
+            running = _started(lambda: stage.qemu(arguments, name=f"test{number}", **_how(request)))
+            _note_version(request, running.version)
+            return running
+
+        yield start
+
+
+@pytest.fixture
+def migration_pair(request: pytest.FixtureRequest) -> Iterator[Callable[..., Pair]]:
+    """Starts pairs: ``migration_pair("-machine", "q35", …)``, each a source and a destination.
+
+    Its `migrate` leaves both standing still, to be compared by `ram_check`.
+    """
+    number = 0
+
+    with _stage(request) as stage:
+
+        def start(*arguments: str) -> Pair:
+            nonlocal number
+            number += 1
+            destination = _option(request.config, "qemu-destination")
+            pair = _started(
+                lambda: stage.pair(
+                    arguments,
+                    destination_binary=destination,
+                    name=f"pair{number}-",
+                    **_how(request),
+                )
+            )
+            _note_version(request, pair.source.version)
+            return pair
+
+        yield start
+
+
+class VhostUserBlk:
+    """A guest on two QEMUs whose disk is a vhost-user device of dmaproof's."""
+
+    def __init__(self, proof: StagedProof, request: pytest.FixtureRequest) -> None:
+        self._request = request
+        self.proof = proof
+
+    def migrate(self) -> None:
+        """Migrate while the device writes guest RAM.
+
+        Raises:
+            UntestableError: the guest did not come up, or the migration failed.
+        """
+        self.proof.migrate()
+
+    def verdict(self) -> Proof:
+        """Compare all RAM, attribute what was lost, and let the guest go on. Migrates if need be.
+
+        Raises:
+            UntestableError: it did not come to a verdict.
+        """
+        from ..reports import report
+
+        proof = self.proof.verdict()
+        _note_version(self._request, proof.qemu_version)
+        _note_verdict(self._request, report.to_json(proof), report.to_text(proof))
+        return proof
+
+    def assert_dma_survived(self) -> None:
+        """Fail unless the verdict is a pass; the failure report shows all of it."""
+        __tracebackhide__ = True
+        verdict = self.verdict().verdict
+        if verdict.exit_code:
+            raise AssertionError(verdict.sentence)
+
+
+@pytest.fixture
+def vhost_user_blk(request: pytest.FixtureRequest) -> Iterator[Callable[..., VhostUserBlk]]:
+    """Starts guests with a disk of ours: ``vhost_user_blk(tracker="dirty-ring", way="tcp")``.
+
+    The arguments are the options of ``dmaproof prove``.
+    """
+    with contextlib.ExitStack() as stages:
+
+        def start(**options: object) -> VhostUserBlk:
+            config = request.config
+            chosen: dict[str, object] = {
+                "guest": _option(config, "guest") or "bare",
+                "qemu": _option(config, "qemu"),
+                "qemu_destination": _option(config, "qemu-destination"),
+                "seed": _option(config, "seed"),
+                "accel": _accelerator(request),
+                **options,
+            }
+            stage = stages.enter_context(_stage(request))
+            if _marked_accelerator(request.node) == "kvm":
+                _started(lambda: _require_kvm(stage, chosen))
+            return VhostUserBlk(_started(lambda: stage.proof(chosen)), request)
+
+        yield start
+
+
+@pytest.fixture
+def ram_check(request: pytest.FixtureRequest) -> Iterator[Callable[..., Check]]:
+    """Fails unless all RAM of two paused QEMUs is equal: ``ram_check(pair.source, …destination)``.
+
+    Takes the QEMUs of the fixtures, or paths of QMP sockets, after a migration. With
+    ``expect_migration=False`` it compares any two paused QEMUs.
+    """
+    from ..exit_codes import EXIT_UNTESTED
+    from ..reports import check_report
+
+    with _stage(request) as stage:
+
+        def compare(
+            source: RunningQemu | AnyPath,
+            destination: RunningQemu | AnyPath,
+            *,
+            expect_migration: bool = True,
+        ) -> Check:
+            __tracebackhide__ = True
+            outcome = stage.check(source, destination, expect_migration=expect_migration)
+            _note_version(request, outcome.source.version)
+            _note_verdict(request, check_report.to_json(outcome), check_report.to_text(outcome))
+            if outcome.exit_code == EXIT_UNTESTED:
+                raise UntestableError(outcome.sentence)
+            if outcome.exit_code:
+                raise AssertionError(outcome.sentence)
+            return outcome
+
+        yield compare
+
+
+@contextlib.contextmanager
+def _stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
+    from ..blocking import Stage
+
+    with Stage() as stage:
+        request.node.stash.setdefault(_STAGES, []).append(stage)
+        yield stage
+
+
+def _started(start: Callable[[], T]) -> T:
+    """What `start` returns; the test is skipped where the machine lacks something for it.
+
+    An option that is wrong fails the test.
+    """
+    try:
+        return start()
+    except UntestableError as error:
+        _unavailable(str(error))
+
+
+def _unavailable(reason: str) -> NoReturn:
+    if os.environ.get("DMAPROOF_NO_SKIP") == "1":
+        pytest.fail(f"{reason} (DMAPROOF_NO_SKIP=1 forbids to skip)", pytrace=False)
+    pytest.skip(reason)
+
+
+def _require_kvm(stage: Stage, options: dict[str, object]) -> None:
+    """Raise where KVM does not run the very guest that is to be used."""
+    from ..proof.display import QuietDisplay
+    from ..proof.setup import parse_proof_options, setup_of
+
+    arguments = parse_proof_options({**options, "accel": "auto"})
+    if stage.run(setup_of(arguments, QuietDisplay())).machine.accelerator != "kvm":
+        raise UntestableError(
+            f"KVM does not run the guest {options['guest']} here: run this on hardware, or under "
+            "a hypervisor with nested virtualization"
+        )
+
+
+def _option(config: pytest.Config, name: str) -> str | None:
+    value: str | None = config.getoption(f"--dmaproof-{name}")
+    return value
+
+
+def _how(request: pytest.FixtureRequest) -> dict[str, str | None]:
+    return {"binary": _option(request.config, "qemu"), "accelerator": _accelerator(request)}
+
+
+def _accelerator(request: pytest.FixtureRequest) -> str | None:
+    return _marked_accelerator(request.node) or _option(request.config, "accel")
+
+
+def _marked_accelerator(item: pytest.Item) -> str | None:
+    marked = [name for name in ("kvm", "tcg") if item.get_closest_marker(name)]
+    if len(marked) > 1:
+        raise pytest.UsageError(f"{item.nodeid}: marked kvm and tcg; one of them is due")
+    return marked[0] if marked else None
+
+
+def _wanted_versions(item: pytest.Item) -> Sequence[SpecifierSet]:
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+    wanted = []
+    for marker in item.iter_markers("qemu_version"):
+        if len(marker.args) != 1 or marker.kwargs or not isinstance(marker.args[0], str):
+            raise pytest.UsageError(
+                f'{item.nodeid}: qemu_version takes one string, such as qemu_version(">=9")'
+            )
+        try:
+            wanted.append(SpecifierSet(marker.args[0]))
+        except InvalidSpecifier as error:
+            raise pytest.UsageError(
+                f'{item.nodeid}: qemu_version("{marker.args[0]}"): {error}; '
+                '">=9" or ">=8.2,<10" is due'
+            ) from None
+    return wanted
+
+
+def _qemu_version(config: pytest.Config) -> str:
+    """The version that the QEMU of the options tells over QMP; it is asked once."""
+    from ..blocking import Stage
+
+    wanted = _option(config, "qemu")
+    versions = config.stash.setdefault(_VERSIONS, {})
+    if wanted not in versions:
+        with Stage(quiet=True) as stage:
+            running = _started(lambda: stage.qemu(["-machine", "none"], binary=wanted))
+            versions[wanted] = running.version.split()[0]
+    return versions[wanted]
+
+
+def _note_version(request: pytest.FixtureRequest, version: str) -> None:
+    noted = ("qemu_version", version)
+    if noted not in request.node.user_properties:
+        request.node.user_properties.append(noted)
+
+
+def _note_verdict(request: pytest.FixtureRequest, answer: dict[str, Any], text: str) -> None:
+    """Keep a verdict for the failure report, for JUnit and for ``--dmaproof-reports``."""
+    verdicts = request.node.stash.setdefault(_VERDICTS, [])
+    if ("dmaproof verdict", text) in verdicts:
+        return
+    verdicts.append(("dmaproof verdict", text))
+    request.node.user_properties.append(("dmaproof_verdict", answer["verdict"]))
+    folder = _option(request.config, "reports")
+    if folder is None:
+        return
+    from ..reports.html import to_html
+
+    name = "".join(it if it.isalnum() or it in "._-" else "-" for it in request.node.nodeid)
+    base = Path(folder) / f"{name}-{len(verdicts)}"
+    try:
+        base.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{base}.json").write_text(json.dumps(answer, indent=2) + "\n")
+        Path(f"{base}.html").write_text(to_html(answer))
+    except OSError as error:
+        raise UsageError(f"--dmaproof-reports {folder}: {error.strerror}") from error

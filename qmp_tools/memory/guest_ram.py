@@ -1,0 +1,242 @@
+"""One paused guest's RAM, whatever it stands in, as extents of files that can be compared.
+
+Memory that QEMU shares (memfd, file, shared anonymous memory) is read where it is, in its process.
+Private memory and huge pages are copied from the process (`copied_memory`). By their host address
+those parts of a backend are read too that the physical map hides (RAM behind the VGA window or the
+firmware). Where the process may not be read, QEMU itself saves what the map shows (QMP's pmemsave),
+a piece at a time, into a folder that only it and this process can read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mmap
+import os
+import stat
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dmaproof.errors import UntestableError
+from dmaproof.page_compare import Extent
+
+from ..qemu.attachment import AttachedQemu
+from ..qemu.qmp import QmpRefusal
+from .absent_pages import Absent, absent_in_file, absent_in_process
+from .copied_memory import ProcessMemory, process_memory
+from .physical_map import MapRegion, parse_flat_view, parse_hva
+from .process_memory import Mapping as ProcessMapping
+from .process_memory import (
+    OutOfReachError,
+    SharedMemory,
+    has_thread,
+    mappings_of,
+    shared_memory,
+    user_and_group,
+)
+
+
+@dataclass(frozen=True)
+class GuestRam:
+    """`regions` is the physical map; `shared` has the regions that stand in a shared file.
+
+    `process` is the memory of QEMU's process, where it may be read; what is in neither, QEMU saves.
+    `hvas` are the addresses at which QEMU has its RAM regions mapped, in the order of the map.
+    `backends` are QEMU's memory backends (id → bytes), `dimms` its memory devices (id → base
+    address and bytes).
+    """
+
+    qemu: AttachedQemu
+    regions: Sequence[MapRegion]
+    hvas: Sequence[int | None]
+    shared: Mapping[MapRegion, SharedMemory]
+    process: ProcessMemory | None
+    backends: Mapping[str, int]
+    dimms: Mapping[str, tuple[int, int]]
+    folder: Path
+
+    @property
+    def length(self) -> int:
+        """The bytes of RAM in the physical map."""
+        return sum(region.length for region in self.regions if region.is_ram)
+
+    def shared_extent(self, region: MapRegion, offset: int) -> Extent | None:
+        """Where byte `offset` of the region's memory stands in a shared file, if it does."""
+        memory = self.shared.get(region)
+        return Extent(memory.fd, memory.offset + offset - region.offset) if memory else None
+
+    @property
+    def copied(self) -> list[MapRegion]:
+        """The regions that are copied from QEMU's process."""
+        return [
+            region
+            for region in self.regions
+            if region.is_ram
+            and region not in self.shared
+            and self._address(region, region.offset, region.length) is not None
+        ]
+
+    def _address(self, region: MapRegion, offset: int, length: int) -> int | None:
+        """Where byte `offset` of the region's memory is in QEMU's process, if it may be read."""
+        ram = [region for region in self.regions if region.is_ram]
+        hva = self.hvas[ram.index(region)]
+        if self.process is None or hva is None:
+            return None
+        address = hva + offset - region.offset
+        return address if self.process.has(address, length) else None
+
+    def absent(self, region: MapRegion, gpa: int, pages: int) -> Absent:
+        """Which pages from `gpa` on, all of them in `region`, hold nothing."""
+        offset = region.offset + gpa - region.gpa
+        if shared := self.shared_extent(region, offset):
+            return absent_in_file(shared, pages)
+        mappings = self.process.mappings if self.process else ()
+        address = self._address(region, offset, pages * mmap.PAGESIZE)
+        return absent_in_process(self.qemu.pid, mappings, address or 0, pages)
+
+    @contextlib.asynccontextmanager
+    async def extent(self, region: MapRegion, gpa: int, length: int) -> AsyncIterator[Extent]:
+        """An extent with `length` bytes from `gpa` on, all of them in `region`.
+
+        Raises:
+            UntestableError: the memory cannot be read, or QEMU could not save it.
+        """
+        found = await self.backend_extent(region, region.offset + gpa - region.gpa, length)
+        if found:
+            yield found
+            return
+        fd = await self._save(gpa, length)
+        try:
+            yield Extent(fd)
+        finally:
+            os.close(fd)
+
+    async def backend_extent(self, region: MapRegion, offset: int, length: int) -> Extent | None:
+        """An extent with `length` bytes of the region's memory from byte `offset` on.
+
+        They need not be in the physical map. None where only QEMU could read them. The next extent
+        of this guest may overwrite it.
+
+        Raises:
+            UntestableError: the memory cannot be read.
+        """
+        if shared := self.shared_extent(region, offset):
+            return shared
+        address = self._address(region, offset, length)
+        if self.process is None or address is None:
+            return None
+        return await asyncio.to_thread(self.process.copy, address, length)
+
+    async def _save(self, gpa: int, length: int) -> int:
+        """Have QEMU save `length` bytes from `gpa` on; a descriptor of the file, which is gone."""
+        file = self.folder / f"{gpa:x}"
+        try:
+            await self.qemu.qmp.execute("pmemsave", val=gpa, size=length, filename=str(file))
+            fd = _open_plain(file, length)
+        except QmpRefusal as error:
+            raise UntestableError(
+                f"{error}. QEMU has to save its memory, since process {self.qemu.pid} may not be "
+                "read: run this as root (with CAP_SYS_PTRACE), or set TMPDIR to a folder that QEMU "
+                "can reach, or give the guest shared memory (memory-backend-memfd,share=on)"
+            ) from error
+        finally:
+            file.unlink(missing_ok=True)
+        if fd is None:
+            raise UntestableError(
+                f"{self.qemu.name} saved its memory to {file}, but it is not there: QEMU has "
+                "another file system (a container?). Run this inside, or give the guest shared "
+                "memory (memory-backend-memfd,share=on)"
+            )
+        return fd
+
+
+def _open_plain(file: Path, length: int) -> int | None:
+    """Open a file of `length` bytes; None where there is no such plain file.
+
+    It is in a folder that QEMU's user owns, who may have put there whatever it likes.
+    """
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode) and status.st_size == length:
+        return fd
+    os.close(fd)
+    return None
+
+
+@contextlib.asynccontextmanager
+async def guest_ram(qemu: AttachedQemu, folder: Path) -> AsyncIterator[GuestRam]:
+    """The RAM of a paused guest; pieces that QEMU saves pass through a folder in `folder`.
+
+    Raises:
+        UntestableError: QEMU does not tell its map, or this user can in no way get at its memory.
+    """
+    regions = parse_flat_view(await qemu.monitor("info mtree -f"))
+    mappings = await _mappings_of(qemu)
+    shared: dict[MapRegion, SharedMemory] = {}
+    hvas: list[int | None] = []
+    with contextlib.ExitStack() as stack:
+        for region in regions:
+            if not region.is_ram:
+                continue
+            hva = parse_hva(await qemu.monitor(f"gpa2hva {region.gpa:#x}"))
+            hvas.append(hva)
+            if hva is not None:
+                memory = stack.enter_context(shared_memory(qemu.pid, mappings, hva, region.length))
+                if memory:
+                    shared[region] = memory
+        backends = await qemu.qmp.execute("query-memdev")
+        dimms = await qemu.qmp.execute("query-memory-devices")
+        process = process_memory(qemu.pid, qemu.name, mappings) if mappings else None
+        yield GuestRam(
+            qemu=qemu,
+            regions=regions,
+            hvas=hvas,
+            shared=shared,
+            process=stack.enter_context(process) if process else None,
+            backends={it["id"]: it["size"] for it in backends if "id" in it},
+            dimms={
+                it["data"].get("id", it["type"]): _place(it["data"])
+                for it in dimms
+                if "size" in it["data"]
+            },
+            folder=_folder_for(qemu, folder),
+        )
+
+
+async def _mappings_of(qemu: AttachedQemu) -> list[ProcessMapping]:
+    """The mappings of QEMU's process; none where it is not known, or QEMU can save its memory.
+
+    Raises:
+        OutOfReachError: it belongs to another user, and this one is not root.
+    """
+    threads = [vcpu["thread-id"] for vcpu in await qemu.qmp.execute("query-cpus-fast")]
+    if not qemu.pid or (threads and not has_thread(qemu.pid, threads[0])):
+        return []  # a supervisor opened the socket
+    try:
+        return mappings_of(qemu.pid, qemu.name)
+    except OutOfReachError:
+        user, _ = user_and_group(qemu.pid)
+        if os.geteuid() not in (0, user):
+            raise
+        return []
+
+
+def _folder_for(qemu: AttachedQemu, folder: Path) -> Path:
+    """A folder in `folder` that QEMU can write, and nobody else but this process can read."""
+    own = folder / qemu.name.split()[0]
+    own.mkdir(mode=0o700)
+    if os.geteuid() == 0 and qemu.pid:
+        with contextlib.suppress(OSError):  # without CAP_CHOWN; QEMU then says what it cannot do
+            user, group = user_and_group(qemu.pid)
+            os.chown(own, user, group)
+            folder.chmod(0o711)
+    return own
+
+
+def _place(device: Mapping[str, int]) -> tuple[int, int]:
+    # A DIMM has 'addr', persistent and paravirtual memory 'memaddr' (MemoryDeviceInfo).
+    return device.get("addr", device.get("memaddr", 0)), device["size"]

@@ -1,0 +1,168 @@
+"""Where a QEMU process has a guest's RAM: the shared file behind a host address, if there is one.
+
+A file that QEMU holds open is opened through /proc/PID/fd, which the owner may do; one that it has
+only mapped (shared anonymous memory) through /proc/PID/map_files, which root may (proc(5)).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dmaproof.errors import UntestableError
+
+from ..qemu.attachment import owner_name
+
+
+class OutOfReachError(UntestableError):
+    """This user may not look at the memory of a process."""
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """One line of /proc/PID/maps; addresses and `offset` in bytes."""
+
+    start: int
+    end: int
+    shared: bool
+    offset: int
+    inode: int
+    path: str
+
+
+def parse_maps(lines: Iterable[str]) -> list[Mapping]:
+    """The mappings that /proc/PID/maps tells of.
+
+    Raises:
+        UntestableError: a line is none of proc(5)'s.
+    """
+    mappings = []
+    for line in lines:
+        try:
+            addresses, permissions, offset, _, inode, *path = line.rstrip("\n").split(maxsplit=5)
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            shared = permissions[3] == "s"
+            mapping = Mapping(start, end, shared, int(offset, 16), int(inode), "".join(path))
+        except (ValueError, IndexError):
+            raise UntestableError(f"/proc/PID/maps has a line that is none: {line!r}") from None
+        mappings.append(mapping)
+    return mappings
+
+
+def mappings_of(pid: int, name: str) -> list[Mapping]:
+    """The mappings of process `pid`, called `name` in messages.
+
+    Raises:
+        OutOfReachError: this user may not look at them.
+        UntestableError: there is no such process.
+    """
+    try:
+        with Path(f"/proc/{pid}/maps").open() as lines:
+            return parse_maps(lines)
+    except PermissionError:
+        owner = owner_name(Path(f"/proc/{pid}").stat().st_uid)
+        raise OutOfReachError(
+            f"the memory of {name} (process {pid}) may not be read: it belongs to user {owner}; "
+            f"run this as {'root' if owner == 'root' else f'{owner} or as root'}"
+        ) from None
+    except OSError as error:
+        raise UntestableError(f"{name} (process {pid}) cannot be looked at: {error}") from error
+
+
+def user_and_group(pid: int) -> tuple[int, int]:
+    """The user and the group with which process `pid` opens files.
+
+    The owner of /proc/PID does not tell them: it is root where a process is not dumpable.
+    """
+    process = Path(f"/proc/{pid}")
+    return _numbers(process, "Uid")[-1], _numbers(process, "Gid")[-1]
+
+
+def has_thread(pid: int, thread: int) -> bool:
+    """Whether process `pid` has a thread that knows itself by `thread`, in a namespace or not."""
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if _numbers(task, "NSpid")[-1:] == [thread]:
+                return True
+    return False
+
+
+def _numbers(process: Path, key: str) -> list[int]:
+    """The numbers that /proc/PID/status has behind `key` (proc_pid_status(5))."""
+    for line in (process / "status").read_text().splitlines():
+        name, _, values = line.partition(":")
+        if name == key:
+            return [int(value) for value in values.split()]
+    return []
+
+
+@dataclass(frozen=True)
+class SharedMemory:
+    """A file that is mapped shared, open for reading; `offset` is that of the address looked up."""
+
+    fd: int
+    offset: int
+    device: int
+    inode: int
+
+
+@contextlib.contextmanager
+def shared_memory(
+    pid: int, mappings: Iterable[Mapping], hva: int, length: int
+) -> Iterator[SharedMemory | None]:
+    """The file behind `length` bytes at `hva` in process `pid`.
+
+    None for private memory, and for files of huge pages, which cannot be mapped by the small page.
+    """
+    mapping = _shared_mapping(mappings, hva, length)
+    fd = _open(pid, mapping) if mapping else None
+    if mapping is None or fd is None:
+        yield None
+        return
+    try:
+        if os.fstatvfs(fd).f_bsize > mmap.PAGESIZE:  # hugetlbfs_statfs gives its page's size
+            yield None
+            return
+        status = os.fstat(fd)
+        yield SharedMemory(fd, mapping.offset + hva - mapping.start, status.st_dev, status.st_ino)
+    finally:
+        os.close(fd)
+
+
+def _shared_mapping(mappings: Iterable[Mapping], hva: int, length: int) -> Mapping | None:
+    """The first mapping of those, one behind the other, that have `length` bytes from `hva` on."""
+    first: Mapping | None = None
+    end = hva
+    for mapping in mappings:
+        if not mapping.start <= end < mapping.end:
+            continue
+        if not mapping.shared:
+            return None
+        if first is None:
+            first = mapping
+        elif (mapping.inode, mapping.offset) != (first.inode, first.offset + end - first.start):
+            return None
+        end = mapping.end
+        if end >= hva + length:
+            return first
+    return None
+
+
+def _open(pid: int, mapping: Mapping) -> int | None:
+    for entry in _entries(pid, mapping):
+        with contextlib.suppress(OSError):
+            return os.open(entry, os.O_RDONLY | os.O_CLOEXEC)
+    return None
+
+
+def _entries(pid: int, mapping: Mapping) -> Iterator[Path]:
+    with contextlib.suppress(OSError):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.stat().st_ino == mapping.inode and entry.readlink() == Path(mapping.path):
+                    yield entry
+    yield Path(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}")

@@ -1,0 +1,93 @@
+"""Has the measurement carried out in L1, and makes tables, times and projections of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from ...guest.build import Say
+from ...host.run_folder import run_folder
+from ..l1.machine import L1, run_in_l1
+from .measure import Pinned, Row
+from .model import Fit, Projection, fits, nanoseconds, project
+from .yardsticks import yardsticks
+
+_RESULTS: Final = "results.json"
+_TIMES: Final = 10
+_COMMAND: Final = f"python3 -m qmp_tools.passthrough.kernel_cost.measure /mnt/{_RESULTS} --most "
+
+
+@dataclass(frozen=True)
+class KernelCost:
+    """The whole of it. `counted` and `timed`: the yardsticks in L1 and here."""
+
+    kernel: str
+    rows: Sequence[Row]
+    counted: Mapping[str, float]
+    timed: Mapping[str, float]
+    fits: Mapping[str, Fit]
+    projections: Sequence[Projection]
+
+    @property
+    def nanoseconds(self) -> dict[str, float]:
+        """Of an instruction, by the yardstick."""
+        return nanoseconds(self.timed, self.counted)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as for JSON."""
+        times = self.nanoseconds
+        return {
+            "kernel": self.kernel,
+            "rows": [asdict(row) for row in self.rows],
+            "yardsticks": {
+                name: {"instructions": self.counted[name], "nanoseconds": self.timed[name]}
+                for name in self.timed
+            },
+            "fits": [asdict(fit) for fit in self.fits.values()],
+            "projections": [
+                {
+                    **asdict(it),
+                    "instructions": it.instructions,
+                    "milliseconds": it.milliseconds(times),
+                }
+                for it in self.projections
+            ],
+        }
+
+
+async def measure_kernel_cost(
+    machine: L1, qemu: Path, say: Say, most: int, timeout_s: float
+) -> KernelCost:
+    """Measure guests up to `most` bytes in L1, booted by `qemu`.
+
+    Up to 16 TiB that takes 2 minutes on a quiet machine.
+
+    Raises:
+        UntestableError: L1 does not boot, or breaks off.
+    """
+
+    def heard(line: str) -> None:
+        say(line.replace("\t", "  "))
+
+    with run_folder(keep=False) as folder:
+        counting = replace(machine, counting=True)
+        job = await run_in_l1(counting, qemu, f"{_COMMAND}{most}", folder, heard, timeout_s)
+        results: dict[str, Any] = json.loads((job / _RESULTS).read_text())
+    return reckon(results, _timed())
+
+
+def _timed() -> dict[str, float]:
+    """The yardsticks here, each at its shortest: others may want the machine, too."""
+    every = [yardsticks() for _ in range(_TIMES)]
+    return {name: min(it[name] for it in every) for name in every[0]}
+
+
+def reckon(results: Mapping[str, Any], timed: Mapping[str, float]) -> KernelCost:
+    """The fit and the projection of what L1 found, with the yardsticks as `timed` here."""
+    rows = [Row(**{**row, "pinned": Pinned(**row["pinned"])}) for row in results["rows"]]
+    found = fits(rows)
+    projections = list(project(rows, found))
+    return KernelCost(results["kernel"], rows, results["yardsticks"], timed, found, projections)

@@ -1,0 +1,154 @@
+"""L1's root file system: packages of the distribution's archive, unpacked; nothing is installed.
+
+The same tree holds the tools that build L1's kernel, which run in it as in a container: in user,
+mount and process namespaces of their own, without root, and gone when the tool is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from dmaproof.errors import UntestableError, WaitTimeoutError
+
+from ...guest.build import Say, cache, digest, fresh_folder, prune, sources
+from ...host.archive import Archive, unpack
+from ...host.capabilities import CAP_SYS_ADMIN, is_capable
+
+SUITE: Final = "trixie-backports"
+_RUNNING: Final = ("coreutils", "dash", "libc-bin", "mount", "kmod", "python3", "python3-numpy")
+_QEMU: Final = ("qemu-system-x86", "qemu-system-data", "seabios")
+_BUILDING: Final = (
+    *("gcc", "libc6-dev", "make", "flex", "bison", "bc", "libelf-dev", "libssl-dev", "tar"),
+    *("xz-utils", "mawk", "bash", "sed", "grep", "gzip", "findutils", "diffutils", "perl-base"),
+)
+_LINKS: Final = {
+    "usr/bin/awk": "mawk",
+    "usr/lib/x86_64-linux-gnu/libblas.so.3": "blas/libblas.so.3",
+    "usr/lib/x86_64-linux-gnu/liblapack.so.3": "lapack/liblapack.so.3",
+    "etc/mtab": "/proc/self/mounts",
+}
+"""What the packages' maintainer scripts would have made."""
+_COMPILE_S: Final = 600.0
+COMPILE_PYTHON: Final = (
+    "python3 -m compileall -q -j0 --invalidation-mode unchecked-hash $WHAT >/dev/null 2>&1 || true"
+)
+"""Under TCG, to compile what is imported takes longer than to run it. Some files are no Python."""
+_MOUNT_POINTS: Final = ("dev", "proc", "sys", "tmp", "run", "mnt")
+
+_PR_SET_PDEATHSIG: Final = 1
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+_ENTER: Final = """\
+root=$1; shift
+mount --rbind /dev "$root/dev"
+mount -t proc proc "$root/proc"
+mount --bind "$1" "$root/mnt"; shift
+exec chroot "$root" /usr/bin/env -i PATH=/usr/sbin:/usr/bin HOME=/ LC_ALL=C "$@"
+"""
+
+
+def l1_root(say: Say = lambda text: None) -> Path:
+    """The root file system; fetched the first time, some 150 MB.
+
+    Its file ``packages`` lists what it was made of.
+
+    Raises:
+        UntestableError: the archive cannot be reached.
+    """
+    packages = (*_RUNNING, *_QEMU, *_BUILDING)
+    init = sources() / "passthrough" / "init"
+    recipe = "\n".join((SUITE, *packages, *_LINKS.values())).encode()
+    target = cache() / "l1" / f"root-{digest([recipe, init.read_bytes()])}"
+    if not target.is_dir():
+        with fresh_folder(target) as fresh:
+            if fresh is not None:
+                _fill(fresh, packages, init, say)
+    return prune(target)
+
+
+def _fill(fresh: Path, packages: Sequence[str], init: Path, say: Say) -> None:
+    say(f"fetching L1's root file system from {SUITE}, once")
+    archive = fresh / "archive"
+    found = Archive(SUITE, archive).fetch_closure(packages)
+    say(f"unpacking {len(found)} packages")
+    for package in found:
+        unpack(package, fresh)
+    (fresh / "packages").write_text("".join(f"{package.name}\n" for package in found))
+    shutil.rmtree(archive)
+    for name, target in _LINKS.items():
+        link = fresh / name
+        if not link.is_symlink():
+            link.symlink_to(target)
+    for name in _MOUNT_POINTS:
+        (fresh / name).mkdir(exist_ok=True)
+    (fresh / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
+    shutil.copy(init, fresh / "init")
+    (fresh / "init").chmod(0o755)
+    nothing = fresh / "mnt"
+    what = "/usr/lib/python3 /usr/lib/python3.*"
+    run_inside(fresh, nothing, COMPILE_PYTHON, "compiling Python for L1", _COMPILE_S, WHAT=what)
+
+
+def run_inside(
+    root: Path, mounted: Path, script: str, what: str, timeout_s: float, **variables: str
+) -> str:
+    """Run a shell script inside `root`, where the folder `mounted` is ``/mnt``; what it prints.
+
+    `variables` are given to the script; `what` says in words what it is to do.
+
+    Raises:
+        UntestableError: it failed, took longer, or namespaces are forbidden here.
+    """
+    command = [
+        *("unshare", "--mount", "--pid", "--fork", "--kill-child=SIGKILL"),
+        # In a chroot not even root can have a user namespace (create_user_ns in the kernel).
+        *(() if is_capable(CAP_SYS_ADMIN) else ("--map-root-user",)),
+        *("sh", "-ec", _ENTER, "sh", os.fspath(root), os.fspath(mounted)),
+        *_assignments(variables),
+        *("sh", "-ec", script),
+    ]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+            preexec_fn=_die_with_parent,
+        )
+    except FileNotFoundError:
+        raise UntestableError(f"{what} needs unshare: apt-get install util-linux") from None
+    except subprocess.TimeoutExpired:
+        raise WaitTimeoutError(f"{what} took longer than {timeout_s:g} s") from None
+    if done.returncode:
+        told = done.stderr.strip().splitlines()[-12:]
+        if any(line.startswith("unshare:") for line in told):
+            told.append(
+                "user namespaces are forbidden here; allow them "
+                "(sysctl kernel.unprivileged_userns_clone=1), or leave the container"
+            )
+        raise UntestableError(f"{what} failed:\n" + "\n".join(f"    {line}" for line in told))
+    return done.stdout
+
+
+def _assignments(variables: Mapping[str, str]) -> list[str]:
+    return [f"{name}={value}" for name, value in variables.items()]
+
+
+def _die_with_parent() -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def quoted(*words: str | Path) -> str:
+    """`words` as one line for a shell."""
+    return shlex.join(os.fspath(word) for word in words)

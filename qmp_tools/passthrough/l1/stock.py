@@ -1,0 +1,95 @@
+"""A kernel for L1 that need not be built: that of Debian 12, with fewer interfaces.
+
+Newer stock kernels are built without what is to be tested: no iommufd, and an iova_bitmap that is a
+stub. That of Debian 12 (Linux 6.1) has VFIO's DMA logging, its iterator and type1, but neither
+iommufd nor PRE_COPY. The fake device's module is built against its headers. Its drivers are
+modules, so it starts from an initramfs of one program, ``guests/passthrough/early_init.c``.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from ...guest.build import Say, cache, compile_c, digest, fresh_folder, prune, sources
+from ...guest.linux import kernel_elf, load_order, newc_archive, pick_modules
+from ...host.archive import Archive, unpack
+
+STOCK: Final = "stock"
+_SUITE: Final = "bookworm"
+_PACKAGE: Final = "linux-image-amd64"
+_FOR_ROOT: Final = ("virtio_pci", "9pnet_virtio", "9p")
+_FOR_VFIO: Final = ("vfio", "vfio_iommu_type1", "mdev")
+_INIT_OPTIONS: Final = ("-static", "-std=c11")
+
+
+def stock_kernel(say: Say = lambda text: None) -> Path:
+    """A folder as `l1_kernel` gives it, and an ``initramfs``.
+
+    Raises:
+        UntestableError: the archive cannot be reached, or there is no C compiler.
+    """
+    init = sources() / "passthrough" / "early_init.c"
+    parts = [init.read_bytes(), " ".join((_SUITE, _PACKAGE, *_FOR_ROOT, *_FOR_VFIO)).encode()]
+    target = cache() / "l1" / f"kernel-{STOCK}-{digest(parts)}"
+    if not target.is_dir():
+        with fresh_folder(target) as fresh:
+            if fresh is not None:
+                _fill(fresh, init, say)
+    return prune(target)
+
+
+def _fill(fresh: Path, init: Path, say: Say) -> None:
+    say(f"fetching the stock kernel of {_SUITE} and its headers, once")
+    archive = Archive(_SUITE, fresh / "archive")
+    image = archive.dependencies(_PACKAGE)[0]
+    headers = image.replace("linux-image", "linux-headers")
+    needed = [
+        name
+        for name in archive.dependencies(headers)
+        if name.startswith(("linux-headers-", "linux-kbuild-"))
+    ]
+    unpacked = fresh / "unpacked"
+    for package in (image, headers, *needed):
+        unpack(archive.fetch(package), unpacked)
+    vmlinuz = next((unpacked / "boot").glob("vmlinuz-*"))
+    (fresh / "vmlinux").write_bytes(kernel_elf(vmlinuz.read_bytes()))
+    _collect_modules(unpacked, _FOR_VFIO, fresh / "modules")
+    early = fresh / "early"
+    _collect_modules(unpacked, _FOR_ROOT, early)
+    compile_c([init], fresh / "init", *_INIT_OPTIONS)
+    files = {f"modules/{file.name}": file.read_bytes() for file in sorted(early.iterdir())}
+    files["init"] = (fresh / "init").read_bytes()
+    (fresh / "initramfs").write_bytes(newc_archive(files))
+    _build_tree(unpacked / "usr", headers, fresh / "build")
+    for folder in (unpacked, early, fresh / "archive"):
+        shutil.rmtree(folder)
+
+
+def _collect_modules(unpacked: Path, names: Sequence[str], folder: Path) -> None:
+    """Copy modules and what they depend on; ``order`` is that in which they can be loaded."""
+    pick_modules(unpacked, names, folder)
+    order = load_order(names, folder)
+    (folder / "order").write_text("".join(f"{name}.ko\n" for name in order))
+
+
+def _build_tree(unpacked: Path, headers: str, tree: Path) -> None:
+    """What modules are built against, in one folder that is /mnt/kernel when they are.
+
+    Debian's headers are three packages that refer to each other by absolute paths, and ask for
+    Debian 12's own compiler.
+    """
+    shutil.copytree(unpacked / "src" / headers, tree, symlinks=True)
+    shutil.copytree(next(unpacked.glob("src/*-common")), tree / "common", symlinks=True)
+    shutil.copytree(next(unpacked.glob("lib/linux-kbuild-*")), tree / "kbuild", symlinks=True)
+    for folder, beside in ((tree, "kbuild"), (tree / "common", "../kbuild")):
+        for link in folder.iterdir():
+            if link.is_symlink() and "linux-kbuild" in str(link.readlink()):
+                link.unlink()
+                link.symlink_to(f"{beside}/{link.name}")
+    (tree / "Makefile").write_text("include /mnt/kernel/common/Makefile\n")
+    variables = tree / ".kernelvariables"
+    variables.write_text(re.sub(r"gcc-\d+", "gcc", variables.read_text()))

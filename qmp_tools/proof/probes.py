@@ -1,0 +1,237 @@
+"""What this machine and a QEMU can really do, found out by trying, and remembered.
+
+- Whether KVM runs our guest: /dev/kvm may open, and firmware run, where a Linux guest hangs.
+- Whether the accelerator's own dirty tracking loses pages that a vCPU wrote. Under TCG it does
+  where a RAM block is a multiple of 256 KiB: the bitmap sync then takes whole words, and QEMU 7.2
+  does not reset the TLB's dirty state there, newer ones only that of the first block.
+
+An answer about the machine holds until it boots again; one about a QEMU until its file changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError
+
+from ..guest.bare import probe_guest
+from ..guest.build import Guest
+from ..guest.workload import Workload
+from ..host.run_folder import run_folder
+from ..host.timeout import bounded
+from ..host.user_folders import cache_folder
+from ..memory.ram import compare, ram_file
+from ..migration.migration import Limits, Migration
+from ..migration.ways import WAYS, Ends
+from ..qemu.machine import GIB, INCOMING, KIB, MIB, Machine, format_memory
+from ..qemu.qemu import Qemu
+from .display import Display
+
+_ODD_BYTES: Final = 8 * KIB
+"""Added to a RAM size, makes it no multiple of 64 pages."""
+
+_PROBE_MEMORY_BYTES: Final = 64 * MIB
+_BLOCK_BEFORE: Final = ("-object", f"memory-backend-ram,id=before,size={_PROBE_MEMORY_BYTES}")
+"""Takes the first place among QEMU's RAM blocks, which else is that of the guest's RAM."""
+_PROBE_BANDWIDTH_BYTES_PER_S: Final = 1 * MIB
+_PROBE_SYNCS: Final = 4
+
+
+def _cache_file() -> Path:
+    return cache_folder() / "probes.json"
+
+
+def _recall() -> dict[str, int]:
+    try:
+        answers = json.loads(_cache_file().read_text())
+    except (OSError, ValueError, UntestableError):
+        return {}
+    if not isinstance(answers, dict):
+        return {}
+    return {question: answer for question, answer in answers.items() if isinstance(answer, int)}
+
+
+async def _remembered(question: str, probe: Callable[[], Awaitable[int]]) -> int:
+    """The answer to `question`, from the last time or by `probe`."""
+    answers = _recall()
+    if question not in answers:
+        answer = await probe()
+        answers = {**_recall(), question: answer}
+        with contextlib.suppress(OSError, UntestableError):  # then it is asked again the next time
+            file = _cache_file()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            fresh = file.with_suffix(f".{os.getpid()}")
+            fresh.write_text(json.dumps(answers, indent=1))
+            fresh.replace(file)
+    return answers[question]
+
+
+def identity(qemu: Path) -> str:
+    """What changes when the file of a QEMU does."""
+    status = qemu.resolve().stat()
+    return f"{qemu.resolve()} {status.st_size} {status.st_mtime_ns}"
+
+
+async def require_x86_64(side: str, qemu: Path, timeout_s: float) -> None:
+    """Refuse a QEMU for `side` that emulates another architecture than the guests'.
+
+    Raises:
+        UsageError: it does.
+        UntestableError: it does not start.
+    """
+
+    async def probe() -> int:
+        with run_folder() as folder:
+            running = await Qemu.start(
+                side, qemu, ["-machine", "none"], folder, timeout_s=timeout_s
+            )
+            try:
+                architecture = (await running.qmp.execute("query-target"))["arch"]
+            finally:
+                await running.end()
+        if architecture != "x86_64":
+            raise UsageError(
+                f"{qemu} emulates {architecture}, and dmaproof's guests run on x86_64: name a "
+                "qemu-system-x86_64"
+            )
+        return True
+
+    await _remembered(f"emulates x86_64 {identity(qemu)}", probe)
+
+
+async def choose_accelerator(
+    wanted: str, qemu: Path, guest: Guest, display: Display, timeout_s: float
+) -> str:
+    """'kvm' or 'tcg': what was `wanted`, or for 'auto' KVM if it runs `guest`."""
+    if wanted != "auto":
+        return wanted
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        there = Path("/dev/kvm").exists()
+        why = "may not be opened by this user" if there else "is not there"
+        display.say(f"accelerator: TCG, because /dev/kvm {why}")
+        return "tcg"
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    runs = await _remembered(
+        f"kvm {boot} {identity(qemu)} {guest.version}", lambda: _kvm_runs(qemu, guest, timeout_s)
+    )
+    if not runs:
+        display.say(
+            f"accelerator: TCG, because under KVM the guest did not start within "
+            f"{guest.kvm_patience_s:.0f} s"
+        )
+    return "kvm" if runs else "tcg"
+
+
+async def _kvm_runs(qemu: Path, guest: Guest, timeout_s: float) -> int:
+    machine = Machine(
+        machine="q35",
+        accelerator="kvm",
+        memory_bytes=256 * MIB,
+        cpus=1,
+        kernel=guest.kernel,
+        initramfs=guest.initramfs,
+        command_line=guest.command_line(Workload()),
+    )
+    disk = ["-blockdev", f"null-co,node-name=disk,size={64 * GIB}"]
+    disk += ["-device", "virtio-blk-pci,drive=disk"]
+    with run_folder() as folder:
+        try:
+            running = await Qemu.start(
+                "probe", qemu, [*machine.arguments(), *disk], folder, timeout_s=timeout_s
+            )
+        except UntestableError:
+            return 0
+        try:
+            async with asyncio.timeout(guest.kvm_patience_s):
+                line = await running.report.readline()
+                return int(bool(line) and not line.startswith(b"fatal"))
+        except TimeoutError:
+            return 0
+        finally:
+            await running.end()
+
+
+async def choose_memory(
+    qemu: Path, accelerator: str, wanted_bytes: int, display: Display, timeout_s: float
+) -> int:
+    """A RAM size of about `wanted_bytes` at which the accelerator's own dirty tracking is sound."""
+    lost = await vcpu_pages_lost(qemu, accelerator, timeout_s)
+    if not lost:
+        return wanted_bytes
+    memory = wanted_bytes + _ODD_BYTES
+    display.say(
+        f"memory: {format_memory(memory)}, because at sizes like "
+        f"{format_memory(wanted_bytes)} this QEMU loses pages that its vCPUs write "
+        f"(a probe lost {lost})"
+    )
+    return memory
+
+
+async def warn_of_dimms(qemu: Path, accelerator: str, display: Display, timeout_s: float) -> None:
+    """Say so if the accelerator's own dirty tracking is not sound in memory that is plugged."""
+    if lost := await vcpu_pages_lost(qemu, accelerator, timeout_s, in_dimms=True):
+        display.say(
+            f"memory: what vCPUs write to a DIMM may get lost by this QEMU (a probe lost {lost}); "
+            "it is told as the accelerator's loss"
+        )
+
+
+async def vcpu_pages_lost(
+    qemu: Path, accelerator: str, timeout_s: float, *, in_dimms: bool = False
+) -> int:
+    """How many pages a migration loses that only a vCPU writes, without any device: in the guest's
+    RAM, which is QEMU's first RAM block, or in the blocks behind it, such as DIMMs."""
+    block = " behind the first block" if in_dimms else ""
+    return await _remembered(
+        f"vcpu-pages-lost{block} {accelerator} {identity(qemu)} {probe_guest().parent.name}",
+        lambda: _count_vcpu_pages_lost(
+            qemu, accelerator, _BLOCK_BEFORE if in_dimms else (), timeout_s
+        ),
+    )
+
+
+async def _count_vcpu_pages_lost(
+    qemu: Path, accelerator: str, before: Sequence[str], timeout_s: float
+) -> int:
+    machine = Machine(
+        machine="q35",
+        accelerator=accelerator,
+        memory_bytes=_PROBE_MEMORY_BYTES,
+        cpus=1,
+        kernel=probe_guest(),
+    )
+    arguments = [*before, *machine.arguments()]
+    with run_folder() as folder:
+        async with contextlib.AsyncExitStack() as stack:
+            source = await Qemu.start("source", qemu, arguments, folder, timeout_s=timeout_s)
+            stack.push_async_callback(source.end)
+            destination = await Qemu.start(
+                "destination", qemu, [*arguments, *INCOMING], folder, timeout_s=timeout_s
+            )
+            stack.push_async_callback(destination.end)
+            late = WaitTimeoutError(
+                f"the probe's guest on {qemu} has said nothing within {timeout_s:g} s"
+            )
+            async with bounded(timeout_s, lambda: late):
+                await source.report.readline()
+            # So slow that the 64 dirty pages take a quarter of a second. They must be sent while
+            # the vCPU runs on, also on a busy machine: where it has not written to them again by
+            # the time it is stopped, the loss is hidden.
+            limits = Limits(_PROBE_BANDWIDTH_BYTES_PER_S, timeout_s=timeout_s)
+            migration = Migration(Ends(source.qmp, destination.qmp, folder), WAYS["unix"], limits)
+            await migration.start()
+            async for progress in migration.follow():
+                if progress.syncs >= _PROBE_SYNCS:
+                    await migration.release()
+            await migration.load()
+            with (
+                ram_file(source.process.pid, "the probe's source") as source_ram,
+                ram_file(destination.process.pid, "the probe's destination") as destination_ram,
+            ):
+                return len(compare(source_ram, destination_ram))

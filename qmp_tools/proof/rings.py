@@ -1,0 +1,132 @@
+"""Where the rings of a stopped device stand: its answer, held against the ring in RAM.
+
+QEMU stops a vhost-user device by GET_VRING_BASE, keeps the answer as the ring's last_avail_idx
+(vhost_virtqueue_stop), and the destination starts there. The answer is the index of the request
+that the device would take next. On a split ring it cannot lie before the used index, which counts
+the requests that the device has finished, nor after the available index, which counts those that
+the driver has made available (virtio 1.2, 2.7.6 and 2.7.8). All three count modulo 2^16.
+
+What QEMU does with a wrong answer does not name the cause: the destination refuses the device's
+state, or marks the device as broken and leaves the guest waiting (virtio_load).
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ..qemu.machine import DESTINATION
+from ..qemu.qmp import Qmp, QmpRefusal
+
+_WRAP: Final = 1 << 16
+_INDEX: Final = struct.Struct("<H")
+_INDEX_OFFSET: Final = 2
+"""Of idx behind flags, in the available and in the used ring alike."""
+
+ReadRam = Callable[[int, int], bytes | None]
+"""Reads so many bytes from a guest-physical address; None where there is no RAM."""
+
+
+@dataclass(frozen=True)
+class Ring:
+    """A split ring in the RAM of `side`, a paused QEMU; `device` is QEMU's name for its type.
+
+    `used` and `available` are the indices in that RAM; `answered` is what the source's device has
+    answered to GET_VRING_BASE. `size` is in descriptors.
+    """
+
+    side: str
+    device: str
+    queue: int
+    size: int
+    answered: int
+    used: int
+    available: int
+
+    @property
+    def is_answered_right(self) -> bool:
+        """Whether the answer may be right, as far as the ring tells."""
+        return (self.answered - self.used) % _WRAP <= self._outstanding
+
+    @property
+    def is_consistent(self) -> bool:
+        """Whether no more requests are outstanding than there is room for."""
+        return self._outstanding <= self.size
+
+    @property
+    def _outstanding(self) -> int:
+        return (self.available - self.used) % _WRAP
+
+    @property
+    def story(self) -> str:
+        """What is wrong, in one sentence; of a ring that is not right."""
+        ring = f"queue {self.queue} of {self.device}"
+        figures = f"used index {self.used} and available index {self.available}"
+        if not self.is_consistent:
+            return (
+                f"{ring}: {figures} in the {self.side}'s RAM cannot be right for a ring of "
+                f"{self.size}: {self._why_inconsistent}"
+            )
+        few, many = (self.used - self.answered) % _WRAP, (self.answered - self.available) % _WRAP
+        wrong = f"{few} too few" if few <= many else f"{many} too many"
+        return (
+            f"{ring}: the device answered GET_VRING_BASE with {self.answered}, at least {wrong}: "
+            f"the ring in the {self.side}'s RAM has {figures}, and the answer must lie between them"
+        )
+
+    @property
+    def _why_inconsistent(self) -> str:
+        too_many = (self.used - self.available) % _WRAP
+        if too_many >= _WRAP // 2:  # so it is the available index that is ahead
+            return "the device's last writes to its used ring are missing"
+        if self.side == DESTINATION:
+            return "the driver's last writes to its available ring are missing"
+        return (
+            f"the device has finished {too_many} more requests than it was given, as one does that "
+            f"starts at a wrong index; it answered GET_VRING_BASE with {self.answered}"
+        )
+
+
+async def stopped_rings(qmp: Qmp, rams: Mapping[str, ReadRam]) -> Sequence[Ring]:
+    """The rings that the guest of a paused QEMU uses, as they are in the `rams` of each side.
+
+    All of them must be split rings. A QEMU before 7.2 does not report its rings: none are returned.
+    """
+    found: list[Ring] = []
+    try:
+        devices: list[dict[str, Any]] = await qmp.execute("x-query-virtio")
+    except QmpRefusal:
+        return []
+    for device in devices:
+        for queue in itertools.count():
+            try:
+                told: dict[str, Any] = await qmp.execute(
+                    "x-query-virtio-queue-status", path=device["path"], queue=queue
+                )
+            except QmpRefusal:  # it has no more of them
+                break
+            rings = (_ring(side, device["name"], queue, told, read) for side, read in rams.items())
+            found += [ring for ring in rings if ring]
+    return found
+
+
+def _ring(side: str, device: str, queue: int, told: dict[str, Any], read: ReadRam) -> Ring | None:
+    if not told["vring-desc"] or "last-avail-idx" not in told:
+        return None
+    available, used = (
+        read(told[member] + _INDEX_OFFSET, _INDEX.size) for member in ("vring-avail", "vring-used")
+    )
+    if available is None or used is None:
+        return None
+    return Ring(
+        side=side,
+        device=device,
+        queue=queue,
+        size=told["vring-num"],
+        answered=told["last-avail-idx"],
+        used=_INDEX.unpack(used)[0],
+        available=_INDEX.unpack(available)[0],
+    )

@@ -1,0 +1,195 @@
+"""QEMU builds from the distribution's archive, each with all its libraries in a folder of its own.
+
+Packages of a newer release do not install on an older one, but they run from a folder: started
+through that folder's own dynamic loader, with its libraries, modules and firmware. A small script
+does that, so a fetched QEMU is a path like any other; it replaces itself by QEMU, so the process id
+stays the same.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from dmaproof.errors import UntestableError, UsageError
+
+from ..host.archive import Archive, own_codename, replace_folder, unpack
+from ..host.unexpected import writing_to
+from ..host.user_folders import data_folder
+
+Say = Callable[[str], None]
+
+_RELEASES: Final = ("bookworm", "trixie")
+"""Those whose suites are tried for a version; the machine's own is tried too."""
+_PACKAGE: Final = "qemu-system-x86"
+_PACKAGES: Final = (_PACKAGE, "qemu-system-data", "qemu-utils", "seabios", "ipxe-qemu")
+_VIRTIOFSD: Final = "virtiofsd"
+"""A package of its own from Debian 13 on."""
+PROGRAM: Final = "qemu-system-x86_64"
+_PROGRAMS: Final = {
+    PROGRAM: "usr/bin",
+    "qemu-storage-daemon": "usr/bin",
+    "qemu-img": "usr/bin",
+    _VIRTIOFSD: "usr/libexec",
+}
+"""Where the packages have them."""
+_SUITE_FILE: Final = "suite"
+_REMEDY: Final = "set XDG_DATA_HOME to a folder that can be written to, with room"
+
+_WRAPPER: Final = """\
+#!/bin/sh
+# Runs this folder's {program} with this folder's loader, libraries, modules and firmware.
+root=$(dirname "$(readlink -f "$0")")/root
+libraries=$root/lib/x86_64-linux-gnu:$root/usr/lib/x86_64-linux-gnu
+export QEMU_MODULE_DIR="$root/usr/lib/x86_64-linux-gnu/qemu"
+exec "$root/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2" --library-path "$libraries" \\
+    "$root/{place}/{program}"{firmware} "$@"
+"""
+_FIRMWARE: Final = (
+    ' -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" \\\n    -L "$root/usr/lib/ipxe/qemu"'
+)
+
+
+@dataclass(frozen=True)
+class QemuBuild:
+    """A fetched QEMU; `path` is its qemu-system-x86_64."""
+
+    version: str
+    suite: str
+    path: Path
+
+
+def _home() -> Path:
+    return data_folder() / "qemu"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version))
+
+
+def installed() -> list[QemuBuild]:
+    """The builds that are there, oldest version first."""
+    try:
+        home = _home()
+    except UntestableError:  # and so nothing was fetched
+        return []
+    builds = [
+        QemuBuild(file.parent.name, file.read_text().strip(), file.parent / PROGRAM)
+        for file in home.glob(f"[0-9]*/{_SUITE_FILE}")
+    ]
+    return sorted(builds, key=lambda build: _numbers(build.version))
+
+
+def files_of_build(program: Path) -> list[Path]:
+    """All files of the fetched QEMU that `program` belongs to; none if it was not fetched."""
+    if not (program.parent / _SUITE_FILE).is_file():
+        return []
+    return [file for file in (program.parent / "root").rglob("*") if file.is_file()]
+
+
+def fetch(wanted: str, say: Say) -> QemuBuild:
+    """Bring the QEMU of a suite ('trixie-backports') or of a version ('11.1').
+
+    Raises:
+        UsageError: no suite of the archive has that version.
+        UntestableError: the archive cannot be reached, or what came does not run.
+    """
+    with writing_to(_home(), _REMEDY):
+        return _fetch(wanted, say)
+
+
+def _fetch(wanted: str, say: Say) -> QemuBuild:
+    _home().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="new-", dir=_home()) as temporary:
+        folder = Path(temporary)
+        archive, version = _find(wanted, folder, say)
+        target = _home() / version
+        say(f"fetching QEMU {version} and its libraries from {archive.suite}")
+        with_virtiofsd = (_VIRTIOFSD,) if archive.has(_VIRTIOFSD) else ()
+        packages = archive.fetch_closure((*_PACKAGES, *with_virtiofsd))
+        say(f"unpacking {len(packages)} packages")
+        build = folder / "build"
+        for package in packages:
+            unpack(package, build / "root")
+        make_whole(build, _PROGRAMS)
+        (build / _SUITE_FILE).write_text(archive.suite + "\n")
+        _try(build / PROGRAM)
+        replace_folder(build, target)
+    return QemuBuild(version, archive.suite, target / PROGRAM)
+
+
+def _find(wanted: str, folder: Path, say: Say) -> tuple[Archive, str]:
+    """The suite that has what is `wanted`, and the upstream version there."""
+    is_version = wanted[:1].isdigit()
+    suites = _suites() if is_version else [wanted]
+    seen = []
+    for suite in suites:
+        say(f"looking into {suite}")
+        try:
+            archive = Archive(suite, folder / suite)
+            version = _upstream(archive.version(_PACKAGE))
+        except UntestableError:
+            if not is_version or len(suites) == 1:
+                raise
+            continue
+        if not is_version or version == wanted or version.startswith(wanted + "."):
+            return archive, version
+        seen.append(f"{suite} has {version}")
+    raise UsageError(
+        f"no suite has QEMU {wanted}: {', '.join(seen) or 'the archive could not be reached'}"
+    )
+
+
+def _suites() -> list[str]:
+    releases = list(dict.fromkeys((*_RELEASES, own_codename())))
+    return [f"{name}{pocket}" for name in reversed(releases) for pocket in ("-backports", "")]
+
+
+def _upstream(version: str) -> str:
+    """'10.0.13' from a Debian version such as '1:10.0.13+ds-0+deb13u1'."""
+    match = re.match(r"(?:\d+:)?([\d.]*\d)", version)
+    if match is None:
+        raise UntestableError(f"QEMU's package has a version without numbers: {version}")
+    return match[1]
+
+
+def make_whole(build: Path, programs: Mapping[str, str]) -> None:
+    """Make the packages unpacked in ``root`` run: merged /usr, and a script for each program.
+
+    `programs` are those that are to be run, with the folder that the packages have them in.
+    """
+    root = build / "root"
+    for name in ("lib", "lib64"):
+        old, new = root / name, root / "usr" / name
+        if old.is_dir() and not old.is_symlink():
+            shutil.copytree(old, new, symlinks=True, dirs_exist_ok=True)
+            shutil.rmtree(old)
+        if not old.is_symlink():
+            old.symlink_to(f"usr/{name}")
+    for program, place in programs.items():
+        if not (root / place / program).exists():
+            continue
+        firmware = _FIRMWARE if program.startswith("qemu-system") else ""
+        script = build / program
+        script.write_text(_WRAPPER.format(program=program, place=place, firmware=firmware))
+        script.chmod(0o755)
+
+
+def _try(program: Path) -> None:
+    for option in ("--version", "-machine help"):
+        done = subprocess.run(
+            [program, *option.split()],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=60,
+            check=False,
+        )
+        if done.returncode:
+            raise UntestableError(f"the fetched QEMU does not run: {done.stderr.strip()}")

@@ -1,0 +1,279 @@
+"""Tries every planted fault, and tells which were caught, by what, and at which link.
+
+A fault is tried on the test bed, where all of them show within a second; and where one device on
+one QEMU shows it too, in a real proof. It counts as caught only if the verdict names the link that
+was broken. Beside the faults the same is done with nothing broken: there, everything but a pass is
+a false alarm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+from dmaproof.errors import RefusedError, UntestableError
+from dmaproof.faults import known_faults, summary
+
+from ..devices.process import DeviceOptions
+from ..exit_codes import EXIT_PASS
+from ..host.timeout import DEFAULT_TIMEOUT_S
+from ..proof.display import QuietDisplay
+from ..proof.model import Setup
+from ..proof.run import prove
+from ..proof.verdict import Blame, Verdict
+from .simulation import play
+
+CONTROL: Final = "none"
+_CAUGHT_OF_20: Final = 19
+
+_PROCESSORS_OF_A_PROOF: Final = 4
+"""Two QEMUs, one of them with two vCPUs at work, and the device."""
+
+Tell = Callable[[str], None]
+MakeSetup = Callable[[str | None, int], Awaitable[Setup]]
+
+
+class Bench(StrEnum):
+    """What a fault is tried on."""
+
+    TESTBED = "testbed"
+    QEMU = "qemu"
+
+
+@dataclass(frozen=True)
+class TestbedForm:
+    """How a fault is tried where everything goes faster than with QEMU: its value, its harvests."""
+
+    value: str = ""
+    harvest: str = "0.01"
+    devices: int = 1
+    killed: bool = False
+    iommu: bool = False
+
+
+_TESTBED_FORMS: Final = {
+    "bit-before-data": TestbedForm("=0.01"),
+    "forgotten-at-restart": TestbedForm(harvest="final", killed=True),
+    "iova-as-gpa": TestbedForm(iommu=True),
+    "non-atomic-or": TestbedForm(harvest="0.002", devices=2),
+    "tracker-after-log": TestbedForm("=1", harvest="final"),
+    "unmap-unharvested": TestbedForm(iommu=True),
+}
+
+
+class Means(StrEnum):
+    """What a fault is caught by."""
+
+    COMPARISON = "comparison"
+    GUEST = "guest"
+    JOURNAL = "journal"
+    REFUSAL = "refusal"
+    """The device's, of what a QEMU or its guest sent."""
+    RING = "ring"
+    """Whose index cannot be right."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run with a fault: by what it was caught (nothing: not at all), and what was lost.
+
+    `links` counts the pages by the link at which the verdict says they were lost; `untested` is why
+    there is no verdict, where there is none.
+    """
+
+    seed: int
+    caught_by: Sequence[Means] = ()
+    links: dict[str, int] = field(default_factory=dict)
+    lost_pages: int = 0
+    certain_pages: int = 0
+    untested: str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A fault, or the control, on one bench."""
+
+    fault: str
+    link: str
+    summary: str
+    bench: Bench
+    trials: Sequence[Trial]
+
+    @property
+    def caught(self) -> int:
+        """In how many of the trials the broken link, and no other, was found."""
+        if self.fault == CONTROL:
+            return sum(bool(trial.caught_by) for trial in self.trials)
+        return sum(
+            Means.REFUSAL in trial.caught_by or set(trial.links) == {self.link}
+            for trial in self.trials
+            if trial.caught_by
+        )
+
+    @property
+    def as_wanted(self) -> bool:
+        """Caught in at least 19 of 20 trials; the control without any alarm."""
+        if any(trial.untested for trial in self.trials):
+            return False
+        if self.fault == CONTROL:
+            return self.caught == 0
+        return self.caught * 20 >= len(self.trials) * _CAUGHT_OF_20
+
+    def cells(self) -> list[str]:
+        """The row as people read it."""
+        means: Counter[str] = Counter()
+        for trial in self.trials:
+            means.update(trial.caught_by)
+        untested = [trial.untested for trial in self.trials if trial.untested]
+        what = "caught" if self.fault != CONTROL else "alarms"
+        return [
+            self.fault,
+            self.link,
+            self.bench,
+            f"{self.caught}/{len(self.trials)} {what}",
+            ", ".join(means) if not untested else f"not tested: {untested[0]}",
+            f"{statistics.median(trial.lost_pages for trial in self.trials):g}",
+            f"{statistics.median(trial.certain_pages for trial in self.trials):g}",
+            self.summary,
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that is known of the row."""
+        return {**asdict(self), "caught": self.caught, "as_wanted": self.as_wanted}
+
+
+HEADINGS: Final = (
+    "fault",
+    "link",
+    "on",
+    "result",
+    "by",
+    "lost pages",
+    "certain pages",
+    "what it is",
+)
+
+
+async def try_faults(
+    names: Iterable[str],
+    benches: Iterable[Bench],
+    seeds: Sequence[int],
+    make_setup: MakeSetup,
+    folder: Path,
+    say: Tell,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> list[Row]:
+    """The rows of the faults `names` (`CONTROL` among them), each with every seed.
+
+    `make_setup` makes the set-up of a proof with a fault and a seed; `folder` takes evidence.
+    `timeout_s` bounds each wait on the test bed; a set-up has its own.
+    """
+    names, rows = list(names), []
+    benches = list(benches)
+    if Bench.TESTBED in benches:
+        for name in names:
+            trials = []
+            for seed in seeds:
+                trials.append(_on_testbed(name, seed, folder, timeout_s))
+                await asyncio.sleep(0.001)  # so that a signal can end it: 0 would not look for one
+            rows.append(_row(name, Bench.TESTBED, trials, say))
+    if Bench.QEMU in benches:
+        proofs = _Proofs(make_setup)
+
+        async def try_in_proofs(name: str) -> Row:
+            trials = await asyncio.gather(*(proofs.trial(name, seed) for seed in seeds))
+            return _row(name, Bench.QEMU, trials, say)
+
+        reachable = [name for name in names if name == CONTROL or not known_faults()[name].needs]
+        rows += await asyncio.gather(*(try_in_proofs(name) for name in reachable))
+    return sorted(rows, key=lambda row: names.index(row.fault))
+
+
+def _row(name: str, bench: Bench, trials: Sequence[Trial], say: Tell) -> Row:
+    if name == CONTROL:
+        row = Row(name, "", "nothing is broken", bench, trials)
+    else:
+        fault = known_faults()[name]
+        row = Row(name, fault.link, summary(fault), bench, trials)
+    say("  ".join(row.cells()))
+    return row
+
+
+class _Proofs:
+    """Real proofs, as many at a time as the machine has processors for."""
+
+    def __init__(self, make_setup: MakeSetup) -> None:
+        self._make_setup = make_setup
+        self._machine_is_probed = asyncio.Lock()
+        self._room = asyncio.Semaphore(max(1, (os.cpu_count() or 1) // _PROCESSORS_OF_A_PROOF))
+
+    async def trial(self, name: str, seed: int) -> Trial:
+        """One proof with the fault `name`."""
+        async with self._room:
+            try:
+                async with self._machine_is_probed:
+                    setup = await self._make_setup(None if name == CONTROL else name, seed)
+                proof = await prove(setup, QuietDisplay())
+            except UntestableError as error:
+                return _without_verdict(error, seed)
+        return judge(proof.verdict, seed)
+
+
+def _on_testbed(name: str, seed: int, folder: Path, timeout_s: float) -> Trial:
+    fault = known_faults().get(name)
+    form = _TESTBED_FORMS.get(name, TestbedForm())
+    options = DeviceOptions(seed=seed, harvest=form.harvest)
+    if fault is not None:
+        options = replace(
+            options,
+            fault=name + form.value,
+            tracker=fault.tracker or options.tracker,
+            harvest=fault.harvest or form.harvest,
+        )
+    try:
+        verdict = play(
+            options,
+            folder,
+            devices=form.devices,
+            killed=form.killed,
+            iommu=form.iommu,
+            timeout_s=timeout_s,
+        )
+        return judge(verdict, seed)
+    except UntestableError as error:
+        return _without_verdict(error, seed)
+
+
+def _without_verdict(error: UntestableError, seed: int) -> Trial:
+    if isinstance(error, RefusedError):
+        return Trial(seed, (Means.REFUSAL,))
+    return Trial(seed, untested=str(error).splitlines()[0])
+
+
+def judge(verdict: Verdict, seed: int) -> Trial:
+    """By what a verdict catches a fault of the chain; vCPUs' own losses do not count."""
+    ours = [page for page in verdict.lost if page.blame != Blame.ACCELERATOR]
+    evidence = {
+        Means.COMPARISON: bool(ours),
+        Means.GUEST: bool(verdict.guest.errors),
+        Means.JOURNAL: bool(verdict.sharpness.unreported),
+        Means.RING: bool(verdict.wrong_rings),
+    }
+    links = Counter(str(page.link) for page in ours) | Counter(verdict.sharpness.missed_at)
+    trial = Trial(
+        seed,
+        tuple(means for means, there_is in evidence.items() if there_is),
+        dict(links),
+        len(verdict.lost),
+        verdict.sharpness.certain,
+    )
+    if verdict.exit_code != EXIT_PASS and not trial.caught_by:
+        return replace(trial, untested=verdict.sentence)
+    return trial

@@ -1,207 +1,119 @@
-"""The drawings of the HTML report, as SVG made from the report's JSON."""
+"""What the drawings of the HTML report show, computed from the report's JSON.
+
+The templates ``timeline.html.j2`` and ``ram_map.html.j2`` draw it as SVG.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from typing import Any, Final
 
 import numpy as np
 
-from ..qemu.machine import MIB
+Json = Mapping[str, Any]
 
-CLASS_STYLES: Final = {
-    "other": "plain",
-    "equal": "plain",
-    "device": "soft",
-    "late": "strong",
-    "discarded": "soft",
-    "known": "known",
-    "undecided": "strong",
-    "lost": "bad",
-    "differs": "bad",
-}
-"""The style sheet's class for each class of `ram_map`."""
-
-Axis = Callable[[float], float]
-"""Where on the drawing a second stands."""
-
-_WIDTH: Final = 900
 _LEFT, _RIGHT = 64, 884
-_REMAINING: Final = (26, 150)
-_HARVESTS: Final = (190, 270)
 _LABEL_EVERY: Final = 26
 
 _MAP_COLUMNS: Final = 64
 _MAP_CELLS: Final = 2048
-_CELL: Final = 10
 
 
-def timeline(migration: Mapping[str, Any]) -> str:
-    """What remained to be sent, the bitmap syncs, and what each harvest brought, over time."""
+def timeline(migration: Json) -> dict[str, Any]:
+    """Place what happened in a precopy on a drawing's horizontal axis.
+
+    Args:
+        migration: the member of that name in a proof's JSON.
+
+    Returns:
+        The values that ``timeline.html.j2`` draws. Horizontal places and widths are in the units of
+        its SVG; amounts are in bytes or pages, with the largest of each.
+    """
     history, harvests = migration["history"], migration["harvests"]
-    points = [(it["seconds"], it["remaining"]) for it in history if it["remaining"] is not None]
-    ends = [history[-1]["seconds"], *(it["began_s"] + it["duration_s"] for it in harvests)]
-    span_s: float = max(*ends, 0.001)
+    ends_s = [harvest["began_s"] + harvest["duration_s"] for harvest in harvests]
+    span_s: float = max(history[-1]["seconds"], *ends_s, 0.001)
 
     def x(seconds: float) -> float:
         return _LEFT + max(0.0, min(1.0, seconds / span_s)) * (_RIGHT - _LEFT)
 
-    parts = [
-        *_remaining(points, x),
-        *_syncs(migration["passes"], x),
-        *_bars(harvests, x),
-        *_stop(migration["moments_s"].get("STOP"), x),
-        *_seconds_axis(span_s, x),
-    ]
-    return (
-        f'<svg viewBox="0 0 {_WIDTH} 300" role="img" aria-label="The precopy over time">'
-        + "".join(parts)
-        + "</svg>"
-    )
-
-
-def _remaining(points: Sequence[tuple[float, int]], x: Axis) -> list[str]:
-    top, bottom = _REMAINING
-    most = max([amount for _, amount in points] or [0]) or 1
-    path = "".join(
-        f"L{x(seconds):.1f} {bottom - amount / most * (bottom - top):.1f}"
-        for seconds, amount in points
-    )
-    area = (
-        f'<path class="remaining" d="M{x(points[0][0]):.1f} {bottom}{path}'
-        f'L{x(points[-1][0]):.1f} {bottom}Z"/>'
-        if points
-        else ""
-    )
-    return [
-        f'<text class="ink" x="{_LEFT}" y="14">remaining to be sent</text>',
-        area,
-        f'<path class="axis" d="M{_LEFT} {top}V{bottom}H{_RIGHT}"/>',
-        f'<text x="{_LEFT - 8}" y="{top + 8}" text-anchor="end">{most / MIB:.0f} MiB</text>',
-        f'<text x="{_LEFT - 8}" y="{bottom}" text-anchor="end">0</text>',
-    ]
-
-
-def _syncs(passes: Sequence[Mapping[str, Any]], x: Axis) -> list[str]:
-    parts = []
-    labelled = -math.inf
-    for it in passes:
-        if not it["sync"]:
-            continue
-        at = x(it["began_s"])
-        parts.append(
-            f'<path class="sync" d="M{at:.1f} {_REMAINING[0]}V{_HARVESTS[1]}">'
-            f"<title>bitmap sync {it['sync']}, {it['began_s']:.2f} s</title></path>"
-        )
-        if at - labelled >= _LABEL_EVERY and at < _RIGHT - 12:
-            labelled = at
-            parts.append(f'<text x="{at + 3:.1f}" y="{_REMAINING[1] + 14}">{it["sync"]}</text>')
-    return [*parts, f'<text x="{_LEFT - 8}" y="{_REMAINING[1] + 14}" text-anchor="end">sync</text>']
-
-
-def _bars(harvests: Sequence[Mapping[str, Any]], x: Axis) -> list[str]:
-    top, bottom = _HARVESTS
-    most = max([it["pages"] for it in harvests] or [0]) or 1
     width = max(2.0, min(10.0, (_RIGHT - _LEFT) / max(1, len(harvests)) * 0.6))
-    parts = [
-        f'<text class="ink" x="{_LEFT}" y="{top - 8}">pages of each harvest</text>',
-        f'<path class="axis" d="M{_LEFT} {top}V{bottom}H{_RIGHT}"/>',
-        f'<text x="{_LEFT - 8}" y="{top + 8}" text-anchor="end">{most}</text>',
-        f'<text x="{_LEFT - 8}" y="{bottom}" text-anchor="end">0</text>',
-    ]
-    for it in harvests:
-        at = min(x(it["began_s"]) - width / 2, _RIGHT - width)
-        bars = "".join(
-            f'<rect class="{style}" x="{at:.1f}" y="{bottom - height:.1f}" width="{width:.1f}" '
-            f'height="{height:.1f}"/>'
-            for style, height in (
-                ("bad", it["pages"] / most * (bottom - top)),
-                ("strong", it["merged_pages"] / most * (bottom - top)),
-            )
-        )
-        parts.append(
-            f"<g>{bars}<title>harvest {it['harvest']}, {it['began_s']:.2f} s: {it['pages']} pages "
-            f"found, {it['merged_pages']} merged into the log</title></g>"
-        )
-    return parts
+    known = [sample for sample in history if sample["remaining"] is not None]
+    stop_s = migration["moments_s"].get("STOP")
+    return {
+        "left": _LEFT,
+        "right": _RIGHT,
+        "remaining": [(x(sample["seconds"]), sample["remaining"]) for sample in known],
+        "most_bytes": max((sample["remaining"] for sample in known), default=0) or 1,
+        "syncs": _syncs(migration["passes"], x),
+        "bars": [(min(x(each["began_s"]) - width / 2, _RIGHT - width), each) for each in harvests],
+        "bar_width": width,
+        "most_pages": max((harvest["pages"] for harvest in harvests), default=0) or 1,
+        "stop": None if stop_s is None else x(stop_s),
+        "ticks": [(x(tick), text) for tick, text in _ticks(span_s)],
+    }
 
 
-def _stop(seconds: float | None, x: Axis) -> list[str]:
-    if seconds is None:
-        return []
-    at = x(seconds)
-    return [
-        f'<path class="stop" d="M{at:.1f} {_REMAINING[0] - 6}V{_HARVESTS[1]}"/>',
-        f'<text x="{at - 4:.1f}" y="{_REMAINING[0] + 4}" text-anchor="end">the vCPUs stop</text>',
-    ]
+def _syncs(passes: Sequence[Json], x: Callable[[float], float]) -> list[tuple[float, bool, Json]]:
+    """Each bitmap sync's place, whether it is labelled, and its pass; no two labels overlap."""
+    syncs = []
+    last_label = -math.inf
+    for each in passes:
+        place = x(each["began_s"])
+        is_labelled = place - last_label >= _LABEL_EVERY and place < _RIGHT - 12
+        if each["sync"]:
+            last_label = place if is_labelled else last_label
+            syncs.append((place, is_labelled, each))
+    return syncs
 
 
-def _seconds_axis(span_s: float, x: Axis) -> list[str]:
-    step = 10 ** math.floor(math.log10(span_s))
-    step = next(it for it in (step / 5, step / 2, step, step * 2) if span_s / it <= 8)
+def _ticks(span_s: float) -> list[tuple[float, str]]:
+    """The seconds that the axis names, at most nine of them, and what it calls them."""
+    power = 10 ** math.floor(math.log10(span_s))
+    step = next(each for each in (power / 5, power / 2, power, power * 2) if span_s / each <= 8)
     digits = max(0, -math.floor(math.log10(step)))
     ticks = [number * step for number in range(int(span_s / step) + 1)]
-    return [
-        f'<text x="{x(tick):.1f}" y="{_HARVESTS[1] + 18}" text-anchor="middle">'
-        f"{tick:.{digits}f}{' s' if tick == ticks[-1] else ''}</text>"
-        for tick in ticks
-    ]
+    return [(tick, f"{tick:.{digits}f}{' s' if tick == ticks[-1] else ''}") for tick in ticks]
 
 
-def cell_pages(ram_map: Mapping[str, Any]) -> int:
-    """How many pages one cell of the map's drawing stands for: a power of two."""
+def ram_drawing(ram_map: Json) -> dict[str, Any]:
+    """Reduce a map of guest RAM to at most some thousands of cells.
+
+    Args:
+        ram_map: the member of that name in the JSON of a proof or a check.
+
+    Returns:
+        The values that ``ram_map.html.j2`` draws: how many pages a cell stands for, a power of two,
+        and each area with its cells.
+    """
     pages = sum(area["pages"] for area in ram_map["areas"])
-    return 1 << max(0, math.ceil(math.log2(max(1, pages / _MAP_CELLS))))
+    pages_a_cell = 1 << max(0, math.ceil(math.log2(max(1, pages / _MAP_CELLS))))
+    return {
+        "pages_a_cell": pages_a_cell,
+        "columns": _MAP_COLUMNS,
+        "areas": [_drawn_area(area, ram_map, pages_a_cell) for area in ram_map["areas"]],
+    }
 
 
-def ram_area(area: Mapping[str, Any], ram_map: Mapping[str, Any], pages_a_cell: int) -> str:
-    """One area of guest RAM; a cell shows the last of the map's classes that is in it."""
+def _drawn_area(area: Json, ram_map: Json, pages_a_cell: int) -> dict[str, Any]:
+    """An area with its cells by class; a cell has the last of the map's classes that is in it."""
+    names, page_bytes = [each["name"] for each in ram_map["classes"]], ram_map["page_bytes"]
     kinds = np.repeat(
         np.array([kind for kind, _ in area["runs"]], dtype=np.uint8),
         np.array([pages for _, pages in area["runs"]], dtype=np.int64),
     )
     cells = np.maximum.reduceat(kinds, np.arange(0, len(kinds), pages_a_cell))
     columns = min(_MAP_COLUMNS, len(cells))
-    rows = -(-len(cells) // columns)
-    size = _CELL - 1
-    paths = []
-    for number, kind in enumerate(ram_map["classes"]):
-        squares = "".join(
-            f"M{cell % columns * _CELL} {cell // columns * _CELL}h{size}v{size}h-{size}z"
-            for cell in np.flatnonzero(cells == number).tolist()
-        )
-        if squares:
-            paths.append(f'<path class="{CLASS_STYLES[kind["name"]]}" d="{squares}"/>')
-    titles = "".join(
-        _row_title(area, ram_map, kinds, row, row * columns * pages_a_cell, columns * pages_a_cell)
-        for row in range(rows)
-    )
-    # Short areas keep the size of a cell: the drawing is as wide as its share of a full row.
-    return (
-        f'<svg viewBox="0 0 {columns * _CELL} {rows * _CELL}" '
-        f'style="width:{columns / _MAP_COLUMNS * 100:.2f}%" role="img" '
-        f'aria-label="{escape(area["region"])}">{"".join(paths)}{titles}</svg>'
-    )
-
-
-def _row_title(
-    area: Mapping[str, Any],
-    ram_map: Mapping[str, Any],
-    kinds: Any,
-    row: int,
-    first: int,
-    pages: int,
-) -> str:
-    inside = np.bincount(kinds[first : first + pages], minlength=len(ram_map["classes"]))
-    base = (area["offset"] if area["gpa"] is None else area["gpa"]) + first * ram_map["page_bytes"]
-    counts = ", ".join(
-        f"{count} {kind['name']}"
-        for kind, count in zip(ram_map["classes"], inside.tolist(), strict=True)
-        if count
-    )
-    return (
-        f'<rect class="none" pointer-events="all" x="0" y="{row * _CELL}" width="100%" '
-        f'height="{_CELL}"><title>from {base:#x}: {counts} pages</title></rect>'
-    )
+    begin = area["offset"] if area["gpa"] is None else area["gpa"]
+    rows = []
+    for first in range(0, len(kinds), columns * pages_a_cell):
+        inside = np.bincount(kinds[first : first + columns * pages_a_cell], minlength=len(names))
+        counts = zip(names, inside.tolist(), strict=True)
+        text = ", ".join(f"{count} {name}" for name, count in counts if count)
+        rows.append((begin + first * page_bytes, text))
+    return {
+        **area,
+        "columns": columns,
+        "cells": {name: np.flatnonzero(cells == kind).tolist() for kind, name in enumerate(names)},
+        "rows": rows,
+    }

@@ -265,7 +265,8 @@ def test_as_many_machines_as_there_is_room_for(
 def test_what_runs_in_l1_needs_nothing_that_l1_has_not() -> None:
     script = (
         "import sys\n"
-        "for name in ('rich', 'packaging', 'jsonschema', 'matplotlib', 'pytest', 'avocado'):\n"
+        "for name in ('rich', 'jinja2', 'packaging', 'jsonschema', 'matplotlib', 'pytest',\n"
+        "             'avocado'):\n"
         "    sys.modules[name] = None\n"
         "import qmp_tools.passthrough.inside, qmp_tools.passthrough.owned_proof\n"
         "import qmp_tools.passthrough.vhost_device\n"

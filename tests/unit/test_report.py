@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import jinja2
 import jsonschema
 import numpy as np
 import pytest
@@ -38,6 +41,7 @@ from qmp_tools.proof.verdict import (
     LostPage,
     Sharpness,
     Verdict,
+    Witness,
     sharpness_by_guest,
 )
 from qmp_tools.qemu.machine import Machine
@@ -380,6 +384,52 @@ def test_the_page_is_whole_and_needs_nothing_else(name: str) -> None:
     assert "http" not in html.replace("http-equiv", "")
     assert "url(" not in html
     assert "nan" not in re.findall(r'[dxy]="[^"]*"', html)
+
+
+HOSTILE = """<script>'&" src="x"""
+
+
+def hostile(value: Any, names: set[str]) -> Any:
+    """`value` with markup in every text except `names`, which the templates look up."""
+    if isinstance(value, dict):
+        return {key: hostile(each, names) for key, each in value.items()}
+    if isinstance(value, list):
+        return [hostile(each, names) for each in value]
+    return value + HOSTILE if isinstance(value, str) and value not in names else value
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_no_text_of_the_json_becomes_markup(name: str) -> None:
+    answer = json.loads(json.dumps(ANSWERS[name]))
+    classes = {it["name"] for it in answer.get("ram_map", {"classes": []})["classes"]}
+    html = to_html(hostile(answer, {answer["kind"], *State, *Witness, *classes}))
+    page = Page()
+    page.feed(html)
+    assert page.open == []
+    assert answer["verdict"][1:] + HOSTILE in page.text
+    assert HOSTILE not in html
+
+
+@pytest.mark.parametrize("name", ["pass", "equal", "matrix"])
+def test_a_page_is_not_made_from_json_that_lacks_something(name: str) -> None:
+    member = "counts" if name == "matrix" else "pages"
+    answer = {key: value for key, value in ANSWERS[name].items() if key != member}
+    with pytest.raises(jinja2.UndefinedError, match=member):
+        to_html(answer)
+
+
+def test_only_a_page_needs_the_template_engine() -> None:
+    script = (
+        "import sys\n"
+        "sys.modules['jinja2'] = None\n"
+        "import qmp_tools.reports.html, qmp_tools.cli.outputs\n"
+        "from qmp_tools.cli.main import main\n"
+        "main(['prove', '--help'])\n"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--report" in done.stdout
 
 
 def test_the_page_tells_of_the_lost_pages() -> None:

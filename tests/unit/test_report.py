@@ -47,6 +47,7 @@ from qmp_tools.proof.verdict import (
 from qmp_tools.qemu.machine import Machine
 from qmp_tools.reports import check_report, matrix_report, report, soak_report
 from qmp_tools.reports.html import to_html
+from qmp_tools.reports.html_charts import ram_drawing, timeline
 from qmp_tools.reports.junit_tap import to_junit, to_tap
 from qmp_tools.reports.precopy import harvest_list, passes
 
@@ -430,6 +431,32 @@ def test_only_a_page_needs_the_template_engine() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert "--report" in done.stdout
+
+
+def test_labels_of_bitmap_syncs_do_not_overlap() -> None:
+    migration = ANSWERS["pass"]["migration"]
+    (one, *_) = migration["passes"]
+    many = [{**one, "sync": number, "began_s": number / 100} for number in range(201)]
+    syncs = timeline({**migration, "passes": many})["syncs"]
+    assert len(syncs) == 200, "the part before the first sync has none"
+    labels = [place for place, is_labelled, _ in syncs if is_labelled]
+    assert len(labels) > 20
+    assert np.diff(labels).min() >= 26
+
+
+def test_a_cell_of_the_map_shows_the_gravest_of_its_pages() -> None:
+    classes = np.zeros(8192, dtype=np.uint8)
+    classes[[5, 6]] = [3, 1]
+    classes[4100] = 2
+    names = ("other", "device", "late", "lost")
+    ram_map = RamMap(dict.fromkeys(names, ""), [MapArea("ram", 1 << 32, 0, classes)])
+    drawing = ram_drawing(ram_map.to_json())
+    (area,) = drawing["areas"]
+    assert drawing["pages_a_cell"] == 4
+    assert [area["cells"][name] for name in names[1:]] == [[], [1025], [1]]
+    assert len(area["cells"]["other"]) == 2046
+    assert area["rows"][0] == (1 << 32, "254 other, 1 device, 1 lost")
+    assert area["rows"][16] == ((1 << 32) + (4096 << 12), "255 other, 1 late")
 
 
 def test_the_page_tells_of_the_lost_pages() -> None:

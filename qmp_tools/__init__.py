@@ -1,1 +1,93 @@
-"""QEMU's side of the proof: QEMU processes over QMP, migration, the comparison and the verdict."""
+"""QEMUs, migrations and proofs, driven over QMP.
+
+::
+
+    from qmp_tools import prove
+
+    proof = prove(guest="bare", tracker="dirty-ring")
+    assert proof.verdict.exit_code == 0, proof.verdict.sentence
+
+What this module exports is public and stays. So is what `qmp_tools.aio` exports, which is the same
+for asynchronous code, and the test classes and fixtures of `qmp_tools.integrations`. Everything
+else is private, and may change at any time. Names are imported when they are asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from .blocking import Pair, ProofQemu, RunningQemu, Stage, StagedProof, check, prove
+    from .devices.device import AttachedDevice, DeviceFacts, ProofDevice
+    from .devices.registry import Control, DeviceKind, DeviceRequest
+    from .exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED, EXIT_USAGE
+    from .migration.migration import Limits, MigrationError, Progress
+    from .proof.model import Proof
+    from .proof.options import ProofOptions
+    from .proof.verdict import Blame, GuestOutcome, LostPage, Sharpness, Verdict
+    from .qemu.machine import INCOMING
+    from .qemu.qmp import QmpError
+    from .ram_check.check import Check
+    from .ram_check.migrated import GuestHasRunError, NotMigratedError
+
+_HOMES: Final = {
+    "blocking": ("Pair", "ProofQemu", "RunningQemu", "Stage", "StagedProof", "check", "prove"),
+    "devices.device": ("AttachedDevice", "DeviceFacts", "ProofDevice"),
+    "devices.registry": ("Control", "DeviceKind", "DeviceRequest"),
+    "exit_codes": ("EXIT_LOST", "EXIT_PASS", "EXIT_UNTESTED", "EXIT_USAGE"),
+    "migration.migration": ("Limits", "MigrationError", "Progress"),
+    "proof.model": ("Proof",),
+    "proof.options": ("ProofOptions",),
+    "proof.verdict": ("Blame", "GuestOutcome", "LostPage", "Sharpness", "Verdict"),
+    "qemu.machine": ("INCOMING",),
+    "qemu.qmp": ("QmpError",),
+    "ram_check.check": ("Check",),
+    "ram_check.migrated": ("GuestHasRunError", "NotMigratedError"),
+}
+_HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "EXIT_LOST",
+    "EXIT_PASS",
+    "EXIT_UNTESTED",
+    "EXIT_USAGE",
+    "INCOMING",
+    "AttachedDevice",
+    "Blame",
+    "Check",
+    "Control",
+    "DeviceFacts",
+    "DeviceKind",
+    "DeviceRequest",
+    "GuestHasRunError",
+    "GuestOutcome",
+    "Limits",
+    "LostPage",
+    "MigrationError",
+    "NotMigratedError",
+    "Pair",
+    "Progress",
+    "Proof",
+    "ProofDevice",
+    "ProofOptions",
+    "ProofQemu",
+    "QmpError",
+    "RunningQemu",
+    "Sharpness",
+    "Stage",
+    "StagedProof",
+    "Verdict",
+    "check",
+    "prove",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

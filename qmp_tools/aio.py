@@ -2,14 +2,14 @@
 
 ::
 
-    proof = await prove({"guest": "bare", "tracker": "dirty-ring"})
+    proof = await prove(guest="bare", tracker="dirty-ring")
     assert proof.verdict.exit_code == 0
 
     async with (
         start_qemu(["-machine", "q35", "-m", "64"]) as source,
         start_qemu(["-machine", "q35", "-m", "64", *INCOMING]) as destination,
     ):
-        async for progress in migrate(source.qmp, destination.qmp, way="multifd-4"):
+        async for progress in migrate(source.qmp, destination.qmp, scenario="multifd-4"):
             print(progress.status, progress.remaining)
         outcome = await check(source.socket, destination.socket)
 
@@ -25,7 +25,7 @@ process is killed. Errors are `dmaproof.errors`' (`UsageError`, `UntestableError
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -33,8 +33,6 @@ from types import NoneType
 from dmaproof.errors import UsageError
 
 from .arguments import AnyPath, path_of, require, words_of
-from .check.check import Check, check
-from .check.migrated import GuestHasRunError, NotMigratedError
 from .host.run_folder import run_folder
 from .host.timeout import DEFAULT_TIMEOUT_S
 from .migration.dirty_rate import DirtyRates
@@ -43,14 +41,17 @@ from .migration.migration import Limits, Migration, MigrationError, Progress
 from .migration.watch import View, watch
 from .migration.ways import WAYS, Ends, UnsupportedWayError
 from .proof import run as proof_run
-from .proof.display import Display, QuietDisplay
+from .proof.display import QuietDisplay
 from .proof.model import Proof
-from .proof.setup import parse_proof_options, setup_of
+from .proof.options import ProofOptions, options_as_keywords
+from .proof.resolve import resolve
 from .qemu.attachment import AttachedQemu, attach
 from .qemu.choice import find_qemu
 from .qemu.machine import INCOMING, option_value
 from .qemu.qemu import Qemu
 from .qemu.qmp import Qmp, QmpError
+from .ram_check.check import Check, check
+from .ram_check.migrated import GuestHasRunError, NotMigratedError
 
 __all__ = [
     "INCOMING",
@@ -64,6 +65,7 @@ __all__ = [
     "NotMigratedError",
     "Progress",
     "Proof",
+    "ProofOptions",
     "Qmp",
     "QmpError",
     "StartedQemu",
@@ -136,28 +138,28 @@ async def start_qemu(
 
 
 async def migrate(
-    source: Qmp, destination: Qmp, way: str = "unix", limits: Limits | None = None
+    source: Qmp, destination: Qmp, scenario: str = "unix", limits: Limits | None = None
 ) -> AsyncIterator[Progress]:
     """Migrate, and tell how far it is; at the end the destination has loaded everything.
 
     The destination must have been started with `INCOMING`. Both stand still afterwards.
 
     Raises:
-        UsageError: there is no such way, or only a proof can go it; or an argument is of another
-            type.
+        UsageError: there is no such scenario, or only a proof can have it; or an argument is of
+            another type.
         UnsupportedWayError: a QEMU lacks it.
         MigrationError: it failed, or took longer than the `limits` allow.
     """
     for argument, qmp in (("source", source), ("destination", destination)):
         require(argument, qmp, Qmp, "the QMP of a QEMU, its .qmp")
     require("limits", limits, (Limits, NoneType), "Limits")
-    require("way", way, str, "a name")
-    if way not in WAYS:
-        raise UsageError(f"way {way!r}: there are {', '.join(WAYS)}")
-    if WAYS[way].only_in_proofs:
-        raise UsageError(f"way {way!r}: only a proof, with a device of ours, can go it")
+    require("scenario", scenario, str, "a name")
+    if scenario not in WAYS:
+        raise UsageError(f"scenario {scenario!r}: expected one of {', '.join(WAYS)}")
+    if WAYS[scenario].only_in_proofs:
+        raise UsageError(f"scenario {scenario!r}: only a proof, with a device of ours, can go it")
     with run_folder() as folder:
-        migration = Migration(Ends(source, destination, folder), WAYS[way], limits or Limits())
+        migration = Migration(Ends(source, destination, folder), WAYS[scenario], limits or Limits())
         await migration.start()
         await migration.release()
         async with contextlib.aclosing(migration.follow()) as precopy:
@@ -166,12 +168,25 @@ async def migrate(
         await migration.load()
 
 
-async def prove(options: Mapping[str, object], display: Display | None = None) -> Proof:
-    """One proof; `options` are those of ``dmaproof prove``: {'guest': 'bare', 'way': 'tls'}.
+@options_as_keywords(ProofOptions)
+async def prove(options: ProofOptions) -> Proof:
+    """Carry out one proof.
+
+    Args:
+        options: `ProofOptions`, or its fields as keyword arguments.
+
+    Returns:
+        The verdict, and what happened on the way to it.
 
     Raises:
-        UsageError: there is no such option, or it cannot have that value.
-        UntestableError: it did not come to a verdict.
+        UsageError: there is no such option, it cannot have that value, or options contradict each
+            other.
+        UntestableError: it did not come to a verdict; the message says why.
+
+    Example::
+
+        proof = await prove(guest="bare", tracker="dirty-ring", scenario="tls")
+        assert proof.verdict.exit_code == 0, proof.verdict.sentence
     """
-    show = display or QuietDisplay()
-    return await proof_run.prove(await setup_of(parse_proof_options(options), show), show)
+    show = QuietDisplay()
+    return await proof_run.prove(await resolve(options, show), show)

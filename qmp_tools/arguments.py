@@ -1,11 +1,13 @@
-"""What a caller of the library passes: an argument of another type is a `UsageError` at once.
+"""What a caller passes, checked at once: a wrong type would fail far from the call that passed it.
 
-Paths may be strings. A string in place of a list of words would be taken for its characters, and a
-wrong type would fail far from the call that passed it.
+The library's arguments come as values (`require`, `path_of`, `words_of`), an option's also as text,
+from a command line, a TOML file or avocado's parameters. Readers such as `positive` take both; what
+they raise says what they expected, and whoever calls them names the option.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -50,3 +52,74 @@ def words_of(argument: str, given: Any) -> list[str]:
     for number, word in enumerate(words):
         require(f"{argument}[{number}]", word, (str, os.PathLike), "a word")
     return [os.fspath(word) for word in words]
+
+
+def positive(given: object) -> int:
+    """The whole number from 1 on that was given.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    number = _number(given, "a whole number from 1 on")
+    if number < 1:
+        raise ValueError("a whole number from 1 on")
+    return number
+
+
+def whole(given: object) -> int:
+    """The whole number that was given.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    return _number(given, "a whole number")
+
+
+def _number(given: object, expected: str) -> int:
+    try:
+        return int(str(given))
+    except ValueError:
+        raise ValueError(expected) from None
+
+
+def size(given: object) -> int:
+    """The bytes that were given: a number, or text with K, M or G for powers of 1024.
+
+    Raises:
+        ValueError: it is no such size, or less than 1.
+    """
+    expected = "a number of bytes, or one with K, M or G, such as 64M"
+    text = str(given)
+    unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:].upper())
+    number = _number(text[:-1] if unit else text, expected)
+    if number < 1:
+        raise ValueError(expected)
+    return number * (unit or 1)
+
+
+def seconds(given: object) -> float:
+    """The time that was given, of more than 0 and less than an hour.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    return _seconds(given, 0, 3600, "more than 0 and less than 3600 seconds")
+
+
+def timeout(given: object) -> float:
+    """The bound of a wait that was given, of more than 0 seconds.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    return _seconds(given, 0, math.inf, "more than 0 seconds")
+
+
+def _seconds(given: object, above: float, below: float, expected: str) -> float:
+    try:
+        value = float(str(given))
+    except ValueError:
+        raise ValueError(expected) from None
+    if not above < value < below:
+        raise ValueError(expected)
+    return value

@@ -8,7 +8,7 @@
         assert stage.check(pair.source, pair.destination).exit_code == 0
 
     with Stage() as stage:
-        proof = stage.proof({"guest": "bare", "tracker": "dirty-ring"})
+        proof = stage.proof(guest="bare", tracker="dirty-ring")
         proof.migrate()
         assert proof.verdict().verdict.exit_code == 0
 
@@ -20,25 +20,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from . import aio
 from .arguments import AnyPath, require, words_of
-from .check.check import Check
 from .devices.device import AttachedDevice
 from .host.loop_thread import LoopThread
 from .host.run_folder import room_in, run_folder
 from .host.timeout import DEFAULT_TIMEOUT_S
 from .migration.migration import Limits
-from .proof import setup
+from .proof import resolve
 from .proof.display import LineDisplay, QuietDisplay
 from .proof.model import Proof
+from .proof.options import ProofOptions, options_as_keywords, options_as_keywords_of_method
 from .proof.run import Migrated, ProofRun, proof_run
 from .qemu.machine import DESTINATION, INCOMING, SOURCE
 from .qemu.qemu import Qemu
+from .ram_check.check import Check
 
 __all__ = ["Pair", "ProofQemu", "RunningQemu", "Stage", "StagedProof", "check", "prove"]
 
@@ -91,21 +92,21 @@ class Pair:
     destination: RunningQemu
     _stage: Stage
 
-    def migrate(self, way: str = "unix", *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    def migrate(self, scenario: str = "unix", *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Migrate in one of the `WAYS`; both guests stand still afterwards.
 
         Raises:
-            UsageError: there is no such way, or only a proof can go it; or an argument is of
+            UsageError: there is no such scenario, or only a proof can have it; or an argument is of
                 another type.
             UnsupportedWayError: a QEMU lacks it.
             MigrationError: it failed, or took longer than `timeout_s`.
         """
         require("timeout_s", timeout_s, (int, float), "seconds")
-        self._stage.run(self._migrate(way, timeout_s))
+        self._stage.run(self._migrate(scenario, timeout_s))
 
-    async def _migrate(self, way: str, timeout_s: float) -> None:
+    async def _migrate(self, scenario: str, timeout_s: float) -> None:
         source, destination = self.source.qemu.qmp, self.destination.qemu.qmp
-        async for _ in aio.migrate(source, destination, way, Limits(timeout_s=timeout_s)):
+        async for _ in aio.migrate(source, destination, scenario, Limits(timeout_s=timeout_s)):
             pass
 
 
@@ -172,15 +173,28 @@ class StagedProof:
         return self._stage.run(self._run.finish(self._compared))
 
 
-def prove(options: Mapping[str, object]) -> Proof:
-    """One proof; `options` are those of ``dmaproof prove``: {'guest': 'bare', 'way': 'tls'}.
+@options_as_keywords(ProofOptions)
+def prove(options: ProofOptions) -> Proof:
+    """Carry out one proof.
+
+    Args:
+        options: `ProofOptions`, or its fields as keyword arguments.
+
+    Returns:
+        The verdict, and what happened on the way to it.
 
     Raises:
-        UsageError: there is no such option, or it cannot have that value.
-        UntestableError: it did not come to a verdict.
+        UsageError: there is no such option, it cannot have that value, or options contradict each
+            other.
+        UntestableError: it did not come to a verdict; the message says why.
+
+    Example::
+
+        proof = prove(guest="bare", tracker="dirty-ring", scenario="tls")
+        assert proof.verdict.exit_code == 0, proof.verdict.sentence
     """
     with Stage(quiet=True) as stage:
-        return stage.proof(options).verdict()
+        return stage.start_proof(options).verdict()
 
 
 def check(
@@ -293,16 +307,33 @@ class Stage:
         )
         return RunningQemu(started.qemu, self._loop, started.version, started.socket)
 
-    def proof(self, options: Mapping[str, object]) -> StagedProof:
-        """Start a guest of ours with a device of ours; `options` are those of ``dmaproof prove``.
+    @options_as_keywords_of_method(ProofOptions)
+    def proof(self, options: ProofOptions) -> StagedProof:
+        """Start the guest and the device of a proof.
+
+        Args:
+            options: the fields of `ProofOptions`, as keyword arguments.
+
+        Returns:
+            The proof, whose steps are the caller's to take.
 
         Raises:
-            UsageError: there is no such option, or it cannot have that value.
+            UsageError: there is no such option, it cannot have that value, or options contradict
+                each other.
             UntestableError: what is needed is not there, or does not start.
+
+        Example::
+
+            proof = stage.proof(guest="bare", tracker="dirty-ring")
+            proof.migrate()
         """
-        arguments = setup.parse_proof_options(options)
-        chosen = self.run(setup.setup_of(arguments, self._display))
-        run = proof_run(chosen, self._display, self.folder)
+        return self.start_proof(options)
+
+    def start_proof(self, options: ProofOptions) -> StagedProof:
+        """Start the guest and the device of a proof with these options; see `proof`."""
+        run = proof_run(
+            self.run(resolve.resolve(options, self._display)), self._display, self.folder
+        )
         return StagedProof(self, self.run(self._started.enter_async_context(run)))
 
     def check(

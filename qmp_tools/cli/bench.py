@@ -23,13 +23,14 @@ from dmaproof.bench.iterator import (
 from dmaproof.bench.patterns import Locality
 from dmaproof.errors import UsageError
 
+from ..arguments import positive, seconds
 from ..passthrough.kernel_cost import tables
 from ..passthrough.kernel_cost.bench import measure_kernel_cost
 from ..passthrough.kernel_cost.measure import REPORT_SIZES
 from ..passthrough.l1.kernel import KERNELS
 from ..passthrough.l1.machine import l1
 from ..qemu.choice import find_qemu
-from .arguments import Subcommands, add_parser, positive, seconds
+from .arguments import Subcommands, add_parser, reads
 from .display import display
 from .interruption import run_interruptibly
 from .outputs import write_json
@@ -91,9 +92,9 @@ def add(commands: Subcommands) -> None:
         help="the largest guest that is measured (default: %(default)s)",
     )
     kernel.add_argument("--qemu", metavar="PATH", help="runs the machine; default: the system's")
-    kernel.add_argument("--timeout", type=seconds, default=1200.0, metavar="SECONDS")
+    kernel.add_argument("--timeout", type=reads(seconds), default=1200.0, metavar="SECONDS")
     for part in (iterator, core_parser):
-        part.add_argument("--repeats", type=positive, default=5, metavar="N")
+        part.add_argument("--repeats", type=reads(positive), default=5, metavar="N")
     for part in (iterator, kernel):
         part.add_argument("--picture", type=Path, metavar="FILE.png")
     for part in (iterator, core_parser, kernel):

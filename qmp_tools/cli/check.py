@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..check.check import check
+from ..ram_check.check import check
 from ..reports.check_report import to_json, to_text
 from .arguments import Subcommands, add_parser, add_timeout
 from .display import print_text

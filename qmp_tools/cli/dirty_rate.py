@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Final
 
+from ..arguments import positive
 from ..migration.dirty_rate import MODES, DirtyRates, measure, to_json, to_text
 from ..qemu.attachment import attach
-from .arguments import Subcommands, add_parser, add_timeout, positive
+from .arguments import Subcommands, add_parser, add_timeout, reads
 from .interruption import run_interruptibly
 
 _EXAMPLES: Final = """\
@@ -31,7 +32,7 @@ def add(commands: Subcommands) -> None:
         epilog=_EXAMPLES,
     )
     parser.add_argument("socket", type=Path, help="a QMP socket of the running QEMU")
-    parser.add_argument("--seconds", type=positive, default=1, metavar="N")
+    parser.add_argument("--seconds", type=reads(positive), default=1, metavar="N")
     parser.add_argument(
         "--mode", choices=MODES, default=MODES[0], help="QEMU's measure (default: %(default)s)"
     )

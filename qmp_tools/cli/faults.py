@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from dmaproof.faults import known_faults
 
+from ..arguments import positive
 from ..exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from ..host.run_folder import run_folder
 from ..proof.display import QuietDisplay
 from ..proof.model import Setup
-from ..proof.setup import add_setup_options, describe_ways, parse_proof_options, setup_of
+from ..proof.resolve import resolve
 from ..reports.report import SCHEMA_VERSION
 from ..testbed.fault_trials import CONTROL, HEADINGS, Bench, Row, try_faults
-from .arguments import Subcommands, add_parser, positive
+from .arguments import Subcommands, add_parser, reads
 from .display import display, print_table
 from .interruption import run_interruptibly
+from .options import SETUP_GROUPS, add_options, describe_scenarios, given_options, options_of_groups
 from .outputs import add_outputs, write_outputs, writes_to_stdout
 
 _EXAMPLES: Final = """\
@@ -43,10 +46,14 @@ def add(commands: Subcommands) -> None:
         summary="break every link of the chain in turn, and see whether it is caught",
         description="Plant every known fault, on a test bed without QEMU and, where one device on "
         "one QEMU shows it, in a real proof; tell which were caught, by what, at which link.",
-        epilog=f"{_EXAMPLES}\n{describe_ways()}",
+        epilog=f"{_EXAMPLES}\n{describe_scenarios()}",
     )
     parser.add_argument(
-        "--runs", type=positive, default=1, metavar="N", help="of each (default: %(default)s)"
+        "--runs",
+        type=reads(positive),
+        default=1,
+        metavar="N",
+        help="of each (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=1, help="of the first run; the next adds 1")
     parser.add_argument(
@@ -63,7 +70,7 @@ def add(commands: Subcommands) -> None:
         help="the test bed, real proofs, or both (default: %(default)s)",
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
-    add_setup_options(parser)
+    add_options(parser, options_of_groups(SETUP_GROUPS))
     add_outputs(parser, page=False)
 
 
@@ -72,12 +79,11 @@ def _run(arguments: argparse.Namespace) -> int:
     benches = list(Bench) if arguments.on == "both" else [Bench(arguments.on)]
 
     teller = show
-    defaults = parse_proof_options({})
+    options = given_options(arguments)
 
     async def make_setup(fault: str | None, seed: int) -> Setup:
         nonlocal teller
-        trial = {**vars(defaults), **vars(arguments), "fault": fault, "seed": seed}
-        setup = await setup_of(argparse.Namespace(**trial), teller)
+        setup = await resolve(replace(options, fault=fault, seed=seed), teller)
         teller = QuietDisplay()  # the next would tell the same of the machine
         return setup
 
@@ -89,7 +95,7 @@ def _run(arguments: argparse.Namespace) -> int:
             make_setup,
             folder,
             show.say,
-            arguments.timeout,
+            options.timeout,
         )
         rows = run_interruptibly(trials)
     if not writes_to_stdout(arguments):

@@ -8,41 +8,43 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from ..arguments import positive
 from ..matrix.avocado_recipe import runnables
 from ..matrix.axes import Matrix, make_matrix, read_matrix, split_values
 from ..matrix.resources import Room
 from ..matrix.result_cache import Kept
 from ..matrix.run import run_matrix
-from ..proof.setup import describe_ways, proof_option_groups
+from ..proof.options import OPTIONS, Option
 from ..reports.matrix_report import to_json, to_text
-from .arguments import Subcommands, add_parser, positive
+from .arguments import Subcommands, add_parser, reads
 from .display import display, print_text
 from .interruption import run_interruptibly
+from .options import by_group, describe_scenarios
 from .outputs import add_outputs, reporting_failure, write_json, write_outputs, writes_to_stdout
 
 _EXAMPLES: Final = """\
 Each option of a proof takes several values here, behind commas or by being repeated (a comma in
 front of 'name=' belongs to the value). 'all' is every value there is, and * and ? match some:
---way 'multifd-*'. The cells are all combinations.
+--scenario 'multifd-*'. The cells are all combinations.
 
 A file has the same as TOML; an option in front of or behind it takes the place of its axis:
 
   [matrix]
   qemu = ["7.2", "11.1"]
-  way = ["unix", "multifd-*"]
+  scenario = ["unix", "multifd-*"]
   tracker = "all"
   guest = "bare"
 
   [[exclude]]
   qemu = "7.2"
-  way = "multifd-8"
+  scenario = "multifd-8"
 
 What came to a verdict is kept in a folder, and not run again until dmaproof, its QEMUs, its guest,
 a back end's program or the host's kernel change: an interrupted matrix goes on where it was.
 
 examples:
-  dmaproof matrix --guest bare --way unix,tls,multifd-4 --tracker all
-  dmaproof matrix --qemu 7.2,11.1 --qemu-destination 7.2,11.1 --way all --report matrix.html
+  dmaproof matrix --guest bare --scenario unix,tls,multifd-4 --tracker all
+  dmaproof matrix --qemu 7.2,11.1 --qemu-destination 7.2,11.1 --scenario all --report matrix.html
   dmaproof matrix matrix.toml --junit matrix.xml --json matrix.json
   dmaproof matrix matrix.toml --list
   dmaproof matrix matrix.toml --avocado recipe.json    # for: avocado run recipe.json
@@ -65,13 +67,13 @@ def add(commands: Subcommands) -> None:
         description="Carry out a proof for every combination of options, side by side as far as "
         "the machine has room, and tell which were clean, which lost pages, and why others could "
         "not be tested.",
-        epilog=f"{_EXAMPLES}\n{describe_ways()}",
+        epilog=f"{_EXAMPLES}\n{describe_scenarios()}",
     )
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE.toml", help="the axes")
-    for title, actions in proof_option_groups():
+    for title, options in by_group(OPTIONS.values()).items():
         group = parser.add_argument_group(f"axes: {title}")
-        for action in actions:
-            _add_axis(group, action)
+        for option in options:
+            _add_axis(group, option)
     run = parser.add_argument_group("run")
     run.add_argument(
         "--folder",
@@ -83,7 +85,7 @@ def add(commands: Subcommands) -> None:
     run.add_argument("--again", action="store_true", help="run what is kept, too")
     run.add_argument(
         "--jobs",
-        type=positive,
+        type=reads(positive),
         metavar="N",
         help="proofs at a time (default: by processors); memory bounds them in any case",
     )
@@ -95,15 +97,14 @@ def add(commands: Subcommands) -> None:
     add_outputs(parser)
 
 
-def _add_axis(group: argparse._ArgumentGroup, action: argparse.Action) -> None:
-    values = ("on", "off") if action.nargs == 0 else action.choices or ()
-    choices = f"; {', '.join(map(str, values))}" if values else ""
+def _add_axis(group: argparse._ArgumentGroup, option: Option) -> None:
+    choices = f"; {', '.join(option.values)}" if option.values else ""
     group.add_argument(
-        action.option_strings[0],
+        option.flag,
         action="append",
-        dest=_DEST + action.option_strings[0].removeprefix("--"),
-        metavar=action.metavar if isinstance(action.metavar, str) else "VALUE",
-        help=f"{(action.help or '') % vars(action)}{choices}".lstrip("; ").replace("%", "%%"),
+        dest=_DEST + option.key,
+        metavar=option.metavar or "VALUE",
+        help=f"{option.help}{choices}".replace("%", "%%"),
     )
 
 

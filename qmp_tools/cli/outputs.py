@@ -18,6 +18,7 @@ from dmaproof.system_errors import NO_ROOM
 
 from ..exit_codes import EXIT_UNTESTED
 from ..host.unexpected import untestable
+from ..proof.options import ProofOptions
 from ..reports.html import to_html
 from ..reports.junit_tap import to_junit, to_tap
 from ..reports.report import SCHEMA_VERSION
@@ -99,7 +100,7 @@ def reporting_failure(
                 "exit_code": EXIT_UNTESTED,
                 "reason": str(error),
                 "unsupported": isinstance(error, UnsupportedError),
-                **({"way": arguments.way} if "way" in arguments else {}),
+                **_scenario_of(arguments),
             }
             write_outputs(answer, arguments)
             if error is unexpected:
@@ -107,3 +108,9 @@ def reporting_failure(
             raise error from unexpected
 
     return reporting
+
+
+def _scenario_of(arguments: argparse.Namespace) -> Answer:
+    if "scenario" not in arguments:
+        return {}
+    return {"scenario": arguments.scenario or ProofOptions.scenario}

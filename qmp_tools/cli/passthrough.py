@@ -10,16 +10,17 @@ from typing import Any, Final
 
 from dmaproof.errors import UsageError
 
+from ..arguments import positive
 from ..passthrough import GROUPS, matrix
 from ..passthrough.l1.kernel import KERNELS
 from ..passthrough.l1.machine import L1, l1
 from ..passthrough.l1.stock import STOCK
 from ..passthrough.prove import Request, prove_passthrough, to_text
 from ..proof.display import Display
-from ..proof.setup import seed_of
+from ..proof.resolve import chosen_seed
 from ..qemu.builds import installed
 from ..qemu.choice import find_qemu
-from .arguments import Subcommands, add_parser, add_timeout, positive
+from .arguments import Subcommands, add_parser, add_timeout, reads
 from .display import display, print_text
 from .interruption import run_interruptibly
 from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
@@ -72,7 +73,7 @@ def add(commands: Subcommands) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer random cases and controls")
     parser.add_argument(
         "--controls",
-        type=positive,
+        type=reads(positive),
         default=1,
         metavar="N",
         help="repeat each fault planted in a migration (default: %(default)s)",
@@ -86,7 +87,7 @@ def add(commands: Subcommands) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     show = display(quiet=arguments.quiet)
-    seed = seed_of(arguments, bits=16)
+    seed = chosen_seed(arguments.seed, bits=16)
     request = Request(
         seed=seed,
         groups=tuple(arguments.only),

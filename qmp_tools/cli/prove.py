@@ -4,39 +4,34 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
+from dmaproof.errors import UsageError
 from dmaproof.faults import known_faults, summary
-from dmaproof.trace import Link
 
-from ..exit_codes import EXIT_UNTESTED
-from ..passthrough.vfio_functions import Host
+from ..devices.registry import Control, kind_of
+from ..exit_codes import EXIT_PASS, EXIT_UNTESTED
+from ..passthrough.kinds import fake_device_of, is_fake_vfio
+from ..passthrough.prove import prove_fake_vfio
 from ..proof.display import Display
-from ..proof.model import Proof
+from ..proof.options import ProofOptions
+from ..proof.resolve import resolve
 from ..proof.run import prove
-from ..proof.setup import add_proof_options, describe_iommus, describe_ways, setup_of
-from ..qemu.machine import format_memory
 from ..reports.report import to_json, to_text
 from .arguments import Subcommands, add_parser
 from .display import display, print_text
 from .interruption import run_interruptibly
+from .options import add_options, describe_iommus, describe_scenarios, given_options
 from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
-from .prove_functions import (
-    add_own_guest_options,
-    are_functions,
-    functions_setup_of,
-    refuse_own_guest,
-)
-from .prove_owned import is_owned, run_owned
 
-_CONTROL_FAULT: Final = "drop-pages=0.01"
+Report = dict[str, Any]
 
-_PROVE_EXAMPLES: Final = """\
+_EXAMPLES: Final = """\
 examples:
   dmaproof prove                              the system's QEMU, everything chosen for you
   dmaproof prove --fault drop-pages=0.01      must fail: shows that losses are caught
-  dmaproof prove --qemu 11.1 --memory 5G --way tcp
-  dmaproof prove --way multifd-4              any of the ways below
+  dmaproof prove --qemu 11.1 --memory 5G --scenario tcp
+  dmaproof prove --scenario multifd-4         any of the scenarios below
   dmaproof prove --guest bare                 no kernel to boot: the quickest proof
   dmaproof prove --workload pattern=sequential,huge_every=4
   dmaproof prove --iommu intel                IOVAs that are not guest-physical addresses
@@ -76,77 +71,81 @@ def add(commands: Subcommands) -> None:
         description="Migrate a guest while a device outside QEMU writes its RAM, compare every "
         "page of both sides, and say who lost what.",
         epilog="\n\n".join(
-            (_PROVE_EXAMPLES.rstrip(), describe_ways(), describe_iommus(), _describe_faults())
+            (_EXAMPLES.rstrip(), describe_scenarios(), describe_iommus(), _describe_faults())
         ),
     )
-    add_proof_options(parser)
-    add_own_guest_options(parser)
+    add_options(parser)
     run = parser.add_argument_group("run")
     run.add_argument(
         "--control",
         action="store_true",
-        help=f"after a pass, repeat it with {_CONTROL_FAULT} planted, which must be caught",
+        help="after a pass, repeat it with a fault planted, which must be caught",
     )
     run.add_argument("--keep", action="store_true", help="keep the run's folder and say where")
     run.add_argument("--quiet", action="store_true", help="show no progress")
     add_outputs(parser)
 
 
-async def _prove(arguments: argparse.Namespace, show: Display) -> tuple[Proof, Proof | None]:
-    if are_functions(arguments):
-        setup = await functions_setup_of(arguments, show, Host())
-    else:
-        setup = await setup_of(arguments, show)
-    faulty = (
-        replace(setup, device=setup.device.with_fault(_CONTROL_FAULT))
-        if arguments.control
-        else None
-    )
-    proof = await prove(setup, show, keep=arguments.keep)
-    if faulty is None or proof.verdict.exit_code != 0:
-        return proof, None
-    show.say(f"control: the same again with {_CONTROL_FAULT} planted")
-    return proof, await prove(faulty, show)
-
-
-def _caught(control: Proof) -> bool:
-    verdict = control.verdict
-    return bool(verdict.lost) and all(page.link == Link.LOG for page in verdict.lost)
-
-
 def _run(arguments: argparse.Namespace) -> int:
-    if not are_functions(arguments):
-        refuse_own_guest(arguments)
-    if is_owned(arguments):
-        return run_owned(arguments)
+    options = given_options(arguments)
     show = display(quiet=arguments.quiet)
-    proof, control = run_interruptibly(_prove(arguments, show))
-    answer = to_json(proof)
-    answer["commands"] = {"dmaproof": _again(arguments, proof), **answer["commands"]}
-    text = to_text(proof)
-    if control is not None:
-        caught = _caught(control)
-        answer["control"] = {**to_json(control), "caught": caught}
-        text += f"\n  control      {_CONTROL_FAULT} planted in the same set-up: " + (
-            f"caught, {len(control.verdict.lost)} pages" if caught else "NOT CAUGHT"
-        )
-        if not caught:
-            answer["exit_code"] = EXIT_UNTESTED
-            answer["verdict"] = f"nothing was proved: a planted {_CONTROL_FAULT} was not caught"
+    control = _control_of(options) if arguments.control else None
+    report, text = run_interruptibly(_prove(options, show, arguments.keep, control))
     if not writes_to_stdout(arguments):
         print_text(text)
-    write_outputs(answer, arguments)
-    code: int = answer["exit_code"]
-    return code
+    write_outputs(report, arguments)
+    return int(report["exit_code"])
 
 
-def _again(arguments: argparse.Namespace, proof: Proof) -> list[str]:
-    """The command line that repeats the run, with all that was chosen for the user."""
-    chosen = []
-    if arguments.seed is None:
-        chosen += ["--seed", str(proof.setup.seed)]
-    if arguments.memory is None:
-        chosen += ["--memory", format_memory(proof.setup.machine.memory_bytes)]
-    if arguments.accel == "auto":
-        chosen += ["--accel", proof.setup.machine.accelerator]
-    return ["dmaproof", *arguments.command_line, *chosen]
+def _control_of(options: ProofOptions) -> Control:
+    """What ``--control`` injects into the device.
+
+    Raises:
+        UsageError: nothing can be injected, or it would not show.
+    """
+    control = kind_of(options.devices, options.device_command).control
+    if control is None:
+        raise UsageError(
+            f"--control: no fault can be planted in --device {' and '.join(options.devices)}"
+        )
+    if is_fake_vfio(options):
+        fake_device_of(replace(options, fault=control.fault))
+    return control
+
+
+async def _prove(
+    options: ProofOptions, show: Display, keep: bool, control: Control | None
+) -> tuple[Report, str]:
+    report, text, options = await _prove_once(options, show, keep)
+    if control is None or report["exit_code"] != EXIT_PASS:
+        return report, text
+    show.say(f"control: the same again with {control.fault} planted")
+    repeated, _, _ = await _prove_once(replace(options, fault=control.fault), show, False)
+    return report, f"{text}\n{add_control(report, repeated, control)}"
+
+
+async def _prove_once(
+    options: ProofOptions, show: Display, keep: bool
+) -> tuple[Report, str, ProofOptions]:
+    """One proof: its report as for JSON and for people, and the options that repeat it."""
+    if is_fake_vfio(options):
+        report, text = await prove_fake_vfio(options, show, keep=keep)
+        return report, text, replace(options, seed=report["setup"]["seed"])
+    setup = await resolve(options, show)
+    proof = await prove(setup, show, keep=keep)
+    return to_json(proof), to_text(proof), setup.options
+
+
+def add_control(report: Report, repeated: Report, control: Control) -> str:
+    """Add the report of a proof `repeated` with a fault to the one that has passed.
+
+    A control that was not caught takes the pass away. Returns a line for people.
+    """
+    lost = repeated["lost_pages"]
+    caught = bool(lost) and all(page["link"] == control.link for page in lost)
+    report["control"] = {**repeated, "caught": caught}
+    if not caught:
+        report["exit_code"] = EXIT_UNTESTED
+        report["verdict"] = f"nothing was proved: a planted {control.fault} was not caught"
+    found = f"caught, {len(lost)} pages" if caught else "NOT CAUGHT"
+    return f"  control      {control.fault} planted in the same set-up: {found}"

@@ -5,19 +5,22 @@ from __future__ import annotations
 import argparse
 from typing import Final
 
+from ..arguments import positive
 from ..proof.display import Display
-from ..proof.setup import add_proof_options, describe_ways, setup_of
+from ..proof.options import ProofOptions
+from ..proof.resolve import resolve
 from ..proof.soak import Soak, soak
 from ..reports.soak_report import GROWTH_HEADINGS, growth_rows, soak_to_json, soak_to_text
-from .arguments import Subcommands, add_parser, positive
+from .arguments import Subcommands, add_parser, reads
 from .display import display, print_table, print_text
 from .interruption import run_interruptibly
+from .options import add_options, describe_scenarios, given_options
 from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
 
 _EXAMPLES: Final = """\
 examples:
   dmaproof soak                               200 migrations: some minutes
-  dmaproof soak --migrations 20 --way multifd-4 --guest linux
+  dmaproof soak --migrations 20 --scenario multifd-4 --guest linux
   dmaproof soak --json - | jq .growth
 
 exit codes:
@@ -26,6 +29,8 @@ exit codes:
   2  wrong usage
   3  could not be tested; the message says why
 """
+
+_DEFAULTS: Final = ProofOptions(guest="bare")
 
 
 def add(commands: Subcommands) -> None:
@@ -38,19 +43,19 @@ def add(commands: Subcommands) -> None:
         description="Migrate one guest there and back, again and again, each time to a new QEMU; "
         "compare every page each time, and see whether the tool and the device keep memory, file "
         "descriptors or shared memory.",
-        epilog=f"{_EXAMPLES}\n{describe_ways()}",
+        epilog=f"{_EXAMPLES}\n{describe_scenarios()}",
     )
     parser.add_argument(
-        "--migrations", type=positive, default=200, metavar="N", help="default: %(default)s"
+        "--migrations", type=reads(positive), default=200, metavar="N", help="default: %(default)s"
     )
-    add_proof_options(parser)
-    parser.set_defaults(guest="bare")
+    add_options(parser, defaults=_DEFAULTS)
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     add_outputs(parser, page=False)
 
 
 async def _soak(arguments: argparse.Namespace, show: Display) -> Soak:
-    return await soak(await setup_of(arguments, show), arguments.migrations, show.say)
+    options = given_options(arguments, _DEFAULTS)
+    return await soak(await resolve(options, show), arguments.migrations, show.say)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -16,9 +16,10 @@ from rich.table import Table
 
 from dmaproof.errors import UntestableError, printable
 
+from ..arguments import seconds
 from ..migration.watch import View, watch
 from ..qemu.attachment import attach
-from .arguments import Subcommands, add_parser, add_timeout, seconds
+from .arguments import Subcommands, add_parser, add_timeout, reads
 from .interruption import run_interruptibly
 
 _EXAMPLES: Final = """\
@@ -66,7 +67,7 @@ def add(commands: Subcommands) -> None:
     parser.add_argument("socket", type=Path, help="a QMP socket of the source")
     parser.add_argument(
         "--interval",
-        type=seconds,
+        type=reads(seconds),
         default=0.5,
         metavar="SECONDS",
         help="between two looks (default: %(default)s)",

@@ -29,7 +29,7 @@ from ..qemu.machine import (
     vhost_user_fs_arguments,
     vhost_user_net_arguments,
 )
-from .device import AttachedDevice, DeviceFacts, SilentDevice, on_image, on_network
+from .device import AttachedDevice, DeviceFacts, ProofDevice, on_image, on_network
 from .disk_image import write_image
 
 _POLL_S: Final = 0.01
@@ -63,8 +63,8 @@ KINDS: Final = {
 
 
 @dataclass(frozen=True)
-class CommandDevice:
-    """See `ProofDevice`. `words` are a command's, with placeholders; see `parse_command`."""
+class CommandDevice(ProofDevice):
+    """`words` are a command's, with placeholders; see `parse_command`."""
 
     kind: str
     words: Sequence[str]
@@ -72,42 +72,31 @@ class CommandDevice:
 
     @property
     def facts(self) -> DeviceFacts:
-        """See `ProofDevice.facts`."""
         return DeviceFacts(f"{self.kind} by {Path(self.words[0]).name}", self.queues)
 
     @property
     def guests(self) -> Collection[str]:
-        """See `ProofDevice.guests`."""
         return KINDS[self.kind].guests
 
     @property
     def driver(self) -> Driver:
-        """See `ProofDevice.driver`."""
         return KINDS[self.kind].driver
 
     @property
     def direct(self) -> bool:
-        """See `ProofDevice.direct`."""
         return not KINDS[self.kind].network
 
     @property
     def commands(self) -> Sequence[Sequence[str]]:
-        """See `ProofDevice.commands`."""
         return [self.words]
 
     def fit(self, workload: Workload) -> Workload:
-        """See `ProofDevice.fit`."""
         if KINDS[self.kind].network:
             return on_network(workload)
         return replace(on_image(workload), last=workload.once // _LAST_SHARE)
 
-    def with_fault(self, fault: str) -> CommandDevice:
-        """See `ProofDevice.with_fault`."""
-        raise UsageError(f"{fault} cannot be planted in somebody else's device")
-
     @asynccontextmanager
     async def start(self, folder: Path, timeout_s: float) -> AsyncIterator[AttachedDevice]:
-        """See `ProofDevice.start`."""
         shared = folder / "shared"
         shared.mkdir()
         write_image(shared / "disk")
@@ -143,7 +132,7 @@ def parse_command(text: str) -> Sequence[str]:
 _PLACEHOLDERS: Final = ("socket", "side", "image", "folder", "queues")
 
 
-class _Attached(SilentDevice):
+class _Attached(AttachedDevice):
     def __init__(self, setup: CommandDevice, folder: Path, shared: Path, timeout_s: float) -> None:
         self._setup = setup
         self._folder = folder

@@ -4,16 +4,32 @@ A `ProofDevice` is what a set-up names: plain data, from which the same can be s
 times. Started, it is an `AttachedDevice`: the processes that serve the two QEMUs, what each QEMU is
 told on its command line, and what there is of evidence afterwards. A device may be several: one
 object stands for all that the guest of a proof is given.
+
+Both have defaults, so a new kind of device says only what is special about it::
+
+    @dataclass(frozen=True)
+    class NullDisk(ProofDevice):
+        @property
+        def facts(self) -> DeviceFacts:
+            return DeviceFacts("null", queues=1)
+
+        @property
+        def guests(self) -> Collection[str]:
+            return ("linux",)
+
+        @asynccontextmanager
+        async def start(self, folder: Path, timeout_s: float) -> AsyncIterator[AttachedDevice]:
+            yield AttachedNullDisk()
 """
 
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 from dmaproof.errors import UntestableError
 from dmaproof.evidence import Evidence
@@ -36,39 +52,47 @@ class DeviceFacts:
     killed: bool = False
 
 
-class ProofDevice(Protocol):
+class ProofDevice(ABC):
     """A device as a set-up names it."""
 
     @property
+    @abstractmethod
     def facts(self) -> DeviceFacts:
         """What reports tell of it."""
 
     @property
+    @abstractmethod
     def guests(self) -> Collection[str]:
-        """The guests (`guest.choice.GUESTS`) that have a driver for it."""
+        """The guests (`guest.choice.GUESTS`) that have a driver for it, or `guest.own.NAME`."""
 
     @property
     def driver(self) -> Driver:
-        """The one by which the Linux guest comes to it."""
+        """The one by which the Linux guest comes to it; by default none of ours."""
+        return Driver((), "")
 
     @property
     def direct(self) -> bool:
         """Whether it writes where the guest's program asks it to, not into its kernel's buffers."""
+        return True
 
     @property
     def commands(self) -> Sequence[Sequence[str]]:
         """The words of each command that serves it, but for dmaproof's own and QEMU's."""
+        return ()
 
     def fit(self, workload: Workload) -> Workload:
         """The workload, as far as it can be carried out on this device."""
+        return workload
 
-    def with_fault(self, fault: str) -> ProofDevice:
-        """The same with `fault` planted, as ``--fault`` names it.
+    def prerequisites(self, memory_bytes: int) -> Sequence[str]:
+        """Lines about what a proof with so much RAM needs of this machine, and what exists.
 
         Raises:
-            UsageError: nothing can be planted in it.
+            UntestableError: something is missing; the message has all of it, with its remedy.
         """
+        return ()
 
+    @abstractmethod
     def start(self, folder: Path, timeout_s: float) -> AbstractAsyncContextManager[AttachedDevice]:
         """What it runs besides QEMU; its sockets and logs are in the run's `folder`.
 
@@ -79,16 +103,22 @@ class ProofDevice(Protocol):
         """
 
 
-class AttachedDevice(Protocol):
-    """A device that has been started. `side` is `SOURCE` or `DESTINATION` (`processes.machine`)."""
+class AttachedDevice(ABC):
+    """A device that has been started. `side` is `SOURCE` or `DESTINATION` (`qemu.machine`).
+
+    By default it runs no process of its own, and reports nothing of itself.
+    """
 
     @property
     def processes(self) -> Sequence[Process]:
         """Its own processes, none of which may end before the proof does."""
+        return ()
 
     def serving(self, side: str) -> Sequence[Process]:
         """Those of its processes that serve the QEMU of `side`."""
+        return ()
 
+    @abstractmethod
     async def attach(self, side: str) -> Sequence[str]:
         """Be ready for a QEMU that is about to be started as `side`; returns its arguments.
 
@@ -103,11 +133,12 @@ class AttachedDevice(Protocol):
     def lacks_pagefault(self) -> bool:
         """Whether it is a vhost-user device that is known to lack VHOST_USER_PROTOCOL_F_PAGEFAULT:
         with one of these, QEMU must refuse postcopy."""
+        return False
 
-    def release(self, side: str) -> None:
+    def release(self, side: str) -> None:  # noqa: B027 (a default, not a gap)
         """The QEMU of `side` is about to be ended: what serves only that may end by itself now."""
 
-    async def disturb(self, side: str) -> None:
+    async def disturb(self, side: str) -> None:  # noqa: B027
         """Do to the device what its set-up says, in the middle of the migration from `side`.
 
         Raises:
@@ -116,8 +147,10 @@ class AttachedDevice(Protocol):
 
     async def refusal(self) -> UntestableError:
         """Wait until it refuses what a QEMU or its guest sent, for ever if it does not."""
+        future: asyncio.Future[UntestableError] = asyncio.get_running_loop().create_future()
+        return await future
 
-    async def logging_ended(self, side: str) -> None:
+    async def logging_ended(self, side: str) -> None:  # noqa: B027
         """Wait until the QEMU of `side` has taken its dirty log back; not if that cannot be told.
 
         Raises:
@@ -126,6 +159,7 @@ class AttachedDevice(Protocol):
 
     def accepted_features(self, side: str) -> int | None:
         """The virtio features (bits) that the driver of `side` uses; None if that is not known."""
+        return None
 
     async def evidence(self, side: str) -> Sequence[Evidence]:
         """What it knows of its own writes to the RAM of `side`; none if it keeps no journal.
@@ -135,6 +169,7 @@ class AttachedDevice(Protocol):
         Raises:
             UntestableError: it should know, and cannot tell.
         """
+        return []
 
 
 def on_image(workload: Workload) -> Workload:
@@ -145,43 +180,3 @@ def on_image(workload: Workload) -> Workload:
 def on_network(workload: Workload) -> Workload:
     """The workload on a network that sends back what it gets, and keeps nothing."""
     return replace(workload, write_every=0, huge_every=0, unaligned_every=0)
-
-
-class SilentDevice:
-    """An `AttachedDevice`, but for `attach`, that runs no process and tells nothing of itself."""
-
-    @property
-    def processes(self) -> Sequence[Process]:
-        """See `AttachedDevice.processes`."""
-        return ()
-
-    def serving(self, side: str) -> Sequence[Process]:
-        """See `AttachedDevice.serving`."""
-        return ()
-
-    @property
-    def lacks_pagefault(self) -> bool:
-        """See `AttachedDevice.lacks_pagefault`."""
-        return False
-
-    def release(self, side: str) -> None:
-        """See `AttachedDevice.release`."""
-
-    async def disturb(self, side: str) -> None:
-        """See `AttachedDevice.disturb`: no set-up says how."""
-
-    async def refusal(self) -> UntestableError:
-        """See `AttachedDevice.refusal`."""
-        future: asyncio.Future[UntestableError] = asyncio.get_running_loop().create_future()
-        return await future
-
-    async def logging_ended(self, side: str) -> None:
-        """See `AttachedDevice.logging_ended`."""
-
-    def accepted_features(self, side: str) -> int | None:
-        """See `AttachedDevice.accepted_features`."""
-        return None
-
-    async def evidence(self, side: str) -> Sequence[Evidence]:
-        """See `AttachedDevice.evidence`."""
-        return []

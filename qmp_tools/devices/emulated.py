@@ -15,11 +15,10 @@ from dmaproof.evidence import Evidence
 from dmaproof.vhost_user.features import F_ACCESS_PLATFORM, F_RING_PACKED
 
 from ..guest.linux import Driver
-from ..guest.workload import Workload
 from ..host.process import Process
 from ..qemu.iommu import behind_iommu, root_port
 from ..qemu.machine import DESTINATION, SOURCE, option_value
-from .device import AttachedDevice, DeviceFacts
+from .device import AttachedDevice, DeviceFacts, ProofDevice
 from .process import Device, DeviceOptions
 
 RINGS: Final = ("split", "packed")
@@ -27,8 +26,8 @@ RINGS: Final = ("split", "packed")
 
 
 @dataclass(frozen=True)
-class EmulatedDevice:
-    """See `ProofDevice`. It has so many `queues`, whose form is one of `RINGS`.
+class EmulatedDevice(ProofDevice):
+    """It has so many `queues`, whose form is one of `RINGS`.
 
     If it is to be `killed`, that happens in the middle of the migration, and it is started again.
     One of several has a `name` of its own. One that is behind an IOMMU of QEMU's is plugged into
@@ -53,12 +52,10 @@ class EmulatedDevice:
 
     @property
     def driver(self) -> Driver:
-        """See `ProofDevice.driver`."""
         return Driver(*self._type.linux)
 
     @property
     def direct(self) -> bool:
-        """See `ProofDevice.direct`."""
         return self.has_workload
 
     def __post_init__(self) -> None:
@@ -70,7 +67,6 @@ class EmulatedDevice:
 
     @property
     def facts(self) -> DeviceFacts:
-        """See `ProofDevice.facts`."""
         options = self.options
         return DeviceFacts(
             options.device,
@@ -84,17 +80,7 @@ class EmulatedDevice:
 
     @property
     def guests(self) -> Collection[str]:
-        """See `ProofDevice.guests`."""
         return self._type.guests
-
-    @property
-    def commands(self) -> Sequence[Sequence[str]]:
-        """See `ProofDevice.commands`."""
-        return ()
-
-    def fit(self, workload: Workload) -> Workload:
-        """See `ProofDevice.fit`."""
-        return workload
 
     def options_with_state(self, folder: Path) -> DeviceOptions:
         """The options of a process whose disk has to outlive it in `folder`."""
@@ -123,13 +109,8 @@ class EmulatedDevice:
             *self._type.qemu_arguments(self.name, self.queues, properties),
         ]
 
-    def with_fault(self, fault: str) -> EmulatedDevice:
-        """See `ProofDevice.with_fault`."""
-        return replace(self, options=replace(self.options, fault=fault))
-
     @asynccontextmanager
     async def start(self, folder: Path, timeout_s: float) -> AsyncIterator[AttachedDevice]:
-        """See `ProofDevice.start`."""
         attached = _AttachedDevice(self, folder, timeout_s)
         try:
             await attached.start()
@@ -138,7 +119,7 @@ class EmulatedDevice:
             await attached.end()
 
 
-class _AttachedDevice:
+class _AttachedDevice(AttachedDevice):
     """One process serves both sides; or each has its own, if that of one is to be killed.
 
     (QEMU 7.2 does not take up a device again that it has lost before it was started.)
@@ -210,9 +191,6 @@ class _AttachedDevice:
             await self._devices[side].kill()
             await self._start_for(side)
             await self._devices[side].wait_for("logging", side)
-
-    def release(self, side: str) -> None:
-        pass  # it serves the other side too, and whoever comes next
 
     async def refusal(self) -> UntestableError:
         while True:

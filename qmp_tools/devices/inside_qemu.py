@@ -18,7 +18,7 @@ from dmaproof.errors import UsageError
 from ..guest import linux
 from ..guest.workload import Workload
 from ..qemu.machine import option_value
-from .device import AttachedDevice, DeviceFacts, SilentDevice, on_image, on_network
+from .device import AttachedDevice, DeviceFacts, ProofDevice, on_image, on_network
 from .disk_image import file_node, write_image
 
 
@@ -62,8 +62,8 @@ _DISK: Final = "disk"
 
 
 @dataclass(frozen=True)
-class InsideQemu:
-    """See `ProofDevice`. `name` is one of `KINDS`; `queues` go to those that have a choice.
+class InsideQemu(ProofDevice):
+    """`name` is one of `KINDS`; `queues` go to those that have a choice.
 
     Raises:
         UsageError: no guest of ours drives such a device.
@@ -81,40 +81,25 @@ class InsideQemu:
 
     @property
     def facts(self) -> DeviceFacts:
-        """See `ProofDevice.facts`."""
         return DeviceFacts(f"qemu:{self.name}", self.queues)
 
     @property
     def guests(self) -> Collection[str]:
-        """See `ProofDevice.guests`."""
         return KINDS[self.name].guests
 
     @property
     def driver(self) -> linux.Driver:
-        """See `ProofDevice.driver`."""
         return KINDS[self.name].driver
 
     @property
     def direct(self) -> bool:
-        """See `ProofDevice.direct`."""
         return not KINDS[self.name].network
 
-    @property
-    def commands(self) -> Sequence[Sequence[str]]:
-        """See `ProofDevice.commands`."""
-        return ()
-
     def fit(self, workload: Workload) -> Workload:
-        """See `ProofDevice.fit`."""
         return on_network(workload) if KINDS[self.name].network else on_image(workload)
-
-    def with_fault(self, fault: str) -> InsideQemu:
-        """See `ProofDevice.with_fault`."""
-        raise UsageError(f"{fault} cannot be planted in a device of QEMU's")
 
     @asynccontextmanager
     async def start(self, folder: Path, timeout_s: float) -> AsyncIterator[AttachedDevice]:
-        """See `ProofDevice.start`."""
         if not KINDS[self.name].network:
             write_image(folder / _DISK)
         yield _Attached(self, folder)
@@ -127,7 +112,7 @@ def own_peer(socket: Path) -> str:
     return f"dgram,id=net,{','.join(ends)}"
 
 
-class _Attached(SilentDevice):
+class _Attached(AttachedDevice):
     def __init__(self, setup: InsideQemu, folder: Path) -> None:
         self._setup = setup
         self._folder = folder

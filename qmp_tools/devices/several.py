@@ -18,14 +18,14 @@ from .device import AttachedDevice, DeviceFacts, ProofDevice
 
 
 @dataclass(frozen=True)
-class SeveralDevices:
-    """See `ProofDevice`. Each of the `devices`, at least one, is started as it would be alone."""
+class SeveralDevices(ProofDevice):
+    """Each of the `devices`, at least one, is started as it would be alone."""
 
     devices: Sequence[ProofDevice]
 
     @property
     def facts(self) -> DeviceFacts:
-        """See `ProofDevice.facts`: the first one's, but for names and queues."""
+        """The first one's, but for names and queues."""
         facts = [device.facts for device in self.devices]
         return replace(
             facts[0],
@@ -35,40 +35,33 @@ class SeveralDevices:
 
     @property
     def guests(self) -> Collection[str]:
-        """See `ProofDevice.guests`: those that can drive all of them."""
+        """Those that can drive all of them."""
         first, *others = (device.guests for device in self.devices)
         return [guest for guest in first if all(guest in other for other in others)]
 
     @property
     def driver(self) -> Driver:
-        """See `ProofDevice.driver`: all of them."""
+        """All of them."""
         drivers = [device.driver for device in self.devices]
         modules = dict.fromkeys(module for driver in drivers for module in driver.modules)
         return Driver(tuple(modules), " ".join(it.place for it in drivers if it.place))
 
     @property
     def direct(self) -> bool:
-        """See `ProofDevice.direct`: one of them does, and the others add to that."""
+        """One of them does, and the others add to that."""
         return any(device.direct for device in self.devices)
 
     @property
     def commands(self) -> Sequence[Sequence[str]]:
-        """See `ProofDevice.commands`."""
         return [command for device in self.devices for command in device.commands]
 
     def fit(self, workload: Workload) -> Workload:
-        """See `ProofDevice.fit`."""
         for device in self.devices:
             workload = device.fit(workload)
         return workload
 
-    def with_fault(self, fault: str) -> SeveralDevices:
-        """See `ProofDevice.with_fault`: it is planted in each."""
-        return SeveralDevices([device.with_fault(fault) for device in self.devices])
-
     @asynccontextmanager
     async def start(self, folder: Path, timeout_s: float) -> AsyncIterator[AttachedDevice]:
-        """See `ProofDevice.start`."""
         async with AsyncExitStack() as stack:
             yield _AttachedDevices(
                 [
@@ -78,7 +71,7 @@ class SeveralDevices:
             )
 
 
-class _AttachedDevices:
+class _AttachedDevices(AttachedDevice):
     def __init__(self, devices: Sequence[AttachedDevice]) -> None:
         self._devices = devices
 

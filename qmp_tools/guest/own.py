@@ -15,24 +15,26 @@ from dmaproof.errors import UsageError
 from ..qemu.machine import GIB
 from .build import Guest
 
+OWN_GUEST: Final = "own"
+"""What a guest of the user's is called among the guests of a device."""
 MEMORY_BYTES: Final = GIB
 """The guest's RAM, where no other size is asked for."""
 
 
-def own_guest(kernel: str, initramfs: str | None, options: str) -> Guest:
+def own_guest(kernel: Path, initramfs: Path | None, options: str) -> Guest:
     """The guest of these files.
 
     Raises:
         UsageError: one is not there.
     """
     for option, name in (("--kernel", kernel), ("--initrd", initramfs)):
-        if name is not None and not Path(name).is_file():
+        if name is not None and not name.is_file():
             raise UsageError(f"{option} {name}: there is no such file")
     return Guest(
-        name="own",
-        version=kernel,
-        kernel=Path(kernel),
-        initramfs=Path(initramfs) if initramfs else None,
+        name=OWN_GUEST,
+        version=str(kernel),
+        kernel=kernel,
+        initramfs=initramfs,
         options=options,
         memory_bytes=MEMORY_BYTES,
         kvm_patience_s=0.0,

@@ -35,11 +35,11 @@ from ..arguments import AnyPath
 from ..blocking import ProofQemu, Stage, StagedProof
 from ..devices.device import AttachedDevice
 from ..exit_codes import EXIT_UNTESTED
-from ..proof.setup import proof_options
+from ..proof.options import OPTIONS, ProofOptions
 from ..reports import check_report, report
 from ..reports.html import to_html
 
-PARAMETERS: Final = tuple(name.replace("-", "_") for name in proof_options())
+PARAMETERS: Final = tuple(OPTIONS)
 """Named as the options of ``dmaproof prove``, and with the same defaults."""
 
 
@@ -62,7 +62,7 @@ class MigrationTest(Test):  # type: ignore[misc]
         self._started = contextlib.ExitStack()
         self._stage = self._started.enter_context(Stage())
         try:
-            self._proof = self._stage.proof(chosen)
+            self._proof = self._stage.start_proof(ProofOptions.of(chosen))
         except UntestableError as error:
             if os.environ.get("DMAPROOF_NO_SKIP") == "1":
                 raise

@@ -87,9 +87,9 @@ class ProofRunner(BaseRunner):  # type: ignore[misc]
             yield FinishedMessage.get("error", str(untestable(error)))
 
     def _prove(self, runnable: Runnable, loop: LoopThread, folder: Path) -> Iterator[Status]:
-        from ..proof.setup import proof_words  # late, as in `MatrixResolver.resolve`
+        from ..proof.options import ProofOptions  # late, as in `MatrixResolver.resolve`
 
-        options = proof_words(options_of(runnable))
+        options = ProofOptions.of(options_of(runnable)).words()
         program = [sys.executable, "-m", "qmp_tools.cli", "prove", *options]
         reports = [f"--json={folder / _FILES[0]}", f"--report={folder / _FILES[1]}"]
         log = folder / "proof.log"

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 
     from ..arguments import AnyPath
     from ..blocking import Pair, RunningQemu, Stage, StagedProof
-    from ..check.check import Check
     from ..proof.model import Proof
+    from ..proof.options import ProofOptions
+    from ..ram_check.check import Check
 
 T = TypeVar("T")
 
@@ -192,10 +194,12 @@ class VhostUserBlk:
 
 @pytest.fixture
 def vhost_user_blk(request: pytest.FixtureRequest) -> Iterator[Callable[..., VhostUserBlk]]:
-    """Starts guests with a disk of ours: ``vhost_user_blk(tracker="dirty-ring", way="tcp")``.
+    """Starts guests with a disk of ours: ``vhost_user_blk(tracker="dirty-ring", scenario="tcp")``.
 
-    The arguments are the options of ``dmaproof prove``.
+    The arguments are the fields of `ProofOptions`.
     """
+    from ..proof.options import ProofOptions
+
     with contextlib.ExitStack() as stages:
 
         def start(**options: object) -> VhostUserBlk:
@@ -208,10 +212,11 @@ def vhost_user_blk(request: pytest.FixtureRequest) -> Iterator[Callable[..., Vho
                 "accel": _accelerator(request),
                 **options,
             }
+            wanted = ProofOptions.of(chosen)
             stage = stages.enter_context(_stage(request))
             if _marked_accelerator(request.node) == "kvm":
-                _started(lambda: _require_kvm(stage, chosen))
-            return VhostUserBlk(_started(lambda: stage.proof(chosen)), request)
+                _started(lambda: _require_kvm(stage, wanted))
+            return VhostUserBlk(_started(lambda: stage.start_proof(wanted)), request)
 
         yield start
 
@@ -273,15 +278,15 @@ def _unavailable(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
-def _require_kvm(stage: Stage, options: dict[str, object]) -> None:
+def _require_kvm(stage: Stage, options: ProofOptions) -> None:
     """Raise where KVM does not run the very guest that is to be used."""
     from ..proof.display import QuietDisplay
-    from ..proof.setup import parse_proof_options, setup_of
+    from ..proof.resolve import resolve
 
-    arguments = parse_proof_options({**options, "accel": "auto"})
-    if stage.run(setup_of(arguments, QuietDisplay())).machine.accelerator != "kvm":
+    found = stage.run(resolve(replace(options, accel="auto"), QuietDisplay()))
+    if found.machine.accelerator != "kvm":
         raise UntestableError(
-            f"KVM does not run the guest {options['guest']} here: run this on hardware, or under "
+            f"KVM does not run the guest {options.guest} here: run this on hardware, or under "
             "a hypervisor with nested virtualization"
         )
 

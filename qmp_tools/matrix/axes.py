@@ -1,18 +1,18 @@
 """The axes of a matrix, and the cells that they make.
 
-Any option of ``dmaproof prove`` can be an axis: what it takes is asked of that command's parser, so
-a new device, tracker, way or option needs nothing here. A matrix comes from options (``--way
+Any option of a proof can be an axis: `proof.options.OPTIONS` says what it takes, so a new device,
+tracker, scenario or option needs nothing here. A matrix comes from options (``--scenario
 unix,tls``) or from a TOML file::
 
     [matrix]
     qemu = ["7.2", "11.1"]
-    way = ["unix", "multifd-*"]
+    scenario = ["unix", "multifd-*"]
     tracker = "all"
     guest = "bare"
 
     [[exclude]]
     qemu = "7.2"
-    way = "multifd-8"
+    scenario = "multifd-8"
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any, Final, TypeAlias
 from dmaproof.devices import emulated_devices
 from dmaproof.errors import UsageError
 
-from ..proof.setup import parse_proof_options, proof_options
+from ..proof.options import OPTIONS, find_option
 from ..qemu.choice import known_qemus
 
 Cell: TypeAlias = Mapping[str, str]
@@ -70,7 +70,7 @@ class Matrix:
         return [name for name, values in self.axes.items() if len(values) > 1]
 
     def label(self, cell: Cell) -> str:
-        """What tells `cell` from the others: 'way=tls tracker=iommu'."""
+        """What tells `cell` from the others: 'scenario=tls tracker=iommu'."""
         names = self.varying or list(self.axes)
         return " ".join(f"{name}={cell.get(name, NONE)}" for name in names) or "proof"
 
@@ -85,14 +85,9 @@ def _matches(cell: Cell, rule: Values) -> bool:
 def known_values() -> dict[str, list[str]]:
     """What can be named by 'all' and by patterns: the values of each option that has a list."""
     qemus = [build.version for build in known_qemus()]
-    # A device's name can have options behind it, so its parser has no list of choices.
-    known = {"device": sorted(emulated_devices()), "qemu": qemus, "qemu-destination": qemus}
-    for name, action in proof_options().items():
-        if action.choices is not None:
-            known[name] = list(map(str, action.choices))
-        elif action.nargs == 0:
-            known[name] = ["off", "on"]
-    return known
+    # A device's name can have options after it, so there is no list of choices.
+    named = {"device": sorted(emulated_devices()), "qemu": qemus, "qemu-destination": qemus}
+    return named | {option.key: option.values for option in OPTIONS.values() if option.values}
 
 
 def split_values(text: str) -> list[str]:
@@ -107,14 +102,12 @@ def make_matrix(axes: Values, excluded: Sequence[Values] = ()) -> Matrix:
         UsageError: there is no such option, or it cannot have that value, or nothing is left.
     """
     known = known_values()
-    options = proof_options()
     expanded: dict[str, list[str]] = {}
     for name, values in axes.items():
-        if name not in options:
-            raise UsageError(f"{name}: prove has no such option; it has: {', '.join(options)}")
+        option = find_option(name)
         found = [it for value in values for it in _expand(name, value, known.get(name, []))]
         for value in filter(None, found):
-            parse_proof_options({name: value})
+            option.value_of(value)
         if not found:
             raise UsageError(f"{name}: a value is due")
         expanded[name] = list(dict.fromkeys(found))

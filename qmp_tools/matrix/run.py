@@ -24,11 +24,11 @@ from dmaproof.errors import UnsupportedError, UntestableError, UsageError
 from ..host.process import Process
 from ..host.run_folder import run_folder
 from ..host.timeout import DEFAULT_TIMEOUT_S
-from ..proof.display import Display, QuietDisplay
+from ..proof.display import QuietDisplay
 from ..proof.model import Setup
-from ..proof.setup import parse_proof_options, proof_words, setup_of
+from ..proof.options import ProofOptions
+from ..proof.resolve import resolve
 from ..qemu.choice import find_qemu
-from ..qemu.machine import format_memory
 from ..qemu.program_files import ProgramFiles
 from .axes import Cell, Matrix
 from .resources import Room
@@ -50,11 +50,10 @@ class _Planned:
     setup: Setup
     key: str
 
-    def options(self, seed: int) -> Cell:
-        """The cell's options, with what was chosen for it."""
-        machine = self.setup.machine
-        chosen = {"memory": format_memory(machine.memory_bytes), "seed": str(seed)}
-        return {**chosen, **self.cell, "accel": machine.accelerator}
+    def command(self, seed: int) -> list[str]:
+        """What carries the cell out, with `seed` where it has none of its own."""
+        options = self.setup.options
+        return _command(options if "seed" in self.cell else replace(options, seed=seed))
 
 
 class _OnceDisplay(QuietDisplay):
@@ -71,9 +70,8 @@ class _OnceDisplay(QuietDisplay):
             self._tell(text)
 
 
-def _arguments(options: Cell) -> list[str]:
-    """What ``dmaproof`` is given to carry out a proof with `options`."""
-    return ["prove", *proof_words(options)]
+def _command(options: ProofOptions) -> list[str]:
+    return ["dmaproof", "prove", *options.words()]
 
 
 async def run_matrix(
@@ -135,13 +133,14 @@ class _Run:
         found: list[_Planned | Result] = []
         wrong: UsageError | None = None
         for cell in self._cells:
+            options = ProofOptions.of(cell)
             try:
-                found.append(await _planned(cell, show, files))
+                setup = await resolve(options, show)
+                found.append(_Planned(cell, setup, key_of(cell, setup, files)))
             except (UntestableError, UsageError) as error:
                 wrong = error if isinstance(error, UsageError) else wrong
                 outcome = skipped if isinstance(error, UnsupportedError) else untested
-                command = ["dmaproof", *_arguments(cell)]
-                found.append(replace(outcome(str(error)), command=command))
+                found.append(replace(outcome(str(error)), command=_command(options)))
         if wrong is not None and not any(isinstance(it, _Planned) for it in found):
             raise wrong
         return found
@@ -152,8 +151,7 @@ class _Run:
         for index, it in planned.items():
             if content := self._kept.find(it.cell, it.key):
                 result = result_of(content["report"], content["seconds"])
-                command = ["dmaproof", *_arguments(it.options(result.seed or 0))]
-                found[index] = replace(result, command=command, kept=True)
+                found[index] = replace(result, command=it.command(result.seed or 0), kept=True)
         return found
 
     async def fill(
@@ -165,13 +163,13 @@ class _Run:
                 result = await self._prove(it, seed, folder / str(index))
         except UntestableError as error:
             result = untested(str(error))
-        results[index] = replace(result, command=["dmaproof", *_arguments(it.options(seed))])
+        results[index] = replace(result, command=it.command(seed))
         self.tell(len(results), index, result)
 
     async def _prove(self, it: _Planned, seed: int, base: Path) -> Result:
         began_s = time.monotonic()
         answer, log = base.with_suffix(".json"), base.with_suffix(".log")
-        program = [sys.executable, "-m", "qmp_tools.cli", *_arguments(it.options(seed))]
+        program = [sys.executable, "-m", "qmp_tools.cli", *it.command(seed)[1:]]
         limit_s = _WAITS_OF_A_PROOF * max(it.setup.limits.timeout_s, DEFAULT_TIMEOUT_S)
         async with _ended(
             await Process.start("proof", [*program, "--quiet", f"--json={answer}"], log)
@@ -188,11 +186,6 @@ class _Run:
         if result.state != State.UNTESTED:  # that may be the moment's fault, so it is tried again
             self._kept.keep(it.cell, it.key, report, seconds)
         return replace(result, seconds=seconds)
-
-
-async def _planned(cell: Cell, show: Display, files: ProgramFiles) -> _Planned:
-    setup = await setup_of(parse_proof_options(cell), show)
-    return _Planned(cell, setup, key_of(cell, setup, files))
 
 
 @contextlib.asynccontextmanager

@@ -14,9 +14,8 @@ from typing import ClassVar, Final
 
 from dmaproof.errors import UntestableError, UsageError
 
-from ..devices.device import AttachedDevice, DeviceFacts, SilentDevice
-from ..guest.linux import Driver
-from ..guest.workload import Workload
+from ..devices.device import AttachedDevice, DeviceFacts, ProofDevice
+from ..guest.own import OWN_GUEST
 from ..host.finding import Finding, State
 from ..qemu.machine import SOURCE
 from .tracking import Tracking
@@ -31,7 +30,6 @@ from .vfio_functions import (
 )
 
 PREFIX: Final = "vfio:"
-OWN_GUEST: Final = "own"
 _CONTAINER: Final = "container"
 
 
@@ -44,8 +42,8 @@ class MissingError(UntestableError):
 
 
 @dataclass(frozen=True)
-class HostFunctions:
-    """See `ProofDevice`. With the legacy container unless `iommufd`."""
+class HostFunctions(ProofDevice):
+    """With the legacy container unless `iommufd`."""
 
     source: Function
     destination: Function
@@ -55,40 +53,18 @@ class HostFunctions:
 
     @property
     def facts(self) -> DeviceFacts:
-        """See `ProofDevice.facts`."""
         name = f"{PREFIX}{self.source.address},{self.destination.address}"
         return DeviceFacts(name if self.iommufd else f"{name},{_CONTAINER}", 0)
 
-    @property
-    def driver(self) -> Driver:
-        """See `ProofDevice.driver`: there is none of ours."""
-        return Driver((), "")
-
-    @property
-    def direct(self) -> bool:
-        """See `ProofDevice.direct`."""
-        return True
-
-    @property
-    def commands(self) -> Sequence[Sequence[str]]:
-        """See `ProofDevice.commands`."""
-        return ()
-
-    def fit(self, workload: Workload) -> Workload:
-        """See `ProofDevice.fit`."""
-        return workload
-
-    def with_fault(self, fault: str) -> HostFunctions:
-        """See `ProofDevice.with_fault`."""
-        raise UsageError(f"--fault {fault}: nothing can be planted in a device of the host")
+    def prerequisites(self, memory_bytes: int) -> Sequence[str]:
+        return require_testable(self, memory_bytes, Host())
 
     @contextlib.asynccontextmanager
     async def start(self, folder: Path, timeout_s: float) -> AsyncIterator[AttachedDevice]:
-        """See `ProofDevice.start`."""
         yield _AttachedFunctions(self)
 
 
-class _AttachedFunctions(SilentDevice):
+class _AttachedFunctions(AttachedDevice):
     def __init__(self, functions: HostFunctions) -> None:
         self._functions = functions
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any, Final
 
-from dmaproof.errors import DmaproofError
+from dmaproof.errors import DmaproofError, UsageError
 
 from .differential import dma_round, iterator_cases
 from .fake_device import planted
@@ -22,6 +22,23 @@ FAULTS: Final[dict[str, dict[str, int]]] = {
 _PAGE: Final = 4096
 _WRITES: Final = 60
 _CASES: Final = 30
+
+
+def parse_fault(text: str) -> dict[str, int]:
+    """The module's parameters for 'NAME' or 'NAME=VALUE', one of `FAULTS`.
+
+    Raises:
+        UsageError: there is no such fault, or it cannot have that value.
+    """
+    name, given, value = text.partition("=")
+    if name not in FAULTS:
+        raise UsageError(f"fault {text}: the fake VFIO device has {', '.join(sorted(FAULTS))}")
+    ((parameter, number),) = FAULTS[name].items()
+    if given:
+        number = int(value) if value.isdecimal() else 0
+    if not 0 < number < 1 << 31:
+        raise UsageError(f"fault {text}: a whole number from 1 on is due")
+    return {parameter: number}
 
 
 def caught(name: str, rounds: int, seed: int) -> tuple[str, dict[str, Any]]:

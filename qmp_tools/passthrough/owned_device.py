@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import AsyncIterator, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -26,9 +26,7 @@ from dmaproof.iova_bitmap import IovaRange
 from dmaproof.journal import RECORD, WriteKind
 from dmaproof.trace import TRACED_LINKS, PageEpochs
 
-from ..devices.device import AttachedDevice, DeviceFacts, SilentDevice
-from ..guest.linux import Driver
-from ..guest.workload import Workload
+from ..devices.device import AttachedDevice, DeviceFacts, ProofDevice
 from ..memory.ram import PAGE_BYTES
 from .fake_device import FakeDevice, Journal, Told, content, fake_device
 from .tracking import TRACKINGS
@@ -38,8 +36,8 @@ _EVERY_EPOCH: Final = int(np.iinfo(np.uint32).max)
 
 
 @dataclass(frozen=True)
-class OwnedDevice:
-    """See `ProofDevice`. `tracking` is one of `TRACKINGS`; `fault` has been planted by others."""
+class OwnedDevice(ProofDevice):
+    """`tracking` is one of `TRACKINGS`; `fault` has been planted by others."""
 
     tracking: str
     fault: str | None = None
@@ -48,40 +46,15 @@ class OwnedDevice:
 
     @property
     def facts(self) -> DeviceFacts:
-        """See `ProofDevice.facts`."""
         return DeviceFacts(NAME, 0, tracker=self.tracking, fault=self.fault)
-
-    @property
-    def driver(self) -> Driver:
-        """See `ProofDevice.driver`: there is none of ours."""
-        return Driver((), "")
-
-    @property
-    def direct(self) -> bool:
-        """See `ProofDevice.direct`."""
-        return True
-
-    @property
-    def commands(self) -> Sequence[Sequence[str]]:
-        """See `ProofDevice.commands`."""
-        return ()
-
-    def fit(self, workload: Workload) -> Workload:
-        """See `ProofDevice.fit`."""
-        return workload
-
-    def with_fault(self, fault: str) -> OwnedDevice:
-        """See `ProofDevice.with_fault`."""
-        return replace(self, fault=fault)
 
     @contextlib.asynccontextmanager
     async def start(self, folder: Path, timeout_s: float) -> AsyncIterator[AttachedDevice]:
-        """See `ProofDevice.start`."""
         with contextlib.ExitStack() as stack:
-            yield _AttachedDevice(self.tracking, stack, timeout_s)
+            yield _AttachedFakeDevice(self.tracking, stack, timeout_s)
 
 
-class _AttachedDevice(SilentDevice):
+class _AttachedFakeDevice(AttachedDevice):
     def __init__(self, tracking: str, stack: contextlib.ExitStack, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._tracking = TRACKINGS[tracking]

@@ -17,21 +17,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from dmaproof.errors import UntestableError, UsageError
+from dmaproof.errors import UntestableError
 
 from ..devices.device import ProofDevice
 from ..exit_codes import EXIT_UNTESTED
 from ..guest.workload import Workload
 from ..host.timeout import DEFAULT_TIMEOUT_S
-from ..migration.migration import Limits
 from ..proof.display import LineDisplay
 from ..proof.model import Setup
+from ..proof.options import ProofOptions
 from ..proof.run import prove
 from ..qemu.machine import MIB, Machine
 from ..reports.report import to_json, to_text
 from .clock import Clocks
 from .fake_device import planted
-from .injected_faults import FAULTS
+from .injected_faults import parse_fault
 from .owned_device import OwnedDevice
 from .tracking import TRACKINGS
 
@@ -43,35 +43,22 @@ _BANDWIDTH_BYTES_PER_S: Final = 4 * MIB
 _DOWNTIME_S: Final = 10.0
 
 
-def parse_fault(text: str) -> dict[str, int]:
-    """The module's parameters for 'NAME' or 'NAME=VALUE', one of `FAULTS`.
-
-    Raises:
-        UsageError: there is no such fault, or it cannot have that value.
-    """
-    name, given, value = text.partition("=")
-    if name not in FAULTS:
-        raise UsageError(f"fault {text}: the fake VFIO device has {', '.join(sorted(FAULTS))}")
-    ((parameter, number),) = FAULTS[name].items()
-    if given:
-        number = int(value) if value.isdecimal() else 0
-    if not 0 < number < 1 << 31:
-        raise UsageError(f"fault {text}: a whole number from 1 on is due")
-    return {parameter: number}
-
-
 def setup_of(guest: Path, device: ProofDevice, seed: int, timeout_s: float) -> Setup:
     """A proof inside L1 on `device`, which is the fake one; `guest` is the ELF that drives it."""
     return Setup(
+        options=ProofOptions(
+            seed=seed,
+            bandwidth=_BANDWIDTH_BYTES_PER_S,
+            downtime_limit=_DOWNTIME_S,
+            timeout=timeout_s,
+            requests_after=_REQUESTS_AFTER,
+        ),
         qemu=_QEMU,
         qemu_destination=_QEMU,
         machine=Machine("q35", "tcg", MEMORY_BYTES, 1, guest, command_line=_line(seed)),
         guest="vfio",
         workload=replace(_WORKLOAD, seed=seed),
         device=device,
-        seed=seed,
-        limits=Limits(_BANDWIDTH_BYTES_PER_S, _DOWNTIME_S, timeout_s),
-        requests_after=_REQUESTS_AFTER,
     )
 
 

@@ -16,8 +16,12 @@ from ..host.run_folder import run_folder
 from ..host.timeout import DEFAULT_TIMEOUT_S
 from ..matrix.resources import free_memory_bytes
 from ..proof.display import Display
+from ..proof.options import ProofOptions
+from ..proof.resolve import chosen_seed
+from ..qemu.choice import find_qemu
 from ..reports.report import SCHEMA_VERSION
-from .l1.machine import L1, run_in_l1
+from .kinds import fake_device_of
+from .l1.machine import L1, l1, run_in_l1
 from .l1.root import quoted
 from .outcome import NOT_HELD, State
 
@@ -103,40 +107,39 @@ def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class OwnedRequest:
-    """A proof of QEMU's vfio-pci on the fake device; see `owned_proof`. `timeout_s` bounds each
-    wait."""
-
-    seed: int
-    tracking: str
-    fault: str | None = None
-    timeout_s: float = DEFAULT_TIMEOUT_S
-    keep: bool = False
-
-
-async def prove_owned(
-    machine: L1, qemu: Path, request: OwnedRequest, show: Display
+async def prove_fake_vfio(
+    options: ProofOptions, show: Display, *, keep: bool = False
 ) -> tuple[dict[str, Any], str]:
-    """Carry out one proof in L1, booted by `qemu`; its report as for JSON, and for people.
+    """Carry out the proof of QEMU's vfio-pci on the fake device, in L1; see `owned_proof`.
+
+    Returns its report, as for JSON and for people.
 
     Raises:
+        UsageError: an option means nothing to the fake device, or cannot have its value.
         UntestableError: L1 does not boot, or the proof does not come to a verdict.
     """
+    options = replace(options, seed=chosen_seed(options.seed, bits=16))
+    device = fake_device_of(options)
+    machine = l1(say=show.say)
     guest = vfio_guest(show.say)
     report = _RESULTS.format(1)
     command = f"python3 -m qmp_tools.passthrough.owned_proof /mnt/{report} /mnt/{guest.name} "
-    command += quoted("--tracking", request.tracking, "--seed", str(request.seed))
-    command += f" --timeout {request.timeout_s}"
-    if request.fault:
-        command += " " + quoted("--fault", request.fault)
-    with run_folder(keep=request.keep) as folder:
-        if request.keep:
+    command += quoted("--tracking", device.tracking, "--seed", str(options.seed))
+    command += f" --timeout {options.timeout}"
+    if device.fault:
+        command += " " + quoted("--fault", device.fault)
+    with run_folder(keep=keep) as folder:
+        if keep:
             show.say(f"the run's folder stays: {folder}")
-        timeout_s = _WAITS_BETWEEN_LINES * request.timeout_s
-        job = await run_in_l1(machine, qemu, command, folder, show.say, timeout_s, files=(guest,))
+        job = await run_in_l1(
+            *(machine, find_qemu(options.qemu), command, folder, show.say),
+            _WAITS_BETWEEN_LINES * options.timeout,
+            files=(guest,),
+        )
+        found = json.loads((job / report).read_text())
         text = (job / report).with_suffix(".txt").read_text()
-        return json.loads((job / report).read_text()), text
+    found["commands"]["dmaproof"] = ["dmaproof", "prove", *options.words()]
+    return found, text
 
 
 def to_json(results: dict[str, Any]) -> dict[str, Any]:

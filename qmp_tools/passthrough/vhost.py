@@ -19,10 +19,10 @@ from dmaproof.trace import Link
 from ..devices.emulated import EmulatedDevice
 from ..devices.process import DeviceOptions
 from ..guest.workload import Workload
-from ..migration.migration import Limits
 from ..proof.display import QuietDisplay
 from ..proof.model import Proof as Migrated
 from ..proof.model import Setup
+from ..proof.options import ProofOptions
 from ..proof.run import prove
 from ..proof.verdict import Blame
 from ..qemu.machine import MIB, Machine
@@ -67,15 +67,19 @@ def _prove(guest: Path, tracker: str, fault: str | None, seed: int, timeout_s: f
         open_iommufd().close()  # or fail with what the kernel lacks
     workload = replace(_WORKLOAD, seed=seed)
     setup = Setup(
+        options=ProofOptions(
+            seed=seed,
+            bandwidth=_BANDWIDTH_BYTES_PER_S,
+            downtime_limit=_DOWNTIME_S,
+            timeout=timeout_s,
+            requests_after=_REQUESTS_AFTER,
+        ),
         qemu=_QEMU,
         qemu_destination=_QEMU,
         machine=Machine("q35", "tcg", _MEMORY_BYTES, 1, guest, command_line=str(workload)),
         guest="bare",
         workload=workload,
         device=EmulatedDevice(_Options(tracker=tracker, fault=fault, seed=seed)),
-        seed=seed,
-        limits=Limits(_BANDWIDTH_BYTES_PER_S, _DOWNTIME_S, timeout_s),
-        requests_after=_REQUESTS_AFTER,
     )
     return asyncio.run(prove(setup, QuietDisplay()))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,34 +12,62 @@ from numpy.typing import NDArray
 from ..devices.device import ProofDevice
 from ..guest.workload import Workload
 from ..migration.migration import Limits, Progress
-from ..migration.ways import LOCALHOST
 from ..qemu.machine import Machine
-from .late_dma import SETTLE_S
+from .options import ProofOptions
 from .ram_map import RamMap
 from .verdict import Verdict
 
 
 @dataclass(frozen=True)
 class Setup:
-    """All that one proof depends on.
+    """All that one proof depends on: its `options`, and what they come to on this machine.
 
-    `settle_s` is for how long the source's RAM must not change after its guest was paused, where
-    the device keeps no journal and is not part of QEMU.
+    The options have the seed, the accelerator and the RAM that were chosen, so that they repeat it.
     """
 
+    options: ProofOptions
     qemu: Path
     qemu_destination: Path
     machine: Machine
     guest: str
     workload: Workload
     device: ProofDevice
-    seed: int
-    way: str = "unix"
-    host: str = LOCALHOST
-    limits: Limits = field(default_factory=Limits)
-    requests_after: int = 1000
-    settle_s: float = SETTLE_S
-    max_downtime_s: float | None = None
+
+    @property
+    def seed(self) -> int:
+        """What the random choices of workload, device and fault follow from."""
+        return self.options.seed or 0
+
+    @property
+    def scenario(self) -> str:
+        """The name of the migration scenario."""
+        return self.options.scenario
+
+    @property
+    def host(self) -> str:
+        """The address at which the destination listens, where the scenario is over TCP."""
+        return self.options.host
+
+    @property
+    def limits(self) -> Limits:
+        """What the migration may take, and how long each wait may last."""
+        return self.options.limits
+
+    @property
+    def requests_after(self) -> int:
+        """How many requests the guest must do on the destination."""
+        return self.options.requests_after
+
+    @property
+    def settle_s(self) -> float:
+        """For how long the source's RAM must not change after its guest was paused, where the
+        device keeps no journal and is not part of QEMU."""
+        return self.options.settle
+
+    @property
+    def max_downtime_s(self) -> float | None:
+        """The longest downtime that is a pass; None for any."""
+        return self.options.max_downtime
 
 
 @dataclass(frozen=True)

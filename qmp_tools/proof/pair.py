@@ -58,7 +58,7 @@ class QemuPair:
         """The guest-physical addresses of the guest's hold pages."""
         self._boot_s = 0.0
         self.here, self.there = SOURCE, DESTINATION
-        self._way = WAYS[setup.way]
+        self._way = WAYS[setup.scenario]
         self._attached: dict[str, list[str]] = {}
         """The device's arguments, by side."""
         self._dimms: list[list[str]] = []

@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError
 
@@ -106,8 +106,12 @@ async def require_x86_64(side: str, qemu: Path, timeout_s: float) -> None:
 
 
 async def choose_accelerator(
-    wanted: str, qemu: Path, guest: Guest, display: Display, timeout_s: float
-) -> str:
+    wanted: Literal["auto", "kvm", "tcg"],
+    qemu: Path,
+    guest: Guest,
+    display: Display,
+    timeout_s: float,
+) -> Literal["kvm", "tcg"]:
     """'kvm' or 'tcg': what was `wanted`, or for 'auto' KVM if it runs `guest`."""
     if wanted != "auto":
         return wanted

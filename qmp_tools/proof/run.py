@@ -78,7 +78,7 @@ async def prove(setup: Setup, display: Display, *, keep: bool = False) -> Proof:
     with run_folder(keep=keep) as folder:
         async with (
             proof_run(setup, display, folder) as run,
-            contextlib.aclosing(there_and_back(run, WAYS[setup.way].migrations)) as proofs,
+            contextlib.aclosing(there_and_back(run, WAYS[setup.scenario].migrations)) as proofs,
         ):
             proof = [it async for it in proofs][-1]
             return replace(proof, folder=folder if keep else None)
@@ -251,7 +251,7 @@ class ProofRun(QemuPair):
                 self._moment = self._kept.enter_context(copied(files))
         if not self._joins_late:
             self._arrived = await self._kept.enter_async_context(ram_files(destination))
-        self._display.say(f"migrating ({self._setup.way})")
+        self._display.say(f"migrating ({self._setup.scenario})")
 
         self._began_s = time.monotonic()
         await self._migrate(migration)

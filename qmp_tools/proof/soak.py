@@ -171,9 +171,9 @@ async def soak(setup: Setup, migrations: int, say: Callable[[str], None]) -> Soa
         UsageError: the way cannot be gone again and again.
         UntestableError: one did not come to a verdict.
     """
-    if not WAYS[setup.way].repeatable:
+    if not WAYS[setup.scenario].repeatable:
         repeatable = ", ".join(name for name, way in WAYS.items() if way.repeatable)
-        raise UsageError(f"way {setup.way!r} cannot be gone again and again; {repeatable} can")
+        raise UsageError(f"scenario {setup.scenario!r} cannot be repeated; {repeatable} can")
     began_s = time.monotonic()
     holdings: dict[str, list[Holdings]] = {}
     with run_folder() as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from typing import Any, Final
 
 from dmaproof.errors import UnsupportedError, UntestableError, UsageError
 
+from ..arguments import AnyPath
 from ..host.run_folder import run_folder
 from ..host.timeout import DEFAULT_TIMEOUT_S
 from .builds import QemuBuild, installed
@@ -19,7 +21,7 @@ _PROGRAM: Final = "qemu-system-x86_64"
 _SYSTEMS: Final = "system"
 
 
-def find_qemu(wanted: str | None) -> Path:
+def find_qemu(wanted: AnyPath | None) -> Path:
     """The QEMU at the path `wanted`, the one of that version, or for None the system's.
 
     Of a version, the system's goes before one that was fetched.
@@ -39,6 +41,7 @@ def find_qemu(wanted: str | None) -> Path:
             "there is no QEMU: 'apt-get install qemu-system-x86' brings the system's, "
             "'dmaproof qemu fetch' a newer one without root"
         )
+    wanted = os.fspath(wanted)
     found = shutil.which(wanted)
     if found is not None:
         return Path(found).absolute()

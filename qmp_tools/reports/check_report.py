@@ -8,10 +8,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..check.check import Check, ComparedArea, Difference, Side
 from ..memory.ram import PAGE_BYTES
 from ..proof.ram_map import MapArea, RamMap
 from ..qemu.machine import MIB
+from ..ram_check.check import Check, ComparedArea, Difference, Side
 from .report import HEADINGS, SCHEMA_VERSION
 
 _CHECK_CLASSES: Final = {

@@ -19,7 +19,7 @@ from ..proof.verdict import Blame, LostPage, Sharpness, Witness
 from ..qemu.machine import DIMM_BYTES, RAM_BACKEND, format_memory
 from .precopy import harvest_list, passes
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 _LOST_SHOWN: Final = 10
 
 
@@ -52,7 +52,7 @@ def to_json(proof: Proof) -> dict[str, Any]:
             "iommu": setup.machine.iommu,
             "cpus": setup.machine.cpus,
             **asdict(setup.device.facts),
-            "way": setup.way,
+            "scenario": setup.scenario,
             "bandwidth_bytes_per_s": setup.limits.bandwidth_bytes_per_s,
             "downtime_limit_s": setup.limits.downtime_s,
             "guest": setup.guest,
@@ -81,7 +81,10 @@ def to_json(proof: Proof) -> dict[str, Any]:
             ],
         },
         "ram_map": proof.ram_map.to_json(),
-        "commands": {name: list(command) for name, command in proof.commands.items()},
+        "commands": {
+            "dmaproof": ["dmaproof", "prove", *proof.setup.options.words()],
+            **{name: list(command) for name, command in proof.commands.items()},
+        },
     }
 
 
@@ -97,7 +100,8 @@ def to_text(proof: Proof) -> str:
         f"{format_memory(proof.setup.machine.memory_bytes)}",
         f"  guest        {proof.setup.guest}, {proof.setup.workload.pattern}",
         f"  device       {_device(proof)}",
-        f"  migration    {proof.setup.way}, {proof.migration_s:.1f} s, {last.syncs} bitmap syncs"
+        f"  migration    {proof.setup.scenario}, {proof.migration_s:.1f} s, "
+        f"{last.syncs} bitmap syncs"
         + (f", downtime {proof.downtime_s * 1000:.0f} ms" if proof.downtime_s is not None else ""),
         *_earlier(proof.earlier),
         *_sharpness(sharpness),

@@ -48,7 +48,7 @@ def soak_to_text(soak: Soak) -> str:
         f"  QEMU         {proof.qemu_version} and {proof.qemu_destination_version}, "
         f"{machine.machine}, {machine.accelerator}, {format_memory(machine.memory_bytes)}",
         f"  guest        {proof.setup.guest}, {proof.setup.workload.pattern}",
-        f"  migrations   {len(hops)} ({proof.setup.way}) in {soak.seconds:.0f} s, "
+        f"  migrations   {len(hops)} ({proof.setup.scenario}) in {soak.seconds:.0f} s, "
         f"{statistics.median(hop.seconds for hop in hops):.1f} s each in the median",
         f"  downtime     {statistics.median(downtimes):.0f} ms in the median, {max(downtimes):.0f} "
         "at most",

@@ -165,9 +165,9 @@ def test_avocado_knows_us(avocado: Avocado) -> None:
     assert [line.split()[1:3] for line in named] == [["Runner", "for"], ["Test", "resolver"]]
     listed = avocado_says("list", str(SUITE / "proof.toml")).splitlines()
     cells = [
-        "way=unix fault=none",
-        "way=multifd-4 fault=none",
-        "way=multifd-4 fault=drop-pages=0.01",
+        "scenario=unix fault=none",
+        "scenario=multifd-4 fault=none",
+        "scenario=multifd-4 fault=drop-pages=0.01",
     ]
     assert listed == [f"dmaproof {cell}" for cell in cells]
     chosen = avocado_says("list", f"{SUITE / 'proof.toml'}:drop").splitlines()
@@ -177,7 +177,7 @@ def test_avocado_knows_us(avocado: Avocado) -> None:
 def test_one_planted_fault_fails_exactly_that_cell(avocado: Avocado) -> None:
     job = avocado.run("proof.toml", "-p", "tracker=dirty-ring", "--max-parallel-tasks", "1")
     tests = job.by_name()
-    broken = tests.pop("way=multifd-4 fault=drop-pages=0.01")
+    broken = tests.pop("scenario=multifd-4 fault=drop-pages=0.01")
     assert job.exit_code == 1
     assert {job.tests[it]["status"] for it in tests.values()} == {"PASS"}, job.log()
     assert job.tests[broken]["status"] == "FAIL"
@@ -188,7 +188,7 @@ def test_one_planted_fault_fails_exactly_that_cell(avocado: Avocado) -> None:
     assert report["lost_pages"]
     assert all(page["story"] in log for page in report["lost_pages"])
     assert "lost at the log" in log
-    assert "lost at" not in job.log(tests["way=unix fault=none"])
+    assert "lost at" not in job.log(tests["scenario=unix fault=none"])
     assert no_runs_left(avocado)
 
 

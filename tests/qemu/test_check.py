@@ -22,10 +22,10 @@ from foreign_pair import (
     foreign_pair,
 )
 from qmp_tools.blocking import Stage
-from qmp_tools.check.migrated import GuestHasRunError, NotMigratedError
 from qmp_tools.guest.bare import probe_guest
 from qmp_tools.qemu.builds import installed
 from qmp_tools.qemu.choice import find_qemu, version_of
+from qmp_tools.ram_check.migrated import GuestHasRunError, NotMigratedError
 
 pytestmark = pytest.mark.qemu
 
@@ -321,7 +321,7 @@ def test_a_guest_that_a_file_carried(monkeypatch: pytest.MonkeyPatch) -> None:
             return None
 
         for module in ("check", "migrated"):
-            monkeypatch.setattr(f"qmp_tools.check.{module}.has_run", unknown)
+            monkeypatch.setattr(f"qmp_tools.ram_check.{module}.has_run", unknown)
         with pytest.raises(GuestHasRunError, match=r"1 of \d+ pages differ, but whether"):
             stage.check(pair.source, pair.destination)
 

@@ -19,7 +19,7 @@ NO_ROOM = "No space left on device; set TMPDIR"
 ROOM = {
     "for the image": ("40M", ["--device", "qemu:virtio-blk-pci"], NO_ROOM),
     "for the evidence": ("64k", [], f"evidence into {{folder}}/dmaproof-\\w+: {NO_ROOM}"),
-    "for the stream": ("16M", ["--way", "exec"], "no room left in {folder}"),
+    "for the stream": ("16M", ["--scenario", "exec"], "no room left in {folder}"),
     "for the journal": ("64k", ["--kill-device"], "device cannot go on: No space left on device"),
 }
 

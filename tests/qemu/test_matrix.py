@@ -112,7 +112,7 @@ def test_a_program_consists_of_its_shared_libraries_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--way=pigeon"], "pigeon"),
+        (["--scenario=pigeon"], "pigeon"),
         (["--qemu=0.1"], "no such version; there are: "),
         (["--fault=gremlins"], "gremlins"),
         (["/no/such/file.toml"], "No such file"),

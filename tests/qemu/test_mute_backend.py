@@ -13,6 +13,7 @@ import pytest
 from command import Tool
 from dmaproof.errors import WaitTimeoutError
 from qmp_tools.blocking import Stage
+from qmp_tools.proof.options import ProofOptions
 
 pytestmark = pytest.mark.qemu
 
@@ -31,9 +32,9 @@ SILENT: Final = Path(__file__).parents[1] / "silent_backend.py"
 )
 def test_a_message_that_is_not_answered_is_named(message: str, how: str, state: str) -> None:
     command = shlex.join([sys.executable, str(MUTE), "{socket}", message, how])
-    options = {"guest": "bare", "workload": "once=64,churn=16", "device-command": command}
+    options = ProofOptions(guest="bare", workload="once=64,churn=16", device_command=command)
     with Stage(quiet=True) as stage:
-        proof = stage.proof(options)
+        proof = stage.start_proof(options)
         proof.source.qemu.qmp.timeout_s = 5
         with pytest.raises(WaitTimeoutError) as raised:
             proof.migrate()

@@ -44,7 +44,7 @@ def test_a_probe_tells_what_gets_lost(
 
 
 def test_a_proof_with_dimms_says_so(tool: Tool) -> None:
-    outcome = tool.run("prove", "--guest", "bare", "--way", "memory-hotplug", "--accel", "tcg")
+    outcome = tool.run("prove", "--guest", "bare", "--scenario", "memory-hotplug", "--accel", "tcg")
     assert outcome.exit_code == 0, outcome.output + outcome.errors
     lost = asyncio.run(vcpu_pages_lost(find_qemu(None), "tcg", DEFAULT_TIMEOUT_S, in_dimms=True))
     assert (f"(a probe lost {lost})" in outcome.errors) is (lost > 0)

@@ -98,7 +98,7 @@ def test_every_harvest_is_in_time(tool: Tool, harvest: str) -> None:
 
 def test_ram_above_four_gigabytes_over_tcp(tool: Tool) -> None:
     # 5 GiB and 8 KiB: see facts on RAM sizes in docs/guests.md.
-    report = passed(prove(tool, "--memory", "5242888K", "--way", "tcp"))
+    report = passed(prove(tool, "--memory", "5242888K", "--scenario", "tcp"))
     assert report["pages"] == (5242888 << 10) // 4096
 
 

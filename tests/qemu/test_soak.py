@@ -9,8 +9,9 @@ import pytest
 
 from command import Tool
 from qmp_tools.proof.display import QuietDisplay
+from qmp_tools.proof.options import ProofOptions
+from qmp_tools.proof.resolve import resolve
 from qmp_tools.proof.run import ProofRun
-from qmp_tools.proof.setup import parse_proof_options, setup_of
 from qmp_tools.proof.soak import TOOL, Soak, soak
 
 pytestmark = pytest.mark.qemu
@@ -55,6 +56,6 @@ def test_what_is_kept_from_each_migration_is_growth(monkeypatch: pytest.MonkeyPa
 
 
 async def _soak(migrations: int) -> Soak:
-    options = parse_proof_options({"guest": "bare"})
-    setup = await setup_of(options, QuietDisplay())
+    options = ProofOptions(guest="bare")
+    setup = await resolve(options, QuietDisplay())
     return await soak(setup, migrations, lambda text: None)

@@ -126,12 +126,12 @@ def test_a_back_end_may_serve_the_linux_guest_and_a_second_destination(tool: Too
     arguments = recipe("qemu-storage-daemon")
     guest = arguments.index("--guest")
     arguments[guest + 1] = "linux"
-    outcome = tool.run(*arguments, "--way", "retry")
+    outcome = tool.run(*arguments, "--scenario", "retry")
     assert_passed_or_let_go(outcome)
 
 
 def test_a_back_end_is_started_anew_with_each_qemu(tool: Tool) -> None:
-    outcome = tool.run(*recipe("qemu-storage-daemon"), "--way", "ping-pong")
+    outcome = tool.run(*recipe("qemu-storage-daemon"), "--scenario", "ping-pong")
     assert_passed_or_let_go(outcome)
     migrations = outcome.report["migrations"]
     assert all(it["certain"] >= Workload().once * 3 // 4 for it in migrations)

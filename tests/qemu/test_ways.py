@@ -20,7 +20,7 @@ pytestmark = pytest.mark.qemu
 
 
 def prove(tool: Tool, way: str, *arguments: str) -> Outcome:
-    outcome = tool.run("prove", "--guest", "bare", "--json", "-", "--way", way, *arguments)
+    outcome = tool.run("prove", "--guest", "bare", "--json", "-", "--scenario", way, *arguments)
     assert not tool.leftovers(), "the run's folder was left behind"
     return outcome
 
@@ -62,12 +62,12 @@ def test_it_passes_or_is_told_to_be_lacking(
         assert any(option in report["verdict"] for option in newer), report["verdict"]
         return
     if lacking or WAYS[way].refusal:
-        assert (outcome.exit_code, report["unsupported"], report["way"]) == (3, True, way)
+        assert (outcome.exit_code, report["unsupported"], report["scenario"]) == (3, True, way)
         due = min(lacking) if lacking else f"{WAYS[way].refusal}"
         assert due in report["verdict"]
         return
     assert outcome.exit_code == 0, outcome.output + outcome.errors
-    assert report["setup"]["way"] == way
+    assert report["setup"]["scenario"] == way
     assert [it["certain"] >= 8000 for it in report["migrations"]] == [True] * WAYS[way].migrations
 
 
@@ -100,7 +100,7 @@ def test_linux_uses_plugged_memory(tool: Tool) -> None:
     if not installed():
         pytest.skip("needs a newer QEMU: dmaproof qemu fetch 11.1")
     newest = str(installed()[-1].path)
-    outcome = tool.run("prove", "--way", "memory-hotplug", "--qemu", newest, "--json", "-")
+    outcome = tool.run("prove", "--scenario", "memory-hotplug", "--qemu", newest, "--json", "-")
     assert "8192 once pages lie in plugged memory" in outcome.errors
     report = outcome.report
     assert report["sharpness"]["certain"] >= 8192

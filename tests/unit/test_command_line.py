@@ -112,7 +112,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 def test_a_downtime_of_dmaproofs_own_has_no_limit(
     way: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["prove", f"--way={way}", "--max-downtime=1"]) == 2
+    assert main(["prove", f"--scenario={way}", "--max-downtime=1"]) == 2
     assert "dmaproof itself stops the guest" in capsys.readouterr().err
 
 
@@ -123,15 +123,15 @@ def test_a_downtime_of_dmaproofs_own_has_no_limit(
 def test_only_a_disk_can_be_plugged_as_one(
     device: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["prove", "--way=device-hotplug", *device]) == 2
-    assert "--way device-hotplug: it plugs a disk, and " in capsys.readouterr().err
+    assert main(["prove", "--scenario=device-hotplug", *device]) == 2
+    assert "--scenario device-hotplug: it plugs a disk, and " in capsys.readouterr().err
 
 
 TELLING = {
     "help": "--help",
     "a subcommand's help": "prove --help",
     "completion": "completion bash",
-    "list": "matrix --list --way unix",
+    "list": "matrix --list --scenario unix",
 }
 
 
@@ -178,12 +178,8 @@ def test_an_output_of_few_characters_gets_all_that_it_has() -> None:
 def test_a_migration_that_could_never_end_is_wrong_usage(
     device: str, limit: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if device == "vfio-fake":
-        why = "--downtime-limit does not apply to --device vfio-fake"
-    else:
-        why = "--downtime-limit takes 0.001 to 2000 seconds"
     assert main(["prove", "--device", device, limit]) == 2
-    assert why in capsys.readouterr().err
+    assert "--downtime-limit: expected 0.001 to 2000 seconds" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -193,7 +189,9 @@ def test_a_migration_that_could_never_end_is_wrong_usage(
 def test_a_wait_without_a_bound_is_wrong_usage(
     command: str, timeout: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as raised:
-        main([*command.split(), f"--timeout={timeout}"])
-    assert raised.value.code == 2
-    assert "argument --timeout" in capsys.readouterr().err
+    try:
+        code = main([*command.split(), f"--timeout={timeout}"])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    assert code == 2
+    assert "--timeout: expected more than 0 seconds" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -21,15 +21,16 @@ from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError
 from dmaproof.stamp import PAGE_BYTES, Stamp, read_stamp
 from qmp_tools.cli import main as cli
 from qmp_tools.devices import command
-from qmp_tools.devices.choice import choose_device
 from qmp_tools.devices.command import CommandDevice
-from qmp_tools.devices.device import AttachedDevice
+from qmp_tools.devices.device import AttachedDevice, ProofDevice
 from qmp_tools.devices.disk_image import IMAGE_BYTES, write_image
 from qmp_tools.devices.emulated import EmulatedDevice
 from qmp_tools.devices.inside_qemu import InsideQemu
 from qmp_tools.devices.process import DeviceOptions
+from qmp_tools.devices.registry import DeviceRequest, device_kinds, kind_of
 from qmp_tools.devices.several import SeveralDevices
 from qmp_tools.host.process import ProcessDiedError
+from qmp_tools.proof.options import OPTIONS
 from qmp_tools.qemu.machine import DESTINATION, SOURCE
 
 LISTENS = (
@@ -55,6 +56,23 @@ async def attached(folder: Path, *words: str) -> AsyncIterator[AttachedDevice]:
         yield device
 
 
+def choose_device(
+    names: Sequence[str],
+    device_command: str | None = None,
+    options: DeviceOptions | None = None,
+    queues: int = 2,
+    ring: str = "split",
+    *,
+    killed: bool = False,
+    behind_iommu: bool = False,
+) -> ProofDevice:
+    return kind_of(names, device_command).make(
+        DeviceRequest(
+            names, device_command, options or DeviceOptions(), queues, ring, killed, behind_iommu
+        )
+    )
+
+
 def test_a_device_is_chosen_by_name() -> None:
     options = DeviceOptions()
     assert choose_device(["blk"], None, options, 2) == EmulatedDevice(options, 2)
@@ -65,15 +83,14 @@ def test_a_device_is_chosen_by_name() -> None:
 
 
 def test_several_devices_are_one() -> None:
-    options = DeviceOptions(seed=5)
+    options = DeviceOptions(seed=5, fault="drop-pages=0.1")
     both = choose_device(["blk:file=/disk", "net"], None, options, 2, "packed")
     assert isinstance(both, SeveralDevices)
     assert both.facts.device == "blk:file=/disk, net"
     assert both.guests == ["linux"]
     assert both.driver.modules == ("virtio_pci", "virtio_blk", "virtio_net", "af_packet")
     assert both.driver.place == "disk=/dev/vda packets=eth0"
-    faulty = both.with_fault("drop-pages=0.1")
-    assert [device.facts.fault for device in faulty.devices] == ["drop-pages=0.1"] * 2
+    assert [device.facts.fault for device in both.devices] == ["drop-pages=0.1"] * 2
 
 
 @pytest.mark.parametrize(
@@ -81,9 +98,8 @@ def test_several_devices_are_one() -> None:
     [
         (["net"], "split", False, "needs a disk beside it"),
         (["blk", "net"], "split", True, "net cannot be killed"),
-        (["qemu:nvme"], "packed", False, "--iommu and --kill-device are for dmaproof's own"),
-        (["qemu:nvme"], "split", True, "--iommu and --kill-device are for dmaproof's own"),
-        (["blk", "qemu:nvme"], "split", False, "only dmaproof's own go together"),
+        (["blk", "qemu:nvme"], "split", False, "only dmaproof's own devices go together"),
+        ([], "split", False, "expected the name of a device"),
         (["blk:colour=red"], "split", False, "no option 'colour'"),
     ],
 )
@@ -110,14 +126,16 @@ def test_behind_an_iommu_each_device_has_a_port(tmp_path: Path) -> None:
     for number in (1, 2):
         behind = f",bus=port-{number},iommu_platform=on,ats=on"
         assert sum(behind in word for word in words) == 1
-    with pytest.raises(UsageError, match="--iommu and --kill-device are for dmaproof's own"):
-        choose_device(["qemu:nvme"], None, DeviceOptions(), 2, behind_iommu=True)
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("tape", None, r"There are blk, .* fs.*qemu:nvme.*vfio-fake, vfio:SOURCE,DESTINATION"),
+        (
+            "tape",
+            None,
+            r"There are blk, .*qemu:nvme.*vfio:SOURCE,DESTINATION.*vfio-fake.*-command .*fs",
+        ),
         ("fs", None, "needs a --device-command"),
         ("qemu:virtio-balloon-pci", None, "no guest drives it; .* virtio-blk-pci"),
         ("qemu:nvme", "backend {socket}", "--device-command can serve blk, fs"),
@@ -135,8 +153,20 @@ def test_what_there_is_not_is_refused(name: str, text: str | None, message: str)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tracker", "iommu"], "--tracker: qemu:nvme is not one of dmaproof's"),
-        (["--fault", "drop-pages"], "--fault: qemu:nvme is not one of dmaproof's"),
+        *(
+            (words, f"{words[0].partition('=')[0]} does not apply to --device qemu:nvme")
+            for words in (
+                ["--tracker=iommu"],
+                ["--harvest=1"],
+                ["--fault=drop-pages"],
+                ["--ring=packed"],
+                ["--iommu=intel"],
+                ["--kill-device"],
+                ["--destination-lacks=flush"],
+                ["--kernel=vmlinuz"],
+            )
+        ),
+        (["--control"], "--control: no fault can be planted in --device qemu:nvme"),
         (["--guest", "bare"], "--guest linux has one"),
     ],
 )
@@ -147,10 +177,10 @@ def test_what_it_cannot_have_is_refused(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("device", [InsideQemu("nvme"), CommandDevice("blk", LISTENS)])
-def test_nothing_can_be_planted_in_it(device: InsideQemu | CommandDevice) -> None:
-    with pytest.raises(UsageError, match="drop-pages cannot be planted"):
-        device.with_fault("drop-pages")
+def test_what_a_kind_of_device_accepts_is_an_option_of_a_proof() -> None:
+    for kind in device_kinds():
+        assert kind.accepts <= set(OPTIONS)
+        assert "device" in kind.accepts
 
 
 def test_every_page_of_the_image_is_stamped(tmp_path: Path) -> None:

@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 
 from dmaproof.page_compare import Extent, differing_pages
-from qmp_tools.check.discarded import (
-    Discarder,
-    discarders,
-    guest_drives_balloon,
-    sort_differences,
-)
 from qmp_tools.memory.absent_pages import absent_in_file, absent_in_process
 from qmp_tools.memory.guest_ram import GuestRam
 from qmp_tools.memory.physical_map import CommonRange, MapRegion
 from qmp_tools.memory.process_memory import SharedMemory, mappings_of
 from qmp_tools.qemu.attachment import AttachedQemu
+from qmp_tools.ram_check.discarded import (
+    Discarder,
+    discarders,
+    guest_drives_balloon,
+    sort_differences,
+)
 
 PAGE = mmap.PAGESIZE
 PAGES = 64

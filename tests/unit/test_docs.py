@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dmaproof.errors import UsageError
 from doc_commands import PAGES, ROOT, Block, all_blocks, commands_in, in_prose
 from qmp_tools.cli.arguments import parsers_of
 from qmp_tools.cli.main import make_parser
@@ -84,6 +85,8 @@ def complaint(words: list[str]) -> str | None:
             make_parser().parse_args(words)
         except SystemExit as end:
             return errors.getvalue() if end.code else None
+        except UsageError as error:
+            return str(error)
     return None
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from dmaproof.errors import UsageError
 from qmp_tools import aio, arguments, blocking
-from qmp_tools.proof.setup import parse_proof_options
+from qmp_tools.proof.options import ProofOptions
 
 
 def _functions() -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -79,8 +79,8 @@ CALLS: Mapping[str, tuple[Callable[[], Coroutine[Any, Any, object]], str]] = {
         "timeout_s: expected seconds, got '1' (str)",
     ),
     "prove": (
-        lambda: aio.prove("guest=bare"),  # type: ignore[arg-type]
-        "options: expected options by name, such as {'guest': 'bare'}, got 'guest=bare' (str)",
+        lambda: aio.prove("guest=bare"),  # type: ignore[call-overload]
+        "options: expected ProofOptions, or keywords such as guest=, got 'guest=bare' (str)",
     ),
     "start_qemu, one string": (
         lambda: _enter(aio.start_qemu("-m 64")),
@@ -130,4 +130,4 @@ def test_paths_may_be_strings() -> None:
 
 def test_an_options_name_is_a_string() -> None:
     with pytest.raises(UsageError, match="options: expected names that are strings, got 1"):
-        parse_proof_options({1: "bare"})  # type: ignore[dict-item]
+        ProofOptions.of({1: "bare"})  # type: ignore[dict-item]

@@ -27,12 +27,12 @@ from qmp_tools.matrix.result import Result, State, result_of, skipped, untested
 from qmp_tools.matrix.result_cache import Kept, key_of
 from qmp_tools.migration.ways import WAYS
 from qmp_tools.proof.model import Setup
-from qmp_tools.proof.setup import proof_options, proof_words
+from qmp_tools.proof.options import OPTIONS, ProofOptions
 from qmp_tools.qemu.machine import GIB, Machine
 from qmp_tools.qemu.program_files import ProgramFiles
 from qmp_tools.reports.matrix_report import grid_of, to_json, to_text
 
-MATRIX = Matrix({"qemu": ["7.2", "11.1"], "way": ["unix", "tls"], "guest": ["bare"]})
+MATRIX = Matrix({"qemu": ["7.2", "11.1"], "scenario": ["unix", "tls"], "guest": ["bare"]})
 LOST = Result(State.LOST, "3 of 9 pages were lost", ["device"], ["GPA 0x1000: …"], seed=7)
 CLEAN = Result(State.CLEAN, "every page equal", certain=8192, command=["dmaproof", "prove"])
 
@@ -43,24 +43,23 @@ CLEAN = Result(State.CLEAN, "every page equal", certain=8192, command=["dmaproof
 def test_the_last_axis_changes_the_fastest() -> None:
     names = [MATRIX.label(cell) for cell in MATRIX.cells()]
     assert names == [
-        f"qemu={qemu} way={way}" for qemu in ("7.2", "11.1") for way in ("unix", "tls")
+        f"qemu={qemu} scenario={it}" for qemu in ("7.2", "11.1") for it in ("unix", "tls")
     ]
     assert all(cell["guest"] == "bare" for cell in MATRIX.cells())
 
 
 def test_every_option_of_a_proof_can_be_an_axis() -> None:
-    for name, action in proof_options().items():
-        value = "on" if action.nargs == 0 else "1"
-        if action.choices is not None:
-            value = str(next(iter(action.choices)))
-        matrix = make_matrix({name: [value]})
-        assert matrix.cells() == [{name: value}]
+    for option in OPTIONS.values():
+        texts = {"memory": "1G", "destination-lacks": "flush"}
+        value = next(iter(option.values), texts.get(option.key, "1"))
+        matrix = make_matrix({option.key: [value]})
+        assert matrix.cells() == [{option.key: value}]
 
 
 def test_all_and_patterns_are_what_is_there() -> None:
     assert make_matrix({"tracker": ["all"]}).axes["tracker"] == sorted(emulated_trackers())
     assert set(make_matrix({"device": ["all"]}).axes["device"]) >= emulated_devices().keys()
-    ways = make_matrix({"way": ["multifd-*", "unix", "multifd-4"]}).axes["way"]
+    ways = make_matrix({"scenario": ["multifd-*", "unix", "multifd-4"]}).axes["scenario"]
     assert ways == [*(way for way in WAYS if way.startswith("multifd-")), "unix"]
 
 
@@ -81,13 +80,13 @@ def test_a_comma_before_a_name_belongs_to_the_value(text: str, values: list[str]
 def test_a_switch_is_on_or_off_and_what_may_be_repeated_has_blanks(tmp_path: Path) -> None:
     file = write(tmp_path, '[matrix]\nkill-device = [false, true]\ndevice = "blk rng"\n')
     cells = read_matrix(file).cells()
-    assert [proof_words(cell) for cell in cells] == [
+    assert [ProofOptions.of(cell).words() for cell in cells] == [
         ["--device=blk", "--device=rng"],
-        ["--kill-device", "--device=blk", "--device=rng"],
+        ["--device=blk", "--device=rng", "--kill-device"],
     ]
     assert make_matrix({"kill-device": ["all"]}).axes["kill-device"] == ["off", "on"]
     assert make_matrix({"iommu": ["all"]}).axes["iommu"] == ["intel", "intel-lazy"]
-    with pytest.raises(UsageError, match="--kill-device maybe: on or off is due"):
+    with pytest.raises(UsageError, match="--kill-device: expected on or off, got 'maybe'"):
         make_matrix({"kill-device": ["maybe"]})
 
 
@@ -100,12 +99,12 @@ def test_an_empty_value_leaves_the_option_out() -> None:
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"wya": ["unix"]}, "no such option"),
-        ({"way": ["unix", "pigeon"]}, "pigeon"),
-        ({"way": ["pigeon-*"]}, "matches none of unix"),
+        ({"wya": ["unix"]}, "wya is not an option of a proof"),
+        ({"scenario": ["unix", "pigeon"]}, "pigeon"),
+        ({"scenario": ["pigeon-*"]}, "matches none of unix"),
         ({"memory": ["all"]}, "no list of values"),
         ({"cpus": ["0"]}, "cpus"),
-        ({"way": []}, "a value is due"),
+        ({"scenario": []}, "a value is due"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_runs(
@@ -124,27 +123,27 @@ def write(folder: Path, text: str) -> Path:
 def test_a_file_and_options_in_place_of_its_axes(tmp_path: Path) -> None:
     file = write(
         tmp_path,
-        '[matrix]\nqemu_destination = ["7.2", "8"]\nway = ["unix", "multifd-4", "multifd-8"]\n'
-        'queues = 2\n[[exclude]]\nqemu_destination = 8\nway = "multifd-*"\n',
+        '[matrix]\nqemu_destination = ["7.2", "8"]\nscenario = ["unix", "multifd-4", "multifd-8"]\n'
+        'queues = 2\n[[exclude]]\nqemu_destination = 8\nscenario = "multifd-*"\n',
     )
     assert is_matrix(file)
     matrix = read_matrix(file)
     assert matrix.axes["queues"] == ["2"]
-    found = {(cell["qemu-destination"], cell["way"]) for cell in matrix.cells()}
-    assert found == {("7.2", way) for way in matrix.axes["way"]} | {("8", "unix")}
-    assert len(read_matrix(file, {"way": ["tls"], "guest": ["bare"]}).cells()) == 2
+    found = {(cell["qemu-destination"], cell["scenario"]) for cell in matrix.cells()}
+    assert found == {("7.2", way) for way in matrix.axes["scenario"]} | {("8", "unix")}
+    assert len(read_matrix(file, {"scenario": ["tls"], "guest": ["bare"]}).cells()) == 2
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[matrix", "is not TOML"),
-        ('way = "unix"\n', r"a table \[matrix\] is due"),
-        ('[matrix]\nway = "unix"\n[except]\n', "except is not known"),
-        ("[matrix]\nway = {}\n", "words and numbers are due"),
-        ('[matrix]\nway = "unix"\n[exclude]\nway = "tls"\n', "double brackets"),
-        ('[matrix]\nway = "unix"\n[[exclude]]\nguest = "bare"\n', "guest is no axis"),
-        ('[matrix]\nway = "unix"\n[[exclude]]\nway = "*"\n', "everything is excluded"),
+        ('scenario = "unix"\n', r"a table \[matrix\] is due"),
+        ('[matrix]\nscenario = "unix"\n[except]\n', "except is not known"),
+        ("[matrix]\nscenario = {}\n", "words and numbers are due"),
+        ('[matrix]\nscenario = "unix"\n[exclude]\nscenario = "tls"\n', "double brackets"),
+        ('[matrix]\nscenario = "unix"\n[[exclude]]\nguest = "bare"\n', "guest is no axis"),
+        ('[matrix]\nscenario = "unix"\n[[exclude]]\nscenario = "*"\n', "everything is excluded"),
     ],
 )
 def test_a_file_that_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -161,13 +160,13 @@ def setup(memory_bytes: int = GIB, cpus: int = 2, seed: int = 1) -> Setup:
     qemu = Path("/bin/sh")
     machine = Machine("q35", "tcg", memory_bytes, cpus, Path("/kernel"))
     return Setup(
+        ProofOptions(guest="bare", seed=seed),
         qemu,
         qemu,
         machine,
         "bare",
         Workload(seed=seed),
         EmulatedDevice(DeviceOptions(seed=seed)),
-        seed,
     )
 
 
@@ -216,7 +215,7 @@ def test_what_memory_never_holds_is_not_begun() -> None:
 
 # What is kept
 
-CELL = {"way": "unix", "guest": "bare"}
+CELL = {"scenario": "unix", "guest": "bare"}
 REPORT: dict[str, Any] = {"verdict": "could not be tested: x", "exit_code": 3, "reason": "x"}
 
 
@@ -245,11 +244,11 @@ def test_kept_until_something_changes(
         found = kept.find(CELL, first)
         assert found is not None
         assert (found["report"], found["seconds"]) == (REPORT, 2.5)
-        assert kept.find({**CELL, "way": "tls"}, first) is None
+        assert kept.find({**CELL, "scenario": "tls"}, first) is None
         assert kept.find(CELL, "another key") is None
         kept.file(CELL).write_text("{")
         assert kept.find(CELL, first) is None
-    assert key(CELL, replace(now, seed=2)) == first, "a seed was not given"
+    assert key(CELL, replace(now, options=ProofOptions(seed=2))) == first, "a seed was not given"
     machines = [replace(now.machine, memory_bytes=2 * GIB), replace(now.machine, cpus=3)]
     others = [replace(now, machine=machine) for machine in machines]
     others.append(replace(now, qemu_destination=tmp_path / "kernel"))
@@ -350,7 +349,7 @@ def test_results_name_who_is_to_blame() -> None:
     assert result_of(proof_report(0, {"device": 0}), 1.0).state == State.CLEAN
     slow = result_of(proof_report(1, {"device": 0}), 1.0)
     assert (slow.state, slow.blame, slow.short) == (State.SLOW, [], "slow")
-    assert to_json(Matrix({"way": ["unix"]}), [slow])["exit_code"] == 1
+    assert to_json(Matrix({"scenario": ["unix"]}), [slow])["exit_code"] == 1
     assert result_of(REPORT, 1.0) == untested("x")
     assert result_of({**REPORT, "unsupported": True}, 1.0) == skipped("x")
     blunt = {**proof_report(3, {"device": 0}), "verdict": "nothing was tested: …"}
@@ -376,9 +375,9 @@ def test_the_table_has_qemus_across_and_its_notes_below() -> None:
     lacks = skipped("source QEMU refused it:\nno TLS")
     text = to_text(to_json(MATRIX, [CLEAN, lacks, LOST, lacks])).splitlines()
     assert text[2:5] == [
-        "way   7.2 → 7.2    11.1 → 11.1",
-        "unix  clean        LOST: device [2]",
-        "tls   skipped [1]  skipped [1]",
+        "scenario  7.2 → 7.2    11.1 → 11.1",
+        "unix      clean        LOST: device [2]",
+        "tls       skipped [1]  skipped [1]",
     ]
     assert text[6:9] == ["[1] source QEMU refused it:", "    no TLS", "[2] 3 of 9 pages were lost"]
     assert text[-1] == "  GPA 0x1000: …"
@@ -386,10 +385,15 @@ def test_the_table_has_qemus_across_and_its_notes_below() -> None:
 
 def test_without_several_qemus_the_last_axis_is_across() -> None:
     matrix = Matrix(
-        {"way": ["unix", "tls"], "tracker": ["a", "b"]}, [{"way": ["tls"], "tracker": ["b"]}]
+        {"scenario": ["unix", "tls"], "tracker": ["a", "b"]},
+        [{"scenario": ["tls"], "tracker": ["b"]}],
     )
     grid = grid_of(to_json(matrix, [CLEAN] * 3))
-    assert (grid.row_axes, grid.columns, grid.rows) == (["way"], ["a", "b"], [("unix",), ("tls",)])
+    assert (grid.row_axes, grid.columns, grid.rows) == (
+        ["scenario"],
+        ["a", "b"],
+        [("unix",), ("tls",)],
+    )
     assert [[cell is not None for cell in row] for row in grid.cells] == [
         [True, True],
         [True, False],
@@ -405,16 +409,19 @@ def test_runnables_carry_their_options() -> None:
     found = runnables(MATRIX)
     assert found[1] == {
         "kind": "dmaproof",
-        "uri": "qemu=7.2 way=tls",
-        "kwargs": {"qemu": "7.2", "way": "tls", "guest": "bare"},
+        "uri": "qemu=7.2 scenario=tls",
+        "kwargs": {"qemu": "7.2", "scenario": "tls", "guest": "bare"},
     }
 
 
 def test_parameters_of_avocado_go_before_them() -> None:
     from avocado.core.nrunner.runnable import Runnable
 
-    runnable = Runnable("dmaproof", "x", way="tls", guest="bare")
-    assert options_of(runnable) == {"way": "tls", "guest": "bare"}
-    nodes = [["/run/a", [["/run/a", "way", "tcp"]]], ["/run/b", [["/run/b", "requests_after", 5]]]]
+    runnable = Runnable("dmaproof", "x", scenario="tls", guest="bare")
+    assert options_of(runnable) == {"scenario": "tls", "guest": "bare"}
+    nodes = [
+        ["/run/a", [["/run/a", "scenario", "tcp"]]],
+        ["/run/b", [["/run/b", "requests_after", 5]]],
+    ]
     runnable.variant = {"variant": nodes, "variant_id": "1", "paths": ["/run/*"]}
-    assert options_of(runnable) == {"way": "tcp", "guest": "bare", "requests-after": "5"}
+    assert options_of(runnable) == {"scenario": "tcp", "guest": "bare", "requests-after": "5"}

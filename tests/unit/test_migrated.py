@@ -10,15 +10,15 @@ from typing import Any, cast
 import pytest
 
 from dmaproof.errors import UntestableError, UsageError
-from qmp_tools.check.migrated import (
+from qmp_tools.qemu.attachment import AttachedQemu
+from qmp_tools.qemu.qmp import QmpRefusal
+from qmp_tools.ram_check.migrated import (
     GuestHasRunError,
     NotMigratedError,
     has_run,
     require_migrated,
     require_paused,
 )
-from qmp_tools.qemu.attachment import AttachedQemu
-from qmp_tools.qemu.qmp import QmpRefusal
 
 NO_JIT = "Error: JIT information is only available with accel=tcg\r\n"
 

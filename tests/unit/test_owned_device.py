@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -13,12 +12,15 @@ import pytest
 from dmaproof.errors import UsageError
 from dmaproof.evidence import Evidence, Slot
 from dmaproof.trace import Link
-from qmp_tools.cli.prove_owned import _check, add_control, is_owned
+from qmp_tools.cli.main import main
+from qmp_tools.cli.prove import add_control
+from qmp_tools.devices.registry import Control
 from qmp_tools.memory.ram import RamFile, compare
 from qmp_tools.passthrough.fake_device import _ENTRY, _TOLD, Journal, Told, content
-from qmp_tools.passthrough.owned_device import evidence_of
-from qmp_tools.passthrough.owned_proof import parse_fault
-from qmp_tools.proof.setup import parse_proof_options
+from qmp_tools.passthrough.injected_faults import parse_fault
+from qmp_tools.passthrough.kinds import fake_device_of, is_fake_vfio
+from qmp_tools.passthrough.owned_device import OwnedDevice, evidence_of
+from qmp_tools.proof.options import ProofOptions
 from qmp_tools.proof.verdict import Blame, LostPage, Sharpness, attribute, measure_sharpness
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 
@@ -149,26 +151,20 @@ def test_a_device_that_wrote_nothing_is_no_evidence(case: Case) -> None:
 # The command --------------------------------------------------------------------------------------
 
 
-def given(**options: Any) -> argparse.Namespace:
-    arguments = parse_proof_options({})
-    given = {"device": ["vfio-fake"], "control": False, **options}
-    return argparse.Namespace(**{**vars(arguments), **given})
-
-
 def test_the_name_of_the_device_with_a_tracking_or_without() -> None:
-    assert is_owned(given())
-    assert is_owned(given(device=["vfio-fake:container"]))
-    assert not is_owned(given(device=["vfio:0000:3b:00.2"]))
-    assert not is_owned(given(device=["blk", "net"]))
-    assert not is_owned(given(device=None))
-    with pytest.raises(UsageError, match="no other device beside it"):
-        is_owned(given(device=["vfio-fake", "blk"]))
+    assert is_fake_vfio(ProofOptions(device="vfio-fake"))
+    assert is_fake_vfio(ProofOptions(device="vfio-fake:container"))
+    assert not is_fake_vfio(ProofOptions(device="vfio:0000:3b:00.2,0000:3b:00.3"))
+    assert not is_fake_vfio(ProofOptions(device=["blk", "net"]))
+    assert not is_fake_vfio(ProofOptions())
+    with pytest.raises(UsageError, match="only dmaproof's own devices go together"):
+        is_fake_vfio(ProofOptions(device=["vfio-fake", "blk"]))
 
 
 @pytest.mark.parametrize(
     ("options", "tracking", "why"),
     [
-        ({}, "none", "vfio-fake has iommufd, .*container-type1"),
+        ({}, "none", "expected one of iommufd, .*container-type1"),
         ({"guest": "bare"}, "iommufd", "--guest does not apply"),
         ({"memory": "1G"}, "iommufd", "--memory does not apply"),
         ({"requests_after": 5}, "iommufd", "--requests-after does not apply"),
@@ -176,18 +172,26 @@ def test_the_name_of_the_device_with_a_tracking_or_without() -> None:
         ({"fault": "drop=0"}, "iommufd", "from 1 on"),
         ({"fault": "drop=x"}, "iommufd", "from 1 on"),
         ({"fault": "drop"}, "container-type1", "QEMU does not ask the device"),
-        ({"control": True}, "iommufd-untracked", "QEMU does not ask the device"),
     ],
 )
 def test_what_does_not_apply_is_wrong_usage(
     options: dict[str, Any], tracking: str, why: str
 ) -> None:
     with pytest.raises(UsageError, match=why):
-        _check(given(**options), tracking)
+        fake_device_of(ProofOptions.of({"device": f"vfio-fake:{tracking}", **options}))
+
+
+def test_a_control_that_could_not_show_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prove", "--device=vfio-fake:iommufd-untracked", "--control"]) == 2
+    assert "QEMU does not ask the device" in capsys.readouterr().err
 
 
 def test_what_applies() -> None:
-    _check(given(seed=3, fault="drop=20", timeout=60.0, control=True), "container-once-stopped")
+    options = ProofOptions(
+        device="vfio-fake:container-once-stopped", seed=3, fault="drop=20", timeout=60
+    )
+    assert fake_device_of(options) == OwnedDevice("container-once-stopped", "drop=20")
+    assert fake_device_of(ProofOptions(device="vfio-fake")) == OwnedDevice("iommufd")
     assert parse_fault("drop=20") == {"drop": 20}
     assert parse_fault("clear-before-read") == {"clear_before_read": 200}
 
@@ -197,7 +201,8 @@ def test_what_applies() -> None:
 )
 def test_a_control_that_is_not_caught_takes_the_pass_away(links: list[str], caught: bool) -> None:
     report: dict[str, Any] = {"exit_code": 0, "verdict": "every page equal"}
-    line = add_control(report, {"lost_pages": [{"link": link} for link in links]})
+    repeated = {"lost_pages": [{"link": link} for link in links]}
+    line = add_control(report, repeated, Control("drop=50", Link.TRACKER))
     assert report["control"]["caught"] is caught
     assert (report["exit_code"] == 0) is caught
     assert ("NOT CAUGHT" in line) is not caught

@@ -40,7 +40,7 @@ def outcome_of(
         device = SimpleNamespace(
             processes=served, serving=lambda side: served, refusal=lambda: quiet
         )
-        setup = SimpleNamespace(way="unix")
+        setup = SimpleNamespace(scenario="unix")
         pair = QemuPair(cast(Any, setup), QuietDisplay(), cast(Any, device), folder)
         for name, script in scripts.items():
             process = await Process.start(name, ["sh", "-c", script], folder / name)

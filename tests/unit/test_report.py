@@ -21,7 +21,6 @@ import pytest
 
 from dmaproof.evidence import HARVEST
 from dmaproof.trace import Link
-from qmp_tools.check.check import Check, ComparedArea, Difference, NotCompared, Side
 from qmp_tools.devices.device import DeviceFacts
 from qmp_tools.devices.emulated import EmulatedDevice
 from qmp_tools.devices.process import DeviceOptions
@@ -32,6 +31,7 @@ from qmp_tools.migration.downtime import Downtime, Part, downtime_parts
 from qmp_tools.migration.log_watch import LogEvidence
 from qmp_tools.migration.migration import Progress, parse_progress
 from qmp_tools.proof.model import Proof, Setup
+from qmp_tools.proof.options import ProofOptions
 from qmp_tools.proof.ram_map import MapArea, RamMap, run_lengths, with_lost
 from qmp_tools.proof.rings import Ring
 from qmp_tools.proof.soak import Holdings, Soak
@@ -45,11 +45,13 @@ from qmp_tools.proof.verdict import (
     sharpness_by_guest,
 )
 from qmp_tools.qemu.machine import Machine
+from qmp_tools.ram_check.check import Check, ComparedArea, Difference, NotCompared, Side
 from qmp_tools.reports import check_report, matrix_report, report, soak_report
 from qmp_tools.reports.html import to_html
 from qmp_tools.reports.html_charts import ram_drawing, timeline
 from qmp_tools.reports.junit_tap import to_junit, to_tap
 from qmp_tools.reports.precopy import harvest_list, passes
+from qmp_tools.reports.report import SCHEMA_VERSION
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
@@ -137,13 +139,13 @@ def proof(
     guest = GuestOutcome(1000, errors, 10, ["error <bad> & \x1b[0m"] if errors else [])
     return Proof(
         setup=Setup(
+            options=ProofOptions(guest="bare", seed=3),
             qemu=Path("/usr/bin/qemu"),
             qemu_destination=Path("/usr/bin/qemu"),
             machine=Machine("q35", "tcg", 64 << 20, 2, Path("kernel")),
             guest="bare",
             workload=Workload(seed=3),
             device=device or EmulatedDevice(OPTIONS if not lost else replace(OPTIONS, fault=FAULT)),
-            seed=3,
         ),
         verdict=Verdict(
             PAGES,
@@ -228,7 +230,7 @@ def soak(last: Proof, descriptors: list[int]) -> Soak:
 
 
 UNTESTED = {
-    "schema_version": 1,
+    "schema_version": SCHEMA_VERSION,
     "kind": "prove-untested",
     "verdict": "could not be tested: no QEMU",
     "exit_code": 3,
@@ -239,7 +241,7 @@ CELLS = [
     skipped("source QEMU refused it:\nno TLS"),
     untested("the guest did not come up"),
 ]
-MATRIX = Matrix({"qemu": ["7.2", "8.0"], "way": ["unix", "tls"], "guest": ["bare"]})
+MATRIX = Matrix({"qemu": ["7.2", "8.0"], "scenario": ["unix", "tls"], "guest": ["bare"]})
 SLOW = [Part("the <device> stops", 40.0), Part("the destination loads", 0.5)]
 ANSWERS: dict[str, dict[str, Any]] = {
     "matrix": matrix_report.to_json(MATRIX, CELLS),

@@ -8,11 +8,11 @@ from typing import cast
 import pytest
 
 from dmaproof.errors import UntestableError
-from qmp_tools.check.same_memory import is_same_memory
 from qmp_tools.memory.guest_ram import GuestRam
 from qmp_tools.memory.physical_map import CommonRange, MapRegion
 from qmp_tools.memory.process_memory import SharedMemory
 from qmp_tools.qemu.attachment import AttachedQemu
+from qmp_tools.ram_check.same_memory import is_same_memory
 
 MIB = 1 << 20
 REGION = MapRegion(16 * MIB, 8 * MIB, "ram", "ram0")

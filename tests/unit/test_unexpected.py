@@ -139,7 +139,7 @@ def test_a_crash_is_told_with_its_traceback_and_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     report = tmp_path / "proof.json"
-    monkeypatch.setattr(prove, "are_functions", of_a_bug)
+    monkeypatch.setattr(prove, "given_options", of_a_bug)
     assert main(["prove", "--json", str(report)]) == 3
     first, *rest = capsys.readouterr().err.splitlines()
     assert first.startswith("dmaproof: NOT TESTED: this is a fault of dmaproof (KeyError:")

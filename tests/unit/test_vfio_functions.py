@@ -334,12 +334,6 @@ def test_each_side_has_a_function_of_its_own(pair: Tree) -> None:
     assert "iommufd" not in destination
 
 
-def test_no_fault_can_be_planted_in_them(pair: Tree) -> None:
-    functions = parse_functions(f"vfio:{SOURCE_ADDRESS},{DESTINATION_ADDRESS}", pair.host)
-    with pytest.raises(UsageError, match="nothing can be planted"):
-        functions.with_fault("drop-pages")
-
-
 def test_a_process_with_the_capability_locks_as_much_as_it_likes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

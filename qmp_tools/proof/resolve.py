@@ -1,0 +1,230 @@
+"""From the options of a proof to all that it depends on: what they leave open is chosen, and said.
+
+Options that contradict each other are refused before anything is started.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from dmaproof.errors import UsageError
+from dmaproof.faults import plant
+from dmaproof.faults.fault import Fault
+
+from ..devices.device import ProofDevice
+from ..devices.process import DeviceOptions
+from ..devices.registry import DeviceKind, DeviceRequest, kind_of
+from ..guest.bare import bare_guest
+from ..guest.build import Guest
+from ..guest.choice import GUESTS
+from ..guest.own import MEMORY_BYTES as OWN_GUEST_MEMORY_BYTES
+from ..guest.own import OWN_GUEST, own_guest
+from ..guest.workload import parse_workload
+from ..migration.refused_features import FEATURES
+from ..migration.ways import WAYS, Plug, Way
+from ..qemu.choice import common_machine, find_qemu
+from ..qemu.iommu import IOMMUS
+from ..qemu.machine import DESTINATION, MIB, SOURCE, Machine, refuse_taken_properties
+from .display import Display
+from .model import Setup
+from .options import OPTIONS, ProofOptions
+from .probes import choose_accelerator, choose_memory, require_x86_64, warn_of_dimms
+
+TRACKER: Final = "iommu"
+HARVEST: Final = 0.2
+"""The defaults of the options of these names, where a fault needs nothing else."""
+_BEHIND_IOMMU: Final = "once=2048"
+"""Each page costs the device and QEMU a conversation there."""
+
+
+async def resolve(options: ProofOptions, show: Display) -> Setup:
+    """The proof that the options describe.
+
+    Raises:
+        UsageError: they contradict each other, or the device does not have one of them.
+        UntestableError: this machine or its QEMUs lack what is needed.
+    """
+    seed = chosen_seed(options.seed)
+    options = replace(options, seed=seed)
+    kind = kind_of(options.devices, options.device_command)
+    refuse_strangers(options, kind)
+    fault = _fault_of(options)
+    iommu = options.iommu or ("intel" if fault.needs_iommu else None)
+    device = kind.make(_request(options, fault, iommu))
+    way = _way_for(options, device)
+    _require_driver(options, device, iommu)
+    usual = _BEHIND_IOMMU if iommu else ""
+    workload = device.fit(parse_workload(f"{usual},{options.workload}", seed))
+    if options.machine:
+        refuse_taken_properties(options.machine)
+    if OWN_GUEST in device.guests:
+        for line in device.prerequisites(options.memory_bytes or OWN_GUEST_MEMORY_BYTES):
+            show.say(line)
+    guest = _own_guest(options) if OWN_GUEST in device.guests else None
+    source, destination = _qemus_of(options)
+    for side, qemu in ((SOURCE, source), (DESTINATION, destination)):
+        await require_x86_64(side, qemu, options.timeout)
+    # What tells whether KVM runs a guest is a guest of ours.
+    probed = bare_guest(show.say) if guest else _guest_of(options, device, iommu, show)
+    accelerator = await choose_accelerator(options.accel, source, probed, show, options.timeout)
+    guest = guest or probed
+    memory_bytes = options.memory_bytes or await choose_memory(
+        source, accelerator, guest.memory_bytes, show, options.timeout
+    )
+    machine = await _machine_of(options, way, source, destination)
+    if iommu is not None and "q35" not in machine:
+        raise UsageError(
+            f"--iommu {iommu}: only q35 machines have it, and this one is to be {machine}"
+        )
+    machine += way.machine_options
+    if way.plug is Plug.DIMM:
+        await warn_of_dimms(source, accelerator, show, options.timeout)
+    if fault.needs_high_ram:
+        machine += f",max-ram-below-4g={memory_bytes // 2 // MIB}M"
+    return Setup(
+        options=replace(options, accel=accelerator, memory=memory_bytes),
+        qemu=source,
+        qemu_destination=destination,
+        machine=Machine(
+            machine=machine,
+            accelerator=accelerator,
+            memory_bytes=memory_bytes,
+            cpus=options.cpus,
+            kernel=guest.kernel,
+            initramfs=guest.initramfs,
+            command_line=guest.command_line(workload),
+            dimm_slots=way.migrations if way.plug is Plug.DIMM else 0,
+            iommu=iommu,
+        ),
+        guest=guest.name,
+        workload=workload,
+        device=device,
+    )
+
+
+def refuse_strangers(options: ProofOptions, kind: DeviceKind) -> None:
+    """Refuse options that mean nothing to the kind of device.
+
+    Raises:
+        UsageError: one of them was given.
+    """
+    for name in options.changed:
+        if name not in kind.accepts:
+            raise UsageError(
+                f"{OPTIONS[name].flag} does not apply to --device {' and '.join(options.devices)}"
+            )
+
+
+def chosen_seed(given: int | None, bits: int = 32) -> int:
+    """The seed that was given, or else one of so many `bits` that nobody has had."""
+    return random.SystemRandom().getrandbits(bits) if given is None else given
+
+
+def _fault_of(options: ProofOptions) -> Fault:
+    fault = plant(options.fault, options.seed or 0)
+    if fault.needs:
+        raise UsageError(
+            f"fault {options.fault} shows only with {fault.needs}, which a proof does not have: "
+            f"dmaproof faults --only {(options.fault or '').partition('=')[0]}"
+        )
+    return fault
+
+
+def _request(options: ProofOptions, fault: Fault, iommu: str | None) -> DeviceRequest:
+    harvest = None if options.harvest is None else str(options.harvest)
+    return DeviceRequest(
+        names=options.devices,
+        command=options.device_command,
+        options=DeviceOptions(
+            "",
+            _agreed("--tracker", options.tracker, fault.tracker) or TRACKER,
+            _agreed("--harvest", harvest, fault.harvest) or str(HARVEST),
+            options.fault,
+            options.seed or 0,
+            sum(1 << FEATURES[name][0] for name in set(options.destination_lacks)),
+        ),
+        queues=options.queues,
+        ring=options.ring,
+        killed=options.kill_device or fault.needs_kill,
+        behind_iommu=iommu is not None,
+    )
+
+
+def _agreed(flag: str, given: str | None, needed: str | None) -> str | None:
+    """What was given, or else what the fault needs.
+
+    Raises:
+        UsageError: the fault does not show with what was given.
+    """
+    if given and needed and given != needed:
+        raise UsageError(f"{flag} {given}: the fault shows for certain only with {flag} {needed}")
+    return given or needed
+
+
+def _way_for(options: ProofOptions, device: ProofDevice) -> Way:
+    """The scenario that was asked for.
+
+    Raises:
+        UsageError: `device` cannot go through it, or it has no downtime that could be measured.
+    """
+    way = WAYS[options.scenario]
+    if way.plug is Plug.DISK and not device.driver.has_disk:
+        raise UsageError(
+            f"--scenario {options.scenario}: it plugs a disk, and {device.facts.device} is not one"
+        )
+    if options.max_downtime is not None and (way.snapshot or way.in_place):
+        raise UsageError(
+            f"--max-downtime: with --scenario {options.scenario} dmaproof itself stops the guest, "
+            "for as long as it takes to copy its RAM"
+        )
+    return way
+
+
+def _require_driver(options: ProofOptions, device: ProofDevice, iommu: str | None) -> None:
+    if OWN_GUEST in device.guests:
+        return
+    if options.guest not in device.guests:
+        raise UsageError(
+            f"--guest {options.guest}: it has no driver for {device.facts.device}; "
+            f"--guest {' or '.join(sorted(device.guests))} has one"
+        )
+    if iommu is not None and options.guest not in IOMMUS[iommu].guests:
+        raise UsageError(
+            f"--iommu {iommu}: the guest {options.guest} does not use it so; "
+            f"--guest {' or '.join(IOMMUS[iommu].guests)} does"
+        )
+
+
+def _own_guest(options: ProofOptions) -> Guest:
+    if options.kernel is None:
+        raise UsageError(
+            f"--device {' and '.join(options.devices)} needs a guest that drives it: --kernel "
+            "FILE, and what docs/passthrough.md tells of such a guest"
+        )
+    initramfs = Path(options.initrd) if options.initrd else None
+    return own_guest(Path(options.kernel), initramfs, options.append)
+
+
+def _guest_of(
+    options: ProofOptions, device: ProofDevice, iommu: str | None, show: Display
+) -> Guest:
+    guest = GUESTS[options.guest](show.say, device.driver)
+    if iommu is not None and guest.name == "linux":
+        return replace(guest, options=f"{IOMMUS[iommu].linux_options} {guest.options}")
+    return guest
+
+
+def _qemus_of(options: ProofOptions) -> tuple[Path, Path]:
+    source = find_qemu(options.qemu)
+    destination = options.qemu_destination
+    return source, find_qemu(destination) if destination else source
+
+
+async def _machine_of(options: ProofOptions, way: Way, source: Path, destination: Path) -> str:
+    machine = options.machine or way.machine
+    if destination.resolve() != source.resolve() or options.machine:
+        return await common_machine(machine, source, destination, options.timeout)
+    return machine

@@ -57,7 +57,6 @@ class BufferDirtyLog:
         self.memory = memoryview(buffer).cast("B")
 
     def merge(self, gpa: int, words: Words, first_bit: int, pages: int) -> None:
-        """See `DirtyLog.merge`."""
         first_page, misplaced = divmod(gpa, LOG_PAGE_BYTES)
         if misplaced or first_page + pages > len(self.memory) * 8:
             raise BitmapError(
@@ -95,7 +94,7 @@ class VhostDirtyLog(BufferDirtyLog):
         super().__init__(memoryview(self._mapping))
 
     def merge(self, gpa: int, words: Words, first_bit: int, pages: int) -> None:
-        """See `DirtyLog.merge`.
+        """Merge as `BufferDirtyLog` does, and look whether the log is still whole.
 
         Raises:
             ProtocolError: the log's file became too short while it was mapped: bits were lost.

@@ -69,7 +69,11 @@ class Dma:
     def require(
         self, readable: Iterable[tuple[int, int]], writable: Iterable[tuple[int, int]]
     ) -> None:
-        """See `Bus.require`."""
+        """Make sure of (IOVA, length in bytes) ranges before anything of a request is done.
+
+        Raises:
+            IotlbMissError: some byte is not known yet, but can be asked for.
+        """
         self.bus.require(readable, writable)
 
     def read(self, iova: int, length: int) -> bytes:

@@ -230,7 +230,7 @@ class IovaMap:
         return [IovaRange(mapping.iova, mapping.length) for mapping in self.mappings]
 
     def translate(self, iova: int, length: int, access: int = READ) -> list[tuple[int, int]]:
-        """See `Bus.translate`: whatever is mapped may be read and written."""
+        """Translate; whatever is mapped may be read and written."""
         index = bisect_right(self._starts, iova) - 1
         if index >= 0:
             mapping = self.mappings[index]
@@ -242,7 +242,7 @@ class IovaMap:
     def require(
         self, readable: Iterable[tuple[int, int]], writable: Iterable[tuple[int, int]]
     ) -> None:
-        """See `Bus.require`: there is nobody to ask."""
+        """Do nothing: there is no IOMMU to ask."""
 
     def _pieces(self, iova: int, length: int) -> Iterator[tuple[int, int]]:
         position, end = iova, iova + length

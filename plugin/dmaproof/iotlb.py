@@ -75,12 +75,11 @@ class Iotlb:
 
     @property
     def mappings(self) -> list[IovaMapping]:
-        """See `Bus.mappings`: entries that go on from one another are one."""
+        """The mappings, where entries that continue one another are one."""
         return _merged(self._entries)
 
     @property
     def ranges(self) -> list[IovaRange]:
-        """See `Bus.ranges`."""
         return _ranges_of(self._pieces)
 
     def overlapping(self, iova: int, length: int) -> list[IovaMapping]:
@@ -163,7 +162,7 @@ class Iotlb:
         return None
 
     def translate(self, iova: int, length: int, access: int = READ) -> list[tuple[int, int]]:
-        """See `Bus.translate`; each piece is of one entry.
+        """Translate; each piece is of one entry.
 
         Raises:
             IotlbMissError: some byte is not known, or not for `access`.
@@ -184,7 +183,7 @@ class Iotlb:
     def require(
         self, readable: Iterable[tuple[int, int]], writable: Iterable[tuple[int, int]]
     ) -> None:
-        """See `Bus.require`; names a bounded number of pages.
+        """Make sure of the ranges; the error names a bounded number of pages.
 
         Raises:
             MemoryAccessError: there are more pages than the IOTLB can hold, or some beyond

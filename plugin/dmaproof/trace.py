@@ -195,12 +195,10 @@ class TracedBitmap(IovaBitmap):
     gpa: int
 
     def set(self, iova: int, length: int) -> None:
-        """See `IovaBitmap.set`."""
         self.trace.see(Link.TRACKER, iova - self.iova + self.gpa, length)
         super().set(iova, length)
 
     def set_many(self, iovas: Addresses, lengths: Addresses | int) -> None:
-        """See `IovaBitmap.set_many`."""
         addresses = np.asarray(iovas, dtype=np.uint64)
         sizes = np.broadcast_to(np.asarray(lengths, dtype=np.uint64), addresses.shape)
         self.see_many(addresses, sizes)
@@ -220,11 +218,9 @@ class TracedLog:
         self._trace = trace
 
     def merge(self, gpa: int, words: Words, first_bit: int, pages: int) -> None:
-        """See `DirtyLog.merge`."""
         self._log.merge(gpa, words, first_bit, pages)
         self._trace.see_bits(Link.LOG, gpa, words, first_bit, pages)
         self._trace.merged_pages += len(set_bits(words, first_bit, pages))
 
     def close(self) -> None:
-        """See `DirtyLog.close`."""
         self._log.close()

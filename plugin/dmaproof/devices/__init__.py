@@ -8,65 +8,13 @@ for as ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE``.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 from ..discovery import named_classes
-from ..dma import Dma
 from ..errors import UsageError
-from ..virtqueue import DescriptorChain
+from .device import VirtioDevice
 
-
-class VirtioDevice(Protocol):
-    """What the vhost-user back end needs of a device.
-
-    One object serves every session of its process, so what it counts goes on from the source to
-    the destination of a migration.
-    """
-
-    name: ClassVar[str]
-    guests: ClassVar[Collection[str]]
-    """The guests of ours that have a driver for it."""
-    linux: ClassVar[tuple[Sequence[str], str]]
-    """By which modules Linux comes to it, and what ``guests/linux`` is told of where it is."""
-    options: ClassVar[Mapping[str, Callable[[str], Any]]]
-    """What it can be told, by name: how the class's argument of that name is made from text."""
-    restartable: ClassVar[bool]
-    """Whether QEMU keeps for it what is in flight, so that its process can be replaced."""
-    has_workload: ClassVar[bool]
-    """Whether the guests' workload runs on it; what it does not run on needs one beside it."""
-    features: int
-    """Feature bits of the device type; transport and vhost bits are the back end's."""
-    queues: int
-    """How many virtqueues the device has at the most."""
-    requests: int
-    """The number of the last request: they rise with each that is served."""
-
-    @staticmethod
-    def qemu_arguments(chardev: str, queues: int, properties: Sequence[str]) -> list[str]:
-        """What makes a QEMU have the device, served behind its `chardev` and with so many queues.
-
-        `properties` are those of virtio on PCI that are wanted, such as 'packed=on'.
-        """
-
-    def config(self) -> bytes:
-        """The device's configuration space."""
-
-    def is_ready(self, queue: int) -> bool:
-        """Whether a request of this queue can be served now.
-
-        Only a request of another queue can change that.
-        """
-
-    def process(self, chain: DescriptorChain, dma: Dma) -> int:
-        """Carry out one request; returns the bytes written into its buffers.
-
-        It came by the queue `dma.journal.queue`.
-
-        Raises:
-            ProtocolError: the request breaks the device's specification beyond an error status.
-            MemoryAccessError: a buffer lies outside guest RAM.
-        """
+__all__ = ["VirtioDevice", "emulated_devices", "make_device", "parse_device"]
 
 
 def emulated_devices() -> dict[str, type[VirtioDevice]]:

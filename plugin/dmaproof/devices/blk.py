@@ -22,6 +22,7 @@ from ..errors import ProtocolError, UsageError
 from ..journal import WriteKind
 from ..stamp import PAGE_BYTES, SECTOR_BYTES, SECTORS_PER_PAGE, stamped_page
 from ..virtqueue import DescriptorChain, Segment
+from .device import VirtioDevice
 from .segments import gather, scatter, take
 
 _F_SEG_MAX: Final = 1 << 2
@@ -39,7 +40,7 @@ _SEG_MAX: Final = 126
 """A queue of 128 holds this many data segments between the request's header and its status."""
 
 
-class Blk:
+class Blk(VirtioDevice):
     """A disk of `capacity_bytes` (a multiple of 4096) served by up to `queues` virtqueues.
 
     `file` keeps its content; a file that is not empty has the capacity of its size.
@@ -60,18 +61,16 @@ class Blk:
         self, capacity_bytes: int = 64 << 30, queues: int = 16, file: Path | None = None
     ) -> None:
         self.queues = queues
-        self.requests = 0
         self._content = _Content(file, capacity_bytes)
         self._sectors = self._content.pages * SECTORS_PER_PAGE
 
     @staticmethod
     def qemu_arguments(chardev: str, queues: int, properties: Sequence[str]) -> list[str]:
-        """See `VirtioDevice.qemu_arguments`."""
         device = (f"vhost-user-blk-pci,chardev={chardev}", f"num-queues={queues}", "queue-size=128")
         return ["-device", ",".join((*device, *properties))]
 
     def config(self) -> bytes:
-        """See `VirtioDevice.config`; struct virtio_blk_config, section 5.2.4."""
+        """The fields of struct virtio_blk_config (section 5.2.4)."""
         return struct.pack(
             "<QIIHBBI BBHI BBH",
             self._sectors,
@@ -84,14 +83,9 @@ class Blk:
             self.queues,
         )
 
-    def is_ready(self, queue: int) -> bool:
-        """See `VirtioDevice.is_ready`."""
-        return True
-
     def process(self, chain: DescriptorChain, dma: Dma) -> int:
-        """See `VirtioDevice.process`; struct virtio_blk_req, section 5.2.6."""
-        self.requests += 1
-        dma.journal.request = self.requests
+        """Serve a struct virtio_blk_req (section 5.2.6)."""
+        self.begin_request(dma)
         header = gather(take(chain.readable, 0, 16), dma)
         writable = sum(length for _, length in chain.writable)
         if len(header) < 16 or writable < 1:

@@ -12,13 +12,14 @@ anything to be put into them.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, ClassVar, Final
+from collections.abc import Sequence
+from typing import ClassVar, Final
 
 from ..dma import Dma
 from ..errors import ProtocolError
 from ..stamp import stamped_page
 from ..virtqueue import DescriptorChain
+from .device import VirtioDevice
 from .segments import gather, scatter, take
 
 _HEADER: Final = struct.Struct("<BBHHHHH")
@@ -34,30 +35,24 @@ _RECEIVE: Final = 0
 _MOST_AT_A_TIME: Final = 1 << 10
 
 
-class Net:
+class Net(VirtioDevice):
     """A network device with one pair of virtqueues; QEMU answers for its configuration."""
 
     name: ClassVar[str] = "net"
-    guests: ClassVar[Collection[str]] = ("linux",)
-    options: ClassVar[Mapping[str, Callable[[str], Any]]] = {}
     linux: ClassVar[tuple[Sequence[str], str]] = (
         ("virtio_pci", "virtio_net", "af_packet"),
         "packets=eth0",
     )
-    restartable: ClassVar[bool] = False
-    has_workload: ClassVar[bool] = False
-    features = 0
     queues = 2
 
     def __init__(self) -> None:
-        self.requests = 0
         self._asked_for = 0
 
     @staticmethod
     def qemu_arguments(chardev: str, queues: int, properties: Sequence[str]) -> list[str]:
-        """See `VirtioDevice.qemu_arguments`; it has one pair of queues at any time.
+        """One pair of queues at any time, and no interrupt vectors.
 
-        And no interrupt vectors: with them QEMU 7.2 ends by SIGSEGV under TCG when the guest's
+        With them QEMU 7.2 ends by SIGSEGV under TCG when the guest's
         driver unmasks one (kvm_virtio_pci_irqfd_use, though there is no KVM).
         """
         device = (f"virtio-net-pci,netdev=net-{chardev}", "vectors=0", "romfile=")
@@ -66,18 +61,12 @@ class Net:
             *("-device", ",".join((*device, *properties))),
         ]
 
-    def config(self) -> bytes:
-        """See `VirtioDevice.config`."""
-        return b""
-
     def is_ready(self, queue: int) -> bool:
-        """See `VirtioDevice.is_ready`: packets come only if they were asked for."""
+        """Packets come only if they were asked for."""
         return queue != _RECEIVE or self._asked_for > 0
 
     def process(self, chain: DescriptorChain, dma: Dma) -> int:
-        """See `VirtioDevice.process`."""
-        self.requests += 1
-        dma.journal.request = self.requests
+        self.begin_request(dma)
         if dma.journal.queue == _RECEIVE:
             return self._receive(chain, dma)
         frame = gather(take(chain.readable, _HEADER.size, _ETHERNET.size + 4), dma)

@@ -12,43 +12,12 @@ Each kind of hardware is one file of this package with one class that has a `nam
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import ClassVar, Protocol
+from collections.abc import Callable
 
 from ..discovery import named_classes
-from ..iova_bitmap import IovaBitmap, IovaRange
+from .tracker import DirtyTracker, EmulatedTracker
 
-
-class DirtyTracker(Protocol):
-    """What the collector needs of a tracker; the order of calls is start, read_and_clear…, stop."""
-
-    def start(self, ranges: Sequence[IovaRange], page_size: int) -> int:
-        """Watch `ranges` with pages of `page_size` bytes; nothing is dirty at first.
-
-        Returns the page size in bytes that is really used: hardware may not have the wanted one.
-
-        Raises:
-            TrackerError: it watches already, or cannot watch these ranges.
-        """
-
-    def stop(self) -> None:
-        """Watch no more, and forget what is dirty; harmless when not watching."""
-
-    def read_and_clear(self, bitmap: IovaBitmap, iova: int, length: int) -> None:
-        """Report into `bitmap` what is dirty in `length` bytes from `iova` on, and forget it.
-
-        Raises:
-            TrackerError: it is not watching.
-        """
-
-
-class EmulatedTracker(DirtyTracker, Protocol):
-    """A tracker in software, told of each write by the device that makes it."""
-
-    name: ClassVar[str]
-
-    def dma(self, iova: int, length: int) -> None:
-        """The device wrote `length` bytes at `iova`; ignored where it is not watching."""
+__all__ = ["DirtyTracker", "EmulatedTracker", "emulated_trackers"]
 
 
 def emulated_trackers() -> dict[str, Callable[[], EmulatedTracker]]:

@@ -18,11 +18,12 @@ import numpy as np
 from ..errors import TrackerError
 from ..iova_bitmap import IovaBitmap, IovaRange
 from .page_set import PageSet, combine_ranges, page_shift
+from .tracker import EmulatedTracker
 
 _logger = logging.getLogger(__name__)
 
 
-class AddressQueue:
+class AddressQueue(EmulatedTracker):
     """Page-tracker objects that share a queue of `queue_entries` addresses.
 
     The device watches at most `most_ranges` ranges with pages of `least_page_size` to
@@ -46,7 +47,7 @@ class AddressQueue:
         self.overflows = 0
 
     def start(self, ranges: Sequence[IovaRange], page_size: int) -> int:
-        """See `DirtyTracker.start`; the page size is brought within what the device has."""
+        """Watch the ranges, with the page size brought within what the device has."""
         if self._collected is not None:
             raise TrackerError("the page tracker tracks already")
         page_shift(page_size)  # refuses what is no page size at all
@@ -57,11 +58,10 @@ class AddressQueue:
         return page_size
 
     def stop(self) -> None:
-        """See `DirtyTracker.stop`."""
         self._collected = None
 
     def dma(self, iova: int, length: int) -> None:
-        """See `EmulatedTracker.dma`: queue the addresses, or lose them when the queue is full."""
+        """Queue the addresses, or lose them when the queue is full."""
         if self._collected is None:
             return
         for first, pages in self._collected.inside(iova, length):
@@ -78,7 +78,7 @@ class AddressQueue:
             self._filled += pages
 
     def read_and_clear(self, bitmap: IovaBitmap, iova: int, length: int) -> None:
-        """See `DirtyTracker.read_and_clear`: empty the queue; addresses outside are kept."""
+        """Empty the queue, and report; addresses outside the queried range are kept."""
         if self._collected is None:
             raise TrackerError("the page tracker does not track: call start first")
         if self._overflowed:

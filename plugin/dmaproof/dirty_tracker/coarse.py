@@ -14,9 +14,10 @@ from typing import ClassVar
 from ..errors import TrackerError
 from ..iova_bitmap import IovaBitmap, IovaRange
 from .page_set import combine_ranges
+from .tracker import EmulatedTracker
 
 
-class Coarse:
+class Coarse(EmulatedTracker):
     """Reports what is mapped, written or not."""
 
     name: ClassVar[str] = "coarse"
@@ -25,21 +26,19 @@ class Coarse:
         self._mapped: list[IovaRange] | None = None
 
     def start(self, ranges: Sequence[IovaRange], page_size: int) -> int:
-        """See `DirtyTracker.start`."""
         if self._mapped is not None:
             raise TrackerError("the coarse tracker tracks already")
         self._mapped = combine_ranges(ranges, len(ranges))
         return page_size
 
     def stop(self) -> None:
-        """See `DirtyTracker.stop`."""
         self._mapped = None
 
     def dma(self, iova: int, length: int) -> None:
-        """See `EmulatedTracker.dma`: nothing remembers it."""
+        """Remember nothing: what is mapped counts as dirty anyway."""
 
     def read_and_clear(self, bitmap: IovaBitmap, iova: int, length: int) -> None:
-        """See `DirtyTracker.read_and_clear`; what is mapped stays dirty."""
+        """Report what is mapped, which stays dirty."""
         if self._mapped is None:
             raise TrackerError("the coarse tracker does not track: call start first")
         for start, size in self._mapped:

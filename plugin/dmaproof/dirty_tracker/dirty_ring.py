@@ -20,9 +20,10 @@ import numpy as np
 from ..errors import TrackerError
 from ..iova_bitmap import IovaBitmap, IovaRange
 from .page_set import PageSet
+from .tracker import EmulatedTracker
 
 
-class DirtyRing:
+class DirtyRing(EmulatedTracker):
     """A ring of `ring_entries` page numbers; `full_exits` counts how often it stopped a writer."""
 
     name: ClassVar[str] = "dirty-ring"
@@ -35,7 +36,7 @@ class DirtyRing:
         self.full_exits = 0
 
     def start(self, ranges: Sequence[IovaRange], page_size: int) -> int:
-        """See `DirtyTracker.start`: protect every page."""
+        """Protect every page."""
         if self._writable is not None:
             raise TrackerError("the dirty ring tracks already")
         self._collected = PageSet(ranges, page_size)
@@ -44,18 +45,16 @@ class DirtyRing:
         return page_size
 
     def stop(self) -> None:
-        """See `DirtyTracker.stop`."""
         self._writable = None
 
     def dma(self, iova: int, length: int) -> None:
-        """See `EmulatedTracker.dma`: pages that are still protected go into the ring."""
+        """Put the pages that are still protected into the ring."""
         if self._writable is None:
             return
         for first, pages in self._writable.missing(iova, length):
             self._push(first, pages)
 
     def read_and_clear(self, bitmap: IovaBitmap, iova: int, length: int) -> None:
-        """See `DirtyTracker.read_and_clear`."""
         if self._writable is None:
             raise TrackerError("the dirty ring does not track: call start first")
         self._collect_and_reset(self._writable)

@@ -21,6 +21,7 @@ from .. import _core
 from ..errors import TrackerError
 from ..iova_bitmap import IovaBitmap, IovaRange
 from .page_set import combine_ranges, page_runs, page_shift, report_pages
+from .tracker import EmulatedTracker
 
 _WORD_BITS = 64
 
@@ -34,7 +35,7 @@ class _Region(NamedTuple):
     acknowledge: NDArray[np.uint64]
 
 
-class SequencePair:
+class SequencePair(EmulatedTracker):
     """Sequence and acknowledge bitmaps for at most `most_ranges` regions."""
 
     name: ClassVar[str] = "sequence-pair"
@@ -45,7 +46,6 @@ class SequencePair:
         self._shift = 0
 
     def start(self, ranges: Sequence[IovaRange], page_size: int) -> int:
-        """See `DirtyTracker.start`."""
         if self._regions is not None:
             raise TrackerError("the sequence bitmaps track already")
         shift = page_shift(page_size)
@@ -59,17 +59,16 @@ class SequencePair:
         return page_size
 
     def stop(self) -> None:
-        """See `DirtyTracker.stop`."""
         self._regions = None
 
     def dma(self, iova: int, length: int) -> None:
-        """See `EmulatedTracker.dma`: make the two bitmaps differ."""
+        """Make the two bitmaps differ."""
         for region, words, mask in self._touched(iova, length, outward=True):
             sequence = region.sequence[words]
             sequence ^= ~(sequence ^ region.acknowledge[words]) & mask
 
     def read_and_clear(self, bitmap: IovaBitmap, iova: int, length: int) -> None:
-        """See `DirtyTracker.read_and_clear`: report the XOR, then acknowledge it.
+        """Report the XOR, then acknowledge it.
 
         A page of which only a part was asked for is reported, and not acknowledged.
         """

@@ -24,6 +24,8 @@ class Fault:
     up to `most`, and means `value_means`; a fault without that takes none.
     """
 
+    name: ClassVar[str]
+    """What users call it by: the value of option ``--fault``, up to an equals sign."""
     link: ClassVar[Link]
     """The first link at which a page is missing."""
     value_means: ClassVar[str] = ""
@@ -48,7 +50,7 @@ class Fault:
         self.seed = seed
         self.value = self.default
         if value and not self.value_means:
-            raise UsageError(f"fault {self._name}={value}: this fault takes no value")
+            raise UsageError(f"fault {self.name}={value}: this fault takes no value")
         if value:
             try:
                 self.value = float(value)
@@ -56,14 +58,9 @@ class Fault:
                 self.value = -1.0
             if not 0 < self.value <= self.most:
                 raise UsageError(
-                    f"fault {self._name}={value}: {self.value_means}, above 0 and up to "
+                    f"fault {self.name}={value}: {self.value_means}, above 0 and up to "
                     f"{self.most:g}, is due"
                 )
-
-    @property
-    def _name(self) -> str:
-        name: str = vars(type(self))["name"]
-        return name
 
     def make_session(self, *arguments: Any, **options: Any) -> Session:
         """The session of one front end, from `Session`'s arguments."""

@@ -65,7 +65,7 @@ class SkipWindow(_Iterator):
     def spoil(
         self, bitmap: IovaBitmap, iovas: NDArray[np.uint64], ends: NDArray[np.uint64]
     ) -> Ranges:
-        """See `_Iterator.spoil`: the pages, one by one, that lie in no chosen window."""
+        """Keep the pages, one by one, that lie in no chosen window."""
         pages = [
             np.arange(int(start), int(end), LOG_PAGE_BYTES, dtype=np.uint64)
             for start, end in zip(iovas // _PAGE * _PAGE, ends, strict=True)
@@ -84,7 +84,6 @@ class ForgetLastWord(_Iterator):
     def spoil(
         self, bitmap: IovaBitmap, iovas: NDArray[np.uint64], ends: NDArray[np.uint64]
     ) -> Ranges:
-        """See `_Iterator.spoil`."""
         whole_words = bitmap.bits // 64 * 64
         limit = np.uint64(bitmap.iova // LOG_PAGE_BYTES * LOG_PAGE_BYTES) + _PAGE * np.uint64(
             whole_words
@@ -100,7 +99,6 @@ class OffByOneAtStart(_Iterator):
     def spoil(
         self, bitmap: IovaBitmap, iovas: NDArray[np.uint64], ends: NDArray[np.uint64]
     ) -> Ranges:
-        """See `_Iterator.spoil`."""
         return np.where(ends - iovas > _PAGE, iovas + _PAGE, iovas), ends
 
 
@@ -112,5 +110,4 @@ class OffByOneAtEnd(_Iterator):
     def spoil(
         self, bitmap: IovaBitmap, iovas: NDArray[np.uint64], ends: NDArray[np.uint64]
     ) -> Ranges:
-        """See `_Iterator.spoil`."""
         return iovas, np.where(ends - iovas > _PAGE, ends - _PAGE, ends)

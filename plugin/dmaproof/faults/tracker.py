@@ -18,10 +18,8 @@ from .fault import Fault
 _HUGE_PAGE_BYTES: Final = 2 << 20
 
 
-class _Wrapped:
+class _Wrapped(EmulatedTracker):
     """A tracker that passes everything on to another."""
-
-    name: ClassVar[str]
 
     def __init__(self, tracker: EmulatedTracker) -> None:
         self._tracker = tracker

@@ -126,9 +126,7 @@ class Ioas:
         self._iommufd = iommufd
 
     def map(self, iova: int, address: int, length: int) -> None:
-        """See `Iommufd.map`."""
         self._iommufd.map(self.number, iova, address, length)
 
     def unmap(self, iova: int, length: int) -> None:
-        """See `Iommufd.unmap`."""
         self._iommufd.unmap(self.number, iova, length)

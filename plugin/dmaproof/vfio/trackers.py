@@ -33,7 +33,6 @@ class KernelTracker(ABC):
         self._page_size = 0
 
     def start(self, ranges: Sequence[IovaRange], page_size: int) -> int:
-        """See `DirtyTracker.start`."""
         if self._pending is not None:
             raise TrackerError("the kernel's tracker was started already")
         self._page_size = self._begin(ranges, page_size)
@@ -45,13 +44,11 @@ class KernelTracker(ABC):
         return self._page_size
 
     def stop(self) -> None:
-        """See `DirtyTracker.stop`."""
         if self._pending is not None:
             self._pending = None
             self._end()
 
     def read_and_clear(self, bitmap: IovaBitmap, iova: int, length: int) -> None:
-        """See `DirtyTracker.read_and_clear`."""
         if self._pending is None:
             raise TrackerError("the kernel's tracker is not started")
         for first, pages in self._pending.inside(iova, length):

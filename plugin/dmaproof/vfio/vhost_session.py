@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
 from ..devices import VirtioDevice
+from ..dirty_tracker import EmulatedTracker
 from ..dma import Dma
 from ..guest_memory import GuestMemory, IovaMap
 from ..iova_bitmap import IovaBitmap, IovaRange
@@ -35,7 +36,7 @@ class IoAddressSpace(Protocol):
         """Take a mapping back."""
 
 
-class StandIn:
+class StandIn(EmulatedTracker):
     """A VFIO device that writes guest RAM in the place of an emulated one.
 
     `write(iova, data)` makes the device write by DMA, and returns when it has; `release` closes all
@@ -76,18 +77,15 @@ class StandIn:
         return _StandInDma(self.write, *arguments, **options)
 
     def dma(self, iova: int, length: int) -> None:
-        """See `EmulatedTracker.dma`: hardware knows by itself what it wrote."""
+        """Do nothing: the hardware knows by itself what it wrote."""
 
     def start(self, ranges: Sequence[IovaRange], page_size: int) -> int:
-        """See `DirtyTracker.start`."""
         return self._tracker.start(ranges, page_size)
 
     def stop(self) -> None:
-        """See `DirtyTracker.stop`."""
         self._tracker.stop()
 
     def read_and_clear(self, bitmap: IovaBitmap, iova: int, length: int) -> None:
-        """See `DirtyTracker.read_and_clear`."""
         self._tracker.read_and_clear(bitmap, iova, length)
 
     def close(self) -> None:
@@ -135,6 +133,5 @@ class StandInSession(Session):
         self._stand_in = stand_in
 
     def close(self) -> None:
-        """See `Session.close`."""
         super().close()
         self._stand_in.close()

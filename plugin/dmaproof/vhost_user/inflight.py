@@ -151,16 +151,13 @@ class InflightVirtqueue:
 
     @property
     def size(self) -> int:
-        """See `Virtqueue.size`."""
         return self._queue.size
 
     @property
     def base(self) -> int:
-        """See `Virtqueue.base`."""
         return self._queue.base
 
     def pop(self) -> DescriptorChain | None:
-        """See `Virtqueue.pop`."""
         with _spoilt_is_refused():
             if self._found:
                 found = self._found[0]()
@@ -172,7 +169,6 @@ class InflightVirtqueue:
             return chain
 
     def push(self, chain: DescriptorChain, written: int) -> None:
-        """See `Virtqueue.push`."""
         with _spoilt_is_refused():
             self._region.giving_back(chain)
         self._queue.push(chain, written)
@@ -181,11 +177,9 @@ class InflightVirtqueue:
             self._region.given_back(chain)
 
     def wants_interrupt(self) -> bool:
-        """See `Virtqueue.wants_interrupt`."""
         return self._queue.wants_interrupt()
 
     def ask_for_kick(self) -> bool:
-        """See `Virtqueue.ask_for_kick`."""
         return self._queue.ask_for_kick() or bool(self._found)
 
     def end(self) -> None:

@@ -110,7 +110,6 @@ class PackedVirtqueue:
 
     @property
     def base(self) -> int:
-        """See `Virtqueue.base`."""
         return self._half(self._next_available) | self._half(self._next_used) << 16
 
     def _is_available(self) -> bool:
@@ -120,7 +119,6 @@ class PackedVirtqueue:
         )
 
     def pop(self) -> DescriptorChain | None:
-        """See `Virtqueue.pop`."""
         if not self._is_available():
             return None
         _core.fence()  # the rest may be read only after the flags that make it available
@@ -192,7 +190,6 @@ class PackedVirtqueue:
             add_segment(chain, Segment(piece_iova, piece_length), piece_flags)
 
     def push(self, chain: DescriptorChain, written: int) -> None:
-        """See `Virtqueue.push`."""
         index = self._next_used % self.size
         iova = self._descriptors_iova + DESCRIPTOR_BYTES * index
         answer = struct.pack("<IH", written, chain.head)
@@ -206,7 +203,7 @@ class PackedVirtqueue:
         self._unsignalled += chain.descriptors
 
     def wants_interrupt(self) -> bool:
-        """See `Virtqueue.wants_interrupt`; section 2.8.10.
+        """Tell whether the driver wants an interrupt (section 2.8.10).
 
         With an event index, when the descriptor that the driver named was among those used.
         """
@@ -223,7 +220,6 @@ class PackedVirtqueue:
         return reached
 
     def ask_for_kick(self) -> bool:
-        """See `Virtqueue.ask_for_kick`."""
         wish = (0, _EVENTS_ENABLED)
         if self._event_index:
             wish = (self._half(self._next_available), _EVENTS_AT_DESCRIPTOR)

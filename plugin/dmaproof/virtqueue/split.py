@@ -72,7 +72,6 @@ class SplitVirtqueue:
 
     @property
     def base(self) -> int:
-        """See `Virtqueue.base`."""
         return self._next_available
 
     def _available_at(self, index: int) -> int:
@@ -81,7 +80,6 @@ class SplitVirtqueue:
         return value
 
     def pop(self) -> DescriptorChain | None:
-        """See `Virtqueue.pop`."""
         available = self._available_at(1)
         pending = (available - self._next_available) & 0xFFFF
         if pending == 0:
@@ -146,7 +144,6 @@ class SplitVirtqueue:
             index = following
 
     def push(self, chain: DescriptorChain, written: int) -> None:
-        """See `Virtqueue.push`."""
         slot = self._used_iova + 4 + 8 * (self._next_used % self.size)
         self._dma.write(slot, struct.pack("<II", chain.head, written), WriteKind.USED_RING)
         self._next_used = (self._next_used + 1) & 0xFFFF
@@ -155,7 +152,7 @@ class SplitVirtqueue:
         self._dma.write(self._used_iova + 2, index, WriteKind.USED_RING)
 
     def wants_interrupt(self) -> bool:
-        """See `Virtqueue.wants_interrupt`.
+        """Tell whether the driver wants an interrupt.
 
         Section 2.7.7.2: with an event index, when used_event was passed; else unless the driver
         set VIRTQ_AVAIL_F_NO_INTERRUPT.
@@ -168,7 +165,6 @@ class SplitVirtqueue:
         return (self._next_used - used_event - 1) & 0xFFFF < (self._next_used - before) & 0xFFFF
 
     def ask_for_kick(self) -> bool:
-        """See `Virtqueue.ask_for_kick`."""
         if self._event_index:
             self._dma.write(
                 self._used_iova + 4 + 8 * self.size,

@@ -10,14 +10,12 @@ release = metadata.version("dmaproof")
 
 extensions = [
     "myst_parser",
-    "sphinx.ext.apidoc",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx_argparse_cli",
     "sphinx_copybutton",
 ]
 default_role = "code"
-exclude_patterns = ["api/modules.rst"]
 html_theme = "furo"
 html_title = "dmaproof"
 html_extra_path = ["report.schema.json"]
@@ -34,14 +32,3 @@ toc_object_entries = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_default_options = {"members": True, "show-inheritance": True}
-apidoc_modules = [
-    {
-        "path": "../plugin/dmaproof",
-        "destination": "api",
-        "exclude_patterns": ["**/__main__.py"],
-        "module_first": True,
-        "separate_modules": True,
-        "max_depth": 2,
-        "automodule_options": {"members", "show-inheritance"},
-    }
-]

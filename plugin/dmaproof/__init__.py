@@ -1,4 +1,220 @@
-"""The devices' side of the proof: dirty bitmaps, dirty trackers, devices and QEMU's dirty log.
+"""The device's side of a live migration, without QEMU: dirty trackers, the iterator, the dirty log.
 
-Nothing in this package knows a QEMU process or QMP; that is `qmp_tools`.
+A device writes guest RAM by DMA. A *dirty tracker* remembers where, in the form of its hardware. At
+each *harvest* a collector queries the tracker through an `IovaBitmap`, translates IOVA to
+guest-physical addresses, and sets bits in the *dirty log*, from which QEMU learns which pages it
+has to send again. Nothing in this package knows a QEMU process or QMP; that is `qmp_tools`.
+
+Report dirty ranges
+-------------------
+`IovaBitmap` is how hardware reports ranges without knowing where the bits are kept:
+
+>>> from dmaproof import IovaBitmap
+>>> with IovaBitmap(0x10000, 0x8000, page_size=4096, data=bytearray(8)) as bitmap:
+...     bitmap.set(0x11ff0, 0x20)
+...     [(hex(iova), length) for iova, length in bitmap.ranges()]
+[('0x11000', 8192)]
+
+Run the chain
+-------------
+The whole chain needs guest RAM in a file, a tracker and a log:
+
+>>> import os
+>>> from dmaproof import BufferDirtyLog, Collector, Dma, GuestMemory, IovaMap, Journal
+>>> from dmaproof import emulated_trackers, map_slot
+>>> ram = os.memfd_create("ram")
+>>> os.ftruncate(ram, 1 << 20)
+>>> slot = map_slot(ram, gpa=0, length=1 << 20, hva=0, file_offset=0)
+>>> os.close(ram)
+>>> memory = GuestMemory([slot])
+>>> bus = IovaMap.identity(memory)
+>>> tracker = emulated_trackers()["iommu"]()
+>>> collector = Collector(tracker)
+>>> dma = Dma(memory, bus, tracker, Journal(), due_epoch=collector.due_epoch)
+>>> log = bytearray(32)  # a bit for each of the 256 pages
+>>> collector.start(BufferDirtyLog(log), memory, bus)
+>>> dma.write(0x5000, b"a page that must be sent again")
+>>> collector.harvest()
+1
+>>> log[0] == 1 << 5
+True
+
+Add a tracker, a device or a fault
+----------------------------------
+`EmulatedTracker`, `VirtioDevice` and `Fault` are the base classes. A class that a distribution
+names in its ``pyproject.toml`` is found beside dmaproof's own, by every command that takes a name:
+
+.. code-block:: toml
+
+    [project.entry-points."dmaproof.trackers"]
+    page-list = "my_module:PageList"  # PageList.name is "page-list"
+
+The groups are ``dmaproof.trackers``, ``dmaproof.devices`` and ``dmaproof.faults``. A module is
+imported only when its part is asked for.
+
+Errors and logs
+---------------
+Every exception that the package raises on purpose is a `DmaproofError`. The package logs to the
+logger ``dmaproof``, which is silent until an application configures logging.
+
+What is public
+--------------
+The names in ``__all__`` and ``__version__`` are public, and documented in the reference. Everything
+else is private, submodules included, and may change in any release.
 """
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from .collector import Collector, Harvest
+    from .devices import VirtioDevice, emulated_devices, make_device
+    from .devices.segments import gather, scatter, take
+    from .dirty_log import LOG_PAGE_BYTES, BufferDirtyLog, DirtyLog
+    from .dirty_tracker import DirtyTracker, EmulatedTracker, emulated_trackers
+    from .discovery import Registry
+    from .dma import Dma
+    from .errors import (
+        BitmapError,
+        DmaproofError,
+        IotlbMissError,
+        MemoryAccessError,
+        ProtocolError,
+        RefusedError,
+        TrackerError,
+        UnsupportedError,
+        UntestableError,
+        UsageError,
+        WaitTimeoutError,
+    )
+    from .faults import Fault, known_faults, plant
+    from .faults.fault import uniform
+    from .guest_memory import Bus, GuestMemory, IovaMap, IovaMapping, MemorySlot, map_slot
+    from .iova_bitmap import BitmapStats, IovaBitmap, IovaRange
+    from .journal import Journal, WriteKind
+    from .stamp import Stamp, read_stamp, stamped_page
+    from .trace import Link, TracedBitmap
+    from .vhost_user.server import Server
+    from .vhost_user.session import Session
+    from .virtqueue import DescriptorChain, Segment
+
+    __version__: str
+
+logging.getLogger("dmaproof").addHandler(logging.NullHandler())
+
+# In the order of the reference (docs/reference.md), which names all of them.
+__all__ = (  # noqa: RUF022
+    # The iterator
+    "IovaBitmap",
+    "IovaRange",
+    "BitmapStats",
+    # Trackers
+    "EmulatedTracker",
+    "DirtyTracker",
+    "emulated_trackers",
+    # Devices
+    "VirtioDevice",
+    "Dma",
+    "DescriptorChain",
+    "Segment",
+    "take",
+    "gather",
+    "scatter",
+    "stamped_page",
+    "read_stamp",
+    "Stamp",
+    "emulated_devices",
+    "make_device",
+    # Faults
+    "Fault",
+    "Link",
+    "TracedBitmap",
+    "uniform",
+    "known_faults",
+    "plant",
+    # The chain from a write to the dirty log
+    "Collector",
+    "Harvest",
+    "Journal",
+    "WriteKind",
+    "DirtyLog",
+    "BufferDirtyLog",
+    "LOG_PAGE_BYTES",
+    "GuestMemory",
+    "MemorySlot",
+    "map_slot",
+    "Bus",
+    "IovaMap",
+    "IovaMapping",
+    # The vhost-user back end, and what is found by name
+    "Server",
+    "Session",
+    "Registry",
+    # Errors, most generic to most explicit
+    "DmaproofError",
+    "UsageError",
+    "UntestableError",
+    "UnsupportedError",
+    "RefusedError",
+    "WaitTimeoutError",
+    "BitmapError",
+    "TrackerError",
+    "MemoryAccessError",
+    "IotlbMissError",
+    "ProtocolError",
+)
+
+_PLACES: Final = {
+    "collector": ("Collector", "Harvest"),
+    "devices": ("VirtioDevice", "emulated_devices", "make_device"),
+    "devices.segments": ("gather", "scatter", "take"),
+    "dirty_log": ("BufferDirtyLog", "DirtyLog", "LOG_PAGE_BYTES"),
+    "dirty_tracker": ("DirtyTracker", "EmulatedTracker", "emulated_trackers"),
+    "discovery": ("Registry",),
+    "dma": ("Dma",),
+    "faults": ("Fault", "known_faults", "plant"),
+    "faults.fault": ("uniform",),
+    "guest_memory": ("Bus", "GuestMemory", "IovaMap", "IovaMapping", "MemorySlot", "map_slot"),
+    "iova_bitmap": ("BitmapStats", "IovaBitmap", "IovaRange"),
+    "journal": ("Journal", "WriteKind"),
+    "stamp": ("Stamp", "read_stamp", "stamped_page"),
+    "trace": ("Link", "TracedBitmap"),
+    "vhost_user.server": ("Server",),
+    "vhost_user.session": ("Session",),
+    "virtqueue": ("DescriptorChain", "Segment"),
+}
+"""Modules by what they give; what is in none of them is in `errors`."""
+
+
+def _version() -> str:
+    """The distribution's version, or a stand-in where the package runs from a plain tree."""
+    from importlib import metadata  # takes longer than the rest of this module
+
+    try:
+        return metadata.version("dmaproof")
+    except metadata.PackageNotFoundError:
+        return "0+unknown"
+
+
+if not TYPE_CHECKING:  # else any misspelt name would pass a type checker
+
+    def __getattr__(name: str) -> object:
+        """Import a public name at its first use: numpy and the devices take 0.25 s to import.
+
+        The command line imports only `dmaproof.errors` until it knows what to do.
+        """
+        if name == "__version__":
+            value = _version()
+        elif name in __all__:
+            place = next((place for place, names in _PLACES.items() if name in names), "errors")
+            value = getattr(importlib.import_module(f"{__name__}.{place}"), name)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__, "__version__"})

@@ -4,42 +4,62 @@ A proof that never fails proves nothing. A planted fault breaks one link on purp
 which somebody's link was broken once (docs/faults.md); no link knows of it. What it spoils follows
 from a seed alone, as far as it does not follow from the moment.
 
-Faults are found by name in the files of this package, one file for each kind of link. A fault is
-asked for as ``NAME`` or ``NAME=VALUE``.
+Faults are found by name in the files of this package, one file for each kind of link, and among the
+entry points of other distributions. A fault is asked for as ``NAME`` or ``NAME=VALUE``.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 
-from ..discovery import named_classes
+from ..discovery import Registry
 from ..errors import UsageError
 from .fault import Fault
 
+__all__ = ["Fault", "known_faults", "plant", "summary"]
 
-def known_faults() -> dict[str, type[Fault]]:
-    """The faults by name, in the order of their names."""
-    found = named_classes(sys.modules[__name__])
-    return {name: found[name] for name in sorted(found) if issubclass(found[name], Fault)}
+
+@functools.cache
+def known_faults() -> Registry[Fault]:
+    """Find the faults: dmaproof's own, and those of entry points (group ``dmaproof.faults``).
+
+    Returns:
+        The classes by name.
+
+    Example:
+        >>> known_faults()["drop-pages"].link
+        <Link.LOG: 'log'>
+    """
+    return Registry("fault", Fault, sys.modules[__name__])
 
 
 def summary(fault: type[Fault]) -> str:
     """What people are told of a fault, in one line."""
-    return (fault.__doc__ or "").strip().splitlines()[0]
+    return (fault.__doc__ or fault.name).strip().partition("\n")[0]
 
 
 def plant(fault: str | None, seed: int) -> Fault:
-    """The fault that ``NAME[=VALUE]`` names; None is the chain as it should be.
+    """Make the fault that a user asks for.
+
+    Args:
+        fault: ``NAME[=VALUE]``; None is the chain as it should be.
+        seed: decides what the fault spoils.
+
+    Returns:
+        The fault, which makes the sessions that have it (`Fault.make_session`).
 
     Raises:
         UsageError: there is no such fault, or its value does not fit.
+
+    Example:
+        >>> plant("drop-pages=0.05", seed=1).value
+        0.05
     """
     if fault is None:
         return Fault("", seed)
     name, equals, value = fault.partition("=")
-    known = known_faults()
-    if name not in known:
-        raise UsageError(f"fault {name!r} is not known; there are: {', '.join(known)}")
+    make = known_faults().find(name)
     if equals and not value:
         raise UsageError(f"fault {fault}: a value is due behind the '='")
-    return known[name](value, seed)
+    return make(value, seed)

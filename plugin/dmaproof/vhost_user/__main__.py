@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import signal
 import socket
 import sys
@@ -23,6 +24,8 @@ from ..faults.fault import Fault
 from ..system_errors import describe
 from .server import Server
 from .session import Session
+
+_logger = logging.getLogger("dmaproof.vhost_user")
 
 
 def harvest_policy(text: str) -> tuple[float | None, bool]:
@@ -94,6 +97,7 @@ def main(
     `session_of` tells how sessions with a fault are made.
     """
     arguments = _arguments(trackers, default)
+    logging.basicConfig(format="dmaproof device: %(message)s")  # its standard error is its log
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner of the control socket decides
     interval_s, immediate = arguments.harvest
     control = socket.socket(fileno=arguments.control)
@@ -128,8 +132,7 @@ def main(
         with contextlib.suppress(OSError):
             event = {"event": "failed", "session": "", "message": why}
             owner.sendall(json.dumps(event).encode() + b"\n")
-        with contextlib.suppress(OSError):
-            print(f"dmaproof device: {why}", file=sys.stderr)
+        _logger.error("%s", why)
         return 2
     return 0
 

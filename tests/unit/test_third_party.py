@@ -1,0 +1,177 @@
+"""Trackers, devices and faults of other distributions: found, used, and refused by name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from outside import environment, install, install_outside_package
+
+PLAY = """
+import json, sys
+from pathlib import Path
+from qmp_tools.processes.device import DeviceOptions
+from qmp_tools.testbed.scene import play
+options = json.loads(sys.argv[1])
+verdict = play(DeviceOptions(seed=3, harvest="final", **options), Path(sys.argv[2]))
+print(json.dumps([verdict.exit_code, sorted({page.link for page in verdict.lost})]))
+"""
+SERVE = """
+import subprocess, socket, sys
+ours, theirs = socket.socketpair()
+peer, device_peer = socket.socketpair()
+with theirs, device_peer:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dmaproof.vhost_user", "--control", str(theirs.fileno()),
+         "--fd", f"a={device_peer.fileno()}", *sys.argv[1:]],
+        pass_fds=(theirs.fileno(), device_peer.fileno()), stderr=subprocess.PIPE)
+said = ours.recv(1 << 16)
+ours.close()
+_, told = process.communicate(timeout=60)
+print(process.returncode, said.decode(), told.decode())
+"""
+
+
+def python(target: Path, program: str, *arguments: str) -> str:
+    """What a Python program prints that finds the distributions in `target`."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env=environment(target),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def ask(target: Path, expression: str) -> str:
+    """An expression's value, or the message of the error that it raises."""
+    return python(
+        target,
+        "from dmaproof import *\n"
+        f"try: print({expression})\nexcept UsageError as error: print(error)",
+    ).strip()
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    """A folder that has the outside package."""
+    install_outside_package(tmp_path / "outside")
+    return tmp_path / "outside"
+
+
+def test_parts_of_another_distribution_are_found_beside_our_own(outside: Path) -> None:
+    listed = "sorted(emulated_trackers()), sorted(emulated_devices()), sorted(known_faults())"
+    names: tuple[list[str], ...] = tuple(json.loads(ask(outside, f"[{listed}]").replace("'", '"')))
+    for ours, theirs, found in zip(
+        ("iommu", "blk", "drop-pages"),
+        ("page-list", "stamped-disk", "deaf-pages"),
+        names,
+        strict=True,
+    ):
+        assert {ours, theirs} <= set(found)
+    assert ask(outside, "make_device('stamped-disk').name") == "stamped-disk"
+    assert ask(outside, "plant('deaf-pages=0.5', seed=1).value") == "0.5"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"tracker": "page-list"}, [0, []]),
+        ({"tracker": "page-list", "device": "stamped-disk"}, [0, []]),
+        ({"tracker": "page-list", "fault": "deaf-pages"}, [1, ["tracker"]]),
+    ],
+)
+def test_parts_of_another_distribution_work_on_the_test_bed(
+    outside: Path, tmp_path: Path, options: dict[str, str], expected: list[Any]
+) -> None:
+    assert json.loads(python(outside, PLAY, json.dumps(options), str(tmp_path))) == expected
+
+
+def test_the_device_process_finds_them_too(outside: Path) -> None:
+    chosen = ["--tracker=page-list", "--device=stamped-disk", "--fault=deaf-pages"]
+    assert '"event": "connected"' in python(outside, SERVE, *chosen)
+
+
+def broken(target: Path, name: str, group: str, part: str, text: str) -> Path:
+    """A folder with a distribution `name` whose module is `text`."""
+    install(target, name, {group: {part: "their_module:Part"}})
+    (target / "their_module.py").write_text(text)
+    return target
+
+
+TRACKER = """
+from dmaproof import EmulatedTracker
+class Part(EmulatedTracker):
+    name = "theirs"
+    def start(self, ranges, page_size): return page_size
+    def stop(self): pass
+    def dma(self, iova, length): pass
+    def read_and_clear(self, bitmap, iova, length): pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("import no_such_module", "cannot be loaded: ModuleNotFoundError"),
+        ("import sys; sys.exit(3)", "cannot be loaded: SystemExit(3)"),
+        ("", "cannot be loaded: AttributeError"),
+        ("class Part: name = 'theirs'", "is not a subclass of dmaproof.EmulatedTracker"),
+        ("Part = 7", "is not a subclass of dmaproof.EmulatedTracker"),
+        (TRACKER.replace("dma(", "DMA("), "lacks dma;"),
+        (TRACKER.replace("    name =", "    title ="), "lacks name;"),
+        (TRACKER.replace('"theirs"', '"mine"'), "the attribute 'name' 'mine'"),
+    ],
+)
+def test_a_broken_part_is_refused_only_where_it_is_used(
+    tmp_path: Path, text: str, why: str
+) -> None:
+    folder = broken(tmp_path, "their-tool", "dmaproof.trackers", "theirs", text)
+    message = ask(folder, "emulated_trackers()['theirs']")
+    assert message.startswith("tracker 'theirs' of distribution 'their-tool' (their_module:Part)")
+    assert why in message
+    assert "correct that distribution, or uninstall it" in message
+    assert ask(folder, "'theirs' in emulated_trackers()") == "True", "its name is listed"
+    assert ask(folder, "emulated_trackers()['iommu'].name") == "iommu"
+    assert ask(folder, "sorted(set(emulated_trackers()) - set(emulated_trackers().usable()))") == (
+        "['theirs']"
+    )
+    assert '"event": "connected"' in python(folder, SERVE, "--tracker", "iommu")
+    refused = python(folder, SERVE, "--tracker", "theirs")
+    assert refused.startswith("2 ")
+    assert refused.count("of distribution 'their-tool'") == 2, "to its owner, and to its log"
+
+
+def test_a_sound_part_is_not_refused(tmp_path: Path) -> None:
+    folder = broken(tmp_path, "their-tool", "dmaproof.trackers", "theirs", TRACKER)
+    assert ask(folder, "emulated_trackers()['theirs'].__module__") == "their_module"
+
+
+def test_a_fault_must_name_its_link(tmp_path: Path) -> None:
+    text = "from dmaproof import Fault\nclass Part(Fault): name = 'theirs'"
+    folder = broken(tmp_path, "their-tool", "dmaproof.faults", "theirs", text)
+    assert "lacks link;" in ask(folder, "known_faults()['theirs']")
+
+
+def test_a_name_that_two_parts_have_is_refused(tmp_path: Path) -> None:
+    for distribution in ("one", "two"):
+        broken(tmp_path, distribution, "dmaproof.trackers", "theirs", TRACKER)
+    message = ask(tmp_path, "emulated_trackers()['theirs']")
+    assert "'theirs' is ambiguous: distribution 'one' (their_module:Part) and" in message
+    assert "distribution 'two'" in message
+    assert "uninstall one, or rename" in message
+
+
+def test_a_name_of_our_own_cannot_be_taken(tmp_path: Path) -> None:
+    folder = broken(tmp_path, "their-tool", "dmaproof.devices", "blk", "")
+    message = ask(folder, "make_device('blk')")
+    assert "device 'blk' is ambiguous: dmaproof itself and distribution 'their-tool'" in message
+    assert ask(folder, "make_device('rng').name") == "rng"

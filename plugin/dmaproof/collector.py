@@ -27,6 +27,7 @@ from .dirty_tracker import DirtyTracker
 from .guest_memory import WRITE, Bus, GuestMemory, IovaMap, IovaMapping
 from .iova_bitmap import IovaBitmap, IovaRange
 from .trace import ChainTrace, Link, TracedBitmap, TracedLog
+from .units import div_ceil
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Collector:
         if self._log is None:
             return
         start = iova // LOG_PAGE_BYTES * LOG_PAGE_BYTES
-        end = -(-(iova + length) // LOG_PAGE_BYTES) * LOG_PAGE_BYTES
+        end = div_ceil(iova + length, LOG_PAGE_BYTES) * LOG_PAGE_BYTES
         pieces = []
         for gpa, size in self._bus.translate(start, end - start, WRITE):
             pieces.append(IovaMapping(start, gpa, size))
@@ -169,7 +170,7 @@ class Collector:
         found = 0
         for mapping in mappings:
             pages = mapping.length // LOG_PAGE_BYTES
-            words = np.zeros(-(-pages // 64), dtype=np.uint64)
+            words = np.zeros(div_ceil(pages, 64), dtype=np.uint64)
             with self._make_bitmap(mapping.iova, mapping.length, LOG_PAGE_BYTES, words) as bitmap:
                 bitmap.trace, bitmap.gpa = self.trace, mapping.gpa
                 bitmap.for_each(report)

@@ -12,7 +12,7 @@ memory, for tests and for trackers looked at without QEMU.
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from . import _core
 from ._mapping import SharedMapping
 from .errors import BitmapError, ProtocolError
+from .units import PAGE_BYTES, div_ceil
 
-LOG_PAGE_BYTES = 4096
+LOG_PAGE_BYTES: Final = PAGE_BYTES
 """VHOST_LOG_PAGE: what one bit stands for, whatever the guest's or the host's page size."""
 
 Words = NDArray[np.uint64]
@@ -29,8 +30,8 @@ Words = NDArray[np.uint64]
 
 def log_bytes_needed(end_gpa: int) -> int:
     """The size in bytes (whole 64-bit words) of a log that covers the GPAs below `end_gpa`."""
-    pages = -(-end_gpa // LOG_PAGE_BYTES)
-    return -(-pages // 64) * 8
+    pages = div_ceil(end_gpa, LOG_PAGE_BYTES)
+    return div_ceil(pages, 64) * 8
 
 
 class DirtyLog(Protocol):

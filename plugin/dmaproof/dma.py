@@ -11,8 +11,9 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-from .guest_memory import PAGE_BYTES, WRITE, Bus, GuestMemory
+from .guest_memory import WRITE, Bus, GuestMemory
 from .journal import Journal, WriteKind
+from .units import PAGE_BYTES
 
 
 class DmaMarker(Protocol):

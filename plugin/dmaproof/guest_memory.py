@@ -26,14 +26,13 @@ from typing import Final, NamedTuple, Protocol
 from ._mapping import SharedMapping
 from .errors import MemoryAccessError, ProtocolError
 from .iova_bitmap import IovaRange
+from .units import PAGE_BYTES as PAGE_BYTES
 
 READ: Final = 1
 WRITE: Final = 2
 """What a device may do at an address: bits, as in vhost's VHOST_ACCESS_RO, WO and RW."""
 
 _ADDRESS_SPACE = 1 << 64
-PAGE_BYTES: Final = 4096
-"""Memory slots, and the mappings of every IOMMU that QEMU has, are whole pages of this size."""
 
 
 @dataclass(frozen=True)

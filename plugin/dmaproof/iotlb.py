@@ -24,8 +24,9 @@ from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
 from .errors import IotlbMissError, MemoryAccessError
-from .guest_memory import PAGE_BYTES, READ, WRITE, IovaMapping
+from .guest_memory import READ, WRITE, IovaMapping
 from .iova_bitmap import IovaRange
+from .units import PAGE_BYTES, div_ceil
 
 ADDRESS_BITS: Final = 48
 """The widest IOVA: what a page table of four levels translates."""
@@ -193,7 +194,7 @@ class Iotlb:
         for iova, length in (*readable, *writable):
             _require_addressable(iova, length)
         pages = sum(
-            -(-(iova + length) // PAGE_BYTES) - iova // PAGE_BYTES
+            div_ceil(iova + length, PAGE_BYTES) - iova // PAGE_BYTES
             for iova, length in (*readable, *writable)
         )
         if pages > self._most_entries:
@@ -228,7 +229,7 @@ def _require_addressable(iova: int, length: int) -> None:
 
 
 def _pieces_of(entry: Entry) -> range:
-    return range(entry.iova // _PIECE_BYTES, -(-entry.end // _PIECE_BYTES))
+    return range(entry.iova // _PIECE_BYTES, div_ceil(entry.end, _PIECE_BYTES))
 
 
 def _ranges_of(pieces: Iterable[int]) -> list[IovaRange]:

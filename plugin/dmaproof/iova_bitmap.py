@@ -45,6 +45,7 @@ from numpy.typing import NDArray
 
 from . import _core
 from .errors import BitmapError
+from .units import div_ceil
 
 ADDRESS_SPACE: Final = 1 << 64
 WINDOW_BYTES: Final = 2 << 20
@@ -136,7 +137,7 @@ class IovaBitmap:
         self._window_index = -1
         self._mapping: mmap.mmap | None = None
         self._fd = -1
-        needed = -(-self.bits // 8)
+        needed = div_ceil(self.bits, 8)
         if isinstance(data, int):
             self._open_file(data, offset, needed, window_bytes)
         else:
@@ -158,7 +159,7 @@ class IovaBitmap:
         self._window_index = 0
         self._window_bits = self.bits
         self.stats.windows = 1
-        self.stats.pages = -(-needed // mmap.PAGESIZE)
+        self.stats.pages = div_ceil(needed, mmap.PAGESIZE)
 
     def _open_file(self, fd: int, offset: int, needed: int, window_bytes: int) -> None:
         try:
@@ -313,14 +314,14 @@ class IovaBitmap:
 
     def windows(self) -> Iterator[IovaRange]:
         """The range in pieces, one for each window, for hardware that is asked piece by piece."""
-        for index in range(-(-self.bits // self._window_bits)):
+        for index in range(div_ceil(self.bits, self._window_bits)):
             low = max(self.iova, self._start_of(index))
             yield IovaRange(low, min(self._last + 1, self._start_of(index + 1)) - low)
 
     def ranges(self) -> Iterator[IovaRange]:
         """The dirty ranges, merged, in order; clipped to the bitmap's own range."""
         pending: IovaRange | None = None
-        for index in range(-(-self.bits // self._window_bits)):
+        for index in range(div_ceil(self.bits, self._window_bits)):
             start = index * self._window_bits
             count = min(self._window_bits, self.bits - start)
             runs = np.frombuffer(_core.find_set(self._pin(index), 0, count), dtype=np.uint64)
@@ -339,7 +340,7 @@ class IovaBitmap:
 
     def count(self) -> int:
         """How many pages are dirty."""
-        windows = range(-(-self.bits // self._window_bits))
+        windows = range(div_ceil(self.bits, self._window_bits))
         sizes = (min(self._window_bits, self.bits - index * self._window_bits) for index in windows)
         return sum(
             _core.count_bits(self._pin(index), 0, size)
@@ -379,4 +380,4 @@ class IovaBitmap:
         whole.release()
         self._window_index = index
         self.stats.windows += 1
-        self.stats.pages += -(-(size + before) // mmap.PAGESIZE)
+        self.stats.pages += div_ceil(size + before, mmap.PAGESIZE)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
+from .units import div_ceil
 
 _PIECE_BYTES: Final = 256 << 20
 _DIGESTED_AT_ONCE: Final = 1 << 20
@@ -48,7 +49,7 @@ def differing_pages(
     machine_page = mmap.PAGESIZE  # what is a hole and what is not is told by these
     for start, end, in_source, in_destination in _pieces(source, destination, length):
         extents = [source] * in_source + [destination] * in_destination
-        bits = np.zeros(-(-(end - start) // machine_page // 8), dtype=np.uint8)
+        bits = np.zeros(div_ceil((end - start) // machine_page, 8), dtype=np.uint8)
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE  # all of it is data: no hole is filled
         mappings = [
             mmap.mmap(fd, end - start, flags, mmap.PROT_READ, offset=offset + start)
@@ -83,7 +84,7 @@ def page_digests(extent: Extent, length: int, page_size: int = mmap.PAGESIZE) ->
     while position < length:
         is_data, end = _data_at(extent, position, length)
         end = min(end, position + _DIGESTED_AT_ONCE) if is_data else end
-        first, last = position // page_size, -(-end // page_size)  # a page may be partly a hole
+        first, last = position // page_size, div_ceil(end, page_size)  # a page may be partly a hole
         if is_data:
             content = os.pread(
                 extent.fd, (last - first) * page_size, extent.offset + first * page_size
@@ -128,5 +129,5 @@ def _data_at(extent: Extent, position: int, length: int) -> tuple[bool, int]:
     if start > position:
         return False, min(start, length)
     hole = os.lseek(fd, offset + position, os.SEEK_HOLE) - offset
-    hole = -(-hole // mmap.PAGESIZE) * mmap.PAGESIZE
+    hole = div_ceil(hole, mmap.PAGESIZE) * mmap.PAGESIZE
     return True, min(hole, length)

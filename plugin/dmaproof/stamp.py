@@ -22,7 +22,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-PAGE_BYTES = 4096
+from .splitmix import MASK, splitmix64
+from .units import PAGE_BYTES as PAGE_BYTES
+
 SECTOR_BYTES = 512
 SECTORS_PER_PAGE = PAGE_BYTES // SECTOR_BYTES
 MAGIC = int.from_bytes(b"DMAPROOF", "little")
@@ -30,7 +32,6 @@ MAGIC = int.from_bytes(b"DMAPROOF", "little")
 _WORDS = PAGE_BYTES // 8
 _FIRST_CHECKED_WORD = 3
 _RAMP = np.arange(_WORDS, dtype=np.uint64)
-_MASK = (1 << 64) - 1
 
 
 class Stamp(NamedTuple):
@@ -40,17 +41,9 @@ class Stamp(NamedTuple):
     request: int
 
 
-def splitmix64(value: int) -> int:
-    """The 64-bit finaliser of Steele, Lea and Flood's SplitMix, after one step of its counter."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ value >> 27) * 0x94D049BB133111EB) & _MASK
-    return value ^ value >> 31
-
-
 def checksum(lba: int, request: int) -> int:
     """The 64-bit number from which the words behind a stamp's head count up."""
-    return splitmix64(lba ^ (request << 32 | request >> 32) & _MASK)
+    return splitmix64(lba ^ (request << 32 | request >> 32) & MASK)
 
 
 def stamped_page(lba: int, request: int) -> bytes:

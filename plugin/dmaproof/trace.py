@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from .dirty_log import LOG_PAGE_BYTES, DirtyLog, Words
 from .iova_bitmap import ADDRESS_SPACE, Addresses, IovaBitmap, IovaRange
+from .units import div_ceil
 
 
 class Link(StrEnum):
@@ -48,7 +49,7 @@ class PageEpochs:
         self.ranges: tuple[IovaRange, ...] = tuple(
             IovaRange(first * LOG_PAGE_BYTES, (last - first) * LOG_PAGE_BYTES)
             for first, last in (
-                (start // LOG_PAGE_BYTES, -(-(start + length) // LOG_PAGE_BYTES))
+                (start // LOG_PAGE_BYTES, div_ceil(start + length, LOG_PAGE_BYTES))
                 for start, length in ranges
             )
         )
@@ -125,7 +126,7 @@ class PageEpochs:
 
 def set_bits(words: Words, first_bit: int, bits: int) -> NDArray[np.int64]:
     """The positions, relative to `first_bit`, of the set bits among `bits` bits of `words`."""
-    first_word, last_word = first_bit // 64, -(-(first_bit + bits) // 64)
+    first_word, last_word = first_bit // 64, div_ceil(first_bit + bits, 64)
     piece = words[first_word:last_word]
     occupied = np.flatnonzero(piece)
     unpacked = np.unpackbits(

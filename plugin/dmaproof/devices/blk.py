@@ -20,7 +20,8 @@ from typing import Any, ClassVar, Final
 from ..dma import Dma
 from ..errors import ProtocolError, UsageError
 from ..journal import WriteKind
-from ..stamp import PAGE_BYTES, SECTOR_BYTES, SECTORS_PER_PAGE, stamped_page
+from ..stamp import SECTOR_BYTES, SECTORS_PER_PAGE, stamped_page
+from ..units import PAGE_BYTES, div_ceil
 from ..virtqueue import DescriptorChain, Segment
 from .device import VirtioDevice
 from .segments import gather, scatter, take
@@ -123,7 +124,7 @@ class Blk(VirtioDevice):
         if self._refused(sector, length):
             return _S_IOERR, 0
         first, skipped = divmod(sector, SECTORS_PER_PAGE)
-        last = -(-(sector + length // SECTOR_BYTES) // SECTORS_PER_PAGE)
+        last = div_ceil(sector + length // SECTOR_BYTES, SECTORS_PER_PAGE)
         try:
             data = b"".join(self._page(page) for page in range(first, last))
         except OSError:

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import TrackerError
 from ..iova_bitmap import IovaBitmap, IovaRange
+from ..units import PAGE_BYTES
 from .page_set import PageSet, combine_ranges, page_shift
 from .tracker import EmulatedTracker
 
@@ -37,7 +38,7 @@ class AddressQueue(EmulatedTracker):
         *,
         queue_entries: int = 1 << 18,
         most_ranges: int = 8,
-        least_page_size: int = 4096,
+        least_page_size: int = PAGE_BYTES,
         greatest_page_size: int = 1 << 30,
     ) -> None:
         self._queue = np.zeros(queue_entries, dtype=np.uint64)

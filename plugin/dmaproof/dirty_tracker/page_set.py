@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from .. import _core
 from ..errors import TrackerError
 from ..iova_bitmap import ADDRESS_SPACE, IovaBitmap, IovaRange
+from ..units import div_ceil
 
 
 class _Span(NamedTuple):
@@ -83,7 +84,7 @@ class PageSet:
             else:
                 edges.append([first, end])
         for first, end in edges:
-            bits = np.zeros(-(-(end - first) // 64), dtype=np.uint64)
+            bits = np.zeros(div_ceil(end - first, 64), dtype=np.uint64)
             self._spans.append(_Span(first, end, bits))
         self._starts = [span.first for span in self._spans]
 
@@ -129,7 +130,8 @@ class PageSet:
 
     def report(self, bitmap: IovaBitmap, iova: int, length: int) -> None:
         """Report into `bitmap` what is in the set of `length` bytes from `iova` on, clipped."""
-        whole_first, whole_end = -(-iova >> self._shift), iova + length >> self._shift
+        whole_first = div_ceil(iova, 1 << self._shift)
+        whole_end = iova + length >> self._shift
         for span, low, high in self._touched(iova, length):
             middle = min(max(low, whole_first), high)
             middle_end = max(middle, min(whole_end, high))

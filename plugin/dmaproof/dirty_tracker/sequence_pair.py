@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from .. import _core
 from ..errors import TrackerError
 from ..iova_bitmap import IovaBitmap, IovaRange
+from ..units import div_ceil
 from .page_set import combine_ranges, page_runs, page_shift, report_pages
 from .tracker import EmulatedTracker
 
@@ -52,7 +53,7 @@ class SequencePair(EmulatedTracker):
         regions = []
         for iova, length in combine_ranges(ranges, self._most_ranges):
             first, end = iova >> shift, (iova + length - 1 >> shift) + 1
-            words = -(-(end - first) // _WORD_BITS)
+            words = div_ceil(end - first, _WORD_BITS)
             sequence, acknowledge = np.zeros((2, words), dtype=np.uint64)
             regions.append(_Region(first, end, sequence, acknowledge))
         self._shift, self._regions = shift, regions
@@ -90,11 +91,11 @@ class SequencePair(EmulatedTracker):
         (`outward`) or holds whole."""
         first, end = iova >> self._shift, (iova + length - 1 >> self._shift) + 1
         if not outward:
-            first, end = -(-iova >> self._shift), iova + length >> self._shift
+            first, end = div_ceil(iova, 1 << self._shift), iova + length >> self._shift
         for region in self._regions or ():
             low, high = max(first, region.first) - region.first, min(end, region.end) - region.first
             if low < high:
-                words = slice(low // _WORD_BITS, -(-high // _WORD_BITS))
+                words = slice(low // _WORD_BITS, div_ceil(high, _WORD_BITS))
                 mask = np.zeros(words.stop - words.start, dtype=np.uint64)
                 _core.set_bits(mask, low % _WORD_BITS, high - low)
                 yield region, words, mask

@@ -16,6 +16,7 @@ from ..dirty_log import LOG_PAGE_BYTES, BufferDirtyLog, DirtyLog, Words
 from ..errors import BitmapError
 from ..guest_memory import Bus, GuestMemory
 from ..trace import Link, set_bits
+from ..units import div_ceil
 from .fault import Fault, uniform
 
 _HIGH_PAGE: Final = (4 << 30) // LOG_PAGE_BYTES
@@ -34,7 +35,7 @@ class _FilteredLog:
     def merge(self, gpa: int, words: Words, first_bit: int, pages: int) -> None:
         dirty = set_bits(words, first_bit, pages)
         kept = self._keep(dirty.astype(np.uint64) + np.uint64(gpa // LOG_PAGE_BYTES))
-        bits = np.zeros(-(-pages // 64) * 64, dtype=np.uint8)
+        bits = np.zeros(div_ceil(pages, 64) * 64, dtype=np.uint8)
         bits[dirty[kept]] = 1
         self._log.merge(gpa, np.packbits(bits, bitorder="little").view("<u8"), 0, pages)
 
@@ -128,7 +129,7 @@ class _ReadModifyWrite:
     def merge(self, gpa: int, words: Words, first_bit: int, pages: int) -> None:
         log = np.frombuffer(self._log.memory, dtype=np.uint64)
         first_page = gpa // LOG_PAGE_BYTES
-        low, high = first_page // 64, -(-(first_page + pages) // 64)
+        low, high = first_page // 64, div_ceil(first_page + pages, 64)
         if high > len(log):
             raise BitmapError(f"dirty log: {pages} pages at GPA {gpa:#x} reach behind its end")
         bits = np.zeros(high - low, dtype=np.uint64)

@@ -13,6 +13,7 @@ from ..dirty_tracker import EmulatedTracker
 from ..dirty_tracker.address_queue import AddressQueue
 from ..iova_bitmap import IovaBitmap, IovaRange
 from ..trace import Link
+from ..units import div_ceil
 from .fault import Fault
 
 _HUGE_PAGE_BYTES: Final = 2 << 20
@@ -38,8 +39,8 @@ class _Wrapped(EmulatedTracker):
 
 
 def _bitmap(iova: int, length: int, page_size: int) -> IovaBitmap:
-    pages = -(-length // page_size) + 1
-    return IovaBitmap(iova, length, page_size, np.zeros(-(-pages // 64), dtype=np.uint64))
+    pages = div_ceil(length, page_size) + 1
+    return IovaBitmap(iova, length, page_size, np.zeros(div_ceil(pages, 64), dtype=np.uint64))
 
 
 class IgnoreOverflow(Fault):

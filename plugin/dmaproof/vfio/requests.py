@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TrackerError
+from ..units import div_ceil
 from .abi import DEVICE_FEATURE, FEATURE_RULES, Feature, Request
 
 _FEATURE = Request("VFIO_DEVICE_FEATURE", ord(";") << 8 | 117)
@@ -101,7 +102,7 @@ def bitmap_for(length: int, page_size: int) -> Bits:
     It has memory pages of its own: where a driver reports more than it was asked for, the kernel
     writes on to the end of the bitmap's last memory page (iova_bitmap_set).
     """
-    words = -(-length // (64 * page_size))
-    memory = np.zeros((-(-words // _PAGE_WORDS) + 1) * _PAGE_WORDS, dtype=np.uint64)
+    words = div_ceil(length, 64 * page_size)
+    memory = np.zeros((div_ceil(words, _PAGE_WORDS) + 1) * _PAGE_WORDS, dtype=np.uint64)
     start = -address_of(memory) % mmap.PAGESIZE // 8
     return memory[start : start + words]

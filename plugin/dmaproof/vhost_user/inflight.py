@@ -23,6 +23,7 @@ from typing import Final, Protocol
 from .. import _core
 from .._mapping import SharedMapping
 from ..errors import ProtocolError
+from ..units import div_ceil
 from ..virtqueue import (
     DescriptorChain,
     PackedDescriptor,
@@ -43,7 +44,7 @@ _LARGEST_RING_OF_QEMU: Final = 1024
 
 def region_bytes(queue_size: int) -> int:
     """The room that each queue's part has in the file, whichever form its ring has."""
-    return -(-(_HEADER_BYTES + _ENTRY_BYTES * queue_size) // _ALIGNMENT) * _ALIGNMENT
+    return div_ceil(_HEADER_BYTES + _ENTRY_BYTES * queue_size, _ALIGNMENT) * _ALIGNMENT
 
 
 def make_file(queues: int, queue_size: int) -> tuple[int, InflightFile]:

@@ -16,7 +16,8 @@ from unittest import mock
 
 import unobserved
 from dmaproof.dma import Dma
-from dmaproof.stamp import PAGE_BYTES, stamped_page
+from dmaproof.stamp import stamped_page
+from dmaproof.units import PAGE_BYTES
 from dmaproof.vhost_user import session
 from dmaproof.vhost_user.messages import VringState, encode_vring_state
 from dmaproof.vhost_user.session import Session

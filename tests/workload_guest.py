@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dmaproof.stamp import PAGE_BYTES, SECTORS_PER_PAGE, stamped_page
+from dmaproof.stamp import SECTORS_PER_PAGE, stamped_page
+from dmaproof.units import PAGE_BYTES
 from qmp_tools.guest.build import compile_c, sources
 from qmp_tools.guest.channel import GuestReport, parse_line
 from qmp_tools.guest.workload import Workload

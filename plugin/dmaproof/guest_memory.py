@@ -26,7 +26,7 @@ from typing import Final, NamedTuple, Protocol
 from ._mapping import SharedMapping
 from .errors import MemoryAccessError, ProtocolError
 from .iova_bitmap import IovaRange
-from .units import PAGE_BYTES as PAGE_BYTES
+from .units import PAGE_BYTES
 
 READ: Final = 1
 WRITE: Final = 2

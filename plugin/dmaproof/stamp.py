@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .splitmix import MASK, splitmix64
-from .units import PAGE_BYTES as PAGE_BYTES
+from .units import PAGE_BYTES
 
 SECTOR_BYTES = 512
 SECTORS_PER_PAGE = PAGE_BYTES // SECTOR_BYTES

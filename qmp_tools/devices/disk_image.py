@@ -10,7 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from dmaproof.stamp import PAGE_BYTES, SECTORS_PER_PAGE, stamped_page
+from dmaproof.stamp import SECTORS_PER_PAGE, stamped_page
+from dmaproof.units import PAGE_BYTES
 
 from ..qemu.machine import option_value
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from dmaproof.errors import UntestableError, WaitTimeoutError, printable
-from dmaproof.stamp import PAGE_BYTES
+from dmaproof.units import PAGE_BYTES
 
 from ..host.process import log_tail
 from ..host.timeout import bounded

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from dmaproof.stamp import PAGE_BYTES
+from dmaproof.units import PAGE_BYTES
 
 from ..qemu.qtest import Qtest
 from .migration import Migration, Progress

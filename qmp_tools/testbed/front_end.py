@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from dmaproof.errors import ProtocolError
-from dmaproof.guest_memory import PAGE_BYTES
+from dmaproof.units import PAGE_BYTES
 from dmaproof.vhost_user.features import (
     F_ACCESS_PLATFORM,
     F_LOG_ALL,

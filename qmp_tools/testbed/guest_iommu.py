@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
-from dmaproof.guest_memory import PAGE_BYTES, READ, WRITE
+from dmaproof.guest_memory import READ, WRITE
+from dmaproof.units import PAGE_BYTES
 
 _FIRST_IOVA: Final = 0xF000_0000
 """Where guest RAM never is on a PC."""

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmaproof.errors import IotlbMissError, MemoryAccessError
-from dmaproof.guest_memory import PAGE_BYTES as PAGE
 from dmaproof.guest_memory import READ, WRITE
 from dmaproof.iotlb import Entry, Iotlb
+from dmaproof.units import PAGE_BYTES as PAGE
 
 PAGES = 24
 BASE = (256 << 20) - 12 * PAGE

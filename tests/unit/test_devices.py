@@ -18,7 +18,8 @@ import pytest
 
 from command import is_alive
 from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError
-from dmaproof.stamp import PAGE_BYTES, Stamp, read_stamp
+from dmaproof.stamp import Stamp, read_stamp
+from dmaproof.units import PAGE_BYTES
 from qmp_tools.cli import main as cli
 from qmp_tools.devices import command
 from qmp_tools.devices.command import CommandDevice

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from dmaproof.stamp import PAGE_BYTES
+from dmaproof.units import PAGE_BYTES
 from qmp_tools.migration.hold import PrecopyHold
 from qmp_tools.migration.migration import Limits, Migration, Progress, parse_progress
 from qmp_tools.migration.ways import FIRST_PASS_BYTES_PER_S, HELD_BYTES_PER_S, WAYS, Ends

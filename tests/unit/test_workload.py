@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from dmaproof.errors import UsageError
-from dmaproof.stamp import PAGE_BYTES, SECTORS_PER_PAGE, stamped_page
+from dmaproof.stamp import SECTORS_PER_PAGE, stamped_page
+from dmaproof.units import PAGE_BYTES
 from qmp_tools.guest.workload import PATTERNS, Workload, parse_workload
 from workload_guest import (
     DISK_SECTORS,

@@ -27,6 +27,7 @@ import numpy as np
 from dmaproof.devices import VirtioDevice, emulated_devices
 from dmaproof.devices.net import ETHERTYPE
 from dmaproof.dirty_tracker import emulated_trackers
+from dmaproof.units import div_ceil
 from dmaproof.vhost_user import vring
 from dmaproof.vhost_user.features import (
     F_ACCESS_PLATFORM,
@@ -160,7 +161,7 @@ class _Peer:
         self.logged_gpas: list[tuple[int, int]] = []
         self.log_offsets: set[int] = set()
         pages = (self.high + _HIGH_BYTES) // PAGE
-        self.log_bytes = -(-pages // 64) * 8
+        self.log_bytes = div_ceil(pages, 64) * 8
         self.ram = self._shared("ram", _RAM_BYTES)
         self.log = self._shared("log", _LOG_OFFSET + self.log_bytes + 4096)
         self.log.mine[:] = 0

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dmaproof import _core
 from dmaproof.page_compare import Extent, differing_pages
+from dmaproof.units import div_ceil
 
 BYTES = 80
 """Of a small bitmap: long enough for a block of words with ragged ends on both sides."""
@@ -197,7 +198,7 @@ def test_comparing(
     theirs = bytearray(ours)
     for position, flip in changes:
         ours[position % size] ^= flip
-    differing = bytearray(-(-pages // 8))
+    differing = bytearray(div_ceil(pages, 8))
     expected = sorted(
         page
         for page in range(pages)

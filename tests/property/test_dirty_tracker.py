@@ -17,8 +17,8 @@ from dmaproof.dirty_tracker.intel_iommu import IntelIommu
 from dmaproof.dirty_tracker.page_table import PageTableTracker
 from dmaproof.dirty_tracker.sequence_pair import SequencePair
 from dmaproof.iova_bitmap import IovaBitmap, IovaRange
+from dmaproof.units import PAGE_BYTES as PAGE
 
-PAGE = 4096
 HUGE = 2 << 20
 SPACES = (IovaRange(2 * HUGE, 3 * HUGE), IovaRange(1 << 40, 2 * HUGE))
 

@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from dmaproof.errors import BitmapError
 from dmaproof.iova_bitmap import ADDRESS_SPACE, IovaBitmap
+from dmaproof.units import div_ceil
 
 GUARD = 24
 """Bytes around the bitmap that must stay as they are."""
@@ -45,7 +46,7 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        return -(-self.bits // 8)
+        return div_ceil(self.bits, 8)
 
 
 @st.composite
@@ -156,7 +157,7 @@ class BitmapMachine(RuleBasedStateMachine):
         self.shape = shape
         self.model: set[int] = set()
         self.ranges_told = 0
-        size = -(-shape.bytes // 8) * 8 if whole_words else shape.bytes
+        size = div_ceil(shape.bytes, 8) * 8 if whole_words else shape.bytes
         self.memory = Memory(kind, size, offset)
         self.bitmap = IovaBitmap(
             shape.iova,
@@ -192,7 +193,7 @@ class BitmapMachine(RuleBasedStateMachine):
     def set_many_pages(self, data: st.DataObject) -> None:
         """A list of single pages, as hardware writes it: crowded, or anywhere."""
         page_size = self.shape.page_size
-        first = -(-self.shape.iova // page_size)
+        first = div_ceil(self.shape.iova, page_size)
         whole = (self.shape.iova + self.shape.length) // page_size - first
         if whole < 1:
             return

@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from dmaproof.iova_bitmap import IovaBitmap
+from dmaproof.units import div_ceil
 
 OPERATIONS = int(os.environ.get("DMAPROOF_SOAK", "200000"))
 PER_ROUND = 20000
@@ -38,9 +39,9 @@ def one_round(seed: int) -> int:
     first_page = most if rng.random() < 0.3 else int(rng.integers(0, most, dtype=np.uint64))
     head = int(rng.integers(0, page_size))
     iova, length = first_page * page_size + head, pages * page_size - head
-    needed, offset = -(-pages // 8), int(rng.integers(0, 5000))
+    needed, offset = div_ceil(pages, 8), int(rng.integers(0, 5000))
     if rng.random() < 0.5:  # whole words only, as bitmaps mostly are
-        needed, offset = -(-needed // 8) * 8, offset // 8 * 8
+        needed, offset = div_ceil(needed, 8) * 8, offset // 8 * 8
 
     fd = os.memfd_create("bitmap")
     try:

@@ -21,6 +21,7 @@ from dmaproof.dirty_tracker.page_table import PageTable
 from dmaproof.dirty_tracker.sequence_pair import SequencePair
 from dmaproof.errors import TrackerError
 from dmaproof.iova_bitmap import IovaBitmap, IovaRange
+from dmaproof.units import div_ceil
 
 K, M, G = 1 << 10, 1 << 20, 1 << 30
 PAGE = 4 * K
@@ -54,7 +55,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 def dirty(tracker: EmulatedTracker, iova: int, length: int) -> set[int]:
     """Read and clear: the numbers of the 4 KiB pages that are reported."""
-    words = np.zeros(-(-length // PAGE) // 64 + 2, dtype=np.uint64)
+    words = np.zeros(div_ceil(length, PAGE) // 64 + 2, dtype=np.uint64)
     with IovaBitmap(iova, length, PAGE, words) as bitmap:
         bitmap.for_each(tracker.read_and_clear)
         return {

@@ -13,8 +13,8 @@ from dmaproof.evidence import HARVEST, Evidence, Slot
 from dmaproof.iova_bitmap import IovaRange
 from dmaproof.journal import RECORD
 from dmaproof.trace import TRACED_LINKS, PageEpochs
+from dmaproof.units import PAGE_BYTES as PAGE
 
-PAGE = 4096
 FILE = "evidence.npz"
 
 

@@ -17,6 +17,7 @@ import pytest
 
 from dmaproof.errors import BitmapError
 from dmaproof.iova_bitmap import ADDRESS_SPACE, WINDOW_BYTES, IovaBitmap, IovaRange
+from dmaproof.units import div_ceil
 
 K, M, G, T = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 PAGE = 4 * K
@@ -94,7 +95,7 @@ def test_the_sizes_of_iommufds_self_tests(length: int, offset: int) -> None:
     """Every second page, at aligned and odd addresses; exact, with guards, and twice the same."""
     pages = length // PAGE
     whole = np.full(offset + pages // 8 + 4096, 0, dtype=np.uint8)
-    data = whole[offset : offset + -(-pages // 8)]
+    data = whole[offset : offset + div_ceil(pages, 8)]
     base = 0x2000_0000
     with IovaBitmap(base, length, PAGE, data) as bitmap:
         iovas = base + np.arange(0, pages, 2, dtype=np.uint64) * np.uint64(PAGE)

@@ -19,6 +19,7 @@ import pytest
 from dmaproof.dirty_tracker import DirtyTracker
 from dmaproof.errors import TrackerError
 from dmaproof.iova_bitmap import IovaBitmap, IovaRange
+from dmaproof.units import PAGE_BYTES as PAGE
 from dmaproof.vfio import abi
 from dmaproof.vfio.abi import Feature, MigrationState, Request
 from dmaproof.vfio.device import VfioDevice, precopy_bytes
@@ -26,8 +27,6 @@ from dmaproof.vfio.iommufd import Iommufd
 from dmaproof.vfio.requests import Bits, VfioError, bitmap_for, request
 from dmaproof.vfio.trackers import DmaLogging, HwptTracker, Type1Tracker
 from dmaproof.vfio.type1 import Container
-
-PAGE = 4096
 
 VFIO_STRUCTS: dict[str, Struct] = {
     "vfio_group_status": abi.GROUP_STATUS,

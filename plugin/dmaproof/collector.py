@@ -32,23 +32,28 @@ from .units import div_ceil
 
 @dataclass(frozen=True)
 class Harvest:
-    """One harvest: when it began (CLOCK_MONOTONIC), and how long it took.
-
-    `pages` is how many dirty pages were found, `merged` how many of them reached the log.
-    """
+    """One harvest."""
 
     epoch: int
+    """Its number."""
     time_ns: int
+    """When it began, by CLOCK_MONOTONIC."""
     duration_ns: int
+    """How long it took."""
     pages: int
+    """The number of dirty pages found."""
     merged: int
+    """The number of those that reached the log."""
 
 
 class Collector:
-    """Harvests `tracker` into a dirty log while logging is on.
+    """Harvests a tracker into a dirty log while logging is on.
 
-    `wrap_log` is put around each log that QEMU brings; `make_bitmap` makes the iterator of each
-    range, from the arguments of `IovaBitmap`; `translate` tells the GPA at which a mapping begins.
+    Args:
+        tracker: the tracker to harvest.
+        wrap_log: is called with each log that QEMU brings, and returns the log to use.
+        make_bitmap: makes the iterator of each range, from the arguments of `IovaBitmap`.
+        translate: returns the guest-physical address at which a mapping begins.
     """
 
     def __init__(
@@ -76,11 +81,20 @@ class Collector:
         return self._log is not None
 
     def due_epoch(self) -> int:
-        """The number of the harvest that has to report what is written now."""
+        """Return the number of the harvest that has to report what is written now."""
         return self.trace.epoch + 1
 
     def start(self, log: DirtyLog, memory: GuestMemory, bus: Bus) -> None:
-        """Begin to track `bus`'s ranges; from now on harvests go to `log`."""
+        """Begin to track.
+
+        Args:
+            log: takes the dirty pages from now on.
+            memory: the guest's RAM.
+            bus: its ranges are tracked, and its mappings translated.
+
+        Raises:
+            TrackerError: the tracker cannot watch these ranges.
+        """
         self.stop()
         self.trace = ChainTrace(_gpa_ranges(memory))
         self.harvests = []
@@ -90,9 +104,15 @@ class Collector:
         self._log = self._wrap_log(TracedLog(log, self.trace))
 
     def switch_log(self, log: DirtyLog) -> None:
-        """QEMU replaced its log: what was dirty until now goes to the old one, the rest to `log`.
+        """Harvest into the old log, and use another one from now on.
 
         QEMU syncs the old log once more after the switch (vhost_dev_log_resize).
+
+        Args:
+            log: the new log.
+
+        Raises:
+            RuntimeError: logging is off.
         """
         if self._log is None:
             raise RuntimeError("switch_log: logging is off")
@@ -101,7 +121,12 @@ class Collector:
         self._log = self._wrap_log(TracedLog(log, self.trace))
 
     def remap(self, memory: GuestMemory, bus: Bus) -> None:
-        """The guest's memory changed: harvest by the old map, then track by the new one."""
+        """Harvest by the old memory map, then track by a new one.
+
+        Args:
+            memory: the guest's RAM from now on.
+            bus: leads there from now on.
+        """
         if self._log is None:
             return
         self.harvest()
@@ -126,7 +151,14 @@ class Collector:
         self.harvest()
 
     def harvest(self) -> int:
-        """Collect every tracked range; returns the number of dirty pages found."""
+        """Collect every tracked range.
+
+        Returns:
+            The number of dirty pages found; 0 if logging is off.
+
+        Raises:
+            BitmapError: a page lies outside the log.
+        """
         if self._log is None:
             return 0
         began_ns = time.monotonic_ns()
@@ -138,7 +170,12 @@ class Collector:
         return pages
 
     def harvest_write(self, iova: int, length: int) -> None:
-        """Collect at once the pages that a write of `length` bytes at `iova` touched."""
+        """Collect at once the pages that a write touched.
+
+        Args:
+            iova: the IOVA of the write.
+            length: its number of bytes.
+        """
         if self._log is None:
             return
         start = iova // LOG_PAGE_BYTES * LOG_PAGE_BYTES
@@ -150,7 +187,11 @@ class Collector:
         self._collect(pieces)
 
     def unmap(self, mappings: Iterable[IovaMapping]) -> None:
-        """Collect what was written through `mappings`, which are about to be taken away."""
+        """Collect what was written through mappings that are about to be taken away.
+
+        Args:
+            mappings: the mappings, which still lead to the pages that were written.
+        """
         if self._log is not None:
             self._collect(mappings)
 

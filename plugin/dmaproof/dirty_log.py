@@ -40,19 +40,28 @@ class DirtyLog(Protocol):
     def merge(self, gpa: int, words: Words, first_bit: int, pages: int) -> None:
         """Set the log's bit for each dirty page of [gpa, gpa + pages * 4096).
 
-        `gpa` is page-aligned; bit `first_bit` of `words` (uint64, least significant bit first)
-        stands for the page at `gpa`. Bits are only set, never cleared.
+        Bits are only set, never cleared.
+
+        Args:
+            gpa: the guest-physical address of the first page, page-aligned.
+            words: a bitmap of uint64, least significant bit first.
+            first_bit: the bit of `words` that stands for the page at `gpa`.
+            pages: the number of pages.
 
         Raises:
             BitmapError: the pages reach behind the log's end; nothing was set.
         """
 
     def close(self) -> None:
-        """Let go of the log's memory."""
+        """Release the log's memory."""
 
 
 class BufferDirtyLog:
-    """A dirty log in a buffer of its caller's: little-endian 64-bit words, `memory` as bytes."""
+    """A dirty log in a buffer of its caller's, whose bytes are its attribute `memory`.
+
+    Args:
+        buffer: little-endian 64-bit words, with a bit for each 4 KiB page from GPA 0 on.
+    """
 
     def __init__(self, buffer: bytearray | memoryview) -> None:
         self.memory = memoryview(buffer).cast("B")
@@ -67,7 +76,7 @@ class BufferDirtyLog:
         _core.or_bits(self.memory, first_page, words, first_bit, pages)
 
     def close(self) -> None:
-        """Let go of the buffer."""
+        """Release the buffer."""
         self.memory.release()
 
 

@@ -43,11 +43,17 @@ class Window:
 
 
 class Dma:
-    """Reads and writes guest RAM by IOVA.
+    """Reads and writes guest RAM by IOVA; each write is journalled and tracked.
 
-    `due_epoch` tells the number of the harvest that will have to report a write made now;
-    `after_write(iova, length)` runs once the tracker knows of the write (a collector that harvests
-    immediately hooks in here).
+    Args:
+        memory: the guest's RAM.
+        bus: leads from IOVA to guest-physical addresses.
+        tracker: is told of each write; any `EmulatedTracker` will do.
+        journal: records each write.
+        due_epoch: returns the number of the harvest that has to report a write made now; see
+            `Collector.due_epoch`.
+        after_write: is called as ``after_write(iova, length)`` once the tracker knows of a write;
+            see `Collector.harvest_write`.
     """
 
     def __init__(
@@ -70,7 +76,11 @@ class Dma:
     def require(
         self, readable: Iterable[tuple[int, int]], writable: Iterable[tuple[int, int]]
     ) -> None:
-        """Make sure of (IOVA, length in bytes) ranges before anything of a request is done.
+        """Make sure of all ranges of a request before anything of it is done.
+
+        Args:
+            readable: the (IOVA, length in bytes) ranges that will be read.
+            writable: those that will be written.
 
         Raises:
             IotlbMissError: some byte is not known yet, but can be asked for.
@@ -78,7 +88,14 @@ class Dma:
         self.bus.require(readable, writable)
 
     def read(self, iova: int, length: int) -> bytes:
-        """`length` bytes at `iova`.
+        """Read guest RAM.
+
+        Args:
+            iova: the first IOVA.
+            length: the number of bytes.
+
+        Returns:
+            A copy of the bytes.
 
         Raises:
             MemoryAccessError: some of them are not mapped.
@@ -87,9 +104,16 @@ class Dma:
         return b"".join(bytes(self.memory.view(gpa, size)) for gpa, size in pieces)
 
     def view(self, iova: int, length: int) -> Window:
-        """A window on `length` bytes at `iova`, for what is read again and again: rings.
+        """Open a window on guest RAM, for what is read again and again: rings.
 
-        Behind an IOMMU it is valid until one of its mappings is taken away.
+        Behind an IOMMU the window is valid until one of its mappings is taken away.
+
+        Args:
+            iova: the first IOVA.
+            length: the number of bytes.
+
+        Returns:
+            The window, which cannot be written.
 
         Raises:
             MemoryAccessError: some of them are not mapped.
@@ -103,7 +127,12 @@ class Dma:
         return Window(pages, start)
 
     def write(self, iova: int, data: bytes | memoryview, kind: WriteKind = WriteKind.DATA) -> None:
-        """Write `data` at `iova`, journal it, and let the tracker know.
+        """Write guest RAM, journal the write, and tell the tracker.
+
+        Args:
+            iova: the first IOVA.
+            data: the bytes to write.
+            kind: what the device writes; request data unless it says otherwise.
 
         Raises:
             MemoryAccessError: some byte is not mapped; nothing was written.

@@ -58,9 +58,17 @@ class MemorySlot:
 
 
 def map_slot(fd: int, *, gpa: int, length: int, hva: int, file_offset: int) -> MemorySlot:
-    """Map `length` bytes of `fd` from `file_offset` as guest RAM at `gpa`.
+    """Map a part of a file as guest RAM.
 
-    The file descriptor may be closed afterwards.
+    Args:
+        fd: the file, which may be closed afterwards.
+        gpa: the guest-physical address of the slot.
+        length: its number of bytes.
+        hva: its address in QEMU's process; 0 if there is none.
+        file_offset: the byte of the file at which the slot begins.
+
+    Returns:
+        The slot.
 
     Raises:
         MemoryAccessError: the slot is empty, no run of whole 4 KiB pages, leaves the 64-bit space,
@@ -94,7 +102,10 @@ def map_slot(fd: int, *, gpa: int, length: int, hva: int, file_offset: int) -> M
 
 
 class GuestMemory:
-    """The guest's RAM, addressed by GPA.
+    """The guest's RAM, addressed by guest-physical addresses (GPA).
+
+    Args:
+        slots: the memory slots, in any order.
 
     Raises:
         MemoryAccessError: two slots overlap.
@@ -130,10 +141,17 @@ class GuestMemory:
                 )
 
     def view(self, gpa: int, length: int) -> memoryview:
-        """`length` writable bytes at `gpa`, which must lie in one slot.
+        """Open a writable view on guest RAM.
+
+        Args:
+            gpa: the first guest-physical address.
+            length: the number of bytes.
+
+        Returns:
+            The view; what is written to it is neither journalled nor tracked.
 
         Raises:
-            MemoryAccessError: they do not.
+            MemoryAccessError: the bytes do not lie in one slot.
         """
         index = bisect_right(self._starts, gpa) - 1
         if index >= 0:
@@ -146,7 +164,14 @@ class GuestMemory:
         )
 
     def gpa_of_hva(self, hva: int, length: int) -> int:
-        """The GPA of `length` bytes at an address of QEMU's process.
+        """Translate an address of QEMU's process.
+
+        Args:
+            hva: the first address.
+            length: the number of bytes.
+
+        Returns:
+            The guest-physical address.
 
         Raises:
             MemoryAccessError: no slot holds them all.
@@ -166,11 +191,14 @@ class GuestMemory:
 
 
 class IovaMapping(NamedTuple):
-    """`length` bytes at `iova` are guest RAM at `gpa`."""
+    """A run of IOVAs that leads to a run of guest RAM."""
 
     iova: int
+    """The first IOVA."""
     gpa: int
+    """The guest-physical address to which it leads."""
     length: int
+    """The number of bytes."""
 
 
 class Bus(Protocol):
@@ -185,7 +213,15 @@ class Bus(Protocol):
         """The IOVA ranges that a tracker has to watch; every mapping lies in them."""
 
     def translate(self, iova: int, length: int, access: int = READ) -> list[tuple[int, int]]:
-        """The (GPA, length in bytes) pieces that make up `length` bytes at `iova`, in order.
+        """Translate a range of IOVAs.
+
+        Args:
+            iova: the first IOVA.
+            length: the number of bytes.
+            access: what the device wants to do there: bits, 1 to read and 2 to write.
+
+        Returns:
+            The (GPA, length in bytes) pieces that make up the range, in order.
 
         Raises:
             MemoryAccessError: some byte is not mapped, or not for `access`.
@@ -194,7 +230,11 @@ class Bus(Protocol):
     def require(
         self, readable: Iterable[tuple[int, int]], writable: Iterable[tuple[int, int]]
     ) -> None:
-        """Make sure of (IOVA, length) ranges before anything of a request is done.
+        """Make sure of all ranges of a request before anything of it is done.
+
+        Args:
+            readable: the (IOVA, length in bytes) ranges that will be read.
+            writable: those that will be written.
 
         Raises:
             IotlbMissError: some byte is not known yet, but can be asked for.
@@ -202,10 +242,18 @@ class Bus(Protocol):
 
 
 class IovaMap:
-    """Leads from IOVA to GPA, page tables being flattened to runs.
+    """A `Bus` whose mappings are known from the beginning.
+
+    Args:
+        mappings: the mappings, in any order.
 
     Raises:
         MemoryAccessError: two mappings overlap in IOVA.
+
+    Example:
+        >>> bus = IovaMap([IovaMapping(iova=0x10000, gpa=0x4000, length=0x2000)])
+        >>> bus.translate(0x11000, 16)
+        [(20480, 16)]
     """
 
     def __init__(self, mappings: Iterable[IovaMapping]) -> None:
@@ -220,7 +268,14 @@ class IovaMap:
 
     @classmethod
     def identity(cls, memory: GuestMemory) -> IovaMap:
-        """The map of a guest without a virtual IOMMU: IOVA equals GPA."""
+        """Make the map of a guest without a virtual IOMMU, where IOVA equals GPA.
+
+        Args:
+            memory: the guest's RAM.
+
+        Returns:
+            A map with one mapping for each slot.
+        """
         return cls(IovaMapping(slot.gpa, slot.gpa, slot.length) for slot in memory.slots)
 
     @property

@@ -57,21 +57,31 @@ Addresses = NDArray[Any] | Sequence[int]
 
 
 class IovaRange(NamedTuple):
-    """`length` bytes from `iova` on."""
+    """A range of IOVAs.
+
+    Example:
+        >>> IovaRange(0x1000, 8192)
+        IovaRange(iova=4096, length=8192)
+    """
 
     iova: int
+    """The first IOVA."""
     length: int
+    """The number of bytes."""
 
 
 @dataclass
 class BitmapStats:
-    """What an iteration has cost: windows mapped, bitmap pages (4 KiB) in them, ranges reported,
-    and bits that were not set before."""
+    """What an iteration has cost."""
 
     windows: int = 0
+    """Windows mapped."""
     pages: int = 0
+    """Pages of the host in these windows."""
     ranges: int = 0
+    """Ranges reported."""
     bits: int = 0
+    """Bits set that were not set before."""
 
 
 Report = Callable[["IovaBitmap", int, int], None]
@@ -91,16 +101,32 @@ def _as_addresses(values: Addresses, name: str) -> Words:
 
 
 class IovaBitmap:
-    """A dirty bitmap over `length` bytes from `iova` on, one bit for each `page_size` bytes.
+    """A dirty bitmap over a range of IOVAs, with one bit for each page.
 
-    `data` holds the bits: a writable buffer at any address, or a file descriptor, whose bitmap
-    starts at byte `offset` and is mapped `window_bytes` at a time. The buffer may end in the middle
-    of a word; bits behind the last page are never touched. `shared` False sets bits without
-    atomics, for a bitmap that nobody else writes.
+    It is a context manager that releases the bitmap's memory at its end.
+
+    Args:
+        iova: the first IOVA.
+        length: the number of bytes.
+        page_size: what one bit stands for, in bytes; a power of two up to 2**63.
+        data: holds the bits: a writable buffer at any address, or a file descriptor. The buffer may
+            end in the middle of a word; bits after the last page are never touched.
+        offset: the byte of the file at which the bitmap starts.
+        window_bytes: how much of the file is mapped at a time; a power of two, at least a page.
+        shared: whether bits are set with atomics; False is for a bitmap with a single writer.
 
     Raises:
-        BitmapError: the range is empty or leaves the 64-bit space, the page size is no power of
+        BitmapError: the range is empty or leaves the 64-bit space, the page size is not a power of
             two up to 2**63, or the buffer or file is too short or read-only.
+
+    Example:
+        >>> words = bytearray(8)
+        >>> with IovaBitmap(0, 64 * 4096, 4096, words) as bitmap:
+        ...     bitmap.set(0x1fff, 2)
+        ...     bitmap.count()
+        2
+        >>> words[0]
+        6
     """
 
     def __init__(
@@ -188,7 +214,7 @@ class IovaBitmap:
         self.close()
 
     def close(self) -> None:
-        """Let go of the memory; the bitmap cannot be used afterwards. Twice is harmless."""
+        """Release the memory; the bitmap cannot be used afterwards. Twice is harmless."""
         if self._window is not None:
             self._window.release()
             self._window = None
@@ -203,14 +229,22 @@ class IovaBitmap:
     # Reporting ----------------------------------------------------------------------------------
 
     def for_each(self, report: Report) -> None:
-        """Call ``report(bitmap, iova, length)`` for the whole range; it reports by `set`.
+        """Query a tracker for the whole range.
 
         An exception of `report` ends the iteration and is passed on.
+
+        Args:
+            report: is called as ``report(bitmap, iova, length)``, and reports by `set` or
+                `set_many`; `EmulatedTracker.read_and_clear` is one.
         """
         report(self, self.iova, self.length)
 
     def set(self, iova: int, length: int) -> None:
-        """Set the bit of every page that `length` bytes at `iova` touch.
+        """Set the bit of every page that a range touches.
+
+        Args:
+            iova: the first IOVA of the range.
+            length: the number of bytes, at least 1.
 
         Raises:
             BitmapError: the range is empty or not wholly inside the bitmap's; nothing was set.
@@ -235,9 +269,12 @@ class IovaBitmap:
             first = here
 
     def set_many(self, iovas: Addresses, lengths: Addresses | int) -> None:
-        """`set` for many ranges in one call: shape (ranges,), unsigned 64-bit values.
+        """Set the bits of many ranges in one call.
 
-        One length stands for all ranges, as in lists of pages that hardware writes.
+        Args:
+            iovas: the first IOVA of each range: shape (ranges,), unsigned 64-bit values.
+            lengths: the bytes of each range, of the same shape; or one length for all ranges, as in
+                lists of pages that hardware writes.
 
         Raises:
             BitmapError: the arrays do not fit each other, or a range is empty or not wholly inside
@@ -313,13 +350,13 @@ class IovaBitmap:
     # Iterating ----------------------------------------------------------------------------------
 
     def windows(self) -> Iterator[IovaRange]:
-        """The range in pieces, one for each window, for hardware that is asked piece by piece."""
+        """Yield the range in pieces, one for each window, for hardware that is queried so."""
         for index in range(div_ceil(self.bits, self._window_bits)):
             low = max(self.iova, self._start_of(index))
             yield IovaRange(low, min(self._last + 1, self._start_of(index + 1)) - low)
 
     def ranges(self) -> Iterator[IovaRange]:
-        """The dirty ranges, merged, in order; clipped to the bitmap's own range."""
+        """Yield the dirty ranges, merged, in order, and clipped to the bitmap's own range."""
         pending: IovaRange | None = None
         for index in range(div_ceil(self.bits, self._window_bits)):
             start = index * self._window_bits
@@ -339,7 +376,7 @@ class IovaBitmap:
             yield pending
 
     def count(self) -> int:
-        """How many pages are dirty."""
+        """Count the pages that are dirty."""
         windows = range(div_ceil(self.bits, self._window_bits))
         sizes = (min(self._window_bits, self.bits - index * self._window_bits) for index in windows)
         return sum(

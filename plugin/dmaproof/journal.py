@@ -22,8 +22,11 @@ class WriteKind(IntEnum):
     """What a device wrote."""
 
     DATA = 0
+    """What the request asked for."""
     STATUS = 1
+    """The status byte of a request."""
     USED_RING = 2
+    """The device's part of a ring."""
 
 
 RECORD: Final = np.dtype(
@@ -49,9 +52,18 @@ assert struct.calcsize("<QQQQQIIII") == RECORD.itemsize
 class Journal:
     """Records a device's writes from `start` to `stop`; before and after it only counts them.
 
-    With a `file` each record also goes there at once, so that it outlives the process. `request`
-    and `queue` say on whose behalf the device is writing; the device's queue handler sets them
-    before it writes.
+    `request` and `queue` say on whose behalf the device is writing; the device's queue handler sets
+    them before it writes.
+
+    Args:
+        file: takes each record at once, so that the records outlive the process; None is memory.
+
+    Example:
+        >>> journal = Journal()
+        >>> journal.start()
+        >>> journal.write(WriteKind.DATA, iova=0x1000, gpa=0x1000, data=b"new", epoch=1)
+        >>> [int(record["length"]) for record in journal.records()]
+        [3]
     """
 
     def __init__(self, file: Path | None = None) -> None:
@@ -78,7 +90,7 @@ class Journal:
         self._recording = True
 
     def resume(self, started_ns: int) -> None:
-        """Go on behind the records in the file; recording had begun at `started_ns`."""
+        """Continue after the records in the file; recording had begun at `started_ns`."""
         assert self._file is not None
         whole = Path(self._file.name).read_bytes()
         whole = whole[: len(whole) // RECORD.itemsize * RECORD.itemsize]
@@ -94,7 +106,15 @@ class Journal:
     def write(
         self, kind: WriteKind, iova: int, gpa: int, data: bytes | memoryview, epoch: int
     ) -> None:
-        """Note that `data` now stands at `gpa`, and is due in the harvest numbered `epoch`."""
+        """Record a write, whose data is in RAM already.
+
+        Args:
+            kind: what was written.
+            iova: the IOVA of its first byte.
+            gpa: the guest-physical address of its first byte.
+            data: what was written.
+            epoch: the number of the harvest that has to report it.
+        """
         self.writes += 1
         self.bytes_written += len(data)
         if self._recording:
@@ -114,10 +134,16 @@ class Journal:
                 self._file.write(record)
 
     def records(self) -> NDArray[np.void]:
-        """A copy of the records: shape (writes,), dtype `RECORD`."""
+        """Copy the records.
+
+        Returns:
+            A structured array of shape (writes,), in the order written, with the fields `time_ns`
+            (of CLOCK_MONOTONIC), `request`, `iova`, `gpa`, `epoch`, `length` (in bytes), `checksum`
+            (the CRC-32 of what was written), `kind` and `queue`.
+        """
         return np.frombuffer(bytes(self._records), dtype=RECORD)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         if self._file is not None:
             self._file.close()

@@ -38,7 +38,9 @@ class Stamp(NamedTuple):
     """What a stamped page says of itself."""
 
     lba: int
+    """The number of the page's first 512-byte sector."""
     request: int
+    """The request's number."""
 
 
 def checksum(lba: int, request: int) -> int:
@@ -47,7 +49,19 @@ def checksum(lba: int, request: int) -> int:
 
 
 def stamped_page(lba: int, request: int) -> bytes:
-    """The 4096 bytes of the page at sector `lba`, as request number `request` finds it."""
+    """Make up the content of a page, which no other request has.
+
+    Args:
+        lba: the number of the page's first 512-byte sector.
+        request: the request's number.
+
+    Returns:
+        4096 bytes, which all follow from the two numbers.
+
+    Example:
+        >>> read_stamp(stamped_page(8, request=5))
+        Stamp(lba=8, request=5)
+    """
     words = _RAMP + np.uint64(checksum(lba, request))
     words[0] = MAGIC
     words[1] = lba
@@ -56,7 +70,18 @@ def stamped_page(lba: int, request: int) -> bytes:
 
 
 def read_stamp(page: bytes | memoryview) -> Stamp | None:
-    """The stamp of a whole and untouched stamped page, else None."""
+    """Read the stamp of a page.
+
+    Args:
+        page: the page's bytes.
+
+    Returns:
+        The stamp of a whole and untouched stamped page, else None.
+
+    Example:
+        >>> read_stamp(bytes(4096)) is None
+        True
+    """
     if len(page) != PAGE_BYTES:
         return None
     words = np.frombuffer(page, dtype="<u8")

@@ -28,10 +28,15 @@ class Link(StrEnum):
     """The links at which a dirty page can be lost, in the order in which it travels."""
 
     TRACKER = "tracker"
+    """The hardware, or its driver, does not report the page."""
     ITERATOR = "iterator"
+    """The bitmap does not get its bit."""
     TRANSLATION = "translation"
+    """The wrong guest-physical page is named."""
     LOG = "log"
+    """QEMU's dirty log does not get its bit."""
     QEMU = "qemu"
+    """QEMU does not send the page, though the log had its bit."""
 
 
 TRACED_LINKS: Final = (Link.TRACKER, Link.ITERATOR, Link.TRANSLATION, Link.LOG)
@@ -190,10 +195,15 @@ class ChainTrace:
 
 
 class TracedBitmap(IovaBitmap):
-    """The iterator that notes what the tracker reports through it; its IOVAs begin at `gpa`."""
+    """The iterator of a session, which notes what the tracker reports through it.
+
+    It is made from the arguments of `IovaBitmap`.
+    """
 
     trace: ChainTrace
+    """Takes the notes; the collector sets it."""
     gpa: int
+    """The guest-physical address to which the first IOVA leads; the collector sets it."""
 
     def set(self, iova: int, length: int) -> None:
         self.trace.see(Link.TRACKER, iova - self.iova + self.gpa, length)
@@ -206,7 +216,12 @@ class TracedBitmap(IovaBitmap):
         super().set_many(iovas, lengths)
 
     def see_many(self, iovas: NDArray[np.uint64], lengths: NDArray[np.uint64]) -> None:
-        """Note these ranges as reported by the tracker."""
+        """Note ranges as reported by the tracker.
+
+        Args:
+            iovas: the first IOVA of each range.
+            lengths: the bytes of each range, of the same shape.
+        """
         moved = np.uint64((self.gpa - self.iova) % ADDRESS_SPACE)  # a sum may wrap
         self.trace.see_many(Link.TRACKER, iovas + moved, lengths)
 

@@ -7,7 +7,20 @@ from ..virtqueue import Segment
 
 
 def take(segments: list[Segment], start: int, length: int | None) -> list[Segment]:
-    """The pieces that hold `length` bytes (None: all the rest) from byte `start` of `segments`."""
+    """Cut a part out of a request's buffers.
+
+    Args:
+        segments: the buffers, in order.
+        start: the first byte of the part.
+        length: the number of bytes; None is all the rest.
+
+    Returns:
+        The pieces of the buffers that hold the part, as far as there are any.
+
+    Example:
+        >>> take([Segment(0x1000, 16), Segment(0x8000, 512)], 12, 8)
+        [Segment(iova=4108, length=4), Segment(iova=32768, length=4)]
+    """
     end = sum(size for _, size in segments) if length is None else start + length
     pieces: list[Segment] = []
     position = 0
@@ -20,12 +33,35 @@ def take(segments: list[Segment], start: int, length: int | None) -> list[Segmen
 
 
 def gather(segments: list[Segment], dma: Dma) -> bytes:
-    """What the driver has put there."""
+    """Read a request's buffers.
+
+    Args:
+        segments: the buffers, in order.
+        dma: reads guest RAM.
+
+    Returns:
+        What the driver has put there, joined.
+
+    Raises:
+        MemoryAccessError: a buffer lies outside guest RAM.
+    """
     return b"".join(dma.read(*segment) for segment in segments)
 
 
 def scatter(data: bytes | memoryview, segments: list[Segment], dma: Dma) -> int:
-    """Write `data` there, as far as there is room; returns the bytes written."""
+    """Write into a request's buffers, as far as there is room.
+
+    Args:
+        data: the bytes to write.
+        segments: the buffers, in order.
+        dma: writes guest RAM.
+
+    Returns:
+        The number of bytes written.
+
+    Raises:
+        MemoryAccessError: a buffer lies outside guest RAM.
+    """
     position = 0
     for iova, length in segments:
         piece = data[position : position + length]

@@ -21,8 +21,25 @@ from ..vhost_user.session import Session
 class Fault:
     """The chain as it should be; a fault is a subclass that builds one part of it differently.
 
-    The first line of its docstring is what people are told of it. `value` is a number above 0 and
-    up to `most`, and means `value_means`; a fault without that takes none.
+    A subclass has a `name`, a `link` and a docstring, whose first line describes it to users.
+
+    Args:
+        value: what a user gave behind the name: a number above 0 and up to `most`, which means
+            `value_means`; empty is the default. A fault without `value_means` takes none.
+        seed: decides what the fault spoils.
+
+    Raises:
+        UsageError: the fault takes no value, or not this one.
+
+    Example:
+        >>> class Forgetful(Fault):
+        ...     '''The log never gets a bit.'''
+        ...
+        ...     name = "forgetful"
+        ...     link = Link.LOG
+        ...
+        ...     def wrap_log(self, log):
+        ...         return BufferDirtyLog(bytearray(1 << 20))
     """
 
     name: ClassVar[str]
@@ -64,7 +81,15 @@ class Fault:
                 )
 
     def make_session(self, *arguments: Any, **options: Any) -> Session:
-        """The session of one front end, from `Session`'s arguments."""
+        """Make the session of one front end.
+
+        Args:
+            arguments: those of `Session`, by position.
+            options: those of `Session`, by name.
+
+        Returns:
+            A session with the fault.
+        """
         connection, device, tracker, *others = arguments
         return self.session_type(
             connection,
@@ -77,15 +102,37 @@ class Fault:
         )
 
     def wrap_tracker(self, tracker: EmulatedTracker) -> EmulatedTracker:
-        """The broken form of `tracker`."""
+        """Return the broken form of a tracker.
+
+        Args:
+            tracker: the tracker as it should be.
+
+        Returns:
+            The tracker that the session uses.
+        """
         return tracker
 
     def make_dma(self, *arguments: Any, **options: Any) -> Dma:
-        """The door to guest RAM, from `Dma`'s arguments."""
+        """Make what the device writes guest RAM with.
+
+        Args:
+            arguments: those of `Dma`, by position.
+            options: those of `Dma`, by name.
+
+        Returns:
+            The `Dma` that the device uses.
+        """
         return Dma(*arguments, **options)
 
     def make_collector(self, tracker: DirtyTracker) -> Collector:
-        """The collector of one session."""
+        """Make the collector of one session.
+
+        Args:
+            tracker: the session's tracker.
+
+        Returns:
+            The collector.
+        """
         return self.collector_type(
             tracker,
             wrap_log=self.wrap_log,
@@ -94,15 +141,36 @@ class Fault:
         )
 
     def make_bitmap(self, *arguments: Any) -> TracedBitmap:
-        """The iterator of one range, from `IovaBitmap`'s arguments."""
+        """Make the iterator of one range.
+
+        Args:
+            arguments: those of `IovaBitmap`.
+
+        Returns:
+            The iterator that the tracker reports into.
+        """
         return TracedBitmap(*arguments)
 
     def translate(self, mapping: IovaMapping) -> int:
-        """The GPA at which a mapping begins."""
+        """Return the guest-physical address at which a mapping begins.
+
+        Args:
+            mapping: the mapping.
+
+        Returns:
+            The address that the log gets.
+        """
         return mapping.gpa
 
     def wrap_log(self, log: DirtyLog) -> DirtyLog:
-        """The broken form of `log`."""
+        """Return the broken form of a log.
+
+        Args:
+            log: the log as it should be.
+
+        Returns:
+            The log that the collector uses.
+        """
         return log
 
 

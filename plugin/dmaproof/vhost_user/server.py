@@ -33,11 +33,17 @@ _SEEK_EVERY_S = 0.02
 
 
 class Server:
-    """Serves `device` on several listening sockets, each with a session at a time.
+    """Serves a device on several listening sockets, each with a session at a time.
 
-    `harvest_interval_s` is the time between harvests, None for none but the last; with `immediate`
-    each write is harvested at once instead. `make_session` makes each front end's session, from the
-    arguments of `Session`; what a successor has to know is kept in the folder `state`.
+    Args:
+        device: the device, which all sessions share.
+        make_tracker: makes the tracker of each session.
+        control: a connected socket that takes events and gives commands, as lines of JSON; the
+            server owns it, and ends when its other end is closed.
+        make_session: makes each front end's session, from the arguments of `Session`.
+        harvest_interval_s: the seconds between harvests; None for the last one alone.
+        immediate: whether each write is harvested at once instead.
+        state: a folder that keeps what the successor of a killed process has to know.
     """
 
     def __init__(
@@ -70,7 +76,15 @@ class Server:
         self._selector.register(control, selectors.EVENT_READ, self._receive_commands)
 
     def listen(self, name: str, path: Path) -> None:
-        """Accept front ends on a socket at `path` (mode 0600); events call its sessions `name`."""
+        """Accept front ends on a socket of mode 0600.
+
+        Args:
+            name: what events call its sessions.
+            path: the socket's path, where no file exists yet.
+
+        Raises:
+            OSError: the socket cannot be made.
+        """
         listener = socket.socket(socket.AF_UNIX)
         before = os.umask(0o177)
         try:
@@ -84,11 +98,21 @@ class Server:
         self._tell({"event": "listening", "session": name})
 
     def withhold(self, name: str, features: int) -> None:
-        """Do not offer these features (bits of virtio's) in sessions called `name`."""
+        """Withhold features from some sessions.
+
+        Args:
+            name: what events call the sessions.
+            features: virtio feature bits that they are not offered.
+        """
         self._withheld[name] = features
 
     def seek(self, name: str, path: Path) -> None:
-        """Serve a front end that listens at `path`, as often as one does."""
+        """Serve a front end that listens, as often as one does.
+
+        Args:
+            name: what events call its sessions.
+            path: the path of the front end's socket.
+        """
         self._front_ends[name] = path
         self._tell({"event": "seeking", "session": name})
 
@@ -105,7 +129,12 @@ class Server:
                 self.adopt(name, peer)
 
     def adopt(self, name: str, peer: socket.socket) -> None:
-        """Serve the front end at the other end of a connected socket in the session `name`."""
+        """Serve the front end at the other end of a connected socket.
+
+        Args:
+            name: what events call its session.
+            peer: the socket, which the session owns from now on.
+        """
         connection = Connection(peer)
         self._sessions[name] = self._make_session(
             connection,
@@ -124,7 +153,7 @@ class Server:
         """Serve until the control socket is closed.
 
         Raises:
-            UsageError: what came on it is no command.
+            UsageError: what came on it is not a command.
             OSError: a file of its own cannot be written.
         """
         try:
@@ -134,9 +163,13 @@ class Server:
             self.close()
 
     def turn(self, patience_s: float | None) -> bool:
-        """Serve what comes within `patience_s` (None: however long that takes), and harvest if due.
+        """Serve what comes, and harvest if it is time.
 
-        True if some ring is not empty yet.
+        Args:
+            patience_s: the seconds to wait for something; None waits without a bound.
+
+        Returns:
+            True if some ring is not empty yet.
         """
         for key, _ in self._selector.select(patience_s):
             key.data()

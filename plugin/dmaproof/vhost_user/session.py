@@ -91,13 +91,21 @@ class _ReplyWithFile(NamedTuple):
 
 
 class Session:
-    """Serves one front end with `device`.
+    """Serves one front end with a device; `Server` makes one for each that connects.
 
-    `selector` calls back the `data` of a key when its file descriptor is readable; `tell` takes
-    events for whoever watches the process; what a successor of a killed process has to know is kept
-    in the folder `state`. `make_dma` makes the door to each new memory table, from the arguments of
-    `Dma`; where there is no virtual IOMMU, `map_bus` makes bus addresses lead to it, and tells
-    which. `withheld` are features that are not offered, though the device has them.
+    Args:
+        connection: the vhost-user connection to the front end.
+        device: the device.
+        tracker: remembers what the device writes.
+        selector: calls back the `data` of a key when its file descriptor is readable.
+        immediate: whether each write is harvested at once.
+        withheld: feature bits that are not offered, though the device has them.
+        make_dma: makes what the device writes each memory table with, from the arguments of `Dma`.
+        make_collector: makes the collector, from the tracker.
+        map_bus: makes bus addresses lead to a memory table, and returns how, where there is no
+            virtual IOMMU.
+        tell: takes events for whoever watches the process.
+        state: a folder that keeps what the successor of a killed process has to know.
     """
 
     def __init__(
@@ -486,7 +494,10 @@ class Session:
         vring.start(self._dma, self.memory, self._features, inflight)
 
     def serve_rings(self) -> bool:
-        """Serve what the driver has made available; True if something is left for the next turn.
+        """Serve what the driver has made available.
+
+        Returns:
+            True if something is left for the next turn.
 
         Raises:
             ProtocolError, MemoryAccessError: the driver broke the specification.
@@ -516,13 +527,17 @@ class Session:
             vring.wait()
 
     def harvest(self) -> int:
-        """Collect what is dirty; returns the number of pages."""
+        """Collect what is dirty.
+
+        Returns:
+            The number of dirty pages found.
+        """
         pages = self.collector.harvest()
         self._keeper.keep(self.collector, self.memory)
         return pages
 
     def close(self) -> None:
-        """Stop the rings and let go of every file descriptor and mapping.
+        """Stop the rings, and release every file descriptor and mapping.
 
         Journal and trace stay readable.
         """

@@ -24,10 +24,12 @@ F_INDIRECT: Final = 4
 
 
 class Segment(NamedTuple):
-    """`length` bytes at `iova`."""
+    """A buffer of a request."""
 
     iova: int
+    """The first IOVA."""
     length: int
+    """The number of bytes."""
 
 
 class PackedDescriptor(NamedTuple):

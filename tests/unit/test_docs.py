@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dmaproof.errors import UsageError
 import dmaproof
+from dmaproof.errors import UsageError
 from doc_commands import PAGES, ROOT, Block, all_blocks, commands_in, in_prose
 from qmp_tools.cli.arguments import parsers_of
 from qmp_tools.cli.main import make_parser

@@ -32,6 +32,11 @@
 #define VECTORISED
 #endif
 #define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLLED _Pragma("clang loop unroll(full)")
+#else
+#define UNROLLED _Pragma("GCC unroll 16")
+#endif
 #define LIKELY(condition) __builtin_expect(!!(condition), 1)
 
 /*
@@ -64,8 +69,19 @@ INLINE uint64_t mask_of(unsigned first, unsigned count) {
     return (~UINT64_C(0) >> (64 - count)) << first;
 }
 
+// Of a word that others may be writing at this moment. The compiler does not make vectors of such
+// loads; unrolled loops of them are about as fast.
 INLINE uint64_t load(const uint64_t *word) {
     return atomic_load_explicit((const _Atomic uint64_t *)word, memory_order_relaxed);
+}
+
+// Whether any bit of `count` words is set.
+INLINE bool any_set(const uint64_t *words, unsigned count) {
+    uint64_t any = 0;
+    UNROLLED
+    for (unsigned i = 0; i < count; i++)
+        any |= load(words + i);
+    return any != 0;
 }
 
 INLINE uint64_t load_unaligned(const uint8_t *bytes) {
@@ -93,11 +109,13 @@ INLINE uint64_t or_bytes(uint8_t *bytes, uint64_t mask, bool shared) {
         uint8_t part = (uint8_t)(mask >> (8 * i));
         if (!part)
             continue;
-        uint8_t old = bytes[i];
-        if (shared)
+        uint8_t old;
+        if (shared) {
             old = atomic_fetch_or((_Atomic uint8_t *)(bytes + i), part);
-        else
+        } else {
+            old = bytes[i];
             bytes[i] = old | part;
+        }
         added |= (uint64_t)(part & ~old) << (8 * i);
     }
     return added;

@@ -5,47 +5,42 @@
 
 #include <stdlib.h>
 
-// 64 bits from bit `shift` (0 to 7) of `bytes` on; byte 8 is read only if it holds some of them.
-INLINE uint64_t load_shifted(const uint8_t *bytes, unsigned shift) {
+// 64 bits from bit `shift` (0 to 63) of `words` on; the second word is read only if it holds some.
+INLINE uint64_t load_shifted(const uint64_t *words, unsigned shift) {
     if (shift == 0)
-        return load_unaligned(bytes);
-    return load_unaligned(bytes) >> shift | load_unaligned(bytes + 1) << (8 - shift);
+        return load(words);
+    return load(words) >> shift | load(words + 1) << (64 - shift);
 }
 
 enum { BLOCK_WORDS = 8 };
 
-// OR whole words; blocks that bring nothing new, as most do, are only read.
-INLINE uint64_t merge_block(uint64_t *to, const uint8_t *from, unsigned shift, unsigned words,
+// OR whole words; blocks without a set bit, as most are, are only read.
+INLINE uint64_t merge_block(uint64_t *to, const uint64_t *from, unsigned shift, unsigned words,
                             bool shared) {
-    uint64_t added = 0, any = 0, fresh[BLOCK_WORDS];
-    for (unsigned i = 0; i < words; i++)
-        any |= fresh[i] = load_shifted(from + 8 * i, shift);
-    if (!any)
+    uint64_t added = 0;
+    if (!any_set(from, words + (shift != 0)))
         return 0;
-    any = 0;
-    for (unsigned i = 0; i < words; i++)
-        any |= fresh[i] &= ~to[i];
-    if (!any)
-        return 0;
+    UNROLLED
     for (unsigned i = 0; i < words; i++) {
+        uint64_t fresh = load_shifted(from + i, shift) & ~load(to + i);
         if (shared)
-            fresh[i] = fresh[i] ? or_word(to + i, fresh[i], true) : 0;
+            fresh = fresh ? or_word(to + i, fresh, true) : 0;
         else
-            to[i] |= fresh[i];
-        added += (uint64_t)__builtin_popcountll(fresh[i]);
+            to[i] |= fresh;
+        added += (uint64_t)__builtin_popcountll(fresh);
     }
     return added;
 }
 
-INLINE uint64_t merge_shifted(uint64_t *to, const uint8_t *from, unsigned shift, uint64_t count,
+INLINE uint64_t merge_shifted(uint64_t *to, const uint64_t *from, unsigned shift, uint64_t count,
                               bool shared) {
     uint64_t added = 0, i = 0;
     for (; i + BLOCK_WORDS <= count; i += BLOCK_WORDS)
-        added += merge_block(to + i, from + 8 * i, shift, BLOCK_WORDS, shared);
-    return added + merge_block(to + i, from + 8 * i, shift, (unsigned)(count - i), shared);
+        added += merge_block(to + i, from + i, shift, BLOCK_WORDS, shared);
+    return added + merge_block(to + i, from + i, shift, (unsigned)(count - i), shared);
 }
 
-VECTORISED static uint64_t merge_words(uint64_t *to, const uint8_t *from, unsigned shift,
+VECTORISED static uint64_t merge_words(uint64_t *to, const uint64_t *from, unsigned shift,
                                        uint64_t count, bool shared) {
     if (shift)
         return merge_shifted(to, from, shift, count, shared);
@@ -53,17 +48,24 @@ VECTORISED static uint64_t merge_words(uint64_t *to, const uint8_t *from, unsign
                   : merge_shifted(to, from, 0, count, false);
 }
 
+// How many words can be read from bit `bit` on out of words that lie wholly inside.
+INLINE uint64_t readable_words(const struct bitmap *map, uint64_t bit) {
+    if (!is_whole(map, bit / 64))
+        return 0;
+    return map->first_whole + map->whole - bit / 64 - (bit % 64 != 0);
+}
+
 uint64_t merge(const struct bitmap *into, uint64_t into_bit, const struct bitmap *from,
                uint64_t from_bit, uint64_t count, bool shared) {
     uint64_t added = 0;
-    const uint8_t *bytes = (const uint8_t *)from->base;
     struct cursor at = cursor_at(into, into_bit, count);
     while (next_word(&at)) {
         uint64_t source = from_bit + from->skew + (count - at.count), value = 0;
-        uint64_t words = whole_words(into, &at);
-        if (words) {
-            added += merge_words(into->base + at.index, bytes + source / 8, source % 8, words,
-                                 shared);
+        uint64_t words = whole_words(into, &at), readable = readable_words(from, source);
+        if (words && readable) {
+            words = words < readable ? words : readable;
+            added += merge_words(into->base + at.index, from->base + source / 64, source % 64,
+                                 words, shared);
             skip_words(&at, words);
             continue;
         }

@@ -3,7 +3,7 @@
 
 #include <stdlib.h>
 
-enum { RUNS_IN_WORD = 32 };
+enum { RUNS_IN_WORD = 32, BLOCK_WORDS = 16 };
 
 bool reserve_runs(struct runs *runs, size_t more) {
     if (runs->room - runs->count >= more)
@@ -35,14 +35,9 @@ void add_run(struct runs *runs, uint64_t start, uint64_t length) {
 // How many of `count` words are zero before the first that is not.
 VECTORISED static uint64_t zero_words(const uint64_t *words, uint64_t count) {
     uint64_t index = 0;
-    for (; index + 32 <= count; index += 32) {
-        uint64_t any = 0;
-        for (unsigned i = 0; i < 32; i++)
-            any |= words[index + i];
-        if (any)
-            break;
-    }
-    while (index < count && !words[index])
+    while (index + BLOCK_WORDS <= count && !any_set(words + index, BLOCK_WORDS))
+        index += BLOCK_WORDS;
+    while (index < count && !load(words + index))
         index++;
     return index;
 }
@@ -71,7 +66,7 @@ void find_runs(struct runs *runs, const struct bitmap *map, uint64_t first, uint
 VECTORISED static uint64_t count_words(const uint64_t *words, uint64_t count) {
     uint64_t total = 0;
     for (uint64_t i = 0; i < count; i++)
-        total += (uint64_t)__builtin_popcountll(words[i]);
+        total += (uint64_t)__builtin_popcountll(load(words + i));
     return total;
 }
 

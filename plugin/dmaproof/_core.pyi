@@ -10,6 +10,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from .dirty_tracker.page_table import TableLayout
+
 _Buffer = bytes | bytearray | memoryview | mmap.mmap | NDArray[Any]
 
 def fence() -> None:
@@ -64,39 +66,10 @@ def take_set(data: _Buffer, first_bit: int, bits: int) -> bytes:
 def count_bits(data: _Buffer, first_bit: int, bits: int) -> int:
     """How many of the bits are set."""
 
-def mark_table(
-    memory: _Buffer,
-    root: int,
-    levels: int,
-    present: int,
-    dirty: int,
-    address: int,
-    kind: int,
-    node: int,
-    group: int,
-    iova: int,
-    last: int,
-) -> bytes:
-    """Set the dirty bits of a page table's entries that map the bytes `iova` to `last`; b"".
+def mark_table(memory: _Buffer, layout: TableLayout, iova: int, last: int) -> None:
+    """Set the dirty bits of a page table's entries that map the bytes `iova` to `last`."""
 
-    `root` is the byte of `memory` at which the root node begins; for the bits of an entry see
-    `dmaproof.dirty_tracker.page_table.EntryFormat`.
-    """
-
-def read_table(
-    memory: _Buffer,
-    root: int,
-    levels: int,
-    present: int,
-    dirty: int,
-    address: int,
-    kind: int,
-    node: int,
-    group: int,
-    iova: int,
-    last: int,
-    clear: bool,
-) -> bytes:
+def read_table(memory: _Buffer, layout: TableLayout, iova: int, last: int, clear: bool) -> bytes:
     """The dirty (iova, length) runs, pairs of uint64, clipped to the bytes `iova` to `last`.
 
     With `clear`, the dirty bits of pages that lie wholly inside are cleared.

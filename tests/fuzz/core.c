@@ -271,23 +271,22 @@ static void try_tables(void) {
     uint64_t root = below(6) ? 0 : number(9000), group = below(2) ? 0xe00 : 0;
     unsigned levels = below(6) ? 1 + below(4) : (unsigned)number(9);
     bool marks = below(2);
-    PyObject *args = marks ? Py_BuildValue("OKIKKKKKKKK", memory.view, root, levels, UINT64_C(1),
-                                           UINT64_C(0x40), UINT64_C(0xffffffffff000), UINT64_C(0xe00),
-                                           UINT64_C(0x200), group, iova, last)
-                           : Py_BuildValue("OKIKKKKKKKKi", memory.view, root, levels, UINT64_C(1),
-                                           UINT64_C(0x40), UINT64_C(0xffffffffff000), UINT64_C(0xe00),
-                                           UINT64_C(0x200), group, iova, last, (int)below(2));
+    PyObject *layout = Py_BuildValue("KIKKKKKK", root, levels, UINT64_C(1), UINT64_C(0x40),
+                                     UINT64_C(0xffffffffff000), UINT64_C(0xe00), UINT64_C(0x200),
+                                     group);
+    PyObject *args = marks ? Py_BuildValue("ONKK", memory.view, layout, iova, last)
+                           : Py_BuildValue("ONKKi", memory.view, layout, iova, last, (int)below(2));
     PyObject *answer = (marks ? mark_table : read_table)(NULL, args);
     Py_DECREF(args);
     PyErr_Clear();
-    if (answer) {
+    if (answer && !marks) {
         const uint8_t *pairs = (const uint8_t *)PyBytes_AsString(answer);
         for (Py_ssize_t i = 0; i < PyBytes_Size(answer) / 16; i++) {
             uint64_t start = load_unaligned(pairs + 16 * i), length = load_unaligned(pairs + 16 * i + 8);
             expect(start >= iova && length - 1 <= last - start, "a mapping outside what was asked");
         }
-        Py_DECREF(answer);
     }
+    Py_XDECREF(answer);
     Py_DECREF(memory.view);
     free(memory.memory);
     free(memory.before);

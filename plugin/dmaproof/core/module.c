@@ -227,42 +227,54 @@ static PyObject *count_bits(PyObject *module, PyObject *args) {
     return refused ? NULL : PyLong_FromUnsignedLongLong(total);
 }
 
-static PyObject *walk_table(PyObject *args, const char *format, bool mark) {
+// `layout` is a TableLayout (page_table.py), which is a tuple; `clear` comes last, if at all.
+static int walk_table(PyObject *args, const char *format, struct page_table *table) {
     Py_buffer memory;
     unsigned long long root, present, dirty, address, kind, table_kind, group_kind, iova, last;
     unsigned levels;
     int clear = 0;
     if (!PyArg_ParseTuple(args, format, &memory, &root, &levels, &present, &dirty, &address, &kind,
                           &table_kind, &group_kind, &iova, &last, &clear))
-        return NULL;
-    struct page_table table = {
-        .memory = memory.buf, .size = (uint64_t)memory.len, .present = present, .dirty = dirty,
-        .address = address, .kind = kind, .table_kind = table_kind, .group_kind = group_kind,
-        .iova = iova, .last = last, .mark = mark, .clear = clear,
-    };
+        return -1;
+    table->memory = memory.buf;
+    table->size = (uint64_t)memory.len;
+    table->present = present;
+    table->dirty = dirty;
+    table->address = address;
+    table->kind = kind;
+    table->table_kind = table_kind;
+    table->group_kind = group_kind;
+    table->iova = iova;
+    table->last = last;
+    table->clear = clear;
     int refused = 0;
     if (levels < 1 || levels > 6 || (uintptr_t)memory.buf % 8 || last < iova)
         refused = refuse("walk: 1 to 6 levels, aligned memory and a range that is not empty are due");
     if (!refused) {
         Py_BEGIN_ALLOW_THREADS
         atomic_thread_fence(memory_order_seq_cst);
-        walk_page_table(&table, root, levels, 0);
+        walk_page_table(table, root, levels, 0);
         Py_END_ALLOW_THREADS
-        if (table.corrupt)
+        if (table->corrupt)
             refused = refuse("walk: an entry points to a table outside the tables' memory");
     }
     PyBuffer_Release(&memory);
-    return give_runs(&table.runs, refused);
+    return refused;
 }
 
 static PyObject *mark_table(PyObject *module, PyObject *args) {
     (void)module;
-    return walk_table(args, "w*KIKKKKKKKK", true);
+    struct page_table table = {.mark = true};
+    if (walk_table(args, "w*(KIKKKKKK)KK", &table))
+        return NULL;
+    Py_RETURN_NONE;
 }
 
 static PyObject *read_table(PyObject *module, PyObject *args) {
     (void)module;
-    return walk_table(args, "w*KIKKKKKKKKp", false);
+    struct page_table table = {0};
+    int refused = walk_table(args, "w*(KIKKKKKK)KKp", &table);
+    return give_runs(&table.runs, refused);
 }
 
 /*
@@ -313,9 +325,9 @@ static PyMethodDef methods[] = {
      "take_set(data, first_bit, bits) -> (start, length) pairs, cleared atomically"},
     {"count_bits", count_bits, METH_VARARGS, "count_bits(data, first_bit, bits) -> set bits"},
     {"mark_table", mark_table, METH_VARARGS,
-     "mark_table(memory, root, levels, *layout, iova, last): set dirty bits"},
+     "mark_table(memory, layout, iova, last): set dirty bits"},
     {"read_table", read_table, METH_VARARGS,
-     "read_table(memory, root, levels, *layout, iova, last, clear) -> (iova, length) pairs"},
+     "read_table(memory, layout, iova, last, clear) -> (iova, length) pairs"},
     {"differing_pages", differing_pages, METH_VARARGS,
      "differing_pages(a, b, page_size, differing) -> pages that differ"},
     {NULL, NULL, 0, NULL},

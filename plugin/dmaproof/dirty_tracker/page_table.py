@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,23 @@ class EntryFormat:
     levels: int
 
 
+class TableLayout(NamedTuple):
+    """How `_core` walks a table that lies in memory.
+
+    `root` is the byte of the memory at which the root node begins, `levels` the table's depth (1
+    to 6); for the bits of an entry see `EntryFormat`.
+    """
+
+    root: int
+    levels: int
+    present: int
+    dirty: int
+    address: int
+    kind: int
+    node: int
+    group: int
+
+
 class PageTable:
     """A page table of `form` that maps with pages of `page_sizes` bytes (powers of two).
 
@@ -74,14 +91,15 @@ class PageTable:
         self._page_sizes = tuple(sorted(page_sizes, reverse=True))
         for size in self._page_sizes:
             self._placing(size)
-        self._layout = (
-            form.levels,
-            form.present,
-            form.dirty,
-            form.address,
-            form.kind,
-            form.node,
-            form.group,
+        self._layout = TableLayout(
+            root=0,
+            levels=form.levels,
+            present=form.present,
+            dirty=form.dirty,
+            address=form.address,
+            kind=form.kind,
+            node=form.node,
+            group=form.group,
         )
         self._nodes: NDArray[np.uint64] = np.zeros((1, _ENTRIES), dtype=np.uint64)
         self._used = 1
@@ -102,7 +120,7 @@ class PageTable:
 
         Unmapped pages are left out: hardware would have refused the write.
         """
-        _core.mark_table(self._nodes, 0, *self._layout, iova, iova + length - 1)
+        _core.mark_table(self._nodes, self._layout, iova, iova + length - 1)
 
     def collect(self, bitmap: IovaBitmap, iova: int, length: int, *, clear: bool) -> None:
         """Report the dirty pages of `length` bytes from `iova` on, clipped to them.
@@ -158,7 +176,7 @@ class PageTable:
 
     def _dirty(self, iova: int, length: int, *, clear: bool) -> NDArray[np.uint64]:
         """The dirty (iova, length) runs, shape (runs, 2)."""
-        pairs = _core.read_table(self._nodes, 0, *self._layout, iova, iova + length - 1, clear)
+        pairs = _core.read_table(self._nodes, self._layout, iova, iova + length - 1, clear)
         return np.frombuffer(pairs, dtype=np.uint64).reshape(-1, 2)
 
     def _placing(self, size: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """What the C core costs, each figure beside the best that the machine can do at the same moment.
 
 Absolute times say little on a shared machine, so every figure is a ratio of medians of two things
-that took turns: setting bits against the kernel's algorithm (`_strategies.on_demand`), merging
+that took turns: setting bits against the kernel's algorithm (`strategies.on_demand`), merging
 against memcpy, harvesting against memchr, comparing RAM against memcmp.
 """
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from .. import _core
 from ..iova_bitmap import WINDOW_BYTES, IovaBitmap
 from ..page_compare import Extent, differing_pages
-from . import _strategies
+from . import strategies
 
 PAGE_BYTES: Final = 4096
 REPORTS: Final = 1_000_000
@@ -126,7 +126,7 @@ def _set(data: Bytes, pages: NDArray[np.uint64], shared: bool) -> float:
 
 def _kernel(data: Bytes, pages: NDArray[np.uint64]) -> float:
     data[:] = 0
-    return _strategies.on_demand(data, pages, np.ones_like(pages))[0]
+    return strategies.on_demand(data, pages, np.ones_like(pages))[0]
 
 
 def merging(repeats: int) -> Iterator[Ratio]:

@@ -2,7 +2,7 @@
 
 A dirty bitmap belongs to whoever asks for it, and the pages of a large one cannot all be pinned for
 long. Three ways were argued over, and are measured here as C code of their own
-(``_strategies.c``): a private bitmap that is copied as a whole, windows pinned piece by piece over
+(``strategies.c``): a private bitmap that is copied as a whole, windows pinned piece by piece over
 the whole range, and pinning on demand with the last window kept. Beside them stand ours: a mapped
 bitmap, set atomically, and the same through a file with a window mapped at a time.
 
@@ -25,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..iova_bitmap import IovaBitmap
-from . import _strategies
+from . import strategies
 from .patterns import MOST_REPORTS, PAGE_BYTES, Locality, Pattern
+from .strategies import Sample
 
 Words = NDArray[np.uint64]
 
@@ -85,24 +86,22 @@ def _bitmap(pages: int) -> Iterator[_Bitmap]:
         os.close(fd)
 
 
-Sample = tuple[float, float, int, int]
-"""Seconds, those of them that the bitmap's size alone costs, pages pinned, bytes moved."""
 Strategy = Callable[[_Bitmap, Pattern, Words], Sample]
 """Carries the reports (page numbers)."""
 
 
 def _copied(bitmap: _Bitmap, pattern: Pattern, pages: Words) -> Sample:
-    return _strategies.copied(bitmap.cleared(pattern.guest_pages), pages, np.ones_like(pages))
+    return strategies.copied(bitmap.cleared(pattern.guest_pages), pages, np.ones_like(pages))
 
 
 def _in_pieces(bitmap: _Bitmap, pattern: Pattern, pages: Words) -> Sample:
-    return _strategies.in_pieces(
+    return strategies.in_pieces(
         bitmap.cleared(pattern.guest_pages), np.sort(pages), np.ones_like(pages)
     )
 
 
 def _on_demand(bitmap: _Bitmap, pattern: Pattern, pages: Words) -> Sample:
-    return _strategies.on_demand(bitmap.cleared(pattern.guest_pages), pages, np.ones_like(pages))
+    return strategies.on_demand(bitmap.cleared(pattern.guest_pages), pages, np.ones_like(pages))
 
 
 def _ours(bitmap: _Bitmap, pattern: Pattern, pages: Words, *, windowed: bool) -> Sample:

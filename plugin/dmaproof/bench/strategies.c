@@ -15,12 +15,10 @@
  *             asked for that piece of the range alone (first merged version, Linux 6.1).
  *   on demand the hardware is asked once; a report outside the pinned window moves the window to
  *             it, and the last window stays (Linux 6.11).
+ *
+ * strategies.py compiles this file when a benchmark runs, and calls `carry`.
  */
 #define _POSIX_C_SOURCE 200809L  // clock_gettime
-#define PY_SSIZE_T_CLEAN
-#define Py_LIMITED_API 0x030b0000
-#include <Python.h>
-
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -29,8 +27,9 @@
 
 enum { PAGE_SHIFT = 12, BITMAP_PAGE = 4096, PAGE_BITS = BITMAP_PAGE * 8, WORD_BITS = 64, WINDOW_PAGES = 512 };
 
+// As strategies.py has it, too.
 struct cost {
-    double fixed;  // seconds spent for the bitmap's size alone
+    double seconds, fixed;  // `fixed`: spent for the bitmap's size alone
     uint64_t pins, bytes;
 };
 
@@ -153,82 +152,31 @@ static bool copied(struct window *window, const uint64_t *bits, const uint64_t *
 }
 
 enum strategy { COPIED, IN_PIECES, ON_DEMAND };
+enum outcome { DONE, UNFIT, NO_MEMORY };
 
-static PyObject *carry(PyObject *args, enum strategy strategy) {
-    Py_buffer bitmap, bits, counts;
-    if (!PyArg_ParseTuple(args, "w*y*y*", &bitmap, &bits, &counts))
-        return NULL;
-    struct cost cost = {0};
+// Carry `reports` runs of bits into a bitmap of whole pages, aligned to 8 bytes. UNFIT: a run is
+// empty, not wholly inside, or (in pieces) not behind the one before; nothing was set.
+enum outcome carry(enum strategy strategy, uint8_t *bitmap, uint64_t bitmap_bytes,
+                   const uint64_t *bits, const uint64_t *counts, uint64_t reports,
+                   struct cost *cost) {
+    *cost = (struct cost){0};
     struct window window = {
-        .bitmap = bitmap.buf, .pages = (uint64_t)bitmap.len / BITMAP_PAGE, .cost = &cost};
-    size_t reports = (size_t)bits.len / 8;
-    const uint64_t *first = bits.buf, *length = counts.buf;
+        .bitmap = bitmap, .pages = bitmap_bytes / BITMAP_PAGE, .cost = cost};
     uint64_t room = window.pages * PAGE_BITS;
-    bool fits = bits.len == counts.len && bits.len % 8 == 0 && bitmap.len % BITMAP_PAGE == 0 &&
-                (uintptr_t)bitmap.buf % 8 == 0;
+    for (uint64_t i = 0; i < reports; i++) {
+        if (!counts[i] || bits[i] >= room || counts[i] > room - bits[i])
+            return UNFIT;
+        if (strategy == IN_PIECES && i && bits[i] < bits[i - 1] + counts[i - 1])
+            return UNFIT;
+    }
     bool done = true;
-    Py_BEGIN_ALLOW_THREADS
-    for (size_t i = 0; fits && i < reports; i++)
-        fits = length[i] && first[i] < room && length[i] <= room - first[i] &&
-               (strategy != IN_PIECES || i == 0 || first[i] >= first[i - 1] + length[i - 1]);
-    Py_END_ALLOW_THREADS
-    double seconds = 0;
-    if (fits) {
-        Py_BEGIN_ALLOW_THREADS
-        seconds = -now();
-        if (strategy == COPIED)
-            done = copied(&window, first, length, reports);
-        else if (strategy == IN_PIECES)
-            in_pieces(&window, first, length, reports);
-        else
-            on_demand(&window, first, length, reports);
-        seconds += now();
-        Py_END_ALLOW_THREADS
-    }
-    PyBuffer_Release(&bitmap);
-    PyBuffer_Release(&bits);
-    PyBuffer_Release(&counts);
-    if (!fits) {
-        PyErr_SetString(PyExc_ValueError, "reports inside a bitmap of whole pages are due");
-        return NULL;
-    }
-    if (!done)
-        return PyErr_NoMemory();
-    return Py_BuildValue("ddKK", seconds, cost.fixed, (unsigned long long)cost.pins,
-                         (unsigned long long)cost.bytes);
-}
-
-static PyObject *carry_copied(PyObject *module, PyObject *args) {
-    (void)module;
-    return carry(args, COPIED);
-}
-
-static PyObject *carry_in_pieces(PyObject *module, PyObject *args) {
-    (void)module;
-    return carry(args, IN_PIECES);
-}
-
-static PyObject *carry_on_demand(PyObject *module, PyObject *args) {
-    (void)module;
-    return carry(args, ON_DEMAND);
-}
-
-static PyMethodDef methods[] = {
-    {"copied", carry_copied, METH_VARARGS, "copied(bitmap, bits, counts) -> (s, s, pins, bytes)"},
-    {"in_pieces", carry_in_pieces, METH_VARARGS,
-     "in_pieces(bitmap, bits, counts) -> (s, s, pins, bytes)"},
-    {"on_demand", carry_on_demand, METH_VARARGS,
-     "on_demand(bitmap, bits, counts) -> (s, s, pins, bytes)"},
-    {NULL, NULL, 0, NULL},
-};
-
-static PyModuleDef_Slot slots[] = {{0, NULL}};
-
-static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "_strategies", "The iterator's strategies.", 0, methods, slots,
-    NULL, NULL, NULL,
-};
-
-PyMODINIT_FUNC PyInit__strategies(void) {
-    return PyModuleDef_Init(&definition);
+    double began = now();
+    if (strategy == COPIED)
+        done = copied(&window, bits, counts, reports);
+    else if (strategy == IN_PIECES)
+        in_pieces(&window, bits, counts, reports);
+    else
+        on_demand(&window, bits, counts, reports);
+    cost->seconds = now() - began;
+    return done ? DONE : NO_MEMORY;
 }

@@ -3,7 +3,7 @@
 
 #include <stdlib.h>
 
-enum { RUNS_IN_WORD = 32, BLOCK_WORDS = 16 };
+enum { RUNS_IN_WORD = 32, SCAN_WORDS = 16 };
 
 bool reserve_runs(struct runs *runs, size_t more) {
     if (runs->room - runs->count >= more)
@@ -35,8 +35,8 @@ void add_run(struct runs *runs, uint64_t start, uint64_t length) {
 // How many of `count` words are zero before the first that is not.
 VECTORISED static uint64_t zero_words(const uint64_t *words, uint64_t count) {
     uint64_t index = 0;
-    while (index + BLOCK_WORDS <= count && !any_set(words + index, BLOCK_WORDS))
-        index += BLOCK_WORDS;
+    while (index + SCAN_WORDS <= count && !any_set(words + index, SCAN_WORDS))
+        index += SCAN_WORDS;
     while (index < count && !load(words + index))
         index++;
     return index;

@@ -96,14 +96,11 @@ bool read_parameter(const char *text) {
 // Stamps -----------------------------------------------------------------------------------------
 
 static uint64_t splitmix64(uint64_t value) {
-    value += 0x9E3779B97F4A7C15;
-    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9;
-    value = (value ^ value >> 27) * 0x94D049BB133111EB;
-    return value ^ value >> 31;
+    return splitmix64_mix(value + SPLITMIX64_STEP);
 }
 
 static uint64_t random_below(uint64_t *state, uint64_t bound) {
-    *state += 0x9E3779B97F4A7C15;
+    *state += SPLITMIX64_STEP;
     return (uint64_t)(((unsigned __int128)splitmix64(*state) * bound) >> 64);
 }
 

@@ -37,6 +37,15 @@ enum {
     CHURN_EVERY_US = 5 * 1000,
 };
 
+// SplitMix64 by Steele, Lea and Flood: what each number adds to the state, and what is made of it.
+#define SPLITMIX64_STEP UINT64_C(0x9E3779B97F4A7C15)
+
+static inline uint64_t splitmix64_mix(uint64_t value) {
+    value = (value ^ value >> 30) * UINT64_C(0xBF58476D1CE4E5B9);
+    value = (value ^ value >> 27) * UINT64_C(0x94D049BB133111EB);
+    return value ^ value >> 31;
+}
+
 enum pattern { RANDOM, SEQUENTIAL, HOT_SET };
 
 // The parameters of docs/guests.md, by the names that they have there.

@@ -44,7 +44,7 @@ enum {
 
 static const uint64_t DEVICE_MAGIC = 0x464f5250414d44;
 static const uint64_t SCATTER = 2654435761;
-static const uint64_t GOLDEN = 0x9E3779B97F4A7C15, GOLDEN_INVERSE = 0xF1DE83E19937733D;
+static const uint64_t STEP_INVERSE = 0xF1DE83E19937733D;  // SPLITMIX64_STEP's, modulo 2^64
 
 static struct window {
     const char *name;
@@ -60,27 +60,27 @@ static bool quiet, once_under_way;
 
 // Content ----------------------------------------------------------------------------------------
 
-static uint64_t mix(uint64_t value) {
-    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9;
-    value = (value ^ value >> 27) * 0x94D049BB133111EB;
-    return value ^ value >> 31;
-}
-
+// What undoes splitmix64_mix.
 static uint64_t unmix(uint64_t value) {
     value = (value ^ value >> 31 ^ value >> 62) * 0x319642B2D24D8EC3;
     value = (value ^ value >> 27 ^ value >> 54) * 0x96DE1B173F119089;
     return value ^ value >> 30 ^ value >> 60;
 }
 
+// What write `number` puts at `at` (control.h).
+static uint64_t written_word(uint64_t number, const volatile uint64_t *at) {
+    return splitmix64_mix(number * SPLITMIX64_STEP ^ (uint64_t)at / 8);
+}
+
 // The number of the write that left a page's first word, if the engine did.
 static uint64_t writer_of(const volatile uint64_t *words) {
-    return (unmix(words[0]) ^ (uint64_t)words / 8) * GOLDEN_INVERSE;
+    return (unmix(words[0]) ^ (uint64_t)words / 8) * STEP_INVERSE;
 }
 
 // The first word that write `number` has not left as it does, or PAGE_WORDS.
 static unsigned first_foreign(const volatile uint64_t *words, uint64_t number) {
     unsigned index = 0;
-    while (index < PAGE_WORDS && words[index] == mix(number * GOLDEN ^ (uint64_t)&words[index] / 8))
+    while (index < PAGE_WORDS && words[index] == written_word(number, &words[index]))
         index++;
     return index;
 }
@@ -153,8 +153,8 @@ static void find_engine(void) {
 // Look at some hot page: it must never be older than it was. One that does not stand still is
 // passed over; `sweep` looks at all of them while they do.
 static void check_hot(void) {
-    random_state += GOLDEN;
-    uint64_t page = mix(random_state) % hot.pages;
+    random_state += SPLITMIX64_STEP;
+    uint64_t page = splitmix64_mix(random_state) % hot.pages;
     const volatile uint64_t *words = hot.words[page];
     for (unsigned tries = 0; tries < TORN_TRIES; tries++) {
         uint64_t number = writer_of(words);
@@ -222,7 +222,7 @@ static void finish_once(void) {
 static void fill_churn(void) {
     for (uint64_t page = 0; page < churned.pages; page++)
         for (unsigned word = 1; word < PAGE_WORDS; word++)
-            churned.words[page][word] = mix(page * PAGE_WORDS + word);
+            churned.words[page][word] = splitmix64_mix(page * PAGE_WORDS + word);
 }
 
 void churn(void) {

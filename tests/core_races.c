@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * Threads that set, take and read the bits of one bitmap at the same time, for the thread
+ * sanitizer, which reports each word that one of them touches without an atomic operation. The
+ * bitmap has ragged ends. Exit code 0: no race was found, and no bit was lost.
+ */
+#include "../plugin/dmaproof/core/merge.h"
+#include "../plugin/dmaproof/core/ranges.h"
+#include "../plugin/dmaproof/core/runs.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+enum { WRITERS = 3, ROUNDS = 30, BYTES = 2003, BITS = BYTES * 8, PAGES = 256 };
+
+static _Alignas(8) uint8_t memory[BYTES + 16];
+static atomic_uint running = WRITERS;
+
+static struct bitmap shared_bitmap(void) {
+    return bitmap_of(memory + 3, BYTES);
+}
+
+// Each writer has every third bit, and sets it in each of the ways that there are.
+static void *set_all(void *number) {
+    uint64_t mine = (uint64_t)(uintptr_t)number;
+    struct bitmap map = shared_bitmap(), whole = bitmap_of(memory + 8, BYTES / 8 * 8 - 8);
+    static const uint64_t steps[] = {WRITERS, WRITERS * 30, WRITERS * 347};  // in ranges.c's terms
+    uint64_t iovas[PAGES];
+    uint8_t own[BYTES] = {0};
+    struct bitmap from = bitmap_of(own, BYTES);
+    for (uint64_t bit = mine; bit < BITS; bit += WRITERS)
+        set_run(&from, bit, 1, false);
+    for (unsigned round = 0; round < ROUNDS; round++) {
+        for (uint64_t bit = mine; bit < BITS; bit += WRITERS)
+            set_run(&map, bit, 1, true);
+        for (unsigned i = 0; i < sizeof steps / sizeof *steps; i++) {
+            for (uint64_t page = 0; page < PAGES; page++)
+                iovas[page] = (mine + page * steps[i]) % (BITS / WRITERS * WRITERS);
+            struct ranges ranges = {iovas, NULL, 1, PAGES, 0, BITS - 1, 0};
+            set_each_range(&map, &ranges, survey_ranges(&ranges), true);
+            // The same in whole words, for which there are loops of their own.
+            for (uint64_t page = 0; page < PAGES; page++)
+                iovas[page] %= whole.whole * 64;
+            ranges.last = whole.whole * 64 - 1;
+            set_each_range(&whole, &ranges, survey_ranges(&ranges), true);
+        }
+        merge(&map, 0, &from, 0, BITS, true);
+        merge(&map, 3, &from, 0, BITS - 3, true);
+    }
+    atomic_fetch_sub(&running, 1);
+    return NULL;
+}
+
+static uint64_t take(struct runs *runs, const struct bitmap *map, const struct bitmap *found) {
+    runs->count = 0;
+    find_runs(runs, map, 0, BITS, true);
+    for (size_t i = 0; i < runs->count; i++)
+        set_run(found, runs->pairs[2 * i], runs->pairs[2 * i + 1], false);
+    return runs->count;
+}
+
+// Reads what the others are writing, in each of the ways that there are.
+static uint64_t read_all(const struct bitmap *map) {
+    uint8_t own[BYTES + 8] = {0};
+    uint64_t added = 0;
+    struct bitmap into = bitmap_of(own, BYTES);
+    struct page_bitmap fine = {*map, 0, 12}, coarse = {into, 0, 14};
+    added += merge(&into, 0, map, 0, BITS, false) + merge(&into, 5, map, 0, BITS - 5, true);
+    merge_pages(&coarse, &fine, 0, ((uint64_t)BITS << 12) - 1, false, &added);
+    return added + count_set(map, 0, BITS) + count_set(map, 1, BITS - 9);
+}
+
+int main(void) {
+    pthread_t writers[WRITERS];
+    uint8_t own[BYTES] = {0};
+    struct bitmap map = shared_bitmap(), found = bitmap_of(own, BYTES);
+    struct runs runs = {0};
+    uint64_t seen = 0;
+    for (uintptr_t i = 0; i < WRITERS; i++) {
+        if (pthread_create(writers + i, NULL, set_all, (void *)i))
+            return 2;
+    }
+    while (atomic_load(&running))
+        seen += read_all(&map) + take(&runs, &map, &found);
+    for (unsigned i = 0; i < WRITERS; i++)
+        pthread_join(writers[i], NULL);
+    take(&runs, &map, &found);
+    free(runs.pairs);
+    uint64_t lost = BITS - count_set(&found, 0, BITS);
+    fprintf(stderr, "%llu bits lost, %llu seen\n", (unsigned long long)lost,
+            (unsigned long long)seen);
+    return lost ? 1 : 0;
+}

@@ -1,0 +1,749 @@
+"""The C core at its edges: the last bit, the next word, the first entry of the next node, and the
+bytes behind memory's end."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import mmap
+import os
+import random
+import resource
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from dmaproof import _core
+from dmaproof.dirty_tracker.page_table import TableLayout
+
+PAGE = 4096
+HUGE = 512 * PAGE
+"""What one node of level 1 maps."""
+TOP = (1 << 64) - 1
+
+Bytes = bytearray | memoryview
+
+
+def words(numbers: Sequence[int]) -> NDArray[np.uint64]:
+    return np.array(numbers, dtype=np.uint64)
+
+
+def as_number(data: Bytes | bytes) -> int:
+    """A bitmap as one number, whose bit n is bit n."""
+    return int.from_bytes(data, "little")
+
+
+def ones(first: int, count: int) -> int:
+    return ((1 << count) - 1) << first
+
+
+def pairs(data: bytes) -> list[tuple[int, int]]:
+    return [(start, length) for start, length in np.frombuffer(data, "<u8").reshape(-1, 2).tolist()]
+
+
+def runs_of(bits: int) -> list[tuple[int, int]]:
+    found, at = [], 0
+    while bits >> at:
+        at += ((bits >> at) & -(bits >> at)).bit_length() - 1
+        length = (~(bits >> at) & (bits >> at) + 1).bit_length() - 1
+        found.append((at, length))
+        at += length
+    return found
+
+
+# Memory that ends where a page begins that nobody may touch ---------------------------------------
+
+
+def guarded(pages: int) -> memoryview:
+    """Zeroed pages between two that cannot be read or written; unmapped with their last view."""
+    memory = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    for guard in (start, start + (pages + 1) * mmap.PAGESIZE):
+        failed = libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(mmap.PAGESIZE), 0)
+        assert not failed, os.strerror(ctypes.get_errno())
+    return memoryview(memory)[mmap.PAGESIZE : -mmap.PAGESIZE]
+
+
+def exit_of(work: Callable[[], None]) -> int:
+    """The exit code of a child process that does `work`: 0, or minus the signal that killed it."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            faulthandler.disable()
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_memory_behind_a_guard_cannot_be_touched() -> None:
+    """The tests below can fail."""
+
+    def touch() -> None:
+        memory = guarded(1)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        ctypes.string_at(address + len(memory), 1)
+
+    assert exit_of(touch) < 0
+
+
+def at_both_guards(memory: memoryview, size: int) -> list[memoryview]:
+    """`size` bytes just behind the guard before, and just before the guard behind."""
+    return [memory[:size], memory[len(memory) - size :]]
+
+
+def call_with_bitmaps(size: int) -> None:
+    """Call all that works on bitmaps, for `size` bytes between guards."""
+    bits = 8 * size
+    rng = random.Random(size)
+    first, second = guarded(1), guarded(1)
+    for into in at_both_guards(first, size):
+        for source in at_both_guards(second, size):
+            for shift in (0, 1, 8, 63):
+                if shift >= bits:
+                    continue
+                count = bits - shift
+                source[:] = rng.randbytes(size)
+                into[:] = bytes(size)
+                wanted = as_number(source) >> shift
+                assert _core.or_bits(into, 0, source, shift, count, True) == wanted.bit_count()
+                assert as_number(into) == wanted
+                assert _core.or_bits(into, shift, source, 0, count, False) >= 0
+            assert _core.or_pages(into, 0, 12, source, 0, 12, 0, bits * PAGE - 1) >= 0
+        into[:] = b"\xff" * size
+        assert _core.count_bits(into, 0, bits) == bits
+        assert pairs(_core.find_set(into, 0, bits)) == [(0, bits)]
+        assert pairs(_core.take_set(into, 0, bits)) == [(0, bits)]
+        assert _core.count_bits(into, 0, bits) == 0
+        assert pairs(_core.find_set(into, 0, bits)) == []
+        assert _core.set_bits(into, 0, bits, True) == bits
+        assert _core.set_bits(into, 0, bits, False) == 0
+
+
+def call_with_ranges(count: int) -> None:
+    """Set `count` ranges, whose lists end at a guard, in a bitmap that ends at one, too."""
+    bitmap, starts, sizes = guarded(1), guarded(1), guarded(1)
+    iovas = np.frombuffer(starts[PAGE - 8 * count :], dtype=np.uint64)
+    lengths = np.frombuffer(sizes[PAGE - 8 * count :], dtype=np.uint64)
+    for size in (8, 16, 64, 640):
+        data = bitmap[PAGE - size :]
+        last = 8 * size - 1
+        for step in (0, 1, 7, 64, 601):
+            for of_each in (1, 2, lengths):
+                lengths[:] = 1
+                room = last - (of_each == 2 if isinstance(of_each, int) else 0)
+                iovas[:] = [room - i * step % (room + 1) for i in range(count)]
+                for shared in (True, False):
+                    data[:] = bytes(size)
+                    added = _core.set_ranges(data, 0, last, 0, iovas, of_each, shared)
+                    assert added == as_number(data).bit_count() > 0
+
+
+def call_with_tables(nodes: int) -> None:
+    """Walk tables that end at a guard, the last node being the root."""
+    memory = guarded(nodes)
+    entries = np.frombuffer(memory, dtype=np.uint64).reshape(nodes, 512)
+    entries[:-1] = 1
+    for node in range(nodes - 1):
+        entries[-1, node] = node * PAGE | 0x201
+    layout = amd(levels=2, root=(nodes - 1) * PAGE)
+    _core.mark_table(memory, layout, 0, 512 * HUGE - 1)
+    found = pairs(_core.read_table(memory, layout, 0, 512 * HUGE - 1, True))
+    assert found == ([(0, (nodes - 1) * HUGE)] if nodes > 1 else [])
+
+
+def call_with_pages(page_bytes: int) -> None:
+    """Compare pages that end at a guard."""
+    ours, theirs, bits = guarded(1), guarded(1), guarded(1)
+    pages = PAGE // page_bytes
+    ours, theirs = ours[PAGE - pages * page_bytes :], theirs[PAGE - pages * page_bytes :]
+    differing = bits[PAGE - -(-pages // 8) :]
+    ours[-1] = 1
+    for other in (theirs, None):
+        differing[:] = bytes(len(differing))
+        assert _core.differing_pages(ours, other, page_bytes, differing) == 1
+        assert as_number(differing) == 1 << pages - 1
+
+
+@pytest.mark.parametrize(
+    ("call", "sizes"),
+    [
+        (call_with_bitmaps, [*range(1, 34), *range(56, 90), 127, 128, 129, 200]),
+        (call_with_ranges, [1, 7, 8, 9, 31, 32, 33, 34, 64, 65]),
+        (call_with_tables, [1, 2, 3]),
+        (call_with_pages, [1, 7, 8, 64, 255, 256, 257, 512, 1000, 4096]),
+    ],
+)
+def test_nothing_before_or_behind_the_memory_is_touched(
+    call: Callable[[int], None], sizes: list[int]
+) -> None:
+    def work() -> None:
+        for size in sizes:
+            call(size)
+
+    assert exit_of(work) == 0
+
+
+@pytest.mark.parametrize("around", [0x00, 0xFF])
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_neighbours_of_a_ragged_bitmap_keep_their_bits(around: int, shared: bool) -> None:
+    """Bytes in the same words belong to others, who may be writing them."""
+    for start in range(8):
+        for size in (1, 5, 8, 13, 24, 77):
+            memory = bytearray([around]) * 96
+            data = memoryview(memory)[start : start + size]
+            source = bytes([0xFF]) * 96
+
+            def expect(inside: int) -> None:
+                expected = bytearray([around]) * 96
+                expected[start : start + size] = bytes([inside]) * size  # noqa: B023
+                assert memory == expected  # noqa: B023
+
+            _core.take_set(data, 0, 8 * size)
+            expect(0)
+            assert _core.set_bits(data, 0, 8 * size, shared) == 8 * size
+            expect(0xFF)
+            data[:] = bytes(size)
+            pages = np.arange(8 * size, dtype=np.uint64)
+            assert _core.set_ranges(data, 0, 8 * size - 1, 0, pages, 1, shared) == 8 * size
+            expect(0xFF)
+            for bit in (0, 3):
+                data[:] = bytes(size)
+                assert _core.or_bits(data, 0, source, bit, 8 * size, shared) == 8 * size
+                expect(0xFF)
+
+
+# Runs of bits -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize("filled", [False, True])
+def test_one_bit_that_differs_is_found_wherever_it_is(start: int, filled: bool) -> None:
+    size = 8 * 45
+    for bit in range(0, 8 * size, 13):
+        data = bytearray([0xFF if filled else 0]) * (size + start)
+        view = memoryview(data)[start:]
+        view[bit // 8] ^= 1 << bit % 8
+        expected = as_number(view)
+        assert pairs(_core.find_set(view, 0, 8 * size)) == runs_of(expected)
+        assert _core.count_bits(view, 0, 8 * size) == expected.bit_count()
+        assert pairs(_core.take_set(view, 0, 8 * size)) == runs_of(expected)
+        assert not any(view)
+
+
+def test_more_runs_than_there_is_room_for_at_first() -> None:
+    for size in (30, 64, 100, 512, 4000):
+        data = bytearray(b"\x55") * size
+        assert pairs(_core.find_set(data, 0, 8 * size)) == [(2 * i, 1) for i in range(4 * size)]
+
+
+def test_runs_count_from_the_first_bit_asked_for() -> None:
+    data = bytearray(16)
+    _core.set_bits(data, 60, 10)
+    assert pairs(_core.find_set(data, 62, 66)) == [(0, 8)]
+    assert pairs(_core.take_set(data, 61, 4)) == [(0, 4)]
+    assert runs_of(as_number(data)) == [(60, 1), (65, 5)]
+    assert pairs(_core.find_set(data, 0, 0)) == []
+
+
+# OR of bitmaps ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_or_of_every_length_and_alignment(shared: bool) -> None:
+    rng = random.Random(1)
+    for count in (0, 1, 63, 64, 65, 127, 128, 511, 512, 513, 576, 640, 1023, 1100):
+        for into_bit in (0, 1, 8, 63, 64):
+            for source_bit in (0, 1, 5, 7, 8, 60, 63, 64, 65):
+                source = rng.randbytes(-(-(source_bit + count) // 8))
+                into = bytearray(rng.randbytes(-(-(into_bit + count) // 8)))
+                before = as_number(into)
+                wanted = before | (as_number(source) >> source_bit & ones(0, count)) << into_bit
+                added = _core.or_bits(into, into_bit, source, source_bit, count, shared)
+                assert as_number(into) == wanted
+                assert added == (wanted & ~before).bit_count()
+
+
+def test_runs_that_lie_across_two_pieces_of_a_large_bitmap() -> None:
+    """or_pages looks for runs in 2^20 bits at a time."""
+    piece = 1 << 20
+    source = bytearray(2 * piece // 8 + 8)
+    expected = 0
+    for first, count in ((5, 1), (piece - 3, 6), (2 * piece - 1, 1), (2 * piece + 63, 1)):
+        _core.set_bits(source, first, count)
+        expected |= ones(first >> 2, (first + count - 1 >> 2) - (first >> 2) + 1)
+    into = bytearray(len(source) // 4)
+    bits = 8 * len(source)
+    added = _core.or_pages(into, 0, 14, source, 0, 12, 0, (bits << 12) - 1)
+    assert as_number(into) == expected
+    assert added == expected.bit_count()
+    into = bytearray(len(source) // 4)
+    # Up to the last page of the first piece, and from the first page of the second one on.
+    assert _core.or_pages(into, 0, 14, source, 0, 12, 0, (piece << 12) - 1) == 2
+    assert _core.or_pages(into, 0, 14, source, 0, 12, piece << 12, (bits << 12) - 1) == 3
+
+
+def test_or_between_page_sizes_keeps_to_the_bytes_asked_for() -> None:
+    source = bytearray(b"\x06")  # pages 9 and 10 of 8 KiB
+    for iova, last, wanted in [
+        (8 * 8192, 9 * 8192 - 1, 0),
+        (8 * 8192, 9 * 8192, 1 << 2),
+        (9 * 8192 + PAGE - 1, 10 * 8192 - 1, 3 << 2),
+        (9 * 8192 + PAGE, 10 * 8192 - 1, 1 << 3),
+        (9 * 8192, 11 * 8192 - 1, 15 << 2),
+        (11 * 8192 - 1, 12 * 8192, 1 << 5),
+        (11 * 8192, 12 * 8192, 0),
+    ]:
+        into = bytearray(2)
+        assert _core.or_pages(into, 16, 12, source, 8, 13, iova, last) == wanted.bit_count()
+        assert as_number(into) == wanted
+
+
+def test_or_up_to_the_end_of_the_address_space() -> None:
+    into, source = bytearray(1), bytearray(b"\x80")
+    assert _core.or_pages(into, (1 << 52) - 8, 12, source, (1 << 51) - 8, 13, TOP - 9999, TOP) == 2
+    assert into == b"\xc0"
+    for shifts in ((63, 12), (12, 63)):
+        page = [(1 << 64 - shift) - 1 for shift in shifts]
+        into, source = bytearray(1), bytearray(b"\x01")
+        arguments = (into, page[0], shifts[0], source, page[1], shifts[1], TOP, TOP)
+        assert _core.or_pages(*arguments) == 1
+        assert into == b"\x01"
+
+
+# Ranges -------------------------------------------------------------------------------------------
+
+
+def check_ranges(
+    data: Bytes,
+    first: int,
+    last: int,
+    shift: int,
+    iovas: Sequence[int],
+    lengths: Sequence[int] | int,
+) -> None:
+    """Set ranges in `data`, with and without atomics, and compare with plain numbers."""
+    before = bytes(data)
+    expected = as_number(before)
+    for iova, length in zip(
+        iovas, [lengths] * len(iovas) if isinstance(lengths, int) else lengths, strict=True
+    ):
+        low = (iova >> shift) - (first >> shift)
+        expected |= ones(low, (iova + length - 1 >> shift) - (first >> shift) - low + 1)
+    of_each = lengths if isinstance(lengths, int) else words(lengths)
+    for shared in (True, False):
+        data[:] = before
+        added = _core.set_ranges(data, first, last, shift, words(iovas), of_each, shared)
+        assert as_number(data) == expected
+        assert added == (expected & ~as_number(before)).bit_count()
+
+
+@pytest.mark.parametrize("first_page", [0, 1, 77])
+@pytest.mark.parametrize("apart", [1, 62, 63, 64, 65, 127, 128])
+def test_neighbours_of_one_word_and_of_the_next(apart: int, first_page: int) -> None:
+    """Reports that crowd in a word are written together; 64 pages apart is another word."""
+    crowd = [5, 5, 4, 3, 60, 59, 61, 5]
+    for place in (0, 1, 7):
+        for base in (0, 1, 63, 64):
+            for rest in range(4):
+                pages = crowd * 12
+                pages[40 : 40 + 8] = [base] * 8
+                pages[40 + place] = base + apart
+                pages += crowd[:rest]
+                check_ranges(
+                    bytearray(80),
+                    first_page * PAGE,
+                    (first_page + 640) * PAGE - 1,
+                    12,
+                    [(first_page + page) * PAGE + 17 for page in pages],
+                    1,
+                )
+
+
+def test_any_number_of_pages_in_any_order() -> None:
+    rng = random.Random(2)
+    for count in (0, 1, 7, 8, 9, 15, 16, 31, 32, 33, 40, 100):
+        for spread in (1, 8, 64, 512, 4096, 8 * 4096):
+            start = rng.randrange(8 * 4096 - spread + 1)
+            iovas = [(3 + start + rng.randrange(spread)) << 12 for _ in range(count)]
+            data = bytearray(rng.randbytes(4096))
+            check_ranges(data, 3 << 12, ((3 + 8 * 4096) << 12) - 1, 12, iovas, PAGE)
+
+
+@pytest.mark.parametrize("start", [0, 1, 7])
+@pytest.mark.parametrize("size", [8, 13, 16, 64])
+def test_pages_of_a_ragged_bitmap(start: int, size: int) -> None:
+    memory = bytearray(80)
+    data = memoryview(memory)[start : start + size]
+    bits = 8 * size
+    check_ranges(data, 0, bits * PAGE - 1, 12, [page * PAGE for page in range(bits)], 1)
+    assert not any(memory[:start])
+    assert not any(memory[start + size :])
+
+
+def test_a_range_that_ends_with_its_page_touches_no_other() -> None:
+    for iova, lengths in [
+        (PAGE, [PAGE, PAGE + 1, 1]),
+        (PAGE + 1, [PAGE - 1, PAGE, 2 * PAGE - 1, 2 * PAGE]),
+        (2 * PAGE - 1, [1, 2, PAGE + 1, PAGE + 2, 200 * PAGE]),
+    ]:
+        for length in lengths:
+            check_ranges(bytearray(40), 0, 320 * PAGE - 1, 12, [iova], length)
+            check_ranges(bytearray(40), 0, 320 * PAGE - 1, 12, [iova, iova], [length, 1])
+
+
+@pytest.mark.parametrize("first", [0, 3 * PAGE, 3 * PAGE + 5])
+def test_ranges_may_begin_and_end_with_the_bitmaps_and_no_byte_sooner_or_later(first: int) -> None:
+    last = first + 64 * PAGE - 9
+    data = bytearray(9)
+    check_ranges(data, first, last, 12, [first, last], 1)
+    check_ranges(data, first, last, 12, [first], last - first + 1)
+    check_ranges(data, first, last, 12, [first + 1], [last - first])
+    for iova, length in [
+        (first - 1, 1), (first - 1, 2), (last + 1, 1), (last, 2), (first, last - first + 2),
+        (first, 0), (last, 0), (last + 1, 0), (last, TOP), (first, TOP), (first + 1, TOP),
+    ]:  # fmt: skip
+        if iova < 0:
+            continue
+        for place in (0, 1, 2):
+            iovas, lengths = [first] * 3, [1] * 3
+            iovas[place], lengths[place] = iova, length
+            untouched = bytearray(9)
+            with pytest.raises(ValueError, match="a range is empty or not wholly inside"):
+                _core.set_ranges(untouched, first, last, 12, words(iovas), words(lengths), True)
+            if length != 1:
+                with pytest.raises(ValueError, match="a range is empty or not wholly inside"):
+                    _core.set_ranges(untouched, first, last, 12, words([iova]), length, True)
+            assert not any(untouched)
+
+
+def test_ranges_of_the_whole_address_space() -> None:
+    check_ranges(bytearray(8), 0, TOP, 58, [0, TOP, 5 << 58], [1, 1, 1])
+    check_ranges(bytearray(8), 0, TOP, 58, [1], TOP)
+    check_ranges(bytearray(1), 0, TOP, 63, [1 << 63, TOP] * 20, 1)
+    data = bytearray(8)
+    with pytest.raises(ValueError, match="empty"):  # or all of it, which no number says
+        _core.set_ranges(data, 0, TOP, 58, words([0]), 0, True)
+    assert not any(data)
+
+
+# Page tables --------------------------------------------------------------------------------------
+
+Table = NDArray[np.uint64]
+PRESENT, DIRTY, NODE, GROUP = 1, 1 << 6, 1 << 9, 7 << 9
+
+
+def amd(levels: int, *, root: int = 0, group: int = GROUP) -> TableLayout:
+    """The AMD IOMMU's layout; its groups can be left out."""
+    return TableLayout(
+        root, levels, PRESENT, DIRTY, (1 << 52) - PAGE, kind=GROUP, node=NODE, group=group
+    )
+
+
+def two_nodes() -> Table:
+    """A root of level 2 whose first two entries lead to nodes full of clean pages."""
+    table = np.zeros((3, 512), dtype=np.uint64)
+    table[0, :2] = [PAGE | NODE | PRESENT, 2 * PAGE | NODE | PRESENT]
+    table[1:] = PRESENT
+    return table
+
+
+def dirty_pages(table: Table) -> list[int]:
+    return np.flatnonzero(table[1:].ravel() & np.uint64(DIRTY)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("iova", "last", "marked"),
+    [
+        (0, 0, [0]),
+        (PAGE - 1, PAGE, [0, 1]),
+        (PAGE, 2 * PAGE - 1, [1]),
+        (HUGE - 1, HUGE - 1, [511]),
+        (HUGE, HUGE, [512]),
+        (HUGE - 1, HUGE, [511, 512]),
+        (HUGE - PAGE, HUGE + PAGE - 1, [511, 512]),
+        (2 * HUGE - 1, TOP, [1023]),
+        (2 * HUGE, TOP, []),
+        (0, TOP, list(range(1024))),
+    ],
+)
+def test_a_write_marks_each_page_it_touches_and_no_other(
+    iova: int, last: int, marked: list[int]
+) -> None:
+    table = two_nodes()
+    _core.mark_table(table, amd(2), iova, last)
+    assert dirty_pages(table) == marked
+    _core.mark_table(table, amd(2), iova, last)
+    assert dirty_pages(table) == marked
+    table[1:] &= np.uint64(~DIRTY & TOP)
+    assert (table == two_nodes()).all()
+
+
+@pytest.mark.parametrize(
+    ("iova", "last", "found", "left"),
+    [
+        (0, TOP, [(0, PAGE), (HUGE - PAGE, 2 * PAGE)], []),
+        (HUGE - PAGE, HUGE - 1, [(HUGE - PAGE, PAGE)], [0, 512]),
+        (HUGE, HUGE + PAGE - 1, [(HUGE, PAGE)], [0, 511]),
+        (HUGE - PAGE + 1, HUGE, [(HUGE - PAGE + 1, PAGE)], [0, 511, 512]),
+        (HUGE - PAGE, HUGE + PAGE - 2, [(HUGE - PAGE, 2 * PAGE - 1)], [0, 512]),
+        (PAGE - 1, PAGE - 1, [(PAGE - 1, 1)], [0, 511, 512]),
+        (PAGE, HUGE - PAGE - 1, [], [0, 511, 512]),
+    ],
+)
+def test_dirty_pages_are_clipped_and_cleared_where_all_of_them_was_asked_for(
+    iova: int, last: int, found: list[tuple[int, int]], left: list[int]
+) -> None:
+    table = two_nodes()
+    table[1, [0, 511]] |= DIRTY
+    table[2, 0] |= DIRTY
+    assert pairs(_core.read_table(table, amd(2), iova, last, False)) == found
+    assert dirty_pages(table) == [0, 511, 512]
+    assert pairs(_core.read_table(table, amd(2), iova, last, True)) == found
+    assert dirty_pages(table) == left
+
+
+def test_entries_that_are_not_present_are_no_pages() -> None:
+    table = two_nodes()
+    table[1, 1] = DIRTY
+    table[1, 2] = 0
+    assert pairs(_core.read_table(table, amd(2), 0, TOP, True)) == []
+    assert table[1, 1] == DIRTY
+    _core.mark_table(table, amd(2), 2 * PAGE, 2 * PAGE)
+    assert table[1, 2] == 0
+
+
+def test_only_a_pointer_of_the_next_level_leads_to_a_node() -> None:
+    """An entry of another kind maps memory, as large as its level's."""
+    table = np.zeros((2, 512), dtype=np.uint64)
+    for level, size in ((2, HUGE), (3, 512 * HUGE)):
+        for kind in range(7):
+            table[0, 1] = PAGE | kind * NODE | PRESENT | DIRTY
+            found = pairs(_core.read_table(table, amd(level), 0, TOP, False))
+            assert found == ([] if kind == level - 1 else [(size, size)])
+    table[0, 1] = PAGE | NODE | PRESENT  # at level 1 there is nothing below
+    _core.mark_table(table, amd(1), PAGE, PAGE)
+    assert table[0, 1] == PAGE | NODE | PRESENT | DIRTY
+
+
+@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize("size_log", range(9))
+def test_pages_larger_than_their_entries(level: int, size_log: int) -> None:
+    """2^n entries of a group are one page, whichever of them the hardware marked."""
+    own = PAGE if level == 1 else HUGE
+    size, count = own << size_log, 1 << size_log
+    for head in (0, count, 512 - count):
+        for marked in {head, head + count // 2, head + count - 1}:
+            table = np.zeros((1, 512), dtype=np.uint64)
+            table[0] = PRESENT
+            table[0, head : head + count] = size // 2 - PAGE | GROUP | PRESENT if size > PAGE else 1
+            table[0, marked] |= DIRTY
+            if head + count < 512:
+                table[0, head + count] |= DIRTY
+            before = table.copy()
+            both = [(head * own, size + (own if head + count < 512 else 0))]
+            assert pairs(_core.read_table(table, amd(level), 0, TOP, False)) == both
+            assert (table == before).all()
+            inside = head * own + size - 1
+            read = _core.read_table(table, amd(level), inside, inside, True)
+            assert pairs(read) == [(inside, 1)]
+            assert (table == before).all() == (size > 1)
+            read = _core.read_table(table, amd(level), head * own, inside, True)
+            assert pairs(read) == [(head * own, size)]
+            assert not (table[0, head : head + count] & np.uint64(DIRTY)).any()
+            if head + count < 512:
+                assert table[0, head + count] == before[0, head + count]
+
+
+def test_a_size_that_no_group_of_the_level_has_is_one_entry() -> None:
+    table = np.zeros((1, 512), dtype=np.uint64)
+    for level, own in ((1, PAGE), (2, HUGE), (3, 512 * HUGE)):
+        for size in (own, own << 9):
+            if size == PAGE:
+                continue
+            table[0, 16:] = size // 2 - PAGE | GROUP | PRESENT
+            table[0, 17] |= DIRTY
+            found = pairs(_core.read_table(table, amd(level), 0, TOP, False))
+            assert found == [(17 * own, own)]
+    layout = amd(1, group=0)
+    table[0, 16:] = GROUP | PRESENT | 7 * PAGE
+    table[0, 17] |= DIRTY
+    assert pairs(_core.read_table(table, layout, 0, TOP, False)) == [(17 * PAGE, PAGE)]
+
+
+def test_a_pointer_out_of_the_memory_is_refused_and_ends_the_walk() -> None:
+    for pages, node in [(1, 1), (2, 2), (2, 1 << 30)]:
+        table = np.zeros((pages, 512), dtype=np.uint64)
+        table[0, :3] = [PRESENT, node * PAGE | NODE | PRESENT, PRESENT]
+        before = table.copy()
+        before[0, 0] |= DIRTY
+        with pytest.raises(ValueError, match="outside the tables' memory"):
+            _core.mark_table(table, amd(2), 0, TOP)
+        assert (table == before).all()
+        with pytest.raises(ValueError, match="outside the tables' memory"):
+            _core.read_table(table, amd(2), 0, TOP, True)
+    table = np.zeros((2, 512), dtype=np.uint64)
+    for root in (8, 2048, PAGE + 8, 2 * PAGE, 3 * PAGE, TOP - PAGE + 1):
+        with pytest.raises(ValueError, match="outside the tables' memory"):
+            _core.mark_table(table, amd(1, root=root), 0, TOP)
+    for size in (8, PAGE - 8, 2 * PAGE - 8):
+        root = size // PAGE * PAGE
+        with pytest.raises(ValueError, match="outside the tables' memory"):
+            _core.mark_table(bytearray(size), amd(1, root=root), 0, TOP)
+    table[1, 0] = PRESENT
+    _core.mark_table(table, amd(1, root=PAGE), 0, 0)
+    assert table[1, 0] == PRESENT | DIRTY
+
+
+@pytest.mark.parametrize("levels", range(1, 7))
+def test_tables_of_one_to_six_levels(levels: int) -> None:
+    """Down the entry with the greatest index, to the last page below the top of 64 bits."""
+    table = np.zeros((levels, 512), dtype=np.uint64)
+    iova = TOP if levels == 6 else (1 << 12 + 9 * levels) - 1
+    for level in range(levels, 0, -1):
+        index = iova >> 12 + 9 * (level - 1) & 511
+        node = (levels - level + 1) * PAGE | (level - 1) * NODE
+        table[levels - level, index] = PRESENT | (node if level > 1 else 0)
+    _core.mark_table(table, amd(levels), iova, iova)
+    read = _core.read_table(table, amd(levels), 0, TOP, True)
+    assert pairs(read) == [(iova - PAGE + 1, PAGE)]
+    assert pairs(_core.read_table(table, amd(levels), 0, TOP, True)) == []
+
+
+def test_more_dirty_pages_than_there_is_room_for_at_first() -> None:
+    table = two_nodes()
+    table[1:, ::2] |= DIRTY
+    wanted = [(2 * i * PAGE, PAGE) for i in range(512)]
+    assert pairs(_core.read_table(table, amd(2), 0, TOP, True)) == wanted
+    assert dirty_pages(table) == []
+
+
+@pytest.mark.parametrize(
+    ("memory", "levels", "iova", "last"),
+    [
+        (bytearray(PAGE), 0, 0, 1),
+        (bytearray(PAGE), 7, 0, 1),
+        (bytearray(PAGE), 1, 2, 1),
+        (memoryview(bytearray(PAGE + 8))[4:-4], 1, 0, 1),
+    ],
+)
+def test_walks_that_cannot_be(memory: Any, levels: int, iova: int, last: int) -> None:
+    with pytest.raises(ValueError, match="1 to 6 levels, aligned memory"):
+        _core.mark_table(memory, amd(levels), iova, last)
+    with pytest.raises(ValueError, match="1 to 6 levels, aligned memory"):
+        _core.read_table(memory, amd(levels), iova, last, True)
+
+
+# Pages that differ --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 8, 255, 256, 257, 300, 511, 512, 513])
+def test_any_byte_that_differs_makes_its_page_differ(size: int) -> None:
+    for at in range(size):
+        page = bytearray(3 * size)
+        page[size + at] = 0x40
+        for other in (None, bytes(3 * size)):
+            differing = bytearray(1)
+            assert _core.differing_pages(page, other, size, differing) == 1
+            assert differing == b"\x02"
+
+
+# Arguments ----------------------------------------------------------------------------------------
+
+
+def test_all_bits_of_a_bitmap_and_none_may_be_asked_for() -> None:
+    data = bytearray(8)
+    assert _core.set_bits(data, 64, 0) == 0
+    assert _core.set_bits(data, 63, 1) == 1
+    assert _core.set_bits(data, 0, 64) == 63
+    assert _core.count_bits(data, 64, 0) == 0
+    assert _core.or_bits(data, 64, bytes(8), 64, 0) == 0
+    assert pairs(_core.take_set(data, 64, 0)) == []
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda data: _core.set_ranges(data, 1, 0, 0, words([0]), 1, True),
+        lambda data: _core.set_ranges(data, 0, 63, 0, bytes(9), 1, True),  # type: ignore[arg-type]
+        lambda data: _core.set_ranges(data, 0, 63, 0, words([0]), words([1, 1]), True),
+        lambda data: _core.or_pages(data, 0, 64, data, 0, 0, 0, 1),
+        lambda data: _core.or_pages(data, 0, 0, data, 0, 64, 0, 1),
+        lambda data: _core.or_pages(data, 0, 0, data, 0, 0, 2, 1),
+        lambda data: _core.or_pages(data, 1, 12, data, 0, 12, PAGE - 1, PAGE),
+        lambda data: _core.or_pages(data, 0, 12, data, 1, 12, PAGE - 1, PAGE),
+        lambda data: _core.or_pages(data, 0, 0, bytes(9), 0, 0, 0, 64),
+        lambda data: _core.or_pages(data, 0, 0, bytes(7), 0, 0, 0, 63),
+        lambda data: _core.differing_pages(bytes(8), bytes(8), 0, data),
+        lambda data: _core.differing_pages(bytes(8), bytes(8), -1, data),
+        lambda data: _core.differing_pages(b"\1" * 9, None, 2, data),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_and_nothing_is_written(
+    call: Callable[[bytearray], object],
+) -> None:
+    data = bytearray(8)
+    with pytest.raises(ValueError, match=r"set_ranges|or_pages|differing_pages"):
+        call(data)
+    assert not any(data)
+
+
+def test_arguments_at_their_limits_are_taken() -> None:
+    data = bytearray(8)
+    assert _core.set_ranges(data, 63, 63, 0, words([63]), 1, True) == 1
+    data[0] = 0
+    assert _core.or_pages(data, 1, 12, b"\1", 1, 12, PAGE, PAGE) == 1
+    assert _core.or_pages(data, 0, 0, bytes(8), 0, 0, 63, 63) == 0
+    assert _core.differing_pages(b"", b"", 1, data) == 0
+    assert _core.differing_pages(bytes(64), b"\1" * 64, 1, data) == 64
+
+
+def test_memory_is_released_whether_or_not_the_call_is_refused() -> None:
+    """A bytearray cannot be resized while a call holds it."""
+    data, table, source = bytearray(8), bytearray(PAGE), bytearray(8)
+    calls: list[Callable[[], object]] = [
+        lambda: _core.set_bits(data, 0, 1),
+        lambda: _core.set_bits(data, 0, 99),
+        lambda: _core.set_ranges(data, 0, 63, 0, source, source, True),  # type: ignore[arg-type]
+        lambda: _core.set_ranges(data, 0, 64, 0, source, source, True),  # type: ignore[arg-type]
+        lambda: _core.or_bits(data, 0, source, 0, 1),
+        lambda: _core.or_bits(data, 0, source, 0, 99),
+        lambda: _core.or_pages(data, 0, 0, source, 0, 0, 0, 1),
+        lambda: _core.or_pages(data, 0, 0, source, 0, 0, 0, 99),
+        lambda: _core.take_set(data, 0, 1),
+        lambda: _core.take_set(data, 0, 99),
+        lambda: _core.count_bits(data, 0, 1),
+        lambda: _core.count_bits(data, 0, 99),
+        lambda: _core.mark_table(table, amd(1), 0, 0),
+        lambda: _core.mark_table(table, amd(0), 0, 0),
+        lambda: _core.read_table(table, amd(1), 0, 0, True),
+        lambda: _core.read_table(table, amd(0), 0, 0, True),
+        lambda: _core.differing_pages(data, source, 1, table),
+        lambda: _core.differing_pages(data, source, 3, table),
+    ]
+    for call in calls:
+        with suppress(ValueError):
+            call()
+        for held in (data, table, source):
+            held.append(0)
+            held.pop()
+
+
+def test_bits_are_set_atomically_unless_the_caller_says_otherwise() -> None:
+    """What `shared` leaves out is taken as true: the answers are the same, and so is the mask."""
+    data, source = bytearray(8), b"\xf0" * 8
+    assert _core.set_bits(data, 0, 5) == 5
+    assert _core.or_bits(data, 0, source, 0, 64) == 31
+    assert _core.or_pages(data, 0, 0, b"\xff" * 8, 0, 0, 0, 63) == 28
+    assert data == b"\xff" * 8

@@ -1,0 +1,122 @@
+"""The C core under the compiler's sanitizers: of addresses, undefined behaviour, and data races."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+import core_build
+from core_build import CORE, FUZZER, RACES, ROOT, SANITIZED, SHARED
+
+INPUTS = 30_000
+"""For the fuzzer's target; some seconds."""
+
+
+@pytest.fixture(scope="module")
+def libraries() -> list[str]:
+    found = core_build.sanitizers()
+    if found is None:
+        pytest.skip("cc has no sanitizers here: apt-get install gcc")
+    return found
+
+
+def run(command: Sequence[str | Path], **options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        env=options or None,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=300,
+        check=False,
+    )
+
+
+def fuzz(tree: Path, folder: Path, libraries: Sequence[str]) -> str | None:
+    target = folder / "fuzzer.so"
+    core_build.build(target, [tree / FUZZER], *SHARED, *SANITIZED)
+    return core_build.run_fuzzer(target, libraries, INPUTS)
+
+
+def races(tree: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    target = folder / "races"
+    sources = [file for file in core_build.core_sources(tree) if file.name != "module.c"]
+    core_build.build(target, [tree / RACES, *sources], "-g", "-fsanitize=thread", "-pthread")
+    done = run([target])
+    if "unexpected memory mapping" in done.stderr:  # more random addresses than gcc 12 can take
+        done = run(["setarch", "-R", target])
+    return done
+
+
+def test_the_core_passes_its_tests_under_sanitizers(tmp_path: Path, libraries: list[str]) -> None:
+    extension = core_build.build(
+        tmp_path / "_core.abi3.so", core_build.core_sources(), *SHARED, *SANITIZED
+    )
+    done = run(
+        [sys.executable, core_build.__file__, "test", extension, "-q", "tests/unit/test_core.py"],
+        **core_build.sanitized_environment(libraries),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_fuzzers_target_finds_nothing(tmp_path: Path, libraries: list[str]) -> None:
+    assert fuzz(ROOT, tmp_path, libraries) is None
+
+
+@pytest.mark.parametrize(
+    ("file", "right", "wrong", "message"),
+    [
+        # The word at a ragged end is taken for a whole one.
+        ("bitmap.h", "end = (start + bytes - base) / 8;", "end = (start + bytes - base + 7) / 8;",
+         "AddressSanitizer: heap-buffer-overflow"),
+        ("runs.c", "rest ? (unsigned)__builtin_ctzll(rest) : 64", "(unsigned)__builtin_ctzll(rest)",
+         "runtime error: passing zero to ctz"),
+        ("bitmap.h", "return mask & ~old;", "return mask;", "_core is wrong"),
+    ],
+)  # fmt: skip
+def test_the_fuzzers_target_finds_what_is_wrong(
+    tmp_path: Path, libraries: list[str], file: str, right: str, wrong: str, message: str
+) -> None:
+    """The test above can fail."""
+    changed = core_build.copy_tree(tmp_path / "tree") / CORE / file
+    text = changed.read_text()
+    assert text.count(right) == 1
+    changed.write_text(text.replace(right, wrong))
+    complaint = fuzz(tmp_path / "tree", tmp_path, libraries)
+    assert complaint is not None
+    assert message in complaint
+
+
+@pytest.mark.usefixtures("libraries")
+def test_threads_that_share_a_bitmap_do_not_race(tmp_path: Path) -> None:
+    done = races(ROOT, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.usefixtures("libraries")
+@pytest.mark.parametrize(
+    ("file", "right", "wrong"),
+    [
+        ("runs.c", "__builtin_popcountll(load(words + i))", "__builtin_popcountll(words[i])"),
+        ("merge.c", "~load(to + i)", "~to[i]"),
+        ("bitmap.h", "atomic_fetch_or((_Atomic uint8_t *)(bytes + i), part)",
+         "bytes[i]; bytes[i] |= part"),
+    ],
+)  # fmt: skip
+def test_a_race_would_be_found(tmp_path: Path, file: str, right: str, wrong: str) -> None:
+    """The test above can fail."""
+    tree = core_build.copy_tree(tmp_path / "tree")
+    shutil.copy(ROOT / RACES, tree / RACES)
+    changed = tree / CORE / file
+    text = changed.read_text()
+    assert text.count(right) == 1
+    changed.write_text(text.replace(right, wrong))
+    done = races(tree, tmp_path)
+    assert done.returncode != 0
+    assert "data race" in done.stderr

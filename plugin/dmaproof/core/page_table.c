@@ -6,8 +6,8 @@ enum { TABLE_BYTES = 4096, TABLE_ENTRIES = 512, LEVEL_BITS = 9, PAGE_SHIFT = 12 
 INLINE unsigned group_size(const struct page_table *table, uint64_t entry, unsigned shift) {
     if (!table->group_kind || (entry & table->kind) != table->group_kind)
         return 1;
-    uint64_t inverted = ~((entry & table->address) >> PAGE_SHIFT);
-    unsigned size = inverted ? PAGE_SHIFT + 1 + (unsigned)__builtin_ctzll(inverted) : 64;
+    uint64_t zeros = ~((entry & table->address) >> PAGE_SHIFT);  // some: zeros were shifted in
+    unsigned size = PAGE_SHIFT + 1 + (unsigned)__builtin_ctzll(zeros);
     return size > shift && size < shift + LEVEL_BITS ? 1u << (size - shift) : 1;
 }
 

@@ -90,6 +90,25 @@ def run_fuzzer(library: Path, libraries: Sequence[str], inputs: int) -> str | No
     return done.stderr or f"exit code {done.returncode}" if done.returncode else None
 
 
+def run_races(tree: Path, target: Path) -> str | None:
+    """Run threads on one bitmap (core_races.c) under the sanitizer of data races; None, or what
+    it complains of."""
+    sources = [file for file in core_sources(tree) if file.name != "module.c"]
+    build(target, [tree / RACES, *sources], "-w", "-g", "-fsanitize=thread", "-pthread")
+    for wrapper in ([], ["setarch", "-R"]):
+        done = subprocess.run(
+            [*wrapper, target],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=120,
+            check=False,
+        )
+        if "unexpected memory mapping" not in done.stderr:  # more random addresses than it can take
+            break
+    return done.stderr or f"exit code {done.returncode}" if done.returncode else None
+
+
 def use_core(extension: Path) -> None:
     """Make `extension` the `dmaproof._core` of this process, which has not imported it."""
     loader = importlib.machinery.ExtensionFileLoader("dmaproof._core", str(extension))
@@ -118,9 +137,10 @@ def _test(extension: str, *arguments: str) -> int:
 
 
 def copy_tree(target: Path) -> Path:
-    """A tree with the core and its fuzzer alone, to be changed."""
+    """A tree with the core, its fuzzer and its races alone, to be changed."""
     for part in (CORE, FUZZER.parent):
         shutil.copytree(ROOT / part, target / part)
+    shutil.copy(ROOT / RACES, target / RACES)
     return target
 
 

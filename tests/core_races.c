@@ -2,23 +2,25 @@
 /*
  * Threads that set, take and read the bits of one bitmap at the same time, for the thread
  * sanitizer, which reports each word that one of them touches without an atomic operation. The
- * bitmap has ragged ends. Exit code 0: no race was found, and no bit was lost.
+ * bitmap has ragged ends, and another thread writes the bytes before and behind it, in the same
+ * words, plainly. Exit code 0: no race was found, and no bit was lost.
  */
 #include "../plugin/dmaproof/core/merge.h"
 #include "../plugin/dmaproof/core/ranges.h"
 #include "../plugin/dmaproof/core/runs.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 
-enum { WRITERS = 3, ROUNDS = 30, BYTES = 2003, BITS = BYTES * 8, PAGES = 256 };
+enum { WRITERS = 3, ROUNDS = 30, START = 3, BYTES = 2003, BITS = BYTES * 8, PAGES = 256 };
 
-static _Alignas(8) uint8_t memory[BYTES + 16];
+static _Alignas(8) uint8_t memory[START + BYTES + 8];
 static atomic_uint running = WRITERS;
 
 static struct bitmap shared_bitmap(void) {
-    return bitmap_of(memory + 3, BYTES);
+    return bitmap_of(memory + START, BYTES);
 }
 
 // Each writer has every third bit, and sets it in each of the ways that there are.
@@ -52,6 +54,18 @@ static void *set_all(void *number) {
     return NULL;
 }
 
+// Whose bytes these are need not know of the bitmap.
+static void *write_neighbours(void *unused) {
+    while (atomic_load(&running)) {
+        for (unsigned i = 0; i < START; i++)
+            memory[i]++;
+        for (unsigned i = START + BYTES; i < sizeof memory; i++)
+            memory[i]++;
+        sched_yield();
+    }
+    return unused;
+}
+
 static uint64_t take(struct runs *runs, const struct bitmap *map, const struct bitmap *found) {
     runs->count = 0;
     find_runs(runs, map, 0, BITS, true);
@@ -72,7 +86,7 @@ static uint64_t read_all(const struct bitmap *map) {
 }
 
 int main(void) {
-    pthread_t writers[WRITERS];
+    pthread_t writers[WRITERS], neighbour;
     uint8_t own[BYTES] = {0};
     struct bitmap map = shared_bitmap(), found = bitmap_of(own, BYTES);
     struct runs runs = {0};
@@ -81,10 +95,13 @@ int main(void) {
         if (pthread_create(writers + i, NULL, set_all, (void *)i))
             return 2;
     }
+    if (pthread_create(&neighbour, NULL, write_neighbours, NULL))
+        return 2;
     while (atomic_load(&running))
         seen += read_all(&map) + take(&runs, &map, &found);
     for (unsigned i = 0; i < WRITERS; i++)
         pthread_join(writers[i], NULL);
+    pthread_join(neighbour, NULL);
     take(&runs, &map, &found);
     free(runs.pairs);
     uint64_t lost = BITS - count_set(&found, 0, BITS);

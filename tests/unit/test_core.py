@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import itertools
 import mmap
 import os
 import random
@@ -132,11 +133,11 @@ def call_with_bitmaps(size: int) -> None:
 
 
 def call_with_ranges(count: int) -> None:
-    """Set `count` ranges, whose lists end at a guard, in a bitmap that ends at one, too."""
+    """Set `count` ranges, whose lists lie at a guard, in a bitmap that ends at one."""
     bitmap, starts, sizes = guarded(1), guarded(1), guarded(1)
-    iovas = np.frombuffer(starts[PAGE - 8 * count :], dtype=np.uint64)
-    lengths = np.frombuffer(sizes[PAGE - 8 * count :], dtype=np.uint64)
-    for size in (8, 16, 64, 640):
+    for size, place in itertools.product((8, 16, 64, 640), (0, 1)):
+        iovas = np.frombuffer(at_both_guards(starts, 8 * count)[place], dtype=np.uint64)
+        lengths = np.frombuffer(at_both_guards(sizes, 8 * count)[place], dtype=np.uint64)
         data = bitmap[PAGE - size :]
         last = 8 * size - 1
         for step in (0, 1, 7, 64, 601):
@@ -371,6 +372,13 @@ def test_neighbours_of_one_word_and_of_the_next(apart: int, first_page: int) -> 
                 )
 
 
+@pytest.mark.parametrize("shift", [0, 1, 2, 6])
+def test_crowds_of_small_pages(shift: int) -> None:
+    for iova in (1, 5, 62 << shift):
+        iovas = [iova, iova + 1] * 40
+        check_ranges(bytearray(8), 0, (64 << shift) - 1, shift, iovas, 1)
+
+
 def test_any_number_of_pages_in_any_order() -> None:
     rng = random.Random(2)
     for count in (0, 1, 7, 8, 9, 15, 16, 31, 32, 33, 40, 100):
@@ -401,6 +409,16 @@ def test_a_range_that_ends_with_its_page_touches_no_other() -> None:
         for length in lengths:
             check_ranges(bytearray(40), 0, 320 * PAGE - 1, 12, [iova], length)
             check_ranges(bytearray(40), 0, 320 * PAGE - 1, 12, [iova, iova], [length, 1])
+
+
+@pytest.mark.parametrize("shift", [0, 1, 5, 12])
+def test_ranges_of_some_pages_wherever_they_begin(shift: int) -> None:
+    page = 1 << shift
+    for start in range(0, 9 * page, max(1, page // 4)):
+        for length in {1, 2, page - 1, page, page + 1, 2 * page, 2 * page + 1, 5 * page} - {0}:
+            for iova in {start, start + 1, start + page - 1}:
+                check_ranges(bytearray(8), 0, 64 * page - 1, shift, [iova], length)
+                check_ranges(bytearray(8), 0, 64 * page - 1, shift, [iova], [length])
 
 
 @pytest.mark.parametrize("first", [0, 3 * PAGE, 3 * PAGE + 5])

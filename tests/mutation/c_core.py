@@ -1,0 +1,332 @@
+"""Mutants of the C core: how many of the mistakes that one can make in it the tests notice.
+
+See README.md for how to run it. Each mutant is one change in one line of plugin/dmaproof/core. It
+is compiled and tested; a test that fails, a crash, and an endless loop all notice it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import core_build
+
+EQUIVALENTS: Final = Path(__file__).with_name("equivalents.toml")
+TESTS: Final = (
+    "tests/unit/test_core.py",
+    "tests/property/test_core.py",
+    "tests/unit/test_iova_bitmap.py",
+    "tests/property/test_dirty_tracker.py",
+    "tests/unit/test_dirty_tracker.py",
+    "tests/property/test_iova_bitmap.py",
+)
+"""Those of the core first: whichever fails ends the run."""
+TIMEOUT_S: Final = 120
+MEMORY_BYTES: Final = 8 << 30
+FUZZER_INPUTS: Final = 20_000
+
+SWAPS: Final = (
+    ("<=", "<"), ("<", "<="), (">=", ">"), (">", ">="), ("==", "!="), ("!=", "=="),
+    ("+", "-"), ("-", "+"), ("*", "/"), ("/", "*"), ("%", "/"), ("<<", ">>"), (">>", "<<"),
+    ("&", "|"), ("|", "&"), ("^", "&"), ("&&", "||"), ("||", "&&"),
+    ("+=", "-="), ("|=", "&="), ("&=", "|="), ("++", "--"),
+)  # fmt: skip
+SWAP: Final = dict(SWAPS)
+OPERATOR: Final = re.compile(r" (<=|>=|==|!=|<<|>>|&&|\|\||\+=|-=|\|=|&=|[-+*/%<>&|^]) ")
+INCREMENT: Final = re.compile(r"\+\+")
+NEGATION: Final = re.compile(r"(?<=[(\s&|])[~!](?=[\w(*])")
+NUMBER: Final = re.compile(r"(?<![\w.\"])\d+(?![\w\"])")
+TRUTH: Final = re.compile(r"\b(true|false)\b")
+STATEMENT: Final = re.compile(
+    r"(?!return\b.+|(?:const |unsigned |u?int\w*|struct |bool |size_t )).+;"  # no declarations
+)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One changed line (from 0) of a file of the core."""
+
+    file: str
+    line: int
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line + 1}: {self.before.strip()}  ->  {self.after.strip()}"
+
+
+class Fate(StrEnum):
+    """What became of a mutant; only the last two make the score."""
+
+    REFUSED = "refused by the compiler"
+    SAME_CODE = "same machine code"
+    EQUIVALENT = "equivalent"
+    NOTICED = "noticed"
+    SURVIVED = "SURVIVED"
+
+
+def mutants_of(file: Path) -> Iterator[Mutant]:
+    """Every mutant of `file`."""
+    within_comment = False
+    for number, line in enumerate(file.read_text().splitlines()):
+        text = line.strip()
+        within_comment |= text.startswith("/*")
+        if not within_comment and text and not text.startswith(("//", "#", '"', '{"')):
+            for changed in dict.fromkeys(_changes(line)):
+                if changed != line:
+                    yield Mutant(file.name, number, line, changed)
+        within_comment &= "*/" not in text
+
+
+def _changes(line: str) -> Iterator[str]:
+    code = line.partition("//")[0].rstrip()
+    for found in OPERATOR.finditer(code):
+        yield _put(code, found.start(1), found.end(1), SWAP.get(found[1], found[1]))
+    for found in INCREMENT.finditer(code):
+        yield _put(code, found.start(), found.end(), "--")
+    for found in NEGATION.finditer(code):
+        yield _put(code, found.start(), found.end(), "")
+    if '"' not in code:  # formats and messages
+        for found in NUMBER.finditer(code):
+            yield _put(code, found.start(), found.end(), str(int(found[0]) + 1))
+    for found in TRUTH.finditer(code):
+        yield _put(code, found.start(), found.end(), "false" if found[0] == "true" else "true")
+    indent = len(code) - len(code.lstrip())
+    if STATEMENT.fullmatch(code.strip()):
+        yield code[:indent] + ";"
+
+
+def _put(code: str, start: int, end: int, replacement: str) -> str:
+    return code[:start] + replacement + code[end:]
+
+
+class Equivalents:
+    """Mutants that no caller can tell from the original, in ``equivalents.toml``.
+
+    An entry names a line of a file, and what it is changed to; without the latter it speaks for
+    each mutant of the line that the tests do not notice.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._entries = tomllib.loads(file.read_text())["equivalent"]
+
+    def holds(self, mutant: Mutant, *, survived: bool) -> bool:
+        """Whether an entry speaks for `mutant`, which has been examined if it `survived`."""
+        return any(
+            entry["file"] == mutant.file
+            and entry["line"] == mutant.before.strip()
+            and (mutant.after.strip() in entry["becomes"] if "becomes" in entry else survived)
+            for entry in self._entries
+        )
+
+    def unused(self, file: str, mutants: Sequence[Mutant]) -> list[str]:
+        """The lines of entries for `file` that none of its mutants changes."""
+        lines = {mutant.before.strip() for mutant in mutants}
+        return [
+            entry["line"]
+            for entry in self._entries
+            if entry["file"] == file and entry["line"] not in lines
+        ]
+
+
+def examine(mutant: Mutant, folder: Path, tests: Sequence[str], fuzzed: bool) -> tuple[Fate, str]:
+    """Build and test a mutant; `folder` holds what the unchanged core was compiled to."""
+    with tempfile.TemporaryDirectory(prefix="mutant-", dir=folder) as name:
+        tree = core_build.copy_tree(Path(name))
+        changed = tree / core_build.CORE / mutant.file
+        lines = changed.read_text().splitlines(keepends=True)
+        assert lines[mutant.line].rstrip("\n") == mutant.before
+        lines[mutant.line] = mutant.after + "\n"
+        changed.write_text("".join(lines))
+        of_header = changed.suffix == ".h"
+        objects, same = [], True
+        for source in core_build.core_sources(tree):
+            original = folder / f"{source.stem}.o"
+            if not of_header and source != changed:
+                objects.append(original)
+                continue
+            target = tree / f"{source.stem}.o"
+            if _compile(source, target):
+                return Fate.REFUSED, ""
+            same &= target.read_bytes() == original.read_bytes()
+            objects.append(target)
+        if same:
+            return Fate.SAME_CODE, ""
+        extension = tree / "_core.abi3.so"
+        if core_build.compiled(["-shared", *objects, "-o", extension]):
+            return Fate.REFUSED, ""
+        answer = _test(extension, tests)
+        if answer:
+            return Fate.NOTICED, answer
+        libraries = core_build.sanitizers() if fuzzed else None
+        if libraries is not None:
+            harness = core_build.build(
+                tree / "fuzzer.so",
+                [tree / core_build.FUZZER],
+                *(*core_build.SHARED, *core_build.SANITIZED, "-w"),
+            )
+            try:
+                if core_build.run_fuzzer(harness, libraries, FUZZER_INPUTS):
+                    return Fate.NOTICED, "addresses, undefined behaviour"
+                if core_build.run_races(tree, tree / "races"):
+                    return Fate.NOTICED, "data races"
+            except subprocess.TimeoutExpired:
+                return Fate.NOTICED, "endless"
+        return Fate.SURVIVED, ""
+
+
+def _compile(source: Path, target: Path) -> str | None:
+    options = ["-std=gnu11", "-O1", "-DVECTORISED=", "-w", "-fPIC", core_build.SHARED[-1], "-c"]
+    # Relative, so that the folder's name is nowhere in the machine code.
+    return core_build.compiled([*options, source, "-o", target])
+
+
+def _test(extension: Path, tests: Sequence[str]) -> str | None:
+    """Run the tests in a fork of this process, which has imported what they need; None if they
+    pass, else why not."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        with contextlib.suppress(BaseException):
+            os._exit(_run_tests(extension, tests))
+        os._exit(99)
+    until_s = time.monotonic() + TIMEOUT_S
+    while True:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            code = os.waitstatus_to_exitcode(status)
+            return None if code == 0 else f"exit code {code}"
+        if time.monotonic() > until_s:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return "endless"
+        time.sleep(0.02)
+
+
+def _run_tests(extension: Path, tests: Sequence[str]) -> int:
+    import pytest
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    os.environ["CI"] = "true"  # the same cases for each mutant
+    core_build.use_core(extension)
+    return int(
+        pytest.main(
+            [
+                *("-x", "-q", "-p", "no:cacheprovider", "-p", "no:dmaproof"),
+                *("-p", "no:faulthandler"),
+                "--hypothesis-profile=mutation",
+                *tests,
+            ]
+        )
+    )
+
+
+def _prepare() -> None:
+    """Import in each worker what all tests need, but nothing that imports the core."""
+    import hypothesis.stateful
+    import numpy as np
+    import pytest  # noqa: F401
+
+    del np
+    os.chdir(core_build.ROOT)
+    hypothesis.settings.register_profile(
+        "mutation",
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),  # what fails is not shrunk
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+
+
+def main() -> int:
+    """Print every mutant that survives, and the score of each file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="*", metavar="FILE", help="of plugin/dmaproof/core")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="each Nth mutant only")
+    parser.add_argument("--match", default="", metavar="TEXT", help="lines that hold TEXT only")
+    parser.add_argument("--tests", nargs="+", default=TESTS, metavar="FILE")
+    parser.add_argument("--no-fuzzer", action="store_true", help="tests alone, which is quicker")
+    parser.add_argument("--verbose", action="store_true", help="print the others, too")
+    arguments = parser.parse_args()
+    core = core_build.ROOT / core_build.CORE
+    names = arguments.files or sorted(
+        file.name for file in core.iterdir() if file.suffix == ".c" or file.name == "bitmap.h"
+    )
+    chosen = [
+        mutant
+        for name in names
+        for mutant in mutants_of(core / name)
+        if arguments.match in mutant.before
+    ][:: arguments.every]
+    known = Equivalents(EQUIVALENTS)
+    for name in names:
+        for line in known.unused(name, [*mutants_of(core / name)]):
+            print(f"equivalents.toml: {name} has no such line any more: {line}")
+    score: dict[str, Counter[Fate]] = {name: Counter() for name in names}
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory(prefix="c-core-") as temporary:
+        folder = Path(temporary)
+        for source in core_build.core_sources():
+            complaint = _compile(source, folder / f"{source.stem}.o")
+            assert complaint is None, complaint
+        core_build.compiled(["-shared", *folder.glob("*.o"), "-o", folder / "_core.abi3.so"])
+        with ProcessPoolExecutor(arguments.jobs, context, _prepare) as pool:
+            failure = pool.submit(_test, folder / "_core.abi3.so", arguments.tests).result()
+            assert failure is None, f"the unchanged core fails its tests: {failure}"
+            pending = {
+                pool.submit(
+                    examine, mutant, folder, arguments.tests, not arguments.no_fuzzer
+                ): mutant
+                for mutant in chosen
+                if not known.holds(mutant, survived=False)
+            }
+            for mutant in set(chosen) - set(pending.values()):
+                score[mutant.file][Fate.EQUIVALENT] += 1
+            for future in as_completed(pending):
+                mutant = pending[future]
+                fate, how = future.result()
+                if fate == Fate.SURVIVED and known.holds(mutant, survived=True):
+                    fate = Fate.EQUIVALENT
+                score[mutant.file][fate] += 1
+                if fate == Fate.SURVIVED or arguments.verbose:
+                    print(f"{fate} {mutant}  {how}".rstrip(), flush=True)
+    return _report(score)
+
+
+def _report(score: dict[str, Counter[Fate]]) -> int:
+    print(f"\n{'file':<16}{'noticed':>9}{'survived':>10}{'score':>8}{'equivalent':>12}")
+    total: Counter[Fate] = Counter()
+    for name, counts in [*score.items(), ("all", total)]:
+        noticed, survived = counts[Fate.NOTICED], counts[Fate.SURVIVED]
+        share = f"{100 * noticed / (noticed + survived):.1f}%" if noticed + survived else "-"
+        print(f"{name:<16}{noticed:>9}{survived:>10}{share:>8}{counts[Fate.EQUIVALENT]:>12}")
+        total += counts
+    return 1 if total[Fate.SURVIVED] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -27,16 +27,35 @@ def add_parser(
     description: str,
     epilog: str,
 ) -> argparse.ArgumentParser:
-    """The parser of subcommand `name`; `epilog` is shown as it is written."""
+    """Add the parser of `name`, one of a subcommand's own subcommands, and return it.
+
+    Args:
+        commands: where the parser is added.
+        name: the word that chooses it.
+        run: carries it out.
+        summary: its line in the help of the parser above.
+        description: see `describe`.
+        epilog: see `describe`.
+    """
     parser = commands.add_parser(
-        name,
-        help=summary,
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.set_defaults(run=run)
+    describe(parser, run, description=description, epilog=epilog)
     return parser
+
+
+def describe(parser: argparse.ArgumentParser, run: Run, *, description: str, epilog: str) -> None:
+    """Set what `parser` shows above and below its arguments, and what carries them out.
+
+    Args:
+        parser: the parser of a subcommand.
+        run: takes the parsed arguments, and returns the exit code.
+        description: shown above the arguments.
+        epilog: shown below them, as it is written.
+    """
+    parser.description = description
+    parser.epilog = epilog
+    parser.set_defaults(run=run)
 
 
 def parsers_of(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:

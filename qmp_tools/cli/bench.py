@@ -30,7 +30,7 @@ from ..passthrough.kernel_cost.measure import REPORT_SIZES
 from ..passthrough.l1.kernel import KERNELS
 from ..passthrough.l1.machine import l1
 from ..qemu.choice import find_qemu
-from .arguments import Subcommands, add_parser, reads
+from .arguments import add_parser, reads
 from .display import display
 from .interruption import run_interruptibly
 from .outputs import write_json
@@ -44,14 +44,9 @@ examples:
 """
 
 
-def add(commands: Subcommands) -> None:
-    """Add the subcommand."""
-    parser = commands.add_parser(
-        "bench",
-        help="what iterator, core and kernel cost",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's arguments to its parser."""
+    parser.epilog = _EXAMPLES
     parts = parser.add_subparsers(metavar="WHAT", required=True)
     iterator = add_parser(
         parts,

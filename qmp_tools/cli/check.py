@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..ram_check.check import check
 from ..reports.check_report import to_json, to_text
-from .arguments import Subcommands, add_parser, add_timeout
+from .arguments import add_timeout, describe
 from .display import print_text
 from .interruption import run_interruptibly
 from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
@@ -32,13 +32,11 @@ exit codes:
 """
 
 
-def add(commands: Subcommands) -> None:
-    """Add the subcommand."""
-    parser = add_parser(
-        commands,
-        "check",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's arguments to its parser."""
+    describe(
+        parser,
         reporting_failure(_run, "check"),
-        summary="compare all RAM of two paused QEMUs after a migration",
         description="Compare all RAM of two paused QEMUs after a migration, page by page.",
         epilog=_EXAMPLES,
     )

@@ -8,7 +8,8 @@ from typing import Final
 
 import shtab
 
-from .arguments import Subcommands, add_parser, parsers_of
+from .arguments import describe, parsers_of
+from .main import make_parser
 
 _SHELLS: Final = ("bash", "zsh", "fish")
 
@@ -21,13 +22,11 @@ examples:
 """
 
 
-def add(commands: Subcommands) -> None:
-    """Add the subcommand."""
-    parser = add_parser(
-        commands,
-        "completion",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's arguments to its parser."""
+    describe(
+        parser,
         _run,
-        summary="completion of command lines, for your shell",
         description="Print what makes a shell complete dmaproof's subcommands, options and values.",
         epilog=_EXAMPLES,
     )
@@ -35,9 +34,10 @@ def add(commands: Subcommands) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    for parser in parsers_of(arguments.parser):
+    whole = make_parser()
+    for parser in parsers_of(whole):
         for action in parser._actions:
             if action.type is Path or str(action.metavar).startswith(("FILE", "PATH")):
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
-    print(shtab.complete(arguments.parser, arguments.shell))
+    print(shtab.complete(whole, arguments.shell))
     return 0

@@ -10,7 +10,7 @@ from typing import Final
 from ..arguments import positive
 from ..migration.dirty_rate import MODES, DirtyRates, measure, to_json, to_text
 from ..qemu.attachment import attach
-from .arguments import Subcommands, add_parser, add_timeout, reads
+from .arguments import add_timeout, describe, reads
 from .interruption import run_interruptibly
 
 _EXAMPLES: Final = """\
@@ -20,13 +20,11 @@ examples:
 """
 
 
-def add(commands: Subcommands) -> None:
-    """Add the subcommand."""
-    parser = add_parser(
-        commands,
-        "dirty-rate",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's arguments to its parser."""
+    describe(
+        parser,
         _run,
-        summary="how fast a running guest's RAM gets dirty",
         description="Let QEMU measure its dirty rate, and read the devices' from the vhost log "
         "while a migration runs. The log is only read.",
         epilog=_EXAMPLES,

@@ -9,7 +9,7 @@ from ..doctor import GUEST_MEMORY_BYTES, can_prove, examine, look
 from ..exit_codes import EXIT_PASS, EXIT_UNTESTED
 from ..host.finding import Finding, State
 from ..reports.report import SCHEMA_VERSION
-from .arguments import Subcommands, add_parser
+from .arguments import describe
 from .display import print_text
 from .outputs import write_json
 
@@ -31,13 +31,11 @@ exit codes:
 _SIGNS = {State.OK: "ok     ", State.LIMITED: "limited", State.MISSING: "MISSING"}
 
 
-def add(commands: Subcommands) -> None:
-    """Add the subcommand."""
-    parser = add_parser(
-        commands,
-        "doctor",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's arguments to its parser."""
+    describe(
+        parser,
         _run,
-        summary="what this machine has for a proof, what it lacks, and what mends it",
         description="Look at what this machine has for a proof, and say what mends what it lacks.",
         epilog=_EXAMPLES,
     )

@@ -17,7 +17,7 @@ from ..proof.model import Setup
 from ..proof.resolve import resolve
 from ..reports.report import SCHEMA_VERSION
 from ..testbed.fault_trials import CONTROL, HEADINGS, Bench, Row, try_faults
-from .arguments import Subcommands, add_parser, reads
+from .arguments import describe, reads
 from .display import display, print_table
 from .interruption import run_interruptibly
 from .options import SETUP_GROUPS, add_options, describe_scenarios, given_options, options_of_groups
@@ -37,13 +37,11 @@ exit codes:
 """
 
 
-def add(commands: Subcommands) -> None:
-    """Add the subcommand."""
-    parser = add_parser(
-        commands,
-        "faults",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's arguments to its parser."""
+    describe(
+        parser,
         _run,
-        summary="break every link of the chain in turn, and see whether it is caught",
         description="Plant every known fault, on a test bed without QEMU and, where one device on "
         "one QEMU shows it, in a real proof; tell which were caught, by what, at which link.",
         epilog=f"{_EXAMPLES}\n{describe_scenarios()}",

@@ -6,7 +6,6 @@ when the command was started, as nohup does with SIGHUP.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import signal
 import threading
@@ -30,19 +29,23 @@ def _interrupt() -> NoReturn:
 
 
 def run_interruptibly(work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which the first of the signals cancels.
+    """Return the result of `work`, which the first of the signals cancels.
 
     Raises:
-        asyncio.CancelledError: one did.
+        KeyboardInterrupt: one did.
     """
-    return asyncio.run(_cancellable(work))
+    import asyncio  # only now: `dmaproof --help` would spend half of its time on it
 
+    async def cancellable() -> T:
+        loop = asyncio.get_running_loop()
+        task = asyncio.ensure_future(work)
+        with _first_signal(lambda: loop.call_soon_threadsafe(task.cancel)):
+            return await task
 
-async def _cancellable(work: Coroutine[Any, Any, T]) -> T:
-    loop = asyncio.get_running_loop()
-    task = asyncio.ensure_future(work)
-    with _first_signal(lambda: loop.call_soon_threadsafe(task.cancel)):
-        return await task
+    try:
+        return asyncio.run(cancellable())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
 
 
 @contextlib.contextmanager

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
+import importlib
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Final
 
 from dmaproof.errors import UsageError, printable
@@ -21,6 +21,22 @@ from .streams import OutputError, UnreadOutputError, guarded_streams
 _EXIT_UNREAD: Final = 128 + signal.SIGPIPE
 """What a shell calls a program that SIGPIPE ended."""
 
+_SUMMARIES: Final = {
+    "prove": "migrate a guest under DMA load and compare every page",
+    "soak": "migrate one guest again and again: nothing may be lost, nothing may grow",
+    "matrix": "many proofs: QEMU versions, ways to migrate, devices, trackers, guests",
+    "passthrough": "prove the kernel's and QEMU's VFIO dirty tracking, without hardware",
+    "faults": "break every link of the chain in turn, and see whether it is caught",
+    "check": "compare all RAM of two paused QEMUs after a migration",
+    "watch": "live progress of any migration",
+    "dirty-rate": "how fast a running guest's RAM gets dirty",
+    "qemu": "QEMU builds in a private folder",
+    "doctor": "what this machine has for a proof, what it lacks, and what mends it",
+    "bench": "what iterator, core and kernel cost",
+    "completion": "completion of command lines, for your shell",
+}
+"""The subcommands. Each is a module of this package, whose name has _ in the place of -."""
+
 _EXAMPLES: Final = """\
 examples:
   dmaproof doctor                    what this machine lacks, and what mends it
@@ -29,48 +45,46 @@ examples:
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
-    # Only now, so that what cannot be imported is told as any other failure is.
-    from . import (
-        bench,
-        check,
-        completion,
-        dirty_rate,
-        doctor,
-        faults,
-        matrix,
-        passthrough,
-        prove,
-        qemu,
-        soak,
-        watch,
-    )
+def make_parser(chosen: Container[str] = _SUMMARIES) -> argparse.ArgumentParser:
+    """Make the parser of the command line.
 
-    subcommands = (
-        prove,
-        soak,
-        matrix,
-        passthrough,
-        faults,
-        check,
-        watch,
-        dirty_rate,
-        qemu,
-        doctor,
-        bench,
-        completion,
-    )
+    Args:
+        chosen: the subcommands whose arguments the parser knows; all by default. It knows no more
+            than name and summary of the others, and their modules are not imported.
+    """
     parser = argparse.ArgumentParser(
         prog="dmaproof",
         description="Proves that every page a device writes by DMA survives a live migration.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for subcommand in subcommands:
-        subcommand.add(commands)
+    for name, summary in _SUMMARIES.items():
+        subcommand = commands.add_parser(
+            name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if name in chosen:
+            module = importlib.import_module(f".{name.replace('-', '_')}", __package__)
+            module.add_arguments(subcommand)
     return parser
+
+
+class _ShowVersion(argparse.Action):
+    """As argparse's own action, which has to know the version although nobody asks for it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"dmaproof {_version()}")
+        parser.exit()
+
+
+def _version() -> str:
+    from importlib import metadata  # only now: it takes as long to import as argparse
+
+    try:
+        return metadata.version("dmaproof")
+    except metadata.PackageNotFoundError:  # run from its sources, as in the nested machine
+        return "unknown (not installed)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_USAGE
         except UnreadOutputError:
             return _EXIT_UNREAD
-        except (KeyboardInterrupt, asyncio.CancelledError):
+        except KeyboardInterrupt:
             _say("interrupted; everything was cleaned up")
         except OutputError as error:
             _say(f"{error}; the outcome is not told")
@@ -100,10 +114,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    parser = make_parser()
-    arguments = parser.parse_args(argv)
-    arguments.parser = parser
-    arguments.command_line = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    # A subcommand is chosen by a word of its name; another such word costs no more than an import.
+    arguments = make_parser(words).parse_args(words)
+    arguments.command_line = words
     run: Callable[[argparse.Namespace], int] = arguments.run
     return run(arguments)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -16,7 +15,7 @@ from ..matrix.result_cache import Kept
 from ..matrix.run import run_matrix
 from ..proof.options import OPTIONS, Option
 from ..reports.matrix_report import to_json, to_text
-from .arguments import Subcommands, add_parser, reads
+from .arguments import describe, reads
 from .display import display, print_text
 from .interruption import run_interruptibly
 from .options import by_group, describe_scenarios
@@ -57,13 +56,11 @@ exit codes:
 """
 
 
-def add(commands: Subcommands) -> None:
-    """Add the subcommand."""
-    parser = add_parser(
-        commands,
-        "matrix",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's arguments to its parser."""
+    describe(
+        parser,
         reporting_failure(_run, "matrix"),
-        summary="many proofs: QEMU versions, ways to migrate, devices, trackers, guests",
         description="Carry out a proof for every combination of options, side by side as far as "
         "the machine has room, and tell which were clean, which lost pages, and why others could "
         "not be tested.",
@@ -140,7 +137,7 @@ def _run(arguments: argparse.Namespace) -> int:
         work = run_matrix(matrix, kept, room, show.say, again=arguments.again)
         try:
             results = run_interruptibly(work)
-        except (KeyboardInterrupt, asyncio.CancelledError):
+        except KeyboardInterrupt:
             show.say(f"finished cells are kept in {arguments.folder}; the same again goes on")
             raise
     answer = to_json(matrix, results)

@@ -18,17 +18,22 @@ from dmaproof.system_errors import NO_ROOM
 
 from ..exit_codes import EXIT_UNTESTED
 from ..host.unexpected import untestable
-from ..proof.options import ProofOptions
-from ..reports.html import to_html
 from ..reports.junit_tap import to_junit, to_tap
 from ..reports.report import SCHEMA_VERSION
 from .streams import OutputError
 
 Answer = dict[str, Any]
 
+
+def _to_html(answer: Answer) -> str:
+    from ..reports.html import to_html  # only now: most runs write no page
+
+    return to_html(answer)
+
+
 _FORMS: Final[dict[str, tuple[str, Callable[[Answer], str]]]] = {
     "json": ("the outcome as JSON", lambda answer: json.dumps(answer, indent=2) + "\n"),
-    "report": ("one self-contained HTML page", to_html),
+    "report": ("one self-contained HTML page", _to_html),
     "junit": ("JUnit XML", to_junit),
     "tap": ("TAP, the Test Anything Protocol", to_tap),
 }
@@ -113,4 +118,6 @@ def reporting_failure(
 def _scenario_of(arguments: argparse.Namespace) -> Answer:
     if "scenario" not in arguments:
         return {}
+    from ..proof.options import ProofOptions
+
     return {"scenario": arguments.scenario or ProofOptions.scenario}

@@ -20,7 +20,7 @@ from ..proof.display import Display
 from ..proof.resolve import chosen_seed
 from ..qemu.builds import installed
 from ..qemu.choice import find_qemu
-from .arguments import Subcommands, add_parser, add_timeout, reads
+from .arguments import add_timeout, describe, reads
 from .display import display, print_text
 from .interruption import run_interruptibly
 from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
@@ -40,13 +40,11 @@ exit codes:
 """
 
 
-def add(commands: Subcommands) -> None:
-    """Add the subcommand."""
-    parser = add_parser(
-        commands,
-        "passthrough",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's arguments to its parser."""
+    describe(
+        parser,
         reporting_failure(_run, "passthrough"),
-        summary="prove the kernel's and QEMU's VFIO dirty tracking, without hardware",
         description="Boot a machine with a VFIO device whose DMA is known, hold the kernel's dirty "
         "tracking against\nours in it, and migrate guests of QEMU's vfio-pci. The machine is built "
         "from the\ndistribution's archive the first time, which takes some minutes.",

@@ -18,7 +18,7 @@ from ..proof.options import ProofOptions
 from ..proof.resolve import resolve
 from ..proof.run import prove
 from ..reports.report import to_json, to_text
-from .arguments import Subcommands, add_parser
+from .arguments import describe
 from .display import display, print_text
 from .interruption import run_interruptibly
 from .options import add_options, describe_iommus, describe_scenarios, given_options
@@ -61,13 +61,11 @@ def _describe_faults() -> str:
     return "\n".join(lines)
 
 
-def add(commands: Subcommands) -> None:
-    """Add the subcommand."""
-    parser = add_parser(
-        commands,
-        "prove",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's arguments to its parser."""
+    describe(
+        parser,
         reporting_failure(_run, "prove"),
-        summary="migrate a guest under DMA load and compare every page",
         description="Migrate a guest while a device outside QEMU writes its RAM, compare every "
         "page of both sides, and say who lost what.",
         epilog="\n\n".join(

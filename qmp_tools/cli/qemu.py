@@ -7,7 +7,7 @@ import sys
 from typing import Final
 
 from ..qemu import builds as qemu_builds
-from .arguments import Subcommands, add_parser
+from .arguments import add_parser
 from .display import display
 
 _EXAMPLES: Final = """\
@@ -19,14 +19,9 @@ examples:
 """
 
 
-def add(commands: Subcommands) -> None:
-    """Add the subcommand."""
-    parser = commands.add_parser(
-        "qemu",
-        help="QEMU builds in a private folder",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's arguments to its parser."""
+    parser.epilog = _EXAMPLES
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     fetch = add_parser(
         actions,

@@ -11,7 +11,7 @@ from ..proof.options import ProofOptions
 from ..proof.resolve import resolve
 from ..proof.soak import Soak, soak
 from ..reports.soak_report import GROWTH_HEADINGS, growth_rows, soak_to_json, soak_to_text
-from .arguments import Subcommands, add_parser, reads
+from .arguments import describe, reads
 from .display import display, print_table, print_text
 from .interruption import run_interruptibly
 from .options import add_options, describe_scenarios, given_options
@@ -33,13 +33,11 @@ exit codes:
 _DEFAULTS: Final = ProofOptions(guest="bare")
 
 
-def add(commands: Subcommands) -> None:
-    """Add the subcommand."""
-    parser = add_parser(
-        commands,
-        "soak",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's arguments to its parser."""
+    describe(
+        parser,
         reporting_failure(_run, "soak"),
-        summary="migrate one guest again and again: nothing may be lost, nothing may grow",
         description="Migrate one guest there and back, again and again, each time to a new QEMU; "
         "compare every page each time, and see whether the tool and the device keep memory, file "
         "descriptors or shared memory.",

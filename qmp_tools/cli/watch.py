@@ -19,7 +19,7 @@ from dmaproof.errors import UntestableError, printable
 from ..arguments import seconds
 from ..migration.watch import View, watch
 from ..qemu.attachment import attach
-from .arguments import Subcommands, add_parser, add_timeout, reads
+from .arguments import add_timeout, describe, reads
 from .interruption import run_interruptibly
 
 _EXAMPLES: Final = """\
@@ -54,13 +54,11 @@ def _screen() -> Iterator[Callable[[View], None]]:
         yield lambda view: live.update(table(view), refresh=True)
 
 
-def add(commands: Subcommands) -> None:
-    """Add the subcommand."""
-    parser = add_parser(
-        commands,
-        "watch",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's arguments to its parser."""
+    describe(
+        parser,
         _run,
-        summary="live progress of any migration",
         description="Show how a migration of a running QEMU goes: passes, rates, expected end.",
         epilog=_EXAMPLES,
     )

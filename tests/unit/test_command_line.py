@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from qmp_tools.cli.arguments import parsers_of
 from qmp_tools.cli.main import main, make_parser
 
+ROOT = Path(__file__).parents[2]
 PARSERS = {parser.prog: parser for parser in parsers_of(make_parser())}
 
 
@@ -29,6 +31,69 @@ def test_help_has_examples_which_parse(name: str) -> None:
         words = shlex.split(re.split(r"  |[|>]", command)[0])
         if words[-1] != "--help":
             make_parser().parse_args(words[1:])
+
+
+HEAVY = {"numpy", "rich", "qemu.qmp", "asyncio", "shtab"}
+
+
+@pytest.mark.parametrize("words", ["--help", "--version", "", "no-such-command"])
+def test_the_command_itself_imports_neither_its_subcommands_nor_what_they_need(words: str) -> None:
+    script = (
+        "import sys\n"
+        "from qmp_tools.cli.main import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print(*sys.modules, file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", script, *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    imported = set(done.stderr.splitlines()[-1].split())
+    assert "qmp_tools.cli.main" in imported
+    assert imported & HEAVY == set()
+    subcommands = {prog.split()[1].replace("-", "_") for prog in PARSERS if " " in prog}
+    assert imported & {f"qmp_tools.cli.{name}" for name in subcommands} == set()
+
+
+def test_a_chosen_subcommand_is_the_only_one_that_is_imported() -> None:
+    script = (
+        "import sys; from qmp_tools.cli.main import make_parser\n"
+        "make_parser(['qemu', 'list']).parse_args(['qemu', 'list']); print(*sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    imported = set(done.stdout.split())
+    assert "qmp_tools.cli.qemu" in imported
+    assert imported & {"qmp_tools.cli.prove", "qmp_tools.cli.bench", "numpy"} == set()
+
+
+def test_the_help_is_whole_before_any_subcommand_is_imported() -> None:
+    assert make_parser(()).format_help() == make_parser().format_help()
+    assert all(
+        words.split()[1] in make_parser(()).format_help() for words in PARSERS if " " in words
+    )
+
+
+def test_the_version_is_the_installed_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(["--version"])
+    assert raised.value.code == 0
+    assert capsys.readouterr().out == f"dmaproof {metadata.version('dmaproof')}\n"
+
+
+def test_the_version_of_sources_that_are_not_installed_is_unknown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(metadata.MetadataPathFinder, "find_distributions", lambda *_: iter(()))
+    with pytest.raises(SystemExit) as raised:
+        main(["--version"])
+    assert raised.value.code == 0
+    assert capsys.readouterr().out == "dmaproof unknown (not installed)\n"
+
+
+def test_the_version_is_meson_builds() -> None:
+    declared = re.search(r"^  version: '(.+)',$", (ROOT / "meson.build").read_text(), re.MULTILINE)
+    assert declared
+    assert metadata.version("dmaproof") == declared[1]
 
 
 def completion(shell: str, capsys: pytest.CaptureFixture[str]) -> str:

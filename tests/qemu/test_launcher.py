@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -144,3 +145,51 @@ def test_a_set_up_that_ends_otherwise(checkout: Path) -> None:
     done = launch(checkout / "dmaproof")
     assert done.returncode == 3
     assert done.stderr.splitlines()[-1] == "dmaproof: the set-up failed for the reason above"
+
+
+EDITABLE: Final = """
+
+def build_editable(folder, config_settings=None, metadata_directory=None):
+    with open(f"{config_settings['build-dir']}.builds", "a") as file:
+        file.write("editable ")
+    return build_wheel(folder)
+"""
+
+
+@pytest.fixture
+def developed(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout that was set up for work on dmaproof, where ninja is installed."""
+    with (checkout / "backend.py").open("a") as file:
+        file.write(EDITABLE)
+    with (checkout / "pyproject.toml").open("a") as file:
+        file.write('[project]\nname = "dmaproof"\ndynamic = ["version"]\n')
+    (tmp_path / "ninja").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    subprocess.run([checkout / "dmaproof", "develop"], check=True, timeout=300)
+    assert (checkout / ".venv/build.builds").read_text() == "editable "
+    return checkout
+
+
+def test_an_edit_needs_no_building_in_a_checkout_that_is_developed(developed: Path) -> None:
+    (developed / "plugin/new.py").touch()
+    assert_runs_in(developed)
+    assert launch(developed / "dmaproof").stderr == ""
+    assert (developed / ".venv/build.builds").read_text() == "editable "
+
+
+def test_a_checkout_stays_developed_when_its_metadata_change(developed: Path) -> None:
+    (developed / "meson.build").write_text("# another version\n")
+    assert_runs_in(developed)
+    assert (developed / ".venv/build.builds").read_text() == "editable editable "
+
+
+def test_a_checkout_stays_developed_when_it_moves_or_pip_fails(
+    developed: Path, tmp_path: Path
+) -> None:
+    moved = developed.rename(tmp_path / "moved")
+    backend = (moved / "backend.py").read_text()
+    (moved / "backend.py").write_text("raise OSError('no space')\n")
+    assert launch(moved / "dmaproof").returncode == 3
+    (moved / "backend.py").write_text(backend)
+    assert_runs_in(moved)
+    assert (moved / ".venv/build.builds").read_text() == "editable "

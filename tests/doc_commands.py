@@ -20,7 +20,12 @@ from typing import Final
 from markdown_it import MarkdownIt
 
 ROOT: Final = Path(__file__).parents[1]
-PAGES: Final = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES: Final = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 _PROGRAM: Final = re.compile(
     r"(\$ |(\./dmaproof|dmaproof|avocado|pytest|pipx?|python3?|qemu-system-x86_64|sudo|apt-get|git"

@@ -15,7 +15,9 @@ else is private, and may change at any time. Names are imported when they are as
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
+
+import dmaproof
 
 if TYPE_CHECKING:
     from .blocking import Pair, ProofQemu, RunningQemu, Stage, StagedProof, check, prove
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from .qemu.qmp import QmpError
     from .ram_check.check import Check
     from .ram_check.migrated import GuestHasRunError, NotMigratedError
+
+    __version__: str
 
 _HOMES: Final = {
     "blocking": ("Pair", "ProofQemu", "RunningQemu", "Stage", "StagedProof", "check", "prove"),
@@ -83,11 +87,18 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+if not TYPE_CHECKING:  # else any misspelt name would pass a type checker
 
+    def __getattr__(name: str) -> object:
+        """Import a public name at its first use; the command line needs few of them."""
+        if name == "__version__":
+            value = dmaproof.__version__
+        elif name in _HOME_OF:
+            value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__, "__version__"})

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Container, Sequence
 from typing import Final
 
+import dmaproof
 from dmaproof.errors import UsageError, printable
 
 from ..exit_codes import EXIT_UNTESTED, EXIT_USAGE
@@ -74,17 +75,8 @@ class _ShowVersion(argparse.Action):
     """As argparse's own action, which has to know the version although nobody asks for it."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        print(f"dmaproof {_version()}")
+        print(f"dmaproof {dmaproof.__version__}")
         parser.exit()
-
-
-def _version() -> str:
-    from importlib import metadata  # only now: it takes as long to import as argparse
-
-    try:
-        return metadata.version("dmaproof")
-    except metadata.PackageNotFoundError:  # run from its sources, as in the nested machine
-        return "unknown (not installed)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -53,7 +53,7 @@ exit codes:
 
 def _describe_faults() -> str:
     lines = ["faults that a proof can have (dmaproof faults tries them all, and more):"]
-    for name, fault in known_faults().items():
+    for name, fault in known_faults().usable().items():
         if not fault.needs:
             value = f"={fault.default:g}" if fault.value_means else ""
             lines += [f"  {name}{value}", f"      {summary(fault)}"]

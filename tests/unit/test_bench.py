@@ -13,7 +13,7 @@ from dmaproof.bench.iterator import GIB, Row, measure
 from dmaproof.bench.patterns import Locality, Pattern
 from dmaproof.bench.strategies import Sample, Words
 from dmaproof.errors import UntestableError
-from qmp_tools import cli
+from qmp_tools.cli import main as cli
 
 BITMAP_PAGE = 4096
 WINDOW_BITS = 512 * 8 * BITMAP_PAGE

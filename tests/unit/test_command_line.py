@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import dmaproof
 from qmp_tools.cli.arguments import parsers_of
 from qmp_tools.cli.main import main, make_parser
 
@@ -83,11 +84,12 @@ def test_the_version_is_the_installed_packages(capsys: pytest.CaptureFixture[str
 def test_the_version_of_sources_that_are_not_installed_is_unknown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.delitem(vars(dmaproof), "__version__", raising=False)
     monkeypatch.setattr(metadata.MetadataPathFinder, "find_distributions", lambda *_: iter(()))
     with pytest.raises(SystemExit) as raised:
         main(["--version"])
     assert raised.value.code == 0
-    assert capsys.readouterr().out == "dmaproof unknown (not installed)\n"
+    assert capsys.readouterr().out == "dmaproof 0+unknown\n"
 
 
 def test_the_version_is_meson_builds() -> None:

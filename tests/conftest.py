@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from command import Tool
+from support.command import Tool
 
 # Machines are busy, so no example has a time; everything else is as hypothesis chooses it.
 settings.register_profile(

@@ -1,7 +1,7 @@
-"""A coverage-guided fuzzer as front end and guest, see ``hostile_peer``; README.md says how to run.
+"""A coverage-guided fuzzer as front end and guest, see ``support.hostile_peer``.
 
-Coverage is that of dmaproof's Python; what the fuzzer found worth keeping it keeps in the folder
-that it is given.
+README.md says how to run it. Coverage is that of dmaproof's Python; what the fuzzer found worth
+keeping it keeps in the folder that it is given.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import atheris
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 with atheris.instrument_imports(include=["dmaproof"]):
-    import hostile_peer
+    from support import hostile_peer
 
 T = TypeVar("T")
 

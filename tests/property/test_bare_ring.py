@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bare_ring import DATA, GAVE_UP, BareRing, build, guest_ram
 from dmaproof.vhost_user.features import F_RING_EVENT_IDX, F_RING_INDIRECT_DESC, F_RING_PACKED
 from dmaproof.virtqueue import (
     DescriptorChain,
@@ -23,7 +22,8 @@ from dmaproof.virtqueue import (
     Virtqueue,
 )
 from dmaproof.virtqueue.packed import INITIAL_BASE
-from rings import dma_for
+from support.bare_ring import DATA, GAVE_UP, BareRing, build, guest_ram
+from support.rings import dma_for
 
 MAX_PIECES = 18  # of virtqueue.h
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import hostile_peer
+from support import hostile_peer
 
 T = TypeVar("T")
 

@@ -24,7 +24,7 @@ from dmaproof.vhost_user.inflight import InflightRegions, InflightVirtqueue, mak
 from dmaproof.vhost_user.messages import InflightFile
 from dmaproof.virtqueue import DescriptorChain
 from qmp_tools.testbed.ring_driver import PAGE, WRITE, Buffer, RingDriver
-from rings import DATA, DRIVERS, SIZE, TABLES, dma_for, driver_of, queue_for
+from support.rings import DATA, DRIVERS, SIZE, TABLES, dma_for, driver_of, queue_for
 
 
 class KilledError(Exception):

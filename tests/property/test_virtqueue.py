@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dmaproof.journal import Journal, WriteKind
 from dmaproof.virtqueue import DescriptorChain, Segment
 from qmp_tools.testbed.ring_driver import PAGE, WRITE, Buffer
-from rings import DATA, DRIVERS, RING, TABLES, Marks, dma_for, driver_of, queue_for, scatter
+from support.rings import DATA, DRIVERS, RING, TABLES, Marks, dma_for, driver_of, queue_for, scatter
 
 
 @given(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from command import Tool
 from dmaproof.vhost_user.features import F_RING_PACKED
 from qmp_tools.devices.emulated import RINGS, EmulatedDevice
 from qmp_tools.devices.process import Device, DeviceOptions
@@ -19,6 +18,7 @@ from qmp_tools.host.timeout import DEFAULT_TIMEOUT_S
 from qmp_tools.qemu.choice import find_qemu
 from qmp_tools.qemu.machine import MIB, Machine
 from qmp_tools.qemu.qemu import Qemu
+from support.command import Tool
 
 pytestmark = pytest.mark.qemu
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from command import TIMEOUT_S, Tool
 from dmaproof.errors import UsageError
 from qmp_tools.blocking import Stage, check
 from qmp_tools.qemu.qmp import QmpError
+from support.command import TIMEOUT_S, Tool
 
 pytestmark = pytest.mark.qemu
 

@@ -10,9 +10,14 @@ from typing import Any
 
 import pytest
 
-import balloon_guest
-from command import Tool
-from foreign_pair import (
+from qmp_tools.blocking import Stage
+from qmp_tools.guest.bare import probe_guest
+from qmp_tools.qemu.builds import installed
+from qmp_tools.qemu.choice import find_qemu, version_of
+from qmp_tools.ram_check.migrated import GuestHasRunError, NotMigratedError
+from support import balloon_guest
+from support.command import Tool
+from support.foreign_pair import (
     HEARD_FIRMWARE,
     HEARD_PROBE,
     MEMORY,
@@ -21,11 +26,6 @@ from foreign_pair import (
     Pair,
     foreign_pair,
 )
-from qmp_tools.blocking import Stage
-from qmp_tools.guest.bare import probe_guest
-from qmp_tools.qemu.builds import installed
-from qmp_tools.qemu.choice import find_qemu, version_of
-from qmp_tools.ram_check.migrated import GuestHasRunError, NotMigratedError
 
 pytestmark = pytest.mark.qemu
 

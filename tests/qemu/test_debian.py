@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 
-from debian_tree import Tree, fresh_tree, why_not
+from support.debian_tree import Tree, fresh_tree, why_not
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(3600)]
 

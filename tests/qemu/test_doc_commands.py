@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from doc_commands import ROOT, Block, all_blocks
+from support.doc_commands import ROOT, Block, all_blocks
 
 pytestmark = pytest.mark.qemu
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from command import Tool
+from support.command import Tool
 
 pytestmark = pytest.mark.qemu
 

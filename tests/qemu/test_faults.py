@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from command import Tool
+from support.command import Tool
 
 pytestmark = pytest.mark.qemu
 

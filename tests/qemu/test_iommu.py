@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from command import Tool
 from qmp_tools.qemu.builds import installed
+from support.command import Tool
 
 pytestmark = pytest.mark.qemu
 

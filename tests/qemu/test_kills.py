@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from command import TIMEOUT_S, Running, Tool, is_alive
+from support.command import TIMEOUT_S, Running, Tool, is_alive
 
 pytestmark = pytest.mark.qemu
 

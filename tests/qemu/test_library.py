@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from command import Tool
 from qmp_tools.blocking import Stage
+from support.command import Tool
 
 pytestmark = pytest.mark.qemu
 

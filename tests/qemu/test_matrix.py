@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from command import TIMEOUT_S, Tool, is_alive
 from qmp_tools.guest.build import compile_c
 from qmp_tools.qemu.choice import known_qemus
 from qmp_tools.qemu.program_files import ProgramFiles
+from support.command import TIMEOUT_S, Tool, is_alive
 
 pytestmark = pytest.mark.qemu
 

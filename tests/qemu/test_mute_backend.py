@@ -10,20 +10,20 @@ from typing import Final
 
 import pytest
 
-from command import Tool
 from dmaproof.errors import WaitTimeoutError
 from qmp_tools.blocking import Stage
 from qmp_tools.proof.options import ProofOptions
+from support.command import Tool
 
 pytestmark = pytest.mark.qemu
 
-MUTE: Final = Path(__file__).parents[1] / "mute_backend.py"
+MUTE: Final = Path(__file__).parents[1] / "back_ends" / "mute.py"
 ACCEPTS_NOTHING: Final = (
     "import socket, sys, time; listener = socket.socket(socket.AF_UNIX); "
     "listener.bind(sys.argv[1]); listener.listen(); print('listening', flush=True); "
     "time.sleep(10**6)"
 )
-SILENT: Final = Path(__file__).parents[1] / "silent_backend.py"
+SILENT: Final = Path(__file__).parents[1] / "back_ends" / "silent.py"
 
 
 @pytest.mark.parametrize(

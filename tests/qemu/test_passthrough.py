@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from command import TIMEOUT_S, Tool, is_alive
 from qmp_tools.passthrough import GROUPS
 from qmp_tools.passthrough.l1.root import run_inside
+from support.command import TIMEOUT_S, Tool, is_alive
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(3600)]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from command import Tool
 from qmp_tools.host.timeout import DEFAULT_TIMEOUT_S
 from qmp_tools.proof.probes import vcpu_pages_lost
 from qmp_tools.qemu.builds import installed
 from qmp_tools.qemu.choice import find_qemu, version_of
+from support.command import Tool
 
 pytestmark = pytest.mark.qemu
 

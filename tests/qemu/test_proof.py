@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from command import Outcome, Tool
 from dmaproof.faults.fault import uniform
+from support.command import Outcome, Tool
 
 pytestmark = pytest.mark.qemu
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from command import Tool
+from support.command import Tool
 
 pytestmark = pytest.mark.qemu
 

@@ -7,12 +7,12 @@ import os
 
 import pytest
 
-from command import Tool
 from qmp_tools.proof.display import QuietDisplay
 from qmp_tools.proof.options import ProofOptions
 from qmp_tools.proof.resolve import resolve
 from qmp_tools.proof.run import ProofRun
 from qmp_tools.proof.soak import TOOL, Soak, soak
+from support.command import Tool
 
 pytestmark = pytest.mark.qemu
 

@@ -16,13 +16,13 @@ from typing import Final
 
 import pytest
 
-from command import TIMEOUT_S, Outcome, Tool
 from qmp_tools.devices import inside_qemu
 from qmp_tools.guest.build import cache, fresh_folder
 from qmp_tools.guest.workload import Workload
 from qmp_tools.host.archive import Archive, own_codename, unpack
 from qmp_tools.proof.soak import TOOL
 from qmp_tools.qemu.builds import QemuBuild, fetch, installed, make_whole
+from support.command import TIMEOUT_S, Outcome, Tool
 
 pytestmark = pytest.mark.qemu
 
@@ -32,13 +32,15 @@ RECIPES: Final = (ROOT / "docs" / "devices.md").read_text()
 
 def faulty(fault: str, *harvest: str) -> str:
     """The command of a back end that has a fault, or 'none'."""
-    program = str(ROOT / "tests" / "faulty_backend.py")
+    program = str(ROOT / "tests" / "back_ends" / "faulty.py")
     return shlex.join([sys.executable, program, "{socket}", fault, *harvest])
 
 
 FAULTY: Final = faulty("drop-pages=0.05")
 
-SLOW: Final = shlex.join([sys.executable, str(ROOT / "tests" / "slow_backend.py"), "{socket}"])
+SLOW: Final = shlex.join(
+    [sys.executable, str(ROOT / "tests" / "back_ends" / "slow.py"), "{socket}"]
+)
 
 DYING: Final = (
     "import socket, sys\n"
@@ -307,7 +309,7 @@ def test_dpdk(tool: Tool) -> None:
 
 
 def test_a_network_that_does_not_echo_is_reported_with_both_counts_and_its_log(tool: Tool) -> None:
-    program = str(ROOT / "tests" / "silent_backend.py")
+    program = str(ROOT / "tests" / "back_ends" / "silent.py")
     command = shlex.join([sys.executable, program, "{socket}", "net"])
     qemu = str(newer_qemu().path)
     outcome = prove(tool, "--qemu", qemu, "--device", "net", "--device-command", command)
@@ -352,7 +354,7 @@ def test_whatever_is_killed_nothing_is_left(tool: Tool, victim: str) -> None:
     arguments = ("--guest", "bare", "--device-command", command, "--bandwidth", "8M")
     running = tool.start("prove", *arguments)
     running.wait_for_line("migration active")
-    (back_end,) = of_run(tool, "source-disk.sock", "faulty_backend.py")
+    (back_end,) = of_run(tool, "source-disk.sock", "faulty.py")
     if victim == "tool":
         running.process.kill()
     else:

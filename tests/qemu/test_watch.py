@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from command import Tool
-from foreign_pair import HEARD_PROBE, Pair, foreign_pair
 from qmp_tools.guest.bare import probe_guest
 from qmp_tools.migration.dirty_rate import VhostLogMeter
 from qmp_tools.qemu.choice import find_qemu
+from support.command import Tool
+from support.foreign_pair import HEARD_PROBE, Pair, foreign_pair
 
 pytestmark = pytest.mark.qemu
 

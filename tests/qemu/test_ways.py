@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from command import Outcome, Tool
 from qmp_tools.host.timeout import DEFAULT_TIMEOUT_S
 from qmp_tools.migration.ways import WAYS
 from qmp_tools.qemu.builds import installed
 from qmp_tools.qemu.choice import find_qemu
 from qmp_tools.qemu.machine import DIMM_BYTES, GIB
 from qmp_tools.qemu.qemu import Qemu
+from support.command import Outcome, Tool
 
 pytestmark = pytest.mark.qemu
 

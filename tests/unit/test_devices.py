@@ -16,7 +16,6 @@ from typing import Final
 
 import pytest
 
-from command import is_alive
 from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError
 from dmaproof.stamp import Stamp, read_stamp
 from dmaproof.units import PAGE_BYTES
@@ -33,6 +32,7 @@ from qmp_tools.devices.several import SeveralDevices
 from qmp_tools.host.process import ProcessDiedError
 from qmp_tools.proof.options import OPTIONS
 from qmp_tools.qemu.machine import DESTINATION, SOURCE
+from support.command import is_alive
 
 LISTENS = (
     sys.executable,

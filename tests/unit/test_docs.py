@@ -18,10 +18,10 @@ import yaml
 
 import dmaproof
 from dmaproof.errors import UsageError
-from doc_commands import PAGES, ROOT, Block, all_blocks, commands_in, in_prose
 from qmp_tools.cli.arguments import parsers_of
 from qmp_tools.cli.main import make_parser
 from qmp_tools.integrations.pytest_plugin import pytest_addoption
+from support.doc_commands import PAGES, ROOT, Block, all_blocks, commands_in, in_prose
 
 
 def text_of(*folders: str) -> str:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from command import Outcome, Tool
 from qmp_tools.cli import doctor as command
 from qmp_tools.cli import main as cli
 from qmp_tools.doctor import GUEST_MEMORY_BYTES, Facts, can_prove, examine, look
 from qmp_tools.host.finding import Finding, State
 from qmp_tools.qemu.machine import MIB
+from support.command import Outcome, Tool
 
 WHOLE = Facts(
     root=True,

@@ -22,8 +22,8 @@ from dmaproof.guest_memory import GuestMemory, IovaMap, IovaMapping
 from dmaproof.iova_bitmap import IovaBitmap, IovaRange
 from dmaproof.journal import Journal, WriteKind
 from dmaproof.trace import ChainTrace, Link
-from front_end import FrontEnd
 from qmp_tools.testbed.ring_driver import PAGE, RingDriver, guest_memory, ram_fd
+from support.front_end import FrontEnd
 
 RAM_PAGES = 200
 HIGH = 4 << 30

@@ -22,7 +22,6 @@ from dmaproof.vhost_user.features import PROTOCOL_FEATURES
 from dmaproof.vhost_user.messages import HEADER_BYTES, Request, encode_request, encode_u64
 from dmaproof.vhost_user.server import Server
 from dmaproof.virtqueue import DescriptorChain
-from front_end import FEATURES, FrontEnd
 from qmp_tools.testbed import front_end as testbed
 from qmp_tools.testbed.ring_driver import (
     HVA_BASE,
@@ -33,6 +32,7 @@ from qmp_tools.testbed.ring_driver import (
     guest_memory,
     ram_fd,
 )
+from support.front_end import FEATURES, FrontEnd
 
 RAM_BYTES = 32 * PAGE
 LOG_BYTES = 8

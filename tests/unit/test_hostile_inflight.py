@@ -12,7 +12,6 @@ from dmaproof.errors import ProtocolError
 from dmaproof.vhost_user.features import F_RING_PACKED, PROTOCOL_FEATURES
 from dmaproof.vhost_user.inflight import region_bytes
 from dmaproof.vhost_user.messages import Request, encode_u64
-from front_end import FEATURES, FrontEnd
 from qmp_tools.testbed.ring_driver import (
     PAGE,
     WRITE,
@@ -22,6 +21,7 @@ from qmp_tools.testbed.ring_driver import (
     guest_memory,
     ram_fd,
 )
+from support.front_end import FEATURES, FrontEnd
 
 RAM_BYTES = 32 * PAGE
 RING, HEADER, STATUS, DATA = 2 * PAGE, 6 * PAGE, 7 * PAGE, 24 * PAGE

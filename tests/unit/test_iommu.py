@@ -26,7 +26,6 @@ from dmaproof.vhost_user.messages import (
     encode_iotlb,
     encode_u64,
 )
-from front_end import FrontEnd
 from qmp_tools.testbed.guest_iommu import GuestIommu, Page
 from qmp_tools.testbed.ring_driver import (
     HVA_BASE,
@@ -40,7 +39,8 @@ from qmp_tools.testbed.ring_driver import (
     ram_fd,
 )
 from qmp_tools.testbed.ring_driver import WRITE as WRITABLE
-from rings import scatter
+from support.front_end import FrontEnd
+from support.rings import scatter
 
 RAM_BYTES = 128 * PAGE
 LOG_BYTES = RAM_BYTES // PAGE // 8

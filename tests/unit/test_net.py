@@ -14,8 +14,8 @@ from dmaproof.errors import ProtocolError
 from dmaproof.stamp import stamped_page
 from dmaproof.vhost_user.features import PROTOCOL_FEATURES
 from dmaproof.vhost_user.messages import ProtocolFeature, Request, encode_u64
-from front_end import FEATURES, FrontEnd
 from qmp_tools.testbed.ring_driver import PAGE, WRITE, Buffer, RingDriver, guest_memory, ram_fd
+from support.front_end import FEATURES, FrontEnd
 
 OFFERED = PROTOCOL_FEATURES & ~ProtocolFeature.CONFIG
 RAM_BYTES = 128 * PAGE

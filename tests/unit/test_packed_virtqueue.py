@@ -20,7 +20,7 @@ from qmp_tools.testbed.ring_driver import (
     Buffer,
     PackedDriver,
 )
-from rings import DATA, RAM_BYTES, SIZE, TABLES, Marks, dma_for, driver_of, queue_for
+from support.rings import DATA, RAM_BYTES, SIZE, TABLES, Marks, dma_for, driver_of, queue_for
 
 
 @pytest.fixture

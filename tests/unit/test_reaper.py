@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from command import is_alive
 from qmp_tools.host import reaper
 from qmp_tools.host.process import Process
 from qmp_tools.host.run_folder import run_folder
+from support.command import is_alive
 
 FILES = 4000
 

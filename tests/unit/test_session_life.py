@@ -12,7 +12,6 @@ import pytest
 
 from dmaproof.vhost_user.features import PROTOCOL_FEATURES
 from dmaproof.vhost_user.messages import Request, encode_u64
-from front_end import FEATURES, FrontEnd
 from qmp_tools.testbed.ring_driver import (
     PAGE,
     WRITE,
@@ -21,6 +20,7 @@ from qmp_tools.testbed.ring_driver import (
     guest_memory,
     ram_fd,
 )
+from support.front_end import FEATURES, FrontEnd
 
 RAM_BYTES = 32 * PAGE
 LOG_BYTES = 8

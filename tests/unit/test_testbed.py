@@ -14,7 +14,6 @@ from typing import NoReturn
 import numpy as np
 import pytest
 
-from command import TIMEOUT_S, Tool, is_alive
 from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.errors import RefusedError, UntestableError
 from dmaproof.faults import known_faults
@@ -27,6 +26,7 @@ from qmp_tools.testbed.fault_trials import CONTROL, Bench, Means, Row, Trial, ju
 from qmp_tools.testbed.precopy import PAGE_BYTES, Place, Precopy
 from qmp_tools.testbed.ring_driver import ram_fd
 from qmp_tools.testbed.simulation import play
+from support.command import TIMEOUT_S, Tool, is_alive
 
 LOW, HIGH = Place(0, 3 * PAGE_BYTES, 0), Place(1 << 20, 70 * PAGE_BYTES, 3 * PAGE_BYTES)
 

@@ -18,8 +18,8 @@ from dmaproof.vfio.iommufd import Ioas, Iommufd
 from dmaproof.vfio.requests import Bits, bitmap_for
 from dmaproof.vfio.trackers import KernelTracker
 from dmaproof.vfio.vhost_session import StandIn
-from front_end import FrontEnd
 from qmp_tools.testbed.ring_driver import PAGE, WRITE, Buffer, RingDriver, guest_memory, ram_fd
+from support.front_end import FrontEnd
 
 RAM_BYTES = 64 * PAGE
 LOG_BYTES = 64

@@ -24,8 +24,8 @@ from dmaproof.vhost_user.messages import (
     encode_request,
     encode_u64,
 )
-from front_end import FEATURES, FrontEnd
 from qmp_tools.testbed.ring_driver import PAGE, WRITE, Buffer, RingDriver, guest_memory, ram_fd
+from support.front_end import FEATURES, FrontEnd
 
 RAM_BYTES = 128 * PAGE
 HIGH = 1 << 32

@@ -9,7 +9,7 @@ import pytest
 from dmaproof.errors import MemoryAccessError, ProtocolError
 from dmaproof.virtqueue import DescriptorChain, Segment
 from qmp_tools.testbed.ring_driver import INDIRECT, NEXT, PAGE, WRITE, Buffer, RingDriver
-from rings import DATA, RAM_BYTES, TABLES, Marks, dma_for, driver_of, queue_for
+from support.rings import DATA, RAM_BYTES, TABLES, Marks, dma_for, driver_of, queue_for
 
 
 @pytest.fixture

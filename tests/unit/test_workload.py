@@ -13,7 +13,7 @@ from dmaproof.errors import UsageError
 from dmaproof.stamp import SECTORS_PER_PAGE, stamped_page
 from dmaproof.units import PAGE_BYTES
 from qmp_tools.guest.workload import PATTERNS, Workload, parse_workload
-from workload_guest import (
+from support.workload_guest import (
     DISK_SECTORS,
     HOT,
     HUGE_PAGES,

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from foreign_pair import Pair
 from qmp_tools.guest import linux
 from qmp_tools.guest.build import compile_c
+from support.foreign_pair import Pair
 
 _TIMEOUT_S = 60.0
 PAGE_BYTES = 4096

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /* The bare guest's virtqueues for tests, over memory that they share with a device of the test's. */
-#include "../guests/bare/virtqueue.h"
+#include "../../guests/bare/virtqueue.h"
 
 #include <setjmp.h>
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /* A guest for tests: guests/workload.c over plain memory; what it tells is kept as text. */
-#include "../guests/workload.h"
+#include "../../guests/workload.h"
 
 #include <stdarg.h>
 #include <stdio.h>

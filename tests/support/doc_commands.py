@@ -19,7 +19,7 @@ from typing import Final
 
 from markdown_it import MarkdownIt
 
-ROOT: Final = Path(__file__).parents[1]
+ROOT: Final = Path(__file__).parents[2]
 PAGES: Final = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",

@@ -21,7 +21,7 @@ TIMEOUT_S = 900.0
 """Of each wait of a test: far more than it takes, for machines may be busy."""
 
 _SCHEMA: Final = jsonschema.Draft202012Validator(
-    json.loads((Path(__file__).parents[1] / "docs" / "report.schema.json").read_text())
+    json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_text())
 )
 
 

@@ -15,8 +15,8 @@ from outside import environment, install, install_outside_package
 PLAY = """
 import json, sys
 from pathlib import Path
-from qmp_tools.processes.device import DeviceOptions
-from qmp_tools.testbed.scene import play
+from qmp_tools.devices.process import DeviceOptions
+from qmp_tools.testbed.simulation import play
 options = json.loads(sys.argv[1])
 verdict = play(DeviceOptions(seed=3, harvest="final", **options), Path(sys.argv[2]))
 print(json.dumps([verdict.exit_code, sorted({page.link for page in verdict.lost})]))

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from support.command import Tool
 
@@ -16,6 +16,15 @@ settings.register_profile(
     "unhurried", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("unhurried")
+# A mutant has only to be noticed, each time by the same examples, and not to be explained.
+settings.register_profile(
+    "mutation",
+    settings.get_profile("unhurried"),
+    derandomize=True,
+    database=None,
+    max_examples=50,
+    phases=(Phase.explicit, Phase.generate),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,209 @@
+"""Change the Python code in small ways, one at a time, and see whether its tests notice.
+
+mutmut makes the mutants and runs the tests. It names a function by the path of its file, so it works
+on a copy of the installed packages, in which path and import name agree and the compiled modules
+are at hand. What is mutated, and by which tests each part is held, is in pyproject.toml; which
+mutants cannot be noticed is in ``equivalent.toml``. See ``README-python.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import random
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+HERE: Final = Path(__file__).parent
+PROJECT: Final = HERE.parents[1]
+_PACKAGES: Final = ("dmaproof", "qmp_tools")
+_TYPES: Final = ("mypy", "--output", "json", "--disable-error-code", "unused-ignore")
+"""mypy is part of the checks, so what it refuses is noticed."""
+_NOTICED: Final = {1, 3, 36, 37, -24, 24, 152, 255, -9, -11}
+"""mutmut's exit codes of mutants that fail a test, run too long, crash, or that mypy refuses."""
+_UNTESTED: Final = 33
+
+
+class Target(NamedTuple):
+    """One part of the code: its files below the packages, and the fast tests that hold it."""
+
+    name: str
+    modules: list[str]
+    tests: list[str]
+
+
+class Mutant(NamedTuple):
+    """One change of `function`: `was` and `now` are the lines that differ."""
+
+    name: str
+    function: str
+    was: str
+    now: str
+    code: int | None
+
+    @property
+    def noticed(self) -> bool:
+        """Whether a test or mypy has failed on it."""
+        return self.code in _NOTICED
+
+
+def settings() -> dict[str, Any]:
+    """What pyproject.toml says of mutation."""
+    with (PROJECT / "pyproject.toml").open("rb") as file:
+        section: dict[str, Any] = tomllib.load(file)["tool"]["dmaproof"]["mutation"]
+    return section
+
+
+def targets(section: dict[str, Any]) -> dict[str, Target]:
+    """The targets by name, in the order of pyproject.toml."""
+    return {name: Target(name, **target) for name, target in section["target"].items()}
+
+
+def lay_out(work: Path, target: Target, ignored_lines: list[str], *, types: bool) -> None:
+    """Make the folder in which mutmut runs: packages, tests, and a configuration for `target`."""
+    shutil.rmtree(work, ignore_errors=True)
+    site = Path(sysconfig.get_path("platlib"))
+    for package in _PACKAGES:
+        shutil.copytree(
+            site / package, work / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for folder in ("docs", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__", "api", "qemu")
+        shutil.copytree(PROJECT / folder, work / folder, ignore=ignored)
+    options: dict[str, Any] = {
+        "source_paths": list(_PACKAGES),
+        "also_copy": ["docs"],
+        "only_mutate": target.modules,
+        "do_not_mutate_patterns": ignored_lines,
+        "pytest_add_cli_args": ["-p", "no:cacheprovider", "--hypothesis-profile=mutation"],
+        "pytest_add_cli_args_test_selection": target.tests,
+        "use_git_change_detection": False,
+        # So many seconds, and so often the time that a mutant's tests take without it.
+        "timeout_constant": 2.0,
+        "timeout_multiplier": 4.0,
+    }
+    if types:
+        options["type_check_command"] = [*_TYPES, *_PACKAGES]
+    text = (PROJECT / "pyproject.toml").read_text()
+    text += "\n[tool.mutmut]\n"
+    # A list of strings is the same in JSON and TOML, and so are numbers and truth values.
+    text += "".join(f"{name} = {json.dumps(value)}\n" for name, value in options.items())
+    (work / "pyproject.toml").write_text(text)
+
+
+def run(work: Path, jobs: int, chosen: Iterable[str] = ()) -> None:
+    """Let mutmut run, on the `chosen` mutants only if there are any."""
+    mutmut = Path(sysconfig.get_path("scripts")) / "mutmut"
+    command = [str(mutmut), "run", "--max-children", str(jobs), *chosen]
+    with (work / "mutmut.log").open("ab") as log:
+        done = subprocess.run(command, cwd=work, stdout=log, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        tail = (work / "mutmut.log").read_text(errors="replace").replace("\r", "\n")[-3000:]
+        raise SystemExit(f"mutmut failed; the end of {work / 'mutmut.log'}:\n{tail}")
+
+
+def results(work: Path, target: Target) -> list[Mutant]:
+    """Every mutant of `target`, and how it fared."""
+    found = []
+    for module in target.modules:
+        for meta in sorted((work / "mutants").glob(f"{module}.meta")):
+            source = meta.with_suffix("")
+            codes = json.loads(meta.read_text())["exit_code_by_key"]
+            spans = json.loads(source.with_name(source.name + ".spans").read_text())["spans"]
+            lines = source.read_text().splitlines()
+            for name, code in codes.items():
+                changed = name.rpartition(".")[2]
+                original = f"{changed.partition('__mutmut_')[0]}__mutmut_orig"
+                was, now = _difference(*(_body(lines, *spans[it]) for it in (original, changed)))
+                found.append(Mutant(name, _readable(name), was, now, code))
+    return found
+
+
+def _body(lines: list[str], first: int, last: int) -> list[str]:
+    """The lines of a function, without those that name it."""
+    return [line.strip() for line in lines[first - 1 : last] if "__mutmut_" not in line]
+
+
+def _difference(before: list[str], after: list[str]) -> tuple[str, str]:
+    was, now = [], []
+    for line in difflib.ndiff(before, after):
+        if line.startswith("- "):
+            was.append(line[2:])
+        elif line.startswith("+ "):
+            now.append(line[2:])
+    return " ".join(was), " ".join(now)
+
+
+def _readable(name: str) -> str:
+    """``dmaproof.dma.xǁDmaǁread__mutmut_1`` is ``dmaproof.dma.Dma.read``."""
+    module, _, mangled = name.partition("__mutmut_")[0].rpartition(".")
+    return f"{module}.{mangled.removeprefix('xǁ').removeprefix('x_').replace('ǁ', '.')}"
+
+
+def equivalents() -> set[tuple[str, str, str]]:
+    """The mutants that no test could notice, as (function, was, now)."""
+    with (HERE / "equivalent.toml").open("rb") as file:
+        groups = tomllib.load(file)["group"]
+    return {
+        (mutant["function"], mutant["was"], now)
+        for group in groups
+        for mutant in group["mutants"]
+        for now in mutant["now"]
+    }
+
+
+def _report(target: Target, mutants: list[Mutant], *, show: bool) -> None:
+    unnoticeable = equivalents()
+    by_module: dict[str, list[Mutant]] = {}
+    for mutant in mutants:
+        by_module.setdefault(mutant.function.rpartition(".")[0], []).append(mutant)
+    tried = [mutant for mutant in mutants if mutant.code is not None]
+    noticed = [mutant for mutant in tried if mutant.noticed]
+    equal = [it for it in tried if not it.noticed and (it[1:4]) in unnoticeable]
+    left = [it for it in tried if not it.noticed and it not in equal]
+    score = 100 * len(noticed) / max(1, len(tried) - len(equal))
+    print(
+        f"{target.name:14} {len(tried):5} tried {len(noticed):5} noticed {len(equal):4} equivalent "
+        f"{len(left):4} not noticed {score:6.1f} %",
+        flush=True,
+    )
+    if show:
+        for mutant in left:
+            kind = "untested" if mutant.code == _UNTESTED else f"exit {mutant.code}"
+            print(f"  {mutant.name} ({kind})\n    - {mutant.was}\n    + {mutant.now}")
+
+
+def main() -> int:
+    """Run the targets that were asked for; 1 if one is below the score that is due."""
+    section = settings()
+    known = targets(section)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("target", nargs="*", help=f"default: all of {', '.join(known)}")
+    parser.add_argument("--work", type=Path, default=PROJECT / "build" / "mutation")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--sample", type=int, help="try so many mutants of each target only")
+    parser.add_argument("--seed", type=int, default=1, help="chooses the sample")
+    parser.add_argument("--types", action="store_true", help="let mypy refuse mutants first")
+    parser.add_argument("--show", action="store_true", help="print what was not noticed")
+    parser.add_argument("--again", action="store_true", help="only report on the last run")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.target) - set(known):
+        parser.error(f"no such target: {', '.join(sorted(unknown))}")
+    for name in arguments.target or known:
+        work = arguments.work / name
+        if not arguments.again:
+            lay_out(work, known[name], section["ignored-lines"], types=arguments.types)
+            run(work, arguments.jobs)
+        _report(known[name], results(work, known[name]), show=arguments.show)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..collector import Collector, Harvest
 from ..devices import VirtioDevice
+from ..errors import UntestableError
 from ..evidence import Evidence, collect_evidence
 from ..guest_memory import GuestMemory
 from ..journal import Journal
@@ -46,13 +47,18 @@ class Keeper:
         """Let the journal, and a collector that has just been started, go on from what was kept.
 
         False if nothing was.
+
+        Raises:
+            UntestableError: what was kept cannot be read.
         """
         if self._folder is None:
             return False
         try:
             kept = Evidence.load(self._folder)
-        except FileNotFoundError:  # the log was not on yet
-            return False
+        except UntestableError as error:
+            if isinstance(error.__cause__, FileNotFoundError):  # the log was not on yet
+                return False
+            raise
         self.journal.resume(kept.started_ns or 0)
         collector.harvests = [Harvest(*(int(value) for value in row)) for row in kept.harvests]
         # A write is due one harvest later than the last there was.

@@ -1,0 +1,146 @@
+"""What the journal keeps: every write, in the file as in memory, and of one migration at a time."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dmaproof.collector import Collector
+from dmaproof.dirty_log import BufferDirtyLog
+from dmaproof.dirty_tracker import emulated_trackers
+from dmaproof.guest_memory import IovaMap
+from dmaproof.journal import RECORD, Journal, WriteKind
+from dmaproof.trace import Link
+from dmaproof.vhost_user.keeper import Keeper
+from qmp_tools.testbed.ring_driver import PAGE, guest_memory, ram_fd
+
+
+def write(journal: Journal, gpa: int, *, epoch: int = 1) -> None:
+    journal.write(WriteKind.DATA, gpa + 7 * PAGE, gpa, b"data", epoch)
+
+
+def test_a_record_says_who_wrote_what_where_and_when() -> None:
+    journal = Journal()
+    before_ns = time.monotonic_ns()
+    journal.start()
+    journal.request, journal.queue = 5, 3
+    journal.write(WriteKind.USED_RING, 0x7000, 0x2000, b"some bytes", 9)
+    after_ns = time.monotonic_ns()
+    (record,) = journal.records()
+    assert before_ns <= record["time_ns"] <= after_ns
+    assert journal.started_ns is not None
+    assert before_ns <= journal.started_ns <= int(record["time_ns"])
+    assert [int(record[it]) for it in ("request", "queue", "kind", "iova", "gpa", "epoch")] == [
+        *(5, 3, WriteKind.USED_RING),
+        *(0x7000, 0x2000, 9),
+    ]
+    assert (record["length"], record["checksum"]) == (10, zlib.crc32(b"some bytes"))
+
+
+def test_before_the_start_and_after_the_stop_writes_are_only_counted() -> None:
+    journal = Journal()
+    assert not journal.recording
+    write(journal, 0)
+    journal.start()
+    assert journal.recording
+    write(journal, PAGE)
+    journal.stop()
+    assert not journal.recording
+    write(journal, 2 * PAGE)
+    assert journal.records()["gpa"].tolist() == [PAGE]
+    assert (journal.writes, journal.bytes_written) == (3, 12)
+
+
+def test_a_record_is_in_the_file_at_once(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "records")
+    journal.start()
+    for page in range(3):
+        write(journal, page * PAGE)
+        assert (np.fromfile(tmp_path / "records", RECORD) == journal.records()).all()
+        assert len(journal.records()) == page + 1
+    journal.close()
+    with pytest.raises(ValueError, match="closed"):
+        write(journal, 0)
+
+
+def test_a_second_migration_begins_with_an_empty_journal(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "records")
+    for migration in (1, 2):
+        journal.start()
+        write(journal, migration * PAGE)
+        assert journal.records()["gpa"].tolist() == [migration * PAGE]
+        assert np.fromfile(tmp_path / "records", RECORD)["gpa"].tolist() == [migration * PAGE]
+        journal.stop()
+
+
+@pytest.mark.parametrize("half", [0, 1, RECORD.itemsize // 2, RECORD.itemsize - 1])
+def test_half_a_record_is_dropped_and_the_next_one_stands_in_its_place(
+    tmp_path: Path, half: int
+) -> None:
+    file = tmp_path / "records"
+    killed = Journal(file)
+    killed.start()
+    for page in (1, 2):
+        write(killed, page * PAGE)
+    killed.close()
+    with file.open("ab") as end:
+        end.write(b"\xff" * half)
+    successor = Journal(file)
+    successor.resume(77)
+    assert successor.recording
+    assert successor.started_ns == 77
+    assert successor.records()["gpa"].tolist() == [PAGE, 2 * PAGE]
+    write(successor, 3 * PAGE)
+    assert successor.records()["gpa"].tolist() == [PAGE, 2 * PAGE, 3 * PAGE]
+    assert (np.fromfile(file, RECORD) == successor.records()).all()
+
+
+def collector_of(fd: int) -> Collector:
+    """One that has just been started, over 8 pages of RAM."""
+    collector = Collector(emulated_trackers()["iommu"]())
+    memory = guest_memory(fd, (0, 8 * PAGE, 0))
+    collector.start(BufferDirtyLog(bytearray(8)), memory, IovaMap.identity(memory))
+    return collector
+
+
+def test_a_successor_goes_on_with_journal_harvests_and_epochs(tmp_path: Path) -> None:
+    with ram_fd(8 * PAGE) as fd:
+        memory = guest_memory(fd, (0, 8 * PAGE, 0))
+        killed, collector = Keeper(tmp_path), collector_of(fd)
+        killed.journal.start()
+        collector.harvest()
+        collector.harvest()
+        collector.trace.see(Link.LOG, PAGE, 1)
+        killed.keep(collector, memory)
+        write(killed.journal, PAGE, epoch=collector.due_epoch() + 2)  # harvests that were not kept
+
+        successor, anew = Keeper(tmp_path), collector_of(fd)
+        assert successor.resume(anew)
+        assert successor.journal.started_ns == killed.journal.started_ns
+        assert successor.journal.records()["gpa"].tolist() == [PAGE]
+        assert anew.harvests == collector.harvests
+        assert len(anew.harvests) == 2
+        assert anew.trace.links[Link.LOG].last(PAGE) == 2
+        assert anew.due_epoch() == 5, "no write before may be due in a harvest that is yet to come"
+
+
+def test_a_successor_counts_on_from_the_last_harvest(tmp_path: Path) -> None:
+    with ram_fd(8 * PAGE) as fd:
+        killed, collector = Keeper(tmp_path), collector_of(fd)
+        killed.journal.start()
+        for _ in range(4):
+            collector.harvest()
+        killed.keep(collector, guest_memory(fd, (0, 8 * PAGE, 0)))
+        anew = collector_of(fd)
+        assert Keeper(tmp_path).resume(anew)
+        assert anew.due_epoch() == 5
+
+
+def test_a_successor_of_one_that_never_logged_begins_anew(tmp_path: Path) -> None:
+    with ram_fd(8 * PAGE) as fd:
+        assert not Keeper(tmp_path).resume(collector_of(fd))
+        assert not Keeper(None).resume(collector_of(fd))

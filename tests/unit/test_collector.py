@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ import pytest
 from dmaproof.collector import Collector
 from dmaproof.dirty_log import BufferDirtyLog
 from dmaproof.dirty_tracker import EmulatedTracker, emulated_trackers
-from dmaproof.guest_memory import GuestMemory, IovaMap
+from dmaproof.errors import MemoryAccessError
+from dmaproof.guest_memory import READ, WRITE, Bus, GuestMemory, IovaMap, IovaMapping
+from dmaproof.iova_bitmap import IovaBitmap, IovaRange
+from dmaproof.trace import Link
 from qmp_tools.testbed.ring_driver import PAGE, guest_memory, ram_fd
 
 
@@ -102,3 +106,169 @@ def test_a_log_that_fails_still_ends(memory: GuestMemory, tracker: EmulatedTrack
     with pytest.raises(ValueError, match="released"):
         len(log.memory)
     tracker.start(IovaMap.identity(memory).ranges, PAGE)  # it had been stopped
+
+
+def traced(memory: GuestMemory, tracker: EmulatedTracker, log: bytearray, bus: Bus) -> Collector:
+    collector = Collector(tracker)
+    collector.start(BufferDirtyLog(log), memory, bus)
+    return collector
+
+
+@pytest.mark.parametrize(
+    ("iova", "length", "found"),
+    [
+        (3 * PAGE, 1, [3]),
+        (3 * PAGE, PAGE, [3]),
+        (4 * PAGE - 1, 1, [3]),
+        (4 * PAGE - 1, 2, [3, 4]),
+        (3 * PAGE + 5, 3 * PAGE, [3, 4, 5, 6]),
+        (63 * PAGE, PAGE, [63]),
+    ],
+)
+def test_a_write_harvested_at_once_brings_the_pages_it_touches_and_no_other(
+    memory: GuestMemory, tracker: EmulatedTracker, iova: int, length: int, found: list[int]
+) -> None:
+    log = bytearray(8)
+    collector = started(memory, tracker, log)
+    tracker.dma(10 * PAGE, 1)
+    tracker.dma(iova, length)
+    collector.harvest_write(iova, length)
+    assert pages(log) == found
+    assert collector.due_epoch() == 2
+    assert collector.harvests == []
+    collector.harvest()
+    assert pages(log) == sorted([*found, 10])
+
+
+def test_a_write_harvested_at_once_follows_each_piece_of_its_mapping(
+    memory: GuestMemory, tracker: EmulatedTracker
+) -> None:
+    log = bytearray(8)
+    bus = IovaMap(
+        IovaMapping(0x100000 + at * PAGE, gpa * PAGE, PAGE) for at, gpa in enumerate((9, 4, 30))
+    )
+    collector = traced(memory, tracker, log, bus)
+    tracker.dma(0x100000 + PAGE - 1, PAGE + 2)
+    collector.harvest_write(0x100000 + PAGE - 1, PAGE + 2)
+    assert pages(log) == [4, 9, 30]
+
+
+class WriteOnly(IovaMap):
+    """A map through which only writes lead."""
+
+    def translate(self, iova: int, length: int, access: int = READ) -> list[tuple[int, int]]:
+        if access != WRITE:
+            raise MemoryAccessError("not for reading")
+        return super().translate(iova, length, access)
+
+
+def test_a_page_that_may_only_be_written_can_be_harvested_at_once(
+    memory: GuestMemory, tracker: EmulatedTracker
+) -> None:
+    log = bytearray(8)
+    collector = traced(memory, tracker, log, WriteOnly([IovaMapping(0, 0, 64 * PAGE)]))
+    tracker.dma(PAGE, 1)
+    collector.harvest_write(PAGE, 1)
+    assert pages(log) == [1]
+
+
+def test_what_is_unmapped_is_harvested_and_the_rest_is_not(
+    memory: GuestMemory, tracker: EmulatedTracker
+) -> None:
+    log = bytearray(8)
+    collector = Collector(tracker)
+    collector.unmap([IovaMapping(0, 0, PAGE)])  # without a log there is nothing to do
+    assert collector.due_epoch() == 1
+    collector = traced(memory, tracker, log, IovaMap([IovaMapping(1 << 30, 8 * PAGE, 8 * PAGE)]))
+    tracker.dma((1 << 30) + PAGE, 1)
+    tracker.dma((1 << 30) + 2 * PAGE, 1)
+    collector.unmap([IovaMapping((1 << 30) + 2 * PAGE, 10 * PAGE, PAGE)])
+    assert pages(log) == [10]
+    assert collector.due_epoch() == 2
+    collector.harvest()
+    assert pages(log) == [9, 10]
+
+
+def test_everything_is_every_page_of_every_slot(tracker: EmulatedTracker) -> None:
+    with ram_fd(64 * PAGE) as fd:
+        slots = guest_memory(fd, (0, 3 * PAGE, 0), (32 * PAGE, 2 * PAGE, 8 * PAGE))
+        log = bytearray(8)
+        collector = started(slots, tracker, log)
+        collector.harvest_everything()
+        assert pages(log) == [0, 1, 2, 32, 33]
+        assert collector.trace.merged_pages == 5
+        assert collector.trace.links[Link.TRACKER].last(33 * PAGE) == 1
+
+
+def test_a_new_log_gets_what_is_written_after_it_came(
+    memory: GuestMemory, tracker: EmulatedTracker
+) -> None:
+    old, new = bytearray(8), bytearray(8)
+    collector = started(memory, tracker, old)
+    tracker.dma(PAGE, 1)
+    collector.switch_log(BufferDirtyLog(new))
+    tracker.dma(2 * PAGE, 1)
+    collector.harvest()
+    assert (pages(old), pages(new)) == ([1], [2])
+    assert collector.trace.links[Link.LOG].last(2 * PAGE) == 2
+    assert collector.trace.merged_pages == 2
+    assert collector.active
+
+
+def test_each_harvest_tells_its_number_its_time_and_its_own_pages(
+    memory: GuestMemory, tracker: EmulatedTracker
+) -> None:
+    before_ns = time.monotonic_ns()
+    collector = started(memory, tracker, bytearray(8))
+    for count in (3, 2):
+        tracker.dma(0, count * PAGE)
+        assert collector.harvest() == count
+    after_ns = time.monotonic_ns()
+    assert [(it.epoch, it.pages, it.merged) for it in collector.harvests] == [(1, 3, 3), (2, 2, 2)]
+    assert collector.due_epoch() == 3
+    assert collector.started_ns is not None
+    moments = [before_ns, collector.started_ns]
+    for harvest in collector.harvests:
+        moments += [harvest.time_ns, harvest.time_ns + harvest.duration_ns]
+    assert [*moments, after_ns] == sorted([*moments, after_ns])
+
+
+def test_a_collector_that_was_never_started_has_nothing_to_tell(tracker: EmulatedTracker) -> None:
+    collector = Collector(tracker)
+    assert collector.harvests == []
+    assert collector.started_ns is None
+    assert collector.due_epoch() == 1
+
+
+class Sizes:
+    """A tracker that keeps the page sizes in bytes with which it is started."""
+
+    def __init__(self) -> None:
+        self.page_sizes: list[int] = []
+
+    def start(self, ranges: Sequence[IovaRange], page_size: int) -> int:
+        self.page_sizes.append(page_size)
+        return page_size
+
+    def stop(self) -> None:
+        pass
+
+    def read_and_clear(self, bitmap: IovaBitmap, iova: int, length: int) -> None:
+        pass
+
+
+def test_the_tracker_is_asked_for_the_logs_page_size(memory: GuestMemory) -> None:
+    sizes = Sizes()
+    collector = Collector(sizes)
+    collector.start(BufferDirtyLog(bytearray(8)), memory, IovaMap.identity(memory))
+    collector.remap(memory, IovaMap.identity(memory))
+    assert sizes.page_sizes == [4096, 4096]
+
+
+def test_ram_of_no_whole_words_is_reported_to_its_end(tracker: EmulatedTracker) -> None:
+    with ram_fd(130 * PAGE) as fd:
+        log = bytearray(24)
+        collector = started(guest_memory(fd, (0, 130 * PAGE, 0)), tracker, log)
+        tracker.dma(129 * PAGE, 1)
+        collector.harvest()
+        assert pages(log) == [129]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dmaproof.dirty_log import BufferDirtyLog, VhostDirtyLog, log_bytes_needed
-from dmaproof.errors import BitmapError
+from dmaproof.errors import BitmapError, ProtocolError
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 
 ALL = np.full(8, (1 << 64) - 1, dtype=np.uint64)
@@ -55,3 +55,31 @@ def test_a_log_anywhere_in_its_file(fd: int) -> None:
     log.merge(64 * PAGE, ALL, 3, 2)
     log.close()
     assert os.pread(fd, PAGE, 0) == bytes(3008) + b"\3" + bytes(PAGE - 3009)
+
+
+def test_a_log_may_end_where_its_file_ends(fd: int) -> None:
+    log = VhostDirtyLog(fd, 16, PAGE - 16)
+    log.merge(127 * PAGE, ALL, 0, 1)
+    log.close()
+    assert os.pread(fd, PAGE, 0) == bytes(PAGE - 1) + b"\x80"
+    whole = VhostDirtyLog(fd, PAGE, 0)
+    assert len(whole.memory) == PAGE
+    whole.close()
+
+
+def test_the_size_of_a_log_for_more_than_a_float_can_count() -> None:
+    assert log_bytes_needed((1 << 63) + PAGE) == (1 << 48) + 8
+
+
+def test_bits_stand_behind_those_that_were_there(fd: int) -> None:
+    log = BufferDirtyLog(bytearray(b"\x01" + bytes(15)))
+    log.merge(62 * PAGE, np.array([0b1011 << 2], dtype=np.uint64), 2, 4)
+    assert int.from_bytes(log.memory, "little") == 1 | 0b1011 << 62
+
+
+def test_a_log_that_is_cut_short_is_told_of(fd: int) -> None:
+    log = VhostDirtyLog(fd, 16, 0)
+    os.ftruncate(fd, 0)
+    with pytest.raises(ProtocolError, match="cut short while it was in use"):
+        log.merge(0, ALL, 0, 1)
+    log.close()

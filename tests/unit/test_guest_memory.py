@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from dmaproof.errors import MemoryAccessError
-from dmaproof.guest_memory import GuestMemory, IovaMap, IovaMapping, map_slot
+from dmaproof.errors import MemoryAccessError, ProtocolError
+from dmaproof.guest_memory import GuestMemory, IovaMap, IovaMapping, MemorySlot, map_slot
 from qmp_tools.testbed.ring_driver import HVA_BASE, PAGE, guest_memory, ram_fd
 
 
@@ -101,3 +101,100 @@ def test_one_page_at_two_iovas() -> None:
 def test_overlapping_mappings_are_refused() -> None:
     with pytest.raises(MemoryAccessError, match="overlap"):
         IovaMap([IovaMapping(0, 0, 0x2000), IovaMapping(0x1000, 0, 0x1000)])
+
+
+# Edges, and what is only partly there -----------------------------------------------------------
+
+
+def slot(fd: int, gpa: int, pages: int, *, hva: int, offset: int) -> MemorySlot:
+    return map_slot(fd, gpa=gpa, length=pages * PAGE, hva=hva, file_offset=offset)
+
+
+def test_a_slot_tells_where_its_bytes_are(fd: int) -> None:
+    found = slot(fd, 0x10000, 2, hva=0x7000, offset=3 * PAGE)
+    status = os.fstat(fd)
+    assert (found.gpa, found.length, found.hva) == (0x10000, 2 * PAGE, 0x7000)
+    assert (found.file_offset, found.device) == (3 * PAGE, status.st_dev)
+    assert found.inode == status.st_ino
+    assert not found.mapping.lost
+    assert found.end == 0x10000 + 2 * PAGE
+
+
+@pytest.mark.parametrize(("gpa", "length"), [(PAGE // 2, PAGE), (0, PAGE // 2), (PAGE, PAGE + 8)])
+def test_a_slot_of_no_whole_pages_is_refused(fd: int, gpa: int, length: int) -> None:
+    with pytest.raises(MemoryAccessError, match="no run of whole pages"):
+        map_slot(fd, gpa=gpa, length=length, hva=0, file_offset=0)
+
+
+def test_a_slot_can_be_seen_from_its_first_byte_to_its_last(fd: int) -> None:
+    memory = GuestMemory([slot(fd, 0x10000, 2, hva=0, offset=4 * PAGE)])
+    memory.view(0x10000, 1)[:] = b"a"
+    memory.view(0x10000 + 2 * PAGE - 1, 1)[:] = b"z"
+    assert len(memory.view(0x10000, 2 * PAGE)) == 2 * PAGE
+    assert os.pread(fd, 2 * PAGE, 4 * PAGE) == b"a" + bytes(2 * PAGE - 2) + b"z"
+    for gpa, length in ((0x10000 - 1, 1), (0x10000, 2 * PAGE + 1), (0x10000 + 2 * PAGE, 1)):
+        with pytest.raises(MemoryAccessError, match="slots: 0x10000-0x11fff"):
+            memory.view(gpa, length)
+
+
+def test_what_a_hole_hides_is_reached_from_neither_side(fd: int) -> None:
+    """RAM below and above a hole, as below and above the VGA window; the file goes on."""
+    memory = guest_memory(fd, (0, 4 * PAGE, 0), (6 * PAGE, 4 * PAGE, 6 * PAGE))
+    iova_map = IovaMap.identity(memory)
+    for gpa, length in ((4 * PAGE - 1, 2), (5 * PAGE, 1), (6 * PAGE - 1, 2), (3 * PAGE, 4 * PAGE)):
+        with pytest.raises(MemoryAccessError, match="slots: 0x0-0x3fff, 0x6000-0x9fff"):
+            memory.view(gpa, length)
+        with pytest.raises(MemoryAccessError, match="nothing is mapped at 0x(4000|5000|5fff)"):
+            iova_map.translate(gpa, length)
+    memory.view(6 * PAGE, 1)[:] = b"u"
+    memory.view(4 * PAGE - 1, 1)[:] = b"l"
+    assert os.pread(fd, 1, 6 * PAGE) == b"u"
+    assert os.pread(fd, 1, 4 * PAGE - 1) == b"l"
+
+
+def test_each_slot_has_its_own_distance_between_hva_and_gpa(fd: int) -> None:
+    low = slot(fd, 0x10000, 2, hva=0x7F00_0000_0000, offset=0)
+    high = slot(fd, 1 << 32, 2, hva=0x5000_0000, offset=2 * PAGE)
+    memory = GuestMemory([low, high])
+    for it in (low, high):
+        assert memory.gpa_of_hva(it.hva, 1) == it.gpa
+        assert memory.gpa_of_hva(it.hva, 2 * PAGE) == it.gpa
+        assert memory.gpa_of_hva(it.hva + 2 * PAGE - 1, 1) == it.end - 1
+        for hva, length in ((it.hva - 1, 1), (it.hva + 1, 2 * PAGE), (it.hva + 2 * PAGE, 1)):
+            with pytest.raises(MemoryAccessError, match="is not inside one memory slot"):
+                memory.gpa_of_hva(hva, length)
+
+
+def test_without_an_iommu_each_slot_is_mapped_to_itself(fd: int) -> None:
+    memory = guest_memory(fd, (0, 2 * PAGE, 0), (1 << 32, PAGE, 2 * PAGE))
+    iova_map = IovaMap.identity(memory)
+    assert iova_map.mappings == ((0, 0, 2 * PAGE), (1 << 32, 1 << 32, PAGE))
+    assert iova_map.ranges == [(0, 2 * PAGE), (1 << 32, PAGE)]
+
+
+@pytest.mark.parametrize(
+    ("iova", "length", "pieces"),
+    [
+        (0x1000, 0x3000, [(0x5000, 0x1000), (0x9000, 0x1000), (0x7000, 0x1000)]),
+        (0x1FFF, 0x1002, [(0x5FFF, 1), (0x9000, 0x1000), (0x7000, 1)]),
+        (0x1004, 0xFFC, [(0x5004, 0xFFC)]),
+        (0x2000, 1, [(0x9000, 1)]),
+        (0x3FFF, 1, [(0x7FFF, 1)]),
+        (0x8010, 0x10, [(0x1010, 0x10)]),
+    ],
+)
+def test_each_piece_keeps_its_offset(iova: int, length: int, pieces: list[tuple[int, int]]) -> None:
+    iova_map = IovaMap(
+        IovaMapping(at, gpa, 0x1000)
+        for at, gpa in ((0x1000, 0x5000), (0x2000, 0x9000), (0x3000, 0x7000), (0x8000, 0x1000))
+    )
+    assert iova_map.translate(iova, length) == pieces
+
+
+def test_a_slot_whose_file_is_cut_short_is_told_of(fd: int) -> None:
+    memory = guest_memory(fd, (0, PAGE, 0), (PAGE, PAGE, PAGE))
+    memory.check()
+    os.ftruncate(fd, PAGE)
+    bytes(memory.view(PAGE, 1))
+    with pytest.raises(ProtocolError, match=r"GPA 0x1000 \+ 0x1000: its file was cut short"):
+        memory.check()

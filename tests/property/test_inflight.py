@@ -167,3 +167,54 @@ def test_a_ring_larger_than_the_front_end_said_is_noted_too() -> None:
         assert len(part) == region_bytes(1024)
     assert regions.region(1, 2048) is None
     assert regions.region(2, SIZE) is None
+
+
+@pytest.mark.parametrize("form", sorted(DRIVERS))
+def test_what_was_in_flight_comes_again_in_the_order_in_which_it_was_taken(form: str) -> None:
+    """Through two deaths, and although neither heads nor entries are in that order."""
+    region = memoryview(bytearray(region_bytes(SIZE)))
+    with driver_of(DRIVERS[form]) as driver:
+        first_base = driver.base
+
+        def life() -> InflightVirtqueue:
+            """QEMU knows the used index of a split ring, and of a packed one only the old base."""
+            base = driver.used_index if isinstance(driver, RingDriver) else first_base
+            return InflightVirtqueue(queue_for(driver, base=base), region)
+
+        def submit(requests: int) -> list[int]:
+            return [driver.submit([Buffer(DATA, 1, WRITE)]) for _ in range(requests)]
+
+        def pop(queue: InflightVirtqueue, requests: int) -> list[DescriptorChain]:
+            chains = [queue.pop() for _ in range(requests)]
+            assert queue.pop() is None
+            return [chain for chain in chains if chain is not None]
+
+        def heads(chains: list[DescriptorChain]) -> list[int]:
+            return [chain.head for chain in chains]
+
+        queue = life()
+        submit(6)
+        for chain in pop(queue, 6):
+            queue.push(chain, 1)
+        driver.collect()
+        order = submit(4)
+        assert heads(pop(queue, 4)) == order
+
+        queue = life()
+        assert queue.ask_for_kick(), "there is something to do without a kick"
+        taken = pop(queue, 4)
+        assert heads(taken) == order
+        assert not queue.ask_for_kick()
+        queue.push(taken[1], 1)
+        del order[1]
+        order += submit(2)
+        assert heads(pop(queue, 2)) == order[-2:]
+
+        queue = life()
+        taken = pop(queue, 5)
+        assert heads(taken) == order
+        for chain in taken:
+            queue.push(chain, 1)
+        assert len(driver.collect()) == 6
+        queue.end()
+        assert bytes(region) == bytes(len(region))

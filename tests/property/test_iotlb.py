@@ -137,3 +137,56 @@ def test_it_is_bounded() -> None:
     assert not small.has_room_for(Entry(2 * PAGE, 0, PAGE, READ))
     with pytest.raises(MemoryAccessError, match="touches 3 pages, more than the IOTLB's 2"):
         small.require([(0, 2 * PAGE)], [(5 * PAGE, 1)])
+
+
+def test_an_entry_may_be_as_large_as_what_can_be_watched_and_end_where_addresses_end() -> None:
+    most = 64 * (256 << 20)
+    for entry in (Entry(0, 0, most, READ), Entry((1 << 48) - most, 0, most, READ)):
+        iotlb = Iotlb()
+        assert iotlb.has_room_for(entry)
+        iotlb.add(entry)
+        assert iotlb.ranges == [(entry.iova, most)]
+        assert iotlb.translate(entry.iova + most - 8, 8) == [(most - 8, 8)]
+        assert not iotlb.has_room_for(Entry(1 << 40, 0, PAGE, READ))
+        with pytest.raises(MemoryAccessError, match="IOTLB entry"):
+            Iotlb().add(entry._replace(length=most + PAGE))
+
+
+def test_a_request_may_touch_as_many_pages_as_there_is_room_for() -> None:
+    iotlb = Iotlb(most_entries=3)
+    for readable in ([(0, 3 * PAGE)], [(PAGE - 1, PAGE + 2)], [(0, 1), (PAGE, 1), (2 * PAGE, 1)]):
+        with pytest.raises(IotlbMissError) as caught:
+            iotlb.require(readable, [])
+        assert list(caught.value.missing) == [(page * PAGE, READ) for page in range(3)]
+    with pytest.raises(MemoryAccessError, match="touches 4 pages"):
+        iotlb.require([(PAGE - 1, 2 * PAGE + 2)], [])
+
+
+def test_no_more_than_64_pages_are_asked_for_at_a_time_and_each_for_all_it_is_needed_for() -> None:
+    iotlb = Iotlb()
+    with pytest.raises(IotlbMissError) as caught:
+        iotlb.require([(0, 100 * PAGE)], [])
+    assert list(caught.value.missing) == [(page * PAGE, READ) for page in range(64)]
+    with pytest.raises(IotlbMissError) as caught:
+        iotlb.require([(0, 2 * PAGE)], [(PAGE, 2 * PAGE)])
+    assert list(caught.value.missing) == [
+        (0, READ),
+        (PAGE, READ | WRITE),
+        (2 * PAGE, WRITE),
+    ]
+
+
+def test_only_what_goes_on_in_both_address_spaces_is_one_mapping() -> None:
+    def mappings(*entries: Entry) -> list[tuple[int, int, int]]:
+        iotlb = Iotlb()
+        for entry in entries:
+            iotlb.add(entry)
+        return [tuple(it) for it in iotlb.mappings]
+
+    first = Entry(4 * PAGE, 8 * PAGE, PAGE, READ)
+    assert mappings(first, Entry(5 * PAGE, 9 * PAGE, PAGE, WRITE)) == [
+        (4 * PAGE, 8 * PAGE, 2 * PAGE)
+    ]
+    for iova, gpa in ((5, 7), (5, 8), (5, 10), (6, 9), (7, 9)):
+        second = Entry(iova * PAGE, gpa * PAGE, PAGE, READ)
+        assert mappings(first, second) == [first[:3], second[:3]]

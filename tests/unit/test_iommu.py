@@ -462,3 +462,29 @@ def test_whoever_does_not_read_is_refused_and_whoever_has_gone_is_not() -> None:
         with pytest.raises(EOFError, match="the back-end channel"):
             channel.ask([Miss(0, READ)])
         channel.close()
+
+
+def test_a_reset_harvests_by_the_mappings_that_it_forgets(guest: Guest) -> None:
+    guest.log_on()
+    guest.submit(Buffer(guest.map(DATA + 3 * PAGE, PAGE), PAGE, WRITABLE))
+    guest.front_end.serve()
+    assert guest.status == 0
+    assert guest.logged() == set(), "nothing was harvested yet"
+    guest.front_end.send(Request.RESET_DEVICE)
+    assert guest.logged() == {DATA // PAGE + 3}
+    assert list(guest.front_end.session.bus.mappings) == []
+
+
+def test_a_ring_that_stops_leaves_the_mappings_to_the_other_one(guest: Guest) -> None:
+    guest.log_on()
+    guest.submit(Buffer(guest.map(DATA, PAGE), PAGE, WRITABLE))
+    guest.front_end.serve()
+    guest.front_end.stop_ring(0)
+    assert guest.logged() == {DATA // PAGE}
+    assert list(guest.front_end.session.bus.mappings)
+    guest.submit(Buffer(guest.map(DATA + PAGE, PAGE), PAGE, WRITABLE), ring=1)
+    guest.front_end.serve()
+    assert guest.status == 0
+    guest.front_end.stop_ring(1)
+    assert guest.logged() == {DATA // PAGE + 1}
+    assert list(guest.front_end.session.bus.mappings) == []

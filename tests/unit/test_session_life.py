@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dmaproof.stamp import read_stamp
+from dmaproof.trace import TRACED_LINKS, Link
 from dmaproof.vhost_user.features import PROTOCOL_FEATURES
 from dmaproof.vhost_user.messages import Request, encode_u64
 from qmp_tools.testbed.ring_driver import (
@@ -169,3 +171,82 @@ def test_the_journal_ends_with_logging(guest: Guest) -> None:
     guest.request()
     assert len(journal.records()) == recorded
     assert not journal.recording
+
+
+class TwoRings(Guest):
+    """A guest that uses both rings of its disk."""
+
+    def __init__(self, ram: int, log: int) -> None:
+        super().__init__(ram, log)
+        self.second = RingDriver(guest_memory(ram, (0, RAM_BYTES, 0)), 12 * PAGE)
+        self.front_end.start_ring(self.driver)
+        self.front_end.start_ring(self.second, 1)
+        self.start_logging()
+        self.front_end.set_ring_address(self.driver, logged=True)
+        self.front_end.set_ring_address(self.second, index=1, logged=True)
+
+    def read_page(self, driver: RingDriver, gpa: int) -> None:
+        """Read a page of the disk to `gpa` through the ring of `driver`."""
+        driver.write(HEADER, struct.pack("<IIQ", 0, 0, 0))
+        driver.submit([Buffer(HEADER, 16), Buffer(gpa, PAGE, WRITE), Buffer(STATUS, 1, WRITE)])
+        self.front_end.serve()
+        assert read_stamp(driver.read(gpa, PAGE)) is not None
+
+    def stop(self, ring: int) -> int:
+        """Stop a ring; its base."""
+        answer = self.front_end.ask(Request.GET_VRING_BASE, struct.pack("<II", ring, 0))
+        index, base = struct.unpack("<II", answer)
+        assert index == ring
+        return int(base)
+
+    def logged(self) -> set[int]:
+        """The pages in the log."""
+        bits = int.from_bytes(os.pread(self.log, LOG_BYTES, 0), "little")
+        return {page for page in range(RAM_BYTES // PAGE) if bits >> page & 1}
+
+
+@pytest.fixture
+def two_rings(files: tuple[int, int]) -> Iterator[TwoRings]:
+    guest = TwoRings(*files)
+    yield guest
+    guest.front_end.close()
+
+
+def test_each_ring_is_in_the_log_when_its_own_stop_is_answered(two_rings: TwoRings) -> None:
+    two_rings.read_page(two_rings.driver, DATA)
+    two_rings.stop(0)
+    assert DATA // PAGE in two_rings.logged()
+
+
+def test_a_request_between_two_stops_is_in_the_log_and_in_time(two_rings: TwoRings) -> None:
+    session = two_rings.front_end.session
+    two_rings.read_page(two_rings.driver, DATA)
+    two_rings.read_page(two_rings.driver, DATA)
+    assert two_rings.stop(0) == 2
+    assert session.running
+    two_rings.read_page(two_rings.second, DATA + PAGE)
+    record = next(it for it in session.journal.records() if it["gpa"] == DATA + PAGE)
+    assert record["queue"] == 1
+    assert two_rings.stop(1) == 1
+    assert not session.running
+    assert DATA // PAGE + 1 in two_rings.logged()
+    for link in TRACED_LINKS:
+        assert session.collector.trace.links[link].last(DATA + PAGE) >= record["epoch"] > 0
+
+
+def test_what_is_harvested_after_the_last_stop_is_too_late(two_rings: TwoRings) -> None:
+    session = two_rings.front_end.session
+    two_rings.stop(0)
+    two_rings.stop(1)
+    session.collector.harvest_everything()
+    assert session.collector.trace.links[Link.LOG].last(DATA) == 0
+    two_rings.front_end.start_ring(two_rings.driver, base=0, logged=True)
+    session.collector.harvest_everything()
+    assert session.collector.trace.links[Link.LOG].last(DATA) > 0, "it runs again"
+
+
+def test_a_reset_brings_what_was_written_to_the_log(two_rings: TwoRings) -> None:
+    two_rings.read_page(two_rings.second, DATA + PAGE)
+    two_rings.front_end.send(Request.RESET_DEVICE)
+    assert DATA // PAGE + 1 in two_rings.logged()
+    assert not two_rings.front_end.session.running

@@ -355,3 +355,64 @@ def test_a_bitmap_lets_go_of_its_memory(file: int) -> None:
         other.set(0, 1)
     data.append(0)  # a buffer that is still exported cannot grow
     assert open_files() == open_before
+
+
+# Many ranges in windows -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", [0, 5 * PAGE, WINDOW - PAGE])
+def test_many_ranges_around_a_windows_edge_set_what_single_ones_set(file: int, base: int) -> None:
+    """Ranges that end before, at and behind the edge, that begin there, and that go beyond."""
+    small = mmap.PAGESIZE
+    reach = small * 8 * PAGE
+    edge = base + reach
+    ranges = [
+        *((edge - PAGE, PAGE - 1), (edge - PAGE, PAGE), (edge - PAGE, PAGE + 1)),
+        *((edge - 1, 1), (edge - 1, 2), (edge, 1), (edge, PAGE)),
+        *((edge + 9 * PAGE, 1), (base, 1), (edge - 3 * PAGE, 2 * reach), (edge + reach, PAGE)),
+    ]
+    for order in (ranges, ranges[::-1], *([it] for it in ranges)):
+        os.pwrite(file, bytes(4 * small), 0)
+        single = bytearray(4 * small)
+        with IovaBitmap(base, 4 * reach, PAGE, single) as bitmap:
+            for iova, length in order:
+                bitmap.set(iova, length)
+        with IovaBitmap(base, 4 * reach, PAGE, file, window_bytes=small) as windowed:
+            windowed.set_many([it[0] for it in order], [it[1] for it in order])
+            assert windowed.stats.ranges == len(order)
+        assert os.pread(file, 4 * small, 0) == bytes(single)
+
+
+def test_only_a_range_that_crosses_an_edge_maps_both_windows(file: int) -> None:
+    small = mmap.PAGESIZE
+    edge = small * 8 * PAGE
+    for iova, length, windows in ((edge - PAGE, PAGE, 1), (edge - PAGE, PAGE + 1, 2), (edge, 1, 1)):
+        with IovaBitmap(0, 2 * edge, PAGE, file, window_bytes=small) as bitmap:
+            bitmap.set_many([iova], [length])
+            assert bitmap.stats.windows == windows
+
+
+def test_a_length_of_one_byte_stands_for_all_ranges() -> None:
+    data = bytearray(8)
+    with IovaBitmap(0, 64 * PAGE, PAGE, data) as bitmap:
+        bitmap.set_many([3 * PAGE, 5 * PAGE - 1], 1)
+        assert bitmap.page_size == PAGE
+    assert bits(data) == [3, 4]
+
+
+def test_signed_addresses_may_be_zero_and_not_negative() -> None:
+    data = bytearray(8)
+    with IovaBitmap(0, 64 * PAGE, PAGE, data) as bitmap:
+        bitmap.set_many(np.array([0, PAGE], dtype=np.int64), PAGE)
+        with pytest.raises(BitmapError, match="no unsigned 64-bit numbers"):
+            bitmap.set_many(np.array([-PAGE], dtype=np.int64), PAGE)
+    assert bits(data) == [0, 1]
+
+
+def test_a_bitmap_may_end_where_its_file_ends() -> None:
+    fd = os.memfd_create("bitmap")
+    os.ftruncate(fd, 8)
+    with IovaBitmap(0, 64 * PAGE, PAGE, fd) as bitmap:
+        bitmap.set(63 * PAGE, PAGE)
+    assert file_bits(fd, 0, 8) == [63]
+    os.close(fd)

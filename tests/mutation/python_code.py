@@ -1,6 +1,6 @@
 """Change the Python code in small ways, one at a time, and see whether its tests notice.
 
-mutmut makes the mutants and runs the tests. It names a function by the path of its file, so it works
+mutmut makes the mutants and runs the tests. It names a function by the path of its file, so it runs
 on a copy of the installed packages, in which path and import name agree and the compiled modules
 are at hand. What is mutated, and by which tests each part is held, is in pyproject.toml; which
 mutants cannot be noticed is in ``equivalent.toml``. See ``README-python.md``.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import random
 import shutil
 import subprocess
 import sys

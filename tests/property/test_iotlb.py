@@ -181,7 +181,7 @@ def test_only_what_goes_on_in_both_address_spaces_is_one_mapping() -> None:
         iotlb = Iotlb()
         for entry in entries:
             iotlb.add(entry)
-        return [tuple(it) for it in iotlb.mappings]
+        return [(it.iova, it.gpa, it.length) for it in iotlb.mappings]
 
     first = Entry(4 * PAGE, 8 * PAGE, PAGE, READ)
     assert mappings(first, Entry(5 * PAGE, 9 * PAGE, PAGE, WRITE)) == [

@@ -1,0 +1,121 @@
+"""The pages that trackers remember: exact at both ends of each range, and of all ranges."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from dmaproof.dirty_tracker.address_queue import AddressQueue
+from dmaproof.dirty_tracker.coarse import Coarse
+from dmaproof.dirty_tracker.dirty_ring import DirtyRing
+from dmaproof.dirty_tracker.page_set import PageSet
+from dmaproof.errors import TrackerError
+from dmaproof.iova_bitmap import IovaBitmap, IovaRange
+
+PAGE = 4096
+RANGES = [IovaRange(4 * PAGE, 70 * PAGE), IovaRange(100 * PAGE, 3 * PAGE)]
+"""Pages 4 to 73, which take more than a word, and 100 to 102."""
+PAGES = [*range(4, 74), *range(100, 103)]
+
+
+def dirty(bitmap: IovaBitmap) -> list[int]:
+    return [
+        page
+        for iova, length in bitmap.ranges()
+        for page in range(iova // PAGE, (iova + length) // PAGE)
+    ]
+
+
+def reported(pages: PageSet, first: int = 0, count: int = 128) -> list[int]:
+    with IovaBitmap(0, 128 * PAGE, PAGE, bytearray(16)) as bitmap:
+        pages.report(bitmap, first * PAGE, count * PAGE)
+        return dirty(bitmap)
+
+
+def numbers(*pages: int) -> NDArray[np.uint64]:
+    return np.array(pages, dtype=np.uint64)
+
+
+def test_pages_are_kept_from_the_first_of_each_range_to_its_last() -> None:
+    pages = PageSet(RANGES, PAGE)
+    pages.add_pages(numbers(3, 4, 73, 74, 99, 100, 102, 103))
+    assert reported(pages) == [4, 73, 100, 102]
+    assert reported(pages) == []
+
+
+def test_every_page_is_every_one_of_the_ranges() -> None:
+    pages = PageSet(RANGES, PAGE)
+    pages.add_all()
+    assert reported(pages) == PAGES
+
+
+@pytest.mark.parametrize("page", [4, 5, 67, 68, 73, 100, 102])
+def test_one_page_is_taken_out_and_no_other(page: int) -> None:
+    pages = PageSet(RANGES, PAGE)
+    pages.add_all()
+    pages.remove_pages(numbers(3, page, 74, 103))
+    assert reported(pages) == [it for it in PAGES if it != page]
+
+
+def test_what_is_missing_is_found_in_every_range() -> None:
+    pages = PageSet(RANGES, PAGE)
+    pages.add_run(5, 2)
+    pages.add_run(101, 1)
+    assert pages.inside(0, 128 * PAGE) == [(4, 70), (100, 3)]
+    assert pages.missing(0, 128 * PAGE) == [(4, 1), (7, 67), (100, 1), (102, 1)]
+    assert pages.missing(5 * PAGE, 2 * PAGE) == []
+
+
+def test_a_queue_that_is_just_full_has_lost_nothing_and_one_page_more_overflows_it() -> None:
+    queue = AddressQueue(queue_entries=6)
+    assert queue.start(RANGES, PAGE) == PAGE
+    for overflows in (1, 2):
+        queue.dma(10 * PAGE, 2 * PAGE)
+        queue.dma(20 * PAGE, 4 * PAGE)
+        with IovaBitmap(0, 128 * PAGE, PAGE, bytearray(16)) as bitmap:
+            queue.read_and_clear(bitmap, 0, 128 * PAGE)
+            assert dirty(bitmap) == [10, 11, 20, 21, 22, 23]
+        assert queue.overflows == overflows - 1
+        queue.dma(10 * PAGE, 4 * PAGE)
+        queue.dma(20 * PAGE, 3 * PAGE)
+        with IovaBitmap(0, 128 * PAGE, PAGE, bytearray(16)) as bitmap:
+            queue.read_and_clear(bitmap, 0, 128 * PAGE)
+            assert dirty(bitmap) == PAGES
+        assert queue.overflows == overflows
+
+
+def test_an_overflow_before_a_stop_is_forgotten() -> None:
+    queue = AddressQueue(queue_entries=1)
+    queue.start(RANGES, PAGE)
+    queue.dma(10 * PAGE, 2 * PAGE)
+    queue.stop()
+    queue.start(RANGES, PAGE)
+    with IovaBitmap(0, 128 * PAGE, PAGE, bytearray(16)) as bitmap:
+        queue.read_and_clear(bitmap, 0, 128 * PAGE)
+        assert dirty(bitmap) == []
+    assert queue.overflows == 0
+
+
+def test_a_ring_that_is_just_full_stops_nobody() -> None:
+    ring = DirtyRing(ring_entries=4)
+    ring.start(RANGES, PAGE)
+    ring.dma(10 * PAGE, 4 * PAGE)
+    assert ring.full_exits == 0
+    ring.dma(10 * PAGE, 5 * PAGE)
+    assert ring.full_exits == 1
+    with IovaBitmap(0, 128 * PAGE, PAGE, bytearray(16)) as bitmap:
+        ring.read_and_clear(bitmap, 0, 128 * PAGE)
+        assert dirty(bitmap) == [10, 11, 12, 13, 14]
+
+
+def test_the_coarse_tracker_reports_what_is_mapped_until_it_is_stopped() -> None:
+    coarse = Coarse()
+    coarse.start(RANGES, PAGE)
+    with IovaBitmap(0, 128 * PAGE, PAGE, bytearray(16)) as bitmap:
+        coarse.read_and_clear(bitmap, 6 * PAGE, 95 * PAGE)
+        assert dirty(bitmap) == [*range(6, 74), 100]
+        coarse.stop()
+        with pytest.raises(TrackerError, match="call start first"):
+            coarse.read_and_clear(bitmap, 0, PAGE)
+    assert coarse.start(RANGES, PAGE) == PAGE

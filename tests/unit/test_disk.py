@@ -231,3 +231,13 @@ def test_a_file_that_cannot_be_read_fails_the_request(
     monkeypatch.setattr(os, "lseek", fail)
     for kind in (IN, OUT):
         assert disk.request(kind, 0, Segment(DATA, PAGE)) == IOERR
+
+
+def test_a_page_over_three_segments_and_what_else_is_written(disk: Disk) -> None:
+    pieces = [Segment(DATA, 100), Segment(DATA + PAGE, 200), Segment(DATA + 2 * PAGE, PAGE - 300)]
+    assert disk.request(IN, 0, *pieces) == OK
+    assert read_stamp(b"".join(disk.get(*piece) for piece in pieces)) == (0, 1)
+    assert disk.written == PAGE + 1
+    for kind, status in ((FLUSH, OK), (99, 2)):
+        assert disk.request(kind, 0) == status
+        assert disk.written == 1

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from .devices.registry import Control, DeviceKind, DeviceRequest
     from .exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED, EXIT_USAGE
     from .migration.migration import Limits, MigrationError, Progress
+    from .proof.attribution import Blame, LostPage
     from .proof.model import Proof
     from .proof.options import ProofOptions
-    from .proof.verdict import Blame, GuestOutcome, LostPage, Sharpness, Verdict
+    from .proof.sensitivity import Sharpness
+    from .proof.verdict import GuestOutcome, Verdict
     from .qemu.machine import INCOMING
     from .qemu.qmp import QmpError
     from .ram_check.check import Check
@@ -43,7 +45,9 @@ _HOMES: Final = {
     "migration.migration": ("Limits", "MigrationError", "Progress"),
     "proof.model": ("Proof",),
     "proof.options": ("ProofOptions",),
-    "proof.verdict": ("Blame", "GuestOutcome", "LostPage", "Sharpness", "Verdict"),
+    "proof.attribution": ("Blame", "LostPage"),
+    "proof.sensitivity": ("Sharpness",),
+    "proof.verdict": ("GuestOutcome", "Verdict"),
     "qemu.machine": ("INCOMING",),
     "qemu.qmp": ("QmpError",),
     "ram_check.check": ("Check",),

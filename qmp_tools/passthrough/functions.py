@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from ..proof.attribution import Blame
 from ..proof.display import QuietDisplay
 from ..proof.model import Proof as Migrated
 from ..proof.run import prove
-from ..proof.verdict import Blame
 from .fake_device import fake_device, planted
 from .host_functions import HostFunctions, MissingError, parse_functions, require_testable
 from .outcome import Proof, patient, require, require_loss, require_pass

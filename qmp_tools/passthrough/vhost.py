@@ -19,12 +19,12 @@ from dmaproof.trace import Link
 from ..devices.emulated import EmulatedDevice
 from ..devices.process import DeviceOptions
 from ..guest.workload import Workload
+from ..proof.attribution import Blame
 from ..proof.display import QuietDisplay
 from ..proof.model import Proof as Migrated
 from ..proof.model import Setup
 from ..proof.options import ProofOptions
 from ..proof.run import prove
-from ..proof.verdict import Blame
 from ..qemu.machine import MIB, Machine
 from .fake_device import planted
 from .outcome import Proof, patient, require, require_loss, require_pass

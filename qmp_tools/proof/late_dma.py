@@ -19,7 +19,7 @@ from dmaproof.evidence import Slot
 from dmaproof.page_compare import Extent, page_digests
 
 from ..memory.ram import PAGE_BYTES, RamFile
-from .verdict import Blame, LostPage, gpa_of
+from .attribution import Blame, LostPage, gpa_of
 
 SETTLE_S: Final = 4.0
 """For how long a third-party device is watched after its guest has been paused. Requests that a

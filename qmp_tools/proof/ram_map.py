@@ -13,7 +13,7 @@ from dmaproof.evidence import Evidence, Slot
 
 from ..memory.physical_map import MapRegion, hidden_parts
 from ..memory.ram import PAGE_BYTES, RamFile
-from .verdict import LostPage, WrittenPages
+from .attribution import LostPage, WrittenPages
 
 _PROOF_CLASSES: Final = {
     "other": "no device wrote it while dirty logging was on; which of these the guest's CPUs "

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,33 +37,19 @@ from ..migration.vhost_log import vhost_log
 from ..migration.ways import WAYS, FirstAttempt, UnsupportedWayError
 from ..qemu.machine import format_memory
 from ..qemu.qemu import Qemu
+from .attribution import Blame, LostPage, attribute, blame_early_bits, slots_in, with_late_dma
 from .display import Display
 from .late_dma import PausedRam
 from .model import Hop, Proof, Setup
 from .pair import QemuPair
 from .ram_map import RamMap, joined, map_proof, with_lost
 from .rings import ReadRam, Ring, stopped_rings
-from .verdict import (
-    Blame,
-    GuestOutcome,
-    LostPage,
-    Verdict,
-    Witness,
-    attribute,
-    blame_early_bits,
-    measure_sharpness,
-    sharpness_by_guest,
-    slots_in,
-    with_late_dma,
-)
+from .sensitivity import Witness, measure_sharpness, sharpness_by_guest
+from .state_refusal import CANNOT_LOAD, StateRefusal, has_refused_state, last_words
+from .verdict import GuestOutcome, Verdict
 
 _PATIENCE_AFTER_LOSS_S: Final = 30.0
 """With a guest whose RAM is not what it was, and which may do anything now."""
-_CANNOT_LOAD: Final = "error while loading state"
-"""QEMU's words for a device's state that it refuses (vmstate_load)."""
-_STATE_REFUSED: Final = re.compile(f"{_CANNOT_LOAD} for instance \\S+ of device '(?!ram')")
-"""The same, but for the state of RAM, behind which that of the devices comes. A QEMU that ended for
-it tells it in no other way."""
 _REQUESTS_BETWEEN: Final = 100
 """That the source's guest must do after an attempt has failed, before the next begins."""
 
@@ -125,9 +110,7 @@ async def proof_run(setup: Setup, display: Display, folder: Path) -> AsyncIterat
 class Migrated:
     """What is known of a migration once it is over and both guests are paused.
 
-    `refusal` is set where the destination has refused the devices' state, which ended it. All of
-    RAM had arrived; but `moved_on` is the source's, if it ran its guest again: its RAM is not that
-    of the migration's end any more.
+    `refusal` is set where the destination has refused a device's state, which ended it.
     """
 
     versions: Sequence[str]
@@ -135,8 +118,12 @@ class Migrated:
     all_sent_ns: int
     ended_early: bool
     migration: Migration
-    refusal: UntestableError | None = None
-    moved_on: bool = False
+    refusal: StateRefusal | None = None
+
+    @property
+    def source_continued(self) -> bool:
+        """Whether the source's RAM is not that of the migration's end any more."""
+        return self.refusal is not None and self.refusal.source_continued
 
 
 class ProofRun(QemuPair):
@@ -183,7 +170,7 @@ class ProofRun(QemuPair):
             accepted = self.device.accepted_features(self.here)
             if reason := explain_refusal(str(error), accepted):
                 raise UnsupportedWayError(f"{reason}\n{error}") from error
-            if self._way.snapshot and _CANNOT_LOAD in str(error):
+            if self._way.snapshot and CANNOT_LOAD in str(error):
                 raise UnsupportedWayError(
                     "QEMU took a snapshot that cannot be loaded, as it does not hold off what a "
                     "device outside QEMU writes: its rings are of a later moment than the devices' "
@@ -197,9 +184,7 @@ class ProofRun(QemuPair):
     async def _migrated(
         self,
         migration: Migration,
-        refusal: UntestableError | None = None,
-        *,
-        moved_on: bool = False,
+        refusal: StateRefusal | None = None,
     ) -> Migrated:
         source = self.there if self._way.in_place else self.here
         return Migrated(
@@ -209,31 +194,28 @@ class ProofRun(QemuPair):
             ended_early=self._way.holds_precopy and not self._released,
             migration=migration,
             refusal=refusal,
-            moved_on=moved_on,
         )
 
     def _state_was_refused(self) -> bool:
-        """Whether the destination has ended because it could not load a device's state."""
+        """Whether the destination refused a device's state, and its RAM can still be read."""
         destination = self.qemus[self.there].process
-        return (
-            self._arrived is not None
-            and destination.died.done()
-            and _STATE_REFUSED.search(destination.log_tail()) is not None
-        )
+        return self._arrived is not None and has_refused_state(destination)
 
-    async def _after_refusal(self, migration: Migration, refusal: UntestableError) -> Migrated:
+    async def _after_refusal(self, migration: Migration, error: UntestableError) -> Migrated:
         """Pause the source, unless it has sent everything before it noticed, and is paused."""
-        self.qemus[self.there].process.expect_end()
+        destination = self.qemus[self.there].process
+        destination.expect_end()
         self.device.release(self.there)
-        moved_on = False
+        source_continued = False
         try:
             async for _ in migration.follow():
                 pass
         except MigrationError:
-            moved_on = True
+            source_continued = True
             await migration.fail()
             await self.qemus[self.here].qmp.execute("stop")
-        return await self._migrated(migration, refusal, moved_on=moved_on)
+        refusal = StateRefusal(error, last_words(destination), source_continued)
+        return await self._migrated(migration, refusal)
 
     async def _migrate_to_the_end(self, migration: Migration) -> None:
         source, destination = self.qemus[self.here], self.qemus[self.there]
@@ -284,7 +266,7 @@ class ProofRun(QemuPair):
                 raise UntestableError("source and destination have not the same memory backends")
             if self._way.cpr_channel and ours[0].inode != theirs[0].inode:
                 raise UntestableError("the source has copied its memory and not handed it over")
-            if not migrated.moved_on and all(
+            if not migrated.source_continued and all(
                 our.inode != their.inode for our, their in zip(ours, theirs, strict=True)
             ):
                 self._paused = PausedRam(ours)
@@ -292,7 +274,7 @@ class ProofRun(QemuPair):
                 asked = source if migrated.refusal else destination
                 slots = known or await _slots(asked, source_ram)
                 places += slots
-                if migrated.moved_on:
+                if migrated.source_continued:
                     continue
                 differing = compare(source_ram, destination_ram)
                 found = attribute(differing, source_ram, destination_ram, slots, evidence, blame)
@@ -302,7 +284,7 @@ class ProofRun(QemuPair):
                 lost += found
                 pages += source_ram.pages
             rams = {self.here: _reader(places, ours, ours)}
-            if migrated.moved_on:
+            if migrated.source_continued:
                 rams[self.there] = _reader(places, ours, theirs)
             wrong_rings = await self._wrong_rings(rams)
         if evidence and not known:
@@ -318,7 +300,7 @@ class ProofRun(QemuPair):
         elif evidence:
             sharpness = measure_sharpness(evidence, migrated.all_sent_ns)
         else:
-            once = 0 if migrated.moved_on else self._once_pages()
+            once = 0 if migrated.source_continued else self._once_pages()
             sharpness = sharpness_by_guest(once, certain=self._setup.device.direct)
         migration = migrated.migration
         harvests = np.sort(
@@ -340,10 +322,10 @@ class ProofRun(QemuPair):
             migrated.ended_early,
             downtime=downtime,
             wrong_rings=wrong_rings,
-            refusal=self._last_words(destination) if migrated.refusal else None,
+            refusal=migrated.refusal.words if migrated.refusal else None,
         )
         if migrated.refusal and verdict.exit_code != EXIT_LOST:
-            raise migrated.refusal
+            raise migrated.refusal.error
         return Proof(
             setup=self._setup,
             verdict=verdict,
@@ -363,11 +345,6 @@ class ProofRun(QemuPair):
             },
             folder=None,
         )
-
-    @staticmethod
-    def _last_words(qemu: Qemu) -> str:
-        process = qemu.process
-        return f"{process.name} {process.how_it_ended()}\n{process.log_tail()}".rstrip()
 
     async def _wrong_rings(self, rams: Mapping[str, ReadRam]) -> Sequence[Ring]:
         """The rings in the `rams` that cannot be right; none where that cannot be known.

@@ -13,9 +13,10 @@ from typing import Any, Final
 from ..memory.ram import PAGE_BYTES
 from ..memory.ram_blocks import RamBlock, known_tcg_loss
 from ..migration.downtime import downtime_parts
+from ..proof.attribution import Blame, LostPage
 from ..proof.model import Hop, Proof
 from ..proof.ram_map import MapArea
-from ..proof.verdict import Blame, LostPage, Sharpness, Witness
+from ..proof.sensitivity import Sharpness, Witness
 from ..qemu.machine import DIMM_BYTES, RAM_BACKEND, format_memory
 from .precopy import harvest_list, passes
 

@@ -24,10 +24,11 @@ from dmaproof.faults import known_faults, summary
 from ..devices.process import DeviceOptions
 from ..exit_codes import EXIT_PASS
 from ..host.timeout import DEFAULT_TIMEOUT_S
+from ..proof.attribution import Blame
 from ..proof.display import QuietDisplay
 from ..proof.model import Setup
 from ..proof.run import prove
-from ..proof.verdict import Blame, Verdict
+from ..proof.verdict import Verdict
 from .simulation import play
 
 CONTROL: Final = "none"

@@ -42,7 +42,9 @@ from dmaproof.vhost_user.messages import Request, encode_u64
 from ..devices.process import DeviceOptions
 from ..host.timeout import DEFAULT_TIMEOUT_S
 from ..memory.ram import RamFile, compare
-from ..proof.verdict import Blame, GuestOutcome, LostPage, Verdict, attribute, measure_sharpness
+from ..proof.attribution import Blame, LostPage, attribute
+from ..proof.sensitivity import measure_sharpness
+from ..proof.verdict import GuestOutcome, Verdict
 from .front_end import FEATURES, FrontEnd
 from .guest_iommu import GuestIommu
 from .hosted_device import HostedDevice, device_process, device_thread

@@ -15,8 +15,8 @@ from dmaproof.evidence import Slot
 from dmaproof.stamp import stamped_page
 from qmp_tools.memory.ram import RamFile
 from qmp_tools.migration.log_watch import LogEvidence, LogWatch, UsedRing
+from qmp_tools.proof.attribution import Blame
 from qmp_tools.proof.late_dma import PausedRam
-from qmp_tools.proof.verdict import Blame
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 
 PAGES = 64

@@ -39,7 +39,9 @@ from qmp_tools.passthrough.outcome import (
 )
 from qmp_tools.passthrough.prove import joined, to_json, to_text
 from qmp_tools.passthrough.tracking import Tracking
-from qmp_tools.proof.verdict import Blame, GuestOutcome, LostPage, Sharpness, Verdict
+from qmp_tools.proof.attribution import Blame, LostPage
+from qmp_tools.proof.sensitivity import Sharpness
+from qmp_tools.proof.verdict import GuestOutcome, Verdict
 from qmp_tools.qemu.qmp import QmpTimeoutError
 from qmp_tools.reports.junit_tap import to_junit, to_tap
 

@@ -30,20 +30,14 @@ from qmp_tools.matrix.result import Result, State, result_of, skipped, untested
 from qmp_tools.migration.downtime import Downtime, Part, downtime_parts
 from qmp_tools.migration.log_watch import LogEvidence
 from qmp_tools.migration.migration import Progress, parse_progress
+from qmp_tools.proof.attribution import Blame, LostPage
 from qmp_tools.proof.model import Proof, Setup
 from qmp_tools.proof.options import ProofOptions
 from qmp_tools.proof.ram_map import MapArea, RamMap, run_lengths, with_lost
 from qmp_tools.proof.rings import Ring
+from qmp_tools.proof.sensitivity import Sharpness, Witness, sharpness_by_guest
 from qmp_tools.proof.soak import Holdings, Soak
-from qmp_tools.proof.verdict import (
-    Blame,
-    GuestOutcome,
-    LostPage,
-    Sharpness,
-    Verdict,
-    Witness,
-    sharpness_by_guest,
-)
+from qmp_tools.proof.verdict import GuestOutcome, Verdict
 from qmp_tools.qemu.machine import Machine
 from qmp_tools.ram_check.check import Check, ComparedArea, Difference, NotCompared, Side
 from qmp_tools.reports import check_report, matrix_report, report, soak_report

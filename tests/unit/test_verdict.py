@@ -18,20 +18,16 @@ from dmaproof.trace import TRACED_LINKS, Link, PageEpochs
 from qmp_tools.memory.ram import RamFile, compare
 from qmp_tools.migration.downtime import Downtime, Part
 from qmp_tools.migration.log_watch import LogEvidence
-from qmp_tools.proof.verdict import (
+from qmp_tools.proof.attribution import (
     Blame,
-    GuestOutcome,
     LostPage,
-    Sharpness,
-    Verdict,
-    Witness,
     WrittenPages,
     attribute,
     blame_early_bits,
-    measure_sharpness,
-    sharpness_by_guest,
     with_late_dma,
 )
+from qmp_tools.proof.sensitivity import Sharpness, Witness, measure_sharpness, sharpness_by_guest
+from qmp_tools.proof.verdict import GuestOutcome, Verdict
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 
 PAGES = 64

@@ -1,0 +1,248 @@
+"""Says of each page that differs who lost it.
+
+The bytes that differ are held against the device's journal:
+
+- The device wrote none of them while logging was on: the loss is the **accelerator's**, QEMU's own
+  tracking of what its vCPUs write.
+- The device wrote some of them: the last such write was due in a certain harvest, and the first
+  link of the chain (`dmaproof.trace.Link`) that has not seen the page in that harvest or later lost
+  it: the loss is the **device's**.
+- Every link of ours has seen it, and the source still holds what the device wrote: the bit was in
+  QEMU's log in time and QEMU did not send the page: **qemu**'s. If the source holds something else,
+  a vCPU wrote there later, and the loss is again the accelerator's.
+
+Of a device that keeps no journal none of this is known: who lost a page stays open. Only a page
+that was written after the guest had been paused (`late_dma`), and a page whose dirty bit was in
+QEMU's log before its data was in RAM (`migration.log_watch`), are the device's for certain.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmaproof.evidence import Evidence, Slot
+from dmaproof.journal import WriteKind
+from dmaproof.trace import TRACED_LINKS, Link
+
+from ..memory.ram import PAGE_BYTES, RamFile
+from ..migration.log_watch import LogEvidence
+
+
+class Blame(StrEnum):
+    """Whose loss it was."""
+
+    DEVICE = "device"
+    QEMU = "qemu"
+    ACCELERATOR = "accelerator"
+    SNAPSHOT = "snapshot"
+    UNKNOWN = "unknown"
+    LATE_DMA = "late-dma"
+    EARLY_BIT = "early-bit"
+
+
+@dataclass(frozen=True)
+class LostPage:
+    """One page that differs. Addresses in bytes; `gpa` is None where no memory slot names it.
+
+    `bytes_differing` is None where the page was written only after it had been compared.
+
+    The members from `iova` on tell of the device's last write to the bytes that differ, and are
+    None where there was none; `device` is its name, `seconds` count from the start of logging.
+    """
+
+    ram_offset: int
+    gpa: int | None
+    bytes_differing: int | None
+    blame: Blame
+    link: Link | None = None
+    device: str | None = None
+    iova: int | None = None
+    request: int | None = None
+    queue: int | None = None
+    kind: str | None = None
+    seconds: float | None = None
+    due_in_harvest: int | None = None
+    last_seen_in_harvest: dict[str, int] = field(default_factory=dict)
+
+
+class WrittenPages:
+    """The journal's records by the page that they touch.
+
+    `pages` (GPA page numbers, sorted) and `rows` (indices into the records) have one entry for each
+    page of each record; for one page the rows are in the order of the writes.
+    """
+
+    def __init__(self, records: NDArray[np.void]) -> None:
+        page_bytes = np.uint64(PAGE_BYTES)
+        first = records["gpa"] // page_bytes
+        last = (records["gpa"] + np.maximum(records["length"], 1) - np.uint64(1)) // page_bytes
+        counts = (last - first + np.uint64(1)).astype(np.int64)
+        rows = np.repeat(np.arange(len(records)), counts)
+        position = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        pages = first[rows] + position.astype(np.uint64)
+        order = np.argsort(pages, kind="stable")
+        self.pages: NDArray[np.uint64] = pages[order]
+        self.rows: NDArray[np.int64] = rows[order]
+
+    def rows_of(self, page: int) -> NDArray[np.int64]:
+        """The records that touch page number `page`, in the order of the writes."""
+        low, high = np.searchsorted(
+            self.pages, np.array((page, page + 1), dtype=np.uint64), side="left"
+        )
+        return self.rows[low:high]
+
+
+def attribute(
+    differing: NDArray[np.int64],
+    source: RamFile,
+    destination: RamFile,
+    slots: Sequence[Slot],
+    evidence: Sequence[Evidence],
+    blame: Blame = Blame.UNKNOWN,
+) -> list[LostPage]:
+    """Who lost each of the `differing` pages (page numbers of the RAM files).
+
+    `slots` say where the guest has its RAM; without any `evidence` it was `blame`.
+    """
+    slots = slots_in(source, slots)
+    if not evidence:
+        return [_unattributed(int(page), slots, source, destination, blame) for page in differing]
+    written = [WrittenPages(each.records) for each in evidence]
+    return [
+        _attribute_page(int(page), slots, source, destination, evidence, written)
+        for page in differing
+    ]
+
+
+def blame_early_bits(lost: Sequence[LostPage], log: LogEvidence) -> list[LostPage]:
+    """The `lost` pages, with that blame where the `log` has shown the page's bit to be early."""
+    early = set(log.early_bits)
+    return [replace(page, blame=Blame.EARLY_BIT) if page.gpa in early else page for page in lost]
+
+
+def with_late_dma(lost: Sequence[LostPage], late: Sequence[LostPage]) -> list[LostPage]:
+    """The `lost` pages and the `late` ones, each once: by the journal where there is one."""
+
+    def place(page: LostPage) -> tuple[int, int | None]:
+        return page.ram_offset, page.gpa
+
+    late_places = {place(page) for page in late}
+    others = [
+        page for page in lost if page.blame is not Blame.UNKNOWN or place(page) not in late_places
+    ]
+    other_places = {place(page) for page in others}
+    return [*others, *(page for page in late if place(page) not in other_places)]
+
+
+def slots_in(ram: RamFile, slots: Sequence[Slot]) -> list[Slot]:
+    """Those of the `slots` that are parts of `ram`."""
+    return [slot for slot in slots if (slot.device, slot.inode) == (ram.device, ram.inode)]
+
+
+def _attribute_page(
+    index: int,
+    slots: Sequence[Slot],
+    source: RamFile,
+    destination: RamFile,
+    journals: Sequence[Evidence],
+    written: Sequence[WrittenPages],
+) -> LostPage:
+    ram_offset = index * PAGE_BYTES
+    differs = _differs(ram_offset, source, destination)
+    bytes_differing = int(differs.sum())
+    gpa = gpa_of(ram_offset, slots)
+    if gpa is None:
+        return LostPage(ram_offset, None, bytes_differing, Blame.ACCELERATOR)
+    page = gpa // PAGE_BYTES
+    lost = LostPage(ram_offset, gpa, bytes_differing, Blame.ACCELERATOR)
+    last = [
+        (record["time_ns"], record, evidence)
+        for evidence, rows in zip(journals, written, strict=True)
+        if (record := _last_write_of(differs, gpa, evidence.records, rows.rows_of(page)))
+        is not None
+    ]
+    if not last:
+        return lost
+    _, record, evidence = max(last, key=lambda it: it[0])
+    iova = int(record["iova"]) + max(0, gpa - int(record["gpa"]))
+    due = int(record["epoch"])
+    seen = {link: evidence.links[link].last(gpa) for link in TRACED_LINKS}
+    link = next((link for link in TRACED_LINKS if seen[link] < due), Link.QEMU)
+    blame = Blame.DEVICE
+    if link == Link.QEMU:
+        blame = Blame.QEMU if _still_there(record, source, slots) else Blame.ACCELERATOR
+    return LostPage(
+        ram_offset=ram_offset,
+        gpa=gpa,
+        bytes_differing=bytes_differing,
+        blame=blame,
+        link=link if blame != Blame.ACCELERATOR else None,
+        device=evidence.device or None,
+        iova=iova,
+        request=int(record["request"]),
+        queue=int(record["queue"]),
+        kind=WriteKind(int(record["kind"])).name.lower().replace("_", " "),
+        seconds=(int(record["time_ns"]) - (evidence.started_ns or 0)) / 1e9,
+        due_in_harvest=due,
+        last_seen_in_harvest={link.value: epoch for link, epoch in seen.items()},
+    )
+
+
+def _unattributed(
+    index: int, slots: Sequence[Slot], source: RamFile, destination: RamFile, blame: Blame
+) -> LostPage:
+    ram_offset = index * PAGE_BYTES
+    bytes_differing = int(_differs(ram_offset, source, destination).sum())
+    return LostPage(ram_offset, gpa_of(ram_offset, slots), bytes_differing, blame)
+
+
+def _differs(ram_offset: int, source: RamFile, destination: RamFile) -> NDArray[np.bool_]:
+    ours, theirs = (
+        np.frombuffer(ram.read(ram_offset, PAGE_BYTES), dtype=np.uint8)
+        for ram in (source, destination)
+    )
+    differs: NDArray[np.bool_] = ours != theirs
+    return differs
+
+
+def gpa_of(ram_offset: int, slots: Sequence[Slot]) -> int | None:
+    """Where the guest has what is at `ram_offset` of a RAM file; None where it has it nowhere."""
+    for slot in slots:
+        if slot.file_offset <= ram_offset < slot.file_offset + slot.length:
+            return slot.gpa + ram_offset - slot.file_offset
+    return None
+
+
+def _offset_of(gpa: int, slots: Sequence[Slot]) -> int | None:
+    for slot in slots:
+        if slot.gpa <= gpa < slot.gpa + slot.length:
+            return slot.file_offset + gpa - slot.gpa
+    return None
+
+
+def _last_write_of(
+    differs: NDArray[np.bool_], gpa: int, records: NDArray[np.void], rows: NDArray[np.int64]
+) -> np.void | None:
+    """The last of the writes `rows` to one of the bytes of the page at `gpa` that differ."""
+    for row in rows[::-1]:
+        start = int(records["gpa"][row]) - gpa
+        end = start + int(records["length"][row])
+        if differs[max(0, start) : max(0, end)].any():
+            record: np.void = records[row]
+            return record
+    return None
+
+
+def _still_there(record: np.void, source: RamFile, slots: Sequence[Slot]) -> bool:
+    """Whether the source's RAM holds just what the device wrote."""
+    offset = _offset_of(int(record["gpa"]), slots)
+    if offset is None:
+        return False
+    content = source.read(offset, int(record["length"]))
+    return zlib.crc32(content) == int(record["checksum"])

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from .devices.device import AttachedDevice, DeviceFacts, ProofDevice
     from .devices.registry import Control, DeviceKind, DeviceRequest
     from .exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED, EXIT_USAGE
+    from .migration.judgement import Blame
     from .migration.migration import Limits, MigrationError, Progress
-    from .proof.attribution import Blame, LostPage
+    from .proof.attribution import LostPage
     from .proof.model import Proof
     from .proof.options import ProofOptions
     from .proof.sensitivity import Sharpness
@@ -45,7 +46,8 @@ _HOMES: Final = {
     "migration.migration": ("Limits", "MigrationError", "Progress"),
     "proof.model": ("Proof",),
     "proof.options": ("ProofOptions",),
-    "proof.attribution": ("Blame", "LostPage"),
+    "migration.judgement": ("Blame",),
+    "proof.attribution": ("LostPage",),
     "proof.sensitivity": ("Sharpness",),
     "proof.verdict": ("GuestOutcome", "Verdict"),
     "qemu.machine": ("INCOMING",),

@@ -38,8 +38,10 @@ from .host.timeout import DEFAULT_TIMEOUT_S
 from .migration.dirty_rate import DirtyRates
 from .migration.dirty_rate import measure as measure_dirty_rate
 from .migration.migration import Limits, Migration, MigrationError, Progress
+from .migration.procedure import UnsupportedScenarioError
+from .migration.scenarios import find_scenario, known_scenarios
+from .migration.transport import Ends
 from .migration.watch import View, watch
-from .migration.ways import WAYS, Ends, UnsupportedWayError
 from .proof import run as proof_run
 from .proof.display import QuietDisplay
 from .proof.model import Proof
@@ -55,7 +57,6 @@ from .ram_check.migrated import GuestHasRunError, NotMigratedError
 
 __all__ = [
     "INCOMING",
-    "WAYS",
     "AttachedQemu",
     "Check",
     "DirtyRates",
@@ -69,10 +70,11 @@ __all__ = [
     "Qmp",
     "QmpError",
     "StartedQemu",
-    "UnsupportedWayError",
+    "UnsupportedScenarioError",
     "View",
     "attach",
     "check",
+    "known_scenarios",
     "measure_dirty_rate",
     "migrate",
     "prove",
@@ -147,19 +149,18 @@ async def migrate(
     Raises:
         UsageError: there is no such scenario, or only a proof can have it; or an argument is of
             another type.
-        UnsupportedWayError: a QEMU lacks it.
+        UnsupportedScenarioError: a QEMU lacks it.
         MigrationError: it failed, or took longer than the `limits` allow.
     """
     for argument, qmp in (("source", source), ("destination", destination)):
         require(argument, qmp, Qmp, "the QMP of a QEMU, its .qmp")
     require("limits", limits, (Limits, NoneType), "Limits")
     require("scenario", scenario, str, "a name")
-    if scenario not in WAYS:
-        raise UsageError(f"scenario {scenario!r}: expected one of {', '.join(WAYS)}")
-    if WAYS[scenario].only_in_proofs:
+    chosen = find_scenario(scenario)
+    if not chosen.suits_any_guest:
         raise UsageError(f"scenario {scenario!r}: only a proof, with a device of ours, can go it")
     with run_folder() as folder:
-        migration = Migration(Ends(source, destination, folder), WAYS[scenario], limits or Limits())
+        migration = Migration(Ends(source, destination, folder), chosen, limits or Limits())
         await migration.start()
         await migration.release()
         async with contextlib.aclosing(migration.follow()) as precopy:

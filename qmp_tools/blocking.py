@@ -34,9 +34,9 @@ from .host.timeout import DEFAULT_TIMEOUT_S
 from .migration.migration import Limits
 from .proof import resolve
 from .proof.display import LineDisplay, QuietDisplay
-from .proof.model import Proof
+from .proof.model import Migrated, Proof
 from .proof.options import ProofOptions, options_as_keywords, options_as_keywords_of_method
-from .proof.run import Migrated, ProofRun, proof_run
+from .proof.run import ProofRun, proof_run
 from .qemu.machine import DESTINATION, INCOMING, SOURCE
 from .qemu.qemu import Qemu
 from .ram_check.check import Check
@@ -93,12 +93,12 @@ class Pair:
     _stage: Stage
 
     def migrate(self, scenario: str = "unix", *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        """Migrate in one of the `WAYS`; both guests stand still afterwards.
+        """Migrate in one of the `known_scenarios`; both guests stand still afterwards.
 
         Raises:
             UsageError: there is no such scenario, or only a proof can have it; or an argument is of
                 another type.
-            UnsupportedWayError: a QEMU lacks it.
+            UnsupportedScenarioError: a QEMU lacks it.
             MigrationError: it failed, or took longer than `timeout_s`.
         """
         require("timeout_s", timeout_s, (int, float), "seconds")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
-from ..migration.ways import WAYS
+from ..migration.scenarios import known_scenarios
 from ..proof.options import OPTIONS, Option, ProofOptions
 from ..qemu.iommu import IOMMUS
 
@@ -93,6 +93,7 @@ def describe_iommus() -> str:
 
 def describe_scenarios() -> str:
     """All migration scenarios, a line each, for a subcommand's help."""
-    width = max(map(len, WAYS))
-    lines = (f"  {name:<{width}}  {way.summary}" for name, way in WAYS.items())
+    scenarios = known_scenarios()
+    width = max(map(len, scenarios))
+    lines = (f"  {name:<{width}}  {scenarios.summary(name)}" for name in scenarios)
     return "\n".join(("migration scenarios (docs/scenarios.md says what each needs):", *lines))

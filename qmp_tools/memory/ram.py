@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmaproof.errors import UntestableError
+from dmaproof.evidence import Slot
 from dmaproof.page_compare import Extent, differing_pages
 
 from ..qemu.machine import RAM_BACKEND
 from ..qemu.qemu import Qemu
-from .physical_map import parse_hva
+from .physical_map import parse_flat_view, parse_hva, shown_parts
 from .process_memory import mappings_of, shared_memory
 
 PAGE_BYTES: Final = 4096
@@ -98,6 +99,15 @@ async def ram_files(qemu: Qemu) -> AsyncIterator[list[RamFile]]:
             length = os.fstat(memory.fd).st_size
             files.append(RamFile(memory.fd, length, memory.device, memory.inode, backend))
         yield files
+
+
+async def slots_of(qemu: Qemu, ram: RamFile) -> list[Slot]:
+    """Where `ram` stands in the guest's physical map, as `qemu` itself reports it."""
+    view = await qemu.qmp.execute("human-monitor-command", command_line="info mtree -f")
+    return [
+        Slot(gpa, length, offset, ram.device, ram.inode)
+        for gpa, offset, length in shown_parts(parse_flat_view(view), ram.backend)
+    ]
 
 
 @contextlib.contextmanager

@@ -60,10 +60,10 @@ class PrecopyHold:
             await self._qtest.write_words(self._pages, self._dirtied)
 
     def _bytes_per_s(self, progress: Progress) -> int:
-        way = self._migration.way
+        procedure = self._migration.procedure
         in_time_s = _LOOKS_TO_SPARE * self._look_every_s
-        safe = int(len(self._pages) * PAGE_BYTES / in_time_s) or way.held_bytes_per_s
+        safe = int(len(self._pages) * PAGE_BYTES / in_time_s) or procedure.held_bytes_per_s
         if progress.syncs >= 2:
             return min(self._migration.held_bytes_per_s, safe)
         left = progress.total if progress.remaining is None else progress.remaining
-        return min(way.first_pass_bytes_per_s, max(safe, int((left or 0) / in_time_s)))
+        return min(procedure.first_pass_bytes_per_s, max(safe, int((left or 0) / in_time_s)))

@@ -1,4 +1,4 @@
-"""One migration over QMP, in any of the ways of `ways.WAYS`.
+"""One migration over QMP, carried out as the `Procedure` of its scenario says.
 
 Statistics of query-migrate differ by QEMU version, so every member is optional here; what a version
 can do is asked of it, never told by its number.
@@ -19,7 +19,8 @@ from ..host.timeout import DEFAULT_TIMEOUT_S
 from ..qemu import qemu_qmp
 from ..qemu.machine import MIB
 from ..qemu.qmp import QmpRefusal
-from .ways import HELD_BYTES_PER_S, Ends, UnsupportedWayError, Way, channel
+from .procedure import HELD_BYTES_PER_S, Procedure
+from .transport import Ends
 
 _POLL_S: Final = 0.05
 _UNLIMITED_BYTES_PER_S: Final = 1 << 40
@@ -120,11 +121,10 @@ class Migration:
     `start` begins it with a downtime limit so low that a busy guest does not converge;
     `hold.PrecopyHold` sees to it that none does; `release` sets the limits that were asked for. In
     between, `follow` shows a precopy for as long as the caller has something to do in it;
-    `way_shown` tells whether the way has been used as its entry wants it. `load` is the end on the
-    destination.
+    `exercised` says whether the scenario has been used (`Procedure.exercised_by`). `load` is the
+    end on the destination.
 
-    With some devices a way `must_be_refused` by QEMU; with others it may be, and dmaproof does not
-    go it (`Way.refusal`).
+    `device_lacks_pagefault` is `AttachedDevice.lacks_pagefault`.
 
     `moments` has the times (CLOCK_MONOTONIC, ns) of the source's events: 'STOP' when its vCPUs have
     stopped, and the migration's last states, such as 'device' and 'completed'. `loading_ns` is when
@@ -132,13 +132,13 @@ class Migration:
     """
 
     ends: Ends
-    way: Way
+    procedure: Procedure
     limits: Limits
     history: list[Progress] = field(default_factory=list)
     moments: dict[str, int] = field(default_factory=dict)
     loading_ns: tuple[int, int] | None = None
-    way_shown: bool = False
-    must_be_refused: bool = False
+    exercised: bool = False
+    device_lacks_pagefault: bool = False
     _bytes_per_s: int = 0
     _deadline: float = 0.0
     _loading: dict[str, int] = field(default_factory=dict)
@@ -148,66 +148,37 @@ class Migration:
         """Begin, and hold the migration in precopy.
 
         Raises:
-            UnsupportedWayError: a QEMU lacks what the way needs, or refuses the way as it must; or
-                the way is one that dmaproof cannot go.
-            MigrationError: it does not refuse what it must.
+            UnsupportedScenarioError: a QEMU lacks what the scenario needs, or refuses it as it
+                must; or dmaproof cannot carry it out.
+            MigrationError: a QEMU does not refuse what it must.
             QmpError: a QEMU refused another step.
         """
         try:
-            await self._prepare()
+            await self._configure()
         except QmpRefusal as refusal:
             # QEMU 7.2 prints its reason for refusing postcopy, and does not answer with it.
             words = f"{refusal}\n{self.ends.printed()}".rstrip()
-            due = self.way.refusal is not None and self.way.refusal in words
-            what = "refused, as it has to be with this device" if due else "this QEMU lacks the way"
-            raise UnsupportedWayError(f"{what}: {words}") from refusal
-        if self.must_be_refused:
-            raise MigrationError(
-                f"QEMU accepted {', '.join(self.way.capabilities)}, which it must refuse with a "
-                f"device like this ({self.way.refusal!r} was expected)"
-            )
-        if self.way.refusal is not None:
-            raise UnsupportedWayError(
-                f"QEMU accepts {', '.join(self.way.capabilities)}, as it may with this device; "
-                "dmaproof does not carry out such a migration"
-            )
-        source, stream = self.ends.source, self.way.stream
+            raise self.procedure.explain_refusal(words) from refusal
+        self.procedure.check_acceptance(device_lacks_pagefault=self.device_lacks_pagefault)
         # With a downtime limit of 0, QEMU takes an empty first pass for convergence.
-        await self._set_limits(self.way.first_pass_bytes_per_s, downtime_limit=1)
+        await self._set_limits(self.procedure.first_pass_bytes_per_s, downtime_limit=1)
         self.restart_timeout()
-        if self.way.in_place and self.ends.joined is not None:
-            await source.execute("migrate", uri=await stream.written_to(self.ends))
-            await self.ends.joined()
-            self.history.append(
-                parse_progress(await self.ends.destination.execute("query-migrate"))
-            )
-            return
-        if self.ends.joined is not None:
-            main, descriptors = (channel(self.ends.folder, kind) for kind in ("main", "cpr"))
-            await source.execute("migrate", channels=[main, descriptors])
-            await self.ends.joined()
-            await self.ends.destination.execute("migrate-incoming", channels=[main])
-            return
-        if not stream.saved_first:
-            await self._read_stream()
-        await source.execute("migrate", uri=await stream.written_to(self.ends))
+        await self.procedure.begin(self.ends)
+        if self.procedure.is_over_when_begun:
+            answer = await self.ends.destination.execute("query-migrate")
+            self.history.append(parse_progress(answer))
 
-    async def _prepare(self) -> None:
-        sides = [self.ends.source]
-        if self.ends.joined is None:
-            sides.append(self.ends.destination)
+    async def _configure(self) -> None:
+        procedure = self.procedure
+        qemus = procedure.configured(self.ends)
         capabilities = [
-            {"capability": name, "state": True} for name in ("events", *self.way.capabilities)
+            {"capability": name, "state": True} for name in ("events", *procedure.capabilities)
         ]
-        for qmp in sides:
+        for qmp in qemus:
             await qmp.execute("migrate-set-capabilities", capabilities=capabilities)
-        await self.way.prepare(self.ends)
-        for qmp in sides:
-            await qmp.execute("migrate-set-parameters", **self.way.parameters)
-
-    async def _read_stream(self) -> None:
-        uri = self.way.stream.read_from(self.ends)
-        await self.ends.destination.execute("migrate-incoming", uri=uri)
+        await procedure.set_up(self.ends)
+        for qmp in qemus:
+            await qmp.execute("migrate-set-parameters", **procedure.parameters)
 
     async def limit_bandwidth(self, bytes_per_s: int) -> None:
         """Have the source send no more than that, nor more than the limits allow.
@@ -229,7 +200,7 @@ class Migration:
     @property
     def held_bytes_per_s(self) -> int:
         """With how much bandwidth the migration stays in precopy, if the guest dirties enough."""
-        return self.way.held_bytes_per_s if self.way_shown else HELD_BYTES_PER_S
+        return self.procedure.held_bytes_per_s if self.exercised else HELD_BYTES_PER_S
 
     def restart_timeout(self) -> None:
         """Count the limits' timeout from now: something that takes its time has come about."""
@@ -254,7 +225,7 @@ class Migration:
             MigrationTimeoutError: it took longer than its time.
             MigrationError: it failed, or was cancelled.
         """
-        if self.way.in_place:  # it is over when `start` is, and the source is no more
+        if self.procedure.is_over_when_begun:  # the source is no more
             return
         source, destination = self.ends.source, self.ends.destination
         async with (
@@ -271,8 +242,7 @@ class Migration:
         while True:
             answer = await self.ends.source.execute("query-migrate")
             progress = parse_progress(answer)
-            if not self.way_shown and self.way.is_shown_in(answer):
-                self.way_shown = True
+            self.exercised = self.exercised or self.procedure.is_exercised_in(answer)
             self.history.append(progress)
             yield progress
             if progress.status == "completed" and progress.is_over:
@@ -283,11 +253,12 @@ class Migration:
                     f"{self.ends.printed()}".rstrip()
                 )
             if time.monotonic() > self._deadline:
+                unseen = f" (no {self.procedure.exercised_by} has been seen)"
                 raise MigrationTimeoutError(
                     f"the migration has not completed within {self.limits.timeout_s:g} s (it is "
                     f"{progress.status!r}, {progress.remaining} bytes remain after "
                     f"{progress.syncs} syncs); allow more bandwidth, downtime or time"
-                    + ("" if self.way_shown else f" (no {self.way.shown_by} has been seen)")
+                    + ("" if self.exercised else unseen)
                 )
             await asyncio.sleep(_POLL_S)
 
@@ -356,14 +327,13 @@ class Migration:
             MigrationError: it does not come to that.
         """
         async with self.ends.destination.events("MIGRATION") as loading:
-            began_ns = time.monotonic_ns() if self.way.stream.saved_first else 0
+            began_ns = time.monotonic_ns() if self.procedure.transport.saved_first else 0
             await self._load()
             self._loading |= _moments(loading)
         self.loading_ns = began_ns, self._loading.get("completed", time.monotonic_ns())
 
     async def _load(self) -> None:
-        if self.way.stream.saved_first and not self.way.in_place:
-            await self._read_stream()
+        await self.procedure.load(self.ends)
         deadline = time.monotonic() + self.limits.timeout_s
         while time.monotonic() < deadline:
             answer = await self.ends.destination.execute("query-status")

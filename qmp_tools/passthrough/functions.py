@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from ..proof.attribution import Blame
+from ..migration.judgement import Blame
 from ..proof.display import QuietDisplay
 from ..proof.model import Proof as Migrated
 from ..proof.run import prove

@@ -34,7 +34,8 @@ from dmaproof.errors import WaitTimeoutError
 from ..host.timeout import bounded
 from ..memory.ram import PAGE_BYTES, compare, ram_file
 from ..migration.migration import Limits, Migration, Progress
-from ..migration.ways import WAYS, Ends
+from ..migration.scenarios.precopy import Unix
+from ..migration.transport import Ends
 from ..qemu.qemu import Qemu
 from ..qemu.qmp import QmpRefusal
 from .fake_device import (
@@ -335,7 +336,7 @@ async def _hold_and_release(
     """
     loop = asyncio.get_running_loop()
     limits = Limits(downtime_s=_DOWNTIME_S, timeout_s=timeout_s)
-    migration = Migration(Ends(source.qmp, destination.qmp, folder), WAYS["unix"], limits)
+    migration = Migration(Ends(source.qmp, destination.qmp, folder), Unix(), limits)
     await _reckon_with(source, _ENDLESS_BYTES_PER_S if heard else _NEVER_BEHIND_BYTES_PER_S)
     try:
         await migration.start()

@@ -19,7 +19,7 @@ from dmaproof.trace import Link
 from ..devices.emulated import EmulatedDevice
 from ..devices.process import DeviceOptions
 from ..guest.workload import Workload
-from ..proof.attribution import Blame
+from ..migration.judgement import Blame
 from ..proof.display import QuietDisplay
 from ..proof.model import Proof as Migrated
 from ..proof.model import Setup

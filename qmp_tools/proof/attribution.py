@@ -21,7 +21,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,19 +30,8 @@ from dmaproof.journal import WriteKind
 from dmaproof.trace import TRACED_LINKS, Link
 
 from ..memory.ram import PAGE_BYTES, RamFile
+from ..migration.judgement import Blame
 from ..migration.log_watch import LogEvidence
-
-
-class Blame(StrEnum):
-    """Whose loss it was."""
-
-    DEVICE = "device"
-    QEMU = "qemu"
-    ACCELERATOR = "accelerator"
-    SNAPSHOT = "snapshot"
-    UNKNOWN = "unknown"
-    LATE_DMA = "late-dma"
-    EARLY_BIT = "early-bit"
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,13 @@ from typing import Final, Protocol
 from dmaproof.errors import printable
 
 from ..migration.migration import Progress
+from ..migration.reporter import Reporter
 
 _LINE_EVERY_S: Final = 1.0
 
 
-class Display(Protocol):
-    """Takes the story of a run as it happens."""
-
-    def say(self, text: str) -> None:
-        """A step has begun, or something is worth knowing."""
-
-    def precopy(self, progress: Progress) -> None:
-        """The migration is this far."""
+class Display(Reporter, Protocol):
+    """Takes the story of a run as it happens, until it is over."""
 
     def close(self) -> None:
         """Nothing more will come."""

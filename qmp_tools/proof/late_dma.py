@@ -19,7 +19,8 @@ from dmaproof.evidence import Slot
 from dmaproof.page_compare import Extent, page_digests
 
 from ..memory.ram import PAGE_BYTES, RamFile
-from .attribution import Blame, LostPage, gpa_of
+from ..migration.judgement import Blame
+from .attribution import LostPage, gpa_of
 
 SETTLE_S: Final = 4.0
 """For how long a third-party device is watched after its guest has been paused. Requests that a

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from ..devices.device import ProofDevice
 from ..guest.workload import Workload
-from ..migration.migration import Limits, Progress
+from ..migration.migration import Limits, Migration, Progress
+from ..migration.state_refusal import StateRefusal
 from ..qemu.machine import Machine
 from .options import ProofOptions
 from .ram_map import RamMap
@@ -68,6 +69,26 @@ class Setup:
     def max_downtime_s(self) -> float | None:
         """The longest downtime that is a pass; None for any."""
         return self.options.max_downtime
+
+
+@dataclass(frozen=True)
+class Migrated:
+    """What is known of a migration once it is over and both guests are paused.
+
+    `refusal` is set where the destination has refused a device's state, which ended it.
+    """
+
+    versions: Sequence[str]
+    migration_s: float
+    all_sent_ns: int
+    ended_early: bool
+    migration: Migration
+    refusal: StateRefusal | None = None
+
+    @property
+    def source_continued(self) -> bool:
+        """Whether the source's RAM is not that of the migration's end any more."""
+        return self.refusal is not None and self.refusal.source_continued
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ from ..guest.choice import GUESTS
 from ..host.timeout import DEFAULT_TIMEOUT_S
 from ..migration.migration import Limits
 from ..migration.refused_features import FEATURES
-from ..migration.ways import LOCALHOST, WAYS
+from ..migration.scenarios import known_scenarios
+from ..migration.transport import LOCALHOST
 from ..qemu.iommu import IOMMUS
 from ..qemu.machine import format_memory, parse_memory
 from .late_dma import SETTLE_S
@@ -242,7 +243,7 @@ class ProofOptions:
     append: Annotated[str, Option("guest", "its command line", "TEXT")] = ""
     scenario: Annotated[
         str,
-        Option("migration", "how the guest migrates, see below", "NAME", choices=lambda: WAYS),
+        Option("migration", "how the guest migrates, see below", "NAME", choices=known_scenarios),
     ] = "unix"
     host: Annotated[
         str, Option("migration", "where the scenarios tcp and tls listen", "ADDRESS")

@@ -28,7 +28,8 @@ from ..host.timeout import bounded
 from ..host.user_folders import cache_folder
 from ..memory.ram import compare, ram_file
 from ..migration.migration import Limits, Migration
-from ..migration.ways import WAYS, Ends
+from ..migration.scenarios.precopy import Unix
+from ..migration.transport import Ends
 from ..qemu.machine import GIB, INCOMING, KIB, MIB, Machine, format_memory
 from ..qemu.qemu import Qemu
 from .display import Display
@@ -228,7 +229,7 @@ async def _count_vcpu_pages_lost(
             # the vCPU runs on, also on a busy machine: where it has not written to them again by
             # the time it is stopped, the loss is hidden.
             limits = Limits(_PROBE_BANDWIDTH_BYTES_PER_S, timeout_s=timeout_s)
-            migration = Migration(Ends(source.qmp, destination.qmp, folder), WAYS["unix"], limits)
+            migration = Migration(Ends(source.qmp, destination.qmp, folder), Unix(), limits)
             await migration.start()
             async for progress in migration.follow():
                 if progress.syncs >= _PROBE_SYNCS:

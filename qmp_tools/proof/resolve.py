@@ -24,7 +24,8 @@ from ..guest.own import MEMORY_BYTES as OWN_GUEST_MEMORY_BYTES
 from ..guest.own import OWN_GUEST, own_guest
 from ..guest.workload import parse_workload
 from ..migration.refused_features import FEATURES
-from ..migration.ways import WAYS, Plug, Way
+from ..migration.scenarios import find_scenario
+from ..migration.scenarios.base import Scenario
 from ..qemu.choice import common_machine, find_qemu
 from ..qemu.iommu import IOMMUS
 from ..qemu.machine import DESTINATION, MIB, SOURCE, Machine, refuse_taken_properties
@@ -54,7 +55,7 @@ async def resolve(options: ProofOptions, show: Display) -> Setup:
     fault = _fault_of(options)
     iommu = options.iommu or ("intel" if fault.needs_iommu else None)
     device = kind.make(_request(options, fault, iommu))
-    way = _way_for(options, device)
+    scenario = _scenario_for(options, device)
     _require_driver(options, device, iommu)
     usual = _BEHIND_IOMMU if iommu else ""
     workload = device.fit(parse_workload(f"{usual},{options.workload}", seed))
@@ -74,13 +75,13 @@ async def resolve(options: ProofOptions, show: Display) -> Setup:
     memory_bytes = options.memory_bytes or await choose_memory(
         source, accelerator, guest.memory_bytes, show, options.timeout
     )
-    machine = await _machine_of(options, way, source, destination)
+    machine = await _machine_of(options, scenario, source, destination)
     if iommu is not None and "q35" not in machine:
         raise UsageError(
             f"--iommu {iommu}: only q35 machines have it, and this one is to be {machine}"
         )
-    machine += way.machine_options
-    if way.plug is Plug.DIMM:
+    machine += scenario.machine_options
+    if scenario.dimms:
         await warn_of_dimms(source, accelerator, show, options.timeout)
     if fault.needs_high_ram:
         machine += f",max-ram-below-4g={memory_bytes // 2 // MIB}M"
@@ -96,7 +97,7 @@ async def resolve(options: ProofOptions, show: Display) -> Setup:
             kernel=guest.kernel,
             initramfs=guest.initramfs,
             command_line=guest.command_line(workload),
-            dimm_slots=way.migrations if way.plug is Plug.DIMM else 0,
+            dimm_slots=scenario.dimms,
             iommu=iommu,
         ),
         guest=guest.name,
@@ -164,23 +165,20 @@ def _agreed(flag: str, given: str | None, needed: str | None) -> str | None:
     return given or needed
 
 
-def _way_for(options: ProofOptions, device: ProofDevice) -> Way:
+def _scenario_for(options: ProofOptions, device: ProofDevice) -> Scenario:
     """The scenario that was asked for.
 
     Raises:
         UsageError: `device` cannot go through it, or it has no downtime that could be measured.
     """
-    way = WAYS[options.scenario]
-    if way.plug is Plug.DISK and not device.driver.has_disk:
-        raise UsageError(
-            f"--scenario {options.scenario}: it plugs a disk, and {device.facts.device} is not one"
-        )
-    if options.max_downtime is not None and (way.snapshot or way.in_place):
+    scenario = find_scenario(options.scenario)
+    scenario.require_device(device)
+    if options.max_downtime is not None and not scenario.downtime_is_measurable:
         raise UsageError(
             f"--max-downtime: with --scenario {options.scenario} dmaproof itself stops the guest, "
             "for as long as it takes to copy its RAM"
         )
-    return way
+    return scenario
 
 
 def _require_driver(options: ProofOptions, device: ProofDevice, iommu: str | None) -> None:
@@ -223,8 +221,10 @@ def _qemus_of(options: ProofOptions) -> tuple[Path, Path]:
     return source, find_qemu(destination) if destination else source
 
 
-async def _machine_of(options: ProofOptions, way: Way, source: Path, destination: Path) -> str:
-    machine = options.machine or way.machine
+async def _machine_of(
+    options: ProofOptions, scenario: Scenario, source: Path, destination: Path
+) -> str:
+    machine = options.machine or scenario.machine
     if destination.resolve() != source.resolve() or options.machine:
         return await common_machine(machine, source, destination, options.timeout)
     return machine

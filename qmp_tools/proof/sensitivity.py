@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -25,20 +24,8 @@ from dmaproof.journal import WriteKind
 from dmaproof.trace import TRACED_LINKS, Link
 
 from ..memory.ram import PAGE_BYTES
+from ..migration.judgement import EvidenceSource
 from .attribution import WrittenPages
-
-
-class Witness(StrEnum):
-    """Who knows what a device wrote: its own journal, or only the guest that asked for it.
-
-    STILL is the guest too, where it stood still before anything moved; SNAPSHOT where it ran on
-    while a snapshot was taken.
-    """
-
-    JOURNAL = "journal"
-    GUEST = "guest"
-    STILL = "still"
-    SNAPSHOT = "snapshot"
 
 
 @dataclass(frozen=True)
@@ -63,12 +50,12 @@ class Sharpness:
     reported_unwritten: int
     missed_at: dict[str, int] = field(default_factory=dict)
     missed_by: dict[str, int] = field(default_factory=dict)
-    witness: Witness = Witness.JOURNAL
+    witness: EvidenceSource = EvidenceSource.JOURNAL
 
     def to_json(self) -> dict[str, Any]:
         """The members by name; what is not known is None."""
         members = asdict(self)
-        if self.witness == Witness.JOURNAL:
+        if self.witness == EvidenceSource.JOURNAL:
             return members
         known = ("rewritten", "certain", "missed_at", "missed_by", "witness")
         return {name: value if name in known else None for name, value in members.items()}
@@ -151,7 +138,7 @@ def _together(pages: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
 
 
 def sharpness_by_guest(
-    once: int, witness: Witness = Witness.GUEST, *, certain: bool = True
+    once: int, witness: EvidenceSource = EvidenceSource.GUEST, *, certain: bool = True
 ) -> Sharpness:
     """What a run without a journal can tell: `once` pages the guest has had read into just once,
     all of them after everything had been sent, before anything was, or while it was; if they are

@@ -19,7 +19,7 @@ from dmaproof.errors import UntestableError, UsageError
 
 from ..exit_codes import EXIT_LOST, EXIT_PASS
 from ..host.run_folder import run_folder
-from ..migration.ways import WAYS
+from ..migration.scenarios import find_scenario, known_scenarios
 from ..qemu.machine import MIB
 from .display import QuietDisplay
 from .model import Hop, Proof, Setup
@@ -171,8 +171,9 @@ async def soak(setup: Setup, migrations: int, say: Callable[[str], None]) -> Soa
         UsageError: the way cannot be gone again and again.
         UntestableError: one did not come to a verdict.
     """
-    if not WAYS[setup.scenario].repeatable:
-        repeatable = ", ".join(name for name, way in WAYS.items() if way.repeatable)
+    if not find_scenario(setup.scenario).is_repeatable:
+        known = known_scenarios().items()
+        repeatable = ", ".join(name for name, scenario in known if scenario.is_repeatable)
         raise UsageError(f"scenario {setup.scenario!r} cannot be repeated; {repeatable} can")
     began_s = time.monotonic()
     holdings: dict[str, list[Holdings]] = {}

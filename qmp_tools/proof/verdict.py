@@ -12,10 +12,11 @@ from typing import Final
 
 from ..exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from ..migration.downtime import Downtime
+from ..migration.judgement import Blame, EvidenceSource
 from ..migration.log_watch import LogEvidence
-from .attribution import Blame, LostPage
+from .attribution import LostPage
 from .rings import Ring
-from .sensitivity import Sharpness, Witness
+from .sensitivity import Sharpness
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class Verdict:
     @property
     def unseen(self) -> list[str]:
         """What may be wrong with a device without a journal, and could not have shown."""
-        if self.sharpness.witness is not Witness.GUEST:
+        if self.sharpness.witness is not EvidenceSource.GUEST:
             return []
         found = []
         if self.settled_s is not None:

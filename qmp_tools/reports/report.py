@@ -13,10 +13,11 @@ from typing import Any, Final
 from ..memory.ram import PAGE_BYTES
 from ..memory.ram_blocks import RamBlock, known_tcg_loss
 from ..migration.downtime import downtime_parts
-from ..proof.attribution import Blame, LostPage
+from ..migration.judgement import Blame, EvidenceSource
+from ..proof.attribution import LostPage
 from ..proof.model import Hop, Proof
 from ..proof.ram_map import MapArea
-from ..proof.sensitivity import Sharpness, Witness
+from ..proof.sensitivity import Sharpness
 from ..qemu.machine import DIMM_BYTES, RAM_BACKEND, format_memory
 from .precopy import harvest_list, passes
 
@@ -177,24 +178,24 @@ def _device(proof: Proof) -> str:
 
 
 def _sharpness(sharpness: Sharpness) -> list[str]:
-    if sharpness.witness == Witness.GUEST and not sharpness.certain:
+    if sharpness.witness == EvidenceSource.GUEST and not sharpness.certain:
         return [
             f"  sharpness    the guest had {sharpness.rewritten} pages written after everything "
             "had been sent, into",
             "               buffers that are used again: no single bit is certain to have shown",
         ]
-    if sharpness.witness == Witness.GUEST:
+    if sharpness.witness == EvidenceSource.GUEST:
         return [
             f"  sharpness    the guest had {sharpness.certain} pages written just once after "
             "everything had been sent;",
             "               losing the bit of any one of them would certainly have shown",
         ]
-    if sharpness.witness == Witness.SNAPSHOT:
+    if sharpness.witness == EvidenceSource.SNAPSHOT:
         return [
             f"  sharpness    the guest had {sharpness.certain} pages written while the snapshot "
             "was taken, none of which it may have",
         ]
-    if sharpness.witness == Witness.STILL:
+    if sharpness.witness == EvidenceSource.STILL:
         return [
             f"  sharpness    the guest had {sharpness.certain} pages written just once before it "
             "stood still, and nothing moved until then;",

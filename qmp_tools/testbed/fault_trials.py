@@ -24,7 +24,7 @@ from dmaproof.faults import known_faults, summary
 from ..devices.process import DeviceOptions
 from ..exit_codes import EXIT_PASS
 from ..host.timeout import DEFAULT_TIMEOUT_S
-from ..proof.attribution import Blame
+from ..migration.judgement import Blame
 from ..proof.display import QuietDisplay
 from ..proof.model import Setup
 from ..proof.run import prove

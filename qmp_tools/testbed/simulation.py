@@ -42,7 +42,8 @@ from dmaproof.vhost_user.messages import Request, encode_u64
 from ..devices.process import DeviceOptions
 from ..host.timeout import DEFAULT_TIMEOUT_S
 from ..memory.ram import RamFile, compare
-from ..proof.attribution import Blame, LostPage, attribute
+from ..migration.judgement import Blame
+from ..proof.attribution import LostPage, attribute
 from ..proof.sensitivity import measure_sharpness
 from ..proof.verdict import GuestOutcome, Verdict
 from .front_end import FEATURES, FrontEnd

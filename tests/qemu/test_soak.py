@@ -7,10 +7,10 @@ import os
 
 import pytest
 
+from qmp_tools.migration.pair import QemuPair
 from qmp_tools.proof.display import QuietDisplay
 from qmp_tools.proof.options import ProofOptions
 from qmp_tools.proof.resolve import resolve
-from qmp_tools.proof.run import ProofRun
 from qmp_tools.proof.soak import TOOL, Soak, soak
 from support.command import Tool
 
@@ -37,13 +37,13 @@ def test_the_first_loss_ends_it(tool: Tool) -> None:
 
 def test_what_is_kept_from_each_migration_is_growth(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = []
-    turn_round = ProofRun.turn_round
+    swap_roles = QemuPair.swap_roles
 
-    async def forgetful(run: ProofRun) -> None:
+    async def forgetful(pair: QemuPair) -> None:
         kept.append(os.memfd_create("kept"))
-        await turn_round(run)
+        await swap_roles(pair)
 
-    monkeypatch.setattr(ProofRun, "turn_round", forgetful)
+    monkeypatch.setattr(QemuPair, "swap_roles", forgetful)
     try:
         outcome = asyncio.run(_soak(4))
     finally:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from qmp_tools.host.timeout import DEFAULT_TIMEOUT_S
-from qmp_tools.migration.ways import WAYS
+from qmp_tools.migration.scenarios import known_scenarios
+from qmp_tools.migration.scenarios.refused import PostcopyRam
 from qmp_tools.qemu.builds import installed
 from qmp_tools.qemu.choice import find_qemu
 from qmp_tools.qemu.machine import DIMM_BYTES, GIB
@@ -17,6 +18,8 @@ from qmp_tools.qemu.qemu import Qemu
 from support.command import Outcome, Tool
 
 pytestmark = pytest.mark.qemu
+
+SCENARIOS = known_scenarios()
 
 
 def prove(tool: Tool, way: str, *arguments: str) -> Outcome:
@@ -42,33 +45,34 @@ async def _ask(folder: Path) -> set[str]:
         await qemu.end()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", SCENARIOS)
 def test_it_passes_or_is_told_to_be_lacking(
     tool: Tool, known_capabilities: set[str], way: str
 ) -> None:
     outcome = prove(tool, way)
     report = outcome.report
-    lacking = set(WAYS[way].capabilities) - known_capabilities
-    if WAYS[way].snapshot:
+    scenario = SCENARIOS[way]
+    lacking = set(scenario.capabilities) - known_capabilities
+    if way == "background-snapshot":
         assert "does not hold off what a device outside QEMU writes" in report["verdict"]
         if outcome.exit_code == 3:  # this QEMU cannot even load it
             assert report["unsupported"]
         else:
             assert report["lost"]["snapshot"] == len(report["lost_pages"]) > 0
         return
-    if "mode" in WAYS[way].parameters and report.get("unsupported"):
+    if "mode" in scenario.parameters and report.get("unsupported"):
         # 7.2 has neither; 10.0 has the former, and of the modes only cpr-transfer.
-        newer = ("aux-ram-share", "cpr-exec-command") if WAYS[way].machine_options else ("'mode'",)
+        newer = ("aux-ram-share", "cpr-exec-command") if scenario.machine_options else ("'mode'",)
         assert any(option in report["verdict"] for option in newer), report["verdict"]
         return
-    if lacking or WAYS[way].refusal:
+    if lacking or isinstance(scenario, PostcopyRam):
         assert (outcome.exit_code, report["unsupported"], report["scenario"]) == (3, True, way)
-        due = min(lacking) if lacking else f"{WAYS[way].refusal}"
+        due = min(lacking) if lacking else PostcopyRam.refusal
         assert due in report["verdict"]
         return
     assert outcome.exit_code == 0, outcome.output + outcome.errors
     assert report["setup"]["scenario"] == way
-    assert [it["certain"] >= 8000 for it in report["migrations"]] == [True] * WAYS[way].migrations
+    assert [it["certain"] >= 8000 for it in report["migrations"]] == [True] * scenario.migrations
 
 
 def test_plugged_memory_is_compared_too(tool: Tool) -> None:
@@ -138,7 +142,7 @@ def test_a_lesser_destination_is_refused(tool: Tool, newer: bool) -> None:
 @pytest.mark.parametrize("way", ["multifd-4", "exec", "mapped-ram", "destination-killed-late"])
 def test_a_planted_fault_is_caught(tool: Tool, known_capabilities: set[str], way: str) -> None:
     newer = []
-    if not set(WAYS[way].capabilities) <= known_capabilities:
+    if not set(SCENARIOS[way].capabilities) <= known_capabilities:
         if not installed():
             pytest.skip(f"this QEMU lacks {way}: dmaproof qemu fetch 11.1")
         newer = ["--qemu", str(installed()[-1].path)]

@@ -13,7 +13,9 @@ import pytest
 from dmaproof.units import PAGE_BYTES
 from qmp_tools.migration.hold import PrecopyHold
 from qmp_tools.migration.migration import Limits, Migration, Progress, parse_progress
-from qmp_tools.migration.ways import FIRST_PASS_BYTES_PER_S, HELD_BYTES_PER_S, WAYS, Ends
+from qmp_tools.migration.procedure import FIRST_PASS_BYTES_PER_S, HELD_BYTES_PER_S
+from qmp_tools.migration.scenarios.precopy import Unix
+from qmp_tools.migration.transport import Ends
 from qmp_tools.qemu.qmp import Qmp, QmpError
 from qmp_tools.qemu.qtest import Qtest
 
@@ -42,7 +44,7 @@ class Stage:
     def __init__(self, pages: Sequence[int] = PAGES, limits: Limits | None = None) -> None:
         self.qemu = FakeQemu()
         qmp = cast(Qmp, self.qemu)
-        migration = Migration(Ends(qmp, qmp, cast(Any, None)), WAYS["unix"], limits or Limits())
+        migration = Migration(Ends(qmp, qmp, cast(Any, None)), Unix(), limits or Limits())
         self.hold = PrecopyHold(migration, cast(Qtest, self.qemu), pages)
         self.progress = replace(
             parse_progress({"status": "active"}), time_ns=0, total=256 * MIB, remaining=256 * MIB

@@ -14,8 +14,8 @@ from dmaproof import _core
 from dmaproof.evidence import Slot
 from dmaproof.stamp import stamped_page
 from qmp_tools.memory.ram import RamFile
+from qmp_tools.migration.judgement import Blame
 from qmp_tools.migration.log_watch import LogEvidence, LogWatch, UsedRing
-from qmp_tools.proof.attribution import Blame
 from qmp_tools.proof.late_dma import PausedRam
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 

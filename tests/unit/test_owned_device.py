@@ -16,11 +16,12 @@ from qmp_tools.cli.main import main
 from qmp_tools.cli.prove import add_control
 from qmp_tools.devices.registry import Control
 from qmp_tools.memory.ram import RamFile, compare
+from qmp_tools.migration.judgement import Blame
 from qmp_tools.passthrough.fake_device import _ENTRY, _TOLD, Journal, Told, content
 from qmp_tools.passthrough.injected_faults import parse_fault
 from qmp_tools.passthrough.kinds import fake_device_of, is_fake_vfio
 from qmp_tools.passthrough.owned_device import OwnedDevice, evidence_of
-from qmp_tools.proof.attribution import Blame, LostPage, attribute
+from qmp_tools.proof.attribution import LostPage, attribute
 from qmp_tools.proof.options import ProofOptions
 from qmp_tools.proof.sensitivity import Sharpness, measure_sharpness
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd

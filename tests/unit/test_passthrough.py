@@ -19,6 +19,7 @@ from dmaproof.errors import TrackerError, UntestableError, WaitTimeoutError
 from dmaproof.iova_bitmap import IovaRange
 from dmaproof.vfio.requests import VfioError
 from qmp_tools.guest.channel import GuestLateError
+from qmp_tools.migration.judgement import Blame
 from qmp_tools.migration.migration import MigrationError, MigrationTimeoutError
 from qmp_tools.passthrough import clock, differential, matrix, prove
 from qmp_tools.passthrough.fake_device import content, dropped_pages
@@ -39,7 +40,7 @@ from qmp_tools.passthrough.outcome import (
 )
 from qmp_tools.passthrough.prove import joined, to_json, to_text
 from qmp_tools.passthrough.tracking import Tracking
-from qmp_tools.proof.attribution import Blame, LostPage
+from qmp_tools.proof.attribution import LostPage
 from qmp_tools.proof.sensitivity import Sharpness
 from qmp_tools.proof.verdict import GuestOutcome, Verdict
 from qmp_tools.qemu.qmp import QmpTimeoutError

@@ -14,8 +14,7 @@ import pytest
 from dmaproof.errors import UntestableError, WaitTimeoutError
 from qmp_tools.guest.channel import GuestChannel, GuestGaveUpError, GuestLateError
 from qmp_tools.host.process import Process, ProcessDiedError
-from qmp_tools.proof.display import QuietDisplay
-from qmp_tools.proof.pair import QemuPair
+from qmp_tools.migration.pair import QemuPair
 from qmp_tools.qemu.qmp import QmpError
 
 ENDS = "exit 3"
@@ -40,8 +39,9 @@ def outcome_of(
         device = SimpleNamespace(
             processes=served, serving=lambda side: served, refusal=lambda: quiet
         )
-        setup = SimpleNamespace(scenario="unix")
-        pair = QemuPair(cast(Any, setup), QuietDisplay(), cast(Any, device), folder)
+        pair = QemuPair(
+            cast(Any, None), {}, cast(Any, device), folder, timeout_s=60, say=lambda text: None
+        )
         for name, script in scripts.items():
             process = await Process.start(name, ["sh", "-c", script], folder / name)
             if name == "device":
@@ -53,7 +53,7 @@ def outcome_of(
             report.feed_eof()
             qemu = SimpleNamespace(process=process, end=process.end, report=report)
             pair.qemus[name] = cast(Any, qemu)
-            pair._guests[name] = GuestChannel(pair.qemus[name], timeout_s=60)
+            pair.guests[name] = GuestChannel(pair.qemus[name], timeout_s=60)
         try:
             return await pair.guarded(work)
         finally:

@@ -28,14 +28,15 @@ from qmp_tools.guest.workload import Workload
 from qmp_tools.matrix.axes import Matrix
 from qmp_tools.matrix.result import Result, State, result_of, skipped, untested
 from qmp_tools.migration.downtime import Downtime, Part, downtime_parts
+from qmp_tools.migration.judgement import Blame, EvidenceSource
 from qmp_tools.migration.log_watch import LogEvidence
 from qmp_tools.migration.migration import Progress, parse_progress
-from qmp_tools.proof.attribution import Blame, LostPage
+from qmp_tools.proof.attribution import LostPage
 from qmp_tools.proof.model import Proof, Setup
 from qmp_tools.proof.options import ProofOptions
 from qmp_tools.proof.ram_map import MapArea, RamMap, run_lengths, with_lost
 from qmp_tools.proof.rings import Ring
-from qmp_tools.proof.sensitivity import Sharpness, Witness, sharpness_by_guest
+from qmp_tools.proof.sensitivity import Sharpness, sharpness_by_guest
 from qmp_tools.proof.soak import Holdings, Soak
 from qmp_tools.proof.verdict import GuestOutcome, Verdict
 from qmp_tools.qemu.machine import Machine
@@ -399,7 +400,7 @@ def hostile(value: Any, names: set[str]) -> Any:
 def test_no_text_of_the_json_becomes_markup(name: str) -> None:
     answer = json.loads(json.dumps(ANSWERS[name]))
     classes = {it["name"] for it in answer.get("ram_map", {"classes": []})["classes"]}
-    html = to_html(hostile(answer, {answer["kind"], *State, *Witness, *classes}))
+    html = to_html(hostile(answer, {answer["kind"], *State, *EvidenceSource, *classes}))
     page = Page()
     page.feed(html)
     assert page.open == []

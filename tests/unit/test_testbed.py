@@ -20,7 +20,8 @@ from dmaproof.faults import known_faults
 from dmaproof.trace import Link
 from qmp_tools.cli import main as cli
 from qmp_tools.devices.process import DeviceOptions
-from qmp_tools.proof.attribution import Blame, LostPage
+from qmp_tools.migration.judgement import Blame
+from qmp_tools.proof.attribution import LostPage
 from qmp_tools.proof.sensitivity import Sharpness
 from qmp_tools.proof.verdict import GuestOutcome, Verdict
 from qmp_tools.testbed import fault_trials

@@ -17,16 +17,16 @@ from dmaproof.journal import RECORD, WriteKind
 from dmaproof.trace import TRACED_LINKS, Link, PageEpochs
 from qmp_tools.memory.ram import RamFile, compare
 from qmp_tools.migration.downtime import Downtime, Part
+from qmp_tools.migration.judgement import Blame, EvidenceSource
 from qmp_tools.migration.log_watch import LogEvidence
 from qmp_tools.proof.attribution import (
-    Blame,
     LostPage,
     WrittenPages,
     attribute,
     blame_early_bits,
     with_late_dma,
 )
-from qmp_tools.proof.sensitivity import Sharpness, Witness, measure_sharpness, sharpness_by_guest
+from qmp_tools.proof.sensitivity import Sharpness, measure_sharpness, sharpness_by_guest
 from qmp_tools.proof.verdict import GuestOutcome, Verdict
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 
@@ -298,7 +298,7 @@ def test_a_write_of_nothing_touches_its_own_page_only() -> None:
 
 
 def test_what_a_snapshot_has_of_a_later_moment_is_its_own() -> None:
-    sharp = sharpness_by_guest(7, Witness.SNAPSHOT)
+    sharp = sharpness_by_guest(7, EvidenceSource.SNAPSHOT)
     lost = [LostPage(0, 0, 4, Blame.SNAPSHOT)]
     torn = Verdict(PAGES, lost, sharp, GuestOutcome(0, 0, 0))
     assert torn.exit_code == 1

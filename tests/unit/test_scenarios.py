@@ -1,4 +1,4 @@
-"""What each way to migrate tells the QEMUs, in which order, and what is made of their answers."""
+"""What each migration scenario tells the QEMUs, and what is made of their answers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,16 @@ from qemu.qmp import EventListener
 
 from qmp_tools.migration.certificates import SERVER_NAME, make_certificates
 from qmp_tools.migration.migration import Limits, Migration, MigrationError
-from qmp_tools.migration.ways import WAYS, Ends, UnsupportedWayError, Way
+from qmp_tools.migration.procedure import Procedure, UnsupportedScenarioError
+from qmp_tools.migration.scenarios import known_scenarios
+from qmp_tools.migration.scenarios.cpr import CprExec, CprTransfer
+from qmp_tools.migration.scenarios.refused import PostcopyRam
+from qmp_tools.migration.transport import Ends
 from qmp_tools.qemu.machine import Machine, dimm_arguments
 from qmp_tools.qemu.qmp import Qmp, QmpRefusal
 
 DEFAULT_LIMITS = Limits()
+SCENARIOS = known_scenarios()
 
 
 class RecordingQmp:
@@ -63,10 +68,10 @@ class Stage:
     def __init__(
         self,
         folder: Path,
-        way: Way,
+        procedure: Procedure,
         limits: Limits = DEFAULT_LIMITS,
         *,
-        must_be_refused: bool = False,
+        device_lacks_pagefault: bool = False,
     ) -> None:
         self.log: list[tuple[str, str, dict[str, Any]]] = []
         self.source = RecordingQmp("source", self.log)
@@ -77,9 +82,11 @@ class Stage:
             cast(Qmp, self.destination),
             folder,
             printed=lambda: self.printed,
-            joined=self.join if way.cpr_channel or way.in_place else None,
+            joined=self.join,
         )
-        self.migration = Migration(ends, way, limits, must_be_refused=must_be_refused)
+        self.migration = Migration(
+            ends, procedure, limits, device_lacks_pagefault=device_lacks_pagefault
+        )
 
     async def join(self) -> None:
         self.log.append(("destination", "join", {}))
@@ -93,30 +100,30 @@ class Stage:
 
 PASSABLE = [
     name
-    for name, way in WAYS.items()
-    if way.refusal is None and not (way.cpr_channel or way.in_place)
+    for name, scenario in SCENARIOS.items()
+    if not isinstance(scenario, CprExec | CprTransfer | PostcopyRam)
 ]
 
 
 @pytest.mark.parametrize("name", PASSABLE)
 def test_both_sides_are_told_the_same_before_anything_moves(tmp_path: Path, name: str) -> None:
-    way = WAYS[name]
-    stage = Stage(tmp_path, way)
+    scenario = SCENARIOS[name]
+    stage = Stage(tmp_path, scenario)
     stage.start()
     for side in ("source", "destination"):
         (capabilities,) = stage.told(side, "migrate-set-capabilities")
         assert capabilities["capabilities"] == [
-            {"capability": it, "state": True} for it in ("events", *way.capabilities)
+            {"capability": it, "state": True} for it in ("events", *scenario.capabilities)
         ]
-        assert stage.told(side, "migrate-set-parameters")[0] == way.parameters
+        assert stage.told(side, "migrate-set-parameters")[0] == scenario.parameters
     assert stage.log[-1][:2] == ("source", "migrate")
 
 
 @pytest.mark.parametrize("name", PASSABLE)
 def test_what_is_written_is_read(tmp_path: Path, name: str) -> None:
-    stage = Stage(tmp_path, WAYS[name])
+    stage = Stage(tmp_path, SCENARIOS[name])
     stage.start()
-    saved_first = WAYS[name].stream.saved_first
+    saved_first = SCENARIOS[name].transport.saved_first
     assert bool(stage.told("destination", "migrate-incoming")) is not saved_first
     asyncio.run(stage.migration.load())
     (reading,) = stage.told("destination", "migrate-incoming")
@@ -129,7 +136,7 @@ def test_what_is_written_is_read(tmp_path: Path, name: str) -> None:
 
 
 def test_who_comes_by_a_channel_is_told_when_it_has_joined(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, WAYS["cpr-transfer"])
+    stage = Stage(tmp_path, SCENARIOS["cpr-transfer"])
     stage.start()
     steps = [(name, command) for name, command, _ in stage.log if command != "query-status"]
     assert steps == [
@@ -147,7 +154,7 @@ def test_who_comes_by_a_channel_is_told_when_it_has_joined(tmp_path: Path) -> No
 
 
 def test_who_executes_itself_anew_is_over_when_it_has(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, WAYS["cpr-exec"])
+    stage = Stage(tmp_path, SCENARIOS["cpr-exec"])
     stage.start()
     steps = [(name, command) for name, command, _ in stage.log[-3:]]
     assert steps == [
@@ -162,7 +169,7 @@ def test_who_executes_itself_anew_is_over_when_it_has(tmp_path: Path) -> None:
 
 def test_a_socket_pair_is_handed_over_and_let_go(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
-    stage = Stage(tmp_path, WAYS["fd"])
+    stage = Stage(tmp_path, SCENARIOS["fd"])
     stage.start()
     ((source,), (destination,)) = stage.source.fds, stage.destination.fds
     assert source.st_ino != destination.st_ino
@@ -170,7 +177,7 @@ def test_a_socket_pair_is_handed_over_and_let_go(tmp_path: Path) -> None:
 
 
 def test_each_side_has_its_certificate(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, WAYS["tls"])
+    stage = Stage(tmp_path, SCENARIOS["tls"])
     stage.start()
     endpoints = [stage.told(it, "object-add")[0]["endpoint"] for it in ("source", "destination")]
     assert endpoints == ["client", "server"]
@@ -179,16 +186,16 @@ def test_each_side_has_its_certificate(tmp_path: Path) -> None:
 @pytest.mark.parametrize("side", ["source", "destination"])
 @pytest.mark.parametrize("command", ["migrate-set-capabilities", "migrate-set-parameters"])
 def test_what_is_refused_at_first_is_lacking(tmp_path: Path, side: str, command: str) -> None:
-    stage = Stage(tmp_path, WAYS["multifd-zstd"])
+    stage = Stage(tmp_path, SCENARIOS["multifd-zstd"])
     qmp = getattr(stage, side)
     qmp.refused, qmp.words = command, "it does not accept value 'zstd'"
-    with pytest.raises(UnsupportedWayError, match=f"lacks the way: {side} .* value 'zstd'"):
+    with pytest.raises(UnsupportedScenarioError, match=f"lacks the way: {side} .* value 'zstd'"):
         stage.start()
     assert not stage.told("source", "migrate")
 
 
 def test_what_is_refused_later_is_a_failure(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, WAYS["unix"])
+    stage = Stage(tmp_path, SCENARIOS["unix"])
     stage.source.refused, stage.source.words = "migrate", "a device blocks it"
     with pytest.raises(QmpRefusal, match="a device blocks it"):
         stage.start()
@@ -203,42 +210,46 @@ def test_what_is_refused_later_is_a_failure(tmp_path: Path) -> None:
     ],
 )
 def test_postcopy_is_refused(tmp_path: Path, words: str, printed: str, told: str) -> None:
-    stage = Stage(tmp_path, WAYS["postcopy-ram"], must_be_refused=True)
+    stage = Stage(tmp_path, SCENARIOS["postcopy-ram"], device_lacks_pagefault=True)
     stage.destination.refused, stage.destination.words = "migrate-set-capabilities", words
     stage.printed = printed
-    with pytest.raises(UnsupportedWayError, match=told):
+    with pytest.raises(UnsupportedScenarioError, match=told):
         stage.start()
 
 
 def test_postcopy_that_is_not_refused_is_a_failure(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, WAYS["postcopy-ram"], must_be_refused=True)
+    stage = Stage(tmp_path, SCENARIOS["postcopy-ram"], device_lacks_pagefault=True)
     with pytest.raises(MigrationError, match="accepted postcopy-ram, which it must refuse"):
         stage.start()
     assert not stage.told("source", "migrate")
 
 
 def test_postcopy_that_may_be_accepted_accuses_nobody(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, WAYS["postcopy-ram"])
-    with pytest.raises(UnsupportedWayError, match="dmaproof does not carry out such a migration"):
+    stage = Stage(tmp_path, SCENARIOS["postcopy-ram"])
+    with pytest.raises(
+        UnsupportedScenarioError, match="dmaproof does not carry out such a migration"
+    ):
         stage.start()
     assert not stage.told("source", "migrate")
 
 
-@pytest.mark.parametrize("name", [name for name, way in WAYS.items() if way.shown_by])
-def test_a_way_shows_only_when_it_was_used(name: str) -> None:
-    way = WAYS[name]
-    *parts, last = (way.shown_by or "").split(".")
+@pytest.mark.parametrize(
+    "name", [name for name, scenario in SCENARIOS.items() if scenario.exercised_by]
+)
+def test_a_scenario_is_exercised_only_when_it_was_used(name: str) -> None:
+    scenario = SCENARIOS[name]
+    *parts, last = (scenario.exercised_by or "").split(".")
     for value in (0, 7):
         answer: dict[str, Any] = {last: value}
         for part in reversed(parts):
             answer = {part: answer}
-        assert way.is_shown_in(answer) is (value > 0)
-    assert not way.is_shown_in({})
+        assert scenario.is_exercised_in(answer) is (value > 0)
+    assert not scenario.is_exercised_in({})
 
 
 @pytest.mark.parametrize("statuses", [["cancelling", "cancelled"], ["cancelled"]])
 def test_a_cancelled_migration_is_over(tmp_path: Path, statuses: list[str]) -> None:
-    stage = Stage(tmp_path, WAYS["retry"])
+    stage = Stage(tmp_path, SCENARIOS["retry"])
     stage.source.statuses = statuses
     asyncio.run(stage.migration.cancel())
     assert stage.log[0][:2] == ("source", "migrate_cancel")
@@ -246,14 +257,14 @@ def test_a_cancelled_migration_is_over(tmp_path: Path, statuses: list[str]) -> N
 
 @pytest.mark.parametrize("status", ["completed", "failed"])
 def test_a_migration_that_ends_otherwise_was_not_cancelled(tmp_path: Path, status: str) -> None:
-    stage = Stage(tmp_path, WAYS["retry"])
+    stage = Stage(tmp_path, SCENARIOS["retry"])
     stage.source.statuses = ["active", status]
     with pytest.raises(MigrationError, match=f"was to be cancelled, and is '{status}'"):
         asyncio.run(stage.migration.cancel())
 
 
 def test_a_migration_whose_destination_is_gone_fails(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, WAYS["destination-killed"])
+    stage = Stage(tmp_path, SCENARIOS["destination-killed"])
     stage.source.statuses, stage.source.run_states = ["active", "failed"], ["paused", "running"]
     asyncio.run(stage.migration.fail())
     assert not stage.told("source", "migrate-continue")
@@ -263,7 +274,7 @@ def test_a_migration_whose_destination_is_gone_fails(tmp_path: Path) -> None:
 def test_a_migration_that_waits_for_switchover_fails_when_it_goes_on(
     tmp_path: Path, wanted: bool
 ) -> None:
-    stage = Stage(tmp_path, WAYS["destination-killed-late"])
+    stage = Stage(tmp_path, SCENARIOS["destination-killed-late"])
     stage.source.statuses = ["active", "pre-switchover", "pre-switchover", "failed"]
     stage.source.run_states = ["running"]
     if wanted:
@@ -273,28 +284,28 @@ def test_a_migration_that_waits_for_switchover_fails_when_it_goes_on(
 
 
 def test_a_migration_that_completes_without_its_destination_is_wrong(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, WAYS["destination-killed"])
+    stage = Stage(tmp_path, SCENARIOS["destination-killed"])
     stage.source.statuses = ["active", "completed"]
     with pytest.raises(MigrationError, match="was to be failed, and is 'completed'"):
         asyncio.run(stage.migration.fail())
 
 
 def test_a_source_that_stands_still_for_good_is_told(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, WAYS["destination-killed"], Limits(timeout_s=0.1))
+    stage = Stage(tmp_path, SCENARIOS["destination-killed"], Limits(timeout_s=0.1))
     stage.source.statuses = ["failed"]
     with pytest.raises(MigrationError, match="is 'paused', and has not run on"):
         asyncio.run(stage.migration.fail())
 
 
 def test_a_migration_that_does_not_pause_before_switchover_is_told(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, WAYS["destination-killed-late"])
+    stage = Stage(tmp_path, SCENARIOS["destination-killed-late"])
     stage.source.statuses = ["completed"]
     with pytest.raises(MigrationError, match="has completed, though it was to pause"):
         asyncio.run(stage.migration.pause_before_switchover())
 
 
 def test_a_migration_is_over_only_when_its_times_are_known(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, WAYS["unix"])
+    stage = Stage(tmp_path, SCENARIOS["unix"])
     stage.source.statuses, stage.source.total_times = ["completed", "completed"], [0, 7]
     with pytest.raises(MigrationError, match="is 'completed'"):
         asyncio.run(stage.migration.cancel())

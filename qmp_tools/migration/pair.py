@@ -1,0 +1,364 @@
+"""The two QEMUs of a proof with their guests, and its device: started, guarded, exchanged, ended.
+
+The pair knows no scenario. It offers the steps of which a scenario puts its own together
+(`scenarios.base.Scenario`): a destination that starts late, memory or a disk that is plugged, a
+process that executes QEMU anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from dmaproof.errors import UntestableError, WaitTimeoutError
+
+from ..devices.device import AttachedDevice
+from ..guest.channel import AGAIN, USE_NEW_MEMORY, GuestChannel, GuestGaveUpError
+from ..host.timeout import bounded
+from ..qemu.machine import DESTINATION, INCOMING, SOURCE, Machine, dimm_arguments
+from ..qemu.qemu import Qemu
+from ..qemu.qtest import Qtest
+from ..qemu.vhost_user_trace import trace_arguments, unanswered
+from .alarms import best_reason, with_failure
+from .transport import LOCALHOST, Ends
+
+_LOOK_AGAIN_S: Final = 0.01
+
+T = TypeVar("T")
+
+
+class QemuPair:
+    """The processes of one proof: the device, two QEMUs, and what their guests report.
+
+    `qemus` and `guests` have one entry for each side that has been started, `SOURCE` and
+    `DESTINATION`, which are also what its processes and files are called. The guest migrates from
+    `source_side` to `destination_side`; `swap_roles` exchanges them.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        binaries: Mapping[str, Path],
+        device: AttachedDevice,
+        folder: Path,
+        *,
+        timeout_s: float,
+        say: Callable[[str], None],
+        host: str = LOCALHOST,
+        has_test_channel: bool = False,
+    ) -> None:
+        """Plan a pair; nothing is started yet.
+
+        Args:
+            machine: what both QEMUs emulate.
+            binaries: the QEMU of each side.
+            device: what serves both QEMUs.
+            folder: where sockets and logs are.
+            timeout_s: bounds each wait.
+            say: is called with each step, in words.
+            host: where the destination listens, if the migration is over TCP.
+            has_test_channel: whether QEMU is to write to the guest's hold pages (`hold`).
+        """
+        self.device = device
+        self.folder = folder
+        self.host = host
+        self.timeout_s = timeout_s
+        self.say = say
+        self.qemus: dict[str, Qemu] = {}
+        self.guests: dict[str, GuestChannel] = {}
+        self.qtests: dict[str, Qtest] = {}
+        self.attached: dict[str, list[str]] = {}
+        """The device's arguments, by side."""
+        self.hold_pages: Sequence[int] = ()
+        """The guest-physical addresses of the guest's hold pages."""
+        self.boot_s = 0.0
+        self.source_side, self.destination_side = SOURCE, DESTINATION
+        self._machine = machine
+        self._binaries = binaries
+        self._has_test_channel = has_test_channel
+        self._dimms: list[list[str]] = []
+        """The arguments of the DIMMs that are plugged."""
+
+    @property
+    def source(self) -> Qemu:
+        """The QEMU that the guest migrates from."""
+        return self.qemus[self.source_side]
+
+    @property
+    def destination(self) -> Qemu:
+        """The QEMU that the guest migrates to."""
+        return self.qemus[self.destination_side]
+
+    @property
+    def source_guest(self) -> GuestChannel:
+        """The guest before the migration."""
+        return self.guests[self.source_side]
+
+    @property
+    def destination_guest(self) -> GuestChannel:
+        """The guest after the migration."""
+        return self.guests[self.destination_side]
+
+    # Starting -------------------------------------------------------------------------------------
+
+    async def start_source(self) -> None:
+        """Start the source.
+
+        Raises:
+            UntestableError: it could not be started.
+        """
+        await self._launch(self.source_side)
+        await self.source.connect()
+
+    async def start_source_without_devices(self) -> None:
+        """Start the source without the devices themselves, which `plug_devices` adds.
+
+        Raises:
+            UntestableError: it could not be started.
+        """
+        await self._launch(self.source_side, only_backends=True)
+        await self.source.connect()
+
+    async def start_destination(self) -> None:
+        """Start the destination with what is plugged into the source.
+
+        Raises:
+            UntestableError: it could not be started.
+        """
+        await self.launch_destination()
+        await self.destination.connect()
+
+    async def start_both(self) -> None:
+        """Start both QEMUs at once.
+
+        Raises:
+            UntestableError: one of them could not be started.
+        """
+        outcomes = await asyncio.gather(
+            self.start_source(),
+            self.start_destination(),
+            return_exceptions=True,  # so that both are over, and `end` knows of what has started
+        )
+        for outcome in outcomes:
+            if outcome is not None:
+                raise outcome
+
+    async def launch_destination(self, *extra: str) -> None:
+        """Launch the destination with `extra` arguments; it may not answer on QMP yet.
+
+        Raises:
+            UntestableError: it could not be started.
+        """
+        await self._launch(self.destination_side, *INCOMING, *extra)
+
+    async def boot(self) -> None:
+        """Wait until the source's guest is ready to migrate.
+
+        Raises:
+            UntestableError: it does not come to that.
+        """
+        began_s = time.monotonic()
+        await self._wait_until_ready(began_s)
+
+    async def boot_and_plug_devices(self) -> None:
+        """Plug the devices as soon as the source's guest has booted, and wait until it is ready.
+
+        Raises:
+            UntestableError: it does not come to that.
+        """
+        began_s = time.monotonic()
+        guest = self.source_guest
+        await guest.wait_for(lambda: "waiting" in guest.latest, "booted")
+        self.say("plugging the disk")
+        await self.source.plug(_devices(self.attached[self.source_side], True))
+        await self._wait_until_ready(began_s)
+
+    async def _wait_until_ready(self, began_s: float) -> None:
+        guest = self.source_guest
+        await guest.wait_for(lambda: "ready" in guest.latest, "become ready")
+        self.hold_pages = guest.hold_pages
+        self.boot_s = time.monotonic() - began_s
+        self.say(f"guest ready after {self.boot_s:.1f} s")
+
+    async def plug_dimm(self) -> None:
+        """Plug another DIMM into the source, and let the guest's once pages lie in it.
+
+        Raises:
+            UntestableError: QEMU refuses it, or the guest does not use it.
+        """
+        name = f"dimm{len(self._dimms)}"
+        guest = self.source_guest
+        self.say(f"plugging {name}")
+        await self.source.plug(dimm_arguments(name))
+        (address,) = [
+            device["data"]["addr"]
+            for device in await self.source.qmp.execute("query-memory-devices")
+            if device["data"].get("id") == name
+        ]
+        self._dimms.append(dimm_arguments(name, address))
+        await guest.tell(USE_NEW_MEMORY)
+        await guest.wait_for(lambda: "memory" in guest.latest, "looked for new memory")
+        if not (pages := guest.number("memory", "pages")):
+            raise UntestableError(f"the guest did not find the memory of {name}")
+        self.say(f"{name} is at {address:#x}; {pages} once pages lie in plugged memory")
+
+    def succeed(self) -> None:
+        """Plan that the source's process becomes the destination, by executing QEMU anew."""
+        self.qemus[self.destination_side] = self.source.successor()
+        self.guests[self.destination_side] = self.source_guest
+
+    async def wait_for_socket(self, path: Path) -> None:
+        """Wait until a QEMU listens at `path`.
+
+        Raises:
+            WaitTimeoutError: none does.
+        """
+        error = WaitTimeoutError(f"nobody has listened at {path} within {self.timeout_s:g} s")
+        async with bounded(self.timeout_s, lambda: error):
+            while not path.exists():  # noqa: ASYNC110  (nothing of ours makes it)
+                await asyncio.sleep(_LOOK_AGAIN_S)
+
+    async def _launch(self, side: str, *extra: str, only_backends: bool = False) -> None:
+        self.attached[side] = [*await self.device.attach(side)]
+        attached = self.attached[side]
+        arguments = [
+            *self._machine.arguments(),
+            *(argument for dimm in self._dimms for argument in dimm),
+            *(_devices(attached, False) if only_backends else attached),
+            *extra,
+        ]
+        if self.device.serving(side):
+            arguments += trace_arguments(self._trace(side))
+        with contextlib.ExitStack() as inherited:
+            fds = []
+            if self._has_test_channel:
+                fds.append(await self._open_qtest(side, inherited))
+                arguments += Qtest.arguments(fds[0])
+            self.qemus[side] = await Qemu.launch(
+                side,
+                self._binaries[side],
+                arguments,
+                self.folder,
+                timeout_s=self.timeout_s,
+                pass_fds=fds,
+            )
+        self.guests[side] = GuestChannel(self.qemus[side], self.timeout_s)
+
+    async def _open_qtest(self, side: str, inherited: contextlib.ExitStack) -> int:
+        """Open the test channel to the QEMU of `side`; returns the descriptor that it inherits."""
+        ours, theirs = socket.socketpair()
+        inherited.enter_context(theirs)
+        if side in self.qtests:
+            self.qtests[side].close()
+        self.qtests[side] = await Qtest.open(f"{side} QEMU", ours, self.timeout_s)
+        return theirs.fileno()
+
+    # Running --------------------------------------------------------------------------------------
+
+    def ends(self) -> Ends:
+        """Both QEMUs as a migration wants them."""
+        qemus = (self.source, self.destination)
+        return Ends(
+            self.source.qmp,
+            self.destination.qmp,
+            self.folder,
+            self.host,
+            printed=lambda: "\n".join(
+                dict.fromkeys(qemu.process.log_tail() for qemu in qemus)
+            ).strip(),
+        )
+
+    async def swap_roles(self) -> None:
+        """End the QEMU that the guest has left; the destination is the source from now on.
+
+        Raises:
+            UntestableError: the guest does not get ready for another migration.
+        """
+        self.source_guest.close()
+        self.device.release(self.source_side)
+        await self.source.end()
+        self.source_side, self.destination_side = self.destination_side, self.source_side
+        guest = self.source_guest
+        await guest.tell(AGAIN)
+        await self.guarded(guest.wait_for(lambda: "again" in guest.latest, "begun anew"))
+
+    async def end(self) -> None:
+        """End both QEMUs."""
+        for guest in self.guests.values():
+            guest.close()
+        for qtest in self.qtests.values():
+            qtest.close()
+        await asyncio.gather(*(qemu.end() for qemu in self.qemus.values()))
+
+    # Guarding -------------------------------------------------------------------------------------
+
+    async def guarded(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do `work`, but end with an error as soon as a process dies or the device refuses.
+
+        Where a wait reaches its bound, the error also names the process that does not answer. Work
+        that is guarded may not guard a part of itself.
+
+        Raises:
+            UntestableError: what died, or what went wrong in `work`.
+        """
+        processes = [*self.device.processes, *(qemu.process for qemu in self.qemus.values())]
+        task = asyncio.ensure_future(work)
+        alarms: list[asyncio.Future[Any]] = [
+            *(asyncio.ensure_future(process.missed()) for process in processes),
+            asyncio.ensure_future(self.device.refusal()),
+        ]
+        try:
+            await asyncio.wait([task, *alarms], return_when=asyncio.FIRST_COMPLETED)
+            if task.done() and isinstance(task.exception(), GuestGaveUpError | None):
+                return task.result()  # where the guest gave up, no death says more
+            if reason := await best_reason(alarms):
+                for guest in self.guests.values():
+                    await guest.hear_last_words()
+                raise with_failure(reason, task.exception() if task.done() else None)
+            try:
+                return await task
+            except WaitTimeoutError as error:
+                raise type(error)("\n".join(self._mute() + self._with_logs(str(error)))) from error
+        finally:
+            for future in (task, *alarms):
+                future.cancel()
+            await asyncio.gather(task, *alarms, return_exceptions=True)
+
+    def _mute(self) -> list[str]:
+        """Lines about the processes that do not answer."""
+        told = []
+        for side, qemu in self.qemus.items():
+            serving = self.device.serving(side)
+            waited_for = unanswered(self._trace(side)) if serving else None
+            if waited_for is not None:
+                who = " or ".join(process.description for process in serving)
+                told.append(
+                    f"{who} has not answered {waited_for}, and {qemu.process.name} waits for it"
+                )
+            silent = [] if waited_for else serving
+            told += [
+                f"{process.description} does not run"
+                for process in (*silent, qemu.process)
+                if process.is_stopped
+            ]
+        return list(dict.fromkeys(told))  # one process may serve both sides
+
+    def _with_logs(self, text: str) -> list[str]:
+        """`text`, and what the device's processes have printed last."""
+        tails = [process.log_tail() for process in self.device.processes]
+        return [text, *(tail for tail in tails if tail and tail not in text)]
+
+    def _trace(self, side: str) -> Path:
+        """Where the QEMU of `side` notes its vhost-user messages."""
+        return self.folder / f"{side}-vhost-user.log"
+
+
+def _devices(arguments: Sequence[str], wanted: bool) -> list[str]:
+    """Of a device's arguments, those of the devices themselves, or those of what is behind them."""
+    pairs = zip(arguments[::2], arguments[1::2], strict=True)
+    return [word for pair in pairs if (pair[0] == "-device") is wanted for word in pair]

@@ -1,0 +1,89 @@
+"""How the bytes of a migration get across: the URIs that both QEMUs are given."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ..qemu.qmp import Qmp
+
+LOCALHOST: Final = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Both QEMUs of a migration, and the `folder` and `host` that its transport may use.
+
+    `printed()` is what the QEMUs have said elsewhere than on QMP. `joined()` waits until the
+    destination answers on QMP, for a scenario in which it does so only during the migration.
+    """
+
+    source: Qmp
+    destination: Qmp
+    folder: Path
+    host: str = LOCALHOST
+    printed: Callable[[], str] = lambda: ""
+    joined: Callable[[], Awaitable[None]] | None = None
+
+
+@dataclass(frozen=True)
+class Transport:
+    """Where the destination reads the stream and the source writes it, as migration URIs.
+
+    With `saved_first` the source writes all of it before the destination is told to read.
+    `written_to` is asked when the destination listens, unless `saved_first`.
+    """
+
+    read_from: Callable[[Ends], str]
+    written_to: Callable[[Ends], Awaitable[str]]
+    saved_first: bool = False
+
+
+def socket_transport(uri: Callable[[Ends], str]) -> Transport:
+    """A socket at `uri`; of a TCP port that QEMU chooses, the source is told which it is."""
+
+    async def written_to(ends: Ends) -> str:
+        if not uri(ends).startswith("tcp:"):
+            return uri(ends)
+        address = (await ends.destination.execute("query-migrate"))["socket-address"][0]
+        return f"tcp:{address['host']}:{address['port']}"
+
+    return Transport(uri, written_to)
+
+
+def saved_transport(reading: Callable[[Path], str], writing: Callable[[Path], str]) -> Transport:
+    """A file in the run's folder, with the URIs that read and write it."""
+
+    def file(ends: Ends) -> Path:
+        return ends.folder / "saved-guest"
+
+    async def written_to(ends: Ends) -> str:
+        return writing(file(ends))
+
+    return Transport(lambda ends: reading(file(ends)), written_to, saved_first=True)
+
+
+def cat_from(file: Path) -> str:
+    """The URI of a shell command that reads `file`."""
+    return f"exec:cat <{shlex.quote(str(file))}"
+
+
+UNIX: Final = socket_transport(lambda ends: f"unix:{ends.folder / 'destination-migration.sock'}")
+TCP: Final = socket_transport(lambda ends: f"tcp:{ends.host}:0")
+FD: Final = socket_transport(lambda ends: "fd:migration")
+EXEC: Final = saved_transport(cat_from, lambda file: f"exec:cat >{shlex.quote(str(file))}")
+FILE: Final = saved_transport(lambda file: f"file:{file}", lambda file: f"file:{file}")
+
+
+def channel(folder: Path, kind: str) -> dict[str, Any]:
+    """The migration channel `kind`, 'main' or 'cpr', over a socket in `folder`."""
+    address = {"transport": "socket", "type": "unix", "path": str(channel_path(folder, kind))}
+    return {"channel-type": kind, "addr": address}
+
+
+def channel_path(folder: Path, kind: str) -> Path:
+    """Where the destination listens for channel `kind`."""
+    return folder / f"{kind}-channel.sock"

@@ -1,0 +1,130 @@
+"""Both guests' RAM held against each other when a migration is over, before any guest goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field, replace
+
+from dmaproof.errors import UntestableError
+from dmaproof.evidence import Evidence, Slot
+
+from ..memory.ram import RamFile, slots_of
+from ..migration.attempt import Attempt
+from ..migration.pair import QemuPair
+from ..migration.scenarios.base import Scenario
+from .attribution import LostPage, attribute, blame_early_bits
+from .late_dma import PausedRam
+from .model import Migrated
+from .ram_map import RamMap, map_proof
+from .rings import ReadRam, Ring, stopped_rings
+
+
+@dataclass
+class Comparison:
+    """What the comparison has found.
+
+    `slots` say where the guest has its RAM. `evidence` is the device's, with these slots. `paused`
+    has the source's RAM as it was, None where it changes or is the destination's too.
+    """
+
+    evidence: Sequence[Evidence]
+    pages: int = 0
+    lost: list[LostPage] = field(default_factory=list)
+    maps: list[RamMap] = field(default_factory=list)
+    slots: list[Slot] = field(default_factory=list)
+    wrong_rings: Sequence[Ring] = ()
+    paused: PausedRam | None = None
+
+
+async def compare_guests(
+    pair: QemuPair,
+    scenario: Scenario,
+    attempt: Attempt,
+    migrated: Migrated,
+    *,
+    reports_rings: bool,
+) -> Comparison:
+    """Compare every page, as `scenario` says; the rings too if QEMU `reports_rings` for sure.
+
+    Raises:
+        UntestableError: the RAM or the device's evidence cannot be had.
+    """
+    evidence = await pair.device.evidence(pair.source_side) if scenario.has_journal else []
+    known = evidence[0].slots if evidence else []
+    found = Comparison(evidence)
+    asked = pair.source if migrated.refusal else pair.destination
+    async with attempt.source_ram() as sources, attempt.destination_ram() as destinations:
+        _require_same_backends(sources, destinations)
+        scenario.require_arrival(sources, destinations)
+        if not migrated.source_continued and _nothing_shared(sources, destinations):
+            found.paused = PausedRam(sources)
+        for source, destination in zip(sources, destinations, strict=True):
+            slots = known or await slots_of(asked, source)
+            found.slots += slots
+            if not migrated.source_continued:
+                lost = _lost_pages(found, scenario, slots, source, destination)
+                if migrated.ended_early:
+                    lost = without_hold_pages(lost, pair.hold_pages)
+                found.maps.append(map_proof(slots, evidence, lost, source, migrated.all_sent_ns))
+                found.lost += lost
+                found.pages += source.pages
+        if reports_rings:
+            rams = {pair.source_side: _reader(found.slots, sources, sources)}
+            if migrated.source_continued:
+                rams[pair.destination_side] = _reader(found.slots, sources, destinations)
+            rings = await stopped_rings(pair.source.qmp, rams)
+            found.wrong_rings = [ring for ring in rings if _is_wrong(ring, pair.destination_side)]
+    if evidence and not known:
+        found.evidence = [replace(each, slots=found.slots) for each in evidence]
+    if attempt.log_watch is not None:
+        found.lost = blame_early_bits(found.lost, attempt.log_watch.evidence())
+    return found
+
+
+def without_hold_pages(lost: Sequence[LostPage], hold_pages: Container[int]) -> list[LostPage]:
+    """The `lost` pages but for the guest's hold pages, of a migration that ended early.
+
+    QEMU itself writes to these (`migration.hold`), perhaps after it had sent everything.
+    """
+    return [page for page in lost if page.gpa not in hold_pages]
+
+
+def _require_same_backends(sources: Sequence[RamFile], destinations: Sequence[RamFile]) -> None:
+    if [ram.backend for ram in sources] != [ram.backend for ram in destinations]:
+        raise UntestableError("source and destination have not the same memory backends")
+
+
+def _nothing_shared(sources: Sequence[RamFile], destinations: Sequence[RamFile]) -> bool:
+    pairs = zip(sources, destinations, strict=True)
+    return all(source.inode != destination.inode for source, destination in pairs)
+
+
+def _lost_pages(
+    found: Comparison,
+    scenario: Scenario,
+    slots: Sequence[Slot],
+    source: RamFile,
+    destination: RamFile,
+) -> list[LostPage]:
+    differing = scenario.differing_pages(source, destination)
+    blame = scenario.blame_without_journal
+    return attribute(differing, source, destination, slots, found.evidence, blame)
+
+
+def _is_wrong(ring: Ring, destination_side: str) -> bool:
+    answer_counts = ring.side != destination_side
+    return not ring.is_consistent or (answer_counts and not ring.is_answered_right)
+
+
+def _reader(slots: Sequence[Slot], known: Sequence[RamFile], files: Sequence[RamFile]) -> ReadRam:
+    """Reads the RAM in `files`, each of which stands for the one of `known` that `slots` name."""
+    by_inode = {(ram.device, ram.inode): file for ram, file in zip(known, files, strict=True)}
+
+    def read(gpa: int, length: int) -> bytes | None:
+        for slot in slots:
+            if slot.gpa <= gpa and gpa + length <= slot.gpa + slot.length:
+                file = by_inode[slot.device, slot.inode]
+                return file.read(slot.file_offset + gpa - slot.gpa, length)
+        return None
+
+    return read

@@ -1,0 +1,68 @@
+"""The guest goes on at the destination after the comparison, and says what it sees there."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from dmaproof.errors import UntestableError
+
+from ..guest.channel import SWEEP, GuestLateError
+from ..migration.pair import QemuPair
+from ..migration.scenarios.base import Scenario
+from .verdict import GuestOutcome
+
+_PATIENCE_AFTER_LOSS_S: Final = 30.0
+"""With a guest whose RAM is not what it was, and which may do anything now."""
+
+
+async def continue_guest(
+    pair: QemuPair, scenario: Scenario, requests_after: int, *, pages_are_lost: bool
+) -> GuestOutcome:
+    """Let the guest go on; it checks all its pages, and does `requests_after` more requests.
+
+    Raises:
+        UntestableError: it does not go on, though no page was lost, and no request either.
+    """
+    try:
+        timeout_s = _PATIENCE_AFTER_LOSS_S if pages_are_lost else None
+        return await pair.guarded(_go_on(pair, scenario, requests_after, timeout_s))
+    except UntestableError as error:
+        unanswered = _unanswered(pair) if isinstance(error, GuestLateError) else 0
+        if not (pages_are_lost or unanswered):
+            raise
+        complaints = [str(error).splitlines()[0]]
+        if unanswered:
+            complaints.append(
+                f"{unanswered} of its requests are not answered: the source's device let go of "
+                "its rings before it had done them, or its last writes to them are lost"
+            )
+        return GuestOutcome(0, unanswered or 1, 0, complaints)
+
+
+def _unanswered(pair: QemuPair) -> int:
+    """How many requests the destination's guest waits for, where it makes no new ones."""
+    guest = pair.destination_guest
+    return 0 if "sweep" in guest.latest else guest.number("progress", "under_way")
+
+
+async def _go_on(
+    pair: QemuPair, scenario: Scenario, requests_after: int, timeout_s: float | None
+) -> GuestOutcome:
+    """Continue on the destination; `timeout_s` is a bound of each wait lower than the pair's."""
+    guest = pair.destination_guest
+    before = pair.source_guest.number("progress", "requests")
+    await scenario.finish(pair)
+    await guest.tell(SWEEP)
+    wanted = before + requests_after
+    await guest.wait_for(lambda: "sweep" in guest.latest, "swept its pages", timeout_s)
+    await guest.wait_for(
+        lambda: guest.number("progress", "requests") >= wanted,
+        f"done {requests_after} more requests",
+        timeout_s,
+    )
+    return GuestOutcome(
+        requests=guest.number("progress", "requests") - before,
+        errors=guest.number("progress", "errors"),
+        swept=guest.number("sweep", "pages"),
+        complaints=guest.complaints,
+    )

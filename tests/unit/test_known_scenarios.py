@@ -89,6 +89,7 @@ def test_a_name_of_ours_is_not_taken_by_another_package(install: Install) -> Non
     with pytest.raises(UsageError, match="'unix': packages dmaproof and fine each have one"):
         scenarios["unix"]
     assert scenarios["tcp"].name == "tcp"
+    assert len(list(scenarios)) == len(scenarios) == len(Scenarios())
 
 
 def test_a_name_of_two_other_packages_is_wrong_usage(install: Install) -> None:

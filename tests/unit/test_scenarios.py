@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,13 +15,14 @@ from qemu.qmp import EventListener
 
 from qmp_tools.migration.certificates import SERVER_NAME, make_certificates
 from qmp_tools.migration.migration import Limits, Migration, MigrationError
+from qmp_tools.migration.pair import QemuPair
 from qmp_tools.migration.procedure import Procedure, UnsupportedScenarioError
 from qmp_tools.migration.scenarios import known_scenarios
 from qmp_tools.migration.scenarios.cpr import CprExec, CprTransfer
 from qmp_tools.migration.scenarios.refused import PostcopyRam
 from qmp_tools.migration.transport import Ends
 from qmp_tools.qemu.machine import Machine, dimm_arguments
-from qmp_tools.qemu.qmp import Qmp, QmpRefusal
+from qmp_tools.qemu.qmp import Qmp, QmpError, QmpRefusal, QmpTimeoutError
 
 DEFAULT_LIMITS = Limits()
 SCENARIOS = known_scenarios()
@@ -98,6 +99,11 @@ class Stage:
         return [arguments for it, said, arguments in self.log if (it, said) == (name, command)]
 
 
+ONLY_IN_PROOFS = {
+    *("background-snapshot", "cpr-exec", "cpr-reboot", "cpr-transfer", "postcopy-ram"),
+    *("destination-killed", "destination-killed-late", "retry", "ping-pong"),
+    *("device-hotplug", "memory-hotplug"),
+}
 PASSABLE = [
     name
     for name, scenario in SCENARIOS.items()
@@ -245,6 +251,72 @@ def test_a_scenario_is_exercised_only_when_it_was_used(name: str) -> None:
             answer = {part: answer}
         assert scenario.is_exercised_in(answer) is (value > 0)
     assert not scenario.is_exercised_in({})
+
+
+def test_what_takes_a_proofs_processes_is_not_for_any_guest() -> None:
+    only_in_proofs = {name for name, it in SCENARIOS.items() if not it.suits_any_guest}
+    assert only_in_proofs == ONLY_IN_PROOFS
+
+
+class RecordingPair:
+    """Notes the steps that it is told to take; `failure` is raised by the first of them."""
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        self.steps: list[str] = []
+        self.failure = failure
+
+    async def guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        await work
+
+    def __getattr__(self, step: str) -> Callable[[], Coroutine[Any, Any, None]]:
+        async def take() -> None:
+            if self.failure is not None:
+                raise self.failure
+            self.steps.append(step)
+
+        return take
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("unix", ["start_both", "boot"]),
+        ("memory-hotplug", ["start_source", "boot", "plug_dimm", "start_destination"]),
+        (
+            "device-hotplug",
+            ["start_source_without_devices", "boot_and_plug_devices", "start_destination"],
+        ),
+        ("cpr-transfer", ["start_source", "boot"]),
+    ],
+)
+def test_a_destination_starts_when_it_can_be_like_the_source(name: str, steps: list[str]) -> None:
+    pair = RecordingPair()
+    asyncio.run(SCENARIOS[name].start(cast(QemuPair, pair)))
+    assert pair.steps == steps
+
+
+def test_a_dimm_is_plugged_before_each_destination_starts() -> None:
+    for name, steps in (("ping-pong", []), ("memory-hotplug", ["plug_dimm"])):
+        pair = RecordingPair()
+        asyncio.run(SCENARIOS[name].start_return(cast(QemuPair, pair)))
+        assert pair.steps == [*steps, "start_destination"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised"),
+    [
+        (QmpError("Property 'aux-ram-share' not found"), UnsupportedScenarioError),
+        (QmpTimeoutError("no answer within 60 s"), QmpTimeoutError),
+    ],
+)
+def test_a_machine_option_that_is_refused_is_lacking_and_silence_is_not(
+    failure: Exception, raised: type[Exception]
+) -> None:
+    pair = RecordingPair(failure)
+    with pytest.raises(raised):
+        asyncio.run(SCENARIOS["cpr-transfer"].start(cast(QemuPair, pair)))
+    with pytest.raises(type(failure)):
+        asyncio.run(SCENARIOS["unix"].start(cast(QemuPair, pair)))
 
 
 @pytest.mark.parametrize("statuses", [["cancelling", "cancelled"], ["cancelled"]])

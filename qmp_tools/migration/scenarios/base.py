@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,9 @@ from ..judgement import Blame, EvidenceSource
 from ..migration import Progress
 from ..pair import QemuPair
 from ..procedure import Procedure
+
+_STEPS: Final = ("start", "first_attempt", "prepare", "migrate", "start_return")
+"""The steps before the guest goes on, all of which take a proof's processes."""
 
 
 class Scenario(Procedure):
@@ -132,9 +136,11 @@ class Scenario(Procedure):
     def suits_any_guest(self) -> bool:
         """Whether it is a single migration of any guest with any device, and not only of a proof's.
 
-        If so, the steps over QMP (`Procedure`) are all that it is made of.
+        If so, the steps over QMP (`Procedure`) are all that it changes: `qmp_tools.aio.migrate`
+        carries out no others.
         """
-        return True
+        changed = (getattr(type(self), step) is not getattr(Scenario, step) for step in _STEPS)
+        return self.migrations == 1 and not any(changed)
 
     @property
     def is_repeatable(self) -> bool:

@@ -31,7 +31,6 @@ class _GuestPaused(Scenario):
 
     is_held_in_precopy = False
     has_journal = False
-    suits_any_guest = False
     is_repeatable = False
 
     def evidence_source(self, *, has_evidence: bool) -> EvidenceSource:

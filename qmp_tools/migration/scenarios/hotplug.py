@@ -17,7 +17,6 @@ class MemoryHotplug(Scenario):
     migrations = 2
     dimms = migrations
 
-    suits_any_guest = False
     is_repeatable = False
 
     async def start(self, pair: QemuPair) -> None:
@@ -40,7 +39,6 @@ class DeviceHotplug(Scenario):
     # A q35 takes devices only behind a port, and gives them no address there.
     machine = "pc"
 
-    suits_any_guest = False
     is_repeatable = False
 
     async def start(self, pair: QemuPair) -> None:

@@ -20,7 +20,6 @@ class _Interrupted(Scenario):
     """A first attempt that fails in the way `interruption` says, carried out by `interrupt`."""
 
     interruption: str
-    suits_any_guest = False
 
     async def interrupt(self, attempt: Attempt) -> None:
         """Make the migration fail, in precopy when every page has been sent.

@@ -11,5 +11,3 @@ class PingPong(Scenario):
     name = "ping-pong"
     summary = "there, back and there again, each time verified"
     migrations = 3
-
-    suits_any_guest = False

@@ -45,7 +45,6 @@ class BackgroundSnapshot(Scenario):
     capabilities = ("background-snapshot",)
 
     is_held_in_precopy = False
-    suits_any_guest = False
     is_repeatable = False
     downtime_is_measurable = False
     stops_rings = False

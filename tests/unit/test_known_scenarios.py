@@ -100,7 +100,7 @@ def test_a_name_of_two_other_packages_is_wrong_usage(install: Install) -> None:
 
 
 def test_an_unknown_name_is_told_with_those_that_are_known() -> None:
-    with pytest.raises(UsageError, match=r"'pigeon': there are .*unix"):
+    with pytest.raises(UsageError, match=r"'pigeon': expected one of .*unix"):
         find_scenario("pigeon")
 
 

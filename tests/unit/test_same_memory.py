@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -52,3 +53,17 @@ def test_another_file_another_part_and_private_copies_are_not() -> None:
 def test_parts_that_overlap_are_refused(offset: int) -> None:
     with pytest.raises(UntestableError, match="each writes to the other's RAM"):
         same(ram(4 * MIB), ram(4 * MIB - offset))
+
+
+@pytest.mark.parametrize(("source", "destination"), [(6 * MIB, 0), (0, 4 * MIB)])
+def test_parts_that_touch_do_not_overlap(source: int, destination: int) -> None:
+    assert not same(ram(source), ram(destination))
+
+
+def test_the_same_place_is_found_where_the_maps_have_other_edges() -> None:
+    theirs = MapRegion(18 * MIB, 2 * MIB, "ram", "ram0", 2 * MIB)
+    destination = replace(
+        ram(None), regions=[theirs], shared={theirs: SharedMemory(-1, 6 * MIB, 1, 7)}
+    )
+    part = CommonRange(18 * MIB, 2 * MIB, REGION, theirs)
+    assert is_same_memory(ram(4 * MIB), destination, part)

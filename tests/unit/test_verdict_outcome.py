@@ -1,0 +1,84 @@
+"""What each finding makes of the verdict: its exit code, its sentence, and whether to continue."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from qmp_tools.migration.downtime import Downtime
+from qmp_tools.migration.log_watch import LogEvidence
+from qmp_tools.proof.rings import Ring
+from qmp_tools.proof.verdict import GuestOutcome, Sharpness, Verdict, sharpness_by_guest
+
+SHARP = Sharpness(10, 10, 5, 5, 0, 0, 0)
+PASSED = Verdict(64, [], SHARP, GuestOutcome(1000, 0, 10))
+RING = Ring("source", "virtio-blk", 3, 128, 97, 100, 110)
+OTHER_RING = replace(RING, queue=4)
+
+
+def test_what_is_right_passes_and_continues() -> None:
+    assert (PASSED.exit_code, PASSED.can_go_on) == (0, True)
+    assert PASSED.sentence == "every page equal: 64 pages compared"
+
+
+def test_a_wrong_ring_fails_by_itself() -> None:
+    wrong = replace(PASSED, wrong_rings=[RING])
+    assert (wrong.exit_code, wrong.can_go_on) == (1, False)
+    assert wrong.sentence == f"the index of a ring is wrong: {RING.story}"
+    two = replace(PASSED, wrong_rings=[RING, OTHER_RING])
+    assert two.sentence == f"the indices of 2 rings are wrong: {RING.story}"
+
+
+def test_a_refusal_stops_the_guest_and_names_what_was_not_compared() -> None:
+    refused = replace(PASSED, refusal="no", pages=0, sharpness=replace(SHARP, unreported=2))
+    assert (refused.exit_code, refused.can_go_on) == (1, False)
+    assert refused.sentence.startswith("no page was compared, as the destination refused")
+    assert replace(refused, pages=64).sentence.startswith("every page equal, but by luck: 2")
+    assert not replace(refused, pages=0, refusal=None).sentence.startswith("no page was compared")
+
+
+def test_errors_of_the_guest_are_reported() -> None:
+    ill = replace(PASSED, guest=GuestOutcome(1000, 2, 10))
+    assert ill.exit_code == 1
+    assert "the guest found 2 errors on the destination" in ill.sentence
+
+
+def test_a_migration_that_ended_early_proves_nothing() -> None:
+    early = replace(PASSED, ended_early=True)
+    assert early.exit_code == 3
+    assert early.sentence.startswith("too little was tested")
+
+
+def test_a_limit_without_a_measurement_proves_nothing() -> None:
+    unmeasured = replace(PASSED, downtime=Downtime((), 3.0))
+    assert unmeasured.exit_code == 3
+    assert "the downtime could not be measured" in unmeasured.sentence
+
+
+@pytest.mark.parametrize(
+    ("log", "message"),
+    [
+        (LogEvidence(9, 0.001, late_bits=[4096]), "1 dirty bits were set after"),
+        (LogEvidence(9, 0.001, judged_queues=[1], unlogged_queues=[1]), "ring of queue 1"),
+    ],
+)
+def test_a_fault_in_the_log_fails_though_every_page_is_equal(
+    log: LogEvidence, message: str
+) -> None:
+    found = replace(PASSED, log=log)
+    assert found.exit_code == 1
+    assert found.sentence.startswith("every page equal, but by luck; ")
+    assert message in found.sentence
+
+
+def test_what_a_device_without_a_journal_could_hide_is_named() -> None:
+    assert PASSED.unseen == []
+    alone = replace(PASSED, sharpness=sharpness_by_guest(7), settled_s=4.0)
+    assert alone.sharpness == sharpness_by_guest(7, certain=True)
+    assert alone.unseen == ["DMA later than 4.0 s after the guest was paused"]
+    watched = replace(alone, settled_s=None, log=LogEvidence(9, 0.0025, judged_queues=[1]))
+    assert len(watched.unseen) == 3
+    assert "by less than about 2.5 ms" in watched.unseen[0]
+    assert "whose page the device marks for something else" in watched.unseen[1]
+    assert "bits that are forgotten when the device is stopped" in watched.unseen[2]

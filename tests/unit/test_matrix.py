@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -311,6 +313,54 @@ def test_a_back_end_that_was_rebuilt_has_no_result(
     first = key(CELL, now)
     (tmp_path / changed).write_text(files[changed].replace("one", "two") + "\n")
     assert key(CELL, now) != first
+
+
+def test_a_write_that_fails_leaves_the_old_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_text = Path.write_text
+
+    def half(self: Path, text: str) -> int:
+        write_text(self, text[: len(text) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Kept.open(tmp_path / "kept") as kept:
+        kept.keep(CELL, "old", REPORT, 1.0)
+        monkeypatch.setattr(Path, "write_text", half)
+        with pytest.raises(UsageError, match="No space left"):
+            kept.keep(CELL, "new", REPORT, 2.0)
+        found = kept.find(CELL, "old")
+    assert found is not None
+    assert found["seconds"] == 1.0
+
+
+def test_what_is_no_result_is_not_found(tmp_path: Path) -> None:
+    with Kept.open(tmp_path / "kept") as kept:
+        kept.file(CELL).write_text('["key"]')
+        assert kept.find(CELL, "key") is None
+
+
+def test_another_host_python_or_machine_is_another_key(
+    now: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, host = key(CELL, now), os.uname()
+    for machine in (
+        replace(now.machine, machine="another"),
+        replace(now.machine, accelerator="another"),
+    ):
+        assert key(CELL, replace(now, machine=machine)) != first
+    for place in (2, 3):  # release, version
+        other = os.uname_result([*host[:place], "another", *host[place + 1 :]])
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "uname", lambda other=other: other)
+            assert key(CELL, now) != first
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "version", "another")
+        assert key(CELL, now) != first
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.metadata.version", lambda name: "another")
+        assert key(CELL, now) != first
+    assert key(CELL, now) == first
 
 
 def test_a_folder_is_one_matrix_at_a_time(tmp_path: Path) -> None:

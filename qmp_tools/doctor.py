@@ -43,7 +43,7 @@ OLDEST_PYTHON: Final = (3, 11)
 _KVM: Final = Path("/dev/kvm")
 _KVM_MISC_DEVICE: Final = Path("/sys/class/misc/kvm")
 """There where the running kernel has KVM; a container sees it even if /dev/kvm is kept from it."""
-_DEVELOPERS_EXTRAS: Final = {"docs", "test"}
+_DEVELOPERS_EXTRAS: Final = {"docs", "mutation", "test"}
 """For work on dmaproof itself; `./dmaproof test` installs them."""
 _OVERHEAD_BYTES: Final = 128 * MIB
 """What a QEMU needs besides its guest's RAM, and the share of the device and the tool."""

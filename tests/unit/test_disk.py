@@ -15,7 +15,7 @@ from dmaproof.errors import ProtocolError, UsageError
 from dmaproof.stamp import SECTOR_BYTES, read_stamp, stamped_page
 from dmaproof.virtqueue import DescriptorChain, Segment
 from qmp_tools.testbed.ring_driver import PAGE, guest_memory, ram_fd
-from rings import dma_for
+from support.rings import dma_for
 
 RAM_BYTES = 64 * PAGE
 HEADER, STATUS, DATA = PAGE, 2 * PAGE, 8 * PAGE

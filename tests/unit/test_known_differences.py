@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qmp_tools.check.known_differences import known_difference
+from qmp_tools.ram_check.known_differences import known_difference
 
 FIRST, LAST = 0xE0000, 0xEF000
 """The first and the last page of the firmware's low memory."""

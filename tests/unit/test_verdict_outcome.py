@@ -9,7 +9,8 @@ import pytest
 from qmp_tools.migration.downtime import Downtime
 from qmp_tools.migration.log_watch import LogEvidence
 from qmp_tools.proof.rings import Ring
-from qmp_tools.proof.verdict import GuestOutcome, Sharpness, Verdict, sharpness_by_guest
+from qmp_tools.proof.sensitivity import Sharpness, sharpness_by_guest
+from qmp_tools.proof.verdict import GuestOutcome, Verdict
 
 SHARP = Sharpness(10, 10, 5, 5, 0, 0, 0)
 PASSED = Verdict(64, [], SHARP, GuestOutcome(1000, 0, 10))

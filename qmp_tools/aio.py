@@ -158,7 +158,7 @@ async def migrate(
     require("scenario", scenario, str, "a name")
     chosen = find_scenario(scenario)
     if not chosen.suits_any_guest:
-        raise UsageError(f"scenario {scenario!r}: only a proof, with a device of ours, can go it")
+        raise UsageError(f"scenario {scenario!r}: only a proof, with a device of ours, can have it")
     with run_folder() as folder:
         migration = Migration(Ends(source, destination, folder), chosen, limits or Limits())
         await migration.start()

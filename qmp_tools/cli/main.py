@@ -25,7 +25,7 @@ _EXIT_UNREAD: Final = 128 + signal.SIGPIPE
 _SUMMARIES: Final = {
     "prove": "migrate a guest under DMA load and compare every page",
     "soak": "migrate one guest again and again: nothing may be lost, nothing may grow",
-    "matrix": "many proofs: QEMU versions, ways to migrate, devices, trackers, guests",
+    "matrix": "many proofs: QEMU versions, migration scenarios, devices, trackers, guests",
     "passthrough": "prove the kernel's and QEMU's VFIO dirty tracking, without hardware",
     "faults": "break every link of the chain in turn, and see whether it is caught",
     "check": "compare all RAM of two paused QEMUs after a migration",

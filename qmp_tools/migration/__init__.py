@@ -1,1 +1,1 @@
-"""A migration and the ways it can go; and migrations of somebody else's, watched."""
+"""One migration and its scenarios; and a third party's migration, watched."""

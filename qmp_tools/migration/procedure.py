@@ -62,7 +62,7 @@ class Procedure:
 
     def explain_refusal(self, words: str) -> UnsupportedScenarioError:
         """What it means that a QEMU refused the capabilities, the set-up or the parameters."""
-        return UnsupportedScenarioError(f"this QEMU lacks the way: {words}")
+        return UnsupportedScenarioError(f"this QEMU lacks the scenario: {words}")
 
     def check_acceptance(self, *, device_lacks_pagefault: bool) -> None:
         """Judge that the QEMUs accepted the capabilities, the set-up and the parameters.

@@ -168,7 +168,7 @@ async def soak(setup: Setup, migrations: int, say: Callable[[str], None]) -> Soa
     """Migrate so often, until the first time that is no pass; `say` is told of each.
 
     Raises:
-        UsageError: the way cannot be gone again and again.
+        UsageError: the scenario cannot be repeated.
         UntestableError: one did not come to a verdict.
     """
     if not find_scenario(setup.scenario).is_repeatable:

@@ -195,7 +195,7 @@ def test_what_is_refused_at_first_is_lacking(tmp_path: Path, side: str, command:
     stage = Stage(tmp_path, SCENARIOS["multifd-zstd"])
     qmp = getattr(stage, side)
     qmp.refused, qmp.words = command, "it does not accept value 'zstd'"
-    with pytest.raises(UnsupportedScenarioError, match=f"lacks the way: {side} .* value 'zstd'"):
+    with pytest.raises(UnsupportedScenarioError, match=f"lacks the scenario: {side} .* value 'zstd'"):
         stage.start()
     assert not stage.told("source", "migrate")
 
@@ -212,7 +212,7 @@ def test_what_is_refused_later_is_a_failure(tmp_path: Path) -> None:
     [
         ("Postcopy is not supported: not capable of postcopy", "", "as it has to be"),
         ("Postcopy is not supported", "backend not capable of postcopy", "as it has to be"),
-        ("Postcopy is not supported", "userfaultfd: not permitted", "lacks the way"),
+        ("Postcopy is not supported", "userfaultfd: not permitted", "lacks the scenario"),
     ],
 )
 def test_postcopy_is_refused(tmp_path: Path, words: str, printed: str, told: str) -> None:

@@ -27,11 +27,11 @@ def test_everything_ends_with_the_stage(tool: Tool, monkeypatch: pytest.MonkeyPa
             pids.append(stage.qemu(["-machine", "none"]).pid)
             pair = stage.pair(["-machine", "q35", "-m", "64"], accelerator="tcg")
             pids.extend([pair.source.pid, pair.destination.pid])
-            with pytest.raises(UsageError, match="way 'pigeon'"):
+            with pytest.raises(UsageError, match="scenario 'pigeon'"):
                 pair.migrate("pigeon")
-            for way in ("retry", "postcopy-ram"):
-                with pytest.raises(UsageError, match=f"way '{way}': only a proof"):
-                    pair.migrate(way)
+            for scenario in ("retry", "postcopy-ram"):
+                with pytest.raises(UsageError, match=f"scenario '{scenario}': only a proof"):
+                    pair.migrate(scenario)
             with pytest.raises(QmpError, match="no-such-command"):
                 pair.source.execute("no-such-command")
             raise LookupError

@@ -11,7 +11,7 @@ from typing import Any
 from avocado import Test
 from qemu.qmp.legacy import QEMUMonitorProtocol
 
-from qmp_tools.integrations.avocado import check_ram
+from qmp_tools.integrations.avocado import check_ram  # added
 
 
 class Existing(Test):  # type: ignore[misc]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED, EXIT_USAGE
     from .migration.judgement import Blame
     from .migration.migration import Limits, MigrationError, Progress
+    from .migration.scenarios.base import Scenario
     from .proof.attribution import LostPage
     from .proof.model import Proof
     from .proof.options import ProofOptions
@@ -44,6 +45,7 @@ _HOMES: Final = {
     "devices.registry": ("Control", "DeviceKind", "DeviceRequest"),
     "exit_codes": ("EXIT_LOST", "EXIT_PASS", "EXIT_UNTESTED", "EXIT_USAGE"),
     "migration.migration": ("Limits", "MigrationError", "Progress"),
+    "migration.scenarios.base": ("Scenario",),
     "proof.model": ("Proof",),
     "proof.options": ("ProofOptions",),
     "migration.judgement": ("Blame",),
@@ -84,6 +86,7 @@ __all__ = [
     "ProofQemu",
     "QmpError",
     "RunningQemu",
+    "Scenario",
     "Sharpness",
     "Stage",
     "StagedProof",

@@ -1,8 +1,9 @@
-"""Finds trackers, devices and faults by name: dmaproof's own, and those of other distributions.
+"""Finds trackers, devices, faults … by name: dmaproof's own, and those of other distributions.
 
 An own part is one file of its package and nothing else: the package is scanned for classes with a
 `name`. A third-party part is an entry point of its distribution, in the group
 ``dmaproof.trackers``, ``dmaproof.devices`` or ``dmaproof.faults``, whose name is the part's `name`.
+`qmp_tools` has its migration scenarios and its kinds of device in the same way.
 
 The table of entry points has the names, so a list of choices imports nothing. A third-party module
 is imported when somebody asks for its part: a distribution that is broken stops only what uses it.
@@ -55,7 +56,8 @@ class Registry(Mapping[str, type[Part]]):
     one, imports no third-party module; to look a name up imports the one that has it.
 
     Args:
-        kind: 'tracker', 'device' or 'fault'; the entry points' group is ``dmaproof.KINDs``.
+        kind: such as 'tracker'; the entry points' group is ``dmaproof.trackers`` then, and that
+            of a 'device kind' ``dmaproof.device_kinds``.
         base: the class of which every part is a subclass.
         package: the package that has dmaproof's own parts.
 
@@ -71,7 +73,7 @@ class Registry(Mapping[str, type[Part]]):
             name: part for name, part in named_classes(package).items() if issubclass(part, base)
         }
         self._entries: dict[str, list[metadata.EntryPoint]] = {}
-        for entry in metadata.entry_points(group=f"dmaproof.{kind}s"):
+        for entry in metadata.entry_points(group=f"dmaproof.{kind.replace(' ', '_')}s"):
             self._entries.setdefault(entry.name, []).append(entry)
         self._loaded: dict[str, type[Part]] = {}
 
@@ -153,7 +155,7 @@ def _place(entry: metadata.EntryPoint) -> str:
 def _misfit(part: Any, base: type[Any], name: str) -> str:
     """What a third-party part lacks of what `base` demands; empty if nothing."""
     if not (isinstance(part, type) and issubclass(part, base)):
-        return f"is not a subclass of dmaproof.{base.__name__}"
+        return f"is not a subclass of {base.__module__.partition('.')[0]}.{base.__name__}"
     missing = [
         *sorted(getattr(part, "__abstractmethods__", ())),
         *(member for member in inspect.get_annotations(base) if not hasattr(part, member)),

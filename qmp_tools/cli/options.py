@@ -93,7 +93,7 @@ def describe_iommus() -> str:
 
 def describe_scenarios() -> str:
     """All migration scenarios, a line each, for a subcommand's help."""
-    scenarios = known_scenarios()
+    scenarios = known_scenarios().usable()
     width = max(map(len, scenarios))
-    lines = (f"  {name:<{width}}  {scenarios.summary(name)}" for name in scenarios)
+    lines = (f"  {name:<{width}}  {scenario().summary}" for name, scenario in scenarios.items())
     return "\n".join(("migration scenarios (docs/scenarios.md says what each needs):", *lines))

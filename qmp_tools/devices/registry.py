@@ -1,21 +1,23 @@
 """Which kinds of device a proof can have, and which of its options each kind accepts.
 
-A kind of a third party is found through the entry points of group `GROUP`, beside our own: the
-value is a subclass of `DeviceKind`. So are those of ours that need more than the rooms below::
+A kind of another distribution is an entry point of the group ``dmaproof.device_kinds``, whose value
+is a subclass of `DeviceKind`. So are those of ours that need more than the rooms below::
 
-    [project.entry-points."dmaproof.proof_devices"]
+    [project.entry-points."dmaproof.device_kinds"]
     vfio = "qmp_tools.passthrough.kinds:HostFunctionsKind"
 """
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import entry_points
+from functools import cache
 from typing import ClassVar, Final
 
 from dmaproof.devices import emulated_devices
+from dmaproof.discovery import Registry
 from dmaproof.errors import UsageError
 from dmaproof.trace import Link
 
@@ -24,8 +26,6 @@ from .device import ProofDevice
 from .emulated import EmulatedDevice
 from .process import DeviceOptions
 from .several import SeveralDevices
-
-GROUP: Final = "dmaproof.proof_devices"
 
 QEMU_OPTIONS: Final = frozenset({"qemu", "qemu_destination", "machine", "accel", "memory", "cpus"})
 MIGRATION_OPTIONS: Final = frozenset(
@@ -62,8 +62,9 @@ class Control:
 
 
 class DeviceKind(ABC):
-    """One kind of device that a proof can have."""
+    """One kind of device that a proof can have; it has a `name` of its own."""
 
+    name: ClassVar[str]
     accepts: ClassVar[frozenset[str]]
     """The options of a proof (fields of `proof.options.ProofOptions`) that mean something here."""
     several: ClassVar[bool] = False
@@ -91,6 +92,7 @@ class DeviceKind(ABC):
 class EmulatedKind(DeviceKind):
     """Devices of dmaproof's own, in a process of ours, with a tracker and a journal."""
 
+    name = "emulated"
     accepts = COMMON_OPTIONS | {
         *("guest", "iommu", "queues", "ring", "tracker", "harvest", "fault"),
         *("destination_lacks", "kill_device"),
@@ -130,6 +132,7 @@ class EmulatedKind(DeviceKind):
 class InsideQemuKind(DeviceKind):
     """Devices that QEMU itself emulates."""
 
+    name = "inside-qemu"
     accepts = COMMON_OPTIONS | {"guest", "queues", "settle"}
     prefix: ClassVar = "qemu:"
 
@@ -149,6 +152,7 @@ class InsideQemuKind(DeviceKind):
 class ThirdPartyKind(DeviceKind):
     """Devices that a vhost-user back end serves, which ``--device-command`` starts."""
 
+    name = "third-party"
     accepts = COMMON_OPTIONS | {"guest", "queues", "settle", "device_command"}
 
     def names(self) -> Sequence[str]:
@@ -171,34 +175,17 @@ class ThirdPartyKind(DeviceKind):
         return command.CommandDevice(name, command.parse_command(request.command), request.queues)
 
 
-_EMULATED: Final = EmulatedKind()
-_THIRD_PARTY: Final = ThirdPartyKind()
-_OURS: Final[Sequence[DeviceKind]] = (_EMULATED, InsideQemuKind(), _THIRD_PARTY)
+_THIRD_PARTY: Final = "third-party"
 
 
-def device_kinds() -> list[DeviceKind]:
-    """Our own kinds, and those that entry points add.
+@cache
+def device_kinds() -> Registry[DeviceKind]:
+    """Find the kinds of device: dmaproof's own, and those of entry points.
 
-    Raises:
-        UsageError: an entry point is not a `DeviceKind`; the message names its distribution.
+    Returns:
+        The classes by name.
     """
-    kinds = list(_OURS)
-    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
-        package = entry.dist.name if entry.dist is not None else "an unknown package"
-        try:
-            kind = entry.load()
-        except Exception as error:  # it is a third party's code
-            raise UsageError(
-                f"device kind {entry.name} of {package} cannot be imported: {error!r}; mend that "
-                "package, or uninstall it"
-            ) from error
-        if not (isinstance(kind, type) and issubclass(kind, DeviceKind)):
-            raise UsageError(
-                f"device kind {entry.name} of {package}: expected a subclass of "
-                f"qmp_tools.DeviceKind, got {kind!r}"
-            )
-        kinds.append(kind())
-    return kinds
+    return Registry("device kind", DeviceKind, sys.modules[__package__])
 
 
 def kind_of(names: Sequence[str], device_command: str | None) -> DeviceKind:
@@ -209,7 +196,11 @@ def kind_of(names: Sequence[str], device_command: str | None) -> DeviceKind:
     """
     if not names:
         raise UsageError("--device: expected the name of a device, such as blk")
-    kinds = [_THIRD_PARTY if device_command is not None else _kind_of(name) for name in names]
+    known = {name: kind() for name, kind in device_kinds().usable().items()}
+    kinds = [
+        known[_THIRD_PARTY] if device_command is not None else _kind_of(name, known)
+        for name in names
+    ]
     if len(names) > 1:
         alone = next((it for it in zip(names, kinds, strict=True) if not it[1].several), None)
         if alone is not None:
@@ -220,13 +211,12 @@ def kind_of(names: Sequence[str], device_command: str | None) -> DeviceKind:
     return kinds[0]
 
 
-def _kind_of(name: str) -> DeviceKind:
-    kinds = device_kinds()
-    for kind in kinds:
+def _kind_of(name: str, kinds: Mapping[str, DeviceKind]) -> DeviceKind:
+    for kind in kinds.values():
         if kind.claims(name):
             return kind
-    known = "; ".join(", ".join(kind.names()) for kind in kinds if kind is not _THIRD_PARTY)
+    named = (kind.names() for kind_name, kind in kinds.items() if kind_name != _THIRD_PARTY)
     raise UsageError(
-        f"--device {name} is unknown. There are {known}; and with a --device-command "
-        f"{', '.join(_THIRD_PARTY.names())}"
+        f"--device {name} is unknown. There are {'; '.join(', '.join(names) for names in named)}; "
+        f"and with a --device-command {', '.join(kinds[_THIRD_PARTY].names())}"
     )

@@ -25,6 +25,7 @@ TRACKING = "iommufd"
 class HostFunctionsKind(DeviceKind):
     """Two VFIO functions of this host, which a guest of the user's own drives."""
 
+    name = "vfio"
     accepts = COMMON_OPTIONS | {"kernel", "initrd", "append"}
 
     def names(self) -> Sequence[str]:
@@ -43,6 +44,7 @@ class HostFunctionsKind(DeviceKind):
 class FakeVfioKind(DeviceKind):
     """The fake VFIO device; all of its proof happens in the nested machine, with its own guest."""
 
+    name = "vfio-fake"
     accepts: ClassVar[frozenset[str]] = frozenset({"device", "qemu", "fault", "seed", "timeout"})
     control = Control("drop=50", Link.TRACKER)
 

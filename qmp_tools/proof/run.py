@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,7 +109,7 @@ class ProofRun:
     def __init__(
         self, setup: Setup, display: Display, device: AttachedDevice, folder: Path
     ) -> None:
-        self.scenario = copy(find_scenario(setup.scenario))  # its steps may keep things in it
+        self.scenario = find_scenario(setup.scenario)
         self.pair = QemuPair(
             setup.machine,
             {SOURCE: setup.qemu, DESTINATION: setup.qemu_destination},

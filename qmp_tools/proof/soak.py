@@ -172,8 +172,8 @@ async def soak(setup: Setup, migrations: int, say: Callable[[str], None]) -> Soa
         UntestableError: one did not come to a verdict.
     """
     if not find_scenario(setup.scenario).is_repeatable:
-        known = known_scenarios().items()
-        repeatable = ", ".join(name for name, scenario in known if scenario.is_repeatable)
+        known = known_scenarios().usable().items()
+        repeatable = ", ".join(name for name, scenario in known if scenario().is_repeatable)
         raise UsageError(f"scenario {setup.scenario!r} cannot be repeated; {repeatable} can")
     began_s = time.monotonic()
     holdings: dict[str, list[Holdings]] = {}

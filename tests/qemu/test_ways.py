@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qmp_tools.host.timeout import DEFAULT_TIMEOUT_S
-from qmp_tools.migration.scenarios import GROUP, known_scenarios
+from qmp_tools.migration.scenarios import find_scenario, known_scenarios
 from qmp_tools.migration.scenarios.refused import PostcopyRam
 from qmp_tools.qemu.builds import installed
 from qmp_tools.qemu.choice import find_qemu
@@ -19,7 +19,7 @@ from support.command import Outcome, Tool
 
 pytestmark = pytest.mark.qemu
 
-SCENARIOS = known_scenarios()
+SCENARIOS = {name: find_scenario(name) for name in known_scenarios()}
 
 
 def prove(tool: Tool, way: str, *arguments: str) -> Outcome:
@@ -177,7 +177,7 @@ def test_a_scenario_of_another_package_is_proved_as_one_of_ours_is(
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: another\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
-        f"[{GROUP}]\nfour-channels = four_channels:FourChannels\n"
+        "[dmaproof.scenarios]\nfour-channels = four_channels:FourChannels\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     outcome = prove(tool, "four-channels")

@@ -179,7 +179,7 @@ def test_what_it_cannot_have_is_refused(
 
 
 def test_what_a_kind_of_device_accepts_is_an_option_of_a_proof() -> None:
-    for kind in device_kinds():
+    for kind in device_kinds().values():
         assert kind.accepts <= set(OPTIONS)
         assert "device" in kind.accepts
 

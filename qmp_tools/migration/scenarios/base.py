@@ -14,8 +14,8 @@ and `finish`, and between two migrations `start_return`. The caller guards each 
 death of a process (`QemuPair.guarded`), but for `start` and `start_return`, which guard their own
 parts. Between `migrate` and `finish` the guests are compared, as the scenario's answers say.
 
-Each proof works on a copy of the scenario (`copy.copy`), so a step may keep in `self` what a later
-step or answer needs.
+Each proof has a scenario of its own, so a step may keep in `self` what a later step or answer
+needs.
 """
 
 from __future__ import annotations

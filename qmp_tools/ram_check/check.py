@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -206,13 +207,42 @@ async def check(
             raise UsageError(f"{source_socket} is given for both sides")
     async with contextlib.AsyncExitStack() as stack:
         folder = stack.enter_context(run_folder())
-        qemus = [
+        source, destination = [
             await stack.enter_async_context(attach(name, path, timeout_s=timeout_s))
             for name, path in (
                 ("source QEMU", source_socket),
                 ("destination QEMU", destination_socket),
             )
         ]
+        return await check_attached(source, destination, folder, expect_migration=expect_migration)
+
+
+async def check_attached(
+    source_qemu: AttachedQemu,
+    destination_qemu: AttachedQemu,
+    folder: Path,
+    *,
+    expect_migration: bool = True,
+) -> Check:
+    """Compare the RAM of two QEMUs, to each of which a QMP session is open.
+
+    Whether they are comparable is looked at before and after the comparison: a guest that runs
+    meanwhile changes what is compared.
+
+    Args:
+        source_qemu: the QEMU that the guest was migrated from.
+        destination_qemu: the QEMU that the guest was migrated to.
+        folder: where QEMUs whose memory cannot be read save it, a piece at a time.
+        expect_migration: False where any two paused QEMUs are compared.
+
+    Raises:
+        UsageError: both are the same QEMU, or they are in the wrong order.
+        NotMigratedError: no completed migration lies between them.
+        GuestHasRunError: a guest has run since, or pages differ and it may have.
+        UntestableError: the sizes or maps differ, or memory cannot be read.
+    """
+    qemus = (source_qemu, destination_qemu)
+    async with contextlib.AsyncExitStack() as stack:
         accelerators = [await _accelerator(qemu) for qemu in qemus]
         source, destination = [
             await stack.enter_async_context(guest_ram(qemu, folder)) for qemu in qemus

@@ -1,0 +1,304 @@
+"""Which memory a check of two QEMUs compares, where it places what differs, and what it leaves out.
+
+Both QEMUs are simulated: this process has their RAM mapped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dmaproof.errors import UntestableError
+from qmp_tools.memory.physical_map import MapRegion
+from qmp_tools.ram_check.check import Check, NotCompared, check_attached
+from qmp_tools.testbed.ring_driver import PAGE, ram_fd
+from support.simulated_qemu import SimulatedQemu
+
+PAGES = 16
+HIDDEN = range(5, 8)
+"""The pages of the memory backend that no region shows."""
+HIGH = 1 << 32
+ROM = 0xFFF00000
+ROM_PAGE = PAGES
+"""The page of the file that the ROM is in, behind the backend's."""
+ROM_TAIL_BYTES = 512
+REGIONS = [
+    MapRegion(0, 5 * PAGE, "ram", "ram0"),
+    MapRegion(ROM, PAGE + ROM_TAIL_BYTES, "rom", "rom"),
+    MapRegion(HIGH, 8 * PAGE, "ram", "ram0", 8 * PAGE),
+    MapRegion(HIGH << 1, PAGE, "ramd", "bar"),
+]
+BACKENDS = [{"id": "ram0", "size": PAGES * PAGE}]
+RAM_BLOCKS = """\
+              Block Name    PSize              Offset               Used              Total
+                    ram0    4 KiB  0x0000000000000000 0x0000000000040000 0x0000000000040000
+"""
+
+
+def simulated(stack: ExitStack, name: str, fd: int, **more: Any) -> SimulatedQemu:
+    """A QEMU whose RAM, in file `fd`, is mapped in this process."""
+    mapping = mmap.mmap(fd, os.fstat(fd).st_size)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+    offsets = {0: 0, HIGH: 8 * PAGE, ROM: ROM_PAGE * PAGE}
+    stack.callback(lambda: mapping)  # keeps it mapped
+    return SimulatedQemu(
+        name=f"{name} QEMU",
+        ram_fd=fd,
+        regions=REGIONS,
+        hvas={gpa: base + offset for gpa, offset in offsets.items()},
+        pid=os.getpid(),
+        backends=BACKENDS,
+        **more,
+    )
+
+
+class Sides:
+    """The source and the destination of a migration."""
+
+    def __init__(self, stack: ExitStack, folder: Path) -> None:
+        self._folder = folder
+        self.stack = stack
+        fds = [stack.enter_context(ram_fd((PAGES + 2) * PAGE)) for _ in range(2)]
+        sent: dict[str, Any] = {"status": "completed", "ram": {}}
+        self.source = simulated(stack, "source", fds[0], migration=sent)
+        self.destination = simulated(stack, "destination", fds[1], state="paused")
+
+    def lose(self, *pages: int) -> None:
+        """Let these pages of the file differ."""
+        for page in pages:
+            os.pwrite(self.source.ram_fd, b"lost", page * PAGE)
+
+    def check(self) -> Check:
+        sides = (self.source.attached, self.destination.attached)
+        return asyncio.run(check_attached(*sides, self._folder))
+
+
+@pytest.fixture
+def sides(tmp_path: Path) -> Iterator[Sides]:
+    with ExitStack() as stack:
+        yield Sides(stack, tmp_path)
+
+
+def places(found: Check) -> list[tuple[int | None, str, int]]:
+    """Where the pages that differ are; offsets in pages."""
+    return [(it.gpa, it.region, it.offset // PAGE) for it in found.differences]
+
+
+LOST = (4, 5, 7, 8, 15, ROM_PAGE)
+PLACES = [
+    (4 * PAGE, "ram0", 4),
+    (ROM, "rom", 0),
+    (HIGH, "ram0", 8),
+    (HIGH + 7 * PAGE, "ram0", 15),
+    (None, "ram0", 5),
+    (None, "ram0", 7),
+]
+
+
+def test_what_the_map_shows_is_compared_and_what_it_hides_too(sides: Sides) -> None:
+    found = sides.check()
+    areas = [(it.gpa, it.region, it.offset // PAGE, it.pages) for it in found.areas]
+    assert areas == [
+        (0, "ram0", 0, 5),
+        (ROM, "rom", 0, 1),
+        (HIGH, "ram0", 8, 8),
+        (None, "ram0", 5, 3),
+    ]
+    assert found.sentence == f"every page equal: {PAGES + 1} pages compared"
+    assert found.source.in_place_bytes == 14 * PAGE + ROM_TAIL_BYTES
+    assert found.source.copied_bytes == found.source.saved_bytes == 0
+
+
+def test_a_page_that_differs_is_placed_by_address_and_in_its_backend(sides: Sides) -> None:
+    sides.lose(*LOST)
+    found = sides.check()
+    assert places(found) == PLACES
+    assert (found.exit_code, found.differing) == (1, 6)
+
+
+def test_what_is_compared_in_pieces_is_placed_alike(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qmp_tools.ram_check.check.PIECE_BYTES", 2 * PAGE)
+    sides.source.pid = sides.destination.pid = 0  # so QEMU has to save its RAM
+    sides.lose(4, 8, 15)
+    found = sides.check()
+    assert places(found) == [PLACES[0], *PLACES[2:4]]
+    assert [(it.gpa, it.offset // PAGE, it.pages) for it in found.areas if it.region == "ram0"] == [
+        *((page * PAGE, page, min(2, 5 - page)) for page in (0, 2, 4)),
+        *((HIGH + page * PAGE, 8 + page, 2) for page in (0, 2, 4, 6)),
+    ]
+
+
+def test_hidden_memory_is_compared_in_pieces_too(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qmp_tools.ram_check.check.PIECE_BYTES", 2 * PAGE)
+    sides.lose(*LOST)
+    found = sides.check()
+    assert places(found) == PLACES
+    assert [(it.offset // PAGE, it.pages) for it in found.areas if it.gpa is None] == [
+        (5, 2),
+        (7, 1),
+    ]
+
+
+def test_what_is_left_out_is_told(sides: Sides) -> None:
+    assert sides.check().not_compared == [
+        NotCompared("rom", PAGE, ROM_TAIL_BYTES, "less than a page"),
+        NotCompared("bar", 0, PAGE, "a device's own memory"),
+    ]
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_hidden_memory_that_one_side_cannot_read_is_told(sides: Sides, side: str) -> None:
+    getattr(sides, side).pid = 0
+    sides.lose(6)
+    found = sides.check()
+    assert (found.exit_code, found.pages) == (0, PAGES + 1 - len(HIDDEN))
+    (hidden,) = (it for it in found.not_compared if it.region == "ram0")
+    assert (hidden.offset, hidden.length) == (5 * PAGE, 3 * PAGE)
+    assert "QEMU saves only what that shows" in hidden.why
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_hidden_memory_of_a_backend_that_only_one_side_shows_is_left_alone(
+    sides: Sides, side: str
+) -> None:
+    qemu: SimulatedQemu = getattr(sides, side)
+    qemu.regions = [replace(region, name="other") for region in REGIONS]
+    assert all(area.gpa is not None for area in sides.check().areas)
+
+
+def test_hidden_memory_of_backends_of_different_size_is_left_alone(sides: Sides) -> None:
+    sides.destination.backends = [{"id": "ram0", "size": 2 * PAGES * PAGE}]
+    assert all(area.gpa is not None for area in sides.check().areas)
+
+
+def test_one_file_for_both_sides_proves_nothing(sides: Sides) -> None:
+    sent = sides.source.migration
+    twin = simulated(sides.stack, "source", sides.destination.ram_fd, migration=sent)
+    sides.source = twin
+    with pytest.raises(UntestableError, match="have their RAM in the same file"):
+        sides.check()
+
+
+def test_only_what_is_in_one_file_is_left_out(sides: Sides) -> None:
+    shared = simulated(sides.stack, "source", sides.destination.ram_fd)
+    own = sides.source.hvas
+    sides.source.hvas = {**shared.hvas, HIGH: own[HIGH]}
+    sides.lose(4, 6, 15)
+    found = sides.check()
+    assert places(found) == [(HIGH + 7 * PAGE, "ram0", 15)]
+    left = [(it.region, it.offset // PAGE, it.length // PAGE) for it in found.not_compared]
+    assert left == [("ram0", 0, 5), ("rom", 0, 1), ("bar", 0, 1), ("ram0", 5, 3)]
+    assert [it.why for it in found.not_compared][::3] == ["the same memory on both sides"] * 2
+
+
+@pytest.mark.parametrize(
+    ("page", "dimm"), [(4, None), (11, None), (12, "dimm0"), (13, "dimm0"), (14, None), (6, None)]
+)
+def test_a_page_that_differs_names_its_dimm(sides: Sides, page: int, dimm: str | None) -> None:
+    data = {"id": "dimm0", "addr": HIGH + 4 * PAGE, "size": 2 * PAGE}
+    sides.source.memory_devices = [{"type": "dimm", "data": data}]
+    sides.lose(page)
+    assert [difference.device for difference in sides.check().differences] == [dimm]
+
+
+@pytest.mark.parametrize(
+    ("lost", "more", "noted"),
+    [
+        ((2, 6), {}, True),
+        ((), {}, False),
+        ((ROM_PAGE,), {}, False),
+        ((2,), {"kvm": True}, False),
+        ((2,), {"ram_blocks": "Error"}, False),
+        ((2,), {"version": "11.2.0"}, False),
+    ],
+)
+def test_what_tcg_loses_is_noted(
+    sides: Sides, lost: tuple[int, ...], more: Mapping[str, Any], noted: bool
+) -> None:
+    sides.source.version, sides.source.ram_blocks = "7.2.22", RAM_BLOCKS
+    for name, value in more.items():
+        setattr(sides.source, name, value)
+    sides.lose(*lost)
+    notes = sides.check().notes
+    assert len(notes) == noted
+    assert all("write to RAM block ram0, because its size, 256 KiB" in note for note in notes)
+
+
+def balloon(**options: bool) -> dict[str, list[dict[str, str]]]:
+    """What QEMU tells of a balloon with `options`."""
+    folder = "/machine/peripheral"
+    return {
+        folder: [{"name": "b", "type": "child<virtio-balloon-device>"}],
+        f"{folder}/b": [{"name": name.replace("_", "-"), "type": "bool"} for name in options],
+    }
+
+
+HINTED = "a page that was sent, freed by the guest and hinted then differs as well"
+UNDECIDED = "whether the undecided pages are lost or given back cannot be seen from outside"
+
+
+@pytest.mark.parametrize(
+    ("qom", "page_there", "exit_code", "notes"),
+    [
+        ({}, 3, 1, []),
+        (balloon(free_page_reporting=True), 3, 1, []),
+        (balloon(free_page_hint=True), 3, 1, [HINTED]),
+        (balloon(free_page_hint=True), None, 3, [UNDECIDED]),
+        (balloon(free_page_reporting=True), None, 1, []),
+    ],
+)
+def test_what_a_balloon_may_have_done_is_noted(
+    sides: Sides,
+    qom: dict[str, list[dict[str, str]]],
+    page_there: int | None,
+    exit_code: int,
+    notes: list[str],
+) -> None:
+    """Where not one page of a block has reached the destination, a hint may have withheld it."""
+    sides.source.qom = qom
+    sides.lose(2)
+    if page_there is not None:
+        for qemu in (sides.source, sides.destination):
+            os.pwrite(qemu.ram_fd, b"same", page_there * PAGE)
+    found = sides.check()
+    assert found.exit_code == exit_code
+    assert len(found.notes) == len(notes)
+    assert all(note in text for note, text in zip(notes, found.notes, strict=True))
+
+
+def test_a_balloon_of_the_destination_has_given_nothing_back(sides: Sides) -> None:
+    sides.destination.qom = balloon(free_page_hint=True)
+    sides.lose(2)
+    found = sides.check()
+    assert (found.exit_code, list(found.discarders)) == (1, [])
+
+
+def test_only_the_first_ten_thousand_pages_are_looked_into(sides: Sides) -> None:
+    low = 9_999
+    with ram_fd((low + 3) * PAGE) as ours, ram_fd((low + 3) * PAGE) as theirs:
+        regions = [
+            MapRegion(0, low * PAGE, "ram", "ram0"),
+            MapRegion(HIGH, 3 * PAGE, "ram", "ram0", low * PAGE),
+        ]
+        for qemu, fd in ((sides.source, ours), (sides.destination, theirs)):
+            mapped = simulated(sides.stack, "some", fd)
+            qemu.hvas = {0: mapped.hvas[0], HIGH: mapped.hvas[0] + low * PAGE}
+            qemu.regions, qemu.backends = regions, []
+        for page in range(low + 3):
+            os.pwrite(ours, b"lost", page * PAGE)
+        found = sides.check()
+    assert (found.differing, len(found.differences)) == (low + 3, 10_000)
+    assert places(found)[-1] == (HIGH, "ram0", low)

@@ -1,0 +1,184 @@
+"""When a check of two QEMUs' RAM is refused, though each page that it compares may be equal."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dmaproof.errors import UntestableError, UsageError
+from qmp_tools.memory.physical_map import MapRegion
+from qmp_tools.ram_check.check import Check, check, check_attached
+from qmp_tools.ram_check.migrated import GuestHasRunError, NotMigratedError
+from qmp_tools.testbed.ring_driver import PAGE, ram_fd
+from support.simulated_qemu import SimulatedQemu
+
+PAGES = 4
+REGION = MapRegion(0, PAGES * PAGE, "ram", "ram0")
+
+
+class Sides:
+    """The source and the destination of a migration; their QEMUs have to save their RAM."""
+
+    def __init__(self, stack: ExitStack, folder: Path) -> None:
+        self._folder = folder
+        self.source, self.destination = (
+            SimulatedQemu(
+                name=f"{name} QEMU",
+                ram_fd=stack.enter_context(ram_fd(PAGES * PAGE)),
+                regions=[REGION],
+                hvas={0: hva},
+                state=state,
+                migration=migration,
+                socket_path=Path(name),
+            )
+            for name, hva, state, migration in (
+                ("source", 0x10000, "postmigrate", {"status": "completed", "ram": {}}),
+                ("destination", 0x90000, "paused", {"status": "completed"}),
+            )
+        )
+
+    def check(self, *, expect_migration: bool = True) -> Check:
+        return asyncio.run(
+            check_attached(
+                self.source.attached,
+                self.destination.attached,
+                self._folder,
+                expect_migration=expect_migration,
+            )
+        )
+
+
+@pytest.fixture
+def sides(tmp_path: Path) -> Iterator[Sides]:
+    with ExitStack() as stack:
+        yield Sides(stack, tmp_path)
+
+
+def test_the_sides_of_a_migration_are_compared(sides: Sides) -> None:
+    found = sides.check()
+    assert (found.exit_code, found.pages, found.notes) == (0, PAGES, [])
+    assert (found.source.socket, found.destination.socket) == ("source", "destination")
+    assert (found.source.status, found.destination.status) == ("postmigrate", "paused")
+    assert found.source.saved_bytes == found.destination.saved_bytes == PAGES * PAGE
+
+
+def source_is_resumed(sides: Sides) -> None:
+    sides.source.state = "running"
+
+
+def destination_is_resumed(sides: Sides) -> None:
+    sides.destination.state = "running"
+
+
+def destination_has_run(sides: Sides) -> None:
+    sides.destination.translation_blocks = 1
+
+
+RUNS = pytest.mark.parametrize(
+    "run", [source_is_resumed, destination_is_resumed, destination_has_run]
+)
+
+
+@RUNS
+def test_a_guest_that_runs_during_the_comparison_is_refused(
+    sides: Sides, run: Callable[[Sides], None]
+) -> None:
+    sides.destination.on_save = lambda: run(sides)
+    with pytest.raises(GuestHasRunError):
+        sides.check()
+    assert sides.destination.saves == 1
+
+
+@RUNS
+def test_a_guest_that_ran_before_is_refused_before_its_ram_is_read(
+    sides: Sides, run: Callable[[Sides], None]
+) -> None:
+    run(sides)
+    with pytest.raises(GuestHasRunError):
+        sides.check()
+    assert sides.source.saves == sides.destination.saves == 0
+
+
+@pytest.mark.parametrize("run", [source_is_resumed, destination_is_resumed])
+def test_without_a_migration_too_no_guest_may_run_during_the_comparison(
+    sides: Sides, run: Callable[[Sides], None]
+) -> None:
+    sides.source.migration = sides.destination.migration = {}
+    sides.destination.on_save = lambda: run(sides)
+    with pytest.raises(UntestableError, match="is running"):
+        sides.check(expect_migration=False)
+    assert sides.destination.saves == 1
+
+
+def test_without_a_migration_paused_guests_are_compared_whatever_they_did(sides: Sides) -> None:
+    sides.source.migration = sides.destination.migration = {}
+    sides.destination.translation_blocks = 7
+    found = sides.check(expect_migration=False)
+    assert found.exit_code == 0
+    assert found.notes == ["no migration was expected, and so none was looked for"]
+
+
+def test_guests_that_never_migrated_are_refused_where_a_migration_is_expected(
+    sides: Sides,
+) -> None:
+    sides.source.migration = sides.destination.migration = {}
+    with pytest.raises(NotMigratedError):
+        sides.check()
+
+
+def test_a_difference_proves_nothing_where_the_guest_may_have_run(sides: Sides) -> None:
+    os.pwrite(sides.source.ram_fd, b"lost", 2 * PAGE)
+    sides.destination.translation_blocks = None
+    with pytest.raises(GuestHasRunError, match="1 of 4 pages differ, but whether"):
+        sides.check()
+
+
+def test_equal_pages_prove_enough_where_the_guest_may_have_run(sides: Sides) -> None:
+    sides.destination.translation_blocks = None
+    assert sides.check().exit_code == 0
+
+
+def test_a_difference_counts_where_no_migration_was_expected(sides: Sides) -> None:
+    os.pwrite(sides.source.ram_fd, b"lost", 2 * PAGE)
+    sides.destination.translation_blocks = None
+    found = sides.check(expect_migration=False)
+    assert (found.exit_code, found.differing) == (1, 1)
+
+
+def test_a_lost_page_is_placed(sides: Sides) -> None:
+    os.pwrite(sides.source.ram_fd, b"lost", 2 * PAGE)
+    (difference,) = sides.check().differences
+    assert (difference.gpa, difference.region, difference.offset) == (2 * PAGE, "ram0", 2 * PAGE)
+    assert difference.bytes_differing == 4
+
+
+def test_guests_of_different_size_are_refused(sides: Sides) -> None:
+    sides.destination.regions = [replace(REGION, length=3 * PAGE)]
+    with pytest.raises(UntestableError, match=r"source has 16 KiB .* destination 12 KiB"):
+        sides.check()
+
+
+def test_two_sockets_of_one_qemu_are_refused(sides: Sides) -> None:
+    sides.destination.hvas = sides.source.hvas
+    with pytest.raises(UsageError, match="both sockets are the same QEMU's"):
+        sides.check()
+
+
+def test_sockets_that_a_supervisor_opened_may_be_of_two_qemus(sides: Sides) -> None:
+    """They have its process id in common, but not their host addresses."""
+    assert sides.source.pid == sides.destination.pid
+    assert sides.check().exit_code == 0
+
+
+def test_one_socket_is_not_two_sides(tmp_path: Path) -> None:
+    socket = tmp_path / "qmp"
+    socket.touch()
+    (tmp_path / "link").symlink_to(socket)
+    with pytest.raises(UsageError, match="is given for both sides"):
+        asyncio.run(check(socket, tmp_path / "link"))

@@ -22,6 +22,7 @@ class SimulatedQemu:
 
     `hvas` has the host address of a region by its GPA. `on_save` is called whenever QEMU saves a
     piece of its RAM, before it does. `saves` counts these pieces. Each property in `qom` is true.
+    `thread` is the thread of its vCPU, where that is not the process's first.
     """
 
     name: str
@@ -29,6 +30,8 @@ class SimulatedQemu:
     regions: Sequence[MapRegion]
     hvas: Mapping[int, int]
     pid: int = 0
+    thread: int | None = None
+    has_vcpus: bool = True
     state: str = "postmigrate"
     migration: dict[str, Any] = field(default_factory=lambda: {"status": "completed"})
     translation_blocks: int | None = 0
@@ -57,9 +60,9 @@ class SimulatedQemu:
         if command == "pmemsave":
             self.on_save()
             self.saves += 1
-            return self._save(arguments["val"], arguments["size"], Path(arguments["filename"]))
+            return self.save(arguments["val"], arguments["size"], Path(arguments["filename"]))
         return {
-            "query-cpus-fast": [{"thread-id": self.pid}],
+            "query-cpus-fast": [{"thread-id": self.thread or self.pid}] * self.has_vcpus,
             "query-kvm": {"enabled": self.kvm},
             "query-memdev": self.backends,
             "query-memory-devices": self.memory_devices,
@@ -92,6 +95,7 @@ class SimulatedQemu:
         ]
         return "\n".join(["FlatView #0", ' AS "memory", root: system', *lines, ""])
 
-    def _save(self, gpa: int, length: int, file: Path) -> None:
+    def save(self, gpa: int, length: int, file: Path) -> None:
+        """Write `length` bytes of its RAM, from `gpa` on, to a file."""
         region = next(region for region in self.regions if region.gpa <= gpa < region.end)
         file.write_bytes(os.pread(self.ram_fd, length, region.offset + gpa - region.gpa))

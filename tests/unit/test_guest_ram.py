@@ -1,0 +1,301 @@
+"""Where the bytes of a guest's RAM are read, whichever way leads to them.
+
+Each page of the RAM has its own number in it, so a wrong offset reads a wrong number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dmaproof.errors import UntestableError
+from dmaproof.page_compare import Extent
+from qmp_tools.memory.copied_memory import process_memory
+from qmp_tools.memory.guest_ram import GuestRam, guest_ram
+from qmp_tools.memory.physical_map import MapRegion
+from qmp_tools.memory.process_memory import SharedMemory, mappings_of
+from qmp_tools.qemu.qmp import QmpRefusal
+from qmp_tools.testbed.ring_driver import PAGE, ram_fd
+from support.simulated_qemu import SimulatedQemu
+
+PAGES = 16
+HIGH = 1 << 32
+LOW_REGION = MapRegion(0, 4 * PAGE, "ram", "ram0")
+CONTAINER = MapRegion(8 * PAGE, PAGE, "container", "pci")
+HIGH_REGION = MapRegion(HIGH, 6 * PAGE, "ram", "ram0", 8 * PAGE)
+"""Pages 4 to 7 of the backend are hidden, and 14 and 15 are behind the last region."""
+REGIONS = [LOW_REGION, CONTAINER, HIGH_REGION]
+FILE_PAGE = 3
+"""The page of the file at which the backend begins."""
+
+
+class Ram:
+    """A guest's RAM in a file and in the memory of this process, and the QEMU that has it."""
+
+    def __init__(self, stack: ExitStack, folder: Path) -> None:
+        self.fd = stack.enter_context(ram_fd((FILE_PAGE + PAGES) * PAGE))
+        self.saved_fd = stack.enter_context(ram_fd(PAGES * PAGE))
+        self.private = mmap.mmap(-1, PAGES * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.private.madvise(mmap.MADV_NOHUGEPAGE)
+        for page in range(PAGES):
+            content = bytes([page + 1]) * PAGE
+            os.pwrite(self.fd, content, (FILE_PAGE + page) * PAGE)
+            self.private[page * PAGE : (page + 1) * PAGE] = content
+        hva = ctypes.addressof(ctypes.c_char.from_buffer(self.private))
+        self.hvas = {0: hva, HIGH: hva + 8 * PAGE}
+        self.folder = folder
+        self.qemu = SimulatedQemu("source QEMU", self.saved_fd, REGIONS, self.hvas, pid=os.getpid())
+        mappings = mappings_of(os.getpid(), "me")
+        self.process = stack.enter_context(process_memory(os.getpid(), "me", mappings))
+
+    def _guest_ram(self, **more: Any) -> GuestRam:
+        parts: dict[str, Any] = {"shared": {}, "process": None, "hvas": [*self.hvas.values()]}
+        return GuestRam(
+            qemu=self.qemu.attached,
+            regions=REGIONS,
+            backends={"ram0": PAGES * PAGE},
+            dimms={},
+            folder=self.folder,
+            **{**parts, **more},
+        )
+
+    def in_file(self) -> GuestRam:
+        """RAM that QEMU shares."""
+        places = {LOW_REGION: FILE_PAGE * PAGE, HIGH_REGION: (FILE_PAGE + 8) * PAGE}
+        return self._guest_ram(
+            shared={region: SharedMemory(self.fd, at, 0, 0) for region, at in places.items()}
+        )
+
+    def in_process(self) -> GuestRam:
+        """RAM that is copied from QEMU's process."""
+        return self._guest_ram(process=self.process)
+
+    def saved(self) -> GuestRam:
+        """RAM that QEMU saves, as its process may not be read."""
+        os.pwrite(self.saved_fd, self.private[:], 0)
+        return self._guest_ram()
+
+
+@pytest.fixture
+def ram(tmp_path: Path) -> Iterator[Ram]:
+    with ExitStack() as stack:
+        yield Ram(stack, tmp_path)
+
+
+def numbers(extent: Extent, pages: int) -> list[int]:
+    """The numbers in the first bytes of `pages` pages of an extent."""
+    return [os.pread(extent.fd, 1, extent.offset + page * PAGE)[0] - 1 for page in range(pages)]
+
+
+def read(guest: GuestRam, region: MapRegion, gpa: int, pages: int) -> list[int]:
+    """The numbers of the pages from `gpa` on."""
+
+    async def read_extent() -> list[int]:
+        async with guest.extent(region, gpa, pages * PAGE) as extent:
+            return numbers(extent, pages)
+
+    return asyncio.run(read_extent())
+
+
+WAYS = pytest.mark.parametrize("way", [Ram.in_file, Ram.in_process, Ram.saved])
+
+
+@WAYS
+def test_a_guest_physical_address_is_read_where_its_region_has_it(
+    ram: Ram, way: Callable[[Ram], GuestRam]
+) -> None:
+    guest = way(ram)
+    assert read(guest, LOW_REGION, 0, 4) == [0, 1, 2, 3]
+    assert read(guest, LOW_REGION, 2 * PAGE, 2) == [2, 3]
+    assert read(guest, HIGH_REGION, HIGH, 6) == [8, 9, 10, 11, 12, 13]
+    assert read(guest, HIGH_REGION, HIGH + 5 * PAGE, 1) == [13]
+
+
+@pytest.mark.parametrize("way", [Ram.in_file, Ram.in_process])
+@pytest.mark.parametrize(
+    ("region", "page"),
+    [(LOW_REGION, 4), (LOW_REGION, 6), (HIGH_REGION, 4), (HIGH_REGION, 7), (HIGH_REGION, 15)],
+)
+def test_memory_that_the_map_hides_is_read_from_any_region_of_its_backend(
+    ram: Ram, way: Callable[[Ram], GuestRam], region: MapRegion, page: int
+) -> None:
+    extent = asyncio.run(way(ram).backend_extent(region, page * PAGE, PAGE))
+    assert extent is not None
+    assert numbers(extent, 1) == [page]
+
+
+def test_memory_that_the_map_hides_is_beyond_qemus_own_saving(ram: Ram) -> None:
+    assert asyncio.run(ram.saved().backend_extent(LOW_REGION, 4 * PAGE, PAGE)) is None
+    assert ram.qemu.saves == 0
+
+
+def test_memory_without_a_host_address_is_not_read_from_the_process(ram: Ram) -> None:
+    guest = replace(ram.in_process(), hvas=[None, ram.hvas[HIGH]])
+    assert asyncio.run(guest.backend_extent(LOW_REGION, 0, PAGE)) is None
+    assert asyncio.run(guest.backend_extent(HIGH_REGION, 8 * PAGE, PAGE)) is not None
+    assert guest.copied == [HIGH_REGION]
+
+
+def test_memory_that_is_not_mapped_is_not_read_from_the_process(ram: Ram) -> None:
+    guest = replace(ram.in_process(), hvas=[PAGE, ram.hvas[HIGH]])
+    assert asyncio.run(guest.backend_extent(LOW_REGION, 0, PAGE)) is None
+
+
+def test_which_regions_are_copied(ram: Ram) -> None:
+    assert ram.in_process().copied == [LOW_REGION, HIGH_REGION]
+    assert ram.in_file().copied == ram.saved().copied == []
+    shared = ram.in_file().shared
+    mixed = replace(ram.in_process(), shared={LOW_REGION: shared[LOW_REGION]})
+    assert mixed.copied == [HIGH_REGION]
+
+
+@WAYS
+def test_the_length_is_that_of_the_ram_alone(ram: Ram, way: Callable[[Ram], GuestRam]) -> None:
+    assert way(ram).length == 10 * PAGE
+
+
+def test_absent_pages_are_found_where_the_ram_is(ram: Ram) -> None:
+    ram.private.madvise(mmap.MADV_DONTNEED, 9 * PAGE, PAGE)
+    found = ram.in_process().absent(HIGH_REGION, HIGH + PAGE, 2)
+    assert (found.absent.tolist(), found.certain) == ([True, False], True)
+    with ram_fd((FILE_PAGE + PAGES) * PAGE) as sparse:
+        os.pwrite(sparse, b"here", (FILE_PAGE + 9) * PAGE)
+        shared = {HIGH_REGION: SharedMemory(sparse, (FILE_PAGE + 8) * PAGE, 0, 0)}
+        found = replace(ram.in_file(), shared=shared).absent(HIGH_REGION, HIGH + PAGE, 2)
+    assert (found.absent.tolist(), found.certain) == ([False, True], True)
+
+
+def test_what_is_absent_is_unknown_where_the_process_may_not_be_read(ram: Ram) -> None:
+    found = ram.saved().absent(LOW_REGION, 0, 2)
+    assert (found.absent.tolist(), found.certain) == ([False, False], False)
+
+
+def descriptors() -> int:
+    """How many descriptors this process has open."""
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def test_a_piece_that_qemu_saved_leaves_neither_a_file_nor_a_descriptor(ram: Ram) -> None:
+    guest = ram.saved()
+    before = descriptors()
+    read(guest, HIGH_REGION, HIGH, 2)
+    assert [*ram.folder.iterdir()] == []
+    assert descriptors() == before
+
+
+def test_a_piece_that_is_not_there_is_told(ram: Ram, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ram.qemu, "save", lambda *_: None)
+    with pytest.raises(UntestableError, match="it is not there: QEMU has another file system"):
+        read(ram.saved(), LOW_REGION, 0, 1)
+
+
+def save_too_little(gpa: int, length: int, file: Path) -> None:
+    file.write_bytes(bytes(length - 1))
+
+
+def save_a_link(gpa: int, length: int, file: Path) -> None:
+    target = file.with_name("secret")
+    target.write_bytes(bytes(length))
+    file.symlink_to(target)
+
+
+def save_a_pipe(gpa: int, length: int, file: Path) -> None:
+    os.mkfifo(file)
+
+
+def save_a_device(gpa: int, length: int, file: Path) -> None:
+    file.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("save", [save_too_little, save_a_link, save_a_pipe, save_a_device])
+def test_only_a_plain_file_of_the_right_length_is_a_saved_piece(
+    ram: Ram, monkeypatch: pytest.MonkeyPatch, save: Callable[[int, int, Path], None]
+) -> None:
+    guest = ram.saved()
+    before = descriptors()
+    monkeypatch.setattr(ram.qemu, "save", save)
+    with pytest.raises(UntestableError, match="it is not there"):
+        read(guest, LOW_REGION, 0, 1)
+    assert descriptors() == before
+
+
+def test_a_qemu_that_cannot_save_its_memory_is_told(ram: Ram) -> None:
+    def refuse() -> None:
+        raise QmpRefusal("source QEMU refused pmemsave: Permission denied")
+
+    ram.qemu.on_save = refuse
+    with pytest.raises(UntestableError, match=r"Permission denied\. QEMU has to save its memory"):
+        read(ram.saved(), LOW_REGION, 0, 1)
+
+
+def found_in(ram: Ram, folder: Path) -> tuple[GuestRam, int]:
+    """What `guest_ram` finds of the QEMU, and the mode of the folder for its saved pieces."""
+
+    async def find() -> tuple[GuestRam, int]:
+        async with guest_ram(ram.qemu.attached, folder) as found:
+            return found, found.folder.stat().st_mode & 0o777
+
+    return asyncio.run(find())
+
+
+def test_a_qemu_is_asked_for_its_ram(ram: Ram, tmp_path: Path) -> None:
+    dimm = {"id": "dimm0", "addr": HIGH, "size": PAGE}
+    virtio = {"memaddr": 2 * HIGH, "size": 2 * PAGE}
+    ram.qemu.memory_devices = [
+        {"type": "dimm", "data": dimm},
+        {"type": "virtio-mem", "data": virtio},
+        {"type": "sgx-epc", "data": {"id": "epc"}},
+        {"type": "other", "data": {"size": PAGE}},
+    ]
+    ram.qemu.backends = [{"id": "ram0", "size": PAGES * PAGE}, {"size": PAGE}]
+    found, mode = found_in(ram, tmp_path)
+    assert found.regions == REGIONS
+    assert found.hvas == [ram.hvas[0], ram.hvas[HIGH]]
+    assert found.backends == {"ram0": PAGES * PAGE}
+    assert found.dimms == {
+        "dimm0": (HIGH, PAGE),
+        "virtio-mem": (2 * HIGH, 2 * PAGE),
+        "other": (0, PAGE),
+    }
+    assert found.process is not None
+    assert (found.folder, mode) == (tmp_path / "source", 0o700)
+
+
+def test_ram_in_a_file_is_found_by_its_host_address(ram: Ram, tmp_path: Path) -> None:
+    with mmap.mmap(ram.fd, 16 * PAGE) as mapping:
+        hva = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        ram.qemu.hvas = {0: ram.hvas[0], HIGH: hva + 9 * PAGE}
+        found, _ = found_in(ram, tmp_path)
+    assert {region: it.offset for region, it in found.shared.items()} == {HIGH_REGION: 9 * PAGE}
+
+
+def test_ram_that_qemu_does_not_place_has_no_host_address(ram: Ram, tmp_path: Path) -> None:
+    ram.qemu.hvas = {HIGH: ram.hvas[HIGH]}
+    found, _ = found_in(ram, tmp_path)
+    assert found.hvas == [None, ram.hvas[HIGH]]
+    assert found.copied == [HIGH_REGION]
+
+
+@pytest.mark.parametrize(("pid", "thread"), [(0, None), (os.getpid(), os.getppid())])
+def test_a_process_that_is_not_known_to_be_qemu_is_not_read(
+    ram: Ram, tmp_path: Path, pid: int, thread: int | None
+) -> None:
+    """The process that listens at the socket may be a supervisor, without QEMU's vCPU threads."""
+    ram.qemu.pid, ram.qemu.thread = pid, thread
+    found, _ = found_in(ram, tmp_path)
+    assert (found.process, found.copied, found.shared) == (None, [], {})
+
+
+def test_a_qemu_without_vcpus_is_read(ram: Ram, tmp_path: Path) -> None:
+    ram.qemu.has_vcpus = False
+    found, _ = found_in(ram, tmp_path)
+    assert found.process is not None

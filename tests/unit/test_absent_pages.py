@@ -1,0 +1,140 @@
+"""Which pages of memory hold nothing, by what the kernel tells of each of them."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+
+from dmaproof.page_compare import Extent
+from qmp_tools.memory.absent_pages import absent_in_file, absent_in_process
+from qmp_tools.memory.process_memory import Mapping, mappings_of
+from qmp_tools.testbed.ring_driver import PAGE, ram_fd
+
+ME = os.getpid()
+
+
+def address_of(mapping: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+
+
+@pytest.fixture
+def private() -> mmap.mmap:
+    """Four pages of private memory, without huge pages, each full of its own number from 1 on."""
+    memory = mmap.mmap(-1, 4 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    memory[:] = b"".join(bytes([page]) * PAGE for page in range(1, 5))
+    return memory
+
+
+def absent_here(memory: mmap.mmap, first: int, pages: int) -> list[bool]:
+    hva = address_of(memory) + first * PAGE
+    found = absent_in_process(ME, mappings_of(ME, "me"), hva, pages)
+    return [bool(each) for each in found.absent]
+
+
+def test_absent_pages_are_counted_from_the_address(private: mmap.mmap) -> None:
+    private.madvise(mmap.MADV_DONTNEED, 2 * PAGE, PAGE)
+    assert absent_here(private, 0, 4) == [False, False, True, False]
+    assert absent_here(private, 2, 2) == [True, False]
+
+
+def test_memory_before_or_behind_a_mapping_is_not_certain(private: mmap.mmap) -> None:
+    hva = address_of(private)
+    mapping = Mapping(hva + PAGE, hva + 3 * PAGE, False, 0, 0, "")
+    for first, pages in ((0, 2), (2, 2), (0, 4)):
+        found = absent_in_process(ME, [mapping], hva + first * PAGE, pages)
+        assert (found.absent.tolist(), found.certain) == ([False] * pages, False)
+
+
+@pytest.mark.parametrize(
+    ("word", "merged", "absent"),
+    [
+        (0, "0", True),
+        (1 << 63, "0", True),  # the zero page, which others have mapped too
+        (1 << 63 | 1 << 56, "0", False),
+        (1 << 63, "1", False),  # or it is one that KSM has merged
+        (1 << 63 | 1 << 61 | 1 << 56, "0", True),  # a page of a file
+        (1 << 62, "0", False),
+        (1 << 62 | 1 << 61, "0", False),
+        (1 << 61, "0", True),
+        (1 << 63, None, True),
+    ],
+)
+def test_what_the_kernel_tells_of_a_page(
+    private: mmap.mmap,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    word: int,
+    merged: str | None,
+    absent: bool,
+) -> None:
+    ksm = tmp_path / "pages_sharing"
+    if merged is not None:
+        ksm.write_text(f"{merged}\n")
+    monkeypatch.setattr("qmp_tools.memory.absent_pages._KSM_PAGES", ksm)
+    monkeypatch.setattr(os, "pread", lambda *_: word.to_bytes(8, "little"))
+    assert absent_here(private, 0, 1) == [absent]
+
+
+def test_what_the_kernel_tells_too_little_of_is_not_certain(
+    private: mmap.mmap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "pread", lambda *_: bytes(8))
+    found = absent_in_process(ME, mappings_of(ME, "me"), address_of(private), 2)
+    assert (found.absent.tolist(), found.certain) == ([False, False], False)
+
+
+def smaps(start: int, end: int, **values: int) -> str:
+    lines = [f"{start:x}-{end:x} rw-p 00000000 00:00 0"]
+    return "\n".join([*lines, *(f"{key}: {value} kB" for key, value in values.items()), ""])
+
+
+FLAGS = "VmFlags: rd wr\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "own", "behind", "certain"),
+    [
+        ({}, {"AnonHugePages": 0, "Private_Hugetlb": 0}, {}, True),
+        ({}, {"AnonHugePages": 2048}, {}, False),
+        ({}, {"Private_Hugetlb": 2048}, {}, False),
+        ({}, {"Rss": 4}, {}, True),
+        ({"AnonHugePages": 2048}, {"AnonHugePages": 0}, {"AnonHugePages": 2048}, True),
+        ({"AnonHugePages": 0}, None, {"AnonHugePages": 0}, False),
+    ],
+)
+def test_only_huge_pages_of_its_own_mapping_leave_it_open_what_is_absent(
+    private: mmap.mmap,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    before: dict[str, int],
+    own: dict[str, int] | None,
+    behind: dict[str, int],
+    certain: bool,
+) -> None:
+    hva = address_of(private)
+    mapping = Mapping(hva, hva + 4 * PAGE, False, 0, 0, "")
+    text = smaps(PAGE, 2 * PAGE, **before) + FLAGS
+    if own is not None:
+        text += smaps(mapping.start, mapping.end, **own) + FLAGS
+    (tmp_path / "smaps").write_text(text + smaps(1 << 47, 1 << 48, **behind) + FLAGS)
+    monkeypatch.setattr(
+        "qmp_tools.memory.absent_pages.Path",
+        lambda path: tmp_path / "smaps" if path.endswith("/smaps") else Path(path),
+    )
+    assert absent_in_process(ME, [mapping], hva, 4).certain == certain
+
+
+def test_data_behind_the_part_that_is_looked_at_is_none_of_it() -> None:
+    with ram_fd(8 * PAGE) as fd:
+        for page in (0, 4):
+            os.pwrite(fd, b"data", page * PAGE)
+        assert absent_in_file(Extent(fd, PAGE), 3).absent.tolist() == [True] * 3
+        assert absent_in_file(Extent(fd, PAGE), 4).absent.tolist() == [True] * 3 + [False]
+        os.pwrite(fd, b"data", 5 * PAGE)
+        assert absent_in_file(Extent(fd, 3 * PAGE), 2).absent.tolist() == [True, False]
+        assert absent_in_file(Extent(fd, 4 * PAGE), 1).absent.tolist() == [False]

@@ -1,0 +1,247 @@
+"""Where memory of a process is found and copied, at the edges of mappings, files and reads."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dmaproof.errors import UntestableError
+from qmp_tools.memory.copied_memory import PIECE_BYTES, ProcessMemory, process_memory
+from qmp_tools.memory.process_memory import (
+    Mapping,
+    has_thread,
+    mappings_of,
+    shared_memory,
+    user_and_group,
+)
+from qmp_tools.memory.ram import RamFile, compare, copied, ram_file
+from qmp_tools.testbed.ring_driver import PAGE, ram_fd
+
+ME = os.getpid()
+
+
+def address_of(mapping: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+
+
+def descriptors() -> int:
+    """How many descriptors this process has open."""
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+@pytest.fixture
+def private() -> mmap.mmap:
+    """Four pages of private memory, without huge pages, each full of its own number from 1 on."""
+    memory = mmap.mmap(-1, 4 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    memory[:] = b"".join(bytes([page]) * PAGE for page in range(1, 5))
+    return memory
+
+
+def test_a_copy_goes_on_where_a_short_read_ended(
+    private: mmap.mmap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read of a process's memory may end at any page."""
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: preadv(fd, [buffers[0][:PAGE]], at))
+    with process_memory(ME, "me", mappings_of(ME, "me")) as memory:
+        assert memory is not None
+        fd, offset = memory.copy(address_of(private), 3 * PAGE + 5)
+        assert os.pread(fd, 4 * PAGE, offset) == private[: 3 * PAGE + 5] + bytes(PAGE - 5)
+
+
+def test_where_a_copy_ended_is_told(private: mmap.mmap, monkeypatch: pytest.MonkeyPatch) -> None:
+    preadv = os.preadv
+    hva = address_of(private)
+
+    def fail_behind_a_page(fd: int, buffers: Any, at: int) -> int:
+        return preadv(fd if at < hva + PAGE else -1, [buffers[0][:PAGE]], at)
+
+    monkeypatch.setattr(os, "preadv", fail_behind_a_page)
+    with process_memory(ME, "me", mappings_of(ME, "me")) as memory:
+        assert memory is not None
+        with pytest.raises(UntestableError, match=f"at host address {hva + PAGE:#x}"):
+            memory.copy(hva, 2 * PAGE)
+
+
+def test_a_process_that_ends_meanwhile_is_told(
+    private: mmap.mmap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "preadv", lambda *_: 0)
+    with process_memory(ME, "it", mappings_of(ME, "me")) as memory:
+        assert memory is not None
+        with pytest.raises(UntestableError, match="it went away while its memory was read"):
+            memory.copy(address_of(private), PAGE)
+
+
+def test_a_copy_of_one_byte_is_enough(private: mmap.mmap) -> None:
+    with process_memory(ME, "me", mappings_of(ME, "me")) as memory:
+        assert memory is not None
+        fd, offset = memory.copy(address_of(private) + PAGE, 1)
+        assert os.pread(fd, 2, offset) == b"\x02\0"
+
+
+def test_copies_have_room_for_a_whole_piece_and_leave_no_descriptor() -> None:
+    before = descriptors()
+    with process_memory(ME, "me", []) as memory:
+        assert memory is not None
+        assert os.fstat(memory.copy(0, 0).fd).st_size == PIECE_BYTES == 64 << 20
+    assert descriptors() == before
+
+
+@pytest.mark.parametrize(
+    ("hva", "length", "found"),
+    [
+        (0x1000, 0x1000, True),
+        (0x1FFF, 1, True),
+        (0x0FFF, 1, False),
+        (0x2000, 1, False),
+        (0x1000, 0x1001, False),
+    ],
+)
+def test_a_mapping_has_what_is_before_its_end(
+    private: mmap.mmap, hva: int, length: int, found: bool
+) -> None:
+    memory = ProcessMemory("me", [Mapping(0x1000, 0x2000, False, 0, 0, "")], -1, -1, private)
+    assert memory.has(hva, length) == found
+
+
+def test_a_mapping_that_begins_where_another_ends_has_its_first_byte(private: mmap.mmap) -> None:
+    """What ends there is no part of it, though it may come first."""
+    mappings = [Mapping(0x1000, 0x2000, False, 0, 0, ""), Mapping(0x2000, 0x3000, False, 0, 0, "")]
+    assert ProcessMemory("me", mappings, -1, -1, private).has(0x2000, 0x1000)
+
+
+def status_of(folder: Path, text: str) -> Callable[[str], Path]:
+    """A /proc in which every process has that status; for `monkeypatch`."""
+    (folder / "status").write_text(text)
+    return lambda path: folder
+
+
+def test_the_user_and_group_are_those_of_the_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the four numbers (real, effective, saved, file system) the last counts."""
+    text = "Name:\tqemu\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\n"
+    monkeypatch.setattr("qmp_tools.memory.process_memory.Path", status_of(tmp_path, text))
+    assert user_and_group(1) == (4, 8)
+
+
+def test_a_thread_in_a_namespace_knows_itself_by_its_innermost_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for thread, text in ((300, "NSpid:\t300\t9\t4\n"), (301, "")):
+        task = tmp_path / str(thread)
+        task.mkdir()
+        (task / "status").write_text(text)
+    (tmp_path / "302").mkdir()  # it has ended
+    monkeypatch.setattr("qmp_tools.memory.process_memory.Path", lambda path: tmp_path)
+    found = [thread for thread in (300, 9, 4, 301, 302) if has_thread(1, thread)]
+    assert found == [4]
+
+
+def test_shared_memory_is_read_by_its_own_file_and_closed_again() -> None:
+    """Other files are open too, one of them of the same name."""
+    with ram_fd(4 * PAGE) as other, ram_fd(4 * PAGE) as fd, mmap.mmap(fd, 4 * PAGE) as mapping:
+        os.pwrite(other, b"other", 0)
+        os.pwrite(fd, b"right", 0)
+        before = descriptors()
+        with shared_memory(ME, mappings_of(ME, "me"), address_of(mapping), PAGE) as memory:
+            assert memory is not None
+            assert os.pread(memory.fd, 5, memory.offset) == b"right"
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.write(memory.fd, b"!")
+        assert descriptors() == before
+
+
+@pytest.mark.parametrize("wrong", [{"inode": 1}, {"path": "/memfd:else (deleted)"}])
+def test_a_file_that_is_open_is_taken_by_its_inode_and_its_name(wrong: dict[str, Any]) -> None:
+    """Inode numbers repeat from one file system to the next."""
+    with ram_fd(PAGE) as fd, mmap.mmap(fd, PAGE) as mapping:
+        hva = address_of(mapping)
+        (here,) = (it for it in mappings_of(ME, "me") if it.start == hva)
+        other = replace(here, start=PAGE, end=2 * PAGE, **wrong)  # so not by /proc/PID/map_files
+        with shared_memory(ME, [other], PAGE, PAGE) as memory:
+            assert memory is None
+        right = replace(here, start=PAGE, end=2 * PAGE)
+        with shared_memory(ME, [right], PAGE, PAGE) as memory:
+            assert memory is not None
+
+
+def test_memory_that_only_a_foreign_process_may_open_is_none() -> None:
+    gone = int(Path("/proc/sys/kernel/pid_max").read_text())
+    mapping = Mapping(PAGE, 2 * PAGE, True, 0, 7, "/memfd:it (deleted)")
+    with shared_memory(gone, [mapping], PAGE, PAGE) as memory:
+        assert memory is None
+
+
+BACKEND = "memory-backend-memfd"
+
+
+@contextlib.contextmanager
+def memfd(name: str, pages: int) -> Iterator[int]:
+    """A memfd called `name`."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, pages * PAGE)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def test_the_one_memfd_of_a_process_is_its_ram() -> None:
+    with memfd("other", 1), memfd(BACKEND, 3) as fd:
+        os.pwrite(fd, b"here", PAGE)
+        twice = os.dup(fd)
+        before = descriptors()
+        with ram_file(ME, "me") as ram:
+            assert (ram.inode, ram.pages) == (os.fstat(fd).st_ino, 3)
+            assert ram.read(PAGE, 4) == b"here"
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.write(ram.fd, b"!")
+        assert descriptors() == before
+        os.close(twice)
+
+
+def test_two_memfds_or_none_are_not_a_guests_ram() -> None:
+    with pytest.raises(UntestableError, match="me has 0 memfds for its RAM, not one"):
+        ram_file(ME, "me").__enter__()
+    with (
+        memfd(BACKEND, 1),
+        memfd(BACKEND, 1),
+        pytest.raises(UntestableError, match="me has 2 memfds for its RAM, not one"),
+    ):
+        ram_file(ME, "me").__enter__()
+
+
+def test_a_process_that_has_gone_has_no_ram() -> None:
+    gone = int(Path("/proc/sys/kernel/pid_max").read_text())
+    with pytest.raises(UntestableError, match="the RAM of it cannot be opened"):
+        ram_file(gone, "it").__enter__()
+
+
+def test_a_copy_is_as_long_as_what_it_copies() -> None:
+    """Also where nothing, or not so much as is copied at once, was ever written."""
+    with ram_fd(300 * PAGE) as fd:
+        os.pwrite(fd, b"first", 0)
+        status = os.fstat(fd)
+        ram = RamFile(fd, 299 * PAGE, status.st_dev, status.st_ino)
+        os.pwrite(fd, b"behind", 299 * PAGE)
+        with copied([ram]) as (copy,):
+            assert os.fstat(copy.fd).st_size == 299 * PAGE
+            assert copy.read(0, 5) == b"first"
+
+
+def test_files_of_different_length_are_not_compared() -> None:
+    with ram_fd(2 * PAGE) as fd:
+        ram = RamFile(fd, 2 * PAGE, 0, 0)
+        with pytest.raises(UntestableError, match=r"source has 8192 bytes of RAM, .* 4096"):
+            compare(ram, replace(ram, length=PAGE))

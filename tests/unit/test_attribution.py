@@ -1,0 +1,202 @@
+"""Where a lost page is placed, and which write to it counts, at the edges of slots and writes.
+
+The RAM file begins with what the guest has above 4 GiB, so an address is never its own offset.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+
+from dmaproof.evidence import HARVEST, Evidence, Slot
+from dmaproof.iova_bitmap import IovaRange
+from dmaproof.journal import RECORD, WriteKind
+from dmaproof.trace import TRACED_LINKS, Link, PageEpochs
+from qmp_tools.memory.ram import RamFile, compare
+from qmp_tools.migration.judgement import Blame, EvidenceSource
+from qmp_tools.proof.attribution import LostPage, WrittenPages, attribute, gpa_of, slots_in
+from qmp_tools.proof.sensitivity import Sharpness, measure_sharpness, sharpness_by_guest
+from qmp_tools.testbed.ring_driver import PAGE, ram_fd
+
+PAGES = 8
+LOW, HIGH = 2 * PAGE, 1 << 32
+"""Where the second and the first half of the file are in the guest; 4 pages each."""
+HALF = 4 * PAGE
+ALL_SENT_NS = 1000
+
+
+class Proof:
+    """Both sides' RAM, and the journal of a device that wrote at the source."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        files = []
+        for _ in range(2):
+            fd = stack.enter_context(ram_fd(PAGES * PAGE))
+            status = os.fstat(fd)
+            files.append(RamFile(fd, PAGES * PAGE, status.st_dev, status.st_ino))
+        self.source, self.destination = files
+        identity = (self.source.device, self.source.inode)
+        self.slots = [Slot(HIGH, HALF, 0, *identity), Slot(LOW, HALF, HALF, *identity)]
+        self.rows: list[tuple[int, ...]] = []
+        ranges = [IovaRange(LOW, HALF), IovaRange(HIGH, HALF)]
+        self.links = {link: PageEpochs(ranges) for link in TRACED_LINKS}
+
+    def write(
+        self, gpa: int, data: bytes, *, iova: int = 0, time_ns: int = 2000, seen: bool = True
+    ) -> None:
+        """The device writes at the source; all links or none see it."""
+        os.pwrite(self.source.fd, data, gpa - HIGH if gpa >= HIGH else gpa - LOW + HALF)
+        number, kind = len(self.rows) + 1, WriteKind.DATA
+        self.rows.append((time_ns, number, iova, gpa, 1, len(data), zlib.crc32(data), kind, 0))
+        for link in TRACED_LINKS if seen else ():
+            self.links[link].see(gpa, len(data), 1)
+
+    def arrive(self, offset: int, data: bytes) -> None:
+        """Let the destination have this at an offset of the file."""
+        os.pwrite(self.destination.fd, data, offset)
+
+    @property
+    def evidence(self) -> Evidence:
+        records = np.array(self.rows, dtype=RECORD)
+        none = np.empty(0, dtype=HARVEST)
+        return Evidence(self.slots, records, self.links, none, started_ns=500, requests=0)
+
+    def lost(self) -> list[LostPage]:
+        differing = compare(self.source, self.destination)
+        return attribute(differing, self.source, self.destination, self.slots, [self.evidence])
+
+    def sharpness(self, slots: Sequence[Slot] | None = None) -> Sharpness:
+        evidence = self.evidence
+        if slots is not None:
+            evidence = Evidence(
+                [*slots], evidence.records, self.links, evidence.harvests, 500, requests=0
+            )
+        return measure_sharpness([evidence], ALL_SENT_NS)
+
+
+@pytest.fixture
+def proof() -> Iterator[Proof]:
+    with ExitStack() as stack:
+        yield Proof(stack)
+
+
+@pytest.mark.parametrize(
+    ("offset", "gpa"),
+    [
+        (0, HIGH),
+        (HALF - 1, HIGH + HALF - 1),
+        (HALF, LOW),
+        (2 * HALF - 1, LOW + HALF - 1),
+        (2 * HALF, None),
+    ],
+)
+def test_an_offset_is_placed_by_the_slot_that_has_it(
+    proof: Proof, offset: int, gpa: int | None
+) -> None:
+    assert gpa_of(offset, proof.slots) == gpa
+    assert gpa_of(offset, []) is None
+
+
+def test_an_offset_before_every_slot_is_nowhere(proof: Proof) -> None:
+    assert gpa_of(HALF - 1, proof.slots[1:]) is None
+
+
+def test_a_slot_is_of_a_file_whose_device_and_inode_it_has(proof: Proof) -> None:
+    slot = proof.slots[0]
+    others = [slot._replace(device=slot.device + 1), slot._replace(inode=slot.inode + 1)]
+    assert slots_in(proof.source, [*others, slot]) == [slot]
+
+
+@pytest.mark.parametrize("gpa", [HIGH, HIGH + 3 * PAGE, HIGH + HALF - 4, LOW, LOW + HALF - 4])
+def test_a_logged_write_that_the_source_still_has_is_qemus_loss(proof: Proof, gpa: int) -> None:
+    proof.write(gpa, b"data", iova=gpa)
+    (page,) = proof.lost()
+    assert (page.blame, page.link) == (Blame.QEMU, Link.QEMU)
+    assert page.gpa == gpa // PAGE * PAGE
+
+
+def test_a_logged_write_of_which_a_part_changed_later_is_the_accelerators(proof: Proof) -> None:
+    proof.write(HIGH + PAGE - 2, b"abcd", iova=7 * PAGE)
+    os.pwrite(proof.source.fd, b"!", PAGE - 2)
+    lost = proof.lost()
+    assert [page.blame for page in lost] == [Blame.ACCELERATOR] * 2
+    assert [page.iova for page in lost] == [7 * PAGE, 7 * PAGE + 2]
+
+
+def test_a_write_that_begins_outside_of_ram_cannot_still_be_there(proof: Proof) -> None:
+    proof.write(LOW, b"cd")
+    proof.rows[0] = (2000, 1, 0, LOW - 2, 1, 4, zlib.crc32(b"abcd"), WriteKind.DATA, 0)
+    (page,) = proof.lost()
+    assert (page.blame, page.gpa, page.iova) == (Blame.ACCELERATOR, LOW, 2)
+
+
+def test_the_last_write_counts_that_has_a_byte_that_differs(proof: Proof) -> None:
+    proof.write(LOW + 8, b"first", iova=8, time_ns=2000, seen=False)
+    proof.write(LOW + 13, b"second", iova=13, time_ns=3000, seen=False)
+    proof.arrive(HALF + 13, b"second")
+    (page,) = proof.lost()
+    assert (page.request, page.iova, page.bytes_differing) == (1, 8, 5)
+    assert page.seconds == pytest.approx(1.5e-6)
+    proof.arrive(HALF + 8, b"first")
+    proof.arrive(HALF + 18, b"?")
+    (page,) = proof.lost()
+    assert (page.request, page.bytes_differing) == (2, 1)
+
+
+def test_a_byte_behind_or_before_every_write_is_the_accelerators(proof: Proof) -> None:
+    proof.write(LOW + PAGE - 2, b"abcd", seen=False)
+    proof.arrive(HALF + PAGE - 2, b"abcd")
+    proof.arrive(HALF + PAGE - 3, b"?")
+    proof.arrive(HALF + PAGE + 2, b"?")
+    lost = proof.lost()
+    assert [(page.gpa, page.blame, page.request) for page in lost] == [
+        (LOW, Blame.ACCELERATOR, None),
+        (LOW + PAGE, Blame.ACCELERATOR, None),
+    ]
+
+
+def test_each_page_of_a_long_write_has_its_row() -> None:
+    records = np.zeros(3, dtype=RECORD)
+    records["gpa"] = (HIGH + PAGE, HIGH + 2 * PAGE - 1, HIGH + 3 * PAGE)
+    records["length"] = (2 * PAGE, PAGE + 2, 1)
+    written = WrittenPages(records)
+    first = HIGH // PAGE
+    rows = {page: written.rows_of(first + page).tolist() for page in range(5)}
+    assert rows == {0: [], 1: [0, 1], 2: [0, 1], 3: [1, 2], 4: []}
+
+
+def test_without_a_journal_nothing_is_known_but_the_once_pages() -> None:
+    expected = Sharpness(0, 0, 9, 9, 0, 0, 0, witness=EvidenceSource.GUEST)
+    assert sharpness_by_guest(9) == expected
+    assert sharpness_by_guest(9, certain=False).certain == 0
+
+
+def test_a_write_counts_from_the_moment_by_which_all_was_sent(proof: Proof) -> None:
+    for page, time_ns in enumerate((ALL_SENT_NS - 1, ALL_SENT_NS, ALL_SENT_NS + 1)):
+        proof.write(LOW + page * PAGE, b"x", time_ns=time_ns)
+    sharpness = proof.sharpness()
+    assert (sharpness.written, sharpness.rewritten, sharpness.certain) == (3, 2, 2)
+
+
+def test_what_was_reported_is_held_against_what_was_written_by_address(proof: Proof) -> None:
+    proof.write(LOW + 3 * PAGE, b"x")
+    proof.write(HIGH, b"x")
+    proof.write(HIGH + 3 * PAGE, b"x")
+    assert proof.sharpness().reported_unwritten == 0
+    for gpa in (LOW, HIGH + PAGE):
+        proof.links[Link.LOG].see(gpa, PAGE, 1)
+    assert proof.sharpness().reported_unwritten == 2
+
+
+def test_a_page_is_missed_only_where_a_slot_still_has_it(proof: Proof) -> None:
+    for page in range(4):
+        proof.write(HIGH + page * PAGE, b"x", seen=False)
+    part = proof.slots[0]._replace(gpa=HIGH + PAGE, length=2 * PAGE)
+    found = [proof.sharpness(slots).unreported for slots in ([], [part], [part, *proof.slots])]
+    assert found == [0, 2, 4]
+    assert proof.sharpness([part]).missed_by == {"": 2}

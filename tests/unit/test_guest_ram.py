@@ -22,7 +22,8 @@ from dmaproof.page_compare import Extent
 from qmp_tools.memory.copied_memory import process_memory
 from qmp_tools.memory.guest_ram import GuestRam, guest_ram
 from qmp_tools.memory.physical_map import MapRegion
-from qmp_tools.memory.process_memory import SharedMemory, mappings_of
+from qmp_tools.memory.process_memory import Mapping as ProcessMapping
+from qmp_tools.memory.process_memory import OutOfReachError, SharedMemory, mappings_of
 from qmp_tools.qemu.qmp import QmpRefusal
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 from support.simulated_qemu import SimulatedQemu
@@ -299,3 +300,84 @@ def test_a_qemu_without_vcpus_is_read(ram: Ram, tmp_path: Path) -> None:
     ram.qemu.has_vcpus = False
     found, _ = found_in(ram, tmp_path)
     assert found.process is not None
+
+
+QEMUS_USER = 107
+
+
+def refuse_to_look(pid: int, name: str) -> list[ProcessMapping]:
+    raise OutOfReachError("the memory may not be read")
+
+
+def become(monkeypatch: pytest.MonkeyPatch, euid: int) -> None:
+    """Let this user be `euid` and QEMU's `QEMUS_USER`, in what `guest_ram` is told."""
+    monkeypatch.setattr(os, "geteuid", lambda: euid)
+    monkeypatch.setattr(
+        "qmp_tools.memory.guest_ram.user_and_group", lambda pid: (QEMUS_USER, QEMUS_USER + 1)
+    )
+
+
+@pytest.mark.parametrize("euid", [0, QEMUS_USER])
+def test_a_qemu_that_may_not_be_read_can_save_for_its_own_user_and_root(
+    ram: Ram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, euid: int
+) -> None:
+    """A process that is not dumpable may not be read by its own user either."""
+    monkeypatch.setattr("qmp_tools.memory.guest_ram.mappings_of", refuse_to_look)
+    monkeypatch.setattr(os, "chown", lambda *_: None)
+    become(monkeypatch, euid)
+    found, _ = found_in(ram, tmp_path)
+    assert found.process is None
+
+
+@pytest.mark.parametrize("euid", [QEMUS_USER + 1, 1])
+def test_a_qemu_of_another_user_is_out_of_reach(
+    ram: Ram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, euid: int
+) -> None:
+    monkeypatch.setattr("qmp_tools.memory.guest_ram.mappings_of", refuse_to_look)
+    become(monkeypatch, euid)
+    with pytest.raises(OutOfReachError):
+        found_in(ram, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("euid", "pid", "owners"),
+    [
+        (0, os.getpid(), [("source", QEMUS_USER, QEMUS_USER + 1)]),
+        (0, 0, []),
+        (QEMUS_USER, os.getpid(), []),
+        (1, os.getpid(), []),
+    ],
+)
+def test_root_gives_the_folder_for_saved_pieces_to_qemus_user(
+    ram: Ram,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    euid: int,
+    pid: int,
+    owners: list[tuple[str, int, int]],
+) -> None:
+    """That user must be able to pass through the folder around it, but not to list that."""
+    given: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(os, "chown", lambda path, *owner: given.append((path.name, *owner)))
+    become(monkeypatch, euid)
+    tmp_path.chmod(0o700)
+    ram.qemu.pid = pid
+    _, mode = found_in(ram, tmp_path)
+    assert (given, mode) == (owners, 0o700)
+    assert tmp_path.stat().st_mode & 0o777 == (0o711 if owners else 0o700)
+
+
+def test_root_without_the_right_to_give_a_folder_away_goes_on(
+    ram: Ram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "chown", refuse)
+    become(monkeypatch, 0)
+    assert found_in(ram, tmp_path)[0].process is not None
+
+
+def test_private_memory_that_is_not_mapped_in_whole_is_not_taken_for_absent(ram: Ram) -> None:
+    found = replace(ram.in_process(), hvas=[PAGE, PAGE]).absent(LOW_REGION, 0, 2)
+    assert (found.absent.tolist(), found.certain) == ([False, False], False)

@@ -1,15 +1,18 @@
-"""Fixtures for tests on real QEMU, and what the machine must have for them."""
+"""What suites share: their markers, a fixture of the command, and what the machine must have."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from pathlib import Path
+from typing import Final
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 from support.command import Tool
+
+_TESTS: Final = Path(__file__).parent
 
 # Machines are busy, so no example has a time; everything else is as hypothesis chooses it.
 settings.register_profile(
@@ -27,8 +30,14 @@ settings.register_profile(
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests on real QEMU where there is none; DMAPROOF_NO_SKIP=1 fails them instead."""
+    """Mark each test with the name of its suite, and skip those on real QEMU where there is none.
+
+    With DMAPROOF_NO_SKIP=1 they fail instead.
+    """
+    for item in items:
+        item.add_marker(item.path.relative_to(_TESTS).parts[0])
     if shutil.which("qemu-system-x86_64") is not None or os.environ.get("DMAPROOF_NO_SKIP") == "1":
         return
     lacking = pytest.mark.skip(reason="no QEMU here: apt-get install qemu-system-x86")

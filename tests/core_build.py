@@ -1,5 +1,5 @@
-"""The C core built out of tree: with sanitizers (unit/test_core_sanitized.py), or a mutant of it
-(mutation/c_core.py)."""
+"""The C core built out of tree: with sanitizers (integration/test_core_sanitized.py), or a mutant
+of it (mutation/c_core.py)."""
 
 from __future__ import annotations
 

@@ -32,6 +32,7 @@ import core_build
 EQUIVALENTS: Final = Path(__file__).with_name("equivalents.toml")
 TESTS: Final = (
     "tests/unit/test_core.py",
+    "tests/integration/test_core_guards.py",
     "tests/property/test_core.py",
     "tests/unit/test_iova_bitmap.py",
     "tests/property/test_dirty_tracker.py",

@@ -20,8 +20,6 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.qemu
-
 SUITE = Path(__file__).parents[1] / "avocado_suite"
 DOCS = Path(__file__).parents[2] / "docs"
 

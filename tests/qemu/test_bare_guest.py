@@ -20,8 +20,6 @@ from qmp_tools.qemu.machine import MIB, Machine
 from qmp_tools.qemu.qemu import Qemu
 from support.command import Tool
 
-pytestmark = pytest.mark.qemu
-
 
 async def _boot(
     folder: Path,

@@ -15,8 +15,6 @@ from qmp_tools.blocking import Stage, check
 from qmp_tools.qemu.qmp import QmpError
 from support.command import TIMEOUT_S, Tool
 
-pytestmark = pytest.mark.qemu
-
 
 def test_everything_ends_with_the_stage(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tool.folder))

@@ -27,8 +27,6 @@ from support.foreign_pair import (
     foreign_pair,
 )
 
-pytestmark = pytest.mark.qemu
-
 PAGE = 4096
 PLANTED = 0x2345000
 REPETITIONS = int(os.environ.get("BALLOON_REPETITIONS", "1"))

@@ -13,7 +13,7 @@ import pytest
 
 from support.debian_tree import Tree, fresh_tree, why_not
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(3600)]
+pytestmark = pytest.mark.timeout(3600)
 
 ROOT: Final = Path(__file__).parents[2]
 CHECKOUT: Final = Path("/root/dmaproof")
@@ -22,7 +22,9 @@ SOME_TESTS: Final = (
     "tests/unit/test_doctor.py",
     "tests/unit/test_linux_guest.py",
     "tests/unit/test_matrix.py",
-    "tests/qemu/test_passthrough.py::test_a_command_runs_inside_a_root_file_system",
+    "tests/integration/test_doctor.py",
+    "tests/integration/test_kept_results.py",
+    "tests/integration/test_run_inside.py::test_a_command_runs_inside_a_root_file_system",
     "tests/qemu/test_devices.py::test_a_disk_and_a_network_share_a_log",
     "tests/qemu/test_third_party.py::test_qemu_storage_daemon",
 )

@@ -9,8 +9,6 @@ import pytest
 
 from support.command import Tool
 
-pytestmark = pytest.mark.qemu
-
 
 def test_packed_rings(tool: Tool) -> None:
     outcome = tool.run("prove", "--ring", "packed", "--json", "-")

@@ -15,8 +15,6 @@ import pytest
 
 from support.doc_commands import ROOT, Block, all_blocks
 
-pytestmark = pytest.mark.qemu
-
 RUN = [block for block in all_blocks() if block.is_run]
 
 

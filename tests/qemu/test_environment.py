@@ -12,8 +12,6 @@ import pytest
 
 from support.command import Tool
 
-pytestmark = pytest.mark.qemu
-
 SMALL = ["--guest", "bare", "--workload", "once=512", "--quiet"]
 NO_ROOM = "No space left on device; set TMPDIR"
 ROOM = {

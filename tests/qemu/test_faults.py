@@ -8,8 +8,6 @@ import pytest
 
 from support.command import Tool
 
-pytestmark = pytest.mark.qemu
-
 
 def trial(tool: Tool, fault: str) -> dict[str, Any]:
     """The only trial of a fault, which must have come out as wanted."""

@@ -9,8 +9,6 @@ import pytest
 from qmp_tools.qemu.builds import installed
 from support.command import Tool
 
-pytestmark = pytest.mark.qemu
-
 FEW_PAGES = ("--workload", "once=512", "--accel", "tcg", "--seed", "3")
 
 

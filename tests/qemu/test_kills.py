@@ -11,8 +11,6 @@ import pytest
 
 from support.command import TIMEOUT_S, Running, Tool, is_alive
 
-pytestmark = pytest.mark.qemu
-
 MOMENTS = {"boot": "starting", "precopy": "migration active", "after": "continuing"}
 NAMES = {"source": "source QEMU", "destination": "destination QEMU", "device": "device"}
 

@@ -13,8 +13,6 @@ import pytest
 from qmp_tools.blocking import Stage
 from support.command import Tool
 
-pytestmark = pytest.mark.qemu
-
 PAGE = (Path(__file__).parents[2] / "docs" / "library.md").read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 TOLD = (

@@ -15,8 +15,6 @@ from qmp_tools.qemu.choice import known_qemus
 from qmp_tools.qemu.program_files import ProgramFiles
 from support.command import TIMEOUT_S, Tool, is_alive
 
-pytestmark = pytest.mark.qemu
-
 BARE = ("--guest", "bare", "--accel", "tcg")
 
 

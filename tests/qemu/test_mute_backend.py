@@ -15,8 +15,6 @@ from qmp_tools.blocking import Stage
 from qmp_tools.proof.options import ProofOptions
 from support.command import Tool
 
-pytestmark = pytest.mark.qemu
-
 MUTE: Final = Path(__file__).parents[1] / "back_ends" / "mute.py"
 ACCEPTS_NOTHING: Final = (
     "import socket, sys, time; listener = socket.socket(socket.AF_UNIX); "

@@ -17,7 +17,7 @@ from typing import Final
 
 import pytest
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.timeout(1800)
 
 ROOT: Final = Path(__file__).parents[2]
 MINORS: Final = (11, 12, 13, 14)

@@ -13,8 +13,6 @@ from qmp_tools.qemu.builds import installed
 from qmp_tools.qemu.choice import find_qemu, version_of
 from support.command import Tool
 
-pytestmark = pytest.mark.qemu
-
 _MANY = 32
 """Of 64 pages; on a busy machine the vCPU is stopped late, and has written some of them again."""
 

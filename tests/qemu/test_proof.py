@@ -13,8 +13,6 @@ import pytest
 from dmaproof.faults.fault import uniform
 from support.command import Outcome, Tool
 
-pytestmark = pytest.mark.qemu
-
 
 def prove(tool: Tool, *arguments: str) -> Outcome:
     outcome = tool.run("prove", "--json", "-", *arguments)

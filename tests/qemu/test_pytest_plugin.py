@@ -9,8 +9,6 @@ from xml.etree import ElementTree
 import pytest
 
 pytest_plugins = ["pytester"]
-pytestmark = pytest.mark.qemu
-
 PROJECT = """
 import os, pytest
 

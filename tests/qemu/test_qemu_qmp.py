@@ -11,8 +11,6 @@ import pytest
 
 from support.command import Tool
 
-pytestmark = pytest.mark.qemu
-
 LIBRARY = """
 from qmp_tools.blocking import Stage
 with Stage(quiet=True) as stage:

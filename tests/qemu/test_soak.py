@@ -14,8 +14,6 @@ from qmp_tools.proof.resolve import resolve
 from qmp_tools.proof.soak import TOOL, Soak, soak
 from support.command import Tool
 
-pytestmark = pytest.mark.qemu
-
 
 def test_nothing_is_lost_and_nothing_grows(tool: Tool) -> None:
     outcome = tool.run("soak", "--migrations", "6", "--json", "-")

@@ -24,8 +24,6 @@ from qmp_tools.proof.soak import TOOL
 from qmp_tools.qemu.builds import QemuBuild, fetch, installed, make_whole
 from support.command import TIMEOUT_S, Outcome, Tool
 
-pytestmark = pytest.mark.qemu
-
 ROOT: Final = Path(__file__).parents[2]
 RECIPES: Final = (ROOT / "docs" / "devices.md").read_text()
 

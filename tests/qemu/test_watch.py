@@ -13,8 +13,6 @@ from qmp_tools.qemu.choice import find_qemu
 from support.command import Tool
 from support.foreign_pair import HEARD_PROBE, Pair, foreign_pair
 
-pytestmark = pytest.mark.qemu
-
 
 def busy_guest() -> list[str]:
     """A guest whose vCPU dirties 64 pages for ever, at a RAM size at which any QEMU sees that."""

@@ -17,8 +17,6 @@ from qmp_tools.qemu.machine import DIMM_BYTES, GIB
 from qmp_tools.qemu.qemu import Qemu
 from support.command import Outcome, Tool
 
-pytestmark = pytest.mark.qemu
-
 SCENARIOS = {name: find_scenario(name) for name in known_scenarios()}
 
 

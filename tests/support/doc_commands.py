@@ -10,6 +10,8 @@ it, as a comment that readers do not see:
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
 from collections.abc import Iterator
@@ -18,6 +20,9 @@ from pathlib import Path
 from typing import Final
 
 from markdown_it import MarkdownIt
+
+from dmaproof.errors import UsageError
+from qmp_tools.cli.main import make_parser
 
 ROOT: Final = Path(__file__).parents[2]
 PAGES: Final = [
@@ -111,3 +116,15 @@ def in_prose(page: Path) -> Iterator[list[str]]:
         for child in token.children or ():
             if child.type == "code_inline" and re.match(r"dmaproof [a-z]", child.content):
                 yield from commands_in(child.content)
+
+
+def complaint(words: list[str]) -> str | None:
+    """Return what the parser has against a command line, or None."""
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            make_parser().parse_args(words)
+        except SystemExit as end:
+            return errors.getvalue() if end.code else None
+        except UsageError as error:
+            return str(error)
+    return None

@@ -1,16 +1,9 @@
-"""The C core at its edges: the last bit, the next word, the first entry of the next node, and the
-bytes behind memory's end."""
+"""The C core at its edges: the last bit, the next word, and the first entry of the next
+node."""
 
 from __future__ import annotations
 
-import ctypes
-import faulthandler
-import itertools
-import mmap
-import os
 import random
-import resource
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -20,31 +13,25 @@ import pytest
 from numpy.typing import NDArray
 
 from dmaproof import _core
-from dmaproof.dirty_tracker.page_table import TableLayout
+from support.core import (
+    DIRTY,
+    GROUP,
+    HUGE,
+    NODE,
+    PAGE,
+    PRESENT,
+    Bytes,
+    amd,
+    as_number,
+    pairs,
+    words,
+)
 
-PAGE = 4096
-HUGE = 512 * PAGE
-"""What one node of level 1 maps."""
 TOP = (1 << 64) - 1
-
-Bytes = bytearray | memoryview
-
-
-def words(numbers: Sequence[int]) -> NDArray[np.uint64]:
-    return np.array(numbers, dtype=np.uint64)
-
-
-def as_number(data: Bytes | bytes) -> int:
-    """A bitmap as one number, whose bit n is bit n."""
-    return int.from_bytes(data, "little")
 
 
 def ones(first: int, count: int) -> int:
     return ((1 << count) - 1) << first
-
-
-def pairs(data: bytes) -> list[tuple[int, int]]:
-    return [(start, length) for start, length in np.frombuffer(data, "<u8").reshape(-1, 2).tolist()]
 
 
 def runs_of(bits: int) -> list[tuple[int, int]]:
@@ -55,145 +42,6 @@ def runs_of(bits: int) -> list[tuple[int, int]]:
         found.append((at, length))
         at += length
     return found
-
-
-# Memory that ends where a page begins that nobody may touch ---------------------------------------
-
-
-def guarded(pages: int) -> memoryview:
-    """Zeroed pages between two that cannot be read or written; unmapped with their last view."""
-    memory = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    libc = ctypes.CDLL(None, use_errno=True)
-    for guard in (start, start + (pages + 1) * mmap.PAGESIZE):
-        failed = libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(mmap.PAGESIZE), 0)
-        assert not failed, os.strerror(ctypes.get_errno())
-    return memoryview(memory)[mmap.PAGESIZE : -mmap.PAGESIZE]
-
-
-def exit_of(work: Callable[[], None]) -> int:
-    """The exit code of a child process that does `work`: 0, or minus the signal that killed it."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            faulthandler.disable()
-            work()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def test_memory_behind_a_guard_cannot_be_touched() -> None:
-    """The tests below can fail."""
-
-    def touch() -> None:
-        memory = guarded(1)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        ctypes.string_at(address + len(memory), 1)
-
-    assert exit_of(touch) < 0
-
-
-def at_both_guards(memory: memoryview, size: int) -> list[memoryview]:
-    """`size` bytes just behind the guard before, and just before the guard behind."""
-    return [memory[:size], memory[len(memory) - size :]]
-
-
-def call_with_bitmaps(size: int) -> None:
-    """Call all that works on bitmaps, for `size` bytes between guards."""
-    bits = 8 * size
-    rng = random.Random(size)
-    first, second = guarded(1), guarded(1)
-    for into in at_both_guards(first, size):
-        for source in at_both_guards(second, size):
-            for shift in (0, 1, 8, 63):
-                if shift >= bits:
-                    continue
-                count = bits - shift
-                source[:] = rng.randbytes(size)
-                into[:] = bytes(size)
-                wanted = as_number(source) >> shift
-                assert _core.or_bits(into, 0, source, shift, count, True) == wanted.bit_count()
-                assert as_number(into) == wanted
-                assert _core.or_bits(into, shift, source, 0, count, False) >= 0
-            assert _core.or_pages(into, 0, 12, source, 0, 12, 0, bits * PAGE - 1) >= 0
-        into[:] = b"\xff" * size
-        assert _core.count_bits(into, 0, bits) == bits
-        assert pairs(_core.find_set(into, 0, bits)) == [(0, bits)]
-        assert pairs(_core.take_set(into, 0, bits)) == [(0, bits)]
-        assert _core.count_bits(into, 0, bits) == 0
-        assert pairs(_core.find_set(into, 0, bits)) == []
-        assert _core.set_bits(into, 0, bits, True) == bits
-        assert _core.set_bits(into, 0, bits, False) == 0
-
-
-def call_with_ranges(count: int) -> None:
-    """Set `count` ranges, whose lists lie at a guard, in a bitmap that ends at one."""
-    bitmap, starts, sizes = guarded(1), guarded(1), guarded(1)
-    for size, place in itertools.product((8, 16, 64, 640), (0, 1)):
-        iovas = np.frombuffer(at_both_guards(starts, 8 * count)[place], dtype=np.uint64)
-        lengths = np.frombuffer(at_both_guards(sizes, 8 * count)[place], dtype=np.uint64)
-        data = bitmap[PAGE - size :]
-        last = 8 * size - 1
-        for step in (0, 1, 7, 64, 601):
-            for of_each in (1, 2, lengths):
-                lengths[:] = 1
-                room = last - (of_each == 2 if isinstance(of_each, int) else 0)
-                iovas[:] = [room - i * step % (room + 1) for i in range(count)]
-                for shared in (True, False):
-                    data[:] = bytes(size)
-                    added = _core.set_ranges(data, 0, last, 0, iovas, of_each, shared)
-                    assert added == as_number(data).bit_count() > 0
-
-
-def call_with_tables(nodes: int) -> None:
-    """Walk tables that end at a guard, the last node being the root."""
-    memory = guarded(nodes)
-    entries = np.frombuffer(memory, dtype=np.uint64).reshape(nodes, 512)
-    entries[:-1] = 1
-    for node in range(nodes - 1):
-        entries[-1, node] = node * PAGE | 0x201
-    layout = amd(levels=2, root=(nodes - 1) * PAGE)
-    _core.mark_table(memory, layout, 0, 512 * HUGE - 1)
-    found = pairs(_core.read_table(memory, layout, 0, 512 * HUGE - 1, True))
-    assert found == ([(0, (nodes - 1) * HUGE)] if nodes > 1 else [])
-
-
-def call_with_pages(page_bytes: int) -> None:
-    """Compare pages that end at a guard."""
-    ours, theirs, bits = guarded(1), guarded(1), guarded(1)
-    pages = PAGE // page_bytes
-    ours, theirs = ours[PAGE - pages * page_bytes :], theirs[PAGE - pages * page_bytes :]
-    differing = bits[PAGE - -(-pages // 8) :]
-    ours[-1] = 1
-    for other in (theirs, None):
-        differing[:] = bytes(len(differing))
-        assert _core.differing_pages(ours, other, page_bytes, differing) == 1
-        assert as_number(differing) == 1 << pages - 1
-
-
-@pytest.mark.parametrize(
-    ("call", "sizes"),
-    [
-        (call_with_bitmaps, [*range(1, 34), *range(56, 90), 127, 128, 129, 200]),
-        (call_with_ranges, [1, 7, 8, 9, 31, 32, 33, 34, 64, 65]),
-        (call_with_tables, [1, 2, 3]),
-        (call_with_pages, [1, 7, 8, 64, 255, 256, 257, 512, 1000, 4096]),
-    ],
-)
-def test_nothing_before_or_behind_the_memory_is_touched(
-    call: Callable[[int], None], sizes: list[int]
-) -> None:
-    def work() -> None:
-        for size in sizes:
-            call(size)
-
-    assert exit_of(work) == 0
 
 
 @pytest.mark.parametrize("around", [0x00, 0xFF])
@@ -459,14 +307,6 @@ def test_ranges_of_the_whole_address_space() -> None:
 # Page tables --------------------------------------------------------------------------------------
 
 Table = NDArray[np.uint64]
-PRESENT, DIRTY, NODE, GROUP = 1, 1 << 6, 1 << 9, 7 << 9
-
-
-def amd(levels: int, *, root: int = 0, group: int = GROUP) -> TableLayout:
-    """The AMD IOMMU's layout; its groups can be left out."""
-    return TableLayout(
-        root, levels, PRESENT, DIRTY, (1 << 52) - PAGE, kind=GROUP, node=NODE, group=group
-    )
 
 
 def two_nodes() -> Table:

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import ast
-import contextlib
-import io
 import json
 import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
-import dmaproof
-from dmaproof.errors import UsageError
 from qmp_tools.cli.arguments import parsers_of
 from qmp_tools.cli.main import make_parser
-from qmp_tools.integrations.pytest_plugin import pytest_addoption
-from support.doc_commands import PAGES, ROOT, Block, all_blocks, commands_in, in_prose
+from support.doc_commands import PAGES, ROOT, Block, all_blocks, complaint, in_prose
 
 
 def text_of(*folders: str) -> str:
@@ -77,18 +68,6 @@ def test_commands_and_options_in_prose_exist(page: Path) -> None:
         assert (words[0],) in helps
         known = helps.get(tuple(words[:2])) or helps[words[0],]
         assert [word for word in words if word.startswith("--") and word not in known] == []
-
-
-def complaint(words: list[str]) -> str | None:
-    """What the parser has against a command line."""
-    with contextlib.redirect_stderr(io.StringIO()) as errors:
-        try:
-            make_parser().parse_args(words)
-        except SystemExit as end:
-            return errors.getvalue() if end.code else None
-        except UsageError as error:
-            return str(error)
-    return None
 
 
 def test_a_wrong_command_line_is_found() -> None:
@@ -151,61 +130,3 @@ def test_every_kind_of_report_is_told() -> None:
     assert {"prove", "check-untested", "doctor"} <= kinds
     page = (ROOT / "docs" / "report.md").read_text()
     assert [kind for kind in kinds if f"`{kind}`" not in page] == []
-
-
-CI = [*(ROOT / "docs" / "ci").glob("*.yml"), *(ROOT / ".github" / "workflows").glob("*.yml")]
-
-
-def scripts_of(node: object) -> Iterator[str]:
-    """The shell scripts of a workflow: GitHub's 'run', GitLab's 'script' and 'before_script'."""
-    if isinstance(node, dict):
-        for name, value in node.items():
-            if name in ("run", "script", "before_script"):
-                yield from [value] if isinstance(value, str) else value
-            else:
-                yield from scripts_of(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from scripts_of(value)
-
-
-def plugin_options() -> set[str]:
-    """The options of the pytest plugin."""
-    parser = pytest.Parser(_ispytest=True)
-    pytest_addoption(parser)
-    return {name for group in parser._groups for it in group.options for name in it.names()}
-
-
-@pytest.mark.parametrize("file", CI, ids=lambda file: file.name)
-def test_workflows_are_sound(file: Path) -> None:
-    scripts = list(scripts_of(yaml.safe_load(file.read_text())))
-    commands = []
-    for script in scripts:
-        # The services put a value in the place of their own expressions.
-        shell = re.sub(r"\$\{\{.*?\}\}", "VALUE", script)
-        subprocess.run(["bash", "-n", "-c", shell], check=True)
-        commands += [words for line in shell.splitlines() for words in commands_in(line)]
-    assert commands
-    for words in commands:
-        if words[0] != "test":  # ./dmaproof's own
-            assert complaint(words) is None, words
-    known = plugin_options()
-    assert set(re.findall(r"--dmaproof-[a-z]+", "\n".join(scripts))) <= known
-
-
-def test_the_pages_build(tmp_path: Path) -> None:
-    """With warnings as errors, and with every public name in the reference."""
-    shutil.copytree(ROOT / "docs", tmp_path / "docs")
-    (tmp_path / "plugin").symlink_to(ROOT / "plugin")
-    (tmp_path / "tests").symlink_to(ROOT / "tests")
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", "html"]
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    pages = {file.stem for file in (tmp_path / "html").glob("*.html")}
-    assert {file.stem for file in (ROOT / "docs").glob("*.md")} <= pages
-    reference = (tmp_path / "html" / "reference.html").read_text()
-    public = [f"dmaproof.{name}" for name in (*dmaproof.__all__, "IovaBitmap.set_many")]
-    assert [name for name in public if f'id="{name}"' not in reference] == []
-    assert "--requests-after" in (tmp_path / "html" / "command-line.html").read_text()

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from importlib import metadata
-from pathlib import Path
 
 import pytest
 
 from qmp_tools.cli import doctor as command
 from qmp_tools.cli import main as cli
-from qmp_tools.doctor import GUEST_MEMORY_BYTES, Facts, can_prove, examine, look
+from qmp_tools.doctor import GUEST_MEMORY_BYTES, Facts, can_prove, examine
 from qmp_tools.host.finding import Finding, State
 from qmp_tools.qemu.machine import MIB
-from support.command import Outcome, Tool
+from support.command import Outcome
 
 WHOLE = Facts(
     root=True,
@@ -157,53 +154,5 @@ def test_the_command(
     assert states["QEMU"] == ("ok" if exit_code == 0 else "missing")
 
 
-def test_this_machine_without_any_program(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The look-ups themselves, where there is neither QEMU nor compiler nor apt nor a kernel."""
-    for name in ("PATH", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
-        monkeypatch.setenv(name, str(tool.folder))
-    outcome = tool.run("doctor", "--json", "-")
-    assert outcome.exit_code == 3, outcome.errors
-    states = {it["name"]: it["state"] for it in outcome.report["findings"]}
-    missing = {name for name, state in states.items() if state == "missing"}
-    assert missing == {"QEMU", "C compiler", "guest's kernel"}
-    assert states["Python"] == "ok"
-    assert not tool.leftovers()
-
-
 def test_a_kernel_that_is_kept_needs_no_decompression() -> None:
     assert can_prove(examine(replace(WHOLE, missing_formats={"zstd": "backports.zstd"}), "linux"))
-
-
-def test_what_this_python_cannot_decompress(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lzma", None)
-    assert look().missing_formats == {"xz": "lzma"}
-
-
-def test_a_temporary_folder_that_is_too_long(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / ("x" * 100)
-    folder.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(folder))
-    monkeypatch.setattr("qmp_tools.doctor._look_for_kernel", lambda: "kept")
-    facts = look()
-    assert "too long a path" in str(facts.temporary_error)
-    assert facts.qemu_error is None or "TMPDIR" not in facts.qemu_error
-    assert not list(folder.iterdir())
-
-
-def test_the_extras_are_those_for_users() -> None:
-    extras = look().extras
-    assert set(extras) == {"avocado", "bench"}
-
-
-def test_an_extra_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = metadata.version
-
-    def version(name: str) -> str:
-        if name == "matplotlib":
-            raise metadata.PackageNotFoundError(name)
-        return real(name)
-
-    monkeypatch.setattr(metadata, "version", version)
-    assert look().extras["bench"] == ["matplotlib"]

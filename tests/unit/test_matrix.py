@@ -15,24 +15,20 @@ import pytest
 from dmaproof.devices import emulated_devices
 from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.errors import UntestableError, UsageError
-from qmp_tools.devices.command import CommandDevice, parse_command
-from qmp_tools.devices.device import ProofDevice
-from qmp_tools.devices.emulated import EmulatedDevice
-from qmp_tools.devices.process import DeviceOptions
-from qmp_tools.devices.several import SeveralDevices
-from qmp_tools.guest.workload import Workload
 from qmp_tools.integrations.avocado_plugins import options_of
+from qmp_tools.matrix import axes
 from qmp_tools.matrix.avocado_recipe import runnables
-from qmp_tools.matrix.axes import Cell, Matrix, is_matrix, make_matrix, read_matrix, split_values
+from qmp_tools.matrix.axes import Matrix, is_matrix, make_matrix, read_matrix, split_values
 from qmp_tools.matrix.resources import Room
 from qmp_tools.matrix.result import Result, State, result_of, skipped, untested
-from qmp_tools.matrix.result_cache import Kept, key_of
+from qmp_tools.matrix.result_cache import Kept
 from qmp_tools.migration.scenarios import known_scenarios
 from qmp_tools.proof.model import Setup
 from qmp_tools.proof.options import OPTIONS, ProofOptions
-from qmp_tools.qemu.machine import GIB, Machine
-from qmp_tools.qemu.program_files import ProgramFiles
+from qmp_tools.qemu.builds import QemuBuild
+from qmp_tools.qemu.machine import GIB
 from qmp_tools.reports.matrix_report import grid_of, to_json, to_text
+from support.setups import key, setup, setup_of_files
 
 MATRIX = Matrix({"qemu": ["7.2", "11.1"], "scenario": ["unix", "tls"], "guest": ["bare"]})
 LOST = Result(State.LOST, "3 of 9 pages were lost", ["device"], ["GPA 0x1000: …"], seed=7)
@@ -40,6 +36,13 @@ CLEAN = Result(State.CLEAN, "every page equal", certain=8192, command=["dmaproof
 
 
 # Axes and cells
+
+
+@pytest.fixture(autouse=True)
+def known_qemus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One QEMU is known; looking for those of this machine would start them."""
+    build = QemuBuild("7.2.22", "bookworm", Path("/bin/sh"))
+    monkeypatch.setattr(axes, "known_qemus", lambda: [build])
 
 
 def test_the_last_axis_changes_the_fastest() -> None:
@@ -158,20 +161,6 @@ def test_a_file_that_is_wrong_is_named(tmp_path: Path, text: str, message: str) 
 # Room
 
 
-def setup(memory_bytes: int = GIB, cpus: int = 2, seed: int = 1) -> Setup:
-    qemu = Path("/bin/sh")
-    machine = Machine("q35", "tcg", memory_bytes, cpus, Path("/kernel"))
-    return Setup(
-        ProofOptions(guest="bare", seed=seed),
-        qemu,
-        qemu,
-        machine,
-        "bare",
-        Workload(seed=seed),
-        EmulatedDevice(DeviceOptions(seed=seed)),
-    )
-
-
 async def most_at_a_time(room: Room, setups: list[Setup]) -> int:
     running = most = 0
 
@@ -221,18 +210,9 @@ CELL = {"scenario": "unix", "guest": "bare"}
 REPORT: dict[str, Any] = {"verdict": "could not be tested: x", "exit_code": 3, "reason": "x"}
 
 
-def key(cell: Cell, it: Setup) -> str:
-    return key_of(cell, it, ProgramFiles())
-
-
 @pytest.fixture
 def now(tmp_path: Path) -> Setup:
-    """A set-up that is made of files that a test can change."""
-    qemu, kernel, initramfs = (tmp_path / name for name in ("qemu", "kernel", "initramfs"))
-    for file in (qemu, kernel, initramfs):
-        file.write_text("one")
-    machine = replace(setup().machine, kernel=kernel, initramfs=initramfs)
-    return replace(setup(), qemu=qemu, qemu_destination=qemu, machine=machine)
+    return setup_of_files(tmp_path)
 
 
 def test_kept_until_something_changes(
@@ -272,47 +252,6 @@ def test_a_file_counts_by_its_content(now: Setup, tmp_path: Path, name: str) -> 
     file.write_text("one")
     os.utime(file, ns=(1, 1))
     assert key(CELL, now) == first
-
-
-@pytest.mark.parametrize(
-    ("command", "changed"),
-    [
-        ("{folder}/backend {{socket}}", "backend"),
-        ("backend {{socket}}", "backend"),  # by PATH
-        ("interpreter {folder}/backend {{socket}}", "backend"),
-        ("interpreter {folder}/backend {{socket}}", "interpreter"),
-        ("wrapper {{socket}}", "backend"),  # which a script starts
-        ("wrapper {{socket}}", "interpreter"),  # of that script
-        ("backend {{socket}} --config={folder}/config", "config"),
-        ("backend {{socket}} --set file={folder}/config,queues=2", "config"),
-    ],
-)
-@pytest.mark.parametrize("beside_another", [False, True])
-def test_a_back_end_that_was_rebuilt_has_no_result(
-    now: Setup,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    command: str,
-    changed: str,
-    beside_another: bool,
-) -> None:
-    files = {
-        "backend": "one",
-        "interpreter": "one",
-        "config": "one",
-        "wrapper": f"#!{tmp_path}/interpreter\nexec {tmp_path}/backend $1\n",
-    }
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    device: ProofDevice = CommandDevice("blk", parse_command(command.format(folder=tmp_path)))
-    if beside_another:
-        device = SeveralDevices([EmulatedDevice(DeviceOptions()), device])
-    now = replace(now, device=device)
-    first = key(CELL, now)
-    (tmp_path / changed).write_text(files[changed].replace("one", "two") + "\n")
-    assert key(CELL, now) != first
 
 
 def test_a_write_that_fails_leaves_the_old_result(

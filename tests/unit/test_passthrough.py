@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from dmaproof.errors import TrackerError, UntestableError, WaitTimeoutError
+from dmaproof.errors import TrackerError, WaitTimeoutError
 from dmaproof.iova_bitmap import IovaRange
 from dmaproof.vfio.requests import VfioError
 from qmp_tools.guest.channel import GuestLateError
@@ -24,7 +22,6 @@ from qmp_tools.migration.migration import MigrationError, MigrationTimeoutError
 from qmp_tools.passthrough import clock, differential, matrix, prove
 from qmp_tools.passthrough.fake_device import content, dropped_pages
 from qmp_tools.passthrough.inside import untaken
-from qmp_tools.passthrough.l1.root import run_inside
 from qmp_tools.passthrough.migrations import NAMES, UNTRACKED
 from qmp_tools.passthrough.outcome import (
     LackingError,
@@ -133,13 +130,6 @@ def test_the_report_counts_by_group_and_shows_failures() -> None:
     assert "1 of 2 hold, 3 s" in text
     assert "FAILED rules: b: no error" in text
     assert to_text(to_json({**found, "outcomes": rows[:1]})).startswith("PASS: every proof holds")
-
-
-def test_a_command_inside_that_fails_tells_what_it_said(tmp_path: Path) -> None:
-    for name in ("dev", "proc", "mnt", "inside"):
-        (tmp_path / name).mkdir()
-    with pytest.raises(UntestableError, match="building nothing failed"):
-        run_inside(tmp_path, tmp_path / "inside", "true", "building nothing", 30.0)
 
 
 # Attempts that tell nothing -----------------------------------------------------------------------
@@ -263,21 +253,6 @@ def test_as_many_machines_as_there_is_room_for(
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(processors)))
     monkeypatch.setattr(prove, "free_memory_bytes", lambda: free_mib << 20)
     assert prove._machines_side_by_side() == machines
-
-
-def test_what_runs_in_l1_needs_nothing_that_l1_has_not() -> None:
-    script = (
-        "import sys\n"
-        "for name in ('rich', 'jinja2', 'packaging', 'jsonschema', 'matplotlib', 'pytest',\n"
-        "             'avocado'):\n"
-        "    sys.modules[name] = None\n"
-        "import qmp_tools.passthrough.inside, qmp_tools.passthrough.owned_proof\n"
-        "import qmp_tools.passthrough.vhost_device\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=900, check=False
-    )
-    assert done.returncode == 0, done.stderr
 
 
 # Where kernel or QEMU lack something --------------------------------------------------------------

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -414,20 +412,6 @@ def test_a_page_is_not_made_from_json_that_lacks_something(name: str) -> None:
     answer = {key: value for key, value in ANSWERS[name].items() if key != member}
     with pytest.raises(jinja2.UndefinedError, match=member):
         to_html(answer)
-
-
-def test_only_a_page_needs_the_template_engine() -> None:
-    script = (
-        "import sys\n"
-        "sys.modules['jinja2'] = None\n"
-        "import qmp_tools.reports.html, qmp_tools.cli.outputs\n"
-        "from qmp_tools.cli.main import main\n"
-        "main(['prove', '--help'])\n"
-    )
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "--report" in done.stdout
 
 
 def test_labels_of_bitmap_syncs_do_not_overlap() -> None:

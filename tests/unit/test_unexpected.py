@@ -5,80 +5,25 @@ from __future__ import annotations
 import errno
 import json
 import os
-import pwd
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from avocado.core.nrunner.runnable import Runnable
 
 from dmaproof import errors
 from dmaproof.errors import DmaproofError, UntestableError
 from qmp_tools.cli import prove
 from qmp_tools.cli.display import print_table, print_text
 from qmp_tools.cli.main import main
-from qmp_tools.guest.build import compile_c, fresh_folder
+from qmp_tools.guest.build import fresh_folder
 from qmp_tools.host.process import log_tail
-from qmp_tools.host.run_folder import run_folder
 from qmp_tools.host.unexpected import CrashError, untestable
-from qmp_tools.integrations.avocado_plugins import ProofRunner
 from qmp_tools.migration.migration import parse_progress
 from qmp_tools.proof.display import LineDisplay
-from qmp_tools.qemu import builds as qemu_builds
 
 INIT = DmaproofError.__init__
 ESCAPE = "\x1b]0;taken\x07\x1b[2J"
-NEED_THE_CACHE = {
-    "prove": ["prove", "--guest", "bare"],
-    "prove with reports": ["prove", "--guest", "bare", "--json", "-"],
-    "prove, a Linux guest": ["prove"],
-    "prove, the fake device": ["prove", "--device", "vfio-fake"],
-    "soak": ["soak"],
-    "passthrough": ["passthrough"],
-    "bench": ["bench", "kernel"],
-}
-
-
-def without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unknown(uid: int) -> NoReturn:
-        raise KeyError(uid)
-
-    for name in ("HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(pwd, "getpwuid", unknown)
-
-
-def with_a_home_that_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("XDG_CACHE_HOME", "XDG_DATA_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", "/proc")  # root cannot write there either
-
-
-@pytest.mark.parametrize("command", NEED_THE_CACHE.values(), ids=NEED_THE_CACHE)
-@pytest.mark.parametrize("home", [without_a_home, with_a_home_that_takes_nothing])
-def test_without_a_cache_nothing_is_tested(
-    home: Callable[[pytest.MonkeyPatch], None],
-    command: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    home(monkeypatch)
-    assert main(command) == 3
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith("dmaproof: NOT TESTED: ")
-    assert "XDG_CACHE_HOME" in told
-
-
-def test_without_a_home_no_qemu_was_fetched(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    without_a_home(monkeypatch)
-    assert qemu_builds.installed() == []
-    assert main(["qemu", "fetch", "11.1"]) == 3
-    assert "XDG_DATA_HOME" in capsys.readouterr().err
 
 
 def test_a_cache_that_is_full_is_named(tmp_path: Path) -> None:
@@ -87,15 +32,6 @@ def test_a_cache_that_is_full_is_named(tmp_path: Path) -> None:
         fresh_folder(tmp_path / "kind-digest"),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_a_temporary_folder_that_is_full_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UntestableError, match=r"dmaproof-\w+: No space left.*TMPDIR"), run_folder():
-        raise OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(UntestableError, match=r"/disk: Read-only.*TMPDIR"), run_folder() as folder:
-        raise OSError(errno.EROFS, "Read-only file system", str(folder / "disk"))
-    with pytest.raises(PermissionError), run_folder():
-        raise PermissionError(errno.EACCES, "Permission denied", "/dev/kvm")
 
 
 def test_a_log_that_cannot_grow_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,16 +87,6 @@ def test_a_crash_is_told_with_its_traceback_and_reported(
     assert "KeyError" in answer["reason"]
 
 
-def test_what_cannot_be_imported_is_no_loss() -> None:
-    script = "import sys; sys.modules['numpy'] = None; from qmp_tools.cli.main import main; "
-    command = [sys.executable, "-c", script + "sys.exit(main(['doctor']))"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 3
-    assert done.stderr.startswith(
-        "dmaproof: NOT TESTED: this is a fault of dmaproof (ModuleNotFound"
-    )
-
-
 @pytest.mark.parametrize(
     "kind",
     [
@@ -173,15 +99,6 @@ def test_no_message_moves_the_terminal(kind: type[DmaproofError]) -> None:
     assert str(kind(f"QEMU said:\n\t{ESCAPE}")) == "QEMU said:\n\t\ufffd]0;taken\ufffd\ufffd[2J"
 
 
-def test_nor_does_what_a_compiler_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = tmp_path / "cc"
-    compiler.write_text("#!/bin/sh\nprintf '\\033[31mred\\377' >&2; exit 1\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(UntestableError, match="\ufffd\\[31mred\ufffd"):
-        compile_c([], tmp_path / "guest")
-
-
 def test_nor_does_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     LineDisplay().say(ESCAPE)
     print_text(ESCAPE)
@@ -191,13 +108,3 @@ def test_nor_does_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert told.out.count("taken") == 2
     failed = parse_progress({"status": "failed", "error-desc": ESCAPE})
     assert ESCAPE[0] not in f"{failed.error}"
-
-
-def test_avocados_runner_tells_an_error_of_what_nobody_expected(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(ProofRunner, "_prove", of_a_bug)
-    started, finished = ProofRunner().run(Runnable("dmaproof", "a cell"))
-    assert (started["status"], finished["status"]) == ("started", "finished")
-    assert finished["result"] == "error"
-    assert "this is a fault of dmaproof (KeyError" in finished["fail_reason"]

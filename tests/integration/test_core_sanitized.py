@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -22,6 +23,9 @@ def libraries() -> list[str]:
     if found is None:
         pytest.skip("cc has no sanitizers here: apt-get install gcc")
     return found
+
+
+CORE_TESTS: Final = ("tests/unit/test_core.py", "tests/integration/test_core_guards.py")
 
 
 def run(command: Sequence[str | Path], **options: str) -> subprocess.CompletedProcess[str]:
@@ -48,7 +52,7 @@ def test_the_core_passes_its_tests_under_sanitizers(tmp_path: Path, libraries: l
         tmp_path / "_core.abi3.so", core_build.core_sources(), *SHARED, *SANITIZED
     )
     done = run(
-        [sys.executable, core_build.__file__, "test", extension, "-q", "tests/unit/test_core.py"],
+        [sys.executable, core_build.__file__, "test", extension, "-q", *CORE_TESTS],
         **core_build.sanitized_environment(libraries),
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,74 @@
+"""What the documentation needs other programs for: its scripts' syntax, and its pages."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+import dmaproof
+from qmp_tools.integrations.pytest_plugin import pytest_addoption
+from support.doc_commands import ROOT, commands_in, complaint
+
+CI = [*(ROOT / "docs" / "ci").glob("*.yml"), *(ROOT / ".github" / "workflows").glob("*.yml")]
+
+
+def scripts_of(node: object) -> Iterator[str]:
+    """The shell scripts of a workflow: GitHub's 'run', GitLab's 'script' and 'before_script'."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            if name in ("run", "script", "before_script"):
+                yield from [value] if isinstance(value, str) else value
+            else:
+                yield from scripts_of(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from scripts_of(value)
+
+
+def plugin_options() -> set[str]:
+    """The options of the pytest plugin."""
+    parser = pytest.Parser(_ispytest=True)
+    pytest_addoption(parser)
+    return {name for group in parser._groups for it in group.options for name in it.names()}
+
+
+@pytest.mark.parametrize("file", CI, ids=lambda file: file.name)
+def test_workflows_are_sound(file: Path) -> None:
+    scripts = list(scripts_of(yaml.safe_load(file.read_text())))
+    commands = []
+    for script in scripts:
+        # The services put a value in the place of their own expressions.
+        shell = re.sub(r"\$\{\{.*?\}\}", "VALUE", script)
+        subprocess.run(["bash", "-n", "-c", shell], check=True)
+        commands += [words for line in shell.splitlines() for words in commands_in(line)]
+    assert commands
+    for words in commands:
+        if words[0] != "test":  # ./dmaproof's own
+            assert complaint(words) is None, words
+    known = plugin_options()
+    assert set(re.findall(r"--dmaproof-[a-z]+", "\n".join(scripts))) <= known
+
+
+def test_the_pages_build(tmp_path: Path) -> None:
+    """With warnings as errors, and with every public name in the reference."""
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    (tmp_path / "plugin").symlink_to(ROOT / "plugin")
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", "html"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    pages = {file.stem for file in (tmp_path / "html").glob("*.html")}
+    assert {file.stem for file in (ROOT / "docs").glob("*.md")} <= pages
+    reference = (tmp_path / "html" / "reference.html").read_text()
+    public = [f"dmaproof.{name}" for name in (*dmaproof.__all__, "IovaBitmap.set_many")]
+    assert [name for name in public if f'id="{name}"' not in reference] == []
+    assert "--requests-after" in (tmp_path / "html" / "command-line.html").read_text()

@@ -1,0 +1,29 @@
+"""The package dmaproof in interpreters of its own: what an import loads, and what is logged."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def run(program: str) -> tuple[str, str]:
+    """Standard output and error of a Python program that succeeds."""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    return done.stdout, done.stderr
+
+
+def test_the_package_and_its_errors_are_imported_without_numpy() -> None:
+    told, _ = run(
+        "import sys, dmaproof\n"
+        "from dmaproof import UsageError\n"
+        "print([name for name in ('numpy', 'importlib.metadata') if name in sys.modules])"
+    )
+    assert told == "[]\n"
+
+
+def test_the_logger_is_silent_until_an_application_configures_it() -> None:
+    warn = "import logging, dmaproof\nlogging.getLogger('dmaproof.part').warning('overflow')"
+    assert run(warn) == ("", "")
+    assert "overflow" in run(f"import logging\nlogging.basicConfig()\n{warn}")[1]

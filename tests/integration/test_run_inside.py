@@ -1,0 +1,23 @@
+"""A command inside another root file system."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dmaproof.errors import UntestableError
+from qmp_tools.passthrough.l1.root import run_inside
+from support.command import TIMEOUT_S
+
+
+def test_a_command_inside_that_fails_tells_what_it_said(tmp_path: Path) -> None:
+    for name in ("dev", "proc", "mnt", "inside"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UntestableError, match="building nothing failed"):
+        run_inside(tmp_path, tmp_path / "inside", "true", "building nothing", 30.0)
+
+
+def test_a_command_runs_inside_a_root_file_system(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert run_inside(Path("/"), tmp_path, "id -u; ls /mnt", "listing", TIMEOUT_S) == "0\nfile\n"

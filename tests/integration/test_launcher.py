@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -24,13 +25,28 @@ import zipfile
 
 NAME = "dmaproof-1-py3-none-any.whl"
 INFO = "dmaproof-1.dist-info"
+PROGRAM = '''
+import sys
+from pathlib import Path
+
+def main(): print("runs in", sys.prefix, *sys.argv[1:])
+def checker(): print(Path(sys.argv[0]).name, *sys.argv[1:])
+'''
+SCRIPTS = '''
+[console_scripts]
+dmaproof = program:main
+mypy = program:checker
+pytest = program:checker
+ruff = program:checker
+'''
 
 def build_wheel(folder, config_settings=None, metadata_directory=None):
     files = {
-        "program.py": 'import sys\\ndef main(): print("runs in", sys.prefix, *sys.argv[1:])\\n',
+        "program.py": PROGRAM,
+        "importlinter/cli.py": 'def lint_imports_command(): print("lint-imports")',
         f"{INFO}/METADATA": "Metadata-Version: 2.1\\nName: dmaproof\\nVersion: 1\\n",
         f"{INFO}/WHEEL": "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n",
-        f"{INFO}/entry_points.txt": "[console_scripts]\\ndmaproof = program:main\\n",
+        f"{INFO}/entry_points.txt": SCRIPTS,
     }
     record = "".join(f"{name},,\\n" for name in (*files, f"{INFO}/RECORD"))
     with zipfile.ZipFile(f"{folder}/{NAME}", "w") as wheel:
@@ -40,9 +56,8 @@ def build_wheel(folder, config_settings=None, metadata_directory=None):
 """
 
 
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    folder = tmp_path / "checkout"
+def check_out(folder: Path) -> Path:
+    """Make a checkout in `folder` that nothing was built in, and return it."""
     for name in ("plugin", "qmp_tools", "guests"):
         (folder / name).mkdir(parents=True)
     for name in ("meson.build", "README.md"):
@@ -53,18 +68,43 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def qemu_in_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def programs_in_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What the launcher looks for is in PATH, so that it installs no package."""
-    folder = tmp_path / "programs"
-    folder.mkdir()
-    (folder / "qemu-system-x86_64").touch(0o755)
-    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    folder = tmp_path_factory.mktemp("programs")
+    for name in ("qemu-system-x86_64", "qemu-storage-daemon"):
+        (folder / name).touch(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(folder), prepend=os.pathsep)
+        yield
 
 
-def launch(launcher: Path) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    return check_out(tmp_path / "checkout")
+
+
+@pytest.fixture(scope="module")
+def built_once(programs_in_path: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 'checkout', in which the launcher has run, and 'kept', a copy of that."""
+    folder = tmp_path_factory.mktemp("built")
+    assert_runs_in(check_out(folder / "checkout"))
+    shutil.copytree(folder / "checkout", folder / "kept", symlinks=True)
+    return folder
+
+
+@pytest.fixture
+def built(built_once: Path) -> Path:
+    """A checkout that was built in the place where it is: what is built names its path."""
+    checkout = built_once / "checkout"
+    shutil.rmtree(checkout, ignore_errors=True)  # moved away by the last test, or spoilt
+    shutil.copytree(built_once / "kept", checkout, symlinks=True)
+    return checkout
+
+
+def launch(launcher: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [launcher, "doctor"],
+        [launcher, *(words or ["doctor"])],
         cwd="/",
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -88,45 +128,63 @@ def test_a_symlink_leads_to_the_checkout(checkout: Path, tmp_path: Path) -> None
     assert len(list((tmp_path / "bin").iterdir())) == 2
 
 
-def test_a_checkout_in_another_place(checkout: Path, tmp_path: Path) -> None:
-    assert_runs_in(checkout)
+def test_a_checkout_in_another_place(built: Path, tmp_path: Path) -> None:
     copy = tmp_path / "a copy"
-    shutil.copytree(checkout, copy, symlinks=True)
+    shutil.copytree(built, copy, symlinks=True)
     assert_runs_in(copy)
-    assert_runs_in(checkout.rename(tmp_path / "moved"))
+    assert_runs_in(built.rename(tmp_path / "moved"))
 
 
-def test_an_interpreter_that_is_gone(checkout: Path) -> None:
-    assert_runs_in(checkout)
-    for python in (checkout / ".venv/bin").glob("python*"):
+def test_an_interpreter_that_is_gone(built: Path) -> None:
+    for python in (built / ".venv/bin").glob("python*"):
         python.unlink()
         python.symlink_to("/nowhere/python3")
-    assert_runs_in(checkout)
+    assert_runs_in(built)
 
 
-def test_an_interpreter_of_another_release(checkout: Path) -> None:
+def test_an_interpreter_of_another_release(built: Path) -> None:
     """As after an upgrade of the system: .venv's packages are the old release's."""
-    assert_runs_in(checkout)
-    (packages,) = (checkout / ".venv/lib").iterdir()
+    (packages,) = (built / ".venv/lib").iterdir()
     packages.rename(packages.with_name("python3.9"))
-    environment = checkout / ".venv/environment"
+    environment = built / ".venv/environment"
     environment.write_text(f"{environment.read_text().rpartition(' ')[0]} 9\n")
-    assert_runs_in(checkout)
+    assert_runs_in(built)
 
 
-def test_a_program_that_is_gone(checkout: Path) -> None:
-    assert_runs_in(checkout)
-    (checkout / ".venv/bin/dmaproof").unlink()
-    assert_runs_in(checkout)
+def test_a_program_that_is_gone(built: Path) -> None:
+    (built / ".venv/bin/dmaproof").unlink()
+    assert_runs_in(built)
 
 
-def test_what_is_built_is_kept(checkout: Path) -> None:
-    assert "building" in launch(checkout / "dmaproof").stderr
-    assert launch(checkout / "dmaproof").stderr == ""
-    (checkout / "plugin/new.py").touch()
-    again = launch(checkout / "dmaproof").stderr
+def test_a_build_is_repeated_only_when_its_sources_have_changed(built: Path) -> None:
+    assert launch(built / "dmaproof").stderr == ""
+    (built / "plugin/new.py").touch()
+    again = launch(built / "dmaproof").stderr
     assert "building" in again
     assert "creating" not in again
+
+
+def test_the_fast_tests_run_with_the_linters_and_fetch_nothing(built: Path) -> None:
+    done = launch(built / "dmaproof", "test", "--fast", "-k", "ring")
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if not line.startswith("runs in")] == [
+        "ruff check",
+        "ruff format --check",
+        "mypy",
+        "lint-imports",
+        "pytest -n auto --dist worksteal tests/unit tests/property -k ring",
+    ]
+    assert "qemu fetch" not in done.stdout
+
+
+def test_all_tests_run_with_the_linters_on_a_newer_qemu(built: Path) -> None:
+    done = launch(built / "dmaproof", "test", "-k", "ring")
+    assert done.returncode == 0, done.stderr
+    *_, fetched, check, form, types, imports, tests = done.stdout.splitlines()
+    assert fetched == f"runs in {built}/.venv qemu fetch 11.1"
+    assert [check, form, types] == ["ruff check", "ruff format --check", "mypy"]
+    assert imports == "lint-imports"
+    assert tests == "pytest -k ring"
 
 
 def test_a_pip_that_fails(checkout: Path) -> None:
@@ -146,12 +204,11 @@ def test_an_environment_that_cannot_be_made(checkout: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith("dmaproof: python3 -m venv")
 
 
-def test_a_set_up_that_ends_otherwise(checkout: Path) -> None:
+def test_a_set_up_that_ends_otherwise(built: Path) -> None:
     """Exit code 1 would say that pages were lost."""
-    assert_runs_in(checkout)
-    (checkout / ".venv/state").unlink()
-    (checkout / ".venv/state").mkdir()
-    done = launch(checkout / "dmaproof")
+    (built / ".venv/state").unlink()
+    (built / ".venv/state").mkdir()
+    done = launch(built / "dmaproof")
     assert done.returncode == 3
     assert done.stderr.splitlines()[-1] == "dmaproof: the set-up failed for the reason above"
 

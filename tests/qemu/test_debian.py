@@ -11,13 +11,15 @@ from typing import Final
 
 import pytest
 
-from support.debian_tree import Tree, fresh_tree, why_not
+from support.debian_tree import Tree, cache_folder, fresh_tree, why_not
 
 pytestmark = pytest.mark.timeout(3600)
 
 ROOT: Final = Path(__file__).parents[2]
 CHECKOUT: Final = Path("/root/dmaproof")
 TIMEOUT_S: Final = 1500.0
+TYPES: Final = Path("/root/types")
+"""In the tree: what mypy found out in the last run. It checks again what has changed since."""
 SOME_TESTS: Final = (
     "tests/unit/test_doctor.py",
     "tests/unit/test_linux_guest.py",
@@ -47,7 +49,12 @@ def tree(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Tree]:
     if reason := why_not():
         pytest.skip(reason)
     data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-    shared = {data / "dmaproof": Path("/root/.local/share/dmaproof")}  # fetched QEMUs
+    types = cache_folder() / f"{request.param}-mypy"
+    types.mkdir(parents=True, exist_ok=True)
+    shared = {
+        data / "dmaproof": Path("/root/.local/share/dmaproof"),  # fetched QEMUs
+        types: TYPES,
+    }
     with fresh_tree(request.param, tmp_path / "tree", shared) as tree:
         check_out(tree.root / CHECKOUT.relative_to("/"))
         yield tree
@@ -63,5 +70,5 @@ def test_commands_of_the_readme(tree: Tree) -> None:
     assert "fetched with the first proof" in run(
         "env", "XDG_CACHE_HOME=/tmp/empty", "./dmaproof", "doctor"
     )
-    assert " passed" in run("./dmaproof", "test", *SOME_TESTS)
+    assert " passed" in run("env", f"MYPY_CACHE_DIR={TYPES}", "./dmaproof", "test", *SOME_TESTS)
     assert str(tree.root) not in Path("/proc/self/mountinfo").read_text()

@@ -97,13 +97,18 @@ class Tree:
         )
 
 
+def cache_folder() -> Path:
+    """Return the folder for what is kept from one run of the tests to the next."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmaproof-tests"
+
+
 @contextmanager
 def fresh_tree(suite: str, root: Path, shared: Mapping[Path, Path]) -> Iterator[Tree]:
     """A minimal system of `suite` in `root`, which is removed in the end.
 
     Others that want one of the same suite wait, since apt does not share its downloads.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmaproof-tests"
+    cache = cache_folder()
     packages = cache / f"{suite}-packages"
     packages.mkdir(parents=True, exist_ok=True)
     with (cache / f"{suite}-lock").open("w") as lock:

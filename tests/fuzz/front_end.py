@@ -1,4 +1,4 @@
-"""A coverage-guided fuzzer as front end and guest, see ``support.hostile_peer``.
+"""A coverage-guided fuzzer as front end and guest, see ``support.hostile``.
 
 README.md says how to run it. Coverage is that of dmaproof's Python; what the fuzzer found worth
 keeping it keeps in the folder that it is given.
@@ -16,7 +16,7 @@ import atheris
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 with atheris.instrument_imports(include=["dmaproof"]):
-    from support import hostile_peer
+    from support import hostile
 
 T = TypeVar("T")
 
@@ -28,18 +28,18 @@ class Bytes:
         self._provider: Any = atheris.FuzzedDataProvider(data)
 
     def integer(self, low: int, high: int) -> int:
-        """See `hostile_peer.Source`."""
+        """See `hostile.Source`."""
         return int(self._provider.ConsumeIntInRange(low, high))
 
     def blob(self, most: int) -> bytes:
-        """See `hostile_peer.Source`."""
+        """See `hostile.Source`."""
         return bytes(self._provider.ConsumeBytes(self.integer(0, most)))
 
     def pick(self, options: Sequence[T]) -> T:
-        """See `hostile_peer.Source`."""
+        """See `hostile.Source`."""
         return options[self.integer(0, len(options) - 1)]
 
 
 if __name__ == "__main__":
-    atheris.Setup(sys.argv, lambda data: hostile_peer.attack(Bytes(data)))
+    atheris.Setup(sys.argv, lambda data: hostile.attack(Bytes(data)))
     atheris.Fuzz()

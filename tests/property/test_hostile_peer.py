@@ -8,7 +8,7 @@ from typing import TypeVar
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from support import hostile_peer
+from support import hostile
 
 T = TypeVar("T")
 
@@ -20,15 +20,15 @@ class Drawn:
         self._data = data
 
     def integer(self, low: int, high: int) -> int:
-        """See `hostile_peer.Source`."""
+        """See `hostile.Source`."""
         return self._data.draw(st.integers(low, high))
 
     def blob(self, most: int) -> bytes:
-        """See `hostile_peer.Source`."""
+        """See `hostile.Source`."""
         return self._data.draw(st.binary(max_size=most))
 
     def pick(self, options: Sequence[T]) -> T:
-        """See `hostile_peer.Source`."""
+        """See `hostile.Source`."""
         return options[self._data.draw(st.integers(0, len(options) - 1))]
 
 
@@ -38,4 +38,4 @@ class Drawn:
 )
 @given(st.data())
 def test_whatever_comes_is_served_or_refused(data: st.DataObject) -> None:
-    hostile_peer.attack(Drawn(data))
+    hostile.attack(Drawn(data))

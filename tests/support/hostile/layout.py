@@ -1,0 +1,31 @@
+"""Where everything is: guest RAM, the rings in it, and the log."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from dmaproof.vhost_user.features import (
+    F_PROTOCOL_FEATURES,
+    F_RING_INDIRECT_DESC,
+    F_VERSION_1,
+)
+from qmp_tools.testbed.ring_driver import PAGE
+
+FEATURES: Final = F_VERSION_1 | F_PROTOCOL_FEATURES | F_RING_INDIRECT_DESC
+QUEUE_SIZE: Final = 8
+DISK_BYTES: Final = 1 << 24
+DEPTHS: Final = (0, 1, 2, 2, 3, 3, 3)
+"""How much of what QEMU does first is done before anything else."""
+
+LOW: Final = (0, 24 * PAGE, 4 * PAGE)
+RAM_BYTES: Final = 64 * PAGE
+HIGH_GPAS: Final = (64 * PAGE, 1 << 32)
+HIGH_BYTES, HIGH_OFFSET = 9 * PAGE, 40 * PAGE
+LOG_OFFSET: Final = 64
+CANARY: Final = 0xA5
+
+RINGS: Final = (PAGE, 4 * PAGE)
+"""GPAs of the two rings: descriptors, behind them what the driver writes (the available ring, or
+its event suppression structure), and a page on what the device writes."""
+AVAIL, USED = 1 << 7, 1 << 15
+TABLE, HEADER, STATUS, DATA = 8 * PAGE, 10 * PAGE, 11 * PAGE, 12 * PAGE

@@ -62,7 +62,13 @@ class Device:
     `timeout_s` bounds the wait for each of its answers.
     """
 
-    def __init__(self, process: Process, control: asyncio.StreamWriter, timeout_s: float) -> None:
+    def __init__(
+        self,
+        process: Process,
+        reader: asyncio.StreamReader,
+        control: asyncio.StreamWriter,
+        timeout_s: float,
+    ) -> None:
         self.process = process
         self._timeout_s = timeout_s
         self.refused: asyncio.Future[UntestableError] = asyncio.get_running_loop().create_future()
@@ -70,6 +76,7 @@ class Device:
         """The last event of each kind and session."""
         self._control = control
         self._news = asyncio.Condition()
+        self._listening = asyncio.ensure_future(self._listen(reader))
 
     @classmethod
     async def start(
@@ -105,8 +112,7 @@ class Device:
                 name, command, folder / f"{name.replace(' ', '-')}.log", pass_fds=(theirs.fileno(),)
             )
         reader, writer = await asyncio.open_connection(sock=ours)
-        device = cls(process, writer, timeout_s)
-        device._listening = asyncio.ensure_future(device._listen(reader))
+        device = cls(process, reader, writer, timeout_s)
         try:
             for session in sockets:
                 await device.wait_for("seeking" if state else "listening", session)
@@ -114,8 +120,6 @@ class Device:
             await device.end()
             raise
         return device
-
-    _listening: asyncio.Future[None]
 
     @property
     def silent(self) -> asyncio.Future[None]:

@@ -182,7 +182,7 @@ async def try_faults(
         for name in names:
             trials = []
             for seed in seeds:
-                trials.append(_on_testbed(name, seed, folder, timeout_s))
+                trials.append(try_on_testbed(name, seed, folder, timeout_s))
                 await asyncio.sleep(0.001)  # so that a signal can end it: 0 would not look for one
             rows.append(_row(name, Bench.TESTBED, trials, say))
     if Bench.QEMU in benches:
@@ -227,7 +227,7 @@ class _Proofs:
         return judge(proof.verdict, seed)
 
 
-def _on_testbed(name: str, seed: int, folder: Path, timeout_s: float) -> Trial:
+def try_on_testbed(name: str, seed: int, folder: Path, timeout_s: float) -> Trial:
     fault = known_faults().get(name)
     form = _TESTBED_FORMS.get(name, TestbedForm())
     options = DeviceOptions(seed=seed, harvest=form.harvest)

@@ -115,9 +115,9 @@ class Driver:
 class RingDriver(Driver):
     """The driver's end of a split ring of `size` entries that begins at `base`."""
 
-    def __init__(self, memory: GuestMemory, base: int, size: int = 8) -> None:
+    def __init__(self, memory: GuestMemory, base: int, size: int = 8, next_index: int = 0) -> None:
         super().__init__(memory, base, size)
-        self._next = 0
+        self._next = next_index
         self._seen = 0
         self._free = list(range(size))
         self._taken: dict[int, list[int]] = {}

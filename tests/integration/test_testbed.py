@@ -185,7 +185,7 @@ def test_a_device_that_refuses_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("qmp_tools.testbed.simulation.log_bytes_needed", too_small)
     with pytest.raises(RefusedError, match="SET_LOG_BASE"):
         play(DeviceOptions(), tmp_path)
-    assert fault_trials._on_testbed(CONTROL, 1, tmp_path, 60).caught_by == (Means.REFUSAL,)
+    assert fault_trials.try_on_testbed(CONTROL, 1, tmp_path, 60).caught_by == (Means.REFUSAL,)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_who_refused_is_told_by_the_error_not_by_its_words(
         raise error
 
     monkeypatch.setattr(fault_trials, "play", fail)
-    trial = fault_trials._on_testbed(CONTROL, 1, tmp_path, 60)
+    trial = fault_trials.try_on_testbed(CONTROL, 1, tmp_path, 60)
     assert trial.caught_by == caught_by
     assert trial.untested == (None if caught_by else str(error))
 

@@ -10,6 +10,9 @@ import time
 import pytest
 
 from qmp_tools.passthrough import GROUPS
+from qmp_tools.passthrough.migrations import NAMES, UNTRACKED
+from qmp_tools.passthrough.tracking import TRACKINGS
+from qmp_tools.passthrough.vhost_device import TRACKERS
 from support.command import TIMEOUT_S, Tool, is_alive
 
 pytestmark = pytest.mark.timeout(3600)
@@ -24,22 +27,28 @@ def test_all_proofs_hold_and_all_controls_are_caught(tool: Tool) -> None:
     assert groups == set(GROUPS)
     assert rows["differential", "the kernel's iterator and ours"]["figures"]["cases"] >= 3000
     figures = {name: row["figures"] for (kind, name), row in rows.items() if kind == "migration"}
-    controls = [it for name, it in figures.items() if "control" in name]
-    assert len(controls) == 7
-    assert all(it["differing"] > 0 for it in controls)
-    apart = ("control", "nothing tracks")
-    clean = [it for name, it in figures.items() if not any(word in name for word in apart)]
-    assert len(clean) == 5
-    assert all(it["differing"] == 0 and it["certain"] > 0 for it in clean)
+    controls = {name: it for name, it in figures.items() if "control" in name}
+    controlled = {name.partition(", control")[0] for name in controls}
+    assert controlled == {name for name, short in NAMES.items() if TRACKINGS[short].device}
+    assert all(it["differing"] > 0 for it in controls.values())
+    clean = figures.keys() - controls.keys() - {UNTRACKED}
+    assert clean == NAMES.keys()
+    assert all(figures[it]["differing"] == 0 and figures[it]["certain"] > 0 for it in clean)
     whole = {
         f"{kind}: {name}": row["figures"]
         for (kind, name), row in rows.items()
         if kind in ("vhost", "functions") and row["figures"]
     }
-    assert len(whole) == 9
     assert [row["group"] for row in outcome.report["outcomes"]] == [
         group for group in GROUPS for kind, _ in rows if kind == group
     ]
+    vhost = {name for name in whole if name.startswith("vhost: ")}
+    controlled = {name.partition(", control")[0] for name in vhost if "control" in name}
+    assert controlled == {f"vhost: {it}" for it in TRACKERS}
+    assert controlled <= vhost
+    assert {"functions: iommufd", "functions: container", "functions: iommufd, control: drop"} == (
+        whole.keys() - vhost
+    )
     for name, it in whole.items():
         assert (it["differing"] > 0) is ("control" in name), name
         assert it["certain"] > 0 or "control" in name, name

@@ -14,16 +14,19 @@ from dmaproof.errors import RefusedError, UntestableError
 from qmp_tools.devices.process import Device
 from qmp_tools.host.process import Process
 
+KILLED = cast(
+    Process,
+    SimpleNamespace(name="device", how_it_ended=lambda: "was killed", log_tail=lambda: ""),
+)
+
 
 async def listen(said: bytes) -> Device:
     """A device that has said `said` and is gone."""
     reader = asyncio.StreamReader()
     reader.feed_data(said)
     reader.feed_eof()
-    process = SimpleNamespace(name="device", how_it_ended=lambda: "was killed", log_tail=lambda: "")
-    device = Device(cast(Process, process), cast(asyncio.StreamWriter, None), 60)
-    device._listening = asyncio.ensure_future(device._listen(reader))
-    await device._listening
+    device = Device(KILLED, reader, cast(asyncio.StreamWriter, None), 60)
+    await device.silent
     return device
 
 
@@ -79,18 +82,20 @@ def test_what_keeps_a_device_from_going_on_is_told() -> None:
 
 def test_evidence_that_could_not_be_written_is_told(tmp_path: Path) -> None:
     async def story() -> None:
-        device = await listen(b"")
-        answer = {"event": "evidence", "there_is": True, "error": "No space left on device"}
+        answer = {"event": "evidence", "session": "source", "there_is": True}
+        answer["error"] = "No space left on device"
+        reader = asyncio.StreamReader()
         sent: list[bytes] = []
 
         async def drain() -> None:
-            device._latest["evidence", "source"] = answer
+            reader.feed_data(json.dumps(answer).encode() + b"\n")
 
-        device._control = cast(
-            asyncio.StreamWriter, SimpleNamespace(write=sent.append, drain=drain)
-        )
+        control = SimpleNamespace(write=sent.append, drain=drain)
+        device = Device(KILLED, reader, cast(asyncio.StreamWriter, control), 60)
         with pytest.raises(UntestableError, match=r"No space left on device; set TMPDIR"):
             await device.evidence("source", tmp_path)
         assert json.loads(sent[0])["do"] == "evidence"
+        reader.feed_eof()
+        await device.silent
 
     asyncio.run(story())

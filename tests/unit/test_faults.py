@@ -44,7 +44,6 @@ def pages_in(buffer: bytearray) -> set[int]:
 
 
 def test_every_fault_is_told_in_one_line() -> None:
-    assert len(known_faults()) == 22
     for name, fault in known_faults().items():
         assert len(summary(fault)) > 20, name
         assert summary(fault).endswith("."), name
@@ -409,7 +408,7 @@ def test_the_final_flush_counts_only_before_the_answer(
     spec: str | None, in_log: bool, in_time: bool
 ) -> None:
     with logging_device(spec) as (front_end, _, log):
-        front_end.session._dma.write(20 * PAGE, b"x")
+        front_end.session.dma.write(20 * PAGE, b"x")
         front_end.stop_ring()
         assert (20 in pages_in(bytearray(os.pread(log, 64, 0)))) is in_log
         seen = front_end.session.collector.trace.links[Link.LOG].last(20 * PAGE)
@@ -421,7 +420,7 @@ def test_a_device_that_runs_again_is_in_time_again() -> None:
         front_end.stop_ring()
         front_end.start_ring(driver)
         due = front_end.session.collector.due_epoch()
-        front_end.session._dma.write(20 * PAGE, b"x")
+        front_end.session.dma.write(20 * PAGE, b"x")
         front_end.session.collector.harvest()
         assert front_end.session.collector.trace.links[Link.LOG].last(20 * PAGE) == due
 

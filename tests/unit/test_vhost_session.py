@@ -142,7 +142,7 @@ def test_only_the_last_memory_table_is_mapped(guest: Guest) -> None:
     guest.front_end.set_memory(guest.ram, LOW)
     assert sorted(guest.hardware.mapped) == [LOW[0]]
     with pytest.raises(MemoryAccessError, match="nothing is mapped"):
-        guest.front_end.session._dma.write(HIGH[0], b"x")
+        guest.front_end.session.dma.write(HIGH[0], b"x")
     assert read_stamp(read(guest, DATA)) == (80, 1)
 
 
@@ -150,9 +150,9 @@ def test_what_was_dirty_before_a_new_memory_table_is_not_lost_with_the_old_mappi
     guest: Guest,
 ) -> None:
     start_logging(guest)
-    guest.front_end.session._dma.write(DATA, b"x")
+    guest.front_end.session.dma.write(DATA, b"x")
     guest.front_end.set_memory(guest.ram, LOW, HIGH)
-    guest.front_end.session._dma.write(HIGH[0], b"x")
+    guest.front_end.session.dma.write(HIGH[0], b"x")
     guest.front_end.stop_ring()
     assert logged(guest) == {DATA // PAGE, HIGH[0] // PAGE}
 

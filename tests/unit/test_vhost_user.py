@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from dmaproof.errors import MemoryAccessError, ProtocolError, UsageError
 from dmaproof.stamp import read_stamp
 from dmaproof.vhost_user.features import PROTOCOL_FEATURES
 from dmaproof.vhost_user.messages import (
+    HEADER_BYTES,
     InflightFile,
     Request,
     encode_inflight,
@@ -489,10 +491,13 @@ def test_a_request_larger_than_the_process_would_hold(guest: Guest) -> None:
 
 
 def test_a_message_that_comes_in_pieces(guest: Guest) -> None:
-    data = encode_request(Request.SET_VRING_NUM, struct.pack("<II", 1, 64))
-    for position in range(len(data)):
-        guest.front_end.send_raw(data[position : position + 1])
-    assert guest.front_end.session._vrings[1].size == 64
+    *first, last = encode_request(Request.GET_VRING_BASE, struct.pack("<II", 0, 0))
+    for byte in first:
+        guest.front_end.send_raw(bytes([byte]))
+    assert select.select([guest.front_end.socket], [], [], 0)[0] == []
+    guest.front_end.send_raw(bytes([last]))
+    answer = guest.front_end.socket.recv(HEADER_BYTES + 8)
+    assert struct.unpack_from("<I", answer) == (Request.GET_VRING_BASE,)
 
 
 def test_a_front_end_that_goes_away(guest: Guest) -> None:

@@ -9,7 +9,7 @@ import pytest
 from dmaproof.errors import MemoryAccessError, ProtocolError
 from dmaproof.virtqueue import DescriptorChain, Segment
 from qmp_tools.testbed.ring_driver import INDIRECT, NEXT, PAGE, WRITE, Buffer, RingDriver
-from support.rings import DATA, RAM_BYTES, TABLES, Marks, dma_for, driver_of, queue_for
+from support.rings import DATA, RAM_BYTES, RING, TABLES, Marks, dma_for, driver_of, queue_for
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ def test_an_indirect_table_may_be_longer_than_the_ring(driver: RingDriver) -> No
 
 
 def test_the_ring_wraps_and_the_index_too(driver: RingDriver) -> None:
+    driver = RingDriver(driver.memory, RING, next_index=0xFFFE)
     driver.describe([Buffer(DATA, 1, WRITE)])
-    driver._next = 0xFFFE
     driver.write(driver.used + 2, b"\xfe\xff")
     queue = queue_for(driver, base=0xFFFE)
     for expected in (0xFFFF, 0, 1):

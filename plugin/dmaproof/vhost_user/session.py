@@ -135,7 +135,7 @@ class Session:
         self._make_dma = make_dma
         self._map_bus = map_bus
         self._tell = tell
-        self._dma = self._door()
+        self.dma = self._door()
         self._features = 0
         self._offered = (device.features | TRANSPORT_FEATURES) & ~withheld
         self._offered_protocol = PROTOCOL_FEATURES
@@ -255,7 +255,7 @@ class Session:
         """
         self.bus = Iotlb() if self._features & F_ACCESS_PLATFORM else self._map_bus(self.memory)
         self.collector.remap(self.memory, self.bus)
-        self._dma = self._door()
+        self.dma = self._door()
         for vring in self._vrings:
             if vring.runs:
                 self._start_ring(vring)
@@ -491,7 +491,7 @@ class Session:
             )
         inflight = self._inflight.region(vring.index, vring.size) if self._inflight else None
         self.collector.trace.thaw()
-        vring.start(self._dma, self.memory, self._features, inflight)
+        vring.start(self.dma, self.memory, self._features, inflight)
 
     def serve_rings(self) -> bool:
         """Serve what the driver has made available.
@@ -521,7 +521,7 @@ class Session:
         try:
             if not vring.has_addresses:
                 self._start(vring)
-            vring.serve(self._device, self._dma)
+            vring.serve(self._device, self.dma)
         except IotlbMissError as miss:
             self._ask(miss.missing)
             vring.wait()
@@ -550,7 +550,7 @@ class Session:
         if self._channel is not None:
             self._channel.close()
         self.memory, self.bus = GuestMemory(()), IovaMap(())
-        self._dma = self._door()
+        self.dma = self._door()
         self.journal.close()
         self.connection.close()
 

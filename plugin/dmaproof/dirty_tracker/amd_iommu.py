@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 from .page_table import EntryFormat, PageTableTracker
-from .tracker import EmulatedTracker
 
 _NEXT_LEVEL_SHIFT = 9
 
 
-class AmdIommu(PageTableTracker, EmulatedTracker):
+class AmdIommu(PageTableTracker):
     """Dirty bits in the entries of an AMD version 1 table, six levels deep."""
 
     name: ClassVar[str] = "iommu"

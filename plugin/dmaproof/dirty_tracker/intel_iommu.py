@@ -10,13 +10,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 from .page_table import EntryFormat, PageTableTracker
-from .tracker import EmulatedTracker
 
 _READ_WRITE = 3
 _PAGE_SIZE = 1 << 7
 
 
-class IntelIommu(PageTableTracker, EmulatedTracker):
+class IntelIommu(PageTableTracker):
     """Dirty bits in the entries of a second-stage table, four levels deep."""
 
     name: ClassVar[str] = "iommu-intel"

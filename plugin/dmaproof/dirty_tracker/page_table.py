@@ -27,7 +27,9 @@ from numpy.typing import NDArray
 from .. import _core
 from ..errors import TrackerError
 from ..iova_bitmap import IovaBitmap, IovaRange
+from ..units import PAGE_BYTES, div_ceil
 from .page_set import combine_ranges
+from .tracker import EmulatedTracker
 
 _SHIFT: Final = 12
 _INDEX_BITS: Final = 9
@@ -86,7 +88,7 @@ class PageTable:
         TrackerError: a page size is none that the format has.
     """
 
-    def __init__(self, form: EntryFormat, page_sizes: Sequence[int] = (4096,)) -> None:
+    def __init__(self, form: EntryFormat, page_sizes: Sequence[int] = (PAGE_BYTES,)) -> None:
         self._form = form
         self._page_sizes = tuple(sorted(page_sizes, reverse=True))
         for size in self._page_sizes:
@@ -203,7 +205,7 @@ class PageTable:
             fits = [size for size in page_sizes if position % size == 0 and size <= end - position]
             stop = end // fits[0] * fits[0]
             for size in page_sizes:  # a larger page may begin on the way
-                aligned = -(-position // size) * size
+                aligned = div_ceil(position, size) * size
                 if position < aligned <= end - size:
                     stop = min(stop, aligned)
             position = self._map_alike(position, stop, fits[0])
@@ -269,12 +271,12 @@ class PageTable:
                 self._free.append(child)
 
 
-class PageTableTracker:
+class PageTableTracker(EmulatedTracker):
     """A `PageTable` as a dirty tracker; subclasses name the format."""
 
     form: EntryFormat
 
-    def __init__(self, page_sizes: Sequence[int] = (4096,)) -> None:
+    def __init__(self, page_sizes: Sequence[int] = (PAGE_BYTES,)) -> None:
         self._page_sizes = page_sizes
         self._table: PageTable | None = None
 
@@ -290,26 +292,22 @@ class PageTableTracker:
         return self._table
 
     def start(self, ranges: Sequence[IovaRange], page_size: int) -> int:
-        """See `DirtyTracker.start`: map the ranges, all clean. The entries decide the page size."""
         if self._table is not None:
             raise TrackerError("the IOMMU's page table tracks already")
         table = PageTable(self.form, self._page_sizes)
         for iova, length in combine_ranges(ranges, len(ranges)):
             table.map(iova, length)
         self._table = table
-        return min(self._page_sizes)
+        return min(self._page_sizes)  # the entries decide, not the caller
 
     def stop(self) -> None:
-        """See `DirtyTracker.stop`."""
         self._table = None
 
     def dma(self, iova: int, length: int) -> None:
-        """See `EmulatedTracker.dma`."""
         if self._table is not None:
             self._table.mark(iova, length)
 
     def read_and_clear(self, bitmap: IovaBitmap, iova: int, length: int) -> None:
-        """See `DirtyTracker.read_and_clear`."""
         self.table.collect(bitmap, iova, length, clear=True)
 
     def read(self, bitmap: IovaBitmap, iova: int, length: int) -> None:

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from dmaproof.errors import UntestableError
 from dmaproof.evidence import Slot
 from dmaproof.page_compare import Extent, differing_pages
+from dmaproof.units import PAGE_BYTES
 
 from ..qemu.machine import RAM_BACKEND
 from ..qemu.qemu import Qemu
 from .physical_map import parse_flat_view, parse_hva, shown_parts
 from .process_memory import mappings_of, shared_memory
 
-PAGE_BYTES: Final = 4096
 _COPIED_AT_ONCE: Final = 1 << 20
 _MEMFD_NAME: Final = "/memfd:memory-backend-memfd"
 

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from dmaproof.errors import UntestableError
+from dmaproof.units import PAGE_BYTES
 
 _HEADER: Final = re.compile(r" *Block Name +PSize +Offset +Used +Total(?: +HVA +RO)?")
 _BLOCK: Final = re.compile(
     r" *(.*?) +([0-9.]+ (?:[KMGTPE]i)?B)  0x([0-9a-f]{16}) 0x([0-9a-f]{16}) 0x[0-9a-f]{16}"
     r"(?:  ?0x[0-9a-f]{16} +r[ow])?"
 )
-_WORD_BYTES: Final = 64 * 4096
+_WORD_BYTES: Final = 64 * PAGE_BYTES
 """What one word of QEMU's dirty bitmap stands for."""
 _RESETS_TLB: Final = (9, 0)
 _LAST_KNOWN: Final = (11, 1)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dmaproof.dirty_tracker import DirtyTracker
 from dmaproof.iova_bitmap import IovaBitmap, IovaRange
+from dmaproof.units import PAGE_BYTES, div_ceil
 from dmaproof.vfio.requests import bitmap_for
 from dmaproof.vfio.trackers import DmaLogging, Type1Tracker
 
@@ -24,7 +25,6 @@ from .fake_device import Journal, content
 from .outcome import require
 from .owner import Owned, by_either
 
-_PAGE: Final = 4096
 _GUARD_BYTES: Final = 64
 _UNIQUE_BYTES: Final = 16
 _SPACE: Final = IovaRange(0, 1 << 52)
@@ -38,7 +38,7 @@ def _goes_by_windows(owned: Owned) -> bool:
     """Whether the kernel asks the device once for each window (until Linux 6.10), so that ranges
     cannot be handed to its iterator from outside of one."""
     before = owned.fake.stats()["reports"]
-    owned.device.report(0, _MOST_PAGES * _PAGE, _PAGE)
+    owned.device.report(0, _MOST_PAGES * PAGE_BYTES, PAGE_BYTES)
     return owned.fake.stats()["reports"] > before + 1
 
 
@@ -74,7 +74,7 @@ def iterator_cases(count: int, seed: int) -> tuple[str, dict[str, Any]]:
     choose = random.Random(seed)
     ranges = windows = 0
     with by_either() as owned:
-        owned.device.start_logging([_SPACE], _PAGE)
+        owned.device.start_logging([_SPACE], PAGE_BYTES)
         wide = not _goes_by_windows(owned)
         for case in range(count):
             page_size = 1 << choose.choice(_RECORD_SHIFTS)
@@ -82,7 +82,7 @@ def iterator_cases(count: int, seed: int) -> tuple[str, dict[str, Any]]:
             base = choose.randrange(1 << 20) * page_size
             asked = _ranges(choose, base, pages, page_size)
             before = choose.choice((0, 0, 8, 2048, 0xFF1))
-            theirs = _filled(choose, before + -(-pages // 64) * 8)
+            theirs = _filled(choose, before + div_ceil(pages, 64) * 8)
             ours = theirs.copy()
             if asked:
                 owned.fake.mark(*_columns(asked))
@@ -127,10 +127,12 @@ def random_writes(choose: random.Random, window: IovaRange, count: int) -> list[
     """Bursts of whole pages, and pieces that are aligned to nothing."""
     found = []
     for _ in range(count):
-        length = choose.choice((1, 512, _PAGE, choose.randint(1, 3 * _PAGE), 16 * _PAGE))
+        length = choose.choice(
+            (1, 512, PAGE_BYTES, choose.randint(1, 3 * PAGE_BYTES), 16 * PAGE_BYTES)
+        )
         start = choose.randrange(window.length - length + 1)
         if choose.random() < 0.5:
-            start = min(start // _PAGE * _PAGE, window.length - length)
+            start = min(start // PAGE_BYTES * PAGE_BYTES, window.length - length)
         found.append((window.iova + start, length))
     return found
 
@@ -149,7 +151,9 @@ def expected_bits(journal: Journal, query: IovaRange, page_size: int) -> NDArray
 
 def changed_pages(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Which pages of memory are not what they were."""
-    changed: NDArray[np.bool_] = np.logical_or.reduce((before != after).reshape(-1, _PAGE), axis=1)
+    changed: NDArray[np.bool_] = np.logical_or.reduce(
+        (before != after).reshape(-1, PAGE_BYTES), axis=1
+    )
     return changed
 
 
@@ -171,13 +175,13 @@ def dma_round(owned: Owned, choose: random.Random, writes: int) -> tuple[int, in
     written = owned.fake.journal()[start:]
     require(len(written) == writes, f"{writes} writes, but {len(written)} in the journal")
     _check_content(owned, written)
-    pages = len(owned.memory) // _PAGE
+    pages = len(owned.memory) // PAGE_BYTES
     bits = np.zeros(pages, dtype=bool)
     cuts = sorted({0, pages, *(choose.randrange(pages) for _ in range(choose.choice((0, 1, 5))))})
     for low, high in pairwise(cuts):
-        query = IovaRange(owned.window.iova + low * _PAGE, (high - low) * _PAGE)
-        found = owned.device.report(*query, _PAGE)
-        expected = expected_bits(written, query, _PAGE)
+        query = IovaRange(owned.window.iova + low * PAGE_BYTES, (high - low) * PAGE_BYTES)
+        found = owned.device.report(*query, PAGE_BYTES)
+        expected = expected_bits(written, query, PAGE_BYTES)
         require(
             bool(np.array_equal(found, expected)),
             f"IOVA {query.iova:#x} + {query.length:#x}: the kernel's bitmap is not ours: "
@@ -185,7 +189,7 @@ def dma_round(owned: Owned, choose: random.Random, writes: int) -> tuple[int, in
             f"{int(np.bitwise_count(found & ~expected).sum())} too many",
         )
         bits[low:high] = _pages_of(found, high - low)
-        again = owned.device.report(*query, _PAGE)
+        again = owned.device.report(*query, PAGE_BYTES)
         require(not again.any(), "a second report is not empty")
     changed = changed_pages(before, owned.memory)
     require(bool((changed <= bits).all()), "RAM changed in pages that were not reported")
@@ -197,14 +201,14 @@ def dma_round(owned: Owned, choose: random.Random, writes: int) -> tuple[int, in
 
 def _surely_changed(written: Journal, window: IovaRange) -> NDArray[np.bool_]:
     """The pages of which a write has so many bytes that they cannot be what they were by chance."""
-    sure = np.zeros(window.length // _PAGE, dtype=bool)
+    sure = np.zeros(window.length // PAGE_BYTES, dtype=bool)
     for entry in written:
         start = int(entry["iova"]) - window.iova
         end = start + int(entry["length"])
-        first, last = start // _PAGE, (end - 1) // _PAGE
+        first, last = start // PAGE_BYTES, (end - 1) // PAGE_BYTES
         sure[first + 1 : last] = True
         for page in (first, last):
-            overlap = min(end, (page + 1) * _PAGE) - max(start, page * _PAGE)
+            overlap = min(end, (page + 1) * PAGE_BYTES) - max(start, page * PAGE_BYTES)
             sure[page] |= overlap >= _UNIQUE_BYTES
     return sure
 
@@ -228,7 +232,7 @@ def _check_content(owned: Owned, written: Journal) -> None:
 def dma_cases(owned: Owned, rounds: int, seed: int) -> tuple[str, dict[str, Any]]:
     """Rounds of random DMA with the device's own log."""
     choose = random.Random(seed)
-    owned.device.start_logging([owned.window], _PAGE)
+    owned.device.start_logging([owned.window], PAGE_BYTES)
     pages = reports = 0
     for _ in range(rounds):
         dirty, asked = dma_round(owned, choose, choose.choice((1, 10, 100)))
@@ -249,7 +253,7 @@ def tracker_cases(owned: Owned, rounds: int, seed: int) -> tuple[str, dict[str, 
         trackers["type1"] = Type1Tracker(owned.container)
     figures: dict[str, Any] = {"rounds": rounds, "seed": seed}
     for name, tracker in trackers.items():
-        page_size = tracker.start([owned.window], _PAGE)
+        page_size = tracker.start([owned.window], PAGE_BYTES)
         pages = 0
         for _ in range(rounds):
             start = len(owned.fake.journal())

@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dmaproof.errors import WaitTimeoutError
+from dmaproof.splitmix import GOLDEN, MASK, mix64
+from dmaproof.units import PAGE_BYTES
 
 from ..host.timeout import DEFAULT_TIMEOUT_S
 
@@ -64,9 +66,9 @@ class Engine:
 
     iova: int
     length: int
-    piece: int = 4096
+    piece: int = PAGE_BYTES
     skew: int = 0
-    stride: int = 4096
+    stride: int = PAGE_BYTES
     burst: int = 64
     period_us: int = 4000
     limit: int = 0
@@ -171,11 +173,8 @@ def content(sequence: int, iova: int, length: int) -> NDArray[np.uint8]:
     """The bytes that write `sequence` put at `iova`, as control.h has it."""
     first, last = iova // 8, (iova + length - 1) // 8
     words = np.arange(first, last + 1, dtype=np.uint64)
-    value = words ^ np.uint64(sequence * 0x9E3779B97F4A7C15 & (1 << 64) - 1)
-    value = (value ^ value >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ value >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    value = value ^ value >> np.uint64(31)
-    return value.view(np.uint8)[iova % 8 : iova % 8 + length]
+    values = mix64(words ^ np.uint64(sequence * GOLDEN & MASK))
+    return values.view(np.uint8)[iova % 8 : iova % 8 + length]
 
 
 @contextlib.contextmanager

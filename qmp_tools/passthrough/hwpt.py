@@ -8,13 +8,13 @@ from typing import Any, Final
 import numpy as np
 
 from dmaproof.iova_bitmap import IovaBitmap, IovaRange
+from dmaproof.units import PAGE_BYTES
 from dmaproof.vfio.requests import bitmap_for
 from dmaproof.vfio.trackers import HwptTracker
 
 from .mock_iommu import APERTURE, mock_iommu
 from .outcome import require
 
-_PAGE: Final = 4096
 _SIZES: Final = (2, 4, 16, 32, 80, 321, 4096)
 """Pages; what iommufd's own selftest takes, and one page more than words."""
 
@@ -24,19 +24,19 @@ def hwpt_cases(count: int, seed: int) -> tuple[str, dict[str, Any]]:
     choose = random.Random(seed)
     pages_told = 0
     for pages in _SIZES:
-        with mock_iommu(pages * _PAGE) as mock:
+        with mock_iommu(pages * PAGE_BYTES) as mock:
             mock.iommufd.set_dirty_tracking(mock.hwpt, True)
             for case in range(max(1, count // len(_SIZES))):
-                dirty = bitmap_for(pages * _PAGE, _PAGE)
+                dirty = bitmap_for(pages * PAGE_BYTES, PAGE_BYTES)
                 chosen = choose.sample(range(pages), choose.randint(0, min(pages, 200)))
-                expected = bitmap_for(pages * _PAGE, _PAGE)
-                with IovaBitmap(APERTURE, pages * _PAGE, _PAGE, expected) as bitmap:
+                expected = bitmap_for(pages * PAGE_BYTES, PAGE_BYTES)
+                with IovaBitmap(APERTURE, pages * PAGE_BYTES, PAGE_BYTES, expected) as bitmap:
                     for page in chosen:
-                        bitmap.set(APERTURE + page * _PAGE, 1)
+                        bitmap.set(APERTURE + page * PAGE_BYTES, 1)
                         dirty[page // 64] |= np.uint64(1 << page % 64)
-                mock.set_dirty(APERTURE, pages * _PAGE, _PAGE, dirty)
+                mock.set_dirty(APERTURE, pages * PAGE_BYTES, PAGE_BYTES, dirty)
                 kept = mock.iommufd.get_dirty_bitmap(
-                    mock.hwpt, APERTURE, pages * _PAGE, _PAGE, clear=False
+                    mock.hwpt, APERTURE, pages * PAGE_BYTES, PAGE_BYTES, clear=False
                 )
                 require(
                     bool(np.array_equal(kept, expected)), f"{pages} pages, case {case}: not equal"
@@ -45,7 +45,10 @@ def hwpt_cases(count: int, seed: int) -> tuple[str, dict[str, Any]]:
                 parts = np.zeros(pages, dtype=np.uint8)
                 for low, high in ((0, cut), (cut, pages)):
                     bits = mock.iommufd.get_dirty_bitmap(
-                        mock.hwpt, APERTURE + low * _PAGE, (high - low) * _PAGE, _PAGE
+                        mock.hwpt,
+                        APERTURE + low * PAGE_BYTES,
+                        (high - low) * PAGE_BYTES,
+                        PAGE_BYTES,
                     )
                     parts[low:high] = np.unpackbits(bits.view(np.uint8), bitorder="little")[
                         : high - low
@@ -54,7 +57,9 @@ def hwpt_cases(count: int, seed: int) -> tuple[str, dict[str, Any]]:
                     bool(np.array_equal(np.flatnonzero(parts), sorted(chosen))),
                     f"{pages} pages, case {case}, cut at {cut}: not equal",
                 )
-                rest = mock.iommufd.get_dirty_bitmap(mock.hwpt, APERTURE, pages * _PAGE, _PAGE)
+                rest = mock.iommufd.get_dirty_bitmap(
+                    mock.hwpt, APERTURE, pages * PAGE_BYTES, PAGE_BYTES
+                )
                 require(not rest.any(), f"{pages} pages, case {case}: not forgotten")
                 pages_told += len(chosen)
     return (
@@ -67,23 +72,23 @@ def hwpt_tracker_cases(count: int, seed: int) -> tuple[str, dict[str, Any]]:
     """The same by our protocol, with questions that are aligned to nothing."""
     choose = random.Random(seed)
     pages = 4096
-    length = pages * _PAGE
+    length = pages * PAGE_BYTES
     with mock_iommu(length) as mock:
         tracker = HwptTracker(mock.iommufd, mock.hwpt)
-        tracker.start([IovaRange(APERTURE, length)], _PAGE)
+        tracker.start([IovaRange(APERTURE, length)], PAGE_BYTES)
         for case in range(count):
             chosen = choose.sample(range(pages), 100)
-            dirty = bitmap_for(length, _PAGE)
+            dirty = bitmap_for(length, PAGE_BYTES)
             for page in chosen:
                 dirty[page // 64] |= np.uint64(1 << page % 64)
-            mock.set_dirty(APERTURE, length, _PAGE, dirty)
-            found = bitmap_for(length, _PAGE)
+            mock.set_dirty(APERTURE, length, PAGE_BYTES, dirty)
+            found = bitmap_for(length, PAGE_BYTES)
             cut = choose.randrange(1, length)
-            with IovaBitmap(APERTURE, length, _PAGE, found) as bitmap:
+            with IovaBitmap(APERTURE, length, PAGE_BYTES, found) as bitmap:
                 tracker.read_and_clear(bitmap, APERTURE, cut)
                 tracker.read_and_clear(bitmap, APERTURE + cut, length - cut)
             require(bool(np.array_equal(found, dirty)), f"case {case}, cut at {cut}: not equal")
-            with IovaBitmap(APERTURE, length, _PAGE, found) as bitmap:
+            with IovaBitmap(APERTURE, length, PAGE_BYTES, found) as bitmap:
                 tracker.read_and_clear(bitmap, APERTURE, length)
         tracker.stop()
     return f"{count} rounds, no page lost or made up", {"rounds": count, "seed": seed}

@@ -6,6 +6,7 @@ import random
 from typing import Any, Final
 
 from dmaproof.errors import DmaproofError, UsageError
+from dmaproof.units import PAGE_BYTES
 
 from .differential import dma_round, iterator_cases
 from .fake_device import planted
@@ -19,7 +20,6 @@ FAULTS: Final[dict[str, dict[str, int]]] = {
     "clear-before-read": {"clear_before_read": 200},
 }
 """Parameters of the module by the fault's name."""
-_PAGE: Final = 4096
 _WRITES: Final = 60
 _CASES: Final = 30
 
@@ -48,7 +48,7 @@ def caught(name: str, rounds: int, seed: int) -> tuple[str, dict[str, Any]]:
     for round_number in range(rounds):
         # A device for each: what a fault holds back must not heal the next round.
         with by_either() as owned:
-            owned.device.start_logging([owned.window], _PAGE)
+            owned.device.start_logging([owned.window], PAGE_BYTES)
             dma_round(owned, choose, _WRITES)  # clean, in the same set-up
             with planted(**FAULTS[name], seed=seed + round_number):
                 try:

@@ -12,16 +12,16 @@ from typing import Final
 
 import numpy as np
 
+from dmaproof.units import PAGE_BYTES
 from dmaproof.vfio.requests import Bits, address_of, bitmap_for
 
 from .mock_iommu import APERTURE, HUGE_ENTRY_BYTES, MockIommu, mock_iommu
 from .outcome import Rule, errno_of, observe, refuses, require
 
-_PAGE: Final = 4096
-_WORD: Final = 64 * _PAGE
+_WORD: Final = 64 * PAGE_BYTES
 """What a word of the bitmap stands for."""
 _HUGE: Final = HUGE_ENTRY_BYTES
-_HALF_PAGES: Final = _HUGE // _PAGE // 2
+_HALF_PAGES: Final = _HUGE // PAGE_BYTES // 2
 
 
 @contextlib.contextmanager
@@ -31,7 +31,7 @@ def _tracking(length: int, *, huge: bool = False) -> Iterator[MockIommu]:
         yield mock
 
 
-def _dirty(mock: MockIommu, iova: int, pages: int = 1, page_size: int = _PAGE) -> None:
+def _dirty(mock: MockIommu, iova: int, pages: int = 1, page_size: int = PAGE_BYTES) -> None:
     bits = bitmap_for(pages * page_size, page_size)
     bits.view(np.uint8)[:] = 0xFF
     mock.set_dirty(iova, pages * page_size, page_size, bits)
@@ -40,10 +40,12 @@ def _dirty(mock: MockIommu, iova: int, pages: int = 1, page_size: int = _PAGE) -
 def _get(
     mock: MockIommu, iova: int, length: int, bits: Bits | None = None, *, clear: bool = True
 ) -> Bits:
-    return mock.iommufd.get_dirty_bitmap(mock.hwpt, iova, length, _PAGE, bits=bits, clear=clear)
+    return mock.iommufd.get_dirty_bitmap(
+        mock.hwpt, iova, length, PAGE_BYTES, bits=bits, clear=clear
+    )
 
 
-def _hwpt_refuses(expected: int, iova: int, length: int, page_size: int = _PAGE) -> str:
+def _hwpt_refuses(expected: int, iova: int, length: int, page_size: int = PAGE_BYTES) -> str:
     bits = np.zeros(64, dtype=np.uint64)
     with _tracking(_WORD) as mock:
         return refuses(
@@ -61,7 +63,7 @@ def _hwpt_end_of_space() -> str:
 
 def _hwpt_odd_page_size() -> str:
     with _tracking(_WORD) as mock:
-        _dirty(mock, APERTURE + 2 * _PAGE)
+        _dirty(mock, APERTURE + 2 * PAGE_BYTES)
         bits = np.zeros(64, dtype=np.uint64)
         mock.iommufd.get_dirty_bitmap(mock.hwpt, APERTURE, _WORD, 0x3000, bits=bits)
     observe(int(bits[0]) == 1 << 2, f"{int(bits[0]):#x}")
@@ -80,7 +82,7 @@ def _hwpt_enable_clears() -> str:
 
 def _hwpt_no_clear() -> str:
     with _tracking(_WORD) as mock:
-        _dirty(mock, APERTURE + _PAGE)
+        _dirty(mock, APERTURE + PAGE_BYTES)
         found = [int(_get(mock, APERTURE, _WORD, clear=clear)[0]) for clear in (False, True, True)]
     require(found == [2, 2, 0], str(found))
     return "read, read again, gone"
@@ -120,7 +122,7 @@ def _huge_entry(iova: int) -> tuple[int, int, int]:
         _dirty(mock, APERTURE + _HUGE)
         whole = _pages(_get(mock, APERTURE, 2 * _HUGE, clear=False))
         observe(whole == 2 * _HALF_PAGES, f"the entry is not huge: {whole} pages")
-        memory = bitmap_for(4 * _HUGE, _PAGE)
+        memory = bitmap_for(4 * _HUGE, PAGE_BYTES)
         _get(mock, iova, _HUGE // 2, memory)
         rest = _pages(_get(mock, APERTURE, 2 * _HUGE))
     asked = _HALF_PAGES // 64

@@ -30,9 +30,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmaproof.errors import WaitTimeoutError
+from dmaproof.units import PAGE_BYTES
 
 from ..host.timeout import bounded
-from ..memory.ram import PAGE_BYTES, compare, ram_file
+from ..memory.ram import compare, ram_file
 from ..migration.migration import Limits, Migration, Progress
 from ..migration.scenarios.precopy import Unix
 from ..migration.transport import Ends

@@ -76,7 +76,7 @@ def mock_iommu(length: int, *, huge: bool = False) -> Iterator[MockIommu]:
     mapping.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
     whole = np.frombuffer(mapping, dtype=np.uint8)
     memory = whole[-address_of(whole) % _HUGE_PAGE_BYTES :][:length]
-    memory[::4096] = 1  # there, and so of huge pages where these are allowed
+    memory[:: mmap.PAGESIZE] = 1  # there, and so of huge pages where these are allowed
     with open_iommufd() as iommufd:
         ioas = iommufd.alloc_ioas()
         if not huge:

@@ -25,9 +25,9 @@ from dmaproof.evidence import HARVEST, Evidence
 from dmaproof.iova_bitmap import IovaRange
 from dmaproof.journal import RECORD, WriteKind
 from dmaproof.trace import TRACED_LINKS, PageEpochs
+from dmaproof.units import PAGE_BYTES, div_ceil
 
 from ..devices.device import AttachedDevice, DeviceFacts, ProofDevice
-from ..memory.ram import PAGE_BYTES
 from .fake_device import FakeDevice, Journal, Told, content, fake_device
 from .tracking import TRACKINGS
 
@@ -81,7 +81,7 @@ def evidence_of(journal: Journal, told: Told | None) -> Evidence:
     if told is not None and len(logged):
         journal = journal[logged[0] :]
     end = int((journal["iova"] + journal["length"]).max(initial=0))
-    space = IovaRange(0, -(-end // PAGE_BYTES) * PAGE_BYTES)
+    space = IovaRange(0, div_ceil(end, PAGE_BYTES) * PAGE_BYTES)
     seen = PageEpochs([space] if end else [])
     if told is None:
         seen.see_many(journal["iova"], journal["length"], _EVERY_EPOCH)

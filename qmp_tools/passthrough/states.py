@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from dmaproof.units import PAGE_BYTES
 from dmaproof.vfio.abi import MigrationFlag, MigrationState
 from dmaproof.vfio.device import VfioDevice, precopy_bytes
 from dmaproof.vfio.requests import VfioError
@@ -19,12 +20,11 @@ from .fake_device import planted
 from .outcome import LackingError, require
 from .owner import IOVA, by_either
 
-_PAGE: Final = 4096
 _ALL: Final = MigrationFlag.STOP_COPY | MigrationFlag.P2P | MigrationFlag.PRE_COPY
 
 
 def _one_page(iova: int = IOVA) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    return np.array([iova], dtype=np.uint64), np.array([_PAGE], dtype=np.uint64)
+    return np.array([iova], dtype=np.uint64), np.array([PAGE_BYTES], dtype=np.uint64)
 
 
 def _read_all(fd: int) -> tuple[bytes, int]:
@@ -94,7 +94,7 @@ def transfer() -> tuple[str, dict[str, Any]]:
     """Save one device, load another: it goes on where the first stopped."""
     with by_either() as source, by_either() as destination:
         _check_flags(source.device)
-        source.device.start_logging([source.window], _PAGE)
+        source.device.start_logging([source.window], PAGE_BYTES)
         source.fake.write(*_one_page())
         data = _save(source.device)
         try:
@@ -103,7 +103,7 @@ def transfer() -> tuple[str, dict[str, Any]]:
             require(error.errno == errno.EBUSY, f"a write in STOP_COPY: errno {error.errno}")
         else:
             require(False, "the device writes in STOP_COPY")
-        bits = source.device.report(*source.window, _PAGE)
+        bits = source.device.report(*source.window, PAGE_BYTES)
         require(int(np.bitwise_count(bits).sum()) == 1, "what was written last is not reported")
         require(_load(destination.device, data) == 0, "the state is refused")
         destination.device.set_state(MigrationState.RUNNING)

@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 
 from dmaproof.iova_bitmap import IovaRange
+from dmaproof.units import PAGE_BYTES
 from dmaproof.vfio import abi
 from dmaproof.vfio.abi import Feature
 from dmaproof.vfio.requests import Bits, address_of, bitmap_for, feature
@@ -23,15 +24,14 @@ from dmaproof.vfio.requests import Bits, address_of, bitmap_for, feature
 from .outcome import Rule, errno_of, observe, refuses, require
 from .owner import IOVA, Owned, by_container, by_either
 
-_PAGE: Final = 4096
-_WORD: Final = 64 * _PAGE
+_WORD: Final = 64 * PAGE_BYTES
 """What a word of the bitmap stands for."""
 
 
 @contextlib.contextmanager
 def _logging() -> Iterator[Owned]:
     with by_either() as owned:
-        owned.device.start_logging([IovaRange(0, 1 << 52)], _PAGE)
+        owned.device.start_logging([IovaRange(0, 1 << 52)], PAGE_BYTES)
         yield owned
 
 
@@ -46,21 +46,23 @@ def _write(owned: Owned, iova: int, length: int = 1) -> None:
 # VFIO: starting ----------------------------------------------------------------------------------
 
 
-def _start(expected: int, ranges: list[IovaRange], page_size: int = _PAGE) -> str:
+def _start(expected: int, ranges: list[IovaRange], page_size: int = PAGE_BYTES) -> str:
     with by_either() as owned:
         return refuses(expected, lambda: owned.device.start_logging(ranges, page_size))
 
 
 def _start_256() -> str:
     with by_either() as owned:
-        owned.device.start_logging([IovaRange(i * 2 * _PAGE, _PAGE) for i in range(256)], _PAGE)
+        owned.device.start_logging(
+            [IovaRange(i * 2 * PAGE_BYTES, PAGE_BYTES) for i in range(256)], PAGE_BYTES
+        )
     return "256 ranges are taken"
 
 
 def _start_other_page_size() -> str:
     with by_either() as owned:
         used = owned.device.start_logging([IovaRange(0, _WORD)], 2048)
-    require(used == _PAGE, f"the page size became {used}")
+    require(used == PAGE_BYTES, f"the page size became {used}")
     return "2048 became 4096, as the device has it"
 
 
@@ -70,16 +72,16 @@ def _start_rules() -> dict[str, Rule]:
         "START: no range is EINVAL": lambda: _start(errno.EINVAL, []),
         "START: 256 ranges are taken": _start_256,
         "START: 257 ranges are E2BIG": lambda: _start(
-            errno.E2BIG, [start(i * 2 * _PAGE, _PAGE) for i in range(257)]
+            errno.E2BIG, [start(i * 2 * PAGE_BYTES, PAGE_BYTES) for i in range(257)]
         ),
         "START: a range not aligned to the page size is EINVAL": lambda: _start(
-            errno.EINVAL, [start(512, _PAGE)]
+            errno.EINVAL, [start(512, PAGE_BYTES)]
         ),
         "START: ranges that overlap are EINVAL": lambda: _start(
-            errno.EINVAL, [start(0, 2 * _PAGE), start(_PAGE, _PAGE)]
+            errno.EINVAL, [start(0, 2 * PAGE_BYTES), start(PAGE_BYTES, PAGE_BYTES)]
         ),
         "START: a range that ends at 2**64 is EOVERFLOW": lambda: _start(
-            errno.EOVERFLOW, [start(2**64 - _PAGE, _PAGE)]
+            errno.EOVERFLOW, [start(2**64 - PAGE_BYTES, PAGE_BYTES)]
         ),
         "START: the driver may change the page size": _start_other_page_size,
     }
@@ -98,7 +100,7 @@ def _report_ors() -> str:
     with _logging() as owned:
         bits = np.array([1 << 63], dtype=np.uint64)
         _write(owned, IOVA)
-        owned.device.report(IOVA, _WORD, _PAGE, bits)
+        owned.device.report(IOVA, _WORD, PAGE_BYTES, bits)
     require(int(bits[0]) == 1 << 63 | 1, f"{int(bits[0]):#x}")
     return "bits that were set stay set"
 
@@ -106,8 +108,8 @@ def _report_ors() -> str:
 def _report_clears() -> str:
     with _logging() as owned:
         _write(owned, IOVA)
-        first = owned.device.report(IOVA, _WORD, _PAGE)
-        second = owned.device.report(IOVA, _WORD, _PAGE)
+        first = owned.device.report(IOVA, _WORD, PAGE_BYTES)
+        second = owned.device.report(IOVA, _WORD, PAGE_BYTES)
     require(int(first[0]) == 1 and not second.any(), f"{int(first[0]):#x}, {int(second[0]):#x}")
     return "1 page, then none"
 
@@ -115,16 +117,16 @@ def _report_clears() -> str:
 def _report_unaligned_base() -> str:
     """The bit index is relative to the base; a page about an unaligned base has two."""
     with _logging() as owned:
-        _mark(owned, _WORD + _PAGE, _PAGE)
-        bits = owned.device.report(_WORD + 512, _WORD, _PAGE)
+        _mark(owned, _WORD + PAGE_BYTES, PAGE_BYTES)
+        bits = owned.device.report(_WORD + 512, _WORD, PAGE_BYTES)
     observe(int(bits[0]) == 0b11, f"bits {int(bits[0]):#x}")
     return "taken without error; one page set two bits"
 
 
 def _report_begins_before() -> str:
     with _logging() as owned:
-        _mark(owned, _WORD - _PAGE, 3 * _PAGE)
-        bits = owned.device.report(_WORD, _WORD, _PAGE)
+        _mark(owned, _WORD - PAGE_BYTES, 3 * PAGE_BYTES)
+        bits = owned.device.report(_WORD, _WORD, PAGE_BYTES)
     observe(not bits.any(), f"bits {int(bits[0]):#x}")
     return "3 pages reported from one page before the query on: none of the 2 inside arrived"
 
@@ -133,7 +135,7 @@ def _report_runs_on() -> str:
     with _logging() as owned:
         _mark(owned, _WORD, 2 * _WORD)
         bits = np.zeros(512, dtype=np.uint64)
-        owned.device.report(_WORD, _WORD, _PAGE, bits[:1])
+        owned.device.report(_WORD, _WORD, PAGE_BYTES, bits[:1])
     beyond = int(np.bitwise_count(bits[1:]).sum())
     observe(int(bits[0]) == 2**64 - 1 and beyond > 0, f"{int(bits[0]):#x}, {beyond} bits behind it")
     return f"{beyond} bits set behind the bitmap's 64"
@@ -148,9 +150,9 @@ def _report_unmapped_bitmap() -> str:
     if libc.mprotect(none, ctypes.c_size_t(mmap.PAGESIZE), 0):
         raise OSError(ctypes.get_errno(), "mprotect")
     with _logging() as owned:
-        _mark(owned, mmap.PAGESIZE * 8 * _PAGE, _PAGE)  # the first bit of the second page
+        _mark(owned, mmap.PAGESIZE * 8 * PAGE_BYTES, PAGE_BYTES)  # the first bit of the second page
         number = errno_of(
-            lambda: owned.device.report(0, 2 * mmap.PAGESIZE * 8 * _PAGE, _PAGE, memory)
+            lambda: owned.device.report(0, 2 * mmap.PAGESIZE * 8 * PAGE_BYTES, PAGE_BYTES, memory)
         )
     libc.mprotect(none, ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ | mmap.PROT_WRITE)
     observe(not number, f"the report fails, {errno.errorcode.get(number, number)}")
@@ -166,7 +168,7 @@ def _report_half_the_space() -> str:
 
 def _report_when_off() -> str:
     with by_either() as owned:
-        return refuses(errno.EINVAL, lambda: owned.device.report(0, _WORD, _PAGE))
+        return refuses(errno.EINVAL, lambda: owned.device.report(0, _WORD, PAGE_BYTES))
 
 
 def _probe() -> str:
@@ -185,7 +187,7 @@ def _report_rules() -> dict[str, Rule]:
             errno.EINVAL, 0, _WORD, 0x3000
         ),
         "REPORT: a range that ends at 2**64 is EOVERFLOW": lambda: _report(
-            errno.EOVERFLOW, 2**64 - _WORD, _WORD, _PAGE
+            errno.EOVERFLOW, 2**64 - _WORD, _WORD, PAGE_BYTES
         ),
         "REPORT: only sets bits": _report_ors,
         "REPORT: forgets what it told": _report_clears,
@@ -213,16 +215,16 @@ def _type1() -> Iterator[tuple[Owned, Callable[..., Bits]]]:
 def _type1_overwrites() -> str:
     with _type1() as (owned, get):
         _write(owned, IOVA)
-        bits = bitmap_for(owned.window.length, _PAGE)
+        bits = bitmap_for(owned.window.length, PAGE_BYTES)
         bits[:] = 2**64 - 1
-        get(*owned.window, _PAGE, bits)
+        get(*owned.window, PAGE_BYTES, bits)
     require(int(bits[0]) == 1 and not bits[1:].any(), f"{int(np.bitwise_count(bits).sum())} bits")
     return "what was in the bitmap is gone"
 
 
 def _type1_refuses(cut: int, page_size: int) -> str:
     with _type1() as (owned, get):
-        bits = bitmap_for(owned.window.length, _PAGE)
+        bits = bitmap_for(owned.window.length, PAGE_BYTES)
         return refuses(
             errno.EINVAL,
             lambda: get(owned.window.iova + cut, owned.window.length - cut, page_size, bits),
@@ -233,14 +235,16 @@ def _type1_off() -> str:
     with by_container() as owned:
         container = owned.container
         assert container is not None
-        return refuses(errno.EINVAL, lambda: container.get_dirty_bitmap(*owned.window, _PAGE))
+        return refuses(errno.EINVAL, lambda: container.get_dirty_bitmap(*owned.window, PAGE_BYTES))
 
 
 def _type1_rules() -> dict[str, Rule]:
     return {
         "TYPE1: overwrites the bitmap": _type1_overwrites,
-        "TYPE1: only the smallest page size": lambda: _type1_refuses(0, 2 * _PAGE),
-        "TYPE1: a range that cuts a mapping is EINVAL": lambda: _type1_refuses(_PAGE, _PAGE),
+        "TYPE1: only the smallest page size": lambda: _type1_refuses(0, 2 * PAGE_BYTES),
+        "TYPE1: a range that cuts a mapping is EINVAL": lambda: _type1_refuses(
+            PAGE_BYTES, PAGE_BYTES
+        ),
         "TYPE1: tracking that is off is EINVAL": _type1_off,
     }
 

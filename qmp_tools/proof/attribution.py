@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 from dmaproof.evidence import Evidence, Slot
 from dmaproof.journal import WriteKind
 from dmaproof.trace import TRACED_LINKS, Link
+from dmaproof.units import PAGE_BYTES
 
-from ..memory.ram import PAGE_BYTES, RamFile
+from ..memory.ram import RamFile
 from ..migration.judgement import Blame
 from ..migration.log_watch import LogEvidence
 

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from dmaproof.evidence import Slot
 from dmaproof.page_compare import Extent, page_digests
+from dmaproof.units import PAGE_BYTES
 
-from ..memory.ram import PAGE_BYTES, RamFile
+from ..memory.ram import RamFile
 from ..migration.judgement import Blame
 from .attribution import LostPage, gpa_of
 

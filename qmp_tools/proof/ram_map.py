@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmaproof.evidence import Evidence, Slot
+from dmaproof.units import PAGE_BYTES
 
 from ..memory.physical_map import MapRegion, hidden_parts
-from ..memory.ram import PAGE_BYTES, RamFile
+from ..memory.ram import RamFile
 from .attribution import LostPage, WrittenPages
 
 _PROOF_CLASSES: Final = {

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from dmaproof.evidence import Evidence, Slot
 from dmaproof.journal import WriteKind
 from dmaproof.trace import TRACED_LINKS, Link
+from dmaproof.units import PAGE_BYTES
 
-from ..memory.ram import PAGE_BYTES
 from ..migration.judgement import EvidenceSource
 from .attribution import WrittenPages
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from dmaproof.errors import UntestableError, UsageError
 from dmaproof.page_compare import Extent, differing_pages
+from dmaproof.units import PAGE_BYTES
 
 from ..arguments import AnyPath, path_of
 from ..exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
@@ -32,7 +33,6 @@ from ..host.timeout import DEFAULT_TIMEOUT_S
 from ..memory.copied_memory import PIECE_BYTES
 from ..memory.guest_ram import GuestRam, guest_ram
 from ..memory.physical_map import CommonRange, MapRegion, common_ranges, hidden_parts, is_backend
-from ..memory.ram import PAGE_BYTES
 from ..memory.ram_blocks import RamBlock, block_of, known_tcg_loss, parse_ram_blocks
 from ..qemu.attachment import AttachedQemu, attach
 from .discarded import Discarder, discarders, sort_differences

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmaproof.page_compare import Extent
+from dmaproof.units import PAGE_BYTES
 
 from ..memory.guest_ram import GuestRam
 from ..memory.physical_map import CommonRange, is_backend
-from ..memory.ram import PAGE_BYTES
 from ..qemu.attachment import AttachedQemu
 from ..qemu.machine import MIB
 

@@ -8,7 +8,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..memory.ram import PAGE_BYTES
+from dmaproof.units import PAGE_BYTES
+
 from ..proof.ram_map import MapArea, RamMap
 from ..qemu.machine import MIB
 from ..ram_check.check import Check, ComparedArea, Difference, Side

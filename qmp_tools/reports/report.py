@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
-from ..memory.ram import PAGE_BYTES
+from dmaproof.units import PAGE_BYTES
+
 from ..memory.ram_blocks import RamBlock, known_tcg_loss
 from ..migration.downtime import downtime_parts
 from ..migration.judgement import Blame, EvidenceSource

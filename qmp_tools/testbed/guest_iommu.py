@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from dmaproof.guest_memory import READ, WRITE
-from dmaproof.units import PAGE_BYTES
+from dmaproof.units import PAGE_BYTES, div_ceil
 
 _FIRST_IOVA: Final = 0xF000_0000
 """Where guest RAM never is on a PC."""
@@ -64,7 +64,7 @@ class GuestIommu:
         Raises:
             KeyError: one is not mapped.
         """
-        for number in range(iova // PAGE_BYTES, -(-(iova + length) // PAGE_BYTES)):
+        for number in range(iova // PAGE_BYTES, div_ceil(iova + length, PAGE_BYTES)):
             yield self._pages[number * PAGE_BYTES]
 
     def all_pages(self) -> list[Page]:

@@ -11,10 +11,12 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Final
 
 from dmaproof.guest_memory import Bus, GuestMemory, IovaMap, map_slot
+from dmaproof.units import PAGE_BYTES, div_ceil
 
-PAGE = 4096
+PAGE: Final = PAGE_BYTES
 NEXT, WRITE, INDIRECT = 1, 2, 4
 AVAIL, USED = 1 << 7, 1 << 15
 ENABLED, DISABLED, AT_DESCRIPTOR = 0, 1, 2
@@ -79,7 +81,7 @@ class Driver:
     @property
     def pages(self) -> list[int]:
         """The GPAs of the pages on which the ring lies, in the order of the driver's addresses."""
-        first, end = self.descriptors // PAGE, -(-(self.used + self.used_bytes) // PAGE)
+        first, end = self.descriptors // PAGE, div_ceil(self.used + self.used_bytes, PAGE)
         return [self.bus.translate(page * PAGE, PAGE)[0][0] for page in range(first, end)]
 
     def write(self, address: int, data: bytes) -> None:
@@ -125,7 +127,6 @@ class RingDriver(Driver):
         self._used_event = 0
 
     def submit(self, buffers: Sequence[Buffer], table: int | None = None) -> int:
-        """See `Driver.submit`."""
         places = [self._free.pop(0) for _ in (buffers if table is None else [0])]
         self._taken[places[0]] = places
         if table is not None:
@@ -142,7 +143,6 @@ class RingDriver(Driver):
         return places[0]
 
     def collect(self) -> list[tuple[int, int]]:
-        """See `Driver.collect`."""
         done = []
         while self._seen != self.used_index:
             head, written = self.used_element(self._seen)
@@ -152,7 +152,6 @@ class RingDriver(Driver):
         return done
 
     def interrupt(self, *, wanted: bool, after: int | None = None) -> None:
-        """See `Driver.interrupt`."""
         self._flags = int(not wanted)
         ahead = (after or 1) - 1 if wanted else 0x8000
         self._used_event = (self._seen + ahead) & 0xFFFF
@@ -219,7 +218,6 @@ class PackedDriver(Driver):
         self.write(place + 14, struct.pack("<H", flags))
 
     def submit(self, buffers: Sequence[Buffer], table: int | None = None) -> int:
-        """See `Driver.submit`."""
         if table is not None:
             for index, it in enumerate(buffers):
                 piece = struct.pack("<QIHH", it.address, it.length, 0xBAD, it.flags)
@@ -245,7 +243,6 @@ class PackedDriver(Driver):
         return (index, wrap) if index < self.size else (index - self.size, not wrap)
 
     def collect(self) -> list[tuple[int, int]]:
-        """See `Driver.collect`."""
         done: list[tuple[int, int]] = []
         while True:
             place = self.descriptors + 16 * self._seen
@@ -259,7 +256,6 @@ class PackedDriver(Driver):
             done.append((buffer_id, length if flags & WRITE else 0))
 
     def interrupt(self, *, wanted: bool, after: int | None = None) -> None:
-        """See `Driver.interrupt`."""
         index, wrap = self._after(self._seen, self._seen_wrap, (after or 1) - 1)
         flags = (AT_DESCRIPTOR if self.event_index else ENABLED) if wanted else DISABLED
         self.write(self.available, struct.pack("<HH", index | wrap << 15, flags))

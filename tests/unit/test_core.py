@@ -115,8 +115,8 @@ def test_or_of_every_length_and_alignment(shared: bool) -> None:
     for count in (0, 1, 63, 64, 65, 127, 128, 511, 512, 513, 576, 640, 1023, 1100):
         for into_bit in (0, 1, 8, 63, 64):
             for source_bit in (0, 1, 5, 7, 8, 60, 63, 64, 65):
-                source = rng.randbytes(-(-(source_bit + count) // 8))
-                into = bytearray(rng.randbytes(-(-(into_bit + count) // 8)))
+                source = rng.randbytes(div_ceil(source_bit + count, 8))
+                into = bytearray(rng.randbytes(div_ceil(into_bit + count, 8)))
                 before = as_number(into)
                 wanted = before | (as_number(source) >> source_bit & ones(0, count)) << into_bit
                 added = _core.or_bits(into, into_bit, source, source_bit, count, shared)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from dmaproof.units import PAGE_BYTES, div_ceil
 from qmp_tools.passthrough.kernel_cost import model, tables
 from qmp_tools.passthrough.kernel_cost.measure import (
     GIB,
     MIB,
     PAGE_BITS,
-    PAGE_BYTES,
     TIB,
     WINDOW_PAGES,
     Comb,
@@ -41,7 +41,7 @@ def as_the_kernel_does(size: int, comb: Comb) -> Pinned:
                 start = bit // 8 * 8
                 first = bit // PAGE_BITS
                 behind_one = False
-                pinned_pages = range(first, min(first + WINDOW_PAGES, -(-total // PAGE_BITS)))
+                pinned_pages = range(first, min(first + WINDOW_PAGES, div_ceil(total, PAGE_BITS)))
                 for page in pinned_pages:
                     faults += page not in there
                     behind += behind_one and page in there

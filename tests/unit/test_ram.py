@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from dmaproof.errors import UntestableError
-from qmp_tools.memory.ram import PAGE_BYTES, RamFile, compare, copied
+from dmaproof.units import PAGE_BYTES
+from qmp_tools.memory.ram import RamFile, compare, copied
 from qmp_tools.testbed.ring_driver import ram_fd
 
 PAGES = 600  # more than are copied at once, and no multiple of that

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from .. import _core
 from ..iova_bitmap import WINDOW_BYTES, IovaBitmap
 from ..page_compare import Extent, differing_pages
+from ..units import PAGE_BYTES
 from . import strategies
 
-PAGE_BYTES: Final = 4096
 REPORTS: Final = 1_000_000
 BITMAP_BYTES: Final = 32 << 20
 """The bitmap of a guest of 1 TiB."""

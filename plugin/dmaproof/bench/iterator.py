@@ -25,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..iova_bitmap import IovaBitmap
+from ..units import PAGE_BYTES, div_ceil
 from . import strategies
-from .patterns import MOST_REPORTS, PAGE_BYTES, Locality, Pattern
+from .patterns import MOST_REPORTS, Locality, Pattern
 from .strategies import Sample
 
 Words = NDArray[np.uint64]
@@ -35,7 +36,7 @@ GIB, TIB = 1 << 30, 1 << 40
 GUEST_SIZES: Final = (GIB, 16 * GIB, 256 * GIB, TIB, 4 * TIB, 16 * TIB)
 DENSITIES: Final = (1e-6, 1e-4, 1e-2, 1.0)
 
-_BITMAP_PAGE_BITS: Final = 4096 * 8
+_BITMAP_PAGE_BITS: Final = PAGE_BYTES * 8
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,14 @@ class _Bitmap:
 
     def cleared(self, pages: int) -> NDArray[np.uint8]:
         """The bitmap of `pages` pages, all clean, in whole pages that are really there."""
-        piece = self.bits[: -(-pages // _BITMAP_PAGE_BITS) * 4096]
+        piece = self.bits[: div_ceil(pages, _BITMAP_PAGE_BITS) * PAGE_BYTES]
         piece[:] = 0
         return piece
 
 
 @contextmanager
 def _bitmap(pages: int) -> Iterator[_Bitmap]:
-    size = -(-pages // _BITMAP_PAGE_BITS) * 4096
+    size = div_ceil(pages, _BITMAP_PAGE_BITS) * PAGE_BYTES
     fd = os.memfd_create("bench-bitmap", os.MFD_CLOEXEC)
     try:
         os.ftruncate(fd, size)

@@ -21,7 +21,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-PAGE_BYTES: Final = 4096
+from ..units import PAGE_BYTES, div_ceil
+
 CLUSTER_PAGES: Final = 64
 MOST_REPORTS: Final = 1 << 20
 """More are not laid out; their cost follows from that of so many (see `iterator.measure`)."""
@@ -61,7 +62,7 @@ class Pattern:
             return np.arange(count, dtype=np.uint64)
         run = CLUSTER_PAGES if self.locality == Locality.CLUSTERED else 1
         rng = np.random.default_rng(seed)
-        starts = _sample(rng, max(1, self.guest_pages // run), -(-count // run))
+        starts = _sample(rng, max(1, self.guest_pages // run), div_ceil(count, run))
         pages = (starts[:, None] * run + np.arange(run, dtype=np.uint64)).ravel()
         return pages[:count].astype(np.uint64)
 

@@ -26,13 +26,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UntestableError
+from ..units import PAGE_BYTES
 
 Words = NDArray[Any]
 Sample = tuple[float, float, int, int]
 """Seconds, those of them that the bitmap's size alone costs, pages pinned, bytes moved."""
 
 _SOURCE: Final = Path(__file__).with_suffix(".c")
-_BITMAP_PAGE_BYTES: Final = 4096
 
 
 class _Strategy(IntEnum):
@@ -83,7 +83,7 @@ def _carry(strategy: _Strategy, bitmap: Words, bits: Words, counts: Words) -> Sa
         not words
         or len(bits) != len(counts)
         or not bitmap.flags.carray
-        or bitmap.nbytes % _BITMAP_PAGE_BYTES
+        or bitmap.nbytes % PAGE_BYTES
         or bitmap.ctypes.data % 8
     ):
         raise ValueError("strategies: expected a bitmap of whole pages and two arrays of uint64")

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmaproof.iova_bitmap import IovaRange
+from dmaproof.units import PAGE_BYTES, div_ceil
 from dmaproof.vfio import abi
 from dmaproof.vfio.abi import Feature
 from dmaproof.vfio.device import VfioDevice
@@ -31,7 +32,6 @@ from ..mock_iommu import APERTURE, HUGE_ENTRY_BYTES, MockIommu, mock_iommu
 from .yardsticks import timed, yardsticks
 
 MIB, GIB, TIB = 1 << 20, 1 << 30, 1 << 40
-PAGE_BYTES: Final = 4096
 WINDOW_PAGES: Final = 512
 """Of the bitmap, which the kernel pins at a time: as many pointers as fit a page."""
 PAGE_BITS: Final = PAGE_BYTES * 8
@@ -119,7 +119,7 @@ def pinned(size: int, comb: Comb, *, fresh: bool) -> Pinned:
     After iova_bitmap_get() and iova_bitmap_advance_to(): a window begins at the byte of the bit
     that is asked for, and ends with its last page, or with the bitmap.
     """
-    total = -(-(size // PAGE_BYTES) // PAGE_BITS)
+    total = div_ceil(size // PAGE_BYTES, PAGE_BITS)
     windows = pages = faults = behind = number = 0
     lowest, highest = total, 0  # of the pages that were pinned already
     bit, left = comb.offset // PAGE_BYTES, comb.length // PAGE_BYTES
@@ -139,14 +139,14 @@ def pinned(size: int, comb: Comb, *, fresh: bool) -> Pinned:
             bit = last * PAGE_BITS
             continue
         else:
-            number += -(-(last * PAGE_BITS - bit) // max(1, comb.stride // PAGE_BYTES))
+            number += div_ceil(last * PAGE_BITS - bit, max(1, comb.stride // PAGE_BYTES))
         bit = (comb.offset + number * comb.stride) // PAGE_BYTES
     return Pinned(windows, pages, faults, behind) if fresh else Pinned(windows, pages, 0, 0)
 
 
 def _memory(length: int, *, fresh: bool) -> NDArray[np.uint64]:
     """A bitmap of `length` bytes, in whole pages; none of them there, or all."""
-    size = -(-length // PAGE_BYTES) * PAGE_BYTES
+    size = div_ceil(length, PAGE_BYTES) * PAGE_BYTES
     mapping = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     mapping.madvise(mmap.MADV_NOHUGEPAGE)
     memory = np.frombuffer(mapping, dtype=np.uint64)
@@ -267,7 +267,7 @@ def _hwpt_row(mock: MockIommu, clock: _Clock, size: int, entry: int, density: fl
     expected = len(np.unique(chosen)) * (entry // PAGE_BYTES)
     if _dirty(found) != expected:
         raise RuntimeError(f"{size} bytes, {density:g}: {_dirty(found)} told, not {expected}")
-    bitmap_pages = -(-found.nbytes // PAGE_BYTES) if count else 0
+    bitmap_pages = div_ceil(found.nbytes, PAGE_BYTES) if count else 0
     return Row(
         interface="hwpt" if entry == PAGE_BYTES else "hwpt, huge entries",
         bytes=size,

@@ -14,13 +14,15 @@ from typing import Final
 
 import numpy as np
 
-from .measure import DENSITIES, PAGE_BYTES, TIB, Comb, Pinned, Row, combs, pinned
+from dmaproof.units import PAGE_BYTES
+
+from .measure import DENSITIES, TIB, Comb, Pinned, Row, combs, pinned
 
 Costs = Mapping[str, float]
 """Instructions by what they are for."""
 
 GUESTS: Final = (TIB, 4 * TIB, 16 * TIB)
-ENTRY_BYTES: Final = (4096, 2 << 20)
+ENTRY_BYTES: Final = (PAGE_BYTES, 2 << 20)
 """What an IOMMU's page table maps guests with: small pages, or huge ones."""
 
 

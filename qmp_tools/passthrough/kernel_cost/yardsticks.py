@@ -15,12 +15,12 @@ from typing import Final
 import numpy as np
 
 from dmaproof import _core
+from dmaproof.units import PAGE_BYTES
 
 _CALLS: Final = 20_000
 _BYTES: Final = 32 << 20
 """The bitmap of 1 TiB."""
-_PAGE: Final = 4096
-_SPACE: Final = _BYTES * 8 * _PAGE
+_SPACE: Final = _BYTES * 8 * PAGE_BYTES
 _RANGES: Final = 200_000
 _REPEATS: Final = 5
 _MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; Python's mmap has no name for it
@@ -35,8 +35,8 @@ def yardsticks() -> dict[str, float]:
     fresh, present = _populate()
     return {
         "system call": _least(_system_calls) / _CALLS,
-        "bitmap page faulted in": fresh / (_BYTES // _PAGE),
-        "bitmap page found": present / (_BYTES // _PAGE),
+        "bitmap page faulted in": fresh / (_BYTES // PAGE_BYTES),
+        "bitmap page found": present / (_BYTES // PAGE_BYTES),
         "bit set nearby": _bits(_SPACE // 256) / _RANGES,
         "bit set far away": _bits(_SPACE) / _RANGES,
         "word filled": _filled() / (_BYTES // 8),

@@ -23,7 +23,7 @@ from dmaproof.errors import UsageError, WaitTimeoutError
 from ..guest.linux import VIRTIO_BLK, VIRTIO_NET, VIRTIOFS, Driver
 from ..guest.workload import Workload
 from ..host.process import Process, ProcessDiedError
-from ..host.timeout import bounded
+from ..host.timeout import wait_until
 from ..qemu.machine import (
     vhost_user_blk_arguments,
     vhost_user_fs_arguments,
@@ -32,7 +32,6 @@ from ..qemu.machine import (
 from .device import AttachedDevice, DeviceFacts, ProofDevice, on_image, on_network
 from .disk_image import write_image
 
-_POLL_S: Final = 0.01
 _LAST_SHARE: Final = 4
 """One of so many once pages is written while the migration ends. What a device forgets to mark when
 it is stopped are the pages that it has written last."""
@@ -176,11 +175,14 @@ class _Attached(AttachedDevice):
                 f"{backend.log_tail()}".rstrip()
             )
 
-        async with bounded(self._timeout_s, late):
-            while not listens(path, backend.pid):
-                if backend.died.done():
-                    raise await backend.missed()
-                await asyncio.sleep(_POLL_S)
+        async def is_ready() -> bool:
+            if listens(path, backend.pid):
+                return True
+            if backend.died.done():
+                raise await backend.missed()
+            return False
+
+        await wait_until(is_ready, self._timeout_s, late)
         return KINDS[self._setup.kind].arguments(path, self._setup.queues)
 
     async def refusal(self) -> ProcessDiedError:

@@ -7,7 +7,7 @@ import contextlib
 import ctypes
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +27,21 @@ _WHY_KILLED: Final = {
     signal.SIGXFSZ: "a file has outgrown what 'ulimit -f' allows",
     signal.SIGXCPU: "it has used the processor for longer than 'ulimit -t' allows",
 }
+
+
+def death_with_parent() -> Callable[[], None]:
+    """Make a ``preexec_fn`` for a child that is not to outlive this process.
+
+    The kernel kills the child when the *thread* that started it ends, see prctl(2).
+    """
+    parent = os.getpid()
+
+    def bind() -> None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the signal was asked for
+            os._exit(1)
+
+    return bind
 
 
 class ProcessDiedError(UntestableError):
@@ -73,13 +88,6 @@ class Process:
         Raises:
             UntestableError: the program could not be executed.
         """
-        parent = os.getpid()
-
-        def bind_to_parent() -> None:
-            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:  # it died before the signal was asked for
-                os._exit(1)
-
         with log.open("wb") as output:
             try:
                 child = await asyncio.create_subprocess_exec(
@@ -90,7 +98,7 @@ class Process:
                     stderr=output,
                     pass_fds=pass_fds,
                     start_new_session=True,
-                    preexec_fn=bind_to_parent,
+                    preexec_fn=death_with_parent(),
                 )
             except OSError as error:
                 raise UntestableError(

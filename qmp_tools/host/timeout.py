@@ -8,13 +8,16 @@ waited for takes much longer on a busy machine than on a quiet one, so the defau
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import inspect
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
 from dmaproof.errors import WaitTimeoutError
 
 DEFAULT_TIMEOUT_S: Final = 300.0
+_PAUSE_S: Final = 0.01
 
 
 @asynccontextmanager
@@ -31,3 +34,48 @@ async def bounded(timeout_s: float, error: Callable[[], WaitTimeoutError]) -> As
         if not wait.expired():  # the system's own, as of a connection
             raise
         raise error() from None
+
+
+async def wait_until(
+    reached: Callable[[], bool | Awaitable[bool]],
+    timeout_s: float,
+    error: Callable[[], WaitTimeoutError],
+    pause_s: float = _PAUSE_S,
+) -> None:
+    """Look again and again until something is reached of which nobody brings news.
+
+    Args:
+        reached: looks, once at least. A look that has begun is not cancelled.
+        timeout_s: for how many seconds a new look begins.
+        error: makes what is raised after that.
+        pause_s: seconds between two looks.
+
+    Raises:
+        WaitTimeoutError: it is not reached in time.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        found = reached()
+        if await found if inspect.isawaitable(found) else found:
+            return
+        if time.monotonic() > deadline_s:
+            raise error()
+        await asyncio.sleep(pause_s)
+
+
+def block_until(
+    reached: Callable[[], bool],
+    timeout_s: float,
+    error: Callable[[], WaitTimeoutError],
+    pause_s: float = _PAUSE_S,
+) -> None:
+    """Do what `wait_until` does, for code that is not asynchronous.
+
+    Raises:
+        WaitTimeoutError: it is not reached in time.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    while not reached():
+        if time.monotonic() > deadline_s:
+            raise error()
+        time.sleep(pause_s)

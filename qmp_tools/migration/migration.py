@@ -15,7 +15,7 @@ from typing import Any, Final, cast
 
 from dmaproof.errors import UntestableError, WaitTimeoutError, printable
 
-from ..host.timeout import DEFAULT_TIMEOUT_S
+from ..host.timeout import DEFAULT_TIMEOUT_S, wait_until
 from ..qemu import qemu_qmp
 from ..qemu.machine import MIB
 from ..qemu.qmp import QmpRefusal
@@ -295,14 +295,20 @@ class Migration:
             MigrationError: the migration came to another end, or the guest stands still.
         """
         await self._come_to("failed")
-        deadline = time.monotonic() + self.limits.timeout_s
-        while (status := (await self.ends.source.execute("query-status"))["status"]) != "running":
-            if time.monotonic() > deadline:
-                raise MigrationTimeoutError(
-                    f"the migration failed, as it was to, but the source is {status!r}, and has "
-                    f"not run on within {self.limits.timeout_s:g} s"
-                )
-            await asyncio.sleep(_POLL_S)
+        status = ""
+
+        async def runs() -> bool:
+            nonlocal status
+            status = (await self.ends.source.execute("query-status"))["status"]
+            return bool(status == "running")
+
+        def late() -> MigrationTimeoutError:
+            return MigrationTimeoutError(
+                f"the migration failed, as it was to, but the source is {status!r}, and has not "
+                f"run on within {self.limits.timeout_s:g} s"
+            )
+
+        await wait_until(runs, self.limits.timeout_s, late, _POLL_S)
 
     async def _come_to(self, end: str) -> None:
         paused = False
@@ -334,17 +340,17 @@ class Migration:
 
     async def _load(self) -> None:
         await self.procedure.load(self.ends)
-        deadline = time.monotonic() + self.limits.timeout_s
-        while time.monotonic() < deadline:
-            answer = await self.ends.destination.execute("query-status")
-            if answer["status"] == "paused":
-                return
-            if answer["status"] not in ("inmigrate", "prelaunch", "finish-migrate"):
-                raise MigrationError(f"the destination is {answer['status']!r} and not paused")
-            await asyncio.sleep(_POLL_S)
-        raise MigrationTimeoutError(
+
+        async def is_paused() -> bool:
+            status = (await self.ends.destination.execute("query-status"))["status"]
+            if status not in ("paused", "inmigrate", "prelaunch", "finish-migrate"):
+                raise MigrationError(f"the destination is {status!r} and not paused")
+            return bool(status == "paused")
+
+        late = MigrationTimeoutError(
             f"the destination has not loaded everything within {self.limits.timeout_s:g} s"
         )
+        await wait_until(is_paused, self.limits.timeout_s, lambda: late, _POLL_S)
 
 
 def _moments(listener: qemu_qmp.EventListener) -> dict[str, int]:

@@ -13,21 +13,19 @@ import socket
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from dmaproof.errors import UntestableError, WaitTimeoutError
 
 from ..devices.device import AttachedDevice
 from ..guest.channel import AGAIN, USE_NEW_MEMORY, GuestChannel, GuestGaveUpError
-from ..host.timeout import bounded
+from ..host.timeout import wait_until
 from ..qemu.machine import DESTINATION, INCOMING, SOURCE, Machine, dimm_arguments
 from ..qemu.qemu import Qemu
 from ..qemu.qtest import Qtest
 from ..qemu.vhost_user_trace import trace_arguments, unanswered
 from .alarms import best_reason, with_failure
 from .transport import LOCALHOST, Ends
-
-_LOOK_AGAIN_S: Final = 0.01
 
 T = TypeVar("T")
 
@@ -219,9 +217,7 @@ class QemuPair:
             WaitTimeoutError: none does.
         """
         error = WaitTimeoutError(f"nobody has listened at {path} within {self.timeout_s:g} s")
-        async with bounded(self.timeout_s, lambda: error):
-            while not path.exists():  # noqa: ASYNC110  (nothing of ours makes it)
-                await asyncio.sleep(_LOOK_AGAIN_S)
+        await wait_until(path.exists, self.timeout_s, lambda: error)
 
     async def _launch(self, side: str, *extra: str, only_backends: bool = False) -> None:
         self.attached[side] = [*await self.device.attach(side)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from dmaproof.errors import WaitTimeoutError
 from dmaproof.splitmix import GOLDEN, MASK, mix64
 from dmaproof.units import PAGE_BYTES
 
-from ..host.timeout import DEFAULT_TIMEOUT_S
+from ..host.timeout import DEFAULT_TIMEOUT_S, block_until
 
 _TYPE: Final = Path("/sys/class/dmaproof/dmaproof/mdev_supported_types/dmaproof-dma")
 _DEVICES: Final = Path("/sys/bus/mdev/devices")
@@ -32,6 +31,7 @@ _PARAMETERS: Final = Path("/sys/module/dmaproof_vfio/parameters")
 _OP: Final = np.dtype(
     [("kind", "<u4"), ("count", "<u4"), ("iova", "<u8"), ("length", "<u8"), ("stride", "<i8")]
 )
+_CLOSE_PAUSE_S: Final = 0.05
 _WRITE: Final = 1
 _MARK: Final = 2
 _REGISTERS: Final = np.dtype(
@@ -205,19 +205,24 @@ def fake_device(timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[FakeDevice]:
 
 def _close_when_free(device: FakeDevice, timeout_s: float) -> None:
     """Remove the device; a QEMU that has just died may still be letting go of it."""
-    deadline = time.monotonic() + timeout_s
-    while True:
+    refusal: OSError | None = None
+
+    def is_closed() -> bool:
+        nonlocal refusal
         try:
             device.close()
         except OSError as error:
-            if time.monotonic() > deadline:
-                raise WaitTimeoutError(
-                    f"the fake VFIO device {device.name} cannot be removed, even after "
-                    f"{timeout_s:g} s: {error}"
-                ) from error
-            time.sleep(0.05)
-        else:
-            return
+            refusal = error
+            return False
+        return True
+
+    def late() -> WaitTimeoutError:
+        return WaitTimeoutError(
+            f"the fake VFIO device {device.name} cannot be removed, even after {timeout_s:g} s: "
+            f"{refusal}"
+        )
+
+    block_until(is_closed, timeout_s, late, _CLOSE_PAUSE_S)
 
 
 def dropped_pages(pages: Addresses, drop: int, seed: int) -> NDArray[np.bool_]:

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from dmaproof.errors import WaitTimeoutError
 from dmaproof.units import PAGE_BYTES
 
-from ..host.timeout import bounded
+from ..host.timeout import wait_until
 from ..memory.ram import compare, ram_file
 from ..migration.migration import Limits, Migration, Progress
 from ..migration.scenarios.precopy import Unix
@@ -393,10 +393,13 @@ async def _goes_on(destination: Qemu, device: FakeDevice, last: int, timeout_s: 
     late = WaitTimeoutError(
         f"the device has not written 100 times on the destination within {timeout_s:g} s"
     )
-    async with bounded(timeout_s, lambda: late):
-        while (registers := device.registers())["sequence"] <= last + 100:
-            if registers["error"]:
-                return False
-            await asyncio.sleep(0.05)
+
+    def has_written_or_failed() -> bool:
+        registers = device.registers()
+        return registers["sequence"] > last + 100 or bool(registers["error"])
+
+    await wait_until(has_written_or_failed, timeout_s, lambda: late)
+    if device.registers()["error"]:
+        return False
     first: Sequence[int] = device.journal()["sequence"][:1].tolist()
-    return not registers["error"] and list(first) == [last + 1]
+    return list(first) == [last + 1]

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -27,8 +26,10 @@ from dmaproof.vhost_user.__main__ import harvest_policy
 from dmaproof.vhost_user.server import Server
 
 from ..devices.process import DeviceOptions
+from ..host.timeout import block_until
 
 _SESSION: Final = "scene"
+_POLL_S: Final = 0.001
 
 
 class HostedDevice:
@@ -85,14 +86,15 @@ class HostedDevice:
         """
         command = {"do": "evidence", "session": _SESSION, "folder": str(folder)}
         self._control.sendall(json.dumps(command).encode() + b"\n")
-        deadline_s = time.monotonic() + self.timeout_s
-        while not any(event["event"] == "evidence" for event in self.events()):
-            if time.monotonic() > deadline_s:
-                raise WaitTimeoutError(
-                    f"the device of the test bed has not told its evidence within "
-                    f"{self.timeout_s:g} s"
-                )
-            time.sleep(0.001)
+        late = WaitTimeoutError(
+            f"the device of the test bed has not told its evidence within {self.timeout_s:g} s"
+        )
+        block_until(
+            lambda: any(event["event"] == "evidence" for event in self.events()),
+            self.timeout_s,
+            lambda: late,
+            _POLL_S,
+        )
         return Evidence.load(folder)
 
 

@@ -6,11 +6,9 @@ mount and process namespaces of their own, without root, and gone when the tool 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +19,7 @@ from dmaproof.errors import UntestableError, WaitTimeoutError
 from ...guest.build import Say, cache, digest, fresh_folder, prune, sources
 from ...host.archive import Archive, unpack
 from ...host.capabilities import CAP_SYS_ADMIN, is_capable
+from ...host.process import death_with_parent
 
 SUITE: Final = "trixie-backports"
 _RUNNING: Final = ("coreutils", "dash", "libc-bin", "mount", "kmod", "python3", "python3-numpy")
@@ -42,9 +41,6 @@ COMPILE_PYTHON: Final = (
 )
 """Under TCG, to compile what is imported takes longer than to run it. Some files are no Python."""
 _MOUNT_POINTS: Final = ("dev", "proc", "sys", "tmp", "run", "mnt")
-
-_PR_SET_PDEATHSIG: Final = 1
-_libc: Final = ctypes.CDLL(None, use_errno=True)
 
 _ENTER: Final = """\
 root=$1; shift
@@ -124,7 +120,7 @@ def run_inside(
             errors="replace",
             timeout=timeout_s,
             check=False,
-            preexec_fn=_die_with_parent,
+            preexec_fn=death_with_parent(),
         )
     except FileNotFoundError:
         raise UntestableError(f"{what} needs unshare: apt-get install util-linux") from None
@@ -143,10 +139,6 @@ def run_inside(
 
 def _assignments(variables: Mapping[str, str]) -> list[str]:
     return [f"{name}={value}" for name, value in variables.items()]
-
-
-def _die_with_parent() -> None:
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def quoted(*words: str | Path) -> str:

@@ -22,10 +22,12 @@ import dmaproof
 if TYPE_CHECKING:
     from .blocking import Pair, ProofQemu, RunningQemu, Stage, StagedProof, check, prove
     from .devices.device import AttachedDevice, DeviceFacts, ProofDevice
-    from .devices.registry import Control, DeviceKind, DeviceRequest
+    from .devices.registry import COMMON_OPTIONS, Control, DeviceKind, DeviceRequest
     from .exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED, EXIT_USAGE
+    from .guest.workload import Workload
     from .migration.judgement import Blame
     from .migration.migration import Limits, MigrationError, Progress
+    from .migration.scenarios import known_scenarios
     from .migration.scenarios.base import Scenario
     from .proof.attribution import LostPage
     from .proof.model import Proof
@@ -42,9 +44,11 @@ if TYPE_CHECKING:
 _HOMES: Final = {
     "blocking": ("Pair", "ProofQemu", "RunningQemu", "Stage", "StagedProof", "check", "prove"),
     "devices.device": ("AttachedDevice", "DeviceFacts", "ProofDevice"),
-    "devices.registry": ("Control", "DeviceKind", "DeviceRequest"),
+    "devices.registry": ("COMMON_OPTIONS", "Control", "DeviceKind", "DeviceRequest"),
     "exit_codes": ("EXIT_LOST", "EXIT_PASS", "EXIT_UNTESTED", "EXIT_USAGE"),
+    "guest.workload": ("Workload",),
     "migration.migration": ("Limits", "MigrationError", "Progress"),
+    "migration.scenarios": ("known_scenarios",),
     "migration.scenarios.base": ("Scenario",),
     "proof.model": ("Proof",),
     "proof.options": ("ProofOptions",),
@@ -60,6 +64,7 @@ _HOMES: Final = {
 _HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "COMMON_OPTIONS",
     "EXIT_LOST",
     "EXIT_PASS",
     "EXIT_UNTESTED",
@@ -91,7 +96,9 @@ __all__ = [
     "Stage",
     "StagedProof",
     "Verdict",
+    "Workload",
     "check",
+    "known_scenarios",
     "prove",
 ]
 

@@ -33,6 +33,7 @@ MIGRATION_OPTIONS: Final = frozenset(
 )
 PROOF_OPTIONS: Final = frozenset({"device", "workload", "seed", "requests_after"})
 COMMON_OPTIONS: Final = QEMU_OPTIONS | MIGRATION_OPTIONS | PROOF_OPTIONS
+"""The options of a proof that mean something whatever the device is: for `DeviceKind.accepts`."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ import pytest
 import yaml
 
 import dmaproof
+import qmp_tools
+from qmp_tools import aio
 from qmp_tools.integrations.pytest_plugin import pytest_addoption
 from support.doc_commands import ROOT, commands_in, complaint
 
@@ -70,5 +72,8 @@ def test_the_pages_build(tmp_path: Path) -> None:
     assert {file.stem for file in (ROOT / "docs").glob("*.md")} <= pages
     reference = (tmp_path / "html" / "reference.html").read_text()
     public = [f"dmaproof.{name}" for name in (*dmaproof.__all__, "IovaBitmap.set_many")]
+    public += [f"qmp_tools.{name}" for name in (*qmp_tools.__all__, "Stage.check")]
+    # What the asynchronous module has in common with the other is told once.
+    public += [f"qmp_tools.aio.{name}" for name in aio.__all__ if name not in qmp_tools.__all__]
     assert [name for name in public if f'id="{name}"' not in reference] == []
     assert "--requests-after" in (tmp_path / "html" / "command-line.html").read_text()

@@ -1,4 +1,4 @@
-"""Trackers, devices and faults of other distributions: found, used, and refused by name."""
+"""Parts of other distributions: found, used, and refused by name."""
 
 from __future__ import annotations
 
@@ -98,6 +98,31 @@ def test_parts_of_another_distribution_work_on_the_test_bed(
 def test_the_device_process_finds_them_too(outside: Path) -> None:
     chosen = ["--tracker=page-list", "--device=stamped-disk", "--fault=deaf-pages"]
     assert '"event": "connected"' in python(outside, SERVE, *chosen)
+
+
+def test_a_scenario_and_a_kind_of_device_are_found_beside_our_own(outside: Path) -> None:
+    told = python(
+        outside,
+        "from qmp_tools import known_scenarios\n"
+        "from qmp_tools.devices.registry import device_kinds, kind_of\n"
+        "print({'unix', 'four-channels'} <= set(known_scenarios()))\n"
+        "print(known_scenarios()['four-channels'].parameters)\n"
+        "names = {name for kind in device_kinds() for name in kind.names()}\n"
+        "print({'plain-disk', 'blk'} <= names)\n"
+        "print(*(type(kind_of([name], None)).__name__ for name in ('plain-disk', 'blk')))",
+    )
+    expected = ("True", "{'multifd-channels': 4}", "True", "PlainDiskKind EmulatedKind")
+    assert told.splitlines() == [*expected]
+
+
+def test_an_option_that_means_nothing_to_the_kind_is_refused(outside: Path) -> None:
+    message = python(
+        outside,
+        "import qmp_tools, dmaproof\n"
+        "try: qmp_tools.prove(device='plain-disk', tracker='iommu', guest='bare')\n"
+        "except dmaproof.UsageError as error: print(error)",
+    )
+    assert message == "--tracker does not apply to --device plain-disk\n"
 
 
 def broken(target: Path, name: str, group: str, part: str, text: str) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from outside import install_outside_package
 from qmp_tools.host.timeout import DEFAULT_TIMEOUT_S
 from qmp_tools.migration.scenarios import find_scenario, known_scenarios
 from qmp_tools.migration.scenarios.refused import PostcopyRam
@@ -151,35 +152,24 @@ def test_a_planted_fault_is_caught(tool: Tool, known_capabilities: set[str], way
     assert all(page["blame"] == "device" for page in report["lost_pages"])
 
 
-FOUR_CHANNELS = """
-from qmp_tools.migration.scenarios.base import Scenario
-
-class FourChannels(Scenario):
-    name = "four-channels"
-    summary = "a Unix socket for each of 4 channels"
-    capabilities = ("multifd",)
-    parameters = {"multifd-channels": 4}
-    exercised_by = "ram.multifd-bytes"
-
-    async def prepare(self, attempt):
-        await super().prepare(attempt)
-        attempt.pair.say("prepared by another package")
-"""
-
-
-def test_a_scenario_of_another_package_is_proved_as_one_of_ours_is(
-    tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "four_channels.py").write_text(FOUR_CHANNELS)
-    info = tmp_path / "another-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: another\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[dmaproof.scenarios]\nfour-channels = four_channels:FourChannels\n"
-    )
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dmaproof finds the outside package."""
+    install_outside_package(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+@pytest.mark.usefixtures("outside")
+def test_a_scenario_of_another_package_is_proved_as_one_of_ours_is(tool: Tool) -> None:
     outcome = prove(tool, "four-channels")
     assert outcome.exit_code == 0, outcome.output + outcome.errors
-    assert "prepared by another package" in outcome.errors
     assert outcome.report["setup"]["scenario"] == "four-channels"
+    assert outcome.report["sharpness"]["certain"] >= 8000
+
+
+@pytest.mark.usefixtures("outside")
+def test_a_kind_of_device_of_another_package_is_proved_as_one_of_ours_is(tool: Tool) -> None:
+    outcome = prove(tool, "unix", "--device", "plain-disk")
+    assert outcome.exit_code == 0, outcome.output + outcome.errors
+    assert outcome.report["setup"]["device"] == "plain-disk"
     assert outcome.report["sharpness"]["certain"] >= 8000

@@ -1,0 +1,91 @@
+"""A third-party scenario and kind of device, written with nothing but the public API."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dmaproof import stamped_page
+from qmp_tools import (
+    COMMON_OPTIONS,
+    AttachedDevice,
+    DeviceFacts,
+    DeviceKind,
+    DeviceRequest,
+    ProofDevice,
+    Scenario,
+    Workload,
+)
+
+_PAGES = 16 << 10
+_SECTORS_PER_PAGE = 8
+
+
+class FourChannels(Scenario):
+    """A migration of which the RAM goes through four channels."""
+
+    name = "four-channels"
+    summary = "a Unix socket for each of 4 channels"
+    capabilities = ("multifd",)
+    parameters = {"multifd-channels": 4}  # noqa: RUF012  (nobody changes it)
+    exercised_by = "ram.multifd-bytes"
+
+
+class PlainDiskKind(DeviceKind):
+    """QEMU's own virtio disk on an image file."""
+
+    accepts = COMMON_OPTIONS | {"guest"}
+
+    def names(self) -> Sequence[str]:
+        """The one name."""
+        return ["plain-disk"]
+
+    def claims(self, name: str) -> bool:
+        """Whether it is the name."""
+        return name == "plain-disk"
+
+    def make(self, request: DeviceRequest) -> ProofDevice:
+        """The disk; the request has nothing that it could heed."""
+        return PlainDisk()
+
+
+@dataclass(frozen=True)
+class PlainDisk(ProofDevice):
+    """A disk of 64 MiB with one queue."""
+
+    @property
+    def facts(self) -> DeviceFacts:
+        """What reports tell of it."""
+        return DeviceFacts("plain-disk", queues=1)
+
+    @property
+    def guests(self) -> Collection[str]:
+        """The small guest has a driver for virtio disks."""
+        return ("bare",)
+
+    def fit(self, workload: Workload) -> Workload:
+        """A disk whose stamps stay as they are when pages are read again."""
+        return replace(workload, image=1)
+
+    @asynccontextmanager
+    async def start(self, folder: Path, timeout_s: float) -> AsyncIterator[AttachedDevice]:
+        """Write the image, every page of it stamped."""
+        image = folder / "plain-disk"
+        with image.open("wb") as file:
+            for page in range(_PAGES):
+                file.write(stamped_page(page * _SECTORS_PER_PAGE, request=1))
+        yield _AttachedDisk(image)
+
+
+class _AttachedDisk(AttachedDevice):
+    def __init__(self, image: Path) -> None:
+        self._image = image
+
+    async def attach(self, side: str) -> Sequence[str]:
+        """Both QEMUs open the image, the destination while the source still has it."""
+        node = {"driver": "file", "node-name": "plain", "locking": "off"}
+        blockdev = json.dumps({**node, "filename": str(self._image)})
+        return ["-blockdev", blockdev, "-device", "virtio-blk-pci,drive=plain,num-queues=1"]

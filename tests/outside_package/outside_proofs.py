@@ -37,6 +37,7 @@ class FourChannels(Scenario):
 class PlainDiskKind(DeviceKind):
     """QEMU's own virtio disk on an image file."""
 
+    name = "plain-disk"
     accepts = COMMON_OPTIONS | {"guest"}
 
     def names(self) -> Sequence[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,7 +10,8 @@ from typing import Final
 
 import pytest
 
-from support.debian_tree import Tree, cache_folder, fresh_tree, why_not
+from qmp_tools.host.user_folders import data_folder
+from support.debian_tree import Tree, fresh_tree, tests_cache, why_not
 
 pytestmark = pytest.mark.timeout(3600)
 
@@ -48,11 +48,10 @@ def check_out(target: Path) -> None:
 def tree(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Tree]:
     if reason := why_not():
         pytest.skip(reason)
-    data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-    types = cache_folder() / f"{request.param}-mypy"
+    types = tests_cache() / f"{request.param}-mypy"
     types.mkdir(parents=True, exist_ok=True)
     shared = {
-        data / "dmaproof": Path("/root/.local/share/dmaproof"),  # fetched QEMUs
+        data_folder(): Path("/root/.local/share/dmaproof"),  # fetched QEMUs
         types: TYPES,
     }
     with fresh_tree(request.param, tmp_path / "tree", shared) as tree:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from qmp_tools.host.user_folders import cache_folder
 from support.doc_commands import ROOT, Block, all_blocks
 
 RUN = [block for block in all_blocks() if block.is_run]
@@ -29,7 +30,7 @@ def type_in(block: Block, folder: Path) -> tuple[int, str]:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "TMPDIR": str(folder),
             "HOME": str(folder),
-            "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache"),
+            "XDG_CACHE_HOME": str(cache_folder().parent),
         },
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -22,6 +22,7 @@ from typing import Final
 
 from dmaproof.errors import UntestableError
 from qmp_tools.host import archive
+from qmp_tools.host.user_folders import cache_folder
 
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CERTIFICATES: Final = "etc/ssl/certs/ca-certificates.crt"
@@ -97,9 +98,9 @@ class Tree:
         )
 
 
-def cache_folder() -> Path:
+def tests_cache() -> Path:
     """Return the folder for what is kept from one run of the tests to the next."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmaproof-tests"
+    return cache_folder().with_name("dmaproof-tests")
 
 
 @contextmanager
@@ -108,7 +109,7 @@ def fresh_tree(suite: str, root: Path, shared: Mapping[Path, Path]) -> Iterator[
 
     Others that want one of the same suite wait, since apt does not share its downloads.
     """
-    cache = cache_folder()
+    cache = tests_cache()
     packages = cache / f"{suite}-packages"
     packages.mkdir(parents=True, exist_ok=True)
     with (cache / f"{suite}-lock").open("w") as lock:

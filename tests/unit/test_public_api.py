@@ -1,4 +1,4 @@
-"""The public names of dmaproof: they exist, they are cheap to import, and their examples work."""
+"""The public names of both packages: they exist, are cheap to import, and their examples work."""
 
 from __future__ import annotations
 
@@ -6,26 +6,30 @@ import ast
 import doctest
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 import pytest
 
 import dmaproof
+import qmp_tools
 
 PUBLIC = {name: getattr(dmaproof, name) for name in dmaproof.__all__}
 
 
-def test_type_checkers_and_programs_see_the_same_names() -> None:
-    tree = ast.parse(Path(dmaproof.__file__).read_text())
+@pytest.mark.parametrize("package", [dmaproof, qmp_tools], ids=lambda package: package.__name__)
+def test_type_checkers_and_programs_see_the_same_names(package: ModuleType) -> None:
+    tree = ast.parse(Path(str(package.__file__)).read_text())
     for_checkers = {
         name.name
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.level
         for name in node.names
     }
-    assert for_checkers == set(dmaproof.__all__)
-    assert len(dmaproof.__all__) == len(set(dmaproof.__all__))
-    assert {*dmaproof.__all__, "__version__"} <= set(dir(dmaproof))
+    assert for_checkers == set(package.__all__)
+    assert len(package.__all__) == len(set(package.__all__))
+    assert {*package.__all__, "__version__"} <= set(dir(package))
+    assert [name for name in package.__all__ if not hasattr(package, name)] == []
 
 
 def test_a_name_that_is_not_public_is_refused() -> None:

@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from dmaproof import _core
+from dmaproof.units import div_ceil
 from support.core import (
     DIRTY,
     GROUP,

@@ -286,7 +286,11 @@ def test_ram_that_qemu_does_not_place_has_no_host_address(ram: Ram, tmp_path: Pa
     assert found.copied == [HIGH_REGION]
 
 
-@pytest.mark.parametrize(("pid", "thread"), [(0, None), (os.getpid(), os.getppid())])
+@pytest.mark.parametrize(
+    ("pid", "thread"),
+    [(0, None), (os.getpid(), os.getppid())],
+    ids=["unseen", "not the parent of its vCPUs"],
+)
 def test_a_process_that_is_not_known_to_be_qemu_is_not_read(
     ram: Ram, tmp_path: Path, pid: int, thread: int | None
 ) -> None:
@@ -347,6 +351,7 @@ def test_a_qemu_of_another_user_is_out_of_reach(
         (QEMUS_USER, os.getpid(), []),
         (1, os.getpid(), []),
     ],
+    ids=["root", "root-unseen", "the-user", "another-user"],
 )
 def test_root_gives_the_folder_for_saved_pieces_to_qemus_user(
     ram: Ram,

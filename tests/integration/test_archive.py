@@ -40,7 +40,7 @@ def test_the_release_is_that_of_the_main_archive(programs: Path) -> None:
 @pytest.mark.parametrize(
     "known", [[], [r"Ubuntu\tUbuntu\thttp://archive.test/\tnoble"]], ids=["no lists", "Ubuntu"]
 )
-def test_what_is_no_debian_is_told_so(programs: Path, known: list[str]) -> None:
+def test_a_machine_without_a_debian_archive_is_reported(programs: Path, known: list[str]) -> None:
     put(programs, "apt-get", *known)
     with pytest.raises(UntestableError, match=r"no Debian archive: .*'apt-get update'.* container"):
         archive.own_codename()
@@ -48,6 +48,6 @@ def test_what_is_no_debian_is_told_so(programs: Path, known: list[str]) -> None:
         archive.dependencies("linux-image-amd64")
 
 
-def test_without_apt_another_machine_is_needed(programs: Path) -> None:
+def test_a_machine_without_apt_is_reported(programs: Path) -> None:
     with pytest.raises(UntestableError, match=r"apt-get, which is not there: a Debian machine"):
         archive.own_codename()

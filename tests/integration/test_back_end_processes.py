@@ -87,7 +87,7 @@ def test_each_side_has_a_back_end(tmp_path: Path) -> None:
     asyncio.run(scene())
 
 
-def test_a_back_end_that_ends_is_told_with_its_last_words(tmp_path: Path) -> None:
+def test_a_back_end_that_ends_is_reported_with_its_last_output(tmp_path: Path) -> None:
     async def scene() -> None:
         async with attached(
             tmp_path, "sh", "-c", "echo no such option; exit 5", "{socket}"
@@ -98,7 +98,7 @@ def test_a_back_end_that_ends_is_told_with_its_last_words(tmp_path: Path) -> Non
     asyncio.run(scene())
 
 
-def test_a_back_end_that_binds_and_ends_is_told_with_its_last_words(tmp_path: Path) -> None:
+def test_a_back_end_that_binds_and_ends_is_reported_with_its_last_output(tmp_path: Path) -> None:
     async def scene() -> None:
         words = (sys.executable, "-c", f"{BINDS}sys.exit(5)", "{socket}", "{side}")
         async with attached(tmp_path, *words) as device:
@@ -108,7 +108,7 @@ def test_a_back_end_that_binds_and_ends_is_told_with_its_last_words(tmp_path: Pa
     asyncio.run(scene())
 
 
-def test_a_back_end_that_ends_later_is_noticed_by_who_waited_before_it_was_started(
+def test_a_wait_that_began_before_the_back_end_notices_its_end(
     tmp_path: Path,
 ) -> None:
     async def scene() -> None:
@@ -124,7 +124,7 @@ def test_a_back_end_that_ends_later_is_noticed_by_who_waited_before_it_was_start
     asyncio.run(scene())
 
 
-def test_a_back_end_that_does_not_listen_is_waited_for_as_long_as_told(tmp_path: Path) -> None:
+def test_a_wait_for_a_back_end_that_does_not_listen_ends_with_the_timeout(tmp_path: Path) -> None:
     async def scene() -> None:
         words = ("sh", "-c", "sleep 1000", "{socket}")
         async with CommandDevice("blk", words).start(tmp_path, 0.1) as device:
@@ -136,7 +136,7 @@ def test_a_back_end_that_does_not_listen_is_waited_for_as_long_as_told(tmp_path:
     asyncio.run(scene())
 
 
-def test_a_program_that_is_not_there(tmp_path: Path) -> None:
+def test_a_program_that_does_not_exist_is_reported(tmp_path: Path) -> None:
     async def scene() -> None:
         async with attached(tmp_path, "/nowhere/backend", "{socket}") as device:
             with pytest.raises(UntestableError, match="/nowhere/backend: No such file"):

@@ -87,7 +87,7 @@ TELLING = {
 
 @pytest.mark.parametrize("words", TELLING.values(), ids=TELLING)
 @pytest.mark.parametrize(("where", "why"), [("/dev/full", "No space left"), ("&-", "is closed")])
-def test_an_output_that_takes_nothing_is_told(words: str, where: str, why: str) -> None:
+def test_an_output_that_cannot_be_written_to_is_reported(words: str, where: str, why: str) -> None:
     command = f"{sys.executable} -m qmp_tools.cli.main {words} >{where}"
     done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 3
@@ -101,7 +101,9 @@ def test_an_output_that_takes_nothing_is_told(words: str, where: str, why: str) 
     ("words", "code"),
     [("completion bash", 0), ("prove --device nothing", 2), ("check /none /none", 2)],
 )
-def test_errors_that_cannot_be_told_change_nothing(where: str, words: str, code: int) -> None:
+def test_an_error_output_that_cannot_be_written_to_changes_no_exit_code(
+    where: str, words: str, code: int
+) -> None:
     command = f"{sys.executable} -m qmp_tools.cli.main {words} 2>{where}"
     done = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, text=True, check=False)
     assert done.returncode == code

@@ -24,7 +24,7 @@ import pytest
         b'{"do": "evidence", "session": 1, "folder": null}',
     ],
 )
-def test_a_command_that_is_none_ends_the_process(line: bytes) -> None:
+def test_an_unknown_command_ends_the_process(line: bytes) -> None:
     ours, theirs = socket.socketpair()
     command = [sys.executable, "-m", "dmaproof.vhost_user", "--control", str(theirs.fileno())]
     with ours, theirs:
@@ -37,7 +37,9 @@ def test_a_command_that_is_none_ends_the_process(line: bytes) -> None:
     assert len(told.splitlines()) == 1
 
 
-def test_evidence_into_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_evidence_into_a_folder_that_does_not_exist_is_an_error_in_the_answer(
+    tmp_path: Path,
+) -> None:
     ours, theirs = socket.socketpair()
     peer, device_peer = socket.socketpair()
     command = [
@@ -58,7 +60,7 @@ def test_evidence_into_a_folder_that_is_not_there(tmp_path: Path) -> None:
     assert (process.returncode, told) == (0, b"")
 
 
-def test_a_device_whose_log_is_on_the_full_disk_tells_its_owner() -> None:
+def test_a_device_whose_log_is_on_a_full_disk_reports_it_on_its_control_socket() -> None:
     ours, theirs = socket.socketpair()
     command = [sys.executable, "-m", "dmaproof.vhost_user", "--control", str(theirs.fileno())]
     command += ["--device", "blk:file=/dev/full"]

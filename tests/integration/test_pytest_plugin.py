@@ -73,7 +73,7 @@ def test_a_malformed_marker_is_a_usage_error(
     result.stderr.fnmatch_lines([complaint])
 
 
-def test_an_accelerator_that_is_none_is_a_usage_error(project: pytest.Pytester) -> None:
+def test_an_unknown_accelerator_is_a_usage_error(project: pytest.Pytester) -> None:
     result = run(project, "def test_it():\n    pass", "--dmaproof-accel", "warp")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*--dmaproof-accel warp: kvm or tcg is due*"])
@@ -101,7 +101,7 @@ def impostor(project: pytest.Pytester) -> Path:
     return program
 
 
-def test_a_qemu_that_does_not_start_tells_its_last_words(
+def test_the_last_output_of_a_qemu_that_does_not_start_is_reported(
     project: pytest.Pytester, impostor: Path
 ) -> None:
     result = run(project, TEN_LINES["qemu"], "--dmaproof-qemu", str(impostor))

@@ -81,39 +81,39 @@ async def fails(error: Exception) -> str:
     raise error
 
 
-def test_who_was_killed_is_named_before_who_ended_for_it(tmp_path: Path) -> None:
+def test_a_killed_process_is_named_before_those_that_ended_because_of_it(tmp_path: Path) -> None:
     with pytest.raises(UntestableError, match="source was killed by SIGKILL"):
         outcome_of(tmp_path, lasts(), source=IS_KILLED_LATER, destination=ENDS)
 
 
-def test_who_ended_alone_is_named(tmp_path: Path) -> None:
+def test_a_process_that_ended_alone_is_named(tmp_path: Path) -> None:
     with pytest.raises(UntestableError, match="destination ended with exit code 3"):
         outcome_of(tmp_path, lasts(), source=STAYS, destination=ENDS)
 
 
-def test_a_death_says_more_than_what_failed_for_it(tmp_path: Path) -> None:
+def test_a_death_is_reported_in_place_of_the_error_that_it_caused(tmp_path: Path) -> None:
     with pytest.raises(UntestableError, match="source was killed by SIGKILL"):
         outcome_of(tmp_path, fails(UntestableError("no answer")), source=IS_KILLED_LATER)
 
 
-def test_what_qemu_said_of_a_back_end_that_died_is_told_behind_its_death(tmp_path: Path) -> None:
+def test_qemus_output_is_reported_after_the_death_of_a_back_end(tmp_path: Path) -> None:
     refused = fails(QmpError("source QEMU ended: Connection refused"))
     with pytest.raises(ProcessDiedError, match=r"^back_end ended with exit code 3\n.*refused$"):
         outcome_of(tmp_path, refused, back_end=ENDS)
 
 
-def test_where_nobody_died_the_work_tells(tmp_path: Path) -> None:
+def test_without_a_death_the_error_of_the_work_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UntestableError, match="no answer"):
         outcome_of(tmp_path, fails(UntestableError("no answer")), source=STAYS)
     assert outcome_of(tmp_path, succeeds(), source=STAYS) == "done"
 
 
-def test_a_guest_that_gave_up_has_told_why(tmp_path: Path) -> None:
+def test_the_reason_of_a_guest_that_gave_up_is_reported(tmp_path: Path) -> None:
     with pytest.raises(GuestGaveUpError):
         outcome_of(tmp_path, fails(GuestGaveUpError("gave up")), source=IS_KILLED)
 
 
-def test_a_guest_that_switched_itself_off_has_told_why(tmp_path: Path) -> None:
+def test_the_reason_of_a_guest_that_switched_itself_off_is_reported(tmp_path: Path) -> None:
     said = b'fatal message="/dev/vda: No such file or directory"\n'
     with pytest.raises(GuestGaveUpError, match="/dev/vda: No such file"):
         outcome_of(tmp_path, lasts(), said, source="exit 0")
@@ -133,7 +133,7 @@ def test_a_death_shows_every_log(tmp_path: Path) -> None:
     )
 
 
-def test_where_a_wait_is_over_who_is_mute_is_named(tmp_path: Path) -> None:
+def test_a_timeout_names_the_process_that_does_not_answer(tmp_path: Path) -> None:
     late = GuestLateError("the guest is late")
     with pytest.raises(GuestLateError) as raised:
         outcome_of(tmp_path, fails(late), source=STAYS, device=f"echo hello; {STOPS}")
@@ -142,7 +142,7 @@ def test_where_a_wait_is_over_who_is_mute_is_named(tmp_path: Path) -> None:
     assert (told, log) == ("the guest is late", ["  last lines of device:", "    hello"])
 
 
-def test_where_a_wait_is_over_the_unanswered_message_is_named(tmp_path: Path) -> None:
+def test_a_timeout_names_the_unanswered_message(tmp_path: Path) -> None:
     (tmp_path / "source-vhost-user.log").write_text("vhost_user_write req:6 flags:0x1\n")
     with pytest.raises(WaitTimeoutError) as raised:
         outcome_of(tmp_path, fails(WaitTimeoutError("late")), source=STAYS, device=STOPS)

@@ -24,7 +24,7 @@ def start(folder: Path, script: str, timeout_s: float) -> None:
     asyncio.run(Qemu.start("source", program, [], folder, timeout_s=timeout_s))
 
 
-def test_one_that_ends_late_is_waited_for(tmp_path: Path) -> None:
+def test_a_qemu_that_ends_late_is_waited_for(tmp_path: Path) -> None:
     with pytest.raises(QmpError, match="source QEMU ended with exit code 7 before it answered"):
         start(tmp_path, f"{CLOSES_QMP} sleep 1.5; exit 7", 600)
 
@@ -36,6 +36,8 @@ def test_one_that_ends_late_is_waited_for(tmp_path: Path) -> None:
         (f"{CLOSES_QMP} exec sleep 1000", "closed its QMP socket and has not ended within 1 s"),
     ],
 )
-def test_one_that_runs_on_has_not_answered_in_time(script: str, told: str, tmp_path: Path) -> None:
+def test_a_qemu_that_does_not_answer_in_time_is_reported(
+    script: str, told: str, tmp_path: Path
+) -> None:
     with pytest.raises(QmpTimeoutError, match=f"source QEMU {told}"):
         start(tmp_path, script, 1)

@@ -11,7 +11,7 @@ from qmp_tools.passthrough.l1.root import run_inside
 from support.command import TIMEOUT_S
 
 
-def test_a_command_inside_that_fails_tells_what_it_said(tmp_path: Path) -> None:
+def test_a_failing_command_inside_is_reported(tmp_path: Path) -> None:
     for name in ("dev", "proc", "mnt", "inside"):
         (tmp_path / name).mkdir()
     with pytest.raises(UntestableError, match="building nothing failed"):

@@ -178,7 +178,9 @@ def test_a_fault_that_does_nothing_is_not_caught(monkeypatch: pytest.MonkeyPatch
     assert cli.main(["faults", "--on", "testbed", "--only", "drop-pages", "--quiet"]) == 1
 
 
-def test_a_device_that_refuses_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_of_the_device_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def too_small(end_gpa: int) -> int:
         return 8
 

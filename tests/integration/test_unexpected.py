@@ -96,7 +96,9 @@ def test_what_cannot_be_imported_is_no_loss() -> None:
     )
 
 
-def test_nor_does_what_a_compiler_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_compiler_message_moves_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiler = tmp_path / "cc"
     compiler.write_text("#!/bin/sh\nprintf '\\033[31mred\\377' >&2; exit 1\n")
     compiler.chmod(0o755)
@@ -105,7 +107,7 @@ def test_nor_does_what_a_compiler_says(tmp_path: Path, monkeypatch: pytest.Monke
         compile_c([], tmp_path / "guest")
 
 
-def test_avocados_runner_tells_an_error_of_what_nobody_expected(
+def test_avocados_runner_reports_an_unexpected_exception_as_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ProofRunner, "_prove", of_a_bug)

@@ -285,7 +285,7 @@ def test_a_lost_write_is_found(guests: WorkloadGuests) -> None:
     assert set(kinds_of_errors(guest)) == {"writeback"}
 
 
-def test_a_failed_request_is_told(guests: WorkloadGuests) -> None:
+def test_a_failed_request_is_reported(guests: WorkloadGuests) -> None:
     guest = guests(**ONLY_READS)
     request = guest.plan(guest.worker())
     guest.finish(request, 5)

@@ -91,7 +91,7 @@ def test_it_carries_out(tmp_path: Path, pattern: str, threads: int, ring: str) -
     assert channel.number("progress", "writes") > 0
 
 
-def test_it_says_why_it_gives_up(tool: Tool) -> None:
+def test_the_reason_for_giving_up_is_reported(tool: Tool) -> None:
     outcome = tool.run("prove", "--guest", "bare", "--workload", "once=1000000", "--accel", "tcg")
     assert outcome.exit_code == 3
     assert "gave up" in outcome.errors

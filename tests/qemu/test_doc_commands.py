@@ -63,7 +63,9 @@ def missing(block: Block, printed: str) -> list[str]:
 
 
 @pytest.mark.parametrize("block", RUN, ids=str)
-def test_what_is_shown_happens(block: Block, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_commands_in_the_docs_print_what_the_docs_show(
+    block: Block, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("d")  # short, for sockets
     exit_code, printed = type_in(block, folder)
     assert exit_code == block.exit_code, f"{block}: {block.script}\n{printed}"

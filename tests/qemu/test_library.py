@@ -54,5 +54,5 @@ def test_the_example_for_a_qemu_that_runs_already(
         assert re.fullmatch(TOLD[RUNS_ALREADY], run(RUNS_ALREADY, tool, str(qemu.socket)))
 
 
-def test_there_is_no_other_example() -> None:
+def test_every_example_of_the_page_is_tested() -> None:
     assert len(EXAMPLES) == len(TOLD)

@@ -27,7 +27,7 @@ def qemu(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.mark.parametrize("qemu", [False, True], ids=["system's", "newest"], indirect=True)
-def test_a_probe_tells_what_gets_lost(
+def test_a_probe_reports_what_gets_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, qemu: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where no answer is remembered

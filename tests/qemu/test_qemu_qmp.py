@@ -42,7 +42,7 @@ sys.exit(main(["prove", "--machine", "pigeon"]))
         pytest.param(PLUGIN, 0, "1 passed", id="pytest plugin"),
     ],
 )
-def test_a_folder_of_its_name_does_not_hide_it(
+def test_a_folder_named_qemu_does_not_hide_qemu_qmp(
     tool: Tool, tmp_path: Path, program: str, exit_code: int, told: str, first: bool
 ) -> None:
     theirs = tmp_path / "their folder"

@@ -116,7 +116,7 @@ def test_qemu_storage_daemon(tool: Tool) -> None:
     assert tool.leftovers() == []
 
 
-def test_requests_that_qemu_storage_daemon_lets_go_of_are_missed(tool: Tool) -> None:
+def test_requests_that_qemu_storage_daemon_drops_are_missed(tool: Tool) -> None:
     outcome = tool.run(*recipe("qemu-storage-daemon", "throttle"))
     assert_let_go(outcome)
     assert outcome.report["lost_pages"]
@@ -148,7 +148,7 @@ def test_migrations_in_a_row_of_a_device_inside_qemu(tool: Tool) -> None:
     assert [it["process"] for it in report["growth"]] == [TOOL]
 
 
-def test_a_page_that_somebody_elses_device_loses_is_seen(tool: Tool) -> None:
+def test_a_page_lost_by_a_third_party_device_is_detected(tool: Tool) -> None:
     outcome = prove(tool, "--guest", "bare", "--device-command", FAULTY)
     assert outcome.exit_code == 1, outcome.output + outcome.errors
     report = outcome.report
@@ -337,7 +337,9 @@ def test_networks_inside_qemu(tool: Tool, name: str) -> None:
 
 
 @pytest.mark.parametrize("until", ["", "listener.listen()", "listener.listen(); listener.accept()"])
-def test_a_back_end_that_ends_at_once_is_told_with_its_last_words(tool: Tool, until: str) -> None:
+def test_a_back_end_that_ends_at_once_is_reported_with_its_last_output(
+    tool: Tool, until: str
+) -> None:
     command = shlex.join([sys.executable, "-c", DYING, "{socket}", until])
     outcome = prove(tool, "--guest", "bare", "--device-command", command)
     assert outcome.exit_code == 3
@@ -380,7 +382,7 @@ def of_run(tool: Tool, *words: str) -> list[int]:
     return found
 
 
-def test_a_device_that_stops_slowly_is_told(tool: Tool) -> None:
+def test_a_device_that_stops_slowly_is_reported(tool: Tool) -> None:
     options = ["--guest", "bare", "--workload", "once=512,write_every=0", "--max-downtime", "0.4"]
     outcome = prove(tool, *options, "--device-command", SLOW)
     assert outcome.exit_code == 1, outcome.errors

@@ -117,7 +117,7 @@ def test_linux_uses_plugged_memory(tool: Tool) -> None:
     assert len(report["migrations"]) == 2
 
 
-def test_a_machine_that_takes_no_disk_is_told(tool: Tool) -> None:
+def test_a_machine_that_takes_no_disk_is_reported(tool: Tool) -> None:
     outcome = prove(tool, "device-hotplug", "--machine", "q35")
     assert outcome.exit_code == 3
     assert "does not support hotplugging" in outcome.errors

@@ -96,7 +96,7 @@ def test_a_server_that_does_not_speak_qmp(
         attach_to(path)
 
 
-def test_nobody_listens(tmp_path: Path) -> None:
+def test_a_socket_on_which_nobody_listens_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "qmp"
     with listener(path):
         pass

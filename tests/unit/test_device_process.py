@@ -57,7 +57,7 @@ def test_a_device_that_says_nonsense(line: bytes) -> None:
     asyncio.run(story())
 
 
-def test_what_a_device_refuses_is_told() -> None:
+def test_what_a_device_refuses_is_reported() -> None:
     async def story() -> None:
         refused = b'{"event": "refused", "session": "source", "message": "ring 2"}\n'
         device = await listen(refused)
@@ -69,7 +69,7 @@ def test_what_a_device_refuses_is_told() -> None:
     asyncio.run(story())
 
 
-def test_what_keeps_a_device_from_going_on_is_told() -> None:
+def test_an_error_that_stops_the_device_is_reported() -> None:
     async def story() -> None:
         said = {"event": "failed", "session": "", "message": "No space left on device"}
         device = await listen(json.dumps(said).encode() + b"\n")
@@ -80,7 +80,7 @@ def test_what_keeps_a_device_from_going_on_is_told() -> None:
     asyncio.run(story())
 
 
-def test_evidence_that_could_not_be_written_is_told(tmp_path: Path) -> None:
+def test_evidence_that_could_not_be_written_is_reported(tmp_path: Path) -> None:
     async def story() -> None:
         answer = {"event": "evidence", "session": "source", "there_is": True}
         answer["error"] = "No space left on device"

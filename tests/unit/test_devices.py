@@ -72,7 +72,7 @@ def test_several_devices_are_one() -> None:
         (["blk:colour=red"], "split", False, "no option 'colour'"),
     ],
 )
-def test_what_does_not_go_together_is_refused(
+def test_devices_and_options_that_exclude_each_other_are_refused(
     names: list[str], ring: str, killed: bool, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
@@ -114,7 +114,7 @@ def test_behind_an_iommu_each_device_has_a_port(tmp_path: Path) -> None:
         ("blk", "backend {socket} {", "braces are doubled"),
     ],
 )
-def test_what_there_is_not_is_refused(name: str, text: str | None, message: str) -> None:
+def test_an_unknown_device_is_refused(name: str, text: str | None, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         choose_device([name], text, DeviceOptions(), 2)
 
@@ -139,7 +139,7 @@ def test_what_there_is_not_is_refused(name: str, text: str | None, message: str)
         (["--guest", "bare"], "--guest linux has one"),
     ],
 )
-def test_what_it_cannot_have_is_refused(
+def test_an_option_that_the_device_does_not_have_is_refused(
     options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["prove", "--device", "qemu:nvme", *options]) == 2

@@ -21,26 +21,26 @@ def text_of(*folders: str) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_tests_that_are_named_are_there(page: Path) -> None:
+def test_the_docs_name_only_tests_that_exist(page: Path) -> None:
     named = set(re.findall(r"`(test_[a-z0-9_]+)`", page.read_text()))
     tests = text_of("tests")
     assert [name for name in named if f"def {name}(" not in tests] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_proofs_that_are_named_are_there(page: Path) -> None:
+def test_the_docs_name_only_proofs_that_exist(page: Path) -> None:
     named = set(re.findall(r"`((?:START|REPORT|HWPT|TYPE1|ITERATOR): [^`]+)`", page.read_text()))
     proofs = text_of("qmp_tools/passthrough")
     assert [name for name in named if f'"{name}"' not in proofs] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_the_targets_of_links_exist(page: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-def test_this_test_finds_what_is_missing() -> None:
+def test_a_name_that_does_not_exist_is_found_missing() -> None:
     assert "def test_that_is_nowhere(" not in text_of("qmp_tools")
     named = re.findall(r"`(test_[a-z0-9_]+)`", (ROOT / "docs" / "iterator.md").read_text())
     assert len(named) > 30
@@ -50,7 +50,7 @@ BLOCKS = all_blocks()
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_what_is_done_about_commands_is_said(block: Block) -> None:
+def test_every_block_of_commands_is_marked_as_run_or_parsed(block: Block) -> None:
     assert block.mark, f"{block}: put <!-- run --> or <!-- parsed: WHY --> above (doc_commands.py)"
 
 
@@ -124,7 +124,7 @@ def kinds_of(node: object) -> Iterator[str]:
             yield from kinds_of(value)
 
 
-def test_every_kind_of_report_is_told() -> None:
+def test_the_docs_describe_every_kind_of_report() -> None:
     schema = json.loads((ROOT / "docs" / "report.schema.json").read_text())
     kinds = set(kinds_of(schema))
     assert {"prove", "check-untested", "doctor"} <= kinds

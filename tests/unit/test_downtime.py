@@ -37,11 +37,11 @@ def test_what_dmaproof_takes_before_a_saved_stream_is_read_is_no_part_of_it() ->
 
 
 @pytest.mark.parametrize("reported_s", [None, 0.0])
-def test_without_qemus_figure_its_events_tell(reported_s: float | None) -> None:
+def test_without_qemus_downtime_figure_its_events_are_used(reported_s: float | None) -> None:
     assert milliseconds(EVENTS, reported_s, (0, LOADED)) == pytest.approx([400, 250])
 
 
-def test_without_events_qemus_figure_tells() -> None:
+def test_without_events_qemus_downtime_figure_is_used() -> None:
     downtime = measure_downtime({}, NONE, 0.9, None, 0.5)
     assert (downtime.seconds, downtime.exceeded) == (0.9, True)
     assert "do not report its parts" in downtime.sentence

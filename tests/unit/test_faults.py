@@ -43,7 +43,7 @@ def pages_in(buffer: bytearray) -> set[int]:
 # What people see --------------------------------------------------------------------------------
 
 
-def test_every_fault_is_told_in_one_line() -> None:
+def test_every_fault_has_a_summary_of_one_line() -> None:
     for name, fault in known_faults().items():
         assert len(summary(fault)) > 20, name
         assert summary(fault).endswith("."), name

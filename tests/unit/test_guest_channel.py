@@ -96,19 +96,19 @@ def test_more_and_more_kinds_of_things_are_not_kept() -> None:
 
 
 @pytest.mark.parametrize("value", ["", "-1", "1_000", "0x10", "٣", "1" * 5000, "many"])
-def test_a_number_that_is_none(value: str) -> None:
+def test_a_malformed_number_is_refused(value: str) -> None:
     channel = asyncio.run(hear(f"progress requests='{value}'".encode()))
     with pytest.raises(GuestError, match="progress has the number requests"):
         channel.number("progress", "requests")
 
 
-def test_nothing_is_said_to_a_terminal() -> None:
+def test_a_guests_report_cannot_move_the_terminal() -> None:
     channel = asyncio.run(hear(b"error kind=\x1b[2J\x07 x=\xc2\x9b31m\xef\xbf\xbe\n" * 20))
     assert len(channel.complaints) == 8
     assert channel.complaints[0] == "error kind=�[2J� x=�31m�"
 
 
-def test_giving_up_is_told_in_the_guests_words() -> None:
+def test_the_guests_own_words_say_why_it_gave_up() -> None:
     with pytest.raises(GuestError, match="gave up: no disk"):
         asyncio.run(hear(b'fatal message="no disk"'))
 
@@ -122,7 +122,7 @@ async def wait_in_vain(said: bytes, timeout_s: float) -> None:
         channel.close()
 
 
-def test_silence_is_told_with_what_was_waited_for() -> None:
+def test_a_timeout_says_what_was_waited_for() -> None:
     with pytest.raises(GuestError, match="has not become ready"):
         asyncio.run(wait_in_vain(b"", 0.01))
 

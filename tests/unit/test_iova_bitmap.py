@@ -347,7 +347,7 @@ def test_a_closed_bitmap_says_so(file: int) -> None:
             bitmap.count()
 
 
-def test_a_bitmap_lets_go_of_its_memory(file: int) -> None:
+def test_a_closed_bitmap_releases_its_memory(file: int) -> None:
     open_before = open_files()
     data = bytearray(8)
     with IovaBitmap(0, 64 * PAGE, PAGE, data) as bitmap, IovaBitmap(0, T, PAGE, file) as other:

@@ -175,7 +175,7 @@ def test_a_device_that_reports_only_at_the_end_is_not_judged_by_its_used_ring(
     assert evidence.unlogged_queues == []
 
 
-def test_late_dma_is_told_by_page(stage: Stage) -> None:
+def test_late_dma_is_reported_by_page(stage: Stage) -> None:
     stage.write(2)
     paused = PausedRam([stage.file])
     assert paused.written(stage.file, stage.slots) == []

@@ -61,7 +61,7 @@ def test_every_option_of_a_proof_can_be_an_axis() -> None:
         assert matrix.cells() == [{option.key: value}]
 
 
-def test_all_and_patterns_are_what_is_there() -> None:
+def test_all_and_patterns_expand_to_the_known_values() -> None:
     assert make_matrix({"tracker": ["all"]}).axes["tracker"] == sorted(emulated_trackers())
     assert set(make_matrix({"device": ["all"]}).axes["device"]) >= emulated_devices().keys()
     ways = make_matrix({"scenario": ["multifd-*", "unix", "multifd-4"]}).axes["scenario"]
@@ -112,7 +112,7 @@ def test_an_empty_value_leaves_the_option_out() -> None:
         ({"scenario": []}, "a value is due"),
     ],
 )
-def test_what_is_wrong_is_told_before_anything_runs(
+def test_wrong_axes_are_refused_before_anything_runs(
     axes: dict[str, list[str]], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):

@@ -82,7 +82,7 @@ def test_packets_come_as_many_as_were_asked_for(guest: Guest) -> None:
     ("ethertype", "content"),
     [(0x0806, struct.pack("<I", 2)), (ETHERTYPE, b"\2"), (ETHERTYPE, b"")],
 )
-def test_what_else_is_sent_is_let_go(guest: Guest, ethertype: int, content: bytes) -> None:
+def test_other_messages_are_ignored(guest: Guest, ethertype: int, content: bytes) -> None:
     guest.offer(2)
     guest.send(ethertype, content)
     assert guest.transmit.collect() == [(0, 0)]

@@ -82,7 +82,7 @@ def case() -> Iterator[Case]:
         yield Case(*files)
 
 
-def test_a_page_that_was_never_told_is_the_devices(case: Case) -> None:
+def test_a_page_that_was_never_reported_is_lost_by_the_device(case: Case) -> None:
     case.write(3, reports=7)
     case.tell(4, 8)
     (page,) = case.lost()
@@ -91,7 +91,9 @@ def test_a_page_that_was_never_told_is_the_devices(case: Case) -> None:
     assert case.sharpness().unreported == 1
 
 
-def test_a_page_that_was_told_only_before_its_last_write_is_the_devices(case: Case) -> None:
+def test_a_page_that_was_reported_only_before_its_last_write_is_lost_by_the_device(
+    case: Case,
+) -> None:
     case.write(3, reports=0)
     case.tell(3, 1)
     case.send(3)
@@ -101,7 +103,7 @@ def test_a_page_that_was_told_only_before_its_last_write_is_the_devices(case: Ca
     assert (page.blame, page.link, page.due_in_harvest) == (Blame.DEVICE, Link.TRACKER, 2)
 
 
-def test_a_page_that_was_told_in_time_is_lost_by_qemu(case: Case) -> None:
+def test_a_page_that_was_reported_in_time_is_lost_by_qemu(case: Case) -> None:
     case.write(3, reports=0)
     case.write(3, reports=4)
     case.tell(3, 5)
@@ -110,7 +112,7 @@ def test_a_page_that_was_told_in_time_is_lost_by_qemu(case: Case) -> None:
     assert case.sharpness().unreported == 0
 
 
-def test_a_page_that_a_vcpu_wrote_later_is_the_accelerators(case: Case) -> None:
+def test_a_page_that_a_vcpu_wrote_later_is_lost_by_the_accelerator(case: Case) -> None:
     case.write(3, reports=0)
     case.tell(3, 1)
     os.pwrite(case.source.fd, b"vcpu", 3 * PAGE + 8)

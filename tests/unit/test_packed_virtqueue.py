@@ -242,7 +242,7 @@ def test_a_request_that_came_while_kicks_were_off_is_noticed(driver: PackedDrive
     assert driver.read(driver.used, 4) == struct.pack("<HH", 0x8003, 2)
 
 
-def test_a_wish_of_somebody_elses_is_overwritten(driver: PackedDriver) -> None:
+def test_a_downtime_limit_set_by_a_third_party_is_overwritten(driver: PackedDriver) -> None:
     driver.write(driver.used, struct.pack("<HH", 0, 1))  # "never kick"
     queue_for(driver).ask_for_kick()
     assert driver.read(driver.used, 4) == bytes(4)

@@ -98,7 +98,7 @@ def test_random_writes_stay_inside_the_window() -> None:
     assert any(length > 4 * PAGE for _, length in writes)
 
 
-def test_a_proof_that_does_not_hold_is_told_and_not_raised() -> None:
+def test_a_proof_that_does_not_hold_is_reported_and_not_raised() -> None:
     def fails() -> tuple[str, dict[str, Any]]:
         require(False, "3 pages missing")
         return "never", {}
@@ -148,7 +148,7 @@ def proof_of(*attempts: Exception | tuple[str, dict[str, Any]]) -> Proof:
     return proof
 
 
-def test_an_attempt_that_told_nothing_is_repeated_and_the_outcome_says_so() -> None:
+def test_an_attempt_without_a_result_is_repeated_and_the_outcome_says_so() -> None:
     equal = ("equal", {"pages": 1})
     assert patient(proof_of(equal))() == ("equal", {"pages": 1, "tries": 1})
     proof = proof_of(NothingTestedError("0 pages"), MigrationError("no end"), equal)

@@ -98,7 +98,7 @@ def test_a_file_in_several_mappings(
             assert (memory is not None) == found
 
 
-def test_a_process_that_is_not_there() -> None:
+def test_a_process_that_does_not_exist_is_reported() -> None:
     gone = int(Path("/proc/sys/kernel/pid_max").read_text())
     with pytest.raises(UntestableError, match="source QEMU"):
         mappings_of(gone, "source QEMU")

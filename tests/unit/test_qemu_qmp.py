@@ -12,7 +12,7 @@ from dmaproof.errors import UntestableError
 from qmp_tools.qemu import qemu_qmp
 
 
-def test_it_is_found_behind_folders_of_its_name(
+def test_qemu_qmp_is_found_after_folders_of_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = qemu_qmp.folder()

@@ -41,7 +41,7 @@ def test_what_was_never_written_takes_no_memory() -> None:
         assert len(compare(moment, ram(fd))) == 0
 
 
-def test_memory_that_cannot_be_read_is_told() -> None:
+def test_memory_that_cannot_be_read_is_reported() -> None:
     with ram_fd(PAGE_BYTES) as fd:
         gone = replace(ram(fd), fd=-1)
     with pytest.raises(UntestableError, match="cannot be copied"), copied([gone]):

@@ -440,14 +440,14 @@ def test_a_cell_of_the_map_shows_the_gravest_of_its_pages() -> None:
     assert area["rows"][16] == ((1 << 32) + (4096 << 12), "255 other, 1 late")
 
 
-def test_the_page_tells_of_the_lost_pages() -> None:
+def test_the_html_page_shows_the_lost_pages() -> None:
     page = Page()
     page.feed(to_html(ANSWERS["lost"]))
     for told in ("0x5000", "iterator", "accelerator", "qemu -append 'a b <c>'", "planted"):
         assert told in page.text
 
 
-def test_without_a_journal_nothing_is_said_of_it() -> None:
+def test_a_report_without_a_journal_does_not_mention_it() -> None:
     page = Page()
     page.feed(to_html(ANSWERS["foreign"]))
     text = report.to_text(proof([], sharpness_by_guest(5, certain=True), device=Foreign(OPTIONS)))
@@ -465,7 +465,7 @@ def test_pages_that_were_lost_late_are_in_the_map_too() -> None:
     assert run_lengths(area.classes)[:4] == [[0, 2], [3, 1], [0, 5], [2, 4]]
 
 
-def test_what_could_not_have_shown_is_told() -> None:
+def test_the_report_says_what_could_not_have_been_detected() -> None:
     page = Page()
     page.feed(to_html(ANSWERS["watched"]))
     unseen = watched(LOG).verdict.unseen
@@ -549,7 +549,7 @@ def test_passes_have_what_happened_in_them() -> None:
     assert sum(it["harvests"] for it in found) == len(HARVESTS)
 
 
-def test_downtime_is_told_in_full() -> None:
+def test_the_report_has_every_part_of_the_downtime() -> None:
     parts = downtime_parts(MOMENTS, HARVESTS, 0.05)
     assert [it["seconds"] for it in parts] == pytest.approx([0.01, 0.01, 0.01, 0.02])
     assert parts[1]["what"] == "the device harvests a last time"
@@ -559,7 +559,7 @@ def test_downtime_is_told_in_full() -> None:
     assert downtime_parts(MOMENTS, HARVESTS, None) == []
 
 
-def test_a_downtime_that_is_too_long_is_told_everywhere() -> None:
+def test_a_downtime_that_is_too_long_is_in_every_report() -> None:
     answer = ANSWERS["slow"]
     assert answer["exit_code"] == 1
     assert answer["downtime"]["exceeded"] is True
@@ -574,7 +574,7 @@ def test_a_downtime_that_is_too_long_is_told_everywhere() -> None:
     assert "not ok 5 - the downtime is within its limit" in to_tap(answer)
 
 
-def test_a_downtime_within_its_limit_is_told_too() -> None:
+def test_a_downtime_within_its_limit_is_reported_too() -> None:
     answer = ANSWERS["quick"]
     assert answer["exit_code"] == 0
     assert "\nok 5 - the downtime is within its limit" in to_tap(answer)
@@ -589,19 +589,19 @@ def test_a_downtime_that_was_not_measured_is_no_pass() -> None:
     assert 'errors="1"' in to_junit(answer)
 
 
-def test_a_soak_tells_which_migration_it_was() -> None:
+def test_a_soak_reports_which_migration_lost_pages() -> None:
     text = soak_report.soak_to_text(soak(proof(LOST), [9, 9, 9]))
     assert text.startswith("FAIL: migration 3 of 3: 2 of 64 pages were lost")
     assert soak_report.soak_to_text(soak(proof([]), [8, 9, 9])).startswith("PASS: every page equal")
 
 
-def test_a_soaks_growth_is_told_in_figures() -> None:
+def test_a_soak_reports_growth_in_figures() -> None:
     rows = soak_report.growth_rows(soak(proof([]), [8, 9, 10, 11]).growths)
     assert ["device", "file descriptors", "9", "11", "+2"] in rows
     assert ["device", "private memory", "20480 KiB", "20480 KiB", "+0 KiB"] in rows
 
 
-def test_a_proof_tells_of_the_migrations_before_it() -> None:
+def test_a_proof_reports_the_migrations_before_it() -> None:
     before = proof([])
     text = report.to_text(replace(before, earlier=[before.hop, before.hop]))
     assert "2 more, there and back: 128 pages compared, 10 certain" in text

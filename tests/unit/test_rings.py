@@ -110,10 +110,10 @@ def test_rings_are_read_where_qemu_says_that_they_are() -> None:
     assert not found[0].is_answered_right
 
 
-def test_a_ring_outside_ram_is_none() -> None:
+def test_a_ring_outside_ram_is_not_a_ring() -> None:
     rams = {"source": lambda gpa, length: None}
     assert asyncio.run(stopped_rings(cast(Any, PausedQemu()), rams)) == []
 
 
-def test_a_qemu_that_does_not_tell() -> None:
+def test_a_qemu_that_does_not_answer_the_query() -> None:
     assert asyncio.run(stopped_rings(cast(Any, QemuBefore72()), {"source": read})) == []

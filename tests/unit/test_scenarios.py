@@ -178,7 +178,7 @@ def test_who_executes_itself_anew_is_over_when_it_has(tmp_path: Path) -> None:
     assert len(stage.migration.history) == 1
 
 
-def test_a_socket_pair_is_handed_over_and_let_go(tmp_path: Path) -> None:
+def test_a_socket_pair_is_handed_over_and_closed(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     stage = Stage(tmp_path, SCENARIOS["fd"])
     stage.start()
@@ -367,14 +367,14 @@ def test_a_migration_that_completes_without_its_destination_is_wrong(tmp_path: P
         asyncio.run(stage.migration.fail())
 
 
-def test_a_source_that_stands_still_for_good_is_told(tmp_path: Path) -> None:
+def test_a_source_that_stays_paused_is_reported(tmp_path: Path) -> None:
     stage = Stage(tmp_path, SCENARIOS["destination-killed"], Limits(timeout_s=0.1))
     stage.source.statuses = ["failed"]
     with pytest.raises(MigrationError, match="is 'paused', and has not run on"):
         asyncio.run(stage.migration.fail())
 
 
-def test_a_migration_that_does_not_pause_before_switchover_is_told(tmp_path: Path) -> None:
+def test_a_migration_that_does_not_pause_before_switchover_is_reported(tmp_path: Path) -> None:
     stage = Stage(tmp_path, SCENARIOS["destination-killed-late"])
     stage.source.statuses = ["completed"]
     with pytest.raises(MigrationError, match="has completed, though it was to pause"):

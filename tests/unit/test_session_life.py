@@ -149,7 +149,7 @@ def test_every_file_that_comes_along_is_closed(guest: Guest) -> None:
     assert open_files() == before
 
 
-def test_a_log_that_is_replaced_before_it_is_used_is_let_go(guest: Guest) -> None:
+def test_a_log_that_is_replaced_before_it_is_used_is_released(guest: Guest) -> None:
     before = mappings()
     for _ in range(3):
         guest.front_end.set_log(guest.log, LOG_BYTES)

@@ -47,7 +47,7 @@ def test_only_private_memory_is_counted() -> None:
         assert holdings_of(os.getpid()).private_bytes > before.private_bytes + 48 * MIB
 
 
-def test_a_process_that_has_gone_is_told() -> None:
+def test_a_process_that_has_ended_is_reported() -> None:
     no_process = int(Path("/proc/sys/kernel/pid_max").read_text())  # one more than the highest
     with pytest.raises(UntestableError, match=f"process {no_process} cannot be looked at"):
         holdings_of(no_process)

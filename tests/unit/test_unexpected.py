@@ -49,7 +49,7 @@ def of_a_bug(*arguments: object) -> NoReturn:
 
 
 @pytest.mark.parametrize("raised", [KeyError("x"), ZeroDivisionError(), ConnectionResetError()])
-def test_what_nobody_expected_is_a_fault_of_ours(raised: Exception) -> None:
+def test_an_unexpected_exception_is_a_fault_of_dmaproof(raised: Exception) -> None:
     assert isinstance(untestable(raised), CrashError)
 
 
@@ -65,13 +65,13 @@ def test_what_nobody_expected_is_a_fault_of_ours(raised: Exception) -> None:
         (errors.TrackerError("EINVAL"), "EINVAL"),
     ],
 )
-def test_what_the_machine_lacks_is_no_fault_of_ours(raised: Exception, told: str) -> None:
+def test_an_error_of_the_machine_is_not_a_fault_of_dmaproof(raised: Exception, told: str) -> None:
     reason = untestable(raised)
     assert not isinstance(reason, CrashError)
     assert told in str(reason)
 
 
-def test_a_crash_is_told_with_its_traceback_and_reported(
+def test_a_crash_is_printed_with_its_traceback_and_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     report = tmp_path / "proof.json"
@@ -99,7 +99,7 @@ def test_no_message_moves_the_terminal(kind: type[DmaproofError]) -> None:
     assert str(kind(f"QEMU said:\n\t{ESCAPE}")) == "QEMU said:\n\t\ufffd]0;taken\ufffd\ufffd[2J"
 
 
-def test_nor_does_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_shown_moves_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     LineDisplay().say(ESCAPE)
     print_text(ESCAPE)
     print_table(["device"], [[ESCAPE]])

@@ -148,20 +148,20 @@ def test_a_page_that_was_logged_before_its_last_write(case: Case) -> None:
     }
 
 
-def test_a_page_that_was_in_the_log_is_qemus(case: Case) -> None:
+def test_a_page_that_was_in_the_log_is_lost_by_qemu(case: Case) -> None:
     case.device_writes(PAGE, b"data")
     (page,) = case.lost()
     assert (page.blame, page.link) == (Blame.QEMU, Link.QEMU)
 
 
-def test_a_page_that_a_vcpu_wrote_later_is_the_accelerators(case: Case) -> None:
+def test_a_page_that_a_vcpu_wrote_later_is_lost_by_the_accelerator(case: Case) -> None:
     case.device_writes(PAGE, b"data")
     os.pwrite(case.source.fd, b"vcpu", PAGE)
     (page,) = case.lost()
     assert (page.blame, page.link, page.request) == (Blame.ACCELERATOR, None, 1)
 
 
-def test_bytes_that_no_device_wrote_are_the_accelerators(case: Case) -> None:
+def test_bytes_that_no_device_wrote_are_lost_by_the_accelerator(case: Case) -> None:
     case.device_writes(PAGE, b"data")
     os.pwrite(case.destination.fd, b"data", PAGE)
     os.pwrite(case.source.fd, b"vcpu", PAGE + 100)  # beside the device's bytes
@@ -178,7 +178,7 @@ def test_a_write_across_pages_loses_just_the_page_that_differs(case: Case) -> No
     assert (page.gpa, page.iova, page.bytes_differing) == (3 * PAGE, 3 * PAGE, 2)
 
 
-def test_a_page_that_was_never_logged_is_told_even_if_it_is_equal(case: Case) -> None:
+def test_an_unlogged_page_is_reported_even_if_it_is_equal(case: Case) -> None:
     case.device_writes(0, b"a", seen_by=())
     case.device_writes(PAGE, b"b", seen_by=TRACED_LINKS[:2])
     case.device_writes(HIGH, b"c", epoch=1)
@@ -239,7 +239,7 @@ def test_without_a_journal_it_stays_open_who_lost_a_page(case: Case) -> None:
     assert "not ours to know" in verdict.sentence
 
 
-def test_without_a_journal_the_guest_is_the_witness() -> None:
+def test_without_a_journal_the_guest_is_the_evidence_source() -> None:
     well = GuestOutcome(1000, 0, 10)
     assert Verdict(PAGES, [], sharpness_by_guest(20, certain=True), well).exit_code == 0
     assert Verdict(PAGES, [], sharpness_by_guest(0, certain=True), well).exit_code == 3
@@ -279,7 +279,7 @@ def test_a_slow_switchover_fails_what_else_would_pass() -> None:
     assert "1 of" in Verdict(PAGES, lost, sharp, well, downtime=slow).sentence
 
 
-def test_another_files_slots_tell_nothing(case: Case) -> None:
+def test_slots_of_another_file_are_no_evidence(case: Case) -> None:
     case.device_writes(3 * PAGE, b"x", seen_by=())
     (page,) = case.lost()
     assert page.gpa == 3 * PAGE
@@ -327,7 +327,7 @@ def test_what_could_not_have_shown_is_said_where_there_is_no_journal() -> None:
     assert replace(verdict, sharpness=Sharpness(5, 5, 5, 5, 0, 0, 0)).unseen == []
 
 
-def test_early_bits_and_late_dma_are_the_devices() -> None:
+def test_early_bits_and_late_dma_are_blamed_on_the_device() -> None:
     lost = [LostPage(offset, offset, 9, Blame.UNKNOWN) for offset in (0x1000, 0x2000, 0x3000)]
     log = LogEvidence(looks=1, look_interval_s=0, early_bits=[0x1000, 0x9000])
     lost = blame_early_bits(lost, log)

@@ -66,7 +66,7 @@ def test_a_refusal_names_request_errno_and_rule(monkeypatch: pytest.MonkeyPatch)
     assert caught.value.number == errno.E2BIG
 
 
-def test_a_file_that_is_no_device_is_told() -> None:
+def test_a_file_that_is_not_a_device_is_reported() -> None:
     fd = os.open("/dev/null", os.O_RDWR)
     try:
         with pytest.raises(VfioError, match="ENOTTY: this kernel, or this device, does not know"):

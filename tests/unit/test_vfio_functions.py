@@ -305,7 +305,9 @@ def test_with_iommufd_both_qemus_lock_at_the_users_expense(
         require_testable(functions, GIB, pair.host)
 
 
-def test_all_that_is_missing_is_told_at_once(pair: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_missing_is_reported_at_once(
+    pair: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
     play(monkeypatch, MigrationFlag(0))
     monkeypatch.setattr(host_functions, "lockable_bytes", lambda: 65536)
     functions = parse_functions(f"vfio:{SOURCE_ADDRESS},{DESTINATION_ADDRESS}", pair.host)

@@ -64,12 +64,12 @@ def test_bash_completes_files(complete: Callable[[str], list[str]]) -> None:
 
 
 def test_an_unknown_shell_is_wrong_usage() -> None:
-    command = [sys.executable, "-m", "qmp_tools.cli.main", "completion", "sh"]
+    command = [sys.executable, "-m", "qmp_tools.cli", "completion", "sh"]
     assert subprocess.run(command, capture_output=True, check=False).returncode == 2
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
-    command = f"{sys.executable} -u -m qmp_tools.cli.main completion bash; echo $? >&2"
+    command = f"{sys.executable} -u -m qmp_tools.cli completion bash; echo $? >&2"
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(["sh", "-c", command], stdout=write, stderr=subprocess.PIPE, check=True)
@@ -88,7 +88,7 @@ TELLING = {
 @pytest.mark.parametrize("words", TELLING.values(), ids=TELLING)
 @pytest.mark.parametrize(("where", "why"), [("/dev/full", "No space left"), ("&-", "is closed")])
 def test_an_output_that_cannot_be_written_to_is_reported(words: str, where: str, why: str) -> None:
-    command = f"{sys.executable} -m qmp_tools.cli.main {words} >{where}"
+    command = f"{sys.executable} -m qmp_tools.cli {words} >{where}"
     done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 3
     (line,) = done.stderr.splitlines()
@@ -104,7 +104,7 @@ def test_an_output_that_cannot_be_written_to_is_reported(words: str, where: str,
 def test_an_error_output_that_cannot_be_written_to_changes_no_exit_code(
     where: str, words: str, code: int
 ) -> None:
-    command = f"{sys.executable} -m qmp_tools.cli.main {words} 2>{where}"
+    command = f"{sys.executable} -m qmp_tools.cli {words} 2>{where}"
     done = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, text=True, check=False)
     assert done.returncode == code
     assert "dmaproof: " not in done.stdout
@@ -116,7 +116,7 @@ def test_a_report_on_a_full_disk_is_no_wrong_usage(capsys: pytest.CaptureFixture
 
 
 def test_an_output_of_few_characters_gets_all_that_it_has() -> None:
-    command = [sys.executable, "-m", "qmp_tools.cli.main", "prove", "--help"]
+    command = [sys.executable, "-m", "qmp_tools.cli", "prove", "--help"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")

@@ -12,8 +12,7 @@ from qmp_tools.devices.device import ProofDevice
 from qmp_tools.devices.emulated import EmulatedDevice
 from qmp_tools.devices.process import DeviceOptions
 from qmp_tools.devices.several import SeveralDevices
-from qmp_tools.proof.model import Setup
-from support.setups import key
+from support.setups import key, setup_of_files
 
 CELL = {"scenario": "unix", "guest": "bare"}
 
@@ -33,7 +32,6 @@ CELL = {"scenario": "unix", "guest": "bare"}
 )
 @pytest.mark.parametrize("beside_another", [False, True])
 def test_a_back_end_that_was_rebuilt_has_no_result(
-    now: Setup,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     command: str,
@@ -53,7 +51,7 @@ def test_a_back_end_that_was_rebuilt_has_no_result(
     device: ProofDevice = CommandDevice("blk", parse_command(command.format(folder=tmp_path)))
     if beside_another:
         device = SeveralDevices([EmulatedDevice(DeviceOptions()), device])
-    now = replace(now, device=device)
+    now = replace(setup_of_files(tmp_path), device=device)
     first = key(CELL, now)
     (tmp_path / changed).write_text(files[changed].replace("one", "two") + "\n")
     assert key(CELL, now) != first

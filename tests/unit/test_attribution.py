@@ -200,3 +200,30 @@ def test_a_page_is_missed_only_where_a_slot_still_has_it(proof: Proof) -> None:
     found = [proof.sharpness(slots).unreported for slots in ([], [part], [part, *proof.slots])]
     assert found == [0, 2, 4]
     assert proof.sharpness([part]).missed_by == {"": 2}
+
+
+def test_the_first_byte_of_a_page_counts(proof: Proof) -> None:
+    proof.write(LOW + PAGE, b"x", seen=False)
+    assert [page.request for page in proof.lost()] == [1]
+
+
+def test_a_write_of_nothing_has_lost_nothing(proof: Proof) -> None:
+    proof.write(LOW, b"", seen=False)
+    os.pwrite(proof.source.fd, b"vcpu", HALF)
+    assert [(page.blame, page.request) for page in proof.lost()] == [(Blame.ACCELERATOR, None)]
+    records = np.zeros(1, dtype=RECORD)
+    records["gpa"] = 2 * PAGE - 1
+    assert WrittenPages(records).pages.tolist() == [1]
+
+
+def test_the_end_of_a_slot_is_the_start_of_the_next(proof: Proof) -> None:
+    """The guest has the halves of the file one behind the other, the second one first."""
+    _, second = proof.slots
+    proof.slots = [second, proof.slots[0]._replace(gpa=LOW + HALF)]
+    proof.links = {link: PageEpochs([IovaRange(LOW, 2 * HALF)]) for link in TRACED_LINKS}
+    os.pwrite(proof.source.fd, b"data", 0)
+    gpa = LOW + HALF
+    proof.rows = [(2000, 1, gpa, gpa, 1, 4, zlib.crc32(b"data"), WriteKind.DATA, 0)]
+    for link in TRACED_LINKS:
+        proof.links[link].see(gpa, 4, 1)
+    assert [(page.gpa, page.blame) for page in proof.lost()] == [(gpa, Blame.QEMU)]

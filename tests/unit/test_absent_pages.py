@@ -44,6 +44,7 @@ def test_absent_pages_are_counted_from_the_address(private: mmap.mmap) -> None:
 
 def test_memory_before_or_behind_a_mapping_is_not_certain(private: mmap.mmap) -> None:
     hva = address_of(private)
+    private.madvise(mmap.MADV_DONTNEED)
     mapping = Mapping(hva + PAGE, hva + 3 * PAGE, False, 0, 0, "")
     for first, pages in ((0, 2), (2, 2), (0, 4)):
         found = absent_in_process(ME, [mapping], hva + first * PAGE, pages)
@@ -54,6 +55,7 @@ def test_memory_before_or_behind_a_mapping_is_not_certain(private: mmap.mmap) ->
     ("word", "merged", "absent"),
     [
         (0, "0", True),
+        (0, "1", True),
         (1 << 63, "0", True),  # the zero page, which others have mapped too
         (1 << 63 | 1 << 56, "0", False),
         (1 << 63, "1", False),  # or it is one that KSM has merged
@@ -103,6 +105,7 @@ FLAGS = "VmFlags: rd wr\n"
         ({}, {"AnonHugePages": 2048}, {}, False),
         ({}, {"Private_Hugetlb": 2048}, {}, False),
         ({}, {"Rss": 4}, {}, True),
+        ({}, {"Rss": 4, "AnonHugePages": 2048}, {}, False),
         ({"AnonHugePages": 2048}, {"AnonHugePages": 0}, {"AnonHugePages": 2048}, True),
         ({"AnonHugePages": 0}, None, {"AnonHugePages": 0}, False),
     ],

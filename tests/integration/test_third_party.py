@@ -107,7 +107,7 @@ def test_a_scenario_and_a_kind_of_device_are_found_beside_our_own(outside: Path)
         "from qmp_tools.devices.registry import device_kinds, kind_of\n"
         "print({'unix', 'four-channels'} <= set(known_scenarios()))\n"
         "print(known_scenarios()['four-channels'].parameters)\n"
-        "names = {name for kind in device_kinds() for name in kind.names()}\n"
+        "names = {name for kind in device_kinds().values() for name in kind().names()}\n"
         "print({'plain-disk', 'blk'} <= names)\n"
         "print(*(type(kind_of([name], None)).__name__ for name in ('plain-disk', 'blk')))",
     )

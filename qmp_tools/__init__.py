@@ -10,11 +10,15 @@
 What this module exports is public and stays. So is what `qmp_tools.aio` exports, which is the same
 for asynchronous code, and the test classes and fixtures of `qmp_tools.integrations`. Everything
 else is private, and may change at any time. Names are imported when they are asked for.
+
+The package logs to the logger ``qmp_tools``, which is silent until an application configures
+logging, as ``logging.basicConfig(level="INFO")`` does.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Final
 
 import dmaproof
@@ -102,6 +106,7 @@ __all__ = [
     "prove",
 ]
 
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 if not TYPE_CHECKING:  # else any misspelt name would pass a type checker
 

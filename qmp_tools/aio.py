@@ -43,7 +43,6 @@ from .migration.scenarios import find_scenario, known_scenarios
 from .migration.transport import Ends
 from .migration.watch import View, watch
 from .proof import run as proof_run
-from .proof.display import QuietDisplay
 from .proof.model import Proof
 from .proof.options import ProofOptions, options_as_keywords
 from .proof.resolve import resolve
@@ -189,5 +188,4 @@ async def prove(options: ProofOptions) -> Proof:
         proof = await prove(guest="bare", tracker="dirty-ring", scenario="tls")
         assert proof.verdict.exit_code == 0, proof.verdict.sentence
     """
-    show = QuietDisplay()
-    return await proof_run.prove(await resolve(options, show), show)
+    return await proof_run.prove(await resolve(options))

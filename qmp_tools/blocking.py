@@ -33,7 +33,6 @@ from .host.run_folder import room_in, run_folder
 from .host.timeout import DEFAULT_TIMEOUT_S
 from .migration.migration import Limits
 from .proof import resolve
-from .proof.display import LineDisplay, QuietDisplay
 from .proof.model import Migrated, Proof
 from .proof.options import ProofOptions, options_as_keywords, options_as_keywords_of_method
 from .proof.run import ProofRun, proof_run
@@ -193,7 +192,7 @@ def prove(options: ProofOptions) -> Proof:
         proof = prove(guest="bare", tracker="dirty-ring", scenario="tls")
         assert proof.verdict.exit_code == 0, proof.verdict.sentence
     """
-    with Stage(quiet=True) as stage:
+    with Stage() as stage:
         return stage.start_proof(options).verdict()
 
 
@@ -218,7 +217,7 @@ def check(
         UsageError: a path is not of a socket, or both are the same QEMU's.
         UntestableError: they have not migrated, a guest has run since, or memory cannot be read.
     """
-    with Stage(quiet=True) as stage:
+    with Stage() as stage:
         return stage.run(
             aio.check(source, destination, expect_migration=expect_migration, timeout_s=timeout_s)
         )
@@ -228,9 +227,6 @@ class Stage:
     """What one test has started. `folder` has its sockets and logs."""
 
     folder: Path
-
-    def __init__(self, *, quiet: bool = False) -> None:
-        self._display = QuietDisplay() if quiet else LineDisplay()
 
     def __enter__(self) -> Stage:
         with contextlib.ExitStack() as outer:
@@ -331,9 +327,7 @@ class Stage:
 
     def start_proof(self, options: ProofOptions) -> StagedProof:
         """Start the guest and the device of a proof with these options; see `proof`."""
-        run = proof_run(
-            self.run(resolve.resolve(options, self._display)), self._display, self.folder
-        )
+        run = proof_run(self.run(resolve.resolve(options)), self.folder)
         return StagedProof(self, self.run(self._started.enter_async_context(run)))
 
     def check(

@@ -31,7 +31,6 @@ from ..passthrough.l1.kernel import KERNELS
 from ..passthrough.l1.machine import l1
 from ..qemu.choice import find_qemu
 from .arguments import add_parser, reads
-from .display import display
 from .interruption import run_interruptibly
 from .outputs import write_json
 
@@ -140,11 +139,10 @@ def _run_core(arguments: argparse.Namespace) -> int:
 def _run_kernel(arguments: argparse.Namespace) -> int:
     if arguments.picture is not None:
         _matplotlib()
-    say = display(quiet=False).say
-    machine = l1(arguments.kernel, say)
+    machine = l1(arguments.kernel)
     qemu = find_qemu(arguments.qemu)
     most = next(size for size in REPORT_SIZES if _short(size) == arguments.most)
-    cost = run_interruptibly(measure_kernel_cost(machine, qemu, say, most, arguments.timeout))
+    cost = run_interruptibly(measure_kernel_cost(machine, qemu, most, arguments.timeout))
     if arguments.json != "-":
         print(tables.to_text(cost.rows, cost.fits, cost.projections, cost.nanoseconds))
     if arguments.picture is not None:

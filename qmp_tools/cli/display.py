@@ -1,4 +1,4 @@
-"""What a person sees of a command: bars and tables on a terminal, plain lines elsewhere."""
+"""What a command prints on standard output for people: tables are drawn on a terminal."""
 
 from __future__ import annotations
 
@@ -6,19 +6,6 @@ import sys
 from collections.abc import Sequence
 
 from dmaproof.errors import printable
-
-from ..proof.display import Display, LineDisplay, QuietDisplay
-
-
-def display(*, quiet: bool = False) -> Display:
-    """The display that fits standard error."""
-    if quiet:
-        return QuietDisplay()
-    if not sys.stderr.isatty():
-        return LineDisplay()
-    from ..cli.terminal import TerminalDisplay  # imports rich, which takes its time
-
-    return TerminalDisplay()
 
 
 def print_text(text: str) -> None:
@@ -29,7 +16,7 @@ def print_text(text: str) -> None:
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on standard output: drawn on a terminal, padded lines elsewhere."""
     if sys.stdout.isatty():
-        from ..cli.terminal import draw_table
+        from .terminal import draw_table  # imports rich, which takes its time
 
         draw_table(headings, rows)
         return

@@ -12,14 +12,14 @@ from dmaproof.faults import known_faults
 from ..arguments import positive
 from ..exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from ..host.run_folder import run_folder
-from ..proof.display import QuietDisplay
 from ..proof.model import Setup
 from ..proof.resolve import resolve
 from ..reports.report import SCHEMA_VERSION
 from ..testbed.fault_trials import CONTROL, HEADINGS, Bench, Row, try_faults
 from .arguments import describe, reads
-from .display import display, print_table
+from .display import print_table
 from .interruption import run_interruptibly
+from .log import OfManyProofs
 from .options import SETUP_GROUPS, add_options, describe_scenarios, given_options, options_of_groups
 from .outputs import add_outputs, write_outputs, writes_to_stdout
 
@@ -73,17 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    show = display(quiet=arguments.quiet)
+    arguments.log.addFilter(OfManyProofs())
     benches = list(Bench) if arguments.on == "both" else [Bench(arguments.on)]
-
-    teller = show
     options = given_options(arguments)
 
     async def make_setup(fault: str | None, seed: int) -> Setup:
-        nonlocal teller
-        setup = await resolve(replace(options, fault=fault, seed=seed), teller)
-        teller = QuietDisplay()  # the next would tell the same of the machine
-        return setup
+        return await resolve(replace(options, fault=fault, seed=seed))
 
     with run_folder() as folder:
         trials = try_faults(
@@ -92,7 +87,6 @@ def _run(arguments: argparse.Namespace) -> int:
             range(arguments.seed, arguments.seed + arguments.runs),
             make_setup,
             folder,
-            show.say,
             options.timeout,
         )
         rows = run_interruptibly(trials)

@@ -15,8 +15,10 @@ import dmaproof
 from dmaproof.errors import UsageError, printable
 
 from ..exit_codes import EXIT_UNTESTED, EXIT_USAGE
+from ..host.log import logging_to
 from ..host.unexpected import CrashError, untestable
 from .interruption import interruptible
+from .log import StderrLog
 from .streams import OutputError, UnreadOutputError, guarded_streams
 
 _EXIT_UNREAD: Final = 128 + signal.SIGPIPE
@@ -107,11 +109,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
-    # A subcommand is chosen by a word of its name; another such word costs no more than an import.
-    arguments = make_parser(words).parse_args(words)
-    arguments.command_line = words
-    run: Callable[[argparse.Namespace], int] = arguments.run
-    return run(arguments)
+    log = StderrLog()
+    with logging_to(log):
+        # A subcommand is chosen by a word of its name; another such word costs only an import.
+        arguments = make_parser(words).parse_args(words)
+        arguments.command_line = words
+        arguments.log = log
+        log.is_quiet = getattr(arguments, "quiet", False)
+        run: Callable[[argparse.Namespace], int] = arguments.run
+        return run(arguments)
 
 
 def _say(text: str) -> None:

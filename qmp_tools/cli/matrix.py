@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -16,10 +17,13 @@ from ..matrix.run import run_matrix
 from ..proof.options import OPTIONS, Option
 from ..reports.matrix_report import to_json, to_text
 from .arguments import describe, reads
-from .display import display, print_text
+from .display import print_text
 from .interruption import run_interruptibly
+from .log import OfManyProofs
 from .options import by_group, describe_scenarios
 from .outputs import add_outputs, reporting_failure, write_json, write_outputs, writes_to_stdout
+
+_logger = logging.getLogger(__name__)
 
 _EXAMPLES: Final = """\
 Each option of a proof takes several values here, behind commas or by being repeated (a comma in
@@ -131,14 +135,15 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.avocado:
         write_json(runnables(matrix), arguments.avocado)
         return 0
-    show = display(quiet=arguments.quiet)
+    arguments.log.addFilter(OfManyProofs())
     room = Room.of_this_machine(arguments.jobs)
     with Kept.open(arguments.folder) as kept:
-        work = run_matrix(matrix, kept, room, show.say, again=arguments.again)
+        work = run_matrix(matrix, kept, room, again=arguments.again)
         try:
             results = run_interruptibly(work)
         except KeyboardInterrupt:
-            show.say(f"finished cells are kept in {arguments.folder}; the same again goes on")
+            folder = arguments.folder
+            _logger.info("finished cells are kept in %s; the same again goes on", folder)
             raise
     answer = to_json(matrix, results)
     if not writes_to_stdout(arguments):

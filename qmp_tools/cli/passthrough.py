@@ -16,12 +16,11 @@ from ..passthrough.l1.kernel import KERNELS
 from ..passthrough.l1.machine import L1, l1
 from ..passthrough.l1.stock import STOCK
 from ..passthrough.prove import Request, prove_passthrough, to_text
-from ..proof.display import Display
 from ..proof.resolve import chosen_seed
 from ..qemu.builds import installed
 from ..qemu.choice import find_qemu
 from .arguments import add_timeout, describe, reads
-from .display import display, print_text
+from .display import print_text
 from .interruption import run_interruptibly
 from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
 
@@ -84,7 +83,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    show = display(quiet=arguments.quiet)
     seed = chosen_seed(arguments.seed, bits=16)
     request = Request(
         seed=seed,
@@ -96,9 +94,9 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     tested: list[Path | None] = [_fetched(version) for version in arguments.qemu]
     machine_qemu = find_qemu(arguments.machine_qemu)
-    machines = [l1(version, show.say) for version in arguments.kernel]
+    machines = [l1(version) for version in arguments.kernel]
     pairs = [replace(machine, qemu=qemu) for machine in machines for qemu in tested or [None]]
-    runs = run_interruptibly(_prove_all(pairs, machine_qemu, request, show))
+    runs = run_interruptibly(_prove_all(pairs, machine_qemu, request))
     results = runs[0] if len(runs) == 1 else matrix.to_json(runs)
     if not writes_to_stdout(arguments):
         print_text(to_text(runs[0]) if len(runs) == 1 else matrix.table(runs))
@@ -121,6 +119,6 @@ def _fetched(version: str) -> Path:
 
 
 async def _prove_all(
-    pairs: Sequence[L1], machine_qemu: Path, request: Request, show: Display
+    pairs: Sequence[L1], machine_qemu: Path, request: Request
 ) -> list[dict[str, Any]]:
-    return [await prove_passthrough(machine, machine_qemu, request, show) for machine in pairs]
+    return [await prove_passthrough(machine, machine_qemu, request) for machine in pairs]

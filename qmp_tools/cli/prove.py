@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from dataclasses import replace
 from typing import Any, Final
 
@@ -11,18 +12,20 @@ from dmaproof.faults import known_faults, summary
 
 from ..devices.registry import Control, kind_of
 from ..exit_codes import EXIT_PASS, EXIT_UNTESTED
+from ..migration.progress_log import OnProgress
 from ..passthrough.kinds import fake_device_of, is_fake_vfio
 from ..passthrough.prove import prove_fake_vfio
-from ..proof.display import Display
 from ..proof.options import ProofOptions
 from ..proof.resolve import resolve
 from ..proof.run import prove
 from ..reports.report import to_json, to_text
 from .arguments import describe
-from .display import display, print_text
+from .display import print_text
 from .interruption import run_interruptibly
 from .options import add_options, describe_iommus, describe_scenarios, given_options
 from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
+
+_logger = logging.getLogger(__name__)
 
 Report = dict[str, Any]
 
@@ -86,9 +89,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     options = given_options(arguments)
-    show = display(quiet=arguments.quiet)
     control = _control_of(options) if arguments.control else None
-    report, text = run_interruptibly(_prove(options, show, arguments.keep, control))
+    on_progress = arguments.log.on_progress
+    report, text = run_interruptibly(_prove(options, on_progress, arguments.keep, control))
     if not writes_to_stdout(arguments):
         print_text(text)
     write_outputs(report, arguments)
@@ -112,25 +115,26 @@ def _control_of(options: ProofOptions) -> Control:
 
 
 async def _prove(
-    options: ProofOptions, show: Display, keep: bool, control: Control | None
+    options: ProofOptions, on_progress: OnProgress | None, keep: bool, control: Control | None
 ) -> tuple[Report, str]:
-    report, text, options = await _prove_once(options, show, keep)
+    report, text, options = await _prove_once(options, on_progress, keep)
     if control is None or report["exit_code"] != EXIT_PASS:
         return report, text
-    show.say(f"control: the same again with {control.fault} planted")
-    repeated, _, _ = await _prove_once(replace(options, fault=control.fault), show, False)
+    _logger.info("control: the same again with %s planted", control.fault)
+    planted = replace(options, fault=control.fault)
+    repeated, _, _ = await _prove_once(planted, on_progress, False)
     return report, f"{text}\n{add_control(report, repeated, control)}"
 
 
 async def _prove_once(
-    options: ProofOptions, show: Display, keep: bool
+    options: ProofOptions, on_progress: OnProgress | None, keep: bool
 ) -> tuple[Report, str, ProofOptions]:
     """One proof: its report as for JSON and for people, and the options that repeat it."""
     if is_fake_vfio(options):
-        report, text = await prove_fake_vfio(options, show, keep=keep)
+        report, text = await prove_fake_vfio(options, keep=keep)
         return report, text, replace(options, seed=report["setup"]["seed"])
-    setup = await resolve(options, show)
-    proof = await prove(setup, show, keep=keep)
+    setup = await resolve(options)
+    proof = await prove(setup, on_progress, keep=keep)
     return to_json(proof), to_text(proof), setup.options
 
 

@@ -8,7 +8,6 @@ from typing import Final
 
 from ..qemu import builds as qemu_builds
 from .arguments import add_parser
-from .display import display
 
 _EXAMPLES: Final = """\
 examples:
@@ -44,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _fetch(arguments: argparse.Namespace) -> int:
-    build = qemu_builds.fetch(arguments.build, display().say)
+    build = qemu_builds.fetch(arguments.build)
     print(f"QEMU {build.version} ({build.suite}): {build.path}")
     return 0
 

@@ -6,14 +6,14 @@ import argparse
 from typing import Final
 
 from ..arguments import positive
-from ..proof.display import Display
 from ..proof.options import ProofOptions
 from ..proof.resolve import resolve
 from ..proof.soak import Soak, soak
 from ..reports.soak_report import GROWTH_HEADINGS, growth_rows, soak_to_json, soak_to_text
 from .arguments import describe, reads
-from .display import display, print_table, print_text
+from .display import print_table, print_text
 from .interruption import run_interruptibly
+from .log import OfManyProofs
 from .options import add_options, describe_scenarios, given_options
 from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
 
@@ -51,13 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_outputs(parser, page=False)
 
 
-async def _soak(arguments: argparse.Namespace, show: Display) -> Soak:
+async def _soak(arguments: argparse.Namespace) -> Soak:
     options = given_options(arguments, _DEFAULTS)
-    return await soak(await resolve(options, show), arguments.migrations, show.say)
+    return await soak(await resolve(options), arguments.migrations)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    outcome = run_interruptibly(_soak(arguments, display(quiet=arguments.quiet)))
+    arguments.log.addFilter(OfManyProofs())
+    outcome = run_interruptibly(_soak(arguments))
     if not writes_to_stdout(arguments):
         print_text(f"{soak_to_text(outcome)}\n")
         print_table(GROWTH_HEADINGS, growth_rows(outcome.growths))

@@ -7,11 +7,14 @@ instead of a disk. ``guests/probe`` only dirties pages.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Final
 
 from ..qemu.machine import MIB
-from .build import Guest, Say, cache, compile_c, digest, fresh_folder, sources
+from .build import Guest, cache, compile_c, digest, fresh_folder, sources
+
+_logger = logging.getLogger(__name__)
 
 _FREESTANDING: Final = (
     *("-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none"),
@@ -30,7 +33,7 @@ _KVM_PATIENCE_S: Final = 2.0
 """Under TCG the first request comes after 0.2 s."""
 
 
-def bare_guest(say: Say) -> Guest:
+def bare_guest() -> Guest:
     """The freestanding guest; compiled the first time.
 
     Raises:
@@ -39,7 +42,7 @@ def bare_guest(say: Say) -> Guest:
     folder = sources()
     files = [*sorted((folder / "bare").glob("*.[cS]")), folder / "workload.c"]
     headers = [*sorted((folder / "bare").glob("*.h")), folder / "workload.h"]
-    target = _built("bare", files, headers, _BARE, say)
+    target = _built("bare", files, headers, _BARE)
     return Guest(
         name="bare",
         version=target.parent.name,
@@ -51,7 +54,7 @@ def bare_guest(say: Say) -> Guest:
     )
 
 
-def vfio_guest(say: Say) -> Path:
+def vfio_guest() -> Path:
     """The ELF of the freestanding guest that drives the fake VFIO device.
 
     Raises:
@@ -62,7 +65,7 @@ def vfio_guest(say: Say) -> Path:
     bare = [folder / "bare" / f"{part}.c" for part in parts]
     files = [folder / "passthrough" / "guest" / "main.c", folder / "bare" / "start.S", *bare]
     headers = [folder / "workload.h", folder / "bare" / "machine.h"]
-    return _built("vfio", files, headers, _BARE, say)
+    return _built("vfio", files, headers, _BARE)
 
 
 def probe_guest() -> Path:
@@ -71,18 +74,16 @@ def probe_guest() -> Path:
     Raises:
         UntestableError: there is no compiler.
     """
-    return _built("probe", [sources() / "probe" / "probe.S"], [], ("-m32",), lambda text: None)
+    return _built("probe", [sources() / "probe" / "probe.S"], [], ("-m32",))
 
 
-def _built(
-    name: str, files: list[Path], headers: list[Path], options: tuple[str, ...], say: Say
-) -> Path:
+def _built(name: str, files: list[Path], headers: list[Path], options: tuple[str, ...]) -> Path:
     options = (*options, *_FREESTANDING)
     parts = [file.read_bytes() for file in (*files, *headers)]
     target = cache() / f"{name}-{digest([' '.join(options).encode(), *parts])}"
     if not target.is_dir():
         with fresh_folder(target) as fresh:
             if fresh is not None:
-                say(f"building the {name} guest")
+                _logger.info("building the %s guest", name)
                 compile_c(files, fresh / name, *options)
     return target / name

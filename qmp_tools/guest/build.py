@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,6 @@ from ..host.unexpected import writing_to
 from ..host.user_folders import cache_folder
 from .workload import Workload
 
-Say = Callable[[str], None]
 _UNUSED_S: Final = 24 * 3600.0
 _REMEDY: Final = "set XDG_CACHE_HOME to a folder that can be written to, with room"
 

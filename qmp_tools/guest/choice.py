@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Final
 
 from .bare import bare_guest
-from .build import Guest, Say
+from .build import Guest
 from .linux import Driver, linux_guest
 
-GUESTS: Final[dict[str, Callable[[Say, Driver], Guest]]] = {
-    "bare": lambda say, driver: bare_guest(say),  # it drives virtio disks, and nothing else
+GUESTS: Final[dict[str, Callable[[Driver], Guest]]] = {
+    "bare": lambda driver: bare_guest(),  # it drives virtio disks, and nothing else
     "linux": linux_guest,
 }

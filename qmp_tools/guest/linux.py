@@ -7,6 +7,7 @@ under TCG); the initramfs holds the modules that the disk needs and one static p
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import struct
@@ -19,8 +20,10 @@ from dmaproof.errors import UntestableError
 
 from ..host import archive
 from ..qemu.machine import MIB
-from .build import Guest, Say, cache, compile_c, digest, fresh_folder, sources
+from .build import Guest, cache, compile_c, digest, fresh_folder, sources
 from .compression import decompress
+
+_logger = logging.getLogger(__name__)
 
 _KERNEL_PACKAGE: Final = "linux-image-amd64"
 _COMMAND_LINE: Final = (
@@ -82,14 +85,14 @@ _KVM_PATIENCE_S: Final = 6.0
 """Under TCG the first request comes after 2 s."""
 
 
-def linux_guest(say: Say, driver: Driver = VIRTIO_BLK) -> Guest:
+def linux_guest(driver: Driver = VIRTIO_BLK) -> Guest:
     """The Linux guest with one of our `DRIVERS`; the first time its kernel is fetched and its init
     compiled.
 
     Raises:
         UntestableError: the kernel cannot be had, or there is no compiler.
     """
-    kernel = _linux_kernel(say)
+    kernel = _linux_kernel()
     version = (kernel / "version").read_text().strip()
     folder = sources()
     files = [*sorted((folder / "linux").glob("*.c")), folder / "workload.c"]
@@ -100,7 +103,7 @@ def linux_guest(say: Say, driver: Driver = VIRTIO_BLK) -> Guest:
     if not target.is_dir():
         with fresh_folder(target) as fresh:
             if fresh is not None:
-                say("building the guest's initramfs")
+                _logger.info("building the guest's initramfs")
                 compile_c(files, fresh / "init", *_INIT_OPTIONS)
                 (fresh / "initramfs").write_bytes(
                     _initramfs((fresh / "init").read_bytes(), kernel / "modules", driver)
@@ -121,7 +124,7 @@ def kernel_folder() -> Path:
     return cache() / f"kernel-{digest([' '.join((*_MODULES, _BUILT_IN)).encode()])}"
 
 
-def _linux_kernel(say: Say) -> Path:
+def _linux_kernel() -> Path:
     """A folder with ``vmlinux``, ``modules/`` and ``version``."""
     target = kernel_folder()
     if target.is_dir():
@@ -129,7 +132,7 @@ def _linux_kernel(say: Say) -> Path:
     with fresh_folder(target) as fresh:
         if fresh is not None:
             real = archive.dependencies(_KERNEL_PACKAGE)[0]
-            say(f"fetching the guest's kernel ({real}), once")
+            _logger.info("fetching the guest's kernel (%s), once", real)
             unpacked = fresh / "unpacked"
             archive.unpack(archive.fetch_own(real, fresh), unpacked)
             image = next((unpacked / "boot").glob("vmlinuz-*"), None)

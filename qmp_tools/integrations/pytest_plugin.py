@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
@@ -57,6 +58,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Make the markers known, and refuse a wrong option before anything runs."""
     for marker in _MARKERS:
         config.addinivalue_line("markers", marker)
+    # pytest leaves out what is below a warning by default; a failure's report is to tell the steps.
+    logging.getLogger("qmp_tools").setLevel(logging.INFO)
     accelerator = _option(config, "accel")
     if accelerator not in (None, "kvm", "tcg"):
         raise pytest.UsageError(f"--dmaproof-accel {accelerator}: kvm or tcg is due")
@@ -280,10 +283,9 @@ def _unavailable(reason: str) -> NoReturn:
 
 def _require_kvm(stage: Stage, options: ProofOptions) -> None:
     """Raise where KVM does not run the very guest that is to be used."""
-    from ..proof.display import QuietDisplay
     from ..proof.resolve import resolve
 
-    found = stage.run(resolve(replace(options, accel="auto"), QuietDisplay()))
+    found = stage.run(resolve(replace(options, accel="auto")))
     if found.machine.accelerator != "kvm":
         raise UntestableError(
             f"KVM does not run the guest {options.guest} here: run this on hardware, or under "
@@ -337,7 +339,7 @@ def _qemu_version(config: pytest.Config) -> str:
     wanted = _option(config, "qemu")
     versions = config.stash.setdefault(_VERSIONS, {})
     if wanted not in versions:
-        with Stage(quiet=True) as stage:
+        with Stage() as stage:
             running = _started(lambda: stage.qemu(["-machine", "none"], binary=wanted))
             versions[wanted] = running.version.split()[0]
     return versions[wanted]

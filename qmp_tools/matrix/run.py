@@ -11,10 +11,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import random
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +25,6 @@ from dmaproof.errors import UnsupportedError, UntestableError, UsageError
 from ..host.process import Process
 from ..host.run_folder import run_folder
 from ..host.timeout import DEFAULT_TIMEOUT_S
-from ..proof.display import QuietDisplay
 from ..proof.model import Setup
 from ..proof.options import ProofOptions
 from ..proof.resolve import resolve
@@ -35,11 +35,11 @@ from .resources import Room
 from .result import Result, State, result_of, skipped, untested
 from .result_cache import Kept, key_of
 
+_logger = logging.getLogger(__name__)
+
 _WAITS_OF_A_PROOF: Final = 20
 """So many waits, each of which it bounds itself, a proof may take to their bounds. This is for one
 that does not end by itself, so a short ``--timeout`` does not make it shorter."""
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -56,33 +56,19 @@ class _Planned:
         return _command(options if "seed" in self.cell else replace(options, seed=seed))
 
 
-class _OnceDisplay(QuietDisplay):
-    """Says each text once: many cells find out the same of the machine."""
-
-    def __init__(self, say: Say) -> None:
-        self._tell = say
-        self._told: set[str] = set()
-
-    def say(self, text: str) -> None:
-        """See `Display.say`."""
-        if text not in self._told:
-            self._told.add(text)
-            self._tell(text)
-
-
 def _command(options: ProofOptions) -> list[str]:
     return ["dmaproof", "prove", *options.words()]
 
 
 async def run_matrix(
-    matrix: Matrix, kept: Kept, room: Room, say: Say, *, again: bool = False
+    matrix: Matrix, kept: Kept, room: Room, *, again: bool = False
 ) -> list[Result]:
     """The results of the matrix' cells, in their order; with `again` none is taken from `kept`.
 
     Raises:
         UsageError: no cell can be what its options say, or `kept` cannot be written to.
     """
-    run = _Run(matrix, kept, room, say)
+    run = _Run(matrix, kept, room)
     plan = await run.plan()
     results = {index: it for index, it in enumerate(plan) if isinstance(it, Result)}
     planned = {index: it for index, it in enumerate(plan) if isinstance(it, _Planned)}
@@ -103,12 +89,11 @@ async def run_matrix(
 
 
 class _Run:
-    def __init__(self, matrix: Matrix, kept: Kept, room: Room, say: Say) -> None:
+    def __init__(self, matrix: Matrix, kept: Kept, room: Room) -> None:
         self._matrix = matrix
         self._cells = matrix.cells()
         self._kept = kept
         self._room = room
-        self._say = say
 
     def tell(self, number: int, index: int, result: Result) -> None:
         """A line for the cell at `index`, the `number`th that is finished."""
@@ -117,7 +102,7 @@ class _Run:
         line = f"{number}/{len(self._cells)}  {name}  {result.short} ({how})"
         if result.state not in (State.CLEAN, State.SKIPPED):
             line += f": {result.message.splitlines()[0]}"
-        self._say(line)
+        _logger.info("%s", line)
 
     async def plan(self) -> list[_Planned | Result]:
         """What each cell comes to; a result where it cannot be carried out.
@@ -128,14 +113,13 @@ class _Run:
         for name in ("qemu", "qemu-destination"):
             for value in self._matrix.axes.get(name, ()):
                 find_qemu(value)
-        show = _OnceDisplay(self._say)
         files = ProgramFiles()
         found: list[_Planned | Result] = []
         wrong: UsageError | None = None
         for cell in self._cells:
             options = ProofOptions.of(cell)
             try:
-                setup = await resolve(options, show)
+                setup = await resolve(options)
                 found.append(_Planned(cell, setup, key_of(cell, setup, files)))
             except (UntestableError, UsageError) as error:
                 wrong = error if isinstance(error, UsageError) else wrong

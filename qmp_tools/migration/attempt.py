@@ -17,7 +17,7 @@ from .log_watch import LogWatch, used_rings
 from .migration import Limits, Migration, Progress
 from .pair import QemuPair
 from .procedure import Procedure
-from .reporter import Reporter
+from .progress_log import OnProgress
 from .vhost_log import vhost_log
 
 
@@ -34,7 +34,7 @@ class Attempt:
         pair: QemuPair,
         procedure: Procedure,
         limits: Limits,
-        reporter: Reporter,
+        on_progress: OnProgress,
         *,
         ring_addresses_are_physical: bool = True,
         watches_log: bool = False,
@@ -45,18 +45,18 @@ class Attempt:
             pair: the QEMUs, started or about to be.
             procedure: the scenario.
             limits: bounds of the migration.
-            reporter: is told of its progress.
+            on_progress: takes each progress of it.
             ring_addresses_are_physical: False behind an IOMMU, where QEMU reports bus addresses.
             watches_log: whether QEMU's vhost log is the only evidence of what the device reports.
         """
         self.pair = pair
-        self.reporter = reporter
         self.joined: Callable[[], Awaitable[None]] | None = None
         self.all_sent_ns: int | None = None
         self.ended_early = False
         self.log_watch: LogWatch | None = None
         self._procedure = procedure
         self._limits = limits
+        self._on_progress = on_progress
         self._ring_addresses_are_physical = ring_addresses_are_physical
         self._watches_log = watches_log
         self._source_ram: Sequence[RamFile] | None = None
@@ -81,7 +81,7 @@ class Attempt:
         """
         once = 0
         async for progress in self.migration.follow():
-            self.reporter.precopy(progress)
+            self._on_progress(progress)
             if once < (once := self.once_pages()):
                 self.migration.restart_timeout()
             yield progress

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,8 @@ from ..qemu.qtest import Qtest
 from ..qemu.vhost_user_trace import trace_arguments, unanswered
 from .alarms import best_reason, with_failure
 from .transport import LOCALHOST, Ends
+
+_logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -46,7 +49,6 @@ class QemuPair:
         folder: Path,
         *,
         timeout_s: float,
-        say: Callable[[str], None],
         host: str = LOCALHOST,
         has_test_channel: bool = False,
     ) -> None:
@@ -58,7 +60,6 @@ class QemuPair:
             device: what serves both QEMUs.
             folder: where sockets and logs are.
             timeout_s: bounds each wait.
-            say: is called with each step, in words.
             host: where the destination listens, if the migration is over TCP.
             has_test_channel: whether QEMU is to write to the guest's hold pages (`hold`).
         """
@@ -66,7 +67,6 @@ class QemuPair:
         self.folder = folder
         self.host = host
         self.timeout_s = timeout_s
-        self.say = say
         self.qemus: dict[str, Qemu] = {}
         self.guests: dict[str, GuestChannel] = {}
         self.qtests: dict[str, Qtest] = {}
@@ -172,7 +172,7 @@ class QemuPair:
         began_s = time.monotonic()
         guest = self.source_guest
         await guest.wait_for(lambda: "waiting" in guest.latest, "booted")
-        self.say("plugging the disk")
+        _logger.info("plugging the disk")
         await self.source.plug(_devices(self.attached[self.source_side], True))
         await self._wait_until_ready(began_s)
 
@@ -181,7 +181,7 @@ class QemuPair:
         await guest.wait_for(lambda: "ready" in guest.latest, "become ready")
         self.hold_pages = guest.hold_pages
         self.boot_s = time.monotonic() - began_s
-        self.say(f"guest ready after {self.boot_s:.1f} s")
+        _logger.info("guest ready after %.1f s", self.boot_s)
 
     async def plug_dimm(self) -> None:
         """Plug another DIMM into the source, and let the guest's once pages lie in it.
@@ -191,7 +191,7 @@ class QemuPair:
         """
         name = f"dimm{len(self._dimms)}"
         guest = self.source_guest
-        self.say(f"plugging {name}")
+        _logger.info("plugging %s", name)
         await self.source.plug(dimm_arguments(name))
         (address,) = [
             device["data"]["addr"]
@@ -203,7 +203,7 @@ class QemuPair:
         await guest.wait_for(lambda: "memory" in guest.latest, "looked for new memory")
         if not (pages := guest.number("memory", "pages")):
             raise UntestableError(f"the guest did not find the memory of {name}")
-        self.say(f"{name} is at {address:#x}; {pages} once pages lie in plugged memory")
+        _logger.info("%s is at %#x; %d once pages lie in plugged memory", name, address, pages)
 
     def succeed(self) -> None:
         """Plan that the source's process becomes the destination, by executing QEMU anew."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..migration.judgement import Blame
-from ..proof.display import QuietDisplay
 from ..proof.model import Proof as Migrated
 from ..proof.run import prove
 from .fake_device import fake_device, planted
@@ -45,7 +44,7 @@ def _prove(guest: Path, way: str, seed: int, timeout_s: float) -> tuple[Migrated
         functions = parse_functions(f"vfio:{source.sysfs},{destination.sysfs}{way}", Host())
         lines = require_testable(functions, MEMORY_BYTES, Host())
         setup = setup_of(guest, functions, seed, timeout_s)
-        return asyncio.run(prove(setup, QuietDisplay())), len(lines)
+        return asyncio.run(prove(setup)), len(lines)
 
 
 def _require_a_kernel_for(way: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,8 @@ from dmaproof.errors import UntestableError
 from ..devices.device import ProofDevice
 from ..exit_codes import EXIT_UNTESTED
 from ..guest.workload import Workload
+from ..host.log import logging_to
 from ..host.timeout import DEFAULT_TIMEOUT_S
-from ..proof.display import LineDisplay
 from ..proof.model import Setup
 from ..proof.options import ProofOptions
 from ..proof.run import prove
@@ -66,11 +67,6 @@ def _line(seed: int) -> str:
     return f"hot={_WORKLOAD.hot} once={_WORKLOAD.once} churn={_WORKLOAD.churn} seed={seed}"
 
 
-class _Display(LineDisplay):
-    def say(self, text: str) -> None:
-        print(text, flush=True)
-
-
 def main() -> int:
     """Carry out the proof; returns 0 if it has come to a verdict."""
     parser = argparse.ArgumentParser()
@@ -86,8 +82,11 @@ def main() -> int:
     timeout_s = Clocks(arguments.report.parent).in_l1(arguments.timeout)
     setup = setup_of(arguments.guest, device, arguments.seed, timeout_s)
     try:
-        with planted(**fault, **({"seed": arguments.seed} if fault else {})):
-            proof = asyncio.run(prove(setup, _Display()))
+        with (
+            logging_to(logging.StreamHandler(sys.stdout)),
+            planted(**fault, **({"seed": arguments.seed} if fault else {})),
+        ):
+            proof = asyncio.run(prove(setup))
     except UntestableError as error:
         print(f"could not be tested: {error}", flush=True)
         return EXIT_UNTESTED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +16,6 @@ from ..guest.bare import bare_guest, vfio_guest
 from ..host.run_folder import run_folder
 from ..host.timeout import DEFAULT_TIMEOUT_S
 from ..matrix.resources import free_memory_bytes
-from ..proof.display import Display
 from ..proof.options import ProofOptions
 from ..proof.resolve import chosen_seed
 from ..qemu.choice import find_qemu
@@ -24,6 +24,8 @@ from .kinds import fake_device_of
 from .l1.machine import L1, l1, run_in_l1
 from .l1.root import quoted
 from .outcome import NOT_HELD, State
+
+_logger = logging.getLogger(__name__)
 
 _RESULTS: Final = "results-{}.json"
 _MEMORY_MIB: Final = 1024
@@ -48,9 +50,7 @@ class Request:
     keep: bool = False
 
 
-async def prove_passthrough(
-    machine: L1, qemu: Path, request: Request, show: Display
-) -> dict[str, Any]:
+async def prove_passthrough(machine: L1, qemu: Path, request: Request) -> dict[str, Any]:
     """Carry out the proofs in L1, booted by `qemu`; what they found, as for JSON.
 
     Where there is room for two machines, they share the proofs.
@@ -58,7 +58,7 @@ async def prove_passthrough(
     Raises:
         UntestableError: L1 does not boot, breaks off, or goes silent.
     """
-    guests = (bare_guest(show.say).kernel, vfio_guest(show.say))
+    guests = (bare_guest().kernel, vfio_guest())
     command = "mkdir -p /mnt/taken; exec python3 -m qmp_tools.passthrough.inside "
     command += f"/mnt/{_RESULTS.format('$MACHINE')} /mnt/taken "
     command += " ".join(f"/mnt/{guest.name}" for guest in guests)
@@ -72,13 +72,13 @@ async def prove_passthrough(
     def heard(line: str) -> None:
         verdict, tab, told = line.partition("\t")
         if tab:
-            show.say(f"{verdict:6} {told}")
+            _logger.info("%-6s %s", verdict, told)
 
     machine = replace(machine, memory_mib=_MEMORY_MIB)
     machines = _machines_side_by_side()
     with run_folder(keep=request.keep) as folder:
         if request.keep:
-            show.say(f"the run's folder stays: {folder}")
+            _logger.info("the run's folder stays: %s", folder)
         job = await run_in_l1(
             *(machine, qemu, command, folder, heard, _WAITS_BETWEEN_LINES * request.timeout_s),
             files=guests,
@@ -108,7 +108,7 @@ def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 async def prove_fake_vfio(
-    options: ProofOptions, show: Display, *, keep: bool = False
+    options: ProofOptions, *, keep: bool = False
 ) -> tuple[dict[str, Any], str]:
     """Carry out the proof of QEMU's vfio-pci on the fake device, in L1; see `owned_proof`.
 
@@ -120,8 +120,8 @@ async def prove_fake_vfio(
     """
     options = replace(options, seed=chosen_seed(options.seed, bits=16))
     device = fake_device_of(options)
-    machine = l1(say=show.say)
-    guest = vfio_guest(show.say)
+    machine = l1()
+    guest = vfio_guest()
     report = _RESULTS.format(1)
     command = f"python3 -m qmp_tools.passthrough.owned_proof /mnt/{report} /mnt/{guest.name} "
     command += quoted("--tracking", device.tracking, "--seed", str(options.seed))
@@ -130,9 +130,9 @@ async def prove_fake_vfio(
         command += " " + quoted("--fault", device.fault)
     with run_folder(keep=keep) as folder:
         if keep:
-            show.say(f"the run's folder stays: {folder}")
+            _logger.info("the run's folder stays: %s", folder)
         job = await run_in_l1(
-            *(machine, find_qemu(options.qemu), command, folder, show.say),
+            *(machine, find_qemu(options.qemu), command, folder, _logger.info),
             _WAITS_BETWEEN_LINES * options.timeout,
             files=(guest,),
         )

@@ -20,7 +20,6 @@ from ..devices.emulated import EmulatedDevice
 from ..devices.process import DeviceOptions
 from ..guest.workload import Workload
 from ..migration.judgement import Blame
-from ..proof.display import QuietDisplay
 from ..proof.model import Proof as Migrated
 from ..proof.model import Setup
 from ..proof.options import ProofOptions
@@ -81,7 +80,7 @@ def _prove(guest: Path, tracker: str, fault: str | None, seed: int, timeout_s: f
         workload=workload,
         device=EmulatedDevice(_Options(tracker=tracker, fault=fault, seed=seed)),
     )
-    return asyncio.run(prove(setup, QuietDisplay()))
+    return asyncio.run(prove(setup))
 
 
 def _equal(guest: Path, tracker: str, seed: int, timeout_s: float) -> tuple[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -32,7 +33,8 @@ from ..migration.scenarios.precopy import Unix
 from ..migration.transport import Ends
 from ..qemu.machine import GIB, INCOMING, KIB, MIB, Machine, format_memory
 from ..qemu.qemu import Qemu
-from .display import Display
+
+_logger = logging.getLogger(__name__)
 
 _ODD_BYTES: Final = 8 * KIB
 """Added to a RAM size, makes it no multiple of 64 pages."""
@@ -110,7 +112,6 @@ async def choose_accelerator(
     wanted: Literal["auto", "kvm", "tcg"],
     qemu: Path,
     guest: Guest,
-    display: Display,
     timeout_s: float,
 ) -> Literal["kvm", "tcg"]:
     """'kvm' or 'tcg': what was `wanted`, or for 'auto' KVM if it runs `guest`."""
@@ -119,16 +120,16 @@ async def choose_accelerator(
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         there = Path("/dev/kvm").exists()
         why = "may not be opened by this user" if there else "is not there"
-        display.say(f"accelerator: TCG, because /dev/kvm {why}")
+        _logger.info("accelerator: TCG, because /dev/kvm %s", why)
         return "tcg"
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     runs = await _remembered(
         f"kvm {boot} {identity(qemu)} {guest.version}", lambda: _kvm_runs(qemu, guest, timeout_s)
     )
     if not runs:
-        display.say(
-            f"accelerator: TCG, because under KVM the guest did not start within "
-            f"{guest.kvm_patience_s:.0f} s"
+        _logger.info(
+            "accelerator: TCG, because under KVM the guest did not start within %.0f s",
+            guest.kvm_patience_s,
         )
     return "kvm" if runs else "tcg"
 
@@ -162,28 +163,27 @@ async def _kvm_runs(qemu: Path, guest: Guest, timeout_s: float) -> int:
             await running.end()
 
 
-async def choose_memory(
-    qemu: Path, accelerator: str, wanted_bytes: int, display: Display, timeout_s: float
-) -> int:
+async def choose_memory(qemu: Path, accelerator: str, wanted_bytes: int, timeout_s: float) -> int:
     """A RAM size of about `wanted_bytes` at which the accelerator's own dirty tracking is sound."""
     lost = await vcpu_pages_lost(qemu, accelerator, timeout_s)
     if not lost:
         return wanted_bytes
     memory = wanted_bytes + _ODD_BYTES
-    display.say(
-        f"memory: {format_memory(memory)}, because at sizes like "
-        f"{format_memory(wanted_bytes)} this QEMU loses pages that its vCPUs write "
-        f"(a probe lost {lost})"
+    _logger.info(
+        "memory: %s, because at sizes like %s this QEMU loses pages that its vCPUs write "
+        "(a probe lost %d)",
+        *(format_memory(memory), format_memory(wanted_bytes), lost),
     )
     return memory
 
 
-async def warn_of_dimms(qemu: Path, accelerator: str, display: Display, timeout_s: float) -> None:
-    """Say so if the accelerator's own dirty tracking is not sound in memory that is plugged."""
+async def warn_of_dimms(qemu: Path, accelerator: str, timeout_s: float) -> None:
+    """Warn if the accelerator's own dirty tracking is not sound in memory that is plugged."""
     if lost := await vcpu_pages_lost(qemu, accelerator, timeout_s, in_dimms=True):
-        display.say(
-            f"memory: what vCPUs write to a DIMM may get lost by this QEMU (a probe lost {lost}); "
-            "it is told as the accelerator's loss"
+        _logger.warning(
+            "memory: what vCPUs write to a DIMM may get lost by this QEMU (a probe lost %d); "
+            "it is told as the accelerator's loss",
+            lost,
         )
 
 

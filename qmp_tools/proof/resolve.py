@@ -5,6 +5,7 @@ Options that contradict each other are refused before anything is started.
 
 from __future__ import annotations
 
+import logging
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -29,10 +30,11 @@ from ..migration.scenarios.base import Scenario
 from ..qemu.choice import common_machine, find_qemu
 from ..qemu.iommu import IOMMUS
 from ..qemu.machine import DESTINATION, MIB, SOURCE, Machine, refuse_taken_properties
-from .display import Display
 from .model import Setup
 from .options import OPTIONS, ProofOptions
 from .probes import choose_accelerator, choose_memory, require_x86_64, warn_of_dimms
+
+_logger = logging.getLogger(__name__)
 
 TRACKER: Final = "iommu"
 HARVEST: Final = 0.2
@@ -41,7 +43,7 @@ _BEHIND_IOMMU: Final = "once=2048"
 """Each page costs the device and QEMU a conversation there."""
 
 
-async def resolve(options: ProofOptions, show: Display) -> Setup:
+async def resolve(options: ProofOptions) -> Setup:
     """The proof that the options describe.
 
     Raises:
@@ -63,17 +65,17 @@ async def resolve(options: ProofOptions, show: Display) -> Setup:
         refuse_taken_properties(options.machine)
     if OWN_GUEST in device.guests:
         for line in device.prerequisites(options.memory_bytes or OWN_GUEST_MEMORY_BYTES):
-            show.say(line)
+            _logger.info("%s", line)
     guest = _own_guest(options) if OWN_GUEST in device.guests else None
     source, destination = _qemus_of(options)
     for side, qemu in ((SOURCE, source), (DESTINATION, destination)):
         await require_x86_64(side, qemu, options.timeout)
     # What tells whether KVM runs a guest is a guest of ours.
-    probed = bare_guest(show.say) if guest else _guest_of(options, device, iommu, show)
-    accelerator = await choose_accelerator(options.accel, source, probed, show, options.timeout)
+    probed = bare_guest() if guest else _guest_of(options, device, iommu)
+    accelerator = await choose_accelerator(options.accel, source, probed, options.timeout)
     guest = guest or probed
     memory_bytes = options.memory_bytes or await choose_memory(
-        source, accelerator, guest.memory_bytes, show, options.timeout
+        source, accelerator, guest.memory_bytes, options.timeout
     )
     machine = await _machine_of(options, scenario, source, destination)
     if iommu is not None and "q35" not in machine:
@@ -82,7 +84,7 @@ async def resolve(options: ProofOptions, show: Display) -> Setup:
         )
     machine += scenario.machine_options
     if scenario.dimms:
-        await warn_of_dimms(source, accelerator, show, options.timeout)
+        await warn_of_dimms(source, accelerator, options.timeout)
     if fault.needs_high_ram:
         machine += f",max-ram-below-4g={memory_bytes // 2 // MIB}M"
     return Setup(
@@ -206,10 +208,8 @@ def _own_guest(options: ProofOptions) -> Guest:
     return own_guest(Path(options.kernel), initramfs, options.append)
 
 
-def _guest_of(
-    options: ProofOptions, device: ProofDevice, iommu: str | None, show: Display
-) -> Guest:
-    guest = GUESTS[options.guest](show.say, device.driver)
+def _guest_of(options: ProofOptions, device: ProofDevice, iommu: str | None) -> Guest:
+    guest = GUESTS[options.guest](device.driver)
     if iommu is not None and guest.name == "linux":
         return replace(guest, options=f"{IOMMUS[iommu].linux_options} {guest.options}")
     return guest

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import replace
@@ -34,6 +35,7 @@ from ..migration.judgement import EvidenceSource
 from ..migration.migration import Migration, MigrationError
 from ..migration.pair import QemuPair
 from ..migration.procedure import UnsupportedScenarioError
+from ..migration.progress_log import OnProgress, ProgressLog
 from ..migration.refused_features import explain_refusal
 from ..migration.scenarios import find_scenario
 from ..migration.state_refusal import StateRefusal, has_refused_state, last_words
@@ -42,16 +44,27 @@ from ..qemu.qemu import Qemu
 from .attribution import LostPage, slots_in, with_late_dma
 from .comparison import Comparison, compare_guests
 from .continuation import continue_guest
-from .display import Display
 from .late_dma import PausedRam
 from .model import Hop, Migrated, Proof, Setup
 from .ram_map import joined, with_lost
 from .sensitivity import Sharpness, measure_sharpness, sharpness_by_guest
 from .verdict import GuestOutcome, Verdict
 
+_logger = logging.getLogger(__name__)
 
-async def prove(setup: Setup, display: Display, *, keep: bool = False) -> Proof:
+
+async def prove(
+    setup: Setup, on_progress: OnProgress | None = None, *, keep: bool = False
+) -> Proof:
     """Carry out one proof.
+
+    Args:
+        setup: all that the proof depends on.
+        on_progress: see `ProofRun`.
+        keep: whether the run's folder stays.
+
+    Returns:
+        The verdict, and what happened on the way to it.
 
     Raises:
         UntestableError: it did not come to a verdict; the message says why.
@@ -59,7 +72,7 @@ async def prove(setup: Setup, display: Display, *, keep: bool = False) -> Proof:
     migrations = find_scenario(setup.scenario).migrations
     with run_folder(keep=keep) as folder:
         async with (
-            proof_run(setup, display, folder) as run,
+            proof_run(setup, folder, on_progress) as run,
             contextlib.aclosing(there_and_back(run, migrations)) as proofs,
         ):
             proof = [proof async for proof in proofs][-1]
@@ -84,18 +97,21 @@ async def there_and_back(run: ProofRun, migrations: int) -> AsyncGenerator[Proof
 
 
 @contextlib.asynccontextmanager
-async def proof_run(setup: Setup, display: Display, folder: Path) -> AsyncIterator[ProofRun]:
+async def proof_run(
+    setup: Setup, folder: Path, on_progress: OnProgress | None = None
+) -> AsyncIterator[ProofRun]:
     """The device and both QEMUs of a proof, started; its steps are the caller's to take.
 
     Raises:
         UntestableError: one of them could not be started.
     """
-    display.say(
-        f"starting: {format_memory(setup.machine.memory_bytes)} of RAM, "
-        f"{setup.machine.machine}, {setup.machine.accelerator}, seed {setup.seed}"
+    machine = setup.machine
+    _logger.info(
+        "starting: %s of RAM, %s, %s, seed %s",
+        *(format_memory(machine.memory_bytes), machine.machine, machine.accelerator, setup.seed),
     )
     async with setup.device.start(folder, setup.limits.timeout_s) as device:
-        run = ProofRun(setup, display, device, folder)
+        run = ProofRun(setup, device, folder, on_progress)
         try:
             await run.start()
             yield run
@@ -107,8 +123,20 @@ class ProofRun:
     """The steps that a proof takes with a pair of QEMUs, as its scenario says."""
 
     def __init__(
-        self, setup: Setup, display: Display, device: AttachedDevice, folder: Path
+        self,
+        setup: Setup,
+        device: AttachedDevice,
+        folder: Path,
+        on_progress: OnProgress | None = None,
     ) -> None:
+        """Plan a run; nothing is started yet.
+
+        Args:
+            setup: all that the proof depends on.
+            device: what serves both QEMUs.
+            folder: where sockets and logs are.
+            on_progress: takes each progress of a migration; None: it is logged once a second.
+        """
         self.scenario = find_scenario(setup.scenario)
         self.pair = QemuPair(
             setup.machine,
@@ -116,12 +144,11 @@ class ProofRun:
             device,
             folder,
             timeout_s=setup.limits.timeout_s,
-            say=display.say,
             host=setup.host,
             has_test_channel=self.scenario.is_held_in_precopy,
         )
         self._setup = setup
-        self._display = display
+        self._on_progress = on_progress or ProgressLog()
         self._attempt = self._new_attempt()
         self._paused: PausedRam | None = None
 
@@ -175,15 +202,13 @@ class ProofRun:
         attempt = self._attempt = self._new_attempt()
         self._paused = None
         await pair.guarded(scenario.prepare(attempt))
-        self._display.say(f"migrating ({scenario.name})")
+        _logger.info("migrating (%s)", scenario.name)
         began_s = time.monotonic()
         refusal = None
         try:
             await pair.guarded(scenario.migrate(attempt))
         except UntestableError as error:
             refusal = await self._refusal(attempt, error)
-        finally:
-            self._display.close()
         return await self._migrated(attempt, time.monotonic() - began_s, refusal)
 
     def _new_attempt(self) -> Attempt:
@@ -191,7 +216,7 @@ class ProofRun:
             self.pair,
             self.scenario,
             self._setup.limits,
-            self._display,
+            self._on_progress,
             ring_addresses_are_physical=self._setup.machine.iommu is None,
             watches_log=self._is_third_party,
         )
@@ -254,7 +279,7 @@ class ProofRun:
 
     async def _compare(self, migrated: Migrated) -> Proof:
         began_s = time.monotonic()
-        self._display.say("comparing every page of RAM")
+        _logger.info("comparing every page of RAM")
         self._attempt.end_log_watch()
         found = await compare_guests(
             self.pair,
@@ -265,7 +290,7 @@ class ProofRun:
         )
         self._paused = found.paused
         compare_s = time.monotonic() - began_s
-        self._display.say(f"{len(found.lost)} of {found.pages} pages differ")
+        _logger.info("%d of %d pages differ", len(found.lost), found.pages)
         migration, harvests = migrated.migration, _harvests(found.evidence)
         verdict = self._verdict(found, migrated, harvests)
         if migrated.refusal and verdict.exit_code != EXIT_LOST:
@@ -368,7 +393,7 @@ class ProofRun:
         paused_s = (proof.moments.get("STOP") or proof.history[-1].time_ns) / 1e9
         if self._is_third_party:
             left_s = paused_s + self._setup.settle_s - time.monotonic()
-            self._display.say(f"watching the source's RAM for {max(0.0, left_s):.1f} s more")
+            _logger.info("watching the source's RAM for %.1f s more", max(0.0, left_s))
             await asyncio.sleep(left_s)
         late: list[LostPage] = []
         settled_s = time.monotonic() - paused_s

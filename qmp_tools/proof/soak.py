@@ -8,9 +8,10 @@ device's process have, and what they have at the end is held against what they h
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,9 +22,10 @@ from ..exit_codes import EXIT_LOST, EXIT_PASS
 from ..host.run_folder import run_folder
 from ..migration.scenarios import find_scenario, known_scenarios
 from ..qemu.machine import MIB
-from .display import QuietDisplay
 from .model import Hop, Proof, Setup
 from .run import proof_run, there_and_back
+
+_logger = logging.getLogger(__name__)
 
 TOOL: Final = "tool"
 _ALLOWED_BYTES: Final = 8 * MIB
@@ -164,8 +166,8 @@ class Soak:
         return f"every page equal in {len(hops)} migrations ({pages} compared), {what_grew}"
 
 
-async def soak(setup: Setup, migrations: int, say: Callable[[str], None]) -> Soak:
-    """Migrate so often, until the first time that is no pass; `say` is told of each.
+async def soak(setup: Setup, migrations: int) -> Soak:
+    """Migrate so often, until the first time that is no pass; each is logged.
 
     Raises:
         UsageError: the scenario cannot be repeated.
@@ -179,7 +181,7 @@ async def soak(setup: Setup, migrations: int, say: Callable[[str], None]) -> Soa
     holdings: dict[str, list[Holdings]] = {}
     with run_folder() as folder:
         async with (
-            proof_run(setup, QuietDisplay(), folder) as run,
+            proof_run(setup, folder) as run,
             contextlib.aclosing(there_and_back(run, migrations)) as proofs,
         ):
             async for proof in proofs:
@@ -187,5 +189,6 @@ async def soak(setup: Setup, migrations: int, say: Callable[[str], None]) -> Soa
                 for process, pid in ours.items():
                     holdings.setdefault(process, []).append(holdings_of(pid))
                 number = len(proof.earlier) + 1
-                say(f"migration {number}, {proof.migration_s:.1f} s: {proof.verdict.sentence}")
+                seconds, sentence = proof.migration_s, proof.verdict.sentence
+                _logger.info("migration %d, %.1f s: %s", number, seconds, sentence)
     return Soak(migrations, proof, holdings, time.monotonic() - began_s)

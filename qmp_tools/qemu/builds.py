@@ -8,11 +8,12 @@ stays the same.
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -23,7 +24,7 @@ from ..host.archive import Archive, own_codename, replace_folder, unpack
 from ..host.unexpected import writing_to
 from ..host.user_folders import data_folder
 
-Say = Callable[[str], None]
+_logger = logging.getLogger(__name__)
 
 _RELEASES: Final = ("bookworm", "trixie")
 """Those whose suites are tried for a version; the machine's own is tried too."""
@@ -93,7 +94,7 @@ def files_of_build(program: Path) -> list[Path]:
     return [file for file in (program.parent / "root").rglob("*") if file.is_file()]
 
 
-def fetch(wanted: str, say: Say) -> QemuBuild:
+def fetch(wanted: str) -> QemuBuild:
     """Bring the QEMU of a suite ('trixie-backports') or of a version ('11.1').
 
     Raises:
@@ -101,19 +102,19 @@ def fetch(wanted: str, say: Say) -> QemuBuild:
         UntestableError: the archive cannot be reached, or what came does not run.
     """
     with writing_to(_home(), _REMEDY):
-        return _fetch(wanted, say)
+        return _fetch(wanted)
 
 
-def _fetch(wanted: str, say: Say) -> QemuBuild:
+def _fetch(wanted: str) -> QemuBuild:
     _home().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="new-", dir=_home()) as temporary:
         folder = Path(temporary)
-        archive, version = _find(wanted, folder, say)
+        archive, version = _find(wanted, folder)
         target = _home() / version
-        say(f"fetching QEMU {version} and its libraries from {archive.suite}")
+        _logger.info("fetching QEMU %s and its libraries from %s", version, archive.suite)
         with_virtiofsd = (_VIRTIOFSD,) if archive.has(_VIRTIOFSD) else ()
         packages = archive.fetch_closure((*_PACKAGES, *with_virtiofsd))
-        say(f"unpacking {len(packages)} packages")
+        _logger.info("unpacking %d packages", len(packages))
         build = folder / "build"
         for package in packages:
             unpack(package, build / "root")
@@ -124,13 +125,13 @@ def _fetch(wanted: str, say: Say) -> QemuBuild:
     return QemuBuild(version, archive.suite, target / PROGRAM)
 
 
-def _find(wanted: str, folder: Path, say: Say) -> tuple[Archive, str]:
+def _find(wanted: str, folder: Path) -> tuple[Archive, str]:
     """The suite that has what is `wanted`, and the upstream version there."""
     is_version = wanted[:1].isdigit()
     suites = _suites() if is_version else [wanted]
     seen = []
     for suite in suites:
-        say(f"looking into {suite}")
+        _logger.info("looking into %s", suite)
         try:
             archive = Archive(suite, folder / suite)
             version = _upstream(archive.version(_PACKAGE))

@@ -46,8 +46,11 @@ def _library() -> ModuleType:
     library = importlib.util.module_from_spec(spec)
     sys.modules[_NAME] = library  # its modules import one another relative to it
     spec.loader.exec_module(library)
-    # It does so itself for its usual name; else what it logs comes out on stderr.
-    logging.getLogger(_NAME).addHandler(logging.NullHandler())
+    # Under this name its logger is below ours. What it logs is of QMP's insides, and errors that
+    # matter are raised.
+    logger = logging.getLogger(_NAME)
+    logger.addHandler(logging.NullHandler())
+    logger.propagate = False
     return library
 
 

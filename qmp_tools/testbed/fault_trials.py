@@ -9,6 +9,7 @@ a false alarm.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import statistics
 from collections import Counter
@@ -25,11 +26,12 @@ from ..devices.process import DeviceOptions
 from ..exit_codes import EXIT_PASS
 from ..host.timeout import DEFAULT_TIMEOUT_S
 from ..migration.judgement import Blame
-from ..proof.display import QuietDisplay
 from ..proof.model import Setup
 from ..proof.run import prove
 from ..proof.verdict import Verdict
 from .simulation import play
+
+_logger = logging.getLogger(__name__)
 
 CONTROL: Final = "none"
 _CAUGHT_OF_20: Final = 19
@@ -37,7 +39,6 @@ _CAUGHT_OF_20: Final = 19
 _PROCESSORS_OF_A_PROOF: Final = 4
 """Two QEMUs, one of them with two vCPUs at work, and the device."""
 
-Tell = Callable[[str], None]
 MakeSetup = Callable[[str | None, int], Awaitable[Setup]]
 
 
@@ -168,7 +169,6 @@ async def try_faults(
     seeds: Sequence[int],
     make_setup: MakeSetup,
     folder: Path,
-    say: Tell,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> list[Row]:
     """The rows of the faults `names` (`CONTROL` among them), each with every seed.
@@ -184,26 +184,26 @@ async def try_faults(
             for seed in seeds:
                 trials.append(try_on_testbed(name, seed, folder, timeout_s))
                 await asyncio.sleep(0.001)  # so that a signal can end it: 0 would not look for one
-            rows.append(_row(name, Bench.TESTBED, trials, say))
+            rows.append(_row(name, Bench.TESTBED, trials))
     if Bench.QEMU in benches:
         proofs = _Proofs(make_setup)
 
         async def try_in_proofs(name: str) -> Row:
             trials = await asyncio.gather(*(proofs.trial(name, seed) for seed in seeds))
-            return _row(name, Bench.QEMU, trials, say)
+            return _row(name, Bench.QEMU, trials)
 
         reachable = [name for name in names if name == CONTROL or not known_faults()[name].needs]
         rows += await asyncio.gather(*(try_in_proofs(name) for name in reachable))
     return sorted(rows, key=lambda row: names.index(row.fault))
 
 
-def _row(name: str, bench: Bench, trials: Sequence[Trial], say: Tell) -> Row:
+def _row(name: str, bench: Bench, trials: Sequence[Trial]) -> Row:
     if name == CONTROL:
         row = Row(name, "", "nothing is broken", bench, trials)
     else:
         fault = known_faults()[name]
         row = Row(name, fault.link, summary(fault), bench, trials)
-    say("  ".join(row.cells()))
+    _logger.info("%s", "  ".join(row.cells()))
     return row
 
 
@@ -221,7 +221,7 @@ class _Proofs:
             try:
                 async with self._machine_is_probed:
                     setup = await self._make_setup(None if name == CONTROL else name, seed)
-                proof = await prove(setup, QuietDisplay())
+                proof = await prove(setup)
             except UntestableError as error:
                 return _without_verdict(error, seed)
         return judge(proof.verdict, seed)

@@ -39,9 +39,7 @@ def outcome_of(
         device = SimpleNamespace(
             processes=served, serving=lambda side: served, refusal=lambda: quiet
         )
-        pair = QemuPair(
-            cast(Any, None), {}, cast(Any, device), folder, timeout_s=60, say=lambda text: None
-        )
+        pair = QemuPair(cast(Any, None), {}, cast(Any, device), folder, timeout_s=60)
         for name, script in scripts.items():
             process = await Process.start(name, ["sh", "-c", script], folder / name)
             if name == "device":

@@ -29,7 +29,7 @@ async def _boot(
     ring: str = "split",
 ) -> GuestChannel:
     """What the guest has told when it is through with its once pages."""
-    guest = bare_guest(lambda text: None)
+    guest = bare_guest()
     socket = folder / "disk.sock"
     machine_arguments = Machine(
         machine=machine,

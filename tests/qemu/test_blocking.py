@@ -21,7 +21,7 @@ def test_everything_ends_with_the_stage(tool: Tool, monkeypatch: pytest.MonkeyPa
     pids = []
 
     def use() -> None:
-        with Stage(quiet=True) as stage:
+        with Stage() as stage:
             pids.append(stage.qemu(["-machine", "none"]).pid)
             pair = stage.pair(["-machine", "q35", "-m", "64"], accelerator="tcg")
             pids.extend([pair.source.pid, pair.destination.pid])
@@ -45,7 +45,7 @@ def test_a_check_returns_when_it_has_compared(
     tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tool.folder))
-    with Stage(quiet=True) as stage:
+    with Stage() as stage:
         pair = stage.pair(["-machine", "q35", "-m", "64"], accelerator="tcg")
         pair.migrate()
         sockets = [str(pair.source.socket), str(pair.destination.socket)]
@@ -67,7 +67,7 @@ def test_a_check_returns_when_it_has_compared(
 _SCRIPT = """
 import time
 from qmp_tools.blocking import Stage
-with Stage(quiet=True) as stage:
+with Stage() as stage:
     print(stage.qemu(["-machine", "none"]).pid, flush=True)
     time.sleep(1000)
 """

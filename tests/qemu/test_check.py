@@ -304,7 +304,7 @@ def test_without_a_migration_nothing_is_tested_unless_none_was_intended(
 
 
 def test_a_guest_that_a_file_carried(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Stage(quiet=True) as stage:
+    with Stage() as stage:
         pair = stage.pair(["-machine", "q35", "-m", "65544K"], accelerator="tcg")
         with pytest.raises(NotMigratedError):
             stage.check(pair.source, pair.destination)

@@ -21,6 +21,7 @@ TOLD = (
     r"(\w+ \d+ (\d+|None)\n)*completed \d+ 0\nevery page equal: \d+ pages compared\n",
     r"[\d.]+.* running\n\d+ bytes a second\n",
     r"\[\('0x12000', 12288\)\]\n",
+    r"every page equal: \d+ pages compared\n",
 )
 """What they print, in their order."""
 RUNS_ALREADY = 3
@@ -49,7 +50,7 @@ def test_the_example_for_a_qemu_that_runs_already(
     tool: Tool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tool.folder))
-    with Stage(quiet=True) as stage:
+    with Stage() as stage:
         qemu = stage.qemu(["-machine", "q35", "-m", "64"], accelerator="tcg")
         assert re.fullmatch(TOLD[RUNS_ALREADY], run(RUNS_ALREADY, tool, str(qemu.socket)))
 

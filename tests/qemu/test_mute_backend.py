@@ -31,7 +31,7 @@ SILENT: Final = Path(__file__).parents[1] / "back_ends" / "silent.py"
 def test_a_message_that_is_not_answered_is_named(message: str, how: str, state: str) -> None:
     command = shlex.join([sys.executable, str(MUTE), "{socket}", message, how])
     options = ProofOptions(guest="bare", workload="once=64,churn=16", device_command=command)
-    with Stage(quiet=True) as stage:
+    with Stage() as stage:
         proof = stage.start_proof(options)
         proof.source.qemu.qmp.timeout_s = 5
         with pytest.raises(WaitTimeoutError) as raised:

@@ -13,7 +13,7 @@ from support.command import Tool
 
 LIBRARY = """
 from qmp_tools.blocking import Stage
-with Stage(quiet=True) as stage:
+with Stage() as stage:
     assert stage.qemu(["-machine", "none"]).execute("query-status")["status"] == "running"
 import qemu.tests
 assert qemu.tests.THEIRS

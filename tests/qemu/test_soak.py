@@ -8,7 +8,6 @@ import os
 import pytest
 
 from qmp_tools.migration.pair import QemuPair
-from qmp_tools.proof.display import QuietDisplay
 from qmp_tools.proof.options import ProofOptions
 from qmp_tools.proof.resolve import resolve
 from qmp_tools.proof.soak import TOOL, Soak, soak
@@ -55,5 +54,5 @@ def test_what_is_kept_from_each_migration_is_growth(monkeypatch: pytest.MonkeyPa
 
 async def _soak(migrations: int) -> Soak:
     options = ProofOptions(guest="bare")
-    setup = await resolve(options, QuietDisplay())
-    return await soak(setup, migrations, lambda text: None)
+    setup = await resolve(options)
+    return await soak(setup, migrations)

@@ -255,7 +255,7 @@ def test_disks_inside_qemu(tool: Tool, name: str) -> None:
 def newer_qemu() -> QemuBuild:
     """A QEMU that has come from Debian 13 or later, with a virtiofsd beside it."""
     build = next((it for it in installed() if it.path.with_name("virtiofsd").exists()), None)
-    return build or fetch("trixie", print)
+    return build or fetch("trixie")
 
 
 def on_newer_qemu(program: str, *command: str) -> list[str]:

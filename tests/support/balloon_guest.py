@@ -28,7 +28,7 @@ MEMORY = {
 
 def options(folder: Path) -> list[str]:
     """The QEMU options that boot it, but for its RAM; `folder` keeps its init and initramfs."""
-    kernel = linux.linux_guest(print, linux.BALLOON).kernel
+    kernel = linux.linux_guest(linux.BALLOON).kernel
     compile_c([Path(__file__).with_suffix(".c")], folder / "init", "-static")
     modules = linux.kernel_folder() / "modules"
     names = linux.load_order(linux.BALLOON.modules, modules)

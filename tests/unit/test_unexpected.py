@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import subprocess
 from pathlib import Path
@@ -15,12 +16,13 @@ from dmaproof import errors
 from dmaproof.errors import DmaproofError, UntestableError
 from qmp_tools.cli import prove
 from qmp_tools.cli.display import print_table, print_text
+from qmp_tools.cli.log import StderrLog
 from qmp_tools.cli.main import main
 from qmp_tools.guest.build import fresh_folder
+from qmp_tools.host.log import logging_to
 from qmp_tools.host.process import log_tail
 from qmp_tools.host.unexpected import CrashError, untestable
 from qmp_tools.migration.migration import parse_progress
-from qmp_tools.proof.display import LineDisplay
 
 INIT = DmaproofError.__init__
 ESCAPE = "\x1b]0;taken\x07\x1b[2J"
@@ -100,7 +102,8 @@ def test_no_message_moves_the_terminal(kind: type[DmaproofError]) -> None:
 
 
 def test_nothing_shown_moves_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    LineDisplay().say(ESCAPE)
+    with logging_to(StderrLog()):
+        logging.getLogger("qmp_tools").info(ESCAPE)
     print_text(ESCAPE)
     print_table(["device"], [[ESCAPE]])
     told = capsys.readouterr()

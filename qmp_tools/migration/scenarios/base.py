@@ -21,6 +21,7 @@ needs.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from typing import Final
 
@@ -39,6 +40,8 @@ from ..judgement import Blame, EvidenceSource
 from ..migration import Progress
 from ..pair import QemuPair
 from ..procedure import Procedure
+
+_logger = logging.getLogger(__name__)
 
 _STEPS: Final = ("start", "first_attempt", "prepare", "migrate", "start_return")
 """The steps before the guest goes on, all of which take a proof's processes."""
@@ -107,7 +110,7 @@ class Scenario(Procedure):
         Raises:
             UntestableError: the destination refuses it.
         """
-        pair.say("continuing on the destination")
+        _logger.info("continuing on the destination")
         await pair.destination.qmp.execute("cont")
 
     async def start_return(self, pair: QemuPair) -> None:

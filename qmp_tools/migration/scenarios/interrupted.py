@@ -6,11 +6,14 @@ then, and what the attempt had collected must not be missed by the next.
 
 from __future__ import annotations
 
+import logging
 from typing import Final
 
 from ..attempt import Attempt
 from ..pair import QemuPair
 from .base import Scenario, migrate_until_all_sent
+
+_logger = logging.getLogger(__name__)
 
 _REQUESTS_BETWEEN: Final = 100
 """That the source's guest must do after an attempt has failed, before the next begins."""
@@ -36,7 +39,7 @@ class _Interrupted(Scenario):
         on which the guest gets nowhere for a while, only the pause keeps it from completing.
         """
         pair = attempt.pair
-        pair.say(f"a first migration, {self.interruption}")
+        _logger.info("a first migration, %s", self.interruption)
         guest, destination = pair.source_guest, pair.destination
         await _let_pause_before_switchover(pair, True)
         await migrate_until_all_sent(attempt)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from ...guest.build import Say
 from ...host.run_folder import run_folder
 from ..l1.machine import L1, run_in_l1
 from .measure import Pinned, Row
 from .model import Fit, Projection, fits, nanoseconds, project
 from .yardsticks import yardsticks
+
+_logger = logging.getLogger(__name__)
 
 _RESULTS: Final = "results.json"
 _TIMES: Final = 10
@@ -58,9 +60,7 @@ class KernelCost:
         }
 
 
-async def measure_kernel_cost(
-    machine: L1, qemu: Path, say: Say, most: int, timeout_s: float
-) -> KernelCost:
+async def measure_kernel_cost(machine: L1, qemu: Path, most: int, timeout_s: float) -> KernelCost:
     """Measure guests up to `most` bytes in L1, booted by `qemu`.
 
     Up to 16 TiB that takes 2 minutes on a quiet machine.
@@ -70,7 +70,7 @@ async def measure_kernel_cost(
     """
 
     def heard(line: str) -> None:
-        say(line.replace("\t", "  "))
+        _logger.info("%s", line.replace("\t", "  "))
 
     with run_folder(keep=False) as folder:
         counting = replace(machine, counting=True)

@@ -7,6 +7,7 @@ once for each version. Of its build tree only what a module is built against is 
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import Final
 
 from dmaproof.errors import UntestableError
 
-from ...guest.build import Say, cache, digest, fresh_folder, prune, sources
+from ...guest.build import cache, digest, fresh_folder, prune, sources
 from ...host.archive import Archive, unpack
 from .root import SUITE, run_inside
+
+_logger = logging.getLogger(__name__)
 
 MODULE: Final = "dmaproof_vfio"
 KERNELS: Final = {"7.3": SUITE}
@@ -53,7 +56,7 @@ find . -name '*.o' ! -path './scripts/*' -delete
 _BUILD_MODULE: Final = 'make -s -C /mnt/kernel M=/mnt/module -j"$JOBS" modules'
 
 
-def l1_kernel(root: Path, version: str, say: Say = lambda text: None) -> Path:
+def l1_kernel(root: Path, version: str) -> Path:
     """A folder with ``vmlinux``, the kernel's own modules in ``modules/``, and what is needed to
     build others in ``build/``.
 
@@ -67,26 +70,26 @@ def l1_kernel(root: Path, version: str, say: Say = lambda text: None) -> Path:
     if not target.is_dir():
         with fresh_folder(target) as fresh:
             if fresh is not None:
-                _build_kernel(root, version, config, fresh, say)
+                _build_kernel(root, version, config, fresh)
     return prune(target)
 
 
-def _build_kernel(root: Path, version: str, config: Path, fresh: Path, say: Say) -> None:
+def _build_kernel(root: Path, version: str, config: Path, fresh: Path) -> None:
     tree = fresh / "build"
     tree.mkdir()
     shutil.copy(config, tree / _CONFIG)
     package = f"linux-source-{version}"
-    say(f"fetching {package} from {KERNELS[version]}, once")
+    _logger.info("fetching %s from %s, once", package, KERNELS[version])
     unpacked = fresh / "unpacked"
     unpack(Archive(KERNELS[version], fresh / "archive").fetch(package), unpacked)
     (unpacked / f"usr/src/{package}.tar.xz").rename(tree / "source.tar.xz")
     for folder in (unpacked, fresh / "archive"):
         shutil.rmtree(folder)
-    say(f"unpacking {package}")
+    _logger.info("unpacking %s", package)
     unmet = run_inside(root, tree, _CONFIGURE, "configuring L1's kernel", _TIMEOUT_S)
     if unmet:
         raise UntestableError(f"{package} does not take all of {config}:\n{unmet}")
-    say(f"building L1's kernel {version}, once: about 5 minutes on two cores")
+    _logger.info("building L1's kernel %s, once: about 5 minutes on two cores", version)
     run_inside(root, tree, _BUILD, "building L1's kernel", _TIMEOUT_S, JOBS=_jobs())
     modules = fresh / "modules"
     modules.mkdir()
@@ -101,7 +104,7 @@ def _jobs() -> str:
     return str(len(os.sched_getaffinity(0)))
 
 
-def l1_module(root: Path, kernel: Path, say: Say = lambda text: None) -> Path:
+def l1_module(root: Path, kernel: Path) -> Path:
     """The fake device's module, built against `kernel`.
 
     Raises:
@@ -117,7 +120,7 @@ def l1_module(root: Path, kernel: Path, say: Say = lambda text: None) -> Path:
     if not target.is_dir():
         with fresh_folder(target) as fresh:
             if fresh is not None:
-                say("building the fake VFIO device's module")
+                _logger.info("building the fake VFIO device's module")
                 _build_module(root, kernel, files, fresh)
     return prune(target) / f"{MODULE}.ko"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
 from collections import deque
@@ -20,7 +21,6 @@ from typing import Final
 from dmaproof import _core, _mapping, errors
 from dmaproof.errors import UntestableError, WaitTimeoutError, printable
 
-from ...guest.build import Say
 from ...host.process import log_tail
 from ...qemu import qemu_qmp
 from ...qemu.builds import PROGRAM as QEMU_PROGRAM
@@ -29,6 +29,8 @@ from ...qemu.qemu import Qemu
 from .kernel import KERNELS, MODULE, l1_kernel, l1_module
 from .root import COMPILE_PYTHON, l1_root, run_inside
 from .stock import STOCK, stock_kernel
+
+_logger = logging.getLogger(__name__)
 
 _SHARE: Final = "trans=virtio,version=9p2000.L,msize=512000"
 _COMMAND_LINE: Final = (
@@ -59,7 +61,7 @@ class L1:
     """Its clock counts instructions, one a nanosecond, on one CPU: the same everywhere."""
 
 
-def l1(version: str = next(iter(KERNELS)), say: Say = lambda text: None) -> L1:
+def l1(version: str = next(iter(KERNELS))) -> L1:
     """L1 with the kernel `version`, built the first time: some 6 minutes on two cores.
 
     Where that kernel cannot be built, L1 has Debian's stock one, as with `version` "stock".
@@ -67,15 +69,17 @@ def l1(version: str = next(iter(KERNELS)), say: Say = lambda text: None) -> L1:
     Raises:
         UntestableError: there is no L1 here at all; the message says what is missing.
     """
-    root = l1_root(say)
+    root = l1_root()
     try:
-        kernel = stock_kernel(say) if version == STOCK else l1_kernel(root, version, say)
+        kernel = stock_kernel() if version == STOCK else l1_kernel(root, version)
     except UntestableError as error:
         if version == STOCK:
             raise
-        say(f"{error}\nso it has to be Debian's stock kernel, with which less can be proved")
-        kernel = stock_kernel(say)
-    return L1(root, kernel, l1_module(root, kernel, say))
+        _logger.warning(
+            "%s\nso it has to be Debian's stock kernel, with which less can be proved", error
+        )
+        kernel = stock_kernel()
+    return L1(root, kernel, l1_module(root, kernel))
 
 
 async def run_in_l1(

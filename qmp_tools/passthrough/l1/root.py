@@ -6,6 +6,7 @@ mount and process namespaces of their own, without root, and gone when the tool 
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import shutil
@@ -16,10 +17,12 @@ from typing import Final
 
 from dmaproof.errors import UntestableError, WaitTimeoutError
 
-from ...guest.build import Say, cache, digest, fresh_folder, prune, sources
+from ...guest.build import cache, digest, fresh_folder, prune, sources
 from ...host.archive import Archive, unpack
 from ...host.capabilities import CAP_SYS_ADMIN, is_capable
 from ...host.process import death_with_parent
+
+_logger = logging.getLogger(__name__)
 
 SUITE: Final = "trixie-backports"
 _RUNNING: Final = ("coreutils", "dash", "libc-bin", "mount", "kmod", "python3", "python3-numpy")
@@ -51,7 +54,7 @@ exec chroot "$root" /usr/bin/env -i PATH=/usr/sbin:/usr/bin HOME=/ LC_ALL=C "$@"
 """
 
 
-def l1_root(say: Say = lambda text: None) -> Path:
+def l1_root() -> Path:
     """The root file system; fetched the first time, some 150 MB.
 
     Its file ``packages`` lists what it was made of.
@@ -66,15 +69,15 @@ def l1_root(say: Say = lambda text: None) -> Path:
     if not target.is_dir():
         with fresh_folder(target) as fresh:
             if fresh is not None:
-                _fill(fresh, packages, init, say)
+                _fill(fresh, packages, init)
     return prune(target)
 
 
-def _fill(fresh: Path, packages: Sequence[str], init: Path, say: Say) -> None:
-    say(f"fetching L1's root file system from {SUITE}, once")
+def _fill(fresh: Path, packages: Sequence[str], init: Path) -> None:
+    _logger.info("fetching L1's root file system from %s, once", SUITE)
     archive = fresh / "archive"
     found = Archive(SUITE, archive).fetch_closure(packages)
-    say(f"unpacking {len(found)} packages")
+    _logger.info("unpacking %d packages", len(found))
     for package in found:
         unpack(package, fresh)
     (fresh / "packages").write_text("".join(f"{package.name}\n" for package in found))

@@ -8,15 +8,18 @@ modules, so it starts from an initramfs of one program, ``guests/passthrough/ear
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from ...guest.build import Say, cache, compile_c, digest, fresh_folder, prune, sources
+from ...guest.build import cache, compile_c, digest, fresh_folder, prune, sources
 from ...guest.linux import kernel_elf, load_order, newc_archive, pick_modules
 from ...host.archive import Archive, unpack
+
+_logger = logging.getLogger(__name__)
 
 STOCK: Final = "stock"
 _SUITE: Final = "bookworm"
@@ -26,7 +29,7 @@ _FOR_VFIO: Final = ("vfio", "vfio_iommu_type1", "mdev")
 _INIT_OPTIONS: Final = ("-static", "-std=c11")
 
 
-def stock_kernel(say: Say = lambda text: None) -> Path:
+def stock_kernel() -> Path:
     """A folder as `l1_kernel` gives it, and an ``initramfs``.
 
     Raises:
@@ -38,12 +41,12 @@ def stock_kernel(say: Say = lambda text: None) -> Path:
     if not target.is_dir():
         with fresh_folder(target) as fresh:
             if fresh is not None:
-                _fill(fresh, init, say)
+                _fill(fresh, init)
     return prune(target)
 
 
-def _fill(fresh: Path, init: Path, say: Say) -> None:
-    say(f"fetching the stock kernel of {_SUITE} and its headers, once")
+def _fill(fresh: Path, init: Path) -> None:
+    _logger.info("fetching the stock kernel of %s and its headers, once", _SUITE)
     archive = Archive(_SUITE, fresh / "archive")
     image = archive.dependencies(_PACKAGE)[0]
     headers = image.replace("linux-image", "linux-headers")

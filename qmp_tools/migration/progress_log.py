@@ -1,0 +1,31 @@
+"""Who follows the progress of a migration: whatever a caller gives, or else the log."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Final
+
+from .migration import Progress
+
+_logger = logging.getLogger(__name__)
+
+OnProgress = Callable[[Progress], None]
+"""Takes each progress of a migration, several times a second."""
+
+_LINE_EVERY_S: Final = 1.0
+
+
+class ProgressLog:
+    """Logs the progress of migrations, one line a second."""
+
+    def __init__(self) -> None:
+        self._next_line_s = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        """Log `progress`, unless the last line is younger than a second."""
+        now_s = time.monotonic()
+        if now_s >= self._next_line_s:
+            self._next_line_s = now_s + _LINE_EVERY_S
+            _logger.info("migration %s: %s", progress.status, progress.summary)

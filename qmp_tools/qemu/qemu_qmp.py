@@ -51,6 +51,7 @@ def _library() -> ModuleType:
     logger = logging.getLogger(_NAME)
     logger.addHandler(logging.NullHandler())
     logger.propagate = False
+    logger.setLevel(logging.WARNING)  # pytest captures also what does not propagate
     return library
 
 

@@ -119,3 +119,14 @@ def test_nothing_is_imported_that_no_test_needs(project: pytest.Pytester) -> Non
         "    assert 'qmp_tools.qemu.qmp' not in sys.modules\n"
     )
     project.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=1)
+
+
+def test_a_failures_report_has_the_steps_that_were_logged(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        "import logging\n"
+        "def test_it():\n"
+        "    logging.getLogger('qmp_tools.proof.run').info('migrating')\n"
+        "    assert False"
+    )
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
+    result.stdout.fnmatch_lines(["INFO *qmp_tools.proof.run:*migrating"])

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -96,17 +94,6 @@ def test_of_qmps_insides_nothing_is_shown(capsys: pytest.CaptureFixture[str]) ->
     with logging_to(StderrLog()):
         qemu_qmp.QMPClient.logger.error("Task.Reader: end-of-file")
     assert capsys.readouterr().err == ""
-
-
-def test_the_library_prints_nothing_by_itself(tmp_path: Path) -> None:
-    script = (
-        "import logging, qmp_tools.blocking\n"
-        "logging.getLogger('qmp_tools.proof.probes').warning('what vCPUs write')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, timeout=60, check=False
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 def test_progress_is_logged_once_a_second(

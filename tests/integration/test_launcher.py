@@ -184,7 +184,7 @@ def test_all_tests_run_with_the_linters_on_a_newer_qemu(built: Path) -> None:
     assert fetched == f"runs in {built}/.venv qemu fetch 11.1"
     assert [check, form, types] == ["ruff check", "ruff format --check", "mypy"]
     assert imports == "lint-imports"
-    assert tests == "pytest -n 2 --dist loadfile -k ring"
+    assert tests == "pytest -k ring"
 
 
 def test_a_pip_that_fails(checkout: Path) -> None:

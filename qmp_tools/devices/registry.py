@@ -176,9 +176,6 @@ class ThirdPartyKind(DeviceKind):
         return command.CommandDevice(name, command.parse_command(request.command), request.queues)
 
 
-_THIRD_PARTY: Final = "third-party"
-
-
 @cache
 def device_kinds() -> Registry[DeviceKind]:
     """Find the kinds of device: dmaproof's own, and those of entry points.
@@ -199,7 +196,7 @@ def kind_of(names: Sequence[str], device_command: str | None) -> DeviceKind:
         raise UsageError("--device: expected the name of a device, such as blk")
     known = {name: kind() for name, kind in device_kinds().usable().items()}
     kinds = [
-        known[_THIRD_PARTY] if device_command is not None else _kind_of(name, known)
+        known[ThirdPartyKind.name] if device_command is not None else _kind_of(name, known)
         for name in names
     ]
     if len(names) > 1:
@@ -216,8 +213,8 @@ def _kind_of(name: str, kinds: Mapping[str, DeviceKind]) -> DeviceKind:
     for kind in kinds.values():
         if kind.claims(name):
             return kind
-    named = (kind.names() for kind_name, kind in kinds.items() if kind_name != _THIRD_PARTY)
+    named = (kind.names() for kind_name, kind in kinds.items() if kind_name != ThirdPartyKind.name)
     raise UsageError(
         f"--device {name} is unknown. There are {'; '.join(', '.join(names) for names in named)}; "
-        f"and with a --device-command {', '.join(kinds[_THIRD_PARTY].names())}"
+        f"and with a --device-command {', '.join(kinds[ThirdPartyKind.name].names())}"
     )

@@ -34,7 +34,7 @@ _SUMMARIES: Final = {
     "watch": "live progress of any migration",
     "dirty-rate": "how fast a running guest's RAM gets dirty",
     "qemu": "QEMU builds in a private folder",
-    "doctor": "what this machine has for a proof, what it lacks, and what mends it",
+    "doctor": "what this machine has for a proof, what is missing, and how to fix it",
     "bench": "what iterator, core and kernel cost",
     "completion": "completion of command lines, for your shell",
 }
@@ -42,7 +42,7 @@ _SUMMARIES: Final = {
 
 _EXAMPLES: Final = """\
 examples:
-  dmaproof doctor                    what this machine lacks, and what mends it
+  dmaproof doctor                    missing prerequisites and how to fix them
   dmaproof prove --guest bare        one proof, in a few seconds
   dmaproof prove --help              each command's help has examples of its own
 """

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 import dmaproof
 
 if TYPE_CHECKING:
-    from .blocking import Pair, ProofQemu, RunningQemu, Stage, StagedProof, check, prove
+    from .blocking import Pair, RunningQemu, Stage, StagedProof, check, prove
     from .devices.device import AttachedDevice, DeviceFacts, ProofDevice
     from .devices.registry import COMMON_OPTIONS, Control, DeviceKind, DeviceRequest
     from .exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED, EXIT_USAGE
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES: Final = {
-    "blocking": ("Pair", "ProofQemu", "RunningQemu", "Stage", "StagedProof", "check", "prove"),
+    "blocking": ("Pair", "RunningQemu", "Stage", "StagedProof", "check", "prove"),
     "devices.device": ("AttachedDevice", "DeviceFacts", "ProofDevice"),
     "devices.registry": ("COMMON_OPTIONS", "Control", "DeviceKind", "DeviceRequest"),
     "exit_codes": ("EXIT_LOST", "EXIT_PASS", "EXIT_UNTESTED", "EXIT_USAGE"),
@@ -92,7 +92,6 @@ __all__ = [
     "Proof",
     "ProofDevice",
     "ProofOptions",
-    "ProofQemu",
     "QmpError",
     "RunningQemu",
     "Scenario",

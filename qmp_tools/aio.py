@@ -9,9 +9,9 @@
         start_qemu(["-machine", "q35", "-m", "64"]) as source,
         start_qemu(["-machine", "q35", "-m", "64", *INCOMING]) as destination,
     ):
-        async for progress in migrate(source.qmp, destination.qmp, scenario="multifd-4"):
+        async for progress in migrate(source, destination, scenario="multifd-4"):
             print(progress.status, progress.remaining)
-        outcome = await check(source.socket, destination.socket)
+        outcome = await check(source, destination)
 
     async with attach("my QEMU", "/run/qmp.sock") as qemu:
         async for view in watch(qemu, 0.5):
@@ -26,8 +26,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from types import NoneType
 
 from dmaproof.errors import UsageError
@@ -46,29 +44,29 @@ from .proof import run as proof_run
 from .proof.model import Proof
 from .proof.options import ProofOptions, options_as_keywords
 from .proof.resolve import resolve
-from .qemu.attachment import AttachedQemu, attach
+from .qemu.attachment import attach
 from .qemu.choice import find_qemu
-from .qemu.machine import INCOMING, option_value
-from .qemu.qemu import Qemu
+from .qemu.machine import INCOMING
+from .qemu.qemu import OwnedQemu, Qemu, running_qemu
 from .qemu.qmp import Qmp, QmpError
 from .ram_check.check import Check, check
 from .ram_check.migrated import GuestHasRunError, NotMigratedError
 
 __all__ = [
     "INCOMING",
-    "AttachedQemu",
     "Check",
     "DirtyRates",
     "GuestHasRunError",
     "Limits",
     "MigrationError",
     "NotMigratedError",
+    "OwnedQemu",
     "Progress",
     "Proof",
     "ProofOptions",
+    "Qemu",
     "Qmp",
     "QmpError",
-    "StartedQemu",
     "UnsupportedScenarioError",
     "View",
     "attach",
@@ -82,25 +80,6 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class StartedQemu:
-    """A QEMU of ours. `socket` is a second QMP socket of it, which nobody uses yet."""
-
-    qemu: Qemu
-    version: str
-    socket: Path
-
-    @property
-    def qmp(self) -> Qmp:
-        """Its QMP: ``await qmp.execute("query-status")``."""
-        return self.qemu.qmp
-
-    @property
-    def pid(self) -> int:
-        """The process id."""
-        return self.qemu.process.pid
-
-
 @contextlib.asynccontextmanager
 async def start_qemu(
     arguments: Sequence[str] = (),
@@ -110,7 +89,7 @@ async def start_qemu(
     name: str = "test",
     folder: AnyPath | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
-) -> AsyncIterator[StartedQemu]:
+) -> AsyncIterator[OwnedQemu]:
     """A QEMU with `arguments`, for as long as the context lasts.
 
     See `find_qemu` for `binary`. Its logs and sockets are in `folder`, or else in one of its own.
@@ -127,19 +106,16 @@ async def start_qemu(
     require("timeout_s", timeout_s, (int, float), "seconds")
     with contextlib.ExitStack() as own:
         where = own.enter_context(run_folder()) if folder is None else path_of("folder", folder)
-        path = where / f"{name}-qmp.sock"
-        options = [*words, "-qmp", f"unix:{option_value(path)},server=on,wait=off"]
         if accelerator is not None:
-            options = ["-accel", accelerator, *options]
-        qemu = await Qemu.start(name, find_qemu(program), options, where, timeout_s=timeout_s)
-        try:
-            yield StartedQemu(qemu, await qemu.qmp.version(), path)
-        finally:
-            await qemu.end()
+            words = ["-accel", accelerator, *words]
+        async with running_qemu(
+            name, find_qemu(program), words, where, timeout_s=timeout_s
+        ) as qemu:
+            yield qemu
 
 
 async def migrate(
-    source: Qmp, destination: Qmp, scenario: str = "unix", limits: Limits | None = None
+    source: Qemu, destination: Qemu, scenario: str = "unix", limits: Limits | None = None
 ) -> AsyncIterator[Progress]:
     """Migrate, and tell how far it is; at the end the destination has loaded everything.
 
@@ -151,15 +127,15 @@ async def migrate(
         UnsupportedScenarioError: a QEMU lacks it.
         MigrationError: it failed, or took longer than the `limits` allow.
     """
-    for argument, qmp in (("source", source), ("destination", destination)):
-        require(argument, qmp, Qmp, "the QMP of a QEMU, its .qmp")
+    for argument, qemu in (("source", source), ("destination", destination)):
+        require(argument, qemu, Qemu, "a QEMU from start_qemu() or attach()")
     require("limits", limits, (Limits, NoneType), "Limits")
     require("scenario", scenario, str, "a name")
     chosen = find_scenario(scenario)
     if not chosen.suits_any_guest:
         raise UsageError(f"scenario {scenario!r}: only a proof, with a device of ours, can have it")
     with run_folder() as folder:
-        migration = Migration(Ends(source, destination, folder), chosen, limits or Limits())
+        migration = Migration(Ends(source.qmp, destination.qmp, folder), chosen, limits or Limits())
         await migration.start()
         await migration.release()
         async with contextlib.aclosing(migration.follow()) as precopy:

@@ -37,28 +37,43 @@ from .proof.model import Migrated, Proof
 from .proof.options import ProofOptions, options_as_keywords, options_as_keywords_of_method
 from .proof.run import ProofRun, proof_run
 from .qemu.machine import DESTINATION, INCOMING, SOURCE
-from .qemu.qemu import Qemu
+from .qemu.qemu import OwnedQemu
 from .ram_check.check import Check
 
-__all__ = ["Pair", "ProofQemu", "RunningQemu", "Stage", "StagedProof", "check", "prove"]
+__all__ = ["Pair", "RunningQemu", "Stage", "StagedProof", "check", "prove"]
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class ProofQemu:
-    """A QEMU of a `StagedProof`.
+class RunningQemu:
+    """A QEMU under a `Stage`.
 
-    `process` and the rest of QMP are below `qemu`, for asynchronous code: see `Stage.run`.
+    `qemu` is its handle for asynchronous code, such as `aio.check`: see `Stage.run`.
     """
 
-    qemu: Qemu
+    qemu: OwnedQemu
     _loop: LoopThread
+
+    @property
+    def name(self) -> str:
+        """What messages call it, such as 'source QEMU'."""
+        return self.qemu.name
 
     @property
     def pid(self) -> int:
         """The process id."""
-        return self.qemu.process.pid
+        return self.qemu.pid
+
+    @property
+    def version(self) -> str:
+        """QEMU's version, with its packager's where it has one: '7.2.22 Debian …'."""
+        return self.qemu.version
+
+    @property
+    def socket_path(self) -> Path:
+        """A QMP socket of it that nobody uses yet."""
+        return self.qemu.socket_path
 
     def execute(self, command: str, **arguments: Any) -> Any:
         """Execute a QMP command; underscores in the arguments' names become hyphens.
@@ -70,17 +85,27 @@ class ProofQemu:
         require("command", command, str, "the name of a QMP command")
         return self._loop.run(self.qemu.qmp.execute(command, **arguments))
 
+    def status(self) -> str:
+        """The run state, such as 'running', 'paused' or 'postmigrate'.
+
+        Raises:
+            QmpError: QEMU has gone, or does not answer.
+        """
+        return self._loop.run(self.qemu.status())
+
+    def monitor(self, command: str) -> str:
+        """What the human monitor prints for `command`, such as 'info mtree -f'.
+
+        Raises:
+            QmpError: QEMU has gone, or does not answer.
+            UsageError: the command is not a string.
+        """
+        require("command", command, str, "a command of the human monitor")
+        return self._loop.run(self.qemu.monitor(command))
+
     def end(self) -> None:
         """End it before its stage does."""
         self._loop.run(self.qemu.end())
-
-
-@dataclass(frozen=True)
-class RunningQemu(ProofQemu):
-    """A QEMU under a `Stage`. `socket` is a QMP socket of it that nobody uses yet."""
-
-    version: str
-    socket: Path
 
 
 @dataclass(frozen=True)
@@ -104,7 +129,7 @@ class Pair:
         self._stage.run(self._migrate(scenario, timeout_s))
 
     async def _migrate(self, scenario: str, timeout_s: float) -> None:
-        source, destination = self.source.qemu.qmp, self.destination.qemu.qmp
+        source, destination = self.source.qemu, self.destination.qemu
         async for _ in aio.migrate(source, destination, scenario, Limits(timeout_s=timeout_s)):
             pass
 
@@ -121,14 +146,14 @@ class StagedProof:
         self._run = run
 
     @property
-    def source(self) -> ProofQemu:
+    def source(self) -> RunningQemu:
         """The QEMU that is migrated."""
-        return ProofQemu(self._run.qemus[SOURCE], self._stage._loop)
+        return RunningQemu(self._run.qemus[SOURCE], self._stage._loop)
 
     @property
-    def destination(self) -> ProofQemu:
+    def destination(self) -> RunningQemu:
         """The QEMU that it is migrated to."""
-        return ProofQemu(self._run.qemus[DESTINATION], self._stage._loop)
+        return RunningQemu(self._run.qemus[DESTINATION], self._stage._loop)
 
     @property
     def device(self) -> AttachedDevice:
@@ -296,12 +321,10 @@ class Stage:
     async def _start(
         self, name: str, binary: AnyPath | None, arguments: Sequence[str], accelerator: str | None
     ) -> RunningQemu:
-        started = await self._started.enter_async_context(
-            aio.start_qemu(
-                arguments, binary=binary, accelerator=accelerator, name=name, folder=self.folder
-            )
+        qemu = aio.start_qemu(
+            arguments, binary=binary, accelerator=accelerator, name=name, folder=self.folder
         )
-        return RunningQemu(started.qemu, self._loop, started.version, started.socket)
+        return RunningQemu(await self._started.enter_async_context(qemu), self._loop)
 
     @options_as_keywords_of_method(ProofOptions)
     def proof(self, options: ProofOptions) -> StagedProof:
@@ -339,15 +362,18 @@ class Stage:
     ) -> Check:
         """Compare all RAM of two QEMUs after a migration, ours or those behind QMP sockets.
 
-        Without `expect_migration`, any two paused QEMUs are compared.
+        Ours may be of any stage. Without `expect_migration`, any two paused QEMUs are compared.
 
         Raises:
             UsageError: a path is no socket, or both are the same QEMU's.
             UntestableError: they have not migrated, a guest has run since, or memory cannot be
                 read.
         """
-        sockets = _socket_of(source), _socket_of(destination)
-        return self.run(aio.check(*sockets, expect_migration=expect_migration))
+        given = (source, destination)
+        loop = next((it._loop for it in given if isinstance(it, RunningQemu)), self._loop)
+        qemus = [_within(loop, it) for it in given]
+        with room_in(self.folder):
+            return loop.run(aio.check(qemus[0], qemus[1], expect_migration=expect_migration))
 
     def logs(self) -> Iterator[Path]:
         """The logs and command lines of everything that was started."""
@@ -356,5 +382,8 @@ class Stage:
                 yield file
 
 
-def _socket_of(qemu: RunningQemu | AnyPath) -> AnyPath:
-    return qemu.socket if isinstance(qemu, RunningQemu) else qemu
+def _within(loop: LoopThread, qemu: RunningQemu | AnyPath) -> OwnedQemu | AnyPath:
+    """A QEMU's handle in the loop that its QMP session belongs to, and its socket in another."""
+    if not isinstance(qemu, RunningQemu):
+        return qemu
+    return qemu.qemu if qemu._loop is loop else qemu.socket_path

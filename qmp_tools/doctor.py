@@ -37,7 +37,7 @@ from .host.user_folders import cache_folder
 from .qemu.builds import installed
 from .qemu.choice import find_qemu
 from .qemu.machine import MIB, format_memory
-from .qemu.qemu import Qemu
+from .qemu.qemu import idle_qemu
 
 OLDEST_PYTHON: Final = (3, 11)
 _KVM: Final = Path("/dev/kvm")
@@ -304,14 +304,8 @@ def _look_for_qemu(*, ask: bool) -> tuple[str | None, str | None]:
 
 
 async def _version(binary: Path) -> str:
-    with run_folder() as folder:
-        qemu = await Qemu.start(
-            "doctor's", binary, ["-machine", "none"], folder, timeout_s=DEFAULT_TIMEOUT_S
-        )
-        try:
-            return await qemu.qmp.version()
-        finally:
-            await qemu.end()
+    async with idle_qemu("doctor's", binary, timeout_s=DEFAULT_TIMEOUT_S) as qemu:
+        return qemu.version
 
 
 def _look_for_compiler() -> str | None:

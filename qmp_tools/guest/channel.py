@@ -15,7 +15,7 @@ from dmaproof.units import PAGE_BYTES
 
 from ..host.process import log_tail
 from ..host.timeout import bounded
-from ..qemu.qemu import Qemu
+from ..qemu.qemu import OwnedQemu
 from .workload import MOST_HOLD_PAGES
 
 START_ONCE: Final = b"o"
@@ -93,7 +93,7 @@ class GuestChannel:
     `timeout_s` bounds each wait.
     """
 
-    def __init__(self, qemu: Qemu, timeout_s: float) -> None:
+    def __init__(self, qemu: OwnedQemu, timeout_s: float) -> None:
         self.latest: dict[str, GuestReport] = {}
         self.complaints: list[str] = []
         self.hold_pages: list[int] = []

@@ -32,7 +32,7 @@ from avocado import Test
 from dmaproof.errors import UntestableError
 
 from ..arguments import AnyPath
-from ..blocking import ProofQemu, Stage, StagedProof
+from ..blocking import RunningQemu, Stage, StagedProof
 from ..devices.device import AttachedDevice
 from ..exit_codes import EXIT_UNTESTED
 from ..proof.options import OPTIONS, ProofOptions
@@ -49,8 +49,8 @@ class MigrationTest(Test):  # type: ignore[misc]
     :avocado: enable
     """
 
-    source: ProofQemu
-    destination: ProofQemu
+    source: RunningQemu
+    destination: RunningQemu
     device: AttachedDevice
     _started: contextlib.ExitStack
     _stage: Stage

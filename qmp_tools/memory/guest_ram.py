@@ -14,6 +14,7 @@ import contextlib
 import mmap
 import os
 import stat
+import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 from dmaproof.errors import UntestableError
 from dmaproof.page_compare import Extent
 
-from ..qemu.attachment import AttachedQemu
+from ..qemu.qemu import Qemu
 from ..qemu.qmp import QmpRefusal
 from .absent_pages import Absent, absent_in_file, absent_in_process
 from .copied_memory import ProcessMemory, process_memory
@@ -42,14 +43,14 @@ class GuestRam:
     """`regions` is the physical map; `shared` has the regions that stand in a shared file.
 
     `process` is the memory of QEMU's process, where it may be read; what is in neither, QEMU saves.
-    `hvas` are the addresses at which QEMU has its RAM regions mapped, in the order of the map.
+    `hvas` are the addresses at which QEMU has its RAM regions mapped.
     `backends` are QEMU's memory backends (id → bytes), `dimms` its memory devices (id → base
     address and bytes).
     """
 
-    qemu: AttachedQemu
+    qemu: Qemu
     regions: Sequence[MapRegion]
-    hvas: Sequence[int | None]
+    hvas: Mapping[MapRegion, int]
     shared: Mapping[MapRegion, SharedMemory]
     process: ProcessMemory | None
     backends: Mapping[str, int]
@@ -79,8 +80,7 @@ class GuestRam:
 
     def _address(self, region: MapRegion, offset: int, length: int) -> int | None:
         """Where byte `offset` of the region's memory is in QEMU's process, if it may be read."""
-        ram = [region for region in self.regions if region.is_ram]
-        hva = self.hvas[ram.index(region)]
+        hva = self.hvas.get(region)
         if self.process is None or hva is None:
             return None
         address = hva + offset - region.offset
@@ -168,7 +168,7 @@ def _open_plain(file: Path, length: int) -> int | None:
 
 
 @contextlib.asynccontextmanager
-async def guest_ram(qemu: AttachedQemu, folder: Path) -> AsyncIterator[GuestRam]:
+async def guest_ram(qemu: Qemu, folder: Path) -> AsyncIterator[GuestRam]:
     """The RAM of a paused guest; pieces that QEMU saves pass through a folder in `folder`.
 
     Raises:
@@ -177,14 +177,14 @@ async def guest_ram(qemu: AttachedQemu, folder: Path) -> AsyncIterator[GuestRam]
     regions = parse_flat_view(await qemu.monitor("info mtree -f"))
     mappings = await _mappings_of(qemu)
     shared: dict[MapRegion, SharedMemory] = {}
-    hvas: list[int | None] = []
+    hvas: dict[MapRegion, int] = {}
     with contextlib.ExitStack() as stack:
         for region in regions:
             if not region.is_ram:
                 continue
             hva = parse_hva(await qemu.monitor(f"gpa2hva {region.gpa:#x}"))
-            hvas.append(hva)
             if hva is not None:
+                hvas[region] = hva
                 memory = stack.enter_context(shared_memory(qemu.pid, mappings, hva, region.length))
                 if memory:
                     shared[region] = memory
@@ -207,7 +207,7 @@ async def guest_ram(qemu: AttachedQemu, folder: Path) -> AsyncIterator[GuestRam]
         )
 
 
-async def _mappings_of(qemu: AttachedQemu) -> list[ProcessMapping]:
+async def _mappings_of(qemu: Qemu) -> list[ProcessMapping]:
     """The mappings of QEMU's process; none where it is not known, or QEMU can save its memory.
 
     Raises:
@@ -225,10 +225,9 @@ async def _mappings_of(qemu: AttachedQemu) -> list[ProcessMapping]:
         return []
 
 
-def _folder_for(qemu: AttachedQemu, folder: Path) -> Path:
+def _folder_for(qemu: Qemu, folder: Path) -> Path:
     """A folder in `folder` that QEMU can write, and nobody else but this process can read."""
-    own = folder / qemu.name.split()[0]
-    own.mkdir(mode=0o700)
+    own = Path(tempfile.mkdtemp(dir=folder))
     if os.geteuid() == 0 and qemu.pid:
         with contextlib.suppress(OSError):  # without CAP_CHOWN; QEMU then says what it cannot do
             user, group = user_and_group(qemu.pid)

@@ -82,7 +82,7 @@ async def ram_files(qemu: Qemu) -> AsyncIterator[list[RamFile]]:
     Raises:
         UntestableError: one of them is not to be found.
     """
-    name, pid = qemu.process.name, qemu.process.pid
+    name, pid = qemu.name, qemu.pid
     places = {RAM_BACKEND: 0}
     for device in await qemu.qmp.execute("query-memory-devices"):
         backend = str(device["data"]["memdev"]).removeprefix("/objects/")
@@ -91,8 +91,7 @@ async def ram_files(qemu: Qemu) -> AsyncIterator[list[RamFile]]:
     with contextlib.ExitStack() as stack:
         files = []
         for backend, gpa in places.items():
-            told = await qemu.qmp.execute("human-monitor-command", command_line=f"gpa2hva {gpa:#x}")
-            hva = parse_hva(told)
+            hva = parse_hva(await qemu.monitor(f"gpa2hva {gpa:#x}"))
             memory = hva and stack.enter_context(shared_memory(pid, mappings, hva, PAGE_BYTES))
             if not memory:
                 raise UntestableError(f"{name} has no file for its memory backend {backend}")
@@ -103,10 +102,11 @@ async def ram_files(qemu: Qemu) -> AsyncIterator[list[RamFile]]:
 
 async def slots_of(qemu: Qemu, ram: RamFile) -> list[Slot]:
     """Where `ram` stands in the guest's physical map, as `qemu` itself reports it."""
-    view = await qemu.qmp.execute("human-monitor-command", command_line="info mtree -f")
     return [
         Slot(gpa, length, offset, ram.device, ram.inode)
-        for gpa, offset, length in shown_parts(parse_flat_view(view), ram.backend)
+        for gpa, offset, length in shown_parts(
+            parse_flat_view(await qemu.monitor("info mtree -f")), ram.backend
+        )
     ]
 
 

@@ -142,7 +142,7 @@ class Attempt:
         if not self._watches_log:
             return
         source = self.pair.source
-        with vhost_log(source.process.pid, source.process.name, os.O_RDWR) as log:
+        with vhost_log(source.pid, source.name, os.O_RDWR) as log:
             if log is None:  # the migration is over already
                 return
             rings = await used_rings(source.qmp) if self._ring_addresses_are_physical else []

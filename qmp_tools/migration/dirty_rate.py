@@ -23,8 +23,8 @@ from dmaproof.dirty_log import LOG_PAGE_BYTES
 from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError
 
 from ..arguments import require
-from ..qemu.attachment import AttachedQemu
 from ..qemu.machine import MIB
+from ..qemu.qemu import Qemu
 from .vhost_log import vhost_log
 
 _SAMPLING: Final = "page-sampling"
@@ -47,7 +47,7 @@ class DirtyRates:
     devices_seconds: float
 
 
-async def measure(qemu: AttachedQemu, mode: str, seconds: int) -> DirtyRates:
+async def measure(qemu: Qemu, mode: str, seconds: int) -> DirtyRates:
     """Measure for `seconds`.
 
     Raises:
@@ -55,7 +55,7 @@ async def measure(qemu: AttachedQemu, mode: str, seconds: int) -> DirtyRates:
         QmpError: this QEMU does not have the mode, or is measuring already.
         UntestableError: the process may not be looked at, or no result comes.
     """
-    require("qemu", qemu, AttachedQemu, "a QEMU from attach()")
+    require("qemu", qemu, Qemu, "a QEMU from start_qemu() or attach()")
     require("seconds", seconds, int, "whole seconds")
     # Under TCG, QEMU 7.2 dies of dirty-bitmap, and 11.1 always measures 0.
     if mode != _SAMPLING and not (await qemu.qmp.execute("query-kvm"))["enabled"]:

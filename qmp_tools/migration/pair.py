@@ -22,7 +22,7 @@ from ..devices.device import AttachedDevice
 from ..guest.channel import AGAIN, USE_NEW_MEMORY, GuestChannel, GuestGaveUpError
 from ..host.timeout import wait_until
 from ..qemu.machine import DESTINATION, INCOMING, SOURCE, Machine, dimm_arguments
-from ..qemu.qemu import Qemu
+from ..qemu.qemu import OwnedQemu
 from ..qemu.qtest import Qtest
 from ..qemu.vhost_user_trace import trace_arguments, unanswered
 from .alarms import best_reason, with_failure
@@ -67,7 +67,7 @@ class QemuPair:
         self.folder = folder
         self.host = host
         self.timeout_s = timeout_s
-        self.qemus: dict[str, Qemu] = {}
+        self.qemus: dict[str, OwnedQemu] = {}
         self.guests: dict[str, GuestChannel] = {}
         self.qtests: dict[str, Qtest] = {}
         self.attached: dict[str, list[str]] = {}
@@ -83,12 +83,12 @@ class QemuPair:
         """The arguments of the DIMMs that are plugged."""
 
     @property
-    def source(self) -> Qemu:
+    def source(self) -> OwnedQemu:
         """The QEMU that the guest migrates from."""
         return self.qemus[self.source_side]
 
     @property
-    def destination(self) -> Qemu:
+    def destination(self) -> OwnedQemu:
         """The QEMU that the guest migrates to."""
         return self.qemus[self.destination_side]
 
@@ -235,7 +235,7 @@ class QemuPair:
             if self._has_test_channel:
                 fds.append(await self._open_qtest(side, inherited))
                 arguments += Qtest.arguments(fds[0])
-            self.qemus[side] = await Qemu.launch(
+            self.qemus[side] = await OwnedQemu.launch(
                 side,
                 self._binaries[side],
                 arguments,

@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from ..arguments import require
-from ..qemu.attachment import AttachedQemu
 from ..qemu.machine import MIB
+from ..qemu.qemu import Qemu
 from .migration import Progress, parse_progress
 
 
@@ -90,13 +90,13 @@ def _unit(value: float | None, unit: str, digits: int) -> str | None:
     return None if value is None else f"{value:.{digits}f} {unit}"
 
 
-async def watch(qemu: AttachedQemu, interval_s: float) -> AsyncIterator[View]:
+async def watch(qemu: Qemu, interval_s: float) -> AsyncIterator[View]:
     """Looks at the migration every `interval_s` until it is over; waits for one to begin.
 
     Raises:
         QmpError: QEMU goes away, or does not know migrations.
     """
-    require("qemu", qemu, AttachedQemu, "a QEMU from attach()")
+    require("qemu", qemu, Qemu, "a QEMU from start_qemu() or attach()")
     require("interval_s", interval_s, (int, float), "seconds")
     began_s = time.monotonic()
     number = 0

@@ -37,7 +37,8 @@ from ..memory.ram import compare, ram_file
 from ..migration.migration import Limits, Migration, Progress
 from ..migration.scenarios.precopy import Unix
 from ..migration.transport import Ends
-from ..qemu.qemu import Qemu
+from ..qemu.machine import DESTINATION, INCOMING, SOURCE
+from ..qemu.qemu import Qemu, running_qemu
 from ..qemu.qmp import QmpRefusal
 from .fake_device import (
     JOURNAL_ENTRIES,
@@ -130,15 +131,13 @@ def tested_qemu(timeout_s: float) -> TestedQemu:
 
 
 async def _ask_qemu(timeout_s: float) -> TestedQemu:
+    machine = ["-machine", "none"]
     with tempfile.TemporaryDirectory(prefix="l2-") as folder:
-        qemu = await Qemu.start(
-            "tested", _QEMU, ["-machine", "none"], Path(folder), timeout_s=timeout_s
-        )
-        try:
+        async with running_qemu(
+            "tested", _QEMU, machine, Path(folder), timeout_s=timeout_s
+        ) as qemu:
             version = (await qemu.qmp.execute("query-version"))["qemu"]
             properties = await qemu.qmp.execute("device-list-properties", typename="vfio-pci")
-        finally:
-            await qemu.end()
     return TestedQemu(
         f"{version['major']}.{version['minor']}.{version['micro']}",
         frozenset(it["name"] for it in properties),
@@ -271,42 +270,26 @@ async def _migrate(tracking: Tracking, qemu: TestedQemu, timeout_s: float) -> _R
         tempfile.TemporaryDirectory(prefix="l2-") as temporary,
     ):
         folder = Path(temporary)
-        source = await Qemu.start(
-            "source",
-            _QEMU,
-            _arguments(tracking, here, qemu),
-            folder,
-            timeout_s=timeout_s,
-        )
-        try:
-            destination = await Qemu.start(
-                "destination",
-                _QEMU,
-                [*_arguments(tracking, there, qemu), "-incoming", "defer", "-S"],
-                folder,
-                timeout_s=timeout_s,
+        ours = _arguments(tracking, here, qemu)
+        theirs = [*_arguments(tracking, there, qemu), *INCOMING]
+        async with (
+            running_qemu(SOURCE, _QEMU, ours, folder, timeout_s=timeout_s) as source,
+            running_qemu(DESTINATION, _QEMU, theirs, folder, timeout_s=timeout_s) as destination,
+        ):
+            here.start(_ENGINE)
+            syncs, sent = await _hold_and_release(
+                source, destination, here, folder, timeout_s, heard=tracking.heard
             )
-            try:
-                here.start(_ENGINE)
-                syncs, sent = await _hold_and_release(
-                    source, destination, here, folder, timeout_s, heard=tracking.heard
-                )
-                with (
-                    ram_file(source.process.pid, "source") as ours,
-                    ram_file(destination.process.pid, "destination") as theirs,
-                ):
-                    differing = compare(ours, theirs)
-                journal, stats = here.journal(), here.stats()
-                if len(journal) == JOURNAL_ENTRIES:
-                    raise NothingTestedError("the device's journal was full, and it wrote no more")
-                went_on = await _goes_on(
-                    destination, there, int(journal["sequence"][-1]), timeout_s
-                )
-            finally:
-                await destination.end()
-        finally:
-            await source.end()
-            warned = _WARNING in source.process.log.read_text(errors="replace")
+            with (
+                ram_file(source.pid, source.name) as source_ram,
+                ram_file(destination.pid, destination.name) as destination_ram,
+            ):
+                differing = compare(source_ram, destination_ram)
+            journal, stats = here.journal(), here.stats()
+            if len(journal) == JOURNAL_ENTRIES:
+                raise NothingTestedError("the device's journal was full, and it wrote no more")
+            went_on = await _goes_on(destination, there, int(journal["sequence"][-1]), timeout_s)
+        warned = _WARNING in source.process.log.read_text(errors="replace")
     return _Result(differing, journal, sent, stats, syncs, loop.time() - started, went_on, warned)
 
 

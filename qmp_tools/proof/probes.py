@@ -31,8 +31,8 @@ from ..memory.ram import compare, ram_file
 from ..migration.migration import Limits, Migration
 from ..migration.scenarios.precopy import Unix
 from ..migration.transport import Ends
-from ..qemu.machine import GIB, INCOMING, KIB, MIB, Machine, format_memory
-from ..qemu.qemu import Qemu
+from ..qemu.machine import DESTINATION, GIB, INCOMING, KIB, MIB, SOURCE, Machine, format_memory
+from ..qemu.qemu import idle_qemu, running_qemu
 
 _logger = logging.getLogger(__name__)
 
@@ -90,14 +90,8 @@ async def require_x86_64(side: str, qemu: Path, timeout_s: float) -> None:
     """
 
     async def probe() -> int:
-        with run_folder() as folder:
-            running = await Qemu.start(
-                side, qemu, ["-machine", "none"], folder, timeout_s=timeout_s
-            )
-            try:
-                architecture = (await running.qmp.execute("query-target"))["arch"]
-            finally:
-                await running.end()
+        async with idle_qemu(side, qemu, timeout_s=timeout_s) as running:
+            architecture = (await running.qmp.execute("query-target"))["arch"]
         if architecture != "x86_64":
             raise UsageError(
                 f"{qemu} emulates {architecture}, and dmaproof's guests run on x86_64: name a "
@@ -146,21 +140,15 @@ async def _kvm_runs(qemu: Path, guest: Guest, timeout_s: float) -> int:
     )
     disk = ["-blockdev", f"null-co,node-name=disk,size={64 * GIB}"]
     disk += ["-device", "virtio-blk-pci,drive=disk"]
-    with run_folder() as folder:
-        try:
-            running = await Qemu.start(
-                "probe", qemu, [*machine.arguments(), *disk], folder, timeout_s=timeout_s
-            )
-        except UntestableError:
-            return 0
-        try:
-            async with asyncio.timeout(guest.kvm_patience_s):
-                line = await running.report.readline()
-                return int(bool(line) and not line.startswith(b"fatal"))
-        except TimeoutError:
-            return 0
-        finally:
-            await running.end()
+    arguments = [*machine.arguments(), *disk]
+    with run_folder() as folder, contextlib.suppress(UntestableError, TimeoutError):
+        async with (
+            running_qemu("probe", qemu, arguments, folder, timeout_s=timeout_s) as running,
+            asyncio.timeout(guest.kvm_patience_s),
+        ):
+            line = await running.report.readline()
+            return int(bool(line) and not line.startswith(b"fatal"))
+    return 0
 
 
 async def choose_memory(qemu: Path, accelerator: str, wanted_bytes: int, timeout_s: float) -> int:
@@ -213,13 +201,12 @@ async def _count_vcpu_pages_lost(
     )
     arguments = [*before, *machine.arguments()]
     with run_folder() as folder:
-        async with contextlib.AsyncExitStack() as stack:
-            source = await Qemu.start("source", qemu, arguments, folder, timeout_s=timeout_s)
-            stack.push_async_callback(source.end)
-            destination = await Qemu.start(
-                "destination", qemu, [*arguments, *INCOMING], folder, timeout_s=timeout_s
-            )
-            stack.push_async_callback(destination.end)
+        async with (
+            running_qemu(SOURCE, qemu, arguments, folder, timeout_s=timeout_s) as source,
+            running_qemu(
+                DESTINATION, qemu, [*arguments, *INCOMING], folder, timeout_s=timeout_s
+            ) as destination,
+        ):
             late = WaitTimeoutError(
                 f"the probe's guest on {qemu} has said nothing within {timeout_s:g} s"
             )
@@ -236,7 +223,7 @@ async def _count_vcpu_pages_lost(
                     await migration.release()
             await migration.load()
             with (
-                ram_file(source.process.pid, "the probe's source") as source_ram,
-                ram_file(destination.process.pid, "the probe's destination") as destination_ram,
+                ram_file(source.pid, "the probe's source") as source_ram,
+                ram_file(destination.pid, "the probe's destination") as destination_ram,
             ):
                 return len(compare(source_ram, destination_ram))

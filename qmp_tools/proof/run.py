@@ -40,7 +40,7 @@ from ..migration.refused_features import explain_refusal
 from ..migration.scenarios import find_scenario
 from ..migration.state_refusal import StateRefusal, has_refused_state, last_words
 from ..qemu.machine import DESTINATION, SOURCE, format_memory
-from ..qemu.qemu import Qemu
+from ..qemu.qemu import OwnedQemu
 from .attribution import LostPage, slots_in, with_late_dma
 from .comparison import Comparison, compare_guests
 from .continuation import continue_guest
@@ -153,7 +153,7 @@ class ProofRun:
         self._paused: PausedRam | None = None
 
     @property
-    def qemus(self) -> Mapping[str, Qemu]:
+    def qemus(self) -> Mapping[str, OwnedQemu]:
         """The QEMUs of each side that has been started."""
         return self.pair.qemus
 
@@ -227,7 +227,7 @@ class ProofRun:
         qemus = (self.scenario.source_afterwards(self.pair), self.pair.destination)
         all_sent_ns = attempt.all_sent_ns
         return Migrated(
-            versions=[await qemu.qmp.version() for qemu in qemus],
+            versions=[qemu.version for qemu in qemus],
             migration_s=migration_s,
             all_sent_ns=time.monotonic_ns() if all_sent_ns is None else all_sent_ns,
             ended_early=attempt.ended_early,

@@ -1,7 +1,7 @@
 """A QEMU that somebody else started, reached over its QMP socket.
 
 The socket's peer credentials (SO_PEERCRED, unix(7)) name the process that listens, which is QEMU
-unless a supervisor opened the socket for it; whoever uses `pid` has to make sure.
+unless a supervisor opened the socket for it; whoever uses its `pid` has to make sure.
 
 A path that does not lead to a QMP monitor is reported as what it is. What a server says first is
 looked at without being taken from the socket: a QMP monitor opens with a JSON object, a human
@@ -19,14 +19,14 @@ import socket
 import stat
 import struct
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from dmaproof.errors import UntestableError, UsageError
 
 from ..arguments import AnyPath, path_of, require
 from ..host.timeout import DEFAULT_TIMEOUT_S
+from .qemu import Qemu
 from .qmp import Qmp, QmpError
 
 _LOOKED_AT_BYTES: Final = 80
@@ -74,34 +74,10 @@ class LibvirtMonitorError(NoGreetingError):
     """The socket is the monitor that libvirt itself uses."""
 
 
-@dataclass(frozen=True)
-class AttachedQemu:
-    """A QMP session with a running QEMU; `pid` is 0 where the listener cannot be seen from here."""
-
-    qmp: Qmp
-    socket_path: Path
-    pid: int
-    version: str
-
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-        return self.qmp.name
-
-    async def status(self) -> str:
-        """The run state, such as 'running', 'paused' or 'postmigrate'."""
-        answer: dict[str, Any] = await self.qmp.execute("query-status")
-        return str(answer["status"])
-
-    async def monitor(self, command: str) -> str:
-        """What the human monitor prints for `command`."""
-        return str(await self.qmp.execute("human-monitor-command", command_line=command))
-
-
 @contextlib.asynccontextmanager
 async def attach(
     name: str, path: AnyPath, *, timeout_s: float = DEFAULT_TIMEOUT_S
-) -> AsyncIterator[AttachedQemu]:
+) -> AsyncIterator[Qemu]:
     """A session with the QEMU, called `name`, that listens at `path`.
 
     `timeout_s` bounds the wait for each of its answers. The greeting comes at once, or never where
@@ -134,7 +110,7 @@ async def attach(
             raise _no_greeting(name, path, f"({error})") from error
         raise
     try:
-        yield AttachedQemu(qmp, path, pid, await qmp.version())
+        yield Qemu(qmp, pid, path)
     finally:
         await qmp.close()
 

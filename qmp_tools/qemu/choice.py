@@ -12,10 +12,9 @@ from typing import Any, Final
 from dmaproof.errors import UnsupportedError, UntestableError, UsageError
 
 from ..arguments import AnyPath
-from ..host.run_folder import run_folder
 from ..host.timeout import DEFAULT_TIMEOUT_S
 from .builds import QemuBuild, installed
-from .qemu import Qemu
+from .qemu import idle_qemu
 
 _PROGRAM: Final = "qemu-system-x86_64"
 _SYSTEMS: Final = "system"
@@ -108,14 +107,8 @@ async def _machine_types(binary: Path, timeout_s: float) -> dict[str, str]:
     """Machine type or alias → the name of the type; asked once of each QEMU."""
     if binary in _types:
         return _types[binary]
-    with run_folder() as folder:
-        qemu = await Qemu.start(
-            "machine-types", binary, ["-machine", "none"], folder, timeout_s=timeout_s
-        )
-        try:
-            answer: list[dict[str, Any]] = await qemu.qmp.execute("query-machines")
-        finally:
-            await qemu.end()
+    async with idle_qemu("machine-types", binary, timeout_s=timeout_s) as qemu:
+        answer: list[dict[str, Any]] = await qemu.qmp.execute("query-machines")
     types = {machine["name"]: machine["name"] for machine in answer}
     types |= {machine["alias"]: machine["name"] for machine in answer if "alias" in machine}
     _types[binary] = types

@@ -1,15 +1,17 @@
-"""A QEMU process under QMP: started over inherited sockets, ended and reaped whatever happens."""
+"""A QEMU under QMP: anyone's, or one of ours, which is ended and reaped whatever happens."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ..host.process import Process
+from ..host.run_folder import run_folder
 from ..host.timeout import bounded
 from .machine import option_value
 from .qmp import Qmp, QmpError, QmpTimeoutError
@@ -19,41 +21,52 @@ _PLUGGED_BY: Final = {"-object": "object_add", "-device": "device_add"}
 
 
 class Qemu:
-    """A running QEMU.
+    """A QEMU that answers on `qmp`, whoever started it.
 
-    `report` is its second serial port (COM2) as a stream: the channel on which our guests tell what
-    they see. The first serial port goes to ``<name>-console.log`` in the run's folder.
+    `pid` is its process, or 0 where that cannot be seen from here. `socket_path` is the path of a
+    QMP socket of it.
     """
 
-    def __init__(self, process: Process, qmp: Qmp, console: Path) -> None:
-        self.process = process
+    def __init__(self, qmp: Qmp, pid: int, socket_path: Path) -> None:
         self.qmp = qmp
+        self.pid = pid
+        self.socket_path = socket_path
+
+    @property
+    def name(self) -> str:
+        """What messages call it, such as 'source QEMU'."""
+        return self.qmp.name
+
+    @property
+    def version(self) -> str:
+        """QEMU's version, with its packager's where it has one: '7.2.22 Debian …'."""
+        return self.qmp.version
+
+    async def status(self) -> str:
+        """The run state, such as 'running', 'paused' or 'postmigrate'."""
+        answer: dict[str, Any] = await self.qmp.execute("query-status")
+        return str(answer["status"])
+
+    async def monitor(self, command: str) -> str:
+        """What the human monitor prints for `command`."""
+        return str(await self.qmp.execute("human-monitor-command", command_line=command))
+
+
+class OwnedQemu(Qemu):
+    """A QEMU whose process is ours.
+
+    Nobody uses its QMP socket at `socket_path` yet: our session has a socket of its own. `report`
+    is its second serial port (COM2) as a stream: the channel on which our guests tell what they
+    see. The first serial port goes to ``<name>-console.log`` in the run's folder.
+    """
+
+    def __init__(self, process: Process, qmp: Qmp, console: Path, socket_path: Path) -> None:
+        super().__init__(qmp, process.pid, socket_path)
+        self.process = process
         self.console = console
         self._unconnected: socket.socket | None = None
         self.report: asyncio.StreamReader
         self.report_input: asyncio.StreamWriter
-
-    @classmethod
-    async def start(
-        cls,
-        name: str,
-        binary: Path,
-        arguments: Sequence[str],
-        folder: Path,
-        *,
-        timeout_s: float,
-    ) -> Qemu:
-        """Start `binary` as '`name` QEMU' with `arguments` and our QMP and serial channels.
-
-        QMP runs over a socket pair: no path, no retries, and a wrong command line is an immediate
-        end of file with QEMU's own words in the log. `timeout_s` bounds each wait for an answer.
-
-        Raises:
-            UntestableError: it could not be started, or does not answer on QMP.
-        """
-        qemu = await cls.launch(name, binary, arguments, folder, timeout_s=timeout_s)
-        await qemu.connect()
-        return qemu
 
     @classmethod
     async def launch(
@@ -65,10 +78,19 @@ class Qemu:
         *,
         timeout_s: float,
         pass_fds: Sequence[int] = (),
-    ) -> Qemu:
-        """Start it as `start` does, without waiting for it on QMP: `connect` has to follow.
+    ) -> OwnedQemu:
+        """Start a QEMU without waiting for it on QMP: `connect` has to follow.
 
-        It inherits the file descriptors `pass_fds`, which `arguments` may name.
+        Our QMP session runs over a socket pair: no path, no retries, and a wrong command line is an
+        immediate end of file with QEMU's own words in the log.
+
+        Args:
+            name: what it is called, before 'QEMU'.
+            binary: the program.
+            arguments: its arguments, next to those of our QMP session and serial ports.
+            folder: where its logs and its second QMP socket are.
+            timeout_s: bounds the wait for each of its answers, in seconds.
+            pass_fds: the file descriptors that it inherits, which `arguments` may name.
 
         Raises:
             UntestableError: it could not be started.
@@ -76,6 +98,7 @@ class Qemu:
         ours_qmp, theirs_qmp = socket.socketpair()
         ours_report, theirs_report = socket.socketpair()
         console = folder / f"{name}-console.log"
+        socket_path = folder / f"{name}-qmp.sock"
         command = [
             os.fspath(binary),
             "-nodefaults",
@@ -83,6 +106,7 @@ class Qemu:
             "none",
             *("-chardev", f"socket,id=qmp,fd={theirs_qmp.fileno()}"),
             *("-mon", "chardev=qmp,mode=control"),
+            *("-qmp", f"unix:{option_value(socket_path)},server=on,wait=off"),
             *("-chardev", f"file,id=console,path={option_value(console)}"),
             *("-serial", "chardev:console"),
             *("-chardev", f"socket,id=report,fd={theirs_report.fileno()}"),
@@ -98,7 +122,7 @@ class Qemu:
                 pass_fds=(theirs_qmp.fileno(), theirs_report.fileno(), *pass_fds),
             )
         process.more_logs = (console,)  # a guest that fails early has nothing else to say it on
-        qemu = cls(process, Qmp(f"{name} QEMU", timeout_s), console)
+        qemu = cls(process, Qmp(f"{name} QEMU", timeout_s), console, socket_path)
         qemu._unconnected = ours_qmp
         try:
             qemu.report, qemu.report_input = await asyncio.open_connection(sock=ours_report)
@@ -107,13 +131,13 @@ class Qemu:
             raise
         return qemu
 
-    def successor(self) -> Qemu:
+    def successor(self) -> OwnedQemu:
         """What the same process is once it has executed QEMU anew; its QMP is not connected yet.
 
         The serial channel's socket is inherited.
         """
         qmp = Qmp(f"{self.process.name}, executed anew,", self.qmp.timeout_s)
-        successor = Qemu(self.process, qmp, self.console)
+        successor = OwnedQemu(self.process, qmp, self.console, self.socket_path)
         successor.report, successor.report_input = self.report, self.report_input
         return successor
 
@@ -161,9 +185,8 @@ class Qemu:
         """
         for option, value in zip(arguments[::2], arguments[1::2], strict=True):
             command = f"{_PLUGGED_BY[option]} {value}"
-            told = await self.qmp.execute("human-monitor-command", command_line=command)
-            if told.strip():
-                raise QmpError(f"{self.process.name} refused {command}: {told.strip()}")
+            if refusal := (await self.monitor(command)).strip():
+                raise QmpError(f"{self.process.name} refused {command}: {refusal}")
 
     async def end(self) -> None:
         """End the process if it still runs, and let go of its sockets."""
@@ -173,3 +196,38 @@ class Qemu:
         await self.qmp.close()
         if hasattr(self, "report_input"):
             self.report_input.close()
+
+
+@contextlib.asynccontextmanager
+async def running_qemu(
+    name: str,
+    binary: Path,
+    arguments: Sequence[str],
+    folder: Path,
+    *,
+    timeout_s: float,
+) -> AsyncIterator[OwnedQemu]:
+    """A QEMU that answers on QMP, for as long as the context lasts; see `OwnedQemu.launch`.
+
+    Raises:
+        UntestableError: it could not be started, or does not answer on QMP.
+    """
+    qemu = await OwnedQemu.launch(name, binary, arguments, folder, timeout_s=timeout_s)
+    await qemu.connect()
+    try:
+        yield qemu
+    finally:
+        await qemu.end()
+
+
+@contextlib.asynccontextmanager
+async def idle_qemu(name: str, binary: Path, *, timeout_s: float) -> AsyncIterator[OwnedQemu]:
+    """A QEMU without a machine, which can be asked what it is able to do.
+
+    Raises:
+        UntestableError: it could not be started, or does not answer on QMP.
+    """
+    with run_folder() as folder:
+        machine = ["-machine", "none"]
+        async with running_qemu(name, binary, machine, folder, timeout_s=timeout_s) as qemu:
+            yield qemu

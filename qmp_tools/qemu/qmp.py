@@ -89,7 +89,8 @@ class Qmp:
             raise QmpError(f"{self.name} took no file descriptor: {error}") from error
         await self.execute("getfd", fdname=name)
 
-    async def version(self) -> str:
+    @property
+    def version(self) -> str:
         """QEMU's version, with its packager's where it has one: '7.2.22 Debian …'.
 
         The greeting has it, so a QEMU that has ended is still known by it.

@@ -34,7 +34,9 @@ from ..memory.copied_memory import PIECE_BYTES
 from ..memory.guest_ram import GuestRam, guest_ram
 from ..memory.physical_map import CommonRange, MapRegion, common_ranges, hidden_parts, is_backend
 from ..memory.ram_blocks import RamBlock, block_of, known_tcg_loss, parse_ram_blocks
-from ..qemu.attachment import AttachedQemu, attach
+from ..qemu.attachment import attach
+from ..qemu.machine import DESTINATION, SOURCE
+from ..qemu.qemu import Qemu
 from .discarded import Discarder, discarders, sort_differences
 from .known_differences import known_difference
 from .migrated import GuestHasRunError, has_run, require_migrated, require_paused
@@ -96,7 +98,7 @@ class NotCompared:
 
 @dataclass(frozen=True)
 class Side:
-    """What was found at one of the sockets.
+    """What was found of one of the QEMUs; `socket` is the path of its QMP socket.
 
     Of the RAM, `in_place_bytes` were read where they are, `copied_bytes` were copied from QEMU's
     process, and `saved_bytes` QEMU saved.
@@ -181,17 +183,17 @@ class Check:
 
 
 async def check(
-    source_socket: AnyPath,
-    destination_socket: AnyPath,
+    source: Qemu | AnyPath,
+    destination: Qemu | AnyPath,
     *,
     expect_migration: bool = True,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Check:
-    """Compare the RAM of the QEMUs behind two QMP sockets.
+    """Compare the RAM of two QEMUs: handles of them, or the paths of their QMP sockets.
 
     They must be paused as their migration left them. Without `expect_migration`, any two paused
-    QEMUs are compared, such as two that were started alike. `timeout_s` bounds the wait for each of
-    their answers.
+    QEMUs are compared, such as two that were started alike. `timeout_s` bounds the wait for each
+    answer from a socket that is given by its path.
 
     Raises:
         UsageError: a path is none, or not of a QMP socket, both are the same QEMU's, or they are in
@@ -200,26 +202,32 @@ async def check(
         GuestHasRunError: a guest has run since, or pages differ and it may have.
         UntestableError: the sizes or maps differ, or memory cannot be read.
     """
-    source_socket = path_of("source", source_socket)
-    destination_socket = path_of("destination", destination_socket)
-    with contextlib.suppress(OSError):  # what is wrong with a socket, attaching to it tells
-        if source_socket.samefile(destination_socket):
-            raise UsageError(f"{source_socket} is given for both sides")
+    given = {
+        side: qemu if isinstance(qemu, Qemu) else path_of(side, qemu)
+        for side, qemu in ((SOURCE, source), (DESTINATION, destination))
+    }
+    _refuse_one_socket(*given.values())
     async with contextlib.AsyncExitStack() as stack:
         folder = stack.enter_context(run_folder())
-        source, destination = [
-            await stack.enter_async_context(attach(name, path, timeout_s=timeout_s))
-            for name, path in (
-                ("source QEMU", source_socket),
-                ("destination QEMU", destination_socket),
-            )
+        sides = [
+            qemu
+            if isinstance(qemu, Qemu)
+            else await stack.enter_async_context(attach(f"{side} QEMU", qemu, timeout_s=timeout_s))
+            for side, qemu in given.items()
         ]
-        return await check_attached(source, destination, folder, expect_migration=expect_migration)
+        return await compare_ram(sides[0], sides[1], folder, expect_migration=expect_migration)
 
 
-async def check_attached(
-    source_qemu: AttachedQemu,
-    destination_qemu: AttachedQemu,
+def _refuse_one_socket(source: Qemu | Path, destination: Qemu | Path) -> None:
+    if isinstance(source, Path) and isinstance(destination, Path):
+        with contextlib.suppress(OSError):  # attaching to a socket says what is wrong with it
+            if source.samefile(destination):
+                raise UsageError(f"{source} is given for both sides")
+
+
+async def compare_ram(
+    source_qemu: Qemu,
+    destination_qemu: Qemu,
     folder: Path,
     *,
     expect_migration: bool = True,
@@ -282,7 +290,7 @@ async def check_attached(
         return outcome
 
 
-async def _require_comparable(qemus: Sequence[AttachedQemu], expect_migration: bool) -> None:
+async def _require_comparable(qemus: Sequence[Qemu], expect_migration: bool) -> None:
     if expect_migration:
         await require_migrated(*qemus)
         return
@@ -290,12 +298,12 @@ async def _require_comparable(qemus: Sequence[AttachedQemu], expect_migration: b
         await require_paused(qemu)
 
 
-async def _accelerator(qemu: AttachedQemu) -> str:
+async def _accelerator(qemu: Qemu) -> str:
     answer = await qemu.qmp.execute("query-kvm")
     return "kvm" if answer["enabled"] else "other"
 
 
-async def _ram_blocks(qemu: AttachedQemu) -> list[RamBlock]:
+async def _ram_blocks(qemu: Qemu) -> list[RamBlock]:
     """The RAM blocks of `qemu`; none where its human monitor does not tell them."""
     with contextlib.suppress(UntestableError):
         return parse_ram_blocks(await qemu.monitor("info ramblock"))

@@ -23,8 +23,8 @@ from dmaproof.units import PAGE_BYTES
 
 from ..memory.guest_ram import GuestRam
 from ..memory.physical_map import CommonRange, is_backend
-from ..qemu.attachment import AttachedQemu
 from ..qemu.machine import MIB
+from ..qemu.qemu import Qemu
 
 _FOLDERS: Final = ("/machine/peripheral", "/machine/peripheral-anon")
 _BALLOON: Final = "child<virtio-balloon-device>"
@@ -60,7 +60,7 @@ class Sorted(NamedTuple):
     undecided: NDArray[np.int64]
 
 
-async def discarders(qemu: AttachedQemu) -> list[Discarder]:
+async def discarders(qemu: Qemu) -> list[Discarder]:
     """The devices by which the guest of `qemu` may give memory back, with an id or without.
 
     A balloon that the guest has no driver for is none of them.
@@ -92,12 +92,12 @@ def guest_drives_balloon(flat_views: str) -> bool:
     return not of_balloons or any(_NO_VIEW not in view for view in of_balloons)
 
 
-async def _properties(qemu: AttachedQemu, path: str) -> list[dict[str, Any]]:
+async def _properties(qemu: Qemu, path: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = await qemu.qmp.execute("qom-list", path=path)
     return found
 
 
-async def _balloon(qemu: AttachedQemu, path: str, properties: set[str]) -> Discarder:
+async def _balloon(qemu: Qemu, path: str, properties: set[str]) -> Discarder:
     options = [
         option
         for option in ("free-page-reporting", "free-page-hint")

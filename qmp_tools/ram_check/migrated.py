@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from dmaproof.errors import UntestableError, UsageError
 
-from ..qemu.attachment import AttachedQemu
+from ..qemu.qemu import Qemu
 from ..qemu.qmp import QmpRefusal
 
 _BLOCKS: Final = re.compile(r"^TB count +(\d+)", re.MULTILINE)
@@ -42,7 +42,7 @@ class GuestHasRunError(UntestableError):
     """A guest has run since the migration, or may have."""
 
 
-async def require_paused(qemu: AttachedQemu) -> None:
+async def require_paused(qemu: Qemu) -> None:
     """Raise where the guest runs.
 
     Raises:
@@ -55,7 +55,7 @@ async def require_paused(qemu: AttachedQemu) -> None:
         )
 
 
-async def require_migrated(source: AttachedQemu, destination: AttachedQemu) -> None:
+async def require_migrated(source: Qemu, destination: Qemu) -> None:
     """Raise unless both are paused since a migration that is complete.
 
     Raises:
@@ -101,7 +101,7 @@ def _is_complete(migration: dict[str, Any]) -> bool:
     return migration.get("status") == "completed"
 
 
-def _incomplete(qemu: AttachedQemu, migration: dict[str, Any]) -> str:
+def _incomplete(qemu: Qemu, migration: dict[str, Any]) -> str:
     status = migration.get("status", "none")
     if status == "none":
         return (
@@ -114,11 +114,11 @@ def _incomplete(qemu: AttachedQemu, migration: dict[str, Any]) -> str:
     )
 
 
-def _whole_name(qemu: AttachedQemu) -> str:
+def _whole_name(qemu: Qemu) -> str:
     return f"{qemu.name} ({qemu.socket_path})"
 
 
-async def has_run(qemu: AttachedQemu) -> bool | None:
+async def has_run(qemu: Qemu) -> bool | None:
     """Whether the guest has run in this process; None where the accelerator does not tell."""
     if (await qemu.qmp.execute("query-kvm"))["enabled"]:
         return await _has_exited(qemu)
@@ -126,7 +126,7 @@ async def has_run(qemu: AttachedQemu) -> bool | None:
     return int(blocks[1]) > 0 if blocks else None
 
 
-async def _has_exited(qemu: AttachedQemu) -> bool | None:
+async def _has_exited(qemu: Qemu) -> bool | None:
     try:
         answer = await qemu.qmp.execute(
             "query-stats", target="vcpu", providers=[{"provider": "kvm", "names": [*_EXITS]}]

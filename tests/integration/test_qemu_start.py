@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qmp_tools.qemu.qemu import Qemu
+from qmp_tools.qemu.qemu import running_qemu
 from qmp_tools.qemu.qmp import QmpError, QmpTimeoutError
 
 CLOSES_QMP = (
@@ -21,7 +21,12 @@ def start(folder: Path, script: str, timeout_s: float) -> None:
     program = folder / "qemu"
     program.write_text(f"#!/bin/bash\n{script}\n")
     program.chmod(0o755)
-    asyncio.run(Qemu.start("source", program, [], folder, timeout_s=timeout_s))
+
+    async def start_it() -> None:
+        async with running_qemu("source", program, [], folder, timeout_s=timeout_s):
+            pass
+
+    asyncio.run(start_it())
 
 
 def test_a_qemu_that_ends_late_is_waited_for(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from qmp_tools.guest.workload import PATTERNS, Workload
 from qmp_tools.host.timeout import DEFAULT_TIMEOUT_S
 from qmp_tools.qemu.choice import find_qemu
 from qmp_tools.qemu.machine import MIB, Machine
-from qmp_tools.qemu.qemu import Qemu
+from qmp_tools.qemu.qemu import running_qemu
 from support.command import Tool
 
 
@@ -44,14 +44,13 @@ async def _boot(
     )
     try:
         disk = EmulatedDevice(DeviceOptions(), ring=ring).qemu_arguments(socket)
-        qemu = await Qemu.start(
+        async with running_qemu(
             "source",
             find_qemu(None),
             [*machine_arguments, *disk, *arguments],
             folder,
             timeout_s=DEFAULT_TIMEOUT_S,
-        )
-        try:
+        ) as qemu:
             channel = GuestChannel(qemu, DEFAULT_TIMEOUT_S)
             await channel.tell(START_ONCE)
             await channel.wait_for(
@@ -62,8 +61,6 @@ async def _boot(
             accepted = device.accepted_features("source")
             assert accepted is not None
             assert bool(accepted & F_RING_PACKED) is (ring == "packed")
-        finally:
-            await qemu.end()
     finally:
         await device.end()
     return channel

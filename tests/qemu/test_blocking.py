@@ -48,13 +48,17 @@ def test_a_check_returns_when_it_has_compared(
     with Stage() as stage:
         pair = stage.pair(["-machine", "q35", "-m", "64"], accelerator="tcg")
         pair.migrate()
-        sockets = [str(pair.source.socket), str(pair.destination.socket)]
+        sockets = [str(pair.source.socket_path), str(pair.destination.socket_path)]
         assert check(*sockets).exit_code == 0
-        answer = pair.destination.execute("human-monitor-command", command_line="gpa2hva 0x2345000")
+        answer = pair.destination.monitor("gpa2hva 0x2345000")
         with Path(f"/proc/{pair.destination.pid}/mem").open("r+b", buffering=0) as memory:
             memory.seek(int(answer.split()[-1], 16))
             memory.write(b"lost")
         assert check(*sockets).differing == 1
+        with Stage() as other:
+            for its_stage in (stage, other):
+                for source in (pair.source, pair.source.socket_path):
+                    assert its_stage.check(source, pair.destination).differing == 1
         with pytest.raises(UsageError, match="source: expected a path, got 7"):
             stage.check(7, pair.destination)  # type: ignore[arg-type]
         with pytest.raises(UsageError, match="got the string '-m 64'"):

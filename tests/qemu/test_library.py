@@ -52,7 +52,7 @@ def test_the_example_for_a_qemu_that_runs_already(
     monkeypatch.setattr("tempfile.tempdir", str(tool.folder))
     with Stage() as stage:
         qemu = stage.qemu(["-machine", "q35", "-m", "64"], accelerator="tcg")
-        assert re.fullmatch(TOLD[RUNS_ALREADY], run(RUNS_ALREADY, tool, str(qemu.socket)))
+        assert re.fullmatch(TOLD[RUNS_ALREADY], run(RUNS_ALREADY, tool, str(qemu.socket_path)))
 
 
 def test_every_example_of_the_page_is_tested() -> None:

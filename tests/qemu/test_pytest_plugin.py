@@ -28,7 +28,7 @@ def test_differs(migration_pair, ram_check):
     answer = pair.destination.execute("human-monitor-command", command_line="gpa2hva 0x2345000")
     with open(f"/proc/{pair.destination.pid}/mem", "r+b", buffering=0) as memory:
         os.pwrite(memory.fileno(), b"!", int(answer.split()[-1], 16))
-    ram_check(str(pair.source.socket), pair.destination.socket)
+    ram_check(str(pair.source.socket_path), pair.destination.socket_path)
 
 @pytest.mark.tcg
 def test_survives(vhost_user_blk):

@@ -15,7 +15,7 @@ from qmp_tools.migration.scenarios.refused import PostcopyRam
 from qmp_tools.qemu.builds import installed
 from qmp_tools.qemu.choice import find_qemu
 from qmp_tools.qemu.machine import DIMM_BYTES, GIB
-from qmp_tools.qemu.qemu import Qemu
+from qmp_tools.qemu.qemu import idle_qemu
 from support.command import Outcome, Tool
 
 SCENARIOS = {name: find_scenario(name) for name in known_scenarios()}
@@ -28,20 +28,15 @@ def prove(tool: Tool, way: str, *arguments: str) -> Outcome:
 
 
 @pytest.fixture(scope="module")
-def known_capabilities(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+def known_capabilities() -> set[str]:
     """Those that the system's QEMU itself names."""
-    return asyncio.run(_ask(tmp_path_factory.mktemp("c")))
+    return asyncio.run(_ask())
 
 
-async def _ask(folder: Path) -> set[str]:
-    qemu = await Qemu.start(
-        "idle", find_qemu(None), ["-machine", "none"], folder, timeout_s=DEFAULT_TIMEOUT_S
-    )
-    try:
+async def _ask() -> set[str]:
+    async with idle_qemu("idle", find_qemu(None), timeout_s=DEFAULT_TIMEOUT_S) as qemu:
         answer: list[dict[str, Any]] = await qemu.qmp.execute("query-migrate-capabilities")
         return {it["capability"] for it in answer}
-    finally:
-        await qemu.end()
 
 
 @pytest.mark.parametrize("way", SCENARIOS)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from qmp_tools.memory.physical_map import MapRegion
-from qmp_tools.qemu.attachment import AttachedQemu
+from qmp_tools.qemu.qemu import Qemu
 
 
 def _do_nothing() -> None:
@@ -51,9 +51,9 @@ class SimulatedQemu:
         return self
 
     @property
-    def attached(self) -> AttachedQemu:
+    def attached(self) -> Qemu:
         """As those take it who read its RAM."""
-        return cast(AttachedQemu, self)
+        return cast(Qemu, self)
 
     async def execute(self, command: str, **arguments: Any) -> Any:
         """Answer a QMP command."""

@@ -19,7 +19,7 @@ import pytest
 
 from dmaproof.errors import UntestableError
 from qmp_tools.memory.physical_map import MapRegion
-from qmp_tools.ram_check.check import Check, NotCompared, check_attached
+from qmp_tools.ram_check.check import Check, NotCompared, compare_ram
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 from support.simulated_qemu import SimulatedQemu
 
@@ -79,7 +79,7 @@ class Sides:
 
     def check(self) -> Check:
         sides = (self.source.attached, self.destination.attached)
-        return asyncio.run(check_attached(*sides, self._folder))
+        return asyncio.run(compare_ram(*sides, self._folder))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 
 from dmaproof.errors import UntestableError, UsageError
 from qmp_tools.memory.physical_map import MapRegion
-from qmp_tools.ram_check.check import Check, check, check_attached
+from qmp_tools.ram_check.check import Check, check, compare_ram
 from qmp_tools.ram_check.migrated import GuestHasRunError, NotMigratedError
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 from support.simulated_qemu import SimulatedQemu
@@ -45,7 +45,7 @@ class Sides:
 
     def check(self, *, expect_migration: bool = True) -> Check:
         return asyncio.run(
-            check_attached(
+            compare_ram(
                 self.source.attached,
                 self.destination.attached,
                 self._folder,

@@ -19,7 +19,7 @@ from qmp_tools.memory.absent_pages import absent_in_file, absent_in_process
 from qmp_tools.memory.guest_ram import GuestRam
 from qmp_tools.memory.physical_map import CommonRange, MapRegion
 from qmp_tools.memory.process_memory import SharedMemory, mappings_of
-from qmp_tools.qemu.attachment import AttachedQemu
+from qmp_tools.qemu.qemu import Qemu
 from qmp_tools.ram_check.discarded import (
     Discarder,
     discarders,
@@ -42,9 +42,9 @@ def ram(data: dict[int, bytes], kind: str = "ram") -> GuestRam:
     region = MapRegion(BASE, PAGES * PAGE, kind, "ram0")
     status = os.fstat(fd)
     return GuestRam(
-        qemu=cast(AttachedQemu, None),
+        qemu=cast(Qemu, None),
         regions=[region],
-        hvas=[None],
+        hvas={},
         shared={region: SharedMemory(fd, 0, status.st_dev, status.st_ino)},
         process=None,
         backends={"ram0": PAGES * PAGE},
@@ -199,11 +199,11 @@ class Devices:
 
 
 def test_devices_are_found_whatever_they_are_called() -> None:
-    found = asyncio.run(discarders(cast(AttachedQemu, Devices(USED))))
+    found = asyncio.run(discarders(cast(Qemu, Devices(USED))))
     virtio_mem = Discarder("virtio-mem without an id", 1 << 32, 5 << 30, 1 << 21)
     assert found == [
         Discarder("balloon b (free-page-hint)", unsent_block_bytes=4 << 20, hints=True),
         Discarder("balloon device[0]"),
         virtio_mem,
     ]
-    assert asyncio.run(discarders(cast(AttachedQemu, Devices(UNUSED)))) == [virtio_mem]
+    assert asyncio.run(discarders(cast(Qemu, Devices(UNUSED)))) == [virtio_mem]

@@ -18,7 +18,7 @@ from qmp_tools.guest.channel import (
     parse_line,
 )
 from qmp_tools.host.process import log_tail
-from qmp_tools.qemu.qemu import Qemu
+from qmp_tools.qemu.qemu import OwnedQemu
 
 
 def listen_to(said: bytes, timeout_s: float) -> GuestChannel:
@@ -28,7 +28,7 @@ def listen_to(said: bytes, timeout_s: float) -> GuestChannel:
     qemu = SimpleNamespace(
         report=report, process=SimpleNamespace(name="source QEMU"), console=Path("/nowhere")
     )
-    return GuestChannel(cast(Qemu, qemu), timeout_s)
+    return GuestChannel(cast(OwnedQemu, qemu), timeout_s)
 
 
 async def hear(said: bytes) -> GuestChannel:

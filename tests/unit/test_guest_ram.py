@@ -59,7 +59,8 @@ class Ram:
         self.process = stack.enter_context(process_memory(os.getpid(), "me", mappings))
 
     def _guest_ram(self, **more: Any) -> GuestRam:
-        parts: dict[str, Any] = {"shared": {}, "process": None, "hvas": [*self.hvas.values()]}
+        hvas = {LOW_REGION: self.hvas[0], HIGH_REGION: self.hvas[HIGH]}
+        parts: dict[str, Any] = {"shared": {}, "process": None, "hvas": hvas}
         return GuestRam(
             qemu=self.qemu.attached,
             regions=REGIONS,
@@ -140,14 +141,14 @@ def test_memory_that_the_map_hides_is_beyond_qemus_own_saving(ram: Ram) -> None:
 
 
 def test_memory_without_a_host_address_is_not_read_from_the_process(ram: Ram) -> None:
-    guest = replace(ram.in_process(), hvas=[None, ram.hvas[HIGH]])
+    guest = replace(ram.in_process(), hvas={HIGH_REGION: ram.hvas[HIGH]})
     assert asyncio.run(guest.backend_extent(LOW_REGION, 0, PAGE)) is None
     assert asyncio.run(guest.backend_extent(HIGH_REGION, 8 * PAGE, PAGE)) is not None
     assert guest.copied == [HIGH_REGION]
 
 
 def test_memory_that_is_not_mapped_is_not_read_from_the_process(ram: Ram) -> None:
-    guest = replace(ram.in_process(), hvas=[PAGE, ram.hvas[HIGH]])
+    guest = replace(ram.in_process(), hvas={LOW_REGION: PAGE, HIGH_REGION: ram.hvas[HIGH]})
     assert asyncio.run(guest.backend_extent(LOW_REGION, 0, PAGE)) is None
 
 
@@ -260,7 +261,7 @@ def test_a_qemu_is_asked_for_its_ram(ram: Ram, tmp_path: Path) -> None:
     ram.qemu.backends = [{"id": "ram0", "size": PAGES * PAGE}, {"size": PAGE}]
     found, mode = found_in(ram, tmp_path)
     assert found.regions == REGIONS
-    assert found.hvas == [ram.hvas[0], ram.hvas[HIGH]]
+    assert found.hvas == {LOW_REGION: ram.hvas[0], HIGH_REGION: ram.hvas[HIGH]}
     assert found.backends == {"ram0": PAGES * PAGE}
     assert found.dimms == {
         "dimm0": (HIGH, PAGE),
@@ -268,7 +269,7 @@ def test_a_qemu_is_asked_for_its_ram(ram: Ram, tmp_path: Path) -> None:
         "other": (0, PAGE),
     }
     assert found.process is not None
-    assert (found.folder, mode) == (tmp_path / "source", 0o700)
+    assert (found.folder.parent, mode) == (tmp_path, 0o700)
 
 
 def test_ram_in_a_file_is_found_by_its_host_address(ram: Ram, tmp_path: Path) -> None:
@@ -282,7 +283,7 @@ def test_ram_in_a_file_is_found_by_its_host_address(ram: Ram, tmp_path: Path) ->
 def test_ram_that_qemu_does_not_place_has_no_host_address(ram: Ram, tmp_path: Path) -> None:
     ram.qemu.hvas = {HIGH: ram.hvas[HIGH]}
     found, _ = found_in(ram, tmp_path)
-    assert found.hvas == [None, ram.hvas[HIGH]]
+    assert found.hvas == {HIGH_REGION: ram.hvas[HIGH]}
     assert found.copied == [HIGH_REGION]
 
 
@@ -346,7 +347,7 @@ def test_a_qemu_of_another_user_is_out_of_reach(
 @pytest.mark.parametrize(
     ("euid", "pid", "owners"),
     [
-        (0, os.getpid(), [("source", QEMUS_USER, QEMUS_USER + 1)]),
+        (0, os.getpid(), [(QEMUS_USER, QEMUS_USER + 1)]),
         (0, 0, []),
         (QEMUS_USER, os.getpid(), []),
         (1, os.getpid(), []),
@@ -359,16 +360,16 @@ def test_root_gives_the_folder_for_saved_pieces_to_qemus_user(
     monkeypatch: pytest.MonkeyPatch,
     euid: int,
     pid: int,
-    owners: list[tuple[str, int, int]],
+    owners: list[tuple[int, int]],
 ) -> None:
     """That user must be able to pass through the folder around it, but not to list that."""
-    given: list[tuple[str, int, int]] = []
-    monkeypatch.setattr(os, "chown", lambda path, *owner: given.append((path.name, *owner)))
+    given: list[tuple[Path, int, int]] = []
+    monkeypatch.setattr(os, "chown", lambda path, *owner: given.append((path.parent, *owner)))
     become(monkeypatch, euid)
     tmp_path.chmod(0o700)
     ram.qemu.pid = pid
     _, mode = found_in(ram, tmp_path)
-    assert (given, mode) == (owners, 0o700)
+    assert (given, mode) == ([(tmp_path, *owner) for owner in owners], 0o700)
     assert tmp_path.stat().st_mode & 0o777 == (0o711 if owners else 0o700)
 
 
@@ -384,5 +385,7 @@ def test_root_without_the_right_to_give_a_folder_away_goes_on(
 
 
 def test_private_memory_that_is_not_mapped_in_whole_is_not_taken_for_absent(ram: Ram) -> None:
-    found = replace(ram.in_process(), hvas=[PAGE, PAGE]).absent(LOW_REGION, 0, 2)
+    found = replace(ram.in_process(), hvas={LOW_REGION: PAGE, HIGH_REGION: PAGE}).absent(
+        LOW_REGION, 0, 2
+    )
     assert (found.absent.tolist(), found.certain) == ([False, False], False)

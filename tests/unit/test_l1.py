@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,6 @@ from dmaproof.errors import UntestableError, WaitTimeoutError
 from qmp_tools.guest.build import prune
 from qmp_tools.passthrough.l1 import machine, stock
 from qmp_tools.passthrough.l1.kernel import KERNELS
-from qmp_tools.qemu.qemu import Qemu
 
 DAY_S = 24 * 3600
 
@@ -109,17 +110,14 @@ def test_where_the_kernel_cannot_be_built_the_stock_one_serves(
 def test_an_l1_that_goes_silent_is_given_up_with_its_last_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def start(*arguments: object, timeout_s: float) -> SimpleNamespace:
+    @contextlib.asynccontextmanager
+    async def silent_qemu(*arguments: object, timeout_s: float) -> AsyncIterator[SimpleNamespace]:
         report = asyncio.StreamReader()
         report.feed_data(b"ok\tfirst\nok\tsecond\n")
-
-        async def end() -> None:
-            report.feed_eof()
-
         process = SimpleNamespace(died=asyncio.get_running_loop().create_future())
-        return SimpleNamespace(report=report, process=process, console=tmp_path, end=end)
+        yield SimpleNamespace(report=report, process=process, console=tmp_path)
 
-    monkeypatch.setattr(Qemu, "start", start)
+    monkeypatch.setattr(machine, "running_qemu", silent_qemu)
     heard: list[str] = []
     made_of = machine.L1(tmp_path, tmp_path, tmp_path)
     with pytest.raises(

@@ -40,7 +40,9 @@ FUNCTIONS = dict(_functions())
 
 
 def test_the_functions_of_blocking_are_found() -> None:
-    assert {"check", "prove", "Stage.check", "Pair.migrate", "ProofQemu.execute"} <= set(FUNCTIONS)
+    assert {"check", "prove", "Stage.check", "Pair.migrate", "RunningQemu.execute"} <= set(
+        FUNCTIONS
+    )
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -100,15 +102,15 @@ CALLS: Mapping[str, tuple[Callable[[], Coroutine[Any, Any, object]], str]] = {
     ),
     "migrate": (
         lambda: _first(aio.migrate("a", "b")),  # type: ignore[arg-type]
-        "source: expected the QMP of a QEMU, its .qmp, got 'a' (str)",
+        "source: expected a QEMU from start_qemu() or attach(), got 'a' (str)",
     ),
     "watch": (
         lambda: _first(aio.watch("a", 1.0)),  # type: ignore[arg-type]
-        "qemu: expected a QEMU from attach(), got 'a' (str)",
+        "qemu: expected a QEMU from start_qemu() or attach(), got 'a' (str)",
     ),
     "measure_dirty_rate": (
         lambda: aio.measure_dirty_rate("a", "page-sampling", 1),  # type: ignore[arg-type]
-        "qemu: expected a QEMU from attach(), got 'a' (str)",
+        "qemu: expected a QEMU from start_qemu() or attach(), got 'a' (str)",
     ),
 }
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from dmaproof.errors import UntestableError, UsageError
-from qmp_tools.qemu.attachment import AttachedQemu
+from qmp_tools.qemu.qemu import Qemu
 from qmp_tools.qemu.qmp import QmpRefusal
 from qmp_tools.ram_check.migrated import (
     GuestHasRunError,
@@ -64,8 +64,8 @@ class PlayedQemu:
         return self.jit
 
 
-def played(**what: Any) -> AttachedQemu:
-    return cast(AttachedQemu, PlayedQemu(**what))
+def played(**what: Any) -> Qemu:
+    return cast(Qemu, PlayedQemu(**what))
 
 
 SENT = {"status": "completed", "ram": {}}

@@ -12,7 +12,7 @@ from dmaproof.errors import UntestableError
 from qmp_tools.memory.guest_ram import GuestRam
 from qmp_tools.memory.physical_map import CommonRange, MapRegion
 from qmp_tools.memory.process_memory import SharedMemory
-from qmp_tools.qemu.attachment import AttachedQemu
+from qmp_tools.qemu.qemu import Qemu
 from qmp_tools.ram_check.same_memory import is_same_memory
 
 MIB = 1 << 20
@@ -22,9 +22,9 @@ REGION = MapRegion(16 * MIB, 8 * MIB, "ram", "ram0")
 def ram(offset: int | None, inode: int = 7) -> GuestRam:
     """8 MiB of RAM at `offset` in a file, or private for None."""
     return GuestRam(
-        qemu=cast(AttachedQemu, None),
+        qemu=cast(Qemu, None),
         regions=[REGION],
-        hvas=[None],
+        hvas={},
         shared={} if offset is None else {REGION: SharedMemory(-1, offset, 1, inode)},
         process=None,
         backends={},

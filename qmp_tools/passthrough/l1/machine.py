@@ -25,7 +25,7 @@ from ...host.process import log_tail
 from ...qemu import qemu_qmp
 from ...qemu.builds import PROGRAM as QEMU_PROGRAM
 from ...qemu.machine import option_value
-from ...qemu.qemu import Qemu
+from ...qemu.qemu import OwnedQemu, running_qemu
 from .kernel import KERNELS, MODULE, l1_kernel, l1_module
 from .root import COMPILE_PYTHON, l1_root, run_inside
 from .stock import STOCK, stock_kernel
@@ -130,21 +130,20 @@ async def _run(
     job = folder / _JOB
     said: deque[str] = deque(maxlen=_TOLD_LINES)
     loop = asyncio.get_running_loop()
-    running = await Qemu.start(
-        f"L1-{number}", binary, _arguments(number, machine, job), folder, timeout_s=timeout_s
-    )
-    try:
-        async with asyncio.timeout(timeout_s) as silence:
-            async for line in _lines(running):
-                silence.reschedule(loop.time() + timeout_s)
-                said.append(f"    {line}")
-                heard(line)
-            await running.process.died
-    except TimeoutError:
-        told = [f"L1 has said nothing for {timeout_s:g} s", *said, log_tail(running.console)]
-        raise WaitTimeoutError("\n".join(told).rstrip()) from None
-    finally:
-        await running.end()
+    arguments = _arguments(number, machine, job)
+    async with running_qemu(
+        f"L1-{number}", binary, arguments, folder, timeout_s=timeout_s
+    ) as running:
+        try:
+            async with asyncio.timeout(timeout_s) as silence:
+                async for line in _lines(running):
+                    silence.reschedule(loop.time() + timeout_s)
+                    said.append(f"    {line}")
+                    heard(line)
+                await running.process.died
+        except TimeoutError:
+            told = [f"L1 has said nothing for {timeout_s:g} s", *said, log_tail(running.console)]
+            raise WaitTimeoutError("\n".join(told).rstrip()) from None
     try:
         code = int((job / f"exit-code-{number}").read_text())
     except (OSError, ValueError):
@@ -156,7 +155,7 @@ async def _run(
         raise UntestableError("\n".join((f"L1's command ended with exit code {code}:", *said)))
 
 
-async def _lines(running: Qemu) -> AsyncIterator[str]:
+async def _lines(running: OwnedQemu) -> AsyncIterator[str]:
     with contextlib.suppress(ConnectionError):
         while line := await running.report.readline():
             yield printable(line.decode(errors="replace").rstrip())

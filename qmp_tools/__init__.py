@@ -17,11 +17,10 @@ logging, as ``logging.basicConfig(level="INFO")`` does.
 
 from __future__ import annotations
 
-import importlib
 import logging
 from typing import TYPE_CHECKING, Final
 
-import dmaproof
+from dmaproof.public_names import import_on_demand
 
 if TYPE_CHECKING:
     from .blocking import Pair, RunningQemu, Stage, StagedProof, check, prove
@@ -65,7 +64,7 @@ _HOMES: Final = {
     "ram_check.check": ("Check",),
     "ram_check.migrated": ("GuestHasRunError", "NotMigratedError"),
 }
-_HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in names}
+"""Public names by the module that defines them."""
 
 __all__ = [
     "COMMON_OPTIONS",
@@ -108,17 +107,4 @@ __all__ = [
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 if not TYPE_CHECKING:  # else any misspelt name would pass a type checker
-
-    def __getattr__(name: str) -> object:
-        """Import a public name at its first use; the command line needs few of them."""
-        if name == "__version__":
-            value = dmaproof.__version__
-        elif name in _HOME_OF:
-            value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
-        else:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        globals()[name] = value
-        return value
-
-    def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__, "__version__"})
+    __getattr__, __dir__ = import_on_demand(globals(), _HOMES)

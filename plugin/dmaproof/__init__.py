@@ -65,9 +65,10 @@ else is private, submodules included, and may change in any release.
 
 from __future__ import annotations
 
-import importlib
 import logging
 from typing import TYPE_CHECKING, Final
+
+from .public_names import import_on_demand
 
 if TYPE_CHECKING:
     from .collector import Collector, Harvest
@@ -167,7 +168,7 @@ __all__ = (  # noqa: RUF022
     "ProtocolError",
 )
 
-_PLACES: Final = {
+_HOMES: Final = {
     "collector": ("Collector", "Harvest"),
     "devices": ("VirtioDevice", "emulated_devices", "make_device"),
     "devices.segments": ("gather", "scatter", "take"),
@@ -175,6 +176,11 @@ _PLACES: Final = {
     "dirty_tracker": ("DirtyTracker", "EmulatedTracker", "emulated_trackers"),
     "discovery": ("Registry",),
     "dma": ("Dma",),
+    "errors": (
+        *("BitmapError", "DmaproofError", "IotlbMissError", "MemoryAccessError", "ProtocolError"),
+        *("RefusedError", "TrackerError", "UnsupportedError", "UntestableError", "UsageError"),
+        "WaitTimeoutError",
+    ),
     "faults": ("Fault", "known_faults", "plant"),
     "faults.fault": ("uniform",),
     "guest_memory": ("Bus", "GuestMemory", "IovaMap", "IovaMapping", "MemorySlot", "map_slot"),
@@ -186,35 +192,7 @@ _PLACES: Final = {
     "vhost_user.session": ("Session",),
     "virtqueue": ("DescriptorChain", "Segment"),
 }
-"""Modules by what they give; what is in none of them is in `errors`."""
-
-
-def _version() -> str:
-    """The distribution's version, or a stand-in where the package runs from a plain tree."""
-    from importlib import metadata  # takes longer than the rest of this module
-
-    try:
-        return metadata.version("dmaproof")
-    except metadata.PackageNotFoundError:
-        return "0+unknown"
-
+"""Public names by the module that defines them."""
 
 if not TYPE_CHECKING:  # else any misspelt name would pass a type checker
-
-    def __getattr__(name: str) -> object:
-        """Import a public name at its first use: numpy and the devices take 0.25 s to import.
-
-        The command line imports only `dmaproof.errors` until it knows what to do.
-        """
-        if name == "__version__":
-            value = _version()
-        elif name in __all__:
-            place = next((place for place, names in _PLACES.items() if name in names), "errors")
-            value = getattr(importlib.import_module(f"{__name__}.{place}"), name)
-        else:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        globals()[name] = value
-        return value
-
-    def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__, "__version__"})
+    __getattr__, __dir__ = import_on_demand(globals(), _HOMES)

@@ -63,7 +63,10 @@ class Control:
 
 
 class DeviceKind(ABC):
-    """One kind of device that a proof can have; it has a `name` of its own."""
+    """One kind of device that a proof can have; it has a `name` of its own.
+
+    One instance serves every proof of a process, so it keeps nothing of a proof.
+    """
 
     name: ClassVar[str]
     accepts: ClassVar[frozenset[str]]
@@ -194,7 +197,7 @@ def kind_of(names: Sequence[str], device_command: str | None) -> DeviceKind:
     """
     if not names:
         raise UsageError("--device: expected the name of a device, such as blk")
-    known = {name: kind() for name, kind in device_kinds().usable().items()}
+    known = {name: _made(kind) for name, kind in device_kinds().usable().items()}
     kinds = [
         known[ThirdPartyKind.name] if device_command is not None else _kind_of(name, known)
         for name in names
@@ -207,6 +210,11 @@ def kind_of(names: Sequence[str], device_command: str | None) -> DeviceKind:
                 "journals; name it alone"
             )
     return kinds[0]
+
+
+@cache
+def _made(kind: type[DeviceKind]) -> DeviceKind:
+    return kind()
 
 
 def _kind_of(name: str, kinds: Mapping[str, DeviceKind]) -> DeviceKind:

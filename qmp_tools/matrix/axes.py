@@ -2,17 +2,7 @@
 
 Any option of a proof can be an axis: `proof.options.OPTIONS` says what it takes, so a new device,
 tracker, scenario or option needs nothing here. A matrix comes from options (``--scenario
-unix,tls``) or from a TOML file::
-
-    [matrix]
-    qemu = ["7.2", "11.1"]
-    scenario = ["unix", "multifd-*"]
-    tracker = "all"
-    guest = "bare"
-
-    [[exclude]]
-    qemu = "7.2"
-    scenario = "multifd-8"
+unix,tls``) or from a TOML file, whose form ``dmaproof matrix --help`` shows.
 """
 
 from __future__ import annotations

@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 
 from dmaproof.page_compare import Extent
 
-from .process_memory import Mapping
+from .process_memory import PROC, Mapping
 
 _PRESENT: Final = np.uint64(1 << 63)
 _SWAPPED: Final = np.uint64(1 << 62)
 _FILE: Final = np.uint64(1 << 61)
 _EXCLUSIVE: Final = np.uint64(1 << 56)
 _ENTRY_BYTES: Final = 8
-_KSM_PAGES: Final = Path("/sys/kernel/mm/ksm/pages_sharing")
+_SYSFS: Final = Path("/sys")
 
 
 @dataclass(frozen=True)
@@ -62,20 +62,32 @@ def absent_in_file(extent: Extent, pages: int) -> Absent:
     return Absent(absent)
 
 
-def absent_in_process(pid: int, mappings: Sequence[Mapping], hva: int, pages: int) -> Absent:
-    """The pages of private memory from `hva` on that process `pid` has no page of its own for."""
+def absent_in_process(
+    pid: int,
+    mappings: Sequence[Mapping],
+    hva: int,
+    pages: int,
+    *,
+    proc: Path = PROC,
+    sysfs: Path = _SYSFS,
+) -> Absent:
+    """The pages of private memory from `hva` on that process `pid` has no page of its own for.
+
+    The kernel shows the process below `proc`, and whether KSM merges pages below `sysfs`.
+    """
     unknown = Absent(np.zeros(pages, dtype=np.bool_), certain=False)
     length = pages * mmap.PAGESIZE
     mapping = next((it for it in mappings if it.start <= hva and hva + length <= it.end), None)
     if mapping is None or mapping.shared:
         return unknown
     try:
-        with Path(f"/proc/{pid}/pagemap").open("rb", buffering=0) as pagemap:
+        with (proc / str(pid) / "pagemap").open("rb", buffering=0) as pagemap:
             content = os.pread(
                 pagemap.fileno(), pages * _ENTRY_BYTES, hva // mmap.PAGESIZE * _ENTRY_BYTES
             )
-        huge = _has_huge_pages(pid, mapping)
-        merged = int(_KSM_PAGES.read_text()) > 0 if _KSM_PAGES.exists() else False
+        huge = _has_huge_pages(proc / str(pid) / "smaps", mapping)
+        merging = sysfs / "kernel/mm/ksm/pages_sharing"
+        merged = int(merging.read_text()) > 0 if merging.exists() else False
     except OSError:
         return unknown
     if len(content) != pages * _ENTRY_BYTES:
@@ -87,10 +99,10 @@ def absent_in_process(pid: int, mappings: Sequence[Mapping], hva: int, pages: in
     return Absent(~(present | (entries & _SWAPPED != 0)), certain=not huge)
 
 
-def _has_huge_pages(pid: int, mapping: Mapping) -> bool:
+def _has_huge_pages(smaps: Path, mapping: Mapping) -> bool:
     """Whether a mapping has huge pages now, transparent ones or others (proc_pid_smaps(5))."""
     inside = False
-    with Path(f"/proc/{pid}/smaps").open() as lines:
+    with smaps.open() as lines:
         for line in lines:
             key, *values = line.split()
             if not key.endswith(":"):

@@ -12,10 +12,14 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from dmaproof.errors import UntestableError
 
 from ..qemu.attachment import owner_name
+
+PROC: Final = Path("/proc")
+"""Where the kernel shows processes."""
 
 
 class OutOfReachError(UntestableError):
@@ -73,18 +77,18 @@ def mappings_of(pid: int, name: str) -> list[Mapping]:
         raise UntestableError(f"{name} (process {pid}) cannot be looked at: {error}") from error
 
 
-def user_and_group(pid: int) -> tuple[int, int]:
+def user_and_group(pid: int, *, proc: Path = PROC) -> tuple[int, int]:
     """The user and the group with which process `pid` opens files.
 
     The owner of /proc/PID does not tell them: it is root where a process is not dumpable.
     """
-    process = Path(f"/proc/{pid}")
+    process = proc / str(pid)
     return _numbers(process, "Uid")[-1], _numbers(process, "Gid")[-1]
 
 
-def has_thread(pid: int, thread: int) -> bool:
+def has_thread(pid: int, thread: int, *, proc: Path = PROC) -> bool:
     """Whether process `pid` has a thread that knows itself by `thread`, in a namespace or not."""
-    for task in Path(f"/proc/{pid}/task").glob("*"):
+    for task in (proc / str(pid) / "task").glob("*"):
         with contextlib.suppress(OSError):  # it has ended
             if _numbers(task, "NSpid")[-1:] == [thread]:
                 return True

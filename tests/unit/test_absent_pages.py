@@ -30,16 +30,16 @@ def private() -> mmap.mmap:
     return memory
 
 
-def absent_here(memory: mmap.mmap, first: int, pages: int) -> list[bool]:
+def absent_among(memory: mmap.mmap, first: int, pages: int, **places: Path) -> list[bool]:
     hva = address_of(memory) + first * PAGE
-    found = absent_in_process(ME, mappings_of(ME, "me"), hva, pages)
+    found = absent_in_process(ME, mappings_of(ME, "me"), hva, pages, **places)
     return [bool(each) for each in found.absent]
 
 
 def test_absent_pages_are_counted_from_the_address(private: mmap.mmap) -> None:
     private.madvise(mmap.MADV_DONTNEED, 2 * PAGE, PAGE)
-    assert absent_here(private, 0, 4) == [False, False, True, False]
-    assert absent_here(private, 2, 2) == [True, False]
+    assert absent_among(private, 0, 4) == [False, False, True, False]
+    assert absent_among(private, 2, 2) == [True, False]
 
 
 def test_memory_before_or_behind_a_mapping_is_not_certain(private: mmap.mmap) -> None:
@@ -74,12 +74,12 @@ def test_what_the_kernel_tells_of_a_page(
     merged: str | None,
     absent: bool,
 ) -> None:
-    ksm = tmp_path / "pages_sharing"
+    ksm = tmp_path / "kernel/mm/ksm"
+    ksm.mkdir(parents=True)
     if merged is not None:
-        ksm.write_text(f"{merged}\n")
-    monkeypatch.setattr("qmp_tools.memory.absent_pages._KSM_PAGES", ksm)
+        (ksm / "pages_sharing").write_text(f"{merged}\n")
     monkeypatch.setattr(os, "pread", lambda *_: word.to_bytes(8, "little"))
-    assert absent_here(private, 0, 1) == [absent]
+    assert absent_among(private, 0, 1, sysfs=tmp_path) == [absent]
 
 
 def test_what_the_kernel_tells_too_little_of_is_not_certain(
@@ -112,7 +112,6 @@ FLAGS = "VmFlags: rd wr\n"
 )
 def test_only_huge_pages_of_its_own_mapping_leave_it_open_what_is_absent(
     private: mmap.mmap,
-    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     before: dict[str, int],
     own: dict[str, int] | None,
@@ -124,12 +123,11 @@ def test_only_huge_pages_of_its_own_mapping_leave_it_open_what_is_absent(
     text = smaps(PAGE, 2 * PAGE, **before) + FLAGS
     if own is not None:
         text += smaps(mapping.start, mapping.end, **own) + FLAGS
-    (tmp_path / "smaps").write_text(text + smaps(1 << 47, 1 << 48, **behind) + FLAGS)
-    monkeypatch.setattr(
-        "qmp_tools.memory.absent_pages.Path",
-        lambda path: tmp_path / "smaps" if path.endswith("/smaps") else Path(path),
-    )
-    assert absent_in_process(ME, [mapping], hva, 4).certain == certain
+    process = tmp_path / str(ME)
+    process.mkdir()
+    (process / "smaps").write_text(text + smaps(1 << 47, 1 << 48, **behind) + FLAGS)
+    (process / "pagemap").symlink_to("/proc/self/pagemap")
+    assert absent_in_process(ME, [mapping], hva, 4, proc=tmp_path).certain == certain
 
 
 def test_data_behind_the_part_that_is_looked_at_is_none_of_it() -> None:

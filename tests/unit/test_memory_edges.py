@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,31 +120,22 @@ def test_a_mapping_that_begins_where_another_ends_has_its_first_byte(private: mm
     assert ProcessMemory("me", mappings, -1, -1, private).has(0x2000, 0x1000)
 
 
-def status_of(folder: Path, text: str) -> Callable[[str], Path]:
-    """A /proc in which every process has that status; for `monkeypatch`."""
-    (folder / "status").write_text(text)
-    return lambda path: folder
-
-
-def test_the_user_and_group_are_those_of_the_file_system(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_user_and_group_are_those_of_the_file_system(tmp_path: Path) -> None:
     """Of the four numbers (real, effective, saved, file system) the last counts."""
     text = "Name:\tqemu\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\n"
-    monkeypatch.setattr("qmp_tools.memory.process_memory.Path", status_of(tmp_path, text))
-    assert user_and_group(1) == (4, 8)
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1/status").write_text(text)
+    assert user_and_group(1, proc=tmp_path) == (4, 8)
 
 
-def test_a_thread_in_a_namespace_knows_itself_by_its_innermost_number(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_thread_in_a_namespace_knows_itself_by_its_innermost_number(tmp_path: Path) -> None:
+    tasks = tmp_path / "1/task"
     for thread, text in ((300, "NSpid:\t300\t9\t4\n"), (301, "")):
-        task = tmp_path / str(thread)
-        task.mkdir()
+        task = tasks / str(thread)
+        task.mkdir(parents=True)
         (task / "status").write_text(text)
-    (tmp_path / "302").mkdir()  # it has ended
-    monkeypatch.setattr("qmp_tools.memory.process_memory.Path", lambda path: tmp_path)
-    found = [thread for thread in (300, 9, 4, 301, 302) if has_thread(1, thread)]
+    (tasks / "302").mkdir()  # it has ended
+    found = [thread for thread in (300, 9, 4, 301, 302) if has_thread(1, thread, proc=tmp_path)]
     assert found == [4]
 
 

@@ -193,13 +193,13 @@ def dma_round(owned: Owned, choose: random.Random, writes: int) -> tuple[int, in
         require(not again.any(), "a second report is not empty")
     changed = changed_pages(before, owned.memory)
     require(bool((changed <= bits).all()), "RAM changed in pages that were not reported")
-    sure = _surely_changed(written, owned.window)
+    sure = surely_changed(written, owned.window)
     require(bool((sure <= changed).all()), "the journal has writes that are not in RAM")
     require(bool((sure <= bits).all()), "pages were written that were not reported")
     return int(bits.sum()), len(cuts) - 1
 
 
-def _surely_changed(written: Journal, window: IovaRange) -> NDArray[np.bool_]:
+def surely_changed(written: Journal, window: IovaRange) -> NDArray[np.bool_]:
     """The pages of which a write has so many bytes that they cannot be what they were by chance."""
     sure = np.zeros(window.length // PAGE_BYTES, dtype=bool)
     for entry in written:

@@ -41,13 +41,15 @@ _REGISTERS: Final = np.dtype(
         *((name, "<u4") for name in ("period_us", "limit", "run", "error")),
     ]
 )
-_ENTRY: Final = np.dtype(
+ENTRY: Final = np.dtype(
     [
         *((name, "<u8") for name in ("sequence", "iova", "length")),
         *(("reports", "<u4"), ("state", "<u2"), ("logged", "<u2"), ("time_ns", "<u8")),
     ]
 )
-_TOLD: Final = np.dtype([(name, "<u8") for name in ("report", "iova", "length")])
+"""Of a `Journal`."""
+TOLD: Final = np.dtype([(name, "<u8") for name in ("report", "iova", "length")])
+"""Of what is `Told`."""
 JOURNAL_ENTRIES: Final = 1 << 20
 """As in engine.c: with so many writes in its journal the device writes no more."""
 
@@ -157,11 +159,11 @@ class FakeDevice:
 
     def journal(self) -> Journal:
         """Every write since the device was opened."""
-        return np.frombuffer((self._folder / "journal").read_bytes(), dtype=_ENTRY)
+        return np.frombuffer((self._folder / "journal").read_bytes(), dtype=ENTRY)
 
     def told(self) -> Told:
         """What the kernel's iterator was told by the device since it was opened."""
-        return np.frombuffer((self._folder / "told").read_bytes(), dtype=_TOLD)
+        return np.frombuffer((self._folder / "told").read_bytes(), dtype=TOLD)
 
     def stats(self) -> dict[str, int]:
         """What the device counts: reports, reported ranges, dropped pages, and so on."""

@@ -75,7 +75,7 @@ async def prove_passthrough(machine: L1, qemu: Path, request: Request) -> dict[s
             _logger.info("%-6s %s", verdict, told)
 
     machine = replace(machine, memory_mib=_MEMORY_MIB)
-    machines = _machines_side_by_side()
+    machines = machines_side_by_side(len(os.sched_getaffinity(0)), free_memory_bytes())
     with run_folder(keep=request.keep) as folder:
         if request.keep:
             _logger.info("the run's folder stays: %s", folder)
@@ -91,10 +91,10 @@ async def prove_passthrough(machine: L1, qemu: Path, request: Request) -> dict[s
     return to_json(joined(parts))
 
 
-def _machines_side_by_side() -> int:
-    """Two, where there are a processor and the memory for each."""
-    by_memory = free_memory_bytes() // ((_MEMORY_MIB << 20) + _OVERHEAD_BYTES)
-    return max(1, min(2, len(os.sched_getaffinity(0)), by_memory))
+def machines_side_by_side(processors: int, free_bytes: int) -> int:
+    """Two, where each has a processor and its memory within `free_bytes`; else one."""
+    by_memory = free_bytes // ((_MEMORY_MIB << 20) + _OVERHEAD_BYTES)
+    return max(1, min(2, processors, by_memory))
 
 
 def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

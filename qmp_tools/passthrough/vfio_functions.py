@@ -143,7 +143,7 @@ def _strangers(sysfs: Path) -> list[str]:
 def _try(facts: FunctionFacts, iommufd: bool) -> FunctionFacts:
     """What the function says of itself, and its IOMMU."""
     try:
-        with _opened(facts.function.sysfs, iommufd) as (device, tracks):
+        with open_function(facts.function.sysfs, iommufd) as (device, tracks):
             return FunctionFacts(
                 **{
                     **vars(facts),
@@ -158,7 +158,7 @@ def _try(facts: FunctionFacts, iommufd: bool) -> FunctionFacts:
 
 
 @contextlib.contextmanager
-def _opened(sysfs: Path, iommufd: bool) -> Iterator[tuple[VfioDevice, bool]]:
+def open_function(sysfs: Path, iommufd: bool) -> Iterator[tuple[VfioDevice, bool]]:
     """The device, and whether there is a tracker behind it: its IOMMU's, or type1's own."""
     if not iommufd:
         with Container() as container, container.open_device(sysfs) as device:

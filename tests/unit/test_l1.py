@@ -67,7 +67,7 @@ def test_modules_are_loaded_after_what_they_depend_on(tmp_path: Path) -> None:
     module(tmp_path, "vfio", "virtio")
     module(tmp_path, "unwanted", "")
     (tmp_path / "lib/modules/6.1/modules.builtin").write_text("kernel/fs/built-in.ko\n")
-    stock._collect_modules(tmp_path, ["vfio_pci_core", "vfio", "built_in"], tmp_path / "modules")
+    stock.collect_modules(tmp_path, ["vfio_pci_core", "vfio", "built_in"], tmp_path / "modules")
     order = (tmp_path / "modules/order").read_text().split()
     assert order == ["virtio.ko", "vfio.ko", "virtio_ring.ko", "vfio_pci_core.ko"]
     assert sorted(file.name for file in (tmp_path / "modules").glob("*.ko")) == sorted(order)
@@ -83,7 +83,7 @@ def test_headers_become_one_tree_that_does_not_point_out_of_itself(tmp_path: Pat
     for link in (headers / "scripts", headers / "tools", common / "scripts"):
         link.symlink_to(f"../../lib/linux-kbuild-6.1/{link.name}")
     (headers / ".kernelvariables").write_text("CC = $(CROSS_COMPILE)gcc-12\n")
-    stock._build_tree(tmp_path / "usr", headers.name, tmp_path / "build")
+    stock.build_tree(tmp_path / "usr", headers.name, tmp_path / "build")
     for place in ("scripts", "common/scripts"):
         assert (
             (tmp_path / "build" / place / "mkcompile").resolve().is_relative_to(tmp_path / "build")
@@ -123,5 +123,5 @@ def test_an_l1_that_goes_silent_is_given_up_with_its_last_lines(
     with pytest.raises(
         WaitTimeoutError, match=r"nothing for 0\.1 s\n    ok\tfirst\n    ok\tsecond"
     ):
-        asyncio.run(machine._run(1, made_of, tmp_path, tmp_path, heard.append, 0.1))
+        asyncio.run(machine.run_machine(1, made_of, tmp_path, tmp_path, heard.append, 0.1))
     assert heard == ["ok\tfirst", "ok\tsecond"]

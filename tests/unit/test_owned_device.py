@@ -17,7 +17,7 @@ from qmp_tools.cli.prove import add_control
 from qmp_tools.devices.registry import Control
 from qmp_tools.memory.ram import RamFile, compare
 from qmp_tools.migration.judgement import Blame
-from qmp_tools.passthrough.fake_device import _ENTRY, _TOLD, Journal, Told, content
+from qmp_tools.passthrough.fake_device import ENTRY, TOLD, Journal, Told, content
 from qmp_tools.passthrough.injected_faults import parse_fault
 from qmp_tools.passthrough.kinds import fake_device_of, is_fake_vfio
 from qmp_tools.passthrough.owned_device import OwnedDevice, evidence_of
@@ -51,11 +51,11 @@ class Case:
 
     @property
     def journal(self) -> Journal:
-        return np.array(self._writes, dtype=_ENTRY)
+        return np.array(self._writes, dtype=ENTRY)
 
     @property
     def told(self) -> Told:
-        return np.array(self._told, dtype=_TOLD)
+        return np.array(self._told, dtype=TOLD)
 
     def evidence(self, *, asked: bool = True) -> Evidence:
         return evidence_of(self.journal, self.told if asked else None)

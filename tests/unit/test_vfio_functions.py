@@ -115,7 +115,7 @@ def play(
             raise state
         return state
 
-    monkeypatch.setattr(vfio_functions, "_opened", opened)
+    monkeypatch.setattr(vfio_functions, "open_function", opened)
     monkeypatch.setattr(VfioDevice, "migration", lambda self: flags)
     monkeypatch.setattr(VfioDevice, "can_log", lambda self: logs)
     monkeypatch.setattr(VfioDevice, "stop_copy_bytes", stop_copy_bytes)

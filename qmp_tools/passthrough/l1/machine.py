@@ -107,7 +107,7 @@ async def run_in_l1(
     job = folder / _JOB
     _fill(job, machine, command, files, timeout_s)
     running = [
-        asyncio.ensure_future(_run(number, machine, binary, folder, heard, timeout_s))
+        asyncio.ensure_future(run_machine(number, machine, binary, folder, heard, timeout_s))
         for number in range(1, machines + 1)
     ]
     try:
@@ -119,7 +119,7 @@ async def run_in_l1(
     return job
 
 
-async def _run(
+async def run_machine(
     number: int,
     machine: L1,
     binary: Path,
@@ -127,6 +127,11 @@ async def _run(
     heard: Callable[[str], None],
     timeout_s: float,
 ) -> None:
+    """Run machine `number` of `run_in_l1`, whose /mnt is filled, to the end of its command.
+
+    Raises:
+        WaitTimeoutError, UntestableError: see `run_in_l1`.
+    """
     job = folder / _JOB
     said: deque[str] = deque(maxlen=_TOLD_LINES)
     loop = asyncio.get_running_loop()

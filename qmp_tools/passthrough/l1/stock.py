@@ -60,26 +60,26 @@ def _fill(fresh: Path, init: Path) -> None:
         unpack(archive.fetch(package), unpacked)
     vmlinuz = next((unpacked / "boot").glob("vmlinuz-*"))
     (fresh / "vmlinux").write_bytes(kernel_elf(vmlinuz.read_bytes()))
-    _collect_modules(unpacked, _FOR_VFIO, fresh / "modules")
+    collect_modules(unpacked, _FOR_VFIO, fresh / "modules")
     early = fresh / "early"
-    _collect_modules(unpacked, _FOR_ROOT, early)
+    collect_modules(unpacked, _FOR_ROOT, early)
     compile_c([init], fresh / "init", *_INIT_OPTIONS)
     files = {f"modules/{file.name}": file.read_bytes() for file in sorted(early.iterdir())}
     files["init"] = (fresh / "init").read_bytes()
     (fresh / "initramfs").write_bytes(newc_archive(files))
-    _build_tree(unpacked / "usr", headers, fresh / "build")
+    build_tree(unpacked / "usr", headers, fresh / "build")
     for folder in (unpacked, early, fresh / "archive"):
         shutil.rmtree(folder)
 
 
-def _collect_modules(unpacked: Path, names: Sequence[str], folder: Path) -> None:
+def collect_modules(unpacked: Path, names: Sequence[str], folder: Path) -> None:
     """Copy modules and what they depend on; ``order`` is that in which they can be loaded."""
     pick_modules(unpacked, names, folder)
     order = load_order(names, folder)
     (folder / "order").write_text("".join(f"{name}.ko\n" for name in order))
 
 
-def _build_tree(unpacked: Path, headers: str, tree: Path) -> None:
+def build_tree(unpacked: Path, headers: str, tree: Path) -> None:
     """What modules are built against, in one folder that is /mnt/kernel when they are.
 
     Debian's headers are three packages that refer to each other by absolute paths, and ask for

@@ -18,14 +18,15 @@ _LINE_EVERY_S: Final = 1.0
 
 
 class ProgressLog:
-    """Logs the progress of migrations, one line a second."""
+    """Logs the progress of migrations, one line a second by `clock_s`, which gives seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._clock_s = clock_s
         self._next_line_s = 0.0
 
     def __call__(self, progress: Progress) -> None:
         """Log `progress`, unless the last line is younger than a second."""
-        now_s = time.monotonic()
+        now_s = self._clock_s()
         if now_s >= self._next_line_s:
             self._next_line_s = now_s + _LINE_EVERY_S
             _logger.info("migration %s: %s", progress.status, progress.summary)

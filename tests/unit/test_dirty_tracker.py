@@ -299,7 +299,7 @@ def test_contiguous_pages_are_one_page(size: int) -> None:
     with IovaBitmap(0, 2 * size, size, bytearray(8)) as bitmap:
         table.collect(bitmap, 0, 2 * size, clear=True)
         assert list(bitmap.ranges()) == [(size, size)]
-    assert (table._nodes & np.uint64(AmdIommu.form.dirty) == 0).all()
+    assert (table.entries & np.uint64(AmdIommu.form.dirty) == 0).all()
 
 
 def test_intel_has_no_contiguous_pages() -> None:
@@ -311,7 +311,7 @@ def test_entries_are_those_of_the_specification() -> None:
     amd = PageTable(AmdIommu.form, (4 * K, 2 * M))
     amd.map(0, 2 * M + PAGE)
     amd.mark(0, 1)
-    entries = amd._nodes[amd._nodes != 0].tolist()
+    entries = amd.entries.tolist()
     assert 1 | 1 << 6 in entries  # a dirty 2 MiB page at 0: present, next level 0
     assert 2 * M | 1 in entries  # a 4 KiB page
     # Nodes of levels 1 to 5: next level in bits 9 to 11.
@@ -319,7 +319,7 @@ def test_entries_are_those_of_the_specification() -> None:
     intel = PageTable(IntelIommu.form, (4 * K, 2 * M))
     intel.map(0, 2 * M)
     intel.mark(0, 1)
-    assert 3 | 1 << 7 | 1 << 9 in intel._nodes[intel._nodes != 0].tolist()
+    assert 3 | 1 << 7 | 1 << 9 in intel.entries.tolist()
 
 
 def test_reading_without_clearing_changes_nothing() -> None:

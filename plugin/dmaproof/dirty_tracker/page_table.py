@@ -108,6 +108,12 @@ class PageTable:
         self._free: list[int] = []
         self._mapped: list[IovaRange] = []
 
+    @property
+    def entries(self) -> NDArray[np.uint64]:
+        """A copy of the entries of all nodes, in the format's bits, without those that are 0."""
+        entries: NDArray[np.uint64] = self._nodes[self._nodes != 0]
+        return entries
+
     def map(self, iova: int, length: int) -> None:
         """Map `length` bytes from `iova` on, clean.
 

@@ -162,6 +162,15 @@ class Server:
         finally:
             self.close()
 
+    def fileno(self) -> int:
+        """Give what an event loop of the caller's waits for before it calls `turn`.
+
+        Returns:
+            The file descriptor that is readable while a socket or a kick waits to be served. The
+            server keeps it.
+        """
+        return self._selector.fileno()
+
     def turn(self, patience_s: float | None) -> bool:
         """Serve what comes, and harvest if it is time.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import socket
 import struct
 from collections.abc import Sequence
@@ -95,6 +96,8 @@ class Peer:
             harvest_interval_s=source.pick((1e-9, None)),
             immediate=bool(source.integer(0, 1)),
         )
+        self.connected = False
+        """Whether the server has a session with us, as it tells."""
         self.socket = self._connect()
 
     def _shared(self, name: str, size: int) -> SharedFile:
@@ -122,13 +125,15 @@ class Peer:
             with contextlib.suppress(BlockingIOError):
                 for line in self.control.recv(1 << 20).splitlines():
                     event = json.loads(line)
+                    if event["event"] in ("connected", "gone"):
+                        self.connected = event["event"] == "connected"
                     if event["event"] in ("refused", "gone"):
                         self.reasons.append(event.get("message") or event["reason"])
             if not busy and not self._readable() and not self.answer_questions():
                 break
         else:
             raise AssertionError("the server never comes to rest")
-        if not self.server._sessions and self.source.integer(0, 3):
+        if not self.connected and self.source.integer(0, 3):
             self.socket.close()
             self.socket = self._connect()
             for step in (self.boot, self.start_rings, self.start_logging)[
@@ -137,7 +142,7 @@ class Peer:
                 step()
 
     def _readable(self) -> bool:
-        return bool(self.server._selector.select(0))
+        return bool(select.select([self.server], [], [], 0)[0])
 
     # Saying things ------------------------------------------------------------------------------
 

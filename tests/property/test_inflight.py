@@ -67,7 +67,7 @@ def mortal_notes(steps: Steps) -> Iterator[None]:
         return noted
 
     with pytest.MonkeyPatch.context() as patch:
-        for region in (inflight._SplitRegion, inflight._PackedRegion):
+        for region in (inflight.SplitRegion, inflight.PackedRegion):
             for name in ("begin", "taken", "giving_back", "given_back"):
                 patch.setattr(region, name, mortal(getattr(region, name)))
         yield

@@ -191,7 +191,7 @@ class InflightVirtqueue:
 # Split rings ------------------------------------------------------------------------------------
 
 
-class _SplitRegion:
+class SplitRegion:
     """QueueRegionSplit and its DescStateSplit entries; a batch is one request here."""
 
     header: Final = struct.Struct(
@@ -229,31 +229,31 @@ class _SplitRegion:
         struct.pack_into("<H", self._memory, 14, self._queue.used_index)
 
 
-def _split_region(queue: SplitVirtqueue, memory: memoryview) -> tuple[_SplitRegion, Found]:
-    _, version, size, last_batch_head, used_index = _SplitRegion.header.unpack_from(memory)
+def _split_region(queue: SplitVirtqueue, memory: memoryview) -> tuple[SplitRegion, Found]:
+    _, version, size, last_batch_head, used_index = SplitRegion.header.unpack_from(memory)
     if version == 0:
-        return _SplitRegion(queue, memory, 0), []
+        return SplitRegion(queue, memory, 0), []
     _check(version, size, queue.size)
-    places = [_SplitRegion.header.size + _SplitRegion.entry.size * head for head in range(size)]
+    places = [SplitRegion.header.size + SplitRegion.entry.size * head for head in range(size)]
     if used_index != queue.used_index and last_batch_head < size:
         memory[places[last_batch_head]] = 0  # the driver has it, which was not noted any more
     found = [
         (counter, head)
         for head, (inflight, _, counter) in enumerate(
-            _SplitRegion.entry.unpack_from(memory, place) for place in places
+            SplitRegion.entry.unpack_from(memory, place) for place in places
         )
         if inflight
     ]
     found.sort()
     chains: Found = [partial(queue.chain_at, head) for _, head in found]
     queue.go_on_at(queue.used_index + len(found))
-    return _SplitRegion(queue, memory, found[-1][0] + 1 if found else 0), chains
+    return SplitRegion(queue, memory, found[-1][0] + 1 if found else 0), chains
 
 
 # Packed rings -----------------------------------------------------------------------------------
 
 
-class _PackedRegion:
+class PackedRegion:
     """QueueRegionPacked and its DescStatePacked entries."""
 
     # features, version, desc_num, free_head, old_free_head, used_idx, old_used_idx, then both
@@ -389,9 +389,9 @@ class _PackedRegion:
         return linked
 
 
-def _packed_region(queue: PackedVirtqueue, memory: memoryview) -> tuple[_PackedRegion, Found]:
-    _, version, size, *_ = _PackedRegion.header.unpack_from(memory)
-    region = _PackedRegion(queue, memory)
+def _packed_region(queue: PackedVirtqueue, memory: memoryview) -> tuple[PackedRegion, Found]:
+    _, version, size, *_ = PackedRegion.header.unpack_from(memory)
+    region = PackedRegion(queue, memory)
     if version == 0:
         return region, []
     _check(version, size, queue.size)

@@ -20,7 +20,7 @@ from .messages import VringAddress
 
 _REQUESTS_PER_TURN: Final = 64
 """How many requests of one ring are served before the other file descriptors get their turn."""
-_TURN_S: Final = 0.05
+TURN_S: Final = 0.05
 """So long at the most, and one request more: a driver may make them as large as a disk takes."""
 
 
@@ -190,7 +190,7 @@ class Vring:
         assert queue is not None
         dma.journal.queue = self.index
         self.pending = True
-        end_s = time.monotonic() + _TURN_S
+        end_s = time.monotonic() + TURN_S
         try:
             for _ in range(_REQUESTS_PER_TURN):
                 if not device.is_ready(self.index):

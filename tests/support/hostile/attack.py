@@ -65,7 +65,7 @@ def attack(source: Source) -> list[str]:
     with (
         # What happens follows from the source alone: neither from how fast the machine is, nor from
         # what the entropy device finds, which may become a ring.
-        mock.patch.object(vring, "_TURN_S", math.inf),
+        mock.patch.object(vring, "TURN_S", math.inf),
         mock.patch.object(os, "urandom", bytes),
         Peer(source) as peer,
     ):

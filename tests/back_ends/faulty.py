@@ -16,6 +16,8 @@ from unittest import mock
 
 import unobserved
 from dmaproof.dma import Dma
+from dmaproof.guest_memory import WRITE
+from dmaproof.journal import WriteKind
 from dmaproof.stamp import stamped_page
 from dmaproof.units import PAGE_BYTES
 from dmaproof.vhost_user import session
@@ -41,10 +43,11 @@ class _LastPage:
 class _RememberingDma(Dma):
     last: _LastPage
 
-    def _store(self, iova: int, target: memoryview, data: memoryview) -> None:
-        super()._store(iova, target, data)
-        if len(target) == PAGE_BYTES:
-            self.last.page = target
+    def write(self, iova: int, data: bytes | memoryview, kind: WriteKind = WriteKind.DATA) -> None:
+        super().write(iova, data, kind)
+        for gpa, size in self.bus.translate(iova, len(data), WRITE):
+            if size == PAGE_BYTES:
+                self.last.page = self.memory.view(gpa, size)
 
 
 class _RestlessSession(Session):

@@ -9,31 +9,33 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import Any
+from collections.abc import Iterator
+from unittest import mock
 
 import unobserved
+from dmaproof.vhost_user.connection import Connection
 from dmaproof.vhost_user.messages import Message, Request
-from dmaproof.vhost_user.session import _HANDLERS, Session
 
 
 def main() -> None:
     """Serve, until the message comes."""
     path, name, how = sys.argv[1:]
-    set_log_base = _HANDLERS[Request.SET_LOG_BASE]
+    receive = Connection.receive
+    logs = False
 
-    def go_mute(session: Session, message: Message) -> None:
-        print(f"received {name}", flush=True)
-        if how == "stops":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        signal.pause()
+    def go_mute(connection: Connection) -> Iterator[Message]:
+        nonlocal logs
+        for message in receive(connection):
+            logs |= message.request == Request.SET_LOG_BASE
+            if logs and message.request == Request[name]:
+                print(f"received {name}", flush=True)
+                if how == "stops":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                signal.pause()
+            yield message
 
-    def begin(session: Session, message: Message) -> Any:
-        _HANDLERS[Request.SET_LOG_BASE] = set_log_base
-        _HANDLERS[Request[name]] = go_mute
-        return _HANDLERS[Request.SET_LOG_BASE](session, message)
-
-    _HANDLERS[Request.SET_LOG_BASE] = begin
-    sys.exit(unobserved.serve(path))
+    with mock.patch.object(Connection, "receive", go_mute):
+        sys.exit(unobserved.serve(path))
 
 
 if __name__ == "__main__":

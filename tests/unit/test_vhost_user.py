@@ -26,6 +26,7 @@ from dmaproof.vhost_user.messages import (
     encode_request,
     encode_u64,
 )
+from dmaproof.virtqueue import DescriptorChain, Segment
 from qmp_tools.testbed.ring_driver import PAGE, WRITE, Buffer, RingDriver, guest_memory, ram_fd
 from support.front_end import FEATURES, FrontEnd
 
@@ -485,9 +486,13 @@ def test_a_request_without_room_for_its_status(guest: Guest) -> None:
         guest.front_end.serve()
 
 
-def test_a_request_larger_than_the_process_would_hold(guest: Guest) -> None:
-    device = Blk(1 << 40)
-    assert device._refused(0, 64 << 20)
+def test_a_request_larger_than_the_process_would_hold_is_an_io_error(guest: Guest) -> None:
+    guest.driver.write(HEADER, struct.pack("<IIQ", IN, 0, 0))
+    chain = DescriptorChain(
+        0, 3, [Segment(HEADER, 16)], [Segment(DATA, 64 << 20), Segment(STATUS, 1)]
+    )
+    assert Blk(1 << 40).process(chain, guest.front_end.session.dma) == 1
+    assert guest.driver.read(STATUS, 1) == b"\x01"
 
 
 def test_a_message_that_comes_in_pieces(guest: Guest) -> None:

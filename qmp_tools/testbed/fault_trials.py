@@ -60,7 +60,7 @@ class TestbedForm:
     iommu: bool = False
 
 
-_TESTBED_FORMS: Final = {
+TESTBED_FORMS: Final = {
     "bit-before-data": TestbedForm("=0.01"),
     "forgotten-at-restart": TestbedForm(harvest="final", killed=True),
     "iova-as-gpa": TestbedForm(iommu=True),
@@ -229,7 +229,7 @@ class _Proofs:
 
 def try_on_testbed(name: str, seed: int, folder: Path, timeout_s: float) -> Trial:
     fault = known_faults().get(name)
-    form = _TESTBED_FORMS.get(name, TestbedForm())
+    form = TESTBED_FORMS.get(name, TestbedForm())
     options = DeviceOptions(seed=seed, harvest=form.harvest)
     if fault is not None:
         options = replace(

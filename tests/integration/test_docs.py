@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
@@ -36,9 +37,10 @@ def scripts_of(node: object) -> Iterator[str]:
 
 def plugin_options() -> set[str]:
     """The options of the pytest plugin."""
-    parser = pytest.Parser(_ispytest=True)
+    parser = mock.Mock(spec=pytest.Parser)
     pytest_addoption(parser)
-    return {name for group in parser._groups for it in group.options for name in it.names()}
+    group = parser.getgroup.return_value
+    return {name for call in group.addoption.call_args_list for name in call.args}
 
 
 @pytest.mark.parametrize("file", CI, ids=lambda file: file.name)

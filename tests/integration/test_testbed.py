@@ -174,7 +174,7 @@ def test_every_fault_is_caught_at_its_link(
 def test_a_fault_that_does_nothing_is_not_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command tells it, whatever the fault is called."""
     toothless = fault_trials.TestbedForm("=0.0000001")
-    monkeypatch.setitem(fault_trials._TESTBED_FORMS, "drop-pages", toothless)
+    monkeypatch.setitem(fault_trials.TESTBED_FORMS, "drop-pages", toothless)
     assert cli.main(["faults", "--on", "testbed", "--only", "drop-pages", "--quiet"]) == 1
 
 

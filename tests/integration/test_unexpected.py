@@ -19,6 +19,7 @@ from qmp_tools.cli.main import main
 from qmp_tools.guest.build import compile_c
 from qmp_tools.host.run_folder import run_folder
 from qmp_tools.integrations.avocado_plugins import ProofRunner
+from qmp_tools.proof.options import ProofOptions
 from qmp_tools.qemu import builds as qemu_builds
 
 NEED_THE_CACHE = {
@@ -110,7 +111,7 @@ def test_no_compiler_message_moves_the_terminal(
 def test_avocados_runner_reports_an_unexpected_exception_as_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ProofRunner, "_prove", of_a_bug)
+    monkeypatch.setattr(ProofOptions, "of", of_a_bug)
     started, finished = ProofRunner().run(Runnable("dmaproof", "a cell"))
     assert (started["status"], finished["status"]) == ("started", "finished")
     assert finished["result"] == "error"

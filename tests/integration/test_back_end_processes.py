@@ -47,7 +47,7 @@ async def attached(folder: Path, *words: str) -> AsyncIterator[AttachedDevice]:
         yield device
 
 
-def test_who_listens_in_a_network_of_its_own_is_known_until_it_ends(tmp_path: Path) -> None:
+def test_a_listener_in_its_own_network_namespace_is_found_until_it_ends(tmp_path: Path) -> None:
     if subprocess.run([*OWN_NETWORK, "true"], stderr=subprocess.DEVNULL, check=False).returncode:
         pytest.skip("this user may not make network namespaces")
     path = tmp_path / "socket"

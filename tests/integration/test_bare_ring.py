@@ -55,7 +55,7 @@ def queue_for(ring: BareRing, features: int, size: int, base: int | None = None)
     places=st.integers(1, 5),
     data=st.data(),
 )
-def test_what_is_submitted_arrives_and_comes_back(
+def test_a_submitted_request_arrives_and_comes_back(
     library: ctypes.CDLL,
     packed: bool,
     event_index: bool,
@@ -121,7 +121,7 @@ def test_what_is_submitted_arrives_and_comes_back(
 
 @pytest.mark.parametrize("start", range(16))
 @pytest.mark.parametrize(("awaited", "kick"), [(0, True), (2, True), (3, False), (8, False)])
-def test_a_packed_ring_tells_of_the_descriptor_that_is_awaited(
+def test_a_packed_ring_kicks_only_for_the_awaited_descriptor(
     library: ctypes.CDLL, start: int, awaited: int, kick: bool
 ) -> None:
     size, features = 8, F_RING_PACKED | F_RING_EVENT_IDX | F_RING_INDIRECT_DESC
@@ -141,7 +141,7 @@ def test_a_packed_ring_tells_of_the_descriptor_that_is_awaited(
 
 
 @pytest.mark.parametrize("features", [F_RING_INDIRECT_DESC, F_RING_INDIRECT_DESC | F_RING_PACKED])
-def test_an_answer_to_nobody_is_noticed(library: ctypes.CDLL, features: int) -> None:
+def test_an_answer_without_a_request_ends_the_guest(library: ctypes.CDLL, features: int) -> None:
     with guest_ram() as (memory, start):
         ring = BareRing(library, memory, start, features, 8, 3)
         assert ring.poll() == -1

@@ -9,7 +9,7 @@ from pathlib import Path
 from qmp_tools.migration.certificates import SERVER_NAME, make_certificates
 
 
-def test_certificates_are_what_they_are_for(tmp_path: Path) -> None:
+def test_certificates_are_valid_for_their_side_only(tmp_path: Path) -> None:
     asyncio.run(make_certificates(tmp_path))
 
     def verify(side: str, *options: str) -> bool:

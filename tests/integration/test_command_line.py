@@ -46,7 +46,9 @@ def complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[st
     return offered
 
 
-def test_bash_completes(complete: Callable[[str], list[str]]) -> None:
+def test_bash_completes_subcommands_options_and_values(
+    complete: Callable[[str], list[str]],
+) -> None:
     subcommands = complete("dmaproof ")
     assert {"prove", "check", "doctor", "completion"} <= set(subcommands)
     assert complete("dmaproof pr") == ["prove"]
@@ -57,7 +59,7 @@ def test_bash_completes(complete: Callable[[str], list[str]]) -> None:
     assert "address-queue" in complete("dmaproof prove --tracker a")
 
 
-def test_bash_completes_files(complete: Callable[[str], list[str]]) -> None:
+def test_bash_completes_file_names(complete: Callable[[str], list[str]]) -> None:
     assert complete("dmaproof prove --json pro") == ["proof.json"]
     assert complete("dmaproof check pro") == ["proof.json"]
     assert complete("dmaproof prove --fault pro") == []

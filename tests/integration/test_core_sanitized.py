@@ -73,7 +73,7 @@ def test_the_fuzzers_target_finds_nothing(tmp_path: Path, libraries: list[str]) 
         ("bitmap.h", "return mask & ~old;", "return mask;", "_core is wrong"),
     ],
 )  # fmt: skip
-def test_the_fuzzers_target_finds_what_is_wrong(
+def test_the_fuzzers_target_finds_an_injected_bug(
     tmp_path: Path, libraries: list[str], file: str, right: str, wrong: str, message: str
 ) -> None:
     """The test above can fail."""
@@ -103,7 +103,7 @@ def test_threads_that_share_a_bitmap_do_not_race(tmp_path: Path) -> None:
         ("bitmap.h", "first = start != base,", "first = 0,"),
     ],
 )  # fmt: skip
-def test_a_race_would_be_found(tmp_path: Path, file: str, right: str, wrong: str) -> None:
+def test_an_injected_race_is_found(tmp_path: Path, file: str, right: str, wrong: str) -> None:
     """The test above can fail."""
     tree = core_build.copy_tree(tmp_path / "tree")
     changed = tree / CORE / file

@@ -44,7 +44,7 @@ def plugin_options() -> set[str]:
 
 
 @pytest.mark.parametrize("file", CI, ids=lambda file: file.name)
-def test_workflows_are_sound(file: Path) -> None:
+def test_the_commands_and_options_of_workflows_exist(file: Path) -> None:
     scripts = list(scripts_of(yaml.safe_load(file.read_text())))
     commands = []
     for script in scripts:
@@ -60,7 +60,7 @@ def test_workflows_are_sound(file: Path) -> None:
     assert set(re.findall(r"--dmaproof-[a-z]+", "\n".join(scripts))) <= known
 
 
-def test_the_pages_build(tmp_path: Path) -> None:
+def test_the_pages_build_without_warnings(tmp_path: Path) -> None:
     """With warnings as errors, and with every public name in the reference."""
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     (tmp_path / "plugin").symlink_to(ROOT / "plugin")

@@ -12,7 +12,9 @@ from qmp_tools.doctor import look
 from support.command import Tool
 
 
-def test_this_machine_without_any_program(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_programs_misses_qemu_compiler_and_kernel(
+    tool: Tool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The look-ups themselves, where there is neither QEMU nor compiler nor apt nor a kernel."""
     for name in ("PATH", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, str(tool.folder))
@@ -25,12 +27,12 @@ def test_this_machine_without_any_program(tool: Tool, monkeypatch: pytest.Monkey
     assert not tool.leftovers()
 
 
-def test_what_this_python_cannot_decompress(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_format_without_its_module_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lzma", None)
     assert look().missing_formats == {"xz": "lzma"}
 
 
-def test_a_temporary_folder_that_is_too_long(
+def test_a_temporary_folder_with_too_long_a_path_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / ("x" * 100)
@@ -47,7 +49,7 @@ def test_the_extras_are_those_for_users() -> None:
     assert set(extras) == {"avocado", "bench"}
 
 
-def test_an_extra_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_extra_that_is_not_installed_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     real = metadata.version
 
     def version(name: str) -> str:

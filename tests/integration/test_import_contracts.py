@@ -61,7 +61,9 @@ def test_the_contracts_hold(tree: Path) -> None:
         ("dmaproof.vhost_user.server", "dmaproof.faults.log"),
     ],
 )
-def test_an_import_of_what_is_above_is_noticed(tree: Path, importer: str, imported: str) -> None:
+def test_an_import_from_a_higher_layer_breaks_a_contract(
+    tree: Path, importer: str, imported: str
+) -> None:
     module = tree.joinpath(*importer.split(".")).with_suffix(".py")
     module.write_text(f"{module.read_text()}\nimport {imported}\n")
     code, told = lint(tree)

@@ -128,21 +128,21 @@ def test_a_symlink_leads_to_the_checkout(checkout: Path, tmp_path: Path) -> None
     assert len(list((tmp_path / "bin").iterdir())) == 2
 
 
-def test_a_checkout_in_another_place(built: Path, tmp_path: Path) -> None:
+def test_a_checkout_runs_after_it_was_copied_or_moved(built: Path, tmp_path: Path) -> None:
     copy = tmp_path / "a copy"
     shutil.copytree(built, copy, symlinks=True)
     assert_runs_in(copy)
     assert_runs_in(built.rename(tmp_path / "moved"))
 
 
-def test_an_interpreter_that_is_gone(built: Path) -> None:
+def test_an_interpreter_that_is_gone_is_replaced(built: Path) -> None:
     for python in (built / ".venv/bin").glob("python*"):
         python.unlink()
         python.symlink_to("/nowhere/python3")
     assert_runs_in(built)
 
 
-def test_an_interpreter_of_another_release(built: Path) -> None:
+def test_an_interpreter_of_another_release_is_replaced(built: Path) -> None:
     """As after an upgrade of the system: .venv's packages are the old release's."""
     (packages,) = (built / ".venv/lib").iterdir()
     packages.rename(packages.with_name("python3.9"))
@@ -151,7 +151,7 @@ def test_an_interpreter_of_another_release(built: Path) -> None:
     assert_runs_in(built)
 
 
-def test_a_program_that_is_gone(built: Path) -> None:
+def test_a_program_that_is_gone_is_installed_again(built: Path) -> None:
     (built / ".venv/bin/dmaproof").unlink()
     assert_runs_in(built)
 
@@ -187,7 +187,7 @@ def test_all_tests_run_with_the_linters_on_a_newer_qemu(built: Path) -> None:
     assert tests == "pytest -k ring"
 
 
-def test_a_pip_that_fails(checkout: Path) -> None:
+def test_a_pip_that_fails_is_reported_and_tried_again(checkout: Path) -> None:
     (checkout / "backend.py").write_text("raise OSError('no space')\n")
     done = launch(checkout / "dmaproof")
     assert done.returncode == 3
@@ -197,14 +197,14 @@ def test_a_pip_that_fails(checkout: Path) -> None:
     assert_runs_in(checkout)
 
 
-def test_an_environment_that_cannot_be_made(checkout: Path) -> None:
+def test_an_environment_that_cannot_be_made_is_reported(checkout: Path) -> None:
     (checkout / ".venv").touch()
     done = launch(checkout / "dmaproof")
     assert done.returncode == 3
     assert done.stderr.splitlines()[-1].startswith("dmaproof: python3 -m venv")
 
 
-def test_a_set_up_that_ends_otherwise(built: Path) -> None:
+def test_a_set_up_that_fails_exits_with_3(built: Path) -> None:
     """Exit code 1 would say that pages were lost."""
     (built / ".venv/state").unlink()
     (built / ".venv/state").mkdir()

@@ -46,7 +46,7 @@ async def first_number(log: Path) -> int:
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_what_other_peoples_programs_have_started_goes_too(tmp_path: Path, keep: bool) -> None:
+def test_children_of_third_party_programs_are_killed_too(tmp_path: Path, keep: bool) -> None:
     """A grandchild in a session of its own, which no signal of a parent's reaches."""
 
     async def scene() -> tuple[int, int]:

@@ -101,7 +101,7 @@ def test_behind_an_iommu_every_page_survives(tmp_path: Path, tracker: str) -> No
 
 
 @pytest.mark.parametrize("form", ["immediate", "packed", "killed", "two"])
-def test_behind_an_iommu_in_every_form(tmp_path: Path, form: str) -> None:
+def test_behind_an_iommu_every_page_survives_in_every_form(tmp_path: Path, form: str) -> None:
     verdict = play(
         DeviceOptions(harvest="immediate" if form == "immediate" else "final", seed=5),
         tmp_path,
@@ -115,20 +115,20 @@ def test_behind_an_iommu_in_every_form(tmp_path: Path, form: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["drop-pages=0.05", "off-by-one-end", "clear-before-read"])
-def test_behind_an_iommu_other_links_are_told_apart(tmp_path: Path, fault: str) -> None:
+def test_behind_an_iommu_a_loss_is_placed_at_its_link(tmp_path: Path, fault: str) -> None:
     options = DeviceOptions(harvest="0.005", seed=3, fault=fault)
     verdict = play(options, tmp_path, iommu=True)
     link = known_faults()[fault.partition("=")[0]].link
     assert {page.link for page in verdict.lost} == {link}
 
 
-def test_packed_rings(tmp_path: Path) -> None:
+def test_every_page_survives_with_packed_rings(tmp_path: Path) -> None:
     verdict = play(DeviceOptions(harvest="0.005", seed=3), tmp_path, packed=True)
     assert verdict.exit_code == 0, verdict
     assert verdict.sharpness.certain == 1061 + 77
 
 
-def test_what_is_used_in_a_packed_ring_must_be_reported(tmp_path: Path) -> None:
+def test_unlogged_writes_to_a_packed_ring_are_lost(tmp_path: Path) -> None:
     options = DeviceOptions(harvest="0.005", seed=3, fault="used-ring-unlogged")
     verdict = play(options, tmp_path, packed=True)
     assert {(page.link, page.kind) for page in verdict.lost} == {(Link.TRACKER, "used ring")}
@@ -144,7 +144,7 @@ def test_a_killed_device_loses_nothing(tmp_path: Path, harvest: str, packed: boo
     assert verdict.sharpness.reported_unwritten > 0, "everything was reported at the restart"
 
 
-def test_what_a_killed_device_forgets_is_lost(tmp_path: Path) -> None:
+def test_bits_that_a_killed_device_forgets_are_lost(tmp_path: Path) -> None:
     options = DeviceOptions(harvest="final", seed=3, fault="forgotten-at-restart")
     verdict = play(options, tmp_path, killed=True)
     assert {page.link for page in verdict.lost} == {Link.TRACKER}
@@ -197,7 +197,7 @@ def test_a_refusal_of_the_device_is_reported(
         (UntestableError("the destination refused what had come across"), ()),
     ],
 )
-def test_who_refused_is_told_by_the_error_not_by_its_words(
+def test_the_type_of_an_error_decides_whether_the_device_refused(
     error: UntestableError,
     caught_by: tuple[Means, ...],
     tmp_path: Path,
@@ -212,7 +212,7 @@ def test_who_refused_is_told_by_the_error_not_by_its_words(
     assert trial.untested == (None if caught_by else str(error))
 
 
-def test_a_scene_leaves_nothing_open(tmp_path: Path) -> None:
+def test_a_simulation_leaves_nothing_open(tmp_path: Path) -> None:
     def left() -> tuple[int, int, int]:
         gc.collect()
         maps = Path("/proc/self/maps").read_text()
@@ -268,7 +268,7 @@ def test_only_the_right_link_counts() -> None:
     assert not row(*[unseen] * 19, right, fault=CONTROL).as_wanted
 
 
-def test_what_a_vcpu_lost_is_not_the_faults() -> None:
+def test_pages_that_a_vcpu_lost_do_not_count_for_a_fault() -> None:
     sharp = Sharpness(10, 10, 5, 5, 0, 0, 0)
     vcpu = LostPage(0, 0, 1, Blame.ACCELERATOR)
     trial = judge(Verdict(64, [vcpu], sharp, GuestOutcome(1000, 0, 10)), 1)

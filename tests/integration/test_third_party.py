@@ -89,13 +89,13 @@ def test_parts_of_another_distribution_are_found_beside_our_own(outside: Path) -
         ({"tracker": "page-list", "fault": "deaf-pages"}, [1, ["tracker"]]),
     ],
 )
-def test_parts_of_another_distribution_work_on_the_test_bed(
+def test_parts_of_another_distribution_pass_or_are_caught_on_the_test_bed(
     outside: Path, tmp_path: Path, options: dict[str, str], expected: list[Any]
 ) -> None:
     assert json.loads(python(outside, PLAY, json.dumps(options), str(tmp_path))) == expected
 
 
-def test_the_device_process_finds_them_too(outside: Path) -> None:
+def test_the_device_process_finds_third_party_parts(outside: Path) -> None:
     chosen = ["--tracker=page-list", "--device=stamped-disk", "--fault=deaf-pages"]
     assert '"event": "connected"' in python(outside, SERVE, *chosen)
 

@@ -87,7 +87,7 @@ def of_a_bug(*arguments: object) -> NoReturn:
     raise KeyError(ESCAPE)
 
 
-def test_what_cannot_be_imported_is_no_loss() -> None:
+def test_a_failed_import_is_not_reported_as_a_loss() -> None:
     script = "import sys; sys.modules['numpy'] = None; from qmp_tools.cli.main import main; "
     command = [sys.executable, "-c", script + "sys.exit(main(['doctor']))"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

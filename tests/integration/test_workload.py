@@ -77,7 +77,7 @@ def test_a_guest_refuses_what_it_does_not_know(guests: WorkloadGuests, text: str
     assert not guests().library.read_parameter(text.encode())
 
 
-def test_a_guest_needs_its_parameters(guests: WorkloadGuests) -> None:
+def test_parameters_out_of_bounds_and_too_small_a_disk_are_refused(guests: WorkloadGuests) -> None:
     guest = guests()
     assert guest.problem is None
     guest.library.read_parameter(b"threads=0")
@@ -89,7 +89,7 @@ def test_a_guest_needs_its_parameters(guests: WorkloadGuests) -> None:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_everything_right_is_found_right(guests: WorkloadGuests, pattern: str) -> None:
+def test_a_guest_finds_no_error_on_a_correct_disk(guests: WorkloadGuests, pattern: str) -> None:
     guest = guests(pattern=pattern, once=512, huge_every=16, write_every=4, unaligned_every=4)
     worker = guest.worker()
     guest.run(worker, 200)
@@ -174,7 +174,7 @@ def test_requests_under_way_share_nothing(guests: WorkloadGuests) -> None:
     assert guest.told("error") == []
 
 
-def test_sequential_goes_on_where_it_was(guests: WorkloadGuests) -> None:
+def test_sequential_requests_continue_after_the_last_one(guests: WorkloadGuests) -> None:
     guest = guests(pattern="sequential", **ONLY_READS)
     requests = guest.run(guest.worker(), 100)
     for before, after in pairwise(requests):
@@ -347,7 +347,7 @@ def test_a_guest_without_hold_pages_reports_none(guests: WorkloadGuests) -> None
     assert guest.told("hold") == []
 
 
-def test_what_is_told_of_the_progress(guests: WorkloadGuests) -> None:
+def test_the_guest_reports_its_parameters_and_progress(guests: WorkloadGuests) -> None:
     guest = guests(write_every=2, seed=9)
     guest.library.tell_ready()
     (ready,) = guest.told("ready")

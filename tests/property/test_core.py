@@ -52,7 +52,7 @@ def _piece(first: int, count: int, available: int) -> tuple[int, int]:
 
 @settings(max_examples=500)
 @given(bitmaps, bitmaps, pieces, st.integers(0, 8 * 64), st.booleans())
-def test_or_between_any_two_bits(
+def test_or_sets_exactly_the_bits_of_the_source(
     into: tuple[bytearray, int],
     source: tuple[bytearray, int],
     piece: tuple[int, int],
@@ -81,7 +81,9 @@ def test_or_between_any_two_bits(
 
 @settings(max_examples=300)
 @given(bitmaps, pieces)
-def test_finding_taking_and_counting(source: tuple[bytearray, int], piece: tuple[int, int]) -> None:
+def test_find_take_and_count_agree_with_numpy(
+    source: tuple[bytearray, int], piece: tuple[int, int]
+) -> None:
     data, at = source
     first, count = _piece(*piece, 8 * (BYTES - at))
     view = memoryview(data)[at:]
@@ -104,7 +106,7 @@ def test_finding_taking_and_counting(source: tuple[bytearray, int], piece: tuple
     cut=st.tuples(st.integers(0, 1 << 12), st.integers(0, 1 << 12)),
     shared=st.booleans(),
 )
-def test_or_between_page_sizes(
+def test_or_between_page_sizes_sets_every_touched_page(
     seed: int,
     density: float,
     shifts: tuple[int, int],
@@ -176,7 +178,7 @@ def test_two_mebibytes_become_512_pages_and_back() -> None:
         lambda data: _core.differing_pages(bytes(65), None, 1, data),
     ],
 )
-def test_nothing_is_written_outside(call: object) -> None:
+def test_arguments_outside_the_memory_are_refused_and_write_nothing(call: object) -> None:
     data = bytearray(8)
     with pytest.raises((ValueError, OverflowError)):
         call(data)  # type: ignore[operator]
@@ -190,7 +192,7 @@ def test_nothing_is_written_outside(call: object) -> None:
     changes=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(1, 255)), max_size=8),
     zeros=st.booleans(),
 )
-def test_comparing(
+def test_comparing_finds_exactly_the_differing_pages(
     page_bytes: int, pages: int, changes: list[tuple[int, int]], zeros: bool
 ) -> None:
     size = page_bytes * pages
@@ -216,7 +218,7 @@ def test_comparing(
     same=st.lists(st.integers(0, 63), max_size=20),
     page_bytes=st.sampled_from([4096, 16384]),
 )
-def test_files_with_holes(
+def test_files_with_holes_compare_like_their_content(
     data: list[int], other_data: list[int], same: list[int], page_bytes: int
 ) -> None:
     """Pages that hold data, zeros that were written, and holes, in any mixture."""
@@ -247,6 +249,6 @@ def test_files_with_holes(
             os.close(fd)
 
 
-def test_files_that_are_no_whole_pages() -> None:
+def test_files_of_partial_pages_are_refused() -> None:
     with pytest.raises(ValueError, match="no whole pages"):
         differing_pages(Extent(0), Extent(0), 4097)

@@ -144,7 +144,7 @@ def test_a_ring_that_was_stopped_in_good_order_leaves_nothing(form: str) -> None
         InflightFile(0, 0, 0, 0),
     ],
 )
-def test_a_file_that_is_too_short(file: InflightFile) -> None:
+def test_a_file_that_is_too_short_is_refused(file: InflightFile) -> None:
     fd = os.memfd_create("inflight")
     os.ftruncate(fd, 2 * region_bytes(SIZE))
     with pytest.raises(ProtocolError, match="SET_INFLIGHT_FD"):
@@ -152,7 +152,7 @@ def test_a_file_that_is_too_short(file: InflightFile) -> None:
 
 
 @pytest.mark.parametrize("form", sorted(DRIVERS))
-def test_a_region_of_another_ring(form: str) -> None:
+def test_a_region_of_another_ring_is_refused(form: str) -> None:
     region = memoryview(bytearray(region_bytes(SIZE)))
     region[8], region[10] = 1, 2 * SIZE
     with driver_of(DRIVERS[form]) as driver, pytest.raises(ProtocolError, match="a ring of 16"):
@@ -170,7 +170,7 @@ def test_a_ring_larger_than_the_front_end_said_is_noted_too() -> None:
 
 
 @pytest.mark.parametrize("form", sorted(DRIVERS))
-def test_what_was_in_flight_comes_again_in_the_order_in_which_it_was_taken(form: str) -> None:
+def test_requests_in_flight_come_again_in_their_order(form: str) -> None:
     """Through two deaths, and although neither heads nor entries are in that order."""
     region = memoryview(bytearray(region_bytes(SIZE)))
     with driver_of(DRIVERS[form]) as driver:

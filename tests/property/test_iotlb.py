@@ -67,7 +67,7 @@ def _pages(mappings: object) -> dict[int, int]:
 
 
 @given(changes, st.integers(0, PAGES * PAGE), st.integers(1, 5 * PAGE), accesses)
-def test_it_is_the_table(
+def test_the_iotlb_translates_like_its_model(
     story: list[tuple[str, int, int, int, int]], offset: int, length: int, access: int
 ) -> None:
     start, end = BASE + offset, BASE + offset + length
@@ -102,7 +102,7 @@ def test_it_is_the_table(
             iotlb.require(readable, writable)
 
 
-def test_what_can_be_no_mapping_is_refused() -> None:
+def test_impossible_mappings_are_refused() -> None:
     iotlb = Iotlb()
     for entry in (
         Entry(0, 0, 0, READ),
@@ -117,7 +117,7 @@ def test_what_can_be_no_mapping_is_refused() -> None:
     assert not iotlb.mappings
 
 
-def test_it_is_bounded() -> None:
+def test_the_iotlb_has_room_for_a_bounded_number_of_ranges() -> None:
     def entry(number: int) -> Entry:
         return Entry(number << 30, 0, PAGE, READ)
 
@@ -176,7 +176,7 @@ def test_no_more_than_64_pages_are_asked_for_at_a_time_and_each_for_all_it_is_ne
     ]
 
 
-def test_only_what_goes_on_in_both_address_spaces_is_one_mapping() -> None:
+def test_only_ranges_adjacent_in_both_address_spaces_are_one_mapping() -> None:
     def mappings(*entries: Entry) -> list[tuple[int, int, int]]:
         iotlb = Iotlb()
         for entry in entries:

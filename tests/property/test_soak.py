@@ -111,7 +111,7 @@ def check_ranges(bitmap: IovaBitmap, expected: NDArray[np.bool_]) -> None:
 
 
 @pytest.mark.timeout(3600)
-def test_random_operations() -> None:
+def test_random_operations_set_and_report_the_expected_bits() -> None:
     seed = int(os.environ.get("DMAPROOF_SOAK_SEED", "1"))
     done = 0
     while done < OPERATIONS:

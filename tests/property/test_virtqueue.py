@@ -25,7 +25,7 @@ from support.rings import DATA, DRIVERS, RING, TABLES, Marks, dma_for, driver_of
     scattered=st.booleans(),
     data=st.data(),
 )
-def test_what_is_submitted_arrives_and_comes_back(
+def test_a_submitted_request_arrives_and_comes_back(
     form: str, size: int, event_index: bool, start: int, scattered: bool, data: st.DataObject
 ) -> None:
     with driver_of(DRIVERS[form], size, base=RING + 16 * start) as driver:

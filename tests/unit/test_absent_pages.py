@@ -42,7 +42,7 @@ def test_absent_pages_are_counted_from_the_address(private: mmap.mmap) -> None:
     assert absent_among(private, 2, 2) == [True, False]
 
 
-def test_memory_before_or_behind_a_mapping_is_not_certain(private: mmap.mmap) -> None:
+def test_memory_before_or_after_a_mapping_decides_nothing(private: mmap.mmap) -> None:
     hva = address_of(private)
     private.madvise(mmap.MADV_DONTNEED)
     mapping = Mapping(hva + PAGE, hva + 3 * PAGE, False, 0, 0, "")
@@ -66,7 +66,7 @@ def test_memory_before_or_behind_a_mapping_is_not_certain(private: mmap.mmap) ->
         (1 << 63, None, True),
     ],
 )
-def test_what_the_kernel_tells_of_a_page(
+def test_a_page_is_absent_by_its_pagemap_entry_and_ksm(
     private: mmap.mmap,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -82,7 +82,7 @@ def test_what_the_kernel_tells_of_a_page(
     assert absent_among(private, 0, 1, sysfs=tmp_path) == [absent]
 
 
-def test_what_the_kernel_tells_too_little_of_is_not_certain(
+def test_a_short_read_of_the_pagemap_decides_nothing(
     private: mmap.mmap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "pread", lambda *_: bytes(8))
@@ -110,7 +110,7 @@ FLAGS = "VmFlags: rd wr\n"
         ({"AnonHugePages": 0}, None, {"AnonHugePages": 0}, False),
     ],
 )
-def test_only_huge_pages_of_its_own_mapping_leave_it_open_what_is_absent(
+def test_only_huge_pages_in_the_same_mapping_make_absence_uncertain(
     private: mmap.mmap,
     tmp_path: Path,
     before: dict[str, int],
@@ -130,7 +130,7 @@ def test_only_huge_pages_of_its_own_mapping_leave_it_open_what_is_absent(
     assert absent_in_process(ME, [mapping], hva, 4, proc=tmp_path).certain == certain
 
 
-def test_data_behind_the_part_that_is_looked_at_is_none_of_it() -> None:
+def test_data_outside_the_queried_pages_does_not_count() -> None:
     with ram_fd(8 * PAGE) as fd:
         for page in (0, 4):
             os.pwrite(fd, b"data", page * PAGE)

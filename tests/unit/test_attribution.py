@@ -148,7 +148,7 @@ def test_the_last_write_counts_that_has_a_byte_that_differs(proof: Proof) -> Non
     assert (page.request, page.bytes_differing) == (2, 1)
 
 
-def test_a_byte_behind_or_before_every_write_is_the_accelerators(proof: Proof) -> None:
+def test_a_byte_outside_every_write_is_lost_by_the_accelerator(proof: Proof) -> None:
     proof.write(LOW + PAGE - 2, b"abcd", seen=False)
     proof.arrive(HALF + PAGE - 2, b"abcd")
     proof.arrive(HALF + PAGE - 3, b"?")
@@ -183,7 +183,7 @@ def test_a_write_counts_from_the_moment_by_which_all_was_sent(proof: Proof) -> N
     assert (sharpness.written, sharpness.rewritten, sharpness.certain) == (3, 2, 2)
 
 
-def test_what_was_reported_is_held_against_what_was_written_by_address(proof: Proof) -> None:
+def test_reports_and_writes_are_matched_by_address(proof: Proof) -> None:
     proof.write(LOW + 3 * PAGE, b"x")
     proof.write(HIGH, b"x")
     proof.write(HIGH + 3 * PAGE, b"x")

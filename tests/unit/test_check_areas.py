@@ -104,7 +104,7 @@ PLACES = [
 ]
 
 
-def test_what_the_map_shows_is_compared_and_what_it_hides_too(sides: Sides) -> None:
+def test_mapped_and_hidden_memory_is_compared(sides: Sides) -> None:
     found = sides.check()
     areas = [(it.gpa, it.region, it.offset // PAGE, it.pages) for it in found.areas]
     assert areas == [
@@ -125,7 +125,7 @@ def test_a_page_that_differs_is_placed_by_address_and_in_its_backend(sides: Side
     assert (found.exit_code, found.differing) == (1, 6)
 
 
-def test_what_is_compared_in_pieces_is_placed_alike(
+def test_pages_compared_in_pieces_have_the_same_addresses(
     sides: Sides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qmp_tools.ram_check.check.PIECE_BYTES", 2 * PAGE)
@@ -152,7 +152,7 @@ def test_hidden_memory_is_compared_in_pieces_too(
     ]
 
 
-def test_what_is_left_out_is_told(sides: Sides) -> None:
+def test_memory_that_is_not_compared_is_reported(sides: Sides) -> None:
     assert sides.check().not_compared == [
         NotCompared("rom", PAGE, ROM_TAIL_BYTES, "less than a page"),
         NotCompared("bar", 0, PAGE, "a device's own memory"),
@@ -160,7 +160,7 @@ def test_what_is_left_out_is_told(sides: Sides) -> None:
 
 
 @pytest.mark.parametrize("side", ["source", "destination"])
-def test_hidden_memory_that_one_side_cannot_read_is_told(sides: Sides, side: str) -> None:
+def test_hidden_memory_that_one_side_cannot_read_is_reported(sides: Sides, side: str) -> None:
     getattr(sides, side).pid = 0
     sides.lose(6)
     found = sides.check()
@@ -192,7 +192,7 @@ def test_one_file_for_both_sides_proves_nothing(sides: Sides) -> None:
         sides.check()
 
 
-def test_only_what_is_in_one_file_is_left_out(sides: Sides) -> None:
+def test_only_memory_shared_by_both_sides_is_not_compared(sides: Sides) -> None:
     shared = simulated(sides.stack, "source", sides.destination.ram_fd)
     own = sides.source.hvas
     sides.source.hvas = {**shared.hvas, HIGH: own[HIGH]}
@@ -225,7 +225,7 @@ def test_a_page_that_differs_names_its_dimm(sides: Sides, page: int, dimm: str |
         ((2,), {"version": "11.2.0"}, False),
     ],
 )
-def test_what_tcg_loses_is_noted(
+def test_pages_that_tcg_may_have_lost_are_noted(
     sides: Sides, lost: tuple[int, ...], more: Mapping[str, Any], noted: bool
 ) -> None:
     sides.source.version, sides.source.ram_blocks = "7.2.22", RAM_BLOCKS
@@ -260,7 +260,7 @@ UNDECIDED = "whether the undecided pages are lost or given back cannot be seen f
         (balloon(free_page_reporting=True), None, 1, []),
     ],
 )
-def test_what_a_balloon_may_have_done_is_noted(
+def test_pages_that_a_balloon_may_have_changed_are_noted(
     sides: Sides,
     qom: dict[str, list[dict[str, str]]],
     page_there: int | None,

@@ -172,7 +172,7 @@ def test_a_page_that_may_only_be_written_can_be_harvested_at_once(
     assert pages(log) == [1]
 
 
-def test_what_is_unmapped_is_harvested_and_the_rest_is_not(
+def test_only_unmapped_ranges_are_harvested_by_an_unmapping(
     memory: GuestMemory, tracker: EmulatedTracker
 ) -> None:
     log = bytearray(8)
@@ -189,7 +189,7 @@ def test_what_is_unmapped_is_harvested_and_the_rest_is_not(
     assert pages(log) == [9, 10]
 
 
-def test_everything_is_every_page_of_every_slot(tracker: EmulatedTracker) -> None:
+def test_reporting_everything_sets_every_page_of_every_slot(tracker: EmulatedTracker) -> None:
     with ram_fd(64 * PAGE) as fd:
         slots = guest_memory(fd, (0, 3 * PAGE, 0), (32 * PAGE, 2 * PAGE, 8 * PAGE))
         log = bytearray(8)
@@ -215,7 +215,7 @@ def test_a_new_log_gets_what_is_written_after_it_came(
     assert collector.active
 
 
-def test_each_harvest_tells_its_number_its_time_and_its_own_pages(
+def test_each_harvest_records_its_number_its_time_and_its_pages(
     memory: GuestMemory, tracker: EmulatedTracker
 ) -> None:
     before_ns = time.monotonic_ns()
@@ -233,7 +233,7 @@ def test_each_harvest_tells_its_number_its_time_and_its_own_pages(
     assert [*moments, after_ns] == sorted([*moments, after_ns])
 
 
-def test_a_collector_that_was_never_started_has_nothing_to_tell(tracker: EmulatedTracker) -> None:
+def test_a_collector_that_was_never_started_has_no_harvests(tracker: EmulatedTracker) -> None:
     collector = Collector(tracker)
     assert collector.harvests == []
     assert collector.started_ns is None

@@ -69,7 +69,9 @@ def completion(shell: str, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("shell", "sign"), [("zsh", "#compdef dmaproof"), ("fish", "complete -c dmaproof")]
 )
-def test_other_shells(shell: str, sign: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_zsh_and_fish_have_completion_scripts(
+    shell: str, sign: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     script = completion(shell, capsys)
     assert sign in script
     assert "dirty-ring" in script

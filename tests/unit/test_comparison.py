@@ -96,7 +96,7 @@ def lost_pages(found: Comparison) -> list[int]:
     return [page.ram_offset // PAGE for page in found.lost]
 
 
-def test_what_qemu_wrote_to_the_hold_pages_of_a_migration_that_ended_early_is_no_loss(
+def test_hold_pages_that_qemu_wrote_after_an_early_end_are_no_loss(
     guests: Guests,
 ) -> None:
     for page in (HOLD_PAGE, HOLD_PAGE + 1, OTHER_PAGE):

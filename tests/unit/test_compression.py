@@ -33,26 +33,26 @@ def test_bytes_after_the_end_are_ignored(name: str) -> None:
 
 
 @every_format
-def test_data_that_ends_early(name: str) -> None:
+def test_data_that_ends_early_is_reported(name: str) -> None:
     with pytest.raises(UntestableError, match=rf"module vfio is damaged: its {name} data ends"):
         decompress(COMPRESS[name](CONTENT)[:-6], "module vfio")
 
 
 @every_format
-def test_data_that_is_damaged(name: str) -> None:
+def test_damaged_data_is_reported(name: str) -> None:
     data = COMPRESS[name](CONTENT)
     with pytest.raises(UntestableError, match=rf"module vfio is damaged: {name}: \w"):
         decompress(data[:6] + b"\xff" * len(data), "module vfio")
 
 
-def test_an_unknown_format() -> None:
+def test_an_unknown_format_is_reported() -> None:
     message = "the kernel has an unknown compression: expected gzip, xz, zstd, it begins with 0222"
     with pytest.raises(UntestableError, match=message):
         decompress(b"\x02\x22kernel", "the kernel")
 
 
 @pytest.mark.parametrize(("name", "module"), [("xz", "lzma"), ("zstd", zstd.__name__)])
-def test_a_python_without_the_module(
+def test_a_python_without_the_module_is_reported(
     name: str, module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
@@ -70,7 +70,7 @@ def bz_image(payload: bytes) -> bytes:
 
 
 @every_format
-def test_the_elf_in_a_kernel_image(name: str) -> None:
+def test_the_elf_in_a_kernel_image_is_found(name: str) -> None:
     size = (
         b"" if name == "gzip" else len(CONTENT).to_bytes(4, "little")
     )  # Makefile.lib's size_append

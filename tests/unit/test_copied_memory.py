@@ -40,7 +40,7 @@ def test_private_memory_is_copied_and_the_next_copy_overwrites_it(private: mmap.
         assert os.pread(fd, 5, offset) == b"three"
 
 
-def test_memory_that_is_not_mapped(private: mmap.mmap) -> None:
+def test_memory_that_is_not_mapped_cannot_be_copied(private: mmap.mmap) -> None:
     hva = address_of(private)
     with process_memory(os.getpid(), "me", mappings_of(os.getpid(), "me")) as memory:
         assert memory is not None
@@ -54,19 +54,21 @@ def test_memory_that_is_not_mapped(private: mmap.mmap) -> None:
 
 
 @pytest.mark.parametrize(("second", "found"), [(0x2000, True), (0x3000, False)])
-def test_memory_in_several_mappings(private: mmap.mmap, second: int, found: bool) -> None:
+def test_memory_in_several_mappings_must_be_contiguous(
+    private: mmap.mmap, second: int, found: bool
+) -> None:
     mappings = [Mapping(it, it + 0x1000, False, 0, 0, "") for it in (0x1000, second)]
     memory = ProcessMemory("me", mappings, -1, -1, private)
     assert memory.has(0x1000, 0x2000) == found
 
 
-def test_a_process_that_may_not_be_read() -> None:
+def test_a_process_that_may_not_be_read_has_no_memory_to_copy() -> None:
     gone = int(Path("/proc/sys/kernel/pid_max").read_text())
     with process_memory(gone, "it", []) as memory:
         assert memory is None
 
 
-def test_what_is_known_of_a_process() -> None:
+def test_the_user_the_group_and_the_threads_of_a_process_are_known() -> None:
     assert user_and_group(os.getpid()) == (os.geteuid(), os.getegid())
     assert has_thread(os.getpid(), os.getpid())
     assert not has_thread(os.getpid(), os.getppid())

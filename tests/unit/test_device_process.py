@@ -33,7 +33,7 @@ async def listen(said: bytes) -> Device:
 EVENT = b'{"event": "connected", "session": "source"}\n'
 
 
-def test_a_device_that_dies_in_mid_word() -> None:
+def test_a_device_that_dies_in_the_middle_of_an_event_is_reported() -> None:
     async def story() -> None:
         device = await listen(EVENT + EVENT[:20])
         assert (await device.wait_for("connected", "source"))["event"] == "connected"
@@ -45,7 +45,7 @@ def test_a_device_that_dies_in_mid_word() -> None:
 
 
 @pytest.mark.parametrize("line", [b"{", b"null", b"[1]", b'{"event": "refused"}', b"\xff"])
-def test_a_device_that_says_nonsense(line: bytes) -> None:
+def test_an_unintelligible_event_is_reported(line: bytes) -> None:
     async def story() -> None:
         device = await listen(EVENT + line + b"\n")
         with pytest.raises(
@@ -57,7 +57,7 @@ def test_a_device_that_says_nonsense(line: bytes) -> None:
     asyncio.run(story())
 
 
-def test_what_a_device_refuses_is_reported() -> None:
+def test_a_refusal_of_the_device_is_reported() -> None:
     async def story() -> None:
         refused = b'{"event": "refused", "session": "source", "message": "ring 2"}\n'
         device = await listen(refused)

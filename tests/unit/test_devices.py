@@ -146,7 +146,7 @@ def test_an_option_that_the_device_does_not_have_is_refused(
     assert message in capsys.readouterr().err
 
 
-def test_what_a_kind_of_device_accepts_is_an_option_of_a_proof() -> None:
+def test_a_kind_of_device_accepts_only_options_of_a_proof() -> None:
     for kind in device_kinds().values():
         assert kind.accepts <= set(OPTIONS)
         assert "device" in kind.accepts

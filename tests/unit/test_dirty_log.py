@@ -24,7 +24,7 @@ def fd() -> Iterator[int]:
 @pytest.mark.parametrize(
     ("pages", "needed"), [(0, 0), (1, 8), (64, 8), (65, 16), (128, 16), (1 << 20, 1 << 17)]
 )
-def test_a_log_is_whole_words(pages: int, needed: int) -> None:
+def test_the_size_of_a_log_is_rounded_up_to_whole_words(pages: int, needed: int) -> None:
     assert log_bytes_needed(pages * PAGE) == needed
     assert log_bytes_needed(pages * PAGE - 1 if pages else 0) == needed
 
@@ -32,7 +32,7 @@ def test_a_log_is_whole_words(pages: int, needed: int) -> None:
 @pytest.mark.parametrize(
     ("gpa", "pages"), [(0, 129), (128 * PAGE, 1), (127 * PAGE, 2), (1 << 63, 1), (512, 1)]
 )
-def test_what_does_not_fit_sets_nothing(gpa: int, pages: int) -> None:
+def test_bits_that_do_not_fit_are_refused_and_set_nothing(gpa: int, pages: int) -> None:
     memory = bytearray(24)
     log = BufferDirtyLog(memoryview(memory)[:16])
     with pytest.raises(BitmapError, match="misaligned or reach behind"):
@@ -45,12 +45,14 @@ def test_what_does_not_fit_sets_nothing(gpa: int, pages: int) -> None:
 @pytest.mark.parametrize(
     ("size", "offset"), [(0, 0), (12, 0), (8, 4), (8, PAGE), (PAGE + 8, 0), (1 << 63, 0)]
 )
-def test_what_is_no_log(fd: int, size: int, offset: int) -> None:
+def test_a_log_of_partial_words_or_outside_its_file_is_refused(
+    fd: int, size: int, offset: int
+) -> None:
     with pytest.raises(BitmapError, match="no"):
         VhostDirtyLog(fd, size, offset)
 
 
-def test_a_log_anywhere_in_its_file(fd: int) -> None:
+def test_a_log_may_begin_anywhere_in_its_file(fd: int) -> None:
     log = VhostDirtyLog(fd, 16, 3000)
     log.merge(64 * PAGE, ALL, 3, 2)
     log.close()
@@ -67,17 +69,17 @@ def test_a_log_may_end_where_its_file_ends(fd: int) -> None:
     whole.close()
 
 
-def test_the_size_of_a_log_for_more_than_a_float_can_count() -> None:
+def test_the_size_of_a_log_is_exact_beyond_the_precision_of_a_float() -> None:
     assert log_bytes_needed((1 << 63) + PAGE) == (1 << 48) + 8
 
 
-def test_bits_stand_behind_those_that_were_there(fd: int) -> None:
+def test_merging_keeps_the_bits_of_the_log(fd: int) -> None:
     log = BufferDirtyLog(bytearray(b"\x01" + bytes(15)))
     log.merge(62 * PAGE, np.array([0b1011 << 2], dtype=np.uint64), 2, 4)
     assert int.from_bytes(log.memory, "little") == 1 | 0b1011 << 62
 
 
-def test_a_log_that_is_cut_short_is_told_of(fd: int) -> None:
+def test_a_log_that_is_cut_short_is_reported(fd: int) -> None:
     log = VhostDirtyLog(fd, 16, 0)
     os.ftruncate(fd, 0)
     with pytest.raises(ProtocolError, match="cut short while it was in use"):

@@ -57,7 +57,7 @@ def test_a_log_that_is_replaced_starts_anew() -> None:
         os.close(second)
 
 
-def test_no_log_is_said_plainly() -> None:
+def test_the_text_says_that_there_is_no_log_to_read() -> None:
     meter = VhostLogMeter(os.getpid(), "me")
     meter.look()
     assert meter.bytes_per_s is None

@@ -80,7 +80,7 @@ def test_no_guest_gives_back_rom(kind: str) -> None:
     assert sort(ram({}, kind), ram({6: b"o"}, kind), BALLOON) == [[6], [], []]
 
 
-def test_no_guest_gives_back_what_is_no_memory_backend() -> None:
+def test_only_pages_of_a_memory_backend_can_be_given_back() -> None:
     assert sort(replace(ram({}), backends={}), ram({6: b"o"}), BALLOON) == [[6], [], []]
 
 
@@ -121,7 +121,7 @@ def test_private_memory_that_was_only_read_holds_nothing(private: mmap.mmap) -> 
     assert absent_here(private) == ([True, True, True, False], True)
 
 
-def test_private_memory_that_cannot_be_looked_at_is_not_certain() -> None:
+def test_private_memory_that_is_not_mapped_decides_nothing() -> None:
     unmapped = absent_in_process(os.getpid(), [], 1 << 40, 4)
     assert (unmapped.absent.tolist(), unmapped.certain) == ([False] * 4, False)
     with mmap.mmap(-1, 4 * PAGE) as shared:  # MAP_SHARED: it may be swapped out
@@ -156,7 +156,7 @@ USED = UNUSED.replace(
 )
 
 
-def test_whether_a_balloon_has_a_driver() -> None:
+def test_a_balloon_is_in_use_when_the_guest_has_driven_it() -> None:
     assert not guest_drives_balloon(UNUSED.replace("\n", "\r\n"))
     assert guest_drives_balloon(USED)
     assert guest_drives_balloon(UNUSED.replace("virtio-balloon", "virtio-blk")), "on no PCI bus"

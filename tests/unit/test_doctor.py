@@ -41,7 +41,7 @@ def finding(facts: Facts, name: str, guest: str = "linux") -> Finding:
 
 
 @pytest.mark.parametrize("guest", GUEST_MEMORY_BYTES)
-def test_a_machine_that_has_everything(guest: str) -> None:
+def test_a_machine_that_has_everything_can_prove(guest: str) -> None:
     findings = examine(WHOLE, guest)
     assert {it.state for it in findings} == {State.OK}
     assert all(it.remedy is None for it in findings)
@@ -89,7 +89,9 @@ NO_PROOF = {
 
 
 @pytest.mark.parametrize(("lacks", "name", "remedy"), NO_PROOF.values(), ids=NO_PROOF)
-def test_what_no_proof_can_do_without(lacks: dict[str, object], name: str, remedy: str) -> None:
+def test_a_missing_requirement_makes_proofs_impossible(
+    lacks: dict[str, object], name: str, remedy: str
+) -> None:
     facts = replace(WHOLE, **lacks)  # type: ignore[arg-type]
     found = finding(facts, name)
     assert found.state == State.MISSING
@@ -120,7 +122,9 @@ NOT_NEEDED = {
 
 
 @pytest.mark.parametrize(("lacks", "name", "remedy"), NOT_NEEDED.values(), ids=NOT_NEEDED)
-def test_what_a_proof_can_do_without(lacks: dict[str, object], name: str, remedy: str) -> None:
+def test_a_limitation_leaves_proofs_possible(
+    lacks: dict[str, object], name: str, remedy: str
+) -> None:
     facts = replace(WHOLE, **lacks)  # type: ignore[arg-type]
     found = finding(facts, name)
     assert found.state == State.LIMITED
@@ -136,7 +140,7 @@ def test_the_bare_guest_needs_less() -> None:
 
 
 @pytest.mark.parametrize(("facts", "exit_code"), [(WHOLE, 0), (replace(WHOLE, qemu=None), 3)])
-def test_the_command(
+def test_the_command_prints_its_findings_and_exits_with_3_if_one_is_missing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     facts: Facts,
@@ -154,5 +158,5 @@ def test_the_command(
     assert states["QEMU"] == ("ok" if exit_code == 0 else "missing")
 
 
-def test_a_kernel_that_is_kept_needs_no_decompression() -> None:
+def test_a_cached_kernel_needs_no_decompression() -> None:
     assert can_prove(examine(replace(WHOLE, missing_formats={"zstd": "backports.zstd"}), "linux"))

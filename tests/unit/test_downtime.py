@@ -22,7 +22,7 @@ def milliseconds(
     return [part.seconds * 1000 for part in downtime.parts]
 
 
-def test_the_destination_is_part_of_it() -> None:
+def test_the_loading_on_the_destination_is_part_of_the_downtime() -> None:
     assert milliseconds(EVENTS, 0.9, (0, LOADED)) == pytest.approx([500, 100, 300, 250])
     assert milliseconds(WITHOUT_DEVICE, 0.9, (0, LOADED)) == pytest.approx([500, 400, 250])
 
@@ -31,7 +31,7 @@ def test_a_destination_that_is_done_first_takes_no_time() -> None:
     assert milliseconds(EVENTS, 0.9, (0, COMPLETED - MS))[-1] == 0
 
 
-def test_what_dmaproof_takes_before_a_saved_stream_is_read_is_no_part_of_it() -> None:
+def test_time_before_a_saved_stream_is_read_is_not_downtime() -> None:
     began = COMPLETED + 100 * MS
     assert milliseconds(EVENTS, 0.9, (began, LOADED))[-1] == pytest.approx(150)
 

@@ -55,7 +55,7 @@ def test_a_harvest_may_touch_the_edges_of_its_part(harvest: tuple[int, int]) -> 
 
 
 @pytest.mark.parametrize("harvest", [(99, 80), (50, 5), (520, 81), (650, 5)])
-def test_a_harvest_that_is_not_all_inside_is_not_told_apart(harvest: tuple[int, int]) -> None:
+def test_a_harvest_not_wholly_inside_a_part_is_not_shown(harvest: tuple[int, int]) -> None:
     assert parts(harvest) == {WAITS: 500, SYNCS: 100, SENDS: 300}
 
 
@@ -64,7 +64,9 @@ def test_only_the_last_harvest_counts() -> None:
 
 
 @pytest.mark.parametrize(("handed_over", "told"), [(600, True), (1000, True), (599, False)])
-def test_when_the_devices_state_is_sent_is_told_where_it_fits(handed_over: int, told: bool) -> None:
+def test_the_sending_of_the_device_state_is_shown_only_if_it_fits(
+    handed_over: int, told: bool
+) -> None:
     found = parts(moments={**EVENTS, "device": handed_over * MS})
     if told:
         assert found == {WAITS: 500, SYNCS: handed_over - 600, SENDS: 1000 - handed_over}
@@ -103,6 +105,6 @@ def test_events_in_the_wrong_order_make_no_negative_time() -> None:
     ] == [0]
 
 
-def test_a_downtime_that_was_not_measured_is_told_against_its_limit() -> None:
+def test_a_downtime_that_was_not_measured_is_reported_with_its_limit() -> None:
     found = measure_downtime({}, harvests(), None, None, 0.5)
     assert "could not be measured and held against the 0.5 s" in found.sentence

@@ -35,7 +35,7 @@ def some_evidence() -> Evidence:
     )
 
 
-def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_loaded_evidence_equals_what_was_saved(tmp_path: Path) -> None:
     saved = some_evidence()
     saved.save(tmp_path)
     loaded = Evidence.load(tmp_path)
@@ -48,19 +48,19 @@ def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
         assert (loaded.links[link].array == saved.links[link].array).all()
 
 
-def test_a_log_that_was_never_switched_on(tmp_path: Path) -> None:
+def test_evidence_without_a_start_of_the_log_has_no_start(tmp_path: Path) -> None:
     Evidence([], np.zeros(0, RECORD), some_evidence().links, np.zeros(0, HARVEST), None, 0).save(
         tmp_path
     )
     assert Evidence.load(tmp_path).started_ns is None
 
 
-def test_none_at_all(tmp_path: Path) -> None:
+def test_missing_evidence_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UntestableError, match=r"evidence.npz cannot be read"):
         Evidence.load(tmp_path)
 
 
-def test_wherever_it_is_cut_off(tmp_path: Path) -> None:
+def test_evidence_that_is_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
     some_evidence().save(tmp_path)
     whole = (tmp_path / FILE).read_bytes()
     for length in range(0, len(whole), 37):
@@ -69,7 +69,7 @@ def test_wherever_it_is_cut_off(tmp_path: Path) -> None:
             Evidence.load(tmp_path)
 
 
-def test_whatever_is_spoilt(tmp_path: Path) -> None:
+def test_spoilt_evidence_is_refused(tmp_path: Path) -> None:
     some_evidence().save(tmp_path)
     whole = (tmp_path / FILE).read_bytes()
     chance = random.Random(4)
@@ -85,7 +85,7 @@ def test_whatever_is_spoilt(tmp_path: Path) -> None:
     assert refused > 300
 
 
-def test_records_of_another_form(tmp_path: Path) -> None:
+def test_records_of_another_type_are_refused(tmp_path: Path) -> None:
     some_evidence().save(tmp_path)
     with np.load(tmp_path / FILE) as arrays:
         parts = {name: arrays[name] for name in arrays.files}

@@ -64,7 +64,7 @@ def test_every_fault_has_a_summary_of_one_line() -> None:
         "",
     ],
 )
-def test_what_is_no_fault_is_refused(spec: str) -> None:
+def test_a_malformed_fault_is_refused(spec: str) -> None:
     with pytest.raises(UsageError, match="fault"):
         plant(spec, 1)
 
@@ -107,7 +107,7 @@ def test_dropped_bits_are_others_each_time() -> None:
     assert len(ALL - twice) < len(ALL - once) / 2, "most are made good"
 
 
-def test_a_forgotten_high_slot() -> None:
+def test_the_bits_of_a_high_slot_are_forgotten() -> None:
     assert merged("forget-high-slot", 1, {3, 70}) == {3, 70}
     assert merged("forget-high-slot", 1, {3, 70}, gpa=HIGH) == set()
     assert merged("forget-high-slot", 1, {3, 70}, gpa=HIGH - 64 * PAGE) == {3}
@@ -126,7 +126,7 @@ def collecting(
 
 
 @pytest.mark.parametrize("spec", [None, "log-not-switched"])
-def test_the_log_is_not_switched(spec: str | None, memory: GuestMemory) -> None:
+def test_bits_go_to_the_old_log_after_a_switch(spec: str | None, memory: GuestMemory) -> None:
     collector, tracker, old = collecting(spec, memory)
     tracker.dma(PAGE, 1)
     new = bytearray(old)
@@ -139,7 +139,7 @@ def test_the_log_is_not_switched(spec: str | None, memory: GuestMemory) -> None:
 
 
 @pytest.mark.parametrize("spec", [None, "non-atomic-or"])
-def test_what_another_device_sets_meanwhile_is_overwritten(
+def test_bits_that_another_device_sets_meanwhile_are_overwritten(
     spec: str | None, memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collector, tracker, log = collecting(spec, memory)
@@ -202,7 +202,7 @@ def test_the_last_partial_word_is_forgotten() -> None:
     assert iterated("forget-last-word", [(0, 128)], 128) == set(range(128))
 
 
-def test_off_by_one_at_either_end() -> None:
+def test_a_range_loses_its_first_or_its_last_page() -> None:
     ranges = [(2, 1), (5, 3), (90, 10)]
     exact = {2, *range(5, 8), *range(90, 100)}
     assert iterated("off-by-one-start", ranges, 100) == exact - {5, 90}
@@ -335,7 +335,7 @@ def door(spec: str | None, memory: GuestMemory, seed: int = 1) -> tuple[Dma, Mar
         ("status-unlogged", WriteKind.STATUS),
     ],
 )
-def test_one_kind_of_write_is_not_told(
+def test_one_kind_of_write_is_not_reported_to_the_tracker(
     spec: str | None, unseen: WriteKind | None, memory: GuestMemory
 ) -> None:
     dma, marks = door(spec, memory)

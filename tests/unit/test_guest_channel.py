@@ -41,7 +41,7 @@ async def hear(said: bytes) -> GuestChannel:
     return channel
 
 
-def test_verbs_and_values() -> None:
+def test_a_report_has_a_verb_and_its_values() -> None:
     report = parse_line('error kind="two words" lba=8 empty=')
     assert (report.verb, report.values) == (
         "error",
@@ -80,7 +80,7 @@ def test_hold_pages_that_cannot_be_are_refused(said: bytes) -> None:
 @pytest.mark.parametrize(
     "said", [b"progress requests", b'error "unfinished', b"ready =a b", b"a b=c d", b"\xff\xfe x"]
 )
-def test_what_is_unintelligible_ends_the_wait(said: bytes) -> None:
+def test_an_unintelligible_line_ends_the_wait(said: bytes) -> None:
     with pytest.raises(GuestError, match="source QEMU gave up: the guest said something unintell"):
         asyncio.run(hear(said))
 
@@ -90,7 +90,7 @@ def test_a_line_without_an_end_ends_the_wait() -> None:
         asyncio.run(hear(b"x" * (1 << 18)))
 
 
-def test_more_and_more_kinds_of_things_are_not_kept() -> None:
+def test_more_kinds_of_reports_than_the_limit_end_the_wait() -> None:
     with pytest.raises(GuestError, match="more than 64 kinds"):
         asyncio.run(hear(b"".join(b"verb%d\n" % number for number in range(1000))))
 
@@ -152,7 +152,7 @@ def test_a_network_that_is_slow_or_takes_no_frames_is_late(sent: int, received: 
     assert not isinstance(late.value, NoEchoError)
 
 
-def test_a_console_of_any_size_and_content(tmp_path: Path) -> None:
+def test_the_last_lines_of_a_huge_console_are_printable(tmp_path: Path) -> None:
     console = tmp_path / "console.log"
     with console.open("wb") as file:
         file.truncate(1 << 36)  # more than could be read
@@ -164,7 +164,7 @@ def test_a_console_of_any_size_and_content(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["'", "\\", "x y", "x " * 100_000])
-def test_what_is_told_of_nonsense_is_short(line: str) -> None:
+def test_the_error_about_an_unintelligible_line_is_short(line: str) -> None:
     with pytest.raises(UntestableError) as raised:
         parse_line(line)
     assert len(str(raised.value)) < 400

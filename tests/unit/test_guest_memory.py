@@ -31,7 +31,7 @@ def test_a_file_offset_need_not_be_page_aligned(fd: int) -> None:
     assert bytes(guest_memory(fd, (0, PAGE, 100)).view(0, 1)) == b"x"
 
 
-def test_slots_above_and_below_a_hole(fd: int) -> None:
+def test_slots_above_and_below_a_hole_are_separate(fd: int) -> None:
     memory = guest_memory(fd, (1 << 32, 8 * PAGE, 8 * PAGE), (0, 8 * PAGE, 0))
     memory.view(1 << 32, 1)[:] = b"h"
     assert os.pread(fd, 1, 8 * PAGE) == b"h"
@@ -68,14 +68,14 @@ def test_overlapping_slots_are_refused(fd: int) -> None:
         guest_memory(fd, (0, 2 * PAGE, 0), (PAGE, PAGE, 0))
 
 
-def test_hva_to_gpa(fd: int) -> None:
+def test_an_hva_leads_to_its_gpa(fd: int) -> None:
     memory = guest_memory(fd, (0x10000, 4 * PAGE, 0))
     assert memory.gpa_of_hva(HVA_BASE + 0x10000 + 7, 8) == 0x10007
     with pytest.raises(MemoryAccessError, match="HVA"):
         memory.gpa_of_hva(HVA_BASE + 0x10000 + 4 * PAGE - 4, 8)
 
 
-def test_no_slots_hold_nothing() -> None:
+def test_memory_without_slots_refuses_every_address() -> None:
     with pytest.raises(MemoryAccessError, match="there are no slots"):
         GuestMemory(()).view(0, 1)
 
@@ -87,13 +87,13 @@ def test_translation_crosses_adjacent_mappings_in_order() -> None:
 
 
 @pytest.mark.parametrize(("iova", "length"), [(0xFFF, 2), (0x2FFF, 2), (0x8000, 1)])
-def test_translation_of_what_is_not_mapped(iova: int, length: int) -> None:
+def test_an_iova_that_is_not_mapped_is_refused(iova: int, length: int) -> None:
     iova_map = IovaMap([IovaMapping(0x1000, 0x5000, 0x2000)])
     with pytest.raises(MemoryAccessError, match="nothing is mapped"):
         iova_map.translate(iova, length)
 
 
-def test_one_page_at_two_iovas() -> None:
+def test_a_page_can_have_two_iovas() -> None:
     iova_map = IovaMap([IovaMapping(0x1000, 0x5000, 0x1000), IovaMapping(0x3000, 0x5000, 0x1000)])
     assert iova_map.translate(0x1004, 4) == iova_map.translate(0x3004, 4) == [(0x5004, 4)]
 
@@ -110,7 +110,7 @@ def slot(fd: int, gpa: int, pages: int, *, hva: int, offset: int) -> MemorySlot:
     return map_slot(fd, gpa=gpa, length=pages * PAGE, hva=hva, file_offset=offset)
 
 
-def test_a_slot_tells_where_its_bytes_are(fd: int) -> None:
+def test_a_slot_has_the_place_of_its_bytes(fd: int) -> None:
     found = slot(fd, 0x10000, 2, hva=0x7000, offset=3 * PAGE)
     status = os.fstat(fd)
     assert (found.gpa, found.length, found.hva) == (0x10000, 2 * PAGE, 0x7000)
@@ -137,7 +137,7 @@ def test_a_slot_can_be_seen_from_its_first_byte_to_its_last(fd: int) -> None:
             memory.view(gpa, length)
 
 
-def test_what_a_hole_hides_is_reached_from_neither_side(fd: int) -> None:
+def test_a_hole_is_reached_from_neither_side(fd: int) -> None:
     """RAM below and above a hole, as below and above the VGA window; the file goes on."""
     memory = guest_memory(fd, (0, 4 * PAGE, 0), (6 * PAGE, 4 * PAGE, 6 * PAGE))
     iova_map = IovaMap.identity(memory)
@@ -191,7 +191,7 @@ def test_each_piece_keeps_its_offset(iova: int, length: int, pieces: list[tuple[
     assert iova_map.translate(iova, length) == pieces
 
 
-def test_a_slot_whose_file_is_cut_short_is_told_of(fd: int) -> None:
+def test_a_slot_whose_file_is_cut_short_is_reported(fd: int) -> None:
     memory = guest_memory(fd, (0, PAGE, 0), (PAGE, PAGE, PAGE))
     memory.check()
     os.ftruncate(fd, PAGE)

@@ -112,7 +112,7 @@ WAYS = pytest.mark.parametrize("way", [Ram.in_file, Ram.in_process, Ram.saved])
 
 
 @WAYS
-def test_a_guest_physical_address_is_read_where_its_region_has_it(
+def test_a_guest_physical_address_is_read_in_its_region(
     ram: Ram, way: Callable[[Ram], GuestRam]
 ) -> None:
     guest = way(ram)
@@ -152,7 +152,7 @@ def test_memory_that_is_not_mapped_is_not_read_from_the_process(ram: Ram) -> Non
     assert asyncio.run(guest.backend_extent(LOW_REGION, 0, PAGE)) is None
 
 
-def test_which_regions_are_copied(ram: Ram) -> None:
+def test_only_regions_outside_shared_files_are_copied(ram: Ram) -> None:
     assert ram.in_process().copied == [LOW_REGION, HIGH_REGION]
     assert ram.in_file().copied == ram.saved().copied == []
     shared = ram.in_file().shared
@@ -176,7 +176,7 @@ def test_absent_pages_are_found_where_the_ram_is(ram: Ram) -> None:
     assert (found.absent.tolist(), found.certain) == ([False, True], True)
 
 
-def test_what_is_absent_is_unknown_where_the_process_may_not_be_read(ram: Ram) -> None:
+def test_absent_pages_are_unknown_in_an_unreadable_process(ram: Ram) -> None:
     found = ram.saved().absent(LOW_REGION, 0, 2)
     assert (found.absent.tolist(), found.certain) == ([False, False], False)
 
@@ -194,7 +194,9 @@ def test_a_piece_that_qemu_saved_leaves_neither_a_file_nor_a_descriptor(ram: Ram
     assert descriptors() == before
 
 
-def test_a_piece_that_is_not_there_is_told(ram: Ram, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_saved_piece_that_does_not_exist_is_reported(
+    ram: Ram, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ram.qemu, "save", lambda *_: None)
     with pytest.raises(UntestableError, match="it is not there: QEMU has another file system"):
         read(ram.saved(), LOW_REGION, 0, 1)
@@ -230,7 +232,7 @@ def test_only_a_plain_file_of_the_right_length_is_a_saved_piece(
     assert descriptors() == before
 
 
-def test_a_qemu_that_cannot_save_its_memory_is_told(ram: Ram) -> None:
+def test_a_qemu_that_cannot_save_its_memory_is_reported(ram: Ram) -> None:
     def refuse() -> None:
         raise QmpRefusal("source QEMU refused pmemsave: Permission denied")
 
@@ -373,7 +375,7 @@ def test_root_gives_the_folder_for_saved_pieces_to_qemus_user(
     assert tmp_path.stat().st_mode & 0o777 == (0o711 if owners else 0o700)
 
 
-def test_root_without_the_right_to_give_a_folder_away_goes_on(
+def test_root_without_the_right_to_chown_reads_the_process(
     ram: Ram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:

@@ -90,7 +90,7 @@ def an_epoll() -> int:
         (an_epoll, "eventpoll"),
     ],
 )
-def test_an_event_is_an_eventfd(
+def test_an_event_that_is_not_an_eventfd_is_refused(
     front_end: FrontEnd, request_: Request, make: Callable[[], int], kind: str
 ) -> None:
     fd = make()
@@ -101,7 +101,7 @@ def test_an_event_is_an_eventfd(
 
 @pytest.mark.parametrize("request_", [Request.SET_MEM_TABLE, Request.SET_LOG_BASE])
 @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_PATH])
-def test_a_file_that_cannot_be_mapped(
+def test_a_file_that_cannot_be_mapped_is_refused(
     front_end: FrontEnd, ram: int, request_: Request, flags: int
 ) -> None:
     fd = os.open(f"/proc/self/fd/{ram}", flags)
@@ -112,14 +112,14 @@ def test_a_file_that_cannot_be_mapped(
 
 
 @pytest.mark.parametrize(("gpa", "length"), [(0, PAGE + 512), (512, PAGE), (0, 100)])
-def test_a_slot_that_is_no_run_of_pages(
+def test_a_slot_of_partial_pages_is_refused(
     front_end: FrontEnd, ram: int, gpa: int, length: int
 ) -> None:
     with pytest.raises(ProtocolError, match="no run of whole pages"):
         front_end.send(Request.SET_MEM_TABLE, table((gpa, length, 0)), [ram])
 
 
-def test_more_memory_than_can_be_tracked(front_end: FrontEnd) -> None:
+def test_more_memory_than_can_be_tracked_is_refused(front_end: FrontEnd) -> None:
     with ram_fd(1 << 41) as sparse, pytest.raises(ProtocolError, match="can be tracked"):
         front_end.send(Request.SET_MEM_TABLE, table((0, (1 << 40) + PAGE, 0)), [sparse])
 
@@ -165,7 +165,7 @@ def boot(front_end: testbed.FrontEnd, ram: int) -> RingDriver:
 
 
 @pytest.mark.timeout(600)
-def test_an_event_that_would_wait_for_its_reader(front_end: FrontEnd, ram: int) -> None:
+def test_a_full_event_does_not_block_the_device(front_end: FrontEnd, ram: int) -> None:
     driver = boot(front_end, ram)
     os.eventfd_read(front_end.call)
     os.eventfd_write(front_end.call, (1 << 64) - 2)  # the counter is full
@@ -199,7 +199,7 @@ def test_requests_that_take_long_leave_room_for_others(ram: int) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, DATA])
-def test_ram_that_is_cut_short(front_end: FrontEnd, ram: int, kept: int) -> None:
+def test_ram_that_is_cut_short_is_refused(front_end: FrontEnd, ram: int, kept: int) -> None:
     driver = boot(front_end, ram)
     driver.publish(0)
     os.ftruncate(ram, kept)

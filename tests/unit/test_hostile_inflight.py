@@ -81,13 +81,17 @@ def request(driver: RingDriver | PackedDriver) -> None:
 
 
 @pytest.mark.parametrize("files", [0, 2])
-def test_one_file_comes_with_it(front_end: FrontEnd, region: int, files: int) -> None:
+def test_an_inflight_message_needs_exactly_one_file(
+    front_end: FrontEnd, region: int, files: int
+) -> None:
     with pytest.raises(ProtocolError, match=f"SET_INFLIGHT_FD: {files} file descriptors"):
         front_end.send(Request.SET_INFLIGHT_FD, described(), [region] * files)
 
 
 @pytest.mark.parametrize("head", [SIZE + 1, 0xFFFF])
-def test_a_list_that_leads_outside(front_end: FrontEnd, ram: int, region: int, head: int) -> None:
+def test_a_list_that_leads_outside_the_region_is_refused(
+    front_end: FrontEnd, ram: int, region: int, head: int
+) -> None:
     driver = packed_ring(ram)
     front_end.start_ring(driver)
     request(driver)
@@ -104,7 +108,7 @@ def test_a_list_that_leads_outside(front_end: FrontEnd, ram: int, region: int, h
         pytest.param(((0, 0, 0, 0xFFFF), (1, 1, 0, 0xFFFF)), id="lists without an end"),
     ],
 )
-def test_what_can_not_be_in_flight(
+def test_requests_that_cannot_be_in_flight_are_refused(
     front_end: FrontEnd, ram: int, region: int, entries: tuple[tuple[int, int, int, int], ...]
 ) -> None:
     left_behind(region, *entries)
@@ -112,7 +116,7 @@ def test_what_can_not_be_in_flight(
         front_end.start_ring(packed_ring(ram))
 
 
-def test_a_region_that_is_cut_short(front_end: FrontEnd, ram: int, region: int) -> None:
+def test_a_region_that_is_cut_short_is_refused(front_end: FrontEnd, ram: int, region: int) -> None:
     driver = packed_ring(ram)
     front_end.start_ring(driver)
     request(driver)

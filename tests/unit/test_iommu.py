@@ -186,7 +186,7 @@ def test_a_request_by_iovas_is_logged_by_gpas(guest: Guest, indirect: bool) -> N
     assert (records["iova"] != records["gpa"]).all()
 
 
-def test_nothing_is_done_before_everything_is_known(guest: Guest) -> None:
+def test_a_request_waits_until_all_of_its_pages_are_known(guest: Guest) -> None:
     guest.front_end.serve()
     known = guest.map(DATA, PAGE)
     guest.submit(
@@ -206,7 +206,7 @@ def test_nothing_is_done_before_everything_is_known(guest: Guest) -> None:
     assert stamped_lba(guest, DATA + 8 * PAGE) == 88
 
 
-def test_other_rings_go_on_while_one_waits(guest: Guest) -> None:
+def test_other_rings_are_served_while_one_waits(guest: Guest) -> None:
     guest.front_end.serve()
     guest.submit(Buffer(guest.map(DATA, PAGE), PAGE, WRITABLE))
     before = guest.iommu.all_pages()
@@ -227,7 +227,7 @@ def test_other_rings_go_on_while_one_waits(guest: Guest) -> None:
     ("fault", "expected"),
     [(None, {DATA // PAGE}), ("unmap-unharvested", set()), ("iova-as-gpa", set())],
 )
-def test_what_is_unmapped_is_in_the_log_before_that_is_answered(
+def test_pages_are_in_the_log_before_their_unmapping_is_answered(
     files: tuple[int, int], fault: str | None, expected: set[int]
 ) -> None:
     guest = Guest(*files, fault=fault)
@@ -246,7 +246,7 @@ def test_what_is_unmapped_is_in_the_log_before_that_is_answered(
     guest.front_end.close()
 
 
-def test_one_page_at_two_iovas(guest: Guest) -> None:
+def test_a_page_mapped_at_two_iovas_is_logged_for_both(guest: Guest) -> None:
     guest.log_on()
     first, second = guest.map(DATA, PAGE), guest.map(DATA, PAGE)
     assert first != second
@@ -259,7 +259,7 @@ def test_one_page_at_two_iovas(guest: Guest) -> None:
     assert guest.logged() == {DATA // PAGE}, "both IOVAs were written"
 
 
-def test_a_ring_that_is_unmapped_asks_where_it_stands(guest: Guest) -> None:
+def test_a_ring_that_is_unmapped_asks_for_its_addresses_again(guest: Guest) -> None:
     guest.log_on()
     for number in range(3 * RING_SIZE):
         iova = guest.map(DATA + number * PAGE, PAGE)
@@ -301,7 +301,7 @@ def test_an_indirect_table_on_scattered_pages_is_asked_for_at_a_time(guest: Gues
     assert stamped_lba(guest, DATA) == 80
 
 
-def test_what_is_mapped_anew_was_harvested_before(guest: Guest) -> None:
+def test_a_mapping_is_harvested_before_it_is_replaced(guest: Guest) -> None:
     guest.log_on()
     iova = guest.map(DATA, PAGE)
     guest.submit(Buffer(iova, PAGE, WRITABLE))
@@ -310,7 +310,7 @@ def test_what_is_mapped_anew_was_harvested_before(guest: Guest) -> None:
     assert guest.logged() == {DATA // PAGE}
 
 
-def test_what_there_is_no_room_for_was_harvested_before(guest: Guest) -> None:
+def test_a_mapping_is_harvested_before_it_is_evicted(guest: Guest) -> None:
     guest.log_on()
     iova = guest.map(DATA, PAGE)
     guest.submit(Buffer(iova, PAGE, WRITABLE))
@@ -323,7 +323,7 @@ def test_what_there_is_no_room_for_was_harvested_before(guest: Guest) -> None:
     assert guest.status == 0
 
 
-def test_access_that_comes_bit_by_bit(guest: Guest) -> None:
+def test_access_rights_of_two_updates_add_up(guest: Guest) -> None:
     page = Page(guest.map(DATA, PAGE), DATA, READ)
     guest.front_end.update(page)
     guest.front_end.update(page._replace(access=WRITE))
@@ -344,7 +344,7 @@ def test_a_new_memory_table_makes_all_mappings_void(guest: Guest) -> None:
     assert guest.status == 0
 
 
-def test_a_request_that_waits_is_left_to_whoever_goes_on(guest: Guest) -> None:
+def test_a_request_that_waits_when_the_ring_stops_is_not_taken(guest: Guest) -> None:
     guest.front_end.track_inflight(2, RING_SIZE)
     for index, driver in enumerate(guest.drivers):
         guest.front_end.set_ring_address(driver, index=index)
@@ -385,7 +385,7 @@ def test_a_page_that_may_only_be_read_is_not_written(guest: Guest) -> None:
         guest.front_end.serve()
 
 
-def test_there_must_be_a_way_to_ask(guest: Guest) -> None:
+def test_an_unknown_iova_is_refused_without_a_way_to_ask(guest: Guest) -> None:
     features = PROTOCOL_FEATURES & ~ProtocolFeature.REPLY_ACK
     guest.front_end.send(Request.SET_PROTOCOL_FEATURES, encode_u64(features))
     with pytest.raises(ProtocolError, match="there is no way to ask: SET_BACKEND_REQ_FD and"):
@@ -414,7 +414,7 @@ def test_without_the_feature_there_is_no_iotlb(guest: Guest) -> None:
         (IotlbChange(IotlbEvent.INVALIDATE, (1 << 64) - PAGE, 2 * PAGE, 0, 0), "leaves the 64-bit"),
     ],
 )
-def test_iotlb_messages_that_make_no_sense(
+def test_malformed_iotlb_messages_are_refused(
     files: tuple[int, int], change: IotlbChange, message: str
 ) -> None:
     guest = Guest(*files)
@@ -432,7 +432,7 @@ def test_iotlb_messages_that_make_no_sense(
         (struct.pack("<IIIQ", 1, 5, 9, 0), "9 bytes"),
     ],
 )
-def test_answers_that_make_no_sense(files: tuple[int, int], answer: bytes, message: str) -> None:
+def test_malformed_answers_are_refused(files: tuple[int, int], answer: bytes, message: str) -> None:
     guest = Guest(*files)
     assert guest.front_end.channel is not None
     guest.front_end.channel.sendall(answer)
@@ -441,19 +441,19 @@ def test_answers_that_make_no_sense(files: tuple[int, int], answer: bytes, messa
     guest.front_end.close()
 
 
-def test_a_channel_that_is_no_socket(guest: Guest) -> None:
+def test_a_channel_that_is_not_a_socket_is_refused(guest: Guest) -> None:
     with pytest.raises(ProtocolError, match="SET_BACKEND_REQ_FD"):
         guest.front_end.send(Request.SET_BACKEND_REQ_FD, fds=[guest.ram])
 
 
-def test_a_channel_that_is_closed(guest: Guest) -> None:
+def test_a_channel_that_is_closed_ends_the_session(guest: Guest) -> None:
     assert guest.front_end.channel is not None
     guest.front_end.channel.close()
     with pytest.raises(EOFError, match="closed the back-end channel"):
         guest.front_end.turn()
 
 
-def test_whoever_does_not_read_is_refused_and_whoever_has_gone_is_not() -> None:
+def test_a_full_channel_is_refused_and_a_closed_one_ends_the_session() -> None:
     theirs, ours = socket.socketpair()
     with theirs, ours, selectors.DefaultSelector() as selector:
         channel = BackendChannel(theirs.fileno(), selector)

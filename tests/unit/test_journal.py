@@ -78,7 +78,7 @@ def test_a_second_migration_begins_with_an_empty_journal(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("half", [0, 1, RECORD.itemsize // 2, RECORD.itemsize - 1])
-def test_half_a_record_is_dropped_and_the_next_one_stands_in_its_place(
+def test_half_a_record_is_dropped_and_the_next_one_takes_its_place(
     tmp_path: Path, half: int
 ) -> None:
     file = tmp_path / "records"
@@ -107,7 +107,7 @@ def collector_of(fd: int) -> Collector:
     return collector
 
 
-def test_a_successor_goes_on_with_journal_harvests_and_epochs(tmp_path: Path) -> None:
+def test_a_successor_continues_journal_harvests_and_epochs(tmp_path: Path) -> None:
     with ram_fd(8 * PAGE) as fd:
         memory = guest_memory(fd, (0, 8 * PAGE, 0))
         killed, collector = Keeper(tmp_path), collector_of(fd)

@@ -55,7 +55,7 @@ def as_the_kernel_does(size: int, comb: Comb) -> Pinned:
 
 
 @pytest.mark.parametrize("size", [64 * MIB, GIB, 65 * GIB, 256 * GIB, 4 * TIB])
-def test_pinned_is_what_the_kernel_s_algorithm_pins(size: int) -> None:
+def test_the_pinned_pages_are_those_of_the_kernels_algorithm(size: int) -> None:
     tried = [comb for comb in combs(size) if comb.count < 50_000]
     assert len(tried) >= 4
     for comb in tried:
@@ -139,7 +139,7 @@ def test_the_fit_finds_what_each_thing_costs() -> None:
     )
 
 
-def test_the_fit_tells_how_far_it_is_off() -> None:
+def test_the_fit_reports_its_worst_error() -> None:
     made = list(rows(COSTS))
     odd = next(row for row in made if row.interface == "report" and row.pattern == "1")
     made[made.index(odd)] = Row(**{**vars(odd), "instructions": odd.instructions * 2})
@@ -186,7 +186,7 @@ def test_every_cost_has_a_yardstick_that_is_measured() -> None:
         assert set(fit.costs) <= set(model.YARDSTICKS)
 
 
-def test_numbers_and_times_are_short() -> None:
+def test_numbers_and_times_have_few_digits() -> None:
     assert [tables.number(it) for it in (0, 12, 1234, 56_789_000, 2.5e12)] == [
         *("0", "12", "1.23k", "56.8M", "2.5T")
     ]
@@ -195,7 +195,7 @@ def test_numbers_and_times_are_short() -> None:
     assert tables.time_range((184.0, 996.0)) == "180 ms – 1 s"
 
 
-def test_tables_tell_what_is_reckoned_and_the_docs_have_their_columns() -> None:
+def test_tables_mark_calculated_values_and_the_docs_have_their_columns() -> None:
     made = rows(COSTS)
     found = model.fits(made)
     projections = list(model.project(made, found))

@@ -84,7 +84,7 @@ def test_another_distribution_brings_a_kind_of_device(install: Install) -> None:
         ("unix = precious_module:Precious", "'unix' is ambiguous: dmaproof itself and .*'fine'"),
     ],
 )
-def test_what_is_not_a_scenario_of_that_name_is_wrong_usage(
+def test_a_part_that_is_not_a_scenario_of_its_name_is_wrong_usage(
     install: Install, entry: str, message: str
 ) -> None:
     install("scenarios", entry)
@@ -98,12 +98,12 @@ def test_a_kind_that_cannot_be_used_leaves_the_others(install: Install) -> None:
     assert kind_of(["blk"], None).several
 
 
-def test_an_unknown_name_is_told_with_those_that_are_known() -> None:
+def test_an_unknown_name_is_refused_with_the_known_names() -> None:
     with pytest.raises(UsageError, match=r"'pigeon' is not known; there are: .*unix"):
         find_scenario("pigeon")
 
 
-def test_every_scenario_of_ours_has_a_name_and_a_summary() -> None:
+def test_every_scenario_has_its_name_and_a_summary() -> None:
     for name in known_scenarios():
         scenario = find_scenario(name)
         assert scenario.name == name

@@ -29,7 +29,7 @@ def folder(path: Path, *, unused_days: float) -> Path:
     return path
 
 
-def test_what_nobody_uses_any_more_goes_and_what_may_be_used_stays(tmp_path: Path) -> None:
+def test_only_old_builds_of_the_same_version_are_removed(tmp_path: Path) -> None:
     current = folder(tmp_path / "kernel-7.3-aaaa", unused_days=9)
     old = folder(tmp_path / "kernel-7.3-bbbb", unused_days=2)
     recent = folder(tmp_path / "kernel-7.3-cccc", unused_days=0.5)
@@ -42,7 +42,7 @@ def test_what_nobody_uses_any_more_goes_and_what_may_be_used_stays(tmp_path: Pat
     assert time.time() - current.stat().st_mtime < 100
 
 
-def test_what_another_process_uses_stays_however_old(tmp_path: Path) -> None:
+def test_a_build_that_another_process_uses_is_not_removed(tmp_path: Path) -> None:
     used = folder(tmp_path / "root-aaaa", unused_days=9)
     number = os.open(used, os.O_RDONLY)
     fcntl.flock(number, fcntl.LOCK_SH)
@@ -91,7 +91,7 @@ def test_headers_become_one_tree_that_does_not_point_out_of_itself(tmp_path: Pat
     assert "gcc-" not in (tmp_path / "build/.kernelvariables").read_text()
 
 
-def test_where_the_kernel_cannot_be_built_the_stock_one_serves(
+def test_the_stock_kernel_replaces_one_that_cannot_be_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(root: Path, version: str) -> Path:

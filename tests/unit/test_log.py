@@ -73,7 +73,7 @@ def test_nothing_is_shown_any_more_when_a_command_is_over(
     assert logging.getLogger("dmaproof").level == logging.ERROR
 
 
-def test_of_many_proofs_only_what_is_new_of_the_machine_and_warnings_are_shown(
+def test_of_many_proofs_only_new_facts_and_warnings_are_shown(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     log = StderrLog()
@@ -89,7 +89,7 @@ def test_of_many_proofs_only_what_is_new_of_the_machine_and_warnings_are_shown(
     assert lines == ["accelerator: TCG", "a step's warning", "migration 1", "migration 2"]
 
 
-def test_of_qmps_insides_nothing_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_of_the_qmp_library_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
     with logging_to(StderrLog()):
         qemu_qmp.QMPClient.logger.error("Task.Reader: end-of-file")
     assert capsys.readouterr().err == ""

@@ -130,7 +130,7 @@ def test_a_bit_that_was_given_back_when_all_was_over_is_not_late(stage: Stage) -
     assert stage.marked() == [3]
 
 
-def test_what_is_outside_of_ram_is_left_alone(stage: Stage) -> None:
+def test_bits_outside_of_ram_stay_in_the_log(stage: Stage) -> None:
     stage.mark(-FIRST)
     stage.mark(PAGES)
     eventually(lambda: stage.watch.reports > 0)

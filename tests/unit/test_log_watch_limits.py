@@ -126,7 +126,7 @@ def test_the_first_and_the_last_page_of_ram_are_watched(guest: Guest) -> None:
     assert guest.marked() == [-1]
 
 
-def test_a_page_behind_the_ram_does_not_end_the_watch(guest: Guest) -> None:
+def test_a_page_after_the_ram_does_not_end_the_watch(guest: Guest) -> None:
     guest.slot = guest.slot._replace(length=guest.slot.length - PAGE)
     guest.mark([PAGES - 1])
     watch = guest.watch()
@@ -145,7 +145,7 @@ def test_bits_that_are_left_are_late_up_to_the_edges_of_ram(guest: Guest) -> Non
     assert late == [0, 77, PAGES - 1]
 
 
-def test_a_page_with_data_behind_its_first_word_keeps_its_bit(guest: Guest) -> None:
+def test_a_page_with_data_after_its_first_word_keeps_its_bit(guest: Guest) -> None:
     guest.write(3, b"data", offset=PAGE - 8)
     guest.mark([3])
     watch = guest.watch()
@@ -197,7 +197,7 @@ def test_a_bit_that_qemu_takes_first_is_not_early(
     assert (early(watch), guest.marked()) == ([], [])
 
 
-def test_nothing_is_taken_once_the_log_has_been_let_go(guest: Guest) -> None:
+def test_nothing_is_taken_after_the_log_is_released(guest: Guest) -> None:
     watch = guest.watch()
     watch.let_go()
     guest.mark([3])

@@ -36,7 +36,7 @@ def test_a_caller_may_have_a_loop_of_its_own() -> None:
     assert asyncio.run(caller()) == 42
 
 
-def test_the_loop_goes_on_between_two_calls() -> None:
+def test_the_loop_runs_between_two_calls() -> None:
     happened = threading.Event()
 
     async def begin() -> None:
@@ -71,7 +71,7 @@ def test_an_interrupt_cancels_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
         assert loop.run(_answer()) == 42
 
 
-def test_what_is_left_is_cancelled_and_the_thread_gone() -> None:
+def test_leaving_cancels_open_tasks_and_ends_the_thread() -> None:
     ended = threading.Event()
 
     async def leave_something() -> asyncio.Task[None]:

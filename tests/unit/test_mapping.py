@@ -20,7 +20,7 @@ def fd() -> Iterator[int]:
         yield ram
 
 
-def test_it_shows_its_piece_of_the_file(fd: int) -> None:
+def test_a_mapping_shows_its_piece_of_the_file(fd: int) -> None:
     os.pwrite(fd, b"here", 3 * PAGE + 100)
     view = memoryview(SharedMapping(fd, 2 * PAGE, 3 * PAGE + 100))
     assert len(view) == 2 * PAGE
@@ -29,7 +29,7 @@ def test_it_shows_its_piece_of_the_file(fd: int) -> None:
     assert os.pread(fd, 1, 5 * PAGE + 99) == b"\7"
 
 
-def test_what_was_cut_off_reads_as_zeros(fd: int) -> None:
+def test_memory_of_a_truncated_file_reads_as_zeros(fd: int) -> None:
     mapping, other = SharedMapping(fd, 4 * PAGE, 0), SharedMapping(fd, 2 * PAGE, 0)
     view = memoryview(mapping)
     view[0] = view[3 * PAGE] = 1
@@ -45,7 +45,7 @@ def test_what_was_cut_off_reads_as_zeros(fd: int) -> None:
     assert os.pread(fd, 1, 3 * PAGE) == b"\0"
 
 
-def test_loops_of_c_and_other_threads_survive_too(fd: int) -> None:
+def test_c_loops_in_several_threads_survive_a_truncated_file(fd: int) -> None:
     mapping = SharedMapping(fd, 16 * PAGE, 0)
     data = np.frombuffer(memoryview(mapping), dtype=np.uint8)
     os.ftruncate(fd, 0)
@@ -58,7 +58,7 @@ def test_loops_of_c_and_other_threads_survive_too(fd: int) -> None:
     assert not data.any()
 
 
-def test_it_is_unmapped_with_its_last_view(fd: int) -> None:
+def test_the_memory_is_unmapped_with_its_last_view(fd: int) -> None:
     def mapped() -> int:
         return Path("/proc/self/maps").read_text().count("memfd:guest-ram")
 
@@ -71,7 +71,7 @@ def test_it_is_unmapped_with_its_last_view(fd: int) -> None:
     assert mapped() == 0
 
 
-def test_too_many_at_a_time(fd: int) -> None:
+def test_more_mappings_than_the_limit_are_refused(fd: int) -> None:
     held = [SharedMapping(fd, PAGE, 0) for _ in range(1000)]
     with pytest.raises(OSError, match="Cannot allocate memory"):
         held += [SharedMapping(fd, PAGE, 0) for _ in range(1000)]
@@ -80,12 +80,14 @@ def test_too_many_at_a_time(fd: int) -> None:
 
 
 @pytest.mark.parametrize(("length", "offset"), [(0, 0), (-1, 0), (PAGE, -PAGE)])
-def test_lengths_that_make_no_sense(fd: int, length: int, offset: int) -> None:
+def test_lengths_and_offsets_that_are_not_positive_are_refused(
+    fd: int, length: int, offset: int
+) -> None:
     with pytest.raises(ValueError, match="above 0"):
         SharedMapping(fd, length, offset)
 
 
-def test_a_file_that_may_only_be_read(fd: int) -> None:
+def test_a_read_only_file_cannot_be_mapped(fd: int) -> None:
     reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
     with pytest.raises(PermissionError):
         SharedMapping(reader, PAGE, 0)

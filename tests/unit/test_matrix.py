@@ -125,7 +125,7 @@ def write(folder: Path, text: str) -> Path:
     return file
 
 
-def test_a_file_and_options_in_place_of_its_axes(tmp_path: Path) -> None:
+def test_options_replace_the_axes_of_a_file(tmp_path: Path) -> None:
     file = write(
         tmp_path,
         '[matrix]\nqemu_destination = ["7.2", "8"]\nscenario = ["unix", "multifd-4", "multifd-8"]\n'
@@ -186,7 +186,7 @@ async def most_at_a_time(room: Room, setups: list[Setup]) -> int:
         (9, 5 * GIB, 4, 2),
     ],
 )
-def test_so_many_at_a_time_as_there_is_room(
+def test_proofs_run_side_by_side_as_resources_allow(
     processors: int, memory_bytes: int, jobs: int | None, most: int
 ) -> None:
     async def measure() -> int:
@@ -195,7 +195,7 @@ def test_so_many_at_a_time_as_there_is_room(
     assert asyncio.run(measure()) == most
 
 
-def test_what_memory_never_holds_is_not_begun() -> None:
+def test_a_proof_larger_than_memory_does_not_start() -> None:
     async def begin() -> None:
         async with Room(8, GIB).take(setup()):
             pytest.fail("begun")
@@ -215,7 +215,7 @@ def now(tmp_path: Path) -> Setup:
     return setup_of_files(tmp_path)
 
 
-def test_kept_until_something_changes(
+def test_a_result_is_reused_until_its_cell_or_key_changes(
     now: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = key(CELL, now)
@@ -273,7 +273,7 @@ def test_a_write_that_fails_leaves_the_old_result(
     assert found["seconds"] == 1.0
 
 
-def test_what_is_no_result_is_not_found(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_result_is_ignored(tmp_path: Path) -> None:
     with Kept.open(tmp_path / "kept") as kept:
         kept.file(CELL).write_text('["key"]')
         assert kept.find(CELL, "key") is None
@@ -327,7 +327,7 @@ def proof_report(exit_code: int, lost: dict[str, int], **more: int) -> dict[str,
     }
 
 
-def test_results_name_who_is_to_blame() -> None:
+def test_a_result_names_what_is_to_blame() -> None:
     lost = result_of(proof_report(1, {"device": 2, "qemu": 0, "accelerator": 30}), 1.0)
     assert lost.short == "LOST: device, accelerator"
     assert len(lost.stories) == 20
@@ -403,7 +403,7 @@ def test_runnables_carry_their_options() -> None:
     }
 
 
-def test_parameters_of_avocado_go_before_them() -> None:
+def test_parameters_of_avocado_override_the_options_of_a_runnable() -> None:
     from avocado.core.nrunner.runnable import Runnable
 
     runnable = Runnable("dmaproof", "x", scenario="tls", guest="bare")

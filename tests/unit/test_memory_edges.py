@@ -46,7 +46,7 @@ def private() -> mmap.mmap:
     return memory
 
 
-def test_a_copy_goes_on_where_a_short_read_ended(
+def test_a_copy_continues_after_a_short_read(
     private: mmap.mmap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A read of a process's memory may end at any page."""
@@ -58,7 +58,9 @@ def test_a_copy_goes_on_where_a_short_read_ended(
         assert os.pread(fd, 4 * PAGE, offset) == private[: 3 * PAGE + 5] + bytes(PAGE - 5)
 
 
-def test_where_a_copy_ended_is_told(private: mmap.mmap, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_copy_names_the_address(
+    private: mmap.mmap, monkeypatch: pytest.MonkeyPatch
+) -> None:
     preadv = os.preadv
     hva = address_of(private)
 
@@ -72,7 +74,7 @@ def test_where_a_copy_ended_is_told(private: mmap.mmap, monkeypatch: pytest.Monk
             memory.copy(hva, 2 * PAGE)
 
 
-def test_a_process_that_ends_meanwhile_is_told(
+def test_a_process_that_ends_during_a_copy_is_reported(
     private: mmap.mmap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "preadv", lambda *_: 0)

@@ -73,7 +73,7 @@ SOURCE = {"state": "postmigrate", "migration": SENT, "jit": jit(9)}
 
 
 @pytest.mark.parametrize("state", ["postmigrate", "finish-migrate"])
-def test_what_a_migration_leaves_behind(state: str) -> None:
+def test_a_source_after_its_migration_is_comparable(state: str) -> None:
     asyncio.run(require_migrated(played(**{**SOURCE, "state": state}), played()))
 
 
@@ -101,7 +101,7 @@ def test_what_a_migration_leaves_behind(state: str) -> None:
         ),
     ],
 )
-def test_what_is_not_comparable(
+def test_sides_without_a_completed_migration_are_refused(
     source: dict[str, Any], destination: dict[str, Any], kind: type[Exception], message: str
 ) -> None:
     with pytest.raises(kind, match=message):
@@ -122,11 +122,13 @@ def test_what_is_not_comparable(
         ({"kvm": True}, None),
     ],
 )
-def test_whether_a_guest_has_run(qemu: dict[str, Any], expected: bool | None) -> None:
+def test_a_guest_has_run_by_its_jit_or_its_vcpu_exits(
+    qemu: dict[str, Any], expected: bool | None
+) -> None:
     assert asyncio.run(has_run(played(**qemu))) is expected
 
 
-def test_without_a_migration_it_is_enough_to_be_paused() -> None:
+def test_without_a_migration_a_paused_guest_is_enough() -> None:
     asyncio.run(require_paused(played(state="prelaunch", migration={}, jit=jit(5))))
     with pytest.raises(UntestableError, match=r"is running.*QMP 'stop'"):
         asyncio.run(require_paused(played(state="running")))

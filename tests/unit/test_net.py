@@ -62,7 +62,7 @@ def guest() -> Iterator[Guest]:
         front_end.close()
 
 
-def test_packets_come_as_many_as_were_asked_for(guest: Guest) -> None:
+def test_the_device_sends_as_many_packets_as_the_guest_asks_for(guest: Guest) -> None:
     guest.offer(6)
     assert guest.received() == []
     guest.send(ETHERTYPE, struct.pack("<I", 2))
@@ -82,25 +82,25 @@ def test_packets_come_as_many_as_were_asked_for(guest: Guest) -> None:
     ("ethertype", "content"),
     [(0x0806, struct.pack("<I", 2)), (ETHERTYPE, b"\2"), (ETHERTYPE, b"")],
 )
-def test_other_messages_are_ignored(guest: Guest, ethertype: int, content: bytes) -> None:
+def test_frames_without_a_request_are_ignored(guest: Guest, ethertype: int, content: bytes) -> None:
     guest.offer(2)
     guest.send(ethertype, content)
     assert guest.transmit.collect() == [(0, 0)]
     assert guest.received() == []
 
 
-def test_a_buffer_without_room_for_a_packet(guest: Guest) -> None:
+def test_a_buffer_too_small_for_a_packet_is_refused(guest: Guest) -> None:
     guest.receive.submit([Buffer(DATA, FRAME_BYTES - 1, WRITE)])
     with pytest.raises(ProtocolError, match="no room for 1522 bytes"):
         guest.send(ETHERTYPE, struct.pack("<I", 1))
 
 
-def test_an_idle_ring_is_no_work(guest: Guest) -> None:
+def test_a_ring_of_unused_buffers_does_not_keep_the_server_busy(guest: Guest) -> None:
     guest.offer(2)
     assert not guest.front_end.session.serve_rings()
 
 
-def test_entropy_fills_what_it_is_given() -> None:
+def test_entropy_fills_every_writable_byte() -> None:
     front_end = FrontEnd(Rng())
     with ram_fd(RAM_BYTES) as ram:
         driver = RingDriver(guest_memory(ram, (0, RAM_BYTES, 0)), RECEIVE)

@@ -48,21 +48,21 @@ def test_texts_become_values() -> None:
     assert ProofOptions(harvest=1).harvest == 1.0
 
 
-def test_the_command_line_says_the_same() -> None:
+def test_the_words_of_the_command_line_give_the_same_options() -> None:
     assert parsed(CHOSEN.words()) == CHOSEN
     assert parsed([]) == ProofOptions()
     assert ProofOptions().words() == []
     assert "--seed=0" in CHOSEN.words()
 
 
-def test_json_and_texts_by_name_say_the_same() -> None:
+def test_json_and_texts_by_name_give_the_same_options() -> None:
     assert ProofOptions.of(json.loads(json.dumps(CHOSEN.to_json()))) == CHOSEN
     texts = {"kill_device": "on", "max_downtime": "2", "device": "blk net:mtu=9000"}
     assert ProofOptions.of({**CHOSEN.changed, **texts}) == CHOSEN
     assert ProofOptions.of({"qemu": None, "cpus": None}) == ProofOptions()
 
 
-def test_keywords_and_an_object_say_the_same() -> None:
+def test_keywords_and_an_object_give_the_same_options() -> None:
     assert chosen(guest="bare", memory="1G") == chosen(ProofOptions(guest="bare", memory=1 << 30))
     with pytest.raises(UsageError, match="either ProofOptions or keywords"):
         chosen(ProofOptions(), guest="bare")  # type: ignore[call-overload]
@@ -95,7 +95,7 @@ def test_options_that_were_not_given_are_as_by_default() -> None:
         ({"destination_lacks": ["flush", "x"]}, "--destination-lacks: expected one of seg-max"),
     ],
 )
-def test_what_an_option_cannot_be_is_named(options: dict[str, Any], message: str) -> None:
+def test_an_impossible_value_is_refused_by_name(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         ProofOptions.of(options)
 

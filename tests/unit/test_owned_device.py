@@ -120,7 +120,7 @@ def test_a_page_that_a_vcpu_wrote_later_is_lost_by_the_accelerator(case: Case) -
     assert page.blame is Blame.ACCELERATOR
 
 
-def test_where_the_device_is_not_asked_it_has_missed_nothing(case: Case) -> None:
+def test_a_device_that_is_not_asked_has_missed_nothing(case: Case) -> None:
     case.write(3, reports=0, logged=0)
     case.write(5, reports=0, logged=0)
     case.send(5)
@@ -130,7 +130,7 @@ def test_where_the_device_is_not_asked_it_has_missed_nothing(case: Case) -> None
     assert (sharpness.unreported, sharpness.reported_unwritten) == (0, 0)
 
 
-def test_what_was_written_before_logging_was_on_is_not_held_against_it(case: Case) -> None:
+def test_writes_before_logging_are_not_counted_as_missed(case: Case) -> None:
     case.write(1, reports=0, logged=0)
     case.write(2, reports=0)
     case.write(3, reports=0, logged=0)  # while logging was on, and outside of what is logged
@@ -138,7 +138,7 @@ def test_what_was_written_before_logging_was_on_is_not_held_against_it(case: Cas
     assert (sharpness.writes, sharpness.unreported) == (2, 2)
 
 
-def test_only_pages_written_once_and_after_all_was_sent_are_certain(case: Case) -> None:
+def test_only_pages_written_once_after_the_first_pass_are_guaranteed_detectable(case: Case) -> None:
     for page, time_ns in ((1, 500), (1, 2000), (2, 2000), (3, 2000), (3, 2001)):
         case.write(page, reports=0, time_ns=time_ns)
         case.tell(page, 1)
@@ -155,7 +155,7 @@ def test_a_device_that_wrote_nothing_is_no_evidence(case: Case) -> None:
 # The command --------------------------------------------------------------------------------------
 
 
-def test_the_name_of_the_device_with_a_tracking_or_without() -> None:
+def test_the_fake_device_is_known_by_its_name_with_or_without_a_tracking() -> None:
     assert is_fake_vfio(ProofOptions(device="vfio-fake"))
     assert is_fake_vfio(ProofOptions(device="vfio-fake:container"))
     assert not is_fake_vfio(ProofOptions(device="vfio:0000:3b:00.2,0000:3b:00.3"))
@@ -178,7 +178,7 @@ def test_the_name_of_the_device_with_a_tracking_or_without() -> None:
         ({"fault": "drop"}, "container-type1", "QEMU does not ask the device"),
     ],
 )
-def test_what_does_not_apply_is_wrong_usage(
+def test_an_option_that_does_not_apply_is_wrong_usage(
     options: dict[str, Any], tracking: str, why: str
 ) -> None:
     with pytest.raises(UsageError, match=why):
@@ -190,7 +190,7 @@ def test_a_control_that_could_not_show_is_wrong_usage(capsys: pytest.CaptureFixt
     assert "QEMU does not ask the device" in capsys.readouterr().err
 
 
-def test_what_applies() -> None:
+def test_the_tracking_and_the_fault_are_read_from_the_options() -> None:
     options = ProofOptions(
         device="vfio-fake:container-once-stopped", seed=3, fault="drop=20", timeout=60
     )

@@ -46,7 +46,7 @@ def test_pages_differ_where_their_bytes_do(
 @pytest.mark.parametrize(
     ("offset", "length", "page_size"), [(512, PAGE, PAGE), (0, PAGE + 1, PAGE), (0, PAGE, 512)]
 )
-def test_what_is_no_whole_page_is_refused(offset: int, length: int, page_size: int) -> None:
+def test_partial_pages_are_refused(offset: int, length: int, page_size: int) -> None:
     with ram_fd(4 * PAGE) as fd, pytest.raises(ValueError, match="page"):
         differing_pages(Extent(fd, offset), Extent(fd), length, page_size)
 

@@ -58,7 +58,7 @@ def test_one_page_is_taken_out_and_no_other(page: int) -> None:
     assert reported(pages) == [it for it in PAGES if it != page]
 
 
-def test_what_is_missing_is_found_in_every_range() -> None:
+def test_missing_pages_are_found_in_every_range() -> None:
     pages = PageSet(RANGES, PAGE)
     pages.add_run(5, 2)
     pages.add_run(101, 1)
@@ -97,7 +97,7 @@ def test_an_overflow_before_a_stop_is_forgotten() -> None:
     assert queue.overflows == 0
 
 
-def test_a_ring_that_is_just_full_stops_nobody() -> None:
+def test_a_ring_that_is_exactly_full_does_not_stop_its_writer() -> None:
     ring = DirtyRing(ring_entries=4)
     ring.start(RANGES, PAGE)
     ring.dma(10 * PAGE, 4 * PAGE)

@@ -57,7 +57,7 @@ def splitmix(value: int) -> int:
 
 
 @pytest.mark.parametrize(("iova", "length"), [(0, 8), (5, 1), (4091, 13), (1 << 40, 4096)])
-def test_content_is_what_control_h_says(iova: int, length: int) -> None:
+def test_content_follows_the_rule_of_control_h(iova: int, length: int) -> None:
     sequence = 3
     expected = bytes(
         splitmix(sequence * 0x9E3779B97F4A7C15 & (1 << 64) - 1 ^ at // 8) >> at % 8 * 8 & 0xFF
@@ -75,7 +75,7 @@ def test_dropped_pages_are_about_as_many_as_asked_for() -> None:
     assert (dropped_pages(pages, 50, 1) != dropped_pages(pages, 50, 2)).any()
 
 
-def test_expected_bits_of_writes_that_are_cut_by_the_question() -> None:
+def test_only_the_queried_part_of_a_write_is_expected() -> None:
     journal = np.array([(1, PAGE - 1, 2), (2, 3 * PAGE, 1), (3, 9 * PAGE, 4 * PAGE)], dtype=JOURNAL)
     bits = differential.expected_bits(journal, IovaRange(PAGE, 9 * PAGE), PAGE)
     assert int(bits[0]) == 0b1_0000_0101
@@ -166,7 +166,7 @@ def test_an_attempt_without_a_result_is_repeated_and_the_outcome_says_so() -> No
         MigrationTimeoutError("no end"),
     ],
 )
-def test_what_is_starved_at_each_attempt_is_not_tested(last: Exception) -> None:
+def test_a_proof_that_starves_at_each_attempt_is_not_tested(last: Exception) -> None:
     starved = (NothingTestedError("0 pages"), WaitTimeoutError("late"), last)
     outcome = run("migration", "name", patient(proof_of(*starved, ("equal", {}))))
     assert outcome.state is State.UNTESTED
@@ -174,7 +174,7 @@ def test_what_is_starved_at_each_attempt_is_not_tested(last: Exception) -> None:
     assert run("rules", "name", proof_of(WaitTimeoutError("late"))).state is State.UNTESTED
 
 
-def test_what_is_not_so_fails_at_once_and_what_cannot_migrate_fails_in_the_end() -> None:
+def test_a_failed_proof_is_not_repeated_and_a_failed_migration_is() -> None:
     lost = run("migration", "name", patient(proof_of(ProofFailedError("3 pages differ"))))
     assert (lost.state, lost.found) == (State.FAILS, "3 pages differ")
     broken: list[Exception] = [WaitTimeoutError("late")]
@@ -182,7 +182,7 @@ def test_what_is_not_so_fails_at_once_and_what_cannot_migrate_fails_in_the_end()
     assert run("migration", "name", patient(proof_of(*broken))).state is State.FAILS
 
 
-def test_what_is_not_tested_is_neither_a_pass_nor_a_failure() -> None:
+def test_an_untested_proof_is_neither_a_pass_nor_a_failure() -> None:
     starved = report("7.3", "11.1", row("a", "holds"), row("b", "untested"))
     assert (starved["exit_code"], "1 were not tested" in starved["verdict"]) == (3, True)
     assert "not tested migration: b: b: untested" in to_text(starved)
@@ -234,7 +234,7 @@ def test_each_proof_is_taken_by_one_machine_and_all_are(tmp_path: Path) -> None:
     assert [*second, *first] == [4]
 
 
-def test_what_two_machines_found_is_one_report_in_order() -> None:
+def test_the_results_of_two_machines_are_one_report_in_order() -> None:
     rows = [row(str(number), "holds", group="rules") for number in range(11)]
     common = {"kernel": "7.3", "qemu": "11.1", "seed": 1}
     parts = [
@@ -263,7 +263,7 @@ def proof_that_raises(error: Exception) -> Proof:
     return proof
 
 
-def test_what_the_kernel_does_not_know_is_lacking_and_what_it_refuses_fails() -> None:
+def test_an_unknown_request_is_lacking_and_a_refused_one_fails() -> None:
     errors = (
         LackingError("no property iommufd"),
         VfioError("REPORT", errno.EOPNOTSUPP, None),
@@ -294,7 +294,7 @@ def report(kernel: str, qemu: str, *rows: dict[str, Any]) -> dict[str, Any]:
     return to_json(found)
 
 
-def test_what_is_lacking_is_no_failure_but_no_pass_either() -> None:
+def test_a_lacking_feature_is_neither_a_failure_nor_a_pass() -> None:
     some = report("6.1", "10.0", row("a", "holds"), row("b", "lacking"))
     assert (some["exit_code"], "1 proofs hold, for 1" in some["verdict"]) == (0, True)
     assert "lacking migration: b: b: lacking" in to_text(some)
@@ -307,7 +307,7 @@ def test_what_is_lacking_is_no_failure_but_no_pass_either() -> None:
 WAYS = list(NAMES)
 
 
-def test_the_matrix_has_a_cell_for_each_way_and_its_control() -> None:
+def test_the_matrix_has_a_cell_for_each_migration_and_its_control() -> None:
     runs = [
         report(
             *("7.3.4", "11.1.3"),
@@ -357,7 +357,7 @@ def test_the_docs_table_has_the_columns_of_the_code() -> None:
     assert all(len({row[place].strip() for row in cells}) >= 2 for place in (0, 1))
 
 
-def test_runners_are_told_what_was_skipped() -> None:
+def test_junit_and_tap_have_skipped_proofs() -> None:
     answer = report("6.1", "10.0", row("a", "holds"), row("b", "lacking"))
     assert '<skipped message="b: lacking"' in to_junit(answer)
     assert 'name="migration: a" time="2.5"' in to_junit(answer)

@@ -79,12 +79,12 @@ def test_a_backend_is_shown_in_parts_as_long_as_they_go_on() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "unknown command", MTREE.split("FlatView #1")[0]])
-def test_what_is_no_map_is_refused(text: str) -> None:
+def test_a_text_without_a_map_is_refused(text: str) -> None:
     with pytest.raises(UntestableError, match="human monitor"):
         parse_flat_view(text)
 
 
-def test_host_addresses() -> None:
+def test_a_host_address_is_read_and_that_of_other_memory_is_none() -> None:
     assert parse_hva("Host virtual address for 0x0 (m) is 0x7f508fe00000\r\n") == 0x7F508FE00000
     assert parse_hva("Memory at address 0xfec00000 is not RAM\n") is None
 

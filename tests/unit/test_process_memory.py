@@ -22,7 +22,7 @@ def address_of(mapping: mmap.mmap) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
 
 
-def test_maps_are_read() -> None:
+def test_the_lines_of_proc_maps_become_mappings() -> None:
     lines = [
         "7f00-8f00 rw-s 00001000 00:01 1701                       /memfd:a b (deleted)\n",
         "8f00-9f00 rw-p 00000000 00:00 0 \n",
@@ -33,7 +33,7 @@ def test_maps_are_read() -> None:
     ]
 
 
-def test_a_memfd_is_read_where_it_is() -> None:
+def test_a_memfd_is_found_by_its_host_address() -> None:
     with ram_fd(2 * LENGTH) as fd, mmap.mmap(fd, LENGTH, offset=LENGTH) as mapping:
         os.pwrite(fd, b"here", LENGTH + PAGE)
         mappings, hva = mappings_of(os.getpid(), "me"), address_of(mapping) + PAGE
@@ -57,7 +57,7 @@ def test_a_file_that_is_closed_is_found_by_its_mapping() -> None:
 
 
 @pytest.mark.parametrize("flags", [mmap.MAP_PRIVATE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS])
-def test_private_memory_is_nobodys_file(flags: int) -> None:
+def test_private_memory_has_no_shared_file(flags: int) -> None:
     with ram_fd(LENGTH) as fd:
         number = -1 if flags & mmap.MAP_ANONYMOUS else fd
         with mmap.mmap(number, LENGTH, flags=flags) as mapping:
@@ -110,6 +110,6 @@ def test_a_process_that_does_not_exist_is_reported() -> None:
     "line",
     ["", "7f0000000000", "x-y rw-s 0 00:01 5", "1000-2000 rw 0 00:01 5", "1000 rw-s 0 00:01 5 /a"],
 )
-def test_a_line_that_proc_never_prints(line: str) -> None:
+def test_a_malformed_line_of_proc_maps_is_refused(line: str) -> None:
     with pytest.raises(UntestableError, match="a line that is none"):
         parse_maps([line])

@@ -23,14 +23,14 @@ def test_qemu_qmp_is_found_after_folders_of_its_name(
     assert qemu_qmp.folder() == found
 
 
-def test_where_it_is_missing_that_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_qemu_qmp_is_reported_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UntestableError, match=r"pip install qemu\.qmp"):
         qemu_qmp.folder()
 
 
-def test_it_does_not_take_the_name_qemu() -> None:
+def test_qemu_qmp_is_loaded_without_taking_the_name_qemu() -> None:
     library = qemu_qmp.QMPClient.__module__
     assert library.startswith("qmp_tools.qemu.qemu_qmp.")
     with pytest.raises(AttributeError, match="no attribute 'Pigeon'"):

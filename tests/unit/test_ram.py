@@ -35,7 +35,7 @@ def test_a_copy_is_of_its_moment() -> None:
         os.fstat(copy)
 
 
-def test_what_was_never_written_takes_no_memory() -> None:
+def test_pages_that_were_never_written_take_no_memory() -> None:
     with ram_fd(PAGES * PAGE_BYTES) as fd, copied([ram(fd)]) as (moment,):
         assert os.fstat(moment.fd).st_blocks == 0
         assert len(compare(moment, ram(fd))) == 0

@@ -22,7 +22,7 @@ NEW = """\
 """  # noqa: E501
 
 
-def test_blocks_of_an_old_qemu() -> None:
+def test_the_blocks_of_an_old_qemu_are_read() -> None:
     assert parse_ram_blocks(OLD.replace("\n", "\r\n")) == [
         RamBlock("", 0, 32 * MIB),
         RamBlock("ram0", 32 * MIB, 64 * MIB),
@@ -31,7 +31,7 @@ def test_blocks_of_an_old_qemu() -> None:
     ]
 
 
-def test_blocks_of_a_new_qemu() -> None:
+def test_the_blocks_of_a_new_qemu_are_read() -> None:
     assert parse_ram_blocks(NEW) == [
         RamBlock("ram0", 0, 64 * MIB),
         RamBlock("pc.bios", 64 * MIB, 256 * 1024),
@@ -48,7 +48,7 @@ def test_blocks_of_a_new_qemu() -> None:
         NEW[1:-4],
     ],
 )
-def test_what_is_not_understood_is_refused(text: str) -> None:
+def test_a_text_that_is_not_a_table_of_blocks_is_refused(text: str) -> None:
     with pytest.raises(UntestableError, match="info ramblock"):
         parse_ram_blocks(text)
 

@@ -22,14 +22,14 @@ def test_an_older_qemu_names_the_feature(accepted: int | None) -> None:
     assert "leaves" not in told
 
 
-def test_a_newer_qemu_does_not_and_the_device_does() -> None:
+def test_the_device_names_the_feature_that_a_newer_qemu_does_not() -> None:
     told = explain_refusal(f"a line\nqemu: {NEW}\nanother", ACCEPTED)
     assert told is not None
     assert "VIRTIO_F_EVENT_IDX (29)" in told
     assert "its message leaves that out" in told
 
 
-def test_without_the_device_it_stays_open_which_it_is() -> None:
+def test_without_the_device_the_feature_is_unknown() -> None:
     told = explain_refusal(NEW, None)
     assert told is not None
     assert "leaves out which" in told

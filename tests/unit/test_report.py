@@ -328,7 +328,7 @@ def test_a_cell_can_have_every_blame() -> None:
     VALIDATOR.validate(json.loads(json.dumps(answer)))
 
 
-def test_the_schema_refuses_what_is_wrong() -> None:
+def test_the_schema_refuses_wrong_values() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     for path, value in (
         (("lost_pages", 0, "blame"), "gremlins"),
@@ -479,7 +479,7 @@ def test_the_report_says_what_could_not_have_been_detected() -> None:
     ("name", "blame"),
     [("watched, late", ["late-bits"]), ("watched, lost", ["late-dma", "early-bit"])],
 )
-def test_a_matrix_tells_what_a_watched_device_has_done(name: str, blame: list[str]) -> None:
+def test_a_matrix_names_the_blame_of_a_watched_device(name: str, blame: list[str]) -> None:
     assert result_of(ANSWERS[name], 1.0).blame == blame
 
 
@@ -621,7 +621,7 @@ def test_a_checks_map_joins_what_follows_each_other() -> None:
     assert [it["pages"] for it in ram_map["classes"]] == [36, 0, 1, 0, 3]
 
 
-def test_a_checks_text_joins_runs_and_names_what_is_known() -> None:
+def test_a_checks_text_joins_runs_and_names_known_differences() -> None:
     text = check_report.to_text(check([5, 6, 20], [3]))
     assert text.startswith("FAIL: 3 of 40 pages differ, and 1 known to differ")
     assert "GPA 0x5000 to 0x6fff (m0 +0x5000, DIMM dimm0): 6 bytes differ in 2 pages" in text

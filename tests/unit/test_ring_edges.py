@@ -26,7 +26,7 @@ def test_a_ring_may_be_exactly_full(used: int) -> None:
     assert not ring(used, used, (full + 1) % (1 << 16)).is_consistent
 
 
-def test_an_answer_as_far_from_either_end_is_told_as_too_few() -> None:
+def test_an_answer_equally_far_from_both_ends_is_reported_as_too_few() -> None:
     story = ring(0x8000 + 50, 0, 100).story
     assert "at least 32718 too few" in story
 
@@ -38,7 +38,7 @@ def test_an_answer_as_far_from_either_end_is_told_as_too_few() -> None:
         (0x7FFF, "the device has finished 32767 more requests"),
     ],
 )
-def test_which_index_is_ahead_is_told_by_the_shorter_way(ahead: int, why: str) -> None:
+def test_the_shorter_distance_decides_which_index_is_ahead(ahead: int, why: str) -> None:
     assert why in ring(0, ahead, 0).story
 
 

@@ -28,7 +28,7 @@ def test_an_answer_between_used_and_available_is_right(answered: int) -> None:
     ("answered", "used", "available"),
     [(0xFFFF, 0xFFFE, 2), (0, 0xFFFE, 2), (2, 0xFFFE, 2), (5, 5, 5)],
 )
-def test_indices_wrap(answered: int, used: int, available: int) -> None:
+def test_an_answer_is_right_when_the_indices_wrap(answered: int, used: int, available: int) -> None:
     assert ring(answered, used, available).is_answered_right
 
 
@@ -42,7 +42,7 @@ def test_indices_wrap(answered: int, used: int, available: int) -> None:
         (2, 0xFFF0, 0xFFFF, "3 too many"),
     ],
 )
-def test_an_answer_outside_is_told_by_how_much(
+def test_a_wrong_answer_is_reported_with_its_distance(
     answered: int, used: int, available: int, wrong: str
 ) -> None:
     it = ring(answered, used, available)
@@ -61,7 +61,9 @@ def test_an_answer_outside_is_told_by_how_much(
         (1, 0xFFFE, "source", "has finished 3 more requests .* GET_VRING_BASE with 65534"),
     ],
 )
-def test_indices_that_a_ring_cannot_have(used: int, available: int, side: str, why: str) -> None:
+def test_impossible_indices_are_reported_with_their_cause(
+    used: int, available: int, side: str, why: str
+) -> None:
     it = ring(available, used, available, side)
     assert it.is_answered_right
     assert not it.is_consistent
@@ -103,7 +105,7 @@ def read(gpa: int, length: int) -> bytes | None:
     return struct.pack("<H", indices[gpa])[:length]
 
 
-def test_rings_are_read_where_qemu_says_that_they_are() -> None:
+def test_rings_are_read_at_the_addresses_that_qemu_reports() -> None:
     rams = {"source": read, "destination": lambda gpa, length: bytes(length)}
     found = asyncio.run(stopped_rings(cast(Any, PausedQemu()), rams))
     assert found == [ring(7, 10, 12), ring(7, 0, 0, "destination")]
@@ -115,5 +117,5 @@ def test_a_ring_outside_ram_is_not_a_ring() -> None:
     assert asyncio.run(stopped_rings(cast(Any, PausedQemu()), rams)) == []
 
 
-def test_a_qemu_that_does_not_answer_the_query() -> None:
+def test_a_qemu_without_the_query_has_no_rings() -> None:
     assert asyncio.run(stopped_rings(cast(Any, QemuBefore72()), {"source": read})) == []

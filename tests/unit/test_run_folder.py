@@ -74,13 +74,15 @@ def test_a_folder_is_locked_before_the_next_run_can_see_it(
     assert seen == ["."]
 
 
-def test_what_a_dead_run_has_left_is_removed(base: Path) -> None:
+def test_the_folder_of_a_dead_run_is_removed(base: Path) -> None:
     dead = left_by_a_dead_run(base)
     with run_folder():
         assert not dead.exists()
 
 
-def test_what_another_user_has_left_stays(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_of_another_user_is_not_removed(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dead, user = left_by_a_dead_run(base), os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: user + 1)
     with run_folder():

@@ -117,7 +117,9 @@ PASSABLE = [
 
 
 @pytest.mark.parametrize("name", PASSABLE)
-def test_both_sides_are_told_the_same_before_anything_moves(tmp_path: Path, name: str) -> None:
+def test_both_sides_get_the_same_settings_before_the_migration_starts(
+    tmp_path: Path, name: str
+) -> None:
     scenario = SCENARIOS[name]
     stage = Stage(tmp_path, scenario)
     stage.start()
@@ -131,7 +133,7 @@ def test_both_sides_are_told_the_same_before_anything_moves(tmp_path: Path, name
 
 
 @pytest.mark.parametrize("name", PASSABLE)
-def test_what_is_written_is_read(tmp_path: Path, name: str) -> None:
+def test_the_destination_reads_what_the_source_writes(tmp_path: Path, name: str) -> None:
     stage = Stage(tmp_path, SCENARIOS[name])
     stage.start()
     saved_first = SCENARIOS[name].transport.saved_first
@@ -146,7 +148,7 @@ def test_what_is_written_is_read(tmp_path: Path, name: str) -> None:
         assert writing["uri"].split("/")[-1] == reading["uri"].split("/")[-1]
 
 
-def test_who_comes_by_a_channel_is_told_when_it_has_joined(tmp_path: Path) -> None:
+def test_a_destination_that_joins_by_a_channel_gets_its_commands_afterwards(tmp_path: Path) -> None:
     stage = Stage(tmp_path, SCENARIOS["cpr-transfer"])
     stage.start()
     steps = [(name, command) for name, command, _ in stage.log if command != "query-status"]
@@ -164,7 +166,7 @@ def test_who_comes_by_a_channel_is_told_when_it_has_joined(tmp_path: Path) -> No
     assert reading["channels"] == writing["channels"][:1]
 
 
-def test_who_executes_itself_anew_is_over_when_it_has(tmp_path: Path) -> None:
+def test_a_cpr_exec_migration_is_over_when_the_new_program_has_joined(tmp_path: Path) -> None:
     stage = Stage(tmp_path, SCENARIOS["cpr-exec"])
     stage.start()
     steps = [(name, command) for name, command, _ in stage.log[-3:]]
@@ -196,7 +198,9 @@ def test_each_side_has_its_certificate(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("side", ["source", "destination"])
 @pytest.mark.parametrize("command", ["migrate-set-capabilities", "migrate-set-parameters"])
-def test_what_is_refused_at_first_is_lacking(tmp_path: Path, side: str, command: str) -> None:
+def test_a_refused_setting_means_that_qemu_lacks_the_scenario(
+    tmp_path: Path, side: str, command: str
+) -> None:
     stage = Stage(tmp_path, SCENARIOS["multifd-zstd"])
     qmp = getattr(stage, side)
     qmp.refused, qmp.words = command, "it does not accept value 'zstd'"
@@ -205,7 +209,7 @@ def test_what_is_refused_at_first_is_lacking(tmp_path: Path, side: str, command:
     assert not stage.told("source", "migrate")
 
 
-def test_what_is_refused_later_is_a_failure(tmp_path: Path) -> None:
+def test_a_migration_that_qemu_refuses_is_a_failure(tmp_path: Path) -> None:
     stage = Stage(tmp_path, SCENARIOS["unix"])
     stage.source.refused, stage.source.words = "migrate", "a device blocks it"
     with pytest.raises(QmpRefusal, match="a device blocks it"):
@@ -235,7 +239,7 @@ def test_postcopy_that_is_not_refused_is_a_failure(tmp_path: Path) -> None:
     assert not stage.told("source", "migrate")
 
 
-def test_postcopy_that_may_be_accepted_accuses_nobody(tmp_path: Path) -> None:
+def test_postcopy_is_unsupported_and_not_a_failure(tmp_path: Path) -> None:
     stage = Stage(tmp_path, SCENARIOS["postcopy-ram"])
     with pytest.raises(
         UnsupportedScenarioError, match="dmaproof does not carry out such a migration"
@@ -258,7 +262,7 @@ def test_a_scenario_is_exercised_only_when_it_was_used(name: str) -> None:
     assert not scenario.is_exercised_in({})
 
 
-def test_what_takes_a_proofs_processes_is_not_for_any_guest() -> None:
+def test_scenarios_that_need_the_processes_of_a_proof_do_not_suit_other_guests() -> None:
     only_in_proofs = {name for name, it in SCENARIOS.items() if not it.suits_any_guest}
     assert only_in_proofs == ONLY_IN_PROOFS
 
@@ -348,7 +352,7 @@ def test_a_migration_whose_destination_is_gone_fails(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wanted", [True, False], ids=["wanted", "converged too soon"])
-def test_a_migration_that_waits_for_switchover_fails_when_it_goes_on(
+def test_a_migration_that_waits_for_switchover_fails_when_it_continues(
     tmp_path: Path, wanted: bool
 ) -> None:
     stage = Stage(tmp_path, SCENARIOS["destination-killed-late"])

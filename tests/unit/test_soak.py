@@ -65,7 +65,7 @@ def test_a_spike_is_no_growth() -> None:
 
 
 @pytest.mark.parametrize("step", [holdings(1, 0, 0), holdings(0, 1, 0), holdings(0, 0, 1)])
-def test_what_grows_by_a_little_each_time_is_growth(step: Holdings) -> None:
+def test_small_growth_at_each_migration_is_growth(step: Holdings) -> None:
     seen = [
         holdings(
             private_mib=20 + number * step.private_bytes / MIB,

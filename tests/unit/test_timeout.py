@@ -43,7 +43,7 @@ def test_a_wait_ends_at_the_first_look_that_succeeds(wait: Wait) -> None:
     assert list(looks) == [True]
 
 
-def test_what_is_reached_already_is_seen_without_any_time(wait: Wait) -> None:
+def test_a_condition_that_holds_already_needs_no_time(wait: Wait) -> None:
     wait(lambda: True, -1.0)
 
 

@@ -26,7 +26,7 @@ def test_pages_keep_their_last_epoch() -> None:
     assert pages.last(0xFFFF_FFFF) == 0
 
 
-def test_what_lies_outside_is_passed_over() -> None:
+def test_pages_outside_the_ranges_are_ignored() -> None:
     pages = PageEpochs([LOW])
     pages.see(0, 1 << 40, 1)
     assert (pages.array == 1).all()
@@ -35,7 +35,7 @@ def test_what_lies_outside_is_passed_over() -> None:
     assert (pages.array == 1).all()
 
 
-def test_arrays_are_seen_as_single_ranges_are() -> None:
+def test_an_array_of_ranges_marks_the_same_pages_as_single_ranges() -> None:
     rng = np.random.default_rng(1)
     iovas = rng.integers(0, 16 * PAGE, 200).astype(np.uint64)
     lengths = rng.integers(1, 3 * PAGE, 200).astype(np.uint64)
@@ -46,14 +46,14 @@ def test_arrays_are_seen_as_single_ranges_are() -> None:
     assert (many.array == single.array).all()
 
 
-def test_bits_are_seen_where_they_stand() -> None:
+def test_a_set_bit_marks_the_page_of_its_position() -> None:
     pages = PageEpochs([LOW, HIGH])
     words = np.array([0b1010 << 60, 0b11], dtype=np.uint64)  # bits 61, 63, 64, 65
     pages.see_bits(0x2000, words, 60, 6, 9)
     assert [pages.last(0x2000 + index * PAGE) for index in range(6)] == [0, 9, 0, 9, 9, 9]
 
 
-def test_set_bits_between_any_two_bits() -> None:
+def test_set_bits_are_found_between_any_two_positions() -> None:
     rng = np.random.default_rng(2)
     words = rng.integers(0, 1 << 63, 5).astype(np.uint64)
     truth = np.unpackbits(words.view(np.uint8), bitorder="little")
@@ -85,7 +85,7 @@ def test_what_comes_after_the_stop_does_not_count() -> None:
             assert trace.links[link].last(LOW.iova) == seen
 
 
-def test_many_pages_are_looked_up_at_once() -> None:
+def test_a_lookup_of_many_pages_equals_single_lookups() -> None:
     pages = PageEpochs([LOW, HIGH])
     pages.see(LOW.iova + PAGE, PAGE, 2)
     pages.see(HIGH.iova, PAGE, 3)

@@ -124,7 +124,7 @@ def test_each_of_two_devices_answers_for_its_own(case: Case) -> None:
 
 
 @pytest.mark.parametrize("link", TRACED_LINKS)
-def test_the_link_that_missed_it_is_named(case: Case, link: Link) -> None:
+def test_the_link_that_missed_a_page_is_named(case: Case, link: Link) -> None:
     seen = TRACED_LINKS[: TRACED_LINKS.index(link)]
     case.device_writes(HIGH + 5 * PAGE, b"x" * PAGE, epoch=3, seen_by=seen)
     (page,) = case.lost()
@@ -135,7 +135,7 @@ def test_the_link_that_missed_it_is_named(case: Case, link: Link) -> None:
     assert page.seconds == pytest.approx(1.5e-6)
 
 
-def test_a_page_that_was_logged_before_its_last_write(case: Case) -> None:
+def test_a_page_that_was_logged_before_its_last_write_is_lost_by_the_device(case: Case) -> None:
     case.device_writes(0, b"one", epoch=1)
     case.device_writes(0, b"two", epoch=2, seen_by=(Link.TRACKER,))
     (page,) = case.lost()
@@ -202,7 +202,7 @@ def test_memory_that_was_unplugged_need_not_be_logged(case: Case) -> None:
     assert measure_sharpness([evidence], ALL_SENT_NS).unreported == 1
 
 
-def test_sharpness_counts_what_could_have_shown(case: Case) -> None:
+def test_the_sensitivity_counts_the_pages_whose_loss_would_be_detected(case: Case) -> None:
     case.device_writes(0, b"early", time_ns=900)
     case.device_writes(PAGE, b"once")
     case.device_writes(2 * PAGE, b"twice")
@@ -252,7 +252,7 @@ def test_without_a_journal_the_guest_is_the_evidence_source() -> None:
     assert Sharpness(1, 2, 3, 4, 5, 6, 7).to_json()["unreported"] == 5
 
 
-def test_exit_codes() -> None:
+def test_a_loss_exits_with_1_and_a_proof_without_evidence_with_3() -> None:
     sharp = Sharpness(10, 10, 5, 5, 0, 0, 0)
     blunt = Sharpness(10, 10, 0, 0, 0, 0, 0)
     well, ill = GuestOutcome(1000, 0, 10), GuestOutcome(1000, 2, 10)
@@ -297,7 +297,7 @@ def test_a_write_of_nothing_touches_its_own_page_only() -> None:
     assert WrittenPages(records).pages.tolist() == [0, 1, 1, 2]
 
 
-def test_what_a_snapshot_has_of_a_later_moment_is_its_own() -> None:
+def test_pages_that_a_snapshot_saved_too_late_fail_a_proof() -> None:
     sharp = sharpness_by_guest(7, EvidenceSource.SNAPSHOT)
     lost = [LostPage(0, 0, 4, Blame.SNAPSHOT)]
     torn = Verdict(PAGES, lost, sharp, GuestOutcome(0, 0, 0))
@@ -318,7 +318,7 @@ def test_what_the_log_shows_fails_a_proof_whose_pages_are_equal() -> None:
     assert "used ring of queue 1" in unlogged.sentence
 
 
-def test_what_could_not_have_shown_is_said_where_there_is_no_journal() -> None:
+def test_a_verdict_without_a_journal_names_what_it_could_not_detect() -> None:
     log = LogEvidence(looks=100, look_interval_s=0.001)
     verdict = Verdict(64, [], sharpness_by_guest(5), GuestOutcome(1, 0, 1), settled_s=4, log=log)
     assert any("4.0 s after the guest was paused" in each for each in verdict.unseen)

@@ -18,7 +18,7 @@ RING = Ring("source", "virtio-blk", 3, 128, 97, 100, 110)
 OTHER_RING = replace(RING, queue=4)
 
 
-def test_what_is_right_passes_and_continues() -> None:
+def test_a_proof_without_a_loss_passes_and_can_continue() -> None:
     assert (PASSED.exit_code, PASSED.can_go_on) == (0, True)
     assert PASSED.sentence == "every page equal: 64 pages compared"
 
@@ -73,7 +73,7 @@ def test_a_fault_in_the_log_fails_though_every_page_is_equal(
     assert message in found.sentence
 
 
-def test_what_a_device_without_a_journal_could_hide_is_named() -> None:
+def test_losses_that_a_missing_journal_could_hide_are_named() -> None:
     assert PASSED.unseen == []
     alone = replace(PASSED, sharpness=sharpness_by_guest(7), settled_s=4.0)
     assert alone.sharpness == sharpness_by_guest(7, certain=True)

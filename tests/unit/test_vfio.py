@@ -44,11 +44,11 @@ IOMMUFD_SIZES: list[tuple[Struct, int]] = [
 
 
 @pytest.mark.parametrize(("structure", "size"), IOMMUFD_SIZES)
-def test_sizes_of_newer_structures(structure: Struct, size: int) -> None:
+def test_structures_have_the_kernels_sizes(structure: Struct, size: int) -> None:
     assert structure.size == size
 
 
-def test_numbers_of_iommufd() -> None:
+def test_iommufd_requests_have_the_kernels_numbers() -> None:
     assert abi.HWPT_GET_DIRTY_BITMAP.number == 0x3B8C
     assert abi.HWPT_SET_DIRTY_TRACKING.number == 0x3B8B
     assert abi.IOAS_MAP.number == 0x3B85
@@ -79,7 +79,7 @@ def test_a_file_that_is_not_a_device_is_reported() -> None:
         os.close(fd)
 
 
-def test_every_rule_is_told_for_an_errno_that_exists() -> None:
+def test_every_explained_errno_exists() -> None:
     requests = [it for it in vars(abi).values() if isinstance(it, Request)]
     assert len(requests) > 20
     for rules in (*(it.rules for it in requests), *abi.FEATURE_RULES.values()):
@@ -255,7 +255,7 @@ def test_whatever_is_asked_for_no_page_is_lost(name: str) -> None:
     assert not kernel.on
 
 
-def test_a_kernel_that_forgets_too_much_is_noticed() -> None:
+def test_bits_that_the_kernel_forgets_are_missing_in_the_bitmap() -> None:
     kernel, tracker = played("dma-logging")
     tracker.start(RANGES, PAGE)
     kernel.forgets_too_much = True

@@ -134,7 +134,7 @@ def missing(facts: FunctionFacts, lockable: int | None = None) -> dict[str, str]
 
 
 @pytest.mark.parametrize("way", ["", ",container"])
-def test_a_pair_that_is_as_it_must_be(pair: Tree, way: str) -> None:
+def test_a_pair_that_meets_every_condition_is_testable(pair: Tree, way: str) -> None:
     text = f"vfio:3b:00.2,{DESTINATION_ADDRESS}{way}"
     functions = parse_functions(text, pair.host)
     lines = require_testable(functions, GIB, pair.host)
@@ -155,7 +155,7 @@ def test_a_pair_that_is_as_it_must_be(pair: Tree, way: str) -> None:
         ("vfio:/sys/bus/mdev/devices/none", "there is no"),
     ],
 )
-def test_what_names_no_functions_is_wrong_usage(pair: Tree, text: str, why: str) -> None:
+def test_a_name_without_functions_is_wrong_usage(pair: Tree, text: str, why: str) -> None:
     with pytest.raises(UsageError, match=why):
         parse_functions(text, pair.host)
 
@@ -185,7 +185,7 @@ def test_functions_of_two_kinds_are_no_pair(pair: Tree) -> None:
     assert "driver" in finding.what
 
 
-def test_two_functions_of_one_group_cannot_have_two_owners(pair: Tree) -> None:
+def test_two_functions_of_one_iommu_group_are_no_pair(pair: Tree) -> None:
     pair.add("0000:3b:00.4", group="20", number=2)
     (finding,) = examine_pair(facts_of(pair), facts_of(pair, "0000:3b:00.4"))
     assert finding.state is State.MISSING
@@ -225,7 +225,7 @@ def test_a_group_with_strangers_is_not_viable(pair: Tree) -> None:
 @pytest.mark.parametrize(
     ("iommufd", "gone"), [(True, "iommu"), (True, "vfio/devices/vfio0"), (False, "vfio/20")]
 )
-def test_files_that_the_kernel_has_not(pair: Tree, iommufd: bool, gone: str) -> None:
+def test_missing_device_files_are_reported(pair: Tree, iommufd: bool, gone: str) -> None:
     (pair.host.dev / gone).unlink()
     found = missing(facts_of(pair, iommufd=iommufd))["files"]
     assert f"the kernel has no {pair.host.dev / gone}" in found
@@ -241,26 +241,32 @@ def test_a_kernel_without_device_files_has_the_container(
     assert not missing(facts_of(tree, iommufd=False))
 
 
-def test_files_that_may_not_be_opened(pair: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_without_access_are_reported_with_their_remedy(
+    pair: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = pair.host.dev / "vfio" / "devices" / "vfio0"
     may = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: path != file and may(path, mode))
     assert f"{file}: no access; sudo chown $USER {file}" in missing(facts_of(pair))["files"]
 
 
-def test_a_function_that_is_in_use(pair: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_that_is_in_use_is_reported(pair: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     play(monkeypatch, error=TrackerError("BIND_IOMMUFD: EBUSY"))
     assert "EBUSY; end whoever has it" in missing(facts_of(pair))["open"]
 
 
-def test_a_driver_that_cannot_migrate(pair: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_cannot_migrate_is_reported_with_its_remedy(
+    pair: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
     play(monkeypatch, MigrationFlag(0))
     assert "devlink port function set" in missing(facts_of(pair))["migration"]
     plain = replace(facts_of(pair), driver="vfio-pci")
     assert "vfio-pci cannot migrate it; bind it to the vendor's" in missing(plain)["migration"]
 
 
-def test_how_much_state_there_is(pair: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_the_state_is_reported_if_the_kernel_has_it(
+    pair: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
     play(monkeypatch, state=VfioError("MIG_DATA_SIZE", errno.ENOTTY, None))
     unknown = {it.name: it for it in examine(facts_of(pair), GIB, None)}["state"]
     assert unknown.state is State.LIMITED
@@ -274,7 +280,7 @@ def test_how_much_state_there_is(pair: Tree, monkeypatch: pytest.MonkeyPatch) ->
     ("logs", "iommu_tracks", "state"),
     [(True, False, State.OK), (False, True, State.OK), (False, False, State.LIMITED)],
 )
-def test_who_tracks(
+def test_the_trackers_of_a_function_are_reported(
     pair: Tree, monkeypatch: pytest.MonkeyPatch, logs: bool, iommu_tracks: bool, state: State
 ) -> None:
     play(monkeypatch, MigrationFlag.STOP_COPY, logs=logs, iommu_tracks=iommu_tracks)

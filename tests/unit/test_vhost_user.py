@@ -108,7 +108,7 @@ def test_every_read_is_stamped_and_unique(guest: Guest) -> None:
     assert os.eventfd_read(guest.front_end.call) >= 1
 
 
-def test_a_read_scattered_over_unaligned_pieces(guest: Guest) -> None:
+def test_a_read_is_scattered_over_unaligned_pieces(guest: Guest) -> None:
     pieces = [Buffer(DATA + 100, 512, WRITE), Buffer(DATA + 9 * PAGE - 7, 1024, WRITE)]
     assert request(guest, IN, 3, *pieces) == 0
     assert request(guest, IN, 0, Buffer(DATA + 20 * PAGE, PAGE, WRITE)) == 0
@@ -120,7 +120,7 @@ def test_a_read_scattered_over_unaligned_pieces(guest: Guest) -> None:
     assert scattered[8:16] != whole[3 * 512 + 8 : 3 * 512 + 16]  # another request, other content
 
 
-def test_what_was_written_reads_back(guest: Guest) -> None:
+def test_written_sectors_read_back_as_written(guest: Guest) -> None:
     content = os.urandom(PAGE + 512)
     guest.driver.write(DATA, content)
     assert request(guest, OUT, 21, Buffer(DATA, len(content))) == 0
@@ -128,7 +128,7 @@ def test_what_was_written_reads_back(guest: Guest) -> None:
     assert guest.driver.read(DATA + 4 * PAGE, len(content)) == content
 
 
-def test_what_was_written_stays_in_the_file(tmp_path: Path) -> None:
+def test_written_sectors_stay_in_the_file(tmp_path: Path) -> None:
     image = tmp_path / "disk"
     content = os.urandom(512)
     for guest in start_guest(FrontEnd(Blk(1 << 30, queues=2, file=image))):
@@ -173,18 +173,18 @@ def test_a_disk_that_is_full_fails_the_request(
         ("blk:file=/dev/null", "/dev/null is not a regular file"),
     ],
 )
-def test_a_device_that_cannot_be_made(text: str, message: str) -> None:
+def test_a_device_that_cannot_be_made_is_wrong_usage(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make_device(text)
 
 
-def test_a_file_of_no_whole_pages(tmp_path: Path) -> None:
+def test_a_disk_file_of_partial_pages_is_refused(tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(b"x")
     with pytest.raises(UsageError, match="1 bytes"):
         make_device(f"blk:file={tmp_path}/disk")
 
 
-def test_flush_and_identity(guest: Guest) -> None:
+def test_a_flush_succeeds_and_the_disk_has_its_identity(guest: Guest) -> None:
     assert request(guest, FLUSH, 0) == 0
     assert request(guest, GET_ID, 0, Buffer(DATA, 20, WRITE)) == 0
     assert guest.driver.read(DATA, 20) == b"dmaproof".ljust(20, b"\0")
@@ -200,7 +200,7 @@ def test_flush_and_identity(guest: Guest) -> None:
         (99, 0, Buffer(DATA, 512, WRITE), 2),
     ],
 )
-def test_what_the_disk_cannot_do_is_a_status(
+def test_an_impossible_request_gets_an_error_status(
     guest: Guest, kind: int, sector: int, buffer: Buffer, status: int
 ) -> None:
     before = guest.driver.read(DATA, 512)
@@ -215,7 +215,7 @@ def test_config_space_says_capacity_and_queues(guest: Guest) -> None:
     assert int.from_bytes(answer[34:36], "little") == 2
 
 
-def test_stopping_answers_where_the_ring_stands(guest: Guest) -> None:
+def test_the_answer_to_a_stop_is_the_position_of_the_ring(guest: Guest) -> None:
     request(guest, FLUSH, 0)
     request(guest, FLUSH, 0)
     answer = guest.front_end.ask(Request.GET_VRING_BASE, struct.pack("<II", 0, 0))
@@ -422,36 +422,36 @@ def test_a_malformed_message_is_refused_by_name(guest: Guest, data: bytes, messa
     refused(guest.front_end, message, data)
 
 
-def test_a_log_too_small_for_the_guest(guest: Guest) -> None:
+def test_a_log_too_small_for_the_guest_is_refused(guest: Guest) -> None:
     payload = struct.pack("<QQ", LOG_BYTES - 8, 0)
     data = encode_request(Request.SET_LOG_BASE, payload)
     refused(guest.front_end, f"{LOG_BYTES - 8} bytes is too small", data, (guest.log,))
 
 
-def test_a_log_longer_than_its_file(guest: Guest) -> None:
+def test_a_log_longer_than_its_file_is_refused(guest: Guest) -> None:
     data = encode_request(Request.SET_LOG_BASE, struct.pack("<QQ", LOG_BYTES + 8, 0))
     refused(guest.front_end, "SET_LOG_BASE.*inside its file", data, (guest.log,))
 
 
-def test_memory_that_outgrows_the_log(guest: Guest) -> None:
+def test_memory_that_outgrows_the_log_is_refused(guest: Guest) -> None:
     start_logging(guest)
     places = struct.pack("<II", 1, 0) + struct.pack("<QQQQ", HIGH * 2, 64 * PAGE, 0, 0)
     data = encode_request(Request.SET_MEM_TABLE, places)
     refused(guest.front_end, "SET_MEM_TABLE: a dirty log of", data, (guest.ram,))
 
 
-def test_a_memory_region_longer_than_its_file(guest: Guest) -> None:
+def test_a_memory_region_longer_than_its_file_is_refused(guest: Guest) -> None:
     places = struct.pack("<II", 1, 0) + struct.pack("<QQQQ", 0, RAM_BYTES, 0, PAGE)
     data = encode_request(Request.SET_MEM_TABLE, places)
     refused(guest.front_end, "SET_MEM_TABLE: memory slot", data, (guest.ram,))
 
 
-def test_a_ring_outside_every_slot(guest: Guest) -> None:
+def test_a_ring_outside_every_slot_is_refused(guest: Guest) -> None:
     data = encode_request(Request.SET_VRING_ADDR, struct.pack("<IIQQQQ", 0, 0, 16, 16, 16, 16))
     refused(guest.front_end, "SET_VRING_ADDR: HVA 0x10", data)
 
 
-def test_a_used_ring_logged_elsewhere(guest: Guest) -> None:
+def test_a_used_ring_that_is_logged_at_another_address_is_refused(guest: Guest) -> None:
     guest.driver.used += 4
     with pytest.raises(ProtocolError, match="are to be logged at"):
         guest.front_end.send(
@@ -477,7 +477,7 @@ def test_an_address_outside_every_slot_writes_nothing(guest: Guest, address: int
     assert guest.driver.read(STATUS, 1) == b"\xff"
 
 
-def test_a_request_without_room_for_its_status(guest: Guest) -> None:
+def test_a_request_without_room_for_its_status_is_refused(guest: Guest) -> None:
     driver = guest.driver
     driver.write(HEADER, struct.pack("<IIQ", IN, 0, 0))
     driver.describe([Buffer(HEADER, 16)])
@@ -495,7 +495,7 @@ def test_a_request_larger_than_the_process_would_hold_is_an_io_error(guest: Gues
     assert guest.driver.read(STATUS, 1) == b"\x01"
 
 
-def test_a_message_that_comes_in_pieces(guest: Guest) -> None:
+def test_a_message_in_pieces_is_answered_when_it_is_complete(guest: Guest) -> None:
     *first, last = encode_request(Request.GET_VRING_BASE, struct.pack("<II", 0, 0))
     for byte in first:
         guest.front_end.send_raw(bytes([byte]))
@@ -505,7 +505,7 @@ def test_a_message_that_comes_in_pieces(guest: Guest) -> None:
     assert struct.unpack_from("<I", answer) == (Request.GET_VRING_BASE,)
 
 
-def test_a_front_end_that_goes_away(guest: Guest) -> None:
+def test_a_front_end_that_disconnects_ends_the_session(guest: Guest) -> None:
     guest.front_end.socket.close()
     with pytest.raises(EOFError):
         guest.front_end.session.receive()

@@ -33,5 +33,5 @@ def test_the_last_message_counts_until_its_answer_comes(
     assert unanswered(log) == message
 
 
-def test_a_qemu_without_these_events_leaves_it_open(tmp_path: Path) -> None:
+def test_without_trace_events_no_message_is_named(tmp_path: Path) -> None:
     assert unanswered(tmp_path / "none") is None

@@ -62,7 +62,9 @@ def test_the_ring_wraps_and_the_index_too(driver: RingDriver) -> None:
     ("buffers", "message"),
     [
         pytest.param([Buffer(DATA, 1, NEXT, 0)], "loops", id="loop of one"),
-        pytest.param([Buffer(DATA, 1, NEXT, 1), Buffer(DATA, 1, NEXT, 0)], "loops", id="of two"),
+        pytest.param(
+            [Buffer(DATA, 1, NEXT, 1), Buffer(DATA, 1, NEXT, 0)], "loops", id="loop of two"
+        ),
         pytest.param([Buffer(DATA, 1, NEXT, 8)], "table has 8", id="next outside the table"),
         pytest.param(
             [Buffer(DATA, 1, WRITE | NEXT, 1), Buffer(DATA, 1)],

@@ -32,7 +32,7 @@ RATE: dict[str, Any] = {"mbps": 80.0, "page_size": 4096}
         ({"mbps": 80.0}, None),
     ],
 )
-def test_when_it_will_end(ram: dict[str, Any], ends_in: str | None) -> None:
+def test_the_end_is_forecast_from_the_rates(ram: dict[str, Any], ends_in: str | None) -> None:
     found = view(**ram).ends_in
     assert found == ends_in or (found is not None and found.startswith(ends_in or "?"))
 
@@ -41,7 +41,7 @@ def test_without_a_downtime_limit_all_must_be_sent() -> None:
     assert view(limit_s=None, remaining=15_000_000, **RATE).ends_in == "in 1.5 s"
 
 
-def test_the_line_tells_what_there_is() -> None:
+def test_the_line_has_only_what_is_known() -> None:
     line = view(
         remaining=3 * MIB, transferred=64 * MIB, dirty_sync_count=4, dirty_pages_rate=256, **RATE
     ).line

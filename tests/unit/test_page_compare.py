@@ -43,6 +43,36 @@ def test_pages_differ_where_their_bytes_do(
     assert found.tolist() == expected
 
 
+@pytest.fixture
+def hole_searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The file descriptor of each search for the end of a run of data."""
+    searched = []
+    lseek = os.lseek
+
+    def search(fd: int, position: int, whence: int) -> int:
+        if whence == os.SEEK_HOLE:
+            searched.append(fd)
+        return lseek(fd, position, whence)
+
+    monkeypatch.setattr(os, "lseek", search)
+    return searched
+
+
+def test_the_end_of_a_run_of_data_is_looked_for_once(hole_searches: list[int]) -> None:
+    """To look for it again at each piece would take a time that grows with the square of the RAM's
+    size.
+    """
+    length = 4 << 20
+    with ram_fd(length) as source, ram_fd(length) as destination:
+        os.pwrite(source, bytes(length), 0)
+        fill(destination, 0, [0, None] * 8)
+        assert not differing_pages(Extent(source), Extent(destination), length).size
+        assert hole_searches.count(source) == 1
+        assert hole_searches.count(destination) == 8
+        assert not page_digests(Extent(source), length).any()
+        assert hole_searches.count(source) == 2
+
+
 @pytest.mark.parametrize(
     ("offset", "length", "page_size"), [(512, PAGE, PAGE), (0, PAGE + 1, PAGE), (0, PAGE, 512)]
 )

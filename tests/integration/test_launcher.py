@@ -11,6 +11,8 @@ from typing import Final
 
 import pytest
 
+from support.scratch import scratch_folder
+
 pytestmark = pytest.mark.timeout(600)
 
 LAUNCHER: Final = Path(__file__).parents[2] / "dmaproof"
@@ -80,17 +82,23 @@ def programs_in_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
 
 @pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    with scratch_folder() as folder:
+        yield folder
+
+
+@pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     return check_out(tmp_path / "checkout")
 
 
 @pytest.fixture(scope="module")
-def built_once(programs_in_path: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built_once(programs_in_path: None) -> Iterator[Path]:
     """A folder with 'checkout', in which the launcher has run, and 'kept', a copy of that."""
-    folder = tmp_path_factory.mktemp("built")
-    assert_runs_in(check_out(folder / "checkout"))
-    shutil.copytree(folder / "checkout", folder / "kept", symlinks=True)
-    return folder
+    with scratch_folder() as folder:
+        assert_runs_in(check_out(folder / "checkout"))
+        shutil.copytree(folder / "checkout", folder / "kept", symlinks=True)
+        yield folder
 
 
 @pytest.fixture

@@ -235,8 +235,10 @@ def test_the_pvclock_page_is_named_and_not_hidden(tool: Tool, qemu: Path, folder
         assert checked(tool, pair, 1)["notes"] == []
 
 
-def refused(tool: Tool, source: Path, destination: Path, exit_code: int, message: str) -> None:
-    outcome = tool.run("check", str(source), str(destination))
+def refused(
+    tool: Tool, source: Path, destination: Path, exit_code: int, message: str, *options: str
+) -> None:
+    outcome = tool.run("check", str(source), str(destination), *options)
     assert outcome.exit_code == exit_code, outcome.errors
     assert message in outcome.errors
     assert "Traceback" not in outcome.errors
@@ -412,7 +414,9 @@ def test_a_balloon_that_the_guest_does_not_drive_discards_nothing(tool: Tool, fo
 
 def test_a_busy_socket_is_named(tool: Tool, folder: Path) -> None:
     with foreign_pair(find_qemu(None), folder, [*WITH_RAM0, *MEMORY["memfd"]]) as pair:
-        refused(tool, folder / "source-test", pair.destination, 3, "serves one client at a time")
+        # The wait for a greeting is a tenth of it.
+        busy = (folder / "source-test", pair.destination)
+        refused(tool, *busy, 3, "serves one client at a time", "--timeout", "50")
 
 
 def test_a_vcpus_pages_are_compared_too(tool: Tool, folder: Path) -> None:

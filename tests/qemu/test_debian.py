@@ -11,7 +11,8 @@ from typing import Final
 import pytest
 
 from qmp_tools.host.user_folders import data_folder
-from support.debian_tree import Tree, fresh_tree, tests_cache, why_not
+from support.debian_tree import Tree, fresh_tree, kept_folder, why_not
+from support.scratch import scratch_folder
 
 pytestmark = pytest.mark.timeout(3600)
 
@@ -45,16 +46,19 @@ def check_out(target: Path) -> None:
 
 
 @pytest.fixture(params=["bookworm", "trixie"])
-def tree(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Tree]:
+def tree(request: pytest.FixtureRequest) -> Iterator[Tree]:
     if reason := why_not():
         pytest.skip(reason)
-    types = tests_cache() / f"{request.param}-mypy"
+    types = kept_folder() / f"{request.param}-mypy"
     types.mkdir(parents=True, exist_ok=True)
     shared = {
         data_folder(): Path("/root/.local/share/dmaproof"),  # fetched QEMUs
         types: TYPES,
     }
-    with fresh_tree(request.param, tmp_path / "tree", shared) as tree:
+    with (
+        scratch_folder() as folder,
+        fresh_tree(request.param, folder / "tree", shared) as tree,
+    ):
         check_out(tree.root / CHECKOUT.relative_to("/"))
         yield tree
 

@@ -17,6 +17,8 @@ from typing import Final
 
 import pytest
 
+from support.scratch import scratch_folder
+
 pytestmark = pytest.mark.timeout(1800)
 
 ROOT: Final = Path(__file__).parents[2]
@@ -78,10 +80,9 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    folder = tmp_path_factory.mktemp("p")  # short, for sockets
-    yield Place(folder)
-    shutil.rmtree(folder)
+def place() -> Iterator[Place]:
+    with scratch_folder() as folder:
+        yield Place(folder)
 
 
 @pytest.fixture(scope="module")

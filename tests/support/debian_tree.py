@@ -98,7 +98,7 @@ class Tree:
         )
 
 
-def tests_cache() -> Path:
+def kept_folder() -> Path:
     """Return the folder for what is kept from one run of the tests to the next."""
     return cache_folder().with_name("dmaproof-tests")
 
@@ -109,7 +109,7 @@ def fresh_tree(suite: str, root: Path, shared: Mapping[Path, Path]) -> Iterator[
 
     Others that want one of the same suite wait, since apt does not share its downloads.
     """
-    cache = tests_cache()
+    cache = kept_folder()
     packages = cache / f"{suite}-packages"
     packages.mkdir(parents=True, exist_ok=True)
     with (cache / f"{suite}-lock").open("w") as lock:

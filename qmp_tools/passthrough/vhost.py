@@ -32,7 +32,7 @@ from .vhost_device import BY_IOMMUFD, TRACKERS
 
 _QEMU: Final = Path("/usr/bin/qemu-system-x86_64")
 _MEMORY_BYTES: Final = 32 * MIB
-_WORKLOAD: Final = Workload(threads=8, hot=64, once=256, churn=512, huge_every=0)
+_WORKLOAD: Final = Workload(threads=8, hot=64, once=256, churn=512, hold=256, huge_every=0)
 _REQUESTS_AFTER: Final = 50
 _BANDWIDTH_BYTES_PER_S: Final = 4 * MIB
 _DOWNTIME_S: Final = 10.0

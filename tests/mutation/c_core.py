@@ -29,7 +29,7 @@ from typing import Final
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import core_build
 
-EQUIVALENTS: Final = Path(__file__).with_name("equivalents.toml")
+EQUIVALENTS: Final = Path(__file__).with_name("c_core.toml")
 TESTS: Final = (
     "tests/unit/test_core.py",
     "tests/integration/test_core_guards.py",
@@ -120,7 +120,7 @@ def _put(code: str, start: int, end: int, replacement: str) -> str:
 
 
 class Equivalents:
-    """Mutants that no caller can tell from the original, in ``equivalents.toml``.
+    """Mutants that no caller can tell from the original, in ``c_core.toml``.
 
     An entry names a line of a file, and what it is changed to; without the latter it speaks for
     each mutant of the line that the tests do not notice.
@@ -286,7 +286,7 @@ def main() -> int:
     known = Equivalents(EQUIVALENTS)
     for name in names:
         for line in known.unused(name, [*mutants_of(core / name)]):
-            print(f"equivalents.toml: {name} has no such line any more: {line}")
+            print(f"{EQUIVALENTS.name}: {name} has no such line any more: {line}")
     score: dict[str, Counter[Fate]] = {name: Counter() for name in names}
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="c-core-") as temporary:

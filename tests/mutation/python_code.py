@@ -3,7 +3,7 @@
 mutmut makes the mutants and runs the tests. It names a function by the path of its file, so it runs
 on a copy of the installed packages, in which path and import name agree and the compiled modules
 are at hand. What is mutated, and by which tests each part is held, is in pyproject.toml; which
-mutants cannot be noticed is in ``equivalent.toml``. See ``README-python.md``.
+mutants cannot be noticed is in ``python_code.toml``. See ``README.md``.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _readable(name: str) -> str:
 
 def equivalents() -> set[tuple[str, str, str]]:
     """The mutants that no test could notice, as (function, was, now)."""
-    with (HERE / "equivalent.toml").open("rb") as file:
+    with (HERE / "python_code.toml").open("rb") as file:
         groups = tomllib.load(file)["group"]
     return {
         (mutant["function"], mutant["was"], now)

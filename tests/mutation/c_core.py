@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import multiprocessing
 import os
 import re
@@ -19,7 +20,7 @@ import tempfile
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from enum import StrEnum
@@ -39,8 +40,13 @@ TESTS: Final = (
     "tests/unit/test_dirty_tracker.py",
     "tests/property/test_iova_bitmap.py",
 )
-"""Those of the core first: whichever fails ends the run."""
+"""Each file runs on its own, the quick ones that notice most first; a failure ends the run."""
 TIMEOUT_S: Final = 120
+"""For a file of tests that waits; one that is busy reaches its limit of processor time before."""
+SPARE_CPU_S: Final = 3
+TIMES_CPU: Final = 6
+"""How many times the processor time that a file of tests takes with the unchanged core it may take
+with a mutant, and `SPARE_CPU_S` more. The machine's load does not change it."""
 MEMORY_BYTES: Final = 8 << 30
 FUZZER_INPUTS: Final = 20_000
 
@@ -148,8 +154,17 @@ class Equivalents:
         ]
 
 
-def examine(mutant: Mutant, folder: Path, tests: Sequence[str], fuzzed: bool) -> tuple[Fate, str]:
-    """Build and test a mutant; `folder` holds what the unchanged core was compiled to."""
+def examine(
+    mutant: Mutant, folder: Path, tests: Mapping[str, int], fuzzed: bool
+) -> tuple[Fate, str]:
+    """Build and test a mutant.
+
+    Args:
+        mutant: the change.
+        folder: what the unchanged core was compiled to.
+        tests: files of tests in the order to run, each with its limit of processor time in seconds.
+        fuzzed: whether what passes `tests` meets the sanitizers.
+    """
     with tempfile.TemporaryDirectory(prefix="mutant-", dir=folder) as name:
         tree = core_build.copy_tree(Path(name))
         changed = tree / core_build.CORE / mutant.file
@@ -174,9 +189,10 @@ def examine(mutant: Mutant, folder: Path, tests: Sequence[str], fuzzed: bool) ->
         extension = tree / "_core.abi3.so"
         if core_build.compiled(["-shared", *objects, "-o", extension]):
             return Fate.REFUSED, ""
-        answer = _test(extension, tests)
-        if answer:
-            return Fate.NOTICED, answer
+        for file, cpu_s in tests.items():
+            answer, _ = _test(extension, file, cpu_s)
+            if answer:
+                return Fate.NOTICED, f"{file}: {answer}"
         libraries = core_build.sanitizers() if fuzzed else None
         if libraries is not None:
             harness = core_build.build(
@@ -200,31 +216,53 @@ def _compile(source: Path, target: Path) -> str | None:
     return core_build.compiled([*options, source, "-o", target])
 
 
-def _test(extension: Path, tests: Sequence[str]) -> str | None:
-    """Run the tests in a fork of this process, which has imported what they need; None if they
-    pass, else why not."""
+def _test(extension: Path, tests: str, cpu_s: int) -> tuple[str | None, float]:
+    """Run the tests in a fork of this process, which has imported what they need.
+
+    Returns:
+        None if they pass, else why not; and the processor time in seconds that they took.
+    """
     child = os.fork()
     if child == 0:
         os.setsid()
         with contextlib.suppress(BaseException):
-            os._exit(_run_tests(extension, tests))
+            os._exit(_run_tests(extension, tests, cpu_s))
         os._exit(99)
     until_s = time.monotonic() + TIMEOUT_S
     while True:
-        found, status = os.waitpid(child, os.WNOHANG)
+        found, status, used = os.wait4(child, os.WNOHANG)
         if found:
             code = os.waitstatus_to_exitcode(status)
-            return None if code == 0 else f"exit code {code}"
+            answer = None if code == 0 else f"exit code {code}"
+            if code in (-signal.SIGXCPU, -signal.SIGKILL):
+                answer = "endless"
+            return answer, used.ru_utime + used.ru_stime
         if time.monotonic() > until_s:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return "endless"
-        time.sleep(0.02)
+            return "endless", TIMEOUT_S
+        time.sleep(0.01)
 
 
-def _run_tests(extension: Path, tests: Sequence[str]) -> int:
+def _limits(extension: Path, tests: Sequence[str]) -> dict[str, int]:
+    """How much processor time, in seconds, each file of tests may take; `extension` is unchanged.
+
+    Raises:
+        SystemExit: the unchanged core fails its tests.
+    """
+    limits = {}
+    for file in tests:
+        failure, took_s = _test(extension, file, TIMEOUT_S)
+        if failure:
+            raise SystemExit(f"the unchanged core fails {file}: {failure}")
+        limits[file] = math.ceil(SPARE_CPU_S + TIMES_CPU * took_s)
+    return limits
+
+
+def _run_tests(extension: Path, tests: str, cpu_s: int) -> int:
     import pytest
 
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     quiet = os.open(os.devnull, os.O_WRONLY)
@@ -236,9 +274,9 @@ def _run_tests(extension: Path, tests: Sequence[str]) -> int:
         pytest.main(
             [
                 *("-x", "-q", "-p", "no:cacheprovider", "-p", "no:dmaproof"),
-                *("-p", "no:faulthandler"),
+                *("-p", "no:faulthandler", "--tb=no", "--assert=plain"),  # nobody reads why
                 "--hypothesis-profile=mutation",
-                *tests,
+                tests,
             ]
         )
     )
@@ -296,12 +334,9 @@ def main() -> int:
             assert complaint is None, complaint
         core_build.compiled(["-shared", *folder.glob("*.o"), "-o", folder / "_core.abi3.so"])
         with ProcessPoolExecutor(arguments.jobs, context, _prepare) as pool:
-            failure = pool.submit(_test, folder / "_core.abi3.so", arguments.tests).result()
-            assert failure is None, f"the unchanged core fails its tests: {failure}"
+            limits = pool.submit(_limits, folder / "_core.abi3.so", arguments.tests).result()
             pending = {
-                pool.submit(
-                    examine, mutant, folder, arguments.tests, not arguments.no_fuzzer
-                ): mutant
+                pool.submit(examine, mutant, folder, limits, not arguments.no_fuzzer): mutant
                 for mutant in chosen
                 if not known.holds(mutant, survived=False)
             }

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
+import importlib
 import math
 import multiprocessing
 import os
@@ -31,22 +33,26 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import core_build
 
 EQUIVALENTS: Final = Path(__file__).with_name("c_core.toml")
+SANITIZERS: Final = "sanitizers"
 TESTS: Final = (
     "tests/unit/test_core.py",
     "tests/integration/test_core_guards.py",
+    SANITIZERS,
     "tests/property/test_core.py",
     "tests/unit/test_iova_bitmap.py",
     "tests/property/test_dirty_tracker.py",
     "tests/unit/test_dirty_tracker.py",
     "tests/property/test_iova_bitmap.py",
 )
-"""Each file runs on its own, the quick ones that notice most first; a failure ends the run."""
+"""Each runs on its own, the quick ones that notice most first; a failure ends the run."""
 TIMEOUT_S: Final = 120
 """For a file of tests that waits; one that is busy reaches its limit of processor time before."""
-SPARE_CPU_S: Final = 3
+SPARE_CPU_S: Final = 1
 TIMES_CPU: Final = 6
 """How many times the processor time that a file of tests takes with the unchanged core it may take
 with a mutant, and `SPARE_CPU_S` more. The machine's load does not change it."""
+PLUGINS: Final = ("_hypothesis_pytestplugin", "pytest_timeout")
+"""All that the tests need; each of pytest's others costs every mutant some time."""
 MEMORY_BYTES: Final = 8 << 30
 FUZZER_INPUTS: Final = 20_000
 
@@ -154,16 +160,13 @@ class Equivalents:
         ]
 
 
-def examine(
-    mutant: Mutant, folder: Path, tests: Mapping[str, int], fuzzed: bool
-) -> tuple[Fate, str]:
+def examine(mutant: Mutant, folder: Path, tests: Mapping[str, int]) -> tuple[Fate, str]:
     """Build and test a mutant.
 
     Args:
         mutant: the change.
         folder: what the unchanged core was compiled to.
         tests: files of tests in the order to run, each with its limit of processor time in seconds.
-        fuzzed: whether what passes `tests` meets the sanitizers.
     """
     with tempfile.TemporaryDirectory(prefix="mutant-", dir=folder) as name:
         tree = core_build.copy_tree(Path(name))
@@ -190,23 +193,9 @@ def examine(
         if core_build.compiled(["-shared", *objects, "-o", extension]):
             return Fate.REFUSED, ""
         for file, cpu_s in tests.items():
-            answer, _ = _test(extension, file, cpu_s)
+            answer = _sanitize(tree) if file == SANITIZERS else _test(extension, file, cpu_s)[0]
             if answer:
                 return Fate.NOTICED, f"{file}: {answer}"
-        libraries = core_build.sanitizers() if fuzzed else None
-        if libraries is not None:
-            harness = core_build.build(
-                tree / "fuzzer.so",
-                [tree / core_build.FUZZER],
-                *(*core_build.SHARED, *core_build.SANITIZED, "-w"),
-            )
-            try:
-                if core_build.run_fuzzer(harness, libraries, FUZZER_INPUTS):
-                    return Fate.NOTICED, "addresses, undefined behaviour"
-                if core_build.run_races(tree, tree / "races"):
-                    return Fate.NOTICED, "data races"
-            except subprocess.TimeoutExpired:
-                return Fate.NOTICED, "endless"
         return Fate.SURVIVED, ""
 
 
@@ -214,6 +203,21 @@ def _compile(source: Path, target: Path) -> str | None:
     options = ["-std=gnu11", "-O1", "-DVECTORISED=", "-w", "-fPIC", core_build.SHARED[-1], "-c"]
     # Relative, so that the folder's name is nowhere in the machine code.
     return core_build.compiled([*options, source, "-o", target])
+
+
+def _sanitize(tree: Path) -> str | None:
+    """Run the fuzzer's target, and threads that may race; None, or which of them noticed."""
+    libraries = core_build.sanitizers()
+    if libraries is None:
+        return None
+    options = (*core_build.SHARED, *core_build.SANITIZED, "-w")
+    harness = core_build.build(tree / "fuzzer.so", [tree / core_build.FUZZER], *options)
+    try:
+        if core_build.run_fuzzer(harness, libraries, FUZZER_INPUTS):
+            return "addresses, undefined behaviour"
+        return "data races" if core_build.run_races(tree, tree / "races") else None
+    except subprocess.TimeoutExpired:
+        return "endless"
 
 
 def _test(extension: Path, tests: str, cpu_s: int) -> tuple[str | None, float]:
@@ -252,6 +256,9 @@ def _limits(extension: Path, tests: Sequence[str]) -> dict[str, int]:
     """
     limits = {}
     for file in tests:
+        if file == SANITIZERS:
+            limits[file] = 0  # they have limits of their own
+            continue
         failure, took_s = _test(extension, file, TIMEOUT_S)
         if failure:
             raise SystemExit(f"the unchanged core fails {file}: {failure}")
@@ -274,7 +281,9 @@ def _run_tests(extension: Path, tests: str, cpu_s: int) -> int:
         pytest.main(
             [
                 *("-x", "-q", "-p", "no:cacheprovider", "-p", "no:dmaproof"),
-                *("-p", "no:faulthandler", "--tb=no", "--assert=plain"),  # nobody reads why
+                *(option for plugin in PLUGINS for option in ("-p", plugin)),
+                *("-p", "no:faulthandler", "-p", "no:unraisableexception"),
+                *("--tb=no", "--assert=plain"),  # nobody reads why a test failed
                 "--hypothesis-profile=mutation",
                 tests,
             ]
@@ -284,20 +293,11 @@ def _run_tests(extension: Path, tests: str, cpu_s: int) -> int:
 
 def _prepare() -> None:
     """Import in each worker what all tests need, but nothing that imports the core."""
-    import hypothesis.stateful
-    import numpy as np
-    import pytest  # noqa: F401
-
-    del np
+    for name in ("hypothesis.stateful", "jsonschema", "numpy", "pytest", *PLUGINS):
+        importlib.import_module(name)
+    gc.freeze()  # each fork would else look at all of it, and so copy it
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     os.chdir(core_build.ROOT)
-    hypothesis.settings.register_profile(
-        "mutation",
-        deadline=None,
-        derandomize=True,
-        database=None,
-        phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),  # what fails is not shrunk
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
 
 
 def main() -> int:
@@ -308,7 +308,6 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1, metavar="N", help="each Nth mutant only")
     parser.add_argument("--match", default="", metavar="TEXT", help="lines that hold TEXT only")
     parser.add_argument("--tests", nargs="+", default=TESTS, metavar="FILE")
-    parser.add_argument("--no-fuzzer", action="store_true", help="tests alone, which is quicker")
     parser.add_argument("--verbose", action="store_true", help="print the others, too")
     arguments = parser.parse_args()
     core = core_build.ROOT / core_build.CORE
@@ -336,7 +335,7 @@ def main() -> int:
         with ProcessPoolExecutor(arguments.jobs, context, _prepare) as pool:
             limits = pool.submit(_limits, folder / "_core.abi3.so", arguments.tests).result()
             pending = {
-                pool.submit(examine, mutant, folder, limits, not arguments.no_fuzzer): mutant
+                pool.submit(examine, mutant, folder, limits): mutant
                 for mutant in chosen
                 if not known.holds(mutant, survived=False)
             }

@@ -11,12 +11,14 @@ import random
 import resource
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dmaproof import _core
-from support.core import HUGE, PAGE, amd, as_number, pairs
+from support.core import DIRTY, HUGE, NODE, PAGE, PRESENT, amd, as_number, pairs
 
 
 def guarded(pages: int) -> memoryview:
@@ -151,5 +153,46 @@ def test_nothing_before_or_behind_the_memory_is_touched(
     def work() -> None:
         for size in sizes:
             call(size)
+
+    assert exit_of(work) == 0
+
+
+def use_up_memory() -> list[bytearray]:
+    """Leave this process no 64 KiB of memory, until it drops what this returns."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    spare = 16 << 20
+    resource.setrlimit(resource.RLIMIT_AS, (pages * mmap.PAGESIZE + spare,) * 2)
+    used: list[bytearray] = []
+    for size in (1 << 20, 1 << 16):  # what was freed before lies in pieces of any size
+        with suppress(MemoryError):
+            while True:
+                used.append(bytearray(size))
+    return used
+
+
+@pytest.mark.skipif(
+    "asan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer's memory has no such limit"
+)
+@pytest.mark.parametrize("name", ["find_set", "or_pages", "read_table"])
+def test_runs_that_memory_has_no_room_for_are_an_error(name: str) -> None:
+    """An answer without them would say of pages that they are clean."""
+    nodes = 256
+    table = np.zeros((1 + nodes, 512), dtype=np.uint64)
+    table[0, :nodes] = np.arange(1, 1 + nodes) * PAGE | NODE | PRESENT
+    table[1:, ::2] = DIRTY | PRESENT
+    bits = b"\x55" * (nodes * 512 // 8)  # as many runs as the table has
+    into, last = bytearray(len(bits)), nodes * HUGE - 1
+    calls: dict[str, Callable[[], object]] = {
+        "find_set": lambda: _core.find_set(bits, 0, 8 * len(bits)),
+        "or_pages": lambda: _core.or_pages(into, 0, 12, bits, 0, 12, 0, last),
+        "read_table": lambda: _core.read_table(table, amd(levels=2), 0, last, False),
+    }
+
+    def work() -> None:
+        calls[name]()
+        used = use_up_memory()
+        with pytest.raises(MemoryError):
+            calls[name]()
+        del used
 
     assert exit_of(work) == 0

@@ -92,6 +92,16 @@ def test_one_bit_that_differs_is_found_wherever_it_is(start: int, filled: bool) 
         assert not any(view)
 
 
+@pytest.mark.parametrize("first", [0, 64 * 40 + 3])
+def test_a_bit_behind_many_empty_words_is_found(first: int) -> None:
+    """Empty words are passed over sixteen at a time."""
+    for bit in range(first, first + 64 * 70, 131):
+        data = bytearray(8 * 120)
+        _core.set_bits(data, bit, 1)
+        assert pairs(_core.find_set(data, first, 64 * 70)) == [(bit - first, 1)]
+        assert pairs(_core.take_set(data, first, 64 * 70)) == [(bit - first, 1)]
+
+
 def test_more_runs_than_there_is_room_for_at_first() -> None:
     for size in (30, 64, 100, 512, 4000):
         data = bytearray(b"\x55") * size

@@ -26,14 +26,15 @@ static struct bitmap shared_bitmap(void) {
 
 // Pages 3, 6, 9, … before the last page of a bitmap with one ragged end, and the same from its first
 // page on: what is in whole words is set faster, and the word at the ragged end must not be.
-static void set_at_ends(uint8_t *start, size_t bytes, unsigned shift) {
+static void set_at_ends(uint8_t *start, size_t bytes, uint64_t first, unsigned shift) {
     struct bitmap map = bitmap_of(start, bytes);
     uint64_t iovas[2 * PAGES], pages = bytes * 8;
     for (uint64_t i = 0; i < PAGES; i++) {
-        iovas[2 * i] = (i * WRITERS % pages) << shift;
-        iovas[2 * i + 1] = (pages - 1 - i * WRITERS % pages) << shift;
+        iovas[2 * i] = first + ((i * WRITERS % pages) << shift);
+        iovas[2 * i + 1] = first + ((pages - 1 - i * WRITERS % pages) << shift);
     }
-    struct ranges ranges = {iovas, NULL, 1, 2 * PAGES, 0, (pages - 1) << shift, shift};
+    struct ranges ranges = {iovas, NULL, 1, 2 * PAGES, first, first + ((pages - 1) << shift),
+                            shift};
     set_each_range(&map, &ranges, survey_ranges(&ranges), true);
 }
 
@@ -61,9 +62,12 @@ static void *set_all(void *number) {
             ranges.last = whole.whole * 64 - 1;
             set_each_range(&whole, &ranges, survey_ranges(&ranges), true);
         }
-        set_at_ends(memory + START, END / 8 * 8 - START, 0);
-        set_at_ends(memory + 8, END - 8, 0);
-        set_at_ends(memory + END / 8 * 8 - 8, 8 + END % 8, 57);
+        set_at_ends(memory + START, END / 8 * 8 - START, 0, 0);
+        set_at_ends(memory + 8, END - 8, 0, 0);
+        // Of one whole word and a ragged one, with pages so large or so far up that sums overflow.
+        uint8_t *last_words = memory + END / 8 * 8 - 8;
+        set_at_ends(last_words, 8 + END % 8, 0, 57);
+        set_at_ends(last_words, 8 + END % 8, (UINT64_C(1) << 63) - 40, 0);
         merge(&map, 0, &from, 0, BITS, true);
         merge(&map, 3, &from, 0, BITS - 3, true);
     }
@@ -73,13 +77,13 @@ static void *set_all(void *number) {
 
 // Whose bytes these are need not know of the bitmap.
 static void *write_neighbours(void *unused) {
-    while (atomic_load(&running)) {
+    do {  // at least once, and not only after the writers: the load orders what follows it
         for (unsigned i = 0; i < START; i++)
             memory[i]++;
         for (unsigned i = END; i < sizeof memory; i++)
             memory[i]++;
         sched_yield();
-    }
+    } while (atomic_load(&running));
     return unused;
 }
 

@@ -157,11 +157,21 @@ def test_nothing_before_or_behind_the_memory_is_touched(
     assert exit_of(work) == 0
 
 
+SPARE_BYTES = 16 << 20
+WITHOUT_LIMIT = pytest.mark.skipif(
+    "asan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer's memory has no such limit"
+)
+
+
+def limit_memory() -> None:
+    """Let this process have `SPARE_BYTES` more than it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * mmap.PAGESIZE + SPARE_BYTES,) * 2)
+
+
 def use_up_memory() -> list[bytearray]:
     """Leave this process no 64 KiB of memory, until it drops what this returns."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    spare = 16 << 20
-    resource.setrlimit(resource.RLIMIT_AS, (pages * mmap.PAGESIZE + spare,) * 2)
+    limit_memory()
     used: list[bytearray] = []
     for size in (1 << 20, 1 << 16):  # what was freed before lies in pieces of any size
         with suppress(MemoryError):
@@ -170,12 +180,8 @@ def use_up_memory() -> list[bytearray]:
     return used
 
 
-@pytest.mark.skipif(
-    "asan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer's memory has no such limit"
-)
-@pytest.mark.parametrize("name", ["find_set", "or_pages", "read_table"])
-def test_runs_that_memory_has_no_room_for_are_an_error(name: str) -> None:
-    """An answer without them would say of pages that they are clean."""
+def call_for_runs(name: str) -> Callable[[], object]:
+    """Return a call that needs a mebibyte for the runs of set bits that it finds."""
     nodes = 256
     table = np.zeros((1 + nodes, 512), dtype=np.uint64)
     table[0, :nodes] = np.arange(1, 1 + nodes) * PAGE | NODE | PRESENT
@@ -187,12 +193,33 @@ def test_runs_that_memory_has_no_room_for_are_an_error(name: str) -> None:
         "or_pages": lambda: _core.or_pages(into, 0, 12, bits, 0, 12, 0, last),
         "read_table": lambda: _core.read_table(table, amd(levels=2), 0, last, False),
     }
+    return calls[name]
+
+
+@WITHOUT_LIMIT
+@pytest.mark.parametrize("name", ["find_set", "or_pages", "read_table"])
+def test_runs_that_memory_has_no_room_for_are_an_error(name: str) -> None:
+    """An answer without them would say of pages that they are clean."""
+    call = call_for_runs(name)
 
     def work() -> None:
-        calls[name]()
+        call()
         used = use_up_memory()
         with pytest.raises(MemoryError):
-            calls[name]()
+            call()
         del used
+
+    assert exit_of(work) == 0
+
+
+@WITHOUT_LIMIT
+@pytest.mark.parametrize("name", ["find_set", "or_pages", "read_table"])
+def test_memory_for_runs_is_freed(name: str) -> None:
+    call = call_for_runs(name)
+
+    def work() -> None:
+        limit_memory()
+        for _ in range(2 * SPARE_BYTES >> 20):
+            call()
 
     assert exit_of(work) == 0

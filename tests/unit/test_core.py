@@ -616,3 +616,16 @@ def test_bits_are_set_atomically_unless_the_caller_says_otherwise() -> None:
     assert _core.or_bits(data, 0, source, 0, 64) == 31
     assert _core.or_pages(data, 0, 0, b"\xff" * 8, 0, 0, 0, 63) == 28
     assert data == b"\xff" * 8
+
+
+def test_a_fence_answers_nothing() -> None:
+    assert _core.fence() is None  # type: ignore[func-returns-value]
+
+
+@pytest.mark.parametrize("length", [-1, 1 << 64])
+@pytest.mark.parametrize("iovas", [[], [0]])
+def test_a_length_that_no_word_holds_is_refused(iovas: list[int], length: int) -> None:
+    data = bytearray(8)
+    with pytest.raises(OverflowError):
+        _core.set_ranges(data, 0, 63, 0, words(iovas), length, True)
+    assert not any(data)

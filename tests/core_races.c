@@ -15,9 +15,11 @@
 #include <stdlib.h>
 
 enum { WRITERS = 3, ROUNDS = 30, START = 3, BYTES = 2003, BITS = BYTES * 8, PAGES = 256 };
-enum { END = START + BYTES };
+enum { FEW_BITS = 27 * 8, END = START + BYTES, ALIGNED = WRITERS * 64 - START * 8 };
 
 static _Alignas(8) uint8_t memory[START + BYTES + 8];
+// Nobody writes in these bitmaps, but somebody does in their first or last word.
+static _Alignas(8) uint8_t few[32], many[5000];
 static atomic_uint running = WRITERS;
 
 static struct bitmap shared_bitmap(void) {
@@ -44,7 +46,7 @@ static void *set_all(void *number) {
     struct bitmap map = shared_bitmap(), whole = bitmap_of(memory + 8, BYTES / 8 * 8 - 8);
     static const uint64_t steps[] = {WRITERS, WRITERS * 30, WRITERS * 347};  // in ranges.c's terms
     uint64_t iovas[PAGES];
-    uint8_t own[BYTES] = {0};
+    _Alignas(8) uint8_t own[BYTES] = {0};
     struct bitmap from = bitmap_of(own, BYTES);
     for (uint64_t bit = mine; bit < BITS; bit += WRITERS)
         set_run(&from, bit, 1, false);
@@ -70,6 +72,7 @@ static void *set_all(void *number) {
         set_at_ends(last_words, 8 + END % 8, (UINT64_C(1) << 63) - 40, 0);
         merge(&map, 0, &from, 0, BITS, true);
         merge(&map, 3, &from, 0, BITS - 3, true);
+        merge(&map, ALIGNED, &from, 0, BITS - ALIGNED, true);  // without a shift
     }
     atomic_fetch_sub(&running, 1);
     return NULL;
@@ -82,6 +85,8 @@ static void *write_neighbours(void *unused) {
             memory[i]++;
         for (unsigned i = END; i < sizeof memory; i++)
             memory[i]++;
+        few[FEW_BITS / 8]++;
+        many[0]++;
         sched_yield();
     } while (atomic_load(&running));
     return unused;
@@ -97,11 +102,16 @@ static uint64_t take(struct runs *runs, const struct bitmap *map, const struct b
 
 // Reads what the others are writing, in each of the ways that there are.
 static uint64_t read_all(const struct bitmap *map) {
-    uint8_t own[BYTES + 8] = {0};
+    _Alignas(8) uint8_t own[BYTES + 8] = {0};
     uint64_t added = 0;
     struct bitmap into = bitmap_of(own, BYTES);
+    struct bitmap ends_ragged = bitmap_of(few, FEW_BITS / 8);
+    struct bitmap begins_ragged = bitmap_of(many + 1, sizeof many - 1);
     struct page_bitmap fine = {*map, 0, 12}, coarse = {into, 0, 14};
     added += merge(&into, 0, map, 0, BITS, false) + merge(&into, 5, map, 0, BITS - 5, true);
+    added += merge(&into, 0, &ends_ragged, 1, FEW_BITS - 1, false);
+    added += merge(&into, 0, &ends_ragged, 65, FEW_BITS - 65, false);
+    added += merge(&into, 0, &begins_ragged, 0, 128, false);
     merge_pages(&coarse, &fine, 0, ((uint64_t)BITS << 12) - 1, false, &added);
     return added + count_set(map, 0, BITS) + count_set(map, 1, BITS - 9);
 }

@@ -170,6 +170,15 @@ def test_or_between_page_sizes_keeps_to_the_bytes_asked_for() -> None:
         assert as_number(into) == wanted
 
 
+@pytest.mark.parametrize("byte", [0, 1, 9, 15])
+def test_or_of_one_page_of_one_byte(byte: int) -> None:
+    for into_shift in (0, 1, 3):
+        into, source = bytearray(2), bytearray(2)
+        _core.set_bits(source, byte, 1)
+        assert _core.or_pages(into, 0, into_shift, source, 0, 0, 0, 15) == 1
+        assert as_number(into) == 1 << (byte >> into_shift)
+
+
 def test_or_up_to_the_end_of_the_address_space() -> None:
     into, source = bytearray(1), bytearray(b"\x80")
     assert _core.or_pages(into, (1 << 52) - 8, 12, source, (1 << 51) - 8, 13, TOP - 9999, TOP) == 2

@@ -75,10 +75,11 @@ STATEMENT: Final = re.compile(
 
 @dataclass(frozen=True)
 class Mutant:
-    """One changed line (from 0) of a file of the core."""
+    """One changed line (from 0) of a file of the core, and the line above it."""
 
     file: str
     line: int
+    above: str
     before: str
     after: str
 
@@ -98,15 +99,16 @@ class Fate(StrEnum):
 
 def mutants_of(file: Path) -> Iterator[Mutant]:
     """Every mutant of `file`."""
-    within_comment = False
+    within_comment, above = False, ""
     for number, line in enumerate(file.read_text().splitlines()):
         text = line.strip()
         within_comment |= text.startswith("/*")
         if not within_comment and text and not text.startswith(("//", "#", '"', '{"')):
             for changed in dict.fromkeys(_changes(line)):
                 if changed != line:
-                    yield Mutant(file.name, number, line, changed)
+                    yield Mutant(file.name, number, above, line, changed)
         within_comment &= "*/" not in text
+        above = line
 
 
 def _changes(line: str) -> Iterator[str]:
@@ -134,7 +136,8 @@ def _put(code: str, start: int, end: int, replacement: str) -> str:
 class Equivalents:
     """Mutants that no caller can tell from the original, in ``c_core.toml``.
 
-    An entry names a line of a file, and what it is changed to.
+    An entry names a line of a file, and what it is changed to; where lines are alike and not all
+    of them are meant, also the line above.
     """
 
     def __init__(self, file: Path) -> None:
@@ -146,6 +149,7 @@ class Equivalents:
             entry["file"] == mutant.file
             and entry["line"] == mutant.before.strip()
             and mutant.after.strip() in entry["becomes"]
+            and entry.get("above", mutant.above.strip()) == mutant.above.strip()
             for entry in self._entries
         )
 

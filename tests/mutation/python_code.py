@@ -12,6 +12,7 @@ import argparse
 import difflib
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -29,10 +30,12 @@ _TYPES: Final = (
     # mutmut puts all mutants of a method into its class, so each declares the same attributes.
     *("--disable-error-code", "no-redef", "--disable-error-code", "unused-ignore"),
 )
-_NOTICED: Final = {1, 3, 36, -24, 24, 152, 255, -9, -11}
-"""mutmut's exit codes of mutants that fail a test, run too long, or crash."""
 _REFUSED: Final = 37
 """mutmut's exit code of mutants that mypy refuses."""
+_TOO_LONG: Final = {36, -24, 24, 152}
+"""Those of mutants that run too long, twice: endless, or on a machine that is too busy."""
+_NOTICED: Final = {1, 3, 255, -9, -11} | _TOO_LONG
+"""Those of mutants that fail a test, crash, or run too long."""
 _UNTESTED: Final = 33
 MUST_HOLD: Final = 95.0
 """So many percent of a target's mutants, without equivalent ones, have to be noticed."""
@@ -109,12 +112,15 @@ def run(work: Path, target: Target, jobs: int, sample: int | None, seed: int) ->
     """Let mutmut try all mutants of `target`, or `sample` of them that `seed` chooses."""
     if sample is None:
         _mutmut(work, jobs)
-        return
-    # mutmut has to make the mutants before it can be asked for some of them. It makes them, finds
-    # that none has this name, and ends.
-    _mutmut(work, jobs, ["none"], fails=True)
-    names = sorted(name for _, codes in _codes(work, target) for name in codes)
-    _mutmut(work, jobs, random.Random(seed).sample(names, min(sample, len(names))))
+    else:
+        # mutmut has to make the mutants before it can be asked for some of them. It makes them,
+        # finds that none has this name, and ends.
+        _mutmut(work, jobs, ["none"], fails=True)
+        names = sorted(name for _, codes in _codes(work, target) for name in codes)
+        _mutmut(work, jobs, random.Random(seed).sample(names, min(sample, len(names))))
+    late = [it for _, codes in _codes(work, target) for it in codes if codes[it] in _TOO_LONG]
+    if late:  # most are endless, but the machine may have been busy
+        _mutmut(work, jobs, late)
 
 
 def _mutmut(work: Path, jobs: int, chosen: Iterable[str] = (), *, fails: bool = False) -> None:
@@ -149,8 +155,8 @@ def results(work: Path, target: Target) -> list[Mutant]:
 
 
 def _body(lines: list[str], first: int, last: int) -> list[str]:
-    """The lines of a function, without those that name it."""
-    return [line.strip() for line in lines[first - 1 : last] if "__mutmut_" not in line]
+    """The lines of a function, without mutmut's names."""
+    return [re.sub(r"\w+__mutmut_\w+", "", line.strip()) for line in lines[first - 1 : last]]
 
 
 def _difference(before: list[str], after: list[str]) -> tuple[str, str]:
@@ -188,15 +194,16 @@ def report(target: Target, mutants: list[Mutant], *, show: bool) -> float:
     noticed = [mutant for mutant in tried if mutant.noticed]
     equal = [it for it in tried if not it.noticed and (it[1:4]) in unnoticeable]
     left = [it for it in tried if not it.noticed and it not in equal]
+    late = [it for it in noticed if it.code in _TOO_LONG]
     score = 100 * len(noticed) / max(1, len(tried) - len(equal))
     print(
-        f"{target.name:14} {len(tried):5} tried {len(noticed):5} noticed {len(equal):4} equivalent "
-        f"{len(left):4} not noticed {score:6.1f} %",
+        f"{target.name:14} {len(tried):5} tried {len(noticed):5} noticed ({len(late)} too long) "
+        f"{len(equal):4} equivalent {len(left):4} not noticed {score:6.1f} %",
         flush=True,
     )
     if show:
-        for mutant in left:
-            kind = "untested" if mutant.code == _UNTESTED else f"exit {mutant.code}"
+        for mutant in left + late:
+            kind = {_UNTESTED: "untested", 0: "not noticed"}.get(mutant.code or 0, "too long")
             print(f"  {mutant.name} ({kind})\n    - {mutant.was}\n    + {mutant.now}")
     return score
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from dmaproof import _core
 from dmaproof.errors import BitmapError
 from dmaproof.iova_bitmap import ADDRESS_SPACE, WINDOW_BYTES, IovaBitmap, IovaRange
 from dmaproof.units import div_ceil
@@ -283,9 +285,10 @@ def test_one_bad_report_of_many_is_named_and_sets_nothing(file: int) -> None:
         (np.array([-1]), [1], "IOVAs of int64"),
         (np.array([0.5]), [1], "IOVAs of float64"),
         ([1 << 64], [1], "IOVAs"),
-        ([0], [-1], "lengths"),
+        ([0], [-1], "^lengths are no unsigned"),
         ([0], 0, "ranges of 0x0 bytes"),
         ([0], 1 << 65, "ranges of"),
+        ([(15 << 60) + 1], 1 << 60, r"range 0 \(IOVA"),  # one byte too far
     ],
 )
 def test_numbers_that_are_no_addresses(iovas: Any, lengths: Any, message: str) -> None:
@@ -415,4 +418,99 @@ def test_a_bitmap_may_end_where_its_file_ends() -> None:
     with IovaBitmap(0, 64 * PAGE, PAGE, fd) as bitmap:
         bitmap.set(63 * PAGE, PAGE)
     assert file_bits(fd, 0, 8) == [63]
+    os.close(fd)
+
+
+def test_addresses_may_be_of_any_width() -> None:
+    data = bytearray(8)
+    with IovaBitmap(0, 64 * PAGE, PAGE, data) as bitmap:
+        bitmap.set_many(np.array([PAGE, 5 * PAGE], dtype=np.uint32), PAGE)
+        bitmap.set_many(np.array([9 * PAGE]), np.array([PAGE], dtype=np.uint16))
+    assert bits(data) == [1, 5, 9]
+
+
+@pytest.mark.parametrize(
+    ("keywords", "atomics"), [({}, True), ({"shared": True}, True), ({"shared": False}, False)]
+)
+def test_bits_are_set_with_atomics_unless_there_is_a_single_writer(
+    monkeypatch: pytest.MonkeyPatch, keywords: dict[str, bool], atomics: bool
+) -> None:
+    """A lost race between two writers is too rare to be waited for."""
+    used = []
+
+    def noted(function: Callable[..., int], *arguments: Any) -> int:
+        used.append(arguments[-1])
+        return function(*arguments)
+
+    monkeypatch.setattr(_core, "set_bits", partial(noted, _core.set_bits))
+    monkeypatch.setattr(_core, "set_ranges", partial(noted, _core.set_ranges))
+    with IovaBitmap(0, 64 * PAGE, PAGE, bytearray(8), **keywords) as bitmap:
+        bitmap.set(0, PAGE)
+        bitmap.set_many([PAGE, 2 * PAGE], PAGE)
+    assert used == [atomics, atomics]
+
+
+# More windows than one --------------------------------------------------------------------------
+
+SMALL = mmap.PAGESIZE
+"""The smallest window, in bytes of bitmap."""
+REACH = SMALL * 8 * PAGE
+"""What it stands for."""
+
+
+def test_each_window_is_mapped_once_whatever_the_order_of_the_ranges(file: int) -> None:
+    """Also for ranges that end at a window's edge, which do not go on in the next one."""
+    pages = [window * REACH + at for window in (0, 2, 1, 2, 0, 1) for at in (REACH - PAGE, 0)]
+    with IovaBitmap(0, 4 * REACH, PAGE, file, window_bytes=SMALL) as bitmap:
+        bitmap.set_many(pages, PAGE)
+        assert bitmap.stats.windows == 3
+        assert bitmap.stats.bits == 6
+
+
+def test_ranges_in_thousands_of_windows(file: int) -> None:
+    windows = [3001, 2049, 2050, 3001]
+    with IovaBitmap(0, 4000 * REACH, PAGE, file, window_bytes=SMALL) as bitmap:
+        bitmap.set_many([window * REACH + 5 * PAGE for window in windows], PAGE)
+    for window in windows:
+        assert file_bits(file, window * SMALL, SMALL) == [5]
+
+
+def test_runs_are_merged_across_windows_and_none_behind_them_is_lost(file: int) -> None:
+    base = 3 * PAGE
+    edge = base + REACH
+    with IovaBitmap(base, 2 * REACH, PAGE, file, window_bytes=SMALL) as bitmap:
+        bitmap.set(edge - 2 * PAGE, 5 * PAGE)
+        bitmap.set(edge + 10 * PAGE, PAGE)
+        assert list(bitmap.ranges()) == [
+            IovaRange(edge - 2 * PAGE, 5 * PAGE),
+            IovaRange(edge + 10 * PAGE, PAGE),
+        ]
+
+
+def test_a_bitmap_may_end_with_its_file_in_the_midst_of_a_window() -> None:
+    fd = os.memfd_create("bitmap")
+    os.ftruncate(fd, SMALL + SMALL // 2)
+    with IovaBitmap(0, 3 * REACH // 2, PAGE, fd, window_bytes=SMALL) as bitmap:
+        bitmap.set(3 * REACH // 2 - PAGE, PAGE)
+        assert list(bitmap.ranges()) == [IovaRange(3 * REACH // 2 - PAGE, PAGE)]
+        assert bitmap.count() == 1
+    os.close(fd)
+
+
+def test_windows_that_begin_within_a_page_of_the_host_cost_one_page_more_each(file: int) -> None:
+    with IovaBitmap(0, 2 * REACH, PAGE, file, offset=8, window_bytes=SMALL) as bitmap:
+        bitmap.set(0, 2 * REACH)
+        assert (bitmap.stats.windows, bitmap.stats.pages) == (2, 4)
+
+
+def test_a_file_that_has_shrunk_is_an_error_and_the_bitmap_can_still_be_closed() -> None:
+    fd = os.memfd_create("bitmap")
+    os.ftruncate(fd, 2 * SMALL)
+    with IovaBitmap(0, 2 * REACH, PAGE, fd, window_bytes=SMALL) as bitmap:
+        bitmap.set(0, PAGE)
+        os.ftruncate(fd, SMALL)
+        with pytest.raises(BitmapError, match="a window of the bitmap cannot be mapped"):
+            bitmap.set(REACH, PAGE)
+        bitmap.set(PAGE, PAGE)
+        assert bitmap.stats.bits == 2
     os.close(fd)

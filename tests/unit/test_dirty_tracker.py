@@ -17,7 +17,7 @@ from dmaproof.dirty_tracker.coarse import Coarse
 from dmaproof.dirty_tracker.dirty_ring import DirtyRing
 from dmaproof.dirty_tracker.intel_iommu import IntelIommu
 from dmaproof.dirty_tracker.page_set import combine_ranges
-from dmaproof.dirty_tracker.page_table import PageTable
+from dmaproof.dirty_tracker.page_table import EntryFormat, PageTable
 from dmaproof.dirty_tracker.sequence_pair import SequencePair
 from dmaproof.errors import TrackerError
 from dmaproof.iova_bitmap import IovaBitmap, IovaRange
@@ -215,6 +215,55 @@ def test_more_ranges_than_hardware_has_lose_no_page(kind: Kind) -> None:
 
 
 @every_kind
+def test_a_write_across_the_edges_of_a_range_is_remembered_inside_it_only(kind: Kind) -> None:
+    tracker = kind.make()
+    tracker.start([IovaRange(4 * M, 4 * M)], PAGE)
+    tracker.dma(4 * M - PAGE, PAGE)
+    tracker.dma(8 * M, PAGE)
+    assert dirty(tracker, 0, 16 * M) == set()
+    tracker.dma(4 * M - 1, 2)
+    tracker.dma(8 * M - 1, 2)
+    found = dirty(tracker, 0, 16 * M)
+    assert {4 * M // PAGE, 8 * M // PAGE - 1} <= found <= pages_in(4 * M, 4 * M)
+
+
+@pytest.mark.parametrize("make", [AddressQueue, SequencePair, DirtyRing])
+def test_a_range_has_the_page_of_which_it_holds_one_byte(
+    make: Callable[[], EmulatedTracker],
+) -> None:
+    tracker = make()
+    tracker.start([IovaRange(8 * PAGE - 1, PAGE + 2)], PAGE)
+    tracker.dma(6 * PAGE, 8 * PAGE)
+    assert dirty(tracker, *LOW) == {7, 8, 9}
+
+
+@pytest.mark.parametrize("make", [lambda: AddressQueue(least_page_size=1), SequencePair, DirtyRing])
+def test_pages_of_one_byte_above_half_of_the_address_space(
+    make: Callable[[], EmulatedTracker],
+) -> None:
+    base = (1 << 63) + 100
+    tracker = make()
+    tracker.start([IovaRange(base, 64)], 1)
+    tracker.dma(base + 3, 5)
+    with IovaBitmap(base, 64, 1, bytearray(8)) as bitmap:
+        bitmap.for_each(tracker.read_and_clear)
+        assert list(bitmap.ranges()) == [(base + 3, 5)]
+
+
+@pytest.mark.parametrize("make", [AddressQueue, SequencePair])
+def test_the_ninth_range_closes_the_smallest_gap(make: Callable[[], EmulatedTracker]) -> None:
+    """The hardware watches eight; a write in the closed gap counts, and in no other."""
+    ranges = [IovaRange(index * M, PAGE) for index in range(8)]
+    ninth = IovaRange(5 * M + 2 * PAGE, PAGE)
+    for watched, expected in ((ranges, set[int]()), ([*ranges, ninth], {5 * M // PAGE + 1})):
+        tracker = make()
+        tracker.start(watched, PAGE)
+        tracker.dma(5 * M + PAGE, PAGE)
+        tracker.dma(6 * M + PAGE, PAGE)
+        assert dirty(tracker, 0, 16 * M) == expected
+
+
+@every_kind
 def test_a_write_at_the_top_of_the_address_space_is_reported(kind: Kind) -> None:
     top = (1 << 48 if isinstance(kind.make(), IntelIommu) else 1 << 64) - 32 * M
     tracker = kind.make()
@@ -243,6 +292,12 @@ def test_combined_ranges_cover_all_and_close_the_smallest_gaps(most: int) -> Non
     gaps = sorted(high[0] - low[0] - low[1] for low, high in itertools.pairwise(ranges))
     left = [high[0] - low[0] - low[1] for low, high in itertools.pairwise(combined)]
     assert sum(left) == sum(gaps[len(gaps) - len(left) :])
+
+
+def test_ranges_that_meet_do_not_overlap() -> None:
+    ranges = [IovaRange(0, PAGE), IovaRange(PAGE, 1), IovaRange(3 * PAGE, PAGE)]
+    assert combine_ranges(ranges, 3) == ranges
+    assert combine_ranges(ranges, 2) == [IovaRange(0, PAGE + 1), IovaRange(3 * PAGE, PAGE)]
 
 
 def test_no_ranges_are_no_ranges() -> None:
@@ -297,9 +352,29 @@ def test_contiguous_pages_are_one_page(size: int) -> None:
     assert (table.entries & np.uint64(AmdIommu.form.dirty) == 0).all()
 
 
-def test_intel_has_no_contiguous_pages() -> None:
-    with pytest.raises(TrackerError, match="no pages of 0x10000"):
-        PageTable(IntelIommu.form, (64 * K,))
+@pytest.mark.parametrize("end", [128 * K, 132 * K, 192 * K])
+def test_contiguous_pages_begin_within_a_node_where_their_alignment_allows(end: int) -> None:
+    table = PageTable(AmdIommu.form, (4 * K, 64 * K))
+    table.map(60 * K, end - 60 * K)
+    assert table.page_at(60 * K) == (60 * K, PAGE)
+    assert table.page_at(64 * K) == (64 * K, 64 * K)
+    last = 64 * K if end == 192 * K else PAGE if end == 132 * K else None
+    assert table.page_at(128 * K) == (None if last is None else (128 * K, last))
+
+
+@pytest.mark.parametrize(
+    ("form", "size"),
+    [
+        pytest.param(IntelIommu.form, 64 * K, id="intel has no contiguous pages"),
+        pytest.param(IntelIommu.form, 4 * K + 1, id="no power of two"),
+        pytest.param(AmdIommu.form, 12 * K, id="no power of two of entries"),
+        pytest.param(AmdIommu.form, 2 * K, id="less than an entry"),
+        pytest.param(AmdIommu.form, 512 * G, id="more entries than half a node"),
+    ],
+)
+def test_page_sizes_that_a_format_does_not_have(form: EntryFormat, size: int) -> None:
+    with pytest.raises(TrackerError, match=f"no pages of {size:#x} bytes"):
+        PageTable(form, (size,))
 
 
 def test_entries_are_those_of_the_specification() -> None:
@@ -311,6 +386,10 @@ def test_entries_are_those_of_the_specification() -> None:
     assert 2 * M | 1 in entries  # a 4 KiB page
     # Nodes of levels 1 to 5: next level in bits 9 to 11.
     assert {entry >> 9 & 7 for entry in entries} == {0, 1, 2, 3, 4, 5}
+    shared = PageTable(AmdIommu.form, (64 * K,))
+    shared.map(128 * K, 64 * K)
+    # 16 entries of next level 7; the lowest zero bit of the address, 15, tells the size.
+    assert shared._nodes.ravel().tolist().count(128 * K | 0x7000 | 7 << 9 | 1) == 16
     intel = PageTable(IntelIommu.form, (4 * K, 2 * M))
     intel.map(0, 2 * M)
     intel.mark(0, 1)
@@ -352,21 +431,79 @@ def test_pages_that_are_merged_are_dirty_if_a_part_was() -> None:
 
 def test_a_part_of_a_page_cannot_be_mapped_anew() -> None:
     table = table_with(4 * K, 2 * M)
-    for iova, length, size in [(0, M, 4 * K), (M, 2 * M, 4 * K), (4 * G, 2 * M, 4 * K), (0, 3, 3)]:
-        with pytest.raises(TrackerError):
+    for iova, length, size in [
+        *((0, M, 4 * K), (M, M, 4 * K), (M, 2 * M, 4 * K), (0, 3, 3)),
+        *((4 * G, 2 * M, 4 * K), (4 * G - 2 * M, 4 * M, 4 * K)),
+    ]:
+        with pytest.raises(TrackerError, match="no run of whole mapped pages"):
             table.resize(iova, length, size)
     table.resize(0, 2 * M, 4 * K)
 
 
-@pytest.mark.parametrize(("iova", "length"), [(0, 0), (PAGE // 2, PAGE), (0, PAGE + 1)])
-def test_ranges_of_partial_pages_cannot_be_mapped(iova: int, length: int) -> None:
-    with pytest.raises(TrackerError):
+def test_what_cannot_be_mapped_anew_stays_as_it_is() -> None:
+    table = PageTable(AmdIommu.form)
+    table.map(2 * M, 4 * M)
+    table.map(8 * M, 2 * M)
+    table.mark(0, 16 * M)
+    for iova, length, size in [
+        (0, 4 * M, 4 * K),  # begins before what is mapped
+        (2 * M, 8 * M, 4 * K),  # has a hole
+        (2 * M + PAGE, 2 * M, 2 * M),
+        (2 * M, M, 2 * M),
+    ]:
+        with pytest.raises(TrackerError, match="no run of whole mapped pages"):
+            table.resize(iova, length, size)
+        assert collect(table, 0, 16 * M, clear=False) == [(2 * M, 4 * M), (8 * M, 2 * M)]
+
+
+def test_neighbours_of_pages_that_are_merged_stay_mapped_and_dirty() -> None:
+    table = PageTable(AmdIommu.form)
+    table.map(0, 4 * M)
+    table.mark(0, 4 * M)
+    table.resize(64 * K, 64 * K, 64 * K)
+    pages = [table.page_at(iova) for iova in (64 * K - 1, 64 * K, 128 * K - 1, 128 * K)]
+    merged = (64 * K, 64 * K)
+    assert pages == [(64 * K - PAGE, PAGE), merged, merged, (128 * K, PAGE)]
+    assert collect(table, 0, 4 * M) == [(0, 4 * M)]
+
+
+def test_splitting_and_merging_for_ever_takes_no_more_memory() -> None:
+    table = PageTable(AmdIommu.form)
+    table.map(0, 8 * M)
+    nodes = len(table._nodes)
+    for size in [2 * M, 4 * K] * 10:
+        table.resize(0, 8 * M, size)
+    assert len(table._nodes) == nodes
+
+
+@pytest.mark.parametrize(
+    ("iova", "length", "message"),
+    [
+        (0, 0, "empty"),
+        (0, 1, "no run of 0x1000-byte pages"),
+        (PAGE // 2, PAGE, "no run of 0x1000-byte pages"),
+        (0, PAGE + 1, "no run of 0x1000-byte pages"),
+    ],
+)
+def test_ranges_of_partial_pages_cannot_be_mapped(iova: int, length: int, message: str) -> None:
+    with pytest.raises(TrackerError, match=message):
         PageTable(AmdIommu.form).map(iova, length)
 
 
-def test_a_table_reaches_only_so_far() -> None:
-    with pytest.raises(TrackerError, match="beyond"):
-        PageTable(IntelIommu.form).map(1 << 48, PAGE)
+@pytest.mark.parametrize(("form", "bits"), [(IntelIommu.form, 48), (AmdIommu.form, 64)])
+def test_a_table_reaches_only_so_far(form: EntryFormat, bits: int) -> None:
+    PageTable(form).map((1 << bits) - PAGE, PAGE)
+    for iova, length in ((1 << bits, PAGE), ((1 << bits) - PAGE, 2 * PAGE)):
+        with pytest.raises(TrackerError, match="beyond"):
+            PageTable(form).map(iova, length)
+
+
+def test_a_run_of_pages_may_begin_within_one_node_and_end_within_the_next() -> None:
+    table = PageTable(AmdIommu.form)
+    table.map(M, 2 * M)
+    pages = [table.page_at(iova) for iova in (M - 1, M, 2 * M - 1, 2 * M, 3 * M - 1, 3 * M)]
+    starts = [None if page is None else page.iova for page in pages]
+    assert starts == [None, M, 2 * M - PAGE, 2 * M, 3 * M - PAGE, None]
 
 
 # The others -------------------------------------------------------------------------------------
@@ -402,6 +539,15 @@ def test_a_full_ring_stops_its_writer_and_loses_nothing() -> None:
     tracker.dma(0, 10 * PAGE)
     assert tracker.full_exits == 2
     assert dirty(tracker, *LOW) == set(range(10))
+
+
+def test_a_ring_of_the_default_size_stops_its_writer_at_page_65537() -> None:
+    tracker = DirtyRing()
+    tracker.start([HIGH, IovaRange(2 * HIGH.iova, G)], PAGE)
+    tracker.dma(2 * HIGH.iova, 65536 * PAGE)
+    assert tracker.full_exits == 0
+    tracker.dma(HIGH.iova, 1)
+    assert tracker.full_exits == 1
 
 
 def test_a_page_in_the_ring_leaves_no_further_trace() -> None:

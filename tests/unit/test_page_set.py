@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from dmaproof.dirty_tracker.address_queue import AddressQueue
 from dmaproof.dirty_tracker.coarse import Coarse
 from dmaproof.dirty_tracker.dirty_ring import DirtyRing
-from dmaproof.dirty_tracker.page_set import PageSet
+from dmaproof.dirty_tracker.page_set import PageSet, page_shift
 from dmaproof.errors import TrackerError
 from dmaproof.iova_bitmap import IovaBitmap, IovaRange
 
@@ -58,6 +58,15 @@ def test_one_page_is_taken_out_and_no_other(page: int) -> None:
     assert reported(pages) == [it for it in PAGES if it != page]
 
 
+def test_a_page_just_behind_a_range_of_whole_words_is_passed_over() -> None:
+    pages = PageSet([IovaRange(0, 64 * PAGE)], PAGE)
+    pages.add_all()
+    for change in (pages.add_pages, pages.remove_pages):
+        change(numbers(64))
+        assert pages.inside(0, 128 * PAGE) == [(0, 64)]
+        assert pages.missing(0, 128 * PAGE) == []
+
+
 def test_missing_pages_are_found_in_every_range() -> None:
     pages = PageSet(RANGES, PAGE)
     pages.add_run(5, 2)
@@ -65,6 +74,24 @@ def test_missing_pages_are_found_in_every_range() -> None:
     assert pages.inside(0, 128 * PAGE) == [(4, 70), (100, 3)]
     assert pages.missing(0, 128 * PAGE) == [(4, 1), (7, 67), (100, 1), (102, 1)]
     assert pages.missing(5 * PAGE, 2 * PAGE) == []
+    assert pages.inside(74 * PAGE, PAGE) == pages.inside(99 * PAGE, PAGE) == []
+
+
+def test_ranges_that_share_a_page_or_meet_are_one_and_others_stay_apart() -> None:
+    ranges = [
+        *(IovaRange(PAGE, 10), IovaRange(PAGE + 20, PAGE)),
+        IovaRange(4 * PAGE, PAGE),
+        *(IovaRange(6 * PAGE, 1), IovaRange(6 * PAGE + 1, PAGE), IovaRange(8 * PAGE, 1)),
+        IovaRange(10 * PAGE, PAGE + 1),
+    ]
+    pages = PageSet(ranges, PAGE)
+    assert pages.inside(0, 128 * PAGE) == [(1, 2), (4, 1), (6, 3), (10, 2)]
+    pages.add_all()
+    assert reported(pages) == [1, 2, 4, 6, 7, 8, 10, 11]
+
+
+def test_a_page_may_be_half_of_the_address_space() -> None:
+    assert [page_shift(1 << bits) for bits in (0, 12, 63)] == [0, 12, 63]
 
 
 def test_a_queue_that_is_just_full_has_lost_nothing_and_one_page_more_overflows_it() -> None:

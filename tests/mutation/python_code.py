@@ -191,13 +191,14 @@ def report(target: Target, mutants: list[Mutant], *, show: bool) -> float:
     """Print how the `mutants` that were tried fared; return how many percent were noticed."""
     unnoticeable = equivalents()
     tried = [mutant for mutant in mutants if mutant.code not in (None, _REFUSED)]
-    noticed = [mutant for mutant in tried if mutant.noticed]
-    equal = [it for it in tried if not it.noticed and (it[1:4]) in unnoticeable]
-    left = [it for it in tried if not it.noticed and it not in equal]
-    late = [it for it in noticed if it.code in _TOO_LONG]
-    score = 100 * len(noticed) / max(1, len(tried) - len(equal))
+    passed = [mutant for mutant in tried if not mutant.noticed or mutant.code in _TOO_LONG]
+    equal = [mutant for mutant in passed if mutant[1:4] in unnoticeable]
+    left = [mutant for mutant in passed if not mutant.noticed and mutant not in equal]
+    late = [mutant for mutant in passed if mutant.noticed and mutant not in equal]
+    noticed = len(tried) - len(equal) - len(left)
+    score = 100 * noticed / max(1, noticed + len(left))
     print(
-        f"{target.name:14} {len(tried):5} tried {len(noticed):5} noticed ({len(late)} too long) "
+        f"{target.name:14} {len(tried):5} tried {noticed:5} noticed ({len(late)} too long) "
         f"{len(equal):4} equivalent {len(left):4} not noticed {score:6.1f} %",
         flush=True,
     )

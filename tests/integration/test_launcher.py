@@ -192,7 +192,8 @@ def test_all_tests_run_with_the_linters_on_a_newer_qemu(built: Path) -> None:
     assert fetched == f"runs in {built}/.venv qemu fetch 11.1"
     assert [check, form, types] == ["ruff check", "ruff format --check", "mypy"]
     assert imports == "lint-imports"
-    assert tests == "pytest -k ring"
+    workers = min(len(os.sched_getaffinity(0)) + 1, 8)
+    assert tests == f"pytest -n {workers} --dist worksteal -k ring"
 
 
 def test_a_pip_that_fails_is_reported_and_tried_again(checkout: Path) -> None:

@@ -114,6 +114,7 @@ def test_its_proof_passes_and_catches(tool: Tool, ring: str) -> None:
     assert control["guest"]["errors"] > 0
 
 
+@pytest.mark.usefixtures("much_memory")
 def test_its_pages_lie_on_both_sides_of_4_gib(tool: Tool) -> None:
     # On q35 the half behind 2 GiB begins at 4 GiB; and 8 KiB more, see docs/guests.md.
     memory = f"{(2816 << 10) + 8}K"

@@ -94,6 +94,7 @@ def test_every_harvest_is_in_time(tool: Tool, harvest: str) -> None:
     passed(prove(tool, "--harvest", harvest))
 
 
+@pytest.mark.usefixtures("much_memory")
 def test_ram_above_four_gigabytes_over_tcp(tool: Tool) -> None:
     # 5 GiB and 8 KiB: see facts on RAM sizes in docs/guests.md.
     report = passed(prove(tool, "--memory", "5242888K", "--scenario", "tcp"))

@@ -18,7 +18,7 @@ enum { WRITERS = 3, ROUNDS = 30, START = 3, BYTES = 2003, BITS = BYTES * 8, PAGE
 enum { FEW_BITS = 27 * 8, END = START + BYTES, ALIGNED = WRITERS * 64 - START * 8 };
 
 static _Alignas(8) uint8_t memory[START + BYTES + 8];
-// Nobody writes in these bitmaps, but somebody does in their first or last word.
+// One thread alone uses these bitmaps, while another one writes in their first or last word.
 static _Alignas(8) uint8_t few[32], many[5000];
 static atomic_uint running = WRITERS;
 
@@ -100,6 +100,13 @@ static uint64_t take(struct runs *runs, const struct bitmap *map, const struct b
     return runs->count;
 }
 
+// Page 0 and `last`, so that both ends of a bitmap are looked at.
+static uint64_t set_ends(const struct bitmap *map, uint64_t last) {
+    uint64_t iovas[] = {0, last};
+    struct ranges ranges = {iovas, NULL, 1, 2, 0, last, 0};
+    return set_each_range(map, &ranges, survey_ranges(&ranges), true);
+}
+
 // Reads what the others are writing, in each of the ways that there are.
 static uint64_t read_all(const struct bitmap *map) {
     _Alignas(8) uint8_t own[BYTES + 8] = {0};
@@ -109,6 +116,7 @@ static uint64_t read_all(const struct bitmap *map) {
     struct bitmap begins_ragged = bitmap_of(many + 1, sizeof many - 1);
     struct page_bitmap fine = {*map, 0, 12}, coarse = {into, 0, 14};
     added += merge(&into, 0, map, 0, BITS, false) + merge(&into, 5, map, 0, BITS - 5, true);
+    added += set_ends(&ends_ragged, 193) + set_ends(&begins_ragged, 8 * sizeof many - 9);
     added += merge(&into, 0, &ends_ragged, 1, FEW_BITS - 1, false);
     added += merge(&into, 0, &ends_ragged, 65, FEW_BITS - 65, false);
     added += merge(&into, 0, &begins_ragged, 0, 128, false);

@@ -120,7 +120,11 @@ def test_an_indirect_table_takes_one_descriptor(driver: PackedDriver) -> None:
             "readable descriptor behind",
             id="readable behind writable",
         ),
-        pytest.param([Buffer(TABLES, 24, INDIRECT)], "24 bytes", id="table with half an entry"),
+        pytest.param(
+            [Buffer(TABLES, 24, INDIRECT)],
+            "table of request 0 has 24 bytes",
+            id="table with half an entry",
+        ),
         pytest.param([Buffer(TABLES, 0, INDIRECT)], "0 bytes", id="table without entries"),
         pytest.param(
             [Buffer(TABLES, 16, INDIRECT | NEXT), Buffer(DATA, 1)], "chained", id="table and more"
@@ -175,10 +179,25 @@ def test_a_base_outside_the_ring_is_refused(driver: PackedDriver, base: int) -> 
         queue_for(driver, base=base)
 
 
-def test_misaligned_and_missing_parts(driver: PackedDriver) -> None:
-    driver.used += 2
-    with pytest.raises(ProtocolError, match="device's event suppression"):
+@pytest.mark.parametrize(
+    ("part", "name", "alignment"),
+    [
+        ("descriptors", "descriptor ring", 16),
+        ("available", "driver's event suppression structure", 4),
+        ("used", "device's event suppression structure", 4),
+    ],
+)
+def test_a_misaligned_part_is_named(
+    driver: PackedDriver, part: str, name: str, alignment: int
+) -> None:
+    address = getattr(driver, part) + alignment // 2
+    setattr(driver, part, address)
+    expected = f"^{name} at {address:#x} is not aligned to {alignment} bytes$"
+    with pytest.raises(ProtocolError, match=expected):
         queue_for(driver)
+
+
+def test_a_part_outside_ram_is_refused(driver: PackedDriver) -> None:
     driver.used = RAM_BYTES
     with pytest.raises(MemoryAccessError):
         queue_for(driver)
@@ -202,6 +221,11 @@ def test_every_write_to_the_ring_is_tracked(driver: PackedDriver) -> None:
     assert set(journal.records()["kind"]) == {WriteKind.USED_RING}
 
 
+def test_buffer_ids_and_lengths_are_unsigned(driver: PackedDriver) -> None:
+    queue_for(driver).push(DescriptorChain(0xFFFF, 1), 0xFFFF_FFFF)
+    assert driver.read(driver.descriptors + 8, 6) == b"\xff" * 6
+
+
 def test_the_driver_can_switch_interrupts_off(driver: PackedDriver) -> None:
     queue = queue_for(driver)
     assert not queue.wants_interrupt()
@@ -211,6 +235,19 @@ def test_the_driver_can_switch_interrupts_off(driver: PackedDriver) -> None:
     driver.interrupt(wanted=False)
     queue.push(DescriptorChain(0, 1), 0)
     assert not queue.wants_interrupt()
+
+
+@pytest.mark.parametrize(("event_index", "flags"), [(True, 0), (False, 2)])
+def test_a_named_descriptor_counts_only_if_it_was_negotiated_and_asked_for(
+    driver: PackedDriver,
+    event_index: bool,
+    flags: int,
+) -> None:
+    driver.event_index = event_index
+    queue = queue_for(driver)
+    driver.write(driver.available, struct.pack("<HH", 5 | 0x8000, flags))
+    queue.push(DescriptorChain(0, 1), 0)  # the named one is still to come
+    assert queue.wants_interrupt()
 
 
 @pytest.mark.parametrize("start", range(2 * SIZE))

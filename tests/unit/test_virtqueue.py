@@ -28,9 +28,18 @@ def test_readable_then_writable(driver: RingDriver) -> None:
     )
     driver.publish(0)
     chain = queue_for(driver).pop()
-    assert chain is not None
-    assert chain.readable == [Segment(DATA, 16)]
-    assert chain.writable == [Segment(DATA + PAGE, 512), Segment(DATA, 1)]
+    assert chain == DescriptorChain(
+        0, 1, [Segment(DATA, 16)], [Segment(DATA + PAGE, 512), Segment(DATA, 1)]
+    )
+
+
+def test_a_full_ring_and_no_more(driver: RingDriver) -> None:
+    driver.describe([Buffer(DATA, 1, WRITE)] * driver.size)
+    driver.publish(*range(driver.size))
+    queue = queue_for(driver)
+    chains = [queue.pop() for _ in range(driver.size)]
+    assert [chain.head for chain in chains if chain] == list(range(driver.size))
+    assert queue.pop() is None
 
 
 def test_an_indirect_table_may_be_longer_than_the_ring(driver: RingDriver) -> None:
@@ -71,7 +80,11 @@ def test_the_ring_wraps_and_the_index_too(driver: RingDriver) -> None:
             "readable descriptor behind",
             id="readable behind writable",
         ),
-        pytest.param([Buffer(TABLES, 24, INDIRECT)], "24 bytes", id="table with half an entry"),
+        pytest.param(
+            [Buffer(TABLES, 24, INDIRECT)],
+            "table of request 0 has 24 bytes",
+            id="table with half an entry",
+        ),
         pytest.param([Buffer(TABLES, 0, INDIRECT)], "0 bytes", id="table without entries"),
         pytest.param([Buffer(TABLES, 16, INDIRECT | NEXT, 1)], "chained", id="table and more"),
     ],
@@ -109,6 +122,14 @@ def test_a_loop_inside_a_table_is_refused(driver: RingDriver) -> None:
         queue_for(driver).pop()
 
 
+def test_a_descriptor_outside_its_table_is_refused(driver: RingDriver) -> None:
+    driver.describe([Buffer(DATA, 1, NEXT, 2)], table=TABLES)
+    driver.describe([Buffer(TABLES, 32, INDIRECT)])
+    driver.publish(0)
+    with pytest.raises(ProtocolError, match=r"descriptor 2 of request 0: table has 2$"):
+        queue_for(driver).pop()
+
+
 def test_a_table_that_was_not_negotiated_is_refused(driver: RingDriver) -> None:
     driver.describe([Buffer(DATA, 1)], table=TABLES)
     driver.describe([Buffer(TABLES, 16, INDIRECT)])
@@ -143,11 +164,36 @@ def test_a_size_no_ring_can_have(driver: RingDriver, size: int) -> None:
         queue_for(driver)
 
 
-def test_misaligned_and_missing_parts(driver: RingDriver) -> None:
-    driver.used += 2
-    with pytest.raises(ProtocolError, match="used ring"):
+@pytest.mark.parametrize(
+    ("part", "name", "alignment"),
+    [
+        ("descriptors", "descriptor table", 16),
+        ("available", "available ring", 2),
+        ("used", "used ring", 4),
+    ],
+)
+def test_a_misaligned_part_is_named(
+    driver: RingDriver, part: str, name: str, alignment: int
+) -> None:
+    address = getattr(driver, part) + alignment // 2
+    setattr(driver, part, address)
+    expected = f"^{name} at {address:#x} is not aligned to {alignment} bytes$"
+    with pytest.raises(ProtocolError, match=expected):
         queue_for(driver)
+
+
+def test_a_part_outside_ram_is_refused(driver: RingDriver) -> None:
     driver.used = RAM_BYTES - 4
+    with pytest.raises(MemoryAccessError):
+        queue_for(driver)
+
+
+def test_a_ring_may_lie_at_the_end_of_ram(driver: RingDriver) -> None:
+    driver.available = RAM_BYTES - (6 + 2 * driver.size)
+    assert queue_for(driver).pop() is None
+    driver.used = RAM_BYTES - (6 + 8 * driver.size) - 2  # the next place that is aligned
+    queue_for(driver)
+    driver.used += 4
     with pytest.raises(MemoryAccessError):
         queue_for(driver)
 
@@ -196,3 +242,13 @@ def test_a_request_that_came_while_kicks_were_off_is_noticed(driver: RingDriver)
     assert queue.pop() is not None
     assert not queue.ask_for_kick()
     assert driver.read(driver.used + 4 + 8 * driver.size, 2) == b"\1\0"
+
+
+def test_heads_lengths_and_indices_are_unsigned(driver: RingDriver) -> None:
+    driver.event_index = True
+    driver.write(driver.used + 2, b"\xfe\xff")
+    queue = queue_for(driver, base=0xFFFE)
+    queue.ask_for_kick()
+    assert driver.read(driver.used + 4 + 8 * driver.size, 2) == b"\xfe\xff"
+    queue.push(DescriptorChain(0x7FFF, 1), 0xFFFF_FFFF)
+    assert driver.used_element(0xFFFE) == (0x7FFF, 0xFFFF_FFFF)

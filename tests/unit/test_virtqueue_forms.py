@@ -1,0 +1,101 @@
+"""What holds for rings of both forms: their limits, what is not negotiated, and an IOMMU's part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import pytest
+
+from dmaproof.errors import ProtocolError
+from dmaproof.guest_memory import IovaMap
+from dmaproof.virtqueue import MAX_QUEUE_SIZE, PackedVirtqueue, RingAddresses, SplitVirtqueue
+from dmaproof.virtqueue.chain import read_indirect_table
+from qmp_tools.testbed.ring_driver import (
+    PAGE,
+    WRITE,
+    Buffer,
+    Driver,
+    PackedDriver,
+    guest_memory,
+    ram_fd,
+)
+from support.rings import DATA, DRIVERS, TABLES, dma_for, driver_of, queue_for
+
+LARGEST = 16 * MAX_QUEUE_SIZE
+"""Bytes of the largest descriptor table."""
+
+
+@pytest.fixture(params=sorted(DRIVERS))
+def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
+    with driver_of(DRIVERS[request.param]) as driver:
+        yield driver
+
+
+def plain_queue(driver: Driver) -> SplitVirtqueue | PackedVirtqueue:
+    """One for which nothing was negotiated, and which begins where a ring begins."""
+    make_queue = PackedVirtqueue if isinstance(driver, PackedDriver) else SplitVirtqueue
+    addresses = RingAddresses(driver.descriptors, driver.available, driver.used)
+    return make_queue(dma_for(driver.memory), addresses, driver.size)
+
+
+def test_a_queue_begins_where_a_ring_begins(driver: Driver) -> None:
+    queue = plain_queue(driver)
+    assert queue.base == driver.base
+    assert queue.pop() is None
+    number = driver.submit([Buffer(DATA, 1, WRITE)])
+    chain = queue.pop()
+    assert chain is not None
+    assert chain.head == number
+
+
+def test_nothing_is_done_that_was_not_negotiated(driver: Driver) -> None:
+    queue = plain_queue(driver)
+    driver.submit([Buffer(DATA, 1)])
+    assert queue.pop() is not None
+    before = driver.read(driver.used, driver.used_bytes)
+    assert not queue.ask_for_kick()
+    assert driver.read(driver.used, driver.used_bytes) == before, "no event index is written"
+    driver.submit([Buffer(DATA, 1)], TABLES)
+    with pytest.raises(ProtocolError, match="not negotiated"):
+        queue.pop()
+
+
+class AskingBus(IovaMap):
+    """Notes the ranges of which a request makes sure."""
+
+    asked: list[tuple[list[tuple[int, int]], list[tuple[int, int]]]]
+
+    def require(
+        self, readable: Iterable[tuple[int, int]], writable: Iterable[tuple[int, int]]
+    ) -> None:
+        self.asked.append((list(readable), list(writable)))
+
+
+@pytest.mark.parametrize("table", [None, TABLES])
+def test_a_request_is_taken_only_when_all_of_its_addresses_are_known(
+    driver: Driver, table: int | None
+) -> None:
+    bus = AskingBus(IovaMap.identity(driver.memory).mappings)
+    bus.asked = []
+    driver.submit([Buffer(DATA, 16), Buffer(DATA + PAGE, 512, WRITE)], table)
+    assert queue_for(driver, dma_for(driver.memory, bus=bus)).pop() is not None
+    buffers = ([(DATA, 16)], [(DATA + PAGE, 512)])
+    assert bus.asked == [buffers] if table is None else [([(table, 32)], []), buffers]
+
+
+@pytest.mark.parametrize("form", [SplitVirtqueue, PackedVirtqueue])
+def test_the_largest_ring_can_be_served(
+    form: type[SplitVirtqueue] | type[PackedVirtqueue],
+) -> None:
+    with ram_fd(2 * LARGEST) as fd:
+        dma = dma_for(guest_memory(fd, (0, 2 * LARGEST, 0)))
+        addresses = RingAddresses(0, LARGEST, LARGEST + 32 * PAGE)
+        assert form(dma, addresses, MAX_QUEUE_SIZE).pop() is None
+
+
+def test_an_indirect_table_is_at_most_as_long_as_the_largest_ring() -> None:
+    with ram_fd(2 * LARGEST) as fd:
+        dma = dma_for(guest_memory(fd, (0, 2 * LARGEST, 0)))
+        assert len(read_indirect_table(dma, 0, 0, LARGEST)) == LARGEST
+        with pytest.raises(ProtocolError, match="of up to 32768 descriptors"):
+            read_indirect_table(dma, 0, 0, LARGEST + 16)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gc
 import os
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -96,6 +99,14 @@ def test_what_goes_on_behind_the_last_sector_does_nothing(
     assert disk.written == 1
     assert disk.get(DATA, SECTOR_BYTES) == bytes(SECTOR_BYTES)
     assert read_stamp(disk.read(SECTORS - 8, 8)) == (SECTORS - 8, 2)
+
+
+def test_the_largest_disk_ends_behind_its_last_sector() -> None:
+    largest = (1 << 63) - PAGE
+    with ram_fd(RAM_BYTES) as fd:
+        disk = Disk(fd, Blk(largest))
+        assert disk.request(IN, largest // SECTOR_BYTES - 1, Segment(DATA, SECTOR_BYTES)) == OK
+        assert disk.request(IN, largest // SECTOR_BYTES, Segment(DATA, SECTOR_BYTES)) == IOERR
 
 
 @pytest.mark.parametrize("kind", [IN, OUT])
@@ -196,6 +207,13 @@ def test_the_identity_is_as_long_as_there_is_room(disk: Disk, room: int, told: i
     assert disk.written == told + 1
 
 
+def test_the_identity_leaves_further_segments_alone(disk: Disk) -> None:
+    disk.put(DATA + PAGE, b"\xee" * 10)
+    assert disk.request(GET_ID, 0, Segment(DATA, 20), Segment(DATA + PAGE, 10)) == OK
+    assert disk.get(DATA + PAGE, 10) == b"\xee" * 10
+    assert disk.written == 21
+
+
 def test_each_request_has_the_next_number(disk: Disk) -> None:
     disk.dma.journal.start()
     for number in (1, 2):
@@ -205,14 +223,58 @@ def test_each_request_has_the_next_number(disk: Disk) -> None:
     assert disk.dma.journal.records()["kind"].tolist() == [0, 1, 0, 1]
 
 
-def test_the_configuration_is_what_the_specification_lays_out() -> None:
-    config = Blk(PAGES * PAGE, queues=3).config()
+@pytest.mark.parametrize("queues", [3, 0xFFFF])
+def test_the_configuration_is_what_the_specification_lays_out(queues: int) -> None:
+    config = Blk(PAGES * PAGE, queues=queues).config()
     expected = bytearray(36)
     struct.pack_into("<Q", expected, 0, SECTORS)
     struct.pack_into("<I", expected, 12, 126)  # seg_max
     struct.pack_into("<I", expected, 20, SECTOR_BYTES)  # blk_size
-    struct.pack_into("<H", expected, 34, 3)  # num_queues
+    struct.pack_into("<H", expected, 34, queues)  # num_queues
     assert config == expected
+
+
+def test_a_disk_serves_16_queues_by_default() -> None:
+    device = Blk(PAGE)
+    assert device.queues == 16
+    assert device.config()[34:] == struct.pack("<H", 16)
+
+
+def test_the_arguments_for_qemu_name_the_socket_and_the_queues() -> None:
+    assert Blk.qemu_arguments("socket0", 3, ["iommu_platform=on", "id=disk"]) == [
+        "-device",
+        "vhost-user-blk-pci,chardev=socket0,num-queues=3,queue-size=128,iommu_platform=on,id=disk",
+    ]
+
+
+# The file ---------------------------------------------------------------------------------------
+
+
+def test_other_users_may_not_read_or_write_a_new_disk(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        Blk(PAGE, file=tmp_path / "disk")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "disk").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_deleted_disk_closes_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "disk"
+    device = Blk(PAGE, file=file)
+    assert open_descriptors(file) == 1
+    del device
+    gc.collect()
+    assert open_descriptors(file) == 0
+
+
+def open_descriptors(file: Path) -> int:
+    """How many of this process's file descriptors lead to `file`."""
+    found = 0
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the listing's own is closed again
+            found += link.readlink() == file
+    return found
 
 
 def test_a_page_that_the_file_takes_by_half_fails_the_request(
@@ -231,6 +293,7 @@ def test_a_file_that_cannot_be_read_fails_the_request(
     monkeypatch.setattr(os, "lseek", fail)
     for kind in (IN, OUT):
         assert disk.request(kind, 0, Segment(DATA, PAGE)) == IOERR
+        assert disk.written == 1, "only the status"
 
 
 def test_a_page_over_three_segments_and_what_else_is_written(disk: Disk) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,20 @@ def test_loaded_evidence_equals_what_was_saved(tmp_path: Path) -> None:
     for link in TRACED_LINKS:
         assert loaded.links[link].ranges == saved.links[link].ranges
         assert (loaded.links[link].array == saved.links[link].array).all()
+
+
+def test_numbers_of_64_bits_come_back_exactly(tmp_path: Path) -> None:
+    largest = (1 << 64) - 1
+    saved = replace(
+        some_evidence(),
+        slots=[Slot(0, PAGE, 0, 5, largest), Slot((1 << 63) + PAGE, PAGE, PAGE, largest - 1, 9)],
+        started_ns=largest,
+        requests=largest,
+    )
+    saved.save(tmp_path)
+    loaded = Evidence.load(tmp_path)
+    assert loaded.slots == saved.slots
+    assert (loaded.started_ns, loaded.requests) == (largest, largest)
 
 
 def test_evidence_without_a_start_of_the_log_has_no_start(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dmaproof.collector import Collector
+from dmaproof.devices.blk import Blk
 from dmaproof.dirty_log import BufferDirtyLog
 from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.guest_memory import IovaMap
@@ -41,15 +42,25 @@ def test_a_record_says_who_wrote_what_where_and_when() -> None:
     assert (record["length"], record["checksum"]) == (10, zlib.crc32(b"some bytes"))
 
 
+def test_what_no_request_caused_is_of_request_0_of_queue_0() -> None:
+    journal = Journal()
+    journal.start()
+    write(journal, 0)
+    (record,) = journal.records()
+    assert (record["request"], record["queue"]) == (0, 0)
+
+
 def test_before_the_start_and_after_the_stop_writes_are_only_counted() -> None:
     journal = Journal()
-    assert not journal.recording
+    assert journal.recording is False
+    assert journal.started_ns is None
     write(journal, 0)
+    assert len(journal.records()) == 0
     journal.start()
     assert journal.recording
     write(journal, PAGE)
     journal.stop()
-    assert not journal.recording
+    assert journal.recording is False
     write(journal, 2 * PAGE)
     assert journal.records()["gpa"].tolist() == [PAGE]
     assert (journal.writes, journal.bytes_written) == (3, 12)
@@ -138,6 +149,30 @@ def test_a_successor_counts_on_from_the_last_harvest(tmp_path: Path) -> None:
         anew = collector_of(fd)
         assert Keeper(tmp_path).resume(anew)
         assert anew.due_epoch() == 5
+
+
+def test_requests_are_numbered_from_the_microseconds_on_where_a_state_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "monotonic_ns", lambda: 5_000_000_999)
+    device = Blk(PAGE)
+    Keeper(None).number_requests(device)
+    assert device.requests == 0
+    Keeper(tmp_path).number_requests(device)
+    assert device.requests == 5_000_000
+    device.requests = 6_000_000
+    Keeper(tmp_path).number_requests(device)
+    assert device.requests == 6_000_000
+
+
+def test_a_successor_of_one_that_did_nothing_begins_with_the_first_harvest(tmp_path: Path) -> None:
+    with ram_fd(8 * PAGE) as fd:
+        idle = Keeper(tmp_path)
+        idle.keep(collector_of(fd), guest_memory(fd, (0, 8 * PAGE, 0)))
+        successor, anew = Keeper(tmp_path), collector_of(fd)
+        assert successor.resume(anew)
+        assert anew.due_epoch() == 1
+        assert successor.journal.started_ns == 0, "it never began to record"
 
 
 def test_a_successor_of_one_that_never_logged_begins_anew(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ from dmaproof.dirty_log import BufferDirtyLog, DirtyLog, Words
 from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.guest_memory import IovaMap, IovaMapping
 from dmaproof.iova_bitmap import IovaBitmap, IovaRange
-from dmaproof.trace import TRACED_LINKS, ChainTrace, Link, PageEpochs, set_bits
+from dmaproof.trace import TRACED_LINKS, ChainTrace, Link, PageEpochs, TracedBitmap, set_bits
 from qmp_tools.testbed.ring_driver import PAGE, guest_memory, ram_fd
 
 LOW, HIGH = IovaRange(0x1000, 8 * PAGE), IovaRange(1 << 32, 4 * PAGE)
@@ -24,6 +26,7 @@ def test_pages_keep_their_last_epoch() -> None:
     assert [pages.last(0x1000 + index * PAGE) for index in range(3)] == [3, 5, 0]
     assert pages.last((1 << 32) + 3 * PAGE + 17) == 4
     assert pages.last(0xFFFF_FFFF) == 0
+    assert pages.last(LOW.iova + LOW.length) == 0
 
 
 def test_pages_outside_the_ranges_are_ignored() -> None:
@@ -46,11 +49,35 @@ def test_an_array_of_ranges_marks_the_same_pages_as_single_ranges() -> None:
     assert (many.array == single.array).all()
 
 
+def test_a_range_of_an_array_is_seen_on_every_page_that_it_touches() -> None:
+    """One at a time, so that no other range covers what is forgotten."""
+    borders = [LOW.iova, LOW.iova + PAGE, LOW.iova + LOW.length, HIGH.iova, HIGH.iova + HIGH.length]
+    for iova in [border + beside for border in borders for beside in (-2, -1, 0, 1)]:
+        for length in (1, 2, 3, PAGE - 1, PAGE, PAGE + 1, PAGE + 2):
+            many, single = PageEpochs([LOW, HIGH]), PageEpochs([LOW, HIGH])
+            many.see_many(np.array([iova], np.uint64), np.array([length], np.uint64), 7)
+            single.see(iova, length, 7)
+            assert (many.array == single.array).all(), f"{length} bytes at {iova:#x}"
+
+
 def test_a_set_bit_marks_the_page_of_its_position() -> None:
     pages = PageEpochs([LOW, HIGH])
     words = np.array([0b1010 << 60, 0b11], dtype=np.uint64)  # bits 61, 63, 64, 65
     pages.see_bits(0x2000, words, 60, 6, 9)
     assert [pages.last(0x2000 + index * PAGE) for index in range(6)] == [0, 9, 0, 9, 9, 9]
+
+
+def test_bits_of_pages_outside_the_ranges_are_ignored() -> None:
+    pages = PageEpochs([LOW, HIGH])
+    words = np.full(2, (1 << 64) - 1, dtype=np.uint64)
+    pages.see_bits(LOW.iova - PAGE, words, 3, 2, 1)
+    assert pages.array.tolist() == [1, *[0] * 11]
+    pages.see_bits(LOW.iova + 7 * PAGE, words, 3, 100, 2)
+    assert pages.array.tolist() == [1, *[0] * 6, 2, *[0] * 4]
+    pages.see_bits(HIGH.iova - PAGE, np.array([0b101000], dtype=np.uint64), 3, 100, 3)
+    assert pages.array.tolist() == [1, *[0] * 6, 2, 0, 3, 0, 0]
+    pages.see_bits(HIGH.iova + HIGH.length, words, 0, 4, 4)
+    assert 4 not in pages.array
 
 
 def test_set_bits_are_found_between_any_two_positions() -> None:
@@ -90,8 +117,28 @@ def test_a_lookup_of_many_pages_equals_single_lookups() -> None:
     pages.see(LOW.iova + PAGE, PAGE, 2)
     pages.see(HIGH.iova, PAGE, 3)
     numbers = [0, LOW.iova // PAGE + 1, HIGH.iova // PAGE, HIGH.iova // PAGE + 1, 1 << 40]
+    numbers += [(it.iova + it.length) // PAGE for it in (LOW, HIGH)]  # just behind
     found = pages.last_many(np.array(numbers, dtype=np.uint64))
-    assert found.tolist() == [pages.last(number * PAGE) for number in numbers] == [0, 2, 3, 0, 0]
+    single = [pages.last(number * PAGE) for number in numbers]
+    assert found.tolist() == single == [0, 2, 3, 0, 0, 0, 0]
+    assert found.dtype == pages.array.dtype == np.uint32
+
+
+@pytest.mark.parametrize("gpa", [0x8000, 1 << 32], ids=["below", "above"])
+def test_what_a_tracker_reports_is_noted_at_the_gpa_to_which_it_leads(gpa: int) -> None:
+    """The IOVAs may be above the GPAs, or below."""
+    iova = 0x10_0000
+    reports: list[tuple[Callable[[TracedBitmap], None], list[int]]] = [
+        (lambda bitmap: bitmap.set(iova + PAGE, 1), [0, 1, 0, 0]),
+        (lambda bitmap: bitmap.set_many([iova, iova + 2 * PAGE], PAGE), [1, 0, 1, 0]),
+        (lambda bitmap: bitmap.set_many([iova + PAGE], [2 * PAGE]), [0, 1, 1, 0]),
+    ]
+    for report, pages in reports:
+        with TracedBitmap(iova, 4 * PAGE, PAGE, bytearray(8)) as bitmap:
+            bitmap.trace, bitmap.gpa = ChainTrace([IovaRange(gpa, 4 * PAGE)]), gpa
+            bitmap.trace.epoch = 1
+            report(bitmap)
+        assert bitmap.trace.links[Link.TRACKER].array.tolist() == pages
 
 
 class Forgetful(IovaBitmap):

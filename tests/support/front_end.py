@@ -6,6 +6,7 @@ import os
 import selectors
 import socket
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from dmaproof.devices import VirtioDevice
 from dmaproof.devices.blk import Blk
@@ -22,20 +23,25 @@ __all__ = ["FEATURES", "FrontEnd"]
 
 
 class FrontEnd(front_end.FrontEnd):
-    """Drives one `Session` in this very thread: send, let it receive, read the answer."""
+    """Drives one `Session` in this very thread: send, let it receive, read the answer.
+
+    `options` are those of `Session`.
+    """
 
     def __init__(
         self,
         device: VirtioDevice | None = None,
         *,
-        immediate: bool = False,
         fault: str | None = None,
         stand_in: StandIn | None = None,
         iommu: GuestIommu | None = None,
+        **options: Any,
     ) -> None:
         ours, theirs = socket.socketpair()
         super().__init__(ours, iommu=iommu)
         self.selector = selectors.DefaultSelector()
+        self.events: list[dict[str, Any]] = []
+        """What the session tells whoever watches its process."""
         emulated = plant(fault, seed=3).make_session
         make_session: Callable[..., Session] = StandInSession if stand_in else emulated
         self.session = make_session(
@@ -43,7 +49,8 @@ class FrontEnd(front_end.FrontEnd):
             device or Blk(1 << 30, queues=2),
             stand_in or emulated_trackers()["iommu"](),
             self.selector,
-            immediate=immediate,
+            tell=self.events.append,
+            **options,
         )
 
     def close(self) -> None:

@@ -124,6 +124,12 @@ def test_more_memory_than_can_be_tracked_is_refused(front_end: FrontEnd) -> None
         front_end.send(Request.SET_MEM_TABLE, table((0, (1 << 40) + PAGE, 0)), [sparse])
 
 
+def test_1_tib_of_memory_is_accepted(front_end: FrontEnd) -> None:
+    with ram_fd(1 << 40) as sparse:
+        front_end.send(Request.SET_MEM_TABLE, table((0, 1 << 40, 0)), [sparse])
+    assert front_end.session.memory.end == 1 << 40
+
+
 def test_messages_without_end_leave_room_for_others(front_end: FrontEnd) -> None:
     question = encode_request(Request.GET_FEATURES)
     front_end.socket.sendall(question * 200)

@@ -246,6 +246,16 @@ def test_pages_are_in_the_log_before_their_unmapping_is_answered(
     guest.front_end.close()
 
 
+def test_mappings_stay_when_the_log_is_switched(guest: Guest) -> None:
+    guest.front_end.serve()
+    mappings = list(guest.front_end.session.bus.mappings)
+    assert mappings
+    guest.front_end.set_log(guest.log, LOG_BYTES)
+    for on in (True, False):
+        guest.front_end.log_all(on)
+        assert list(guest.front_end.session.bus.mappings) == mappings
+
+
 def test_a_page_mapped_at_two_iovas_is_logged_for_both(guest: Guest) -> None:
     guest.log_on()
     first, second = guest.map(DATA, PAGE), guest.map(DATA, PAGE)
@@ -271,6 +281,20 @@ def test_a_ring_that_is_unmapped_asks_for_its_addresses_again(guest: Guest) -> N
         guest.front_end.invalidate(0, 1 << 64)
         assert not guest.front_end.session.bus.mappings
     assert guest.logged() == set(range(DATA // PAGE, DATA // PAGE + 3 * RING_SIZE))
+
+
+@pytest.mark.parametrize(("packed", "access"), [(False, READ), (True, READ | WRITE)])
+def test_a_ring_asks_for_the_access_that_it_needs(
+    files: tuple[int, int], packed: bool, access: int
+) -> None:
+    guest = Guest(*files, packed=packed)
+    guest.kick()
+    assert guest.front_end.channel is not None
+    asked = struct.iter_unpack("<12xQ16xBx6x", guest.front_end.channel.recv(1 << 16))
+    # Descriptors and what the driver writes are on the first page, the device's part on the next.
+    first = guest.iommu.all_pages()[0].iova
+    assert list(asked)[:2] == [(first, access), (first + PAGE, WRITE)]
+    guest.front_end.close()
 
 
 def test_a_ring_asks_for_the_page_that_was_unmapped(guest: Guest) -> None:
@@ -315,10 +339,15 @@ def test_a_mapping_is_harvested_before_it_is_evicted(guest: Guest) -> None:
     iova = guest.map(DATA, PAGE)
     guest.submit(Buffer(iova, PAGE, WRITABLE))
     guest.front_end.serve()
-    for number in range(1, 9):
+    # Each lies in a range of its own, away from that of the IOVAs before.
+    for number in range(2, 10):
+        assert iova in [it.iova for it in guest.front_end.session.bus.mappings]
         guest.front_end.update(Page(number << 32, DATA, READ))
+    assert [it.iova for it in guest.front_end.session.bus.mappings] == [9 << 32]
     assert guest.logged() == {DATA // PAGE}
     guest.submit(Buffer(iova, PAGE, WRITABLE))
+    guest.kick()
+    assert guest.iommu.all_pages()[0].iova in guest.asked(), "the ring was forgotten, too"
     guest.front_end.serve()
     assert guest.status == 0
 
@@ -376,6 +405,12 @@ def test_an_iova_that_leads_nowhere_is_refused(guest: Guest) -> None:
 def test_an_iova_that_no_table_translates_is_not_asked_for(guest: Guest, iova: int) -> None:
     guest.submit(Buffer(iova, 2 * PAGE, WRITABLE))
     with pytest.raises(MemoryAccessError, match=f"IOVA {iova:#x} .* is beyond 48 bits"):
+        guest.front_end.serve()
+
+
+def test_a_read_without_a_mapping_is_reported_as_a_read(guest: Guest) -> None:
+    guest.submit(Buffer(0x1234_5000, PAGE))
+    with pytest.raises(MemoryAccessError, match="does not let the device read from it"):
         guest.front_end.serve()
 
 
@@ -461,11 +496,59 @@ def test_a_full_channel_is_refused_and_a_closed_one_ends_the_session() -> None:
         with contextlib.suppress(BlockingIOError):
             while True:
                 theirs.send(bytes(1 << 16))
+        theirs.setblocking(True)  # the front end shares that, and nobody waits for it
         with pytest.raises(ProtocolError, match="messages are not read"):
             channel.ask([Miss(0, READ)])
         ours.close()
         with pytest.raises(EOFError, match="the back-end channel"):
             channel.ask([Miss(0, READ)])
+        channel.close()
+
+
+QUESTION = struct.Struct("<IIIQQQBB6x")
+ANSWER = struct.Struct("<IIIQ")
+
+
+def test_a_question_has_the_layout_of_the_specification() -> None:
+    theirs, ours = socket.socketpair()
+    with theirs, ours, selectors.DefaultSelector() as selector:
+        channel = BackendChannel(theirs.fileno(), selector)
+        channel.ask([Miss(0x1234_5000, WRITE)])
+        version_1_needs_reply = 1 | 1 << 3
+        assert ours.recv(1 << 10) == QUESTION.pack(
+            *(1, version_1_needs_reply, 32),
+            *(0x1234_5000, 0, 0, WRITE, IotlbEvent.MISS),
+        )
+        channel.close()
+
+
+def test_a_page_is_asked_for_only_once() -> None:
+    theirs, ours = socket.socketpair()
+    first, second = Miss(PAGE, READ), Miss(2 * PAGE, READ)
+    with theirs, ours, selectors.DefaultSelector() as selector:
+        channel = BackendChannel(theirs.fileno(), selector)
+        channel.ask([first])
+        channel.ask([first, second])
+        questions = list(QUESTION.iter_unpack(ours.recv(1 << 10)))
+        assert [question[3] for question in questions] == [PAGE, 2 * PAGE]
+        channel.close()
+
+
+def test_answers_that_come_in_pieces() -> None:
+    theirs, ours = socket.socketpair()
+    misses = [Miss(PAGE, READ), Miss(2 * PAGE, READ)]
+    answers = ANSWER.pack(1, 5, 8, 0) + ANSWER.pack(1, 5, 8, 1)
+    with theirs, ours, selectors.DefaultSelector() as selector:
+        channel = BackendChannel(theirs.fileno(), selector)
+        channel.ask(misses)
+        found = []
+        for piece in (answers[:5], answers[5:]):
+            ours.sendall(piece)
+            for key, _ in selector.select(0):
+                key.data()
+            found.append(channel.answers())
+        assert found == [[], [(misses[0], True), (misses[1], False)]]
+        assert not channel.waits
         channel.close()
 
 
@@ -482,7 +565,8 @@ def test_a_reset_harvests_by_the_mappings_that_it_forgets(guest: Guest) -> None:
 
 def test_a_ring_that_stops_leaves_the_mappings_to_the_other_one(guest: Guest) -> None:
     guest.log_on()
-    guest.submit(Buffer(guest.map(DATA, PAGE), PAGE, WRITABLE))
+    iova = guest.map(DATA, PAGE)
+    guest.submit(Buffer(iova, PAGE, WRITABLE))
     guest.front_end.serve()
     guest.front_end.stop_ring(0)
     assert guest.logged() == {DATA // PAGE}
@@ -490,6 +574,7 @@ def test_a_ring_that_stops_leaves_the_mappings_to_the_other_one(guest: Guest) ->
     guest.submit(Buffer(guest.map(DATA + PAGE, PAGE), PAGE, WRITABLE), ring=1)
     guest.front_end.serve()
     assert guest.status == 0
+    guest.unmap(iova, PAGE)
     guest.front_end.stop_ring(1)
     assert guest.logged() == {DATA // PAGE + 1}
     assert list(guest.front_end.session.bus.mappings) == []

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import itertools
 import os
+import selectors
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dmaproof.devices.blk import Blk
+from dmaproof.devices.rng import Rng
+from dmaproof.errors import ProtocolError
+from dmaproof.evidence import Evidence
 from dmaproof.stamp import read_stamp
 from dmaproof.trace import TRACED_LINKS, Link
-from dmaproof.vhost_user.features import PROTOCOL_FEATURES
-from dmaproof.vhost_user.messages import Request, encode_u64
+from dmaproof.vhost_user.features import (
+    F_RING_EVENT_IDX,
+    F_RING_INDIRECT_DESC,
+    F_RING_PACKED,
+    PROTOCOL_FEATURES,
+)
+from dmaproof.vhost_user.messages import ProtocolFeature, Request, encode_request, encode_u64
+from dmaproof.vhost_user.vring import Vring
 from dmaproof.virtqueue import SplitVirtqueue
 from qmp_tools.testbed.ring_driver import (
     PAGE,
     WRITE,
     Buffer,
+    PackedDriver,
     RingDriver,
     guest_memory,
     ram_fd,
@@ -35,8 +51,16 @@ PROTOCOL_FEATURES_BIT = 1 << 30
 class Guest:
     """A front end, the driver of its first ring, and the files of its RAM and log."""
 
-    def __init__(self, ram: int, log: int, features: int = FEATURES) -> None:
-        self.front_end = FrontEnd()
+    def __init__(
+        self,
+        ram: int,
+        log: int,
+        features: int = FEATURES,
+        *,
+        device: Blk | None = None,
+        state: Path | None = None,
+    ) -> None:
+        self.front_end = FrontEnd(device, state=state)
         self.log = log
         self.front_end.send(Request.SET_FEATURES, encode_u64(features))
         self.front_end.send(Request.SET_PROTOCOL_FEATURES, encode_u64(PROTOCOL_FEATURES))
@@ -90,6 +114,154 @@ def test_a_ring_that_is_switched_off_waits(guest: Guest) -> None:
     guest.front_end.send(Request.SET_VRING_ENABLE, enable[1])
     guest.front_end.serve()
     assert guest.driver.read(STATUS, 1)[0] == DONE
+
+
+def test_a_ring_is_looked_at_when_it_is_switched_on_again(guest: Guest) -> None:
+    assert guest.request() == DONE
+    guest.front_end.send(Request.SET_VRING_ENABLE, struct.pack("<II", 0, 0))
+    guest.driver.write(STATUS, bytes((UNTOUCHED,)))
+    guest.driver.publish(0)  # without a kick
+    guest.front_end.send(Request.SET_VRING_ENABLE, struct.pack("<II", 0, 1))
+    guest.front_end.turn()
+    assert guest.driver.read(STATUS, 1)[0] == DONE
+
+
+def test_a_ring_is_looked_at_when_it_gets_another_kick(guest: Guest) -> None:
+    assert guest.request() == DONE
+    guest.driver.write(STATUS, bytes((UNTOUCHED,)))
+    guest.driver.publish(0)
+    guest.front_end.send(Request.SET_VRING_KICK, encode_u64(0), [guest.front_end.kick])
+    guest.front_end.turn()
+    assert guest.driver.read(STATUS, 1)[0] == DONE
+
+
+def test_a_kick_that_cannot_be_watched_is_closed(guest: Guest) -> None:
+    class FullSelector(selectors.SelectSelector):
+        def register(self, *_: Any, **__: Any) -> selectors.SelectorKey:
+            raise OSError(errno.ENOSPC, "no room")
+
+    before = open_files()
+    with pytest.raises(OSError, match="no room"):
+        Vring(0, FullSelector()).set_kick(guest.front_end.kick)
+    assert open_files() == before
+
+
+def test_a_driver_that_polls_gets_no_interrupt(guest: Guest) -> None:
+    guest.front_end.send(Request.SET_VRING_CALL, encode_u64(1 << 8))
+    assert guest.request() == DONE
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(guest.front_end.call)
+
+
+def test_a_ring_whose_address_was_never_set_is_refused(guest: Guest) -> None:
+    guest.front_end.send(Request.SET_VRING_NUM, struct.pack("<II", 1, 8))
+    guest.front_end.send(Request.SET_VRING_KICK, encode_u64(1), [guest.front_end.kick])
+    with pytest.raises(ProtocolError, match="a ring was started before SET_VRING_ADDR"):
+        guest.front_end.send(Request.SET_VRING_ENABLE, struct.pack("<II", 1, 1))
+
+
+def test_a_ring_that_leaves_ram_is_refused(guest: Guest) -> None:
+    guest.driver.available = RAM_BYTES - (6 + 2 * guest.driver.size) + 2
+    with pytest.raises(ProtocolError, match=r"HVA 0x.* is not inside one memory slot"):
+        guest.front_end.set_ring_address(guest.driver)
+
+
+@pytest.mark.parametrize("part", ["available", "used"])
+def test_the_events_of_a_packed_ring_may_lie_at_the_end_of_ram(
+    files: tuple[int, int], part: str
+) -> None:
+    guest = Guest(*files, features=FEATURES | F_RING_PACKED)
+    driver = PackedDriver(guest_memory(files[0], (0, RAM_BYTES, 0)), RING)
+    setattr(driver, part, RAM_BYTES - 4)
+    guest.front_end.start_ring(driver)
+    assert guest.front_end.session.running
+    guest.front_end.close()
+
+
+def test_a_ring_whose_size_was_never_set_is_refused(guest: Guest) -> None:
+    guest.front_end.send(Request.SET_VRING_KICK, encode_u64(1), [guest.front_end.kick])
+    guest.front_end.set_ring_address(guest.driver, index=1)
+    with pytest.raises(ProtocolError, match="queue size 0 is not between"):
+        guest.front_end.send(Request.SET_VRING_ENABLE, struct.pack("<II", 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("part", "length"), [("descriptors", 16 * 8), ("available", 6 + 2 * 8), ("used", 2 + 6 + 8 * 8)]
+)
+def test_a_part_of_a_ring_may_lie_at_the_end_of_ram(
+    files: tuple[int, int], part: str, length: int
+) -> None:
+    guest = Guest(*files)
+    setattr(guest.driver, part, RAM_BYTES - length)
+    guest.front_end.start_ring(guest.driver)
+    assert guest.request() == DONE
+    guest.front_end.close()
+
+
+@pytest.mark.parametrize("negotiated", [True, False])
+def test_a_ring_has_the_features_that_were_negotiated(
+    files: tuple[int, int], negotiated: bool
+) -> None:
+    features = FEATURES | F_RING_EVENT_IDX if negotiated else FEATURES & ~F_RING_INDIRECT_DESC
+    guest = Guest(*files, features=features)
+    guest.front_end.start_ring(guest.driver)
+    guest.driver.write(HEADER, struct.pack("<IIQ", 0, 0, 0))
+    buffers = [Buffer(HEADER, 16), Buffer(DATA, PAGE, WRITE), Buffer(STATUS, 1, WRITE)]
+    guest.driver.submit(buffers, 20 * PAGE)
+    if negotiated:
+        guest.front_end.serve()
+        avail_event = guest.driver.used + 4 + 8 * guest.driver.size
+        assert guest.driver.read(avail_event, 2) == b"\1\0"
+    else:
+        with pytest.raises(ProtocolError, match=r"indirect descriptor .* not negotiated"):
+            guest.front_end.serve()
+    guest.front_end.close()
+
+
+def test_a_device_without_configuration_does_not_offer_any() -> None:
+    front_end = FrontEnd(Rng())
+    answer = front_end.ask(Request.GET_PROTOCOL_FEATURES)
+    assert answer == encode_u64(PROTOCOL_FEATURES & ~ProtocolFeature.CONFIG)
+    front_end.close()
+
+
+def test_messages_are_acknowledged_only_if_that_was_negotiated() -> None:
+    front_end = FrontEnd()
+    question = encode_request(Request.SET_OWNER, need_reply=True)
+    front_end.send_raw(question)
+    front_end.socket.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        front_end.socket.recv(1)
+    front_end.send(Request.SET_PROTOCOL_FEATURES, encode_u64(PROTOCOL_FEATURES))
+    assert front_end.ask(Request.SET_OWNER, need_reply=True) == encode_u64(0)
+    front_end.close()
+
+
+def test_a_log_that_comes_before_any_ring_begins_empty(files: tuple[int, int]) -> None:
+    guest = Guest(*files)
+    guest.start_logging()
+    guest.front_end.session.harvest()
+    assert os.pread(guest.log, LOG_BYTES, 0) == bytes(LOG_BYTES)
+    guest.front_end.close()
+
+
+def test_a_log_may_come_before_the_memory(files: tuple[int, int]) -> None:
+    ram, log = files
+    front_end = FrontEnd()
+    front_end.set_log(log, LOG_BYTES)
+    front_end.log_all(True)
+    front_end.set_memory(ram, (0, RAM_BYTES, 0))
+    assert front_end.session.collector.active
+    front_end.close()
+
+
+def test_a_session_whose_log_was_cut_short_can_be_closed(files: tuple[int, int]) -> None:
+    guest = Guest(*files)
+    guest.front_end.start_ring(guest.driver)
+    guest.start_logging()
+    assert guest.request() == DONE
+    os.ftruncate(guest.log, 0)
+    guest.front_end.close()
 
 
 def test_a_reset_switches_rings_off(guest: Guest) -> None:
@@ -158,6 +330,29 @@ def test_a_log_that_is_replaced_before_it_is_used_is_released(guest: Guest) -> N
     assert mappings() == before
 
 
+def test_a_log_is_not_used_before_logging_is_switched_on(guest: Guest) -> None:
+    answer = guest.front_end.ask(
+        Request.SET_LOG_BASE, struct.pack("<QQ", LOG_BYTES, 0), [guest.log]
+    )
+    assert answer == encode_u64(0), "the log is accepted"
+    assert not guest.front_end.session.collector.active
+    guest.front_end.log_all(True)
+    assert guest.front_end.session.collector.active
+
+
+def test_a_session_reports_features_and_logging(guest: Guest) -> None:
+    del guest.front_end.events[:]
+    guest.start_logging()
+    guest.front_end.log_all(False)
+    accepted = {"event": "features", "accepted": FEATURES & ~PROTOCOL_FEATURES_BIT}
+    assert guest.front_end.events == [
+        accepted,
+        {"event": "logging", "on": True},
+        accepted,
+        {"event": "logging", "on": False},
+    ]
+
+
 def test_the_journal_ends_with_logging(guest: Guest) -> None:
     journal = guest.front_end.session.journal
     guest.request()
@@ -172,11 +367,153 @@ def test_the_journal_ends_with_logging(guest: Guest) -> None:
     assert not journal.recording
 
 
+# A turn -----------------------------------------------------------------------------------------
+
+
+def publish_reads(guest: Guest, requests: int) -> None:
+    """Make so many reads of a page available, and kick."""
+    driver = guest.driver
+    driver.write(HEADER, struct.pack("<IIQ", 0, 0, 0))
+    buffers = [Buffer(HEADER, 16), Buffer(DATA, PAGE, WRITE), Buffer(STATUS, 1, WRITE)]
+    driver.describe(driver.chain(buffers))
+    driver.publish(*[0] * requests)
+    os.eventfd_write(guest.front_end.kick, 1)
+    for key, _ in guest.front_end.selector.select(0):
+        key.data()
+
+
+def test_a_turn_serves_a_bounded_number_of_requests(
+    files: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = Guest(*files)
+    guest.driver = RingDriver(guest_memory(files[0], (0, RAM_BYTES, 0)), 8 * PAGE, 128)
+    guest.front_end.start_ring(guest.driver)
+    monkeypatch.setattr(time, "monotonic", lambda: 7.0)  # no request takes any time
+    publish_reads(guest, 128)
+    served = []
+    while guest.front_end.session.serve_rings():
+        served.append(guest.driver.used_index)
+    assert served == [64, 128]
+    guest.front_end.close()
+
+
+@pytest.mark.parametrize(("passed_s", "served"), [(0.04, 2), (0.05, 1), (0.06, 1)])
+def test_a_turn_ends_with_the_request_that_uses_up_its_time(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch, passed_s: float, served: int
+) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: passed_s * next(clock))
+    publish_reads(guest, 2)
+    guest.front_end.session.serve_rings()
+    assert guest.driver.used_index == served
+
+
+class NotYet(Blk):
+    """A disk that cannot serve its first queue before it has served its second."""
+
+    def is_ready(self, queue: int) -> bool:
+        """See `VirtioDevice.is_ready`."""
+        return queue == 1 or self.requests > 0
+
+
+def test_a_ring_whose_device_is_not_ready_waits_for_the_other(files: tuple[int, int]) -> None:
+    guest = TwoRings(*files, device=NotYet(1 << 30, queues=2))
+    guest.driver.write(HEADER, struct.pack("<IIQ", 0, 0, 0))
+    for driver in (guest.driver, guest.second):
+        driver.submit([Buffer(HEADER, 16), Buffer(DATA, PAGE, WRITE), Buffer(STATUS, 1, WRITE)])
+        guest.front_end.serve()
+        assert driver.used_index == (0 if driver is guest.driver else 1)
+    assert guest.driver.used_index == 1
+    guest.front_end.close()
+
+
+# What outlives the process ----------------------------------------------------------------------
+
+
+class Tracked(Guest):
+    """A guest whose back end notes in a folder what its successor has to know."""
+
+    def __init__(self, ram: int, log: int, state: Path, *, dead: Tracked | None = None) -> None:
+        super().__init__(ram, log, state=state)
+        if dead is not None:
+            assert dead.front_end.inflight is not None
+            self.front_end.inflight = os.dup(dead.front_end.inflight)
+            self.front_end.inflight_said = dead.front_end.inflight_said
+            self.driver = dead.driver
+        self.front_end.track_inflight(2, self.driver.size)
+        if dead is not None:
+            self.start_logging()
+        self.front_end.start_ring(self.driver, base=self.driver.used_index, logged=dead is not None)
+
+
+def test_a_successor_goes_on_with_the_records_that_were_kept(
+    files: tuple[int, int], tmp_path: Path
+) -> None:
+    dead = Tracked(*files, tmp_path / "state")
+    dead.start_logging()
+    assert dead.request() == DONE
+    dead.front_end.session.harvest()
+    kept = dead.front_end.session.journal.records()
+    evidence = Evidence.load(tmp_path / "state")
+    assert (evidence.records == kept).all()
+    assert [int(it) for it in evidence.harvests["epoch"]] == [1]
+    assert [slot.length for slot in evidence.slots] == [RAM_BYTES]
+    assert dead.request() == DONE
+    kept = dead.front_end.session.journal.records()
+
+    successor = Tracked(*files, tmp_path / "state", dead=dead)
+    session = successor.front_end.session
+    assert (session.journal.records() == kept).all()
+    assert session.collector.harvests[0].epoch == 1
+    assert session.collector.due_epoch() > kept["epoch"].max()
+    assert successor.request() == DONE
+    assert session.journal.records()["request"][-1] > kept["request"].max()
+    for guest in (dead, successor):
+        guest.front_end.close()
+
+
+def test_a_trace_is_kept_from_the_start_of_logging(files: tuple[int, int], tmp_path: Path) -> None:
+    guest = Tracked(*files, tmp_path / "state")
+    guest.start_logging()
+    evidence = Evidence.load(tmp_path / "state")
+    assert evidence.started_ns == guest.front_end.session.journal.started_ns
+    assert [slot.length for slot in evidence.slots] == [RAM_BYTES]
+    guest.front_end.close()
+
+
+def test_what_another_session_has_left_is_not_resumed_without_a_crash(
+    files: tuple[int, int], tmp_path: Path
+) -> None:
+    before = Tracked(*files, tmp_path / "state")
+    before.start_logging()
+    assert before.request() == DONE
+    before.front_end.session.harvest()
+    before.front_end.close()
+    guest = Guest(*files, state=tmp_path / "state")
+    guest.start_logging()
+    assert len(guest.front_end.session.journal.records()) == 0
+    guest.front_end.close()
+
+
+def test_a_second_migration_without_a_crash_begins_with_an_empty_journal(
+    files: tuple[int, int], tmp_path: Path
+) -> None:
+    guest = Tracked(*files, tmp_path / "state")
+    for _ in range(2):
+        guest.start_logging()
+        assert guest.request() == DONE
+        guest.front_end.session.harvest()
+        records = guest.front_end.session.journal.records()
+        assert len(set(records["request"].tolist())) == 1, "the only request since then"
+        guest.front_end.log_all(False)
+    guest.front_end.close()
+
+
 class TwoRings(Guest):
     """A guest that uses both rings of its disk."""
 
-    def __init__(self, ram: int, log: int) -> None:
-        super().__init__(ram, log)
+    def __init__(self, ram: int, log: int, *, device: Blk | None = None) -> None:
+        super().__init__(ram, log, device=device)
         self.second = RingDriver(guest_memory(ram, (0, RAM_BYTES, 0)), 12 * PAGE)
         self.front_end.start_ring(self.driver)
         self.front_end.start_ring(self.second, 1)

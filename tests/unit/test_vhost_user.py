@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
+import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,9 @@ from dmaproof.devices import make_device
 from dmaproof.devices.blk import Blk
 from dmaproof.errors import MemoryAccessError, ProtocolError, UsageError
 from dmaproof.stamp import read_stamp
+from dmaproof.vhost_user.connection import Connection
 from dmaproof.vhost_user.features import PROTOCOL_FEATURES
+from dmaproof.vhost_user.inflight import region_bytes
 from dmaproof.vhost_user.messages import (
     HEADER_BYTES,
     InflightFile,
@@ -215,6 +219,40 @@ def test_config_space_says_capacity_and_queues(guest: Guest) -> None:
     assert int.from_bytes(answer[34:36], "little") == 2
 
 
+def config_at(guest: Guest, offset: int, length: int, flags: int = 0) -> bytes:
+    """The answer to GET_CONFIG, with the fields that it begins with."""
+    space = struct.pack("<III", offset, length, flags) + bytes(length)
+    return guest.front_end.ask(Request.GET_CONFIG, space)
+
+
+def test_any_part_of_the_256_bytes_of_config_space_is_answered(guest: Guest) -> None:
+    whole = Blk(1 << 30, queues=2).config().ljust(256, b"\0")
+    for offset, length in ((0, 256), (16, 60), (255, 1), (30, 0)):
+        answer = config_at(guest, offset, length)
+        assert answer[:12] == struct.pack("<III", offset, length, 0)
+        assert answer[12:] == whole[offset : offset + length]
+
+
+def test_flags_of_a_config_access_come_back_as_they_are(guest: Guest) -> None:
+    assert config_at(guest, 0, 4, 0xFFFF_FFFF)[8:12] == b"\xff" * 4
+
+
+def test_what_the_device_offers_is_answered(guest: Guest) -> None:
+    answer = guest.front_end.ask(Request.GET_PROTOCOL_FEATURES)
+    assert answer == encode_u64(PROTOCOL_FEATURES)
+    assert guest.front_end.ask(Request.GET_QUEUE_NUM) == encode_u64(2)
+
+
+@pytest.mark.parametrize("queue_size", [1, 32768])
+def test_what_is_in_flight_can_be_noted_for_rings_of_every_size(
+    guest: Guest, queue_size: int
+) -> None:
+    guest.front_end.track_inflight(2, queue_size)
+    size, offset, queues, told_size = struct.unpack("<QQHH4x", guest.front_end.inflight_said)
+    assert (offset, queues, told_size) == (0, 2, queue_size)
+    assert size >= 2 * region_bytes(queue_size)
+
+
 def test_the_answer_to_a_stop_is_the_position_of_the_ring(guest: Guest) -> None:
     request(guest, FLUSH, 0)
     request(guest, FLUSH, 0)
@@ -404,7 +442,21 @@ def refused(front_end: FrontEnd, message: str, data: bytes, fds: tuple[int, ...]
         (encode_request(Request.SET_FEATURES, b"1234"), "SET_FEATURES: payload of 4"),
         (encode_request(Request.SET_FEATURES, encode_u64(1 << 63)), "not offered"),
         (encode_request(Request.SET_PROTOCOL_FEATURES, encode_u64(1 << 63)), "not offered"),
-        (encode_request(Request.SET_VRING_NUM, struct.pack("<II", 2, 8)), "ring 2 of a device"),
+        *(
+            (encode_request(request, struct.pack("<II", 2, 8)), f"{request.name}: ring 2 of a dev")
+            for request in (
+                *(Request.SET_VRING_NUM, Request.SET_VRING_BASE, Request.SET_VRING_ENABLE),
+                Request.GET_VRING_BASE,
+            )
+        ),
+        *(
+            (encode_request(request, encode_u64(2 | 1 << 8)), f"{request.name}: ring 2 of a device")
+            for request in (Request.SET_VRING_KICK, Request.SET_VRING_CALL)
+        ),
+        (
+            encode_request(Request.SET_VRING_ADDR, struct.pack("<II4Q", 2, *[0] * 5)),
+            "SET_VRING_ADDR: ring 2 of a device with 2",
+        ),
         (encode_request(Request.SET_VRING_KICK, encode_u64(0)), "0 file descriptors, not 1"),
         (encode_request(Request.SET_VRING_KICK, encode_u64(1 << 8)), "polled"),
         (encode_request(Request.SET_LOG_BASE, struct.pack("<QQ", 8, 0)), "0 file descriptors"),
@@ -415,6 +467,11 @@ def refused(front_end: FrontEnd, message: str, data: bytes, fds: tuple[int, ...]
         (encode_request(Request.SET_INFLIGHT_FD, inflight()), "SET_INFLIGHT_FD: 0 file"),
         (encode_request(Request.SET_MEM_TABLE, struct.pack("<II", 1, 0) + bytes(32)), "0 files"),
         (encode_request(Request.GET_CONFIG, struct.pack("<III", 250, 60, 0) + bytes(60)), "250"),
+        (encode_request(Request.GET_CONFIG, struct.pack("<III", 253, 4, 0) + bytes(4)), "at 253"),
+        (
+            encode_request(Request.GET_CONFIG, struct.pack("<III", (1 << 32) - 4, 4, 0) + bytes(4)),
+            "4 bytes at 4294967292 of 256",
+        ),
         (encode_request(Request.GET_CONFIG, struct.pack("<III", 0, 60, 0)), "says 60"),
     ],
 )
@@ -430,6 +487,11 @@ def test_a_log_too_small_for_the_guest_is_refused(guest: Guest) -> None:
 
 def test_a_log_longer_than_its_file_is_refused(guest: Guest) -> None:
     data = encode_request(Request.SET_LOG_BASE, struct.pack("<QQ", LOG_BYTES + 8, 0))
+    refused(guest.front_end, "SET_LOG_BASE.*inside its file", data, (guest.log,))
+
+
+def test_a_log_of_half_the_address_space_is_not_in_its_file(guest: Guest) -> None:
+    data = encode_request(Request.SET_LOG_BASE, struct.pack("<QQ", 1 << 63, 0))
     refused(guest.front_end, "SET_LOG_BASE.*inside its file", data, (guest.log,))
 
 
@@ -449,6 +511,11 @@ def test_a_memory_region_longer_than_its_file_is_refused(guest: Guest) -> None:
 def test_a_ring_outside_every_slot_is_refused(guest: Guest) -> None:
     data = encode_request(Request.SET_VRING_ADDR, struct.pack("<IIQQQQ", 0, 0, 16, 16, 16, 16))
     refused(guest.front_end, "SET_VRING_ADDR: HVA 0x10", data)
+
+
+def test_a_ring_in_the_upper_half_of_the_address_space(guest: Guest) -> None:
+    data = encode_request(Request.SET_VRING_ADDR, struct.pack("<IIQQQQ", 0, 0, *[1 << 63] * 4))
+    refused(guest.front_end, "SET_VRING_ADDR: HVA 0x8000000000000000", data)
 
 
 def test_a_used_ring_that_is_logged_at_another_address_is_refused(guest: Guest) -> None:
@@ -503,6 +570,72 @@ def test_a_message_in_pieces_is_answered_when_it_is_complete(guest: Guest) -> No
     guest.front_end.send_raw(bytes([last]))
     answer = guest.front_end.socket.recv(HEADER_BYTES + 8)
     assert struct.unpack_from("<I", answer) == (Request.GET_VRING_BASE,)
+
+
+def test_answers_of_up_to_64_kib_wait_to_be_read() -> None:
+    theirs, ours = socket.socketpair()
+    connection = Connection(theirs)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            theirs.send(bytes(1 << 16))
+    connection.send(bytes(1 << 16))
+    assert connection.wants_to_write
+    with pytest.raises(ProtocolError, match="65537 bytes of answers were not read"):
+        connection.send(b"x")
+    connection.close()
+    ours.close()
+
+
+def test_answers_that_waited_arrive_whole() -> None:
+    theirs, ours = socket.socketpair()
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    connection, answers = Connection(theirs), [os.urandom(20_000) for _ in range(3)]
+    for answer in answers:
+        connection.send(answer)
+    arrived = b""
+    while len(arrived) < 60_000:
+        arrived += ours.recv(700)
+        connection.flush()
+    assert arrived == b"".join(answers)
+    assert not connection.wants_to_write
+    connection.close()
+    ours.close()
+
+
+def test_a_message_in_pieces_does_not_take_from_the_next_one() -> None:
+    theirs, ours = socket.socketpair()
+    connection = Connection(theirs)
+    message = encode_request(Request.SET_FEATURES, encode_u64(7))
+    ours.sendall(message[:5])
+    assert list(connection.receive()) == []
+    ours.sendall(message[5:15])
+    assert list(connection.receive()) == []
+    ours.sendall(message[15:] + message)
+    assert [it.payload for it in connection.receive()] == [encode_u64(7)] * 2
+    connection.close()
+    ours.close()
+
+
+def test_a_message_brings_at_most_8_files(guest: Guest) -> None:
+    guest.front_end.send(Request.SET_OWNER, fds=[guest.log] * 8)
+    theirs, ours = socket.socketpair()
+    connection = Connection(theirs)
+    socket.send_fds(ours, [encode_request(Request.SET_OWNER)], [guest.log] * 9)
+    with pytest.raises(ProtocolError, match="more than 8 file descriptors"):
+        list(connection.receive())
+    connection.close()
+    ours.close()
+
+
+def test_files_of_half_a_message_are_closed(guest: Guest) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    theirs, ours = socket.socketpair()
+    connection = Connection(theirs)
+    socket.send_fds(ours, [encode_request(Request.SET_LOG_FD)[:4]], [guest.log])
+    assert list(connection.receive()) == []
+    connection.close()
+    ours.close()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_a_front_end_that_disconnects_ends_the_session(guest: Guest) -> None:

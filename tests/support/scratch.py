@@ -7,7 +7,6 @@ system from it, and none from memory.
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
 import tempfile
 from collections.abc import Iterator
@@ -29,20 +28,11 @@ def scratch_folder() -> Iterator[Path]:
 
     It is removed in the end, also when the tests are killed.
     """
-    base = Path(tempfile.gettempdir())
-    if _memory_has_room():
-        base = _MEMORY / f"tests-of-{getpass.getuser()}"
-        base.mkdir(mode=0o700, exist_ok=True)
+    base = os.fspath(_MEMORY) if _memory_has_room() else tempfile.gettempdir()
     with contextlib.ExitStack() as stack:
-        stack.callback(_remove_if_empty, base)
-        with mock.patch("tempfile.tempdir", os.fspath(base)):
+        with mock.patch("tempfile.tempdir", base):
             folder = stack.enter_context(run_folder())
         yield folder
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()
 
 
 def _memory_has_room() -> bool:

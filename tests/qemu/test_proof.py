@@ -91,7 +91,7 @@ def test_a_guest_that_gets_almost_no_cpu_is_waited_for(tool: Tool, tmp_path: Pat
 
 @pytest.mark.parametrize("harvest", ["immediate", "final", "0.05"])
 def test_every_harvest_is_in_time(tool: Tool, harvest: str) -> None:
-    passed(prove(tool, "--harvest", harvest))
+    passed(prove(tool, "--guest", "bare", "--harvest", harvest))
 
 
 @pytest.mark.usefixtures("much_memory")
@@ -131,7 +131,7 @@ def test_every_lost_page_is_a_dropped_one(tool: Tool, tmp_path: Path) -> None:
 
 def test_what_was_never_sharp_is_no_pass(tool: Tool) -> None:
     # All pages dropped: the guest may not survive it, the verdict must.
-    outcome = prove(tool, "--fault", "drop-pages=1")
+    outcome = prove(tool, "--guest", "bare", "--fault", "drop-pages=1")
     assert outcome.exit_code == 1, outcome.errors
     assert len(outcome.report["lost_pages"]) >= 8000
 

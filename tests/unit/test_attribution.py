@@ -9,6 +9,7 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -227,3 +228,66 @@ def test_the_end_of_a_slot_is_the_start_of_the_next(proof: Proof) -> None:
     for link in TRACED_LINKS:
         proof.links[link].see(gpa, 4, 1)
     assert [(page.gpa, page.blame) for page in proof.lost()] == [(gpa, Blame.QEMU)]
+
+
+def test_a_page_outside_every_slot_is_lost_by_the_accelerator(proof: Proof) -> None:
+    proof.write(LOW, b"data")
+    proof.slots = proof.slots[:1]
+    assert proof.lost() == [LostPage(HALF, None, 4, Blame.ACCELERATOR)]
+
+
+def test_a_page_that_no_device_wrote_has_its_place_and_nothing_more(proof: Proof) -> None:
+    proof.write(HIGH, b"data")
+    proof.arrive(0, b"data")
+    os.pwrite(proof.source.fd, b"vcpu", HALF + PAGE)
+    assert proof.lost() == [LostPage(HALF + PAGE, LOW + PAGE, 4, Blame.ACCELERATOR)]
+
+
+def test_the_queue_the_kind_and_the_time_of_the_last_write_are_reported(proof: Proof) -> None:
+    proof.write(LOW, b"data", seen=False)
+    checksum = zlib.crc32(b"data")
+    proof.rows = [(2_000_000_500, 1, 0, LOW, 1, 4, checksum, WriteKind.USED_RING, 3)]
+    (page,) = proof.lost()
+    assert (page.queue, page.kind, page.seconds) == (3, "used ring", 2.0)
+
+
+def test_without_a_start_of_logging_the_time_is_the_clocks(proof: Proof) -> None:
+    proof.write(LOW, b"data", time_ns=2_000_000_000)
+    evidence = replace(proof.evidence, started_ns=None)
+    differing = compare(proof.source, proof.destination)
+    (page,) = attribute(differing, proof.source, proof.destination, proof.slots, [evidence])
+    assert page.seconds == 2.0
+
+
+def test_of_two_devices_that_wrote_at_the_same_moment_the_first_counts(proof: Proof) -> None:
+    proof.write(LOW, b"data", iova=7)
+    first = replace(proof.evidence, device="first")
+    proof.rows.clear()
+    proof.write(LOW, b"data", iova=8)
+    second = replace(proof.evidence, device="second")
+    differing = compare(proof.source, proof.destination)
+    for journals in ([first, second], [second, first]):
+        (page,) = attribute(differing, proof.source, proof.destination, proof.slots, journals)
+        assert page.device == journals[0].device
+
+
+def test_the_rows_of_a_page_keep_the_order_of_the_writes_however_many_there_are() -> None:
+    """Sorts that are not stable keep the order of a few equal items by chance."""
+    records = np.zeros(3000, dtype=RECORD)
+    records["gpa"] = np.arange(3000) % 3 * PAGE
+    records["length"] = 1
+    written = WrittenPages(records)
+    for page in range(3):
+        assert written.rows_of(page).tolist() == list(range(page, 3000, 3))
+
+
+def test_json_of_a_proof_without_a_journal_says_what_is_known() -> None:
+    told = sharpness_by_guest(9).to_json()
+    known = {name: value for name, value in told.items() if value is not None}
+    assert known == {
+        "rewritten": 9,
+        "certain": 9,
+        "missed_at": {},
+        "missed_by": {},
+        "witness": "guest",
+    }

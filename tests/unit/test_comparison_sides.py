@@ -48,6 +48,7 @@ class Qemu:
 
     def __init__(self) -> None:
         self.qmp = self
+        self.available_ring = AVAILABLE
 
     async def execute(self, command: str, **arguments: Any) -> Any:
         if command == "x-query-virtio":
@@ -56,7 +57,7 @@ class Qemu:
             raise QmpRefusal("Invalid virtqueue number 1")
         return {
             "vring-desc": HIGH,
-            "vring-avail": AVAILABLE,
+            "vring-avail": self.available_ring,
             "vring-used": USED,
             "vring-num": 128,
             "last-avail-idx": 10,
@@ -311,10 +312,24 @@ def test_a_ring_that_is_not_wholly_in_ram_is_not_judged(guests: Guests, slot: in
     guests.set_ring(guests.sources, used=0, available=200)
     assert len(guests.compared(reports_rings=True).wrong_rings) == 1
     short = guests.slots[slot]
-    first = 3 if slot == 0 else 0  # leaves out the lower byte or two of the available index
+    first = 3 if slot == 0 else 0  # leaves out the lower byte of the available index
     guests.slots[slot] = short._replace(
         gpa=short.gpa + first,
         file_offset=short.file_offset + first,
         length=short.length - (first or 1),
     )
     assert guests.compared(reports_rings=True).wrong_rings == []
+
+
+def test_an_index_at_the_start_of_a_slot_is_read(guests: Guests) -> None:
+    """The ring begins in the slot before it."""
+    first, second = guests.slots
+    head = first._replace(length=PAGE)
+    rest = first._replace(
+        gpa=HIGH + PAGE, file_offset=first.file_offset + PAGE, length=first.length - PAGE
+    )
+    guests.slots = [head, rest, second]
+    guests.pair.source.available_ring = rest.gpa - 2
+    guests.write(guests.sources, rest.gpa, struct.pack("<H", 200))
+    (ring,) = guests.compared(reports_rings=True).wrong_rings
+    assert (ring.used, ring.available) == (0, 200)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from dmaproof.errors import UntestableError, UsageError
 from qmp_tools.memory.physical_map import MapRegion
-from qmp_tools.ram_check.check import Check, check, compare_ram
+from qmp_tools.qemu.qemu import Qemu
+from qmp_tools.qemu.qmp import Qmp
+from qmp_tools.ram_check.check import Check, Side, check, compare_ram
 from qmp_tools.ram_check.migrated import GuestHasRunError, NotMigratedError
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 from support.simulated_qemu import SimulatedQemu
@@ -63,9 +66,9 @@ def sides(tmp_path: Path) -> Iterator[Sides]:
 def test_the_sides_of_a_migration_are_compared(sides: Sides) -> None:
     found = sides.check()
     assert (found.exit_code, found.pages, found.notes) == (0, PAGES, [])
-    assert (found.source.socket, found.destination.socket) == ("source", "destination")
-    assert (found.source.status, found.destination.status) == ("postmigrate", "paused")
-    assert found.source.saved_bytes == found.destination.saved_bytes == PAGES * PAGE
+    saved = (0, 0, PAGES * PAGE)
+    assert found.source == Side("source", 0, "10.0.2", "postmigrate", "other", *saved)
+    assert found.destination == Side("destination", 0, "10.0.2", "paused", "other", *saved)
 
 
 def source_is_resumed(sides: Sides) -> None:
@@ -182,3 +185,73 @@ def test_one_socket_is_not_two_sides(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(socket)
     with pytest.raises(UsageError, match="is given for both sides"):
         asyncio.run(check(socket, tmp_path / "link"))
+
+
+class Handle(Qemu):
+    """The handle of a simulated QEMU, as those have it who attached to one themselves."""
+
+    def __init__(self, simulated: SimulatedQemu) -> None:
+        super().__init__(cast(Qmp, simulated), simulated.pid, simulated.socket_path)
+        self._simulated = simulated
+
+    async def status(self) -> str:
+        return await self._simulated.status()
+
+    async def monitor(self, command: str) -> str:
+        return await self._simulated.monitor(command)
+
+
+@pytest.fixture
+def attached(
+    sides: Sides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[str, Path, float]]:
+    """Let `check` attach to the simulated QEMUs; the name, path and timeout of each time."""
+    calls = []
+
+    @asynccontextmanager
+    async def attach(name: str, path: Path, *, timeout_s: float) -> AsyncIterator[Qemu]:
+        calls.append((name, path, timeout_s))
+        yield Handle(getattr(sides, path.name))
+
+    monkeypatch.setattr("qmp_tools.ram_check.check.attach", attach)
+    monkeypatch.setattr("qmp_tools.ram_check.check.run_folder", lambda: nullcontext(tmp_path))
+    return calls
+
+
+def test_qemus_are_reached_by_the_paths_of_their_sockets(
+    attached: list[tuple[str, Path, float]],
+) -> None:
+    found = asyncio.run(check("source", Path("destination"), timeout_s=7.5))
+    assert (found.source.socket, found.destination.socket) == ("source", "destination")
+    assert found.exit_code == 0
+    assert attached == [
+        ("source QEMU", Path("source"), 7.5),
+        ("destination QEMU", Path("destination"), 7.5),
+    ]
+
+
+def test_a_qemu_that_is_given_by_its_handle_is_not_attached_to(
+    sides: Sides, attached: list[tuple[str, Path, float]]
+) -> None:
+    handles = [Handle(sides.source), Handle(sides.destination)]
+    assert asyncio.run(check(handles[0], handles[1])).exit_code == 0
+    assert attached == []
+    assert asyncio.run(check(handles[0], "destination")).exit_code == 0
+    assert asyncio.run(check("source", handles[1])).exit_code == 0
+    assert [name for name, _, _ in attached] == ["destination QEMU", "source QEMU"]
+
+
+@pytest.mark.usefixtures("attached")
+def test_a_check_expects_a_migration_unless_told_otherwise(sides: Sides) -> None:
+    sides.source.migration = sides.destination.migration = {}
+    with pytest.raises(NotMigratedError):
+        asyncio.run(check("source", "destination"))
+    assert asyncio.run(check("source", "destination", expect_migration=False)).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("paths", "side"), [((7, "destination"), "source"), (("source", None), "destination")]
+)
+def test_what_is_no_path_is_refused_by_its_side(paths: tuple[Any, Any], side: str) -> None:
+    with pytest.raises(UsageError, match=f"^{side}( QEMU)?: expected a path"):
+        asyncio.run(check(*paths))

@@ -6,7 +6,7 @@ import asyncio
 import ctypes
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -53,16 +53,18 @@ def ram(data: dict[int, bytes], kind: str = "ram") -> GuestRam:
     )
 
 
-def sort(source: GuestRam, destination: GuestRam, *devices: Discarder) -> list[list[int]]:
+def sort(
+    source: GuestRam, destination: GuestRam, *devices: Discarder, pages: int = PAGES
+) -> list[list[int]]:
     """The pages that differ, that were discarded, and that may be either."""
     sides = (source, destination)
     extents = [Extent(next(iter(side.shared.values())).fd) for side in sides]
-    differing = differing_pages(extents[0], extents[1], PAGES * PAGE)
-    common = CommonRange(BASE, PAGES * PAGE, source.regions[0], destination.regions[0])
-    found = sort_differences(devices, sides, common, BASE, extents[0], differing, PAGES)
+    differing = differing_pages(extents[0], extents[1], pages * PAGE)
+    common = CommonRange(BASE, pages * PAGE, source.regions[0], destination.regions[0])
+    found = sort_differences(devices, sides, common, BASE, extents[0], differing, pages)
     for side in sides:
         os.close(next(iter(side.shared.values())).fd)
-    return [pages.tolist() for pages in found]
+    return [numbers.tolist() for numbers in found]
 
 
 def test_an_absent_page_was_discarded_and_a_zeroed_one_is_lost() -> None:
@@ -95,6 +97,13 @@ def test_whole_blocks_that_were_not_sent_are_not_decided() -> None:
     source = dict.fromkeys((1, 17, 33), b"n")
     assert sort(ram(source), ram({18: b"\0"}), hinting) == [[17], [], [1, 33]]
     assert sort(ram(source), ram({18: b"\0"}), BALLOON) == [[1, 17, 33], [], []]
+
+
+@pytest.mark.parametrize("pages", [1, 17])
+def test_a_last_page_alone_in_its_block_is_not_decided_where_it_was_not_sent(pages: int) -> None:
+    hinting = Discarder("balloon b (free-page-hint)", unsent_block_bytes=16 * PAGE)
+    last = pages - 1
+    assert sort(ram({last: b"n"}), ram({}), hinting, pages=pages) == [[], [], [last]]
 
 
 @pytest.fixture
@@ -181,9 +190,13 @@ QOM = {
 class Devices:
     """A QEMU with two balloons, one of them on a bus of its own, and virtio-mem."""
 
-    def __init__(self, flat_views: str) -> None:
+    def __init__(
+        self, flat_views: str, options: Sequence[str] = ("free-page-hint",), **virtio_mem: str
+    ) -> None:
         self.qmp = self
         self._flat_views = flat_views
+        self._options = options
+        self._virtio_mem = virtio_mem
 
     async def monitor(self, command: str) -> str:
         assert command == "info mtree -f"
@@ -191,10 +204,12 @@ class Devices:
 
     async def execute(self, command: str, **arguments: Any) -> Any:
         if command == "query-memory-devices":
-            data = {"memaddr": 1 << 32, "size": 0, "max-size": 1 << 30, "block-size": 1 << 21}
+            sizes = {"memaddr": 1 << 32, "size": 0, "max-size": 1 << 30, "block-size": 1 << 21}
+            data = {**sizes, **self._virtio_mem}
             return [{"type": "dimm", "data": {}}, {"type": "virtio-mem", "data": data}]
         if command == "qom-get":
-            return arguments["property"] == "free-page-hint"
+            assert arguments["path"] == "/machine/peripheral/b"
+            return arguments["property"] in self._options
         return [{"name": "type", "type": "string"}, *QOM[arguments["path"]]]
 
 
@@ -207,3 +222,13 @@ def test_devices_are_found_whatever_they_are_called() -> None:
         virtio_mem,
     ]
     assert asyncio.run(discarders(cast(Qemu, Devices(UNUSED)))) == [virtio_mem]
+
+
+def test_devices_are_named_by_id_and_options() -> None:
+    options = ("free-page-hint", "free-page-reporting")
+    found = asyncio.run(discarders(cast(Qemu, Devices(USED, options, id="vm0"))))
+    assert [device.name for device in found] == [
+        "balloon b (free-page-reporting, free-page-hint)",
+        "balloon device[0]",
+        "virtio-mem vm0",
+    ]

@@ -47,9 +47,12 @@ class PlayedQemu:
     def qmp(self) -> PlayedQemu:
         return self
 
-    async def execute(self, command: str, **_: Any) -> Any:
-        if command == "query-stats" and self.vcpus is None:
-            raise QmpRefusal("no such command")
+    async def execute(self, command: str, **arguments: Any) -> Any:
+        if command == "query-stats":
+            exits = {"provider": "kvm", "names": ["exits", "signal_exits"]}
+            assert arguments == {"target": "vcpu", "providers": [exits]}
+            if self.vcpus is None:
+                raise QmpRefusal("no such command")
         return {
             "query-kvm": {"enabled": self.kvm},
             "query-migrate": self.migration,
@@ -132,3 +135,26 @@ def test_without_a_migration_a_paused_guest_is_enough() -> None:
     asyncio.run(require_paused(played(state="prelaunch", migration={}, jit=jit(5))))
     with pytest.raises(UntestableError, match=r"is running.*QMP 'stop'"):
         asyncio.run(require_paused(played(state="running")))
+
+
+@pytest.mark.parametrize(
+    ("migration", "message"),
+    [
+        (
+            {},
+            "this QEMU (/run/qmp) has no migration behind it, so nothing was tested. If none was "
+            "intended, say so: --no-migration (expect_migration=False in the library)",
+        ),
+        (
+            {"status": "active"},
+            "the migration of this QEMU (/run/qmp) is 'active', not 'completed': compare when it "
+            "has completed",
+        ),
+    ],
+)
+def test_a_migration_that_is_not_complete_is_reported_with_what_to_do(
+    migration: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(NotMigratedError) as caught:
+        asyncio.run(require_migrated(played(migration=migration), played()))
+    assert str(caught.value) == message

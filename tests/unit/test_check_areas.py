@@ -155,6 +155,31 @@ def test_hidden_memory_is_compared_in_pieces_too(
     ]
 
 
+def mapped_ram(found: Check) -> list[tuple[int, int]]:
+    """The first page and the length, in pages, of what was compared of the map's RAM."""
+    return [
+        (area.offset // PAGE, area.pages)
+        for area in found.areas
+        if area.gpa is not None and area.region == "ram0"
+    ]
+
+
+def test_only_memory_that_both_sides_share_is_compared_in_one_piece(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qmp_tools.ram_check.check.PIECE_BYTES", 4 * PAGE)
+    assert mapped_ram(sides.check()) == [(0, 5), (8, 8)]
+    private = simulated(sides.stack, "some", sides.source.ram_fd, mmap.MAP_PRIVATE)
+    sides.source.hvas = private.hvas
+    assert mapped_ram(sides.check()) == [(0, 4), (4, 1), (8, 4), (12, 4)]
+
+
+def test_hidden_memory_is_compared_though_another_backend_is_not_in_the_map(sides: Sides) -> None:
+    sides.source.backends = [{"id": "unplugged", "size": PAGE}, *BACKENDS]
+    sides.lose(6)
+    assert places(sides.check()) == [(None, "ram0", 6)]
+
+
 def test_private_memory_is_copied_the_hidden_part_too(sides: Sides) -> None:
     for qemu in (sides.source, sides.destination):
         private = simulated(sides.stack, "some", qemu.ram_fd, mmap.MAP_PRIVATE)
@@ -200,7 +225,9 @@ def test_hidden_memory_of_a_backend_that_only_one_side_shows_is_left_alone(
 ) -> None:
     qemu: SimulatedQemu = getattr(sides, side)
     qemu.regions = [replace(region, name="other") for region in REGIONS]
-    assert all(area.gpa is not None for area in sides.check().areas)
+    found = sides.check()
+    assert all(area.gpa is not None for area in found.areas)
+    assert "ram0" not in {part.region for part in found.not_compared}
 
 
 def test_hidden_memory_of_backends_of_different_size_is_left_alone(sides: Sides) -> None:
@@ -223,8 +250,13 @@ def test_only_memory_shared_by_both_sides_is_not_compared(sides: Sides) -> None:
     sides.lose(4, 6, 15)
     found = sides.check()
     assert places(found) == [(HIGH + 7 * PAGE, "ram0", 15)]
-    left = [(it.region, it.offset // PAGE, it.length // PAGE) for it in found.not_compared]
-    assert left == [("ram0", 0, 5), ("rom", 0, 1), ("bar", 0, 1), ("ram0", 5, 3)]
+    left = [(it.region, it.offset, it.length) for it in found.not_compared]
+    assert left == [
+        ("ram0", 0, 5 * PAGE),
+        ("rom", 0, PAGE + ROM_TAIL_BYTES),
+        ("bar", 0, PAGE),
+        ("ram0", 5 * PAGE, 3 * PAGE),
+    ]
     assert [it.why for it in found.not_compared][::3] == ["the same memory on both sides"] * 2
 
 
@@ -317,6 +349,35 @@ def test_pages_that_a_balloon_may_have_changed_are_noted(
     assert found.notes == notes
 
 
+def test_a_zero_page_is_not_decided_where_its_memory_cannot_be_looked_at(sides: Sides) -> None:
+    """A balloon may have discarded it, which QEMU does not say when it saves its RAM."""
+    sides.source.qom = balloon(free_page_reporting=True)
+    sides.source.qom["/machine/peripheral/b"].clear()
+    sides.source.pid = sides.destination.pid = 0
+    os.pwrite(sides.destination.ram_fd, b"sent", 2 * PAGE)
+    found = sides.check()
+    assert (found.exit_code, found.differing, found.undecided) == (3, 0, 1)
+    assert found.discarders == ["balloon b"]
+
+
+def test_a_clock_that_kvm_writes_is_named_and_does_not_count_as_lost(sides: Sides) -> None:
+    clock = 0xE0
+    with ram_fd((clock + 1) * PAGE) as ours, ram_fd((clock + 1) * PAGE) as theirs:
+        for qemu, fd in ((sides.source, ours), (sides.destination, theirs)):
+            qemu.hvas = simulated(sides.stack, "some", fd).hvas
+            qemu.regions = [MapRegion(0, (clock + 1) * PAGE, "ram", "ram0")]
+            qemu.backends, qemu.kvm = [], True
+        os.pwrite(ours, b"time", clock * PAGE)
+        assert sides.check().exit_code == 0
+        os.pwrite(ours, b"lost", PAGE)
+        found = sides.check()
+    assert [(it.offset // PAGE, it.known, bool(it.why)) for it in found.differences] == [
+        (1, None, False),
+        (clock, "pvclock", True),
+    ]
+    assert (found.exit_code, found.differing, found.known) == (1, 2, 1)
+
+
 def test_a_balloon_of_the_destination_has_given_nothing_back(sides: Sides) -> None:
     sides.destination.qom = balloon(free_page_hint=True)
     sides.lose(2)
@@ -329,11 +390,13 @@ def test_only_the_first_ten_thousand_pages_are_looked_into(sides: Sides) -> None
     with ram_fd((low + 3) * PAGE) as ours, ram_fd((low + 3) * PAGE) as theirs:
         regions = [
             MapRegion(0, low * PAGE, "ram", "ram0"),
-            MapRegion(HIGH, 3 * PAGE, "ram", "ram0", low * PAGE),
+            MapRegion(HIGH, 2 * PAGE, "ram", "ram0", low * PAGE),
+            MapRegion(HIGH << 1, PAGE, "ram", "ram0", (low + 2) * PAGE),
         ]
         for qemu, fd in ((sides.source, ours), (sides.destination, theirs)):
             mapped = simulated(sides.stack, "some", fd)
-            qemu.hvas = {0: mapped.hvas[0], HIGH: mapped.hvas[0] + low * PAGE}
+            base = mapped.hvas[0]
+            qemu.hvas = {region.gpa: base + region.offset for region in regions}
             qemu.regions, qemu.backends = regions, []
         for page in range(low + 3):
             os.pwrite(ours, b"lost", page * PAGE)

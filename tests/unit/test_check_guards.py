@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, nullcontext
 from dataclasses import replace
@@ -185,6 +186,12 @@ def test_one_socket_is_not_two_sides(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(socket)
     with pytest.raises(UsageError, match="is given for both sides"):
         asyncio.run(check(socket, tmp_path / "link"))
+
+
+def test_the_time_of_a_comparison_lies_within_that_of_the_check(sides: Sides) -> None:
+    began_s = time.monotonic()
+    found = sides.check()
+    assert 0 < found.compare_s < time.monotonic() - began_s
 
 
 class Handle(Qemu):

@@ -92,6 +92,23 @@ def test_a_device_discards_only_what_is_its_own() -> None:
     assert sort(ram({}), ram(destination), device) == [[7, 16], [8, 15], []]
 
 
+def test_each_device_discards_what_is_its_own() -> None:
+    device = Discarder("virtio-mem v", BASE + 8 * PAGE, BASE + 16 * PAGE)
+    for devices in ((BALLOON, device), (device, BALLOON)):
+        assert sort(ram({}), ram({6: b"o", 8: b"o"}), *devices) == [[], [6, 8], []]
+
+
+def test_persistent_memory_can_be_given_back_too() -> None:
+    assert sort(ram({}, "nv-ram"), ram({6: b"o"}, "nv-ram"), BALLOON) == [[], [6], []]
+
+
+def test_what_one_device_left_unsent_another_one_does_not_decide() -> None:
+    hinting = Discarder("balloon b (free-page-hint)", unsent_block_bytes=16 * PAGE)
+    other = Discarder("virtio-mem v", BASE + 48 * PAGE, BASE + 64 * PAGE, 16 * PAGE)
+    for devices in ((hinting, other), (other, hinting)):
+        assert sort(ram({1: b"n"}), ram({}), *devices) == [[], [], [1]]
+
+
 def test_whole_blocks_that_were_not_sent_are_not_decided() -> None:
     hinting = Discarder("balloon b (free-page-hint)", unsent_block_bytes=16 * PAGE)
     source = dict.fromkeys((1, 17, 33), b"n")

@@ -80,6 +80,10 @@ def test_a_source_after_its_migration_is_comparable(state: str) -> None:
     asyncio.run(require_migrated(played(**{**SOURCE, "state": state}), played()))
 
 
+def test_a_destination_that_was_migrated_on_is_comparable() -> None:
+    asyncio.run(require_migrated(played(**SOURCE), played(state="postmigrate", migration=SENT)))
+
+
 @pytest.mark.parametrize(
     ("source", "destination", "kind", "message"),
     [

@@ -19,13 +19,13 @@ MIB = 1 << 20
 REGION = MapRegion(16 * MIB, 8 * MIB, "ram", "ram0")
 
 
-def ram(offset: int | None, inode: int = 7) -> GuestRam:
+def ram(offset: int | None, inode: int = 7, device: int = 1) -> GuestRam:
     """8 MiB of RAM at `offset` in a file, or private for None."""
     return GuestRam(
         qemu=cast(Qemu, None),
         regions=[REGION],
         hvas={},
-        shared={} if offset is None else {REGION: SharedMemory(-1, offset, 1, inode)},
+        shared={} if offset is None else {REGION: SharedMemory(-1, offset, device, inode)},
         process=None,
         backends={},
         dimms={},
@@ -44,12 +44,13 @@ def test_the_same_place_in_the_same_file_is_the_same_memory() -> None:
 
 def test_another_file_another_part_and_private_copies_are_not() -> None:
     assert not same(ram(0), ram(0, inode=8))
+    assert not same(ram(0), ram(0, device=2))
     assert not same(ram(0), ram(8 * MIB))
     assert not same(ram(None), ram(None))
     assert not same(ram(0), ram(None))
 
 
-@pytest.mark.parametrize("offset", [4096, 3 * MIB])
+@pytest.mark.parametrize("offset", [4096, 3 * MIB, -3 * MIB])
 def test_parts_that_overlap_are_refused(offset: int) -> None:
     with pytest.raises(UntestableError, match="each writes to the other's RAM"):
         same(ram(4 * MIB), ram(4 * MIB - offset))

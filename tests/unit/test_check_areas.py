@@ -174,6 +174,18 @@ def test_only_memory_that_both_sides_share_is_compared_in_one_piece(
     assert mapped_ram(sides.check()) == [(0, 4), (4, 1), (8, 4), (12, 4)]
 
 
+def test_hidden_memory_is_compared_where_the_maps_have_other_edges(sides: Sides) -> None:
+    low = sides.destination.hvas[0]
+    sides.destination.hvas = {**sides.destination.hvas, 3 * PAGE: low + 3 * PAGE}
+    sides.destination.regions = [
+        MapRegion(0, 3 * PAGE, "ram", "ram0"),
+        MapRegion(3 * PAGE, 2 * PAGE, "ram", "ram0", 3 * PAGE),
+        *REGIONS[1:],
+    ]
+    sides.lose(6)
+    assert places(sides.check()) == [(None, "ram0", 6)]
+
+
 def test_hidden_memory_is_compared_though_another_backend_is_not_in_the_map(sides: Sides) -> None:
     sides.source.backends = [{"id": "unplugged", "size": PAGE}, *BACKENDS]
     sides.lose(6)

@@ -226,7 +226,7 @@ def attached(
 
 
 def test_qemus_are_reached_by_the_paths_of_their_sockets(
-    attached: list[tuple[str, Path, float]],
+    attached: list[tuple[str, Path, float]], tmp_path: Path
 ) -> None:
     found = asyncio.run(check("source", Path("destination"), timeout_s=7.5))
     assert (found.source.socket, found.destination.socket) == ("source", "destination")
@@ -235,6 +235,7 @@ def test_qemus_are_reached_by_the_paths_of_their_sockets(
         ("source QEMU", Path("source"), 7.5),
         ("destination QEMU", Path("destination"), 7.5),
     ]
+    assert len(list(tmp_path.iterdir())) == 2, "each has saved its RAM in the run's folder"
 
 
 def test_a_qemu_that_is_given_by_its_handle_is_not_attached_to(

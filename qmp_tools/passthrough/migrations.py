@@ -136,12 +136,9 @@ async def _ask_qemu(timeout_s: float) -> TestedQemu:
         async with running_qemu(
             "tested", _QEMU, machine, Path(folder), timeout_s=timeout_s
         ) as qemu:
-            version = (await qemu.qmp.execute("query-version"))["qemu"]
             properties = await qemu.qmp.execute("device-list-properties", typename="vfio-pci")
-    return TestedQemu(
-        f"{version['major']}.{version['minor']}.{version['micro']}",
-        frozenset(it["name"] for it in properties),
-    )
+    number = qemu.version.split()[0]  # without the packager's
+    return TestedQemu(number, frozenset(it["name"] for it in properties))
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import struct
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -148,19 +149,24 @@ def test_a_region_is_unused_until_all_of_it_is_prepared(monkeypatch: pytest.Monk
 # A request that takes all of a packed ring turns its wrap counter, and leaves its index.
 
 
-def test_a_request_of_all_descriptors_is_repeated_if_the_driver_did_not_get_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def serve_and_be_killed(driver: PackedDriver, region: memoryview, owner: type, method: str) -> int:
+    """Take a request of all descriptors, and be killed in a `method` when it is given back.
+
+    Returns its number.
+    """
+    queue = InflightVirtqueue(queue_for(driver), region)
+    number = driver.submit([Buffer(DATA, 1, WRITE)] * SIZE)
+    chain = queue.pop()
+    assert chain is not None
+    with mock.patch.object(owner, method, killed), pytest.raises(KilledError):
+        queue.push(chain, 1)
+    return number
+
+
+def test_a_request_of_all_descriptors_is_repeated_if_the_driver_did_not_get_it() -> None:
     region = empty_region()
     with driver_of(PackedDriver) as driver:
-        queue = InflightVirtqueue(queue_for(driver), region)
-        number = driver.submit([Buffer(DATA, 1, WRITE)] * SIZE)
-        chain = queue.pop()
-        assert chain is not None
-        with monkeypatch.context() as patch:
-            patch.setattr(PackedVirtqueue, "push", killed)
-            with pytest.raises(KilledError):
-                queue.push(chain, 1)
+        number = serve_and_be_killed(driver, region, PackedVirtqueue, "push")
         successor = InflightVirtqueue(queue_for(driver), region)
         chain = successor.pop()
         assert chain is not None
@@ -169,19 +175,10 @@ def test_a_request_of_all_descriptors_is_repeated_if_the_driver_did_not_get_it(
         assert driver.collect() == [(number, 2)]
 
 
-def test_a_request_of_all_descriptors_is_not_repeated_if_the_driver_got_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_request_of_all_descriptors_is_not_repeated_if_the_driver_got_it() -> None:
     region = empty_region()
     with driver_of(PackedDriver) as driver:
-        queue = InflightVirtqueue(queue_for(driver), region)
-        number = driver.submit([Buffer(DATA, 1, WRITE)] * SIZE)
-        chain = queue.pop()
-        assert chain is not None
-        with monkeypatch.context() as patch:
-            patch.setattr(PackedRegion, "given_back", killed)
-            with pytest.raises(KilledError):
-                queue.push(chain, 1)
+        number = serve_and_be_killed(driver, region, PackedRegion, "given_back")
         assert driver.collect() == [(number, 1)]
         successor = InflightVirtqueue(queue_for(driver), region)
         assert successor.pop() is None

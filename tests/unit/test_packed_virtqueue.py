@@ -179,24 +179,6 @@ def test_a_base_outside_the_ring_is_refused(driver: PackedDriver, base: int) -> 
         queue_for(driver, base=base)
 
 
-@pytest.mark.parametrize(
-    ("part", "name", "alignment"),
-    [
-        ("descriptors", "descriptor ring", 16),
-        ("available", "driver's event suppression structure", 4),
-        ("used", "device's event suppression structure", 4),
-    ],
-)
-def test_a_misaligned_part_is_named(
-    driver: PackedDriver, part: str, name: str, alignment: int
-) -> None:
-    address = getattr(driver, part) + alignment // 2
-    setattr(driver, part, address)
-    expected = f"^{name} at {address:#x} is not aligned to {alignment} bytes$"
-    with pytest.raises(ProtocolError, match=expected):
-        queue_for(driver)
-
-
 def test_a_part_outside_ram_is_refused(driver: PackedDriver) -> None:
     driver.used = RAM_BYTES
     with pytest.raises(MemoryAccessError):

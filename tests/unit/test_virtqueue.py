@@ -164,24 +164,6 @@ def test_a_size_no_ring_can_have(driver: RingDriver, size: int) -> None:
         queue_for(driver)
 
 
-@pytest.mark.parametrize(
-    ("part", "name", "alignment"),
-    [
-        ("descriptors", "descriptor table", 16),
-        ("available", "available ring", 2),
-        ("used", "used ring", 4),
-    ],
-)
-def test_a_misaligned_part_is_named(
-    driver: RingDriver, part: str, name: str, alignment: int
-) -> None:
-    address = getattr(driver, part) + alignment // 2
-    setattr(driver, part, address)
-    expected = f"^{name} at {address:#x} is not aligned to {alignment} bytes$"
-    with pytest.raises(ProtocolError, match=expected):
-        queue_for(driver)
-
-
 def test_a_part_outside_ram_is_refused(driver: RingDriver) -> None:
     driver.used = RAM_BYTES - 4
     with pytest.raises(MemoryAccessError):

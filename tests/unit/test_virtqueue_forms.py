@@ -60,6 +60,26 @@ def test_nothing_is_done_that_was_not_negotiated(driver: Driver) -> None:
         queue.pop()
 
 
+@pytest.mark.parametrize(
+    ("form", "part", "name", "alignment"),
+    [
+        ("split", "descriptors", "descriptor table", 16),
+        ("split", "available", "available ring", 2),
+        ("split", "used", "used ring", 4),
+        ("packed", "descriptors", "descriptor ring", 16),
+        ("packed", "available", "driver's event suppression structure", 4),
+        ("packed", "used", "device's event suppression structure", 4),
+    ],
+)
+def test_a_misaligned_part_is_named(form: str, part: str, name: str, alignment: int) -> None:
+    with driver_of(DRIVERS[form]) as driver:
+        address = getattr(driver, part) + alignment // 2
+        setattr(driver, part, address)
+        expected = f"^{name} at {address:#x} is not aligned to {alignment} bytes$"
+        with pytest.raises(ProtocolError, match=expected):
+            queue_for(driver)
+
+
 class AskingBus(IovaMap):
     """Notes the ranges of which a request makes sure."""
 

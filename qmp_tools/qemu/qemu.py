@@ -1,4 +1,4 @@
-"""A QEMU under QMP: anyone's, or one of ours, which is ended and reaped whatever happens."""
+"""A QEMU under QMP: anyone's, or one that we start, end and reap whatever happens."""
 
 from __future__ import annotations
 

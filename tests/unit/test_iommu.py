@@ -387,7 +387,7 @@ def test_a_request_that_waits_when_the_ring_stops_is_not_taken(guest: Guest) -> 
     guest.front_end.ask(Request.GET_VRING_BASE, struct.pack("<II", 1, 0))
     assert struct.unpack("<II", answer)[1] == guest.drivers[0].base, "it was not taken"
     guest.iommu.unmap(iova, PAGE)
-    guest.front_end.answer_misses()  # too late: that there is no such page matters no more
+    guest.front_end.answer_misses()  # too late: the missing page no longer matters
     assert guest.map(DATA, PAGE) == iova
     guest.front_end.start_ring(guest.drivers[0])
     guest.front_end.serve()

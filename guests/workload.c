@@ -25,7 +25,7 @@ static const struct {
 } parameter_names[] = {
     {"threads=", &parameters.threads},
     {"hot=", &parameters.hot},
-    {"once=", &parameters.once},
+    {"write_once=", &parameters.write_once},
     {"churn=", &parameters.churn},
     {"hold=", &parameters.hold},
     {"seed=", &parameters.seed},
@@ -46,7 +46,7 @@ struct page_state {
 };
 
 static uint64_t first_hot, first_once, first_churn;
-static uint64_t once_in_a_row;  // so many of the first once pages follow each other in memory
+static uint64_t once_in_a_row;  // so many of the first write-once pages follow each other in memory
 static uint64_t disk_pages;
 static struct page_state *states;
 static uint32_t *once_order;
@@ -154,13 +154,13 @@ static bool check(const char *kind, const uint64_t *words, uint64_t magic, uint6
 
 // Planning ---------------------------------------------------------------------------------------
 
-// How many of the once pages come before the last ones.
+// How many of the write-once pages come before the last ones.
 static uint64_t early_once(void) {
-    return parameters.once - parameters.last;
+    return parameters.write_once - parameters.last;
 }
 
 uint64_t buffer_pages(void) {
-    return parameters.threads * OWN_PAGES + parameters.hot + parameters.once + parameters.churn;
+    return parameters.threads * OWN_PAGES + parameters.hot + parameters.write_once + parameters.churn;
 }
 
 // With pages that compress well, a compressed migration would be over in no time.
@@ -195,20 +195,20 @@ const char *prepare_workload(uint64_t disk_sectors) {
     if (parameters.threads > MAX_WORKERS || parameters.max_pages > MAX_SMALL_PAGES ||
         !parameters.threads || !parameters.max_pages || !parameters.hot)
         return "threads, max_pages or hot is out of bounds";
-    if (parameters.last > parameters.once)
+    if (parameters.last > parameters.write_once)
         return "last is more than once";
     first_hot = parameters.threads * OWN_PAGES;
     first_once = first_hot + parameters.hot;
-    first_churn = first_once + parameters.once;
+    first_churn = first_once + parameters.write_once;
     states = allocate(first_churn * sizeof *states);
-    once_order = allocate(parameters.once * sizeof *once_order);
-    for (uint64_t index = 0; index < parameters.once; index++)
+    once_order = allocate(parameters.write_once * sizeof *once_order);
+    for (uint64_t index = 0; index < parameters.write_once; index++)
         once_order[index] = (uint32_t)(first_once + index);
     // The first half stays in a row, so that a request's pages are one piece of memory; the second
     // half is scattered (Fisher and Yates).
     once_in_a_row = parameters.pattern == SEQUENTIAL ? early_once() : early_once() / 2;
     uint64_t state = parameters.seed;
-    for (uint64_t index = once_in_a_row; index < parameters.once; index++) {
+    for (uint64_t index = once_in_a_row; index < parameters.write_once; index++) {
         uint64_t other = once_in_a_row + random_below(&state, index - once_in_a_row + 1);
         uint32_t page = once_order[other];
         once_order[other] = once_order[index];
@@ -267,7 +267,7 @@ static uint32_t take_once(uint32_t *pages, uint32_t count) {
 
 static uint32_t take_last(uint32_t *page) {
     uint64_t index = early_once() + atomic_fetch_add(&last_taken, 1);
-    if (index >= parameters.once)
+    if (index >= parameters.write_once)
         return 0;
     *page = once_order[index];
     return 1;
@@ -408,7 +408,7 @@ static void finish_block(const struct request *request, bool moved) {
 
 static void count_once(uint64_t pages) {
     if (atomic_fetch_add(&once_finished, pages) + pages == early_once())
-        tell("once-done pages=%lu", early_once());
+        tell("write-once-done pages=%lu", early_once());
 }
 
 void finish_request(struct request *request, uint64_t done) {
@@ -455,14 +455,14 @@ void churn(void) {
 }
 
 // Check every page in RAM again.
-static void sweep(void) {
+static void recheck(void) {
     uint64_t pages = 0, before = atomic_load(&errors), round = atomic_load(&churn_rounds);
     pause_requests(true);
     for (uint64_t page = 0; page < first_churn; page++) {
         const struct page_state *state = &states[page];
         if (state->request) {
             pages++;
-            check("sweep", (void *)(page_at(page) + state->offset), DEVICE_MAGIC, state->lba,
+            check("recheck", (void *)(page_at(page) + state->offset), DEVICE_MAGIC, state->lba,
                   state->request);
         }
     }
@@ -472,11 +472,11 @@ static void sweep(void) {
         if (found < round)
             tell_error("churn", 0, 0, round, found, (const void *)churn_word(page));
     }
-    tell("sweep pages=%lu errors=%lu", pages, atomic_load(&errors) - before);
+    tell("recheck pages=%lu errors=%lu", pages, atomic_load(&errors) - before);
     pause_requests(false);
 }
 
-// As before the first migration: the once pages are empty, and to be used when the tool says so, and
+// As before the first migration: the write-once pages are empty, and to be used when the tool says so, and
 // once only.
 static void begin_again(void) {
     pause_requests(true);
@@ -498,7 +498,7 @@ static void use_new_memory(void) {
     pause_requests(true);
     for (uint64_t page = first_once; page < first_churn; page++)
         states[page].request = 0;
-    tell("memory pages=%lu", move_to_new_memory(first_once, parameters.once));
+    tell("memory pages=%lu", move_to_new_memory(first_once, parameters.write_once));
     pause_requests(false);
 }
 
@@ -518,7 +518,7 @@ void obey(char command) {
         tell("quiet");
         break;
     case 's':
-        sweep();
+        recheck();
         break;
     case 'a':
         begin_again();
@@ -539,13 +539,13 @@ void obey(char command) {
 
 void tell_ready(void) {
     tell_hold_pages();
-    tell("ready threads=%lu hot=%lu once=%lu churn=%lu seed=%lu buffer_pages=%lu",
-         parameters.threads, parameters.hot, parameters.once, parameters.churn, parameters.seed,
-         parameters.hot + parameters.once);
+    tell("ready threads=%lu hot=%lu write_once=%lu churn=%lu seed=%lu buffer_pages=%lu",
+         parameters.threads, parameters.hot, parameters.write_once, parameters.churn, parameters.seed,
+         parameters.hot + parameters.write_once);
 }
 
 void tell_progress(void) {
-    tell("progress requests=%lu under_way=%lu writes=%lu once=%lu errors=%lu",
+    tell("progress requests=%lu under_way=%lu writes=%lu write_once=%lu errors=%lu",
          atomic_load(&requests), requests_under_way(), atomic_load(&writes),
          atomic_load(&once_finished), atomic_load(&errors));
 }

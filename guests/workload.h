@@ -12,7 +12,7 @@
  * lost holds another LBA's, or none.
  *
  * The buffer has four regions: a few pages of each worker's own; the hot pages, which are read into
- * again and again; the once pages, each of which is read into a single time, after the tool has
+ * again and again; the write-once pages, each of which is read into a single time, after the tool has
  * asked for it, so that a dirty bit that is lost there is never made good by a later write; and the
  * churn pages, which a vCPU keeps dirtying beside the device.
  *
@@ -50,7 +50,7 @@ enum pattern { RANDOM, SEQUENTIAL, HOT_SET };
 
 // The parameters of docs/guests.md, by the names that they have there.
 struct parameters {
-    uint64_t threads, hot, once, last, churn, hold, seed;
+    uint64_t threads, hot, write_once, last, churn, hold, seed;
     uint64_t write_every, max_pages, huge_every, unaligned_every, image, pattern;
 };
 extern struct parameters parameters;

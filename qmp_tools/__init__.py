@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 from dmaproof.public_names import import_on_demand
 
 if TYPE_CHECKING:
-    from .blocking import Pair, RunningQemu, Stage, StagedProof, check, prove
+    from .blocking import Pair, RunningQemu, Session, StepwiseProof, check, prove
     from .devices.device import AttachedDevice, DeviceFacts, ProofDevice
     from .devices.registry import COMMON_OPTIONS, Control, DeviceKind, DeviceRequest
     from .exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED, EXIT_USAGE
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .proof.attribution import LostPage
     from .proof.model import Proof
     from .proof.options import ProofOptions
-    from .proof.sensitivity import Sharpness
+    from .proof.sensitivity import Sensitivity
     from .proof.verdict import GuestOutcome, Verdict
     from .qemu.machine import INCOMING
     from .qemu.qmp import QmpError
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES: Final = {
-    "blocking": ("Pair", "RunningQemu", "Stage", "StagedProof", "check", "prove"),
+    "blocking": ("Pair", "RunningQemu", "Session", "StepwiseProof", "check", "prove"),
     "devices.device": ("AttachedDevice", "DeviceFacts", "ProofDevice"),
     "devices.registry": ("COMMON_OPTIONS", "Control", "DeviceKind", "DeviceRequest"),
     "exit_codes": ("EXIT_LOST", "EXIT_PASS", "EXIT_UNTESTED", "EXIT_USAGE"),
@@ -57,7 +57,7 @@ _HOMES: Final = {
     "proof.options": ("ProofOptions",),
     "migration.judgement": ("Blame",),
     "proof.attribution": ("LostPage",),
-    "proof.sensitivity": ("Sharpness",),
+    "proof.sensitivity": ("Sensitivity",),
     "proof.verdict": ("GuestOutcome", "Verdict"),
     "qemu.machine": ("INCOMING",),
     "qemu.qmp": ("QmpError",),
@@ -94,9 +94,9 @@ __all__ = [
     "QmpError",
     "RunningQemu",
     "Scenario",
-    "Sharpness",
-    "Stage",
-    "StagedProof",
+    "Sensitivity",
+    "Session",
+    "StepwiseProof",
     "Verdict",
     "Workload",
     "check",

@@ -2,18 +2,18 @@
 
 ::
 
-    with Stage() as stage:
-        pair = stage.pair(["-machine", "q35", "-m", "256"])
+    with Session() as session:
+        pair = session.pair(["-machine", "q35", "-m", "256"])
         pair.migrate()
-        assert stage.check(pair.source, pair.destination).exit_code == 0
+        assert session.check(pair.source, pair.destination).exit_code == 0
 
-    with Stage() as stage:
-        proof = stage.proof(guest="bare", tracker="dirty-ring")
+    with Session() as session:
+        proof = session.proof(guest="bare", tracker="dirty-ring")
         proof.migrate()
         assert proof.verdict().verdict.exit_code == 0
 
-Everything that a `Stage` has started has ended, is reaped and has left no files when its context is
-over, whatever was raised inside. Only its logs can be kept: see `Stage.logs`.
+Everything that a `Session` has started has ended, is reaped and has left no files when its context is
+over, whatever was raised inside. Only its logs can be kept: see `Session.logs`.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from .qemu.machine import DESTINATION, INCOMING, SOURCE
 from .qemu.qemu import OwnedQemu
 from .ram_check.check import Check
 
-__all__ = ["Pair", "RunningQemu", "Stage", "StagedProof", "check", "prove"]
+__all__ = ["Pair", "RunningQemu", "Session", "StepwiseProof", "check", "prove"]
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class RunningQemu:
-    """A QEMU under a `Stage`.
+    """A QEMU under a `Session`.
 
-    `qemu` is its handle for asynchronous code, such as `aio.check`: see `Stage.run`.
+    `qemu` is its handle for asynchronous code, such as `aio.check`: see `Session.run`.
     """
 
     qemu: OwnedQemu
@@ -104,7 +104,7 @@ class RunningQemu:
         return self._loop.run(self.qemu.monitor(command))
 
     def end(self) -> None:
-        """End it before its stage does."""
+        """End it before its session does."""
         self._loop.run(self.qemu.end())
 
 
@@ -114,7 +114,7 @@ class Pair:
 
     source: RunningQemu
     destination: RunningQemu
-    _stage: Stage
+    _session: Session
 
     def migrate(self, scenario: str = "unix", *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Migrate in one of the `known_scenarios`; both guests stand still afterwards.
@@ -126,7 +126,7 @@ class Pair:
             MigrationError: it failed, or took longer than `timeout_s`.
         """
         require("timeout_s", timeout_s, (int, float), "seconds")
-        self._stage.run(self._migrate(scenario, timeout_s))
+        self._session.run(self._migrate(scenario, timeout_s))
 
     async def _migrate(self, scenario: str, timeout_s: float) -> None:
         source, destination = self.source.qemu, self.destination.qemu
@@ -134,30 +134,30 @@ class Pair:
             pass
 
 
-class StagedProof:
+class StepwiseProof:
     """A guest of ours on two QEMUs with a device of ours, to be migrated and judged.
 
     Each of `migrate`, `compare` and `verdict` does its work once, and what comes before it if that
     was not done yet.
     """
 
-    def __init__(self, stage: Stage, run: ProofRun) -> None:
-        self._stage = stage
+    def __init__(self, session: Session, run: ProofRun) -> None:
+        self._session = session
         self._run = run
 
     @property
     def source(self) -> RunningQemu:
         """The QEMU that is migrated."""
-        return RunningQemu(self._run.qemus[SOURCE], self._stage._loop)
+        return RunningQemu(self._run.qemus[SOURCE], self._session._loop)
 
     @property
     def destination(self) -> RunningQemu:
         """The QEMU that it is migrated to."""
-        return RunningQemu(self._run.qemus[DESTINATION], self._stage._loop)
+        return RunningQemu(self._run.qemus[DESTINATION], self._session._loop)
 
     @property
     def device(self) -> AttachedDevice:
-        """What serves both as their disk; for asynchronous code, see `Stage.run`."""
+        """What serves both as their disk; for asynchronous code, see `Session.run`."""
         return self._run.device
 
     def migrate(self) -> Migrated:
@@ -186,15 +186,15 @@ class StagedProof:
 
     @functools.cached_property
     def _migrated(self) -> Migrated:
-        return self._stage.run(self._run.migrate())
+        return self._session.run(self._run.migrate())
 
     @functools.cached_property
     def _compared(self) -> Proof:
-        return self._stage.run(self._run.compare(self._migrated))
+        return self._session.run(self._run.compare(self._migrated))
 
     @functools.cached_property
     def _finished(self) -> Proof:
-        return self._stage.run(self._run.finish(self._compared))
+        return self._session.run(self._run.finish(self._compared))
 
 
 @options_as_keywords(ProofOptions)
@@ -217,8 +217,8 @@ def prove(options: ProofOptions) -> Proof:
         proof = prove(guest="bare", tracker="dirty-ring", scenario="tls")
         assert proof.verdict.exit_code == 0, proof.verdict.sentence
     """
-    with Stage() as stage:
-        return stage.start_proof(options).verdict()
+    with Session() as session:
+        return session.start_proof(options).verdict()
 
 
 def check(
@@ -242,18 +242,18 @@ def check(
         UsageError: a path is not of a socket, or both are the same QEMU's.
         UntestableError: they have not migrated, a guest has run since, or memory cannot be read.
     """
-    with Stage() as stage:
-        return stage.run(
+    with Session() as session:
+        return session.run(
             aio.check(source, destination, expect_migration=expect_migration, timeout_s=timeout_s)
         )
 
 
-class Stage:
+class Session:
     """What one test has started. `folder` has its sockets and logs."""
 
     folder: Path
 
-    def __enter__(self) -> Stage:
+    def __enter__(self) -> Session:
         with contextlib.ExitStack() as outer:
             self._loop = outer.enter_context(LoopThread())
             self.folder = outer.enter_context(run_folder())
@@ -266,11 +266,11 @@ class Stage:
         self._outer.close()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Do asynchronous work in the stage's loop.
+        """Do asynchronous work in the session's loop.
 
         Raises:
             UsageError: `work` is not a coroutine.
-            UntestableError: it finds no room in the stage's folder.
+            UntestableError: it finds no room in the session's folder.
         """
         require("work", work, Coroutine, "a coroutine")
         with room_in(self.folder):
@@ -327,7 +327,7 @@ class Stage:
         return RunningQemu(await self._started.enter_async_context(qemu), self._loop)
 
     @options_as_keywords_of_method(ProofOptions)
-    def proof(self, options: ProofOptions) -> StagedProof:
+    def proof(self, options: ProofOptions) -> StepwiseProof:
         """Start the guest and the device of a proof.
 
         Args:
@@ -343,15 +343,15 @@ class Stage:
 
         Example::
 
-            proof = stage.proof(guest="bare", tracker="dirty-ring")
+            proof = session.proof(guest="bare", tracker="dirty-ring")
             proof.migrate()
         """
         return self.start_proof(options)
 
-    def start_proof(self, options: ProofOptions) -> StagedProof:
+    def start_proof(self, options: ProofOptions) -> StepwiseProof:
         """Start the guest and the device of a proof with these options; see `proof`."""
         run = proof_run(self.run(resolve.resolve(options)), self.folder)
-        return StagedProof(self, self.run(self._started.enter_async_context(run)))
+        return StepwiseProof(self, self.run(self._started.enter_async_context(run)))
 
     def check(
         self,
@@ -362,7 +362,7 @@ class Stage:
     ) -> Check:
         """Compare all RAM of two QEMUs after a migration, ours or those behind QMP sockets.
 
-        Ours may be of any stage. Without `expect_migration`, any two paused QEMUs are compared.
+        Ours may be of any session. Without `expect_migration`, any two paused QEMUs are compared.
 
         Raises:
             UsageError: a path is no socket, or both are the same QEMU's.

@@ -25,7 +25,7 @@ enum {
     STATUS_DRIVER_OK = 4,
     STATUS_FEATURES_OK = 8,
 
-    DISK_PATIENCE_US = 10 * 1000 * 1000,
+    DISK_TIMEOUT_US = 10 * 1000 * 1000,
     MAX_QUEUES = 16,
 
     REQUEST_IN = 0,
@@ -112,7 +112,7 @@ uint64_t disk_open(unsigned slots) {
     for (bool told = false; !pci_find(VENDOR, ids, sizeof ids / sizeof *ids, &device); told = true) {
         if (!told)
             tell("waiting for=disk");
-        if (microseconds() > DISK_PATIENCE_US)
+        if (microseconds() > DISK_TIMEOUT_US)
             give_up("there is no virtio disk");
     }
     volatile uint8_t *notifications, *config, *structure;

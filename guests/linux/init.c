@@ -33,11 +33,11 @@
 #include "network.h"
 
 enum {
-    DEVICE_PATIENCE_US = 10 * 1000 * 1000,
-    MEMORY_PATIENCE_US = 10 * 1000 * 1000,
+    DEVICE_TIMEOUT_US = 10 * 1000 * 1000,
+    MEMORY_TIMEOUT_US = 10 * 1000 * 1000,
     HUGE_PAGE_BYTES = 2 << 20,
     LOOP_SECTORS = 1 << 24,
-    LOOP_PATIENCE_US = 100 * 1000,  // then a frame is lost, as it may be while a guest migrates
+    LOOP_TIMEOUT_US = 100 * 1000,  // then a frame is lost, as it may be while a guest migrates
     FRAME_DATA_BYTES = 1366,        // three frames for a page
     FIRST_PROTOCOL = 0x9100,        // an Ethernet type for each thread
 };
@@ -156,7 +156,7 @@ static uint64_t map_anew(uint64_t first, uint64_t count) {
     if (mmap(page_at(first), count * PAGE_BYTES, PROT_READ | PROT_WRITE,
              MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE | MAP_LOCKED | MAP_FIXED, -1,
              0) == MAP_FAILED)
-        give_up("mapping the once pages anew");
+        give_up("mapping the write-once pages anew");
     for (uint64_t page = first; page < first + count; page++)
         moved += gpa_of(page_at(page)) >= first_ram_end;
     return moved;
@@ -166,7 +166,7 @@ static uint64_t map_anew(uint64_t first, uint64_t count) {
 // shows it, and takes the pages of a new mapping from there first; from which of several DIMMs is
 // its own affair.
 uint64_t move_to_new_memory(uint64_t first, uint64_t count) {
-    for (int waited = 0; waited <= MEMORY_PATIENCE_US; waited += 1000, usleep(1000)) {
+    for (int waited = 0; waited <= MEMORY_TIMEOUT_US; waited += 1000, usleep(1000)) {
         uint64_t end = end_of_ram();
         uint64_t moved = end > ram_end ? map_anew(first, count) : 0;
         if (moved) {
@@ -200,14 +200,14 @@ static void open_interface(void) {
     struct ifreq interface = {.ifr_flags = IFF_UP | IFF_PROMISC};
     strncpy(interface.ifr_name, loop, sizeof interface.ifr_name - 1);
     for (int waited = 0; ioctl(fd, SIOCSIFFLAGS, &interface) < 0; waited += 1000, usleep(1000))
-        if (waited > DEVICE_PATIENCE_US)
+        if (waited > DEVICE_TIMEOUT_US)
             give_up(loop);
     close(fd);
 }
 
 // A socket for the frames of one thread.
 static int open_loop(uintptr_t thread) {
-    static const struct timeval patience = {.tv_usec = LOOP_PATIENCE_US};
+    static const struct timeval patience = {.tv_usec = LOOP_TIMEOUT_US};
     uint16_t protocol = htons((uint16_t)(FIRST_PROTOCOL + thread));
     int fd = socket(AF_PACKET, SOCK_DGRAM | SOCK_CLOEXEC, protocol);
     struct sockaddr_ll address = {
@@ -351,7 +351,7 @@ static uint64_t open_disk(void) {
         disk_fd = open(disk, O_RDWR | O_DIRECT | O_CLOEXEC);
         if (disk_fd < 0 && waited == 0)
             tell("waiting for=disk");
-        if (disk_fd < 0 && waited > DEVICE_PATIENCE_US)
+        if (disk_fd < 0 && waited > DEVICE_TIMEOUT_US)
             give_up(disk);
     }
     off_t bytes = lseek(disk_fd, 0, SEEK_END);

@@ -26,7 +26,7 @@ enum {
     STAMP_WORDS = 187,  // of a page's 512, in a frame of the usual size
     BURST = 16,
     BURST_EVERY_US = 4000,
-    PATIENCE_US = 100 * 1000,
+    TIMEOUT_US = 100 * 1000,
 };
 
 static int line = -1;
@@ -70,7 +70,7 @@ bool start_network(const char *name) {
         .sll_protocol = htons(ETHERTYPE),
         .sll_ifindex = (int)if_nametoindex(name),
     };
-    struct timeval patience = {.tv_usec = PATIENCE_US};
+    struct timeval patience = {.tv_usec = TIMEOUT_US};
     pthread_t thread;
     strncpy(interface.ifr_name, name, IFNAMSIZ - 1);
     line = socket(AF_PACKET, SOCK_RAW | SOCK_CLOEXEC, htons(ETHERTYPE));

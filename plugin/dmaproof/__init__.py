@@ -91,7 +91,7 @@ if TYPE_CHECKING:
         UsageError,
         WaitTimeoutError,
     )
-    from .faults import Fault, known_faults, plant
+    from .faults import Fault, known_faults, make_fault
     from .faults.fault import uniform
     from .guest_memory import Bus, GuestMemory, IovaMap, IovaMapping, MemorySlot, map_slot
     from .iova_bitmap import BitmapStats, IovaBitmap, IovaRange
@@ -135,7 +135,7 @@ __all__ = (  # noqa: RUF022
     "TracedBitmap",
     "uniform",
     "known_faults",
-    "plant",
+    "make_fault",
     # The chain from a write to the dirty log
     "Collector",
     "Harvest",
@@ -181,7 +181,7 @@ _HOMES: Final = {
         *("RefusedError", "TrackerError", "UnsupportedError", "UntestableError", "UsageError"),
         "WaitTimeoutError",
     ),
-    "faults": ("Fault", "known_faults", "plant"),
+    "faults": ("Fault", "known_faults", "make_fault"),
     "faults.fault": ("uniform",),
     "guest_memory": ("Bus", "GuestMemory", "IovaMap", "IovaMapping", "MemorySlot", "map_slot"),
     "iova_bitmap": ("BitmapStats", "IovaBitmap", "IovaRange"),

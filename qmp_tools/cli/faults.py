@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         _run,
-        description="Plant every known fault, on a test bed without QEMU and, where one device on "
+        description="Inject every known fault, on a test bed without QEMU and, where one device on "
         "one QEMU shows it, in a real proof; tell which were caught, by what, at which link.",
         epilog=f"{_EXAMPLES}\n{describe_scenarios()}",
     )

@@ -32,7 +32,7 @@ examples:
   dmaproof passthrough --kernel 7.3 stock --qemu 10.0 11.1    a table of all pairs
 
 exit codes:
-  0  all proofs hold, and each planted fault was caught
+  0  all proofs hold, and each injected fault was caught
   1  a proof does not hold
   2  wrong usage
   3  a proof could not be tested, on a machine that is too busy, say; the message says why
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=reads(positive),
         default=1,
         metavar="N",
-        help="repeat each fault planted in a migration (default: %(default)s)",
+        help="repeat each fault injected in a migration (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, help="repeats a run's random choices")
     add_timeout(parser)

@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--control",
         action="store_true",
-        help="after a pass, repeat it with a fault planted, which must be caught",
+        help="after a pass, repeat it with a fault injected, which must be caught",
     )
     run.add_argument("--keep", action="store_true", help="keep the run's folder and say where")
     run.add_argument("--quiet", action="store_true", help="show no progress")
@@ -107,7 +107,7 @@ def _control_of(options: ProofOptions) -> Control:
     control = kind_of(options.devices, options.device_command).control
     if control is None:
         raise UsageError(
-            f"--control: no fault can be planted in --device {' and '.join(options.devices)}"
+            f"--control: no fault can be injected in --device {' and '.join(options.devices)}"
         )
     if is_fake_vfio(options):
         fake_device_of(replace(options, fault=control.fault))
@@ -120,9 +120,9 @@ async def _prove(
     report, text, options = await _prove_once(options, on_progress, keep)
     if control is None or report["exit_code"] != EXIT_PASS:
         return report, text
-    _logger.info("control: the same again with %s planted", control.fault)
-    planted = replace(options, fault=control.fault)
-    repeated, _, _ = await _prove_once(planted, on_progress, False)
+    _logger.info("control: the same again with %s injected", control.fault)
+    injected = replace(options, fault=control.fault)
+    repeated, _, _ = await _prove_once(injected, on_progress, False)
     return report, f"{text}\n{add_control(report, repeated, control)}"
 
 
@@ -148,6 +148,6 @@ def add_control(report: Report, repeated: Report, control: Control) -> str:
     report["control"] = {**repeated, "caught": caught}
     if not caught:
         report["exit_code"] = EXIT_UNTESTED
-        report["verdict"] = f"nothing was proved: a planted {control.fault} was not caught"
+        report["verdict"] = f"nothing was proved: a injected {control.fault} was not caught"
     found = f"caught, {len(lost)} pages" if caught else "NOT CAUGHT"
-    return f"  control      {control.fault} planted in the same set-up: {found}"
+    return f"  control      {control.fault} injected in the same set-up: {found}"

@@ -33,7 +33,7 @@ from .device import AttachedDevice, DeviceFacts, ProofDevice, on_image, on_netwo
 from .disk_image import write_image
 
 _LAST_SHARE: Final = 4
-"""One of so many once pages is written while the migration ends. What a device forgets to mark when
+"""One of so many write-once pages is written while the migration ends. What a device forgets to mark when
 it is stopped are the pages that it has written last."""
 _ACCEPTS_CONNECTIONS: Final = 1 << 16
 """__SO_ACCEPTCON, as /proc/net/unix shows it among a socket's flags."""
@@ -89,10 +89,10 @@ class CommandDevice(ProofDevice):
     def commands(self) -> Sequence[Sequence[str]]:
         return [self.words]
 
-    def fit(self, workload: Workload) -> Workload:
+    def adapt(self, workload: Workload) -> Workload:
         if KINDS[self.kind].network:
             return on_network(workload)
-        return replace(on_image(workload), last=workload.once // _LAST_SHARE)
+        return replace(on_image(workload), last=workload.write_once // _LAST_SHARE)
 
     @asynccontextmanager
     async def start(self, folder: Path, timeout_s: float) -> AsyncIterator[AttachedDevice]:

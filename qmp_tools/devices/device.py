@@ -80,7 +80,7 @@ class ProofDevice(ABC):
         """The words of each command that serves it, but for dmaproof's own and QEMU's."""
         return ()
 
-    def fit(self, workload: Workload) -> Workload:
+    def adapt(self, workload: Workload) -> Workload:
         """The workload, as far as it can be carried out on this device."""
         return workload
 
@@ -138,7 +138,7 @@ class AttachedDevice(ABC):
     def release(self, side: str) -> None:  # noqa: B027 (a default, not a gap)
         """The QEMU of `side` is about to be ended: what serves only that may end by itself now."""
 
-    async def disturb(self, side: str) -> None:  # noqa: B027
+    async def inject_restart(self, side: str) -> None:  # noqa: B027
         """Do to the device what its set-up says, in the middle of the migration from `side`.
 
         Raises:

@@ -1,7 +1,7 @@
 """The disk of a device that is not ours: an image file, every page of it stamped.
 
 Its content does not change from read to read, so the LBA alone tells pages apart. That is enough:
-the once pages are empty until they are read into, and where a hot page is read into again it is
+the write-once pages are empty until they are read into, and where a hot page is read into again it is
 from another LBA, but for one time in `IMAGE_BYTES` / 4096.
 """
 

@@ -186,7 +186,7 @@ class _AttachedDevice(AttachedDevice):
     async def attach(self, side: str) -> Sequence[str]:
         return self._setup.qemu_arguments(self._sockets[side])
 
-    async def disturb(self, side: str) -> None:
+    async def inject_restart(self, side: str) -> None:
         if self._setup.killed:
             await self._devices[side].kill()
             await self._start_for(side)

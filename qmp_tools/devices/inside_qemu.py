@@ -95,7 +95,7 @@ class InsideQemu(ProofDevice):
     def direct(self) -> bool:
         return not KINDS[self.name].network
 
-    def fit(self, workload: Workload) -> Workload:
+    def adapt(self, workload: Workload) -> Workload:
         return on_network(workload) if KINDS[self.name].network else on_image(workload)
 
     @asynccontextmanager

@@ -55,9 +55,9 @@ class SeveralDevices(ProofDevice):
     def commands(self) -> Sequence[Sequence[str]]:
         return [command for device in self.devices for command in device.commands]
 
-    def fit(self, workload: Workload) -> Workload:
+    def adapt(self, workload: Workload) -> Workload:
         for device in self.devices:
-            workload = device.fit(workload)
+            workload = device.adapt(workload)
         return workload
 
     @asynccontextmanager
@@ -93,9 +93,9 @@ class _AttachedDevices(AttachedDevice):
         for device in self._devices:
             device.release(side)
 
-    async def disturb(self, side: str) -> None:
+    async def inject_restart(self, side: str) -> None:
         for device in self._devices:
-            await device.disturb(side)
+            await device.inject_restart(side)
 
     async def refusal(self) -> UntestableError:
         refusals = [asyncio.ensure_future(device.refusal()) for device in self._devices]

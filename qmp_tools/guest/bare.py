@@ -29,7 +29,7 @@ _BARE: Final = (
 MEMORY_BYTES: Final = 128 * MIB
 """The guest's RAM, where no other size is asked for."""
 
-_KVM_PATIENCE_S: Final = 2.0
+_KVM_TIMEOUT_S: Final = 2.0
 """Under TCG the first request comes after 0.2 s."""
 
 
@@ -50,7 +50,7 @@ def bare_guest() -> Guest:
         initramfs=None,
         options="",
         memory_bytes=MEMORY_BYTES,
-        kvm_patience_s=_KVM_PATIENCE_S,
+        kvm_timeout_s=_KVM_TIMEOUT_S,
     )
 
 

@@ -32,7 +32,7 @@ class Guest:
     """A guest that carries out a workload; `kernel` is an ELF that QEMU enters by PVH.
 
     `options` stand before the workload on its command line. `version` changes with what it is made
-    of. `memory_bytes` of RAM do for the default workload. `kvm_patience_s`: where KVM takes longer
+    of. `memory_bytes` of RAM do for the default workload. `kvm_timeout_s`: where KVM takes longer
     to its first request, it is not worth using.
     """
 
@@ -42,7 +42,7 @@ class Guest:
     initramfs: Path | None
     options: str
     memory_bytes: int
-    kvm_patience_s: float
+    kvm_timeout_s: float
 
     def command_line(self, workload: Workload) -> str:
         """What is to be told to the guest that it may carry out `workload`."""

@@ -18,26 +18,26 @@ from ..host.timeout import bounded
 from ..qemu.qemu import OwnedQemu
 from .workload import MOST_HOLD_PAGES
 
-START_ONCE: Final = b"o"
+START_WRITE_ONCE: Final = b"o"
 """Begin to use the pages that are written only once."""
 START_LAST: Final = b"l"
 """Begin to use, now and then, those of them that are kept for the end of the migration."""
-SWEEP: Final = b"s"
+RECHECK: Final = b"s"
 """Check every page in RAM again."""
 QUIET: Final = b"q"
 """Stop the vCPU's own steady writing."""
 USE_NEW_MEMORY: Final = b"m"
-"""Let the once pages lie in memory that has been plugged, which the guest waits for."""
+"""Let the write-once pages lie in memory that has been plugged, which the guest waits for."""
 AGAIN: Final = b"a"
-"""Get ready for another migration: no once page has been used, and the vCPU writes steadily."""
+"""Get ready for another migration: no write-once page has been used, and the vCPU writes steadily."""
 
-_COMPLAINTS_KEPT: Final = 8
+_MOST_ERROR_MESSAGES: Final = 8
 _FRAMES_BEFORE_ECHO: Final = 5_000
 """A network that sends frames back has sent one of so many. Each thread of the guest sends 30 a
 second while none comes."""
 _NEEDS_ECHO: Final = (
     "the guest's workload checks what the network writes into its RAM, so the network must send "
-    "every frame back (see docs/devices.md)"
+    "every frame back (see docs/third-party-devices.md)"
 )
 _MOST_VERBS: Final = 64
 """Far more than guests have. What comes is kept by verb, and a guest must not fill our memory."""
@@ -88,14 +88,14 @@ def parse_line(line: str) -> GuestReport:
 class GuestChannel:
     """Reads the guest's lines as they come.
 
-    `latest` holds the last report of each verb; `complaints` the first error lines; `hold_pages`
+    `latest` holds the last report of each verb; `error_messages` the first error lines; `hold_pages`
     the guest-physical addresses of the pages that nothing in the guest uses (guests/workload.h).
     `timeout_s` bounds each wait.
     """
 
     def __init__(self, qemu: OwnedQemu, timeout_s: float) -> None:
         self.latest: dict[str, GuestReport] = {}
-        self.complaints: list[str] = []
+        self.error_messages: list[str] = []
         self.hold_pages: list[int] = []
         self._qemu = qemu
         self._timeout_s = timeout_s
@@ -121,8 +121,8 @@ class GuestChannel:
             raise UntestableError(f"the guest said more than {_MOST_VERBS} kinds of things")
         async with self._news:
             self.latest[report.verb] = report
-            if report.verb == "error" and len(self.complaints) < _COMPLAINTS_KEPT:
-                self.complaints.append(text)
+            if report.verb == "error" and len(self.error_messages) < _MOST_ERROR_MESSAGES:
+                self.error_messages.append(text)
             elif report.verb == "hold":
                 self.hold_pages += self._run_of_pages(report)
             elif report.verb == "fatal":

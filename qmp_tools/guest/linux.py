@@ -81,7 +81,7 @@ _INIT_OPTIONS: Final = ("-static", "-pthread", "-std=c11")
 MEMORY_BYTES: Final = 256 * MIB
 """The guest's RAM, where no other size is asked for."""
 
-_KVM_PATIENCE_S: Final = 6.0
+_KVM_TIMEOUT_S: Final = 6.0
 """Under TCG the first request comes after 2 s."""
 
 
@@ -115,7 +115,7 @@ def linux_guest(driver: Driver = VIRTIO_BLK) -> Guest:
         initramfs=target / "initramfs",
         options=f"{_COMMAND_LINE} -- {driver.place}",
         memory_bytes=MEMORY_BYTES,
-        kvm_patience_s=_KVM_PATIENCE_S,
+        kvm_timeout_s=_KVM_TIMEOUT_S,
     )
 
 

@@ -37,5 +37,5 @@ def own_guest(kernel: Path, initramfs: Path | None, options: str) -> Guest:
         initramfs=initramfs,
         options=options,
         memory_bytes=MEMORY_BYTES,
-        kvm_patience_s=0.0,
+        kvm_timeout_s=0.0,
     )

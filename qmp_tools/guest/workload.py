@@ -16,7 +16,7 @@ MOST_HOLD_PAGES: Final = 1 << 16
 _BOUNDS: Final = {
     "threads": (1, 64),
     "hot": (64, 1 << 24),
-    "once": (0, 1 << 24),
+    "write_once": (0, 1 << 24),
     "churn": (0, 1 << 24),
     "hold": (0, MOST_HOLD_PAGES),
     "seed": (0, (1 << 64) - 1),
@@ -31,11 +31,11 @@ _BOUNDS: Final = {
 
 @dataclass(frozen=True)
 class Workload:
-    """The parameters; `hot`, `once`, `churn`, `hold` and `max_pages` in pages.
+    """The parameters; `hot`, `write_once`, `churn`, `hold` and `max_pages` in pages.
 
     One of so many requests as `write_every`, `huge_every` and `unaligned_every` say is of that
     kind; 0: none is. `image` is 1 where the disk is an image file, whose stamps stay as they are.
-    So many of the once pages as `last` says are used only when the migration is about to end.
+    So many of the write-once pages as `last` says are used only when the migration is about to end.
 
     Raises:
         UsageError: a value is out of bounds.
@@ -43,7 +43,7 @@ class Workload:
 
     threads: int = 4
     hot: int = 1024
-    once: int = 8192
+    write_once: int = 8192
     churn: int = 4096
     hold: int = 2048
     seed: int = 1

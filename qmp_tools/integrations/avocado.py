@@ -15,7 +15,7 @@ lacks something the test is cancelled, with the reason; DMAPROOF_NO_SKIP=1 makes
 verdict's JSON, the HTML report and the logs of QEMU and device end up in the test's output folder.
 
 avocado calls setUp and tearDown in threads of their own, and ends the first before the second
-begins. QEMU is started by the thread of a `blocking.Stage`, which lives from the one to the other.
+begins. QEMU is started by the thread of a `blocking.Session`, which lives from the one to the other.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from avocado import Test
 from dmaproof.errors import UntestableError
 
 from ..arguments import AnyPath
-from ..blocking import RunningQemu, Stage, StagedProof
+from ..blocking import RunningQemu, Session, StepwiseProof
 from ..devices.device import AttachedDevice
 from ..exit_codes import EXIT_UNTESTED
 from ..proof.options import OPTIONS, ProofOptions
@@ -53,16 +53,16 @@ class MigrationTest(Test):  # type: ignore[misc]
     destination: RunningQemu
     device: AttachedDevice
     _started: contextlib.ExitStack
-    _stage: Stage
-    _proof: StagedProof
+    _session: Session
+    _proof: StepwiseProof
 
     def setUp(self) -> None:
         """Start the device and both QEMUs."""
         chosen = {name: self.params.get(name) for name in PARAMETERS}
         self._started = contextlib.ExitStack()
-        self._stage = self._started.enter_context(Stage())
+        self._session = self._started.enter_context(Session())
         try:
-            self._proof = self._stage.start_proof(ProofOptions.of(chosen))
+            self._proof = self._session.start_proof(ProofOptions.of(chosen))
         except UntestableError as error:
             if os.environ.get("DMAPROOF_NO_SKIP") == "1":
                 raise
@@ -98,7 +98,7 @@ class MigrationTest(Test):  # type: ignore[misc]
     def tearDown(self) -> None:
         """Keep the logs; end and reap everything."""
         with self._started:
-            for log in self._stage.logs():
+            for log in self._session.logs():
                 shutil.copy(log, self.outputdir)
 
 
@@ -114,8 +114,8 @@ def check_ram(
         UsageError: there is no such socket.
         UntestableError: it could not be compared, there was no migration, or a guest has run since.
     """
-    with Stage() as stage:
-        outcome = stage.check(source, destination, expect_migration=expect_migration)
+    with Session() as session:
+        outcome = session.check(source, destination, expect_migration=expect_migration)
     _write(test, "ram", check_report.to_json(outcome), check_report.to_text(outcome))
     if outcome.exit_code == EXIT_UNTESTED:
         raise UntestableError(outcome.sentence)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
 
     from ..arguments import AnyPath
-    from ..blocking import Pair, RunningQemu, Stage, StagedProof
+    from ..blocking import Pair, RunningQemu, Session, StepwiseProof
     from ..proof.model import Proof
     from ..proof.options import ProofOptions
     from ..ram_check.check import Check
@@ -101,15 +101,15 @@ def pytest_runtest_makereport(
         report.sections += verdicts or []
         report.sections += [
             (f"dmaproof {log.name}", printable(log.read_text(errors="replace")[-_LOG_SHOWN:]))
-            for stage in item.stash.get(_STAGES, [])
-            for log in stage.logs()
+            for session in item.stash.get(_SESSIONS, [])
+            for log in session.logs()
             if log.stat().st_size
         ]
     return report
 
 
 _LOG_SHOWN: Final = 4000
-_STAGES: Final = pytest.StashKey[list["Stage"]]()
+_SESSIONS: Final = pytest.StashKey[list["Session"]]()
 _VERDICTS: Final = pytest.StashKey[list[tuple[str, str]]]()
 _VERSIONS: Final = pytest.StashKey[dict[str | None, str]]()
 
@@ -119,12 +119,14 @@ def qemu(request: pytest.FixtureRequest) -> Iterator[Callable[..., RunningQemu]]
     """Starts QEMUs: ``qemu("-machine", "q35", …)``; they are ended and reaped behind the test."""
     number = 0
 
-    with _stage(request) as stage:
+    with _session(request) as session:
 
         def start(*arguments: str) -> RunningQemu:
             nonlocal number
             number += 1
-            running = _started(lambda: stage.qemu(arguments, name=f"test{number}", **_how(request)))
+            running = _started(
+                lambda: session.qemu(arguments, name=f"test{number}", **_how(request))
+            )
             _note_version(request, running.version)
             return running
 
@@ -139,14 +141,14 @@ def migration_pair(request: pytest.FixtureRequest) -> Iterator[Callable[..., Pai
     """
     number = 0
 
-    with _stage(request) as stage:
+    with _session(request) as session:
 
         def start(*arguments: str) -> Pair:
             nonlocal number
             number += 1
             destination = _option(request.config, "qemu-destination")
             pair = _started(
-                lambda: stage.pair(
+                lambda: session.pair(
                     arguments,
                     destination_binary=destination,
                     name=f"pair{number}-",
@@ -162,7 +164,7 @@ def migration_pair(request: pytest.FixtureRequest) -> Iterator[Callable[..., Pai
 class VhostUserBlk:
     """A guest on two QEMUs whose disk is a vhost-user device of dmaproof's."""
 
-    def __init__(self, proof: StagedProof, request: pytest.FixtureRequest) -> None:
+    def __init__(self, proof: StepwiseProof, request: pytest.FixtureRequest) -> None:
         self._request = request
         self.proof = proof
 
@@ -203,7 +205,7 @@ def vhost_user_blk(request: pytest.FixtureRequest) -> Iterator[Callable[..., Vho
     """
     from ..proof.options import ProofOptions
 
-    with contextlib.ExitStack() as stages:
+    with contextlib.ExitStack() as sessions:
 
         def start(**options: object) -> VhostUserBlk:
             config = request.config
@@ -216,10 +218,10 @@ def vhost_user_blk(request: pytest.FixtureRequest) -> Iterator[Callable[..., Vho
                 **options,
             }
             wanted = ProofOptions.of(chosen)
-            stage = stages.enter_context(_stage(request))
+            session = sessions.enter_context(_session(request))
             if _marked_accelerator(request.node) == "kvm":
-                _started(lambda: _require_kvm(stage, wanted))
-            return VhostUserBlk(_started(lambda: stage.start_proof(wanted)), request)
+                _started(lambda: _require_kvm(session, wanted))
+            return VhostUserBlk(_started(lambda: session.start_proof(wanted)), request)
 
         yield start
 
@@ -234,7 +236,7 @@ def ram_check(request: pytest.FixtureRequest) -> Iterator[Callable[..., Check]]:
     from ..exit_codes import EXIT_UNTESTED
     from ..reports import check_report
 
-    with _stage(request) as stage:
+    with _session(request) as session:
 
         def compare(
             source: RunningQemu | AnyPath,
@@ -243,7 +245,7 @@ def ram_check(request: pytest.FixtureRequest) -> Iterator[Callable[..., Check]]:
             expect_migration: bool = True,
         ) -> Check:
             __tracebackhide__ = True
-            outcome = stage.check(source, destination, expect_migration=expect_migration)
+            outcome = session.check(source, destination, expect_migration=expect_migration)
             _note_version(request, outcome.source.version)
             _note_verdict(request, check_report.to_json(outcome), check_report.to_text(outcome))
             if outcome.exit_code == EXIT_UNTESTED:
@@ -256,12 +258,12 @@ def ram_check(request: pytest.FixtureRequest) -> Iterator[Callable[..., Check]]:
 
 
 @contextlib.contextmanager
-def _stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
-    from ..blocking import Stage
+def _session(request: pytest.FixtureRequest) -> Iterator[Session]:
+    from ..blocking import Session
 
-    with Stage() as stage:
-        request.node.stash.setdefault(_STAGES, []).append(stage)
-        yield stage
+    with Session() as session:
+        request.node.stash.setdefault(_SESSIONS, []).append(session)
+        yield session
 
 
 def _started(start: Callable[[], T]) -> T:
@@ -281,11 +283,11 @@ def _unavailable(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
-def _require_kvm(stage: Stage, options: ProofOptions) -> None:
+def _require_kvm(session: Session, options: ProofOptions) -> None:
     """Raise where KVM does not run the very guest that is to be used."""
     from ..proof.resolve import resolve
 
-    found = stage.run(resolve(replace(options, accel="auto")))
+    found = session.run(resolve(replace(options, accel="auto")))
     if found.machine.accelerator != "kvm":
         raise UntestableError(
             f"KVM does not run the guest {options.guest} here: run this on hardware, or under "
@@ -334,13 +336,13 @@ def _wanted_versions(item: pytest.Item) -> Sequence[SpecifierSet]:
 
 def _qemu_version(config: pytest.Config) -> str:
     """The version that the QEMU of the options tells over QMP; it is asked once."""
-    from ..blocking import Stage
+    from ..blocking import Session
 
     wanted = _option(config, "qemu")
     versions = config.stash.setdefault(_VERSIONS, {})
     if wanted not in versions:
-        with Stage() as stage:
-            running = _started(lambda: stage.qemu(["-machine", "none"], binary=wanted))
+        with Session() as session:
+            running = _started(lambda: session.qemu(["-machine", "none"], binary=wanted))
             versions[wanted] = running.version.split()[0]
     return versions[wanted]
 

@@ -40,7 +40,7 @@ class Result:
     blame: Sequence[str] = ()
     stories: Sequence[str] = ()
     qemu_versions: Sequence[str] = ()
-    certain: int | None = None
+    guaranteed_detectable: int | None = None
     seed: int | None = None
     seconds: float = 0.0
     command: Sequence[str] = ()
@@ -70,7 +70,7 @@ def result_of(report: Mapping[str, Any], seconds: float) -> Result:
     if code not in (EXIT_PASS, EXIT_LOST):
         message = report.get("reason", report["verdict"])
         return skipped(message) if report.get("unsupported") else untested(message)
-    setup, sharpness = report["setup"], report["sharpness"]
+    setup, sensitivity = report["setup"], report["sensitivity"]
     blame = _blame(report) if code == EXIT_LOST else []
     return Result(
         State.CLEAN if code == EXIT_PASS else State.LOST if blame else State.SLOW,
@@ -78,7 +78,7 @@ def result_of(report: Mapping[str, Any], seconds: float) -> Result:
         blame=blame,
         stories=[page["story"] for page in report["lost_pages"][:_STORIES]],
         qemu_versions=[setup["qemu_version"], setup["qemu_destination_version"]],
-        certain=sharpness["certain"],
+        guaranteed_detectable=sensitivity["guaranteed_detectable"],
         seed=setup["seed"],
         seconds=seconds,
     )
@@ -90,7 +90,7 @@ def _blame(report: Mapping[str, Any]) -> list[str]:
         return losers
     log = report["log"] or {"late_bits": [], "unlogged_queues": []}
     found = {
-        "unreported": report["sharpness"]["unreported"],
+        "unreported": report["sensitivity"]["unreported"],
         "late-bits": log["late_bits"],
         "unlogged-ring": log["unlogged_queues"],
         "guest": report["guest"]["errors"],

@@ -87,9 +87,9 @@ class Attempt:
             yield progress
 
     def once_pages(self) -> int:
-        """How many of its once pages the guest has had read into."""
+        """How many of its write-once pages the guest has had read into."""
         guest = self.pair.source_guest
-        return max(guest.number("once-done", "pages"), guest.number("progress", "once"))
+        return max(guest.number("write-once-done", "pages"), guest.number("progress", "write_once"))
 
     # The RAM that is compared ---------------------------------------------------------------------
 

@@ -184,7 +184,7 @@ class QemuPair:
         _logger.info("guest ready after %.1f s", self.boot_s)
 
     async def plug_dimm(self) -> None:
-        """Plug another DIMM into the source, and let the guest's once pages lie in it.
+        """Plug another DIMM into the source, and let the guest's write-once pages lie in it.
 
         Raises:
             UntestableError: QEMU refuses it, or the guest does not use it.
@@ -203,7 +203,9 @@ class QemuPair:
         await guest.wait_for(lambda: "memory" in guest.latest, "looked for new memory")
         if not (pages := guest.number("memory", "pages")):
             raise UntestableError(f"the guest did not find the memory of {name}")
-        _logger.info("%s is at %#x; %d once pages lie in plugged memory", name, address, pages)
+        _logger.info(
+            "%s is at %#x; %d write-once pages lie in plugged memory", name, address, pages
+        )
 
     def succeed(self) -> None:
         """Plan that the source's process becomes the destination, by executing QEMU anew."""

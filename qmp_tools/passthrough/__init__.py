@@ -17,7 +17,7 @@ is what runs there, `prove` starts it from outside, `kernel_cost` counts what it
     vhost             our vhost-user disk over the kernel's trackers, each with a control;
                       vhost_device is its process
     functions         the fake device as if it were hardware: `prove --device vfio:…`, in L1
-    owned_proof       a whole proof on it, whose journal is known: `prove --device vfio-fake`
+    device_proof       a whole proof on it, whose journal is known: `prove --device vfio-fake`
 """
 
 from typing import Final

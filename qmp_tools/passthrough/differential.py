@@ -22,8 +22,8 @@ from dmaproof.vfio.requests import bitmap_for
 from dmaproof.vfio.trackers import DmaLogging, Type1Tracker
 
 from .fake_device import Journal, content
+from .fake_driver import FakeDriver, by_either
 from .outcome import require
-from .owner import Owned, by_either
 
 _GUARD_BYTES: Final = 64
 _UNIQUE_BYTES: Final = 16
@@ -34,12 +34,12 @@ _MOST_PAGES: Final = 40 << 20
 _RECORD_SHIFTS: Final = (12, 12, 12, 13, 16, 21, 30)
 
 
-def _goes_by_windows(owned: Owned) -> bool:
+def _goes_by_windows(driver: FakeDriver) -> bool:
     """Whether the kernel asks the device once for each window (until Linux 6.10), so that ranges
     cannot be handed to its iterator from outside of one."""
-    before = owned.fake.stats()["reports"]
-    owned.device.report(0, _MOST_PAGES * PAGE_BYTES, PAGE_BYTES)
-    return owned.fake.stats()["reports"] > before + 1
+    before = driver.fake.stats()["reports"]
+    driver.device.report(0, _MOST_PAGES * PAGE_BYTES, PAGE_BYTES)
+    return driver.fake.stats()["reports"] > before + 1
 
 
 def _case_pages(choose: random.Random, *, wide: bool) -> int:
@@ -73,9 +73,9 @@ def iterator_cases(count: int, seed: int) -> tuple[str, dict[str, Any]]:
     """`count` random bitmaps, each filled by the kernel's iterator and by ours."""
     choose = random.Random(seed)
     ranges = windows = 0
-    with by_either() as owned:
-        owned.device.start_logging([_SPACE], PAGE_BYTES)
-        wide = not _goes_by_windows(owned)
+    with by_either() as driver:
+        driver.device.start_logging([_SPACE], PAGE_BYTES)
+        wide = not _goes_by_windows(driver)
         for case in range(count):
             page_size = 1 << choose.choice(_RECORD_SHIFTS)
             pages = _case_pages(choose, wide=wide)
@@ -85,9 +85,9 @@ def iterator_cases(count: int, seed: int) -> tuple[str, dict[str, Any]]:
             theirs = _filled(choose, before + div_ceil(pages, 64) * 8)
             ours = theirs.copy()
             if asked:
-                owned.fake.mark(*_columns(asked))
+                driver.fake.mark(*_columns(asked))
             bits = theirs[before + _GUARD_BYTES : -_GUARD_BYTES]
-            owned.device.report(base, pages * page_size, page_size, bits)  # type: ignore[arg-type]
+            driver.device.report(base, pages * page_size, page_size, bits)  # type: ignore[arg-type]
             with IovaBitmap(
                 base, pages * page_size, page_size, ours[before + _GUARD_BYTES :]
             ) as bitmap:
@@ -101,7 +101,7 @@ def iterator_cases(count: int, seed: int) -> tuple[str, dict[str, Any]]:
             )
             ranges += len(asked)
             windows += pages > 16 << 20
-        owned.device.stop_logging()
+        driver.device.stop_logging()
     return (
         f"{count} bitmaps, {ranges} ranges: equal to the bit, guards untouched",
         {"cases": count, "ranges": ranges, "wider_than_a_window": windows, "seed": seed},
@@ -161,7 +161,7 @@ def _pages_of(bits: NDArray[np.uint64], pages: int) -> NDArray[np.bool_]:
     return np.unpackbits(bits.view(np.uint8), bitorder="little")[:pages].astype(bool)
 
 
-def dma_round(owned: Owned, choose: random.Random, writes: int) -> tuple[int, int]:
+def dma_round(driver: FakeDriver, choose: random.Random, writes: int) -> tuple[int, int]:
     """The device writes, the kernel reports, and all three agree: report, journal and RAM.
 
     Returns how many pages were dirty, and how many reports were asked for.
@@ -169,18 +169,18 @@ def dma_round(owned: Owned, choose: random.Random, writes: int) -> tuple[int, in
     Raises:
         ProofFailedError: they do not agree.
     """
-    start = len(owned.fake.journal())
-    before = owned.memory.copy()
-    owned.fake.write(*_columns(random_writes(choose, owned.window, writes)))
-    written = owned.fake.journal()[start:]
+    start = len(driver.fake.journal())
+    before = driver.memory.copy()
+    driver.fake.write(*_columns(random_writes(choose, driver.window, writes)))
+    written = driver.fake.journal()[start:]
     require(len(written) == writes, f"{writes} writes, but {len(written)} in the journal")
-    _check_content(owned, written)
-    pages = len(owned.memory) // PAGE_BYTES
+    _check_content(driver, written)
+    pages = len(driver.memory) // PAGE_BYTES
     bits = np.zeros(pages, dtype=bool)
     cuts = sorted({0, pages, *(choose.randrange(pages) for _ in range(choose.choice((0, 1, 5))))})
     for low, high in pairwise(cuts):
-        query = IovaRange(owned.window.iova + low * PAGE_BYTES, (high - low) * PAGE_BYTES)
-        found = owned.device.report(*query, PAGE_BYTES)
+        query = IovaRange(driver.window.iova + low * PAGE_BYTES, (high - low) * PAGE_BYTES)
+        found = driver.device.report(*query, PAGE_BYTES)
         expected = expected_bits(written, query, PAGE_BYTES)
         require(
             bool(np.array_equal(found, expected)),
@@ -189,11 +189,11 @@ def dma_round(owned: Owned, choose: random.Random, writes: int) -> tuple[int, in
             f"{int(np.bitwise_count(found & ~expected).sum())} too many",
         )
         bits[low:high] = _pages_of(found, high - low)
-        again = owned.device.report(*query, PAGE_BYTES)
+        again = driver.device.report(*query, PAGE_BYTES)
         require(not again.any(), "a second report is not empty")
-    changed = changed_pages(before, owned.memory)
+    changed = changed_pages(before, driver.memory)
     require(bool((changed <= bits).all()), "RAM changed in pages that were not reported")
-    sure = surely_changed(written, owned.window)
+    sure = surely_changed(written, driver.window)
     require(bool((sure <= changed).all()), "the journal has writes that are not in RAM")
     require(bool((sure <= bits).all()), "pages were written that were not reported")
     return int(bits.sum()), len(cuts) - 1
@@ -213,15 +213,15 @@ def surely_changed(written: Journal, window: IovaRange) -> NDArray[np.bool_]:
     return sure
 
 
-def _check_content(owned: Owned, written: Journal) -> None:
+def _check_content(driver: FakeDriver, written: Journal) -> None:
     """The last write of the round is in RAM to the byte: the journal is true."""
     last = written[-1]
-    at = int(last["iova"]) - owned.window.iova
+    at = int(last["iova"]) - driver.window.iova
     length = int(last["length"])
     require(
         bool(
             np.array_equal(
-                owned.memory[at : at + length],
+                driver.memory[at : at + length],
                 content(int(last["sequence"]), int(last["iova"]), length),
             )
         ),
@@ -229,49 +229,49 @@ def _check_content(owned: Owned, written: Journal) -> None:
     )
 
 
-def dma_cases(owned: Owned, rounds: int, seed: int) -> tuple[str, dict[str, Any]]:
+def dma_cases(driver: FakeDriver, rounds: int, seed: int) -> tuple[str, dict[str, Any]]:
     """Rounds of random DMA with the device's own log."""
     choose = random.Random(seed)
-    owned.device.start_logging([owned.window], PAGE_BYTES)
+    driver.device.start_logging([driver.window], PAGE_BYTES)
     pages = reports = 0
     for _ in range(rounds):
-        dirty, asked = dma_round(owned, choose, choose.choice((1, 10, 100)))
+        dirty, asked = dma_round(driver, choose, choose.choice((1, 10, 100)))
         pages += dirty
         reports += asked
-    owned.device.stop_logging()
+    driver.device.stop_logging()
     return (
         f"{rounds} rounds, {pages} dirty pages, {reports} reports: kernel, journal and RAM agree",
         {"rounds": rounds, "pages": pages, "reports": reports, "seed": seed},
     )
 
 
-def tracker_cases(owned: Owned, rounds: int, seed: int) -> tuple[str, dict[str, Any]]:
+def tracker_cases(driver: FakeDriver, rounds: int, seed: int) -> tuple[str, dict[str, Any]]:
     """The kernel's trackers by our protocol: whatever ranges are asked for, nothing is lost."""
     choose = random.Random(seed)
-    trackers: dict[str, DirtyTracker] = {"dma-logging": DmaLogging(owned.device)}
-    if owned.container is not None:
-        trackers["type1"] = Type1Tracker(owned.container)
+    trackers: dict[str, DirtyTracker] = {"dma-logging": DmaLogging(driver.device)}
+    if driver.container is not None:
+        trackers["type1"] = Type1Tracker(driver.container)
     figures: dict[str, Any] = {"rounds": rounds, "seed": seed}
     for name, tracker in trackers.items():
-        page_size = tracker.start([owned.window], PAGE_BYTES)
+        page_size = tracker.start([driver.window], PAGE_BYTES)
         pages = 0
         for _ in range(rounds):
-            start = len(owned.fake.journal())
-            owned.fake.write(*_columns(random_writes(choose, owned.window, 20)))
-            expected = expected_bits(owned.fake.journal()[start:], owned.window, page_size)
-            found = bitmap_for(owned.window.length, page_size)
-            cut = choose.randrange(1, owned.window.length)  # aligned to nothing
-            with IovaBitmap(*owned.window, page_size, found) as bitmap:
-                tracker.read_and_clear(bitmap, owned.window.iova, cut)
-                tracker.read_and_clear(bitmap, owned.window.iova + cut, owned.window.length - cut)
+            start = len(driver.fake.journal())
+            driver.fake.write(*_columns(random_writes(choose, driver.window, 20)))
+            expected = expected_bits(driver.fake.journal()[start:], driver.window, page_size)
+            found = bitmap_for(driver.window.length, page_size)
+            cut = choose.randrange(1, driver.window.length)  # aligned to nothing
+            with IovaBitmap(*driver.window, page_size, found) as bitmap:
+                tracker.read_and_clear(bitmap, driver.window.iova, cut)
+                tracker.read_and_clear(bitmap, driver.window.iova + cut, driver.window.length - cut)
             require(
                 bool(np.array_equal(found, expected)),
                 f"{name}: {int(np.bitwise_count(expected & ~found).sum())} pages missing, "
                 f"{int(np.bitwise_count(found & ~expected).sum())} too many",
             )
             # A page that was cut stays, and is told once more.
-            with IovaBitmap(*owned.window, page_size, found) as bitmap:
-                tracker.read_and_clear(bitmap, *owned.window)
+            with IovaBitmap(*driver.window, page_size, found) as bitmap:
+                tracker.read_and_clear(bitmap, *driver.window)
             pages += int(np.bitwise_count(expected).sum())
         tracker.stop()
         figures[name] = pages

@@ -180,7 +180,7 @@ def content(sequence: int, iova: int, length: int) -> NDArray[np.uint8]:
 
 
 @contextlib.contextmanager
-def planted(**faults: int) -> Iterator[None]:
+def injected(**faults: int) -> Iterator[None]:
     """The module's faults, switched on for a while."""
     for name, value in faults.items():
         (_PARAMETERS / name).write_text(str(value))

@@ -1,7 +1,7 @@
 """The fake device as if it were a device of the host: the very steps of ``prove --device vfio:…``.
 
 What is looked at beforehand is looked at on the real kernel; the proof then knows nothing of the
-device but what its guest tells. A fault that is planted must be seen all the same.
+device but what its guest tells. A fault that is injected must be seen all the same.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any, Final
 from ..migration.judgement import Blame
 from ..proof.model import Proof as Migrated
 from ..proof.run import prove
-from .fake_device import fake_device, planted
+from .device_proof import MEMORY_BYTES, setup_of
+from .fake_device import fake_device, injected
+from .fake_driver import by_container, by_iommufd
 from .host_functions import HostFunctions, MissingError, parse_functions, require_testable
 from .outcome import Proof, patient, require, require_loss, require_pass
-from .owned_proof import MEMORY_BYTES, setup_of
-from .owner import by_container, by_iommufd
 from .vfio_functions import Host, look
 
 _DROP_IN_1000: Final = 50
@@ -50,8 +50,8 @@ def _prove(guest: Path, way: str, seed: int, timeout_s: float) -> tuple[Migrated
 def _require_a_kernel_for(way: str) -> None:
     """Fail with what the kernel says where it has no such way, or does not tell how much state a
     device has (before Linux 6.2): QEMU takes that for 100 GiB, and never stops the guest."""
-    with by_container() if way else by_iommufd() as owned:
-        owned.device.stop_copy_bytes()
+    with by_container() if way else by_iommufd() as driver:
+        driver.device.stop_copy_bytes()
 
 
 def _equal(guest: Path, way: str, seed: int, timeout_s: float) -> tuple[str, dict[str, Any]]:
@@ -61,7 +61,7 @@ def _equal(guest: Path, way: str, seed: int, timeout_s: float) -> tuple[str, dic
 
 
 def _corrupts(guest: Path, way: str, seed: int, timeout_s: float) -> tuple[str, dict[str, Any]]:
-    with planted(drop=_DROP_IN_1000, seed=seed):
+    with injected(drop=_DROP_IN_1000, seed=seed):
         proof, _ = _prove(guest, way, seed, timeout_s)
     require_loss(proof.verdict, _told(proof))
     known = sum(page.blame is not Blame.UNKNOWN for page in proof.verdict.lost)
@@ -72,7 +72,7 @@ def _corrupts(guest: Path, way: str, seed: int, timeout_s: float) -> tuple[str, 
 def _told(proof: Migrated) -> str:
     verdict = proof.verdict
     return (
-        f"{len(verdict.lost)} of {verdict.pages} pages differ, {verdict.sharpness.certain} "
+        f"{len(verdict.lost)} of {verdict.pages} pages differ, {verdict.sensitivity.guaranteed_detectable} "
         f"certain, {verdict.guest.errors} errors of the guest, {proof.migration_s:.1f} s"
     )
 
@@ -80,7 +80,7 @@ def _told(proof: Migrated) -> str:
 def _figures(proof: Migrated) -> dict[str, Any]:
     return {
         "differing": len(proof.verdict.lost),
-        "certain": proof.verdict.sharpness.certain,
+        "guaranteed_detectable": proof.verdict.sensitivity.guaranteed_detectable,
         "seconds": round(proof.migration_s, 1),
     }
 
@@ -89,9 +89,9 @@ def _in_use() -> tuple[str, dict[str, Any]]:
     """A function that somebody has is told, whichever way it is to be opened."""
     told = []
     for owner in (by_iommufd, by_container):
-        with owner() as owned, fake_device() as other:
+        with owner() as driver, fake_device() as other:
             for iommufd in (True, False):
-                text = f"vfio:{owned.fake.sysfs},{other.sysfs}" + ("" if iommufd else ",container")
+                text = f"vfio:{driver.fake.sysfs},{other.sysfs}" + ("" if iommufd else ",container")
                 functions = parse_functions(text, Host())
                 told.append(_refusal(functions))
     return f"refused {len(told)} times: {told[0]}", {}

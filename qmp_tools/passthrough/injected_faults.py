@@ -1,4 +1,4 @@
-"""Each fault of the module, planted again and again: the comparison must catch it every time."""
+"""Each fault of the module, injected again and again: the comparison must catch it every time."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dmaproof.errors import DmaproofError, UsageError
 from dmaproof.units import PAGE_BYTES
 
 from .differential import dma_round, iterator_cases
-from .fake_device import planted
+from .fake_device import injected
+from .fake_driver import by_either
 from .outcome import ProofFailedError, require
-from .owner import by_either
 
 FAULTS: Final[dict[str, dict[str, int]]] = {
     "drop": {"drop": 50},
@@ -42,17 +42,17 @@ def parse_fault(text: str) -> dict[str, int]:
 
 
 def caught(name: str, rounds: int, seed: int) -> tuple[str, dict[str, Any]]:
-    """`rounds` rounds of DMA with the fault planted; each must be told from a clean one."""
+    """`rounds` rounds of DMA with the fault injected; each must be told from a clean one."""
     choose = random.Random(seed)
     told: list[str] = []
     for round_number in range(rounds):
         # A device for each: what a fault holds back must not heal the next round.
-        with by_either() as owned:
-            owned.device.start_logging([owned.window], PAGE_BYTES)
-            dma_round(owned, choose, _WRITES)  # clean, in the same set-up
-            with planted(**FAULTS[name], seed=seed + round_number):
+        with by_either() as driver:
+            driver.device.start_logging([driver.window], PAGE_BYTES)
+            dma_round(driver, choose, _WRITES)  # clean, in the same set-up
+            with injected(**FAULTS[name], seed=seed + round_number):
                 try:
-                    dma_round(owned, choose, _WRITES)
+                    dma_round(driver, choose, _WRITES)
                 except (ProofFailedError, DmaproofError) as error:
                     told.append(str(error))
     require(len(told) == rounds, f"caught {len(told)} of {rounds}")
@@ -63,7 +63,7 @@ def caught_by_the_iterator(rounds: int, seed: int) -> tuple[str, dict[str, Any]]
     """The comparison of iterators, with reports beside the place."""
     told = 0
     for round_number in range(rounds):
-        with planted(shift=1):
+        with injected(shift=1):
             try:
                 iterator_cases(_CASES, seed + round_number)
             except ProofFailedError:

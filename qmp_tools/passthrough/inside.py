@@ -23,10 +23,10 @@ from dmaproof.errors import DmaproofError
 
 from ..host.timeout import DEFAULT_TIMEOUT_S
 from . import GROUPS, differential, functions, hwpt, migrations, states, vhost
-from . import injected_faults as planted_faults
+from . import injected_faults as injected_faults
 from .clock import Clocks
+from .fake_driver import OWNERS
 from .outcome import Proof, State, run
-from .owner import OWNERS
 from .rules import rules
 
 
@@ -40,7 +40,7 @@ class Guests(NamedTuple):
 def _differential(seed: int, quick: bool) -> dict[str, Proof]:
     cases, rounds = (200, 5) if quick else (3000, 40)
 
-    def owned(name: str, kind: str) -> Proof:
+    def driver(name: str, kind: str) -> Proof:
         def carry_out() -> tuple[str, dict[str, object]]:
             with OWNERS[name]() as owner:
                 if kind == "dma":
@@ -55,8 +55,8 @@ def _differential(seed: int, quick: bool) -> dict[str, Proof]:
         "the page table as a tracker": partial(hwpt.hwpt_tracker_cases, rounds, seed),
     }
     for name in OWNERS:
-        proofs[f"random DMA, {name}"] = owned(name, "dma")
-        proofs[f"the kernel's trackers, {name}"] = owned(name, "trackers")
+        proofs[f"random DMA, {name}"] = driver(name, "dma")
+        proofs[f"the kernel's trackers, {name}"] = driver(name, "trackers")
     return proofs
 
 
@@ -81,11 +81,11 @@ def _proofs(
     if group == "faults":
         rounds = 2 if quick else 10
         proofs: dict[str, Proof] = {
-            name: partial(planted_faults.caught, name, rounds, seed)
-            for name in planted_faults.FAULTS
+            name: partial(injected_faults.caught, name, rounds, seed)
+            for name in injected_faults.FAULTS
         }
         proofs["shift, in the iterators' comparison"] = partial(
-            planted_faults.caught_by_the_iterator, rounds, seed
+            injected_faults.caught_by_the_iterator, rounds, seed
         )
         return proofs
     if group == "vhost":

@@ -14,7 +14,7 @@ from ..proof.options import ProofOptions
 from ..proof.resolve import refuse_strangers
 from .host_functions import PREFIX, parse_functions
 from .injected_faults import parse_fault
-from .owned_device import NAME, OwnedDevice
+from .proof_device import NAME, FakeProofDevice
 from .tracking import TRACKINGS
 from .vfio_functions import Host
 
@@ -66,7 +66,7 @@ def is_fake_vfio(options: ProofOptions) -> bool:
     return isinstance(kind_of(options.devices, options.device_command), FakeVfioKind)
 
 
-def fake_device_of(options: ProofOptions) -> OwnedDevice:
+def fake_device_of(options: ProofOptions) -> FakeProofDevice:
     """The fake VFIO device that the options are about.
 
     Raises:
@@ -85,4 +85,4 @@ def fake_device_of(options: ProofOptions) -> OwnedDevice:
                 f"--device {NAME}:{tracking}: QEMU does not ask the device there, so none of its "
                 "faults can show"
             )
-    return OwnedDevice(tracking, options.fault)
+    return FakeProofDevice(tracking, options.fault)

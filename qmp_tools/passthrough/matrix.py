@@ -84,7 +84,9 @@ def _untracked(by_name: Mapping[str, Run], notes: _Notes) -> str:
         return ""
     if outcome["state"] != State.HOLDS:
         return _not_held(outcome, notes)
-    return f"{outcome['figures']['differing']} of {outcome['figures']['certain']} stale"
+    return (
+        f"{outcome['figures']['differing']} of {outcome['figures']['guaranteed_detectable']} stale"
+    )
 
 
 def _not_held(outcome: Run, notes: _Notes) -> str:

@@ -9,7 +9,7 @@ Where QEMU hears of the pages in precopy, it is held there for some syncs. Where
 held in its first pass: behind that nothing would be left to send, and QEMU 11.1 syncs again and
 again without a pause, and hardly answers (docs/kernel-findings.md).
 
-Every way is followed by controls: the same with a fault of the module planted, which must corrupt,
+Every way is followed by controls: the same with a fault of the module injected, which must corrupt,
 and only the pages that were kept from the report.
 """
 
@@ -47,12 +47,12 @@ from .fake_device import (
     Journal,
     dropped_pages,
     fake_device,
-    planted,
+    injected,
 )
+from .fake_driver import by_either, open_iommufd
 from .injected_faults import FAULTS
 from .l1.machine import TESTED_QEMU
 from .outcome import LackingError, NothingTestedError, Proof, ProofFailedError, patient, require
-from .owner import by_either, open_iommufd
 from .tracking import TRACKINGS, Tracking
 
 _QEMU: Final = Path(os.environ.get(TESTED_QEMU, "/usr/bin/qemu-system-x86_64"))
@@ -145,9 +145,9 @@ async def _ask_qemu(timeout_s: float) -> TestedQemu:
 def _require_device_log() -> None:
     """Fail with what the kernel says where it does not log a device's DMA; QEMU's migration would
     fail half-way."""
-    with by_either() as owned:
-        owned.device.start_logging([owned.window], PAGE_BYTES)
-        owned.device.report(*owned.window, PAGE_BYTES)
+    with by_either() as driver:
+        driver.device.start_logging([driver.window], PAGE_BYTES)
+        driver.device.report(*driver.window, PAGE_BYTES)
 
 
 def proofs(
@@ -194,7 +194,7 @@ def _require_test(result: _Result) -> None:
 def _figures(result: _Result) -> dict[str, Any]:
     return {
         "differing": len(result.differing),
-        "certain": result.rewritten(),
+        "guaranteed_detectable": result.rewritten(),
         "reports": result.stats["reports"],
         "syncs": result.syncs,
         "seconds": round(result.seconds, 1),
@@ -232,7 +232,7 @@ def _corrupted(
     tracking: Tracking, fault: str, seed: int, timeout_s: float
 ) -> tuple[str, dict[str, Any]]:
     parameters = FAULTS[fault]
-    with planted(**parameters, seed=seed):
+    with injected(**parameters, seed=seed):
         result = _migrated(tracking, timeout_s)
     written = np.unique(result.journal["iova"] // PAGE_BYTES).astype(np.int64)
     may_differ = written

@@ -21,7 +21,7 @@ from dmaproof.vfio.abi import Request
 from dmaproof.vfio.iommufd import Iommufd
 from dmaproof.vfio.requests import Bits, address_of, request
 
-from .owner import open_iommufd
+from .fake_driver import open_iommufd
 
 _TEST: Final = Request("IOMMU_TEST_CMD", ord(";") << 8 | 0xA0)
 _COMMAND_BYTES: Final = 72

@@ -84,7 +84,7 @@ def require_pass(verdict: Verdict) -> None:
 
 
 def require_loss(verdict: Verdict, told: str) -> None:
-    """Fail the proof unless pages were lost by the fault that was planted."""
+    """Fail the proof unless pages were lost by the fault that was injected."""
     if not verdict.lost:
         _require_test(verdict)
         raise ProofFailedError(f"the fault is not seen, {told}")
@@ -92,8 +92,8 @@ def require_loss(verdict: Verdict, told: str) -> None:
 
 def _require_test(verdict: Verdict) -> None:
     """Fail the attempt if no page was certain to show a loss: on a starved machine a migration may
-    be over before the guest has got to its once pages."""
-    if not verdict.sharpness.certain:
+    be over before the guest has got to its write-once pages."""
+    if not verdict.sensitivity.guaranteed_detectable:
         raise NothingTestedError(f"no page was certain to show a loss; {verdict.sentence}")
 
 

@@ -110,7 +110,7 @@ def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 async def prove_fake_vfio(
     options: ProofOptions, *, keep: bool = False
 ) -> tuple[dict[str, Any], str]:
-    """Carry out the proof of QEMU's vfio-pci on the fake device, in L1; see `owned_proof`.
+    """Carry out the proof of QEMU's vfio-pci on the fake device, in L1; see `device_proof`.
 
     Returns its report, as for JSON and for people.
 
@@ -123,7 +123,7 @@ async def prove_fake_vfio(
     machine = l1()
     guest = vfio_guest()
     report = _RESULTS.format(1)
-    command = f"python3 -m qmp_tools.passthrough.owned_proof /mnt/{report} /mnt/{guest.name} "
+    command = f"python3 -m qmp_tools.passthrough.device_proof /mnt/{report} /mnt/{guest.name} "
     command += quoted("--tracking", device.tracking, "--seed", str(options.seed))
     command += f" --timeout {options.timeout}"
     if device.fault:

@@ -16,9 +16,9 @@ from dmaproof.vfio.abi import MigrationFlag, MigrationState
 from dmaproof.vfio.device import VfioDevice, precopy_bytes
 from dmaproof.vfio.requests import VfioError
 
-from .fake_device import planted
+from .fake_device import injected
+from .fake_driver import IOVA, by_either
 from .outcome import LackingError, require
-from .owner import IOVA, by_either
 
 _ALL: Final = MigrationFlag.STOP_COPY | MigrationFlag.P2P | MigrationFlag.PRE_COPY
 
@@ -115,8 +115,8 @@ def transfer() -> tuple[str, dict[str, Any]]:
 
 def refusals() -> tuple[str, dict[str, Any]]:
     """Ways that are none, state that is none, and a device that fails on each way."""
-    with by_either() as owned, by_either() as other:
-        device = owned.device
+    with by_either() as driver, by_either() as other:
+        device = driver.device
         _check_flags(device)
         data = _save(device)
         for state in (MigrationState.PRE_COPY, MigrationState.PRE_COPY_P2P):
@@ -132,7 +132,7 @@ def refusals() -> tuple[str, dict[str, Any]]:
         for state in failing:
             if state is MigrationState.RUNNING:  # that is where it is
                 device.set_state(MigrationState.STOP)
-            with planted(fail_state=int(state)):
+            with injected(fail_state=int(state)):
                 require(_refused(device, state) == errno.EIO, f"{state.name} does not fail")
             require(device.state is MigrationState.ERROR, f"{device.state!r} after a failure")
             require(_refused(device, MigrationState.RUNNING) == errno.EINVAL, "a way leaves ERROR")

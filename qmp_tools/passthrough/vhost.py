@@ -3,7 +3,7 @@
 The guest of L2 asks the disk, the disk has the fake VFIO device write guest RAM by DMA, the kernel
 tells what was written, and we merge that into QEMU's vhost dirty log. The verdict is that of
 `qmp_tools.proof`: every page compared, each lost one attributed. Every way has a control, in which
-a planted fault must corrupt, and be placed where it was planted.
+a injected fault must corrupt, and be placed where it was injected.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from ..proof.model import Setup
 from ..proof.options import ProofOptions
 from ..proof.run import prove
 from ..qemu.machine import MIB, Machine
-from .fake_device import planted
+from .fake_device import injected
+from .fake_driver import open_iommufd
 from .outcome import Proof, patient, require, require_loss, require_pass
-from .owner import open_iommufd
 from .vhost_device import BY_IOMMUFD, TRACKERS
 
 _QEMU: Final = Path("/usr/bin/qemu-system-x86_64")
 _MEMORY_BYTES: Final = 32 * MIB
-_WORKLOAD: Final = Workload(threads=8, hot=64, once=256, churn=512, hold=256, huge_every=0)
+_WORKLOAD: Final = Workload(threads=8, hot=64, write_once=256, churn=512, hold=256, huge_every=0)
 _REQUESTS_AFTER: Final = 50
 _BANDWIDTH_BYTES_PER_S: Final = 4 * MIB
 _DOWNTIME_S: Final = 10.0
@@ -95,7 +95,7 @@ def _corrupts(
 ) -> tuple[str, dict[str, Any]]:
     """The same with a fault at `link`, which must be seen there, and nothing else."""
     if link is Link.TRACKER:
-        with planted(drop=_DROP_IN_1000, seed=seed):
+        with injected(drop=_DROP_IN_1000, seed=seed):
             proof = _prove(guest, tracker, None, seed, timeout_s)
     else:
         proof = _prove(guest, tracker, _DROP_PAGES, seed, timeout_s)
@@ -107,21 +107,21 @@ def _corrupts(
 
 
 def _told(proof: Migrated) -> str:
-    sharpness = proof.verdict.sharpness
+    sensitivity = proof.verdict.sensitivity
     return (
-        f"{sharpness.written} written, {sharpness.certain} certain, "
+        f"{sensitivity.written} written, {sensitivity.guaranteed_detectable} certain, "
         f"{len(proof.harvests)} harvests, {proof.history[-1].syncs} syncs, "
         f"{proof.migration_s:.1f} s"
     )
 
 
 def _figures(proof: Migrated) -> dict[str, Any]:
-    sharpness = proof.verdict.sharpness
+    sensitivity = proof.verdict.sensitivity
     return {
         "differing": len(proof.verdict.lost),
-        "certain": sharpness.certain,
-        "written": sharpness.written,
-        "unreported": sharpness.unreported,
+        "guaranteed_detectable": sensitivity.guaranteed_detectable,
+        "written": sensitivity.written,
+        "unreported": sensitivity.unreported,
         "harvests": len(proof.harvests),
         "syncs": proof.history[-1].syncs,
         "seconds": round(proof.migration_s, 1),

@@ -63,7 +63,7 @@ _OWNERS: Final = {
     "container, type1's log": _by_type1,
 }
 TRACKERS: Final = tuple(_OWNERS)
-"""How the device is owned, and who remembers what it wrote."""
+"""How the device is driver, and who remembers what it wrote."""
 
 
 def _write_all(dma: int, iova: int, data: memoryview) -> None:

@@ -6,7 +6,7 @@ from typing import Final
 
 from dmaproof.errors import UntestableError
 
-from ..guest.channel import SWEEP, GuestLateError
+from ..guest.channel import RECHECK, GuestLateError
 from ..migration.pair import QemuPair
 from ..migration.scenarios.base import Scenario
 from .verdict import GuestOutcome
@@ -30,19 +30,19 @@ async def continue_guest(
         unanswered = _unanswered(pair) if isinstance(error, GuestLateError) else 0
         if not (pages_are_lost or unanswered):
             raise
-        complaints = [str(error).splitlines()[0]]
+        error_messages = [str(error).splitlines()[0]]
         if unanswered:
-            complaints.append(
+            error_messages.append(
                 f"{unanswered} of its requests are not answered: the source's device let go of "
                 "its rings before it had done them, or its last writes to them are lost"
             )
-        return GuestOutcome(0, unanswered or 1, 0, complaints)
+        return GuestOutcome(0, unanswered or 1, 0, error_messages)
 
 
 def _unanswered(pair: QemuPair) -> int:
     """How many requests the destination's guest waits for, where it makes no new ones."""
     guest = pair.destination_guest
-    return 0 if "sweep" in guest.latest else guest.number("progress", "under_way")
+    return 0 if "recheck" in guest.latest else guest.number("progress", "under_way")
 
 
 async def _go_on(
@@ -52,9 +52,9 @@ async def _go_on(
     guest = pair.destination_guest
     before = pair.source_guest.number("progress", "requests")
     await scenario.finish(pair)
-    await guest.tell(SWEEP)
+    await guest.tell(RECHECK)
     wanted = before + requests_after
-    await guest.wait_for(lambda: "sweep" in guest.latest, "swept its pages", timeout_s)
+    await guest.wait_for(lambda: "recheck" in guest.latest, "rechecked its pages", timeout_s)
     await guest.wait_for(
         lambda: guest.number("progress", "requests") >= wanted,
         f"done {requests_after} more requests",
@@ -63,6 +63,6 @@ async def _go_on(
     return GuestOutcome(
         requests=guest.number("progress", "requests") - before,
         errors=guest.number("progress", "errors"),
-        swept=guest.number("sweep", "pages"),
-        complaints=guest.complaints,
+        rechecked=guest.number("recheck", "pages"),
+        error_messages=guest.error_messages,
     )

@@ -92,18 +92,18 @@ class Migrated:
 
 
 @dataclass(frozen=True)
-class Hop:
-    """One migration of several, in numbers: see `Proof`, `Verdict`, `Sharpness`, `GuestOutcome`."""
+class MigrationSummary:
+    """One migration of several, in numbers: see `Proof`, `Verdict`, `Sensitivity`, `GuestOutcome`."""
 
     seconds: float
     downtime_s: float | None
     pages: int
     lost: int
     rewritten: int
-    certain: int
+    guaranteed_detectable: int
     unreported: int
     requests: int
-    swept: int
+    rechecked: int
     errors: int
 
 
@@ -129,22 +129,22 @@ class Proof:
     ram_map: RamMap
     commands: Mapping[str, Sequence[str]]
     folder: Path | None
-    earlier: Sequence[Hop] = ()
+    earlier: Sequence[MigrationSummary] = ()
     """The same guest's migrations before this one, all of them passes."""
 
     @property
-    def hop(self) -> Hop:
+    def migration_summary(self) -> MigrationSummary:
         """What counts of this migration beside others."""
-        sharpness, guest = self.verdict.sharpness, self.verdict.guest
-        return Hop(
+        sensitivity, guest = self.verdict.sensitivity, self.verdict.guest
+        return MigrationSummary(
             seconds=self.migration_s,
             downtime_s=self.downtime_s,
             pages=self.verdict.pages,
             lost=len(self.verdict.lost),
-            rewritten=sharpness.rewritten,
-            certain=sharpness.certain,
-            unreported=sharpness.unreported,
+            rewritten=sensitivity.rewritten,
+            guaranteed_detectable=sensitivity.guaranteed_detectable,
+            unreported=sensitivity.unreported,
             requests=guest.requests,
-            swept=guest.swept,
+            rechecked=guest.rechecked,
             errors=guest.errors,
         )

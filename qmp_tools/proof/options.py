@@ -278,8 +278,8 @@ class ProofOptions:
         str | Sequence[str],
         Option(
             "device",
-            "one of dmaproof's (docs/own-devices.md), may come repeatedly; qemu:NAME, one inside "
-            "QEMU (docs/devices.md); vfio-fake, or vfio:SOURCE,DESTINATION (docs/passthrough.md)",
+            "one of dmaproof's (docs/built-in-devices.md), may come repeatedly; qemu:NAME, one inside "
+            "QEMU (docs/third-party-devices.md); vfio-fake, or vfio:SOURCE,DESTINATION (docs/passthrough.md)",
             "NAME[:OPTION=VALUE,…]",
             _several,
         ),

@@ -123,7 +123,7 @@ async def choose_accelerator(
     if not runs:
         _logger.info(
             "accelerator: TCG, because under KVM the guest did not start within %.0f s",
-            guest.kvm_patience_s,
+            guest.kvm_timeout_s,
         )
     return "kvm" if runs else "tcg"
 
@@ -144,7 +144,7 @@ async def _kvm_runs(qemu: Path, guest: Guest, timeout_s: float) -> int:
     with run_folder() as folder, contextlib.suppress(UntestableError, TimeoutError):
         async with (
             running_qemu("probe", qemu, arguments, folder, timeout_s=timeout_s) as running,
-            asyncio.timeout(guest.kvm_patience_s),
+            asyncio.timeout(guest.kvm_timeout_s),
         ):
             line = await running.report.readline()
             return int(bool(line) and not line.startswith(b"fatal"))

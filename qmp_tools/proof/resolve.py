@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from dmaproof.errors import UsageError
-from dmaproof.faults import plant
+from dmaproof.faults import make_fault
 from dmaproof.faults.fault import Fault
 
 from ..devices.device import ProofDevice
@@ -39,7 +39,7 @@ _logger = logging.getLogger(__name__)
 TRACKER: Final = "iommu"
 HARVEST: Final = 0.2
 """The defaults of the options of these names, where a fault needs nothing else."""
-_BEHIND_IOMMU: Final = "once=2048"
+_BEHIND_IOMMU: Final = "write_once=2048"
 """Each page costs the device and QEMU a conversation there."""
 
 
@@ -60,7 +60,7 @@ async def resolve(options: ProofOptions) -> Setup:
     scenario = _scenario_for(options, device)
     _require_driver(options, device, iommu)
     usual = _BEHIND_IOMMU if iommu else ""
-    workload = device.fit(parse_workload(f"{usual},{options.workload}", seed))
+    workload = device.adapt(parse_workload(f"{usual},{options.workload}", seed))
     if options.machine:
         refuse_taken_properties(options.machine)
     if OWN_GUEST in device.guests:
@@ -127,7 +127,7 @@ def chosen_seed(given: int | None, bits: int = 32) -> int:
 
 
 def _fault_of(options: ProofOptions) -> Fault:
-    fault = plant(options.fault, options.seed or 0)
+    fault = make_fault(options.fault, options.seed or 0)
     if fault.needs:
         raise UsageError(
             f"fault {options.fault} shows only with {fault.needs}, which a proof does not have: "

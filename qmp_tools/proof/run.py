@@ -45,9 +45,9 @@ from .attribution import LostPage, slots_in, with_late_dma
 from .comparison import Comparison, compare_guests
 from .continuation import continue_guest
 from .late_dma import PausedRam
-from .model import Hop, Migrated, Proof, Setup
+from .model import Migrated, MigrationSummary, Proof, Setup
 from .ram_map import joined, with_lost
-from .sensitivity import Sharpness, measure_sharpness, sharpness_by_guest
+from .sensitivity import Sensitivity, measure_sensitivity, sensitivity_by_guest
 from .verdict import GuestOutcome, Verdict
 
 _logger = logging.getLogger(__name__)
@@ -69,29 +69,29 @@ async def prove(
     Raises:
         UntestableError: it did not come to a verdict; the message says why.
     """
-    migrations = find_scenario(setup.scenario).migrations
+    count = find_scenario(setup.scenario).migrations
     with run_folder(keep=keep) as folder:
         async with (
             proof_run(setup, folder, on_progress) as run,
-            contextlib.aclosing(there_and_back(run, migrations)) as proofs,
+            contextlib.aclosing(there_and_back(run, count)) as proofs,
         ):
             proof = [proof async for proof in proofs][-1]
             return replace(proof, folder=folder if keep else None)
 
 
-async def there_and_back(run: ProofRun, migrations: int) -> AsyncGenerator[Proof, None]:
-    """The proofs of so many migrations of one guest, until the first that is no pass.
+async def there_and_back(run: ProofRun, count: int) -> AsyncGenerator[Proof, None]:
+    """The proofs of `count` migrations of one guest, until the first that is no pass.
 
     Raises:
         UntestableError: one did not come to a verdict; the message says why.
     """
-    hops: list[Hop] = []
-    for number in range(migrations):
+    migrations: list[MigrationSummary] = []
+    for number in range(count):
         if number:
             await run.turn_back()
         proof = await run.finish(await run.compare(await run.migrate()))
-        yield replace(proof, earlier=tuple(hops))
-        hops.append(proof.hop)
+        yield replace(proof, earlier=tuple(migrations))
+        migrations.append(proof.migration_summary)
         if proof.verdict.exit_code != EXIT_PASS:
             return
 
@@ -321,7 +321,7 @@ class ProofRun:
         return Verdict(
             found.pages,
             found.lost,
-            self._sharpness(found.evidence, migrated),
+            self._sensitivity(found.evidence, migrated),
             GuestOutcome(0, 0, 0),
             migrated.ended_early,
             downtime=self._downtime(migrated.migration, harvests),
@@ -329,13 +329,13 @@ class ProofRun:
             refusal=migrated.refusal.words if migrated.refusal else None,
         )
 
-    def _sharpness(self, evidence: Sequence[Evidence], migrated: Migrated) -> Sharpness:
+    def _sensitivity(self, evidence: Sequence[Evidence], migrated: Migrated) -> Sensitivity:
         source = self.scenario.evidence_source(has_evidence=bool(evidence))
         if source is EvidenceSource.JOURNAL:
-            return measure_sharpness(evidence, migrated.all_sent_ns)
-        once = 0 if migrated.source_continued else self._attempt.once_pages()
-        certain = source is not EvidenceSource.GUEST or self._setup.device.direct
-        return sharpness_by_guest(once, source, certain=certain)
+            return measure_sensitivity(evidence, migrated.all_sent_ns)
+        write_once = 0 if migrated.source_continued else self._attempt.once_pages()
+        guaranteed = source is not EvidenceSource.GUEST or self._setup.device.direct
+        return sensitivity_by_guest(write_once, source, guaranteed=guaranteed)
 
     def _downtime(self, migration: Migration, harvests: NDArray[np.void]) -> Downtime:
         return measure_downtime(

@@ -1,8 +1,8 @@
 """How much a run can tell: on which pages a lost dirty bit would have shown.
 
 A pass needs evidence. Pages that the device wrote only once, after QEMU had sent every page at
-least once, are *certain*: their bit is the only thing that can have brought them across. Where
-there is no journal the guest's word counts: it began to read into its once pages only then.
+least once, are *guaranteed detectable*: their bit is the only thing that can have brought them across. Where
+there is no journal the guest's word counts: it began to read into its write-once pages only then.
 
 A page that the device wrote and that has not reached the log fails the proof even where it is
 equal: QEMU may have sent it for a reason of its own (it dirties every used ring when it stops it,
@@ -29,35 +29,35 @@ from .attribution import WrittenPages
 
 
 @dataclass(frozen=True)
-class Sharpness:
+class Sensitivity:
     """How much a run can tell; all in pages but for `writes`.
 
-    `rewritten` were written by the device after QEMU had sent every page once; `certain` are those
-    of them that the device wrote only once, with data. `unreported` were written and have not
-    reached the log since, whether they were lost by it or saved by luck; `unreported_certain` are
-    both; `missed_at` counts them by the first link that has not seen them, `missed_by` by the
+    `rewritten` were written by the device after QEMU had sent every page once;
+    `guaranteed_detectable` are those of them that the device wrote only once, with data.
+    `unreported` were written and have not reached the log since, whether they were lost by it or
+    saved by luck; `unreported_guaranteed` are both; `missed_at` counts them by the first link that has not seen them, `missed_by` by the
     device that wrote them. `reported_unwritten` reached the log though no device had written them.
-    Where the `witness` is not the journal, the once pages alone are known: they are `rewritten`,
-    and `certain` unless the guest's kernel has copied them from buffers that it uses again.
+    Where the `evidence_source` is not the journal, the write-once pages alone are known: they are
+    `rewritten`, and `guaranteed_detectable` unless the guest's kernel has copied them from buffers that it uses again.
     """
 
     writes: int
     written: int
     rewritten: int
-    certain: int
+    guaranteed_detectable: int
     unreported: int
-    unreported_certain: int
+    unreported_guaranteed: int
     reported_unwritten: int
     missed_at: dict[str, int] = field(default_factory=dict)
     missed_by: dict[str, int] = field(default_factory=dict)
-    witness: EvidenceSource = EvidenceSource.JOURNAL
+    evidence_source: EvidenceSource = EvidenceSource.JOURNAL
 
     def to_json(self) -> dict[str, Any]:
         """The members by name; what is not known is None."""
         members = asdict(self)
-        if self.witness == EvidenceSource.JOURNAL:
+        if self.evidence_source == EvidenceSource.JOURNAL:
             return members
-        known = ("rewritten", "certain", "missed_at", "missed_by", "witness")
+        known = ("rewritten", "guaranteed_detectable", "missed_at", "missed_by", "evidence_source")
         return {name: value if name in known else None for name, value in members.items()}
 
 
@@ -71,7 +71,7 @@ class _Told:
 
     written: NDArray[np.uint64]
     late: NDArray[np.uint64]
-    certain: NDArray[np.uint64]
+    guaranteed_detectable: NDArray[np.uint64]
     missed: NDArray[np.uint64]
     links: Sequence[Link]
     unwritten: NDArray[np.uint64]
@@ -99,30 +99,32 @@ def _told_by(evidence: Evidence, all_sent_ns: int) -> _Told:
     return _Told(
         written=pages,
         late=pages[late],
-        certain=pages[once],
+        guaranteed_detectable=pages[once],
         missed=pages[missed],
         links=[TRACED_LINKS[index] for index in missed_at[missed]],
         unwritten=np.setdiff1d(reported_pages, pages),
     )
 
 
-def measure_sharpness(evidence: Sequence[Evidence], all_sent_ns: int) -> Sharpness:
+def measure_sensitivity(evidence: Sequence[Evidence], all_sent_ns: int) -> Sensitivity:
     """What the run can tell; by `all_sent_ns` (CLOCK_MONOTONIC) every page had been sent once.
 
-    A page is certain if it was written once by one of the devices and never by another.
+    A page is guaranteed detectable if it was written once by one of the devices and never by another.
     """
     told = [_told_by(each, all_sent_ns) for each in evidence]
     every_write = _together([each.written for each in told])
     pages, writers = np.unique(every_write, return_counts=True)
-    certain = np.intersect1d(_together([each.certain for each in told]), pages[writers == 1])
+    guaranteed = np.intersect1d(
+        _together([each.guaranteed_detectable for each in told]), pages[writers == 1]
+    )
     missed = np.unique(_together([each.missed for each in told]))
-    return Sharpness(
+    return Sensitivity(
         writes=sum(len(each.records) for each in evidence),
         written=len(pages),
         rewritten=len(np.unique(_together([each.late for each in told]))),
-        certain=len(certain),
+        guaranteed_detectable=len(guaranteed),
         unreported=len(missed),
-        unreported_certain=len(np.intersect1d(missed, certain)),
+        unreported_guaranteed=len(np.intersect1d(missed, guaranteed)),
         reported_unwritten=len(np.unique(_together([each.unwritten for each in told]))),
         missed_at=dict(Counter(link.value for each in told for link in each.links)),
         missed_by={
@@ -137,13 +139,18 @@ def _together(pages: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
     return np.concatenate([np.empty(0, dtype=np.uint64), *pages])
 
 
-def sharpness_by_guest(
-    once: int, witness: EvidenceSource = EvidenceSource.GUEST, *, certain: bool = True
-) -> Sharpness:
-    """What a run without a journal can tell: `once` pages the guest has had read into just once,
+def sensitivity_by_guest(
+    write_once: int,
+    evidence_source: EvidenceSource = EvidenceSource.GUEST,
+    *,
+    guaranteed: bool = True,
+) -> Sensitivity:
+    """What a run without a journal can tell: `write_once` pages the guest has had read into just once,
     all of them after everything had been sent, before anything was, or while it was; if they are
-    `certain`, each at a place that nothing else was written to."""
-    return Sharpness(0, 0, once, once if certain else 0, 0, 0, 0, witness=witness)
+    `guaranteed`, each at a place that nothing else was written to."""
+    return Sensitivity(
+        0, 0, write_once, write_once if guaranteed else 0, 0, 0, 0, evidence_source=evidence_source
+    )
 
 
 def _missed_at(

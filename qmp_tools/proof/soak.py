@@ -22,7 +22,7 @@ from ..exit_codes import EXIT_LOST, EXIT_PASS
 from ..host.run_folder import run_folder
 from ..migration.scenarios import find_scenario, known_scenarios
 from ..qemu.machine import MIB
-from .model import Hop, Proof, Setup
+from .model import MigrationSummary, Proof, Setup
 from .run import proof_run, there_and_back
 
 _logger = logging.getLogger(__name__)
@@ -138,9 +138,9 @@ class Soak:
     seconds: float
 
     @property
-    def hops(self) -> Sequence[Hop]:
+    def migrations(self) -> Sequence[MigrationSummary]:
         """All migrations, in numbers."""
-        return [*self.proof.earlier, self.proof.hop]
+        return [*self.proof.earlier, self.proof.migration_summary]
 
     @property
     def growths(self) -> Sequence[Growth]:
@@ -157,13 +157,13 @@ class Soak:
     @property
     def sentence(self) -> str:
         """The outcome in one sentence."""
-        hops = self.hops
+        migrations = self.migrations
         if self.proof.verdict.exit_code != EXIT_PASS:
-            return f"migration {len(hops)} of {self.wanted}: {self.proof.verdict.sentence}"
+            return f"migration {len(migrations)} of {self.wanted}: {self.proof.verdict.sentence}"
         grown = [it.process for it in self.growths if not it.is_none]
         what_grew = f"but the {' and the '.join(grown)} grew" if grown else "and nothing grew"
-        pages = sum(hop.pages for hop in hops)
-        return f"every page equal in {len(hops)} migrations ({pages} compared), {what_grew}"
+        pages = sum(migration.pages for migration in migrations)
+        return f"every page equal in {len(migrations)} migrations ({pages} compared), {what_grew}"
 
 
 async def soak(setup: Setup, migrations: int) -> Soak:

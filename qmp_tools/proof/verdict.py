@@ -16,24 +16,24 @@ from ..migration.judgement import Blame, EvidenceSource
 from ..migration.log_watch import LogEvidence
 from .attribution import LostPage
 from .rings import Ring
-from .sensitivity import Sharpness
+from .sensitivity import Sensitivity
 
 
 @dataclass(frozen=True)
 class GuestOutcome:
-    """What the guest itself saw on the destination; `swept` counts pages checked again in RAM."""
+    """What the guest itself saw on the destination; `rechecked` counts pages checked again in RAM."""
 
     requests: int
     errors: int
-    swept: int
-    complaints: Sequence[str] = ()
+    rechecked: int
+    error_messages: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Verdict:
     """The outcome of one proof.
 
-    With `ended_early` the migration completed before the guest had used its once pages, so that no
+    With `ended_early` the migration completed before the guest had used its write-once pages, so that no
     number of equal pages is a pass.
 
     `settled_s` is for how long the source's RAM was seen not to change after its guest had been
@@ -45,7 +45,7 @@ class Verdict:
 
     pages: int
     lost: Sequence[LostPage]
-    sharpness: Sharpness
+    sensitivity: Sensitivity
     guest: GuestOutcome
     ended_early: bool = False
     settled_s: float | None = None
@@ -66,10 +66,10 @@ class Verdict:
     @property
     def exit_code(self) -> int:
         """0 pass, 1 lost or too slow, 3 nothing was tested."""
-        found = self.lost or self.guest.errors or self.sharpness.unreported or self._log_faults
+        found = self.lost or self.guest.errors or self.sensitivity.unreported or self._log_faults
         if found or self.wrong_rings or self.downtime.exceeded:
             return EXIT_LOST
-        tested = self.sharpness.rewritten and not (self.ended_early or self.downtime.unmeasured)
+        tested = self.sensitivity.rewritten and not (self.ended_early or self.downtime.unmeasured)
         return EXIT_PASS if tested else EXIT_UNTESTED
 
     @property
@@ -96,7 +96,7 @@ class Verdict:
         if self.refusal and not self.pages:
             return (
                 "no page was compared, as the destination refused the device and the source "
-                f"continued; {self.sharpness.unreported} pages that the device wrote have not "
+                f"continued; {self.sensitivity.unreported} pages that the device wrote have not "
                 "reached the dirty log"
             )
         if self.lost:
@@ -108,19 +108,19 @@ class Verdict:
                 f"every page equal, but the guest found {self.guest.errors} errors on the "
                 "destination"
             )
-        if self.sharpness.unreported:
+        if self.sensitivity.unreported:
             return (
-                f"every page equal, but by luck: {self.sharpness.unreported} pages that the device "
+                f"every page equal, but by luck: {self.sensitivity.unreported} pages that the device "
                 "wrote have not reached the dirty log"
             )
         if self.downtime.exceeded:
             return f"every page equal, but {self.downtime.sentence}"
         if self.ended_early:
             return (
-                "too little was tested: the migration completed before the guest had used its once "
+                "too little was tested: the migration completed before the guest had used its write-once "
                 "pages, though it was to be held in precopy until then"
             )
-        if not self.sharpness.rewritten:
+        if not self.sensitivity.rewritten:
             return (
                 "nothing was tested: the device dirtied no page again that had already been sent; "
                 "give the guest more time or the migration less bandwidth"
@@ -149,7 +149,7 @@ class Verdict:
     @property
     def unseen(self) -> list[str]:
         """What may be wrong with a device without a journal, and could not have shown."""
-        if self.sharpness.witness is not EvidenceSource.GUEST:
+        if self.sensitivity.evidence_source is not EvidenceSource.GUEST:
             return []
         found = []
         if self.settled_s is not None:

@@ -115,7 +115,7 @@ def _downtime_case(downtime: Mapping[str, Any]) -> Case:
 
 
 def _proof_cases(answer: Mapping[str, Any]) -> list[Case]:
-    lost, guest, sharpness = answer["lost_pages"], answer["guest"], answer["sharpness"]
+    lost, guest, sensitivity = answer["lost_pages"], answer["guest"], answer["sensitivity"]
     rings, refusal = answer["wrong_rings"], answer["refusal"]
     not_continued = bool(rings or refusal)
     found = [
@@ -125,20 +125,20 @@ def _proof_cases(answer: Mapping[str, Any]) -> list[Case]:
             "failed" if guest["errors"] or not_continued else "passed",
             f"{guest['requests']} requests, {guest['errors']} errors"
             + (", not continued" if not_continued else ""),
-            [*guest["complaints"], *([refusal] if refusal else [])],
+            [*guest["error_messages"], *([refusal] if refusal else [])],
         ),
         Case(
             "a loss would have shown",
-            "passed" if sharpness["rewritten"] else "error",
-            f"{sharpness['rewritten']} pages written after they were sent, "
-            f"{sharpness['certain']} of them certain to show",
+            "passed" if sensitivity["rewritten"] else "error",
+            f"{sensitivity['rewritten']} pages written after they were sent, "
+            f"{sensitivity['guaranteed_detectable']} of them certain to show",
         ),
     ]
-    if sharpness["unreported"] is not None:
+    if sensitivity["unreported"] is not None:
         unreported = Case(
             "every page that the device wrote is reported",
-            "failed" if sharpness["unreported"] else "passed",
-            f"{sharpness['unreported']} of {sharpness['written']} are not",
+            "failed" if sensitivity["unreported"] else "passed",
+            f"{sensitivity['unreported']} of {sensitivity['written']} are not",
         )
         found.insert(2, unreported)
     if (log := answer["log"]) is not None:
@@ -160,7 +160,7 @@ def _proof_cases(answer: Mapping[str, Any]) -> list[Case]:
         caught = answer["control"]["caught"]
         fault = answer["control"]["setup"]["fault"]
         outcome = "passed" if caught else "error"
-        found.append(Case("the planted fault is caught", outcome, fault))
+        found.append(Case("the injected fault is caught", outcome, fault))
     return found
 
 

@@ -16,13 +16,13 @@ from ..memory.ram_blocks import RamBlock, known_tcg_loss
 from ..migration.downtime import downtime_parts
 from ..migration.judgement import Blame, EvidenceSource
 from ..proof.attribution import LostPage
-from ..proof.model import Hop, Proof
+from ..proof.model import MigrationSummary, Proof
 from ..proof.ram_map import MapArea
-from ..proof.sensitivity import Sharpness
+from ..proof.sensitivity import Sensitivity
 from ..qemu.machine import DIMM_BYTES, RAM_BACKEND, format_memory
 from .precopy import harvest_list, passes
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 _LOST_SHOWN: Final = 10
 
 
@@ -39,7 +39,7 @@ def to_json(proof: Proof) -> dict[str, Any]:
         "pages": verdict.pages,
         "lost": {blame.value: verdict.count(blame) for blame in Blame},
         "lost_pages": [{**asdict(page), "story": _story(page)} for page in verdict.lost],
-        "sharpness": verdict.sharpness.to_json(),
+        "sensitivity": verdict.sensitivity.to_json(),
         "settled_s": verdict.settled_s,
         "log": asdict(verdict.log) if verdict.log else None,
         "unseen": verdict.unseen,
@@ -65,7 +65,9 @@ def to_json(proof: Proof) -> dict[str, Any]:
             "qemu_destination": str(setup.qemu_destination),
             "qemu_destination_version": proof.qemu_destination_version,
         },
-        "migrations": [asdict(hop) for hop in (*proof.earlier, proof.hop)],
+        "migrations": [
+            asdict(migration) for migration in (*proof.earlier, proof.migration_summary)
+        ],
         "migration": {
             "boot_s": proof.boot_s,
             "migration_s": proof.migration_s,
@@ -93,7 +95,7 @@ def to_json(proof: Proof) -> dict[str, Any]:
 
 def to_text(proof: Proof) -> str:
     """The verdict, what it rests on, and the lost pages' stories."""
-    verdict, sharpness, guest = proof.verdict, proof.verdict.sharpness, proof.verdict.guest
+    verdict, sensitivity, guest = proof.verdict, proof.verdict.sensitivity, proof.verdict.guest
     last = proof.history[-1]
     lines = [
         f"{HEADINGS[verdict.exit_code]}: {verdict.sentence}",
@@ -107,8 +109,8 @@ def to_text(proof: Proof) -> str:
         f"{last.syncs} bitmap syncs"
         + (f", downtime {proof.downtime_s * 1000:.0f} ms" if proof.downtime_s is not None else ""),
         *_earlier(proof.earlier),
-        *_sharpness(sharpness),
-        f"  destination  the guest did {guest.requests} more requests and checked {guest.swept} "
+        *_sensitivity(sensitivity),
+        f"  destination  the guest did {guest.requests} more requests and checked {guest.rechecked} "
         f"pages again: {guest.errors} errors"
         if verdict.can_go_on
         else "  destination  the guest was not continued",
@@ -117,20 +119,22 @@ def to_text(proof: Proof) -> str:
         f"  {'unseen' if index == 0 else '':<12} {each}"
         for index, each in enumerate(verdict.unseen)
     ]
-    if sharpness.reported_unwritten:
+    if sensitivity.reported_unwritten:
         lines.append(
-            f"  reported     {sharpness.reported_unwritten} pages that the device had not written"
+            f"  reported     {sensitivity.reported_unwritten} pages that the device had not written"
         )
-    if sharpness.unreported:
-        places = ", ".join(f"{pages} at the {link}" for link, pages in sharpness.missed_at.items())
+    if sensitivity.unreported:
+        places = ", ".join(
+            f"{pages} at the {link}" for link, pages in sensitivity.missed_at.items()
+        )
         lines.append(
-            f"  unreported   {sharpness.unreported} pages that the device wrote have not reached "
-            f"the log (missed: {places}); {sharpness.unreported_certain} of them certain"
+            f"  unreported   {sensitivity.unreported} pages that the device wrote have not reached "
+            f"the log (missed: {places}); {sensitivity.unreported_guaranteed} of them certain"
         )
     if verdict.downtime.limit_s is not None:
         lines.append(f"  downtime     {verdict.downtime.sentence}")
     if proof.setup.device.facts.fault:
-        lines.append(f"  fault        {proof.setup.device.facts.fault} was planted")
+        lines.append(f"  fault        {proof.setup.device.facts.fault} was injected")
     lines.append(f"  seed         {proof.setup.seed}")
     if proof.folder is not None:
         lines.append(f"  kept         {proof.folder}")
@@ -146,8 +150,8 @@ def to_text(proof: Proof) -> str:
     if verdict.refusal:
         lines += ["", "the destination refused the state of a device:"]
         lines += [f"  {line}" for line in verdict.refusal.splitlines()]
-    lines += ["", "the guest said:"] * bool(guest.complaints)
-    lines += [f"  {complaint}" for complaint in guest.complaints]
+    lines += ["", "the guest said:"] * bool(guest.error_messages)
+    lines += [f"  {complaint}" for complaint in guest.error_messages]
     if verdict.count(Blame.ACCELERATOR):
         lines += ["", *_accelerator_advice(proof)]
     return "\n".join(lines)
@@ -178,44 +182,47 @@ def _device(proof: Proof) -> str:
     )
 
 
-def _sharpness(sharpness: Sharpness) -> list[str]:
-    if sharpness.witness == EvidenceSource.GUEST and not sharpness.certain:
+def _sensitivity(sensitivity: Sensitivity) -> list[str]:
+    if (
+        sensitivity.evidence_source == EvidenceSource.GUEST
+        and not sensitivity.guaranteed_detectable
+    ):
         return [
-            f"  sharpness    the guest had {sharpness.rewritten} pages written after everything "
+            f"  sensitivity  the guest had {sensitivity.rewritten} pages written after everything "
             "had been sent, into",
             "               buffers that are used again: no single bit is certain to have shown",
         ]
-    if sharpness.witness == EvidenceSource.GUEST:
+    if sensitivity.evidence_source == EvidenceSource.GUEST:
         return [
-            f"  sharpness    the guest had {sharpness.certain} pages written just once after "
+            f"  sensitivity  the guest had {sensitivity.guaranteed_detectable} pages written just once after "
             "everything had been sent;",
             "               losing the bit of any one of them would certainly have shown",
         ]
-    if sharpness.witness == EvidenceSource.SNAPSHOT:
+    if sensitivity.evidence_source == EvidenceSource.SNAPSHOT:
         return [
-            f"  sharpness    the guest had {sharpness.certain} pages written while the snapshot "
+            f"  sensitivity  the guest had {sensitivity.guaranteed_detectable} pages written while the snapshot "
             "was taken, none of which it may have",
         ]
-    if sharpness.witness == EvidenceSource.STILL:
+    if sensitivity.evidence_source == EvidenceSource.STILL:
         return [
-            f"  sharpness    the guest had {sharpness.certain} pages written just once before it "
+            f"  sensitivity  the guest had {sensitivity.guaranteed_detectable} pages written just once before it "
             "stood still, and nothing moved until then;",
             "               losing any one of them would certainly have shown",
         ]
     return [
-        f"  sharpness    the device wrote {sharpness.written} pages while logging was on, "
-        f"{sharpness.rewritten} of them after",
+        f"  sensitivity  the device wrote {sensitivity.written} pages while logging was on, "
+        f"{sensitivity.rewritten} of them after",
         "               everything had been sent; losing the bit of any one of "
-        f"{sharpness.certain} would certainly have shown",
+        f"{sensitivity.guaranteed_detectable} would certainly have shown",
     ]
 
 
-def _earlier(hops: Sequence[Hop]) -> list[str]:
-    if not hops:
+def _earlier(migrations: Sequence[MigrationSummary]) -> list[str]:
+    if not migrations:
         return []
     return [
-        f"  before it    {len(hops)} more, there and back: {sum(hop.pages for hop in hops)} pages "
-        f"compared, {sum(hop.certain for hop in hops)} certain"
+        f"  before it    {len(migrations)} more, there and back: {sum(migration.pages for migration in migrations)} pages "
+        f"compared, {sum(migration.guaranteed_detectable for migration in migrations)} certain"
     ]
 
 

@@ -24,7 +24,7 @@ def soak_to_json(soak: Soak) -> dict[str, Any]:
         "exit_code": soak.exit_code,
         "wanted": soak.wanted,
         "seconds": soak.seconds,
-        "migrations": [asdict(hop) for hop in soak.hops],
+        "migrations": [asdict(migration) for migration in soak.migrations],
         "growth": [
             {
                 **asdict(it),
@@ -39,23 +39,25 @@ def soak_to_json(soak: Soak) -> dict[str, Any]:
 
 def soak_to_text(soak: Soak) -> str:
     """The outcome, and what it rests on, but for the table of the growth."""
-    proof, hops = soak.proof, soak.hops
+    proof, migrations = soak.proof, soak.migrations
     machine = proof.setup.machine
-    downtimes = [hop.downtime_s * 1000 for hop in hops if hop.downtime_s is not None]
+    downtimes = [
+        migration.downtime_s * 1000 for migration in migrations if migration.downtime_s is not None
+    ]
     lines = [
         f"{HEADINGS[soak.exit_code]}: {soak.sentence}",
         "",
         f"  QEMU         {proof.qemu_version} and {proof.qemu_destination_version}, "
         f"{machine.machine}, {machine.accelerator}, {format_memory(machine.memory_bytes)}",
         f"  guest        {proof.setup.guest}, {proof.setup.workload.pattern}",
-        f"  migrations   {len(hops)} ({proof.setup.scenario}) in {soak.seconds:.0f} s, "
-        f"{statistics.median(hop.seconds for hop in hops):.1f} s each in the median",
+        f"  migrations   {len(migrations)} ({proof.setup.scenario}) in {soak.seconds:.0f} s, "
+        f"{statistics.median(migration.seconds for migration in migrations):.1f} s each in the median",
         f"  downtime     {statistics.median(downtimes):.0f} ms in the median, {max(downtimes):.0f} "
         "at most",
-        f"  sharpness    {sum(hop.rewritten for hop in hops)} pages written after everything had "
-        f"been sent; {sum(hop.certain for hop in hops)} certain",
-        f"  in between   the guest did {sum(hop.requests for hop in hops)} requests and checked "
-        f"{sum(hop.swept for hop in hops)} pages again: {hops[-1].errors} errors",
+        f"  sensitivity  {sum(migration.rewritten for migration in migrations)} pages written after everything had "
+        f"been sent; {sum(migration.guaranteed_detectable for migration in migrations)} certain",
+        f"  in between   the guest did {sum(migration.requests for migration in migrations)} requests and checked "
+        f"{sum(migration.rechecked for migration in migrations)} pages again: {migrations[-1].errors} errors",
         f"  seed         {proof.setup.seed}",
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Tries every planted fault, and tells which were caught, by what, and at which link.
+"""Tries every injected fault, and tells which were caught, by what, and at which link.
 
 A fault is tried on the test bed, where all of them show within a second; and where one device on
 one QEMU shows it too, in a real proof. It counts as caught only if the verdict names the link that
@@ -29,7 +29,7 @@ from ..migration.judgement import Blame
 from ..proof.model import Setup
 from ..proof.run import prove
 from ..proof.verdict import Verdict
-from .simulation import play
+from .simulation import simulate
 
 _logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Trial:
     caught_by: Sequence[Means] = ()
     links: dict[str, int] = field(default_factory=dict)
     lost_pages: int = 0
-    certain_pages: int = 0
+    guaranteed_detectable_pages: int = 0
     untested: str | None = None
 
 
@@ -142,7 +142,7 @@ class Row:
             f"{self.caught}/{len(self.trials)} {what}",
             ", ".join(means) if not untested else f"not tested: {untested[0]}",
             f"{statistics.median(trial.lost_pages for trial in self.trials):g}",
-            f"{statistics.median(trial.certain_pages for trial in self.trials):g}",
+            f"{statistics.median(trial.guaranteed_detectable_pages for trial in self.trials):g}",
             self.summary,
         ]
 
@@ -239,7 +239,7 @@ def try_on_testbed(name: str, seed: int, folder: Path, timeout_s: float) -> Tria
             harvest=fault.harvest or form.harvest,
         )
     try:
-        verdict = play(
+        verdict = simulate(
             options,
             folder,
             devices=form.devices,
@@ -264,16 +264,16 @@ def judge(verdict: Verdict, seed: int) -> Trial:
     evidence = {
         Means.COMPARISON: bool(ours),
         Means.GUEST: bool(verdict.guest.errors),
-        Means.JOURNAL: bool(verdict.sharpness.unreported),
+        Means.JOURNAL: bool(verdict.sensitivity.unreported),
         Means.RING: bool(verdict.wrong_rings),
     }
-    links = Counter(str(page.link) for page in ours) | Counter(verdict.sharpness.missed_at)
+    links = Counter(str(page.link) for page in ours) | Counter(verdict.sensitivity.missed_at)
     trial = Trial(
         seed,
         tuple(means for means, there_is in evidence.items() if there_is),
         dict(links),
         len(verdict.lost),
-        verdict.sharpness.certain,
+        verdict.sensitivity.guaranteed_detectable,
     )
     if verdict.exit_code != EXIT_PASS and not trial.caught_by:
         return replace(trial, untested=verdict.sentence)

@@ -20,7 +20,7 @@ from dmaproof.devices import make_device
 from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.errors import RefusedError, UntestableError, WaitTimeoutError
 from dmaproof.evidence import Evidence
-from dmaproof.faults import plant
+from dmaproof.faults import make_fault
 from dmaproof.guest_memory import GuestMemory, IovaMap
 from dmaproof.vhost_user.__main__ import harvest_policy
 from dmaproof.vhost_user.server import Server
@@ -103,7 +103,7 @@ def device_thread(
     options: DeviceOptions, map_bus: Callable[[GuestMemory], IovaMap], timeout_s: float
 ) -> Iterator[HostedDevice]:
     """The device in a thread, on a bus whose addresses `map_bus` leads to guest RAM."""
-    fault = plant(options.fault, options.seed)
+    fault = make_fault(options.fault, options.seed)
     interval_s, immediate = harvest_policy(options.harvest)
     ours, theirs = socket.socketpair()
     peer, device_peer = socket.socketpair()

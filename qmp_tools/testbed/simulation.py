@@ -44,7 +44,7 @@ from ..host.timeout import DEFAULT_TIMEOUT_S
 from ..memory.ram import RamFile, compare
 from ..migration.judgement import Blame
 from ..proof.attribution import LostPage, attribute
-from ..proof.sensitivity import measure_sharpness
+from ..proof.sensitivity import measure_sensitivity
 from ..proof.verdict import GuestOutcome, Verdict
 from .front_end import FEATURES, FrontEnd
 from .guest_iommu import GuestIommu
@@ -74,7 +74,7 @@ Run = tuple[int, int]
 _EVERYTHING: Final = (0, 1 << 64)
 
 
-def play(
+def simulate(
     options: DeviceOptions,
     folder: Path,
     *,
@@ -127,10 +127,10 @@ def play(
             for number, guest in enumerate(guests)
         ]
         ram = [_ram_file(fd) for fd in (source, destination)]
-        sharpness = measure_sharpness(evidence, all_sent_ns)
+        sensitivity = measure_sensitivity(evidence, all_sent_ns)
         lost = _attribute(ram[0], ram[1], evidence, precopy)
         done = sum(guest.requests for guest in guests)
-        return Verdict(ram[0].pages, lost, sharpness, GuestOutcome(done, 0, 0))
+        return Verdict(ram[0].pages, lost, sensitivity, GuestOutcome(done, 0, 0))
 
 
 def _swapped_bus(memory: GuestMemory) -> IovaMap:

@@ -1,4 +1,4 @@
-"""The test bed: a migration like QEMU's without QEMU, in which every planted fault shows."""
+"""The test bed: a migration like QEMU's without QEMU, in which every injected fault shows."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from qmp_tools.cli import main as cli
 from qmp_tools.devices.process import DeviceOptions
 from qmp_tools.migration.judgement import Blame
 from qmp_tools.proof.attribution import LostPage
-from qmp_tools.proof.sensitivity import Sharpness
+from qmp_tools.proof.sensitivity import Sensitivity
 from qmp_tools.proof.verdict import GuestOutcome, Verdict
 from qmp_tools.testbed import fault_trials
 from qmp_tools.testbed.fault_trials import CONTROL, Bench, Means, Row, Trial, judge
 from qmp_tools.testbed.precopy import PAGE_BYTES, Place, Precopy
 from qmp_tools.testbed.ring_driver import ram_fd
-from qmp_tools.testbed.simulation import play
+from qmp_tools.testbed.simulation import simulate
 from support.command import TIMEOUT_S, Tool, is_alive
 
 LOW, HIGH = Place(0, 3 * PAGE_BYTES, 0), Place(1 << 20, 70 * PAGE_BYTES, 3 * PAGE_BYTES)
@@ -83,26 +83,26 @@ def test_a_replaced_log_is_synced_once_more() -> None:
 @pytest.mark.parametrize("tracker", sorted(emulated_trackers()))
 @pytest.mark.parametrize("harvest", ["0.005", "final", "immediate"])
 def test_without_a_fault_every_page_survives(tmp_path: Path, tracker: str, harvest: str) -> None:
-    verdict = play(DeviceOptions(tracker=tracker, harvest=harvest, seed=3), tmp_path)
+    verdict = simulate(DeviceOptions(tracker=tracker, harvest=harvest, seed=3), tmp_path)
     assert verdict.exit_code == 0, verdict
-    assert verdict.sharpness.certain == 1061 + 77
+    assert verdict.sensitivity.guaranteed_detectable == 1061 + 77
     if tracker not in ("coarse", "sequence-pair"):  # which know no single pages
-        assert verdict.sharpness.reported_unwritten == 0
+        assert verdict.sensitivity.reported_unwritten == 0
 
 
 @pytest.mark.parametrize("tracker", sorted(emulated_trackers()))
 def test_behind_an_iommu_every_page_survives(tmp_path: Path, tracker: str) -> None:
     options = DeviceOptions(tracker=tracker, harvest="0.005", seed=3)
-    verdict = play(options, tmp_path, iommu=True)
+    verdict = simulate(options, tmp_path, iommu=True)
     assert verdict.exit_code == 0, verdict
-    assert verdict.sharpness.certain == 1061 + 77
+    assert verdict.sensitivity.guaranteed_detectable == 1061 + 77
     if tracker not in ("coarse", "sequence-pair"):
-        assert verdict.sharpness.reported_unwritten == 0
+        assert verdict.sensitivity.reported_unwritten == 0
 
 
 @pytest.mark.parametrize("form", ["immediate", "packed", "killed", "two"])
 def test_behind_an_iommu_every_page_survives_in_every_form(tmp_path: Path, form: str) -> None:
-    verdict = play(
+    verdict = simulate(
         DeviceOptions(harvest="immediate" if form == "immediate" else "final", seed=5),
         tmp_path,
         devices=2 if form == "two" else 1,
@@ -111,26 +111,26 @@ def test_behind_an_iommu_every_page_survives_in_every_form(tmp_path: Path, form:
         iommu=True,
     )
     assert verdict.exit_code == 0, verdict
-    assert verdict.sharpness.written >= 1061 + 77
+    assert verdict.sensitivity.written >= 1061 + 77
 
 
 @pytest.mark.parametrize("fault", ["drop-pages=0.05", "off-by-one-end", "clear-before-read"])
 def test_behind_an_iommu_a_loss_is_placed_at_its_link(tmp_path: Path, fault: str) -> None:
     options = DeviceOptions(harvest="0.005", seed=3, fault=fault)
-    verdict = play(options, tmp_path, iommu=True)
+    verdict = simulate(options, tmp_path, iommu=True)
     link = known_faults()[fault.partition("=")[0]].link
     assert {page.link for page in verdict.lost} == {link}
 
 
 def test_every_page_survives_with_packed_rings(tmp_path: Path) -> None:
-    verdict = play(DeviceOptions(harvest="0.005", seed=3), tmp_path, packed=True)
+    verdict = simulate(DeviceOptions(harvest="0.005", seed=3), tmp_path, packed=True)
     assert verdict.exit_code == 0, verdict
-    assert verdict.sharpness.certain == 1061 + 77
+    assert verdict.sensitivity.guaranteed_detectable == 1061 + 77
 
 
 def test_unlogged_writes_to_a_packed_ring_are_lost(tmp_path: Path) -> None:
     options = DeviceOptions(harvest="0.005", seed=3, fault="used-ring-unlogged")
-    verdict = play(options, tmp_path, packed=True)
+    verdict = simulate(options, tmp_path, packed=True)
     assert {(page.link, page.kind) for page in verdict.lost} == {(Link.TRACKER, "used ring")}
 
 
@@ -138,22 +138,22 @@ def test_unlogged_writes_to_a_packed_ring_are_lost(tmp_path: Path) -> None:
 @pytest.mark.parametrize("harvest", ["0.005", "final", "immediate"])
 def test_a_killed_device_loses_nothing(tmp_path: Path, harvest: str, packed: bool) -> None:
     options = DeviceOptions(harvest=harvest, seed=3)
-    verdict = play(options, tmp_path, packed=packed, killed=True)
+    verdict = simulate(options, tmp_path, packed=packed, killed=True)
     assert verdict.exit_code == 0, verdict
-    assert verdict.sharpness.written >= 1061 + 77
-    assert verdict.sharpness.reported_unwritten > 0, "everything was reported at the restart"
+    assert verdict.sensitivity.written >= 1061 + 77
+    assert verdict.sensitivity.reported_unwritten > 0, "everything was reported at the restart"
 
 
 def test_bits_that_a_killed_device_forgets_are_lost(tmp_path: Path) -> None:
     options = DeviceOptions(harvest="final", seed=3, fault="forgotten-at-restart")
-    verdict = play(options, tmp_path, killed=True)
+    verdict = simulate(options, tmp_path, killed=True)
     assert {page.link for page in verdict.lost} == {Link.TRACKER}
 
 
 def test_two_devices_share_a_log(tmp_path: Path) -> None:
-    verdict = play(DeviceOptions(harvest="0.002", seed=3), tmp_path, devices=2)
+    verdict = simulate(DeviceOptions(harvest="0.002", seed=3), tmp_path, devices=2)
     assert verdict.exit_code == 0, verdict
-    assert verdict.sharpness.certain == 1061 + 77
+    assert verdict.sensitivity.guaranteed_detectable == 1061 + 77
 
 
 @pytest.mark.parametrize("name", [CONTROL, *known_faults()])
@@ -186,7 +186,7 @@ def test_a_refusal_of_the_device_is_reported(
 
     monkeypatch.setattr("qmp_tools.testbed.simulation.log_bytes_needed", too_small)
     with pytest.raises(RefusedError, match="SET_LOG_BASE"):
-        play(DeviceOptions(), tmp_path)
+        simulate(DeviceOptions(), tmp_path)
     assert fault_trials.try_on_testbed(CONTROL, 1, tmp_path, 60).caught_by == (Means.REFUSAL,)
 
 
@@ -206,7 +206,7 @@ def test_the_type_of_an_error_decides_whether_the_device_refused(
     def fail(*arguments: object, **options: object) -> NoReturn:
         raise error
 
-    monkeypatch.setattr(fault_trials, "play", fail)
+    monkeypatch.setattr(fault_trials, "simulate", fail)
     trial = fault_trials.try_on_testbed(CONTROL, 1, tmp_path, 60)
     assert trial.caught_by == caught_by
     assert trial.untested == (None if caught_by else str(error))
@@ -222,10 +222,10 @@ def test_a_simulation_leaves_nothing_open(tmp_path: Path) -> None:
             maps.count("guest-ram"),
         )
 
-    play(DeviceOptions(seed=1), tmp_path)
+    simulate(DeviceOptions(seed=1), tmp_path)
     before = left()
     for seed in range(3):
-        play(DeviceOptions(seed=seed), tmp_path)
+        simulate(DeviceOptions(seed=seed), tmp_path)
     assert left() == before
     assert before[2] == 0
 
@@ -269,12 +269,12 @@ def test_only_the_right_link_counts() -> None:
 
 
 def test_pages_that_a_vcpu_lost_do_not_count_for_a_fault() -> None:
-    sharp = Sharpness(10, 10, 5, 5, 0, 0, 0)
+    sharp = Sensitivity(10, 10, 5, 5, 0, 0, 0)
     vcpu = LostPage(0, 0, 1, Blame.ACCELERATOR)
     trial = judge(Verdict(64, [vcpu], sharp, GuestOutcome(1000, 0, 10)), 1)
     assert trial.caught_by == ()
     assert trial.untested is not None
     clean = judge(Verdict(64, [], sharp, GuestOutcome(1000, 0, 10)), 1)
     assert (clean.caught_by, clean.untested) == ((), None)
-    unlucky = Sharpness(10, 10, 5, 5, 2, 0, 0, {"tracker": 2})
+    unlucky = Sensitivity(10, 10, 5, 5, 2, 0, 0, {"tracker": 2})
     assert judge(Verdict(64, [], unlucky, GuestOutcome(1000, 0, 10)), 1).links == {"tracker": 2}

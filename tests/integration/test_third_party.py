@@ -16,9 +16,9 @@ PLAY = """
 import json, sys
 from pathlib import Path
 from qmp_tools.devices.process import DeviceOptions
-from qmp_tools.testbed.simulation import play
+from qmp_tools.testbed.simulation import simulate
 options = json.loads(sys.argv[1])
-verdict = play(DeviceOptions(seed=3, harvest="final", **options), Path(sys.argv[2]))
+verdict = simulate(DeviceOptions(seed=3, harvest="final", **options), Path(sys.argv[2]))
 print(json.dumps([verdict.exit_code, sorted({page.link for page in verdict.lost})]))
 """
 SERVE = """
@@ -78,7 +78,7 @@ def test_parts_of_another_distribution_are_found_beside_our_own(outside: Path) -
     ):
         assert {ours, theirs} <= set(found)
     assert ask(outside, "make_device('stamped-disk').name") == "stamped-disk"
-    assert ask(outside, "plant('deaf-pages=0.5', seed=1).value") == "0.5"
+    assert ask(outside, "make_fault('deaf-pages=0.5', seed=1).value") == "0.5"
 
 
 @pytest.mark.parametrize(

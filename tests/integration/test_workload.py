@@ -90,7 +90,7 @@ def test_parameters_out_of_bounds_and_too_small_a_disk_are_refused(guests: Workl
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_guest_finds_no_error_on_a_correct_disk(guests: WorkloadGuests, pattern: str) -> None:
-    guest = guests(pattern=pattern, once=512, huge_every=16, write_every=4, unaligned_every=4)
+    guest = guests(pattern=pattern, write_once=512, huge_every=16, write_every=4, unaligned_every=4)
     worker = guest.worker()
     guest.run(worker, 200)
     guest.obey("o")
@@ -101,35 +101,35 @@ def test_a_guest_finds_no_error_on_a_correct_disk(guests: WorkloadGuests, patter
     assert {request.kind for request in requests} == {READ, WRITE, READ_BACK}
     assert {request.region for request in requests} == {OWN, HOT, ONCE}
     (sweep,) = guest.told("sweep")
-    # Every page that was read into is looked at: all once pages, the churn, and many hot ones.
+    # Every page that was read into is looked at: all write-once pages, the churn, and many hot ones.
     assert int(sweep.values["pages"]) > 512 + 4096 + 500
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_once_pages_are_used_once(guests: WorkloadGuests, pattern: str) -> None:
-    guest = guests(pattern=pattern, hot=64, once=1000, churn=0, huge_every=8)
+    guest = guests(pattern=pattern, hot=64, write_once=1000, churn=0, huge_every=8)
     worker = guest.worker()
     assert all(request.region != ONCE for request in guest.run(worker, 200))
     guest.obey("o")
     pages: Counter[int] = Counter()
-    while not guest.told("once-done"):
+    while not guest.told("write-once-done"):
         (request,) = guest.run(worker, 1)
         if request.region == ONCE:
             pages.update(request.taken)
     first = 4 * OWN_PAGES + 64
     assert pages == Counter(range(first, first + 1000))
-    assert [report.values for report in guest.told("once-done")] == [{"pages": "1000"}]
+    assert [report.values for report in guest.told("write-once-done")] == [{"pages": "1000"}]
     assert all(request.region != ONCE for request in guest.run(worker, 200))
 
 
 def test_once_pages_are_used_once_in_each_migration(guests: WorkloadGuests) -> None:
-    guest = guests(hot=64, once=256, churn=8)
+    guest = guests(hot=64, write_once=256, churn=8)
     worker = guest.worker()
     for migration in (1, 2, 3):
         assert not any(request.region == ONCE for request in guest.run(worker, 50))
         guest.obey("o")
         once: list[int] = []
-        while len(guest.told("once-done")) < migration:
+        while len(guest.told("write-once-done")) < migration:
             once += [
                 page
                 for request in guest.run(worker, 10)
@@ -152,14 +152,16 @@ def test_once_pages_are_used_once_in_each_migration(guests: WorkloadGuests) -> N
 
 
 def test_no_once_pages_are_done_at_once(guests: WorkloadGuests) -> None:
-    guest = guests(once=0)
+    guest = guests(write_once=0)
     guest.obey("o")
     guest.obey("o")
-    assert len(guest.told("once-done")) == 1
+    assert len(guest.told("write-once-done")) == 1
 
 
 def test_requests_under_way_share_nothing(guests: WorkloadGuests) -> None:
-    guest = guests(threads=64, hot=256, once=512, write_every=4, unaligned_every=4, huge_every=32)
+    guest = guests(
+        threads=64, hot=256, write_once=512, write_every=4, unaligned_every=4, huge_every=32
+    )
     guest.obey("o")
     workers = [guest.worker(number) for number in range(64)]
     for _ in range(20):
@@ -195,7 +197,9 @@ def test_a_hot_set_is_hot(guests: WorkloadGuests, pattern: str, low: float, high
 
 
 def test_a_huge_request_is_one_piece(guests: WorkloadGuests) -> None:
-    guest = guests(hot=1024, once=2048, churn=0, huge_every=2, write_every=0, unaligned_every=0)
+    guest = guests(
+        hot=1024, write_once=2048, churn=0, huge_every=2, write_every=0, unaligned_every=0
+    )
     guest.obey("o")
     requests = guest.run(guest.worker(), 60)
     huge = [request for request in requests if request.count == HUGE_PAGES]
@@ -296,7 +300,7 @@ def test_a_failed_request_is_reported(guests: WorkloadGuests) -> None:
 
 @pytest.mark.parametrize("region", [OWN, HOT, ONCE])
 def test_a_page_that_was_lost_in_ram_is_found(guests: WorkloadGuests, region: int) -> None:
-    guest = guests(once=512, churn=0)
+    guest = guests(write_once=512, churn=0)
     worker = guest.worker()
     guest.obey("o")
     requests = [request for request in guest.run(worker, 500) if request.kind == READ]
@@ -354,7 +358,7 @@ def test_the_guest_reports_its_parameters_and_progress(guests: WorkloadGuests) -
     assert ready.values == {
         "threads": "4",
         "hot": "1024",
-        "once": "8192",
+        "write_once": "8192",
         "churn": "4096",
         "seed": "9",
         "buffer_pages": str(1024 + 8192),
@@ -367,6 +371,6 @@ def test_the_guest_reports_its_parameters_and_progress(guests: WorkloadGuests) -
         "requests": "100",
         "under_way": "3",
         "writes": str(writes),
-        "once": "0",
+        "write_once": "0",
         "errors": "0",
     }

@@ -67,7 +67,7 @@ class PlainDisk(ProofDevice):
         """The small guest has a driver for virtio disks."""
         return ("bare",)
 
-    def fit(self, workload: Workload) -> Workload:
+    def adapt(self, workload: Workload) -> Workload:
         """A disk whose stamps stay as they are when pages are read again."""
         return replace(workload, image=1)
 

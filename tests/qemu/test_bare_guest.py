@@ -12,7 +12,7 @@ from dmaproof.vhost_user.features import F_RING_PACKED
 from qmp_tools.devices.emulated import RINGS, EmulatedDevice
 from qmp_tools.devices.process import Device, DeviceOptions
 from qmp_tools.guest.bare import bare_guest
-from qmp_tools.guest.channel import START_ONCE, GuestChannel
+from qmp_tools.guest.channel import START_WRITE_ONCE, GuestChannel
 from qmp_tools.guest.workload import PATTERNS, Workload
 from qmp_tools.host.timeout import DEFAULT_TIMEOUT_S
 from qmp_tools.qemu.choice import find_qemu
@@ -28,7 +28,7 @@ async def _boot(
     arguments: Sequence[str] = (),
     ring: str = "split",
 ) -> GuestChannel:
-    """What the guest has told when it is through with its once pages."""
+    """What the guest has told when it is through with its write-once pages."""
     guest = bare_guest()
     socket = folder / "disk.sock"
     machine_arguments = Machine(
@@ -52,10 +52,10 @@ async def _boot(
             timeout_s=DEFAULT_TIMEOUT_S,
         ) as qemu:
             channel = GuestChannel(qemu, DEFAULT_TIMEOUT_S)
-            await channel.tell(START_ONCE)
+            await channel.tell(START_WRITE_ONCE)
             await channel.wait_for(
-                lambda: channel.number("progress", "once") == workload.once,
-                "used its once pages",
+                lambda: channel.number("progress", "write_once") == workload.write_once,
+                "used its write-once pages",
             )
             channel.close()
             accepted = device.accepted_features("source")
@@ -70,8 +70,8 @@ async def _boot(
 @pytest.mark.parametrize("firmware", [(), ("-bios", "qboot.rom")], ids=["seabios", "qboot"])
 @pytest.mark.parametrize("machine", ["q35", "pc"])
 def test_it_starts_on(tmp_path: Path, machine: str, firmware: tuple[str, ...]) -> None:
-    channel = asyncio.run(_boot(tmp_path, Workload(once=256, churn=64), machine, firmware))
-    assert channel.complaints == []
+    channel = asyncio.run(_boot(tmp_path, Workload(write_once=256, churn=64), machine, firmware))
+    assert channel.error_messages == []
     assert channel.number("ready", "buffer_pages") == 1024 + 256
 
 
@@ -80,16 +80,23 @@ def test_it_starts_on(tmp_path: Path, machine: str, firmware: tuple[str, ...]) -
 @pytest.mark.parametrize("ring", RINGS)
 def test_it_carries_out(tmp_path: Path, pattern: str, threads: int, ring: str) -> None:
     workload = Workload(
-        pattern=pattern, threads=threads, once=2048, huge_every=8, unaligned_every=4, write_every=4
+        pattern=pattern,
+        threads=threads,
+        write_once=2048,
+        huge_every=8,
+        unaligned_every=4,
+        write_every=4,
     )
     channel = asyncio.run(_boot(tmp_path, workload, ring=ring))
-    assert channel.complaints == []
-    assert channel.number("once-done", "pages") == 2048
+    assert channel.error_messages == []
+    assert channel.number("write-once-done", "pages") == 2048
     assert channel.number("progress", "writes") > 0
 
 
 def test_the_reason_for_giving_up_is_reported(tool: Tool) -> None:
-    outcome = tool.run("prove", "--guest", "bare", "--workload", "once=1000000", "--accel", "tcg")
+    outcome = tool.run(
+        "prove", "--guest", "bare", "--workload", "write_once=1000000", "--accel", "tcg"
+    )
     assert outcome.exit_code == 3
     assert "gave up" in outcome.errors
     assert "pages of buffer do not fit" in outcome.errors
@@ -103,14 +110,14 @@ def test_its_proof_passes_and_catches(tool: Tool, ring: str) -> None:
     assert (report["setup"]["guest"], report["setup"]["ring"]) == ("bare", ring)
     assert report["lost_pages"] == []
     assert report["guest"]["errors"] == 0
-    assert report["guest"]["swept"] > 8192
-    assert report["sharpness"]["certain"] >= 8000
+    assert report["guest"]["rechecked"] > 8192
+    assert report["sensitivity"]["guaranteed_detectable"] >= 8000
     control = report["control"]
     assert control["caught"] is True
     assert all(
         page["link"] == "log" and page["blame"] == "device" for page in control["lost_pages"]
     )
-    assert len(control["lost_pages"]) >= control["sharpness"]["unreported_certain"]
+    assert len(control["lost_pages"]) >= control["sensitivity"]["unreported_guaranteed"]
     assert control["guest"]["errors"] > 0
 
 

@@ -1,4 +1,4 @@
-"""QEMUs without asyncio: they end with their stage, and with whoever made it."""
+"""QEMUs without asyncio: they end with their session, and with whoever made it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dmaproof.errors import UsageError
-from qmp_tools.blocking import Stage, check
+from qmp_tools.blocking import Session, check
 from qmp_tools.qemu.qmp import QmpError
 from support.command import TIMEOUT_S, Tool
 
@@ -21,9 +21,9 @@ def test_everything_ends_with_the_stage(tool: Tool, monkeypatch: pytest.MonkeyPa
     pids = []
 
     def use() -> None:
-        with Stage() as stage:
-            pids.append(stage.qemu(["-machine", "none"]).pid)
-            pair = stage.pair(["-machine", "q35", "-m", "64"], accelerator="tcg")
+        with Session() as session:
+            pids.append(session.qemu(["-machine", "none"]).pid)
+            pair = session.pair(["-machine", "q35", "-m", "64"], accelerator="tcg")
             pids.extend([pair.source.pid, pair.destination.pid])
             with pytest.raises(UsageError, match="scenario 'pigeon'"):
                 pair.migrate("pigeon")
@@ -45,8 +45,8 @@ def test_a_check_returns_when_it_has_compared(
     tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tool.folder))
-    with Stage() as stage:
-        pair = stage.pair(["-machine", "q35", "-m", "64"], accelerator="tcg")
+    with Session() as session:
+        pair = session.pair(["-machine", "q35", "-m", "64"], accelerator="tcg")
         pair.migrate()
         sockets = [str(pair.source.socket_path), str(pair.destination.socket_path)]
         assert check(*sockets).exit_code == 0
@@ -55,14 +55,14 @@ def test_a_check_returns_when_it_has_compared(
             memory.seek(int(answer.split()[-1], 16))
             memory.write(b"lost")
         assert check(*sockets).differing == 1
-        with Stage() as other:
-            for its_stage in (stage, other):
+        with Session() as other:
+            for its_stage in (session, other):
                 for source in (pair.source, pair.source.socket_path):
                     assert its_stage.check(source, pair.destination).differing == 1
         with pytest.raises(UsageError, match="source: expected a path, got 7"):
-            stage.check(7, pair.destination)  # type: ignore[arg-type]
+            session.check(7, pair.destination)  # type: ignore[arg-type]
         with pytest.raises(UsageError, match="got the string '-m 64'"):
-            stage.qemu("-m 64")
+            session.qemu("-m 64")
     with pytest.raises(UsageError, match="nothing"):
         check(str(tmp_path / "nothing"), tmp_path)
     assert not tool.leftovers()
@@ -70,9 +70,9 @@ def test_a_check_returns_when_it_has_compared(
 
 _SCRIPT = """
 import time
-from qmp_tools.blocking import Stage
-with Stage() as stage:
-    print(stage.qemu(["-machine", "none"]).pid, flush=True)
+from qmp_tools.blocking import Session
+with Session() as session:
+    print(session.qemu(["-machine", "none"]).pid, flush=True)
     time.sleep(1000)
 """
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qmp_tools.blocking import Stage
+from qmp_tools.blocking import Session
 from qmp_tools.guest.bare import probe_guest
 from qmp_tools.qemu.builds import installed
 from qmp_tools.qemu.choice import find_qemu, version_of
@@ -28,7 +28,7 @@ from support.foreign_pair import (
 )
 
 PAGE = 4096
-PLANTED = 0x2345000
+INJECTED = 0x2345000
 REPETITIONS = int(os.environ.get("BALLOON_REPETITIONS", "1"))
 """Of the test with a balloon, for whoever wants to see it more often."""
 BUILDS = {build.version: build.path for build in installed()}
@@ -57,15 +57,15 @@ def checked(tool: Tool, pair: Pair, exit_code: int) -> dict[str, Any]:
     return outcome.report
 
 
-def plant(pair: Pair, kind: str) -> None:
+def make_fault(pair: Pair, kind: str) -> None:
     """Change one byte of the destination's RAM."""
     if kind in ("memfd", "file"):
         name = "memfd:" if kind == "memfd" else "destination-ram"
         with pair.memory_file(1, name).open("r+b", buffering=0) as memory:
-            os.pwrite(memory.fileno(), b"!", PLANTED + 7)
+            os.pwrite(memory.fileno(), b"!", INJECTED + 7)
         return
     # Anonymous and private memory can be written through the process's memory alone.
-    poke(pair, PLANTED + 7)
+    poke(pair, INJECTED + 7)
 
 
 def poke(pair: Pair, gpa: int, offset: int = 0) -> None:
@@ -93,12 +93,12 @@ def test_equal_where_equal_and_the_planted_byte_found(
         # Firmware and video memory are private in any case.
         assert side["copied_bytes"] > 0
         assert side["saved_bytes"] == 0
-        plant(pair, kind)
+        make_fault(pair, kind)
         report = checked(tool, pair, 1)
         differences = report["differences"]
         assert isinstance(differences, list)
         assert [(it["gpa"], it["region"], it["bytes_differing"]) for it in differences] == [
-            (PLANTED, "ram0", 1)
+            (INJECTED, "ram0", 1)
         ]
         assert differences[0]["known"] is None
         # ram0 is the first RAM block, and a multiple of 256 KiB.
@@ -122,7 +122,7 @@ def test_the_note_on_tcg_names_the_blocks_that_it_may_concern(
         pair.migrate()
         poke(pair, pair.monitors[1].execute("query-memory-devices")[0]["data"]["addr"])
         assert checked(tool, pair, 1)["notes"] == [], "QEMU syncs this DIMM page by page"
-        poke(pair, PLANTED)
+        poke(pair, INJECTED)
         (note,) = checked(tool, pair, 1)["notes"]
         assert "may lose what vCPUs write to RAM block ram0, because its size, 65536 KiB" in note
         assert ("not the first RAM block" in note) == (_major(qemu) >= 9)
@@ -148,13 +148,13 @@ def test_several_backends_and_ram_above_four_gigabytes(tool: Tool, folder: Path)
         report = checked(tool, pair, 0)
         hidden = report["not_compared"]
         assert hidden == [], "a private backend that is all in the map hides nothing"
-        planted = {ABOVE + 5 * PAGE: "n0", NODE1 + 3 * PAGE: "n1", dimm + 9 * PAGE: "hot"}
-        for gpa in planted:
+        injected = {ABOVE + 5 * PAGE: "n0", NODE1 + 3 * PAGE: "n1", dimm + 9 * PAGE: "hot"}
+        for gpa in injected:
             poke(pair, gpa)
         report = checked(tool, pair, 1)
         differences = report["differences"]
         assert isinstance(differences, list)
-        assert {it["gpa"]: it["region"] for it in differences} == planted
+        assert {it["gpa"]: it["region"] for it in differences} == injected
         assert [it["device"] for it in differences] == [None, None, "dimm0"]
 
 
@@ -207,7 +207,7 @@ def test_private_memory_of_another_users_qemu() -> None:
             )
             os.chown(folder / "t", 4711, 4711)
             refused(stranger, pair.source, pair.destination, 3, "may not be read: it belongs to")
-            plant(pair, "private")
+            make_fault(pair, "private")
             for wrapper in list(WRAPPERS.values())[:2]:
                 checked(Tool(folder / "t", wrapper), pair, 1)
 
@@ -297,7 +297,7 @@ def test_without_a_migration_nothing_is_tested_unless_none_was_intended(
         outcome = tool.run(*command)
         assert outcome.exit_code == 0, outcome.errors
         assert "no migration was expected" in outcome.output
-        plant(pair, "memfd")
+        make_fault(pair, "memfd")
         assert tool.run(*command).exit_code == 1
         pair.monitors[1].execute("cont")
         outcome = tool.run(*command)
@@ -306,16 +306,16 @@ def test_without_a_migration_nothing_is_tested_unless_none_was_intended(
 
 
 def test_a_guest_that_a_file_carried(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Stage() as stage:
-        pair = stage.pair(["-machine", "q35", "-m", "65544K"], accelerator="tcg")
+    with Session() as session:
+        pair = session.pair(["-machine", "q35", "-m", "65544K"], accelerator="tcg")
         with pytest.raises(NotMigratedError):
-            stage.check(pair.source, pair.destination)
+            session.check(pair.source, pair.destination)
         pair.migrate("exec")
-        assert stage.check(pair.source, pair.destination).exit_code == 0
+        assert session.check(pair.source, pair.destination).exit_code == 0
         hva = str(pair.destination.execute("human-monitor-command", command_line="gpa2hva 0x10000"))
         with Path(f"/proc/{pair.destination.pid}/mem").open("r+b", buffering=0) as memory:
             os.pwrite(memory.fileno(), b"!!", int(hva.split()[-1], 16))
-        assert stage.check(pair.source, pair.destination).exit_code == 1
+        assert session.check(pair.source, pair.destination).exit_code == 1
 
         async def unknown(qemu: object) -> None:
             return None
@@ -323,7 +323,7 @@ def test_a_guest_that_a_file_carried(monkeypatch: pytest.MonkeyPatch) -> None:
         for module in ("check", "migrated"):
             monkeypatch.setattr(f"qmp_tools.ram_check.{module}.has_run", unknown)
         with pytest.raises(GuestHasRunError, match=r"1 of \d+ pages differ, but whether"):
-            stage.check(pair.source, pair.destination)
+            session.check(pair.source, pair.destination)
 
 
 def test_two_that_do_not_belong_together(tool: Tool, folder: Path) -> None:
@@ -373,7 +373,7 @@ def test_what_is_not_the_same_memory_is_compared(tool: Tool, folder: Path, share
         same = [{**hot, "why": "the same memory on both sides"}] if share == "on" else []
         assert checked(tool, pair, 0)["not_compared"] == same
         dimm = pair.monitors[1].execute("query-memory-devices")[0]["data"]["addr"]
-        poke(pair, PLANTED)
+        poke(pair, INJECTED)
         poke(pair, dimm)
         regions = [it["region"] for it in checked(tool, pair, 1)["differences"]]
         assert regions == (["ram0"] if share == "on" else ["ram0", "hot"])
@@ -407,7 +407,7 @@ def test_a_balloon_that_the_guest_does_not_drive_discards_nothing(tool: Tool, fo
     arguments = [*WITH_RAM0, *MEMORY["memfd"], "-device", "virtio-balloon-pci,id=balloon0"]
     with foreign_pair(find_qemu(None), folder, arguments) as pair:
         pair.migrate()
-        poke(pair, PLANTED)  # which the source's guest never touched
+        poke(pair, INJECTED)  # which the source's guest never touched
         report = checked(tool, pair, 1)
         assert (report["pages_differing"], report["discarding_devices"]) == (1, [])
 

@@ -17,7 +17,7 @@ def test_packed_rings(tool: Tool) -> None:
     assert report["setup"]["ring"] == "packed"
     assert report["lost_pages"] == []
     assert report["guest"]["errors"] == 0
-    assert report["sharpness"]["certain"] >= 8000
+    assert report["sensitivity"]["guaranteed_detectable"] >= 8000
 
 
 def test_what_is_used_in_a_packed_ring_must_be_reported(tool: Tool) -> None:
@@ -26,7 +26,7 @@ def test_what_is_used_in_a_packed_ring_must_be_reported(tool: Tool) -> None:
     assert outcome.exit_code == 1, outcome.output + outcome.errors
     # The descriptor ring's page and the event suppression structure's, of each of two queues. None
     # may differ: the driver writes to the former, and QEMU dirties the latter.
-    assert outcome.report["sharpness"]["missed_at"] == {"tracker": 4}
+    assert outcome.report["sensitivity"]["missed_at"] == {"tracker": 4}
 
 
 def test_a_disk_in_a_file(tool: Tool, tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_disk_and_a_network_share_a_log(tool: Tool) -> None:
     assert outcome.report["setup"]["device"] == "blk, net"
     assert outcome.report["lost_pages"] == []
     assert outcome.report["guest"]["errors"] == 0
-    assert outcome.report["sharpness"]["unreported"] == 0
+    assert outcome.report["sensitivity"]["unreported"] == 0
 
 
 def test_each_of_two_devices_answers_for_its_own_pages(tool: Tool) -> None:
@@ -75,7 +75,7 @@ def test_each_of_two_devices_answers_for_its_own_pages(tool: Tool) -> None:
     lost = outcome.report["lost_pages"]
     assert {page["link"] for page in lost} == {"log"}
     assert "blk" in {page["device"] for page in lost}
-    missed = outcome.report["sharpness"]["missed_by"]
+    missed = outcome.report["sensitivity"]["missed_by"]
     assert missed.keys() == {"blk", "net"}
     assert missed["blk"] > 500
 

@@ -12,7 +12,7 @@ import pytest
 
 from support.command import Tool
 
-SMALL = ["--guest", "bare", "--workload", "once=512", "--quiet"]
+SMALL = ["--guest", "bare", "--workload", "write_once=512", "--quiet"]
 NO_ROOM = "No space left on device; set TMPDIR"
 ROOM = {
     "for the image": ("40M", ["--device", "qemu:virtio-blk-pci"], NO_ROOM),

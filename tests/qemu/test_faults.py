@@ -1,4 +1,4 @@
-"""Planted faults on real QEMU: those that differ in how they are caught."""
+"""Injected faults on real QEMU: those that differ in how they are caught."""
 
 from __future__ import annotations
 

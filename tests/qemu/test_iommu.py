@@ -9,7 +9,7 @@ import pytest
 from qmp_tools.qemu.builds import installed
 from support.command import Tool
 
-FEW_PAGES = ("--workload", "once=512", "--accel", "tcg", "--seed", "3")
+FEW_PAGES = ("--workload", "write_once=512", "--accel", "tcg", "--seed", "3")
 
 
 def prove(tool: Tool, *options: str) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def prove(tool: Tool, *options: str) -> dict[str, Any]:
 def test_every_page_survives(tool: Tool, options: tuple[str, ...]) -> None:
     report = prove(tool, "--iommu", "intel", *options)
     assert report["exit_code"] == 0, report["verdict"]
-    assert report["sharpness"]["certain"] >= 512
+    assert report["sensitivity"]["guaranteed_detectable"] >= 512
 
 
 def test_a_ring_larger_than_a_page_is_served(tool: Tool) -> None:
@@ -55,7 +55,7 @@ def test_what_is_wrong_behind_it_only_is_caught(
     assert len(lost) > 100
     assert {page["link"] for page in lost} == {link}
     assert all(page["iova"] // 4096 != page["gpa"] // 4096 for page in lost)
-    assert set(report["sharpness"]["missed_at"]) == {link}
+    assert set(report["sensitivity"]["missed_at"]) == {link}
 
 
 def test_a_used_ring_that_is_not_logged_is_refused_by_the_destination_and_lost(tool: Tool) -> None:
@@ -63,4 +63,4 @@ def test_a_used_ring_that_is_not_logged_is_refused_by_the_destination_and_lost(t
     assert report["exit_code"] == 1, report["verdict"]
     assert "last_avail_idx" in report["refusal"]
     assert {page["kind"] for page in report["lost_pages"]} <= {"used ring"}
-    assert report["sharpness"]["unreported"]
+    assert report["sensitivity"]["unreported"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qmp_tools.blocking import Stage
+from qmp_tools.blocking import Session
 from support.command import Tool
 
 PAGE = (Path(__file__).parents[2] / "docs" / "library.md").read_text()
@@ -50,8 +50,8 @@ def test_the_example_for_a_qemu_that_runs_already(
     tool: Tool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tool.folder))
-    with Stage() as stage:
-        qemu = stage.qemu(["-machine", "q35", "-m", "64"], accelerator="tcg")
+    with Session() as session:
+        qemu = session.qemu(["-machine", "q35", "-m", "64"], accelerator="tcg")
         assert re.fullmatch(TOLD[RUNS_ALREADY], run(RUNS_ALREADY, tool, str(qemu.socket_path)))
 
 

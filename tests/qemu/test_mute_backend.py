@@ -11,7 +11,7 @@ from typing import Final
 import pytest
 
 from dmaproof.errors import WaitTimeoutError
-from qmp_tools.blocking import Stage
+from qmp_tools.blocking import Session
 from qmp_tools.proof.options import ProofOptions
 from support.command import Tool
 
@@ -30,10 +30,10 @@ SILENT: Final = Path(__file__).parents[1] / "back_ends" / "silent.py"
 )
 def test_a_message_that_is_not_answered_is_named(message: str, how: str, state: str) -> None:
     command = shlex.join([sys.executable, str(MUTE), "{socket}", message, how])
-    workload = "once=64,churn=16"
+    workload = "write_once=64,churn=16"
     options = ProofOptions(guest="bare", workload=workload, device_command=command, timeout=60)
-    with Stage() as stage:
-        proof = stage.start_proof(options)
+    with Session() as session:
+        proof = session.start_proof(options)
         proof.source.qemu.qmp.timeout_s = 5
         with pytest.raises(WaitTimeoutError) as raised:
             proof.migrate()

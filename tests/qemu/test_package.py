@@ -141,7 +141,7 @@ def test_wheel_alone_proves(minor: int, wheel: Path, place: Place) -> None:
         assert Path(file).is_relative_to(place.folder / f"venv/lib/python3.{minor}/site-packages")
     proof = json.loads(place.run(scripts / "dmaproof", *PROOF))
     assert proof["exit_code"] == 0
-    assert proof["sharpness"]["certain"] > 1000
+    assert proof["sensitivity"]["guaranteed_detectable"] > 1000
 
 
 def test_pipx_runs_it(wheel: Path, place: Place) -> None:
@@ -150,7 +150,7 @@ def test_pipx_runs_it(wheel: Path, place: Place) -> None:
 
 
 def test_a_pytest_project(wheel: Path, place: Place) -> None:
-    """The project of docs/pytest.md, and the same with a fault planted."""
+    """The project of docs/pytest.md, and the same with a fault injected."""
     scripts = place.install(Path(sys.executable), wheel, "pytest")
     page = (ROOT / "docs" / "pytest.md").read_text()
     found = re.search("A whole project:\n\n```python\n(.*?)```", page, re.DOTALL)

@@ -33,7 +33,9 @@ def test_all_proofs_hold_and_all_controls_are_caught(tool: Tool) -> None:
     assert all(it["differing"] > 0 for it in controls.values())
     clean = figures.keys() - controls.keys() - {UNTRACKED}
     assert clean == NAMES.keys()
-    assert all(figures[it]["differing"] == 0 and figures[it]["certain"] > 0 for it in clean)
+    assert all(
+        figures[it]["differing"] == 0 and figures[it]["guaranteed_detectable"] > 0 for it in clean
+    )
     whole = {
         f"{kind}: {name}": row["figures"]
         for (kind, name), row in rows.items()
@@ -51,7 +53,7 @@ def test_all_proofs_hold_and_all_controls_are_caught(tool: Tool) -> None:
     )
     for name, it in whole.items():
         assert (it["differing"] > 0) is ("control" in name), name
-        assert it["certain"] > 0 or "control" in name, name
+        assert it["guaranteed_detectable"] > 0 or "control" in name, name
     assert tool.leftovers() == []
 
 
@@ -59,14 +61,14 @@ def test_qemus_vfio_pci_is_proved_with_a_control_and_lost_pages_are_placed(tool:
     outcome = tool.run("prove", "--device", "vfio-fake", "--control", "--json", "-", "--seed", "1")
     assert outcome.exit_code == 0, outcome.errors[-4000:]
     report = outcome.report
-    assert report["sharpness"]["certain"] == 1024
-    assert report["sharpness"]["unreported"] == 0
-    assert report["guest"]["swept"] > 1024
+    assert report["sensitivity"]["guaranteed_detectable"] == 1024
+    assert report["sensitivity"]["unreported"] == 0
+    assert report["guest"]["rechecked"] > 1024
     control = report["control"]
     assert control["caught"]
     assert control["exit_code"] == 1
     assert 0 < control["lost"]["device"] == len(control["lost_pages"])
-    assert control["sharpness"]["missed_at"] == {"tracker": control["sharpness"]["unreported"]}
+    assert control["sensitivity"]["missed_at"] == {"tracker": control["sensitivity"]["unreported"]}
     assert tool.leftovers() == []
 
 

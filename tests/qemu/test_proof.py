@@ -1,4 +1,4 @@
-"""The proof on the system's QEMU: it passes, and fails when a fault is planted."""
+"""The proof on the system's QEMU: it passes, and fails when a fault is injected."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def passed(outcome: Outcome) -> dict[str, Any]:
     assert report["lost_pages"] == []
     assert report["guest"]["errors"] == 0
     assert report["guest"]["requests"] >= 1000
-    assert report["guest"]["swept"] > 8192
+    assert report["guest"]["rechecked"] > 8192
     return report
 
 
@@ -55,14 +55,14 @@ def harvested_and_merged(report: dict[str, Any]) -> tuple[int, int]:
 
 def test_every_page_survives(tool: Tool) -> None:
     report = passed(prove(tool, "--control", "--max-downtime", "3000"))
-    sharpness = report["sharpness"]
-    assert sharpness["certain"] >= 8000
-    assert sharpness["reported_unwritten"] == 0
-    assert sharpness["unreported"] == 0
-    assert mapped(report)["late"] == sharpness["rewritten"]
+    sensitivity = report["sensitivity"]
+    assert sensitivity["guaranteed_detectable"] >= 8000
+    assert sensitivity["reported_unwritten"] == 0
+    assert sensitivity["unreported"] == 0
+    assert mapped(report)["late"] == sensitivity["rewritten"]
     assert mapped(report)["lost"] == 0
     harvested, merged = harvested_and_merged(report)
-    assert harvested == merged >= sharpness["written"]
+    assert harvested == merged >= sensitivity["written"]
     migration = report["migration"]
     assert migration["passes"][-1]["sync"] == migration["syncs"]
     parts = sum(part["seconds"] for part in migration["downtime_parts"])
@@ -83,9 +83,9 @@ def test_a_guest_that_gets_almost_no_cpu_is_waited_for(tool: Tool, tmp_path: Pat
     slow.write_text('#!/bin/sh\nexec qemu-system-x86_64 -icount shift=10,sleep=on "$@"\n')
     slow.chmod(0o755)
     arguments = ("--guest", "bare", "--accel", "tcg", "--memory", "131080K", "--qemu", str(slow))
-    outcome = prove(tool, *arguments, "--workload", "once=256,churn=64,hot=64")
+    outcome = prove(tool, *arguments, "--workload", "write_once=256,churn=64,hot=64")
     assert outcome.exit_code == 0, outcome.output + outcome.errors
-    assert outcome.report["sharpness"]["certain"] >= 256
+    assert outcome.report["sensitivity"]["guaranteed_detectable"] >= 256
     assert "-qtest" in outcome.report["commands"]["source QEMU"]
 
 
@@ -108,13 +108,13 @@ def test_every_lost_page_is_a_dropped_one(tool: Tool, tmp_path: Path) -> None:
     assert outcome.exit_code == 1, outcome.errors
     report = outcome.report
     lost = report["lost_pages"]
-    assert 40 < len(lost) <= report["sharpness"]["unreported"]
+    assert 40 < len(lost) <= report["sensitivity"]["unreported"]
     # Both directions: what is lost was dropped, and what was dropped and certain is lost.
     pages = np.array([page["gpa"] // 4096 for page in lost], dtype=np.uint64)
     assert (uniform(pages, 7) < 0.01).all()
     assert all(page["blame"] == "device" for page in lost)
-    assert len(lost) >= report["sharpness"]["unreported_certain"]
-    assert report["sharpness"]["missed_at"] == {"log": report["sharpness"]["unreported"]}
+    assert len(lost) >= report["sensitivity"]["unreported_guaranteed"]
+    assert report["sensitivity"]["missed_at"] == {"log": report["sensitivity"]["unreported"]}
     assert report["guest"]["errors"] > 0
     assert mapped(report)["lost"] == len(lost)
     harvested, merged = harvested_and_merged(report)

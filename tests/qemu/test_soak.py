@@ -19,7 +19,9 @@ def test_nothing_is_lost_and_nothing_grows(tool: Tool) -> None:
     assert outcome.exit_code == 0, outcome.output + outcome.errors
     report = outcome.report
     assert len(report["migrations"]) == 6
-    assert all(it["certain"] >= 8000 and it["lost"] == 0 for it in report["migrations"])
+    assert all(
+        it["guaranteed_detectable"] >= 8000 and it["lost"] == 0 for it in report["migrations"]
+    )
     assert [it["process"] for it in report["growth"]] == ["device", TOOL]
     assert not tool.leftovers(), "the run's folder was left behind"
 

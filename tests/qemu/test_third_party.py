@@ -1,4 +1,4 @@
-"""Devices that are not ours: the recipes of docs/devices.md, carried out."""
+"""Devices that are not ours: the recipes of docs/third-party-devices.md, carried out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qmp_tools.qemu.builds import QemuBuild, fetch, installed, make_whole
 from support.command import TIMEOUT_S, Outcome, Tool
 
 ROOT: Final = Path(__file__).parents[2]
-RECIPES: Final = (ROOT / "docs" / "devices.md").read_text()
+RECIPES: Final = (ROOT / "docs" / "third-party-devices.md").read_text()
 
 
 def faulty(fault: str, *harvest: str) -> str:
@@ -55,16 +55,16 @@ DISKS: Final = [
     for name, kind in inside_qemu.KINDS.items()
     if not kind.network and name != "virtio-blk-pci"
 ]
-BRIEF: Final = ("--requests-after", "200", "--workload", "once=1400")
+BRIEF: Final = ("--requests-after", "200", "--workload", "write_once=1400")
 REFUSALS: Final = {
     "nvme": ["State blocked by non-migratable device"],
     "lsi53c895a": ["lsi_pre_save: Assertion", "has not become ready within"],
 }
-"""Of old QEMUs; see docs/devices.md."""
+"""Of old QEMUs; see docs/third-party-devices.md."""
 
 
 def recipe(program: str, word: str = "") -> list[str]:
-    """The arguments of the first recipe in docs/devices.md that runs `program` and has `word`, told
+    """The arguments of the first recipe in docs/third-party-devices.md that runs `program` and has `word`, told
     to print JSON.
     """
     commands = re.findall(r"(?m)^    (dmaproof prove (?:.*\\\n)*.*)$", RECIPES)
@@ -85,14 +85,14 @@ def assert_passed(
     assert report["setup"]["tracker"] is None
     assert report["lost_pages"] == []
     assert report["guest"]["errors"] == 0
-    assert report["sharpness"]["witness"] == "guest"
-    assert report["sharpness"]["rewritten"] >= least
-    assert (report["sharpness"]["certain"] > 0) == certain
-    assert report["sharpness"]["unreported"] is None
+    assert report["sensitivity"]["evidence_source"] == "guest"
+    assert report["sensitivity"]["rewritten"] >= least
+    assert (report["sensitivity"]["guaranteed_detectable"] > 0) == certain
+    assert report["sensitivity"]["unreported"] is None
 
 
 def assert_passed_or_let_go(outcome: Outcome) -> None:
-    """It passed, or was caught at what docs/devices.md tells of it: on a busy machine it may be."""
+    """It passed, or was caught at what docs/third-party-devices.md tells of it: on a busy machine it may be."""
     if outcome.exit_code == 0:
         assert_passed(outcome, "blk by qemu-storage-daemon")
     else:
@@ -103,7 +103,9 @@ def assert_let_go(outcome: Outcome) -> None:
     """It has let go of its rings with requests under way."""
     assert outcome.exit_code == 1, outcome.output + outcome.errors
     report = outcome.report
-    assert any("requests are not answered" in it for it in report["guest"]["complaints"]), report
+    assert any("requests are not answered" in it for it in report["guest"]["error_messages"]), (
+        report
+    )
     assert report["guest"]["errors"] <= Workload().threads
     lost = report["lost"]  # some of it may come after the comparison
     assert lost["unknown"] + lost["late-dma"] == len(report["lost_pages"])
@@ -134,7 +136,7 @@ def test_a_back_end_is_started_anew_with_each_qemu(tool: Tool) -> None:
     outcome = tool.run(*recipe("qemu-storage-daemon"), "--scenario", "ping-pong")
     assert_passed_or_let_go(outcome)
     migrations = outcome.report["migrations"]
-    assert all(it["certain"] >= Workload().once * 3 // 4 for it in migrations)
+    assert all(it["guaranteed_detectable"] >= Workload().write_once * 3 // 4 for it in migrations)
     assert len(migrations) == 3 or outcome.exit_code
 
 
@@ -143,7 +145,9 @@ def test_migrations_in_a_row_of_a_device_inside_qemu(tool: Tool) -> None:
     outcome = tool.run("soak", "--guest", "bare", *options, "--json", "-")
     assert outcome.exit_code == 0, outcome.output + outcome.errors
     report = outcome.report
-    assert [it["certain"] for it in report["migrations"]] == [Workload().once] * 3
+    assert [it["guaranteed_detectable"] for it in report["migrations"]] == [
+        Workload().write_once
+    ] * 3
     assert [it["errors"] for it in report["migrations"]] == [0] * 3
     assert [it["process"] for it in report["growth"]] == [TOOL]
 
@@ -160,7 +164,7 @@ def test_a_page_lost_by_a_third_party_device_is_detected(tool: Tool) -> None:
 
 def watch(tool: Tool, command: str, *arguments: str) -> Outcome:
     """A short proof of a back end, each side of which has a disk of its own."""
-    options = ("--requests-after", "200", "--workload", "once=1024,churn=1024,write_every=0")
+    options = ("--requests-after", "200", "--workload", "write_once=1024,churn=1024,write_every=0")
     return prove(tool, "--guest", "bare", "--device-command", command, *options, *arguments)
 
 
@@ -214,7 +218,7 @@ def test_a_flush_that_is_missing_when_the_device_stops_is_seen(tool: Tool) -> No
 )
 def test_a_wrong_ring_index_is_the_back_ends_fault(tool: Tool, answer: str, wrong: str) -> None:
     junit = tool.folder.parent / "junit.xml"
-    arguments = ("--workload", "once=256,churn=512", "--junit", str(junit))
+    arguments = ("--workload", "write_once=256,churn=512", "--junit", str(junit))
     command = ("--device-command", faulty(f"base={answer}"))
     outcome = prove(tool, "--guest", "bare", *arguments, *command)
     assert outcome.exit_code == 1, outcome.output + outcome.errors
@@ -230,7 +234,7 @@ def test_a_wrong_ring_index_is_the_back_ends_fault(tool: Tool, answer: str, wron
 
 
 def test_nothing_tested_is_no_pass_without_a_journal_either(tool: Tool) -> None:
-    arguments = ("--device", "qemu:virtio-blk-pci", "--workload", "once=0")
+    arguments = ("--device", "qemu:virtio-blk-pci", "--workload", "write_once=0")
     outcome = prove(tool, "--guest", "bare", *arguments)
     assert outcome.exit_code == 3, outcome.output + outcome.errors
     assert outcome.report["verdict"].startswith("nothing was tested")
@@ -383,7 +387,14 @@ def of_run(tool: Tool, *words: str) -> list[int]:
 
 
 def test_a_device_that_stops_slowly_is_reported(tool: Tool) -> None:
-    options = ["--guest", "bare", "--workload", "once=512,write_every=0", "--max-downtime", "0.4"]
+    options = [
+        "--guest",
+        "bare",
+        "--workload",
+        "write_once=512,write_every=0",
+        "--max-downtime",
+        "0.4",
+    ]
     outcome = prove(tool, *options, "--device-command", SLOW)
     assert outcome.exit_code == 1, outcome.errors
     report = outcome.report

@@ -11,7 +11,7 @@ from typing import Any
 from dmaproof.devices import VirtioDevice
 from dmaproof.devices.blk import Blk
 from dmaproof.dirty_tracker import emulated_trackers
-from dmaproof.faults import plant
+from dmaproof.faults import make_fault
 from dmaproof.vfio.vhost_session import StandIn, StandInSession
 from dmaproof.vhost_user.connection import Connection
 from dmaproof.vhost_user.session import Session
@@ -42,7 +42,7 @@ class FrontEnd(front_end.FrontEnd):
         self.selector = selectors.DefaultSelector()
         self.events: list[dict[str, Any]] = []
         """What the session tells whoever watches its process."""
-        emulated = plant(fault, seed=3).make_session
+        emulated = make_fault(fault, seed=3).make_session
         make_session: Callable[..., Session] = StandInSession if stand_in else emulated
         self.session = make_session(
             Connection(theirs),

@@ -21,7 +21,7 @@ from dmaproof.trace import TRACED_LINKS, Link, PageEpochs
 from qmp_tools.memory.ram import RamFile, compare
 from qmp_tools.migration.judgement import Blame, EvidenceSource
 from qmp_tools.proof.attribution import LostPage, WrittenPages, attribute, gpa_of, slots_in
-from qmp_tools.proof.sensitivity import Sharpness, measure_sharpness, sharpness_by_guest
+from qmp_tools.proof.sensitivity import Sensitivity, measure_sensitivity, sensitivity_by_guest
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 
 PAGES = 8
@@ -71,13 +71,13 @@ class Proof:
         differing = compare(self.source, self.destination)
         return attribute(differing, self.source, self.destination, self.slots, [self.evidence])
 
-    def sharpness(self, slots: Sequence[Slot] | None = None) -> Sharpness:
+    def sensitivity(self, slots: Sequence[Slot] | None = None) -> Sensitivity:
         evidence = self.evidence
         if slots is not None:
             evidence = Evidence(
                 [*slots], evidence.records, self.links, evidence.harvests, 500, requests=0
             )
-        return measure_sharpness([evidence], ALL_SENT_NS)
+        return measure_sensitivity([evidence], ALL_SENT_NS)
 
 
 @pytest.fixture
@@ -172,35 +172,39 @@ def test_each_page_of_a_long_write_has_its_row() -> None:
 
 
 def test_without_a_journal_nothing_is_known_but_the_once_pages() -> None:
-    expected = Sharpness(0, 0, 9, 9, 0, 0, 0, witness=EvidenceSource.GUEST)
-    assert sharpness_by_guest(9) == expected
-    assert sharpness_by_guest(9, certain=False).certain == 0
+    expected = Sensitivity(0, 0, 9, 9, 0, 0, 0, evidence_source=EvidenceSource.GUEST)
+    assert sensitivity_by_guest(9) == expected
+    assert sensitivity_by_guest(9, guaranteed=False).guaranteed_detectable == 0
 
 
 def test_a_write_counts_from_the_moment_by_which_all_was_sent(proof: Proof) -> None:
     for page, time_ns in enumerate((ALL_SENT_NS - 1, ALL_SENT_NS, ALL_SENT_NS + 1)):
         proof.write(LOW + page * PAGE, b"x", time_ns=time_ns)
-    sharpness = proof.sharpness()
-    assert (sharpness.written, sharpness.rewritten, sharpness.certain) == (3, 2, 2)
+    sensitivity = proof.sensitivity()
+    assert (sensitivity.written, sensitivity.rewritten, sensitivity.guaranteed_detectable) == (
+        3,
+        2,
+        2,
+    )
 
 
 def test_reports_and_writes_are_matched_by_address(proof: Proof) -> None:
     proof.write(LOW + 3 * PAGE, b"x")
     proof.write(HIGH, b"x")
     proof.write(HIGH + 3 * PAGE, b"x")
-    assert proof.sharpness().reported_unwritten == 0
+    assert proof.sensitivity().reported_unwritten == 0
     for gpa in (LOW, HIGH + PAGE):
         proof.links[Link.LOG].see(gpa, PAGE, 1)
-    assert proof.sharpness().reported_unwritten == 2
+    assert proof.sensitivity().reported_unwritten == 2
 
 
 def test_a_page_is_missed_only_where_a_slot_still_has_it(proof: Proof) -> None:
     for page in range(4):
         proof.write(HIGH + page * PAGE, b"x", seen=False)
     part = proof.slots[0]._replace(gpa=HIGH + PAGE, length=2 * PAGE)
-    found = [proof.sharpness(slots).unreported for slots in ([], [part], [part, *proof.slots])]
+    found = [proof.sensitivity(slots).unreported for slots in ([], [part], [part, *proof.slots])]
     assert found == [0, 2, 4]
-    assert proof.sharpness([part]).missed_by == {"": 2}
+    assert proof.sensitivity([part]).missed_by == {"": 2}
 
 
 def test_the_first_byte_of_a_page_counts(proof: Proof) -> None:
@@ -282,12 +286,12 @@ def test_the_rows_of_a_page_keep_the_order_of_the_writes_however_many_there_are(
 
 
 def test_json_of_a_proof_without_a_journal_says_what_is_known() -> None:
-    told = sharpness_by_guest(9).to_json()
+    told = sensitivity_by_guest(9).to_json()
     known = {name: value for name, value in told.items() if value is not None}
     assert known == {
         "rewritten": 9,
-        "certain": 9,
+        "guaranteed_detectable": 9,
         "missed_at": {},
         "missed_by": {},
-        "witness": "guest",
+        "evidence_source": "guest",
     }

@@ -1,4 +1,4 @@
-"""Planted faults: each spoils just what it says, and what it spoils follows from its seed."""
+"""Injected faults: each spoils just what it says, and what it spoils follows from its seed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dmaproof.dirty_tracker import EmulatedTracker, emulated_trackers
 from dmaproof.dirty_tracker.address_queue import AddressQueue
 from dmaproof.dma import Dma
 from dmaproof.errors import UsageError
-from dmaproof.faults import known_faults, plant, summary
+from dmaproof.faults import known_faults, make_fault, summary
 from dmaproof.faults.timing import BitBeforeData
 from dmaproof.guest_memory import GuestMemory, IovaMap, IovaMapping
 from dmaproof.iova_bitmap import IovaBitmap, IovaRange
@@ -66,7 +66,7 @@ def test_every_fault_has_a_summary_of_one_line() -> None:
 )
 def test_a_malformed_fault_is_refused(spec: str) -> None:
     with pytest.raises(UsageError, match="fault"):
-        plant(spec, 1)
+        make_fault(spec, 1)
 
 
 # Log --------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def merged(
     words = np.zeros(64, dtype=np.uint64)
     for page in pages:
         words[page // 64] |= np.uint64(1 << page % 64)
-    wrapped = plant(spec, seed).wrap_log(BufferDirtyLog(log))
+    wrapped = make_fault(spec, seed).wrap_log(BufferDirtyLog(log))
     for _ in range(times):
         wrapped.merge(gpa, words, 0, 4096)
     wrapped.close()
@@ -117,7 +117,7 @@ def collecting(
     spec: str | None, memory: GuestMemory
 ) -> tuple[Collector, EmulatedTracker, bytearray]:
     """A collector that has been started, its tracker, and its log."""
-    fault = plant(spec, 1)
+    fault = make_fault(spec, 1)
     tracker = fault.wrap_tracker(emulated_trackers()[fault.tracker or "iommu"]())
     log = bytearray(RAM_PAGES // 64 * 8 + 8)
     collector = fault.make_collector(tracker)
@@ -171,7 +171,7 @@ def iterated(
         words = np.zeros(pages // 64 + 1, dtype=np.uint64)
         trace = ChainTrace([IovaRange(0, pages * PAGE)])
         trace.epoch = 1
-        with plant(spec, seed).make_bitmap(0, pages * PAGE, PAGE, words) as bitmap:
+        with make_fault(spec, seed).make_bitmap(0, pages * PAGE, PAGE, words) as bitmap:
             bitmap.trace, bitmap.gpa = trace, 0
             if many:
                 iovas, lengths = np.array(ranges, dtype=np.uint64).T * np.uint64(PAGE)
@@ -211,7 +211,7 @@ def test_a_range_loses_its_first_or_its_last_page() -> None:
 
 def test_one_length_stands_for_all_ranges() -> None:
     words = np.zeros(2, dtype=np.uint64)
-    with plant("forget-last-word", 0).make_bitmap(0, 100 * PAGE, PAGE, words) as bitmap:
+    with make_fault("forget-last-word", 0).make_bitmap(0, 100 * PAGE, PAGE, words) as bitmap:
         bitmap.trace, bitmap.gpa = ChainTrace([IovaRange(0, 100 * PAGE)]), 0
         bitmap.set_many(np.array([3, 70], dtype=np.uint64) * np.uint64(PAGE), 2 * PAGE)
     assert pages_in(bytearray(words.tobytes())) == {3, 4}
@@ -229,7 +229,7 @@ def tracked(tracker: EmulatedTracker, pages: int = 1024) -> set[int]:
 
 
 def started(spec: str | None, seed: int = 1) -> EmulatedTracker:
-    fault = plant(spec, seed)
+    fault = make_fault(spec, seed)
     tracker = fault.wrap_tracker(emulated_trackers()[fault.tracker or "iommu"]())
     tracker.start([IovaRange(0, 1024 * PAGE)], PAGE)
     return tracker
@@ -321,7 +321,7 @@ class Marks:
 
 def door(spec: str | None, memory: GuestMemory, seed: int = 1) -> tuple[Dma, Marks]:
     marks = Marks(memory)
-    dma = plant(spec, seed).make_dma(
+    dma = make_fault(spec, seed).make_dma(
         memory, IovaMap.identity(memory), marks, Journal(), due_epoch=lambda: 1
     )
     return dma, marks

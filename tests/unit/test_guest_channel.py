@@ -104,8 +104,8 @@ def test_a_malformed_number_is_refused(value: str) -> None:
 
 def test_a_guests_report_cannot_move_the_terminal() -> None:
     channel = asyncio.run(hear(b"error kind=\x1b[2J\x07 x=\xc2\x9b31m\xef\xbf\xbe\n" * 20))
-    assert len(channel.complaints) == 8
-    assert channel.complaints[0] == "error kind=�[2J� x=�31m�"
+    assert len(channel.error_messages) == 8
+    assert channel.error_messages[0] == "error kind=�[2J� x=�31m�"
 
 
 def test_the_guests_own_words_say_why_it_gave_up() -> None:

@@ -32,7 +32,9 @@ from support.setups import key, setup, setup_of_files
 
 MATRIX = Matrix({"qemu": ["7.2", "11.1"], "scenario": ["unix", "tls"], "guest": ["bare"]})
 LOST = Result(State.LOST, "3 of 9 pages were lost", ["device"], ["GPA 0x1000: …"], seed=7)
-CLEAN = Result(State.CLEAN, "every page equal", certain=8192, command=["dmaproof", "prove"])
+CLEAN = Result(
+    State.CLEAN, "every page equal", guaranteed_detectable=8192, command=["dmaproof", "prove"]
+)
 
 
 # Axes and cells
@@ -319,7 +321,7 @@ def proof_report(exit_code: int, lost: dict[str, int], **more: int) -> dict[str,
         "exit_code": exit_code,
         "lost": lost,
         "lost_pages": [{"story": f"page {number}"} for number in range(sum(lost.values()))],
-        "sharpness": {"certain": 5, "unreported": more.get("unreported", 0)},
+        "sensitivity": {"guaranteed_detectable": 5, "unreported": more.get("unreported", 0)},
         "guest": {"errors": more.get("errors", 0)},
         "log": None,
         "wrong_rings": [],

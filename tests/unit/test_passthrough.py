@@ -38,7 +38,7 @@ from qmp_tools.passthrough.outcome import (
 from qmp_tools.passthrough.prove import joined, machines_side_by_side, to_json, to_text
 from qmp_tools.passthrough.tracking import Tracking
 from qmp_tools.proof.attribution import LostPage
-from qmp_tools.proof.sensitivity import Sharpness
+from qmp_tools.proof.sensitivity import Sensitivity
 from qmp_tools.proof.verdict import GuestOutcome, Verdict
 from qmp_tools.qemu.qmp import QmpTimeoutError
 from qmp_tools.reports.junit_tap import to_junit, to_tap
@@ -197,8 +197,8 @@ LOST = LostPage(0, 0, 1, Blame.DEVICE)
 
 
 def verdict(lost: Sequence[LostPage], certain: int) -> Verdict:
-    sharpness = Sharpness(9, 9, certain, certain, 0, 0, 0)
-    return Verdict(64, lost, sharpness, GuestOutcome(1000, 0, 10))
+    sensitivity = Sensitivity(9, 9, certain, certain, 0, 0, 0)
+    return Verdict(64, lost, sensitivity, GuestOutcome(1000, 0, 10))
 
 
 def test_a_verdict_that_tests_nothing_ends_the_attempt_only() -> None:
@@ -311,10 +311,10 @@ def test_the_matrix_has_a_cell_for_each_migration_and_its_control() -> None:
     runs = [
         report(
             *("7.3.4", "11.1.3"),
-            row(WAYS[0], "holds", differing=0, certain=5),
+            row(WAYS[0], "holds", differing=0, guaranteed_detectable=5),
             row(f"{WAYS[0]}, control: drop", "holds", differing=7, kept_back=9),
             row(WAYS[1], "fails"),
-            row(UNTRACKED, "holds", differing=5, certain=6),
+            row(UNTRACKED, "holds", differing=5, guaranteed_detectable=6),
             row("START", "holds", group="rules"),
             row("HWPT", "lacking", group="rules"),
         ),
@@ -341,7 +341,7 @@ def test_the_matrix_has_a_cell_for_each_migration_and_its_control() -> None:
 def test_a_control_that_is_not_caught_shows_in_the_matrix() -> None:
     lost = report(
         *("7.3.4", "11.1.3"),
-        row(WAYS[0], "holds", differing=0, certain=5),
+        row(WAYS[0], "holds", differing=0, guaranteed_detectable=5),
         row(f"{WAYS[0]}, control: drop", "fails"),
     )
     assert "0 differ; control FAILED [1]" in matrix.table([lost])

@@ -34,7 +34,7 @@ from qmp_tools.proof.model import Proof, Setup
 from qmp_tools.proof.options import ProofOptions
 from qmp_tools.proof.ram_map import MapArea, RamMap, run_lengths, with_lost
 from qmp_tools.proof.rings import Ring
-from qmp_tools.proof.sensitivity import Sharpness, sharpness_by_guest
+from qmp_tools.proof.sensitivity import Sensitivity, sensitivity_by_guest
 from qmp_tools.proof.soak import Holdings, Soak
 from qmp_tools.proof.verdict import GuestOutcome, Verdict
 from qmp_tools.qemu.machine import Machine
@@ -68,7 +68,7 @@ LOST = [
     ),
     LostPage(ram_offset=0x9000, gpa=None, bytes_differing=1, blame=Blame.ACCELERATOR),
 ]
-SHARP = Sharpness(40, 20, 10, 5, 0, 0, 0)
+SHARP = Sensitivity(40, 20, 10, 5, 0, 0, 0)
 
 
 def progress(seconds: float, syncs: int, transferred: int, remaining: int) -> Progress:
@@ -107,7 +107,7 @@ class Foreign(EmulatedDevice):
         return DeviceFacts("somebody's", 1)
 
 
-class Owned(EmulatedDevice):
+class FakeDriver(EmulatedDevice):
     """One whose tracker somebody else asks."""
 
     @property
@@ -117,7 +117,7 @@ class Owned(EmulatedDevice):
 
 def proof(
     lost: list[LostPage],
-    sharpness: Sharpness = SHARP,
+    sensitivity: Sensitivity = SHARP,
     errors: int = 0,
     device: EmulatedDevice | None = None,
     downtime: Downtime | None = None,
@@ -143,7 +143,7 @@ def proof(
         verdict=Verdict(
             PAGES,
             lost,
-            sharpness,
+            sensitivity,
             guest,
             downtime=downtime or Downtime(),
             wrong_rings=wrong_rings,
@@ -169,7 +169,7 @@ LOG = LogEvidence(looks=900, look_interval_s=0.002, judged_queues=[0, 1])
 
 def watched(log: LogEvidence, *lost: LostPage) -> Proof:
     """The proof of a third-party device, whose log was watched."""
-    found = proof(list(lost), sharpness_by_guest(5), device=Foreign(OPTIONS))
+    found = proof(list(lost), sensitivity_by_guest(5), device=Foreign(OPTIONS))
     return replace(found, verdict=replace(found.verdict, settled_s=4.0, log=log))
 
 
@@ -217,9 +217,9 @@ def check(
 
 
 def soak(last: Proof, descriptors: list[int]) -> Soak:
-    hops = [proof([]).hop] * (len(descriptors) - 1)
+    migrations = [proof([]).migration_summary] * (len(descriptors) - 1)
     seen = [Holdings(20 << 20, number, 3) for number in descriptors]
-    return Soak(len(descriptors), replace(last, earlier=hops), {"device": seen}, 60.0)
+    return Soak(len(descriptors), replace(last, earlier=migrations), {"device": seen}, 60.0)
 
 
 UNTESTED = {
@@ -243,15 +243,15 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "slow": report.to_json(proof([], downtime=Downtime(SLOW, 2.0))),
     "quick": report.to_json(proof([], downtime=Downtime(SLOW, 60.0))),
     "unmeasured": report.to_json(proof([], downtime=Downtime((), 2.0))),
-    "blunt": report.to_json(proof([], Sharpness(0, 0, 0, 0, 0, 0, 0))),
-    "owned": report.to_json(proof([], device=Owned(OPTIONS))),
+    "blunt": report.to_json(proof([], Sensitivity(0, 0, 0, 0, 0, 0, 0))),
+    "driver": report.to_json(proof([], device=FakeDriver(OPTIONS))),
     "foreign": report.to_json(
-        proof([], sharpness_by_guest(5, certain=True), device=Foreign(OPTIONS))
+        proof([], sensitivity_by_guest(5, guaranteed=True), device=Foreign(OPTIONS))
     ),
     "foreign, lost": report.to_json(
         proof(
             [LostPage(0x9000, 0x9000, 1, Blame.UNKNOWN)],
-            sharpness_by_guest(0, certain=True),
+            sensitivity_by_guest(0, guaranteed=True),
             device=Foreign(OPTIONS),
         )
     ),
@@ -289,7 +289,7 @@ CASES = {
     "quick": ["passed"] * 5,
     "unmeasured": ["passed"] * 4 + ["error"],
     "blunt": ["passed", "passed", "passed", "error"],
-    "owned": ["passed"] * 3,
+    "driver": ["passed"] * 3,
     "foreign": ["passed"] * 3,
     "foreign, lost": ["failed", "passed", "error"],
     "watched": ["passed"] * 4,
@@ -443,14 +443,16 @@ def test_a_cell_of_the_map_shows_the_gravest_of_its_pages() -> None:
 def test_the_html_page_shows_the_lost_pages() -> None:
     page = Page()
     page.feed(to_html(ANSWERS["lost"]))
-    for told in ("0x5000", "iterator", "accelerator", "qemu -append 'a b <c>'", "planted"):
+    for told in ("0x5000", "iterator", "accelerator", "qemu -append 'a b <c>'", "injected"):
         assert told in page.text
 
 
 def test_a_report_without_a_journal_does_not_mention_it() -> None:
     page = Page()
     page.feed(to_html(ANSWERS["foreign"]))
-    text = report.to_text(proof([], sharpness_by_guest(5, certain=True), device=Foreign(OPTIONS)))
+    text = report.to_text(
+        proof([], sensitivity_by_guest(5, guaranteed=True), device=Foreign(OPTIONS))
+    )
     for told in (page.text, text):
         assert "somebody's, without a journal" in told
         assert "None" not in told
@@ -537,7 +539,7 @@ def test_a_control_that_is_not_caught_is_no_pass() -> None:
     answer = {**ANSWERS["control"], "control": {**ANSWERS["control"]["control"], "caught": False}}
     suite = ElementTree.fromstring(to_junit(answer))
     assert suite.get("errors") == "1"
-    assert "not ok 5 - the planted fault is caught" in to_tap(answer)
+    assert "not ok 5 - the injected fault is caught" in to_tap(answer)
 
 
 def test_passes_have_what_happened_in_them() -> None:
@@ -603,7 +605,7 @@ def test_a_soak_reports_growth_in_figures() -> None:
 
 def test_a_proof_reports_the_migrations_before_it() -> None:
     before = proof([])
-    text = report.to_text(replace(before, earlier=[before.hop, before.hop]))
+    text = report.to_text(replace(before, earlier=[before.migration_summary, before.migration_summary]))
     assert "2 more, there and back: 128 pages compared, 10 certain" in text
 
 

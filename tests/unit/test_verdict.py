@@ -1,4 +1,4 @@
-"""Whose loss it was: every kind of loss, planted by hand in two RAM files."""
+"""Whose loss it was: every kind of loss, injected by hand in two RAM files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from qmp_tools.proof.attribution import (
     blame_early_bits,
     with_late_dma,
 )
-from qmp_tools.proof.sensitivity import Sharpness, measure_sharpness, sharpness_by_guest
+from qmp_tools.proof.sensitivity import Sensitivity, measure_sensitivity, sensitivity_by_guest
 from qmp_tools.proof.verdict import GuestOutcome, Verdict
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 
@@ -84,8 +84,8 @@ class Case:
         evidence = self.evidence()
         return attribute(differing, self.source, self.destination, evidence.slots, [evidence])
 
-    def sharpness(self) -> Sharpness:
-        return measure_sharpness([self.evidence()], ALL_SENT_NS)
+    def sensitivity(self) -> Sensitivity:
+        return measure_sensitivity([self.evidence()], ALL_SENT_NS)
 
 
 @pytest.fixture
@@ -116,11 +116,15 @@ def test_each_of_two_devices_answers_for_its_own(case: Case) -> None:
         (4 * PAGE, "net", Link.TRACKER),
         (5 * PAGE, "net", Link.ITERATOR),
     ]
-    sharpness = measure_sharpness(evidence, ALL_SENT_NS)
-    assert (sharpness.written, sharpness.certain, sharpness.unreported) == (3, 2, 2)
-    assert sharpness.missed_at == {"tracker": 1, "iterator": 1}
-    assert sharpness.missed_by == {"net": 2}
-    assert sharpness.reported_unwritten == 0
+    sensitivity = measure_sensitivity(evidence, ALL_SENT_NS)
+    assert (sensitivity.written, sensitivity.guaranteed_detectable, sensitivity.unreported) == (
+        3,
+        2,
+        2,
+    )
+    assert sensitivity.missed_at == {"tracker": 1, "iterator": 1}
+    assert sensitivity.missed_by == {"net": 2}
+    assert sensitivity.reported_unwritten == 0
 
 
 @pytest.mark.parametrize("link", TRACED_LINKS)
@@ -186,10 +190,10 @@ def test_an_unlogged_page_is_reported_even_if_it_is_equal(case: Case) -> None:
     case.device_writes(2 * PAGE, b"e")
     for offset, content in ((0, b"a"), (PAGE, b"b"), (PAGES // 2 * PAGE, b"d"), (2 * PAGE, b"e")):
         os.pwrite(case.destination.fd, content, offset)
-    sharpness = case.sharpness()
-    assert (sharpness.unreported, sharpness.unreported_certain) == (3, 2)
-    assert sharpness.missed_at == {"tracker": 1, "translation": 1, "log": 1}
-    verdict = Verdict(PAGES, case.lost(), sharpness, GuestOutcome(1000, 0, 10))
+    sensitivity = case.sensitivity()
+    assert (sensitivity.unreported, sensitivity.unreported_guaranteed) == (3, 2)
+    assert sensitivity.missed_at == {"tracker": 1, "translation": 1, "log": 1}
+    verdict = Verdict(PAGES, case.lost(), sensitivity, GuestOutcome(1000, 0, 10))
     assert verdict.lost == []
     assert verdict.exit_code == 1
     assert "by luck: 3 pages" in verdict.sentence
@@ -199,30 +203,30 @@ def test_memory_that_was_unplugged_need_not_be_logged(case: Case) -> None:
     case.device_writes(0, b"a", seen_by=())
     case.device_writes(HIGH, b"b", seen_by=())
     evidence = replace(case.evidence(), slots=case.evidence().slots[:1])
-    assert measure_sharpness([evidence], ALL_SENT_NS).unreported == 1
+    assert measure_sensitivity([evidence], ALL_SENT_NS).unreported == 1
 
 
 def test_the_sensitivity_counts_the_pages_whose_loss_would_be_detected(case: Case) -> None:
     case.device_writes(0, b"early", time_ns=900)
-    case.device_writes(PAGE, b"once")
+    case.device_writes(PAGE, b"write_once")
     case.device_writes(2 * PAGE, b"twice")
     case.device_writes(2 * PAGE + 8, b"twice")
     case.device_writes(3 * PAGE, b"s", kind=WriteKind.STATUS)
     case.links[Link.LOG].see(9 * PAGE, PAGE, 1)
-    assert case.sharpness() == Sharpness(
+    assert case.sensitivity() == Sensitivity(
         writes=5,
         written=4,
         rewritten=3,
-        certain=1,
+        guaranteed_detectable=1,
         unreported=0,
-        unreported_certain=0,
+        unreported_guaranteed=0,
         reported_unwritten=1,
     )
 
 
 def test_no_journal_is_no_evidence(case: Case) -> None:
-    assert case.sharpness() == Sharpness(0, 0, 0, 0, 0, 0, 0)
-    verdict = Verdict(PAGES, [], case.sharpness(), GuestOutcome(1000, 0, 10))
+    assert case.sensitivity() == Sensitivity(0, 0, 0, 0, 0, 0, 0)
+    verdict = Verdict(PAGES, [], case.sensitivity(), GuestOutcome(1000, 0, 10))
     assert verdict.exit_code == 3
     assert verdict.sentence.startswith("nothing was tested")
 
@@ -234,27 +238,38 @@ def test_without_a_journal_it_stays_open_who_lost_a_page(case: Case) -> None:
     differing = compare(case.source, case.destination)
     lost = attribute(differing, case.source, case.destination, case.evidence().slots, [])
     assert lost == [LostPage(PAGES // 2 * PAGE, HIGH, 4, Blame.UNKNOWN)]
-    verdict = Verdict(PAGES, lost, sharpness_by_guest(20, certain=True), GuestOutcome(1000, 0, 10))
+    verdict = Verdict(
+        PAGES, lost, sensitivity_by_guest(20, guaranteed=True), GuestOutcome(1000, 0, 10)
+    )
     assert verdict.exit_code == 1
     assert "not ours to know" in verdict.sentence
 
 
 def test_without_a_journal_the_guest_is_the_evidence_source() -> None:
     well = GuestOutcome(1000, 0, 10)
-    assert Verdict(PAGES, [], sharpness_by_guest(20, certain=True), well).exit_code == 0
-    assert Verdict(PAGES, [], sharpness_by_guest(0, certain=True), well).exit_code == 3
-    told = sharpness_by_guest(20, certain=True).to_json()
-    assert (told["certain"], told["rewritten"], told["witness"]) == (20, 20, "guest")
+    assert (
+        Verdict(PAGES, [], sensitivity_by_guest(20, guaranteed=True), well).exit_code
+        == 0
+    )
+    assert (
+        Verdict(PAGES, [], sensitivity_by_guest(0, guaranteed=True), well).exit_code == 3
+    )
+    told = sensitivity_by_guest(20, guaranteed=True).to_json()
+    assert (told["guaranteed_detectable"], told["rewritten"], told["evidence_source"]) == (
+        20,
+        20,
+        "guest",
+    )
     assert told["unreported"] is None
-    copied = sharpness_by_guest(20, certain=False)
-    assert (copied.rewritten, copied.certain) == (20, 0)
+    copied = sensitivity_by_guest(20, guaranteed=False)
+    assert (copied.rewritten, copied.guaranteed_detectable) == (20, 0)
     assert Verdict(PAGES, [], copied, well).exit_code == 0
-    assert Sharpness(1, 2, 3, 4, 5, 6, 7).to_json()["unreported"] == 5
+    assert Sensitivity(1, 2, 3, 4, 5, 6, 7).to_json()["unreported"] == 5
 
 
 def test_a_loss_exits_with_1_and_a_proof_without_evidence_with_3() -> None:
-    sharp = Sharpness(10, 10, 5, 5, 0, 0, 0)
-    blunt = Sharpness(10, 10, 0, 0, 0, 0, 0)
+    sharp = Sensitivity(10, 10, 5, 5, 0, 0, 0)
+    blunt = Sensitivity(10, 10, 0, 0, 0, 0, 0)
     well, ill = GuestOutcome(1000, 0, 10), GuestOutcome(1000, 2, 10)
     lost = LostPage(0, 0, 1, Blame.ACCELERATOR)
     assert Verdict(PAGES, [], sharp, well).exit_code == 0
@@ -266,7 +281,7 @@ def test_a_loss_exits_with_1_and_a_proof_without_evidence_with_3() -> None:
 
 
 def test_a_slow_switchover_fails_what_else_would_pass() -> None:
-    sharp, well = Sharpness(10, 10, 5, 5, 0, 0, 0), GuestOutcome(1000, 0, 10)
+    sharp, well = Sensitivity(10, 10, 5, 5, 0, 0, 0), GuestOutcome(1000, 0, 10)
     slow = Downtime([Part("its start", 1.0), Part("its end", 2.5)], 3.0)
     assert Verdict(PAGES, [], sharp, well, downtime=slow).exit_code == 1
     assert "the downtime was 3.5 s, longer than the 3 s" in slow.sentence
@@ -298,17 +313,17 @@ def test_a_write_of_nothing_touches_its_own_page_only() -> None:
 
 
 def test_pages_that_a_snapshot_saved_too_late_fail_a_proof() -> None:
-    sharp = sharpness_by_guest(7, EvidenceSource.SNAPSHOT)
+    sharp = sensitivity_by_guest(7, EvidenceSource.SNAPSHOT)
     lost = [LostPage(0, 0, 4, Blame.SNAPSHOT)]
     torn = Verdict(PAGES, lost, sharp, GuestOutcome(0, 0, 0))
     assert torn.exit_code == 1
     assert torn.sentence.startswith(f"1 of {PAGES} pages are not of the snapshot's moment")
-    assert sharp.to_json()["witness"] == "snapshot"
+    assert sharp.to_json()["evidence_source"] == "snapshot"
 
 
 def test_what_the_log_shows_fails_a_proof_whose_pages_are_equal() -> None:
     log = LogEvidence(looks=100, look_interval_s=0.001, judged_queues=[0, 1])
-    verdict = Verdict(64, [], sharpness_by_guest(5), GuestOutcome(1, 0, 1), settled_s=4, log=log)
+    verdict = Verdict(64, [], sensitivity_by_guest(5), GuestOutcome(1, 0, 1), settled_s=4, log=log)
     assert (verdict.exit_code, verdict.sentence) == (0, "every page equal: 64 pages compared")
     late = replace(verdict, log=replace(log, late_bits=[0x1000, 0x5000]))
     assert late.exit_code == 1
@@ -320,11 +335,11 @@ def test_what_the_log_shows_fails_a_proof_whose_pages_are_equal() -> None:
 
 def test_a_verdict_without_a_journal_names_what_it_could_not_detect() -> None:
     log = LogEvidence(looks=100, look_interval_s=0.001)
-    verdict = Verdict(64, [], sharpness_by_guest(5), GuestOutcome(1, 0, 1), settled_s=4, log=log)
+    verdict = Verdict(64, [], sensitivity_by_guest(5), GuestOutcome(1, 0, 1), settled_s=4, log=log)
     assert any("4.0 s after the guest was paused" in each for each in verdict.unseen)
     assert any("1.0 ms" in each for each in verdict.unseen)
     assert any("used ring" in each and "too few" in each for each in verdict.unseen)
-    assert replace(verdict, sharpness=Sharpness(5, 5, 5, 5, 0, 0, 0)).unseen == []
+    assert replace(verdict, sensitivity=Sensitivity(5, 5, 5, 5, 0, 0, 0)).unseen == []
 
 
 def test_early_bits_and_late_dma_are_blamed_on_the_device() -> None:
@@ -339,7 +354,7 @@ def test_early_bits_and_late_dma_are_blamed_on_the_device() -> None:
         (0x3000, "unknown"),
         (0x7000, "late-dma"),
     ]
-    verdict = Verdict(64, found, sharpness_by_guest(5), GuestOutcome(1, 0, 1))
+    verdict = Verdict(64, found, sensitivity_by_guest(5), GuestOutcome(1, 0, 1))
     assert verdict.exit_code == 1
     assert "2 by DMA after the guest had been paused" in verdict.sentence
     assert "1 cause unknown" in verdict.sentence

@@ -11,10 +11,10 @@ from qmp_tools.migration.judgement import Blame
 from qmp_tools.migration.log_watch import LogEvidence
 from qmp_tools.proof.attribution import LostPage
 from qmp_tools.proof.rings import Ring
-from qmp_tools.proof.sensitivity import Sharpness, sharpness_by_guest
+from qmp_tools.proof.sensitivity import Sensitivity, sensitivity_by_guest
 from qmp_tools.proof.verdict import GuestOutcome, Verdict
 
-SHARP = Sharpness(10, 10, 5, 5, 0, 0, 0)
+SHARP = Sensitivity(10, 10, 5, 5, 0, 0, 0)
 PASSED = Verdict(64, [], SHARP, GuestOutcome(1000, 0, 10))
 RING = Ring("source", "virtio-blk", 3, 128, 97, 100, 110)
 OTHER_RING = replace(RING, queue=4)
@@ -34,7 +34,7 @@ def test_a_wrong_ring_fails_by_itself() -> None:
 
 
 def test_a_refusal_stops_the_guest_and_names_what_was_not_compared() -> None:
-    refused = replace(PASSED, refusal="no", pages=0, sharpness=replace(SHARP, unreported=2))
+    refused = replace(PASSED, refusal="no", pages=0, sensitivity=replace(SHARP, unreported=2))
     assert (refused.exit_code, refused.can_go_on) == (1, False)
     assert refused.sentence.startswith("no page was compared, as the destination refused")
     assert replace(refused, pages=64).sentence.startswith("every page equal, but by luck: 2")
@@ -77,8 +77,8 @@ def test_a_fault_in_the_log_fails_though_every_page_is_equal(
 
 def test_losses_that_a_missing_journal_could_hide_are_named() -> None:
     assert PASSED.unseen == []
-    alone = replace(PASSED, sharpness=sharpness_by_guest(7), settled_s=4.0)
-    assert alone.sharpness == sharpness_by_guest(7, certain=True)
+    alone = replace(PASSED, sensitivity=sensitivity_by_guest(7), settled_s=4.0)
+    assert alone.sensitivity == sensitivity_by_guest(7, guaranteed=True)
     assert alone.unseen == ["DMA later than 4.0 s after the guest was paused"]
     watched = replace(alone, settled_s=None, log=LogEvidence(9, 0.0025, judged_queues=[1]))
     assert len(watched.unseen) == 3
@@ -106,16 +106,16 @@ def test_a_loss_is_reported_with_each_culprit_and_each_fault_of_the_log() -> Non
             "; 0 pages that the device wrote have not reached the dirty log",
         ),
         (
-            replace(PASSED, sharpness=replace(SHARP, unreported=2)),
+            replace(PASSED, sensitivity=replace(SHARP, unreported=2)),
             ": 2 pages that the device wrote have not reached the dirty log",
         ),
         (
             replace(PASSED, ended_early=True),
-            " before the guest had used its once pages, though it was to be held in precopy until "
+            " before the guest had used its write-once pages, though it was to be held in precopy until "
             "then",
         ),
         (
-            replace(PASSED, sharpness=replace(SHARP, rewritten=0)),
+            replace(PASSED, sensitivity=replace(SHARP, rewritten=0)),
             "; give the guest more time or the migration less bandwidth",
         ),
         (
@@ -134,7 +134,7 @@ def test_a_sentence_ends_with_the_reason_or_with_what_to_do(found: Verdict, end:
 
 def test_what_could_not_be_detected_is_named_in_whole_phrases() -> None:
     log = LogEvidence(9, 0.5)
-    alone = replace(PASSED, sharpness=sharpness_by_guest(7), log=log)
+    alone = replace(PASSED, sensitivity=sensitivity_by_guest(7), log=log)
     early, unjudged, forgotten = alone.unseen
     assert early.endswith("by less than about 500.0 ms, or on pages that are used again")
     assert unjudged == (

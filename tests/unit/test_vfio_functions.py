@@ -89,11 +89,11 @@ def pair(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> Tree:
     """Two functions that are all that they should be, on a kernel that is played."""
     tree.add(SOURCE_ADDRESS, group="20", number=0)
     tree.add(DESTINATION_ADDRESS, group="21", number=1)
-    play(monkeypatch)
+    simulate(monkeypatch)
     return tree
 
 
-def play(
+def simulate(
     monkeypatch: pytest.MonkeyPatch,
     flags: MigrationFlag = ALL,
     *,
@@ -199,7 +199,7 @@ def test_a_function_that_is_not_bound_to_vfio_is_left_alone(
     tree: Tree, monkeypatch: pytest.MonkeyPatch, driver: str | None, why: str
 ) -> None:
     tree.add(SOURCE_ADDRESS, driver=driver, group="20")
-    play(monkeypatch, error=AssertionError("it was opened"))
+    simulate(monkeypatch, error=AssertionError("it was opened"))
     before = sorted(tree.host.sys.rglob("*"))
     found = missing(facts_of(tree))
     assert why in found["driver"]
@@ -209,7 +209,7 @@ def test_a_function_that_is_not_bound_to_vfio_is_left_alone(
 
 def test_without_an_iommu_there_is_no_group(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     tree.add(SOURCE_ADDRESS, number=0)
-    play(monkeypatch, error=AssertionError("it was opened"))
+    simulate(monkeypatch, error=AssertionError("it was opened"))
     assert "intel_iommu=on" in missing(facts_of(tree))["IOMMU group"]
 
 
@@ -236,7 +236,7 @@ def test_a_kernel_without_device_files_has_the_container(
     tree: Tree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree.add(SOURCE_ADDRESS, driver="vfio-pci", group="20")
-    play(monkeypatch)
+    simulate(monkeypatch)
     assert "container" in missing(facts_of(tree))["files"]
     assert not missing(facts_of(tree, iommufd=False))
 
@@ -251,14 +251,14 @@ def test_files_without_access_are_reported_with_their_remedy(
 
 
 def test_a_function_that_is_in_use_is_reported(pair: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
-    play(monkeypatch, error=TrackerError("BIND_IOMMUFD: EBUSY"))
+    simulate(monkeypatch, error=TrackerError("BIND_IOMMUFD: EBUSY"))
     assert "EBUSY; end whoever has it" in missing(facts_of(pair))["open"]
 
 
 def test_a_driver_that_cannot_migrate_is_reported_with_its_remedy(
     pair: Tree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    play(monkeypatch, MigrationFlag(0))
+    simulate(monkeypatch, MigrationFlag(0))
     assert "devlink port function set" in missing(facts_of(pair))["migration"]
     plain = replace(facts_of(pair), driver="vfio-pci")
     assert "vfio-pci cannot migrate it; bind it to the vendor's" in missing(plain)["migration"]
@@ -267,11 +267,11 @@ def test_a_driver_that_cannot_migrate_is_reported_with_its_remedy(
 def test_the_size_of_the_state_is_reported_if_the_kernel_has_it(
     pair: Tree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    play(monkeypatch, state=VfioError("MIG_DATA_SIZE", errno.ENOTTY, None))
+    simulate(monkeypatch, state=VfioError("MIG_DATA_SIZE", errno.ENOTTY, None))
     unknown = {it.name: it for it in examine(facts_of(pair), GIB, None)}["state"]
     assert unknown.state is State.LIMITED
     assert "100 GiB" in unknown.what
-    play(monkeypatch, state=1 << 20)
+    simulate(monkeypatch, state=1 << 20)
     known = {it.name: it for it in examine(facts_of(pair), GIB, None)}["state"]
     assert (known.state, known.what) == (State.OK, "some 1048576 bytes, as the device reckons")
 
@@ -283,7 +283,7 @@ def test_the_size_of_the_state_is_reported_if_the_kernel_has_it(
 def test_the_trackers_of_a_function_are_reported(
     pair: Tree, monkeypatch: pytest.MonkeyPatch, logs: bool, iommu_tracks: bool, state: State
 ) -> None:
-    play(monkeypatch, MigrationFlag.STOP_COPY, logs=logs, iommu_tracks=iommu_tracks)
+    simulate(monkeypatch, MigrationFlag.STOP_COPY, logs=logs, iommu_tracks=iommu_tracks)
     found = {it.name: it for it in examine(facts_of(pair), GIB, None)}
     assert found["tracking"].state is state
     assert found["migration"].state is State.LIMITED, "there is no PRE_COPY"
@@ -314,7 +314,7 @@ def test_with_iommufd_both_qemus_lock_at_the_users_expense(
 def test_everything_missing_is_reported_at_once(
     pair: Tree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    play(monkeypatch, MigrationFlag(0))
+    simulate(monkeypatch, MigrationFlag(0))
     monkeypatch.setattr(host_functions, "lockable_bytes", lambda: 65536)
     functions = parse_functions(f"vfio:{SOURCE_ADDRESS},{DESTINATION_ADDRESS}", pair.host)
     with pytest.raises(UntestableError) as caught:

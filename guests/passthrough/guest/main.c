@@ -51,7 +51,7 @@ static struct window {
     uint64_t pages;
     uint64_t (*words)[PAGE_WORDS];
     uint64_t *written;  // for each page the number of the write that it was found to hold
-} hot = {.name = "hot="}, once = {.name = "once="}, churned = {.name = "churn="};
+} hot = {.name = "hot="}, once = {.name = "write_once="}, churned = {.name = "churn="};
 
 static volatile uint8_t *bar;
 static uint64_t hot_start;  // the number of the last write before the engine's first hot one
@@ -151,7 +151,7 @@ static void find_engine(void) {
 // Checking ---------------------------------------------------------------------------------------
 
 // Look at some hot page: it must never be older than it was. One that does not stand still is
-// passed over; `sweep` looks at all of them while they do.
+// passed over; `recheck` looks at all of them while they do.
 static void check_hot(void) {
     random_state += SPLITMIX64_STEP;
     uint64_t page = splitmix64_mix(random_state) % hot.pages;
@@ -174,11 +174,11 @@ static void check_exactly(const struct window *window, uint64_t page, uint64_t n
     const volatile uint64_t *words = window->words[page];
     unsigned foreign = first_foreign(words, number);
     if (foreign < PAGE_WORDS)
-        tell_error("sweep", number, writer_of(words), &words[foreign]);
+        tell_error("recheck", number, writer_of(words), &words[foreign]);
 }
 
 // Every page, while the engine stands still: each must hold its last write, to the byte.
-static void sweep(void) {
+static void recheck(void) {
     uint64_t before = errors, pages = 0;
     stop_engine();
     uint64_t done = read64(DONE), first = done < hot.pages ? 0 : done - hot.pages;
@@ -192,11 +192,11 @@ static void sweep(void) {
     for (uint64_t page = 0; page < churned.pages; page++, pages++)
         if (churned.words[page][0] < churn_rounds)
             tell_error("churn", churn_rounds, churned.words[page][0], churned.words[page]);
-    tell("sweep pages=%lu errors=%lu", pages, errors - before);
+    tell("recheck pages=%lu errors=%lu", pages, errors - before);
     write_hot();
 }
 
-// The once pages ---------------------------------------------------------------------------------
+// The write-once pages ---------------------------------------------------------------------------------
 
 static void begin_once(void) {
     stop_engine();
@@ -212,7 +212,7 @@ static void finish_once(void) {
     stop_engine();
     for (; once_written < once.pages; once_written++)
         once.written[once_written] = writer_of(once.words[once_written]);
-    tell("once-done pages=%lu", once.pages);
+    tell("write-once-done pages=%lu", once.pages);
     write_hot();
 }
 
@@ -245,7 +245,7 @@ void obey(char command) {
         tell("quiet");
         break;
     case 's':
-        sweep();
+        recheck();
         break;
     }
 }
@@ -305,13 +305,13 @@ void guest_main(const void *start_info) {
         if (due(&next_churn, CHURN_EVERY_US))
             churn();
         if (!ready && finished) {
-            tell("ready hot=%lu once=%lu churn=%lu", hot.pages, once.pages, churned.pages);
+            tell("ready hot=%lu write_once=%lu churn=%lu", hot.pages, once.pages, churned.pages);
             ready = true;
         }
         if (ready && due(&next_report, REPORT_EVERY_US)) {
             if (read32(ERROR))
                 give_up("the device's engine has failed");
-            tell("progress requests=%lu once=%lu errors=%lu", finished, once_written, errors);
+            tell("progress requests=%lu write_once=%lu errors=%lu", finished, once_written, errors);
         }
     }
 }

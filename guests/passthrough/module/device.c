@@ -14,7 +14,7 @@
  * with content that no other write has. Every write is put into a journal, which is the ground
  * truth, and then told to the tracker (tracker.c): what hardware would remember. The journal is
  * never used for reports. A report goes from the tracker through the kernel's own iova_bitmap into
- * the user's bitmap, by the one function dmaproof_report() (faults.c), where faults can be planted
+ * the user's bitmap, by the one function dmaproof_report() (faults.c), where faults can be injected
  * by module parameter. Without faults, all that it does is to call iova_bitmap_set(), and to note
  * what the iterator was told.
  *

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Faults that can be planted by module parameter, at any time, for all devices of the module.
+ * Faults that can be injected by module parameter, at any time, for all devices of the module.
  *
  * Each stands for a mistake of real hardware or of a driver, and loses dirty pages for certain. All
  * of them are off at first; then dmaproof_report() is dmaproof_tracker_tell() and nothing else.

@@ -107,7 +107,7 @@ static void remember_pages(struct dmaproof_tracker *tracker, u64 first, u64 last
 		u64 end = min(last, first | (CHUNK_PAGES - 1));
 		struct chunk *chunk = chunk_of(tracker, first);
 
-		/* A loss that nobody planted would make every proof a lie. */
+		/* A loss that nobody injected would make every proof a lie. */
 		if (WARN_ON(!chunk))
 			return;
 		bitmap_set(chunk->dirty, first % CHUNK_PAGES, end - first + 1);

@@ -1,6 +1,6 @@
-"""Planted faults: each a thin wrapper around one link of the chain, put there from outside.
+"""Injected faults: each a thin wrapper around one link of the chain, put there from outside.
 
-A proof that never fails proves nothing. A planted fault breaks one link on purpose, in a way in
+A proof that never fails proves nothing. A injected fault breaks one link on purpose, in a way in
 which somebody's link was broken once (docs/faults.md); no link knows of it. What it spoils follows
 from a seed alone, as far as it does not follow from the moment.
 
@@ -17,7 +17,7 @@ from ..discovery import Registry
 from ..errors import UsageError
 from .fault import Fault
 
-__all__ = ["Fault", "known_faults", "plant", "summary"]
+__all__ = ["Fault", "known_faults", "make_fault", "summary"]
 
 
 @functools.cache
@@ -39,7 +39,7 @@ def summary(fault: type[Fault]) -> str:
     return (fault.__doc__ or fault.name).strip().partition("\n")[0]
 
 
-def plant(fault: str | None, seed: int) -> Fault:
+def make_fault(fault: str | None, seed: int) -> Fault:
     """Make the fault that a user asks for.
 
     Args:
@@ -53,7 +53,7 @@ def plant(fault: str | None, seed: int) -> Fault:
         UsageError: there is no such fault, or its value does not fit.
 
     Example:
-        >>> plant("drop-pages=0.05", seed=1).value
+        >>> make_fault("drop-pages=0.05", seed=1).value
         0.05
     """
     if fault is None:

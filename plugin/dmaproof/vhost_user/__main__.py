@@ -19,7 +19,7 @@ from pathlib import Path
 from ..devices import make_device
 from ..dirty_tracker import EmulatedTracker, emulated_trackers
 from ..errors import DmaproofError
-from ..faults import plant
+from ..faults import make_fault
 from ..faults.fault import Fault
 from ..system_errors import describe
 from .server import Server
@@ -103,7 +103,7 @@ def main(
     control = socket.socket(fileno=arguments.control)
     owner = control.dup()  # the server closes its own
     try:
-        fault = plant(arguments.fault, arguments.seed)
+        fault = make_fault(arguments.fault, arguments.seed)
         server = Server(
             make_device(arguments.device),
             trackers[arguments.tracker],

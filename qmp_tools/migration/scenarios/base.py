@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from dmaproof.errors import UntestableError
 
 from ...devices.device import ProofDevice
-from ...guest.channel import QUIET, START_LAST, START_ONCE
+from ...guest.channel import QUIET, START_LAST, START_WRITE_ONCE
 from ...memory.ram import RamFile, compare
 from ...qemu.qemu import Qemu
 from ..attempt import Attempt
@@ -206,7 +206,7 @@ class Scenario(Procedure):
 
 
 class _HeldPrecopy:
-    """A migration that may end only when the guest has used its once pages.
+    """A migration that may end only when the guest has used its write-once pages.
 
     QEMU has sent every page once when it has synced its bitmap a second time. Then the guest begins
     to use pages that the device writes a single time each.
@@ -217,7 +217,7 @@ class _HeldPrecopy:
         pair = attempt.pair
         qtest = pair.qtests.get(pair.source_side)
         self._hold = PrecopyHold(attempt.migration, qtest, pair.hold_pages) if qtest else None
-        self._disturbed = False
+        self._restart_injected = False
         attempt.ended_early = True
 
     async def step(self, progress: Progress) -> None:
@@ -229,16 +229,20 @@ class _HeldPrecopy:
             if progress.syncs >= 2:
                 attempt.all_sent_ns = progress.time_ns
                 await attempt.watch_log()
-                await guest.tell(START_ONCE)
-        elif not self._disturbed:
-            if guest.number("progress", "once") or "once-done" in guest.latest:
-                self._disturbed = True
-                await attempt.pair.device.disturb(attempt.pair.source_side)
-        elif attempt.ended_early and "once-done" in guest.latest and attempt.migration.exercised:
+                await guest.tell(START_WRITE_ONCE)
+        elif not self._restart_injected:
+            if guest.number("progress", "write_once") or "write-once-done" in guest.latest:
+                self._restart_injected = True
+                await attempt.pair.device.inject_restart(attempt.pair.source_side)
+        elif (
+            attempt.ended_early
+            and "write-once-done" in guest.latest
+            and attempt.migration.exercised
+        ):
             await self._release()
 
     async def _release(self) -> None:
-        """Let the migration end while the guest uses the last of its once pages."""
+        """Let the migration end while the guest uses the last of its write-once pages."""
         self._attempt.ended_early = False
         self._attempt.let_go_of_log()
         await self._attempt.pair.source_guest.tell(START_LAST)

@@ -1,6 +1,6 @@
 """Checkpoint and restart (QEMU's docs/devel/migration/CPR.rst): QEMU pauses the guest first.
 
-The guest has used its once pages before anything moves, so it alone knows what the device wrote
+The guest has used its write-once pages before anything moves, so it alone knows what the device wrote
 into them: there is no dirty log, and no journal.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from dmaproof.errors import UntestableError
 
-from ...guest.channel import START_ONCE
+from ...guest.channel import START_WRITE_ONCE
 from ...memory.ram import RamFile
 from ...qemu.machine import option_value
 from ...qemu.qemu import Qemu
@@ -34,21 +34,21 @@ class _GuestPaused(Scenario):
     is_repeatable = False
 
     def evidence_source(self, *, has_evidence: bool) -> EvidenceSource:
-        """The guest, which has used its once pages before it was paused."""
+        """The guest, which has used its write-once pages before it was paused."""
         return EvidenceSource.STILL
 
     async def use_once_pages(self, attempt: Attempt) -> None:
-        """Let the guest use its once pages, all of them.
+        """Let the guest use its write-once pages, all of them.
 
         Raises:
             UntestableError: it does not.
         """
         guest = attempt.pair.source_guest
-        await guest.tell(START_ONCE)
-        await guest.wait_for(lambda: "once-done" in guest.latest, "used its once pages")
+        await guest.tell(START_WRITE_ONCE)
+        await guest.wait_for(lambda: "write-once-done" in guest.latest, "used its write-once pages")
 
     async def prepare(self, attempt: Attempt) -> None:
-        """Let the guest use its once pages."""
+        """Let the guest use its write-once pages."""
         await self.use_once_pages(attempt)
         await super().prepare(attempt)
 

@@ -10,7 +10,7 @@ from .base import Scenario
 
 
 class MemoryHotplug(Scenario):
-    """A DIMM plugged before each of two migrations; the guest's once pages lie in it."""
+    """A DIMM plugged before each of two migrations; the guest's write-once pages lie in it."""
 
     name = "memory-hotplug"
     summary = "a DIMM plugged and used, there; another plugged and used, and back"

@@ -12,7 +12,7 @@ from typing import Final
 
 from dmaproof.errors import UntestableError
 
-from ...guest.channel import START_ONCE
+from ...guest.channel import START_WRITE_ONCE
 from ..attempt import Attempt
 from ..judgement import Blame, EvidenceSource
 from ..migration import Progress
@@ -53,7 +53,7 @@ class BackgroundSnapshot(Scenario):
     destination_can_continue = False  # its disk is of another moment: the guest must find it wrong
 
     def evidence_source(self, *, has_evidence: bool) -> EvidenceSource:
-        """The guest, which used its once pages while the snapshot was taken."""
+        """The guest, which used its write-once pages while the snapshot was taken."""
         return EvidenceSource.SNAPSHOT
 
     async def prepare(self, attempt: Attempt) -> None:
@@ -75,7 +75,7 @@ class BackgroundSnapshot(Scenario):
         qmp = attempt.pair.source.qmp
         if (await qmp.execute("query-status"))["status"] != "running":
             await qmp.execute("cont")  # QEMU 7.2 does so by itself
-        await attempt.pair.source_guest.tell(START_ONCE)
+        await attempt.pair.source_guest.tell(START_WRITE_ONCE)
 
     def explain_failure(self, error: UntestableError) -> UntestableError:
         """A snapshot that cannot be loaded has rings of a later moment than the devices' state."""

@@ -28,7 +28,7 @@ IOVA: Final = 1 << 32
 
 
 @dataclass(frozen=True)
-class Owned:
+class FakeDriver:
     """The device, and `memory` that it can write under the IOVAs of `window`."""
 
     fake: FakeDevice
@@ -64,18 +64,18 @@ def open_iommufd() -> Iommufd:
 
 
 @contextlib.contextmanager
-def by_iommufd() -> Iterator[Owned]:
+def by_iommufd() -> Iterator[FakeDriver]:
     """Through the device's own file and an I/O address space."""
     with fake_device() as fake, _memory() as memory, open_iommufd() as iommufd:
         ioas = iommufd.alloc_ioas()
         iommufd.map(ioas, IOVA, address_of(memory), len(memory))
         with VfioDevice.open_cdev(fake.sysfs, iommufd) as device:
             device.attach(ioas)
-            yield Owned(fake, device, memory)
+            yield FakeDriver(fake, device, memory)
 
 
 @contextlib.contextmanager
-def by_container() -> Iterator[Owned]:
+def by_container() -> Iterator[FakeDriver]:
     """Through the device's group and a container with type1."""
     with (
         fake_device() as fake,
@@ -84,15 +84,15 @@ def by_container() -> Iterator[Owned]:
         container.open_device(fake.sysfs) as device,
     ):
         container.map(IOVA, address_of(memory), len(memory))
-        yield Owned(fake, device, memory, container)
+        yield FakeDriver(fake, device, memory, container)
 
 
-def by_either() -> AbstractContextManager[Owned]:
+def by_either() -> AbstractContextManager[FakeDriver]:
     """By iommufd, or where the kernel has none by the container."""
     return by_iommufd() if Path(IOMMUFD_PATH).exists() else by_container()
 
 
-OWNERS: Final[dict[str, Callable[[], AbstractContextManager[Owned]]]] = {
+OWNERS: Final[dict[str, Callable[[], AbstractContextManager[FakeDriver]]]] = {
     "iommufd": by_iommufd,
     "container": by_container,
 }

@@ -20,10 +20,10 @@ from qmp_tools.migration.judgement import Blame
 from qmp_tools.passthrough.fake_device import ENTRY, TOLD, Journal, Told, content
 from qmp_tools.passthrough.injected_faults import parse_fault
 from qmp_tools.passthrough.kinds import fake_device_of, is_fake_vfio
-from qmp_tools.passthrough.owned_device import OwnedDevice, evidence_of
+from qmp_tools.passthrough.proof_device import FakeProofDevice, evidence_of
 from qmp_tools.proof.attribution import LostPage, attribute
 from qmp_tools.proof.options import ProofOptions
-from qmp_tools.proof.sensitivity import Sharpness, measure_sharpness
+from qmp_tools.proof.sensitivity import Sensitivity, measure_sensitivity
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 
 PAGES = 32
@@ -66,10 +66,10 @@ class Case:
         evidence = self.evidence(asked=asked)
         return attribute(differing, self.source, self.destination, slots, [evidence])
 
-    def sharpness(self, *, asked: bool = True) -> Sharpness:
+    def sensitivity(self, *, asked: bool = True) -> Sensitivity:
         evidence = self.evidence(asked=asked)
         evidence.slots.append(Slot(0, PAGES * PAGE, 0, 1, 1))
-        return measure_sharpness([evidence], ALL_SENT_NS)
+        return measure_sensitivity([evidence], ALL_SENT_NS)
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_a_page_that_was_never_reported_is_lost_by_the_device(case: Case) -> Non
     (page,) = case.lost()
     assert (page.blame, page.link, page.gpa) == (Blame.DEVICE, Link.TRACKER, 3 * PAGE)
     assert (page.request, page.due_in_harvest) == (1, 8)
-    assert case.sharpness().unreported == 1
+    assert case.sensitivity().unreported == 1
 
 
 def test_a_page_that_was_reported_only_before_its_last_write_is_lost_by_the_device(
@@ -109,7 +109,7 @@ def test_a_page_that_was_reported_in_time_is_lost_by_qemu(case: Case) -> None:
     case.tell(3, 5)
     (page,) = case.lost()
     assert (page.blame, page.link, page.request) == (Blame.QEMU, Link.QEMU, 2)
-    assert case.sharpness().unreported == 0
+    assert case.sensitivity().unreported == 0
 
 
 def test_a_page_that_a_vcpu_wrote_later_is_lost_by_the_accelerator(case: Case) -> None:
@@ -126,30 +126,34 @@ def test_a_device_that_is_not_asked_has_missed_nothing(case: Case) -> None:
     case.send(5)
     (page,) = case.lost(asked=False)
     assert page.blame is Blame.QEMU
-    sharpness = case.sharpness(asked=False)
-    assert (sharpness.unreported, sharpness.reported_unwritten) == (0, 0)
+    sensitivity = case.sensitivity(asked=False)
+    assert (sensitivity.unreported, sensitivity.reported_unwritten) == (0, 0)
 
 
 def test_writes_before_logging_are_not_counted_as_missed(case: Case) -> None:
     case.write(1, reports=0, logged=0)
     case.write(2, reports=0)
     case.write(3, reports=0, logged=0)  # while logging was on, and outside of what is logged
-    sharpness = case.sharpness()
-    assert (sharpness.writes, sharpness.unreported) == (2, 2)
+    sensitivity = case.sensitivity()
+    assert (sensitivity.writes, sensitivity.unreported) == (2, 2)
 
 
 def test_only_pages_written_once_after_the_first_pass_are_guaranteed_detectable(case: Case) -> None:
     for page, time_ns in ((1, 500), (1, 2000), (2, 2000), (3, 2000), (3, 2001)):
         case.write(page, reports=0, time_ns=time_ns)
         case.tell(page, 1)
-    sharpness = case.sharpness()
-    assert (sharpness.written, sharpness.rewritten, sharpness.certain) == (3, 3, 1)
+    sensitivity = case.sensitivity()
+    assert (sensitivity.written, sensitivity.rewritten, sensitivity.guaranteed_detectable) == (
+        3,
+        3,
+        1,
+    )
 
 
 def test_a_device_that_wrote_nothing_is_no_evidence(case: Case) -> None:
     evidence = case.evidence()
     assert (evidence.requests, len(evidence.records), evidence.started_ns) == (0, 0, None)
-    assert case.sharpness().rewritten == 0
+    assert case.sensitivity().rewritten == 0
 
 
 # The command --------------------------------------------------------------------------------------
@@ -194,8 +198,8 @@ def test_the_tracking_and_the_fault_are_read_from_the_options() -> None:
     options = ProofOptions(
         device="vfio-fake:container-once-stopped", seed=3, fault="drop=20", timeout=60
     )
-    assert fake_device_of(options) == OwnedDevice("container-once-stopped", "drop=20")
-    assert fake_device_of(ProofOptions(device="vfio-fake")) == OwnedDevice("iommufd")
+    assert fake_device_of(options) == FakeProofDevice("container-once-stopped", "drop=20")
+    assert fake_device_of(ProofOptions(device="vfio-fake")) == FakeProofDevice("iommufd")
     assert parse_fault("drop=20") == {"drop": 20}
     assert parse_fault("clear-before-read") == {"clear_before_read": 200}
 

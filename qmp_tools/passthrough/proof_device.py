@@ -36,8 +36,8 @@ _EVERY_EPOCH: Final = int(np.iinfo(np.uint32).max)
 
 
 @dataclass(frozen=True)
-class OwnedDevice(ProofDevice):
-    """`tracking` is one of `TRACKINGS`; `fault` has been planted by others."""
+class FakeProofDevice(ProofDevice):
+    """`tracking` is one of `TRACKINGS`; `fault` has been injected by others."""
 
     tracking: str
     fault: str | None = None

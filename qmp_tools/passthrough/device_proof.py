@@ -1,6 +1,6 @@
 """One proof of QEMU's own vfio-pci on the fake device, in L1: `qmp_tools.proof` and nothing else.
 
-python3 -m qmp_tools.passthrough.owned_proof REPORT GUEST [--tracking NAME] [--fault NAME=VALUE]…
+python3 -m qmp_tools.passthrough.device_proof REPORT GUEST [--tracking NAME] [--fault NAME=VALUE]…
 
 GUEST is the ELF of the guest that drives the device. REPORT gets the proof as JSON; what a person
 is to read of it goes into the file beside it that ends in ``.txt``, and the story to standard
@@ -31,14 +31,14 @@ from ..proof.run import prove
 from ..qemu.machine import MIB, Machine
 from ..reports.report import to_json, to_text
 from .clock import Clocks
-from .fake_device import planted
+from .fake_device import injected
 from .injected_faults import parse_fault
-from .owned_device import OwnedDevice
+from .proof_device import FakeProofDevice
 from .tracking import TRACKINGS
 
 _QEMU: Final = Path("/usr/bin/qemu-system-x86_64")
 MEMORY_BYTES: Final = 64 * MIB
-_WORKLOAD: Final = Workload(hot=256, once=1024, churn=512)
+_WORKLOAD: Final = Workload(hot=256, write_once=1024, churn=512)
 _REQUESTS_AFTER: Final = 50
 _BANDWIDTH_BYTES_PER_S: Final = 4 * MIB
 _DOWNTIME_S: Final = 10.0
@@ -64,7 +64,7 @@ def setup_of(guest: Path, device: ProofDevice, seed: int, timeout_s: float) -> S
 
 
 def _line(seed: int) -> str:
-    return f"hot={_WORKLOAD.hot} once={_WORKLOAD.once} churn={_WORKLOAD.churn} seed={seed}"
+    return f"hot={_WORKLOAD.hot} write_once={_WORKLOAD.write_once} churn={_WORKLOAD.churn} seed={seed}"
 
 
 def main() -> int:
@@ -78,13 +78,13 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT_S)
     arguments = parser.parse_args()
     fault = parse_fault(arguments.fault) if arguments.fault else {}
-    device = OwnedDevice(arguments.tracking, arguments.fault)
+    device = FakeProofDevice(arguments.tracking, arguments.fault)
     timeout_s = Clocks(arguments.report.parent).in_l1(arguments.timeout)
     setup = setup_of(arguments.guest, device, arguments.seed, timeout_s)
     try:
         with (
             logging_to(logging.StreamHandler(sys.stdout)),
-            planted(**fault, **({"seed": arguments.seed} if fault else {})),
+            injected(**fault, **({"seed": arguments.seed} if fault else {})),
         ):
             proof = asyncio.run(prove(setup))
     except UntestableError as error:

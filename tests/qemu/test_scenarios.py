@@ -66,7 +66,9 @@ def test_it_passes_or_is_told_to_be_lacking(
         return
     assert outcome.exit_code == 0, outcome.output + outcome.errors
     assert report["setup"]["scenario"] == way
-    assert [it["certain"] >= 8000 for it in report["migrations"]] == [True] * scenario.migrations
+    assert [it["guaranteed_detectable"] >= 8000 for it in report["migrations"]] == [
+        True
+    ] * scenario.migrations
 
 
 def test_plugged_memory_is_compared_too(tool: Tool) -> None:
@@ -85,7 +87,7 @@ def test_plugged_memory_is_compared_too(tool: Tool) -> None:
 def test_a_device_of_qemus_own_goes_it_too(tool: Tool, way: str) -> None:
     outcome = prove(tool, way, "--device", "qemu:virtio-blk-pci")
     assert outcome.exit_code == 0, outcome.output + outcome.errors
-    assert outcome.report["sharpness"]["rewritten"] > 0
+    assert outcome.report["sensitivity"]["rewritten"] > 0
 
 
 def test_postcopy_is_no_fault_without_a_vhost_user_device(tool: Tool) -> None:
@@ -99,10 +101,10 @@ def test_linux_uses_plugged_memory(tool: Tool) -> None:
         pytest.skip("needs a newer QEMU: dmaproof qemu fetch 11.1")
     newest = str(installed()[-1].path)
     outcome = tool.run("prove", "--scenario", "memory-hotplug", "--qemu", newest, "--json", "-")
-    assert "8192 once pages lie in plugged memory" in outcome.errors
+    assert "8192 write-once pages lie in plugged memory" in outcome.errors
     report = outcome.report
-    assert report["sharpness"]["certain"] >= 8192
-    assert report["sharpness"]["unreported"] == 0
+    assert report["sensitivity"]["guaranteed_detectable"] >= 8192
+    assert report["sensitivity"]["unreported"] == 0
     if report["lost_pages"]:  # then QEMU is known to lose what vCPUs write to a DIMM, and only that
         assert "(a probe lost " in outcome.errors
         assert report["lost"]["accelerator"] == len(report["lost_pages"])
@@ -143,7 +145,7 @@ def test_a_planted_fault_is_caught(tool: Tool, known_capabilities: set[str], way
     outcome = prove(tool, way, "--fault", "drop-pages=0.01", *newer)
     assert outcome.exit_code == 1, outcome.errors
     report = outcome.report
-    assert len(report["lost_pages"]) >= report["sharpness"]["unreported_certain"] > 40
+    assert len(report["lost_pages"]) >= report["sensitivity"]["unreported_guaranteed"] > 40
     assert all(page["blame"] == "device" for page in report["lost_pages"])
 
 
@@ -159,7 +161,7 @@ def test_a_scenario_of_another_package_is_proved_as_one_of_ours_is(tool: Tool) -
     outcome = prove(tool, "four-channels")
     assert outcome.exit_code == 0, outcome.output + outcome.errors
     assert outcome.report["setup"]["scenario"] == "four-channels"
-    assert outcome.report["sharpness"]["certain"] >= 8000
+    assert outcome.report["sensitivity"]["guaranteed_detectable"] >= 8000
 
 
 @pytest.mark.usefixtures("outside")
@@ -167,4 +169,4 @@ def test_a_kind_of_device_of_another_package_is_proved_as_one_of_ours_is(tool: T
     outcome = prove(tool, "unix", "--device", "plain-disk")
     assert outcome.exit_code == 0, outcome.output + outcome.errors
     assert outcome.report["setup"]["device"] == "plain-disk"
-    assert outcome.report["sharpness"]["certain"] >= 8000
+    assert outcome.report["sensitivity"]["guaranteed_detectable"] >= 8000

@@ -100,9 +100,9 @@ def test_a_guest_finds_no_error_on_a_correct_disk(guests: WorkloadGuests, patter
     assert guest.told("error") == []
     assert {request.kind for request in requests} == {READ, WRITE, READ_BACK}
     assert {request.region for request in requests} == {OWN, HOT, ONCE}
-    (sweep,) = guest.told("sweep")
+    (recheck,) = guest.told("recheck")
     # Every page that was read into is looked at: all write-once pages, the churn, and many hot ones.
-    assert int(sweep.values["pages"]) > 512 + 4096 + 500
+    assert int(recheck.values["pages"]) > 512 + 4096 + 500
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -274,7 +274,7 @@ def test_an_images_stamps_need_not_be_new(guests: WorkloadGuests) -> None:
     elsewhere = stamped_page(request.sector + SECTORS_PER_PAGE, 1)
     ctypes.memmove(guest.pieces(request)[0], elsewhere, PAGE_BYTES)
     guest.obey("s")
-    assert kinds_of_errors(guest) == ["sweep"]
+    assert kinds_of_errors(guest) == ["recheck"]
 
 
 def test_a_lost_write_is_found(guests: WorkloadGuests) -> None:
@@ -308,8 +308,8 @@ def test_a_page_that_was_lost_in_ram_is_found(guests: WorkloadGuests, region: in
     old = stamped_page(last.sector, 1)
     ctypes.memmove(guest.pieces(last)[0], old, last.piece_bytes)
     guest.obey("s")
-    assert kinds_of_errors(guest) == ["sweep"]
-    assert guest.told("sweep")[0].values["errors"] == "1"
+    assert kinds_of_errors(guest) == ["recheck"]
+    assert guest.told("recheck")[0].values["errors"] == "1"
 
 
 def test_a_churn_page_that_was_lost_is_found(guests: WorkloadGuests) -> None:

@@ -212,7 +212,7 @@ class Device:
         self._control.write(json.dumps(request).encode() + b"\n")
         await self._control.drain()
         answer = await self.wait_for("evidence", session)
-        if not answer["there_is"]:
+        if not answer["found"]:
             raise UntestableError(f"the device has no session with the {session} QEMU any more")
         if "error" in answer:
             raise UntestableError(

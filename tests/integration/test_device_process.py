@@ -33,7 +33,7 @@ def test_an_unknown_command_ends_the_process(line: bytes) -> None:
         _, told = process.communicate(timeout=900)
     assert process.returncode == 2
     assert told.startswith(b"dmaproof device: control socket: ")
-    assert b"is no command" in told
+    assert b"is not a command" in told
     assert len(told.splitlines()) == 1
 
 

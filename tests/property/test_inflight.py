@@ -128,12 +128,12 @@ def test_a_ring_that_was_stopped_in_good_order_leaves_nothing(form: str) -> None
     part = regions.region(1, SIZE)
     assert part is not None
     with driver_of(DRIVERS[form]) as driver:
-        assert not regions.left_behind
+        assert not regions.predecessor_died
         queue = InflightVirtqueue(queue_for(driver), part)
-        assert regions.left_behind
-        assert InflightRegions(fd, file).left_behind, "whoever is handed the file can tell"
+        assert regions.predecessor_died
+        assert InflightRegions(fd, file).predecessor_died, "whoever is handed the file can tell"
         queue.end()
-        assert not regions.left_behind
+        assert not regions.predecessor_died
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ class FrontEnd(front_end.FrontEnd):
             device or Blk(1 << 30, queues=2),
             stand_in or emulated_trackers()["iommu"](),
             self.selector,
-            tell=self.events.append,
+            on_event=self.events.append,
             **options,
         )
 

@@ -82,7 +82,7 @@ def test_an_error_that_stops_the_device_is_reported() -> None:
 
 def test_evidence_that_could_not_be_written_is_reported(tmp_path: Path) -> None:
     async def story() -> None:
-        answer = {"event": "evidence", "session": "source", "there_is": True}
+        answer = {"event": "evidence", "session": "source", "found": True}
         answer["error"] = "No space left on device"
         reader = asyncio.StreamReader()
         sent: list[bytes] = []

@@ -85,7 +85,7 @@ def an_epoll() -> int:
     ("make", "kind"),
     [
         (lambda: os.memfd_create("data"), "memfd:data"),
-        (lambda: os.open("/", os.O_RDONLY), "is /, no eventfd"),
+        (lambda: os.open("/", os.O_RDONLY), "is /, not an eventfd"),
         (a_pipe, "pipe:"),
         (an_epoll, "eventpoll"),
     ],

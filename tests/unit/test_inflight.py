@@ -232,6 +232,6 @@ def test_a_used_index_outside_a_packed_ring_is_refused(used: int, old_used: int)
     PACKED_HEADER.pack_into(region, 0, 0, 1, SIZE, 0, 0, used, old_used, 1, 1)
     with (
         driver_of(PackedDriver) as driver,
-        pytest.raises(ProtocolError, match="used index outside a ring of 8"),
+        pytest.raises(ProtocolError, match="the used index is outside the ring of 8"),
     ):
         InflightVirtqueue(queue_for(driver), region)

@@ -423,7 +423,7 @@ def test_a_page_that_may_only_be_read_is_not_written(guest: Guest) -> None:
 def test_an_unknown_iova_is_refused_without_a_way_to_ask(guest: Guest) -> None:
     features = PROTOCOL_FEATURES & ~ProtocolFeature.REPLY_ACK
     guest.front_end.send(Request.SET_PROTOCOL_FEATURES, encode_u64(features))
-    with pytest.raises(ProtocolError, match="there is no way to ask: SET_BACKEND_REQ_FD and"):
+    with pytest.raises(ProtocolError, match="must send SET_BACKEND_REQ_FD and accept"):
         guest.front_end.serve()
 
 
@@ -439,9 +439,9 @@ def test_without_the_feature_there_is_no_iotlb(guest: Guest) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (IotlbChange(IotlbEvent.MISS, 0, PAGE, HVA_BASE, 3), "type 1 is not a front end's"),
+        (IotlbChange(IotlbEvent.MISS, 0, PAGE, HVA_BASE, 3), "a front end must not send type 1"),
         (IotlbChange(IotlbEvent.UPDATE, 0, 0, HVA_BASE, 3), "is empty"),
-        (IotlbChange(IotlbEvent.UPDATE, 0, PAGE, HVA_BASE, 0), "permissions 0x0"),
+        (IotlbChange(IotlbEvent.UPDATE, 0, PAGE, HVA_BASE, 0), "permissions 0x1 to 0x3, got 0x0"),
         (IotlbChange(IotlbEvent.UPDATE, 0, PAGE, 0, 3), "not inside one memory slot"),
         (IotlbChange(IotlbEvent.UPDATE, 8, PAGE, HVA_BASE, 3), "whole pages"),
         (IotlbChange(IotlbEvent.UPDATE, 1 << 48, PAGE, HVA_BASE, 3), "48 bits"),
@@ -461,8 +461,8 @@ def test_malformed_iotlb_messages_are_refused(
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (struct.pack("<IIIQ", 1, 5, 8, 0), "an answer to no question"),
-        (struct.pack("<IIIQ", 2, 5, 8, 0), "brought request 2"),
+        (struct.pack("<IIIQ", 1, 5, 8, 0), "an answer without a question"),
+        (struct.pack("<IIIQ", 2, 5, 8, 0), "sent request 2"),
         (struct.pack("<IIIQ", 1, 1, 8, 0), "flags 0x1"),
         (struct.pack("<IIIQ", 1, 5, 9, 0), "9 bytes"),
     ],
@@ -497,7 +497,7 @@ def test_a_full_channel_is_refused_and_a_closed_one_ends_the_session() -> None:
             while True:
                 theirs.send(bytes(1 << 16))
         theirs.setblocking(True)  # the front end shares that, and nobody waits for it
-        with pytest.raises(ProtocolError, match="messages are not read"):
+        with pytest.raises(ProtocolError, match="does not read the back-end channel"):
             channel.ask([Miss(0, READ)])
         ours.close()
         with pytest.raises(EOFError, match="the back-end channel"):
@@ -548,7 +548,7 @@ def test_answers_that_come_in_pieces() -> None:
                 key.data()
             found.append(channel.answers())
         assert found == [[], [(misses[0], True), (misses[1], False)]]
-        assert not channel.waits
+        assert not channel.waiting
         channel.close()
 
 

@@ -156,7 +156,7 @@ def test_a_driver_that_polls_gets_no_interrupt(guest: Guest) -> None:
 def test_a_ring_whose_address_was_never_set_is_refused(guest: Guest) -> None:
     guest.front_end.send(Request.SET_VRING_NUM, struct.pack("<II", 1, 8))
     guest.front_end.send(Request.SET_VRING_KICK, encode_u64(1), [guest.front_end.kick])
-    with pytest.raises(ProtocolError, match="a ring was started before SET_VRING_ADDR"):
+    with pytest.raises(ProtocolError, match="ring 1 was started before SET_VRING_ADDR"):
         guest.front_end.send(Request.SET_VRING_ENABLE, struct.pack("<II", 1, 1))
 
 

@@ -418,7 +418,7 @@ def test_a_ring_that_was_stopped_leaves_nothing_to_a_successor(tracked: Guest) -
 def test_a_file_that_is_cut_short_is_refused(tracked: Guest) -> None:
     assert tracked.front_end.inflight is not None
     os.ftruncate(tracked.front_end.inflight, 0)
-    with pytest.raises(ProtocolError, match="in flight was cut short"):
+    with pytest.raises(ProtocolError, match="in-flight file was truncated"):
         request(tracked, FLUSH, 0)
 
 
@@ -436,43 +436,55 @@ def refused(front_end: FrontEnd, message: str, data: bytes, fds: tuple[int, ...]
     ("data", "message"),
     [
         (struct.pack("<III", 999, 1, 0), "request 999"),
-        (struct.pack("<III", 1, 2, 0), "version 2"),
+        (struct.pack("<III", 1, 2, 0), "expected version 1, got 2"),
         (struct.pack("<III", 1, 5, 0), "a reply"),
         (struct.pack("<III", 2, 1, 1 << 30), "SET_FEATURES: payload of 1073741824"),
-        (encode_request(Request.SET_FEATURES, b"1234"), "SET_FEATURES: payload of 4"),
+        (encode_request(Request.SET_FEATURES, b"1234"), "expected a payload of 8 bytes, got 4"),
         (encode_request(Request.SET_FEATURES, encode_u64(1 << 63)), "not offered"),
         (encode_request(Request.SET_PROTOCOL_FEATURES, encode_u64(1 << 63)), "not offered"),
         *(
-            (encode_request(request, struct.pack("<II", 2, 8)), f"{request.name}: ring 2 of a dev")
+            (encode_request(request, struct.pack("<II", 2, 8)), f"{request.name}: ring 2, but ")
             for request in (
                 *(Request.SET_VRING_NUM, Request.SET_VRING_BASE, Request.SET_VRING_ENABLE),
                 Request.GET_VRING_BASE,
             )
         ),
         *(
-            (encode_request(request, encode_u64(2 | 1 << 8)), f"{request.name}: ring 2 of a device")
+            (encode_request(request, encode_u64(2 | 1 << 8)), f"{request.name}: ring 2, but ")
             for request in (Request.SET_VRING_KICK, Request.SET_VRING_CALL)
         ),
         (
             encode_request(Request.SET_VRING_ADDR, struct.pack("<II4Q", 2, *[0] * 5)),
-            "SET_VRING_ADDR: ring 2 of a device with 2",
+            "SET_VRING_ADDR: ring 2, but the device has only 2 rings",
         ),
-        (encode_request(Request.SET_VRING_KICK, encode_u64(0)), "0 file descriptors, not 1"),
-        (encode_request(Request.SET_VRING_KICK, encode_u64(1 << 8)), "polled"),
+        (
+            encode_request(Request.SET_VRING_KICK, encode_u64(0)),
+            "got 0 file descriptors, expected 1",
+        ),
+        (
+            encode_request(Request.SET_VRING_KICK, encode_u64(1 << 8)),
+            "polling of a ring was not offered",
+        ),
         (encode_request(Request.SET_LOG_BASE, struct.pack("<QQ", 8, 0)), "0 file descriptors"),
         (encode_request(Request.SET_MEM_TABLE, struct.pack("<II", 9, 0)), "9 regions"),
         (encode_request(Request.GET_INFLIGHT_FD, inflight(queues=3)), "3 rings of 128"),
         (encode_request(Request.GET_INFLIGHT_FD, inflight(queue_size=0)), "2 rings of 0"),
         (encode_request(Request.GET_INFLIGHT_FD, inflight(queue_size=40000)), "rings of 40000"),
-        (encode_request(Request.SET_INFLIGHT_FD, inflight()), "SET_INFLIGHT_FD: 0 file"),
-        (encode_request(Request.SET_MEM_TABLE, struct.pack("<II", 1, 0) + bytes(32)), "0 files"),
+        (encode_request(Request.SET_INFLIGHT_FD, inflight()), "SET_INFLIGHT_FD: got 0"),
+        (
+            encode_request(Request.SET_MEM_TABLE, struct.pack("<II", 1, 0) + bytes(32)),
+            "0 file desc",
+        ),
         (encode_request(Request.GET_CONFIG, struct.pack("<III", 250, 60, 0) + bytes(60)), "250"),
-        (encode_request(Request.GET_CONFIG, struct.pack("<III", 253, 4, 0) + bytes(4)), "at 253"),
+        (
+            encode_request(Request.GET_CONFIG, struct.pack("<III", 253, 4, 0) + bytes(4)),
+            "offset 253",
+        ),
         (
             encode_request(Request.GET_CONFIG, struct.pack("<III", (1 << 32) - 4, 4, 0) + bytes(4)),
-            "4 bytes at 4294967292 of 256",
+            "4 bytes at offset 4294967292 exceed the 256 bytes",
         ),
-        (encode_request(Request.GET_CONFIG, struct.pack("<III", 0, 60, 0)), "says 60"),
+        (encode_request(Request.GET_CONFIG, struct.pack("<III", 0, 60, 0)), "declares 60 bytes"),
     ],
 )
 def test_a_malformed_message_is_refused_by_name(guest: Guest, data: bytes, message: str) -> None:
@@ -520,7 +532,7 @@ def test_a_ring_in_the_upper_half_of_the_address_space(guest: Guest) -> None:
 
 def test_a_used_ring_that_is_logged_at_another_address_is_refused(guest: Guest) -> None:
     guest.driver.used += 4
-    with pytest.raises(ProtocolError, match="are to be logged at"):
+    with pytest.raises(ProtocolError, match="but its log address is"):
         guest.front_end.send(
             Request.SET_VRING_ADDR,
             struct.pack(
@@ -580,7 +592,7 @@ def test_answers_of_up_to_64_kib_wait_to_be_read() -> None:
             theirs.send(bytes(1 << 16))
     connection.send(bytes(1 << 16))
     assert connection.wants_to_write
-    with pytest.raises(ProtocolError, match="65537 bytes of answers were not read"):
+    with pytest.raises(ProtocolError, match="does not read its answers: 65537 bytes are unread"):
         connection.send(b"x")
     connection.close()
     ours.close()

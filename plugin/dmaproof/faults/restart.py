@@ -13,7 +13,7 @@ from .fault import Fault
 class _Forgetful(Session):
     def _set_inflight_fd(self, message: Message) -> None:
         super()._set_inflight_fd(message)
-        self._owes_everything = False
+        self._must_report_all = False
 
 
 class ForgottenAtRestart(Fault):

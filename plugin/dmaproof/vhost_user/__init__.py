@@ -1,4 +1,4 @@
-"""A vhost-user back end: the messages, a session for each front end, and the process that serves.
+"""A vhost-user back end: the messages, a session for each front end, and the device process.
 
-Written from the vhost-user specification (QEMU documentation, interop).
+Written after the vhost-user specification (QEMU documentation, interop).
 """

@@ -1,7 +1,7 @@
 """``python -m dmaproof.vhost_user``: the device process that `qmp_tools` starts for a proof.
 
-It ends when its control socket is closed, so it never outlives the tool that started it. `main` is
-also that of processes whose devices have other trackers.
+The process ends when its control socket is closed, so it never outlives the tool that started it.
+Device processes with other trackers call the same `main`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _logger = logging.getLogger("dmaproof.vhost_user")
 
 
 def harvest_policy(text: str) -> tuple[float | None, bool]:
-    """The harvest's interval in seconds, and whether it is immediate, from ``--harvest``.
+    """Parse ``--harvest`` into the interval in seconds and whether each write is harvested.
 
     Raises:
-        ValueError: neither 'immediate', 'final', nor a number of seconds above 0.
+        ValueError: `text` is not 'immediate', 'final' or a number of seconds above 0.
     """
     if text == "immediate":
         return None, True
@@ -40,7 +40,7 @@ def harvest_policy(text: str) -> tuple[float | None, bool]:
         return None, False
     interval_s = float(text)
     if not 0 < interval_s < 3600:
-        raise ValueError(f"a harvest every {text} s is not possible")
+        raise ValueError(f"expected a harvest interval above 0 s and below 3600 s, got {text} s")
     return interval_s, False
 
 
@@ -52,28 +52,28 @@ def _arguments(trackers: Mapping[str, object], default: str) -> argparse.Namespa
         action="append",
         default=[],
         metavar="NAME=PATH",
-        help="listen there for front ends; may come repeatedly",
+        help="listen on this socket for front ends; repeatable",
     )
     parser.add_argument(
         "--seek",
         action="append",
         default=[],
         metavar="NAME=PATH",
-        help="serve the front ends that listen there; may come repeatedly",
+        help="connect to this socket, on which a front end listens; repeatable",
     )
     parser.add_argument(
         "--fd",
         action="append",
         default=[],
         metavar="NAME=FD",
-        help="a socket that is connected to a front end already; may come repeatedly",
+        help="serve the front end at the other end of this connected socket; repeatable",
     )
     parser.add_argument(
         "--withhold",
         action="append",
         default=[],
         metavar="NAME=FEATURES",
-        help="features (a number) that sessions of this name are not offered",
+        help="feature bits (a number) that are not offered to sessions of this name",
     )
     parser.add_argument("--device", default="blk", metavar="NAME[:OPTION=VALUE,…]")
     parser.add_argument("--tracker", choices=sorted(trackers), default=default)
@@ -81,7 +81,10 @@ def _arguments(trackers: Mapping[str, object], default: str) -> argparse.Namespa
     parser.add_argument("--fault", metavar="NAME=VALUE")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
-        "--state", type=Path, metavar="FOLDER", help="keep there what a successor has to know"
+        "--state",
+        type=Path,
+        metavar="FOLDER",
+        help="save the state that a restarted process needs in this folder",
     )
     return parser.parse_args()
 
@@ -93,15 +96,15 @@ def main(
 ) -> int:
     """Serve until the control socket is closed.
 
-    `trackers` are those that can be asked for by name, or else the one called `default`;
-    `session_of` tells how sessions with a fault are made.
+    `trackers` has the trackers that ``--tracker`` accepts, by name; `default` is the name of the
+    default one. `session_of` returns the function that makes the sessions of a fault.
     """
     arguments = _arguments(trackers, default)
-    logging.basicConfig(format="dmaproof device: %(message)s")  # its standard error is its log
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner of the control socket decides
+    logging.basicConfig(format="dmaproof device: %(message)s")  # standard error is the log
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the control socket ends the process
     interval_s, immediate = arguments.harvest
     control = socket.socket(fileno=arguments.control)
-    owner = control.dup()  # the server closes its own
+    events = control.dup()  # the server closes `control`
     try:
         fault = make_fault(arguments.fault, arguments.seed)
         server = Server(
@@ -127,11 +130,11 @@ def main(
             server.adopt(name, socket.socket(fileno=int(fd)))
         server.run()
     except (DmaproofError, OSError) as error:
-        # Whoever started it may have given it a log on the very disk that is full.
+        # The log may be on the disk that is full, so the error is sent as an event first.
         why = describe(error) if isinstance(error, OSError) else str(error)
         with contextlib.suppress(OSError):
             event = {"event": "failed", "session": "", "message": why}
-            owner.sendall(json.dumps(event).encode() + b"\n")
+            events.sendall(json.dumps(event).encode() + b"\n")
         _logger.error("%s", why)
         return 2
     return 0

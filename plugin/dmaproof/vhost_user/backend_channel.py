@@ -1,9 +1,9 @@
-"""The back end's own way to ask its front end ("Back-end communication").
+"""Requests from the back end to the front end ("Back-end communication").
 
-The front end hands over a socket (SET_BACKEND_REQ_FD). Here it is used for one thing: to ask for
-the IOVAs that the IOTLB does not know. The answer tells only whether there is such a mapping; the
-mapping itself comes as an IOTLB_MSG on the front end's socket, before. Nobody waits for an answer:
-the front end may at the same time wait for one of ours.
+The front end passes a socket (SET_BACKEND_REQ_FD). The back end uses the socket only to ask for
+IOVAs that the IOTLB does not know. An answer says only whether the mapping exists; the mapping
+itself arrives before the answer, as an IOTLB_MSG on the front end's socket. The back end never
+blocks on an answer, because the front end may be waiting for the back end at the same time.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from ..iotlb import Miss
 from .messages import BACKEND_REPLY_BYTES, decode_backend_reply, encode_miss
 
 _MOST_QUESTIONS: Final = 64
-"""Open at a time: so few fit into every socket's buffer."""
+"""The most open questions at a time; this many fit into any socket's buffer."""
 
 
 class BackendChannel:
-    """Asks by `fd`, which stays the caller's; `selector` calls back when an answer can be read.
+    """The back-end channel over `fd`, which stays the caller's.
+
+    `selector` calls back when an answer can be read.
 
     Raises:
-        OSError: it is no socket.
+        OSError: `fd` is not a socket.
     """
 
     def __init__(self, fd: int, selector: selectors.BaseSelector) -> None:
@@ -35,7 +37,7 @@ class BackendChannel:
         self._socket = _socket_of(fd)
         self._received = bytearray()
         self._questions: deque[Miss | None] = deque()
-        """Open ones, in their order; None is one whose answer matters no more."""
+        """Open questions in order; None stands for a question that no longer matters."""
         self._readable = False
         try:
             selector.register(self._socket, selectors.EVENT_READ, self._wake)
@@ -47,16 +49,16 @@ class BackendChannel:
         self._readable = True
 
     @property
-    def waits(self) -> bool:
-        """Whether some question that matters is open."""
+    def waiting(self) -> bool:
+        """Whether a question that still matters is open."""
         return any(question is not None for question in self._questions)
 
     def ask(self, misses: Iterable[Miss]) -> None:
-        """Ask for these pages, as far as they are not asked for, and there is room for questions.
+        """Ask for the pages that are not asked for yet, up to the limit of open questions.
 
         Raises:
-            ProtocolError: the front end does not read its questions.
-            EOFError: it has gone.
+            ProtocolError: the front end does not read the questions.
+            EOFError: the front end has disconnected.
         """
         for miss in misses:
             if len(self._questions) == _MOST_QUESTIONS:
@@ -68,19 +70,20 @@ class BackendChannel:
             try:
                 sent = self._socket.send(question, socket.MSG_DONTWAIT)
             except BlockingIOError:
-                pass  # as if it had taken a part
+                pass  # handled below like a partial send
             except OSError as error:
                 raise EOFError(f"the back-end channel: {error}") from error
             if sent < len(question):
-                raise ProtocolError("the back-end channel's messages are not read")
+                raise ProtocolError("the front end does not read the back-end channel")
             self._questions.append(miss)
 
     def answers(self) -> list[tuple[Miss | None, bool]]:
-        """The questions that have been answered since this was called last, and whether there is
-        such a mapping; None is one that matters no more.
+        """Return the questions answered since the last call, each with whether a mapping exists.
+
+        None stands for a question that no longer matters.
 
         Raises:
-            ProtocolError: what has come is no answer.
+            ProtocolError: a message is not an answer.
             EOFError: the front end has closed its end.
         """
         if not self._readable:
@@ -96,11 +99,11 @@ class BackendChannel:
                 self._received += data
                 if len(data) < wanted:
                     continue
-                there_is = decode_backend_reply(bytes(self._received))
+                mapped = decode_backend_reply(bytes(self._received))
                 self._received.clear()
                 if not self._questions:
-                    raise ProtocolError("the back-end channel brought an answer to no question")
-                answers.append((self._questions.popleft(), there_is))
+                    raise ProtocolError("the back-end channel sent an answer without a question")
+                answers.append((self._questions.popleft(), mapped))
         except BlockingIOError:
             pass
         except OSError as error:
@@ -108,19 +111,19 @@ class BackendChannel:
         return answers
 
     def forget_questions(self) -> None:
-        """The device has stopped: whatever is answered now is of no use."""
+        """Ignore the answers to all open questions, because the device has stopped."""
         self._questions = deque(None for _ in self._questions)
 
     def close(self) -> None:
-        """Let go of the socket."""
+        """Close the socket."""
         self._selector.unregister(self._socket)
         self._socket.close()
 
 
 def _socket_of(fd: int) -> socket.socket:
-    own = os.dup(fd)
+    own_fd = os.dup(fd)
     try:
-        return socket.socket(fileno=own)
+        return socket.socket(fileno=own_fd)
     except OSError:
-        os.close(own)
+        os.close(own_fd)
         raise

@@ -1,4 +1,4 @@
-"""The socket of one front end: whole messages with their file descriptors, without blocking."""
+"""The non-blocking socket of one front end: whole messages with their file descriptors."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _MAX_UNSENT_BYTES: Final = 1 << 16
 
 
 class Connection:
-    """Reads messages from, and sends answers to, a connected non-blocking Unix socket.
+    """A connected Unix socket that receives messages and sends answers without blocking.
 
     Header and payload are read with exact lengths: file descriptors belong to the first byte of
-    the message that they came with, and a longer read could pair them with the message before.
+    their message, and a longer read could pair them with the message before.
     """
 
     def __init__(self, peer: socket.socket) -> None:
@@ -35,15 +35,15 @@ class Connection:
 
     @property
     def wants_to_write(self) -> bool:
-        """Whether an answer waits for the socket to take it."""
+        """Whether an answer waits until the socket accepts it."""
         return bool(self._unsent)
 
     def receive(self) -> Iterator[Message]:
-        """The messages that have come in whole.
+        """Yield the messages that have arrived completely.
 
         Raises:
             ProtocolError: a header or the number of file descriptors breaks the specification.
-            EOFError: the front end has gone.
+            EOFError: the front end has disconnected.
         """
         while True:
             if self._header is None:
@@ -65,7 +65,7 @@ class Connection:
             yield message
 
     def _read_up_to(self, length: int) -> bool:
-        """Read until `length` bytes are there; False if they have not all come yet."""
+        """Read until `length` bytes are buffered; return False if some are still missing."""
         while len(self._received) < length:
             try:
                 data, fds, flags, _ = socket.recv_fds(
@@ -77,32 +77,34 @@ class Connection:
                 raise EOFError(str(error)) from error
             self._fds += fds
             if not data:
-                raise EOFError("the front end closed its end")
+                raise EOFError("the front end closed the connection")
             if len(self._fds) > MAX_FILE_DESCRIPTORS or flags & socket.MSG_CTRUNC:
                 raise ProtocolError(
-                    f"a message brought more than {MAX_FILE_DESCRIPTORS} file descriptors"
+                    f"a message carries more than {MAX_FILE_DESCRIPTORS} file descriptors"
                 )
             self._received += data
         return True
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Send `data` with `fds`, or keep what the socket does not take at once for `flush`.
+        """Send `data` with `fds`; `flush` later sends what the socket does not accept now.
 
         Raises:
-            EOFError: the front end has gone.
-            ProtocolError: it asks on and on without reading its answers.
+            EOFError: the front end has disconnected.
+            ProtocolError: the front end keeps sending requests without reading the answers.
         """
         self._unsent.append((data, tuple(os.dup(fd) for fd in fds)))
         self.flush()
         unsent = sum(len(data) for data, _ in self._unsent)
         if unsent > _MAX_UNSENT_BYTES:
-            raise ProtocolError(f"{unsent} bytes of answers were not read")
+            raise ProtocolError(
+                f"the front end does not read its answers: {unsent} bytes are unread"
+            )
 
     def flush(self) -> None:
-        """Send what is left over.
+        """Send what `send` could not send at once.
 
         Raises:
-            EOFError: the front end has gone.
+            EOFError: the front end has disconnected.
         """
         try:
             while self._unsent:
@@ -119,7 +121,7 @@ class Connection:
             raise EOFError(str(error)) from error
 
     def close(self) -> None:
-        """Close the socket and every file descriptor that has not been taken over."""
+        """Close the socket, and every file descriptor not yet handed to a message."""
         for fd in (*self._fds, *(fd for _, fds in self._unsent for fd in fds)):
             os.close(fd)
         self._fds = []

@@ -1,6 +1,7 @@
 """The feature bits that the back end offers for every device.
 
-Virtio's own (virtio 1.2, section 6), vhost's VHOST_F_LOG_ALL, and vhost-user's protocol features.
+They are virtio's reserved feature bits (virtio 1.2, section 6), vhost's VHOST_F_LOG_ALL, and the
+protocol features of vhost-user.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Requests in flight, noted in shared memory that outlives the back end.
+"""Requests in flight, recorded in shared memory that outlives the back end.
 
-A back end that dies between taking a request and giving it back would leave its driver waiting for
-ever. So it notes what is in flight in a file that the front end keeps for it: the front end asks
-for one (GET_INFLIGHT_FD) and hands it to whoever serves the device next (SET_INFLIGHT_FD). The
-layout of a queue's part is the specification's ("Inflight I/O tracking"), for split and for packed
-rings, and so is the order in which it is written: whenever the process ends, what is in flight can
-be told.
+If a back end dies between taking a request and returning it, its driver would wait for ever. So
+the back end records what is in flight in a file that the front end keeps: the front end asks for
+such a file (GET_INFLIGHT_FD) and passes it to the next back end of the device (SET_INFLIGHT_FD).
+The layout of each queue's region, for split and packed rings, and the order of the writes follow
+the specification ("Inflight I/O tracking"). So the requests in flight are known at whichever moment
+the process ends.
 
-A region whose version is 0 has not been used. Ours is set back to that when its ring is stopped in
-good order: a version of 1 in a region that comes says that the process before us has died.
+A region whose version is 0 is unused. The back end resets the version to 0 when the ring is
+stopped properly, so a region that arrives with version 1 says that the previous process died.
 """
 
 from __future__ import annotations
@@ -36,22 +36,23 @@ from .messages import InflightFile
 _VERSION: Final = 1
 _HEADER_BYTES: Final = 32
 _ENTRY_BYTES: Final = 32
-"""Of a packed ring's part; a split ring's header and entries are half as large."""
+"""Sizes for a packed ring; the header and entries of a split ring are half as large."""
 _ALIGNMENT: Final = 64
 _LARGEST_RING_OF_QEMU: Final = 1024
-"""VIRTQUEUE_MAX_SIZE: QEMU lets a driver make any ring as large, whatever queue-size says."""
+"""VIRTQUEUE_MAX_SIZE: QEMU lets a driver make a ring this large, regardless of queue-size."""
 
 
 def region_bytes(queue_size: int) -> int:
-    """The room that each queue's part has in the file, whichever form its ring has."""
+    """Return the bytes that one queue's region takes in the file, for either form of ring."""
     return div_ceil(_HEADER_BYTES + _ENTRY_BYTES * queue_size, _ALIGNMENT) * _ALIGNMENT
 
 
 def make_file(queues: int, queue_size: int) -> tuple[int, InflightFile]:
-    """A file for so many rings of `queue_size`, all unused; the descriptor is the caller's.
+    """Make a file for `queues` unused rings of `queue_size`; the caller owns the file descriptor.
 
-    A driver may make its rings larger than the front end says: Linux on QEMU 10.0 has rings of 1024
-    on a device whose largest is 128, SeaBIOS 1.16.3 has rings of 256. So there is room for these.
+    A driver may make its rings larger than the front end says: Linux on QEMU 10.0 makes rings of
+    1024 on a device with a queue-size of 128, and SeaBIOS 1.16.3 makes rings of 256. So the file
+    has space for rings of 1024.
     """
     size = queues * region_bytes(max(queue_size, _LARGEST_RING_OF_QEMU))
     fd = os.memfd_create("inflight")
@@ -63,8 +64,8 @@ class InflightRegions:
     """The mapped file of all rings of a device; `fd` may be closed afterwards.
 
     Raises:
-        ProtocolError: the file is shorter than it is said to be, or too short for its rings.
-        OSError: it cannot be mapped.
+        ProtocolError: the file is shorter than the message says, or too short for its rings.
+        OSError: the file cannot be mapped.
     """
 
     def __init__(self, fd: int, file: InflightFile) -> None:
@@ -72,8 +73,8 @@ class InflightRegions:
         available = os.fstat(fd).st_size
         if file.queues == 0 or file.size < needed or file.offset + file.size > available:
             raise ProtocolError(
-                f"SET_INFLIGHT_FD: {file.size} bytes at {file.offset} of a file of {available} "
-                f"are not the {needed} of {file.queues} rings of {file.queue_size}"
+                f"SET_INFLIGHT_FD: {file.queues} rings of {file.queue_size} need {needed} bytes, "
+                f"got {file.size} bytes at offset {file.offset} of a file of {available}"
             )
         self._mapping = SharedMapping(fd, file.size, file.offset)
         self._bytes = memoryview(self._mapping)
@@ -81,7 +82,7 @@ class InflightRegions:
         self._part_bytes = file.size // file.queues // _ALIGNMENT * _ALIGNMENT
 
     def region(self, index: int, ring_size: int) -> memoryview | None:
-        """The part of ring number `index`, which has `ring_size` descriptors; None without one."""
+        """Return the region of ring `index` with `ring_size` descriptors; None if it has none."""
         if index >= self.queues or region_bytes(ring_size) > self._part_bytes:
             return None
         return self._part(index)
@@ -90,60 +91,62 @@ class InflightRegions:
         return self._bytes[index * self._part_bytes : (index + 1) * self._part_bytes]
 
     @property
-    def left_behind(self) -> bool:
-        """Whether a process that served these rings has died."""
+    def predecessor_died(self) -> bool:
+        """Whether a process died while it served these rings."""
         return any(self._part(index)[8:10] != bytes(2) for index in range(self.queues))
 
     def check(self) -> None:
-        """Look whether the file is still there.
+        """Check that the file has not been truncated.
 
         Raises:
-            ProtocolError: it became too short while it was mapped.
+            ProtocolError: the file became too short while it was mapped.
         """
         if self._mapping.lost:
-            raise ProtocolError("the file of what is in flight was cut short while it was in use")
+            raise ProtocolError("the in-flight file was truncated while it was in use")
 
 
 class _Region(Protocol):
-    """One ring's part of the file, written in the order in which things happen."""
+    """One ring's region of the file; the methods are called in this order."""
 
     def begin(self) -> None:
-        """Note that the ring is served from now on."""
+        """Record that the ring is being served."""
 
     def end(self) -> None:
-        """Note that the ring was stopped in good order."""
+        """Record that the ring was stopped properly."""
 
     def taken(self, chain: DescriptorChain) -> None:
-        """Note a request that has just been taken."""
+        """Record a request that has just been taken."""
 
     def giving_back(self, chain: DescriptorChain) -> None:
-        """Note a request that is about to be given back."""
+        """Record a request that is about to be returned."""
 
     def given_back(self, chain: DescriptorChain) -> None:
-        """Note that the driver has it."""
+        """Record that the driver has the request back."""
 
 
 Found = list[Callable[[], DescriptorChain]]
-"""What reads each request that was found in flight, in their order: one at a time, since a file of
-anything may tell of more than one turn could bear."""
+"""One function for each request found in flight, in order; it reads the request when called.
+
+Reading all at once could take too long for one turn, because the file's content is not trusted.
+"""
 
 
 @contextlib.contextmanager
-def _spoilt_is_refused() -> Iterator[None]:
-    """Whoever shares the file may write anything into it, at any time."""
+def _refuse_invalid_content() -> Iterator[None]:
+    """Turn errors of invalid content into ProtocolError: the front end may write at any time."""
     try:
         yield
     except (IndexError, KeyError, ValueError, struct.error) as error:
-        raise ProtocolError(f"in-flight region: it makes no sense: {error!r}") from error
+        raise ProtocolError(f"the in-flight region has invalid content: {error!r}") from error
 
 
 class InflightVirtqueue:
-    """A ring whose requests in flight are noted; it begins with those that are found there."""
+    """A ring that records its requests in flight, and first returns those found in the region."""
 
     def __init__(self, queue: SplitVirtqueue | PackedVirtqueue, memory: memoryview) -> None:
         self._queue: Virtqueue = queue
         self._region: _Region
-        with _spoilt_is_refused():
+        with _refuse_invalid_content():
             if isinstance(queue, SplitVirtqueue):
                 self._region, self._found = _split_region(queue, memory)
             else:
@@ -159,7 +162,7 @@ class InflightVirtqueue:
         return self._queue.base
 
     def pop(self) -> DescriptorChain | None:
-        with _spoilt_is_refused():
+        with _refuse_invalid_content():
             if self._found:
                 found = self._found[0]()
                 del self._found[0]
@@ -170,11 +173,11 @@ class InflightVirtqueue:
             return chain
 
     def push(self, chain: DescriptorChain, written: int) -> None:
-        with _spoilt_is_refused():
+        with _refuse_invalid_content():
             self._region.giving_back(chain)
         self._queue.push(chain, written)
-        _core.fence()  # the driver has it before it is noted that it is in flight no more
-        with _spoilt_is_refused():
+        _core.fence()  # the driver must have the request before the region says so
+        with _refuse_invalid_content():
             self._region.given_back(chain)
 
     def wants_interrupt(self) -> bool:
@@ -184,7 +187,7 @@ class InflightVirtqueue:
         return self._queue.ask_for_kick() or bool(self._found)
 
     def end(self) -> None:
-        """The ring is stopped, with nothing in flight."""
+        """Record that the ring is stopped with no request in flight."""
         self._region.end()
 
 
@@ -192,7 +195,7 @@ class InflightVirtqueue:
 
 
 class SplitRegion:
-    """QueueRegionSplit and its DescStateSplit entries; a batch is one request here."""
+    """QueueRegionSplit and its DescStateSplit entries; this back end's batch is one request."""
 
     header: Final = struct.Struct(
         "<QHHHH"
@@ -236,7 +239,7 @@ def _split_region(queue: SplitVirtqueue, memory: memoryview) -> tuple[SplitRegio
     _check(version, size, queue.size)
     places = [SplitRegion.header.size + SplitRegion.entry.size * head for head in range(size)]
     if used_index != queue.used_index and last_batch_head < size:
-        memory[places[last_batch_head]] = 0  # the driver has it, which was not noted any more
+        memory[places[last_batch_head]] = 0  # returned to the driver, but not recorded as such
     found = [
         (counter, head)
         for head, (inflight, _, counter) in enumerate(
@@ -246,7 +249,7 @@ def _split_region(queue: SplitVirtqueue, memory: memoryview) -> tuple[SplitRegio
     ]
     found.sort()
     chains: Found = [partial(queue.chain_at, head) for _, head in found]
-    queue.go_on_at(queue.used_index + len(found))
+    queue.resume_at(queue.used_index + len(found))
     return SplitRegion(queue, memory, found[-1][0] + 1 if found else 0), chains
 
 
@@ -269,7 +272,7 @@ class PackedRegion:
         self._memory = memory
         self._counter = 0
         self._heads: dict[int, int] = {}
-        """Of what is in flight: buffer ID → the entry that stands for it."""
+        """Buffer ID of each request in flight → index of its first entry."""
 
     def _get(self, place: int) -> int:
         value: int = struct.unpack_from("<H", self._memory, place)[0]
@@ -283,7 +286,7 @@ class PackedRegion:
 
     def begin(self) -> None:
         if self._memory[8:10] != bytes(2):
-            return  # what is in flight stays noted
+            return  # keep the requests in flight that the region records
         size = self._queue.size
         index, wrap = self._queue.used_place
         self.header.pack_into(self._memory, 0, 0, 0, size, 0, 0, index, index, wrap, wrap)
@@ -332,11 +335,11 @@ class PackedRegion:
         self._memory[self.old_wrap_at] = self._memory[self.wrap_at]
 
     def recover(self) -> Found:
-        """What is in flight, the region being made whole first."""
+        """Repair the region, and return the requests in flight."""
         size = self._queue.size
         old_place = self._get(self.old_used_at), bool(self._memory[self.old_wrap_at])
         if old_place[0] >= size or self._get(self.used_at) >= size:
-            raise ProtocolError(f"in-flight region: used index outside a ring of {size}")
+            raise ProtocolError(f"in-flight region: the used index is outside the ring of {size}")
         if self._get(self.used_at) != old_place[0] or (
             self._memory[self.wrap_at] != self._memory[self.old_wrap_at]
         ):
@@ -363,15 +366,15 @@ class PackedRegion:
             taken += len(entries)
             if not entries or taken > size:
                 raise ProtocolError(
-                    f"in-flight region: {taken} descriptors, the last {len(entries)} of one "
-                    f"request, in a ring of {size}"
+                    f"in-flight region: {taken} descriptors in flight, {len(entries)} of them in "
+                    f"the last request, in a ring of {size}"
                 )
             descriptors = [self._descriptor(entry) for entry in entries]
             chains.append(partial(self._queue.chain_of, descriptors))
             self._heads[descriptors[-1].buffer_id] = index
             self._counter = counter + 1
         place = self._get(self.used_at), bool(self._memory[self.wrap_at])
-        self._queue.go_on_at(*place, taken)
+        self._queue.resume_at(*place, taken)
         return chains
 
     def _descriptor(self, index: int) -> PackedDescriptor:
@@ -381,7 +384,7 @@ class PackedRegion:
         return PackedDescriptor(iova, length, buffer_id, flags)
 
     def _list_from(self, index: int, count: int) -> list[int]:
-        """Up to `count` entries, linked one to the next."""
+        """Follow the links from entry `index`, and return at most `count` entries."""
         linked: list[int] = []
         while index < self._queue.size and len(linked) < min(count, self._queue.size):
             linked.append(index)
@@ -401,6 +404,6 @@ def _packed_region(queue: PackedVirtqueue, memory: memoryview) -> tuple[PackedRe
 def _check(version: int, size: int, queue_size: int) -> None:
     if version != _VERSION or size != queue_size:
         raise ProtocolError(
-            f"in-flight region: version {version} for a ring of {size}, not {_VERSION} for one of "
-            f"{queue_size}"
+            f"in-flight region: expected version {_VERSION} for a ring of {queue_size}, got "
+            f"version {version} for a ring of {size}"
         )

@@ -1,8 +1,8 @@
-"""What of a session outlives its process: for a back end that is killed and started again.
+"""The state of a session that outlives its process, for a back end that is killed and restarted.
 
-Its successor has to go on with the journal and the trace where they ended, or a loss between the
-two could not be placed. Every record of the journal is in a file at once; the trace follows at each
-harvest, since nothing changes in it between two.
+The next process continues the journal and the trace of the killed one; otherwise a loss between the
+two could not be attributed to a link. Every journal record is written to a file at once. The trace
+is saved at each harvest, because it changes only there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..journal import Journal
 
 
 class Keeper:
-    """Keeps one session's journal and trace in `folder`; without one, nothing."""
+    """Saves one session's journal and trace in `folder`; without a folder, saves nothing."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -28,15 +28,15 @@ class Keeper:
         self.journal = Journal(folder / "records" if folder else None)
 
     def number_requests(self, device: VirtioDevice) -> None:
-        """Let `device` go on with numbers above those of whoever else has served its guest.
+        """Raise the request number of `device` above those of its guest's previous processes.
 
-        They count the microseconds, which no device here can overtake.
+        The number is the time in microseconds; no device here serves more than one request in one.
         """
         if self._folder is not None:
             device.requests = max(device.requests, time.monotonic_ns() // 1000)
 
     def keep(self, collector: Collector, memory: GuestMemory) -> None:
-        """Note where the trace stands."""
+        """Save the current journal and trace."""
         if self._folder is not None:
             evidence = collect_evidence(
                 self.journal, collector, memory, requests=self.journal.writes
@@ -44,24 +44,24 @@ class Keeper:
             evidence.save(self._folder)
 
     def resume(self, collector: Collector) -> bool:
-        """Let the journal, and a collector that has just been started, go on from what was kept.
+        """Continue the journal and a newly started collector from the saved state.
 
-        False if nothing was.
+        Returns False if nothing was saved.
 
         Raises:
-            UntestableError: what was kept cannot be read.
+            UntestableError: the saved state cannot be read.
         """
         if self._folder is None:
             return False
         try:
             kept = Evidence.load(self._folder)
         except UntestableError as error:
-            if isinstance(error.__cause__, FileNotFoundError):  # the log was not on yet
+            if isinstance(error.__cause__, FileNotFoundError):  # the process died before logging
                 return False
             raise
         self.journal.resume(kept.started_ns or 0)
         collector.harvests = [Harvest(*(int(value) for value in row)) for row in kept.harvests]
-        # A write is due one harvest later than the last there was.
+        # A write is due in the harvest after the last one.
         due = int(self.journal.records()["epoch"].max(initial=1))
         epoch = max([due - 1, *(harvest.epoch for harvest in collector.harvests)])
         collector.trace.resume(kept.links, epoch)

@@ -1,7 +1,7 @@
-"""The vhost-user messages as bytes: decoding what a front end sends, encoding what it is answered.
+"""Decoding of a front end's vhost-user messages, and encoding of the answers.
 
-Pure functions over bytes. What does not fit the specification is a `ProtocolError` that names the
-message.
+The functions are pure functions over bytes. A message that breaks the specification raises a
+`ProtocolError` that names the message.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from ..errors import ProtocolError
 
 MAX_PAYLOAD_BYTES: Final = 4096
-"""Far above every message that is understood here; what claims more is refused unread."""
+"""Far above every supported message; a message that claims more is refused unread."""
 MAX_FILE_DESCRIPTORS: Final = 8
 """VHOST_MEMORY_BASELINE_NREGIONS: the most that one message carries."""
 
@@ -25,11 +25,11 @@ _NO_FILE_DESCRIPTOR: Final = 1 << 8
 _HEADER: Final = struct.Struct("<III")
 _INFLIGHT: Final = "<QQHH4x"  # a C structure, with its padding
 _IOTLB: Final = "<QQQBB6x"  # struct vhost_iotlb_msg: iova, size, uaddr, perm, type
-_BACKEND_IOTLB_MSG: Final = 1  # the only back-end message here ("Back-end message types")
+_BACKEND_IOTLB_MSG: Final = 1  # the only back-end message in use ("Back-end message types")
 
 HEADER_BYTES: Final = _HEADER.size
 BACKEND_REPLY_BYTES: Final = HEADER_BYTES + 8
-"""The front end's answer to a back end's message."""
+"""Size of the front end's answer to a back-end message."""
 
 
 class Request(IntEnum):
@@ -75,7 +75,7 @@ class ProtocolFeature(IntFlag):
 
 
 class IotlbEvent(IntEnum):
-    """What an IOTLB message tells (VHOST_IOTLB_MISS, …)."""
+    """The type of an IOTLB message (VHOST_IOTLB_MISS, …)."""
 
     MISS = 1
     UPDATE = 2
@@ -84,7 +84,7 @@ class IotlbEvent(IntEnum):
 
 
 class Message(NamedTuple):
-    """One message from a front end; its file descriptors are the receiver's to close."""
+    """One message from a front end; the receiver must close its file descriptors."""
 
     request: Request
     payload: bytes
@@ -101,17 +101,17 @@ class Header(NamedTuple):
 
 
 class VringState(NamedTuple):
-    """A ring's number, and a value: its size, base or whether it is enabled."""
+    """A ring's number and a value: the ring's size, its base, or whether it is enabled."""
 
     ring: int
     value: int
 
 
 class VringAddress(NamedTuple):
-    """Where a ring stands: HVAs, but for `log`, the GPA at which used-ring writes are logged.
+    """The addresses of a ring: HVAs, except `log`, the GPA at which used-ring writes are logged.
 
-    Behind an IOMMU all of them are IOVAs, and `log` is that of the used ring: QEMU sends it
-    (vhost_virtqueue_set_addr), and vhost in the kernel takes it for nothing else.
+    Behind an IOMMU all of them are IOVAs, and `log` is the IOVA of the used ring: QEMU sends it so
+    (vhost_virtqueue_set_addr), and vhost in the kernel reads it so.
     """
 
     ring: int
@@ -132,14 +132,14 @@ class MemoryRegion(NamedTuple):
 
 
 class LogBase(NamedTuple):
-    """Size and offset in bytes of the dirty log in the file that came with the message."""
+    """Size and offset in bytes of the dirty log in the file that comes with the message."""
 
     size: int
     offset: int
 
 
 class InflightFile(NamedTuple):
-    """Where requests in flight are noted: `size` and `offset` in bytes, and for which rings."""
+    """The in-flight region in its file: `size` and `offset` in bytes, and the rings it is for."""
 
     size: int
     offset: int
@@ -148,7 +148,7 @@ class InflightFile(NamedTuple):
 
 
 class ConfigAccess(NamedTuple):
-    """A piece of the configuration space; `content` is empty space in a GET_CONFIG."""
+    """A part of the configuration space; in a GET_CONFIG `content` is only a placeholder."""
 
     offset: int
     flags: int
@@ -156,9 +156,10 @@ class ConfigAccess(NamedTuple):
 
 
 class IotlbChange(NamedTuple):
-    """A mapping that has come or gone, in bytes; `hva` and `access` (bits) only of one that came.
+    """A mapping that was added or removed, in bytes; only an added one has `hva` and `access`.
 
-    A `size` of 2**64, the whole address space, does not fit into the message: it is 0 there.
+    `access` has permission bits. A `size` of 2**64, the whole address space, does not fit into the
+    message, which has 0 instead.
     """
 
     event: IotlbEvent
@@ -169,27 +170,30 @@ class IotlbChange(NamedTuple):
 
 
 class VringFile(NamedTuple):
-    """Which ring a kick or call file descriptor is for, and whether one came along."""
+    """The ring of a kick or call file descriptor, and whether the message carries one."""
 
     ring: int
     has_fd: bool
 
 
 def decode_header(header: bytes) -> Header:
-    """Check the 12 bytes of a header.
+    """Decode and check the 12 bytes of a header.
 
     Raises:
-        ProtocolError: an unknown request, another version, a reply, or a payload that is too long.
+        ProtocolError: the request is unknown, the version is not supported, the message is a reply,
+            or the payload is too long.
     """
     number, flags, payload_bytes = _HEADER.unpack(header)
     try:
         request = Request(number)
     except ValueError:
-        raise ProtocolError(f"vhost-user request {number} is not one that was offered") from None
+        raise ProtocolError(f"vhost-user request {number} was not offered") from None
     if flags & _VERSION_MASK != _VERSION:
-        raise ProtocolError(f"{request.name}: version {flags & _VERSION_MASK}, not {_VERSION}")
+        raise ProtocolError(
+            f"{request.name}: expected version {_VERSION}, got {flags & _VERSION_MASK}"
+        )
     if flags & _FLAG_REPLY:
-        raise ProtocolError(f"{request.name}: a reply where a request was due")
+        raise ProtocolError(f"{request.name}: expected a request, got a reply")
     if payload_bytes > MAX_PAYLOAD_BYTES:
         raise ProtocolError(
             f"{request.name}: payload of {payload_bytes} bytes, more than {MAX_PAYLOAD_BYTES}"
@@ -198,12 +202,12 @@ def decode_header(header: bytes) -> Header:
 
 
 def encode_reply(request: Request, payload: bytes) -> bytes:
-    """The whole answer to `request`."""
+    """Return the complete answer to `request`."""
     return _HEADER.pack(request, _VERSION | _FLAG_REPLY, len(payload)) + payload
 
 
 def encode_request(request: Request, payload: bytes = b"", *, need_reply: bool = False) -> bytes:
-    """The whole of a front end's message."""
+    """Return a front end's complete message."""
     flags = _VERSION | (_FLAG_NEED_REPLY if need_reply else 0)
     return _HEADER.pack(request, flags, len(payload)) + payload
 
@@ -211,58 +215,59 @@ def encode_request(request: Request, payload: bytes = b"", *, need_reply: bool =
 def _unpack(message: Message, layout: str) -> tuple[int, ...]:
     if len(message.payload) != struct.calcsize(layout):
         raise ProtocolError(
-            f"{message.request.name}: payload of {len(message.payload)} bytes, "
-            f"not {struct.calcsize(layout)}"
+            f"{message.request.name}: expected a payload of {struct.calcsize(layout)} bytes, got "
+            f"{len(message.payload)}"
         )
     return struct.unpack(layout, message.payload)
 
 
 def encode_u64(value: int) -> bytes:
-    """The payload of the messages that carry one 64-bit number."""
+    """Return the payload of a message that carries one 64-bit number."""
     return struct.pack("<Q", value)
 
 
 def decode_u64(message: Message) -> int:
-    """The number that the message carries."""
+    """Return the number that the message carries."""
     return _unpack(message, "<Q")[0]
 
 
 def encode_vring_state(state: VringState) -> bytes:
-    """The payload of the messages that carry a ring's number and a value."""
+    """Return the payload of a message that carries a ring's number and a value."""
     return struct.pack("<II", *state)
 
 
 def decode_vring_state(message: Message) -> VringState:
-    """The ring and the value."""
+    """Return the ring and the value that the message carries."""
     return VringState(*_unpack(message, "<II"))
 
 
 def decode_vring_file(message: Message) -> VringFile:
-    """The ring that the message's file descriptor is for.
+    """Return the ring that the message's file descriptor is for.
 
     Raises:
-        ProtocolError: the number of file descriptors is not what the message says.
+        ProtocolError: the number of file descriptors does not match the message.
     """
     value = decode_u64(message)
     has_fd = not value & _NO_FILE_DESCRIPTOR
     if len(message.fds) != has_fd:
         raise ProtocolError(
-            f"{message.request.name}: {len(message.fds)} file descriptors, not {int(has_fd)}"
+            f"{message.request.name}: got {len(message.fds)} file descriptors, "
+            f"expected {int(has_fd)}"
         )
     return VringFile(value & 0xFF, has_fd)
 
 
 def decode_vring_address(message: Message) -> VringAddress:
-    """Where the ring stands."""
+    """Return the addresses of the ring."""
     ring, flags, descriptors, used, available, log = _unpack(message, "<IIQQQQ")
     return VringAddress(ring, bool(flags & 1), descriptors, used, available, log)
 
 
 def decode_memory_table(message: Message) -> list[MemoryRegion]:
-    """The regions of SET_MEM_TABLE, one for each file descriptor.
+    """Return the regions of SET_MEM_TABLE, one for each file descriptor.
 
     Raises:
-        ProtocolError: the counts of regions, bytes and file descriptors do not agree.
+        ProtocolError: the numbers of regions, bytes and file descriptors do not agree.
     """
     if len(message.payload) < 8:
         raise ProtocolError(f"SET_MEM_TABLE: payload of {len(message.payload)} bytes")
@@ -270,11 +275,13 @@ def decode_memory_table(message: Message) -> list[MemoryRegion]:
     regions = message.payload[8 : 8 + 32 * count]
     if not 0 < count <= MAX_FILE_DESCRIPTORS or len(regions) != 32 * count:
         raise ProtocolError(
-            f"SET_MEM_TABLE: {count} regions in {len(message.payload)} bytes of payload; 1 to "
-            f"{MAX_FILE_DESCRIPTORS} are possible, of 32 bytes each"
+            f"SET_MEM_TABLE: {count} regions in {len(message.payload)} bytes of payload; expected "
+            f"1 to {MAX_FILE_DESCRIPTORS} regions of 32 bytes each"
         )
     if len(message.fds) != count:
-        raise ProtocolError(f"SET_MEM_TABLE: {len(message.fds)} files for {count} regions")
+        raise ProtocolError(
+            f"SET_MEM_TABLE: {len(message.fds)} file descriptors for {count} regions"
+        )
     decoded = []
     for gpa, length, hva, file_offset in struct.iter_unpack("<QQQQ", regions):
         decoded.append(MemoryRegion(gpa, length, hva, file_offset))
@@ -282,43 +289,44 @@ def decode_memory_table(message: Message) -> list[MemoryRegion]:
 
 
 def decode_log_base(message: Message) -> LogBase:
-    """The dirty log's place in the file that came along.
+    """Return the place of the dirty log in the message's file.
 
     Raises:
-        ProtocolError: not exactly one file came along.
+        ProtocolError: the message does not carry exactly one file descriptor.
     """
     log = LogBase(*_unpack(message, "<QQ"))
     if len(message.fds) != 1:
-        raise ProtocolError(f"SET_LOG_BASE: {len(message.fds)} file descriptors, not 1")
+        raise ProtocolError(f"SET_LOG_BASE: got {len(message.fds)} file descriptors, expected 1")
     return log
 
 
 def decode_inflight(message: Message) -> InflightFile:
-    """What is said of the file for requests in flight.
+    """Return the description of the file for requests in flight.
 
     Raises:
-        ProtocolError: SET_INFLIGHT_FD did not bring exactly one file.
+        ProtocolError: a SET_INFLIGHT_FD does not carry exactly one file descriptor.
     """
     file = InflightFile(*_unpack(message, _INFLIGHT))
     if message.request == Request.SET_INFLIGHT_FD and len(message.fds) != 1:
-        raise ProtocolError(f"SET_INFLIGHT_FD: {len(message.fds)} file descriptors, not 1")
+        raise ProtocolError(f"SET_INFLIGHT_FD: got {len(message.fds)} file descriptors, expected 1")
     return file
 
 
 def encode_inflight(file: InflightFile) -> bytes:
-    """The payload of the messages that carry `file`."""
+    """Return the payload of a message that describes `file`."""
     return struct.pack(_INFLIGHT, *file)
 
 
 def decode_iotlb(message: Message) -> IotlbChange:
-    """The mapping that has come or gone.
+    """Return the mapping that was added or removed.
 
     Raises:
-        ProtocolError: it is neither of the two, empty, or leaves the 64-bit space.
+        ProtocolError: the message is neither an update nor an invalidation, or its range is empty
+            or leaves the 64-bit address space.
     """
     iova, size, hva, access, event = _unpack(message, _IOTLB)
     if event not in (IotlbEvent.UPDATE, IotlbEvent.INVALIDATE):
-        raise ProtocolError(f"IOTLB_MSG: type {event} is not a front end's to send")
+        raise ProtocolError(f"IOTLB_MSG: a front end must not send type {event}")
     if event == IotlbEvent.INVALIDATE and iova == size == 0:
         size = 1 << 64
     if size == 0 or iova + size > 1 << 64:
@@ -326,28 +334,28 @@ def decode_iotlb(message: Message) -> IotlbChange:
             f"IOTLB_MSG: IOVA {iova:#x} + {size:#x} is empty, or leaves the 64-bit address space"
         )
     if event == IotlbEvent.UPDATE and access not in (1, 2, 3):
-        raise ProtocolError(f"IOTLB_MSG: a mapping with permissions {access:#x}")
+        raise ProtocolError(f"IOTLB_MSG: expected permissions 0x1 to 0x3, got {access:#x}")
     return IotlbChange(IotlbEvent(event), iova, size, hva, access)
 
 
 def encode_iotlb(change: IotlbChange) -> bytes:
-    """The payload of the messages that carry `change`."""
+    """Return the payload of a message that carries `change`."""
     event, iova, size, hva, access = change
     return struct.pack(_IOTLB, iova, size % (1 << 64), hva, access, event)
 
 
 def encode_miss(iova: int, access: int) -> bytes:
-    """The back end's message that asks for a mapping, and for an answer."""
+    """Return the back-end message that asks for a mapping and requests an answer."""
     payload = struct.pack(_IOTLB, iova, 0, 0, access, IotlbEvent.MISS)
     flags = _VERSION | _FLAG_NEED_REPLY
     return _HEADER.pack(_BACKEND_IOTLB_MSG, flags, len(payload)) + payload
 
 
 def decode_backend_reply(reply: bytes) -> bool:
-    """Whether a back end's message could be obeyed, from `BACKEND_REPLY_BYTES`.
+    """Return whether the front end reports success, from `BACKEND_REPLY_BYTES` of answer.
 
     Raises:
-        ProtocolError: it is no answer to one that is sent here.
+        ProtocolError: `reply` is not an answer to an IOTLB message.
     """
     number, flags, payload_bytes = _HEADER.unpack_from(reply)
     if (number, flags & (_VERSION_MASK | _FLAG_REPLY), payload_bytes) != (
@@ -356,25 +364,26 @@ def decode_backend_reply(reply: bytes) -> bool:
         8,
     ):
         raise ProtocolError(
-            f"the back-end channel brought request {number} with flags {flags:#x} and "
-            f"{payload_bytes} bytes, not the answer that is due"
+            f"the back-end channel sent request {number} with flags {flags:#x} and "
+            f"{payload_bytes} bytes, not an answer to an IOTLB message"
         )
     return not int.from_bytes(reply[HEADER_BYTES:], "little")
 
 
 def decode_config(message: Message) -> ConfigAccess:
-    """The piece of configuration space that is read or written."""
+    """Return the part of the configuration space that is read or written."""
     if len(message.payload) < 12:
         raise ProtocolError(f"{message.request.name}: payload of {len(message.payload)} bytes")
     offset, size, flags = struct.unpack_from("<III", message.payload)
     content = message.payload[12:]
     if size != len(content):
         raise ProtocolError(
-            f"{message.request.name}: says {size} bytes of configuration, brings {len(content)}"
+            f"{message.request.name}: declares {size} bytes of configuration, carries "
+            f"{len(content)}"
         )
     return ConfigAccess(offset, flags, content)
 
 
 def encode_config(access: ConfigAccess) -> bytes:
-    """The payload of the answer to GET_CONFIG."""
+    """Return the payload of the answer to GET_CONFIG."""
     return struct.pack("<III", access.offset, len(access.content), access.flags) + access.content

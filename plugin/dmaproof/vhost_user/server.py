@@ -1,11 +1,12 @@
-"""The device process: one thread that waits for sockets, kicks and the harvest's hour.
+"""The device process: one thread that waits for sockets, kicks and the time of the next harvest.
 
-One thread suffices and removes every race between a request, a harvest and a message: whatever the
-device wrote before GET_VRING_BASE came is in the tracker when the last harvest runs.
+One thread is enough, and it excludes races between a request, a harvest and a message: everything
+the device wrote before GET_VRING_BASE arrived is in the tracker when the last harvest runs.
 
-Each listening socket serves one front end after another, so a QEMU that goes away may come back.
-The *control* socket belongs to whoever started the process: it gets events as lines of JSON, sends
-commands the same way, and the process ends when it is closed, however its owner died.
+Each listening socket serves one front end after another, so a QEMU that disconnects may reconnect.
+The *control* socket connects the process to its parent. Events go to the parent as lines of JSON,
+and the parent sends commands the same way. The process ends when the control socket is closed, so
+it also ends when the parent dies.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ _SEEK_EVERY_S = 0.02
 
 
 class Server:
-    """Serves a device on several listening sockets, each with a session at a time.
+    """Serves a device on several sockets, with one session at a time on each.
 
     Args:
         device: the device, which all sessions share.
         make_tracker: makes the tracker of each session.
-        control: a connected socket that takes events and gives commands, as lines of JSON; the
-            server owns it, and ends when its other end is closed.
+        control: a connected socket for events and commands, both as lines of JSON. The server owns
+            the socket, and ends when the other end is closed.
         make_session: makes each front end's session, from the arguments of `Session`.
-        harvest_interval_s: the seconds between harvests; None for the last one alone.
+        harvest_interval_s: the seconds between harvests; None harvests only when a device stops.
         immediate: whether each write is harvested at once instead.
-        state: a folder that keeps what the successor of a killed process has to know.
+        state: the folder in which sessions save the state that a restarted process needs.
     """
 
     def __init__(
@@ -79,8 +80,8 @@ class Server:
         """Accept front ends on a socket of mode 0600.
 
         Args:
-            name: what events call its sessions.
-            path: the socket's path, where no file exists yet.
+            name: the name of the socket's sessions in events.
+            path: the path of the socket; the file must not exist yet.
 
         Raises:
             OSError: the socket cannot be made.
@@ -95,26 +96,26 @@ class Server:
         listener.setblocking(False)
         self._listeners[name] = listener
         self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(name))
-        self._tell({"event": "listening", "session": name})
+        self._send_event({"event": "listening", "session": name})
 
     def withhold(self, name: str, features: int) -> None:
         """Withhold features from some sessions.
 
         Args:
-            name: what events call the sessions.
-            features: virtio feature bits that they are not offered.
+            name: the name of the sessions in events.
+            features: the virtio feature bits that are not offered to these sessions.
         """
         self._withheld[name] = features
 
     def seek(self, name: str, path: Path) -> None:
-        """Serve a front end that listens, as often as one does.
+        """Connect to a socket on which a front end listens, again after each session.
 
         Args:
-            name: what events call its sessions.
+            name: the name of the socket's sessions in events.
             path: the path of the front end's socket.
         """
         self._front_ends[name] = path
-        self._tell({"event": "seeking", "session": name})
+        self._send_event({"event": "seeking", "session": name})
 
     def _seek(self) -> None:
         for name, path in self._front_ends.items():
@@ -124,7 +125,7 @@ class Server:
             try:
                 peer.connect(str(path))
             except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
-                peer.close()  # nobody is there yet
+                peer.close()  # no front end listens yet
             else:
                 self.adopt(name, peer)
 
@@ -132,8 +133,8 @@ class Server:
         """Serve the front end at the other end of a connected socket.
 
         Args:
-            name: what events call its session.
-            peer: the socket, which the session owns from now on.
+            name: the name of the session in events.
+            peer: the socket; the session takes ownership of it.
         """
         connection = Connection(peer)
         self._sessions[name] = self._make_session(
@@ -144,43 +145,43 @@ class Server:
             immediate=self._immediate,
             withheld=self._withheld.get(name, 0),
             state=self._state / name if self._state else None,
-            tell=lambda event: self._tell({**event, "session": name}),
+            on_event=lambda event: self._send_event({**event, "session": name}),
         )
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._receive(name))
-        self._tell({"event": "connected", "session": name})
+        self._send_event({"event": "connected", "session": name})
 
     def run(self) -> None:
         """Serve until the control socket is closed.
 
         Raises:
-            UsageError: what came on it is not a command.
-            OSError: a file of its own cannot be written.
+            UsageError: a line from the control socket is not a command.
+            OSError: a session cannot write its state.
         """
         try:
             while self._running:
-                self.turn(self._patience_s())
+                self.turn(self._timeout_s())
         finally:
             self.close()
 
     def fileno(self) -> int:
-        """Give what an event loop of the caller's waits for before it calls `turn`.
+        """Return the file descriptor for which an event loop waits before it calls `turn`.
 
         Returns:
-            The file descriptor that is readable while a socket or a kick waits to be served. The
-            server keeps it.
+            A file descriptor that is readable while a socket or a kick waits to be served. The
+            server keeps ownership of it.
         """
         return self._selector.fileno()
 
-    def turn(self, patience_s: float | None) -> bool:
-        """Serve what comes, and harvest if it is time.
+    def turn(self, timeout_s: float | None) -> bool:
+        """Serve messages and requests once, and harvest if the interval is over.
 
         Args:
-            patience_s: the seconds to wait for something; None waits without a bound.
+            timeout_s: the longest wait for a message or a kick, in seconds; None waits for ever.
 
         Returns:
             True if some ring is not empty yet.
         """
-        for key, _ in self._selector.select(patience_s):
+        for key, _ in self._selector.select(timeout_s):
             key.data()
         self._seek()
         self._busy = self._serve_rings()
@@ -191,7 +192,7 @@ class Server:
                     self._harvest(name, session)
         return self._busy
 
-    def _patience_s(self) -> float | None:
+    def _timeout_s(self) -> float | None:
         if self._busy:
             return 0
         if any(name not in self._sessions for name in self._front_ends):
@@ -222,7 +223,7 @@ class Server:
 
     def _receive(self, name: str) -> None:
         session = self._sessions.get(name)
-        if session is None:  # it ended in this very turn
+        if session is None:  # the session ended earlier in this turn
             return
         try:
             if session.connection.wants_to_write:
@@ -255,10 +256,10 @@ class Server:
         except ProtocolError as error:
             self._refuse(name, error)
             return
-        self._tell({"event": "harvest", "session": name, "pages": pages})
+        self._send_event({"event": "harvest", "session": name, "pages": pages})
 
     def _refuse(self, name: str, error: Exception) -> None:
-        self._tell({"event": "refused", "session": name, "message": str(error)})
+        self._send_event({"event": "refused", "session": name, "message": str(error)})
         self._end(name, str(error))
 
     def _end(self, name: str, reason: str) -> None:
@@ -268,15 +269,15 @@ class Server:
         if name in self._listeners:
             listener = self._listeners[name]
             self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(name))
-        self._tell({"event": "gone", "session": name, "reason": reason})
+        self._send_event({"event": "gone", "session": name, "reason": reason})
 
     # Control ------------------------------------------------------------------------------------
 
-    def _tell(self, event: dict[str, Any]) -> None:
+    def _send_event(self, event: dict[str, Any]) -> None:
         event = {**event, "time_ns": time.monotonic_ns()}
         try:
             self._control.sendall(json.dumps(event).encode() + b"\n")
-        except OSError:  # its owner is gone, and so will we be
+        except OSError:  # the parent has died, so this process ends too
             self._running = False
 
     def _receive_commands(self) -> None:
@@ -287,20 +288,22 @@ class Server:
                 *lines, rest = self._commands.split(b"\n")
                 self._commands = rest
                 for line in lines:
-                    self._obey(bytes(line))
+                    self._run_command(bytes(line))
                 return
         self._running = False
 
-    def _obey(self, line: bytes) -> None:
+    def _run_command(self, line: bytes) -> None:
         try:
             command = json.loads(line)
             if command["do"] != "evidence":
-                raise ValueError(f"{command['do']!r} is not known")
+                raise ValueError(f"unknown command {command['do']!r}")
             name, folder = str(command["session"]), Path(command["folder"])
         except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"control socket: {line[:200]!r} is no command: {error!r}") from error
+            raise UsageError(
+                f"control socket: {line[:200]!r} is not a command: {error!r}"
+            ) from error
         session = self._sessions.get(name)
-        answer = {"event": "evidence", "session": name, "there_is": session is not None}
+        answer = {"event": "evidence", "session": name, "found": session is not None}
         if session is not None:
             evidence = collect_evidence(
                 session.journal,
@@ -312,4 +315,4 @@ class Server:
                 evidence.save(folder)
             except OSError as error:
                 answer["error"] = describe(error)
-        self._tell(answer)
+        self._send_event(answer)

@@ -1,14 +1,14 @@
 """One front end's session: memory, rings, features and the dirty log, from connect to disconnect.
 
-The life of the dirty log (vhost-user specification, "Migration"): SET_LOG_BASE brings its memory,
-SET_FEATURES with VHOST_F_LOG_ALL switches logging on, SET_VRING_ADDR comes again for each ring
-with the log address of its used ring. SET_LOG_BASE can come again while logging is on. A ring that
-gets GET_VRING_BASE has stopped for good when that is answered, so the collector harvests first.
+The life of the dirty log (vhost-user specification, "Migration"): SET_LOG_BASE passes its memory,
+SET_FEATURES with VHOST_F_LOG_ALL switches logging on, and SET_VRING_ADDR arrives again for each
+ring with the log address of its used ring. SET_LOG_BASE can arrive again while logging is on. The
+answer to GET_VRING_BASE says that the ring has stopped, so the collector harvests first.
 
 Behind a virtual IOMMU ("IOMMU support") rings and requests are addressed by IOVA, and IOTLB_MSG
-tells where these lead. What the device does not know it asks for, and serves other rings until it
-has been told; a request is taken only when all of its addresses are known. A mapping that is taken
-away is harvested before that is answered: from then on the guest uses its page for something else.
+carries the mappings. The session asks for missing mappings, and serves other rings until they
+arrive; it takes a request only when all of its addresses are known. Before the session answers the
+removal of a mapping, it harvests the mapping: afterwards the guest may reuse the pages.
 """
 
 from __future__ import annotations
@@ -72,40 +72,40 @@ from .messages import (
 )
 from .vring import Vring
 
-_NOT_THE_DRIVERS: Final = F_LOG_ALL | F_PROTOCOL_FEATURES
-"""What the front end accepts, and the guest's driver knows nothing of."""
+_FRONT_END_FEATURES: Final = F_LOG_ALL | F_PROTOCOL_FEATURES
+"""Features that the front end accepts and the guest's driver never sees."""
 _MESSAGES_PER_TURN: Final = 16
-"""So many messages are served in a turn: a front end must not keep the process for itself."""
+"""The most messages served in a turn, so that one front end cannot keep the process busy."""
 _MAX_GUEST_BYTES: Final = 1 << 40
-"""Trackers and traces keep some bytes for each page, and a sparse file costs a front end none."""
+"""Trackers and traces store some bytes per page, while a sparse file costs the front end nothing."""
 _CONFIG_BYTES: Final = 256
 
-Tell = Callable[[dict[str, Any]], None]
+OnEvent = Callable[[dict[str, Any]], None]
 
 
 class _ReplyWithFile(NamedTuple):
-    """An answer with a file descriptor, which is to be closed once it has been sent."""
+    """An answer with a file descriptor, which the session closes after sending it."""
 
     payload: bytes
     fd: int
 
 
 class Session:
-    """Serves one front end with a device; `Server` makes one for each that connects.
+    """Serves one front end with a device; `Server` makes a session for each connection.
 
     Args:
         connection: the vhost-user connection to the front end.
         device: the device.
         tracker: remembers what the device writes.
-        selector: calls back the `data` of a key when its file descriptor is readable.
+        selector: calls the `data` of a key when the key's file descriptor is readable.
         immediate: whether each write is harvested at once.
-        withheld: feature bits that are not offered, though the device has them.
-        make_dma: makes what the device writes each memory table with, from the arguments of `Dma`.
+        withheld: feature bits of the device that are not offered.
+        make_dma: makes the `Dma` for each memory table, from the arguments of `Dma`.
         make_collector: makes the collector, from the tracker.
-        map_bus: makes bus addresses lead to a memory table, and returns how, where there is no
+        map_bus: maps bus addresses to a memory table and returns the mapping; not called behind a
             virtual IOMMU.
-        tell: takes events for whoever watches the process.
-        state: a folder that keeps what the successor of a killed process has to know.
+        on_event: called with each event of the session.
+        state: the folder in which the session saves the state that a restarted process needs.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Session:
         make_dma: Callable[..., Dma] = Dma,
         make_collector: Callable[[DirtyTracker], Collector] = Collector,
         map_bus: Callable[[GuestMemory], Bus] = IovaMap.identity,
-        tell: Tell = lambda event: None,
+        on_event: OnEvent = lambda event: None,
         state: Path | None = None,
     ) -> None:
         self.connection = connection
@@ -134,12 +134,12 @@ class Session:
         self._immediate = immediate
         self._make_dma = make_dma
         self._map_bus = map_bus
-        self._tell = tell
-        self.dma = self._door()
+        self._on_event = on_event
+        self.dma = self._new_dma()
         self._features = 0
         self._offered = (device.features | TRANSPORT_FEATURES) & ~withheld
         self._offered_protocol = PROTOCOL_FEATURES
-        if not device.config():  # QEMU warns of what a device cannot have
+        if not device.config():  # QEMU warns if a device without configuration offers CONFIG
             self._offered_protocol &= ~ProtocolFeature.CONFIG
         self._acknowledge = False
         self._selector = selector
@@ -148,20 +148,20 @@ class Session:
         self._log: VhostDirtyLog | None = None
         self._log_bytes = 0
         self._inflight: InflightRegions | None = None
-        self._left_behind = False
-        """Whether the process before us died, perhaps with the log on."""
-        self._owes_everything = False
-        """Whether what it had written and not reported is to be made good: all pages, then."""
+        self._predecessor_died = False
+        """Whether the previous process died, perhaps while logging was on."""
+        self._must_report_all = False
+        """Whether all pages are to be reported, because it may not have reported its writes."""
 
     # Messages -----------------------------------------------------------------------------------
 
     def receive(self) -> None:
-        """Serve the messages that have come in, up to a turn's share.
+        """Serve the messages that have arrived, up to the limit of a turn.
 
         Raises:
             ProtocolError: the front end broke the specification, or asks for too much.
-            EOFError: it has gone.
-            OSError: there is no room for what is kept of the session.
+            EOFError: the front end has disconnected.
+            OSError: the disk has no space for the session's state.
         """
         for message in itertools.islice(self.connection.receive(), _MESSAGES_PER_TURN):
             try:
@@ -171,7 +171,7 @@ class Session:
                 *(MemoryError, OSError),
             ) as error:
                 if isinstance(error, OSError) and error.errno in NO_ROOM:
-                    raise  # it is for a file of ours that there is none
+                    raise  # the session's own state does not fit on the disk
                 raise ProtocolError(f"{message.request.name}: {error}") from error
             finally:
                 for fd in message.fds:
@@ -193,12 +193,12 @@ class Session:
         features = decode_u64(message)
         if unknown := features & ~self._offered:
             raise ProtocolError(f"SET_FEATURES: bits {unknown:#x} were not offered")
-        other_bus = (features ^ self._features) & F_ACCESS_PLATFORM
+        bus_changed = (features ^ self._features) & F_ACCESS_PLATFORM
         self._features = features
-        if other_bus:
-            self._lay_bus()
-        self._tell({"event": "features", "accepted": features & ~_NOT_THE_DRIVERS})
-        if not features & F_PROTOCOL_FEATURES:  # then there is no SET_VRING_ENABLE either
+        if bus_changed:
+            self._reset_bus()
+        self._on_event({"event": "features", "accepted": features & ~_FRONT_END_FEATURES})
+        if not features & F_PROTOCOL_FEATURES:  # SET_VRING_ENABLE does not exist without them
             for vring in self._vrings:
                 vring.enabled = True
         if features & F_LOG_ALL:
@@ -206,7 +206,7 @@ class Session:
         elif self.collector.active:
             self.collector.stop()
             self.journal.stop()
-            self._tell({"event": "logging", "on": False})
+            self._on_event({"event": "logging", "on": False})
 
     def _get_protocol_features(self, message: Message) -> bytes:
         return encode_u64(self._offered_protocol)
@@ -221,14 +221,14 @@ class Session:
         return encode_u64(self._device.queues)
 
     def _accept(self, message: Message) -> None:
-        """SET_OWNER, SET_VRING_ERR, …: nothing to do but to close what came along."""
+        """Accept SET_OWNER, SET_VRING_ERR, …, which need no action."""
 
     def _set_mem_table(self, message: Message) -> None:
         regions = decode_memory_table(message)
         if (total := sum(region.length for region in regions)) > _MAX_GUEST_BYTES:
             raise ProtocolError(
-                f"SET_MEM_TABLE: {total:#x} bytes of RAM, more than the {_MAX_GUEST_BYTES:#x} that "
-                "can be tracked"
+                f"SET_MEM_TABLE: {total:#x} bytes of RAM exceed the {_MAX_GUEST_BYTES:#x} that can "
+                "be tracked"
             )
         slots: list[MemorySlot] = []
         for region, fd in zip(regions, message.fds, strict=True):
@@ -242,20 +242,20 @@ class Session:
                 )
             )
         memory = GuestMemory(slots)
-        self.collector.harvest()  # while the bus still leads to the RAM that was written
+        self.collector.harvest()  # while the bus still maps to the RAM that was written
         if self._log is not None or self.collector.active:
             _check_log_covers(self._log_bytes, memory, message.request)
         self.memory = memory
-        self._lay_bus()
+        self._reset_bus()
 
-    def _lay_bus(self) -> None:
-        """Lead bus addresses to the memory that there is now; a virtual IOMMU is yet to be asked.
+    def _reset_bus(self) -> None:
+        """Map bus addresses to the current memory table; behind a virtual IOMMU, map none.
 
-        The HVAs that its mappings were told by are of the memory table before.
+        The mappings of a virtual IOMMU refer to HVAs of the previous memory table.
         """
         self.bus = Iotlb() if self._features & F_ACCESS_PLATFORM else self._map_bus(self.memory)
         self.collector.remap(self.memory, self.bus)
-        self.dma = self._door()
+        self.dma = self._new_dma()
         for vring in self._vrings:
             if vring.runs:
                 self._start_ring(vring)
@@ -275,17 +275,17 @@ class Session:
         return encode_u64(0)
 
     def _start_logging(self) -> None:
-        if self._log is None:  # it is on already, or starts when the log comes
+        if self._log is None:  # logging is on already, or starts with SET_LOG_BASE
             return
         log, self._log = self._log, None
         self.collector.start(log, self.memory, self.bus)
-        if not (self._left_behind and self._keeper.resume(self.collector)):
+        if not (self._predecessor_died and self._keeper.resume(self.collector)):
             self.journal.start()
-        if self._owes_everything:
+        if self._must_report_all:
             self.collector.harvest_everything()
-        self._left_behind = self._owes_everything = False
+        self._predecessor_died = self._must_report_all = False
         self._keeper.keep(self.collector, self.memory)
-        self._tell({"event": "logging", "on": True})
+        self._on_event({"event": "logging", "on": True})
 
     def _drop_unused_log(self) -> None:
         if self._log is not None:
@@ -296,8 +296,8 @@ class Session:
         asked = decode_inflight(message)
         if asked.queues > self._device.queues or not 0 < asked.queue_size <= MAX_QUEUE_SIZE:
             raise ProtocolError(
-                f"GET_INFLIGHT_FD: {asked.queues} rings of {asked.queue_size}, of a device with "
-                f"{self._device.queues} of up to {MAX_QUEUE_SIZE}"
+                f"GET_INFLIGHT_FD: {asked.queues} rings of {asked.queue_size}, but the device has "
+                f"{self._device.queues} rings of up to {MAX_QUEUE_SIZE}"
             )
         fd, file = make_file(asked.queues, asked.queue_size)
         return _ReplyWithFile(encode_inflight(file), fd)
@@ -306,12 +306,13 @@ class Session:
         file = decode_inflight(message)
         regions = InflightRegions(message.fds[0], file)
         self._inflight = regions
-        self._left_behind = self._owes_everything = regions.left_behind
+        self._predecessor_died = self._must_report_all = regions.predecessor_died
 
     def _vring(self, message: Message, index: int) -> Vring:
         if index >= len(self._vrings):
             raise ProtocolError(
-                f"{message.request.name}: ring {index} of a device with {len(self._vrings)}"
+                f"{message.request.name}: ring {index}, but the device has only "
+                f"{len(self._vrings)} rings"
             )
         return self._vrings[index]
 
@@ -342,8 +343,7 @@ class Session:
         vring = self._vring(message, index)
         if not has_fd:
             raise ProtocolError(
-                "SET_VRING_KICK: a ring without a kick file descriptor has to be polled, which was "
-                "not offered"
+                "SET_VRING_KICK: no kick file descriptor, but polling of a ring was not offered"
             )
         _check_event_fd(message)
         vring.set_kick(message.fds[0])
@@ -376,19 +376,24 @@ class Session:
         offset, flags, space = decode_config(message)
         config = self._device.config().ljust(_CONFIG_BYTES, b"\0")
         if offset + len(space) > len(config):
-            raise ProtocolError(f"GET_CONFIG: {len(space)} bytes at {offset} of {len(config)}")
+            raise ProtocolError(
+                f"GET_CONFIG: {len(space)} bytes at offset {offset} exceed the {len(config)} bytes "
+                "of configuration"
+            )
         return encode_config(ConfigAccess(offset, flags, config[offset : offset + len(space)]))
 
     # The virtual IOMMU --------------------------------------------------------------------------
 
     def _set_backend_req_fd(self, message: Message) -> None:
         if len(message.fds) != 1:
-            raise ProtocolError(f"SET_BACKEND_REQ_FD: {len(message.fds)} file descriptors, not 1")
+            raise ProtocolError(
+                f"SET_BACKEND_REQ_FD: got {len(message.fds)} file descriptors, expected 1"
+            )
         channel = BackendChannel(message.fds[0], self._selector)
         if self._channel is not None:
             self._channel.close()
             for vring in self._vrings:
-                vring.go_on()  # and ask again
+                vring.resume()  # it asks again over the new channel
         self._channel = channel
 
     def _iotlb_msg(self, message: Message) -> None:
@@ -404,13 +409,13 @@ class Session:
             return
         self._unmap(self.bus, change.iova, change.size)
         if not self.bus.has_room_for(entry):
-            self._unmap(self.bus, 0, 1 << 64)  # what is still needed is asked for again
+            self._unmap(self.bus, 0, 1 << 64)  # the device asks again for what it still needs
             self.bus.clear()
         if self.bus.add(entry):
             self.collector.remap(self.memory, self.bus)
 
     def _unmap(self, bus: Iotlb, iova: int, length: int) -> None:
-        """Forget the mappings that reach into `length` bytes at `iova`, and harvest them first."""
+        """Harvest, then forget, the mappings that overlap `length` bytes at `iova`."""
         if mappings := bus.overlapping(iova, length):
             self.collector.unmap(mappings)
             bus.remove(iova, length)
@@ -419,7 +424,7 @@ class Session:
                     vring.unmap(mapping.iova, mapping.length)
 
     def _forget_mappings(self) -> None:
-        """All rings have stopped: from now on nobody tells when a mapping goes (vhost_dev_stop)."""
+        """Forget all mappings: with all rings stopped, QEMU reports no removals (vhost_dev_stop)."""
         if isinstance(self.bus, Iotlb):
             self.bus.clear()
         if self._channel is not None:
@@ -429,42 +434,43 @@ class Session:
         """Ask the front end for the pages that an IOTLB does not know.
 
         Raises:
-            ProtocolError: it gave no way to do so, or does not read it.
-            EOFError: it has gone.
+            ProtocolError: the front end gave no back-end channel, or does not read it.
+            EOFError: the front end has disconnected.
         """
         if self._channel is None or not self._acknowledge:
             raise ProtocolError(
-                f"IOVA {missing[0][0]:#x} is not in the IOTLB, and there is no way to ask: "
-                "SET_BACKEND_REQ_FD and the protocol feature REPLY_ACK are due behind an IOMMU"
+                f"IOVA {missing[0][0]:#x} is not in the IOTLB, and the device cannot ask for it: "
+                "behind an IOMMU the front end must send SET_BACKEND_REQ_FD and accept the "
+                "protocol feature REPLY_ACK"
             )
-        self._channel.ask(Miss(*it) for it in missing)
+        self._channel.ask(Miss(*page) for page in missing)
 
-    def _hear_answers(self, channel: BackendChannel) -> None:
-        """Let rings go on for which all that was asked has been answered.
+    def _handle_answers(self, channel: BackendChannel) -> None:
+        """Resume the waiting rings when all questions are answered.
 
         Raises:
             MemoryAccessError: the guest's IOMMU has no such mapping.
             ProtocolError, EOFError: see `BackendChannel.answers`.
         """
         answers = channel.answers()
-        for miss, there_is in answers:
-            if miss is not None and not there_is:
+        for miss, mapped in answers:
+            if miss is not None and not mapped:
                 verb = "write to" if miss.access & WRITE else "read from"
                 raise MemoryAccessError(
                     f"IOVA {miss.iova:#x}: the guest's IOMMU does not let the device {verb} it"
                 )
-        if answers and not channel.waits:
+        if answers and not channel.waiting:
             for vring in self._vrings:
-                vring.go_on()
+                vring.resume()
 
     # Rings --------------------------------------------------------------------------------------
 
     @property
     def running(self) -> bool:
-        """Whether some ring runs."""
+        """Whether any ring runs."""
         return any(vring.runs for vring in self._vrings)
 
-    def _door(self) -> Dma:
+    def _new_dma(self) -> Dma:
         return self._make_dma(
             self.memory,
             self.bus,
@@ -479,40 +485,39 @@ class Session:
             self._start_ring(vring)
 
     def _start_ring(self, vring: Vring) -> None:
-        with contextlib.suppress(IotlbMissError):  # asked for when it is to be served
+        with contextlib.suppress(IotlbMissError):  # `_serve` asks for the missing pages
             self._start(vring)
 
     def _start(self, vring: Vring) -> None:
         if not vring.runs:
             self._keeper.number_requests(self._device)
         if not self._features & F_LOG_ALL:
-            self._left_behind = self._owes_everything = (
-                False  # QEMU has not begun to send yet, or begins anew
-            )
+            # Without logging QEMU has not sent any page yet, or will send all of them again.
+            self._predecessor_died = self._must_report_all = False
         inflight = self._inflight.region(vring.index, vring.size) if self._inflight else None
         self.collector.trace.thaw()
         vring.start(self.dma, self.memory, self._features, inflight)
 
     def serve_rings(self) -> bool:
-        """Serve what the driver has made available.
+        """Serve the requests that the driver has made available.
 
         Returns:
-            True if something is left for the next turn.
+            True if requests are left for the next turn.
 
         Raises:
             ProtocolError, MemoryAccessError: the driver broke the specification.
-            EOFError: the front end has gone.
+            EOFError: the front end has disconnected.
         """
         if self._channel is not None:
-            self._hear_answers(self._channel)
+            self._handle_answers(self._channel)
         if self._features & F_LOG_ALL and not self.collector.active:
-            return False  # what is written before the log comes could not be told
+            return False  # writes before SET_LOG_BASE could not be reported
         try:
             for vring in self._vrings:
                 if vring.has_work(self._device):
                     self._serve(vring)
         finally:
-            self.memory.check()  # a slot that was taken away explains whatever else went wrong
+            self.memory.check()  # a truncated slot is the cause of any other error
             if self._inflight is not None:
                 self._inflight.check()
         return any(vring.has_work(self._device) for vring in self._vrings)
@@ -524,10 +529,10 @@ class Session:
             vring.serve(self._device, self.dma)
         except IotlbMissError as miss:
             self._ask(miss.missing)
-            vring.wait()
+            vring.wait_for_iommu()
 
     def harvest(self) -> int:
-        """Collect what is dirty.
+        """Harvest the dirty pages into the log.
 
         Returns:
             The number of dirty pages found.
@@ -543,14 +548,14 @@ class Session:
         """
         for vring in self._vrings:
             vring.close()
-        with contextlib.suppress(ProtocolError):  # the log went away: nothing to harvest into
+        with contextlib.suppress(ProtocolError):  # a truncated log cannot take the last harvest
             self.collector.stop()
         self._drop_unused_log()
         self._inflight = None
         if self._channel is not None:
             self._channel.close()
         self.memory, self.bus = GuestMemory(()), IovaMap(())
-        self.dma = self._door()
+        self.dma = self._new_dma()
         self.journal.close()
         self.connection.close()
 
@@ -559,16 +564,18 @@ def _check_log_covers(log_bytes: int, memory: GuestMemory, request: Request) -> 
     needed = log_bytes_needed(memory.end)
     if log_bytes < needed:
         raise ProtocolError(
-            f"{request.name}: a dirty log of {log_bytes} bytes is too small for a guest whose "
-            f"memory ends at GPA {memory.end:#x}; that needs {needed}"
+            f"{request.name}: a dirty log of {log_bytes} bytes is too small: guest RAM ends at GPA "
+            f"{memory.end:#x}, which needs {needed} bytes"
         )
 
 
 def _check_event_fd(message: Message) -> None:
-    """Refuse all but eventfds: others may fail, block or be somebody's data when written to."""
+    """Refuse everything except eventfds: a write to another file may fail, block or change data."""
     kind = str(Path(f"/proc/self/fd/{message.fds[0]}").readlink())
     if kind != "anon_inode:[eventfd]":
-        raise ProtocolError(f"{message.request.name}: the file descriptor is {kind}, no eventfd")
+        raise ProtocolError(
+            f"{message.request.name}: the file descriptor is {kind}, not an eventfd"
+        )
 
 
 _HANDLERS: Final[dict[Request, Callable[[Session, Message], bytes | _ReplyWithFile | None]]] = {

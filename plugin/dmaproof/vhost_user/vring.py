@@ -1,4 +1,4 @@
-"""One ring of a session: what the front end has said of it, and the virtqueue once it runs."""
+"""One ring of a session: the front end's settings, and the virtqueue while the ring runs."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from .inflight import InflightVirtqueue
 from .messages import VringAddress
 
 _REQUESTS_PER_TURN: Final = 64
-"""How many requests of one ring are served before the other file descriptors get their turn."""
+"""The most requests of one ring served before other file descriptors get their turn."""
 TURN_S: Final = 0.05
-"""So long at the most, and one request more: a driver may make them as large as a disk takes."""
+"""No further request is begun after this time: a request may be as large as the disk accepts."""
 
 
 class Vring:
     """Ring number `index` of a device.
 
-    It `runs` from the moment it is both enabled and has a kick file descriptor until it is stopped.
-    `base` is where it begins, and where it stood when it was stopped. `pending` says that the
-    driver may have made something available, `waits` that an IOMMU has been asked for what is
-    needed to go on. Its `queue` is there once its addresses are known.
+    The ring `runs` from when it is enabled and has a kick file descriptor until it is stopped.
+    `base` is the position at which the ring starts, and at which it was stopped. `pending` says
+    that the driver may have made requests available. `waiting` says that the ring waits for the
+    IOMMU's answer. `queue` is set once the ring's addresses are known.
     """
 
     def __init__(self, index: int, selector: selectors.BaseSelector) -> None:
@@ -42,31 +42,31 @@ class Vring:
         self.runs = False
         self.queue: Virtqueue | None = None
         self.pending = False
-        self.waits = False
-        self._lost = False
-        """Whether an address of the queue leads nowhere any more."""
+        self.waiting = False
+        self._address_lost = False
+        """Whether an address of the queue is no longer mapped."""
         self._areas: list[tuple[int, int]] = []
-        """IOVA and length of the queue's three parts."""
+        """IOVA and length in bytes of the queue's three parts."""
         self._selector = selector
         self._kick_fd: int | None = None
         self._call_fd: int | None = None
 
     @property
     def may_run(self) -> bool:
-        """Whether the front end has said all that makes a ring run."""
+        """Whether the ring is enabled and has a kick file descriptor."""
         return self.enabled and self._kick_fd is not None
 
     def has_work(self, device: VirtioDevice) -> bool:
-        """Whether the ring runs and is to be looked at."""
+        """Return whether the ring runs and may have a request that `device` can serve."""
         return self.pending and self.runs and self.enabled and device.is_ready(self.index)
 
     @property
     def has_addresses(self) -> bool:
-        """Whether it is known where the ring stands in RAM."""
-        return self.queue is not None and not self._lost
+        """Whether the ring's addresses in guest RAM are known."""
+        return self.queue is not None and not self._address_lost
 
     def set_kick(self, fd: int) -> None:
-        """The driver kicks by `fd`, which stays the caller's, from now on."""
+        """Take kicks from `fd`, which stays the caller's."""
         self._forget_kick()
         kick_fd = os.dup(fd)
         try:
@@ -78,36 +78,37 @@ class Vring:
         self.pending = True
 
     def set_call(self, fd: int | None) -> None:
-        """The driver is to be interrupted by `fd`, which stays the caller's; None: it polls."""
+        """Interrupt the driver through `fd`, which stays the caller's; None if the driver polls."""
         if self._call_fd is not None:
             os.close(self._call_fd)
         self._call_fd = None if fd is None else os.dup(fd)
         if self._call_fd is not None:
-            self._interrupt()  # a back end that died may have given back requests and not told
+            # A back end that died may have returned requests without an interrupt.
+            self._interrupt()
 
     def start(
         self, dma: Dma, memory: GuestMemory, features: int, inflight: memoryview | None = None
     ) -> None:
-        """Run where the front end says; or go on by a new memory table, or at new addresses.
+        """Start the ring, or continue it with a new memory table or new addresses.
 
-        Requests in flight are noted in the region `inflight`, if there is one.
+        Requests in flight are recorded in the region `inflight`, if it is given.
 
         Raises:
             ProtocolError: the ring breaks the specification, or its address is not known.
-            MemoryAccessError: it lies outside guest RAM.
-            IotlbMissError: the IOMMU has to be asked for its address first.
+            MemoryAccessError: the ring lies outside guest RAM.
+            IotlbMissError: the IOMMU must be asked for the ring's addresses first.
         """
         address = self.address
         if address is None:
-            raise ProtocolError("a ring was started before SET_VRING_ADDR")
-        self.runs = self.pending = self._lost = True
+            raise ProtocolError(f"ring {self.index} was started before SET_VRING_ADDR")
+        self.runs = self.pending = self._address_lost = True
         packed = bool(features & F_RING_PACKED)
         driver_bytes, device_bytes = (4, 4) if packed else (6 + 2 * self.size, 6 + 8 * self.size)
         descriptors = (address.descriptors, 16 * self.size)
         driver = (address.available, driver_bytes)
         device = (address.used, device_bytes)
         if features & F_ACCESS_PLATFORM:
-            # A packed ring's answers are written over its descriptors.
+            # The device writes used descriptors of a packed ring over the available ones.
             dma.require([descriptors, driver], [device, *([descriptors] if packed else [])])
         else:
             descriptors, driver, device = (
@@ -116,8 +117,8 @@ class Vring:
             )
             if address.logged and address.log != device[0]:
                 raise ProtocolError(
-                    f"SET_VRING_ADDR: ring {self.index}'s used ring is at GPA {device[0]:#x}, but "
-                    f"its writes are to be logged at {address.log:#x}"
+                    f"SET_VRING_ADDR: the used ring of ring {self.index} is at GPA "
+                    f"{device[0]:#x}, but its log address is GPA {address.log:#x}"
                 )
         make_queue = PackedVirtqueue if packed else SplitVirtqueue
         queue = make_queue(
@@ -130,45 +131,45 @@ class Vring:
         )
         self.queue = queue if inflight is None else InflightVirtqueue(queue, inflight)
         self._areas = [descriptors, driver, device]
-        self._lost = self.waits = False
+        self._address_lost = self.waiting = False
 
     def unmap(self, iova: int, length: int) -> None:
-        """Nothing leads from `length` bytes at `iova` any more."""
+        """Take notice that `length` bytes at `iova` are no longer mapped."""
         if any(start < iova + length and iova < start + size for start, size in self._areas):
-            self._lost = self.pending = True
+            self._address_lost = self.pending = True
 
-    def wait(self) -> None:
-        """Do nothing until `go_on` is called, or the driver kicks."""
-        self.pending, self.waits = False, True
+    def wait_for_iommu(self) -> None:
+        """Do nothing until `resume` is called or the driver kicks."""
+        self.pending, self.waiting = False, True
 
-    def go_on(self) -> None:
-        """What was asked for has been answered."""
-        self.pending |= self.waits
-        self.waits = False
+    def resume(self) -> None:
+        """Continue, because the IOMMU's answers have arrived."""
+        self.pending |= self.waiting
+        self.waiting = False
 
     def stop(self) -> None:
-        """Serve no more, with nothing in flight; `base` then says where the ring stands."""
+        """Stop with no request in flight; afterwards `base` is the ring's position."""
         if isinstance(self.queue, InflightVirtqueue):
             self.queue.end()
-        self._leave()
+        self._detach()
 
-    def _leave(self) -> None:
+    def _detach(self) -> None:
         self._forget_kick()
         if self.queue is not None:
             self.base = self.queue.base
         self.queue = None
         self._areas = []
-        self.runs = self.pending = self.waits = False
+        self.runs = self.pending = self.waiting = False
 
     def close(self) -> None:
-        """Let go of every file descriptor. The ring was not stopped: another may go on with it."""
-        self._leave()
+        """Close every file descriptor, without stopping the ring: another process may continue."""
+        self._detach()
         self.set_call(None)
 
     def _kicked(self) -> None:
-        if self._kick_fd is None:  # the ring was stopped in this very turn
+        if self._kick_fd is None:  # the ring was stopped earlier in this turn
             return
-        _never_wait(self._kick_fd)
+        _set_non_blocking(self._kick_fd)
         with contextlib.suppress(BlockingIOError):
             os.read(self._kick_fd, 8)
         self.pending = True
@@ -180,11 +181,11 @@ class Vring:
         self._kick_fd = None
 
     def serve(self, device: VirtioDevice, dma: Dma) -> None:
-        """Serve what the driver has made available, up to a turn's share.
+        """Serve the requests that the driver has made available, up to the limit of a turn.
 
         Raises:
             ProtocolError, MemoryAccessError: the driver broke the specification.
-            IotlbMissError: the IOMMU has to be asked for an address of the next request first.
+            IotlbMissError: the IOMMU must be asked for an address of the next request first.
         """
         queue = self.queue
         assert queue is not None
@@ -209,11 +210,11 @@ class Vring:
 
     def _interrupt(self) -> None:
         if self._call_fd is not None:
-            _never_wait(self._call_fd)
-            with contextlib.suppress(BlockingIOError):  # the counter is full: it is seen anyway
+            _set_non_blocking(self._call_fd)
+            with contextlib.suppress(BlockingIOError):  # a full counter interrupts the driver too
                 os.write(self._call_fd, struct.pack("=Q", 1))
 
 
-def _never_wait(fd: int) -> None:
-    """Each time anew: the front end shares the open file, and whether it blocks with it."""
+def _set_non_blocking(fd: int) -> None:
+    """Make `fd` non-blocking before each use: the front end shares the open file's flags."""
     os.set_blocking(fd, False)

@@ -142,7 +142,7 @@ class PackedVirtqueue:
         (flags,) = self._ring.unpack(_U16, DESCRIPTOR_BYTES * index + _FLAGS_OFFSET)
         return bool(flags & _F_AVAIL) == wrap and bool(flags & _F_USED) != wrap
 
-    def go_on_at(self, index: int, wrap: bool, taken: int) -> None:
+    def resume_at(self, index: int, wrap: bool, taken: int) -> None:
         """Use the descriptor at `index` next; so many behind it have been taken already."""
         self._next_used = index if wrap else index + self.size
         self._next_available = self._advanced(self._next_used, taken)

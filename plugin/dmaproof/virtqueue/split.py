@@ -99,7 +99,7 @@ class SplitVirtqueue:
         """The free-running index of the used ring."""
         return self._next_used
 
-    def go_on_at(self, next_available: int) -> None:
+    def resume_at(self, next_available: int) -> None:
         """Take the request with this free-running index next."""
         self._next_available = next_available & 0xFFFF
 

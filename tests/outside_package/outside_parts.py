@@ -112,7 +112,7 @@ class DeafPages(Fault):
     name = "deaf-pages"
     link = Link.TRACKER
     tracker = PageList.name
-    value_means = "a share of pages"
+    value_means = "the share of pages"
     default = 0.05
 
     def wrap_tracker(self, tracker: EmulatedTracker) -> EmulatedTracker:

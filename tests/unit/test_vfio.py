@@ -69,7 +69,7 @@ def test_a_refusal_names_request_errno_and_rule(monkeypatch: pytest.MonkeyPatch)
 def test_a_file_that_is_not_a_device_is_reported() -> None:
     fd = os.open("/dev/null", os.O_RDWR)
     try:
-        with pytest.raises(VfioError, match="ENOTTY: this kernel, or this device, does not know"):
+        with pytest.raises(VfioError, match="ENOTTY: this kernel or this device does not know"):
             request(fd, abi.HWPT_GET_DIRTY_BITMAP, bytearray(48))
         assert not VfioDevice(fd).can_log()
         assert not VfioDevice(fd).migration()

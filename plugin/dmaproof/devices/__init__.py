@@ -1,8 +1,8 @@
-"""Emulated virtio devices: each a class with the virtio part only, in a file of its own.
+"""Emulated virtio devices: each one a class with only the virtio part, in a file of its own.
 
-A device file defines one class with a `name`, so a new device is one new file. What QEMU has to be
-told of it stands there too. `emulated_devices` finds them, and those of other distributions. A
-device is asked for as ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE``.
+A device file defines one class with a `name`, so a new device is one new file. The class also has
+the QEMU arguments of the device. `emulated_devices` finds these classes, and those of other
+distributions. Users name a device as ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE``.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ __all__ = ["VirtioDevice", "emulated_devices", "make_device", "parse_device"]
 
 @functools.cache
 def emulated_devices() -> Registry[VirtioDevice]:
-    """Find the devices: dmaproof's own, and those of entry points (group ``dmaproof.devices``).
+    """Find dmaproof's devices and those of entry points (group ``dmaproof.devices``).
 
     Returns:
-        The classes by name; call one to make a device of its default form.
+        The classes by name; call a class to make the device with its default options.
 
     Example:
         >>> device = emulated_devices()["rng"]()
@@ -34,7 +34,7 @@ def emulated_devices() -> Registry[VirtioDevice]:
 
 
 def parse_device(text: str) -> tuple[type[VirtioDevice], dict[str, Any]]:
-    """Find the class, and its arguments, of the device that a user asks for.
+    """Find the class and the arguments of the device that a user asks for.
 
     Args:
         text: ``NAME[:OPTION=VALUE,…]``; a comma in a value is doubled.
@@ -43,7 +43,7 @@ def parse_device(text: str) -> tuple[type[VirtioDevice], dict[str, Any]]:
         The class, and the arguments to call it with.
 
     Raises:
-        UsageError: there is no such device or option, or it cannot have that value.
+        UsageError: the device or an option does not exist, or a value is invalid.
     """
     name, _, options = text.partition(":")
     make = emulated_devices().find(name)
@@ -52,17 +52,17 @@ def parse_device(text: str) -> tuple[type[VirtioDevice], dict[str, Any]]:
         option, _, value = pair.partition("=")
         convert = make.options.get(option)
         if convert is None:
-            there_are = ", ".join(make.options) or "none"
-            raise UsageError(f"device {name} has no option {option!r}; there are: {there_are}")
+            known = ", ".join(make.options) or "none"
+            raise UsageError(f"device {name} has no option {option!r}; its options: {known}")
         try:
             arguments[option] = convert(value)
         except ValueError:
-            raise UsageError(f"device {name}: {pair} is not understood") from None
+            raise UsageError(f"device {name}: invalid value in {pair!r}") from None
     return make, arguments
 
 
 def _pairs(options: str) -> list[str]:
-    """The parts between single commas: a doubled one belongs to a value, as with QEMU's options."""
+    """Split at single commas; a doubled comma belongs to a value, as in QEMU's options."""
     pairs = options.replace(",,", "\0").split(",")
     return [pair.replace("\0", ",") for pair in pairs if pair]
 
@@ -77,7 +77,7 @@ def make_device(text: str) -> VirtioDevice:
         The device.
 
     Raises:
-        UsageError: there is none, or it cannot be made so.
+        UsageError: the device or an option does not exist, or a value is invalid.
 
     Example:
         >>> make_device("rng").name

@@ -1,9 +1,9 @@
-"""A virtio block device (virtio 1.2, section 5.2) whose every read is unique.
+"""A virtio block device (virtio 1.2, section 5.2) that returns unique data for every read.
 
-Sectors that were never written read as stamped pages (see `dmaproof.stamp`): LBA, request number
-and checksum in each 4 KiB page, so that no two reads bring the same bytes. Sectors that the guest
-wrote read back as they were written, like any disk's: they are kept in a file, whose holes are what
-was never written. A flush is an fdatasync. Without a file of the user's, one in memory does.
+Sectors that were never written read as stamped pages (see `dmaproof.stamp`): each 4 KiB page has
+LBA, request number and checksum, so no two reads return the same bytes. Sectors that the guest
+wrote read back as on any disk. They are stored in a file, whose holes are the sectors that were
+never written. A flush is an fdatasync. If the user names no file, the device uses one in memory.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _S_OK, _S_IOERR, _S_UNSUPP = 0, 1, 2
 
 _ID_BYTES: Final = 20
 _MAX_REQUEST_BYTES: Final = 32 << 20
-"""Larger requests get an I/O error: a driver must not decide how much memory the process takes."""
+"""Larger requests get an I/O error, so that a driver cannot make the process use more memory."""
 _SEG_MAX: Final = 126
-"""A queue of 128 holds this many data segments between the request's header and its status."""
+"""A queue of 128 holds this many data segments besides the request's header and its status."""
 
 
 class Blk(VirtioDevice):
-    """A disk of `capacity_bytes` (a multiple of 4096) served by up to `queues` virtqueues.
+    """A disk of `capacity_bytes` (a multiple of 4096) with up to `queues` virtqueues.
 
-    `file` keeps its content; a file that is not empty has the capacity of its size.
+    `file` stores its content; the size of a file that is not empty is the disk's capacity.
 
     Raises:
         UsageError: the file cannot be used.
@@ -71,7 +71,7 @@ class Blk(VirtioDevice):
         return ["-device", ",".join((*device, *properties))]
 
     def config(self) -> bytes:
-        """The fields of struct virtio_blk_config (section 5.2.4)."""
+        """Return the fields of struct virtio_blk_config (section 5.2.4)."""
         return struct.pack(
             "<QIIHBBI BBHI BBH",
             self._sectors,
@@ -80,7 +80,7 @@ class Blk(VirtioDevice):
             *(0, 0, 0),  # geometry: not offered
             SECTOR_BYTES,
             *(0, 0, 0, 0),  # topology: not offered
-            *(0, 0),  # writeback: not offered, and a byte unused
+            *(0, 0),  # writeback: not offered; one unused byte
             self.queues,
         )
 
@@ -91,8 +91,8 @@ class Blk(VirtioDevice):
         writable = sum(length for _, length in chain.writable)
         if len(header) < 16 or writable < 1:
             raise ProtocolError(
-                f"block request {self.requests}: {len(header)} of 16 header bytes readable and "
-                f"{writable} bytes writable; a status byte is needed"
+                f"block request {self.requests}: expected 16 readable header bytes and a writable "
+                f"status byte, got {len(header)} readable and {writable} writable bytes"
             )
         kind, _, sector = struct.unpack("<IIQ", header)
         payload = take(chain.writable, 0, writable - 1)
@@ -157,10 +157,10 @@ class Blk(VirtioDevice):
 
 
 class _Content:
-    """What was written to a disk: a file of whole pages, those that were not written being holes.
+    """The data written to a disk: a file of whole pages, with holes for pages never written.
 
-    Without a `file`, one in memory. `pages` is the disk's size. Nothing is kept beside the file:
-    both sides of a migration may be served by processes of their own.
+    Without `file`, a file in memory is used. `pages` is the disk's size. All state is in the file,
+    because each side of a migration may be served by its own process.
     """
 
     def __init__(self, file: Path | None, capacity_bytes: int) -> None:
@@ -172,8 +172,8 @@ class _Content:
         weakref.finalize(self, os.close, self._fd)
         if capacity_bytes <= 0 or capacity_bytes % PAGE_BYTES:
             raise UsageError(
-                f"a disk of {capacity_bytes} bytes ({file or 'in memory'}) is not one of whole "
-                f"pages of {PAGE_BYTES} bytes"
+                f"disk of {capacity_bytes} bytes ({file or 'in memory'}): expected a multiple of "
+                f"{PAGE_BYTES} bytes above 0"
             )
         os.ftruncate(self._fd, capacity_bytes)
         self.pages = capacity_bytes // PAGE_BYTES
@@ -182,27 +182,27 @@ class _Content:
         try:
             return os.lseek(self._fd, page * PAGE_BYTES, os.SEEK_DATA) >= (page + 1) * PAGE_BYTES
         except OSError as error:
-            if error.errno != errno.ENXIO:  # there are no data behind it
+            if error.errno != errno.ENXIO:  # ENXIO: there is no data from here to the end
                 raise
             return True
 
     def read(self, page: int) -> bytes | None:
-        """The content of a page; None if it was never written."""
+        """Return the content of a page; None if the page was never written."""
         if self._is_hole(page):
             return None
         return os.pread(self._fd, PAGE_BYTES, page * PAGE_BYTES)
 
     def write(self, page: int, content: bytes | bytearray) -> None:
-        """Keep the content of a page.
+        """Write the content of a page.
 
         Raises:
-            OSError: the file cannot take it.
+            OSError: the file cannot store it.
         """
         if os.pwrite(self._fd, content, page * PAGE_BYTES) != PAGE_BYTES:
-            raise OSError(errno.ENOSPC, "a page was written by half")
+            raise OSError(errno.ENOSPC, "only a part of a page was written")
 
     def flush(self) -> int:
-        """Make what was written last; returns a request's status."""
+        """Make written data durable, and return the status for the request."""
         try:
             os.fdatasync(self._fd)
         except OSError:
@@ -211,7 +211,7 @@ class _Content:
 
 
 def _open(file: Path) -> int:
-    """Open a disk's file, or make it."""
+    """Open a disk's file; create it if it does not exist."""
     try:
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:

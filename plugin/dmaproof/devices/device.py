@@ -1,4 +1,4 @@
-"""What a virtio device is: the part that differs from type to type, with the defaults of most."""
+"""The base class of virtio devices: what differs between device types, and the usual defaults."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..virtqueue import DescriptorChain
 class VirtioDevice(ABC):
     """The base class of every device that the back end serves.
 
-    A subclass has a `name`, `qemu_arguments` and `process`, and whatever else differs from the
-    defaults. One object serves every session of its process, so what it counts goes on from the
-    source to the destination of a migration.
+    A subclass defines `name`, `qemu_arguments` and `process`, and overrides the defaults that do
+    not fit. One object serves all sessions of its process, so its counters continue from the source
+    to the destination of a migration.
 
     Example:
         >>> from dmaproof import scatter
@@ -33,57 +33,58 @@ class VirtioDevice(ABC):
     """
 
     name: ClassVar[str]
-    """What users call it by: the value of option ``--device``, up to a colon."""
+    """The device's name for users: the value of option ``--device``, up to a colon."""
     guests: ClassVar[Collection[str]] = ("linux",)
-    """The guests of dmaproof that have a driver for it."""
+    """The guests of dmaproof that have a driver for the device."""
     linux: ClassVar[tuple[Sequence[str], str]] = (("virtio_pci",), "")
-    """The Linux modules of its driver, and what ``guests/linux`` is told of where it is."""
+    """The Linux modules of the driver, and the argument by which ``guests/linux`` finds the
+    device."""
     options: ClassVar[Mapping[str, Callable[[str], Any]]] = {}
-    """Options by name: how the class's argument of that name is made from text."""
+    """Option name → function that converts the option's text to the class's argument."""
     restartable: ClassVar[bool] = False
-    """Whether QEMU keeps for it what is in flight, so that its process can be replaced."""
+    """Whether QEMU keeps the requests in flight, so that the device process can be replaced."""
     has_workload: ClassVar[bool] = False
-    """Whether the guests' workload runs on it; what it does not run on needs one beside it."""
+    """Whether the guests' workload runs on the device; otherwise a proof adds one that has it."""
     features: int = 0
-    """Feature bits of the device type; transport and vhost bits are the back end's."""
+    """Feature bits of the device type; the back end adds transport and vhost bits."""
     queues: int = 1
-    """The number of virtqueues that the device has at most."""
+    """The largest number of virtqueues of the device."""
     requests: int = 0
-    """The number of the last request: it rises with each that is served."""
+    """The number of the last request; it increases by one with each request."""
 
     @staticmethod
     @abstractmethod
     def qemu_arguments(chardev: str, queues: int, properties: Sequence[str]) -> list[str]:
-        """Return the arguments that give a QEMU the device.
+        """Return the QEMU arguments that add the device.
 
         Args:
-            chardev: the id of QEMU's chardev behind which the device is served.
+            chardev: the id of the QEMU chardev over which the device is served.
             queues: the number of virtqueues.
-            properties: the wanted properties of virtio on PCI, such as 'packed=on'.
+            properties: properties of virtio on PCI, such as 'packed=on'.
 
         Returns:
-            Words of QEMU's command line.
+            Words for QEMU's command line.
         """
 
     def config(self) -> bytes:
-        """Return the device's configuration space; empty if it has none."""
+        """Return the device's configuration space; empty if the device has none."""
         return b""
 
     def is_ready(self, queue: int) -> bool:
-        """Tell whether a request of a queue can be served now.
+        """Return whether the device can serve a request of a queue now.
 
-        Only a request of another queue can change that.
+        The answer may change only when the device serves a request of another queue.
 
         Args:
             queue: the index of the queue.
 
         Returns:
-            True for the devices that serve whatever comes.
+            True by default.
         """
         return True
 
     def begin_request(self, dma: Dma) -> int:
-        """Count a request, and book the writes that follow to it.
+        """Count a request, and attribute the writes that follow to it.
 
         Args:
             dma: the `Dma` that `process` was given.
@@ -97,16 +98,16 @@ class VirtioDevice(ABC):
 
     @abstractmethod
     def process(self, chain: DescriptorChain, dma: Dma) -> int:
-        """Carry out one request, which came by the queue ``dma.journal.queue``.
+        """Serve one request of the queue ``dma.journal.queue``.
 
         Args:
             chain: the request's buffers.
-            dma: reads and writes guest RAM; a device touches guest RAM by nothing else.
+            dma: the device's only access to guest RAM.
 
         Returns:
             The number of bytes written into the request's buffers.
 
         Raises:
-            ProtocolError: the request breaks the device's specification beyond an error status.
+            ProtocolError: the request breaks the device's specification, and no error status fits.
             MemoryAccessError: a buffer lies outside guest RAM.
         """

@@ -1,12 +1,12 @@
-"""A virtio network device (virtio 1.2, section 5.1) whose other end is a generator of packets.
+"""A virtio network device (virtio 1.2, section 5.1) whose other end generates packets.
 
-A frame of our EtherType that the guest sends asks for packets: 4 bytes, how many. Each that comes
-back is a frame of full length whose payload is the beginning of a stamped page (see
-`dmaproof.stamp`): its LBA is 0, its request number that of the packet. So a packet tells by itself
-whether it is whole and newer than the one before. Whatever else the guest sends is let go.
+The guest asks for packets with a frame of EtherType 0x88b5, whose payload is the number of packets
+(4 bytes). Each packet is a frame of full length. Its payload is the beginning of a stamped page
+(see `dmaproof.stamp`) with LBA 0 and the number of the packet as request number. So the guest can
+check that each packet is complete and newer than the one before. The device drops other frames.
 
-The receive path is where such a device does its DMA: buffers lie in the ring long before there is
-anything to be put into them.
+A network device does its DMA on the receive path: the driver puts buffers into the ring long before
+packets arrive.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from .device import VirtioDevice
 from .segments import gather, scatter, take
 
 _HEADER: Final = struct.Struct("<BBHHHHH")
-"""struct virtio_net_hdr with num_buffers, which VIRTIO_F_VERSION_1 makes part of it."""
+"""struct virtio_net_hdr with num_buffers, which it has under VIRTIO_F_VERSION_1."""
 ETHERTYPE: Final = 0x88B5
-"""IEEE 802's for local experiments."""
+"""The IEEE 802 EtherType for local experiments."""
 _ETHERNET: Final = struct.Struct("!6s6sH")
 _BROADCAST, _SENDER = b"\xff" * 6, b"\x02dmapr"
 PAYLOAD_BYTES: Final = 1496
-"""Whole words of a stamp, in a frame of the usual size."""
+"""As many whole words of a stamp as fit into a frame of the usual size."""
 _RECEIVE: Final = 0
-"""The queue of packets for the guest; the other one is of those that it sends."""
+"""The queue of packets for the guest; the other queue has the packets that the guest sends."""
 _MOST_AT_A_TIME: Final = 1 << 10
 
 
 class Net(VirtioDevice):
-    """A network device with one pair of virtqueues; QEMU answers for its configuration."""
+    """A network device with one pair of virtqueues; QEMU serves its configuration space."""
 
     name: ClassVar[str] = "net"
     linux: ClassVar[tuple[Sequence[str], str]] = (
@@ -50,10 +50,10 @@ class Net(VirtioDevice):
 
     @staticmethod
     def qemu_arguments(chardev: str, queues: int, properties: Sequence[str]) -> list[str]:
-        """One pair of queues at any time, and no interrupt vectors.
+        """Return arguments for one pair of queues, always without interrupt vectors.
 
-        With them QEMU 7.2 ends by SIGSEGV under TCG when the guest's
-        driver unmasks one (kvm_virtio_pci_irqfd_use, though there is no KVM).
+        With vectors, QEMU 7.2 under TCG dies of SIGSEGV when the guest's driver unmasks one: it
+        calls kvm_virtio_pci_irqfd_use without KVM.
         """
         device = (f"virtio-net-pci,netdev=net-{chardev}", "vectors=0", "romfile=")
         return [
@@ -62,7 +62,7 @@ class Net(VirtioDevice):
         ]
 
     def is_ready(self, queue: int) -> bool:
-        """Packets come only if they were asked for."""
+        """Return False for the receive queue while no packets are asked for."""
         return queue != _RECEIVE or self._asked_for > 0
 
     def process(self, chain: DescriptorChain, dma: Dma) -> int:
@@ -84,6 +84,6 @@ class Net(VirtioDevice):
         )
         if sum(length for _, length in chain.writable) < len(packet):
             raise ProtocolError(
-                f"receive buffer of packet {self.requests}: it has no room for {len(packet)} bytes"
+                f"receive buffer of packet {self.requests} is shorter than {len(packet)} bytes"
             )
         return scatter(packet, chain.writable, dma)

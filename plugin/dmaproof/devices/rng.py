@@ -1,4 +1,4 @@
-"""A virtio entropy device (virtio 1.2, section 5.4): random bytes into whatever buffer comes."""
+"""A virtio entropy device (virtio 1.2, section 5.4), which fills each buffer with random bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .device import VirtioDevice
 from .segments import scatter
 
 _MAX_REQUEST_BYTES: Final = 1 << 20
-"""A device may fill less than it is given (section 5.4.6.1)."""
+"""A device may fill less than the whole buffer (section 5.4.6.1)."""
 
 
 class Rng(VirtioDevice):
@@ -27,5 +27,5 @@ class Rng(VirtioDevice):
 
     def process(self, chain: DescriptorChain, dma: Dma) -> int:
         self.begin_request(dma)
-        room = sum(length for _, length in chain.writable)
-        return scatter(os.urandom(min(room, _MAX_REQUEST_BYTES)), chain.writable, dma)
+        writable = sum(length for _, length in chain.writable)
+        return scatter(os.urandom(min(writable, _MAX_REQUEST_BYTES)), chain.writable, dma)

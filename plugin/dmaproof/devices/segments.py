@@ -1,4 +1,4 @@
-"""Bytes that are spread over the segments of a descriptor chain."""
+"""Functions for bytes that are spread over the segments of a descriptor chain."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def take(segments: list[Segment], start: int, length: int | None) -> list[Segmen
     Args:
         segments: the buffers, in order.
         start: the first byte of the part.
-        length: the number of bytes; None is all the rest.
+        length: the number of bytes; None takes all the rest.
 
     Returns:
-        The pieces of the buffers that hold the part, as far as there are any.
+        The pieces of the buffers that hold the part; fewer bytes if the buffers end before.
 
     Example:
         >>> take([Segment(0x1000, 16), Segment(0x8000, 512)], 12, 8)
@@ -40,7 +40,7 @@ def gather(segments: list[Segment], dma: Dma) -> bytes:
         dma: reads guest RAM.
 
     Returns:
-        What the driver has put there, joined.
+        The content of all buffers, joined.
 
     Raises:
         MemoryAccessError: a buffer lies outside guest RAM.
@@ -49,7 +49,7 @@ def gather(segments: list[Segment], dma: Dma) -> bytes:
 
 
 def scatter(data: bytes | memoryview, segments: list[Segment], dma: Dma) -> int:
-    """Write into a request's buffers, as far as there is room.
+    """Write into a request's buffers, up to their end.
 
     Args:
         data: the bytes to write.

@@ -1,11 +1,11 @@
-"""Injected faults: each a thin wrapper around one link of the chain, put there from outside.
+"""Injected faults: each one a thin wrapper around one link of the chain, applied from outside.
 
-A proof that never fails proves nothing. A injected fault breaks one link on purpose, in a way in
-which somebody's link was broken once (docs/faults.md); no link knows of it. What it spoils follows
-from a seed alone, as far as it does not follow from the moment.
+A proof that never fails proves nothing. An injected fault breaks one link on purpose, in a way in
+which a real implementation was once broken (docs/faults.md). The links do not know about faults.
+The seed alone decides which pages a fault affects, unless the timing of the run decides it.
 
 Faults are found by name in the files of this package, one file for each kind of link, and among the
-entry points of other distributions. A fault is asked for as ``NAME`` or ``NAME=VALUE``.
+entry points of other distributions. Users name a fault as ``NAME`` or ``NAME=VALUE``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Fault", "known_faults", "make_fault", "summary"]
 
 @functools.cache
 def known_faults() -> Registry[Fault]:
-    """Find the faults: dmaproof's own, and those of entry points (group ``dmaproof.faults``).
+    """Find dmaproof's faults and those of entry points (group ``dmaproof.faults``).
 
     Returns:
         The classes by name.
@@ -35,7 +35,7 @@ def known_faults() -> Registry[Fault]:
 
 
 def summary(fault: type[Fault]) -> str:
-    """What people are told of a fault, in one line."""
+    """Return the fault's one-line summary for users: the first line of its docstring."""
     return (fault.__doc__ or fault.name).strip().partition("\n")[0]
 
 
@@ -43,14 +43,14 @@ def make_fault(fault: str | None, seed: int) -> Fault:
     """Make the fault that a user asks for.
 
     Args:
-        fault: ``NAME[=VALUE]``; None is the chain as it should be.
-        seed: decides what the fault spoils.
+        fault: ``NAME[=VALUE]``; None is the intact chain.
+        seed: decides what the fault affects.
 
     Returns:
-        The fault, which makes the sessions that have it (`Fault.make_session`).
+        The fault; its `Fault.make_session` makes sessions with the fault.
 
     Raises:
-        UsageError: there is no such fault, or its value does not fit.
+        UsageError: the fault does not exist, or its value is invalid.
 
     Example:
         >>> make_fault("drop-pages=0.05", seed=1).value
@@ -61,5 +61,5 @@ def make_fault(fault: str | None, seed: int) -> Fault:
     name, equals, value = fault.partition("=")
     make = known_faults().find(name)
     if equals and not value:
-        raise UsageError(f"fault {fault}: a value is due behind the '='")
+        raise UsageError(f"fault {fault}: expected a value after '='")
     return make(value, seed)

@@ -1,4 +1,4 @@
-"""Faults of devices: a write of the device's own kind is not told to the tracker."""
+"""Faults of devices: the device does not report one kind of write to the tracker."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ class _Unlogged(Fault):
     kind: ClassVar[WriteKind]
 
     def make_dma(self, *arguments: Any, **options: Any) -> Dma:
-        """A door that lets writes of `kind` through unseen."""
-        dma = _BlindDma(*arguments, **options)
-        dma.unseen = self.kind
+        """Return a `Dma` that does not report writes of `kind` to the tracker."""
+        dma = _UnloggedDma(*arguments, **options)
+        dma.unlogged_kind = self.kind
         return dma
 
 
-class _BlindDma(Dma):
-    unseen: WriteKind
+class _UnloggedDma(Dma):
+    unlogged_kind: WriteKind
 
     def write(self, iova: int, data: bytes | memoryview, kind: WriteKind = WriteKind.DATA) -> None:
-        if kind == self.unseen:
+        if kind == self.unlogged_kind:
             self._put(iova, data, kind)
         else:
             super().write(iova, data, kind)
 
 
 class UsedRingUnlogged(_Unlogged):
-    """Writes to the used ring are not logged."""
+    """The device does not log its writes to the used ring."""
 
     name: ClassVar[str] = "used-ring-unlogged"
     kind = WriteKind.USED_RING
 
 
 class StatusUnlogged(_Unlogged):
-    """The status byte of a request is not logged."""
+    """The device does not log the status byte of a request."""
 
     name: ClassVar[str] = "status-unlogged"
     kind = WriteKind.STATUS

@@ -1,4 +1,4 @@
-"""What a fault is: the seams of a session's chain, each of which one fault replaces."""
+"""The base class of faults: the parts of a session's chain that a fault can replace."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from ..vhost_user.session import Session
 
 
 class Fault:
-    """The chain as it should be; a fault is a subclass that builds one part of it differently.
+    """The intact chain; each fault is a subclass that replaces one part of the chain.
 
     A subclass has a `name`, a `link` and a docstring, whose first line describes it to users.
 
     Args:
-        value: what a user gave behind the name: a number above 0 and up to `most`, which means
-            `value_means`; empty is the default. A fault without `value_means` takes none.
-        seed: decides what the fault spoils.
+        value: the text after the name and '=': a number above 0 and up to `most`, whose meaning is
+            `value_means`. Empty text selects `default`. A fault without `value_means` takes no
+            value.
+        seed: decides what the fault affects.
 
     Raises:
-        UsageError: the fault takes no value, or not this one.
+        UsageError: the fault takes no value, or the value is invalid.
 
     Example:
         >>> class Forgetful(Fault):
-        ...     '''The log never gets a bit.'''
+        ...     '''The log never receives a dirty bit.'''
         ...
         ...     name = "forgetful"
         ...     link = Link.LOG
@@ -43,24 +44,25 @@ class Fault:
     """
 
     name: ClassVar[str]
-    """What users call it by: the value of option ``--fault``, up to an equals sign."""
+    """The fault's name for users: the value of option ``--fault``, up to an equals sign."""
     link: ClassVar[Link]
     """The first link at which a page is missing."""
     value_means: ClassVar[str] = ""
+    """The meaning of the value, such as 'the share of pages'; empty if the fault takes none."""
     default: ClassVar[float] = 0.0
     most: ClassVar[float] = 1.0
     needs: ClassVar[str] = ""
-    """What the fault does not show without, where that is more than one device and one QEMU."""
+    """What the fault needs to be detectable, if a proof with one device does not have it."""
     tracker: ClassVar[str | None] = None
-    """The only tracker that can be broken like this."""
+    """The only tracker that can have this fault; None if all can."""
     harvest: ClassVar[str | None] = None
-    """The only harvest policy under which it shows for certain."""
+    """The only harvest policy under which the fault is always detected; None if all do."""
     needs_high_ram: ClassVar[bool] = False
-    """Whether it shows only with RAM above 4 GiB."""
+    """Whether the fault is detectable only with RAM above 4 GiB."""
     needs_iommu: ClassVar[bool] = False
-    """Whether it shows only behind a virtual IOMMU."""
+    """Whether the fault is detectable only behind a virtual IOMMU."""
     needs_kill: ClassVar[bool] = False
-    """Whether it shows only with a device that is killed and started again."""
+    """Whether the fault is detectable only with a device that is killed and restarted."""
     session_type: ClassVar[type[Session]] = Session
     collector_type: ClassVar[type[Collector]] = Collector
 
@@ -76,16 +78,16 @@ class Fault:
                 self.value = -1.0
             if not 0 < self.value <= self.most:
                 raise UsageError(
-                    f"fault {self.name}={value}: {self.value_means}, above 0 and up to "
-                    f"{self.most:g}, is due"
+                    f"fault {self.name}={value}: expected {self.value_means}, above 0 and up to "
+                    f"{self.most:g}"
                 )
 
     def make_session(self, *arguments: Any, **options: Any) -> Session:
         """Make the session of one front end.
 
         Args:
-            arguments: those of `Session`, by position.
-            options: those of `Session`, by name.
+            arguments: positional arguments of `Session`.
+            options: keyword arguments of `Session`.
 
         Returns:
             A session with the fault.
@@ -102,10 +104,10 @@ class Fault:
         )
 
     def wrap_tracker(self, tracker: EmulatedTracker) -> EmulatedTracker:
-        """Return the broken form of a tracker.
+        """Wrap a tracker in the fault.
 
         Args:
-            tracker: the tracker as it should be.
+            tracker: the intact tracker.
 
         Returns:
             The tracker that the session uses.
@@ -113,11 +115,11 @@ class Fault:
         return tracker
 
     def make_dma(self, *arguments: Any, **options: Any) -> Dma:
-        """Make what the device writes guest RAM with.
+        """Make the `Dma` through which the device accesses guest RAM.
 
         Args:
-            arguments: those of `Dma`, by position.
-            options: those of `Dma`, by name.
+            arguments: positional arguments of `Dma`.
+            options: keyword arguments of `Dma`.
 
         Returns:
             The `Dma` that the device uses.
@@ -144,7 +146,7 @@ class Fault:
         """Make the iterator of one range.
 
         Args:
-            arguments: those of `IovaBitmap`.
+            arguments: positional arguments of `IovaBitmap`.
 
         Returns:
             The iterator that the tracker reports into.
@@ -152,21 +154,21 @@ class Fault:
         return TracedBitmap(*arguments)
 
     def translate(self, mapping: IovaMapping) -> int:
-        """Return the guest-physical address at which a mapping begins.
+        """Return the address under which a mapping's pages are logged.
 
         Args:
             mapping: the mapping.
 
         Returns:
-            The address that the log gets.
+            The guest-physical address at which the mapping begins.
         """
         return mapping.gpa
 
     def wrap_log(self, log: DirtyLog) -> DirtyLog:
-        """Return the broken form of a log.
+        """Wrap a log in the fault.
 
         Args:
-            log: the log as it should be.
+            log: the intact log.
 
         Returns:
             The log that the collector uses.
@@ -175,10 +177,10 @@ class Fault:
 
 
 def uniform(numbers: NDArray[np.uint64], seed: int) -> NDArray[np.float64]:
-    """Draw a number in [0, 1) for each of many numbers, the same whenever the seed is.
+    """Draw a random number in [0, 1) for each of `numbers`; the same seed gives the same draws.
 
     Args:
-        numbers: what the draws are for, such as page numbers; any shape.
+        numbers: the numbers to draw for, such as page numbers; any shape.
         seed: the seed of the fault.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Faults of the iterator: what a tracker reports does not all become bits."""
+"""Faults of the iterator: not all ranges that a tracker reports become dirty bits."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Ranges = tuple[NDArray[np.uint64], NDArray[np.uint64]]
 
 
 class _Iterator(Fault):
-    """A fault that sets other ranges than were reported."""
+    """A fault that sets other ranges than those reported."""
 
     link = Link.ITERATOR
 
     def make_bitmap(self, *arguments: Any) -> TracedBitmap:
-        """An iterator that sets what `spoil` makes of the reported ranges."""
+        """Return an iterator that sets the ranges that `spoil` returns."""
         bitmap = _SpoiltBitmap(*arguments)
         bitmap.spoil = self.spoil
         return bitmap
@@ -35,7 +35,7 @@ class _Iterator(Fault):
     def spoil(
         self, bitmap: IovaBitmap, iovas: NDArray[np.uint64], ends: NDArray[np.uint64]
     ) -> Ranges:
-        """The starts and ends (exclusive) that are set in `bitmap` instead; empty ones are not."""
+        """Return the starts and ends (exclusive) to set instead; empty ranges are not set."""
         raise NotImplementedError
 
 
@@ -49,23 +49,23 @@ class _SpoiltBitmap(TracedBitmap):
         starts = np.asarray(iovas, dtype=np.uint64)
         sizes = np.broadcast_to(np.asarray(lengths, dtype=np.uint64), starts.shape)
         self.see_many(starts, sizes)
-        self._set_the_rest(starts, sizes)
+        self._set_spoiled(starts, sizes)
 
-    def _set_the_rest(self, iovas: NDArray[np.uint64], lengths: NDArray[np.uint64]) -> None:
+    def _set_spoiled(self, iovas: NDArray[np.uint64], lengths: NDArray[np.uint64]) -> None:
         starts, ends = self.spoil(self, iovas, iovas + lengths)
         left = starts < ends
         IovaBitmap.set_many(self, starts[left], ends[left] - starts[left])
 
 
 class SkipWindow(_Iterator):
-    """One window in eight, of 256 KiB each, is stepped over."""
+    """The iterator skips one in eight windows of 256 KiB."""
 
     name: ClassVar[str] = "skip-window"
 
     def spoil(
         self, bitmap: IovaBitmap, iovas: NDArray[np.uint64], ends: NDArray[np.uint64]
     ) -> Ranges:
-        """Keep the pages, one by one, that lie in no chosen window."""
+        """Keep the pages outside the skipped windows."""
         pages = [
             np.arange(int(start), int(end), LOG_PAGE_BYTES, dtype=np.uint64)
             for start, end in zip(iovas // _PAGE * _PAGE, ends, strict=True)
@@ -76,7 +76,7 @@ class SkipWindow(_Iterator):
 
 
 class ForgetLastWord(_Iterator):
-    """The last word of a bitmap is not set when its pages do not fill it."""
+    """The iterator skips the last word of a bitmap if the pages only partly fill the word."""
 
     name: ClassVar[str] = "forget-last-word"
     needs = "a device that writes the last pages of a slot"
@@ -92,7 +92,7 @@ class ForgetLastWord(_Iterator):
 
 
 class OffByOneAtStart(_Iterator):
-    """A range of several pages is set from its second page on."""
+    """The iterator skips the first page of a range of several pages."""
 
     name: ClassVar[str] = "off-by-one-start"
 
@@ -103,7 +103,7 @@ class OffByOneAtStart(_Iterator):
 
 
 class OffByOneAtEnd(_Iterator):
-    """A range of several pages is set up to its last page but one."""
+    """The iterator skips the last page of a range of several pages."""
 
     name: ClassVar[str] = "off-by-one-end"
 

@@ -1,4 +1,4 @@
-"""Faults of the dirty log: bits do not stay where QEMU looks for them."""
+"""Faults of the dirty log: bits do not reach the log that QEMU reads, or do not stay there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BETWEEN_READ_AND_WRITE_S: Final = 0.002
 
 
 class _FilteredLog:
-    """Passes on the dirty pages (page numbers) of which `keep` says so."""
+    """Passes on only the dirty pages for which `keep` is true, given their page numbers."""
 
     def __init__(
         self, log: DirtyLog, keep: Callable[[NDArray[np.uint64]], NDArray[np.bool_]]
@@ -44,28 +44,28 @@ class _FilteredLog:
 
 
 class DropPages(Fault):
-    """The bits of some pages never arrive, however often they are written."""
+    """The log never receives the dirty bits of some pages, however often these are written."""
 
     name: ClassVar[str] = "drop-pages"
     link = Link.LOG
-    value_means = "a share of pages"
+    value_means = "the share of pages"
     default = 0.01
 
     def wrap_log(self, log: DirtyLog) -> DirtyLog:
-        """A log that the chosen pages never reach."""
+        """Return a log that never receives the chosen pages."""
         return _FilteredLog(log, lambda pages: uniform(pages, self.seed) >= self.value)
 
 
 class DropBits(Fault):
-    """Some bits are dropped at each merge; a page that is written again may be made good."""
+    """Each merge into the log drops some dirty bits; a later write can set them again."""
 
     name: ClassVar[str] = "drop-bits"
     link = Link.LOG
-    value_means = "a share of bits"
+    value_means = "the share of bits"
     default = 0.02
 
     def wrap_log(self, log: DirtyLog) -> DirtyLog:
-        """A log that loses other pages with each merge."""
+        """Return a log that loses different pages at each merge."""
         merges = 0
 
         def keep(pages: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -77,25 +77,25 @@ class DropBits(Fault):
 
 
 class ForgetHighSlot(Fault):
-    """Pages above 4 GiB are not logged."""
+    """The log never receives dirty bits of pages above 4 GiB."""
 
     name: ClassVar[str] = "forget-high-slot"
     link = Link.LOG
     needs_high_ram = True
 
     def wrap_log(self, log: DirtyLog) -> DirtyLog:
-        """A log of the first 4 GiB."""
+        """Return a log of the first 4 GiB."""
         return _FilteredLog(log, lambda pages: pages < np.uint64(_HIGH_PAGE))
 
 
-class _Faithful(Collector):
+class _KeepsOldLog(Collector):
     def switch_log(self, log: DirtyLog) -> None:
         self.harvest()
         log.close()
 
 
 class ShortLog:
-    """Loses what lies behind the log's end: slots that came with the resize."""
+    """Drops bits beyond the log's end: those of slots that were added with the resize."""
 
     def __init__(self, log: DirtyLog) -> None:
         self._log = log
@@ -109,15 +109,15 @@ class ShortLog:
 
 
 class LogNotSwitched(Fault):
-    """When QEMU resizes its log, the bits go on into the old one."""
+    """After QEMU has resized its log, the back end still writes dirty bits to the old log."""
 
     name: ClassVar[str] = "log-not-switched"
     link = Link.LOG
     needs = "a log that is resized"
-    collector_type = _Faithful
+    collector_type = _KeepsOldLog
 
     def wrap_log(self, log: DirtyLog) -> DirtyLog:
-        """The first log, which is too short for the slots that came later."""
+        """Return the first log, which is too short for the slots that were added later."""
         return ShortLog(log)
 
 
@@ -131,7 +131,7 @@ class _ReadModifyWrite:
         first_page = gpa // LOG_PAGE_BYTES
         low, high = first_page // 64, div_ceil(first_page + pages, 64)
         if high > len(log):
-            raise BitmapError(f"dirty log: {pages} pages at GPA {gpa:#x} reach behind its end")
+            raise BitmapError(f"dirty log: {pages} pages at GPA {gpa:#x} reach beyond its end")
         bits = np.zeros(high - low, dtype=np.uint64)
         _core.or_bits(bits, first_page - low * 64, words, first_bit, pages)
         changed = np.flatnonzero(bits)
@@ -143,7 +143,7 @@ class _ReadModifyWrite:
         self._log.close()
 
 
-class _Overwriting(Collector):
+class _NonAtomicCollector(Collector):
     def start(self, log: DirtyLog, memory: GuestMemory, bus: Bus) -> None:
         super().start(_ReadModifyWrite(log), memory, bus)
 
@@ -152,9 +152,9 @@ class _Overwriting(Collector):
 
 
 class NonAtomicOr(Fault):
-    """Words of the log are read, changed and written back, while another device does so too."""
+    """The back end sets dirty bits without atomics while another device writes the same log."""
 
     name: ClassVar[str] = "non-atomic-or"
     link = Link.LOG
     needs = "a second device on the same log"
-    collector_type = _Overwriting
+    collector_type = _NonAtomicCollector

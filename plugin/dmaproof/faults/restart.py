@@ -1,4 +1,4 @@
-"""Faults of a back end that was killed and started again."""
+"""Faults of a back end that was killed and restarted."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from ..vhost_user.session import Session
 from .fault import Fault
 
 
-class _Forgetful(Session):
+class _ForgetsPredecessor(Session):
     def _set_inflight_fd(self, message: Message) -> None:
         super()._set_inflight_fd(message)
         self._must_report_all = False
 
 
 class ForgottenAtRestart(Fault):
-    """A device that was killed goes on as if the process before it had reported everything."""
+    """A restarted device does not report the pages that the killed process wrote last."""
 
     name: ClassVar[str] = "forgotten-at-restart"
     link = Link.TRACKER
     needs_kill: ClassVar[bool] = True
-    harvest = "final"  # what an interval's harvest has reported is not forgotten
-    session_type = _Forgetful
+    harvest = "final"  # periodic harvests would report pages before the kill
+    session_type = _ForgetsPredecessor

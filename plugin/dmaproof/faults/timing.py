@@ -1,4 +1,4 @@
-"""Faults of timing: each link does its work, but not when it is due."""
+"""Faults of timing: each link does its work, but too early or too late."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from .fault import Fault, uniform
 
 _LATE_S: Final = 0.05
 _HELD_BACK_S_PER_PAGE: Final = 0.0005
-"""Holding data back must not take all the device's time: the longer, the fewer pages."""
+"""The average delay per page in seconds, so that longer delays affect fewer pages."""
 
 
-class _Unflushed(Collector):
+class _NoFlush(Collector):
     def flush(self) -> None:
         pass
 
 
 class NoFinalFlush(Fault):
-    """What was written since the last harvest is not merged when the device is stopped."""
+    """A device that stops does not log the pages written since the last harvest."""
 
     name: ClassVar[str] = "no-final-flush"
     link = Link.TRACKER
-    harvest = "final"  # an interval's harvest may fall between the last write and the stop
-    collector_type = _Unflushed
+    harvest = "final"  # a periodic harvest may run between the last write and the stop
+    collector_type = _NoFlush
 
 
 class _LateSession(Session):
@@ -46,19 +46,19 @@ class _LateSession(Session):
 
 
 class LateFinalFlush(NoFinalFlush):
-    """The final flush comes 50 ms after GET_VRING_BASE has been answered."""
+    """A device that stops logs the last pages 50 ms after it has answered GET_VRING_BASE."""
 
     name: ClassVar[str] = "late-final-flush"
     session_type = _LateSession
 
 
 class BitBeforeData(Fault):
-    """The bit of some pages is in the log before their data is in RAM."""
+    """The log receives the dirty bits of some pages before their data is in guest RAM."""
 
     name: ClassVar[str] = "bit-before-data"
     link = Link.TRACKER
     harvest = "immediate"
-    value_means = "the seconds between the two"
+    value_means = "the delay of the data in seconds"
     default = 0.6
     most = 10.0
 
@@ -67,13 +67,13 @@ class BitBeforeData(Fault):
         self._seen: set[int] = set()
 
     def make_dma(self, *arguments: Any, **options: Any) -> Dma:
-        """A door that holds some data back."""
-        dma = _HesitantDma(*arguments, **options)
+        """Return a `Dma` that delays the data of some pages."""
+        dma = _DelayedDataDma(*arguments, **options)
         dma.fault = self
         return dma
 
     def chooses(self, page: int) -> bool:
-        """Whether the data of this page is to be held back: only the first time, by the seed."""
+        """Return whether the data of this page is delayed: at its first write, by the seed."""
         if page in self._seen:
             return False
         self._seen.add(page)
@@ -81,7 +81,7 @@ class BitBeforeData(Fault):
         return bool(uniform(np.array([page], dtype=np.uint64), self.seed)[0] < share)
 
 
-class _HesitantDma(Dma):
+class _DelayedDataDma(Dma):
     fault: BitBeforeData
 
     def write(self, iova: int, data: bytes | memoryview, kind: WriteKind = WriteKind.DATA) -> None:
@@ -98,22 +98,22 @@ class _HesitantDma(Dma):
 
 
 class TrackerAfterLog(Fault):
-    """Logging is on, but the tracker starts only some harvests later."""
+    """The tracker starts some harvests after logging is switched on."""
 
     name: ClassVar[str] = "tracker-after-log"
     link = Link.TRACKER
-    value_means = "a number of harvests"
+    value_means = "the number of harvests"
     default = 15
     most = 1 << 20
 
     def make_collector(self, tracker: DirtyTracker) -> Collector:
-        """A collector that starts its tracker late."""
-        collector = _Tardy(tracker, wrap_log=self.wrap_log, make_bitmap=self.make_bitmap)
+        """Return a collector that starts its tracker late."""
+        collector = _LateTracker(tracker, wrap_log=self.wrap_log, make_bitmap=self.make_bitmap)
         collector.missed_harvests = max(1, int(self.value))
         return collector
 
 
-class _Tardy(Collector):
+class _LateTracker(Collector):
     missed_harvests: int
     _left = 0
 

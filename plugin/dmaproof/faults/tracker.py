@@ -1,4 +1,4 @@
-"""Faults of trackers: the hardware, or its driver, does not remember what it should."""
+"""Faults of trackers: the hardware or its driver forgets pages that the device wrote."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HUGE_PAGE_BYTES: Final = 2 << 20
 
 
 class _Wrapped(EmulatedTracker):
-    """A tracker that passes everything on to another."""
+    """A tracker that passes all calls on to another."""
 
     def __init__(self, tracker: EmulatedTracker) -> None:
         self._tracker = tracker
@@ -44,17 +44,17 @@ def _bitmap(iova: int, length: int, page_size: int) -> IovaBitmap:
 
 
 class IgnoreOverflow(Fault):
-    """The address queue overflows, and the driver takes what is in it for everything."""
+    """The driver ignores that the address queue has overflowed, and misses the dropped entries."""
 
     name: ClassVar[str] = "ignore-overflow"
     link = Link.TRACKER
     tracker = AddressQueue.name
-    value_means = "the entries of the queue"
+    value_means = "the number of queue entries"
     default = 16
     most = 1 << 18
 
     def wrap_tracker(self, tracker: EmulatedTracker) -> EmulatedTracker:
-        """A short queue in `tracker`'s place."""
+        """Return a short queue instead of `tracker`."""
         return _ForgetfulQueue(queue_entries=max(1, int(self.value)))
 
 
@@ -65,15 +65,15 @@ class _ForgetfulQueue(AddressQueue):
 
 
 class ClearBeforeRead(Fault):
-    """Some harvests clear the tracker before they read it, and find nothing."""
+    """Some harvests clear the tracker before they read it, and so report nothing."""
 
     name: ClassVar[str] = "clear-before-read"
     link = Link.TRACKER
-    value_means = "a share of the harvested ranges"
+    value_means = "the share of harvested ranges"
     default = 0.75
 
     def wrap_tracker(self, tracker: EmulatedTracker) -> EmulatedTracker:
-        """A tracker that is now and then cleared first."""
+        """Return a tracker that is sometimes cleared before it is read."""
         return _ClearedFirst(tracker, random.Random(self.seed), self.value)
 
 
@@ -91,13 +91,13 @@ class _ClearedFirst(_Wrapped):
 
 
 class HugePageAs4K(Fault):
-    """A dirty page of 2 MiB is reported as its first 4 KiB."""
+    """The tracker reports only the first 4 KiB of a dirty 2 MiB page."""
 
     name: ClassVar[str] = "huge-page-as-4k"
     link = Link.TRACKER
 
     def wrap_tracker(self, tracker: EmulatedTracker) -> EmulatedTracker:
-        """A tracker whose entries stand for 2 MiB."""
+        """Return a tracker with entries of 2 MiB."""
         return _FirstPieces(tracker)
 
 

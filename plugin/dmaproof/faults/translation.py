@@ -1,4 +1,4 @@
-"""Faults of the way from IOVA to GPA: the wrong pages, or the wrong memory table, are followed."""
+"""Faults of the translation from IOVA to GPA: wrong addresses, or an outdated memory table."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ from .log import ShortLog
 
 
 class IovaAsGpa(Fault):
-    """The log gets IOVAs where GPAs are due."""
+    """The log receives IOVAs instead of GPAs."""
 
     name: ClassVar[str] = "iova-as-gpa"
     link = Link.TRANSLATION
     needs_iommu: ClassVar[bool] = True
 
     def translate(self, mapping: IovaMapping) -> int:
-        """The IOVA."""
+        """Return the IOVA."""
         return mapping.iova
 
     def wrap_log(self, log: DirtyLog) -> DirtyLog:
-        """A log that takes no notice of IOVAs behind its end."""
+        """Return a log that ignores IOVAs beyond its end."""
         return ShortLog(log)
 
 
-class _Hasty(Collector):
+class _UnmapsWithoutHarvest(Collector):
     def unmap(self, mappings: Iterable[IovaMapping]) -> None:
         pass
 
 
 class UnmapUnharvested(Fault):
-    """A mapping is taken away before the pages written through it have been collected."""
+    """The back end removes a mapping without harvesting the pages written through it."""
 
     name: ClassVar[str] = "unmap-unharvested"
     link = Link.TRACKER
     needs_iommu: ClassVar[bool] = True
-    collector_type = _Hasty
+    collector_type = _UnmapsWithoutHarvest
 
 
-class _Conservative(Collector):
+class _KeepsOldTable(Collector):
     def remap(self, memory: GuestMemory, bus: Bus) -> None:
         self.harvest()
 
 
 class OldMemoryTable(Fault):
-    """After a memory hotplug the old memory table is tracked, and the new slot is not."""
+    """After a memory hotplug the back end tracks the old memory table, without the new slot."""
 
     name: ClassVar[str] = "old-memory-table"
     link = Link.TRACKER
     needs = "memory hotplug"
-    collector_type = _Conservative
+    collector_type = _KeepsOldTable

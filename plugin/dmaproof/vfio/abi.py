@@ -1,8 +1,8 @@
 """VFIO's and iommufd's requests: numbers, structures, flags, and what each errno means.
 
 After include/uapi/linux/vfio.h and iommufd.h of Linux 7.3; all of it is stable ABI. Structures are
-little-endian with explicit padding. The rules told for an errno are those of the kernel functions
-that are named.
+little-endian with explicit padding. The explanations of an errno follow the kernel functions that
+are named.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from struct import Struct
 from typing import Final
 
 VFIO_TYPE: Final = ord(";")
-"""Both interfaces have the same ioctl type; VFIO counts from 100, iommufd from 0x80."""
+"""Both interfaces use this ioctl type; VFIO numbers start at 100, iommufd numbers at 0x80."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """An ioctl: the `number` it has as a command, and what each errno of it says was wrong."""
+    """An ioctl: its command `number`, and `rules`, which explain each errno."""
 
     name: str
     number: int
@@ -44,10 +44,10 @@ def _request(name: str, number: int, rules: Mapping[str, str]) -> Request:
 
 GET_API_VERSION: Final = _vfio("VFIO_GET_API_VERSION", 0)
 CHECK_EXTENSION: Final = _vfio("VFIO_CHECK_EXTENSION", 1)
-SET_IOMMU: Final = _vfio("VFIO_SET_IOMMU", 2, EINVAL="the container has no group yet")
+SET_IOMMU: Final = _vfio("VFIO_SET_IOMMU", 2, EINVAL="the container has no group")
 GROUP_GET_STATUS: Final = _vfio("VFIO_GROUP_GET_STATUS", 3)
 GROUP_SET_CONTAINER: Final = _vfio(
-    "VFIO_GROUP_SET_CONTAINER", 4, EINVAL="the group has a container already"
+    "VFIO_GROUP_SET_CONTAINER", 4, EINVAL="the group already has a container"
 )
 GROUP_GET_DEVICE_FD: Final = _vfio(
     "VFIO_GROUP_GET_DEVICE_FD",
@@ -62,23 +62,23 @@ TYPE1V2_IOMMU: Final = 3
 IOMMU_MAP_DMA: Final = _vfio(
     "VFIO_IOMMU_MAP_DMA",
     13,
-    EEXIST="the range is mapped already",
+    EEXIST="the range is already mapped",
     EINVAL="address, IOVA or length is not page-aligned, or the range is reserved",
-    ENOSPC="more mappings than dma_entry_limit allows",
+    ENOSPC="there are more mappings than dma_entry_limit allows",
     ENOMEM="the locked-memory limit (RLIMIT_MEMLOCK) is reached",
 )
 TYPE1_DMA_MAP: Final = Struct("<IIQQQ")
 MAP_READ: Final = 1
 MAP_WRITE: Final = 2
 IOMMU_UNMAP_DMA: Final = _vfio(
-    "VFIO_IOMMU_UNMAP_DMA", 14, EINVAL="the range cuts a mapping, or is not page-aligned"
+    "VFIO_IOMMU_UNMAP_DMA", 14, EINVAL="the range splits a mapping, or is not page-aligned"
 )
 TYPE1_DMA_UNMAP: Final = Struct("<IIQQ")
 IOMMU_DIRTY_PAGES: Final = _vfio(
     "VFIO_IOMMU_DIRTY_PAGES",
     17,
-    EINVAL="tracking was not started, the page size is not the smallest one, the bitmap is of the "
-    "wrong size (at most 2**31 pages), or the range cuts a mapping",
+    EINVAL="tracking was not started, the page size is not the smallest one, the bitmap has the "
+    "wrong size (at most 2**31 pages), or the range splits a mapping",
     ENOENT="nothing is mapped in the range",
 )
 TYPE1_DIRTY_BITMAP: Final = Struct("<II")
@@ -94,23 +94,23 @@ DEVICE_INFO: Final = Struct("<IIIIII")
 DEVICE_FLAGS_RESET: Final = 1
 DEVICE_FLAGS_PCI: Final = 2
 DEVICE_GET_REGION_INFO: Final = _vfio(
-    "VFIO_DEVICE_GET_REGION_INFO", 8, EINVAL="the device has no region of this index"
+    "VFIO_DEVICE_GET_REGION_INFO", 8, EINVAL="the device has no region with this index"
 )
 REGION_INFO: Final = Struct("<IIIIQQ")
 DEVICE_GET_IRQ_INFO: Final = _vfio(
-    "VFIO_DEVICE_GET_IRQ_INFO", 9, EINVAL="the device has no interrupt of this index"
+    "VFIO_DEVICE_GET_IRQ_INFO", 9, EINVAL="the device has no interrupt with this index"
 )
 IRQ_INFO: Final = Struct("<IIII")
 DEVICE_RESET: Final = _vfio("VFIO_DEVICE_RESET", 11, EINVAL="the device cannot be reset")
 DEVICE_BIND_IOMMUFD: Final = _vfio(
     "VFIO_DEVICE_BIND_IOMMUFD",
     18,
-    EINVAL="the device file is bound already, or somebody has opened its group",
+    EINVAL="the device file is already bound, or another process has opened its group",
     EPERM="the platform cannot isolate interrupts (iommufd.allow_unsafe_interrupts)",
 )
 BIND_IOMMUFD: Final = Struct("<IIiI")
 DEVICE_ATTACH_PT: Final = _vfio(
-    "VFIO_DEVICE_ATTACH_IOMMUFD_PT", 19, ENOENT="iommufd has no such IOAS or page table"
+    "VFIO_DEVICE_ATTACH_IOMMUFD_PT", 19, ENOENT="the IOAS or page table does not exist in iommufd"
 )
 ATTACH_PT: Final = Struct("<III")
 
@@ -121,8 +121,8 @@ FEATURE_PROBE: Final = 1 << 18
 MIG_GET_PRECOPY_INFO: Final = _vfio(
     "VFIO_MIG_GET_PRECOPY_INFO",
     21,
-    EINVAL="the device is in none of the PRE_COPY states",
-    ENODEV="the session of this file is over",
+    EINVAL="the device is not in a PRE_COPY state",
+    ENODEV="the data transfer of this file has ended",
 )
 PRECOPY_INFO: Final = Struct("<IIQQ")
 
@@ -140,21 +140,22 @@ class Feature(IntEnum):
 
 FEATURE_RULES: Final[Mapping[Feature, Mapping[int, str]]] = {
     Feature.MIG_DEVICE_STATE: {
-        errno.EINVAL: "there is no way between these migration states, or what was loaded is not "
-        "a device's state",
-        errno.EIO: "the device failed, and is in ERROR until it is reset",
+        errno.EINVAL: "the device cannot change between these migration states, or the loaded data "
+        "is not a device state",
+        errno.EIO: "the device failed, and stays in state ERROR until it is reset",
     },
     Feature.DMA_LOGGING_START: {
-        errno.EINVAL: "there is no range, one is not aligned to the page size, or two overlap",
-        errno.E2BIG: "there are more ranges than fit into a page (256 of 4 KiB)",
+        errno.EINVAL: "no range is given, a range is not aligned to the page size, or two ranges "
+        "overlap",
+        errno.E2BIG: "there are more ranges than fit into a page (256 in 4 KiB)",
         errno.EOVERFLOW: "a range ends at 2**64 or beyond",
-        errno.EBUSY: "logging was started already",
+        errno.EBUSY: "logging was already started",
     },
     Feature.DMA_LOGGING_REPORT: {
-        errno.EINVAL: "logging is not on, or the page size is under 4 KiB or no power of two",
+        errno.EINVAL: "logging is not on, or the page size is below 4 KiB or not a power of two",
         errno.EOVERFLOW: "the range ends at 2**64 or beyond",
-        errno.EFAULT: "the bitmap is not in memory that can be written",
-        errno.EOPNOTSUPP: "the kernel has been built without iova_bitmap (CONFIG_IOMMUFD_DRIVER)",
+        errno.EFAULT: "the bitmap is not in writable memory",
+        errno.EOPNOTSUPP: "the kernel was built without iova_bitmap (CONFIG_IOMMUFD_DRIVER)",
     },
 }
 """`vfio_ioctl_device_feature_…` and `vfio_mig_get_next_state` of drivers/vfio/vfio_main.c."""
@@ -168,7 +169,7 @@ DATA_LOGGING_REPORT: Final = Struct("<QQQQ")
 
 
 class MigrationFlag(IntFlag):
-    """What a device's migration supports."""
+    """The capabilities of a device's migration."""
 
     STOP_COPY = 1
     P2P = 2
@@ -191,7 +192,7 @@ class MigrationState(IntEnum):
 # iommufd -----------------------------------------------------------------------------------------
 
 DESTROY: Final = _iommufd(
-    "IOMMU_DESTROY", 0x80, ENOENT="there is no such object", EBUSY="something still uses it"
+    "IOMMU_DESTROY", 0x80, ENOENT="the object does not exist", EBUSY="the object is in use"
 )
 DESTROY_DATA: Final = Struct("<II")
 IOAS_ALLOC: Final = _iommufd("IOMMU_IOAS_ALLOC", 0x81)
@@ -199,9 +200,9 @@ IOAS_ALLOC_DATA: Final = Struct("<III")
 IOAS_MAP: Final = _iommufd(
     "IOMMU_IOAS_MAP",
     0x85,
-    EEXIST="the range is mapped already",
-    EINVAL="address, IOVA or length is not aligned as the IOAS wants it, or the IOVA is reserved",
-    EFAULT="the memory is not there",
+    EEXIST="the range is already mapped",
+    EINVAL="address, IOVA or length is not aligned as the IOAS requires, or the IOVA is reserved",
+    EFAULT="the memory is not mapped in this process",
     EOVERFLOW="the range ends beyond 2**64",
 )
 IOAS_MAP_DATA: Final = Struct("<IIIIQQQ")
@@ -209,17 +210,17 @@ IOAS_MAP_FIXED: Final = 1
 IOAS_MAP_WRITEABLE: Final = 2
 IOAS_MAP_READABLE: Final = 4
 IOAS_UNMAP: Final = _iommufd(
-    "IOMMU_IOAS_UNMAP", 0x86, ENOENT="nothing is mapped there, or the range cuts a mapping"
+    "IOMMU_IOAS_UNMAP", 0x86, ENOENT="nothing is mapped in the range, or it splits a mapping"
 )
 IOAS_UNMAP_DATA: Final = Struct("<IIQQ")
-OPTION: Final = _iommufd("IOMMU_OPTION", 0x87, EOPNOTSUPP="there is no such option")
+OPTION: Final = _iommufd("IOMMU_OPTION", 0x87, EOPNOTSUPP="the option does not exist")
 OPTION_DATA: Final = Struct("<IIHHIQ")
 OPTION_HUGE_PAGES: Final = 1
 HWPT_ALLOC: Final = _iommufd(
     "IOMMU_HWPT_ALLOC",
     0x89,
     EOPNOTSUPP="the IOMMU cannot track dirty pages, or not with these flags",
-    ENOENT="iommufd has no such device or IOAS",
+    ENOENT="the device or IOAS does not exist in iommufd",
 )
 HWPT_ALLOC_DATA: Final = Struct("<IIIIIIIIQII")
 HWPT_DIRTY_TRACKING: Final = 2
@@ -227,7 +228,7 @@ HWPT_SET_DIRTY_TRACKING: Final = _iommufd(
     "IOMMU_HWPT_SET_DIRTY_TRACKING",
     0x8B,
     EOPNOTSUPP="the page table was not made with dirty tracking",
-    ENOENT="there is no such hardware page table",
+    ENOENT="the hardware page table does not exist",
 )
 SET_DIRTY_TRACKING_DATA: Final = Struct("<IIII")
 DIRTY_TRACKING_ENABLE: Final = 1
@@ -238,7 +239,7 @@ HWPT_GET_DIRTY_BITMAP: Final = _iommufd(
     "and to the IOAS's alignment",
     EOVERFLOW="the range ends beyond 2**64",
     EOPNOTSUPP="the page table was not made with dirty tracking, or the flags are unknown",
-    EFAULT="the bitmap is not in memory that can be written",
+    EFAULT="the bitmap is not in writable memory",
 )
 GET_DIRTY_BITMAP_DATA: Final = Struct("<IIIIQQQQ")
 DIRTY_BITMAP_NO_CLEAR: Final = 1

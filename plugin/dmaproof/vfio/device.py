@@ -1,4 +1,4 @@
-"""A VFIO device: its regions, its migration, its DMA logging, however it was opened."""
+"""A VFIO device: its regions, its migration and its DMA logging."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Region:
 class VfioDevice(KernelFile):
     """An open device; closing it resets it.
 
-    `number` is iommufd's number of the device, where it is bound to one; emulated devices have none
-    that a page table could be made for.
+    `number` is iommufd's number of the device, if the device is bound to an iommufd. The number of
+    an emulated device cannot be used to make a page table.
     """
 
     def __init__(self, fd: int, number: int | None = None) -> None:
@@ -39,12 +39,12 @@ class VfioDevice(KernelFile):
 
     @classmethod
     def open_cdev(cls, sysfs: Path, iommufd: Iommufd) -> VfioDevice:
-        """Open the device with the folder `sysfs` by its own file, bound to `iommufd`.
+        """Open the VFIO device file of the sysfs folder `sysfs`, and bind it to `iommufd`.
 
         Raises:
             TrackerError: the device is not bound to VFIO, or the kernel has no device files.
-            OSError: its file may not be opened.
-            VfioError: it is bound already.
+            OSError: the device file cannot be opened.
+            VfioError: the device file is already bound.
         """
         names = sorted(sysfs.glob("vfio-dev/vfio*"))
         if not names:
@@ -62,10 +62,10 @@ class VfioDevice(KernelFile):
         return cls(fd, int(abi.BIND_IOMMUFD.unpack(data)[3]))
 
     def attach(self, page_table: int) -> None:
-        """Let the device use an IOAS or a hardware page table of its iommufd.
+        """Attach the device to an IOAS or a hardware page table of its iommufd.
 
         Raises:
-            VfioError: there is none, or it does not fit the device.
+            VfioError: the page table does not exist, or does not fit the device.
         """
         data = abi.ATTACH_PT.pack(abi.ATTACH_PT.size, 0, page_table)
         request(self.fd, abi.DEVICE_ATTACH_PT, bytearray(data))
@@ -73,10 +73,10 @@ class VfioDevice(KernelFile):
     # Regions ------------------------------------------------------------------------------------
 
     def region(self, index: int) -> Region:
-        """Where region `index` is in the device's file; size 0 if it is not there.
+        """Return the place of region `index` in the device's file; size 0 if it is unimplemented.
 
         Raises:
-            VfioError: there is no such index.
+            VfioError: the device has no region with this index.
         """
         data = bytearray(abi.REGION_INFO.pack(abi.REGION_INFO.size, 0, index, 0, 0, 0))
         request(self.fd, abi.DEVICE_GET_REGION_INFO, data)
@@ -84,7 +84,7 @@ class VfioDevice(KernelFile):
         return Region(index, offset, size)
 
     def info(self) -> tuple[int, int, int]:
-        """(flags, number of regions, number of interrupt indexes)."""
+        """Return (flags, number of regions, number of interrupt indexes)."""
         data = bytearray(abi.DEVICE_INFO.pack(abi.DEVICE_INFO.size, 0, 0, 0, 0, 0))
         request(self.fd, abi.DEVICE_GET_INFO, data)
         _, flags, regions, irqs, _, _ = abi.DEVICE_INFO.unpack(data)
@@ -99,17 +99,17 @@ class VfioDevice(KernelFile):
         os.pwrite(self.fd, data, region.offset + offset)
 
     def reset(self) -> None:
-        """Reset the device: it runs, and forgets sessions and logs.
+        """Reset the device: it then runs, without data transfers and logs.
 
         Raises:
-            VfioError: it cannot be reset.
+            VfioError: the device cannot be reset.
         """
         request(self.fd, abi.DEVICE_RESET)
 
     # Migration ----------------------------------------------------------------------------------
 
     def migration(self) -> MigrationFlag:
-        """What the device's migration supports; none if it cannot migrate."""
+        """Return what the device's migration supports; no flags if it cannot migrate."""
         try:
             data = feature(self.fd, Feature.MIGRATION, abi.FEATURE_GET, bytes(8))
         except VfioError:
@@ -123,13 +123,13 @@ class VfioDevice(KernelFile):
         return MigrationState(abi.DATA_MIG_STATE.unpack(data)[0])
 
     def set_state(self, state: MigrationState) -> int | None:
-        """Move the device to `state`, over the states between.
+        """Move the device to `state`, through the intermediate states.
 
-        Returns the file descriptor of the data transfer that begins there, which is the caller's to
-        close, or None.
+        Returns the file descriptor of the data transfer that begins in that state, or None. The
+        caller closes the file descriptor.
 
         Raises:
-            VfioError: there is no way, or the device failed.
+            VfioError: the state cannot be reached, or the device failed.
         """
         data = feature(
             self.fd, Feature.MIG_DEVICE_STATE, abi.FEATURE_SET, abi.DATA_MIG_STATE.pack(state, -1)
@@ -138,14 +138,14 @@ class VfioDevice(KernelFile):
         return fd if fd >= 0 else None
 
     def stop_copy_bytes(self) -> int:
-        """How much state there will be to transfer, as the device guesses."""
+        """Return the device's estimate of the bytes of state to transfer."""
         data = feature(self.fd, Feature.MIG_DATA_SIZE, abi.FEATURE_GET, bytes(8))
         return int(abi.DATA_MIG_SIZE.unpack(data)[0])
 
     # DMA logging --------------------------------------------------------------------------------
 
     def can_log(self) -> bool:
-        """Whether the device can log its DMA."""
+        """Return whether the device can log its DMA."""
         try:
             feature(self.fd, Feature.DMA_LOGGING_START, abi.FEATURE_SET | abi.FEATURE_PROBE)
         except VfioError:
@@ -153,29 +153,30 @@ class VfioDevice(KernelFile):
         return True
 
     def start_logging(self, ranges: Sequence[IovaRange], page_size: int) -> int:
-        """Start to log DMA into `ranges`; returns the page size that the device really uses.
+        """Start to log DMA into `ranges`, and return the page size that the device uses.
 
         Raises:
-            VfioError: ranges and page size do not fit, or it logs already.
+            VfioError: the ranges or the page size are invalid, or logging is already on.
         """
-        packed = bytearray().join(abi.DATA_LOGGING_RANGE.pack(*it) for it in ranges)
+        packed = bytearray().join(abi.DATA_LOGGING_RANGE.pack(*iova_range) for iova_range in ranges)
         array = np.frombuffer(packed or bytearray(1), dtype=np.uint8)
         data = abi.DATA_LOGGING_CONTROL.pack(page_size, len(ranges), 0, address_of(array))
         answer = feature(self.fd, Feature.DMA_LOGGING_START, abi.FEATURE_SET, data)
         return int(abi.DATA_LOGGING_CONTROL.unpack(answer)[0])
 
     def stop_logging(self) -> None:
-        """Stop to log, and forget."""
+        """Stop logging and discard the log."""
         feature(self.fd, Feature.DMA_LOGGING_STOP, abi.FEATURE_SET)
 
     def report(self, iova: int, length: int, page_size: int, bits: Bits | None = None) -> Bits:
-        """What the device wrote of `length` bytes from `iova` on, and forget it.
+        """Read and clear the pages that the device wrote in `length` bytes from `iova` on.
 
-        Bit n of the uint64 words is the n-th page from `iova` on. The kernel ORs into `bits`, where
-        given. After an error the log is to be taken as corrupt: everything is dirty.
+        Bit n of the uint64 words is the n-th page from `iova` on. The kernel ORs into `bits`, if
+        given. After an error the caller must treat all pages as dirty, since the log may be
+        corrupt.
 
         Raises:
-            VfioError: it does not log, or the page size does not do.
+            VfioError: logging is not on, or the page size is invalid.
         """
         bits = bitmap_for(length, page_size) if bits is None else bits
         data = abi.DATA_LOGGING_REPORT.pack(iova, length, page_size, address_of(bits))
@@ -184,10 +185,10 @@ class VfioDevice(KernelFile):
 
 
 def precopy_bytes(data_fd: int) -> tuple[int, int]:
-    """(initial, dirty) bytes that a saving session has to offer in PRE_COPY.
+    """Return the (initial, dirty) bytes that a data transfer offers in PRE_COPY.
 
     Raises:
-        VfioError: the device is in none of the PRE_COPY states.
+        VfioError: the device is not in a PRE_COPY state.
     """
     data = bytearray(abi.PRECOPY_INFO.pack(abi.PRECOPY_INFO.size, 0, 0, 0))
     request(data_fd, abi.MIG_GET_PRECOPY_INFO, data)

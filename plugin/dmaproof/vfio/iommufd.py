@@ -1,4 +1,4 @@
-"""iommufd: I/O address spaces, hardware page tables, and the dirty bits of these."""
+"""iommufd: I/O address spaces, hardware page tables and their dirty bits."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ PATH: Final = "/dev/iommu"
 
 
 class Iommufd(KernelFile):
-    """An open /dev/iommu. Objects are numbers, all gone when it is closed.
+    """An open /dev/iommu. Its objects are numbers, and are destroyed when it is closed.
 
     Raises:
-        OSError: this kernel has no iommufd, or it may not be opened.
+        OSError: this kernel has no iommufd, or the file cannot be opened.
     """
 
     def __init__(self, path: str = PATH) -> None:
         super().__init__(os.open(path, os.O_RDWR | os.O_CLOEXEC))
 
     def alloc_ioas(self) -> int:
-        """A new, empty I/O address space."""
+        """Make an empty I/O address space (IOAS), and return its number."""
         size = abi.IOAS_ALLOC_DATA.size
         data = bytearray(abi.IOAS_ALLOC_DATA.pack(size, 0, 0))
         request(self.fd, abi.IOAS_ALLOC, data)
         return int(abi.IOAS_ALLOC_DATA.unpack(data)[2])
 
     def map(self, ioas: int, iova: int, address: int, length: int) -> None:
-        """Let devices read and write `length` bytes of ours at `address` under `iova`.
+        """Map `length` bytes of this process at `address` to `iova`, readable and writable.
 
         Raises:
-            VfioError: it is mapped already, not aligned, or no memory.
+            VfioError: the range is already mapped or not aligned, or `address` is not memory.
         """
         flags = abi.IOAS_MAP_FIXED | abi.IOAS_MAP_READABLE | abi.IOAS_MAP_WRITEABLE
         size = abi.IOAS_MAP_DATA.size
@@ -40,10 +40,10 @@ class Iommufd(KernelFile):
         request(self.fd, abi.IOAS_MAP, data)
 
     def unmap(self, ioas: int, iova: int, length: int) -> None:
-        """Take mappings back.
+        """Remove mappings.
 
         Raises:
-            VfioError: nothing is there, or the range cuts a mapping.
+            VfioError: nothing is mapped in the range, or the range splits a mapping.
         """
         size = abi.IOAS_UNMAP_DATA.size
         request(
@@ -51,14 +51,14 @@ class Iommufd(KernelFile):
         )
 
     def set_huge_pages(self, ioas: int, allowed: bool) -> None:
-        """Whether entries of the IOAS's page tables may be larger than a page: without, dirty bits
-        are exact."""
+        """Allow or forbid huge entries in the IOAS's page tables; without them dirty bits are
+        exact to a page."""
         size = abi.OPTION_DATA.size
         data = abi.OPTION_DATA.pack(size, abi.OPTION_HUGE_PAGES, 0, 0, ioas, int(allowed))
         request(self.fd, abi.OPTION, bytearray(data))
 
     def alloc_hwpt(self, device: int, ioas: int, *, dirty_tracking: bool) -> int:
-        """A hardware page table of `ioas` for the device with iommufd's number `device`.
+        """Make a hardware page table of `ioas` for the device with iommufd's number `device`.
 
         Raises:
             VfioError: the IOMMU cannot track dirty pages.
@@ -70,7 +70,7 @@ class Iommufd(KernelFile):
         return int(abi.HWPT_ALLOC_DATA.unpack(data)[4])
 
     def set_dirty_tracking(self, hwpt: int, enable: bool) -> None:
-        """Start or stop tracking; starting forgets what was dirty.
+        """Start or stop tracking; starting clears all dirty bits.
 
         Raises:
             VfioError: the page table was made without dirty tracking.
@@ -90,13 +90,13 @@ class Iommufd(KernelFile):
         clear: bool = True,
         bits: Bits | None = None,
     ) -> Bits:
-        """What is dirty of `length` bytes from `iova` on, and forget it if `clear`.
+        """Read the dirty pages of `length` bytes from `iova` on, and clear them if `clear`.
 
-        Bit n of the uint64 words is the n-th page from `iova` on. The kernel ORs into `bits`, where
+        Bit n of the uint64 words is the n-th page from `iova` on. The kernel ORs into `bits`, if
         given.
 
         Raises:
-            VfioError: tracking is not on, or range and page size do not fit each other.
+            VfioError: tracking is not on, or the range is not aligned to the page size.
         """
         bits = bitmap_for(length, page_size) if bits is None else bits
         flags = 0 if clear else abi.DIRTY_BITMAP_NO_CLEAR
@@ -111,7 +111,7 @@ class Iommufd(KernelFile):
         """Destroy an object.
 
         Raises:
-            VfioError: there is none, or something uses it.
+            VfioError: the object does not exist or is in use.
         """
         request(
             self.fd, abi.DESTROY, bytearray(abi.DESTROY_DATA.pack(abi.DESTROY_DATA.size, number))

@@ -1,4 +1,4 @@
-"""Makes a request of the kernel, and tells what it refuses by the rule that was broken."""
+"""Requests to the kernel, whose errors name the rule that was broken."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .abi import DEVICE_FEATURE, FEATURE_RULES, Feature, Request
 
 _FEATURE = Request("VFIO_DEVICE_FEATURE", ord(";") << 8 | 117)
 _GENERAL = {
-    errno.ENOTTY: "this kernel, or this device, does not know the request",
+    errno.ENOTTY: "this kernel or this device does not know the request",
     errno.EBADF: "the file is closed",
-    errno.EPERM: "it is not permitted; are you root, or does the device file belong to you?",
+    errno.EPERM: "not permitted: run this as root, or as the owner of the device file",
 }
 
 _PAGE_WORDS: Final = mmap.PAGESIZE // 8
@@ -40,7 +40,7 @@ class VfioError(TrackerError):
 
 
 class KernelFile:
-    """An open file of the kernel's, closed with the object. `fd` becomes the object's own."""
+    """An open device file of the kernel. The object owns `fd` and closes it."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -52,16 +52,16 @@ class KernelFile:
         self.close()
 
     def close(self) -> None:
-        """Let go of it. Twice is harmless."""
+        """Close the file; a second call does nothing."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
 
 def request(fd: int, what: Request, data: bytearray | int = 0) -> int:
-    """Make a request; `data` is the structure, which the kernel may write, or a plain argument.
+    """Make a request; `data` is a structure, which the kernel may change, or a plain argument.
 
-    Returns what the ioctl returns.
+    Returns the ioctl's result.
 
     Raises:
         VfioError: the kernel refused it.
@@ -70,7 +70,7 @@ def request(fd: int, what: Request, data: bytearray | int = 0) -> int:
 
 
 def feature(fd: int, which: Feature, flags: int, data: bytes = b"") -> bytes:
-    """VFIO_DEVICE_FEATURE; returns `data` as the kernel left it.
+    """Make a VFIO_DEVICE_FEATURE request, and return `data` as the kernel changed it.
 
     Raises:
         VfioError: the kernel refused it.
@@ -90,17 +90,17 @@ def _ioctl(fd: int, number: int, data: bytearray | int, name: str, rules: Mappin
 
 
 def address_of(memory: Any) -> int:
-    """The address of a writable buffer, for the kernel; the caller keeps the buffer alive."""
+    """Return the address of a writable buffer; the caller must keep the buffer alive."""
     if isinstance(memory, np.ndarray):
         return int(memory.ctypes.data)
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 def bitmap_for(length: int, page_size: int) -> Bits:
-    """A clean bitmap for `length` bytes in pages of `page_size`: whole words, uint64.
+    """Return an empty bitmap for `length` bytes in pages of `page_size`: whole uint64 words.
 
-    It has memory pages of its own: where a driver reports more than it was asked for, the kernel
-    writes on to the end of the bitmap's last memory page (iova_bitmap_set).
+    No other data shares the bitmap's memory pages: when a driver reports more than the requested
+    range, the kernel may write up to the end of the bitmap's last memory page (iova_bitmap_set).
     """
     words = div_ceil(length, 64 * page_size)
     memory = np.zeros((div_ceil(words, _PAGE_WORDS) + 1) * _PAGE_WORDS, dtype=np.uint64)

@@ -1,8 +1,8 @@
 """The kernel's three dirty trackers behind the `DirtyTracker` protocol.
 
-The kernel is asked for whole pages (type1: for whole mappings) and forgets what it tells, but the
-collector may ask for any range. So what the kernel has told stands in a `PageSet` until it was
-asked for: nothing that was read is lost.
+The kernel reports whole pages (type1: whole mappings) and clears what it reports, but the collector
+may ask for any range. So a `PageSet` keeps the dirty pages that the kernel has reported until the
+collector asks for them, and nothing that was read is lost.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .requests import Bits
 from .type1 import Container
 
 _QUERY_PAGES = WINDOW_BYTES * 8
-"""As many as the kernel's iterator pins bitmap for at a time."""
+"""The pages whose bitmap the kernel's iterator pins at a time."""
 
 
 class KernelTracker(ABC):
-    """What the three have in common."""
+    """The common part of the three trackers."""
 
     def __init__(self) -> None:
         self._pending: PageSet | None = None
@@ -34,7 +34,7 @@ class KernelTracker(ABC):
 
     def start(self, ranges: Sequence[IovaRange], page_size: int) -> int:
         if self._pending is not None:
-            raise TrackerError("the kernel's tracker was started already")
+            raise TrackerError("the kernel's tracker is already started")
         self._page_size = self._begin(ranges, page_size)
         try:
             self._pending = PageSet(ranges, self._page_size)
@@ -60,7 +60,7 @@ class KernelTracker(ABC):
         self._pending.report(bitmap, iova, length)
 
     def _queries(self, asked: IovaRange) -> Iterator[IovaRange]:
-        """The pieces in which the kernel is asked for whole pages."""
+        """Split `asked` into the ranges that the kernel is asked for."""
         step = _QUERY_PAGES * self._page_size
         end = asked.iova + asked.length
         for iova in range(asked.iova, end, step):
@@ -77,7 +77,7 @@ class KernelTracker(ABC):
 
 
 class DmaLogging(KernelTracker):
-    """The device itself: VFIO's DMA logging."""
+    """The device's own tracker: VFIO's DMA logging."""
 
     def __init__(self, device: VfioDevice) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class DmaLogging(KernelTracker):
 
 
 class HwptTracker(KernelTracker):
-    """The IOMMU: the dirty bits of a hardware page table, which was made with dirty tracking."""
+    """The IOMMU's dirty bits in a hardware page table that was made with dirty tracking."""
 
     def __init__(self, iommufd: Iommufd, hwpt: int) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class HwptTracker(KernelTracker):
 
 
 class Type1Tracker(KernelTracker):
-    """The legacy container: pages that are pinned, or were written through it."""
+    """The legacy container's tracker: pages that are pinned, or were written through it."""
 
     def __init__(self, container: Container) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class Type1Tracker(KernelTracker):
         self._container.set_dirty_tracking(False)
 
     def _queries(self, asked: IovaRange) -> Iterator[IovaRange]:
-        """type1 refuses ranges that cut a mapping."""
+        """Yield whole mappings, because type1 refuses ranges that split a mapping."""
         for mapping in self._container.mappings:
             if mapping.iova < asked.iova + asked.length and asked.iova < sum(mapping):
                 yield mapping

@@ -1,4 +1,4 @@
-"""The legacy way to VFIO: a container with type1 as its IOMMU, and groups of devices in it."""
+"""The legacy VFIO interface: a container with type1 as its IOMMU, and groups of devices."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _API_VERSION: Final = 0
 
 
 class Container(KernelFile):
-    """An open /dev/vfio/vfio with type1 v2; it knows its own `mappings`, sorted.
+    """An open /dev/vfio/vfio with type1 v2; `mappings` are its mappings, sorted.
 
     Raises:
-        OSError: this kernel has no legacy container, or it may not be opened.
-        TrackerError: it is none that we know.
+        OSError: this kernel has no legacy container, or the file cannot be opened.
+        TrackerError: the container has an unknown API version or no type1 v2.
     """
 
     def __init__(self, path: str = "/dev/vfio/vfio") -> None:
@@ -33,18 +33,19 @@ class Container(KernelFile):
             raise TrackerError(f"{path} (API version {version}) has no type1 v2")
 
     def close(self) -> None:
-        """Let go of everything. Twice is harmless."""
+        """Close the container and its groups; a second call does nothing."""
         for group in self._groups:
             os.close(group)
         self._groups = []
         super().close()
 
     def open_device(self, sysfs: Path) -> VfioDevice:
-        """Open the device with the folder `sysfs`, through its group, which joins the container.
+        """Open the device with the sysfs folder `sysfs`, and add its group to the container.
 
         Raises:
-            OSError: the device is not bound to VFIO, or somebody else has its group.
-            VfioError: the group is not viable, or has another container.
+            OSError: the device is not bound to VFIO, or another process has opened its group.
+            TrackerError: the group is not viable.
+            VfioError: the group already has a container.
         """
         number = (sysfs / "iommu_group").resolve().name
         group = os.open(f"/dev/vfio/{number}", os.O_RDWR | os.O_CLOEXEC)
@@ -63,10 +64,10 @@ class Container(KernelFile):
         return VfioDevice(request(group, abi.GROUP_GET_DEVICE_FD, name))
 
     def map(self, iova: int, address: int, length: int) -> None:
-        """Let devices read and write `length` bytes of ours at `address` under `iova`.
+        """Map `length` bytes of this process at `address` to `iova`, readable and writable.
 
         Raises:
-            VfioError: it is mapped already, or not aligned.
+            VfioError: the range is already mapped or not aligned.
         """
         flags = abi.MAP_READ | abi.MAP_WRITE
         size = abi.TYPE1_DMA_MAP.size
@@ -75,10 +76,10 @@ class Container(KernelFile):
         self.mappings = sorted((*self.mappings, IovaRange(iova, length)))
 
     def unmap(self, iova: int, length: int) -> None:
-        """Take one mapping back.
+        """Remove one mapping.
 
         Raises:
-            VfioError: the range cuts a mapping.
+            VfioError: the range splits a mapping.
         """
         size = abi.TYPE1_DMA_UNMAP.size
         request(
@@ -95,13 +96,13 @@ class Container(KernelFile):
     def get_dirty_bitmap(
         self, iova: int, length: int, page_size: int, bits: Bits | None = None
     ) -> Bits:
-        """What is dirty of `length` bytes from `iova` on, and forget it.
+        """Read and clear the dirty pages of `length` bytes from `iova` on.
 
-        The range must be whole mappings, the page size the smallest one. Unlike the other
-        interfaces, type1 overwrites `bits`.
+        The range must consist of whole mappings, and the page size must be the smallest one. Unlike
+        the other interfaces, type1 overwrites `bits`.
 
         Raises:
-            VfioError: one of these is not so, or tracking is not on.
+            VfioError: the range or the page size is invalid, or tracking is not on.
         """
         bits = bitmap_for(length, page_size) if bits is None else bits
         data = abi.TYPE1_DIRTY_BITMAP_GET.pack(

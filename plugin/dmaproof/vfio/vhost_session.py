@@ -1,13 +1,13 @@
 """A vhost-user device whose DMA a VFIO device does, and whose dirty pages the kernel tracks.
 
-The way of a dirty page is that of any device of ours but for its beginning::
+A dirty page takes the same way as with any other device of dmaproof, except at the beginning::
 
     slots of the front end ──map──▶ the VFIO device's I/O address space
     Dma.write ──▶ the VFIO device ──DMA──▶ guest RAM
                         └──▶ its log, or its IOMMU's, or type1's ──▶ KernelTracker ──▶ the collector
 
-A *stand-in* is that VFIO device: what a session needs in place of an emulated tracker. It is opened
-for one session, and closed with it.
+A *stand-in* is this VFIO device, which a session uses instead of an emulated tracker. It is opened
+for one session, and closed with the session.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from .trackers import KernelTracker
 
 
 class IoAddressSpace(Protocol):
-    """What IOVAs lead to, for one VFIO device: `Ioas`, or a `Container`."""
+    """The IOVA mappings of one VFIO device: an `Ioas` or a `Container`."""
 
     def map(self, iova: int, address: int, length: int) -> None:
-        """Let the device read and write `length` bytes of ours at `address` under `iova`."""
+        """Map `length` bytes of this process at `address` to `iova`, readable and writable."""
 
     def unmap(self, iova: int, length: int) -> None:
-        """Take a mapping back."""
+        """Remove a mapping."""
 
 
 class StandIn(EmulatedTracker):
-    """A VFIO device that writes guest RAM in the place of an emulated one.
+    """A VFIO device that writes guest RAM in place of an emulated device.
 
-    `write(iova, data)` makes the device write by DMA, and returns when it has; `release` closes all
-    that the device was opened with.
+    `write(iova, data)` makes the device write by DMA, and returns when the data is written.
+    `release` closes everything that was opened for the device.
     """
 
     name: ClassVar[str] = "vfio"
@@ -59,10 +59,10 @@ class StandIn(EmulatedTracker):
         self._memory = GuestMemory(())
 
     def map_bus(self, memory: GuestMemory) -> IovaMap:
-        """Map the slots of `memory`, and no others any more, under their guest-physical addresses.
+        """Replace all mappings by the slots of `memory`, at their guest-physical addresses.
 
         Raises:
-            VfioError: the kernel cannot map one.
+            VfioError: the kernel cannot map a slot.
         """
         for slot in self._memory.slots:
             self._space.unmap(slot.gpa, slot.length)
@@ -73,11 +73,11 @@ class StandIn(EmulatedTracker):
         return IovaMap.identity(memory)
 
     def make_dma(self, *arguments: Any, **options: Any) -> Dma:
-        """The door to guest RAM through the device, from `Dma`'s arguments."""
+        """Make a `Dma` that writes through the device, from the arguments of `Dma`."""
         return _StandInDma(self.write, *arguments, **options)
 
     def dma(self, iova: int, length: int) -> None:
-        """Do nothing: the hardware knows by itself what it wrote."""
+        """Do nothing: the hardware itself tracks what it wrote."""
 
     def start(self, ranges: Sequence[IovaRange], page_size: int) -> int:
         return self._tracker.start(ranges, page_size)
@@ -89,7 +89,7 @@ class StandIn(EmulatedTracker):
         self._tracker.read_and_clear(bitmap, iova, length)
 
     def close(self) -> None:
-        """Let go of the device, and of guest RAM."""
+        """Release the device and guest RAM."""
         self._release()
         self._memory = GuestMemory(())
 
@@ -106,9 +106,9 @@ class _StandInDma(Dma):
 
 
 class StandInSession(Session):
-    """Serves one front end with a device whose DMA is done by `stand_in`; closes that at its end.
+    """Serves one front end with a device whose DMA `stand_in` does, and closes `stand_in`.
 
-    There is no virtual IOMMU before it. The other arguments are those of `Session`.
+    A virtual IOMMU is not offered. The other arguments are those of `Session`.
     """
 
     def __init__(

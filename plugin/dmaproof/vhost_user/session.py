@@ -77,7 +77,7 @@ _FRONT_END_FEATURES: Final = F_LOG_ALL | F_PROTOCOL_FEATURES
 _MESSAGES_PER_TURN: Final = 16
 """The most messages served in a turn, so that one front end cannot keep the process busy."""
 _MAX_GUEST_BYTES: Final = 1 << 40
-"""Trackers and traces store some bytes per page, while a sparse file costs the front end nothing."""
+"""Trackers and traces store some bytes per page; a sparse file costs the front end nothing."""
 _CONFIG_BYTES: Final = 256
 
 OnEvent = Callable[[dict[str, Any]], None]
@@ -424,7 +424,7 @@ class Session:
                     vring.unmap(mapping.iova, mapping.length)
 
     def _forget_mappings(self) -> None:
-        """Forget all mappings: with all rings stopped, QEMU reports no removals (vhost_dev_stop)."""
+        """Forget all mappings: QEMU does not report removals for stopped rings (vhost_dev_stop)."""
         if isinstance(self.bus, Iotlb):
             self.bus.clear()
         if self._channel is not None:

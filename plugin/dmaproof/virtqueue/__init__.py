@@ -1,14 +1,14 @@
-"""Virtqueues seen from the device: split and packed rings behind one interface.
+"""The device's side of virtqueues: split and packed rings behind one interface.
 
-A `Virtqueue` takes requests out of guest RAM as `DescriptorChain`s and gives them back. Its two
-forms are `SplitVirtqueue` (OASIS virtio 1.2, section 2.7) and `PackedVirtqueue` (section 2.8); the
-driver chooses with VIRTIO_F_RING_PACKED.
+A `Virtqueue` takes requests out of guest RAM as `DescriptorChain`s and returns them to the driver.
+Its two forms are `SplitVirtqueue` (OASIS virtio 1.2, section 2.7) and `PackedVirtqueue` (section
+2.8); the driver chooses with VIRTIO_F_RING_PACKED.
 
-The driver is not trusted: every index, flag and length that is read from a ring is checked, a
-chain that loops or nests is a `ProtocolError`, and an address outside guest RAM a
-`MemoryAccessError` from `Dma`. Reads go through read-only windows on the ring, whose pages may be
-scattered over guest RAM behind an IOMMU; what the device writes there are DMA writes like any
-other, since QEMU has to learn of them too.
+The driver is not trusted. Every index, flag and length that is read from a ring is checked. A chain
+that loops or nests raises a `ProtocolError`, and an address outside guest RAM raises a
+`MemoryAccessError` from `Dma`. Reads go through read-only windows on the ring; behind an IOMMU the
+ring's pages may be scattered over guest RAM. Writes to the ring are DMA writes like any other,
+because QEMU must see them as dirty too.
 """
 
 from .chain import (

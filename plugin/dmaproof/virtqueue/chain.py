@@ -1,7 +1,7 @@
-"""What split and packed rings have in common: descriptors, and the chains that they make up.
+"""Descriptors and descriptor chains, which split and packed rings have in common.
 
-A descriptor is 16 bytes in both: address, length, and two 16-bit fields, which are *flags* and
-*next* in a split ring, *id* and *flags* in a packed one.
+A descriptor has 16 bytes in both forms: address, length, and two 16-bit fields. These are *flags*
+and *next* in a split ring, *id* and *flags* in a packed ring.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..errors import ProtocolError
 DESCRIPTOR: Final = struct.Struct("<QIHH")
 DESCRIPTOR_BYTES: Final = DESCRIPTOR.size
 MAX_QUEUE_SIZE: Final = 32768
-"""The largest size of a split ring (section 2.7) and of a packed one (section 2.8.10.1)."""
+"""The largest size of a split ring (section 2.7) and of a packed ring (section 2.8.10.1)."""
 
 F_NEXT: Final = 1
 F_WRITE: Final = 2
@@ -33,7 +33,7 @@ class Segment(NamedTuple):
 
 
 class PackedDescriptor(NamedTuple):
-    """A descriptor as it stands in a packed ring, until its answer is written over it."""
+    """A descriptor of a packed ring, as the driver wrote it."""
 
     iova: int
     length: int
@@ -43,10 +43,11 @@ class PackedDescriptor(NamedTuple):
 
 @dataclass(frozen=True)
 class DescriptorChain:
-    """One request: what the device may read, and behind it what it may write.
+    """One request: the buffers that the device may read, followed by those that it may write.
 
-    `head` names it to the driver: the first descriptor's index in a split ring, the buffer ID in a
-    packed one. `descriptors` of the ring itself make it up; of a packed ring they are in `packed`.
+    `head` identifies the request to the driver: it is the index of the first descriptor in a split
+    ring, and the buffer ID in a packed ring. `descriptors` is the number of ring descriptors that
+    the request takes; for a packed ring `packed` has their content.
     """
 
     head: int
@@ -58,7 +59,7 @@ class DescriptorChain:
 
 @dataclass(frozen=True)
 class RingAddresses:
-    """IOVAs of a ring's three parts, by what the specification calls them.
+    """IOVAs of a ring's three areas, under the specification's names.
 
     ============  ================  ===============
     area          split ring        packed ring
@@ -79,39 +80,39 @@ class Virtqueue(Protocol):
 
     @property
     def size(self) -> int:
-        """How many descriptors the ring has."""
+        """The number of descriptors in the ring."""
 
     @property
     def base(self) -> int:
-        """Where the ring stands, as SET_VRING_BASE takes it and GET_VRING_BASE answers it."""
+        """The ring's position, in the form of SET_VRING_BASE and GET_VRING_BASE."""
 
     def pop(self) -> DescriptorChain | None:
-        """The next request, or None when the driver has made no more available.
+        """Take the next request; return None when the driver has made no more available.
 
-        All of its addresses are known: behind an IOMMU, it can be carried out without a miss.
+        All of the request's addresses are known: behind an IOMMU, it can be served without a miss.
 
         Raises:
             ProtocolError: the ring or the chain breaks the specification.
             MemoryAccessError: an indirect table lies outside guest RAM.
-            IotlbMissError: the IOMMU has to be asked for some address first; the request is the
-                next one still.
+            IotlbMissError: the IOMMU must be asked for an address first; the next call returns the
+                same request.
         """
 
     def push(self, chain: DescriptorChain, written: int) -> None:
-        """Give a request back; the device wrote `written` bytes into its buffers."""
+        """Return a request to the driver; the device wrote `written` bytes into its buffers."""
 
     def wants_interrupt(self) -> bool:
-        """Whether the driver is to be told of what was pushed since this was asked last."""
+        """Return whether the requests pushed since the last call need an interrupt."""
 
     def ask_for_kick(self) -> bool:
-        """Let the driver kick at the next request; True if one has already come in meanwhile."""
+        """Ask for a kick at the next request; return True if a request is already available."""
 
 
 def check_ring(size: int, parts: tuple[tuple[str, int, int], ...]) -> None:
-    """Refuse a ring of `size` whose `parts` are (name, IOVA, due alignment in bytes).
+    """Check a ring of `size` with `parts` (name, IOVA, required alignment in bytes).
 
     Raises:
-        ProtocolError: no ring can have this size, or a part is misaligned.
+        ProtocolError: the size is not possible, or a part is misaligned.
     """
     if not 0 < size <= MAX_QUEUE_SIZE:
         raise ProtocolError(f"queue size {size} is not between 1 and {MAX_QUEUE_SIZE}")
@@ -121,31 +122,31 @@ def check_ring(size: int, parts: tuple[tuple[str, int, int], ...]) -> None:
 
 
 def add_segment(chain: DescriptorChain, segment: Segment, flags: int) -> None:
-    """Append what a descriptor with `flags` describes.
+    """Append the buffer of a descriptor with `flags` to the chain.
 
     Raises:
-        ProtocolError: it is readable, and stands behind one that is writable.
+        ProtocolError: the buffer is readable and follows a writable one.
     """
     if flags & F_WRITE:
         chain.writable.append(segment)
     elif chain.writable:
-        raise ProtocolError(f"request {chain.head} has a readable descriptor behind a writable one")
+        raise ProtocolError(f"request {chain.head} has a readable descriptor after a writable one")
     else:
         chain.readable.append(segment)
 
 
 def read_indirect_table(dma: Dma, head: int, iova: int, length: int) -> bytes:
-    """A copy of request `head`'s indirect table: the driver could change it while it is walked.
+    """Copy the indirect table of request `head`, because the driver could change it meanwhile.
 
     Raises:
-        ProtocolError: `length` (bytes) is not that of a table.
-        MemoryAccessError: it lies outside guest RAM.
-        IotlbMissError: the IOMMU has to be asked for some of its pages first.
+        ProtocolError: `length` (bytes) is not the length of a table.
+        MemoryAccessError: the table lies outside guest RAM.
+        IotlbMissError: the IOMMU must be asked for pages of the table first.
     """
     if length == 0 or length % DESCRIPTOR_BYTES or length > MAX_QUEUE_SIZE * DESCRIPTOR_BYTES:
         raise ProtocolError(
-            f"indirect table of request {head} has {length} bytes, not {DESCRIPTOR_BYTES} for "
-            f"each of up to {MAX_QUEUE_SIZE} descriptors"
+            f"indirect table of request {head} has {length} bytes; expected {DESCRIPTOR_BYTES} for "
+            f"each of 1 to {MAX_QUEUE_SIZE} descriptors"
         )
-    dma.require([(iova, length)], [])  # all of its pages are asked for at a time
+    dma.require([(iova, length)], [])  # ask for all missing pages at once
     return dma.read(iova, length)

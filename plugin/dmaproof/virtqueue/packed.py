@@ -1,17 +1,17 @@
 """The packed ring (section 2.8): one ring of descriptors that driver and device both write.
 
-A descriptor is the driver's or the device's by its flags AVAIL and USED, compared with a *wrap
-counter* that each side keeps and turns over whenever it comes round the ring: AVAIL equal and USED
-unequal to the driver's counter is available, both equal to the device's is used. The device
-answers in the order in which it likes, always at its own next position, and skips as many
-descriptors as the request took. So the descriptors themselves are what a device dirties here, and
-has to log.
+The flags AVAIL and USED of a descriptor say whether it belongs to the driver or to the device. They
+are compared with a *wrap counter*, a bit that each side inverts whenever it reaches the end of the
+ring. A descriptor is available if AVAIL is equal and USED unequal to the driver's counter, and used
+if both are equal to the device's counter. The device may answer in any order. It writes each answer
+at its own next position, and skips as many descriptors as the request took. So the device dirties
+the descriptors themselves, and must log them.
 
-Each side says in an *event suppression structure* of 4 bytes when it wants to hear from the other:
+Each side says in an *event suppression structure* of 4 bytes when the other shall notify it:
 always, never, or when a certain descriptor is reached.
 
-Here a *position* counts descriptors over two rounds of the ring, 0 to 2 * size: its wrap counter is
-1 in the first round and 0 in the second, as both counters begin with 1.
+In this module a *position* counts descriptors over two rounds of the ring, from 0 to 2 * size - 1.
+The wrap counter is 1 in the first round and 0 in the second, because both counters begin with 1.
 """
 
 from __future__ import annotations
@@ -54,12 +54,13 @@ _WRAP: Final = 1 << 15
 class PackedVirtqueue:
     """The device's end of one packed ring; see `Virtqueue`.
 
-    Its base has in bits 0 to 15 the index and the wrap counter of the first request not yet taken,
-    in bits 16 to 31 those of the next used descriptor (vhost-user specification, "A vring state
+    Bits 0 to 15 of its base are the index and the wrap counter of the first request not yet taken,
+    bits 16 to 31 those of the next used descriptor (vhost-user specification, "A vring state
     description").
 
     Raises:
-        ProtocolError: the size is out of bounds, a part misaligned, or the base outside the ring.
+        ProtocolError: the size is out of bounds, a part is misaligned, or the base is outside the
+            ring.
         MemoryAccessError: a part lies outside guest RAM.
     """
 
@@ -95,14 +96,14 @@ class PackedVirtqueue:
         self._own_event = dma.view(addresses.device, _EVENT.size)
 
     def _position(self, half: int) -> int:
-        """The position of an index with its wrap counter in bit 15."""
+        """Return the position of an index with its wrap counter in bit 15."""
         index = half & ~_WRAP
         if index >= self.size:
-            raise ProtocolError(f"index {index} is not inside a packed ring of {self.size}")
+            raise ProtocolError(f"index {index} is outside the packed ring of {self.size}")
         return index if half & _WRAP else index + self.size
 
     def _half(self, position: int) -> int:
-        """The index of a position, with its wrap counter in bit 15."""
+        """Return the index of a position, with its wrap counter in bit 15."""
         return position | _WRAP if position < self.size else position - self.size
 
     def _advanced(self, position: int, descriptors: int) -> int:
@@ -113,7 +114,7 @@ class PackedVirtqueue:
         return self._half(self._next_available) | self._half(self._next_used) << 16
 
     def _is_available(self) -> bool:
-        """Whether the driver has made the descriptor at the next position available."""
+        """Return whether the driver has made the descriptor at the next position available."""
         return self.is_available_at(
             self._next_available % self.size, self._next_available < self.size
         )
@@ -121,7 +122,7 @@ class PackedVirtqueue:
     def pop(self) -> DescriptorChain | None:
         if not self._is_available():
             return None
-        _core.fence()  # the rest may be read only after the flags that make it available
+        _core.fence()  # read the rest of the descriptor only after its flags
         chain = self.chain_of(self._descriptors())
         self._next_available = self._advanced(self._next_available, chain.descriptors)
         return chain
@@ -132,28 +133,30 @@ class PackedVirtqueue:
         return self._next_used % self.size, self._next_used < self.size
 
     def used_place_after(self, chain: DescriptorChain) -> tuple[int, bool]:
-        """The same once `chain` has been given back."""
+        """Return `used_place` as it will be once `chain` has been returned."""
         position = self._advanced(self._next_used, chain.descriptors)
         return position % self.size, position < self.size
 
     def is_available_at(self, index: int, wrap: bool) -> bool:
-        """Whether the descriptor at `index` was made available in the round of `wrap`, and has been
-        neither given back since nor made available anew."""
+        """Return whether the descriptor at `index` is available in the round of `wrap`.
+
+        If the descriptor has been used or made available again since, the answer is False.
+        """
         (flags,) = self._ring.unpack(_U16, DESCRIPTOR_BYTES * index + _FLAGS_OFFSET)
         return bool(flags & _F_AVAIL) == wrap and bool(flags & _F_USED) != wrap
 
     def resume_at(self, index: int, wrap: bool, taken: int) -> None:
-        """Use the descriptor at `index` next; so many behind it have been taken already."""
+        """Continue with the next used descriptor at `index`, and `taken` descriptors in flight."""
         self._next_used = index if wrap else index + self.size
         self._next_available = self._advanced(self._next_used, taken)
 
     def chain_of(self, descriptors: list[PackedDescriptor]) -> DescriptorChain:
-        """The request that the descriptors make up.
+        """Return the request that `descriptors` make up.
 
         Raises:
             ProtocolError: the chain breaks the specification.
             MemoryAccessError: an indirect table lies outside guest RAM.
-            IotlbMissError: the IOMMU has to be asked for some address first.
+            IotlbMissError: the IOMMU must be asked for an address first.
         """
         # Only the last descriptor of a list has its buffer ID (section 2.8.6).
         chain = DescriptorChain(descriptors[-1].buffer_id, len(descriptors), packed=descriptors)
@@ -166,7 +169,7 @@ class PackedVirtqueue:
         return chain
 
     def _descriptors(self) -> list[PackedDescriptor]:
-        """Those of the next request."""
+        """Return the descriptors of the next request."""
         found = []
         for ahead in range(self.size):
             index = (self._next_available + ahead) % self.size
@@ -175,15 +178,15 @@ class PackedVirtqueue:
             found.append(descriptor)
             if not descriptor.flags & F_NEXT:
                 return found
-        raise ProtocolError(f"a descriptor list goes on through all of a ring of {self.size}")
+        raise ProtocolError(f"a descriptor list does not end within the ring of {self.size}")
 
     def _add_indirect(self, chain: DescriptorChain, iova: int, length: int) -> None:
         if not self._indirect or chain.descriptors > 1:
             raise ProtocolError(
-                f"indirect descriptor of request {chain.head} is chained, or was not negotiated"
+                f"indirect descriptor of request {chain.head} is chained or was not negotiated"
             )
         table = read_indirect_table(self._dma, chain.head, iova, length)
-        # Section 2.8.7: all of the table, in its order; only the flag WRITE counts there.
+        # Section 2.8.7: the request is the whole table, in order; only the flag WRITE is valid.
         for piece_iova, piece_length, _, piece_flags in DESCRIPTOR.iter_unpack(table):
             if piece_flags & F_INDIRECT:
                 raise ProtocolError(f"indirect descriptor of request {chain.head} is nested")
@@ -194,7 +197,7 @@ class PackedVirtqueue:
         iova = self._descriptors_iova + DESCRIPTOR_BYTES * index
         answer = struct.pack("<IH", written, chain.head)
         self._dma.write(iova + _LENGTH_OFFSET, answer, WriteKind.USED_RING)
-        _core.fence()  # length and buffer ID must be in RAM before the flags that give them back
+        _core.fence()  # length and buffer ID must be in RAM before the flags that publish them
         flags = F_WRITE if written else 0
         if self._next_used < self.size:
             flags |= _F_AVAIL | _F_USED
@@ -203,11 +206,11 @@ class PackedVirtqueue:
         self._unsignalled += chain.descriptors
 
     def wants_interrupt(self) -> bool:
-        """Tell whether the driver wants an interrupt (section 2.8.10).
+        """Return whether the driver wants an interrupt (section 2.8.10).
 
-        With an event index, when the descriptor that the driver named was among those used.
+        With an event index, it does if the descriptor it named is among those used since.
         """
-        _core.fence()  # flags written before the driver's wish is read (section 2.8.21.3.1)
+        _core.fence()  # write the flags before reading the driver's request (section 2.8.21.3.1)
         used, self._unsignalled = self._unsignalled, 0
         offset, flags = self._drivers_event.unpack(_EVENT, 0)
         if not used or flags == _EVENTS_DISABLED:
@@ -220,10 +223,10 @@ class PackedVirtqueue:
         return reached
 
     def ask_for_kick(self) -> bool:
-        wish = (0, _EVENTS_ENABLED)
+        suppression = (0, _EVENTS_ENABLED)
         if self._event_index:
-            wish = (self._half(self._next_available), _EVENTS_AT_DESCRIPTOR)
-        if self._own_event.unpack(_EVENT, 0) != wish:
-            self._dma.write(self._own_event_iova, _EVENT.pack(*wish), WriteKind.USED_RING)
-            _core.fence()  # the wish written before the ring is looked at again
+            suppression = (self._half(self._next_available), _EVENTS_AT_DESCRIPTOR)
+        if self._own_event.unpack(_EVENT, 0) != suppression:
+            self._dma.write(self._own_event_iova, _EVENT.pack(*suppression), WriteKind.USED_RING)
+            _core.fence()  # write the device's request before reading the ring again
         return self._is_available()

@@ -32,7 +32,8 @@ class SplitVirtqueue:
     Its base is the free-running index of the first request not yet taken.
 
     Raises:
-        ProtocolError: the size is no power of two up to `MAX_QUEUE_SIZE`, or a part is misaligned.
+        ProtocolError: the size is not a power of two up to `MAX_QUEUE_SIZE`, or a part is
+            misaligned.
         MemoryAccessError: a part lies outside guest RAM.
     """
 
@@ -75,7 +76,7 @@ class SplitVirtqueue:
         return self._next_available
 
     def _available_at(self, index: int) -> int:
-        """The 16-bit field `index` of the available ring: flags, idx, ring[size], used_event."""
+        """Return 16-bit field `index` of the available ring: flags, idx, ring[size], used_event."""
         value: int = self._available.unpack(_U16, 2 * index)[0]
         return value
 
@@ -86,37 +87,39 @@ class SplitVirtqueue:
             return None
         if pending > self.size:
             raise ProtocolError(
-                f"available index {available} is {pending} ahead of {self._next_available}, more "
-                f"than the queue's {self.size} entries"
+                f"available index {available} is {pending} ahead of {self._next_available}, which "
+                f"exceeds the {self.size} entries of the queue"
             )
-        _core.fence()  # the entry may be read only after the index that publishes it
+        _core.fence()  # read the entry only after the index that publishes it
         chain = self.chain_at(self._available_at(2 + self._next_available % self.size))
         self._next_available = (self._next_available + 1) & 0xFFFF
         return chain
 
     @property
     def used_index(self) -> int:
-        """The free-running index of the used ring."""
+        """The free-running index of the next used entry."""
         return self._next_used
 
     def resume_at(self, next_available: int) -> None:
-        """Take the request with this free-running index next."""
+        """Continue with the request whose free-running index is `next_available`."""
         self._next_available = next_available & 0xFFFF
 
     def chain_at(self, head: int) -> DescriptorChain:
-        """The request whose first descriptor is `head`.
+        """Return the request whose first descriptor is `head`.
 
         Raises:
             ProtocolError: the chain breaks the specification.
             MemoryAccessError: an indirect table lies outside guest RAM.
-            IotlbMissError: the IOMMU has to be asked for some address first.
+            IotlbMissError: the IOMMU must be asked for an address first.
         """
         chain = DescriptorChain(head, 1)
-        table: bytes | None = None  # the indirect one, once it is reached
+        table: bytes | None = None  # the indirect table, once the chain has reached it
         entries, index, seen = self.size, head, 0
         while True:
             if index >= entries:
-                raise ProtocolError(f"descriptor {index} of request {head}: table has {entries}")
+                raise ProtocolError(
+                    f"descriptor {index} of request {head} is outside the table of {entries}"
+                )
             seen += 1
             if seen > entries:
                 raise ProtocolError(f"descriptor chain of request {head} loops")
@@ -127,14 +130,14 @@ class SplitVirtqueue:
                 else DESCRIPTOR.unpack_from(table, place)
             )
             if flags & F_INDIRECT:
-                # Section 2.7.5.3.2: that it is writable is to be ignored.
+                # Section 2.7.5.3.2: the flag WRITE of an indirect descriptor is ignored.
                 if not self._indirect or table is not None or flags & F_NEXT:
                     raise ProtocolError(
                         f"indirect descriptor of request {head} is nested, chained, or was not "
                         "negotiated"
                     )
                 table = read_indirect_table(self._dma, head, iova, length)
-                # A head in the ring and its chain in the table may be as long as the table.
+                # The head in the ring does not count: the chain may be as long as the table.
                 entries, index, seen = length // DESCRIPTOR_BYTES, 0, 0
                 continue
             add_segment(chain, Segment(iova, length), flags)
@@ -152,12 +155,12 @@ class SplitVirtqueue:
         self._dma.write(self._used_iova + 2, index, WriteKind.USED_RING)
 
     def wants_interrupt(self) -> bool:
-        """Tell whether the driver wants an interrupt.
+        """Return whether the driver wants an interrupt.
 
-        Section 2.7.7.2: with an event index, when used_event was passed; else unless the driver
-        set VIRTQ_AVAIL_F_NO_INTERRUPT.
+        Section 2.7.7.2: with an event index, it does if the used index has passed used_event;
+        without one, unless it set VIRTQ_AVAIL_F_NO_INTERRUPT.
         """
-        _core.fence()  # used index written before used_event is read (section 2.7.13.4.1)
+        _core.fence()  # write the used index before reading used_event (section 2.7.13.4.1)
         before, self._signalled_used = self._signalled_used, self._next_used
         if not self._event_index:
             return before != self._next_used and not self._available_at(0) & _AVAIL_F_NO_INTERRUPT
@@ -171,5 +174,5 @@ class SplitVirtqueue:
                 struct.pack("<H", self._next_available),
                 WriteKind.USED_RING,
             )
-            _core.fence()  # avail_event written before the available index is read again
+            _core.fence()  # write avail_event before reading the available index again
         return self._available_at(1) != self._next_available

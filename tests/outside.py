@@ -1,4 +1,4 @@
-"""Puts third-party distributions where a Python finds them, without a build and without network."""
+"""Installs third-party distributions into a folder, without a build and without network."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Final
 OUTSIDE_PACKAGE: Final = Path(__file__).parent / "outside_package"
 
 EntryPoints = Mapping[str, Mapping[str, str]]
-"""Groups, names, and what the names stand for."""
+"""Group → name of the entry point → object that it refers to."""
 
 
 def install(target: Path, name: str, entry_points: EntryPoints) -> None:
-    """Write what an installer writes of a distribution's metadata into the folder `target`."""
+    """Write a distribution's metadata into the folder `target`, as an installer does."""
     info = target / f"{name.replace('-', '_')}-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
@@ -35,6 +35,6 @@ def install_outside_package(target: Path) -> None:
 
 
 def environment(target: Path) -> dict[str, str]:
-    """The environment of a process that finds what is in `target`."""
+    """Return the environment of a process that finds the distributions in `target`."""
     others = os.environ.get("PYTHONPATH")
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(target), others)))}

@@ -1,9 +1,9 @@
-"""A vhost-user back end as a third party's would be that has a fault: our own device, unobserved.
+"""A third-party vhost-user back end with a fault: dmaproof's device, without a control socket.
 
 Run with the path to listen on, the fault to inject ('none': no fault), and optionally when to
 harvest (as ``--harvest``). The faults are those of `dmaproof.faults` and two more:
-``dma-after-stop=SECONDS`` writes a page again so long after the device has stopped, and
-``base=EXPRESSION`` answers GET_VRING_BASE by an expression of the ``right`` answer.
+``dma-after-stop=SECONDS`` writes a page again that many seconds after the device has stopped, and
+``base=EXPRESSION`` answers GET_VRING_BASE with an expression of the ``right`` answer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BASE: Final = "base="
 
 
 class _LastPage:
-    """The door to guest RAM, and where it was last used for a whole page."""
+    """Makes a `Dma` that remembers the last whole page it wrote."""
 
     def __init__(self) -> None:
         self.page = memoryview(bytearray(PAGE_BYTES))
@@ -50,8 +50,8 @@ class _RememberingDma(Dma):
                 self.last.page = self.memory.view(gpa, size)
 
 
-class _RestlessSession(Session):
-    """Writes a page again when it has long been stopped."""
+class _WritesAfterStopSession(Session):
+    """A session that writes a page again after its device has stopped."""
 
     after_s: float
     last: _LastPage
@@ -70,7 +70,7 @@ class _RestlessSession(Session):
 def _make_session(after_s: float) -> Callable[..., Session]:
     def make(connection: Any, device: Any, tracker: Any, *others: Any, **options: Any) -> Session:
         last = _LastPage()
-        session = _RestlessSession(
+        session = _WritesAfterStopSession(
             connection, device, tracker, *others, make_dma=last.make_dma, **options
         )
         session.after_s, session.last = after_s, last
@@ -79,7 +79,7 @@ def _make_session(after_s: float) -> Callable[..., Session]:
     return make
 
 
-def _encode_wrongly(answer: str) -> Callable[[VringState], bytes]:
+def _wrong_encoder(answer: str) -> Callable[[VringState], bytes]:
     def encode(state: VringState) -> bytes:
         value = eval(answer, {"right": state.value}) & 0xFFFF
         return encode_vring_state(state._replace(value=value))
@@ -88,14 +88,14 @@ def _encode_wrongly(answer: str) -> Callable[[VringState], bytes]:
 
 
 def main() -> int:
-    """Become the device."""
+    """Serve with the fault of the command line."""
     path, fault, *harvest = sys.argv[1:]
     options = ["--harvest", *harvest] if harvest else []
     if fault.startswith(_DMA_AFTER_STOP):
         make = _make_session(float(fault.removeprefix(_DMA_AFTER_STOP)))
         return unobserved.serve(path, *options, session_of=lambda _: make)
     if fault.startswith(_BASE):
-        wrong = _encode_wrongly(fault.removeprefix(_BASE))
+        wrong = _wrong_encoder(fault.removeprefix(_BASE))
         with mock.patch.object(session, "encode_vring_state", wrong):
             return unobserved.serve(path, *options)
     options += ["--fault", fault] if fault != "none" else []

@@ -1,5 +1,6 @@
-"""A third-party vhost-user back end that goes mute in a migration: our own device, which does not
-answer SET_LOG_BASE, or another message that comes after it.
+"""A third-party vhost-user back end that stops answering during a migration.
+
+It is dmaproof's device, which does not answer SET_LOG_BASE or a message that arrives after it.
 
 Run with the path to listen on, the message's name, and 'stops' (by SIGSTOP) or 'hangs'.
 """
@@ -18,16 +19,16 @@ from dmaproof.vhost_user.messages import Message, Request
 
 
 def main() -> None:
-    """Serve, until the message comes."""
+    """Serve until the message arrives."""
     path, name, how = sys.argv[1:]
     receive = Connection.receive
-    logs = False
+    logging = False
 
     def go_mute(connection: Connection) -> Iterator[Message]:
-        nonlocal logs
+        nonlocal logging
         for message in receive(connection):
-            logs |= message.request == Request.SET_LOG_BASE
-            if logs and message.request == Request[name]:
+            logging |= message.request == Request.SET_LOG_BASE
+            if logging and message.request == Request[name]:
                 print(f"received {name}", flush=True)
                 if how == "stops":
                     os.kill(os.getpid(), signal.SIGSTOP)

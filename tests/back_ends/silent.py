@@ -1,7 +1,7 @@
-"""A third-party vhost-user back end that negotiates, but from which nothing comes to the guest.
+"""A third-party vhost-user back end that negotiates, but never sends anything to the guest.
 
-Run with the path to listen on, and 'disk' (it completes no request) or 'net' (it takes the frames
-that the guest sends, and sends none back).
+Run with the path to listen on, and 'disk' (it completes no request) or 'net' (it receives
+the guest's frames, and sends none).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dmaproof.vhost_user.session import Session
 
 
 def main() -> int:
-    """Serve, after a line that a test can look for in the log."""
+    """Print a line that a test can find in the log, then serve."""
     path, kind = sys.argv[1:]
     print("silent", flush=True)
-    if kind == "net":  # our own answers only frames that ask for packets
+    if kind == "net":  # dmaproof's device answers only frames that ask for packets
         return unobserved.serve(path, "--device", "net")
     with mock.patch.object(Session, "serve_rings", return_value=False):
         return unobserved.serve(path)

@@ -1,4 +1,4 @@
-"""A vhost-user back end as somebody else's would be that takes long to stop: its last harvest does.
+"""A third-party vhost-user back end that stops slowly, because its last harvest is slow.
 
 Run with the path to listen on.
 """
@@ -16,12 +16,12 @@ PAUSE_S = 0.5
 
 
 class SlowTracker(AmdIommu):
-    """One that is asked only when the device stops, and takes its time then."""
+    """A tracker that is read only when the device stops, and is slow then."""
 
     name = "slow"
 
     def read_and_clear(self, bitmap: IovaBitmap, iova: int, length: int) -> None:
-        """Report late."""
+        """Report after a pause."""
         time.sleep(PAUSE_S)
         super().read_and_clear(bitmap, iova, length)
 

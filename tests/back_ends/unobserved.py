@@ -1,4 +1,4 @@
-"""Our own device as a third-party back end: dmaproof gets nothing but its vhost-user socket."""
+"""dmaproof's device as a third-party back end: dmaproof sees only its vhost-user socket."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def serve(
     tracker: str = "iommu",
     **session: Any,
 ) -> int:
-    """Listen at `path`, with `options` of ``python -m dmaproof.vhost_user``; returns its exit code.
+    """Listen at `path` with `options` of ``python -m dmaproof.vhost_user``; return the exit code.
 
-    Nothing is ever said on its control socket, whose other end stays open.
+    The other end of its control socket stays open, but is never used.
     """
-    ours, theirs = socket.socketpair()
-    sys.argv[1:] = ["--control", str(theirs.detach()), "--socket", f"theirs={path}", *options]
-    with ours:
+    unused_end, control = socket.socketpair()
+    sys.argv[1:] = ["--control", str(control.detach()), "--socket", f"guest={path}", *options]
+    with unused_end:
         return main(trackers or emulated_trackers(), tracker, **session)

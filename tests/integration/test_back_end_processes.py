@@ -58,14 +58,14 @@ def test_a_listener_in_its_own_network_namespace_is_found_until_it_ends(tmp_path
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert str(path) not in Path("/proc/net/unix").read_text()
-        assert command.listens(path, os.getpid())  # as where a grandchild of the shell's listens
+        assert command.listens(path, os.getpid())  # as for a socket of a shell's grandchild
         backend.kill()
     assert path.is_socket()
     assert not command.listens(path, os.getpid())
 
 
 def test_each_side_has_a_back_end(tmp_path: Path) -> None:
-    async def scene() -> None:
+    async def scenario() -> None:
         async with attached(tmp_path, *LISTENS) as device:
             for side in (SOURCE, DESTINATION):
                 arguments = await device.attach(side)
@@ -84,34 +84,34 @@ def test_each_side_has_a_back_end(tmp_path: Path) -> None:
             pids = [process.pid for process in device.processes]
         assert not any(is_alive(pid) for pid in pids)
 
-    asyncio.run(scene())
+    asyncio.run(scenario())
 
 
 def test_a_back_end_that_ends_is_reported_with_its_last_output(tmp_path: Path) -> None:
-    async def scene() -> None:
+    async def scenario() -> None:
         async with attached(
             tmp_path, "sh", "-c", "echo no such option; exit 5", "{socket}"
         ) as device:
             with pytest.raises(ProcessDiedError, match=r"exit code 5\n.*\n +no such option"):
                 await device.attach(SOURCE)
 
-    asyncio.run(scene())
+    asyncio.run(scenario())
 
 
 def test_a_back_end_that_binds_and_ends_is_reported_with_its_last_output(tmp_path: Path) -> None:
-    async def scene() -> None:
+    async def scenario() -> None:
         words = (sys.executable, "-c", f"{BINDS}sys.exit(5)", "{socket}", "{side}")
         async with attached(tmp_path, *words) as device:
             with pytest.raises(ProcessDiedError, match=r"exit code 5\n.*\n +side source"):
                 await device.attach(SOURCE)
 
-    asyncio.run(scene())
+    asyncio.run(scenario())
 
 
-def test_a_wait_that_began_before_the_back_end_notices_its_end(
+def test_a_wait_that_began_earlier_notices_the_end_of_the_back_end(
     tmp_path: Path,
 ) -> None:
-    async def scene() -> None:
+    async def scenario() -> None:
         async with attached(tmp_path, *LISTENS) as device:
             refusal = asyncio.ensure_future(device.refusal())
             await device.attach(SOURCE)
@@ -121,11 +121,11 @@ def test_a_wait_that_began_before_the_back_end_notices_its_end(
                 os.kill(process.pid, signal.SIGTERM)
             assert str(await refusal).startswith("destination device was killed by SIGTERM")
 
-    asyncio.run(scene())
+    asyncio.run(scenario())
 
 
 def test_a_wait_for_a_back_end_that_does_not_listen_ends_with_the_timeout(tmp_path: Path) -> None:
-    async def scene() -> None:
+    async def scenario() -> None:
         words = ("sh", "-c", "sleep 1000", "{socket}")
         async with CommandDevice("blk", words).start(tmp_path, 0.1) as device:
             with pytest.raises(WaitTimeoutError, match=r"source device has not listened.* 0\.1 s"):
@@ -133,13 +133,13 @@ def test_a_wait_for_a_back_end_that_does_not_listen_ends_with_the_timeout(tmp_pa
             (backend,) = device.processes
         assert not is_alive(backend.pid)
 
-    asyncio.run(scene())
+    asyncio.run(scenario())
 
 
 def test_a_program_that_does_not_exist_is_reported(tmp_path: Path) -> None:
-    async def scene() -> None:
+    async def scenario() -> None:
         async with attached(tmp_path, "/nowhere/backend", "{socket}") as device:
             with pytest.raises(UntestableError, match="/nowhere/backend: No such file"):
                 await device.attach(SOURCE)
 
-    asyncio.run(scene())
+    asyncio.run(scenario())

@@ -12,7 +12,7 @@ import pytest
 
 from outside import environment, install, install_outside_package
 
-PLAY = """
+SIMULATE = """
 import json, sys
 from pathlib import Path
 from qmp_tools.devices.process import DeviceOptions
@@ -23,22 +23,22 @@ print(json.dumps([verdict.exit_code, sorted({page.link for page in verdict.lost}
 """
 SERVE = """
 import subprocess, socket, sys
-ours, theirs = socket.socketpair()
+parent, control = socket.socketpair()
 peer, device_peer = socket.socketpair()
-with theirs, device_peer:
+with control, device_peer:
     process = subprocess.Popen(
-        [sys.executable, "-m", "dmaproof.vhost_user", "--control", str(theirs.fileno()),
+        [sys.executable, "-m", "dmaproof.vhost_user", "--control", str(control.fileno()),
          "--fd", f"a={device_peer.fileno()}", *sys.argv[1:]],
-        pass_fds=(theirs.fileno(), device_peer.fileno()), stderr=subprocess.PIPE)
-said = ours.recv(1 << 16)
-ours.close()
-_, told = process.communicate(timeout=60)
-print(process.returncode, said.decode(), told.decode())
+        pass_fds=(control.fileno(), device_peer.fileno()), stderr=subprocess.PIPE)
+events = parent.recv(1 << 16)
+parent.close()
+_, errors = process.communicate(timeout=60)
+print(process.returncode, events.decode(), errors.decode())
 """
 
 
 def python(target: Path, program: str, *arguments: str) -> str:
-    """What a Python program prints that finds the distributions in `target`."""
+    """Return the output of a Python program that finds the distributions in `target`."""
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments],
         env=environment(target),
@@ -52,7 +52,7 @@ def python(target: Path, program: str, *arguments: str) -> str:
 
 
 def ask(target: Path, expression: str) -> str:
-    """An expression's value, or the message of the error that it raises."""
+    """Return an expression's value, or the message of the error that it raises."""
     return python(
         target,
         "from dmaproof import *\n"
@@ -62,21 +62,21 @@ def ask(target: Path, expression: str) -> str:
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Path:
-    """A folder that has the outside package."""
+    """Return a folder with the outside package installed."""
     install_outside_package(tmp_path / "outside")
     return tmp_path / "outside"
 
 
-def test_parts_of_another_distribution_are_found_beside_our_own(outside: Path) -> None:
+def test_parts_of_another_distribution_are_found(outside: Path) -> None:
     listed = "sorted(emulated_trackers()), sorted(emulated_devices()), sorted(known_faults())"
     names: tuple[list[str], ...] = tuple(json.loads(ask(outside, f"[{listed}]").replace("'", '"')))
-    for ours, theirs, found in zip(
+    for built_in, third_party, found in zip(
         ("iommu", "blk", "drop-pages"),
         ("page-list", "stamped-disk", "deaf-pages"),
         names,
         strict=True,
     ):
-        assert {ours, theirs} <= set(found)
+        assert {built_in, third_party} <= set(found)
     assert ask(outside, "make_device('stamped-disk').name") == "stamped-disk"
     assert ask(outside, "make_fault('deaf-pages=0.5', seed=1).value") == "0.5"
 
@@ -92,7 +92,7 @@ def test_parts_of_another_distribution_are_found_beside_our_own(outside: Path) -
 def test_parts_of_another_distribution_pass_or_are_caught_on_the_test_bed(
     outside: Path, tmp_path: Path, options: dict[str, str], expected: list[Any]
 ) -> None:
-    assert json.loads(python(outside, PLAY, json.dumps(options), str(tmp_path))) == expected
+    assert json.loads(python(outside, SIMULATE, json.dumps(options), str(tmp_path))) == expected
 
 
 def test_the_device_process_finds_third_party_parts(outside: Path) -> None:
@@ -100,8 +100,8 @@ def test_the_device_process_finds_third_party_parts(outside: Path) -> None:
     assert '"event": "connected"' in python(outside, SERVE, *chosen)
 
 
-def test_a_scenario_and_a_kind_of_device_are_found_beside_our_own(outside: Path) -> None:
-    told = python(
+def test_a_third_party_scenario_and_kind_of_device_are_found(outside: Path) -> None:
+    output = python(
         outside,
         "from qmp_tools import known_scenarios\n"
         "from qmp_tools.devices.registry import device_kinds, kind_of\n"
@@ -112,10 +112,10 @@ def test_a_scenario_and_a_kind_of_device_are_found_beside_our_own(outside: Path)
         "print(*(type(kind_of([name], None)).__name__ for name in ('plain-disk', 'blk')))",
     )
     expected = ("True", "{'multifd-channels': 4}", "True", "PlainDiskKind EmulatedKind")
-    assert told.splitlines() == [*expected]
+    assert output.splitlines() == [*expected]
 
 
-def test_an_option_that_means_nothing_to_the_kind_is_refused(outside: Path) -> None:
+def test_an_option_that_the_kind_does_not_have_is_refused(outside: Path) -> None:
     message = python(
         outside,
         "import qmp_tools, dmaproof\n"
@@ -126,7 +126,7 @@ def test_an_option_that_means_nothing_to_the_kind_is_refused(outside: Path) -> N
 
 
 def broken(target: Path, name: str, group: str, part: str, text: str) -> Path:
-    """A folder with a distribution `name` whose module is `text`."""
+    """Return a folder with a distribution `name` whose module contains `text`."""
     install(target, name, {group: {part: "their_module:Part"}})
     (target / "their_module.py").write_text(text)
     return target
@@ -172,10 +172,10 @@ def test_a_broken_part_is_refused_only_where_it_is_used(
     assert '"event": "connected"' in python(folder, SERVE, "--tracker", "iommu")
     refused = python(folder, SERVE, "--tracker", "theirs")
     assert refused.startswith("2 ")
-    assert refused.count("of distribution 'their-tool'") == 2, "to its owner, and to its log"
+    assert refused.count("of distribution 'their-tool'") == 2, "as event and in the log"
 
 
-def test_a_sound_part_is_not_refused(tmp_path: Path) -> None:
+def test_a_valid_part_is_accepted(tmp_path: Path) -> None:
     folder = broken(tmp_path, "their-tool", "dmaproof.trackers", "theirs", TRACKER)
     assert ask(folder, "emulated_trackers()['theirs'].__module__") == "their_module"
 
@@ -186,7 +186,7 @@ def test_a_fault_must_name_its_link(tmp_path: Path) -> None:
     assert "lacks link;" in ask(folder, "known_faults()['theirs']")
 
 
-def test_a_name_that_two_parts_have_is_refused(tmp_path: Path) -> None:
+def test_a_name_of_two_parts_is_refused_as_ambiguous(tmp_path: Path) -> None:
     for distribution in ("one", "two"):
         broken(tmp_path, distribution, "dmaproof.trackers", "theirs", TRACKER)
     message = ask(tmp_path, "emulated_trackers()['theirs']")
@@ -195,7 +195,7 @@ def test_a_name_that_two_parts_have_is_refused(tmp_path: Path) -> None:
     assert "uninstall one, or rename" in message
 
 
-def test_a_name_of_our_own_cannot_be_taken(tmp_path: Path) -> None:
+def test_dmaproofs_own_names_cannot_be_replaced(tmp_path: Path) -> None:
     folder = broken(tmp_path, "their-tool", "dmaproof.devices", "blk", "")
     message = ask(folder, "make_device('blk')")
     assert "device 'blk' is ambiguous: dmaproof itself and distribution 'their-tool'" in message

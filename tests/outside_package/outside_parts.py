@@ -1,4 +1,4 @@
-"""A third-party tracker, device and fault, written with nothing but the public API."""
+"""A third-party tracker, device and fault, written with only the public API."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _READ, _OK, _UNSUPPORTED = 0, 0, 2
 
 
 class PageList(EmulatedTracker):
-    """A list of the pages that were written, in the order of their first write."""
+    """A list of the written pages, in the order of their first write."""
 
     name = "page-list"
 
@@ -41,9 +41,9 @@ class PageList(EmulatedTracker):
         self._pages: dict[int, None] | None = None
 
     def start(self, ranges: Sequence[IovaRange], page_size: int) -> int:
-        """Begin with an empty list; it takes pages of any range."""
+        """Begin with an empty list, for pages of any range."""
         if self._pages is not None:
-            raise TrackerError("the list of pages tracks already")
+            raise TrackerError("the page list is already started")
         self._pages, self._page_size = {}, page_size
         return page_size
 
@@ -58,11 +58,11 @@ class PageList(EmulatedTracker):
             self._pages |= dict.fromkeys(self.heard(range(first, last + 1)))
 
     def heard(self, pages: range) -> Sequence[int]:
-        """The pages of which a write is noticed: all of them."""
+        """Return the pages of which the list notices a write: all of them."""
         return pages
 
     def read_and_clear(self, bitmap: IovaBitmap, iova: int, length: int) -> None:
-        """Report the listed pages of the range, and take them from the list."""
+        """Report the listed pages of the range, and remove them from the list."""
         if self._pages is None:
             raise TrackerError("the list of pages does not track: call start first")
         size = self._page_size
@@ -72,7 +72,7 @@ class PageList(EmulatedTracker):
 
 
 class StampedDisk(VirtioDevice):
-    """A disk of 1 GiB that can only be read; each page that is read is unique."""
+    """A read-only disk of 1 GiB that returns unique pages."""
 
     name = "stamped-disk"
     guests = ("linux", "bare")
@@ -80,16 +80,16 @@ class StampedDisk(VirtioDevice):
 
     @staticmethod
     def qemu_arguments(chardev: str, queues: int, properties: Sequence[str]) -> list[str]:
-        """One virtio disk with one queue."""
+        """Return the arguments for one virtio disk with one queue."""
         device = (f"vhost-user-blk-pci,chardev={chardev}", "num-queues=1", *properties)
         return ["-device", ",".join(device)]
 
     def config(self) -> bytes:
-        """The first fields of struct virtio_blk_config: capacity, size_max, seg_max."""
+        """Return the first fields of struct virtio_blk_config: capacity, size_max, seg_max."""
         return struct.pack("<QII", _SECTORS, 0, 0)
 
     def process(self, chain: DescriptorChain, dma: Dma) -> int:
-        """Serve a read; refuse everything else by the request's status."""
+        """Serve a read; refuse any other request with an error status."""
         number = self.begin_request(dma)
         header = gather(take(chain.readable, 0, 16), dma)
         room = sum(length for _, length in chain.writable) - 1
@@ -116,7 +116,7 @@ class DeafPages(Fault):
     default = 0.05
 
     def wrap_tracker(self, tracker: EmulatedTracker) -> EmulatedTracker:
-        """A list that is deaf to the chosen pages."""
+        """Return a list that ignores the chosen pages."""
         return _DeafList(self.value, self.seed)
 
 

@@ -1,4 +1,4 @@
-"""A third-party scenario and kind of device, written with nothing but the public API."""
+"""A third-party scenario and kind of device, written with only the public API."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _SECTORS_PER_PAGE = 8
 
 
 class FourChannels(Scenario):
-    """A migration of which the RAM goes through four channels."""
+    """A migration that sends RAM through four channels."""
 
     name = "four-channels"
     summary = "a Unix socket for each of 4 channels"
     capabilities = ("multifd",)
-    parameters = {"multifd-channels": 4}  # noqa: RUF012  (nobody changes it)
+    parameters = {"multifd-channels": 4}  # noqa: RUF012  (it is never changed)
     exercised_by = "ram.multifd-bytes"
 
 
@@ -41,15 +41,15 @@ class PlainDiskKind(DeviceKind):
     accepts = COMMON_OPTIONS | {"guest"}
 
     def names(self) -> Sequence[str]:
-        """The one name."""
+        """Return the only name."""
         return ["plain-disk"]
 
     def claims(self, name: str) -> bool:
-        """Whether it is the name."""
+        """Return whether `name` is that name."""
         return name == "plain-disk"
 
     def make(self, request: DeviceRequest) -> ProofDevice:
-        """The disk; the request has nothing that it could heed."""
+        """Make the disk; no part of the request applies to it."""
         return PlainDisk()
 
 
@@ -59,21 +59,21 @@ class PlainDisk(ProofDevice):
 
     @property
     def facts(self) -> DeviceFacts:
-        """What reports tell of it."""
+        """The disk's facts for reports."""
         return DeviceFacts("plain-disk", queues=1)
 
     @property
     def guests(self) -> Collection[str]:
-        """The small guest has a driver for virtio disks."""
+        """The guests with a driver for virtio disks."""
         return ("bare",)
 
     def adapt(self, workload: Workload) -> Workload:
-        """A disk whose stamps stay as they are when pages are read again."""
+        """Tell the workload that a page's stamp is the same at each read."""
         return replace(workload, image=1)
 
     @asynccontextmanager
     async def start(self, folder: Path, timeout_s: float) -> AsyncIterator[AttachedDevice]:
-        """Write the image, every page of it stamped."""
+        """Write the image with a stamp in every page."""
         image = folder / "plain-disk"
         with image.open("wb") as file:
             for page in range(_PAGES):
@@ -86,7 +86,7 @@ class _AttachedDisk(AttachedDevice):
         self._image = image
 
     async def attach(self, side: str) -> Sequence[str]:
-        """Both QEMUs open the image, the destination while the source still has it."""
+        """Return arguments with which both QEMUs open the image at the same time."""
         node = {"driver": "file", "node-name": "plain", "locking": "off"}
         blockdev = json.dumps({**node, "filename": str(self._image)})
         return ["-blockdev", blockdev, "-device", "virtio-blk-pci,drive=plain,num-queues=1"]

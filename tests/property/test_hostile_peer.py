@@ -1,4 +1,4 @@
-"""Front ends and guests that do anything: the device process refuses them, and stays whole."""
+"""Front ends and guests that send anything: the device process serves or refuses them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Drawn:
-    """Hypothesis decides."""
+    """A source whose decisions Hypothesis draws."""
 
     def __init__(self, data: st.DataObject) -> None:
         self._data = data
@@ -37,5 +37,5 @@ class Drawn:
     suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow],
 )
 @given(st.data())
-def test_whatever_comes_is_served_or_refused(data: st.DataObject) -> None:
+def test_any_input_is_served_or_refused(data: st.DataObject) -> None:
     hostile.attack(Drawn(data))

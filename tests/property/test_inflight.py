@@ -1,7 +1,7 @@
-"""A back end that is killed anywhere: its successor gives every request back, and none twice.
+"""A back end that is killed at any step: its successor returns every request exactly once.
 
-A kill is played by an exception that comes at the n-th step of the traffic. Steps are the writes to
-guest RAM and the notes in the region of what is in flight, before and after each of them.
+An exception at the n-th step simulates the kill. Each write to guest RAM and each update of the
+in-flight region is two steps, one before it and one after it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from support.rings import DATA, DRIVERS, SIZE, TABLES, dma_for, driver_of, queue
 
 
 class KilledError(Exception):
-    """The process is gone, here and now."""
+    """The process has been killed."""
 
 
 class Steps:
-    """Counts the steps of one life, and ends it at `last`."""
+    """Counts the steps of one process, and kills it after step `last`."""
 
     def __init__(self, last: int) -> None:
         self.left = last
@@ -43,7 +43,7 @@ class Steps:
             raise KilledError
 
 
-class MortalDma(Dma):
+class KillableDma(Dma):
     def __init__(self, steps: Steps, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._steps = steps
@@ -55,21 +55,21 @@ class MortalDma(Dma):
 
 
 @contextlib.contextmanager
-def mortal_notes(steps: Steps) -> Iterator[None]:
-    """Each note in the region is two more steps."""
+def killable_updates(steps: Steps) -> Iterator[None]:
+    """Make each update of the region two more steps."""
 
-    def mortal(note: Callable[..., None]) -> Callable[..., None]:
-        def noted(*arguments: Any) -> None:
+    def killable(update: Callable[..., None]) -> Callable[..., None]:
+        def updated(*arguments: Any) -> None:
             steps.step()
-            note(*arguments)
+            update(*arguments)
             steps.step()
 
-        return noted
+        return updated
 
     with pytest.MonkeyPatch.context() as patch:
         for region in (inflight.SplitRegion, inflight.PackedRegion):
             for name in ("begin", "taken", "giving_back", "given_back"):
-                patch.setattr(region, name, mortal(getattr(region, name)))
+                patch.setattr(region, name, killable(getattr(region, name)))
         yield
 
 
@@ -79,7 +79,7 @@ def mortal_notes(steps: Steps) -> Iterator[None]:
     lives=st.lists(st.integers(0, 60), min_size=1, max_size=6),
     data=st.data(),
 )
-def test_nothing_is_lost_or_given_back_twice(
+def test_no_request_is_lost_or_returned_twice(
     form: str, lives: list[int], data: st.DataObject
 ) -> None:
     region = memoryview(bytearray(region_bytes(SIZE)))
@@ -94,21 +94,21 @@ def test_nothing_is_lost_or_given_back_twice(
                     break
                 buffers = [Buffer(DATA + 8 * i, i + 1, WRITE) for i in range(pieces)]
                 table = TABLES + PAGE * (requests % 32) if data.draw(st.booleans()) else None
-                expected[driver.submit(buffers, table)] = [it.address for it in buffers]
+                expected[driver.submit(buffers, table)] = [buffer.address for buffer in buffers]
                 requests += 1
             steps = Steps(last_step)
-            dma = dma_for(driver.memory, make_dma=functools.partial(MortalDma, steps))
-            # QEMU cannot ask a dead back end for a packed ring's base: the old one comes again. Of
-            # a split ring it knows the used index.
+            dma = dma_for(driver.memory, make_dma=functools.partial(KillableDma, steps))
+            # QEMU cannot ask a dead back end for a packed ring's base, so it sends the old one again.
+            # It reads the used index of a split ring from RAM.
             if isinstance(driver, RingDriver):
                 base = driver.used_index
-            with contextlib.suppress(KilledError), mortal_notes(steps):
+            with contextlib.suppress(KilledError), killable_updates(steps):
                 queue = InflightVirtqueue(queue_for(driver, dma, base=base), region)
                 taken: list[DescriptorChain] = []
                 at_a_time = data.draw(st.integers(1, 3), label="at a time")
                 while True:
                     while len(taken) < at_a_time and (chain := queue.pop()) is not None:
-                        assert [it.iova for it in chain.writable] == expected[chain.head]
+                        assert [segment.iova for segment in chain.writable] == expected[chain.head]
                         taken.append(chain)
                     if not taken:
                         break
@@ -122,7 +122,7 @@ def test_nothing_is_lost_or_given_back_twice(
 
 
 @pytest.mark.parametrize("form", sorted(DRIVERS))
-def test_a_ring_that_was_stopped_in_good_order_leaves_nothing(form: str) -> None:
+def test_a_properly_stopped_ring_leaves_an_unused_region(form: str) -> None:
     fd, file = make_file(2, SIZE)
     regions = InflightRegions(fd, file)
     part = regions.region(1, SIZE)
@@ -131,7 +131,7 @@ def test_a_ring_that_was_stopped_in_good_order_leaves_nothing(form: str) -> None
         assert not regions.predecessor_died
         queue = InflightVirtqueue(queue_for(driver), part)
         assert regions.predecessor_died
-        assert InflightRegions(fd, file).predecessor_died, "whoever is handed the file can tell"
+        assert InflightRegions(fd, file).predecessor_died, "a new mapping of the file shows it too"
         queue.end()
         assert not regions.predecessor_died
 
@@ -159,7 +159,7 @@ def test_a_region_of_another_ring_is_refused(form: str) -> None:
         InflightVirtqueue(queue_for(driver), region)
 
 
-def test_a_ring_larger_than_the_front_end_said_is_noted_too() -> None:
+def test_a_ring_larger_than_announced_is_recorded_too() -> None:
     regions = InflightRegions(*make_file(2, SIZE))
     for ring in (0, 1):
         part = regions.region(ring, 1024)
@@ -170,14 +170,14 @@ def test_a_ring_larger_than_the_front_end_said_is_noted_too() -> None:
 
 
 @pytest.mark.parametrize("form", sorted(DRIVERS))
-def test_requests_in_flight_come_again_in_their_order(form: str) -> None:
-    """Through two deaths, and although neither heads nor entries are in that order."""
+def test_requests_in_flight_are_repeated_in_order(form: str) -> None:
+    """After two kills, and although neither heads nor entries are in this order."""
     region = memoryview(bytearray(region_bytes(SIZE)))
     with driver_of(DRIVERS[form]) as driver:
         first_base = driver.base
 
-        def life() -> InflightVirtqueue:
-            """QEMU knows the used index of a split ring, and of a packed one only the old base."""
+        def start() -> InflightVirtqueue:
+            """Start with the used index of a split ring, or with a packed ring's old base."""
             base = driver.used_index if isinstance(driver, RingDriver) else first_base
             return InflightVirtqueue(queue_for(driver, base=base), region)
 
@@ -192,7 +192,7 @@ def test_requests_in_flight_come_again_in_their_order(form: str) -> None:
         def heads(chains: list[DescriptorChain]) -> list[int]:
             return [chain.head for chain in chains]
 
-        queue = life()
+        queue = start()
         submit(6)
         for chain in pop(queue, 6):
             queue.push(chain, 1)
@@ -200,8 +200,8 @@ def test_requests_in_flight_come_again_in_their_order(form: str) -> None:
         order = submit(4)
         assert heads(pop(queue, 4)) == order
 
-        queue = life()
-        assert queue.ask_for_kick(), "there is something to do without a kick"
+        queue = start()
+        assert queue.ask_for_kick(), "the requests in flight need no kick"
         taken = pop(queue, 4)
         assert heads(taken) == order
         assert not queue.ask_for_kick()
@@ -210,7 +210,7 @@ def test_requests_in_flight_come_again_in_their_order(form: str) -> None:
         order += submit(2)
         assert heads(pop(queue, 2)) == order[-2:]
 
-        queue = life()
+        queue = start()
         taken = pop(queue, 5)
         assert heads(taken) == order
         for chain in taken:

@@ -1,9 +1,9 @@
-"""Any traffic on any ring: what the driver submits arrives once, and comes back once, exactly.
+"""Any traffic on any ring: each submitted request arrives exactly once and returns exactly once.
 
 The ring may begin anywhere in a page, and its pages may be scattered over guest RAM.
 
-The driver is the test bed's, which shares no code with the device. The device answers in any order
-and is replaced in mid-traffic, as by a migration: it goes on from its base alone.
+The test bed's driver shares no code with the device. The device answers in any order. It is
+replaced in the middle of the traffic, as by a migration, and then continues from its base alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from support.rings import DATA, DRIVERS, RING, TABLES, Marks, dma_for, driver_of
     scattered=st.booleans(),
     data=st.data(),
 )
-def test_a_submitted_request_arrives_and_comes_back(
+def test_each_request_arrives_once_and_is_returned_once(
     form: str, size: int, event_index: bool, start: int, scattered: bool, data: st.DataObject
 ) -> None:
     with driver_of(DRIVERS[form], size, base=RING + 16 * start) as driver:
@@ -41,16 +41,16 @@ def test_a_submitted_request_arrives_and_comes_back(
         requests = 0
         submitted: list[tuple[int, list[Segment], list[Segment]]] = []
         taken: list[DescriptorChain] = []
-        under_way: dict[int, int] = {}  # number → descriptors of the ring
-        given_back: list[tuple[int, int]] = []
-        silent_since_wish = 0  # what has come back since the driver asked for interrupts
-        wish: int | None = 1
-        # A packed ring's wish is a descriptor and one of two rounds, a split ring's 16 bits.
+        in_flight: dict[int, int] = {}  # number → descriptors of the ring
+        returned: list[tuple[int, int]] = []
+        returned_since_event = 0  # progress since the driver asked for interrupts
+        event: int | None = 1
+        # A packed ring's event is a descriptor and one of two rounds; a split ring's has 16 bits.
         period = 2 * size if form == "packed" else 1 << 16
 
         for _ in range(data.draw(st.integers(1, 60))):
             step = data.draw(
-                st.sampled_from(["submit", "pop", "push", "collect", "wish", "restart"])
+                st.sampled_from(["submit", "pop", "push", "collect", "event", "restart"])
             )
             if step == "submit" and room:
                 indirect = data.draw(st.booleans())
@@ -65,8 +65,8 @@ def test_a_submitted_request_arrives_and_comes_back(
                 requests += 1
                 number = driver.submit(buffers, table)
                 submitted.append((number, segments[:readable], segments[readable:]))
-                under_way[number] = 1 if indirect else pieces
-                room -= under_way[number]
+                in_flight[number] = 1 if indirect else pieces
+                room -= in_flight[number]
             elif step == "pop":
                 chain = queue.pop()
                 if not submitted:
@@ -81,28 +81,28 @@ def test_a_submitted_request_arrives_and_comes_back(
                 chain = taken.pop(data.draw(st.integers(0, len(taken) - 1)))
                 written = data.draw(st.integers(0, 1 << 31)) if chain.writable else 0
                 queue.push(chain, written)
-                given_back.append((chain.head, written))
-                before = silent_since_wish
-                silent_since_wish += under_way[chain.head] if form == "packed" else 1
+                returned.append((chain.head, written))
+                before = returned_since_event
+                returned_since_event += in_flight[chain.head] if form == "packed" else 1
                 interrupts = queue.wants_interrupt()
-                if wish is None:
+                if event is None:
                     assert not interrupts
                 elif event_index:
-                    # A wish that is not renewed names the same place again whenever it recurs.
-                    passed = [(it - wish) // period for it in (before, silent_since_wish)]
+                    # An event that is not renewed matches again in each later period.
+                    passed = [(count - event) // period for count in (before, returned_since_event)]
                     assert interrupts is (passed[0] < passed[1])
                 else:
                     assert interrupts
             elif step == "collect":
-                assert driver.collect() == given_back
-                room += sum(under_way.pop(number) for number, _ in given_back)
-                given_back = []
-            elif step == "wish" and not given_back:
+                assert driver.collect() == returned
+                room += sum(in_flight.pop(number) for number, _ in returned)
+                returned = []
+            elif step == "event" and not returned:
                 after = data.draw(st.integers(1, size))
                 wanted = data.draw(st.booleans())
                 driver.interrupt(wanted=wanted, after=after)
-                wish = after if wanted else None
-                silent_since_wish = 0
+                event = after if wanted else None
+                returned_since_event = 0
             elif step == "restart":
                 queue = queue_for(driver, dma, base=queue.base)
 

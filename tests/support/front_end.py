@@ -1,4 +1,4 @@
-"""A vhost-user front end for tests: what QEMU says, and what it should never say."""
+"""A vhost-user front end for tests: messages that QEMU sends, and messages that it never sends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["FEATURES", "FrontEnd"]
 
 
 class FrontEnd(front_end.FrontEnd):
-    """Drives one `Session` in this very thread: send, let it receive, read the answer.
+    """Drives one `Session` in this thread: sends, lets the session receive, and reads the answer.
 
     `options` are those of `Session`.
     """
@@ -37,15 +37,15 @@ class FrontEnd(front_end.FrontEnd):
         iommu: GuestIommu | None = None,
         **options: Any,
     ) -> None:
-        ours, theirs = socket.socketpair()
-        super().__init__(ours, iommu=iommu)
+        front_end_socket, back_end_socket = socket.socketpair()
+        super().__init__(front_end_socket, iommu=iommu)
         self.selector = selectors.DefaultSelector()
         self.events: list[dict[str, Any]] = []
-        """What the session tells whoever watches its process."""
+        """The events of the session."""
         emulated = make_fault(fault, seed=3).make_session
         make_session: Callable[..., Session] = StandInSession if stand_in else emulated
         self.session = make_session(
-            Connection(theirs),
+            Connection(back_end_socket),
             device or Blk(1 << 30, queues=2),
             stand_in or emulated_trackers()["iommu"](),
             self.selector,
@@ -72,7 +72,7 @@ class FrontEnd(front_end.FrontEnd):
             self.turn()
 
     def turn(self) -> None:
-        """Let the session do what it can without an answer to what it asks."""
+        """Let the session do what it can without an answer to its questions."""
         for key, _ in self.selector.select(0):
             key.data()
         while self.session.serve_rings():

@@ -1,4 +1,4 @@
-"""Both ends of a ring for tests: a driver of the test bed's, and a queue that serves it."""
+"""Both ends of a ring for tests: a driver of the test bed, and the queue that serves it."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from qmp_tools.testbed.ring_driver import (
 )
 
 SIZE: Final = 8
-"""Descriptors of a ring, where a test does not say."""
+"""The default number of descriptors of a ring."""
 RAM_BYTES: Final = 128 * PAGE
 RING: Final = 2 * PAGE
 TABLES: Final = 8 * PAGE
 DATA: Final = 64 * PAGE
-"""In guest RAM, of `RAM_BYTES` from GPA 0: the ring; and room for indirect tables and buffers."""
+"""GPAs of the ring, of the indirect tables and of the buffers; RAM begins at GPA 0."""
 
 DRIVERS: Final[dict[str, type[Driver]]] = {"split": RingDriver, "packed": PackedDriver}
-"""By the form of their rings."""
+"""The drivers by the form of their rings."""
 
 _Driver = TypeVar("_Driver", bound=Driver)
 
 
 class Marks:
-    """A tracker that keeps the ranges (IOVA, length) that it is told."""
+    """A tracker that records the reported ranges (IOVA, length)."""
 
     def __init__(self) -> None:
         self.ranges: list[tuple[int, int]] = []
@@ -47,13 +47,13 @@ class Marks:
 def driver_of(
     make_driver: type[_Driver], size: int = SIZE, *, base: int = RING
 ) -> Iterator[_Driver]:
-    """The driver of a ring of `size` at `base`, in guest RAM of its own."""
+    """Yield the driver of a ring of `size` at `base`, in its own guest RAM."""
     with ram_fd(RAM_BYTES) as fd:
         yield make_driver(guest_memory(fd, (0, RAM_BYTES, 0)), base, size)
 
 
 def scatter(driver: Driver) -> None:
-    """Let the pages of the ring of `driver` lie in RAM in reversed order, no two contiguous."""
+    """Map the pages of the ring of `driver` in reversed order, so that no two are contiguous."""
     pages = driver.pages
     first, end = pages[0], pages[-1] + PAGE
     driver.bus = IovaMap(
@@ -76,7 +76,7 @@ def dma_for(
     journal: Journal | None = None,
     make_dma: Callable[..., Dma] = Dma,
 ) -> Dma:
-    """A device's door to `memory`, without an IOMMU unless there is a `bus`."""
+    """Return a device's `Dma` to `memory`, without an IOMMU unless `bus` is given."""
     return make_dma(
         memory,
         bus or IovaMap.identity(memory),
@@ -89,7 +89,7 @@ def dma_for(
 def queue_for(
     driver: Driver, dma: Dma | None = None, *, base: int | None = None, indirect: bool = True
 ) -> SplitVirtqueue | PackedVirtqueue:
-    """The queue that serves `driver`, from `base` on, or from where a ring begins."""
+    """Return the queue that serves `driver` from `base` on, by default from the initial base."""
     make_queue = PackedVirtqueue if isinstance(driver, PackedDriver) else SplitVirtqueue
     return make_queue(
         dma or dma_for(driver.memory, bus=driver.bus),

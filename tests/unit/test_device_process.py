@@ -1,4 +1,4 @@
-"""The device process and its owner: what neither should ever say to the other."""
+"""The device process and its parent: messages that neither should send to the other."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ KILLED = cast(
 )
 
 
-async def listen(said: bytes) -> Device:
-    """A device that has said `said` and is gone."""
+async def listen(sent_bytes: bytes) -> Device:
+    """Return a device that has sent `sent_bytes` and has then disconnected."""
     reader = asyncio.StreamReader()
-    reader.feed_data(said)
+    reader.feed_data(sent_bytes)
     reader.feed_eof()
     device = Device(KILLED, reader, cast(asyncio.StreamWriter, None), 60)
     await device.silent
@@ -34,19 +34,19 @@ EVENT = b'{"event": "connected", "session": "source"}\n'
 
 
 def test_a_device_that_dies_in_the_middle_of_an_event_is_reported() -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         device = await listen(EVENT + EVENT[:20])
         assert (await device.wait_for("connected", "source"))["event"] == "connected"
         assert not device.refused.done()
         with pytest.raises(UntestableError, match="the device was killed"):
             await device.wait_for("listening", "source")
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("line", [b"{", b"null", b"[1]", b'{"event": "refused"}', b"\xff"])
 def test_an_unintelligible_event_is_reported(line: bytes) -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         device = await listen(EVENT + line + b"\n")
         with pytest.raises(
             UntestableError, match="the device said something unintelligible"
@@ -54,11 +54,11 @@ def test_an_unintelligible_event_is_reported(line: bytes) -> None:
             raise device.refused.result()
         assert not isinstance(caught.value, RefusedError)
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 def test_a_refusal_of_the_device_is_reported() -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         refused = b'{"event": "refused", "session": "source", "message": "ring 2"}\n'
         device = await listen(refused)
         with pytest.raises(
@@ -66,22 +66,22 @@ def test_a_refusal_of_the_device_is_reported() -> None:
         ):
             raise device.refused.result()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 def test_an_error_that_stops_the_device_is_reported() -> None:
-    async def story() -> None:
-        said = {"event": "failed", "session": "", "message": "No space left on device"}
-        device = await listen(json.dumps(said).encode() + b"\n")
+    async def scenario() -> None:
+        event = {"event": "failed", "session": "", "message": "No space left on device"}
+        device = await listen(json.dumps(event).encode() + b"\n")
         with pytest.raises(UntestableError, match="cannot go on: No space left on device"):
             await device.wait_for("listening", "source")
         assert device.refused.done()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 def test_evidence_that_could_not_be_written_is_reported(tmp_path: Path) -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         answer = {"event": "evidence", "session": "source", "found": True}
         answer["error"] = "No space left on device"
         reader = asyncio.StreamReader()
@@ -98,4 +98,4 @@ def test_evidence_that_could_not_be_written_is_reported(tmp_path: Path) -> None:
         reader.feed_eof()
         await device.silent
 
-    asyncio.run(story())
+    asyncio.run(scenario())

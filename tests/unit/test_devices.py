@@ -1,4 +1,4 @@
-"""Devices that are not ours: chosen, their disk, and the processes behind them."""
+"""Third-party devices: how they are chosen, their disk, and their processes."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def test_a_device_is_chosen_by_name() -> None:
     options = DeviceOptions()
     assert choose_device(["blk"], None, options, 2) == EmulatedDevice(options, 2)
     assert choose_device(["qemu:nvme"], None, options, 2) == InsideQemu("nvme", 2)
-    theirs = choose_device(["fs"], "/opt/fs \\\n  --at '{socket}'", options, 1)
-    assert theirs == CommandDevice("fs", ["/opt/fs", "--at", "{socket}"], 1)
-    assert theirs.facts.device == "fs by fs"
+    third_party = choose_device(["fs"], "/opt/fs \\\n  --at '{socket}'", options, 1)
+    assert third_party == CommandDevice("fs", ["/opt/fs", "--at", "{socket}"], 1)
+    assert third_party.facts.device == "fs by fs"
 
 
-def test_several_devices_are_one() -> None:
+def test_several_devices_are_combined_into_one() -> None:
     options = DeviceOptions(seed=5, fault="drop-pages=0.1")
     both = choose_device(["blk:file=/disk", "net"], None, options, 2, "packed")
     assert isinstance(both, SeveralDevices)
@@ -88,7 +88,7 @@ def test_behind_an_iommu_each_device_has_a_port(tmp_path: Path) -> None:
         if isinstance(device, EmulatedDevice)
         for word in device.qemu_arguments(tmp_path / "socket")
     ]
-    assert [it for it in words if it.startswith("pcie-root-port")] == [
+    assert [word for word in words if word.startswith("pcie-root-port")] == [
         "pcie-root-port,id=port-1,chassis=1",
         "pcie-root-port,id=port-2,chassis=2",
     ]
@@ -162,15 +162,15 @@ def test_every_page_of_the_image_is_stamped(tmp_path: Path) -> None:
 
 
 def test_a_socket_listens_once_it_accepts_connections(tmp_path: Path) -> None:
-    path, here = tmp_path / "a socket", os.getpid()
-    assert not command.listens(path, here)
+    path, own_pid = tmp_path / "a socket", os.getpid()
+    assert not command.listens(path, own_pid)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
-        assert not command.listens(path, here)
+        assert not command.listens(path, own_pid)
         listener.listen()
-        assert command.listens(path, here)
+        assert command.listens(path, own_pid)
     assert path.is_socket()
-    assert not command.listens(path, here)
+    assert not command.listens(path, own_pid)
     path.unlink()
     path.touch()
-    assert not command.listens(path, here)
+    assert not command.listens(path, own_pid)

@@ -1,4 +1,4 @@
-"""The block device, request by request: its edges, and what stands beside what was written."""
+"""The block device, request by request: its limits, and data beside written sectors."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Disk:
         )
 
     def request(self, kind: int, sector: int, *data: Segment) -> int:
-        """One request in the usual form; its status."""
+        """Carry out one request in the usual form, and return its status."""
         self.put(HEADER, struct.pack("<IIQ", kind, 0, sector))
         self.put(STATUS, b"\xff")
         readable, writable = [Segment(HEADER, 16)], [Segment(STATUS, 1)]
@@ -92,7 +92,7 @@ def test_the_last_page_can_be_read_unwritten(disk: Disk) -> None:
 
 @pytest.mark.parametrize("kind", [IN, OUT])
 @pytest.mark.parametrize(("sector", "sectors"), [(SECTORS - 1, 2), (SECTORS, 1), (0, SECTORS + 1)])
-def test_what_goes_on_behind_the_last_sector_does_nothing(
+def test_a_request_beyond_the_last_sector_has_no_effect(
     disk: Disk, kind: int, sector: int, sectors: int
 ) -> None:
     assert disk.request(kind, sector, *[Segment(DATA, SECTOR_BYTES)] * sectors) == IOERR
@@ -101,7 +101,7 @@ def test_what_goes_on_behind_the_last_sector_does_nothing(
     assert read_stamp(disk.read(SECTORS - 8, 8)) == (SECTORS - 8, 2)
 
 
-def test_the_largest_disk_ends_behind_its_last_sector() -> None:
+def test_the_largest_disk_serves_its_last_sector() -> None:
     largest = (1 << 63) - PAGE
     with ram_fd(RAM_BYTES) as fd:
         disk = Disk(fd, Blk(largest))
@@ -120,13 +120,13 @@ def test_the_largest_request(kind: int) -> None:
 
 
 @pytest.mark.parametrize("length", [1, SECTOR_BYTES - 1, SECTOR_BYTES + 1])
-def test_data_of_no_whole_sectors(disk: Disk, length: int) -> None:
+def test_data_of_partial_sectors_is_refused(disk: Disk, length: int) -> None:
     for kind in (IN, OUT):
         assert disk.request(kind, 0, Segment(DATA, length)) == IOERR
 
 
 @pytest.mark.parametrize("capacity_bytes", [0, -PAGE, PAGE - 1, PAGE + SECTOR_BYTES])
-def test_a_disk_of_no_whole_pages(capacity_bytes: int) -> None:
+def test_a_disk_of_partial_pages_is_refused(capacity_bytes: int) -> None:
     with pytest.raises(UsageError, match="expected a multiple of 4096 bytes"):
         Blk(capacity_bytes)
 
@@ -136,11 +136,11 @@ def test_a_disk_of_one_page() -> None:
         assert read_stamp(Disk(fd, Blk(PAGE)).read(0, 8)) == (0, 1)
 
 
-# Beside what was written ------------------------------------------------------------------------
+# Data beside written sectors --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sector", [16, 20, 23])
-def test_sectors_beside_a_written_one_stay_as_they_were_stamped(disk: Disk, sector: int) -> None:
+def test_sectors_beside_a_written_one_keep_their_stamp(disk: Disk, sector: int) -> None:
     content = os.urandom(SECTOR_BYTES)
     disk.write(sector, content)
     whole = bytearray(stamped_page(16, 1))
@@ -149,14 +149,14 @@ def test_sectors_beside_a_written_one_stay_as_they_were_stamped(disk: Disk, sect
     assert disk.read(16, 8) == whole
 
 
-def test_pages_beside_a_written_one_are_stamped_anew(disk: Disk) -> None:
+def test_pages_beside_a_written_one_get_a_new_stamp(disk: Disk) -> None:
     disk.write(16, os.urandom(PAGE))
     assert read_stamp(disk.read(8, 8)) == (8, 2)
     assert read_stamp(disk.read(24, 8)) == (24, 3)
     assert read_stamp(disk.read(16, 8)) is None
 
 
-def test_what_is_written_across_pages_leaves_both_rests(disk: Disk) -> None:
+def test_a_write_across_pages_keeps_the_rest_of_both_pages(disk: Disk) -> None:
     content = os.urandom(PAGE + 2 * SECTOR_BYTES)
     disk.write(7, content)
     whole = bytearray(b"".join(stamped_page(lba, 1) for lba in (0, 8, 16)))
@@ -165,11 +165,11 @@ def test_what_is_written_across_pages_leaves_both_rests(disk: Disk) -> None:
     assert disk.read(7, 10) == content
 
 
-def test_a_read_inside_a_page_is_that_part_of_its_stamp(disk: Disk) -> None:
+def test_a_read_inside_a_page_returns_that_part_of_its_stamp(disk: Disk) -> None:
     assert disk.read(11, 7) == (stamped_page(8, 1) + stamped_page(16, 1))[1536 : 1536 + 7 * 512]
 
 
-def test_a_second_write_leaves_the_rest_of_the_first(disk: Disk) -> None:
+def test_a_second_write_keeps_the_rest_of_the_first(disk: Disk) -> None:
     first, second = os.urandom(PAGE), os.urandom(SECTOR_BYTES)
     disk.write(8, first)
     disk.write(9, second)
@@ -194,20 +194,20 @@ def test_header_data_and_status_may_share_segments(disk: Disk) -> None:
 
 
 @pytest.mark.parametrize(("readable", "writable"), [(15, 1), (16, 0)])
-def test_a_request_that_is_too_short(disk: Disk, readable: int, writable: int) -> None:
+def test_a_request_that_is_too_short_is_refused(disk: Disk, readable: int, writable: int) -> None:
     with pytest.raises(ProtocolError, match=f"got {readable} readable and {writable} writable"):
         disk.carry_out([Segment(HEADER, readable)], [Segment(STATUS, writable)])
 
 
-@pytest.mark.parametrize(("room", "told"), [(0, 0), (8, 8), (19, 19), (20, 20), (30, 20)])
-def test_the_identity_is_as_long_as_there_is_room(disk: Disk, room: int, told: int) -> None:
+@pytest.mark.parametrize(("room", "length"), [(0, 0), (8, 8), (19, 19), (20, 20), (30, 20)])
+def test_the_device_id_is_cut_to_the_buffer(disk: Disk, room: int, length: int) -> None:
     disk.put(DATA, b"\xee" * 40)
     assert disk.request(GET_ID, 0, Segment(DATA, room)) == OK
-    assert disk.get(DATA, 31) == (b"dmaproof".ljust(20, b"\0")[:told]).ljust(31, b"\xee")
-    assert disk.written == told + 1
+    assert disk.get(DATA, 31) == (b"dmaproof".ljust(20, b"\0")[:length]).ljust(31, b"\xee")
+    assert disk.written == length + 1
 
 
-def test_the_identity_leaves_further_segments_alone(disk: Disk) -> None:
+def test_the_device_id_leaves_further_segments_unchanged(disk: Disk) -> None:
     disk.put(DATA + PAGE, b"\xee" * 10)
     assert disk.request(GET_ID, 0, Segment(DATA, 20), Segment(DATA + PAGE, 10)) == OK
     assert disk.get(DATA + PAGE, 10) == b"\xee" * 10
@@ -224,7 +224,7 @@ def test_each_request_has_the_next_number(disk: Disk) -> None:
 
 
 @pytest.mark.parametrize("queues", [3, 0xFFFF])
-def test_the_configuration_is_what_the_specification_lays_out(queues: int) -> None:
+def test_the_configuration_has_the_layout_of_the_specification(queues: int) -> None:
     config = Blk(PAGES * PAGE, queues=queues).config()
     expected = bytearray(36)
     struct.pack_into("<Q", expected, 0, SECTORS)
@@ -269,15 +269,15 @@ def test_a_deleted_disk_closes_its_file(tmp_path: Path) -> None:
 
 
 def open_descriptors(file: Path) -> int:
-    """How many of this process's file descriptors lead to `file`."""
+    """Return the number of this process's file descriptors of `file`."""
     found = 0
     for link in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # the listing's own is closed again
+        with contextlib.suppress(FileNotFoundError):  # the listing's own file descriptor is closed
             found += link.readlink() == file
     return found
 
 
-def test_a_page_that_the_file_takes_by_half_fails_the_request(
+def test_a_partly_written_page_fails_the_request(
     disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: len(data) - 1)
@@ -293,10 +293,10 @@ def test_a_file_that_cannot_be_read_fails_the_request(
     monkeypatch.setattr(os, "lseek", fail)
     for kind in (IN, OUT):
         assert disk.request(kind, 0, Segment(DATA, PAGE)) == IOERR
-        assert disk.written == 1, "only the status"
+        assert disk.written == 1, "only the status byte is written"
 
 
-def test_a_page_over_three_segments_and_what_else_is_written(disk: Disk) -> None:
+def test_a_page_in_three_segments_changes_nothing_else(disk: Disk) -> None:
     pieces = [Segment(DATA, 100), Segment(DATA + PAGE, 200), Segment(DATA + 2 * PAGE, PAGE - 300)]
     assert disk.request(IN, 0, *pieces) == OK
     assert read_stamp(b"".join(disk.get(*piece) for piece in pieces)) == (0, 1)

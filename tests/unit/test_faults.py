@@ -1,4 +1,4 @@
-"""Injected faults: each spoils just what it says, and what it spoils follows from its seed."""
+"""Injected faults: each breaks only what its summary says, at places chosen by its seed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def pages_in(buffer: bytearray) -> set[int]:
     return set(np.flatnonzero(bits).tolist())
 
 
-# What people see --------------------------------------------------------------------------------
+# Texts for users --------------------------------------------------------------------------------
 
 
 def test_every_fault_has_a_summary_of_one_line() -> None:
@@ -75,7 +75,7 @@ def test_a_malformed_fault_is_refused(spec: str) -> None:
 def merged(
     spec: str | None, seed: int, pages: set[int], *, times: int = 1, gpa: int = 0
 ) -> set[int]:
-    """Those of `pages` from `gpa` on that reach the log."""
+    """Return those of `pages`, counted from `gpa`, that reach the log."""
     log = bytearray((gpa // PAGE + 4096) // 8)
     words = np.zeros(64, dtype=np.uint64)
     for page in pages:
@@ -94,20 +94,20 @@ def test_dropped_pages_follow_from_the_seed_and_the_page() -> None:
     arrived = merged("drop-pages=0.1", 1, ALL)
     assert 0.07 < 1 - len(arrived) / len(ALL) < 0.13
     assert merged("drop-pages=0.1", 1, ALL) == arrived != merged("drop-pages=0.1", 2, ALL)
-    assert merged("drop-pages=0.1", 1, ALL, times=3) == arrived, "no merge makes them good"
+    assert merged("drop-pages=0.1", 1, ALL, times=3) == arrived, "further merges do not add them"
     assert merged("drop-pages=0.1", 1, {5, 900}) == arrived & {5, 900}
     assert merged("drop-pages=1", 1, {5, 900}) == set()
     assert merged(None, 1, {5, 900}) == {5, 900}
 
 
-def test_dropped_bits_are_others_each_time() -> None:
+def test_each_merge_drops_other_bits() -> None:
     once, twice = merged("drop-bits=0.1", 1, ALL), merged("drop-bits=0.1", 1, ALL, times=2)
     assert merged("drop-bits=0.1", 1, ALL) == once != merged("drop-bits=0.1", 2, ALL)
     assert once < twice
-    assert len(ALL - twice) < len(ALL - once) / 2, "most are made good"
+    assert len(ALL - twice) < len(ALL - once) / 2, "most are set by the second merge"
 
 
-def test_the_bits_of_a_high_slot_are_forgotten() -> None:
+def test_bits_of_a_high_slot_are_dropped() -> None:
     assert merged("forget-high-slot", 1, {3, 70}) == {3, 70}
     assert merged("forget-high-slot", 1, {3, 70}, gpa=HIGH) == set()
     assert merged("forget-high-slot", 1, {3, 70}, gpa=HIGH - 64 * PAGE) == {3}
@@ -116,7 +116,7 @@ def test_the_bits_of_a_high_slot_are_forgotten() -> None:
 def collecting(
     spec: str | None, memory: GuestMemory
 ) -> tuple[Collector, EmulatedTracker, bytearray]:
-    """A collector that has been started, its tracker, and its log."""
+    """Return a started collector, its tracker, and its log."""
     fault = make_fault(spec, 1)
     tracker = fault.wrap_tracker(emulated_trackers()[fault.tracker or "iommu"]())
     log = bytearray(RAM_PAGES // 64 * 8 + 8)
@@ -165,7 +165,7 @@ def test_bits_that_another_device_sets_meanwhile_are_overwritten(
 def iterated(
     spec: str | None, ranges: list[tuple[int, int]], pages: int, seed: int = 0
 ) -> set[int]:
-    """The bits that reports of (first page, pages) leave, by `set` and by `set_many` alike."""
+    """Return the bits that reports of (first page, pages) set; `set` and `set_many` must agree."""
     found = []
     for many in (False, True):
         words = np.zeros(pages // 64 + 1, dtype=np.uint64)
@@ -186,7 +186,7 @@ def iterated(
     return found[0]
 
 
-def test_a_window_is_stepped_over() -> None:
+def test_one_window_is_skipped() -> None:
     assert iterated(None, [(0, 1000)], 1000) == set(range(1000))
     for seed in (0, 3, 11):
         skipped = set(range(1000)) - iterated("skip-window", [(0, 900), (900, 100)], 1000, seed)
@@ -196,7 +196,7 @@ def test_a_window_is_stepped_over() -> None:
         } & set(range(1000))
 
 
-def test_the_last_partial_word_is_forgotten() -> None:
+def test_the_last_partial_word_is_skipped() -> None:
     assert iterated("forget-last-word", [(0, 100)], 100) == set(range(64))
     assert iterated("forget-last-word", [(3, 2), (70, 5)], 100) == {3, 4}
     assert iterated("forget-last-word", [(0, 128)], 128) == set(range(128))
@@ -209,7 +209,7 @@ def test_a_range_loses_its_first_or_its_last_page() -> None:
     assert iterated("off-by-one-end", ranges, 100) == exact - {7, 99}
 
 
-def test_one_length_stands_for_all_ranges() -> None:
+def test_one_length_applies_to_all_ranges() -> None:
     words = np.zeros(2, dtype=np.uint64)
     with make_fault("forget-last-word", 0).make_bitmap(0, 100 * PAGE, PAGE, words) as bitmap:
         bitmap.trace, bitmap.gpa = ChainTrace([IovaRange(0, 100 * PAGE)]), 0
@@ -221,7 +221,7 @@ def test_one_length_stands_for_all_ranges() -> None:
 
 
 def tracked(tracker: EmulatedTracker, pages: int = 1024) -> set[int]:
-    """What a tracker reports."""
+    """Return the pages that a tracker reports."""
     words = np.zeros(pages // 64, dtype=np.uint64)
     with IovaBitmap(0, pages * PAGE, PAGE, words) as bitmap:
         tracker.read_and_clear(bitmap, 0, pages * PAGE)
@@ -236,19 +236,19 @@ def started(spec: str | None, seed: int = 1) -> EmulatedTracker:
 
 
 def test_an_overflow_is_ignored() -> None:
-    honest = AddressQueue(queue_entries=4)
-    honest.start([IovaRange(0, 1024 * PAGE)], PAGE)
+    intact = AddressQueue(queue_entries=4)
+    intact.start([IovaRange(0, 1024 * PAGE)], PAGE)
     broken = started("ignore-overflow=4")
     for page in range(6):
-        honest.dma(page * PAGE, 1)
+        intact.dma(page * PAGE, 1)
         broken.dma(page * PAGE, 1)
-    assert tracked(honest) == set(range(1024))
+    assert tracked(intact) == set(range(1024))
     assert tracked(broken) == set(range(4))
     broken.dma(PAGE, 1)
     assert tracked(broken) == {1}
 
 
-def test_a_huge_page_is_its_first_piece() -> None:
+def test_a_huge_page_is_reported_as_its_first_4_kib() -> None:
     tracker = started("huge-page-as-4k")
     tracker.dma(700 * PAGE, 1)
     assert tracked(tracker) == {512}
@@ -274,7 +274,7 @@ def test_clearing_comes_before_reading() -> None:
 
 
 @pytest.mark.parametrize("spec", [None, "iova-as-gpa"])
-def test_iovas_are_taken_for_gpas(spec: str | None, memory: GuestMemory) -> None:
+def test_iovas_are_logged_as_gpas(spec: str | None, memory: GuestMemory) -> None:
     collector, tracker, log = collecting(spec, memory)
     elsewhere = IovaMap([IovaMapping(0, 100 * PAGE, 8 * PAGE)])
     collector.remap(memory, elsewhere)
@@ -307,19 +307,19 @@ def collector_map(memory: GuestMemory) -> list[IovaMapping]:
 
 
 class Marks:
-    """A tracker that remembers what it was told, and what stood there at that moment."""
+    """A tracker that records the reported ranges and their content at that moment."""
 
     def __init__(self, memory: GuestMemory) -> None:
-        self.told: list[tuple[int, int]] = []
+        self.reported: list[tuple[int, int]] = []
         self.seen: list[bytes] = []
         self._memory = memory
 
     def dma(self, iova: int, length: int) -> None:
-        self.told.append((iova, length))
+        self.reported.append((iova, length))
         self.seen.append(bytes(self._memory.view(iova, length)))
 
 
-def door(spec: str | None, memory: GuestMemory, seed: int = 1) -> tuple[Dma, Marks]:
+def dma_with(spec: str | None, memory: GuestMemory, seed: int = 1) -> tuple[Dma, Marks]:
     marks = Marks(memory)
     dma = make_fault(spec, seed).make_dma(
         memory, IovaMap.identity(memory), marks, Journal(), due_epoch=lambda: 1
@@ -328,7 +328,7 @@ def door(spec: str | None, memory: GuestMemory, seed: int = 1) -> tuple[Dma, Mar
 
 
 @pytest.mark.parametrize(
-    ("spec", "unseen"),
+    ("spec", "unlogged"),
     [
         (None, None),
         ("used-ring-unlogged", WriteKind.USED_RING),
@@ -336,13 +336,13 @@ def door(spec: str | None, memory: GuestMemory, seed: int = 1) -> tuple[Dma, Mar
     ],
 )
 def test_one_kind_of_write_is_not_reported_to_the_tracker(
-    spec: str | None, unseen: WriteKind | None, memory: GuestMemory
+    spec: str | None, unlogged: WriteKind | None, memory: GuestMemory
 ) -> None:
-    dma, marks = door(spec, memory)
+    dma, marks = dma_with(spec, memory)
     for kind in WriteKind:
         dma.write(kind * PAGE, b"x", kind)
         assert bytes(memory.view(kind * PAGE, 1)) == b"x"
-    assert marks.told == [(kind * PAGE, 1) for kind in WriteKind if kind != unseen]
+    assert marks.reported == [(kind * PAGE, 1) for kind in WriteKind if kind != unlogged]
     assert dma.journal.writes == len(WriteKind)
 
 
@@ -351,7 +351,7 @@ def test_one_kind_of_write_is_not_reported_to_the_tracker(
 
 def test_the_bit_comes_before_the_data(memory: GuestMemory) -> None:
     def early(seed: int) -> set[int]:
-        dma, marks = door("bit-before-data=0.0001", memory, seed)
+        dma, marks = dma_with("bit-before-data=0.0001", memory, seed)
         dma.journal.start()
         for page in range(RAM_PAGES):
             memory.view(page * PAGE, 1)[:] = b"-"
@@ -363,8 +363,8 @@ def test_the_bit_comes_before_the_data(memory: GuestMemory) -> None:
     assert early(1) == early(1) != early(2)
 
 
-def test_data_is_held_back_once_and_only_while_logging(memory: GuestMemory) -> None:
-    dma, marks = door("bit-before-data=0.0001", memory)
+def test_data_is_delayed_once_and_only_while_logging(memory: GuestMemory) -> None:
+    dma, marks = dma_with("bit-before-data=0.0001", memory)
     for page in range(RAM_PAGES):
         dma.write(page * PAGE, b"x")
     assert set(marks.seen) == {b"x"}, "logging is off"
@@ -381,13 +381,13 @@ def test_the_final_flush_is_missing(memory: GuestMemory) -> None:
         collector.flush()
         assert pages_in(log) == expected
         collector.harvest()
-        assert pages_in(log) == {7}, "other harvests go on"
+        assert pages_in(log) == {7}, "other harvests still work"
         collector.stop()
 
 
 @contextmanager
 def logging_device(fault: str | None) -> Iterator[tuple[FrontEnd, RingDriver, int]]:
-    """A device with one ring and a log; and the log's file."""
+    """Yield a device with one ring and a log, its driver, and the log's file."""
     place = (0, 64 * PAGE, 0)
     with ram_fd(place[1]) as ram, ram_fd(64) as log:
         front_end = FrontEnd(fault=fault)
@@ -415,7 +415,7 @@ def test_the_final_flush_counts_only_before_the_answer(
         assert (seen > 0) is in_time
 
 
-def test_a_device_that_runs_again_is_in_time_again() -> None:
+def test_a_restarted_ring_logs_in_time_again() -> None:
     with logging_device(None) as (front_end, driver, _):
         front_end.stop_ring()
         front_end.start_ring(driver)

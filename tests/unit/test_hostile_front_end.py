@@ -1,4 +1,4 @@
-"""What a front end must not do with files, sizes and turns: refused, and nothing left behind."""
+"""Front ends that misuse files, sizes and turns: they are refused, and nothing leaks."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def front_end() -> Iterator[FrontEnd]:
 
 
 def table(*regions: tuple[int, int, int]) -> bytes:
-    """SET_MEM_TABLE's payload of (GPA, length, file offset)."""
+    """Return the payload of SET_MEM_TABLE for regions (GPA, length, file offset)."""
     packed = b"".join(
         struct.pack("<QQQQ", gpa, length, HVA_BASE + gpa, offset) for gpa, length, offset in regions
     )
@@ -90,7 +90,7 @@ def an_epoll() -> int:
         (an_epoll, "eventpoll"),
     ],
 )
-def test_an_event_that_is_not_an_eventfd_is_refused(
+def test_a_kick_or_call_that_is_not_an_eventfd_is_refused(
     front_end: FrontEnd, request_: Request, make: Callable[[], int], kind: str
 ) -> None:
     fd = make()
@@ -130,7 +130,7 @@ def test_1_tib_of_memory_is_accepted(front_end: FrontEnd) -> None:
     assert front_end.session.memory.end == 1 << 40
 
 
-def test_messages_without_end_leave_room_for_others(front_end: FrontEnd) -> None:
+def test_endless_messages_do_not_block_other_sessions(front_end: FrontEnd) -> None:
     question = encode_request(Request.GET_FEATURES)
     front_end.socket.sendall(question * 200)
     front_end.session.receive()
@@ -141,17 +141,17 @@ def test_messages_without_end_leave_room_for_others(front_end: FrontEnd) -> None
     assert len(front_end.socket.recv(1 << 16)) // (HEADER_BYTES + 8) == 200 - answers
 
 
-# Files that are cut short ------------------------------------------------------------------------
+# Truncated files --------------------------------------------------------------------------------
 
 
 class Peer(testbed.FrontEnd):
-    """A front end of a server that runs in this very thread."""
+    """A front end of a server that runs in this thread."""
 
     def __init__(self, server: Server) -> None:
-        ours, theirs = socket.socketpair()
-        super().__init__(ours)
+        front_end_socket, server_socket = socket.socketpair()
+        super().__init__(front_end_socket)
         self._server = server
-        server.adopt(str(ours.fileno()), theirs)
+        server.adopt(str(front_end_socket.fileno()), server_socket)
 
     def send_raw(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send bytes as they are and let the server have a turn."""
@@ -171,7 +171,7 @@ def boot(front_end: testbed.FrontEnd, ram: int) -> RingDriver:
 
 
 @pytest.mark.timeout(600)
-def test_a_full_event_does_not_block_the_device(front_end: FrontEnd, ram: int) -> None:
+def test_a_full_eventfd_does_not_block_the_device(front_end: FrontEnd, ram: int) -> None:
     driver = boot(front_end, ram)
     os.eventfd_read(front_end.call)
     os.eventfd_write(front_end.call, (1 << 64) - 2)  # the counter is full
@@ -183,7 +183,7 @@ def test_a_full_event_does_not_block_the_device(front_end: FrontEnd, ram: int) -
 
 
 class SlowBlk(Blk):
-    """A disk whose every request takes longer than a turn may."""
+    """A disk on which each request takes longer than a turn may."""
 
     def process(self, chain: DescriptorChain, dma: Dma) -> int:
         """See `VirtioDevice.process`."""
@@ -191,7 +191,7 @@ class SlowBlk(Blk):
         return super().process(chain, dma)
 
 
-def test_requests_that_take_long_leave_room_for_others(ram: int) -> None:
+def test_slow_requests_do_not_block_other_sessions(ram: int) -> None:
     device = SlowBlk(1 << 30, queues=1)
     front_end = FrontEnd(device)
     front_end.send(Request.SET_FEATURES, encode_u64(FEATURES))
@@ -204,21 +204,21 @@ def test_requests_that_take_long_leave_room_for_others(ram: int) -> None:
     front_end.close()
 
 
-@pytest.mark.parametrize("kept", [0, DATA])
-def test_ram_that_is_cut_short_is_refused(front_end: FrontEnd, ram: int, kept: int) -> None:
+@pytest.mark.parametrize("remaining", [0, DATA])
+def test_truncated_ram_is_refused(front_end: FrontEnd, ram: int, remaining: int) -> None:
     driver = boot(front_end, ram)
     driver.publish(0)
-    os.ftruncate(ram, kept)
+    os.ftruncate(ram, remaining)
     with pytest.raises(ProtocolError, match=r"slot GPA 0x0 .* cut short"):
         front_end.serve()
 
 
-def test_a_log_that_is_cut_short_ends_one_session_only(ram: int) -> None:
-    control, theirs = socket.socketpair()
+def test_a_truncated_log_ends_only_one_session(ram: int) -> None:
+    control, server_end = socket.socketpair()
     server = Server(
         Blk(1 << 30, queues=1),
         emulated_trackers()["iommu"],
-        theirs,
+        server_end,
         harvest_interval_s=1e-9,
         immediate=False,
     )

@@ -1,4 +1,4 @@
-"""An in-flight region that its front end has spoilt: refused, whatever it says."""
+"""In-flight regions with invalid content, which the back end must refuse."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def packed_ring(ram: int) -> PackedDriver:
     return PackedDriver(guest_memory(ram, (0, RAM_BYTES, 0)), RING, SIZE)
 
 
-def left_behind(region: int, *entries: tuple[int, int, int, int]) -> None:
-    """Entries of (index, next, last, count) in flight, in a region that another has used."""
+def write_inflight(region: int, *entries: tuple[int, int, int, int]) -> None:
+    """Write entries (index, next, last, count) in flight, as a previous back end would."""
     spoil(region, 8, 1, SIZE)
     for index, following, last, count in entries:
         entry = struct.pack("<BxHHHQ", 1, following, last, count, index)
         os.pwrite(region, entry, ENTRIES + ENTRY_BYTES * index)
-    spoil(region, FREE_HEAD, SIZE, SIZE)  # nothing is free
+    spoil(region, FREE_HEAD, SIZE, SIZE)  # no entry is free
 
 
 def request(driver: RingDriver | PackedDriver) -> None:
@@ -111,14 +111,14 @@ def test_a_list_that_leads_outside_the_region_is_refused(
 def test_requests_that_cannot_be_in_flight_are_refused(
     front_end: FrontEnd, ram: int, region: int, entries: tuple[tuple[int, int, int, int], ...]
 ) -> None:
-    left_behind(region, *entries)
+    write_inflight(region, *entries)
     with pytest.raises(
         ProtocolError, match=r"in-flight region: .* in the last request, in a ring of 8"
     ):
         front_end.start_ring(packed_ring(ram))
 
 
-def test_a_region_that_is_cut_short_is_refused(front_end: FrontEnd, ram: int, region: int) -> None:
+def test_a_truncated_region_is_refused(front_end: FrontEnd, ram: int, region: int) -> None:
     driver = packed_ring(ram)
     front_end.start_ring(driver)
     request(driver)

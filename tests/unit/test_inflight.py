@@ -1,6 +1,6 @@
-"""What stands in an in-flight region: the bytes that the specification lays out, and their limits.
+"""The bytes of an in-flight region as the specification lays them out, and their limits.
 
-Another program may have written the region, or may read it next ("Inflight I/O tracking").
+Another program may have written the region or may read it next ("Inflight I/O tracking").
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PACKED_HEADER, PACKED_ENTRY = struct.Struct("<QHHHHHHBB10x"), struct.Struct("<Bx
 
 
 class KilledError(Exception):
-    """The process is gone, here and now."""
+    """The process has been killed."""
 
 
 def killed(*_: Any, **__: Any) -> None:
@@ -45,14 +45,14 @@ def empty_region(size: int = SIZE) -> memoryview:
 
 
 def split_region(region: memoryview) -> tuple[tuple[int, ...], list[tuple[int, int, int]]]:
-    """Header, and (inflight, next, counter) of each entry."""
+    """Return the header, and (inflight, next, counter) of each entry."""
     end = SPLIT_HEADER.size + SIZE * SPLIT_ENTRY.size
     entries = SPLIT_ENTRY.iter_unpack(region[SPLIT_HEADER.size : end])
     return SPLIT_HEADER.unpack_from(region), [(entry[0], entry[1], entry[2]) for entry in entries]
 
 
 def packed_region(region: memoryview) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-    """Header, and the fields of each entry."""
+    """Return the header, and the fields of each entry."""
     end = PACKED_HEADER.size + SIZE * PACKED_ENTRY.size
     return (
         PACKED_HEADER.unpack_from(region),
@@ -61,7 +61,7 @@ def packed_region(region: memoryview) -> tuple[tuple[int, ...], list[tuple[int, 
 
 
 def pop_all(queue: InflightVirtqueue) -> list[int]:
-    """Take every request; their numbers."""
+    """Take every request, and return their numbers."""
     numbers = []
     while (chain := queue.pop()) is not None:
         numbers.append(chain.head)
@@ -79,7 +79,7 @@ def test_a_split_region_has_the_layout_of_the_specification() -> None:
         header, entries = split_region(region)
         assert header == (0, 1, SIZE, 0, 0)
         assert entries[:4] == [(1, 0, 0), (1, 0, 1), (1, 0, 2), (0, 0, 0)]
-        for number in (1, 2):  # each batch names the one before
+        for number in (1, 2):  # each batch links to the previous one
             chain = chains[number]
             assert chain is not None
             queue.push(chain, 1)
@@ -92,10 +92,10 @@ def test_a_split_region_has_the_layout_of_the_specification() -> None:
         driver.collect()
         head = driver.submit([Buffer(DATA, 1, WRITE)])
         assert pop_all(successor) == [head]
-        assert split_region(region)[1][head] == (1, 0, 1), "the successor counts on"
+        assert split_region(region)[1][head] == (1, 0, 1), "the counter continues"
 
 
-def test_a_successor_that_finds_nothing_counts_from_0() -> None:
+def test_the_counter_begins_at_0_without_requests_in_flight() -> None:
     region = empty_region()
     with driver_of(RingDriver) as driver:
         InflightVirtqueue(queue_for(driver), region)
@@ -134,25 +134,25 @@ def test_a_packed_region_has_the_layout_of_the_specification() -> None:
         driver.collect()
         driver.submit([Buffer(DATA, 1, WRITE)])
         assert len(pop_all(successor)) == 1
-        assert packed_region(region)[1][2][:5] == (1, 3, 2, 1, 1), "the successor counts on"
+        assert packed_region(region)[1][2][:5] == (1, 3, 2, 1, 1), "the counter continues"
 
 
 def test_a_region_is_unused_until_all_of_it_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     region = empty_region()
     with driver_of(PackedDriver) as driver:
         with monkeypatch.context() as patch, contextlib.suppress(KilledError):
-            patch.setattr(struct, "pack_into", killed)  # the list of entries
+            patch.setattr(struct, "pack_into", killed)  # killed while it links the entries
             InflightVirtqueue(queue_for(driver), region)
         assert region[8:10] == bytes(2)
 
 
-# A request that takes all of a packed ring turns its wrap counter, and leaves its index.
+# A request that takes the whole packed ring inverts the wrap counter and keeps the index.
 
 
 def serve_and_be_killed(driver: PackedDriver, region: memoryview, owner: type, method: str) -> int:
-    """Take a request of all descriptors, and be killed in a `method` when it is given back.
+    """Take a request of all descriptors, and be killed in `method` while returning it.
 
-    Returns its number.
+    Returns the request's number.
     """
     queue = InflightVirtqueue(queue_for(driver), region)
     number = driver.submit([Buffer(DATA, 1, WRITE)] * SIZE)
@@ -163,7 +163,7 @@ def serve_and_be_killed(driver: PackedDriver, region: memoryview, owner: type, m
     return number
 
 
-def test_a_request_of_all_descriptors_is_repeated_if_the_driver_did_not_get_it() -> None:
+def test_a_request_of_all_descriptors_is_repeated_if_it_was_not_returned() -> None:
     region = empty_region()
     with driver_of(PackedDriver) as driver:
         number = serve_and_be_killed(driver, region, PackedVirtqueue, "push")
@@ -175,7 +175,7 @@ def test_a_request_of_all_descriptors_is_repeated_if_the_driver_did_not_get_it()
         assert driver.collect() == [(number, 2)]
 
 
-def test_a_request_of_all_descriptors_is_not_repeated_if_the_driver_got_it() -> None:
+def test_a_request_of_all_descriptors_is_not_repeated_if_it_was_returned() -> None:
     region = empty_region()
     with driver_of(PackedDriver) as driver:
         number = serve_and_be_killed(driver, region, PackedRegion, "given_back")
@@ -189,13 +189,13 @@ def test_a_request_of_all_descriptors_is_not_repeated_if_the_driver_got_it() -> 
 
 
 @pytest.mark.parametrize("form", [SplitVirtqueue, PackedVirtqueue])
-def test_the_largest_ring_is_noted(form: type[SplitVirtqueue] | type[PackedVirtqueue]) -> None:
+def test_the_largest_ring_is_recorded(form: type[SplitVirtqueue] | type[PackedVirtqueue]) -> None:
     region = empty_region(MAX_QUEUE_SIZE)
     end = 16 * MAX_QUEUE_SIZE
     addresses = RingAddresses(0, end, end + 32 * PAGE)
     with ram_fd(end + 128 * PAGE) as fd:
         dma = dma_for(guest_memory(fd, (0, end + 128 * PAGE, 0)))
-        for _ in range(2):  # as it is, and as it is found
+        for _ in range(2):  # a new region, then the same region as found
             queue = InflightVirtqueue(form(dma, addresses, MAX_QUEUE_SIZE), region)
             assert struct.unpack_from("<HH", region, 8) == (1, MAX_QUEUE_SIZE)
             assert queue.pop() is None

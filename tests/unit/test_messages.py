@@ -1,4 +1,4 @@
-"""The vhost-user messages at their limits: what the bytes may say, and what is made of it."""
+"""The vhost-user messages at their limits: accepted values and their decoding."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ def test_the_longest_payload_is_accepted() -> None:
         decode_header(struct.pack("<III", Request.SET_FEATURES, 1, MAX_PAYLOAD_BYTES + 1))
 
 
-def test_a_request_asks_for_an_answer_only_if_it_says_so() -> None:
+def test_a_request_asks_for_an_answer_only_on_demand() -> None:
     flags = [encode_request(Request.SET_OWNER, need_reply=wanted)[4:8] for wanted in (False, True)]
     assert flags == [b"\1\0\0\0", b"\x09\0\0\0"]
     assert encode_request(Request.SET_OWNER)[4:8] == flags[0]
 
 
-def test_addresses_of_memory_regions_have_no_sign() -> None:
+def test_addresses_of_memory_regions_are_unsigned() -> None:
     largest = (1 << 64) - 1
     payload = struct.pack("<IIQQQQ", 1, 0, largest, largest, largest, largest)
     table = decode_memory_table(Message(Request.SET_MEM_TABLE, payload, (3,), False))
     assert table == [MemoryRegion(*[largest] * 4)]
 
 
-def test_a_number_has_64_bits_without_a_sign() -> None:
+def test_numbers_are_unsigned_64_bit() -> None:
     largest = (1 << 64) - 1
     assert encode_u64(largest) == b"\xff" * 8
     assert decode_u64(Message(Request.SET_FEATURES, b"\xff" * 8, (), False)) == largest
 
 
 @pytest.mark.parametrize(("flags", "logged"), [(0, False), (1, True), (2, False), (3, True)])
-def test_a_ring_is_logged_by_the_lowest_flag_alone(flags: int, logged: bool) -> None:
+def test_only_the_lowest_flag_says_that_a_ring_is_logged(flags: int, logged: bool) -> None:
     largest = (1 << 64) - 1
     payload = struct.pack("<IIQQQQ", 7, flags, 1, 2, 3, largest)
     message = Message(Request.SET_VRING_ADDR, payload, (), False)
@@ -60,7 +60,7 @@ def test_a_ring_is_logged_by_the_lowest_flag_alone(flags: int, logged: bool) -> 
 
 
 def memory_table(regions: int, *, files: int | None = None, rest: bytes = b"") -> Message:
-    """SET_MEM_TABLE with so many regions of a page each, and `rest` behind them."""
+    """Return a SET_MEM_TABLE with `regions` regions of one page each, followed by `rest`."""
     payload = struct.pack("<II", regions, 0) + b"".join(
         struct.pack("<QQQQ", number * PAGE_BYTES, PAGE_BYTES, 0, 0) for number in range(regions)
     )
@@ -78,7 +78,7 @@ def test_a_memory_table_has_1_to_8_regions() -> None:
             decode_memory_table(memory_table(regions))
 
 
-def test_padding_and_bytes_behind_the_regions_do_not_count() -> None:
+def test_padding_and_bytes_after_the_regions_are_ignored() -> None:
     table = memory_table(2, rest=bytes(9))
     padded = table.payload[:4] + b"\xff" * 4 + table.payload[8:]
     assert len(decode_memory_table(table._replace(payload=padded))) == 2

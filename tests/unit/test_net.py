@@ -1,4 +1,4 @@
-"""The network and the entropy device against drivers that keep the rules, and some that do not."""
+"""The network and entropy devices with drivers that follow the specification or break it."""
 
 from __future__ import annotations
 
@@ -62,20 +62,20 @@ def guest() -> Iterator[Guest]:
         front_end.close()
 
 
-def test_the_device_sends_as_many_packets_as_the_guest_asks_for(guest: Guest) -> None:
+def test_the_device_sends_the_requested_number_of_packets(guest: Guest) -> None:
     guest.offer(6)
     assert guest.received() == []
     guest.send(ETHERTYPE, struct.pack("<I", 2))
     assert guest.transmit.collect() == [(0, 0)]
-    for number, packet in enumerate(guest.received(), 2):  # the first request was the guest's
+    for number, packet in enumerate(guest.received(), 2):  # request 1 was the guest's frame
         assert len(packet) == FRAME_BYTES
         assert packet[:12] == bytes(10) + b"\1\0"  # struct virtio_net_hdr: one buffer
         assert packet[24:26] == b"\x88\xb5"
         assert packet[26:] == stamped_page(0, number)[:PAYLOAD_BYTES]
     guest.send(ETHERTYPE, struct.pack("<I", 9))
-    assert len(guest.received()) == 4, "there were no more buffers"
+    assert len(guest.received()) == 4, "the guest offered only 6 buffers"
     guest.offer(8)
-    assert len(guest.received()) == 5, "what was asked for is not forgotten"
+    assert len(guest.received()) == 5, "the device still owes 5 of the packets"
 
 
 @pytest.mark.parametrize(

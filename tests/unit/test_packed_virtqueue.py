@@ -1,4 +1,4 @@
-"""A packed ring: what is valid is served exactly, what is not is refused without a write."""
+"""A packed ring: valid requests are served exactly, invalid ones are refused without a write."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_list_has_its_buffer_id_in_the_last_descriptor(driver: PackedDriver) -
     assert queue.pop() is None
 
 
-def test_requests_come_back_in_any_order(driver: PackedDriver) -> None:
+def test_requests_can_be_returned_in_any_order(driver: PackedDriver) -> None:
     first = driver.submit([Buffer(DATA, 1, WRITE)] * 3)
     second = driver.submit([Buffer(DATA, 1, WRITE)])
     queue = queue_for(driver)
@@ -58,7 +58,7 @@ def test_requests_come_back_in_any_order(driver: PackedDriver) -> None:
 
 def test_a_list_wraps_around_the_ring(driver: PackedDriver) -> None:
     queue = queue_for(driver)
-    for number in range(11):  # 3 does not divide 8: every alignment comes
+    for number in range(11):  # 3 does not divide 8, so every alignment occurs
         expected = driver.submit([Buffer(DATA + number, 1, WRITE)] * 3)
         chain = queue.pop()
         assert chain is not None
@@ -70,7 +70,7 @@ def test_a_list_wraps_around_the_ring(driver: PackedDriver) -> None:
         assert queue.base == half | half << 16
 
 
-def test_a_full_ring_and_no_more(driver: PackedDriver) -> None:
+def test_a_full_ring_is_served_and_nothing_more(driver: PackedDriver) -> None:
     queue = queue_for(driver)
     for _ in range(3):
         expected = [driver.submit([Buffer(DATA, 1, WRITE)]) for _ in range(SIZE)]
@@ -82,7 +82,7 @@ def test_a_full_ring_and_no_more(driver: PackedDriver) -> None:
         assert driver.collect() == [(number, 1) for number in expected]
 
 
-def test_a_ring_goes_on_where_its_base_says(driver: PackedDriver) -> None:
+def test_a_ring_continues_at_its_base(driver: PackedDriver) -> None:
     queue = queue_for(driver)
     for _ in range(3):
         driver.submit([Buffer(DATA, 1, WRITE)] * 3)
@@ -91,7 +91,7 @@ def test_a_ring_goes_on_where_its_base_says(driver: PackedDriver) -> None:
         queue.push(chain, 1)
         driver.collect()
     expected = [driver.submit([Buffer(DATA, 1, WRITE)] * 3) for _ in range(2)]
-    taken = queue.pop()  # but not given back: the halves of the base differ
+    taken = queue.pop()  # but not returned, so the halves of the base differ
     assert taken is not None
     successor = queue_for(driver, base=queue.base)
     successor.push(taken, 5)
@@ -108,7 +108,7 @@ def test_an_indirect_table_takes_one_descriptor(driver: PackedDriver) -> None:
     chain = queue_for(driver).pop()
     assert chain is not None
     assert chain.descriptors == 1
-    assert [segment.iova for segment in chain.writable] == [it.address for it in buffers]
+    assert [segment.iova for segment in chain.writable] == [buffer.address for buffer in buffers]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_broken_list_is_refused(
     for index, buffer in enumerate(buffers):
         driver.put(index, buffer, 0, buffer.flags | AVAIL)
     queue = queue_for(driver)
-    for _ in range(2):  # and it is not passed over
+    for _ in range(2):  # the device does not skip the request
         with pytest.raises(ProtocolError, match=message):
             queue.pop()
 
@@ -161,13 +161,13 @@ def test_a_table_outside_ram_is_refused(driver: PackedDriver) -> None:
 
 
 @pytest.mark.parametrize("flags", [0, USED, AVAIL | USED])
-def test_what_is_not_the_devices_is_left_alone(driver: PackedDriver, flags: int) -> None:
+def test_descriptors_of_the_driver_are_left_alone(driver: PackedDriver, flags: int) -> None:
     driver.put(0, Buffer(DATA, 1), 0, flags)
     assert queue_for(driver).pop() is None
 
 
 @pytest.mark.parametrize("size", [0, 32769])
-def test_a_size_no_ring_can_have(driver: PackedDriver, size: int) -> None:
+def test_an_impossible_size_is_refused(driver: PackedDriver, size: int) -> None:
     driver.size = size
     with pytest.raises(ProtocolError, match="queue size"):
         queue_for(driver)
@@ -198,7 +198,7 @@ def test_every_write_to_the_ring_is_tracked(driver: PackedDriver) -> None:
     assert driver.read(ring + 40, 8) == struct.pack("<IHH", 0, 6, AVAIL | USED)
     del marks.ranges[:]
     queue.ask_for_kick()
-    queue.ask_for_kick()  # nothing changes: nothing is written
+    queue.ask_for_kick()  # nothing has changed, so nothing is written
     assert marks.ranges == [(driver.used, 4)]
     assert set(journal.records()["kind"]) == {WriteKind.USED_RING}
 
@@ -220,7 +220,7 @@ def test_the_driver_can_switch_interrupts_off(driver: PackedDriver) -> None:
 
 
 @pytest.mark.parametrize(("event_index", "flags"), [(True, 0), (False, 2)])
-def test_a_named_descriptor_counts_only_if_it_was_negotiated_and_asked_for(
+def test_the_event_descriptor_counts_only_if_negotiated_and_requested(
     driver: PackedDriver,
     event_index: bool,
     flags: int,
@@ -228,13 +228,13 @@ def test_a_named_descriptor_counts_only_if_it_was_negotiated_and_asked_for(
     driver.event_index = event_index
     queue = queue_for(driver)
     driver.write(driver.available, struct.pack("<HH", 5 | 0x8000, flags))
-    queue.push(DescriptorChain(0, 1), 0)  # the named one is still to come
+    queue.push(DescriptorChain(0, 1), 0)  # the event descriptor is a later one
     assert queue.wants_interrupt()
 
 
 @pytest.mark.parametrize("start", range(2 * SIZE))
 @pytest.mark.parametrize(("descriptor", "wanted"), [(0, True), (3, True), (4, False), (8, False)])
-def test_an_interrupt_when_the_named_descriptor_is_used(
+def test_the_driver_is_interrupted_when_the_event_descriptor_is_used(
     driver: PackedDriver, start: int, descriptor: int, wanted: bool
 ) -> None:
     half = start % SIZE | (0x8000 if start < SIZE else 0)
@@ -249,7 +249,7 @@ def test_an_interrupt_when_the_named_descriptor_is_used(
     assert not queue.wants_interrupt()
 
 
-def test_a_request_that_came_while_kicks_were_off_is_noticed(driver: PackedDriver) -> None:
+def test_a_request_that_arrived_while_kicks_were_off_is_noticed(driver: PackedDriver) -> None:
     driver.event_index = True
     queue = queue_for(driver)
     assert not queue.ask_for_kick()
@@ -261,7 +261,7 @@ def test_a_request_that_came_while_kicks_were_off_is_noticed(driver: PackedDrive
     assert driver.read(driver.used, 4) == struct.pack("<HH", 0x8003, 2)
 
 
-def test_a_downtime_limit_set_by_a_third_party_is_overwritten(driver: PackedDriver) -> None:
+def test_a_previous_back_ends_event_suppression_is_overwritten(driver: PackedDriver) -> None:
     driver.write(driver.used, struct.pack("<HH", 0, 1))  # "never kick"
     queue_for(driver).ask_for_kick()
     assert driver.read(driver.used, 4) == bytes(4)

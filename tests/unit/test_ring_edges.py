@@ -1,4 +1,4 @@
-"""What the rings of a stopped device tell at the edges: full, at a tie, partly outside RAM."""
+"""Edge cases of a stopped device's rings: full, at a tie, partly outside RAM."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_ring_may_be_exactly_full(used: int) -> None:
     assert not ring(used, used, (full + 1) % (1 << 16)).is_consistent
 
 
-def test_an_answer_equally_far_from_both_ends_is_reported_as_too_few() -> None:
+def test_a_tie_between_both_indices_is_reported_as_too_few() -> None:
     story = ring(0x8000 + 50, 0, 100).story
     assert "at least 32718 too few" in story
 
@@ -43,15 +43,15 @@ def test_the_shorter_distance_decides_which_index_is_ahead(ahead: int, why: str)
 
 
 class PausedQemu:
-    """A QEMU with one queue, of which it reports `told` besides where its rings are."""
+    """A QEMU that reports the addresses of one queue's rings and the values `reported`."""
 
-    def __init__(self, **told: int) -> None:
-        self._told = {
+    def __init__(self, **reported: int) -> None:
+        self._reported = {
             "vring-desc": DESCRIPTORS,
             "vring-avail": AVAILABLE,
             "vring-used": USED,
             "vring-num": SIZE,
-            **told,
+            **reported,
         }
 
     async def execute(self, command: str, **arguments: Any) -> Any:
@@ -59,21 +59,21 @@ class PausedQemu:
             return [{"name": "virtio-blk", "path": "/machine/disk"}]
         if arguments["queue"]:
             raise QmpRefusal("Invalid virtqueue number 1")
-        return self._told
+        return self._reported
 
 
 def read(gpa: int, length: int) -> bytes | None:
-    """RAM in which both indices stand behind 16 bits of flags."""
+    """Read RAM that has both indices, each after 16 bits of flags."""
     return struct.pack("<H", {AVAILABLE + 2: 12, USED + 2: 10}[gpa])[:length]
 
 
 def rings_of(qemu: PausedQemu, missing: int | None = None) -> list[Ring]:
-    """The rings as they are in RAM that is not there at GPA `missing`."""
+    """Return the rings read from RAM in which GPA `missing` does not exist."""
 
-    def read_what_is_there(gpa: int, length: int) -> bytes | None:
+    def read_existing(gpa: int, length: int) -> bytes | None:
         return None if gpa == missing else read(gpa, length)
 
-    return list(asyncio.run(stopped_rings(cast(Any, qemu), {"source": read_what_is_there})))
+    return list(asyncio.run(stopped_rings(cast(Any, qemu), {"source": read_existing})))
 
 
 def test_a_ring_in_ram_is_read() -> None:
@@ -81,9 +81,9 @@ def test_a_ring_in_ram_is_read() -> None:
 
 
 @pytest.mark.parametrize("missing", [AVAILABLE + 2, USED + 2])
-def test_a_ring_of_which_one_index_is_outside_ram_is_none(missing: int) -> None:
+def test_a_ring_with_one_index_outside_ram_is_not_read(missing: int) -> None:
     assert rings_of(PausedQemu(**{"last-avail-idx": 11}), missing) == []
 
 
-def test_a_ring_whose_answer_qemu_does_not_report_is_none() -> None:
+def test_a_ring_without_a_reported_answer_is_not_read() -> None:
     assert rings_of(PausedQemu()) == []

@@ -1,4 +1,4 @@
-"""What a session keeps and lets go of, as rings and logs come and go."""
+"""What a session keeps and releases over the life of its rings and logs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Guest:
         self.driver = RingDriver(guest_memory(ram, (0, RAM_BYTES, 0)), RING)
 
     def request(self, flags: int = 0) -> int:
-        """Read a page from the disk; the status byte."""
+        """Read a page from the disk, and return the status byte."""
         driver = self.driver
         driver.write(HEADER, struct.pack("<IIQ", 0, 0, 0))
         driver.write(STATUS, bytes((UNTOUCHED,)))
@@ -93,7 +93,9 @@ def files() -> Iterator[tuple[int, int]]:
 def guest(files: tuple[int, int]) -> Iterator[Guest]:
     guest = Guest(*files)
     guest.front_end.start_ring(guest.driver)
-    os.eventfd_read(guest.front_end.call)  # sent in case a back end has died before
+    os.eventfd_read(
+        guest.front_end.call
+    )  # the back end interrupts at start in case its predecessor died
     yield guest
     guest.front_end.close()
 
@@ -107,7 +109,7 @@ def mappings() -> int:
     return Path("/proc/self/maps").read_text().count("memfd:guest-ram")
 
 
-def test_a_ring_that_is_switched_off_waits(guest: Guest) -> None:
+def test_a_disabled_ring_serves_no_request(guest: Guest) -> None:
     enable = struct.pack("<II", 0, 0), struct.pack("<II", 0, 1)
     guest.front_end.send(Request.SET_VRING_ENABLE, enable[0])
     assert guest.request() == UNTOUCHED
@@ -116,7 +118,7 @@ def test_a_ring_that_is_switched_off_waits(guest: Guest) -> None:
     assert guest.driver.read(STATUS, 1)[0] == DONE
 
 
-def test_a_ring_is_looked_at_when_it_is_switched_on_again(guest: Guest) -> None:
+def test_a_ring_is_served_when_it_is_enabled_again(guest: Guest) -> None:
     assert guest.request() == DONE
     guest.front_end.send(Request.SET_VRING_ENABLE, struct.pack("<II", 0, 0))
     guest.driver.write(STATUS, bytes((UNTOUCHED,)))
@@ -126,7 +128,7 @@ def test_a_ring_is_looked_at_when_it_is_switched_on_again(guest: Guest) -> None:
     assert guest.driver.read(STATUS, 1)[0] == DONE
 
 
-def test_a_ring_is_looked_at_when_it_gets_another_kick(guest: Guest) -> None:
+def test_a_ring_is_served_when_its_kick_is_replaced(guest: Guest) -> None:
     assert guest.request() == DONE
     guest.driver.write(STATUS, bytes((UNTOUCHED,)))
     guest.driver.publish(0)
@@ -138,10 +140,10 @@ def test_a_ring_is_looked_at_when_it_gets_another_kick(guest: Guest) -> None:
 def test_a_kick_that_cannot_be_watched_is_closed(guest: Guest) -> None:
     class FullSelector(selectors.SelectSelector):
         def register(self, *_: Any, **__: Any) -> selectors.SelectorKey:
-            raise OSError(errno.ENOSPC, "no room")
+            raise OSError(errno.ENOSPC, "disk full")
 
     before = open_files()
-    with pytest.raises(OSError, match="no room"):
+    with pytest.raises(OSError, match="disk full"):
         Vring(0, FullSelector()).set_kick(guest.front_end.kick)
     assert open_files() == before
 
@@ -160,14 +162,14 @@ def test_a_ring_whose_address_was_never_set_is_refused(guest: Guest) -> None:
         guest.front_end.send(Request.SET_VRING_ENABLE, struct.pack("<II", 1, 1))
 
 
-def test_a_ring_that_leaves_ram_is_refused(guest: Guest) -> None:
+def test_a_ring_beyond_the_end_of_ram_is_refused(guest: Guest) -> None:
     guest.driver.available = RAM_BYTES - (6 + 2 * guest.driver.size) + 2
     with pytest.raises(ProtocolError, match=r"HVA 0x.* is not inside one memory slot"):
         guest.front_end.set_ring_address(guest.driver)
 
 
 @pytest.mark.parametrize("part", ["available", "used"])
-def test_the_events_of_a_packed_ring_may_lie_at_the_end_of_ram(
+def test_event_structures_of_a_packed_ring_may_end_with_ram(
     files: tuple[int, int], part: str
 ) -> None:
     guest = Guest(*files, features=FEATURES | F_RING_PACKED)
@@ -188,7 +190,7 @@ def test_a_ring_whose_size_was_never_set_is_refused(guest: Guest) -> None:
 @pytest.mark.parametrize(
     ("part", "length"), [("descriptors", 16 * 8), ("available", 6 + 2 * 8), ("used", 2 + 6 + 8 * 8)]
 )
-def test_a_part_of_a_ring_may_lie_at_the_end_of_ram(
+def test_each_part_of_a_ring_may_end_with_ram(
     files: tuple[int, int], part: str, length: int
 ) -> None:
     guest = Guest(*files)
@@ -199,9 +201,7 @@ def test_a_part_of_a_ring_may_lie_at_the_end_of_ram(
 
 
 @pytest.mark.parametrize("negotiated", [True, False])
-def test_a_ring_has_the_features_that_were_negotiated(
-    files: tuple[int, int], negotiated: bool
-) -> None:
+def test_a_ring_has_only_the_negotiated_features(files: tuple[int, int], negotiated: bool) -> None:
     features = FEATURES | F_RING_EVENT_IDX if negotiated else FEATURES & ~F_RING_INDIRECT_DESC
     guest = Guest(*files, features=features)
     guest.front_end.start_ring(guest.driver)
@@ -237,7 +237,7 @@ def test_messages_are_acknowledged_only_if_that_was_negotiated() -> None:
     front_end.close()
 
 
-def test_a_log_that_comes_before_any_ring_begins_empty(files: tuple[int, int]) -> None:
+def test_a_log_set_before_any_ring_stays_empty(files: tuple[int, int]) -> None:
     guest = Guest(*files)
     guest.start_logging()
     guest.front_end.session.harvest()
@@ -245,7 +245,7 @@ def test_a_log_that_comes_before_any_ring_begins_empty(files: tuple[int, int]) -
     guest.front_end.close()
 
 
-def test_a_log_may_come_before_the_memory(files: tuple[int, int]) -> None:
+def test_a_log_may_be_set_before_the_memory_table(files: tuple[int, int]) -> None:
     ram, log = files
     front_end = FrontEnd()
     front_end.set_log(log, LOG_BYTES)
@@ -255,7 +255,7 @@ def test_a_log_may_come_before_the_memory(files: tuple[int, int]) -> None:
     front_end.close()
 
 
-def test_a_session_whose_log_was_cut_short_can_be_closed(files: tuple[int, int]) -> None:
+def test_a_session_with_a_truncated_log_can_be_closed(files: tuple[int, int]) -> None:
     guest = Guest(*files)
     guest.front_end.start_ring(guest.driver)
     guest.start_logging()
@@ -264,7 +264,7 @@ def test_a_session_whose_log_was_cut_short_can_be_closed(files: tuple[int, int])
     guest.front_end.close()
 
 
-def test_a_reset_switches_rings_off(guest: Guest) -> None:
+def test_a_reset_disables_the_rings(guest: Guest) -> None:
     guest.front_end.send(Request.RESET_DEVICE)
     guest.front_end.send(Request.SET_VRING_KICK, encode_u64(0), [guest.front_end.kick])
     assert guest.request() == UNTOUCHED
@@ -291,7 +291,7 @@ def test_a_driver_that_wants_no_interrupt_gets_none(guest: Guest) -> None:
     assert os.eventfd_read(guest.front_end.call) == 1
 
 
-def test_a_ring_that_filled_up_meanwhile_is_served_again(
+def test_requests_that_arrive_before_the_kick_is_enabled_are_served(
     guest: Guest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = guest.front_end.session
@@ -304,7 +304,7 @@ def test_a_ring_that_filled_up_meanwhile_is_served_again(
     assert not session.serve_rings()
 
 
-def test_new_events_take_the_old_ones_place(guest: Guest) -> None:
+def test_new_eventfds_replace_the_old_ones(guest: Guest) -> None:
     before = open_files()
     for _ in range(5):
         guest.front_end.send(Request.SET_VRING_KICK, encode_u64(0), [guest.front_end.kick])
@@ -313,7 +313,7 @@ def test_new_events_take_the_old_ones_place(guest: Guest) -> None:
     assert guest.request() == DONE
 
 
-def test_every_file_that_comes_along_is_closed(guest: Guest) -> None:
+def test_every_received_file_descriptor_is_closed(guest: Guest) -> None:
     before = open_files()
     for request in (Request.SET_LOG_FD, Request.SET_VRING_ERR, Request.SET_OWNER):
         guest.front_end.send(request, encode_u64(0), [guest.log])
@@ -371,7 +371,7 @@ def test_the_journal_ends_with_logging(guest: Guest) -> None:
 
 
 def publish_reads(guest: Guest, requests: int) -> None:
-    """Make so many reads of a page available, and kick."""
+    """Make `requests` reads of a page available, and kick."""
     driver = guest.driver
     driver.write(HEADER, struct.pack("<IIQ", 0, 0, 0))
     buffers = [Buffer(HEADER, 16), Buffer(DATA, PAGE, WRITE), Buffer(STATUS, 1, WRITE)]
@@ -388,7 +388,7 @@ def test_a_turn_serves_a_bounded_number_of_requests(
     guest = Guest(*files)
     guest.driver = RingDriver(guest_memory(files[0], (0, RAM_BYTES, 0)), 8 * PAGE, 128)
     guest.front_end.start_ring(guest.driver)
-    monkeypatch.setattr(time, "monotonic", lambda: 7.0)  # no request takes any time
+    monkeypatch.setattr(time, "monotonic", lambda: 7.0)  # requests take no time on this clock
     publish_reads(guest, 128)
     served = []
     while guest.front_end.session.serve_rings():
@@ -409,14 +409,14 @@ def test_a_turn_ends_with_the_request_that_uses_up_its_time(
 
 
 class NotYet(Blk):
-    """A disk that cannot serve its first queue before it has served its second."""
+    """A disk that cannot serve its first queue before its second queue."""
 
     def is_ready(self, queue: int) -> bool:
         """See `VirtioDevice.is_ready`."""
         return queue == 1 or self.requests > 0
 
 
-def test_a_ring_whose_device_is_not_ready_waits_for_the_other(files: tuple[int, int]) -> None:
+def test_a_ring_waits_until_its_device_is_ready(files: tuple[int, int]) -> None:
     guest = TwoRings(*files, device=NotYet(1 << 30, queues=2))
     guest.driver.write(HEADER, struct.pack("<IIQ", 0, 0, 0))
     for driver in (guest.driver, guest.second):
@@ -431,48 +431,54 @@ def test_a_ring_whose_device_is_not_ready_waits_for_the_other(files: tuple[int, 
 
 
 class Tracked(Guest):
-    """A guest whose back end notes in a folder what its successor has to know."""
+    """A guest whose back end saves its state in a folder."""
 
-    def __init__(self, ram: int, log: int, state: Path, *, dead: Tracked | None = None) -> None:
+    def __init__(
+        self, ram: int, log: int, state: Path, *, predecessor: Tracked | None = None
+    ) -> None:
         super().__init__(ram, log, state=state)
-        if dead is not None:
-            assert dead.front_end.inflight is not None
-            self.front_end.inflight = os.dup(dead.front_end.inflight)
-            self.front_end.inflight_said = dead.front_end.inflight_said
-            self.driver = dead.driver
+        if predecessor is not None:
+            assert predecessor.front_end.inflight is not None
+            self.front_end.inflight = os.dup(predecessor.front_end.inflight)
+            self.front_end.inflight_said = predecessor.front_end.inflight_said
+            self.driver = predecessor.driver
         self.front_end.track_inflight(2, self.driver.size)
-        if dead is not None:
+        if predecessor is not None:
             self.start_logging()
-        self.front_end.start_ring(self.driver, base=self.driver.used_index, logged=dead is not None)
+        self.front_end.start_ring(
+            self.driver, base=self.driver.used_index, logged=predecessor is not None
+        )
 
 
-def test_a_successor_goes_on_with_the_records_that_were_kept(
+def test_a_restarted_back_end_continues_the_saved_journal(
     files: tuple[int, int], tmp_path: Path
 ) -> None:
-    dead = Tracked(*files, tmp_path / "state")
-    dead.start_logging()
-    assert dead.request() == DONE
-    dead.front_end.session.harvest()
-    kept = dead.front_end.session.journal.records()
+    predecessor = Tracked(*files, tmp_path / "state")
+    predecessor.start_logging()
+    assert predecessor.request() == DONE
+    predecessor.front_end.session.harvest()
+    saved = predecessor.front_end.session.journal.records()
     evidence = Evidence.load(tmp_path / "state")
-    assert (evidence.records == kept).all()
-    assert [int(it) for it in evidence.harvests["epoch"]] == [1]
+    assert (evidence.records == saved).all()
+    assert [int(epoch) for epoch in evidence.harvests["epoch"]] == [1]
     assert [slot.length for slot in evidence.slots] == [RAM_BYTES]
-    assert dead.request() == DONE
-    kept = dead.front_end.session.journal.records()
+    assert predecessor.request() == DONE
+    saved = predecessor.front_end.session.journal.records()
 
-    successor = Tracked(*files, tmp_path / "state", dead=dead)
+    successor = Tracked(*files, tmp_path / "state", predecessor=predecessor)
     session = successor.front_end.session
-    assert (session.journal.records() == kept).all()
+    assert (session.journal.records() == saved).all()
     assert session.collector.harvests[0].epoch == 1
-    assert session.collector.due_epoch() > kept["epoch"].max()
+    assert session.collector.due_epoch() > saved["epoch"].max()
     assert successor.request() == DONE
-    assert session.journal.records()["request"][-1] > kept["request"].max()
-    for guest in (dead, successor):
+    assert session.journal.records()["request"][-1] > saved["request"].max()
+    for guest in (predecessor, successor):
         guest.front_end.close()
 
 
-def test_a_trace_is_kept_from_the_start_of_logging(files: tuple[int, int], tmp_path: Path) -> None:
+def test_the_trace_is_saved_from_the_start_of_logging(
+    files: tuple[int, int], tmp_path: Path
+) -> None:
     guest = Tracked(*files, tmp_path / "state")
     guest.start_logging()
     evidence = Evidence.load(tmp_path / "state")
@@ -481,9 +487,7 @@ def test_a_trace_is_kept_from_the_start_of_logging(files: tuple[int, int], tmp_p
     guest.front_end.close()
 
 
-def test_what_another_session_has_left_is_not_resumed_without_a_crash(
-    files: tuple[int, int], tmp_path: Path
-) -> None:
+def test_saved_state_is_not_resumed_without_a_crash(files: tuple[int, int], tmp_path: Path) -> None:
     before = Tracked(*files, tmp_path / "state")
     before.start_logging()
     assert before.request() == DONE
@@ -504,7 +508,7 @@ def test_a_second_migration_without_a_crash_begins_with_an_empty_journal(
         assert guest.request() == DONE
         guest.front_end.session.harvest()
         records = guest.front_end.session.journal.records()
-        assert len(set(records["request"].tolist())) == 1, "the only request since then"
+        assert len(set(records["request"].tolist())) == 1, "only the latest request"
         guest.front_end.log_all(False)
     guest.front_end.close()
 
@@ -529,14 +533,14 @@ class TwoRings(Guest):
         assert read_stamp(driver.read(gpa, PAGE)) is not None
 
     def stop(self, ring: int) -> int:
-        """Stop a ring; its base."""
+        """Stop a ring, and return its base."""
         answer = self.front_end.ask(Request.GET_VRING_BASE, struct.pack("<II", ring, 0))
         index, base = struct.unpack("<II", answer)
         assert index == ring
         return int(base)
 
     def logged(self) -> set[int]:
-        """The pages in the log."""
+        """Return the pages in the log."""
         bits = int.from_bytes(os.pread(self.log, LOG_BYTES, 0), "little")
         return {page for page in range(RAM_BYTES // PAGE) if bits >> page & 1}
 
@@ -548,20 +552,20 @@ def two_rings(files: tuple[int, int]) -> Iterator[TwoRings]:
     guest.front_end.close()
 
 
-def test_each_ring_is_in_the_log_when_its_own_stop_is_answered(two_rings: TwoRings) -> None:
+def test_writes_of_each_ring_are_logged_before_its_stop_is_answered(two_rings: TwoRings) -> None:
     two_rings.read_page(two_rings.driver, DATA)
     two_rings.stop(0)
     assert DATA // PAGE in two_rings.logged()
 
 
-def test_a_request_between_two_stops_is_in_the_log_and_in_time(two_rings: TwoRings) -> None:
+def test_a_request_between_two_stops_is_logged_in_time(two_rings: TwoRings) -> None:
     session = two_rings.front_end.session
     two_rings.read_page(two_rings.driver, DATA)
     two_rings.read_page(two_rings.driver, DATA)
     assert two_rings.stop(0) == 2
     assert session.running
     two_rings.read_page(two_rings.second, DATA + PAGE)
-    record = next(it for it in session.journal.records() if it["gpa"] == DATA + PAGE)
+    record = next(record for record in session.journal.records() if record["gpa"] == DATA + PAGE)
     assert record["queue"] == 1
     assert two_rings.stop(1) == 1
     assert not session.running
@@ -570,7 +574,7 @@ def test_a_request_between_two_stops_is_in_the_log_and_in_time(two_rings: TwoRin
         assert session.collector.trace.links[link].last(DATA + PAGE) >= record["epoch"] > 0
 
 
-def test_what_is_harvested_after_the_last_stop_is_too_late(two_rings: TwoRings) -> None:
+def test_pages_harvested_after_the_last_stop_count_as_late(two_rings: TwoRings) -> None:
     session = two_rings.front_end.session
     two_rings.stop(0)
     two_rings.stop(1)
@@ -578,10 +582,10 @@ def test_what_is_harvested_after_the_last_stop_is_too_late(two_rings: TwoRings) 
     assert session.collector.trace.links[Link.LOG].last(DATA) == 0
     two_rings.front_end.start_ring(two_rings.driver, base=0, logged=True)
     session.collector.harvest_everything()
-    assert session.collector.trace.links[Link.LOG].last(DATA) > 0, "it runs again"
+    assert session.collector.trace.links[Link.LOG].last(DATA) > 0, "the ring runs again"
 
 
-def test_a_reset_brings_what_was_written_to_the_log(two_rings: TwoRings) -> None:
+def test_a_reset_logs_the_written_pages(two_rings: TwoRings) -> None:
     two_rings.read_page(two_rings.second, DATA + PAGE)
     two_rings.front_end.send(Request.RESET_DEVICE)
     assert DATA // PAGE + 1 in two_rings.logged()

@@ -40,7 +40,7 @@ IOMMUFD_SIZES: list[tuple[Struct, int]] = [
     (abi.PRECOPY_INFO, 24),
     (abi.TYPE1_DIRTY_BITMAP_GET, 8 + 40),
 ]
-"""What older kernels' headers lack, from those of Linux 7.3."""
+"""Definitions missing from older kernels' headers, from those of Linux 7.3."""
 
 
 @pytest.mark.parametrize(("structure", "size"), IOMMUFD_SIZES)
@@ -80,9 +80,9 @@ def test_a_file_that_is_not_a_device_is_reported() -> None:
 
 
 def test_every_explained_errno_exists() -> None:
-    requests = [it for it in vars(abi).values() if isinstance(it, Request)]
+    requests = [value for value in vars(abi).values() if isinstance(value, Request)]
     assert len(requests) > 20
-    for rules in (*(it.rules for it in requests), *abi.FEATURE_RULES.values()):
+    for rules in (*(known.rules for known in requests), *abi.FEATURE_RULES.values()):
         assert all(number in errno.errorcode and text for number, text in rules.items())
 
 
@@ -91,7 +91,7 @@ def test_a_device_that_is_not_bound_to_vfio_is_left_alone(tmp_path: Path) -> Non
         VfioDevice.open_cdev(tmp_path, Iommufd("/dev/null"))
 
 
-def test_start_logging_hands_over_ranges_and_takes_the_page_size(
+def test_start_logging_passes_ranges_and_returns_the_page_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[tuple[int, ...]] = []
@@ -107,7 +107,7 @@ def test_start_logging_hands_over_ranges_and_takes_the_page_size(
     assert seen[0][:3] == (PAGE, 2, 0)
 
 
-def test_set_state_returns_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_set_state_returns_the_data_transfers_file(monkeypatch: pytest.MonkeyPatch) -> None:
     def answer(fd: int, number: int, data: bytearray) -> int:
         abi.DATA_MIG_STATE.pack_into(data, abi.DEVICE_FEATURE.size, MigrationState.PRE_COPY, 17)
         return 0
@@ -117,38 +117,38 @@ def test_set_state_returns_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
     assert VfioDevice(-1).state is MigrationState.PRE_COPY
 
 
-# Trackers, on a kernel that is played -----------------------------------------------------------
+# Trackers, on a simulated kernel ----------------------------------------------------------------
 
 
 class Kernel:
-    """What the kernel would know: dirty pages, read and cleared by whole pages.
+    """A simulated kernel's dirty pages, read and cleared by whole pages.
 
-    `mappings`: type1's; a question that cuts one is refused, as type1 does.
+    `mappings` are those of type1: a range that splits one is refused, as by type1.
     """
 
     def __init__(self, mappings: Sequence[IovaRange] = ()) -> None:
         self.dirty: set[int] = set()
         self.on = False
         self.mappings = list(mappings)
-        self.forgets_too_much = False
+        self.clears_too_much = False
 
     def read(self, iova: int, length: int, page_size: int) -> Bits:
         assert self.on
         assert iova % page_size == length % page_size == 0
         if self.mappings:
-            assert IovaRange(iova, length) in self.mappings, "EINVAL: it cuts a mapping"
+            assert IovaRange(iova, length) in self.mappings, "EINVAL: the range splits a mapping"
         bits = bitmap_for(length, page_size)
         first = iova // page_size
         for page in sorted(self.dirty):
             if first <= page < first + length // page_size:
                 bits[(page - first) // 64] |= np.uint64(1 << (page - first) % 64)
                 self.dirty.discard(page)
-        if self.forgets_too_much:
+        if self.clears_too_much:
             self.dirty.clear()
         return bits
 
 
-class PlayedDevice(VfioDevice):
+class SimulatedDevice(VfioDevice):
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(-1)
         self.kernel = kernel
@@ -164,7 +164,7 @@ class PlayedDevice(VfioDevice):
         return self.kernel.read(iova, length, page_size)
 
 
-class PlayedIommufd(Iommufd):
+class SimulatedIommufd(Iommufd):
     def __init__(self, kernel: Kernel) -> None:
         self.fd = -1
         self.kernel = kernel
@@ -185,7 +185,7 @@ class PlayedIommufd(Iommufd):
         return self.kernel.read(iova, length, page_size)
 
 
-class PlayedContainer(Container):
+class SimulatedContainer(Container):
     def __init__(self, kernel: Kernel) -> None:
         self.fd = -1
         self._groups = []
@@ -204,31 +204,31 @@ class PlayedContainer(Container):
 RANGES = [IovaRange(0, 100 * PAGE), IovaRange(1 << 32, 300 * PAGE)]
 
 
-def played(name: str) -> tuple[Kernel, DirtyTracker]:
+def simulated(name: str) -> tuple[Kernel, DirtyTracker]:
     if name == "type1":
         kernel = Kernel(RANGES)
-        return kernel, Type1Tracker(PlayedContainer(kernel))
+        return kernel, Type1Tracker(SimulatedContainer(kernel))
     kernel = Kernel()
     if name == "hwpt":
-        return kernel, HwptTracker(PlayedIommufd(kernel), 1)
-    return kernel, DmaLogging(PlayedDevice(kernel))
+        return kernel, HwptTracker(SimulatedIommufd(kernel), 1)
+    return kernel, DmaLogging(SimulatedDevice(kernel))
 
 
 def collect(tracker: DirtyTracker, pieces: Sequence[IovaRange]) -> set[int]:
-    """The pages that the tracker tells when it is asked for `pieces`."""
-    told: set[int] = set()
+    """Return the pages that the tracker reports for `pieces`."""
+    reported: set[int] = set()
     for iova, length in pieces:
         bits = bitmap_for(length + PAGE, PAGE)
         with IovaBitmap(iova, length, PAGE, bits) as bitmap:
             tracker.read_and_clear(bitmap, iova, length)
             for dirty in bitmap.ranges():
                 last = (dirty.iova + dirty.length - 1) // PAGE
-                told.update(range(dirty.iova // PAGE, last + 1))
-    return told
+                reported.update(range(dirty.iova // PAGE, last + 1))
+    return reported
 
 
 def cut(choose: random.Random, whole: IovaRange, pieces: int) -> list[IovaRange]:
-    """`whole` in pieces that are aligned to nothing."""
+    """Split `whole` into unaligned pieces."""
     edges = sorted(
         {0, whole.length, *(choose.randrange(1, whole.length) for _ in range(pieces - 1))}
     )
@@ -236,36 +236,38 @@ def cut(choose: random.Random, whole: IovaRange, pieces: int) -> list[IovaRange]
 
 
 @pytest.mark.parametrize("name", ["dma-logging", "hwpt", "type1"])
-def test_whatever_is_asked_for_no_page_is_lost(name: str) -> None:
+def test_no_page_is_lost_whatever_range_is_read(name: str) -> None:
     choose = random.Random(7)
-    kernel, tracker = played(name)
+    kernel, tracker = simulated(name)
     assert tracker.start(RANGES, PAGE) == PAGE
-    everywhere = [page for it in RANGES for page in range(it.iova // PAGE, sum(it) // PAGE)]
+    everywhere = [
+        page for whole in RANGES for page in range(whole.iova // PAGE, sum(whole) // PAGE)
+    ]
     for _ in range(50):
         written = set(choose.sample(everywhere, 40))
         kernel.dirty |= written
         asked = [piece for whole in RANGES for piece in cut(choose, whole, choose.randint(1, 6))]
         choose.shuffle(asked)
-        told = collect(tracker, asked)
-        assert written <= told
-        # What is told beyond it are pages that a question had cut: told once more, not made up.
-        assert collect(tracker, RANGES) <= told | written
+        reported = collect(tracker, asked)
+        assert written <= reported
+        # Pages that two pieces share may be reported again, but no page is reported unwritten.
+        assert collect(tracker, RANGES) <= reported | written
         assert not collect(tracker, RANGES)
     tracker.stop()
     assert not kernel.on
 
 
-def test_bits_that_the_kernel_forgets_are_missing_in_the_bitmap() -> None:
-    kernel, tracker = played("dma-logging")
+def test_bits_that_the_kernel_loses_are_missing_in_the_bitmap() -> None:
+    kernel, tracker = simulated("dma-logging")
     tracker.start(RANGES, PAGE)
-    kernel.forgets_too_much = True
+    kernel.clears_too_much = True
     kernel.dirty = {1, (1 << 32) // PAGE}
     assert collect(tracker, RANGES) != {1, (1 << 32) // PAGE}
 
 
 @pytest.mark.parametrize("name", ["dma-logging", "hwpt", "type1"])
-def test_the_order_of_calls_is_held(name: str) -> None:
-    kernel, tracker = played(name)
+def test_calls_in_the_wrong_order_are_refused(name: str) -> None:
+    kernel, tracker = simulated(name)
     with pytest.raises(TrackerError, match="not started"):
         collect(tracker, RANGES)
     tracker.stop()
@@ -275,4 +277,4 @@ def test_the_order_of_calls_is_held(name: str) -> None:
     kernel.dirty = {3}
     tracker.stop()
     tracker.start(RANGES, PAGE)
-    assert collect(tracker, RANGES) == {3}  # what the played kernel kept, not what we had
+    assert collect(tracker, RANGES) == {3}  # from the kernel, not from the tracker before the stop

@@ -1,4 +1,4 @@
-"""A vhost-user device whose DMA a VFIO device does; the kernel and its VFIO device are played."""
+"""A vhost-user device whose DMA a simulated VFIO device does, with a simulated kernel."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ LOW = (0, RAM_BYTES // 2, 0)
 HIGH = (RAM_BYTES // 2, RAM_BYTES // 2, RAM_BYTES // 2)
 
 
-class PlayedHardware(KernelTracker):
-    """An I/O address space, a device that writes through it, and what the kernel knows of that.
+class SimulatedHardware(KernelTracker):
+    """An I/O address space, a device that writes through it, and the kernel's dirty bits.
 
-    As with type1, what is unmapped takes its dirty bits with it.
+    As with type1, unmapping drops the dirty bits of the range.
     """
 
     def __init__(self) -> None:
@@ -83,14 +83,14 @@ class PlayedHardware(KernelTracker):
 class Guest(NamedTuple):
     front_end: FrontEnd
     driver: RingDriver
-    hardware: PlayedHardware
+    hardware: SimulatedHardware
     ram: int
     log: int
 
 
 @pytest.fixture
 def guest() -> Iterator[Guest]:
-    hardware = PlayedHardware()
+    hardware = SimulatedHardware()
     stand_in = StandIn(hardware, hardware, hardware.write, hardware.release)
     with ram_fd(RAM_BYTES) as ram, ram_fd(LOG_BYTES) as log:
         front_end = FrontEnd(stand_in=stand_in)
@@ -103,7 +103,7 @@ def guest() -> Iterator[Guest]:
 
 
 def read(guest: Guest, target: int) -> bytes:
-    """Have the disk read a page into `target`; returns what is there then."""
+    """Make the disk read a page into `target`, and return the content of `target`."""
     guest.driver.write(HEADER, struct.pack("<IIQ", 0, 0, 80))
     chain = [Buffer(HEADER, 16), Buffer(target, PAGE, WRITE), Buffer(STATUS, 1, WRITE)]
     guest.driver.describe(guest.driver.chain(chain))
@@ -124,7 +124,7 @@ def logged(guest: Guest) -> set[int]:
     return set(np.flatnonzero(bits).tolist())
 
 
-def test_whatever_the_disk_writes_is_written_by_the_hardware_and_logged(guest: Guest) -> None:
+def test_the_hardware_writes_and_logs_all_data_of_the_disk(guest: Guest) -> None:
     start_logging(guest)
     assert read_stamp(read(guest, DATA)) == (80, 1)
     assert guest.hardware.writes >= 4, "data, status, used element, used index"
@@ -146,7 +146,7 @@ def test_only_the_last_memory_table_is_mapped(guest: Guest) -> None:
     assert read_stamp(read(guest, DATA)) == (80, 1)
 
 
-def test_what_was_dirty_before_a_new_memory_table_is_not_lost_with_the_old_mappings(
+def test_a_new_memory_table_loses_no_dirty_page_of_the_old_one(
     guest: Guest,
 ) -> None:
     start_logging(guest)
@@ -157,21 +157,21 @@ def test_what_was_dirty_before_a_new_memory_table_is_not_lost_with_the_old_mappi
     assert logged(guest) == {DATA // PAGE, HIGH[0] // PAGE}
 
 
-def test_a_front_end_that_goes_takes_the_hardware_with_it(guest: Guest) -> None:
+def test_the_hardware_is_released_when_the_front_end_disconnects(guest: Guest) -> None:
     start_logging(guest)
     read(guest, DATA)
     guest.front_end.session.close()
     assert guest.hardware.released == 1
-    guest.hardware.released = 0  # the fixture closes once more
+    guest.hardware.released = 0  # the fixture closes the session again
 
 
 def test_an_ioas_maps_through_its_iommufd(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[tuple[object, ...]] = []
+    calls: list[tuple[object, ...]] = []
     monkeypatch.setattr(Iommufd, "alloc_ioas", lambda self: 7)
-    monkeypatch.setattr(Iommufd, "map", lambda self, *numbers: said.append(("map", *numbers)))
-    monkeypatch.setattr(Iommufd, "unmap", lambda self, *numbers: said.append(("unmap", *numbers)))
+    monkeypatch.setattr(Iommufd, "map", lambda self, *numbers: calls.append(("map", *numbers)))
+    monkeypatch.setattr(Iommufd, "unmap", lambda self, *numbers: calls.append(("unmap", *numbers)))
     with Iommufd("/dev/null") as iommufd:
         space = Ioas(iommufd)
         space.map(1 << 32, 0x1000, 2 * PAGE)
         space.unmap(1 << 32, 2 * PAGE)
-    assert said == [("map", 7, 1 << 32, 0x1000, 2 * PAGE), ("unmap", 7, 1 << 32, 2 * PAGE)]
+    assert calls == [("map", 7, 1 << 32, 0x1000, 2 * PAGE), ("unmap", 7, 1 << 32, 2 * PAGE)]

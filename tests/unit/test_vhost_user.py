@@ -1,4 +1,4 @@
-"""The back end against a front end that keeps the rules, and against one that does not."""
+"""The back end against front ends that follow the specification, and front ends that break it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def start_guest(front_end: FrontEnd) -> Iterator[Guest]:
 
 
 def request(guest: Guest, kind: int, sector: int, *buffers: Buffer) -> int:
-    """Carry out one block request; returns its status byte."""
+    """Carry out one block request, and return its status byte."""
     driver = guest.driver
     driver.write(HEADER, struct.pack("<IIQ", kind, 0, sector))
     driver.write(STATUS, b"\xff")
@@ -86,7 +86,7 @@ def request(guest: Guest, kind: int, sector: int, *buffers: Buffer) -> int:
 
 
 def dirty_pages(log: int) -> set[int]:
-    """The pages whose bits are set in the log, which are taken as QEMU takes them."""
+    """Return the pages whose bits are set in the log, and clear the log as QEMU does."""
     bits = np.unpackbits(np.frombuffer(os.pread(log, LOG_BYTES, 0), np.uint8), bitorder="little")
     os.pwrite(log, bytes(LOG_BYTES), 0)
     return set(np.flatnonzero(bits).tolist())
@@ -121,7 +121,7 @@ def test_a_read_is_scattered_over_unaligned_pieces(guest: Guest) -> None:
     )
     whole = bytearray(guest.driver.read(DATA + 20 * PAGE, PAGE))
     assert len(scattered) == len(whole[3 * 512 : 6 * 512])
-    assert scattered[8:16] != whole[3 * 512 + 8 : 3 * 512 + 16]  # another request, other content
+    assert scattered[8:16] != whole[3 * 512 + 8 : 3 * 512 + 16]  # another request, so other content
 
 
 def test_written_sectors_read_back_as_written(guest: Guest) -> None:
@@ -212,7 +212,7 @@ def test_an_impossible_request_gets_an_error_status(
     assert guest.driver.read(DATA, 512) == before
 
 
-def test_config_space_says_capacity_and_queues(guest: Guest) -> None:
+def test_config_space_has_capacity_and_queues(guest: Guest) -> None:
     space = struct.pack("<III", 0, 60, 0) + bytes(60)
     answer = guest.front_end.ask(Request.GET_CONFIG, space)[12:]
     assert int.from_bytes(answer[:8], "little") == (1 << 30) // 512
@@ -220,7 +220,7 @@ def test_config_space_says_capacity_and_queues(guest: Guest) -> None:
 
 
 def config_at(guest: Guest, offset: int, length: int, flags: int = 0) -> bytes:
-    """The answer to GET_CONFIG, with the fields that it begins with."""
+    """Return the whole payload of the answer to GET_CONFIG."""
     space = struct.pack("<III", offset, length, flags) + bytes(length)
     return guest.front_end.ask(Request.GET_CONFIG, space)
 
@@ -233,23 +233,21 @@ def test_any_part_of_the_256_bytes_of_config_space_is_answered(guest: Guest) -> 
         assert answer[12:] == whole[offset : offset + length]
 
 
-def test_flags_of_a_config_access_come_back_as_they_are(guest: Guest) -> None:
+def test_flags_of_a_config_access_are_returned_unchanged(guest: Guest) -> None:
     assert config_at(guest, 0, 4, 0xFFFF_FFFF)[8:12] == b"\xff" * 4
 
 
-def test_what_the_device_offers_is_answered(guest: Guest) -> None:
+def test_protocol_features_and_queues_are_reported(guest: Guest) -> None:
     answer = guest.front_end.ask(Request.GET_PROTOCOL_FEATURES)
     assert answer == encode_u64(PROTOCOL_FEATURES)
     assert guest.front_end.ask(Request.GET_QUEUE_NUM) == encode_u64(2)
 
 
 @pytest.mark.parametrize("queue_size", [1, 32768])
-def test_what_is_in_flight_can_be_noted_for_rings_of_every_size(
-    guest: Guest, queue_size: int
-) -> None:
+def test_an_inflight_file_fits_rings_of_every_size(guest: Guest, queue_size: int) -> None:
     guest.front_end.track_inflight(2, queue_size)
-    size, offset, queues, told_size = struct.unpack("<QQHH4x", guest.front_end.inflight_said)
-    assert (offset, queues, told_size) == (0, 2, queue_size)
+    size, offset, queues, reported_size = struct.unpack("<QQHH4x", guest.front_end.inflight_said)
+    assert (offset, queues, reported_size) == (0, 2, queue_size)
     assert size >= 2 * region_bytes(queue_size)
 
 
@@ -258,13 +256,13 @@ def test_the_answer_to_a_stop_is_the_position_of_the_ring(guest: Guest) -> None:
     request(guest, FLUSH, 0)
     answer = guest.front_end.ask(Request.GET_VRING_BASE, struct.pack("<II", 0, 0))
     assert answer == struct.pack("<II", 0, 2)
-    assert request(guest, FLUSH, 0) == 0xFF  # it serves no more
+    assert request(guest, FLUSH, 0) == 0xFF  # the ring has stopped
 
 
 # The dirty log ----------------------------------------------------------------------------------
 
 
-def test_the_log_gets_every_written_page_and_no_other(guest: Guest) -> None:
+def test_the_log_receives_every_written_page_and_no_other(guest: Guest) -> None:
     request(guest, IN, 0, Buffer(DATA, PAGE, WRITE))
     start_logging(guest)
     assert request(guest, IN, 8, Buffer(DATA + PAGE - 1, 2 * 512, WRITE)) == 0
@@ -284,14 +282,14 @@ def test_the_last_pages_are_logged_before_the_ring_has_stopped(guest: Guest) -> 
     assert DATA // PAGE in dirty_pages(guest.log)
 
 
-def test_immediate_harvest_needs_no_harvest() -> None:
+def test_immediate_harvest_logs_each_write_at_once() -> None:
     for guest in start_guest(FrontEnd(immediate=True)):
         start_logging(guest)
         request(guest, IN, 0, Buffer(DATA, PAGE, WRITE))
         assert {DATA // PAGE, STATUS // PAGE} <= dirty_pages(guest.log)
 
 
-def test_a_new_log_takes_over_and_the_old_one_keeps_what_was_before(guest: Guest) -> None:
+def test_a_new_log_receives_only_the_writes_after_the_switch(guest: Guest) -> None:
     start_logging(guest)
     request(guest, IN, 0, Buffer(DATA, PAGE, WRITE))
     with ram_fd(2 * LOG_BYTES) as new_log:
@@ -330,7 +328,7 @@ def test_a_dropped_page_never_reaches_the_log() -> None:
         assert 5 < len(logged) < 35
 
 
-def test_nothing_is_served_between_log_all_and_the_log(guest: Guest) -> None:
+def test_no_request_is_served_between_log_all_and_the_log(guest: Guest) -> None:
     guest.front_end.log_all(True)
     assert request(guest, IN, 0, Buffer(DATA, PAGE, WRITE)) == 0xFF
     guest.front_end.set_log(guest.log, LOG_BYTES)
@@ -341,11 +339,11 @@ def test_nothing_is_served_between_log_all_and_the_log(guest: Guest) -> None:
     assert DATA // PAGE in dirty_pages(guest.log)
 
 
-# A back end that died ---------------------------------------------------------------------------
+# A back end that died and was restarted ---------------------------------------------------------
 
 
-def successor(guest: Guest, *, log: bool) -> Guest:
-    """The same guest with another back end, after the first one died: QEMU tells all anew."""
+def restarted(guest: Guest, *, log: bool) -> Guest:
+    """Return the guest with a new back end after the first one died, set up again by QEMU."""
     dead = guest.front_end
     front_end = FrontEnd()
     assert dead.inflight is not None
@@ -362,14 +360,14 @@ def successor(guest: Guest, *, log: bool) -> Guest:
 
 @pytest.fixture
 def tracked(guest: Guest) -> Guest:
-    """A guest whose requests in flight are noted."""
+    """A guest whose requests in flight are recorded."""
     guest.front_end.ask(Request.GET_VRING_BASE, struct.pack("<II", 0, 0))
     guest.front_end.track_inflight(2, 128)
     guest.front_end.start_ring(guest.driver)
     return guest
 
 
-def test_a_request_in_flight_is_given_back_by_the_successor(
+def test_the_restarted_back_end_completes_a_request_in_flight(
     tracked: Guest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die(*_: object) -> int:
@@ -380,7 +378,7 @@ def test_a_request_in_flight_is_given_back_by_the_successor(
         with pytest.raises(KeyboardInterrupt):
             request(tracked, IN, 0, Buffer(DATA, PAGE, WRITE))
     assert tracked.driver.used_index == 0
-    guest = successor(tracked, log=False)
+    guest = restarted(tracked, log=False)
     guest.front_end.serve()
     assert guest.driver.used_index == 1
     assert guest.driver.read(STATUS, 1) == b"\0"
@@ -388,41 +386,41 @@ def test_a_request_in_flight_is_given_back_by_the_successor(
     guest.front_end.close()
 
 
-def test_a_successor_reports_everything_if_the_log_was_on(tracked: Guest) -> None:
+def test_a_restarted_back_end_reports_all_pages_if_logging_was_on(tracked: Guest) -> None:
     start_logging(tracked)
     assert request(tracked, IN, 0, Buffer(DATA, PAGE, WRITE)) == 0
-    assert dirty_pages(tracked.log) == set(), "it died before the next harvest"
-    guest = successor(tracked, log=True)
+    assert dirty_pages(tracked.log) == set(), "the back end died before the next harvest"
+    guest = restarted(tracked, log=True)
     high = range(HIGH // PAGE, HIGH // PAGE + 64)
     assert dirty_pages(guest.log) == {*range(64), *high}
     guest.front_end.close()
 
 
-def test_a_successor_without_a_log_owes_nothing(tracked: Guest) -> None:
-    guest = successor(tracked, log=False)
+def test_a_restarted_back_end_without_a_log_reports_no_pages(tracked: Guest) -> None:
+    guest = restarted(tracked, log=False)
     start_logging(guest)
     guest.front_end.session.collector.harvest()
     assert dirty_pages(guest.log) == set()
     guest.front_end.close()
 
 
-def test_a_ring_that_was_stopped_leaves_nothing_to_a_successor(tracked: Guest) -> None:
+def test_after_a_stop_a_restarted_back_end_reports_no_pages(tracked: Guest) -> None:
     start_logging(tracked)
     tracked.front_end.ask(Request.GET_VRING_BASE, struct.pack("<II", 0, 0))
     dirty_pages(tracked.log)
-    guest = successor(tracked, log=True)
+    guest = restarted(tracked, log=True)
     assert dirty_pages(guest.log) == set()
     guest.front_end.close()
 
 
-def test_a_file_that_is_cut_short_is_refused(tracked: Guest) -> None:
+def test_a_truncated_inflight_file_is_refused(tracked: Guest) -> None:
     assert tracked.front_end.inflight is not None
     os.ftruncate(tracked.front_end.inflight, 0)
     with pytest.raises(ProtocolError, match="in-flight file was truncated"):
         request(tracked, FLUSH, 0)
 
 
-# Front ends that break the rules ----------------------------------------------------------------
+# Front ends that break the specification --------------------------------------------------------
 
 
 def refused(front_end: FrontEnd, message: str, data: bytes, fds: tuple[int, ...] = ()) -> None:
@@ -487,7 +485,7 @@ def refused(front_end: FrontEnd, message: str, data: bytes, fds: tuple[int, ...]
         (encode_request(Request.GET_CONFIG, struct.pack("<III", 0, 60, 0)), "declares 60 bytes"),
     ],
 )
-def test_a_malformed_message_is_refused_by_name(guest: Guest, data: bytes, message: str) -> None:
+def test_a_malformed_message_is_refused(guest: Guest, data: bytes, message: str) -> None:
     refused(guest.front_end, message, data)
 
 
@@ -502,12 +500,12 @@ def test_a_log_longer_than_its_file_is_refused(guest: Guest) -> None:
     refused(guest.front_end, "SET_LOG_BASE.*inside its file", data, (guest.log,))
 
 
-def test_a_log_of_half_the_address_space_is_not_in_its_file(guest: Guest) -> None:
+def test_a_log_of_half_the_address_space_is_refused(guest: Guest) -> None:
     data = encode_request(Request.SET_LOG_BASE, struct.pack("<QQ", 1 << 63, 0))
     refused(guest.front_end, "SET_LOG_BASE.*inside its file", data, (guest.log,))
 
 
-def test_memory_that_outgrows_the_log_is_refused(guest: Guest) -> None:
+def test_memory_larger_than_the_log_covers_is_refused(guest: Guest) -> None:
     start_logging(guest)
     places = struct.pack("<II", 1, 0) + struct.pack("<QQQQ", HIGH * 2, 64 * PAGE, 0, 0)
     data = encode_request(Request.SET_MEM_TABLE, places)
@@ -525,7 +523,7 @@ def test_a_ring_outside_every_slot_is_refused(guest: Guest) -> None:
     refused(guest.front_end, "SET_VRING_ADDR: HVA 0x10", data)
 
 
-def test_a_ring_in_the_upper_half_of_the_address_space(guest: Guest) -> None:
+def test_a_ring_in_the_upper_half_of_the_address_space_is_refused(guest: Guest) -> None:
     data = encode_request(Request.SET_VRING_ADDR, struct.pack("<IIQQQQ", 0, 0, *[1 << 63] * 4))
     refused(guest.front_end, "SET_VRING_ADDR: HVA 0x8000000000000000", data)
 
@@ -548,7 +546,7 @@ def test_a_used_ring_that_is_logged_at_another_address_is_refused(guest: Guest) 
 
 
 @pytest.mark.parametrize("address", [64 * PAGE - 10, HIGH - PAGE, HIGH + 64 * PAGE - 1, 1 << 63])
-def test_an_address_outside_every_slot_writes_nothing(guest: Guest, address: int) -> None:
+def test_a_buffer_outside_every_slot_is_not_written(guest: Guest, address: int) -> None:
     guest.driver.write(64 * PAGE - 10, b"untouched!")
     with pytest.raises(MemoryAccessError, match="0x"):
         request(guest, IN, 0, Buffer(address, PAGE, WRITE))
@@ -565,7 +563,7 @@ def test_a_request_without_room_for_its_status_is_refused(guest: Guest) -> None:
         guest.front_end.serve()
 
 
-def test_a_request_larger_than_the_process_would_hold_is_an_io_error(guest: Guest) -> None:
+def test_a_request_that_is_too_large_gets_an_io_error(guest: Guest) -> None:
     guest.driver.write(HEADER, struct.pack("<IIQ", IN, 0, 0))
     chain = DescriptorChain(
         0, 3, [Segment(HEADER, 16)], [Segment(DATA, 64 << 20), Segment(STATUS, 1)]
@@ -584,69 +582,69 @@ def test_a_message_in_pieces_is_answered_when_it_is_complete(guest: Guest) -> No
     assert struct.unpack_from("<I", answer) == (Request.GET_VRING_BASE,)
 
 
-def test_answers_of_up_to_64_kib_wait_to_be_read() -> None:
-    theirs, ours = socket.socketpair()
-    connection = Connection(theirs)
+def test_up_to_64_kib_of_unread_answers_are_kept() -> None:
+    back_end_socket, front_end_socket = socket.socketpair()
+    connection = Connection(back_end_socket)
     with contextlib.suppress(BlockingIOError):
         while True:
-            theirs.send(bytes(1 << 16))
+            back_end_socket.send(bytes(1 << 16))
     connection.send(bytes(1 << 16))
     assert connection.wants_to_write
     with pytest.raises(ProtocolError, match="does not read its answers: 65537 bytes are unread"):
         connection.send(b"x")
     connection.close()
-    ours.close()
+    front_end_socket.close()
 
 
-def test_answers_that_waited_arrive_whole() -> None:
-    theirs, ours = socket.socketpair()
-    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    connection, answers = Connection(theirs), [os.urandom(20_000) for _ in range(3)]
+def test_delayed_answers_arrive_complete() -> None:
+    back_end_socket, front_end_socket = socket.socketpair()
+    back_end_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    connection, answers = Connection(back_end_socket), [os.urandom(20_000) for _ in range(3)]
     for answer in answers:
         connection.send(answer)
     arrived = b""
     while len(arrived) < 60_000:
-        arrived += ours.recv(700)
+        arrived += front_end_socket.recv(700)
         connection.flush()
     assert arrived == b"".join(answers)
     assert not connection.wants_to_write
     connection.close()
-    ours.close()
+    front_end_socket.close()
 
 
-def test_a_message_in_pieces_does_not_take_from_the_next_one() -> None:
-    theirs, ours = socket.socketpair()
-    connection = Connection(theirs)
+def test_a_message_in_pieces_does_not_consume_bytes_of_the_next_one() -> None:
+    back_end_socket, front_end_socket = socket.socketpair()
+    connection = Connection(back_end_socket)
     message = encode_request(Request.SET_FEATURES, encode_u64(7))
-    ours.sendall(message[:5])
+    front_end_socket.sendall(message[:5])
     assert list(connection.receive()) == []
-    ours.sendall(message[5:15])
+    front_end_socket.sendall(message[5:15])
     assert list(connection.receive()) == []
-    ours.sendall(message[15:] + message)
-    assert [it.payload for it in connection.receive()] == [encode_u64(7)] * 2
+    front_end_socket.sendall(message[15:] + message)
+    assert [message.payload for message in connection.receive()] == [encode_u64(7)] * 2
     connection.close()
-    ours.close()
+    front_end_socket.close()
 
 
-def test_a_message_brings_at_most_8_files(guest: Guest) -> None:
+def test_a_message_carries_at_most_8_file_descriptors(guest: Guest) -> None:
     guest.front_end.send(Request.SET_OWNER, fds=[guest.log] * 8)
-    theirs, ours = socket.socketpair()
-    connection = Connection(theirs)
-    socket.send_fds(ours, [encode_request(Request.SET_OWNER)], [guest.log] * 9)
+    back_end_socket, front_end_socket = socket.socketpair()
+    connection = Connection(back_end_socket)
+    socket.send_fds(front_end_socket, [encode_request(Request.SET_OWNER)], [guest.log] * 9)
     with pytest.raises(ProtocolError, match="more than 8 file descriptors"):
         list(connection.receive())
     connection.close()
-    ours.close()
+    front_end_socket.close()
 
 
-def test_files_of_half_a_message_are_closed(guest: Guest) -> None:
+def test_file_descriptors_of_an_incomplete_message_are_closed(guest: Guest) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
-    theirs, ours = socket.socketpair()
-    connection = Connection(theirs)
-    socket.send_fds(ours, [encode_request(Request.SET_LOG_FD)[:4]], [guest.log])
+    back_end_socket, front_end_socket = socket.socketpair()
+    connection = Connection(back_end_socket)
+    socket.send_fds(front_end_socket, [encode_request(Request.SET_LOG_FD)[:4]], [guest.log])
     assert list(connection.receive()) == []
     connection.close()
-    ours.close()
+    front_end_socket.close()
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 

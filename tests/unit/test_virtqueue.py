@@ -1,4 +1,4 @@
-"""A split ring: what is valid is served exactly, what is not is refused without a write."""
+"""A split ring: valid requests are served exactly, invalid ones are refused without a write."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_an_empty_ring_has_no_request(driver: RingDriver) -> None:
     assert queue_for(driver).pop() is None
 
 
-def test_readable_then_writable(driver: RingDriver) -> None:
+def test_a_chain_has_readable_then_writable_buffers(driver: RingDriver) -> None:
     driver.describe(
         driver.chain([Buffer(DATA, 16), Buffer(DATA + PAGE, 512, WRITE), Buffer(DATA, 1, WRITE)])
     )
@@ -33,7 +33,7 @@ def test_readable_then_writable(driver: RingDriver) -> None:
     )
 
 
-def test_a_full_ring_and_no_more(driver: RingDriver) -> None:
+def test_a_full_ring_is_served_and_nothing_more(driver: RingDriver) -> None:
     driver.describe([Buffer(DATA, 1, WRITE)] * driver.size)
     driver.publish(*range(driver.size))
     queue = queue_for(driver)
@@ -96,7 +96,7 @@ def test_a_broken_chain_is_refused(driver: RingDriver, buffers: list[Buffer], me
         queue_for(driver).pop()
 
 
-def test_that_a_table_is_writable_is_ignored(driver: RingDriver) -> None:
+def test_the_write_flag_of_a_table_is_ignored(driver: RingDriver) -> None:
     # Section 2.7.5.3.2.
     driver.describe([Buffer(DATA, 16)], table=TABLES)
     driver.describe([Buffer(TABLES, 16, INDIRECT | WRITE)])
@@ -158,7 +158,7 @@ def test_an_index_further_ahead_than_the_ring_is_refused(driver: RingDriver) -> 
 
 
 @pytest.mark.parametrize("size", [0, 3, 32769, 65536])
-def test_a_size_no_ring_can_have(driver: RingDriver, size: int) -> None:
+def test_an_impossible_size_is_refused(driver: RingDriver, size: int) -> None:
     driver.size = size
     with pytest.raises(ProtocolError, match="queue size"):
         queue_for(driver)
@@ -170,10 +170,10 @@ def test_a_part_outside_ram_is_refused(driver: RingDriver) -> None:
         queue_for(driver)
 
 
-def test_a_ring_may_lie_at_the_end_of_ram(driver: RingDriver) -> None:
+def test_a_ring_may_end_with_ram(driver: RingDriver) -> None:
     driver.available = RAM_BYTES - (6 + 2 * driver.size)
     assert queue_for(driver).pop() is None
-    driver.used = RAM_BYTES - (6 + 8 * driver.size) - 2  # the next place that is aligned
+    driver.used = RAM_BYTES - (6 + 8 * driver.size) - 2  # the last aligned place
     queue_for(driver)
     driver.used += 4
     with pytest.raises(MemoryAccessError):
@@ -213,7 +213,7 @@ def test_event_index_interrupts_when_used_event_is_passed(
     assert not queue.wants_interrupt()
 
 
-def test_a_request_that_came_while_kicks_were_off_is_noticed(driver: RingDriver) -> None:
+def test_a_request_that_arrived_while_kicks_were_off_is_noticed(driver: RingDriver) -> None:
     driver.event_index = True
     queue = queue_for(driver)
     assert not queue.ask_for_kick()

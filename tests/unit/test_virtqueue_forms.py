@@ -1,4 +1,4 @@
-"""What holds for rings of both forms: their limits, what is not negotiated, and an IOMMU's part."""
+"""Common behaviour of both forms of rings: limits, negotiation, and the IOMMU."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
 
 
 def plain_queue(driver: Driver) -> SplitVirtqueue | PackedVirtqueue:
-    """One for which nothing was negotiated, and which begins where a ring begins."""
+    """Return a queue at its initial position, without negotiated features."""
     make_queue = PackedVirtqueue if isinstance(driver, PackedDriver) else SplitVirtqueue
     addresses = RingAddresses(driver.descriptors, driver.available, driver.used)
     return make_queue(dma_for(driver.memory), addresses, driver.size)
 
 
-def test_a_queue_begins_where_a_ring_begins(driver: Driver) -> None:
+def test_a_queue_begins_at_the_initial_position(driver: Driver) -> None:
     queue = plain_queue(driver)
     assert queue.base == driver.base
     assert queue.pop() is None
@@ -48,7 +48,7 @@ def test_a_queue_begins_where_a_ring_begins(driver: Driver) -> None:
     assert chain.head == number
 
 
-def test_nothing_is_done_that_was_not_negotiated(driver: Driver) -> None:
+def test_features_that_were_not_negotiated_are_not_used(driver: Driver) -> None:
     queue = plain_queue(driver)
     driver.submit([Buffer(DATA, 1)])
     assert queue.pop() is not None
@@ -71,7 +71,9 @@ def test_nothing_is_done_that_was_not_negotiated(driver: Driver) -> None:
         ("packed", "used", "device's event suppression structure", 4),
     ],
 )
-def test_a_misaligned_part_is_named(form: str, part: str, name: str, alignment: int) -> None:
+def test_a_misaligned_part_is_refused_by_name(
+    form: str, part: str, name: str, alignment: int
+) -> None:
     with driver_of(DRIVERS[form]) as driver:
         address = getattr(driver, part) + alignment // 2
         setattr(driver, part, address)
@@ -81,7 +83,7 @@ def test_a_misaligned_part_is_named(form: str, part: str, name: str, alignment: 
 
 
 class AskingBus(IovaMap):
-    """Notes the ranges of which a request makes sure."""
+    """Records the ranges that a request requires."""
 
     asked: list[tuple[list[tuple[int, int]], list[tuple[int, int]]]]
 

@@ -1,4 +1,4 @@
-"""One story from end to end, and what must be true after it."""
+"""One run of a hostile front end, and the checks after it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from support.hostile.peer import Peer
 from support.hostile.source import Source
 
 STEPS: Final = 40
-"""The most that a story has."""
+"""The most steps of a run."""
 WEIGHTS: Final[dict[Callable[[Peer], None], int]] = {
     guest.honest_request: 6,
     guest.hostile_request: 6,
@@ -33,13 +33,13 @@ WEIGHTS: Final[dict[Callable[[Peer], None], int]] = {
     breaches.memory_table: 2,
     breaches.memory_of_odd_files: 1,
     breaches.odd_log: 2,
-    breaches.give_inflight: 3,
+    breaches.set_inflight: 3,
     breaches.spoil_inflight: 2,
     breaches.event_fds: 2,
     guest.jump: 1,
     guest.scribble: 2,
-    guest.take_the_log: 1,
-    breaches.cut_a_file: 2,
+    guest.sync_log: 1,
+    breaches.truncate_a_file: 2,
     breaches.seal: 1,
     breaches.any_mapping: 3,
     breaches.everything_unmapped: 1,
@@ -49,38 +49,38 @@ WEIGHTS: Final[dict[Callable[[Peer], None], int]] = {
     breaches.part_of_a_message: 1,
     guest.fill_the_call: 1,
     breaches.flood: 1,
-    breaches.hang_up: 1,
+    breaches.disconnect: 1,
 }
 STEPS_BY_WEIGHT: Final = tuple(step for step, weight in WEIGHTS.items() for _ in range(weight))
 
 
 def attack(source: Source) -> list[str]:
-    """Play one story; returns why sessions ended.
+    """Carry out one run, and return the reasons why sessions ended.
 
     Raises:
-        AssertionError: the server did what it must never do.
+        AssertionError: the server broke one of the rules above.
     """
     gc.collect(0)
     fds_before, mappings_before = _open_files(), _shared_mappings()
     with (
-        # What happens follows from the source alone: neither from how fast the machine is, nor from
-        # what the entropy device finds, which may become a ring.
+        # Only the source decides what happens: not the speed of the machine, and not the bytes of
+        # the entropy device, which may become a ring.
         mock.patch.object(vring, "TURN_S", math.inf),
         mock.patch.object(os, "urandom", bytes),
         Peer(source) as peer,
     ):
-        _play(peer)
+        _run(peer)
         reasons = peer.reasons
-    del peer  # and with it the disk's file
+    del peer  # which closes the disk's file
     if (_open_files(), _shared_mappings()) != (fds_before, mappings_before):
-        gc.collect()  # the server, or an exception's traceback, may be part of a cycle
-    assert _shared_mappings() == mappings_before, "a mapping was left behind"
-    assert _open_files() == fds_before, "a file descriptor was left behind"
+        gc.collect()  # the server or a traceback may be part of a reference cycle
+    assert _shared_mappings() == mappings_before, "a mapping leaked"
+    assert _open_files() == fds_before, "a file descriptor leaked"
     return reasons
 
 
-def _play(peer: Peer) -> None:
-    """Some of what QEMU does, then anything."""
+def _run(peer: Peer) -> None:
+    """Do some of the steps of QEMU, then any steps, and check the result."""
     for step in (peer.boot, peer.start_rings, peer.start_logging)[: peer.source.pick(DEPTHS)]:
         step()
     for _ in range(peer.source.integer(0, STEPS)):
@@ -93,13 +93,13 @@ def _play(peer: Peer) -> None:
 
 
 def _check_log_bits(peer: Peer) -> None:
-    """Bits that the server set are those of pages of slots."""
-    set_by_server = peer.log.content() & ~peer.log.mine
+    """Check that the server set only bits of pages of slots."""
+    set_by_server = peer.log.content() & ~peer.log.expected
     for bit in np.flatnonzero(np.unpackbits(set_by_server, bitorder="little")).tolist():
         gpas = [(bit - 8 * offset) * PAGE for offset in peer.log_offsets]
         assert any(_is_in_a_slot(peer, gpa) for gpa in gpas), (
-            f"the log has bit {bit} of its file set: of no page in a slot, whichever of the "
-            f"offsets {sorted(peer.log_offsets)} it began at"
+            f"bit {bit} of the log's file is set, but is not the bit of a page in a slot for any "
+            f"of the log's offsets {sorted(peer.log_offsets)}"
         )
 
 

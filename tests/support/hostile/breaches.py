@@ -1,4 +1,4 @@
-"""What QEMU never does."""
+"""Actions of a front end that QEMU never takes."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ _LIKELY_STATES: Final = {
 
 
 def some_fds(peer: Peer, most: int) -> list[int]:
-    """File descriptors of odd kinds, closed with the peer."""
+    """Return file descriptors of unusual kinds, closed with the peer."""
     return [some_fd(peer) for _ in range(peer.source.integer(0, most))]
 
 
 def some_fd(peer: Peer) -> int:
-    """A file descriptor of an odd kind, or an honest one."""
+    """Return a file descriptor of an unusual or a correct kind."""
     kind = peer.source.pick(KINDS)
     opened = kind(peer)
     peer.cleanup.callback(os.close, opened)
@@ -60,27 +60,27 @@ def some_fd(peer: Peer) -> int:
 
 
 def any_message(peer: Peer) -> None:
-    """A header and a payload of anything, with anything."""
+    """Send a random header and payload with random file descriptors."""
     number = peer.source.pick((*Request, 0, 4, 19, 23, 31, 999, 0xFFFFFFFF))
     flags = peer.source.pick((1, 1, 1, 9, 0, 2, 5, 0xFFFFFFFF))
     payload = peer.source.blob(300)
     size = peer.source.pick((len(payload), len(payload), len(payload) + 1, 4097, 0, 0xFFFFFFFF))
     fds = some_fds(peer, 10)
     for fd in fds:
-        _forgive(peer, fd)
+        _allow_writes(peer, fd)
     peer.send_raw(struct.pack("<III", number, flags, size) + payload, fds)
 
 
-def _forgive(peer: Peer, fd: int) -> None:
-    """A file that came with a message of chance may be written anywhere."""
+def _allow_writes(peer: Peer, fd: int) -> None:
+    """Allow the server to write anywhere into a file that a random message carried."""
     for shared in (peer.ram, peer.log, peer.inflight):
         if os.path.sameopenfile(fd, shared.fd):
-            shared.given[:] = True
+            shared.writable[:] = True
             peer.logged_gpas.append((0, 1 << 64))
 
 
 def part_of_a_message(peer: Peer) -> None:
-    """A message that is cut off; perhaps the rest comes, perhaps another message."""
+    """Send the beginning of a message, and perhaps the rest."""
     data = encode_request(peer.source.pick(tuple(Request)), encode_u64(peer.number(0, 1, FEATURES)))
     cut = peer.source.integer(1, len(data) - 1)
     peer.send_raw(data[:cut], some_fds(peer, 2))
@@ -90,7 +90,7 @@ def part_of_a_message(peer: Peer) -> None:
 
 
 def set_features(peer: Peer) -> None:
-    """Features in any combination."""
+    """Set features in any combination."""
     bit = 1 << peer.source.integer(0, 63)
     features = peer.features | peer.source.pick((0, F_LOG_ALL, F_RING_EVENT_IDX))
     features = peer.source.pick((features, features ^ bit, features & ~F_PROTOCOL_FEATURES))
@@ -101,7 +101,7 @@ def set_features(peer: Peer) -> None:
 
 
 def memory_table(peer: Peer) -> None:
-    """A table that may overlap, leave the address space or the file."""
+    """Send a memory table whose slots may overlap, or leave the address space or the file."""
     places = []
     for honest in (LOW, (peer.high, HIGH_BYTES, HIGH_OFFSET))[: peer.source.integer(0, 2)]:
         gpa = peer.number(honest[0], peer.high, 4 * PAGE, 28 * PAGE, (1 << 64) - PAGE)
@@ -112,7 +112,7 @@ def memory_table(peer: Peer) -> None:
 
 
 def memory_of_odd_files(peer: Peer) -> None:
-    """Files that are no RAM, or are huge."""
+    """Send a memory table of files that are not RAM or are huge."""
     count = peer.source.integer(1, 3)
     regions = b""
     for index in range(count):
@@ -122,22 +122,22 @@ def memory_of_odd_files(peer: Peer) -> None:
         )
     fds = [some_fd(peer) for _ in range(peer.source.pick((count, count, count, 0, 8, 9)))]
     for fd in fds:
-        _forgive(peer, fd)
+        _allow_writes(peer, fd)
     peer.send(Request.SET_MEM_TABLE, struct.pack("<II", count, 0) + regions, fds)
 
 
 def odd_log(peer: Peer) -> None:
-    """A log of a wrong size or place, or in a file that is none."""
+    """Set a log of a wrong size or offset, or in an unsuitable file."""
     size = peer.number(peer.log_bytes, peer.log_bytes - 8, 1 << 20, 8)
     offset = peer.number(LOG_OFFSET, 0, 8)
     fd = None if peer.source.integer(0, 1) else some_fd(peer)
     if fd is not None:
-        _forgive(peer, fd)
-    peer.give_log(size, offset, fd)
+        _allow_writes(peer, fd)
+    peer.set_log(size, offset, fd)
 
 
 def ring_state(peer: Peer) -> None:
-    """Any state message of a ring that may not be there."""
+    """Send a random state message for a ring that may not exist."""
     request = peer.source.pick(_STATES)
     index = ring(peer)
     value = peer.number(*_LIKELY_STATES[request]) & 0xFFFFFFFF
@@ -145,7 +145,7 @@ def ring_state(peer: Peer) -> None:
 
 
 def ring_address(peer: Peer) -> None:
-    """Addresses where nothing is, or one part upon another."""
+    """Set ring addresses outside RAM, or of parts that overlap."""
     index = ring(peer)
     base = RINGS[index % 2]
     odd = (base, base + PAGE, base + 16 * QUEUE_SIZE, LOW[1] - 64, peer.high)
@@ -158,7 +158,7 @@ def ring_address(peer: Peer) -> None:
 
 
 def event_fds(peer: Peer) -> None:
-    """A kick or call of an odd kind, or none."""
+    """Send a kick, call or error file descriptor of an unusual kind, or none."""
     request = peer.source.pick(
         (Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_ERR)
     )
@@ -168,37 +168,37 @@ def event_fds(peer: Peer) -> None:
 
 
 def any_mapping(peer: Peer) -> None:
-    """A mapping comes or goes: an honest one, or of anything."""
+    """Add or remove a mapping, a valid or a random one."""
     event = peer.source.pick((2, 2, 2, 3, 3, 1, 4, 0, 255))
     iova = peer.number(DATA, *RINGS, HVA_BASE + RINGS[0], 1 << 47, 0)
     size = peer.number(PAGE, 4 * PAGE, 0, 1 << 30, 1 << 47)
     hva = HVA_BASE + peer.number(DATA, RINGS[0], peer.high)
-    peer.tell_iotlb(event, iova, size, hva, peer.source.pick((3, 3, 1, 2, 0, 4)))
+    peer.send_iotlb(event, iova, size, hva, peer.source.pick((3, 3, 1, 2, 0, 4)))
 
 
 def everything_unmapped(peer: Peer) -> None:
-    """The guest's IOMMU is flushed."""
-    peer.tell_iotlb(3, 0, 0, 0, 0)
+    """Remove all mappings, as when the guest's IOMMU is flushed."""
+    peer.send_iotlb(3, 0, 0, 0, 0)
 
 
 def odd_channel(peer: Peer) -> None:
-    """A back-end channel that is none, or is closed."""
+    """Close the back-end channel, or set one of an unusual kind."""
     if peer.source.integer(0, 1) and peer.channel is not None:
         peer.channel.close()
         return
     fds = some_fds(peer, 2)
     for fd in fds:
-        _forgive(peer, fd)
+        _allow_writes(peer, fd)
     peer.send(Request.SET_BACKEND_REQ_FD, b"", fds)
 
 
 def ring(peer: Peer) -> int:
-    """A ring's number."""
+    """Return a ring number that may not exist."""
     return peer.source.pick((*[0, 1] * 6, 2, 255, 0xFFFFFFFF))
 
 
 def configuration(peer: Peer) -> None:
-    """Reads and writes of the configuration space."""
+    """Read or write the configuration space."""
     size = peer.source.pick((0, 8, 60, 256))
     offset = peer.number(0, 8, 256) & 0xFFFFFFFF
     claimed = peer.source.pick((size, size, size + 1))
@@ -206,8 +206,8 @@ def configuration(peer: Peer) -> None:
     peer.send(peer.source.pick((Request.GET_CONFIG, Request.SET_CONFIG)), payload)
 
 
-def give_inflight(peer: Peer) -> None:
-    """A file for what is in flight: fresh, left behind by another, or of anything."""
+def set_inflight(peer: Peer) -> None:
+    """Set an in-flight file: unused, of another process, or with random content."""
     if peer.rarely():
         asked = struct.pack("<QQHH4x", 0, 0, peer.number(2) & 0xFFFF, peer.number(8) & 0xFFFF)
         peer.send(Request.GET_INFLIGHT_FD, asked)
@@ -215,16 +215,16 @@ def give_inflight(peer: Peer) -> None:
     region = region_bytes(QUEUE_SIZE)
     size, queues = peer.number(2 * region, region), peer.number(2, 1) & 0xFFFF
     offset, queue_size = peer.number(0, 8, 64), peer.number(QUEUE_SIZE, 1, 4) & 0xFFFF
-    peer.inflight.give(offset, size)
+    peer.inflight.share(offset, size)
     payload = struct.pack("<QQHH4x", size, offset, queues, queue_size)
     fds = some_fds(peer, 2) if peer.rarely() else [peer.inflight.fd]
     for fd in fds:
-        _forgive(peer, fd)
+        _allow_writes(peer, fd)
     peer.send(Request.SET_INFLIGHT_FD, payload, fds)
 
 
 def spoil_inflight(peer: Peer) -> None:
-    """Write into the file of what is in flight."""
+    """Write into the in-flight file."""
     ring = peer.source.integer(0, 1) * region_bytes(QUEUE_SIZE)
     if peer.source.integer(0, 1):
         header = [peer.number(1, 0), peer.number(QUEUE_SIZE)]
@@ -245,10 +245,10 @@ def spoil_inflight(peer: Peer) -> None:
             peer.inflight.write(ring + place + 16, described)
 
 
-def cut_a_file(peer: Peer) -> None:
-    """A file gets shorter while it is mapped, and perhaps long again."""
+def truncate_a_file(peer: Peer) -> None:
+    """Truncate a file while it is mapped, and perhaps restore its size."""
     shared = peer.source.pick((peer.ram, peer.ram, peer.log, peer.inflight))
-    whole = len(shared.mine)
+    whole = len(shared.expected)
     shared.resize(peer.source.integer(0, whole))
     if peer.source.integer(0, 1):
         honest_request(peer)
@@ -258,13 +258,13 @@ def cut_a_file(peer: Peer) -> None:
 
 
 def seal(peer: Peer) -> None:
-    """No one may shrink or grow the RAM from now on."""
+    """Seal the RAM file against shrinking and growing."""
     seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
     fcntl.fcntl(peer.ram.fd, fcntl.F_ADD_SEALS, seals)
 
 
-def hang_up(peer: Peer) -> None:
-    """The front end goes, in the middle or not."""
+def disconnect(peer: Peer) -> None:
+    """Disconnect, perhaps in the middle of a message."""
     if peer.source.integer(0, 1):
         peer.send_raw(
             struct.pack("<III", Request.SET_MEM_TABLE, 1, 40)[: peer.source.integer(1, 12)]
@@ -273,7 +273,7 @@ def hang_up(peer: Peer) -> None:
 
 
 def flood(peer: Peer) -> None:
-    """Questions on and on, whose answers nobody reads."""
+    """Send many requests without reading the answers."""
     data = encode_request(Request.GET_CONFIG, struct.pack("<III", 0, 256, 0) + bytes(256))
     with contextlib.suppress(OSError):
         for _ in range(peer.source.integer(1, 600)):

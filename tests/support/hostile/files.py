@@ -1,4 +1,4 @@
-"""File descriptors of odd kinds."""
+"""File descriptors of unusual kinds."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def sized(size: int, flags: int = 0) -> Callable[[Peer], int]:
 
 def _one_end_of_a_pipe(peer: Peer) -> int:
     ends = list(os.pipe())
-    kept = ends.pop(peer.source.integer(0, 1))
+    fd = ends.pop(peer.source.integer(0, 1))
     os.close(ends[0])
-    return kept
+    return fd
 
 
 def _epoll(peer: Peer) -> int:

@@ -1,4 +1,4 @@
-"""What a guest does with its rings, rightly or not."""
+"""Valid and invalid actions of a guest on its rings."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from support.hostile.peer import Peer
 
 
 def put(peer: Peer, gpa: int, data: bytes) -> None:
-    """The guest writes its RAM."""
+    """Write guest RAM, as the guest."""
     for start, length, offset in (LOW, (peer.high, HIGH_BYTES, HIGH_OFFSET)):
         if start <= gpa and gpa + len(data) <= start + length:
             peer.ram.write(offset + gpa - start, data)
 
 
 def descriptor(peer: Peer, entries: int) -> bytes:
-    """One descriptor of a split ring, hostile or not."""
+    """Return a descriptor of a split ring, valid or not."""
     return struct.pack("<QIHH", *fields(peer, entries))
 
 
 def fields(peer: Peer, entries: int) -> tuple[int, int, int, int]:
-    """Its address, length, flags and what follows."""
+    """Return a descriptor's address, length, flags and next index."""
     address = peer.number(DATA, HEADER, STATUS, TABLE, peer.high, *RINGS, LOW[1] - 8)
     length = peer.number(16, 1, 512, PAGE, 0xFFFFFFFF, 32 << 20, 0) & 0xFFFFFFFF
     flags = peer.source.pick((NEXT, NEXT, WRITE, WRITE | NEXT, 0, INDIRECT, 7, 0xFFFF))
@@ -49,7 +49,7 @@ def fields(peer: Peer, entries: int) -> tuple[int, int, int, int]:
 
 
 def honest_request(peer: Peer) -> None:
-    """One that should succeed."""
+    """Make a request available that should succeed."""
     ring = peer.source.integer(0, peer.rings - 1)
     size = peer.source.pick((512, PAGE, 3 * PAGE, 100))
     target = peer.source.pick((DATA + peer.source.integer(0, PAGE), peer.high, *RINGS))
@@ -70,7 +70,7 @@ def honest_request(peer: Peer) -> None:
 
 
 def disk_request(peer: Peer, target: int, size: int) -> list[tuple[int, int, int]]:
-    """A read, a write or something else of the disk."""
+    """Return the descriptors of a read, a write or another request of the disk."""
     kind = peer.source.pick((0, 0, 1, 4, 8, 77))
     sector = peer.number(0, 8, DISK_BYTES // 512 - 1)
     direction = WRITE if kind in (0, 8) else 0
@@ -79,7 +79,7 @@ def disk_request(peer: Peer, target: int, size: int) -> list[tuple[int, int, int
 
 
 def hostile_request(peer: Peer) -> None:
-    """Descriptors in any order, and a head that may not be there."""
+    """Make random descriptors available, with a head that may not exist."""
     ring = peer.source.integer(0, 1)
     count = peer.source.integer(1, QUEUE_SIZE)
     if peer.packed:
@@ -105,13 +105,13 @@ def publish_packed(peer: Peer, ring: int, chain: Sequence[tuple[int, int, int, i
         entry = struct.pack("<QIHH", address, length, buffer_id, flags)
         put(peer, RINGS[ring] + 16 * index, entry)
         peer.next_available[ring] = (peer.next_available[ring] + 1) % (2 * QUEUE_SIZE)
-    wish = struct.pack("<HH", peer.source.integer(0, 0xFFFF), peer.source.pick((0, 0, 1, 2, 3)))
-    put(peer, RINGS[ring] + 16 * QUEUE_SIZE, wish)
+    event = struct.pack("<HH", peer.source.integer(0, 0xFFFF), peer.source.pick((0, 0, 1, 2, 3)))
+    put(peer, RINGS[ring] + 16 * QUEUE_SIZE, event)
     os.eventfd_write(peer.events[ring], 1)
 
 
 def publish(peer: Peer, ring: int, heads: Sequence[int]) -> None:
-    """Make requests available and kick."""
+    """Make the requests `heads` available, and kick."""
     available = RINGS[ring] + 16 * QUEUE_SIZE
     for head in heads:
         place = available + 4 + 2 * (peer.next_available[ring] % QUEUE_SIZE)
@@ -123,7 +123,7 @@ def publish(peer: Peer, ring: int, heads: Sequence[int]) -> None:
 
 
 def jump(peer: Peer) -> None:
-    """The available index goes anywhere."""
+    """Set the available index to any value."""
     ring = peer.source.integer(0, 1)
     peer.next_available[ring] = peer.source.integer(0, 0xFFFF)
     if peer.packed:
@@ -133,13 +133,13 @@ def jump(peer: Peer) -> None:
 
 
 def scribble(peer: Peer) -> None:
-    """Anything anywhere in the rings."""
+    """Write random bytes into the rings."""
     place = peer.source.pick((*RINGS, RINGS[0] + PAGE, TABLE))
     put(peer, place + peer.source.integer(0, 512), peer.source.blob(64))
 
 
 def fill_the_call(peer: Peer) -> None:
-    """The interrupts' counter is full, so that a write to it may block."""
+    """Fill the interrupt eventfd's counter, so that a write to it may block."""
     os.set_blocking(peer.events[2], False)
     with contextlib.suppress(BlockingIOError):
         os.eventfd_write(peer.events[2], (1 << 64) - 2)
@@ -147,6 +147,6 @@ def fill_the_call(peer: Peer) -> None:
         os.set_blocking(event, bool(peer.source.integer(0, 1)))
 
 
-def take_the_log(peer: Peer) -> None:
-    """QEMU's sync."""
+def sync_log(peer: Peer) -> None:
+    """Clear the log, as QEMU does when it syncs."""
     peer.log.write(LOG_OFFSET, bytes(peer.log_bytes))

@@ -1,4 +1,4 @@
-"""Where everything is: guest RAM, the rings in it, and the log."""
+"""The layout of guest RAM, the rings in it, and the log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FEATURES: Final = F_VERSION_1 | F_PROTOCOL_FEATURES | F_RING_INDIRECT_DESC
 QUEUE_SIZE: Final = 8
 DISK_BYTES: Final = 1 << 24
 DEPTHS: Final = (0, 1, 2, 2, 3, 3, 3)
-"""How much of what QEMU does first is done before anything else."""
+"""How many of QEMU's three first steps precede the random ones."""
 
 LOW: Final = (0, 24 * PAGE, 4 * PAGE)
 RAM_BYTES: Final = 64 * PAGE
@@ -25,7 +25,7 @@ LOG_OFFSET: Final = 64
 CANARY: Final = 0xA5
 
 RINGS: Final = (PAGE, 4 * PAGE)
-"""GPAs of the two rings: descriptors, behind them what the driver writes (the available ring, or
-its event suppression structure), and a page on what the device writes."""
+"""GPAs of the two rings: the descriptors, followed by the driver's area (the available ring or the
+event suppression structure). The device's area is one page further."""
 AVAIL, USED = 1 << 7, 1 << 15
 TABLE, HEADER, STATUS, DATA = 8 * PAGE, 10 * PAGE, 11 * PAGE, 12 * PAGE

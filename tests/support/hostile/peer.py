@@ -1,4 +1,4 @@
-"""One front end against a server: its files, its socket, and what QEMU does with them."""
+"""A front end of a server: its files, its socket, and the actions of QEMU."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ from support.hostile.shared_file import SharedFile
 from support.hostile.source import Source
 
 MOST_TURNS: Final = 4096
-"""More than it takes to empty rings of the largest size."""
+"""More turns than rings of the largest size need."""
 
 
 def _device(name: str) -> VirtioDevice:
-    # A small disk, whose end is near.
+    # The disk is small, so that requests reach its end.
     if name == "blk":
         return emulated_devices()[name](capacity_bytes=DISK_BYTES, queues=2)  # type: ignore[call-arg]
     return emulated_devices()[name]()
@@ -66,9 +66,9 @@ class Peer:
         self.log_bytes = div_ceil(pages, 64) * 8
         self.ram = self._shared("ram", RAM_BYTES)
         self.log = self._shared("log", LOG_OFFSET + self.log_bytes + 4096)
-        self.log.mine[:] = 0
-        self.log.mine[:LOG_OFFSET] = self.log.mine[LOG_OFFSET + self.log_bytes :] = CANARY
-        os.pwrite(self.log.fd, self.log.mine.tobytes(), 0)
+        self.log.expected[:] = 0
+        self.log.expected[:LOG_OFFSET] = self.log.expected[LOG_OFFSET + self.log_bytes :] = CANARY
+        os.pwrite(self.log.fd, self.log.expected.tobytes(), 0)
         self.inflight = self._shared("inflight", 2 * region_bytes(QUEUE_SIZE) + PAGE)
         self.inflight.write(0, bytes(2 * region_bytes(QUEUE_SIZE)))
         self.device = _device(source.pick(sorted(emulated_devices())))
@@ -81,23 +81,23 @@ class Peer:
         if source.integer(0, 2) == 2:
             self.features |= F_ACCESS_PLATFORM
         self.channel: socket.socket | None = None
-        """Our end of the back-end channel."""
+        """The front end's end of the back-end channel."""
         self.next_available = [0, 0]
-        """Of a packed ring: the position over two rounds of it."""
+        """For each ring the next available index; of a packed ring the position over two rounds."""
         self.events = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(3)]
         self._fds += self.events
-        self.control, theirs = socket.socketpair()
+        self.control, server_end = socket.socketpair()
         self.control.setblocking(False)
         trackers = emulated_trackers()
         self.server = Server(
             self.device,
             trackers[source.pick(sorted(trackers))],
-            theirs,
+            server_end,
             harvest_interval_s=source.pick((1e-9, None)),
             immediate=bool(source.integer(0, 1)),
         )
         self.connected = False
-        """Whether the server has a session with us, as it tells."""
+        """Whether the server has a session with this front end, by the server's events."""
         self.socket = self._connect()
 
     def _shared(self, name: str, size: int) -> SharedFile:
@@ -119,7 +119,7 @@ class Peer:
             os.close(fd)
 
     def settle(self) -> None:
-        """Turns of the server until it has nothing more to do, and what it tells."""
+        """Run turns of the server until it is idle, and record its events."""
         for _ in range(MOST_TURNS):
             busy = self.server.turn(0)
             with contextlib.suppress(BlockingIOError):
@@ -132,7 +132,7 @@ class Peer:
             if not busy and not self._readable() and not self.answer_questions():
                 break
         else:
-            raise AssertionError("the server never comes to rest")
+            raise AssertionError("the server never becomes idle")
         if not self.connected and self.source.integer(0, 3):
             self.socket.close()
             self.socket = self._connect()
@@ -144,19 +144,19 @@ class Peer:
     def _readable(self) -> bool:
         return bool(select.select([self.server], [], [], 0)[0])
 
-    # Saying things ------------------------------------------------------------------------------
+    # Sending ------------------------------------------------------------------------------------
 
     def _connect(self) -> socket.socket:
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        self.server.adopt("hostile", theirs)
-        return ours
+        own_end, server_end = socket.socketpair()
+        own_end.setblocking(False)
+        self.server.adopt("hostile", server_end)
+        return own_end
 
     def send_raw(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Send bytes, and take answers so that neither side is ever stuck."""
+        """Send bytes, and read answers so that neither side blocks."""
         with contextlib.suppress(OSError):
             self.socket.recv(1 << 16)
-        with contextlib.suppress(OSError):  # the server has hung up, or reads no more
+        with contextlib.suppress(OSError):  # the server has disconnected or reads no more
             socket.send_fds(self.socket, [data], list(fds)) if data else None
 
     def send(self, request: Request, payload: bytes, fds: Sequence[int] = ()) -> None:
@@ -167,7 +167,7 @@ class Peer:
         return self.source.integer(0, 7) == 7
 
     def number(self, *likely: int) -> int:
-        """One of `likely`, near one of them, or what breaks sums."""
+        """Return one of `likely`, a number near one, or a number that may overflow a sum."""
         kind = self.source.integer(0, 15)
         if kind < 13 and likely:
             return likely[0] if kind < 8 else self.source.pick(likely)
@@ -176,10 +176,10 @@ class Peer:
             return (base + self.source.integer(-17, 17)) % (1 << 64)
         return self.source.integer(0, (1 << 64) - 1)
 
-    # What QEMU does -----------------------------------------------------------------------------
+    # Actions of QEMU ----------------------------------------------------------------------------
 
     def boot(self) -> None:
-        """The features and the memory of an honest front end."""
+        """Set features and memory as QEMU does."""
         self.ram.resize(RAM_BYTES)
         event_index = F_RING_EVENT_IDX if self.source.integer(0, 1) else 0
         self.send(Request.SET_FEATURES, encode_u64(self.features | event_index))
@@ -188,26 +188,26 @@ class Peer:
         self.set_memory(LOW, (self.high, HIGH_BYTES, HIGH_OFFSET))
 
     def open_channel(self) -> None:
-        """Give the back end a way to ask."""
+        """Open the back-end channel."""
         if self.channel is not None:
             self.channel.close()
-        self.channel, theirs = socket.socketpair()
+        self.channel, back_end = socket.socketpair()
         self.channel.setblocking(False)
-        with theirs:
-            self.send(Request.SET_BACKEND_REQ_FD, b"", [theirs.fileno()])
+        with back_end:
+            self.send(Request.SET_BACKEND_REQ_FD, b"", [back_end.fileno()])
 
     def answer_questions(self) -> bool:
-        """Answer what the back end has asked, nearly always as QEMU would; whether it had."""
+        """Answer the back end's questions, mostly as QEMU does; return whether it asked any."""
         questions = b""
         with contextlib.suppress(OSError):
             questions = self.channel.recv(1 << 16) if self.channel is not None else b""
         for place in range(0, len(questions) // 44 * 44, 44):
             iova, access = struct.unpack_from("<Q16xB", questions, place + 12)
             gpa = iova - HVA_BASE if iova >= HVA_BASE else iova
-            there_is = any(start <= gpa < start + size for start, size in self.logged_gpas)
-            if there_is:
-                self.tell_iotlb(2, iova, PAGE, HVA_BASE + gpa, access)
-            answer = struct.pack("<IIIQ", 1, 5, 8, not there_is)
+            mapped = any(start <= gpa < start + size for start, size in self.logged_gpas)
+            if mapped:
+                self.send_iotlb(2, iova, PAGE, HVA_BASE + gpa, access)
+            answer = struct.pack("<IIIQ", 1, 5, 8, not mapped)
             if self.source.integer(0, 31) == 31:
                 answer = self.source.pick((b"", answer * 2, answer[:7], self.source.blob(40)))
             with contextlib.suppress(OSError):
@@ -215,23 +215,23 @@ class Peer:
                 self.channel.send(answer) if answer else None
         return bool(questions)
 
-    def tell_iotlb(self, event: int, iova: int, size: int, hva: int, access: int) -> None:
-        """An IOTLB message. IOVAs lead to the GPAs of the same number, or of their HVAs."""
+    def send_iotlb(self, event: int, iova: int, size: int, hva: int, access: int) -> None:
+        """Send an IOTLB message. An IOVA equals the GPA or HVA that it is mapped to."""
         payload = struct.pack("<QQQBB6x", iova, size, hva % (1 << 64), access, event)
         self.send(Request.IOTLB_MSG, payload)
 
     def set_memory(self, *places: tuple[int, int, int]) -> None:
-        """A memory table of the RAM's file; what it gives may be written."""
+        """Send a memory table of the RAM's file, and share its slots with the server."""
         regions = b""
         for gpa, length, offset in places:
             regions += struct.pack("<QQQQ", gpa, length, (HVA_BASE + gpa) % (1 << 64), offset)
-            self.ram.give(offset, length)
+            self.ram.share(offset, length)
             self.logged_gpas.append((gpa, length))
         payload = struct.pack("<II", len(places), 0) + regions
         self.send(Request.SET_MEM_TABLE, payload, [self.ram.fd] * min(len(places), 9))
 
     def start_rings(self) -> None:
-        """The rings as QEMU starts them."""
+        """Start the rings as QEMU does."""
         for index in range(self.rings):
             self.send(Request.SET_VRING_NUM, struct.pack("<II", index, QUEUE_SIZE))
             self.send(Request.SET_VRING_BASE, struct.pack("<II", index, self.base(index)))
@@ -241,40 +241,40 @@ class Peer:
             self.send(Request.SET_VRING_ENABLE, struct.pack("<II", index, 1))
 
     def restart(self) -> None:
-        """Memory and rings anew."""
+        """Set memory again and restart the rings."""
         self.boot()
         self.start_rings()
 
     def base(self, ring: int) -> int:
-        """Where the ring goes on, as SET_VRING_BASE has it."""
+        """Return the ring's position in the form of SET_VRING_BASE."""
         if not self.packed:
             return self.next_available[ring]
         index, second_round = self.position(ring)
         return (index | (0 if second_round else 1 << 15)) * 0x1_0001
 
     def position(self, ring: int) -> tuple[int, bool]:
-        """A packed ring's next descriptor, and whether it is in its second round."""
+        """Return a packed ring's next descriptor, and whether it is in the second round."""
         position = self.next_available[ring] % (2 * QUEUE_SIZE)
         return position % QUEUE_SIZE, position >= QUEUE_SIZE
 
     def set_address(self, index: int, logged: bool = False) -> None:
-        """A ring's honest address."""
+        """Set a ring's correct addresses."""
         base = RINGS[index % 2]
         used = base + PAGE
         places = (HVA_BASE + base, HVA_BASE + used, HVA_BASE + base + 16 * QUEUE_SIZE, used)
         self.send(Request.SET_VRING_ADDR, struct.pack("<IIQQQQ", index, int(logged), *places))
 
     def start_logging(self) -> None:
-        """The log, then the feature."""
-        self.give_log(self.log_bytes, LOG_OFFSET)
+        """Set the log, then the feature."""
+        self.set_log(self.log_bytes, LOG_OFFSET)
         self.send(Request.SET_FEATURES, encode_u64(self.features | F_LOG_ALL))
         for index in range(self.rings):
             self.set_address(index, logged=True)
 
-    def give_log(self, size: int, offset: int, fd: int | None = None) -> None:
-        """SET_LOG_BASE."""
+    def set_log(self, size: int, offset: int, fd: int | None = None) -> None:
+        """Send SET_LOG_BASE."""
         self.log_offsets.add(offset)
         if fd is None:
-            self.log.give(offset, size)
+            self.log.share(offset, size)
         payload = struct.pack("<QQ", size, offset)
         self.send(Request.SET_LOG_BASE, payload, [self.log.fd if fd is None else fd])

@@ -1,4 +1,4 @@
-"""Who decides what a hostile front end and its guest do."""
+"""The source of the decisions of a hostile front end and its guest."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ T = TypeVar("T")
 
 
 class Source(Protocol):
-    """Whoever decides."""
+    """Makes the decisions of a run."""
 
     def integer(self, low: int, high: int) -> int:
-        """Some number from `low` to `high`, both included."""
+        """Return a number from `low` to `high`, both included."""
 
     def blob(self, most: int) -> bytes:
-        """Up to `most` bytes."""
+        """Return up to `most` bytes."""
 
     def pick(self, options: Sequence[T]) -> T:
-        """One of them."""
+        """Return one of `options`."""

@@ -68,7 +68,7 @@ class PlainDisk(ProofDevice):
         return ("bare",)
 
     def adapt(self, workload: Workload) -> Workload:
-        """Tell the workload that a page's stamp is the same at each read."""
+        """Make the workload expect the same stamp at each read of a page."""
         return replace(workload, image=1)
 
     @asynccontextmanager

@@ -98,7 +98,7 @@ def test_no_request_is_lost_or_returned_twice(
                 requests += 1
             steps = Steps(last_step)
             dma = dma_for(driver.memory, make_dma=functools.partial(KillableDma, steps))
-            # QEMU cannot ask a dead back end for a packed ring's base, so it sends the old one again.
+            # QEMU cannot ask a dead back end for a packed ring's base, so it repeats the old one.
             # It reads the used index of a split ring from RAM.
             if isinstance(driver, RingDriver):
                 base = driver.used_index

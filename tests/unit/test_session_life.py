@@ -93,9 +93,8 @@ def files() -> Iterator[tuple[int, int]]:
 def guest(files: tuple[int, int]) -> Iterator[Guest]:
     guest = Guest(*files)
     guest.front_end.start_ring(guest.driver)
-    os.eventfd_read(
-        guest.front_end.call
-    )  # the back end interrupts at start in case its predecessor died
+    # The back end interrupts at start, in case its predecessor died before it did.
+    os.eventfd_read(guest.front_end.call)
     yield guest
     guest.front_end.close()
 

@@ -30,7 +30,7 @@ class Connection:
         self._unsent: deque[tuple[bytes, tuple[int, ...]]] = deque()
 
     def fileno(self) -> int:
-        """The socket's file descriptor."""
+        """Return the socket's file descriptor."""
         return self._socket.fileno()
 
     @property

@@ -54,15 +54,15 @@ class Keeper:
         if self._folder is None:
             return False
         try:
-            kept = Evidence.load(self._folder)
+            saved = Evidence.load(self._folder)
         except UntestableError as error:
             if isinstance(error.__cause__, FileNotFoundError):  # the process died before logging
                 return False
             raise
-        self.journal.resume(kept.started_ns or 0)
-        collector.harvests = [Harvest(*(int(value) for value in row)) for row in kept.harvests]
+        self.journal.resume(saved.started_ns or 0)
+        collector.harvests = [Harvest(*(int(value) for value in row)) for row in saved.harvests]
         # A write is due in the harvest after the last one.
         due = int(self.journal.records()["epoch"].max(initial=1))
         epoch = max([due - 1, *(harvest.epoch for harvest in collector.harvests)])
-        collector.trace.resume(kept.links, epoch)
+        collector.trace.resume(saved.links, epoch)
         return True

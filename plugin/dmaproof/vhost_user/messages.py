@@ -110,8 +110,8 @@ class VringState(NamedTuple):
 class VringAddress(NamedTuple):
     """The addresses of a ring: HVAs, except `log`, the GPA at which used-ring writes are logged.
 
-    Behind an IOMMU all of them are IOVAs, and `log` is the IOVA of the used ring: QEMU sends it so
-    (vhost_virtqueue_set_addr), and vhost in the kernel reads it so.
+    Behind an IOMMU all of them are IOVAs, and `log` is the IOVA of the used ring: QEMU sends that
+    (vhost_virtqueue_set_addr), and vhost in the kernel expects it.
     """
 
     ring: int

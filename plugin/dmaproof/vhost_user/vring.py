@@ -134,7 +134,7 @@ class Vring:
         self._address_lost = self.waiting = False
 
     def unmap(self, iova: int, length: int) -> None:
-        """Take notice that `length` bytes at `iova` are no longer mapped."""
+        """Mark the addresses as lost if they overlap `length` bytes at `iova`, now unmapped."""
         if any(start < iova + length and iova < start + size for start, size in self._areas):
             self._address_lost = self.pending = True
 

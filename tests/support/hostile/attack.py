@@ -58,7 +58,7 @@ def attack(source: Source) -> list[str]:
     """Carry out one run, and return the reasons why sessions ended.
 
     Raises:
-        AssertionError: the server broke one of the rules above.
+        AssertionError: the server broke a rule of this package.
     """
     gc.collect(0)
     fds_before, mappings_before = _open_files(), _shared_mappings()

@@ -51,8 +51,10 @@ class Iommufd(KernelFile):
         )
 
     def set_huge_pages(self, ioas: int, allowed: bool) -> None:
-        """Allow or forbid huge entries in the IOAS's page tables; without them dirty bits are
-        exact to a page."""
+        """Allow or forbid huge entries in the IOAS's page tables.
+
+        Without huge entries, dirty bits are exact to a page.
+        """
         size = abi.OPTION_DATA.size
         data = abi.OPTION_DATA.pack(size, abi.OPTION_HUGE_PAGES, 0, 0, ioas, int(allowed))
         request(self.fd, abi.OPTION, bytearray(data))

@@ -217,14 +217,14 @@ class SplitRegion:
         self._memory[:] = bytes(len(self._memory))
 
     def taken(self, chain: DescriptorChain) -> None:
-        place = self.header.size + self.entry.size * chain.head
-        struct.pack_into("<Q", self._memory, place + 8, self._counter)
+        offset = self.header.size + self.entry.size * chain.head
+        struct.pack_into("<Q", self._memory, offset + 8, self._counter)
         self._counter += 1
-        self._memory[place] = 1
+        self._memory[offset] = 1
 
     def giving_back(self, chain: DescriptorChain) -> None:
-        place = self.header.size + self.entry.size * chain.head
-        self._memory[place + 6 : place + 8] = self._memory[12:14]
+        offset = self.header.size + self.entry.size * chain.head
+        self._memory[offset + 6 : offset + 8] = self._memory[12:14]
         struct.pack_into("<H", self._memory, 12, chain.head)
 
     def given_back(self, chain: DescriptorChain) -> None:
@@ -237,13 +237,13 @@ def _split_region(queue: SplitVirtqueue, memory: memoryview) -> tuple[SplitRegio
     if version == 0:
         return SplitRegion(queue, memory, 0), []
     _check(version, size, queue.size)
-    places = [SplitRegion.header.size + SplitRegion.entry.size * head for head in range(size)]
+    offsets = [SplitRegion.header.size + SplitRegion.entry.size * head for head in range(size)]
     if used_index != queue.used_index and last_batch_head < size:
-        memory[places[last_batch_head]] = 0  # returned to the driver, but not recorded as such
+        memory[offsets[last_batch_head]] = 0  # returned to the driver, but not recorded as such
     found = [
         (counter, head)
         for head, (inflight, _, counter) in enumerate(
-            SplitRegion.entry.unpack_from(memory, place) for place in places
+            SplitRegion.entry.unpack_from(memory, offset) for offset in offsets
         )
         if inflight
     ]
@@ -274,12 +274,12 @@ class PackedRegion:
         self._heads: dict[int, int] = {}
         """Buffer ID of each request in flight → index of its first entry."""
 
-    def _get(self, place: int) -> int:
-        value: int = struct.unpack_from("<H", self._memory, place)[0]
+    def _get(self, offset: int) -> int:
+        value: int = struct.unpack_from("<H", self._memory, offset)[0]
         return value
 
-    def _set(self, place: int, value: int) -> None:
-        struct.pack_into("<H", self._memory, place, value)
+    def _set(self, offset: int, value: int) -> None:
+        struct.pack_into("<H", self._memory, offset, value)
 
     def _entry_at(self, index: int) -> int:
         return _HEADER_BYTES + self.entry.size * index
@@ -299,16 +299,16 @@ class PackedRegion:
 
     def taken(self, chain: DescriptorChain) -> None:
         head = self._get(self.old_free_head_at)
-        place = self._entry_at(head)
-        self._set(place + 6, 0)
-        struct.pack_into("<Q", self._memory, place + 8, self._counter)
+        offset = self._entry_at(head)
+        self._set(offset + 6, 0)
+        struct.pack_into("<Q", self._memory, offset + 8, self._counter)
         self._counter += 1
-        self._memory[place] = 1
+        self._memory[offset] = 1
         for number, (iova, length, buffer_id, flags) in enumerate(chain.packed, 1):
             free = self._get(self.free_head_at)
             if number == len(chain.packed):
-                self._set(place + 4, free)
-            self._set(place + 6, number)
+                self._set(offset + 4, free)
+            self._set(offset + 6, number)
             struct.pack_into(
                 "<HHIQ", self._memory, self._entry_at(free) + 16, buffer_id, flags, length, iova
             )
@@ -373,8 +373,8 @@ class PackedRegion:
             chains.append(partial(self._queue.chain_of, descriptors))
             self._heads[descriptors[-1].buffer_id] = index
             self._counter = counter + 1
-        place = self._get(self.used_at), bool(self._memory[self.wrap_at])
-        self._queue.resume_at(*place, taken)
+        used_place = self._get(self.used_at), bool(self._memory[self.wrap_at])
+        self._queue.resume_at(*used_place, taken)
         return chains
 
     def _descriptor(self, index: int) -> PackedDescriptor:

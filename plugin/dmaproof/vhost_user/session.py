@@ -151,7 +151,7 @@ class Session:
         self._predecessor_died = False
         """Whether the previous process died, perhaps while logging was on."""
         self._must_report_all = False
-        """Whether all pages are to be reported, because it may not have reported its writes."""
+        """Whether all pages must be reported, because a killed process may have left some out."""
 
     # Messages -----------------------------------------------------------------------------------
 

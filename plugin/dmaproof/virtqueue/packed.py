@@ -173,8 +173,8 @@ class PackedVirtqueue:
         found = []
         for ahead in range(self.size):
             index = (self._next_available + ahead) % self.size
-            place = DESCRIPTOR_BYTES * index
-            descriptor = PackedDescriptor(*self._ring.unpack(DESCRIPTOR, place))
+            offset = DESCRIPTOR_BYTES * index
+            descriptor = PackedDescriptor(*self._ring.unpack(DESCRIPTOR, offset))
             found.append(descriptor)
             if not descriptor.flags & F_NEXT:
                 return found

@@ -123,11 +123,11 @@ class SplitVirtqueue:
             seen += 1
             if seen > entries:
                 raise ProtocolError(f"descriptor chain of request {head} loops")
-            place = DESCRIPTOR_BYTES * index
+            offset = DESCRIPTOR_BYTES * index
             iova, length, flags, following = (
-                self._table.unpack(DESCRIPTOR, place)
+                self._table.unpack(DESCRIPTOR, offset)
                 if table is None
-                else DESCRIPTOR.unpack_from(table, place)
+                else DESCRIPTOR.unpack_from(table, offset)
             )
             if flags & F_INDIRECT:
                 # Section 2.7.5.3.2: the flag WRITE of an indirect descriptor is ignored.

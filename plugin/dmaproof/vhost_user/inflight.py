@@ -106,7 +106,7 @@ class InflightRegions:
 
 
 class _Region(Protocol):
-    """One ring's region of the file; the methods are called in this order."""
+    """One ring's region of the file, updated whenever a request is taken or returned."""
 
     def begin(self) -> None:
         """Record that the ring is being served."""

@@ -30,7 +30,7 @@ class Keeper:
     def number_requests(self, device: VirtioDevice) -> None:
         """Raise the request number of `device` above those of its guest's previous processes.
 
-        The number is the time in microseconds; no device here serves more than one request in one.
+        The number is the time in microseconds: no device serves more than one request in each.
         """
         if self._folder is not None:
             device.requests = max(device.requests, time.monotonic_ns() // 1000)

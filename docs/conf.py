@@ -1,4 +1,4 @@
-"""Sphinx's configuration: ``sphinx-build -W docs build/docs`` makes the pages."""
+"""Configure Sphinx; ``sphinx-build -W docs build/docs`` builds the pages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ highlight_language = "none"
 copybutton_prompt_text = "$ "
 copybutton_only_copy_prompt_lines = True
 
-suppress_warnings = ["ref.python"]  # `bytes` is a type, and an attribute of two classes of ours
+suppress_warnings = ["ref.python"]  # `bytes` is a type, and also an attribute of two classes
 toc_object_entries = False
 
 autodoc_member_order = "bysource"

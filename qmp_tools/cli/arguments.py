@@ -1,4 +1,4 @@
-"""What the subcommands' parsers have in common."""
+"""What the parsers of the subcommands have in common."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import TypeAlias, TypeVar
 
 from ..arguments import timeout
 from ..host.timeout import DEFAULT_TIMEOUT_S
+from .help_formatter import HelpFormatter
 
 Subcommands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-"""Where a subcommand adds its parser; argparse has no public name for it."""
+"""The object to which a subcommand's parser is added; argparse has no public name for it."""
 
 T = TypeVar("T")
 
@@ -30,36 +31,43 @@ def add_parser(
     """Add the parser of `name`, one of a subcommand's own subcommands, and return it.
 
     Args:
-        commands: where the parser is added.
-        name: the word that chooses it.
-        run: carries it out.
+        commands: the object to which the parser is added.
+        name: the word on the command line that chooses the parser.
+        run: carries the subcommand out.
         summary: its line in the help of the parser above.
         description: see `describe`.
         epilog: see `describe`.
     """
-    parser = commands.add_parser(
-        name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = commands.add_parser(name, help=summary, formatter_class=HelpFormatter)
     describe(parser, run, description=description, epilog=epilog)
     return parser
 
 
-def describe(parser: argparse.ArgumentParser, run: Run, *, description: str, epilog: str) -> None:
-    """Set what `parser` shows above and below its arguments, and what carries them out.
+def describe(
+    parser: argparse.ArgumentParser,
+    run: Run,
+    *,
+    description: str,
+    epilog: str,
+    usage: str | None = None,
+) -> None:
+    """Set the help texts of `parser` and the function that carries its subcommand out.
 
     Args:
         parser: the parser of a subcommand.
         run: takes the parsed arguments, and returns the exit code.
         description: shown above the arguments.
-        epilog: shown below them, as it is written.
+        epilog: shown below the arguments, as it is written.
+        usage: the arguments in the usage line; by default argparse lists all of them.
     """
     parser.description = description
     parser.epilog = epilog
+    parser.usage = None if usage is None else f"%(prog)s {usage}"
     parser.set_defaults(run=run)
 
 
 def parsers_of(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """`parser` and all parsers of subcommands below it."""
+    """Yield `parser` and all parsers of subcommands below it."""
     yield parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -68,7 +76,7 @@ def parsers_of(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentPar
 
 
 def reads(read: Callable[[object], T]) -> Callable[[str], T]:
-    """`read`, one of the readers of `qmp_tools.arguments`, as the type of an argument."""
+    """Return a reader of `qmp_tools.arguments` as the type of an argument."""
 
     def typed(text: str) -> T:
         try:
@@ -86,6 +94,17 @@ def add_timeout(parser: argparse._ActionsContainer) -> None:
         type=reads(timeout),
         default=DEFAULT_TIMEOUT_S,
         metavar="SECONDS",
-        help="how long to wait for any one thing, such as an answer or the end of a migration "
-        "(default: %(default)g)",
+        help="longest single wait, such as for an answer of QEMU (default: %(default)g)",
+    )
+
+
+def add_quiet(parser: argparse._ActionsContainer) -> None:
+    """Add ``--quiet``."""
+    parser.add_argument("--quiet", action="store_true", help="print no progress")
+
+
+def add_keep(parser: argparse._ActionsContainer) -> None:
+    """Add ``--keep``."""
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the run's folder and print its path"
     )

@@ -1,4 +1,4 @@
-"""``dmaproof bench``: what iterator, core and kernel cost, as tables and a picture."""
+"""``dmaproof bench``: the cost of dirty bitmaps, as tables and a picture."""
 
 from __future__ import annotations
 
@@ -36,23 +36,29 @@ from .outputs import write_json
 
 _EXAMPLES: Final = """\
 examples:
-  dmaproof bench core                         ratios to memcpy, memcmp and the kernel's algorithm
-  dmaproof bench iterator --most 1T           the table, for guests up to 1 TiB
-  dmaproof bench iterator --picture cost.png  needs matplotlib: pip install 'dmaproof[bench]'
-  dmaproof bench kernel --json cost.json      the kernel's dirty bitmaps, in instructions
+  dmaproof bench core                           # ratios to memcpy, memcmp, the kernel's algorithm
+  dmaproof bench iterator --most 1T             # a table for guests up to 1 TiB
+  dmaproof bench iterator --picture cost.png    # needs matplotlib: pip install 'dmaproof[bench]'
+  dmaproof bench kernel --json cost.json        # the kernel's dirty bitmaps, in instructions
+
+exit codes:
+  0  the figures were printed
+  2  wrong usage
+  3  not measured: the message says why
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's arguments to its parser."""
+    parser.description = "Measure the cost of dirty bitmaps."
     parser.epilog = _EXAMPLES
     parts = parser.add_subparsers(metavar="WHAT", required=True)
     iterator = add_parser(
         parts,
         "iterator",
         _run_iterator,
-        summary="the ways to hold a bitmap, over density, locality and guest size",
-        description="Measure the ways to hold a bitmap, over density, locality and guest size.",
+        summary="the forms of a bitmap, by density, locality and guest size",
+        description="Measure the forms of a bitmap, by density, locality and guest size.",
         epilog=_EXAMPLES,
     )
     iterator.add_argument(
@@ -65,34 +71,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parts,
         "core",
         _run_core,
-        summary="bit loops beside memcpy, memchr and memcmp",
-        description="Measure the loops over bits and pages beside memcpy, memchr and memcmp.",
+        summary="loops over bits and pages, compared with memcpy, memchr and memcmp",
+        description="Compare the loops over bits and pages with memcpy, memchr and memcmp.",
         epilog=_EXAMPLES,
     )
     kernel = add_parser(
         parts,
         "kernel",
         _run_kernel,
-        summary="REPORT, GET_DIRTY_BITMAP and type1's log, counted in instructions",
-        description="Count what the kernel's dirty bitmaps cost, in the machine of 'dmaproof "
-        "passthrough',\nand reckon it for guests of 1, 4 and 16 TiB.",
+        summary="instructions of REPORT, GET_DIRTY_BITMAP and type1's log",
+        description="Count the instructions of the kernel's dirty bitmaps in the machine of\n"
+        "'dmaproof passthrough', and project them to guests of 1, 4 and 16 TiB.",
         epilog=_EXAMPLES,
     )
-    kernel.add_argument("--kernel", choices=KERNELS, default=next(iter(KERNELS)))
+    kernel.add_argument(
+        "--kernel",
+        choices=KERNELS,
+        default=next(iter(KERNELS)),
+        help="kernel of the machine (default: %(default)s)",
+    )
     kernel.add_argument(
         "--most",
         choices=[_short(size) for size in REPORT_SIZES],
         default=_short(REPORT_SIZES[-1]),
-        help="the largest guest that is measured (default: %(default)s)",
+        help="the largest guest to measure (default: %(default)s)",
     )
-    kernel.add_argument("--qemu", metavar="PATH", help="runs the machine; default: the system's")
-    kernel.add_argument("--timeout", type=reads(seconds), default=1200.0, metavar="SECONDS")
+    kernel.add_argument(
+        "--qemu", metavar="PATH", help="the QEMU that runs the machine (default: the system's)"
+    )
+    kernel.add_argument(
+        "--timeout",
+        type=reads(seconds),
+        default=1200.0,
+        metavar="SECONDS",
+        help="longest time for all measurements (default: %(default)g)",
+    )
     for part in (iterator, core_parser):
-        part.add_argument("--repeats", type=reads(positive), default=5, metavar="N")
+        part.add_argument(
+            "--repeats",
+            type=reads(positive),
+            default=5,
+            metavar="N",
+            help="how often to measure each (default: %(default)s)",
+        )
     for part in (iterator, kernel):
-        part.add_argument("--picture", type=Path, metavar="FILE.png")
+        part.add_argument(
+            "--picture",
+            type=Path,
+            metavar="FILE.png",
+            help="draw the figures with matplotlib (default: no picture)",
+        )
     for part in (iterator, core_parser, kernel):
-        part.add_argument("--json", metavar="FILE", help="write the figures too; '-' for stdout")
+        part.add_argument(
+            "--json",
+            metavar="FILE",
+            help="write the figures as JSON; '-' for standard output (default: no JSON is written)",
+        )
 
 
 def _short(size: int) -> str:
@@ -101,7 +135,7 @@ def _short(size: int) -> str:
 
 def _run_iterator(arguments: argparse.Namespace) -> int:
     if arguments.picture is not None:
-        _matplotlib()  # told before minutes are spent
+        _matplotlib()  # fails now, and not after minutes
     most = next(size for size in GUEST_SIZES if _short(size) == arguments.most)
     patterns = all_patterns(most)
     rows: list[Row] = []
@@ -164,7 +198,7 @@ def _matplotlib() -> Any:
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:
-    """Draw time over guest size: a column for each locality, a line of graphs for each density."""
+    """Draw time over guest size: a column for each locality, a row for each density."""
     pyplot = _matplotlib()
     densities = [
         density for density in DENSITIES if any(r.pattern.density == density for r in rows)

@@ -13,9 +13,9 @@ from .interruption import run_interruptibly
 from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
 
 _EXAMPLES = """\
-Both guests must be paused as the migration left them: the source is, the destination if it was
-started with -S. Nothing has to be known of how they were started; shared memory is read where it
-is, private memory is copied from QEMU's process piece by piece.
+Both guests must still be paused after the migration. The source is; the destination is if it was
+started with -S. dmaproof need not know how the QEMUs were started. It reads shared memory in place,
+and copies private memory from the QEMU process in pieces.
 
 examples:
   dmaproof check /run/source-qmp.sock /run/destination-qmp.sock
@@ -24,11 +24,12 @@ examples:
   dmaproof check source.sock destination.sock --json - | jq '.differences[].gpa'
 
 exit codes:
-  0  every page equal, but for pages that are known to differ or that the guest gave back (they
-     are named)
-  1  pages differ
+  0  pass: every page is equal, except reported pages that are known to differ or that the guest
+     gave back to QEMU
+  1  fail: pages differ
   2  wrong usage
-  3  could not be compared, or pages are either lost or given back; the message says why
+  3  not tested: the RAM could not be compared, or pages may be either lost or given back; the
+     message says why
 """
 
 
@@ -40,12 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description="Compare all RAM of two paused QEMUs after a migration, page by page.",
         epilog=_EXAMPLES,
     )
-    parser.add_argument("source", type=Path, help="the source's QMP socket")
-    parser.add_argument("destination", type=Path, help="the destination's QMP socket")
+    parser.add_argument("source", type=Path, help="QMP socket of the source QEMU")
+    parser.add_argument("destination", type=Path, help="QMP socket of the destination QEMU")
     parser.add_argument(
         "--no-migration",
         action="store_true",
-        help="compare any two paused QEMUs; without it, two that have not migrated are not tested",
+        help="compare any two paused QEMUs; without this option, QEMUs that have not migrated are "
+        "not tested",
     )
     add_timeout(parser)
     add_outputs(parser)

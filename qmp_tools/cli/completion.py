@@ -1,4 +1,4 @@
-"""``dmaproof completion``: what makes a shell complete dmaproof's command lines."""
+"""``dmaproof completion``: scripts by which shells complete dmaproof's command lines."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ _SHELLS: Final = ("bash", "zsh", "fish")
 _EXAMPLES: Final = """\
 examples:
   dmaproof completion bash > ~/.local/share/bash-completion/completions/dmaproof
-  dmaproof completion zsh > ~/.zfunc/_dmaproof      with fpath+=~/.zfunc before compinit
+  dmaproof completion zsh > ~/.zfunc/_dmaproof      # with fpath+=~/.zfunc before compinit
   dmaproof completion fish > ~/.config/fish/completions/dmaproof.fish
-  source <(dmaproof completion bash)                for this shell alone
+  source <(dmaproof completion bash)                # for this shell only
+
+exit codes:
+  0  the script was printed
+  2  wrong usage
 """
 
 
@@ -27,10 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         _run,
-        description="Print what makes a shell complete dmaproof's subcommands, options and values.",
+        description="Print a script that makes a shell complete dmaproof's subcommands, options "
+        "and values.",
         epilog=_EXAMPLES,
     )
-    parser.add_argument("shell", choices=_SHELLS)
+    parser.add_argument("shell", choices=_SHELLS, help="the shell that is to read the script")
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""``dmaproof dirty-rate``: how fast a running guest's RAM gets dirty, and by whom."""
+"""``dmaproof dirty-rate``: how fast vCPUs and devices dirty a running guest's RAM."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ _EXAMPLES: Final = """\
 examples:
   dmaproof dirty-rate /run/qmp2.sock
   dmaproof dirty-rate /run/qmp2.sock --seconds 5 --mode dirty-bitmap --json
+
+exit codes:
+  0  the rates were printed
+  2  wrong usage
+  3  not measured: the message says why
 """
 
 
@@ -25,17 +30,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         _run,
-        description="Let QEMU measure its dirty rate, and read the devices' from the vhost log "
-        "while a migration runs. The log is only read.",
+        description="Measure how fast a guest's RAM gets dirty: QEMU measures what vCPUs write, "
+        "and\ndmaproof reads what devices write from the vhost log while a migration runs.",
         epilog=_EXAMPLES,
     )
-    parser.add_argument("socket", type=Path, help="a QMP socket of the running QEMU")
-    parser.add_argument("--seconds", type=reads(positive), default=1, metavar="N")
+    parser.add_argument("socket", type=Path, help="QMP socket of the running QEMU")
     parser.add_argument(
-        "--mode", choices=MODES, default=MODES[0], help="QEMU's measure (default: %(default)s)"
+        "--seconds",
+        type=reads(positive),
+        default=1,
+        metavar="N",
+        help="how long to measure (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        default=MODES[0],
+        help="how QEMU measures, see calc-dirty-rate in its QMP reference (default: %(default)s)",
     )
     add_timeout(parser)
-    parser.add_argument("--json", action="store_true", help="write JSON instead of text")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 async def _measure(arguments: argparse.Namespace) -> DirtyRates:

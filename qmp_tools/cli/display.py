@@ -1,4 +1,4 @@
-"""What a command prints on standard output for people: tables are drawn on a terminal."""
+"""Output for people on standard output; a terminal gets drawn tables."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dmaproof.errors import printable
 
 
 def print_text(text: str) -> None:
-    """Print a report on standard output; it may quote processes and guests that are not ours."""
+    """Print a report on standard output; it may quote third-party processes and guests."""
     print(printable(text))
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on standard output: drawn on a terminal, padded lines elsewhere."""
+    """Print a table on standard output: drawn on a terminal, as padded lines elsewhere."""
     if sys.stdout.isatty():
-        from .terminal import draw_table  # imports rich, which takes its time
+        from .terminal import draw_table  # imports rich, which is slow
 
         draw_table(headings, rows)
         return

@@ -1,4 +1,4 @@
-"""``dmaproof doctor``: what the machine has for a proof, what it lacks, and what mends it."""
+"""``dmaproof doctor``: missing prerequisites of a proof and how to fix them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .display import print_text
 from .outputs import write_json
 
 _EXAMPLES = """\
-Nothing is changed. 'limited' is what a proof can do without, 'missing' is what it cannot; the line
-below each has what mends it.
+The machine is not changed. A proof can run without what is 'limited', and cannot run without what
+is 'MISSING'. The line below each finding says how to fix it.
 
 examples:
   dmaproof doctor
-  dmaproof doctor --guest bare            the guest that needs neither apt nor a static libc
+  dmaproof doctor --guest bare    # this guest needs neither apt nor a static libc
   dmaproof doctor --json - | jq '.findings[] | select(.state == "missing") | .remedy'
 
 exit codes:
   0  a proof can run
   2  wrong usage
-  3  something is missing
+  3  a prerequisite is missing
 """
 
 _SIGNS = {State.OK: "ok     ", State.LIMITED: "limited", State.MISSING: "MISSING"}
@@ -36,17 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         _run,
-        description="Look at what this machine has for a proof, and say what mends what it lacks.",
+        description="Print missing prerequisites of a proof and how to fix them.",
         epilog=_EXAMPLES,
     )
     parser.add_argument(
         "--guest",
         choices=sorted(GUEST_MEMORY_BYTES),
         default="linux",
-        help="of the proof that is to run (default: %(default)s)",
+        help="guest of the proof that is to run (default: %(default)s)",
     )
     parser.add_argument(
-        "--json", metavar="FILE", help="write the findings as JSON; '-' for standard output"
+        "--json",
+        metavar="FILE",
+        help="write the findings as JSON; '-' for standard output (default: no JSON is written)",
     )
 
 
@@ -68,7 +70,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def to_text(findings: list[Finding], guest: str) -> str:
-    """A line for each finding, with its remedy below it."""
+    """Return a line for each finding, with its remedy below it."""
     width = max(len(finding.name) for finding in findings)
     lines = []
     for finding in findings:

@@ -1,4 +1,4 @@
-"""``dmaproof faults``: break every link of the chain in turn, and see whether it is caught."""
+"""``dmaproof faults``: inject every known fault, and report which were caught."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ from ..proof.model import Setup
 from ..proof.resolve import resolve
 from ..reports.report import SCHEMA_VERSION
 from ..testbed.fault_trials import CONTROL, HEADINGS, Bench, Row, try_faults
-from .arguments import describe, reads
+from .arguments import add_quiet, describe, reads
 from .display import print_table
 from .interruption import run_interruptibly
 from .log import OfManyProofs
-from .options import SETUP_GROUPS, add_options, describe_scenarios, given_options, options_of_groups
+from .options import SETUP_GROUPS, add_options, given_options, options_of_groups
 from .outputs import add_outputs, write_outputs, writes_to_stdout
 
 _EXAMPLES: Final = """\
 examples:
-  dmaproof faults                             every fault, wherever it shows: some minutes
-  dmaproof faults --on testbed --runs 20      without QEMU: takes a minute or two
+  dmaproof faults                           # every fault; takes some minutes
+  dmaproof faults --on testbed --runs 20    # without QEMU; takes a minute or two
   dmaproof faults --only used-ring-unlogged --json -
 
+'dmaproof list faults' describes the faults.
+
 exit codes:
-  0  every fault was caught in 19 of 20 runs or more, the control never
-  1  a fault went unseen, or the control raised an alarm
+  0  pass: every fault was caught in at least 19 of 20 runs, and the run without a fault never
+     raised an alarm
+  1  fail: a fault was not caught, or the run without a fault raised an alarm
   2  wrong usage
-  3  a run came to no verdict
+  3  not tested: a run came to no verdict
 """
 
 
@@ -42,32 +45,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         _run,
-        description="Inject every known fault, on a test bed without QEMU and, where one device on "
-        "one QEMU shows it, in a real proof; tell which were caught, by what, at which link.",
-        epilog=f"{_EXAMPLES}\n{describe_scenarios()}",
+        description="Inject every known fault on a test bed without QEMU, and in a real proof "
+        "where one device\non one QEMU can show it; report which were caught, by which check, at "
+        "which link.",
+        epilog=_EXAMPLES,
+        usage="[OPTION]...",
     )
     parser.add_argument(
         "--runs",
         type=reads(positive),
         default=1,
         metavar="N",
-        help="of each (default: %(default)s)",
+        help="how often to inject each fault (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=1, help="of the first run; the next adds 1")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=1,
+        metavar="N",
+        help="seed of the first run; each further run adds 1 (default: %(default)s)",
+    )
     parser.add_argument(
         "--only",
         action="append",
         choices=(CONTROL, *known_faults()),
         metavar="NAME",
-        help=f"may come repeatedly; '{CONTROL}' is the control: {', '.join(known_faults())}",
+        help=f"one fault, or '{CONTROL}' for the run without a fault; may be repeated (default: "
+        "all of them)",
     )
     parser.add_argument(
         "--on",
         choices=("both", *Bench),
         default="both",
-        help="the test bed, real proofs, or both (default: %(default)s)",
+        help="where to inject: the test bed, real proofs, or both (default: %(default)s)",
     )
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add_quiet(parser)
     add_options(parser, options_of_groups(SETUP_GROUPS))
     add_outputs(parser, page=False)
 
@@ -103,9 +115,9 @@ def _to_json(rows: Sequence[Row]) -> dict[str, Any]:
     if any(trial.untested for row in rows for trial in row.trials):
         code, verdict = EXIT_UNTESTED, "a run came to no verdict"
     elif missed:
-        code, verdict = EXIT_LOST, f"not as it should be: {', '.join(dict.fromkeys(missed))}"
+        code, verdict = EXIT_LOST, f"not as expected: {', '.join(dict.fromkeys(missed))}"
     else:
-        code, verdict = EXIT_PASS, "every fault was caught, and nothing else gave an alarm"
+        code, verdict = EXIT_PASS, "every fault was caught, and there was no false alarm"
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "faults",

@@ -1,7 +1,7 @@
-"""Signals that ask for an end: the first is obeyed, and what was begun is cleaned up.
+"""Signals that ask the command to end: the first one starts the clean-up.
 
-Those that come meanwhile (an impatient second Ctrl-C) change nothing. Nor does one that was ignored
-when the command was started, as nohup does with SIGHUP.
+Further signals during the clean-up, such as a second Ctrl-C, have no effect. Neither has a signal
+that was ignored when the command was started, as nohup does with SIGHUP.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def run_interruptibly(work: Coroutine[Any, Any, T]) -> T:
     """Return the result of `work`, which the first of the signals cancels.
 
     Raises:
-        KeyboardInterrupt: one did.
+        KeyboardInterrupt: a signal cancelled it.
     """
-    import asyncio  # only now: `dmaproof --help` would spend half of its time on it
+    import asyncio  # here: this import takes half of the time of `dmaproof --help`
 
     async def cancellable() -> T:
         loop = asyncio.get_running_loop()
@@ -50,23 +50,25 @@ def run_interruptibly(work: Coroutine[Any, Any, T]) -> T:
 
 @contextlib.contextmanager
 def _first_signal(react: Callable[[], object]) -> Iterator[None]:
-    """`react` to the first of the signals; from then on this process ignores them, to its end."""
-    if threading.current_thread() is not threading.main_thread():  # which has the signals
+    """Call `react` at the first of the signals; the process ignores all later ones."""
+    if threading.current_thread() is not threading.main_thread():  # only that one gets signals
         yield
         return
 
     def handle(number: int, frame: object) -> None:
-        for it in before:
-            signal.signal(it, signal.SIG_IGN)
+        for handled in before:
+            signal.signal(handled, signal.SIG_IGN)
         react()
 
-    handlers = {it: signal.getsignal(it) for it in _SIGNALS}
-    before = {it: handler for it, handler in handlers.items() if handler is not signal.SIG_IGN}
-    for it in before:
-        signal.signal(it, handle)
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {
+        number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN
+    }
+    for number in before:
+        signal.signal(number, handle)
     try:
         yield
     finally:
-        for it, handler in before.items():
-            if signal.getsignal(it) is not signal.SIG_IGN:
-                signal.signal(it, handler)
+        for number, handler in before.items():
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, handler)

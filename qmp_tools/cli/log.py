@@ -1,4 +1,4 @@
-"""What a command logs, on standard error: plain lines, and on a terminal a progress bar."""
+"""The log of a command on standard error: plain lines, and a progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from dmaproof.errors import printable
 
-if TYPE_CHECKING:  # the bar's module imports rich, which takes its time
+if TYPE_CHECKING:  # the module of the bar imports rich, which is slow
     from ..migration.migration import Progress
     from ..migration.progress_log import OnProgress
     from .terminal import PrecopyBar
@@ -17,10 +17,10 @@ _STEPS_OF_A_PROOF: Final = ("qmp_tools.migration", "qmp_tools.proof.run")
 
 
 class StderrLog(logging.Handler):
-    """Prints each record as a line. The text may quote processes and guests that are not ours.
+    """Prints each record as a line. The text may quote third-party processes and guests.
 
-    What standard error raises is raised by whoever logs: it is how a command learns that nobody
-    reads it any more.
+    An error of standard error is raised to the code that logs: by it a command learns that its
+    output has no reader any more.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class StderrLog(logging.Handler):
         self._bar: PrecopyBar | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print the record; it ends a bar, which was of the step before."""
+        """Print the record, and end the progress bar of the step before."""
         if self.is_quiet:
             return
         self._end_bar()
@@ -37,7 +37,7 @@ class StderrLog(logging.Handler):
 
     @property
     def on_progress(self) -> OnProgress | None:
-        """What draws a bar of a migration's progress; None where it is to be logged as lines."""
+        """The function that draws a progress bar; None where progress is to be logged as lines."""
         if self.is_quiet or not sys.stderr.isatty():
             return None
         from .terminal import PrecopyBar
@@ -51,7 +51,7 @@ class StderrLog(logging.Handler):
         return draw
 
     def close(self) -> None:
-        """End the bar, where there is one."""
+        """End the bar if one is drawn."""
         self._end_bar()
         super().close()
 
@@ -62,9 +62,9 @@ class StderrLog(logging.Handler):
 
 
 class OfManyProofs(logging.Filter):
-    """Leaves out the steps of each single proof, and whatever was logged in the same words before.
+    """Leaves out the steps of each single proof, and every message that was logged before.
 
-    Each of the proofs finds out the same of the machine.
+    All proofs log the same facts about the machine.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class OfManyProofs(logging.Filter):
         self._seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is to be shown."""
+        """Return whether the record is to be shown."""
         if record.levelno < logging.WARNING and record.name.startswith(_STEPS_OF_A_PROOF):
             return False
         text = record.getMessage()

@@ -1,4 +1,4 @@
-"""The ``dmaproof`` command: its subcommands, and what an error's exit code is."""
+"""The ``dmaproof`` command: its subcommands, and the exit code of each error."""
 
 from __future__ import annotations
 
@@ -17,34 +17,37 @@ from dmaproof.errors import UsageError, printable
 from ..exit_codes import EXIT_UNTESTED, EXIT_USAGE
 from ..host.log import logging_to
 from ..host.unexpected import CrashError, untestable
+from .help_formatter import HelpFormatter
 from .interruption import interruptible
 from .log import StderrLog
 from .streams import OutputError, UnreadOutputError, guarded_streams
 
 _EXIT_UNREAD: Final = 128 + signal.SIGPIPE
-"""What a shell calls a program that SIGPIPE ended."""
+"""The exit code by which a shell reports a program that SIGPIPE ended."""
 
 _SUMMARIES: Final = {
     "prove": "migrate a guest under DMA load and compare every page",
-    "soak": "migrate one guest again and again: nothing may be lost, nothing may grow",
-    "matrix": "many proofs: QEMU versions, migration scenarios, devices, trackers, guests",
-    "passthrough": "prove the kernel's and QEMU's VFIO dirty tracking, without hardware",
-    "faults": "break every link of the chain in turn, and see whether it is caught",
+    "list": "print what a proof can be made of: scenarios, devices, faults, …",
+    "soak": "migrate one guest many times, and look for lost pages and leaks",
+    "matrix": "carry out a proof for each combination of options",
+    "passthrough": "prove the VFIO dirty tracking of the kernel and of QEMU, without hardware",
+    "faults": "inject every known fault, and report which were caught",
     "check": "compare all RAM of two paused QEMUs after a migration",
-    "watch": "live progress of any migration",
-    "dirty-rate": "how fast a running guest's RAM gets dirty",
-    "qemu": "QEMU builds in a private folder",
-    "doctor": "what this machine has for a proof, what is missing, and how to fix it",
-    "bench": "what iterator, core and kernel cost",
-    "completion": "completion of command lines, for your shell",
+    "watch": "show the progress of any migration",
+    "dirty-rate": "measure how fast a running guest dirties its RAM",
+    "qemu": "fetch and list QEMU builds in a private folder",
+    "doctor": "print missing prerequisites of a proof and how to fix them",
+    "bench": "measure the cost of dirty bitmaps",
+    "completion": "print a script that makes your shell complete command lines",
 }
-"""The subcommands. Each is a module of this package, whose name has _ in the place of -."""
+"""The subcommands. Each is a module of this package of the same name, with _ instead of -."""
 
 _EXAMPLES: Final = """\
 examples:
-  dmaproof doctor                    missing prerequisites and how to fix them
-  dmaproof prove --guest bare        one proof, in a few seconds
-  dmaproof prove --help              each command's help has examples of its own
+  dmaproof doctor                # print missing prerequisites and how to fix them
+  dmaproof prove --guest bare    # carry out one proof, in a few seconds
+  dmaproof list                  # print what a proof can be made of
+  dmaproof prove --help          # print the options of one command, with examples
 """
 
 
@@ -52,21 +55,19 @@ def make_parser(chosen: Container[str] = _SUMMARIES) -> argparse.ArgumentParser:
     """Make the parser of the command line.
 
     Args:
-        chosen: the subcommands whose arguments the parser knows; all by default. It knows no more
-            than name and summary of the others, and their modules are not imported.
+        chosen: the subcommands whose arguments the parser knows; all by default. Of the others
+            the parser has only name and summary, and their modules are not imported.
     """
     parser = argparse.ArgumentParser(
         prog="dmaproof",
-        description="Proves that every page a device writes by DMA survives a live migration.",
+        description="Prove that every page a device writes by DMA survives a live migration.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, summary in _SUMMARIES.items():
-        subcommand = commands.add_parser(
-            name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        subcommand = commands.add_parser(name, help=summary, formatter_class=HelpFormatter)
         if name in chosen:
             module = importlib.import_module(f".{name.replace('-', '_')}", __package__)
             module.add_arguments(subcommand)
@@ -74,7 +75,7 @@ def make_parser(chosen: Container[str] = _SUMMARIES) -> argparse.ArgumentParser:
 
 
 class _ShowVersion(argparse.Action):
-    """As argparse's own action, which has to know the version although nobody asks for it."""
+    """Print the version; argparse's own action looks the version up for every command line."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         print(f"dmaproof {dmaproof.__version__}")
@@ -82,13 +83,13 @@ class _ShowVersion(argparse.Action):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code, whatever happens."""
+    """Run the command and return its exit code; it raises nothing."""
     with guarded_streams(), interruptible():
         try:
             try:
                 return _run(argv)
             finally:
-                sys.stdout.flush()  # a full device may take nothing of it
+                sys.stdout.flush()  # fails here, not at exit, if the device is full
         except UsageError as error:
             _say(f"{error}")
             return EXIT_USAGE
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             _say("interrupted; everything was cleaned up")
         except OutputError as error:
-            _say(f"{error}; the outcome is not told")
+            _say(f"{error}; the outcome could not be printed")
         except Exception as error:
             reason = untestable(error)
             _say(f"NOT TESTED: {reason}")
@@ -111,8 +112,9 @@ def _run(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     log = StderrLog()
     with logging_to(log):
-        # A subcommand is chosen by a word of its name; another such word costs only an import.
-        arguments = make_parser(words).parse_args(words)
+        # No option in front of the subcommand has a value, so the first other word chooses it.
+        chosen = [word for word in words if not word.startswith("-")][:1]
+        arguments = make_parser(chosen).parse_args(words)
         arguments.command_line = words
         arguments.log = log
         log.is_quiet = getattr(arguments, "quiet", False)
@@ -121,5 +123,5 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(UnreadOutputError):  # the exit code tells it all the same
+    with contextlib.suppress(UnreadOutputError):  # the exit code reports the error too
         print(f"dmaproof: {text}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""``dmaproof matrix``: many proofs, over whatever options a proof has."""
+"""``dmaproof matrix``: a proof for each combination of options."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from ..matrix.result_cache import Kept
 from ..matrix.run import run_matrix
 from ..proof.options import OPTIONS, Option
 from ..reports.matrix_report import to_json, to_text
-from .arguments import describe, reads
+from .arguments import add_quiet, describe, reads
 from .display import print_text
 from .interruption import run_interruptibly
 from .log import OfManyProofs
-from .options import by_group, describe_scenarios
+from .options import by_group, help_of
 from .outputs import add_outputs, reporting_failure, write_json, write_outputs, writes_to_stdout
 
 _logger = logging.getLogger(__name__)
 
 _EXAMPLES: Final = """\
-Each option of a proof takes several values here, behind commas or by being repeated (a comma in
-front of 'name=' belongs to the value). 'all' is every value there is, and * and ? match some:
---scenario 'multifd-*'. The cells are all combinations.
+Here each option of a proof takes several values, separated by commas or given by repeating the
+option. (A comma before 'name=' belongs to the value.) 'all' stands for every value; * and ? match
+several: --scenario 'multifd-*'. The matrix has a cell for each combination. 'dmaproof list' prints
+the values of an option.
 
-A file has the same as TOML; an option in front of or behind it takes the place of its axis:
+A TOML file can name the same axes; an option on the command line replaces the axis of that name:
 
   [matrix]
   qemu = ["7.2", "11.1"]
@@ -42,8 +43,9 @@ A file has the same as TOML; an option in front of or behind it takes the place 
   qemu = "7.2"
   scenario = "multifd-8"
 
-What came to a verdict is kept in a folder, and not run again until dmaproof, its QEMUs, its guest,
-a back end's program or the host's kernel change: an interrupted matrix goes on where it was.
+Verdicts are cached in a folder. A cached cell is not run again until dmaproof, its QEMUs, its
+guest, a back end's program or the host's kernel change, so an interrupted matrix continues where it
+was.
 
 examples:
   dmaproof matrix --guest bare --scenario unix,tls,multifd-4 --tracker all
@@ -53,10 +55,10 @@ examples:
   dmaproof matrix matrix.toml --avocado recipe.json    # for: avocado run recipe.json
 
 exit codes:
-  0  every cell is clean, but for those that a QEMU cannot have
-  1  a cell lost pages
+  0  pass: every cell passed, except cells that a QEMU does not support
+  1  fail: a cell lost pages
   2  wrong usage
-  3  a cell could not be tested, or none was
+  3  not tested: a cell could not be tested, or no cell was
 """
 
 
@@ -65,12 +67,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         reporting_failure(_run, "matrix"),
-        description="Carry out a proof for every combination of options, side by side as far as "
-        "the machine has room, and tell which were clean, which lost pages, and why others could "
-        "not be tested.",
-        epilog=f"{_EXAMPLES}\n{describe_scenarios()}",
+        description="Carry out a proof for every combination of options, several at a time if the "
+        "machine has\nthe resources, and report which passed, which lost pages, and why others "
+        "could not be tested.",
+        epilog=_EXAMPLES,
+        usage="[OPTION]... [FILE.toml]",
     )
-    parser.add_argument("file", nargs="?", type=Path, metavar="FILE.toml", help="the axes")
+    parser.add_argument(
+        "file", nargs="?", type=Path, metavar="FILE.toml", help="a file that names the axes"
+    )
     for title, options in by_group(OPTIONS.values()).items():
         group = parser.add_argument_group(f"axes: {title}")
         for option in options:
@@ -81,41 +86,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("dmaproof-matrix"),
         metavar="FOLDER",
-        help="where results are kept (default: %(default)s)",
+        help="folder of the result cache (default: %(default)s)",
     )
-    run.add_argument("--again", action="store_true", help="run what is kept, too")
+    run.add_argument("--again", action="store_true", help="run cached cells again")
     run.add_argument(
         "--jobs",
         type=reads(positive),
         metavar="N",
-        help="proofs at a time (default: by processors); memory bounds them in any case",
+        help="greatest number of proofs at a time; free memory limits it further (default: by the "
+        "number of processors)",
     )
-    run.add_argument("--list", action="store_true", help="show the cells, and run none")
+    run.add_argument("--list", action="store_true", help="print the cells, and run none")
     run.add_argument(
-        "--avocado", metavar="FILE.json", help="write the cells as avocado's recipe, and run none"
+        "--avocado",
+        metavar="FILE.json",
+        help="write the cells as a recipe for avocado, and run none ('-': standard output)",
     )
-    run.add_argument("--quiet", action="store_true", help="show no progress")
+    add_quiet(run)
     add_outputs(parser)
 
 
 def _add_axis(group: argparse._ArgumentGroup, option: Option) -> None:
-    choices = f"; {', '.join(option.values)}" if option.values else ""
+    # Long lists are named by a metavar, and printed by 'dmaproof list'.
+    choices = f"; {', '.join(option.values)}" if option.values and not option.metavar else ""
     group.add_argument(
         option.flag,
         action="append",
         dest=_DEST + option.key,
         metavar=option.metavar or "VALUE",
-        help=f"{option.help}{choices}".replace("%", "%%"),
+        help=f"{help_of(option, option.default)}{choices}",
     )
 
 
 _DEST: Final = "axis "
-"""In front of an axis' name in the parsed arguments, where other options have names too."""
+"""Prefix of the axes in the parsed arguments, which other options are part of too."""
 
 
 def _chosen(arguments: Mapping[str, object]) -> dict[str, list[str]]:
     return {
-        name.removeprefix(_DEST): [it for text in given for it in split_values(text)]
+        name.removeprefix(_DEST): [value for text in given for value in split_values(text)]
         for name, given in arguments.items()
         if name.startswith(_DEST) and isinstance(given, Sequence)
     }
@@ -143,7 +152,9 @@ def _run(arguments: argparse.Namespace) -> int:
             results = run_interruptibly(work)
         except KeyboardInterrupt:
             folder = arguments.folder
-            _logger.info("finished cells are kept in %s; the same again goes on", folder)
+            _logger.info(
+                "finished cells are cached in %s; run the same command again to continue", folder
+            )
             raise
     answer = to_json(matrix, results)
     if not writes_to_stdout(arguments):

@@ -7,21 +7,19 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
-from ..migration.scenarios import known_scenarios
 from ..proof.options import OPTIONS, Option, ProofOptions
-from ..qemu.iommu import IOMMUS
 
 SETUP_GROUPS = ("QEMU", "guest", "migration")
-"""Those of the options that are not of the device, nor of one run."""
+"""The groups of the options that concern neither the device nor a single run."""
 
 
 def options_of_groups(groups: Collection[str] = ()) -> list[Option]:
-    """The options of these groups, or of all."""
+    """Return the options of these groups, or of all groups."""
     return [option for option in OPTIONS.values() if not groups or option.group in groups]
 
 
 def by_group(options: Iterable[Option]) -> dict[str, list[Option]]:
-    """The options under the titles of their groups, as a help shows them."""
+    """Return the options by the titles of their groups, in the order of the help."""
     groups: dict[str, list[Option]] = {}
     for option in options:
         groups.setdefault(option.group, []).append(option)
@@ -33,36 +31,42 @@ def add_options(
     options: Iterable[Option] = tuple(OPTIONS.values()),
     defaults: ProofOptions | None = None,
 ) -> None:
-    """Add `options`; those that are not given are as in `defaults`."""
+    """Add `options` to a parser; an option that is not given has its value in `defaults`."""
     for title, members in by_group(options).items():
         group = parser.add_argument_group(title)
         for option in members:
             default = getattr(defaults or ProofOptions(), option.name)
-            group.add_argument(option.flag, **_how(option, default))
+            group.add_argument(option.flag, **_keywords(option, default))
 
 
-def _how(option: Option, default: Any) -> dict[str, Any]:
+def help_of(option: Option, default: Any) -> str:
+    """Return the help text of an option, with its `default` if its own text does not name it."""
     text = option.help
     if option.is_switch:
-        return {"action": "store_const", "const": True, "help": text}
-    if default not in (None, "", ()):
-        written = " ".join(word.partition("=")[2] for word in option.words(default))
-        text += f" (default: {written})"
-    how: dict[str, Any] = {"type": _reader(option), "help": text.replace("%", "%%")}
+        text += f" (default: {'on' if default else 'off'})"
+    elif default not in (None, "", ()):
+        values = (word.partition("=")[2] for word in option.words(default))
+        text += f" (default: {' '.join(value.removesuffix('.0') for value in values)})"
+    return text.replace("%", "%%")
+
+
+def _keywords(option: Option, default: Any) -> dict[str, Any]:
+    if option.is_switch:
+        return {"action": "store_const", "const": True, "help": option.help}
+    keywords: dict[str, Any] = {"type": _reader(option), "help": help_of(option, default)}
     if option.choices is not None:
-        how["choices"] = list(option.choices())
+        keywords["choices"] = list(option.choices())
     if option.metavar is not None:
-        how["metavar"] = option.metavar
+        keywords["metavar"] = option.metavar
     if option.is_repeatable:
-        how["action"] = "append"
-    return how
+        keywords["action"] = "append"
+    return keywords
 
 
 def _reader(option: Option) -> Callable[[str], str]:
     def read(text: str) -> str:
-        option.value_of(
-            [text] if option.is_repeatable else text
-        )  # its error is more than argparse's
+        # Its error message says more than argparse's.
+        option.value_of([text] if option.is_repeatable else text)
         return text
 
     return read
@@ -71,10 +75,10 @@ def _reader(option: Option) -> Callable[[str], str]:
 def given_options(
     arguments: argparse.Namespace, defaults: ProofOptions | None = None
 ) -> ProofOptions:
-    """The options that were given, and `defaults` for the others.
+    """Return the options that were given, and `defaults` for the others.
 
     Raises:
-        UsageError: one of them cannot have its value.
+        UsageError: an option cannot have the value that was given.
     """
     given = {
         name: value
@@ -83,17 +87,3 @@ def given_options(
     }
     chosen = ProofOptions.of(given)
     return replace(defaults or chosen, **{name: getattr(chosen, name) for name in given})
-
-
-def describe_iommus() -> str:
-    """All virtual IOMMUs, a line each, for a subcommand's help."""
-    lines = (f"  {name:<12}{iommu.summary}" for name, iommu in IOMMUS.items())
-    return "\n".join(("IOMMUs (docs/iommu.md):", *lines))
-
-
-def describe_scenarios() -> str:
-    """All migration scenarios, a line each, for a subcommand's help."""
-    scenarios = known_scenarios().usable()
-    width = max(map(len, scenarios))
-    lines = (f"  {name:<{width}}  {scenario().summary}" for name, scenario in scenarios.items())
-    return "\n".join(("migration scenarios (docs/scenarios.md says what each needs):", *lines))

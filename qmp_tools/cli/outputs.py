@@ -1,7 +1,7 @@
 """The reports that a subcommand writes besides its text: JSON, HTML, JUnit XML, TAP.
 
-All of them are made from the JSON. Where nothing came of it, they are written too, and say why: a
-CI that collects them then shows the reason and not a missing file.
+All of them are made from the JSON. If a run could not be tested, the reports are written too and
+give the reason. A CI that collects them then shows that reason, and not a missing file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Answer = dict[str, Any]
 
 
 def _to_html(answer: Answer) -> str:
-    from ..reports.html import to_html  # only now: most runs write no page
+    from ..reports.html import to_html  # here: most runs write no page
 
     return to_html(answer)
 
@@ -40,15 +40,17 @@ _FORMS: Final[dict[str, tuple[str, Callable[[Answer], str]]]] = {
 
 
 def add_outputs(parser: argparse.ArgumentParser, *, page: bool = True) -> None:
-    """Add the options; without `page`, where the outcome has no HTML page."""
-    group = parser.add_argument_group("reports", "FILE may be '-' for standard output.")
+    """Add the options of the reports; without `page`, the outcome has no HTML page."""
+    group = parser.add_argument_group(
+        "reports", "None is written by default. '-' as FILE stands for standard output."
+    )
     for name, (what, _) in _FORMS.items():
         if page or name != "report":
             group.add_argument(f"--{name}", metavar="FILE", help=f"write {what}")
 
 
 def writes_to_stdout(arguments: argparse.Namespace) -> bool:
-    """Whether one of the reports takes standard output, so that the text must not."""
+    """Return whether a report goes to standard output, which the text must then not."""
     return any(getattr(arguments, name, None) == "-" for name in _FORMS)
 
 
@@ -57,7 +59,7 @@ def write_outputs(answer: Answer, arguments: argparse.Namespace) -> None:
 
     Raises:
         UsageError: a file cannot be written.
-        OutputError: there is no room for it.
+        OutputError: the disk is full.
     """
     for name in _FORMS:
         if target := getattr(arguments, name, None):
@@ -69,7 +71,7 @@ def write_json(answer: Any, target: str) -> None:
 
     Raises:
         UsageError: the file cannot be written.
-        OutputError: there is no room for it.
+        OutputError: the disk is full.
     """
     _write("json", answer, target)
 
@@ -89,7 +91,7 @@ def _write(name: str, answer: Any, target: str) -> None:
 def reporting_failure(
     run: Callable[[argparse.Namespace], int], kind: str
 ) -> Callable[[argparse.Namespace], int]:
-    """`run`, a subcommand of `kind`, with reports also where it could not be carried out."""
+    """Make a subcommand of this `kind` write its reports also when it raises an error."""
 
     def reporting(arguments: argparse.Namespace) -> int:
         try:

@@ -1,4 +1,4 @@
-"""``dmaproof passthrough``: the kernel's and QEMU's VFIO dirty tracking, without hardware."""
+"""``dmaproof passthrough``: VFIO dirty tracking of the kernel and of QEMU, without hardware."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from ..passthrough.prove import Request, prove_passthrough, to_text
 from ..proof.resolve import chosen_seed
 from ..qemu.builds import installed
 from ..qemu.choice import find_qemu
-from .arguments import add_timeout, describe, reads
+from .arguments import add_keep, add_quiet, add_timeout, describe, reads
 from .display import print_text
 from .interruption import run_interruptibly
 from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
 
 _EXAMPLES: Final = """\
 examples:
-  dmaproof passthrough                     all proofs; the machine is built the first time
+  dmaproof passthrough    # all proofs; the first run builds the machine
   dmaproof passthrough --only migration
   dmaproof passthrough --quick --json - --quiet
-  dmaproof passthrough --kernel 7.3 stock --qemu 10.0 11.1    a table of all pairs
+  dmaproof passthrough --kernel 7.3 stock --qemu 10.0 11.1    # a table of all pairs
 
 exit codes:
-  0  all proofs hold, and each injected fault was caught
-  1  a proof does not hold
+  0  pass: all proofs passed, and each injected fault was caught
+  1  fail: a proof failed
   2  wrong usage
-  3  a proof could not be tested, on a machine that is too busy, say; the message says why
+  3  not tested: a proof could not be carried out, for instance on a busy machine; the message says
+     why
 """
 
 
@@ -44,41 +45,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         reporting_failure(_run, "passthrough"),
-        description="Boot a machine with a VFIO device whose DMA is known, hold the kernel's dirty "
-        "tracking against\nours in it, and migrate guests of QEMU's vfio-pci. The machine is built "
-        "from the\ndistribution's archive the first time, which takes some minutes.",
+        description="Boot a machine with a VFIO device whose DMA is known, compare the dirty "
+        "tracking of the kernel\nwith dmaproof's in it, and migrate guests with QEMU's vfio-pci. "
+        "The first run builds the\nmachine from the distribution's archive, which takes some "
+        "minutes.",
         epilog=_EXAMPLES,
+        usage="[OPTION]...",
     )
     parser.add_argument(
         "--kernel",
         nargs="+",
         choices=(*KERNELS, STOCK),
         default=[next(iter(KERNELS))],
-        help="the machine's (default: %(default)s)",
+        help=f"kernels of the machine; '{STOCK}': Debian's own (default: {next(iter(KERNELS))})",
     )
     parser.add_argument(
         "--qemu",
         nargs="+",
         default=[],
         metavar="VERSION",
-        help="under test: fetched ones; default: the machine's own",
+        help="fetched QEMUs to test (default: the QEMU of the machine's distribution)",
     )
     parser.add_argument(
-        "--machine-qemu", metavar="PATH", help="runs the machine; default: the system's"
+        "--machine-qemu",
+        metavar="PATH",
+        help="the QEMU that runs the machine (default: the system's)",
     )
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=[], help="some of the proofs")
-    parser.add_argument("--quick", action="store_true", help="fewer random cases and controls")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=GROUPS,
+        default=[],
+        metavar="GROUP",
+        help=f"groups of proofs to carry out: {', '.join(GROUPS)} (default: all)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="try fewer random cases and injected faults"
+    )
     parser.add_argument(
         "--controls",
         type=reads(positive),
         default=1,
         metavar="N",
-        help="repeat each fault injected in a migration (default: %(default)s)",
+        help="how often to inject each fault in a migration (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, help="repeats a run's random choices")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="seed of an earlier run, to repeat its random choices (default: random)",
+    )
     add_timeout(parser)
-    parser.add_argument("--keep", action="store_true", help="keep the run's folder and say where")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add_keep(parser)
+    add_quiet(parser)
     add_outputs(parser, page=False)
 
 
@@ -105,16 +124,16 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _fetched(version: str) -> Path:
-    """The folder of a fetched QEMU: the system's own cannot run in L1.
+    """Return the folder of a fetched QEMU; the system's own cannot run in L1.
 
     Raises:
-        UsageError: none of that version was fetched.
+        UsageError: no QEMU of that version was fetched.
     """
     for build in reversed(installed()):
         if build.version == version or build.version.startswith(version + "."):
             return build.path.parent
     raise UsageError(
-        f"--qemu {version}: no such version was fetched; 'dmaproof qemu fetch {version}' brings it"
+        f"--qemu {version}: this version was not fetched; run 'dmaproof qemu fetch {version}'"
     )
 
 

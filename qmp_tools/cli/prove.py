@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, Final
 
 from dmaproof.errors import UsageError
-from dmaproof.faults import known_faults, summary
 
 from ..devices.registry import Control, kind_of
 from ..exit_codes import EXIT_PASS, EXIT_UNTESTED
@@ -19,10 +18,10 @@ from ..proof.options import ProofOptions
 from ..proof.resolve import resolve
 from ..proof.run import prove
 from ..reports.report import to_json, to_text
-from .arguments import describe
+from .arguments import add_keep, add_quiet, describe
 from .display import print_text
 from .interruption import run_interruptibly
-from .options import add_options, describe_iommus, describe_scenarios, given_options
+from .options import add_options, given_options
 from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
 
 _logger = logging.getLogger(__name__)
@@ -31,37 +30,20 @@ Report = dict[str, Any]
 
 _EXAMPLES: Final = """\
 examples:
-  dmaproof prove                              the system's QEMU, everything chosen for you
-  dmaproof prove --fault drop-pages=0.01      must fail: shows that losses are caught
-  dmaproof prove --qemu 11.1 --memory 5G --scenario tcp
-  dmaproof prove --scenario multifd-4         any of the scenarios below
-  dmaproof prove --guest bare                 no kernel to boot: the quickest proof
-  dmaproof prove --workload pattern=sequential,huge_every=4
-  dmaproof prove --iommu intel                IOVAs that are not guest-physical addresses
-  dmaproof prove --device vfio-fake --control
-                                              QEMU's own vfio-pci, in a machine of ours
-  dmaproof prove --device vfio:3b:00.2,3b:00.3 --kernel vmlinuz --initrd initrd.img
-  dmaproof prove --qemu 11.1 --qemu-destination /usr/bin/qemu-system-x86_64
-  dmaproof prove --device qemu:virtio-blk-pci --guest bare
-  dmaproof prove --report proof.html --junit proof.xml
+  dmaproof prove                            # the default of each option
+  dmaproof prove --guest bare               # no kernel to boot: the fastest
+  dmaproof prove --fault drop-pages=0.01    # must fail: losses are caught
+  dmaproof prove --qemu 11.1 --scenario multifd-4 --memory 5G
   dmaproof prove --json - --quiet | jq .verdict
 
+'dmaproof list' prints the values of --scenario, --device, --fault and others.
+
 exit codes:
-  0  every page equal, and the guest went on correctly
-  1  pages were lost or never reported, or the guest found errors
+  0  pass: every page is equal, and the guest continued without errors
+  1  fail: pages were lost or not reported dirty, or the guest found errors
   2  wrong usage
-  3  could not be tested; the message says why
+  3  not tested: the message says why
 """
-
-
-def _describe_faults() -> str:
-    lines = ["faults that a proof can have (dmaproof faults tries them all, and more):"]
-    for name, fault in known_faults().usable().items():
-        if not fault.needs:
-            value = f"={fault.default:g}" if fault.value_means else ""
-            lines += [f"  {name}{value}", f"      {summary(fault)}"]
-            lines += [f"      The value is {fault.value_means}."] * bool(fault.value_means)
-    return "\n".join(lines)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,21 +51,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         reporting_failure(_run, "prove"),
-        description="Migrate a guest while a device outside QEMU writes its RAM, compare every "
-        "page of both sides, and say who lost what.",
-        epilog="\n\n".join(
-            (_EXAMPLES.rstrip(), describe_scenarios(), describe_iommus(), _describe_faults())
-        ),
+        description="Migrate a guest while a device outside QEMU writes its RAM, compare every\n"
+        "page of source and destination, and report which pages were lost at which\nlink.",
+        epilog=_EXAMPLES,
+        usage="[OPTION]...",
     )
     add_options(parser)
     run = parser.add_argument_group("run")
     run.add_argument(
         "--control",
         action="store_true",
-        help="after a pass, repeat it with a fault injected, which must be caught",
+        help="after a pass, repeat the proof with a fault, which must be caught",
     )
-    run.add_argument("--keep", action="store_true", help="keep the run's folder and say where")
-    run.add_argument("--quiet", action="store_true", help="show no progress")
+    add_keep(run)
+    add_quiet(run)
     add_outputs(parser)
 
 
@@ -99,15 +80,15 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _control_of(options: ProofOptions) -> Control:
-    """What ``--control`` injects into the device.
+    """Return the fault that ``--control`` injects into the device.
 
     Raises:
-        UsageError: nothing can be injected, or it would not show.
+        UsageError: no fault can be injected into the device, or the fault would have no effect.
     """
     control = kind_of(options.devices, options.device_command).control
     if control is None:
         raise UsageError(
-            f"--control: no fault can be injected in --device {' and '.join(options.devices)}"
+            f"--control: no fault can be injected into --device {' and '.join(options.devices)}"
         )
     if is_fake_vfio(options):
         fake_device_of(replace(options, fault=control.fault))
@@ -120,7 +101,7 @@ async def _prove(
     report, text, options = await _prove_once(options, on_progress, keep)
     if control is None or report["exit_code"] != EXIT_PASS:
         return report, text
-    _logger.info("control: the same again with %s injected", control.fault)
+    _logger.info("control: repeating the proof with the fault %s", control.fault)
     injected = replace(options, fault=control.fault)
     repeated, _, _ = await _prove_once(injected, on_progress, False)
     return report, f"{text}\n{add_control(report, repeated, control)}"
@@ -129,7 +110,7 @@ async def _prove(
 async def _prove_once(
     options: ProofOptions, on_progress: OnProgress | None, keep: bool
 ) -> tuple[Report, str, ProofOptions]:
-    """One proof: its report as for JSON and for people, and the options that repeat it."""
+    """Carry out a proof; return its JSON, its text, and the options that repeat it."""
     if is_fake_vfio(options):
         report, text = await prove_fake_vfio(options, keep=keep)
         return report, text, replace(options, seed=report["setup"]["seed"])
@@ -139,15 +120,15 @@ async def _prove_once(
 
 
 def add_control(report: Report, repeated: Report, control: Control) -> str:
-    """Add the report of a proof `repeated` with a fault to the one that has passed.
+    """Add the report of the proof `repeated` with a fault to the report of a pass.
 
-    A control that was not caught takes the pass away. Returns a line for people.
+    If the fault was not caught, the pass becomes untested. Returns a line for people.
     """
     lost = repeated["lost_pages"]
     caught = bool(lost) and all(page["link"] == control.link for page in lost)
     report["control"] = {**repeated, "caught": caught}
     if not caught:
         report["exit_code"] = EXIT_UNTESTED
-        report["verdict"] = f"nothing was proved: a injected {control.fault} was not caught"
+        report["verdict"] = f"nothing was proved: the injected fault {control.fault} was not caught"
     found = f"caught, {len(lost)} pages" if caught else "NOT CAUGHT"
     return f"  control      {control.fault} injected in the same set-up: {found}"

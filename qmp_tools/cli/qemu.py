@@ -11,33 +11,43 @@ from .arguments import add_parser
 
 _EXAMPLES: Final = """\
 examples:
-  dmaproof qemu fetch 11.1                  the newest QEMU 11.1 that Debian has
-  dmaproof qemu fetch trixie-backports      the QEMU of that suite
+  dmaproof qemu fetch 11.1                # the newest QEMU 11.1 that Debian has
+  dmaproof qemu fetch trixie-backports    # the QEMU of that suite
   dmaproof qemu list
-  dmaproof prove --qemu 11.1                a proof with what was fetched
+  dmaproof prove --qemu 11.1              # a proof with the fetched QEMU
+
+exit codes:
+  0  the QEMU was fetched, or the list was printed
+  2  wrong usage
+  3  not fetched: the message says why
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's arguments to its parser."""
+    parser.description = "Fetch and list QEMU builds in a private folder."
     parser.epilog = _EXAMPLES
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     fetch = add_parser(
         actions,
         "fetch",
         _fetch,
-        summary="bring a QEMU from the distribution's archive, without root",
-        description="Unpack a QEMU with all its libraries into a private folder. Nothing of the "
-        "system is touched.",
+        summary="fetch a QEMU from the distribution's archive, without root",
+        description="Fetch a QEMU with all its libraries into a private folder; the system is not "
+        "changed.",
         epilog=_EXAMPLES,
     )
-    fetch.add_argument("build", metavar="VERSION|SUITE", help="such as 11.1, or trixie-backports")
+    fetch.add_argument(
+        "build",
+        metavar="VERSION|SUITE",
+        help="version, such as 11.1, or suite, such as trixie-backports",
+    )
     add_parser(
         actions,
         "list",
         _list,
-        summary="the QEMUs that are there",
-        description="List version, suite and path of each QEMU that was fetched.",
+        summary="list the fetched QEMUs",
+        description="List version, suite and path of each fetched QEMU.",
         epilog=_EXAMPLES,
     )
 
@@ -53,5 +63,5 @@ def _list(arguments: argparse.Namespace) -> int:
     for build in builds:
         print(f"{build.version}\t{build.suite}\t{build.path}")
     if not builds:
-        print("none was fetched yet: dmaproof qemu fetch 11.1", file=sys.stderr)
+        print("no QEMU was fetched yet; run: dmaproof qemu fetch 11.1", file=sys.stderr)
     return 0

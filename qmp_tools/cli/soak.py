@@ -1,4 +1,4 @@
-"""``dmaproof soak``: migrate one guest again and again; nothing may be lost, nothing may grow."""
+"""``dmaproof soak``: migrate one guest many times, and look for lost pages and leaks."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from ..proof.options import ProofOptions
 from ..proof.resolve import resolve
 from ..proof.soak import Soak, soak
 from ..reports.soak_report import GROWTH_HEADINGS, growth_rows, soak_to_json, soak_to_text
-from .arguments import describe, reads
+from .arguments import add_quiet, describe, reads
 from .display import print_table, print_text
 from .interruption import run_interruptibly
 from .log import OfManyProofs
-from .options import add_options, describe_scenarios, given_options
+from .options import add_options, given_options
 from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
 
 _EXAMPLES: Final = """\
 examples:
-  dmaproof soak                               200 migrations: some minutes
+  dmaproof soak    # 200 migrations; takes some minutes
   dmaproof soak --migrations 20 --scenario multifd-4 --guest linux
   dmaproof soak --json - | jq .growth
 
 exit codes:
-  0  every page equal each time, and neither the tool nor the device grew
-  1  pages were lost or never reported, or the guest found errors, or something grew
+  0  pass: every page was equal each time, and neither the tool nor the device grew
+  1  fail: pages were lost or not reported dirty, the guest found errors, or something grew
   2  wrong usage
-  3  could not be tested; the message says why
+  3  not tested: the message says why
 """
 
 _DEFAULTS: Final = ProofOptions(guest="bare")
@@ -38,16 +38,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         reporting_failure(_run, "soak"),
-        description="Migrate one guest there and back, again and again, each time to a new QEMU; "
-        "compare every page each time, and see whether the tool and the device keep memory, file "
-        "descriptors or shared memory.",
-        epilog=f"{_EXAMPLES}\n{describe_scenarios()}",
+        description="Migrate one guest back and forth many times, each time to a new QEMU, compare "
+        "every page\neach time, and check whether the tool or the device leaks memory, file "
+        "descriptors or shared\nmemory.",
+        epilog=_EXAMPLES,
+        usage="[OPTION]...",
     )
     parser.add_argument(
-        "--migrations", type=reads(positive), default=200, metavar="N", help="default: %(default)s"
+        "--migrations",
+        type=reads(positive),
+        default=200,
+        metavar="N",
+        help="how often to migrate (default: %(default)s)",
     )
     add_options(parser, defaults=_DEFAULTS)
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add_quiet(parser)
     add_outputs(parser, page=False)
 
 

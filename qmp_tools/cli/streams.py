@@ -1,7 +1,7 @@
-"""The command's standard streams, guarded: closed ones, full devices, readers that go away.
+"""Guards of the command's standard streams: against closed ones, full devices and lost readers.
 
-Without this Python tells of a full device when it has ended already, by a traceback and an exit
-code of its own; and a descriptor that is closed is the next file's or socket's.
+Without the guards, Python reports a full device only at its exit, by a traceback and an exit code
+of its own. And the next file or socket would get the number of a closed descriptor.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _CLOSED: Final = {errno.EBADF: "it is closed"}
 
 
 class OutputError(DmaproofError):
-    """Standard output takes nothing."""
+    """Standard output cannot be written to."""
 
 
 class UnreadOutputError(OutputError):
-    """Whoever read the output has seen enough of it."""
+    """The reader of the output has closed it, as ``head`` does."""
 
 
 class _Raw(io.FileIO):
-    """One of the streams' descriptors, which stays open."""
+    """The descriptor of a stream; closing this object leaves it open."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "w", closefd=False)
@@ -37,7 +37,7 @@ class _Raw(io.FileIO):
         try:
             return super().write(data)  # type: ignore[arg-type]
         except BrokenPipeError as error:
-            raise UnreadOutputError("nobody reads the output any more") from error
+            raise UnreadOutputError("the reader has closed the output") from error
         except OSError as error:
             return self._failed(memoryview(data).nbytes, error)  # type: ignore[arg-type]
 
@@ -47,7 +47,7 @@ class _Raw(io.FileIO):
 
 
 class _RawErrors(_Raw):
-    """Standard error: what it does not take is not told, and nothing need end for that."""
+    """Standard error: what cannot be written there is dropped, which ends nothing."""
 
     def _failed(self, size: int, error: OSError) -> int:
         return size
@@ -55,17 +55,17 @@ class _RawErrors(_Raw):
 
 @contextlib.contextmanager
 def guarded_streams() -> Iterator[None]:
-    """Have `sys.stdout` and `sys.stderr` fail by an `OutputError`, or not at all.
+    """Make `sys.stdout` fail only by an `OutputError`, and `sys.stderr` only by a lost reader.
 
-    What is left in their buffers afterwards is dropped. Streams that somebody has put in their
-    place, such as a test framework, are left alone.
+    What is left in their buffers afterwards is dropped. Streams that a program has replaced, as a
+    test framework does, are left alone.
     """
     if (sys.stdout, sys.stderr) != (sys.__stdout__, sys.__stderr__):
         yield
         return
     before = sys.stdout, sys.stderr
-    _number(sys.stdin, os.O_RDONLY)  # its number must be no other file's
-    output = _number(sys.stdout, os.O_RDONLY)  # what is written there fails, and is told
+    _number(sys.stdin, os.O_RDONLY)  # no other file may get its number
+    output = _number(sys.stdout, os.O_RDONLY)  # so that writing fails, and is reported
     errors = _number(sys.stderr, os.O_WRONLY)
     sys.stdout = _guarded(_Raw(output), sys.__stdout__)
     sys.stderr = _guarded(_RawErrors(errors), sys.__stderr__, line_buffering=True)
@@ -76,7 +76,7 @@ def guarded_streams() -> Iterator[None]:
 
 
 def _number(stream: TextIO | None, flags: int) -> int:
-    """The descriptor of `stream`; where it was closed, one that is open takes its number."""
+    """Return the descriptor of `stream`; if it was closed, /dev/null takes its number."""
     return stream.fileno() if stream is not None else os.open(os.devnull, flags)
 
 

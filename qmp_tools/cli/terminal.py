@@ -1,4 +1,4 @@
-"""What is drawn on a terminal: the progress bar, and tables."""
+"""The drawings for a terminal: the progress bar and tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..migration.migration import Progress
 
 
 class PrecopyBar:
-    """A bar on standard error: how much of what is dirty now has been sent."""
+    """A bar on standard error: the share of the RAM that no longer needs to be sent."""
 
     def __init__(self) -> None:
         self._bar = Bar(
@@ -30,7 +30,7 @@ class PrecopyBar:
         self._bar.start()
 
     def draw(self, progress: Progress) -> None:
-        """Show this progress."""
+        """Draw this progress."""
         share = 0.0
         if progress.total and progress.remaining is not None:
             share = 1 - min(1.0, progress.remaining / progress.total)

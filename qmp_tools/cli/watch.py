@@ -1,4 +1,4 @@
-"""``dmaproof watch``: live progress of any migration."""
+"""``dmaproof watch``: the progress of any migration."""
 
 from __future__ import annotations
 
@@ -23,17 +23,22 @@ from .arguments import add_timeout, describe, reads
 from .interruption import run_interruptibly
 
 _EXAMPLES: Final = """\
-Waits for a migration if none has begun, and ends with it: exit code 0 if it completed, 3 if not.
-A QMP socket serves one client at a time: give QEMU one of its own for this.
+The command waits for a migration if none has begun, and ends when the migration ends. A QMP socket
+serves one client at a time, so give QEMU a second one for this command.
 
 examples:
   dmaproof watch /run/qmp2.sock
   dmaproof watch /run/qmp2.sock --interval 5 | tee migration.log
+
+exit codes:
+  0  the migration completed
+  2  wrong usage
+  3  the migration did not complete; the message says why
 """
 
 
 def table(view: View) -> Table:
-    """The view for a terminal: a bar of what has been sent, and the figures."""
+    """Return the view for a terminal: a bar of what has been sent, and the figures."""
     grid = Table.grid(padding=(0, 2))
     total, remaining = view.progress.total, view.progress.remaining
     if total and remaining is not None:
@@ -45,7 +50,7 @@ def table(view: View) -> Table:
 
 @contextlib.contextmanager
 def _screen() -> Iterator[Callable[[View], None]]:
-    """What shows a view: a table that is drawn anew on a terminal, a line elsewhere."""
+    """Yield a function that shows a view: as a table on a terminal, as a line elsewhere."""
     console = Console()
     if not console.is_terminal:
         yield lambda view: print(printable(view.line), flush=True)
@@ -59,16 +64,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         _run,
-        description="Show how a migration of a running QEMU goes: passes, rates, expected end.",
+        description="Show the progress of a migration: passes over the RAM, rates, expected end.",
         epilog=_EXAMPLES,
     )
-    parser.add_argument("socket", type=Path, help="a QMP socket of the source")
+    parser.add_argument("socket", type=Path, help="QMP socket of the source QEMU")
     parser.add_argument(
         "--interval",
         type=reads(seconds),
         default=0.5,
         metavar="SECONDS",
-        help="between two looks (default: %(default)s)",
+        help="time between two queries (default: %(default)s)",
     )
     add_timeout(parser)
 

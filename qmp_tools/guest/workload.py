@@ -13,7 +13,7 @@ from dmaproof.errors import UsageError
 PATTERNS: Final = ("random", "sequential", "hot-set")
 MOST_HOLD_PAGES: Final = 1 << 16
 
-_BOUNDS: Final = {
+BOUNDS: Final = {
     "threads": (1, 64),
     "hot": (64, 1 << 24),
     "write_once": (0, 1 << 24),
@@ -27,6 +27,24 @@ _BOUNDS: Final = {
     "image": (0, 1),
     "last": (0, 1 << 24),
 }
+"""The least and the greatest value of each parameter that is a number."""
+
+MEANINGS: Final = {
+    "threads": "requests in flight at a time",
+    "hot": "pages that the device writes again and again",
+    "write_once": "pages that the device writes a single time",
+    "churn": "pages that a vCPU keeps dirtying, without a device",
+    "hold": "pages that only QEMU dirties, to hold the migration in precopy; 0: none",
+    "seed": "decides every random choice of the guest",
+    "pattern": "the order of disk blocks and pages",
+    "write_every": "one request in N writes a block, or reads one back; 0: none",
+    "max_pages": "the most pages of a request that is not huge",
+    "huge_every": "one read in N has 256 pages in a row; 0: none",
+    "unaligned_every": "one request in N reads 512-byte pieces to any address; 0: none",
+    "image": "1: the disk is an image file (a proof sets this as its device needs it)",
+    "last": "write-once pages left for the end (a proof sets this as its device needs it)",
+}
+"""What each parameter means, for ``dmaproof list workload``."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +74,7 @@ class Workload:
     last: int = 0
 
     def __post_init__(self) -> None:
-        for name, (low, high) in _BOUNDS.items():
+        for name, (low, high) in BOUNDS.items():
             if not low <= getattr(self, name) <= high:
                 raise UsageError(
                     f"workload: {name}={getattr(self, name)} is not between {low} and {high}"

@@ -1,8 +1,8 @@
-"""What one proof is to be: `ProofOptions`, the single description of a proof.
+"""The options of one proof: `ProofOptions`, the single description of them.
 
-Command line, matrix file, avocado parameters and pytest fixture are views of it: each derives its
-options from `OPTIONS`. A new option is a new field of the class, and a line where it takes effect
-(`resolve`). Which options a kind of device accepts is said by its entry in `devices.registry`.
+The command line, matrix files, avocado's parameters and the pytest fixture all derive their options
+from `OPTIONS`. A new option is a new field of the class, and a line where it takes effect
+(`resolve`). The `DeviceKind`s of `devices.registry` say which options each kind accepts.
 """
 
 import os
@@ -46,7 +46,7 @@ S = TypeVar("S")
 T_co = TypeVar("T_co", covariant=True)
 
 Read: TypeAlias = Callable[[object], Any]
-"""Makes an option's value of what was given, a value or its text; a ValueError says what else it
+"""Converts a given value, or its text, to the option's value; its ValueError names what it
 expected."""
 
 ACCELERATORS: Final = ("auto", "kvm", "tcg")
@@ -73,7 +73,7 @@ def _downtime(given: object) -> float:
         value = bound(given)
     except ValueError:
         value = 0.0
-    if not 0.001 <= value <= 2000:  # QEMU counts it in milliseconds
+    if not 0.001 <= value <= 2000:  # QEMU takes whole milliseconds, and at most 2000 s
         raise ValueError("0.001 to 2000 seconds")
     return value
 
@@ -95,10 +95,10 @@ def _switch(given: object) -> bool:
 
 
 def _several(given: object) -> tuple[str, ...]:
-    """Several values: of a list, or of a text with blanks between them."""
+    """Return the values of a list, or of a text in which blanks separate them."""
     if isinstance(given, str):
         return tuple(given.split())
-    if not isinstance(given, Collection) or not all(isinstance(it, str) for it in given):
+    if not isinstance(given, Collection) or not all(isinstance(value, str) for value in given):
         raise ValueError("a name, or a list of names")
     return tuple(given)
 
@@ -107,8 +107,8 @@ def _several(given: object) -> tuple[str, ...]:
 class Option:
     """How a field of `ProofOptions` is read, written and explained.
 
-    `choices` are the names that it can have, if there is a list of them; they may be those of
-    plugins, so they are looked up when they are asked for.
+    `choices` returns the names that the option can have, if there is a list of them. The names may
+    be those of plugins, so they are looked up only when they are needed.
     """
 
     group: str
@@ -127,7 +127,7 @@ class Option:
 
     @property
     def key(self) -> str:
-        """Its name in matrices and their files: 'kill-device'."""
+        """The name in matrices and their files: 'kill-device'."""
         return self.name.replace("_", "-")
 
     @property
@@ -142,16 +142,16 @@ class Option:
 
     @property
     def values(self) -> list[str]:
-        """The texts of all values that it can have; none where there is no list of them."""
+        """The texts of all possible values; empty where they cannot be listed."""
         if self.is_switch:
             return ["off", "on"]
         return list(self.choices()) if self.choices is not None else []
 
     def value_of(self, given: object) -> Any:
-        """The value that `given`, a value or its text, stands for.
+        """Return the value for which `given`, a value or its text, stands.
 
         Raises:
-            UsageError: the option cannot have it.
+            UsageError: the option cannot have this value.
         """
         try:
             value = self.read(given)
@@ -166,20 +166,19 @@ class Option:
         return value
 
     def words(self, value: Any) -> list[str]:
-        """The words of a command line that give the option this `value`."""
+        """Return the words of a command line that give the option this `value`."""
         if self.is_switch:
             return [self.flag] if value else []
-        return [
-            f"{self.flag}={self.write(it)}" for it in (value if self.is_repeatable else [value])
-        ]
+        values = value if self.is_repeatable else [value]
+        return [f"{self.flag}={self.write(each)}" for each in values]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProofOptions:
-    """Everything that a proof can be asked to be; what is None is chosen for you.
+    """The options of a proof; dmaproof chooses the value of an option that is None.
 
-    Sizes are in bytes and times in seconds. Whatever can be text on the command line can be the
-    same text here: ``ProofOptions(memory="1G", harvest="immediate")``.
+    Sizes are in bytes and times in seconds. Each value can also be the text that the command line
+    takes: ``ProofOptions(memory="1G", harvest="immediate")``.
 
     ::
 
@@ -191,76 +190,88 @@ class ProofOptions:
 
     qemu: Annotated[
         AnyPath | None,
-        Option("QEMU", "default: the system's; or a fetched version", "PATH", _path),
+        Option(
+            "QEMU",
+            "path of QEMU, or version of a fetched one (default: the system's)",
+            "PATH",
+            _path,
+        ),
     ] = None
     qemu_destination: Annotated[
-        AnyPath | None, Option("QEMU", "default: the same as --qemu", "PATH", _path)
+        AnyPath | None,
+        Option("QEMU", "QEMU of the destination (default: as --qemu)", "PATH", _path),
     ] = None
     machine: Annotated[
         str | None,
-        Option("QEMU", "machine type (default: q35, or what the scenario needs)", "NAME"),
+        Option("QEMU", "machine type (default: q35, or the scenario's)", "NAME"),
     ] = None
     accel: Annotated[
         Literal["auto", "kvm", "tcg"],
-        Option("QEMU", "auto: KVM if it runs the guest", choices=lambda: ACCELERATORS),
+        Option(
+            "QEMU",
+            "accelerator; auto: KVM if it runs the guest, else TCG",
+            choices=lambda: ACCELERATORS,
+        ),
     ] = "auto"
     memory: Annotated[
         int | str | None,
         Option(
             "QEMU",
-            "RAM, such as 1G (default: enough for the guest)",
+            "guest RAM, such as 1G (default: as needed)",
             "SIZE",
             _memory,
             format_memory,
         ),
     ] = None
-    cpus: Annotated[int, Option("QEMU", "virtual CPUs of the guest", "N", positive)] = 2
+    cpus: Annotated[int, Option("QEMU", "number of virtual CPUs", "N", positive)] = 2
     iommu: Annotated[
         str | None,
         Option(
             "QEMU",
-            "put the devices behind an IOMMU of QEMU's, see below (default: none, or what the "
-            "fault needs)",
+            "QEMU's IOMMU in front of the devices (default: none, or what the fault needs)",
             choices=lambda: IOMMUS,
         ),
     ] = None
     guest: Annotated[
-        str, Option("guest", "bare: no kernel, one CPU", choices=lambda: sorted(GUESTS))
+        str,
+        Option("guest", "guest to run; bare: no kernel, one CPU", choices=lambda: sorted(GUESTS)),
     ] = "linux"
     workload: Annotated[
         str,
         Option(
             "guest",
-            "what the guest does, see docs/guests.md: such as pattern=hot-set,threads=16",
+            "what the guest does, such as pattern=hot-set (default: see 'dmaproof list workload')",
             "NAME=VALUE,…",
         ),
     ] = ""
     kernel: Annotated[
         AnyPath | None,
-        Option("guest", "what QEMU's -kernel takes, for --device vfio:…", "FILE", _path),
+        Option("guest", "kernel of a guest of your own, for vfio:… (default: none)", "FILE", _path),
     ] = None
-    initrd: Annotated[AnyPath | None, Option("guest", "its initramfs", "FILE", _path)] = None
-    append: Annotated[str, Option("guest", "its command line", "TEXT")] = ""
+    initrd: Annotated[
+        AnyPath | None,
+        Option("guest", "initramfs of that kernel (default: none)", "FILE", _path),
+    ] = None
+    append: Annotated[
+        str, Option("guest", "command line of that kernel (default: empty)", "TEXT")
+    ] = ""
     scenario: Annotated[
         str,
-        Option("migration", "how the guest migrates, see below", "NAME", choices=known_scenarios),
+        Option("migration", "how the guest migrates", "NAME", choices=known_scenarios),
     ] = "unix"
-    host: Annotated[
-        str, Option("migration", "where the scenarios tcp and tls listen", "ADDRESS")
-    ] = LOCALHOST
+    host: Annotated[str, Option("migration", "address for tcp and tls", "ADDRESS")] = LOCALHOST
     bandwidth: Annotated[
         int | str | None,
-        Option("migration", "limit in bytes a second, such as 64M", "SIZE", size),
+        Option("migration", "bytes/s, such as 64M (default: no limit)", "SIZE", size),
     ] = None
     downtime_limit: Annotated[
-        float, Option("migration", "what QEMU may stop the guest for", "SECONDS", _downtime)
+        float, Option("migration", "QEMU's downtime-limit", "SECONDS", _downtime)
     ] = 0.3
     max_downtime: Annotated[
         float | None,
         Option(
             "migration",
-            "fail where the guest is stopped for longer, until the destination has loaded "
-            "everything; QEMU itself is told --downtime-limit",
+            "fail above this downtime (default: no limit)",
             "SECONDS",
             seconds,
         ),
@@ -269,7 +280,7 @@ class ProofOptions:
         float,
         Option(
             "migration",
-            "how long to wait for any one thing, such as an answer or the end of a migration",
+            "longest single wait, such as for the end of the migration",
             "SECONDS",
             bound,
         ),
@@ -278,8 +289,7 @@ class ProofOptions:
         str | Sequence[str],
         Option(
             "device",
-            "one of dmaproof's (docs/built-in-devices.md), may come repeatedly; qemu:NAME, one inside "
-            "QEMU (docs/third-party-devices.md); vfio-fake, or vfio:SOURCE,DESTINATION (docs/passthrough.md)",
+            "device that writes the guest's RAM; may be repeated",
             "NAME[:OPTION=VALUE,…]",
             _several,
         ),
@@ -288,21 +298,22 @@ class ProofOptions:
         str | None,
         Option(
             "device",
-            "a vhost-user back end to be run in the device's place, listening on {socket}; "
-            "{image}, {folder}, {side} and {queues} are filled in too",
+            "vhost-user back end to run instead of dmaproof's; {socket}, {image}, {folder}, {side} "
+            "and {queues} are filled in (default: dmaproof's own)",
             "COMMAND",
         ),
     ] = None
-    queues: Annotated[int, Option("device", "virtqueues of the device", "N", positive)] = 2
+    queues: Annotated[int, Option("device", "number of virtqueues", "N", positive)] = 2
     ring: Annotated[
         Literal["split", "packed"],
-        Option("device", "form of its queues", choices=lambda: RINGS),
+        Option("device", "form of the virtqueues", choices=lambda: RINGS),
     ] = "split"
     tracker: Annotated[
         str | None,
         Option(
             "device",
-            "how the device remembers what it wrote (default: what the fault needs, or iommu)",
+            "how the device remembers dirty pages (default: what the fault needs, or iommu)",
+            "NAME",
             choices=lambda: sorted(emulated_trackers()),
         ),
     ] = None
@@ -310,22 +321,22 @@ class ProofOptions:
         float | Literal["immediate", "final"] | None,
         Option(
             "device",
-            "between two harvests of the tracker, or 'immediate', or 'final' (default: what the "
-            "fault needs, or 0.2)",
+            "time between two harvests of the tracker, or 'immediate' (after each write), or "
+            "'final' (default: what the fault needs, or 0.2)",
             "SECONDS",
             _harvest,
         ),
     ] = None
     fault: Annotated[
         str | None,
-        Option("device", "break the chain on purpose; see below", "NAME[=VALUE]"),
+        Option("device", "break one link of the chain (default: none)", "NAME[=VALUE]"),
     ] = None
     destination_lacks: Annotated[
         str | Sequence[str],
         Option(
             "device",
-            "a virtio feature that the device offers at the source alone, which QEMU has to "
-            "refuse; may come repeatedly",
+            "virtio feature that only the source's device offers, which QEMU must refuse; may be "
+            "repeated (default: none)",
             "FEATURE",
             _several,
             choices=lambda: FEATURES,
@@ -335,22 +346,22 @@ class ProofOptions:
         bool,
         Option(
             "device",
-            "kill its process in the middle of the migration, and start it again",
+            "kill and restart the device's process during the migration",
             read=_switch,
         ),
     ] = False
-    seed: Annotated[int | None, Option("proof", "repeats a run's random choices", "N", whole)] = (
-        None
-    )
+    seed: Annotated[
+        int | None,
+        Option("proof", "seed of an earlier run, to repeat it (default: random)", "N", whole),
+    ] = None
     requests_after: Annotated[
-        int, Option("proof", "that the guest must do on the destination", "N", positive)
+        int, Option("proof", "requests that the guest must complete afterwards", "N", positive)
     ] = 1000
     settle: Annotated[
         float,
         Option(
             "proof",
-            "how long a third-party device must leave the source's RAM alone after its guest was "
-            "paused",
+            "how long a third-party device must not write after the guest was paused",
             "SECONDS",
             seconds,
         ),
@@ -364,13 +375,13 @@ class ProofOptions:
 
     @classmethod
     def of(cls, options: Mapping[str, object]) -> Self:
-        """The options of these names, with hyphens or underscores, as values or as text.
+        """Return the options of these names, with hyphens or underscores, as values or as text.
 
-        One that is None is not given. A switch is True or 'on', False or 'off'. What may come
-        repeatedly has its values in a list, or in a text with blanks between them.
+        An option that is None has its default. A switch is True or 'on', False or 'off'. An option
+        that may be repeated has its values in a list, or in a text in which blanks separate them.
 
         Raises:
-            UsageError: there is no such option, or it cannot have that value.
+            UsageError: an option does not exist, or cannot have the value.
         """
         require("options", options, Mapping, "options by name, such as {'guest': 'bare'}")
         chosen: dict[str, Any] = {}
@@ -381,23 +392,23 @@ class ProofOptions:
 
     @property
     def memory_bytes(self) -> int | None:
-        """The guest's RAM that `memory` asks for."""
+        """The guest's RAM in bytes, as `memory` gives it."""
         return None if self.memory is None else _memory(self.memory)
 
     @property
     def limits(self) -> Limits:
-        """What the migration may take."""
+        """The bounds of the migration."""
         bandwidth = None if self.bandwidth is None else size(self.bandwidth)
         return Limits(bandwidth, self.downtime_limit, self.timeout)
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """What `device` names, one or several."""
+        """The names in `device`, one or several."""
         return _several(self.device)
 
     @property
     def changed(self) -> dict[str, Any]:
-        """The options that are not as they are by default, by name."""
+        """The options that differ from their defaults, by name."""
         return {
             name: getattr(self, name)
             for name, option in OPTIONS.items()
@@ -405,7 +416,7 @@ class ProofOptions:
         }
 
     def words(self) -> list[str]:
-        """The options as words of a command line; those that are as by default are left out.
+        """Return the options as words of a command line, without those that have their default.
 
         ::
 
@@ -414,15 +425,15 @@ class ProofOptions:
         return [word for name, value in self.changed.items() for word in OPTIONS[name].words(value)]
 
     def to_json(self) -> dict[str, Any]:
-        """All options by name, as JSON has them; `of` takes them back."""
+        """Return all options by name, as JSON has them; `of` reads them again."""
         return asdict(self)
 
 
 def find_option(name: str) -> Option:
-    """The option of this name, with hyphens or underscores.
+    """Return the option of this name, with hyphens or underscores.
 
     Raises:
-        UsageError: there is no such option.
+        UsageError: the option does not exist.
     """
     found = OPTIONS.get(name.replace("-", "_"))
     if found is None:
@@ -434,19 +445,19 @@ def find_option(name: str) -> Option:
 def _described() -> dict[str, Option]:
     hints = get_type_hints(ProofOptions, include_extras=True)
     found = {}
-    for it in fields(ProofOptions):
-        option: Option = get_args(hints[it.name])[1]
-        default = None if it.default is MISSING else it.default
-        found[it.name] = replace(option, name=it.name, default=default)
+    for each in fields(ProofOptions):
+        option: Option = get_args(hints[each.name])[1]
+        default = None if each.default is MISSING else each.default
+        found[each.name] = replace(option, name=each.name, default=default)
     return found
 
 
 OPTIONS: Final[Mapping[str, Option]] = _described()
-"""The options of a proof by the name of their field, in their order."""
+"""The options of a proof by the name of their field, in the order of the fields."""
 
 
 class TakesOptions(Protocol[P, T_co]):
-    """A function of the options of a proof: of `ProofOptions`, or of its fields as keywords."""
+    """A function that takes the options of a proof: `ProofOptions`, or its fields as keywords."""
 
     @overload
     def __call__(self, options: ProofOptions, /) -> T_co: ...
@@ -459,7 +470,7 @@ def options_as_keywords(
 ) -> Callable[[Callable[[ProofOptions], T_co]], TakesOptions[P, T_co]]:
     """Let a function of `ProofOptions` take the options as its own keyword arguments, too.
 
-    A type checker then knows the name and type of each: pass `ProofOptions` itself.
+    `options` is always the class `ProofOptions`: from it a type checker knows each keyword.
     """
 
     def decorate(function: Callable[[ProofOptions], T_co]) -> TakesOptions[P, T_co]:

@@ -1,4 +1,4 @@
-"""QEMUs, migrations and proofs, driven over QMP.
+"""Start QEMUs, migrate them and carry out proofs, over QMP.
 
 ::
 
@@ -7,11 +7,11 @@
     proof = prove(guest="bare", tracker="dirty-ring")
     assert proof.verdict.exit_code == 0, proof.verdict.sentence
 
-What this module exports is public and stays. So is what `qmp_tools.aio` exports, which is the same
-for asynchronous code, and the test classes and fixtures of `qmp_tools.integrations`. Everything
-else is private, and may change at any time. Names are imported when they are asked for.
+The public API is what this module exports, what `qmp_tools.aio` exports for asynchronous code, and
+the test classes and fixtures of `qmp_tools.integrations`. It stays compatible. Everything else is
+private and may change at any time. A name's module is imported when the name is first used.
 
-The package logs to the logger ``qmp_tools``, which is silent until an application configures
+The package logs to the logger ``qmp_tools``, which prints nothing until an application configures
 logging, as ``logging.basicConfig(level="INFO")`` does.
 """
 
@@ -106,5 +106,5 @@ __all__ = [
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
-if not TYPE_CHECKING:  # else any misspelt name would pass a type checker
+if not TYPE_CHECKING:  # otherwise a type checker would accept any misspelt name
     __getattr__, __dir__ = import_on_demand(globals(), _HOMES)

@@ -1,4 +1,6 @@
-"""QEMUs, migrations and proofs for asynchronous code; `qmp_tools.blocking` has them for other.
+"""Start QEMUs, migrate them and carry out proofs, in asynchronous code.
+
+`qmp_tools.blocking` has the same for code that is not asynchronous.
 
 ::
 
@@ -17,9 +19,9 @@
         async for view in watch(qemu, 0.5):
             print(view.line)
 
-Whatever is started here is ended, reaped and swept away when its context is over, and when this
-process is killed. Errors are `dmaproof.errors`' (`UsageError`, `UntestableError`, …) and
-`QmpError`; each names the QEMU and what it said.
+Every process that is started here is ended and reaped, and its files are removed, when its context
+ends or when this process is killed. The errors are those of `dmaproof.errors` (`UsageError`,
+`UntestableError`, …) and `QmpError`; each names the QEMU and quotes its message.
 """
 
 from __future__ import annotations
@@ -90,14 +92,19 @@ async def start_qemu(
     folder: AnyPath | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> AsyncIterator[OwnedQemu]:
-    """A QEMU with `arguments`, for as long as the context lasts.
+    """Start a QEMU, and end it when the context ends.
 
-    See `find_qemu` for `binary`. Its logs and sockets are in `folder`, or else in one of its own.
-    `timeout_s` bounds the wait for each of its answers.
+    Args:
+        arguments: words of QEMU's command line.
+        binary: see `find_qemu`.
+        accelerator: a value of QEMU's ``-accel``, such as 'tcg'; None leaves it to `arguments`.
+        name: what messages call the QEMU.
+        folder: where logs and sockets are; by default a new folder, which is removed.
+        timeout_s: bounds the wait for each of QEMU's answers.
 
     Raises:
-        UsageError: an argument is of another type.
-        UntestableError: there is none, or it does not start.
+        UsageError: an argument has the wrong type.
+        UntestableError: no QEMU was found, or it does not start.
     """
     words = words_of("arguments", arguments)
     program = None if binary is None else str(path_of("binary", binary))
@@ -117,15 +124,15 @@ async def start_qemu(
 async def migrate(
     source: Qemu, destination: Qemu, scenario: str = "unix", limits: Limits | None = None
 ) -> AsyncIterator[Progress]:
-    """Migrate, and tell how far it is; at the end the destination has loaded everything.
+    """Migrate, and yield the progress; at the end the destination has loaded everything.
 
-    The destination must have been started with `INCOMING`. Both stand still afterwards.
+    The destination must have been started with `INCOMING`. Both guests are paused afterwards.
 
     Raises:
-        UsageError: there is no such scenario, or only a proof can have it; or an argument is of
-            another type.
-        UnsupportedScenarioError: a QEMU lacks it.
-        MigrationError: it failed, or took longer than the `limits` allow.
+        UsageError: the scenario does not exist or is for proofs only, or an argument has the wrong
+            type.
+        UnsupportedScenarioError: a QEMU does not support the scenario.
+        MigrationError: the migration failed, or took longer than the `limits` allow.
     """
     for argument, qemu in (("source", source), ("destination", destination)):
         require(argument, qemu, Qemu, "a QEMU from start_qemu() or attach()")
@@ -133,7 +140,7 @@ async def migrate(
     require("scenario", scenario, str, "a name")
     chosen = find_scenario(scenario)
     if not chosen.suits_any_guest:
-        raise UsageError(f"scenario {scenario!r}: only a proof, with a device of ours, can have it")
+        raise UsageError(f"scenario {scenario!r} is for proofs with a device of dmaproof's only")
     with run_folder() as folder:
         migration = Migration(Ends(source.qmp, destination.qmp, folder), chosen, limits or Limits())
         await migration.start()
@@ -152,12 +159,12 @@ async def prove(options: ProofOptions) -> Proof:
         options: `ProofOptions`, or its fields as keyword arguments.
 
     Returns:
-        The verdict, and what happened on the way to it.
+        The verdict, and the facts on which it is based.
 
     Raises:
-        UsageError: there is no such option, it cannot have that value, or options contradict each
+        UsageError: an option does not exist, it cannot have the value, or options contradict each
             other.
-        UntestableError: it did not come to a verdict; the message says why.
+        UntestableError: the proof came to no verdict; the message says why.
 
     Example::
 

@@ -1,8 +1,8 @@
-"""What a caller passes, checked at once: a wrong type would fail far from the call that passed it.
+"""Checks of the arguments that a caller passes, before a wrong type fails far from the call.
 
-The library's arguments come as values (`require`, `path_of`, `words_of`), an option's also as text,
-from a command line, a TOML file or avocado's parameters. Readers such as `positive` take both; what
-they raise says what they expected, and whoever calls them names the option.
+The library's arguments are values: see `require`, `path_of` and `words_of`. The value of an option
+may also be text, from a command line, a TOML file or avocado's parameters. Readers such as
+`positive` take both. Their ValueError says what they expected, and their caller names the option.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ AnyPath: TypeAlias = str | os.PathLike[str]
 
 
 def require(argument: str, given: object, kinds: type | tuple[type, ...], expected: str) -> None:
-    """Refuse an `argument` that is not of one of the `kinds`, which are described as `expected`.
+    """Refuse an `argument` that is not of one of the `kinds`, which `expected` describes.
 
     Raises:
-        UsageError: it is not.
+        UsageError: the argument has the wrong type.
     """
     if not isinstance(given, kinds):
         raise UsageError(f"{argument}: expected {expected}, got {given!r} ({type(given).__name__})")
 
 
 def path_of(argument: str, given: Any) -> Path:
-    """The path that was given as a string or path.
+    """Return the path that was given as a string or path.
 
     Raises:
         UsageError: it is neither.
@@ -39,10 +39,10 @@ def path_of(argument: str, given: Any) -> Path:
 
 
 def words_of(argument: str, given: Any) -> list[str]:
-    """The words of a command that were given, paths among them.
+    """Return the words of a command; a word may be a path.
 
     Raises:
-        UsageError: it is a string, or no series of words.
+        UsageError: a single string was given, or not a list of words.
     """
     expected = "a list of words, such as ['-m', '64']"
     require(argument, given, Iterable, expected)
@@ -55,10 +55,10 @@ def words_of(argument: str, given: Any) -> list[str]:
 
 
 def positive(given: object) -> int:
-    """The whole number from 1 on that was given.
+    """Return the whole number from 1 on that was given.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: it is not such a number.
     """
     number = _number(given, "a whole number from 1 on")
     if number < 1:
@@ -67,10 +67,10 @@ def positive(given: object) -> int:
 
 
 def whole(given: object) -> int:
-    """The whole number that was given.
+    """Return the whole number that was given.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: it is not a whole number.
     """
     return _number(given, "a whole number")
 
@@ -83,10 +83,10 @@ def _number(given: object, expected: str) -> int:
 
 
 def size(given: object) -> int:
-    """The bytes that were given: a number, or text with K, M or G for powers of 1024.
+    """Return a size in bytes: a number, or text with K, M or G for powers of 1024.
 
     Raises:
-        ValueError: it is no such size, or less than 1.
+        ValueError: it is not such a size, or less than 1.
     """
     expected = "a number of bytes, or one with K, M or G, such as 64M"
     text = str(given)
@@ -98,19 +98,19 @@ def size(given: object) -> int:
 
 
 def seconds(given: object) -> float:
-    """The time that was given, of more than 0 and less than an hour.
+    """Return the time in seconds that was given: more than 0, and less than an hour.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: it is not such a time.
     """
     return _seconds(given, 0, 3600, "more than 0 and less than 3600 seconds")
 
 
 def timeout(given: object) -> float:
-    """The bound of a wait that was given, of more than 0 seconds.
+    """Return the bound of a wait in seconds that was given: more than 0.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: it is not such a time.
     """
     return _seconds(given, 0, math.inf, "more than 0 seconds")
 

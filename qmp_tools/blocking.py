@@ -1,4 +1,6 @@
-"""QEMUs, migrations and proofs for code that is not asynchronous; `qmp_tools.aio` is for other.
+"""Start QEMUs, migrate them and carry out proofs, in code that is not asynchronous.
+
+`qmp_tools.aio` has the same for asynchronous code.
 
 ::
 
@@ -12,8 +14,8 @@
         proof.migrate()
         assert proof.verdict().verdict.exit_code == 0
 
-Everything that a `Session` has started has ended, is reaped and has left no files when its context is
-over, whatever was raised inside. Only its logs can be kept: see `Session.logs`.
+When the context of a `Session` ends, also by an exception, every process that it started has ended
+and is reaped, and its files are removed. Only its logs can be copied before: see `Session.logs`.
 """
 
 from __future__ import annotations
@@ -47,9 +49,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RunningQemu:
-    """A QEMU under a `Session`.
+    """A QEMU that a `Session` has started.
 
-    `qemu` is its handle for asynchronous code, such as `aio.check`: see `Session.run`.
+    `qemu` is the handle for asynchronous code, such as `aio.check`: see `Session.run`.
     """
 
     qemu: OwnedQemu
@@ -57,7 +59,7 @@ class RunningQemu:
 
     @property
     def name(self) -> str:
-        """What messages call it, such as 'source QEMU'."""
+        """The name of this QEMU in messages, such as 'source QEMU'."""
         return self.qemu.name
 
     @property
@@ -67,63 +69,63 @@ class RunningQemu:
 
     @property
     def version(self) -> str:
-        """QEMU's version, with its packager's where it has one: '7.2.22 Debian …'."""
+        """QEMU's version, and that of its package if there is one: '7.2.22 Debian …'."""
         return self.qemu.version
 
     @property
     def socket_path(self) -> Path:
-        """A QMP socket of it that nobody uses yet."""
+        """A QMP socket of this QEMU that is free for another client."""
         return self.qemu.socket_path
 
     def execute(self, command: str, **arguments: Any) -> Any:
         """Execute a QMP command; underscores in the arguments' names become hyphens.
 
         Raises:
-            QmpError: QEMU refused it, has gone, or does not answer.
+            QmpError: QEMU refused the command, has ended, or does not answer.
             UsageError: the command is not a string.
         """
         require("command", command, str, "the name of a QMP command")
         return self._loop.run(self.qemu.qmp.execute(command, **arguments))
 
     def status(self) -> str:
-        """The run state, such as 'running', 'paused' or 'postmigrate'.
+        """Return the run state, such as 'running', 'paused' or 'postmigrate'.
 
         Raises:
-            QmpError: QEMU has gone, or does not answer.
+            QmpError: QEMU has ended, or does not answer.
         """
         return self._loop.run(self.qemu.status())
 
     def monitor(self, command: str) -> str:
-        """What the human monitor prints for `command`, such as 'info mtree -f'.
+        """Return what the human monitor prints for `command`, such as 'info mtree -f'.
 
         Raises:
-            QmpError: QEMU has gone, or does not answer.
+            QmpError: QEMU has ended, or does not answer.
             UsageError: the command is not a string.
         """
         require("command", command, str, "a command of the human monitor")
         return self._loop.run(self.qemu.monitor(command))
 
     def end(self) -> None:
-        """End it before its session does."""
+        """End this QEMU before its session ends."""
         self._loop.run(self.qemu.end())
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A source, and a destination that waits for it and stays paused afterwards."""
+    """A source, and a destination that waits for its migration and stays paused afterwards."""
 
     source: RunningQemu
     destination: RunningQemu
     _session: Session
 
     def migrate(self, scenario: str = "unix", *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        """Migrate in one of the `known_scenarios`; both guests stand still afterwards.
+        """Migrate by one of the `known_scenarios`; both guests are paused afterwards.
 
         Raises:
-            UsageError: there is no such scenario, or only a proof can have it; or an argument is of
-                another type.
-            UnsupportedScenarioError: a QEMU lacks it.
-            MigrationError: it failed, or took longer than `timeout_s`.
+            UsageError: the scenario does not exist or is for proofs only, or an argument has the
+                wrong type.
+            UnsupportedScenarioError: a QEMU does not support the scenario.
+            MigrationError: the migration failed, or took longer than `timeout_s`.
         """
         require("timeout_s", timeout_s, (int, float), "seconds")
         self._session.run(self._migrate(scenario, timeout_s))
@@ -135,10 +137,10 @@ class Pair:
 
 
 class StepwiseProof:
-    """A guest of ours on two QEMUs with a device of ours, to be migrated and judged.
+    """A proof whose steps the caller takes: `migrate`, then `compare`, then `verdict`.
 
-    Each of `migrate`, `compare` and `verdict` does its work once, and what comes before it if that
-    was not done yet.
+    Its guest, device and QEMUs run already. Each step is carried out once, after the steps before
+    it if the caller has left them out. Calling a step again returns the same result.
     """
 
     def __init__(self, session: Session, run: ProofRun) -> None:
@@ -147,40 +149,40 @@ class StepwiseProof:
 
     @property
     def source(self) -> RunningQemu:
-        """The QEMU that is migrated."""
+        """The QEMU whose guest is migrated."""
         return RunningQemu(self._run.qemus[SOURCE], self._session._loop)
 
     @property
     def destination(self) -> RunningQemu:
-        """The QEMU that it is migrated to."""
+        """The QEMU to which the guest is migrated."""
         return RunningQemu(self._run.qemus[DESTINATION], self._session._loop)
 
     @property
     def device(self) -> AttachedDevice:
-        """What serves both as their disk; for asynchronous code, see `Session.run`."""
+        """The device of both QEMUs, with methods for asynchronous code: see `Session.run`."""
         return self._run.device
 
     def migrate(self) -> Migrated:
         """Migrate while the device writes.
 
         Raises:
-            UntestableError: the guest did not come up, or the migration failed.
+            UntestableError: the guest did not boot, or the migration failed.
         """
         return self._migrated
 
     def compare(self) -> Proof:
-        """Compare all RAM, and say who lost what; the guest does not go on yet.
+        """Compare all RAM, and attribute each lost page; the guest stays paused.
 
         Raises:
-            UntestableError: it did not come to that.
+            UntestableError: the migration failed, or the RAM could not be compared.
         """
         return self._compared
 
     def verdict(self) -> Proof:
-        """The whole proof: the guest goes on, and checks its pages.
+        """Let the guest continue and check its pages, and return the complete proof.
 
         Raises:
-            UntestableError: it did not come to a verdict.
+            UntestableError: the proof came to no verdict.
         """
         return self._finished
 
@@ -205,12 +207,12 @@ def prove(options: ProofOptions) -> Proof:
         options: `ProofOptions`, or its fields as keyword arguments.
 
     Returns:
-        The verdict, and what happened on the way to it.
+        The verdict, and the facts on which it is based.
 
     Raises:
-        UsageError: there is no such option, it cannot have that value, or options contradict each
+        UsageError: an option does not exist, it cannot have the value, or options contradict each
             other.
-        UntestableError: it did not come to a verdict; the message says why.
+        UntestableError: the proof came to no verdict; the message says why.
 
     Example::
 
@@ -228,19 +230,24 @@ def check(
     expect_migration: bool = True,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Check:
-    """Compare all RAM of two QEMUs after a migration, behind two QMP sockets.
+    """Compare all RAM of two QEMUs after a migration.
 
-    Without `expect_migration`, any two paused QEMUs are compared. `timeout_s` bounds the wait for
-    each of their answers.
+    Args:
+        source: a QMP socket of the source.
+        destination: a QMP socket of the destination.
+        expect_migration: whether to refuse QEMUs that have not migrated; if False, any two paused
+            QEMUs are compared.
+        timeout_s: bounds the wait for each of their answers.
 
-    ::
+    Raises:
+        UsageError: a path is not a socket, or both sockets are the same QEMU's.
+        UntestableError: the QEMUs have not migrated, a guest has run since, or memory cannot be
+            read.
+
+    Example::
 
         outcome = check("/run/source.qmp", "/run/destination.qmp")
         assert outcome.exit_code == 0, outcome.sentence
-
-    Raises:
-        UsageError: a path is not of a socket, or both are the same QEMU's.
-        UntestableError: they have not migrated, a guest has run since, or memory cannot be read.
     """
     with Session() as session:
         return session.run(
@@ -249,7 +256,10 @@ def check(
 
 
 class Session:
-    """What one test has started. `folder` has its sockets and logs."""
+    """A context that owns the QEMUs and devices started in it, and ends them when it ends.
+
+    `folder` has their sockets and logs.
+    """
 
     folder: Path
 
@@ -266,11 +276,11 @@ class Session:
         self._outer.close()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Do asynchronous work in the session's loop.
+        """Run a coroutine in the session's event loop, and return its result.
 
         Raises:
             UsageError: `work` is not a coroutine.
-            UntestableError: it finds no room in the session's folder.
+            UntestableError: the disk with the session's folder is full.
         """
         require("work", work, Coroutine, "a coroutine")
         with room_in(self.folder):
@@ -284,11 +294,11 @@ class Session:
         accelerator: str | None = None,
         name: str = "test",
     ) -> RunningQemu:
-        """Start a QEMU with `arguments`; see `find_qemu` for `binary`. `name` must be new.
+        """Start a QEMU with a `name` of its own; see `aio.start_qemu` for the arguments.
 
         Raises:
-            UsageError: an argument is of another type.
-            UntestableError: there is none, or it does not start.
+            UsageError: an argument has the wrong type.
+            UntestableError: no QEMU was found, or it does not start.
         """
         return self.run(self._start(name, binary, arguments, accelerator))
 
@@ -301,11 +311,13 @@ class Session:
         accelerator: str | None = None,
         name: str = "",
     ) -> Pair:
-        """Start a source and a destination with the same `arguments`; `name` tells pairs apart.
+        """Start a source and a destination with the same `arguments`.
+
+        Each pair of a session needs a `name` of its own, which goes before those of its QEMUs.
 
         Raises:
-            UsageError: an argument is of another type.
-            UntestableError: there is no QEMU, or one does not start.
+            UsageError: an argument has the wrong type.
+            UntestableError: no QEMU was found, or one does not start.
         """
         words = words_of("arguments", arguments)
         require("name", name, str, "a name")
@@ -334,12 +346,12 @@ class Session:
             options: the fields of `ProofOptions`, as keyword arguments.
 
         Returns:
-            The proof, whose steps are the caller's to take.
+            The proof, whose steps the caller takes.
 
         Raises:
-            UsageError: there is no such option, it cannot have that value, or options contradict
+            UsageError: an option does not exist, it cannot have the value, or options contradict
                 each other.
-            UntestableError: what is needed is not there, or does not start.
+            UntestableError: a prerequisite is missing, or a QEMU or the device does not start.
 
         Example::
 
@@ -360,30 +372,31 @@ class Session:
         *,
         expect_migration: bool = True,
     ) -> Check:
-        """Compare all RAM of two QEMUs after a migration, ours or those behind QMP sockets.
+        """Compare all RAM of two QEMUs after a migration.
 
-        Ours may be of any session. Without `expect_migration`, any two paused QEMUs are compared.
+        Each is a QEMU of this or another session, or the path of a QMP socket. Without
+        `expect_migration`, any two paused QEMUs are compared.
 
         Raises:
-            UsageError: a path is no socket, or both are the same QEMU's.
-            UntestableError: they have not migrated, a guest has run since, or memory cannot be
+            UsageError: a path is not a socket, or both are the same QEMU.
+            UntestableError: the QEMUs have not migrated, a guest has run since, or memory cannot be
                 read.
         """
         given = (source, destination)
-        loop = next((it._loop for it in given if isinstance(it, RunningQemu)), self._loop)
-        qemus = [_within(loop, it) for it in given]
+        loop = next((qemu._loop for qemu in given if isinstance(qemu, RunningQemu)), self._loop)
+        qemus = [_within(loop, qemu) for qemu in given]
         with room_in(self.folder):
             return loop.run(aio.check(qemus[0], qemus[1], expect_migration=expect_migration))
 
     def logs(self) -> Iterator[Path]:
-        """The logs and command lines of everything that was started."""
+        """Yield the logs and command lines of all processes that were started."""
         for file in sorted(self.folder.iterdir()):
             if file.suffix == ".log" or file.name.endswith("-command"):
                 yield file
 
 
 def _within(loop: LoopThread, qemu: RunningQemu | AnyPath) -> OwnedQemu | AnyPath:
-    """A QEMU's handle in the loop that its QMP session belongs to, and its socket in another."""
+    """Return the handle of a QEMU whose QMP session belongs to `loop`, else its free socket."""
     if not isinstance(qemu, RunningQemu):
         return qemu
     return qemu.qemu if qemu._loop is loop else qemu.socket_path

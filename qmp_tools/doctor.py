@@ -1,7 +1,7 @@
-"""What the machine has for a proof, what it lacks, and the one command that mends each.
+"""The prerequisites of a proof: which are missing on this machine, and how to fix each.
 
-`look` finds the facts out by trying (QEMU is asked over QMP, a static program is linked, a memfd is
-made), and `examine` judges them; so what is said about any machine can be tested on one.
+`look` finds the facts by trying: it asks QEMU over QMP, links a static program, makes a memfd.
+`examine` judges facts of any machine, so the tests can try all cases on one machine.
 """
 
 from __future__ import annotations
@@ -42,26 +42,26 @@ from .qemu.qemu import idle_qemu
 OLDEST_PYTHON: Final = (3, 11)
 _KVM: Final = Path("/dev/kvm")
 _KVM_MISC_DEVICE: Final = Path("/sys/class/misc/kvm")
-"""There where the running kernel has KVM; a container sees it even if /dev/kvm is kept from it."""
-_DEVELOPERS_EXTRAS: Final = {"docs", "mutation", "test"}
-"""For work on dmaproof itself; `./dmaproof test` installs them."""
+"""Exists if the running kernel has KVM; a container sees it even if it has no /dev/kvm."""
+_DEVELOPER_EXTRAS: Final = {"docs", "mutation", "test"}
+"""Extras for work on dmaproof itself; `./dmaproof test` installs them."""
 _OVERHEAD_BYTES: Final = 128 * MIB
-"""What a QEMU needs besides its guest's RAM, and the share of the device and the tool."""
+"""Memory of a QEMU besides its guest's RAM, with its share of the device and the tool."""
 GUEST_MEMORY_BYTES: Final = {"bare": bare_guest.MEMORY_BYTES, "linux": linux_guest.MEMORY_BYTES}
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What there is. Sizes in bytes; an error is the text of what went wrong.
+    """The facts about a machine. Sizes are in bytes; an error is the text of a message.
 
-    `compiler` is 'static' where static programs can be linked, 'dynamic' where only others can, and
-    None where there is no compiler. `qemu_error` tells why the QEMU that is there does not run.
-    `archive_error` tells why QEMUs cannot be fetched from Debian's archive. `kernel` is 'kept',
-    'available', or what is wrong with it. `missing_formats` has the formats of compressed kernels
-    that this Python cannot decompress, and the module that each needs. `kvm` is 'usable',
-    'forbidden', 'withheld' (the kernel has it, a container does not) or 'absent', `kvm_group` the
-    group that owns it, and `virtualization` the processor's feature, 'vmx' or 'svm'. `extras` has
-    the packages that each optional extra lacks.
+    `qemu_error` says why the QEMU that was found does not run, and `archive_error` why QEMUs cannot
+    be fetched from Debian's archive. `compiler` is 'static' if it can link static programs,
+    'dynamic' if it can link only others, and None if no compiler was found. `kernel` is 'cached',
+    'available', or the text of an error. `missing_formats` maps the formats of compressed kernels
+    that this Python cannot decompress to the module that each needs. `kvm` is 'usable',
+    'forbidden', 'withheld' (the kernel has it, the container does not) or 'absent'. `kvm_group` is
+    the group that owns /dev/kvm, and `virtualization` the processor's feature, 'vmx' or 'svm'.
+    `extras` maps each optional extra to its missing packages.
     """
 
     root: bool
@@ -85,7 +85,7 @@ class Facts:
 
 
 def examine(facts: Facts, guest: str) -> list[Finding]:
-    """What the facts mean for a proof with `guest`."""
+    """Judge the facts for a proof with `guest`."""
     return [
         _python(facts),
         _qemu(facts),
@@ -97,12 +97,12 @@ def examine(facts: Facts, guest: str) -> list[Finding]:
         _shared_memory(facts),
         _temporary_folder(facts),
         _cache_folder(facts),
-        *(_extra(name, lacking) for name, lacking in facts.extras.items()),
+        *(_extra(name, missing) for name, missing in facts.extras.items()),
     ]
 
 
 def can_prove(findings: Sequence[Finding]) -> bool:
-    """Whether nothing is missing that a proof needs."""
+    """Return whether every prerequisite of a proof exists."""
     return all(finding.state != State.MISSING for finding in findings)
 
 
@@ -112,7 +112,7 @@ def _as_root(facts: Facts, command: str) -> str:
 
 def _install(facts: Facts, packages: str) -> str:
     if not facts.apt:
-        return f"install what Debian has in {packages}, with your distribution's own tool"
+        return f"install the equivalent of Debian's {packages} with your distribution's own tool"
     update, install = (
         _as_root(facts, f"apt-get {command}")
         for command in ("update", f"install -y --no-install-recommends {packages}")
@@ -128,7 +128,7 @@ def _python(facts: Facts) -> Finding:
     return Finding(
         "Python",
         State.MISSING,
-        f"{version}, and {oldest} is the oldest that does",
+        f"found {version}, need {oldest} or newer",
         _install(facts, f"python{oldest} python{oldest}-venv"),
     )
 
@@ -137,7 +137,7 @@ def _qemu(facts: Facts) -> Finding:
     if facts.qemu is not None:
         return Finding("QEMU", State.OK, facts.qemu)
     if facts.qemu_error is None:
-        return Finding("QEMU", State.MISSING, "there is none", _install(facts, "qemu-system-x86"))
+        return Finding("QEMU", State.MISSING, "not found", _install(facts, "qemu-system-x86"))
     remedy = _install(facts, "--reinstall qemu-system-x86")
     return Finding("QEMU", State.MISSING, facts.qemu_error, remedy)
 
@@ -150,14 +150,16 @@ def _fetched(facts: Facts) -> Finding:
         remedy = "needs Debian's apt"
     elif facts.archive_error is not None:
         update = _as_root(facts, "apt-get update")
-        remedy = f"on Debian, or in a container of it: {update} && {remedy}"
-    return Finding("fetched QEMUs", State.LIMITED, "none: only one version to prove", remedy)
+        remedy = f"on Debian, or in a Debian container: {update} && {remedy}"
+    return Finding(
+        "fetched QEMUs", State.LIMITED, "none, so proofs can use only one version", remedy
+    )
 
 
 def _compiler(facts: Facts, guest: str) -> Finding:
     what = {
-        None: "there is none, and the guest is compiled here",
-        "dynamic": "cannot link a static program, which the Linux guest's init is",
+        None: "not found, and the guest has to be compiled",
+        "dynamic": "cannot link static programs, such as the Linux guest's init",
         "static": "links static programs",
     }[facts.compiler]
     if facts.compiler == "static":
@@ -169,10 +171,10 @@ def _compiler(facts: Facts, guest: str) -> Finding:
 
 def _kernel(facts: Facts) -> Finding:
     name = "guest's kernel"
-    if facts.kernel == "kept":
+    if facts.kernel == "cached":
         return Finding(name, State.OK, f"in {cache()}")
     if facts.kernel == "available" and facts.missing_formats:
-        formats = (f"{name} (module {it})" for name, it in facts.missing_formats.items())
+        formats = (f"{name} (module {module})" for name, module in facts.missing_formats.items())
         return Finding(
             name,
             State.MISSING,
@@ -185,7 +187,7 @@ def _kernel(facts: Facts) -> Finding:
     if facts.apt:
         remedy = f"on Debian: {_as_root(facts, 'apt-get update')}; elsewhere: {remedy}"
         return Finding(name, State.MISSING, facts.kernel, remedy)
-    return Finding(name, State.MISSING, "it comes by apt, which is not here", remedy)
+    return Finding(name, State.MISSING, "cannot be fetched: apt was not found", remedy)
 
 
 def _python_module(facts: Facts) -> str:
@@ -196,21 +198,23 @@ def _python_module(facts: Facts) -> str:
 
 def _kvm(facts: Facts) -> Finding:
     if facts.kvm == "usable":
-        return Finding("KVM", State.OK, f"{_KVM} opens; a proof tries whether it runs its guest")
+        return Finding(
+            "KVM", State.OK, f"{_KVM} can be opened; each proof checks whether KVM runs its guest"
+        )
     if facts.kvm == "forbidden":
-        what = f"{_KVM} may not be opened by this user: proofs use TCG"
+        what = f"this user may not open {_KVM}: proofs use TCG"
         group = facts.kvm_group
         if group is None or group == "root":
             return Finding("KVM", State.LIMITED, what, _as_root(facts, f"chmod a+rw {_KVM}"))
         remedy = f"{_as_root(facts, f'usermod -aG {group} $USER')} (and log in again)"
         return Finding("KVM", State.LIMITED, what, remedy)
-    what = f"there is no {_KVM}: proofs use TCG"
+    what = f"{_KVM} does not exist: proofs use TCG"
     if facts.kvm == "withheld":
-        remedy = f"start this container with --device {_KVM}: the kernel outside has KVM"
+        remedy = f"start this container with --device {_KVM}: the host's kernel has KVM"
         return Finding("KVM", State.LIMITED, what, remedy)
     module = {"vmx": "kvm_intel", "svm": "kvm_amd"}.get(facts.virtualization or "")
     if module is None:
-        remedy = "switch virtualization on in the firmware, or nesting in the hypervisor"
+        remedy = "enable virtualization in the firmware, or nesting in the hypervisor"
         return Finding("KVM", State.LIMITED, what, remedy)
     return Finding("KVM", State.LIMITED, what, _as_root(facts, f"modprobe {module}"))
 
@@ -220,18 +224,18 @@ def _memory(facts: Facts, guest: str) -> Finding:
     what = f"{facts.memory_available // MIB} MiB are free, two QEMUs need {format_memory(needed)}"
     if facts.memory_available >= needed:
         return Finding("memory", State.OK, what)
-    smaller = "end something else" if guest == "bare" else "dmaproof prove --guest bare"
+    smaller = "end other programs" if guest == "bare" else "dmaproof prove --guest bare"
     return Finding("memory", State.MISSING, what, smaller)
 
 
 def _shared_memory(facts: Facts) -> Finding:
     if facts.memfd_error is None:
-        return Finding("shared memory", State.OK, "memfds can be made")
+        return Finding("shared memory", State.OK, "memfd_create works")
     return Finding(
         "shared memory",
         State.MISSING,
-        f"no memfd: {facts.memfd_error}",
-        "allow memfd_create (a container's seccomp profile forbids it?)",
+        f"memfd_create fails: {facts.memfd_error}",
+        "allow memfd_create (a container's seccomp profile may forbid it)",
     )
 
 
@@ -248,16 +252,16 @@ def _cache_folder(facts: Facts) -> Finding:
     return Finding(name, State.MISSING, facts.cache_error, "export XDG_CACHE_HOME=/var/tmp/cache")
 
 
-def _extra(name: str, lacking: Sequence[str]) -> Finding:
+def _extra(name: str, missing: Sequence[str]) -> Finding:
     title = f"extra '{name}'"
-    if not lacking:
+    if not missing:
         return Finding(title, State.OK, "installed")
-    what = f"without {', '.join(lacking)}"
+    what = f"not installed: {', '.join(missing)}"
     return Finding(title, State.LIMITED, what, f"pip install 'dmaproof[{name}]'")
 
 
 def look() -> Facts:
-    """The facts about this machine. Nothing is installed or changed."""
+    """Find the facts about this machine; nothing is installed or changed."""
     temporary_error = _try_temporary_folder()
     qemu, qemu_error = _look_for_qemu(ask=temporary_error is None)
     kvm, group = _look_for_kvm()
@@ -295,7 +299,7 @@ def _look_for_qemu(*, ask: bool) -> tuple[str | None, str | None]:
         binary = find_qemu(None)
     except UntestableError:
         return None, None
-    if not ask:  # that needs a folder for its log
+    if not ask:  # to ask QEMU, it takes a folder for its log
         return str(binary), None
     try:
         return f"{asyncio.run(_version(binary))} ({binary})", None
@@ -311,7 +315,7 @@ async def _version(binary: Path) -> str:
 def _look_for_compiler() -> str | None:
     try:
         temporary = tempfile.TemporaryDirectory()
-    except OSError:  # which is a finding of its own
+    except OSError:  # the temporary folder is a finding of its own
         return "static" if shutil.which("cc") else None
     with temporary as folder:
         source = Path(folder) / "try.c"
@@ -326,14 +330,14 @@ def _look_for_compiler() -> str | None:
 
 
 def _look_for_kernel() -> str:
-    # Without a cache there is no kernel in it; the cache is a finding of its own.
+    # If the cache cannot be read, it holds no kernel; the cache is a finding of its own.
     with contextlib.suppress(OSError, UntestableError):
         if linux_guest.kernel_folder().is_dir():
-            return "kept"
+            return "cached"
     try:
         archive.dependencies("linux-image-amd64")
     except UntestableError:
-        return "apt knows no linux-image-amd64, which is Debian's"
+        return "apt does not know Debian's package linux-image-amd64"
     return "available"
 
 
@@ -363,7 +367,7 @@ def _look_for_virtualization() -> str | None:
 
 
 def _look_for_memory() -> int:
-    """MemAvailable, see proc_meminfo(5)."""
+    """Return MemAvailable in bytes, see proc_meminfo(5)."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
     return int(found[1]) * 1024 if found else 0
 
@@ -392,28 +396,28 @@ def _try_cache_folder() -> str | None:
         folder = cache_folder()
     except UntestableError as error:
         return str(error)
-    there = next(it for it in (folder, *folder.parents) if os.access(it, os.F_OK))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        return f"guests are kept in {folder}, and {there} cannot be written to"
+    existing = next(each for each in (folder, *folder.parents) if os.access(each, os.F_OK))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        return f"guests are cached in {folder}, but {existing} cannot be written to"
     return None
 
 
 def _look_for_extras() -> dict[str, list[str]]:
-    """Each extra for users of the installed dmaproof, with the packages that are not there."""
+    """Return the missing packages of each extra for users of the installed dmaproof."""
     distribution = metadata.distribution("dmaproof")
     required = [Requirement(line) for line in distribution.requires or []]
     return {
         extra: [
-            it.name
-            for it in required
-            if it.marker and it.marker.evaluate({"extra": extra}) and not _fits(it)
+            each.name
+            for each in required
+            if each.marker and each.marker.evaluate({"extra": extra}) and not _is_installed(each)
         ]
         for extra in distribution.metadata.get_all("Provides-Extra") or []
-        if extra not in _DEVELOPERS_EXTRAS
+        if extra not in _DEVELOPER_EXTRAS
     }
 
 
-def _fits(requirement: Requirement) -> bool:
+def _is_installed(requirement: Requirement) -> bool:
     try:
         return requirement.specifier.contains(metadata.version(requirement.name), prereleases=True)
     except metadata.PackageNotFoundError:

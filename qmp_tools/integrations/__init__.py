@@ -1,1 +1,1 @@
-"""dmaproof in the test frameworks that people have: avocado and pytest."""
+"""dmaproof in the test frameworks avocado and pytest."""

@@ -1,4 +1,4 @@
-"""For avocado: a test class that migrates a guest under DMA load, and a RAM check for any test.
+"""avocado: a test class that migrates a guest under DMA load, and a RAM check for any test.
 
 ::
 
@@ -10,12 +10,13 @@
             self.assert_ram_equal()
             self.assert_dma_survived()
 
-The parameters are `PARAMETERS`, from avocado's ``-p name=value`` or a varianter. Where the machine
-lacks something the test is cancelled, with the reason; DMAPROOF_NO_SKIP=1 makes that an error. The
-verdict's JSON, the HTML report and the logs of QEMU and device end up in the test's output folder.
+The test's parameters are `PARAMETERS`, given by avocado's ``-p name=value`` or a varianter. If a
+prerequisite is missing, the test is cancelled with the reason; with DMAPROOF_NO_SKIP=1 it is an
+error. The test's output folder gets the verdict as JSON and HTML, and the logs of QEMU and device.
 
-avocado calls setUp and tearDown in threads of their own, and ends the first before the second
-begins. QEMU is started by the thread of a `blocking.Session`, which lives from the one to the other.
+avocado calls setUp and tearDown in a thread each, and the thread of setUp ends before tearDown. A
+QEMU dies with the thread that started it (PR_SET_PDEATHSIG), so the thread of a `blocking.Session`
+starts the QEMUs: it lives from setUp to tearDown.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ from ..reports import check_report, report
 from ..reports.html import to_html
 
 PARAMETERS: Final = tuple(OPTIONS)
-"""Named as the options of ``dmaproof prove``, and with the same defaults."""
+"""The names of the parameters: the options of ``dmaproof prove``, with the same defaults."""
 
 
 class MigrationTest(Test):  # type: ignore[misc]
-    """A guest of ours on `source`, with a `device` of ours, and a `destination` that waits for it.
+    """A guest of dmaproof's on `source` with a `device`, and a `destination` that waits for it.
 
     :avocado: enable
     """
@@ -71,24 +72,24 @@ class MigrationTest(Test):  # type: ignore[misc]
         self.device = self._proof.device
 
     def migrate(self) -> None:
-        """Migrate while the device writes guest RAM; both guests stand still afterwards.
+        """Migrate while the device writes guest RAM; both guests are paused afterwards.
 
         Raises:
-            UntestableError: the guest did not come up, or the migration failed.
+            UntestableError: the guest did not boot, or the migration failed.
         """
         self._proof.migrate()
 
     def assert_ram_equal(self) -> None:
-        """Fail where any page of RAM differs, with each page's story."""
+        """Fail if pages were lost, and report where each was lost."""
         proof = self._proof.compare()
         _write(self, "ram", report.to_json(proof), report.to_text(proof))
         if proof.verdict.lost:
             self.fail(proof.verdict.sentence)
 
     def assert_dma_survived(self) -> None:
-        """Fail unless the verdict is a pass: every page equal and reported, and the guest well.
+        """Fail unless every page is equal and was reported dirty, and the guest found no error.
 
-        A run in which nothing was tested is no pass.
+        A run that tested nothing fails too.
         """
         proof = self._proof.verdict()
         _write(self, "proof", report.to_json(proof), report.to_text(proof))
@@ -96,7 +97,7 @@ class MigrationTest(Test):  # type: ignore[misc]
             self.fail(proof.verdict.sentence)
 
     def tearDown(self) -> None:
-        """Keep the logs; end and reap everything."""
+        """Keep the logs; end and reap all processes."""
         with self._started:
             for log in self._session.logs():
                 shutil.copy(log, self.outputdir)
@@ -107,12 +108,13 @@ def check_ram(
 ) -> None:
     """Fail `test` unless all RAM of the QEMUs behind two QMP sockets is equal.
 
-    The guests must be paused as their migration left them, and nobody else may use the sockets; see
-    docs/check.md. Without `expect_migration`, any two paused QEMUs are compared.
+    The guests must still be paused after the migration, and no other client may use the sockets;
+    see docs/check.md. Without `expect_migration`, any two paused QEMUs are compared.
 
     Raises:
-        UsageError: there is no such socket.
-        UntestableError: it could not be compared, there was no migration, or a guest has run since.
+        UsageError: a socket does not exist.
+        UntestableError: the RAM could not be compared, the QEMUs have not migrated, or a guest has
+            run since.
     """
     with Session() as session:
         outcome = session.check(source, destination, expect_migration=expect_migration)

@@ -1,13 +1,14 @@
-"""For avocado: a matrix in a TOML file as a test reference, and its cells as runnables.
+"""avocado: a matrix in a TOML file as a test reference, and its cells as runnables.
 
-``avocado run matrix.toml`` runs a proof for each cell of the file (`qmp_tools.matrix.axes` tells
-its form), ``avocado run matrix.toml:way=t.s`` those whose name has a match of the pattern. A
-runnable of kind 'dmaproof' has the options of ``dmaproof prove`` as its keyword arguments; the
-parameters of avocado (``-p``, or a varianter's) go before them. So it is the same on whatever host
-a spawner of avocado's runs it.
+``avocado run matrix.toml`` carries out a proof for each cell of the file, whose form
+`qmp_tools.matrix.axes` describes. ``avocado run matrix.toml:scenario=t.s`` carries out the cells
+whose name matches the pattern. A runnable of kind 'dmaproof' has the options of ``dmaproof prove``
+as keyword arguments; avocado's parameters (``-p``, or a varianter's) replace them. A runnable is
+complete, so it is the same on every host on which an avocado spawner runs it.
 
-A lost page fails the test, and its log tells each page's story. What a QEMU lacks skips it, and
-what could not be tested is an error. ``proof.json`` and ``proof.html`` come back with the log.
+A lost page fails the test, and the log has the story of each page. A scenario or option that a QEMU
+does not support skips the test; a proof that could not be carried out is an error. ``proof.json``
+and ``proof.html`` are returned with the log.
 """
 
 from __future__ import annotations
@@ -45,15 +46,15 @@ class MatrixResolver(Resolver):  # type: ignore[misc]
     """Finds the cells of a matrix."""
 
     name = KIND
-    description = "Test resolver for matrices of dmaproof's, in TOML"
+    description = "Test resolver for dmaproof matrices in TOML"
 
     def resolve(self, reference: str) -> ReferenceResolution:
-        """The runnables of a file that has a table [matrix]."""
+        """Return the runnables of a file that has a table [matrix]."""
         path, pattern = reference_split(reference)
         criteria = check_file(path, reference, suffix=_SUFFIX, type_name="TOML file")
         if criteria is not True:
             return criteria
-        # Only now: every command of avocado's loads this module.
+        # Imported here, since every avocado command loads this module.
         from ..matrix.avocado_recipe import runnables
         from ..matrix.axes import is_matrix, read_matrix
 
@@ -66,28 +67,28 @@ class MatrixResolver(Resolver):  # type: ignore[misc]
             return ReferenceResolution(
                 reference, ReferenceResolutionResult.CORRUPT, info=str(error)
             )
-        chosen = [it for it in found if pattern is None or re.search(pattern, it["uri"])]
+        chosen = [each for each in found if pattern is None or re.search(pattern, each["uri"])]
         result = ReferenceResolutionResult.SUCCESS if chosen else ReferenceResolutionResult.NOTFOUND
-        return ReferenceResolution(reference, result, [Runnable.from_dict(it) for it in chosen])
+        return ReferenceResolution(reference, result, [Runnable.from_dict(one) for one in chosen])
 
 
 class ProofRunner(BaseRunner):  # type: ignore[misc]
-    """Carries out one proof; see the module's docstring for what it takes."""
+    """Carries out one proof; the module's docstring describes its runnable."""
 
     name = KIND
-    description = "Runner for proofs of dmaproof's"
+    description = "Runner for dmaproof proofs"
 
     def run(self, runnable: Runnable) -> Iterator[Status]:
-        """Start the proof, pass on what it prints, and tell how it came out."""
+        """Start the proof, pass its output on, and report its result."""
         yield StartedMessage.get()
         try:
             with LoopThread() as loop, run_folder() as folder:
                 yield from self._prove(runnable, loop, folder)
-        except Exception as error:  # whatever it is, it is no failure of the device's
+        except Exception as error:  # no such error is a failure of the device
             yield FinishedMessage.get("error", str(untestable(error)))
 
     def _prove(self, runnable: Runnable, loop: LoopThread, folder: Path) -> Iterator[Status]:
-        from ..proof.options import ProofOptions  # late, as in `MatrixResolver.resolve`
+        from ..proof.options import ProofOptions  # here, as in `MatrixResolver.resolve`
 
         options = ProofOptions.of(options_of(runnable)).words()
         program = [sys.executable, "-m", "qmp_tools.cli", "prove", *options]
@@ -107,7 +108,7 @@ class ProofRunner(BaseRunner):  # type: ignore[misc]
     def _end(self, process: Process, folder: Path) -> Iterator[Status]:
         try:
             report = json.loads((folder / _FILES[0]).read_text())
-        except (OSError, ValueError):  # wrong usage, or it was killed
+        except (OSError, ValueError):  # after wrong usage, or if it was killed
             reason = f"the proof {process.how_it_ended()}\n{process.log_tail()}".rstrip()
             yield FinishedMessage.get("error", reason)
             return
@@ -118,7 +119,7 @@ class ProofRunner(BaseRunner):  # type: ignore[misc]
 
 
 def options_of(runnable: Runnable) -> dict[str, str]:
-    """The options of ``dmaproof prove``: what the runnable says, and before it its parameters."""
+    """Return the options of ``dmaproof prove``; a parameter replaces an option of the runnable."""
     nodes = runnable.variant["variant"] if runnable.variant else []
     parameters = {name: value for _, node in nodes for _, name, value in node}
     given: Mapping[str, Any] = {**runnable.kwargs, **parameters}
@@ -132,7 +133,7 @@ def _result(report: Mapping[str, Any]) -> str:
 
 
 def _stories(report: Mapping[str, Any]) -> list[str]:
-    """Of all lost pages: what the proof prints has only the first."""
+    """Return the stories of all lost pages; the proof prints only the first ones."""
     return [page["story"] for page in report.get("lost_pages", ())]
 
 
@@ -142,15 +143,15 @@ def _log(line: str) -> Status:
 
 
 class RunnerApp(BaseRunnerApp):  # type: ignore[misc]
-    """What avocado's spawners start."""
+    """The program that avocado's spawners start."""
 
     PROG_NAME = f"avocado-runner-{KIND}"
-    PROG_DESCRIPTION = "nrunner application for proofs of dmaproof's"
+    PROG_DESCRIPTION = "nrunner application for dmaproof proofs"
     RUNNABLE_KINDS_CAPABLE: Final = [KIND]
 
 
 def main() -> None:
-    """The command ``avocado-runner-dmaproof``."""
+    """Run the command ``avocado-runner-dmaproof``."""
     RunnerApp(print).run()
 
 

@@ -1,9 +1,9 @@
-"""The pytest plugin: fixtures that start QEMUs, migrate them and hold their RAM against each other.
+"""The pytest plugin: fixtures that start QEMUs, migrate them and compare their RAM.
 
-pytest finds it by its entry point, so an installed dmaproof is enough; docs/pytest.md shows a whole
-project. Fixtures and tests are synchronous (`blocking`): no plugin for asynchronous tests is needed
-and none is in the way. Heavy modules are imported by the fixtures that need them, for the plugin is
-loaded in every pytest run of its environment.
+pytest finds the plugin by its entry point once dmaproof is installed; docs/pytest.md shows a whole
+project. Fixtures and tests are synchronous (`blocking`), so they neither need a plugin for
+asynchronous tests nor disturb one. Every pytest run of the environment loads this module, so only
+the fixtures that need heavy modules import them.
 """
 
 from __future__ import annotations
@@ -33,68 +33,68 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _MARKERS: Final = (
-    "kvm: the fixtures' guests run under KVM; skipped where KVM does not run them",
+    "kvm: the fixtures' guests run under KVM; the test is skipped if KVM does not run them",
     "tcg: the fixtures' guests run under TCG",
-    'qemu_version(specifier): needs a QEMU such as ">=9" (or ">=8.2,<10")',
+    'qemu_version(specifier): the test needs a QEMU such as ">=9" (or ">=8.2,<10")',
 )
 _OPTIONS: Final = {
     "qemu": ("PATH|VERSION", "the QEMU of the fixtures (default: the system's)"),
-    "qemu-destination": ("PATH|VERSION", "what is migrated to (default: the same)"),
-    "accel": ("kvm|tcg", "the accelerator of tests without the marker kvm or tcg"),
+    "qemu-destination": ("PATH|VERSION", "the destination's QEMU (default: the same)"),
+    "accel": ("kvm|tcg", "the accelerator of tests that are not marked kvm or tcg"),
     "guest": ("NAME", "the guest of vhost_user_blk (default: bare)"),
-    "seed": ("N", "repeats the random choices of vhost_user_blk"),
-    "reports": ("FOLDER", "write the JSON and HTML report of each verdict there"),
+    "seed": ("N", "seed of an earlier run, to repeat vhost_user_blk's random choices"),
+    "reports": ("FOLDER", "write the JSON and HTML reports of each verdict to this folder"),
 }
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the options."""
+    """Add the options of the plugin."""
     group = parser.getgroup("dmaproof", "dmaproof: QEMUs, migrations and their RAM")
     for name, (metavar, what) in _OPTIONS.items():
         group.addoption(f"--dmaproof-{name}", metavar=metavar, help=what)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the markers known, and refuse a wrong option before anything runs."""
+    """Register the markers, and refuse a wrong option before any test runs."""
     for marker in _MARKERS:
         config.addinivalue_line("markers", marker)
-    # pytest leaves out what is below a warning by default; a failure's report is to tell the steps.
+    # By default pytest drops records below WARNING; the report of a failure needs the steps.
     logging.getLogger("qmp_tools").setLevel(logging.INFO)
     accelerator = _option(config, "accel")
     if accelerator not in (None, "kvm", "tcg"):
-        raise pytest.UsageError(f"--dmaproof-accel {accelerator}: kvm or tcg is due")
+        raise pytest.UsageError(f"--dmaproof-accel: expected kvm or tcg, got {accelerator!r}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuse malformed markers before anything runs."""
+    """Refuse malformed markers before any test runs."""
     for item in items:
         _wanted_versions(item)
         _marked_accelerator(item)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what this machine or its QEMU cannot do."""
+    """Skip a test that this machine or its QEMU does not support."""
     versions = _wanted_versions(item)
     if versions:
         version = _qemu_version(item.config)
-        unfit = [str(it) for it in versions if not it.contains(version, prereleases=True)]
-        if unfit:
+        unmet = [str(each) for each in versions if not each.contains(version, prereleases=True)]
+        if unmet:
             _unavailable(
-                f"QEMU {version} is here and {' and '.join(unfit)} is needed: "
-                "'dmaproof qemu fetch VERSION' brings another, --dmaproof-qemu VERSION takes it"
+                f"the test needs QEMU {' and '.join(unmet)}, found {version}: run 'dmaproof qemu "
+                "fetch VERSION', and then pytest with --dmaproof-qemu VERSION"
             )
     if _marked_accelerator(item) == "kvm":
         if _option(item.config, "accel") == "tcg":
             _unavailable("marked kvm: leave out --dmaproof-accel tcg")
         if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-            _unavailable("/dev/kvm may not be opened: 'dmaproof doctor' tells what would help")
+            _unavailable("this user may not open /dev/kvm: 'dmaproof doctor' says how to fix it")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Show the verdicts and the logs' last lines below a test that failed."""
+    """Add the verdicts and the last lines of the logs to the report of a failure."""
     report = yield
     if report.failed and call.when == "call":
         verdicts = item.stash.get(_VERDICTS, None)
@@ -116,7 +116,7 @@ _VERSIONS: Final = pytest.StashKey[dict[str | None, str]]()
 
 @pytest.fixture
 def qemu(request: pytest.FixtureRequest) -> Iterator[Callable[..., RunningQemu]]:
-    """Starts QEMUs: ``qemu("-machine", "q35", …)``; they are ended and reaped behind the test."""
+    """Starts QEMUs: ``qemu("-machine", "q35", …)``; they are ended and reaped after the test."""
     number = 0
 
     with _session(request) as session:
@@ -125,7 +125,7 @@ def qemu(request: pytest.FixtureRequest) -> Iterator[Callable[..., RunningQemu]]
             nonlocal number
             number += 1
             running = _started(
-                lambda: session.qemu(arguments, name=f"test{number}", **_how(request))
+                lambda: session.qemu(arguments, name=f"test{number}", **_arguments(request))
             )
             _note_version(request, running.version)
             return running
@@ -135,9 +135,9 @@ def qemu(request: pytest.FixtureRequest) -> Iterator[Callable[..., RunningQemu]]
 
 @pytest.fixture
 def migration_pair(request: pytest.FixtureRequest) -> Iterator[Callable[..., Pair]]:
-    """Starts pairs: ``migration_pair("-machine", "q35", …)``, each a source and a destination.
+    """Starts pairs of a source and a destination: ``migration_pair("-machine", "q35", …)``.
 
-    Its `migrate` leaves both standing still, to be compared by `ram_check`.
+    The pair's `migrate` leaves both guests paused, so that `ram_check` can compare them.
     """
     number = 0
 
@@ -152,7 +152,7 @@ def migration_pair(request: pytest.FixtureRequest) -> Iterator[Callable[..., Pai
                     arguments,
                     destination_binary=destination,
                     name=f"pair{number}-",
-                    **_how(request),
+                    **_arguments(request),
                 )
             )
             _note_version(request, pair.source.version)
@@ -162,7 +162,7 @@ def migration_pair(request: pytest.FixtureRequest) -> Iterator[Callable[..., Pai
 
 
 class VhostUserBlk:
-    """A guest on two QEMUs whose disk is a vhost-user device of dmaproof's."""
+    """A guest on two QEMUs, with a vhost-user disk of dmaproof's."""
 
     def __init__(self, proof: StepwiseProof, request: pytest.FixtureRequest) -> None:
         self._request = request
@@ -172,15 +172,17 @@ class VhostUserBlk:
         """Migrate while the device writes guest RAM.
 
         Raises:
-            UntestableError: the guest did not come up, or the migration failed.
+            UntestableError: the guest did not boot, or the migration failed.
         """
         self.proof.migrate()
 
     def verdict(self) -> Proof:
-        """Compare all RAM, attribute what was lost, and let the guest go on. Migrates if need be.
+        """Compare all RAM, attribute lost pages, and let the guest continue.
+
+        It migrates first if `migrate` was not called.
 
         Raises:
-            UntestableError: it did not come to a verdict.
+            UntestableError: the proof came to no verdict.
         """
         from ..reports import report
 
@@ -190,7 +192,7 @@ class VhostUserBlk:
         return proof
 
     def assert_dma_survived(self) -> None:
-        """Fail unless the verdict is a pass; the failure report shows all of it."""
+        """Fail unless the verdict is a pass; the report of the failure has the whole verdict."""
         __tracebackhide__ = True
         verdict = self.verdict().verdict
         if verdict.exit_code:
@@ -199,7 +201,7 @@ class VhostUserBlk:
 
 @pytest.fixture
 def vhost_user_blk(request: pytest.FixtureRequest) -> Iterator[Callable[..., VhostUserBlk]]:
-    """Starts guests with a disk of ours: ``vhost_user_blk(tracker="dirty-ring", scenario="tcp")``.
+    """Starts guests with dmaproof's disk: ``vhost_user_blk(tracker="dirty-ring", scenario="tcp")``.
 
     The arguments are the fields of `ProofOptions`.
     """
@@ -230,7 +232,7 @@ def vhost_user_blk(request: pytest.FixtureRequest) -> Iterator[Callable[..., Vho
 def ram_check(request: pytest.FixtureRequest) -> Iterator[Callable[..., Check]]:
     """Fails unless all RAM of two paused QEMUs is equal: ``ram_check(pair.source, …destination)``.
 
-    Takes the QEMUs of the fixtures, or paths of QMP sockets, after a migration. With
+    It takes QEMUs of the fixtures, or paths of QMP sockets, after a migration. With
     ``expect_migration=False`` it compares any two paused QEMUs.
     """
     from ..exit_codes import EXIT_UNTESTED
@@ -267,9 +269,9 @@ def _session(request: pytest.FixtureRequest) -> Iterator[Session]:
 
 
 def _started(start: Callable[[], T]) -> T:
-    """What `start` returns; the test is skipped where the machine lacks something for it.
+    """Return what `start` returns; skip the test if a prerequisite is missing.
 
-    An option that is wrong fails the test.
+    A wrong option fails the test.
     """
     try:
         return start()
@@ -279,19 +281,19 @@ def _started(start: Callable[[], T]) -> T:
 
 def _unavailable(reason: str) -> NoReturn:
     if os.environ.get("DMAPROOF_NO_SKIP") == "1":
-        pytest.fail(f"{reason} (DMAPROOF_NO_SKIP=1 forbids to skip)", pytrace=False)
+        pytest.fail(f"{reason} (DMAPROOF_NO_SKIP=1 forbids skipping)", pytrace=False)
     pytest.skip(reason)
 
 
 def _require_kvm(session: Session, options: ProofOptions) -> None:
-    """Raise where KVM does not run the very guest that is to be used."""
+    """Raise if KVM does not run the guest of these options."""
     from ..proof.resolve import resolve
 
     found = session.run(resolve(replace(options, accel="auto")))
     if found.machine.accelerator != "kvm":
         raise UntestableError(
-            f"KVM does not run the guest {options.guest} here: run this on hardware, or under "
-            "a hypervisor with nested virtualization"
+            f"KVM does not run the guest {options.guest} on this machine: use hardware, or a "
+            "hypervisor with nested virtualization"
         )
 
 
@@ -300,7 +302,7 @@ def _option(config: pytest.Config, name: str) -> str | None:
     return value
 
 
-def _how(request: pytest.FixtureRequest) -> dict[str, str | None]:
+def _arguments(request: pytest.FixtureRequest) -> dict[str, str | None]:
     return {"binary": _option(request.config, "qemu"), "accelerator": _accelerator(request)}
 
 
@@ -311,7 +313,7 @@ def _accelerator(request: pytest.FixtureRequest) -> str | None:
 def _marked_accelerator(item: pytest.Item) -> str | None:
     marked = [name for name in ("kvm", "tcg") if item.get_closest_marker(name)]
     if len(marked) > 1:
-        raise pytest.UsageError(f"{item.nodeid}: marked kvm and tcg; one of them is due")
+        raise pytest.UsageError(f"{item.nodeid}: marked kvm and tcg; remove one of the markers")
     return marked[0] if marked else None
 
 
@@ -329,13 +331,13 @@ def _wanted_versions(item: pytest.Item) -> Sequence[SpecifierSet]:
         except InvalidSpecifier as error:
             raise pytest.UsageError(
                 f'{item.nodeid}: qemu_version("{marker.args[0]}"): {error}; '
-                '">=9" or ">=8.2,<10" is due'
+                'expected a specifier such as ">=9" or ">=8.2,<10"'
             ) from None
     return wanted
 
 
 def _qemu_version(config: pytest.Config) -> str:
-    """The version that the QEMU of the options tells over QMP; it is asked once."""
+    """Return the version of the options' QEMU, which is asked once over QMP."""
     from ..blocking import Session
 
     wanted = _option(config, "qemu")
@@ -354,7 +356,7 @@ def _note_version(request: pytest.FixtureRequest, version: str) -> None:
 
 
 def _note_verdict(request: pytest.FixtureRequest, answer: dict[str, Any], text: str) -> None:
-    """Keep a verdict for the failure report, for JUnit and for ``--dmaproof-reports``."""
+    """Store a verdict for the report of a failure, for JUnit and for ``--dmaproof-reports``."""
     verdicts = request.node.stash.setdefault(_VERDICTS, [])
     if ("dmaproof verdict", text) in verdicts:
         return
@@ -365,7 +367,7 @@ def _note_verdict(request: pytest.FixtureRequest, answer: dict[str, Any], text: 
         return
     from ..reports.html import to_html
 
-    name = "".join(it if it.isalnum() or it in "._-" else "-" for it in request.node.nodeid)
+    name = "".join(sign if sign.isalnum() or sign in "._-" else "-" for sign in request.node.nodeid)
     base = Path(folder) / f"{name}-{len(verdicts)}"
     try:
         base.parent.mkdir(parents=True, exist_ok=True)

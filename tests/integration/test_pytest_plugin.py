@@ -1,4 +1,4 @@
-"""The pytest plugin in projects of its own, on a machine where no QEMU can be found."""
+"""The pytest plugin in small projects, on a machine where no QEMU can be found."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import qmp_tools.blocking  # noqa: F401  # pytester forgets what is imported in a run; numpy objects
+import qmp_tools.blocking  # noqa: F401  # pytester unloads what a run imports, and numpy cannot be imported twice
 
 pytest_plugins = ["pytester"]
 
@@ -27,7 +27,7 @@ def run(project: pytest.Pytester, text: str, *options: str) -> pytest.RunResult:
     )
 
 
-TEN_LINES = {
+SMALL_TESTS = {
     "qemu": 'def test_it(qemu):\n    qemu("-machine", "none")',
     "migration_pair": "def test_it(migration_pair):\n    migration_pair()",
     "vhost_user_blk": "def test_it(vhost_user_blk):\n    vhost_user_blk()",
@@ -35,15 +35,15 @@ TEN_LINES = {
 }
 
 
-@pytest.mark.parametrize("text", TEN_LINES.values(), ids=TEN_LINES)
-def test_a_skip_names_its_remedy(project: pytest.Pytester, text: str) -> None:
+@pytest.mark.parametrize("text", SMALL_TESTS.values(), ids=SMALL_TESTS)
+def test_a_skip_says_how_to_fix_it(project: pytest.Pytester, text: str) -> None:
     result = run(project, text)
     result.assert_outcomes(skipped=1)
     result.stdout.fnmatch_lines(["*SKIPPED*there is no QEMU: 'apt-get install qemu-system-x86'*"])
 
 
-@pytest.mark.parametrize("text", TEN_LINES.values(), ids=TEN_LINES)
-def test_no_skip_where_skipping_is_forbidden(
+@pytest.mark.parametrize("text", SMALL_TESTS.values(), ids=SMALL_TESTS)
+def test_a_test_fails_where_skipping_is_forbidden(
     project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     monkeypatch.setenv("DMAPROOF_NO_SKIP", "1")
@@ -51,42 +51,42 @@ def test_no_skip_where_skipping_is_forbidden(
     outcomes = result.parseoutcomes()
     assert "skipped" not in outcomes
     assert outcomes.get("failed", 0) + outcomes.get("errors", 0) == 1
-    result.stdout.fnmatch_lines(["*there is no QEMU*DMAPROOF_NO_SKIP=1 forbids to skip*"])
+    result.stdout.fnmatch_lines(["*there is no QEMU*DMAPROOF_NO_SKIP=1 forbids skipping*"])
 
 
 @pytest.mark.parametrize(
-    ("marker", "complaint"),
+    ("marker", "message"),
     [
-        ('qemu_version("9 or so")', '*qemu_version("9 or so")*">=9" or *is due*'),
+        ('qemu_version("9 or so")', '*qemu_version("9 or so")*expected a specifier such as ">=9"*'),
         ("qemu_version(9)", "*qemu_version takes one string*"),
         ("qemu_version", "*qemu_version takes one string*"),
         ('qemu_version(">=9", "<10")', "*qemu_version takes one string*"),
         ('qemu_version(at_least="9")', "*qemu_version takes one string*"),
-        ("kvm\n@pytest.mark.tcg", "*marked kvm and tcg; one of them is due*"),
+        ("kvm\n@pytest.mark.tcg", "*marked kvm and tcg; remove one of the markers*"),
     ],
 )
 def test_a_malformed_marker_is_a_usage_error(
-    project: pytest.Pytester, marker: str, complaint: str
+    project: pytest.Pytester, marker: str, message: str
 ) -> None:
     result = run(project, f"import pytest\n@pytest.mark.{marker}\ndef test_it():\n    pass")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines([complaint])
+    result.stderr.fnmatch_lines([message])
 
 
 def test_an_unknown_accelerator_is_a_usage_error(project: pytest.Pytester) -> None:
     result = run(project, "def test_it():\n    pass", "--dmaproof-accel", "warp")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["*--dmaproof-accel warp: kvm or tcg is due*"])
+    result.stderr.fnmatch_lines(["*--dmaproof-accel: expected kvm or tcg, got 'warp'*"])
 
 
-def test_a_kvm_test_is_skipped_where_tcg_is_asked_for(project: pytest.Pytester) -> None:
+def test_a_test_for_kvm_is_skipped_with_accelerator_tcg(project: pytest.Pytester) -> None:
     text = "import pytest\n@pytest.mark.kvm\ndef test_it():\n    pass"
     result = run(project, text, "--dmaproof-accel", "tcg")
     result.assert_outcomes(skipped=1)
     result.stdout.fnmatch_lines(["*SKIPPED*leave out --dmaproof-accel tcg*"])
 
 
-def test_an_option_that_a_proof_does_not_have_fails(project: pytest.Pytester) -> None:
+def test_an_unknown_option_of_a_proof_fails_the_test(project: pytest.Pytester) -> None:
     result = run(project, "def test_it(vhost_user_blk):\n    vhost_user_blk(trakcer='iommu')")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["*UsageError*trakcer is not an option of a proof*"])
@@ -94,7 +94,7 @@ def test_an_option_that_a_proof_does_not_have_fails(project: pytest.Pytester) ->
 
 @pytest.fixture
 def impostor(project: pytest.Pytester) -> Path:
-    """A program that ends at once, complaining, as a QEMU with a wrong option does."""
+    """A program that prints an error and ends, as a QEMU with a wrong option does."""
     program = project.path / "impostor"
     program.write_text("#!/bin/sh\necho 'impostor: not today' >&2\nexit 1\n")
     program.chmod(0o755)
@@ -104,13 +104,13 @@ def impostor(project: pytest.Pytester) -> Path:
 def test_the_last_output_of_a_qemu_that_does_not_start_is_reported(
     project: pytest.Pytester, impostor: Path
 ) -> None:
-    result = run(project, TEN_LINES["qemu"], "--dmaproof-qemu", str(impostor))
+    result = run(project, SMALL_TESTS["qemu"], "--dmaproof-qemu", str(impostor))
     result.assert_outcomes(skipped=1)
     result.stdout.fnmatch_lines(["*impostor: not today*"])
 
 
-def test_nothing_is_imported_that_no_test_needs(project: pytest.Pytester) -> None:
-    """The plugin is loaded in every pytest run of its environment."""
+def test_the_plugin_imports_no_heavy_module_without_need(project: pytest.Pytester) -> None:
+    """Every pytest run of the environment loads the plugin."""
     project.makepyfile(
         "import sys\n"
         "def test_it():\n"
@@ -121,7 +121,7 @@ def test_nothing_is_imported_that_no_test_needs(project: pytest.Pytester) -> Non
     project.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=1)
 
 
-def test_a_failures_report_has_the_steps_that_were_logged(pytester: pytest.Pytester) -> None:
+def test_the_report_of_a_failure_has_the_logged_steps(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         "import logging\n"
         "def test_it():\n"

@@ -28,7 +28,7 @@ def test_everything_ends_with_the_stage(tool: Tool, monkeypatch: pytest.MonkeyPa
             with pytest.raises(UsageError, match="scenario 'pigeon'"):
                 pair.migrate("pigeon")
             for scenario in ("retry", "postcopy-ram"):
-                with pytest.raises(UsageError, match=f"scenario '{scenario}': only a proof"):
+                with pytest.raises(UsageError, match=f"scenario '{scenario}' is for proofs"):
                     pair.migrate(scenario)
             with pytest.raises(QmpError, match="no-such-command"):
                 pair.source.execute("no-such-command")

@@ -1,4 +1,4 @@
-"""What the doctor says of machines that lack something, and how it looks at this one."""
+"""The doctor's findings about machines on which prerequisites are missing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qmp_tools.host.finding import Finding, State
 from qmp_tools.qemu.machine import MIB
 from support.command import Outcome
 
-WHOLE = Facts(
+COMPLETE = Facts(
     root=True,
     apt=True,
     python=(3, 11),
@@ -22,7 +22,7 @@ WHOLE = Facts(
     fetched=["11.1.3"],
     archive_error=None,
     compiler="static",
-    kernel="kept",
+    kernel="cached",
     missing_formats={},
     kvm="usable",
     kvm_group="kvm",
@@ -35,16 +35,16 @@ WHOLE = Facts(
 )
 
 
-def finding(facts: Facts, name: str, guest: str = "linux") -> Finding:
-    (found,) = [it for it in examine(facts, guest) if it.name == name]
+def finding_of(facts: Facts, name: str, guest: str = "linux") -> Finding:
+    (found,) = [each for each in examine(facts, guest) if each.name == name]
     return found
 
 
 @pytest.mark.parametrize("guest", GUEST_MEMORY_BYTES)
-def test_a_machine_that_has_everything_can_prove(guest: str) -> None:
-    findings = examine(WHOLE, guest)
-    assert {it.state for it in findings} == {State.OK}
-    assert all(it.remedy is None for it in findings)
+def test_a_machine_with_all_prerequisites_can_prove(guest: str) -> None:
+    findings = examine(COMPLETE, guest)
+    assert {finding.state for finding in findings} == {State.OK}
+    assert all(finding.remedy is None for finding in findings)
     assert can_prove(findings)
 
 
@@ -88,12 +88,12 @@ NO_PROOF = {
 }
 
 
-@pytest.mark.parametrize(("lacks", "name", "remedy"), NO_PROOF.values(), ids=NO_PROOF)
+@pytest.mark.parametrize(("differences", "name", "remedy"), NO_PROOF.values(), ids=NO_PROOF)
 def test_a_missing_requirement_makes_proofs_impossible(
-    lacks: dict[str, object], name: str, remedy: str
+    differences: dict[str, object], name: str, remedy: str
 ) -> None:
-    facts = replace(WHOLE, **lacks)  # type: ignore[arg-type]
-    found = finding(facts, name)
+    facts = replace(COMPLETE, **differences)  # type: ignore[arg-type]
+    found = finding_of(facts, name)
     assert found.state == State.MISSING
     assert remedy in (found.remedy or "")
     assert not can_prove(examine(facts, "linux"))
@@ -121,25 +121,25 @@ NOT_NEEDED = {
 }
 
 
-@pytest.mark.parametrize(("lacks", "name", "remedy"), NOT_NEEDED.values(), ids=NOT_NEEDED)
+@pytest.mark.parametrize(("differences", "name", "remedy"), NOT_NEEDED.values(), ids=NOT_NEEDED)
 def test_a_limitation_leaves_proofs_possible(
-    lacks: dict[str, object], name: str, remedy: str
+    differences: dict[str, object], name: str, remedy: str
 ) -> None:
-    facts = replace(WHOLE, **lacks)  # type: ignore[arg-type]
-    found = finding(facts, name)
+    facts = replace(COMPLETE, **differences)  # type: ignore[arg-type]
+    found = finding_of(facts, name)
     assert found.state == State.LIMITED
     assert remedy in (found.remedy or "")
     assert can_prove(examine(facts, "linux"))
 
 
 def test_the_bare_guest_needs_less() -> None:
-    facts = replace(WHOLE, compiler="dynamic", kernel="no apt", memory_available=700 * MIB)
+    facts = replace(COMPLETE, compiler="dynamic", kernel="no apt", memory_available=700 * MIB)
     assert can_prove(examine(facts, "bare"))
     assert not can_prove(examine(replace(facts, compiler=None), "bare"))
     assert not can_prove(examine(replace(facts, memory_available=500 * MIB), "bare"))
 
 
-@pytest.mark.parametrize(("facts", "exit_code"), [(WHOLE, 0), (replace(WHOLE, qemu=None), 3)])
+@pytest.mark.parametrize(("facts", "exit_code"), [(COMPLETE, 0), (replace(COMPLETE, qemu=None), 3)])
 def test_the_command_prints_its_findings_and_exits_with_3_if_one_is_missing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -154,9 +154,11 @@ def test_the_command_prints_its_findings_and_exits_with_3_if_one_is_missing(
     assert cli.main(["doctor", "--json", "-"]) == exit_code
     report = Outcome(exit_code, capsys.readouterr().out, "").report
     assert report["exit_code"] == exit_code
-    states = {it["name"]: it["state"] for it in report["findings"]}
+    states = {found["name"]: found["state"] for found in report["findings"]}
     assert states["QEMU"] == ("ok" if exit_code == 0 else "missing")
 
 
 def test_a_cached_kernel_needs_no_decompression() -> None:
-    assert can_prove(examine(replace(WHOLE, missing_formats={"zstd": "backports.zstd"}), "linux"))
+    assert can_prove(
+        examine(replace(COMPLETE, missing_formats={"zstd": "backports.zstd"}), "linux")
+    )

@@ -1,4 +1,4 @@
-"""A migration test as there are many; three lines, marked 'added', have all its RAM checked."""
+"""A usual migration test; the three lines marked 'added' check all its RAM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qmp_tools.integrations.avocado import check_ram  # added
 
 
 class Existing(Test):  # type: ignore[misc]
-    """Migrates a guest that runs its firmware; `spoil` puts an error into the destination."""
+    """Migrates a guest that runs its firmware; `spoil` changes a byte of the destination's RAM."""
 
     timeout = 120
 
@@ -52,7 +52,7 @@ class Existing(Test):  # type: ignore[misc]
         check_ram(self, self.path("source-ram"), self.path("destination-ram"))  # added
 
     def spoil(self, destination: Any) -> None:
-        """Change the byte of the destination's RAM that the parameter `spoil` says."""
+        """Change the byte of the destination's RAM at the address of parameter `spoil`."""
         if gpa := self.params.get("spoil"):
             command = {"command-line": f"gpa2hva {gpa}"}
             answer = destination.cmd("human-monitor-command", **command)

@@ -1,4 +1,4 @@
-"""The command line in processes of its own: shells that complete it, and outputs that fail."""
+"""The command line in processes of its own: completion by bash, lists, and failing outputs."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from outside import environment, install_outside_package
 from qmp_tools.cli.main import main
 
 
 @pytest.fixture
 def complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[str], list[str]]:
-    """What a bash that has sourced the completion offers for the last word of a line."""
+    """Returns what bash, after it has read the script, offers for the last word of a line."""
     script = tmp_path / "dmaproof.bash"
     assert main(["completion", "bash"]) == 0
     script.write_text(capsys.readouterr().out)
     (tmp_path / "proof.json").touch()
 
     def offered(line: str) -> list[str]:
-        # What readline does: 'complete -p' tells the function, which fills COMPREPLY.
+        # As readline does: 'complete -p' names the function, which fills COMPREPLY.
         ask = f"""
             source {script}
             read -ra COMP_WORDS <<<"$1"
@@ -57,6 +58,31 @@ def test_bash_completes_subcommands_options_and_values(
     assert complete("dmaproof qemu f") == ["fetch"]
     assert "--tracker" in complete("dmaproof prove --t")
     assert "address-queue" in complete("dmaproof prove --tracker a")
+    assert complete("dmaproof list ") == [
+        *("scenarios", "devices", "faults", "trackers", "iommus", "workload")
+    ]
+    assert complete("dmaproof list dev") == ["devices"]
+
+
+@pytest.mark.parametrize(
+    ("topic", "name"),
+    [("trackers", "page-list"), ("devices", "stamped-disk"), ("faults", "deaf-pages")],
+)
+def test_the_lists_have_the_parts_of_other_distributions(
+    tmp_path: Path, topic: str, name: str
+) -> None:
+    install_outside_package(tmp_path / "outside")
+    command = [sys.executable, "-m", "qmp_tools.cli", "list", topic]
+    done = subprocess.run(
+        command,
+        env=environment(tmp_path / "outside"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"\n{name} " in done.stdout
 
 
 def test_bash_completes_file_names(complete: Callable[[str], list[str]]) -> None:
@@ -70,7 +96,7 @@ def test_an_unknown_shell_is_wrong_usage() -> None:
     assert subprocess.run(command, capture_output=True, check=False).returncode == 2
 
 
-def test_a_reader_that_goes_away_is_no_error() -> None:
+def test_a_reader_that_closes_the_output_is_not_an_error() -> None:
     command = f"{sys.executable} -u -m qmp_tools.cli completion bash; echo $? >&2"
     read, write = os.pipe()
     os.close(read)
@@ -79,15 +105,16 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert done.stderr == b"141\n"
 
 
-TELLING = {
+PRINTING = {
     "help": "--help",
     "a subcommand's help": "prove --help",
     "completion": "completion bash",
-    "list": "matrix --list --scenario unix",
+    "a matrix": "matrix --list --scenario unix",
+    "a list": "list faults",
 }
 
 
-@pytest.mark.parametrize("words", TELLING.values(), ids=TELLING)
+@pytest.mark.parametrize("words", PRINTING.values(), ids=PRINTING)
 @pytest.mark.parametrize(("where", "why"), [("/dev/full", "No space left"), ("&-", "is closed")])
 def test_an_output_that_cannot_be_written_to_is_reported(words: str, where: str, why: str) -> None:
     command = f"{sys.executable} -m qmp_tools.cli {words} >{where}"
@@ -103,7 +130,7 @@ def test_an_output_that_cannot_be_written_to_is_reported(words: str, where: str,
     ("words", "code"),
     [("completion bash", 0), ("prove --device nothing", 2), ("check /none /none", 2)],
 )
-def test_an_error_output_that_cannot_be_written_to_changes_no_exit_code(
+def test_a_standard_error_that_cannot_be_written_to_does_not_change_the_exit_code(
     where: str, words: str, code: int
 ) -> None:
     command = f"{sys.executable} -m qmp_tools.cli {words} 2>{where}"
@@ -112,12 +139,12 @@ def test_an_error_output_that_cannot_be_written_to_changes_no_exit_code(
     assert "dmaproof: " not in done.stdout
 
 
-def test_a_report_on_a_full_disk_is_no_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_on_a_full_disk_is_not_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json", "/dev/full"]) == 3
     assert "--json /dev/full: No space left on device" in capsys.readouterr().err
 
 
-def test_an_output_of_few_characters_gets_all_that_it_has() -> None:
+def test_an_output_in_ascii_gets_escapes_for_other_characters() -> None:
     command = [sys.executable, "-m", "qmp_tools.cli", "prove", "--help"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, env=environment, capture_output=True, check=False)

@@ -1,4 +1,4 @@
-"""What the documentation needs other programs for: its scripts' syntax, and its pages."""
+"""Checks of the documentation that need other programs: syntax of its scripts, and its pages."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import dmaproof
 import qmp_tools
 from qmp_tools import aio
 from qmp_tools.integrations.pytest_plugin import pytest_addoption
-from support.doc_commands import ROOT, commands_in, complaint
+from support.doc_commands import ROOT, commands_in, error_of
 
 CI = [*(ROOT / "docs" / "ci").glob("*.yml"), *(ROOT / ".github" / "workflows").glob("*.yml")]
 
 
 def scripts_of(node: object) -> Iterator[str]:
-    """The shell scripts of a workflow: GitHub's 'run', GitLab's 'script' and 'before_script'."""
+    """Yield the shell scripts of a workflow: 'run' of GitHub, 'script' and so on of GitLab."""
     if isinstance(node, dict):
         for name, value in node.items():
             if name in ("run", "script", "before_script"):
@@ -36,7 +36,7 @@ def scripts_of(node: object) -> Iterator[str]:
 
 
 def plugin_options() -> set[str]:
-    """The options of the pytest plugin."""
+    """Return the options of the pytest plugin."""
     parser = mock.Mock(spec=pytest.Parser)
     pytest_addoption(parser)
     group = parser.getgroup.return_value
@@ -48,20 +48,20 @@ def test_the_commands_and_options_of_workflows_exist(file: Path) -> None:
     scripts = list(scripts_of(yaml.safe_load(file.read_text())))
     commands = []
     for script in scripts:
-        # The services put a value in the place of their own expressions.
+        # The services replace their own expressions by values.
         shell = re.sub(r"\$\{\{.*?\}\}", "VALUE", script)
         subprocess.run(["bash", "-n", "-c", shell], check=True)
         commands += [words for line in shell.splitlines() for words in commands_in(line)]
     assert commands
     for words in commands:
         if words[0] != "test":  # ./dmaproof's own
-            assert complaint(words) is None, words
+            assert error_of(words) is None, words
     known = plugin_options()
     assert set(re.findall(r"--dmaproof-[a-z]+", "\n".join(scripts))) <= known
 
 
 def test_the_pages_build_without_warnings(tmp_path: Path) -> None:
-    """With warnings as errors, and with every public name in the reference."""
+    """Warnings are errors, and every public name is in the reference."""
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     (tmp_path / "plugin").symlink_to(ROOT / "plugin")
     (tmp_path / "tests").symlink_to(ROOT / "tests")
@@ -75,7 +75,7 @@ def test_the_pages_build_without_warnings(tmp_path: Path) -> None:
     reference = (tmp_path / "html" / "reference.html").read_text()
     public = [f"dmaproof.{name}" for name in (*dmaproof.__all__, "IovaBitmap.set_many")]
     public += [f"qmp_tools.{name}" for name in (*qmp_tools.__all__, "Session.check")]
-    # What the asynchronous module has in common with the other is told once.
+    # The reference has names that both modules export only once.
     public += [f"qmp_tools.aio.{name}" for name in aio.__all__ if name not in qmp_tools.__all__]
     assert [name for name in public if f'id="{name}"' not in reference] == []
     assert "--requests-after" in (tmp_path / "html" / "command-line.html").read_text()

@@ -1,4 +1,4 @@
-"""What the doctor finds out about this machine."""
+"""The doctor's facts about this machine."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from support.command import Tool
 def test_a_machine_without_programs_misses_qemu_compiler_and_kernel(
     tool: Tool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The look-ups themselves, where there is neither QEMU nor compiler nor apt nor a kernel."""
+    """The look-ups themselves, without QEMU, compiler, apt and kernel."""
     for name in ("PATH", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, str(tool.folder))
     outcome = tool.run("doctor", "--json", "-")
     assert outcome.exit_code == 3, outcome.errors
-    states = {it["name"]: it["state"] for it in outcome.report["findings"]}
+    states = {found["name"]: found["state"] for found in outcome.report["findings"]}
     missing = {name for name, state in states.items() if state == "missing"}
     assert missing == {"QEMU", "C compiler", "guest's kernel"}
     assert states["Python"] == "ok"
@@ -44,7 +44,7 @@ def test_a_temporary_folder_with_too_long_a_path_is_reported(
     assert not list(folder.iterdir())
 
 
-def test_the_extras_are_those_for_users() -> None:
+def test_only_extras_for_users_are_examined() -> None:
     extras = look().extras
     assert set(extras) == {"avocado", "bench"}
 

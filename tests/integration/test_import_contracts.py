@@ -1,4 +1,4 @@
-"""The import contracts of pyproject.toml: they hold, and they notice an import that breaks one."""
+"""The import contracts of pyproject.toml: they hold, and notice an import that breaks one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHECK: Final = "from importlinter.cli import lint_imports_command as run; run()"
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of both packages, and of the contracts."""
+    """A copy of both packages and the contracts."""
     pytest.importorskip("importlinter")
     for name, folder in PACKAGES.items():
         shutil.copytree(folder, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -28,7 +28,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def lint(tree: Path) -> tuple[int, str]:
-    """The exit code of import-linter in a copy, and what it prints, whose lines are not broken."""
+    """Run import-linter in a copy; return its exit code and its output, in unbroken lines."""
     done = subprocess.run(
         # -S, so that no hook of an editable installation hides the copy.
         [sys.executable, "-S", "-c", CHECK, "--no-cache"],
@@ -47,9 +47,9 @@ def lint(tree: Path) -> tuple[int, str]:
 
 
 def test_the_contracts_hold(tree: Path) -> None:
-    code, told = lint(tree)
-    assert code == 0, told
-    assert "0 broken" in told
+    code, printed = lint(tree)
+    assert code == 0, printed
+    assert "0 broken" in printed
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,6 @@ def test_an_import_from_a_higher_layer_breaks_a_contract(
 ) -> None:
     module = tree.joinpath(*importer.split(".")).with_suffix(".py")
     module.write_text(f"{module.read_text()}\nimport {imported}\n")
-    code, told = lint(tree)
-    assert code == 1, told
-    assert f"{importer} -> {imported}" in told
+    code, printed = lint(tree)
+    assert code == 1, printed
+    assert f"{importer} -> {imported}" in printed

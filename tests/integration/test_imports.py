@@ -1,4 +1,4 @@
-"""What commands import, in interpreters of their own."""
+"""The modules that commands import, in interpreters of their own."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from qmp_tools.cli.arguments import parsers_of
 from qmp_tools.cli.main import make_parser
 
 PARSERS = {parser.prog: parser for parser in parsers_of(make_parser())}
-
-
 HEAVY = {"numpy", "rich", "qemu.qmp", "asyncio", "shtab"}
 
 
 @pytest.mark.parametrize("words", ["--help", "--version", "", "no-such-command"])
-def test_the_command_itself_imports_neither_its_subcommands_nor_what_they_need(words: str) -> None:
+def test_the_command_itself_imports_neither_its_subcommands_nor_their_modules(words: str) -> None:
     script = (
         "import sys\n"
         "from qmp_tools.cli.main import main\n"
@@ -33,7 +31,7 @@ def test_the_command_itself_imports_neither_its_subcommands_nor_what_they_need(w
     assert imported & {f"qmp_tools.cli.{name}" for name in subcommands} == set()
 
 
-def test_a_chosen_subcommand_is_the_only_one_that_is_imported() -> None:
+def test_only_the_chosen_subcommand_is_imported() -> None:
     script = (
         "import sys; from qmp_tools.cli.main import main\n"
         "main(['qemu', 'list']); print(*sys.modules)"
@@ -46,7 +44,7 @@ def test_a_chosen_subcommand_is_the_only_one_that_is_imported() -> None:
     assert imported & {"qmp_tools.cli.prove", "qmp_tools.cli.bench", "numpy"} == set()
 
 
-def test_only_a_page_needs_the_template_engine() -> None:
+def test_only_an_html_page_needs_the_template_engine() -> None:
     script = (
         "import sys\n"
         "sys.modules['jinja2'] = None\n"

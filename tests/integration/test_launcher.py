@@ -1,4 +1,4 @@
-"""The launcher, in checkouts of a project that is built without network in a second."""
+"""The launcher, in checkouts of a small project that is built in a second without network."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def build_wheel(folder, config_settings=None, metadata_directory=None):
 
 
 def check_out(folder: Path) -> Path:
-    """Make a checkout in `folder` that nothing was built in, and return it."""
+    """Make a checkout in `folder` in which nothing was built, and return it."""
     for name in ("plugin", "qmp_tools", "guests"):
         (folder / name).mkdir(parents=True)
     for name in ("meson.build", "README.md"):
@@ -72,7 +72,7 @@ def check_out(folder: Path) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_in_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What the launcher looks for is in PATH, so that it installs no package."""
+    """Put the programs that the launcher needs into PATH, so that it installs no package."""
     folder = tmp_path_factory.mktemp("programs")
     for name in ("qemu-system-x86_64", "qemu-storage-daemon"):
         (folder / name).touch(0o755)
@@ -94,19 +94,19 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def built_once(programs_in_path: None) -> Iterator[Path]:
-    """A folder with 'checkout', in which the launcher has run, and 'kept', a copy of that."""
+    """A folder with 'checkout', in which the launcher has run, and its copy 'original'."""
     with scratch_folder() as folder:
         assert_runs_in(check_out(folder / "checkout"))
-        shutil.copytree(folder / "checkout", folder / "kept", symlinks=True)
+        shutil.copytree(folder / "checkout", folder / "original", symlinks=True)
         yield folder
 
 
 @pytest.fixture
 def built(built_once: Path) -> Path:
-    """A checkout that was built in the place where it is: what is built names its path."""
+    """A checkout that was built in its present place, since built files contain its path."""
     checkout = built_once / "checkout"
-    shutil.rmtree(checkout, ignore_errors=True)  # moved away by the last test, or spoilt
-    shutil.copytree(built_once / "kept", checkout, symlinks=True)
+    shutil.rmtree(checkout, ignore_errors=True)  # the last test may have moved or changed it
+    shutil.copytree(built_once / "original", checkout, symlinks=True)
     return checkout
 
 
@@ -143,7 +143,7 @@ def test_a_checkout_runs_after_it_was_copied_or_moved(built: Path, tmp_path: Pat
     assert_runs_in(built.rename(tmp_path / "moved"))
 
 
-def test_an_interpreter_that_is_gone_is_replaced(built: Path) -> None:
+def test_a_missing_interpreter_is_replaced(built: Path) -> None:
     for python in (built / ".venv/bin").glob("python*"):
         python.unlink()
         python.symlink_to("/nowhere/python3")
@@ -151,7 +151,7 @@ def test_an_interpreter_that_is_gone_is_replaced(built: Path) -> None:
 
 
 def test_an_interpreter_of_another_release_is_replaced(built: Path) -> None:
-    """As after an upgrade of the system: .venv's packages are the old release's."""
+    """After an upgrade of the system, .venv has the packages of the old release."""
     (packages,) = (built / ".venv/lib").iterdir()
     packages.rename(packages.with_name("python3.9"))
     environment = built / ".venv/environment"
@@ -159,7 +159,7 @@ def test_an_interpreter_of_another_release_is_replaced(built: Path) -> None:
     assert_runs_in(built)
 
 
-def test_a_program_that_is_gone_is_installed_again(built: Path) -> None:
+def test_a_missing_program_is_installed_again(built: Path) -> None:
     (built / ".venv/bin/dmaproof").unlink()
     assert_runs_in(built)
 
@@ -196,7 +196,7 @@ def test_all_tests_run_with_the_linters_on_a_newer_qemu(built: Path) -> None:
     assert tests == f"pytest -n {workers} --dist worksteal -k ring"
 
 
-def test_a_pip_that_fails_is_reported_and_tried_again(checkout: Path) -> None:
+def test_a_failure_of_pip_is_reported_and_pip_is_run_again(checkout: Path) -> None:
     (checkout / "backend.py").write_text("raise OSError('no space')\n")
     done = launch(checkout / "dmaproof")
     assert done.returncode == 3
@@ -213,8 +213,8 @@ def test_an_environment_that_cannot_be_made_is_reported(checkout: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith("dmaproof: python3 -m venv")
 
 
-def test_a_set_up_that_fails_exits_with_3(built: Path) -> None:
-    """Exit code 1 would say that pages were lost."""
+def test_a_failed_set_up_exits_with_3(built: Path) -> None:
+    """Exit code 1 would mean that pages were lost."""
     (built / ".venv/state").unlink()
     (built / ".venv/state").mkdir()
     done = launch(built / "dmaproof")
@@ -245,14 +245,14 @@ def developed(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return checkout
 
 
-def test_an_edit_needs_no_building_in_a_checkout_that_is_developed(developed: Path) -> None:
+def test_an_edit_needs_no_build_in_a_developed_checkout(developed: Path) -> None:
     (developed / "plugin/new.py").touch()
     assert_runs_in(developed)
     assert launch(developed / "dmaproof").stderr == ""
     assert (developed / ".venv/build.builds").read_text() == "editable "
 
 
-def test_a_checkout_stays_developed_when_its_metadata_change(developed: Path) -> None:
+def test_a_checkout_stays_developed_when_its_metadata_changes(developed: Path) -> None:
     (developed / "meson.build").write_text("# another version\n")
     assert_runs_in(developed)
     assert (developed / ".venv/build.builds").read_text() == "editable editable "

@@ -1,4 +1,4 @@
-"""The avocado suite on real QEMU, run by avocado itself: its results are read, and its files."""
+"""The avocado suite on real QEMU, run by avocado itself: its results and its files."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @dataclass
 class Job:
-    """An avocado run: its exit code, what it tells of each test, and what it said besides."""
+    """An avocado run: its exit code, its results of each test, and its output."""
 
     exit_code: int
     tests: list[dict[str, Any]]
-    said: str
+    output: str
 
     def by_name(self) -> dict[str, int]:
-        """The tests' numbers by their names, without avocado's variant behind them."""
-        return {it["name"].partition(";")[0]: index for index, it in enumerate(self.tests)}
+        """Return the index of each test by its name, without the variant that avocado appends."""
+        return {test["name"].partition(";")[0]: index for index, test in enumerate(self.tests)}
 
     def files(self, test: int = 0) -> Path:
-        """The output folder of a test."""
+        """Return the output folder of a test."""
         return Path(self.tests[test]["logdir"]) / "data"
 
     def log(self, test: int = 0) -> str:
-        """What a test has logged."""
+        """Return the log of a test."""
         return Path(self.tests[test]["logfile"]).read_text()
 
 
@@ -57,29 +57,29 @@ class Avocado:
         (self.scratch / "avocado.conf").write_text(config)
         command = [sys.executable, "-m", "avocado", "--config", str(self.scratch / "avocado.conf")]
         command += ["run", str(SUITE / test), *options, "--job-results-dir", str(self.results)]
-        told = self.scratch / "results.json"
+        results = self.scratch / "results.json"
         done = subprocess.run(
-            [*command, "--disable-sysinfo", "--json", str(told)],
+            [*command, "--disable-sysinfo", "--json", str(results)],
             env={**os.environ, "TMPDIR": str(self.scratch), **environment},
             capture_output=True,
             text=True,
             timeout=900,
             check=False,
         )
-        said = done.stdout + done.stderr
-        assert told.exists(), f"avocado's run ended before its tests:\n{said}"
-        tests = json.loads(told.read_text())["tests"]
-        told.unlink()
-        return Job(done.returncode, tests, said)
+        output = done.stdout + done.stderr
+        assert results.exists(), f"avocado's run ended before its tests:\n{output}"
+        tests = json.loads(results.read_text())["tests"]
+        results.unlink()
+        return Job(done.returncode, tests, output)
 
 
 @pytest.fixture
 def avocado(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Avocado:
-    """Avocado, if it is here."""
+    """avocado; without it, the test is skipped."""
     if importlib.util.find_spec("avocado") is None:
         if os.environ.get("DMAPROOF_NO_SKIP") == "1":
-            pytest.fail("avocado is not here: pip install 'dmaproof[avocado]'")
-        pytest.skip("avocado is not here: pip install 'dmaproof[avocado]'")
+            pytest.fail("avocado is not installed: pip install 'dmaproof[avocado]'")
+        pytest.skip("avocado is not installed: pip install 'dmaproof[avocado]'")
     monkeypatch.delenv("DMAPROOF_NO_SKIP", raising=False)
     return Avocado(tmp_path_factory.mktemp("a"), tmp_path_factory.mktemp("results"))
 
@@ -99,7 +99,7 @@ def test_a_pass_and_its_files(avocado: Avocado) -> None:
     assert no_runs_left(avocado)
 
 
-def test_a_planted_fault_fails_with_each_pages_story(avocado: Avocado) -> None:
+def test_an_injected_fault_fails_with_the_story_of_each_page(avocado: Avocado) -> None:
     job = avocado.run("disk.py", "-p", "guest=bare", "-p", "fault=drop-pages=0.01")
     assert [test["status"] for test in job.tests] == ["FAIL"]
     assert job.exit_code == 1
@@ -109,7 +109,7 @@ def test_a_planted_fault_fails_with_each_pages_story(avocado: Avocado) -> None:
     assert no_runs_left(avocado)
 
 
-def test_the_existing_test_with_three_more_lines(avocado: Avocado) -> None:
+def test_three_added_lines_check_the_ram_of_an_existing_test(avocado: Avocado) -> None:
     assert (SUITE / "existing_migration.py").read_text().count("# added\n") == 3
     job = avocado.run("existing_migration.py")
     assert [test["status"] for test in job.tests] == ["PASS"], job.log()
@@ -120,7 +120,7 @@ def test_the_existing_test_with_three_more_lines(avocado: Avocado) -> None:
     assert difference["gpa"] == 0x2345000
 
 
-def test_the_page_shows_the_three_lines_as_they_are() -> None:
+def test_the_docs_show_the_three_lines_as_they_are() -> None:
     shown = (DOCS / "avocado.md").read_text()
     for line in (SUITE / "existing_migration.py").read_text().splitlines():
         assert not line.endswith("# added") or line in shown
@@ -133,10 +133,12 @@ def test_a_varianter_file_makes_a_matrix(avocado: Avocado) -> None:
     assert [test["status"] for test in job.tests] == ["PASS"] * 4
     setups = [json.loads((job.files(i) / "proof.json").read_text())["setup"] for i in range(4)]
     trackers, harvests = ("iommu", "address-queue"), ("0.05", "final")
-    assert {(it["tracker"], it["harvest"]) for it in setups} == {*product(trackers, harvests)}
+    assert {(setup["tracker"], setup["harvest"]) for setup in setups} == {
+        *product(trackers, harvests)
+    }
 
 
-def test_cancelled_with_the_remedy_where_something_is_missing(avocado: Avocado) -> None:
+def test_a_missing_prerequisite_cancels_with_its_remedy(avocado: Avocado) -> None:
     empty = {"PATH": "/nowhere", "XDG_DATA_HOME": "/nowhere"}
     job = avocado.run("disk.py", "-p", "guest=bare", **empty)
     assert [test["status"] for test in job.tests] == ["CANCEL"]
@@ -147,37 +149,39 @@ def test_cancelled_with_the_remedy_where_something_is_missing(avocado: Avocado) 
     assert no_runs_left(avocado)
 
 
-def test_a_parameter_that_is_wrong_is_an_error(avocado: Avocado) -> None:
+def test_a_wrong_parameter_is_an_error(avocado: Avocado) -> None:
     job = avocado.run("disk.py", "-p", "tracker=none-such")
     assert [test["status"] for test in job.tests] == ["ERROR"]
     assert "none-such" in job.tests[0]["fail_reason"]
 
 
-def avocado_says(*words: str) -> str:
+def output_of_avocado(*words: str) -> str:
     command = [sys.executable, "-m", "avocado", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=900, check=True).stdout
 
 
-def test_avocado_knows_us(avocado: Avocado) -> None:
-    named = [line for line in avocado_says("plugins").splitlines() if line.startswith("dmaproof ")]
+def test_avocado_finds_the_plugins_and_the_cells(avocado: Avocado) -> None:
+    named = [
+        line for line in output_of_avocado("plugins").splitlines() if line.startswith("dmaproof ")
+    ]
     assert [line.split()[1:3] for line in named] == [["Runner", "for"], ["Test", "resolver"]]
-    listed = avocado_says("list", str(SUITE / "proof.toml")).splitlines()
+    listed = output_of_avocado("list", str(SUITE / "proof.toml")).splitlines()
     cells = [
         "scenario=unix fault=none",
         "scenario=multifd-4 fault=none",
         "scenario=multifd-4 fault=drop-pages=0.01",
     ]
     assert listed == [f"dmaproof {cell}" for cell in cells]
-    chosen = avocado_says("list", f"{SUITE / 'proof.toml'}:drop").splitlines()
+    chosen = output_of_avocado("list", f"{SUITE / 'proof.toml'}:drop").splitlines()
     assert chosen == [f"dmaproof {cells[2]}"]
 
 
-def test_one_planted_fault_fails_exactly_that_cell(avocado: Avocado) -> None:
+def test_an_injected_fault_fails_only_its_cell(avocado: Avocado) -> None:
     job = avocado.run("proof.toml", "-p", "tracker=dirty-ring", "--max-parallel-tasks", "1")
     tests = job.by_name()
     broken = tests.pop("scenario=multifd-4 fault=drop-pages=0.01")
     assert job.exit_code == 1
-    assert {job.tests[it]["status"] for it in tests.values()} == {"PASS"}, job.log()
+    assert {job.tests[index]["status"] for index in tests.values()} == {"PASS"}, job.log()
     assert job.tests[broken]["status"] == "FAIL"
     assert "pages were lost" in job.tests[broken]["fail_reason"]
     report = json.loads((job.files(broken).parent / "proof.json").read_text())
@@ -190,7 +194,7 @@ def test_one_planted_fault_fails_exactly_that_cell(avocado: Avocado) -> None:
     assert no_runs_left(avocado)
 
 
-def test_a_recipe_tells_a_skip_from_an_error(avocado: Avocado, tmp_path: Path) -> None:
+def test_a_recipe_distinguishes_a_skip_from_an_error(avocado: Avocado, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.json"
     # The guest gives up, as its buffer does not fit into 64 MiB.
     axes = ["--machine=q35,toaster", "--memory=64M", "--workload=hot=100000"]
@@ -206,7 +210,7 @@ def test_a_recipe_tells_a_skip_from_an_error(avocado: Avocado, tmp_path: Path) -
     assert no_runs_left(avocado)
 
 
-def test_wrong_usage_is_an_error_with_its_words(avocado: Avocado) -> None:
+def test_wrong_usage_is_an_error_with_its_message(avocado: Avocado) -> None:
     job = avocado.run("proof.toml:unix", "-p", "tracker=none-such")
     assert [test["status"] for test in job.tests] == ["ERROR"]
     assert "--tracker: expected one of address-queue" in job.tests[0]["fail_reason"]
@@ -214,14 +218,14 @@ def test_wrong_usage_is_an_error_with_its_words(avocado: Avocado) -> None:
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[Path]:
-    """A slot of avocado's remote spawner: this machine by ssh, with keys of the test's own."""
+    """A slot of avocado's remote spawner: this machine over ssh, with keys made for the test."""
     sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
     if sshd is None or importlib.util.find_spec("avocado_spawner_remote") is None:
         pytest.skip(
             "apt-get install openssh-server; pip install avocado-framework-plugin-spawner-remote"
         )
     if os.getuid() == 0:
-        Path("/run/sshd").mkdir(exist_ok=True)  # sshd's own service makes it where there is one
+        Path("/run/sshd").mkdir(exist_ok=True)  # elsewhere the service of sshd makes it
     for name in ("host", "key"):
         file = str(tmp_path / name)
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", file], check=True)
@@ -264,7 +268,7 @@ def host(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_remote_host_carries_a_cell_out(avocado: Avocado, host: Path) -> None:
-    programs = Path(sys.executable).parent  # the spawner's own helper is found by PATH only
+    programs = Path(sys.executable).parent  # the spawner finds its own helper only by PATH
     config = (
         f"[spawner.remote]\nslots = ['{host}']\n"
         f"setup_hook = export PATH={programs}:$PATH TMPDIR={avocado.scratch}\n"
@@ -273,7 +277,7 @@ def test_a_remote_host_carries_a_cell_out(avocado: Avocado, host: Path) -> None:
     path = f"{programs}:{os.environ['PATH']}"
     job = avocado.run("proof.toml:drop", *options, config=config, PATH=path)
     assert [test["status"] for test in job.tests] == ["FAIL"], (
-        job.said + (host.parent / "sshd.log").read_text()
+        job.output + (host.parent / "sshd.log").read_text()
     )
     assert "lost at the log" in job.log()
     assert json.loads((job.files().parent / "proof.json").read_text())["exit_code"] == 1

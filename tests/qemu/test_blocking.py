@@ -1,4 +1,4 @@
-"""QEMUs without asyncio: they end with their session, and with whoever made it."""
+"""QEMUs without asyncio: they end with their session, and with the process that made it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qmp_tools.qemu.qmp import QmpError
 from support.command import TIMEOUT_S, Tool
 
 
-def test_everything_ends_with_the_stage(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_processes_end_with_their_session(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tool.folder))
     pids = []
 
@@ -56,9 +56,9 @@ def test_a_check_returns_when_it_has_compared(
             memory.write(b"lost")
         assert check(*sockets).differing == 1
         with Session() as other:
-            for its_stage in (session, other):
+            for either in (session, other):
                 for source in (pair.source, pair.source.socket_path):
-                    assert its_stage.check(source, pair.destination).differing == 1
+                    assert either.check(source, pair.destination).differing == 1
         with pytest.raises(UsageError, match="source: expected a path, got 7"):
             session.check(7, pair.destination)  # type: ignore[arg-type]
         with pytest.raises(UsageError, match="got the string '-m 64'"):
@@ -78,7 +78,9 @@ with Session() as session:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_everything_ends_with_its_maker(tool: Tool, number: signal.Signals) -> None:
+def test_all_processes_end_with_the_process_that_started_them(
+    tool: Tool, number: signal.Signals
+) -> None:
     maker = subprocess.Popen(
         [sys.executable, "-c", _SCRIPT],
         env={"TMPDIR": str(tool.folder), "PATH": "/usr/bin:/bin"},
@@ -92,10 +94,10 @@ def test_everything_ends_with_its_maker(tool: Tool, number: signal.Signals) -> N
     maker.communicate()
     deadline = time.monotonic() + TIMEOUT_S
     while tool.leftovers() or (qemu.exists() and not _is_dead(qemu)):
-        assert time.monotonic() < deadline, tool.leftovers() or "QEMU lives on"
+        assert time.monotonic() < deadline, tool.leftovers() or "QEMU still runs"
         time.sleep(0.05)
 
 
 def _is_dead(process: Path) -> bool:
-    """Whether only its entry is left: nobody may reap orphans in a container."""
+    """Return whether a process is a zombie; in a container no process may reap orphans."""
     return (process / "stat").read_text().rpartition(")")[2].split()[0] == "Z"

@@ -1,4 +1,4 @@
-"""The commands of README and docs that are marked as run: typed as they stand there."""
+"""The commands of README and docs that are marked as run, typed as the pages show them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RUN = [block for block in all_blocks() if block.is_run]
 
 
 def type_in(block: Block, folder: Path) -> tuple[int, str]:
-    """What a shell in `folder` ends with and prints when the block is typed into it."""
+    """Type the block into a shell in `folder`; return its exit code and output."""
     (folder / "tests").symlink_to(ROOT / "tests")
     shell = subprocess.Popen(
         ["bash", "-e", "-o", "pipefail", "-c", block.script],
@@ -48,9 +48,9 @@ def type_in(block: Block, folder: Path) -> tuple[int, str]:
 
 
 def missing(block: Block, printed: str) -> list[str]:
-    """The lines that the page shows and that were not printed in this order.
+    """Return the lines that the page shows and the block did not print in this order.
 
-    Numbers may be others; … stands for anything.
+    Numbers may differ; … stands for any text.
     """
     lines = iter(printed.splitlines())
     absent = []
@@ -73,10 +73,10 @@ def test_commands_in_the_docs_print_what_the_docs_show(
     shutil.rmtree(folder)
 
 
-def test_what_is_not_printed_is_found() -> None:
+def test_a_line_that_is_not_printed_is_noticed() -> None:
     block = next(block for block in RUN if len(block.printed) > 5)
     others = [line for shown in block.printed for line in ("something else", shown)]
     assert missing(block, "\n".join(others)) == []
     for line in block.printed:
-        kept = [other for other in block.printed if other is not line]
-        assert line in missing(block, "\n".join(kept)) or line.strip(" …") == ""
+        rest = [other for other in block.printed if other is not line]
+        assert line in missing(block, "\n".join(rest)) or line.strip(" …") == ""

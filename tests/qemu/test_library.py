@@ -1,4 +1,4 @@
-"""The examples of docs/library.md, each run as it stands there."""
+"""The examples of docs/library.md, each run as the page shows it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.command import Tool
 
 PAGE = (Path(__file__).parents[2] / "docs" / "library.md").read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-TOLD = (
+OUTPUTS = (
     r"every page equal: \d+ pages compared\n",
     r"[\d.]+.* running\nevery page equal: \d+ pages compared\n",
     r"(\w+ \d+ (\d+|None)\n)*completed \d+ 0\nevery page equal: \d+ pages compared\n",
@@ -23,8 +23,8 @@ TOLD = (
     r"\[\('0x12000', 12288\)\]\n",
     r"every page equal: \d+ pages compared\n",
 )
-"""What they print, in their order."""
-RUNS_ALREADY = 3
+"""What the examples print, in the order of the page."""
+RUNNING_QEMU = 3
 
 
 def run(number: int, tool: Tool, *arguments: str) -> str:
@@ -40,20 +40,20 @@ def run(number: int, tool: Tool, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("number", [it for it in range(len(TOLD)) if it != RUNS_ALREADY])
-def test_an_example_does_what_it_says(number: int, tool: Tool) -> None:
-    assert re.fullmatch(TOLD[number], run(number, tool))
+@pytest.mark.parametrize(
+    "number", [index for index in range(len(OUTPUTS)) if index != RUNNING_QEMU]
+)
+def test_an_example_prints_what_it_should(number: int, tool: Tool) -> None:
+    assert re.fullmatch(OUTPUTS[number], run(number, tool))
     assert not tool.leftovers()
 
 
-def test_the_example_for_a_qemu_that_runs_already(
-    tool: Tool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_example_for_a_running_qemu(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tool.folder))
     with Session() as session:
         qemu = session.qemu(["-machine", "q35", "-m", "64"], accelerator="tcg")
-        assert re.fullmatch(TOLD[RUNS_ALREADY], run(RUNS_ALREADY, tool, str(qemu.socket_path)))
+        assert re.fullmatch(OUTPUTS[RUNNING_QEMU], run(RUNNING_QEMU, tool, str(qemu.socket_path)))
 
 
 def test_every_example_of_the_page_is_tested() -> None:
-    assert len(EXAMPLES) == len(TOLD)
+    assert len(EXAMPLES) == len(OUTPUTS)

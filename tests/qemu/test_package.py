@@ -1,4 +1,4 @@
-"""What users install: the built wheel alone, in empty environments, away from the sources."""
+"""The built wheel as users install it: alone, in empty environments, away from the sources."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ pytestmark = pytest.mark.timeout(1800)
 
 ROOT: Final = Path(__file__).parents[2]
 MINORS: Final = (11, 12, 13, 14)
-"""Of Python 3: those that the package's metadata names."""
+"""The minor versions of Python 3 that the package's metadata names."""
 PROOF: Final = ("prove", "--guest", "bare", "--accel", "tcg", "--json", "-")
 
 
 def interpreter(minor: int) -> Path | None:
-    """A Python 3.`minor` of this machine: this one, one in PATH, or one of pyenv's."""
+    """Return a Python 3.`minor`: the one that runs this, one in PATH, or one of pyenv's."""
     if sys.version_info[:2] == (3, minor):
         return Path(sys.executable)
     name = f"python3.{minor}"
@@ -36,23 +36,23 @@ def interpreter(minor: int) -> Path | None:
     found = [*pyenv.glob(f"versions/3.{minor}.*/bin/{name}")]
     if in_path := shutil.which(name):
         found.append(Path(in_path))
-    return next((it for it in found if _runs(it)), None)
+    return next((python for python in found if _makes_environments(python)), None)
 
 
-def _runs(python: Path) -> bool:
-    """Whether it can make environments (pyenv's stand-ins in PATH may lead nowhere)."""
+def _makes_environments(python: Path) -> bool:
+    """Return whether it can make environments (pyenv's shims in PATH may fail)."""
     command: list[str | Path] = [python, "-c", "import venv"]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 @dataclass(frozen=True)
 class Place:
-    """An empty folder to run programs in; guests are built anew, from what is installed."""
+    """An empty folder to run programs in; guests are built there from the installed sources."""
 
     folder: Path
 
     def run(self, *command: str | Path, exit_code: int = 0) -> str:
-        """What `command` prints."""
+        """Run a command and return its output."""
         done = subprocess.run(
             command,
             cwd=self.folder,
@@ -72,7 +72,7 @@ class Place:
         return done.stdout
 
     def install(self, python: Path, *packages: str | Path) -> Path:
-        """Install `packages` into an empty environment; returns where its programs are."""
+        """Install `packages` into an empty environment, and return the folder of its programs."""
         self.run(python, "-m", "venv", "venv")
         scripts = self.folder / "venv" / "bin"
         self.run(scripts / "pip", "install", "--quiet", "--no-compile", *packages)
@@ -87,7 +87,7 @@ def place() -> Iterator[Place]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with the sdist of what is committed, and with the wheel that is made of it."""
+    """A folder with the sdist of the committed files, and with the wheel that is built of it."""
     folder = tmp_path_factory.mktemp("dist")
     command: list[str | Path] = [sys.executable, "-m", "build", "--outdir", folder, ROOT]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
@@ -106,14 +106,14 @@ def committed() -> set[str]:
     return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
 
 
-def test_sdist_has_every_file(built: Path) -> None:
+def test_the_sdist_has_every_committed_file(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        names = {it.name.partition("/")[2] for it in archive.getmembers() if it.isfile()}
+        names = {file.name.partition("/")[2] for file in archive.getmembers() if file.isfile()}
     assert names - {"PKG-INFO"} == committed()
 
 
-def test_wheel_has_code_and_guests(wheel: Path) -> None:
+def test_the_wheel_has_code_and_guests(wheel: Path) -> None:
     wanted = set()
     for name in committed():
         if name.startswith("plugin/dmaproof/core/"):
@@ -131,10 +131,10 @@ def test_wheel_has_code_and_guests(wheel: Path) -> None:
 
 
 @pytest.mark.parametrize("minor", MINORS)
-def test_wheel_alone_proves(minor: int, wheel: Path, place: Place) -> None:
+def test_the_wheel_alone_carries_out_a_proof(minor: int, wheel: Path, place: Place) -> None:
     python = interpreter(minor)
     if python is None:
-        pytest.skip(f"no Python 3.{minor} here: pyenv install 3.{minor}")
+        pytest.skip(f"Python 3.{minor} not found: pyenv install 3.{minor}")
     scripts = place.install(python, wheel)
     where = "import dmaproof, qmp_tools, sys; print(dmaproof.__file__, qmp_tools.__file__)"
     for file in place.run(scripts / "python", "-c", where).split():
@@ -144,13 +144,13 @@ def test_wheel_alone_proves(minor: int, wheel: Path, place: Place) -> None:
     assert proof["sensitivity"]["guaranteed_detectable"] > 1000
 
 
-def test_pipx_runs_it(wheel: Path, place: Place) -> None:
+def test_pipx_runs_the_wheel(wheel: Path, place: Place) -> None:
     pipx = (sys.executable, "-m", "pipx", "run", "--spec", str(wheel))
     assert json.loads(place.run(*pipx, "dmaproof", *PROOF))["exit_code"] == 0
 
 
-def test_a_pytest_project(wheel: Path, place: Place) -> None:
-    """The project of docs/pytest.md, and the same with a fault injected."""
+def test_the_pytest_project_of_the_docs(wheel: Path, place: Place) -> None:
+    """The project passes as docs/pytest.md shows it, and fails with an injected fault."""
     scripts = place.install(Path(sys.executable), wheel, "pytest")
     page = (ROOT / "docs" / "pytest.md").read_text()
     found = re.search("A whole project:\n\n```python\n(.*?)```", page, re.DOTALL)

@@ -57,7 +57,7 @@ def test_a_project(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     monkeypatch.delenv("DMAPROOF_NO_SKIP", raising=False)
-    # Short, for sockets; what is left there is what was not cleaned up.
+    # A short path, for sockets; files that are left in it were not cleaned up.
     scratch = tmp_path_factory.mktemp("s")
     monkeypatch.setenv("TMPDIR", str(scratch))
     pytester.makepyfile(PROJECT)
@@ -74,7 +74,7 @@ def test_a_project(
             "*lost by the device*",
             "*request * on queue * wrote its data to IOVA *; lost at the log*",
             "*no such status*",
-            "*SKIPPED*>=999 is needed: 'dmaproof qemu fetch VERSION'*",
+            "*SKIPPED*the test needs QEMU >=999, found *: run 'dmaproof qemu fetch VERSION'*",
         ]
     )
     assert not list(scratch.iterdir())
@@ -82,7 +82,7 @@ def test_a_project(
     assert not Path(f"/proc/{pid}").exists()
 
     properties = {
-        case.get("name"): {it.get("name"): it.get("value") for it in case.iter("property")}
+        case.get("name"): {one.get("name"): one.get("value") for one in case.iter("property")}
         for case in ElementTree.parse(pytester.path / "junit.xml").iter("testcase")
     }
     for name in ("test_equal", "test_is_lost", "test_raises"):
@@ -90,7 +90,7 @@ def test_a_project(
     assert str(properties["test_survives"]["dmaproof_verdict"]).startswith("every page equal")
     folder = pytester.path / "reports"
     reports = {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
-    verdicts = {name.rpartition("--")[2]: it["exit_code"] for name, it in reports.items()}
+    verdicts = {name.rpartition("--")[2]: report["exit_code"] for name, report in reports.items()}
     assert verdicts == {
         "test_equal-1": 0,
         "test_differs-1": 1,

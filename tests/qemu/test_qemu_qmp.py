@@ -1,4 +1,4 @@
-"""A folder `qemu` with an `__init__.py`, earlier on sys.path, hides no qemu.qmp from dmaproof."""
+"""A folder `qemu` with an `__init__.py`, earlier on sys.path, does not hide qemu.qmp."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qmp_tools.blocking import Session
 with Session() as session:
     assert session.qemu(["-machine", "none"]).execute("query-status")["status"] == "running"
 import qemu.tests
-assert qemu.tests.THEIRS
+assert qemu.tests.FOUND
 """
 PLUGIN = """
 import qemu.tests
@@ -24,7 +24,7 @@ import qemu.tests
 def test_it(qemu):
     assert qemu("-machine", "none").execute("query-status")["status"] == "running"
     import qemu.tests
-    assert qemu.tests.THEIRS
+    assert qemu.tests.FOUND
 """
 COMMAND_LINE = """
 import sys
@@ -35,7 +35,7 @@ sys.exit(main(["prove", "--machine", "pigeon"]))
 
 @pytest.mark.parametrize("first", [True, False], ids=["imported first", "imported later"])
 @pytest.mark.parametrize(
-    ("program", "exit_code", "told"),
+    ("program", "exit_code", "output"),
     [
         pytest.param(COMMAND_LINE, 3, "has no such machine type", id="command line"),
         pytest.param(LIBRARY, 0, "", id="library"),
@@ -43,18 +43,18 @@ sys.exit(main(["prove", "--machine", "pigeon"]))
     ],
 )
 def test_a_folder_named_qemu_does_not_hide_qemu_qmp(
-    tool: Tool, tmp_path: Path, program: str, exit_code: int, told: str, first: bool
+    tool: Tool, tmp_path: Path, program: str, exit_code: int, output: str, first: bool
 ) -> None:
-    theirs = tmp_path / "their folder"
-    (theirs / "qemu").mkdir(parents=True)
-    (theirs / "qemu" / "__init__.py").touch()
-    (theirs / "qemu" / "tests.py").write_text("THEIRS = True\n")
+    folder = tmp_path / "project"
+    (folder / "qemu").mkdir(parents=True)
+    (folder / "qemu" / "__init__.py").touch()
+    (folder / "qemu" / "tests.py").write_text("FOUND = True\n")
     script = tmp_path / "test_script.py"
     script.write_text("import qemu\n" * first + program)
     pytest_options = ["-m", "pytest", "-q", "-p", "no:cacheprovider"] if program is PLUGIN else []
     done = subprocess.run(
         [sys.executable, *pytest_options, script],
-        env={**os.environ, "PYTHONPATH": str(theirs), "TMPDIR": str(tool.folder)},
+        env={**os.environ, "PYTHONPATH": str(folder), "TMPDIR": str(tool.folder)},
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -62,5 +62,5 @@ def test_a_folder_named_qemu_does_not_hide_qemu_qmp(
         check=False,
     )
     assert done.returncode == exit_code, done.stdout + done.stderr
-    assert told in done.stdout + done.stderr
+    assert output in done.stdout + done.stderr
     assert not tool.leftovers()

@@ -1,4 +1,4 @@
-"""The dmaproof command as a test runs it: bounded, and looked after from outside."""
+"""The dmaproof command as tests run it: with bounded waits, as a process of its own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import IO, Any, Final
 import jsonschema
 
 TIMEOUT_S = 900.0
-"""Of each wait of a test: far more than it takes, for machines may be busy."""
+"""Bound of each wait of a test: far more than a wait takes, since machines may be busy."""
 
 _SCHEMA: Final = jsonschema.Draft202012Validator(
     json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_text())
@@ -27,7 +27,7 @@ _SCHEMA: Final = jsonschema.Draft202012Validator(
 
 @dataclass
 class Outcome:
-    """How a run of the command ended."""
+    """The exit code and the output of a run of the command."""
 
     exit_code: int
     output: str
@@ -35,7 +35,7 @@ class Outcome:
 
     @property
     def report(self) -> dict[str, Any]:
-        """The verdict, where it was asked for by ``--json -``; it is what its schema says."""
+        """The report of ``--json -``, checked against its schema."""
         answer: dict[str, Any] = json.loads(self.output)
         _SCHEMA.validate(answer)
         return answer
@@ -49,7 +49,7 @@ class Tool:
         self.wrapper = wrapper
 
     def start(self, *arguments: str) -> Running:
-        """Start the command and go on."""
+        """Start the command, and return while it runs."""
         process = subprocess.Popen(
             [*self.wrapper, sys.executable, "-m", "qmp_tools.cli", *arguments],
             env={**os.environ, "TMPDIR": str(self.folder)},
@@ -65,13 +65,13 @@ class Tool:
         return self.start(*arguments).finish()
 
     def leftovers(self) -> list[Path]:
-        """What is left in the temporary folder."""
+        """Return the files in the temporary folder."""
         return sorted(self.folder.iterdir())
 
 
 @dataclass
 class Running:
-    """A command that runs; the lines that it prints are collected while it does."""
+    """A running command, whose output lines are collected."""
 
     process: subprocess.Popen[str]
     output: list[str] = field(default_factory=list)
@@ -95,7 +95,7 @@ class Running:
         """Wait until `reached` is true."""
         deadline = time.monotonic() + TIMEOUT_S
         while not reached():
-            assert time.monotonic() < deadline, f"{what} never came:\n{''.join(self.errors)}"
+            assert time.monotonic() < deadline, f"no {what} in time:\n{''.join(self.errors)}"
             assert self.process.poll() is None, f"ended before {what}:\n{''.join(self.errors)}"
             time.sleep(0.01)
 
@@ -104,11 +104,11 @@ class Running:
         self.wait_for(lambda: any(line.startswith(start) for line in self.errors), repr(start))
 
     def children(self) -> dict[str, int]:
-        """The processes of the proof by name: 'source', 'destination', 'device'; and others."""
+        """Return the process ids by name: 'source', 'destination', 'device', and others."""
         return {name: pid for pid, name in self._children()}
 
     def machines(self) -> list[int]:
-        """The L1s of a command that has them."""
+        """Return the process ids of the command's L1 machines."""
         return [pid for pid, name in self._children() if name == "source"]
 
     def _children(self) -> Iterator[tuple[int, str]]:
@@ -120,7 +120,7 @@ class Running:
                     yield int(entry.name), _name_of(words)
 
     def finish(self) -> Outcome:
-        """Wait for the command's end."""
+        """Wait until the command has ended."""
         try:
             self._readers[0].join()
             code = self.process.wait(TIMEOUT_S)
@@ -143,7 +143,7 @@ def _name_of(words: list[bytes]) -> str:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process still runs (a zombie does not)."""
+    """Return whether a process still runs (a zombie does not)."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

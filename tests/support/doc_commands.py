@@ -1,11 +1,12 @@
-"""The commands that README and docs/*.md tell their readers to type.
+"""The commands that README and docs/*.md show to their readers.
 
-A block of commands is an indented block, or a fence of kind ``console`` (prompts and what is
-printed) or ``sh``, whose first line begins with a program. Above each one stands what is done about
-it, as a comment that readers do not see:
+A block of commands is an indented block, or a fence of kind ``console`` (prompts and output) or
+``sh``, whose first line begins with a program. A comment above each block, which readers do not
+see, says how it is tested:
 
-- ``<!-- run -->``: it is run, and must succeed; ``<!-- run: exit code 1 -->``: and must end so;
-- ``<!-- parsed: WHY -->``: it costs too much; dmaproof's command lines in it are parsed.
+- ``<!-- run -->``: the block is run and must succeed; with ``<!-- run: exit code 1 -->`` its last
+  command must end with that exit code;
+- ``<!-- parsed: WHY -->``: running it costs too much, so only dmaproof's command lines are parsed.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _MARK: Final = re.compile(
 
 @dataclass(frozen=True)
 class Block:
-    """Commands that stand together: what to type, what is printed, and what is done about it."""
+    """A block of commands: what to type, what is printed, and the comment above it."""
 
     page: Path
     line: int
@@ -56,22 +57,22 @@ class Block:
 
     @property
     def is_run(self) -> bool:
-        """Whether it is to be run."""
+        """Whether the block is run."""
         return self.mark is not None and self.mark["run"] is not None
 
     @property
     def exit_code(self) -> int:
-        """What its last command must end with."""
+        """The exit code with which its last command must end."""
         return int(self.mark["code"] or 0) if self.mark is not None else 0
 
     def command_lines(self) -> Iterator[list[str]]:
-        """dmaproof's command lines in it, see `commands_in`."""
+        """Yield dmaproof's command lines in the block, see `commands_in`."""
         for line in self.script.replace("\\\n", " ").splitlines():
             yield from commands_in(line)
 
 
 def commands_in(line: str) -> Iterator[list[str]]:
-    """dmaproof's command lines in a line of shell, as words; without ``dmaproof`` itself."""
+    """Yield dmaproof's command lines in a line of shell, as words without ``dmaproof`` itself."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
     lexer.whitespace_split = True
     command: list[str] = []
@@ -85,7 +86,7 @@ def commands_in(line: str) -> Iterator[list[str]]:
 
 
 def blocks(page: Path) -> list[Block]:
-    """The blocks of commands on a page."""
+    """Return the blocks of commands on a page."""
     found = []
     mark = None
     for token in MarkdownIt().parse(page.read_text()):
@@ -106,20 +107,20 @@ def blocks(page: Path) -> list[Block]:
 
 
 def all_blocks() -> list[Block]:
-    """The blocks of commands of all pages."""
+    """Return the blocks of commands of all pages."""
     return [block for page in PAGES for block in blocks(page)]
 
 
 def in_prose(page: Path) -> Iterator[list[str]]:
-    """dmaproof's command lines between backticks, as words."""
+    """Yield dmaproof's command lines between backticks, as words."""
     for token in MarkdownIt().enable("table").parse(page.read_text()):
         for child in token.children or ():
             if child.type == "code_inline" and re.match(r"dmaproof [a-z]", child.content):
                 yield from commands_in(child.content)
 
 
-def complaint(words: list[str]) -> str | None:
-    """Return what the parser has against a command line, or None."""
+def error_of(words: list[str]) -> str | None:
+    """Return the parser's error message about a command line, or None."""
     with contextlib.redirect_stderr(io.StringIO()) as errors:
         try:
             make_parser().parse_args(words)

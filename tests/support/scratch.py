@@ -1,7 +1,7 @@
-"""A folder for tens of thousands of files, such as a system's or an environment's.
+"""A folder for tens of thousands of files, such as those of a system or a virtual environment.
 
-Where a disk discards what is deleted (mount(8), 'discard'), it takes a minute to delete a Debian
-system from it, and none from memory.
+On a disk that discards deleted blocks (mount(8), 'discard'), deleting a Debian system takes a
+minute. In memory it takes no time.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from qmp_tools.host.run_folder import run_folder
 from qmp_tools.qemu.machine import GIB
 
 _MEMORY: Final = Path("/dev/shm")
-_ROOM_BYTES: Final = 6 * GIB
-"""Of free memory: a Debian system has up to 2 GiB, and tests run side by side."""
+_NEEDED_BYTES: Final = 6 * GIB
+"""Free memory that is needed: a Debian system has up to 2 GiB, and tests run in parallel."""
 
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder in memory if that has room, else in the temporary folder.
+    """Make a folder in memory if enough is free, else in the temporary folder.
 
-    It is removed in the end, also when the tests are killed.
+    It is removed at the end, also when the tests are killed.
     """
-    base = os.fspath(_MEMORY) if _memory_has_room() else tempfile.gettempdir()
+    base = os.fspath(_MEMORY) if _memory_is_free() else tempfile.gettempdir()
     with contextlib.ExitStack() as stack:
         with mock.patch("tempfile.tempdir", base):
             folder = stack.enter_context(run_folder())
         yield folder
 
 
-def _memory_has_room() -> bool:
+def _memory_is_free() -> bool:
     try:
         status = os.statvfs(_MEMORY)
         available = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]
     except (OSError, IndexError):
         return False
-    room_bytes = min(status.f_bavail * status.f_frsize, int(available) * 1024)
-    return room_bytes >= _ROOM_BYTES and not status.f_flag & os.ST_NOEXEC
+    free_bytes = min(status.f_bavail * status.f_frsize, int(available) * 1024)
+    return free_bytes >= _NEEDED_BYTES and not status.f_flag & os.ST_NOEXEC

@@ -1,4 +1,4 @@
-"""Set-ups of proofs that are never run."""
+"""Set-ups of proofs that are never carried out."""
 
 from __future__ import annotations
 
@@ -40,6 +40,6 @@ def setup_of_files(folder: Path) -> Setup:
     return replace(setup(), qemu=qemu, qemu_destination=qemu, machine=machine)
 
 
-def key(cell: Cell, it: Setup) -> str:
-    """Return the key under which the result of `cell` is kept."""
-    return key_of(cell, it, ProgramFiles())
+def key(cell: Cell, proof: Setup) -> str:
+    """Return the key of `cell` in the result cache."""
+    return key_of(cell, proof, ProgramFiles())

@@ -1,4 +1,4 @@
-"""What the documentation names is there: tests, proofs, files, commands and messages."""
+"""Everything that the documentation names exists: tests, proofs, files, commands, messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from qmp_tools.cli.arguments import parsers_of
 from qmp_tools.cli.main import make_parser
-from support.doc_commands import PAGES, ROOT, Block, all_blocks, complaint, in_prose
+from support.doc_commands import PAGES, ROOT, Block, all_blocks, error_of, in_prose
 
 
 def text_of(*folders: str) -> str:
@@ -40,7 +40,7 @@ def test_the_targets_of_links_exist(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-def test_a_name_that_does_not_exist_is_found_missing() -> None:
+def test_a_missing_name_is_noticed() -> None:
     assert "def test_that_is_nowhere(" not in text_of("qmp_tools")
     named = re.findall(r"`(test_[a-z0-9_]+)`", (ROOT / "docs" / "iterator.md").read_text())
     assert len(named) > 30
@@ -55,33 +55,35 @@ def test_every_block_of_commands_is_marked_as_run_or_parsed(block: Block) -> Non
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_command_lines_parse(block: Block) -> None:
+def test_the_parser_accepts_each_command_line(block: Block) -> None:
     for words in block.command_lines():
         if block.page.parent != ROOT or words[0] not in ("test", "develop"):  # ./dmaproof's own
-            assert complaint(words) is None
+            assert error_of(words) is None
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_options_in_prose_exist(page: Path) -> None:
-    helps = {tuple(it.prog.split()[1:]): it.format_help() for it in parsers_of(make_parser())}
+    helps = {
+        tuple(parser.prog.split()[1:]): parser.format_help() for parser in parsers_of(make_parser())
+    }
     for words in in_prose(page):
         assert (words[0],) in helps
         known = helps.get(tuple(words[:2])) or helps[words[0],]
         assert [word for word in words if word.startswith("--") and word not in known] == []
 
 
-def test_a_wrong_command_line_is_found() -> None:
-    assert complaint(["prove", "--guest", "bare"]) is None
-    assert "--no-such" in str(complaint(["prove", "--no-such"]))
-    assert "horse" in str(complaint(["prove", "--guest", "horse"]))
+def test_a_wrong_command_line_is_noticed() -> None:
+    assert error_of(["prove", "--guest", "bare"]) is None
+    assert "--no-such" in str(error_of(["prove", "--no-such"]))
+    assert "horse" in str(error_of(["prove", "--guest", "horse"]))
 
 
 def texts_of(node: ast.AST) -> Iterator[str]:
-    """The strings in `node`, '…' in place of what is put in when the program runs."""
+    """Yield the strings in `node`, with '…' for each value that the program inserts."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         yield node.value
     elif isinstance(node, ast.JoinedStr):
-        parts = (it.value if isinstance(it, ast.Constant) else "…" for it in node.values)
+        parts = (each.value if isinstance(each, ast.Constant) else "…" for each in node.values)
         yield "".join(map(str, parts))
     else:
         for child in ast.iter_child_nodes(node):
@@ -89,22 +91,22 @@ def texts_of(node: ast.AST) -> Iterator[str]:
 
 
 def messages() -> list[str]:
-    """Every string of the program."""
+    """Return every string of the program."""
     sources = [file for name in ("qmp_tools", "plugin") for file in (ROOT / name).rglob("*.py")]
     return [text for file in sources for text in texts_of(ast.parse(file.read_text()))]
 
 
-def test_messages_that_are_explained_exist() -> None:
+def test_explained_messages_exist() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     explained = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
     known = messages()
     assert len(explained) > 20
-    # A message that is cut short ends in ' …'.
+    # A shortened message ends in ' …'.
     cut = [text.removesuffix(" …") for text in explained]
     assert [text for text in cut if not any(text in message for message in known)] == []
 
 
-def test_a_message_that_does_not_exist_is_found() -> None:
+def test_a_missing_message_is_noticed() -> None:
     assert list(texts_of(ast.parse('raise E(f"no {this} of " f"{that!r:>4}, " "so")'))) == [
         "no … of …, so"
     ]
@@ -112,7 +114,7 @@ def test_a_message_that_does_not_exist_is_found() -> None:
 
 
 def kinds_of(node: object) -> Iterator[str]:
-    """What the member 'kind' may be, by a JSON schema."""
+    """Yield the values that a JSON schema allows for the member 'kind'."""
     if isinstance(node, dict):
         kind = node.get("kind")
         if isinstance(kind, dict) and ("const" in kind or "enum" in kind):

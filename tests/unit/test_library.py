@@ -1,4 +1,4 @@
-"""The library's public API: nothing in `blocking` is to be awaited, and wrong types are refused."""
+"""The library's public API: `blocking` returns no awaitable, and wrong types are refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qmp_tools.proof.options import ProofOptions
 
 
 def _functions() -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Every function that `blocking` has a public name for, its classes' methods among them."""
+    """Yield the public functions of `blocking` by name, and the methods of its classes."""
     for name, value in vars(blocking).items():
         if not name.startswith("_") and inspect.isroutine(value):
             yield name, value
@@ -46,7 +46,7 @@ def test_the_functions_of_blocking_are_found() -> None:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_nothing_in_blocking_is_to_be_awaited(name: str) -> None:
+def test_no_function_of_blocking_returns_an_awaitable(name: str) -> None:
     function = FUNCTIONS[name]
     assert not inspect.iscoroutinefunction(function)
     assert not inspect.isasyncgenfunction(function)
@@ -58,7 +58,7 @@ def test_nothing_in_blocking_is_to_be_awaited(name: str) -> None:
 
 async def _enter(context: Any) -> None:
     async with context:
-        pytest.fail("begun")
+        pytest.fail("the context was entered")
 
 
 async def _first(items: AsyncIterator[object]) -> None:
@@ -130,6 +130,6 @@ def test_paths_may_be_strings() -> None:
     assert arguments.words_of("arguments", ("-kernel", SOCKET)) == ["-kernel", str(SOCKET)]
 
 
-def test_an_options_name_is_a_string() -> None:
+def test_the_name_of_an_option_must_be_a_string() -> None:
     with pytest.raises(UsageError, match="options: expected names that are strings, got 1"):
         ProofOptions.of({1: "bare"})  # type: ignore[dict-item]

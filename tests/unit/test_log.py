@@ -1,4 +1,4 @@
-"""What is logged for people: where a command shows it, and that a library's user sees nothing."""
+"""The log for people: where a command prints it, and that the library prints nothing."""
 
 from __future__ import annotations
 
@@ -26,41 +26,40 @@ def log_steps(arguments: argparse.Namespace) -> int:
     STEPS.info("migrating (%s)", "unix")
     logging.getLogger("dmaproof.discovery").warning("the package another has no such part")
     logging.getLogger("qmp_tools.migration.pair").info("comparing")
-    logging.getLogger("a.stranger").warning("none of ours")
+    logging.getLogger("third.party").warning("a third-party warning")
     return 0
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Runs the command line, whose every subcommand only logs."""
+    """Runs the command line, each subcommand of which only logs."""
 
-    def parser(words: list[str]) -> SimpleNamespace:
-        quiet = "--quiet" in words
+    def parser(chosen: list[str]) -> SimpleNamespace:
         return SimpleNamespace(
-            parse_args=lambda words: argparse.Namespace(run=log_steps, quiet=quiet)
+            parse_args=lambda words: argparse.Namespace(run=log_steps, quiet="--quiet" in words)
         )
 
     monkeypatch.setattr(command, "make_parser", parser)
     return lambda *words: main(words)
 
 
-def test_a_command_shows_what_both_packages_log_as_lines_in_order(
+def test_a_command_prints_the_records_of_both_packages_as_lines_in_order(
     run: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run() == 0
-    told = capsys.readouterr()
-    assert told.err == "migrating (unix)\nthe package another has no such part\ncomparing\n"
-    assert told.out == ""
+    printed = capsys.readouterr()
+    assert printed.err == "migrating (unix)\nthe package another has no such part\ncomparing\n"
+    assert printed.out == ""
 
 
-def test_a_quiet_command_shows_nothing(
+def test_a_quiet_command_prints_nothing(
     run: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("--quiet") == 0
     assert capsys.readouterr().err == ""
 
 
-def test_nothing_is_shown_any_more_when_a_command_is_over(
+def test_nothing_is_printed_after_a_command_has_ended(
     run: Callable[..., int], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("qmp_tools", "dmaproof"):
@@ -73,7 +72,7 @@ def test_nothing_is_shown_any_more_when_a_command_is_over(
     assert logging.getLogger("dmaproof").level == logging.ERROR
 
 
-def test_of_many_proofs_only_new_facts_and_warnings_are_shown(
+def test_only_new_facts_and_warnings_of_many_proofs_are_printed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     log = StderrLog()
@@ -89,7 +88,7 @@ def test_of_many_proofs_only_new_facts_and_warnings_are_shown(
     assert lines == ["accelerator: TCG", "a step's warning", "migration 1", "migration 2"]
 
 
-def test_errors_of_the_qmp_library_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_of_the_qmp_library_are_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with logging_to(StderrLog()):
         qemu_qmp.QMPClient.logger.error("Task.Reader: end-of-file")
     assert capsys.readouterr().err == ""
@@ -104,7 +103,7 @@ def test_progress_is_logged_once_a_second(caplog: pytest.LogCaptureFixture) -> N
     assert caplog.messages == [f"migration active: {PROGRESS.summary}"] * 3
 
 
-def test_only_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_terminal_gets_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     log = StderrLog()
     assert log.on_progress is None
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
@@ -113,7 +112,7 @@ def test_only_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert log.on_progress is None
 
 
-def test_the_next_line_ends_the_bar(
+def test_the_next_line_ends_the_progress_bar(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)

@@ -1,4 +1,4 @@
-"""Asynchronous work for callers that are not: results, errors, interrupts, and leftovers."""
+"""Coroutines run for synchronous callers: results, errors, interrupts, and leftovers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ async def _refuse() -> NoReturn:
     raise ValueError("no")
 
 
-def test_results_and_errors_come_to_the_caller() -> None:
+def test_the_caller_gets_results_and_errors() -> None:
     with LoopThread() as loop:
         assert loop.run(_answer()) == 42
         with pytest.raises(ValueError, match="no"):
@@ -28,7 +28,7 @@ def test_results_and_errors_come_to_the_caller() -> None:
         assert loop.run(_answer()) == 42, "an error does not end the loop"
 
 
-def test_a_caller_may_have_a_loop_of_its_own() -> None:
+def test_a_caller_may_run_in_an_event_loop_of_its_own() -> None:
     async def caller() -> int:
         with LoopThread() as loop:
             return loop.run(_answer())
@@ -36,15 +36,15 @@ def test_a_caller_may_have_a_loop_of_its_own() -> None:
     assert asyncio.run(caller()) == 42
 
 
-def test_the_loop_runs_between_two_calls() -> None:
-    happened = threading.Event()
+def test_the_loop_keeps_running_between_two_calls() -> None:
+    called = threading.Event()
 
     async def begin() -> None:
-        asyncio.get_running_loop().call_later(0.01, happened.set)
+        asyncio.get_running_loop().call_later(0.01, called.set)
 
     with LoopThread() as loop:
         loop.run(begin())
-        assert happened.wait(60)
+        assert called.wait(60)
 
 
 def test_an_interrupt_cancels_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,13 +75,13 @@ def test_leaving_cancels_open_tasks_and_ends_the_thread() -> None:
     ended = threading.Event()
 
     async def leave_something() -> asyncio.Task[None]:
-        async def for_ever() -> None:
+        async def sleep_long() -> None:
             try:
                 await asyncio.sleep(1000)
             finally:
                 ended.set()
 
-        task = asyncio.ensure_future(for_ever())
+        task = asyncio.ensure_future(sleep_long())
         await asyncio.sleep(0)
         return task
 
@@ -89,4 +89,4 @@ def test_leaving_cancels_open_tasks_and_ends_the_thread() -> None:
         task = loop.run(leave_something())
     assert ended.is_set()
     assert task.cancelled()
-    assert not [it for it in threading.enumerate() if it.name == "dmaproof"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "dmaproof"]

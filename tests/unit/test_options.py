@@ -1,4 +1,4 @@
-"""The options of a proof: one description, whose views say the same."""
+"""The options of a proof: their one description, and all that is derived from it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CHOSEN = ProofOptions(
 
 @options_as_keywords(ProofOptions)
 def chosen(options: ProofOptions) -> ProofOptions:
-    """What was asked for."""
+    """Return the options."""
     return options
 
 
@@ -42,33 +42,33 @@ def parsed(words: list[str]) -> ProofOptions:
     return given_options(parser.parse_args(words))
 
 
-def test_texts_become_values() -> None:
+def test_texts_are_converted_to_values() -> None:
     assert (CHOSEN.qemu, CHOSEN.memory, CHOSEN.bandwidth) == ("/usr/bin/qemu", 1 << 30, 64 << 20)
     assert (CHOSEN.devices, CHOSEN.destination_lacks) == (("blk", "net:mtu=9000"), ("flush", "mq"))
     assert ProofOptions(harvest=1).harvest == 1.0
 
 
-def test_the_words_of_the_command_line_give_the_same_options() -> None:
+def test_the_words_of_a_command_line_result_in_the_same_options() -> None:
     assert parsed(CHOSEN.words()) == CHOSEN
     assert parsed([]) == ProofOptions()
     assert ProofOptions().words() == []
     assert "--seed=0" in CHOSEN.words()
 
 
-def test_json_and_texts_by_name_give_the_same_options() -> None:
+def test_json_and_texts_by_name_result_in_the_same_options() -> None:
     assert ProofOptions.of(json.loads(json.dumps(CHOSEN.to_json()))) == CHOSEN
     texts = {"kill_device": "on", "max_downtime": "2", "device": "blk net:mtu=9000"}
     assert ProofOptions.of({**CHOSEN.changed, **texts}) == CHOSEN
     assert ProofOptions.of({"qemu": None, "cpus": None}) == ProofOptions()
 
 
-def test_keywords_and_an_object_give_the_same_options() -> None:
+def test_keywords_and_an_object_result_in_the_same_options() -> None:
     assert chosen(guest="bare", memory="1G") == chosen(ProofOptions(guest="bare", memory=1 << 30))
     with pytest.raises(UsageError, match="either ProofOptions or keywords"):
         chosen(ProofOptions(), guest="bare")  # type: ignore[call-overload]
 
 
-def test_options_that_were_not_given_are_as_by_default() -> None:
+def test_an_option_that_was_not_given_has_its_default() -> None:
     parser = argparse.ArgumentParser()
     defaults = ProofOptions(guest="bare", cpus=3)
     add_options(parser, defaults=defaults)
@@ -95,12 +95,14 @@ def test_options_that_were_not_given_are_as_by_default() -> None:
         ({"destination_lacks": ["flush", "x"]}, "--destination-lacks: expected one of seg-max"),
     ],
 )
-def test_an_impossible_value_is_refused_by_name(options: dict[str, Any], message: str) -> None:
+def test_the_error_about_a_wrong_value_names_the_option(
+    options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         ProofOptions.of(options)
 
 
-def test_every_option_has_a_default_that_it_can_have() -> None:
+def test_the_default_of_every_option_is_a_possible_value() -> None:
     for option in OPTIONS.values():
         if option.default is not None:
             assert option.value_of(option.default) == option.default

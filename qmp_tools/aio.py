@@ -98,7 +98,7 @@ async def start_qemu(
         arguments: words of QEMU's command line.
         binary: see `find_qemu`.
         accelerator: a value of QEMU's ``-accel``, such as 'tcg'; None leaves it to `arguments`.
-        name: what messages call the QEMU.
+        name: the name of the QEMU in messages and files.
         folder: where logs and sockets are; by default a new folder, which is removed.
         timeout_s: bounds the wait for each of QEMU's answers.
 

@@ -1,4 +1,4 @@
-"""Markers and fixtures of all suites, and the skip where the machine has no QEMU."""
+"""Markers, fixtures and requirements that all test suites share."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _TESTS: Final = Path(__file__).parent
 _IS_WORKER: Final = "PYTEST_XDIST_WORKER" in os.environ
 _TAKE_MINUTES: Final = ("test_debian.py", "test_passthrough.py")
 
-# Machines are busy, so examples have no deadline; everything else is hypothesis' default.
+# Test machines are busy, so examples have no deadline. Other settings are hypothesis's defaults.
 settings.register_profile(
     "unhurried", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("unhurried")
-# A mutant only has to be noticed, each time by the same examples; no example is minimized.
+# Each mutant is tried with the same examples, and a failing example need not be shrunk.
 settings.register_profile(
     "mutation",
     settings.get_profile("unhurried"),
@@ -36,10 +36,10 @@ settings.register_profile(
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test with the name of its suite, and skip tests of real QEMU if none is found.
+    """Mark each test with the name of its suite; skip the tests on QEMU if QEMU is not installed.
 
-    With DMAPROOF_NO_SKIP=1 they fail instead. If several processes share the tests, those that take
-    minutes are run first, so that the other processes do not wait for one of them at the end.
+    With DMAPROOF_NO_SKIP=1 these tests fail instead. If several processes share the tests, those
+    that take minutes run first, so that the other processes do not wait for them at the end.
     """
     if _IS_WORKER:
         items.sort(key=lambda item: item.path.name not in _TAKE_MINUTES)
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(item.path.relative_to(_TESTS).parts[0])
     if shutil.which("qemu-system-x86_64") is not None or os.environ.get("DMAPROOF_NO_SKIP") == "1":
         return
-    no_qemu = pytest.mark.skip(reason="QEMU not found: apt-get install qemu-system-x86")
+    no_qemu = pytest.mark.skip(reason="QEMU is not installed: apt-get install qemu-system-x86")
     for item in items:
         if item.get_closest_marker("qemu") is not None:
             item.add_marker(no_qemu)
@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def much_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Let only one test at a time run, of all workers' tests whose guests have gigabytes of RAM."""
+    """Run the test alone among all workers' tests that use this fixture: it needs gigabytes."""
     folder = tmp_path_factory.getbasetemp()
     shared = folder.parent if _IS_WORKER else folder
     with (shared / "much-memory").open("w") as lock:
@@ -65,6 +65,6 @@ def much_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def tool(tmp_path_factory: pytest.TempPathFactory) -> Tool:
-    """The dmaproof command with a temporary folder of its own."""
-    # The path is short, since the run's folder holds Unix sockets.
+    """The dmaproof command, with its own temporary folder, which must be empty afterwards."""
+    # The name is short because the run's folder holds Unix sockets.
     return Tool(Path(tmp_path_factory.mktemp("t")))

@@ -1,4 +1,4 @@
-"""How every help text is laid out; a module of its own, since the command itself needs no other."""
+"""The layout of all help texts, in a module that is fast to import."""
 
 from __future__ import annotations
 

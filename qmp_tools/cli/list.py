@@ -17,7 +17,7 @@ from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.faults import Fault, known_faults, summary
 
 from ..devices.registry import DeviceKind, EmulatedKind, ThirdPartyKind, device_kinds
-from ..guest.workload import BOUNDS, MEANINGS, PATTERNS, Workload
+from ..guest.workload import MEANINGS, Workload, values_of
 from ..migration.scenarios import known_scenarios
 from ..migration.scenarios.base import Scenario
 from ..passthrough.kinds import FakeVfioKind
@@ -151,7 +151,7 @@ def faults() -> list[Entry]:
             "default": f"{fault.default:g}" if fault.value_means else "",
             "link": fault.link.value,
             "needs": _needs_of_fault(fault),
-            "summary": summary(fault),
+            "summary": summary(fault).removesuffix("."),
         }
         for name, fault in known_faults().usable().items()
     ]
@@ -192,23 +192,17 @@ def workload() -> list[Entry]:
         {
             "parameter": field.name,
             "default": "as --seed" if field.name == "seed" else f"{field.default}",
-            "values": _values_of(field.name),
+            "values": values_of(field.name),
             "meaning": MEANINGS[field.name],
         }
         for field in fields(Workload)
     ]
 
 
-def _values_of(parameter: str) -> str:
-    if parameter == "pattern":
-        return ", ".join(PATTERNS)
-    low, high = BOUNDS[parameter]
-    return f"{low} to {high}"
-
-
 def _first_line(described: type[Any]) -> str:
     """Return the summary of a class' docstring; names in it are for readers of the code."""
-    return (described.__doc__ or "").strip().partition("\n")[0].replace("`", "")
+    first, _, _ = (described.__doc__ or "").strip().partition("\n")
+    return first.replace("`", "").removesuffix(".")
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 return _run(argv)
             finally:
-                sys.stdout.flush()  # fails here, not at exit, if the device is full
+                sys.stdout.flush()  # fails now, and not at exit, if the device is full
         except UsageError as error:
             _say(f"{error}")
             return EXIT_USAGE

@@ -26,7 +26,7 @@ Answer = dict[str, Any]
 
 
 def _to_html(answer: Answer) -> str:
-    from ..reports.html import to_html  # here: most runs write no page
+    from ..reports.html import to_html  # imported here, since most runs write no page
 
     return to_html(answer)
 

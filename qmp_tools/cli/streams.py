@@ -47,7 +47,7 @@ class _Raw(io.FileIO):
 
 
 class _RawErrors(_Raw):
-    """Standard error: what cannot be written there is dropped, which ends nothing."""
+    """Standard error: output that cannot be written is dropped, and the command continues."""
 
     def _failed(self, size: int, error: OSError) -> int:
         return size

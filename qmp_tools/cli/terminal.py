@@ -1,4 +1,4 @@
-"""The drawings for a terminal: the progress bar and tables."""
+"""Drawing on a terminal: the progress bar and tables."""
 
 from __future__ import annotations
 

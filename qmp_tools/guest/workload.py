@@ -13,7 +13,7 @@ from dmaproof.errors import UsageError
 PATTERNS: Final = ("random", "sequential", "hot-set")
 MOST_HOLD_PAGES: Final = 1 << 16
 
-BOUNDS: Final = {
+_BOUNDS: Final = {
     "threads": (1, 64),
     "hot": (64, 1 << 24),
     "write_once": (0, 1 << 24),
@@ -47,6 +47,14 @@ MEANINGS: Final = {
 """What each parameter means, for ``dmaproof list workload``."""
 
 
+def values_of(parameter: str) -> str:
+    """Return the values that a parameter can have, as text."""
+    if parameter == "pattern":
+        return ", ".join(PATTERNS)
+    low, high = _BOUNDS[parameter]
+    return f"{low} to {high}"
+
+
 @dataclass(frozen=True)
 class Workload:
     """The parameters; `hot`, `write_once`, `churn`, `hold` and `max_pages` in pages.
@@ -74,7 +82,7 @@ class Workload:
     last: int = 0
 
     def __post_init__(self) -> None:
-        for name, (low, high) in BOUNDS.items():
+        for name, (low, high) in _BOUNDS.items():
             if not low <= getattr(self, name) <= high:
                 raise UsageError(
                     f"workload: {name}={getattr(self, name)} is not between {low} and {high}"

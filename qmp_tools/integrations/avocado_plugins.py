@@ -88,7 +88,7 @@ class ProofRunner(BaseRunner):  # type: ignore[misc]
             yield FinishedMessage.get("error", str(untestable(error)))
 
     def _prove(self, runnable: Runnable, loop: LoopThread, folder: Path) -> Iterator[Status]:
-        from ..proof.options import ProofOptions  # here, as in `MatrixResolver.resolve`
+        from ..proof.options import ProofOptions  # imported here as in `MatrixResolver.resolve`
 
         options = ProofOptions.of(options_of(runnable)).words()
         program = [sys.executable, "-m", "qmp_tools.cli", "prove", *options]

@@ -281,7 +281,7 @@ def _started(start: Callable[[], T]) -> T:
 
 def _unavailable(reason: str) -> NoReturn:
     if os.environ.get("DMAPROOF_NO_SKIP") == "1":
-        pytest.fail(f"{reason} (DMAPROOF_NO_SKIP=1 forbids skipping)", pytrace=False)
+        pytest.fail(f"{reason} (DMAPROOF_NO_SKIP=1 forbids to skip)", pytrace=False)
     pytest.skip(reason)
 
 

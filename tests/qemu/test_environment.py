@@ -13,16 +13,16 @@ import pytest
 from support.command import Tool
 
 SMALL = ["--guest", "bare", "--workload", "write_once=512", "--quiet"]
-NO_SPACE = "No space left on device; set TMPDIR"
-SIZES = {
-    "for the image": ("40M", ["--device", "qemu:virtio-blk-pci"], NO_SPACE),
-    "for the evidence": ("64k", [], f"evidence into {{folder}}/dmaproof-\\w+: {NO_SPACE}"),
+NO_ROOM = "No space left on device; set TMPDIR"
+ROOM = {
+    "for the image": ("40M", ["--device", "qemu:virtio-blk-pci"], NO_ROOM),
+    "for the evidence": ("64k", [], f"evidence into {{folder}}/dmaproof-\\w+: {NO_ROOM}"),
     "for the stream": ("16M", ["--scenario", "exec"], "no room left in {folder}"),
     "for the journal": ("64k", ["--kill-device"], "device cannot go on: No space left on device"),
 }
 
 
-@pytest.mark.parametrize(("size", "options", "message"), SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize(("size", "options", "message"), ROOM.values(), ids=ROOM)
 def test_a_full_temporary_folder_is_reported(
     tool: Tool, size: str, options: list[str], message: str
 ) -> None:

@@ -101,7 +101,7 @@ def test_the_list_of_devices_has_those_of_all_kinds(capsys: pytest.CaptureFixtur
 
 def test_the_list_of_faults_names_value_link_and_needs(capsys: pytest.CaptureFixture[str]) -> None:
     faults = {entry.pop("fault"): entry for entry in entries("faults", capsys)}
-    assert faults["drop-pages"]["value"] == "a share of pages"
+    assert faults["drop-pages"]["value"] == known_faults()["drop-pages"].value_means
     assert faults["drop-pages"]["default"] == "0.01"
     assert faults["drop-pages"]["link"] == "log"
     assert faults["forgotten-at-restart"]["needs"] == "--harvest final, --kill-device"

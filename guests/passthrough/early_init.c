@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * The first process of an L1 whose kernel has its drivers as modules: loads those that are named in
- * /modules/order, in that order, and goes on in the shared root file system as if its kernel had
- * mounted it.
+ * The first process of an L1 whose kernel has its drivers as modules. It loads the modules that
+ * /modules/order lists, in that order, mounts the shared root file system, and runs its /init.
  *
- * The command line has the options of that mount as the kernel would read them: rootflags=...
+ * The mount options are those in rootflags=... on the kernel's command line.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -21,7 +20,7 @@
 static _Noreturn void give_up(const char *what) {
     printf("early_init: %s: %s\n", what, strerror(errno));
     fflush(stdout);
-    reboot(RB_AUTOBOOT);  // QEMU was told not to: it ends
+    reboot(RB_AUTOBOOT);  // QEMU exits instead, because of -no-reboot
     for (;;)
         pause();
 }
@@ -41,7 +40,7 @@ static void load_modules(void) {
     fclose(order);
 }
 
-/* The value of `rootflags` on the kernel's command line. */
+/* Return the value of `rootflags` on the kernel's command line. */
 static const char *root_flags(void) {
     static char line[4096];
     if (mount("proc", "/proc", "proc", 0, NULL) != 0)

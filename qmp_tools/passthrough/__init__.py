@@ -1,26 +1,27 @@
 """The passthrough route, proved without hardware: the real kernel, and QEMU's own vfio-pci.
 
-All of it runs in the nested machine L1 (`l1`), where the fake device's module is loaded; `inside`
-is what runs there, `prove` starts it from outside, `kernel_cost` counts what it costs. Modules::
+All proofs run in the nested machine L1 (`l1`), in which the fake device's kernel module is loaded.
+`prove` starts L1 from the host, `inside` runs in L1, and `kernel_cost` counts the instructions that
+the kernel's interfaces cost. Modules::
 
-    fake_device       the device, driven and watched through its control files
-    owner             a process that owns it, by iommufd or by the legacy container
-    mock_iommu        iommufd's test device: a page table whose dirty bits we set
-    clock             L1's clock beside the host's: on a busy machine it may be too fast
-    rules             what the kernel promises, refuses, and does where nothing is promised:
+    fake_device       the fake VFIO device, created and controlled through its debugfs files
+    fake_driver       a user-space VFIO driver of it, on iommufd or on the legacy container
+    mock_iommu        iommufd's test device: a page table in which user space sets dirty bits
+    clock             corrects timeouts in L1, whose clock may run too fast on a busy host
+    rules             what the kernel accepts, refuses, and does where no behaviour is specified:
                       vfio_rules, iommufd_rules
-    states            VFIO's migration states and the device's state as a stream
-    differential      the kernel's iterator and trackers against ours, bit for bit
-    hwpt              the same for a page table's dirty bits
-    injected_faults   each fault of the module, caught every time
-    migrations        L2 to L2 with vfio-pci, each way with controls that must corrupt
-    vhost             our vhost-user disk over the kernel's trackers, each with a control;
-                      vhost_device is its process
-    functions         the fake device as if it were hardware: `prove --device vfio:…`, in L1
-    device_proof       a whole proof on it, whose journal is known: `prove --device vfio-fake`
+    states            VFIO's migration states, and the device's state as a stream
+    differential      the kernel's iterator and trackers compared with dmaproof's, bit for bit
+    hwpt              the same comparison for a page table's dirty bits
+    injected_faults   each fault of the module, which must be caught every time
+    migrations        L2 migrated with vfio-pci by each way of tracking, with controls
+    vhost             dmaproof's vhost-user disk on the kernel's trackers, with controls;
+                      vhost_device is its device process
+    functions         the steps of `prove --device vfio:…`, tried on the fake device
+    device_proof      one whole proof on the fake device: `prove --device vfio-fake`
 """
 
 from typing import Final
 
 GROUPS: Final = ("rules", "states", "differential", "faults", "migration", "vhost", "functions")
-"""Of proofs, in the order in which they are carried out."""
+"""The groups of proofs, in the order in which they run."""

@@ -1,10 +1,10 @@
-"""One proof of QEMU's own vfio-pci on the fake device, in L1: `qmp_tools.proof` and nothing else.
+"""One proof of QEMU's own vfio-pci on the fake device, run in L1 by `qmp_tools.proof`.
 
 python3 -m qmp_tools.passthrough.device_proof REPORT GUEST [--tracking NAME] [--fault NAME=VALUE]…
 
-GUEST is the ELF of the guest that drives the device. REPORT gets the proof as JSON; what a person
-is to read of it goes into the file beside it that ends in ``.txt``, and the story to standard
-output. The exit code is 0 if there is a report, whatever its verdict.
+GUEST is the ELF of the guest that drives the device. The proof is written to REPORT as JSON, and as
+text to a file of the same name that ends in ``.txt``; progress goes to standard output. The exit
+code is 0 if the reports were written, independent of the verdict.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _DOWNTIME_S: Final = 10.0
 
 
 def setup_of(guest: Path, device: ProofDevice, seed: int, timeout_s: float) -> Setup:
-    """A proof inside L1 on `device`, which is the fake one; `guest` is the ELF that drives it."""
+    """Return the set-up of a proof in L1 on `device`; `guest` is the ELF that drives it."""
     return Setup(
         options=ProofOptions(
             seed=seed,
@@ -56,19 +56,20 @@ def setup_of(guest: Path, device: ProofDevice, seed: int, timeout_s: float) -> S
         ),
         qemu=_QEMU,
         qemu_destination=_QEMU,
-        machine=Machine("q35", "tcg", MEMORY_BYTES, 1, guest, command_line=_line(seed)),
+        machine=Machine("q35", "tcg", MEMORY_BYTES, 1, guest, command_line=_command_line(seed)),
         guest="vfio",
         workload=replace(_WORKLOAD, seed=seed),
         device=device,
     )
 
 
-def _line(seed: int) -> str:
-    return f"hot={_WORKLOAD.hot} write_once={_WORKLOAD.write_once} churn={_WORKLOAD.churn} seed={seed}"
+def _command_line(seed: int) -> str:
+    workload = _WORKLOAD
+    return f"hot={workload.hot} write_once={workload.write_once} churn={workload.churn} seed={seed}"
 
 
 def main() -> int:
-    """Carry out the proof; returns 0 if it has come to a verdict."""
+    """Carry out the proof; return 0 if it has a verdict."""
     parser = argparse.ArgumentParser()
     parser.add_argument("report", type=Path)
     parser.add_argument("guest", type=Path)
@@ -88,7 +89,7 @@ def main() -> int:
         ):
             proof = asyncio.run(prove(setup))
     except UntestableError as error:
-        print(f"could not be tested: {error}", flush=True)
+        print(f"untested: {error}", flush=True)
         return EXIT_UNTESTED
     arguments.report.write_text(json.dumps(to_json(proof)))
     arguments.report.with_suffix(".txt").write_text(to_text(proof))

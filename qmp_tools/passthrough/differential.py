@@ -1,9 +1,9 @@
-"""The kernel's iterator against ours: the same reports into both, bit for bit.
+"""The kernel's iterator compared with dmaproof's: the same ranges reported to both, bit for bit.
 
-`iterator_cases` hands the kernel's iova_bitmap ranges through the device, thousands of random
-bitmaps of every size, alignment and page size, with bits that were set before and guard bytes on
-both sides. `dma_cases` lets the device write, and holds what the kernel reports against our
-`IovaBitmap` fed from the journal, and against RAM itself, in both directions.
+`iterator_cases` fills thousands of random bitmaps of every size, alignment and page size. Each one
+has bits that were set before, and guard bytes on both sides. The kernel's iova_bitmap gets the
+ranges through the device. `dma_cases` lets the device write, and compares the kernel's report with
+an `IovaBitmap` that is filled from the journal, and with the changes in RAM, in both directions.
 """
 
 from __future__ import annotations
@@ -22,29 +22,33 @@ from dmaproof.vfio.requests import bitmap_for
 from dmaproof.vfio.trackers import DmaLogging, Type1Tracker
 
 from .fake_device import Journal, content
-from .fake_driver import FakeDriver, by_either
+from .fake_driver import FakeDriver, any_driver
 from .outcome import require
 
 _GUARD_BYTES: Final = 64
 _UNIQUE_BYTES: Final = 16
 _SPACE: Final = IovaRange(0, 1 << 52)
-"""Where ranges are handed to the iterator; nothing is written there."""
+"""The IOVAs of the ranges for the iterator; the device writes nothing there."""
 _MOST_PAGES: Final = 40 << 20
-"""More than two windows of the kernel's: it pins the bitmap of 2**24 pages at a time."""
+"""More than two windows of the kernel's iterator, each the bitmap of 2**24 pages."""
 _RECORD_SHIFTS: Final = (12, 12, 12, 13, 16, 21, 30)
 
 
-def _goes_by_windows(driver: FakeDriver) -> bool:
-    """Whether the kernel asks the device once for each window (until Linux 6.10), so that ranges
-    cannot be handed to its iterator from outside of one."""
+def _reports_by_window(driver: FakeDriver) -> bool:
+    """Return whether the kernel asks the device once for each window, as Linux does up to 6.10.
+
+    Then its iterator takes no range outside the current window.
+    """
     before = driver.fake.stats()["reports"]
     driver.device.report(0, _MOST_PAGES * PAGE_BYTES, PAGE_BYTES)
     return driver.fake.stats()["reports"] > before + 1
 
 
 def _case_pages(choose: random.Random, *, wide: bool) -> int:
-    """Few pages, about a word, about a page of bitmap; now and then, if `wide`, more than a
-    window."""
+    """Return a few pages, or about as many as a word or a page of the bitmap covers.
+
+    If `wide`, return now and then more pages than a window covers.
+    """
     kind = choose.random()
     if kind < 0.02 and wide:
         return choose.randrange((16 << 20) + 1, _MOST_PAGES)
@@ -56,60 +60,61 @@ def _case_pages(choose: random.Random, *, wide: bool) -> int:
 
 
 def _ranges(choose: random.Random, base: int, pages: int, page_size: int) -> list[tuple[int, int]]:
-    """Ranges inside a bitmap: parts of pages, runs of pages, and at the edges of words."""
+    """Return ranges inside a bitmap: parts and runs of pages, some of them at edges of words."""
     length = pages * page_size
     found = []
     for _ in range(choose.choice((0, 1, 3, 20, 60))):
         longest = choose.choice((1, page_size, 3 * page_size, 70 * page_size, length))
         size = choose.randint(1, min(longest, length))
         start = choose.randrange(length - size + 1)
-        if choose.random() < 0.3:  # at or about the edge of a word of the bitmap
+        if choose.random() < 0.3:  # at the edge of a word of the bitmap
             start = start // (64 * page_size) * (64 * page_size)
         found.append((base + start, size))
     return found
 
 
 def iterator_cases(count: int, seed: int) -> tuple[str, dict[str, Any]]:
-    """`count` random bitmaps, each filled by the kernel's iterator and by ours."""
+    """Fill each of `count` random bitmaps by the kernel's iterator and by `IovaBitmap`."""
     choose = random.Random(seed)
     ranges = windows = 0
-    with by_either() as driver:
+    with any_driver() as driver:
         driver.device.start_logging([_SPACE], PAGE_BYTES)
-        wide = not _goes_by_windows(driver)
+        wide = not _reports_by_window(driver)
         for case in range(count):
             page_size = 1 << choose.choice(_RECORD_SHIFTS)
             pages = _case_pages(choose, wide=wide)
             base = choose.randrange(1 << 20) * page_size
-            asked = _ranges(choose, base, pages, page_size)
+            chosen = _ranges(choose, base, pages, page_size)
             before = choose.choice((0, 0, 8, 2048, 0xFF1))
-            theirs = _filled(choose, before + div_ceil(pages, 64) * 8)
-            ours = theirs.copy()
-            if asked:
-                driver.fake.mark(*_columns(asked))
-            bits = theirs[before + _GUARD_BYTES : -_GUARD_BYTES]
+            kernels = _filled(choose, before + div_ceil(pages, 64) * 8)
+            expected = kernels.copy()
+            if chosen:
+                driver.fake.mark(*_columns(chosen))
+            bits = kernels[before + _GUARD_BYTES : -_GUARD_BYTES]
             driver.device.report(base, pages * page_size, page_size, bits)  # type: ignore[arg-type]
             with IovaBitmap(
-                base, pages * page_size, page_size, ours[before + _GUARD_BYTES :]
+                base, pages * page_size, page_size, expected[before + _GUARD_BYTES :]
             ) as bitmap:
-                for iova, length in asked:
+                for iova, length in chosen:
                     bitmap.set(iova, length)
             require(
-                bool(np.array_equal(theirs, ours)),
+                bool(np.array_equal(kernels, expected)),
                 f"seed {seed}, case {case}: {pages} pages of {page_size:#x} from {base:#x} on, "
-                f"bitmap at +{before:#x}: first byte that differs "
-                f"{int(np.flatnonzero(theirs != ours)[:1].sum())}",
+                f"bitmap at +{before:#x}: the kernel's bitmap differs from IovaBitmap's, first at "
+                f"byte "
+                f"{int(np.flatnonzero(kernels != expected)[:1].sum())}",
             )
-            ranges += len(asked)
+            ranges += len(chosen)
             windows += pages > 16 << 20
         driver.device.stop_logging()
     return (
-        f"{count} bitmaps, {ranges} ranges: equal to the bit, guards untouched",
+        f"{count} bitmaps, {ranges} ranges: all bits equal, guard bytes unchanged",
         {"cases": count, "ranges": ranges, "wider_than_a_window": windows, "seed": seed},
     )
 
 
 def _filled(choose: random.Random, size: int) -> NDArray[np.uint8]:
-    """Bytes for a bitmap with guards: clean, or with bits that were set before."""
+    """Return a bitmap of `size` bytes between guard bytes: clean, or with some bits set."""
     filled = np.zeros(size + 2 * _GUARD_BYTES, dtype=np.uint8)
     filled[:_GUARD_BYTES] = filled[-_GUARD_BYTES:] = 0xA5
     if choose.random() < 0.5:
@@ -124,7 +129,7 @@ def _columns(ranges: list[tuple[int, int]]) -> tuple[NDArray[np.uint64], NDArray
 
 
 def random_writes(choose: random.Random, window: IovaRange, count: int) -> list[tuple[int, int]]:
-    """Bursts of whole pages, and pieces that are aligned to nothing."""
+    """Return ranges in `window`: whole pages, runs of pages, and unaligned pieces."""
     found = []
     for _ in range(count):
         length = choose.choice(
@@ -138,7 +143,7 @@ def random_writes(choose: random.Random, window: IovaRange, count: int) -> list[
 
 
 def expected_bits(journal: Journal, query: IovaRange, page_size: int) -> NDArray[np.uint64]:
-    """What our iterator makes of the journal's writes that touch `query`."""
+    """Return the bits that `IovaBitmap` sets for the journal's writes inside `query`."""
     bits = bitmap_for(query.length, page_size)
     with IovaBitmap(*query, page_size, bits) as bitmap:
         for entry in journal:
@@ -150,7 +155,7 @@ def expected_bits(journal: Journal, query: IovaRange, page_size: int) -> NDArray
 
 
 def changed_pages(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Which pages of memory are not what they were."""
+    """Return for each page of memory whether it differs."""
     changed: NDArray[np.bool_] = np.logical_or.reduce(
         (before != after).reshape(-1, PAGE_BYTES), axis=1
     )
@@ -162,12 +167,13 @@ def _pages_of(bits: NDArray[np.uint64], pages: int) -> NDArray[np.bool_]:
 
 
 def dma_round(driver: FakeDriver, choose: random.Random, writes: int) -> tuple[int, int]:
-    """The device writes, the kernel reports, and all three agree: report, journal and RAM.
+    """Let the device write, have the kernel report, and compare report, journal and RAM.
 
-    Returns how many pages were dirty, and how many reports were asked for.
+    Returns:
+        The number of dirty pages, and of reports.
 
     Raises:
-        ProofFailedError: they do not agree.
+        ProofFailedError: report, journal and RAM do not agree.
     """
     start = len(driver.fake.journal())
     before = driver.memory.copy()
@@ -184,9 +190,10 @@ def dma_round(driver: FakeDriver, choose: random.Random, writes: int) -> tuple[i
         expected = expected_bits(written, query, PAGE_BYTES)
         require(
             bool(np.array_equal(found, expected)),
-            f"IOVA {query.iova:#x} + {query.length:#x}: the kernel's bitmap is not ours: "
+            f"IOVA {query.iova:#x} + {query.length:#x}: the kernel's bitmap differs from "
+            f"the journal's: "
             f"{int(np.bitwise_count(expected & ~found).sum())} pages missing, "
-            f"{int(np.bitwise_count(found & ~expected).sum())} too many",
+            f"{int(np.bitwise_count(found & ~expected).sum())} extra",
         )
         bits[low:high] = _pages_of(found, high - low)
         again = driver.device.report(*query, PAGE_BYTES)
@@ -194,13 +201,16 @@ def dma_round(driver: FakeDriver, choose: random.Random, writes: int) -> tuple[i
     changed = changed_pages(before, driver.memory)
     require(bool((changed <= bits).all()), "RAM changed in pages that were not reported")
     sure = surely_changed(written, driver.window)
-    require(bool((sure <= changed).all()), "the journal has writes that are not in RAM")
-    require(bool((sure <= bits).all()), "pages were written that were not reported")
+    require(bool((sure <= changed).all()), "RAM does not have all writes of the journal")
+    require(bool((sure <= bits).all()), "the device wrote pages that were not reported")
     return int(bits.sum()), len(cuts) - 1
 
 
 def surely_changed(written: Journal, window: IovaRange) -> NDArray[np.bool_]:
-    """The pages of which a write has so many bytes that they cannot be what they were by chance."""
+    """Return for each page whether a write must have changed it.
+
+    A write of few bytes may leave the bytes that the page had before, by chance.
+    """
     sure = np.zeros(window.length // PAGE_BYTES, dtype=bool)
     for entry in written:
         start = int(entry["iova"]) - window.iova
@@ -214,7 +224,7 @@ def surely_changed(written: Journal, window: IovaRange) -> NDArray[np.bool_]:
 
 
 def _check_content(driver: FakeDriver, written: Journal) -> None:
-    """The last write of the round is in RAM to the byte: the journal is true."""
+    """Check the journal: RAM must have every byte of the round's last write."""
     last = written[-1]
     at = int(last["iova"]) - driver.window.iova
     length = int(last["length"])
@@ -225,12 +235,12 @@ def _check_content(driver: FakeDriver, written: Journal) -> None:
                 content(int(last["sequence"]), int(last["iova"]), length),
             )
         ),
-        f"write {int(last['sequence'])} is not what stands in RAM",
+        f"RAM does not have the bytes of write {int(last['sequence'])}",
     )
 
 
 def dma_cases(driver: FakeDriver, rounds: int, seed: int) -> tuple[str, dict[str, Any]]:
-    """Rounds of random DMA with the device's own log."""
+    """Carry out `rounds` rounds of random DMA with the device's own log."""
     choose = random.Random(seed)
     driver.device.start_logging([driver.window], PAGE_BYTES)
     pages = reports = 0
@@ -246,7 +256,7 @@ def dma_cases(driver: FakeDriver, rounds: int, seed: int) -> tuple[str, dict[str
 
 
 def tracker_cases(driver: FakeDriver, rounds: int, seed: int) -> tuple[str, dict[str, Any]]:
-    """The kernel's trackers by our protocol: whatever ranges are asked for, nothing is lost."""
+    """Read the kernel's trackers as `DirtyTracker`s, in ranges of any alignment."""
     choose = random.Random(seed)
     trackers: dict[str, DirtyTracker] = {"dma-logging": DmaLogging(driver.device)}
     if driver.container is not None:
@@ -260,19 +270,19 @@ def tracker_cases(driver: FakeDriver, rounds: int, seed: int) -> tuple[str, dict
             driver.fake.write(*_columns(random_writes(choose, driver.window, 20)))
             expected = expected_bits(driver.fake.journal()[start:], driver.window, page_size)
             found = bitmap_for(driver.window.length, page_size)
-            cut = choose.randrange(1, driver.window.length)  # aligned to nothing
+            cut = choose.randrange(1, driver.window.length)  # of any alignment
             with IovaBitmap(*driver.window, page_size, found) as bitmap:
                 tracker.read_and_clear(bitmap, driver.window.iova, cut)
                 tracker.read_and_clear(bitmap, driver.window.iova + cut, driver.window.length - cut)
             require(
                 bool(np.array_equal(found, expected)),
                 f"{name}: {int(np.bitwise_count(expected & ~found).sum())} pages missing, "
-                f"{int(np.bitwise_count(found & ~expected).sum())} too many",
+                f"{int(np.bitwise_count(found & ~expected).sum())} extra",
             )
-            # A page that was cut stays, and is told once more.
+            # A page that was cut stays dirty, and is reported once more.
             with IovaBitmap(*driver.window, page_size, found) as bitmap:
                 tracker.read_and_clear(bitmap, *driver.window)
             pages += int(np.bitwise_count(expected).sum())
         tracker.stop()
         figures[name] = pages
-    return f"{', '.join(trackers)}: {rounds} rounds each, no page lost or made up", figures
+    return f"{', '.join(trackers)}: {rounds} rounds each, no page missing or extra", figures

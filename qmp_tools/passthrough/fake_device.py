@@ -1,7 +1,7 @@
-"""The fake VFIO device, from user space: created through sysfs, driven through its debugfs files.
+"""The fake VFIO device as seen from user space: created through sysfs, controlled through debugfs.
 
-What it does, and the form of what goes in and out, is told in ``guests/passthrough/module``
-(device.c, control.h). Works where the module is loaded: in L1.
+In ``guests/passthrough/module``, device.c describes what the device does, and control.h the format
+of its debugfs files. This module works only in L1, where the kernel module is loaded.
 """
 
 from __future__ import annotations
@@ -47,24 +47,34 @@ ENTRY: Final = np.dtype(
         *(("reports", "<u4"), ("state", "<u2"), ("logged", "<u2"), ("time_ns", "<u8")),
     ]
 )
-"""Of a `Journal`."""
-TOLD: Final = np.dtype([(name, "<u8") for name in ("report", "iova", "length")])
-"""Of what is `Told`."""
+"""An entry of a `Journal`."""
+REPORTED_RANGE: Final = np.dtype([(name, "<u8") for name in ("report", "iova", "length")])
+"""An entry of `ReportedRanges`."""
 JOURNAL_ENTRIES: Final = 1 << 20
-"""As in engine.c: with so many writes in its journal the device writes no more."""
+"""As in engine.c: when its journal has this many entries, the device stops writing."""
 
 Addresses = NDArray[np.uint64]
 Journal = NDArray[np.void]
-"""Structured, fields sequence, iova, length, reports, state, logged, time_ns (CLOCK_MONOTONIC); in
-the order of writing."""
-Told = NDArray[np.void]
-"""Structured, fields report, iova, length; in the order of telling."""
+"""The device's writes in their order.
+
+Structured, with the fields sequence, iova, length, reports, state, logged, time_ns
+(CLOCK_MONOTONIC); control.h describes them.
+"""
+ReportedRanges = NDArray[np.void]
+"""The ranges that the device reported to the kernel's iterator, in their order.
+
+Structured, with the fields report, iova, length.
+"""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What the device writes by itself: `piece` bytes every `stride` bytes of a window, `burst` of
-    them every `period_us` microseconds, round after round, scattered or in order."""
+    """What the device's engine writes.
+
+    It writes `piece` bytes every `stride` bytes of a window, round after round, in a scattered or
+    an ascending order: `burst` pieces every `period_us` microseconds. It stops after `limit`
+    pieces, or never if `limit` is 0. The first piece begins `skew` bytes after the window's start.
+    """
 
     iova: int
     length: int
@@ -78,7 +88,7 @@ class Engine:
 
 
 class FakeDevice:
-    """One device; gone when it is closed."""
+    """One fake device, which `close` removes."""
 
     def __init__(self) -> None:
         self.name = str(uuid.uuid4())
@@ -87,38 +97,42 @@ class FakeDevice:
         self._folder = _CONTROL / self.name
 
     def close(self) -> None:
-        """Remove the device; whoever has it open must have let go of it."""
+        """Remove the device.
+
+        Raises:
+            OSError: a process still has the device open.
+        """
         (self.sysfs / "remove").write_text("1")
 
     def write(self, iovas: Addresses, lengths: Addresses) -> None:
-        """Write ranges by DMA, in order; they have been written when this returns.
+        """Write ranges by DMA, in order, and return when all of them are written.
 
         Raises:
-            OSError: nobody has opened the device, it is stopped, or nothing is mapped there.
+            OSError: no process has opened the device, it is stopped, or an IOVA is not mapped.
         """
         self._execute(_WRITE, iovas, lengths)
 
     def open_dma(self) -> int:
-        """A file descriptor, the caller's to close: what is written to it at the position of an
-        IOVA, the device writes there by DMA.
+        """Return a file descriptor for DMA writes of given bytes; the caller closes it.
 
-        Such a write ends with an OSError as `write` does, and may take less than it was given.
+        The device writes by DMA what is written to the file, at the IOVA that is the file's
+        position. Such a write fails with an OSError as `write` does, and may be short.
         """
         return os.open(self._folder / "dma", os.O_WRONLY | os.O_CLOEXEC)
 
     def mark(self, iovas: Addresses, lengths: Addresses) -> None:
-        """Have ranges handed to the kernel's iterator at the next report, as they are.
+        """Have the next report hand these ranges to the kernel's iterator, unchanged.
 
         Raises:
-            OSError: the device does not log.
+            OSError: logging is off.
         """
         self._execute(_MARK, iovas, lengths)
 
     def mark_comb(self, iova: int, length: int, count: int, stride: int) -> None:
-        """`mark` for `count` ranges that begin `stride` bytes apart, downwards if it is negative.
+        """Do as `mark` for `count` ranges that begin `stride` bytes apart, downwards if negative.
 
         Raises:
-            OSError: the device does not log, or one of them is outside of 64 bits.
+            OSError: logging is off, or a range does not fit in 64 bits.
         """
         self._execute(_MARK, [iova], [length], count, stride)
 
@@ -135,12 +149,12 @@ class FakeDevice:
             control.write(operations.tobytes())
 
     def registers(self) -> dict[str, int]:
-        """The registers of BAR 0."""
+        """Return the registers of BAR 0."""
         row = np.frombuffer((self._folder / "bar").read_bytes(), dtype=_REGISTERS)[0]
         return {name: int(row[name]) for name in _REGISTERS.names or ()}
 
     def start(self, engine: Engine) -> None:
-        """Let the engine run."""
+        """Start the engine."""
         row = np.zeros(1, dtype=_REGISTERS)
         for name in ("iova", "length", "piece", "skew", "stride", "burst", "period_us", "limit"):
             row[name] = getattr(engine, name)
@@ -158,21 +172,22 @@ class FakeDevice:
             bar.write(data)
 
     def journal(self) -> Journal:
-        """Every write since the device was opened."""
+        """Return every write since the device was opened."""
         return np.frombuffer((self._folder / "journal").read_bytes(), dtype=ENTRY)
 
-    def told(self) -> Told:
-        """What the kernel's iterator was told by the device since it was opened."""
-        return np.frombuffer((self._folder / "told").read_bytes(), dtype=TOLD)
+    def reported_ranges(self) -> ReportedRanges:
+        """Return what the device reported to the kernel's iterator since it was opened."""
+        data = (self._folder / "reported_ranges").read_bytes()
+        return np.frombuffer(data, dtype=REPORTED_RANGE)
 
     def stats(self) -> dict[str, int]:
-        """What the device counts: reports, reported ranges, dropped pages, and so on."""
+        """Return the device's counters: reports, reported ranges, dropped pages, and so on."""
         lines = (self._folder / "stats").read_text().split()
         return dict(zip(lines[::2], map(int, lines[1::2]), strict=True))
 
 
 def content(sequence: int, iova: int, length: int) -> NDArray[np.uint8]:
-    """The bytes that write `sequence` put at `iova`, as control.h has it."""
+    """Return the bytes that write `sequence` puts at `iova`, by the rule of control.h."""
     first, last = iova // 8, (iova + length - 1) // 8
     words = np.arange(first, last + 1, dtype=np.uint64)
     values = mix64(words ^ np.uint64(sequence * GOLDEN & MASK))
@@ -181,7 +196,7 @@ def content(sequence: int, iova: int, length: int) -> NDArray[np.uint8]:
 
 @contextlib.contextmanager
 def injected(**faults: int) -> Iterator[None]:
-    """The module's faults, switched on for a while."""
+    """Set the module's fault parameters, and reset them to 0 at the end."""
     for name, value in faults.items():
         (_PARAMETERS / name).write_text(str(value))
     try:
@@ -193,10 +208,12 @@ def injected(**faults: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fake_device(timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[FakeDevice]:
-    """A device for a while; `timeout_s` bounds the wait until nobody has it open any more.
+    """Create a device, and remove it at the end.
+
+    `timeout_s` bounds the wait at the end until no process has the device open.
 
     Raises:
-        WaitTimeoutError: somebody still has.
+        WaitTimeoutError: a process still has the device open.
     """
     device = FakeDevice()
     try:
@@ -206,7 +223,7 @@ def fake_device(timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[FakeDevice]:
 
 
 def _close_when_free(device: FakeDevice, timeout_s: float) -> None:
-    """Remove the device; a QEMU that has just died may still be letting go of it."""
+    """Remove the device; a QEMU that has just died may still be closing it."""
     refusal: OSError | None = None
 
     def is_closed() -> bool:
@@ -218,17 +235,17 @@ def _close_when_free(device: FakeDevice, timeout_s: float) -> None:
             return False
         return True
 
-    def late() -> WaitTimeoutError:
+    def not_closed() -> WaitTimeoutError:
         return WaitTimeoutError(
-            f"the fake VFIO device {device.name} cannot be removed, even after {timeout_s:g} s: "
+            f"the fake VFIO device {device.name} could not be removed within {timeout_s:g} s: "
             f"{refusal}"
         )
 
-    block_until(is_closed, timeout_s, late, _CLOSE_PAUSE_S)
+    block_until(is_closed, timeout_s, not_closed, _CLOSE_PAUSE_S)
 
 
 def dropped_pages(pages: Addresses, drop: int, seed: int) -> NDArray[np.bool_]:
-    """Which `pages` (numbers) the fault ``drop`` keeps back, as faults.c chooses them."""
+    """Return for each page number whether the fault ``drop`` withholds that page (faults.c)."""
     value = (pages ^ np.uint64(seed << 40)) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ value >> np.uint64(29)) * np.uint64(0x94D049BB133111EB)
     return value % np.uint64(1000) < np.uint64(drop)

@@ -1,4 +1,4 @@
-"""A process that owns the fake device, as QEMU would: by iommufd, or by the legacy container."""
+"""A user-space VFIO driver of the fake device, as QEMU is one: on iommufd or a legacy container."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dmaproof.vfio.requests import address_of
 from dmaproof.vfio.type1 import Container
 
 from .fake_device import FakeDevice, fake_device
-from .outcome import LackingError
+from .outcome import NotSupportedError
 
 MEMORY_BYTES: Final = 8 << 20
 IOVA: Final = 1 << 32
@@ -29,7 +29,7 @@ IOVA: Final = 1 << 32
 
 @dataclass(frozen=True)
 class FakeDriver:
-    """The device, and `memory` that it can write under the IOVAs of `window`."""
+    """An open fake device, and `memory` that is mapped for its DMA at the IOVAs of `window`."""
 
     fake: FakeDevice
     device: VfioDevice
@@ -38,34 +38,34 @@ class FakeDriver:
 
     @property
     def window(self) -> IovaRange:
-        """The IOVAs of the memory."""
+        """The IOVAs at which the memory is mapped."""
         return IovaRange(IOVA, len(self.memory))
 
 
 @contextlib.contextmanager
 def _memory() -> Iterator[NDArray[np.uint8]]:
     mapping = mmap.mmap(-1, MEMORY_BYTES)
-    # With huge pages an IOMMU's entries would be coarse, and hide losses.
+    # With huge pages, one IOMMU entry would cover many pages, and a lost page could hide in it.
     mapping.madvise(mmap.MADV_NOHUGEPAGE)
     yield np.frombuffer(mapping, dtype=np.uint8)
-    # Unmapped when the last view is gone.
+    # Python unmaps the memory when the last array on it is freed.
 
 
 def open_iommufd() -> Iommufd:
-    """iommufd.
+    """Open iommufd.
 
     Raises:
-        LackingError: this kernel has none.
+        NotSupportedError: this kernel has no iommufd.
     """
     try:
         return Iommufd()
     except FileNotFoundError as error:
-        raise LackingError(f"iommufd: {error}") from error
+        raise NotSupportedError(f"iommufd: {error}") from error
 
 
 @contextlib.contextmanager
-def by_iommufd() -> Iterator[FakeDriver]:
-    """Through the device's own file and an I/O address space."""
+def iommufd_driver() -> Iterator[FakeDriver]:
+    """Open a new fake device through its own file, attached to an I/O address space of iommufd."""
     with fake_device() as fake, _memory() as memory, open_iommufd() as iommufd:
         ioas = iommufd.alloc_ioas()
         iommufd.map(ioas, IOVA, address_of(memory), len(memory))
@@ -75,8 +75,8 @@ def by_iommufd() -> Iterator[FakeDriver]:
 
 
 @contextlib.contextmanager
-def by_container() -> Iterator[FakeDriver]:
-    """Through the device's group and a container with type1."""
+def container_driver() -> Iterator[FakeDriver]:
+    """Open a new fake device through its IOMMU group, in a legacy container with type1."""
     with (
         fake_device() as fake,
         _memory() as memory,
@@ -87,12 +87,13 @@ def by_container() -> Iterator[FakeDriver]:
         yield FakeDriver(fake, device, memory, container)
 
 
-def by_either() -> AbstractContextManager[FakeDriver]:
-    """By iommufd, or where the kernel has none by the container."""
-    return by_iommufd() if Path(IOMMUFD_PATH).exists() else by_container()
+def any_driver() -> AbstractContextManager[FakeDriver]:
+    """Open a new fake device on iommufd if the kernel has it, else in a legacy container."""
+    return iommufd_driver() if Path(IOMMUFD_PATH).exists() else container_driver()
 
 
-OWNERS: Final[dict[str, Callable[[], AbstractContextManager[FakeDriver]]]] = {
-    "iommufd": by_iommufd,
-    "container": by_container,
+DRIVERS: Final[dict[str, Callable[[], AbstractContextManager[FakeDriver]]]] = {
+    "iommufd": iommufd_driver,
+    "container": container_driver,
 }
+"""By the interface through which they open the device."""

@@ -1,7 +1,7 @@
-"""The fake device as if it were a device of the host: the very steps of ``prove --device vfio:…``.
+"""The steps of ``prove --device vfio:…``, tried on the fake device as if it were hardware.
 
-What is looked at beforehand is looked at on the real kernel; the proof then knows nothing of the
-device but what its guest tells. A fault that is injected must be seen all the same.
+The prerequisites are checked on the real kernel. The proof then knows nothing about the device but
+what its guest reports, and it must still notice an injected fault.
 """
 
 from __future__ import annotations
@@ -12,72 +12,79 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..migration.judgement import Blame
-from ..proof.model import Proof as Migrated
+from ..proof.model import Proof as MigrationProof
 from ..proof.run import prove
 from .device_proof import MEMORY_BYTES, setup_of
 from .fake_device import fake_device, injected
-from .fake_driver import by_container, by_iommufd
+from .fake_driver import DRIVERS, container_driver, iommufd_driver
 from .host_functions import HostFunctions, MissingError, parse_functions, require_testable
-from .outcome import Proof, patient, require, require_loss, require_pass
+from .outcome import Proof, require, require_loss, require_pass, retrying
 from .vfio_functions import Host, look
 
 _DROP_IN_1000: Final = 50
 
 
 def proofs(guest: Path, seed: int, timeout_s: float) -> dict[str, Proof]:
-    """Each way to own them, and a control; `guest` is the one that drives the fake device.
+    """Return the proofs by name: a refusal, one for each VFIO interface, and a control.
 
-    `timeout_s` bounds each wait.
+    `guest` is the ELF that drives the fake device. `timeout_s` bounds each wait.
     """
     return {
-        "one that is in use": _in_use,
-        "iommufd": patient(partial(_equal, guest, "", seed, timeout_s)),
-        "container": patient(partial(_equal, guest, ",container", seed, timeout_s)),
-        "iommufd, control: drop": patient(partial(_corrupts, guest, "", seed, timeout_s)),
+        "a function that is in use": _in_use,
+        "iommufd": retrying(partial(_equal, guest, "", seed, timeout_s)),
+        "container": retrying(partial(_equal, guest, ",container", seed, timeout_s)),
+        "iommufd, control: drop": retrying(partial(_corrupts, guest, "", seed, timeout_s)),
     }
 
 
-def _prove(guest: Path, way: str, seed: int, timeout_s: float) -> tuple[Migrated, int]:
-    """The proof, and how many things were looked at beforehand."""
-    _require_a_kernel_for(way)
+def _prove(guest: Path, suffix: str, seed: int, timeout_s: float) -> tuple[MigrationProof, int]:
+    """Return the proof, and the number of prerequisites that were checked.
+
+    `suffix` is the end of ``vfio:SOURCE,DESTINATION``: ",container", or nothing for iommufd.
+    """
+    _require_kernel_support(suffix)
     with fake_device(timeout_s) as source, fake_device(timeout_s) as destination:
-        functions = parse_functions(f"vfio:{source.sysfs},{destination.sysfs}{way}", Host())
+        functions = parse_functions(f"vfio:{source.sysfs},{destination.sysfs}{suffix}", Host())
         lines = require_testable(functions, MEMORY_BYTES, Host())
         setup = setup_of(guest, functions, seed, timeout_s)
         return asyncio.run(prove(setup)), len(lines)
 
 
-def _require_a_kernel_for(way: str) -> None:
-    """Fail with what the kernel says where it has no such way, or does not tell how much state a
-    device has (before Linux 6.2): QEMU takes that for 100 GiB, and never stops the guest."""
-    with by_container() if way else by_iommufd() as driver:
+def _require_kernel_support(suffix: str) -> None:
+    """Fail with the kernel's error if it lacks the interface, or VFIO's MIG_DATA_SIZE.
+
+    Without MIG_DATA_SIZE (before Linux 6.2), QEMU assumes 100 GiB of device state and never stops
+    the guest.
+    """
+    with container_driver() if suffix else iommufd_driver() as driver:
         driver.device.stop_copy_bytes()
 
 
-def _equal(guest: Path, way: str, seed: int, timeout_s: float) -> tuple[str, dict[str, Any]]:
-    proof, looked_at = _prove(guest, way, seed, timeout_s)
+def _equal(guest: Path, suffix: str, seed: int, timeout_s: float) -> tuple[str, dict[str, Any]]:
+    proof, checked = _prove(guest, suffix, seed, timeout_s)
     require_pass(proof.verdict)
-    return f"{looked_at} things are as they must be; {_told(proof)}", _figures(proof)
+    return f"{checked} prerequisites met; {_summary(proof)}", _figures(proof)
 
 
-def _corrupts(guest: Path, way: str, seed: int, timeout_s: float) -> tuple[str, dict[str, Any]]:
+def _corrupts(guest: Path, suffix: str, seed: int, timeout_s: float) -> tuple[str, dict[str, Any]]:
     with injected(drop=_DROP_IN_1000, seed=seed):
-        proof, _ = _prove(guest, way, seed, timeout_s)
-    require_loss(proof.verdict, _told(proof))
-    known = sum(page.blame is not Blame.UNKNOWN for page in proof.verdict.lost)
-    require(not known, f"{known} lost pages are blamed on somebody, without a journal")
-    return _told(proof), _figures(proof)
+        proof, _ = _prove(guest, suffix, seed, timeout_s)
+    require_loss(proof.verdict, _summary(proof))
+    blamed = sum(page.blame is not Blame.UNKNOWN for page in proof.verdict.lost)
+    require(not blamed, f"{blamed} lost pages have a known cause, though there is no journal")
+    return _summary(proof), _figures(proof)
 
 
-def _told(proof: Migrated) -> str:
+def _summary(proof: MigrationProof) -> str:
     verdict = proof.verdict
     return (
-        f"{len(verdict.lost)} of {verdict.pages} pages differ, {verdict.sensitivity.guaranteed_detectable} "
-        f"certain, {verdict.guest.errors} errors of the guest, {proof.migration_s:.1f} s"
+        f"{len(verdict.lost)} of {verdict.pages} pages differ, "
+        f"{verdict.sensitivity.guaranteed_detectable} guaranteed detectable, "
+        f"{verdict.guest.errors} guest errors, {proof.migration_s:.1f} s"
     )
 
 
-def _figures(proof: Migrated) -> dict[str, Any]:
+def _figures(proof: MigrationProof) -> dict[str, Any]:
     return {
         "differing": len(proof.verdict.lost),
         "guaranteed_detectable": proof.verdict.sensitivity.guaranteed_detectable,
@@ -86,15 +93,14 @@ def _figures(proof: Migrated) -> dict[str, Any]:
 
 
 def _in_use() -> tuple[str, dict[str, Any]]:
-    """A function that somebody has is told, whichever way it is to be opened."""
-    told = []
-    for owner in (by_iommufd, by_container):
-        with owner() as driver, fake_device() as other:
-            for iommufd in (True, False):
-                text = f"vfio:{driver.fake.sysfs},{other.sysfs}" + ("" if iommufd else ",container")
-                functions = parse_functions(text, Host())
-                told.append(_refusal(functions))
-    return f"refused {len(told)} times: {told[0]}", {}
+    """Check that a function that is in use is refused, through either interface."""
+    refusals = []
+    for driver_of in DRIVERS.values():
+        with driver_of() as driver, fake_device() as other:
+            for suffix in ("", ",container"):
+                text = f"vfio:{driver.fake.sysfs},{other.sysfs}{suffix}"
+                refusals.append(_refusal(parse_functions(text, Host())))
+    return f"refused {len(refusals)} times: {refusals[0]}", {}
 
 
 def _refusal(functions: HostFunctions) -> str:
@@ -103,8 +109,8 @@ def _refusal(functions: HostFunctions) -> str:
     try:
         require_testable(functions, MEMORY_BYTES, Host())
     except MissingError as error:
-        remedies = [it.remedy for it in error.missing if it.what == facts.open_error]
-        require(any(remedies), f"no remedy is told: {error}")
+        remedies = [finding.remedy for finding in error.missing if finding.what == facts.open_error]
+        require(any(remedies), f"the refusal names no remedy: {error}")
     else:
-        require(False, "a function that is in use is testable")
+        require(False, "a function that is in use passes the check of the prerequisites")
     return str(facts.open_error)

@@ -1,7 +1,7 @@
-"""Two VFIO functions of this host as the device of a proof: QEMU's vfio-pci has one on each side.
+"""Two VFIO functions of this host as the device of a proof, one for QEMU's vfio-pci on each side.
 
-What they write is not known here, so there is no journal: who lost a page stays open, and how sharp
-a proof was is known from its guest alone. `vfio_functions` reports beforehand what is missing.
+Functions of the host have no journal, so the cause of a lost page stays unknown, and only the guest
+can report the proof's sensitivity. `vfio_functions` checks the prerequisites before the proof.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _CONTAINER: Final = "container"
 
 
 class MissingError(UntestableError):
-    """A proof on functions of the host cannot be made; `missing` has all that it lacks."""
+    """A proof on functions of the host is not possible; `missing` has the missing prerequisites."""
 
     def __init__(self, message: str, missing: Sequence[Finding]) -> None:
         super().__init__(message)
@@ -43,7 +43,7 @@ class MissingError(UntestableError):
 
 @dataclass(frozen=True)
 class HostFunctions(ProofDevice):
-    """With the legacy container unless `iommufd`."""
+    """The two functions, which QEMU opens through iommufd, or else through the legacy container."""
 
     source: Function
     destination: Function
@@ -69,53 +69,57 @@ class _AttachedFunctions(AttachedDevice):
         self._functions = functions
 
     async def attach(self, side: str) -> Sequence[str]:
-        ours = self._functions
-        function = ours.source if side == SOURCE else ours.destination
-        return Tracking(iommufd=ours.iommufd).arguments(function.sysfs)
+        functions = self._functions
+        function = functions.source if side == SOURCE else functions.destination
+        return Tracking(iommufd=functions.iommufd).arguments(function.sysfs)
 
 
 def parse_functions(text: str, host: Host) -> HostFunctions:
-    """The functions of 'vfio:SOURCE,DESTINATION', or of 'vfio:SOURCE,DESTINATION,container'.
+    """Return the functions of 'vfio:SOURCE,DESTINATION' or 'vfio:SOURCE,DESTINATION,container'.
 
-    Of one alone, it is the source and the destination, which `require_testable` does not let pass.
+    A single function is both source and destination, which `require_testable` refuses.
 
     Raises:
-        UsageError: it is nothing of the kind, or one of them is not there.
+        UsageError: `text` has another form, or a function does not exist.
     """
     addresses = text.removeprefix(PREFIX).split(",")
     container = addresses[-1] == _CONTAINER
     if container:
         addresses.pop()
     if not 1 <= len(addresses) <= 2:
-        raise UsageError(f"--device {text}: {PREFIX}SOURCE,DESTINATION is due, two PCI addresses")
+        raise UsageError(
+            f"--device {text}: expected {PREFIX}SOURCE,DESTINATION with two PCI addresses"
+        )
     functions = [find_function(address, host) for address in addresses]
     return HostFunctions(functions[0], functions[-1], not container)
 
 
 def require_testable(functions: HostFunctions, memory_bytes: int, host: Host) -> list[str]:
-    """Lines that tell what there is, where a proof with a guest of `memory_bytes` can be made.
+    """Check the prerequisites of a proof with a guest of `memory_bytes`; return a line for each.
 
     Raises:
-        MissingError: it cannot; all that is missing is told, each with its remedy.
+        MissingError: some are missing; the message has all of these, each with its remedy.
     """
     sides = dict.fromkeys((functions.source, functions.destination))
     facts = [look(side, host, iommufd=functions.iommufd) for side in sides]
     # The container counts what a QEMU locks, iommufd what the user does (IOPT_PAGES_ACCOUNT_USER).
     locked_bytes = memory_bytes * (2 if functions.iommufd else 1)
     lockable = lockable_bytes()
-    told: list[tuple[str, Finding]] = []
+    found: list[tuple[str, Finding]] = []
     for side in facts:
-        told += [(side.function.address, it) for it in examine(side, locked_bytes, lockable)]
-    told += [("both", finding) for finding in examine_pair(facts[0], facts[-1])]
-    lines = [f"{who}: {it.name}: {it.what}" for who, it in told]
-    if all(finding.state is not State.MISSING for _, finding in told):
+        findings = examine(side, locked_bytes, lockable)
+        found += [(side.function.address, finding) for finding in findings]
+    found += [("both", finding) for finding in examine_pair(facts[0], facts[-1])]
+    lines = [f"{where}: {finding.name}: {finding.what}" for where, finding in found]
+    if all(finding.state is not State.MISSING for _, finding in found):
         return lines
     missing = [
         f"  {line}" + (f"\n    remedy: {finding.remedy}" if finding.remedy else "")
-        for line, (_, finding) in zip(lines, told, strict=True)
+        for line, (_, finding) in zip(lines, found, strict=True)
         if finding.state is State.MISSING
     ]
     raise MissingError(
-        f"{functions.facts.device} cannot be proved:\n" + "\n".join(missing),
-        [finding for _, finding in told if finding.state is State.MISSING],
+        f"{functions.facts.device} cannot be tested, because prerequisites are missing:\n"
+        + "\n".join(missing),
+        [finding for _, finding in found if finding.state is State.MISSING],
     )

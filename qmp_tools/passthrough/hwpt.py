@@ -1,4 +1,4 @@
-"""iommufd's dirty bitmap of a hardware page table against our iterator, bit for bit."""
+"""iommufd's dirty bitmap of a hardware page table compared with `IovaBitmap`, bit for bit."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .mock_iommu import APERTURE, mock_iommu
 from .outcome import require
 
 _SIZES: Final = (2, 4, 16, 32, 80, 321, 4096)
-"""Pages; what iommufd's own selftest takes, and one page more than words."""
+"""In pages: the sizes of iommufd's own selftest, and 321, which is one more than whole words."""
 
 
 def hwpt_cases(count: int, seed: int) -> tuple[str, dict[str, Any]]:
-    """Random dirty entries, read whole and in parts, with clearing and without."""
+    """Set random dirty entries, and read them whole and in parts, with and without clearing."""
     choose = random.Random(seed)
-    pages_told = 0
+    dirty_pages = 0
     for pages in _SIZES:
         with mock_iommu(pages * PAGE_BYTES) as mock:
             mock.iommufd.set_dirty_tracking(mock.hwpt, True)
@@ -35,11 +35,12 @@ def hwpt_cases(count: int, seed: int) -> tuple[str, dict[str, Any]]:
                         bitmap.set(APERTURE + page * PAGE_BYTES, 1)
                         dirty[page // 64] |= np.uint64(1 << page % 64)
                 mock.set_dirty(APERTURE, pages * PAGE_BYTES, PAGE_BYTES, dirty)
-                kept = mock.iommufd.get_dirty_bitmap(
+                uncleared = mock.iommufd.get_dirty_bitmap(
                     mock.hwpt, APERTURE, pages * PAGE_BYTES, PAGE_BYTES, clear=False
                 )
                 require(
-                    bool(np.array_equal(kept, expected)), f"{pages} pages, case {case}: not equal"
+                    bool(np.array_equal(uncleared, expected)),
+                    f"{pages} pages, case {case}: the bitmaps differ",
                 )
                 cut = choose.randrange(1, pages)
                 parts = np.zeros(pages, dtype=np.uint8)
@@ -55,21 +56,23 @@ def hwpt_cases(count: int, seed: int) -> tuple[str, dict[str, Any]]:
                     ]
                 require(
                     bool(np.array_equal(np.flatnonzero(parts), sorted(chosen))),
-                    f"{pages} pages, case {case}, cut at {cut}: not equal",
+                    f"{pages} pages, case {case}, cut at page {cut}: the bitmaps differ",
                 )
                 rest = mock.iommufd.get_dirty_bitmap(
                     mock.hwpt, APERTURE, pages * PAGE_BYTES, PAGE_BYTES
                 )
-                require(not rest.any(), f"{pages} pages, case {case}: not forgotten")
-                pages_told += len(chosen)
+                require(
+                    not rest.any(), f"{pages} pages, case {case}: the dirty bits were not cleared"
+                )
+                dirty_pages += len(chosen)
     return (
-        f"{count} cases, {pages_told} dirty entries: equal to the bit",
-        {"cases": count, "pages": pages_told, "seed": seed},
+        f"{count} cases, {dirty_pages} dirty entries: all bits equal",
+        {"cases": count, "pages": dirty_pages, "seed": seed},
     )
 
 
 def hwpt_tracker_cases(count: int, seed: int) -> tuple[str, dict[str, Any]]:
-    """The same by our protocol, with questions that are aligned to nothing."""
+    """Do the same through the `DirtyTracker` protocol, in ranges of any alignment."""
     choose = random.Random(seed)
     pages = 4096
     length = pages * PAGE_BYTES
@@ -87,8 +90,10 @@ def hwpt_tracker_cases(count: int, seed: int) -> tuple[str, dict[str, Any]]:
             with IovaBitmap(APERTURE, length, PAGE_BYTES, found) as bitmap:
                 tracker.read_and_clear(bitmap, APERTURE, cut)
                 tracker.read_and_clear(bitmap, APERTURE + cut, length - cut)
-            require(bool(np.array_equal(found, dirty)), f"case {case}, cut at {cut}: not equal")
+            require(
+                bool(np.array_equal(found, dirty)), f"case {case}, cut at {cut}: the bitmaps differ"
+            )
             with IovaBitmap(APERTURE, length, PAGE_BYTES, found) as bitmap:
                 tracker.read_and_clear(bitmap, APERTURE, length)
         tracker.stop()
-    return f"{count} rounds, no page lost or made up", {"rounds": count, "seed": seed}
+    return f"{count} rounds, no page missing or extra", {"rounds": count, "seed": seed}

@@ -1,10 +1,10 @@
-"""What runs in L1: all proofs, a line for each as it ends, and all of them as JSON.
+"""The program in L1: runs the proofs, prints a line as each one ends, and writes them as JSON.
 
 python3 -m qmp_tools.passthrough.inside RESULTS TAKEN BARE VFIO [--seed N] [--quick] [--controls N]
     [--only GROUP…] [--timeout SECONDS]
 
-Several machines may do so side by side: each takes the next proof that none has taken, which it
-notes in the folder TAKEN. BARE and VFIO are the ELFs of the guests of these names.
+Several machines may run it side by side. Each claims the next unclaimed proof by making a folder
+for it in TAKEN. BARE and VFIO are the ELFs of the guests of these names.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from ..host.timeout import DEFAULT_TIMEOUT_S
 from . import GROUPS, differential, functions, hwpt, migrations, states, vhost
 from . import injected_faults as injected_faults
 from .clock import Clocks
-from .fake_driver import OWNERS
+from .fake_driver import DRIVERS
 from .outcome import Proof, State, run
 from .rules import rules
 
 
 class Guests(NamedTuple):
-    """The ELFs of L2's guests."""
+    """The ELFs of the guests in L2."""
 
     bare: Path
     vfio: Path
@@ -40,33 +40,33 @@ class Guests(NamedTuple):
 def _differential(seed: int, quick: bool) -> dict[str, Proof]:
     cases, rounds = (200, 5) if quick else (3000, 40)
 
-    def driver(name: str, kind: str) -> Proof:
+    def with_driver(interface: str, kind: str) -> Proof:
         def carry_out() -> tuple[str, dict[str, object]]:
-            with OWNERS[name]() as owner:
+            with DRIVERS[interface]() as driver:
                 if kind == "dma":
-                    return differential.dma_cases(owner, rounds, seed)
-                return differential.tracker_cases(owner, rounds // 2, seed)
+                    return differential.dma_cases(driver, rounds, seed)
+                return differential.tracker_cases(driver, rounds // 2, seed)
 
         return carry_out
 
     proofs: dict[str, Proof] = {
-        "the kernel's iterator and ours": partial(differential.iterator_cases, cases, seed),
-        "the page table's dirty bits and our iterator": partial(hwpt.hwpt_cases, rounds * 7, seed),
+        "the kernel's iterator and IovaBitmap": partial(differential.iterator_cases, cases, seed),
+        "the page table's dirty bits and IovaBitmap": partial(hwpt.hwpt_cases, rounds * 7, seed),
         "the page table as a tracker": partial(hwpt.hwpt_tracker_cases, rounds, seed),
     }
-    for name in OWNERS:
-        proofs[f"random DMA, {name}"] = driver(name, "dma")
-        proofs[f"the kernel's trackers, {name}"] = driver(name, "trackers")
+    for interface in DRIVERS:
+        proofs[f"random DMA, {interface}"] = with_driver(interface, "dma")
+        proofs[f"the kernel's trackers, {interface}"] = with_driver(interface, "trackers")
     return proofs
 
 
 _TAGS: Final = {
     State.HOLDS: "ok",
     State.FAILS: "FAILED",
-    State.LACKING: "lacks",
+    State.NOT_SUPPORTED: "unsupported",
     State.UNTESTED: "untested",
 }
-"""What the line of a proof begins with."""
+"""The first word of a proof's line."""
 
 
 def _proofs(
@@ -84,7 +84,7 @@ def _proofs(
             name: partial(injected_faults.caught, name, rounds, seed)
             for name in injected_faults.FAULTS
         }
-        proofs["shift, in the iterators' comparison"] = partial(
+        proofs["shift, in the comparison of iterators"] = partial(
             injected_faults.caught_by_the_iterator, rounds, seed
         )
         return proofs
@@ -98,14 +98,14 @@ def _proofs(
 def _all_proofs(
     groups: list[str], guests: Guests, seed: int, quick: bool, controls: int, timeout_s: float
 ) -> Iterator[tuple[str, str, Proof]]:
-    """The proofs of `groups` in order, each with its group's name and its own."""
+    """Yield the group, the name and the proof of each proof of `groups`, in order."""
     for group in groups:
         for name, proof in _proofs(group, guests, seed, quick, controls, timeout_s).items():
             yield group, name, proof
 
 
-def untaken(count: int, taken: Path) -> Iterator[int]:
-    """The numbers up to `count` that no machine has taken; each is taken when it is given."""
+def claimed(count: int, taken: Path) -> Iterator[int]:
+    """Claim each proof number below `count` that no machine has claimed yet, and yield it."""
     for number in range(count):
         try:
             (taken / str(number)).mkdir()
@@ -117,12 +117,12 @@ def untaken(count: int, taken: Path) -> Iterator[int]:
 def _qemu_version(timeout_s: float) -> str:
     try:
         return migrations.tested_qemu(timeout_s).version
-    except DmaproofError:  # each migration has told so
-        return "that does not run"
+    except DmaproofError:  # each migration has reported the reason
+        return "unknown, it does not run"
 
 
 def main() -> int:
-    """Carry out the proofs; 0: what they found is in the results."""
+    """Carry out the proofs, and return 0 when their outcomes are written."""
     parser = argparse.ArgumentParser()
     for name in ("results", "taken", "bare", "vfio"):
         parser.add_argument(name, type=Path)
@@ -138,15 +138,15 @@ def main() -> int:
     clocks = Clocks(arguments.taken)
 
     def proofs() -> list[tuple[str, str, Proof]]:
-        """All of them, with waits that are as long as L1's clock wants them by now."""
+        """Return all proofs, with the timeout that fits the present rate of L1's clock."""
         timeout_s = clocks.in_l1(arguments.timeout)
         return list(_all_proofs(groups, guests, *choices, timeout_s))
 
     outcomes = {}
-    for number in untaken(len(proofs()), arguments.taken):
+    for number in claimed(len(proofs()), arguments.taken):
         outcomes[number] = outcome = run(*proofs()[number])
-        told = f"{outcome.group}: {outcome.name}: {outcome.found} ({outcome.seconds:.1f} s)"
-        print(f"{_TAGS[outcome.state]}\t{told}", flush=True)
+        text = f"{outcome.group}: {outcome.name}: {outcome.found} ({outcome.seconds:.1f} s)"
+        print(f"{_TAGS[outcome.state]}\t{text}", flush=True)
     results = {
         "kernel": platform.release(),
         "qemu": _qemu_version(arguments.timeout),

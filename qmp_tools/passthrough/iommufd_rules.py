@@ -1,6 +1,7 @@
-"""iommufd's rules: the dirty bits of a hardware page table, by its own test device.
+"""iommufd's rules for the dirty bits of a hardware page table, tried on its own test device.
 
-After io_pagetable.c and iova_bitmap.c in drivers/iommu/iommufd, and drivers/iommu/generic_pt.
+The rules come from io_pagetable.c and iova_bitmap.c in drivers/iommu/iommufd, and from
+drivers/iommu/generic_pt.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .mock_iommu import APERTURE, HUGE_ENTRY_BYTES, MockIommu, mock_iommu
 from .outcome import Rule, errno_of, observe, refuses, require
 
 _WORD: Final = 64 * PAGE_BYTES
-"""What a word of the bitmap stands for."""
+"""The bytes of IOVA that a word of the bitmap covers."""
 _HUGE: Final = HUGE_ENTRY_BYTES
 _HALF_PAGES: Final = _HUGE // PAGE_BYTES // 2
 
@@ -67,7 +68,7 @@ def _hwpt_odd_page_size() -> str:
         bits = np.zeros(64, dtype=np.uint64)
         mock.iommufd.get_dirty_bitmap(mock.hwpt, APERTURE, _WORD, 0x3000, bits=bits)
     observe(int(bits[0]) == 1 << 2, f"{int(bits[0]):#x}")
-    return "0x3000 is taken, and acts as 0x1000"
+    return "0x3000 is accepted, and has the effect of 0x1000"
 
 
 def _hwpt_enable_clears() -> str:
@@ -77,7 +78,7 @@ def _hwpt_enable_clears() -> str:
         mock.iommufd.set_dirty_tracking(mock.hwpt, True)
         bits = _get(mock, APERTURE, _WORD)
     require(not bits.any(), f"{int(bits[0]):#x}")
-    return "nothing is dirty after it"
+    return "no page is dirty afterwards"
 
 
 def _hwpt_no_clear() -> str:
@@ -85,7 +86,7 @@ def _hwpt_no_clear() -> str:
         _dirty(mock, APERTURE + PAGE_BYTES)
         found = [int(_get(mock, APERTURE, _WORD, clear=clear)[0]) for clear in (False, True, True)]
     require(found == [2, 2, 0], str(found))
-    return "read, read again, gone"
+    return "the bit is read twice, and then cleared"
 
 
 def _hwpt_ors() -> str:
@@ -97,7 +98,7 @@ def _hwpt_ors() -> str:
 
 
 def _hwpt_hole() -> str:
-    """Three mappings of a word each; the middle one is taken away, the outer ones are dirty."""
+    """Read a range with two dirty mappings and a hole of a word between them."""
     with _tracking(_WORD) as mock:
         memory = address_of(mock.memory)
         mock.iommufd.map(mock.ioas, APERTURE + 2 * _WORD, memory, _WORD)
@@ -109,14 +110,14 @@ def _hwpt_hole() -> str:
         int(first[0]) == 1 and int(first[2]) == 0 and int(later[0]) == 1,
         f"{[int(word) for word in (*first, *later)]}",
     )
-    return "success; the dirty page behind the hole is not told, but kept for the next question"
+    return "success; the dirty page after the hole is not reported, but stays for the next request"
 
 
 def _huge_entry(iova: int) -> tuple[int, int, int]:
-    """A dirty huge entry of which half is asked for, from `iova` on.
+    """Request half of a dirty huge entry, from `iova` on.
 
-    Returns how many pages of that half are told, how many bits are set behind the bitmap, and how
-    many pages of the entry are dirty afterwards.
+    Returns the number of pages reported in that half, of bits set beyond the end of the bitmap, and
+    of pages of the entry that are dirty afterwards.
     """
     with _tracking(2 * _HUGE, huge=True) as mock:
         _dirty(mock, APERTURE + _HUGE)
@@ -125,8 +126,8 @@ def _huge_entry(iova: int) -> tuple[int, int, int]:
         memory = bitmap_for(4 * _HUGE, PAGE_BYTES)
         _get(mock, iova, _HUGE // 2, memory)
         rest = _pages(_get(mock, APERTURE, 2 * _HUGE))
-    asked = _HALF_PAGES // 64
-    return _pages(memory[:asked]), _pages(memory[asked:]), rest
+    words = _HALF_PAGES // 64
+    return _pages(memory[:words]), _pages(memory[words:]), rest
 
 
 def _pages(bits: Bits) -> int:
@@ -134,33 +135,38 @@ def _pages(bits: Bits) -> int:
 
 
 def _huge_cut_before() -> str:
-    told, beyond, rest = _huge_entry(APERTURE + _HUGE + _HUGE // 2)
-    found = f"{told} of {_HALF_PAGES} dirty pages told, {rest} dirty afterwards"
-    observe((told, beyond, rest) == (0, 0, 0), found)
+    reported, beyond, rest = _huge_entry(APERTURE + _HUGE + _HUGE // 2)
+    found = f"{reported} of {_HALF_PAGES} dirty pages reported, {rest} dirty afterwards"
+    observe((reported, beyond, rest) == (0, 0, 0), found)
     return found
 
 
 def _huge_cut_after() -> str:
-    told, beyond, rest = _huge_entry(APERTURE + _HUGE)
-    found = f"{told} pages told, {beyond} bits set behind the bitmap, {rest} pages dirty afterwards"
-    observe((told, beyond, rest) == (_HALF_PAGES, _HALF_PAGES, 0), found)
+    reported, beyond, rest = _huge_entry(APERTURE + _HUGE)
+    found = (
+        f"{reported} pages reported, {beyond} bits set beyond the bitmap's end, "
+        f"{rest} pages dirty afterwards"
+    )
+    observe((reported, beyond, rest) == (_HALF_PAGES, _HALF_PAGES, 0), found)
     return found
 
 
 def iommufd_rules() -> dict[str, Rule]:
-    """Every rule by what it says."""
+    """Return the checks by the rule that each one checks."""
     return {
         "HWPT: a length of 0 is EINVAL": lambda: _hwpt_refuses(errno.EINVAL, APERTURE, 0),
         "HWPT: an unaligned IOVA is EINVAL": lambda: _hwpt_refuses(
             errno.EINVAL, APERTURE + 512, _WORD
         ),
         "HWPT: a page size of 0 is EINVAL": lambda: _hwpt_refuses(errno.EINVAL, APERTURE, _WORD, 0),
-        "HWPT: a range that ends at 2**64 is no overflow": _hwpt_end_of_space,
-        "HWPT: a page size that is no power of two is taken": _hwpt_odd_page_size,
-        "HWPT: enabling forgets what was dirty": _hwpt_enable_clears,
-        "HWPT: NO_CLEAR reads without forgetting": _hwpt_no_clear,
+        "HWPT: a range that ends at 2**64 is not an overflow": _hwpt_end_of_space,
+        "HWPT: a page size that is not a power of two is accepted": _hwpt_odd_page_size,
+        "HWPT: enabling clears the dirty bits": _hwpt_enable_clears,
+        "HWPT: NO_CLEAR reads without clearing": _hwpt_no_clear,
         "HWPT: only sets bits": _hwpt_ors,
         "HWPT: a hole ends the walk, and the request succeeds": _hwpt_hole,
-        "HWPT: a huge entry that begins before the question is lost": _huge_cut_before,
-        "HWPT: a huge entry that ends behind the question overruns the bitmap": _huge_cut_after,
+        "HWPT: a huge entry that begins before the requested range is lost": _huge_cut_before,
+        "HWPT: a huge entry that ends after the requested range overruns the bitmap": (
+            _huge_cut_after
+        ),
     }

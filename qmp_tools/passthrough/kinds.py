@@ -18,62 +18,64 @@ from .proof_device import NAME, FakeProofDevice
 from .tracking import TRACKINGS
 from .vfio_functions import Host
 
-TRACKING = "iommufd"
-"""How QEMU is to hear of dirty pages where ``--device vfio-fake`` does not say."""
+DEFAULT_TRACKING = "iommufd"
+"""How dirty pages are reported to QEMU if ``--device vfio-fake`` does not say."""
 
 
 class HostFunctionsKind(DeviceKind):
-    """Two VFIO functions of this host, which a guest of the user's own drives."""
+    """Two VFIO functions of this host, driven by the user's own guest."""
 
     name = "vfio"
     accepts = COMMON_OPTIONS | {"kernel", "initrd", "append"}
 
     def names(self) -> Sequence[str]:
-        """The form of such a name."""
+        """Return the form of the name."""
         return [f"{PREFIX}SOURCE,DESTINATION"]
 
     def claims(self, name: str) -> bool:
-        """Whether the name has the prefix."""
+        """Return whether the name has the prefix."""
         return name.startswith(PREFIX)
 
     def make(self, request: DeviceRequest) -> ProofDevice:
-        """The two functions, which must exist."""
+        """Return the two functions, which must exist."""
         return parse_functions(request.names[0], Host())
 
 
 class FakeVfioKind(DeviceKind):
-    """The fake VFIO device; all of its proof happens in the nested machine, with its own guest."""
+    """The fake VFIO device, whose whole proof runs in the nested machine, with its own guest."""
 
     name = "vfio-fake"
     accepts: ClassVar[frozenset[str]] = frozenset({"device", "qemu", "fault", "seed", "timeout"})
     control = Control("drop=50", Link.TRACKER)
 
     def names(self) -> Sequence[str]:
-        """Its name alone."""
+        """Return the name of the fake device."""
         return [NAME]
 
     def claims(self, name: str) -> bool:
-        """Whether it is the name, with or without how QEMU is to hear of dirty pages."""
+        """Return whether it is the name, with or without a way of tracking after a colon."""
         return name.partition(":")[0] == NAME
 
     def make(self, request: DeviceRequest) -> ProofDevice:
-        """Refuse it: only in the nested machine it can be started (`prove.prove_fake_vfio`)."""
-        raise UsageError(f"--device {NAME} is for 'dmaproof prove', which makes a machine for it")
+        """Refuse: the fake device runs only in the nested machine (`prove.prove_fake_vfio`)."""
+        raise UsageError(
+            f"--device {NAME} works only with 'dmaproof prove', which boots a machine for it"
+        )
 
 
 def is_fake_vfio(options: ProofOptions) -> bool:
-    """Whether the options are of a proof on the fake VFIO device."""
+    """Return whether the options select the fake VFIO device."""
     return isinstance(kind_of(options.devices, options.device_command), FakeVfioKind)
 
 
 def fake_device_of(options: ProofOptions) -> FakeProofDevice:
-    """The fake VFIO device that the options are about.
+    """Return the fake VFIO device that the options select.
 
     Raises:
-        UsageError: an option means nothing to it, or cannot have its value.
+        UsageError: an option does not apply to the fake device, or has an invalid value.
     """
     refuse_strangers(options, FakeVfioKind())
-    tracking = options.devices[0].partition(":")[2] or TRACKING
+    tracking = options.devices[0].partition(":")[2] or DEFAULT_TRACKING
     if tracking not in TRACKINGS:
         raise UsageError(
             f"--device {NAME}:{tracking}: expected one of {', '.join(TRACKINGS)} after {NAME}"
@@ -82,7 +84,7 @@ def fake_device_of(options: ProofOptions) -> FakeProofDevice:
         parse_fault(options.fault)
         if not TRACKINGS[tracking].device:
             raise UsageError(
-                f"--device {NAME}:{tracking}: QEMU does not ask the device there, so none of its "
-                "faults can show"
+                f"--device {NAME}:{tracking}: QEMU does not ask the device for dirty pages, so "
+                f"--fault {options.fault} would have no effect"
             )
     return FakeProofDevice(tracking, options.fault)

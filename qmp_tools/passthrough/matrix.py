@@ -1,6 +1,7 @@
-"""Kernels and QEMUs against each other: what each pair tracks, as a table.
+"""Pairs of kernel and QEMU: what each pair tracks, as a table.
 
-Made of the reports of `prove`, one for each pair; docs/passthrough.md has it as it is printed.
+The table is made of the reports of `prove`, one for each pair. docs/passthrough.md shows it as it
+is printed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _CONTROL: Final = ", control: drop"
 
 
 def to_json(runs: Sequence[Run]) -> dict[str, Any]:
-    """The reports of all pairs, with a verdict over them."""
+    """Return the reports of all pairs, with a common verdict."""
     counts = Counter(run["exit_code"] for run in runs)
     failed, passed = counts[EXIT_LOST], counts[EXIT_PASS]
     pairs = f"{len(runs)} pairs of kernel and QEMU"
@@ -37,13 +38,13 @@ def to_json(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 class _Notes:
-    """What does not fit in a cell, numbered below the table."""
+    """Numbered notes below the table, for text that does not fit in a cell."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
 
     def refer(self, text: str) -> str:
-        """The number of a note with this text."""
+        """Return the reference to the note with this text."""
         line = " ".join(text.split())
         return f"[{self._numbers.setdefault(line, len(self._numbers) + 1)}]"
 
@@ -52,11 +53,15 @@ class _Notes:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """The table in Markdown, with notes."""
+    """Return the table in Markdown, with its notes."""
     notes = _Notes()
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     for run in runs:
-        by_name = {it["name"]: it for it in run["outcomes"] if it["group"] == "migration"}
+        by_name = {
+            outcome["name"]: outcome
+            for outcome in run["outcomes"]
+            if outcome["group"] == "migration"
+        }
         cells = [_tracking(by_name, name, notes) for name in NAMES]
         cells += [_untracked(by_name, notes), _others(run)]
         lines.append(f"| {' | '.join((run['kernel'], run['qemu'], *cells))} |")
@@ -69,13 +74,13 @@ def _tracking(by_name: Mapping[str, Run], name: str, notes: _Notes) -> str:
         return ""
     if outcome["state"] != State.HOLDS:
         return _not_held(outcome, notes)
-    told = f"{outcome['figures']['differing']} differ"
+    differing = f"{outcome['figures']['differing']} differ"
     if control is None:
-        return told
+        return differing
     if control["state"] != State.HOLDS:
-        return f"{told}; control {_not_held(control, notes)}"
+        return f"{differing}; control {_not_held(control, notes)}"
     figures = control["figures"]
-    return f"{told}; control {figures['differing']} of {figures['kept_back']}"
+    return f"{differing}; control {figures['differing']} of {figures['kept_back']}"
 
 
 def _untracked(by_name: Mapping[str, Run], notes: _Notes) -> str:
@@ -94,12 +99,12 @@ def _not_held(outcome: Run, notes: _Notes) -> str:
 
 
 def _others(run: Run) -> str:
-    others = [it for it in run["outcomes"] if it["group"] != "migration"]
+    others = [outcome for outcome in run["outcomes"] if outcome["group"] != "migration"]
     if not others:
         return ""
-    counts = Counter(State(it["state"]) for it in others)
-    told = f"{counts[State.HOLDS]} of {len(others)} hold"
-    for state in (State.LACKING, State.UNTESTED):
+    counts = Counter(State(outcome["state"]) for outcome in others)
+    text = f"{counts[State.HOLDS]} of {len(others)} hold"
+    for state in (State.NOT_SUPPORTED, State.UNTESTED):
         if counts[state]:
-            told += f", {counts[state]} {NOT_HELD[state]}"
-    return told
+            text += f", {counts[state]} {NOT_HELD[state]}"
+    return text

@@ -1,16 +1,16 @@
 """L2: QEMU's own vfio-pci on the fake device, migrated inside L1 while the device writes.
 
-L2 has no guest system, and no vCPU that would write either: nothing but the device does. Its engine
-writes a window of RAM round and round, each page with content that was never there, before, during
-and after every sync of the bitmap, until the device is stopped. So a page of the window whose dirty
-bit is lost once it has been sent is stale on the destination, for certain.
+L2 has no guest system, so no vCPU writes RAM, only the device does. Its engine writes a window of
+RAM round after round until the device is stopped, each page with content that no other write has.
+So if a page of the window has been sent and its dirty bit is then lost, the page is stale on the
+destination.
 
-Where QEMU hears of the pages in precopy, it is held there for some syncs. Where it does not, it is
-held in its first pass: behind that nothing would be left to send, and QEMU 11.1 syncs again and
-again without a pause, and hardly answers (docs/kernel-findings.md).
+If dirty pages are reported to QEMU in precopy, the migration is held in precopy for some syncs. If
+not, it is held in its first pass. After that pass nothing would be left to send, and QEMU 11.1
+would sync again and again without a pause and hardly answer QMP (docs/kernel-findings.md).
 
-Every way is followed by controls: the same with a fault of the module injected, which must corrupt,
-and only the pages that were kept from the report.
+Each way of tracking is followed by controls: the same migration with an injected fault of the
+module. A control must corrupt RAM, and only pages that the fault withheld from the report.
 """
 
 from __future__ import annotations
@@ -49,32 +49,41 @@ from .fake_device import (
     fake_device,
     injected,
 )
-from .fake_driver import by_either, open_iommufd
+from .fake_driver import any_driver, open_iommufd
 from .injected_faults import FAULTS
 from .l1.machine import TESTED_QEMU
-from .outcome import LackingError, NothingTestedError, Proof, ProofFailedError, patient, require
+from .outcome import (
+    NothingTestedError,
+    NotSupportedError,
+    Proof,
+    ProofFailedError,
+    require,
+    retrying,
+)
 from .tracking import TRACKINGS, Tracking
 
 _QEMU: Final = Path(os.environ.get(TESTED_QEMU, "/usr/bin/qemu-system-x86_64"))
 _RAM_BYTES: Final = 64 << 20
 _ENGINE: Final = Engine(iova=8 << 20, length=8 << 20)
 _SENT_ONCE: Final = 2
-"""With the second sync of the bitmap, every page has been sent."""
+"""The number of bitmap syncs after which every page has been sent."""
 _PASSED_BYTES: Final = _ENGINE.iova + _ENGINE.length + (4 << 20)
-"""With so much of RAM behind it, the first pass has sent the window: it goes upwards."""
+"""When the first pass has sent this many bytes, it has sent the window: it ascends in RAM."""
 _SYNCS: Final = 4
 _REWRITES: Final = _ENGINE.length // PAGE_BYTES
-"""As many syncs, and then writes, as the migration is held for: each page once."""
+"""The migration is held for this many syncs, and then for this many writes: one for each page."""
 _SLOW_BYTES_PER_S: Final = 4096
-"""The rest of the first pass takes longer than these writes, though its pages are all zero."""
+"""So slow that the rest of the first pass outlasts these writes, though its pages are all zero."""
 _WARNING: Final = "doesn't support device and IOMMU dirty tracking"
-_ENDLESS_BYTES_PER_S: Final = 1 << 20
-_NEVER_BEHIND_BYTES_PER_S: Final = 4 << 30
-_ENDING_BYTES_PER_S: Final = 8 << 30
-"""The bandwidth of the switchover that QEMU is to reckon with: while it is held where it hears of
-the pages, and where it does not; and when it is to end. It stops the guest when no more is left
-than passes in the downtime limit, which is 1 ms until the end: a page never passes, and of the
-first pass the last 4 MiB do, so that QEMU does not come behind it if we are late."""
+_HOLD_IN_PRECOPY_BYTES_PER_S: Final = 1 << 20
+_HOLD_IN_FIRST_PASS_BYTES_PER_S: Final = 4 << 30
+_END_BYTES_PER_S: Final = 8 << 30
+"""The bandwidths that QEMU is told to assume for the switchover: while the migration is held in
+precopy, while it is held in its first pass, and when it may end.
+
+QEMU stops the guest when the rest fits in the downtime limit, which is 1 ms until the end. With the
+first bandwidth a page never fits. With the second the last 4 MiB of the first pass fit, so that
+QEMU does not get past that pass if the release is late."""
 _DOWNTIME_S: Final = 60.0
 
 
@@ -83,16 +92,17 @@ class _Result:
     differing: NDArray[np.int64]
     journal: Journal
     sent: int
-    """So many entries of the journal were there when the window had been sent."""
+    """The number of entries in the journal when the window had been sent."""
     stats: dict[str, int]
     syncs: int
     seconds: float
-    went_on: bool
+    continued: bool
+    """Whether the device continued to write on the destination."""
     warned: bool
-    """QEMU said at its start that nothing tracks."""
+    """Whether QEMU warned at its start that nothing tracks."""
 
     def rewritten(self) -> int:
-        """How many pages the device wrote after they had been sent: what would be lost."""
+        """Return the number of pages that the device wrote after they had been sent."""
         return len(np.unique(self.journal["iova"][self.sent :] // PAGE_BYTES))
 
     def __str__(self) -> str:
@@ -122,10 +132,10 @@ class TestedQemu:
 
 @functools.cache
 def tested_qemu(timeout_s: float) -> TestedQemu:
-    """Asks QEMU itself.
+    """Query the QEMU under test.
 
     Raises:
-        QmpError: it does not run, or has no vfio-pci.
+        QmpError: QEMU does not run, or has no vfio-pci.
     """
     return asyncio.run(_ask_qemu(timeout_s))
 
@@ -137,15 +147,17 @@ async def _ask_qemu(timeout_s: float) -> TestedQemu:
             "tested", _QEMU, machine, Path(folder), timeout_s=timeout_s
         ) as qemu:
             properties = await qemu.qmp.execute("device-list-properties", typename="vfio-pci")
-    number = qemu.version.split()[0]  # without the packager's
-    return TestedQemu(number, frozenset(it["name"] for it in properties))
+    number = qemu.version.split()[0]  # without the packager's suffix
+    return TestedQemu(number, frozenset(entry["name"] for entry in properties))
 
 
 @functools.cache
 def _require_device_log() -> None:
-    """Fail with what the kernel says where it does not log a device's DMA; QEMU's migration would
-    fail half-way."""
-    with by_either() as driver:
+    """Fail with the kernel's error if it cannot log a device's DMA.
+
+    Without this check QEMU's migration would fail half-way.
+    """
+    with any_driver() as driver:
         driver.device.start_logging([driver.window], PAGE_BYTES)
         driver.device.report(*driver.window, PAGE_BYTES)
 
@@ -153,42 +165,46 @@ def _require_device_log() -> None:
 def proofs(
     seed: int, timeout_s: float, controls: int = 1, *, quick: bool = False
 ) -> dict[str, Proof]:
-    """Every way of tracking, each followed by its controls, which are repeated `controls` times.
+    """Return a proof for each way of tracking, each followed by its controls.
 
-    If `quick`, by one control. `timeout_s` bounds each wait.
+    Each control is repeated `controls` times; if `quick`, each way has one control. `timeout_s`
+    bounds each wait.
     """
     found: dict[str, Proof] = {}
     for name, short in NAMES.items():
         tracking = TRACKINGS[short]
-        found[name] = patient(partial(_equal, tracking, timeout_s))
+        found[name] = retrying(partial(_equal, tracking, timeout_s))
         if tracking.device:
-            # All faults on the first way, the one that is told apart page by page on each.
+            # All faults with the first way; the others have only the fault whose pages are known.
             faults = FAULTS if tracking == Tracking() and not quick else ("drop",)
             for fault in faults:
                 found[f"{name}, control: {fault}"] = partial(
                     _corrupts, tracking, fault, seed, controls, timeout_s
                 )
-    found[UNTRACKED] = patient(partial(_untracked, timeout_s))
+    found[UNTRACKED] = retrying(partial(_untracked, timeout_s))
     return found
 
 
 def _equal(tracking: Tracking, timeout_s: float) -> tuple[str, dict[str, Any]]:
-    """A migration after which all of RAM is equal."""
+    """Migrate, and check that all of RAM is equal."""
     result = _migrated(tracking, timeout_s)
     require(not len(result.differing), f"{len(result.differing)} pages differ, {result}")
     _require_test(result)
-    require(result.went_on, "the device does not go on on the destination")
+    require(result.continued, "the device does not continue to write on the destination")
     if tracking.device:
-        require(result.stats["reports"] > 0, "QEMU has never asked the device")
+        require(result.stats["reports"] > 0, "QEMU has never asked the device for dirty pages")
     else:
-        require(result.stats["reports"] == 0, "QEMU asked the device, though it was told not to")
+        require(
+            result.stats["reports"] == 0,
+            "QEMU asked the device, despite x-device-dirty-page-tracking=off",
+        )
     return f"0 of {_RAM_BYTES // PAGE_BYTES} pages differ, {result}", _figures(result)
 
 
 def _require_test(result: _Result) -> None:
-    """Fail the attempt if the device has written nothing again that had been sent."""
+    """Raise NothingTestedError if the device rewrote no page after it had been sent."""
     if not result.rewritten():
-        raise NothingTestedError(f"nothing was tested, {result}")
+        raise NothingTestedError(f"no page was written after it had been sent, {result}")
 
 
 def _figures(result: _Result) -> dict[str, Any]:
@@ -202,7 +218,7 @@ def _figures(result: _Result) -> dict[str, Any]:
 
 
 def _untracked(timeout_s: float) -> tuple[str, dict[str, Any]]:
-    """With iommufd and without the device's log nobody tracks: no loss, or at least a warning."""
+    """Migrate with iommufd and no tracker; require a warning of QEMU if pages are lost."""
     result = _migrated(Tracking(device=False), timeout_s)
     _require_test(result)
     require(
@@ -216,15 +232,15 @@ def _untracked(timeout_s: float) -> tuple[str, dict[str, Any]]:
 def _corrupts(
     tracking: Tracking, fault: str, seed: int, rounds: int, timeout_s: float
 ) -> tuple[str, dict[str, Any]]:
-    """The same with a fault, which must be seen each time, and nothing else."""
-    every = [
-        patient(partial(_corrupted, tracking, fault, seed + number, timeout_s))()
+    """Migrate with an injected fault, which must corrupt RAM each time, and only its own pages."""
+    attempts = [
+        retrying(partial(_corrupted, tracking, fault, seed + number, timeout_s))()
         for number in range(rounds)
     ]
-    found, figures = every[0]
+    found, figures = attempts[0]
     if rounds > 1:
         found = f"caught {rounds} of {rounds}; the first: {found}"
-    tries = sum(figures["tries"] for _, figures in every)
+    tries = sum(figures["tries"] for _, figures in attempts)
     return found, {**figures, "rounds": rounds, "tries": tries}
 
 
@@ -240,10 +256,10 @@ def _corrupted(
         may_differ = written[dropped_pages(written.astype(np.uint64), parameters["drop"], seed)]
     if not len(result.differing):
         _require_test(result)
-        raise ProofFailedError(f"the fault is not seen, {result}")
-    strangers = np.setdiff1d(result.differing, may_differ)
-    require(not len(strangers), f"{len(strangers)} pages differ that the fault did not touch")
-    return f"{len(result.differing)} pages differ of {len(may_differ)} that were kept back", {
+        raise ProofFailedError(f"the injected fault was not noticed, {result}")
+    others = np.setdiff1d(result.differing, may_differ)
+    require(not len(others), f"{len(others)} pages differ that the fault did not affect")
+    return f"{len(result.differing)} of {len(may_differ)} withheld pages differ", {
         **_figures(result),
         "kept_back": len(may_differ),
     }
@@ -262,37 +278,40 @@ async def _migrate(tracking: Tracking, qemu: TestedQemu, timeout_s: float) -> _R
     loop = asyncio.get_running_loop()
     started = loop.time()
     with (
-        fake_device(timeout_s) as here,
-        fake_device(timeout_s) as there,
+        fake_device(timeout_s) as source_device,
+        fake_device(timeout_s) as destination_device,
         tempfile.TemporaryDirectory(prefix="l2-") as temporary,
     ):
         folder = Path(temporary)
-        ours = _arguments(tracking, here, qemu)
-        theirs = [*_arguments(tracking, there, qemu), *INCOMING]
+        outgoing = _arguments(tracking, source_device, qemu)
+        incoming = [*_arguments(tracking, destination_device, qemu), *INCOMING]
         async with (
-            running_qemu(SOURCE, _QEMU, ours, folder, timeout_s=timeout_s) as source,
-            running_qemu(DESTINATION, _QEMU, theirs, folder, timeout_s=timeout_s) as destination,
+            running_qemu(SOURCE, _QEMU, outgoing, folder, timeout_s=timeout_s) as source,
+            running_qemu(DESTINATION, _QEMU, incoming, folder, timeout_s=timeout_s) as destination,
         ):
-            here.start(_ENGINE)
+            source_device.start(_ENGINE)
             syncs, sent = await _hold_and_release(
-                source, destination, here, folder, timeout_s, heard=tracking.heard
+                *(source, destination, source_device, folder, timeout_s),
+                in_precopy=tracking.reports_in_precopy,
             )
             with (
                 ram_file(source.pid, source.name) as source_ram,
                 ram_file(destination.pid, destination.name) as destination_ram,
             ):
                 differing = compare(source_ram, destination_ram)
-            journal, stats = here.journal(), here.stats()
+            journal, stats = source_device.journal(), source_device.stats()
             if len(journal) == JOURNAL_ENTRIES:
-                raise NothingTestedError("the device's journal was full, and it wrote no more")
-            went_on = await _goes_on(destination, there, int(journal["sequence"][-1]), timeout_s)
+                raise NothingTestedError("the device stopped writing, because its journal was full")
+            last = int(journal["sequence"][-1])
+            continued = await _continues(destination, destination_device, last, timeout_s)
         warned = _WARNING in source.process.log.read_text(errors="replace")
-    return _Result(differing, journal, sent, stats, syncs, loop.time() - started, went_on, warned)
+    seconds = loop.time() - started
+    return _Result(differing, journal, sent, stats, syncs, seconds, continued, warned)
 
 
 def _arguments(tracking: Tracking, device: FakeDevice, qemu: TestedQemu) -> list[str]:
     return [
-        # Some QEMUs are built without qtest; then the firmware runs.
+        # Some QEMUs are built without qtest; with TCG, the firmware runs in L2.
         *("-machine", "q35,memory-backend=ram", "-accel", "qtest", "-accel", "tcg"),
         *("-m", f"{_RAM_BYTES >> 20}M"),
         *("-object", f"memory-backend-memfd,id=ram,size={_RAM_BYTES},share=on"),
@@ -307,78 +326,82 @@ async def _hold_and_release(
     folder: Path,
     timeout_s: float,
     *,
-    heard: bool,
+    in_precopy: bool,
 ) -> tuple[int, int]:
-    """Migrate; held, unless it converges before, until the window has been written again.
+    """Migrate, and hold the migration until the window has been written again.
 
-    It is held for half of the migration's time at the most: it has to end as well.
+    The hold takes at most half of the timeout, so that the migration can end within the rest. A
+    migration may also converge before. `in_precopy`: dirty pages are reported to QEMU in precopy.
 
-    Returns how often QEMU synced, and the writes that there were when the window had been sent.
+    Returns:
+        The number of QEMU's bitmap syncs, and of the device's writes when the window had been sent.
     """
     loop = asyncio.get_running_loop()
     limits = Limits(downtime_s=_DOWNTIME_S, timeout_s=timeout_s)
     migration = Migration(Ends(source.qmp, destination.qmp, folder), Unix(), limits)
-    await _reckon_with(source, _ENDLESS_BYTES_PER_S if heard else _NEVER_BEHIND_BYTES_PER_S)
+    await _set_switchover_bandwidth(
+        source, _HOLD_IN_PRECOPY_BYTES_PER_S if in_precopy else _HOLD_IN_FIRST_PASS_BYTES_PER_S
+    )
     try:
         await migration.start()
     except QmpRefusal as error:
-        raise LackingError(str(error)) from error
+        raise NotSupportedError(str(error)) from error
     await migration.limit_bandwidth(migration.held_bytes_per_s)
     deadline = loop.time() + timeout_s / 2
     held = True
     sent: int | None = None
     async for progress in migration.follow():
         writes = device.stats()["writes"]
-        if sent is None and _window_is_sent(progress, heard=heard):
+        if sent is None and _window_is_sent(progress, in_precopy=in_precopy):
             sent = writes
-            if not heard:
+            if not in_precopy:
                 await source.qmp.execute("migrate-set-parameters", max_bandwidth=_SLOW_BYTES_PER_S)
-        synced = progress.syncs >= _SYNCS or not heard
+        synced = progress.syncs >= _SYNCS or not in_precopy
         rewritten = synced and sent is not None and writes >= sent + _REWRITES
         if held and (rewritten or loop.time() > deadline):
             held = False
-            await _reckon_with(source, _ENDING_BYTES_PER_S)
+            await _set_switchover_bandwidth(source, _END_BYTES_PER_S)
             await migration.release()
     await migration.load()
     return migration.history[-1].syncs, device.stats()["writes"] if sent is None else sent
 
 
-def _window_is_sent(progress: Progress, *, heard: bool) -> bool:
+def _window_is_sent(progress: Progress, *, in_precopy: bool) -> bool:
     if progress.syncs >= _SENT_ONCE:
         return True
-    if heard or progress.total is None or progress.remaining is None:
+    if in_precopy or progress.total is None or progress.remaining is None:
         return False
     return progress.total - progress.remaining >= _PASSED_BYTES
 
 
-async def _reckon_with(source: Qemu, bytes_per_s: int) -> None:
-    """Tell QEMU (8.2 or newer) of a bandwidth for the device's state, once all else is sent.
+async def _set_switchover_bandwidth(source: Qemu, bytes_per_s: int) -> None:
+    """Set the bandwidth that QEMU (8.2 or newer) assumes for the switchover.
 
-    By itself it reckons with what it has seen last. That is much where it would stop the guest
-    before the device has written anything again; and nothing where it is held, which would keep it
-    from ever stopping the guest, as would 100 GiB of state, which it takes for granted where the
-    kernel does not tell how much there is (before Linux 6.2).
+    By default QEMU assumes the bandwidth that it measured last. Without a hold that may be so high
+    that QEMU stops the guest before the device has written again. During a hold it is almost 0, so
+    QEMU would never stop the guest. The same would happen before Linux 6.2, where the kernel does
+    not report the size of the device's state and QEMU assumes 100 GiB.
     """
     with contextlib.suppress(QmpRefusal):
         await source.qmp.execute("migrate-set-parameters", avail_switchover_bandwidth=bytes_per_s)
 
 
-async def _goes_on(destination: Qemu, device: FakeDevice, last: int, timeout_s: float) -> bool:
-    """Whether the device writes on the destination, with numbers that follow the source's.
+async def _continues(destination: Qemu, device: FakeDevice, last: int, timeout_s: float) -> bool:
+    """Return whether the device writes on the destination, with numbers that follow `last`.
 
     Raises:
-        WaitTimeoutError: it does not write, and has no error either.
+        WaitTimeoutError: the device neither writes nor reports an error.
     """
     await destination.qmp.execute("cont")
-    late = WaitTimeoutError(
-        f"the device has not written 100 times on the destination within {timeout_s:g} s"
+    not_written = WaitTimeoutError(
+        f"the device made fewer than 100 writes on the destination within {timeout_s:g} s"
     )
 
     def has_written_or_failed() -> bool:
         registers = device.registers()
         return registers["sequence"] > last + 100 or bool(registers["error"])
 
-    await wait_until(has_written_or_failed, timeout_s, lambda: late)
+    await wait_until(has_written_or_failed, timeout_s, lambda: not_written)
     if device.registers()["error"]:
         return False
     first: Sequence[int] = device.journal()["sequence"][:1].tolist()

@@ -1,7 +1,8 @@
-"""iommufd's own test device (CONFIG_IOMMUFD_TEST): a hardware page table whose dirty bits we set.
+"""iommufd's own test device (CONFIG_IOMMUFD_TEST): user space sets dirty bits in a page table.
 
-After drivers/iommu/iommufd/iommufd_test.h; only the kernel of L1 has it. What is set here is what
-an IOMMU's hardware would set, and what iommufd reports is read by the code that real ones use.
+The interface comes from drivers/iommu/iommufd/iommufd_test.h; only L1's kernel has it. This module
+sets the bits that an IOMMU's hardware would set. iommufd reads them with the code that serves real
+IOMMUs.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ _HWPT_DATA_SELFTEST: Final = 0xDEAD
 _SELFTEST: Final = Struct("<II")
 
 APERTURE: Final = 1 << 24
-"""The first IOVA that the device can reach; the last is 2**31 - 1."""
+"""The first IOVA that the test device can reach; the last is 2**31 - 1."""
 HUGE_ENTRY_BYTES: Final = 1 << 20
-"""MOCK_HUGE_PAGE_SIZE: an entry of the table that is made with `huge`."""
+"""MOCK_HUGE_PAGE_SIZE: an entry of a page table that is allocated with `huge`."""
 _HUGE_PAGE_BYTES: Final = 2 << 20
 
 
 @dataclass(frozen=True)
 class MockIommu:
-    """The test device with a page table that tracks; `memory` is mapped from `APERTURE` on."""
+    """The test device with a page table that tracks; `memory` is mapped at `APERTURE`."""
 
     iommufd: Iommufd
     ioas: int
@@ -52,10 +53,10 @@ class MockIommu:
     memory: NDArray[np.uint8]
 
     def set_dirty(self, iova: int, length: int, page_size: int, bits: Bits) -> None:
-        """Set the dirty bit of the entry of each page whose bit is set.
+        """Set the dirty bit in the page table entry of each page that is set in `bits`.
 
         Raises:
-            VfioError: range and page size do not fit each other.
+            VfioError: the range is not aligned to the page size.
         """
         data = _DIRTY.pack(0, 0, iova, length, page_size, address_of(bits), 0)
         _command(self.iommufd, _OP_DIRTY, self.hwpt, data)
@@ -70,13 +71,15 @@ def _command(iommufd: Iommufd, operation: int, number: int, data: bytes) -> byte
 
 @contextlib.contextmanager
 def mock_iommu(length: int, *, huge: bool = False) -> Iterator[MockIommu]:
-    """The test device for a while, with `length` bytes mapped; `huge`: in huge entries."""
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory is never of huge pages here
+    """Set up the test device with `length` bytes mapped, in huge page table entries if `huge`."""
+    private = (
+        mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )  # this kernel has no huge pages for shared memory
     mapping = mmap.mmap(-1, length + _HUGE_PAGE_BYTES, private)
     mapping.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
     whole = np.frombuffer(mapping, dtype=np.uint8)
     memory = whole[-address_of(whole) % _HUGE_PAGE_BYTES :][:length]
-    memory[:: mmap.PAGESIZE] = 1  # there, and so of huge pages where these are allowed
+    memory[:: mmap.PAGESIZE] = 1  # fault the pages in, as huge pages if these are allowed
     with open_iommufd() as iommufd:
         ioas = iommufd.alloc_ioas()
         if not huge:

@@ -1,4 +1,4 @@
-"""What a proof inside L1 found, in a form that goes out as JSON."""
+"""The outcome of a proof in L1, in a form that can be written as JSON."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from ..proof.verdict import Verdict
 
 
 class State(StrEnum):
-    """What is known of a proof."""
+    """The result of a proof; the values are those of the JSON report."""
 
     HOLDS = "holds"
     FAILS = "fails"
-    LACKING = "lacking"
-    """It could not be carried out: kernel or QEMU does not have what is to be proved."""
+    NOT_SUPPORTED = "lacking"
+    """The kernel or QEMU does not have the feature that the proof is about."""
     UNTESTED = "untested"
-    """The machine was too slow or too busy: every attempt was over before it told anything."""
+    """The machine was too busy: every attempt ended before a lost page could have been noticed."""
 
 
 NOT_HELD: Final = {
     State.FAILS: "FAILED",
-    State.LACKING: "lacking",
+    State.NOT_SUPPORTED: "unsupported",
     State.UNTESTED: "not tested",
 }
-"""What people are told of a proof that does not hold, or not yet."""
+"""The text form of each state but HOLDS."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One row of the report."""
+    """The outcome of one proof."""
 
     group: str
     name: str
@@ -46,107 +46,114 @@ class Outcome:
     found: str
     figures: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
-    """How long it took."""
+    """The duration of the proof."""
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, and what `state` was told by before there was one."""
-        passed, lacking = self.state is State.HOLDS, self.state is State.LACKING
+        """Return all fields, and `passed` and `lacking`, which are older than `state`."""
+        passed, lacking = self.state is State.HOLDS, self.state is State.NOT_SUPPORTED
         return {**asdict(self), "passed": passed, "lacking": lacking}
 
 
 class ProofFailedError(Exception):
-    """What was to be shown is not so."""
+    """The proof does not hold; the message says what was found instead."""
 
 
 class NothingTestedError(ProofFailedError):
-    """It was over before anything could have been lost: an attempt that tells nothing."""
+    """The attempt ended before a lost page could have been noticed, so it proves nothing."""
 
 
-class LackingError(Exception):
-    """Kernel or QEMU does not have what is to be proved; the message is theirs."""
+class NotSupportedError(Exception):
+    """The kernel or QEMU does not have the feature; the message is that of the kernel or QEMU."""
 
 
 _UNKNOWN: Final = (errno.ENOTTY, errno.EOPNOTSUPP)
-"""With these the kernel says that it does not know a request, or a device not its feature."""
+"""The errnos for a request that the kernel does not know, or a feature that a device lacks."""
 
 
 def require(holds: bool, found: str) -> None:
-    """Fail the proof, with what was `found`, unless it `holds`."""
+    """Raise ProofFailedError with the message `found` unless `holds`."""
     if not holds:
         raise ProofFailedError(found)
 
 
 def require_pass(verdict: Verdict) -> None:
-    """Fail the proof unless the verdict is a pass."""
+    """Raise ProofFailedError unless the verdict is a pass."""
     if verdict.exit_code != EXIT_UNTESTED:
         require(verdict.exit_code == EXIT_PASS, verdict.sentence)
     _require_test(verdict)
 
 
-def require_loss(verdict: Verdict, told: str) -> None:
-    """Fail the proof unless pages were lost by the fault that was injected."""
+def require_loss(verdict: Verdict, summary: str) -> None:
+    """Raise ProofFailedError unless the injected fault lost pages."""
     if not verdict.lost:
         _require_test(verdict)
-        raise ProofFailedError(f"the fault is not seen, {told}")
+        raise ProofFailedError(f"the injected fault was not noticed, {summary}")
 
 
 def _require_test(verdict: Verdict) -> None:
-    """Fail the attempt if no page was certain to show a loss: on a starved machine a migration may
-    be over before the guest has got to its write-once pages."""
+    """Raise NothingTestedError if no page was guaranteed detectable.
+
+    On a busy machine a migration may end before the guest reaches its write-once pages.
+    """
     if not verdict.sensitivity.guaranteed_detectable:
-        raise NothingTestedError(f"no page was certain to show a loss; {verdict.sentence}")
+        raise NothingTestedError(f"no page was guaranteed detectable; {verdict.sentence}")
 
 
-def observe(so: bool, found: str) -> None:
-    """For what no kernel promises: where this one does not do so, that is no failure, but told."""
-    if not so:
-        raise LackingError(f"otherwise on this kernel: {found}")
+def observe(as_known: bool, found: str) -> None:
+    """Raise NotSupportedError unless the kernel behaves `as_known`.
+
+    This is for behaviour that the kernel does not specify, so a difference is not a failure.
+    """
+    if not as_known:
+        raise NotSupportedError(f"this kernel behaves differently: {found}")
 
 
 Proof = Callable[[], tuple[str, dict[str, Any]]]
-"""Returns what it found, in words and in figures.
-
-Raises ProofFailedError where it is not so.
-"""
+"""A proof returns what it found, as text and as figures, or raises ProofFailedError."""
 
 
 _TRIES: Final = 3
 
 
-def patient(proof: Proof) -> Proof:
-    """`proof`, tried again where an attempt has told nothing, or its migration did not end.
+def retrying(proof: Proof) -> Proof:
+    """Return `proof` with up to two retries after attempts that tested nothing or did not end.
 
-    On a starved machine that happens. It is never hidden: each attempt is a line of L1's output,
-    what was found says so, and the figure ``tries`` counts the attempts.
+    Such attempts happen on a busy machine. They are never hidden: L1 prints a line for each one,
+    the text of the outcome names their reasons, and the figure ``tries`` counts all attempts.
     """
 
     def carry_out() -> tuple[str, dict[str, Any]]:
-        whys: list[str] = []
+        reasons: list[str] = []
         while True:
             try:
                 found, figures = proof()
             except (NothingTestedError, WaitTimeoutError, MigrationError) as error:
-                whys.append(str(error))
-                if len(whys) < _TRIES:
-                    print(f"again\t{whys[-1].splitlines()[0]}", flush=True)
+                reasons.append(str(error))
+                if len(reasons) < _TRIES:
+                    print(f"retry\t{reasons[-1].splitlines()[0]}", flush=True)
                     continue
                 if isinstance(error, NothingTestedError | WaitTimeoutError):
-                    raise NothingTestedError(f"tried {_TRIES} times: {'; '.join(whys)}") from error
+                    raise NothingTestedError(
+                        f"{_TRIES} attempts failed: {'; '.join(reasons)}"
+                    ) from error
                 raise
-            if whys:
-                found += f"; at try {len(whys) + 1}, before that: {'; '.join(whys)}"
-            return found, {**figures, "tries": len(whys) + 1}
+            if reasons:
+                found += f"; attempt {len(reasons) + 1}, after failed ones: {'; '.join(reasons)}"
+            return found, {**figures, "tries": len(reasons) + 1}
 
     return carry_out
 
 
 Rule = Callable[[], str]
-"""A proof without figures."""
+"""A check that returns what it found as text: a proof without figures."""
 
 
 def run(group: str, name: str, proof: Proof) -> Outcome:
-    """Carry out one proof; an error of the kernel's is a failed proof too, but for what it does not
-    know. A wait that has reached its bound proves nothing."""
+    """Carry out one proof and return its outcome; no error of the proof is raised.
+
+    An error of the kernel fails the proof, unless the kernel does not know the request. After a
+    timeout the proof is untested.
+    """
     began_s = time.monotonic()
     outcome = _carry_out(group, name, proof)
     return replace(outcome, seconds=round(time.monotonic() - began_s, 1))
@@ -155,10 +162,10 @@ def run(group: str, name: str, proof: Proof) -> Outcome:
 def _carry_out(group: str, name: str, proof: Proof) -> Outcome:
     try:
         found, figures = proof()
-    except LackingError as error:
-        return Outcome(group, name, State.LACKING, str(error))
+    except NotSupportedError as error:
+        return Outcome(group, name, State.NOT_SUPPORTED, str(error))
     except VfioError as error:
-        state = State.LACKING if error.number in _UNKNOWN else State.FAILS
+        state = State.NOT_SUPPORTED if error.number in _UNKNOWN else State.FAILS
         return Outcome(group, name, state, str(error))
     except (NothingTestedError, WaitTimeoutError) as error:
         return Outcome(group, name, State.UNTESTED, str(error))
@@ -168,7 +175,7 @@ def _carry_out(group: str, name: str, proof: Proof) -> Outcome:
 
 
 def errno_of(call: Callable[[], object]) -> int:
-    """The errno with which the kernel refuses, 0 if it does not."""
+    """Return the errno with which the kernel refuses, or 0 if it does not refuse."""
     try:
         call()
     except VfioError as error:
@@ -177,8 +184,8 @@ def errno_of(call: Callable[[], object]) -> int:
 
 
 def refuses(expected: int, call: Callable[[], object]) -> str:
-    """Fail the proof unless the kernel refuses with the errno `expected`; returns its name."""
+    """Return the name of `expected`; fail the proof if the kernel does not refuse with it."""
     number = errno_of(call)
     name = errno.errorcode.get(number, "no error")
-    require(number == expected, f"{name}, not {errno.errorcode[expected]}")
+    require(number == expected, f"expected {errno.errorcode[expected]}, got {name}")
     return name

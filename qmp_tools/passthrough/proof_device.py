@@ -1,12 +1,12 @@
-"""The fake VFIO device as the device of a proof: QEMU's own vfio-pci has it, and tracks its pages.
+"""The fake VFIO device as the device of a proof, used by QEMU's own vfio-pci.
 
-Its journal is the ground truth, as with any device of ours. Of the chain behind it we see one link,
-the *tracker*: what the kernel's iterator was told by the device, and in which report. The links
-behind that are the kernel's and QEMU's, and stand for one: a page that was told and did not arrive
-was lost by QEMU (or by the kernel on its way there). Where it is not the device that QEMU asks, all
-of the chain is like that.
+The device's journal is the ground truth, as with every built-in device. Of the chain after it, one
+link is visible, the *tracker*: the device records which ranges it reported to the kernel's
+iterator, and in which report. The links after the tracker are the kernel's and QEMU's, and count as
+one: if a page was reported and did not arrive, QEMU lost it (or the kernel, on the way to QEMU). If
+QEMU does not ask the device for dirty pages, the whole chain counts as QEMU's.
 
-An epoch is a report here: a write is due in the next one.
+An epoch is a report here: a write is due in the next report.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dmaproof.trace import TRACED_LINKS, PageEpochs
 from dmaproof.units import PAGE_BYTES, div_ceil
 
 from ..devices.device import AttachedDevice, DeviceFacts, ProofDevice
-from .fake_device import FakeDevice, Journal, Told, content, fake_device
+from .fake_device import FakeDevice, Journal, ReportedRanges, content, fake_device
 from .tracking import TRACKINGS
 
 NAME: Final = "vfio-fake"
@@ -37,7 +37,7 @@ _EVERY_EPOCH: Final = int(np.iinfo(np.uint32).max)
 
 @dataclass(frozen=True)
 class FakeProofDevice(ProofDevice):
-    """`tracking` is one of `TRACKINGS`; `fault` has been injected by others."""
+    """The fake device; `tracking` is one of `TRACKINGS`, and the caller has injected `fault`."""
 
     tracking: str
     fault: str | None = None
@@ -67,27 +67,27 @@ class _AttachedFakeDevice(AttachedDevice):
 
     async def evidence(self, side: str) -> Sequence[Evidence]:
         device = self._devices[side]
-        told = device.told() if self._tracking.device else None
-        return [evidence_of(device.journal(), told)]
+        reported = device.reported_ranges() if self._tracking.device else None
+        return [evidence_of(device.journal(), reported)]
 
 
-def evidence_of(journal: Journal, told: Told | None) -> Evidence:
-    """The evidence of a device that has written `journal`, and has told the iterator `told`.
+def evidence_of(journal: Journal, reported: ReportedRanges | None) -> Evidence:
+    """Return the evidence of a device that wrote `journal` and reported `reported` to the kernel.
 
-    It has no slots. Without `told`, QEMU was not to ask the device: then no page is missed by a
-    link of ours.
+    The evidence has no memory slots. `reported` is None if QEMU does not ask the device for dirty
+    pages; then the device's tracker has missed no page.
     """
     logged = np.flatnonzero(journal["logged"])
-    if told is not None and len(logged):
+    if reported is not None and len(logged):
         journal = journal[logged[0] :]
     end = int((journal["iova"] + journal["length"]).max(initial=0))
     space = IovaRange(0, div_ceil(end, PAGE_BYTES) * PAGE_BYTES)
     seen = PageEpochs([space] if end else [])
-    if told is None:
+    if reported is None:
         seen.see_many(journal["iova"], journal["length"], _EVERY_EPOCH)
     else:
-        for report in np.unique(told["report"]):
-            of_report = told[told["report"] == report]
+        for report in np.unique(reported["report"]):
+            of_report = reported[reported["report"] == report]
             seen.see_many(of_report["iova"], of_report["length"], int(report))
     return Evidence(
         slots=[],
@@ -100,14 +100,13 @@ def evidence_of(journal: Journal, told: Told | None) -> Evidence:
 
 
 def _records(journal: Journal) -> NDArray[np.void]:
-    """The journal in the form of ours; a request is a write, by its number.
+    """Convert the device's journal to dmaproof's `RECORD`; each write counts as a request.
 
-    Of ranges that were written again, only the last write has a checksum, for it alone can be found
-    in RAM.
+    Of writes to the same range, only the last one has a checksum: RAM has only its bytes.
     """
     records = np.zeros(len(journal), dtype=RECORD)
-    for ours, theirs in (("request", "sequence"), ("gpa", "iova")):
-        records[ours] = journal[theirs]
+    for field, journal_field in (("request", "sequence"), ("gpa", "iova")):
+        records[field] = journal[journal_field]
     for name in ("time_ns", "iova", "length"):
         records[name] = journal[name]
     records["epoch"] = journal["reports"] + 1

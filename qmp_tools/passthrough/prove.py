@@ -1,4 +1,4 @@
-"""Starts L1, has proofs carried out there, and tells what they found."""
+"""Boots L1, carries out proofs in it, and reports their outcomes."""
 
 from __future__ import annotations
 
@@ -29,34 +29,34 @@ _logger = logging.getLogger(__name__)
 
 _RESULTS: Final = "results-{}.json"
 _MEMORY_MIB: Final = 1024
-"""Of an L1, whose guests in L2 are small."""
+"""The memory of an L1, whose guests in L2 are small."""
 _OVERHEAD_BYTES: Final = 256 << 20
-"""What an L1 takes besides its memory."""
+"""The memory that an L1's QEMU takes besides its guest RAM."""
 _WAITS_BETWEEN_LINES: Final = 4
-"""So many of its waits an attempt in L1 may take to their bounds before it prints another line."""
+"""An attempt in L1 may use up this many timeouts before it prints its next line."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be proved; no `groups`: all of it."""
+    """Which proofs to carry out; all of them if `groups` is empty."""
 
     seed: int
     groups: tuple[str, ...] = ()
     quick: bool = False
     controls: int = 1
-    """How often each control of a migration is repeated."""
+    """The number of repetitions of each control of a migration."""
     timeout_s: float = DEFAULT_TIMEOUT_S
-    """Bounds each wait in L1."""
+    """The bound of each wait in L1."""
     keep: bool = False
 
 
 async def prove_passthrough(machine: L1, qemu: Path, request: Request) -> dict[str, Any]:
-    """Carry out the proofs in L1, booted by `qemu`; what they found, as for JSON.
+    """Carry out the proofs in L1, booted by `qemu`; return the report as for JSON.
 
-    Where there is room for two machines, they share the proofs.
+    If the host has processors and memory for two machines, they share the proofs.
 
     Raises:
-        UntestableError: L1 does not boot, breaks off, or goes silent.
+        UntestableError: L1 does not boot, ends early, or prints nothing until the timeout.
     """
     guests = (bare_guest().kernel, vfio_guest())
     command = "mkdir -p /mnt/taken; exec python3 -m qmp_tools.passthrough.inside "
@@ -69,18 +69,19 @@ async def prove_passthrough(machine: L1, qemu: Path, request: Request) -> dict[s
         command += " --only " + " ".join(request.groups)
     command += f" --controls {request.controls}"
 
-    def heard(line: str) -> None:
-        verdict, tab, told = line.partition("\t")
+    def log_outcome(line: str) -> None:
+        state, tab, text = line.partition("\t")
         if tab:
-            _logger.info("%-6s %s", verdict, told)
+            _logger.info("%-11s %s", state, text)
 
     machine = replace(machine, memory_mib=_MEMORY_MIB)
     machines = machines_side_by_side(len(os.sched_getaffinity(0)), free_memory_bytes())
     with run_folder(keep=request.keep) as folder:
         if request.keep:
-            _logger.info("the run's folder stays: %s", folder)
+            _logger.info("keeping the run's folder: %s", folder)
         job = await run_in_l1(
-            *(machine, qemu, command, folder, heard, _WAITS_BETWEEN_LINES * request.timeout_s),
+            *(machine, qemu, command, folder, log_outcome),
+            _WAITS_BETWEEN_LINES * request.timeout_s,
             files=guests,
             machines=machines,
         )
@@ -92,14 +93,16 @@ async def prove_passthrough(machine: L1, qemu: Path, request: Request) -> dict[s
 
 
 def machines_side_by_side(processors: int, free_bytes: int) -> int:
-    """Two, where each has a processor and its memory within `free_bytes`; else one."""
+    """Return 2 if there are processors and `free_bytes` of memory for two machines, else 1."""
     by_memory = free_bytes // ((_MEMORY_MIB << 20) + _OVERHEAD_BYTES)
     return max(1, min(2, processors, by_memory))
 
 
 def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What several machines have found, as if one had: the outcomes in the order of the proofs."""
-    outcomes = {int(number): it for part in parts for number, it in part["outcomes"].items()}
+    """Join the results of several machines; the outcomes are in the order of the proofs."""
+    outcomes = {
+        int(number): outcome for part in parts for number, outcome in part["outcomes"].items()
+    }
     return {
         **parts[0],
         "seconds": max(part["seconds"] for part in parts),
@@ -112,11 +115,12 @@ async def prove_fake_vfio(
 ) -> tuple[dict[str, Any], str]:
     """Carry out the proof of QEMU's vfio-pci on the fake device, in L1; see `device_proof`.
 
-    Returns its report, as for JSON and for people.
+    Returns:
+        The report as for JSON, and as text.
 
     Raises:
-        UsageError: an option means nothing to the fake device, or cannot have its value.
-        UntestableError: L1 does not boot, or the proof does not come to a verdict.
+        UsageError: an option does not apply to the fake device, or has an invalid value.
+        UntestableError: L1 does not boot, or the proof ends without a verdict.
     """
     options = replace(options, seed=chosen_seed(options.seed, bits=16))
     device = fake_device_of(options)
@@ -130,7 +134,7 @@ async def prove_fake_vfio(
         command += " " + quoted("--fault", device.fault)
     with run_folder(keep=keep) as folder:
         if keep:
-            _logger.info("the run's folder stays: %s", folder)
+            _logger.info("keeping the run's folder: %s", folder)
         job = await run_in_l1(
             *(machine, find_qemu(options.qemu), command, folder, _logger.info),
             _WAITS_BETWEEN_LINES * options.timeout,
@@ -143,19 +147,22 @@ async def prove_fake_vfio(
 
 
 def to_json(results: dict[str, Any]) -> dict[str, Any]:
-    """What L1's side found, with the verdict, as docs/report.schema.json has it."""
+    """Return the results from L1 with the verdict, as docs/report.schema.json describes it."""
     outcomes = results["outcomes"]
-    counts = Counter(State(it["state"]) for it in outcomes)
+    counts = Counter(State(outcome["state"]) for outcome in outcomes)
     held, failed = counts[State.HOLDS], counts[State.FAILS]
-    lacking, untested = counts[State.LACKING], counts[State.UNTESTED]
+    unsupported, untested = counts[State.NOT_SUPPORTED], counts[State.UNTESTED]
     exit_code = EXIT_PASS if held and not untested else EXIT_UNTESTED
     if failed:
         exit_code = EXIT_LOST
-        verdict = f"{failed} proofs do not hold"
+        verdict = f"{failed} of {len(outcomes)} proofs do not hold"
     elif untested:
-        verdict = f"{held} proofs hold, {untested} were not tested"
-    elif lacking:
-        verdict = f"{held} proofs hold, for {lacking} kernel or QEMU lack something"
+        verdict = f"{held} of {len(outcomes)} proofs hold, {untested} could not be tested"
+    elif unsupported:
+        verdict = (
+            f"{held} of {len(outcomes)} proofs hold, {unsupported} need a feature that the kernel "
+            "or QEMU does not have"
+        )
     else:
         verdict = "every proof holds"
     return {
@@ -168,7 +175,7 @@ def to_json(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_text(results: dict[str, Any]) -> str:
-    """What was found, for people: a line for each group, and each failure."""
+    """Return the report as text: a line for each group, and for each proof that does not hold."""
     outcomes = results["outcomes"]
     heading = {EXIT_LOST: "FAIL", EXIT_PASS: "PASS"}.get(results["exit_code"], "UNTESTED")
     lines = [f"{heading}: {results['verdict']}", ""]
@@ -177,9 +184,9 @@ def to_text(results: dict[str, Any]) -> str:
         passed = sum(outcome["state"] == State.HOLDS for outcome in of_group)
         seconds = sum(outcome["seconds"] for outcome in of_group)
         lines.append(f"  {group:13} {passed} of {len(of_group)} hold, {seconds:.0f} s")
-    for it in outcomes:
-        if it["state"] != State.HOLDS:
-            how = NOT_HELD[it["state"]]
-            lines.append(f"  {how} {it['group']}: {it['name']}: {it['found']}")
+    for outcome in outcomes:
+        if outcome["state"] != State.HOLDS:
+            state = NOT_HELD[outcome["state"]]
+            lines.append(f"  {state} {outcome['group']}: {outcome['name']}: {outcome['found']}")
     lines.append(f"  seed          {results['seed']}, {results['seconds']:.0f} s in L1")
     return "\n".join(lines)

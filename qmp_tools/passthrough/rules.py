@@ -1,7 +1,8 @@
-"""The kernel's rules about logging and bitmaps, each shown true or false on the running kernel.
+"""The kernel's rules about logging and bitmaps, each checked on the running kernel.
 
-What the kernel promises and refuses, and what it does where nobody promised anything: the places
-where our iterator differs on purpose. What loses pages is told in docs/kernel-findings.md.
+The rules say what the kernel accepts and refuses, and what it does where no behaviour is specified.
+dmaproof's iterator differs from the latter on purpose. docs/kernel-findings.md describes the
+behaviour that loses pages.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from .vfio_rules import vfio_rules
 
 
 def rules() -> dict[str, Proof]:
-    """Every rule by what it says."""
+    """Return every rule as a proof, by what it says."""
 
     def proof(rule: Rule) -> Proof:
         def carry_out() -> tuple[str, dict[str, Any]]:
@@ -22,5 +23,5 @@ def rules() -> dict[str, Proof]:
 
         return carry_out
 
-    every = {**vfio_rules(), **iommufd_rules()}
-    return {says: proof(rule) for says, rule in every.items()}
+    checks = {**vfio_rules(), **iommufd_rules()}
+    return {name: proof(rule) for name, rule in checks.items()}

@@ -1,6 +1,6 @@
-"""The device's migration by VFIO's states: walked, transferred, and failed on purpose.
+"""VFIO's migration states of the fake device: a transfer, refused transitions, injected failures.
 
-This is what QEMU relies on in the other proofs; if it is not so, they prove nothing.
+In the other proofs QEMU relies on these states, so those proofs are meaningless if these fail.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dmaproof.vfio.device import VfioDevice, precopy_bytes
 from dmaproof.vfio.requests import VfioError
 
 from .fake_device import injected
-from .fake_driver import IOVA, by_either
-from .outcome import LackingError, require
+from .fake_driver import IOVA, any_driver
+from .outcome import NotSupportedError, require
 
 _ALL: Final = MigrationFlag.STOP_COPY | MigrationFlag.P2P | MigrationFlag.PRE_COPY
 
@@ -28,7 +28,7 @@ def _one_page(iova: int = IOVA) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, A
 
 
 def _read_all(fd: int) -> tuple[bytes, int]:
-    """What a session has to give now, and the errno that ended it (0: the end)."""
+    """Return the data that a session has now, and the errno that ended it (0: end of file)."""
     data = b""
     while True:
         try:
@@ -41,7 +41,7 @@ def _read_all(fd: int) -> tuple[bytes, int]:
 
 
 def _refused(device: VfioDevice, state: MigrationState) -> int:
-    """The errno with which the device refuses to enter `state`; 0 if it does not."""
+    """Return the errno with which the device refuses to enter `state`, or 0 if it enters it."""
     try:
         fd = device.set_state(state)
     except VfioError as error:
@@ -52,29 +52,35 @@ def _refused(device: VfioDevice, state: MigrationState) -> int:
 
 
 def _save(device: VfioDevice) -> bytes:
-    """The device's state by way of PRE_COPY."""
+    """Save the device's state by way of PRE_COPY."""
     fd = device.set_state(MigrationState.PRE_COPY)
-    require(fd is not None, "entering PRE_COPY gave no session")
+    require(fd is not None, "entering PRE_COPY returned no file")
     assert fd is not None
     try:
         initial, _ = precopy_bytes(fd)
         require(initial > 0, "PRE_COPY has no initial bytes")
         first, ended_by = _read_all(fd)
-        require(len(first) == initial, f"{len(first)} bytes came of {initial} in PRE_COPY")
-        require(ended_by == errno.ENOMSG, f"PRE_COPY's data ended by errno {ended_by}, not ENOMSG")
-        require(precopy_bytes(fd)[0] == 0, "initial bytes are left that were read")
-        require(device.set_state(MigrationState.STOP_COPY) is None, "STOP_COPY: another session")
+        require(len(first) == initial, f"PRE_COPY: read {len(first)} of {initial} initial bytes")
+        require(
+            ended_by == errno.ENOMSG,
+            f"PRE_COPY's data ended with errno {ended_by}, expected ENOMSG",
+        )
+        require(precopy_bytes(fd)[0] == 0, "PRE_COPY still has initial bytes after all were read")
+        require(
+            device.set_state(MigrationState.STOP_COPY) is None,
+            "entering STOP_COPY returned a second file",
+        )
         last, ended_by = _read_all(fd)
-        require(bool(last) and not ended_by, f"STOP_COPY gave {len(last)} bytes, errno {ended_by}")
+        require(bool(last) and not ended_by, f"STOP_COPY: read {len(last)} bytes, errno {ended_by}")
     finally:
         os.close(fd)
     return first + last
 
 
 def _load(device: VfioDevice, data: bytes) -> int:
-    """Load a state; the errno with which leaving RESUMING is refused, or 0."""
+    """Load a state; return the errno with which the device refuses to leave RESUMING, or 0."""
     fd = device.set_state(MigrationState.RESUMING)
-    require(fd is not None, "entering RESUMING gave no session")
+    require(fd is not None, "entering RESUMING returned no file")
     assert fd is not None
     try:
         os.write(fd, data)
@@ -86,13 +92,13 @@ def _load(device: VfioDevice, data: bytes) -> int:
 def _check_flags(device: VfioDevice) -> None:
     flags = device.migration()
     if not flags & MigrationFlag.PRE_COPY:  # before Linux 6.2
-        raise LackingError(f"this kernel's devices have no PRE_COPY, but {flags!r}")
-    require(flags == _ALL, f"{flags!r}")
+        raise NotSupportedError(f"this kernel has no PRE_COPY: the device has only {flags!r}")
+    require(flags == _ALL, f"expected {_ALL!r}, got {flags!r}")
 
 
 def transfer() -> tuple[str, dict[str, Any]]:
-    """Save one device, load another: it goes on where the first stopped."""
-    with by_either() as source, by_either() as destination:
+    """Save one device and load another, which must continue where the first one stopped."""
+    with any_driver() as source, any_driver() as destination:
         _check_flags(source.device)
         source.device.start_logging([source.window], PAGE_BYTES)
         source.fake.write(*_one_page())
@@ -100,42 +106,65 @@ def transfer() -> tuple[str, dict[str, Any]]:
         try:
             source.fake.write(*_one_page())
         except OSError as error:
-            require(error.errno == errno.EBUSY, f"a write in STOP_COPY: errno {error.errno}")
+            require(
+                error.errno == errno.EBUSY,
+                f"a write in STOP_COPY failed with errno {error.errno}, expected EBUSY",
+            )
         else:
             require(False, "the device writes in STOP_COPY")
         bits = source.device.report(*source.window, PAGE_BYTES)
-        require(int(np.bitwise_count(bits).sum()) == 1, "what was written last is not reported")
-        require(_load(destination.device, data) == 0, "the state is refused")
+        require(
+            int(np.bitwise_count(bits).sum()) == 1,
+            "the last write before STOP_COPY is not reported",
+        )
+        require(_load(destination.device, data) == 0, "the destination refuses the state")
         destination.device.set_state(MigrationState.RUNNING)
         destination.fake.write(*_one_page())
-        numbers = [int(it.fake.registers()["sequence"]) for it in (source, destination)]
-        require(numbers[1] == numbers[0] + 1, f"writes {numbers}: it did not go on from there")
-    return f"{len(data)} bytes of state; the destination went on with write {numbers[1]}", {}
+        numbers = [int(side.fake.registers()["sequence"]) for side in (source, destination)]
+        require(
+            numbers[1] == numbers[0] + 1,
+            f"the source ended with write {numbers[0]}, the destination began with {numbers[1]}",
+        )
+    return f"{len(data)} bytes of state; the destination continued with write {numbers[1]}", {}
 
 
 def refusals() -> tuple[str, dict[str, Any]]:
-    """Ways that are none, state that is none, and a device that fails on each way."""
-    with by_either() as driver, by_either() as other:
+    """Try invalid transitions, invalid state data, and a failure of every transition."""
+    with any_driver() as driver, any_driver() as other:
         device = driver.device
         _check_flags(device)
         data = _save(device)
         for state in (MigrationState.PRE_COPY, MigrationState.PRE_COPY_P2P):
-            require(_refused(device, state) == errno.EINVAL, f"STOP_COPY → {state.name} is a way")
-        require(_refused(device, MigrationState.ERROR) == errno.EINVAL, "ERROR can be asked for")
+            require(
+                _refused(device, state) == errno.EINVAL, f"STOP_COPY → {state.name} is accepted"
+            )
+        require(
+            _refused(device, MigrationState.ERROR) == errno.EINVAL,
+            "a transition to ERROR is accepted",
+        )
         record = len(data) // 2
-        spoilt = (b"x", data[:-1], data[:record], b"\xff" + data[1:], data[record:] * 2)
-        for wrong in spoilt:
-            require(_load(other.device, wrong) == errno.EINVAL, "a spoilt state is taken")
+        corrupt = (b"x", data[:-1], data[:record], b"\xff" + data[1:], data[record:] * 2)
+        for wrong in corrupt:
+            require(_load(other.device, wrong) == errno.EINVAL, "corrupt state data is accepted")
             other.device.reset()
         device.reset()
         failing = [state for state in MigrationState if state is not MigrationState.ERROR]
         for state in failing:
-            if state is MigrationState.RUNNING:  # that is where it is
+            if state is MigrationState.RUNNING:  # the device is in RUNNING already
                 device.set_state(MigrationState.STOP)
             with injected(fail_state=int(state)):
-                require(_refused(device, state) == errno.EIO, f"{state.name} does not fail")
-            require(device.state is MigrationState.ERROR, f"{device.state!r} after a failure")
-            require(_refused(device, MigrationState.RUNNING) == errno.EINVAL, "a way leaves ERROR")
+                require(
+                    _refused(device, state) == errno.EIO,
+                    f"the transition to {state.name} does not fail",
+                )
+            require(
+                device.state is MigrationState.ERROR,
+                f"the device is in {device.state!r} after a failure, expected ERROR",
+            )
+            require(
+                _refused(device, MigrationState.RUNNING) == errno.EINVAL,
+                "a transition from ERROR is accepted",
+            )
             device.reset()
-            require(device.state is MigrationState.RUNNING, "reset does not end ERROR")
-    return f"{len(spoilt)} spoilt states refused, {len(failing)} failures ended by reset", {}
+            require(device.state is MigrationState.RUNNING, "a reset does not end ERROR")
+    return f"{len(corrupt)} corrupt states refused, {len(failing)} failures ended by reset", {}

@@ -1,4 +1,4 @@
-"""How a QEMU whose vfio-pci has the fake device is to hear of dirty pages."""
+"""The ways in which dirty pages of a vfio-pci device are reported to QEMU."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from .outcome import LackingError
+from .outcome import NotSupportedError
 
 
 @dataclass(frozen=True)
 class Tracking:
-    """How QEMU is to hear of dirty pages.
+    """How QEMU opens the device, and how dirty pages are reported to QEMU.
 
-    `device`: by the device's own log, else by type1's, which iommufd does not have. `precopy`: from
-    the start, else only once the device is stopped.
+    `iommufd`: QEMU opens the device through iommufd, else through the legacy container. `device`:
+    QEMU asks the device's own log, else type1's log, which only the legacy container has.
+    `precopy`: QEMU asks during precopy too, else only when the device is stopped.
     """
 
     iommufd: bool = True
@@ -23,17 +24,17 @@ class Tracking:
     precopy: bool = True
 
     @property
-    def heard(self) -> bool:
-        """Whether QEMU hears of what the device writes while that runs."""
+    def reports_in_precopy(self) -> bool:
+        """Whether dirty pages are reported to QEMU while the device runs."""
         return self.precopy and (self.device or not self.iommufd)
 
     def arguments(self, sysfs: Path, known: Container[str] | None = None) -> list[str]:
-        """QEMU's arguments for a vfio-pci on the device with the folder `sysfs`.
+        """Return QEMU's arguments for a vfio-pci on the device with the folder `sysfs`.
 
-        `known`: the properties that this QEMU's vfio-pci has, where it was asked.
+        `known` has the properties of this QEMU's vfio-pci; None skips the check.
 
         Raises:
-            LackingError: it does not have what this way of tracking takes.
+            NotSupportedError: this QEMU's vfio-pci has no property that this tracking needs.
         """
         old = known is not None and "enable-migration" not in known
         options = {
@@ -49,7 +50,7 @@ class Tracking:
             options["iommufd"] = "iommufd0"
         missing = [name for name in options if known is not None and name not in known]
         if missing:
-            raise LackingError(f"this QEMU's vfio-pci has no property {', '.join(missing)}")
+            raise NotSupportedError(f"this QEMU's vfio-pci has no property {', '.join(missing)}")
         joined = ",".join(f"{name}={value}" for name, value in options.items())
         iommufd = ["-object", "iommufd,id=iommufd0"] if self.iommufd else []
         return [*iommufd, "-device", f"vfio-pci,{joined}"]
@@ -63,4 +64,4 @@ TRACKINGS: Final[dict[str, Tracking]] = {
     "container-once-stopped": Tracking(iommufd=False, precopy=False),
     "container-type1": Tracking(iommufd=False, device=False),
 }
-"""The ways by name: who owns the device, and who tracks if not the device's own log throughout."""
+"""By name: how QEMU opens the device, and what tracks if not the device's log from the start."""

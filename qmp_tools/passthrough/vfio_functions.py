@@ -1,9 +1,9 @@
-"""Whether two functions of this host can be the source and the destination of a VFIO migration.
+"""Check whether two functions of this host can be source and destination of a VFIO migration.
 
-`look` finds out what there is: in sysfs, and, where a function is bound to a VFIO driver and free,
-by opening it as QEMU would. `examine` judges it, and tells what mends what is missing. Nothing is
-ever bound, unbound or configured here: who has not bound a function to VFIO does not mean it to be
-tested.
+`look` gathers facts from sysfs. If a function is bound to a VFIO driver and free, `look` also opens
+it as QEMU would. `examine` turns the facts into findings, with a remedy for each missing
+prerequisite. Nothing here ever binds, unbinds or configures a function: a user who has not bound a
+function to VFIO does not want it tested.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _PCI_ADDRESS: Final = re.compile(r"(?:[0-9a-f]{4}:)?[0-9a-f]{2}:[0-1][0-9a-f]\.[
 _BRIDGES: Final = frozenset({"pcieport", "shpchp", "pci-stub"})
 """Drivers that may stay in a viable group (vfio_dev_viable)."""
 _OVERHEAD_BYTES: Final = 64 * MIB
-"""What QEMU maps for DMA besides the guest's RAM: firmware, and the memory of other devices."""
+"""What QEMU maps for DMA besides guest RAM: firmware, and the memory of other devices."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """Where the kernel shows itself."""
+    """The folders of the kernel's files, which tests replace."""
 
     sys: Path = Path("/sys")
     dev: Path = Path("/dev")
@@ -53,13 +53,16 @@ class Function:
 
 @dataclass(frozen=True)
 class FunctionFacts:
-    """What there is of a function; an error is the text of what went wrong.
+    """The facts about a function.
 
-    `group` is the number of its IOMMU group, `strangers` are members that keep that from being
-    viable, with their drivers. `files` are those that QEMU opens, and `closed` those of them that
-    are not there or may not be opened. `migration` and what follows is None where the function was
-    not opened: `logs` says whether it logs its DMA, `iommu_tracks` whether its IOMMU has dirty
-    bits, or type1 tracks in its place. `state_bytes` is None too where the kernel does not tell.
+    `group` is the number of its IOMMU group. `foreign_members` are the members of the group, with
+    their drivers, that keep the group from being viable. `files` are the device files that QEMU
+    opens; `inaccessible` are those of them that do not exist or may not be opened. `open_error` is
+    the message of a failed attempt to open the function.
+
+    The other facts are None if the function was not opened: `logs` says whether the function logs
+    its DMA, `iommu_tracks` whether its IOMMU has dirty bits or type1 tracks instead. `state_bytes`
+    is also None if the kernel does not report it.
     """
 
     function: Function
@@ -67,9 +70,9 @@ class FunctionFacts:
     driver: str | None
     bound: bool
     group: str | None
-    strangers: Sequence[str] = ()
+    foreign_members: Sequence[str] = ()
     files: Sequence[Path] = ()
-    closed: Sequence[Path] = ()
+    inaccessible: Sequence[Path] = ()
     open_error: str | None = None
     migration: MigrationFlag | None = None
     logs: bool | None = None
@@ -78,10 +81,10 @@ class FunctionFacts:
 
 
 def find_function(address: str, host: Host) -> Function:
-    """The function at a PCI address such as 3b:00.2 or 0000:3b:00.2, or with a folder of sysfs.
+    """Return the function at a PCI address (3b:00.2 or 0000:3b:00.2) or with a folder in sysfs.
 
     Raises:
-        UsageError: it is neither, or not there.
+        UsageError: `address` is neither, or the function does not exist.
     """
     if _PCI_ADDRESS.fullmatch(address):
         whole = address.lower() if address.count(":") == 2 else f"0000:{address.lower()}"
@@ -90,17 +93,19 @@ def find_function(address: str, host: Host) -> Function:
         whole, sysfs = Path(address).name, Path(address)
     else:
         raise UsageError(
-            f"{address!r} is no PCI address such as 0000:3b:00.2, and no folder of sysfs"
+            f"{address!r} is neither a PCI address such as 0000:3b:00.2 nor a folder in sysfs"
         )
     if not sysfs.is_dir():
-        raise UsageError(f"there is no {sysfs}: 'lspci -D' lists the PCI functions")
+        raise UsageError(
+            f"function not found: {sysfs} does not exist; 'lspci -D' lists the PCI functions"
+        )
     return Function(whole, sysfs)
 
 
 def look(function: Function, host: Host, *, iommufd: bool) -> FunctionFacts:
-    """What there is of `function`; it is opened, which resets it, if it is bound to VFIO and free.
+    """Gather the facts about `function`; open it, which resets it, if it is bound to VFIO and free.
 
-    `iommufd`: QEMU is to use that, else the legacy container.
+    `iommufd`: QEMU will open it through iommufd, else through the legacy container.
     """
     sysfs = function.sysfs
     cdevs = sorted(path.name for path in sysfs.glob("vfio-dev/vfio*"))
@@ -112,36 +117,36 @@ def look(function: Function, host: Host, *, iommufd: bool) -> FunctionFacts:
         files = [host.dev / "iommu", *(host.dev / "vfio" / "devices" / name for name in cdevs[:1])]
     else:
         files = [host.dev / "vfio" / "vfio", host.dev / "vfio" / (group or "?")]
-    closed = [path for path in files if not os.access(path, os.R_OK | os.W_OK)]
+    inaccessible = [path for path in files if not os.access(path, os.R_OK | os.W_OK)]
     facts = FunctionFacts(
         function=function,
         identity=" ".join(_read(sysfs / name) for name in ("vendor", "device")).strip(),
         driver=driver,
         bound=bound,
         group=group,
-        strangers=_strangers(sysfs),
+        foreign_members=_foreign_members(sysfs),
         files=files,
-        closed=closed,
+        inaccessible=inaccessible,
     )
-    if not bound or closed or facts.strangers or group is None:
+    if not bound or inaccessible or facts.foreign_members or group is None:
         return facts
-    return _try(facts, iommufd)
+    return _open_and_ask(facts, iommufd)
 
 
-def _strangers(sysfs: Path) -> list[str]:
-    """Members of the IOMMU group that other drivers have."""
+def _foreign_members(sysfs: Path) -> list[str]:
+    """Return the members of the IOMMU group that are bound to drivers other than VFIO's."""
     found = []
     with contextlib.suppress(FileNotFoundError):
         for member in sorted((sysfs / "iommu_group" / "devices").iterdir()):
             driver = _link(member / "driver")
-            ours = any(member.glob("vfio-dev/vfio*")) or (driver is not None and "vfio" in driver)
-            if driver and driver not in _BRIDGES and not ours:
+            vfio = any(member.glob("vfio-dev/vfio*")) or (driver is not None and "vfio" in driver)
+            if driver and driver not in _BRIDGES and not vfio:
                 found.append(f"{member.name} ({driver})")
     return found
 
 
-def _try(facts: FunctionFacts, iommufd: bool) -> FunctionFacts:
-    """What the function says of itself, and its IOMMU."""
+def _open_and_ask(facts: FunctionFacts, iommufd: bool) -> FunctionFacts:
+    """Add what the function and its IOMMU report about themselves."""
     try:
         with open_function(facts.function.sysfs, iommufd) as (device, tracks):
             return FunctionFacts(
@@ -159,7 +164,7 @@ def _try(facts: FunctionFacts, iommufd: bool) -> FunctionFacts:
 
 @contextlib.contextmanager
 def open_function(sysfs: Path, iommufd: bool) -> Iterator[tuple[VfioDevice, bool]]:
-    """The device, and whether there is a tracker behind it: its IOMMU's, or type1's own."""
+    """Open the device; yield it, and whether its IOMMU or type1 tracks dirty pages."""
     if not iommufd:
         with Container() as container, container.open_device(sysfs) as device:
             yield device, True
@@ -198,9 +203,9 @@ def _read(path: Path) -> str:
 
 
 def lockable_bytes(status: Path = Path("/proc/self/status")) -> int | None:
-    """How much memory a process of ours may lock; None: as much as it likes.
+    """Return how much memory a process of this user may lock, or None if there is no limit.
 
-    `status` is the file that tells its capabilities.
+    `status` is the file that lists this process's capabilities.
     """
     if is_capable(CAP_IPC_LOCK, status):
         return None
@@ -209,15 +214,15 @@ def lockable_bytes(status: Path = Path("/proc/self/status")) -> int | None:
 
 
 def examine(facts: FunctionFacts, locked_bytes: int, lockable: int | None) -> list[Finding]:
-    """What speaks for and against a migration in which `locked_bytes` of guest RAM are locked.
+    """Return the findings about a function for a migration that locks `locked_bytes` of guest RAM.
 
-    `lockable` is the answer of `lockable_bytes`.
+    `lockable` is the result of `lockable_bytes`.
     """
     findings = [_driver(facts), _group(facts)]
     if facts.bound:
         findings.append(_files(facts))
     if facts.open_error:
-        remedy = "end whoever has it: 'fuser -v /dev/vfio/*' tells"
+        remedy = "end the process that has it open; 'fuser -v /dev/vfio/*' shows which"
         findings.append(Finding("open", State.MISSING, facts.open_error, remedy))
     if facts.migration is not None:
         findings += [_migration(facts, facts.migration), _state(facts), _tracking(facts)]
@@ -226,71 +231,76 @@ def examine(facts: FunctionFacts, locked_bytes: int, lockable: int | None) -> li
 
 
 def examine_pair(source: FunctionFacts, destination: FunctionFacts) -> list[Finding]:
-    """What speaks for and against two functions together."""
+    """Return the findings about two functions as a pair."""
     if source.function.sysfs.resolve() == destination.function.sysfs.resolve():
         remedy = "name two functions of one device: vfio:SOURCE,DESTINATION"
-        what = "source and destination are one function, which can have only one owner"
+        what = "source and destination are one function, which only one QEMU can open"
         return [Finding("pair", State.MISSING, what, remedy)]
     for name in ("identity", "driver"):
-        ours, theirs = getattr(source, name), getattr(destination, name)
-        if ours != theirs:
-            what = f"source and destination differ in {name}: {ours} and {theirs}"
-            return [Finding("pair", State.MISSING, what, "take two functions of one kind")]
+        values = getattr(source, name), getattr(destination, name)
+        if values[0] != values[1]:
+            what = f"source and destination differ in {name}: {values[0]} and {values[1]}"
+            return [Finding("pair", State.MISSING, what, "name two functions of the same kind")]
     if source.group is not None and source.group == destination.group:
-        what = f"both are in IOMMU group {source.group}, which can have only one owner"
-        remedy = "take two in groups of their own; PCIe switches and ports with ACS make such"
+        what = f"both are in IOMMU group {source.group}, which only one QEMU can use"
+        remedy = "name functions of two groups; PCIe switches and ports with ACS separate groups"
         return [Finding("pair", State.MISSING, what, remedy)]
-    return [Finding("pair", State.OK, f"both are {source.identity or 'of one kind'}")]
+    return [Finding("pair", State.OK, f"both are {source.identity or 'of the same kind'}")]
 
 
 def _driver(facts: FunctionFacts) -> Finding:
     address = facts.function.address
     if facts.bound:
         return Finding("driver", State.OK, f"bound to {facts.driver}")
-    what = "has no driver, and is not bound to VFIO"
+    what = "bound to no driver; it must be bound to a VFIO driver"
     if facts.driver:
-        what = f"bound to {facts.driver}, and not to VFIO; it is left alone"
+        what = f"bound to {facts.driver}, which is not a VFIO driver; dmaproof does not touch it"
     remedy = (
-        f"driverctl set-override {address} DRIVER, with the vendor's VFIO driver "
-        f"('grep vfio_pci: /lib/modules/$(uname -r)/modules.alias' names them), which migrates; "
-        "plain vfio-pci does not"
+        f"driverctl set-override {address} DRIVER, where DRIVER is the vendor's VFIO driver "
+        f"('grep vfio_pci: /lib/modules/$(uname -r)/modules.alias' lists them); plain vfio-pci "
+        "cannot migrate"
     )
     return Finding("driver", State.MISSING, what, remedy)
 
 
 def _group(facts: FunctionFacts) -> Finding:
     if facts.group is None:
-        remedy = "switch the IOMMU on: in the firmware's set-up, and with intel_iommu=on (Intel)"
-        return Finding("IOMMU group", State.MISSING, "is in none: no IOMMU serves it", remedy)
-    if facts.strangers:
-        others = ", ".join(facts.strangers)
-        what = f"group {facts.group} is not viable: other drivers have {others}"
-        remedy = "unbind these, bind them to VFIO too, or use a slot with ACS"
+        remedy = "enable the IOMMU in the firmware's set-up, and boot with intel_iommu=on (Intel)"
+        return Finding("IOMMU group", State.MISSING, "in no group, as it has no IOMMU", remedy)
+    if facts.foreign_members:
+        others = ", ".join(facts.foreign_members)
+        what = f"group {facts.group} is not viable: these are bound to other drivers: {others}"
+        remedy = "unbind them, bind them to VFIO too, or use a slot with ACS"
         return Finding("IOMMU group", State.MISSING, what, remedy)
     return Finding("IOMMU group", State.OK, f"group {facts.group}, viable")
 
 
 def _files(facts: FunctionFacts) -> Finding:
-    absent = [str(path) for path in facts.closed if not path.exists()]
+    absent = [str(path) for path in facts.inaccessible if not path.exists()]
     if absent or len(facts.files) < 2:
         names = ", ".join(absent) or "a device file in vfio-dev"
-        remedy = "load it (modprobe iommufd, vfio), or take the other way: vfio:…,container"
-        return Finding("files", State.MISSING, f"the kernel has no {names}", remedy)
-    if facts.closed:
-        names = " ".join(map(str, facts.closed))
-        return Finding("files", State.MISSING, f"{names}: no access", f"sudo chown $USER {names}")
+        remedy = "modprobe iommufd vfio, or use the legacy container: vfio:…,container"
+        return Finding("files", State.MISSING, f"not found: {names}", remedy)
+    if facts.inaccessible:
+        names = " ".join(map(str, facts.inaccessible))
+        remedy = f"sudo chown $USER {names}"
+        return Finding("files", State.MISSING, f"no read and write access to {names}", remedy)
     return Finding("files", State.OK, ", ".join(map(str, facts.files)))
 
 
 def _migration(facts: FunctionFacts, flags: MigrationFlag) -> Finding:
     if MigrationFlag.STOP_COPY not in flags:
-        remedy = "bind it to the vendor's VFIO driver, and see that firmware and function allow it"
+        remedy = (
+            "bind it to the vendor's VFIO driver, and enable migration in firmware and function"
+        )
         if facts.driver == "mlx5_vfio_pci":
             remedy = "devlink port function set PORT migratable enable"
-        return Finding("migration", State.MISSING, f"{facts.driver} cannot migrate it", remedy)
+        return Finding(
+            "migration", State.MISSING, f"the driver {facts.driver} cannot migrate it", remedy
+        )
     names = ", ".join(flag.name or "" for flag in MigrationFlag if flag in flags)
     if MigrationFlag.PRE_COPY not in flags:
-        what = f"{names}; without PRE_COPY all of its state moves while the guest stands still"
+        what = f"{names}; without PRE_COPY all of its state is sent while the guest is paused"
         return Finding("migration", State.LIMITED, what)
     return Finding("migration", State.OK, names)
 
@@ -298,11 +308,11 @@ def _migration(facts: FunctionFacts, flags: MigrationFlag) -> Finding:
 def _state(facts: FunctionFacts) -> Finding:
     if facts.state_bytes is None:
         what = (
-            "the kernel does not tell how much the device has (it does from Linux 6.2 on): QEMU "
-            "takes 100 GiB for granted, and may never stop the guest"
+            "the kernel does not report the size of the device's state (Linux does from 6.2 on): "
+            "QEMU assumes 100 GiB, and may never stop the guest"
         )
-        return Finding("state", State.LIMITED, what, "a newer kernel")
-    return Finding("state", State.OK, f"some {facts.state_bytes} bytes, as the device reckons")
+        return Finding("state", State.LIMITED, what, "boot a kernel from Linux 6.2 on")
+    return Finding("state", State.OK, f"about {facts.state_bytes} bytes, by the device's estimate")
 
 
 def _tracking(facts: FunctionFacts) -> Finding:
@@ -310,14 +320,16 @@ def _tracking(facts: FunctionFacts) -> Finding:
     trackers += ["the IOMMU's dirty bits, or type1"] if facts.iommu_tracks else []
     if trackers:
         return Finding("tracking", State.OK, "; ".join(trackers))
-    what = "neither the device nor its IOMMU tracks: QEMU must take all of RAM for dirty"
+    what = "neither the device nor its IOMMU tracks: QEMU must treat all of RAM as dirty"
     return Finding("tracking", State.LIMITED, what)
 
 
 def _memory(needed_bytes: int, lockable: int | None) -> Finding:
     if lockable is None or lockable >= needed_bytes:
-        return Finding("locked memory", State.OK, "as much as the guest needs")
-    what = f"RLIMIT_MEMLOCK is {lockable} bytes; all of the guest's RAM is locked"
-    wanted = format_memory(needed_bytes - needed_bytes % (8 << 10))
-    remedy = f"ulimit -l unlimited (as root), or less RAM than {wanted}: --memory"
+        return Finding("locked memory", State.OK, "the limit allows all of the guest's RAM")
+    needed = format_memory(needed_bytes - needed_bytes % (8 << 10))
+    what = (
+        f"RLIMIT_MEMLOCK is {lockable} bytes, but the guest's RAM takes {needed} of locked memory"
+    )
+    remedy = "ulimit -l unlimited (as root), or a guest with less RAM (--memory)"
     return Finding("locked memory", State.MISSING, what, remedy)

@@ -1,6 +1,6 @@
 """VFIO's rules: DMA logging, the iterator behind it, and type1's dirty pages.
 
-After vfio_ioctl_device_feature_logging_… in drivers/vfio/vfio_main.c,
+The rules come from vfio_ioctl_device_feature_logging_… in drivers/vfio/vfio_main.c,
 drivers/iommu/iommufd/iova_bitmap.c and drivers/vfio/vfio_iommu_type1.c.
 """
 
@@ -21,16 +21,16 @@ from dmaproof.vfio import abi
 from dmaproof.vfio.abi import Feature
 from dmaproof.vfio.requests import Bits, address_of, bitmap_for, feature
 
-from .fake_driver import IOVA, FakeDriver, by_container, by_either
+from .fake_driver import IOVA, FakeDriver, any_driver, container_driver
 from .outcome import Rule, errno_of, observe, refuses, require
 
 _WORD: Final = 64 * PAGE_BYTES
-"""What a word of the bitmap stands for."""
+"""The bytes of IOVA that a word of the bitmap covers."""
 
 
 @contextlib.contextmanager
 def _logging() -> Iterator[FakeDriver]:
-    with by_either() as driver:
+    with any_driver() as driver:
         driver.device.start_logging([IovaRange(0, 1 << 52)], PAGE_BYTES)
         yield driver
 
@@ -47,30 +47,30 @@ def _write(driver: FakeDriver, iova: int, length: int = 1) -> None:
 
 
 def _start(expected: int, ranges: list[IovaRange], page_size: int = PAGE_BYTES) -> str:
-    with by_either() as driver:
+    with any_driver() as driver:
         return refuses(expected, lambda: driver.device.start_logging(ranges, page_size))
 
 
 def _start_256() -> str:
-    with by_either() as driver:
+    with any_driver() as driver:
         driver.device.start_logging(
             [IovaRange(i * 2 * PAGE_BYTES, PAGE_BYTES) for i in range(256)], PAGE_BYTES
         )
-    return "256 ranges are taken"
+    return "256 ranges are accepted"
 
 
 def _start_other_page_size() -> str:
-    with by_either() as driver:
+    with any_driver() as driver:
         used = driver.device.start_logging([IovaRange(0, _WORD)], 2048)
     require(used == PAGE_BYTES, f"the page size became {used}")
-    return "2048 became 4096, as the device has it"
+    return "the device changed 2048 to 4096"
 
 
 def _start_rules() -> dict[str, Rule]:
     start = IovaRange
     return {
         "START: no range is EINVAL": lambda: _start(errno.EINVAL, []),
-        "START: 256 ranges are taken": _start_256,
+        "START: 256 ranges are accepted": _start_256,
         "START: 257 ranges are E2BIG": lambda: _start(
             errno.E2BIG, [start(i * 2 * PAGE_BYTES, PAGE_BYTES) for i in range(257)]
         ),
@@ -115,12 +115,12 @@ def _report_clears() -> str:
 
 
 def _report_unaligned_base() -> str:
-    """The bit index is relative to the base; a page about an unaligned base has two."""
+    """Bits are counted from the base, so a page around an unaligned base has two bits."""
     with _logging() as driver:
         _mark(driver, _WORD + PAGE_BYTES, PAGE_BYTES)
         bits = driver.device.report(_WORD + 512, _WORD, PAGE_BYTES)
     observe(int(bits[0]) == 0b11, f"bits {int(bits[0]):#x}")
-    return "taken without error; one page set two bits"
+    return "accepted; one page set two bits"
 
 
 def _report_begins_before() -> str:
@@ -128,26 +128,28 @@ def _report_begins_before() -> str:
         _mark(driver, _WORD - PAGE_BYTES, 3 * PAGE_BYTES)
         bits = driver.device.report(_WORD, _WORD, PAGE_BYTES)
     observe(not bits.any(), f"bits {int(bits[0]):#x}")
-    return "3 pages reported from one page before the query on: none of the 2 inside arrived"
+    return (
+        "3 pages reported, the first one before the requested range: no bit was set for the others"
+    )
 
 
-def _report_runs_on() -> str:
+def _report_overruns() -> str:
     with _logging() as driver:
         _mark(driver, _WORD, 2 * _WORD)
         bits = np.zeros(512, dtype=np.uint64)
         driver.device.report(_WORD, _WORD, PAGE_BYTES, bits[:1])
     beyond = int(np.bitwise_count(bits[1:]).sum())
-    observe(int(bits[0]) == 2**64 - 1 and beyond > 0, f"{int(bits[0]):#x}, {beyond} bits behind it")
-    return f"{beyond} bits set behind the bitmap's 64"
+    observe(int(bits[0]) == 2**64 - 1 and beyond > 0, f"{int(bits[0]):#x}, {beyond} bits beyond")
+    return f"{beyond} bits set beyond the 64 bits of the bitmap"
 
 
 def _report_unmapped_bitmap() -> str:
-    """Two pages of address space, of which the second is taken away: the bitmap ends in it."""
+    """Report into a bitmap of two pages, of which the second cannot be written."""
     libc = ctypes.CDLL(None, use_errno=True)
     mapping = mmap.mmap(-1, 2 * mmap.PAGESIZE)
     memory = np.frombuffer(mapping, dtype=np.uint64)
-    none = ctypes.c_void_p(address_of(memory) + mmap.PAGESIZE)
-    if libc.mprotect(none, ctypes.c_size_t(mmap.PAGESIZE), 0):
+    second_page = ctypes.c_void_p(address_of(memory) + mmap.PAGESIZE)
+    if libc.mprotect(second_page, ctypes.c_size_t(mmap.PAGESIZE), 0):
         raise OSError(ctypes.get_errno(), "mprotect")
     with _logging() as driver:
         _mark(
@@ -156,9 +158,9 @@ def _report_unmapped_bitmap() -> str:
         number = errno_of(
             lambda: driver.device.report(0, 2 * mmap.PAGESIZE * 8 * PAGE_BYTES, PAGE_BYTES, memory)
         )
-    libc.mprotect(none, ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ | mmap.PROT_WRITE)
-    observe(not number, f"the report fails, {errno.errorcode.get(number, number)}")
-    require(not memory.any(), "the bit arrived")
+    libc.mprotect(second_page, ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ | mmap.PROT_WRITE)
+    observe(not number, f"the report fails with {errno.errorcode.get(number, number)}")
+    require(not memory.any(), "the bit is set")
     return "the report succeeds, the bit is lost"
 
 
@@ -169,35 +171,39 @@ def _report_half_the_space() -> str:
 
 
 def _report_when_off() -> str:
-    with by_either() as driver:
+    with any_driver() as driver:
         return refuses(errno.EINVAL, lambda: driver.device.report(0, _WORD, PAGE_BYTES))
 
 
 def _probe() -> str:
-    with by_either() as driver:
-        require(driver.device.can_log(), "it cannot")
+    with any_driver() as driver:
+        require(driver.device.can_log(), "PROBE says that the device cannot log")
         feature(driver.device.fd, Feature.DMA_LOGGING_STOP, abi.FEATURE_SET)
-    return "START can be asked for without doing it; STOP when off is harmless"
+    return "START can be probed without starting; STOP while logging is off has no effect"
 
 
 def _report_rules() -> dict[str, Rule]:
     return {
-        "PROBE: logging can be asked about": _probe,
+        "PROBE: logging can be probed": _probe,
         "REPORT: without START is EINVAL": _report_when_off,
         "REPORT: a page size under 4 KiB is EINVAL": lambda: _report(errno.EINVAL, 0, _WORD, 2048),
-        "REPORT: a page size that is no power of two is EINVAL": lambda: _report(
+        "REPORT: a page size that is not a power of two is EINVAL": lambda: _report(
             errno.EINVAL, 0, _WORD, 0x3000
         ),
         "REPORT: a range that ends at 2**64 is EOVERFLOW": lambda: _report(
             errno.EOVERFLOW, 2**64 - _WORD, _WORD, PAGE_BYTES
         ),
         "REPORT: only sets bits": _report_ors,
-        "REPORT: forgets what it told": _report_clears,
-        "REPORT: an unaligned base is taken, and makes two bits of a page": _report_unaligned_base,
-        "REPORT: a page size of 2**63 does no harm": _report_half_the_space,
-        "ITERATOR: a range that begins before the bitmap is dropped whole": _report_begins_before,
-        "ITERATOR: a range that ends behind the bitmap is written on": _report_runs_on,
-        "ITERATOR: where the bitmap cannot be written, bits are lost silently": (
+        "REPORT: clears what it reported": _report_clears,
+        "REPORT: an unaligned base is accepted, and a page then has two bits": (
+            _report_unaligned_base
+        ),
+        "REPORT: a page size of 2**63 is harmless": _report_half_the_space,
+        "ITERATOR: a range that begins before the bitmap is dropped entirely": (
+            _report_begins_before
+        ),
+        "ITERATOR: a range that ends after the bitmap overruns it": _report_overruns,
+        "ITERATOR: if the bitmap cannot be written, bits are lost silently": (
             _report_unmapped_bitmap
         ),
     }
@@ -208,7 +214,7 @@ def _report_rules() -> dict[str, Rule]:
 
 @contextlib.contextmanager
 def _type1() -> Iterator[tuple[FakeDriver, Callable[..., Bits]]]:
-    with by_container() as driver:
+    with container_driver() as driver:
         assert driver.container is not None
         driver.container.set_dirty_tracking(True)
         yield driver, driver.container.get_dirty_bitmap
@@ -221,7 +227,7 @@ def _type1_overwrites() -> str:
         bits[:] = 2**64 - 1
         get(*driver.window, PAGE_BYTES, bits)
     require(int(bits[0]) == 1 and not bits[1:].any(), f"{int(np.bitwise_count(bits).sum())} bits")
-    return "what was in the bitmap is gone"
+    return "bits that were set before are cleared"
 
 
 def _type1_refuses(cut: int, page_size: int) -> str:
@@ -234,7 +240,7 @@ def _type1_refuses(cut: int, page_size: int) -> str:
 
 
 def _type1_off() -> str:
-    with by_container() as driver:
+    with container_driver() as driver:
         container = driver.container
         assert container is not None
         return refuses(errno.EINVAL, lambda: container.get_dirty_bitmap(*driver.window, PAGE_BYTES))
@@ -243,14 +249,16 @@ def _type1_off() -> str:
 def _type1_rules() -> dict[str, Rule]:
     return {
         "TYPE1: overwrites the bitmap": _type1_overwrites,
-        "TYPE1: only the smallest page size": lambda: _type1_refuses(0, 2 * PAGE_BYTES),
-        "TYPE1: a range that cuts a mapping is EINVAL": lambda: _type1_refuses(
+        "TYPE1: a page size other than the smallest is EINVAL": lambda: _type1_refuses(
+            0, 2 * PAGE_BYTES
+        ),
+        "TYPE1: a range that splits a mapping is EINVAL": lambda: _type1_refuses(
             PAGE_BYTES, PAGE_BYTES
         ),
-        "TYPE1: tracking that is off is EINVAL": _type1_off,
+        "TYPE1: a request while tracking is off is EINVAL": _type1_off,
     }
 
 
 def vfio_rules() -> dict[str, Rule]:
-    """Every rule by what it says."""
+    """Return the checks by the rule that each one checks."""
     return {**_start_rules(), **_report_rules(), **_type1_rules()}

@@ -1,7 +1,7 @@
-"""The device process whose DMA is done by the fake VFIO device: ``python -m`` this, in L1.
+"""The device process whose DMA the fake VFIO device does; run in L1 with ``python -m``.
 
-It is ``python -m dmaproof.vhost_user`` in all but its trackers: each session opens a fake VFIO
-device for itself, has guest RAM written by that, and asks the kernel what it wrote.
+It differs from ``python -m dmaproof.vhost_user`` only in its trackers: each session opens a fake
+VFIO device of its own, which writes guest RAM, and asks the kernel what that device wrote.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .fake_device import FakeDevice, fake_device
 def _stand_in(tracker: str) -> StandIn:
     with contextlib.ExitStack() as stack:
         fake = stack.enter_context(fake_device())
-        space, kernel = _OWNERS[tracker](fake, stack)
+        space, kernel = _OPENERS[tracker](fake, stack)
         dma = fake.open_dma()
         stack.callback(os.close, dma)
         return StandIn(space, kernel, partial(_write_all, dma), stack.pop_all().close)
@@ -57,13 +57,13 @@ def _by_type1(
 
 
 BY_IOMMUFD: Final = "iommufd, device log"
-_OWNERS: Final = {
+_OPENERS: Final = {
     BY_IOMMUFD: _by_iommufd,
     "container, device log": _by_container,
     "container, type1's log": _by_type1,
 }
-TRACKERS: Final = tuple(_OWNERS)
-"""How the device is driver, and who remembers what it wrote."""
+TRACKERS: Final = tuple(_OPENERS)
+"""How the device is opened, and which log tracks its writes."""
 
 
 def _write_all(dma: int, iova: int, data: memoryview) -> None:
@@ -73,11 +73,11 @@ def _write_all(dma: int, iova: int, data: memoryview) -> None:
 
 
 def _session_of(fault: Fault) -> Callable[..., Session]:
-    """Sessions with those faults that concern what comes behind the tracker."""
+    """Return the class of sessions, with the faults of the links after the tracker."""
     return partial(StandInSession, make_collector=fault.make_collector)
 
 
 if __name__ == "__main__":
-    os.nice(-10)  # L2's vCPU polls for what this process does, and both may have one processor
+    os.nice(-10)  # L2's vCPU polls for this process's answers, and both may share one processor
     trackers = {name: partial(_stand_in, name) for name in TRACKERS}
     sys.exit(main(trackers, TRACKERS[0], _session_of))

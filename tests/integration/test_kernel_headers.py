@@ -1,4 +1,4 @@
-"""The structures and numbers of VFIO are those of the kernel's headers."""
+"""VFIO's structures and numbers in dmaproof.vfio.abi equal those of the kernel's headers."""
 
 from __future__ import annotations
 
@@ -45,22 +45,23 @@ VFIO_REQUESTS: dict[str, Request] = {
 }
 
 
-def test_structures_and_numbers_are_those_of_the_kernels_headers(tmp_path: Path) -> None:
+def test_structures_and_numbers_equal_those_of_the_kernels_headers(tmp_path: Path) -> None:
     if shutil.which("cc") is None or not Path("/usr/include/linux/vfio.h").exists():
         pytest.skip("no compiler or kernel headers: apt-get install gcc linux-libc-dev")
     lines = [f'printf("%zu\\n", sizeof(struct {name}));' for name in VFIO_STRUCTS]
     lines += [f'printf("%d\\n", {name});' for name in VFIO_REQUESTS]
-    lines += [f'printf("%d\\n", VFIO_DEVICE_FEATURE_{it.name});' for it in Feature if it < 9]
+    features = [feature for feature in Feature if feature < 9]  # those of older headers
+    lines += [f'printf("%d\\n", VFIO_DEVICE_FEATURE_{feature.name});' for feature in features]
     source = tmp_path / "sizes.c"
     body = "\n".join(lines)
     source.write_text(
         f"#include <stdio.h>\n#include <linux/vfio.h>\nint main(void) {{ {body} return 0; }}\n"
     )
     subprocess.run(["cc", "-o", tmp_path / "sizes", source], check=True, timeout=900)
-    told = subprocess.run(
+    printed = subprocess.run(
         [tmp_path / "sizes"], check=True, capture_output=True, text=True, timeout=900
     ).stdout.split()
-    ours = [it.size for it in VFIO_STRUCTS.values()]
-    ours += [it.number for it in VFIO_REQUESTS.values()]
-    ours += [int(it) for it in Feature if it < 9]
-    assert [int(number) for number in told] == ours
+    expected = [struct.size for struct in VFIO_STRUCTS.values()]
+    expected += [request.number for request in VFIO_REQUESTS.values()]
+    expected += [int(feature) for feature in features]
+    assert [int(number) for number in printed] == expected

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 
-def test_the_programs_of_l1_need_no_optional_package() -> None:
+def test_the_programs_in_l1_need_no_optional_package() -> None:
     script = (
         "import sys\n"
         "for name in ('rich', 'jinja2', 'packaging', 'jsonschema', 'matplotlib', 'pytest',\n"

@@ -1,4 +1,4 @@
-"""A command inside another root file system."""
+"""A command that runs inside another root file system."""
 
 from __future__ import annotations
 

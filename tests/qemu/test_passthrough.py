@@ -1,4 +1,4 @@
-"""The passthrough proofs in L1; builds L1 if it is not in the cache."""
+"""The passthrough proofs in L1, which is built if it is not in the cache."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ def test_all_proofs_hold_and_all_controls_are_caught(tool: Tool) -> None:
     assert {row["state"] for row in rows.values()} == {"holds"}
     groups = {group for group, _ in rows}
     assert groups == set(GROUPS)
-    assert rows["differential", "the kernel's iterator and ours"]["figures"]["cases"] >= 3000
+    assert rows["differential", "the kernel's iterator and IovaBitmap"]["figures"]["cases"] >= 3000
     figures = {name: row["figures"] for (kind, name), row in rows.items() if kind == "migration"}
-    controls = {name: it for name, it in figures.items() if "control" in name}
+    controls = {name: found for name, found in figures.items() if "control" in name}
     controlled = {name.partition(", control")[0] for name in controls}
     assert controlled == {name for name, short in NAMES.items() if TRACKINGS[short].device}
-    assert all(it["differing"] > 0 for it in controls.values())
+    assert all(found["differing"] > 0 for found in controls.values())
     clean = figures.keys() - controls.keys() - {UNTRACKED}
     assert clean == NAMES.keys()
     assert all(
-        figures[it]["differing"] == 0 and figures[it]["guaranteed_detectable"] > 0 for it in clean
+        figures[name]["differing"] == 0 and figures[name]["guaranteed_detectable"] > 0
+        for name in clean
     )
     whole = {
         f"{kind}: {name}": row["figures"]
@@ -46,18 +47,18 @@ def test_all_proofs_hold_and_all_controls_are_caught(tool: Tool) -> None:
     ]
     vhost = {name for name in whole if name.startswith("vhost: ")}
     controlled = {name.partition(", control")[0] for name in vhost if "control" in name}
-    assert controlled == {f"vhost: {it}" for it in TRACKERS}
+    assert controlled == {f"vhost: {tracker}" for tracker in TRACKERS}
     assert controlled <= vhost
     assert {"functions: iommufd", "functions: container", "functions: iommufd, control: drop"} == (
         whole.keys() - vhost
     )
-    for name, it in whole.items():
-        assert (it["differing"] > 0) is ("control" in name), name
-        assert it["guaranteed_detectable"] > 0 or "control" in name, name
+    for name, found in whole.items():
+        assert (found["differing"] > 0) is ("control" in name), name
+        assert found["guaranteed_detectable"] > 0 or "control" in name, name
     assert tool.leftovers() == []
 
 
-def test_qemus_vfio_pci_is_proved_with_a_control_and_lost_pages_are_placed(tool: Tool) -> None:
+def test_qemus_vfio_pci_passes_and_the_controls_lost_pages_are_attributed(tool: Tool) -> None:
     outcome = tool.run("prove", "--device", "vfio-fake", "--control", "--json", "-", "--seed", "1")
     assert outcome.exit_code == 0, outcome.errors[-4000:]
     report = outcome.report
@@ -72,7 +73,7 @@ def test_qemus_vfio_pci_is_proved_with_a_control_and_lost_pages_are_placed(tool:
     assert tool.leftovers() == []
 
 
-def test_the_stock_kernel_lacks_much_and_fails_nothing(tool: Tool) -> None:
+def test_the_stock_kernel_fails_no_proof_that_it_supports(tool: Tool) -> None:
     groups = ("rules", "states", "differential", "faults", "migration", "functions")
     options = ("--quick", "--json", "-", "--seed", "1", "--only", *groups)
     outcome = tool.run("passthrough", "--kernel", "stock", *options)
@@ -80,33 +81,33 @@ def test_the_stock_kernel_lacks_much_and_fails_nothing(tool: Tool) -> None:
     report = outcome.report
     assert report["kernel"].startswith("6.1.")
     rows = {(row["group"], row["name"]): row for row in report["outcomes"]}
-    held = [place for place, row in rows.items() if row["state"] == "holds"]
+    held = [key for key, row in rows.items() if row["state"] == "holds"]
     assert ("migration", "container, device log") in held
     assert ("migration", "container, device log, control: drop") in held
     assert ("rules", "TYPE1: overwrites the bitmap") in held
-    lacking = {place: row["found"] for place, row in rows.items() if row["state"] == "lacking"}
-    assert "/dev/iommu" in lacking["rules", "HWPT: only sets bits"]
-    assert "PRE_COPY" in lacking["states", "transfer"]
-    assert "MIG_DATA_SIZE" in lacking["functions", "container"]
-    assert len(lacking) + len(held) == len(rows)
+    unsupported = {key: row["found"] for key, row in rows.items() if row["state"] == "lacking"}
+    assert "/dev/iommu" in unsupported["rules", "HWPT: only sets bits"]
+    assert "PRE_COPY" in unsupported["states", "transfer"]
+    assert "MIG_DATA_SIZE" in unsupported["functions", "container"]
+    assert len(unsupported) + len(held) == len(rows)
 
 
-def test_instructions_are_counted_and_are_the_same_on_each_run(tool: Tool) -> None:
+def test_the_counted_instructions_are_the_same_on_each_run(tool: Tool) -> None:
     costs = []
     for _ in range(2):
         outcome = tool.run("bench", "kernel", "--most", "64M", "--json", "-")
         assert outcome.exit_code == 0, outcome.errors[-4000:]
-        costs.append({it["interface"]: it["costs"] for it in json.loads(outcome.output)["fits"]})
+        costs.append({fit["interface"]: fit["costs"] for fit in json.loads(outcome.output)["fits"]})
     first, second = costs
     assert set(first) == {"report", "hwpt", "hwpt, huge entries", "type1"}
-    for interface, what in (("report", "range set"), ("hwpt", "entry looked at")):
+    for interface, what in (("report", "range set"), ("hwpt", "entry visited")):
         assert 20 < first[interface][what] < 500
         assert second[interface][what] == pytest.approx(first[interface][what], rel=0.02)
 
 
 def test_nothing_is_left_when_the_tool_is_killed(tool: Tool) -> None:
     running = tool.start("passthrough", "--quick")
-    running.wait_for_line("ok")  # L1 runs, and has more to do
+    running.wait_for_line("ok")  # L1 runs, and more proofs follow
     machines = running.machines()
     assert machines
     os.kill(running.process.pid, signal.SIGKILL)
@@ -114,7 +115,7 @@ def test_nothing_is_left_when_the_tool_is_killed(tool: Tool) -> None:
     wait_until_gone(tool, machines)
 
 
-def test_where_one_machine_fails_the_other_is_ended(tool: Tool) -> None:
+def test_if_one_machine_fails_the_other_is_ended(tool: Tool) -> None:
     running = tool.start("passthrough", "--quick")
     running.wait_for_line("ok")
     machines = running.machines()
@@ -127,7 +128,7 @@ def test_where_one_machine_fails_the_other_is_ended(tool: Tool) -> None:
 
 
 def wait_until_gone(tool: Tool, pids: list[int]) -> None:
-    """Wait until none of `pids` is alive, and nothing is left in the temporary folder."""
+    """Wait until no process of `pids` is alive and the temporary folder is empty."""
     deadline = time.monotonic() + TIMEOUT_S
     while any(map(is_alive, pids)) or tool.leftovers():
         assert time.monotonic() < deadline, f"{list(map(is_alive, pids))}, {tool.leftovers()}"

@@ -1,4 +1,4 @@
-"""What the measurement of the kernel's cost reckons with, outside L1."""
+"""The calculations of the measurement of the kernel's cost, outside L1."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ NOTHING = Pinned(0, 0, 0, 0)
 DOCS = Path(__file__).parents[2] / "docs" / "kernel-cost.md"
 
 
-def as_the_kernel_does(size: int, comb: Comb) -> Pinned:
-    """iova_bitmap_set() for each range, one after another, on a fresh bitmap."""
+def pinned_by_the_kernel(size: int, comb: Comb) -> Pinned:
+    """Return what iova_bitmap_set() pins for each range in turn, on a fresh bitmap."""
     total = size // PAGE_BYTES
-    start = end = 0  # of the window, in bits; nothing is pinned
-    windows = pages = faults = behind = 0
-    there: set[int] = set()
+    start = end = 0  # of the window, in bits; nothing is pinned yet
+    windows = pages = faults = after_missing = 0
+    present: set[int] = set()
     for number in range(comb.count):
         bit = (comb.offset + number * comb.stride) // PAGE_BYTES
         last = bit + comb.length // PAGE_BYTES
@@ -40,18 +40,18 @@ def as_the_kernel_does(size: int, comb: Comb) -> Pinned:
             if not (start <= bit and last <= end):
                 start = bit // 8 * 8
                 first = bit // PAGE_BITS
-                behind_one = False
+                missing = False
                 pinned_pages = range(first, min(first + WINDOW_PAGES, div_ceil(total, PAGE_BITS)))
                 for page in pinned_pages:
-                    faults += page not in there
-                    behind += behind_one and page in there
-                    behind_one |= page not in there
-                    there.add(page)
+                    faults += page not in present
+                    after_missing += missing and page in present
+                    missing |= page not in present
+                    present.add(page)
                 windows += 1
                 pages += len(pinned_pages)
                 end = min(total, pinned_pages.stop * PAGE_BITS)
             bit = min(last, end)
-    return Pinned(windows, pages, faults, behind)
+    return Pinned(windows, pages, faults, after_missing)
 
 
 @pytest.mark.parametrize("size", [64 * MIB, GIB, 65 * GIB, 256 * GIB, 4 * TIB])
@@ -59,10 +59,10 @@ def test_the_pinned_pages_are_those_of_the_kernels_algorithm(size: int) -> None:
     tried = [comb for comb in combs(size) if comb.count < 50_000]
     assert len(tried) >= 4
     for comb in tried:
-        assert pinned(size, comb, fresh=True) == as_the_kernel_does(size, comb), comb
-        there = pinned(size, comb, fresh=False)
-        assert (there.faults, there.behind) == (0, 0)
-        assert there.pages == pinned(size, comb, fresh=True).pages
+        assert pinned(size, comb, fresh=True) == pinned_by_the_kernel(size, comb), comb
+        present = pinned(size, comb, fresh=False)
+        assert (present.faults, present.after_missing) == (0, 0)
+        assert present.pages == pinned(size, comb, fresh=True).pages
 
 
 def test_a_pattern_stays_inside_the_guest() -> None:
@@ -73,18 +73,18 @@ def test_a_pattern_stays_inside_the_guest() -> None:
 
 
 COSTS = {
-    "question": 12_000,
+    "request": 12_000,
     "window pinned": 600,
     "bitmap page pinned": 240,
     "bitmap page faulted in": 2_200,
-    "bitmap page found behind one": 230,
+    "bitmap page pinned after a missing one": 230,
     "range set": 137,
     "word filled": 5,
 }
 
 
 def rows(costs: dict[str, int]) -> Sequence[Row]:
-    """As if measured where everything costs what `costs` say."""
+    """Return rows as if measured where each operation costs what `costs` says."""
     made = []
     for size in (GIB, 64 * GIB, TIB):
         for comb in combs(size):
@@ -92,11 +92,11 @@ def rows(costs: dict[str, int]) -> Sequence[Row]:
                 pins = pinned(size, comb, fresh=fresh)
                 words = size // PAGE_BYTES // 64 if comb.pattern == "contiguous" else 0
                 instructions = (
-                    costs["question"]
+                    costs["request"]
                     + costs["window pinned"] * pins.windows
                     + costs["bitmap page pinned"] * pins.pages
                     + costs["bitmap page faulted in"] * pins.faults
-                    + costs["bitmap page found behind one"] * pins.behind
+                    + costs["bitmap page pinned after a missing one"] * pins.after_missing
                     + costs["range set"] * comb.count
                     + costs["word filled"] * words
                 )
@@ -130,12 +130,12 @@ def rows(costs: dict[str, int]) -> Sequence[Row]:
     return made
 
 
-def test_the_fit_finds_what_each_thing_costs() -> None:
+def test_the_fit_finds_the_cost_of_each_operation() -> None:
     found = model.fits(rows(COSTS))
     assert found["report"].worst < 0.001
     assert found["report"].costs == pytest.approx(COSTS, rel=0.01)
     assert found["hwpt"].costs == pytest.approx(
-        {"question": 7000, "entry looked at": 70, "dirty entry": 170}, rel=0.01
+        {"request": 7000, "entry visited": 70, "dirty entry": 170}, rel=0.01
     )
 
 
@@ -147,29 +147,29 @@ def test_the_fit_reports_its_worst_error() -> None:
 
 
 def test_costs_are_never_negative() -> None:
-    cheaper = {**COSTS, "window pinned": 0, "bitmap page found behind one": 0}
+    cheaper = {**COSTS, "window pinned": 0, "bitmap page pinned after a missing one": 0}
     assert all(cost >= 0 for cost in model.fits(rows(cheaper))["report"].costs.values())
 
 
-def test_projections_are_measured_where_there_is_a_row_and_add_up_where_not() -> None:
+def test_projections_use_a_measured_row_or_else_add_up_the_costs() -> None:
     made = rows(COSTS)
     found = model.fits(made)
     projections = {
-        (it.interface, it.guest_bytes, it.pattern): it for it in model.project(made, found)
+        (one.interface, one.guest_bytes, one.pattern): one for one in model.project(made, found)
     }
     known = projections["report", TIB, "0.0001"]
     assert known.measured is not None
     assert known.instructions == pytest.approx(sum(known.parts.values()), rel=0.01)
-    reckoned = projections["report", 16 * TIB, "1"]
-    assert reckoned.measured is None
-    assert reckoned.instructions == pytest.approx(16 * TIB / 4096 * 137, rel=0.01)
+    calculated = projections["report", 16 * TIB, "1"]
+    assert calculated.measured is None
+    assert calculated.instructions == pytest.approx(16 * TIB / 4096 * 137, rel=0.01)
     walk = projections["hwpt, entries of 4 KiB", TIB, "none"]
     assert walk.instructions == pytest.approx(TIB / 4096 * 70, rel=0.01)
     assert projections["hwpt, entries of 2048 KiB", TIB, "none"].instructions < walk.instructions
 
 
 def test_times_lie_between_those_of_the_two_yardsticks() -> None:
-    parts = {"question": 1e6, "range set": 1e6}
+    parts = {"request": 1e6, "range set": 1e6}
     nanoseconds = {"system call": 1.0, "bit set nearby": 0.1, "bit set far away": 0.5}
     projected = model.Projection("report", TIB, "1", parts, None)
     assert projected.milliseconds(nanoseconds) == pytest.approx((1.1, 1.5))
@@ -179,7 +179,7 @@ def test_times_lie_between_those_of_the_two_yardsticks() -> None:
 
 def test_every_cost_has_a_yardstick_that_is_measured() -> None:
     measured = yardsticks()
-    assert all(it > 0 for it in measured.values())
+    assert all(time > 0 for time in measured.values())
     named = {name for names in model.YARDSTICKS.values() for name in names}
     assert named == set(measured)
     for fit in model.fits(rows(COSTS)).values():
@@ -187,7 +187,7 @@ def test_every_cost_has_a_yardstick_that_is_measured() -> None:
 
 
 def test_numbers_and_times_have_few_digits() -> None:
-    assert [tables.number(it) for it in (0, 12, 1234, 56_789_000, 2.5e12)] == [
+    assert [tables.number(value) for value in (0, 12, 1234, 56_789_000, 2.5e12)] == [
         *("0", "12", "1.23k", "56.8M", "2.5T")
     ]
     assert tables.time_range((1.0, 1.0)) == "1 ms"
@@ -202,11 +202,10 @@ def test_tables_mark_calculated_values_and_the_docs_have_their_columns() -> None
     nanoseconds = dict.fromkeys(yardsticks(), 0.3)
     text = tables.to_text(made, found, projections, nanoseconds)
     lines = text.splitlines()
-    measured, *reckoned = next(it for it in lines if it.startswith("| report | 1 |")).split("|")[
-        3:6
-    ]
+    row = next(line for line in lines if line.startswith("| report | 1 |"))
+    measured, *calculated = row.split("|")[3:6]
     assert "~" not in measured
-    assert all("~" in it for it in reckoned)
+    assert all("~" in value for value in calculated)
     heads = {line for line in lines if line.startswith(("| interface", "| yardstick"))}
     assert len(heads) == 3
     page = DOCS.read_text()

@@ -1,4 +1,4 @@
-"""What L1 is kept and put together by, without building it."""
+"""The cache and the parts of L1, without building it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_modules_are_loaded_after_what_they_depend_on(tmp_path: Path) -> None:
     assert sorted(file.name for file in (tmp_path / "modules").glob("*.ko")) == sorted(order)
 
 
-def test_headers_become_one_tree_that_does_not_point_out_of_itself(tmp_path: Path) -> None:
+def test_the_headers_become_one_tree_without_links_to_other_folders(tmp_path: Path) -> None:
     headers = tmp_path / "usr/src/linux-headers-6.1-amd64"
     common = tmp_path / "usr/src/linux-headers-6.1-common"
     kbuild = tmp_path / "usr/lib/linux-kbuild-6.1"
@@ -95,7 +95,7 @@ def test_the_stock_kernel_replaces_one_that_cannot_be_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(root: Path, version: str) -> Path:
-        raise UntestableError("there is no space")
+        raise UntestableError("no space left")
 
     monkeypatch.setattr(machine, "l1_root", lambda: tmp_path)
     monkeypatch.setattr(machine, "l1_kernel", fails)
@@ -103,11 +103,11 @@ def test_the_stock_kernel_replaces_one_that_cannot_be_built(
     monkeypatch.setattr(machine, "l1_module", lambda root, kernel: kernel / "module.ko")
     found = machine.l1(next(iter(KERNELS)))
     assert found.kernel == tmp_path / "stock"
-    assert "there is no space" in caplog.messages[0]
-    assert "less can be proved" in caplog.messages[0]
+    assert "no space left" in caplog.messages[0]
+    assert "supports fewer of the proofs" in caplog.messages[0]
 
 
-def test_an_l1_that_goes_silent_is_given_up_with_its_last_lines(
+def test_an_l1_that_prints_nothing_times_out_with_its_last_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextlib.asynccontextmanager
@@ -118,10 +118,11 @@ def test_an_l1_that_goes_silent_is_given_up_with_its_last_lines(
         yield SimpleNamespace(report=report, process=process, console=tmp_path)
 
     monkeypatch.setattr(machine, "running_qemu", silent_qemu)
-    heard: list[str] = []
-    made_of = machine.L1(tmp_path, tmp_path, tmp_path)
+    lines: list[str] = []
+    silent = machine.L1(tmp_path, tmp_path, tmp_path)
     with pytest.raises(
-        WaitTimeoutError, match=r"nothing for 0\.1 s\n    ok\tfirst\n    ok\tsecond"
+        WaitTimeoutError,
+        match=r"no line for 0\.1 s; its last lines:\n    ok\tfirst\n    ok\tsecond",
     ):
-        asyncio.run(machine.run_machine(1, made_of, tmp_path, tmp_path, heard.append, 0.1))
-    assert heard == ["ok\tfirst", "ok\tsecond"]
+        asyncio.run(machine.run_machine(1, silent, tmp_path, tmp_path, lines.append, 0.1))
+    assert lines == ["ok\tfirst", "ok\tsecond"]

@@ -1,4 +1,4 @@
-"""The fake VFIO device as a proof's device: its journal as evidence, and what the command takes."""
+"""The fake VFIO device as a proof's device: its journal as evidence, and the command's options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from qmp_tools.cli.prove import add_control
 from qmp_tools.devices.registry import Control
 from qmp_tools.memory.ram import RamFile, compare
 from qmp_tools.migration.judgement import Blame
-from qmp_tools.passthrough.fake_device import ENTRY, TOLD, Journal, Told, content
+from qmp_tools.passthrough.fake_device import (
+    ENTRY,
+    REPORTED_RANGE,
+    Journal,
+    ReportedRanges,
+    content,
+)
 from qmp_tools.passthrough.injected_faults import parse_fault
 from qmp_tools.passthrough.kinds import fake_device_of, is_fake_vfio
 from qmp_tools.passthrough.proof_device import FakeProofDevice, evidence_of
@@ -31,20 +37,20 @@ ALL_SENT_NS = 1000
 
 
 class Case:
-    """What the device wrote into the source's RAM, and what it has told in which report."""
+    """The device's writes to the source's RAM, and the ranges in each of its reports."""
 
     def __init__(self, source: RamFile, destination: RamFile) -> None:
         self.source, self.destination = source, destination
         self._writes: list[tuple[int, ...]] = []
-        self._told: list[tuple[int, int, int]] = []
+        self._reported: list[tuple[int, int, int]] = []
 
     def write(self, page: int, *, reports: int, time_ns: int = 2000, logged: int = 1) -> None:
         sequence, iova = len(self._writes) + 1, page * PAGE
         os.pwrite(self.source.fd, content(sequence, iova, PAGE).tobytes(), iova)
         self._writes.append((sequence, iova, PAGE, reports, 1, logged, time_ns))
 
-    def tell(self, page: int, report: int) -> None:
-        self._told.append((report, page * PAGE, PAGE))
+    def report(self, page: int, report: int) -> None:
+        self._reported.append((report, page * PAGE, PAGE))
 
     def send(self, page: int) -> None:
         os.pwrite(self.destination.fd, os.pread(self.source.fd, PAGE, page * PAGE), page * PAGE)
@@ -54,11 +60,11 @@ class Case:
         return np.array(self._writes, dtype=ENTRY)
 
     @property
-    def told(self) -> Told:
-        return np.array(self._told, dtype=TOLD)
+    def reported_ranges(self) -> ReportedRanges:
+        return np.array(self._reported, dtype=REPORTED_RANGE)
 
     def evidence(self, *, asked: bool = True) -> Evidence:
-        return evidence_of(self.journal, self.told if asked else None)
+        return evidence_of(self.journal, self.reported_ranges if asked else None)
 
     def lost(self, *, asked: bool = True) -> list[LostPage]:
         slots = [Slot(0, PAGES * PAGE, 0, self.source.device, self.source.inode)]
@@ -84,7 +90,7 @@ def case() -> Iterator[Case]:
 
 def test_a_page_that_was_never_reported_is_lost_by_the_device(case: Case) -> None:
     case.write(3, reports=7)
-    case.tell(4, 8)
+    case.report(4, 8)
     (page,) = case.lost()
     assert (page.blame, page.link, page.gpa) == (Blame.DEVICE, Link.TRACKER, 3 * PAGE)
     assert (page.request, page.due_in_harvest) == (1, 8)
@@ -95,7 +101,7 @@ def test_a_page_that_was_reported_only_before_its_last_write_is_lost_by_the_devi
     case: Case,
 ) -> None:
     case.write(3, reports=0)
-    case.tell(3, 1)
+    case.report(3, 1)
     case.send(3)
     assert not case.lost()
     case.write(3, reports=1)
@@ -106,7 +112,7 @@ def test_a_page_that_was_reported_only_before_its_last_write_is_lost_by_the_devi
 def test_a_page_that_was_reported_in_time_is_lost_by_qemu(case: Case) -> None:
     case.write(3, reports=0)
     case.write(3, reports=4)
-    case.tell(3, 5)
+    case.report(3, 5)
     (page,) = case.lost()
     assert (page.blame, page.link, page.request) == (Blame.QEMU, Link.QEMU, 2)
     assert case.sensitivity().unreported == 0
@@ -114,13 +120,13 @@ def test_a_page_that_was_reported_in_time_is_lost_by_qemu(case: Case) -> None:
 
 def test_a_page_that_a_vcpu_wrote_later_is_lost_by_the_accelerator(case: Case) -> None:
     case.write(3, reports=0)
-    case.tell(3, 1)
+    case.report(3, 1)
     os.pwrite(case.source.fd, b"vcpu", 3 * PAGE + 8)
     (page,) = case.lost()
     assert page.blame is Blame.ACCELERATOR
 
 
-def test_a_device_that_is_not_asked_has_missed_nothing(case: Case) -> None:
+def test_a_device_that_qemu_does_not_ask_has_missed_no_page(case: Case) -> None:
     case.write(3, reports=0, logged=0)
     case.write(5, reports=0, logged=0)
     case.send(5)
@@ -133,7 +139,7 @@ def test_a_device_that_is_not_asked_has_missed_nothing(case: Case) -> None:
 def test_writes_before_logging_are_not_counted_as_missed(case: Case) -> None:
     case.write(1, reports=0, logged=0)
     case.write(2, reports=0)
-    case.write(3, reports=0, logged=0)  # while logging was on, and outside of what is logged
+    case.write(3, reports=0, logged=0)  # while logging was on, outside the logged ranges
     sensitivity = case.sensitivity()
     assert (sensitivity.writes, sensitivity.unreported) == (2, 2)
 
@@ -141,7 +147,7 @@ def test_writes_before_logging_are_not_counted_as_missed(case: Case) -> None:
 def test_only_pages_written_once_after_the_first_pass_are_guaranteed_detectable(case: Case) -> None:
     for page, time_ns in ((1, 500), (1, 2000), (2, 2000), (3, 2000), (3, 2001)):
         case.write(page, reports=0, time_ns=time_ns)
-        case.tell(page, 1)
+        case.report(page, 1)
     sensitivity = case.sensitivity()
     assert (sensitivity.written, sensitivity.rewritten, sensitivity.guaranteed_detectable) == (
         3,
@@ -150,7 +156,7 @@ def test_only_pages_written_once_after_the_first_pass_are_guaranteed_detectable(
     )
 
 
-def test_a_device_that_wrote_nothing_is_no_evidence(case: Case) -> None:
+def test_the_evidence_of_a_device_that_wrote_nothing_is_empty(case: Case) -> None:
     evidence = case.evidence()
     assert (evidence.requests, len(evidence.records), evidence.started_ns) == (0, 0, None)
     assert case.sensitivity().rewritten == 0
@@ -159,7 +165,7 @@ def test_a_device_that_wrote_nothing_is_no_evidence(case: Case) -> None:
 # The command --------------------------------------------------------------------------------------
 
 
-def test_the_fake_device_is_known_by_its_name_with_or_without_a_tracking() -> None:
+def test_the_fake_device_is_recognised_by_its_name_with_or_without_a_tracking() -> None:
     assert is_fake_vfio(ProofOptions(device="vfio-fake"))
     assert is_fake_vfio(ProofOptions(device="vfio-fake:container"))
     assert not is_fake_vfio(ProofOptions(device="vfio:0000:3b:00.2,0000:3b:00.3"))
@@ -176,10 +182,10 @@ def test_the_fake_device_is_known_by_its_name_with_or_without_a_tracking() -> No
         ({"guest": "bare"}, "iommufd", "--guest does not apply"),
         ({"memory": "1G"}, "iommufd", "--memory does not apply"),
         ({"requests_after": 5}, "iommufd", "--requests-after does not apply"),
-        ({"fault": "drop-pages=0.1"}, "iommufd", "has clear-before-read, drop, late, shift"),
+        ({"fault": "drop-pages=0.1"}, "iommufd", "one of clear-before-read, drop, late, shift"),
         ({"fault": "drop=0"}, "iommufd", "from 1 on"),
         ({"fault": "drop=x"}, "iommufd", "from 1 on"),
-        ({"fault": "drop"}, "container-type1", "QEMU does not ask the device"),
+        ({"fault": "drop"}, "container-type1", "QEMU does not ask the device for dirty pages"),
     ],
 )
 def test_an_option_that_does_not_apply_is_wrong_usage(
@@ -189,9 +195,9 @@ def test_an_option_that_does_not_apply_is_wrong_usage(
         fake_device_of(ProofOptions.of({"device": f"vfio-fake:{tracking}", **options}))
 
 
-def test_a_control_that_could_not_show_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_control_without_effect_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prove", "--device=vfio-fake:iommufd-untracked", "--control"]) == 2
-    assert "QEMU does not ask the device" in capsys.readouterr().err
+    assert "QEMU does not ask the device for dirty pages" in capsys.readouterr().err
 
 
 def test_the_tracking_and_the_fault_are_read_from_the_options() -> None:
@@ -207,7 +213,7 @@ def test_the_tracking_and_the_fault_are_read_from_the_options() -> None:
 @pytest.mark.parametrize(
     ("links", "caught"), [([], False), (["tracker"], True), (["tracker", "qemu"], False)]
 )
-def test_a_control_that_is_not_caught_takes_the_pass_away(links: list[str], caught: bool) -> None:
+def test_a_control_that_is_not_caught_revokes_the_pass(links: list[str], caught: bool) -> None:
     report: dict[str, Any] = {"exit_code": 0, "verdict": "every page equal"}
     repeated = {"lost_pages": [{"link": link} for link in links]}
     line = add_control(report, repeated, Control("drop=50", Link.TRACKER))

@@ -1,4 +1,4 @@
-"""What is told of VFIO functions of a host; the host is a tree of files."""
+"""The check of a host's VFIO functions; the host is a tree of files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dmaproof.errors import TrackerError, UntestableError, UsageError
 from dmaproof.vfio.abi import MigrationFlag
 from dmaproof.vfio.device import VfioDevice
 from dmaproof.vfio.requests import VfioError
-from qmp_tools.host.finding import State
+from qmp_tools.host.finding import Finding, State
 from qmp_tools.passthrough import host_functions, vfio_functions
 from qmp_tools.passthrough.host_functions import MissingError, parse_functions, require_testable
 from qmp_tools.passthrough.vfio_functions import (
@@ -58,7 +58,7 @@ class Tree:
         number: int | None = None,
         device: str = "0x101e",
     ) -> Path:
-        """A function with `driver`; to VFIO, where it is bound to that, device `number`."""
+        """Add a function bound to `driver`, as VFIO's device `number` if that is a VFIO driver."""
         folder = self.host.sys / "bus" / "pci" / "devices" / address
         folder.mkdir(parents=True)
         (folder / "vendor").write_text("0x15b3\n")
@@ -86,7 +86,7 @@ def tree(tmp_path: Path) -> Tree:
 
 @pytest.fixture
 def pair(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> Tree:
-    """Two functions that are all that they should be, on a kernel that is played."""
+    """Two functions that meet every condition, on a simulated kernel."""
     tree.add(SOURCE_ADDRESS, group="20", number=0)
     tree.add(DESTINATION_ADDRESS, group="21", number=1)
     simulate(monkeypatch)
@@ -102,7 +102,7 @@ def simulate(
     state: int | VfioError = 4096,
     error: Exception | None = None,
 ) -> None:
-    """Functions that say this of themselves, or cannot be opened."""
+    """Make functions report these properties, or fail to open with `error`."""
 
     @contextmanager
     def opened(sysfs: Path, iommufd: bool) -> Iterator[tuple[VfioDevice, bool]]:
@@ -126,36 +126,44 @@ def facts_of(tree: Tree, address: str = SOURCE_ADDRESS, *, iommufd: bool = True)
     return look(find_function(address, tree.host), tree.host, iommufd=iommufd)
 
 
+def findings_of(tree: Tree) -> dict[str, Finding]:
+    """Return the findings about the source's function by name."""
+    return {finding.name: finding for finding in examine(facts_of(tree), GIB, None)}
+
+
 def missing(facts: FunctionFacts, lockable: int | None = None) -> dict[str, str]:
-    """What is missing by name, with its remedy."""
+    """Return what is missing by name, with its remedy."""
     findings = examine(facts, GIB, lockable)
-    assert all(it.remedy for it in findings if it.state is State.MISSING)
-    return {it.name: f"{it.what}; {it.remedy}" for it in findings if it.state is State.MISSING}
+    absent = [finding for finding in findings if finding.state is State.MISSING]
+    assert all(finding.remedy for finding in absent)
+    return {finding.name: f"{finding.what}; {finding.remedy}" for finding in absent}
 
 
-@pytest.mark.parametrize("way", ["", ",container"])
-def test_a_pair_that_meets_every_condition_is_testable(pair: Tree, way: str) -> None:
-    text = f"vfio:3b:00.2,{DESTINATION_ADDRESS}{way}"
+@pytest.mark.parametrize("suffix", ["", ",container"])
+def test_a_pair_that_meets_every_condition_is_testable(pair: Tree, suffix: str) -> None:
+    text = f"vfio:3b:00.2,{DESTINATION_ADDRESS}{suffix}"
     functions = parse_functions(text, pair.host)
     lines = require_testable(functions, GIB, pair.host)
     assert f"{SOURCE_ADDRESS}: driver: bound to mlx5_vfio_pci" in lines
     assert f"{DESTINATION_ADDRESS}: IOMMU group: group 21, viable" in lines
     assert any("STOP_COPY" in line and "PRE_COPY" in line for line in lines)
-    assert functions.facts.device == f"vfio:{SOURCE_ADDRESS},{DESTINATION_ADDRESS}{way}"
+    assert functions.facts.device == f"vfio:{SOURCE_ADDRESS},{DESTINATION_ADDRESS}{suffix}"
 
 
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("vfio:", "no PCI address"),
-        ("vfio:eth0", "no PCI address"),
+        ("vfio:", "neither a PCI address"),
+        ("vfio:eth0", "neither a PCI address"),
         ("vfio:3b:00.2,3b:00.3,3b:00.4", "two PCI addresses"),
         ("vfio:container", "two PCI addresses"),
-        ("vfio:0000:3b:00.7", "there is no .*3b:00.7.*lspci"),
-        ("vfio:/sys/bus/mdev/devices/none", "there is no"),
+        ("vfio:0000:3b:00.7", "not found: .*3b:00.7 does not exist.*lspci"),
+        ("vfio:/sys/bus/mdev/devices/none", "does not exist"),
     ],
 )
-def test_a_name_without_functions_is_wrong_usage(pair: Tree, text: str, why: str) -> None:
+def test_a_name_without_two_existing_functions_is_wrong_usage(
+    pair: Tree, text: str, why: str
+) -> None:
     with pytest.raises(UsageError, match=why):
         parse_functions(text, pair.host)
 
@@ -175,7 +183,7 @@ def test_one_function_alone_has_no_destination(pair: Tree) -> None:
     assert "pair" in [finding.name for finding in caught.value.missing]
 
 
-def test_functions_of_two_kinds_are_no_pair(pair: Tree) -> None:
+def test_functions_of_two_kinds_are_not_a_pair(pair: Tree) -> None:
     pair.add("0000:5e:00.1", group="30", number=5, device="0x1017")
     other = facts_of(pair, "0000:5e:00.1")
     (finding,) = examine_pair(facts_of(pair), other)
@@ -185,7 +193,7 @@ def test_functions_of_two_kinds_are_no_pair(pair: Tree) -> None:
     assert "driver" in finding.what
 
 
-def test_two_functions_of_one_iommu_group_are_no_pair(pair: Tree) -> None:
+def test_two_functions_of_one_iommu_group_are_not_a_pair(pair: Tree) -> None:
     pair.add("0000:3b:00.4", group="20", number=2)
     (finding,) = examine_pair(facts_of(pair), facts_of(pair, "0000:3b:00.4"))
     assert finding.state is State.MISSING
@@ -193,13 +201,13 @@ def test_two_functions_of_one_iommu_group_are_no_pair(pair: Tree) -> None:
 
 
 @pytest.mark.parametrize(
-    ("driver", "why"), [("mlx5_core", "mlx5_core, and not to VFIO"), (None, "no driver")]
+    ("driver", "why"), [("mlx5_core", "mlx5_core, which is not a VFIO driver"), (None, "no driver")]
 )
-def test_a_function_that_is_not_bound_to_vfio_is_left_alone(
+def test_a_function_that_is_not_bound_to_vfio_is_not_touched(
     tree: Tree, monkeypatch: pytest.MonkeyPatch, driver: str | None, why: str
 ) -> None:
     tree.add(SOURCE_ADDRESS, driver=driver, group="20")
-    simulate(monkeypatch, error=AssertionError("it was opened"))
+    simulate(monkeypatch, error=AssertionError("the function was opened"))
     before = sorted(tree.host.sys.rglob("*"))
     found = missing(facts_of(tree))
     assert why in found["driver"]
@@ -207,19 +215,24 @@ def test_a_function_that_is_not_bound_to_vfio_is_left_alone(
     assert sorted(tree.host.sys.rglob("*")) == before
 
 
-def test_without_an_iommu_there_is_no_group(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_without_an_iommu_has_no_group(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tree.add(SOURCE_ADDRESS, number=0)
-    simulate(monkeypatch, error=AssertionError("it was opened"))
+    simulate(monkeypatch, error=AssertionError("the function was opened"))
     assert "intel_iommu=on" in missing(facts_of(tree))["IOMMU group"]
 
 
-def test_a_group_with_strangers_is_not_viable(pair: Tree) -> None:
+def test_a_group_with_members_of_other_drivers_is_not_viable(pair: Tree) -> None:
     pair.add("0000:3b:00.0", driver="mlx5_core", group="20")
     pair.add("0000:3a:00.0", driver="pcieport", group="20")
     pair.add("0000:3b:00.1", driver=None, group="20")
     pair.add("0000:3b:00.4", driver="vfio-pci", group="20")
     found = missing(facts_of(pair))["IOMMU group"]
-    assert "group 20 is not viable: other drivers have 0000:3b:00.0 (mlx5_core);" in found
+    assert (
+        "group 20 is not viable: these are bound to other drivers: 0000:3b:00.0 (mlx5_core);"
+        in found
+    )
 
 
 @pytest.mark.parametrize(
@@ -228,11 +241,11 @@ def test_a_group_with_strangers_is_not_viable(pair: Tree) -> None:
 def test_missing_device_files_are_reported(pair: Tree, iommufd: bool, gone: str) -> None:
     (pair.host.dev / gone).unlink()
     found = missing(facts_of(pair, iommufd=iommufd))["files"]
-    assert f"the kernel has no {pair.host.dev / gone}" in found
+    assert f"not found: {pair.host.dev / gone}" in found
     assert not missing(facts_of(pair, iommufd=not iommufd)).get("files")
 
 
-def test_a_kernel_without_device_files_has_the_container(
+def test_a_kernel_without_device_files_can_use_the_container(
     tree: Tree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree.add(SOURCE_ADDRESS, driver="vfio-pci", group="20")
@@ -245,14 +258,14 @@ def test_files_without_access_are_reported_with_their_remedy(
     pair: Tree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = pair.host.dev / "vfio" / "devices" / "vfio0"
-    may = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: path != file and may(path, mode))
-    assert f"{file}: no access; sudo chown $USER {file}" in missing(facts_of(pair))["files"]
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != file and access(path, mode))
+    assert f"access to {file}; sudo chown $USER {file}" in missing(facts_of(pair))["files"]
 
 
 def test_a_function_that_is_in_use_is_reported(pair: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     simulate(monkeypatch, error=TrackerError("BIND_IOMMUFD: EBUSY"))
-    assert "EBUSY; end whoever has it" in missing(facts_of(pair))["open"]
+    assert "EBUSY; end the process that has it open" in missing(facts_of(pair))["open"]
 
 
 def test_a_driver_that_cannot_migrate_is_reported_with_its_remedy(
@@ -261,19 +274,24 @@ def test_a_driver_that_cannot_migrate_is_reported_with_its_remedy(
     simulate(monkeypatch, MigrationFlag(0))
     assert "devlink port function set" in missing(facts_of(pair))["migration"]
     plain = replace(facts_of(pair), driver="vfio-pci")
-    assert "vfio-pci cannot migrate it; bind it to the vendor's" in missing(plain)["migration"]
+    assert (
+        "driver vfio-pci cannot migrate it; bind it to the vendor's" in missing(plain)["migration"]
+    )
 
 
 def test_the_size_of_the_state_is_reported_if_the_kernel_has_it(
     pair: Tree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     simulate(monkeypatch, state=VfioError("MIG_DATA_SIZE", errno.ENOTTY, None))
-    unknown = {it.name: it for it in examine(facts_of(pair), GIB, None)}["state"]
+    unknown = findings_of(pair)["state"]
     assert unknown.state is State.LIMITED
     assert "100 GiB" in unknown.what
     simulate(monkeypatch, state=1 << 20)
-    known = {it.name: it for it in examine(facts_of(pair), GIB, None)}["state"]
-    assert (known.state, known.what) == (State.OK, "some 1048576 bytes, as the device reckons")
+    known = findings_of(pair)["state"]
+    assert (known.state, known.what) == (
+        State.OK,
+        "about 1048576 bytes, by the device's estimate",
+    )
 
 
 @pytest.mark.parametrize(
@@ -284,9 +302,9 @@ def test_the_trackers_of_a_function_are_reported(
     pair: Tree, monkeypatch: pytest.MonkeyPatch, logs: bool, iommu_tracks: bool, state: State
 ) -> None:
     simulate(monkeypatch, MigrationFlag.STOP_COPY, logs=logs, iommu_tracks=iommu_tracks)
-    found = {it.name: it for it in examine(facts_of(pair), GIB, None)}
+    found = findings_of(pair)
     assert found["tracking"].state is state
-    assert found["migration"].state is State.LIMITED, "there is no PRE_COPY"
+    assert found["migration"].state is State.LIMITED, "without PRE_COPY"
 
 
 @pytest.mark.parametrize(
@@ -298,12 +316,12 @@ def test_all_of_the_guests_ram_is_locked(pair: Tree, lockable: int | None, enoug
     assert enough or "ulimit -l" in found["locked memory"]
 
 
-@pytest.mark.parametrize(("way", "enough"), [("", False), (",container", True)])
-def test_with_iommufd_both_qemus_lock_at_the_users_expense(
-    pair: Tree, monkeypatch: pytest.MonkeyPatch, way: str, enough: bool
+@pytest.mark.parametrize(("suffix", "enough"), [("", False), (",container", True)])
+def test_with_iommufd_the_locked_memory_of_both_qemus_counts(
+    pair: Tree, monkeypatch: pytest.MonkeyPatch, suffix: str, enough: bool
 ) -> None:
     monkeypatch.setattr(host_functions, "lockable_bytes", lambda: 3 * GIB // 2)
-    functions = parse_functions(f"vfio:{SOURCE_ADDRESS},{DESTINATION_ADDRESS}{way}", pair.host)
+    functions = parse_functions(f"vfio:{SOURCE_ADDRESS},{DESTINATION_ADDRESS}{suffix}", pair.host)
     if enough:
         assert require_testable(functions, GIB, pair.host)
         return
@@ -322,11 +340,11 @@ def test_everything_missing_is_reported_at_once(
     text = str(caught.value)
     assert text.count("remedy:") == 4
     assert f"{DESTINATION_ADDRESS}: migration: " in text
-    assert "driver:" not in text, "what is as it must be is not told"
+    assert "driver:" not in text, "the message has only what is missing"
 
 
-async def arguments_of(tree: Tree, way: str, side: str) -> str:
-    functions = parse_functions(f"vfio:{SOURCE_ADDRESS},{DESTINATION_ADDRESS}{way}", tree.host)
+async def arguments_of(tree: Tree, suffix: str, side: str) -> str:
+    functions = parse_functions(f"vfio:{SOURCE_ADDRESS},{DESTINATION_ADDRESS}{suffix}", tree.host)
     async with functions.start(tree.host.dev, 60) as attached:
         assert not await attached.evidence(side)
         return " ".join(await attached.attach(side))
@@ -342,7 +360,7 @@ def test_each_side_has_a_function_of_its_own(pair: Tree) -> None:
     assert "iommufd" not in destination
 
 
-def test_a_process_with_the_capability_locks_as_much_as_it_likes(
+def test_a_process_with_the_capability_has_no_limit_of_locked_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda which: (65536, 65536))

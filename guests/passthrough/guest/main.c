@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * The freestanding guest that owns the fake VFIO device (../module): it lets the device's engine
- * write its memory, and checks what comes, without a kernel and without interrupts.
+ * The freestanding guest that drives the fake VFIO device (../module). It lets the device's engine
+ * write its memory and checks what was written, without a kernel and without interrupts.
  *
- * There are three windows. The hot pages are written by the engine round after round. The once
- * pages are written a single time, when the tool asks for it: a dirty bit that is lost there is
- * never made good. The churn pages are kept dirty by the CPU. A page that the engine wrote tells
- * which write it was (../module/control.h), so it can be told whether it is whole, in its place,
- * and as new as it must be.
+ * There are three windows. The engine writes the hot pages round after round. It writes the
+ * write-once pages a single time, when the tool asks for it, so no later write hides a dirty bit
+ * that is lost there. The CPU keeps the churn pages dirty. The content of a page identifies the
+ * engine's write that left it (../module/control.h), so the guest can check that the page is
+ * complete, in the right place, and not stale.
  *
  * The line to the tool is that of the other guests (docs/guests.md).
  */
@@ -33,13 +33,13 @@ enum {
     ERROR = 68,
 
     RUN_SCATTERED = 3,
-    HOT_BURST = 2,  // so slow that a page stands still for longer than it takes to look at it
+    HOT_BURST = 2,  // so slow that a page stays unchanged for longer than its check takes
     ONCE_BURST = 16,
     TICK_US = 4000,
 
     PAGE_WORDS = PAGE_BYTES / 8,
-    TORN_TRIES = 4,  // the engine may be writing a page while it is looked at
-    ERRORS_TOLD = 64,
+    TORN_TRIES = 4,  // the engine may be writing a page while the guest checks it
+    MOST_ERROR_REPORTS = 64,
 };
 
 static const uint64_t DEVICE_MAGIC = 0x464f5250414d44;
@@ -50,44 +50,44 @@ static struct window {
     const char *name;
     uint64_t pages;
     uint64_t (*words)[PAGE_WORDS];
-    uint64_t *written;  // for each page the number of the write that it was found to hold
-} hot = {.name = "hot="}, once = {.name = "write_once="}, churned = {.name = "churn="};
+    uint64_t *written;  // for each page the number of the write that was last found in it
+} hot = {.name = "hot="}, write_once = {.name = "write_once="}, churned = {.name = "churn="};
 
 static volatile uint8_t *bar;
 static uint64_t hot_start;  // the number of the last write before the engine's first hot one
 static uint64_t finished, errors, once_written, churn_rounds, random_state;
-static bool quiet, once_under_way;
+static bool quiet, writing_once;
 
 // Content ----------------------------------------------------------------------------------------
 
-// What undoes splitmix64_mix.
+// The inverse of splitmix64_mix.
 static uint64_t unmix(uint64_t value) {
     value = (value ^ value >> 31 ^ value >> 62) * 0x319642B2D24D8EC3;
     value = (value ^ value >> 27 ^ value >> 54) * 0x96DE1B173F119089;
     return value ^ value >> 30 ^ value >> 60;
 }
 
-// What write `number` puts at `at` (control.h).
+// The word that write `number` puts at `at` (control.h).
 static uint64_t written_word(uint64_t number, const volatile uint64_t *at) {
     return splitmix64_mix(number * SPLITMIX64_STEP ^ (uint64_t)at / 8);
 }
 
-// The number of the write that left a page's first word, if the engine did.
+// The number of the write that left a page's first word, if the engine wrote it.
 static uint64_t writer_of(const volatile uint64_t *words) {
     return (unmix(words[0]) ^ (uint64_t)words / 8) * STEP_INVERSE;
 }
 
-// The first word that write `number` has not left as it does, or PAGE_WORDS.
-static unsigned first_foreign(const volatile uint64_t *words, uint64_t number) {
+// The index of the first word that is not of write `number`, or PAGE_WORDS.
+static unsigned first_mismatch(const volatile uint64_t *words, uint64_t number) {
     unsigned index = 0;
     while (index < PAGE_WORDS && words[index] == written_word(number, &words[index]))
         index++;
     return index;
 }
 
-static void tell_error(const char *kind, uint64_t expected, uint64_t found,
-                       const volatile void *place) {
-    if (errors++ < ERRORS_TOLD)
+static void report_error(const char *kind, uint64_t expected, uint64_t found,
+                         const volatile void *place) {
+    if (errors++ < MOST_ERROR_REPORTS)
         tell("error kind=%s expected=%#lx found=%#lx gpa=%#lx", kind, expected, found,
              (uint64_t)place);
 }
@@ -111,8 +111,8 @@ static void write64(unsigned offset, uint64_t value) {
     write32(offset + 4, (uint32_t)(value >> 32));
 }
 
-// Let the engine write a window, page by page in a scattered order, `burst` pages in a tick, and
-// `limit` pages in all, or for ever.
+// Let the engine write a window, page by page in a scattered order, `burst` pages in a tick. It
+// stops after `limit` pages, or never if `limit` is 0.
 static void run_engine(const struct window *window, uint32_t burst, uint32_t limit) {
     write64(IOVA, (uint64_t)window->words);
     write64(LENGTH, window->pages * PAGE_BYTES);
@@ -130,7 +130,7 @@ static void write_hot(void) {
     run_engine(&hot, HOT_BURST, 0);
 }
 
-// The engine never writes again once this has returned, until it is started.
+// After this has returned, the engine does not write until it is started again.
 static void stop_engine(void) {
     write32(RUN, 0);
     if (read32(ERROR))
@@ -141,29 +141,29 @@ static void find_engine(void) {
     static const uint16_t ids[] = {DEVICE};
     struct pci_device device;
     if (!pci_find(VENDOR, ids, 1, &device))
-        give_up("there is no fake VFIO device");
+        give_up("fake VFIO device not found");
     bar = pci_map_bar(&device, 0);
     pci_enable(&device);
     if (read64(MAGIC) != DEVICE_MAGIC)
-        give_up("the fake VFIO device does not answer");
+        give_up("the fake VFIO device has no valid magic register");
 }
 
 // Checking ---------------------------------------------------------------------------------------
 
-// Look at some hot page: it must never be older than it was. One that does not stand still is
-// passed over; `recheck` looks at all of them while they do.
+// Check a random hot page: it must never become older. A page that changes during the check is
+// skipped; `recheck` checks all pages while the engine is stopped.
 static void check_hot(void) {
     random_state += SPLITMIX64_STEP;
     uint64_t page = splitmix64_mix(random_state) % hot.pages;
     const volatile uint64_t *words = hot.words[page];
     for (unsigned tries = 0; tries < TORN_TRIES; tries++) {
         uint64_t number = writer_of(words);
-        if (first_foreign(words, number) < PAGE_WORDS && words[0])
+        if (first_mismatch(words, number) < PAGE_WORDS && words[0])
             continue;
         if (!words[0])  // not yet written
             return;
         if (number < hot.written[page])
-            tell_error("stale", hot.written[page], number, words);
+            report_error("stale", hot.written[page], number, words);
         finished += number > hot.written[page];
         hot.written[page] = number;
         return;
@@ -172,12 +172,12 @@ static void check_hot(void) {
 
 static void check_exactly(const struct window *window, uint64_t page, uint64_t number) {
     const volatile uint64_t *words = window->words[page];
-    unsigned foreign = first_foreign(words, number);
-    if (foreign < PAGE_WORDS)
-        tell_error("recheck", number, writer_of(words), &words[foreign]);
+    unsigned mismatch = first_mismatch(words, number);
+    if (mismatch < PAGE_WORDS)
+        report_error("recheck", number, writer_of(words), &words[mismatch]);
 }
 
-// Every page, while the engine stands still: each must hold its last write, to the byte.
+// Check every page while the engine is stopped: each must have every byte of its last write.
 static void recheck(void) {
     uint64_t before = errors, pages = 0;
     stop_engine();
@@ -188,37 +188,37 @@ static void recheck(void) {
         hot.written[page] = hot_start + piece + 1;
     }
     for (uint64_t page = 0; page < once_written; page++, pages++)
-        check_exactly(&once, page, once.written[page]);
+        check_exactly(&write_once, page, write_once.written[page]);
     for (uint64_t page = 0; page < churned.pages; page++, pages++)
         if (churned.words[page][0] < churn_rounds)
-            tell_error("churn", churn_rounds, churned.words[page][0], churned.words[page]);
+            report_error("churn", churn_rounds, churned.words[page][0], churned.words[page]);
     tell("recheck pages=%lu errors=%lu", pages, errors - before);
     write_hot();
 }
 
-// The write-once pages ---------------------------------------------------------------------------------
+// The write-once pages ---------------------------------------------------------------------------
 
-static void begin_once(void) {
+static void begin_write_once(void) {
     stop_engine();
-    once_under_way = true;
-    if (once.pages)
-        run_engine(&once, ONCE_BURST, (uint32_t)once.pages);
+    writing_once = true;
+    if (write_once.pages)
+        run_engine(&write_once, ONCE_BURST, (uint32_t)write_once.pages);
 }
 
-static void finish_once(void) {
-    if (!once_under_way || read32(RUN))
+static void finish_write_once(void) {
+    if (!writing_once || read32(RUN))
         return;
-    once_under_way = false;
+    writing_once = false;
     stop_engine();
-    for (; once_written < once.pages; once_written++)
-        once.written[once_written] = writer_of(once.words[once_written]);
-    tell("write-once-done pages=%lu", once.pages);
+    for (; once_written < write_once.pages; once_written++)
+        write_once.written[once_written] = writer_of(write_once.words[once_written]);
+    tell("write-once-done pages=%lu", write_once.pages);
     write_hot();
 }
 
 // The CPU's own pages ----------------------------------------------------------------------------
 
-// With pages that compress well, a compressed migration would be over in no time.
+// Random content, because pages that compress well would make a compressed migration too short.
 static void fill_churn(void) {
     for (uint64_t page = 0; page < churned.pages; page++)
         for (unsigned word = 1; word < PAGE_WORDS; word++)
@@ -238,7 +238,7 @@ void churn(void) {
 void obey(char command) {
     switch (command) {
     case 'o':
-        begin_once();
+        begin_write_once();
         break;
     case 'q':
         quiet = true;
@@ -250,7 +250,7 @@ void obey(char command) {
     }
 }
 
-// The number behind `name` on the command line; 0 if it is not there.
+// The number after `name` on the command line, or 0 if the line has no `name`.
 static uint64_t parameter(const char *line, const char *name) {
     for (bool begins = true; *line; begins = *line++ == ' ') {
         const char *at = line, *wanted = name;
@@ -272,7 +272,7 @@ static void prepare(struct window *window, const char *line) {
     window->written = allocate(window->pages * sizeof *window->written);
 }
 
-static bool due(uint64_t *next, uint64_t every_us) {
+static bool is_due(uint64_t *next, uint64_t every_us) {
     uint64_t now = microseconds();
     if (now < *next)
         return false;
@@ -290,25 +290,26 @@ void guest_main(const void *start_info) {
     find_memory(start_info);
     const char *line = command_line(start_info);
     prepare(&hot, line);
-    prepare(&once, line);
+    prepare(&write_once, line);
     prepare(&churned, line);
     random_state = parameter(line, "seed=");
     if (!hot.pages)
-        give_up("there must be hot pages");
+        give_up("the command line has no hot= with at least one page");
     fill_churn();
     find_engine();
     write_hot();
     for (;;) {
         check_hot();
-        finish_once();
+        finish_write_once();
         listen();
-        if (due(&next_churn, CHURN_EVERY_US))
+        if (is_due(&next_churn, CHURN_EVERY_US))
             churn();
         if (!ready && finished) {
-            tell("ready hot=%lu write_once=%lu churn=%lu", hot.pages, once.pages, churned.pages);
+            tell("ready hot=%lu write_once=%lu churn=%lu", hot.pages, write_once.pages,
+                 churned.pages);
             ready = true;
         }
-        if (ready && due(&next_report, REPORT_EVERY_US)) {
+        if (ready && is_due(&next_report, REPORT_EVERY_US)) {
             if (read32(ERROR))
                 give_up("the device's engine has failed");
             tell("progress requests=%lu write_once=%lu errors=%lu", finished, once_written, errors);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * What older kernels lack, from Linux 6.1 on. Kbuild looks which of it is there; PRE_COPY is known
- * by the macro of its ioctl.
+ * Definitions that older kernels do not have, from Linux 6.1 on. Kbuild checks for each of them,
+ * except for PRE_COPY, which is known by the macro of its ioctl.
  */
 #ifndef DMAPROOF_COMPAT_H
 #define DMAPROOF_COMPAT_H
@@ -15,7 +15,7 @@
 DEFINE_FREE(kvfree, void *, if (!IS_ERR_OR_NULL(_T)) kvfree(_T))
 #endif
 
-#ifndef VFIO_MIG_GET_PRECOPY_INFO /* before Linux 6.2: states that are never entered */
+#ifndef VFIO_MIG_GET_PRECOPY_INFO /* before Linux 6.2: these states are never entered */
 #define VFIO_DEVICE_STATE_PRE_COPY ((enum vfio_device_mig_state)6)
 #define VFIO_DEVICE_STATE_PRE_COPY_P2P ((enum vfio_device_mig_state)7)
 #define VFIO_MIGRATION_PRE_COPY 0

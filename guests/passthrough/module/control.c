@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The device's folder in debugfs, for whoever tests without owning the device: see control.h.
+ * The device's folder in debugfs, for test programs that have not opened the device: see control.h.
  */
 #include <linux/debugfs.h>
 #include <linux/sizes.h>
@@ -110,7 +110,7 @@ static ssize_t journal_read(struct file *file, char __user *buffer, size_t count
 	mutex_lock(&device->lock);
 	used = device->journal_used;
 	mutex_unlock(&device->lock);
-	/* Entries are only added while somebody has the device open. */
+	/* While the device is open, entries are only added. */
 	return simple_read_from_buffer(buffer, count, pos, device->journal,
 				       used * sizeof(*device->journal));
 }
@@ -122,24 +122,25 @@ static const struct file_operations journal = {
 	.llseek = default_llseek,
 };
 
-static ssize_t told_read(struct file *file, char __user *buffer, size_t count, loff_t *pos)
+static ssize_t reported_ranges_read(struct file *file, char __user *buffer, size_t count,
+				    loff_t *pos)
 {
 	struct dmaproof_device *device = file->private_data;
 	struct dmaproof_tracker *tracker = &device->tracker;
 	u32 used;
 
 	mutex_lock(&tracker->lock);
-	used = tracker->told_used;
+	used = tracker->reported_ranges_used;
 	mutex_unlock(&tracker->lock);
 	/* As in the journal, entries are only added. */
-	return simple_read_from_buffer(buffer, count, pos, tracker->told,
-				       used * sizeof(*tracker->told));
+	return simple_read_from_buffer(buffer, count, pos, tracker->reported_ranges,
+				       used * sizeof(*tracker->reported_ranges));
 }
 
-static const struct file_operations told = {
+static const struct file_operations reported_ranges = {
 	.owner = THIS_MODULE,
 	.open = simple_open,
-	.read = told_read,
+	.read = reported_ranges_read,
 	.llseek = default_llseek,
 };
 
@@ -187,7 +188,7 @@ void dmaproof_control_add(struct dmaproof_device *device, const char *name)
 	debugfs_create_file("bar", 0600, device->folder, device, &bar);
 	debugfs_create_file("dma", 0200, device->folder, device, &dma);
 	debugfs_create_file("journal", 0400, device->folder, device, &journal);
-	debugfs_create_file("told", 0400, device->folder, device, &told);
+	debugfs_create_file("reported_ranges", 0400, device->folder, device, &reported_ranges);
 	debugfs_create_file("stats", 0400, device->folder, device, &stats);
 }
 

@@ -4,28 +4,27 @@
  *
  * Theory of operation
  * -------------------
- * A mediated device (mdev) that user space, QEMU's vfio-pci above all, takes for a migratable PCI
- * function: config space, one BAR of registers, no interrupts, migration by VFIO's states, and DMA
- * logging. Created through sysfs:
+ * A mediated device (mdev) that user space, such as QEMU's vfio-pci, uses as a migratable PCI
+ * function. It has config space, one BAR of registers, no interrupts, VFIO's migration states, and
+ * DMA logging. It is created through sysfs:
  *
  *	echo UUID > /sys/class/dmaproof/dmaproof/mdev_supported_types/dmaproof-dma/create
  *
- * An engine (engine.c) writes into the user's memory at IOVAs, through vfio_dma_rw(), each piece
- * with content that no other write has. Every write is put into a journal, which is the ground
- * truth, and then told to the tracker (tracker.c): what hardware would remember. The journal is
- * never used for reports. A report goes from the tracker through the kernel's own iova_bitmap into
- * the user's bitmap, by the one function dmaproof_report() (faults.c), where faults can be injected
- * by module parameter. Without faults, all that it does is to call iova_bitmap_set(), and to note
- * what the iterator was told.
+ * An engine (engine.c) writes into user memory at IOVAs, through vfio_dma_rw(), each piece with
+ * content that no other write has. Every write is recorded twice: in the tracker (tracker.c), which
+ * keeps what hardware would keep, and in a journal, which is the ground truth. Reports never use
+ * the journal. A report goes from the tracker through the kernel's own iova_bitmap into the user's
+ * bitmap. It always passes through dmaproof_report() (faults.c), where module parameters can inject
+ * faults. Without faults, that function only calls iova_bitmap_set() and records the range.
  *
- * The order is: data into RAM, then the tracker, both under the device's lock. Whoever has moved
- * the device to STOP (migration.c) has held that lock, so all that was ever written is reported by
- * the next report.
+ * The engine first writes the data to RAM, then the tracker, both under the device's lock. A change
+ * to STOP (migration.c) takes that lock too, so the next report has every write before the change.
  *
- * The engine runs on a workqueue, and so without a user's mm: the legacy container (type1) lets
- * only the owner of a mapping or a kernel thread write, and the owner is not who asks here.
+ * The engine runs on a workqueue, and so without a user's mm. The legacy container (type1) lets
+ * only the process that made a mapping, or a kernel thread, write to it; the process that requests
+ * a write here is another one.
  *
- * In the P2P states the device goes on writing: it knows that it writes no other device.
+ * In the P2P states the device continues to write, because it never writes to other devices.
  */
 #include <linux/mdev.h>
 #include <linux/module.h>
@@ -77,7 +76,7 @@ static u64 region_bytes(u32 index)
 	return index == VFIO_PCI_BAR0_REGION_INDEX ? DMAPROOF_BAR_BYTES : 0;
 }
 
-/* The part of [pos, pos + count) that is inside its region; 0 where there is none. */
+/* The size of the part of [pos, pos + count) that is inside the region at pos. */
 static size_t clip_to_region(loff_t pos, size_t count, u32 *index, u32 *offset)
 {
 	u64 inside = pos & (BIT_ULL(OFFSET_SHIFT) - 1);
@@ -182,7 +181,7 @@ static int set_irqs(void __user *arg)
 
 	if (copy_from_user(&header, arg, offsetofend(struct vfio_irq_set, count)))
 		return -EFAULT;
-	/* There is none to be set; disabling them all is what user space does on its way out. */
+	/* The device has no interrupts, but user space may disable them all when it exits. */
 	return header.count || header.index >= VFIO_PCI_NUM_IRQS ? -EINVAL : 0;
 }
 
@@ -244,7 +243,7 @@ static int device_open(struct vfio_device *vdev)
 	reset(device);
 	mutex_lock(&device->lock);
 	device->journal_used = 0;
-	device->tracker.told_used = 0;
+	device->tracker.reported_ranges_used = 0;
 	device->opened = true;
 	mutex_unlock(&device->lock);
 	return 0;

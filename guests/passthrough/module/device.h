@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0 */
-/* The parts of the device, and what they share. See device.c for the theory of operation. */
+/* Declarations shared by the parts of the device. See device.c for the theory of operation. */
 #ifndef DMAPROOF_DEVICE_H
 #define DMAPROOF_DEVICE_H
 
@@ -19,11 +19,11 @@ struct dmaproof_mark {
 	struct list_head list;
 	u64 iova, length;
 	s64 stride;
-	u32 count; /* held: 1 */
-	u64 due; /* held: when it is told at last, in nanoseconds */
+	u32 count; /* 1 on the list `held` */
+	u64 report_at_ns; /* on the list `held`: when it may be reported, by ktime_get_ns() */
 };
 
-/* What hardware remembers of its writes; see tracker.c. */
+/* What hardware would record about its writes; see tracker.c. */
 struct dmaproof_tracker {
 	struct mutex lock;
 	bool on;
@@ -34,9 +34,9 @@ struct dmaproof_tracker {
 	u32 range_count;
 	struct xarray pages;
 	struct list_head marks;
-	struct list_head held; /* by the fault "late" */
-	struct dmaproof_told *told;
-	u32 told_used;
+	struct list_head held; /* held back by the fault "late" */
+	struct dmaproof_reported_range *reported_ranges;
+	u32 reported_ranges_used;
 	u64 starts, stops, reports, reported, dropped;
 };
 
@@ -45,8 +45,8 @@ struct dmaproof_device {
 	u8 config[DMAPROOF_CONFIG_BYTES];
 
 	/*
-	 * Held while the device writes, and while its state changes: who has changed the state to
-	 * STOP knows that nothing is under way any more. Taken before the tracker's and a stream's.
+	 * Held while the device writes, and while its state changes, so after a change to STOP no
+	 * write is in progress. Taken before the locks of the tracker and of a stream.
 	 */
 	struct mutex lock;
 	enum vfio_device_mig_state state;
@@ -56,7 +56,7 @@ struct dmaproof_device {
 	struct delayed_work tick;
 	struct dmaproof_entry *journal;
 	u32 journal_used;
-	void *piece; /* a page: what is about to be written */
+	void *piece; /* a page: the bytes of the next write */
 	struct dmaproof_stream *stream;
 
 	struct dmaproof_tracker tracker;
@@ -85,9 +85,9 @@ void dmaproof_tracker_stop(struct dmaproof_tracker *tracker);
 bool dmaproof_tracker_add(struct dmaproof_tracker *tracker, u64 iova, u64 length);
 int dmaproof_tracker_mark(struct dmaproof_tracker *tracker, u64 iova, u64 length, u32 count,
 			  s64 stride);
-void dmaproof_tracker_tell(struct dmaproof_tracker *tracker, struct iova_bitmap *dirty, u64 iova,
+void dmaproof_tracker_pass_on(struct dmaproof_tracker *tracker, struct iova_bitmap *dirty, u64 iova,
 			   u64 length);
-void dmaproof_tracker_forget(struct dmaproof_tracker *tracker, u64 iova, u64 last);
+void dmaproof_tracker_clear(struct dmaproof_tracker *tracker, u64 iova, u64 last);
 
 /* faults.c */
 bool dmaproof_fault_state(enum vfio_device_mig_state state);

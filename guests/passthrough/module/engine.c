@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The DMA engine: writes pieces by itself while the device runs, and single ones when told.
+ * The DMA engine: writes pieces periodically while it runs, and single pieces on request.
  *
- * dma_write() is the only door to the user's memory: what goes through is journalled and tracked.
- * All of it runs on the device's workqueue, one item at a time, under the device's lock.
+ * dma_write() is the only access to user memory; it journals and tracks every write. It runs on the
+ * device's workqueue, one work item at a time, under the device's lock.
  */
 #include <linux/module.h>
 #include <linux/vmalloc.h>
@@ -11,7 +11,7 @@
 #include "device.h"
 
 #define JOURNAL_ENTRIES (1 << 20)
-#define SCATTER 2654435761u /* a prime above every number of slots: k * SCATTER is a permutation */
+#define SCATTER 2654435761u /* a prime above the number of slots: k * SCATTER permutes them */
 
 static u64 mix(u64 value)
 {
@@ -20,7 +20,7 @@ static u64 mix(u64 value)
 	return value ^ value >> 31;
 }
 
-/* Fill `bytes` with what write `sequence` puts at `iova`; see control.h. */
+/* Fill `bytes` with the content of write `sequence` at `iova`; see control.h. */
 static void fill(u8 *bytes, u64 sequence, u64 iova, size_t length)
 {
 	for (size_t i = 0; i < length;) {
@@ -36,7 +36,7 @@ static void fill(u8 *bytes, u64 sequence, u64 iova, size_t length)
 
 static bool may_write(struct dmaproof_device *device)
 {
-	switch ((int)device->state) { /* before Linux 6.2, PRE_COPY is not among the names */
+	switch ((int)device->state) { /* the enum has no PRE_COPY before Linux 6.2 */
 	case VFIO_DEVICE_STATE_RUNNING:
 	case VFIO_DEVICE_STATE_RUNNING_P2P:
 	case VFIO_DEVICE_STATE_PRE_COPY:
@@ -47,7 +47,7 @@ static bool may_write(struct dmaproof_device *device)
 	}
 }
 
-/* Write what control.h says, or what is `given`. */
+/* Write the bytes `given`, or if NULL, the content that control.h defines. */
 static int dma_write(struct dmaproof_device *device, u64 iova, u64 length, u8 *given)
 {
 	struct dmaproof_entry *entry;
@@ -73,7 +73,7 @@ static int dma_write(struct dmaproof_device *device, u64 iova, u64 length, u8 *g
 	}
 	if (!done)
 		return ret;
-	/* Behind the data: a bit that is seen means that the data can be seen. */
+	/* After the data: whoever sees the dirty bit also sees the data. */
 	logged = dmaproof_tracker_add(&device->tracker, iova, done);
 	device->registers.sequence = cpu_to_le64(sequence);
 	entry = &device->journal[device->journal_used++];
@@ -89,7 +89,7 @@ static int dma_write(struct dmaproof_device *device, u64 iova, u64 length, u8 *g
 	return ret;
 }
 
-/* The IOVA of the engine's piece number k; false if the registers make no sense. */
+/* Compute the IOVA of the engine's piece number k; false if the registers are inconsistent. */
 static bool place(const struct dmaproof_registers *registers, u64 k, u64 *iova)
 {
 	u64 length = le64_to_cpu(registers->length);
@@ -146,14 +146,14 @@ static void tick(struct work_struct *work)
 		registers->run = 0;
 		registers->error = cpu_to_le32(-ret);
 	}
-	/* Entering a state in which the device may write kicks it again. */
+	/* A later change to a state in which the device may write kicks the engine again. */
 	if (registers->run && may_write(device))
 		queue_delayed_work(device->workers, &device->tick,
 				   usecs_to_jiffies(le32_to_cpu(registers->period_us)));
 	mutex_unlock(&device->lock);
 }
 
-/* Let the engine go on, if it is to run; the device's lock is held. */
+/* Resume the engine if it is started; the device's lock is held. */
 void dmaproof_engine_kick(struct dmaproof_device *device)
 {
 	if (device->registers.run && may_write(device))
@@ -169,7 +169,7 @@ struct batch {
 	int ret;
 };
 
-/* Whether `count` ranges that begin `stride` bytes apart are all inside 64 bits. */
+/* Whether `count` ranges that begin `stride` bytes apart all fit in 64 bits. */
 static bool in_space(u64 iova, u64 length, u32 count, s64 stride)
 {
 	u64 reach, last;
@@ -188,7 +188,7 @@ static int execute_one(struct dmaproof_device *device, const struct dmaproof_op 
 	u32 count = le32_to_cpu(op->count);
 	s64 stride = le64_to_cpu(op->stride);
 
-	/* A mark may be anything that hardware could say, but iova_bitmap_set() never ends for 0. */
+	/* A mark may be any range, but iova_bitmap_set() may never return for a length of 0. */
 	if (!length || !count || !in_space(iova, length, count, stride))
 		return -EINVAL;
 	switch (le32_to_cpu(op->kind)) {
@@ -211,8 +211,8 @@ static void execute_batch(struct work_struct *work)
 }
 
 /*
- * Execute `ops` and wait for them; the first error ends it. `given` is what a single write is to
- * write, or NULL.
+ * Execute `ops` and wait for them, up to the first error. `given` has the bytes of a single write,
+ * or is NULL.
  */
 int dmaproof_execute(struct dmaproof_device *device, const struct dmaproof_op *ops, size_t count,
 		     void *given)
@@ -226,7 +226,7 @@ int dmaproof_execute(struct dmaproof_device *device, const struct dmaproof_op *o
 	return batch.ret;
 }
 
-/* Write registers; the device's lock is held. Read-only ones keep their value. */
+/* Write registers, except read-only ones; the device's lock is held. */
 void dmaproof_bar_write(struct dmaproof_device *device, u32 offset, const void *data, size_t count)
 {
 	struct dmaproof_registers *registers = &device->registers, old = *registers;
@@ -246,7 +246,7 @@ void dmaproof_bar_write(struct dmaproof_device *device, u32 offset, const void *
 	}
 }
 
-/* Back to idle; the device's lock is held. Numbers of writes are never used twice. */
+/* Reset the registers except `sequence`, as no number is used twice; the device's lock is held. */
 void dmaproof_engine_reset(struct dmaproof_device *device)
 {
 	device->registers = (struct dmaproof_registers){

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Faults that can be injected by module parameter, at any time, for all devices of the module.
+ * Faults, which module parameters inject at any time, for all devices of the module.
  *
- * Each stands for a mistake of real hardware or of a driver, and loses dirty pages for certain. All
- * of them are off at first; then dmaproof_report() is dmaproof_tracker_tell() and nothing else.
+ * Each fault imitates a mistake of real hardware or of a driver, and always loses dirty pages. All
+ * faults are off by default; then dmaproof_report() only calls dmaproof_tracker_pass_on().
  */
 #include <linux/delay.h>
 #include <linux/ktime.h>
@@ -14,27 +14,27 @@
 
 static uint drop;
 module_param(drop, uint, 0644);
-MODULE_PARM_DESC(drop, "of 1000 pages so many are never reported; which ones follows from seed");
+MODULE_PARM_DESC(drop, "number of pages in 1000 that are never reported; seed selects them");
 
 static uint seed;
 module_param(seed, uint, 0644);
-MODULE_PARM_DESC(seed, "for the choice of pages that are dropped");
+MODULE_PARM_DESC(seed, "selects the pages that drop affects");
 
 static int shift;
 module_param(shift, int, 0644);
-MODULE_PARM_DESC(shift, "reports are so many pages beside the place");
+MODULE_PARM_DESC(shift, "offset in pages that is added to each reported range");
 
 static uint late;
 module_param(late, uint, 0644);
-MODULE_PARM_DESC(late, "what is dirty is told so many milliseconds too late");
+MODULE_PARM_DESC(late, "delay in milliseconds before a dirty range is reported");
 
 static uint clear_before_read;
 module_param(clear_before_read, uint, 0644);
-MODULE_PARM_DESC(clear_before_read, "what is dirty is cleared so many microseconds before it is read");
+MODULE_PARM_DESC(clear_before_read, "clear dirty bits this many microseconds before the read");
 
 static uint fail_state;
 module_param(fail_state, uint, 0644);
-MODULE_PARM_DESC(fail_state, "entering this migration state fails, and leaves the device in ERROR");
+MODULE_PARM_DESC(fail_state, "entering this migration state fails and leaves the device in ERROR");
 
 bool dmaproof_fault_state(enum vfio_device_mig_state state)
 {
@@ -59,7 +59,7 @@ static void report_undropped(struct dmaproof_tracker *tracker, struct iova_bitma
 		if (dropped(iova / tracker->page_size))
 			tracker->dropped++;
 		else
-			dmaproof_tracker_tell(tracker, dirty, iova, end - iova + 1);
+			dmaproof_tracker_pass_on(tracker, dirty, iova, end - iova + 1);
 		if (end == last)
 			return;
 		iova = end + 1;
@@ -73,34 +73,37 @@ static void hold(struct dmaproof_tracker *tracker, u64 iova, u64 length)
 	if (!mark)
 		return;
 	*mark = (struct dmaproof_mark){
-		.iova = iova, .length = length, .count = 1, .due = ktime_get_ns() + late * (u64)NSEC_PER_MSEC,
+		.iova = iova,
+		.length = length,
+		.count = 1,
+		.report_at_ns = ktime_get_ns() + late * (u64)NSEC_PER_MSEC,
 	};
 	list_add_tail(&mark->list, &tracker->held);
 }
 
-/* The tracker's lock is held. */
+/* Apply the faults that come before a read; the tracker's lock is held. */
 void dmaproof_fault_before_read(struct dmaproof_tracker *tracker, struct iova_bitmap *dirty,
 				u64 iova, u64 last)
 {
 	struct dmaproof_mark *mark, *next;
 
 	if (clear_before_read) {
-		dmaproof_tracker_forget(tracker, iova, last);
+		dmaproof_tracker_clear(tracker, iova, last);
 		mutex_unlock(&tracker->lock);
 		fsleep(clear_before_read);
 		mutex_lock(&tracker->lock);
 	}
 	list_for_each_entry_safe(mark, next, &tracker->held, list) {
-		if (mark->due > ktime_get_ns() || mark->iova < iova ||
+		if (mark->report_at_ns > ktime_get_ns() || mark->iova < iova ||
 		    mark->iova + mark->length - 1 > last)
 			continue;
-		dmaproof_tracker_tell(tracker, dirty, mark->iova, mark->length);
+		dmaproof_tracker_pass_on(tracker, dirty, mark->iova, mark->length);
 		list_del(&mark->list);
 		kfree(mark);
 	}
 }
 
-/* Tell `dirty` of a range: the only place where the tracker speaks. */
+/* Report a range to `dirty`, with the injected faults; every report of the tracker goes through. */
 void dmaproof_report(struct dmaproof_tracker *tracker, struct iova_bitmap *dirty, u64 iova,
 		     u64 length)
 {
@@ -110,6 +113,6 @@ void dmaproof_report(struct dmaproof_tracker *tracker, struct iova_bitmap *dirty
 	else if (drop)
 		report_undropped(tracker, dirty, iova, length);
 	else
-		dmaproof_tracker_tell(tracker, dirty, iova + shift * (s64)tracker->page_size,
-				      length);
+		dmaproof_tracker_pass_on(tracker, dirty, iova + shift * (s64)tracker->page_size,
+					 length);
 }

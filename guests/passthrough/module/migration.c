@@ -2,10 +2,11 @@
 /*
  * VFIO's migration states, and the device's own state as a stream.
  *
- * The stream is one record, or two: the first is offered in PRE_COPY and may be stale, the last is
- * made in STOP_COPY and counts. A record is a page that starts with struct record. What was loaded
- * is looked at when RESUMING is left, as the interface wants it: too little, too much or a foreign
- * record fails that transition, and the device stays in RESUMING until it is reset.
+ * The stream has one or two records. The first of two is made in PRE_COPY and may be stale; the
+ * last is made in STOP_COPY and is the one that is loaded. A record is a page that starts with
+ * struct record. Loaded data is checked when RESUMING is left, as the interface requires. If there
+ * is too little or too much of it, or a record is invalid, that transition fails and the device
+ * stays in RESUMING until it is reset.
  */
 #include <linux/anon_inodes.h>
 #include <linux/file.h>
@@ -25,7 +26,7 @@ struct record {
 	struct dmaproof_registers registers;
 };
 
-/* A session of saving or resuming. The file may outlive the session, and even the device. */
+/* A session of saving or resuming. Its file may outlive the session, and even the device. */
 struct dmaproof_stream {
 	struct mutex lock;
 	struct file *file;
@@ -204,7 +205,7 @@ static int load(struct dmaproof_device *device)
 	return 0;
 }
 
-/* One arc of the state machine (uapi/linux/vfio.h). A file, NULL for success without, or error. */
+/* Follow one arc of the state machine (uapi/linux/vfio.h); returns a file, NULL or an error. */
 static struct file *step(struct dmaproof_device *device, enum vfio_device_mig_state next)
 {
 	enum vfio_device_mig_state now = device->state;
@@ -271,7 +272,7 @@ static int get_state(struct vfio_device *vdev, enum vfio_device_mig_state *state
 	return 0;
 }
 
-#ifdef VFIO_MIG_GET_PRECOPY_INFO /* came together */
+#ifdef VFIO_MIG_GET_PRECOPY_INFO /* Linux 6.2 added both */
 static int get_data_size(struct vfio_device *vdev, unsigned long *bytes)
 {
 	*bytes = RECORD_BYTES;
@@ -287,7 +288,7 @@ const struct vfio_migration_ops dmaproof_migration_ops = {
 #endif
 };
 
-/* End every session and run; the device's lock is held. */
+/* End the session and return to RUNNING; the device's lock is held. */
 void dmaproof_migration_reset(struct dmaproof_device *device)
 {
 	close_stream(device);

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * What the device remembers of its writes, and VFIO's DMA logging on top of it.
+ * The device's record of its writes, and VFIO's DMA logging on top of it.
  *
- * One bit for each page of the size that logging was started with, inside the ranges that it was
- * started with, in chunks of 32768 pages that are made when something is written there. A report
- * takes the bits of the range that is asked for, in runs, and forgets them, except of pages that
- * are only partly asked for: to forget those would lose the other part.
+ * There is one bit for each page inside the ranges for which logging was started, of the page size
+ * with which it was started. The bits are in chunks of 32768 pages, which are allocated on the
+ * first write. A report passes on the dirty bits of the requested range in runs, and clears them.
+ * It does not clear the bit of a page that is only partly inside the range, which would lose the
+ * other part.
  *
- * Marks are ranges that are reported as they are, whatever is asked for (control.h).
+ * Marks are ranges that are reported unchanged, independent of the requested range (control.h).
  */
 #include <linux/bitmap.h>
 #include <linux/interval_tree.h>
@@ -17,7 +18,7 @@
 #include "device.h"
 
 #define CHUNK_PAGES 32768UL
-#define TOLD_ENTRIES (1 << 20)
+#define REPORTED_RANGES (1 << 20)
 
 struct chunk {
 	DECLARE_BITMAP(dirty, CHUNK_PAGES);
@@ -29,31 +30,31 @@ int dmaproof_tracker_init(struct dmaproof_tracker *tracker)
 	xa_init(&tracker->pages);
 	INIT_LIST_HEAD(&tracker->marks);
 	INIT_LIST_HEAD(&tracker->held);
-	tracker->told = vcalloc(TOLD_ENTRIES, sizeof(*tracker->told));
-	return tracker->told ? 0 : -ENOMEM;
+	tracker->reported_ranges = vcalloc(REPORTED_RANGES, sizeof(*tracker->reported_ranges));
+	return tracker->reported_ranges ? 0 : -ENOMEM;
 }
 
 void dmaproof_tracker_release(struct dmaproof_tracker *tracker)
 {
-	vfree(tracker->told);
+	vfree(tracker->reported_ranges);
 }
 
-/* Tell the kernel's iterator of a range, and remember that it was told; the lock is held. */
-void dmaproof_tracker_tell(struct dmaproof_tracker *tracker, struct iova_bitmap *dirty, u64 iova,
-			   u64 length)
+/* Pass a range to the kernel's iterator, and record it; the lock is held. */
+void dmaproof_tracker_pass_on(struct dmaproof_tracker *tracker, struct iova_bitmap *dirty, u64 iova,
+			      u64 length)
 {
 	iova_bitmap_set(dirty, iova, length);
-	/* What is missing there would be taken for a loss. */
-	if (WARN_ON(tracker->told_used == TOLD_ENTRIES))
+	/* A range that is missing in this record would be counted as lost by the device. */
+	if (WARN_ON(tracker->reported_ranges_used == REPORTED_RANGES))
 		return;
-	tracker->told[tracker->told_used++] = (struct dmaproof_told){
+	tracker->reported_ranges[tracker->reported_ranges_used++] = (struct dmaproof_reported_range){
 		.report = cpu_to_le64(tracker->reports),
 		.iova = cpu_to_le64(iova),
 		.length = cpu_to_le64(length),
 	};
 }
 
-static void forget_marks(struct list_head *marks)
+static void free_marks(struct list_head *marks)
 {
 	struct dmaproof_mark *mark, *next;
 
@@ -62,7 +63,7 @@ static void forget_marks(struct list_head *marks)
 	INIT_LIST_HEAD(marks);
 }
 
-static void forget_everything(struct dmaproof_tracker *tracker)
+static void clear_everything(struct dmaproof_tracker *tracker)
 {
 	struct chunk *chunk;
 	unsigned long index;
@@ -70,8 +71,8 @@ static void forget_everything(struct dmaproof_tracker *tracker)
 	xa_for_each(&tracker->pages, index, chunk)
 		kvfree(chunk);
 	xa_destroy(&tracker->pages);
-	forget_marks(&tracker->marks);
-	forget_marks(&tracker->held);
+	free_marks(&tracker->marks);
+	free_marks(&tracker->held);
 	kfree(tracker->ranges);
 	tracker->ranges = NULL;
 	tracker->range_count = 0;
@@ -82,7 +83,7 @@ void dmaproof_tracker_stop(struct dmaproof_tracker *tracker)
 	mutex_lock(&tracker->lock);
 	tracker->stops += tracker->on;
 	tracker->on = false;
-	forget_everything(tracker);
+	clear_everything(tracker);
 	mutex_unlock(&tracker->lock);
 }
 
@@ -101,13 +102,13 @@ static struct chunk *chunk_of(struct dmaproof_tracker *tracker, u64 page)
 	return chunk;
 }
 
-static void remember_pages(struct dmaproof_tracker *tracker, u64 first, u64 last)
+static void set_dirty(struct dmaproof_tracker *tracker, u64 first, u64 last)
 {
 	while (first <= last) {
 		u64 end = min(last, first | (CHUNK_PAGES - 1));
 		struct chunk *chunk = chunk_of(tracker, first);
 
-		/* A loss that nobody injected would make every proof a lie. */
+		/* A loss that was not injected would make every proof wrong. */
 		if (WARN_ON(!chunk))
 			return;
 		bitmap_set(chunk->dirty, first % CHUNK_PAGES, end - first + 1);
@@ -117,7 +118,7 @@ static void remember_pages(struct dmaproof_tracker *tracker, u64 first, u64 last
 	}
 }
 
-/* Remember a write; true if all of it is inside what is logged. */
+/* Record a write; true if all of it is inside the logged ranges. */
 bool dmaproof_tracker_add(struct dmaproof_tracker *tracker, u64 iova, u64 length)
 {
 	u64 logged = 0;
@@ -129,7 +130,7 @@ bool dmaproof_tracker_add(struct dmaproof_tracker *tracker, u64 iova, u64 length
 
 		if (first > last)
 			continue;
-		remember_pages(tracker, first / tracker->page_size, last / tracker->page_size);
+		set_dirty(tracker, first / tracker->page_size, last / tracker->page_size);
 		logged += last - first + 1;
 	}
 	mutex_unlock(&tracker->lock);
@@ -158,8 +159,8 @@ int dmaproof_tracker_mark(struct dmaproof_tracker *tracker, u64 iova, u64 length
 	return 0;
 }
 
-/* Forget the pages that are wholly inside [iova, last]; the tracker's lock is held. */
-void dmaproof_tracker_forget(struct dmaproof_tracker *tracker, u64 iova, u64 last)
+/* Clear the dirty bits of the pages entirely inside [iova, last]; the tracker's lock is held. */
+void dmaproof_tracker_clear(struct dmaproof_tracker *tracker, u64 iova, u64 last)
 {
 	u64 size = tracker->page_size;
 	u64 first = iova / size + !!(iova % size);
@@ -180,7 +181,7 @@ void dmaproof_tracker_forget(struct dmaproof_tracker *tracker, u64 iova, u64 las
 	}
 }
 
-/* Report pages `first` to `end` - 1, of which only what is inside the question. */
+/* Report the part of pages `first` to `end` - 1 that is inside the requested range. */
 static void report_run(struct dmaproof_tracker *tracker, struct iova_bitmap *dirty, u64 first,
 		       u64 end, u64 iova, u64 last)
 {
@@ -213,7 +214,7 @@ static void read_pages(struct dmaproof_tracker *tracker, struct iova_bitmap *dir
 	xa_for_each_range(&tracker->pages, index, chunk, iova / tracker->page_size / CHUNK_PAGES,
 			  last / tracker->page_size / CHUNK_PAGES)
 		report_chunk(tracker, dirty, chunk->dirty, index * CHUNK_PAGES, iova, last);
-	dmaproof_tracker_forget(tracker, iova, last);
+	dmaproof_tracker_clear(tracker, iova, last);
 }
 
 static void read_marks(struct dmaproof_tracker *tracker, struct iova_bitmap *dirty)
@@ -250,7 +251,7 @@ static int log_start(struct vfio_device *vdev, struct rb_root_cached *root, u32 
 		mutex_unlock(&tracker->lock);
 		return -EBUSY;
 	}
-	/* As hardware does that has a smallest and a largest page. */
+	/* As hardware does, which has a smallest and a largest page size. */
 	*page_size = clamp(*page_size, (u64)SZ_4K, (u64)SZ_1G);
 	tracker->page_size = *page_size;
 	tracker->ranges = no_free_ptr(ranges);

@@ -1,4 +1,4 @@
-"""Has the measurement carried out in L1, and makes tables, times and projections of it."""
+"""Carries out the measurement in L1, and makes the fit and the projection from it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _COMMAND: Final = f"python3 -m qmp_tools.passthrough.kernel_cost.measure /mnt/{_
 
 @dataclass(frozen=True)
 class KernelCost:
-    """The whole of it. `counted` and `timed`: the yardsticks in L1 and here."""
+    """The whole measurement; `counted` has the yardsticks in L1, `timed` those on the host."""
 
     kernel: str
     rows: Sequence[Row]
@@ -35,11 +35,11 @@ class KernelCost:
 
     @property
     def nanoseconds(self) -> dict[str, float]:
-        """Of an instruction, by the yardstick."""
+        """The nanoseconds of an instruction, by yardstick."""
         return nanoseconds(self.timed, self.counted)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as for JSON."""
+        """Return the whole measurement as for JSON."""
         times = self.nanoseconds
         return {
             "kernel": self.kernel,
@@ -51,11 +51,11 @@ class KernelCost:
             "fits": [asdict(fit) for fit in self.fits.values()],
             "projections": [
                 {
-                    **asdict(it),
-                    "instructions": it.instructions,
-                    "milliseconds": it.milliseconds(times),
+                    **asdict(projection),
+                    "instructions": projection.instructions,
+                    "milliseconds": projection.milliseconds(times),
                 }
-                for it in self.projections
+                for projection in self.projections
             ],
         }
 
@@ -63,30 +63,30 @@ class KernelCost:
 async def measure_kernel_cost(machine: L1, qemu: Path, most: int, timeout_s: float) -> KernelCost:
     """Measure guests up to `most` bytes in L1, booted by `qemu`.
 
-    Up to 16 TiB that takes 2 minutes on a quiet machine.
+    Up to 16 TiB the measurement takes 2 minutes on an idle host.
 
     Raises:
-        UntestableError: L1 does not boot, or breaks off.
+        UntestableError: L1 does not boot, or ends early.
     """
 
-    def heard(line: str) -> None:
+    def log_row(line: str) -> None:
         _logger.info("%s", line.replace("\t", "  "))
 
     with run_folder(keep=False) as folder:
         counting = replace(machine, counting=True)
-        job = await run_in_l1(counting, qemu, f"{_COMMAND}{most}", folder, heard, timeout_s)
+        job = await run_in_l1(counting, qemu, f"{_COMMAND}{most}", folder, log_row, timeout_s)
         results: dict[str, Any] = json.loads((job / _RESULTS).read_text())
-    return reckon(results, _timed())
+    return evaluate(results, _timed())
 
 
 def _timed() -> dict[str, float]:
-    """The yardsticks here, each at its shortest: others may want the machine, too."""
-    every = [yardsticks() for _ in range(_TIMES)]
-    return {name: min(it[name] for it in every) for name in every[0]}
+    """Time the yardsticks on the host; return the shortest times, as the host may be busy."""
+    runs = [yardsticks() for _ in range(_TIMES)]
+    return {name: min(run[name] for run in runs) for name in runs[0]}
 
 
-def reckon(results: Mapping[str, Any], timed: Mapping[str, float]) -> KernelCost:
-    """The fit and the projection of what L1 found, with the yardsticks as `timed` here."""
+def evaluate(results: Mapping[str, Any], timed: Mapping[str, float]) -> KernelCost:
+    """Fit the model to the results from L1, and project it with the yardsticks `timed` here."""
     rows = [Row(**{**row, "pinned": Pinned(**row["pinned"])}) for row in results["rows"]]
     found = fits(rows)
     projections = list(project(rows, found))

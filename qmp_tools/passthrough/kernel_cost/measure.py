@@ -1,4 +1,4 @@
-"""What runs in L1: each row of the measurement, in instructions.
+"""The program in L1: measures each row in instructions.
 
 python3 -m qmp_tools.passthrough.kernel_cost.measure RESULTS [--most BYTES]
 """
@@ -33,14 +33,14 @@ from .yardsticks import timed, yardsticks
 
 MIB, GIB, TIB = 1 << 20, 1 << 30, 1 << 40
 WINDOW_PAGES: Final = 512
-"""Of the bitmap, which the kernel pins at a time: as many pointers as fit a page."""
+"""The pages of bitmap that the kernel pins at a time: as many pointers as fit in a page."""
 PAGE_BITS: Final = PAGE_BYTES * 8
 DENSITIES: Final = (1e-6, 1e-4, 1e-2, 1.0)
 
 REPORT_SIZES: Final = (64 * MIB, GIB, 16 * GIB, 64 * GIB, 256 * GIB, TIB, 4 * TIB, 16 * TIB)
 _TYPE1_SIZES: Final = (64 * MIB, GIB, 16 * GIB, 64 * GIB, 256 * GIB, TIB, 4 * TIB)
 _SMALL_ENTRIES: Final = (64 * MIB, 256 * MIB, GIB, 1984 * MIB)
-"""The test device reaches 2 GiB less 16 MiB."""
+"""The last is the most that the test device can reach, 2 GiB less 16 MiB, in steps of _CHUNK."""
 _HUGE_ENTRIES: Final = (64 * MIB, GIB, 8 * GIB)
 _CHUNK: Final = 64 * MIB
 _IOVA: Final = 1 << 32
@@ -53,26 +53,28 @@ _NORESERVE: Final = 0x4000  # MAP_NORESERVE; Python's mmap has no name for it
 
 @dataclass(frozen=True)
 class Pinned:
-    """What of a bitmap the kernel pins, window by window."""
+    """The pages of a bitmap that the kernel pins, window by window."""
 
     windows: int
     pages: int
-    """All windows together."""
+    """The sum over all windows."""
     faults: int
-    """Pages that were not there before; 0 if all of them were."""
-    behind: int
-    """Pages that were there, but stand in a window behind one that was not: the kernel gives up its
-    fast way at the first that is missing (gup_fast_fallback)."""
+    """Pages that were missing and had to be faulted in."""
+    after_missing: int
+    """Present pages that follow a missing one in their window.
+
+    The kernel leaves its fast path at the first missing page (gup_fast_fallback).
+    """
 
 
 @dataclass(frozen=True)
 class Row:
-    """One question about `bytes` of IOVA in 4 KiB pages.
+    """One request for the dirty pages of `bytes` of IOVA in 4 KiB pages.
 
-    `pattern`: none dirty; a share of the pages, one by one and in ascending order; 'contiguous',
-    all in one range; 'downwards', pages one by one in descending order. `sets` ranges were handed
-    to the iterator, and `entries` of a page table looked at. The bitmap was `fresh` from the kernel
-    (as QEMU's is), or all there.
+    `pattern` is 'none'; or the share of dirty pages, reported one by one in ascending order; or
+    'contiguous', all pages in one range; or 'downwards', single pages in descending order. `sets`
+    ranges were passed to the iterator, and `entries` of a page table visited. If `fresh`, no page
+    of the bitmap had been touched before, as with QEMU's bitmap; else all were present.
     """
 
     interface: str
@@ -82,7 +84,7 @@ class Row:
     sets: int
     pinned: Pinned
     filled: int
-    """Words of the bitmap that are filled as a whole."""
+    """Words of the bitmap that are filled entirely, or copied."""
     entries: int
     instructions: int
 
@@ -99,7 +101,7 @@ class Comb:
 
 
 def combs(size: int) -> Iterator[Comb]:
-    """What a guest of `size` bytes has dirty, as ranges for the iterator."""
+    """Yield the patterns of dirty pages in a guest of `size` bytes, as ranges for the iterator."""
     pages = size // PAGE_BYTES
     yield Comb("none", 0, 0, 0, 0)
     for density in DENSITIES:
@@ -114,14 +116,14 @@ def combs(size: int) -> Iterator[Comb]:
 
 
 def pinned(size: int, comb: Comb, *, fresh: bool) -> Pinned:
-    """What iova_bitmap pins of the bitmap of `size` bytes for `comb`.
+    """Return what iova_bitmap pins of the bitmap for `size` bytes of IOVA to set `comb`.
 
-    After iova_bitmap_get() and iova_bitmap_advance_to(): a window begins at the byte of the bit
-    that is asked for, and ends with its last page, or with the bitmap.
+    As in iova_bitmap_get() and iova_bitmap_advance_to(), a window begins at the byte of the bit
+    that is to be set, and ends with its last page or with the bitmap.
     """
     total = div_ceil(size // PAGE_BYTES, PAGE_BITS)
-    windows = pages = faults = behind = number = 0
-    lowest, highest = total, 0  # of the pages that were pinned already
+    windows = pages = faults = after_missing = number = 0
+    lowest, highest = total, 0  # of the pages that were pinned before
     bit, left = comb.offset // PAGE_BYTES, comb.length // PAGE_BYTES
     while number < comb.count:
         first = bit // PAGE_BITS
@@ -130,22 +132,22 @@ def pinned(size: int, comb: Comb, *, fresh: bool) -> Pinned:
         windows += 1
         pages += last - first
         faults += missing
-        behind += last - first - missing if first < lowest else 0
+        after_missing += last - first - missing if first < lowest else 0
         lowest, highest = min(first, lowest), max(last, highest)
         if comb.stride < 0:
             number += 1
-        elif bit + left > last * PAGE_BITS:  # one range over more than a window
+        elif bit + left > last * PAGE_BITS:  # one range that is wider than a window
             left -= last * PAGE_BITS - bit
             bit = last * PAGE_BITS
             continue
         else:
             number += div_ceil(last * PAGE_BITS - bit, max(1, comb.stride // PAGE_BYTES))
         bit = (comb.offset + number * comb.stride) // PAGE_BYTES
-    return Pinned(windows, pages, faults, behind) if fresh else Pinned(windows, pages, 0, 0)
+    return Pinned(windows, pages, faults, after_missing) if fresh else Pinned(windows, pages, 0, 0)
 
 
 def _memory(length: int, *, fresh: bool) -> NDArray[np.uint64]:
-    """A bitmap of `length` bytes, in whole pages; none of them there, or all."""
+    """Return a bitmap of `length` bytes in whole pages: missing if `fresh`, else present."""
     size = div_ceil(length, PAGE_BYTES) * PAGE_BYTES
     mapping = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     mapping.madvise(mmap.MADV_NOHUGEPAGE)
@@ -156,17 +158,17 @@ def _memory(length: int, *, fresh: bool) -> NDArray[np.uint64]:
 
 
 class _Clock:
-    """Counts the instructions of a question, less those of asking."""
+    """Counts the instructions of a request, less those of a request that does nothing."""
 
     def __init__(self, device: VfioDevice) -> None:
-        def nothing() -> None:
+        def null_request() -> None:
             feature(device.fd, Feature.DMA_LOGGING_START, abi.FEATURE_SET | abi.FEATURE_PROBE)
 
-        nothing()
-        self.null = min(timed(nothing) for _ in range(20))
+        null_request()
+        self.null = min(timed(null_request) for _ in range(20))
 
     def least(self, prepare: Callable[[], Callable[[], object]]) -> int:
-        """The fewest instructions of some calls, each of which was prepared."""
+        """Return the fewest instructions of some calls, each returned by `prepare`."""
         return max(0, min(timed(prepare()) for _ in range(_REPEATS)) - self.null)
 
 
@@ -200,13 +202,13 @@ def _report_row(
     comb: Comb,
     present: Bits | None,
 ) -> Row:
-    asked: list[Bits] = []
+    bitmaps: list[Bits] = []
 
     def prepare() -> Callable[[], object]:
-        asked.clear()
+        bitmaps.clear()
         bits = _memory(size // PAGE_BYTES // 8, fresh=True) if present is None else present
         bits = bits[: size // PAGE_BYTES // 64]
-        asked.append(bits)
+        bitmaps.append(bits)
         if comb.count:
             fake.mark_comb(_IOVA + comb.offset, comb.length, comb.count, comb.stride)
         return lambda: device.report(_IOVA, size, PAGE_BYTES, bits)
@@ -214,10 +216,12 @@ def _report_row(
     if present is not None:
         present[:] = 0
     instructions = clock.least(prepare)
-    told = _dirty(asked[0])
+    reported = _dirty(bitmaps[0])
     expected = comb.count * comb.length // PAGE_BYTES
-    if told != expected:
-        raise RuntimeError(f"{size} bytes, {comb.pattern}: {told} pages told, not {expected}")
+    if reported != expected:
+        raise RuntimeError(
+            f"REPORT, {size} bytes, {comb.pattern}: expected {expected} pages, got {reported}"
+        )
     return Row(
         interface="report",
         bytes=size,
@@ -225,7 +229,7 @@ def _report_row(
         fresh=present is None,
         sets=comb.count,
         pinned=pinned(size, comb, fresh=present is None),
-        filled=len(asked[0]) if comb.pattern == "contiguous" else 0,
+        filled=len(bitmaps[0]) if comb.pattern == "contiguous" else 0,
         entries=0,
         instructions=instructions,
     )
@@ -240,7 +244,7 @@ def _hwpt_rows(clock: _Clock, sizes: Sequence[int], *, huge: bool) -> Iterator[R
         mock.iommufd.set_dirty_tracking(mock.hwpt, True)
         mapped = _CHUNK
         for size in sizes:
-            while mapped < size:  # the same memory again
+            while mapped < size:  # the same memory at further IOVAs
                 mock.iommufd.map(mock.ioas, APERTURE + mapped, address_of(mock.memory), _CHUNK)
                 mapped += _CHUNK
             for density in (0.0, *DENSITIES):
@@ -266,7 +270,10 @@ def _hwpt_row(mock: MockIommu, clock: _Clock, size: int, entry: int, density: fl
     instructions = clock.least(prepare)
     expected = len(np.unique(chosen)) * (entry // PAGE_BYTES)
     if _dirty(found) != expected:
-        raise RuntimeError(f"{size} bytes, {density:g}: {_dirty(found)} told, not {expected}")
+        raise RuntimeError(
+            f"GET_DIRTY_BITMAP, {size} bytes, {density:g}: expected {expected} pages, "
+            f"got {_dirty(found)}"
+        )
     bitmap_pages = div_ceil(found.nbytes, PAGE_BYTES) if count else 0
     return Row(
         interface="hwpt" if entry == PAGE_BYTES else "hwpt, huge entries",
@@ -303,20 +310,22 @@ def _type1_row(
     fake: FakeDevice, container: Container, clock: _Clock, size: int, written: int, fresh: bool
 ) -> Row:
     pages = np.linspace(0, size // PAGE_BYTES - 1, written).astype(np.uint64)
-    kept = None if fresh else _memory(size // PAGE_BYTES // 8, fresh=False)
-    asked: list[Bits] = []
+    present = None if fresh else _memory(size // PAGE_BYTES // 8, fresh=False)
+    bitmaps: list[Bits] = []
 
     def prepare() -> Callable[[], object]:
-        asked.clear()
-        bits = _memory(size // PAGE_BYTES // 8, fresh=True) if kept is None else kept
-        asked.append(bits)
+        bitmaps.clear()
+        bits = _memory(size // PAGE_BYTES // 8, fresh=True) if present is None else present
+        bitmaps.append(bits)
         if written:
             fake.write(np.uint64(_IOVA) + pages * np.uint64(PAGE_BYTES), np.ones_like(pages))
         return lambda: container.get_dirty_bitmap(_IOVA, size, PAGE_BYTES, bits)
 
     instructions = clock.least(prepare)
-    if _dirty(asked[0]) != written:
-        raise RuntimeError(f"type1, {size} bytes: {_dirty(asked[0])} pages told, not {written}")
+    if _dirty(bitmaps[0]) != written:
+        raise RuntimeError(
+            f"type1, {size} bytes: expected {written} pages, got {_dirty(bitmaps[0])}"
+        )
     pattern = f"{written} pages" if written else "none"
     words = size // PAGE_BYTES // 64
     faults = words * 8 // PAGE_BYTES if fresh else 0
@@ -324,7 +333,7 @@ def _type1_row(
 
 
 def rows(most: int) -> Iterator[Row]:
-    """The whole measurement up to guests of `most` bytes, row by row."""
+    """Measure guests up to `most` bytes, row by row."""
     reports, small, huge, type1 = (
         [size for size in sizes if size <= most]
         for sizes in (REPORT_SIZES, _SMALL_ENTRIES, _HUGE_ENTRIES, _TYPE1_SIZES)
@@ -343,7 +352,7 @@ def rows(most: int) -> Iterator[Row]:
 
 
 def main() -> int:
-    """Measure, and leave the rows and the yardsticks as JSON."""
+    """Measure, and write the rows and the yardsticks as JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("results", type=Path)
     parser.add_argument("--most", type=int, default=REPORT_SIZES[-1])

@@ -1,9 +1,9 @@
-"""The model that is fitted to the measurement, and what it makes of guests that do not fit here.
+"""The model that is fitted to the measurement, and its projection to larger guests.
 
-What the kernel does for a question is counted by `measure`: windows and pages pinned, ranges set,
-words filled, entries of a page table looked at. Each costs instructions, the same whenever it is
-done; least squares over the relative errors of all rows find how many. So the projection adds what
-was measured, and its error is that of the fit, which is told.
+`measure` counts the kernel's operations for a request: windows and pages pinned, ranges set, words
+filled, entries of a page table visited. The model assumes that each operation always costs the same
+number of instructions, and finds that number by least squares over the relative errors of all rows.
+The projection adds these costs, so its error is that of the fit, which is reported.
 """
 
 from __future__ import annotations
@@ -19,52 +19,51 @@ from dmaproof.units import PAGE_BYTES
 from .measure import DENSITIES, TIB, Comb, Pinned, Row, combs, pinned
 
 Costs = Mapping[str, float]
-"""Instructions by what they are for."""
+"""Instructions by operation."""
 
 GUESTS: Final = (TIB, 4 * TIB, 16 * TIB)
 ENTRY_BYTES: Final = (PAGE_BYTES, 2 << 20)
-"""What an IOMMU's page table maps guests with: small pages, or huge ones."""
-
+"""The sizes of an IOMMU's page table entries: small pages and huge ones."""
 
 YARDSTICKS: Final[Mapping[str, Sequence[str]]] = {
-    "question": ("system call",),
+    "request": ("system call",),
     "window pinned": ("bitmap page found",),
     "bitmap page pinned": ("bitmap page found",),
-    "bitmap page found behind one": ("bitmap page found",),
+    "bitmap page pinned after a missing one": ("bitmap page found",),
     "bitmap page faulted in": ("bitmap page faulted in",),
     "range set": ("bit set nearby", "bit set far away"),
-    "entry looked at": ("bit set nearby", "bit set far away"),
+    "entry visited": ("bit set nearby", "bit set far away"),
     "dirty entry": ("bit set nearby", "bit set far away"),
     "word filled": ("word filled",),
     "word copied": ("word filled",),
 }
-"""Of which kind the instructions of each cost are; where they may be of either, of which two."""
+"""The yardstick of each operation; two, if its speed may lie anywhere between them."""
 
 
 def _work(row: Row) -> dict[str, float]:
-    """What the kernel does for `row`, by the names of what it costs."""
+    """Return the number of each operation that the kernel does for `row`."""
     if row.interface == "report":
         return {
-            "question": 1,
+            "request": 1,
             "window pinned": row.pinned.windows,
             "bitmap page pinned": row.pinned.pages,
             "bitmap page faulted in": row.pinned.faults,
-            "bitmap page found behind one": row.pinned.behind,
+            "bitmap page pinned after a missing one": row.pinned.after_missing,
             "range set": row.sets,
             "word filled": row.filled,
         }
     if row.interface == "type1":
         return {
-            "question": 1,
+            "request": 1,
             "bitmap page faulted in": row.pinned.faults,
             "word copied": row.filled,
         }
-    return {"question": 1, "entry looked at": row.entries, "dirty entry": row.sets}
+    return {"request": 1, "entry visited": row.entries, "dirty entry": row.sets}
 
 
 @dataclass(frozen=True)
 class Fit:
-    """`costs` of an interface, and the largest error of a row as a share of it."""
+    """The `costs` of an interface, and the largest relative error of a row."""
 
     interface: str
     costs: Costs
@@ -72,12 +71,12 @@ class Fit:
     worst: float
 
     def parts(self, row: Row) -> Costs:
-        """The instructions of `row` by what they are for."""
+        """Return the instructions of `row` by operation."""
         return {name: self.costs[name] * times for name, times in _work(row).items()}
 
 
 def fit(rows: Sequence[Row]) -> Fit:
-    """The costs that explain `rows` of one interface best, none of them negative."""
+    """Return the costs that fit `rows` of one interface best, none of them negative."""
     names = list(_work(rows[0]))
     measured = np.array([row.instructions for row in rows], dtype=float)
     work = np.array([list(_work(row).values()) for row in rows], dtype=float)
@@ -95,7 +94,7 @@ def fit(rows: Sequence[Row]) -> Fit:
 
 
 def fits(rows: Iterable[Row]) -> dict[str, Fit]:
-    """A fit for each interface."""
+    """Return a fit for each interface."""
     by_interface: dict[str, list[Row]] = {}
     for row in rows:
         by_interface.setdefault(row.interface, []).append(row)
@@ -104,10 +103,10 @@ def fits(rows: Iterable[Row]) -> dict[str, Fit]:
 
 @dataclass(frozen=True)
 class Projection:
-    """What a question about a whole guest costs; its bitmap comes fresh from the kernel.
+    """The cost of a request for a whole guest, with a fresh bitmap.
 
-    `parts`: the instructions by what they are for. `measured`: the instructions of the row that
-    asks the same, where there is one.
+    `parts` has the instructions by operation. `measured` has the instructions of the row for the
+    same request, or None if there is no such row.
     """
 
     interface: str
@@ -118,11 +117,11 @@ class Projection:
 
     @property
     def instructions(self) -> float:
-        """Measured, or else the model's."""
+        """The measured instructions if there are any, else the model's."""
         return sum(self.parts.values()) if self.measured is None else self.measured
 
     def milliseconds(self, nanoseconds: Mapping[str, float]) -> tuple[float, float]:
-        """From the quickest to the slowest, by the `nanoseconds` of an instruction."""
+        """Return the shortest and the longest time, by the `nanoseconds` of an instruction."""
         scale = self.instructions / sum(self.parts.values()) / 1e6
 
         def total(choose: Callable[[Iterable[float]], float]) -> float:
@@ -135,7 +134,7 @@ class Projection:
 
 
 def project(rows: Sequence[Row], found: Mapping[str, Fit]) -> Iterator[Projection]:
-    """Guests of 1, 4 and 16 TiB, by each interface and for each pattern of dirty pages."""
+    """Project guests of 1, 4 and 16 TiB, for each interface and pattern of dirty pages."""
     for guest in GUESTS:
         for comb in combs(guest):
             words = guest // PAGE_BYTES // 64 if comb.pattern == "contiguous" else 0
@@ -155,11 +154,11 @@ def project(rows: Sequence[Row], found: Mapping[str, Fit]) -> Iterator[Projectio
 
 
 def _project(rows: Sequence[Row], model: Fit, like: Row) -> Projection:
-    asked = (like.interface, like.bytes, like.pattern, like.fresh)
+    wanted = (like.interface, like.bytes, like.pattern, like.fresh)
     measured = [
         row.instructions
         for row in rows
-        if (row.interface, row.bytes, row.pattern, row.fresh) == asked
+        if (row.interface, row.bytes, row.pattern, row.fresh) == wanted
     ]
     return Projection(
         like.interface,
@@ -173,9 +172,10 @@ def _project(rows: Sequence[Row], model: Fit, like: Row) -> Projection:
 def _page_table(
     found: Mapping[str, Fit], guest: int, entry_bytes: int, density: float
 ) -> Projection:
-    """The walk by the fit of GET_DIRTY_BITMAP; the bitmap, which is larger than there, by REPORT's.
+    """Project GET_DIRTY_BITMAP: the page table walk by its own fit, the bitmap by REPORT's fit.
 
-    Entries are of 4 KiB or 1 MiB in the measurement: one of 2 MiB costs as much as the latter.
+    The bitmap is larger than any in the measurement of GET_DIRTY_BITMAP. The measured entries are
+    of 4 KiB and 1 MiB; the projection assumes that an entry of 2 MiB costs as much as one of 1 MiB.
     """
     walk = found["hwpt" if entry_bytes == PAGE_BYTES else "hwpt, huge entries"]
     entries = guest // entry_bytes
@@ -193,6 +193,6 @@ def _page_table(
     )
 
 
-def nanoseconds(here: Mapping[str, float], counted: Mapping[str, float]) -> dict[str, float]:
-    """Of an instruction, by the yardstick: timed `here`, `counted` in L1."""
-    return {name: here[name] / counted[name] for name in here}
+def nanoseconds(timed: Mapping[str, float], counted: Mapping[str, float]) -> dict[str, float]:
+    """Return the nanoseconds of an instruction, by yardstick: `timed` here, `counted` in L1."""
+    return {name: timed[name] / counted[name] for name in timed}

@@ -1,7 +1,7 @@
-"""Small programs that run in L1 and on the machine itself, to make times of instructions.
+"""Small programs that run in L1 and on the host, to convert instructions to time.
 
-Each is of a kind with a part of what is measured: entering the kernel, a page of the bitmap that is
-not there yet, one that is and has to be found in the page table, and a loop over bits.
+Each one resembles a part of what is measured: entering the kernel, faulting in a page of the
+bitmap, finding a present page in the page table, and a loop over bits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; Python's mmap has no name for it
 
 
 def yardsticks() -> dict[str, float]:
-    """Nanoseconds for each unit of work; in L1, where that is its clock, instructions.
+    """Return the nanoseconds of each unit of work; in L1 these are instructions.
 
     Raises:
         OSError: this kernel is older than Linux 5.14.
@@ -44,12 +44,12 @@ def yardsticks() -> dict[str, float]:
 
 
 def _least(call: Callable[[], object]) -> int:
-    """The shortest of some runs: what disturbs a run only adds to it."""
+    """Return the shortest of some runs, as disturbances can only lengthen a run."""
     return min(timed(call) for _ in range(_REPEATS))
 
 
 def timed(call: Callable[[], object]) -> int:
-    """Nanoseconds of one call."""
+    """Return the nanoseconds of one call."""
     start = time.perf_counter_ns()
     call()
     return time.perf_counter_ns() - start
@@ -61,7 +61,7 @@ def _system_calls() -> None:
 
 
 def _populate() -> tuple[int, int]:
-    """Making memory be there, and again when it is."""
+    """Return the times of populating missing pages, and of populating them again."""
     fresh: list[int] = []
     present: list[int] = []
     for _ in range(_REPEATS):
@@ -73,12 +73,13 @@ def _populate() -> tuple[int, int]:
 
 
 def _bits(space: int) -> int:
-    """The core's loop over ranges, which is the same machine code on both sides.
+    """Time the core's loop over ranges, which is the same machine code in L1 and on the host.
 
-    Over `space` bytes of IOVA: the bitmap is in the cache, or each bit in a line of its own.
+    The ranges are spread over `space` bytes of IOVA, so the bitmap fits in the CPU's cache, or each
+    bit lies in a cache line of its own.
     """
     bits = np.zeros(_BYTES, dtype=np.uint8)
-    bits[:] = 0  # there
+    bits[:] = 0  # fault the pages in
     iovas = np.arange(_RANGES, dtype=np.uint64) * np.uint64(space // _RANGES)
     return _least(lambda: _core.set_ranges(bits, 0, _SPACE - 1, 12, iovas, 1, False))
 

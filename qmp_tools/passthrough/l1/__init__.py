@@ -1,9 +1,9 @@
-"""L1: a virtual machine of our own in which the real kernel's and QEMU's VFIO code run.
+"""L1: a virtual machine in which the real kernel's and QEMU's VFIO code run.
 
-A device can only be passed through by a machine that has it. L1 is such a machine, without
-hardware: a kernel with every dirty-tracking interface (`kernel`), the module of
-``guests/passthrough`` that is the device, and a root file system with Python, numpy and a recent
-QEMU (`root`), all made from the distribution's archive and kept in the user's cache. `machine`
-boots it under TCG, runs one command in it and brings the files out. A guest that QEMU runs inside
-it is called L2.
+Only a machine that has a device can pass it through. L1 is such a machine, without hardware. It has
+a kernel with every dirty-tracking interface (`kernel`), the kernel module in ``guests/passthrough``
+that implements the fake device, and a root file system with Python, numpy and a recent QEMU
+(`root`). All of these are made from the distribution's archive and cached. `machine` boots L1 under
+TCG, runs one command in it, and returns the files that the command wrote. A guest that QEMU runs
+inside L1 is called L2.
 """

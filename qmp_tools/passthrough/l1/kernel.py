@@ -1,8 +1,9 @@
 """L1's kernel and the fake device's module, built from the distribution's kernel source.
 
-The stock kernels have no iommufd and stub the iova_bitmap out, so what is to be tested is not in
-them. This one is allnoconfig plus ``guests/passthrough/kernel.config``; it takes some minutes,
-once for each version. Of its build tree only what a module is built against is kept.
+Debian's recent stock kernels have no iommufd and only a stub of the iova_bitmap, so they lack what
+is to be tested. This kernel is allnoconfig plus ``guests/passthrough/kernel.config``. Building it
+takes some minutes, once for each version. Only the part of the build tree that modules are built
+against is kept.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _logger = logging.getLogger(__name__)
 
 MODULE: Final = "dmaproof_vfio"
 KERNELS: Final = {"7.3": SUITE}
-"""The suite of each version's source; the first is the default."""
+"""The suite that has the source of each version; the first version is the default."""
 _CONFIG: Final = "kernel.config"
 _TIMEOUT_S: Final = 3600.0
 _KERNEL_MODULES: Final = ("drivers/vfio/mdev/mdev.ko",)
@@ -42,7 +43,7 @@ while read -r line; do
     esac
 done <{_CONFIG}
 """
-"""Prints what is not as it should be, though this version knows it."""
+"""Prints each line of the configuration that this version knows and did not accept."""
 _BUILD: Final = 'cd /mnt && make -s -j"$JOBS" vmlinux modules'
 _PRUNE: Final = """\
 cd /mnt
@@ -57,11 +58,13 @@ _BUILD_MODULE: Final = 'make -s -C /mnt/kernel M=/mnt/module -j"$JOBS" modules'
 
 
 def l1_kernel(root: Path, version: str) -> Path:
-    """A folder with ``vmlinux``, the kernel's own modules in ``modules/``, and what is needed to
-    build others in ``build/``.
+    """Build the kernel, or take it from the cache; return its folder.
+
+    The folder has ``vmlinux``, the kernel's own modules in ``modules/``, and in ``build/`` what
+    other modules are built against.
 
     Raises:
-        UntestableError: it cannot be built here.
+        UntestableError: the kernel cannot be built here.
     """
     config = sources() / "passthrough" / _CONFIG
     lines = [line for line in config.read_text().splitlines() if line.startswith("CONFIG_")]
@@ -79,7 +82,7 @@ def _build_kernel(root: Path, version: str, config: Path, fresh: Path) -> None:
     tree.mkdir()
     shutil.copy(config, tree / _CONFIG)
     package = f"linux-source-{version}"
-    _logger.info("fetching %s from %s, once", package, KERNELS[version])
+    _logger.info("fetching %s from %s (first use only)", package, KERNELS[version])
     unpacked = fresh / "unpacked"
     unpack(Archive(KERNELS[version], fresh / "archive").fetch(package), unpacked)
     (unpacked / f"usr/src/{package}.tar.xz").rename(tree / "source.tar.xz")
@@ -88,8 +91,8 @@ def _build_kernel(root: Path, version: str, config: Path, fresh: Path) -> None:
     _logger.info("unpacking %s", package)
     unmet = run_inside(root, tree, _CONFIGURE, "configuring L1's kernel", _TIMEOUT_S)
     if unmet:
-        raise UntestableError(f"{package} does not take all of {config}:\n{unmet}")
-    _logger.info("building L1's kernel %s, once: about 5 minutes on two cores", version)
+        raise UntestableError(f"{package} rejects these lines of {config}:\n{unmet}")
+    _logger.info("building L1's kernel %s (first use only; about 5 minutes on two cores)", version)
     run_inside(root, tree, _BUILD, "building L1's kernel", _TIMEOUT_S, JOBS=_jobs())
     modules = fresh / "modules"
     modules.mkdir()
@@ -105,10 +108,10 @@ def _jobs() -> str:
 
 
 def l1_module(root: Path, kernel: Path) -> Path:
-    """The fake device's module, built against `kernel`.
+    """Build the fake device's module against `kernel`, or take it from the cache; return its file.
 
     Raises:
-        UntestableError: it does not build; the compiler's words are in the message.
+        UntestableError: the build failed; the message has the compiler's output.
     """
     folder = sources() / "passthrough" / "module"
     files = sorted(file for file in folder.iterdir() if file.suffix in (".c", ".h", ""))

@@ -1,8 +1,8 @@
-"""Runs one command in L1, and never hangs: L1 is a QEMU like any other of a run.
+"""Boots L1 and runs one command in it, with a timeout; L1 is an ordinary QEMU process of the run.
 
-A folder of the run's is shared with L1 at /mnt: the command goes in there, and what it writes there
-is outside when it is done. Lines that the command prints come out while it runs. Several machines
-may run the same command side by side, with one /mnt, and share the work out among themselves.
+A folder of the run is shared with L1 at /mnt. It holds the command, and the files that the command
+writes. The lines that the command prints are passed on while it runs. Several machines may run the
+same command side by side, with one /mnt, and divide the work among themselves.
 """
 
 from __future__ import annotations
@@ -40,34 +40,34 @@ _COMMAND_LINE: Final = (
     "ro init=/init"
 )
 TESTED_QEMU: Final = "DMAPROOF_TESTED_QEMU"
-"""The variable by which L1's command finds a QEMU that is not the root file system's."""
+"""The environment variable that names a QEMU other than that of L1's root file system."""
 _JOB: Final = "job"
 _PYTHON: Final = "python"
-_TOLD_LINES: Final = 15
-"""Of what a command has printed, in the error that tells of its failure."""
+_LAST_LINES: Final = 15
+"""The number of a command's last lines that the error for its failure quotes."""
 
 
 @dataclass(frozen=True)
 class L1:
-    """What L1 is made of."""
+    """The files and the options of an L1."""
 
     root: Path
     kernel: Path
     module: Path
     qemu: Path | None = None
-    """The folder of a fetched QEMU, which is there in L1 and named by `TESTED_QEMU`."""
+    """The folder of a fetched QEMU, which L1 mounts and `TESTED_QEMU` names."""
     memory_mib: int = 2048
     counting: bool = False
-    """Its clock counts instructions, one a nanosecond, on one CPU: the same everywhere."""
+    """Whether L1's clock counts instructions, one as a nanosecond, on one CPU."""
 
 
 def l1(version: str = next(iter(KERNELS))) -> L1:
-    """L1 with the kernel `version`, built the first time: some 6 minutes on two cores.
+    """Return an L1 with the kernel `version`; the first build takes about 6 minutes on two cores.
 
-    Where that kernel cannot be built, L1 has Debian's stock one, as with `version` "stock".
+    If that kernel cannot be built, L1 has Debian's stock kernel, as with `version` "stock".
 
     Raises:
-        UntestableError: there is no L1 here at all; the message says what is missing.
+        UntestableError: L1 cannot be built; the message says what is missing.
     """
     root = l1_root()
     try:
@@ -76,7 +76,7 @@ def l1(version: str = next(iter(KERNELS))) -> L1:
         if version == STOCK:
             raise
         _logger.warning(
-            "%s\nso it has to be Debian's stock kernel, with which less can be proved", error
+            "%s\nusing Debian's stock kernel instead, which supports fewer of the proofs", error
         )
         kernel = stock_kernel()
     return L1(root, kernel, l1_module(root, kernel))
@@ -87,7 +87,7 @@ async def run_in_l1(
     binary: Path,
     command: str,
     folder: Path,
-    heard: Callable[[str], None],
+    on_line: Callable[[str], None],
     timeout_s: float,
     *,
     files: Sequence[Path] = (),
@@ -95,27 +95,33 @@ async def run_in_l1(
 ) -> Path:
     """Boot L1 with the QEMU `binary`, run the shell `command` in it, and wait for its end.
 
-    The command finds our Python packages in PYTHONPATH, the kernel modules that L1 needs in
-    /mnt/modules, `files` in /mnt, and in MACHINE which of so many `machines` side by side it runs
-    in, from 1 on. `heard` is given each line that it prints. Returns the folder that was /mnt.
-    `timeout_s` bounds the wait for each of these lines.
+    The command finds dmaproof's Python packages in PYTHONPATH, the kernel modules that L1 needs in
+    /mnt/modules, and `files` in /mnt. `machines` of them run side by side; MACHINE is the number of
+    each one, from 1 on. If one fails, the others are ended.
+
+    Args:
+        on_line: called with each line that a command prints.
+        timeout_s: bounds the wait for each of these lines.
+
+    Returns:
+        The folder that was /mnt.
 
     Raises:
-        WaitTimeoutError: a machine has gone silent. The others have been ended.
-        UntestableError: a machine does not boot, or ends too early, or its command fails; the same.
+        WaitTimeoutError: a machine printed no line within the timeout.
+        UntestableError: a machine does not boot or ends early, or its command fails.
     """
     job = folder / _JOB
     _fill(job, machine, command, files, timeout_s)
-    running = [
-        asyncio.ensure_future(run_machine(number, machine, binary, folder, heard, timeout_s))
+    tasks = [
+        asyncio.ensure_future(run_machine(number, machine, binary, folder, on_line, timeout_s))
         for number in range(1, machines + 1)
     ]
     try:
-        await asyncio.gather(*running)
+        await asyncio.gather(*tasks)
     finally:
-        for one in running:
-            one.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
     return job
 
 
@@ -124,16 +130,16 @@ async def run_machine(
     machine: L1,
     binary: Path,
     folder: Path,
-    heard: Callable[[str], None],
+    on_line: Callable[[str], None],
     timeout_s: float,
 ) -> None:
-    """Run machine `number` of `run_in_l1`, whose /mnt is filled, to the end of its command.
+    """Run machine `number` of `run_in_l1`, which has filled /mnt, until its command ends.
 
     Raises:
         WaitTimeoutError, UntestableError: see `run_in_l1`.
     """
     job = folder / _JOB
-    said: deque[str] = deque(maxlen=_TOLD_LINES)
+    last_lines: deque[str] = deque(maxlen=_LAST_LINES)
     loop = asyncio.get_running_loop()
     arguments = _arguments(number, machine, job)
     async with running_qemu(
@@ -143,12 +149,16 @@ async def run_machine(
             async with asyncio.timeout(timeout_s) as silence:
                 async for line in _lines(running):
                     silence.reschedule(loop.time() + timeout_s)
-                    said.append(f"    {line}")
-                    heard(line)
+                    last_lines.append(f"    {line}")
+                    on_line(line)
                 await running.process.died
         except TimeoutError:
-            told = [f"L1 has said nothing for {timeout_s:g} s", *said, log_tail(running.console)]
-            raise WaitTimeoutError("\n".join(told).rstrip()) from None
+            message = [
+                f"L1 has printed no line for {timeout_s:g} s; its last lines:",
+                *last_lines,
+                log_tail(running.console),
+            ]
+            raise WaitTimeoutError("\n".join(message).rstrip()) from None
     try:
         code = int((job / f"exit-code-{number}").read_text())
     except (OSError, ValueError):
@@ -157,7 +167,8 @@ async def run_machine(
             f"{running.process.log_tail()}\n{log_tail(running.console)}".rstrip()
         ) from None
     if code:
-        raise UntestableError("\n".join((f"L1's command ended with exit code {code}:", *said)))
+        message = [f"L1's command ended with exit code {code}; its last lines:", *last_lines]
+        raise UntestableError("\n".join(message))
 
 
 async def _lines(running: OwnedQemu) -> AsyncIterator[str]:
@@ -170,7 +181,7 @@ def _arguments(number: int, machine: L1, job: Path) -> list[str]:
     initramfs = machine.kernel / "initramfs"
     line = f"{_COMMAND_LINE} MACHINE={number}"
     if machine.counting:
-        # Without what fills memory byte by byte: each byte would count as an instruction.
+        # Without erms and fsrm: REP MOVSB and STOSB would count one instruction for each byte.
         cpu = ["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"]
         cpu += ["-cpu", "max,erms=off,fsrm=off"]
     else:
@@ -195,13 +206,13 @@ def _share(tag: str, folder: Path, *, readonly: bool = True) -> list[str]:
 
 
 def _mount(tag: str) -> str:
-    """The shell's commands for what does not change, and may be kept in L1's memory."""
+    """Return the shell commands that mount a share read-only; L1 may cache it."""
     where = f"/run/{tag}"
     return f"mkdir {where} && mount -t 9p -o {_SHARE},cache=loose,ro {tag} {where} || exit 3\n"
 
 
 def _fill(job: Path, machine: L1, command: str, files: Sequence[Path], timeout_s: float) -> None:
-    """What L1's command finds in /mnt."""
+    """Fill the folder that is /mnt in L1."""
     python = job / _PYTHON
     _copy_packages(python)
     run_inside(
@@ -227,7 +238,7 @@ def _fill(job: Path, machine: L1, command: str, files: Sequence[Path], timeout_s
 
 
 def _copy_packages(target: Path) -> None:
-    """Copy our Python packages, with the C extension, and the one that they need."""
+    """Copy dmaproof's Python packages with their C extensions, and qemu.qmp."""
     folders = {
         "dmaproof": Path(errors.__file__).parent,
         "qmp_tools": Path(__file__).parents[2],

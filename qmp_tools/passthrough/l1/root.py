@@ -1,7 +1,7 @@
-"""L1's root file system: packages of the distribution's archive, unpacked; nothing is installed.
+"""L1's root file system: unpacked packages of the distribution's archive; none is installed.
 
-The same tree holds the tools that build L1's kernel, which run in it as in a container: in user,
-mount and process namespaces of their own, without root, and gone when the tool is.
+The same tree holds the tools that build L1's kernel. They run in it as in a container, without
+root, in user, mount and process namespaces of their own. They are killed when dmaproof ends.
 """
 
 from __future__ import annotations
@@ -37,12 +37,15 @@ _LINKS: Final = {
     "usr/lib/x86_64-linux-gnu/liblapack.so.3": "lapack/liblapack.so.3",
     "etc/mtab": "/proc/self/mounts",
 }
-"""What the packages' maintainer scripts would have made."""
+"""The links that the packages' maintainer scripts would create."""
 _COMPILE_S: Final = 600.0
 COMPILE_PYTHON: Final = (
     "python3 -m compileall -q -j0 --invalidation-mode unchecked-hash $WHAT >/dev/null 2>&1 || true"
 )
-"""Under TCG, to compile what is imported takes longer than to run it. Some files are no Python."""
+"""Compiled in advance, because under TCG that takes longer than running the modules.
+
+Errors are ignored, because some files are not valid Python.
+"""
 _MOUNT_POINTS: Final = ("dev", "proc", "sys", "tmp", "run", "mnt")
 
 _ENTER: Final = """\
@@ -55,9 +58,9 @@ exec chroot "$root" /usr/bin/env -i PATH=/usr/sbin:/usr/bin HOME=/ LC_ALL=C "$@"
 
 
 def l1_root() -> Path:
-    """The root file system; fetched the first time, some 150 MB.
+    """Fetch the root file system (about 150 MB), or take it from the cache; return its folder.
 
-    Its file ``packages`` lists what it was made of.
+    The file ``packages`` in it lists the packages that it was made of.
 
     Raises:
         UntestableError: the archive cannot be reached.
@@ -74,7 +77,7 @@ def l1_root() -> Path:
 
 
 def _fill(fresh: Path, packages: Sequence[str], init: Path) -> None:
-    _logger.info("fetching L1's root file system from %s, once", SUITE)
+    _logger.info("fetching L1's root file system from %s (first use only)", SUITE)
     archive = fresh / "archive"
     found = Archive(SUITE, archive).fetch_closure(packages)
     _logger.info("unpacking %d packages", len(found))
@@ -99,12 +102,12 @@ def _fill(fresh: Path, packages: Sequence[str], init: Path) -> None:
 def run_inside(
     root: Path, mounted: Path, script: str, what: str, timeout_s: float, **variables: str
 ) -> str:
-    """Run a shell script inside `root`, where the folder `mounted` is ``/mnt``; what it prints.
+    """Run a shell script inside `root`, with the folder `mounted` as ``/mnt``; return its output.
 
-    `variables` are given to the script; `what` says in words what it is to do.
+    `variables` are the script's environment. `what` describes its task in messages.
 
     Raises:
-        UntestableError: it failed, took longer, or namespaces are forbidden here.
+        UntestableError: the script failed or took too long, or namespaces are not permitted.
     """
     command = [
         *("unshare", "--mount", "--pid", "--fork", "--kill-child=SIGKILL"),
@@ -126,17 +129,19 @@ def run_inside(
             preexec_fn=death_with_parent(),
         )
     except FileNotFoundError:
-        raise UntestableError(f"{what} needs unshare: apt-get install util-linux") from None
+        raise UntestableError(
+            f"{what} needs the program unshare: apt-get install util-linux"
+        ) from None
     except subprocess.TimeoutExpired:
         raise WaitTimeoutError(f"{what} took longer than {timeout_s:g} s") from None
     if done.returncode:
-        told = done.stderr.strip().splitlines()[-12:]
-        if any(line.startswith("unshare:") for line in told):
-            told.append(
-                "user namespaces are forbidden here; allow them "
-                "(sysctl kernel.unprivileged_userns_clone=1), or leave the container"
+        lines = done.stderr.strip().splitlines()[-12:]
+        if any(line.startswith("unshare:") for line in lines):
+            lines.append(
+                "user namespaces are not permitted: allow them "
+                "(sysctl kernel.unprivileged_userns_clone=1), or run dmaproof outside the container"
             )
-        raise UntestableError(f"{what} failed:\n" + "\n".join(f"    {line}" for line in told))
+        raise UntestableError(f"{what} failed:\n" + "\n".join(f"    {line}" for line in lines))
     return done.stdout
 
 
@@ -145,5 +150,5 @@ def _assignments(variables: Mapping[str, str]) -> list[str]:
 
 
 def quoted(*words: str | Path) -> str:
-    """`words` as one line for a shell."""
+    """Return `words` quoted as one line for a shell."""
     return shlex.join(os.fspath(word) for word in words)

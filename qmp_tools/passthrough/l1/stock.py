@@ -1,9 +1,9 @@
-"""A kernel for L1 that need not be built: that of Debian 12, with fewer interfaces.
+"""Debian 12's kernel for L1, which need not be built, but has fewer interfaces.
 
-Newer stock kernels are built without what is to be tested: no iommufd, and an iova_bitmap that is a
-stub. That of Debian 12 (Linux 6.1) has VFIO's DMA logging, its iterator and type1, but neither
-iommufd nor PRE_COPY. The fake device's module is built against its headers. Its drivers are
-modules, so it starts from an initramfs of one program, ``guests/passthrough/early_init.c``.
+Newer stock kernels have no iommufd, and their iova_bitmap is a stub, so they cannot be tested.
+Debian 12's kernel (Linux 6.1) has VFIO's DMA logging, its iterator and type1, but neither iommufd
+nor PRE_COPY. The fake device's module is built against its headers. Its drivers are modules, so L1
+boots from an initramfs that contains one program, ``guests/passthrough/early_init.c``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _INIT_OPTIONS: Final = ("-static", "-std=c11")
 
 
 def stock_kernel() -> Path:
-    """A folder as `l1_kernel` gives it, and an ``initramfs``.
+    """Return a folder as `l1_kernel` does, which also has an ``initramfs``.
 
     Raises:
         UntestableError: the archive cannot be reached, or there is no C compiler.
@@ -46,7 +46,7 @@ def stock_kernel() -> Path:
 
 
 def _fill(fresh: Path, init: Path) -> None:
-    _logger.info("fetching the stock kernel of %s and its headers, once", _SUITE)
+    _logger.info("fetching the stock kernel of %s and its headers (first use only)", _SUITE)
     archive = Archive(_SUITE, fresh / "archive")
     image = archive.dependencies(_PACKAGE)[0]
     headers = image.replace("linux-image", "linux-headers")
@@ -73,16 +73,16 @@ def _fill(fresh: Path, init: Path) -> None:
 
 
 def collect_modules(unpacked: Path, names: Sequence[str], folder: Path) -> None:
-    """Copy modules and what they depend on; ``order`` is that in which they can be loaded."""
+    """Copy modules and their dependencies; the file ``order`` lists them in their load order."""
     pick_modules(unpacked, names, folder)
     order = load_order(names, folder)
     (folder / "order").write_text("".join(f"{name}.ko\n" for name in order))
 
 
 def build_tree(unpacked: Path, headers: str, tree: Path) -> None:
-    """What modules are built against, in one folder that is /mnt/kernel when they are.
+    """Copy the headers for building modules into one folder, which is /mnt/kernel in the build.
 
-    Debian's headers are three packages that refer to each other by absolute paths, and ask for
+    Debian's headers are three packages that refer to each other by absolute paths and require
     Debian 12's own compiler.
     """
     shutil.copytree(unpacked / "src" / headers, tree, symlinks=True)

@@ -51,7 +51,7 @@ def _prove(guest: Path, suffix: str, seed: int, timeout_s: float) -> tuple[Migra
 
 
 def _require_kernel_support(suffix: str) -> None:
-    """Fail with the kernel's error if it lacks the interface, or VFIO's MIG_DATA_SIZE.
+    """Fail with the kernel's error if it does not have the interface, or VFIO's MIG_DATA_SIZE.
 
     Without MIG_DATA_SIZE (before Linux 6.2), QEMU assumes 100 GiB of device state and never stops
     the guest.

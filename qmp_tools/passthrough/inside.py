@@ -22,8 +22,7 @@ from typing import Final, NamedTuple
 from dmaproof.errors import DmaproofError
 
 from ..host.timeout import DEFAULT_TIMEOUT_S
-from . import GROUPS, differential, functions, hwpt, migrations, states, vhost
-from . import injected_faults as injected_faults
+from . import GROUPS, differential, functions, hwpt, injected_faults, migrations, states, vhost
 from .clock import Clocks
 from .fake_driver import DRIVERS
 from .outcome import Proof, State, run

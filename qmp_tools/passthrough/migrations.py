@@ -78,7 +78,7 @@ _WARNING: Final = "doesn't support device and IOMMU dirty tracking"
 _HOLD_IN_PRECOPY_BYTES_PER_S: Final = 1 << 20
 _HOLD_IN_FIRST_PASS_BYTES_PER_S: Final = 4 << 30
 _END_BYTES_PER_S: Final = 8 << 30
-"""The bandwidths that QEMU is told to assume for the switchover: while the migration is held in
+"""The bandwidths that QEMU assumes for the switchover: while the migration is held in
 precopy, while it is held in its first pass, and when it may end.
 
 QEMU stops the guest when the rest fits in the downtime limit, which is 1 ms until the end. With the

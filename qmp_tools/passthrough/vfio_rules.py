@@ -1,4 +1,4 @@
-"""VFIO's rules: DMA logging, the iterator behind it, and type1's dirty pages.
+"""VFIO's rules: DMA logging, the kernel's iterator, and type1's dirty pages.
 
 The rules come from vfio_ioctl_device_feature_logging_… in drivers/vfio/vfio_main.c,
 drivers/iommu/iommufd/iova_bitmap.c and drivers/vfio/vfio_iommu_type1.c.

@@ -1,7 +1,7 @@
 """L1's kernel and the fake device's module, built from the distribution's kernel source.
 
-Debian's recent stock kernels have no iommufd and only a stub of the iova_bitmap, so they lack what
-is to be tested. This kernel is allnoconfig plus ``guests/passthrough/kernel.config``. Building it
+Debian's recent stock kernels have no iommufd and only a stub of the iova_bitmap, so they cannot be
+tested. This kernel is allnoconfig plus ``guests/passthrough/kernel.config``. Building it
 takes some minutes, once for each version. Only the part of the build tree that modules are built
 against is kept.
 """

@@ -23,7 +23,7 @@ class State(StrEnum):
     HOLDS = "holds"
     FAILS = "fails"
     NOT_SUPPORTED = "lacking"
-    """The kernel or QEMU does not have the feature that the proof is about."""
+    """The kernel or QEMU does not have the feature, or an unspecified behaviour of it differs."""
     UNTESTED = "untested"
     """The machine was too busy: every attempt ended before a lost page could have been noticed."""
 

@@ -160,8 +160,8 @@ def to_json(results: dict[str, Any]) -> dict[str, Any]:
         verdict = f"{held} of {len(outcomes)} proofs hold, {untested} could not be tested"
     elif unsupported:
         verdict = (
-            f"{held} of {len(outcomes)} proofs hold, {unsupported} need a feature that the kernel "
-            "or QEMU does not have"
+            f"{held} of {len(outcomes)} proofs hold, "
+            f"{unsupported} do not apply to this kernel or QEMU"
         )
     else:
         verdict = "every proof holds"

@@ -92,7 +92,8 @@ def _load(device: VfioDevice, data: bytes) -> int:
 def _check_flags(device: VfioDevice) -> None:
     flags = device.migration()
     if not flags & MigrationFlag.PRE_COPY:  # before Linux 6.2
-        raise NotSupportedError(f"this kernel has no PRE_COPY: the device has only {flags!r}")
+        names = ", ".join(flag.name or "" for flag in flags)
+        raise NotSupportedError(f"this kernel has no PRE_COPY: the device has only {names}")
     require(flags == _ALL, f"expected {_ALL!r}, got {flags!r}")
 
 

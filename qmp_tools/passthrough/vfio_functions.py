@@ -279,7 +279,7 @@ def _files(facts: FunctionFacts) -> Finding:
     absent = [str(path) for path in facts.inaccessible if not path.exists()]
     if absent or len(facts.files) < 2:
         names = ", ".join(absent) or "a device file in vfio-dev"
-        remedy = "modprobe iommufd vfio, or use the legacy container: vfio:…,container"
+        remedy = "modprobe -a iommufd vfio, or use the legacy container: vfio:…,container"
         return Finding("files", State.MISSING, f"not found: {names}", remedy)
     if facts.inaccessible:
         names = " ".join(map(str, facts.inaccessible))

@@ -37,6 +37,7 @@ struct dmaproof_tracker {
 	struct list_head held; /* held back by the fault "late" */
 	struct dmaproof_reported_range *reported_ranges;
 	u32 reported_ranges_used;
+	bool reading_marks;
 	u64 starts, stops, reports, reported, dropped;
 };
 

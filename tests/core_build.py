@@ -1,5 +1,5 @@
-"""The C core built out of tree: with sanitizers (integration/test_core_sanitized.py), or a mutant
-of it (mutation/c_core.py)."""
+"""Builds of the C core out of tree: with sanitizers (integration/test_core_sanitized.py), or of a
+mutant (mutation/c_core.py)."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ CORE: Final = Path("plugin/dmaproof/core")
 FUZZER: Final = Path("tests/fuzz/core.c")
 RACES: Final = Path("tests/core_races.c")
 
-# Sanitizers do not work with functions that the loader picks (bitmap.h).
+# Sanitizers do not work with functions that the loader selects (bitmap.h).
 PLAIN: Final = ("-std=gnu11", "-O1", "-DVECTORISED=")
 SHARED: Final = ("-shared", "-fPIC", f"-I{sysconfig.get_path('include')}")
 SANITIZED: Final = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 
 def compiled(command: Sequence[str | Path]) -> str | None:
-    """Run a compiler; None, or what it complains of."""
+    """Run the compiler; return None, or its error messages."""
     done = subprocess.run(
         ["cc", *map(str, command)], capture_output=True, text=True, timeout=300, check=False
     )
@@ -39,21 +39,21 @@ def build(target: Path, sources: Sequence[Path], *options: str) -> Path:
     """Compile and link `sources`.
 
     Raises:
-        RuntimeError: the compiler refuses.
+        RuntimeError: the compiler reports errors.
     """
-    complaint = compiled([*PLAIN, *options, *sources, "-o", target])
-    if complaint:
-        raise RuntimeError(complaint)
+    errors = compiled([*PLAIN, *options, *sources, "-o", target])
+    if errors:
+        raise RuntimeError(errors)
     return target
 
 
 def core_sources(tree: Path = ROOT) -> list[Path]:
-    """The files that make up `_core`."""
+    """Return the source files of `_core`."""
     return sorted((tree / CORE).glob("*.c"))
 
 
 def sanitizers() -> list[str] | None:
-    """The libraries that a sanitized extension needs loaded first; None if cc has none."""
+    """Return the libraries to load before a sanitized extension; None if cc has no sanitizers."""
     found = []
     for name in ("libasan.so", "libubsan.so"):
         command = ["cc", f"-print-file-name={name}"]
@@ -63,10 +63,10 @@ def sanitizers() -> list[str] | None:
 
 
 def sanitized_environment(libraries: Sequence[str]) -> dict[str, str]:
-    """The environment of a Python into which sanitized code is loaded.
+    """Return the environment of a Python that loads sanitized code.
 
-    `malloc` gives each of Python's objects a block, and so red zones, of its own. Python leaks on
-    purpose, and a signal is to end the process as it does elsewhere.
+    `malloc` gives each of Python's objects its own block, and so its own red zones. Leaks are not
+    reported, because Python leaks on purpose. A signal ends the process, as it does elsewhere.
     """
     return {
         **os.environ,
@@ -77,7 +77,7 @@ def sanitized_environment(libraries: Sequence[str]) -> dict[str, str]:
 
 
 def run_fuzzer(library: Path, libraries: Sequence[str], inputs: int) -> str | None:
-    """Give the fuzzer's target (fuzz/core.c) random inputs; None, or what it complains of."""
+    """Give the fuzzer's target (fuzz/core.c) random inputs; return None, or its error messages."""
     done = subprocess.run(
         [sys.executable, __file__, "fuzz", library, str(inputs)],
         env=sanitized_environment(libraries),
@@ -91,8 +91,11 @@ def run_fuzzer(library: Path, libraries: Sequence[str], inputs: int) -> str | No
 
 
 def run_races(tree: Path, target: Path) -> str | None:
-    """Run threads on one bitmap (core_races.c) under the sanitizer of data races; None, or what
-    it complains of."""
+    """Run threads on one bitmap (core_races.c) under the sanitizer for data races.
+
+    Returns:
+        None, or the sanitizer's messages.
+    """
     sources = [file for file in core_sources(tree) if file.name != "module.c"]
     build(target, [tree / RACES, *sources], "-w", "-g", "-fsanitize=thread", "-pthread")
     for wrapper in ([], ["setarch", "-R"]):
@@ -104,13 +107,14 @@ def run_races(tree: Path, target: Path) -> str | None:
             timeout=120,
             check=False,
         )
-        if "unexpected memory mapping" not in done.stderr:  # more random addresses than it can take
+        # With much address-space randomisation the sanitizer fails; `setarch -R` disables it.
+        if "unexpected memory mapping" not in done.stderr:
             break
     return done.stderr or f"exit code {done.returncode}" if done.returncode else None
 
 
 def use_core(extension: Path) -> None:
-    """Make `extension` the `dmaproof._core` of this process, which has not imported it."""
+    """Make `extension` the `dmaproof._core` of this process, which has not imported one yet."""
     loader = importlib.machinery.ExtensionFileLoader("dmaproof._core", str(extension))
     specification = importlib.util.spec_from_loader("dmaproof._core", loader)
     assert specification is not None
@@ -137,7 +141,7 @@ def _test(extension: str, *arguments: str) -> int:
 
 
 def copy_tree(target: Path) -> Path:
-    """A tree with the core, its fuzzer and its races alone, to be changed."""
+    """Copy only the core, its fuzzer and its races to `target`, to be changed there."""
     for part in (CORE, FUZZER.parent):
         shutil.copytree(ROOT / part, target / part)
     shutil.copy(ROOT / RACES, target / RACES)

@@ -1,13 +1,13 @@
 """The device's side of a live migration, without QEMU: dirty trackers, the iterator, the dirty log.
 
-A device writes guest RAM by DMA. A *dirty tracker* remembers where, in the form of its hardware. At
-each *harvest* a collector queries the tracker through an `IovaBitmap`, translates IOVA to
-guest-physical addresses, and sets bits in the *dirty log*, from which QEMU learns which pages it
-has to send again. Nothing in this package knows a QEMU process or QMP; that is `qmp_tools`.
+A device writes guest RAM by DMA. A *dirty tracker* records which pages were written, in the form of
+its hardware. At each *harvest* a collector queries the tracker through an `IovaBitmap`, translates
+IOVAs to guest-physical addresses, and sets bits in the *dirty log*. From the log QEMU learns which
+pages it has to send again. This package uses neither QEMU processes nor QMP; `qmp_tools` does.
 
 Report dirty ranges
 -------------------
-`IovaBitmap` is how hardware reports ranges without knowing where the bits are kept:
+Through an `IovaBitmap`, a tracker reports ranges without knowing where the bits are stored:
 
 >>> from dmaproof import IovaBitmap
 >>> with IovaBitmap(0x10000, 0x8000, page_size=4096, data=bytearray(8)) as bitmap:
@@ -17,7 +17,7 @@ Report dirty ranges
 
 Run the chain
 -------------
-The whole chain needs guest RAM in a file, a tracker and a log:
+The chain needs guest RAM in a file, a tracker and a log:
 
 >>> import os
 >>> from dmaproof import BufferDirtyLog, Collector, Dma, GuestMemory, IovaMap, Journal
@@ -41,16 +41,17 @@ True
 
 Add a tracker, a device or a fault
 ----------------------------------
-`EmulatedTracker`, `VirtioDevice` and `Fault` are the base classes. A class that a distribution
-names in its ``pyproject.toml`` is found beside dmaproof's own, by every command that takes a name:
+`EmulatedTracker`, `VirtioDevice` and `Fault` are the base classes. To add a class of your own, name
+it as an entry point in the ``pyproject.toml`` of your distribution. Every command that takes a name
+then finds it:
 
 .. code-block:: toml
 
     [project.entry-points."dmaproof.trackers"]
     page-list = "my_module:PageList"  # PageList.name is "page-list"
 
-The groups are ``dmaproof.trackers``, ``dmaproof.devices`` and ``dmaproof.faults``. A module is
-imported only when its part is asked for.
+The groups are ``dmaproof.trackers``, ``dmaproof.devices`` and ``dmaproof.faults``. dmaproof imports
+such a module only when its class is used.
 
 Errors and logs
 ---------------
@@ -150,7 +151,7 @@ __all__ = (  # noqa: RUF022
     "Bus",
     "IovaMap",
     "IovaMapping",
-    # The vhost-user back end, and what is found by name
+    # The vhost-user back end, and the registry of named classes
     "Server",
     "Session",
     "Registry",
@@ -194,5 +195,5 @@ _HOMES: Final = {
 }
 """Public names by the module that defines them."""
 
-if not TYPE_CHECKING:  # else any misspelt name would pass a type checker
+if not TYPE_CHECKING:  # otherwise any misspelt name would pass a type checker
     __getattr__, __dir__ = import_on_demand(globals(), _HOMES)

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * Memory that is shared with a process that is not trusted.
+ * Memory that is shared with an untrusted process.
  *
- * Whoever made a file can make it shorter at any moment. To touch a mapping where its file has gone
- * raises SIGBUS, and that ends the process: a front end could kill the device of another. The seal
- * F_SEAL_SHRINK would forbid it, but only memfds take seals, and not every QEMU's RAM is one; and
- * however late the size is looked at, the file can still shrink before the access.
+ * The owner of a file can truncate it at any moment. An access to a mapping beyond the end of its
+ * file raises SIGBUS, which ends the process: one front end could kill the device of another. The
+ * seal F_SEAL_SHRINK would forbid truncation, but only memfds have seals, and not every QEMU's RAM
+ * is a memfd. A check of the size does not help: the file can still shrink before the access.
  *
- * So the signal is caught. Its handler puts private zero pages in the place of the whole mapping
- * and notes that it is lost. The access goes on, into memory that nobody shares, and whoever made
- * it asks afterwards whether the mapping was still whole. Wayland's compositors treat the buffers
- * of their clients in this way.
+ * So the signal is caught. Its handler replaces the whole mapping with private zero pages and marks
+ * the mapping as lost. The access continues in this private memory, and its caller checks
+ * afterwards whether the mapping was still whole. Wayland's compositors treat the buffers of their
+ * clients in the same way.
  *
- * A SIGBUS anywhere else goes to the handler that was there before.
+ * A SIGBUS at any other address goes to the previous handler.
  */
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030b0000
@@ -29,12 +29,12 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
-// POSIX knows the conversion between pointers to functions and to data that Python's slots need; ISO C
-// does not.
+// Python's slots convert pointers to functions into pointers to data. POSIX defines this
+// conversion, ISO C does not.
 #define SLOT(function) (__extension__(void *)(function))
 
-// What the handler may look at, whichever thread it interrupts: never freed, and an `end` of 0 is
-// no mapping.
+// A mapping for the signal handler, which may interrupt any thread. It is never freed; an `end` of
+// 0 means that the entry is unused.
 struct place {
     _Atomic uintptr_t start, end;
     atomic_bool lost;
@@ -60,20 +60,21 @@ static void on_bus_error(int number, siginfo_t *info, void *context) {
         errno = saved_errno;
         return;
     }
-    sigaction(number, &before, NULL);  // the access is repeated, and fails again
+    sigaction(number, &before, NULL);  // the access is repeated, and `before` handles its signal
     errno = saved_errno;
 }
 
-// Python's faulthandler, say, may have come later and taken the signal for itself.
+// Install the handler again for each mapping: Python's faulthandler, for example, may have replaced
+// it since.
 static bool catch_bus_errors(void) {
-    struct sigaction now, ours = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO};
-    sigemptyset(&ours.sa_mask);
+    struct sigaction now, wanted = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO};
+    sigemptyset(&wanted.sa_mask);
     if (sigaction(SIGBUS, NULL, &now))
         return false;
     if (now.sa_flags & SA_SIGINFO && now.sa_sigaction == on_bus_error)
         return true;
     before = now;
-    return sigaction(SIGBUS, &ours, NULL) == 0;
+    return sigaction(SIGBUS, &wanted, NULL) == 0;
 }
 
 // The mapping ----------------------------------------------------------------------------------
@@ -85,7 +86,7 @@ typedef struct {
     Py_ssize_t length;
 } SharedMapping;
 
-// Under the GIL, so that no two mappings take one place.
+// The GIL is held, so two mappings cannot take the same entry.
 static struct place *take_place(char *start, size_t size) {
     for (size_t i = 0; i < MAX_MAPPINGS; i++) {
         if (places[i].end)
@@ -99,7 +100,7 @@ static struct place *take_place(char *start, size_t size) {
     return NULL;
 }
 
-// The unit in which mappings of a file begin and end.
+// Return the page size in which mappings of a file begin and end; 0 for an error.
 static uint64_t page_bytes(int fd) {
     struct statfs status;
     if (fstatfs(fd, &status))
@@ -136,7 +137,7 @@ static PyObject *new_mapping(PyTypeObject *type, PyObject *args, PyObject *keywo
     if (!PyArg_ParseTuple(args, "inL", &fd, &length, &offset))
         return NULL;
     if (length < 1 || offset < 0) {
-        PyErr_SetString(PyExc_ValueError, "SharedMapping: a length above 0 and an offset are due");
+        PyErr_SetString(PyExc_ValueError, "SharedMapping: expected a length > 0 and an offset >= 0");
         return NULL;
     }
     allocfunc allocate = __extension__(allocfunc)PyType_GetSlot(type, Py_tp_alloc);
@@ -173,7 +174,7 @@ static PyObject *is_lost(PyObject *object, void *closure) {
 }
 
 static PyGetSetDef attributes[] = {
-    {"lost", is_lost, NULL, "Whether the file went away under the mapping.", NULL},
+    {"lost", is_lost, NULL, "Whether the file was truncated under the mapping.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
@@ -203,7 +204,7 @@ static int add_type(PyObject *module) {
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, SLOT(add_type)}, {0, NULL}};
 
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "_mapping", "Memory shared with a process that is not trusted.", 0, NULL,
+    PyModuleDef_HEAD_INIT, "_mapping", "Memory shared with an untrusted process.", 0, NULL,
     slots, NULL, NULL, NULL,
 };
 

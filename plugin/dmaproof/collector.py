@@ -1,16 +1,18 @@
-"""Carries dirty pages from a tracker to a log: the only part that knows both.
+"""The collector: it carries dirty pages from a tracker to a log, and alone knows both.
 
-A *harvest* asks the tracker, range by range and through an `IovaBitmap`, what was written since the
-last harvest; translates IOVA to GPA; and merges the pages into the log. Harvests happen
+A *harvest* queries the tracker, range by range and through an `IovaBitmap`, for the pages written
+since the last harvest. It translates their IOVAs to GPAs and merges the pages into the log.
+Harvests happen
 
 - at an interval, so that precopy sees the pages early and the last pass stays short;
-- immediately behind each write, where that is asked for;
-- once more before the device says that it has stopped: QEMU syncs its log after GET_VRING_BASE is
-  answered, so what is merged by then is in time, and nothing merged later is;
-- of a part, before an IOMMU's mapping is taken away: afterwards nobody could tell any more which
-  page an IOVA was (iommufd and VFIO's type1 read the dirty bits of what they unmap, too).
+- immediately after each write, if that was requested;
+- once more before the device reports that it has stopped: QEMU syncs its log after GET_VRING_BASE
+  is answered, so pages merged before the answer are in time, and pages merged later are not;
+- for part of the IOVAs, before a mapping of an IOMMU is removed: afterwards nothing says which page
+  an IOVA led to (iommufd and VFIO's type1 also read the dirty bits of the range that they unmap).
 
-Harvests are numbered from 1. A write made now is due in the next one (`due_epoch`).
+Harvests are numbered from 1. The number is the harvest's *epoch*. A write made now has to be
+reported by the next harvest, whose number is `due_epoch`.
 """
 
 from __future__ import annotations
@@ -35,15 +37,15 @@ class Harvest:
     """One harvest."""
 
     epoch: int
-    """Its number."""
+    """The number of the harvest, from 1."""
     time_ns: int
-    """When it began, by CLOCK_MONOTONIC."""
+    """The time at which the harvest began, in nanoseconds of CLOCK_MONOTONIC."""
     duration_ns: int
-    """How long it took."""
+    """The duration of the harvest in nanoseconds."""
     pages: int
     """The number of dirty pages found."""
     merged: int
-    """The number of those that reached the log."""
+    """The number of these pages that reached the log."""
 
 
 class Collector:
@@ -51,9 +53,9 @@ class Collector:
 
     Args:
         tracker: the tracker to harvest.
-        wrap_log: is called with each log that QEMU brings, and returns the log to use.
-        make_bitmap: makes the iterator of each range, from the arguments of `IovaBitmap`.
-        translate: returns the guest-physical address at which a mapping begins.
+        wrap_log: called with each log that QEMU sends; returns the log to use.
+        make_bitmap: called with the arguments of `IovaBitmap`; returns the iterator for one range.
+        translate: called with a mapping; returns the guest-physical address at which it begins.
     """
 
     def __init__(
@@ -81,16 +83,16 @@ class Collector:
         return self._log is not None
 
     def due_epoch(self) -> int:
-        """Return the number of the harvest that has to report what is written now."""
+        """Return the number of the harvest that has to report a write made now."""
         return self.trace.epoch + 1
 
     def start(self, log: DirtyLog, memory: GuestMemory, bus: Bus) -> None:
-        """Begin to track.
+        """Start tracking, and collect into a log.
 
         Args:
-            log: takes the dirty pages from now on.
+            log: the log that receives the dirty pages.
             memory: the guest's RAM.
-            bus: its ranges are tracked, and its mappings translated.
+            bus: the IOVA ranges to track, and the mappings that lead to guest RAM.
 
         Raises:
             TrackerError: the tracker cannot watch these ranges.
@@ -104,7 +106,7 @@ class Collector:
         self._log = self._wrap_log(TracedLog(log, self.trace))
 
     def switch_log(self, log: DirtyLog) -> None:
-        """Harvest into the old log, and use another one from now on.
+        """Harvest into the old log, then use a new one.
 
         QEMU syncs the old log once more after the switch (vhost_dev_log_resize).
 
@@ -121,11 +123,13 @@ class Collector:
         self._log = self._wrap_log(TracedLog(log, self.trace))
 
     def remap(self, memory: GuestMemory, bus: Bus) -> None:
-        """Harvest by the old memory map, then track by a new one.
+        """Harvest with the old memory map, then track with a new one.
+
+        The call does nothing if logging is off.
 
         Args:
-            memory: the guest's RAM from now on.
-            bus: leads there from now on.
+            memory: the guest's new RAM.
+            bus: the new IOVA ranges, and the mappings that lead to the new RAM.
         """
         if self._log is None:
             return
@@ -136,7 +140,7 @@ class Collector:
         self._tracker.start(bus.ranges, LOG_PAGE_BYTES)
 
     def stop(self) -> None:
-        """Harvest a last time and track no more."""
+        """Harvest a last time, then stop tracking. Do nothing if logging is off."""
         if self._log is None:
             return
         try:
@@ -147,11 +151,11 @@ class Collector:
             self._log = None
 
     def flush(self) -> None:
-        """Harvest before a ring's stop is answered: with the last ring, the final flush."""
+        """Harvest before the device answers a ring's stop; for the last ring, the final flush."""
         self.harvest()
 
     def harvest(self) -> int:
-        """Collect every tracked range.
+        """Harvest every tracked range.
 
         Returns:
             The number of dirty pages found; 0 if logging is off.
@@ -170,11 +174,11 @@ class Collector:
         return pages
 
     def harvest_write(self, iova: int, length: int) -> None:
-        """Collect at once the pages that a write touched.
+        """Harvest immediately the pages that a write touched.
 
         Args:
-            iova: the IOVA of the write.
-            length: its number of bytes.
+            iova: the first IOVA of the write.
+            length: the number of bytes written.
         """
         if self._log is None:
             return
@@ -187,7 +191,7 @@ class Collector:
         self._collect(pieces)
 
     def unmap(self, mappings: Iterable[IovaMapping]) -> None:
-        """Collect what was written through mappings that are about to be taken away.
+        """Harvest the pages written through mappings that are about to be removed.
 
         Args:
             mappings: the mappings, which still lead to the pages that were written.
@@ -196,7 +200,7 @@ class Collector:
             self._collect(mappings)
 
     def harvest_everything(self) -> None:
-        """Report every page, as whoever cannot know what has been dirtied has to."""
+        """Report every page as dirty, as a device must that cannot know what it dirtied."""
         every_page = IovaMap.identity(self._memory).mappings
         self._collect_from(lambda bitmap, *whole: bitmap.set(*whole), every_page)
 

@@ -1,12 +1,12 @@
 """QEMU's vhost dirty log: where the chain hands its pages to QEMU.
 
-One bit for each 4 KiB page of guest-physical address, from GPA 0, in shared memory that QEMU sends
-with VHOST_USER_SET_LOG_BASE (vhost-user specification, "Migration"). At each bitmap sync QEMU takes
-every word by an atomic exchange with 0; several devices of one QEMU write one log. So bits are set
-with an atomic OR, and only after the data is in RAM.
+The log has one bit for each 4 KiB page of guest-physical addresses, from GPA 0. It lies in shared
+memory that QEMU sends with VHOST_USER_SET_LOG_BASE (vhost-user specification, "Migration"). At each
+bitmap sync QEMU takes every word by an atomic exchange with 0, and several devices of one QEMU
+write to one log. So a device sets bits with an atomic OR, and only after the data is in RAM.
 
-`DirtyLog` is the protocol; `VhostDirtyLog` the real one; `BufferDirtyLog` keeps its bits in plain
-memory, for tests and for trackers looked at without QEMU.
+`DirtyLog` is the protocol, and `VhostDirtyLog` is QEMU's log. `BufferDirtyLog` keeps its bits in
+plain memory, for tests and for trackers without QEMU.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from .errors import BitmapError, ProtocolError
 from .units import PAGE_BYTES, div_ceil
 
 LOG_PAGE_BYTES: Final = PAGE_BYTES
-"""VHOST_LOG_PAGE: what one bit stands for, whatever the guest's or the host's page size."""
+"""The bytes of a page that one bit of the log stands for (VHOST_LOG_PAGE), on every machine."""
 
 Words = NDArray[np.uint64]
 
 
 def log_bytes_needed(end_gpa: int) -> int:
-    """The size in bytes (whole 64-bit words) of a log that covers the GPAs below `end_gpa`."""
+    """Return the bytes (whole 64-bit words) of a log that covers the GPAs below `end_gpa`."""
     pages = div_ceil(end_gpa, LOG_PAGE_BYTES)
     return div_ceil(pages, 64) * 8
 
 
 class DirtyLog(Protocol):
-    """Takes dirty pages by GPA."""
+    """A log that receives dirty pages by GPA."""
 
     def merge(self, gpa: int, words: Words, first_bit: int, pages: int) -> None:
         """Set the log's bit for each dirty page of [gpa, gpa + pages * 4096).
@@ -49,7 +49,7 @@ class DirtyLog(Protocol):
             pages: the number of pages.
 
         Raises:
-            BitmapError: the pages reach behind the log's end; nothing was set.
+            BitmapError: the pages reach beyond the log's end; no bit was set.
         """
 
     def close(self) -> None:
@@ -57,10 +57,10 @@ class DirtyLog(Protocol):
 
 
 class BufferDirtyLog:
-    """A dirty log in a buffer of its caller's, whose bytes are its attribute `memory`.
+    """A dirty log in a buffer of the caller; the attribute `memory` is a view of its bytes.
 
     Args:
-        buffer: little-endian 64-bit words, with a bit for each 4 KiB page from GPA 0 on.
+        buffer: little-endian 64-bit words, with one bit for each 4 KiB page from GPA 0 on.
     """
 
     def __init__(self, buffer: bytearray | memoryview) -> None:
@@ -70,8 +70,8 @@ class BufferDirtyLog:
         first_page, misplaced = divmod(gpa, LOG_PAGE_BYTES)
         if misplaced or first_page + pages > len(self.memory) * 8:
             raise BitmapError(
-                f"dirty log: {pages} pages at GPA {gpa:#x} are misaligned or reach behind its end "
-                f"({len(self.memory) * 8 * LOG_PAGE_BYTES:#x})"
+                f"dirty log: {pages} pages at GPA {gpa:#x} are misaligned or reach beyond the "
+                f"log's end ({len(self.memory) * 8 * LOG_PAGE_BYTES:#x})"
             )
         _core.or_bits(self.memory, first_page, words, first_bit, pages)
 
@@ -81,20 +81,20 @@ class BufferDirtyLog:
 
 
 class VhostDirtyLog(BufferDirtyLog):
-    """The log that came with VHOST_USER_SET_LOG_BASE.
+    """The log that QEMU sends with VHOST_USER_SET_LOG_BASE.
 
-    `size` and `offset` are in bytes; the file descriptor may be closed afterwards.
+    `size` and `offset` are in bytes. The file descriptor may be closed afterwards.
 
     Raises:
-        BitmapError: the size is no multiple of 8, or the file is shorter than offset + size or
-            cannot be mapped.
+        BitmapError: the size or the offset is not a multiple of 8, or the file is shorter than
+            offset + size or cannot be mapped.
     """
 
     def __init__(self, fd: int, size: int, offset: int) -> None:
         available = os.fstat(fd).st_size
         if size == 0 or size % 8 or offset % 8 or offset + size > available:
             raise BitmapError(
-                f"dirty log of {size:#x} bytes at offset {offset:#x} is not a run of 64-bit words "
+                f"dirty log of {size:#x} bytes at offset {offset:#x}: expected whole 64-bit words "
                 f"inside its file of {available:#x} bytes"
             )
         try:
@@ -104,11 +104,11 @@ class VhostDirtyLog(BufferDirtyLog):
         super().__init__(memoryview(self._mapping))
 
     def merge(self, gpa: int, words: Words, first_bit: int, pages: int) -> None:
-        """Merge as `BufferDirtyLog` does, and look whether the log is still whole.
+        """Merge as `BufferDirtyLog` does, then check that the log's file is still whole.
 
         Raises:
-            ProtocolError: the log's file became too short while it was mapped: bits were lost.
+            ProtocolError: the log's file was truncated while it was mapped, and bits were lost.
         """
         super().merge(gpa, words, first_bit, pages)
         if self._mapping.lost:
-            raise ProtocolError("dirty log: its file was cut short while it was in use")
+            raise ProtocolError("dirty log: its file was truncated while it was in use")

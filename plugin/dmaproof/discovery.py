@@ -1,12 +1,12 @@
-"""Finds trackers, devices, faults … by name: dmaproof's own, and those of other distributions.
+"""Lookup of trackers, devices, faults … by name: dmaproof's own, and those of other distributions.
 
-An own part is one file of its package and nothing else: the package is scanned for classes with a
-`name`. A third-party part is an entry point of its distribution, in the group
-``dmaproof.trackers``, ``dmaproof.devices`` or ``dmaproof.faults``, whose name is the part's `name`.
-`qmp_tools` has its migration scenarios and its kinds of device in the same way.
+One of dmaproof's own parts is a single file of its package: the package is scanned for classes with
+a `name`. A third-party part is an entry point of its distribution, in the group
+``dmaproof.trackers``, ``dmaproof.devices`` or ``dmaproof.faults``; the entry point's name is the
+part's `name`. `qmp_tools` finds its migration scenarios and kinds of device in the same way.
 
-The table of entry points has the names, so a list of choices imports nothing. A third-party module
-is imported when somebody asks for its part: a distribution that is broken stops only what uses it.
+The table of entry points contains the names, so a list of choices imports nothing. A third-party
+module is imported only when its part is used, so a broken distribution affects only its own parts.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Part = TypeVar("Part", covariant=True)
 
 
 def named_classes(package: ModuleType) -> dict[str, type[Any]]:
-    """Import the modules of a package, and collect the classes with a `name` that they define.
+    """Import the modules of a package, and return the classes with a `name` that they define.
 
-    A class without a `name` of its own is a base for others, and left out.
+    A class without its own `name` is a base class, and is left out.
 
     Args:
         package: the package whose folder is scanned.
@@ -50,20 +50,19 @@ def named_classes(package: ModuleType) -> dict[str, type[Any]]:
 
 
 class Registry(Mapping[str, type[Part]]):
-    """The parts of one kind by name, in the order of their names.
+    """The parts of one kind: a mapping from names to classes, in the order of the names.
 
-    It is a mapping from names to classes. To iterate over the names, or to ask whether there is
-    one, imports no third-party module; to look a name up imports the one that has it.
+    Iteration and ``in`` import no third-party module. A look-up imports the module of the part.
 
     Args:
-        kind: such as 'tracker'; the entry points' group is ``dmaproof.trackers`` then, and that
-            of a 'device kind' ``dmaproof.device_kinds``.
-        base: the class of which every part is a subclass.
-        package: the package that has dmaproof's own parts.
+        kind: the kind of part, such as 'tracker'. It determines the group of entry points:
+            ``dmaproof.trackers`` for 'tracker', ``dmaproof.device_kinds`` for 'device kind'.
+        base: the base class of every part.
+        package: the package that contains dmaproof's own parts.
 
     Raises:
         UsageError: by a look-up, if two parts have the name, or if the third-party part cannot be
-            loaded or is not what `base` demands. The message names the distribution.
+            loaded or does not implement `base`. The message names the distribution.
     """
 
     def __init__(self, kind: str, base: type[Any], package: ModuleType) -> None:
@@ -92,14 +91,14 @@ class Registry(Mapping[str, type[Part]]):
         if len(makers) > 1:
             raise UsageError(
                 f"{self._kind} {name!r} is ambiguous: {' and '.join(makers)} have it; uninstall "
-                "one, or rename its entry point and its attribute 'name'"
+                "one of them, or rename its entry point and its attribute 'name'"
             )
         if name not in self._loaded:
             self._loaded[name] = self._load(entries[0]) if entries else self._own[name]
         return self._loaded[name]
 
     def find(self, name: str) -> type[Part]:
-        """Look a part up that a user has named.
+        """Look up a part that a user has named.
 
         Args:
             name: the part's name.
@@ -108,16 +107,16 @@ class Registry(Mapping[str, type[Part]]):
             The part's class.
 
         Raises:
-            UsageError: there is no such part, or it cannot be used (see `Registry`).
+            UsageError: the part does not exist, or cannot be used (see `Registry`).
         """
         if name not in self:
             raise UsageError(
-                f"{self._kind} {name!r} is not known; there are: {', '.join(self) or 'none'}"
+                f"{self._kind} {name!r} is not known; choose one of: {', '.join(self) or 'none'}"
             )
         return self[name]
 
     def usable(self) -> dict[str, type[Part]]:
-        """Load every part, for lists that describe them.
+        """Load every part that can be used, for lists that describe the parts.
 
         Returns:
             The parts by name. A part that cannot be used is left out, and its error is logged.
@@ -141,19 +140,19 @@ class Registry(Mapping[str, type[Part]]):
 
     def _refusal(self, entry: metadata.EntryPoint, why: str) -> UsageError:
         return UsageError(
-            f"{self._kind} {entry.name!r} of {_place(entry)} {why}; correct that distribution, or "
-            "uninstall it"
+            f"{self._kind} {entry.name!r} of {_place(entry)} {why}; fix or uninstall that "
+            "distribution"
         )
 
 
 def _place(entry: metadata.EntryPoint) -> str:
-    """Who brings an entry point, for messages."""
+    """Return the distribution and the object of an entry point, for messages."""
     distribution = entry.dist.name if entry.dist else "unknown"
     return f"distribution {distribution!r} ({entry.value})"
 
 
 def _misfit(part: Any, base: type[Any], name: str) -> str:
-    """What a third-party part lacks of what `base` demands; empty if nothing."""
+    """Return why a third-party part does not implement `base`; empty if it does."""
     if not (isinstance(part, type) and issubclass(part, base)):
         return f"is not a subclass of {base.__module__.partition('.')[0]}.{base.__name__}"
     missing = [
@@ -161,7 +160,7 @@ def _misfit(part: Any, base: type[Any], name: str) -> str:
         *(member for member in inspect.get_annotations(base) if not hasattr(part, member)),
     ]
     if missing:
-        return f"lacks {', '.join(missing)}"
+        return f"does not define {', '.join(missing)}"
     if (own_name := part.name) != name:  # type: ignore[attr-defined]
         return f"has the attribute 'name' {own_name!r}, which must be the entry point's name"
     return ""

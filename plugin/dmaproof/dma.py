@@ -1,8 +1,8 @@
-"""The only door through which a device touches guest RAM.
+"""A device's only access to guest RAM.
 
-Whatever a device writes passes `Dma.write`, so nothing is written that is not journalled and
-tracked. The order is that of hardware: the data is in RAM before the tracker knows of it, and so
-before its bit can reach any log.
+A device writes only through `Dma.write`, so every write is journalled and tracked. The order is
+that of hardware: the data is in RAM before the tracker records the write, and therefore before the
+bit of the page can reach any log.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from .units import PAGE_BYTES
 
 
 class DmaMarker(Protocol):
-    """What `Dma` needs of a dirty tracker."""
+    """The part of a dirty tracker that `Dma` uses."""
 
     def dma(self, iova: int, length: int) -> None:
-        """The device wrote `length` bytes at `iova`."""
+        """Record that the device wrote `length` bytes at `iova`."""
 
 
 class Window:
-    """A read-only window on guest RAM: contiguous IOVAs, whose `pages` may lie anywhere in RAM.
+    """A read-only view of guest RAM at contiguous IOVAs, whose `pages` may lie anywhere in RAM.
 
-    It begins `start` bytes into the first page.
+    The window begins `start` bytes into the first page.
     """
 
     def __init__(self, pages: Sequence[memoryview], start: int) -> None:
@@ -34,25 +34,27 @@ class Window:
         self._start = start
 
     def unpack(self, layout: struct.Struct, offset: int) -> tuple[Any, ...]:
-        """Read one field at `offset` bytes; the field must be aligned to its size, a power of two.
+        """Read one field at `offset` bytes.
 
-        The alignment keeps the field on a single page.
+        The field must be aligned to its size, a power of two, so that it lies on a single page.
         """
         place = self._start + offset
         return layout.unpack_from(self._pages[place // PAGE_BYTES], place % PAGE_BYTES)
 
 
 class Dma:
-    """Reads and writes guest RAM by IOVA; each write is journalled and tracked.
+    """A device's only access to guest RAM: reads and writes by IOVA.
+
+    Each write is journalled and tracked.
 
     Args:
         memory: the guest's RAM.
-        bus: leads from IOVA to guest-physical addresses.
-        tracker: is told of each write; any `EmulatedTracker` will do.
+        bus: translates IOVAs to guest-physical addresses.
+        tracker: records each write by its method ``dma``; any `EmulatedTracker` does.
         journal: records each write.
         due_epoch: returns the number of the harvest that has to report a write made now; see
             `Collector.due_epoch`.
-        after_write: is called as ``after_write(iova, length)`` once the tracker knows of a write;
+        after_write: called as ``after_write(iova, length)`` once the tracker has recorded a write;
             see `Collector.harvest_write`.
     """
 
@@ -76,14 +78,14 @@ class Dma:
     def require(
         self, readable: Iterable[tuple[int, int]], writable: Iterable[tuple[int, int]]
     ) -> None:
-        """Make sure of all ranges of a request before anything of it is done.
+        """Check that all ranges of a request are mapped before any part of it is carried out.
 
         Args:
             readable: the (IOVA, length in bytes) ranges that will be read.
-            writable: those that will be written.
+            writable: the (IOVA, length in bytes) ranges that will be written.
 
         Raises:
-            IotlbMissError: some byte is not known yet, but can be asked for.
+            IotlbMissError: a mapping is missing and has to be requested from the IOMMU.
         """
         self.bus.require(readable, writable)
 
@@ -98,25 +100,25 @@ class Dma:
             A copy of the bytes.
 
         Raises:
-            MemoryAccessError: some of them are not mapped.
+            MemoryAccessError: some byte is not mapped.
         """
         pieces = self.bus.translate(iova, length)
         return b"".join(bytes(self.memory.view(gpa, size)) for gpa, size in pieces)
 
     def view(self, iova: int, length: int) -> Window:
-        """Open a window on guest RAM, for what is read again and again: rings.
+        """Open a window on guest RAM that is read repeatedly, such as a ring.
 
-        Behind an IOMMU the window is valid until one of its mappings is taken away.
+        Behind an IOMMU the window is valid until one of its mappings is removed.
 
         Args:
             iova: the first IOVA.
             length: the number of bytes.
 
         Returns:
-            The window, which cannot be written.
+            The window, which is read-only.
 
         Raises:
-            MemoryAccessError: some of them are not mapped.
+            MemoryAccessError: some byte is not mapped.
         """
         start = iova % PAGE_BYTES
         pages = [
@@ -127,12 +129,12 @@ class Dma:
         return Window(pages, start)
 
     def write(self, iova: int, data: bytes | memoryview, kind: WriteKind = WriteKind.DATA) -> None:
-        """Write guest RAM, journal the write, and tell the tracker.
+        """Write guest RAM, journal the write, and report it to the tracker.
 
         Args:
             iova: the first IOVA.
             data: the bytes to write.
-            kind: what the device writes; request data unless it says otherwise.
+            kind: what the device writes; request data by default.
 
         Raises:
             MemoryAccessError: some byte is not mapped; nothing was written.
@@ -141,7 +143,7 @@ class Dma:
         self._mark(iova, len(data))
 
     def _put(self, iova: int, data: bytes | memoryview, kind: WriteKind) -> None:
-        """The first half of a write: the data is in RAM, and in the journal."""
+        """Carry out the first half of a write: store the data, and journal it."""
         pieces = [
             (gpa, self.memory.view(gpa, size))
             for gpa, size in self.bus.translate(iova, len(data), WRITE)
@@ -156,11 +158,11 @@ class Dma:
             offset += len(target)
 
     def _store(self, iova: int, target: memoryview, data: memoryview) -> None:
-        """Bring `data` to `target`, the RAM at `iova`."""
+        """Copy `data` to `target`, the RAM at `iova`."""
         target[:] = data
 
     def _mark(self, iova: int, length: int) -> None:
-        """The second half: the tracker knows, and what harvests immediately has harvested."""
+        """Carry out the second half of a write: report it, and call `after_write`."""
         self._tracker.dma(iova, length)
         if self._after_write is not None:
             self._after_write(iova, length)

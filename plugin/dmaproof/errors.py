@@ -5,37 +5,38 @@
     DmaproofError
     ├── UsageError          the caller's arguments are wrong (exit code 2)
     ├── UntestableError     the proof could not be carried out (exit code 3)
-    │   ├── UnsupportedError    because a QEMU lacks, or refuses, what was asked for
+    │   ├── UnsupportedError    because a QEMU does not support, or refuses, what was requested
     │   ├── RefusedError        because the device refused what a QEMU or its guest sent
-    │   └── WaitTimeoutError    because something did not come in time
-    ├── BitmapError         a range, page size or buffer that a dirty bitmap cannot take
-    ├── TrackerError        a dirty tracker was asked for what it cannot do
+    │   └── WaitTimeoutError    because something did not happen in time
+    ├── BitmapError         a range, page size or buffer that a dirty bitmap cannot use
+    ├── TrackerError        a dirty tracker cannot do what was requested
     ├── MemoryAccessError   an address outside every memory slot or IOVA mapping
-    │   └── IotlbMissError      so far: the IOMMU is to be asked
+    │   └── IotlbMissError      an address that the IOTLB has to request from the IOMMU first
     └── ProtocolError       a vhost-user peer or a guest driver broke its specification
 
-Each message says what was tried, on what, and what to do about it.
+Each message says what was tried, on which object, and what to do about the error.
 """
 
 from collections.abc import Sequence
 
 
 def printable(text: str) -> str:
-    """`text` without what a terminal would obey and XML cannot hold.
+    """Replace the characters of `text` that a terminal would obey or that XML cannot contain.
 
-    It is for whatever a process or a guest that is not ours has printed. Lines and tabs stay.
+    Use it for the output of guests and third-party processes. Line breaks and tabs stay.
     """
     if text.isprintable():
         return text
     return "".join(
-        it if it.isprintable() or it in "\n\t" else "\N{REPLACEMENT CHARACTER}" for it in text
+        character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}"
+        for character in text
     )
 
 
 class DmaproofError(Exception):
-    """The root of every error that dmaproof raises on purpose.
+    """The base class of every error that dmaproof raises on purpose.
 
-    Its message is printable: it may quote a process that is not ours.
+    The message contains only printable characters, because it may quote a third-party process.
     """
 
     def __init__(self, message: str = "") -> None:
@@ -47,27 +48,27 @@ class UsageError(DmaproofError):
 
 
 class UntestableError(DmaproofError):
-    """The proof could not be carried out; the message says why and what would help."""
+    """The proof could not be carried out; the message says why, and what would help."""
 
 
 class UnsupportedError(UntestableError):
-    """A QEMU lacks what was asked for, or refuses it: nothing has failed."""
+    """A QEMU does not support, or refuses, what was requested; nothing has failed."""
 
 
 class RefusedError(UntestableError):
-    """A device of dmaproof's refused what a QEMU or its guest sent; the message says what."""
+    """A dmaproof device refused what a QEMU or its guest sent; the message says what."""
 
 
 class WaitTimeoutError(UntestableError):
-    """A wait has reached its bound; the message says what for, how long, and who is to blame."""
+    """A wait timed out; the message names the awaited event, the timeout and the cause."""
 
 
 class BitmapError(DmaproofError, ValueError):
-    """A range, page size or buffer that a dirty bitmap cannot take; nothing was written."""
+    """A range, page size or buffer that a dirty bitmap cannot use; nothing was written."""
 
 
 class TrackerError(DmaproofError):
-    """A dirty tracker was asked for what it cannot do."""
+    """A dirty tracker cannot do what was requested."""
 
 
 class MemoryAccessError(DmaproofError):
@@ -75,11 +76,14 @@ class MemoryAccessError(DmaproofError):
 
 
 class IotlbMissError(MemoryAccessError):
-    """A device's IOTLB does not know some pages; `missing` are (IOVA, access), to be asked for."""
+    """A device's IOTLB has no mapping for some pages; the device can request them.
+
+    The attribute `missing` lists the pages as (IOVA, access) pairs.
+    """
 
     def __init__(self, missing: Sequence[tuple[int, int]]) -> None:
         pages = ", ".join(f"{iova:#x}" for iova, _ in missing)
-        super().__init__(f"the IOTLB does not know the pages at IOVA {pages}")
+        super().__init__(f"the IOTLB has no mapping for the pages at IOVA {pages}")
         self.missing = missing
 
 

@@ -1,7 +1,7 @@
-"""What a device process hands over for the verdict: the journal, the trace of the chain, the slots.
+"""The evidence of a device process for the verdict: the journal, the trace and the memory slots.
 
-Written by the device into a folder, read by whoever compares the RAM: one NumPy archive, so that
-millions of records pass without a copy in text.
+The device process writes the evidence into a folder, and the process that compares the RAM reads
+it. The file is a NumPy archive, so that millions of records need no conversion to text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NOT_WHOLE: Final = (
     *(OSError, EOFError, MemoryError, BadZipFile, zlib.error),
     *(KeyError, RuntimeError, TypeError, ValueError),
 )
-"""What numpy and zipfile raise for a file that is cut off or spoilt."""
+"""The exceptions that numpy and zipfile raise for a truncated or damaged file."""
 
 HARVEST: Final = np.dtype(
     [
@@ -43,7 +43,7 @@ HARVEST: Final = np.dtype(
 
 
 class Slot(NamedTuple):
-    """A memory slot without its bytes: where it stands in the guest and in the backing file."""
+    """A memory slot without its bytes: its place in the guest and in the backing file."""
 
     gpa: int
     length: int
@@ -54,11 +54,11 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class Evidence:
-    """One session's side of the story; `device` names its device to whoever has several.
+    """The evidence of one session; `device` names its device in a proof with several devices.
 
-    `records` has dtype `dmaproof.journal.RECORD`; `harvests` dtype `HARVEST`; `started_ns`
-    is when logging was switched on (CLOCK_MONOTONIC), None if it never was. `slots` are empty where
-    the device does not know them.
+    `records` has the dtype `dmaproof.journal.RECORD`, and `harvests` the dtype `HARVEST`.
+    `started_ns` is the time at which logging was switched on (CLOCK_MONOTONIC), None if it never
+    was. `slots` is empty if the device does not know its memory slots.
     """
 
     slots: list[Slot]
@@ -70,7 +70,7 @@ class Evidence:
     device: str = ""
 
     def save(self, folder: Path) -> None:
-        """Write it all into `folder`, or leave there what there was."""
+        """Write the evidence into `folder`. After an error, earlier evidence is still whole."""
         arrays: dict[str, NDArray[Any]] = {
             "slots": np.array(self.slots, dtype=np.uint64).reshape(-1, len(Slot._fields)),
             "records": self.records,
@@ -87,10 +87,10 @@ class Evidence:
 
     @classmethod
     def load(cls, folder: Path) -> Evidence:
-        """Read what `save` wrote.
+        """Read the evidence that `save` wrote.
 
         Raises:
-            UntestableError: it is not there, or not whole.
+            UntestableError: the file is missing or damaged.
         """
         try:
             return cls._load(folder)
@@ -129,7 +129,7 @@ def collect_evidence(
     *,
     requests: int,
 ) -> Evidence:
-    """The evidence as it stands now."""
+    """Return the evidence at this moment."""
     return Evidence(
         slots=[
             Slot(slot.gpa, slot.length, slot.file_offset, slot.device, slot.inode)

@@ -1,18 +1,18 @@
 """Guest RAM as a device sees it: memory slots mapped from QEMU's file descriptors.
 
-Three address spaces meet here:
+This module uses three address spaces:
 
 GPA
-    guest-physical address: what the guest's CPUs and QEMU's dirty log count in.
+    guest-physical address, used by the guest's CPUs and by QEMU's dirty log.
 HVA
-    address in QEMU's own process: what vhost-user uses for the rings (SET_VRING_ADDR).
+    address in QEMU's own process, used by vhost-user for the rings (SET_VRING_ADDR).
 IOVA
-    address that the device puts on the bus: what the driver writes into descriptors and what a
-    dirty tracker records. Without a virtual IOMMU it equals the GPA.
+    address that the device puts on the bus. The driver writes IOVAs into descriptors, and a dirty
+    tracker records them. Without a virtual IOMMU an IOVA equals the GPA.
 
-`GuestMemory` holds the slots and is addressed by GPA; a `Bus` leads from IOVA to GPA: an `IovaMap`,
-or behind a virtual IOMMU an `Iotlb`. Both refuse an access that is not covered whole, before a byte
-is written.
+`GuestMemory` holds the slots and is addressed by GPA. A `Bus` translates IOVAs to GPAs: it is an
+`IovaMap`, or an `Iotlb` behind a virtual IOMMU. `GuestMemory` and `Bus` refuse an access of which
+any byte is not mapped, before a byte is written.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .units import PAGE_BYTES
 
 READ: Final = 1
 WRITE: Final = 2
-"""What a device may do at an address: bits, as in vhost's VHOST_ACCESS_RO, WO and RW."""
+"""The access rights of a device, as bits: those of vhost's VHOST_ACCESS_RO, WO and RW."""
 
 _ADDRESS_SPACE = 1 << 64
 
@@ -53,7 +53,7 @@ class MemorySlot:
 
     @property
     def end(self) -> int:
-        """The first GPA behind the slot."""
+        """The first GPA after the slot."""
         return self.gpa + self.length
 
 
@@ -63,27 +63,27 @@ def map_slot(fd: int, *, gpa: int, length: int, hva: int, file_offset: int) -> M
     Args:
         fd: the file, which may be closed afterwards.
         gpa: the guest-physical address of the slot.
-        length: its number of bytes.
-        hva: its address in QEMU's process; 0 if there is none.
+        length: the length of the slot in bytes.
+        hva: the slot's address in QEMU's process; 0 without QEMU.
         file_offset: the byte of the file at which the slot begins.
 
     Returns:
         The slot.
 
     Raises:
-        MemoryAccessError: the slot is empty, no run of whole 4 KiB pages, leaves the 64-bit space,
-            or reaches behind the file's end; or the file cannot be mapped.
+        MemoryAccessError: the slot is empty, does not consist of whole 4 KiB pages, leaves the
+            64-bit space or reaches beyond the file's end; or the file cannot be mapped.
     """
     name = f"memory slot GPA {gpa:#x} + {length:#x}"
     if length == 0 or gpa + length > _ADDRESS_SPACE or hva + length > _ADDRESS_SPACE:
         raise MemoryAccessError(f"{name}: empty, or leaves the 64-bit address space")
     if (gpa | length) % PAGE_BYTES:
-        raise MemoryAccessError(f"{name}: no run of whole pages of {PAGE_BYTES} bytes")
+        raise MemoryAccessError(f"{name}: expected whole pages of {PAGE_BYTES} bytes")
     status = os.fstat(fd)
     if file_offset + length > status.st_size:
         raise MemoryAccessError(
             f"{name}: needs bytes {file_offset:#x} to {file_offset + length:#x} of a file that has "
-            f"only {status.st_size:#x}"
+            f"only {status.st_size:#x} bytes"
         )
     try:
         mapping = SharedMapping(fd, length, file_offset)
@@ -123,21 +123,21 @@ class GuestMemory:
 
     @property
     def end(self) -> int:
-        """The first GPA behind the highest slot; 0 if there is none."""
+        """The first GPA after the highest slot; 0 without slots."""
         return self.slots[-1].end if self.slots else 0
 
     def check(self) -> None:
-        """Look whether the slots' files are still there.
+        """Check that the slots' files are still whole.
 
         Raises:
-            ProtocolError: one became too short while it was mapped, and what was read from there
-                since then or written to it is void.
+            ProtocolError: a file was truncated while it was mapped. Data read from the slot or
+                written to it since then is void.
         """
         for slot in self.slots:
             if slot.mapping.lost:
                 raise ProtocolError(
-                    f"memory slot GPA {slot.gpa:#x} + {slot.length:#x}: its file was cut short, or "
-                    "has no memory to give, while the slot was in use"
+                    f"memory slot GPA {slot.gpa:#x} + {slot.length:#x}: its file was truncated, or "
+                    "the host ran out of memory for it, while the slot was in use"
                 )
 
     def view(self, gpa: int, length: int) -> memoryview:
@@ -148,7 +148,7 @@ class GuestMemory:
             length: the number of bytes.
 
         Returns:
-            The view; what is written to it is neither journalled nor tracked.
+            The view. A write to it is neither journalled nor tracked; see `Dma.write`.
 
         Raises:
             MemoryAccessError: the bytes do not lie in one slot.
@@ -174,7 +174,7 @@ class GuestMemory:
             The guest-physical address.
 
         Raises:
-            MemoryAccessError: no slot holds them all.
+            MemoryAccessError: the bytes do not lie in one slot.
         """
         for slot in self.slots:
             if slot.hva <= hva and hva + length <= slot.hva + slot.length:
@@ -184,33 +184,33 @@ class GuestMemory:
         )
 
     def describe(self) -> str:
-        """The slots in one line, for error messages."""
+        """Describe the slots in one line, for error messages."""
         if not self.slots:
-            return "there are no slots"
+            return "the guest has no slots"
         return "slots: " + ", ".join(f"{slot.gpa:#x}-{slot.end - 1:#x}" for slot in self.slots)
 
 
 class IovaMapping(NamedTuple):
-    """A run of IOVAs that leads to a run of guest RAM."""
+    """A range of IOVAs that leads to a range of guest RAM."""
 
     iova: int
     """The first IOVA."""
     gpa: int
-    """The guest-physical address to which it leads."""
+    """The guest-physical address to which the first IOVA leads."""
     length: int
     """The number of bytes."""
 
 
 class Bus(Protocol):
-    """Leads a device's accesses from IOVA to GPA."""
+    """The translation of a device's accesses from IOVA to GPA."""
 
     @property
     def mappings(self) -> Sequence[IovaMapping]:
-        """What leads where now, in the order of the IOVAs."""
+        """The current mappings, in the order of their IOVAs."""
 
     @property
     def ranges(self) -> Sequence[IovaRange]:
-        """The IOVA ranges that a tracker has to watch; every mapping lies in them."""
+        """The IOVA ranges that a tracker has to watch; they contain every mapping."""
 
     def translate(self, iova: int, length: int, access: int = READ) -> list[tuple[int, int]]:
         """Translate a range of IOVAs.
@@ -218,7 +218,7 @@ class Bus(Protocol):
         Args:
             iova: the first IOVA.
             length: the number of bytes.
-            access: what the device wants to do there: bits, 1 to read and 2 to write.
+            access: the access that the device wants, as bits: 1 to read and 2 to write.
 
         Returns:
             The (GPA, length in bytes) pieces that make up the range, in order.
@@ -230,19 +230,19 @@ class Bus(Protocol):
     def require(
         self, readable: Iterable[tuple[int, int]], writable: Iterable[tuple[int, int]]
     ) -> None:
-        """Make sure of all ranges of a request before anything of it is done.
+        """Check that all ranges of a request are mapped before any part of it is carried out.
 
         Args:
             readable: the (IOVA, length in bytes) ranges that will be read.
-            writable: those that will be written.
+            writable: the (IOVA, length in bytes) ranges that will be written.
 
         Raises:
-            IotlbMissError: some byte is not known yet, but can be asked for.
+            IotlbMissError: a mapping is missing and has to be requested from the IOMMU.
         """
 
 
 class IovaMap:
-    """A `Bus` whose mappings are known from the beginning.
+    """A `Bus` with fixed mappings.
 
     Args:
         mappings: the mappings, in any order.
@@ -268,7 +268,7 @@ class IovaMap:
 
     @classmethod
     def identity(cls, memory: GuestMemory) -> IovaMap:
-        """Make the map of a guest without a virtual IOMMU, where IOVA equals GPA.
+        """Make the map of a guest without a virtual IOMMU, where every IOVA equals its GPA.
 
         Args:
             memory: the guest's RAM.
@@ -284,7 +284,7 @@ class IovaMap:
         return [IovaRange(mapping.iova, mapping.length) for mapping in self.mappings]
 
     def translate(self, iova: int, length: int, access: int = READ) -> list[tuple[int, int]]:
-        """Translate; whatever is mapped may be read and written."""
+        """Translate a range of IOVAs, as `Bus.translate`; every mapping may be read and written."""
         index = bisect_right(self._starts, iova) - 1
         if index >= 0:
             mapping = self.mappings[index]
@@ -296,7 +296,7 @@ class IovaMap:
     def require(
         self, readable: Iterable[tuple[int, int]], writable: Iterable[tuple[int, int]]
     ) -> None:
-        """Do nothing: there is no IOMMU to ask."""
+        """Do nothing: without an IOMMU, no mapping has to be requested."""
 
     def _pieces(self, iova: int, length: int) -> Iterator[tuple[int, int]]:
         position, end = iova, iova + length

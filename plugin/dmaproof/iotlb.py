@@ -1,19 +1,19 @@
-"""A device's IOTLB: what it has learnt of the mappings in its guest's IOMMU.
+"""A device's IOTLB: its copy of some mappings of its guest's IOMMU.
 
-Behind a virtual IOMMU an IOVA means nothing by itself. The device asks for what it does not know (a
-*miss*), is told single mappings (an *update*), and has to forget them when the guest's driver takes
-them away (an *invalidation*). So the same IOVA is one page now and another one later, and one page
-may have several IOVAs at a time.
+Behind a virtual IOMMU only a mapping says where an IOVA leads. The device requests a mapping that
+it does not have (a *miss*), receives single mappings (an *update*), and has to drop them when the
+guest's driver removes them (an *invalidation*). So one IOVA may lead to different pages over time,
+and one page may have several IOVAs at the same time.
 
-Dirty pages are remembered by IOVA, and must reach the log by GPA. Both ends meet here: the mappings
-tell the collector where an IOVA leads *now*, so whoever takes one away has to harvest it first.
+Trackers record dirty pages by IOVA, and the log takes them by GPA. The mappings tell the collector
+where an IOVA leads *now*, so a mapping has to be harvested before it is removed.
 
-A tracker is started with ranges, and to start it anew takes time. So `ranges` are large pieces of
-the address space, in which drivers map and unmap as they like; there are more of them only if a
-mapping comes that lies elsewhere.
+A tracker is started with ranges, and a restart takes time. So `ranges` are large pieces of the
+address space, in which drivers may map and unmap freely. `ranges` grow only when a mapping outside
+them arrives.
 
-An IOTLB is bounded, in entries and in pieces. What does not fit in any more is the caller's to make
-room for: what is forgotten can be asked for again.
+An IOTLB holds a bounded number of entries and of pieces. When it is full, the caller has to remove
+entries; the device can request them again.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from .iova_bitmap import IovaRange
 from .units import PAGE_BYTES, div_ceil
 
 ADDRESS_BITS: Final = 48
-"""The widest IOVA: what a page table of four levels translates."""
+"""The width of an IOVA: a page table of four levels translates 48 bits."""
 
 MOST_ENTRIES: Final = 1 << 14
-"""64 MiB of single pages: more than the largest request of a device here."""
+"""64 MiB of single pages: more than the largest request of any dmaproof device."""
 _PIECE_BYTES: Final = 256 << 20
 _MOST_PIECES: Final = 64
 _MOST_RANGES: Final = 8
-"""As many as the trackers have that have the fewest: they would track all that lies between."""
+"""The limit of the trackers with the fewest ranges; with more, they would track the gaps too."""
 _MISSES_AT_A_TIME: Final = 64
 
 
 class Miss(NamedTuple):
-    """The page at `iova` is not known, or not for this `access` (bits, `READ` and `WRITE`)."""
+    """A page at `iova` that has no mapping for `access` (bits, `READ` and `WRITE`)."""
 
     iova: int
     access: int
 
 
 class Entry(NamedTuple):
-    """`length` bytes at `iova` are guest RAM at `gpa`, for this `access`."""
+    """A mapping of `length` bytes at `iova` to guest RAM at `gpa`, for `access`."""
 
     iova: int
     gpa: int
@@ -57,26 +57,23 @@ class Entry(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The first IOVA behind it."""
+        """The first IOVA after the entry."""
         return self.iova + self.length
 
 
 class Iotlb:
-    """The `Bus` of a device behind an IOMMU; it knows nothing at first.
-
-    It holds up to `most_entries`.
-    """
+    """The `Bus` of a device behind an IOMMU; empty at first, with room for `most_entries`."""
 
     def __init__(self, most_entries: int = MOST_ENTRIES) -> None:
         self._most_entries = most_entries
         self._entries: list[Entry] = []
-        """In the order of their IOVAs; no two overlap."""
+        """Sorted by IOVA; no two entries overlap."""
         self._starts: list[int] = []
         self._pieces: set[int] = set()
 
     @property
     def mappings(self) -> list[IovaMapping]:
-        """The mappings, where entries that continue one another are one."""
+        """The mappings; entries that continue one another are merged."""
         return _merged(self._entries)
 
     @property
@@ -84,13 +81,13 @@ class Iotlb:
         return _ranges_of(self._pieces)
 
     def overlapping(self, iova: int, length: int) -> list[IovaMapping]:
-        """The mappings of all entries of which a part lies in `length` bytes from `iova` on."""
+        """Return the mappings of all entries that overlap `length` bytes from `iova` on."""
         return _merged(self._entries[self._touched(iova, length)])
 
     def widened(self, entry: Entry) -> Entry:
-        """`entry` with the access, too, that is known of the same mapping already.
+        """Return `entry` with the access added that the IOTLB already has for the same mapping.
 
-        A front end may tell of no more access than it was asked for.
+        A front end may answer a request with only the access that was requested.
         """
         known = self._entries[self._touched(entry.iova, entry.length)]
         if len(known) == 1 and known[0][:3] == entry[:3]:
@@ -98,11 +95,11 @@ class Iotlb:
         return entry
 
     def knows(self, entry: Entry) -> bool:
-        """Whether `entry` is there, just like that."""
+        """Return whether the IOTLB holds exactly `entry`."""
         return self._entries[self._touched(entry.iova, entry.length)] == [entry]
 
     def has_room_for(self, entry: Entry) -> bool:
-        """Whether `entry` fits in without anything else being forgotten."""
+        """Return whether `entry` fits without the removal of another entry."""
         pieces = self._pieces.union(_pieces_of(entry))
         return (
             len(self._entries) < self._most_entries
@@ -111,11 +108,11 @@ class Iotlb:
         )
 
     def add(self, entry: Entry) -> bool:
-        """Learn a mapping that overlaps none; True if `ranges` have become more by it.
+        """Add a mapping that overlaps no other; return whether `ranges` have grown.
 
         Raises:
-            MemoryAccessError: it is no run of whole pages, or beyond `ADDRESS_BITS`, or larger than
-                what can be watched at a time.
+            MemoryAccessError: the mapping does not consist of whole pages, lies beyond
+                `ADDRESS_BITS`, or is larger than a tracker can watch at one time.
         """
         pieces = _pieces_of(entry)
         if (
@@ -125,9 +122,9 @@ class Iotlb:
             or len(pieces) > _MOST_PIECES
         ):
             raise MemoryAccessError(
-                f"IOTLB entry IOVA {entry.iova:#x} + {entry.length:#x} → GPA {entry.gpa:#x}: whole "
-                f"pages of {PAGE_BYTES} bytes are due, with {ADDRESS_BITS} bits of address and "
-                f"{_MOST_PIECES * _PIECE_BYTES:#x} bytes at the most"
+                f"IOTLB entry IOVA {entry.iova:#x} + {entry.length:#x} → GPA {entry.gpa:#x}: "
+                f"expected whole pages of {PAGE_BYTES} bytes, an IOVA of {ADDRESS_BITS} bits and "
+                f"at most {_MOST_PIECES * _PIECE_BYTES:#x} bytes"
             )
         place = bisect_left(self._starts, entry.iova)
         self._entries.insert(place, entry)
@@ -137,13 +134,13 @@ class Iotlb:
         return more
 
     def remove(self, iova: int, length: int) -> None:
-        """Forget every entry of which a part lies there."""
+        """Remove every entry that overlaps `length` bytes from `iova` on."""
         touched = self._touched(iova, length)
         del self._entries[touched]
         del self._starts[touched]
 
     def clear(self) -> None:
-        """Forget every entry, and the `ranges` too."""
+        """Remove every entry, and the `ranges` too."""
         self._entries.clear()
         self._starts.clear()
         self._pieces.clear()
@@ -163,10 +160,10 @@ class Iotlb:
         return None
 
     def translate(self, iova: int, length: int, access: int = READ) -> list[tuple[int, int]]:
-        """Translate; each piece is of one entry.
+        """Translate a range of IOVAs into pieces that each lie in one entry.
 
         Raises:
-            IotlbMissError: some byte is not known, or not for `access`.
+            IotlbMissError: some byte has no mapping for `access`.
             MemoryAccessError: some byte is beyond `ADDRESS_BITS`, where nothing can be mapped.
         """
         _require_addressable(iova, length)
@@ -184,10 +181,11 @@ class Iotlb:
     def require(
         self, readable: Iterable[tuple[int, int]], writable: Iterable[tuple[int, int]]
     ) -> None:
-        """Make sure of the ranges; the error names a bounded number of pages.
+        """Check that the ranges are mapped; the error names a bounded number of pages.
 
         Raises:
-            MemoryAccessError: there are more pages than the IOTLB can hold, or some beyond
+            IotlbMissError: some page has no mapping.
+            MemoryAccessError: the ranges have more pages than the IOTLB can hold, or lie beyond
                 `ADDRESS_BITS`.
         """
         readable, writable = list(readable), list(writable)
@@ -199,17 +197,17 @@ class Iotlb:
         )
         if pages > self._most_entries:
             raise MemoryAccessError(
-                f"a request touches {pages} pages, more than the IOTLB's {self._most_entries}"
+                f"a request touches {pages} pages, but the IOTLB holds only {self._most_entries}"
             )
         missing = itertools.chain(
-            (it for iova, length in readable for it in self._missing(iova, length, READ)),
-            (it for iova, length in writable for it in self._missing(iova, length, WRITE)),
+            (miss for iova, length in readable for miss in self._missing(iova, length, READ)),
+            (miss for iova, length in writable for miss in self._missing(iova, length, WRITE)),
         )
         accesses: dict[int, int] = {}
         for page, access in itertools.islice(missing, _MISSES_AT_A_TIME):
             accesses[page] = accesses.get(page, 0) | access
         if accesses:
-            raise IotlbMissError([Miss(*it) for it in accesses.items()])
+            raise IotlbMissError([Miss(page, access) for page, access in accesses.items()])
 
     def _missing(self, iova: int, length: int, access: int) -> Iterator[Miss]:
         position, end = iova, iova + length
@@ -233,7 +231,7 @@ def _pieces_of(entry: Entry) -> range:
 
 
 def _ranges_of(pieces: Iterable[int]) -> list[IovaRange]:
-    """The runs of them."""
+    """Return the runs of consecutive pieces."""
     runs: list[IovaRange] = []
     for piece in sorted(pieces):
         start, length = piece * _PIECE_BYTES, _PIECE_BYTES

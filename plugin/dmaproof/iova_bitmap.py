@@ -2,32 +2,32 @@
 
 Theory of operation
 -------------------
-Whoever wants to know what is dirty makes an `IovaBitmap` for a range of IOVAs over memory of its
-own, and calls the device's tracker with it. The tracker calls back `set(iova, length)` for each
-range that it knows to be dirty, in whatever order and size its hardware brings them. It never sees
-the bits: not their page size, not where they stand, not how they are cut into windows. This is the
-user-space sibling of the kernel's iova_bitmap (drivers/iommu/iommufd/iova_bitmap.c since 6.11).
+A caller that wants the dirty pages of a range of IOVAs makes an `IovaBitmap` over its own memory
+and passes it to the device's tracker. The tracker calls `set(iova, length)` for each dirty range,
+in the order and the sizes that its hardware delivers. The tracker never sees the bits: it knows
+neither their page size, nor their place in memory, nor the windows. `IovaBitmap` is the user-space
+counterpart of the kernel's iova_bitmap (drivers/iommu/iommufd/iova_bitmap.c since 6.11).
 
 One bit stands for one naturally aligned page: bit *n* of a bitmap over [iova, iova + length) is
-page ``iova // page_size + n``. Bits are kept in little-endian 64-bit words, the form of VFIO's and
-iommufd's bitmaps.
+page ``iova // page_size + n``. Bits are stored in little-endian 64-bit words, the form of VFIO's
+and iommufd's bitmaps.
 
-The memory is either a buffer, which is used as it is, or a file, of which one *window* is mapped
-at a time, on demand of `set`. The window is the user-space equal of the kernel's pinned pages, and
-of the same size: 512 pages of bitmap, which stand for 64 GiB of 4 KiB pages. The last window stays
-mapped, so neighbouring reports cost nothing more; `set_many` sorts its ranges by window, so a
-million scattered ranges map each window once.
+The memory is either a buffer or a file. Of a file, one *window* is mapped at a time, when `set`
+needs it. A window corresponds to the kernel's pinned pages and has the same size: 512 pages of
+bitmap, which stand for 64 GiB of 4 KiB pages. The last window stays mapped, so neighbouring reports
+map nothing. `set_many` sorts its ranges by window, so it maps each window once, even for a million
+scattered ranges.
 
 What is promised
 ----------------
-- A range sets the bit of every page that it touches, across windows, and no other.
-- Bits are only ever set. With ``shared`` (the default) they are set atomically, so several
-  processes may report into one bitmap.
-- A range that is not wholly inside the bitmap's is an error, and nothing of it is set. The kernel
-  drops or truncates such ranges silently; here that would hide a fault of the tracker.
+- A range sets the bit of every page that it touches, across windows, and no other bit.
+- Bits are only set, never cleared. With ``shared`` (the default) they are set atomically, so
+  several processes may report into one bitmap.
+- A range that is not wholly inside the bitmap's range raises an error, and none of its bits is set.
+  The kernel silently drops or truncates such a range; here that would hide a fault of the tracker.
 
-Not promised: that bits which are set become visible before `set` returns to other processes that
-do not use atomics or locks themselves.
+Not promised: that a process without atomics or locks of its own sees the bits by the time `set`
+returns.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from .units import div_ceil
 
 ADDRESS_SPACE: Final = 1 << 64
 WINDOW_BYTES: Final = 2 << 20
-"""512 bitmap pages: what the kernel pins at a time."""
+"""512 pages of bitmap: as much as the kernel pins at a time."""
 
 BitmapBuffer = bytearray | memoryview | mmap.mmap | NDArray[Any]
 Words = NDArray[np.uint64]
@@ -72,48 +72,50 @@ class IovaRange(NamedTuple):
 
 @dataclass
 class BitmapStats:
-    """What an iteration has cost."""
+    """The cost of an iteration."""
 
     windows: int = 0
-    """Windows mapped."""
+    """The number of windows mapped."""
     pages: int = 0
-    """Pages of the host in these windows."""
+    """The number of host pages in these windows."""
     ranges: int = 0
-    """Ranges reported."""
+    """The number of ranges reported."""
     bits: int = 0
-    """Bits set that were not set before."""
+    """The number of bits set that were clear before."""
 
 
 Report = Callable[["IovaBitmap", int, int], None]
 
 
 def _as_addresses(values: Addresses, name: str) -> Words:
-    """`values` as a contiguous array of uint64; what does not fit is refused, never wrapped."""
+    """Return `values` as a contiguous array of uint64; a value that does not fit never wraps."""
     try:
         array = np.asarray(values, dtype=None if isinstance(values, np.ndarray) else np.uint64)
     except (OverflowError, ValueError, TypeError) as error:
-        raise BitmapError(f"{name} are no unsigned 64-bit numbers: {error}") from error
+        raise BitmapError(f"{name} are not unsigned 64-bit numbers: {error}") from error
     if array.dtype.kind not in "ui" or (array.dtype.kind == "i" and (array < 0).any()):
-        raise BitmapError(f"{name} of {array.dtype} are no unsigned 64-bit numbers")
+        raise BitmapError(f"{name} of type {array.dtype} are not unsigned 64-bit numbers")
     if array.ndim != 1:
-        raise BitmapError(f"{name} of shape {array.shape}: one dimension is due")
+        raise BitmapError(f"{name}: expected an array of one dimension, got shape {array.shape}")
     return np.ascontiguousarray(array, dtype=np.uint64)
 
 
 class IovaBitmap:
     """A dirty bitmap over a range of IOVAs, with one bit for each page.
 
-    It is a context manager that releases the bitmap's memory at its end.
+    Use it as a context manager: the end of the ``with`` block releases the bitmap's memory.
 
     Args:
-        iova: the first IOVA.
-        length: the number of bytes.
-        page_size: what one bit stands for, in bytes; a power of two up to 2**63.
-        data: holds the bits: a writable buffer at any address, or a file descriptor. The buffer may
-            end in the middle of a word; bits after the last page are never touched.
-        offset: the byte of the file at which the bitmap starts.
-        window_bytes: how much of the file is mapped at a time; a power of two, at least a page.
-        shared: whether bits are set with atomics; False is for a bitmap with a single writer.
+        iova: the first IOVA of the range.
+        length: the length of the range in bytes.
+        page_size: the size in bytes of the page that one bit stands for; a power of two up to
+            2**63.
+        data: the memory of the bits: a writable buffer at any address, or a file descriptor. A
+            buffer may end in the middle of a word; bits after the last page are never touched.
+        offset: the byte of the file at which the bitmap begins.
+        window_bytes: the number of bytes of the file that are mapped at a time; a power of two, at
+            least a host page.
+        shared: whether bits are set atomically. False is for a bitmap with a single writer.
 
     Raises:
         BitmapError: the range is empty or leaves the 64-bit space, the page size is not a power of
@@ -141,14 +143,14 @@ class IovaBitmap:
         shared: bool = True,
     ) -> None:
         if page_size < 1 or page_size & (page_size - 1) or page_size > 1 << 63:
-            raise BitmapError(f"page size {page_size:#x} is no power of two up to 2**63")
+            raise BitmapError(f"page size {page_size:#x} is not a power of two up to 2**63")
         if iova < 0 or length < 1 or iova + length > ADDRESS_SPACE:
             raise BitmapError(
                 f"IOVA {iova:#x} + {length:#x}: the range is empty or leaves the 64-bit space"
             )
         if window_bytes < mmap.PAGESIZE or window_bytes & (window_bytes - 1):
             raise BitmapError(
-                f"a window of {window_bytes} bytes is no power of two of {mmap.PAGESIZE} or more"
+                f"window of {window_bytes} bytes: expected a power of two, at least {mmap.PAGESIZE}"
             )
         self.iova = iova
         self.length = length
@@ -171,15 +173,15 @@ class IovaBitmap:
 
     def _open_buffer(self, data: BitmapBuffer, needed: int) -> None:
         try:
-            # To typeshed an mmap is a buffer from Python 3.12 on.
+            # typeshed declares mmap a buffer only from Python 3.12 on.
             view = memoryview(cast(bytearray, data)).cast("B")
         except TypeError as error:
-            raise BitmapError(f"the bitmap's memory is no contiguous buffer: {error}") from error
+            raise BitmapError(f"the bitmap's memory is not a contiguous buffer: {error}") from error
         if view.readonly:
             raise BitmapError("the bitmap's memory is read-only")
         if len(view) < needed:
             raise BitmapError(
-                f"{self.bits} pages need {needed} bytes of bitmap, the buffer has {len(view)}"
+                f"{self.bits} pages need {needed} bytes of bitmap, but the buffer has {len(view)}"
             )
         self._window = view
         self._window_index = 0
@@ -200,7 +202,7 @@ class IovaBitmap:
         if offset < 0 or offset + needed > size:
             self.close()
             raise BitmapError(
-                f"{self.bits} pages need {needed} bytes of bitmap from offset {offset} on, the "
+                f"{self.bits} pages need {needed} bytes of bitmap from offset {offset} on, but the "
                 f"file has {size}"
             )
         self._offset = offset
@@ -214,7 +216,10 @@ class IovaBitmap:
         self.close()
 
     def close(self) -> None:
-        """Release the memory; the bitmap cannot be used afterwards. Twice is harmless."""
+        """Release the bitmap's memory. The bitmap cannot be used afterwards.
+
+        A second call does nothing.
+        """
         if self._window is not None:
             self._window.release()
             self._window = None
@@ -231,11 +236,11 @@ class IovaBitmap:
     def for_each(self, report: Report) -> None:
         """Query a tracker for the whole range.
 
-        An exception of `report` ends the iteration and is passed on.
+        An exception that `report` raises ends the iteration and reaches the caller.
 
         Args:
-            report: is called as ``report(bitmap, iova, length)``, and reports by `set` or
-                `set_many`; `EmulatedTracker.read_and_clear` is one.
+            report: called as ``report(bitmap, iova, length)``; it reports dirty ranges by `set` or
+                `set_many`. `EmulatedTracker.read_and_clear` is such a function.
         """
         report(self, self.iova, self.length)
 
@@ -244,14 +249,14 @@ class IovaBitmap:
 
         Args:
             iova: the first IOVA of the range.
-            length: the number of bytes, at least 1.
+            length: the length of the range in bytes, at least 1.
 
         Raises:
-            BitmapError: the range is empty or not wholly inside the bitmap's; nothing was set.
+            BitmapError: the range is empty or not wholly inside the bitmap's range; no bit was set.
         """
         if iova < self.iova or length < 1 or iova + length - 1 > self._last:
             raise BitmapError(
-                f"IOVA {iova:#x} + {length:#x} is empty or not inside the bitmap's "
+                f"IOVA {iova:#x} + {length:#x} is empty or not inside the bitmap's range "
                 f"{self.iova:#x} + {self.length:#x}"
             )
         self.stats.ranges += 1
@@ -263,30 +268,36 @@ class IovaBitmap:
         while first < end:
             index = first // self._window_bits
             start = index * self._window_bits
-            here = min(end, start + self._window_bits)
+            stop = min(end, start + self._window_bits)
             window = self._pin(index)
-            self.stats.bits += _core.set_bits(window, first - start, here - first, self._shared)
-            first = here
+            self.stats.bits += _core.set_bits(window, first - start, stop - first, self._shared)
+            first = stop
 
     def set_many(self, iovas: Addresses, lengths: Addresses | int) -> None:
         """Set the bits of many ranges in one call.
 
         Args:
             iovas: the first IOVA of each range: shape (ranges,), unsigned 64-bit values.
-            lengths: the bytes of each range, of the same shape; or one length for all ranges, as in
-                lists of pages that hardware writes.
+            lengths: the length in bytes of each range, of the same shape; or one length for all
+                ranges, as in the lists of pages that hardware writes.
 
         Raises:
-            BitmapError: the arrays do not fit each other, or a range is empty or not wholly inside
-                the bitmap's; nothing was set.
+            BitmapError: the arrays have different shapes, or a range is empty or not wholly inside
+                the bitmap's range; no bit was set.
         """
         iovas = _as_addresses(iovas, "IOVAs")
         if not isinstance(lengths, int):
             lengths = _as_addresses(lengths, "lengths")
             if lengths.shape != iovas.shape:
-                raise BitmapError(f"IOVAs of shape {iovas.shape}, lengths of {lengths.shape}")
+                raise BitmapError(
+                    f"expected IOVAs and lengths of one shape, got {iovas.shape} and "
+                    f"{lengths.shape}"
+                )
         elif not 0 < lengths <= self.length:
-            raise BitmapError(f"ranges of {lengths:#x} bytes in a bitmap over {self.length:#x}")
+            raise BitmapError(
+                f"ranges of {lengths:#x} bytes are empty or longer than the bitmap's range of "
+                f"{self.length:#x} bytes"
+            )
         if self._fd < 0:
             self._set_in_window(0, iovas, lengths)
         else:
@@ -296,7 +307,7 @@ class IovaBitmap:
         self.stats.ranges += len(iovas)
 
     def _refuse_outside(self, iovas: Words, lengths: Words | int) -> None:
-        """Raise the error that names the first range that is not wholly inside, if there is one."""
+        """Raise an error that names the first range that is empty or not wholly inside, if any."""
         sizes = np.asarray(lengths, dtype=np.uint64)
         ends = sizes - np.uint64(1)
         starts = iovas - np.uint64(self.iova)
@@ -307,11 +318,14 @@ class IovaBitmap:
             length = int(np.broadcast_to(lengths, iovas.shape)[worst])
             raise BitmapError(
                 f"range {worst} (IOVA {int(iovas[worst]):#x} + {length:#x}) is empty or not inside "
-                f"the bitmap's {self.iova:#x} + {self.length:#x}"
+                f"the bitmap's range {self.iova:#x} + {self.length:#x}"
             )
 
     def _set_by_window(self, iovas: Words, lengths: Words) -> None:
-        """Sorted by window, so that each is mapped once; a range may go on in later ones."""
+        """Set ranges in the order of their windows, so that each window is mapped once.
+
+        Ranges that cross windows are set one by one before the others.
+        """
         self._refuse_outside(iovas, lengths)
         lasts = iovas + (lengths - np.uint64(1))
         first, last = self._windows_of(iovas), self._windows_of(lasts)
@@ -328,7 +342,7 @@ class IovaBitmap:
             self._set_in_window(int(first[low]), iovas[low:high], lengths[low:high])
 
     def _windows_of(self, iovas: Words) -> NDArray[np.unsignedinteger[Any]]:
-        """The window of each IOVA, in the smallest type that holds them: short keys sort fast."""
+        """Return each IOVA's window number, in the smallest type: short keys sort fast."""
         if self.bits <= self._window_bits:
             return np.zeros(len(iovas), dtype=np.uint8)
         shift = self._shift + self._window_bits.bit_length() - 1
@@ -350,7 +364,7 @@ class IovaBitmap:
     # Iterating ----------------------------------------------------------------------------------
 
     def windows(self) -> Iterator[IovaRange]:
-        """Yield the range in pieces, one for each window, for hardware that is queried so."""
+        """Yield the range in pieces, one for each window, for hardware queried by window."""
         for index in range(div_ceil(self.bits, self._window_bits)):
             low = max(self.iova, self._start_of(index))
             yield IovaRange(low, min(self._last + 1, self._start_of(index + 1)) - low)
@@ -376,7 +390,7 @@ class IovaBitmap:
             yield pending
 
     def count(self) -> int:
-        """Count the pages that are dirty."""
+        """Count the dirty pages."""
         windows = range(div_ceil(self.bits, self._window_bits))
         sizes = (min(self._window_bits, self.bits - index * self._window_bits) for index in windows)
         return sum(
@@ -387,11 +401,11 @@ class IovaBitmap:
     # Windows ------------------------------------------------------------------------------------
 
     def _start_of(self, index: int) -> int:
-        """The IOVA of a window's first page."""
+        """Return the IOVA of a window's first page."""
         return self._origin + index * self._window_bits << self._shift
 
     def _pin(self, index: int) -> memoryview:
-        """The bits of a window, mapped if it is not the one at hand."""
+        """Return the bits of a window; map the window first unless it is the current one."""
         if index != self._window_index or self._window is None:
             self._map_window(index)
         assert self._window is not None

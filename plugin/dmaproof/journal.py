@@ -1,8 +1,8 @@
 """The ground truth: every DMA write that a device made while dirty logging was on.
 
-The journal never feeds the log. It is what the verdict holds the chain against: for each lost page
-it tells which request wrote it, when, and in which *epoch*, the number of the harvest that had to
-report it.
+The journal never feeds the log. The verdict compares the chain with the journal: for each lost page
+the journal says which request wrote it, when, and in which *epoch*, the number of the harvest that
+had to report the write.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class WriteKind(IntEnum):
     """What a device wrote."""
 
     DATA = 0
-    """What the request asked for."""
+    """Data of a request."""
     STATUS = 1
     """The status byte of a request."""
     USED_RING = 2
-    """The device's part of a ring."""
+    """The part of a ring that the device writes."""
 
 
 RECORD: Final = np.dtype(
@@ -42,21 +42,22 @@ RECORD: Final = np.dtype(
         ("queue", "<u4"),
     ]
 )
-"""One write, in the order written: `time_ns` of CLOCK_MONOTONIC, `length` in bytes, `checksum` the
-CRC-32 of what was written; a write that spans two memory slots is two records."""
+"""The record of one write: `time_ns` of CLOCK_MONOTONIC, `length` in bytes, `checksum` the CRC-32
+of the data. A write that spans two memory slots has two records."""
 
 _PACK = struct.Struct("<QQQQQIIII").pack
 assert struct.calcsize("<QQQQQIIII") == RECORD.itemsize
 
 
 class Journal:
-    """Records a device's writes from `start` to `stop`; before and after it only counts them.
+    """The record of a device's writes from `start` to `stop`; other writes are only counted.
 
-    `request` and `queue` say on whose behalf the device is writing; the device's queue handler sets
-    them before it writes.
+    The device's queue handler sets the attributes `request` and `queue` before it writes, to the
+    numbers of the request and the queue for which it writes.
 
     Args:
-        file: takes each record at once, so that the records outlive the process; None is memory.
+        file: the file to which each record is written immediately, so that the records outlive the
+            process. None keeps the records in memory only.
 
     Example:
         >>> journal = Journal()
@@ -78,11 +79,11 @@ class Journal:
 
     @property
     def recording(self) -> bool:
-        """Whether writes are recorded now."""
+        """Whether writes are being recorded."""
         return self._recording
 
     def start(self) -> None:
-        """Forget earlier records and record from now on."""
+        """Drop earlier records and start recording."""
         self._records = bytearray()
         if self._file is not None:
             self._file.truncate(0)
@@ -90,30 +91,30 @@ class Journal:
         self._recording = True
 
     def resume(self, started_ns: int) -> None:
-        """Continue after the records in the file; recording had begun at `started_ns`."""
+        """Continue after the records in the file, of a recording that began at `started_ns`."""
         assert self._file is not None
         whole = Path(self._file.name).read_bytes()
         whole = whole[: len(whole) // RECORD.itemsize * RECORD.itemsize]
-        self._file.truncate(len(whole))  # the last one may have been written by half
+        self._file.truncate(len(whole))  # the last record may be incomplete
         self._records = bytearray(whole)
         self.started_ns = started_ns
         self._recording = True
 
     def stop(self) -> None:
-        """Record no more; what was recorded stays readable."""
+        """Stop recording. The records stay readable."""
         self._recording = False
 
     def write(
         self, kind: WriteKind, iova: int, gpa: int, data: bytes | memoryview, epoch: int
     ) -> None:
-        """Record a write, whose data is in RAM already.
+        """Record a write whose data is already in RAM.
 
         Args:
-            kind: what was written.
-            iova: the IOVA of its first byte.
-            gpa: the guest-physical address of its first byte.
-            data: what was written.
-            epoch: the number of the harvest that has to report it.
+            kind: the kind of data.
+            iova: the IOVA of the first byte.
+            gpa: the guest-physical address of the first byte.
+            data: the bytes written.
+            epoch: the number of the harvest that has to report the write.
         """
         self.writes += 1
         self.bytes_written += len(data)
@@ -134,12 +135,12 @@ class Journal:
                 self._file.write(record)
 
     def records(self) -> NDArray[np.void]:
-        """Copy the records.
+        """Return a copy of the records.
 
         Returns:
-            A structured array of shape (writes,), in the order written, with the fields `time_ns`
-            (of CLOCK_MONOTONIC), `request`, `iova`, `gpa`, `epoch`, `length` (in bytes), `checksum`
-            (the CRC-32 of what was written), `kind` and `queue`.
+            A structured array of shape (writes,), in the order of the writes, with the fields
+            `time_ns` (of CLOCK_MONOTONIC), `request`, `iova`, `gpa`, `epoch`, `length` (in bytes),
+            `checksum` (the CRC-32 of the data), `kind` and `queue`.
         """
         return np.frombuffer(bytes(self._records), dtype=RECORD)
 

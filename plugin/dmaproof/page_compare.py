@@ -1,8 +1,8 @@
-"""Compares two guests' RAM page by page, at the speed of memcmp, and leaves holes alone.
+"""Comparison of two guests' RAM page by page, at the speed of memcmp, without reading holes.
 
-Guest RAM in a memfd has holes where the guest never touched it. Reading a hole through a mapping
-would allocate it, so holes are found with SEEK_DATA and SEEK_HOLE and never read: two holes are
-equal, and data against a hole is compared with zeros.
+Guest RAM in a memfd has holes where the guest never touched it. A read of a hole through a mapping
+would allocate its memory. So holes are found with SEEK_DATA and SEEK_HOLE and never read: two holes
+are equal, and data opposite a hole is compared with zeros.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .units import div_ceil
 
 _PIECE_BYTES: Final = 256 << 20
 _DIGESTED_AT_ONCE: Final = 1 << 20
-"""Small enough for a processor's cache."""
+"""Small enough for the cache of a processor."""
 _WEIGHTS_SEED: Final = 4096
 
 
@@ -35,22 +35,23 @@ class Extent(NamedTuple):
 def differing_pages(
     source: Extent, destination: Extent, length: int, page_size: int = mmap.PAGESIZE
 ) -> NDArray[np.int64]:
-    """The numbers of the pages that differ, counted from the extents' starts, sorted.
+    """Return the sorted numbers of the pages that differ, counted from the start of the extents.
 
-    Both extents have `length` bytes, whole pages of `page_size` bytes, a multiple of the machine's,
-    and start on one of the machine's. The result has shape (differences,).
+    Both extents have `length` bytes and start on a page of the machine. `page_size` is a multiple
+    of the machine's page size, and `length` a multiple of `page_size`. The result has the shape
+    (differences,).
 
     Raises:
-        ValueError: `length`, `page_size` or an offset does not fit.
+        ValueError: `length`, `page_size` or an offset is not such a multiple.
     """
     for extent in (source, destination):
         _check(extent, length, page_size)
     found: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
-    machine_page = mmap.PAGESIZE  # what is a hole and what is not is told by these
+    machine_page = mmap.PAGESIZE  # the unit of holes and data
     for start, end, in_source, in_destination in _pieces(source, destination, length):
         extents = [source] * in_source + [destination] * in_destination
         bits = np.zeros(div_ceil((end - start) // machine_page, 8), dtype=np.uint8)
-        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE  # all of it is data: no hole is filled
+        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE  # the piece is all data: this fills no hole
         mappings = [
             mmap.mmap(fd, end - start, flags, mmap.PROT_READ, offset=offset + start)
             for fd, offset in extents
@@ -67,13 +68,14 @@ def differing_pages(
 
 
 def page_digests(extent: Extent, length: int, page_size: int = mmap.PAGESIZE) -> NDArray[np.uint64]:
-    """A number for each page, which is another one when the page has changed; 0 for zeros.
+    """Return a number for each page that changes when the page changes; 0 for a page of zeros.
 
-    As `differing_pages`, it leaves holes alone. Two contents share a number by chance only, in less
-    than one of 2**30 changes.
+    Like `differing_pages`, the function does not read holes. By chance the number stays the same in
+    less than one of 2**30 changes.
 
     Raises:
-        ValueError: `length`, `page_size` or the offset does not fit.
+        ValueError: `length`, `page_size` or the offset is not a multiple that `differing_pages`
+            accepts.
     """
     _check(extent, length, page_size)
     digests = np.zeros(length // page_size, dtype=np.uint64)
@@ -90,22 +92,27 @@ def page_digests(extent: Extent, length: int, page_size: int = mmap.PAGESIZE) ->
                 extent.fd, (last - first) * page_size, extent.offset + first * page_size
             )
             words = np.frombuffer(content, dtype="<u8").reshape(-1, page_size // 8)
-            # The sum alone would not see an even number of top bits change.
+            # The sum alone would miss a change of the top bits of an even number of words.
             digests[first:last] = (words ^ words >> np.uint64(32)) @ weights
     return digests
 
 
 def _check(extent: Extent, length: int, page_size: int) -> None:
     if page_size < 1 or page_size % mmap.PAGESIZE or length % page_size:
-        raise ValueError(f"{length} bytes are no whole pages of {page_size} bytes")
+        raise ValueError(
+            f"{length} bytes: expected whole pages of {page_size} bytes, a multiple of "
+            f"{mmap.PAGESIZE}"
+        )
     if extent.offset % mmap.PAGESIZE:
-        raise ValueError(f"offset {extent.offset:#x} is not on a page of the machine")
+        raise ValueError(
+            f"offset {extent.offset:#x} is not a multiple of the page size {mmap.PAGESIZE}"
+        )
 
 
 def _pieces(
     source: Extent, destination: Extent, length: int
 ) -> Iterator[tuple[int, int, bool, bool]]:
-    """The (start, end, source has data, destination has data) pieces in which one of them has."""
+    """Yield (start, end, source has data, destination has data) of the pieces with any data."""
     source_runs, destination_runs = _runs(source, length), _runs(destination, length)
     source_end = destination_end = position = 0
     in_source = in_destination = False
@@ -121,10 +128,10 @@ def _pieces(
 
 
 def _runs(extent: Extent, length: int) -> Iterator[tuple[int, int, bool]]:
-    """The (start, end, is data) runs of data and of holes, in order.
+    """Yield the (start, end, is data) runs of data and of holes, in order.
 
-    A run's end is looked for once: on its way to a hole, SEEK_HOLE walks through all data, which
-    takes tens of milliseconds in some gigabytes of a memfd.
+    The end of each run is sought only once: SEEK_HOLE walks through all data up to the next hole,
+    which takes tens of milliseconds in some gigabytes of a memfd.
     """
     start = 0
     while start < length:
@@ -134,14 +141,14 @@ def _runs(extent: Extent, length: int) -> Iterator[tuple[int, int, bool]]:
 
 
 def _data_at(extent: Extent, position: int, length: int) -> tuple[bool, int]:
-    """Whether there is data at `position`, and up to where (whole pages) that holds."""
+    """Return whether `position` is data, and the end of that run of data or hole (whole pages)."""
     fd, offset = extent
     try:
         data = os.lseek(fd, offset + position, os.SEEK_DATA) - offset
     except OSError as error:
         if error.errno != errno.ENXIO:
             raise
-        return False, length  # nothing but a hole is left
+        return False, length  # the rest is a hole
     start = data // mmap.PAGESIZE * mmap.PAGESIZE
     if start > position:
         return False, min(start, length)

@@ -1,8 +1,8 @@
 """Public names of both packages, imported at their first use.
 
-A package's ``__init__`` imports nothing that takes long: numpy and the devices take 0.25 s to
-import, and the command line imports only `dmaproof.errors` until it knows what to do. Type checkers
-read the imports below the package's ``if TYPE_CHECKING`` instead.
+A package's ``__init__`` imports nothing that takes long. numpy and the devices take 0.25 s to
+import, and the command line imports only `dmaproof.errors` until it has read its arguments. Type
+checkers read the imports below the package's ``if TYPE_CHECKING`` instead.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ def import_on_demand(
 ) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
     """Make a package's ``__getattr__`` and ``__dir__`` (PEP 562).
 
-    A name is imported when it is first asked for, and put into `namespace`. ``__version__``, the
-    version of the distribution that has both packages, is a name of each package.
+    The first access to a name imports it and stores it in `namespace`. Each package also has the
+    name ``__version__``: the version of the distribution that contains both packages.
 
     Args:
         namespace: the ``globals()`` of the package.
@@ -47,8 +47,8 @@ def import_on_demand(
 
 
 def _version() -> str:
-    """The distribution's version, or a stand-in where the package runs from a plain tree."""
-    from importlib import metadata  # takes longer than the rest of this module
+    """Return the distribution's version, or "0+unknown" if the package is not installed."""
+    from importlib import metadata  # slower to import than the rest of this module
 
     try:
         return metadata.version("dmaproof")

@@ -1,7 +1,7 @@
-"""SplitMix64 (Steele, Lea and Flood, 2014): 64-bit numbers that look random, from a seed alone.
+"""SplitMix64 (Steele, Lea and Flood, 2014): pseudo-random 64-bit numbers from a seed.
 
-The guests have the same in C (``guests/workload.c``), so both sides make the same numbers. Every
-function takes one number, or a NumPy array of them, on which it works number by number.
+The guests implement the same generator in C (``guests/workload.c``), so both sides make the same
+numbers. Every function takes one number, or a NumPy array, on which it works element by element.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def splitmix64(value: int) -> int: ...
 @overload
 def splitmix64(value: NDArray[np.uint64]) -> NDArray[np.uint64]: ...
 def splitmix64(value: Any) -> Any:
-    """Compute the output of SplitMix64 whose counter stands at a value: one step, then `mix64`.
+    """Return the output of SplitMix64 for a value of its counter: one step, then `mix64`.
 
     Args:
         value: a number below 2**64, or an array of uint64.

@@ -1,7 +1,7 @@
-"""The content of every page that an emulated device makes up: never the same twice.
+"""Stamped pages: the content that an emulated device writes, never the same twice.
 
-A stale page can be told from a fresh one only if the device never writes the same bytes again.
-A stamped page is 512 little-endian 64-bit words:
+A stale page can be distinguished from a fresh one only if the device never writes the same bytes
+twice. A stamped page is 512 little-endian 64-bit words:
 
 =====  ==================================================================
 word   meaning
@@ -12,8 +12,8 @@ word   meaning
 3…511  checksum(LBA, request number) + word number (mod 2**64)
 =====  ==================================================================
 
-The whole page follows from its LBA and request number, so one look tells whether all of it is
-there; the guests (``guests/workload.c``) take that look on every page that comes back.
+The LBA and the request number determine the whole page, so a page can be checked by itself. The
+guests (``guests/workload.c``) check every page that they read.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _RAMP = np.arange(_WORDS, dtype=np.uint64)
 
 
 class Stamp(NamedTuple):
-    """What a stamped page says of itself."""
+    """The LBA and the request number in a stamped page."""
 
     lba: int
     """The number of the page's first 512-byte sector."""
@@ -44,19 +44,19 @@ class Stamp(NamedTuple):
 
 
 def checksum(lba: int, request: int) -> int:
-    """The 64-bit number from which the words behind a stamp's head count up."""
+    """Return the 64-bit number from which the words after a stamp's head count up."""
     return splitmix64(lba ^ (request << 32 | request >> 32) & MASK)
 
 
 def stamped_page(lba: int, request: int) -> bytes:
-    """Make up the content of a page, which no other request has.
+    """Return the content of a page that no other request writes.
 
     Args:
         lba: the number of the page's first 512-byte sector.
         request: the request's number.
 
     Returns:
-        4096 bytes, which all follow from the two numbers.
+        4096 bytes, all of them determined by the two numbers.
 
     Example:
         >>> read_stamp(stamped_page(8, request=5))
@@ -76,7 +76,7 @@ def read_stamp(page: bytes | memoryview) -> Stamp | None:
         page: the page's bytes.
 
     Returns:
-        The stamp of a whole and untouched stamped page, else None.
+        The stamp, or None if the page is not a whole and unchanged stamped page.
 
     Example:
         >>> read_stamp(bytes(4096)) is None

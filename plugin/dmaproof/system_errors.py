@@ -1,4 +1,4 @@
-"""What the operating system's refusals are called in messages."""
+"""Descriptions of the operating system's errors, for messages."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import errno
 from typing import Final
 
 NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""What a write is answered for which a file system, a quota or 'ulimit -f' has no room."""
+"""Errors of a write that a full file system, a quota or 'ulimit -f' stops."""
 
 
 def describe(error: OSError) -> str:
-    """The file, where there is one, and what is wrong with it."""
+    """Return the error's text, preceded by the file's name if the error has one."""
     what = error.strerror or str(error)
     if error.errno == errno.EFBIG:
-        what += " ('ulimit -f' shows what is allowed)"
+        what += " ('ulimit -f' shows the limit)"
     return f"{error.filename}: {what}" if error.filename is not None else what

@@ -1,12 +1,13 @@
-"""What each link of the chain passed on, page by page, so that a lost bit can be placed.
+"""The trace of the chain: which pages each link passed on, to find the link that lost a bit.
 
-For every page a link keeps only the number of the last harvest (the *epoch*) in which the page went
-through it. A write that was due in epoch *e* and is not found at a link in *e* or later was lost at
-that link: the first such link, in the order of `Link`, is to blame. Counting epochs and not just
-bits matters, because a page that was reported once and then written again must be reported again.
+For every page a link keeps only the number of the last harvest (the *epoch*) in which the page
+passed through the link. A write that had to be reported in epoch *e*, and that a link has not seen
+in *e* or later, was lost at that link; the first such link, in the order of `Link`, is to blame.
+The trace counts epochs rather than bits, because a page that is written again must be reported
+again.
 
-Once a device has said that it stopped, the trace is *frozen*: QEMU syncs its log a last time then,
-and what a link passes on later does not count.
+When the device has reported that it stopped, the trace is *frozen*: QEMU then syncs its log a last
+time, and pages that a link passes on later do not count.
 """
 
 from __future__ import annotations
@@ -30,24 +31,24 @@ class Link(StrEnum):
     TRACKER = "tracker"
     """The hardware, or its driver, does not report the page."""
     ITERATOR = "iterator"
-    """The bitmap does not get its bit."""
+    """The bitmap does not set the page's bit."""
     TRANSLATION = "translation"
-    """The wrong guest-physical page is named."""
+    """The page's IOVA is translated to a wrong guest-physical address."""
     LOG = "log"
-    """QEMU's dirty log does not get its bit."""
+    """QEMU's dirty log does not receive the page's bit."""
     QEMU = "qemu"
-    """QEMU does not send the page, though the log had its bit."""
+    """QEMU does not send the page, although its bit is in the log."""
 
 
 TRACED_LINKS: Final = (Link.TRACKER, Link.ITERATOR, Link.TRANSLATION, Link.LOG)
-"""The links on our side of the shared log. What is not lost at these was QEMU's to carry."""
+"""The links on the device's side of the shared log. A page that passed all of them reached QEMU."""
 
 
 class PageEpochs:
-    """For each 4 KiB page of some address ranges, the last epoch in which it was seen; 0: never.
+    """The last epoch in which each 4 KiB page of some address ranges was seen; 0 for never.
 
-    Addresses outside the ranges are passed over. `array` has one uint32 for each page, the ranges
-    one behind the other.
+    Addresses outside the ranges are ignored. `array` has one uint32 for each page, range after
+    range.
     """
 
     def __init__(self, ranges: Iterable[IovaRange]) -> None:
@@ -64,7 +65,7 @@ class PageEpochs:
         self._parts = [self.array[low:high] for low, high in itertools.pairwise(edges)]
 
     def see(self, address: int, length: int, epoch: int) -> None:
-        """The pages that `length` bytes at `address` touch were seen in `epoch`."""
+        """Note that the pages touched by `length` bytes at `address` were seen in `epoch`."""
         if length == 0:
             return
         first, last = address // LOG_PAGE_BYTES, (address + length - 1) // LOG_PAGE_BYTES
@@ -77,18 +78,18 @@ class PageEpochs:
     def see_many(
         self, addresses: NDArray[np.uint64], lengths: NDArray[np.uint64], epoch: int
     ) -> None:
-        """`see` for arrays of the same shape."""
+        """Do `see` for each element of two arrays of the same shape."""
         first = addresses // np.uint64(LOG_PAGE_BYTES)
         last = (addresses + (lengths - np.uint64(1))) // np.uint64(LOG_PAGE_BYTES)
         single = first == last
         for (start, size), part in zip(self.ranges, self._parts, strict=True):
-            pages = first[single] - np.uint64(start // LOG_PAGE_BYTES)  # wraps where below
+            pages = first[single] - np.uint64(start // LOG_PAGE_BYTES)  # pages below the range wrap
             part[pages[pages < np.uint64(size // LOG_PAGE_BYTES)]] = epoch
         for address, length in zip(addresses[~single], lengths[~single], strict=True):
             self.see(int(address), int(length), epoch)
 
     def see_bits(self, address: int, words: Words, first_bit: int, pages: int, epoch: int) -> None:
-        """The pages from `address` on whose bits are set in `words` were seen in `epoch`."""
+        """Note that the pages from `address` on whose bits are set in `words` were seen."""
         for (start, size), part in zip(self.ranges, self._parts, strict=True):
             low = max(address, start)
             high = min(address + pages * LOG_PAGE_BYTES, start + size)
@@ -100,7 +101,7 @@ class PageEpochs:
             part[dirty + (low - start) // LOG_PAGE_BYTES] = epoch
 
     def covering(self, ranges: Iterable[IovaRange]) -> PageEpochs:
-        """The same epochs for other ranges; pages that are new have not been seen."""
+        """Return the epochs of these pages for other ranges; new pages have epoch 0."""
         other = PageEpochs(ranges)
         for (start, size), part in zip(self.ranges, self._parts, strict=True):
             for (new_start, new_size), new_part in zip(other.ranges, other._parts, strict=True):
@@ -113,24 +114,24 @@ class PageEpochs:
         return other
 
     def last(self, address: int) -> int:
-        """The last epoch in which the page of `address` was seen; 0 if never."""
+        """Return the last epoch in which the page of `address` was seen; 0 for never."""
         for (start, size), part in zip(self.ranges, self._parts, strict=True):
             if start <= address < start + size:
                 return int(part[(address - start) // LOG_PAGE_BYTES])
         return 0
 
     def last_many(self, pages: NDArray[np.uint64]) -> NDArray[np.uint32]:
-        """`last` for an array of page numbers (address / 4096)."""
+        """Return `last` of each page in an array of page numbers (address / 4096)."""
         found = np.zeros(len(pages), dtype=np.uint32)
         for (start, size), part in zip(self.ranges, self._parts, strict=True):
-            offset = pages - np.uint64(start // LOG_PAGE_BYTES)  # wraps where below
+            offset = pages - np.uint64(start // LOG_PAGE_BYTES)  # pages below the range wrap
             inside = offset < np.uint64(size // LOG_PAGE_BYTES)
             found[inside] = part[offset[inside]]
         return found
 
 
 def set_bits(words: Words, first_bit: int, bits: int) -> NDArray[np.int64]:
-    """The positions, relative to `first_bit`, of the set bits among `bits` bits of `words`."""
+    """Return the positions of the set bits among `bits` bits of `words`, from `first_bit` on."""
     first_word, last_word = first_bit // 64, div_ceil(first_bit + bits, 64)
     piece = words[first_word:last_word]
     occupied = np.flatnonzero(piece)
@@ -145,10 +146,10 @@ def set_bits(words: Words, first_bit: int, bits: int) -> NDArray[np.int64]:
 class ChainTrace:
     """One `PageEpochs` over the GPAs of `ranges` for each traced link.
 
-    The first two links know a page by its IOVA. It is counted by the GPA to which that leads in the
-    harvest: behind an IOMMU, the same IOVA may be another page in the next.
+    The first two links know a page by its IOVA. The trace counts the page by the GPA to which the
+    IOVA leads in that harvest, because behind an IOMMU the IOVA may lead elsewhere in the next one.
 
-    `merged_pages` counts the pages that have reached the log, as often as they did.
+    `merged_pages` counts the pages that have reached the log; a page counts each time.
     """
 
     def __init__(self, ranges: Iterable[IovaRange]) -> None:
@@ -159,51 +160,51 @@ class ChainTrace:
         self.cover(ranges)
 
     def resume(self, links: Mapping[Link, PageEpochs], epoch: int) -> None:
-        """Go on from what another process had seen by `epoch`."""
+        """Continue from the pages that another process had seen by `epoch`."""
         self.epoch = epoch
         for link, pages in self.links.items():
             self.links[link] = links[link].covering(pages.ranges)
 
     def freeze(self) -> None:
-        """The device has said that it stopped: what a link passes on from now on is too late."""
+        """Ignore later pages: the device has reported that it stopped, so they come too late."""
         self._frozen = True
 
     def thaw(self) -> None:
-        """The device runs again."""
+        """Count pages again, because the device runs again."""
         self._frozen = False
 
     def see(self, link: Link, gpa: int, length: int) -> None:
-        """`link` has passed on the pages that `length` bytes at `gpa` touch."""
+        """Note that `link` has passed on the pages touched by `length` bytes at `gpa`."""
         if not self._frozen:
             self.links[link].see(gpa, length, self.epoch)
 
     def see_many(self, link: Link, gpas: NDArray[np.uint64], lengths: NDArray[np.uint64]) -> None:
-        """`see` for arrays of the same shape."""
+        """Do `see` for each element of two arrays of the same shape."""
         if not self._frozen:
             self.links[link].see_many(gpas, lengths, self.epoch)
 
     def see_bits(self, link: Link, gpa: int, words: Words, first_bit: int, pages: int) -> None:
-        """`link` has passed on the pages from `gpa` on whose bits are set in `words`."""
+        """Note that `link` has passed on the pages from `gpa` on whose bits are set in `words`."""
         if not self._frozen:
             self.links[link].see_bits(gpa, words, first_bit, pages, self.epoch)
 
     def cover(self, ranges: Iterable[IovaRange]) -> None:
-        """Trace these GPAs from now on; what was seen of pages still covered is kept."""
+        """Trace these GPA ranges from now on; keep the epochs of pages that are still covered."""
         ranges = list(ranges)
         for link, pages in self.links.items():
             self.links[link] = pages.covering(ranges)
 
 
 class TracedBitmap(IovaBitmap):
-    """The iterator of a session, which notes what the tracker reports through it.
+    """An `IovaBitmap` that traces what the tracker reports through it.
 
-    It is made from the arguments of `IovaBitmap`.
+    It takes the arguments of `IovaBitmap`.
     """
 
     trace: ChainTrace
-    """Takes the notes; the collector sets it."""
+    """The trace that receives the reports; set by the collector."""
     gpa: int
-    """The guest-physical address to which the first IOVA leads; the collector sets it."""
+    """The guest-physical address to which the first IOVA leads; set by the collector."""
 
     def set(self, iova: int, length: int) -> None:
         self.trace.see(Link.TRACKER, iova - self.iova + self.gpa, length)
@@ -216,18 +217,18 @@ class TracedBitmap(IovaBitmap):
         super().set_many(iovas, lengths)
 
     def see_many(self, iovas: NDArray[np.uint64], lengths: NDArray[np.uint64]) -> None:
-        """Note ranges as reported by the tracker.
+        """Trace ranges as reported by the tracker.
 
         Args:
             iovas: the first IOVA of each range.
-            lengths: the bytes of each range, of the same shape.
+            lengths: the length in bytes of each range, of the same shape.
         """
         moved = np.uint64((self.gpa - self.iova) % ADDRESS_SPACE)  # a sum may wrap
         self.trace.see_many(Link.TRACKER, iovas + moved, lengths)
 
 
 class TracedLog:
-    """A dirty log that notes what really reaches the log behind it."""
+    """A dirty log that traces the pages that reach the log which it wraps."""
 
     def __init__(self, log: DirtyLog, trace: ChainTrace) -> None:
         self._log = log

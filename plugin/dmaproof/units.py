@@ -1,4 +1,4 @@
-"""The page size that the whole chain counts in, and rounding up to whole pages, words and bytes."""
+"""The page size of the whole chain, and the division that rounds up to whole pages and words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ It is 4 KiB on every architecture. The host's own page size is `mmap.PAGESIZE`, 
 
 
 def div_ceil(dividend: int, divisor: int) -> int:
-    """Divide, and round up.
+    """Divide and round up.
 
     Args:
         dividend: any integer.

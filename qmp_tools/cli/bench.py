@@ -216,7 +216,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
             sizes = [row.pattern.guest_bytes for row in shown]
             for name in STRATEGIES:
                 times = [row.costs[name].seconds * 1e3 for row in shown]
-                style = "-" if name.startswith("ours") else "--"
+                style = "-" if name.startswith("dmaproof") else "--"
                 graph.plot(sizes, times, style, marker="o", markersize=3, label=name)
             graph.set_xscale("log", base=2)
             graph.set_yscale("log")

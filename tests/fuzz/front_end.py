@@ -1,7 +1,7 @@
-"""A coverage-guided fuzzer as front end and guest, see ``support.hostile``.
+"""A coverage-guided fuzzer that acts as front end and guest; see ``support.hostile``.
 
-README.md says how to run it. Coverage is that of dmaproof's Python; what the fuzzer found worth
-keeping it keeps in the folder that it is given.
+README.md says how to run it. It measures the coverage of dmaproof's Python code. It saves inputs
+that reach new code in the folder given as argument.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Bytes:
-    """The fuzzer's bytes decide."""
+    """A source of decisions: the fuzzer's bytes."""
 
     def __init__(self, data: bytes) -> None:
         self._provider: Any = atheris.FuzzedDataProvider(data)

@@ -1,4 +1,4 @@
-"""The strategies that a benchmark compiles and measures: they set the bits that are reported."""
+"""The strategies that a benchmark compiles and measures: they set exactly the reported bits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.command import Tool
 
 BITMAP_PAGE = 4096
 WINDOW_BITS = 512 * 8 * BITMAP_PAGE
-"""What one window of 512 bitmap pages covers."""
+"""The bits of one window of 512 bitmap pages."""
 
 Carry = Callable[[Words, Words, Words], Sample]
 STRATEGIES: list[Carry] = [strategies.copied, strategies.in_pieces, strategies.on_demand]
@@ -39,11 +39,11 @@ def test_each_strategy_sets_the_reported_bits_and_no_others(carry: Carry) -> Non
     assert (np.unpackbits(bitmap, bitorder="little") == expected).all()
 
 
-def test_the_costs_are_those_that_the_strategies_are_known_for() -> None:
+def test_each_strategy_has_its_known_cost() -> None:
     bitmap = np.zeros(1024 * BITMAP_PAGE, dtype=np.uint8)
     far_apart = words(0, WINDOW_BITS, 1), words(1, 1, 1)
     assert strategies.copied(bitmap, *far_apart)[2:] == (1024, 2 * bitmap.nbytes)
-    # The third report lies outside the window that begins with the second one's page.
+    # The third report lies outside the window that begins at the page of the second report.
     assert strategies.on_demand(bitmap, *far_apart)[2:] == (3 * 512, 0)
     assert strategies.in_pieces(bitmap, words(0, 1), words(1, 1))[2:] == (1024, 0)
 
@@ -69,7 +69,7 @@ def test_reports_that_do_not_fit_are_refused_and_nothing_is_set(
     assert not bitmap.any()
 
 
-def test_sorted_reports_alone_can_be_carried_in_pieces() -> None:
+def test_only_sorted_reports_can_be_carried_in_pieces() -> None:
     bitmap = np.zeros(BITMAP_PAGE, dtype=np.uint8)
     with pytest.raises(ValueError, match="a report is empty"):
         strategies.in_pieces(bitmap, words(9, 1), words(1, 1))

@@ -1,4 +1,4 @@
-"""The C core beside pages that nobody may touch: a call beyond its memory kills its process."""
+"""The C core next to inaccessible pages: a call that leaves its memory kills its process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from support.core import DIRTY, HUGE, NODE, PAGE, PRESENT, amd, as_number, pairs
 
 
 def guarded(pages: int) -> memoryview:
-    """Zeroed pages between two that cannot be read or written; unmapped with their last view."""
+    """Map zeroed pages between two inaccessible pages; the last view unmaps them."""
     memory = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     libc = ctypes.CDLL(None, use_errno=True)
@@ -33,7 +33,7 @@ def guarded(pages: int) -> memoryview:
 
 
 def exit_of(work: Callable[[], None]) -> int:
-    """The exit code of a child process that does `work`: 0, or minus the signal that killed it."""
+    """Return the exit code of a child that does `work`: 0, or minus the signal that killed it."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -49,8 +49,8 @@ def exit_of(work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_memory_behind_a_guard_cannot_be_touched() -> None:
-    """The tests below can fail."""
+def test_access_to_a_guard_page_kills_the_process() -> None:
+    """This shows that the tests below can fail."""
 
     def touch() -> None:
         memory = guarded(1)
@@ -61,12 +61,12 @@ def test_memory_behind_a_guard_cannot_be_touched() -> None:
 
 
 def at_both_guards(memory: memoryview, size: int) -> list[memoryview]:
-    """`size` bytes just behind the guard before, and just before the guard behind."""
+    """Return the first `size` bytes after the lower guard, and the last before the upper guard."""
     return [memory[:size], memory[len(memory) - size :]]
 
 
 def call_with_bitmaps(size: int) -> None:
-    """Call all that works on bitmaps, for `size` bytes between guards."""
+    """Call every function on bitmaps of `size` bytes between guards."""
     bits = 8 * size
     rng = random.Random(size)
     first, second = guarded(1), guarded(1)
@@ -94,7 +94,7 @@ def call_with_bitmaps(size: int) -> None:
 
 
 def call_with_ranges(count: int) -> None:
-    """Set `count` ranges, whose lists lie at a guard, in a bitmap that ends at one."""
+    """Set `count` ranges; their lists and the bitmap end at a guard."""
     bitmap, starts, sizes = guarded(1), guarded(1), guarded(1)
     for size, place in itertools.product((8, 16, 64, 640), (0, 1)):
         iovas = np.frombuffer(at_both_guards(starts, 8 * count)[place], dtype=np.uint64)
@@ -113,7 +113,7 @@ def call_with_ranges(count: int) -> None:
 
 
 def call_with_tables(nodes: int) -> None:
-    """Walk tables that end at a guard, the last node being the root."""
+    """Walk tables that end at a guard; the last node is the root."""
     memory = guarded(nodes)
     entries = np.frombuffer(memory, dtype=np.uint64).reshape(nodes, 512)
     entries[:-1] = 1
@@ -127,14 +127,14 @@ def call_with_tables(nodes: int) -> None:
 
 def call_with_pages(page_bytes: int) -> None:
     """Compare pages that end at a guard."""
-    ours, theirs, bits = guarded(1), guarded(1), guarded(1)
+    left, right, bits = guarded(1), guarded(1), guarded(1)
     pages = PAGE // page_bytes
-    ours, theirs = ours[PAGE - pages * page_bytes :], theirs[PAGE - pages * page_bytes :]
+    left, right = left[PAGE - pages * page_bytes :], right[PAGE - pages * page_bytes :]
     differing = bits[PAGE - -(-pages // 8) :]
-    ours[-1] = 1
-    for other in (theirs, None):
+    left[-1] = 1
+    for other in (right, None):
         differing[:] = bytes(len(differing))
-        assert _core.differing_pages(ours, other, page_bytes, differing) == 1
+        assert _core.differing_pages(left, other, page_bytes, differing) == 1
         assert as_number(differing) == 1 << pages - 1
 
 
@@ -147,7 +147,7 @@ def call_with_pages(page_bytes: int) -> None:
         (call_with_pages, [1, 7, 8, 64, 255, 256, 257, 512, 1000, 4096]),
     ],
 )
-def test_nothing_before_or_behind_the_memory_is_touched(
+def test_no_call_accesses_bytes_before_or_after_its_memory(
     call: Callable[[int], None], sizes: list[int]
 ) -> None:
     def work() -> None:
@@ -164,16 +164,16 @@ WITHOUT_LIMIT = pytest.mark.skipif(
 
 
 def limit_memory() -> None:
-    """Let this process have `SPARE_BYTES` more than it has."""
+    """Limit this process to `SPARE_BYTES` more than it has."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * mmap.PAGESIZE + SPARE_BYTES,) * 2)
 
 
 def use_up_memory() -> list[bytearray]:
-    """Leave this process no 64 KiB of memory, until it drops what this returns."""
+    """Use up memory until not even 64 KiB are left; dropping the result frees the memory."""
     limit_memory()
     used: list[bytearray] = []
-    for size in (1 << 20, 1 << 16):  # what was freed before lies in pieces of any size
+    for size in (1 << 20, 1 << 16):  # memory freed earlier lies in pieces of many sizes
         with suppress(MemoryError):
             while True:
                 used.append(bytearray(size))
@@ -186,7 +186,7 @@ def call_for_runs(name: str) -> Callable[[], object]:
     table = np.zeros((1 + nodes, 512), dtype=np.uint64)
     table[0, :nodes] = np.arange(1, 1 + nodes) * PAGE | NODE | PRESENT
     table[1:, ::2] = DIRTY | PRESENT
-    bits = b"\x55" * (nodes * 512 // 8)  # as many runs as the table has
+    bits = b"\x55" * (nodes * 512 // 8)  # the same number of runs as the table has
     into, last = bytearray(len(bits)), nodes * HUGE - 1
     calls: dict[str, Callable[[], object]] = {
         "find_set": lambda: _core.find_set(bits, 0, 8 * len(bits)),
@@ -198,8 +198,8 @@ def call_for_runs(name: str) -> Callable[[], object]:
 
 @WITHOUT_LIMIT
 @pytest.mark.parametrize("name", ["find_set", "or_pages", "read_table"])
-def test_runs_that_memory_has_no_room_for_are_an_error(name: str) -> None:
-    """An answer without them would say of pages that they are clean."""
+def test_runs_that_do_not_fit_in_memory_are_an_error(name: str) -> None:
+    """A result without these runs would report dirty pages as clean."""
     call = call_for_runs(name)
 
     def work() -> None:

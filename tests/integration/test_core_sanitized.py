@@ -1,4 +1,4 @@
-"""The C core under the compiler's sanitizers: of addresses, undefined behaviour, and data races."""
+"""The C core under the compiler's sanitizers for addresses, undefined behaviour and data races."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import core_build
 from core_build import CORE, FUZZER, ROOT, SANITIZED, SHARED
 
 INPUTS = 30_000
-"""For the fuzzer's target; some seconds."""
+"""The number of inputs for the fuzzer's target, which take some seconds."""
 
 
 @pytest.fixture(scope="module")
 def libraries() -> list[str]:
     found = core_build.sanitizers()
     if found is None:
-        pytest.skip("cc has no sanitizers here: apt-get install gcc")
+        pytest.skip("cc has no sanitizers on this machine: apt-get install gcc")
     return found
 
 
@@ -65,7 +65,7 @@ def test_the_fuzzers_target_finds_nothing(tmp_path: Path, libraries: list[str]) 
 @pytest.mark.parametrize(
     ("file", "right", "wrong", "message"),
     [
-        # The word at a ragged end is taken for a whole one.
+        # The word at a ragged end is accessed as a whole word.
         ("bitmap.h", "end = (start + bytes - base) / 8;", "end = (start + bytes - base + 7) / 8;",
          "AddressSanitizer: heap-buffer-overflow"),
         ("runs.c", "rest ? (unsigned)__builtin_ctzll(rest) : 64", "(unsigned)__builtin_ctzll(rest)",
@@ -99,11 +99,11 @@ def test_threads_that_share_a_bitmap_do_not_race(tmp_path: Path) -> None:
         ("merge.c", "~load(to + i)", "~to[i]"),
         ("merge.c", "return shared ? merge_shifted(to, from, 0, count, true)",
          "return shared ? merge_shifted(to, from, 0, count, false)"),
-        # A word is read whole though others write in it.
+        # A word is read as a whole although another thread writes in it.
         ("merge.c", "- (bit % 64 != 0)", "- (bit % 65 != 0)"),
         ("bitmap.h", "atomic_fetch_or((_Atomic uint8_t *)(bytes + i), part)",
          "bytes[i]; bytes[i] |= part"),
-        # The first word is taken for a whole one, though it holds bytes of others.
+        # The first word is accessed as a whole word although it has bytes of another user.
         ("bitmap.h", "first = start != base,", "first = 0,"),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The package dmaproof in interpreters of its own: what an import loads, and what is logged."""
+"""The package dmaproof in a new interpreter: the modules that an import loads, and the log."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def run(program: str) -> tuple[str, str]:
-    """Standard output and error of a Python program that succeeds."""
+    """Run a Python program that must succeed; return its standard output and error."""
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )
@@ -15,12 +15,12 @@ def run(program: str) -> tuple[str, str]:
 
 
 def test_the_package_and_its_errors_are_imported_without_numpy() -> None:
-    told, _ = run(
+    output, _ = run(
         "import sys, dmaproof\n"
         "from dmaproof import UsageError\n"
         "print([name for name in ('numpy', 'importlib.metadata') if name in sys.modules])"
     )
-    assert told == "[]\n"
+    assert output == "[]\n"
 
 
 def test_the_logger_is_silent_until_an_application_configures_it() -> None:

@@ -1,6 +1,6 @@
-"""Several processes on one bitmap: no bit is lost, and without atomics bits are.
+"""Several processes on one bitmap: with atomics no bit is lost, without them bits are lost.
 
-This is QEMU's dirty log in small: devices set bits while QEMU takes the words.
+This is a model of QEMU's dirty log: devices set bits while QEMU takes the words.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ WORDS = 1 << 17
 BITS = 64 * WORDS
 WRITERS = 3
 SINGLE_BITS = 2000
-"""How many bits each writer sets one by one, where it does so."""
+"""The number of bits that a writer sets if it sets them one by one."""
 ROUNDS = 8000
 
-# Each writer has every third bit, so all of them are at work in every word. The bytes behind the
-# bitmap are a barrier: a writer begins when the others are there, too.
+# Each writer has every third bit, so all writers work in every word. The bytes after the bitmap are
+# a barrier: a writer begins when the others have arrived, too.
 WRITER = """
 import mmap, os, sys
 import numpy as np
@@ -53,7 +53,7 @@ for turn, line in enumerate(sys.stdin, 1):
 
 
 class Writers:
-    """Processes that set their bits each time they are told to."""
+    """Processes that set their bits once for each call of `start_round`."""
 
     def __init__(self, fd: int, how: str) -> None:
         arguments = [str(WRITERS), str(BITS), str(SINGLE_BITS), how]
@@ -69,7 +69,7 @@ class Writers:
         ]
         self.wait()
 
-    def tell(self) -> None:
+    def start_round(self) -> None:
         for process in self.processes:
             assert process.stdin is not None
             process.stdin.write("go\n")
@@ -86,7 +86,7 @@ class Writers:
 
 
 def lost_bits(how: str, rounds: int, *, harvest: bool) -> int:
-    """How many bits are missing after `rounds`, at most; stops at the first that has lost some."""
+    """Run up to `rounds` rounds, and return the number of lost bits of the first round with any."""
     fd = os.memfd_create("log")
     os.ftruncate(fd, BITS // 8 + mmap.PAGESIZE)
     wanted = SINGLE_BITS * WRITERS if how.startswith("bits") else BITS
@@ -95,7 +95,7 @@ def lost_bits(how: str, rounds: int, *, harvest: bool) -> int:
         try:
             for _ in range(rounds):
                 found = np.zeros(WORDS, dtype=np.uint64)
-                writers.tell()
+                writers.start_round()
                 for _ in range(20 if harvest else 0):
                     take(data, found)
                 writers.wait()
@@ -123,5 +123,5 @@ def test_no_bit_is_lost_between_processes(how: str, harvest: bool) -> None:
 
 @pytest.mark.parametrize("how", ["pages-private", "or-private"])
 def test_without_atomics_bits_are_lost(how: str) -> None:
-    """The test above can fail: the same without atomics loses bits before long."""
+    """This shows that the test above can fail."""
     assert lost_bits(how, ROUNDS, harvest=False) > 0

@@ -151,8 +151,8 @@ class Part(EmulatedTracker):
         ("", "cannot be loaded: AttributeError"),
         ("class Part: name = 'theirs'", "is not a subclass of dmaproof.EmulatedTracker"),
         ("Part = 7", "is not a subclass of dmaproof.EmulatedTracker"),
-        (TRACKER.replace("dma(", "DMA("), "lacks dma;"),
-        (TRACKER.replace("    name =", "    title ="), "lacks name;"),
+        (TRACKER.replace("dma(", "DMA("), "does not define dma;"),
+        (TRACKER.replace("    name =", "    title ="), "does not define name;"),
         (TRACKER.replace('"theirs"', '"mine"'), "the attribute 'name' 'mine'"),
     ],
 )
@@ -163,7 +163,7 @@ def test_a_broken_part_is_refused_only_where_it_is_used(
     message = ask(folder, "emulated_trackers()['theirs']")
     assert message.startswith("tracker 'theirs' of distribution 'their-tool' (their_module:Part)")
     assert why in message
-    assert "correct that distribution, or uninstall it" in message
+    assert "fix or uninstall that distribution" in message
     assert ask(folder, "'theirs' in emulated_trackers()") == "True", "its name is listed"
     assert ask(folder, "emulated_trackers()['iommu'].name") == "iommu"
     assert ask(folder, "sorted(set(emulated_trackers()) - set(emulated_trackers().usable()))") == (
@@ -183,7 +183,7 @@ def test_a_valid_part_is_accepted(tmp_path: Path) -> None:
 def test_a_fault_must_name_its_link(tmp_path: Path) -> None:
     text = "from dmaproof import Fault\nclass Part(Fault): name = 'theirs'"
     folder = broken(tmp_path, "their-tool", "dmaproof.faults", "theirs", text)
-    assert "lacks link;" in ask(folder, "known_faults()['theirs']")
+    assert "does not define link;" in ask(folder, "known_faults()['theirs']")
 
 
 def test_a_name_of_two_parts_is_refused_as_ambiguous(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_name_of_two_parts_is_refused_as_ambiguous(tmp_path: Path) -> None:
     message = ask(tmp_path, "emulated_trackers()['theirs']")
     assert "'theirs' is ambiguous: distribution 'one' (their_module:Part) and" in message
     assert "distribution 'two'" in message
-    assert "uninstall one, or rename" in message
+    assert "uninstall one of them, or rename" in message
 
 
 def test_dmaproofs_own_names_cannot_be_replaced(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The C core against plain Python and numpy: merging, taking, counting, comparing."""
+"""The C core against plain Python and numpy: merging, taking, counting and comparing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dmaproof.page_compare import Extent, differing_pages
 from dmaproof.units import div_ceil
 
 BYTES = 80
-"""Of a small bitmap: long enough for a block of words with ragged ends on both sides."""
+"""The size of a small bitmap: a block of words with ragged ends on both sides."""
 
 
 def as_bits(data: bytes | bytearray | NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -114,7 +114,7 @@ def test_or_between_page_sizes_sets_every_touched_page(
     cut: tuple[int, int],
     shared: bool,
 ) -> None:
-    """Byte by byte: a page of the target is set if a set page of the source touches it."""
+    """The model works byte by byte: a set page of the source sets each target page it touches."""
     into_shift, from_shift = shifts
     length = 1 << 13
     source = _random(seed, density, max(1, (length >> from_shift) // 8))
@@ -192,22 +192,22 @@ def test_arguments_outside_the_memory_are_refused_and_write_nothing(call: object
     changes=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(1, 255)), max_size=8),
     zeros=st.booleans(),
 )
-def test_comparing_finds_exactly_the_differing_pages(
+def test_a_comparison_finds_exactly_the_differing_pages(
     page_bytes: int, pages: int, changes: list[tuple[int, int]], zeros: bool
 ) -> None:
     size = page_bytes * pages
-    ours = bytearray(size) if zeros else bytearray(os.urandom(size))
-    theirs = bytearray(ours)
+    left = bytearray(size) if zeros else bytearray(os.urandom(size))
+    right = bytearray(left)
     for position, flip in changes:
-        ours[position % size] ^= flip
+        left[position % size] ^= flip
     differing = bytearray(div_ceil(pages, 8))
     expected = sorted(
         page
         for page in range(pages)
-        if ours[page * page_bytes :][:page_bytes] != theirs[page * page_bytes :][:page_bytes]
+        if left[page * page_bytes :][:page_bytes] != right[page * page_bytes :][:page_bytes]
     )
-    other = None if zeros else bytes(theirs)
-    assert _core.differing_pages(bytes(ours), other, page_bytes, differing) == len(expected)
+    other = None if zeros else bytes(right)
+    assert _core.differing_pages(bytes(left), other, page_bytes, differing) == len(expected)
     assert np.flatnonzero(as_bits(differing)).tolist() == expected
 
 
@@ -218,10 +218,10 @@ def test_comparing_finds_exactly_the_differing_pages(
     same=st.lists(st.integers(0, 63), max_size=20),
     page_bytes=st.sampled_from([4096, 16384]),
 )
-def test_files_with_holes_compare_like_their_content(
+def test_files_with_holes_compare_by_their_content(
     data: list[int], other_data: list[int], same: list[int], page_bytes: int
 ) -> None:
-    """Pages that hold data, zeros that were written, and holes, in any mixture."""
+    """The files mix pages of data, pages of written zeros, and holes."""
     size = 64 * 4096
     contents = [bytearray(size), bytearray(size)]
     fds = [os.memfd_create("ram"), os.memfd_create("ram")]
@@ -243,12 +243,12 @@ def test_files_with_holes_compare_like_their_content(
         ]
         found = differing_pages(Extent(fds[0]), Extent(fds[1]), size, page_bytes)
         assert found.tolist() == expected
-        assert [os.fstat(fd).st_blocks for fd in fds] == blocks, "a hole was filled by reading it"
+        assert [os.fstat(fd).st_blocks for fd in fds] == blocks, "a read has filled a hole"
     finally:
         for fd in fds:
             os.close(fd)
 
 
 def test_files_of_partial_pages_are_refused() -> None:
-    with pytest.raises(ValueError, match="no whole pages"):
+    with pytest.raises(ValueError, match="expected whole pages"):
         differing_pages(Extent(0), Extent(0), 4097)

@@ -1,4 +1,4 @@
-"""Trackers against a model that knows only bytes: what was written, and what has been asked for."""
+"""Trackers against a model of sets of pages: the written pages and the queried pages."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def pieces(draw: st.DrawFn) -> IovaRange:
 
 
 class TrackerMachine(RuleBasedStateMachine):
-    """The model holds the pages (at the tracker's own sizes) that are dirty."""
+    """The model is the set of dirty pages, in the tracker's own page sizes."""
 
     @initialize(name=st.sampled_from(sorted(TRACKERS)))
     def start(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""An IOTLB against a plain table of pages, through any mappings that come and go."""
+"""An IOTLB against a plain table of pages, while random mappings are added and removed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dmaproof.units import PAGE_BYTES as PAGE
 
 PAGES = 24
 BASE = (256 << 20) - 12 * PAGE
-"""Of the IOVAs: the first pages are in one piece of the address space, the others in the next."""
+"""The first IOVA. The first pages lie in one piece of the address space, the others in the next."""
 
 pages = st.integers(0, PAGES - 1)
 lengths = st.integers(1, 8)
@@ -29,15 +29,17 @@ changes = st.lists(
 )
 
 Model = dict[int, tuple[int, int]]
-"""Page → the GPA of its page, and the access."""
+"""The IOVA of each page → its GPA and its access."""
 
 
-def played(story: list[tuple[str, int, int, int, int]]) -> Iterator[tuple[Iotlb, Model]]:
-    """The IOTLB after each change, and what it should be."""
+def applied(story: list[tuple[str, int, int, int, int]]) -> Iterator[tuple[Iotlb, Model]]:
+    """Yield the IOTLB and its model after each change."""
     iotlb, entries = Iotlb(), dict[int, Entry]()
     for kind, page, length, gpa_page, access in story:
         iova, size = BASE + page * PAGE, length * PAGE
-        gone = [it for it in entries.values() if it.iova < iova + size and iova < it.end]
+        gone = [
+            entry for entry in entries.values() if entry.iova < iova + size and iova < entry.end
+        ]
         assert _pages(iotlb.overlapping(iova, size)) == _pages(gone)
         iotlb.remove(iova, size)
         for entry in gone:
@@ -51,18 +53,18 @@ def played(story: list[tuple[str, int, int, int, int]]) -> Iterator[tuple[Iotlb,
         yield (
             iotlb,
             {
-                it.iova + offset: (it.gpa + offset, it.access)
-                for it in entries.values()
-                for offset in range(0, it.length, PAGE)
+                entry.iova + offset: (entry.gpa + offset, entry.access)
+                for entry in entries.values()
+                for offset in range(0, entry.length, PAGE)
             },
         )
 
 
 def _pages(mappings: object) -> dict[int, int]:
     return {
-        it.iova + offset: it.gpa + offset
-        for it in mappings  # type: ignore[attr-defined]
-        for offset in range(0, it.length, PAGE)
+        mapping.iova + offset: mapping.gpa + offset
+        for mapping in mappings  # type: ignore[attr-defined]
+        for offset in range(0, mapping.length, PAGE)
     }
 
 
@@ -71,7 +73,7 @@ def test_the_iotlb_translates_like_its_model(
     story: list[tuple[str, int, int, int, int]], offset: int, length: int, access: int
 ) -> None:
     start, end = BASE + offset, BASE + offset + length
-    for iotlb, model in played(story):
+    for iotlb, model in applied(story):
         assert _pages(iotlb.mappings) == {iova: gpa for iova, (gpa, _) in model.items()}
         for mapping in iotlb.mappings:
             assert any(
@@ -79,7 +81,7 @@ def test_the_iotlb_translates_like_its_model(
                 for first, size in iotlb.ranges
             )
         touched = range(start // PAGE * PAGE, end, PAGE)
-        missing = [it for it in touched if it not in model or access & ~model[it][1]]
+        missing = [page for page in touched if page not in model or access & ~model[page][1]]
         wanted = [(start, length)]
         readable, writable = (wanted, []) if access == READ else ([], wanted)
         if missing:
@@ -97,7 +99,7 @@ def test_the_iotlb_translates_like_its_model(
         if missing:
             with pytest.raises(IotlbMissError) as caught:
                 iotlb.require(readable, writable)
-            assert list(caught.value.missing) == [(it, access) for it in missing]
+            assert list(caught.value.missing) == [(page, access) for page in missing]
         else:
             iotlb.require(readable, writable)
 
@@ -117,15 +119,15 @@ def test_impossible_mappings_are_refused() -> None:
     assert not iotlb.mappings
 
 
-def test_the_iotlb_has_room_for_a_bounded_number_of_ranges() -> None:
+def test_the_iotlb_holds_a_bounded_number_of_ranges() -> None:
     def entry(number: int) -> Entry:
         return Entry(number << 30, 0, PAGE, READ)
 
     iotlb = Iotlb()
     for number in range(8):
         assert iotlb.has_room_for(entry(number))
-        assert iotlb.add(entry(number)), "a piece more is to be watched"
-    assert not iotlb.has_room_for(entry(8)), "there are as many ranges as every tracker can watch"
+        assert iotlb.add(entry(number)), "the ranges did not grow"
+    assert not iotlb.has_room_for(entry(8)), "more ranges than every tracker can watch"
     assert iotlb.has_room_for(Entry(PAGE, 0, PAGE, READ))
     assert not iotlb.add(Entry(PAGE, 0, PAGE, READ))
     iotlb.clear()
@@ -135,11 +137,11 @@ def test_the_iotlb_has_room_for_a_bounded_number_of_ranges() -> None:
     small.add(Entry(0, 0, PAGE, READ))
     small.add(Entry(PAGE, 0, PAGE, READ))
     assert not small.has_room_for(Entry(2 * PAGE, 0, PAGE, READ))
-    with pytest.raises(MemoryAccessError, match="touches 3 pages, more than the IOTLB's 2"):
+    with pytest.raises(MemoryAccessError, match="touches 3 pages, but the IOTLB holds only 2"):
         small.require([(0, 2 * PAGE)], [(5 * PAGE, 1)])
 
 
-def test_an_entry_may_be_as_large_as_what_can_be_watched_and_end_where_addresses_end() -> None:
+def test_an_entry_may_have_the_largest_size_and_end_at_the_last_address() -> None:
     most = 64 * (256 << 20)
     for entry in (Entry(0, 0, most, READ), Entry((1 << 48) - most, 0, most, READ)):
         iotlb = Iotlb()
@@ -152,7 +154,7 @@ def test_an_entry_may_be_as_large_as_what_can_be_watched_and_end_where_addresses
             Iotlb().add(entry._replace(length=most + PAGE))
 
 
-def test_a_request_may_touch_as_many_pages_as_there_is_room_for() -> None:
+def test_a_request_may_touch_as_many_pages_as_the_iotlb_holds() -> None:
     iotlb = Iotlb(most_entries=3)
     for readable in ([(0, 3 * PAGE)], [(PAGE - 1, PAGE + 2)], [(0, 1), (PAGE, 1), (2 * PAGE, 1)]):
         with pytest.raises(IotlbMissError) as caught:
@@ -162,7 +164,7 @@ def test_a_request_may_touch_as_many_pages_as_there_is_room_for() -> None:
         iotlb.require([(PAGE - 1, 2 * PAGE + 2)], [])
 
 
-def test_no_more_than_64_pages_are_asked_for_at_a_time_and_each_for_all_it_is_needed_for() -> None:
+def test_at_most_64_pages_are_requested_at_a_time_each_with_all_its_accesses() -> None:
     iotlb = Iotlb()
     with pytest.raises(IotlbMissError) as caught:
         iotlb.require([(0, 100 * PAGE)], [])
@@ -176,12 +178,12 @@ def test_no_more_than_64_pages_are_asked_for_at_a_time_and_each_for_all_it_is_ne
     ]
 
 
-def test_only_ranges_adjacent_in_both_address_spaces_are_one_mapping() -> None:
+def test_only_entries_adjacent_in_both_address_spaces_are_merged() -> None:
     def mappings(*entries: Entry) -> list[tuple[int, int, int]]:
         iotlb = Iotlb()
         for entry in entries:
             iotlb.add(entry)
-        return [(it.iova, it.gpa, it.length) for it in iotlb.mappings]
+        return [(mapping.iova, mapping.gpa, mapping.length) for mapping in iotlb.mappings]
 
     first = Entry(4 * PAGE, 8 * PAGE, PAGE, READ)
     assert mappings(first, Entry(5 * PAGE, 9 * PAGE, PAGE, WRITE)) == [

@@ -1,6 +1,6 @@
 """The iterator against a set of page numbers: every operation, on every kind of memory.
 
-The model knows nothing of words, windows or shifts: a page is in the set, or it is not.
+The model has no words, windows or shifts: a page is in the set or not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dmaproof.iova_bitmap import ADDRESS_SPACE, IovaBitmap
 from dmaproof.units import div_ceil
 
 GUARD = 24
-"""Bytes around the bitmap that must stay as they are."""
+"""Bytes around the bitmap that must stay unchanged."""
 WINDOW_BYTES = mmap.PAGESIZE
 """The smallest window: one page of bitmap, 32768 bits."""
 WINDOW_BITS = 8 * WINDOW_BYTES
@@ -30,7 +30,7 @@ WINDOW_BITS = 8 * WINDOW_BYTES
 
 @dataclass(frozen=True)
 class Shape:
-    """What a bitmap covers."""
+    """The range and the page size of a bitmap."""
 
     iova: int
     length: int
@@ -51,7 +51,7 @@ class Shape:
 
 @st.composite
 def shapes(draw: st.DrawFn, most_bits: int = 3 * WINDOW_BITS + 77) -> Shape:
-    """Any page size, IOVA and length; often at the very end of the address space."""
+    """Draw any page size, IOVA and length, often at the end of the address space."""
     shift = draw(st.sampled_from([0, 1, 7, 9, 12, 12, 12, 16, 21, 30, 47, 57, 58, 62, 63]))
     pages = draw(st.integers(1, min(most_bits, 1 << (64 - shift))))
     if draw(st.booleans()):
@@ -115,7 +115,7 @@ class Memory:
 
 @st.composite
 def ranges_in(draw: st.DrawFn, shape: Shape) -> tuple[int, int]:
-    """A range inside `shape`: short, long, or touching an edge."""
+    """Draw a range inside `shape`: short, long, or touching an edge."""
     start = draw(
         st.sampled_from([shape.iova, shape.last])
         | st.integers(shape.iova, shape.last)
@@ -139,7 +139,7 @@ def ranges_in(draw: st.DrawFn, shape: Shape) -> tuple[int, int]:
 
 
 class BitmapMachine(RuleBasedStateMachine):
-    """Sets and reads in any order; the model is a set of bit numbers."""
+    """A bitmap that is set and read in any order; the model is a set of bit numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class BitmapMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def set_many_pages(self, data: st.DataObject) -> None:
-        """A list of single pages, as hardware writes it: crowded, or anywhere."""
+        """Set a list of single pages, as hardware writes it: crowded, or anywhere."""
         page_size = self.shape.page_size
         first = div_ceil(self.shape.iova, page_size)
         whole = (self.shape.iova + self.shape.length) // page_size - first
@@ -208,7 +208,7 @@ class BitmapMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def refuse(self, data: st.DataObject) -> None:
-        """What is empty or not wholly inside changes nothing, in whatever company it comes."""
+        """Check that a range which is empty or not wholly inside sets no bit of any list."""
         good = data.draw(st.lists(ranges_in(self.shape), max_size=3))
         outside = [(self.shape.iova, 0), (self.shape.last, 2), (self.shape.last, ADDRESS_SPACE)]
         outside += [(self.shape.iova, self.shape.length + 1)]
@@ -273,7 +273,7 @@ TestBitmap.settings = settings(
     page_size=st.integers(-1, 1 << 64) | st.integers(0, 64).map(lambda shift: 1 << shift),
     size=st.integers(0, 64),
 )
-def test_a_bitmap_is_made_exactly_where_it_can_be(
+def test_a_bitmap_is_created_exactly_if_its_arguments_are_valid(
     iova: int, length: int, page_size: int, size: int
 ) -> None:
     possible = (

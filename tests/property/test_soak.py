@@ -1,6 +1,6 @@
-"""Random operations on random bitmaps, as many as DMAPROOF_SOAK says (else two hundred thousand).
+"""Random operations on random bitmaps: DMAPROOF_SOAK operations, by default two hundred thousand.
 
-The oracle is one byte for each page, and sums of differences: it shares neither code nor
+The oracle is one byte for each page, and sums of differences. It shares neither code nor
 representation with the iterator. A failure names the seed that repeats it.
 """
 
@@ -21,7 +21,7 @@ PER_ROUND = 20000
 
 
 def pages_set(pages: int, first: NDArray[np.uint64], last: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Which of `pages` pages the ranges cover, by summing up where they begin and end."""
+    """Return which of `pages` pages the ranges cover, as sums of their begins and ends."""
     steps = np.zeros(pages + 1, dtype=np.int64)
     np.add.at(steps, first.astype(np.int64), 1)
     np.subtract.at(steps, last.astype(np.int64) + 1, 1)
@@ -30,7 +30,7 @@ def pages_set(pages: int, first: NDArray[np.uint64], last: NDArray[np.uint64]) -
 
 
 def one_round(seed: int) -> int:
-    """Returns how many operations were done."""
+    """Run operations on one random bitmap; return their number."""
     rng = np.random.default_rng(seed)
     shift = int(rng.choice([0, 3, 9, 12, 12, 12, 16, 21, 30, 45]))
     pages = int(rng.integers(1, 400_000))
@@ -40,7 +40,7 @@ def one_round(seed: int) -> int:
     head = int(rng.integers(0, page_size))
     iova, length = first_page * page_size + head, pages * page_size - head
     needed, offset = div_ceil(pages, 8), int(rng.integers(0, 5000))
-    if rng.random() < 0.5:  # whole words only, as bitmaps mostly are
+    if rng.random() < 0.5:  # whole words, as in most bitmaps
         needed, offset = div_ceil(needed, 8) * 8, offset // 8 * 8
 
     fd = os.memfd_create("bitmap")
@@ -75,7 +75,7 @@ def one_round(seed: int) -> int:
 
 
 def carry_out(rng: np.random.Generator, bitmap: IovaBitmap) -> NDArray[np.bool_]:
-    """Set ranges one by one, many at a time and page by page; returns the pages that are due."""
+    """Set ranges one by one, many at a time and page by page; return the pages to expect."""
     iova, length, shift = bitmap.iova, bitmap.length, bitmap.page_size.bit_length() - 1
     starts = rng.integers(0, length, PER_ROUND, dtype=np.uint64)
     longest = np.minimum(
@@ -105,7 +105,7 @@ def check_ranges(bitmap: IovaBitmap, expected: NDArray[np.bool_]) -> None:
     for start, size in bitmap.ranges():
         first = start // bitmap.page_size - bitmap.iova // bitmap.page_size
         last = (start + size - 1) // bitmap.page_size - bitmap.iova // bitmap.page_size
-        assert not found[max(0, first - 1) : last + 2].any(), "ranges that touch"
+        assert not found[max(0, first - 1) : last + 2].any(), "two ranges touch"
         found[first : last + 1] = True
     assert (found == expected).all()
 

@@ -1,4 +1,4 @@
-"""A unit test starts no process: one that does so fails, whatever the process was for."""
+"""A unit test starts no process: a test that starts one fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STARTS: Final = {
     "pty.spawn",
     "subprocess.Popen",
 }
-"""The audit events with which Python starts processes (its manual has a table of all of them)."""
+"""The audit events of Python for starting a process (its manual has a table of all events)."""
 
 _started: list[str] = []
 
@@ -28,7 +28,7 @@ def _note_start(event: str, arguments: tuple[object, ...]) -> None:
         _started.append(f"{event}: {arguments[:2]}")
 
 
-# Nothing removes an audit hook, so one is added for the whole run.
+# An audit hook cannot be removed, so one is added for the whole run.
 sys.addaudithook(_note_start)
 
 
@@ -37,26 +37,26 @@ def _fail_if_started() -> None:
         started = "\n".join(_started)
         _started.clear()
         pytest.fail(
-            f"a unit test started processes, and so belongs into tests/integration:\n{started}",
+            f"a unit test started processes; move it to tests/integration:\n{started}",
             pytrace=False,
         )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Count from here, so that the fixtures of modules and of the whole run count too."""
+    """Begin to count here, so that the fixtures of modules and of the whole run are included."""
     _started.clear()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Generator[None]:
-    """Fail a test whose fixtures or own code started a process."""
+    """Fail a test if its fixtures or its own code started a process."""
     yield
     _fail_if_started()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown() -> Generator[None]:
-    """Fail a test whose fixtures start a process when they end."""
+    """Fail a test if its fixtures start a process when they end."""
     yield
     _fail_if_started()

@@ -1,4 +1,4 @@
-"""When a harvest happens, and that nothing is left behind where tracking ends or begins anew."""
+"""When the collector harvests, and that no page is lost when tracking stops or restarts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def started(memory: GuestMemory, tracker: EmulatedTracker, log: bytearray) -> Co
     return collector
 
 
-def test_the_last_harvest_is_at_the_end(memory: GuestMemory, tracker: EmulatedTracker) -> None:
+def test_stop_harvests_a_last_time(memory: GuestMemory, tracker: EmulatedTracker) -> None:
     log = bytearray(8)
     collector = started(memory, tracker, log)
     tracker.dma(3 * PAGE, 1)
@@ -49,7 +49,7 @@ def test_the_last_harvest_is_at_the_end(memory: GuestMemory, tracker: EmulatedTr
     assert not collector.active
 
 
-def test_a_new_map_loses_nothing_of_the_old_one(
+def test_a_remap_loses_no_page_of_the_old_map(
     memory: GuestMemory, tracker: EmulatedTracker
 ) -> None:
     log = bytearray(8)
@@ -62,7 +62,9 @@ def test_a_new_map_loses_nothing_of_the_old_one(
     assert pages(log) == [3, 5]
 
 
-def test_a_second_start_begins_anew(memory: GuestMemory, tracker: EmulatedTracker) -> None:
+def test_a_second_start_begins_with_a_new_trace(
+    memory: GuestMemory, tracker: EmulatedTracker
+) -> None:
     old, new = bytearray(8), bytearray(8)
     collector = started(memory, tracker, old)
     tracker.dma(PAGE, 1)
@@ -75,7 +77,9 @@ def test_a_second_start_begins_anew(memory: GuestMemory, tracker: EmulatedTracke
     tracker.dma(4 * PAGE, 1)
     collector.harvest()
     assert pages(new) == [4]
-    assert [(it.epoch, it.pages, it.merged) for it in collector.harvests] == [(1, 1, 1)]
+    assert [(harvest.epoch, harvest.pages, harvest.merged) for harvest in collector.harvests] == [
+        (1, 1, 1)
+    ]
 
 
 def test_without_a_log_nothing_happens(memory: GuestMemory, tracker: EmulatedTracker) -> None:
@@ -89,13 +93,15 @@ def test_without_a_log_nothing_happens(memory: GuestMemory, tracker: EmulatedTra
 
 
 class LostLog(BufferDirtyLog):
-    """A log that takes nothing more."""
+    """A log that accepts no pages any more."""
 
     def merge(self, *arguments: object) -> None:
         raise OSError("gone")
 
 
-def test_a_log_that_fails_still_ends(memory: GuestMemory, tracker: EmulatedTracker) -> None:
+def test_stop_ends_tracking_even_if_the_log_fails(
+    memory: GuestMemory, tracker: EmulatedTracker
+) -> None:
     collector = Collector(tracker)
     log = LostLog(bytearray(8))
     collector.start(log, memory, IovaMap.identity(memory))
@@ -105,7 +111,7 @@ def test_a_log_that_fails_still_ends(memory: GuestMemory, tracker: EmulatedTrack
     assert not collector.active
     with pytest.raises(ValueError, match="released"):
         len(log.memory)
-    tracker.start(IovaMap.identity(memory).ranges, PAGE)  # it had been stopped
+    tracker.start(IovaMap.identity(memory).ranges, PAGE)  # allowed only after stop
 
 
 def traced(memory: GuestMemory, tracker: EmulatedTracker, log: bytearray, bus: Bus) -> Collector:
@@ -125,7 +131,7 @@ def traced(memory: GuestMemory, tracker: EmulatedTracker, log: bytearray, bus: B
         (63 * PAGE, PAGE, [63]),
     ],
 )
-def test_a_write_harvested_at_once_brings_the_pages_it_touches_and_no_other(
+def test_an_immediate_harvest_reports_only_the_pages_of_the_write(
     memory: GuestMemory, tracker: EmulatedTracker, iova: int, length: int, found: list[int]
 ) -> None:
     log = bytearray(8)
@@ -140,7 +146,7 @@ def test_a_write_harvested_at_once_brings_the_pages_it_touches_and_no_other(
     assert pages(log) == sorted([*found, 10])
 
 
-def test_a_write_harvested_at_once_follows_each_piece_of_its_mapping(
+def test_an_immediate_harvest_follows_every_mapping_of_the_write(
     memory: GuestMemory, tracker: EmulatedTracker
 ) -> None:
     log = bytearray(8)
@@ -154,7 +160,7 @@ def test_a_write_harvested_at_once_follows_each_piece_of_its_mapping(
 
 
 class WriteOnly(IovaMap):
-    """A map through which only writes lead."""
+    """A map that allows only writes."""
 
     def translate(self, iova: int, length: int, access: int = READ) -> list[tuple[int, int]]:
         if access != WRITE:
@@ -162,7 +168,7 @@ class WriteOnly(IovaMap):
         return super().translate(iova, length, access)
 
 
-def test_a_page_that_may_only_be_written_can_be_harvested_at_once(
+def test_a_write_only_page_can_be_harvested_immediately(
     memory: GuestMemory, tracker: EmulatedTracker
 ) -> None:
     log = bytearray(8)
@@ -172,12 +178,12 @@ def test_a_page_that_may_only_be_written_can_be_harvested_at_once(
     assert pages(log) == [1]
 
 
-def test_only_unmapped_ranges_are_harvested_by_an_unmapping(
+def test_unmap_harvests_only_the_unmapped_ranges(
     memory: GuestMemory, tracker: EmulatedTracker
 ) -> None:
     log = bytearray(8)
     collector = Collector(tracker)
-    collector.unmap([IovaMapping(0, 0, PAGE)])  # without a log there is nothing to do
+    collector.unmap([IovaMapping(0, 0, PAGE)])  # does nothing without a log
     assert collector.due_epoch() == 1
     collector = traced(memory, tracker, log, IovaMap([IovaMapping(1 << 30, 8 * PAGE, 8 * PAGE)]))
     tracker.dma((1 << 30) + PAGE, 1)
@@ -200,7 +206,7 @@ def test_reporting_everything_sets_every_page_of_every_slot(tracker: EmulatedTra
         assert collector.trace.links[Link.TRACKER].last(33 * PAGE) == 1
 
 
-def test_a_new_log_gets_what_is_written_after_it_came(
+def test_a_new_log_receives_only_the_pages_written_after_the_switch(
     memory: GuestMemory, tracker: EmulatedTracker
 ) -> None:
     old, new = bytearray(8), bytearray(8)
@@ -224,7 +230,10 @@ def test_each_harvest_records_its_number_its_time_and_its_pages(
         tracker.dma(0, count * PAGE)
         assert collector.harvest() == count
     after_ns = time.monotonic_ns()
-    assert [(it.epoch, it.pages, it.merged) for it in collector.harvests] == [(1, 3, 3), (2, 2, 2)]
+    assert [(harvest.epoch, harvest.pages, harvest.merged) for harvest in collector.harvests] == [
+        (1, 3, 3),
+        (2, 2, 2),
+    ]
     assert collector.due_epoch() == 3
     assert collector.started_ns is not None
     moments = [before_ns, collector.started_ns]
@@ -241,7 +250,7 @@ def test_a_collector_that_was_never_started_has_no_harvests(tracker: EmulatedTra
 
 
 class Sizes:
-    """A tracker that keeps the page sizes in bytes with which it is started."""
+    """A tracker that records the page sizes in bytes with which it is started."""
 
     def __init__(self) -> None:
         self.page_sizes: list[int] = []
@@ -257,7 +266,7 @@ class Sizes:
         pass
 
 
-def test_the_tracker_is_asked_for_the_logs_page_size(memory: GuestMemory) -> None:
+def test_the_tracker_is_started_with_the_logs_page_size(memory: GuestMemory) -> None:
     sizes = Sizes()
     collector = Collector(sizes)
     collector.start(BufferDirtyLog(bytearray(8)), memory, IovaMap.identity(memory))
@@ -265,7 +274,7 @@ def test_the_tracker_is_asked_for_the_logs_page_size(memory: GuestMemory) -> Non
     assert sizes.page_sizes == [4096, 4096]
 
 
-def test_ram_of_no_whole_words_is_reported_to_its_end(tracker: EmulatedTracker) -> None:
+def test_ram_that_ends_inside_a_word_is_reported_to_its_end(tracker: EmulatedTracker) -> None:
     with ram_fd(130 * PAGE) as fd:
         log = bytearray(24)
         collector = started(guest_memory(fd, (0, 130 * PAGE, 0)), tracker, log)

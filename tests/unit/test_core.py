@@ -1,5 +1,4 @@
-"""The C core at its edges: the last bit, the next word, and the first entry of the next
-node."""
+"""The C core at its edges: the last bit, the next word, the first entry of the next node."""
 
 from __future__ import annotations
 
@@ -47,8 +46,8 @@ def runs_of(bits: int) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("around", [0x00, 0xFF])
 @pytest.mark.parametrize("shared", [True, False])
-def test_the_neighbours_of_a_ragged_bitmap_keep_their_bits(around: int, shared: bool) -> None:
-    """Bytes in the same words belong to others, who may be writing them."""
+def test_bytes_around_a_ragged_bitmap_stay_unchanged(around: int, shared: bool) -> None:
+    """Other bytes of the same words belong to other users, who may be writing them."""
     for start in range(8):
         for size in (1, 5, 8, 13, 24, 77):
             memory = bytearray([around]) * 96
@@ -79,7 +78,7 @@ def test_the_neighbours_of_a_ragged_bitmap_keep_their_bits(around: int, shared: 
 
 @pytest.mark.parametrize("start", [0, 3])
 @pytest.mark.parametrize("filled", [False, True])
-def test_one_bit_that_differs_is_found_wherever_it_is(start: int, filled: bool) -> None:
+def test_one_differing_bit_is_found_at_every_position(start: int, filled: bool) -> None:
     size = 8 * 45
     for bit in range(0, 8 * size, 13):
         data = bytearray([0xFF if filled else 0]) * (size + start)
@@ -93,8 +92,8 @@ def test_one_bit_that_differs_is_found_wherever_it_is(start: int, filled: bool) 
 
 
 @pytest.mark.parametrize("first", [0, 64 * 40 + 3])
-def test_a_bit_behind_many_empty_words_is_found(first: int) -> None:
-    """Empty words are passed over sixteen at a time."""
+def test_a_bit_after_many_empty_words_is_found(first: int) -> None:
+    """The core skips empty words sixteen at a time."""
     for bit in range(first, first + 64 * 70, 131):
         data = bytearray(8 * 120)
         _core.set_bits(data, bit, 1)
@@ -102,13 +101,13 @@ def test_a_bit_behind_many_empty_words_is_found(first: int) -> None:
         assert pairs(_core.take_set(data, first, 64 * 70)) == [(bit - first, 1)]
 
 
-def test_more_runs_than_there_is_room_for_at_first() -> None:
+def test_the_memory_for_runs_grows() -> None:
     for size in (30, 64, 100, 512, 4000):
         data = bytearray(b"\x55") * size
         assert pairs(_core.find_set(data, 0, 8 * size)) == [(2 * i, 1) for i in range(4 * size)]
 
 
-def test_runs_count_from_the_first_bit_asked_for() -> None:
+def test_runs_are_relative_to_the_first_bit() -> None:
     data = bytearray(16)
     _core.set_bits(data, 60, 10)
     assert pairs(_core.find_set(data, 62, 66)) == [(0, 8)]
@@ -121,7 +120,7 @@ def test_runs_count_from_the_first_bit_asked_for() -> None:
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_or_of_every_length_and_alignment(shared: bool) -> None:
+def test_or_sets_the_right_bits_for_every_length_and_alignment(shared: bool) -> None:
     rng = random.Random(1)
     for count in (0, 1, 63, 64, 65, 127, 128, 511, 512, 513, 576, 640, 1023, 1100):
         for into_bit in (0, 1, 8, 63, 64):
@@ -135,8 +134,8 @@ def test_or_of_every_length_and_alignment(shared: bool) -> None:
                 assert added == (wanted & ~before).bit_count()
 
 
-def test_runs_that_lie_across_two_pieces_of_a_large_bitmap() -> None:
-    """or_pages looks for runs in 2^20 bits at a time."""
+def test_or_between_page_sizes_joins_runs_across_two_pieces() -> None:
+    """or_pages finds runs in pieces of 2^20 bits."""
     piece = 1 << 20
     source = bytearray(2 * piece // 8 + 8)
     expected = 0
@@ -154,7 +153,7 @@ def test_runs_that_lie_across_two_pieces_of_a_large_bitmap() -> None:
     assert _core.or_pages(into, 0, 14, source, 0, 12, piece << 12, (bits << 12) - 1) == 3
 
 
-def test_or_between_page_sizes_keeps_to_the_bytes_asked_for() -> None:
+def test_or_between_page_sizes_stays_within_the_given_bytes() -> None:
     source = bytearray(b"\x06")  # pages 9 and 10 of 8 KiB
     for iova, last, wanted in [
         (8 * 8192, 9 * 8192 - 1, 0),
@@ -171,7 +170,7 @@ def test_or_between_page_sizes_keeps_to_the_bytes_asked_for() -> None:
 
 
 @pytest.mark.parametrize("byte", [0, 1, 9, 15])
-def test_or_of_one_page_of_one_byte(byte: int) -> None:
+def test_or_of_one_page_of_one_byte_sets_one_bit(byte: int) -> None:
     for into_shift in (0, 1, 3):
         into, source = bytearray(2), bytearray(2)
         _core.set_bits(source, byte, 1)
@@ -179,7 +178,7 @@ def test_or_of_one_page_of_one_byte(byte: int) -> None:
         assert as_number(into) == 1 << (byte >> into_shift)
 
 
-def test_or_up_to_the_end_of_the_address_space() -> None:
+def test_or_reaches_the_end_of_the_address_space() -> None:
     into, source = bytearray(1), bytearray(b"\x80")
     assert _core.or_pages(into, (1 << 52) - 8, 12, source, (1 << 51) - 8, 13, TOP - 9999, TOP) == 2
     assert into == b"\xc0"
@@ -220,8 +219,10 @@ def check_ranges(
 
 @pytest.mark.parametrize("first_page", [0, 1, 77])
 @pytest.mark.parametrize("apart", [1, 62, 63, 64, 65, 127, 128])
-def test_neighbours_of_one_word_and_of_the_next(apart: int, first_page: int) -> None:
-    """Reports that crowd in a word are written together; 64 pages apart is another word."""
+def test_neighbouring_pages_in_one_word_and_in_the_next_are_set(
+    apart: int, first_page: int
+) -> None:
+    """Crowded reports in one word are written together; a page 64 pages away is in another word."""
     crowd = [5, 5, 4, 3, 60, 59, 61, 5]
     for place in (0, 1, 7):
         for base in (0, 1, 63, 64):
@@ -241,13 +242,13 @@ def test_neighbours_of_one_word_and_of_the_next(apart: int, first_page: int) -> 
 
 
 @pytest.mark.parametrize("shift", [0, 1, 2, 6])
-def test_crowds_of_small_pages(shift: int) -> None:
+def test_crowded_reports_of_small_pages_are_set(shift: int) -> None:
     for iova in (1, 5, 62 << shift):
         iovas = [iova, iova + 1] * 40
         check_ranges(bytearray(8), 0, (64 << shift) - 1, shift, iovas, 1)
 
 
-def test_any_number_of_pages_in_any_order() -> None:
+def test_any_number_of_pages_is_set_in_any_order() -> None:
     rng = random.Random(2)
     for count in (0, 1, 7, 8, 9, 15, 16, 31, 32, 33, 40, 100):
         for spread in (1, 8, 64, 512, 4096, 8 * 4096):
@@ -259,7 +260,7 @@ def test_any_number_of_pages_in_any_order() -> None:
 
 @pytest.mark.parametrize("start", [0, 1, 7])
 @pytest.mark.parametrize("size", [8, 13, 16, 64])
-def test_pages_of_a_ragged_bitmap(start: int, size: int) -> None:
+def test_pages_of_a_ragged_bitmap_are_set(start: int, size: int) -> None:
     memory = bytearray(80)
     data = memoryview(memory)[start : start + size]
     bits = 8 * size
@@ -280,7 +281,7 @@ def test_a_range_that_ends_with_its_page_touches_no_other() -> None:
 
 
 @pytest.mark.parametrize("shift", [0, 1, 5, 12])
-def test_ranges_of_some_pages_wherever_they_begin(shift: int) -> None:
+def test_ranges_of_several_pages_are_set_at_every_start(shift: int) -> None:
     page = 1 << shift
     for start in range(0, 9 * page, max(1, page // 4)):
         for length in {1, 2, page - 1, page, page + 1, 2 * page, 2 * page + 1, 5 * page} - {0}:
@@ -290,7 +291,7 @@ def test_ranges_of_some_pages_wherever_they_begin(shift: int) -> None:
 
 
 @pytest.mark.parametrize("first", [0, 3 * PAGE, 3 * PAGE + 5])
-def test_ranges_may_begin_and_end_with_the_bitmaps_and_no_byte_sooner_or_later(first: int) -> None:
+def test_ranges_may_touch_both_ends_of_the_bitmap_but_not_exceed_them(first: int) -> None:
     last = first + 64 * PAGE - 9
     data = bytearray(9)
     check_ranges(data, first, last, 12, [first, last], 1)
@@ -314,12 +315,12 @@ def test_ranges_may_begin_and_end_with_the_bitmaps_and_no_byte_sooner_or_later(f
             assert not any(untouched)
 
 
-def test_ranges_of_the_whole_address_space() -> None:
+def test_ranges_of_the_whole_address_space_are_set() -> None:
     check_ranges(bytearray(8), 0, TOP, 58, [0, TOP, 5 << 58], [1, 1, 1])
     check_ranges(bytearray(8), 0, TOP, 58, [1], TOP)
     check_ranges(bytearray(1), 0, TOP, 63, [1 << 63, TOP] * 20, 1)
     data = bytearray(8)
-    with pytest.raises(ValueError, match="empty"):  # or all of it, which no number says
+    with pytest.raises(ValueError, match="empty"):  # a length of 0 does not mean 2^64
         _core.set_ranges(data, 0, TOP, 58, words([0]), 0, True)
     assert not any(data)
 
@@ -380,7 +381,7 @@ def test_a_write_marks_each_page_it_touches_and_no_other(
         (PAGE, HUGE - PAGE - 1, [], [0, 511, 512]),
     ],
 )
-def test_dirty_pages_are_clipped_and_cleared_where_all_of_them_was_asked_for(
+def test_dirty_pages_are_clipped_and_cleared_only_if_queried_whole(
     iova: int, last: int, found: list[tuple[int, int]], left: list[int]
 ) -> None:
     table = two_nodes()
@@ -392,7 +393,7 @@ def test_dirty_pages_are_clipped_and_cleared_where_all_of_them_was_asked_for(
     assert dirty_pages(table) == left
 
 
-def test_entries_that_are_not_present_are_no_pages() -> None:
+def test_entries_that_are_not_present_are_ignored() -> None:
     table = two_nodes()
     table[1, 1] = DIRTY
     table[1, 2] = 0
@@ -403,22 +404,22 @@ def test_entries_that_are_not_present_are_no_pages() -> None:
 
 
 def test_only_a_pointer_of_the_next_level_leads_to_a_node() -> None:
-    """An entry of another kind maps memory, as large as its level's."""
+    """An entry of another kind maps memory of the level's own size."""
     table = np.zeros((2, 512), dtype=np.uint64)
     for level, size in ((2, HUGE), (3, 512 * HUGE)):
         for kind in range(7):
             table[0, 1] = PAGE | kind * NODE | PRESENT | DIRTY
             found = pairs(_core.read_table(table, amd(level), 0, TOP, False))
             assert found == ([] if kind == level - 1 else [(size, size)])
-    table[0, 1] = PAGE | NODE | PRESENT  # at level 1 there is nothing below
+    table[0, 1] = PAGE | NODE | PRESENT  # level 1 has no nodes below it
     _core.mark_table(table, amd(1), PAGE, PAGE)
     assert table[0, 1] == PAGE | NODE | PRESENT | DIRTY
 
 
 @pytest.mark.parametrize("level", [1, 2])
 @pytest.mark.parametrize("size_log", range(9))
-def test_pages_larger_than_their_entries(level: int, size_log: int) -> None:
-    """2^n entries of a group are one page, whichever of them the hardware marked."""
+def test_the_entries_of_a_group_are_one_page(level: int, size_log: int) -> None:
+    """The 2^n entries of a group are one page; the hardware may mark any of them."""
     own = PAGE if level == 1 else HUGE
     size, count = own << size_log, 1 << size_log
     for head in (0, count, 512 - count):
@@ -444,7 +445,7 @@ def test_pages_larger_than_their_entries(level: int, size_log: int) -> None:
                 assert table[0, head + count] == before[0, head + count]
 
 
-def test_a_size_that_no_group_of_the_level_has_is_one_entry() -> None:
+def test_an_impossible_group_size_counts_as_one_entry() -> None:
     table = np.zeros((1, 512), dtype=np.uint64)
     for level, own in ((1, PAGE), (2, HUGE), (3, 512 * HUGE)):
         for size in (own, own << 9):
@@ -460,7 +461,7 @@ def test_a_size_that_no_group_of_the_level_has_is_one_entry() -> None:
     assert pairs(_core.read_table(table, layout, 0, TOP, False)) == [(17 * PAGE, PAGE)]
 
 
-def test_a_pointer_out_of_the_memory_is_refused_and_ends_the_walk() -> None:
+def test_a_pointer_outside_the_memory_is_refused_and_ends_the_walk() -> None:
     for pages, node in [(1, 1), (2, 2), (2, 1 << 30)]:
         table = np.zeros((pages, 512), dtype=np.uint64)
         table[0, :3] = [PRESENT, node * PAGE | NODE | PRESENT, PRESENT]
@@ -485,8 +486,8 @@ def test_a_pointer_out_of_the_memory_is_refused_and_ends_the_walk() -> None:
 
 
 @pytest.mark.parametrize("levels", range(1, 7))
-def test_tables_of_one_to_six_levels(levels: int) -> None:
-    """Down the entry with the greatest index, to the last page below the top of 64 bits."""
+def test_tables_of_one_to_six_levels_are_walked(levels: int) -> None:
+    """Each walk takes the entry with the greatest index, down to the last page of 64 bits."""
     table = np.zeros((levels, 512), dtype=np.uint64)
     iova = TOP if levels == 6 else (1 << 12 + 9 * levels) - 1
     for level in range(levels, 0, -1):
@@ -499,7 +500,7 @@ def test_tables_of_one_to_six_levels(levels: int) -> None:
     assert pairs(_core.read_table(table, amd(levels), 0, TOP, True)) == []
 
 
-def test_more_dirty_pages_than_there_is_room_for_at_first() -> None:
+def test_the_memory_for_dirty_pages_grows() -> None:
     table = two_nodes()
     table[1:, ::2] |= DIRTY
     wanted = [(2 * i * PAGE, PAGE) for i in range(512)]
@@ -516,10 +517,10 @@ def test_more_dirty_pages_than_there_is_room_for_at_first() -> None:
         (memoryview(bytearray(PAGE + 8))[4:-4], 1, 0, 1),
     ],
 )
-def test_walks_that_cannot_be(memory: Any, levels: int, iova: int, last: int) -> None:
-    with pytest.raises(ValueError, match="1 to 6 levels, aligned memory"):
+def test_impossible_walks_are_refused(memory: Any, levels: int, iova: int, last: int) -> None:
+    with pytest.raises(ValueError, match="expected 1 to 6 levels"):
         _core.mark_table(memory, amd(levels), iova, last)
-    with pytest.raises(ValueError, match="1 to 6 levels, aligned memory"):
+    with pytest.raises(ValueError, match="expected 1 to 6 levels"):
         _core.read_table(memory, amd(levels), iova, last, True)
 
 
@@ -527,7 +528,7 @@ def test_walks_that_cannot_be(memory: Any, levels: int, iova: int, last: int) ->
 
 
 @pytest.mark.parametrize("size", [1, 8, 255, 256, 257, 300, 511, 512, 513])
-def test_any_byte_that_differs_makes_its_page_differ(size: int) -> None:
+def test_one_differing_byte_makes_its_page_differ(size: int) -> None:
     for at in range(size):
         page = bytearray(3 * size)
         page[size + at] = 0x40
@@ -540,7 +541,7 @@ def test_any_byte_that_differs_makes_its_page_differ(size: int) -> None:
 # Arguments ----------------------------------------------------------------------------------------
 
 
-def test_all_bits_of_a_bitmap_and_none_may_be_asked_for() -> None:
+def test_a_call_may_use_all_bits_of_a_bitmap_or_none() -> None:
     data = bytearray(8)
     assert _core.set_bits(data, 64, 0) == 0
     assert _core.set_bits(data, 63, 1) == 1
@@ -577,7 +578,7 @@ def test_arguments_that_do_not_fit_are_refused_and_nothing_is_written(
     assert not any(data)
 
 
-def test_arguments_at_their_limits_are_taken() -> None:
+def test_arguments_at_their_limits_are_accepted() -> None:
     data = bytearray(8)
     assert _core.set_ranges(data, 63, 63, 0, words([63]), 1, True) == 1
     data[0] = 0
@@ -587,7 +588,7 @@ def test_arguments_at_their_limits_are_taken() -> None:
     assert _core.differing_pages(bytes(64), b"\1" * 64, 1, data) == 64
 
 
-def test_memory_is_released_whether_or_not_the_call_is_refused() -> None:
+def test_memory_is_released_after_success_and_after_an_error() -> None:
     """A bytearray cannot be resized while a call holds it."""
     data, table, source = bytearray(8), bytearray(PAGE), bytearray(8)
     calls: list[Callable[[], object]] = [
@@ -618,8 +619,8 @@ def test_memory_is_released_whether_or_not_the_call_is_refused() -> None:
             held.pop()
 
 
-def test_bits_are_set_atomically_unless_the_caller_says_otherwise() -> None:
-    """What `shared` leaves out is taken as true: the answers are the same, and so is the mask."""
+def test_the_default_of_shared_sets_the_same_bits() -> None:
+    """Without `shared`, the results and the bits are the same as with True."""
     data, source = bytearray(8), b"\xf0" * 8
     assert _core.set_bits(data, 0, 5) == 5
     assert _core.or_bits(data, 0, source, 0, 64) == 31
@@ -627,13 +628,13 @@ def test_bits_are_set_atomically_unless_the_caller_says_otherwise() -> None:
     assert data == b"\xff" * 8
 
 
-def test_a_fence_answers_nothing() -> None:
+def test_a_fence_returns_none() -> None:
     assert _core.fence() is None  # type: ignore[func-returns-value]
 
 
 @pytest.mark.parametrize("length", [-1, 1 << 64])
 @pytest.mark.parametrize("iovas", [[], [0]])
-def test_a_length_that_no_word_holds_is_refused(iovas: list[int], length: int) -> None:
+def test_a_length_outside_64_bits_is_refused(iovas: list[int], length: int) -> None:
     data = bytearray(8)
     with pytest.raises(OverflowError):
         _core.set_ranges(data, 0, 63, 0, words(iovas), length, True)

@@ -1,4 +1,4 @@
-"""QEMU's log: which sizes and places can be one, and that nothing is set outside."""
+"""QEMU's log: its valid sizes and offsets, and that no bit is set outside it."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def test_the_size_of_a_log_is_rounded_up_to_whole_words(pages: int, needed: int)
 @pytest.mark.parametrize(
     ("gpa", "pages"), [(0, 129), (128 * PAGE, 1), (127 * PAGE, 2), (1 << 63, 1), (512, 1)]
 )
-def test_bits_that_do_not_fit_are_refused_and_set_nothing(gpa: int, pages: int) -> None:
+def test_pages_outside_the_log_are_refused_and_no_bit_is_set(gpa: int, pages: int) -> None:
     memory = bytearray(24)
     log = BufferDirtyLog(memoryview(memory)[:16])
-    with pytest.raises(BitmapError, match="misaligned or reach behind"):
+    with pytest.raises(BitmapError, match="misaligned or reach beyond the log's end"):
         log.merge(gpa, ALL, 0, pages)
     assert memory == bytes(24)
     log.merge(0, ALL, 0, 128)
@@ -48,7 +48,7 @@ def test_bits_that_do_not_fit_are_refused_and_set_nothing(gpa: int, pages: int) 
 def test_a_log_of_partial_words_or_outside_its_file_is_refused(
     fd: int, size: int, offset: int
 ) -> None:
-    with pytest.raises(BitmapError, match="no"):
+    with pytest.raises(BitmapError, match="expected whole 64-bit words"):
         VhostDirtyLog(fd, size, offset)
 
 
@@ -79,9 +79,9 @@ def test_merging_keeps_the_bits_of_the_log(fd: int) -> None:
     assert int.from_bytes(log.memory, "little") == 1 | 0b1011 << 62
 
 
-def test_a_log_that_is_cut_short_is_reported(fd: int) -> None:
+def test_a_truncated_log_is_reported(fd: int) -> None:
     log = VhostDirtyLog(fd, 16, 0)
     os.ftruncate(fd, 0)
-    with pytest.raises(ProtocolError, match="cut short while it was in use"):
+    with pytest.raises(ProtocolError, match="truncated while it was in use"):
         log.merge(0, ALL, 0, 1)
     log.close()

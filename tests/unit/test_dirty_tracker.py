@@ -1,4 +1,4 @@
-"""One conformance suite for every dirty tracker, and what is peculiar to each."""
+"""One conformance suite for all dirty trackers, and tests of the peculiarities of each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LOW, HIGH = IovaRange(0, 4 * M), IovaRange(1 << 32, 64 * M)
 
 @dataclass(frozen=True)
 class Kind:
-    """A tracker, and the size in bytes of the page that it remembers for an IOVA."""
+    """A tracker, and the size in bytes of the page that it records for an IOVA."""
 
     make: Callable[[], EmulatedTracker]
     page_bytes: Callable[[int], int] = lambda iova: PAGE
@@ -54,7 +54,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
 def dirty(tracker: EmulatedTracker, iova: int, length: int) -> set[int]:
-    """Read and clear: the numbers of the 4 KiB pages that are reported."""
+    """Read and clear; return the numbers of the 4 KiB pages that are reported."""
     words = np.zeros(div_ceil(length, PAGE) // 64 + 2, dtype=np.uint64)
     with IovaBitmap(iova, length, PAGE, words) as bitmap:
         bitmap.for_each(tracker.read_and_clear)
@@ -66,7 +66,7 @@ def dirty(tracker: EmulatedTracker, iova: int, length: int) -> set[int]:
 
 
 def pages_of(kind: Kind, iova: int, length: int) -> set[int]:
-    """The 4 KiB pages that a write dirties in a tracker of this kind."""
+    """Return the 4 KiB pages that a write dirties in a tracker of this kind."""
     found: set[int] = set()
     for page in range(iova // PAGE, (iova + length - 1) // PAGE + 1):
         size = kind.page_bytes(page * PAGE) // PAGE
@@ -79,7 +79,7 @@ def pages_in(iova: int, length: int) -> set[int]:
 
 
 def test_every_tracker_but_the_coarse_one_is_in_this_suite() -> None:
-    """The coarse tracker reports what nobody wrote; its own test is at the end."""
+    """The coarse tracker reports unwritten pages; its own test is at the end."""
     tested = {type(kind.make()) for kind in KINDS.values()}
     assert tested == set(emulated_trackers().values()) - {Coarse}
 
@@ -88,7 +88,7 @@ def test_every_tracker_but_the_coarse_one_is_in_this_suite() -> None:
 
 
 @every_kind
-def test_what_was_written_is_reported_once(kind: Kind) -> None:
+def test_a_write_is_reported_once(kind: Kind) -> None:
     tracker = kind.make()
     tracker.start([LOW, HIGH], PAGE)
     writes = [(0, 1), (PAGE - 1, 2), (3 * M + 17, 3 * PAGE), (4 * M - 1, 1)]
@@ -101,7 +101,7 @@ def test_what_was_written_is_reported_once(kind: Kind) -> None:
 
 
 @every_kind
-def test_what_is_written_again_is_reported_again(kind: Kind) -> None:
+def test_a_repeated_write_is_reported_again(kind: Kind) -> None:
     tracker = kind.make()
     tracker.start([LOW], PAGE)
     for _ in range(3):
@@ -113,7 +113,7 @@ def test_what_is_written_again_is_reported_again(kind: Kind) -> None:
 
 @every_kind
 @pytest.mark.parametrize("piece", [PAGE, 3 * PAGE, 100 * K, 3 * M, 2049 * K + 1])
-def test_pieces_report_together_what_the_whole_would(kind: Kind, piece: int) -> None:
+def test_queries_in_pieces_report_the_same_pages_as_one_query(kind: Kind, piece: int) -> None:
     tracker = kind.make()
     tracker.start([LOW, HIGH], PAGE)
     rng = np.random.default_rng(piece)
@@ -129,13 +129,13 @@ def test_pieces_report_together_what_the_whole_would(kind: Kind, piece: int) -> 
         assert reported <= pages_in(start, length)
         found |= reported
     assert found == set().union(*(pages_of(kind, *write) for write in writes))
-    # What lay across the pieces' edges may be reported again as a whole, but nothing else is.
+    # Pages across the edges of the pieces may be reported again as a whole, and no others.
     assert dirty(tracker, *LOW) <= found
     assert dirty(tracker, *LOW) == set()
 
 
 @every_kind
-def test_a_page_is_forgotten_only_when_all_of_it_was_asked_for(kind: Kind) -> None:
+def test_a_page_is_forgotten_only_after_a_query_of_the_whole_page(kind: Kind) -> None:
     tracker = kind.make()
     tracker.start([LOW], PAGE)
     tracker.dma(2 * M + 5, 1)
@@ -151,7 +151,7 @@ def test_queries_outside_the_ranges_report_nothing(kind: Kind) -> None:
     tracker = kind.make()
     tracker.start([IovaRange(0, 2 * M), IovaRange(6 * M, 2 * M)], PAGE)
     tracker.dma(6 * M, 1)
-    tracker.dma(100 * M, 1)  # hardware would have refused it; no tracker may fail on it
+    tracker.dma(100 * M, 1)  # hardware would refuse this write; no tracker may fail on it
     assert dirty(tracker, 3 * M, M) == set()
     found = dirty(tracker, 0, 64 * M)
     assert 6 * M // PAGE in found
@@ -159,7 +159,7 @@ def test_queries_outside_the_ranges_report_nothing(kind: Kind) -> None:
 
 
 @every_kind
-def test_nothing_is_remembered_when_tracking_is_off(kind: Kind) -> None:
+def test_no_write_is_recorded_while_tracking_is_off(kind: Kind) -> None:
     tracker = kind.make()
     tracker.dma(0, PAGE)
     tracker.start([LOW], PAGE)
@@ -173,7 +173,7 @@ def test_nothing_is_remembered_when_tracking_is_off(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("make", emulated_trackers().values(), ids=emulated_trackers())
-def test_the_order_of_calls_is_kept(make: Callable[[], EmulatedTracker]) -> None:
+def test_calls_in_the_wrong_order_are_refused(make: Callable[[], EmulatedTracker]) -> None:
     tracker = make()
     with pytest.raises(TrackerError, match="start first"):
         dirty(tracker, *LOW)
@@ -191,18 +191,18 @@ def test_the_order_of_calls_is_kept(make: Callable[[], EmulatedTracker]) -> None
         [IovaRange(0, 2 * PAGE), IovaRange(PAGE, PAGE)],
     ],
 )
-def test_ranges_that_nothing_can_track(
+def test_invalid_ranges_are_refused(
     make: Callable[[], EmulatedTracker], ranges: list[IovaRange]
 ) -> None:
     tracker = make()
     with pytest.raises(TrackerError):
         tracker.start(ranges, PAGE)
-    tracker.start([LOW], PAGE)  # and nothing is left of the attempt
+    tracker.start([LOW], PAGE)  # works, so the failed attempts left no state
 
 
 @every_kind
-def test_more_ranges_than_hardware_has_lose_no_page(kind: Kind) -> None:
-    """More than most hardware has: combined to fewer, reporting never less than was written."""
+def test_more_ranges_than_the_hardware_has_lose_no_page(kind: Kind) -> None:
+    """Trackers combine more ranges than most hardware has, and still report every write."""
     ranges = [IovaRange(index * 16 * M, 2 * M) for index in range(64)]
     tracker = kind.make()
     tracker.start(ranges, PAGE)
@@ -215,7 +215,7 @@ def test_more_ranges_than_hardware_has_lose_no_page(kind: Kind) -> None:
 
 
 @every_kind
-def test_a_write_across_the_edges_of_a_range_is_remembered_inside_it_only(kind: Kind) -> None:
+def test_a_write_across_the_edges_of_a_range_is_recorded_only_inside(kind: Kind) -> None:
     tracker = kind.make()
     tracker.start([IovaRange(4 * M, 4 * M)], PAGE)
     tracker.dma(4 * M - PAGE, PAGE)
@@ -228,7 +228,7 @@ def test_a_write_across_the_edges_of_a_range_is_remembered_inside_it_only(kind: 
 
 
 @pytest.mark.parametrize("make", [AddressQueue, SequencePair, DirtyRing])
-def test_a_range_has_the_page_of_which_it_holds_one_byte(
+def test_a_range_includes_a_page_of_which_it_has_one_byte(
     make: Callable[[], EmulatedTracker],
 ) -> None:
     tracker = make()
@@ -238,7 +238,7 @@ def test_a_range_has_the_page_of_which_it_holds_one_byte(
 
 
 @pytest.mark.parametrize("make", [lambda: AddressQueue(least_page_size=1), SequencePair, DirtyRing])
-def test_pages_of_one_byte_above_half_of_the_address_space(
+def test_pages_of_one_byte_are_tracked_in_the_upper_half_of_the_address_space(
     make: Callable[[], EmulatedTracker],
 ) -> None:
     base = (1 << 63) + 100
@@ -252,7 +252,7 @@ def test_pages_of_one_byte_above_half_of_the_address_space(
 
 @pytest.mark.parametrize("make", [AddressQueue, SequencePair])
 def test_the_ninth_range_closes_the_smallest_gap(make: Callable[[], EmulatedTracker]) -> None:
-    """The hardware watches eight; a write in the closed gap counts, and in no other."""
+    """The hardware watches eight ranges; it reports a write in the closed gap but in no other."""
     ranges = [IovaRange(index * M, PAGE) for index in range(8)]
     ninth = IovaRange(5 * M + 2 * PAGE, PAGE)
     for watched, expected in ((ranges, set[int]()), ([*ranges, ninth], {5 * M // PAGE + 1})):
@@ -300,7 +300,7 @@ def test_ranges_that_meet_do_not_overlap() -> None:
     assert combine_ranges(ranges, 2) == [IovaRange(0, PAGE + 1), IovaRange(3 * PAGE, PAGE)]
 
 
-def test_no_ranges_are_no_ranges() -> None:
+def test_no_ranges_are_combined_to_no_ranges() -> None:
     assert combine_ranges([], 8) == []
 
 
@@ -366,9 +366,9 @@ def test_contiguous_pages_begin_within_a_node_where_their_alignment_allows(end: 
     ("form", "size"),
     [
         pytest.param(IntelIommu.form, 64 * K, id="intel has no contiguous pages"),
-        pytest.param(IntelIommu.form, 4 * K + 1, id="no power of two"),
-        pytest.param(AmdIommu.form, 12 * K, id="no power of two of entries"),
-        pytest.param(AmdIommu.form, 2 * K, id="less than an entry"),
+        pytest.param(IntelIommu.form, 4 * K + 1, id="not a power of two"),
+        pytest.param(AmdIommu.form, 12 * K, id="not a power of two of entries"),
+        pytest.param(AmdIommu.form, 2 * K, id="smaller than an entry"),
         pytest.param(AmdIommu.form, 512 * G, id="more entries than half a node"),
     ],
 )
@@ -377,7 +377,7 @@ def test_page_sizes_that_a_format_does_not_have(form: EntryFormat, size: int) ->
         PageTable(form, (size,))
 
 
-def test_entries_are_those_of_the_specification() -> None:
+def test_entries_have_the_bits_of_the_specification() -> None:
     amd = PageTable(AmdIommu.form, (4 * K, 2 * M))
     amd.map(0, 2 * M + PAGE)
     amd.mark(0, 1)
@@ -388,7 +388,7 @@ def test_entries_are_those_of_the_specification() -> None:
     assert {entry >> 9 & 7 for entry in entries} == {0, 1, 2, 3, 4, 5}
     shared = PageTable(AmdIommu.form, (64 * K,))
     shared.map(128 * K, 64 * K)
-    # 16 entries of next level 7; the lowest zero bit of the address, 15, tells the size.
+    # 16 entries of next level 7; the lowest zero bit of the address, 15, encodes the size.
     assert shared._nodes.ravel().tolist().count(128 * K | 0x7000 | 7 << 9 | 1) == 16
     intel = PageTable(IntelIommu.form, (4 * K, 2 * M))
     intel.map(0, 2 * M)
@@ -418,7 +418,7 @@ def test_a_huge_page_that_is_split_keeps_every_part_dirty() -> None:
     assert collect(table, 0, 4 * G) == [(G + 2 * M + 5 * PAGE, PAGE)]
 
 
-def test_pages_that_are_merged_are_dirty_if_a_part_was() -> None:
+def test_a_merged_page_is_dirty_if_a_part_was_dirty() -> None:
     table = table_with(4 * K)
     table.mark(2 * M + 7 * PAGE, 1)
     table.resize(0, G, G)
@@ -429,34 +429,34 @@ def test_pages_that_are_merged_are_dirty_if_a_part_was() -> None:
     assert collect(table, 0, 4 * G) == []
 
 
-def test_a_part_of_a_page_cannot_be_mapped_anew() -> None:
+def test_a_part_of_a_page_cannot_be_resized() -> None:
     table = table_with(4 * K, 2 * M)
     for iova, length, size in [
         *((0, M, 4 * K), (M, M, 4 * K), (M, 2 * M, 4 * K), (0, 3, 3)),
         *((4 * G, 2 * M, 4 * K), (4 * G - 2 * M, 4 * M, 4 * K)),
     ]:
-        with pytest.raises(TrackerError, match="no run of whole mapped pages"):
+        with pytest.raises(TrackerError, match="does not consist of whole mapped pages"):
             table.resize(iova, length, size)
     table.resize(0, 2 * M, 4 * K)
 
 
-def test_what_cannot_be_mapped_anew_stays_as_it_is() -> None:
+def test_a_refused_resize_changes_nothing() -> None:
     table = PageTable(AmdIommu.form)
     table.map(2 * M, 4 * M)
     table.map(8 * M, 2 * M)
     table.mark(0, 16 * M)
     for iova, length, size in [
-        (0, 4 * M, 4 * K),  # begins before what is mapped
+        (0, 4 * M, 4 * K),  # begins before the mapped range
         (2 * M, 8 * M, 4 * K),  # has a hole
         (2 * M + PAGE, 2 * M, 2 * M),
         (2 * M, M, 2 * M),
     ]:
-        with pytest.raises(TrackerError, match="no run of whole mapped pages"):
+        with pytest.raises(TrackerError, match="does not consist of whole mapped pages"):
             table.resize(iova, length, size)
         assert collect(table, 0, 16 * M, clear=False) == [(2 * M, 4 * M), (8 * M, 2 * M)]
 
 
-def test_neighbours_of_pages_that_are_merged_stay_mapped_and_dirty() -> None:
+def test_neighbours_of_merged_pages_stay_mapped_and_dirty() -> None:
     table = PageTable(AmdIommu.form)
     table.map(0, 4 * M)
     table.mark(0, 4 * M)
@@ -467,7 +467,7 @@ def test_neighbours_of_pages_that_are_merged_stay_mapped_and_dirty() -> None:
     assert collect(table, 0, 4 * M) == [(0, 4 * M)]
 
 
-def test_splitting_and_merging_for_ever_takes_no_more_memory() -> None:
+def test_repeated_splits_and_merges_take_no_more_memory() -> None:
     table = PageTable(AmdIommu.form)
     table.map(0, 8 * M)
     nodes = len(table._nodes)
@@ -480,9 +480,9 @@ def test_splitting_and_merging_for_ever_takes_no_more_memory() -> None:
     ("iova", "length", "message"),
     [
         (0, 0, "empty"),
-        (0, 1, "no run of 0x1000-byte pages"),
-        (PAGE // 2, PAGE, "no run of 0x1000-byte pages"),
-        (0, PAGE + 1, "no run of 0x1000-byte pages"),
+        (0, 1, "whole pages of 0x1000 bytes"),
+        (PAGE // 2, PAGE, "whole pages of 0x1000 bytes"),
+        (0, PAGE + 1, "whole pages of 0x1000 bytes"),
     ],
 )
 def test_ranges_of_partial_pages_cannot_be_mapped(iova: int, length: int, message: str) -> None:
@@ -491,7 +491,7 @@ def test_ranges_of_partial_pages_cannot_be_mapped(iova: int, length: int, messag
 
 
 @pytest.mark.parametrize(("form", "bits"), [(IntelIommu.form, 48), (AmdIommu.form, 64)])
-def test_a_table_reaches_only_so_far(form: EntryFormat, bits: int) -> None:
+def test_a_range_beyond_the_end_of_the_table_is_refused(form: EntryFormat, bits: int) -> None:
     PageTable(form).map((1 << bits) - PAGE, PAGE)
     for iova, length in ((1 << bits, PAGE), ((1 << bits) - PAGE, 2 * PAGE)):
         with pytest.raises(TrackerError, match="beyond"):
@@ -509,7 +509,7 @@ def test_a_run_of_pages_may_begin_within_one_node_and_end_within_the_next() -> N
 # The others -------------------------------------------------------------------------------------
 
 
-def test_a_queue_that_overflows_says_so_and_reports_everything(
+def test_an_overflowing_queue_logs_a_warning_and_reports_every_page(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     tracker = AddressQueue(queue_entries=8)
@@ -519,12 +519,12 @@ def test_a_queue_that_overflows_says_so_and_reports_everything(
         assert dirty(tracker, *LOW) == pages_in(*LOW)
     assert tracker.overflows == 1
     assert "overflowed" in caplog.text
-    tracker.dma(0, 8 * PAGE)  # as many as the queue holds are still told apart
+    tracker.dma(0, 8 * PAGE)  # a full queue still reports single pages
     assert dirty(tracker, *LOW) == pages_in(0, 8 * PAGE)
     assert tracker.overflows == 1
 
 
-def test_a_queue_has_the_page_sizes_of_its_device() -> None:
+def test_a_queue_uses_a_page_size_that_its_device_supports() -> None:
     tracker = AddressQueue(least_page_size=16 * K, greatest_page_size=64 * K)
     assert tracker.start([LOW], 4 * K) == 16 * K
     tracker.dma(17 * K, 1)
@@ -550,7 +550,7 @@ def test_a_ring_of_the_default_size_stops_its_writer_at_page_65537() -> None:
     assert tracker.full_exits == 1
 
 
-def test_a_page_in_the_ring_leaves_no_further_trace() -> None:
+def test_a_page_enters_the_ring_only_once() -> None:
     tracker = DirtyRing(ring_entries=4)
     tracker.start([LOW], PAGE)
     for _ in range(100):
@@ -558,8 +558,8 @@ def test_a_page_in_the_ring_leaves_no_further_trace() -> None:
     assert tracker.full_exits == 0
 
 
-def test_neighbours_in_the_same_word_stay_dirty() -> None:
-    """pds transfers whole words; only what was asked for may be acknowledged."""
+def test_neighbours_in_a_queried_word_stay_dirty() -> None:
+    """pds transfers whole words; only the queried pages may be acknowledged."""
     tracker = SequencePair()
     tracker.start([LOW], PAGE)
     tracker.dma(0, 64 * PAGE)
@@ -567,7 +567,7 @@ def test_neighbours_in_the_same_word_stay_dirty() -> None:
     assert dirty(tracker, *LOW) == set(range(64)) - set(range(10, 15))
 
 
-def test_the_coarse_kind_reports_what_is_mapped_always() -> None:
+def test_the_coarse_tracker_always_reports_every_mapped_page() -> None:
     tracker = Coarse()
     tracker.start([LOW, HIGH], PAGE)
     for _ in range(2):

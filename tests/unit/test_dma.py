@@ -1,4 +1,4 @@
-"""The only door to guest RAM: each piece is written, journalled, and told in this order."""
+"""A device's only access to guest RAM: data, journal, tracker and harvest follow in this order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qmp_tools.testbed.ring_driver import PAGE, guest_memory, ram_fd
 
 IOVA = 0x100000
 GPAS = (5 * PAGE, 2 * PAGE, 9 * PAGE)
-"""Where three pages from `IOVA` on lead."""
+"""The GPAs of the three pages from `IOVA` on."""
 
 
 @pytest.fixture
@@ -23,15 +23,17 @@ def memory() -> Iterator[GuestMemory]:
         yield guest_memory(fd, (0, 16 * PAGE, 0))
 
 
-def test_a_write_over_three_mappings_is_three_records_and_one_mark(memory: GuestMemory) -> None:
-    told: list[tuple[str, int, int]] = []
+def test_a_write_over_three_mappings_makes_three_records_and_one_tracker_call(
+    memory: GuestMemory,
+) -> None:
+    calls: list[tuple[str, int, int]] = []
     data = bytes(range(256)) * 32
     start = IOVA + PAGE - 100
 
     class Tracker:
         def dma(self, iova: int, length: int) -> None:
             assert bytes(memory.view(GPAS[0] + PAGE - 100, 100)) == data[:100], "in RAM before"
-            told.append(("tracker", iova, length))
+            calls.append(("tracker", iova, length))
 
     journal = Journal()
     journal.start()
@@ -41,7 +43,7 @@ def test_a_write_over_three_mappings_is_three_records_and_one_mark(memory: Guest
         Tracker(),
         journal,
         due_epoch=lambda: 7,
-        after_write=lambda iova, length: told.append(("after", iova, length)),
+        after_write=lambda iova, length: calls.append(("after", iova, length)),
     )
     dma.write(start, data[: PAGE + 300])
     records = journal.records()
@@ -49,10 +51,10 @@ def test_a_write_over_three_mappings_is_three_records_and_one_mark(memory: Guest
     assert records["gpa"].tolist() == [GPAS[0] + PAGE - 100, GPAS[1], GPAS[2]]
     assert records["length"].tolist() == [100, PAGE, 200]
     assert records["epoch"].tolist() == [7, 7, 7]
-    assert told == [("tracker", start, PAGE + 300), ("after", start, PAGE + 300)]
+    assert calls == [("tracker", start, PAGE + 300), ("after", start, PAGE + 300)]
     assert dma.read(start, PAGE + 300) == data[: PAGE + 300]
     with pytest.raises(MemoryAccessError, match="nothing is mapped"):
         dma.write(IOVA + 3 * PAGE - 1, b"ab")
     assert len(journal.records()) == 3
     assert dma.read(IOVA + 3 * PAGE - 1, 1) == b"\0"
-    assert len(told) == 2
+    assert len(calls) == 2

@@ -1,4 +1,4 @@
-"""What a device hands over comes back as it was; a file that is spoilt is told of."""
+"""Evidence is loaded as it was saved, and a damaged file is reported."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_numbers_of_64_bits_come_back_exactly(tmp_path: Path) -> None:
     assert (loaded.started_ns, loaded.requests) == (largest, largest)
 
 
-def test_evidence_without_a_start_of_the_log_has_no_start(tmp_path: Path) -> None:
+def test_evidence_without_logging_has_no_start_time(tmp_path: Path) -> None:
     Evidence([], np.zeros(0, RECORD), some_evidence().links, np.zeros(0, HARVEST), None, 0).save(
         tmp_path
     )
@@ -75,7 +75,7 @@ def test_missing_evidence_is_reported(tmp_path: Path) -> None:
         Evidence.load(tmp_path)
 
 
-def test_evidence_that_is_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
+def test_truncated_evidence_is_refused(tmp_path: Path) -> None:
     some_evidence().save(tmp_path)
     whole = (tmp_path / FILE).read_bytes()
     for length in range(0, len(whole), 37):
@@ -84,7 +84,7 @@ def test_evidence_that_is_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
             Evidence.load(tmp_path)
 
 
-def test_spoilt_evidence_is_refused(tmp_path: Path) -> None:
+def test_damaged_evidence_is_refused(tmp_path: Path) -> None:
     some_evidence().save(tmp_path)
     whole = (tmp_path / FILE).read_bytes()
     chance = random.Random(4)
@@ -94,7 +94,7 @@ def test_spoilt_evidence_is_refused(tmp_path: Path) -> None:
         spoilt[chance.randrange(len(spoilt))] ^= 1 << chance.randrange(8)
         (tmp_path / FILE).write_bytes(spoilt)
         try:
-            Evidence.load(tmp_path)  # most of a zip file's headers do not matter
+            Evidence.load(tmp_path)  # damage to most of a zip file's headers has no effect
         except UntestableError:
             refused += 1
     assert refused > 300

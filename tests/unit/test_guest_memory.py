@@ -1,4 +1,4 @@
-"""Memory slots and address translation: whole accesses, or none."""
+"""Memory slots and address translation: an access succeeds as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def fd() -> Iterator[int]:
         yield ram
 
 
-def test_a_slot_shows_its_piece_of_the_file(fd: int) -> None:
+def test_a_slot_maps_its_part_of_the_file(fd: int) -> None:
     os.pwrite(fd, b"here", 5 * PAGE + 10)
     memory = guest_memory(fd, (0x100000, 4 * PAGE, 4 * PAGE))
     assert bytes(memory.view(0x100000 + PAGE + 10, 4)) == b"here"
@@ -45,7 +45,7 @@ def test_slots_above_and_below_a_hole_are_separate(fd: int) -> None:
 @pytest.mark.parametrize(
     ("length", "offset"), [(0, 0), (17 * PAGE, 0), (PAGE, 16 * PAGE), (1 << 63, 1 << 63)]
 )
-def test_a_slot_the_file_does_not_hold_is_refused(fd: int, length: int, offset: int) -> None:
+def test_a_slot_beyond_the_end_of_its_file_is_refused(fd: int, length: int, offset: int) -> None:
     with pytest.raises(MemoryAccessError):
         map_slot(fd, gpa=0, length=length, hva=0, file_offset=offset)
 
@@ -58,7 +58,7 @@ def test_a_slot_beyond_the_address_space_is_refused(fd: int) -> None:
     assert map_slot(fd, gpa=high, length=PAGE, hva=high, file_offset=0).end == 1 << 64
 
 
-def test_slots_may_touch(fd: int) -> None:
+def test_slots_may_be_adjacent(fd: int) -> None:
     memory = guest_memory(fd, (0, 2 * PAGE, 0), (2 * PAGE, PAGE, 2 * PAGE))
     assert memory.end == 3 * PAGE
 
@@ -76,7 +76,7 @@ def test_an_hva_leads_to_its_gpa(fd: int) -> None:
 
 
 def test_memory_without_slots_refuses_every_address() -> None:
-    with pytest.raises(MemoryAccessError, match="there are no slots"):
+    with pytest.raises(MemoryAccessError, match="the guest has no slots"):
         GuestMemory(()).view(0, 1)
 
 
@@ -103,14 +103,14 @@ def test_overlapping_mappings_are_refused() -> None:
         IovaMap([IovaMapping(0, 0, 0x2000), IovaMapping(0x1000, 0, 0x1000)])
 
 
-# Edges, and what is only partly there -----------------------------------------------------------
+# Edges, and ranges that are only partly mapped --------------------------------------------------
 
 
 def slot(fd: int, gpa: int, pages: int, *, hva: int, offset: int) -> MemorySlot:
     return map_slot(fd, gpa=gpa, length=pages * PAGE, hva=hva, file_offset=offset)
 
 
-def test_a_slot_has_the_place_of_its_bytes(fd: int) -> None:
+def test_a_slot_knows_the_file_and_offset_of_its_bytes(fd: int) -> None:
     found = slot(fd, 0x10000, 2, hva=0x7000, offset=3 * PAGE)
     status = os.fstat(fd)
     assert (found.gpa, found.length, found.hva) == (0x10000, 2 * PAGE, 0x7000)
@@ -121,12 +121,12 @@ def test_a_slot_has_the_place_of_its_bytes(fd: int) -> None:
 
 
 @pytest.mark.parametrize(("gpa", "length"), [(PAGE // 2, PAGE), (0, PAGE // 2), (PAGE, PAGE + 8)])
-def test_a_slot_of_no_whole_pages_is_refused(fd: int, gpa: int, length: int) -> None:
-    with pytest.raises(MemoryAccessError, match="no run of whole pages"):
+def test_a_slot_with_a_partial_page_is_refused(fd: int, gpa: int, length: int) -> None:
+    with pytest.raises(MemoryAccessError, match="expected whole pages"):
         map_slot(fd, gpa=gpa, length=length, hva=0, file_offset=0)
 
 
-def test_a_slot_can_be_seen_from_its_first_byte_to_its_last(fd: int) -> None:
+def test_a_slot_can_be_viewed_from_its_first_to_its_last_byte(fd: int) -> None:
     memory = GuestMemory([slot(fd, 0x10000, 2, hva=0, offset=4 * PAGE)])
     memory.view(0x10000, 1)[:] = b"a"
     memory.view(0x10000 + 2 * PAGE - 1, 1)[:] = b"z"
@@ -137,8 +137,8 @@ def test_a_slot_can_be_seen_from_its_first_byte_to_its_last(fd: int) -> None:
             memory.view(gpa, length)
 
 
-def test_a_hole_is_reached_from_neither_side(fd: int) -> None:
-    """RAM below and above a hole, as below and above the VGA window; the file goes on."""
+def test_a_hole_between_slots_is_refused_from_both_sides(fd: int) -> None:
+    """RAM lies below and above a hole, as around the VGA window; the file has no hole."""
     memory = guest_memory(fd, (0, 4 * PAGE, 0), (6 * PAGE, 4 * PAGE, 6 * PAGE))
     iova_map = IovaMap.identity(memory)
     for gpa, length in ((4 * PAGE - 1, 2), (5 * PAGE, 1), (6 * PAGE - 1, 2), (3 * PAGE, 4 * PAGE)):
@@ -152,15 +152,15 @@ def test_a_hole_is_reached_from_neither_side(fd: int) -> None:
     assert os.pread(fd, 1, 4 * PAGE - 1) == b"l"
 
 
-def test_each_slot_has_its_own_distance_between_hva_and_gpa(fd: int) -> None:
+def test_each_slot_has_its_own_offset_between_hva_and_gpa(fd: int) -> None:
     low = slot(fd, 0x10000, 2, hva=0x7F00_0000_0000, offset=0)
     high = slot(fd, 1 << 32, 2, hva=0x5000_0000, offset=2 * PAGE)
     memory = GuestMemory([low, high])
-    for it in (low, high):
-        assert memory.gpa_of_hva(it.hva, 1) == it.gpa
-        assert memory.gpa_of_hva(it.hva, 2 * PAGE) == it.gpa
-        assert memory.gpa_of_hva(it.hva + 2 * PAGE - 1, 1) == it.end - 1
-        for hva, length in ((it.hva - 1, 1), (it.hva + 1, 2 * PAGE), (it.hva + 2 * PAGE, 1)):
+    for part in (low, high):
+        assert memory.gpa_of_hva(part.hva, 1) == part.gpa
+        assert memory.gpa_of_hva(part.hva, 2 * PAGE) == part.gpa
+        assert memory.gpa_of_hva(part.hva + 2 * PAGE - 1, 1) == part.end - 1
+        for hva, length in ((part.hva - 1, 1), (part.hva + 1, 2 * PAGE), (part.hva + 2 * PAGE, 1)):
             with pytest.raises(MemoryAccessError, match="is not inside one memory slot"):
                 memory.gpa_of_hva(hva, length)
 
@@ -191,10 +191,10 @@ def test_each_piece_keeps_its_offset(iova: int, length: int, pieces: list[tuple[
     assert iova_map.translate(iova, length) == pieces
 
 
-def test_a_slot_whose_file_is_cut_short_is_reported(fd: int) -> None:
+def test_a_slot_whose_file_is_truncated_is_reported(fd: int) -> None:
     memory = guest_memory(fd, (0, PAGE, 0), (PAGE, PAGE, PAGE))
     memory.check()
     os.ftruncate(fd, PAGE)
     bytes(memory.view(PAGE, 1))
-    with pytest.raises(ProtocolError, match=r"GPA 0x1000 \+ 0x1000: its file was cut short"):
+    with pytest.raises(ProtocolError, match=r"GPA 0x1000 \+ 0x1000: its file was truncated"):
         memory.check()

@@ -115,7 +115,7 @@ def test_a_file_that_cannot_be_mapped_is_refused(
 def test_a_slot_of_partial_pages_is_refused(
     front_end: FrontEnd, ram: int, gpa: int, length: int
 ) -> None:
-    with pytest.raises(ProtocolError, match="no run of whole pages"):
+    with pytest.raises(ProtocolError, match="expected whole pages"):
         front_end.send(Request.SET_MEM_TABLE, table((gpa, length, 0)), [ram])
 
 
@@ -209,7 +209,7 @@ def test_truncated_ram_is_refused(front_end: FrontEnd, ram: int, remaining: int)
     driver = boot(front_end, ram)
     driver.publish(0)
     os.ftruncate(ram, remaining)
-    with pytest.raises(ProtocolError, match=r"slot GPA 0x0 .* cut short"):
+    with pytest.raises(ProtocolError, match=r"slot GPA 0x0 .* truncated"):
         front_end.serve()
 
 
@@ -235,7 +235,7 @@ def test_a_truncated_log_ends_only_one_session(ram: int) -> None:
             server.turn(0)
     events = [json.loads(line) for line in control.recv(1 << 16).splitlines()]
     assert [event["message"] for event in events if event["event"] == "refused"] == [
-        "dirty log: its file was cut short while it was in use"
+        "dirty log: its file was truncated while it was in use"
     ]
     assert good.ask(Request.GET_FEATURES)
     server.close()

@@ -1,4 +1,4 @@
-"""A device behind a virtual IOMMU: it asks, waits, goes on, and loses nothing that is unmapped."""
+"""A device behind a virtual IOMMU: it requests mappings, waits, and loses no unmapped page."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ RAM_BYTES = 128 * PAGE
 LOG_BYTES = RAM_BYTES // PAGE // 8
 RINGS = (8 * PAGE, 12 * PAGE)
 HEADER, STATUS, TABLE, DATA = 20 * PAGE, 21 * PAGE + 5, 24 * PAGE, 40 * PAGE
-"""In guest RAM; an indirect table that takes more than a page goes on in the page before."""
+"""Guest-physical addresses. The second page of an indirect table is the page before `TABLE`."""
 RING_SIZE = 8
 
 
 class Guest:
-    """A front end, and a driver for each of two rings that maps what it gives to the device."""
+    """A front end, and a driver for each of two rings that maps the buffers for the device."""
 
     def __init__(
         self,
@@ -85,14 +85,14 @@ class Guest:
             self.front_end.start_ring(driver, index)
 
     def log_on(self) -> None:
-        """Logging begins."""
+        """Switch logging on."""
         self.front_end.set_log(self.log, LOG_BYTES)
         self.front_end.log_all(True)
         for index, driver in enumerate(self.drivers):
             self.front_end.set_ring_address(driver, index=index, logged=True)
 
     def logged(self) -> set[int]:
-        """The GPA page numbers in the log, taken from it, but for rings and status bytes."""
+        """Take the GPA page numbers out of the log, without those of rings and status bytes."""
         raw = np.frombuffer(os.pread(self.log, LOG_BYTES, 0), np.uint8)
         os.pwrite(self.log, bytes(LOG_BYTES), 0)
         found = np.flatnonzero(np.unpackbits(raw, bitorder="little")).tolist()
@@ -103,7 +103,7 @@ class Guest:
         return self.iommu.map(gpa, length, access)
 
     def submit(self, *buffers: Buffer, ring: int = 0, indirect: bool = False) -> None:
-        """Make a read of the disk available, into buffers that are mapped already."""
+        """Make a read of the disk available, into buffers that are already mapped."""
         driver = self.drivers[ring]
         driver.write(HEADER, struct.pack("<IIQ", 0, 0, 80))
         driver.write(STATUS, b"\xff")
@@ -116,10 +116,11 @@ class Guest:
             driver.submit(chain)
             return
         if isinstance(driver, RingDriver):
-            table = b"".join(it.pack() for it in driver.chain(chain))
+            table = b"".join(descriptor.pack() for descriptor in driver.chain(chain))
         else:
             table = b"".join(
-                struct.pack("<QIHH", it.address, it.length, 0, it.flags) for it in chain
+                struct.pack("<QIHH", buffer.address, buffer.length, 0, buffer.flags)
+                for buffer in chain
             )
         pages = range(TABLE, TABLE - len(table), -PAGE)
         for number, page in enumerate(pages):
@@ -127,32 +128,32 @@ class Guest:
         driver.submit([Buffer(self.iommu.map_pages(pages, READ), len(table), INDIRECT)])
 
     def kick(self) -> None:
-        """Kick, and answer nothing that the device asks."""
+        """Kick, without an answer to the misses of the device."""
         os.eventfd_write(self.front_end.kick, 1)
         self.front_end.turn()
 
-    def asked(self) -> list[int]:
-        """The pages that the device has asked for, without an answer."""
+    def requested(self) -> list[int]:
+        """Return the IOVAs of the unanswered misses of the device."""
         channel = self.front_end.channel
         assert channel is not None
         if not select.select([channel], [], [], 0)[0]:
             return []
-        questions = channel.recv(1 << 16, socket.MSG_PEEK)
-        return [iova for (iova,) in struct.iter_unpack("<12xQ24x", questions)]
+        misses = channel.recv(1 << 16, socket.MSG_PEEK)
+        return [iova for (iova,) in struct.iter_unpack("<12xQ24x", misses)]
 
     @property
     def status(self) -> int:
-        """Of the last request: 0xff while it is not done."""
+        """The status of the last request: 0xff until the request is done."""
         return self.drivers[0].read(STATUS, 1)[0]
 
     def unmap(self, iova: int, length: int) -> None:
-        """Take a mapping away, and tell."""
+        """Remove a mapping, and send the invalidation."""
         self.iommu.unmap(iova, length)
         self.front_end.invalidate(iova, length)
 
 
 def stamped_lba(guest: Guest, gpa: int) -> int:
-    """The LBA in the stamp of a page of guest RAM."""
+    """Return the LBA in the stamp of a page of guest RAM."""
     stamp = read_stamp(guest.drivers[0].read(gpa, PAGE))
     assert stamp is not None
     return stamp[0]
@@ -186,21 +187,21 @@ def test_a_request_by_iovas_is_logged_by_gpas(guest: Guest, indirect: bool) -> N
     assert (records["iova"] != records["gpa"]).all()
 
 
-def test_a_request_waits_until_all_of_its_pages_are_known(guest: Guest) -> None:
+def test_a_request_waits_until_all_of_its_pages_are_mapped(guest: Guest) -> None:
     guest.front_end.serve()
     known = guest.map(DATA, PAGE)
     guest.submit(
         Buffer(known, PAGE, WRITABLE), Buffer(guest.map(DATA + 8 * PAGE, PAGE), PAGE, WRITABLE)
     )
-    unknown = next(it for it in guest.iommu.all_pages() if it.gpa == DATA + 8 * PAGE)
+    unknown = next(page for page in guest.iommu.all_pages() if page.gpa == DATA + 8 * PAGE)
     for page in guest.iommu.all_pages():
         if page != unknown:
             guest.front_end.update(page)
     for _ in range(2):
         guest.kick()
-        assert guest.asked() == [unknown.iova], "and asked for once"
+        assert guest.requested() == [unknown.iova], "the device requested the page twice"
         assert guest.status == 0xFF
-        assert guest.drivers[0].read(DATA, PAGE) == bytes(PAGE), "the known part waits, too"
+        assert guest.drivers[0].read(DATA, PAGE) == bytes(PAGE), "the mapped part did not wait"
     guest.front_end.serve()
     assert guest.status == 0
     assert stamped_lba(guest, DATA + 8 * PAGE) == 88
@@ -215,8 +216,8 @@ def test_other_rings_are_served_while_one_waits(guest: Guest) -> None:
         if page not in before:
             guest.front_end.update(page)
     guest.kick()
-    guest.kick()  # there is one event for both rings
-    assert guest.asked()
+    guest.kick()  # the rings share one event, so each needs a kick
+    assert guest.requested()
     assert not guest.drivers[0].collect()
     assert len(guest.drivers[1].collect()) == 1
     guest.front_end.serve()
@@ -237,7 +238,7 @@ def test_pages_are_in_the_log_before_their_unmapping_is_answered(
     guest.front_end.serve()
     guest.unmap(iova, PAGE)
     assert guest.logged() == expected
-    # The same IOVA is another page now.
+    # The same IOVA now leads to another page.
     assert guest.map(DATA + 5 * PAGE, PAGE) == iova
     guest.submit(Buffer(iova, PAGE, WRITABLE))
     guest.front_end.serve()
@@ -266,10 +267,10 @@ def test_a_page_mapped_at_two_iovas_is_logged_for_both(guest: Guest) -> None:
     guest.unmap(first, PAGE)
     assert guest.logged() == {DATA // PAGE}
     guest.unmap(second, PAGE)
-    assert guest.logged() == {DATA // PAGE}, "both IOVAs were written"
+    assert guest.logged() == {DATA // PAGE}, "the write to the second IOVA was lost"
 
 
-def test_a_ring_that_is_unmapped_asks_for_its_addresses_again(guest: Guest) -> None:
+def test_an_unmapped_ring_requests_its_addresses_again(guest: Guest) -> None:
     guest.log_on()
     for number in range(3 * RING_SIZE):
         iova = guest.map(DATA + number * PAGE, PAGE)
@@ -284,41 +285,41 @@ def test_a_ring_that_is_unmapped_asks_for_its_addresses_again(guest: Guest) -> N
 
 
 @pytest.mark.parametrize(("packed", "access"), [(False, READ), (True, READ | WRITE)])
-def test_a_ring_asks_for_the_access_that_it_needs(
+def test_a_ring_requests_the_access_that_it_needs(
     files: tuple[int, int], packed: bool, access: int
 ) -> None:
     guest = Guest(*files, packed=packed)
     guest.kick()
     assert guest.front_end.channel is not None
     asked = struct.iter_unpack("<12xQ16xBx6x", guest.front_end.channel.recv(1 << 16))
-    # Descriptors and what the driver writes are on the first page, the device's part on the next.
+    # The descriptors and the driver's part are on the first page, the device's part on the next.
     first = guest.iommu.all_pages()[0].iova
     assert list(asked)[:2] == [(first, access), (first + PAGE, WRITE)]
     guest.front_end.close()
 
 
-def test_a_ring_asks_for_the_page_that_was_unmapped(guest: Guest) -> None:
+def test_a_ring_requests_the_page_that_was_unmapped(guest: Guest) -> None:
     guest.front_end.serve()
     ring = guest.iommu.all_pages()[: len(guest.drivers[0].pages)]
     for page in ring:
         guest.front_end.invalidate(page.iova, PAGE)
         guest.submit(Buffer(guest.map(DATA, PAGE), PAGE, WRITABLE))
         guest.kick()
-        assert guest.asked() == [page.iova]
+        assert guest.requested() == [page.iova]
         guest.front_end.serve()
         assert guest.status == 0
         assert len(guest.drivers[0].collect()) == 1
 
 
-def test_an_indirect_table_on_scattered_pages_is_asked_for_at_a_time(guest: Guest) -> None:
+def test_the_pages_of_a_scattered_indirect_table_are_requested_together(guest: Guest) -> None:
     guest.front_end.serve()
-    sectors = PAGE // 16 + 1  # more than fit in a page
+    sectors = PAGE // 16 + 1  # one descriptor more than fits in a page
     data = guest.map(DATA, 512 * sectors)
     buffers = (Buffer(data + 512 * number, 512, WRITABLE) for number in range(sectors))
     guest.submit(*buffers, indirect=True)
     guest.kick()
     table = [page.iova for page in guest.iommu.all_pages() if TABLE - PAGE <= page.gpa <= TABLE]
-    assert guest.asked() == table
+    assert guest.requested() == table
     assert len(table) == 2
     guest.front_end.serve()
     assert guest.status == 0
@@ -339,15 +340,15 @@ def test_a_mapping_is_harvested_before_it_is_evicted(guest: Guest) -> None:
     iova = guest.map(DATA, PAGE)
     guest.submit(Buffer(iova, PAGE, WRITABLE))
     guest.front_end.serve()
-    # Each lies in a range of its own, away from that of the IOVAs before.
+    # Each page lies in its own range, far from the range of the earlier IOVAs.
     for number in range(2, 10):
-        assert iova in [it.iova for it in guest.front_end.session.bus.mappings]
+        assert iova in [mapping.iova for mapping in guest.front_end.session.bus.mappings]
         guest.front_end.update(Page(number << 32, DATA, READ))
-    assert [it.iova for it in guest.front_end.session.bus.mappings] == [9 << 32]
+    assert [mapping.iova for mapping in guest.front_end.session.bus.mappings] == [9 << 32]
     assert guest.logged() == {DATA // PAGE}
     guest.submit(Buffer(iova, PAGE, WRITABLE))
     guest.kick()
-    assert guest.iommu.all_pages()[0].iova in guest.asked(), "the ring was forgotten, too"
+    assert guest.iommu.all_pages()[0].iova in guest.requested(), "the ring was not evicted"
     guest.front_end.serve()
     assert guest.status == 0
 
@@ -360,7 +361,7 @@ def test_access_rights_of_two_updates_add_up(guest: Guest) -> None:
     assert bus.translate(page.iova, PAGE, READ | WRITE) == [(DATA, PAGE)]
 
 
-def test_a_new_memory_table_makes_all_mappings_void(guest: Guest) -> None:
+def test_a_new_memory_table_removes_all_mappings(guest: Guest) -> None:
     guest.log_on()
     iova = guest.map(DATA, PAGE)
     guest.submit(Buffer(iova, PAGE, WRITABLE))
@@ -373,7 +374,7 @@ def test_a_new_memory_table_makes_all_mappings_void(guest: Guest) -> None:
     assert guest.status == 0
 
 
-def test_a_request_that_waits_when_the_ring_stops_is_not_taken(guest: Guest) -> None:
+def test_a_request_that_waits_when_the_ring_stops_stays_available(guest: Guest) -> None:
     guest.front_end.track_inflight(2, RING_SIZE)
     for index, driver in enumerate(guest.drivers):
         guest.front_end.set_ring_address(driver, index=index)
@@ -381,11 +382,11 @@ def test_a_request_that_waits_when_the_ring_stops_is_not_taken(guest: Guest) -> 
     iova = guest.map(DATA, PAGE)
     guest.submit(Buffer(iova, PAGE, WRITABLE))
     guest.kick()
-    assert guest.asked()
+    assert guest.requested()
     base = struct.pack("<II", 0, 0)
     answer = guest.front_end.ask(Request.GET_VRING_BASE, base)
     guest.front_end.ask(Request.GET_VRING_BASE, struct.pack("<II", 1, 0))
-    assert struct.unpack("<II", answer)[1] == guest.drivers[0].base, "it was not taken"
+    assert struct.unpack("<II", answer)[1] == guest.drivers[0].base, "the request was taken"
     guest.iommu.unmap(iova, PAGE)
     guest.front_end.answer_misses()  # too late: the missing page no longer matters
     assert guest.map(DATA, PAGE) == iova
@@ -402,7 +403,7 @@ def test_an_iova_that_leads_nowhere_is_refused(guest: Guest) -> None:
 
 
 @pytest.mark.parametrize("iova", [(1 << 48) - PAGE, 1 << 48, (1 << 64) - PAGE])
-def test_an_iova_that_no_table_translates_is_not_asked_for(guest: Guest, iova: int) -> None:
+def test_an_iova_beyond_48_bits_is_refused_without_a_request(guest: Guest, iova: int) -> None:
     guest.submit(Buffer(iova, 2 * PAGE, WRITABLE))
     with pytest.raises(MemoryAccessError, match=f"IOVA {iova:#x} .* is beyond 48 bits"):
         guest.front_end.serve()
@@ -414,13 +415,13 @@ def test_a_read_without_a_mapping_is_reported_as_a_read(guest: Guest) -> None:
         guest.front_end.serve()
 
 
-def test_a_page_that_may_only_be_read_is_not_written(guest: Guest) -> None:
+def test_a_read_only_page_is_not_written(guest: Guest) -> None:
     guest.submit(Buffer(guest.map(DATA, PAGE, READ), PAGE, WRITABLE))
     with pytest.raises(MemoryAccessError, match="does not let the device write to it"):
         guest.front_end.serve()
 
 
-def test_an_unknown_iova_is_refused_without_a_way_to_ask(guest: Guest) -> None:
+def test_an_unmapped_iova_is_refused_if_the_device_cannot_request_it(guest: Guest) -> None:
     features = PROTOCOL_FEATURES & ~ProtocolFeature.REPLY_ACK
     guest.front_end.send(Request.SET_PROTOCOL_FEATURES, encode_u64(features))
     with pytest.raises(ProtocolError, match="must send SET_BACKEND_REQ_FD and accept"):
@@ -489,17 +490,17 @@ def test_a_channel_that_is_closed_ends_the_session(guest: Guest) -> None:
 
 
 def test_a_full_channel_is_refused_and_a_closed_one_ends_the_session() -> None:
-    theirs, ours = socket.socketpair()
-    with theirs, ours, selectors.DefaultSelector() as selector:
-        channel = BackendChannel(theirs.fileno(), selector)
-        theirs.setblocking(False)
+    back_end, front_end = socket.socketpair()
+    with back_end, front_end, selectors.DefaultSelector() as selector:
+        channel = BackendChannel(back_end.fileno(), selector)
+        back_end.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             while True:
-                theirs.send(bytes(1 << 16))
-        theirs.setblocking(True)  # the front end shares that, and nobody waits for it
+                back_end.send(bytes(1 << 16))
+        back_end.setblocking(True)  # the channel must not wait, although its socket is blocking
         with pytest.raises(ProtocolError, match="does not read the back-end channel"):
             channel.ask([Miss(0, READ)])
-        ours.close()
+        front_end.close()
         with pytest.raises(EOFError, match="the back-end channel"):
             channel.ask([Miss(0, READ)])
         channel.close()
@@ -509,41 +510,41 @@ QUESTION = struct.Struct("<IIIQQQBB6x")
 ANSWER = struct.Struct("<IIIQ")
 
 
-def test_a_question_has_the_layout_of_the_specification() -> None:
-    theirs, ours = socket.socketpair()
-    with theirs, ours, selectors.DefaultSelector() as selector:
-        channel = BackendChannel(theirs.fileno(), selector)
+def test_a_miss_has_the_layout_of_the_specification() -> None:
+    back_end, front_end = socket.socketpair()
+    with back_end, front_end, selectors.DefaultSelector() as selector:
+        channel = BackendChannel(back_end.fileno(), selector)
         channel.ask([Miss(0x1234_5000, WRITE)])
         version_1_needs_reply = 1 | 1 << 3
-        assert ours.recv(1 << 10) == QUESTION.pack(
+        assert front_end.recv(1 << 10) == QUESTION.pack(
             *(1, version_1_needs_reply, 32),
             *(0x1234_5000, 0, 0, WRITE, IotlbEvent.MISS),
         )
         channel.close()
 
 
-def test_a_page_is_asked_for_only_once() -> None:
-    theirs, ours = socket.socketpair()
+def test_a_page_is_requested_only_once() -> None:
+    back_end, front_end = socket.socketpair()
     first, second = Miss(PAGE, READ), Miss(2 * PAGE, READ)
-    with theirs, ours, selectors.DefaultSelector() as selector:
-        channel = BackendChannel(theirs.fileno(), selector)
+    with back_end, front_end, selectors.DefaultSelector() as selector:
+        channel = BackendChannel(back_end.fileno(), selector)
         channel.ask([first])
         channel.ask([first, second])
-        questions = list(QUESTION.iter_unpack(ours.recv(1 << 10)))
+        questions = list(QUESTION.iter_unpack(front_end.recv(1 << 10)))
         assert [question[3] for question in questions] == [PAGE, 2 * PAGE]
         channel.close()
 
 
-def test_answers_that_come_in_pieces() -> None:
-    theirs, ours = socket.socketpair()
+def test_answers_may_arrive_in_pieces() -> None:
+    back_end, front_end = socket.socketpair()
     misses = [Miss(PAGE, READ), Miss(2 * PAGE, READ)]
     answers = ANSWER.pack(1, 5, 8, 0) + ANSWER.pack(1, 5, 8, 1)
-    with theirs, ours, selectors.DefaultSelector() as selector:
-        channel = BackendChannel(theirs.fileno(), selector)
+    with back_end, front_end, selectors.DefaultSelector() as selector:
+        channel = BackendChannel(back_end.fileno(), selector)
         channel.ask(misses)
         found = []
         for piece in (answers[:5], answers[5:]):
-            ours.sendall(piece)
+            front_end.sendall(piece)
             for key, _ in selector.select(0):
                 key.data()
             found.append(channel.answers())
@@ -552,18 +553,18 @@ def test_answers_that_come_in_pieces() -> None:
         channel.close()
 
 
-def test_a_reset_harvests_by_the_mappings_that_it_forgets(guest: Guest) -> None:
+def test_a_reset_harvests_before_it_removes_the_mappings(guest: Guest) -> None:
     guest.log_on()
     guest.submit(Buffer(guest.map(DATA + 3 * PAGE, PAGE), PAGE, WRITABLE))
     guest.front_end.serve()
     assert guest.status == 0
-    assert guest.logged() == set(), "nothing was harvested yet"
+    assert guest.logged() == set(), "a harvest happened before the reset"
     guest.front_end.send(Request.RESET_DEVICE)
     assert guest.logged() == {DATA // PAGE + 3}
     assert list(guest.front_end.session.bus.mappings) == []
 
 
-def test_a_ring_that_stops_leaves_the_mappings_to_the_other_one(guest: Guest) -> None:
+def test_a_stopped_ring_leaves_the_mappings_to_the_other_ring(guest: Guest) -> None:
     guest.log_on()
     iova = guest.map(DATA, PAGE)
     guest.submit(Buffer(iova, PAGE, WRITABLE))

@@ -1,7 +1,7 @@
-"""The rules of the kernel's iova_bitmap, one by one: those we keep, and those we break on purpose.
+"""The rules of the kernel's iova_bitmap, one by one: those dmaproof keeps, and those it breaks.
 
-docs/iterator.md names these tests; the cases come from the bugs that were mended there after its
-merge, from what its callers check, and from iommufd's self-tests.
+docs/iterator.md names these tests. The cases come from the bugs that were fixed in the kernel's
+iova_bitmap after its merge, from the checks of its callers, and from iommufd's self-tests.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dmaproof.units import div_ceil
 K, M, G, T = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 PAGE = 4 * K
 WINDOW = WINDOW_BYTES * 8 * PAGE
-"""What one window of bitmap stands for: 64 GiB."""
+"""The bytes for which one window of bitmap stands: 64 GiB."""
 
 
 def bits(data: Any) -> list[int]:
@@ -63,7 +63,7 @@ def test_a_range_sets_every_page_it_touches() -> None:
     assert bits(data) == [0, 1, 2]
 
 
-def test_short_ranges_of_a_list_that_lie_across_a_page_edge() -> None:
+def test_short_ranges_across_a_page_edge_set_both_pages() -> None:
     data = bytearray(8)
     with IovaBitmap(0, 64 * PAGE, PAGE, data) as bitmap:
         bitmap.set_many([PAGE - 1, 5 * PAGE - 1, 9 * PAGE], [2, PAGE, PAGE])
@@ -72,19 +72,19 @@ def test_short_ranges_of_a_list_that_lie_across_a_page_edge() -> None:
 
 
 def test_a_base_inside_a_page_does_not_shift_the_pages() -> None:
-    """The kernel counts from the base, so one page may set two bits; iommufd asks for alignment."""
+    """The kernel counts from the base, so one page may set two bits; iommufd requires alignment."""
     data = bytearray(8)
     IovaBitmap(PAGE // 2, 3 * PAGE, PAGE, data).set(PAGE, PAGE)
     assert bits(data) == [1]
 
 
-def test_a_bitmap_that_holds_bits_keeps_them() -> None:
+def test_bits_that_are_already_set_stay_set() -> None:
     data = bytearray(b"\xf0" * 8)
     IovaBitmap(0, 64 * PAGE, PAGE, data).set(0, 2 * PAGE)
     assert data == b"\xf3" + b"\xf0" * 7
 
 
-def test_bytes_behind_a_partial_word_are_not_touched() -> None:
+def test_bytes_after_a_partial_word_are_not_touched() -> None:
     data = bytearray(16)
     bitmap = IovaBitmap(0, 65 * PAGE, PAGE, memoryview(data)[:9])
     bitmap.set(0, 65 * PAGE)
@@ -93,8 +93,10 @@ def test_bytes_behind_a_partial_word_are_not_touched() -> None:
 
 @pytest.mark.parametrize("length", [8 * K, 16 * K, 64 * K, 128 * K, 320 * K, 64 * M, 128 * M])
 @pytest.mark.parametrize("offset", [0, 2048, 0xFF1])
-def test_the_sizes_of_iommufds_self_tests(length: int, offset: int) -> None:
-    """Every second page, at aligned and odd addresses; exact, with guards, and twice the same."""
+def test_the_sizes_of_iommufds_self_tests_set_exactly_the_reported_bits(
+    length: int, offset: int
+) -> None:
+    """Set every second page, twice, at aligned and odd addresses, with guard bytes around."""
     pages = length // PAGE
     whole = np.full(offset + pages // 8 + 4096, 0, dtype=np.uint8)
     data = whole[offset : offset + div_ceil(pages, 8)]
@@ -113,8 +115,8 @@ def test_the_sizes_of_iommufds_self_tests(length: int, offset: int) -> None:
 # Windows ----------------------------------------------------------------------------------------
 
 
-def test_a_small_bitmap_that_is_not_aligned_misses_nothing(file: int) -> None:
-    """The kernel once skipped a part of such a range, and lost what was dirty there."""
+def test_a_small_unaligned_bitmap_misses_no_page(file: int) -> None:
+    """The kernel once skipped a part of such a range, and lost its dirty pages."""
     offset = mmap.PAGESIZE - 4
     with IovaBitmap(0, 64 * PAGE, PAGE, file, offset=offset) as bitmap:
         bitmap.set(0, 64 * PAGE)
@@ -122,7 +124,7 @@ def test_a_small_bitmap_that_is_not_aligned_misses_nothing(file: int) -> None:
     assert file_bits(file, 0, offset) == file_bits(file, offset + 8, 4096) == []
 
 
-def test_a_range_across_a_windows_edge(file: int) -> None:
+def test_a_range_across_a_window_edge_sets_bits_in_both_windows(file: int) -> None:
     with IovaBitmap(0, 2 * WINDOW, PAGE, file) as bitmap:
         bitmap.set(WINDOW - PAGE, 2 * PAGE)
         assert bitmap.stats.windows == 2
@@ -130,8 +132,8 @@ def test_a_range_across_a_windows_edge(file: int) -> None:
     assert file_bits(file, edge, 2) == [7, 8]
 
 
-def test_a_range_of_a_tebibyte(file: int) -> None:
-    """A single entry of a huge page once was recorded by half."""
+def test_a_range_of_a_tebibyte_sets_every_bit(file: int) -> None:
+    """The kernel once recorded only half of a single entry of a huge page."""
     with IovaBitmap(0, T, PAGE, file) as bitmap:
         bitmap.set(0, T)
         assert bitmap.stats.windows == T // WINDOW
@@ -139,7 +141,7 @@ def test_a_range_of_a_tebibyte(file: int) -> None:
         assert list(bitmap.ranges()) == [(0, T)]
 
 
-def test_the_last_window_is_kept(file: int) -> None:
+def test_the_last_window_stays_mapped(file: int) -> None:
     with IovaBitmap(0, 4 * WINDOW, PAGE, file) as bitmap:
         for page in range(100):
             bitmap.set(WINDOW + page * PAGE, PAGE)
@@ -147,8 +149,8 @@ def test_the_last_window_is_kept(file: int) -> None:
         assert bitmap.stats.ranges == 100
 
 
-def test_far_jumps_cost_a_window_each_one_by_one_but_not_together(file: int) -> None:
-    """Descending jumps make the kernel pin anew each time: 1000 pins for 1000 sets."""
+def test_scattered_ranges_map_a_window_each_unless_they_are_set_together(file: int) -> None:
+    """With descending jumps the kernel pins each time: 1000 pins for 1000 sets."""
     jumps = [window * WINDOW + step * PAGE for step in range(20) for window in reversed(range(4))]
     with IovaBitmap(0, 4 * WINDOW, PAGE, file) as bitmap:
         for iova in jumps:
@@ -157,10 +159,10 @@ def test_far_jumps_cost_a_window_each_one_by_one_but_not_together(file: int) -> 
     with IovaBitmap(0, 4 * WINDOW, PAGE, file) as bitmap:
         bitmap.set_many(jumps, PAGE)
         assert bitmap.stats.windows == 4
-        assert bitmap.stats.bits == 0  # they were set already
+        assert bitmap.stats.bits == 0  # the bits were already set
 
 
-def test_a_mapped_buffer_is_one_window_whatever_its_size() -> None:
+def test_a_mapped_buffer_of_any_size_is_one_window() -> None:
     with mmap.mmap(-1, 32 * M) as data:
         bitmap = IovaBitmap(0, T, PAGE, data)
         bitmap.set(T - PAGE, PAGE)
@@ -182,14 +184,14 @@ def test_windows_are_pieces_of_the_range(file: int) -> None:
 # Iterating --------------------------------------------------------------------------------------
 
 
-def test_the_device_is_asked_once_for_the_whole_range() -> None:
+def test_the_device_is_queried_once_for_the_whole_range() -> None:
     asked = []
     bitmap = IovaBitmap(M, 64 * PAGE, PAGE, bytearray(8))
     bitmap.for_each(lambda iterator, iova, length: asked.append((iterator, iova, length)))
     assert asked == [(bitmap, M, 64 * PAGE)]
 
 
-def test_an_error_of_the_device_is_passed_on_and_what_was_set_stays() -> None:
+def test_an_error_of_the_device_is_raised_and_earlier_bits_stay_set() -> None:
     data = bytearray(8)
 
     def fails_half_way(bitmap: IovaBitmap, iova: int, length: int) -> None:
@@ -216,12 +218,12 @@ def test_ranges_are_merged_and_clipped() -> None:
 
 
 @pytest.mark.parametrize("page_size", [0, -4096, 3, 0x3000, 1 << 64])
-def test_page_sizes_that_are_no_powers_of_two(page_size: int) -> None:
+def test_the_page_size_of_a_bitmap_must_be_a_power_of_two(page_size: int) -> None:
     with pytest.raises(BitmapError, match="power of two"):
         IovaBitmap(0, PAGE, page_size, bytearray(64))
 
 
-def test_the_greatest_page_size_divides_by_no_zero() -> None:
+def test_the_greatest_page_size_causes_no_division_by_zero() -> None:
     data = bytearray(1)
     IovaBitmap(1 << 63, 1 << 63, 1 << 63, data).set(ADDRESS_SPACE - 1, 1)
     assert bits(data) == [0]
@@ -230,12 +232,12 @@ def test_the_greatest_page_size_divides_by_no_zero() -> None:
 @pytest.mark.parametrize(
     ("iova", "length"), [(0, 0), (-1, PAGE), (ADDRESS_SPACE - PAGE, PAGE + 1), (ADDRESS_SPACE, 1)]
 )
-def test_ranges_that_are_none(iova: int, length: int) -> None:
+def test_empty_ranges_and_ranges_beyond_64_bits_are_refused(iova: int, length: int) -> None:
     with pytest.raises(BitmapError, match="empty or leaves the 64-bit space"):
         IovaBitmap(iova, length, PAGE, bytearray(64))
 
 
-def test_a_range_may_end_exactly_with_the_address_space() -> None:
+def test_a_range_may_end_at_the_end_of_the_address_space() -> None:
     """As with iommufd; VFIO's LOGGING_START refuses it."""
     data = bytearray(1)
     bitmap = IovaBitmap(ADDRESS_SPACE - 8 * PAGE, 8 * PAGE, PAGE, data)
@@ -247,25 +249,26 @@ def test_a_range_may_end_exactly_with_the_address_space() -> None:
 @pytest.mark.parametrize(
     ("iova", "length"),
     [
-        pytest.param(9 * PAGE, 2 * PAGE, id="begins before: the kernel drops it whole"),
-        pytest.param(15 * PAGE, 4 * PAGE, id="ends behind: the kernel writes on"),
+        pytest.param(9 * PAGE, 2 * PAGE, id="begins before: the kernel drops all of it"),
+        pytest.param(15 * PAGE, 4 * PAGE, id="ends after: the kernel writes beyond the end"),
         pytest.param(0, 64 * PAGE, id="around"),
-        pytest.param(18 * PAGE, PAGE, id="behind"),
+        pytest.param(18 * PAGE, PAGE, id="after"),
         pytest.param(10 * PAGE, 0, id="empty: the kernel may never end"),
         pytest.param(10 * PAGE, -PAGE, id="negative"),
         pytest.param(ADDRESS_SPACE - PAGE, 2 * PAGE, id="past 2**64"),
     ],
 )
-def test_a_report_outside_is_an_error_and_sets_nothing(iova: int, length: int) -> None:
+def test_a_report_outside_the_bitmap_is_an_error_and_sets_no_bit(iova: int, length: int) -> None:
     data = bytearray(8)
     bitmap = IovaBitmap(10 * PAGE, 8 * PAGE, PAGE, data)
-    with pytest.raises(BitmapError, match="empty or not inside the bitmap's 0xa000 \\+ 0x8000"):
+    message = r"empty or not inside the bitmap's range 0xa000 \+ 0x8000"
+    with pytest.raises(BitmapError, match=message):
         bitmap.set(iova, length)
     assert not any(data)
     assert bitmap.stats.ranges == 0
 
 
-def test_one_bad_report_of_many_is_named_and_sets_nothing(file: int) -> None:
+def test_one_bad_report_among_many_is_named_and_no_bit_is_set(file: int) -> None:
     for data, keywords in ((bytearray(8), {}), (file, {"window_bytes": mmap.PAGESIZE})):
         bitmap = IovaBitmap(0, 64 * PAGE, PAGE, data, **keywords)  # type: ignore[arg-type]
         with pytest.raises(BitmapError, match=r"range 1 \(IOVA 0x40000 \+ 0x1000\)"):
@@ -279,32 +282,32 @@ def test_one_bad_report_of_many_is_named_and_sets_nothing(file: int) -> None:
 @pytest.mark.parametrize(
     ("iovas", "lengths", "message"),
     [
-        ([0, 1], [1], r"shape \(2,\), lengths of \(1,\)"),
+        ([0, 1], [1], r"IOVAs and lengths of one shape, got \(2,\) and \(1,\)"),
         ([[0]], [[1]], "one dimension"),
         ([-1], [1], "IOVAs"),
-        (np.array([-1]), [1], "IOVAs of int64"),
-        (np.array([0.5]), [1], "IOVAs of float64"),
+        (np.array([-1]), [1], "IOVAs of type int64"),
+        (np.array([0.5]), [1], "IOVAs of type float64"),
         ([1 << 64], [1], "IOVAs"),
-        ([0], [-1], "^lengths are no unsigned"),
+        ([0], [-1], "^lengths are not unsigned"),
         ([0], 0, "ranges of 0x0 bytes"),
         ([0], 1 << 65, "ranges of"),
         ([(15 << 60) + 1], 1 << 60, r"range 0 \(IOVA"),  # one byte too far
     ],
 )
-def test_numbers_that_are_no_addresses(iovas: Any, lengths: Any, message: str) -> None:
+def test_values_that_are_not_addresses_are_refused(iovas: Any, lengths: Any, message: str) -> None:
     bitmap = IovaBitmap(0, ADDRESS_SPACE, 1 << 60, bytearray(2))
     with pytest.raises(BitmapError, match=message):
         bitmap.set_many(iovas, lengths)
     assert bitmap.count() == 0
 
 
-def test_memory_that_is_too_short() -> None:
+def test_a_buffer_that_is_too_short_is_refused() -> None:
     for data in (bytearray(8), np.zeros(1, dtype=np.uint64), memoryview(bytearray(8))):
-        with pytest.raises(BitmapError, match="65 pages need 9 bytes of bitmap, the buffer has 8"):
+        with pytest.raises(BitmapError, match=r"65 pages need 9 bytes .* but the buffer has 8"):
             IovaBitmap(0, 65 * PAGE, PAGE, data)
 
 
-def test_memory_that_cannot_be_written(file: int) -> None:
+def test_read_only_memory_is_refused(file: int) -> None:
     with pytest.raises(BitmapError, match="read-only"):
         IovaBitmap(0, 64 * PAGE, PAGE, memoryview(bytes(8)))
     reader = os.open(f"/proc/self/fd/{file}", os.O_RDONLY)
@@ -315,26 +318,26 @@ def test_memory_that_cannot_be_written(file: int) -> None:
         os.close(reader)
 
 
-def test_memory_that_is_not_contiguous() -> None:
-    with pytest.raises(BitmapError, match="no contiguous buffer"):
+def test_memory_that_is_not_contiguous_is_refused() -> None:
+    with pytest.raises(BitmapError, match="not a contiguous buffer"):
         IovaBitmap(0, 64 * PAGE, PAGE, np.zeros(32, dtype=np.uint8)[::2])
 
 
-def test_files_that_hold_no_bitmap(file: int) -> None:
+def test_files_that_cannot_hold_the_bitmap_are_refused(file: int) -> None:
     open_before = open_files()
-    with pytest.raises(BitmapError, match="from offset 67108860 on, the file has 67108864"):
+    with pytest.raises(BitmapError, match="from offset 67108860 on, but the file has 67108864"):
         IovaBitmap(0, 64 * PAGE, PAGE, file, offset=64 * M - 4)
     with pytest.raises(BitmapError, match="file descriptor 9999 cannot hold a bitmap"):
         IovaBitmap(0, 64 * PAGE, PAGE, 9999)
     with pytest.raises(BitmapError, match="from offset -8"):
         IovaBitmap(0, 64 * PAGE, PAGE, file, offset=-8)
     for window_bytes in (100, 3 * mmap.PAGESIZE):
-        with pytest.raises(BitmapError, match="no power of two of 4096"):
+        with pytest.raises(BitmapError, match="expected a power of two, at least 4096"):
             IovaBitmap(0, 64 * PAGE, PAGE, file, window_bytes=window_bytes)
     assert open_files() == open_before
 
 
-def test_a_closed_bitmap_says_so(file: int) -> None:
+def test_use_of_a_closed_bitmap_is_an_error(file: int) -> None:
     for data in (bytearray(8), file):
         bitmap = IovaBitmap(0, 64 * PAGE, PAGE, data)
         bitmap.set(0, 1)
@@ -364,8 +367,8 @@ def test_a_closed_bitmap_releases_its_memory(file: int) -> None:
 
 
 @pytest.mark.parametrize("base", [0, 5 * PAGE, WINDOW - PAGE])
-def test_many_ranges_around_a_windows_edge_set_what_single_ones_set(file: int, base: int) -> None:
-    """Ranges that end before, at and behind the edge, that begin there, and that go beyond."""
+def test_set_many_around_a_window_edge_sets_the_same_bits_as_set(file: int, base: int) -> None:
+    """Ranges that end before, at and after the edge, that begin at it, and that cross it."""
     small = mmap.PAGESIZE
     reach = small * 8 * PAGE
     edge = base + reach
@@ -374,19 +377,19 @@ def test_many_ranges_around_a_windows_edge_set_what_single_ones_set(file: int, b
         *((edge - 1, 1), (edge - 1, 2), (edge, 1), (edge, PAGE)),
         *((edge + 9 * PAGE, 1), (base, 1), (edge - 3 * PAGE, 2 * reach), (edge + reach, PAGE)),
     ]
-    for order in (ranges, ranges[::-1], *([it] for it in ranges)):
+    for order in (ranges, ranges[::-1], *([alone] for alone in ranges)):
         os.pwrite(file, bytes(4 * small), 0)
         single = bytearray(4 * small)
         with IovaBitmap(base, 4 * reach, PAGE, single) as bitmap:
             for iova, length in order:
                 bitmap.set(iova, length)
         with IovaBitmap(base, 4 * reach, PAGE, file, window_bytes=small) as windowed:
-            windowed.set_many([it[0] for it in order], [it[1] for it in order])
+            windowed.set_many([iova for iova, _ in order], [length for _, length in order])
             assert windowed.stats.ranges == len(order)
         assert os.pread(file, 4 * small, 0) == bytes(single)
 
 
-def test_only_a_range_that_crosses_an_edge_maps_both_windows(file: int) -> None:
+def test_only_a_range_across_an_edge_maps_both_windows(file: int) -> None:
     small = mmap.PAGESIZE
     edge = small * 8 * PAGE
     for iova, length, windows in ((edge - PAGE, PAGE, 1), (edge - PAGE, PAGE + 1, 2), (edge, 1, 1)):
@@ -395,7 +398,7 @@ def test_only_a_range_that_crosses_an_edge_maps_both_windows(file: int) -> None:
             assert bitmap.stats.windows == windows
 
 
-def test_a_length_of_one_byte_stands_for_all_ranges() -> None:
+def test_a_single_length_applies_to_all_ranges() -> None:
     data = bytearray(8)
     with IovaBitmap(0, 64 * PAGE, PAGE, data) as bitmap:
         bitmap.set_many([3 * PAGE, 5 * PAGE - 1], 1)
@@ -403,11 +406,11 @@ def test_a_length_of_one_byte_stands_for_all_ranges() -> None:
     assert bits(data) == [3, 4]
 
 
-def test_signed_addresses_may_be_zero_and_not_negative() -> None:
+def test_signed_addresses_may_be_zero_but_not_negative() -> None:
     data = bytearray(8)
     with IovaBitmap(0, 64 * PAGE, PAGE, data) as bitmap:
         bitmap.set_many(np.array([0, PAGE], dtype=np.int64), PAGE)
-        with pytest.raises(BitmapError, match="no unsigned 64-bit numbers"):
+        with pytest.raises(BitmapError, match="not unsigned 64-bit numbers"):
             bitmap.set_many(np.array([-PAGE], dtype=np.int64), PAGE)
     assert bits(data) == [0, 1]
 
@@ -421,7 +424,7 @@ def test_a_bitmap_may_end_where_its_file_ends() -> None:
     os.close(fd)
 
 
-def test_addresses_may_be_of_any_width() -> None:
+def test_addresses_may_have_any_integer_width() -> None:
     data = bytearray(8)
     with IovaBitmap(0, 64 * PAGE, PAGE, data) as bitmap:
         bitmap.set_many(np.array([PAGE, 5 * PAGE], dtype=np.uint32), PAGE)
@@ -435,7 +438,7 @@ def test_addresses_may_be_of_any_width() -> None:
 def test_bits_are_set_with_atomics_unless_there_is_a_single_writer(
     monkeypatch: pytest.MonkeyPatch, keywords: dict[str, bool], atomics: bool
 ) -> None:
-    """A lost race between two writers is too rare to be waited for."""
+    """The test checks the calls, because a lost race between two writers is too rare."""
     used = []
 
     def noted(function: Callable[..., int], *arguments: Any) -> int:
@@ -450,16 +453,16 @@ def test_bits_are_set_with_atomics_unless_there_is_a_single_writer(
     assert used == [atomics, atomics]
 
 
-# More windows than one --------------------------------------------------------------------------
+# Several windows --------------------------------------------------------------------------------
 
 SMALL = mmap.PAGESIZE
 """The smallest window, in bytes of bitmap."""
 REACH = SMALL * 8 * PAGE
-"""What it stands for."""
+"""The bytes for which the smallest window stands."""
 
 
-def test_each_window_is_mapped_once_whatever_the_order_of_the_ranges(file: int) -> None:
-    """Also for ranges that end at a window's edge, which do not go on in the next one."""
+def test_each_window_is_mapped_once_for_any_order_of_the_ranges(file: int) -> None:
+    """This includes ranges that end at a window's edge and do not continue in the next window."""
     pages = [window * REACH + at for window in (0, 2, 1, 2, 0, 1) for at in (REACH - PAGE, 0)]
     with IovaBitmap(0, 4 * REACH, PAGE, file, window_bytes=SMALL) as bitmap:
         bitmap.set_many(pages, PAGE)
@@ -467,7 +470,7 @@ def test_each_window_is_mapped_once_whatever_the_order_of_the_ranges(file: int) 
         assert bitmap.stats.bits == 6
 
 
-def test_ranges_in_thousands_of_windows(file: int) -> None:
+def test_ranges_in_thousands_of_windows_set_their_bits(file: int) -> None:
     windows = [3001, 2049, 2050, 3001]
     with IovaBitmap(0, 4000 * REACH, PAGE, file, window_bytes=SMALL) as bitmap:
         bitmap.set_many([window * REACH + 5 * PAGE for window in windows], PAGE)
@@ -475,7 +478,7 @@ def test_ranges_in_thousands_of_windows(file: int) -> None:
         assert file_bits(file, window * SMALL, SMALL) == [5]
 
 
-def test_runs_are_merged_across_windows_and_none_behind_them_is_lost(file: int) -> None:
+def test_runs_are_merged_across_windows_and_later_runs_are_not_lost(file: int) -> None:
     base = 3 * PAGE
     edge = base + REACH
     with IovaBitmap(base, 2 * REACH, PAGE, file, window_bytes=SMALL) as bitmap:
@@ -487,7 +490,7 @@ def test_runs_are_merged_across_windows_and_none_behind_them_is_lost(file: int) 
         ]
 
 
-def test_a_bitmap_may_end_with_its_file_in_the_midst_of_a_window() -> None:
+def test_a_bitmap_may_end_with_its_file_inside_a_window() -> None:
     fd = os.memfd_create("bitmap")
     os.ftruncate(fd, SMALL + SMALL // 2)
     with IovaBitmap(0, 3 * REACH // 2, PAGE, fd, window_bytes=SMALL) as bitmap:
@@ -497,13 +500,13 @@ def test_a_bitmap_may_end_with_its_file_in_the_midst_of_a_window() -> None:
     os.close(fd)
 
 
-def test_windows_that_begin_within_a_page_of_the_host_cost_one_page_more_each(file: int) -> None:
+def test_a_window_that_begins_inside_a_host_page_maps_one_page_more(file: int) -> None:
     with IovaBitmap(0, 2 * REACH, PAGE, file, offset=8, window_bytes=SMALL) as bitmap:
         bitmap.set(0, 2 * REACH)
         assert (bitmap.stats.windows, bitmap.stats.pages) == (2, 4)
 
 
-def test_a_file_that_has_shrunk_is_an_error_and_the_bitmap_can_still_be_closed() -> None:
+def test_a_truncated_file_is_an_error_and_the_bitmap_can_still_be_closed() -> None:
     fd = os.memfd_create("bitmap")
     os.ftruncate(fd, 2 * SMALL)
     with IovaBitmap(0, 2 * REACH, PAGE, fd, window_bytes=SMALL) as bitmap:

@@ -1,4 +1,4 @@
-"""What the journal keeps: every write, in the file as in memory, and of one migration at a time."""
+"""The journal records every write of one migration, in memory and in its file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write(journal: Journal, gpa: int, *, epoch: int = 1) -> None:
     journal.write(WriteKind.DATA, gpa + 7 * PAGE, gpa, b"data", epoch)
 
 
-def test_a_record_says_who_wrote_what_where_and_when() -> None:
+def test_a_record_has_the_request_the_addresses_the_data_and_the_time() -> None:
     journal = Journal()
     before_ns = time.monotonic_ns()
     journal.start()
@@ -35,14 +35,15 @@ def test_a_record_says_who_wrote_what_where_and_when() -> None:
     assert before_ns <= record["time_ns"] <= after_ns
     assert journal.started_ns is not None
     assert before_ns <= journal.started_ns <= int(record["time_ns"])
-    assert [int(record[it]) for it in ("request", "queue", "kind", "iova", "gpa", "epoch")] == [
+    fields = ("request", "queue", "kind", "iova", "gpa", "epoch")
+    assert [int(record[field]) for field in fields] == [
         *(5, 3, WriteKind.USED_RING),
         *(0x7000, 0x2000, 9),
     ]
     assert (record["length"], record["checksum"]) == (10, zlib.crc32(b"some bytes"))
 
 
-def test_what_no_request_caused_is_of_request_0_of_queue_0() -> None:
+def test_a_write_without_a_request_has_request_0_and_queue_0() -> None:
     journal = Journal()
     journal.start()
     write(journal, 0)
@@ -50,7 +51,7 @@ def test_what_no_request_caused_is_of_request_0_of_queue_0() -> None:
     assert (record["request"], record["queue"]) == (0, 0)
 
 
-def test_before_the_start_and_after_the_stop_writes_are_only_counted() -> None:
+def test_writes_before_start_and_after_stop_are_only_counted() -> None:
     journal = Journal()
     assert journal.recording is False
     assert journal.started_ns is None
@@ -66,7 +67,7 @@ def test_before_the_start_and_after_the_stop_writes_are_only_counted() -> None:
     assert (journal.writes, journal.bytes_written) == (3, 12)
 
 
-def test_a_record_is_in_the_file_at_once(tmp_path: Path) -> None:
+def test_a_record_is_written_to_the_file_immediately(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "records")
     journal.start()
     for page in range(3):
@@ -89,9 +90,7 @@ def test_a_second_migration_begins_with_an_empty_journal(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("half", [0, 1, RECORD.itemsize // 2, RECORD.itemsize - 1])
-def test_half_a_record_is_dropped_and_the_next_one_takes_its_place(
-    tmp_path: Path, half: int
-) -> None:
+def test_an_incomplete_record_is_replaced_by_the_next_one(tmp_path: Path, half: int) -> None:
     file = tmp_path / "records"
     killed = Journal(file)
     killed.start()
@@ -111,7 +110,7 @@ def test_half_a_record_is_dropped_and_the_next_one_takes_its_place(
 
 
 def collector_of(fd: int) -> Collector:
-    """One that has just been started, over 8 pages of RAM."""
+    """Return a collector that has just been started, over 8 pages of RAM."""
     collector = Collector(emulated_trackers()["iommu"]())
     memory = guest_memory(fd, (0, 8 * PAGE, 0))
     collector.start(BufferDirtyLog(bytearray(8)), memory, IovaMap.identity(memory))
@@ -127,31 +126,32 @@ def test_a_successor_continues_journal_harvests_and_epochs(tmp_path: Path) -> No
         collector.harvest()
         collector.trace.see(Link.LOG, PAGE, 1)
         killed.keep(collector, memory)
-        write(killed.journal, PAGE, epoch=collector.due_epoch() + 2)  # harvests that were not kept
+        # Two more harvests happened, whose state was not saved.
+        write(killed.journal, PAGE, epoch=collector.due_epoch() + 2)
 
-        successor, anew = Keeper(tmp_path), collector_of(fd)
-        assert successor.resume(anew)
+        successor, resumed = Keeper(tmp_path), collector_of(fd)
+        assert successor.resume(resumed)
         assert successor.journal.started_ns == killed.journal.started_ns
         assert successor.journal.records()["gpa"].tolist() == [PAGE]
-        assert anew.harvests == collector.harvests
-        assert len(anew.harvests) == 2
-        assert anew.trace.links[Link.LOG].last(PAGE) == 2
-        assert anew.due_epoch() == 5, "no write before may be due in a harvest that is yet to come"
+        assert resumed.harvests == collector.harvests
+        assert len(resumed.harvests) == 2
+        assert resumed.trace.links[Link.LOG].last(PAGE) == 2
+        assert resumed.due_epoch() == 5, "a later harvest would have to report an earlier write"
 
 
-def test_a_successor_counts_on_from_the_last_harvest(tmp_path: Path) -> None:
+def test_a_successor_continues_the_numbers_of_the_harvests(tmp_path: Path) -> None:
     with ram_fd(8 * PAGE) as fd:
         killed, collector = Keeper(tmp_path), collector_of(fd)
         killed.journal.start()
         for _ in range(4):
             collector.harvest()
         killed.keep(collector, guest_memory(fd, (0, 8 * PAGE, 0)))
-        anew = collector_of(fd)
-        assert Keeper(tmp_path).resume(anew)
-        assert anew.due_epoch() == 5
+        resumed = collector_of(fd)
+        assert Keeper(tmp_path).resume(resumed)
+        assert resumed.due_epoch() == 5
 
 
-def test_requests_are_numbered_from_the_microseconds_on_where_a_state_is_kept(
+def test_requests_are_numbered_from_the_time_in_microseconds_if_state_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "monotonic_ns", lambda: 5_000_000_999)
@@ -165,17 +165,17 @@ def test_requests_are_numbered_from_the_microseconds_on_where_a_state_is_kept(
     assert device.requests == 6_000_000
 
 
-def test_a_successor_of_one_that_did_nothing_begins_with_the_first_harvest(tmp_path: Path) -> None:
+def test_the_successor_of_an_idle_process_begins_with_the_first_harvest(tmp_path: Path) -> None:
     with ram_fd(8 * PAGE) as fd:
         idle = Keeper(tmp_path)
         idle.keep(collector_of(fd), guest_memory(fd, (0, 8 * PAGE, 0)))
-        successor, anew = Keeper(tmp_path), collector_of(fd)
-        assert successor.resume(anew)
-        assert anew.due_epoch() == 1
-        assert successor.journal.started_ns == 0, "it never began to record"
+        successor, resumed = Keeper(tmp_path), collector_of(fd)
+        assert successor.resume(resumed)
+        assert resumed.due_epoch() == 1
+        assert successor.journal.started_ns == 0, "the journal never began to record"
 
 
-def test_a_successor_of_one_that_never_logged_begins_anew(tmp_path: Path) -> None:
+def test_the_successor_of_a_process_that_never_logged_starts_empty(tmp_path: Path) -> None:
     with ram_fd(8 * PAGE) as fd:
         assert not Keeper(tmp_path).resume(collector_of(fd))
         assert not Keeper(None).resume(collector_of(fd))

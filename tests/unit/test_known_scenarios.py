@@ -99,7 +99,7 @@ def test_a_kind_that_cannot_be_used_leaves_the_others(install: Install) -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_known_names() -> None:
-    with pytest.raises(UsageError, match=r"'pigeon' is not known; there are: .*unix"):
+    with pytest.raises(UsageError, match=r"'pigeon' is not known; choose one of: .*unix"):
         find_scenario("pigeon")
 
 

@@ -1,4 +1,4 @@
-"""Memory whose file goes away: the access goes on, the loss is noticed, and nobody else's is."""
+"""Memory whose file is truncated: the access continues, and only that mapping is marked lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def fd() -> Iterator[int]:
         yield ram
 
 
-def test_a_mapping_shows_its_piece_of_the_file(fd: int) -> None:
+def test_a_mapping_shows_its_part_of_the_file(fd: int) -> None:
     os.pwrite(fd, b"here", 3 * PAGE + 100)
     view = memoryview(SharedMapping(fd, 2 * PAGE, 3 * PAGE + 100))
     assert len(view) == 2 * PAGE
@@ -35,9 +35,9 @@ def test_memory_of_a_truncated_file_reads_as_zeros(fd: int) -> None:
     view[0] = view[3 * PAGE] = 1
     os.ftruncate(fd, 3 * PAGE)
     assert view[0] == 1
-    assert not mapping.lost, "nothing that had gone was touched"
+    assert not mapping.lost, "no missing byte was accessed"
     assert view[3 * PAGE] == 0
-    view[3 * PAGE] = 5  # nobody's memory
+    view[3 * PAGE] = 5  # private memory now
     assert mapping.lost
     assert not other.lost
     assert memoryview(other)[0] == 1
@@ -66,7 +66,7 @@ def test_the_memory_is_unmapped_with_its_last_view(fd: int) -> None:
     assert mapped() == 1
     del view
     assert mapped() == 0
-    for _ in range(2000):  # more than there can be at a time
+    for _ in range(2000):  # more than can exist at a time
         SharedMapping(fd, PAGE, 0)
     assert mapped() == 0
 
@@ -83,7 +83,7 @@ def test_more_mappings_than_the_limit_are_refused(fd: int) -> None:
 def test_lengths_and_offsets_that_are_not_positive_are_refused(
     fd: int, length: int, offset: int
 ) -> None:
-    with pytest.raises(ValueError, match="above 0"):
+    with pytest.raises(ValueError, match="expected a length > 0"):
         SharedMapping(fd, length, offset)
 
 

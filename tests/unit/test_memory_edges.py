@@ -1,4 +1,4 @@
-"""Where memory of a process is found and copied, at the edges of mappings, files and reads."""
+"""Finding and copying the memory of a process, at the edges of mappings, files and reads."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def address_of(mapping: mmap.mmap) -> int:
 
 
 def descriptors() -> int:
-    """How many descriptors this process has open."""
+    """Return how many descriptors this process has open."""
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 @pytest.fixture
 def private() -> mmap.mmap:
-    """Four pages of private memory, without huge pages, each full of its own number from 1 on."""
+    """Four pages of private memory, without huge pages, each filled with its number from 1 on."""
     memory = mmap.mmap(-1, 4 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_NOHUGEPAGE)
     memory[:] = b"".join(bytes([page]) * PAGE for page in range(1, 5))
@@ -84,14 +84,14 @@ def test_a_process_that_ends_during_a_copy_is_reported(
             memory.copy(address_of(private), PAGE)
 
 
-def test_a_copy_of_one_byte_is_enough(private: mmap.mmap) -> None:
+def test_a_copy_of_one_byte_works(private: mmap.mmap) -> None:
     with process_memory(ME, "me", mappings_of(ME, "me")) as memory:
         assert memory is not None
         fd, offset = memory.copy(address_of(private) + PAGE, 1)
         assert os.pread(fd, 2, offset) == b"\x02\0"
 
 
-def test_copies_have_room_for_a_whole_piece_and_leave_no_descriptor() -> None:
+def test_copies_hold_a_whole_piece_and_leave_no_open_descriptor() -> None:
     before = descriptors()
     with process_memory(ME, "me", []) as memory:
         assert memory is not None
@@ -109,40 +109,42 @@ def test_copies_have_room_for_a_whole_piece_and_leave_no_descriptor() -> None:
         (0x1000, 0x1001, False),
     ],
 )
-def test_a_mapping_has_what_is_before_its_end(
+def test_a_mapping_contains_the_bytes_before_its_end(
     private: mmap.mmap, hva: int, length: int, found: bool
 ) -> None:
     memory = ProcessMemory("me", [Mapping(0x1000, 0x2000, False, 0, 0, "")], -1, -1, private)
     assert memory.has(hva, length) == found
 
 
-def test_a_mapping_that_begins_where_another_ends_has_its_first_byte(private: mmap.mmap) -> None:
-    """What ends there is no part of it, though it may come first."""
+def test_the_first_byte_of_a_mapping_does_not_belong_to_the_mapping_before(
+    private: mmap.mmap,
+) -> None:
+    """A mapping that ends at the address comes first in the list, but does not contain it."""
     mappings = [Mapping(0x1000, 0x2000, False, 0, 0, ""), Mapping(0x2000, 0x3000, False, 0, 0, "")]
     assert ProcessMemory("me", mappings, -1, -1, private).has(0x2000, 0x1000)
 
 
-def test_the_user_and_group_are_those_of_the_file_system(tmp_path: Path) -> None:
-    """Of the four numbers (real, effective, saved, file system) the last counts."""
+def test_a_process_has_the_user_and_group_of_its_file_system_access(tmp_path: Path) -> None:
+    """The status file has four numbers (real, effective, saved, file system); the last counts."""
     text = "Name:\tqemu\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\n"
     (tmp_path / "1").mkdir()
     (tmp_path / "1/status").write_text(text)
     assert user_and_group(1, proc=tmp_path) == (4, 8)
 
 
-def test_a_thread_in_a_namespace_knows_itself_by_its_innermost_number(tmp_path: Path) -> None:
+def test_a_thread_is_known_by_its_number_in_the_innermost_namespace(tmp_path: Path) -> None:
     tasks = tmp_path / "1/task"
     for thread, text in ((300, "NSpid:\t300\t9\t4\n"), (301, "")):
         task = tasks / str(thread)
         task.mkdir(parents=True)
         (task / "status").write_text(text)
-    (tasks / "302").mkdir()  # it has ended
+    (tasks / "302").mkdir()  # a thread that has ended
     found = [thread for thread in (300, 9, 4, 301, 302) if has_thread(1, thread, proc=tmp_path)]
     assert found == [4]
 
 
 def test_shared_memory_is_read_by_its_own_file_and_closed_again() -> None:
-    """Other files are open too, one of them of the same name."""
+    """Other files are open too; one of them has the same name."""
     with ram_fd(4 * PAGE) as other, ram_fd(4 * PAGE) as fd, mmap.mmap(fd, 4 * PAGE) as mapping:
         os.pwrite(other, b"other", 0)
         os.pwrite(fd, b"right", 0)
@@ -156,20 +158,21 @@ def test_shared_memory_is_read_by_its_own_file_and_closed_again() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"inode": 1}, {"path": "/memfd:else (deleted)"}])
-def test_a_file_that_is_open_is_taken_by_its_inode_and_its_name(wrong: dict[str, Any]) -> None:
-    """Inode numbers repeat from one file system to the next."""
+def test_an_open_file_is_identified_by_inode_and_name(wrong: dict[str, Any]) -> None:
+    """Two file systems may have files with the same inode number."""
     with ram_fd(PAGE) as fd, mmap.mmap(fd, PAGE) as mapping:
         hva = address_of(mapping)
-        (here,) = (it for it in mappings_of(ME, "me") if it.start == hva)
-        other = replace(here, start=PAGE, end=2 * PAGE, **wrong)  # so not by /proc/PID/map_files
+        (found,) = (mapped for mapped in mappings_of(ME, "me") if mapped.start == hva)
+        # /proc/PID/map_files has no such address, so the open files are searched.
+        other = replace(found, start=PAGE, end=2 * PAGE, **wrong)
         with shared_memory(ME, [other], PAGE, PAGE) as memory:
             assert memory is None
-        right = replace(here, start=PAGE, end=2 * PAGE)
+        right = replace(found, start=PAGE, end=2 * PAGE)
         with shared_memory(ME, [right], PAGE, PAGE) as memory:
             assert memory is not None
 
 
-def test_memory_that_only_a_foreign_process_may_open_is_none() -> None:
+def test_the_shared_memory_of_an_ended_process_is_not_found() -> None:
     gone = int(Path("/proc/sys/kernel/pid_max").read_text())
     mapping = Mapping(PAGE, 2 * PAGE, True, 0, 7, "/memfd:it (deleted)")
     with shared_memory(gone, [mapping], PAGE, PAGE) as memory:
@@ -181,7 +184,7 @@ BACKEND = "memory-backend-memfd"
 
 @contextlib.contextmanager
 def memfd(name: str, pages: int) -> Iterator[int]:
-    """A memfd called `name`."""
+    """Open a memfd called `name`."""
     fd = os.memfd_create(name, os.MFD_CLOEXEC)
     try:
         os.ftruncate(fd, pages * PAGE)
@@ -190,7 +193,7 @@ def memfd(name: str, pages: int) -> Iterator[int]:
         os.close(fd)
 
 
-def test_the_one_memfd_of_a_process_is_its_ram() -> None:
+def test_the_only_memfd_of_a_process_is_its_ram() -> None:
     with memfd("other", 1), memfd(BACKEND, 3) as fd:
         os.pwrite(fd, b"here", PAGE)
         twice = os.dup(fd)
@@ -204,7 +207,7 @@ def test_the_one_memfd_of_a_process_is_its_ram() -> None:
         os.close(twice)
 
 
-def test_two_memfds_or_none_are_not_a_guests_ram() -> None:
+def test_a_process_with_two_memfds_or_none_is_refused() -> None:
     with pytest.raises(UntestableError, match="me has 0 memfds for its RAM, not one"):
         ram_file(ME, "me").__enter__()
     with (
@@ -215,14 +218,14 @@ def test_two_memfds_or_none_are_not_a_guests_ram() -> None:
         ram_file(ME, "me").__enter__()
 
 
-def test_a_process_that_has_gone_has_no_ram() -> None:
+def test_the_ram_of_an_ended_process_cannot_be_opened() -> None:
     gone = int(Path("/proc/sys/kernel/pid_max").read_text())
     with pytest.raises(UntestableError, match="the RAM of it cannot be opened"):
         ram_file(gone, "it").__enter__()
 
 
-def test_a_copy_is_as_long_as_what_it_copies() -> None:
-    """Also where nothing, or not so much as is copied at once, was ever written."""
+def test_a_copy_is_as_long_as_its_original() -> None:
+    """This holds although most of the original is a hole, and is not copied."""
     with ram_fd(300 * PAGE) as fd:
         os.pwrite(fd, b"first", 0)
         status = os.fstat(fd)

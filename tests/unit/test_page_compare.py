@@ -1,4 +1,4 @@
-"""The comparison of two extents: holes, data, and offsets at which memory backends begin."""
+"""The comparison of two extents with holes and data, at any offset of a memory backend."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 
 PAGES = 12
 CONTENTS = st.lists(st.sampled_from([None, 0, 1, 2]), min_size=PAGES, max_size=PAGES)
-"""For each page None for a hole, or the byte that it is filled with."""
+"""For each page, None for a hole or the byte with which the page is filled."""
 
 
 def fill(fd: int, offset: int, contents: list[int | None]) -> None:
@@ -24,28 +24,28 @@ def fill(fd: int, offset: int, contents: list[int | None]) -> None:
 
 
 @given(CONTENTS, CONTENTS, st.integers(0, 3), st.integers(0, 3))
-def test_pages_differ_where_their_bytes_do(
-    ours: list[int | None], theirs: list[int | None], our_start: int, their_start: int
+def test_pages_with_different_bytes_differ(
+    left: list[int | None], right: list[int | None], left_start: int, right_start: int
 ) -> None:
     with ram_fd((PAGES + 8) * PAGE) as source, ram_fd((PAGES + 8) * PAGE) as destination:
-        # What stands before and behind the extents must not matter.
-        fill(source, 0, [3] * our_start)
-        fill(destination, (their_start + PAGES) * PAGE, [4])
-        fill(source, our_start * PAGE, ours)
-        fill(destination, their_start * PAGE, theirs)
+        # Data before and after the extents must have no effect.
+        fill(source, 0, [3] * left_start)
+        fill(destination, (right_start + PAGES) * PAGE, [4])
+        fill(source, left_start * PAGE, left)
+        fill(destination, right_start * PAGE, right)
         found = differing_pages(
-            Extent(source, our_start * PAGE),
-            Extent(destination, their_start * PAGE),
+            Extent(source, left_start * PAGE),
+            Extent(destination, right_start * PAGE),
             PAGES * PAGE,
             PAGE,
         )
-    expected = [page for page in range(PAGES) if (ours[page] or 0) != (theirs[page] or 0)]
+    expected = [page for page in range(PAGES) if (left[page] or 0) != (right[page] or 0)]
     assert found.tolist() == expected
 
 
 @pytest.fixture
 def hole_searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The file descriptor of each search for the end of a run of data."""
+    """The file descriptors of the searches for the end of a run of data."""
     searched = []
     lseek = os.lseek
 
@@ -58,10 +58,8 @@ def hole_searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return searched
 
 
-def test_the_end_of_a_run_of_data_is_looked_for_once(hole_searches: list[int]) -> None:
-    """To look for it again at each piece would take a time that grows with the square of the RAM's
-    size.
-    """
+def test_the_end_of_a_run_of_data_is_sought_once(hole_searches: list[int]) -> None:
+    """A search at each piece would take a time that grows with the square of the RAM's size."""
     length = 4 << 20
     with ram_fd(length) as source, ram_fd(length) as destination:
         os.pwrite(source, bytes(length), 0)
@@ -82,7 +80,7 @@ def test_partial_pages_are_refused(offset: int, length: int, page_size: int) -> 
 
 
 @given(CONTENTS, st.integers(0, 3), st.data())
-def test_a_pages_digest_changes_with_its_content(
+def test_the_digest_of_a_page_changes_with_its_content(
     contents: list[int | None], start: int, data: st.DataObject
 ) -> None:
     with ram_fd((PAGES + 8) * PAGE) as fd:
@@ -96,12 +94,12 @@ def test_a_pages_digest_changes_with_its_content(
             os.pwrite(
                 fd, bytes([os.pread(fd, 1, place)[0] ^ 1 << data.draw(st.integers(0, 7))]), place
             )
-        os.pwrite(fd, b"x", (start + PAGES) * PAGE)  # behind the extent
+        os.pwrite(fd, b"x", (start + PAGES) * PAGE)  # after the extent
         after = page_digests(extent, PAGES * PAGE, PAGE)
         assert set(np.flatnonzero(before != after)) == changed
 
 
-def test_top_bits_that_change_in_an_even_number_of_words_change_the_digest() -> None:
+def test_the_top_bits_of_an_even_number_of_words_change_the_digest() -> None:
     with ram_fd(PAGE) as fd:
         before = page_digests(Extent(fd), PAGE, PAGE)
         for word in (3, 400):

@@ -1,4 +1,4 @@
-"""The pages that trackers remember: exact at both ends of each range, and of all ranges."""
+"""The set of pages that trackers share: exact at both ends of every range."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dmaproof.iova_bitmap import IovaBitmap, IovaRange
 
 PAGE = 4096
 RANGES = [IovaRange(4 * PAGE, 70 * PAGE), IovaRange(100 * PAGE, 3 * PAGE)]
-"""Pages 4 to 73, which take more than a word, and 100 to 102."""
+"""Pages 4 to 73, more than one word of bits, and pages 100 to 102."""
 PAGES = [*range(4, 74), *range(100, 103)]
 
 
@@ -37,28 +37,28 @@ def numbers(*pages: int) -> NDArray[np.uint64]:
     return np.array(pages, dtype=np.uint64)
 
 
-def test_pages_are_kept_from_the_first_of_each_range_to_its_last() -> None:
+def test_a_set_holds_pages_from_the_first_to_the_last_of_each_range() -> None:
     pages = PageSet(RANGES, PAGE)
     pages.add_pages(numbers(3, 4, 73, 74, 99, 100, 102, 103))
     assert reported(pages) == [4, 73, 100, 102]
     assert reported(pages) == []
 
 
-def test_every_page_is_every_one_of_the_ranges() -> None:
+def test_add_all_adds_every_page_of_the_ranges() -> None:
     pages = PageSet(RANGES, PAGE)
     pages.add_all()
     assert reported(pages) == PAGES
 
 
 @pytest.mark.parametrize("page", [4, 5, 67, 68, 73, 100, 102])
-def test_one_page_is_taken_out_and_no_other(page: int) -> None:
+def test_only_the_given_page_is_removed(page: int) -> None:
     pages = PageSet(RANGES, PAGE)
     pages.add_all()
     pages.remove_pages(numbers(3, page, 74, 103))
-    assert reported(pages) == [it for it in PAGES if it != page]
+    assert reported(pages) == [other for other in PAGES if other != page]
 
 
-def test_a_page_just_behind_a_range_of_whole_words_is_passed_over() -> None:
+def test_a_page_just_after_a_range_of_whole_words_is_ignored() -> None:
     pages = PageSet([IovaRange(0, 64 * PAGE)], PAGE)
     pages.add_all()
     for change in (pages.add_pages, pages.remove_pages):
@@ -77,7 +77,7 @@ def test_missing_pages_are_found_in_every_range() -> None:
     assert pages.inside(74 * PAGE, PAGE) == pages.inside(99 * PAGE, PAGE) == []
 
 
-def test_ranges_that_share_a_page_or_meet_are_one_and_others_stay_apart() -> None:
+def test_ranges_that_share_a_page_or_meet_are_merged_and_others_are_not() -> None:
     ranges = [
         *(IovaRange(PAGE, 10), IovaRange(PAGE + 20, PAGE)),
         IovaRange(4 * PAGE, PAGE),
@@ -90,11 +90,11 @@ def test_ranges_that_share_a_page_or_meet_are_one_and_others_stay_apart() -> Non
     assert reported(pages) == [1, 2, 4, 6, 7, 8, 10, 11]
 
 
-def test_a_page_may_be_half_of_the_address_space() -> None:
+def test_a_page_may_be_half_the_address_space() -> None:
     assert [page_shift(1 << bits) for bits in (0, 12, 63)] == [0, 12, 63]
 
 
-def test_a_queue_that_is_just_full_has_lost_nothing_and_one_page_more_overflows_it() -> None:
+def test_a_full_queue_loses_no_page_and_one_page_more_overflows_it() -> None:
     queue = AddressQueue(queue_entries=6)
     assert queue.start(RANGES, PAGE) == PAGE
     for overflows in (1, 2):
@@ -136,7 +136,7 @@ def test_a_ring_that_is_exactly_full_does_not_stop_its_writer() -> None:
         assert dirty(bitmap) == [10, 11, 12, 13, 14]
 
 
-def test_the_coarse_tracker_reports_what_is_mapped_until_it_is_stopped() -> None:
+def test_the_coarse_tracker_reports_mapped_pages_until_it_is_stopped() -> None:
     coarse = Coarse()
     coarse.start(RANGES, PAGE)
     with IovaBitmap(0, 128 * PAGE, PAGE, bytearray(16)) as bitmap:

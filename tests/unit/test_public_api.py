@@ -1,4 +1,4 @@
-"""The public names of both packages: they exist, are cheap to import, and their examples work."""
+"""The public names of both packages: they exist, are fast to import, and their examples work."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_type_checkers_and_programs_see_the_same_names(package: ModuleType) -> N
     assert [name for name in package.__all__ if not hasattr(package, name)] == []
 
 
-def test_a_name_that_is_not_public_is_refused() -> None:
+def test_a_private_name_is_refused() -> None:
     with pytest.raises(AttributeError, match="'dmaproof' has no attribute 'IovaBitmaps'"):
         _ = dmaproof.IovaBitmaps  # type: ignore[attr-defined]
 
@@ -59,7 +59,7 @@ EXPLAINED = {"dmaproof": dmaproof} | {
 
 
 @pytest.mark.parametrize("name", EXPLAINED)
-def test_examples_give_what_they_show(name: str) -> None:
+def test_the_examples_in_docstrings_work(name: str) -> None:
     subject = EXPLAINED[name]
     runner = doctest.DocTestRunner()
     for test in doctest.DocTestFinder().find(subject, name, module=False, globs=dict(PUBLIC)):

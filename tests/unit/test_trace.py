@@ -1,4 +1,4 @@
-"""Epochs by page, and the place at which a bit was lost."""
+"""The epochs of pages, and the link that lost a bit."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def test_an_array_of_ranges_marks_the_same_pages_as_single_ranges() -> None:
     assert (many.array == single.array).all()
 
 
-def test_a_range_of_an_array_is_seen_on_every_page_that_it_touches() -> None:
-    """One at a time, so that no other range covers what is forgotten."""
+def test_see_many_marks_every_page_that_a_range_touches() -> None:
+    """Each range is tested alone, so that no other range covers a missing page."""
     borders = [LOW.iova, LOW.iova + PAGE, LOW.iova + LOW.length, HIGH.iova, HIGH.iova + HIGH.length]
     for iova in [border + beside for border in borders for beside in (-2, -1, 0, 1)]:
         for length in (1, 2, 3, PAGE - 1, PAGE, PAGE + 1, PAGE + 2):
@@ -89,7 +89,7 @@ def test_set_bits_are_found_between_any_two_positions() -> None:
             assert (set_bits(words, first, count) == np.flatnonzero(truth[first:][:count])).all()
 
 
-def test_new_ranges_keep_what_was_seen() -> None:
+def test_new_ranges_keep_the_epochs_of_common_pages() -> None:
     pages = PageEpochs([LOW])
     pages.see(0x3000, PAGE, 2)
     moved = pages.covering([IovaRange(0x3000, 2 * PAGE), HIGH])
@@ -98,7 +98,7 @@ def test_new_ranges_keep_what_was_seen() -> None:
     assert moved.last(1 << 32) == 0
 
 
-def test_what_comes_after_the_stop_does_not_count() -> None:
+def test_pages_after_the_stop_do_not_count() -> None:
     trace = ChainTrace([LOW])
     words = np.array([0b11], dtype=np.uint64)
     for epoch, step in enumerate((lambda: None, trace.freeze, trace.thaw), 1):
@@ -117,7 +117,7 @@ def test_a_lookup_of_many_pages_equals_single_lookups() -> None:
     pages.see(LOW.iova + PAGE, PAGE, 2)
     pages.see(HIGH.iova, PAGE, 3)
     numbers = [0, LOW.iova // PAGE + 1, HIGH.iova // PAGE, HIGH.iova // PAGE + 1, 1 << 40]
-    numbers += [(it.iova + it.length) // PAGE for it in (LOW, HIGH)]  # just behind
+    numbers += [(each.iova + each.length) // PAGE for each in (LOW, HIGH)]  # just after
     found = pages.last_many(np.array(numbers, dtype=np.uint64))
     single = [pages.last(number * PAGE) for number in numbers]
     assert found.tolist() == single == [0, 2, 3, 0, 0, 0, 0]
@@ -125,8 +125,8 @@ def test_a_lookup_of_many_pages_equals_single_lookups() -> None:
 
 
 @pytest.mark.parametrize("gpa", [0x8000, 1 << 32], ids=["below", "above"])
-def test_what_a_tracker_reports_is_noted_at_the_gpa_to_which_it_leads(gpa: int) -> None:
-    """The IOVAs may be above the GPAs, or below."""
+def test_a_tracker_report_is_traced_at_its_gpa(gpa: int) -> None:
+    """The IOVAs may be above or below the GPAs."""
     iova = 0x10_0000
     reports: list[tuple[Callable[[TracedBitmap], None], list[int]]] = [
         (lambda bitmap: bitmap.set(iova + PAGE, 1), [0, 1, 0, 0]),
@@ -141,12 +141,8 @@ def test_what_a_tracker_reports_is_noted_at_the_gpa_to_which_it_leads(gpa: int) 
         assert bitmap.trace.links[Link.TRACKER].array.tolist() == pages
 
 
-class Forgetful(IovaBitmap):
-    """An iterator that loses the second page."""
-
-
 class LosesFirst:
-    """A link that does not pass the page at GPA 0 on, for each kind of link."""
+    """A tracker that loses the page at GPA 0."""
 
     name = "loses-first"
 
@@ -168,6 +164,8 @@ class LosesFirst:
 
 
 class LosesFirstLog:
+    """A log that loses the first page."""
+
     def __init__(self, log: DirtyLog) -> None:
         self._log = log
 
@@ -181,7 +179,7 @@ class LosesFirstLog:
 
 
 @pytest.mark.parametrize("link", [Link.TRACKER, Link.LOG, Link.QEMU])
-def test_the_first_link_that_missed_a_page_is_found(link: Link) -> None:
+def test_the_first_link_that_lost_a_page_is_found(link: Link) -> None:
     tracker = LosesFirst() if link == Link.TRACKER else emulated_trackers()["iommu"]()
     with ram_fd(64 * PAGE) as fd:
         memory = guest_memory(fd, (0, 64 * PAGE, 0))
@@ -196,12 +194,12 @@ def test_the_first_link_that_missed_a_page_is_found(link: Link) -> None:
         missed = [name for name in TRACED_LINKS if links[name].last(0) < due]
         assert (missed[0] if missed else Link.QEMU) == link
         assert all(links[name].last(PAGE) == due for name in TRACED_LINKS)
-        # Seen once is not enough: a later write is due again.
+        # One report is not enough: a later write must be reported again.
         tracker.dma(PAGE, 1)
         assert links[Link.LOG].last(PAGE) < collector.due_epoch()
 
 
-def test_iova_and_gpa_may_differ_and_one_page_have_two_iovas() -> None:
+def test_a_page_may_have_two_iovas_that_differ_from_its_gpa() -> None:
     tracker = emulated_trackers()["iommu"]()
     buffer = bytearray(8)
     with ram_fd(64 * PAGE) as fd:

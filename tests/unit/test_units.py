@@ -1,4 +1,4 @@
-"""Rounding up, and SplitMix64 as its authors publish it."""
+"""Division that rounds up, and SplitMix64 against its published sequence."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def test_a_disk_that_is_full_fails_the_request(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("toaster", "'toaster' is not known; there are: blk"),
+        ("toaster", "'toaster' is not known; choose one of: blk"),
         ("blk:colour=red", "blk has no option 'colour'; its options: file"),
         ("blk:file=/", "the disk's file /: Is a directory"),
         ("blk:file=/dev/null", "/dev/null is not a regular file"),

@@ -1,1 +1,1 @@
-"""Benchmarks of the data path, in ratios taken within one run: ``dmaproof bench``."""
+"""Benchmarks of the data path, as ratios measured within one run: ``dmaproof bench``."""

@@ -1,8 +1,8 @@
-"""What the C core costs, each figure beside the best that the machine can do at the same moment.
+"""The cost of the C core, relative to the fastest operation of the machine at the same moment.
 
-Absolute times say little on a shared machine, so every figure is a ratio of medians of two things
-that took turns: setting bits against the kernel's algorithm (`strategies.on_demand`), merging
-against memcpy, harvesting against memchr, comparing RAM against memcmp.
+Absolute times say little on a shared machine. So every figure is the ratio of the medians of two
+operations that took turns: setting bits against the kernel's algorithm (`strategies.on_demand`),
+merging against memcpy, harvesting against memchr, and comparing RAM against memcmp.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Ratio:
-    """Ours beside the yardstick, both in seconds (medians); `wanted` is the ratio aimed at.
+    """An operation of the core (`ours_s`) and its yardstick, as medians in seconds.
 
-    `speed` is the yardstick's time over ours: above 1, ours is faster.
+    `speed` is the yardstick's time divided by the core's: above 1, the core is faster. `wanted` is
+    the speed to reach.
     """
 
     what: str
@@ -54,19 +55,19 @@ class Ratio:
 
     @property
     def speed(self) -> float:
-        """How many times as fast as the yardstick."""
+        """The speed relative to the yardstick."""
         return self.yardstick_s / self.ours_s
 
     @property
     def reached(self) -> bool:
-        """Whether it is as fast as wanted."""
+        """Whether the core is as fast as wanted."""
         return self.speed >= self.wanted
 
 
 def _in_turns(
     ours: Callable[[], float], yardstick: Callable[[], float], repeats: int
 ) -> tuple[float, float]:
-    pairs = [(ours(), yardstick()) for _ in range(repeats + 1)][1:]  # the first one warms up
+    pairs = [(ours(), yardstick()) for _ in range(repeats + 1)][1:]  # the first pair is a warm-up
     return statistics.median(pair[0] for pair in pairs), statistics.median(
         pair[1] for pair in pairs
     )
@@ -79,7 +80,7 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 
 def _aligned(size: int) -> Bytes:
-    """Zeroed memory on a page boundary, all of it there."""
+    """Return zeroed memory on a page boundary, all of it allocated."""
     whole = np.empty(size + PAGE_BYTES, dtype=np.uint8)
     start = -whole.ctypes.data % PAGE_BYTES
     piece = whole[start : start + size]
@@ -88,7 +89,7 @@ def _aligned(size: int) -> Bytes:
 
 
 def setting(repeats: int) -> Iterator[Ratio]:
-    """Pages reported one by one, over 1 TiB and inside one window, against the kernel's way."""
+    """Measure page reports over 1 TiB and in one window, against the kernel's algorithm."""
     rng = np.random.default_rng(1)
     bitmap = _aligned(BITMAP_BYTES)
     everywhere = BITMAP_BYTES * 8
@@ -130,7 +131,7 @@ def _kernel(data: Bytes, pages: NDArray[np.uint64]) -> float:
 
 
 def merging(repeats: int) -> Iterator[Ratio]:
-    """OR of one 32 MiB bitmap into another, against memcpy of as many bytes."""
+    """Measure the OR of one 32 MiB bitmap into another, against memcpy of as many bytes."""
     rng = np.random.default_rng(2)
     into, source, copy = (_aligned(BITMAP_BYTES) for _ in range(3))
     bits = BITMAP_BYTES * 8
@@ -156,7 +157,7 @@ def merging(repeats: int) -> Iterator[Ratio]:
 
 
 def harvesting(repeats: int) -> Iterator[Ratio]:
-    """Taking what is dirty out of a 32 MiB bitmap with 500 dirty pages, against memchr."""
+    """Measure the harvest of 500 dirty pages from a 32 MiB bitmap, against memchr."""
     data, zeros = _aligned(BITMAP_BYTES), _aligned(BITMAP_BYTES)
     dirty = np.random.default_rng(3).integers(0, BITMAP_BYTES, 500)
 
@@ -173,7 +174,7 @@ def harvesting(repeats: int) -> Iterator[Ratio]:
 
 
 def comparing(repeats: int) -> Iterator[Ratio]:
-    """Page-wise comparison of two equal RAMs of 512 MiB, whole and half of it holes."""
+    """Measure the comparison of two equal RAMs of 512 MiB, without and with holes, page by page."""
     ram = [os.memfd_create("bench-ram", os.MFD_CLOEXEC) for _ in range(2)]
     try:
         content = np.random.default_rng(4).bytes(1 << 20)
@@ -210,15 +211,15 @@ def comparing(repeats: int) -> Iterator[Ratio]:
 
 
 def _punch_holes(fd: int) -> None:
-    """Leave one MiB of each eight, as in a guest that has used little of its RAM."""
+    """Leave one MiB of every eight, as in a guest that has used little of its RAM."""
     keep_size, punch_hole = 1, 2  # FALLOC_FL_*
     for start in range(0, RAM_BYTES, 8 << 20):
         hole = ctypes.c_int64(start + (1 << 20))
         if _libc.fallocate(fd, keep_size | punch_hole, hole, ctypes.c_int64(7 << 20)):
-            raise OSError("fallocate: no holes can be made in a memfd")
+            raise OSError("fallocate cannot make holes in a memfd on this machine")
 
 
 def measure(repeats: int = 9) -> Iterator[Ratio]:
-    """Every ratio, one after the other."""
+    """Measure every ratio, one after the other."""
     for part in (setting, merging, harvesting, comparing):
         yield from part(repeats)

@@ -1,13 +1,13 @@
-"""The question of the first review, answered by measurement: how should a bitmap be got hold of?
+"""The cost of access to a user's dirty bitmap: the question of the iova_bitmap's first review.
 
-A dirty bitmap belongs to whoever asks for it, and the pages of a large one cannot all be pinned for
-long. Three ways were argued over, and are measured here as C code of their own
-(``strategies.c``): a private bitmap that is copied as a whole, windows pinned piece by piece over
-the whole range, and pinning on demand with the last window kept. Beside them stand ours: a mapped
-bitmap, set atomically, and the same through a file with a window mapped at a time.
+A dirty bitmap belongs to the process that asks for it, and the pages of a large bitmap cannot all
+be pinned for long. The review discussed three strategies, which ``strategies.c`` implements: a
+private bitmap that is copied as a whole, windows that are pinned piece by piece over the whole
+range, and pinning on demand with the last window kept. They are compared with dmaproof's two: a
+mapped bitmap, set atomically, and the same through a file of which one window is mapped at a time.
 
-Costs are what the review spoke of: pages pinned (for a mapped file: pages mapped), bytes moved
-besides the bits, and time. Pins cost nothing in the three, so their times are lower bounds.
+The costs are those that the review named: pages pinned (of a mapped file: pages mapped), bytes
+moved besides the bits, and time. A pin costs no time in the three, so their times are lower bounds.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ _BITMAP_PAGE_BITS: Final = PAGE_BYTES * 8
 
 @dataclass(frozen=True)
 class Cost:
-    """One harvest's cost: seconds (median), bitmap pages pinned or mapped, bytes moved.
+    """The cost of one harvest: seconds (median), bitmap pages pinned or mapped, bytes moved.
 
-    `scaled` is true where only `MOST_REPORTS` of the reports were carried, and the rest was
-    reckoned from them.
+    `scaled` is true if only `MOST_REPORTS` of the reports were measured and the cost of the others
+    was computed from these.
     """
 
     seconds: float
@@ -55,7 +55,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Row:
-    """What a pattern costs each strategy."""
+    """The costs of one pattern, by strategy."""
 
     pattern: Pattern
     costs: dict[str, Cost] = field(default_factory=dict)
@@ -63,13 +63,13 @@ class Row:
 
 @dataclass(frozen=True)
 class _Bitmap:
-    """A bitmap for the largest guest, as memory and as the file behind it."""
+    """A bitmap for the largest guest: a file, and its mapping."""
 
     fd: int
     bits: NDArray[np.uint8]
 
     def cleared(self, pages: int) -> NDArray[np.uint8]:
-        """The bitmap of `pages` pages, all clean, in whole pages that are really there."""
+        """Return a clean bitmap for `pages` pages, in whole pages that are allocated."""
         piece = self.bits[: div_ceil(pages, _BITMAP_PAGE_BITS) * PAGE_BYTES]
         piece[:] = 0
         return piece
@@ -81,14 +81,14 @@ def _bitmap(pages: int) -> Iterator[_Bitmap]:
     fd = os.memfd_create("bench-bitmap", os.MFD_CLOEXEC)
     try:
         os.ftruncate(fd, size)
-        # Unmapped with the last array that looks into it.
+        # The last array that refers to the mapping unmaps it.
         yield _Bitmap(fd, np.frombuffer(mmap.mmap(fd, size), dtype=np.uint8))
     finally:
         os.close(fd)
 
 
 Strategy = Callable[[_Bitmap, Pattern, Words], Sample]
-"""Carries the reports (page numbers)."""
+"""A function that carries reports (page numbers) into a bitmap."""
 
 
 def _copied(bitmap: _Bitmap, pattern: Pattern, pages: Words) -> Sample:
@@ -105,46 +105,46 @@ def _on_demand(bitmap: _Bitmap, pattern: Pattern, pages: Words) -> Sample:
     return strategies.on_demand(bitmap.cleared(pattern.guest_pages), pages, np.ones_like(pages))
 
 
-def _ours(bitmap: _Bitmap, pattern: Pattern, pages: Words, *, windowed: bool) -> Sample:
+def _dmaproof(bitmap: _Bitmap, pattern: Pattern, pages: Words, *, windowed: bool) -> Sample:
     cleared = bitmap.cleared(pattern.guest_pages)
     iovas = pages * np.uint64(PAGE_BYTES)
     began_s = time.perf_counter()
     data = bitmap.fd if windowed else cleared
-    with IovaBitmap(0, pattern.guest_bytes, PAGE_BYTES, data) as ours:
+    with IovaBitmap(0, pattern.guest_bytes, PAGE_BYTES, data) as iterator:
         if len(pages):
-            ours.set_many(iovas, PAGE_BYTES)
+            iterator.set_many(iovas, PAGE_BYTES)
         seconds = time.perf_counter() - began_s
-        return seconds, 0.0, ours.stats.pages if windowed else 0, 0
+        return seconds, 0.0, iterator.stats.pages if windowed else 0, 0
 
 
 def _mapped(bitmap: _Bitmap, pattern: Pattern, pages: Words) -> Sample:
-    return _ours(bitmap, pattern, pages, windowed=False)
+    return _dmaproof(bitmap, pattern, pages, windowed=False)
 
 
 def _windowed(bitmap: _Bitmap, pattern: Pattern, pages: Words) -> Sample:
-    return _ours(bitmap, pattern, pages, windowed=True)
+    return _dmaproof(bitmap, pattern, pages, windowed=True)
 
 
 STRATEGIES: Final[dict[str, Strategy]] = {
     "copied": _copied,
     "in pieces": _in_pieces,
     "on demand": _on_demand,
-    "ours, mapped": _mapped,
-    "ours, windows": _windowed,
+    "dmaproof, mapped": _mapped,
+    "dmaproof, windows": _windowed,
 }
 
 
 def measure(patterns: Iterable[Pattern], *, repeats: int = 3, seed: int = 1) -> Iterator[Row]:
-    """The cost of each pattern for each strategy, the strategies taking turns.
+    """Measure the cost of each pattern for each strategy; the strategies take turns.
 
-    Where a pattern has more than `MOST_REPORTS` reports, so many are carried, and what a harvest
-    costs without any is taken from another measurement; the rest is in proportion.
+    Of a pattern with more than `MOST_REPORTS` reports, only so many are carried. Another
+    measurement gives the cost of a harvest without reports, and the rest is scaled in proportion.
     """
     patterns = list(patterns)
     with _bitmap(max(pattern.guest_pages for pattern in patterns)) as bitmap:
         for pattern in patterns:
             pages = pattern.pages(seed)
-            bitmap.cleared(pattern.guest_pages)  # its memory is there from now on
+            bitmap.cleared(pattern.guest_pages)  # allocates its memory
             samples: dict[str, list[Sample]] = {name: [] for name in STRATEGIES}
             empty: dict[str, list[Sample]] = {name: [] for name in STRATEGIES}
             for _ in range(repeats):
@@ -166,7 +166,8 @@ def _cost(samples: Sequence[Sample], empty: Sequence[Sample], factor: float) -> 
     _, _, pins, moved = samples[0]
     if not empty:
         return Cost(seconds, pins, moved, scaled=False)
-    # Told by the strategy itself where it is most of the time, else what no reports at all cost.
+    # A strategy measures its fixed cost itself if that is most of the time; for the others it is
+    # the cost without reports.
     fixed = statistics.median(
         sample[1] or none[0] for sample, none in zip(samples, empty, strict=True)
     )
@@ -180,7 +181,7 @@ def _cost(samples: Sequence[Sample], empty: Sequence[Sample], factor: float) -> 
 
 
 def all_patterns(most_guest_bytes: int) -> list[Pattern]:
-    """Every density and locality at every guest size up to `most_guest_bytes`."""
+    """Return every density and locality at every guest size up to `most_guest_bytes`."""
     return [
         Pattern(size, density, locality)
         for locality in Locality
@@ -191,7 +192,7 @@ def all_patterns(most_guest_bytes: int) -> list[Pattern]:
 
 
 def size_name(size: int) -> str:
-    """'16 TiB', '1 GiB', '1984 MiB'."""
+    """Return a size in bytes as text, such as '16 TiB', '1 GiB' or '1984 MiB'."""
     for unit, name in ((TIB, "TiB"), (GIB, "GiB")):
         if size % unit == 0:
             return f"{size // unit} {name}"
@@ -199,9 +200,9 @@ def size_name(size: int) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table: milliseconds, and pins and bytes moved where there are any.
+    """Return the rows as a Markdown table of milliseconds, pins and bytes moved.
 
-    A time behind ``~`` is scaled up from `MOST_REPORTS` reports.
+    A time that begins with ``~`` is scaled up from `MOST_REPORTS` reports.
     """
     names = list(STRATEGIES)
     lines = [
@@ -217,7 +218,7 @@ def table(rows: Sequence[Row]) -> str:
             f"| {pattern.locality} | {pattern.density:g} | {size_name(pattern.guest_bytes)} | "
             + " | ".join(times)
             + f" | {costs['in pieces'].pins} | {costs['on demand'].pins}"
-            f" | {costs['ours, windows'].pins} | {costs['copied'].bytes} |"
+            f" | {costs['dmaproof, windows'].pins} | {costs['copied'].bytes} |"
         )
     return "\n".join(lines)
 

@@ -1,8 +1,8 @@
-"""What a device has dirtied, as the reports with which its hardware tells it.
+"""Patterns of dirty pages, as a device's hardware reports them.
 
 A report is one 4 KiB page, as in lists of addresses and in walks over page tables. The *density* is
-the share of the guest's pages that are dirty; the *locality* says how they lie, and in which order
-they are reported:
+the share of the guest's pages that are dirty. The *locality* is the position of the dirty pages and
+the order of their reports:
 
 sequential
     one run from the guest's start, in ascending order: a stream into a large buffer
@@ -25,11 +25,11 @@ from ..units import PAGE_BYTES, div_ceil
 
 CLUSTER_PAGES: Final = 64
 MOST_REPORTS: Final = 1 << 20
-"""More are not laid out; their cost follows from that of so many (see `iterator.measure`)."""
+"""The most reports that are measured; the cost of more is computed (see `iterator.measure`)."""
 
 
 class Locality(StrEnum):
-    """How dirty pages lie in the guest."""
+    """The positions of the dirty pages in the guest."""
 
     SEQUENTIAL = "sequential"
     CLUSTERED = "clustered"
@@ -46,17 +46,19 @@ class Pattern:
 
     @property
     def guest_pages(self) -> int:
-        """How many pages the guest has."""
+        """The number of the guest's pages."""
         return self.guest_bytes // PAGE_BYTES
 
     @property
     def reports(self) -> int:
-        """How many pages are dirty: one at least."""
+        """The number of dirty pages, at least one."""
         return max(1, round(self.guest_pages * self.density))
 
     def pages(self, seed: int) -> NDArray[np.uint64]:
-        """The numbers of the dirty pages in the order of their reports; shape (reports,), at most
-        `MOST_REPORTS` of them, each once."""
+        """Return the numbers of the dirty pages, each once, in the order of their reports.
+
+        The array has shape (reports,), or (`MOST_REPORTS`,) if there are more.
+        """
         count = min(self.reports, MOST_REPORTS)
         if self.locality == Locality.SEQUENTIAL:
             return np.arange(count, dtype=np.uint64)
@@ -68,7 +70,7 @@ class Pattern:
 
 
 def _sample(rng: np.random.Generator, population: int, count: int) -> NDArray[np.uint64]:
-    """`count` different numbers below `population`, in random order."""
+    """Return `count` different numbers below `population`, in random order."""
     if 2 * count > population:
         return rng.permutation(population)[:count].astype(np.uint64)
     numbers = np.unique(rng.integers(0, population, count, dtype=np.uint64))

@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * The ways of carrying reported ranges into a bitmap that were argued over when the kernel got its
- * iova_bitmap, written down from their descriptions so that they can be measured beside ours.
+ * The strategies of carrying reported ranges into a bitmap that were discussed when the kernel got
+ * its iova_bitmap, written from their descriptions so that they can be compared with dmaproof's.
  *
- * Each takes the same reports (page numbers relative to the bitmap's start, and lengths in pages)
- * and sets the same bits in the same user's bitmap. What differs is how the bitmap's memory is got
- * hold of. A kernel has to *pin* pages of user memory before it can write there; here a pin costs
- * nothing but to note the page's address, so the times are a lower bound for a kernel's. What would
- * have been pinned, and how many bytes were moved besides the bits themselves, is counted.
+ * Each strategy takes the same reports (page numbers relative to the bitmap's start, and lengths in
+ * pages) and sets the same bits in the same user's bitmap. The strategies differ in how they get
+ * access to the bitmap's memory. A kernel has to *pin* pages of user memory before it can write to
+ * them. Here a pin only notes the page's address, so the times are lower bounds for a kernel. The
+ * pages that a kernel would pin, and the bytes moved besides the bits, are counted.
  *
- *   copied    a bitmap of the driver's own over the whole range takes the bits, and is merged into
- *             the user's as a whole afterwards. Nothing is pinned for long, every byte moves.
- *   pieces    the range is walked in windows of 512 bitmap pages; each is pinned, and the hardware
- *             asked for that piece of the range alone (first merged version, Linux 6.1).
- *   on demand the hardware is asked once; a report outside the pinned window moves the window to
- *             it, and the last window stays (Linux 6.11).
+ *   copied    a private bitmap of the driver over the whole range takes the bits, and is then
+ *   merged
+ *             into the user's bitmap as a whole. Nothing is pinned for long, every byte is moved.
+ *   pieces    the range is walked in windows of 512 bitmap pages; each window is pinned, and the
+ *             hardware is queried for its piece of the range (first merged version, Linux 6.1).
+ *   on demand the hardware is queried once; a report outside the pinned window moves the window to
+ *             the report, and the last window stays (Linux 6.11).
  *
  * strategies.py compiles this file when a benchmark runs, and calls `carry`.
  */
@@ -27,9 +28,9 @@
 
 enum { PAGE_SHIFT = 12, BITMAP_PAGE = 4096, PAGE_BITS = BITMAP_PAGE * 8, WORD_BITS = 64, WINDOW_PAGES = 512 };
 
-// As strategies.py has it, too.
+// The same as _Cost in strategies.py.
 struct cost {
-    double seconds, fixed;  // `fixed`: spent for the bitmap's size alone
+    double seconds, fixed;  // `fixed`: the part that depends only on the bitmap's size
     uint64_t pins, bytes;
 };
 
@@ -39,7 +40,7 @@ static double now(void) {
     return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
 }
 
-// The user's bitmap, and the run of its pages that is pinned at the moment.
+// The user's bitmap, and the run of its pages that is pinned now.
 struct window {
     uint8_t *bitmap;
     uint64_t pages;  // in the whole bitmap
@@ -77,16 +78,16 @@ static inline void set_in_page(uint8_t *page, unsigned first, unsigned count) {
 static inline void set_run(uint8_t *bitmap, uint64_t bit, uint64_t count) {
     while (count) {
         unsigned offset = bit % PAGE_BITS, room = PAGE_BITS - offset;
-        unsigned here = count < room ? (unsigned)count : room;
-        set_in_page(bitmap + bit / PAGE_BITS * BITMAP_PAGE, offset, here);
-        bit += here;
-        count -= here;
+        unsigned part = count < room ? (unsigned)count : room;
+        set_in_page(bitmap + bit / PAGE_BITS * BITMAP_PAGE, offset, part);
+        bit += part;
+        count -= part;
     }
 }
 
 /*
- * On demand: every piece of a report that lies outside the window moves the window to it. A report
- * is a call, as a driver makes it: not inlined.
+ * On demand: every piece of a report that lies outside the window moves the window to that piece. A
+ * report is a function call that is not inlined, because a driver calls too.
  */
 __attribute__((noinline)) static void report(struct window *window, uint64_t iova,
                                              uint64_t length) {
@@ -97,9 +98,9 @@ __attribute__((noinline)) static void report(struct window *window, uint64_t iov
             pin(window, page);
         uint64_t left = last - bit + 1;
         unsigned offset = bit % PAGE_BITS, room = PAGE_BITS - offset;
-        unsigned here = left < room ? (unsigned)left : room;
-        set_in_page(window->pinned[page - window->first], offset, here);
-        bit += here;
+        unsigned part = left < room ? (unsigned)left : room;
+        set_in_page(window->pinned[page - window->first], offset, part);
+        bit += part;
     } while (bit <= last);
 }
 
@@ -110,8 +111,8 @@ static void on_demand(struct window *window, const uint64_t *bits, const uint64_
 }
 
 /*
- * Piece by piece: of each window's piece the hardware reports what falls into it. What the hardware
- * has to do to find that is not charged for: `bits` are sorted.
+ * Piece by piece: for each window the hardware reports the pages in its piece of the range. `bits`
+ * are sorted, so the cost of finding these pages is not measured.
  */
 static void in_pieces(struct window *window, const uint64_t *bits, const uint64_t *counts,
                       size_t reports) {
@@ -125,7 +126,7 @@ static void in_pieces(struct window *window, const uint64_t *bits, const uint64_
             uint64_t high = bits[next] + counts[next];
             set_run(window->bitmap, low, (high < end ? high : end) - low);
             if (high > end)
-                break;  // its rest is reported with the next piece
+                break;  // the rest of the report belongs to the next piece
         }
     }
 }
@@ -155,7 +156,7 @@ enum strategy { COPIED, IN_PIECES, ON_DEMAND };
 enum outcome { DONE, UNFIT, NO_MEMORY };
 
 // Carry `reports` runs of bits into a bitmap of whole pages, aligned to 8 bytes. UNFIT: a run is
-// empty, not wholly inside, or (in pieces) not behind the one before; nothing was set.
+// empty, not wholly inside, or (in pieces) begins before the end of the last one; no bit was set.
 enum outcome carry(enum strategy strategy, uint8_t *bitmap, uint64_t bitmap_bytes,
                    const uint64_t *bits, const uint64_t *counts, uint64_t reports,
                    struct cost *cost) {

@@ -1,15 +1,13 @@
-"""Three ways of carrying reports into a bitmap, in C (``strategies.c``).
+"""Three strategies of carrying reports into a bitmap, in C (``strategies.c``).
 
-Only benchmarks need them, so they are compiled when the first one is called, which takes a fraction
-of a second, and are not part of an installed package's compiled code.
+Only benchmarks need them. So the first call compiles them, which takes a fraction of a second, and
+the installed package does not contain them in compiled form.
 
-`bitmap` is writable memory of whole 4 KiB pages, aligned to 8 bytes; `bits` and `counts` are uint64
-arrays: a report sets `counts[i]` bits from bit `bits[i]` on. Each returns the seconds that it took,
-those of them that were spent for the bitmap's size alone, the bitmap pages that a kernel would have
-pinned, and the bytes moved besides the bits.
+`bitmap` is writable memory of whole 4 KiB pages, aligned to 8 bytes. `bits` and `counts` are uint64
+arrays: report i sets `counts[i]` bits from bit `bits[i]` on. Each function returns a `Sample`.
 
-Each raises ValueError where a report is empty or not wholly inside the bitmap (nothing was set),
-and UntestableError where the machine has no C compiler.
+Each function raises ValueError if a report is empty or not wholly inside the bitmap (no bit was
+set), and UntestableError if the machine has no C compiler.
 """
 
 from __future__ import annotations
@@ -30,7 +28,8 @@ from ..units import PAGE_BYTES
 
 Words = NDArray[Any]
 Sample = tuple[float, float, int, int]
-"""Seconds, those of them that the bitmap's size alone costs, pages pinned, bytes moved."""
+"""The seconds that a strategy took, the part of them that depends only on the bitmap's size, the
+bitmap pages that a kernel would have pinned, and the bytes moved besides the bits."""
 
 _SOURCE: Final = Path(__file__).with_suffix(".c")
 
@@ -63,17 +62,17 @@ class _Cost(ctypes.Structure):
 
 
 def copied(bitmap: Words, bits: Words, counts: Words) -> Sample:
-    """Carry through a private bitmap of the whole range, merged as a whole."""
+    """Carry reports through a private bitmap of the whole range, which is merged as a whole."""
     return _carry(_Strategy.COPIED, bitmap, bits, counts)
 
 
 def in_pieces(bitmap: Words, bits: Words, counts: Words) -> Sample:
-    """Carry window by window over the whole range; the reports are sorted and do not overlap."""
+    """Carry sorted reports that do not overlap, window by window over the whole range."""
     return _carry(_Strategy.IN_PIECES, bitmap, bits, counts)
 
 
 def on_demand(bitmap: Words, bits: Words, counts: Words) -> Sample:
-    """Carry in the order of the reports, the window following them."""
+    """Carry reports in their order; the window follows them."""
     return _carry(_Strategy.ON_DEMAND, bitmap, bits, counts)
 
 
@@ -101,13 +100,13 @@ def _carry(strategy: _Strategy, bitmap: Words, bits: Words, counts: Words) -> Sa
 def _library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="dmaproof-") as folder:
         target = Path(folder) / "strategies.so"
-        # Optimised as meson optimises the core that they are measured beside.
+        # The same optimisation as meson's for the core, with which they are compared.
         command = ["cc", "-std=c11", "-O3", "-shared", "-fPIC", "-o", str(target), str(_SOURCE)]
         try:
             subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
         except FileNotFoundError:
             raise UntestableError(
-                "a C compiler is needed to build the strategies that are measured: "
+                "the benchmark needs a C compiler to build its strategies: "
                 "apt-get install gcc libc6-dev"
             ) from None
         except subprocess.CalledProcessError as error:

@@ -2,13 +2,13 @@
 /*
  * Bitmaps in memory, word by word.
  *
- * A bitmap is a run of bytes: bit n is bit n % 8 of byte n / 8. On the little-endian machines that
- * this is written for, that is the same as bit n % 64 of 64-bit word n / 64, wherever the words
- * begin, so a bitmap may start and end at any address: aligned words that lie wholly inside it are
- * used whole, the bytes at its ragged ends one by one. Nothing outside is ever touched.
+ * A bitmap is a run of bytes: bit n is bit n % 8 of byte n / 8. On little-endian machines, the only
+ * ones supported, this is bit n % 64 of 64-bit word n / 64, wherever the words begin. So a bitmap
+ * may start and end at any address: aligned words that lie wholly inside it are accessed as words,
+ * and the bytes at its ragged ends one by one. Nothing outside the bitmap is ever accessed.
  *
  * Bits of a shared bitmap are set with an atomic OR and taken with an atomic exchange. A bit that
- * is already set is not set again; what makes that sound is the caller's fence before (module.c).
+ * is already set is not set again. The caller's fence before the call makes this sound (module.c).
  */
 #ifndef DMAPROOF_BITMAP_H
 #define DMAPROOF_BITMAP_H
@@ -24,9 +24,9 @@
 #endif
 
 #if defined(VECTORISED)
-// The build has chosen: sanitizers do not work with functions that the loader picks.
+// The build has chosen: sanitizers do not work with functions that the loader selects.
 #elif defined(__x86_64__) && defined(__GLIBC__)
-// The loader picks the fastest form that the machine has; the code is the same plain C for all.
+// The loader selects the fastest variant for the machine; all are compiled from the same plain C.
 #define VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define VECTORISED
@@ -40,8 +40,8 @@
 #define LIKELY(condition) __builtin_expect(!!(condition), 1)
 
 /*
- * A bitmap cut at the machine's aligned words. `skew` bits of the first word lie before the bitmap;
- * the `whole` words from `first_whole` on lie wholly inside it.
+ * A bitmap, divided at the machine's aligned words. `skew` bits of the first word lie before the
+ * bitmap. The `whole` words from `first_whole` on lie wholly inside the bitmap.
  */
 struct bitmap {
     uint64_t *base;
@@ -64,18 +64,18 @@ INLINE bool is_whole(const struct bitmap *map, uint64_t index) {
     return index - map->first_whole < map->whole;
 }
 
-// The mask of `count` bits from bit `first` of a word; first + count <= 64, count > 0.
+// Return the mask of `count` bits from bit `first` of a word; first + count <= 64, count > 0.
 INLINE uint64_t mask_of(unsigned first, unsigned count) {
     return (~UINT64_C(0) >> (64 - count)) << first;
 }
 
-// Of a word that others may be writing at this moment. The compiler does not make vectors of such
+// Load a word that another thread or process may be writing. The compiler does not vectorise such
 // loads; unrolled loops of them are about as fast.
 INLINE uint64_t load(const uint64_t *word) {
     return atomic_load_explicit((const _Atomic uint64_t *)word, memory_order_relaxed);
 }
 
-// Whether any bit of `count` words is set.
+// Return whether any bit of `count` words is set.
 INLINE bool any_set(const uint64_t *words, unsigned count) {
     uint64_t any = 0;
     UNROLLED
@@ -90,7 +90,7 @@ INLINE uint64_t load_unaligned(const uint8_t *bytes) {
     return word;
 }
 
-// OR `mask` into a word; returns the bits that were not set before.
+// OR `mask` into a word; return the bits that were clear before.
 INLINE uint64_t or_word(uint64_t *word, uint64_t mask, bool shared) {
     uint64_t old = load(word);
     if ((old & mask) == mask)
@@ -102,7 +102,7 @@ INLINE uint64_t or_word(uint64_t *word, uint64_t mask, bool shared) {
     return mask & ~old;
 }
 
-// The same for a word at a ragged end, byte by byte: the other bytes are not the bitmap's.
+// Do the same for a word at a ragged end, byte by byte: its other bytes lie outside the bitmap.
 INLINE uint64_t or_bytes(uint8_t *bytes, uint64_t mask, bool shared) {
     uint64_t added = 0;
     for (unsigned i = 0; i < 8; i++) {
@@ -127,7 +127,7 @@ INLINE uint64_t or_at(const struct bitmap *map, uint64_t index, uint64_t mask, b
                                         : or_bytes((uint8_t *)word, mask, shared);
 }
 
-// The bits of `mask` in word number `index`; cleared there if `take`.
+// Return the bits of `mask` in word number `index`; clear them in the bitmap if `take`.
 INLINE uint64_t read_at(const struct bitmap *map, uint64_t index, uint64_t mask, bool take) {
     uint64_t *word = map->base + index, value = 0;
     if (LIKELY(is_whole(map, index))) {
@@ -148,7 +148,8 @@ INLINE uint64_t read_at(const struct bitmap *map, uint64_t index, uint64_t mask,
     return value;
 }
 
-// A run of bits is walked word by word: `mask` of word number `index`, until `count` is used up.
+// A walk over a run of bits, word by word: the current bits are `mask` of word number `index`;
+// `count` bits remain, the current ones included.
 struct cursor {
     uint64_t bit, count;
     uint64_t index, mask;
@@ -171,7 +172,7 @@ INLINE bool next_word(struct cursor *at) {
     return true;
 }
 
-// How many whole words of the run begin at the cursor.
+// Return how many whole words of the run begin at the cursor.
 INLINE uint64_t whole_words(const struct bitmap *map, const struct cursor *at) {
     if (at->bits != 64 || !is_whole(map, at->index))
         return 0;
@@ -179,14 +180,14 @@ INLINE uint64_t whole_words(const struct bitmap *map, const struct cursor *at) {
     return at->count / 64 < left ? at->count / 64 : left;
 }
 
-// Pass over `words` words from the cursor's on; the next is found by next_word.
+// Skip `words` words from the cursor's word on; next_word finds the next one.
 INLINE void skip_words(struct cursor *at, uint64_t words) {
     at->bit += 64 * words;
     at->count -= 64 * words;
     at->bits = 0;
 }
 
-// Set `count` bits from `first` on; returns how many were not set before.
+// Set `count` bits from `first` on; return how many were clear before.
 INLINE uint64_t set_run(const struct bitmap *map, uint64_t first, uint64_t count, bool shared) {
     uint64_t added = 0;
     struct cursor at = cursor_at(map, first, count);

@@ -5,7 +5,7 @@
 
 #include <stdlib.h>
 
-// 64 bits from bit `shift` (0 to 63) of `words` on; the second word is read only if it holds some.
+// Return 64 bits from bit `shift` (0 to 63) of `words` on; read the second word only if needed.
 INLINE uint64_t load_shifted(const uint64_t *words, unsigned shift) {
     if (shift == 0)
         return load(words);
@@ -14,7 +14,7 @@ INLINE uint64_t load_shifted(const uint64_t *words, unsigned shift) {
 
 enum { BLOCK_WORDS = 8 };
 
-// OR whole words; blocks without a set bit, as most are, are only read.
+// OR whole words. Blocks without a set bit are only read; most blocks have none.
 INLINE uint64_t merge_block(uint64_t *to, const uint64_t *from, unsigned shift, unsigned words,
                             bool shared) {
     uint64_t added = 0;
@@ -48,7 +48,7 @@ VECTORISED static uint64_t merge_words(uint64_t *to, const uint64_t *from, unsig
                   : merge_shifted(to, from, 0, count, false);
 }
 
-// How many words can be read from bit `bit` on out of words that lie wholly inside.
+// Return how many words from bit `bit` on can be read from words that lie wholly inside.
 INLINE uint64_t readable_words(const struct bitmap *map, uint64_t bit) {
     if (!is_whole(map, bit / 64))
         return 0;
@@ -79,7 +79,7 @@ uint64_t merge(const struct bitmap *into, uint64_t into_bit, const struct bitmap
     return added;
 }
 
-// Runs are sought in pieces, so that memory for them stays small however full the bitmap is.
+// Runs are found piece by piece, so that their memory stays small even if the bitmap is full.
 enum { PIECE_BITS = 1 << 20 };
 
 bool merge_pages(const struct page_bitmap *into, const struct page_bitmap *from, uint64_t iova,
@@ -87,10 +87,10 @@ bool merge_pages(const struct page_bitmap *into, const struct page_bitmap *from,
     struct runs runs = {0};
     uint64_t bit = (iova >> from->shift) - from->first_page;
     uint64_t end = (last >> from->shift) - from->first_page + 1;
-    for (uint64_t here; bit < end && !runs.failed; bit += here) {
-        here = end - bit < PIECE_BITS ? end - bit : PIECE_BITS;
+    for (uint64_t count; bit < end && !runs.failed; bit += count) {
+        count = end - bit < PIECE_BITS ? end - bit : PIECE_BITS;
         runs.count = 0;
-        find_runs(&runs, &from->map, bit, here, false);
+        find_runs(&runs, &from->map, bit, count, false);
         for (size_t i = 0; i < runs.count; i++) {
             uint64_t page = from->first_page + bit + runs.pairs[2 * i];
             uint64_t start = page << from->shift;

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * The module `_core`: atomics and memory-bandwidth loops, and nothing else. Here they get their
- * arguments from Python; each kind of loop has a file of its own.
+ * The module `_core`: only atomics and memory-bandwidth loops. This file converts their arguments
+ * from Python; each kind of loop has its own file.
  *
- * Every function checks its bounds before it writes, and works without the GIL. A bit that is
- * already set is not set again: the fence before that look is what makes it sound. Whoever takes the
- * bit later then finds the data that was written before the fence; without it the data might still
- * sit in a store buffer while the old bit is taken and the old data read.
+ * Every function checks its bounds before it writes, and releases the GIL. A bit that is already
+ * set is not set again. The fence before the check of the bit makes this sound: a process that
+ * takes the bit later finds the data that was written before the fence. Without the fence the data
+ * might still be in a store buffer while another process takes the old bit and reads the old data.
  */
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030b0000
@@ -32,15 +32,15 @@ static struct bitmap bitmap_of_buffer(const Py_buffer *view) {
 static int check_bits(const Py_buffer *view, uint64_t first, uint64_t count, const char *name) {
     uint64_t bits = (uint64_t)view->len * 8;
     if (first > bits || count > bits - first) {
-        PyErr_Format(PyExc_ValueError, "%s: %llu bits from bit %llu on, of a bitmap with %llu", name,
-                     (unsigned long long)count, (unsigned long long)first,
+        PyErr_Format(PyExc_ValueError, "%s: %llu bits from bit %llu on exceed a bitmap of %llu bits",
+                     name, (unsigned long long)count, (unsigned long long)first,
                      (unsigned long long)bits);
         return -1;
     }
     return 0;
 }
 
-// The same for the bits up to `last`, which is included: all of 2^64 pages may be asked for.
+// Check the last bit, which is included: a count would overflow for all of 2^64 pages.
 static int check_last_bit(const Py_buffer *view, uint64_t last, const char *name) {
     return check_bits(view, last, 1, name);
 }
@@ -91,7 +91,7 @@ static PyObject *set_ranges(PyObject *module, PyObject *args) {
     }
     if (!refused && ((lengths.obj && iovas.len != lengths.len) || iovas.len % 8 || shift > 63 ||
                      last < first))
-        refused = refuse("set_ranges: two arrays of 64-bit words, of one length, are due");
+        refused = refuse("set_ranges: expected two arrays of 64-bit words with the same length");
     if (!refused)
         refused = check_last_bit(&data, (last >> shift) - (first >> shift), "set_ranges");
     if (!refused) {
@@ -107,7 +107,7 @@ static PyObject *set_ranges(PyObject *module, PyObject *args) {
         }
         Py_END_ALLOW_THREADS
         if (!survey.inside)
-            refused = refuse("set_ranges: a range is empty or not wholly inside the bitmap's");
+            refused = refuse("set_ranges: a range is empty or not wholly inside the bitmap");
     }
     PyBuffer_Release(&data);
     PyBuffer_Release(&iovas);
@@ -137,7 +137,7 @@ static PyObject *or_bits(PyObject *module, PyObject *args) {
     return refused ? NULL : PyLong_FromUnsignedLongLong(added);
 }
 
-// By IOVA, into a bitmap with pages of another size.
+// OR by IOVA, into a bitmap with another page size.
 static PyObject *or_pages(PyObject *module, PyObject *args) {
     (void)module;
     Py_buffer into, from;
@@ -227,7 +227,8 @@ static PyObject *count_bits(PyObject *module, PyObject *args) {
     return refused ? NULL : PyLong_FromUnsignedLongLong(total);
 }
 
-// `layout` is a TableLayout (page_table.py), which is a tuple; `clear` comes last, if at all.
+// `layout` is a TableLayout (page_table.py), which is a tuple. `clear` is the optional last
+// argument.
 static int walk_table(PyObject *args, const char *format, struct page_table *table) {
     Py_buffer memory;
     unsigned long long root, present, dirty, address, kind, table_kind, group_kind, iova, last;
@@ -249,7 +250,8 @@ static int walk_table(PyObject *args, const char *format, struct page_table *tab
     table->clear = clear;
     int refused = 0;
     if (levels < 1 || levels > 6 || (uintptr_t)memory.buf % 8 || last < iova)
-        refused = refuse("walk: 1 to 6 levels, aligned memory and a range that is not empty are due");
+        refused = refuse("walk: expected 1 to 6 levels, memory aligned to 8 bytes and a range of "
+                         "at least 1 byte");
     if (!refused) {
         Py_BEGIN_ALLOW_THREADS
         atomic_thread_fence(memory_order_seq_cst);
@@ -280,7 +282,7 @@ static PyObject *read_table(PyObject *module, PyObject *args) {
 /*
  * differing_pages(a, b, page_size, differing) -> pages that differ
  *
- * Sets the bit of each page of `a` that differs from `b`'s; `b` None stands for zeros.
+ * Set the bit of each page that differs in `a` and `b`; None for `b` stands for zeros.
  */
 static PyObject *differing_pages(PyObject *module, PyObject *args) {
     (void)module;
@@ -294,7 +296,7 @@ static PyObject *differing_pages(PyObject *module, PyObject *args) {
     if (other != Py_None)
         refused = PyObject_GetBuffer(other, &b, PyBUF_SIMPLE);
     if (!refused && (page_size < 1 || a.len % page_size || (b.obj && b.len != a.len)))
-        refused = refuse("differing_pages: two runs of whole pages, of one size, are due");
+        refused = refuse("differing_pages: expected two buffers of whole pages with the same size");
     if (!refused)
         refused = check_bits(&differing, 0, (uint64_t)(a.len / page_size), "differing_pages");
     if (!refused) {
@@ -315,7 +317,7 @@ static PyMethodDef methods[] = {
      "set_bits(data, first_bit, bits, shared=True) -> bits newly set"},
     {"set_ranges", set_ranges, METH_VARARGS,
      "set_ranges(data, iova, last, page_shift, iovas, lengths, shared) -> bits newly set; "
-     "lengths: an array, or one number for all"},
+     "lengths: an array, or one number for all ranges"},
     {"or_bits", or_bits, METH_VARARGS,
      "or_bits(into, into_bit, source, source_bit, bits, shared=True) -> bits newly set"},
     {"or_pages", or_pages, METH_VARARGS,

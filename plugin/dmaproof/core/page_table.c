@@ -6,12 +6,13 @@ enum { TABLE_BYTES = 4096, TABLE_ENTRIES = 512, LEVEL_BITS = 9, PAGE_SHIFT = 12 
 INLINE unsigned group_size(const struct page_table *table, uint64_t entry, unsigned shift) {
     if (!table->group_kind || (entry & table->kind) != table->group_kind)
         return 1;
-    uint64_t zeros = ~((entry & table->address) >> PAGE_SHIFT);  // some: zeros were shifted in
+    uint64_t zeros = ~((entry & table->address) >> PAGE_SHIFT);  // never 0: zeros were shifted in
     unsigned size = PAGE_SHIFT + 1 + (unsigned)__builtin_ctzll(zeros);
     return size > shift && size < shift + LEVEL_BITS ? 1u << (size - shift) : 1;
 }
 
-// Report a mapping of which some entry is dirty; what is not wholly asked for stays dirty.
+// Report a mapping if any of its entries is dirty. A mapping that is only partly queried stays
+// dirty.
 static void collect(struct page_table *table, uint64_t *entries, unsigned count, uint64_t start,
                     uint64_t end) {
     if (!reserve_runs(&table->runs, 1))

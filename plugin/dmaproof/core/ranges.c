@@ -9,7 +9,7 @@ INLINE struct survey survey_each(const struct ranges *ranges, const uint64_t *le
     uint64_t outside = 0, wide = 0, other_line = 0, other_word = 0, count = ranges->count;
     uint64_t first = ranges->first, room = ranges->last - first, length = ranges->length - 1;
     uint64_t in_page = (UINT64_C(1) << ranges->shift) - 1;
-    // The bits in which two IOVAs may differ and still be in one word; in a huge page all may.
+    // The bits in which two IOVAs of one word may differ; with huge pages, these are all bits.
     uint64_t in_word = ranges->shift < 55 ? (in_page + 1) * 64 - 1 : ~UINT64_C(0);
     uint64_t in_line = ranges->shift < 55 ? (in_page + 1) * LINE_BITS - 1 : ~UINT64_C(0);
     for (uint64_t i = 0; i + 1 < count; i++) {
@@ -20,7 +20,7 @@ INLINE struct survey survey_each(const struct ranges *ranges, const uint64_t *le
     for (uint64_t i = 0; i < count; i++) {
         uint64_t start = iovas[i] - first, end = lengths ? lengths[i] - 1 : length;
         outside |= (uint64_t)(start > room) | (uint64_t)(end > room - start) |
-                   (uint64_t)(end == ~UINT64_C(0));  // empty: nothing else excludes it at 2^64
+                   (uint64_t)(end == ~UINT64_C(0));  // empty: the check that finds it at 2^64
         wide |= ((iovas[i] & in_page) + end) & ~in_page;
     }
     return (struct survey){!outside, !wide, other_line < count / 8, other_word < count / 8};
@@ -40,11 +40,11 @@ INLINE uint64_t set_page(uint64_t *base, uint64_t page, bool shared) {
         *word = old | bit;
         return !(old & bit);
     }
-    // Of one bit the compiler makes a single locked instruction, of a mask a loop of them.
+    // For one bit the compiler emits a single locked instruction; for a mask, a loop.
     return old & bit ? 0 : !(atomic_fetch_or((_Atomic uint64_t *)word, bit) & bit);
 }
 
-// Pages in whole words, in any order.
+// Set pages in whole words, in any order.
 INLINE uint64_t set_pages(uint64_t *base, const uint64_t *iovas, size_t count, unsigned shift,
                           uint64_t origin, bool prefetch, bool shared) {
     uint64_t added = 0;
@@ -60,7 +60,7 @@ INLINE uint64_t set_pages(uint64_t *base, const uint64_t *iovas, size_t count, u
 
 enum { CROWD = 8 };
 
-// The same where neighbours often share a word, which is then written once for all of them.
+// Set pages whose neighbours often share a word; such a word is written once for all of them.
 INLINE uint64_t set_crowds(uint64_t *base, const uint64_t *iovas, size_t count, unsigned shift,
                            uint64_t origin, bool shared) {
     uint64_t added = 0;

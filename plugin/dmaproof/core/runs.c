@@ -32,7 +32,7 @@ void add_run(struct runs *runs, uint64_t start, uint64_t length) {
     runs->count++;
 }
 
-// How many of `count` words are zero before the first that is not.
+// Return how many of `count` words are zero before the first word that is not.
 VECTORISED static uint64_t zero_words(const uint64_t *words, uint64_t count) {
     uint64_t index = 0;
     while (index + SCAN_WORDS <= count && !any_set(words + index, SCAN_WORDS))

@@ -1,22 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-/* Runs of set bits, and the bits themselves: found, taken and counted. */
+/* Runs of set bits: finding, taking and counting them. */
 #ifndef DMAPROOF_RUNS_H
 #define DMAPROOF_RUNS_H
 
 #include "bitmap.h"
 
-// All zeros to begin with; `pairs` is the caller's to free. `failed`: there was no memory.
+// Initialised with zeros; the caller frees `pairs`. `failed`: memory is exhausted.
 struct runs {
     uint64_t *pairs;  // start, length
     size_t count, room;
     bool failed;
 };
 
-// Make room before bits are taken: there must be no moment at which they are nowhere.
+// Make room for `more` runs. Call it before bits are taken: without room, taken bits would be lost.
 bool reserve_runs(struct runs *runs, size_t more);
-// Append a run; one that goes on where the last one ended is joined to it.
+// Append a run; join it to the last run if it begins where that one ends.
 void add_run(struct runs *runs, uint64_t start, uint64_t length);
-// The runs of set bits among `count` bits from `first`, relative to it; taken out if `take`.
+// Find the runs of set bits among `count` bits from `first` on, relative to `first`; clear the bits
+// if `take`.
 void find_runs(struct runs *runs, const struct bitmap *map, uint64_t first, uint64_t count,
                bool take);
 uint64_t count_set(const struct bitmap *map, uint64_t first, uint64_t count);

@@ -1,12 +1,13 @@
-"""Dirty trackers: what hardware remembers of the pages it wrote, each in its own form.
+"""Dirty trackers: the forms in which different hardware records the pages that a device writes.
 
-A tracker stands between a device's DMA and the iterator. It is told which IOVA ranges to watch, and
-when asked reports what was written there since it was asked last, through `IovaBitmap.set` or
-`IovaBitmap.set_many`, and forgets it. It may report more than was written (hardware knows coarse
-pages and whole words), never less.
+A tracker stands between a device's DMA and the iterator. `start` gives the tracker the IOVA ranges
+to watch. `read_and_clear` makes it report the pages written since the last query, through
+`IovaBitmap.set` or `IovaBitmap.set_many`, and forget them. A tracker may report more than was
+written (hardware uses coarse pages and whole words), never less.
 
-Each kind of hardware is one file of this package with one class that has a `name`, so new hardware
-is one new file. `emulated_trackers` finds them, and those of other distributions.
+Each kind of hardware is one file of this package, which has one class with a `name`. So new
+hardware needs one new file. `emulated_trackers` finds these classes and those of other
+distributions.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def emulated_trackers() -> Registry[EmulatedTracker]:
     """Find the trackers: dmaproof's own, and those of entry points (group ``dmaproof.trackers``).
 
     Returns:
-        The classes by name; call one to make a tracker of its default form.
+        The classes by name. A class called without arguments makes a tracker with its defaults.
 
     Example:
         >>> tracker = emulated_trackers()["iommu"]()

@@ -1,10 +1,10 @@
 """A page tracker that reports addresses through a queue, in the style of mlx5.
 
-The device holds page-tracker objects, one for each range it is told to watch; there are few, so
-ranges are combined. It writes the address of each page that it dirtied into a receive queue of
-bounded length (drivers/vfio/pci/mlx5/cmd.c: `mlx5vf_tracker_read_and_clear`). When the queue is
-full, reports are lost: from then on nothing is known but that everything may be dirty, and the
-driver has to say so (there: the query fails, and QEMU takes all pages as dirty).
+The device holds page-tracker objects, one for each range that it watches. It has few of them, so
+ranges are combined. The device writes the address of each page that it dirtied into a receive queue
+of bounded length (drivers/vfio/pci/mlx5/cmd.c: `mlx5vf_tracker_read_and_clear`). When the queue is
+full, reports are lost. From then on every page may be dirty, and the driver has to report that (the
+mlx5 driver fails the query, and QEMU then treats all pages as dirty).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _logger = logging.getLogger(__name__)
 class AddressQueue(EmulatedTracker):
     """Page-tracker objects that share a queue of `queue_entries` addresses.
 
-    The device watches at most `most_ranges` ranges with pages of `least_page_size` to
+    The device watches at most `most_ranges` ranges, with pages of `least_page_size` to
     `greatest_page_size` bytes. `overflows` counts the harvests before which reports were lost.
     """
 
@@ -48,10 +48,10 @@ class AddressQueue(EmulatedTracker):
         self.overflows = 0
 
     def start(self, ranges: Sequence[IovaRange], page_size: int) -> int:
-        """Watch the ranges, with the page size brought within what the device has."""
+        """Watch the ranges, with the nearest page size that the device supports."""
         if self._collected is not None:
-            raise TrackerError("the page tracker tracks already")
-        page_shift(page_size)  # refuses what is no page size at all
+            raise TrackerError("the page tracker is already tracking: call stop first")
+        page_shift(page_size)  # refuses an invalid page size
         page_size = min(max(page_size, self._page_sizes[0]), self._page_sizes[1])
         self._collected = PageSet(combine_ranges(ranges, self._most_ranges), page_size)
         self._filled = 0
@@ -62,7 +62,7 @@ class AddressQueue(EmulatedTracker):
         self._collected = None
 
     def dma(self, iova: int, length: int) -> None:
-        """Queue the addresses, or lose them when the queue is full."""
+        """Queue the addresses; lose them if the queue is full."""
         if self._collected is None:
             return
         for first, pages in self._collected.inside(iova, length):
@@ -79,15 +79,15 @@ class AddressQueue(EmulatedTracker):
             self._filled += pages
 
     def read_and_clear(self, bitmap: IovaBitmap, iova: int, length: int) -> None:
-        """Empty the queue, and report; addresses outside the queried range are kept."""
+        """Empty the queue and report the pages; keep those outside the queried range."""
         if self._collected is None:
-            raise TrackerError("the page tracker does not track: call start first")
+            raise TrackerError("the page tracker is not tracking: call start first")
         if self._overflowed:
             self.overflows += 1
             self._overflowed = False
             self._collected.add_all()
             _logger.warning(
-                "the queue of %d addresses overflowed: every tracked page is taken as dirty",
+                "the queue of %d addresses overflowed: every tracked page is reported as dirty",
                 len(self._queue),
             )
         self._collected.add_pages(self._queue[: self._filled])

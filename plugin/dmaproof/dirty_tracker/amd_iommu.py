@@ -1,8 +1,8 @@
 """The AMD IOMMU's page table, version 1 (AMD I/O Virtualization Technology specification, 2.2.3).
 
-Entries have a dirty bit where the IOMMU supports HDSup. An entry's Next Level field says what it
-is: 1 to 6 a node of that level, 0 a page of the level's own size, 7 a page of another size, which
-is then shared by neighbouring entries.
+Entries have a dirty bit if the IOMMU supports HDSup. An entry's Next Level field gives its kind: 1
+to 6 is a node of that level, 0 is a page of the level's own size, and 7 is a page of another size,
+which several neighbouring entries share.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _NEXT_LEVEL_SHIFT = 9
 
 
 class AmdIommu(PageTableTracker):
-    """Dirty bits in the entries of an AMD version 1 table, six levels deep."""
+    """Dirty bits in the entries of an AMD page table, version 1, with six levels."""
 
     name: ClassVar[str] = "iommu"
     form = EntryFormat(

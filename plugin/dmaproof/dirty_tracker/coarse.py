@@ -1,9 +1,9 @@
-"""The coarse tracker: every mapped page is reported, always.
+"""The coarse tracker: it always reports every mapped page.
 
-That is what the legacy VFIO type1 interface answers where neither the device nor the IOMMU tracks
-anything: pages pinned for DMA may have been written at any time
-(drivers/vfio/vfio_iommu_type1.c, `update_user_bitmap`). A migration with it is right, and ends only
-because QEMU stops the guest at last.
+The legacy VFIO type1 interface does the same if neither the device nor the IOMMU tracks dirty
+pages, because a page pinned for DMA may be written at any time (drivers/vfio/vfio_iommu_type1.c,
+`update_user_bitmap`). A migration with this tracker is correct, but never converges: it ends only
+because QEMU stops the guest.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .tracker import EmulatedTracker
 
 
 class Coarse(EmulatedTracker):
-    """Reports what is mapped, written or not."""
+    """A tracker that reports every mapped page, written or not."""
 
     name: ClassVar[str] = "coarse"
 
@@ -27,7 +27,7 @@ class Coarse(EmulatedTracker):
 
     def start(self, ranges: Sequence[IovaRange], page_size: int) -> int:
         if self._mapped is not None:
-            raise TrackerError("the coarse tracker tracks already")
+            raise TrackerError("the coarse tracker is already tracking: call stop first")
         self._mapped = combine_ranges(ranges, len(ranges))
         return page_size
 
@@ -35,12 +35,12 @@ class Coarse(EmulatedTracker):
         self._mapped = None
 
     def dma(self, iova: int, length: int) -> None:
-        """Remember nothing: what is mapped counts as dirty anyway."""
+        """Do nothing: every mapped page counts as dirty anyway."""
 
     def read_and_clear(self, bitmap: IovaBitmap, iova: int, length: int) -> None:
-        """Report what is mapped, which stays dirty."""
+        """Report every mapped page; all of them stay dirty."""
         if self._mapped is None:
-            raise TrackerError("the coarse tracker does not track: call start first")
+            raise TrackerError("the coarse tracker is not tracking: call start first")
         for start, size in self._mapped:
             low, high = max(start, iova), min(start + size, iova + length)
             if low < high:

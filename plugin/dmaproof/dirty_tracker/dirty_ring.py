@@ -1,13 +1,13 @@
-"""A ring of dirty pages that are reset once they are collected, in the style of KVM's dirty ring.
+"""A ring of dirty pages that are reset after they are collected, in the style of KVM's dirty ring.
 
-Pages are write-protected at first. The first write to one takes the protection away and puts the
-page into the ring; further writes leave no trace. Collecting copies the ring's pages into a bitmap
-(QEMU: `kvm_dirty_ring_reap`), and *reset* protects them again (KVM_RESET_DIRTY_RINGS). The order is
-what matters: a page written between being collected and being reset is not put into the ring
-again, so its data must be read after the reset only.
+Pages are write-protected at first. The first write to a page removes the protection and puts the
+page into the ring; further writes to it leave no trace. *Collecting* copies the ring's pages into a
+bitmap (QEMU: `kvm_dirty_ring_reap`), and *reset* protects them again (KVM_RESET_DIRTY_RINGS). The
+order matters: a page that is written after it was collected and before its reset does not enter the
+ring again, so its data must be read only after the reset.
 
-A ring that is full stops its writer until it is collected (KVM_EXIT_DIRTY_RING_FULL), so nothing is
-ever lost, at the price of a stall.
+A full ring stops its writer until the ring is collected (KVM_EXIT_DIRTY_RING_FULL). So no page is
+lost, at the cost of a stall.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .tracker import EmulatedTracker
 
 
 class DirtyRing(EmulatedTracker):
-    """A ring of `ring_entries` page numbers; `full_exits` counts how often it stopped a writer."""
+    """A ring of `ring_entries` page numbers; `full_exits` counts the stops of its writer."""
 
     name: ClassVar[str] = "dirty-ring"
 
@@ -36,9 +36,9 @@ class DirtyRing(EmulatedTracker):
         self.full_exits = 0
 
     def start(self, ranges: Sequence[IovaRange], page_size: int) -> int:
-        """Protect every page."""
+        """Write-protect every page of the ranges."""
         if self._writable is not None:
-            raise TrackerError("the dirty ring tracks already")
+            raise TrackerError("the dirty ring is already tracking: call stop first")
         self._collected = PageSet(ranges, page_size)
         self._writable = PageSet(ranges, page_size)
         self._filled = 0
@@ -48,7 +48,7 @@ class DirtyRing(EmulatedTracker):
         self._writable = None
 
     def dma(self, iova: int, length: int) -> None:
-        """Put the pages that are still protected into the ring."""
+        """Put those pages into the ring that are still protected."""
         if self._writable is None:
             return
         for first, pages in self._writable.missing(iova, length):
@@ -56,7 +56,7 @@ class DirtyRing(EmulatedTracker):
 
     def read_and_clear(self, bitmap: IovaBitmap, iova: int, length: int) -> None:
         if self._writable is None:
-            raise TrackerError("the dirty ring does not track: call start first")
+            raise TrackerError("the dirty ring is not tracking: call start first")
         self._collect_and_reset(self._writable)
         self._collected.report(bitmap, iova, length)
 
@@ -66,12 +66,12 @@ class DirtyRing(EmulatedTracker):
             if self._filled == len(self._ring):
                 self.full_exits += 1
                 self._collect_and_reset(self._writable)
-            here = min(pages, len(self._ring) - self._filled)
-            self._writable.add_run(first, here)
-            numbers = first if here == 1 else np.arange(first, first + here, dtype=np.uint64)
-            self._ring[self._filled : self._filled + here] = numbers
-            self._filled += here
-            first, pages = first + here, pages - here
+            fitting = min(pages, len(self._ring) - self._filled)
+            self._writable.add_run(first, fitting)
+            numbers = first if fitting == 1 else np.arange(first, first + fitting, dtype=np.uint64)
+            self._ring[self._filled : self._filled + fitting] = numbers
+            self._filled += fitting
+            first, pages = first + fitting, pages - fitting
 
     def _collect_and_reset(self, writable: PageSet) -> None:
         pages = self._ring[: self._filled]

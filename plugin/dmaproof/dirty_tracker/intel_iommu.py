@@ -1,8 +1,8 @@
 """Intel VT-d's second-stage page table (VT-d specification, chapter 9.8, "Second-Stage Paging
 Entries").
 
-Entries have a dirty bit where the IOMMU supports SSADS. A page of 2 MiB or 1 GiB is an entry of
-level 2 or 3 with the page-size bit.
+Entries have a dirty bit if the IOMMU supports SSADS. A page of 2 MiB or 1 GiB is an entry of level
+2 or 3 with the page-size bit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _PAGE_SIZE = 1 << 7
 
 
 class IntelIommu(PageTableTracker):
-    """Dirty bits in the entries of a second-stage table, four levels deep."""
+    """Dirty bits in the entries of Intel's second-stage page table with four levels."""
 
     name: ClassVar[str] = "iommu-intel"
     form = EntryFormat(

@@ -1,8 +1,8 @@
-"""The pages that a tracker remembers, over many IOVA ranges: the state that trackers share.
+"""A set of pages over many IOVA ranges: the state that several trackers share.
 
-`PageSet` is one private bitmap for each range. What it reports it forgets, except pages of which
-only a part was asked for: those stay, and are reported again, because forgetting a page for the
-sake of one part would lose the others.
+`PageSet` has one private bitmap for each range. A page that it reports leaves the set, unless only
+part of the page was queried: such a page stays in the set and is reported again. Otherwise the
+other parts of the page would be lost.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from ..units import div_ceil
 
 class _Span(NamedTuple):
     first: int
-    """Number of the first page."""
+    """The number of the first page."""
     end: int
     bits: NDArray[np.uint64]
 
 
 def page_shift(page_size: int) -> int:
-    """log2 of `page_size` in bytes.
+    """Return log2 of `page_size` in bytes.
 
     Raises:
-        TrackerError: it is no power of two up to 2**63.
+        TrackerError: the page size is not a power of two up to 2**63.
     """
     if not 0 < page_size <= 1 << 63 or page_size & (page_size - 1):
-        raise TrackerError(f"page size {page_size:#x} is no power of two up to 2**63")
+        raise TrackerError(f"page size {page_size:#x} is not a power of two up to 2**63")
     return page_size.bit_length() - 1
 
 
 def combine_ranges(ranges: Sequence[IovaRange], most: int) -> list[IovaRange]:
-    """At most `most` ranges that cover `ranges`, sorted: the smallest gaps are closed.
+    """Return at most `most` sorted ranges that cover `ranges`; close the smallest gaps.
 
-    Drivers do this whose hardware tracks few ranges (mlx5: `combine_ranges` of VFIO's core).
+    Drivers of hardware that tracks few ranges do the same (mlx5: `combine_ranges` of VFIO's core).
 
     Raises:
         TrackerError: a range is empty or leaves the 64-bit space, or two overlap.
@@ -53,7 +53,7 @@ def combine_ranges(ranges: Sequence[IovaRange], most: int) -> list[IovaRange]:
             raise TrackerError(f"IOVA {iova:#x} + {length:#x} is empty or leaves the 64-bit space")
     gaps = [high.iova - low.iova - low.length for low, high in pairwise(ranges)]
     if any(gap < 0 for gap in gaps):
-        raise TrackerError("the ranges to be tracked overlap")
+        raise TrackerError("the ranges to track overlap")
     kept = sorted(sorted(range(len(gaps)), key=gaps.__getitem__, reverse=True)[: most - 1])
     starts = [0, *(gap + 1 for gap in kept)]
     ends = [*kept, len(gaps)]
@@ -65,12 +65,12 @@ def combine_ranges(ranges: Sequence[IovaRange], most: int) -> list[IovaRange]:
 
 
 class PageSet:
-    """Pages of `page_size` bytes (a power of two) in `ranges`, none of them in the set at first.
+    """A set of pages of `page_size` bytes (a power of two) within `ranges`, empty at first.
 
-    Ranges are rounded to whole pages; what lies outside them is passed over.
+    Ranges are rounded to whole pages. Pages outside the ranges are ignored.
 
     Raises:
-        TrackerError: what `combine_ranges` and `page_shift` refuse.
+        TrackerError: `combine_ranges` or `page_shift` refuses the arguments.
     """
 
     def __init__(self, ranges: Sequence[IovaRange], page_size: int) -> None:
@@ -100,7 +100,7 @@ class PageSet:
             _core.set_ranges(span.bits, span.first, span.end - 1, 0, pages[inside], 1, False)
 
     def remove_pages(self, pages: NDArray[np.uint64]) -> None:
-        """Take out pages by their numbers."""
+        """Remove pages by their numbers."""
         for span in self._spans:
             at = pages[(pages >= span.first) & (pages < span.end)] - np.uint64(span.first)
             masks = ~(np.uint64(1) << at % np.uint64(64))
@@ -112,15 +112,15 @@ class PageSet:
             _core.set_bits(span.bits, 0, span.end - span.first)
 
     def inside(self, iova: int, length: int) -> list[tuple[int, int]]:
-        """The (first page, pages) runs of the ranges that `length` bytes at `iova` touch."""
+        """Return the (first page, pages) runs of the ranges that `length` bytes at `iova` touch."""
         return [(low, high - low) for _, low, high in self._touched(iova, length)]
 
     def missing(self, iova: int, length: int) -> list[tuple[int, int]]:
-        """Those of `inside` that are not in the set."""
+        """Return the runs of `inside` that are not in the set."""
         found = []
         for span, low, high in self._touched(iova, length):
-            there = page_runs(_core.find_set(span.bits, low - span.first, high - low), low)
-            edges = [low, *there.cumsum(axis=1, dtype=np.uint64).ravel().tolist(), high]
+            present = page_runs(_core.find_set(span.bits, low - span.first, high - low), low)
+            edges = [low, *present.cumsum(axis=1, dtype=np.uint64).ravel().tolist(), high]
             found += [
                 (first, end - first)
                 for first, end in zip(edges[::2], edges[1::2], strict=True)
@@ -129,7 +129,7 @@ class PageSet:
         return found
 
     def report(self, bitmap: IovaBitmap, iova: int, length: int) -> None:
-        """Report into `bitmap` what is in the set of `length` bytes from `iova` on, clipped."""
+        """Report the pages of the set in `length` bytes from `iova` on, clipped to these bytes."""
         whole_first = div_ceil(iova, 1 << self._shift)
         whole_end = iova + length >> self._shift
         for span, low, high in self._touched(iova, length):
@@ -141,7 +141,7 @@ class PageSet:
                 report_pages(bitmap, runs, self._shift, iova, length)
 
     def _touched(self, iova: int, length: int) -> Iterator[tuple[_Span, int, int]]:
-        """The spans that the range touches, with the first and the end page in each."""
+        """Yield the spans that the range touches, with the first and the end page in each."""
         first, end = iova >> self._shift, (iova + length - 1 >> self._shift) + 1
         index = max(bisect_right(self._starts, first) - 1, 0)
         while index < len(self._spans) and self._starts[index] < end:
@@ -153,7 +153,7 @@ class PageSet:
 
 
 def page_runs(pairs: bytes, first_page: int) -> NDArray[np.uint64]:
-    """The (first page, pages) runs that `_core` found, shape (runs, 2)."""
+    """Return the (first page, pages) runs that `_core` found, shape (runs, 2)."""
     runs = np.frombuffer(pairs, dtype=np.uint64).reshape(-1, 2).copy()
     runs[:, 0] += np.uint64(first_page)
     return runs

@@ -1,18 +1,18 @@
 """An I/O page table with dirty bits in its entries: the tracker of IOMMUs.
 
-An IOMMU that translates a device's write sets the dirty bit of the entry that maps the page. Asking
-for dirty pages is a walk over the table: every entry with the bit set is reported, with the size
-that it maps, and the bit cleared. So the entry's size is the finest that such hardware can tell: a
-2 MiB entry reports 2 MiB for one byte. The kernel's counterpart is `read_and_clear_dirty` of its
-IOMMU drivers, behind iommufd's IOMMU_HWPT_GET_DIRTY_BITMAP.
+When an IOMMU translates a device's write, it sets the dirty bit of the entry that maps the page. A
+query for dirty pages walks the table, reports every entry with the bit set, with the size that the
+entry maps, and clears the bit. So such hardware reports no less than an entry: a 2 MiB entry
+reports 2 MiB for one byte. The kernel's counterpart is `read_and_clear_dirty` of its IOMMU drivers,
+called for iommufd's IOMMU_HWPT_GET_DIRTY_BITMAP.
 
-The table is a radix tree of 512 64-bit entries a node, kept bit by bit as in RAM: a node is a 4 KiB
-row of one array, and its address the byte at which it begins there. `_core` walks it, as the
-hardware (marking) and as the driver (collecting). Vendors differ in the bits of an entry
-(`EntryFormat`) and in the depth; each has a file of its own here.
+The table is a radix tree with nodes of 512 64-bit entries, in the same bits as in RAM. A node is a
+4 KiB row of one array, and its address is the byte of the array at which it begins. `_core` walks
+the table as the hardware (marking) and as the driver (collecting). Vendors differ in the bits of an
+entry (`EntryFormat`) and in the depth; each vendor has its own file in this package.
 
-Mapping, splitting and merging is the driver's work and is not to be done while another thread
-marks: a real driver would have to flush the IOMMU's TLB in between, too.
+Mapping, splitting and merging are the driver's work. They must not run while another thread marks
+pages; a real driver also has to flush the IOMMU's TLB before it does them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NODE_BYTES: Final = 8 * _ENTRIES
 
 
 def _level_shift(level: int) -> int:
-    """log2 of the bytes that one entry of a node at `level` (the lowest: 1) stands for."""
+    """Return log2 of the bytes that one entry of a node at `level` maps; level 1 is the lowest."""
     return _SHIFT + _INDEX_BITS * (level - 1)
 
 
@@ -46,10 +46,11 @@ def _level_shift(level: int) -> int:
 class EntryFormat:
     """The bits of an entry.
 
-    Any bit of `present` makes it count; `dirty` is set by the IOMMU; `address` is where it points
-    to. The bits of `kind` tell what it is: at level n, (n - 1) * `node` a node of level n - 1,
-    `leaf[n]` memory, and `group` memory in a page larger than the level's own, which the entry
-    shares with its neighbours (0: there is no such thing).
+    An entry is valid if any bit of `present` is set. The IOMMU sets `dirty`, and `address` holds
+    the address to which the entry points. The bits of `kind` give the kind of an entry at level n:
+    (n - 1) * `node` is a node of level n - 1, `leaf[n]` is a page, and `group` is a page larger
+    than the level's own, which the entry shares with its neighbours (0: the format has no such
+    pages).
     """
 
     present: int
@@ -63,10 +64,10 @@ class EntryFormat:
 
 
 class TableLayout(NamedTuple):
-    """How `_core` walks a table that lies in memory.
+    """The layout of a table in memory, as `_core` needs it for a walk.
 
-    `root` is the byte of the memory at which the root node begins, `levels` the table's depth (1
-    to 6); for the bits of an entry see `EntryFormat`.
+    `root` is the byte of the memory at which the root node begins, and `levels` the table's depth
+    (1 to 6). `EntryFormat` explains the bits of an entry.
     """
 
     root: int
@@ -80,12 +81,12 @@ class TableLayout(NamedTuple):
 
 
 class PageTable:
-    """A page table of `form` that maps with pages of `page_sizes` bytes (powers of two).
+    """A page table of the format `form`, with pages of `page_sizes` bytes (powers of two).
 
-    Memory is mapped with the largest of the sizes that its alignment allows, each IOVA to itself.
+    It maps each IOVA to itself, with the largest page size that the alignment allows.
 
     Raises:
-        TrackerError: a page size is none that the format has.
+        TrackerError: the format does not have one of the page sizes.
     """
 
     def __init__(self, form: EntryFormat, page_sizes: Sequence[int] = (PAGE_BYTES,)) -> None:
@@ -110,15 +111,15 @@ class PageTable:
 
     @property
     def entries(self) -> NDArray[np.uint64]:
-        """A copy of the entries of all nodes, in the format's bits, without those that are 0."""
+        """A copy of the entries of all nodes that are not 0, in the bits of the format."""
         entries: NDArray[np.uint64] = self._nodes[self._nodes != 0]
         return entries
 
     def map(self, iova: int, length: int) -> None:
-        """Map `length` bytes from `iova` on, clean.
+        """Map `length` bytes from `iova` on, with clean pages.
 
         Raises:
-            TrackerError: none of the page sizes fits, or the table does not reach so far.
+            TrackerError: none of the page sizes fits, or the range ends beyond the table.
         """
         self._map(iova, length, self._page_sizes)
         self._mapped.append(IovaRange(iova, length))
@@ -126,26 +127,28 @@ class PageTable:
     def mark(self, iova: int, length: int) -> None:
         """Set the dirty bits as the IOMMU does when a device writes.
 
-        Unmapped pages are left out: hardware would have refused the write.
+        Unmapped pages are ignored: hardware would refuse a write to them.
         """
         _core.mark_table(self._nodes, self._layout, iova, iova + length - 1)
 
     def collect(self, bitmap: IovaBitmap, iova: int, length: int, *, clear: bool) -> None:
-        """Report the dirty pages of `length` bytes from `iova` on, clipped to them.
+        """Report the dirty pages of `length` bytes from `iova` on, clipped to these bytes.
 
-        A dirty bit is cleared (with `clear`) only where the whole page was asked for; the rest of a
-        page that lies across an edge would be lost otherwise, so it is reported again instead.
+        With `clear`, the dirty bit of a page is cleared only if the range contains the whole page.
+        A page across an edge of the range is reported again later; otherwise the dirty data in its
+        other part would be lost.
         """
         found = self._dirty(iova, length, clear=clear)
         bitmap.set_many(found[:, 0], found[:, 1])
 
     def resize(self, iova: int, length: int, size: int) -> None:
-        """Map pages anew with pages of `size`: a split or a merge while tracking.
+        """Map a range again with pages of `size`: a split or a merge while tracking.
 
-        Every part of a dirty page is dirty afterwards, and so is a page of which a part was.
+        After a split every part of a dirty page is dirty. After a merge a page with a dirty part is
+        dirty.
 
         Raises:
-            TrackerError: the range is not mapped whole, or holds a page only in part.
+            TrackerError: the range is not wholly mapped, or contains only part of a page.
         """
         end = iova + length
         low, high = self.page_at(iova), self.page_at(end - 1)
@@ -157,7 +160,9 @@ class PageTable:
             or high.iova + high.length != end
             or not any(start <= iova and end <= start + whole for start, whole in self._mapped)
         ):
-            raise TrackerError(f"IOVA {iova:#x} + {length:#x} is no run of whole mapped pages")
+            raise TrackerError(
+                f"IOVA {iova:#x} + {length:#x} does not consist of whole mapped pages"
+            )
         self._placing(size)
         dirty = self._dirty(iova, length, clear=False)
         self._unmap(0, self._form.levels, 0, iova, end)
@@ -166,7 +171,7 @@ class PageTable:
             self.mark(start, count)
 
     def page_at(self, iova: int) -> IovaRange | None:
-        """The page that holds `iova`; None if it is not mapped."""
+        """Return the page that contains `iova`, or None if `iova` is not mapped."""
         form, node = self._form, 0
         for level in range(form.levels, 0, -1):
             entry = int(self._nodes[node, iova >> _level_shift(level) & _ENTRIES - 1])
@@ -183,41 +188,42 @@ class PageTable:
         raise AssertionError("an entry of level 1 points to a node")
 
     def _dirty(self, iova: int, length: int, *, clear: bool) -> NDArray[np.uint64]:
-        """The dirty (iova, length) runs, shape (runs, 2)."""
+        """Return the dirty (iova, length) runs, shape (runs, 2)."""
         pairs = _core.read_table(self._nodes, self._layout, iova, iova + length - 1, clear)
         return np.frombuffer(pairs, dtype=np.uint64).reshape(-1, 2)
 
     def _placing(self, size: int) -> tuple[int, int]:
-        """The level of the entries that map pages of `size`, and how many share one page."""
+        """Return the level of the entries that map pages of `size`, and the entries per page."""
         if size >= 1 << _SHIFT and not size & (size - 1):
             for level in self._form.leaf:
                 group = size >> _level_shift(level)
                 if group == 1 or (1 < group < _ENTRIES and self._form.group):
                     return level, group
-        raise TrackerError(f"this kind of page table has no pages of {size:#x} bytes")
+        raise TrackerError(f"this format of page table has no pages of {size:#x} bytes")
 
     def _map(self, iova: int, length: int, page_sizes: Sequence[int]) -> None:
         reach = 1 << min(64, _level_shift(self._form.levels + 1))
         if length < 1 or iova + length > reach:
             raise TrackerError(
-                f"IOVA {iova:#x} + {length:#x} is empty or beyond the table's {reach:#x}"
+                f"IOVA {iova:#x} + {length:#x} is empty or reaches beyond the table's {reach:#x}"
             )
         if (iova | length) % page_sizes[-1]:
             raise TrackerError(
-                f"IOVA {iova:#x} + {length:#x} is no run of {page_sizes[-1]:#x}-byte pages"
+                f"IOVA {iova:#x} + {length:#x} does not consist of whole pages of "
+                f"{page_sizes[-1]:#x} bytes"
             )
         position, end = iova, iova + length
         while position < end:
             fits = [size for size in page_sizes if position % size == 0 and size <= end - position]
             stop = end // fits[0] * fits[0]
-            for size in page_sizes:  # a larger page may begin on the way
+            for size in page_sizes:  # stop where a larger page can begin
                 aligned = div_ceil(position, size) * size
                 if position < aligned <= end - size:
                     stop = min(stop, aligned)
             position = self._map_alike(position, stop, fits[0])
 
     def _map_alike(self, iova: int, end: int, size: int) -> int:
-        """Map pages of `size` as far as one node reaches; returns the IOVA behind them."""
+        """Map pages of `size` up to the end of one node; return the IOVA after these pages."""
         level, group = self._placing(size)
         shift = _level_shift(level)
         node = self._node_of(iova, level)
@@ -225,7 +231,7 @@ class PageTable:
         count = min(end - iova >> shift, _ENTRIES - first)
         pages = np.arange(count, dtype=np.uint64) // np.uint64(group) * np.uint64(size)
         entries = (pages + np.uint64(iova)) & np.uint64(self._form.address)
-        if group > 1:  # the lowest zero bit of the address tells the size
+        if group > 1:  # the lowest zero bit of the address encodes the size
             entries |= np.uint64(size // 2 - (1 << _SHIFT) | self._form.group)
         else:
             entries |= np.uint64(self._form.leaf[level])
@@ -233,14 +239,14 @@ class PageTable:
         return iova + (count << shift)
 
     def _node_of(self, iova: int, level: int) -> int:
-        """The node at `level` that holds the entry of `iova`, made if it is not there."""
+        """Return the node at `level` that has the entry of `iova`; make it if it is missing."""
         form, node = self._form, 0
         for above in range(form.levels, level, -1):
             index = iova >> _level_shift(above) & _ENTRIES - 1
             entry = int(self._nodes[node, index])
             if entry & form.present:
                 if entry & form.kind != (above - 1) * form.node:
-                    raise TrackerError(f"IOVA {iova:#x} is mapped already")
+                    raise TrackerError(f"IOVA {iova:#x} is already mapped")
                 node = (entry & form.address) // _NODE_BYTES
                 continue
             child = self._new_node()
@@ -259,7 +265,7 @@ class PageTable:
         return self._used - 1
 
     def _unmap(self, node: int, level: int, base: int, iova: int, end: int) -> None:
-        """Take away the entries of whole pages below `node`, and nodes that are empty then."""
+        """Remove the entries of whole pages below `node`, and nodes that become empty."""
         form, shift = self._form, _level_shift(level)
         low = max(0, iova - base >> shift)
         high = min(_ENTRIES, (end - 1 - base >> shift) + 1)
@@ -278,7 +284,7 @@ class PageTable:
 
 
 class PageTableTracker(EmulatedTracker):
-    """A `PageTable` as a dirty tracker; subclasses name the format."""
+    """A dirty tracker that uses a `PageTable`; subclasses set the format in `form`."""
 
     form: EntryFormat
 
@@ -294,17 +300,17 @@ class PageTableTracker(EmulatedTracker):
             TrackerError: tracking is off.
         """
         if self._table is None:
-            raise TrackerError("the IOMMU's page table does not track: call start first")
+            raise TrackerError("the IOMMU's page table is not tracking: call start first")
         return self._table
 
     def start(self, ranges: Sequence[IovaRange], page_size: int) -> int:
         if self._table is not None:
-            raise TrackerError("the IOMMU's page table tracks already")
+            raise TrackerError("the IOMMU's page table is already tracking: call stop first")
         table = PageTable(self.form, self._page_sizes)
         for iova, length in combine_ranges(ranges, len(ranges)):
             table.map(iova, length)
         self._table = table
-        return min(self._page_sizes)  # the entries decide, not the caller
+        return min(self._page_sizes)  # the table's entries determine the size, not the caller
 
     def stop(self) -> None:
         self._table = None
@@ -317,5 +323,5 @@ class PageTableTracker(EmulatedTracker):
         self.table.collect(bitmap, iova, length, clear=True)
 
     def read(self, bitmap: IovaBitmap, iova: int, length: int) -> None:
-        """Report without forgetting (iommufd: IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR)."""
+        """Report without clearing dirty bits (IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR)."""
         self.table.collect(bitmap, iova, length, clear=False)

@@ -1,12 +1,12 @@
 """A pair of bitmaps, sequence and acknowledge, in the style of pds.
 
-A page is dirty where the two differ. The device makes them differ when it writes; the driver reads
-both, reports their XOR, and writes what it has seen of the sequence into the acknowledge bitmap
-(drivers/vfio/pci/pds/dirty.c: `pds_vfio_dirty_seq_ack`). Neither side ever writes the other's
-bitmap, so no bit can be lost between them.
+A page is dirty if its bits in the two bitmaps differ. The device makes them differ when it writes.
+The driver reads both bitmaps, reports their XOR, and copies the sequence bits that it has read into
+the acknowledge bitmap (drivers/vfio/pci/pds/dirty.c: `pds_vfio_dirty_seq_ack`). Neither side writes
+the bitmap of the other, so no bit can be lost between them.
 
-The bitmaps are transferred in whole 64-bit words, so a query that does not begin or end at one
-sees neighbours too. Their acknowledge bits are written back as they were: they stay dirty.
+The bitmaps are transferred in whole 64-bit words. A query that does not begin or end at a word also
+transfers neighbouring pages; their acknowledge bits are written back unchanged, so they stay dirty.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _WORD_BITS = 64
 
 
 class _Region(NamedTuple):
-    """The bitmaps of the pages `first` to `end` - 1."""
+    """The two bitmaps of the pages `first` to `end` - 1."""
 
     first: int
     end: int
@@ -48,7 +48,7 @@ class SequencePair(EmulatedTracker):
 
     def start(self, ranges: Sequence[IovaRange], page_size: int) -> int:
         if self._regions is not None:
-            raise TrackerError("the sequence bitmaps track already")
+            raise TrackerError("the sequence bitmaps are already tracking: call stop first")
         shift = page_shift(page_size)
         regions = []
         for iova, length in combine_ranges(ranges, self._most_ranges):
@@ -69,12 +69,12 @@ class SequencePair(EmulatedTracker):
             sequence ^= ~(sequence ^ region.acknowledge[words]) & mask
 
     def read_and_clear(self, bitmap: IovaBitmap, iova: int, length: int) -> None:
-        """Report the XOR, then acknowledge it.
+        """Report the XOR of the bitmaps, then acknowledge it.
 
-        A page of which only a part was asked for is reported, and not acknowledged.
+        A page of which only a part was queried is reported but not acknowledged.
         """
         if self._regions is None:
-            raise TrackerError("the sequence bitmaps do not track: call start first")
+            raise TrackerError("the sequence bitmaps are not tracking: call start first")
         for region, words, mask in self._touched(iova, length, outward=True):
             dirty = (region.sequence[words] ^ region.acknowledge[words]) & mask
             pairs = _core.find_set(dirty, 0, len(dirty) * _WORD_BITS)
@@ -87,8 +87,10 @@ class SequencePair(EmulatedTracker):
     def _touched(
         self, iova: int, length: int, *, outward: bool
     ) -> Iterator[tuple[_Region, slice, NDArray[np.uint64]]]:
-        """For each region the words, and in them the bits, of the pages that the range touches
-        (`outward`) or holds whole."""
+        """Yield each region with the words, and a mask of their bits, of the pages in the range.
+
+        With `outward` these are the pages that the range touches, otherwise those that it contains.
+        """
         first, end = iova >> self._shift, (iova + length - 1 >> self._shift) + 1
         if not outward:
             first, end = div_ceil(iova, 1 << self._shift), iova + length >> self._shift

@@ -1,4 +1,4 @@
-"""What a dirty tracker is: the calls of the collector, and those of a device in software."""
+"""The interfaces of a dirty tracker: for the collector, and for a device in software."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ from ..iova_bitmap import IovaBitmap, IovaRange
 
 
 class DirtyTracker(Protocol):
-    """What the collector needs of a tracker, whoever implements it: the kernel, or software.
+    """The interface between the collector and a tracker, which the kernel or software implements.
 
-    The order of calls is `start`, then `read_and_clear` as often as wanted, then `stop`.
+    The order of calls is `start`, then any number of `read_and_clear`, then `stop`.
     """
 
     @abstractmethod
     def start(self, ranges: Sequence[IovaRange], page_size: int) -> int:
-        """Watch IOVA ranges; no page is dirty at first.
+        """Start watching IOVA ranges. No page is dirty at first.
 
         Args:
             ranges: the ranges to watch, which do not overlap.
             page_size: the wanted page size in bytes, a power of two.
 
         Returns:
-            The page size in bytes that the tracker uses: hardware may not have the wanted one.
+            The page size in bytes that the tracker uses; hardware may not support the wanted one.
 
         Raises:
-            TrackerError: the tracker watches already, or cannot watch these ranges.
+            TrackerError: the tracker is already watching, or cannot watch these ranges.
         """
 
     @abstractmethod
     def stop(self) -> None:
-        """Watch no more, and forget what is dirty; harmless when not watching."""
+        """Stop watching, and forget all dirty pages; do nothing if the tracker is not watching."""
 
     @abstractmethod
     def read_and_clear(self, bitmap: IovaBitmap, iova: int, length: int) -> None:
-        """Report dirty ranges into a bitmap, and forget them.
+        """Report the dirty ranges of a queried range into a bitmap, and forget them.
 
-        The tracker may report more than was written, as hardware with coarse pages does, and never
+        The tracker may report more than was written, as hardware with coarse pages does, but never
         less.
 
         Args:
-            bitmap: takes the report by `IovaBitmap.set` or `IovaBitmap.set_many`.
-            iova: the IOVA at which the queried range begins.
+            bitmap: the bitmap to report into, by `IovaBitmap.set` or `IovaBitmap.set_many`.
+            iova: the first IOVA of the queried range.
             length: the length of the queried range in bytes.
 
         Raises:
@@ -52,10 +52,10 @@ class DirtyTracker(Protocol):
 
 
 class EmulatedTracker(DirtyTracker):
-    """A tracker in software: the base class of every tracker that a proof can name.
+    """A tracker in software: the base class of every tracker that ``--tracker`` can select.
 
-    A subclass has a `name`, and the methods of `DirtyTracker` and `dma`. The device process makes
-    one object for each session, without arguments. An object is used by one thread.
+    A subclass defines `name`, `dma` and the methods of `DirtyTracker`. The device process makes one
+    object for each session, without arguments, and uses it in one thread.
 
     Example:
         >>> class AllDirty(EmulatedTracker):
@@ -75,15 +75,15 @@ class EmulatedTracker(DirtyTracker):
     """
 
     name: ClassVar[str]
-    """What users call it by: the value of option ``--tracker``."""
+    """The tracker's name: the value of the option ``--tracker``."""
 
     @abstractmethod
     def dma(self, iova: int, length: int) -> None:
-        """Remember a write of the device, whose data is in RAM already.
+        """Record a write of the device. Its data is already in RAM.
 
-        The call is ignored when the tracker is not watching.
+        The tracker ignores the call if it is not watching.
 
         Args:
-            iova: the IOVA at which the device wrote.
+            iova: the first IOVA of the write.
             length: the number of bytes written, at least 1.
         """

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
  * Threads that set, take and read the bits of one bitmap at the same time, for the thread
- * sanitizer, which reports each word that one of them touches without an atomic operation. The
- * bitmap has ragged ends, and another thread writes the bytes before and behind it, in the same
- * words, plainly. Exit code 0: no race was found, and no bit was lost.
+ * sanitizer. The sanitizer reports each word that a thread accesses without an atomic operation.
+ * The bitmap has ragged ends, and another thread writes the bytes before and after it, in the same
+ * words, without atomics. Exit code 0: the sanitizer found no race, and no bit was lost.
  */
 #include "../plugin/dmaproof/core/merge.h"
 #include "../plugin/dmaproof/core/ranges.h"
@@ -18,7 +18,7 @@ enum { WRITERS = 3, ROUNDS = 30, START = 3, BYTES = 2003, BITS = BYTES * 8, PAGE
 enum { FEW_BITS = 27 * 8, END = START + BYTES, ALIGNED = WRITERS * 64 - START * 8 };
 
 static _Alignas(8) uint8_t memory[START + BYTES + 8];
-// One thread alone uses these bitmaps, while another one writes in their first or last word.
+// Only one thread uses these bitmaps, while another thread writes in their first or last word.
 static _Alignas(8) uint8_t few[32], many[5000];
 static atomic_uint running = WRITERS;
 
@@ -26,8 +26,8 @@ static struct bitmap shared_bitmap(void) {
     return bitmap_of(memory + START, BYTES);
 }
 
-// Pages 3, 6, 9, … before the last page of a bitmap with one ragged end, and the same from its first
-// page on: what is in whole words is set faster, and the word at the ragged end must not be.
+// Set every third page from the first page on, and back from the last page, of a bitmap with one
+// ragged end. Whole words have a faster loop, which must not access the word at the ragged end.
 static void set_at_ends(uint8_t *start, size_t bytes, uint64_t first, unsigned shift) {
     struct bitmap map = bitmap_of(start, bytes);
     uint64_t iovas[2 * PAGES], pages = bytes * 8;
@@ -40,11 +40,12 @@ static void set_at_ends(uint8_t *start, size_t bytes, uint64_t first, unsigned s
     set_each_range(&map, &ranges, survey_ranges(&ranges), true);
 }
 
-// Each writer has every third bit, and sets it in each of the ways that there are.
+// Each writer has every third bit, and sets its bits with every function of the core.
 static void *set_all(void *number) {
     uint64_t mine = (uint64_t)(uintptr_t)number;
     struct bitmap map = shared_bitmap(), whole = bitmap_of(memory + 8, BYTES / 8 * 8 - 8);
-    static const uint64_t steps[] = {WRITERS, WRITERS * 30, WRITERS * 347};  // in ranges.c's terms
+    // In the terms of ranges.c: crowded, near, and neither.
+    static const uint64_t steps[] = {WRITERS, WRITERS * 30, WRITERS * 347};
     uint64_t iovas[PAGES];
     _Alignas(8) uint8_t own[BYTES] = {0};
     struct bitmap from = bitmap_of(own, BYTES);
@@ -58,7 +59,7 @@ static void *set_all(void *number) {
                 iovas[page] = (mine + page * steps[i]) % (BITS / WRITERS * WRITERS);
             struct ranges ranges = {iovas, NULL, 1, PAGES, 0, BITS - 1, 0};
             set_each_range(&map, &ranges, survey_ranges(&ranges), true);
-            // The same in whole words, for which there are loops of their own.
+            // The same in whole words, which have their own loops.
             for (uint64_t page = 0; page < PAGES; page++)
                 iovas[page] %= whole.whole * 64;
             ranges.last = whole.whole * 64 - 1;
@@ -66,7 +67,7 @@ static void *set_all(void *number) {
         }
         set_at_ends(memory + START, END / 8 * 8 - START, 0, 0);
         set_at_ends(memory + 8, END - 8, 0, 0);
-        // Of one whole word and a ragged one, with pages so large or so far up that sums overflow.
+        // One whole word and a ragged one, with pages so large or IOVAs so high that sums overflow.
         uint8_t *last_words = memory + END / 8 * 8 - 8;
         set_at_ends(last_words, 8 + END % 8, 0, 57);
         set_at_ends(last_words, 8 + END % 8, (UINT64_C(1) << 63) - 40, 0);
@@ -78,9 +79,9 @@ static void *set_all(void *number) {
     return NULL;
 }
 
-// Whose bytes these are need not know of the bitmap.
+// Write the bytes around the bitmaps, as their owner may without knowing the bitmaps.
 static void *write_neighbours(void *unused) {
-    do {  // at least once, and not only after the writers: the load orders what follows it
+    do {  // at least once, and not only after the writers: the load orders the writes after it
         for (unsigned i = 0; i < START; i++)
             memory[i]++;
         for (unsigned i = END; i < sizeof memory; i++)
@@ -100,14 +101,14 @@ static uint64_t take(struct runs *runs, const struct bitmap *map, const struct b
     return runs->count;
 }
 
-// Page 0 and `last`, so that both ends of a bitmap are looked at.
+// Set page 0 and page `last`, the two ends of a bitmap.
 static uint64_t set_ends(const struct bitmap *map, uint64_t last) {
     uint64_t iovas[] = {0, last};
     struct ranges ranges = {iovas, NULL, 1, 2, 0, last, 0};
     return set_each_range(map, &ranges, survey_ranges(&ranges), true);
 }
 
-// Reads what the others are writing, in each of the ways that there are.
+// Read the bits that the other threads write, with every function of the core.
 static uint64_t read_all(const struct bitmap *map) {
     _Alignas(8) uint8_t own[BYTES + 8] = {0};
     uint64_t added = 0;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * A libFuzzer target for plugin/dmaproof/core: its functions as Python calls them, with any
- * arguments, over buffers that end where the address sanitizer's red zones begin. What they do is
- * held against loops over single bits. See README.md for how to build and run it.
+ * A libFuzzer target for plugin/dmaproof/core. It calls the functions as Python does, with any
+ * arguments, on buffers that end where the address sanitizer's red zones begin, and compares the
+ * results with loops over single bits. README.md says how to build and run it.
  */
 #include "../../plugin/dmaproof/core/module.c"
 
@@ -27,7 +27,7 @@ static unsigned below(unsigned limit) {
     return (unsigned)bytes_of_input(2) % limit;
 }
 
-// A number that is mostly small, and sometimes where sums overflow.
+// Return a number that is usually small, and sometimes so large that sums overflow.
 static uint64_t number(unsigned likely) {
     unsigned kind = below(16);
     if (kind < 13)
@@ -43,7 +43,7 @@ struct buffer {
     PyObject *view;
 };
 
-// `size` bytes at any alignment, the last one just before a red zone.
+// Make a buffer of `size` bytes at any alignment, which ends just before a red zone.
 static struct buffer make_buffer(size_t size, unsigned skew) {
     struct buffer buffer = {.memory = malloc(size + skew), .before = malloc(size + 1), .size = size};
     buffer.bytes = buffer.memory + skew;
@@ -82,7 +82,7 @@ static void expect(bool truth, const char *what) {
     abort();
 }
 
-// Calls `function`; false if it refused, which must have changed nothing.
+// Call `function`; return false if it raised an error, after which nothing may have changed.
 static bool called(PyObject *(*function)(PyObject *, PyObject *), PyObject *args,
                    const struct buffer *target, PyObject **answer) {
     expect(args != NULL, "arguments");
@@ -105,7 +105,7 @@ static bool inside(const struct buffer *buffer, uint64_t first, uint64_t count) 
     return first <= buffer->size * 8 && count <= buffer->size * 8 - first;
 }
 
-// Bits of `target` outside [first, first + count) are as before; returns how many inside are new.
+// Check that no bit of `target` outside [first, first + count) changed; return how many inside did.
 static uint64_t count_new(const struct buffer *target, uint64_t first, uint64_t count) {
     uint64_t added = 0;
     for (uint64_t i = 0; i < target->size * 8; i++) {
@@ -165,13 +165,13 @@ static void try_runs(bool take) {
             for (; at < start; at++)
                 expect(!bit(data.before, first + at), "a run left out");
             for (; at < start + length; at++)
-                expect(bit(data.before, first + at), "a run that is none");
+                expect(bit(data.before, first + at), "a run of clear bits");
         }
         for (; at < count; at++)
             expect(!bit(data.before, first + at), "the last run left out");
         for (uint64_t i = 0; i < data.size * 8; i++) {
             bool taken = take && i >= first && i - first < count;
-            expect(bit(data.bytes, i) == (!taken && bit(data.before, i)), "what was taken");
+            expect(bit(data.bytes, i) == (!taken && bit(data.before, i)), "the bits taken");
         }
         Py_DECREF(answer);
     }
@@ -238,7 +238,7 @@ static void try_or_pages(void) {
         uint64_t low = (iova >> into_shift) - into_page, high = (last >> into_shift) - into_page;
         expect(as_number(answer) == count_new(&into, low, high - low + 1), "or_pages, bits added");
         for (uint64_t page = low; page <= high; page++) {
-            // The bytes of this page that are asked for, and the source's pages that hold them.
+            // The requested bytes of this page, and the source's pages that contain them.
             uint64_t start = (page + into_page) << into_shift;
             uint64_t end = start + ((UINT64_C(1) << into_shift) - 1);
             uint64_t first = ((start > iova ? start : iova) >> from_shift) - from_page;
@@ -253,7 +253,7 @@ static void try_or_pages(void) {
     drop_buffer(&from);
 }
 
-// Tables of anything: nothing outside them is touched, and runs are in order and inside.
+// Walk tables of random content: no byte outside them is accessed; runs are in order and inside.
 static void try_tables(void) {
     enum { NODES = 3 };
     struct buffer memory = make_buffer(0, 0);
@@ -283,7 +283,7 @@ static void try_tables(void) {
         const uint8_t *pairs = (const uint8_t *)PyBytes_AsString(answer);
         for (Py_ssize_t i = 0; i < PyBytes_Size(answer) / 16; i++) {
             uint64_t start = load_unaligned(pairs + 16 * i), length = load_unaligned(pairs + 16 * i + 8);
-            expect(start >= iova && length - 1 <= last - start, "a mapping outside what was asked");
+            expect(start >= iova && length - 1 <= last - start, "a mapping outside the range");
         }
     }
     Py_XDECREF(answer);

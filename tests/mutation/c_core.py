@@ -1,7 +1,7 @@
-"""Mutants of the C core: how many of the mistakes that one can make in it the tests notice.
+"""Mutants of the C core, to measure how many mistakes in it the tests notice.
 
-See README.md for how to run it. Each mutant is one change in one line of plugin/dmaproof/core. It
-is compiled and tested; a test that fails, a crash, and an endless loop all notice it.
+README.md says how to run it. Each mutant is one change in one line of plugin/dmaproof/core. It is
+compiled and tested. A failed test, a crash or an endless loop notices it.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ TESTS: Final = (
     "tests/unit/test_dirty_tracker.py",
     "tests/property/test_iova_bitmap.py",
 )
-"""Each runs on its own, the quick ones that notice most first; a failure ends the run."""
+"""The tests run in this order, the fast ones that notice most first; a failure ends the run."""
 TIMEOUT_S: Final = 600
-"""For a file of tests that waits; one that is busy reaches its limit of processor time before."""
+"""The limit for a test file that waits; a busy one reaches its limit of processor time earlier."""
 SPARE_CPU_S: Final = 1
 TIMES_CPU: Final = 6
-"""How many times the processor time that a file of tests takes with the unchanged core it may take
-with a mutant, and `SPARE_CPU_S` more. The machine's load does not change it."""
+"""With a mutant, a test file may take this many times its processor time with the unchanged core,
+plus `SPARE_CPU_S`. The load of the machine has no effect on processor time."""
 PLUGINS: Final = ("_hypothesis_pytestplugin", "pytest_timeout")
-"""All that the tests need; each of pytest's others costs every mutant some time."""
+"""The only plugins of pytest that the tests need; any other would cost time for each mutant."""
 MEMORY_BYTES: Final = 8 << 30
 FUZZER_INPUTS: Final = 20_000
 
@@ -88,7 +88,7 @@ class Mutant:
 
 
 class Fate(StrEnum):
-    """What became of a mutant; only the last two make the score."""
+    """The result of a mutant; only the last two count for the score."""
 
     REFUSED = "refused by the compiler"
     SAME_CODE = "same machine code"
@@ -98,7 +98,7 @@ class Fate(StrEnum):
 
 
 def mutants_of(file: Path) -> Iterator[Mutant]:
-    """Every mutant of `file`."""
+    """Yield every mutant of `file`."""
     within_comment, above = False, ""
     for number, line in enumerate(file.read_text().splitlines()):
         text = line.strip()
@@ -134,17 +134,17 @@ def _put(code: str, start: int, end: int, replacement: str) -> str:
 
 
 class Equivalents:
-    """Mutants that no caller can tell from the original, in ``c_core.toml``.
+    """The mutants in ``c_core.toml`` that no caller can distinguish from the original.
 
-    An entry names a line of a file, and what it is changed to; where lines are alike and not all
-    of them are meant, also the line above.
+    An entry names a line of a file and the changed lines. If the file has several equal lines and
+    the entry is for one of them, it also names the line above.
     """
 
     def __init__(self, file: Path) -> None:
         self._entries = tomllib.loads(file.read_text())["equivalent"]
 
     def holds(self, mutant: Mutant) -> bool:
-        """Whether an entry speaks for `mutant`."""
+        """Return whether an entry names `mutant`."""
         return any(
             entry["file"] == mutant.file
             and entry["line"] == mutant.before.strip()
@@ -154,7 +154,7 @@ class Equivalents:
         )
 
     def unused(self, file: str, mutants: Sequence[Mutant]) -> list[str]:
-        """What entries say for `file` that is none of its mutants any more."""
+        """Return the changes in entries for `file` that are no longer among its `mutants`."""
         made = {(mutant.before.strip(), mutant.after.strip()) for mutant in mutants}
         return [
             f"{entry['line']}  ->  {after}"
@@ -170,8 +170,8 @@ def examine(mutant: Mutant, folder: Path, tests: Mapping[str, int]) -> tuple[Fat
 
     Args:
         mutant: the change.
-        folder: what the unchanged core was compiled to.
-        tests: files of tests in the order to run, each with its limit of processor time in seconds.
+        folder: the folder with the object files of the unchanged core.
+        tests: test files in the order to run, each with its limit of processor time in seconds.
     """
     with tempfile.TemporaryDirectory(prefix="mutant-", dir=folder) as name:
         tree = core_build.copy_tree(Path(name))
@@ -206,12 +206,12 @@ def examine(mutant: Mutant, folder: Path, tests: Mapping[str, int]) -> tuple[Fat
 
 def _compile(source: Path, target: Path) -> str | None:
     options = ["-std=gnu11", "-O1", "-DVECTORISED=", "-w", "-fPIC", core_build.SHARED[-1], "-c"]
-    # Relative, so that the folder's name is nowhere in the machine code.
+    # Paths are relative, so that the machine code does not contain the folder's name.
     return core_build.compiled([*options, source, "-o", target])
 
 
 def _sanitize(tree: Path) -> str | None:
-    """Run the fuzzer's target, and threads that may race; None, or which of them noticed."""
+    """Run the fuzzer's target, then threads that may race; return None, or what noticed."""
     libraries = core_build.sanitizers()
     if libraries is None:
         return None
@@ -226,10 +226,10 @@ def _sanitize(tree: Path) -> str | None:
 
 
 def _test(extension: Path, tests: str, cpu_s: int) -> tuple[str | None, float]:
-    """Run the tests in a fork of this process, which has imported what they need.
+    """Run the tests in a fork of this process, which has imported their modules.
 
     Returns:
-        None if they pass, else why not; and the processor time in seconds that they took.
+        None if they pass, otherwise the reason; and their processor time in seconds.
     """
     child = os.fork()
     if child == 0:
@@ -254,7 +254,9 @@ def _test(extension: Path, tests: str, cpu_s: int) -> tuple[str | None, float]:
 
 
 def _limits(extension: Path, tests: Sequence[str]) -> dict[str, int]:
-    """How much processor time, in seconds, each file of tests may take; `extension` is unchanged.
+    """Return the limit of processor time, in seconds, of each test file.
+
+    `extension` is the unchanged core.
 
     Raises:
         SystemExit: the unchanged core fails its tests.
@@ -262,7 +264,7 @@ def _limits(extension: Path, tests: Sequence[str]) -> dict[str, int]:
     limits = {}
     for file in tests:
         if file == SANITIZERS:
-            limits[file] = 0  # they have limits of their own
+            limits[file] = 0  # the sanitizers have their own limits
             continue
         failure, took_s = _test(extension, file, TIMEOUT_S)
         if failure:
@@ -288,7 +290,7 @@ def _run_tests(extension: Path, tests: str, cpu_s: int) -> int:
                 *("-x", "-q", "-p", "no:cacheprovider", "-p", "no:dmaproof"),
                 *(option for plugin in PLUGINS for option in ("-p", plugin)),
                 *("-p", "no:faulthandler", "-p", "no:unraisableexception"),
-                *("--tb=no", "--assert=plain"),  # nobody reads why a test failed
+                *("--tb=no", "--assert=plain"),  # the reason of a failure is not printed
                 "--hypothesis-profile=mutation",
                 tests,
             ]
@@ -297,10 +299,10 @@ def _run_tests(extension: Path, tests: str, cpu_s: int) -> int:
 
 
 def _prepare() -> None:
-    """Import in each worker what all tests need, but nothing that imports the core."""
+    """Import the modules that all tests need in each worker, but none that imports the core."""
     for name in ("hypothesis.stateful", "jsonschema", "numpy", "pytest", *PLUGINS):
         importlib.import_module(name)
-    gc.freeze()  # each fork would else look at all of it, and so copy it
+    gc.freeze()  # otherwise the collector of each fork would visit, and so copy, all objects
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     os.chdir(core_build.ROOT)
 
@@ -310,10 +312,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="*", metavar="FILE", help="of plugin/dmaproof/core")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="each Nth mutant only")
-    parser.add_argument("--match", default="", metavar="TEXT", help="lines that hold TEXT only")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only each Nth mutant")
+    parser.add_argument("--match", default="", metavar="TEXT", help="only lines that contain TEXT")
     parser.add_argument("--tests", nargs="+", default=TESTS, metavar="FILE")
-    parser.add_argument("--verbose", action="store_true", help="print the others, too")
+    parser.add_argument("--verbose", action="store_true", help="print all other mutants, too")
     arguments = parser.parse_args()
     core = core_build.ROOT / core_build.CORE
     names = arguments.files or sorted(
@@ -328,7 +330,7 @@ def main() -> int:
     known = Equivalents(EQUIVALENTS)
     for name in names:
         for line in known.unused(name, [*mutants_of(core / name)]):
-            print(f"{EQUIVALENTS.name}: {name} has no such mutant any more: {line}")
+            print(f"{EQUIVALENTS.name}: {name} no longer has this mutant; remove the entry: {line}")
     score: dict[str, Counter[Fate]] = {name: Counter() for name in names}
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="c-core-") as temporary:

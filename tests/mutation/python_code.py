@@ -1,9 +1,9 @@
-"""Change the Python code in small ways, one at a time, and see whether its tests notice.
+"""Mutants of the Python code, to measure how many mistakes in it the tests notice.
 
-mutmut makes the mutants and runs the tests. It names a function by the path of its file, so it runs
-on a copy of the installed packages, in which path and import name agree and the compiled modules
-are at hand. What is mutated, and by which tests each part is held, is in pyproject.toml; which
-mutants cannot be noticed is in ``python_code.toml``. See ``README.md``.
+mutmut makes the mutants and runs the tests. It names a function by the path of its file. So it runs
+on a copy of the installed packages, which has the compiled modules, and in which path and import
+name agree. pyproject.toml lists the mutated files and their tests, and ``python_code.toml`` the
+mutants that cannot be noticed. See ``README.md``.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ _TYPES: Final = (
     *("--disable-error-code", "no-redef", "--disable-error-code", "unused-ignore"),
 )
 _REFUSED: Final = 37
-"""mutmut's exit code of mutants that mypy refuses."""
+"""mutmut's exit code for a mutant that mypy refuses."""
 _TOO_LONG: Final = {36, -24, 24, 152}
-"""Those of mutants that run too long, twice: endless, or on a machine that is too busy."""
+"""mutmut's exit codes for a mutant that runs too long twice: endless, or on a busy machine."""
 _NOTICED: Final = {1, 3, 255, -9, -11} | _TOO_LONG
-"""Those of mutants that fail a test, crash, or run too long."""
+"""mutmut's exit codes for a mutant that fails a test, crashes, or runs too long."""
 _UNTESTED: Final = 33
 MUST_HOLD: Final = 95.0
-"""So many percent of a target's mutants, without equivalent ones, have to be noticed."""
+"""The percentage of a target's mutants, without equivalent ones, that must be noticed."""
 
 
 class Target(NamedTuple):
-    """One part of the code: its files below the packages, and the fast tests that hold it."""
+    """One part of the code: its files below the packages, and its fast tests."""
 
     name: str
     modules: list[str]
@@ -65,14 +65,14 @@ class Mutant(NamedTuple):
 
 
 def settings() -> dict[str, Any]:
-    """What pyproject.toml says of mutation."""
+    """Return the section on mutation of pyproject.toml."""
     with (PROJECT / "pyproject.toml").open("rb") as file:
         section: dict[str, Any] = tomllib.load(file)["tool"]["dmaproof"]["mutation"]
     return section
 
 
 def targets(section: dict[str, Any]) -> dict[str, Target]:
-    """The targets by name, in the order of pyproject.toml."""
+    """Return the targets by name, in the order of pyproject.toml."""
     return {name: Target(name, **target) for name, target in section["target"].items()}
 
 
@@ -95,7 +95,7 @@ def lay_out(work: Path, target: Target, ignored_lines: list[str], *, types: bool
         "pytest_add_cli_args": ["-p", "no:cacheprovider", "--hypothesis-profile=mutation"],
         "pytest_add_cli_args_test_selection": target.tests,
         "use_git_change_detection": False,
-        # So many seconds, and so often the time that a mutant's tests take without it.
+        # The limit for a mutant: seconds, plus a multiple of the time of its tests without it.
         "timeout_constant": 2.0,
         "timeout_multiplier": 4.0,
     }
@@ -113,12 +113,17 @@ def run(work: Path, target: Target, jobs: int, sample: int | None, seed: int) ->
     if sample is None:
         _mutmut(work, jobs)
     else:
-        # mutmut has to make the mutants before it can be asked for some of them. It makes them,
-        # finds that none has this name, and ends.
+        # mutmut can select mutants only after it has made them. With a name that no mutant has, it
+        # makes them and ends.
         _mutmut(work, jobs, ["none"], fails=True)
         names = sorted(name for _, codes in _codes(work, target) for name in codes)
         _mutmut(work, jobs, random.Random(seed).sample(names, min(sample, len(names))))
-    late = [it for _, codes in _codes(work, target) for it in codes if codes[it] in _TOO_LONG]
+    late = [
+        name
+        for _, codes in _codes(work, target)
+        for name, code in codes.items()
+        if code in _TOO_LONG
+    ]
     if late:  # most are endless, but the machine may have been busy
         _mutmut(work, jobs, late)
 
@@ -134,14 +139,14 @@ def _mutmut(work: Path, jobs: int, chosen: Iterable[str] = (), *, fails: bool = 
 
 
 def _codes(work: Path, target: Target) -> Iterator[tuple[Path, dict[str, int | None]]]:
-    """Each mutated file, and the exit codes of its mutants by name, None for one not tried."""
+    """Yield each mutated file, and the exit codes of its mutants by name; None if not tried."""
     for module in target.modules:
         for meta in sorted((work / "mutants").glob(f"{module}.meta")):
             yield meta.with_suffix(""), json.loads(meta.read_text())["exit_code_by_key"]
 
 
 def results(work: Path, target: Target) -> list[Mutant]:
-    """Every mutant of `target`, and how it fared."""
+    """Return every mutant of `target` with its result."""
     found = []
     for source, codes in _codes(work, target):
         spans = json.loads(source.with_name(source.name + ".spans").read_text())["spans"]
@@ -149,13 +154,15 @@ def results(work: Path, target: Target) -> list[Mutant]:
         for name, code in codes.items():
             changed = name.rpartition(".")[2]
             original = f"{changed.partition('__mutmut_')[0]}__mutmut_orig"
-            was, now = _difference(*(_body(lines, *spans[it]) for it in (original, changed)))
+            was, now = _difference(
+                *(_body(lines, *spans[function]) for function in (original, changed))
+            )
             found.append(Mutant(name, _readable(name), was, now, code))
     return found
 
 
 def _body(lines: list[str], first: int, last: int) -> list[str]:
-    """The lines of a function, without mutmut's names."""
+    """Return the lines of a function, without mutmut's names."""
     return [re.sub(r"\w+__mutmut_\w+", "", line.strip()) for line in lines[first - 1 : last]]
 
 
@@ -170,13 +177,13 @@ def _difference(before: list[str], after: list[str]) -> tuple[str, str]:
 
 
 def _readable(name: str) -> str:
-    """``dmaproof.dma.xǁDmaǁread__mutmut_1`` is ``dmaproof.dma.Dma.read``."""
+    """Return ``dmaproof.dma.Dma.read`` for ``dmaproof.dma.xǁDmaǁread__mutmut_1``."""
     module, _, mangled = name.partition("__mutmut_")[0].rpartition(".")
     return f"{module}.{mangled.removeprefix('xǁ').removeprefix('x_').replace('ǁ', '.')}"
 
 
 def equivalents() -> set[tuple[str, str, str]]:
-    """The mutants that no test could notice, as (function, was, now)."""
+    """Return the mutants that no test can notice, as (function, was, now)."""
     with (HERE / "python_code.toml").open("rb") as file:
         groups = tomllib.load(file)["group"]
     return {
@@ -188,7 +195,7 @@ def equivalents() -> set[tuple[str, str, str]]:
 
 
 def report(target: Target, mutants: list[Mutant], *, show: bool) -> float:
-    """Print how the `mutants` that were tried fared; return how many percent were noticed."""
+    """Print the results of the `mutants` that were tried; return the percentage noticed."""
     unnoticeable = equivalents()
     tried = [mutant for mutant in mutants if mutant.code not in (None, _REFUSED)]
     passed = [mutant for mutant in tried if not mutant.noticed or mutant.code in _TOO_LONG]
@@ -211,15 +218,15 @@ def report(target: Target, mutants: list[Mutant], *, show: bool) -> float:
 
 def _count(text: str) -> int:
     if (count := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text}")
     return count
 
 
 def main() -> int:
-    """Run the targets that were asked for.
+    """Run the targets that the command line names.
 
     Returns:
-        1 if less than `MUST_HOLD` percent of the mutants of one target were noticed, else 0.
+        1 if fewer than `MUST_HOLD` percent of the mutants of a target were noticed, otherwise 0.
     """
     section = settings()
     known = targets(section)
@@ -230,14 +237,14 @@ def main() -> int:
     parser.add_argument(
         "--sample", type=_count, metavar="N", help="try N random mutants of each target"
     )
-    parser.add_argument("--seed", type=int, default=1, help="another one makes another sample")
-    parser.add_argument("--types", action="store_true", help="leave out what mypy refuses")
-    parser.add_argument("--show", action="store_true", help="print what was not noticed")
+    parser.add_argument("--seed", type=int, default=1, help="selects the sample")
+    parser.add_argument("--types", action="store_true", help="skip mutants that mypy refuses")
+    parser.add_argument("--show", action="store_true", help="print the mutants not noticed")
     parser.add_argument("--again", action="store_true", help="only report on the last run")
     arguments = parser.parse_args()
     if unknown := set(arguments.target) - set(known):
         parser.error(
-            f"no such target: {', '.join(sorted(unknown))}; pyproject.toml has {', '.join(known)}"
+            f"target not found: {', '.join(sorted(unknown))}; pyproject.toml has {', '.join(known)}"
         )
     enough = True
     for name in arguments.target or known:

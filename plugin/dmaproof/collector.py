@@ -74,8 +74,11 @@ class Collector:
         self._memory = GuestMemory(())
         self._bus: Bus = IovaMap(())
         self.trace = ChainTrace(())
+        """The trace of the pages that each link has passed on."""
         self.harvests: list[Harvest] = []
+        """The harvests of all tracked ranges since `start`."""
         self.started_ns: int | None = None
+        """The time of the last `start` in nanoseconds of CLOCK_MONOTONIC; None before it."""
 
     @property
     def active(self) -> bool:

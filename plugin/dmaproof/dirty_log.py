@@ -57,16 +57,25 @@ class DirtyLog(Protocol):
 
 
 class BufferDirtyLog:
-    """A dirty log in a buffer of the caller; the attribute `memory` is a view of its bytes.
+    """A dirty log in a buffer of the caller.
 
     Args:
         buffer: little-endian 64-bit words, with one bit for each 4 KiB page from GPA 0 on.
+
+    Example:
+        >>> import numpy as np
+        >>> log = BufferDirtyLog(bytearray(8))
+        >>> log.merge(0x3000, np.array([0b101], dtype=np.uint64), first_bit=0, pages=3)
+        >>> bin(log.memory[0])
+        '0b101000'
     """
 
     def __init__(self, buffer: bytearray | memoryview) -> None:
         self.memory = memoryview(buffer).cast("B")
+        """A view of the log's bytes."""
 
     def merge(self, gpa: int, words: Words, first_bit: int, pages: int) -> None:
+        """Set the log's bit for each dirty page, as `DirtyLog.merge`."""
         first_page, misplaced = divmod(gpa, LOG_PAGE_BYTES)
         if misplaced or first_page + pages > len(self.memory) * 8:
             raise BitmapError(

@@ -69,8 +69,11 @@ class Dma:
         after_write: Callable[[int, int], None] | None = None,
     ) -> None:
         self.memory = memory
+        """The guest's RAM."""
         self.bus = bus
+        """The translation from IOVAs to guest-physical addresses."""
         self.journal = journal
+        """The journal that records each write."""
         self._tracker = tracker
         self._due_epoch = due_epoch
         self._after_write = after_write

@@ -37,19 +37,24 @@ _ADDRESS_SPACE = 1 << 64
 
 @dataclass(frozen=True)
 class MemorySlot:
-    """One run of guest RAM, backed by a file (vhost-user: one memory region).
-
-    `gpa`, `hva`, `length` and `file_offset` are in bytes; `device` and `inode` identify the file.
-    """
+    """A contiguous range of guest RAM, backed by a file (vhost-user: one memory region)."""
 
     gpa: int
+    """The guest-physical address of the slot."""
     length: int
+    """The length of the slot in bytes."""
     hva: int
+    """The slot's address in QEMU's process; 0 without QEMU."""
     file_offset: int
+    """The byte of the file at which the slot begins."""
     device: int
+    """The number of the file system of the file (`st_dev`)."""
     inode: int
+    """The inode number of the file (`st_ino`)."""
     mapping: SharedMapping
+    """The mapping of the file in this process."""
     bytes: memoryview
+    """The bytes of the slot."""
 
     @property
     def end(self) -> int:
@@ -73,6 +78,16 @@ def map_slot(fd: int, *, gpa: int, length: int, hva: int, file_offset: int) -> M
     Raises:
         MemoryAccessError: the slot is empty, does not consist of whole 4 KiB pages, leaves the
             64-bit space or reaches beyond the file's end; or the file cannot be mapped.
+
+    Example:
+        >>> import os
+        >>> fd = os.memfd_create("ram")
+        >>> os.ftruncate(fd, 1 << 20)
+        >>> memory = GuestMemory([map_slot(fd, gpa=0, length=1 << 20, hva=0, file_offset=0)])
+        >>> os.close(fd)
+        >>> memory.view(0x5000, 2)[:] = b"ok"
+        >>> bytes(memory.view(0x5000, 2))
+        b'ok'
     """
     name = f"memory slot GPA {gpa:#x} + {length:#x}"
     if length == 0 or gpa + length > _ADDRESS_SPACE or hva + length > _ADDRESS_SPACE:
@@ -113,6 +128,7 @@ class GuestMemory:
 
     def __init__(self, slots: Iterable[MemorySlot]) -> None:
         self.slots: tuple[MemorySlot, ...] = tuple(sorted(slots, key=lambda slot: slot.gpa))
+        """The slots, in the order of their GPAs."""
         for low, high in zip(self.slots, self.slots[1:], strict=False):
             if low.end > high.gpa:
                 raise MemoryAccessError(
@@ -258,6 +274,7 @@ class IovaMap:
 
     def __init__(self, mappings: Iterable[IovaMapping]) -> None:
         self.mappings: tuple[IovaMapping, ...] = tuple(sorted(mappings))
+        """The mappings, in the order of their IOVAs."""
         for low, high in zip(self.mappings, self.mappings[1:], strict=False):
             if low.iova + low.length > high.iova:
                 raise MemoryAccessError(

@@ -153,13 +153,18 @@ class IovaBitmap:
                 f"window of {window_bytes} bytes: expected a power of two, at least {mmap.PAGESIZE}"
             )
         self.iova = iova
+        """The first IOVA of the range."""
         self.length = length
+        """The length of the range in bytes."""
         self.page_size = page_size
+        """The size in bytes of the page that one bit stands for."""
         self.stats = BitmapStats()
+        """The cost of the reports so far."""
         self._last = iova + length - 1
         self._shift = page_size.bit_length() - 1
         self._origin = iova >> self._shift
         self.bits = (self._last >> self._shift) - self._origin + 1
+        """The number of pages, and of bits, that the range touches."""
         self._shared = shared
         self._window: memoryview | None = None
         self._window_index = -1
@@ -284,6 +289,12 @@ class IovaBitmap:
         Raises:
             BitmapError: the arrays have different shapes, or a range is empty or not wholly inside
                 the bitmap's range; no bit was set.
+
+        Example:
+            >>> with IovaBitmap(0, 64 * 4096, 4096, bytearray(8)) as bitmap:
+            ...     bitmap.set_many([0x1000, 0x9000], 4096)
+            ...     [hex(iova) for iova, length in bitmap.ranges()]
+            ['0x1000', '0x9000']
         """
         iovas = _as_addresses(iovas, "IOVAs")
         if not isinstance(lengths, int):

@@ -70,10 +70,15 @@ class Journal:
     def __init__(self, file: Path | None = None) -> None:
         self._file = file.open("ab", buffering=0) if file else None
         self.request = 0
+        """The number of the request for which the device writes; 0 for none."""
         self.queue = 0
+        """The number of the queue for which the device writes."""
         self.writes = 0
+        """The number of all writes, recorded or not."""
         self.bytes_written = 0
+        """The number of bytes of all writes, recorded or not."""
         self.started_ns: int | None = None
+        """The time of `start` in nanoseconds of CLOCK_MONOTONIC; None before it."""
         self._recording = False
         self._records = bytearray()
 

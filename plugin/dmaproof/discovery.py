@@ -132,7 +132,7 @@ class Registry(Mapping[str, type[Part]]):
     def _load(self, entry: metadata.EntryPoint) -> type[Part]:
         try:
             part: Any = entry.load()
-        except (Exception, SystemExit) as error:  # a foreign module may raise anything
+        except (Exception, SystemExit) as error:  # a third-party module may raise any exception
             raise self._refusal(entry, f"cannot be loaded: {error!r}") from error
         if why := _misfit(part, self._base, entry.name):
             raise self._refusal(entry, why)

@@ -76,7 +76,7 @@ def test_the_fuzzers_target_finds_nothing(tmp_path: Path, libraries: list[str]) 
 def test_the_fuzzers_target_finds_an_injected_bug(
     tmp_path: Path, libraries: list[str], file: str, right: str, wrong: str, message: str
 ) -> None:
-    """The test above can fail."""
+    """This shows that the test above can fail."""
     changed = core_build.copy_tree(tmp_path / "tree") / CORE / file
     text = changed.read_text()
     assert text.count(right) == 1
@@ -108,7 +108,7 @@ def test_threads_that_share_a_bitmap_do_not_race(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_an_injected_race_is_found(tmp_path: Path, file: str, right: str, wrong: str) -> None:
-    """The test above can fail."""
+    """This shows that the test above can fail."""
     tree = core_build.copy_tree(tmp_path / "tree")
     changed = tree / CORE / file
     text = changed.read_text()

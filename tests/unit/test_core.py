@@ -331,7 +331,7 @@ Table = NDArray[np.uint64]
 
 
 def two_nodes() -> Table:
-    """A root of level 2 whose first two entries lead to nodes full of clean pages."""
+    """Return a root of level 2 whose first two entries lead to nodes full of clean pages."""
     table = np.zeros((3, 512), dtype=np.uint64)
     table[0, :2] = [PAGE | NODE | PRESENT, 2 * PAGE | NODE | PRESENT]
     table[1:] = PRESENT

@@ -32,7 +32,7 @@ def test_a_write_over_three_mappings_makes_three_records_and_one_tracker_call(
 
     class Tracker:
         def dma(self, iova: int, length: int) -> None:
-            assert bytes(memory.view(GPAS[0] + PAGE - 100, 100)) == data[:100], "in RAM before"
+            assert bytes(memory.view(GPAS[0] + PAGE - 100, 100)) == data[:100], "not yet in RAM"
             calls.append(("tracker", iova, length))
 
     journal = Journal()

@@ -90,9 +90,9 @@ def test_damaged_evidence_is_refused(tmp_path: Path) -> None:
     chance = random.Random(4)
     refused = 0
     for _ in range(500):
-        spoilt = bytearray(whole)
-        spoilt[chance.randrange(len(spoilt))] ^= 1 << chance.randrange(8)
-        (tmp_path / FILE).write_bytes(spoilt)
+        damaged = bytearray(whole)
+        damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+        (tmp_path / FILE).write_bytes(damaged)
         try:
             Evidence.load(tmp_path)  # damage to most of a zip file's headers has no effect
         except UntestableError:

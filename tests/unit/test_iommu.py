@@ -216,7 +216,7 @@ def test_other_rings_are_served_while_one_waits(guest: Guest) -> None:
         if page not in before:
             guest.front_end.update(page)
     guest.kick()
-    guest.kick()  # the rings share one event, so each needs a kick
+    guest.kick()  # both rings share one kick event
     assert guest.requested()
     assert not guest.drivers[0].collect()
     assert len(guest.drivers[1].collect()) == 1
@@ -291,10 +291,10 @@ def test_a_ring_requests_the_access_that_it_needs(
     guest = Guest(*files, packed=packed)
     guest.kick()
     assert guest.front_end.channel is not None
-    asked = struct.iter_unpack("<12xQ16xBx6x", guest.front_end.channel.recv(1 << 16))
+    misses = struct.iter_unpack("<12xQ16xBx6x", guest.front_end.channel.recv(1 << 16))
     # The descriptors and the driver's part are on the first page, the device's part on the next.
     first = guest.iommu.all_pages()[0].iova
-    assert list(asked)[:2] == [(first, access), (first + PAGE, WRITE)]
+    assert list(misses)[:2] == [(first, access), (first + PAGE, WRITE)]
     guest.front_end.close()
 
 
@@ -506,7 +506,7 @@ def test_a_full_channel_is_refused_and_a_closed_one_ends_the_session() -> None:
         channel.close()
 
 
-QUESTION = struct.Struct("<IIIQQQBB6x")
+MISS = struct.Struct("<IIIQQQBB6x")
 ANSWER = struct.Struct("<IIIQ")
 
 
@@ -516,7 +516,7 @@ def test_a_miss_has_the_layout_of_the_specification() -> None:
         channel = BackendChannel(back_end.fileno(), selector)
         channel.ask([Miss(0x1234_5000, WRITE)])
         version_1_needs_reply = 1 | 1 << 3
-        assert front_end.recv(1 << 10) == QUESTION.pack(
+        assert front_end.recv(1 << 10) == MISS.pack(
             *(1, version_1_needs_reply, 32),
             *(0x1234_5000, 0, 0, WRITE, IotlbEvent.MISS),
         )
@@ -530,8 +530,8 @@ def test_a_page_is_requested_only_once() -> None:
         channel = BackendChannel(back_end.fileno(), selector)
         channel.ask([first])
         channel.ask([first, second])
-        questions = list(QUESTION.iter_unpack(front_end.recv(1 << 10)))
-        assert [question[3] for question in questions] == [PAGE, 2 * PAGE]
+        requests = list(MISS.iter_unpack(front_end.recv(1 << 10)))
+        assert [request[3] for request in requests] == [PAGE, 2 * PAGE]
         channel.close()
 
 

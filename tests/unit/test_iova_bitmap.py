@@ -185,10 +185,10 @@ def test_windows_are_pieces_of_the_range(file: int) -> None:
 
 
 def test_the_device_is_queried_once_for_the_whole_range() -> None:
-    asked = []
+    queries = []
     bitmap = IovaBitmap(M, 64 * PAGE, PAGE, bytearray(8))
-    bitmap.for_each(lambda iterator, iova, length: asked.append((iterator, iova, length)))
-    assert asked == [(bitmap, M, 64 * PAGE)]
+    bitmap.for_each(lambda iterator, iova, length: queries.append((iterator, iova, length)))
+    assert queries == [(bitmap, M, 64 * PAGE)]
 
 
 def test_an_error_of_the_device_is_raised_and_earlier_bits_stay_set() -> None:
@@ -214,7 +214,7 @@ def test_ranges_are_merged_and_clipped() -> None:
     ]
 
 
-# What is refused --------------------------------------------------------------------------------
+# Refusals ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page_size", [0, -4096, 3, 0x3000, 1 << 64])

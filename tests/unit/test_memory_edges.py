@@ -230,7 +230,7 @@ def test_a_copy_is_as_long_as_its_original() -> None:
         os.pwrite(fd, b"first", 0)
         status = os.fstat(fd)
         ram = RamFile(fd, 299 * PAGE, status.st_dev, status.st_ino)
-        os.pwrite(fd, b"behind", 299 * PAGE)
+        os.pwrite(fd, b"after", 299 * PAGE)
         with copied([ram]) as (copy,):
             assert os.fstat(copy.fd).st_size == 299 * PAGE
             assert copy.read(0, 5) == b"first"

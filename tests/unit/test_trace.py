@@ -52,7 +52,7 @@ def test_an_array_of_ranges_marks_the_same_pages_as_single_ranges() -> None:
 def test_see_many_marks_every_page_that_a_range_touches() -> None:
     """Each range is tested alone, so that no other range covers a missing page."""
     borders = [LOW.iova, LOW.iova + PAGE, LOW.iova + LOW.length, HIGH.iova, HIGH.iova + HIGH.length]
-    for iova in [border + beside for border in borders for beside in (-2, -1, 0, 1)]:
+    for iova in [border + offset for border in borders for offset in (-2, -1, 0, 1)]:
         for length in (1, 2, 3, PAGE - 1, PAGE, PAGE + 1, PAGE + 2):
             many, single = PageEpochs([LOW, HIGH]), PageEpochs([LOW, HIGH])
             many.see_many(np.array([iova], np.uint64), np.array([length], np.uint64), 7)

@@ -65,9 +65,9 @@ class Ratio:
 
 
 def _in_turns(
-    ours: Callable[[], float], yardstick: Callable[[], float], repeats: int
+    core: Callable[[], float], yardstick: Callable[[], float], repeats: int
 ) -> tuple[float, float]:
-    pairs = [(ours(), yardstick()) for _ in range(repeats + 1)][1:]  # the first pair is a warm-up
+    pairs = [(core(), yardstick()) for _ in range(repeats + 1)][1:]  # the first pair is a warm-up
     return statistics.median(pair[0] for pair in pairs), statistics.median(
         pair[1] for pair in pairs
     )

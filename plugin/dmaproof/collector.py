@@ -34,7 +34,7 @@ from .units import div_ceil
 
 @dataclass(frozen=True)
 class Harvest:
-    """One harvest."""
+    """The result of one harvest of all tracked ranges."""
 
     epoch: int
     """The number of the harvest, from 1."""
@@ -49,7 +49,7 @@ class Harvest:
 
 
 class Collector:
-    """Harvests a tracker into a dirty log while logging is on.
+    """The link from a tracker to a dirty log: it harvests the tracker while logging is on.
 
     Args:
         tracker: the tracker to harvest.

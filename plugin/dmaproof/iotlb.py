@@ -84,7 +84,7 @@ class Iotlb:
         """Return the mappings of all entries that overlap `length` bytes from `iova` on."""
         return _merged(self._entries[self._touched(iova, length)])
 
-    def widened(self, entry: Entry) -> Entry:
+    def with_known_access(self, entry: Entry) -> Entry:
         """Return `entry` with the access added that the IOTLB already has for the same mapping.
 
         A front end may answer a request with only the access that was requested.
@@ -94,7 +94,7 @@ class Iotlb:
             return entry._replace(access=entry.access | known[0].access)
         return entry
 
-    def knows(self, entry: Entry) -> bool:
+    def holds(self, entry: Entry) -> bool:
         """Return whether the IOTLB holds exactly `entry`."""
         return self._entries[self._touched(entry.iova, entry.length)] == [entry]
 

@@ -48,7 +48,7 @@ def applied(story: list[tuple[str, int, int, int, int]]) -> Iterator[tuple[Iotlb
             entry = Entry(iova, gpa_page * PAGE, size, access)
             assert iotlb.has_room_for(entry)
             iotlb.add(entry)
-            assert iotlb.knows(entry)
+            assert iotlb.holds(entry)
             entries[iova] = entry
         yield (
             iotlb,

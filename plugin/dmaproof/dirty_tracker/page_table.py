@@ -93,7 +93,7 @@ class PageTable:
         self._form = form
         self._page_sizes = tuple(sorted(page_sizes, reverse=True))
         for size in self._page_sizes:
-            self._placing(size)
+            self._level_and_group(size)
         self._layout = TableLayout(
             root=0,
             levels=form.levels,
@@ -163,7 +163,7 @@ class PageTable:
             raise TrackerError(
                 f"IOVA {iova:#x} + {length:#x} does not consist of whole mapped pages"
             )
-        self._placing(size)
+        self._level_and_group(size)
         dirty = self._dirty(iova, length, clear=False)
         self._unmap(0, self._form.levels, 0, iova, end)
         self._map(iova, length, (size,))
@@ -192,7 +192,7 @@ class PageTable:
         pairs = _core.read_table(self._nodes, self._layout, iova, iova + length - 1, clear)
         return np.frombuffer(pairs, dtype=np.uint64).reshape(-1, 2)
 
-    def _placing(self, size: int) -> tuple[int, int]:
+    def _level_and_group(self, size: int) -> tuple[int, int]:
         """Return the level of the entries that map pages of `size`, and the entries per page."""
         if size >= 1 << _SHIFT and not size & (size - 1):
             for level in self._form.leaf:
@@ -220,11 +220,11 @@ class PageTable:
                 aligned = div_ceil(position, size) * size
                 if position < aligned <= end - size:
                     stop = min(stop, aligned)
-            position = self._map_alike(position, stop, fits[0])
+            position = self._map_within_node(position, stop, fits[0])
 
-    def _map_alike(self, iova: int, end: int, size: int) -> int:
+    def _map_within_node(self, iova: int, end: int, size: int) -> int:
         """Map pages of `size` up to the end of one node; return the IOVA after these pages."""
-        level, group = self._placing(size)
+        level, group = self._level_and_group(size)
         shift = _level_shift(level)
         node = self._node_of(iova, level)
         first = iova >> shift & _ENTRIES - 1

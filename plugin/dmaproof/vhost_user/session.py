@@ -404,8 +404,8 @@ class Session:
             self._unmap(self.bus, change.iova, change.size)
             return
         gpa = self.memory.gpa_of_hva(change.hva, change.size)
-        entry = self.bus.widened(Entry(change.iova, gpa, change.size, change.access))
-        if self.bus.knows(entry):
+        entry = self.bus.with_known_access(Entry(change.iova, gpa, change.size, change.access))
+        if self.bus.holds(entry):
             return
         self._unmap(self.bus, change.iova, change.size)
         if not self.bus.has_room_for(entry):

@@ -11,8 +11,8 @@ from typing import Final
 from ..arguments import positive
 from ..matrix.avocado_recipe import runnables
 from ..matrix.axes import Matrix, make_matrix, read_matrix, split_values
-from ..matrix.resources import Room
-from ..matrix.result_cache import Kept
+from ..matrix.resources import Resources
+from ..matrix.result_cache import ResultCache
 from ..matrix.run import run_matrix
 from ..proof.options import OPTIONS, Option
 from ..reports.matrix_report import to_json, to_text
@@ -145,9 +145,9 @@ def _run(arguments: argparse.Namespace) -> int:
         write_json(runnables(matrix), arguments.avocado)
         return 0
     arguments.log.addFilter(OfManyProofs())
-    room = Room.of_this_machine(arguments.jobs)
-    with Kept.open(arguments.folder) as kept:
-        work = run_matrix(matrix, kept, room, again=arguments.again)
+    resources = Resources.of_this_machine(arguments.jobs)
+    with ResultCache.open(arguments.folder) as cache:
+        work = run_matrix(matrix, cache, resources, again=arguments.again)
         try:
             results = run_interruptibly(work)
         except KeyboardInterrupt:

@@ -1,1 +1,1 @@
-"""Many proofs at a time: axes and their cells, room on the machine, results that are kept."""
+"""Many proofs at a time: axes and their cells, the machine's resources, and the result cache."""

@@ -1,7 +1,7 @@
-"""A matrix as avocado's recipe: a runnable for each cell, which avocado spreads over its hosts.
+"""A matrix as an avocado recipe: one runnable for each cell, which avocado spreads over its hosts.
 
-Each is of kind 'dmaproof' (`qmp_tools.integrations.avocado_plugins`) and carries its options with
-it, so the hosts need nothing but dmaproof and QEMUs. A URI is only a name.
+Each runnable is of kind 'dmaproof' (`qmp_tools.integrations.avocado_plugins`) and contains its
+options, so that the hosts need only dmaproof and QEMUs. A URI serves only as a name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ KIND: Final = "dmaproof"
 
 
 def runnables(matrix: Matrix) -> list[dict[str, Any]]:
-    """The cells as avocado's runnables: JSON as avocado reads it."""
+    """Return the cells as avocado's runnables, in the JSON form that avocado reads."""
     return [
         {"kind": KIND, "uri": matrix.label(cell), "kwargs": dict(cell)} for cell in matrix.cells()
     ]

@@ -1,8 +1,8 @@
-"""The axes of a matrix, and the cells that they make.
+"""The axes of a matrix, and the cells that result from them.
 
-Any option of a proof can be an axis: `proof.options.OPTIONS` says what it takes, so a new device,
-tracker, scenario or option needs nothing here. A matrix comes from options (``--scenario
-unix,tls``) or from a TOML file, whose form ``dmaproof matrix --help`` shows.
+Any option of a proof can be an axis. `proof.options.OPTIONS` defines the values of an option, so
+that a new device, tracker, scenario or option needs no change in this file. A matrix comes from
+options (``--scenario unix,tls``) or from a TOML file, whose form ``dmaproof matrix --help`` shows.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from ..proof.options import OPTIONS, find_option
 from ..qemu.choice import known_qemus
 
 Cell: TypeAlias = Mapping[str, str]
-"""The options of one proof, by name: those that the matrix has, in its order."""
+"""The options of one proof by name, in the order of the matrix."""
 
 Values: TypeAlias = Mapping[str, Sequence[str]]
-"""Values by the name of the option."""
+"""The values of each option, by its name."""
 
 ALL: Final = "all"
 NONE: Final = "none"
-"""How an option that is not given is shown."""
+"""The displayed value of an option that is not given."""
 _TABLES: Final = ("matrix", "exclude")
 _PATTERN: Final = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """The product of `axes`, without what matches all of one of `excluded`.
+    """The product of `axes`, without the cells that match all of one of the `excluded` rules.
 
-    With an empty value an option is not given: 'fault = ["", "drop-pages=0.01"]'.
+    An empty value stands for an option that is not given: 'fault = ["", "drop-pages=0.01"]'.
     """
 
     axes: Values
     excluded: Sequence[Values] = ()
 
     def cells(self) -> list[Cell]:
-        """The cells; the last axis changes the fastest."""
+        """Return the cells; the last axis changes the fastest."""
         products = itertools.product(*self.axes.values())
         cells = [
             {name: value for name, value in zip(self.axes, values, strict=True) if value}
             for values in products
         ]
-        return [cell for cell in cells if not any(_matches(cell, it) for it in self.excluded)]
+        return [cell for cell in cells if not any(_matches(cell, rule) for rule in self.excluded)]
 
     @property
     def varying(self) -> list[str]:
@@ -60,7 +60,7 @@ class Matrix:
         return [name for name, values in self.axes.items() if len(values) > 1]
 
     def label(self, cell: Cell) -> str:
-        """What tells `cell` from the others: 'scenario=tls tracker=iommu'."""
+        """Return the options that distinguish `cell`, such as 'scenario=tls tracker=iommu'."""
         names = self.varying or list(self.axes)
         return " ".join(f"{name}={cell.get(name, NONE)}" for name in names) or "proof"
 
@@ -73,57 +73,57 @@ def _matches(cell: Cell, rule: Values) -> bool:
 
 
 def known_values() -> dict[str, list[str]]:
-    """What can be named by 'all' and by patterns: the values of each option that has a list."""
+    """Return the values that 'all' and patterns can select, for each option that has a list."""
     qemus = [build.version for build in known_qemus()]
-    # A device's name can have options after it, so there is no list of choices.
+    # Options may follow a device's name, so the option for the device has no list of choices.
     named = {"device": sorted(emulated_devices()), "qemu": qemus, "qemu-destination": qemus}
     return named | {option.key: option.values for option in OPTIONS.values() if option.values}
 
 
 def split_values(text: str) -> list[str]:
-    """The values of 'unix,tls'. A comma before a 'name=' belongs to the value: 'q35,hpet=off'."""
+    """Split 'unix,tls' into its values; a comma before 'name=' is part of one ('q35,hpet=off')."""
     return re.split(r",(?![\w.-]+=)", text)
 
 
 def make_matrix(axes: Values, excluded: Sequence[Values] = ()) -> Matrix:
-    """The matrix of `axes`, with 'all' and patterns expanded.
+    """Return the matrix of `axes`, with 'all' and patterns expanded.
 
     Raises:
-        UsageError: there is no such option, or it cannot have that value, or nothing is left.
+        UsageError: an option or a value does not exist, or no cell is left.
     """
     known = known_values()
     expanded: dict[str, list[str]] = {}
     for name, values in axes.items():
         option = find_option(name)
-        found = [it for value in values for it in _expand(name, value, known.get(name, []))]
+        found = [each for value in values for each in _expand(name, value, known.get(name, []))]
         for value in filter(None, found):
             option.value_of(value)
         if not found:
-            raise UsageError(f"{name}: a value is due")
+            raise UsageError(f"{name}: expected at least one value")
         expanded[name] = list(dict.fromkeys(found))
     for rule in excluded:
-        if strangers := rule.keys() - expanded.keys():
-            raise UsageError(f"exclude: {', '.join(sorted(strangers))} is no axis of the matrix")
+        if unknown := rule.keys() - expanded.keys():
+            raise UsageError(f"exclude: {', '.join(sorted(unknown))} is not an axis of the matrix")
     matrix = Matrix(expanded, excluded)
     if not matrix.cells():
-        raise UsageError("the matrix has no cells: everything is excluded")
+        raise UsageError("the matrix has no cells: the [[exclude]] rules exclude all of them")
     return matrix
 
 
 def _expand(name: str, value: str, known: Sequence[str]) -> list[str]:
     if value == ALL or (known and value not in known and _PATTERN.search(value)):
         pattern = "*" if value == ALL else value
-        found = [it for it in known if fnmatchcase(it, pattern)]
+        found = [each for each in known if fnmatchcase(each, pattern)]
         if not known:
-            raise UsageError(f"{name} {value}: it has no list of values; name them")
+            raise UsageError(f"{name} {value}: {name} has no list of values; give each value")
         if not found:
-            raise UsageError(f"{name} {value}: matches none of {', '.join(known)}")
+            raise UsageError(f"{name} {value}: the pattern matches none of {', '.join(known)}")
         return found
     return [value]
 
 
 def is_matrix(file: Path) -> bool:
-    """Whether a file is TOML and has the table [matrix]."""
+    """Return whether a file is TOML and has the table [matrix]."""
     try:
         return "matrix" in _content(file)
     except UsageError:
@@ -140,22 +140,21 @@ def _content(file: Path) -> dict[str, Any]:
 
 
 def read_matrix(file: Path, chosen: Values | None = None) -> Matrix:
-    """The matrix of a TOML file; axes that are `chosen` take the place of the file's.
+    """Return the matrix of a TOML file; the `chosen` axes replace those of the file.
 
     Raises:
-        UsageError: it cannot be read, or is no matrix; see `make_matrix`.
+        UsageError: the file cannot be read or is not a matrix; see `make_matrix`.
     """
     content = _content(file)
     if not isinstance(content.get("matrix"), dict):
-        raise UsageError(f"{file}: a table [matrix] is due, with an axis on each line")
-    if strangers := content.keys() - set(_TABLES):
+        raise UsageError(f"{file}: expected a table [matrix] with an axis on each line")
+    if unknown := content.keys() - set(_TABLES):
         raise UsageError(
-            f"{file}: {', '.join(sorted(strangers))} is not known; there are [matrix] and "
-            "[[exclude]]"
+            f"{file}: unknown: {', '.join(sorted(unknown))}; expected only [matrix] and [[exclude]]"
         )
     rules = content.get("exclude", [])
     if not isinstance(rules, list):
-        raise UsageError(f"{file}: [[exclude]] is due, in double brackets")
+        raise UsageError(f"{file}: expected [[exclude]] in double brackets, not [exclude]")
     axes = {**_values(file, content["matrix"]), **(chosen or {})}
     try:
         return make_matrix(axes, [_values(file, rule) for rule in rules])
@@ -168,7 +167,9 @@ def _values(file: Path, table: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _texts(file: Path, name: str, value: object) -> Iterable[str]:
-    for it in value if isinstance(value, list) else [value]:
-        if not isinstance(it, (str, int, float)):
-            raise UsageError(f"{file}: {name} = {it!r}: words and numbers are due, or a list")
-        yield ("on" if it else "off") if isinstance(it, bool) else str(it)
+    for item in value if isinstance(value, list) else [value]:
+        if not isinstance(item, (str, int, float)):
+            raise UsageError(
+                f"{file}: {name} = {item!r}: expected a string, a number, or a list of these"
+            )
+        yield ("on" if item else "off") if isinstance(item, bool) else str(item)

@@ -1,4 +1,4 @@
-"""What a cell of a matrix comes to, read from the report of its proof."""
+"""The result of a cell of a matrix, read from the report of its proof."""
 
 from __future__ import annotations
 
@@ -13,26 +13,32 @@ _STORIES: Final = 20
 
 
 class State(StrEnum):
-    """What is known of a cell."""
+    """The state of a cell."""
 
     CLEAN = "clean"
     LOST = "lost"
     SLOW = "slow"
     """No page was lost, but the downtime was longer than ``--max-downtime`` allows."""
     SKIPPED = "skipped"
-    """A QEMU lacks what the cell needs, or has to refuse it; `Result.message` has its words."""
+    """A QEMU does not support the cell or has to refuse it; `Result.message` has its message."""
     UNTESTED = "untested"
-    """It came to no verdict; `Result.message` says why."""
+    """The proof did not reach a verdict; `Result.message` says why."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """A cell's outcome. `message` is one of the verdict's or QEMU's sentences.
+    """The outcome of a cell.
 
-    `blame` has who lost pages (`verdict.Blame`), or 'unreported', 'late-bits', 'unlogged-ring' and
-    'guest' where only the log or the guest found a fault; `stories` are those of the first lost
-    pages. `certain` counts the pages of which any one's lost bit would have shown. `command` is the
-    command line that repeats the proof. `kept` is a result of an earlier run.
+    Attributes:
+        message: the verdict, or an error message of QEMU or dmaproof.
+        blame: the components that lost pages (`judgement.Blame`), or 'unreported', 'late-bits',
+            'unlogged-ring', 'guest' or 'ring' if a fault was found without a lost page.
+        stories: descriptions of the first lost pages.
+        guaranteed_detectable: the number of pages on which a lost dirty bit would have been
+            detected.
+        seconds: the duration of the proof.
+        command: the command line that repeats the proof.
+        cached: whether the result comes from an earlier run.
     """
 
     state: State
@@ -44,28 +50,28 @@ class Result:
     seed: int | None = None
     seconds: float = 0.0
     command: Sequence[str] = ()
-    kept: bool = False
+    cached: bool = False
 
     @property
     def short(self) -> str:
-        """For a narrow column: 'clean', 'LOST: device'."""
+        """A short form for a narrow column: 'clean', 'LOST: device'."""
         if self.state == State.LOST:
             return f"LOST: {', '.join(self.blame)}"
         return self.state.value
 
 
 def untested(message: str) -> Result:
-    """Of a cell that came to no verdict."""
+    """Return the result of a cell that did not reach a verdict."""
     return Result(State.UNTESTED, message)
 
 
 def skipped(message: str) -> Result:
-    """Of a cell that a QEMU cannot have."""
+    """Return the result of a cell that a QEMU does not support."""
     return Result(State.SKIPPED, message)
 
 
 def result_of(report: Mapping[str, Any], seconds: float) -> Result:
-    """What the JSON report of a proof says; it took `seconds`."""
+    """Return the result in the JSON report of a proof that took `seconds`."""
     code = report["exit_code"]
     if code not in (EXIT_PASS, EXIT_LOST):
         message = report.get("reason", report["verdict"])
@@ -85,9 +91,9 @@ def result_of(report: Mapping[str, Any], seconds: float) -> Result:
 
 
 def _blame(report: Mapping[str, Any]) -> list[str]:
-    losers = [name for name, pages in report["lost"].items() if pages]
-    if losers:
-        return losers
+    culprits = [name for name, pages in report["lost"].items() if pages]
+    if culprits:
+        return culprits
     log = report["log"] or {"late_bits": [], "unlogged_queues": []}
     found = {
         "unreported": report["sensitivity"]["unreported"],

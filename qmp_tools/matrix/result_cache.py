@@ -1,9 +1,9 @@
-"""Results that outlive a matrix's run: a folder with a file for each cell that came to a verdict.
+"""The result cache of a matrix: a folder with a file for each cell that reached a verdict.
 
-A file counts as long as what it was made with is what there is now: dmaproof's own code and the
-Python that runs it, both QEMUs, the device's program where it is not ours, the guest, the machine
-that the options come to, and the host's kernel. Files count by their content
-(`host.program_files`). What changed makes the cells that used it run again, and no others.
+A cached result is valid as long as everything that it depends on is unchanged: dmaproof's own code
+and the Python that runs it, both QEMUs, the program of a third-party device, the guest, the machine
+that the options resolve to, and the host's kernel. Files are compared by their content
+(`qemu.program_files`). A change makes only those cells run again that depend on what changed.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from .axes import Cell
 
 _NAME_LENGTH: Final = 120
 _PACKAGES: Final = ("numpy", "qemu.qmp")
-"""They take part in a verdict."""
+"""The Python packages on which a verdict depends."""
 
 
 @cache
 def build_of_dmaproof() -> str:
-    """A digest of all code that takes part in a proof: Python, the C core, the guests' sources."""
+    """Return a digest of the code of a proof: Python, the C core and the guests' sources."""
     core = importlib.util.find_spec("dmaproof._core")
     folders = [*map(Path, dmaproof.__path__), Path(__file__).parents[1], sources()]
     files = {
@@ -54,7 +54,7 @@ def build_of_dmaproof() -> str:
 
 
 def key_of(cell: Cell, setup: Setup, files: ProgramFiles) -> str:
-    """What the result of `cell`, which comes to `setup`, depends on, as a digest."""
+    """Return a digest of everything on which the result of `cell` with its `setup` depends."""
     machine = setup.machine
     guest = [file for file in (machine.kernel, machine.initramfs) if file is not None]
     parts = {
@@ -70,19 +70,19 @@ def key_of(cell: Cell, setup: Setup, files: ProgramFiles) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-class Kept:
-    """The files of one matrix."""
+class ResultCache:
+    """The cached results of one matrix."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, folder: Path) -> Iterator[Kept]:
-        """The files in `folder`, which is made if need be and is this process's alone meanwhile.
+    def open(cls, folder: Path) -> Iterator[ResultCache]:
+        """Open the cache in `folder` for this process alone; create the folder if necessary.
 
         Raises:
-            UsageError: it cannot be made, or another matrix uses it.
+            UsageError: the folder cannot be created, or another matrix is using it.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -93,18 +93,20 @@ class Kept:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UsageError(f"--folder {folder}: another matrix is using it") from None
+                raise UsageError(
+                    f"--folder {folder}: another matrix is using this folder; choose another one"
+                ) from None
             yield cls(folder)
 
     def file(self, cell: Cell) -> Path:
-        """Where the result of `cell` is."""
+        """Return the file for the result of `cell`."""
         name = ",".join(f"{name}={value}" for name, value in cell.items())
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]
         readable = re.sub(r"[^\w.,=+-]", "_", name)[:_NAME_LENGTH]
         return self.folder / f"{readable}-{digest}.json"
 
     def find(self, cell: Cell, key: str) -> Mapping[str, Any] | None:
-        """What was kept of `cell` under `key`; None where there is nothing, or of another key."""
+        """Return the cached result of `cell`; None if there is none, or if it has another key."""
         try:
             content = json.loads(self.file(cell).read_text())
         except (OSError, ValueError):
@@ -113,11 +115,11 @@ class Kept:
             return None
         return content
 
-    def keep(self, cell: Cell, key: str, report: Mapping[str, Any], seconds: float) -> None:
-        """Keep the report of `cell`'s proof; whoever is killed meanwhile leaves the old one.
+    def store(self, cell: Cell, key: str, report: Mapping[str, Any], seconds: float) -> None:
+        """Store the report of `cell`'s proof; if dmaproof is killed meanwhile, the old one stays.
 
         Raises:
-            UsageError: it cannot be written.
+            UsageError: the file cannot be written.
         """
         file = self.file(cell)
         fresh = file.with_suffix(".new")

@@ -1,9 +1,9 @@
-"""Runs a matrix: each cell is a ``dmaproof prove`` in a process of its own.
+"""Run a matrix: each cell is a ``dmaproof prove`` in its own process.
 
-What the cells share is done once and beforehand, while nothing else runs: guests are built, QEMUs
-are asked what they have, accelerators are probed (a probe beside a dozen proofs could be wrong).
-Then the cells run side by side as far as there is room. Whatever happens to one of them ends it
-alone; what ends the matrix ends them all, and each cleans up as it would by itself.
+First, while nothing else runs, dmaproof prepares what the cells share: it builds guests, queries
+the capabilities of QEMUs, and probes accelerators (a probe next to a dozen proofs could be wrong).
+Then the cells run in parallel, as far as the machine's resources allow. A failure of one cell ends
+only that cell. The end of the matrix ends all cells, and each cleans up as it does by itself.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from ..proof.resolve import resolve
 from ..qemu.choice import find_qemu
 from ..qemu.program_files import ProgramFiles
 from .axes import Cell, Matrix
-from .resources import Room
+from .resources import Resources
 from .result import Result, State, result_of, skipped, untested
-from .result_cache import Kept, key_of
+from .result_cache import ResultCache, key_of
 
 _logger = logging.getLogger(__name__)
 
 _WAITS_OF_A_PROOF: Final = 20
-"""So many waits, each of which it bounds itself, a proof may take to their bounds. This is for one
-that does not end by itself, so a short ``--timeout`` does not make it shorter."""
+"""A proof bounds each of its waits, and this many of them may reach their bound. The resulting
+limit is for a proof that does not end by itself, so a short ``--timeout`` does not shorten it."""
 
 
 @dataclass(frozen=True)
 class _Planned:
-    """A cell, what it comes to, and under which key its result is kept."""
+    """A cell, its set-up, and the key of its cached result."""
 
     cell: Cell
     setup: Setup
     key: str
 
     def command(self, seed: int) -> list[str]:
-        """What carries the cell out, with `seed` where it has none of its own."""
+        """Return the command line of the cell, with `seed` unless the cell has its own seed."""
         options = self.setup.options
         return _command(options if "seed" in self.cell else replace(options, seed=seed))
 
@@ -61,43 +61,43 @@ def _command(options: ProofOptions) -> list[str]:
 
 
 async def run_matrix(
-    matrix: Matrix, kept: Kept, room: Room, *, again: bool = False
+    matrix: Matrix, cache: ResultCache, resources: Resources, *, again: bool = False
 ) -> list[Result]:
-    """The results of the matrix' cells, in their order; with `again` none is taken from `kept`.
+    """Return the results of the matrix' cells, in their order; `again` ignores cached results.
 
     Raises:
-        UsageError: no cell can be what its options say, or `kept` cannot be written to.
+        UsageError: the options of every cell are wrong, or the `cache` cannot be written to.
     """
-    run = _Run(matrix, kept, room)
+    run = _Run(matrix, cache, resources)
     plan = await run.plan()
-    results = {index: it for index, it in enumerate(plan) if isinstance(it, Result)}
-    planned = {index: it for index, it in enumerate(plan) if isinstance(it, _Planned)}
+    results = {index: each for index, each in enumerate(plan) if isinstance(each, Result)}
+    planned = {index: each for index, each in enumerate(plan) if isinstance(each, _Planned)}
     if not again:
-        results |= run.find_kept(planned)
+        results |= run.find_cached(planned)
     for number, index in enumerate(sorted(results), 1):
-        run.tell(number, index, results[index])
+        run.log(number, index, results[index])
     seed = random.SystemRandom().getrandbits(32)
     with run_folder() as folder:
         try:
             async with asyncio.TaskGroup() as group:
-                for index, it in planned.items():
+                for index, each in planned.items():
                     if index not in results:
-                        group.create_task(run.fill(it, index, results, seed, folder))
+                        group.create_task(run.fill(each, index, results, seed, folder))
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
     return [results[index] for index in range(len(plan))]
 
 
 class _Run:
-    def __init__(self, matrix: Matrix, kept: Kept, room: Room) -> None:
+    def __init__(self, matrix: Matrix, cache: ResultCache, resources: Resources) -> None:
         self._matrix = matrix
         self._cells = matrix.cells()
-        self._kept = kept
-        self._room = room
+        self._cache = cache
+        self._resources = resources
 
-    def tell(self, number: int, index: int, result: Result) -> None:
-        """A line for the cell at `index`, the `number`th that is finished."""
-        how = "kept" if result.kept else f"{result.seconds:.1f} s"
+    def log(self, number: int, index: int, result: Result) -> None:
+        """Log a line for the cell at `index`, the `number`th that is finished."""
+        how = "cached" if result.cached else f"{result.seconds:.1f} s"
         name = self._matrix.label(self._cells[index])
         line = f"{number}/{len(self._cells)}  {name}  {result.short} ({how})"
         if result.state not in (State.CLEAN, State.SKIPPED):
@@ -105,10 +105,10 @@ class _Run:
         _logger.info("%s", line)
 
     async def plan(self) -> list[_Planned | Result]:
-        """What each cell comes to; a result where it cannot be carried out.
+        """Return the plan for each cell, or its result if the cell cannot be carried out.
 
         Raises:
-            UsageError: none of them can be what it is asked to be.
+            UsageError: the options of every cell are wrong.
         """
         for name in ("qemu", "qemu-destination"):
             for value in self._matrix.axes.get(name, ()):
@@ -125,36 +125,37 @@ class _Run:
                 wrong = error if isinstance(error, UsageError) else wrong
                 outcome = skipped if isinstance(error, UnsupportedError) else untested
                 found.append(replace(outcome(str(error)), command=_command(options)))
-        if wrong is not None and not any(isinstance(it, _Planned) for it in found):
+        if wrong is not None and not any(isinstance(each, _Planned) for each in found):
             raise wrong
         return found
 
-    def find_kept(self, planned: Mapping[int, _Planned]) -> dict[int, Result]:
-        """The results of an earlier run that still count."""
+    def find_cached(self, planned: Mapping[int, _Planned]) -> dict[int, Result]:
+        """Return the results of earlier runs that are still valid."""
         found = {}
-        for index, it in planned.items():
-            if content := self._kept.find(it.cell, it.key):
+        for index, each in planned.items():
+            if content := self._cache.find(each.cell, each.key):
                 result = result_of(content["report"], content["seconds"])
-                found[index] = replace(result, command=it.command(result.seed or 0), kept=True)
+                command = each.command(result.seed or 0)
+                found[index] = replace(result, command=command, cached=True)
         return found
 
     async def fill(
-        self, it: _Planned, index: int, results: dict[int, Result], seed: int, folder: Path
+        self, planned: _Planned, index: int, results: dict[int, Result], seed: int, folder: Path
     ) -> None:
-        """Carry out one cell, as soon as there is room for it."""
+        """Carry out one cell, as soon as its resources are free."""
         try:
-            async with self._room.take(it.setup):
-                result = await self._prove(it, seed, folder / str(index))
+            async with self._resources.reserve(planned.setup):
+                result = await self._prove(planned, seed, folder / str(index))
         except UntestableError as error:
             result = untested(str(error))
-        results[index] = replace(result, command=it.command(seed))
-        self.tell(len(results), index, result)
+        results[index] = replace(result, command=planned.command(seed))
+        self.log(len(results), index, result)
 
-    async def _prove(self, it: _Planned, seed: int, base: Path) -> Result:
+    async def _prove(self, planned: _Planned, seed: int, base: Path) -> Result:
         began_s = time.monotonic()
         answer, log = base.with_suffix(".json"), base.with_suffix(".log")
-        program = [sys.executable, "-m", "qmp_tools.cli", *it.command(seed)[1:]]
-        limit_s = _WAITS_OF_A_PROOF * max(it.setup.limits.timeout_s, DEFAULT_TIMEOUT_S)
+        program = [sys.executable, "-m", "qmp_tools.cli", *planned.command(seed)[1:]]
+        limit_s = _WAITS_OF_A_PROOF * max(planned.setup.limits.timeout_s, DEFAULT_TIMEOUT_S)
         async with _ended(
             await Process.start("proof", [*program, "--quiet", f"--json={answer}"], log)
         ) as process:
@@ -167,8 +168,8 @@ class _Run:
         if report is None:
             return untested(f"the proof {process.how_it_ended()}\n{process.log_tail()}".rstrip())
         result = result_of(report, seconds)
-        if result.state != State.UNTESTED:  # that may be the moment's fault, so it is tried again
-            self._kept.keep(it.cell, it.key, report, seconds)
+        if result.state != State.UNTESTED:  # the cause may be temporary: the next run tries again
+            self._cache.store(planned.cell, planned.key, report, seconds)
         return replace(result, seconds=seconds)
 
 
@@ -181,7 +182,7 @@ async def _ended(process: Process) -> AsyncIterator[Process]:
 
 
 def _read(answer: Path) -> dict[str, Any] | None:
-    """The report in a file; None where the proof has not come to writing it."""
+    """Return the report in a file; None if the proof has not written it."""
     try:
         report: dict[str, Any] = json.loads(answer.read_text())
     except (OSError, ValueError):

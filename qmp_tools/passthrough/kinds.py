@@ -11,7 +11,7 @@ from dmaproof.trace import Link
 from ..devices.device import ProofDevice
 from ..devices.registry import COMMON_OPTIONS, Control, DeviceKind, DeviceRequest, kind_of
 from ..proof.options import ProofOptions
-from ..proof.resolve import refuse_strangers
+from ..proof.resolve import refuse_unsupported_options
 from .host_functions import PREFIX, parse_functions
 from .injected_faults import parse_fault
 from .proof_device import NAME, FakeProofDevice
@@ -74,7 +74,7 @@ def fake_device_of(options: ProofOptions) -> FakeProofDevice:
     Raises:
         UsageError: an option does not apply to the fake device, or has an invalid value.
     """
-    refuse_strangers(options, FakeVfioKind())
+    refuse_unsupported_options(options, FakeVfioKind())
     tracking = options.devices[0].partition(":")[2] or DEFAULT_TRACKING
     if tracking not in TRACKINGS:
         raise UsageError(

@@ -1,1 +1,1 @@
-"""One proof: what it depends on, its two QEMUs and their device, its steps and its verdict."""
+"""One proof: its set-up, its two QEMUs and their device, its steps and its verdict."""

@@ -1,19 +1,20 @@
-"""Says of each page that differs who lost it.
+"""Attribute each page that differs to the component that lost it.
 
-The bytes that differ are held against the device's journal:
+The bytes that differ are looked up in the device's journal:
 
-- The device wrote none of them while logging was on: the loss is the **accelerator's**, QEMU's own
-  tracking of what its vCPUs write.
-- The device wrote some of them: the last such write was due in a certain harvest, and the first
-  link of the chain (`dmaproof.trace.Link`) that has not seen the page in that harvest or later lost
-  it: the loss is the **device's**.
-- Every link of ours has seen it, and the source still holds what the device wrote: the bit was in
-  QEMU's log in time and QEMU did not send the page: **qemu**'s. If the source holds something else,
-  a vCPU wrote there later, and the loss is again the accelerator's.
+- The device wrote none of these bytes while dirty logging was on. The **accelerator** lost the
+  page: QEMU tracks what its vCPUs write through the accelerator.
+- The device wrote some of these bytes. The last such write should have been reported in a certain
+  harvest. The first link of the chain (`dmaproof.trace.Link`) that did not see the page in that
+  harvest or in a later one lost the page, and the **device** is to blame.
+- Every link of dmaproof's chain saw the page. If the source still holds what the device wrote, the
+  bit was in QEMU's log in time and QEMU did not send the page: **qemu** is to blame. If the source
+  holds something else, a vCPU wrote there later, and the accelerator is to blame.
 
-Of a device that keeps no journal none of this is known: who lost a page stays open. Only a page
-that was written after the guest had been paused (`late_dma`), and a page whose dirty bit was in
-QEMU's log before its data was in RAM (`migration.log_watch`), are the device's for certain.
+A device that keeps no journal gives none of this information, so the cause of a loss is unknown.
+There are two exceptions, for which the device is certainly to blame: a page that was written after
+the guest had been paused (`late_dma`), and a page whose dirty bit was in QEMU's log before its data
+was in RAM (`migration.log_watch`).
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ from ..migration.log_watch import LogEvidence
 
 @dataclass(frozen=True)
 class LostPage:
-    """One page that differs. Addresses in bytes; `gpa` is None where no memory slot names it.
+    """One page that differs. Addresses are in bytes.
 
-    `bytes_differing` is None where the page was written only after it had been compared.
+    `gpa` is None if no memory slot contains the page. `bytes_differing` is None if the page was
+    written only after the comparison.
 
-    The members from `iova` on tell of the device's last write to the bytes that differ, and are
-    None where there was none; `device` is its name, `seconds` count from the start of logging.
+    The members from `device` on describe the device's last write to the bytes that differ, and are
+    None if there was no such write. `device` is the name of that device. `seconds` counts from the
+    start of dirty logging.
     """
 
     ram_offset: int
@@ -61,10 +64,10 @@ class LostPage:
 
 
 class WrittenPages:
-    """The journal's records by the page that they touch.
+    """The journal's records, indexed by the pages that they touch.
 
     `pages` (GPA page numbers, sorted) and `rows` (indices into the records) have one entry for each
-    page of each record; for one page the rows are in the order of the writes.
+    page of each record. The rows of one page are in the order of the writes.
     """
 
     def __init__(self, records: NDArray[np.void]) -> None:
@@ -80,7 +83,7 @@ class WrittenPages:
         self.rows: NDArray[np.int64] = rows[order]
 
     def rows_of(self, page: int) -> NDArray[np.int64]:
-        """The records that touch page number `page`, in the order of the writes."""
+        """Return the records that touch page number `page`, in the order of the writes."""
         low, high = np.searchsorted(
             self.pages, np.array((page, page + 1), dtype=np.uint64), side="left"
         )
@@ -95,9 +98,9 @@ def attribute(
     evidence: Sequence[Evidence],
     blame: Blame = Blame.UNKNOWN,
 ) -> list[LostPage]:
-    """Who lost each of the `differing` pages (page numbers of the RAM files).
+    """Attribute each of the `differing` pages (page numbers in the RAM files).
 
-    `slots` say where the guest has its RAM; without any `evidence` it was `blame`.
+    `slots` are the guest's memory slots. Without any `evidence`, `blame` applies to every page.
     """
     slots = slots_in(source, slots)
     if not evidence:
@@ -110,13 +113,13 @@ def attribute(
 
 
 def blame_early_bits(lost: Sequence[LostPage], log: LogEvidence) -> list[LostPage]:
-    """The `lost` pages, with that blame where the `log` has shown the page's bit to be early."""
+    """Return the `lost` pages; where the `log` shows that a page's bit was early, blame that."""
     early = set(log.early_bits)
     return [replace(page, blame=Blame.EARLY_BIT) if page.gpa in early else page for page in lost]
 
 
 def with_late_dma(lost: Sequence[LostPage], late: Sequence[LostPage]) -> list[LostPage]:
-    """The `lost` pages and the `late` ones, each once: by the journal where there is one."""
+    """Merge the `lost` and the `late` pages without duplicates; a known cause takes precedence."""
 
     def place(page: LostPage) -> tuple[int, int | None]:
         return page.ram_offset, page.gpa
@@ -130,7 +133,7 @@ def with_late_dma(lost: Sequence[LostPage], late: Sequence[LostPage]) -> list[Lo
 
 
 def slots_in(ram: RamFile, slots: Sequence[Slot]) -> list[Slot]:
-    """Those of the `slots` that are parts of `ram`."""
+    """Return those of the `slots` that are parts of `ram`."""
     return [slot for slot in slots if (slot.device, slot.inode) == (ram.device, ram.inode)]
 
 
@@ -158,14 +161,14 @@ def _attribute_page(
     ]
     if not last:
         return lost
-    _, record, evidence = max(last, key=lambda it: it[0])
+    _, record, evidence = max(last, key=lambda write: write[0])
     iova = int(record["iova"]) + max(0, gpa - int(record["gpa"]))
     due = int(record["epoch"])
     seen = {link: evidence.links[link].last(gpa) for link in TRACED_LINKS}
     link = next((link for link in TRACED_LINKS if seen[link] < due), Link.QEMU)
     blame = Blame.DEVICE
     if link == Link.QEMU:
-        blame = Blame.QEMU if _still_there(record, source, slots) else Blame.ACCELERATOR
+        blame = Blame.QEMU if _source_still_holds(record, source, slots) else Blame.ACCELERATOR
     return LostPage(
         ram_offset=ram_offset,
         gpa=gpa,
@@ -192,16 +195,16 @@ def _unattributed(
 
 
 def _differs(ram_offset: int, source: RamFile, destination: RamFile) -> NDArray[np.bool_]:
-    ours, theirs = (
+    sent, received = (
         np.frombuffer(ram.read(ram_offset, PAGE_BYTES), dtype=np.uint8)
         for ram in (source, destination)
     )
-    differs: NDArray[np.bool_] = ours != theirs
+    differs: NDArray[np.bool_] = sent != received
     return differs
 
 
 def gpa_of(ram_offset: int, slots: Sequence[Slot]) -> int | None:
-    """Where the guest has what is at `ram_offset` of a RAM file; None where it has it nowhere."""
+    """Return the GPA of `ram_offset` in a RAM file; None if no slot contains that offset."""
     for slot in slots:
         if slot.file_offset <= ram_offset < slot.file_offset + slot.length:
             return slot.gpa + ram_offset - slot.file_offset
@@ -218,7 +221,7 @@ def _offset_of(gpa: int, slots: Sequence[Slot]) -> int | None:
 def _last_write_of(
     differs: NDArray[np.bool_], gpa: int, records: NDArray[np.void], rows: NDArray[np.int64]
 ) -> np.void | None:
-    """The last of the writes `rows` to one of the bytes of the page at `gpa` that differ."""
+    """Return the last of the writes `rows` to a byte that differs in the page at `gpa`."""
     for row in rows[::-1]:
         start = int(records["gpa"][row]) - gpa
         end = start + int(records["length"][row])
@@ -228,8 +231,8 @@ def _last_write_of(
     return None
 
 
-def _still_there(record: np.void, source: RamFile, slots: Sequence[Slot]) -> bool:
-    """Whether the source's RAM holds just what the device wrote."""
+def _source_still_holds(record: np.void, source: RamFile, slots: Sequence[Slot]) -> bool:
+    """Return whether the source's RAM holds exactly what the device wrote."""
     offset = _offset_of(int(record["gpa"]), slots)
     if offset is None:
         return False

@@ -1,4 +1,4 @@
-"""Both guests' RAM held against each other when a migration is over, before any guest goes on."""
+"""Compare the RAM of both guests after a migration, before either guest continues."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from .rings import ReadRam, Ring, stopped_rings
 
 @dataclass
 class Comparison:
-    """What the comparison has found.
+    """The findings of the comparison.
 
-    `slots` say where the guest has its RAM. `evidence` is the device's, with these slots. `paused`
-    has the source's RAM as it was, None where it changes or is the destination's too.
+    `slots` are the guest's memory slots. `evidence` is the device's evidence, with these slots.
+    `paused` holds digests of the source's RAM at the comparison. It is None if the source continued
+    or if both sides share memory.
     """
 
     evidence: Sequence[Evidence]
@@ -44,22 +45,22 @@ async def compare_guests(
     *,
     reports_rings: bool,
 ) -> Comparison:
-    """Compare every page, as `scenario` says; the rings too if QEMU `reports_rings` for sure.
+    """Compare every page, as `scenario` defines it, and also the rings if QEMU `reports_rings`.
 
     Raises:
-        UntestableError: the RAM or the device's evidence cannot be had.
+        UntestableError: the RAM or the device's evidence cannot be read.
     """
     evidence = await pair.device.evidence(pair.source_side) if scenario.has_journal else []
     known = evidence[0].slots if evidence else []
     found = Comparison(evidence)
-    asked = pair.source if migrated.refusal else pair.destination
+    reporting = pair.source if migrated.refusal else pair.destination
     async with attempt.source_ram() as sources, attempt.destination_ram() as destinations:
         _require_same_backends(sources, destinations)
         scenario.require_arrival(sources, destinations)
         if not migrated.source_continued and _nothing_shared(sources, destinations):
             found.paused = PausedRam(sources)
         for source, destination in zip(sources, destinations, strict=True):
-            slots = known or await slots_of(asked, source)
+            slots = known or await slots_of(reporting, source)
             found.slots += slots
             if not migrated.source_continued:
                 lost = _lost_pages(found, scenario, slots, source, destination)
@@ -82,16 +83,16 @@ async def compare_guests(
 
 
 def without_hold_pages(lost: Sequence[LostPage], hold_pages: Container[int]) -> list[LostPage]:
-    """The `lost` pages but for the guest's hold pages, of a migration that ended early.
+    """Return the `lost` pages except the hold pages, for a migration that ended early.
 
-    QEMU itself writes to these (`migration.hold`), perhaps after it had sent everything.
+    QEMU itself writes to the hold pages (`migration.hold`), perhaps after it sent everything.
     """
     return [page for page in lost if page.gpa not in hold_pages]
 
 
 def _require_same_backends(sources: Sequence[RamFile], destinations: Sequence[RamFile]) -> None:
     if [ram.backend for ram in sources] != [ram.backend for ram in destinations]:
-        raise UntestableError("source and destination have not the same memory backends")
+        raise UntestableError("source and destination do not have the same memory backends")
 
 
 def _nothing_shared(sources: Sequence[RamFile], destinations: Sequence[RamFile]) -> bool:
@@ -117,7 +118,10 @@ def _is_wrong(ring: Ring, destination_side: str) -> bool:
 
 
 def _reader(slots: Sequence[Slot], known: Sequence[RamFile], files: Sequence[RamFile]) -> ReadRam:
-    """Reads the RAM in `files`, each of which stands for the one of `known` that `slots` name."""
+    """Return a reader by GPA of the RAM in `files`.
+
+    Each of the `files` replaces the one of the `known` files to which the `slots` refer.
+    """
     by_inode = {(ram.device, ram.inode): file for ram, file in zip(known, files, strict=True)}
 
     def read(gpa: int, length: int) -> bytes | None:

@@ -1,4 +1,4 @@
-"""The guest goes on at the destination after the comparison, and says what it sees there."""
+"""Continue the guest on the destination after the comparison, and collect what it reports."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from ..migration.pair import QemuPair
 from ..migration.scenarios.base import Scenario
 from .verdict import GuestOutcome
 
-_PATIENCE_AFTER_LOSS_S: Final = 30.0
-"""With a guest whose RAM is not what it was, and which may do anything now."""
+_TIMEOUT_AFTER_LOSS_S: Final = 30.0
+"""The bound of each wait for a guest whose RAM is damaged: it may never answer."""
 
 
 async def continue_guest(
     pair: QemuPair, scenario: Scenario, requests_after: int, *, pages_are_lost: bool
 ) -> GuestOutcome:
-    """Let the guest go on; it checks all its pages, and does `requests_after` more requests.
+    """Continue the guest, which rechecks all its pages and does `requests_after` more requests.
 
     Raises:
-        UntestableError: it does not go on, though no page was lost, and no request either.
+        UntestableError: the guest does not continue, although no page and no request was lost.
     """
     try:
-        timeout_s = _PATIENCE_AFTER_LOSS_S if pages_are_lost else None
-        return await pair.guarded(_go_on(pair, scenario, requests_after, timeout_s))
+        timeout_s = _TIMEOUT_AFTER_LOSS_S if pages_are_lost else None
+        return await pair.guarded(_recheck(pair, scenario, requests_after, timeout_s))
     except UntestableError as error:
         unanswered = _unanswered(pair) if isinstance(error, GuestLateError) else 0
         if not (pages_are_lost or unanswered):
@@ -33,22 +33,23 @@ async def continue_guest(
         error_messages = [str(error).splitlines()[0]]
         if unanswered:
             error_messages.append(
-                f"{unanswered} of its requests are not answered: the source's device let go of "
-                "its rings before it had done them, or its last writes to them are lost"
+                f"{unanswered} of the guest's requests were not answered: the source's device "
+                "released its rings before it had completed these requests, or its last writes to "
+                "the rings were lost"
             )
         return GuestOutcome(0, unanswered or 1, 0, error_messages)
 
 
 def _unanswered(pair: QemuPair) -> int:
-    """How many requests the destination's guest waits for, where it makes no new ones."""
+    """Return how many requests the destination's guest still waits for, if it makes no new ones."""
     guest = pair.destination_guest
     return 0 if "recheck" in guest.latest else guest.number("progress", "under_way")
 
 
-async def _go_on(
+async def _recheck(
     pair: QemuPair, scenario: Scenario, requests_after: int, timeout_s: float | None
 ) -> GuestOutcome:
-    """Continue on the destination; `timeout_s` is a bound of each wait lower than the pair's."""
+    """Continue on the destination; `timeout_s` bounds each wait, None stands for the pair's."""
     guest = pair.destination_guest
     before = pair.source_guest.number("progress", "requests")
     await scenario.finish(pair)

@@ -1,10 +1,10 @@
-"""Late DMA: what is written to the source's RAM after its guest has been paused for good.
+"""Late DMA: writes to the source's RAM after its guest has been paused for the last time.
 
-Once a migration has completed, nobody may write there any more: the vCPUs are paused, QEMU has
-stopped its devices, and the vhost-user specification has a device whose rings are all stopped write
-to no guest memory. What still comes is missing on the destination. If it comes before both sides
-are compared, the comparison shows it; what comes later shows only if the source's RAM is looked at
-again. Its pages' digests of just before the comparison are enough for that.
+Once a migration has completed, nothing may write to the source's RAM: the vCPUs are paused, QEMU
+has stopped its devices, and the vhost-user specification forbids a device whose rings are all
+stopped to write to guest memory. A later write is missing on the destination. The comparison of
+both sides detects a write that comes before it. To detect a write that comes after the comparison,
+the digests of the source's pages from just before the comparison are computed again and compared.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from ..migration.judgement import Blame
 from .attribution import LostPage, gpa_of
 
 SETTLE_S: Final = 4.0
-"""For how long a third-party device is watched after its guest has been paused. Requests that a
-stopped device still carries out have mostly ended by then."""
+"""For how long a third-party device is watched after its guest has been paused. Most requests that
+a stopped device still carries out have ended by then."""
 
 
 class PausedRam:
-    """The RAM `files` of a paused guest; `written` tells which of their pages change afterwards."""
+    """The RAM `files` of a paused guest; `written` returns the pages that have changed since."""
 
     def __init__(self, files: Sequence[RamFile]) -> None:
         self._digests = {ram.inode: _digests(ram) for ram in files}
 
     def written(self, ram: RamFile, slots: Sequence[Slot]) -> list[LostPage]:
-        """The pages of one of the files that have changed; `slots` say where the guest has that."""
+        """Return the pages of one of the files that have changed; `slots` map it to GPAs."""
         offsets = np.flatnonzero(_digests(ram) != self._digests[ram.inode]) * PAGE_BYTES
         return [
             LostPage(offset, gpa_of(offset, slots), None, Blame.LATE_DMA)

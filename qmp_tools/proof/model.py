@@ -1,4 +1,4 @@
-"""One proof: what it depends on, and what came of it; `proof_run` carries it out."""
+"""The set-up and the outcome of one proof; `proof_run` carries it out."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .verdict import Verdict
 
 @dataclass(frozen=True)
 class Setup:
-    """All that one proof depends on: its `options`, and what they come to on this machine.
+    """All that one proof depends on: its `options`, and what they resolve to on this machine.
 
-    The options have the seed, the accelerator and the RAM that were chosen, so that they repeat it.
+    The options contain the chosen seed, accelerator and RAM size, so that they repeat the proof.
     """
 
     options: ProofOptions
@@ -36,7 +36,7 @@ class Setup:
 
     @property
     def seed(self) -> int:
-        """What the random choices of workload, device and fault follow from."""
+        """The seed of the random choices of workload, device and fault."""
         return self.options.seed or 0
 
     @property
@@ -46,36 +46,36 @@ class Setup:
 
     @property
     def host(self) -> str:
-        """The address at which the destination listens, where the scenario is over TCP."""
+        """The address at which the destination listens in scenarios over TCP."""
         return self.options.host
 
     @property
     def limits(self) -> Limits:
-        """What the migration may take, and how long each wait may last."""
+        """The bandwidth and downtime limits of the migration, and the bound of each wait."""
         return self.options.limits
 
     @property
     def requests_after(self) -> int:
-        """How many requests the guest must do on the destination."""
+        """The number of requests that the guest must do on the destination."""
         return self.options.requests_after
 
     @property
     def settle_s(self) -> float:
-        """For how long the source's RAM must not change after its guest was paused, where the
-        device keeps no journal and is not part of QEMU."""
+        """For how long the source's RAM must not change after its guest was paused. This applies
+        to a device outside QEMU that keeps no journal."""
         return self.options.settle
 
     @property
     def max_downtime_s(self) -> float | None:
-        """The longest downtime that is a pass; None for any."""
+        """The longest downtime that passes; None if any downtime passes."""
         return self.options.max_downtime
 
 
 @dataclass(frozen=True)
 class Migrated:
-    """What is known of a migration once it is over and both guests are paused.
+    """The state of a migration once it is over and both guests are paused.
 
-    `refusal` is set where the destination has refused a device's state, which ended it.
+    `refusal` is set if the destination refused a device's state, which ended the migration.
     """
 
     versions: Sequence[str]
@@ -87,13 +87,13 @@ class Migrated:
 
     @property
     def source_continued(self) -> bool:
-        """Whether the source's RAM is not that of the migration's end any more."""
+        """Whether the source's guest has run since the end of the migration."""
         return self.refusal is not None and self.refusal.source_continued
 
 
 @dataclass(frozen=True)
 class MigrationSummary:
-    """One migration of several, in numbers: see `Proof`, `Verdict`, `Sensitivity`, `GuestOutcome`."""
+    """The figures of one migration: see `Proof`, `Verdict`, `Sensitivity` and `GuestOutcome`."""
 
     seconds: float
     downtime_s: float | None
@@ -109,10 +109,10 @@ class MigrationSummary:
 
 @dataclass(frozen=True)
 class Proof:
-    """The verdict, and what happened on the way to it. Times in seconds.
+    """The verdict of a proof, and a record of the run. Times in seconds.
 
-    `moments` are those of the source's QMP events (CLOCK_MONOTONIC, ns; see `Migration`);
-    `harvests` has dtype `dmaproof.evidence.HARVEST`; `commands` are the processes' command lines.
+    `moments` are the times of the source's QMP events (CLOCK_MONOTONIC, ns; see `Migration`).
+    `harvests` has dtype `dmaproof.evidence.HARVEST`. `commands` are the processes' command lines.
     """
 
     setup: Setup
@@ -130,11 +130,11 @@ class Proof:
     commands: Mapping[str, Sequence[str]]
     folder: Path | None
     earlier: Sequence[MigrationSummary] = ()
-    """The same guest's migrations before this one, all of them passes."""
+    """The earlier migrations of the same guest, all of which passed."""
 
     @property
     def migration_summary(self) -> MigrationSummary:
-        """What counts of this migration beside others."""
+        """The figures of this migration."""
         sensitivity, guest = self.verdict.sensitivity, self.verdict.guest
         return MigrationSummary(
             seconds=self.migration_s,

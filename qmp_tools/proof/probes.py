@@ -1,11 +1,13 @@
-"""What this machine and a QEMU can really do, found out by trying, and remembered.
+"""Probe what this machine and a QEMU can really do, and cache the answers.
 
-- Whether KVM runs our guest: /dev/kvm may open, and firmware run, where a Linux guest hangs.
-- Whether the accelerator's own dirty tracking loses pages that a vCPU wrote. Under TCG it does
-  where a RAM block is a multiple of 256 KiB: the bitmap sync then takes whole words, and QEMU 7.2
-  does not reset the TLB's dirty state there, newer ones only that of the first block.
+- Whether KVM runs dmaproof's guest. On some machines /dev/kvm can be opened and firmware runs, but
+  a Linux guest hangs.
+- Whether the accelerator's own dirty tracking loses pages that a vCPU wrote. TCG loses them if the
+  size of a RAM block is a multiple of 256 KiB: the bitmap sync then takes whole words. QEMU 7.2
+  does not reset the TLB's dirty state there, and newer versions reset that of the first block only.
 
-An answer about the machine holds until it boots again; one about a QEMU until its file changes.
+An answer about the machine is valid until its next boot, and one about a QEMU until its file
+changes.
 """
 
 from __future__ import annotations
@@ -37,11 +39,11 @@ from ..qemu.qemu import idle_qemu, running_qemu
 _logger = logging.getLogger(__name__)
 
 _ODD_BYTES: Final = 8 * KIB
-"""Added to a RAM size, makes it no multiple of 64 pages."""
+"""A RAM size plus this is not a multiple of 64 pages."""
 
 _PROBE_MEMORY_BYTES: Final = 64 * MIB
 _BLOCK_BEFORE: Final = ("-object", f"memory-backend-ram,id=before,size={_PROBE_MEMORY_BYTES}")
-"""Takes the first place among QEMU's RAM blocks, which else is that of the guest's RAM."""
+"""Becomes QEMU's first RAM block, which otherwise is that of the guest's RAM."""
 _PROBE_BANDWIDTH_BYTES_PER_S: Final = 1 * MIB
 _PROBE_SYNCS: Final = 4
 
@@ -50,7 +52,7 @@ def _cache_file() -> Path:
     return cache_folder() / "probes.json"
 
 
-def _recall() -> dict[str, int]:
+def _cached_answers() -> dict[str, int]:
     try:
         answers = json.loads(_cache_file().read_text())
     except (OSError, ValueError, UntestableError):
@@ -60,13 +62,13 @@ def _recall() -> dict[str, int]:
     return {question: answer for question, answer in answers.items() if isinstance(answer, int)}
 
 
-async def _remembered(question: str, probe: Callable[[], Awaitable[int]]) -> int:
-    """The answer to `question`, from the last time or by `probe`."""
-    answers = _recall()
+async def _cached(question: str, probe: Callable[[], Awaitable[int]]) -> int:
+    """Return the cached answer to `question`; without one, run `probe` and cache its answer."""
+    answers = _cached_answers()
     if question not in answers:
         answer = await probe()
-        answers = {**_recall(), question: answer}
-        with contextlib.suppress(OSError, UntestableError):  # then it is asked again the next time
+        answers = {**_cached_answers(), question: answer}
+        with contextlib.suppress(OSError, UntestableError):  # then the next run probes again
             file = _cache_file()
             file.parent.mkdir(parents=True, exist_ok=True)
             fresh = file.with_suffix(f".{os.getpid()}")
@@ -76,17 +78,17 @@ async def _remembered(question: str, probe: Callable[[], Awaitable[int]]) -> int
 
 
 def identity(qemu: Path) -> str:
-    """What changes when the file of a QEMU does."""
+    """Return a string that changes when the file of a QEMU changes."""
     status = qemu.resolve().stat()
     return f"{qemu.resolve()} {status.st_size} {status.st_mtime_ns}"
 
 
 async def require_x86_64(side: str, qemu: Path, timeout_s: float) -> None:
-    """Refuse a QEMU for `side` that emulates another architecture than the guests'.
+    """Refuse a QEMU for `side` that does not emulate x86_64, the guests' architecture.
 
     Raises:
-        UsageError: it does.
-        UntestableError: it does not start.
+        UsageError: the QEMU emulates another architecture.
+        UntestableError: the QEMU does not start.
     """
 
     async def probe() -> int:
@@ -94,12 +96,12 @@ async def require_x86_64(side: str, qemu: Path, timeout_s: float) -> None:
             architecture = (await running.qmp.execute("query-target"))["arch"]
         if architecture != "x86_64":
             raise UsageError(
-                f"{qemu} emulates {architecture}, and dmaproof's guests run on x86_64: name a "
+                f"{qemu} emulates {architecture}, and dmaproof's guests run on x86_64: choose a "
                 "qemu-system-x86_64"
             )
         return True
 
-    await _remembered(f"emulates x86_64 {identity(qemu)}", probe)
+    await _cached(f"emulates x86_64 {identity(qemu)}", probe)
 
 
 async def choose_accelerator(
@@ -108,21 +110,21 @@ async def choose_accelerator(
     guest: Guest,
     timeout_s: float,
 ) -> Literal["kvm", "tcg"]:
-    """'kvm' or 'tcg': what was `wanted`, or for 'auto' KVM if it runs `guest`."""
+    """Return 'kvm' or 'tcg': what was `wanted`; for 'auto', KVM if KVM runs `guest`."""
     if wanted != "auto":
         return wanted
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        there = Path("/dev/kvm").exists()
-        why = "may not be opened by this user" if there else "is not there"
+        exists = Path("/dev/kvm").exists()
+        why = "cannot be opened by this user" if exists else "does not exist"
         _logger.info("accelerator: TCG, because /dev/kvm %s", why)
         return "tcg"
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    runs = await _remembered(
+    runs = await _cached(
         f"kvm {boot} {identity(qemu)} {guest.version}", lambda: _kvm_runs(qemu, guest, timeout_s)
     )
     if not runs:
         _logger.info(
-            "accelerator: TCG, because under KVM the guest did not start within %.0f s",
+            "accelerator: TCG, because the guest did not start within %.0f s under KVM",
             guest.kvm_timeout_s,
         )
     return "kvm" if runs else "tcg"
@@ -152,13 +154,13 @@ async def _kvm_runs(qemu: Path, guest: Guest, timeout_s: float) -> int:
 
 
 async def choose_memory(qemu: Path, accelerator: str, wanted_bytes: int, timeout_s: float) -> int:
-    """A RAM size of about `wanted_bytes` at which the accelerator's own dirty tracking is sound."""
+    """Return a RAM size near `wanted_bytes` at which the accelerator's dirty tracking is sound."""
     lost = await vcpu_pages_lost(qemu, accelerator, timeout_s)
     if not lost:
         return wanted_bytes
     memory = wanted_bytes + _ODD_BYTES
     _logger.info(
-        "memory: %s, because at sizes like %s this QEMU loses pages that its vCPUs write "
+        "memory: %s, because with sizes such as %s this QEMU loses pages that its vCPUs write "
         "(a probe lost %d)",
         *(format_memory(memory), format_memory(wanted_bytes), lost),
     )
@@ -166,11 +168,11 @@ async def choose_memory(qemu: Path, accelerator: str, wanted_bytes: int, timeout
 
 
 async def warn_of_dimms(qemu: Path, accelerator: str, timeout_s: float) -> None:
-    """Warn if the accelerator's own dirty tracking is not sound in memory that is plugged."""
+    """Warn if the accelerator's own dirty tracking is not sound in hot-plugged memory."""
     if lost := await vcpu_pages_lost(qemu, accelerator, timeout_s, in_dimms=True):
         _logger.warning(
-            "memory: what vCPUs write to a DIMM may get lost by this QEMU (a probe lost %d); "
-            "it is told as the accelerator's loss",
+            "memory: this QEMU may lose pages of a DIMM that its vCPUs write (a probe lost %d); "
+            "the report attributes such losses to the accelerator",
             lost,
         )
 
@@ -178,10 +180,13 @@ async def warn_of_dimms(qemu: Path, accelerator: str, timeout_s: float) -> None:
 async def vcpu_pages_lost(
     qemu: Path, accelerator: str, timeout_s: float, *, in_dimms: bool = False
 ) -> int:
-    """How many pages a migration loses that only a vCPU writes, without any device: in the guest's
-    RAM, which is QEMU's first RAM block, or in the blocks behind it, such as DIMMs."""
+    """Return how many pages a migration without any device loses of those that a vCPU writes.
+
+    The vCPU writes to the guest's RAM, which is QEMU's first RAM block, or with `in_dimms` to a
+    block after the first, as a DIMM is.
+    """
     block = " behind the first block" if in_dimms else ""
-    return await _remembered(
+    return await _cached(
         f"vcpu-pages-lost{block} {accelerator} {identity(qemu)} {probe_guest().parent.name}",
         lambda: _count_vcpu_pages_lost(
             qemu, accelerator, _BLOCK_BEFORE if in_dimms else (), timeout_s
@@ -208,13 +213,13 @@ async def _count_vcpu_pages_lost(
             ) as destination,
         ):
             late = WaitTimeoutError(
-                f"the probe's guest on {qemu} has said nothing within {timeout_s:g} s"
+                f"the probe's guest on {qemu} has not reported anything within {timeout_s:g} s"
             )
             async with bounded(timeout_s, lambda: late):
                 await source.report.readline()
-            # So slow that the 64 dirty pages take a quarter of a second. They must be sent while
-            # the vCPU runs on, also on a busy machine: where it has not written to them again by
-            # the time it is stopped, the loss is hidden.
+            # At this bandwidth the 64 dirty pages take a quarter of a second. QEMU must send them
+            # while the vCPU still runs, also on a busy machine: the loss is hidden if the vCPU has
+            # not written to the pages again by the time it is stopped.
             limits = Limits(_PROBE_BANDWIDTH_BYTES_PER_S, timeout_s=timeout_s)
             migration = Migration(Ends(source.qmp, destination.qmp, folder), Unix(), limits)
             await migration.start()

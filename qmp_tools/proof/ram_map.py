@@ -1,4 +1,4 @@
-"""A guest's RAM as runs of pages of one class: what a report's map is drawn from."""
+"""The map of a guest's RAM, as runs of pages of one class, from which the reports draw it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ..memory.ram import RamFile
 from .attribution import LostPage, WrittenPages
 
 _PROOF_CLASSES: Final = {
-    "other": "no device wrote it while dirty logging was on; which of these the guest's CPUs "
-    "wrote, QEMU does not tell",
-    "device": "the device wrote it before every page of RAM had been sent once",
-    "late": "the device wrote it after every page had been sent: only its dirty bit can have "
-    "brought it across",
-    "lost": "it differs on the destination",
+    "other": "not written by a device while dirty logging was on (the guest's CPUs may have "
+    "written to the page; QEMU does not report that)",
+    "device": "written by the device before every page of RAM had been sent once",
+    "late": "written by the device after every page of RAM had been sent once, so that QEMU "
+    "depends on the dirty bit to send it again",
+    "lost": "differs on the destination",
 }
 _CLASSES_WITHOUT_JOURNAL: Final = {
-    "other": "it is equal; who wrote it is not known, for the device keeps no journal",
+    "other": "equal on both sides (the writer is unknown: the device keeps no journal)",
     "lost": _PROOF_CLASSES["lost"],
 }
 
@@ -34,7 +34,7 @@ _CLASSES_WITHOUT_JOURNAL: Final = {
 class MapArea:
     """Consecutive pages of RAM. `classes` has one uint8 for each page.
 
-    `gpa` is None for RAM that the guest's physical map hides; `offset` is the first page's in
+    `gpa` is None for RAM that the guest's physical map hides. `offset` is that of the first page in
     memory region `region`.
     """
 
@@ -46,13 +46,13 @@ class MapArea:
 
 @dataclass(frozen=True)
 class RamMap:
-    """`meanings` says for each class's name what it means; a page's class counts in it."""
+    """A map of RAM. `meanings` describes each class by its name; a class is an index into it."""
 
     meanings: dict[str, str]
     areas: Sequence[MapArea]
 
     def to_json(self) -> dict[str, Any]:
-        """The map with its runs as [class, pages] pairs."""
+        """Return the map with its runs as [class, pages] pairs."""
         totals = sum(
             (np.bincount(area.classes, minlength=len(self.meanings)) for area in self.areas),
             np.zeros(len(self.meanings), dtype=np.int64),
@@ -77,12 +77,13 @@ class RamMap:
 
 
 def joined(maps: Sequence[RamMap]) -> RamMap:
-    """One map of memory that stands in several files."""
-    return RamMap(maps[0].meanings if maps else {}, [area for it in maps for area in it.areas])
+    """Return one map of memory that consists of several files."""
+    areas = [area for ram_map in maps for area in ram_map.areas]
+    return RamMap(maps[0].meanings if maps else {}, areas)
 
 
 def run_lengths(classes: NDArray[np.uint8]) -> list[list[int]]:
-    """[class, pages] for each run of equal classes."""
+    """Return [class, pages] for each run of equal classes."""
     if not len(classes):
         return []
     edges = np.concatenate(([0], np.flatnonzero(np.diff(classes)) + 1, [len(classes)]))
@@ -99,7 +100,7 @@ def map_proof(
     source: RamFile,
     all_sent_ns: int,
 ) -> RamMap:
-    """The map of a proof's RAM; by `all_sent_ns` (CLOCK_MONOTONIC) every page had been sent."""
+    """Map a proof's RAM; by `all_sent_ns` (CLOCK_MONOTONIC) every page had been sent once."""
     meanings = _PROOF_CLASSES if evidence else _CLASSES_WITHOUT_JOURNAL
     names = list(meanings)
     slots = sorted(
@@ -113,8 +114,8 @@ def map_proof(
     for page in lost:
         classes[page.ram_offset // PAGE_BYTES] = names.index("lost")
     name = source.backend
-    regions = [MapRegion(it.gpa, it.length, "ram", name, it.file_offset) for it in slots]
-    places = [(it.gpa, it.offset, it.length) for it in regions]
+    regions = [MapRegion(slot.gpa, slot.length, "ram", name, slot.file_offset) for slot in slots]
+    places = [(region.gpa, region.offset, region.length) for region in regions]
     hidden = hidden_parts(regions, name, source.length)
     areas = [*places, *((None, offset, length) for offset, length in hidden)]
     return RamMap(
@@ -127,7 +128,8 @@ def map_proof(
 
 
 def with_lost(ram_map: RamMap, lost: Sequence[LostPage]) -> RamMap:
-    """The map with more pages lost, found after it was made; only those that the guest sees."""
+    """Return the map with more `lost` pages, found after it was made; those without a GPA are left
+    out."""
     kind = list(ram_map.meanings).index("lost")
     areas = []
     for area in ram_map.areas:
@@ -148,7 +150,7 @@ def _written(evidence: Sequence[Evidence], all_sent_ns: int) -> list[tuple[str, 
         is_late = each.records["time_ns"][written.rows] >= all_sent_ns
         early.append(("device", written.pages[~is_late].astype(np.int64)))
         late.append(("late", written.pages[is_late].astype(np.int64)))
-    return early + late  # what one device wrote late counts, whatever others did before
+    return early + late  # a late write of one device overrides early writes of others
 
 
 def _end(slot: Slot) -> int:

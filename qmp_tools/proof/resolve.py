@@ -1,6 +1,6 @@
-"""From the options of a proof to all that it depends on: what they leave open is chosen, and said.
+"""Resolve the options of a proof to its set-up, and log each choice that the options leave open.
 
-Options that contradict each other are refused before anything is started.
+Contradictory options are refused before anything is started.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ _logger = logging.getLogger(__name__)
 
 TRACKER: Final = "iommu"
 HARVEST: Final = 0.2
-"""The defaults of the options of these names, where a fault needs nothing else."""
+"""The defaults of the options of these names, unless a fault needs another value."""
 _BEHIND_IOMMU: Final = "write_once=2048"
-"""Each page costs the device and QEMU a conversation there."""
+"""Behind an IOMMU, each page costs an exchange of messages between the device and QEMU."""
 
 
 async def resolve(options: ProofOptions) -> Setup:
-    """The proof that the options describe.
+    """Return the set-up that the options describe.
 
     Raises:
-        UsageError: they contradict each other, or the device does not have one of them.
-        UntestableError: this machine or its QEMUs lack what is needed.
+        UsageError: the options contradict each other, or one does not apply to the device.
+        UntestableError: this machine or its QEMUs do not have what the proof needs.
     """
     seed = chosen_seed(options.seed)
     options = replace(options, seed=seed)
     kind = kind_of(options.devices, options.device_command)
-    refuse_strangers(options, kind)
+    refuse_unsupported_options(options, kind)
     fault = _fault_of(options)
     iommu = options.iommu or ("intel" if fault.needs_iommu else None)
     device = kind.make(_request(options, fault, iommu))
@@ -70,7 +70,7 @@ async def resolve(options: ProofOptions) -> Setup:
     source, destination = _qemus_of(options)
     for side, qemu in ((SOURCE, source), (DESTINATION, destination)):
         await require_x86_64(side, qemu, options.timeout)
-    # What tells whether KVM runs a guest is a guest of ours.
+    # Whether KVM works is probed with one of dmaproof's guests, also where the proof uses another.
     probed = bare_guest() if guest else _guest_of(options, device, iommu)
     accelerator = await choose_accelerator(options.accel, source, probed, options.timeout)
     guest = guest or probed
@@ -80,7 +80,7 @@ async def resolve(options: ProofOptions) -> Setup:
     machine = await _machine_of(options, scenario, source, destination)
     if iommu is not None and "q35" not in machine:
         raise UsageError(
-            f"--iommu {iommu}: only q35 machines have it, and this one is to be {machine}"
+            f"--iommu {iommu}: only q35 machines have this IOMMU, and the machine is {machine}"
         )
     machine += scenario.machine_options
     if scenario.dimms:
@@ -108,11 +108,11 @@ async def resolve(options: ProofOptions) -> Setup:
     )
 
 
-def refuse_strangers(options: ProofOptions, kind: DeviceKind) -> None:
-    """Refuse options that mean nothing to the kind of device.
+def refuse_unsupported_options(options: ProofOptions, kind: DeviceKind) -> None:
+    """Refuse options that do not apply to the kind of device.
 
     Raises:
-        UsageError: one of them was given.
+        UsageError: such an option was given.
     """
     for name in options.changed:
         if name not in kind.accepts:
@@ -122,7 +122,7 @@ def refuse_strangers(options: ProofOptions, kind: DeviceKind) -> None:
 
 
 def chosen_seed(given: int | None, bits: int = 32) -> int:
-    """The seed that was given, or else one of so many `bits` that nobody has had."""
+    """Return the seed that was given, or else a random one of `bits` bits."""
     return random.SystemRandom().getrandbits(bits) if given is None else given
 
 
@@ -130,8 +130,8 @@ def _fault_of(options: ProofOptions) -> Fault:
     fault = make_fault(options.fault, options.seed or 0)
     if fault.needs:
         raise UsageError(
-            f"fault {options.fault} shows only with {fault.needs}, which a proof does not have: "
-            f"dmaproof faults --only {(options.fault or '').partition('=')[0]}"
+            f"fault {options.fault} can be detected only with {fault.needs}, which a proof does "
+            f"not have: use dmaproof faults --only {(options.fault or '').partition('=')[0]}"
         )
     return fault
 
@@ -157,28 +157,30 @@ def _request(options: ProofOptions, fault: Fault, iommu: str | None) -> DeviceRe
 
 
 def _agreed(flag: str, given: str | None, needed: str | None) -> str | None:
-    """What was given, or else what the fault needs.
+    """Return what was given, or else what the fault needs.
 
     Raises:
-        UsageError: the fault does not show with what was given.
+        UsageError: the fault is not guaranteed to be detected with what was given.
     """
     if given and needed and given != needed:
-        raise UsageError(f"{flag} {given}: the fault shows for certain only with {flag} {needed}")
+        raise UsageError(
+            f"{flag} {given}: the fault is guaranteed to be detected only with {flag} {needed}"
+        )
     return given or needed
 
 
 def _scenario_for(options: ProofOptions, device: ProofDevice) -> Scenario:
-    """The scenario that was asked for.
+    """Return the scenario that the options name.
 
     Raises:
-        UsageError: `device` cannot go through it, or it has no downtime that could be measured.
+        UsageError: the scenario does not support `device`, or has no measurable downtime.
     """
     scenario = find_scenario(options.scenario)
     scenario.require_device(device)
     if options.max_downtime is not None and not scenario.downtime_is_measurable:
         raise UsageError(
-            f"--max-downtime: with --scenario {options.scenario} dmaproof itself stops the guest, "
-            "for as long as it takes to copy its RAM"
+            f"--max-downtime: with --scenario {options.scenario} dmaproof itself pauses the guest "
+            "while its RAM is copied, so the downtime says nothing about QEMU"
         )
     return scenario
 
@@ -188,21 +190,21 @@ def _require_driver(options: ProofOptions, device: ProofDevice, iommu: str | Non
         return
     if options.guest not in device.guests:
         raise UsageError(
-            f"--guest {options.guest}: it has no driver for {device.facts.device}; "
-            f"--guest {' or '.join(sorted(device.guests))} has one"
+            f"--guest {options.guest}: this guest has no driver for {device.facts.device}; use "
+            f"--guest {' or '.join(sorted(device.guests))}"
         )
     if iommu is not None and options.guest not in IOMMUS[iommu].guests:
         raise UsageError(
-            f"--iommu {iommu}: the guest {options.guest} does not use it so; "
-            f"--guest {' or '.join(IOMMUS[iommu].guests)} does"
+            f"--iommu {iommu}: the guest {options.guest} does not support this mode; use "
+            f"--guest {' or '.join(IOMMUS[iommu].guests)}"
         )
 
 
 def _own_guest(options: ProofOptions) -> Guest:
     if options.kernel is None:
         raise UsageError(
-            f"--device {' and '.join(options.devices)} needs a guest that drives it: --kernel "
-            "FILE, and what docs/passthrough.md tells of such a guest"
+            f"--device {' and '.join(options.devices)} needs your own guest with a driver for the "
+            "device: give it with --kernel FILE; docs/passthrough.md describes such a guest"
         )
     initramfs = Path(options.initrd) if options.initrd else None
     return own_guest(Path(options.kernel), initramfs, options.append)

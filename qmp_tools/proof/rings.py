@@ -1,12 +1,12 @@
-"""Where the rings of a stopped device stand: its answer, held against the ring in RAM.
+"""Check the answer of a stopped device to GET_VRING_BASE against the ring in RAM.
 
-QEMU stops a vhost-user device by GET_VRING_BASE, keeps the answer as the ring's last_avail_idx
-(vhost_virtqueue_stop), and the destination starts there. The answer is the index of the request
-that the device would take next. On a split ring it cannot lie before the used index, which counts
+QEMU stops a vhost-user device by GET_VRING_BASE and stores the answer as the ring's last_avail_idx
+(vhost_virtqueue_stop), at which the destination starts. The answer is the index of the request
+that the device would take next. On a split ring it cannot be before the used index, which counts
 the requests that the device has finished, nor after the available index, which counts those that
 the driver has made available (virtio 1.2, 2.7.6 and 2.7.8). All three count modulo 2^16.
 
-What QEMU does with a wrong answer does not name the cause: the destination refuses the device's
+QEMU's reaction to a wrong answer does not name the cause: the destination refuses the device's
 state, or marks the device as broken and leaves the guest waiting (virtio_load).
 """
 
@@ -24,18 +24,18 @@ from ..qemu.qmp import Qmp, QmpRefusal
 _WRAP: Final = 1 << 16
 _INDEX: Final = struct.Struct("<H")
 _INDEX_OFFSET: Final = 2
-"""Of idx behind flags, in the available and in the used ring alike."""
+"""The offset of idx, which follows flags in both the available and the used ring."""
 
 ReadRam = Callable[[int, int], bytes | None]
-"""Reads so many bytes from a guest-physical address; None where there is no RAM."""
+"""Reads a number of bytes at a guest-physical address; returns None where there is no RAM."""
 
 
 @dataclass(frozen=True)
 class Ring:
     """A split ring in the RAM of `side`, a paused QEMU; `device` is QEMU's name for its type.
 
-    `used` and `available` are the indices in that RAM; `answered` is what the source's device has
-    answered to GET_VRING_BASE. `size` is in descriptors.
+    `used` and `available` are the indices in that RAM. `answered` is the answer of the source's
+    device to GET_VRING_BASE. `size` is in descriptors.
     """
 
     side: str
@@ -48,12 +48,12 @@ class Ring:
 
     @property
     def is_answered_right(self) -> bool:
-        """Whether the answer may be right, as far as the ring tells."""
+        """Whether the answer lies between the used and the available index."""
         return (self.answered - self.used) % _WRAP <= self._outstanding
 
     @property
     def is_consistent(self) -> bool:
-        """Whether no more requests are outstanding than there is room for."""
+        """Whether the ring has room for the requests that are outstanding."""
         return self._outstanding <= self.size
 
     @property
@@ -62,16 +62,16 @@ class Ring:
 
     @property
     def story(self) -> str:
-        """What is wrong, in one sentence; of a ring that is not right."""
+        """What is wrong with this ring, in one sentence; only for a ring that is wrong."""
         ring = f"queue {self.queue} of {self.device}"
         figures = f"used index {self.used} and available index {self.available}"
         if not self.is_consistent:
             return (
-                f"{ring}: {figures} in the {self.side}'s RAM cannot be right for a ring of "
-                f"{self.size}: {self._why_inconsistent}"
+                f"{ring}: {figures} in the {self.side}'s RAM are impossible for a ring of "
+                f"{self.size} descriptors: {self._why_inconsistent}"
             )
         few, many = (self.used - self.answered) % _WRAP, (self.answered - self.available) % _WRAP
-        wrong = f"{few} too few" if few <= many else f"{many} too many"
+        wrong = f"{few} too low" if few <= many else f"{many} too high"
         return (
             f"{ring}: the device answered GET_VRING_BASE with {self.answered}, at least {wrong}: "
             f"the ring in the {self.side}'s RAM has {figures}, and the answer must lie between them"
@@ -80,20 +80,20 @@ class Ring:
     @property
     def _why_inconsistent(self) -> str:
         too_many = (self.used - self.available) % _WRAP
-        if too_many >= _WRAP // 2:  # so it is the available index that is ahead
+        if too_many >= _WRAP // 2:  # then the available index is ahead
             return "the device's last writes to its used ring are missing"
         if self.side == DESTINATION:
             return "the driver's last writes to its available ring are missing"
         return (
-            f"the device has finished {too_many} more requests than it was given, as one does that "
-            f"starts at a wrong index; it answered GET_VRING_BASE with {self.answered}"
+            f"the device has finished {too_many} more requests than it was given, as if it had "
+            f"started at a wrong index; it answered GET_VRING_BASE with {self.answered}"
         )
 
 
 async def stopped_rings(qmp: Qmp, rams: Mapping[str, ReadRam]) -> Sequence[Ring]:
-    """The rings that the guest of a paused QEMU uses, as they are in the `rams` of each side.
+    """Return the rings that the guest of a paused QEMU uses, as they are in each side's `rams`.
 
-    All of them must be split rings. A QEMU before 7.2 does not report its rings: none are returned.
+    All must be split rings. QEMU before 7.2 does not report its rings: the result is then empty.
     """
     found: list[Ring] = []
     try:
@@ -103,21 +103,23 @@ async def stopped_rings(qmp: Qmp, rams: Mapping[str, ReadRam]) -> Sequence[Ring]
     for device in devices:
         for queue in itertools.count():
             try:
-                told: dict[str, Any] = await qmp.execute(
+                status: dict[str, Any] = await qmp.execute(
                     "x-query-virtio-queue-status", path=device["path"], queue=queue
                 )
-            except QmpRefusal:  # it has no more of them
+            except QmpRefusal:  # the device has no more queues
                 break
-            rings = (_ring(side, device["name"], queue, told, read) for side, read in rams.items())
+            name = device["name"]
+            rings = (_ring(side, name, queue, status, read) for side, read in rams.items())
             found += [ring for ring in rings if ring]
     return found
 
 
-def _ring(side: str, device: str, queue: int, told: dict[str, Any], read: ReadRam) -> Ring | None:
-    if not told["vring-desc"] or "last-avail-idx" not in told:
+def _ring(side: str, device: str, queue: int, status: dict[str, Any], read: ReadRam) -> Ring | None:
+    if not status["vring-desc"] or "last-avail-idx" not in status:
         return None
     available, used = (
-        read(told[member] + _INDEX_OFFSET, _INDEX.size) for member in ("vring-avail", "vring-used")
+        read(status[member] + _INDEX_OFFSET, _INDEX.size)
+        for member in ("vring-avail", "vring-used")
     )
     if available is None or used is None:
         return None
@@ -125,8 +127,8 @@ def _ring(side: str, device: str, queue: int, told: dict[str, Any], read: ReadRa
         side=side,
         device=device,
         queue=queue,
-        size=told["vring-num"],
-        answered=told["last-avail-idx"],
+        size=status["vring-num"],
+        answered=status["last-avail-idx"],
         used=_INDEX.unpack(used)[0],
         available=_INDEX.unpack(available)[0],
     )

@@ -1,12 +1,13 @@
-"""One proof from end to end: boot, migrate under load, compare, attribute, go on.
+"""One proof from end to end: boot, migrate under load, compare, attribute, continue.
 
-The load is kept sharp on purpose. A live migration is held in precopy by a low downtime limit and
-by pages that QEMU keeps dirtying; once QEMU has sent every page (its second bitmap sync), the guest
-is told to use pages of which each is written by the device only once. Only when these are used up
-may the migration end. So whatever the chain loses of them stays lost, and is seen.
+The load is designed to be sensitive. A low downtime limit, and pages that QEMU keeps dirtying, hold
+a live migration in precopy. Once QEMU has sent every page (its second bitmap sync), the guest
+starts to use pages that the device writes exactly once. The migration may end only after the guest
+has used all of them. A dirty bit of such a page that the chain loses therefore stays lost, and the
+comparison detects it.
 
-What is done, and how it is judged, the scenario says (`migration.scenarios`); the run has its steps
-carried out in their order, and makes a verdict of what they find.
+The scenario (`migration.scenarios`) defines what each step does and how its result is judged. The
+run carries out the steps in order, and makes a verdict from their findings.
 """
 
 from __future__ import annotations
@@ -61,34 +62,36 @@ async def prove(
     Args:
         setup: all that the proof depends on.
         on_progress: see `ProofRun`.
-        keep: whether the run's folder stays.
+        keep: whether to keep the run's folder.
 
     Returns:
-        The verdict, and what happened on the way to it.
+        The verdict, and a record of the run.
 
     Raises:
-        UntestableError: it did not come to a verdict; the message says why.
+        UntestableError: the proof did not reach a verdict; the message says why.
     """
     count = find_scenario(setup.scenario).migrations
     with run_folder(keep=keep) as folder:
         async with (
             proof_run(setup, folder, on_progress) as run,
-            contextlib.aclosing(there_and_back(run, count)) as proofs,
+            contextlib.aclosing(consecutive_proofs(run, count)) as proofs,
         ):
             proof = [proof async for proof in proofs][-1]
             return replace(proof, folder=folder if keep else None)
 
 
-async def there_and_back(run: ProofRun, count: int) -> AsyncGenerator[Proof, None]:
-    """The proofs of `count` migrations of one guest, until the first that is no pass.
+async def consecutive_proofs(run: ProofRun, count: int) -> AsyncGenerator[Proof, None]:
+    """Yield the proofs of `count` migrations of one guest, which swap source and destination.
+
+    The first proof that does not pass is the last one.
 
     Raises:
-        UntestableError: one did not come to a verdict; the message says why.
+        UntestableError: a proof did not reach a verdict; the message says why.
     """
     migrations: list[MigrationSummary] = []
     for number in range(count):
         if number:
-            await run.turn_back()
+            await run.prepare_return()
         proof = await run.finish(await run.compare(await run.migrate()))
         yield replace(proof, earlier=tuple(migrations))
         migrations.append(proof.migration_summary)
@@ -100,10 +103,10 @@ async def there_and_back(run: ProofRun, count: int) -> AsyncGenerator[Proof, Non
 async def proof_run(
     setup: Setup, folder: Path, on_progress: OnProgress | None = None
 ) -> AsyncIterator[ProofRun]:
-    """The device and both QEMUs of a proof, started; its steps are the caller's to take.
+    """Start the device and both QEMUs of a proof; the caller takes its steps.
 
     Raises:
-        UntestableError: one of them could not be started.
+        UntestableError: the device or a QEMU could not be started.
     """
     machine = setup.machine
     _logger.info(
@@ -120,7 +123,7 @@ async def proof_run(
 
 
 class ProofRun:
-    """The steps that a proof takes with a pair of QEMUs, as its scenario says."""
+    """The steps of a proof with a pair of QEMUs, as its scenario defines them."""
 
     def __init__(
         self,
@@ -133,9 +136,9 @@ class ProofRun:
 
         Args:
             setup: all that the proof depends on.
-            device: what serves both QEMUs.
-            folder: where sockets and logs are.
-            on_progress: takes each progress of a migration; None: it is logged once a second.
+            device: the device that serves both QEMUs.
+            folder: the folder of sockets and logs.
+            on_progress: receives each progress of a migration; None logs it once a second.
         """
         self.scenario = find_scenario(setup.scenario)
         self.pair = QemuPair(
@@ -154,32 +157,32 @@ class ProofRun:
 
     @property
     def qemus(self) -> Mapping[str, OwnedQemu]:
-        """The QEMUs of each side that has been started."""
+        """The QEMU of each side that has been started."""
         return self.pair.qemus
 
     @property
     def device(self) -> AttachedDevice:
-        """What serves both QEMUs."""
+        """The device that serves both QEMUs."""
         return self.pair.device
 
     async def start(self) -> None:
         """Start the QEMUs, and wait until the source's guest is ready.
 
         Raises:
-            UntestableError: one of them could not be started, or the guest does not come to that.
+            UntestableError: a QEMU could not be started, or the guest did not become ready.
         """
         await self.scenario.start(self.pair)
 
     async def end(self) -> None:
-        """End both QEMUs, and release what was kept."""
+        """End both QEMUs, and release the resources of the last migration."""
         await self._attempt.end()
         await self.pair.end()
 
-    async def turn_back(self) -> None:
-        """Get ready for a migration back to where the guest came from.
+    async def prepare_return(self) -> None:
+        """Prepare a migration back to the side that the guest came from.
 
         Raises:
-            UntestableError: the guest does not get ready, or the new QEMU does not start.
+            UntestableError: the guest does not become ready, or the new QEMU does not start.
         """
         await self.pair.swap_roles()
         await self.scenario.start_return(self.pair)
@@ -187,10 +190,10 @@ class ProofRun:
     # Migrating ------------------------------------------------------------------------------------
 
     async def migrate(self) -> Migrated:
-        """Migrate; both guests are paused afterwards, unless the destination refused its own.
+        """Migrate; both guests are then paused, unless the destination refused a device's state.
 
         Raises:
-            UntestableError: it does not come to that.
+            UntestableError: the migration did not reach this point.
         """
         pair, scenario = self.pair, self.scenario
         first = self._new_attempt()
@@ -236,10 +239,10 @@ class ProofRun:
         )
 
     async def _refusal(self, attempt: Attempt, error: UntestableError) -> StateRefusal:
-        """The refusal of a device's state that made the migration fail; the source is paused then.
+        """Return the refusal of a device's state that made the migration fail; pause the source.
 
         Raises:
-            UntestableError: it failed for something else, which the error says.
+            UntestableError: the migration failed for another reason, which the error names.
         """
         accepted = self.pair.device.accepted_features(self.pair.source_side)
         if reason := explain_refusal(str(error), accepted):
@@ -253,7 +256,7 @@ class ProofRun:
         return await self.pair.guarded(self._pause_refused(attempt.migration, error))
 
     async def _pause_refused(self, migration: Migration, error: UntestableError) -> StateRefusal:
-        """Pause the source, unless it has sent everything before it noticed, and is paused."""
+        """Pause the source, unless it had sent everything by then and is already paused."""
         destination = self.pair.destination.process
         destination.expect_end()
         self.pair.device.release(self.pair.destination_side)
@@ -270,10 +273,10 @@ class ProofRun:
     # Comparing ------------------------------------------------------------------------------------
 
     async def compare(self, migrated: Migrated) -> Proof:
-        """Hold the RAM of both against each other; the destination's guest is paused yet.
+        """Compare the RAM of both sides, while the destination's guest is still paused.
 
         Raises:
-            UntestableError: the RAM or the device's evidence cannot be had.
+            UntestableError: the RAM or the device's evidence cannot be read.
         """
         return await self.pair.guarded(self._compare(migrated))
 
@@ -348,9 +351,9 @@ class ProofRun:
 
     @property
     def _reports_rings(self) -> bool:
-        """Whether QEMU reports where the rings in the source's RAM are.
+        """Whether QEMU reports the guest-physical addresses of the rings in the source's RAM.
 
-        It does of split rings. Behind an IOMMU, it reports where they are in IOVAs.
+        It does so for split rings. Behind an IOMMU it reports their IOVAs instead.
         """
         return (
             self.scenario.stops_rings
@@ -367,15 +370,15 @@ class ProofRun:
     # Finishing ------------------------------------------------------------------------------------
 
     async def finish(self, proof: Proof) -> Proof:
-        """Let the guest go on, and add to the verdict what it saw.
+        """Continue the guest, and add its findings to the verdict.
 
         Raises:
-            UntestableError: it does not go on, though no page was lost, and no request either.
+            UntestableError: the guest does not continue, although no page and no request was lost.
         """
         if not self.scenario.destination_can_continue:
             return proof
         verdict = proof.verdict
-        if verdict.can_go_on:
+        if verdict.can_continue:
             guest = await continue_guest(
                 self.pair,
                 self.scenario,
@@ -388,12 +391,12 @@ class ProofRun:
         return await self.pair.guarded(self._settle(proof, self._paused))
 
     async def _settle(self, proof: Proof, paused: PausedRam) -> Proof:
-        """Add to the verdict what has happened at the source since its guest was paused."""
+        """Add to the verdict what has happened on the source since its guest was paused."""
         source, verdict, log_watch = self.pair.source, proof.verdict, self._attempt.log_watch
         paused_s = (proof.moments.get("STOP") or proof.history[-1].time_ns) / 1e9
         if self._is_third_party:
             left_s = paused_s + self._setup.settle_s - time.monotonic()
-            _logger.info("watching the source's RAM for %.1f s more", max(0.0, left_s))
+            _logger.info("watching the source's RAM for late DMA, %.1f s more", max(0.0, left_s))
             await asyncio.sleep(left_s)
         late: list[LostPage] = []
         settled_s = time.monotonic() - paused_s
@@ -410,6 +413,6 @@ class ProofRun:
 
 
 def _harvests(evidence: Sequence[Evidence]) -> NDArray[np.void]:
-    """The harvests of all devices, in the order of time."""
+    """Return the harvests of all devices, ordered by time."""
     none = np.empty(0, dtype=HARVEST)
     return np.sort(np.concatenate([none, *(each.harvests for each in evidence)]), order="time_ns")

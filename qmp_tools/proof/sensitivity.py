@@ -1,12 +1,12 @@
-"""How much a run can tell: on which pages a lost dirty bit would have shown.
+"""Measure the sensitivity of a run: on how many pages a lost dirty bit would have been detected.
 
 A pass needs evidence. Pages that the device wrote only once, after QEMU had sent every page at
-least once, are *guaranteed detectable*: their bit is the only thing that can have brought them across. Where
-there is no journal the guest's word counts: it began to read into its write-once pages only then.
+least once, are *guaranteed detectable*: only their dirty bit can have made QEMU send them again.
+Without a journal dmaproof relies on the guest, which starts to use its write-once pages only then.
 
-A page that the device wrote and that has not reached the log fails the proof even where it is
-equal: QEMU may have sent it for a reason of its own (it dirties every used ring when it stops it,
-and vCPUs write beside status bytes), and will not always have one.
+A page that the device wrote and that has not reached the log fails the proof even if the page is
+equal. QEMU may have sent it for another reason (QEMU dirties every used ring that it stops, and
+vCPUs write next to status bytes), but such a reason will not always exist.
 """
 
 from __future__ import annotations
@@ -30,15 +30,22 @@ from .attribution import WrittenPages
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How much a run can tell; all in pages but for `writes`.
+    """The sensitivity of a run. All members except `writes` count pages.
 
-    `rewritten` were written by the device after QEMU had sent every page once;
-    `guaranteed_detectable` are those of them that the device wrote only once, with data.
-    `unreported` were written and have not reached the log since, whether they were lost by it or
-    saved by luck; `unreported_guaranteed` are both; `missed_at` counts them by the first link that has not seen them, `missed_by` by the
-    device that wrote them. `reported_unwritten` reached the log though no device had written them.
-    Where the `evidence_source` is not the journal, the write-once pages alone are known: they are
-    `rewritten`, and `guaranteed_detectable` unless the guest's kernel has copied them from buffers that it uses again.
+    Attributes:
+        writes: writes by the devices.
+        written: pages that a device wrote while dirty logging was on.
+        rewritten: pages that a device wrote after QEMU had sent every page once.
+        guaranteed_detectable: those of the `rewritten` pages that a device wrote only once, with
+            data.
+        unreported: pages whose last write has not reached the log, whether or not they differ.
+        unreported_guaranteed: pages that are both `unreported` and `guaranteed_detectable`.
+        reported_unwritten: pages that reached the log although no device had written them.
+        missed_at: the `unreported` pages by the first link that did not see them.
+        missed_by: the `unreported` pages by the device that wrote them.
+        evidence_source: what the figures come from. If it is not the journal, only the write-once
+            pages are known. They are `rewritten`, and also `guaranteed_detectable` unless the
+            guest's kernel copied them from buffers that it reuses.
     """
 
     writes: int
@@ -53,7 +60,7 @@ class Sensitivity:
     evidence_source: EvidenceSource = EvidenceSource.JOURNAL
 
     def to_json(self) -> dict[str, Any]:
-        """The members by name; what is not known is None."""
+        """Return the members by name; a figure that is not known is None."""
         members = asdict(self)
         if self.evidence_source == EvidenceSource.JOURNAL:
             return members
@@ -62,11 +69,11 @@ class Sensitivity:
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What one device's evidence tells, in sorted arrays of page numbers.
+class _DevicePages:
+    """The pages in one device's evidence, as sorted arrays of page numbers.
 
-    `missed` are the pages that have not reached the log since they were written last, `links` for
-    each of them the first link that missed it.
+    `missed` are the pages that have not reached the log since they were written last. `links` has
+    for each of them the first link that missed it.
     """
 
     written: NDArray[np.uint64]
@@ -77,7 +84,7 @@ class _Told:
     unwritten: NDArray[np.uint64]
 
 
-def _told_by(evidence: Evidence, all_sent_ns: int) -> _Told:
+def _pages_of(evidence: Evidence, all_sent_ns: int) -> _DevicePages:
     records = evidence.records
     written = WrittenPages(records)
     pages, first, counts = np.unique(written.pages, return_index=True, return_counts=True)
@@ -96,7 +103,7 @@ def _told_by(evidence: Evidence, all_sent_ns: int) -> _Told:
         )
     ]
     reported_pages = np.concatenate([np.empty(0, dtype=np.int64), *reported]).astype(np.uint64)
-    return _Told(
+    return _DevicePages(
         written=pages,
         late=pages[late],
         guaranteed_detectable=pages[once],
@@ -107,30 +114,30 @@ def _told_by(evidence: Evidence, all_sent_ns: int) -> _Told:
 
 
 def measure_sensitivity(evidence: Sequence[Evidence], all_sent_ns: int) -> Sensitivity:
-    """What the run can tell; by `all_sent_ns` (CLOCK_MONOTONIC) every page had been sent once.
+    """Measure the sensitivity; by `all_sent_ns` (CLOCK_MONOTONIC) every page had been sent once.
 
-    A page is guaranteed detectable if it was written once by one of the devices and never by another.
+    A page is guaranteed detectable if exactly one device wrote it, and only once.
     """
-    told = [_told_by(each, all_sent_ns) for each in evidence]
-    every_write = _together([each.written for each in told])
-    pages, writers = np.unique(every_write, return_counts=True)
+    by_device = [_pages_of(each, all_sent_ns) for each in evidence]
+    every_write = _together([pages.written for pages in by_device])
+    written, writers = np.unique(every_write, return_counts=True)
     guaranteed = np.intersect1d(
-        _together([each.guaranteed_detectable for each in told]), pages[writers == 1]
+        _together([pages.guaranteed_detectable for pages in by_device]), written[writers == 1]
     )
-    missed = np.unique(_together([each.missed for each in told]))
+    missed = np.unique(_together([pages.missed for pages in by_device]))
     return Sensitivity(
         writes=sum(len(each.records) for each in evidence),
-        written=len(pages),
-        rewritten=len(np.unique(_together([each.late for each in told]))),
+        written=len(written),
+        rewritten=len(np.unique(_together([pages.late for pages in by_device]))),
         guaranteed_detectable=len(guaranteed),
         unreported=len(missed),
         unreported_guaranteed=len(np.intersect1d(missed, guaranteed)),
-        reported_unwritten=len(np.unique(_together([each.unwritten for each in told]))),
-        missed_at=dict(Counter(link.value for each in told for link in each.links)),
+        reported_unwritten=len(np.unique(_together([pages.unwritten for pages in by_device]))),
+        missed_at=dict(Counter(link.value for pages in by_device for link in pages.links)),
         missed_by={
-            each.device: len(its.missed)
-            for each, its in zip(evidence, told, strict=True)
-            if len(its.missed)
+            each.device: len(pages.missed)
+            for each, pages in zip(evidence, by_device, strict=True)
+            if len(pages.missed)
         },
     )
 
@@ -145,9 +152,14 @@ def sensitivity_by_guest(
     *,
     guaranteed: bool = True,
 ) -> Sensitivity:
-    """What a run without a journal can tell: `write_once` pages the guest has had read into just once,
-    all of them after everything had been sent, before anything was, or while it was; if they are
-    `guaranteed`, each at a place that nothing else was written to."""
+    """Return the sensitivity of a run without a journal, from the guest's report.
+
+    Args:
+        write_once: pages that the guest had the device write exactly once. The `evidence_source`
+            says when: after every page had been sent, before any was, or during a snapshot.
+        evidence_source: what the figures come from.
+        guaranteed: whether nothing else was written to these pages.
+    """
     return Sensitivity(
         0, 0, write_once, write_once if guaranteed else 0, 0, 0, 0, evidence_source=evidence_source
     )
@@ -156,8 +168,8 @@ def sensitivity_by_guest(
 def _missed_at(
     pages: NDArray[np.uint64], last_writes: NDArray[np.void], evidence: Evidence
 ) -> NDArray[np.int64]:
-    """For each page, the position in `TRACED_LINKS` of the first link that has missed its last
-    write; their number where none has."""
+    """Return for each page the position in `TRACED_LINKS` of the first link that missed its last
+    write, or the number of links if none missed it."""
     first = np.full(len(pages), len(TRACED_LINKS))
     for index, link in reversed(list(enumerate(TRACED_LINKS))):
         first[evidence.links[link].last_many(pages) < last_writes["epoch"]] = index
@@ -165,7 +177,7 @@ def _missed_at(
 
 
 def _in_slots(pages: NDArray[np.uint64], slots: Sequence[Slot]) -> NDArray[np.bool_]:
-    """Which of the page numbers are still guest RAM: memory can be unplugged."""
+    """Return which of the page numbers are still guest RAM: memory can be unplugged."""
     inside = np.zeros(len(pages), dtype=np.bool_)
     for slot in slots:
         first, end = slot.gpa // PAGE_BYTES, (slot.gpa + slot.length) // PAGE_BYTES

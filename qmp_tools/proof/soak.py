@@ -1,8 +1,8 @@
-"""Many migrations of one guest, there and back: nothing is lost, and nothing grows.
+"""Migrate one guest back and forth many times: no page may be lost, and no process may grow.
 
-What a run holds on to shows only in the long run: a mapping of a guest that is gone, a socket, the
-journal of a session that is over. So after each migration it is looked at what the tool and the
-device's process have, and what they have at the end is held against what they had warmed up to.
+A leak shows only in the long run: the mapping of a guest that has ended, a socket, or the journal
+of a session that is over. After each migration dmaproof therefore measures the resources of the
+tool and of the device's process, and compares the last figures with those after the warm-up.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ from ..host.run_folder import run_folder
 from ..migration.scenarios import find_scenario, known_scenarios
 from ..qemu.machine import MIB
 from .model import MigrationSummary, Proof, Setup
-from .run import proof_run, there_and_back
+from .run import consecutive_proofs, proof_run
 
 _logger = logging.getLogger(__name__)
 
 TOOL: Final = "tool"
 _ALLOWED_BYTES: Final = 8 * MIB
-"""What an allocator's pools come to: 5 MiB were seen. A migration's journal and trace are 1 MiB."""
+"""An allowance for an allocator's pools, of which 5 MiB were seen. The journal and trace of one
+migration take 1 MiB."""
 _SHARED_MEMORY: Final = ("/memfd:", "/dev/shm/")
 
 
 @dataclass(frozen=True)
 class Holdings:
-    """What a process has at a moment.
+    """The resources that a process holds at one moment.
 
     `private_bytes` is its anonymous resident memory (RssAnon of proc(5)), without the guests' RAM
-    that it has mapped; `descriptors` its open files; `shared_objects` how many memfds and files of
-    /dev/shm it has open or mapped.
+    that it has mapped. `descriptors` counts its open files. `shared_objects` counts the memfds and
+    the files of /dev/shm that it has open or mapped.
     """
 
     private_bytes: int
@@ -48,10 +49,10 @@ class Holdings:
 
 
 def holdings_of(pid: int) -> Holdings:
-    """What process `pid` has now.
+    """Measure the resources of process `pid`.
 
     Raises:
-        UntestableError: it has gone, or may not be looked at.
+        UntestableError: the process has ended, or its resources cannot be read.
     """
     folder = Path(f"/proc/{pid}")
     try:
@@ -59,9 +60,10 @@ def holdings_of(pid: int) -> Holdings:
         mapped = [line.split(maxsplit=5) for line in (folder / "maps").read_text().splitlines()]
         opened = [_opened(entry) for entry in (folder / "fd").iterdir()]
     except OSError as error:
-        raise UntestableError(f"process {pid} cannot be looked at: {error}") from error
+        raise UntestableError(f"the resources of process {pid} cannot be read: {error}") from error
     files = [*opened, *((words[5], int(words[4])) for words in mapped if len(words) > 5)]
-    private_kib = next(it.split()[1] for it in status.splitlines() if it.startswith("RssAnon:"))
+    lines = status.splitlines()
+    private_kib = next(line.split()[1] for line in lines if line.startswith("RssAnon:"))
     return Holdings(
         private_bytes=int(private_kib) << 10,
         descriptors=len(opened),
@@ -70,7 +72,7 @@ def holdings_of(pid: int) -> Holdings:
 
 
 def _opened(entry: Path) -> tuple[str, int]:
-    """Name and inode of an open file; of none where it was open for this very look."""
+    """Return name and inode of an open file; no name if it was open only to read this folder."""
     try:
         return os.readlink(entry), entry.stat().st_ino  # noqa: PTH115  (a memfd has no path)
     except FileNotFoundError:
@@ -79,7 +81,10 @@ def _opened(entry: Path) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class Growth:
-    """What a process had when warm, and at the end: the least of a quarter of the migrations."""
+    """The resources of a process after the warm-up and at the end.
+
+    Each figure is the minimum over a quarter of the migrations.
+    """
 
     process: str
     warm: Holdings
@@ -87,22 +92,22 @@ class Growth:
 
     @property
     def private_bytes(self) -> int:
-        """By how much its private memory has grown."""
+        """The growth of its private memory."""
         return self.last.private_bytes - self.warm.private_bytes
 
     @property
     def descriptors(self) -> int:
-        """By how many its open files have grown."""
+        """The growth of the number of its open files."""
         return self.last.descriptors - self.warm.descriptors
 
     @property
     def shared_objects(self) -> int:
-        """By how many its shared memory objects have grown."""
+        """The growth of the number of its shared memory objects."""
         return self.last.shared_objects - self.warm.shared_objects
 
     @property
     def is_none(self) -> bool:
-        """Whether it comes to nothing, but for what an allocator keeps."""
+        """Whether the process has not grown, apart from the pools of its allocator."""
         return (
             self.private_bytes <= _ALLOWED_BYTES
             and self.descriptors <= 0
@@ -111,7 +116,7 @@ class Growth:
 
 
 def growth(process: str, seen: Sequence[Holdings]) -> Growth:
-    """The growth from the second quarter of `seen` to the last; the first is for warming up."""
+    """Return the growth from the second quarter of `seen` to the last; the first is the warm-up."""
     quarter = max(1, len(seen) // 4)
     warm = seen[quarter : 2 * quarter] or seen
     return Growth(process, _least(warm), _least(seen[-quarter:]))
@@ -119,17 +124,19 @@ def growth(process: str, seen: Sequence[Holdings]) -> Growth:
 
 def _least(seen: Sequence[Holdings]) -> Holdings:
     return Holdings(
-        private_bytes=min(it.private_bytes for it in seen),
-        descriptors=min(it.descriptors for it in seen),
-        shared_objects=min(it.shared_objects for it in seen),
+        private_bytes=min(holdings.private_bytes for holdings in seen),
+        descriptors=min(holdings.descriptors for holdings in seen),
+        shared_objects=min(holdings.shared_objects for holdings in seen),
     )
 
 
 @dataclass(frozen=True)
 class Soak:
-    """So many migrations, the last of them `proof`; `holdings` has one entry for each, by process.
+    """The outcome of a soak.
 
-    `seconds` is the time of all of it.
+    `wanted` is the number of migrations that were requested, and `proof` is the last one that was
+    carried out. `holdings` has for each process one entry for each migration. `seconds` is the
+    duration of the whole soak.
     """
 
     wanted: int
@@ -139,12 +146,12 @@ class Soak:
 
     @property
     def migrations(self) -> Sequence[MigrationSummary]:
-        """All migrations, in numbers."""
+        """The figures of all migrations."""
         return [*self.proof.earlier, self.proof.migration_summary]
 
     @property
     def growths(self) -> Sequence[Growth]:
-        """What each process has grown by."""
+        """The growth of each process."""
         return [growth(process, seen) for process, seen in self.holdings.items()]
 
     @property
@@ -152,7 +159,7 @@ class Soak:
         """As for `Verdict`; growth counts as a loss."""
         if self.proof.verdict.exit_code != EXIT_PASS:
             return self.proof.verdict.exit_code
-        return EXIT_PASS if all(it.is_none for it in self.growths) else EXIT_LOST
+        return EXIT_PASS if all(growth.is_none for growth in self.growths) else EXIT_LOST
 
     @property
     def sentence(self) -> str:
@@ -160,34 +167,43 @@ class Soak:
         migrations = self.migrations
         if self.proof.verdict.exit_code != EXIT_PASS:
             return f"migration {len(migrations)} of {self.wanted}: {self.proof.verdict.sentence}"
-        grown = [it.process for it in self.growths if not it.is_none]
-        what_grew = f"but the {' and the '.join(grown)} grew" if grown else "and nothing grew"
+        grown = [growth.process for growth in self.growths if not growth.is_none]
+        what_grew = (
+            f"but the resource use of the {' and the '.join(grown)} grew"
+            if grown
+            else "and no process grew"
+        )
         pages = sum(migration.pages for migration in migrations)
-        return f"every page equal in {len(migrations)} migrations ({pages} compared), {what_grew}"
+        return (
+            f"all pages are equal in {len(migrations)} migrations ({pages} pages compared), "
+            f"{what_grew}"
+        )
 
 
 async def soak(setup: Setup, migrations: int) -> Soak:
-    """Migrate so often, until the first time that is no pass; each is logged.
+    """Carry out `migrations` migrations, or until one does not pass, and log each.
 
     Raises:
         UsageError: the scenario cannot be repeated.
-        UntestableError: one did not come to a verdict.
+        UntestableError: a migration did not reach a verdict.
     """
     if not find_scenario(setup.scenario).is_repeatable:
         known = known_scenarios().usable().items()
         repeatable = ", ".join(name for name, scenario in known if scenario().is_repeatable)
-        raise UsageError(f"scenario {setup.scenario!r} cannot be repeated; {repeatable} can")
+        raise UsageError(
+            f"scenario {setup.scenario!r} cannot be repeated; choose one of {repeatable}"
+        )
     began_s = time.monotonic()
     holdings: dict[str, list[Holdings]] = {}
     with run_folder() as folder:
         async with (
             proof_run(setup, folder) as run,
-            contextlib.aclosing(there_and_back(run, migrations)) as proofs,
+            contextlib.aclosing(consecutive_proofs(run, migrations)) as proofs,
         ):
             async for proof in proofs:
-                ours = {it.name: it.pid for it in run.device.processes} | {TOOL: os.getpid()}
-                for process, pid in ours.items():
-                    holdings.setdefault(process, []).append(holdings_of(pid))
+                pids = {process.name: process.pid for process in run.device.processes}
+                for name, pid in (pids | {TOOL: os.getpid()}).items():
+                    holdings.setdefault(name, []).append(holdings_of(pid))
                 number = len(proof.earlier) + 1
                 seconds, sentence = proof.migration_s, proof.verdict.sentence
                 _logger.info("migration %d, %.1f s: %s", number, seconds, sentence)

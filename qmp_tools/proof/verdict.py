@@ -1,7 +1,7 @@
-"""The outcome of one proof: what was lost (`attribution`), what would have shown (`sensitivity`).
+"""The outcome of one proof: the lost pages (`attribution`) and the `sensitivity` of the run.
 
-A ring whose index cannot be right (`rings`) fails the proof by itself, whatever QEMU made of it:
-the destination repeats requests, or skips some, or refuses the device.
+A ring whose index cannot be right (`rings`) fails the proof by itself, regardless of what QEMU did
+with the index: the destination may repeat requests, skip some, or refuse the device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .sensitivity import Sensitivity
 
 @dataclass(frozen=True)
 class GuestOutcome:
-    """What the guest itself saw on the destination; `rechecked` counts pages checked again in RAM."""
+    """The guest's own findings on the destination; `rechecked` counts the rechecked pages."""
 
     requests: int
     errors: int
@@ -33,14 +33,14 @@ class GuestOutcome:
 class Verdict:
     """The outcome of one proof.
 
-    With `ended_early` the migration completed before the guest had used its write-once pages, so that no
-    number of equal pages is a pass.
+    With `ended_early` the migration completed before the guest had used its write-once pages, so
+    that equal pages are not a pass.
 
-    `settled_s` is for how long the source's RAM was seen not to change after its guest had been
-    paused, None if it was not looked at; `log` what QEMU's vhost log has shown, if it was watched.
+    `settled_s` is for how long the source's RAM was watched after its guest had been paused; None
+    if it was not watched. `log` holds the findings in QEMU's vhost log, if the log was watched.
 
-    `refusal` has QEMU's words where the destination refused the devices' state after it had got all
-    of RAM. Then, and where there are `wrong_rings`, the guest was not continued.
+    `refusal` holds QEMU's error messages if the destination refused the devices' state after it had
+    received all of RAM. In this case, and if there are `wrong_rings`, the guest was not continued.
     """
 
     pages: int
@@ -55,12 +55,12 @@ class Verdict:
     refusal: str | None = None
 
     def count(self, blame: Blame) -> int:
-        """How many of the lost pages are `blame`'s."""
+        """Return how many of the lost pages are attributed to `blame`."""
         return sum(page.blame == blame for page in self.lost)
 
     @property
-    def can_go_on(self) -> bool:
-        """Whether the guest can be continued on the destination, and would not wait in vain."""
+    def can_continue(self) -> bool:
+        """Whether the guest can be continued on the destination without waiting forever."""
         return not (self.refusal or self.wrong_rings)
 
     @property
@@ -74,7 +74,7 @@ class Verdict:
 
     @property
     def _log_faults(self) -> list[str]:
-        """What the log has shown to be wrong, whether or not a page was lost by it."""
+        """The faults that the log has shown, whether or not they lost a page."""
         found = []
         if self.log and self.log.late_bits:
             found.append(
@@ -95,51 +95,52 @@ class Verdict:
             return f"the {wrong} wrong: {self.wrong_rings[0].story}"
         if self.refusal and not self.pages:
             return (
-                "no page was compared, as the destination refused the device and the source "
-                f"continued; {self.sensitivity.unreported} pages that the device wrote have not "
-                "reached the dirty log"
+                "no page was compared, because the destination refused the device and the source "
+                f"continued; {self.sensitivity.unreported} pages that the device wrote were never "
+                "reported dirty"
             )
         if self.lost:
             return "; ".join((self._loss, *self._log_faults))
         if self._log_faults:
-            return "; ".join(("every page equal, but by luck", *self._log_faults))
+            return f"all pages are equal, but {'; '.join(self._log_faults)}"
         if self.guest.errors:
             return (
-                f"every page equal, but the guest found {self.guest.errors} errors on the "
+                f"all pages are equal, but the guest found {self.guest.errors} errors on the "
                 "destination"
             )
         if self.sensitivity.unreported:
             return (
-                f"every page equal, but by luck: {self.sensitivity.unreported} pages that the device "
-                "wrote have not reached the dirty log"
+                f"all pages are equal, but {self.sensitivity.unreported} pages that the device "
+                "wrote were never reported dirty: QEMU sent them for another reason"
             )
         if self.downtime.exceeded:
-            return f"every page equal, but {self.downtime.sentence}"
+            return f"all pages are equal, but {self.downtime.sentence}"
         if self.ended_early:
             return (
-                "too little was tested: the migration completed before the guest had used its write-once "
-                "pages, though it was to be held in precopy until then"
+                "too little was tested: the migration completed before the guest had used all its "
+                "write-once pages, although dmaproof tried to hold it in precopy until then"
             )
         if not self.sensitivity.rewritten:
             return (
-                "nothing was tested: the device dirtied no page again that had already been sent; "
+                "nothing was tested: the device wrote no page after QEMU had already sent it; "
                 "give the guest more time or the migration less bandwidth"
             )
         if self.downtime.unmeasured:
-            return f"every page equal, but {self.downtime.sentence}"
-        return f"every page equal: {self.pages} pages compared"
+            return f"all pages are equal, but {self.downtime.sentence}"
+        return f"all pages are equal: {self.pages} pages compared"
 
     @property
     def _loss(self) -> str:
         if self.count(Blame.SNAPSHOT):
             return (
-                f"{len(self.lost)} of {self.pages} pages are not of the snapshot's moment: QEMU "
-                "took it, and does not hold off what a device outside QEMU writes"
+                f"{len(self.lost)} of {self.pages} pages have a newer content than at the start of "
+                "the snapshot: QEMU does not hold back the writes of a device outside QEMU while "
+                "it takes a snapshot"
             )
         if self.count(Blame.UNKNOWN) == len(self.lost):
             return (
-                f"{len(self.lost)} of {self.pages} pages were lost; by whom is not ours to know, "
-                "the device keeps no journal"
+                f"{len(self.lost)} of {self.pages} pages were lost, cause unknown: the device "
+                "keeps no journal"
             )
         shares = ", ".join(
             f"{self.count(blame)} {_CULPRITS[blame]}" for blame in Blame if self.count(blame)
@@ -148,7 +149,7 @@ class Verdict:
 
     @property
     def unseen(self) -> list[str]:
-        """What may be wrong with a device without a journal, and could not have shown."""
+        """The faults of a device without a journal that this proof could not have detected."""
         if self.sensitivity.evidence_source is not EvidenceSource.GUEST:
             return []
         found = []
@@ -157,21 +158,23 @@ class Verdict:
         if self.log is None:
             return found
         found.append(
-            "a dirty bit that is set before its data by less than about "
-            f"{self.log.look_interval_s * 1000:.1f} ms, or on pages that are used again"
+            "a dirty bit that the device sets less than about "
+            f"{self.log.look_interval_s * 1000:.1f} ms before it writes the data, or any time "
+            "before on a page that is reused"
         )
         if not self.log.judged_queues:
             found.append(
-                "an unlogged used ring: too few dirty bits came before the device was stopped, or "
-                "QEMU does not say where the ring is"
+                "a used ring that the device does not log: it set too few dirty bits before it was "
+                "stopped, or QEMU does not report where the ring is"
             )
         else:
             found.append(
-                "an unlogged used ring whose page the device marks for something else in it"
+                "a used ring that the device does not log, if the device logs something else on "
+                "the same page"
             )
         found.append(
-            "bits that are forgotten when the device is stopped, of pages that it has not written "
-            "just before"
+            "dirty bits that the device drops when it is stopped, except those of pages that it "
+            "wrote just before"
         )
         return found
 

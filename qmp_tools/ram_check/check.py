@@ -1,10 +1,10 @@
-"""Compares all RAM of two paused QEMUs after a migration, however they were started.
+"""Compare all RAM of two paused QEMUs after a migration, regardless of how they were started.
 
-What is compared is the physical map's RAM and ROM, range by range (`physical_map`), and, where both
-QEMUs' processes can be read, those parts of a backend too that the map hides. The rest is told
-as not compared, such as memory that is the same on both sides. Pages that the guest has given back
-are counted by themselves (`discarded`). No device of ours takes part, so a difference is placed
-(address, region, backend) and not attributed.
+The comparison covers the RAM and ROM of the physical map, range by range (`physical_map`). If the
+processes of both QEMUs can be read, it also covers the parts of a backend that the map hides. The
+rest is reported as not compared, for example memory that is the same on both sides. Pages that the
+guest has given back are counted separately (`discarded`). No device of dmaproof takes part, so a
+difference is located (address, region, backend), but its cause is not determined.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from .known_differences import known_difference
 from .migrated import GuestHasRunError, has_run, require_migrated, require_paused
 from .same_memory import is_same_memory
 
-_NO_MIGRATION: Final = "no migration was expected, and so none was looked for"
+_NO_MIGRATION: Final = "no migration was expected, so dmaproof did not check for one"
 _SAME_MEMORY: Final = "the same memory on both sides"
-_LOOKED_AT: Final = 10_000
-"""So many differing pages are looked into; more are only counted and mapped."""
+_MOST_INSPECTED: Final = 10_000
+"""The most differing pages that are inspected; further ones are only counted and mapped."""
 
 
 @dataclass(frozen=True)
 class Difference:
     """A page that differs. `gpa` is None in RAM that the physical map hides.
 
-    `offset` is the page's in memory region `region`; `device` the DIMM that it is on, if any;
-    `known` names an entry of `known_differences`, and `why` says what it says.
+    `offset` is that of the page in memory region `region`. `device` is the DIMM that contains the
+    page, if any. `known` names an entry of `known_differences`, and `why` is its explanation.
     """
 
     gpa: int | None
@@ -73,8 +73,8 @@ def _no_pages() -> NDArray[np.int64]:
 class ComparedArea:
     """A run of pages that was compared.
 
-    `differing` are the numbers of its pages that differ, `discarded` of those that the guest gave
-    back, and `undecided` of those that may be either.
+    `differing` are the numbers of its pages that differ, `discarded` those of pages that the guest
+    gave back, and `undecided` those of pages that may be either.
     """
 
     gpa: int | None
@@ -88,7 +88,7 @@ class ComparedArea:
 
 @dataclass(frozen=True)
 class NotCompared:
-    """Memory of `length` bytes that could not be compared, and why."""
+    """Memory of `length` bytes that was not compared, and the reason."""
 
     region: str
     offset: int
@@ -98,10 +98,10 @@ class NotCompared:
 
 @dataclass(frozen=True)
 class Side:
-    """What was found of one of the QEMUs; `socket` is the path of its QMP socket.
+    """The state of one of the QEMUs; `socket` is the path of its QMP socket.
 
-    Of the RAM, `in_place_bytes` were read where they are, `copied_bytes` were copied from QEMU's
-    process, and `saved_bytes` QEMU saved.
+    Of its RAM, `in_place_bytes` were read in place, `copied_bytes` were copied from QEMU's process,
+    and `saved_bytes` were saved by QEMU.
     """
 
     socket: str
@@ -116,9 +116,9 @@ class Side:
 
 @dataclass(frozen=True)
 class Check:
-    """The outcome; `differences` has the first pages that differ, `areas` know of all.
+    """The outcome; `differences` has the first pages that differ, and `areas` has all of them.
 
-    `discarders` are the names of the source's devices by which its guest may give memory back.
+    `discarders` are the names of the source's devices through which its guest may give memory back.
     """
 
     source: Side
@@ -132,32 +132,32 @@ class Check:
 
     @property
     def pages(self) -> int:
-        """How many pages were compared."""
+        """The number of pages that were compared."""
         return sum(area.pages for area in self.areas)
 
     @property
     def differing(self) -> int:
-        """How many of them differ."""
+        """The number of pages that differ."""
         return sum(len(area.differing) for area in self.areas)
 
     @property
     def discarded(self) -> int:
-        """How many pages are not equal because the guest gave them back, and so need not be."""
+        """The number of pages that may differ because the guest gave them back."""
         return sum(len(area.discarded) for area in self.areas)
 
     @property
     def undecided(self) -> int:
-        """How many pages are not equal, and may have been given back or lost."""
+        """The number of pages that are not equal and were either given back or lost."""
         return sum(len(area.undecided) for area in self.areas)
 
     @property
     def known(self) -> int:
-        """How many of those that differ are known to, after a sound migration."""
+        """The number of pages that differ, but are known to differ after a correct migration."""
         return sum(difference.known is not None for difference in self.differences)
 
     @property
     def exit_code(self) -> int:
-        """1 where pages differ that are not known to, 3 where they may, else 0."""
+        """1 if pages differ that are not known to differ, 3 if that is undecided, else 0."""
         if self.differing > self.known:
             return EXIT_LOST
         return EXIT_UNTESTED if self.undecided else EXIT_PASS
@@ -170,16 +170,16 @@ class Check:
             for pages, what in (
                 (self.known, "known to differ"),
                 (self.undecided, "either lost or given back by the guest"),
-                (self.discarded, "given back by the guest, of which nothing is proved"),
+                (self.discarded, "given back by the guest, about which the check proves nothing"),
             )
             if pages
         ]
         if self.differing > self.known:
-            also = f", and {', '.join(more)}" if more else ""
+            also = f"; in addition, {', '.join(more)}" if more else ""
             return f"{self.differing - self.known} of {self.pages} pages differ{also}"
         if more:
-            return f"{self.pages} pages compared: all equal but {', '.join(more)}"
-        return f"every page equal: {self.pages} pages compared"
+            return f"{self.pages} pages compared: all are equal except {', '.join(more)}"
+        return f"all pages are equal: {self.pages} pages compared"
 
 
 async def check(
@@ -189,17 +189,17 @@ async def check(
     expect_migration: bool = True,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Check:
-    """Compare the RAM of two QEMUs: handles of them, or the paths of their QMP sockets.
+    """Compare the RAM of two QEMUs, which are given as handles or as paths of their QMP sockets.
 
-    They must be paused as their migration left them. Without `expect_migration`, any two paused
-    QEMUs are compared, such as two that were started alike. `timeout_s` bounds the wait for each
-    answer from a socket that is given by its path.
+    Both must be paused, as their migration left them. Without `expect_migration`, any two paused
+    QEMUs are compared, for example two that were started with the same options. `timeout_s` bounds
+    the wait for each answer from a socket that is given by its path.
 
     Raises:
-        UsageError: a path is none, or not of a QMP socket, both are the same QEMU's, or they are in
-            the wrong order.
-        NotMigratedError: no completed migration lies between them.
-        GuestHasRunError: a guest has run since, or pages differ and it may have.
+        UsageError: an argument is not a path or not a QMP socket, both belong to the same QEMU, or
+            they are in the wrong order.
+        NotMigratedError: the QEMUs are not the two sides of a completed migration.
+        GuestHasRunError: a guest has run since the migration, or pages differ and it may have run.
         UntestableError: the sizes or maps differ, or memory cannot be read.
     """
     given = {
@@ -220,9 +220,12 @@ async def check(
 
 def _refuse_one_socket(source: Qemu | Path, destination: Qemu | Path) -> None:
     if isinstance(source, Path) and isinstance(destination, Path):
-        with contextlib.suppress(OSError):  # attaching to a socket says what is wrong with it
+        with contextlib.suppress(OSError):  # attaching to the socket reports the problem
             if source.samefile(destination):
-                raise UsageError(f"{source} is given for both sides")
+                raise UsageError(
+                    f"{source} is given for both sides: give the socket of the source and that of "
+                    "the destination"
+                )
 
 
 async def compare_ram(
@@ -232,21 +235,21 @@ async def compare_ram(
     *,
     expect_migration: bool = True,
 ) -> Check:
-    """Compare the RAM of two QEMUs, to each of which a QMP session is open.
+    """Compare the RAM of two QEMUs, each of which has an open QMP session.
 
-    Whether they are comparable is looked at before and after the comparison: a guest that runs
-    meanwhile changes what is compared.
+    dmaproof checks before and after the comparison that the QEMUs are comparable, because a guest
+    that runs during the comparison changes its RAM.
 
     Args:
         source_qemu: the QEMU that the guest was migrated from.
         destination_qemu: the QEMU that the guest was migrated to.
-        folder: where QEMUs whose memory cannot be read save it, a piece at a time.
-        expect_migration: False where any two paused QEMUs are compared.
+        folder: where a QEMU whose memory cannot be read saves it, one piece at a time.
+        expect_migration: False to compare any two paused QEMUs.
 
     Raises:
         UsageError: both are the same QEMU, or they are in the wrong order.
-        NotMigratedError: no completed migration lies between them.
-        GuestHasRunError: a guest has run since, or pages differ and it may have.
+        NotMigratedError: the QEMUs are not the two sides of a completed migration.
+        GuestHasRunError: a guest has run since the migration, or pages differ and it may have run.
         UntestableError: the sizes or maps differ, or memory cannot be read.
     """
     qemus = (source_qemu, destination_qemu)
@@ -262,7 +265,7 @@ async def compare_ram(
             discarders=await discarders(qemus[0]),
             blocks=await _ram_blocks(qemus[0]),
         )
-        comparison.refuse_what_proves_nothing()
+        comparison.require_two_equal_sizes()
         await _require_comparable(qemus, expect_migration)
         began_s = time.monotonic()
         await comparison.compare()
@@ -280,12 +283,12 @@ async def compare_ram(
             not_compared=comparison.not_compared,
             notes=[*([] if expect_migration else [_NO_MIGRATION]), *comparison.notes()],
             compare_s=compare_s,
-            discarders=[it.name for it in comparison.discarders],
+            discarders=[device.name for device in comparison.discarders],
         )
         if outcome.exit_code and expect_migration and await has_run(qemus[1]) is None:
             raise GuestHasRunError(
-                f"{outcome.sentence}, but whether the destination's guest has run since the "
-                "migration is unknown: the accelerator does not tell. KVM and TCG do"
+                f"{outcome.sentence}, but it is unknown whether the destination's guest has run "
+                "since the migration: this accelerator does not report it. Use KVM or TCG"
             )
         return outcome
 
@@ -304,7 +307,7 @@ async def _accelerator(qemu: Qemu) -> str:
 
 
 async def _ram_blocks(qemu: Qemu) -> list[RamBlock]:
-    """The RAM blocks of `qemu`; none where its human monitor does not tell them."""
+    """Return the RAM blocks of `qemu`; empty if its human monitor does not report them."""
     with contextlib.suppress(UntestableError):
         return parse_ram_blocks(await qemu.monitor("info ramblock"))
     return []
@@ -327,7 +330,7 @@ def _side(ram: GuestRam, status: str, accelerator: str) -> Side:
 
 @dataclass
 class _Comparison:
-    """Two guests' RAM, and what has come out so far."""
+    """The RAM of two guests, and the findings so far."""
 
     source: GuestRam
     destination: GuestRam
@@ -338,27 +341,29 @@ class _Comparison:
     differences: list[Difference] = field(default_factory=list)
     not_compared: list[NotCompared] = field(default_factory=list)
 
-    def refuse_what_proves_nothing(self) -> None:
-        """Raise where the two are one, or of different size."""
+    def require_two_equal_sizes(self) -> None:
+        """Raise if both sides are the same QEMU, or have RAM of different sizes."""
         source, destination = self.source, self.destination
-        # Where a supervisor opened the sockets, the process is the same for different QEMUs.
+        # If a supervisor opened the sockets, different QEMUs have the same process id.
         if source.qemu.pid == destination.qemu.pid and source.hvas == destination.hvas:
-            raise UsageError(f"both sockets are the same QEMU's (process {source.qemu.pid})")
+            raise UsageError(f"both sockets belong to the same QEMU (process {source.qemu.pid})")
         if source.length != destination.length:
             raise UntestableError(
                 f"the source has {source.length // 1024} KiB of RAM in its physical map, the "
-                f"destination {destination.length // 1024} KiB: they are not two sides of one "
+                f"destination {destination.length // 1024} KiB: they are not the two sides of one "
                 "migration"
             )
 
     async def compare(self) -> None:
-        """Compare all that can be.
+        """Compare all memory that can be compared.
 
         Raises:
-            UntestableError: none of the guest's RAM can be.
+            UntestableError: none of the guest's RAM can be compared.
         """
         ranges = common_ranges(self.source.regions, self.destination.regions)
-        same = {it for it in ranges if is_same_memory(self.source, self.destination, it)}
+        same = {
+            common for common in ranges if is_same_memory(self.source, self.destination, common)
+        }
         if same and not any(self._is_guest_ram(common) for common in ranges if common not in same):
             raise UntestableError(
                 "source and destination have their RAM in the same file (x-ignore-shared?), so "
@@ -377,26 +382,29 @@ class _Comparison:
         await self._compare_hidden()
 
     def notes(self) -> list[str]:
-        """What may be behind the pages that are not equal."""
+        """Return possible reasons for the pages that are not equal."""
         notes = []
         if any(len(area.undecided) for area in self.areas):
             notes.append(
-                "whether the undecided pages are lost or given back cannot be seen from outside: "
-                "they may be zero because a huge page was filled in around them, or not sent "
-                "because the guest hinted that they are free. Compare with RAM in a memfd, without "
-                "transparent huge pages and with free-page-hint=off"
+                "dmaproof cannot determine from outside whether the undecided pages were lost or "
+                "given back: a page may be zero because the kernel filled in a huge page around "
+                "it, or unsent because the guest hinted that it is free. For a decision, repeat "
+                "the check with RAM in a memfd, without transparent huge pages, and with "
+                "free-page-hint=off"
             )
-        if any(it.hints for it in self.discarders) and any(len(it.differing) for it in self.areas):
+        any_differ = any(len(area.differing) for area in self.areas)
+        if any_differ and any(device.hints for device in self.discarders):
             notes.append(
-                "the source has a balloon with free-page-hint=on: a page that was sent, freed by "
-                "the guest and hinted then differs as well. See whether pages differ with it off"
+                "the source has a balloon with free-page-hint=on: a page that was sent, and then "
+                "freed and hinted by the guest, differs without being lost. Check whether pages "
+                "also differ with free-page-hint=off"
             )
         if self.accelerator != "kvm":
             notes += self._known_tcg_losses()
         return notes
 
     def _known_tcg_losses(self) -> list[str]:
-        """A note for each RAM block in which QEMU's own TCG may have lost the pages that differ."""
+        """Return a note for each RAM block in which TCG itself may have lost differing pages."""
         lost: Counter[str] = Counter()
         for area in self.areas:
             lost[area.region] += len(area.differing)
@@ -407,9 +415,9 @@ class _Comparison:
             why = known_tcg_loss(block, self.source.qemu.version) if block else None
             if block and why:
                 notes.append(
-                    "the source does not run under KVM. Under TCG this QEMU may lose what vCPUs "
-                    f"write to RAM block {block.name}, because {why} (docs/kernel-findings.md): "
-                    "see whether pages differ under KVM too"
+                    "the source does not use KVM. With TCG this QEMU may lose what vCPUs write to "
+                    f"RAM block {block.name}, because {why} (docs/kernel-findings.md). Check "
+                    "whether pages also differ under KVM"
                 )
         return notes
 
@@ -432,11 +440,11 @@ class _Comparison:
         for start in range(0, whole, max(step, 1)):
             gpa, length = common.gpa + start, min(step, whole - start)
             async with (
-                self.source.extent(common.source, gpa, length) as ours,
-                self.destination.extent(common.destination, gpa, length) as theirs,
+                self.source.extent(common.source, gpa, length) as sent,
+                self.destination.extent(common.destination, gpa, length) as received,
             ):
                 differing = await asyncio.to_thread(
-                    differing_pages, ours, theirs, length, PAGE_BYTES
+                    differing_pages, sent, received, length, PAGE_BYTES
                 )
                 pages = length // PAGE_BYTES
                 found = await asyncio.to_thread(
@@ -445,49 +453,54 @@ class _Comparison:
                     (self.source, self.destination),
                     common,
                     gpa,
-                    ours,
+                    sent,
                     differing,
                     pages,
                 )
                 area = ComparedArea(gpa, common.source.name, offset + start, pages, *found)
-                self._add(area, ours, theirs)
+                self._add(area, sent, received)
 
     async def _compare_hidden(self) -> None:
-        """Compare what the physical map hides of each memory backend."""
+        """Compare the parts of each memory backend that the physical map hides."""
         for name, size in self.source.backends.items():
-            ours, theirs = (
+            source, destination = (
                 next((region for region in ram.regions if is_backend(region, name)), None)
                 for ram in (self.source, self.destination)
             )
-            if ours is None or theirs is None or self.destination.backends.get(name) != size:
+            if not source or not destination or self.destination.backends.get(name) != size:
                 continue
             for begin, length in hidden_parts(self.source.regions, name, size):
                 for start in range(begin, begin + length, PIECE_BYTES):
                     await self._compare_hidden_piece(
-                        (ours, theirs), name, start, min(PIECE_BYTES, begin + length - start)
+                        (source, destination),
+                        name,
+                        start,
+                        min(PIECE_BYTES, begin + length - start),
                     )
 
     async def _compare_hidden_piece(
         self, regions: tuple[MapRegion, MapRegion], name: str, start: int, length: int
     ) -> None:
-        ours = await self.source.backend_extent(regions[0], start, length)
-        theirs = await self.destination.backend_extent(regions[1], start, length)
-        if ours is None or theirs is None:
-            why = "hidden by the physical map, and QEMU saves only what that shows"
+        sent = await self.source.backend_extent(regions[0], start, length)
+        received = await self.destination.backend_extent(regions[1], start, length)
+        if sent is None or received is None:
+            why = "hidden by the physical map; QEMU can save only memory that the map shows"
             self.not_compared.append(NotCompared(name, start, length, why))
             return
-        if ours.offset == theirs.offset and os.path.sameopenfile(ours.fd, theirs.fd):
+        if sent.offset == received.offset and os.path.sameopenfile(sent.fd, received.fd):
             self.not_compared.append(NotCompared(name, start, length, _SAME_MEMORY))
             return
-        differing = await asyncio.to_thread(differing_pages, ours, theirs, length, PAGE_BYTES)
-        self._add(ComparedArea(None, name, start, length // PAGE_BYTES, differing), ours, theirs)
+        differing = await asyncio.to_thread(differing_pages, sent, received, length, PAGE_BYTES)
+        area = ComparedArea(None, name, start, length // PAGE_BYTES, differing)
+        self._add(area, sent, received)
 
-    def _add(self, area: ComparedArea, ours: Extent, theirs: Extent) -> None:
+    def _add(self, area: ComparedArea, sent: Extent, received: Extent) -> None:
         self.areas.append(area)
-        for page in area.differing[: max(0, _LOOKED_AT - len(self.differences))]:
+        for page in area.differing[: max(0, _MOST_INSPECTED - len(self.differences))]:
             start = int(page) * PAGE_BYTES
             page_of_source, page_of_destination = (
-                os.pread(extent.fd, PAGE_BYTES, extent.offset + start) for extent in (ours, theirs)
+                os.pread(extent.fd, PAGE_BYTES, extent.offset + start)
+                for extent in (sent, received)
             )
             differs = np.flatnonzero(
                 np.frombuffer(page_of_source, dtype=np.uint8)

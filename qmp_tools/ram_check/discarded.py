@@ -1,10 +1,10 @@
-"""Pages whose content the guest gave back while it was migrated, told apart from lost ones.
+"""Distinguish pages that the guest gave back during a migration from lost pages.
 
-A balloon discards what the guest gives it, or reports free, on the source: the page then holds
-nothing, while the destination may have what was sent before. QEMU need not send it again, because
-the guest has given up the content. So a page that is absent on the source (`absent_pages`), where
-some device discards, is not a lost one. A page that the guest has written since is populated again,
-and compared like any other.
+A balloon discards on the source what the guest gives to it or reports as free. The page is then
+empty on the source, while the destination may have the content that was sent before. QEMU need not
+send the page again, because the guest has given up its content. A page that is absent on the source
+(`absent_pages`) and that a device may discard is therefore not a lost page. A page that the guest
+has written since is populated again, and is compared like any other.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _ZEROS: Final = bytes(PAGE_BYTES)
 
 @dataclass(frozen=True)
 class Discarder:
-    """A device by which a guest gives memory back. `name` tells it to people.
+    """A device through which a guest gives memory back. `name` is for people.
 
-    It may discard what lies from guest-physical address `start` up to `end`, or any RAM where `end`
-    is None. Where `unsent_block_bytes` is not 0, QEMU may leave out whole blocks of that size,
-    although the source still holds their content. `hints` is whether it is a balloon by which the
-    guest hints what is free.
+    It may discard memory from guest-physical address `start` up to `end`, or any RAM if `end` is
+    None. If `unsent_block_bytes` is not 0, QEMU may omit whole blocks of that size, although the
+    source still holds their content. `hints` says whether the device is a balloon through which the
+    guest hints which pages are free.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Discarder:
 
 
 class Sorted(NamedTuple):
-    """Page numbers, sorted: pages that `differ`, were `discarded`, or may be either."""
+    """Page numbers in ascending order: pages that differ, that were discarded, or may be either."""
 
     differing: NDArray[np.int64]
     discarded: NDArray[np.int64]
@@ -61,9 +61,9 @@ class Sorted(NamedTuple):
 
 
 async def discarders(qemu: Qemu) -> list[Discarder]:
-    """The devices by which the guest of `qemu` may give memory back, with an id or without.
+    """Return the devices through which the guest of `qemu` may give memory back.
 
-    A balloon that the guest has no driver for is none of them.
+    They may have an id or not. A balloon for which the guest has no driver is not among them.
     """
     found = []
     drives_balloon = guest_drives_balloon(await qemu.monitor("info mtree -f"))
@@ -74,7 +74,8 @@ async def discarders(qemu: Qemu) -> list[Discarder]:
             path = f"{folder}/{entry['name']}"
             members = [entry, *await _properties(qemu, path)]
             if drives_balloon and any(member["type"] == _BALLOON for member in members):
-                found.append(await _balloon(qemu, path, {it["name"] for it in members}))
+                names = {member["name"] for member in members}
+                found.append(await _balloon(qemu, path, names))
     for device in await qemu.qmp.execute("query-memory-devices"):
         if device["type"] == "virtio-mem":
             found.append(_virtio_mem(device["data"]))
@@ -82,10 +83,10 @@ async def discarders(qemu: Qemu) -> list[Discarder]:
 
 
 def guest_drives_balloon(flat_views: str) -> bool:
-    """Whether the guest lets a balloon on PCI access its memory, by what ``info mtree -f`` prints.
+    """Return whether the guest lets a PCI balloon access its memory, by ``info mtree -f``.
 
-    Firmware does not; a driver has to (bus mastering). Balloons on other buses are not listed, and
-    are taken for driven.
+    A driver has to enable this access (bus mastering), and firmware does not. Balloons on other
+    buses are not listed there; the guest is assumed to drive them.
     """
     views = flat_views.replace("\r", "").split("FlatView #")
     of_balloons = [view for view in views if _BALLOON_ADDRESS_SPACE.search(view)]
@@ -129,34 +130,41 @@ def sort_differences(
     differing: NDArray[np.int64],
     pages: int,
 ) -> Sorted:
-    """Sort pages that are not equal, counted from `gpa` on, of `pages` that were compared there.
+    """Sort pages that are not equal into differing, discarded and undecided ones.
 
-    `source` is where the source's content of them stands.
+    Args:
+        devices: the devices through which the source's guest may give memory back.
+        sides: the RAM of the source and of the destination.
+        common: the range of the physical maps that was compared.
+        gpa: the address of the first page that was compared.
+        source: the source's content from `gpa` on.
+        differing: the pages that are not equal, counted from `gpa` on, sorted.
+        pages: how many pages were compared.
     """
     none = np.empty(0, dtype=np.int64)
-    ours, theirs = sides
+    source_ram, destination_ram = sides
     addresses = gpa + differing * PAGE_BYTES
     reach = np.zeros(len(differing), dtype=np.bool_)
-    for device in devices if _may_be_discarded(ours, common) else ():
+    for device in devices if _may_be_discarded(source_ram, common) else ():
         reach |= _within(device, addresses)
     if not reach.any():
         return Sorted(differing, none, none)
-    absence = ours.absent(common.source, gpa, pages)
+    absence = source_ram.absent(common.source, gpa, pages)
     zero = reach & np.array([_reads_zero(source, int(page)) for page in differing], dtype=np.bool_)
     discarded = zero & absence.absent[differing]
     undecided = zero & ~discarded & (not absence.certain)
     unsent = np.zeros(len(differing), dtype=np.bool_)
-    absent_there = theirs.absent(common.destination, gpa, pages).absent
+    unreceived = destination_ram.absent(common.destination, gpa, pages).absent
     for device in devices:
         if device.unsent_block_bytes:
-            whole = _absent_blocks(absent_there, gpa, device.unsent_block_bytes)
+            whole = _absent_blocks(unreceived, gpa, device.unsent_block_bytes)
             unsent |= _within(device, addresses) & whole[differing]
     undecided |= unsent & ~discarded
     return Sorted(differing[~discarded & ~undecided], differing[discarded], differing[undecided])
 
 
 def _may_be_discarded(ram: GuestRam, common: CommonRange) -> bool:
-    """Whether it is RAM of a memory backend: no guest gives back ROM or video memory."""
+    """Return whether the range is RAM of a memory backend; other memory is never discarded."""
     kind = common.source.kind.removeprefix("nv-")
     return kind == "ram" and any(is_backend(common.source, name) for name in ram.backends)
 
@@ -171,7 +179,7 @@ def _reads_zero(extent: Extent, page: int) -> bool:
 
 
 def _absent_blocks(absent: NDArray[np.bool_], gpa: int, block_bytes: int) -> NDArray[np.bool_]:
-    """Which pages, counted from `gpa` on, are in blocks of which every page is absent."""
+    """Return which pages, counted from `gpa` on, are in blocks whose pages are all absent."""
     blocks = (gpa + np.arange(len(absent)) * PAGE_BYTES) // block_bytes - gpa // block_bytes
     populated = np.bincount(blocks[~absent], minlength=int(blocks[-1]) + 1)
     return np.equal(populated[blocks], 0)

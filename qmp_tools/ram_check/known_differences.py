@@ -1,7 +1,6 @@
-"""Pages that differ after a sound migration, and why; each is recognised by what stands in it.
+"""Pages that are known to differ after a correct migration, with the reason.
 
-A difference is named by one of these only where its place and its form both fit, and it is always
-shown.
+A difference is recognised only if both its place and its form match, and it is always shown.
 """
 
 from __future__ import annotations
@@ -20,7 +19,10 @@ _PVCLOCK_BYTES: Final = 32
 
 @dataclass(frozen=True)
 class KnownDifference:
-    """`fits(gpa, differs, accelerator)` tells it from the offsets of the bytes that differ."""
+    """A known difference; `fits(gpa, differs, accelerator)` recognises it.
+
+    `differs` are the offsets in the page of the bytes that differ.
+    """
 
     name: str
     why: str
@@ -38,8 +40,9 @@ def _is_pvclock(gpa: int, differs: NDArray[np.int64], accelerator: str) -> bool:
 KNOWN_DIFFERENCES: Final = (
     KnownDifference(
         "pvclock",
-        "the firmware registered a clock page here (kvmclock), and each host's KVM writes its own "
-        "time to it without QEMU; the guest expects that. '-cpu …,-kvmclock' takes it away",
+        "the firmware registered this page as a clock page (kvmclock), to which KVM on each host "
+        "writes its own time without QEMU; the guest expects this. '-cpu …,-kvmclock' removes the "
+        "difference",
         _is_pvclock,
     ),
 )
@@ -48,9 +51,9 @@ KNOWN_DIFFERENCES: Final = (
 def known_difference(
     gpa: int | None, differs: NDArray[np.int64], accelerator: str
 ) -> KnownDifference | None:
-    """Which of the known differences the page at `gpa` has, if any.
+    """Return the known difference of the page at `gpa`, if it has one.
 
-    `differs` are the offsets in the page of the bytes that differ, sorted, at least one.
+    `differs` are the offsets in the page of the bytes that differ, at least one, sorted.
     """
     if gpa is None:
         return None

@@ -1,7 +1,8 @@
-"""RAM that is the same bytes of the same file on both sides: equal by nature, so nothing is proved.
+"""Detect RAM that is the same part of one file on both sides: that it is equal proves nothing.
 
-So it is with x-ignore-shared, which does not migrate what both sides map, and with a file that is
-only read. Files that the sides map privately are not shared: each writes to copies of its own.
+This is the case with x-ignore-shared, which does not migrate memory that both sides map, and with a
+file that is only read. A file that the sides map privately is not shared: each side writes to its
+own copies.
 """
 
 from __future__ import annotations
@@ -27,30 +28,30 @@ class _FilePart:
 
 
 def is_same_memory(source: GuestRam, destination: GuestRam, common: CommonRange) -> bool:
-    """Whether both sides have a range in the same place of the same file.
+    """Return whether both sides have a range in the same place of the same file.
 
     Raises:
-        UntestableError: the destination has some of the range's memory at another address.
+        UntestableError: the destination has part of the range's memory at another address.
     """
     begin, end = common.gpa, common.gpa + common.length
-    ours = _file_part(source, common.source, begin, end)
-    if ours is None:
+    source_part = _file_part(source, common.source, begin, end)
+    if source_part is None:
         return False
-    if ours == _file_part(destination, common.destination, begin, end):
+    if source_part == _file_part(destination, common.destination, begin, end):
         return True
     for region in destination.shared:
-        theirs = _file_part(destination, region, region.gpa, region.end)
-        if theirs and theirs.overlaps(ours):
+        destination_part = _file_part(destination, region, region.gpa, region.end)
+        if destination_part and destination_part.overlaps(source_part):
             raise UntestableError(
-                f"the source has {common.source.name} in the same part of a file in which the "
-                f"destination has {region.name} at another address, so each writes to the other's "
-                "RAM: give each side a file or an offset of its own"
+                f"the source's {common.source.name} and the destination's {region.name} are in "
+                "the same part of a file, but at different guest addresses, so each QEMU writes to "
+                "the other's RAM: give each side its own file or offset"
             )
     return False
 
 
 def _file_part(ram: GuestRam, region: MapRegion, begin: int, end: int) -> _FilePart | None:
-    """Where the guest-physical addresses from `begin` up to `end` of `region` stand in a file."""
+    """Return the part of a file that backs the GPAs from `begin` up to `end` of `region`."""
     memory = ram.shared.get(region)
     if memory is None:
         return None

@@ -17,16 +17,16 @@ from .report import HEADINGS, SCHEMA_VERSION
 
 _CHECK_CLASSES: Final = {
     "equal": "the same on both sides",
-    "discarded": "given back by the guest on the source, so its content need not be the same",
-    "known": "not the same bytes, as is known of this page after a sound migration",
-    "undecided": "not the same bytes: either lost, or given back by the guest",
-    "differs": "not the same bytes on both sides",
+    "discarded": "differs, but the guest gave the page back on the source, so it may differ",
+    "known": "differs, as this page is known to do after a correct migration",
+    "undecided": "differs: the page was either lost, or given back by the guest",
+    "differs": "differs between source and destination",
 }
 _RUNS_SHOWN: Final = 10
 
 
 def to_json(check: Check) -> dict[str, Any]:
-    """Everything that is known of a check. Addresses and sizes in bytes, times in seconds."""
+    """Return all findings of a check. Addresses and sizes in bytes, times in seconds."""
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "check",
@@ -38,10 +38,13 @@ def to_json(check: Check) -> dict[str, Any]:
         "pages_discarded": check.discarded,
         "pages_undecided": check.undecided,
         "discarding_devices": list(check.discarders),
-        "differences": [{**asdict(it), "story": _story([it])} for it in check.differences],
-        "discarded": [asdict(it) for it in runs_of(check, "discarded")],
-        "undecided": [asdict(it) for it in runs_of(check, "undecided")],
-        "not_compared": [asdict(it) for it in check.not_compared],
+        "differences": [
+            {**asdict(difference), "story": _story([difference])}
+            for difference in check.differences
+        ],
+        "discarded": [asdict(run) for run in runs_of(check, "discarded")],
+        "undecided": [asdict(run) for run in runs_of(check, "undecided")],
+        "not_compared": [asdict(area) for area in check.not_compared],
         "notes": list(check.notes),
         "source": asdict(check.source),
         "destination": asdict(check.destination),
@@ -51,7 +54,7 @@ def to_json(check: Check) -> dict[str, Any]:
 
 
 def to_text(check: Check) -> str:
-    """The outcome, what it rests on, and where the differences are."""
+    """Return the outcome, the figures behind it, and the places of the differences."""
     lines = [
         f"{HEADINGS[check.exit_code]}: {check.sentence}",
         "",
@@ -59,37 +62,39 @@ def to_text(check: Check) -> str:
         f"  destination  {_describe(check.destination)}",
         *(f"  note         {note}" for note in check.notes),
         *(
-            f"  not compared {it.region} {it.offset:#x} to {it.offset + it.length - 1:#x}: {it.why}"
-            for it in check.not_compared
+            f"  not compared {area.region} {area.offset:#x} to "
+            f"{area.offset + area.length - 1:#x}: {area.why}"
+            for area in check.not_compared
         ),
     ]
-    unknown = [it for it in check.differences if it.known is None]
+    unknown = [difference for difference in check.differences if difference.known is None]
     if unknown:
         runs = join_runs(unknown)
-        lines += ["", f"differing ({check.differing - check.known} pages):"]
+        lines += ["", f"pages that differ ({check.differing - check.known}):"]
         lines += [f"  {_story(run)}" for run in runs[:_RUNS_SHOWN]]
         if len(runs) > _RUNS_SHOWN or check.differing > len(check.differences):
-            lines.append("  … and more (--json tells all)")
+            lines.append("  … and more (--json lists all)")
+    devices = ", ".join(check.discarders)
     for kind, heading in (
-        ("undecided", "either lost or given back by the guest"),
-        ("discarded", "given back by the guest"),
+        ("undecided", "pages either lost or given back by the guest"),
+        ("discarded", "pages given back by the guest"),
     ):
         if found := runs_of(check, kind):
             pages = sum(run.pages for run in found)
-            lines += ["", f"{heading} ({pages} pages, by {', '.join(check.discarders)}):"]
+            lines += ["", f"{heading} through {devices} ({pages}):"]
             lines += [f"  {_place(run)}" for run in found[:_RUNS_SHOWN]]
             if len(found) > _RUNS_SHOWN:
-                lines.append("  … and more (--json tells all)")
-    known = [it for it in check.differences if it.known is not None]
+                lines.append("  … and more (--json lists all)")
+    known = [difference for difference in check.differences if difference.known is not None]
     if known:
-        lines += ["", "known to differ:"]
-        lines += [f"  {_story([it])}: {it.why}" for it in known]
+        lines += ["", "pages that are known to differ after a correct migration:"]
+        lines += [f"  {_story([difference])}: {difference.why}" for difference in known]
     return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class PageRun:
-    """`pages` pages, one after the other."""
+    """A run of `pages` consecutive pages."""
 
     gpa: int | None
     region: str
@@ -98,7 +103,7 @@ class PageRun:
 
 
 def runs_of(check: Check, kind: str) -> list[PageRun]:
-    """The runs of pages that are 'discarded' or 'undecided'."""
+    """Return the runs of pages that are 'discarded' or 'undecided'."""
     runs = []
     for area in check.areas:
         numbers = {"discarded": area.discarded, "undecided": area.undecided}[kind]
@@ -117,7 +122,7 @@ def _place(run: PageRun) -> str:
 
 
 def join_runs(differences: Sequence[Difference]) -> list[list[Difference]]:
-    """The differences in runs of pages that follow each other in one region."""
+    """Group the differences into runs of consecutive pages of one region."""
     runs: list[list[Difference]] = []
     for difference in differences:
         if runs:
@@ -140,7 +145,7 @@ def _story(run: Sequence[Difference]) -> str:
     region = f"{first.region} +{first.offset:#x}"
     if first.device:
         region += f", DIMM {first.device}"
-    amount = f"{sum(it.bytes_differing for it in run)} bytes differ"
+    amount = f"{sum(difference.bytes_differing for difference in run)} bytes differ"
     if len(run) > 1:
         amount += f" in {len(run)} pages"
     known = f" ({first.known})" if first.known else ""
@@ -161,9 +166,13 @@ def _describe(side: Side) -> str:
 
 
 def map_check(check: Check) -> RamMap:
-    """The map of all that was compared; areas that follow each other are joined."""
+    """Map all that was compared; consecutive areas are joined."""
     names = list(_CHECK_CLASSES)
-    known = {(it.region, it.offset) for it in check.differences if it.known}
+    known = {
+        (difference.region, difference.offset)
+        for difference in check.differences
+        if difference.known
+    }
     areas: list[MapArea] = []
     for area in check.areas:
         classes = np.full(area.pages, names.index("equal"), dtype=np.uint8)

@@ -1,9 +1,9 @@
-"""A report's JSON as one HTML page that needs nothing else: no network, no script, no font.
+"""A report's JSON as one self-contained HTML page: no network, no script, no font.
 
-Light and dark follow the reader's setting, and the page fits a phone. All numbers come from the
-JSON; what the JSON does not have, the page does not show. The templates in ``templates/`` have the
-words and the layout, one of them for each kind of outcome. jinja2 fills them in, and escapes what
-guests and processes said.
+Light and dark mode follow the reader's setting, and the page fits a phone. All numbers come from
+the JSON, and the page shows nothing else. The templates in ``templates/`` contain the words and the
+layout, with one template for each kind of outcome. jinja2 fills them in, and escapes the output of
+guests and processes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..matrix.axes import NONE
 from ..qemu.machine import MIB
 from .html_charts import Json, ram_drawing, timeline
 from .matrix_report import grid_of
-from .report import HEADINGS
+from .report import HEADINGS, LINK_NAMES
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -30,8 +30,7 @@ def to_html(answer: Json) -> str:
     """Render the page of an outcome.
 
     Args:
-        answer: the JSON of a proof, a check, a matrix, or of one of these that could not be
-            carried out.
+        answer: the JSON of a proof, a check or a matrix, or of one that could not be carried out.
 
     Returns:
         The page, an HTML document that refers to no other file.
@@ -43,8 +42,8 @@ def to_html(answer: Json) -> str:
 
 @cache
 def _environment() -> Environment:
-    """The templates, with the functions that they call."""
-    # Most runs write no page, and L1, where proofs run too, has no jinja2.
+    """Return the environment of the templates, with the functions that they call."""
+    # Imported late: most runs write no page, and L1, where proofs run too, has no jinja2.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -58,6 +57,7 @@ def _environment() -> Environment:
     environment.globals |= {
         "absent": NONE,
         "grid_of": grid_of,
+        "links": LINK_NAMES,
         "ram_drawing": ram_drawing,
         "timeline": timeline,
     }
@@ -72,5 +72,5 @@ def _environment() -> Environment:
 
 
 def _grouped(value: object) -> object:
-    """Whole numbers with thin spaces between thousands; all else as it is."""
+    """Return whole numbers with thin spaces between thousands, and all other values unchanged."""
     return f"{value:,}".replace(",", "\u2009") if isinstance(value, int) else value

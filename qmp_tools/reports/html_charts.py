@@ -1,6 +1,6 @@
-"""What the drawings of the HTML report show, computed from the report's JSON.
+"""The values of the HTML report's drawings, computed from the report's JSON.
 
-The templates ``timeline.html.j2`` and ``ram_map.html.j2`` draw it as SVG.
+The templates ``timeline.html.j2`` and ``ram_map.html.j2`` draw them as SVG.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MAP_CELLS: Final = 2048
 
 
 def timeline(migration: Json) -> dict[str, Any]:
-    """Place what happened in a precopy on a drawing's horizontal axis.
+    """Place the events of a precopy on the horizontal axis of a drawing.
 
     Args:
         migration: the member of that name in a proof's JSON.
@@ -55,29 +55,33 @@ def timeline(migration: Json) -> dict[str, Any]:
 
 
 def _syncs(passes: Sequence[Json], x: Callable[[float], float]) -> list[tuple[float, bool, Json]]:
-    """Each bitmap sync's place, whether it is labelled, and its pass; no two labels overlap."""
+    """Return for each bitmap sync its place, whether it has a label, and its pass.
+
+    No two labels overlap.
+    """
     syncs = []
     last_label = -math.inf
-    for each in passes:
-        place = x(each["began_s"])
+    for precopy_pass in passes:
+        place = x(precopy_pass["began_s"])
         is_labelled = place - last_label >= _LABEL_EVERY and place < _RIGHT - 12
-        if each["sync"]:
+        if precopy_pass["sync"]:
             last_label = place if is_labelled else last_label
-            syncs.append((place, is_labelled, each))
+            syncs.append((place, is_labelled, precopy_pass))
     return syncs
 
 
 def _ticks(span_s: float) -> list[tuple[float, str]]:
-    """The seconds that the axis names, at most nine of them, and what it calls them."""
+    """Return the ticks of the axis, at most nine, in seconds, each with its label."""
     power = 10 ** math.floor(math.log10(span_s))
-    step = next(each for each in (power / 5, power / 2, power, power * 2) if span_s / each <= 8)
+    steps = (power / 5, power / 2, power, power * 2)
+    step = next(step for step in steps if span_s / step <= 8)
     digits = max(0, -math.floor(math.log10(step)))
     ticks = [number * step for number in range(int(span_s / step) + 1)]
     return [(tick, f"{tick:.{digits}f}{' s' if tick == ticks[-1] else ''}") for tick in ticks]
 
 
 def ram_drawing(ram_map: Json) -> dict[str, Any]:
-    """Reduce a map of guest RAM to at most some thousands of cells.
+    """Reduce a map of guest RAM to at most a few thousand cells.
 
     Args:
         ram_map: the member of that name in the JSON of a proof or a check.
@@ -96,7 +100,10 @@ def ram_drawing(ram_map: Json) -> dict[str, Any]:
 
 
 def _drawn_area(area: Json, ram_map: Json, pages_a_cell: int) -> dict[str, Any]:
-    """An area with its cells by class; a cell has the last of the map's classes that is in it."""
+    """Return an area with its cells by class.
+
+    A cell has the last of the map's classes that one of its pages has.
+    """
     names, page_bytes = [each["name"] for each in ram_map["classes"]], ram_map["page_bytes"]
     kinds = np.repeat(
         np.array([kind for kind, _ in area["runs"]], dtype=np.uint8),

@@ -1,11 +1,12 @@
-"""A report's JSON as what test runners collect: JUnit XML and TAP (version 14).
+"""A report's JSON in the forms that test runners collect: JUnit XML and TAP (version 14).
 
-A proof is four cases: the pages, the guest's own checks, what the device wrote and did not report,
-and whether the run could tell anything at all; there is one more for a ring whose index is wrong,
-for a limit of the downtime and for the control. A soak is the cases of its last migration, and one
-for each process that may not grow. A fault, a matrix' cell, and each proof of the passthrough
-route, is a case of its own. What could not be tested is an error in JUnit, and 'not ok' in TAP,
-because a CI that takes it for a pass would be wrong; what a QEMU lacks is skipped in both.
+A proof has four cases: the pages, the guest's own checks, the writes of the device that were not
+reported dirty, and the sensitivity of the run. A wrong ring index, a limit of the downtime and the
+control each add a case. A soak has the cases of its last migration, and one for each process that
+must not grow. A fault, a cell of a matrix, and each proof of the passthrough route is one case.
+
+A case that could not be tested is an error in JUnit and 'not ok' in TAP, because a CI must not take
+it for a pass. A case that a QEMU does not support is skipped in both.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from xml.etree import ElementTree
 from ..exit_codes import EXIT_PASS, EXIT_UNTESTED
 
 _STORIES: Final = 100
-"""So many pages are told of in one failure."""
+"""The most pages that one failure describes."""
+_ALL_EQUAL: Final = "all pages are equal"
 _MATRIX_OUTCOMES: Final = {
     "clean": "passed",
     "lost": "failed",
@@ -32,7 +34,7 @@ _TAGS: Final = {"failed": "failure", "error": "error", "skipped": "skipped"}
 
 @dataclass(frozen=True)
 class Case:
-    """One test case; `outcome` is 'passed', 'failed', 'skipped' or 'error' (not to be tested)."""
+    """One test case; `outcome` is 'passed', 'failed', 'skipped' or 'error' (not tested)."""
 
     name: str
     outcome: str
@@ -42,7 +44,7 @@ class Case:
 
 
 def cases(answer: Mapping[str, Any]) -> list[Case]:
-    """The test cases that a report stands for."""
+    """Return the test cases of a report."""
     if answer["kind"] == "prove":
         return _proof_cases(answer)
     if answer["kind"] == "soak":
@@ -50,14 +52,14 @@ def cases(answer: Mapping[str, Any]) -> list[Case]:
     if answer["kind"] == "check":
         stories = [page["story"] for page in answer["differences"] if page["known"] is None]
         if answer["exit_code"] == EXIT_UNTESTED:
-            return [Case("every page equal", "error", answer["verdict"])]
+            return [Case(_ALL_EQUAL, "error", answer["verdict"])]
         return [_pages_case(answer["exit_code"] == EXIT_PASS, answer["verdict"], stories)]
     if answer["kind"] == "faults":
         return [_fault_case(row) for row in answer["faults"]]
     if answer["kind"] == "matrix":
         return [
-            Case(it["name"], _MATRIX_OUTCOMES[it["state"]], it["message"], it["stories"])
-            for it in answer["cells"]
+            Case(cell["name"], _MATRIX_OUTCOMES[cell["state"]], cell["message"], cell["stories"])
+            for cell in answer["cells"]
         ]
     if answer["kind"] == "passthrough":
         return [_passthrough_case(row) for row in answer["outcomes"]]
@@ -67,13 +69,14 @@ def cases(answer: Mapping[str, Any]) -> list[Case]:
             for run in answer["runs"]
             for row in run["outcomes"]
         ]
-    return [Case("every page equal", "error", answer["verdict"])]
+    return [Case(_ALL_EQUAL, "error", answer["verdict"])]
 
 
 def _growth_case(row: Mapping[str, Any]) -> Case:
-    warm, last = (json.dumps(row[it]) for it in ("warm", "last"))
+    warm, last = json.dumps(row["warm"]), json.dumps(row["last"])
     outcome = "passed" if row["none"] else "failed"
-    return Case(f"the {row['process']} does not grow", outcome, f"{warm} when warm, then {last}")
+    message = f"after the warm-up: {warm}; at the end: {last}"
+    return Case(f"the resource use of the {row['process']} does not grow", outcome, message)
 
 
 _OF_PASSTHROUGH: Final = {
@@ -95,23 +98,23 @@ def _fault_case(row: Mapping[str, Any]) -> Case:
     name = f"{row['fault']} on {row['bench']}"
     if untested:
         return Case(name, "error", untested[0])
-    told = f"{row['caught']} of {len(row['trials'])} runs: {row['summary']}"
-    return Case(name, "passed" if row["as_wanted"] else "failed", told)
+    message = f"caught in {row['caught']} of {len(row['trials'])} runs: {row['summary']}"
+    return Case(name, "passed" if row["as_wanted"] else "failed", message)
 
 
 def _pages_case(passed: bool, message: str, stories: Sequence[str]) -> Case:
     if passed:
-        return Case("every page equal", "passed", message)
-    return Case("every page equal", "failed", message, stories[:_STORIES])
+        return Case(_ALL_EQUAL, "passed", message)
+    return Case(_ALL_EQUAL, "failed", message, stories[:_STORIES])
 
 
 def _downtime_case(downtime: Mapping[str, Any]) -> Case:
     name = "the downtime is within its limit"
     if downtime["seconds"] is None:
-        return Case(name, "error", "it could not be measured")
-    told = f"{downtime['seconds']:.3f} s, of {downtime['limit_s']:g} s"
+        return Case(name, "error", "the downtime could not be measured")
+    message = f"{downtime['seconds']:.3f} s, limit {downtime['limit_s']:g} s"
     parts = [f"{part['seconds']:.3f} s: {part['what']}" for part in downtime["parts"]]
-    return Case(name, "failed" if downtime["exceeded"] else "passed", told, parts)
+    return Case(name, "failed" if downtime["exceeded"] else "passed", message, parts)
 
 
 def _proof_cases(answer: Mapping[str, Any]) -> list[Case]:
@@ -121,32 +124,32 @@ def _proof_cases(answer: Mapping[str, Any]) -> list[Case]:
     found = [
         _pages_case(not lost, answer["verdict"], [page["story"] for page in lost]),
         Case(
-            "the guest goes on correctly",
+            "the guest continues correctly on the destination",
             "failed" if guest["errors"] or not_continued else "passed",
             f"{guest['requests']} requests, {guest['errors']} errors"
             + (", not continued" if not_continued else ""),
             [*guest["error_messages"], *([refusal] if refusal else [])],
         ),
         Case(
-            "a loss would have shown",
+            "a lost dirty bit would have been detected",
             "passed" if sensitivity["rewritten"] else "error",
-            f"{sensitivity['rewritten']} pages written after they were sent, "
-            f"{sensitivity['guaranteed_detectable']} of them certain to show",
+            f"{sensitivity['rewritten']} pages were written after QEMU had sent them, and a loss "
+            f"is guaranteed detectable on {sensitivity['guaranteed_detectable']} of them",
         ),
     ]
     if sensitivity["unreported"] is not None:
         unreported = Case(
-            "every page that the device wrote is reported",
+            "every page that the device wrote is reported dirty",
             "failed" if sensitivity["unreported"] else "passed",
-            f"{sensitivity['unreported']} of {sensitivity['written']} are not",
+            f"{sensitivity['unreported']} of {sensitivity['written']} pages were never reported",
         )
         found.insert(2, unreported)
     if (log := answer["log"]) is not None:
         late, unlogged = len(log["late_bits"]), len(log["unlogged_queues"])
         logged = Case(
-            "the device has kept QEMU's log in time",
+            "the device sets its bits in QEMU's dirty log in time",
             "failed" if late or unlogged else "passed",
-            f"{late} late dirty bits, {unlogged} used rings that were never logged",
+            f"{late} dirty bits were late, {unlogged} used rings were never logged",
         )
         found.insert(2, logged)
     if (downtime := answer["downtime"])["limit_s"] is not None:
@@ -154,7 +157,7 @@ def _proof_cases(answer: Mapping[str, Any]) -> list[Case]:
     if rings:
         stories = [ring["story"] for ring in rings]
         found.append(
-            Case("every ring's index is right", "failed", f"{len(rings)} are not", stories)
+            Case("every ring index is right", "failed", f"{len(rings)} rings are wrong", stories)
         )
     if "control" in answer:
         caught = answer["control"]["caught"]
@@ -176,7 +179,7 @@ def _properties(answer: Mapping[str, Any]) -> dict[str, str]:
 
 
 def to_junit(answer: Mapping[str, Any]) -> str:
-    """JUnit XML: one suite, its set-up as properties."""
+    """Return JUnit XML with one suite, which has the set-up as properties."""
     found = cases(answer)
     suite = ElementTree.Element("testsuite", name="dmaproof", tests=str(len(found)))
     for attribute, outcome in (("failures", "failed"), ("errors", "error"), ("skipped", "skipped")):
@@ -199,14 +202,17 @@ def to_junit(answer: Mapping[str, Any]) -> str:
 
 
 def _printable(text: str) -> str:
-    """`text` without the characters that XML 1.0 cannot hold (a guest's console may have them)."""
+    """Replace the characters that XML 1.0 does not allow; a guest's console may contain them."""
     return "".join(
-        it if it in "\t\n" or (it >= " " and it not in "\ufffe\uffff") else "�" for it in text
+        character
+        if character in "\t\n" or (character >= " " and character not in "\ufffe\uffff")
+        else "�"
+        for character in text
     )
 
 
 def to_tap(answer: Mapping[str, Any]) -> str:
-    """TAP 14, with a YAML block for what did not pass."""
+    """Return TAP 14, with a YAML block for each case that did not pass."""
     found = cases(answer)
     lines = ["TAP version 14", f"1..{len(found)}"]
     for number, case in enumerate(found, 1):

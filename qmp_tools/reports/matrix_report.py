@@ -1,7 +1,7 @@
 """A matrix as JSON for programs, and as a table with numbered notes for people.
 
-The columns of the table are the pairs of QEMUs where there are several, else the last axis that
-varies; its rows are what the other axes make.
+The columns of the table are the pairs of QEMUs if there are several, and else the values of the
+last axis that varies. Its rows are the combinations of the other axes.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _DESTINATION: Final = "qemu-destination"
 
 
 def to_json(matrix: Matrix, results: Sequence[Result]) -> dict[str, Any]:
-    """Everything that is known of a matrix; `results` are in the order of its cells."""
-    counts = {state.value: sum(it.state == state for it in results) for state in State}
+    """Return all findings of a matrix; `results` are in the order of its cells."""
+    counts = {state.value: sum(result.state == state for result in results) for state in State}
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "matrix",
@@ -43,7 +43,7 @@ def to_json(matrix: Matrix, results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _exit_code(counts: Mapping[str, int]) -> int:
-    """What has failed outweighs what was not tested; a matrix without any verdict is no pass."""
+    """Return the exit code: a failure outweighs an untested cell, and only a verdict can pass."""
     if counts[State.LOST] or counts[State.SLOW]:
         return EXIT_LOST
     return EXIT_UNTESTED if counts[State.UNTESTED] or not counts[State.CLEAN] else EXIT_PASS
@@ -51,14 +51,14 @@ def _exit_code(counts: Mapping[str, int]) -> int:
 
 def _sentence(counts: Mapping[str, int], total: int) -> str:
     shares = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    return f"{shares} of {total} cells"
+    return f"{total} cells: {shares}"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A matrix in two dimensions. `cells[row][column]` is None where that cell was excluded.
+    """A matrix in two dimensions. `cells[row][column]` is None if that cell was excluded.
 
-    `row_axes` are the names of what a row's label consists of; `title` is what the columns are.
+    `row_axes` are the names of the axes whose values label a row. `title` names the columns' axis.
     """
 
     title: str
@@ -67,15 +67,15 @@ class Grid:
     rows: Sequence[Sequence[str]]
     cells: Sequence[Sequence[Mapping[str, Any] | None]]
     notes: Sequence[str]
-    """What the cells that are not clean say, each text once; `note_of` is its number."""
+    """The messages of the cells that are not clean, each text once; `note_of` has its number."""
 
     def note_of(self, cell: Mapping[str, Any]) -> int | None:
-        """The number, from 1 on, of the note to `cell`."""
+        """Return the number, from 1 on, of the note to `cell`; None if the cell is clean."""
         return None if cell["state"] == State.CLEAN else self.notes.index(cell["message"]) + 1
 
 
 def grid_of(answer: Mapping[str, Any]) -> Grid:
-    """The grid of a matrix' JSON."""
+    """Return the grid of a matrix' JSON."""
     varying = [name for name, values in answer["axes"].items() if len(values) > 1]
     across = [name for name in varying if name in (_QEMU, _DESTINATION)] or varying[-1:]
     down = [name for name in varying if name not in across]
@@ -86,14 +86,14 @@ def grid_of(answer: Mapping[str, Any]) -> Grid:
         column = _column(options, across)
         columns[column] = None
         found.setdefault(tuple(options.get(name, NONE) for name in down), {})[column] = cell
-    told = [it["message"] for it in answer["cells"] if it["state"] != State.CLEAN]
+    messages = [cell["message"] for cell in answer["cells"] if cell["state"] != State.CLEAN]
     return Grid(
         title="QEMU" if _QEMU in across or _DESTINATION in across else "".join(across),
         columns=list(columns),
         row_axes=down,
         rows=list(found),
         cells=[[row.get(column) for column in columns] for row in found.values()],
-        notes=list(dict.fromkeys(told)),
+        notes=list(dict.fromkeys(messages)),
     )
 
 
@@ -105,11 +105,11 @@ def _column(options: Cell, across: Sequence[str]) -> str:
 
 
 def to_text(answer: Mapping[str, Any]) -> str:
-    """The verdict, the table, and its notes."""
+    """Return the verdict, the table, and its notes."""
     grid = grid_of(answer)
     lines = [[*(grid.row_axes or [grid.title]), *grid.columns]]
     lines += [
-        [*(row or [""]), *(_told(cell, grid) for cell in cells)]
+        [*(row or [""]), *(_cell_text(cell, grid) for cell in cells)]
         for row, cells in zip(grid.rows, grid.cells, strict=True)
     ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -119,12 +119,12 @@ def to_text(answer: Mapping[str, Any]) -> str:
     text += ["", *notes] if notes else []
     lost = next((cell for cell in answer["cells"] if cell["state"] == State.LOST), None)
     if lost is not None:
-        text += ["", f"the first loss again: {shlex.join(lost['command'])}"]
+        text += ["", f"to repeat the first loss: {shlex.join(lost['command'])}"]
         text += [f"  {story}" for story in lost["stories"][:3]]
     return "\n".join(text)
 
 
-def _told(cell: Mapping[str, Any] | None, grid: Grid) -> str:
+def _cell_text(cell: Mapping[str, Any] | None, grid: Grid) -> str:
     if cell is None:
         return ""
     note = grid.note_of(cell)

@@ -1,4 +1,4 @@
-"""What happened in a proof's migration, pass by pass, for the reports."""
+"""The passes and the harvests of a proof's migration, for the reports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..migration.migration import Progress
 
 
 def harvest_list(harvests: NDArray[np.void], began_ns: int) -> list[dict[str, Any]]:
-    """Each harvest; times in seconds from `began_ns` (CLOCK_MONOTONIC)."""
+    """Return the members of each harvest; times in seconds from `began_ns` (CLOCK_MONOTONIC)."""
     return [
         {
             "harvest": int(harvest["epoch"]),
@@ -29,10 +29,10 @@ def harvest_list(harvests: NDArray[np.void], began_ns: int) -> list[dict[str, An
 def passes(
     history: Sequence[Progress], harvests: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The precopy's passes, each from one bitmap sync to the next, as far as polling saw them.
+    """Return the precopy's passes, each from one bitmap sync to the next, as seen by polling.
 
-    `harvests` as `harvest_list` makes them. Of passes that were over between two polls only the
-    last is there; its figures are those of all of them.
+    `harvests` are the result of `harvest_list`. Passes that ended between two polls are merged into
+    the last one of them.
     """
     began_ns = history[0].time_ns
     answer = []
@@ -41,15 +41,15 @@ def passes(
     for number, group in enumerate(groups):
         first, last = group[0], group[-1]
         start_s = (first.time_ns - began_ns) / 1e9
-        behind = groups[number + 1][0] if number + 1 < len(groups) else None
-        end_s = ((behind or last).time_ns - began_ns) / 1e9
-        sent = (behind or last).transferred or sent_before
-        # The first pass has what was harvested before polling began, the last what came after.
+        following = groups[number + 1][0] if number + 1 < len(groups) else None
+        end_s = ((following or last).time_ns - began_ns) / 1e9
+        sent = (following or last).transferred or sent_before
+        # The first pass includes harvests before polling began, and the last one those after it.
         within = [
             harvest
             for harvest in harvests
             if (number == 0 or harvest["began_s"] >= start_s)
-            and (behind is None or harvest["began_s"] < end_s)
+            and (following is None or harvest["began_s"] < end_s)
         ]
         answer.append(
             {

@@ -1,7 +1,7 @@
 """A proof as JSON for programs and as text for people; every other report is made from the JSON.
 
-The JSON's members keep their meaning while `SCHEMA_VERSION` stays; new ones may be added.
-docs/report.schema.json describes them.
+The members of the JSON keep their meaning as long as `SCHEMA_VERSION` does not change. New members
+may be added. docs/report.schema.json describes them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
+from dmaproof.trace import Link
 from dmaproof.units import PAGE_BYTES
 
 from ..memory.ram_blocks import RamBlock, known_tcg_loss
@@ -27,7 +28,7 @@ _LOST_SHOWN: Final = 10
 
 
 def to_json(proof: Proof) -> dict[str, Any]:
-    """Everything that is known of a proof. Addresses and sizes in bytes, times in seconds."""
+    """Return all findings of a proof. Addresses and sizes in bytes, times in seconds."""
     setup, verdict = proof.setup, proof.verdict
     began_ns = proof.history[0].time_ns
     harvests = harvest_list(proof.harvests, began_ns)
@@ -82,7 +83,8 @@ def to_json(proof: Proof) -> dict[str, Any]:
             "passes": passes(proof.history, harvests),
             "harvests": harvests,
             "history": [
-                {**asdict(it), "seconds": (it.time_ns - began_ns) / 1e9} for it in proof.history
+                {**asdict(progress), "seconds": (progress.time_ns - began_ns) / 1e9}
+                for progress in proof.history
             ],
         },
         "ram_map": proof.ram_map.to_json(),
@@ -94,7 +96,7 @@ def to_json(proof: Proof) -> dict[str, Any]:
 
 
 def to_text(proof: Proof) -> str:
-    """The verdict, what it rests on, and the lost pages' stories."""
+    """Return the verdict, the figures behind it, and a description of the lost pages."""
     verdict, sensitivity, guest = proof.verdict, proof.verdict.sensitivity, proof.verdict.guest
     last = proof.history[-1]
     lines = [
@@ -110,62 +112,74 @@ def to_text(proof: Proof) -> str:
         + (f", downtime {proof.downtime_s * 1000:.0f} ms" if proof.downtime_s is not None else ""),
         *_earlier(proof.earlier),
         *_sensitivity(sensitivity),
-        f"  destination  the guest did {guest.requests} more requests and checked {guest.rechecked} "
-        f"pages again: {guest.errors} errors"
-        if verdict.can_go_on
+        f"  destination  the guest did {guest.requests} more requests and rechecked "
+        f"{guest.rechecked} pages: {guest.errors} errors"
+        if verdict.can_continue
         else "  destination  the guest was not continued",
     ]
     lines += [
-        f"  {'unseen' if index == 0 else '':<12} {each}"
-        for index, each in enumerate(verdict.unseen)
+        f"  {'not covered' if index == 0 else '':<12} {fault}"
+        for index, fault in enumerate(verdict.unseen)
     ]
     if sensitivity.reported_unwritten:
         lines.append(
-            f"  reported     {sensitivity.reported_unwritten} pages that the device had not written"
+            f"  extra bits   {sensitivity.reported_unwritten} pages were reported dirty although "
+            "the device had not written them"
         )
     if sensitivity.unreported:
         places = ", ".join(
-            f"{pages} at the {link}" for link, pages in sensitivity.missed_at.items()
+            f"{pages} lost at {LINK_NAMES[Link(link)]}"
+            for link, pages in sensitivity.missed_at.items()
         )
-        lines.append(
-            f"  unreported   {sensitivity.unreported} pages that the device wrote have not reached "
-            f"the log (missed: {places}); {sensitivity.unreported_guaranteed} of them certain"
-        )
+        lines += [
+            f"  unreported   {sensitivity.unreported} pages that the device wrote were never "
+            f"reported dirty ({places});",
+            f"               {sensitivity.unreported_guaranteed} of them are guaranteed detectable",
+        ]
     if verdict.downtime.limit_s is not None:
         lines.append(f"  downtime     {verdict.downtime.sentence}")
     if proof.setup.device.facts.fault:
         lines.append(f"  fault        {proof.setup.device.facts.fault} was injected")
     lines.append(f"  seed         {proof.setup.seed}")
     if proof.folder is not None:
-        lines.append(f"  kept         {proof.folder}")
+        lines.append(f"  run folder   {proof.folder}")
     for blame in Blame:
         pages = [page for page in verdict.lost if page.blame == blame]
         if pages:
-            lines += ["", f"lost {_BY[blame]} ({len(pages)}):"]
+            lines += ["", f"{_LOSSES[blame]} ({len(pages)}):"]
             lines += [f"  {_story(page)}" for page in pages[:_LOST_SHOWN]]
             if len(pages) > _LOST_SHOWN:
-                lines.append(f"  … and {len(pages) - _LOST_SHOWN} more (--json tells all)")
+                lines.append(f"  … and {len(pages) - _LOST_SHOWN} more (--json lists all)")
     if len(verdict.wrong_rings) > 1:
         lines += ["", "wrong rings:", *(f"  {ring.story}" for ring in verdict.wrong_rings)]
     if verdict.refusal:
         lines += ["", "the destination refused the state of a device:"]
         lines += [f"  {line}" for line in verdict.refusal.splitlines()]
-    lines += ["", "the guest said:"] * bool(guest.error_messages)
-    lines += [f"  {complaint}" for complaint in guest.error_messages]
+    lines += ["", "error messages of the guest:"] * bool(guest.error_messages)
+    lines += [f"  {message}" for message in guest.error_messages]
     if verdict.count(Blame.ACCELERATOR):
         lines += ["", *_accelerator_advice(proof)]
     return "\n".join(lines)
 
 
-_BY: Final = {
-    Blame.DEVICE: "by the device",
-    Blame.QEMU: "by QEMU",
-    Blame.ACCELERATOR: "by the accelerator",
-    Blame.SNAPSHOT: "by QEMU's snapshot, which holds off its vCPUs and no other writer",
-    Blame.UNKNOWN: "by whom is not known, the device keeps no journal",
-    Blame.LATE_DMA: "by DMA after the guest had been paused",
-    Blame.EARLY_BIT: "by the device, whose dirty bits were set before the data was written",
+_LOSSES: Final = {
+    Blame.DEVICE: "pages lost by the device's dirty tracking",
+    Blame.QEMU: "pages lost by QEMU, although the device reported them dirty in time",
+    Blame.ACCELERATOR: "pages lost by the accelerator's own dirty tracking",
+    Blame.SNAPSHOT: "pages that the device wrote while QEMU took the snapshot",
+    Blame.UNKNOWN: "lost pages, cause unknown (the device keeps no journal)",
+    Blame.LATE_DMA: "pages lost by DMA after the guest had been paused",
+    Blame.EARLY_BIT: "pages whose dirty bit the device set before it wrote the data",
 }
+
+LINK_NAMES: Final = {
+    Link.TRACKER: "the dirty tracker",
+    Link.ITERATOR: "the bitmap iterator",
+    Link.TRANSLATION: "the address translation",
+    Link.LOG: "the dirty log",
+    Link.QEMU: "QEMU",
+}
+"""The links of the device's chain, from the write to QEMU, in the order of a dirty page's path."""
 
 
 def _device(proof: Proof) -> str:
@@ -173,12 +187,13 @@ def _device(proof: Proof) -> str:
     if facts.tracker is None:
         return f"{facts.device}, without a journal"
     if facts.harvest is None:
-        return f"{facts.device}, tracker {facts.tracker}"
-    killed = ", killed and started again" if facts.killed else ""
+        return f"{facts.device}, dirty tracker {facts.tracker}"
+    killed = ", killed and restarted" if facts.killed else ""
     iommu = f", behind IOMMU {proof.setup.machine.iommu}" if proof.setup.machine.iommu else ""
+    every = f"every {facts.harvest} s" if facts.harvest[0].isdigit() else facts.harvest
     return (
-        f"{facts.device}, {facts.ring} rings, tracker {facts.tracker}, "
-        f"{len(proof.harvests)} harvests ({facts.harvest}){iommu}{killed}"
+        f"{facts.device}, {facts.ring} rings, dirty tracker {facts.tracker}, "
+        f"{len(proof.harvests)} harvests ({every}){iommu}{killed}"
     )
 
 
@@ -188,41 +203,45 @@ def _sensitivity(sensitivity: Sensitivity) -> list[str]:
         and not sensitivity.guaranteed_detectable
     ):
         return [
-            f"  sensitivity  the guest had {sensitivity.rewritten} pages written after everything "
-            "had been sent, into",
-            "               buffers that are used again: no single bit is certain to have shown",
+            f"  sensitivity  after every page had been sent, the device wrote "
+            f"{sensitivity.rewritten} pages for the guest, but in",
+            "               reused buffers: a single lost dirty bit is not guaranteed detectable",
         ]
+    guaranteed = sensitivity.guaranteed_detectable
     if sensitivity.evidence_source == EvidenceSource.GUEST:
         return [
-            f"  sensitivity  the guest had {sensitivity.guaranteed_detectable} pages written just once after "
-            "everything had been sent;",
-            "               losing the bit of any one of them would certainly have shown",
+            f"  sensitivity  after every page had been sent, the device wrote {guaranteed} pages "
+            "exactly once for the guest;",
+            "               a lost dirty bit on any of them would have been detected",
         ]
     if sensitivity.evidence_source == EvidenceSource.SNAPSHOT:
         return [
-            f"  sensitivity  the guest had {sensitivity.guaranteed_detectable} pages written while the snapshot "
-            "was taken, none of which it may have",
+            f"  sensitivity  the device wrote {guaranteed} pages while QEMU took the snapshot, "
+            "which must not contain these writes",
         ]
     if sensitivity.evidence_source == EvidenceSource.STILL:
         return [
-            f"  sensitivity  the guest had {sensitivity.guaranteed_detectable} pages written just once before it "
-            "stood still, and nothing moved until then;",
-            "               losing any one of them would certainly have shown",
+            f"  sensitivity  the device wrote {guaranteed} pages exactly once, before the guest "
+            "was paused and any page was moved;",
+            "               a loss of any of these pages would have been detected",
         ]
     return [
-        f"  sensitivity  the device wrote {sensitivity.written} pages while logging was on, "
-        f"{sensitivity.rewritten} of them after",
-        "               everything had been sent; losing the bit of any one of "
-        f"{sensitivity.guaranteed_detectable} would certainly have shown",
+        f"  sensitivity  the device wrote {sensitivity.written} pages while dirty logging was on, "
+        f"{sensitivity.rewritten} of them after every page",
+        f"               had been sent; a lost dirty bit on any of {guaranteed} pages would have "
+        "been detected",
     ]
 
 
 def _earlier(migrations: Sequence[MigrationSummary]) -> list[str]:
     if not migrations:
         return []
+    pages = sum(migration.pages for migration in migrations)
+    guaranteed = sum(migration.guaranteed_detectable for migration in migrations)
+    number = len(migrations)
     return [
-        f"  before it    {len(migrations)} more, there and back: {sum(migration.pages for migration in migrations)} pages "
-        f"compared, {sum(migration.guaranteed_detectable for migration in migrations)} certain"
+        f"  history      {number} earlier migration{'s' * (number > 1)} between source and "
+        f"destination: {pages} pages compared, {guaranteed} guaranteed detectable"
     ]
 
 
@@ -239,25 +258,27 @@ def _story(page: LostPage) -> str:
     if page.blame in (Blame.UNKNOWN, Blame.SNAPSHOT, Blame.EARLY_BIT):
         return place
     if page.request is None:
-        return f"{place}; no device wrote them"
+        return f"{place}; no device wrote these bytes"
     write = (
-        f"{place}; request {page.request} on queue {page.queue} of {page.device or 'the device'} "
-        f"wrote its {page.kind} to IOVA "
-        f"{page.iova:#x} {page.seconds:.3f} s after logging began"
+        f"{place}; last device write: {page.kind} of request {page.request} on queue {page.queue} "
+        f"of {page.device or 'the device'}, to IOVA {page.iova:#x}, {page.seconds:.3f} s after "
+        "logging began"
     )
     if page.link is None:
-        return f"{write}, and a vCPU wrote there later"
-    return f"{write}, due in harvest {page.due_in_harvest}; lost at the {page.link}"
+        return f"{write}; a vCPU wrote to these bytes later"
+    return f"{write}; expected in harvest {page.due_in_harvest}, lost at {LINK_NAMES[page.link]}"
 
 
 def _accelerator_advice(proof: Proof) -> list[str]:
-    """What is known of such losses in the RAM blocks that have the accelerator's lost pages."""
+    """Return the known causes of losses in the RAM blocks in which the accelerator lost pages."""
     machine = proof.setup.machine
-    lines = ["The lost pages of the accelerator were written by vCPUs; QEMU did not send them."]
+    lines = [
+        "vCPUs wrote to the pages that the accelerator lost, and QEMU did not send them again."
+    ]
     if machine.accelerator != "tcg":
         return lines
     for area in proof.ram_map.areas:
-        is_main = area.region == RAM_BACKEND  # the first that QEMU is given, so its first block
+        is_main = area.region == RAM_BACKEND  # QEMU's first RAM block: it is given first
         block = RamBlock(
             area.region,
             0 if is_main else machine.memory_bytes,
@@ -270,9 +291,9 @@ def _accelerator_advice(proof: Proof) -> list[str]:
             lines += [
                 f"Under TCG this QEMU is known to lose such pages of RAM block {block.name},",
                 f"because {why} (docs/kernel-findings.md).",
-                f"--memory {odd} avoids it, and so does a newer QEMU (dmaproof qemu fetch)."
+                f"Use --memory {odd} or a newer QEMU (dmaproof qemu fetch) to avoid this."
                 if is_main
-                else "Under KVM it does not, and with --guest bare no vCPU writes to a DIMM.",
+                else "To avoid this, use KVM, or --guest bare, whose vCPUs write to no DIMM.",
             ]
     return list(dict.fromkeys(lines))
 

@@ -1,16 +1,16 @@
-"""A test bed for the chain without QEMU: a front end, a guest's driver and a precopy of our own.
+"""A test bed for the chain without QEMU: dmaproof's own front end, guest driver and precopy.
 
-The device is the real one, server, session, tracker, iterator and log; only what stands on the
-other side of its socket is played. So a fault can be tried in moments, and in places to which the
-proof on one QEMU does not come: two devices on one log, memory that is plugged in, a log that is
-resized, bus addresses that are not guest-physical ones.
+The device is real, with its server, session, tracker, iterator and log. Only the other side of its
+socket is simulated. A fault can therefore be tried in moments, and in cases that a proof with one
+QEMU does not reach: two devices on one log, hot-plugged memory, a log that is resized, and bus
+addresses that are not guest-physical addresses.
 
 ::
 
-    simulation.py     the story: boot, log, send all, write, plug memory, write, stop, compare
-    front_end.py      what QEMU says
-    ring_driver.py    what the guest's driver does
-    guest_iommu.py    what it maps for the device, if that is behind an IOMMU
-    precopy.py        what QEMU's RAM migration does
+    simulation.py     the steps: boot, log, send all, write, plug memory, write, stop, compare
+    front_end.py      the messages of QEMU
+    ring_driver.py    the guest's driver
+    guest_iommu.py    the mappings for a device behind an IOMMU
+    precopy.py        QEMU's RAM migration
     hosted_device.py  the device, in a thread or in a process
 """

@@ -1,9 +1,9 @@
-"""Tries every injected fault, and tells which were caught, by what, and at which link.
+"""Try every injected fault, and report which were caught, by what, and at which link.
 
-A fault is tried on the test bed, where all of them show within a second; and where one device on
-one QEMU shows it too, in a real proof. It counts as caught only if the verdict names the link that
-was broken. Beside the faults the same is done with nothing broken: there, everything but a pass is
-a false alarm.
+A fault is tried on the test bed, where each one can be detected within a second. If it can also be
+detected with one device on one QEMU, it is tried in a real proof too. A fault counts as caught only
+if the verdict names the link that was broken. The control does the same without a fault: any result
+other than a pass is then a false alarm.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ CONTROL: Final = "none"
 _CAUGHT_OF_20: Final = 19
 
 _PROCESSORS_OF_A_PROOF: Final = 4
-"""Two QEMUs, one of them with two vCPUs at work, and the device."""
+"""Two QEMUs, one of which has two busy vCPUs, and the device."""
 
 MakeSetup = Callable[[str | None, int], Awaitable[Setup]]
 
 
 class Bench(StrEnum):
-    """What a fault is tried on."""
+    """The environment in which a fault is tried."""
 
     TESTBED = "testbed"
     QEMU = "qemu"
@@ -51,7 +51,11 @@ class Bench(StrEnum):
 
 @dataclass(frozen=True)
 class TestbedForm:
-    """How a fault is tried where everything goes faster than with QEMU: its value, its harvests."""
+    """The form of a fault on the test bed, where everything is faster than with QEMU.
+
+    `value` and `harvest` are the fault's value and the harvest policy. The other members are those
+    of `simulate`.
+    """
 
     value: str = ""
     harvest: str = "0.01"
@@ -71,23 +75,23 @@ TESTBED_FORMS: Final = {
 
 
 class Means(StrEnum):
-    """What a fault is caught by."""
+    """The means by which a fault is caught."""
 
     COMPARISON = "comparison"
     GUEST = "guest"
     JOURNAL = "journal"
     REFUSAL = "refusal"
-    """The device's, of what a QEMU or its guest sent."""
+    """The device refused what QEMU or the guest sent."""
     RING = "ring"
-    """Whose index cannot be right."""
+    """The index of a ring is impossible."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run with a fault: by what it was caught (nothing: not at all), and what was lost.
+    """One run with a fault. `caught_by` is empty if the fault was not caught.
 
-    `links` counts the pages by the link at which the verdict says they were lost; `untested` is why
-    there is no verdict, where there is none.
+    `links` counts the lost pages by the link at which they were lost, according to the verdict.
+    `untested` is the whole reason for which there is no verdict; None if there is one.
     """
 
     seed: int
@@ -100,7 +104,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Row:
-    """A fault, or the control, on one bench."""
+    """All trials of a fault, or of the control, on one bench."""
 
     fault: str
     link: str
@@ -110,7 +114,7 @@ class Row:
 
     @property
     def caught(self) -> int:
-        """In how many of the trials the broken link, and no other, was found."""
+        """The number of trials in which the broken link was found, and no other."""
         if self.fault == CONTROL:
             return sum(bool(trial.caught_by) for trial in self.trials)
         return sum(
@@ -121,7 +125,7 @@ class Row:
 
     @property
     def as_wanted(self) -> bool:
-        """Caught in at least 19 of 20 trials; the control without any alarm."""
+        """Whether at least 19 of 20 trials caught the fault, or the control raised no alarm."""
         if any(trial.untested for trial in self.trials):
             return False
         if self.fault == CONTROL:
@@ -129,7 +133,7 @@ class Row:
         return self.caught * 20 >= len(self.trials) * _CAUGHT_OF_20
 
     def cells(self) -> list[str]:
-        """The row as people read it."""
+        """Return the cells of the row in a table for people."""
         means: Counter[str] = Counter()
         for trial in self.trials:
             means.update(trial.caught_by)
@@ -140,26 +144,26 @@ class Row:
             self.link,
             self.bench,
             f"{self.caught}/{len(self.trials)} {what}",
-            ", ".join(means) if not untested else f"not tested: {untested[0]}",
+            ", ".join(means) if not untested else f"not tested: {untested[0].splitlines()[0]}",
             f"{statistics.median(trial.lost_pages for trial in self.trials):g}",
             f"{statistics.median(trial.guaranteed_detectable_pages for trial in self.trials):g}",
             self.summary,
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything that is known of the row."""
+        """Return all findings of the row."""
         return {**asdict(self), "caught": self.caught, "as_wanted": self.as_wanted}
 
 
 HEADINGS: Final = (
     "fault",
     "link",
-    "on",
+    "tried on",
     "result",
-    "by",
+    "caught by",
     "lost pages",
-    "certain pages",
-    "what it is",
+    "guaranteed detectable",
+    "description",
 )
 
 
@@ -171,10 +175,18 @@ async def try_faults(
     folder: Path,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> list[Row]:
-    """The rows of the faults `names` (`CONTROL` among them), each with every seed.
+    """Try the faults `names` (which may include `CONTROL`), each with every seed.
 
-    `make_setup` makes the set-up of a proof with a fault and a seed; `folder` takes evidence.
-    `timeout_s` bounds each wait on the test bed; a set-up has its own.
+    Args:
+        names: the faults.
+        benches: where to try them.
+        seeds: the seed of each trial of a fault.
+        make_setup: makes the set-up of a proof with a fault and a seed.
+        folder: where the test bed's devices write their evidence.
+        timeout_s: bounds each wait on the test bed, in seconds; a set-up has its own bound.
+
+    Returns:
+        A row for each fault on each bench.
     """
     names, rows = list(names), []
     benches = list(benches)
@@ -183,7 +195,7 @@ async def try_faults(
             trials = []
             for seed in seeds:
                 trials.append(try_on_testbed(name, seed, folder, timeout_s))
-                await asyncio.sleep(0.001)  # so that a signal can end it: 0 would not look for one
+                await asyncio.sleep(0.001)  # lets a signal end the loop; with 0 it would not
             rows.append(_row(name, Bench.TESTBED, trials))
     if Bench.QEMU in benches:
         proofs = _Proofs(make_setup)
@@ -199,7 +211,7 @@ async def try_faults(
 
 def _row(name: str, bench: Bench, trials: Sequence[Trial]) -> Row:
     if name == CONTROL:
-        row = Row(name, "", "nothing is broken", bench, trials)
+        row = Row(name, "", "control: no fault is injected", bench, trials)
     else:
         fault = known_faults()[name]
         row = Row(name, fault.link, summary(fault), bench, trials)
@@ -208,16 +220,16 @@ def _row(name: str, bench: Bench, trials: Sequence[Trial]) -> Row:
 
 
 class _Proofs:
-    """Real proofs, as many at a time as the machine has processors for."""
+    """Real proofs, as many at a time as the machine's processors allow."""
 
     def __init__(self, make_setup: MakeSetup) -> None:
         self._make_setup = make_setup
         self._machine_is_probed = asyncio.Lock()
-        self._room = asyncio.Semaphore(max(1, (os.cpu_count() or 1) // _PROCESSORS_OF_A_PROOF))
+        self._slots = asyncio.Semaphore(max(1, (os.cpu_count() or 1) // _PROCESSORS_OF_A_PROOF))
 
     async def trial(self, name: str, seed: int) -> Trial:
-        """One proof with the fault `name`."""
-        async with self._room:
+        """Carry out one proof with the fault `name`."""
+        async with self._slots:
             try:
                 async with self._machine_is_probed:
                     setup = await self._make_setup(None if name == CONTROL else name, seed)
@@ -228,6 +240,7 @@ class _Proofs:
 
 
 def try_on_testbed(name: str, seed: int, folder: Path, timeout_s: float) -> Trial:
+    """Try the fault `name` once on the test bed; see `try_faults`."""
     fault = known_faults().get(name)
     form = TESTBED_FORMS.get(name, TestbedForm())
     options = DeviceOptions(seed=seed, harvest=form.harvest)
@@ -255,22 +268,22 @@ def try_on_testbed(name: str, seed: int, folder: Path, timeout_s: float) -> Tria
 def _without_verdict(error: UntestableError, seed: int) -> Trial:
     if isinstance(error, RefusedError):
         return Trial(seed, (Means.REFUSAL,))
-    return Trial(seed, untested=str(error).splitlines()[0])
+    return Trial(seed, untested=str(error))
 
 
 def judge(verdict: Verdict, seed: int) -> Trial:
-    """By what a verdict catches a fault of the chain; vCPUs' own losses do not count."""
-    ours = [page for page in verdict.lost if page.blame != Blame.ACCELERATOR]
+    """Return by which means a verdict catches a fault; the accelerator's losses do not count."""
+    lost = [page for page in verdict.lost if page.blame != Blame.ACCELERATOR]
     evidence = {
-        Means.COMPARISON: bool(ours),
+        Means.COMPARISON: bool(lost),
         Means.GUEST: bool(verdict.guest.errors),
         Means.JOURNAL: bool(verdict.sensitivity.unreported),
         Means.RING: bool(verdict.wrong_rings),
     }
-    links = Counter(str(page.link) for page in ours) | Counter(verdict.sensitivity.missed_at)
+    links = Counter(str(page.link) for page in lost) | Counter(verdict.sensitivity.missed_at)
     trial = Trial(
         seed,
-        tuple(means for means, there_is in evidence.items() if there_is),
+        tuple(means for means, has_caught in evidence.items() if has_caught),
         dict(links),
         len(verdict.lost),
         verdict.sensitivity.guaranteed_detectable,

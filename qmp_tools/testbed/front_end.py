@@ -1,4 +1,4 @@
-"""A vhost-user front end: says to a device what QEMU says, message by message."""
+"""A vhost-user front end that sends a device the messages that QEMU sends."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _QUESTION: Final = struct.Struct("<IIIQQQBB6x")
 
 
 class FrontEnd:
-    """The front end's end of `peer`, with the event file descriptors of one device's rings.
+    """The front end of the device at the other end of `peer`, with the event fds of its rings.
 
     `features` are those that the guest's driver has acknowledged. With an `iommu`, rings and
     buffers are addressed by its IOVAs. `timeout_s` bounds the wait for each answer.
@@ -60,13 +60,13 @@ class FrontEnd:
         self.features = features | (F_ACCESS_PLATFORM if iommu else 0)
         self.iommu = iommu
         self.channel: socket.socket | None = None
-        """Our end of the back-end channel."""
+        """The front end's end of the back-end channel."""
         self._rings: dict[int, int] = {}
         self.socket.settimeout(self._timeout_s)
         self.inflight: int | None = None
-        """The file in which the device notes what is in flight, once it was asked for one."""
-        self.inflight_said = b""
-        """What it said of that file."""
+        """The device's file of in-flight requests, once the device has been asked for it."""
+        self.inflight_reply = b""
+        """The device's description of that file."""
         self.kick = os.eventfd(0, os.EFD_NONBLOCK)
         self.call = os.eventfd(0, os.EFD_NONBLOCK)
 
@@ -85,7 +85,7 @@ class FrontEnd:
         self.send_raw(encode_request(request, payload), fds)
 
     def send_raw(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Send bytes as they are."""
+        """Send bytes unchanged."""
         socket.send_fds(self.socket, [data], list(fds))
 
     def ask(
@@ -96,11 +96,11 @@ class FrontEnd:
         *,
         need_reply: bool = False,
     ) -> bytes:
-        """Send a message and return its answer's payload.
+        """Send a message and return the payload of the answer.
 
         Raises:
-            ConnectionError: the device has hung up.
-            ProtocolError: it answered something else.
+            ConnectionError: the device has closed the connection.
+            ProtocolError: the device sent a different answer.
         """
         self.send_raw(encode_request(request, payload, need_reply=need_reply), fds)
         answer, _ = self._receive(request)
@@ -111,21 +111,22 @@ class FrontEnd:
             self.socket, HEADER_BYTES, MAX_FILE_DESCRIPTORS, socket.MSG_WAITALL
         )
         if len(header) < HEADER_BYTES:
-            raise ConnectionError(f"{request.name}: the device has hung up")
+            raise ConnectionError(f"{request.name}: the device has closed the connection")
         number, flags, size = struct.unpack("<III", header)
         if (number, flags & 7) != (request, _REPLY_OF_VERSION_1):
             raise ProtocolError(
-                f"{request.name}: the device answers request {number} with flags {flags:#x}"
+                f"{request.name}: expected an answer to this request, got one to request {number} "
+                f"with flags {flags:#x}"
             )
         return self.socket.recv(size, socket.MSG_WAITALL), files
 
     def track_inflight(self, queues: int, queue_size: int) -> None:
-        """Let the device note what is in flight; with a file that there is, go on from it."""
+        """Let the device track in-flight requests, in its existing file if there is one."""
         if self.inflight is None:
             wanted = encode_inflight(InflightFile(0, 0, queues, queue_size))
             self.send(Request.GET_INFLIGHT_FD, wanted)
-            self.inflight_said, (self.inflight,) = self._receive(Request.GET_INFLIGHT_FD)
-        self.send(Request.SET_INFLIGHT_FD, self.inflight_said, [self.inflight])
+            self.inflight_reply, (self.inflight,) = self._receive(Request.GET_INFLIGHT_FD)
+        self.send(Request.SET_INFLIGHT_FD, self.inflight_reply, [self.inflight])
 
     def set_memory(self, fd: int, *places: tuple[int, int, int]) -> None:
         """Send a memory table of (GPA, length, file offset) places of one file."""
@@ -137,37 +138,37 @@ class FrontEnd:
         self.send(Request.SET_MEM_TABLE, table, [fd] * len(places))
 
     def set_log(self, fd: int, size: int, offset: int = 0) -> None:
-        """Hand over a dirty log."""
+        """Send a dirty log to the device."""
         self.ask(Request.SET_LOG_BASE, struct.pack("<QQ", size, offset), [fd])
 
     def log_all(self, on: bool) -> None:
-        """Switch dirty logging."""
+        """Switch dirty logging on or off."""
         self.send(Request.SET_FEATURES, encode_u64(self.features | (F_LOG_ALL if on else 0)))
 
     def open_channel(self) -> None:
-        """Give the device its own way to ask."""
+        """Give the device the back-end channel, on which it sends its own requests."""
         if self.channel is not None:
             self.channel.close()
-        self.channel, theirs = socket.socketpair()
+        self.channel, device_end = socket.socketpair()
         self.channel.settimeout(self._timeout_s)
-        with theirs:
-            self.send(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
+        with device_end:
+            self.send(Request.SET_BACKEND_REQ_FD, fds=[device_end.fileno()])
 
     def update(self, page: Page) -> None:
-        """Tell of a mapping; returns when the device has taken notice."""
+        """Send a mapping to the device, and wait for its acknowledgement."""
         self._change(IotlbEvent.UPDATE, page.iova, PAGE_BYTES, HVA_BASE + page.gpa, page.access)
 
     def invalidate(self, iova: int, length: int) -> None:
-        """Tell that nothing in `length` bytes at `iova` leads anywhere any more, and wait."""
+        """Invalidate the mappings of `length` bytes at `iova`, and wait for the acknowledgement."""
         self._change(IotlbEvent.INVALIDATE, iova, length, 0, 0)
 
     def _change(self, *change: Any) -> None:
         self.ask(Request.IOTLB_MSG, encode_iotlb(IotlbChange(*change)), need_reply=True)
 
     def answer_misses(self) -> int:
-        """Answer what the device has asked on its channel; returns how many questions that were.
+        """Answer the IOTLB misses on the back-end channel, and return their number.
 
-        As QEMU does: the mapping first, then whether there was one.
+        As in QEMU, the mapping comes first, and then the reply that says whether one exists.
         """
         assert self.channel is not None
         assert self.iommu is not None
@@ -178,7 +179,9 @@ class FrontEnd:
                 break
             number, _, _, iova, _, _, access, event = _QUESTION.unpack(question)
             if event != IotlbEvent.MISS:
-                raise ProtocolError(f"back-end channel: an IOTLB message of type {event}")
+                raise ProtocolError(
+                    f"back-end channel: expected an IOTLB miss, got IOTLB message type {event}"
+                )
             page = self.iommu.page(iova, access)
             if page is not None:
                 self.update(page)
@@ -187,7 +190,7 @@ class FrontEnd:
         return questions
 
     def set_ring_address(self, driver: Driver, *, index: int = 0, logged: bool = False) -> None:
-        """Tell where a ring stands: by HVAs, or by IOVAs if there is an IOMMU."""
+        """Send the addresses of a ring: HVAs, or IOVAs if there is an IOMMU."""
         parts = [driver.descriptors, driver.used, driver.available]
         if self.iommu is None:
             places = [*(HVA_BASE + gpa for gpa in parts), driver.used]
@@ -197,7 +200,7 @@ class FrontEnd:
         self.send(Request.SET_VRING_ADDR, struct.pack("<IIQQQQ", index, int(logged), *places))
 
     def _ring_iova(self, driver: Driver) -> int:
-        """Where a ring is mapped."""
+        """Return the IOVA of a ring; map the ring first if necessary."""
         assert self.iommu is not None
         if driver.descriptors not in self._rings:
             start = driver.descriptors % PAGE_BYTES
@@ -207,7 +210,7 @@ class FrontEnd:
     def start_ring(
         self, driver: Driver, index: int = 0, *, base: int | None = None, logged: bool = False
     ) -> None:
-        """The messages with which QEMU starts a ring; at its beginning, unless `base` is given."""
+        """Send the messages with which QEMU starts a ring, at its beginning or at `base`."""
         base = driver.base if base is None else base
         self.send(Request.SET_VRING_NUM, struct.pack("<II", index, driver.size))
         self.send(Request.SET_VRING_BASE, struct.pack("<II", index, base))
@@ -217,6 +220,6 @@ class FrontEnd:
         self.send(Request.SET_VRING_ENABLE, struct.pack("<II", index, 1))
 
     def stop_ring(self, index: int = 0) -> None:
-        """The messages with which QEMU stops a ring; returns when the device has stopped it."""
+        """Send the messages with which QEMU stops a ring, and wait until it has stopped."""
         self.send(Request.SET_VRING_ENABLE, struct.pack("<II", index, 0))
         self.ask(Request.GET_VRING_BASE, struct.pack("<II", index, 0))

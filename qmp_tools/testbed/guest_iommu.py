@@ -1,7 +1,7 @@
-"""A guest's IOMMU, and the driver that maps what it gives to a device: pages come and go.
+"""A guest's IOMMU, and the driver that maps and unmaps the pages that a device may access.
 
-Single pages are mapped, as the front end tells of them (QEMU: vhost_device_iotlb_miss), and the
-IOVAs of what is taken away are dealt out again first: the same IOVA soon leads to another page.
+Single pages are mapped, because the front end reports single pages (QEMU: vhost_device_iotlb_miss).
+Freed IOVAs are allocated again first, so that the same IOVA soon leads to another page.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dmaproof.guest_memory import READ, WRITE
 from dmaproof.units import PAGE_BYTES, div_ceil
 
 _FIRST_IOVA: Final = 0xF000_0000
-"""Where guest RAM never is on a PC."""
+"""A PC never has guest RAM at this address."""
 
 
 class Page(NamedTuple):
-    """The page of RAM at `gpa` is mapped at `iova`, for `access` (bits, `READ` and `WRITE`)."""
+    """A page of RAM at `gpa` that is mapped at `iova` for `access` (bits `READ` and `WRITE`)."""
 
     iova: int
     gpa: int
@@ -25,7 +25,7 @@ class Page(NamedTuple):
 
 
 class GuestIommu:
-    """Deals out IOVAs from 0xf0000000 on."""
+    """An IOMMU that allocates IOVAs from 0xf0000000 on."""
 
     def __init__(self) -> None:
         self._pages: dict[int, Page] = {}
@@ -33,12 +33,12 @@ class GuestIommu:
         self._next = _FIRST_IOVA
 
     def map(self, gpa: int, length: int, access: int = READ | WRITE) -> int:
-        """Map `length` bytes at `gpa` once more; returns the IOVA of their first."""
+        """Map `length` bytes at `gpa` once more, and return the IOVA of the first byte."""
         start = gpa % PAGE_BYTES
         return self.map_pages(range(gpa - start, gpa + length, PAGE_BYTES), access) + start
 
     def map_pages(self, gpas: Sequence[int], access: int = READ | WRITE) -> int:
-        """Map pages of RAM one behind the other; returns the IOVA of the first."""
+        """Map pages of RAM at consecutive IOVAs, and return the IOVA of the first page."""
         iova = self._take(len(gpas))
         for number, gpa in enumerate(gpas):
             mapped = Page(iova + number * PAGE_BYTES, gpa, access)
@@ -53,25 +53,25 @@ class GuestIommu:
         return iova
 
     def unmap(self, iova: int, length: int) -> None:
-        """Take a mapping away."""
+        """Remove a mapping."""
         for page in self.pages(iova, length):
             del self._pages[page.iova]
             self._free.append(page.iova)
 
     def pages(self, iova: int, length: int) -> Iterator[Page]:
-        """The pages that `length` bytes at `iova` touch.
+        """Yield the pages that `length` bytes at `iova` touch.
 
         Raises:
-            KeyError: one is not mapped.
+            KeyError: one of the pages is not mapped.
         """
         for number in range(iova // PAGE_BYTES, div_ceil(iova + length, PAGE_BYTES)):
             yield self._pages[number * PAGE_BYTES]
 
     def all_pages(self) -> list[Page]:
-        """Every page that is mapped."""
+        """Return every page that is mapped."""
         return list(self._pages.values())
 
     def page(self, iova: int, access: int) -> Page | None:
-        """The page that the device may access so at `iova`; None if there is none."""
+        """Return the page at `iova` if the device may access it for `access`, else None."""
         found = self._pages.get(iova // PAGE_BYTES * PAGE_BYTES)
         return found if found is not None and not access & ~found.access else None

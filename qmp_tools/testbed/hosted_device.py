@@ -1,7 +1,7 @@
-"""The device of a scene: the real server, in a thread of ours or in a process of its own.
+"""The device of a simulation: the real server, in a thread of this process or in its own process.
 
-Both are spoken to in the same way: a connected vhost-user socket, and the control socket on which
-the server tells what happens and is asked for its evidence.
+Both have the same interface: a connected vhost-user socket, and a control socket on which the
+server reports events and is asked for its evidence.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from dmaproof.vhost_user.server import Server
 from ..devices.process import DeviceOptions
 from ..host.timeout import block_until
 
-_SESSION: Final = "scene"
+_SESSION: Final = "simulation"
 _POLL_S: Final = 0.001
 
 
 class HostedDevice:
     """A device that serves the front end at the other end of `peer`.
 
-    `timeout_s` bounds each wait for it.
+    `timeout_s` bounds each wait for the device.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class HostedDevice:
         self._received = b""
 
     def events(self) -> list[dict[str, Any]]:
-        """What the device has told since this was called last.
+        """Return the events that the device has reported since the last call.
 
         Raises:
-            RefusedError: it has refused what it was sent.
-            UntestableError: it is gone.
+            RefusedError: the device refused a message.
+            UntestableError: the device has ended.
         """
         try:
             while data := self._control.recv(1 << 16):
@@ -69,25 +69,25 @@ class HostedDevice:
         events = [json.loads(line) for line in lines]
         for event in events:
             if event["event"] == "refused":
-                raise RefusedError(f"the device refused what it was sent: {event['message']}")
+                raise RefusedError(f"the device refused a message: {event['message']}")
         return events
 
     def kill(self) -> None:
-        """End its process by SIGKILL."""
+        """Kill the device's process with SIGKILL."""
         assert self._process is not None
         self._process.kill()
         self._process.wait()
 
     def evidence(self, folder: Path) -> Evidence:
-        """What the device knows of its session, passed through `folder`.
+        """Return the device's evidence on its session, which is passed through `folder`.
 
         Raises:
-            UntestableError: it does not answer.
+            UntestableError: the device does not answer.
         """
         command = {"do": "evidence", "session": _SESSION, "folder": str(folder)}
         self._control.sendall(json.dumps(command).encode() + b"\n")
         late = WaitTimeoutError(
-            f"the device of the test bed has not told its evidence within {self.timeout_s:g} s"
+            f"the device of the test bed has not sent its evidence within {self.timeout_s:g} s"
         )
         block_until(
             lambda: any(event["event"] == "evidence" for event in self.events()),
@@ -102,15 +102,15 @@ class HostedDevice:
 def device_thread(
     options: DeviceOptions, map_bus: Callable[[GuestMemory], IovaMap], timeout_s: float
 ) -> Iterator[HostedDevice]:
-    """The device in a thread, on a bus whose addresses `map_bus` leads to guest RAM."""
+    """Run the device in a thread; `map_bus` maps the addresses of its bus to guest RAM."""
     fault = make_fault(options.fault, options.seed)
     interval_s, immediate = harvest_policy(options.harvest)
-    ours, theirs = socket.socketpair()
+    control, device_control = socket.socketpair()
     peer, device_peer = socket.socketpair()
     server = Server(
         make_device(options.device),
         emulated_trackers()[options.tracker],
-        theirs,
+        device_control,
         make_session=lambda *arguments, **parts: fault.make_session(
             *arguments, map_bus=map_bus, **parts
         ),
@@ -121,8 +121,8 @@ def device_thread(
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
-        with ours, peer:
-            yield HostedDevice(peer, ours, timeout_s)
+        with control, peer:
+            yield HostedDevice(peer, control, timeout_s)
     finally:
         thread.join(timeout_s)
 
@@ -131,27 +131,27 @@ def device_thread(
 def device_process(
     options: DeviceOptions, state: Path | None, timeout_s: float
 ) -> Iterator[HostedDevice]:
-    """The device in a process of its own, on a bus whose addresses are guest-physical.
+    """Run the device in its own process, on a bus whose addresses are guest-physical.
 
-    What its successor has to know is kept in the folder `state`.
+    The folder `state` holds what the device's successor needs.
     """
-    ours, theirs = socket.socketpair()
+    control, device_control = socket.socketpair()
     peer, device_peer = socket.socketpair()
-    with theirs, device_peer:
+    with device_control, device_peer:
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "dmaproof.vhost_user"),
-                *("--control", str(theirs.fileno())),
+                *("--control", str(device_control.fileno())),
                 *("--fd", f"{_SESSION}={device_peer.fileno()}"),
                 *options.arguments(),
                 *(("--state", str(state)) if state else ()),
             ],
-            pass_fds=(theirs.fileno(), device_peer.fileno()),
+            pass_fds=(device_control.fileno(), device_peer.fileno()),
             stdin=subprocess.DEVNULL,
         )
     try:
-        with ours, peer:
-            yield HostedDevice(peer, ours, timeout_s, process)
+        with control, peer:
+            yield HostedDevice(peer, control, timeout_s, process)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout_s)
     finally:

@@ -1,8 +1,8 @@
-"""The RAM half of QEMU's live migration: everything once, then what is dirty, again and again.
+"""The RAM part of QEMU's live migration: send every page once, then repeatedly the dirty pages.
 
 As in QEMU, a pass first *syncs*: it takes the bits of the dirty log by an atomic exchange, and adds
-what its own vCPUs wrote. Then it sends those pages as they are at that moment. A page whose bit
-comes only after the last sync is not sent again.
+the pages that its own vCPUs wrote. Then it sends those pages as they are at that moment. A page
+whose bit is set only after the last sync is not sent again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PAGE_BYTES: Final = LOG_PAGE_BYTES
 
 
 class Place(NamedTuple):
-    """A run of guest RAM: where it is in the guest and in the RAM's file. All in bytes."""
+    """A range of guest RAM, by its place in the guest and in the RAM's file. All in bytes."""
 
     gpa: int
     length: int
@@ -30,9 +30,9 @@ class Place(NamedTuple):
 
 
 class Precopy:
-    """Carries the RAM in the file `source` over to the file `destination`, page by page.
+    """A precopy of the RAM in the file `source` to the file `destination`, page by page.
 
-    `logged_ns` tells of each page of the files when its bit was taken from the log last
+    `logged_ns` holds for each page of the files when its bit was last taken from the log
     (CLOCK_MONOTONIC, 0: never); shape (pages,), dtype int64.
     """
 
@@ -45,21 +45,22 @@ class Precopy:
         self.logged_ns = np.zeros(len(self._source), dtype=np.int64)
 
     def set_log(self, fd: int) -> None:
-        """Sync the log in the file `fd` from now on; the one before is synced once more.
+        """Sync the log in the file `fd` from now on, after a last sync of the previous log.
 
-        QEMU does so too (vhost_dev_log_resize): what came before the switch stands in the old one.
+        QEMU does the same (vhost_dev_log_resize), because bits that were set before the switch are
+        in the previous log.
         """
         self._sync()
         self._log = mmap.mmap(fd, 0)
 
     def send_all(self) -> None:
-        """The first pass: every page is sent, dirty or not."""
+        """Carry out the first pass, which sends every page, dirty or not."""
         self._sync()
         self._dirty[:] = True
         self._send()
 
     def cpu_wrote(self, gpa: int, length: int) -> None:
-        """A vCPU wrote `length` bytes at `gpa`: QEMU's accelerator has noted that."""
+        """Mark `length` bytes at `gpa` dirty, as QEMU's accelerator does when a vCPU writes."""
         for place in self.places:
             low, high = max(gpa, place.gpa), min(gpa + length, place.gpa + place.length)
             if low < high:
@@ -68,7 +69,7 @@ class Precopy:
                 self._dirty[first : last + 1] = True
 
     def pass_on(self) -> None:
-        """One pass: sync, and send what is dirty."""
+        """Carry out one pass: sync, and send the dirty pages."""
         self._sync()
         self._send()
 
@@ -83,9 +84,9 @@ class Precopy:
                 continue
             runs = np.frombuffer(_core.take_set(self._log, first, count), dtype=np.uint64)
             for start, pages in runs.reshape(-1, 2).tolist():
-                there = slice(offset // PAGE_BYTES + start, offset // PAGE_BYTES + start + pages)
-                self._dirty[there] = True
-                self.logged_ns[there] = now_ns
+                run = slice(offset // PAGE_BYTES + start, offset // PAGE_BYTES + start + pages)
+                self._dirty[run] = True
+                self.logged_ns[run] = now_ns
 
     def _send(self) -> None:
         pages = np.flatnonzero(self._dirty)
@@ -94,5 +95,5 @@ class Precopy:
 
 
 def _pages(fd: int) -> NDArray[np.uint8]:
-    """A RAM file's bytes, shape (pages, `PAGE_BYTES`)."""
+    """Return the bytes of a RAM file, shape (pages, `PAGE_BYTES`)."""
     return np.frombuffer(mmap.mmap(fd, 0), dtype=np.uint8).reshape(-1, PAGE_BYTES)

@@ -1,7 +1,7 @@
 """A guest's driver: guest RAM in a memfd, with a split or a packed ring that it fills and reads.
 
-Written from the driver's side of the specification (virtio 1.2, sections 2.7 and 2.8), and without
-the device's code: what the two do not agree on shows.
+The driver is written from the driver's side of the specification (virtio 1.2, sections 2.7 and
+2.8), without the device's code, so that tests detect where the two disagree.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HVA_BASE = 0x7F00_0000_0000
 
 @dataclass(frozen=True)
 class Buffer:
-    """A descriptor as a driver writes it; `following` is a split ring's alone."""
+    """A descriptor as a driver writes it; only a split ring uses `following`."""
 
     address: int
     length: int
@@ -34,13 +34,13 @@ class Buffer:
     following: int = 0
 
     def pack(self) -> bytes:
-        """The 16 bytes in the table of a split ring."""
+        """Return the 16 bytes for the table of a split ring."""
         return struct.pack("<QIHH", self.address, self.length, self.flags, self.following)
 
 
 @contextmanager
 def ram_fd(length: int) -> Iterator[int]:
-    """A memfd of `length` bytes."""
+    """Open a memfd of `length` bytes."""
     fd = os.memfd_create("guest-ram")
     try:
         os.ftruncate(fd, length)
@@ -50,7 +50,7 @@ def ram_fd(length: int) -> Iterator[int]:
 
 
 def guest_memory(fd: int, *places: tuple[int, int, int]) -> GuestMemory:
-    """Slots of `fd` at (GPA, length, file offset)."""
+    """Return guest memory with slots of `fd` at (GPA, length, file offset)."""
     return GuestMemory(
         map_slot(fd, gpa=gpa, length=length, hva=HVA_BASE + gpa, file_offset=offset)
         for gpa, length, offset in places
@@ -58,11 +58,11 @@ def guest_memory(fd: int, *places: tuple[int, int, int]) -> GuestMemory:
 
 
 class Driver:
-    """What the drivers of both kinds of ring have: guest RAM, and a ring that begins at an address.
+    """The common part of the drivers of both ring forms: guest RAM, and a ring at an address.
 
-    `descriptors`, `available` and `used` are the addresses of its parts, by the names that
-    SET_VRING_ADDR has for them; `base` is where it begins, for SET_VRING_BASE. `bus` leads from the
-    driver's addresses to GPAs. They are equal unless the ring is to lie on scattered pages.
+    `descriptors`, `available` and `used` are the addresses of the ring's parts, with the names that
+    SET_VRING_ADDR uses. `base` is the start index for SET_VRING_BASE. `bus` maps the driver's
+    addresses to GPAs. Both are equal unless the ring lies on scattered pages.
     """
 
     base = 0
@@ -80,37 +80,40 @@ class Driver:
 
     @property
     def pages(self) -> list[int]:
-        """The GPAs of the pages on which the ring lies, in the order of the driver's addresses."""
+        """The GPAs of the pages of the ring, in the order of the driver's addresses."""
         first, end = self.descriptors // PAGE, div_ceil(self.used + self.used_bytes, PAGE)
         return [self.bus.translate(page * PAGE, PAGE)[0][0] for page in range(first, end)]
 
     def write(self, address: int, data: bytes) -> None:
-        """Put `data` into guest RAM."""
+        """Write `data` to guest RAM."""
         rest = data
         for gpa, size in self.bus.translate(address, len(data)):
             self.memory.view(gpa, size)[:] = rest[:size]
             rest = rest[size:]
 
     def read(self, address: int, length: int) -> bytes:
-        """Take bytes out of guest RAM."""
+        """Read bytes from guest RAM."""
         pieces = self.bus.translate(address, length)
         return b"".join(bytes(self.memory.view(*piece)) for piece in pieces)
 
     def submit(self, buffers: Sequence[Buffer], table: int | None = None) -> int:
         """Make one request available, in an indirect table at GPA `table` if there is one.
 
-        Of the buffers' flags only WRITE may be set. Returns the request's number: what `collect`
-        gives back.
+        Of the buffers' flags only WRITE may be set. Returns the request's number, which `collect`
+        returns when the request has been completed.
         """
         raise NotImplementedError
 
     def collect(self) -> list[tuple[int, int]]:
-        """The requests that came back since this was called last: number, and bytes written."""
+        """Return the requests that were completed since the last call: number, bytes written."""
         raise NotImplementedError
 
     def interrupt(self, *, wanted: bool, after: int | None = None) -> None:
-        """Ask for interrupts or for none; with an event index, for one when `after` more
-        descriptors (packed ring) or requests (split ring) than now have come back."""
+        """Enable or disable interrupts.
+
+        With an event index, ask for one interrupt after `after` more descriptors (packed ring) or
+        requests (split ring) have been completed.
+        """
         raise NotImplementedError
 
 
@@ -158,13 +161,13 @@ class RingDriver(Driver):
         self.publish(flags=self._flags, used_event=self._used_event)
 
     def describe(self, buffers: Sequence[Buffer], table: int | None = None) -> None:
-        """Write descriptors from the table's start."""
+        """Write descriptors from the start of the table."""
         start = self.descriptors if table is None else table
         for index, buffer in enumerate(buffers):
             self.write(start + 16 * index, buffer.pack())
 
     def chain(self, buffers: Sequence[Buffer]) -> list[Buffer]:
-        """The same buffers, linked one to the next."""
+        """Return the same buffers, each linked to the next."""
         return [
             Buffer(
                 buffer.address,
@@ -189,7 +192,7 @@ class RingDriver(Driver):
         return int.from_bytes(self.read(self.used + 2, 2), "little")
 
     def used_element(self, position: int) -> tuple[int, int]:
-        """Head and length of a used entry."""
+        """Return head and length of a used entry."""
         head, length = struct.unpack(
             "<II", self.read(self.used + 4 + 8 * (position % self.size), 8)
         )
@@ -212,16 +215,16 @@ class PackedDriver(Driver):
         self.room = size
 
     def put(self, index: int, buffer: Buffer, buffer_id: int, flags: int) -> None:
-        """Write a descriptor into the ring, its flags last."""
+        """Write a descriptor to the ring, with its flags last."""
         place = self.descriptors + 16 * index
         self.write(place, struct.pack("<QIH", buffer.address, buffer.length, buffer_id))
         self.write(place + 14, struct.pack("<H", flags))
 
     def submit(self, buffers: Sequence[Buffer], table: int | None = None) -> int:
         if table is not None:
-            for index, it in enumerate(buffers):
-                piece = struct.pack("<QIHH", it.address, it.length, 0xBAD, it.flags)
-                self.write(table + 16 * index, piece)
+            for index, buffer in enumerate(buffers):
+                packed = struct.pack("<QIHH", buffer.address, buffer.length, 0xBAD, buffer.flags)
+                self.write(table + 16 * index, packed)
             buffers = [Buffer(table, 16 * len(buffers), INDIRECT)]
         assert len(buffers) <= self.room
         self.room -= len(buffers)
@@ -234,7 +237,7 @@ class PackedDriver(Driver):
             flags = buffer.flags | owner | (0 if last else NEXT)
             planned.append((self._next, buffer, buffer_id if last else 0xBAD, flags))
             self._next, self._wrap = self._after(self._next, self._wrap, 1)
-        for entry in reversed(planned):  # the first one makes all of them available
+        for entry in reversed(planned):  # the first entry makes all of them available
             self.put(*entry)
         return buffer_id
 

@@ -1,19 +1,19 @@
-"""One scene of the test bed: a migration in which everything happens that can break a chain.
+"""A simulated migration that exercises everything that can break a chain.
 
-The guest has RAM below and above 4 GiB, in slots that are no whole words of the log. Part of its
-bus addresses are not the guest-physical ones. After the first pass, which sends everything, each
-data page is written by the device a single time, in runs of one to eight pages that need not begin
-or end with a page; so any bit that is lost shows. Half-way, memory is plugged in and the log grows.
-The last writes are made just before the rings are stopped.
+The guest has RAM below and above 4 GiB, in slots that do not cover whole words of the log. Some of
+its bus addresses differ from the guest-physical ones. After the first pass, which sends every page,
+the device writes each data page exactly once, in runs of one to eight pages that need not begin or
+end at a page boundary. Any lost bit is therefore detected. Half-way, memory is plugged in and the
+log grows. The last writes come just before the rings are stopped.
 
-Then RAM is compared and the loss attributed as after a real migration. The test bed knows more than
-QEMU tells: which bits it has taken from the log. A bit that the chain has merged and that was never
-taken was lost in the log.
+Then the RAM is compared and losses are attributed as after a real migration. The test bed knows
+which bits it has taken from the log, which QEMU does not report. A bit that the chain has merged
+and that was never taken from the log was lost in the log.
 
-With an IOMMU the guest maps each buffer for its request alone, some twice, and takes the mappings
-away once that is done, now and then all at once: then the device has to ask for its ring, too. Of
-some mappings it is told beforehand, for most it has to ask. The same IOVAs are used again and again
-for other pages.
+With an IOMMU, the guest maps each buffer for one request only, and some buffers twice. It removes
+the mappings when the request is done, sometimes all at once; the device then has to request the
+mapping of its ring, too. The device receives some mappings in advance, and has to request most of
+them. The same IOVAs are used repeatedly for different pages.
 """
 
 from __future__ import annotations
@@ -57,20 +57,20 @@ _HIGH: Final = Place(4 << 30, 1061 * PAGE_BYTES, _LOW.length)
 _PLUGGED: Final = Place(5 << 30, 77 * PAGE_BYTES, _LOW.length + _HIGH.length)
 _RAM_BYTES: Final = _PLUGGED.offset + _PLUGGED.length
 _SWAPPED_BYTES: Final = 512 * PAGE_BYTES
-"""So much of the high slot from its start on changes places, on the bus, with so much behind it."""
+"""On the bus, this much of the high slot, from its start on, is swapped with as much after it."""
 
 _RING_SIZE: Final = 64
 _DRIVER_PAGES: Final = 64
-"""Of the low slot, for each device: its ring, then headers, then status bytes, a page for each."""
+"""Pages of the low slot for each device: its ring, then headers, then status bytes, one a page."""
 _HEADERS, _STATUSES, _STATUS_PAGES = 2 * PAGE_BYTES, 8 * PAGE_BYTES, 32
 _BATCH: Final = 4
 _POLL_S: Final = 0.0002
 _PASS_EVERY_S: Final = 0.003
-"""Far more often than with QEMU. If it were oftener still, nothing would ever stand in the log long
-enough to be spoilt there."""
+"""Passes are far more frequent than with QEMU. If they were even more frequent, no bit would stay
+in the log long enough for a fault to damage it there."""
 
 Run = tuple[int, int]
-"""Bus address, or behind an IOMMU GPA, and length in bytes of one buffer."""
+"""The bus address (behind an IOMMU, the GPA) and the length in bytes of one buffer."""
 _EVERYTHING: Final = (0, 1 << 64)
 
 
@@ -84,14 +84,22 @@ def simulate(
     iommu: bool = False,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Verdict:
-    """Play the scene with a device, or with two that share the log; `folder` takes the evidence.
+    """Simulate a migration with one device, or with two that share the log.
 
-    Its rings are split ones or `packed`. Half-way the device may be `killed` and started again. It
-    may be behind an `iommu`. Two devices, or one that is to be killed, are processes, and have a
-    bus without surprises but for that. `timeout_s` bounds each wait for a device.
+    Two devices, or one that is to be killed, run as processes. Without an `iommu`, their bus
+    addresses are then the guest-physical ones.
+
+    Args:
+        options: tracker, harvest policy, fault and seed of the device.
+        folder: where the devices write their evidence.
+        devices: 1 or 2.
+        packed: whether the rings are packed instead of split.
+        killed: whether the device is killed half-way and started again.
+        iommu: whether the device is behind an IOMMU.
+        timeout_s: bounds each wait for a device, in seconds.
 
     Raises:
-        UntestableError: a device refused something, died, or does not go on.
+        UntestableError: a device refused something, died, or makes no progress.
     """
     with contextlib.ExitStack() as stack:
         source, destination = (stack.enter_context(ram_fd(_RAM_BYTES)) for _ in range(2))
@@ -120,7 +128,7 @@ def simulate(
             )
         except (OSError, ProtocolError) as error:
             for guest in guests:
-                guest.device.events()  # perhaps it has told why it hung up
+                guest.device.events()  # raises if the device reported why it closed the connection
             raise UntestableError(f"the device of the test bed: {error}") from error
         evidence = [
             replace(guest.device.evidence(folder), device=f"device {number}")
@@ -147,7 +155,7 @@ def _swapped_bus(memory: GuestMemory) -> IovaMap:
     return IovaMap(mappings)
 
 
-# The story --------------------------------------------------------------------------------------
+# The steps --------------------------------------------------------------------------------------
 
 
 def _migrate(
@@ -158,9 +166,9 @@ def _migrate(
     stack: contextlib.ExitStack,
     start_another: Callable[[], HostedDevice] | None,
 ) -> int:
-    """From the boot to the last pass; returns when every page had been sent once.
+    """Run from the boot to the last pass; return the time at which every page had been sent once.
 
-    If there is a way to `start_another` device, that of the first guest is killed.
+    With `start_another`, the device of the first guest is killed and another one started.
     """
     for guest in guests:
         guest.boot(ram)
@@ -189,7 +197,7 @@ def _migrate(
 
 
 def _set_log(guests: Sequence[_Guest], precopy: Precopy, stack: contextlib.ExitStack) -> None:
-    """A log, or a larger one, that covers all places: SET_LOG_BASE is answered, then QEMU syncs."""
+    """Set a log that covers all places; like QEMU, sync it only after SET_LOG_BASE is answered."""
     size = log_bytes_needed(max(place.gpa + place.length for place in precopy.places))
     log = stack.enter_context(ram_fd(size))
     for guest in guests:
@@ -198,15 +206,15 @@ def _set_log(guests: Sequence[_Guest], precopy: Precopy, stack: contextlib.ExitS
 
 
 def _runs(place: Place, chance: random.Random, devices: int) -> list[Run]:
-    """Every page of `place` in just one run; with several devices runs are single pages."""
+    """Return runs that contain every page of `place` once; single pages for several devices."""
     runs = []
     page, pages = 0, place.length // PAGE_BYTES
     while page < pages:
         count = min(chance.randint(1, 8) if devices == 1 else 1, pages - page)
         iova, length = place.gpa + page * PAGE_BYTES, count * PAGE_BYTES
         if chance.random() < 0.25:
-            before, behind = 512 * chance.randrange(4), 512 * chance.randrange(4)
-            iova, length = iova + before, length - before - behind
+            before, after = 512 * chance.randrange(4), 512 * chance.randrange(4)
+            iova, length = iova + before, length - before - after
         runs.append((iova, length))
         page += count
     chance.shuffle(runs)
@@ -214,7 +222,7 @@ def _runs(place: Place, chance: random.Random, devices: int) -> list[Run]:
 
 
 def _write(guests: Sequence[_Guest], runs: Sequence[Run], precopy: Precopy) -> None:
-    """The devices write the runs; the one that writes a page follows from its number."""
+    """Let the devices write the runs; the page number determines the device."""
     shares = [
         [run for run in runs if run[0] // PAGE_BYTES % len(guests) == number]
         for number in range(len(guests))
@@ -223,7 +231,7 @@ def _write(guests: Sequence[_Guest], runs: Sequence[Run], precopy: Precopy) -> N
         for guest, share in zip(guests, shares, strict=True):
             guest.publish([share[start : start + 3] for start in range(0, 3 * _BATCH, 3)])
             del share[: 3 * _BATCH]
-        precopy.pass_on()  # the driver's own writes are sent, so that they do not hide the device's
+        precopy.pass_on()  # sends the driver's own writes, so that they do not hide the device's
         for guest in guests:
             guest.kick()
         next_pass_s = began_s = time.monotonic()
@@ -237,7 +245,7 @@ def _write(guests: Sequence[_Guest], runs: Sequence[Run], precopy: Precopy) -> N
 
 
 class _SplitDriver(RingDriver):
-    """A driver whose every write is a vCPU's."""
+    """A driver with a split ring whose writes count as those of a vCPU."""
 
     precopy: Precopy
 
@@ -247,7 +255,7 @@ class _SplitDriver(RingDriver):
 
 
 class _PackedDriver(PackedDriver):
-    """The same with a packed ring."""
+    """A driver with a packed ring whose writes count as those of a vCPU."""
 
     precopy: Precopy
 
@@ -257,7 +265,7 @@ class _PackedDriver(PackedDriver):
 
 
 class _Guest:
-    """What one device is attached to: QEMU's end of the socket, and the guest's driver."""
+    """The other side of one device: QEMU's end of the socket, and the guest's driver."""
 
     def __init__(
         self,
@@ -274,25 +282,25 @@ class _Guest:
         self.front_end = FrontEnd(device.peer, features, iommu, device.timeout_s)
         self.requests = 0
         self._served = 0
-        self._hears = True
-        """Whether there is a device to be told of anything."""
+        self._has_device = True
+        """Whether a device is running that can receive messages."""
         self._iommu = iommu
         self._chance = chance
         self._mapped: dict[int, list[Run]] = {}
-        """By the number of the request for which they were mapped: IOVAs and lengths."""
+        """The IOVAs and lengths of the mappings, by the number of their request."""
         self._done: list[Run] = []
-        """What is mapped still, though its request is done."""
+        """The remaining mappings of requests that are done."""
         self._base = (number + 1) * _DRIVER_PAGES * PAGE_BYTES
         make_driver = _PackedDriver if packed else _SplitDriver
         self._driver = make_driver(guest_memory(ram, _LOW), self._base, _RING_SIZE)
         self._driver.precopy = precopy
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Release everything."""
         self.front_end.close()
 
     def boot(self, ram: int) -> None:
-        """The guest has loaded its driver."""
+        """Send the messages that QEMU sends when the guest has loaded its driver."""
         self._ram = ram
         self.front_end.send(Request.SET_FEATURES, encode_u64(self.front_end.features))
         self.front_end.send(Request.SET_PROTOCOL_FEATURES, encode_u64(PROTOCOL_FEATURES))
@@ -303,20 +311,20 @@ class _Guest:
         self.settle()
 
     def set_log(self, log: int, size: int) -> None:
-        """Hand over a dirty log of `size` bytes."""
+        """Send a dirty log of `size` bytes to the device."""
         self._log = log, size
         self.front_end.set_log(log, size)
 
     def lose_device(
         self,
         before: Run,
-        behind: Run,
+        after: Run,
         precopy: Precopy,
         start_another: Callable[[], HostedDevice],
     ) -> None:
-        """Have a run written `before` the device is killed, and one `behind` that, by another.
+        """Let the device write a run `before` it is killed, and another device one `after` that.
 
-        QEMU does what it does: it tells everything anew, and hands over what was in flight.
+        As QEMU does, send the whole set-up again, including the in-flight requests.
         """
         self.publish([[before]])
         precopy.pass_on()
@@ -324,11 +332,11 @@ class _Guest:
         self._wait_until_served()
         self.device.kill()
         precopy.pass_on()
-        self._hears = False
-        self.publish([[behind]])  # nobody takes that yet
+        self._has_device = False
+        self.publish([[after]])  # no device is running that could take this request
         precopy.pass_on()
         self.device = start_another()
-        self._hears = True
+        self._has_device = True
         self.front_end.socket = self.device.peer
         front_end = self.front_end
         front_end.send(Request.SET_PROTOCOL_FEATURES, encode_u64(PROTOCOL_FEATURES))
@@ -348,7 +356,7 @@ class _Guest:
             self.require_time_since(began_s)
 
     def require_time_since(self, began_s: float) -> None:
-        """Give the device up if it has not served its ring since `began_s` (monotonic).
+        """Give up if the device has not served its ring since `began_s` (CLOCK_MONOTONIC).
 
         Raises:
             WaitTimeoutError: the wait has reached its bound.
@@ -360,7 +368,7 @@ class _Guest:
             )
 
     def settle(self) -> None:
-        """Return when everything that was sent has been done."""
+        """Wait until the device has carried out all messages."""
         self.front_end.ask(Request.GET_FEATURES)
 
     def log_all(self) -> None:
@@ -370,7 +378,7 @@ class _Guest:
         self.settle()
 
     def publish(self, batch: Sequence[Sequence[Run]]) -> None:
-        """Make one read request for each of the lists of buffers, as far as they are not empty."""
+        """Make one read request for each list of buffers that is not empty."""
         for number, runs in enumerate(filter(None, batch)):
             header = self._base + _HEADERS + 16 * number
             status = self._base + _STATUSES + self.requests % _STATUS_PAGES * PAGE_BYTES
@@ -383,11 +391,11 @@ class _Guest:
             ]
             mapped = self._map(buffers) if self._iommu else buffers
             request = self._driver.submit(mapped)
-            self._mapped[request] = [(it.address, it.length) for it in mapped]
+            self._mapped[request] = [(buffer.address, buffer.length) for buffer in mapped]
             self.requests += 1
 
     def _map(self, buffers: Sequence[Buffer]) -> list[Buffer]:
-        """The same by IOVAs, each mapped for just what the device is to do."""
+        """Return the buffers with IOVAs, each mapped only for the access that the device needs."""
         assert self._iommu is not None
         mapped = []
         for buffer in buffers:
@@ -396,13 +404,13 @@ class _Guest:
             mapped.append(replace(buffer, address=iova))
             if self._chance.random() < 0.25:
                 self._done.append((self._iommu.map(buffer.address, buffer.length), buffer.length))
-            if self._hears and self._chance.random() < 0.25:
+            if self._has_device and self._chance.random() < 0.25:
                 for page in self._iommu.pages(iova, buffer.length):
                     self.front_end.update(page)
         return mapped
 
     def _unmap(self) -> None:
-        """Take away what is not needed any more, or of that only a part yet."""
+        """Remove a random part of the mappings that are no longer needed."""
         assert self._iommu is not None
         count = self._chance.randrange(len(self._done) + 1)
         self._chance.shuffle(self._done)
@@ -416,14 +424,14 @@ class _Guest:
             self.front_end.invalidate(iova, length)
 
     def kick(self) -> None:
-        """Tell the device that there are requests."""
+        """Notify the device of new requests."""
         os.eventfd_write(self.front_end.kick, 1)
 
     def served(self) -> bool:
-        """Whether every request has come back.
+        """Return whether every request has been completed.
 
         Raises:
-            UntestableError: the device is gone, or has refused something.
+            UntestableError: the device has ended, or has refused something.
         """
         self.device.events()
         if self._iommu is not None:
@@ -447,14 +455,15 @@ def _ram_file(fd: int) -> RamFile:
 def _attribute(
     source: RamFile, destination: RamFile, evidence: Sequence[Evidence], precopy: Precopy
 ) -> list[LostPage]:
-    """As after a real migration, but for bits that were lost in the log."""
+    """Attribute losses as after a real migration, and also those of bits lost in the log."""
     differing = compare(source, destination)
     lost = attribute(differing, source, destination, evidence[0].slots, evidence)
     started_ns = {each.device or None: each.started_ns or 0 for each in evidence}
-    return [_known_better(page, started_ns.get(page.device, 0), precopy) for page in lost]
+    return [_attribute_to_log(page, started_ns.get(page.device, 0), precopy) for page in lost]
 
 
-def _known_better(page: LostPage, started_ns: int, precopy: Precopy) -> LostPage:
+def _attribute_to_log(page: LostPage, started_ns: int, precopy: Precopy) -> LostPage:
+    """Blame the log if the last write's bit was merged into it, but was never taken from it."""
     if page.link != Link.QEMU or page.seconds is None:
         return page
     written_ns = started_ns + round(page.seconds * 1e9)

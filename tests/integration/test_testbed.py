@@ -1,4 +1,4 @@
-"""The test bed: a migration like QEMU's without QEMU, in which every injected fault shows."""
+"""The test bed: a migration like QEMU's without QEMU, which detects every injected fault."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def test_precopy_sends_what_is_logged_or_written_by_a_vcpu() -> None:
         os.pwrite(log, bytes([0b100000]), (256 + 69) // 8)  # the high slot's last page
         precopy.pass_on()
         assert [arrived(page) for page in (0, 2, 72)] == [b"b"] * 3
-        assert os.pread(log, 64, 0) == bytes(64), "every bit was taken"
+        assert os.pread(log, 64, 0) == bytes(64), "every bit was taken from the log"
         assert set(np.flatnonzero(precopy.logged_ns)) == {0, 2, 72}
         write(1, b"c")
         precopy.pass_on()
-        assert arrived(1) == b"\0", "nobody told"
+        assert arrived(1) == b"\0", "the page was not marked dirty"
         precopy.cpu_wrote(PAGE_BYTES + 5, 1)
         precopy.pass_on()
         assert arrived(1) == b"c"
@@ -86,7 +86,7 @@ def test_without_a_fault_every_page_survives(tmp_path: Path, tracker: str, harve
     verdict = simulate(DeviceOptions(tracker=tracker, harvest=harvest, seed=3), tmp_path)
     assert verdict.exit_code == 0, verdict
     assert verdict.sensitivity.guaranteed_detectable == 1061 + 77
-    if tracker not in ("coarse", "sequence-pair"):  # which know no single pages
+    if tracker not in ("coarse", "sequence-pair"):  # these trackers do not distinguish single pages
         assert verdict.sensitivity.reported_unwritten == 0
 
 
@@ -115,7 +115,7 @@ def test_behind_an_iommu_every_page_survives_in_every_form(tmp_path: Path, form:
 
 
 @pytest.mark.parametrize("fault", ["drop-pages=0.05", "off-by-one-end", "clear-before-read"])
-def test_behind_an_iommu_a_loss_is_placed_at_its_link(tmp_path: Path, fault: str) -> None:
+def test_behind_an_iommu_a_loss_is_attributed_to_its_link(tmp_path: Path, fault: str) -> None:
     options = DeviceOptions(harvest="0.005", seed=3, fault=fault)
     verdict = simulate(options, tmp_path, iommu=True)
     link = known_faults()[fault.partition("=")[0]].link
@@ -141,10 +141,12 @@ def test_a_killed_device_loses_nothing(tmp_path: Path, harvest: str, packed: boo
     verdict = simulate(options, tmp_path, packed=packed, killed=True)
     assert verdict.exit_code == 0, verdict
     assert verdict.sensitivity.written >= 1061 + 77
-    assert verdict.sensitivity.reported_unwritten > 0, "everything was reported at the restart"
+    assert verdict.sensitivity.reported_unwritten > 0, (
+        "the device reports everything at the restart"
+    )
 
 
-def test_bits_that_a_killed_device_forgets_are_lost(tmp_path: Path) -> None:
+def test_dirty_bits_that_a_killed_device_forgets_are_lost(tmp_path: Path) -> None:
     options = DeviceOptions(harvest="final", seed=3, fault="forgotten-at-restart")
     verdict = simulate(options, tmp_path, killed=True)
     assert {page.link for page in verdict.lost} == {Link.TRACKER}
@@ -172,9 +174,9 @@ def test_every_fault_is_caught_at_its_link(
 
 
 def test_a_fault_that_does_nothing_is_not_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command tells it, whatever the fault is called."""
-    toothless = fault_trials.TestbedForm("=0.0000001")
-    monkeypatch.setitem(fault_trials.TESTBED_FORMS, "drop-pages", toothless)
+    """The command reports this, regardless of the fault's name."""
+    ineffective = fault_trials.TestbedForm("=0.0000001")
+    monkeypatch.setitem(fault_trials.TESTBED_FORMS, "drop-pages", ineffective)
     assert cli.main(["faults", "--on", "testbed", "--only", "drop-pages", "--quiet"]) == 1
 
 
@@ -194,7 +196,7 @@ def test_a_refusal_of_the_device_is_reported(
     ("error", "caught_by"),
     [
         (RefusedError("ring 2: it is misaligned"), (Means.REFUSAL,)),
-        (UntestableError("the destination refused what had come across"), ()),
+        (UntestableError("the destination refused the state of a device"), ()),
     ],
 )
 def test_the_type_of_an_error_decides_whether_the_device_refused(
@@ -212,8 +214,8 @@ def test_the_type_of_an_error_decides_whether_the_device_refused(
     assert trial.untested == (None if caught_by else str(error))
 
 
-def test_a_simulation_leaves_nothing_open(tmp_path: Path) -> None:
-    def left() -> tuple[int, int, int]:
+def test_a_simulation_leaves_no_open_file_thread_or_mapping(tmp_path: Path) -> None:
+    def remaining() -> tuple[int, int, int]:
         gc.collect()
         maps = Path("/proc/self/maps").read_text()
         return (
@@ -223,10 +225,10 @@ def test_a_simulation_leaves_nothing_open(tmp_path: Path) -> None:
         )
 
     simulate(DeviceOptions(seed=1), tmp_path)
-    before = left()
+    before = remaining()
     for seed in range(3):
         simulate(DeviceOptions(seed=seed), tmp_path)
-    assert left() == before
+    assert remaining() == before
     assert before[2] == 0
 
 
@@ -253,28 +255,28 @@ def row(*trials: Trial, fault: str = "drop-pages") -> Row:
     return Row(fault, "log", "…", Bench.QEMU, trials)
 
 
-def test_only_the_right_link_counts() -> None:
+def test_a_fault_counts_as_caught_only_at_the_broken_link() -> None:
     right = Trial(1, (Means.COMPARISON,), {"log": 3})
     wrong = Trial(2, (Means.COMPARISON,), {"log": 3, "qemu": 1})
-    unseen = Trial(3)
+    uncaught = Trial(3)
     assert row(right).as_wanted
     assert not row(wrong).as_wanted
-    assert not row(unseen).as_wanted
-    assert row(*[right] * 19, unseen).as_wanted
-    assert not row(*[right] * 18, unseen, unseen).as_wanted
+    assert not row(uncaught).as_wanted
+    assert row(*[right] * 19, uncaught).as_wanted
+    assert not row(*[right] * 18, uncaught, uncaught).as_wanted
     assert row(Trial(1, (Means.REFUSAL,))).as_wanted
     assert not row(right, Trial(2, untested="no QEMU")).as_wanted
-    assert row(unseen, fault=CONTROL).as_wanted
-    assert not row(*[unseen] * 19, right, fault=CONTROL).as_wanted
+    assert row(uncaught, fault=CONTROL).as_wanted
+    assert not row(*[uncaught] * 19, right, fault=CONTROL).as_wanted
 
 
 def test_pages_that_a_vcpu_lost_do_not_count_for_a_fault() -> None:
-    sharp = Sensitivity(10, 10, 5, 5, 0, 0, 0)
+    sensitive = Sensitivity(10, 10, 5, 5, 0, 0, 0)
     vcpu = LostPage(0, 0, 1, Blame.ACCELERATOR)
-    trial = judge(Verdict(64, [vcpu], sharp, GuestOutcome(1000, 0, 10)), 1)
+    trial = judge(Verdict(64, [vcpu], sensitive, GuestOutcome(1000, 0, 10)), 1)
     assert trial.caught_by == ()
     assert trial.untested is not None
-    clean = judge(Verdict(64, [], sharp, GuestOutcome(1000, 0, 10)), 1)
+    clean = judge(Verdict(64, [], sensitive, GuestOutcome(1000, 0, 10)), 1)
     assert (clean.caught_by, clean.untested) == ((), None)
-    unlucky = Sensitivity(10, 10, 5, 5, 2, 0, 0, {"tracker": 2})
-    assert judge(Verdict(64, [], unlucky, GuestOutcome(1000, 0, 10)), 1).links == {"tracker": 2}
+    unreported = Sensitivity(10, 10, 5, 5, 2, 0, 0, {"tracker": 2})
+    assert judge(Verdict(64, [], unreported, GuestOutcome(1000, 0, 10)), 1).links == {"tracker": 2}

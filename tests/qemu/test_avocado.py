@@ -95,7 +95,7 @@ def test_a_pass_and_its_files(avocado: Avocado) -> None:
     assert json.loads((job.files() / "proof.json").read_text())["exit_code"] == 0
     names = {file.name for file in job.files().iterdir()}
     assert names >= {"ram.json", "ram.html", "proof.html", "source-qemu.log", "device.log"}
-    assert "every page equal" in job.log()
+    assert "all pages are equal" in job.log()
     assert no_runs_left(avocado)
 
 
@@ -104,7 +104,7 @@ def test_an_injected_fault_fails_with_the_story_of_each_page(avocado: Avocado) -
     assert [test["status"] for test in job.tests] == ["FAIL"]
     assert job.exit_code == 1
     assert "pages were lost" in job.tests[0]["fail_reason"]
-    story = r"GPA 0x[0-9a-f]+: \d+ bytes differ; request \d+ on queue \d .*; lost at the log"
+    story = r"GPA 0x[0-9a-f]+: \d+ bytes differ; last device write: .* of request \d+ on queue \d .*, lost at the dirty log"
     assert re.search(story, job.log())
     assert no_runs_left(avocado)
 
@@ -189,7 +189,7 @@ def test_an_injected_fault_fails_only_its_cell(avocado: Avocado) -> None:
     log = job.log(broken)
     assert report["lost_pages"]
     assert all(page["story"] in log for page in report["lost_pages"])
-    assert "lost at the log" in log
+    assert "lost at the dirty log" in log
     assert "lost at" not in job.log(tests["scenario=unix fault=none"])
     assert no_runs_left(avocado)
 
@@ -279,6 +279,6 @@ def test_a_remote_host_carries_a_cell_out(avocado: Avocado, host: Path) -> None:
     assert [test["status"] for test in job.tests] == ["FAIL"], (
         job.output + (host.parent / "sshd.log").read_text()
     )
-    assert "lost at the log" in job.log()
+    assert "lost at the dirty log" in job.log()
     assert json.loads((job.files().parent / "proof.json").read_text())["exit_code"] == 1
     assert no_runs_left(avocado)

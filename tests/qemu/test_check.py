@@ -18,10 +18,10 @@ from qmp_tools.ram_check.migrated import GuestHasRunError, NotMigratedError
 from support import balloon_guest
 from support.command import Tool
 from support.foreign_pair import (
-    HEARD_FIRMWARE,
-    HEARD_PROBE,
+    FIRMWARE_OUTPUT,
     MEMORY,
     MIB,
+    PROBE_OUTPUT,
     WITH_RAM0,
     Pair,
     foreign_pair,
@@ -30,19 +30,19 @@ from support.foreign_pair import (
 PAGE = 4096
 INJECTED = 0x2345000
 REPETITIONS = int(os.environ.get("BALLOON_REPETITIONS", "1"))
-"""Of the test with a balloon, for whoever wants to see it more often."""
+"""How often the test with a balloon runs."""
 BUILDS = {build.version: build.path for build in installed()}
 
 
 @pytest.fixture(params=["system", *BUILDS])
 def qemu(request: pytest.FixtureRequest) -> Path:
-    """Each QEMU that is here."""
+    """Return each QEMU that is installed."""
     return BUILDS.get(request.param) or find_qemu(None)
 
 
 @pytest.fixture
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short path, for sockets."""
+    """Return a folder with a path short enough for sockets."""
     return tmp_path_factory.mktemp("p")
 
 
@@ -64,25 +64,25 @@ def make_fault(pair: Pair, kind: str) -> None:
         with pair.memory_file(1, name).open("r+b", buffering=0) as memory:
             os.pwrite(memory.fileno(), b"!", INJECTED + 7)
         return
-    # Anonymous and private memory can be written through the process's memory alone.
+    # Anonymous and private memory can be written only through the process's memory.
     poke(pair, INJECTED + 7)
 
 
 def poke(pair: Pair, gpa: int, offset: int = 0) -> None:
-    """Change the byte `offset` behind `gpa` in the memory of the destination's process."""
+    """Change the byte at `gpa` plus `offset` in the memory of the destination's process."""
     text = pair.monitors[1].execute("human-monitor-command", command_line=f"gpa2hva {gpa:#x}")
     with Path(f"/proc/{pair.pids[1]}/mem").open("r+b", buffering=0) as memory:
         os.pwrite(memory.fileno(), b"!", int(text.split()[-1], 16) + offset)
 
 
 @pytest.mark.parametrize("kind", MEMORY)
-def test_equal_where_equal_and_the_planted_byte_found(
+def test_equal_pages_pass_and_an_injected_byte_is_found(
     tool: Tool, qemu: Path, folder: Path, kind: str
 ) -> None:
     with foreign_pair(qemu, folder, [*WITH_RAM0, *MEMORY[kind], "-vga", "std"]) as pair:
         pair.migrate()
         report = checked(tool, pair, 0)
-        # 64 MiB of RAM and 256 KiB of firmware at the least; the source's is all of one kind.
+        # At least 64 MiB of RAM and 256 KiB of firmware. The RAM is of one kind only.
         assert int(str(report["pages"])) >= (64 * MIB - 128 * 1024 + 256 * 1024) // PAGE
         assert report["notes"] == []
         side = report["source"]
@@ -90,7 +90,7 @@ def test_equal_where_equal_and_the_planted_byte_found(
         shared = 60 * MIB if kind != "private" else 0
         assert side["in_place_bytes"] >= shared
         assert (side["in_place_bytes"] == 0) == (kind == "private")
-        # Firmware and video memory are private in any case.
+        # Firmware and video memory are always private.
         assert side["copied_bytes"] > 0
         assert side["saved_bytes"] == 0
         make_fault(pair, kind)
@@ -107,10 +107,10 @@ def test_equal_where_equal_and_the_planted_byte_found(
         assert all("RAM block ram0, because its size, 65536 KiB," in note for note in notes)
 
 
-def test_the_note_on_tcg_names_the_blocks_that_it_may_concern(
+def test_the_note_on_tcg_names_the_ram_blocks_that_may_be_affected(
     tool: Tool, qemu: Path, folder: Path
 ) -> None:
-    """Main RAM is not the first RAM block where another backend is given before it."""
+    """Main RAM is not the first RAM block if another backend is given before it."""
     arguments = [
         *("-machine", "q35,memory-backend=ram0", "-m", "64,slots=1,maxmem=1G"),
         *("-object", "memory-backend-ram,id=before,size=64M"),
@@ -138,7 +138,7 @@ NUMA = [
 ]
 ABOVE = 1 << 32
 NODE1 = ABOVE + (2 << 30)
-"""q35 has the first 2 GiB of 4.5 below 4 GiB; node 1 begins with the last 512 MiB."""
+"""q35 puts the first 2 of 4.5 GiB below 4 GiB; node 1 consists of the last 512 MiB."""
 
 
 def test_several_backends_and_ram_above_four_gigabytes(tool: Tool, folder: Path) -> None:
@@ -147,7 +147,7 @@ def test_several_backends_and_ram_above_four_gigabytes(tool: Tool, folder: Path)
         dimm = pair.monitors[1].execute("query-memory-devices")[0]["data"]["addr"]
         report = checked(tool, pair, 0)
         hidden = report["not_compared"]
-        assert hidden == [], "a private backend that is all in the map hides nothing"
+        assert hidden == [], "a private backend that is completely in the map hides nothing"
         injected = {ABOVE + 5 * PAGE: "n0", NODE1 + 3 * PAGE: "n1", dimm + 9 * PAGE: "hot"}
         for gpa in injected:
             poke(pair, gpa)
@@ -164,7 +164,7 @@ def test_ram_that_the_map_hides_is_compared(tool: Tool, folder: Path, kind: str)
     with foreign_pair(find_qemu(None), folder, arguments) as pair:
         pair.migrate()
         assert checked(tool, pair, 0)["not_compared"] == []
-        poke(pair, 0, 0xA1000)  # behind the VGA window
+        poke(pair, 0, 0xA1000)  # after the VGA window
         report = checked(tool, pair, 1)
         differences = report["differences"]
         assert isinstance(differences, list)
@@ -175,7 +175,7 @@ NOBODY = 65534
 WRAPPERS = {
     "root": [],
     "root without CAP_SYS_PTRACE": ["setpriv", "--bounding-set=-sys_ptrace"],
-    # The capability is for the Python that runs the tests, which may be in root's home.
+    # The Python that runs the tests may be in root's home, and needs the capability to be read.
     "QEMU's user in another group": [
         *("setpriv", f"--reuid={NOBODY}", "--regid=4711", "--clear-groups"),
         *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
@@ -183,10 +183,10 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="other users are needed: run the tests as root")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs other users: run the tests as root")
 def test_private_memory_of_another_users_qemu() -> None:
     arguments = [*WITH_RAM0, *MEMORY["private"], "-runas", "nobody"]
-    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # one that every user can reach
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # a folder that every user can reach
         folder = Path(name)
         os.chown(folder, NOBODY, NOBODY)
         (folder / "t").mkdir()
@@ -203,7 +203,7 @@ def test_private_memory_of_another_users_qemu() -> None:
                     user != "root",
                 ), user
             stranger = Tool(
-                folder / "t", ["--reuid=4711" if "reuid" in it else it for it in wrapper]
+                folder / "t", ["--reuid=4711" if "reuid" in word else word for word in wrapper]
             )
             os.chown(folder / "t", 4711, 4711)
             refused(stranger, pair.source, pair.destination, 3, "may not be read: it belongs to")
@@ -214,10 +214,10 @@ def test_private_memory_of_another_users_qemu() -> None:
 
 def test_the_pvclock_page_is_named_and_not_hidden(tool: Tool, qemu: Path, folder: Path) -> None:
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        pytest.skip("no /dev/kvm here: modprobe kvm, and be in its group")
-    arguments = [*WITH_RAM0, *MEMORY["memfd"], *HEARD_FIRMWARE]
+        pytest.skip("needs /dev/kvm: load the module kvm and join the group of the device")
+    arguments = [*WITH_RAM0, *MEMORY["memfd"], *FIRMWARE_OUTPUT]
     with foreign_pair(qemu, folder, arguments, accelerator="kvm") as pair:
-        pair.wait_to_hear("No bootable device")  # by then the firmware has registered its clock
+        pair.wait_for_output("No bootable device")  # the firmware has registered its clock by then
         pair.migrate(running=True)
         report = checked(tool, pair, 0)
         assert report["pages_known_to_differ"] == 1
@@ -229,7 +229,7 @@ def test_the_pvclock_page_is_named_and_not_hidden(tool: Tool, qemu: Path, folder
         text = tool.run("check", str(pair.source), str(pair.destination)).output
         assert f"GPA {clock['gpa']:#x}" in text
         assert "kvmclock" in text
-        # The same page with another byte wrong is a loss all the same.
+        # The same page with another differing byte is a loss nevertheless.
         with pair.memory_file(1, "memfd:").open("r+b", buffering=0) as memory:
             os.pwrite(memory.fileno(), b"!!", clock["gpa"] + 0x800)
         assert checked(tool, pair, 1)["notes"] == []
@@ -246,11 +246,11 @@ def refused(
 
 
 def wait_until_it_has_run(pair: Pair, side: int, accelerator: str) -> None:
-    """Resume a side, and pause it when its vCPU has shown that it ran."""
+    """Resume a side, and pause it when its vCPU is known to have run."""
     monitor = pair.monitors[side]
     monitor.execute("cont")
     if accelerator == "tcg":
-        # A guest that waits for its next interrupt translates nothing.
+        # A guest that waits for its next interrupt translates no code.
         deadline = time.monotonic() + 60
         while "TB count            0" in monitor.execute(
             "human-monitor-command", command_line="info jit"
@@ -261,23 +261,25 @@ def wait_until_it_has_run(pair: Pair, side: int, accelerator: str) -> None:
 
 
 @pytest.mark.parametrize("accelerator", ["tcg", "kvm"])
-def test_a_guest_that_has_run_since(tool: Tool, folder: Path, qemu: Path, accelerator: str) -> None:
+def test_a_guest_that_has_run_since_the_migration_is_refused(
+    tool: Tool, folder: Path, qemu: Path, accelerator: str
+) -> None:
     if accelerator == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        pytest.skip("no /dev/kvm here: modprobe kvm, and be in its group")
+        pytest.skip("needs /dev/kvm: load the module kvm and join the group of the device")
     arguments = [*WITH_RAM0, *MEMORY["memfd"]]
     with foreign_pair(qemu, folder, arguments, accelerator=accelerator) as pair:
         pair.migrate()
         checked(tool, pair, 0)
         refused(tool, pair.destination, pair.source, 2, "give the source first")
         pair.monitors[1].execute("cont")
-        refused(tool, pair.source, pair.destination, 3, "is running, and so its RAM is no longer")
+        refused(tool, pair.source, pair.destination, 3, "is running, so its RAM has changed")
         wait_until_it_has_run(pair, 1, accelerator)
         refused(tool, pair.source, pair.destination, 3, "is paused, but has run since")
         wait_until_it_has_run(pair, 0, accelerator)
         refused(tool, pair.source, pair.destination, 3, "was resumed or reset after its migration")
 
 
-def test_stop_before_the_end_of_the_migration_is_as_good_as_a_paused_start(
+def test_a_destination_that_is_stopped_before_the_end_of_the_migration_is_accepted(
     tool: Tool, folder: Path, qemu: Path
 ) -> None:
     arguments = [*WITH_RAM0, *MEMORY["memfd"]]
@@ -287,12 +289,12 @@ def test_stop_before_the_end_of_the_migration_is_as_good_as_a_paused_start(
         checked(tool, pair, 0)
 
 
-def test_without_a_migration_nothing_is_tested_unless_none_was_intended(
+def test_guests_without_a_migration_are_compared_only_with_no_migration(
     tool: Tool, folder: Path
 ) -> None:
     arguments = [*WITH_RAM0, *MEMORY["memfd"], "-S"]
     with foreign_pair(find_qemu(None), folder, arguments, destination=[]) as pair:
-        refused(tool, pair.source, pair.destination, 3, "no migration behind it")
+        refused(tool, pair.source, pair.destination, 3, "has not been migrated")
         command = ["check", str(pair.source), str(pair.destination), "--no-migration"]
         outcome = tool.run(*command)
         assert outcome.exit_code == 0, outcome.errors
@@ -302,10 +304,12 @@ def test_without_a_migration_nothing_is_tested_unless_none_was_intended(
         pair.monitors[1].execute("cont")
         outcome = tool.run(*command)
         assert outcome.exit_code == 3
-        assert "pause it first (QMP 'stop')" in outcome.errors
+        assert "pause the guest first (QMP 'stop')" in outcome.errors
 
 
-def test_a_guest_that_a_file_carried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_guest_that_was_migrated_through_a_file_is_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with Session() as session:
         pair = session.pair(["-machine", "q35", "-m", "65544K"], accelerator="tcg")
         with pytest.raises(NotMigratedError):
@@ -322,11 +326,13 @@ def test_a_guest_that_a_file_carried(monkeypatch: pytest.MonkeyPatch) -> None:
 
         for module in ("check", "migrated"):
             monkeypatch.setattr(f"qmp_tools.ram_check.{module}.has_run", unknown)
-        with pytest.raises(GuestHasRunError, match=r"1 of \d+ pages differ, but whether"):
+        with pytest.raises(
+            GuestHasRunError, match=r"1 of \d+ pages differ, but it is unknown whether"
+        ):
             session.check(pair.source, pair.destination)
 
 
-def test_two_that_do_not_belong_together(tool: Tool, folder: Path) -> None:
+def test_qemus_of_different_migrations_are_refused(tool: Tool, folder: Path) -> None:
     other = [*WITH_RAM0[:3], "128", "-object", "memory-backend-memfd,id=ram0,size=128M,share=on"]
     arguments = [*WITH_RAM0, *MEMORY["memfd"]]
     qemu = find_qemu(None)
@@ -334,16 +340,16 @@ def test_two_that_do_not_belong_together(tool: Tool, folder: Path) -> None:
     (folder / "b").mkdir()
     with (
         foreign_pair(qemu, folder / "a", arguments) as pair,
-        foreign_pair(qemu, folder / "b", other) as greater,
+        foreign_pair(qemu, folder / "b", other) as larger,
     ):
         pair.migrate()
-        greater.migrate()
+        larger.migrate()
         refused(tool, pair.source, pair.source, 2, "given for both sides")
-        refused(tool, pair.source, folder / "a" / "source-2", 2, "the same QEMU's")
-        refused(tool, pair.source, greater.destination, 3, "KiB of RAM in its physical map")
+        refused(tool, pair.source, folder / "a" / "source-2", 2, "belong to the same QEMU")
+        refused(tool, pair.source, larger.destination, 3, "KiB of RAM in its physical map")
 
 
-def test_one_file_for_both_is_no_test(tool: Tool, folder: Path) -> None:
+def test_one_file_for_both_sides_is_refused(tool: Tool, folder: Path) -> None:
     both = "memory-backend-file,id=ram0,size=64M,share=on,mem-path={folder}/both"
     # With vapic, QEMU keeps state in the guest's RAM, which two QEMUs on one file may spoil.
     options = [*WITH_RAM0, "-object", both, "-global", "apic-common.vapic=off"]
@@ -407,25 +413,25 @@ def test_a_balloon_that_the_guest_does_not_drive_discards_nothing(tool: Tool, fo
     arguments = [*WITH_RAM0, *MEMORY["memfd"], "-device", "virtio-balloon-pci,id=balloon0"]
     with foreign_pair(find_qemu(None), folder, arguments) as pair:
         pair.migrate()
-        poke(pair, INJECTED)  # which the source's guest never touched
+        poke(pair, INJECTED)  # the source's guest never touched this page
         report = checked(tool, pair, 1)
         assert (report["pages_differing"], report["discarding_devices"]) == (1, [])
 
 
 def test_a_busy_socket_is_named(tool: Tool, folder: Path) -> None:
     with foreign_pair(find_qemu(None), folder, [*WITH_RAM0, *MEMORY["memfd"]]) as pair:
-        # The wait for a greeting is a tenth of it.
+        # The wait for a greeting is a tenth of the timeout.
         busy = (folder / "source-test", pair.destination)
         refused(tool, *busy, 3, "serves one client at a time", "--timeout", "50")
 
 
 def test_a_vcpus_pages_are_compared_too(tool: Tool, folder: Path) -> None:
-    """A guest that writes while it is migrated, by a QEMU and at a size that lose nothing."""
+    """A guest writes during its migration, with a QEMU and a RAM size that lose nothing."""
     size = "64M" if BUILDS else "65544K"
     arguments = ["-machine", "q35,memory-backend=ram0", "-m", size, "-kernel", str(probe_guest())]
-    arguments += ["-object", f"memory-backend-memfd,id=ram0,size={size},share=on", *HEARD_PROBE]
+    arguments += ["-object", f"memory-backend-memfd,id=ram0,size={size},share=on", *PROBE_OUTPUT]
     qemu = next(reversed(BUILDS.values())) if BUILDS else find_qemu(None)
     with foreign_pair(qemu, folder, arguments) as pair:
-        pair.wait_to_hear("ready")
+        pair.wait_for_output("ready")
         pair.migrate(running=True)
         assert checked(tool, pair, 0)["pages_known_to_differ"] == 0

@@ -26,7 +26,7 @@ SOME_TESTS: Final = (
     "tests/unit/test_linux_guest.py",
     "tests/unit/test_matrix.py",
     "tests/integration/test_doctor.py",
-    "tests/integration/test_kept_results.py",
+    "tests/integration/test_result_cache.py",
     "tests/integration/test_run_inside.py::test_a_command_runs_inside_a_root_file_system",
     "tests/qemu/test_devices.py::test_a_disk_and_a_network_share_a_log",
     "tests/qemu/test_third_party.py::test_qemu_storage_daemon",
@@ -69,7 +69,7 @@ def test_commands_of_the_readme(tree: Tree) -> None:
         assert done.returncode == 0, done.stdout
         return done.stdout
 
-    assert "PASS: every page equal" in run("./dmaproof", "prove")
+    assert "PASS: all pages are equal" in run("./dmaproof", "prove")
     assert "fetched with the first proof" in run(
         "env", "XDG_CACHE_HOME=/tmp/empty", "./dmaproof", "doctor"
     )

@@ -1,4 +1,4 @@
-"""Injected faults on real QEMU: those that differ in how they are caught."""
+"""Injected faults on a real QEMU, one for each means by which faults are caught."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from support.command import Tool
 
 
 def trial(tool: Tool, fault: str) -> dict[str, Any]:
-    """The only trial of a fault, which must have come out as wanted."""
+    """Return the only trial of a fault, which must have the expected result."""
     outcome = tool.run("faults", "--on", "qemu", "--only", fault, "--json", "-", "--quiet")
     assert outcome.exit_code == 0, outcome.output + outcome.errors
     assert not tool.leftovers()
@@ -21,19 +21,21 @@ def trial(tool: Tool, fault: str) -> dict[str, Any]:
     return only
 
 
-def test_nothing_broken_is_no_alarm(tool: Tool) -> None:
+def test_without_a_fault_there_is_no_alarm(tool: Tool) -> None:
     assert trial(tool, "none")["caught_by"] == []
 
 
 @pytest.mark.parametrize("fault", ["late-final-flush", "forget-high-slot", "off-by-one-end"])
-def test_lost_pages_are_seen_by_both_sides(tool: Tool, fault: str) -> None:
+def test_lost_pages_are_found_by_the_comparison_and_by_the_journal(tool: Tool, fault: str) -> None:
     found = trial(tool, fault)
     assert {"comparison", "journal"} <= set(found["caught_by"])
     assert found["lost_pages"] > 100
 
 
 @pytest.mark.parametrize("fault", ["used-ring-unlogged", "status-unlogged"])
-def test_what_qemu_sends_anyhow_is_held_against_the_journal(tool: Tool, fault: str) -> None:
+def test_unreported_pages_that_qemu_sends_anyway_are_found_by_the_journal(
+    tool: Tool, fault: str
+) -> None:
     found = trial(tool, fault)
     assert "journal" in found["caught_by"]
     assert set(found["links"]) == {"tracker"}

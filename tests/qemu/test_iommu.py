@@ -1,4 +1,4 @@
-"""A device behind QEMU's VT-d, whose mappings come and go while its dirty pages are logged."""
+"""A device behind QEMU's VT-d, whose mappings change while its dirty pages are logged."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ def test_every_page_survives(tool: Tool, options: tuple[str, ...]) -> None:
 
 
 def test_a_ring_larger_than_a_page_is_served(tool: Tool) -> None:
-    # 10.0 gives a ring 1,024 entries, and Linux maps the 16 KiB of its descriptors page by page.
-    qemu = next((str(it.path) for it in installed() if it.version.startswith("10.0.")), None)
+    # QEMU 10.0 gives a ring 1,024 entries, and Linux maps its 16 KiB of descriptors page by page.
+    qemu = next(
+        (str(build.path) for build in installed() if build.version.startswith("10.0.")), None
+    )
     if qemu is None:
         pytest.skip("needs QEMU 10.0: dmaproof qemu fetch 10.0")
     report = prove(tool, "--iommu", "intel", "--guest", "linux", "--qemu", qemu)
@@ -46,7 +48,7 @@ def test_a_ring_larger_than_a_page_is_served(tool: Tool) -> None:
     ("fault", "guest", "link"),
     [("iova-as-gpa", "linux", "translation"), ("unmap-unharvested", "bare", "tracker")],
 )
-def test_what_is_wrong_behind_it_only_is_caught(
+def test_faults_that_occur_only_behind_an_iommu_are_caught(
     tool: Tool, fault: str, guest: str, link: str
 ) -> None:
     report = prove(tool, "--fault", fault, "--guest", guest)

@@ -16,12 +16,12 @@ from support.command import Tool
 PAGE = (Path(__file__).parents[2] / "docs" / "library.md").read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 TOLD = (
-    r"every page equal: \d+ pages compared\n",
-    r"[\d.]+.* running\nevery page equal: \d+ pages compared\n",
-    r"(\w+ \d+ (\d+|None)\n)*completed \d+ 0\nevery page equal: \d+ pages compared\n",
+    r"all pages are equal: \d+ pages compared\n",
+    r"[\d.]+.* running\nall pages are equal: \d+ pages compared\n",
+    r"(\w+ \d+ (\d+|None)\n)*completed \d+ 0\nall pages are equal: \d+ pages compared\n",
     r"[\d.]+.* running\n\d+ bytes a second\n",
     r"\[\('0x12000', 12288\)\]\n",
-    r"every page equal: \d+ pages compared\n",
+    r"all pages are equal: \d+ pages compared\n",
 )
 """What the examples print, in the order of the page."""
 RUNNING_QEMU = 3

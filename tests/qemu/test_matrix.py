@@ -1,4 +1,4 @@
-"""A matrix on the system's QEMU: what its cells come to, what is kept, how it is interrupted."""
+"""A matrix on the system's QEMU: the states of its cells, the result cache, interruption."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BARE = ("--guest", "bare", "--accel", "tcg")
 
 
 def descendants(pid: int) -> set[int]:
-    """The processes that `pid` has started, and theirs."""
+    """Return the processes that `pid` has started, and their descendants."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -32,11 +32,11 @@ def descendants(pid: int) -> set[int]:
     return found - {pid}
 
 
-def test_every_state_of_a_cell_and_what_is_kept(tool: Tool, tmp_path: Path) -> None:
+def test_cells_have_the_expected_states_and_verdicts_are_cached(tool: Tool, tmp_path: Path) -> None:
     files = {form: tmp_path / form for form in ("report", "junit", "tap")}
     options = [f"--{form}={file}" for form, file in files.items()]
-    options += [f"--folder={tmp_path / 'kept'}", "--json=-", "--jobs=2", *BARE]
-    # A machine type that no QEMU has, and a bound that no wait can keep.
+    options += [f"--folder={tmp_path / 'cache'}", "--json=-", "--jobs=2", *BARE]
+    # A machine type that no QEMU has, and a timeout that no wait can meet.
     version = known_qemus()[0].version
     axes = [f"--qemu={version}", "--machine=q35,toaster", "--fault=drop-pages=0.01", "--fault="]
     outcome = tool.run("matrix", *axes, "--timeout=0.01,900", *options)
@@ -50,7 +50,7 @@ def test_every_state_of_a_cell_and_what_is_kept(tool: Tool, tmp_path: Path) -> N
         if cell["state"] == "lost":
             assert cell["short"] == "LOST: device"
             assert cell["qemu_versions"][0].startswith(version)
-            assert "lost at the log" in cell["stories"][0]
+            assert "lost at the dirty log" in cell["stories"][0]
     assert "no such machine type" in cells["machine=toaster timeout=900 fault=none"]["message"]
     untested = cells["machine=q35 timeout=0.01 fault=none"]["message"]
     assert "within 0.01 s" in untested
@@ -59,7 +59,7 @@ def test_every_state_of_a_cell_and_what_is_kept(tool: Tool, tmp_path: Path) -> N
     assert not tool.leftovers()
 
     again = tool.run("matrix", *axes, "--timeout=900", *options).report
-    assert [cell["kept"] for cell in again["cells"]] == [True, True, False, False]
+    assert [cell["cached"] for cell in again["cells"]] == [True, True, False, False]
     assert again["counts"] == {"clean": 1, "lost": 1, "slow": 0, "skipped": 2, "untested": 0}
     command = again["cells"][0]["command"]
     assert command[:2] == ["dmaproof", "prove"]
@@ -67,12 +67,12 @@ def test_every_state_of_a_cell_and_what_is_kept(tool: Tool, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_interrupted_it_leaves_nothing_and_goes_on(
+def test_an_interrupted_matrix_leaves_nothing_and_can_be_continued(
     tool: Tool, tmp_path: Path, how: signal.Signals
 ) -> None:
-    kept = tmp_path / "kept"
-    # The second cell would go on for long.
-    options = ["--jobs=1", f"--folder={kept}", *BARE]
+    cache = tmp_path / "cache"
+    # The second cell would run for a long time.
+    options = ["--jobs=1", f"--folder={cache}", *BARE]
     running = tool.start("matrix", "--requests-after=1000,1000000000", *options)
     running.wait_for_line("1/2")
     running.wait_for(lambda: len(descendants(running.process.pid)) >= 5, "the second cell")
@@ -85,12 +85,12 @@ def test_interrupted_it_leaves_nothing_and_goes_on(
     while tool.leftovers() or any(map(is_alive, processes)):
         assert time.monotonic() < deadline, tool.leftovers()
         time.sleep(0.05)
-    assert {file.suffix for file in kept.iterdir()} == {".json", ""}
+    assert {file.suffix for file in cache.iterdir()} == {".json", ""}
     report = tool.run("matrix", "--requests-after=1000", *options, "--json=-").report
-    assert [cell["kept"] for cell in report["cells"]] == [True]
+    assert [cell["cached"] for cell in report["cells"]] == [True]
 
 
-def test_a_program_consists_of_its_shared_libraries_too(tmp_path: Path) -> None:
+def test_the_shared_libraries_of_a_program_count_as_its_contents(tmp_path: Path) -> None:
     library, program = tmp_path / "libanswer.so", tmp_path / "program"
     source = tmp_path / "source.c"
 
@@ -116,7 +116,7 @@ def test_a_program_consists_of_its_shared_libraries_too(tmp_path: Path) -> None:
         (["/no/such/file.toml"], "No such file"),
     ],
 )
-def test_wrong_usage_is_told_at_once(
+def test_wrong_usage_is_reported_at_once(
     tool: Tool, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     outcome = tool.run("matrix", *arguments, f"--folder={tmp_path}", *BARE)

@@ -1,4 +1,4 @@
-"""Whether a QEMU tracks what vCPUs write under TCG: a probe tells, in each kind of RAM block."""
+"""A probe finds out whether a QEMU tracks vCPU writes under TCG, in each kind of RAM block."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qmp_tools.qemu.choice import find_qemu, version_of
 from support.command import Tool
 
 _MANY = 32
-"""Of 64 pages; on a busy machine the vCPU is stopped late, and has written some of them again."""
+"""Pages of 64. On a busy machine the vCPU is stopped late, after it has rewritten some of them."""
 
 
 @pytest.fixture
@@ -27,10 +27,10 @@ def qemu(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.mark.parametrize("qemu", [False, True], ids=["system's", "newest"], indirect=True)
-def test_a_probe_reports_what_gets_lost(
+def test_a_probe_counts_the_pages_that_are_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, qemu: Path
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where no answer is remembered
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no answer is cached there
     lost, lost_in_dimms = (
         asyncio.run(vcpu_pages_lost(qemu, "tcg", DEFAULT_TIMEOUT_S, in_dimms=in_dimms))
         for in_dimms in (False, True)
@@ -41,7 +41,7 @@ def test_a_probe_reports_what_gets_lost(
         assert lost_in_dimms >= _MANY
 
 
-def test_a_proof_with_dimms_says_so(tool: Tool) -> None:
+def test_a_proof_with_dimms_warns_of_losses_in_dimms(tool: Tool) -> None:
     outcome = tool.run("prove", "--guest", "bare", "--scenario", "memory-hotplug", "--accel", "tcg")
     assert outcome.exit_code == 0, outcome.output + outcome.errors
     lost = asyncio.run(vcpu_pages_lost(find_qemu(None), "tcg", DEFAULT_TIMEOUT_S, in_dimms=True))

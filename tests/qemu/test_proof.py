@@ -23,7 +23,7 @@ def prove(tool: Tool, *arguments: str) -> Outcome:
 def passed(outcome: Outcome) -> dict[str, Any]:
     assert outcome.exit_code == 0, outcome.output + outcome.errors
     report = outcome.report
-    assert report["verdict"].startswith("every page equal")
+    assert report["verdict"].startswith("all pages are equal")
     assert report["lost_pages"] == []
     assert report["guest"]["errors"] == 0
     assert report["guest"]["requests"] >= 1000
@@ -32,7 +32,7 @@ def passed(outcome: Outcome) -> dict[str, Any]:
 
 
 def mapped(report: dict[str, Any]) -> dict[str, int]:
-    """How many pages of each class the map has, counted from its runs."""
+    """Return the number of pages of each class in the map, counted from its runs."""
     names = [kind["name"] for kind in report["ram_map"]["classes"]]
     counts = dict.fromkeys(names, 0)
     for area in report["ram_map"]["areas"]:
@@ -44,7 +44,7 @@ def mapped(report: dict[str, Any]) -> dict[str, int]:
 
 
 def harvested_and_merged(report: dict[str, Any]) -> tuple[int, int]:
-    """What all harvests brought; the passes must have the same."""
+    """Return the pages of all harvests, and those merged; the passes must have the same sums."""
     migration = report["migration"]
     harvested = sum(harvest["pages"] for harvest in migration["harvests"])
     merged = sum(harvest["merged_pages"] for harvest in migration["harvests"])
@@ -77,8 +77,8 @@ def test_every_page_survives(tool: Tool) -> None:
     assert all(page["link"] == "log" for page in control["lost_pages"])
 
 
-def test_a_guest_that_gets_almost_no_cpu_is_waited_for(tool: Tool, tmp_path: Path) -> None:
-    # A million instructions a second: the guest dirties too little to hold a migration by itself.
+def test_a_proof_waits_for_a_guest_that_gets_almost_no_cpu_time(tool: Tool, tmp_path: Path) -> None:
+    # At a million instructions a second, the guest dirties too little to hold a migration.
     slow = tmp_path / "slow-qemu"
     slow.write_text('#!/bin/sh\nexec qemu-system-x86_64 -icount shift=10,sleep=on "$@"\n')
     slow.chmod(0o755)
@@ -96,20 +96,20 @@ def test_every_harvest_is_in_time(tool: Tool, harvest: str) -> None:
 
 @pytest.mark.usefixtures("much_memory")
 def test_ram_above_four_gigabytes_over_tcp(tool: Tool) -> None:
-    # 5 GiB and 8 KiB: see facts on RAM sizes in docs/guests.md.
+    # 5 GiB and 8 KiB: see the facts on RAM sizes in docs/guests.md.
     report = passed(prove(tool, "--memory", "5242888K", "--scenario", "tcp"))
     assert report["pages"] == (5242888 << 10) // 4096
 
 
-def test_every_lost_page_is_a_dropped_one(tool: Tool, tmp_path: Path) -> None:
+def test_lost_pages_are_exactly_the_dropped_ones(tool: Tool, tmp_path: Path) -> None:
     files = {form: tmp_path / form for form in ("report", "junit", "tap")}
-    options = [it for form, file in files.items() for it in (f"--{form}", str(file))]
+    options = [word for form, file in files.items() for word in (f"--{form}", str(file))]
     outcome = prove(tool, "--fault", "drop-pages=0.01", "--seed", "7", *options)
     assert outcome.exit_code == 1, outcome.errors
     report = outcome.report
     lost = report["lost_pages"]
     assert 40 < len(lost) <= report["sensitivity"]["unreported"]
-    # Both directions: what is lost was dropped, and what was dropped and certain is lost.
+    # Both directions: lost pages were dropped, and dropped guaranteed detectable ones are lost.
     pages = np.array([page["gpa"] // 4096 for page in lost], dtype=np.uint64)
     assert (uniform(pages, 7) < 0.01).all()
     assert all(page["blame"] == "device" for page in lost)
@@ -129,8 +129,8 @@ def test_every_lost_page_is_a_dropped_one(tool: Tool, tmp_path: Path) -> None:
     assert story["last_seen_in_harvest"]["log"] < story["due_in_harvest"]
 
 
-def test_what_was_never_sharp_is_no_pass(tool: Tool) -> None:
-    # All pages dropped: the guest may not survive it, the verdict must.
+def test_a_guest_that_may_not_survive_still_gets_a_verdict(tool: Tool) -> None:
+    # All pages are dropped. The guest may not survive that, but there must be a verdict.
     outcome = prove(tool, "--guest", "bare", "--fault", "drop-pages=1")
     assert outcome.exit_code == 1, outcome.errors
     assert len(outcome.report["lost_pages"]) >= 8000
@@ -148,22 +148,22 @@ def test_what_was_never_sharp_is_no_pass(tool: Tool) -> None:
         (["--machine", "toaster", "--qemu-destination", "/bin/sh"], "sh"),
         (["--fault", "gremlins=1"], "fault 'gremlins'"),
         (["--fault", "drop-pages=7"], "drop-pages=7"),
-        (["--fault", "old-memory-table"], "shows only with memory hotplug"),
-        (["--iommu", "intel-lazy", "--guest", "bare"], "--guest linux does"),
-        (["--iommu", "intel", "--machine", "pc"], "only q35 machines have it"),
+        (["--fault", "old-memory-table"], "can be detected only with memory hotplug"),
+        (["--iommu", "intel-lazy", "--guest", "bare"], "use --guest linux"),
+        (["--iommu", "intel", "--machine", "pc"], "only q35 machines have this IOMMU"),
         (["--fault", "ignore-overflow", "--tracker", "iommu"], "only with --tracker address-queue"),
         (["--downtime-limit", "0"], "--downtime-limit"),
     ],
 )
-def test_wrong_usage_is_told(tool: Tool, arguments: list[str], message: str) -> None:
+def test_wrong_usage_is_reported(tool: Tool, arguments: list[str], message: str) -> None:
     outcome = prove(tool, *arguments)
     assert outcome.exit_code in (2, 3)
     assert message in outcome.errors
     assert "Traceback" not in outcome.errors
 
 
-def test_a_migration_that_takes_too_long(tool: Tool, tmp_path: Path) -> None:
-    # The bare guest is ready at once, also on a busy machine.
+def test_a_migration_that_takes_too_long_is_untested(tool: Tool, tmp_path: Path) -> None:
+    # The bare guest is ready immediately, also on a busy machine.
     options = ("--guest", "bare", "--bandwidth", "1M", "--timeout", "2")
     outcome = prove(tool, *options, "--tap", str(tmp_path / "tap"))
     assert outcome.exit_code == 3

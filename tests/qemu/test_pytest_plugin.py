@@ -72,7 +72,7 @@ def test_a_project(
             "*AssertionError: * pages were lost*",
             "*- dmaproof verdict -*",
             "*lost by the device*",
-            "*request * on queue * wrote its data to IOVA *; lost at the log*",
+            "*data of request * on queue *, to IOVA *, lost at the dirty log*",
             "*no such status*",
             "*SKIPPED*the test needs QEMU >=999, found *: run 'dmaproof qemu fetch VERSION'*",
         ]
@@ -87,7 +87,7 @@ def test_a_project(
     }
     for name in ("test_equal", "test_is_lost", "test_raises"):
         assert str(properties[name]["qemu_version"])[0].isdigit()
-    assert str(properties["test_survives"]["dmaproof_verdict"]).startswith("every page equal")
+    assert str(properties["test_survives"]["dmaproof_verdict"]).startswith("all pages are equal")
     folder = pytester.path / "reports"
     reports = {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
     verdicts = {name.rpartition("--")[2]: report["exit_code"] for name, report in reports.items()}

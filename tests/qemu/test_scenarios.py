@@ -1,4 +1,4 @@
-"""Every way to migrate, on the system's QEMU: it passes, or is told to be lacking where it is."""
+"""Every migration scenario on the system's QEMU passes, or is reported as unsupported."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ from support.command import Outcome, Tool
 SCENARIOS = {name: find_scenario(name) for name in known_scenarios()}
 
 
-def prove(tool: Tool, way: str, *arguments: str) -> Outcome:
-    outcome = tool.run("prove", "--guest", "bare", "--json", "-", "--scenario", way, *arguments)
+def prove(tool: Tool, scenario: str, *arguments: str) -> Outcome:
+    outcome = tool.run(
+        "prove", "--guest", "bare", "--json", "-", "--scenario", scenario, *arguments
+    )
     assert not tool.leftovers(), "the run's folder was left behind"
     return outcome
 
 
 @pytest.fixture(scope="module")
 def known_capabilities() -> set[str]:
-    """Those that the system's QEMU itself names."""
+    """Return the migration capabilities that the system's QEMU reports."""
     return asyncio.run(_ask())
 
 
@@ -39,33 +41,33 @@ async def _ask() -> set[str]:
         return {it["capability"] for it in answer}
 
 
-@pytest.mark.parametrize("way", SCENARIOS)
-def test_it_passes_or_is_told_to_be_lacking(
-    tool: Tool, known_capabilities: set[str], way: str
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_scenario_passes_or_is_reported_as_unsupported(
+    tool: Tool, known_capabilities: set[str], name: str
 ) -> None:
-    outcome = prove(tool, way)
+    outcome = prove(tool, name)
     report = outcome.report
-    scenario = SCENARIOS[way]
-    lacking = set(scenario.capabilities) - known_capabilities
-    if way == "background-snapshot":
-        assert "does not hold off what a device outside QEMU writes" in report["verdict"]
-        if outcome.exit_code == 3:  # this QEMU cannot even load it
+    scenario = SCENARIOS[name]
+    missing = set(scenario.capabilities) - known_capabilities
+    if name == "background-snapshot":
+        assert "does not hold back the writes of a device outside QEMU" in report["verdict"]
+        if outcome.exit_code == 3:  # this QEMU cannot load the snapshot
             assert report["unsupported"]
         else:
             assert report["lost"]["snapshot"] == len(report["lost_pages"]) > 0
         return
     if "mode" in scenario.parameters and report.get("unsupported"):
-        # 7.2 has neither; 10.0 has the former, and of the modes only cpr-transfer.
+        # QEMU 7.2 has neither option. QEMU 10.0 has aux-ram-share, but only mode cpr-transfer.
         newer = ("aux-ram-share", "cpr-exec-command") if scenario.machine_options else ("'mode'",)
         assert any(option in report["verdict"] for option in newer), report["verdict"]
         return
-    if lacking or isinstance(scenario, PostcopyRam):
-        assert (outcome.exit_code, report["unsupported"], report["scenario"]) == (3, True, way)
-        due = min(lacking) if lacking else PostcopyRam.refusal
-        assert due in report["verdict"]
+    if missing or isinstance(scenario, PostcopyRam):
+        assert (outcome.exit_code, report["unsupported"], report["scenario"]) == (3, True, name)
+        expected = min(missing) if missing else PostcopyRam.refusal
+        assert expected in report["verdict"]
         return
     assert outcome.exit_code == 0, outcome.output + outcome.errors
-    assert report["setup"]["scenario"] == way
+    assert report["setup"]["scenario"] == name
     assert [it["guaranteed_detectable"] >= 8000 for it in report["migrations"]] == [
         True
     ] * scenario.migrations
@@ -83,14 +85,14 @@ def test_plugged_memory_is_compared_too(tool: Tool) -> None:
     assert all(page["link"] == "log" for page in report["lost_pages"])
 
 
-@pytest.mark.parametrize("way", ["background-snapshot", "device-hotplug"])
-def test_a_device_of_qemus_own_goes_it_too(tool: Tool, way: str) -> None:
-    outcome = prove(tool, way, "--device", "qemu:virtio-blk-pci")
+@pytest.mark.parametrize("name", ["background-snapshot", "device-hotplug"])
+def test_a_device_inside_qemu_passes(tool: Tool, name: str) -> None:
+    outcome = prove(tool, name, "--device", "qemu:virtio-blk-pci")
     assert outcome.exit_code == 0, outcome.output + outcome.errors
     assert outcome.report["sensitivity"]["rewritten"] > 0
 
 
-def test_postcopy_is_no_fault_without_a_vhost_user_device(tool: Tool) -> None:
+def test_postcopy_without_a_vhost_user_device_is_unsupported_and_not_a_fault(tool: Tool) -> None:
     outcome = prove(tool, "postcopy-ram", "--device", "qemu:virtio-blk-pci")
     assert (outcome.exit_code, outcome.report["unsupported"]) == (3, True)
     assert "QEMU accepts postcopy-ram, as it may with this device" in outcome.report["reason"]
@@ -105,7 +107,7 @@ def test_linux_uses_plugged_memory(tool: Tool) -> None:
     report = outcome.report
     assert report["sensitivity"]["guaranteed_detectable"] >= 8192
     assert report["sensitivity"]["unreported"] == 0
-    if report["lost_pages"]:  # then QEMU is known to lose what vCPUs write to a DIMM, and only that
+    if report["lost_pages"]:  # QEMU is known to lose only what vCPUs write to a DIMM
         assert "(a probe lost " in outcome.errors
         assert report["lost"]["accelerator"] == len(report["lost_pages"])
         assert min(page["gpa"] for page in report["lost_pages"]) >= 4 * GIB
@@ -121,7 +123,7 @@ def test_a_machine_that_takes_no_disk_is_reported(tool: Tool) -> None:
 
 
 @pytest.mark.parametrize("newer", [False, True], ids=["", "hidden by QEMU"])
-def test_a_lesser_destination_is_refused(tool: Tool, newer: bool) -> None:
+def test_a_destination_with_fewer_features_is_refused(tool: Tool, newer: bool) -> None:
     if newer and not installed():
         pytest.skip("needs a newer QEMU: dmaproof qemu fetch 11.1")
     destination = str(installed()[-1].path if newer else find_qemu(None))
@@ -135,14 +137,14 @@ def test_a_lesser_destination_is_refused(tool: Tool, newer: bool) -> None:
     assert "the guest uses VIRTIO_F_EVENT_IDX (29)" in outcome.report["verdict"]
 
 
-@pytest.mark.parametrize("way", ["multifd-4", "exec", "mapped-ram", "destination-killed-late"])
-def test_a_planted_fault_is_caught(tool: Tool, known_capabilities: set[str], way: str) -> None:
+@pytest.mark.parametrize("name", ["multifd-4", "exec", "mapped-ram", "destination-killed-late"])
+def test_an_injected_fault_is_caught(tool: Tool, known_capabilities: set[str], name: str) -> None:
     newer = []
-    if not set(SCENARIOS[way].capabilities) <= known_capabilities:
+    if not set(SCENARIOS[name].capabilities) <= known_capabilities:
         if not installed():
-            pytest.skip(f"this QEMU lacks {way}: dmaproof qemu fetch 11.1")
+            pytest.skip(f"needs a QEMU with {name}: dmaproof qemu fetch 11.1")
         newer = ["--qemu", str(installed()[-1].path)]
-    outcome = prove(tool, way, "--fault", "drop-pages=0.01", *newer)
+    outcome = prove(tool, name, "--fault", "drop-pages=0.01", *newer)
     assert outcome.exit_code == 1, outcome.errors
     report = outcome.report
     assert len(report["lost_pages"]) >= report["sensitivity"]["unreported_guaranteed"] > 40
@@ -151,13 +153,13 @@ def test_a_planted_fault_is_caught(tool: Tool, known_capabilities: set[str], way
 
 @pytest.fixture
 def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dmaproof finds the outside package."""
+    """Let dmaproof find the outside package."""
     install_outside_package(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
 @pytest.mark.usefixtures("outside")
-def test_a_scenario_of_another_package_is_proved_as_one_of_ours_is(tool: Tool) -> None:
+def test_a_scenario_of_another_package_is_proved_like_a_built_in_one(tool: Tool) -> None:
     outcome = prove(tool, "four-channels")
     assert outcome.exit_code == 0, outcome.output + outcome.errors
     assert outcome.report["setup"]["scenario"] == "four-channels"
@@ -165,7 +167,7 @@ def test_a_scenario_of_another_package_is_proved_as_one_of_ours_is(tool: Tool) -
 
 
 @pytest.mark.usefixtures("outside")
-def test_a_kind_of_device_of_another_package_is_proved_as_one_of_ours_is(tool: Tool) -> None:
+def test_a_kind_of_device_of_another_package_is_proved_like_a_built_in_one(tool: Tool) -> None:
     outcome = prove(tool, "unix", "--device", "plain-disk")
     assert outcome.exit_code == 0, outcome.output + outcome.errors
     assert outcome.report["setup"]["device"] == "plain-disk"

@@ -1,4 +1,4 @@
-"""Migrations there and back: nothing is lost, nothing grows; and what is lost or grows is told."""
+"""Repeated migrations of one guest: losses and growth of processes are reported."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def test_nothing_is_lost_and_nothing_grows(tool: Tool) -> None:
     report = outcome.report
     assert len(report["migrations"]) == 6
     assert all(
-        it["guaranteed_detectable"] >= 8000 and it["lost"] == 0 for it in report["migrations"]
+        migration["guaranteed_detectable"] >= 8000 and migration["lost"] == 0
+        for migration in report["migrations"]
     )
-    assert [it["process"] for it in report["growth"]] == ["device", TOOL]
+    assert [growth["process"] for growth in report["growth"]] == ["device", TOOL]
     assert not tool.leftovers(), "the run's folder was left behind"
 
 
-def test_the_first_loss_ends_it(tool: Tool) -> None:
+def test_the_first_loss_ends_a_soak(tool: Tool) -> None:
     outcome = tool.run("soak", "--migrations", "3", "--fault", "drop-pages=0.01", "--json", "-")
     assert outcome.exit_code == 1, outcome.errors
     report = outcome.report
@@ -34,24 +35,26 @@ def test_the_first_loss_ends_it(tool: Tool) -> None:
     assert len(report["last"]["lost_pages"]) > 40
 
 
-def test_what_is_kept_from_each_migration_is_growth(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = []
+def test_a_leak_at_each_migration_is_growth(monkeypatch: pytest.MonkeyPatch) -> None:
+    leaked: list[int] = []
     swap_roles = QemuPair.swap_roles
 
-    async def forgetful(pair: QemuPair) -> None:
-        kept.append(os.memfd_create("kept"))
+    async def leaking(pair: QemuPair) -> None:
+        leaked.append(os.memfd_create("leaked"))
         await swap_roles(pair)
 
-    monkeypatch.setattr(QemuPair, "swap_roles", forgetful)
+    monkeypatch.setattr(QemuPair, "swap_roles", leaking)
     try:
         outcome = asyncio.run(_soak(4))
     finally:
-        for fd in kept:
+        for fd in leaked:
             os.close(fd)
-    grown = {it.process: (it.descriptors, it.shared_objects) for it in outcome.growths}
+    grown = {
+        growth.process: (growth.descriptors, growth.shared_objects) for growth in outcome.growths
+    }
     assert grown == {"device": (0, 0), TOOL: (2, 2)}
     assert outcome.exit_code == 1
-    assert outcome.sentence.endswith("but the tool grew")
+    assert outcome.sentence.endswith("but the resource use of the tool grew")
 
 
 async def _soak(migrations: int) -> Soak:

@@ -11,12 +11,12 @@ from qmp_tools.guest.bare import probe_guest
 from qmp_tools.migration.dirty_rate import VhostLogMeter
 from qmp_tools.qemu.choice import find_qemu
 from support.command import Tool
-from support.foreign_pair import HEARD_PROBE, Pair, foreign_pair
+from support.foreign_pair import PROBE_OUTPUT, Pair, foreign_pair
 
 
 def busy_guest() -> list[str]:
     """A guest whose vCPU dirties 64 pages for ever, at a RAM size at which any QEMU sees that."""
-    return ["-machine", "q35", "-m", "65544K", "-kernel", str(probe_guest()), *HEARD_PROBE]
+    return ["-machine", "q35", "-m", "65544K", "-kernel", str(probe_guest()), *PROBE_OUTPUT]
 
 
 def slow_down(pair: Pair) -> None:
@@ -28,7 +28,7 @@ def test_a_migration_is_followed_to_its_end(
 ) -> None:
     folder = tmp_path_factory.mktemp("p")
     with foreign_pair(find_qemu(None), folder, busy_guest()) as pair:
-        pair.wait_to_hear("ready")
+        pair.wait_for_output("ready")
         slow_down(pair)
         running = tool.start("watch", str(pair.source), "--interval", "0.1")
         running.wait_for_line("no migration yet")
@@ -52,7 +52,7 @@ def test_a_cancelled_migration_is_no_success(
 ) -> None:
     folder = tmp_path_factory.mktemp("p")
     with foreign_pair(find_qemu(None), folder, busy_guest()) as pair:
-        pair.wait_to_hear("ready")
+        pair.wait_for_output("ready")
         slow_down(pair)
         pair.begin_to_migrate()
         running = tool.start("watch", str(pair.source), "--interval", "0.1")
@@ -68,7 +68,7 @@ def test_the_rate_of_a_guest_without_devices(
 ) -> None:
     folder = tmp_path_factory.mktemp("p")
     with foreign_pair(find_qemu(None), folder, busy_guest()) as pair:
-        pair.wait_to_hear("ready")
+        pair.wait_for_output("ready")
         outcome = tool.run("dirty-rate", str(pair.source), "--json")
         assert outcome.exit_code == 0, outcome.errors
         rates = json.loads(outcome.output)

@@ -1,4 +1,4 @@
-"""A Linux guest with a balloon that frees memory when a test says so (balloon_guest.c)."""
+"""A Linux guest with a balloon that frees memory on a test's command (balloon_guest.c)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TIMEOUT_S = 60.0
 PAGE_BYTES = 4096
 FREED_BYTES = 64 << 20  # as in balloon_guest.c
 RAM = "196616K"
-"""No multiple of 256 KiB: at such sizes QEMU 7.2 loses what vCPUs write under TCG."""
+"""Not a multiple of 256 KiB: with such a size QEMU 7.2 loses what vCPUs write under TCG."""
 
 
 MEMORY = {
@@ -27,7 +27,10 @@ MEMORY = {
 
 
 def options(folder: Path) -> list[str]:
-    """The QEMU options that boot it, but for its RAM; `folder` keeps its init and initramfs."""
+    """Return the QEMU options that boot the guest, except for its RAM.
+
+    `folder` receives its init and initramfs.
+    """
     kernel = linux.linux_guest(linux.BALLOON).kernel
     compile_c([Path(__file__).with_suffix(".c")], folder / "init", "-static")
     modules = linux.kernel_folder() / "modules"
@@ -37,8 +40,8 @@ def options(folder: Path) -> list[str]:
         linux.newc_archive(
             {
                 "init": (folder / "init").read_bytes(),
-                "modules/order": "".join(f"/modules/{it}.ko\n" for it in names).encode(),
-                **{f"modules/{it}.ko": (modules / f"{it}.ko").read_bytes() for it in names},
+                "modules/order": "".join(f"/modules/{name}.ko\n" for name in names).encode(),
+                **{f"modules/{name}.ko": (modules / f"{name}.ko").read_bytes() for name in names},
             }
         )
     )
@@ -51,8 +54,11 @@ def options(folder: Path) -> list[str]:
 
 
 def free_while_migrating(pair: Pair) -> None:
-    """Migrate; the guest frees memory once all of its RAM has been sent, and QEMU discards it
-    before the migration ends."""
+    """Migrate a guest that frees memory during the migration.
+
+    The guest frees the memory after all of its RAM has been sent, and QEMU discards it before the
+    migration ends.
+    """
     source = pair.monitors[0]
     with _line_of(pair) as line:
         _wait_for_word(line, b"ready")
@@ -65,7 +71,7 @@ def free_while_migrating(pair: Pair) -> None:
         _wait_for_word(line, b"freed")
         _wait_until(
             lambda: before - _resident_bytes(pair.pids[0]) >= FREED_BYTES // 2,
-            "memory that the source discards",
+            "discarded memory on the source",
         )
     source.execute("migrate-set-parameters", downtime_limit=60_000, max_bandwidth=1 << 30)
     assert source.wait_for("query-migrate", "completed", "failed") == "completed"
@@ -73,7 +79,7 @@ def free_while_migrating(pair: Pair) -> None:
 
 
 def populated_after(pair: Pair, run: dict[str, int]) -> int:
-    """The guest-physical address of the first page behind a run that is not zero on the source."""
+    """Return the GPA of the first page after a run that is not zero on the source."""
     page = run["gpa"] // PAGE_BYTES + run["pages"]
     command = f"gpa2hva {page * PAGE_BYTES:#x}"
     text = pair.monitors[0].execute("human-monitor-command", command_line=command)
@@ -101,11 +107,11 @@ def _line_of(pair: Pair) -> socket.socket:
 
 
 def _wait_for_word(line: socket.socket, word: bytes) -> None:
-    said = b""
-    while word not in said:
+    received = b""
+    while word not in received:
         more = line.recv(4096)
-        assert more, f"the guest is gone, and has not said {word!r}, but {said!r}"
-        said += more
+        assert more, f"the guest has ended; expected {word!r}, got {received!r}"
+        received += more
 
 
 def _wait_until(holds: Callable[[], bool], what: str) -> None:

@@ -1,4 +1,4 @@
-"""Two QEMUs that a test starts by itself, as any user would: dmaproof knows only their sockets."""
+"""Two QEMUs that a test starts by itself, as a user does: dmaproof knows only their sockets."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ MEMORY = {
     "anonymous": ["-object", "memory-backend-ram,id=ram0,size=64M,share=on"],
     "private": ["-object", "memory-backend-ram,id=ram0,size=64M"],
 }
-"""QEMU options for each way in which a guest's RAM can stand in memory."""
+"""QEMU options for each kind of memory that a guest's RAM can have."""
 WITH_RAM0 = ["-machine", "q35,memory-backend=ram0", "-m", "64"]
 
-_HEARD = ["-chardev", "file,id=heard,path={folder}/{side}-heard"]
-HEARD_PROBE = [*_HEARD, *("-serial", "null", "-serial", "chardev:heard")]
-HEARD_FIRMWARE = [*_HEARD, *("-device", "isa-debugcon,iobase=0x402,chardev=heard")]
-"""QEMU options that let `Pair.wait_to_hear` know what the probe guest or SeaBIOS says."""
+_OUTPUT = ["-chardev", "file,id=output,path={folder}/{side}-output"]
+PROBE_OUTPUT = [*_OUTPUT, *("-serial", "null", "-serial", "chardev:output")]
+FIRMWARE_OUTPUT = [*_OUTPUT, *("-device", "isa-debugcon,iobase=0x402,chardev=output")]
+"""QEMU options that let `Pair.wait_for_output` read the output of the probe guest or SeaBIOS."""
 
 
 class Monitor:
-    """A QMP client of a test's own."""
+    """The test's own QMP client."""
 
     def __init__(self, path: Path) -> None:
         deadline = time.monotonic() + _TIMEOUT_S
@@ -46,7 +46,7 @@ class Monitor:
                 break
             except OSError:
                 self._socket.close()
-                assert time.monotonic() < deadline, f"no QEMU at {path}"
+                assert time.monotonic() < deadline, f"no QEMU listens at {path}"
                 time.sleep(0.05)
         self._stream = self._socket.makefile("rw")
         self._read()
@@ -57,7 +57,7 @@ class Monitor:
         return answer
 
     def execute(self, command: str, **arguments: Any) -> Any:
-        """Execute `command`; underscores become hyphens."""
+        """Execute `command`; underscores in the names of arguments become hyphens."""
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         self._stream.write(json.dumps({"execute": command, "arguments": named}))
         self._stream.flush()
@@ -68,7 +68,7 @@ class Monitor:
                 return answer["return"]
 
     def wait_for(self, command: str, *wanted: str) -> str:
-        """Ask until the status is one of those `wanted`."""
+        """Query `command` until the status is one of those `wanted`."""
         deadline = time.monotonic() + _TIMEOUT_S
         while True:
             status: str = self.execute(command).get("status", "none")
@@ -85,7 +85,7 @@ class Monitor:
 
 @dataclass(frozen=True)
 class Pair:
-    """A source and a destination; `folder` has their sockets, and `monitors` our own clients."""
+    """A source and a destination; `folder` has their sockets, `monitors` the test's QMP clients."""
 
     folder: Path
     source: Path
@@ -103,7 +103,7 @@ class Pair:
         """Migrate from the source to the destination, which stays paused.
 
         The source's vCPUs are paused first, unless they are to be `running`: under TCG some QEMUs
-        lose what they write meanwhile (docs/kernel-findings.md).
+        lose what vCPUs write during a migration (docs/kernel-findings.md).
         """
         if not running:
             self.monitors[0].execute("stop")
@@ -112,21 +112,21 @@ class Pair:
         assert source.wait_for("query-migrate", "completed", "failed") == "completed"
         destination.wait_for("query-status", "paused")
 
-    def wait_to_hear(self, text: str) -> None:
-        """Wait until the source's guest has said `text`."""
-        heard = self.folder / "source-heard"
+    def wait_for_output(self, text: str) -> None:
+        """Wait until the source's guest has printed `text`."""
+        file = self.folder / "source-output"
         deadline = time.monotonic() + _TIMEOUT_S
-        while text not in (said := heard.read_text(errors="replace")):
-            assert time.monotonic() < deadline, f"no {text!r} from the guest, but {said!r}"
+        while text not in (output := file.read_text(errors="replace")):
+            assert time.monotonic() < deadline, f"expected {text!r} from the guest, got {output!r}"
             time.sleep(0.05)
 
     def memory_file(self, side: int, name: str) -> Path:
-        """The entry in /proc of the file behind the RAM of a side (0 source, 1 destination)."""
+        """Return the /proc entry of the file with the RAM of a side (0 source, 1 destination)."""
         for entry in Path(f"/proc/{self.pids[side]}/fd").iterdir():
             with contextlib.suppress(OSError):
                 if name in os.fspath(entry.readlink()):
                     return entry
-        raise AssertionError(f"process {self.pids[side]} has no {name}")
+        raise AssertionError(f"process {self.pids[side]} has not opened {name}")
 
 
 @contextlib.contextmanager
@@ -138,17 +138,18 @@ def foreign_pair(
     accelerator: str = "tcg",
     destination: Sequence[str] = ("-S", "-incoming", "defer"),
 ) -> Iterator[Pair]:
-    """The pair with `arguments`, in which {folder} and {side} are replaced.
+    """Start the pair with `arguments`, in which {folder} and {side} are replaced.
 
-    `destination` are the options of that side alone.
+    `destination` are the additional options of the destination.
 
-    Each side has two more QMP sockets: another free one, and one for the test itself.
+    Each side has two more QMP sockets: a free one, and one for the test itself.
     """
     processes: list[subprocess.Popen[bytes]] = []
     monitors: list[Monitor] = []
     try:
         for side, extra in (("source", ()), ("destination", destination)):
-            options = [it.format(folder=folder, side=side) for it in (*arguments, *extra)]
+            words = (*arguments, *extra)
+            options = [word.format(folder=folder, side=side) for word in words]
             for name in (side, f"{side}-2", f"{side}-test"):
                 options += ["-qmp", f"unix:{folder / name},server=on,wait=off"]
             command = [os.fspath(qemu), "-nodefaults", "-display", "none", "-accel", accelerator]

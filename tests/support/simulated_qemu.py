@@ -1,4 +1,4 @@
-"""A paused QEMU for tests of what reads its RAM: it answers QMP, and its RAM is a file."""
+"""A simulated paused QEMU that answers QMP, with its RAM in a file, for tests that read the RAM."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def _do_nothing() -> None:
 
 @dataclass
 class SimulatedQemu:
-    """A QEMU with RAM `ram_fd`, of which `regions` show parts, each from its `offset` on.
+    """A QEMU with RAM `ram_fd`, of which each of the `regions` shows a part, from its `offset` on.
 
-    `hvas` has the host address of a region by its GPA. `on_save` is called whenever QEMU saves a
-    piece of its RAM, before it does. `saves` counts these pieces. Each property in `qom` is true.
-    `thread` is the thread of its vCPU, where that is not the process's first.
+    `hvas` has the host address of a region by its GPA. `on_save` is called before QEMU saves a
+    piece of its RAM, and `saves` counts these pieces. Each property in `qom` is true. `thread` is
+    the thread of its vCPU, if that is not the first thread of the process.
     """
 
     name: str
@@ -47,12 +47,12 @@ class SimulatedQemu:
 
     @property
     def qmp(self) -> SimulatedQemu:
-        """Its QMP session, which is itself."""
+        """The QMP session, which is this object."""
         return self
 
     @property
     def attached(self) -> Qemu:
-        """As those take it who read its RAM."""
+        """This object, with the type that the code under test expects."""
         return cast(Qemu, self)
 
     async def execute(self, command: str, **arguments: Any) -> Any:
@@ -73,11 +73,11 @@ class SimulatedQemu:
         }[command]
 
     async def status(self) -> str:
-        """Its run state."""
+        """Return the run state."""
         return self.state
 
     async def monitor(self, command: str) -> str:
-        """Answer a command of the human monitor."""
+        """Answer a human monitor command."""
         if command == "info mtree -f":
             return self._flat_view()
         if command.startswith("gpa2hva "):
@@ -96,6 +96,6 @@ class SimulatedQemu:
         return "\n".join(["FlatView #0", ' AS "memory", root: system', *lines, ""])
 
     def save(self, gpa: int, length: int, file: Path) -> None:
-        """Write `length` bytes of its RAM, from `gpa` on, to a file."""
+        """Write `length` bytes of the RAM, from `gpa` on, to a file."""
         region = next(region for region in self.regions if region.gpa <= gpa < region.end)
         file.write_bytes(os.pread(self.ram_fd, length, region.offset + gpa - region.gpa))

@@ -1,6 +1,6 @@
-"""Where a lost page is placed, and which write to it counts, at the edges of slots and writes.
+"""The place of a lost page and the write that counts, at the edges of slots and writes.
 
-The RAM file begins with what the guest has above 4 GiB, so an address is never its own offset.
+The RAM file begins with the guest's RAM above 4 GiB, so an address never equals its offset.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 
 PAGES = 8
 LOW, HIGH = 2 * PAGE, 1 << 32
-"""Where the second and the first half of the file are in the guest; 4 pages each."""
+"""The GPAs of the second and the first half of the file, 4 pages each."""
 HALF = 4 * PAGE
 ALL_SENT_NS = 1000
 
 
 class Proof:
-    """Both sides' RAM, and the journal of a device that wrote at the source."""
+    """The RAM of both sides, and the journal of a device that wrote on the source."""
 
     def __init__(self, stack: ExitStack) -> None:
         files = []
@@ -50,7 +50,7 @@ class Proof:
     def write(
         self, gpa: int, data: bytes, *, iova: int = 0, time_ns: int = 2000, seen: bool = True
     ) -> None:
-        """The device writes at the source; all links or none see it."""
+        """Let the device write on the source; all links or none see the write."""
         os.pwrite(self.source.fd, data, gpa - HIGH if gpa >= HIGH else gpa - LOW + HALF)
         number, kind = len(self.rows) + 1, WriteKind.DATA
         self.rows.append((time_ns, number, iova, gpa, 1, len(data), zlib.crc32(data), kind, 0))
@@ -58,7 +58,7 @@ class Proof:
             self.links[link].see(gpa, len(data), 1)
 
     def arrive(self, offset: int, data: bytes) -> None:
-        """Let the destination have this at an offset of the file."""
+        """Write `data` to the destination at an offset of the file."""
         os.pwrite(self.destination.fd, data, offset)
 
     @property
@@ -96,18 +96,18 @@ def proof() -> Iterator[Proof]:
         (2 * HALF, None),
     ],
 )
-def test_an_offset_is_placed_by_the_slot_that_has_it(
+def test_an_offset_gets_its_gpa_from_the_slot_that_contains_it(
     proof: Proof, offset: int, gpa: int | None
 ) -> None:
     assert gpa_of(offset, proof.slots) == gpa
     assert gpa_of(offset, []) is None
 
 
-def test_an_offset_before_every_slot_is_nowhere(proof: Proof) -> None:
+def test_an_offset_before_every_slot_has_no_gpa(proof: Proof) -> None:
     assert gpa_of(HALF - 1, proof.slots[1:]) is None
 
 
-def test_a_slot_is_of_a_file_whose_device_and_inode_it_has(proof: Proof) -> None:
+def test_a_slot_belongs_to_the_file_with_its_device_and_inode(proof: Proof) -> None:
     slot = proof.slots[0]
     others = [slot._replace(device=slot.device + 1), slot._replace(inode=slot.inode + 1)]
     assert slots_in(proof.source, [*others, slot]) == [slot]
@@ -121,7 +121,9 @@ def test_a_logged_write_that_the_source_still_has_is_qemus_loss(proof: Proof, gp
     assert page.gpa == gpa // PAGE * PAGE
 
 
-def test_a_logged_write_of_which_a_part_changed_later_is_the_accelerators(proof: Proof) -> None:
+def test_a_logged_write_that_was_partly_overwritten_later_is_the_accelerators_loss(
+    proof: Proof,
+) -> None:
     proof.write(HIGH + PAGE - 2, b"abcd", iova=7 * PAGE)
     os.pwrite(proof.source.fd, b"!", PAGE - 2)
     lost = proof.lost()
@@ -129,14 +131,14 @@ def test_a_logged_write_of_which_a_part_changed_later_is_the_accelerators(proof:
     assert [page.iova for page in lost] == [7 * PAGE, 7 * PAGE + 2]
 
 
-def test_a_write_that_begins_outside_of_ram_cannot_still_be_there(proof: Proof) -> None:
+def test_a_write_that_begins_outside_ram_is_the_accelerators_loss(proof: Proof) -> None:
     proof.write(LOW, b"cd")
     proof.rows[0] = (2000, 1, 0, LOW - 2, 1, 4, zlib.crc32(b"abcd"), WriteKind.DATA, 0)
     (page,) = proof.lost()
     assert (page.blame, page.gpa, page.iova) == (Blame.ACCELERATOR, LOW, 2)
 
 
-def test_the_last_write_counts_that_has_a_byte_that_differs(proof: Proof) -> None:
+def test_the_last_write_to_a_differing_byte_counts(proof: Proof) -> None:
     proof.write(LOW + 8, b"first", iova=8, time_ns=2000, seen=False)
     proof.write(LOW + 13, b"second", iova=13, time_ns=3000, seen=False)
     proof.arrive(HALF + 13, b"second")
@@ -161,7 +163,7 @@ def test_a_byte_outside_every_write_is_lost_by_the_accelerator(proof: Proof) -> 
     ]
 
 
-def test_each_page_of_a_long_write_has_its_row() -> None:
+def test_each_page_of_a_long_write_has_a_row() -> None:
     records = np.zeros(3, dtype=RECORD)
     records["gpa"] = (HIGH + PAGE, HIGH + 2 * PAGE - 1, HIGH + 3 * PAGE)
     records["length"] = (2 * PAGE, PAGE + 2, 1)
@@ -171,13 +173,13 @@ def test_each_page_of_a_long_write_has_its_row() -> None:
     assert rows == {0: [], 1: [0, 1], 2: [0, 1], 3: [1, 2], 4: []}
 
 
-def test_without_a_journal_nothing_is_known_but_the_once_pages() -> None:
+def test_without_a_journal_only_the_write_once_pages_are_known() -> None:
     expected = Sensitivity(0, 0, 9, 9, 0, 0, 0, evidence_source=EvidenceSource.GUEST)
     assert sensitivity_by_guest(9) == expected
     assert sensitivity_by_guest(9, guaranteed=False).guaranteed_detectable == 0
 
 
-def test_a_write_counts_from_the_moment_by_which_all_was_sent(proof: Proof) -> None:
+def test_a_page_is_rewritten_if_its_write_is_not_before_all_pages_were_sent(proof: Proof) -> None:
     for page, time_ns in enumerate((ALL_SENT_NS - 1, ALL_SENT_NS, ALL_SENT_NS + 1)):
         proof.write(LOW + page * PAGE, b"x", time_ns=time_ns)
     sensitivity = proof.sensitivity()
@@ -188,7 +190,7 @@ def test_a_write_counts_from_the_moment_by_which_all_was_sent(proof: Proof) -> N
     )
 
 
-def test_reports_and_writes_are_matched_by_address(proof: Proof) -> None:
+def test_reported_and_written_pages_are_matched_by_address(proof: Proof) -> None:
     proof.write(LOW + 3 * PAGE, b"x")
     proof.write(HIGH, b"x")
     proof.write(HIGH + 3 * PAGE, b"x")
@@ -198,7 +200,7 @@ def test_reports_and_writes_are_matched_by_address(proof: Proof) -> None:
     assert proof.sensitivity().reported_unwritten == 2
 
 
-def test_a_page_is_missed_only_where_a_slot_still_has_it(proof: Proof) -> None:
+def test_a_page_is_unreported_only_if_a_slot_still_contains_it(proof: Proof) -> None:
     for page in range(4):
         proof.write(HIGH + page * PAGE, b"x", seen=False)
     part = proof.slots[0]._replace(gpa=HIGH + PAGE, length=2 * PAGE)
@@ -207,12 +209,12 @@ def test_a_page_is_missed_only_where_a_slot_still_has_it(proof: Proof) -> None:
     assert proof.sensitivity([part]).missed_by == {"": 2}
 
 
-def test_the_first_byte_of_a_page_counts(proof: Proof) -> None:
+def test_a_write_to_the_first_byte_of_a_page_counts(proof: Proof) -> None:
     proof.write(LOW + PAGE, b"x", seen=False)
     assert [page.request for page in proof.lost()] == [1]
 
 
-def test_a_write_of_nothing_has_lost_nothing(proof: Proof) -> None:
+def test_a_write_of_zero_bytes_is_not_blamed(proof: Proof) -> None:
     proof.write(LOW, b"", seen=False)
     os.pwrite(proof.source.fd, b"vcpu", HALF)
     assert [(page.blame, page.request) for page in proof.lost()] == [(Blame.ACCELERATOR, None)]
@@ -222,7 +224,7 @@ def test_a_write_of_nothing_has_lost_nothing(proof: Proof) -> None:
 
 
 def test_the_end_of_a_slot_is_the_start_of_the_next(proof: Proof) -> None:
-    """The guest has the halves of the file one behind the other, the second one first."""
+    """The guest has the halves of the file at consecutive addresses, the second half first."""
     _, second = proof.slots
     proof.slots = [second, proof.slots[0]._replace(gpa=LOW + HALF)]
     proof.links = {link: PageEpochs([IovaRange(LOW, 2 * HALF)]) for link in TRACED_LINKS}
@@ -240,7 +242,7 @@ def test_a_page_outside_every_slot_is_lost_by_the_accelerator(proof: Proof) -> N
     assert proof.lost() == [LostPage(HALF, None, 4, Blame.ACCELERATOR)]
 
 
-def test_a_page_that_no_device_wrote_has_its_place_and_nothing_more(proof: Proof) -> None:
+def test_a_page_that_no_device_wrote_is_reported_without_a_write(proof: Proof) -> None:
     proof.write(HIGH, b"data")
     proof.arrive(0, b"data")
     os.pwrite(proof.source.fd, b"vcpu", HALF + PAGE)
@@ -255,7 +257,7 @@ def test_the_queue_the_kind_and_the_time_of_the_last_write_are_reported(proof: P
     assert (page.queue, page.kind, page.seconds) == (3, "used ring", 2.0)
 
 
-def test_without_a_start_of_logging_the_time_is_the_clocks(proof: Proof) -> None:
+def test_without_a_start_of_logging_the_time_is_the_clock_time(proof: Proof) -> None:
     proof.write(LOW, b"data", time_ns=2_000_000_000)
     evidence = replace(proof.evidence, started_ns=None)
     differing = compare(proof.source, proof.destination)
@@ -276,7 +278,7 @@ def test_of_two_devices_that_wrote_at_the_same_moment_the_first_counts(proof: Pr
 
 
 def test_the_rows_of_a_page_keep_the_order_of_the_writes_however_many_there_are() -> None:
-    """Sorts that are not stable keep the order of a few equal items by chance."""
+    """An unstable sort may keep the order of a few equal items by chance."""
     records = np.zeros(3000, dtype=RECORD)
     records["gpa"] = np.arange(3000) % 3 * PAGE
     records["length"] = 1
@@ -285,9 +287,9 @@ def test_the_rows_of_a_page_keep_the_order_of_the_writes_however_many_there_are(
         assert written.rows_of(page).tolist() == list(range(page, 3000, 3))
 
 
-def test_json_of_a_proof_without_a_journal_says_what_is_known() -> None:
-    told = sensitivity_by_guest(9).to_json()
-    known = {name: value for name, value in told.items() if value is not None}
+def test_json_without_a_journal_has_only_the_known_figures() -> None:
+    members = sensitivity_by_guest(9).to_json()
+    known = {name: value for name, value in members.items() if value is not None}
     assert known == {
         "rewritten": 9,
         "guaranteed_detectable": 9,

@@ -1,6 +1,6 @@
-"""Which memory a check of two QEMUs compares, where it places what differs, and what it leaves out.
+"""The memory that a check of two QEMUs compares, locates differences in, and leaves out.
 
-Both QEMUs are simulated: this process has their RAM mapped.
+Both QEMUs are simulated: this process maps their RAM.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from support.simulated_qemu import SimulatedQemu
 
 PAGES = 16
 HIDDEN = range(5, 8)
-"""The pages of the memory backend that no region shows."""
+"""The pages of the memory backend that the physical map hides."""
 HIGH = 1 << 32
 ROM = 0xFFF00000
 ROM_PAGE = PAGES
-"""The page of the file that the ROM is in, behind the backend's."""
+"""The page of the file that contains the ROM, after the backend's pages."""
 ROM_TAIL_BYTES = 512
 REGIONS = [
     MapRegion(0, 5 * PAGE, "ram", "ram0"),
@@ -48,7 +48,7 @@ RAM_BLOCKS = """\
 def simulated(
     stack: ExitStack, name: str, fd: int, flags: int = mmap.MAP_SHARED, **more: Any
 ) -> SimulatedQemu:
-    """A QEMU whose RAM, in file `fd`, is mapped in this process."""
+    """Return a QEMU whose RAM, in file `fd`, is mapped in this process."""
     mapping = mmap.mmap(fd, os.fstat(fd).st_size, flags)
     base = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
     offsets = {0: 0, HIGH: 8 * PAGE, ROM: ROM_PAGE * PAGE}
@@ -76,7 +76,7 @@ class Sides:
         self.destination = simulated(stack, "destination", fds[1], state="paused")
 
     def lose(self, *pages: int) -> None:
-        """Let these pages of the file differ."""
+        """Make these pages of the file differ."""
         for page in pages:
             os.pwrite(self.source.ram_fd, b"lost", page * PAGE)
 
@@ -92,8 +92,11 @@ def sides(tmp_path: Path) -> Iterator[Sides]:
 
 
 def places(found: Check) -> list[tuple[int | None, str, int]]:
-    """Where the pages that differ are; offsets in pages."""
-    return [(it.gpa, it.region, it.offset // PAGE) for it in found.differences]
+    """Return the places of the pages that differ, with offsets in pages."""
+    return [
+        (difference.gpa, difference.region, difference.offset // PAGE)
+        for difference in found.differences
+    ]
 
 
 LOST = (4, 5, 7, 8, 15, ROM_PAGE)
@@ -116,12 +119,12 @@ def test_mapped_and_hidden_memory_is_compared(sides: Sides) -> None:
         (HIGH, "ram0", 8, 8),
         (None, "ram0", 5, 3),
     ]
-    assert found.sentence == f"every page equal: {PAGES + 1} pages compared"
+    assert found.sentence == f"all pages are equal: {PAGES + 1} pages compared"
     assert found.source.in_place_bytes == 14 * PAGE + ROM_TAIL_BYTES
     assert found.source.copied_bytes == found.source.saved_bytes == 0
 
 
-def test_a_page_that_differs_is_placed_by_address_and_in_its_backend(sides: Sides) -> None:
+def test_a_page_that_differs_is_located_by_address_and_backend_offset(sides: Sides) -> None:
     sides.lose(*LOST)
     found = sides.check()
     assert places(found) == PLACES
@@ -132,7 +135,7 @@ def test_pages_compared_in_pieces_have_the_same_addresses(
     sides: Sides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qmp_tools.ram_check.check.PIECE_BYTES", 2 * PAGE)
-    sides.source.pid = sides.destination.pid = 0  # so QEMU has to save its RAM
+    sides.source.pid = sides.destination.pid = 0  # then QEMU has to save its RAM
     sides.lose(4, 8, 15)
     found = sides.check()
     assert places(found) == [PLACES[0], *PLACES[2:4]]
@@ -156,7 +159,7 @@ def test_hidden_memory_is_compared_in_pieces_too(
 
 
 def mapped_ram(found: Check) -> list[tuple[int, int]]:
-    """The first page and the length, in pages, of what was compared of the map's RAM."""
+    """Return first page and length, in pages, of each compared area of the map's RAM."""
     return [
         (area.offset // PAGE, area.pages)
         for area in found.areas
@@ -174,7 +177,7 @@ def test_only_memory_that_both_sides_share_is_compared_in_one_piece(
     assert mapped_ram(sides.check()) == [(0, 4), (4, 1), (8, 4), (12, 4)]
 
 
-def test_hidden_memory_is_compared_where_the_maps_have_other_edges(sides: Sides) -> None:
+def test_hidden_memory_is_compared_although_the_maps_have_different_edges(sides: Sides) -> None:
     low = sides.destination.hvas[0]
     sides.destination.hvas = {**sides.destination.hvas, 3 * PAGE: low + 3 * PAGE}
     sides.destination.regions = [
@@ -186,13 +189,13 @@ def test_hidden_memory_is_compared_where_the_maps_have_other_edges(sides: Sides)
     assert places(sides.check()) == [(None, "ram0", 6)]
 
 
-def test_hidden_memory_is_compared_though_another_backend_is_not_in_the_map(sides: Sides) -> None:
+def test_hidden_memory_is_compared_although_another_backend_is_not_in_the_map(sides: Sides) -> None:
     sides.source.backends = [{"id": "unplugged", "size": PAGE}, *BACKENDS]
     sides.lose(6)
     assert places(sides.check()) == [(None, "ram0", 6)]
 
 
-def test_private_memory_is_copied_the_hidden_part_too(sides: Sides) -> None:
+def test_private_memory_is_copied_including_its_hidden_part(sides: Sides) -> None:
     for qemu in (sides.source, sides.destination):
         private = simulated(sides.stack, "some", qemu.ram_fd, mmap.MAP_PRIVATE)
         qemu.hvas = private.hvas
@@ -204,7 +207,7 @@ def test_private_memory_is_copied_the_hidden_part_too(sides: Sides) -> None:
         assert (side.saved_bytes, side.pid) == (0, os.getpid())
 
 
-def test_page_numbers_are_whole_numbers_where_there_are_none(sides: Sides) -> None:
+def test_empty_arrays_of_page_numbers_have_an_integer_type(sides: Sides) -> None:
     kinds = {
         numbers.dtype
         for area in sides.check().areas
@@ -228,11 +231,11 @@ def test_hidden_memory_that_one_side_cannot_read_is_reported(sides: Sides, side:
     assert (found.exit_code, found.pages) == (0, PAGES + 1 - len(HIDDEN))
     (hidden,) = (it for it in found.not_compared if it.region == "ram0")
     assert (hidden.offset, hidden.length) == (5 * PAGE, 3 * PAGE)
-    assert hidden.why == "hidden by the physical map, and QEMU saves only what that shows"
+    assert hidden.why == "hidden by the physical map; QEMU can save only memory that the map shows"
 
 
 @pytest.mark.parametrize("side", ["source", "destination"])
-def test_hidden_memory_of_a_backend_that_only_one_side_shows_is_left_alone(
+def test_hidden_memory_of_a_backend_that_only_one_side_shows_is_ignored(
     sides: Sides, side: str
 ) -> None:
     qemu: SimulatedQemu = getattr(sides, side)
@@ -242,7 +245,7 @@ def test_hidden_memory_of_a_backend_that_only_one_side_shows_is_left_alone(
     assert "ram0" not in {part.region for part in found.not_compared}
 
 
-def test_hidden_memory_of_backends_of_different_size_is_left_alone(sides: Sides) -> None:
+def test_hidden_memory_of_backends_of_different_size_is_ignored(sides: Sides) -> None:
     sides.destination.backends = [{"id": "ram0", "size": 2 * PAGES * PAGE}]
     assert all(area.gpa is not None for area in sides.check().areas)
 
@@ -283,9 +286,9 @@ def test_a_page_that_differs_names_its_dimm(sides: Sides, page: int, dimm: str |
 
 
 TCG_MAY_LOSE = (
-    "the source does not run under KVM. Under TCG this QEMU may lose what vCPUs write to RAM block "
-    "ram0, because its size, 256 KiB, is a multiple of 256 KiB (docs/kernel-findings.md): see "
-    "whether pages differ under KVM too"
+    "the source does not use KVM. With TCG this QEMU may lose what vCPUs write to RAM block ram0, "
+    "because its size, 256 KiB, is a multiple of 256 KiB (docs/kernel-findings.md). Check whether "
+    "pages also differ under KVM"
 )
 
 
@@ -313,7 +316,7 @@ def test_pages_that_tcg_may_have_lost_are_noted(
 
 
 def balloon(**options: bool) -> dict[str, list[dict[str, str]]]:
-    """What QEMU tells of a balloon with `options`."""
+    """Return what QEMU reports of a balloon with `options`."""
     folder = "/machine/peripheral"
     return {
         folder: [{"name": "b", "type": "child<virtio-balloon-device>"}],
@@ -322,19 +325,20 @@ def balloon(**options: bool) -> dict[str, list[dict[str, str]]]:
 
 
 HINTED = (
-    "the source has a balloon with free-page-hint=on: a page that was sent, freed by the guest and "
-    "hinted then differs as well. See whether pages differ with it off"
+    "the source has a balloon with free-page-hint=on: a page that was sent, and then freed and "
+    "hinted by the guest, differs without being lost. Check whether pages also differ with "
+    "free-page-hint=off"
 )
 UNDECIDED = (
-    "whether the undecided pages are lost or given back cannot be seen from outside: they may be "
-    "zero because a huge page was filled in around them, or not sent because the guest hinted that "
-    "they are free. Compare with RAM in a memfd, without transparent huge pages and with "
-    "free-page-hint=off"
+    "dmaproof cannot determine from outside whether the undecided pages were lost or given back: a "
+    "page may be zero because the kernel filled in a huge page around it, or unsent because the "
+    "guest hinted that it is free. For a decision, repeat the check with RAM in a memfd, without "
+    "transparent huge pages, and with free-page-hint=off"
 )
 
 
 @pytest.mark.parametrize(
-    ("qom", "page_there", "exit_code", "notes"),
+    ("qom", "received_page", "exit_code", "notes"),
     [
         ({}, 3, 1, []),
         (balloon(free_page_reporting=True), 3, 1, []),
@@ -346,23 +350,23 @@ UNDECIDED = (
 def test_pages_that_a_balloon_may_have_changed_are_noted(
     sides: Sides,
     qom: dict[str, list[dict[str, str]]],
-    page_there: int | None,
+    received_page: int | None,
     exit_code: int,
     notes: list[str],
 ) -> None:
-    """Where not one page of a block has reached the destination, a hint may have withheld it."""
+    """If no page of a block has reached the destination, a hint may have withheld the block."""
     sides.source.qom = qom
     sides.lose(2)
-    if page_there is not None:
+    if received_page is not None:
         for qemu in (sides.source, sides.destination):
-            os.pwrite(qemu.ram_fd, b"same", page_there * PAGE)
+            os.pwrite(qemu.ram_fd, b"same", received_page * PAGE)
     found = sides.check()
     assert found.exit_code == exit_code
     assert found.notes == notes
 
 
-def test_a_zero_page_is_not_decided_where_its_memory_cannot_be_looked_at(sides: Sides) -> None:
-    """A balloon may have discarded it, which QEMU does not say when it saves its RAM."""
+def test_a_zero_page_is_undecided_if_its_memory_cannot_be_read(sides: Sides) -> None:
+    """A balloon may have discarded the page, which QEMU does not report when it saves its RAM."""
     sides.source.qom = balloon(free_page_reporting=True)
     sides.source.qom["/machine/peripheral/b"].clear()
     sides.source.pid = sides.destination.pid = 0
@@ -374,14 +378,14 @@ def test_a_zero_page_is_not_decided_where_its_memory_cannot_be_looked_at(sides: 
 
 def test_a_clock_that_kvm_writes_is_named_and_does_not_count_as_lost(sides: Sides) -> None:
     clock = 0xE0
-    with ram_fd((clock + 1) * PAGE) as ours, ram_fd((clock + 1) * PAGE) as theirs:
-        for qemu, fd in ((sides.source, ours), (sides.destination, theirs)):
+    with ram_fd((clock + 1) * PAGE) as sent, ram_fd((clock + 1) * PAGE) as received:
+        for qemu, fd in ((sides.source, sent), (sides.destination, received)):
             qemu.hvas = simulated(sides.stack, "some", fd).hvas
             qemu.regions = [MapRegion(0, (clock + 1) * PAGE, "ram", "ram0")]
             qemu.backends, qemu.kvm = [], True
-        os.pwrite(ours, b"time", clock * PAGE)
+        os.pwrite(sent, b"time", clock * PAGE)
         assert sides.check().exit_code == 0
-        os.pwrite(ours, b"lost", PAGE)
+        os.pwrite(sent, b"lost", PAGE)
         found = sides.check()
     assert [(it.offset // PAGE, it.known, bool(it.why)) for it in found.differences] == [
         (1, None, False),
@@ -390,28 +394,28 @@ def test_a_clock_that_kvm_writes_is_named_and_does_not_count_as_lost(sides: Side
     assert (found.exit_code, found.differing, found.known) == (1, 2, 1)
 
 
-def test_a_balloon_of_the_destination_has_given_nothing_back(sides: Sides) -> None:
+def test_a_balloon_of_the_destination_does_not_count(sides: Sides) -> None:
     sides.destination.qom = balloon(free_page_hint=True)
     sides.lose(2)
     found = sides.check()
     assert (found.exit_code, list(found.discarders)) == (1, [])
 
 
-def test_only_the_first_ten_thousand_pages_are_looked_into(sides: Sides) -> None:
+def test_only_the_first_ten_thousand_pages_are_inspected(sides: Sides) -> None:
     low = 9_999
-    with ram_fd((low + 3) * PAGE) as ours, ram_fd((low + 3) * PAGE) as theirs:
+    with ram_fd((low + 3) * PAGE) as sent, ram_fd((low + 3) * PAGE) as received:
         regions = [
             MapRegion(0, low * PAGE, "ram", "ram0"),
             MapRegion(HIGH, 2 * PAGE, "ram", "ram0", low * PAGE),
             MapRegion(HIGH << 1, PAGE, "ram", "ram0", (low + 2) * PAGE),
         ]
-        for qemu, fd in ((sides.source, ours), (sides.destination, theirs)):
+        for qemu, fd in ((sides.source, sent), (sides.destination, received)):
             mapped = simulated(sides.stack, "some", fd)
             base = mapped.hvas[0]
             qemu.hvas = {region.gpa: base + region.offset for region in regions}
             qemu.regions, qemu.backends = regions, []
         for page in range(low + 3):
-            os.pwrite(ours, b"lost", page * PAGE)
+            os.pwrite(sent, b"lost", page * PAGE)
         found = sides.check()
     assert (found.differing, len(found.differences)) == (low + 3, 10_000)
     assert places(found)[-1] == (HIGH, "ram0", low)

@@ -1,4 +1,4 @@
-"""When a check of two QEMUs' RAM is refused, though each page that it compares may be equal."""
+"""The conditions under which a check of two QEMUs' RAM is refused, even if all pages are equal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REGION = MapRegion(0, PAGES * PAGE, "ram", "ram0")
 
 
 class Sides:
-    """The source and the destination of a migration; their QEMUs have to save their RAM."""
+    """The source and the destination of a migration, whose QEMUs have to save their RAM."""
 
     def __init__(self, stack: ExitStack, folder: Path) -> None:
         self._folder = folder
@@ -110,7 +110,7 @@ def test_a_guest_that_ran_before_is_refused_before_its_ram_is_read(
 
 
 @pytest.mark.parametrize("run", [source_is_resumed, destination_is_resumed])
-def test_without_a_migration_too_no_guest_may_run_during_the_comparison(
+def test_no_guest_may_run_during_a_comparison_without_a_migration(
     sides: Sides, run: Callable[[Sides], None]
 ) -> None:
     sides.source.migration = sides.destination.migration = {}
@@ -120,15 +120,15 @@ def test_without_a_migration_too_no_guest_may_run_during_the_comparison(
     assert sides.destination.saves == 1
 
 
-def test_without_a_migration_paused_guests_are_compared_whatever_they_did(sides: Sides) -> None:
+def test_paused_guests_that_have_run_are_compared_if_no_migration_is_expected(sides: Sides) -> None:
     sides.source.migration = sides.destination.migration = {}
     sides.destination.translation_blocks = 7
     found = sides.check(expect_migration=False)
     assert found.exit_code == 0
-    assert found.notes == ["no migration was expected, and so none was looked for"]
+    assert found.notes == ["no migration was expected, so dmaproof did not check for one"]
 
 
-def test_guests_that_never_migrated_are_refused_where_a_migration_is_expected(
+def test_guests_that_never_migrated_are_refused_if_a_migration_is_expected(
     sides: Sides,
 ) -> None:
     sides.source.migration = sides.destination.migration = {}
@@ -136,26 +136,26 @@ def test_guests_that_never_migrated_are_refused_where_a_migration_is_expected(
         sides.check()
 
 
-def test_a_difference_proves_nothing_where_the_guest_may_have_run(sides: Sides) -> None:
+def test_a_difference_proves_nothing_if_the_guest_may_have_run(sides: Sides) -> None:
     os.pwrite(sides.source.ram_fd, b"lost", 2 * PAGE)
     sides.destination.translation_blocks = None
-    with pytest.raises(GuestHasRunError, match="1 of 4 pages differ, but whether"):
+    with pytest.raises(GuestHasRunError, match="1 of 4 pages differ, but it is unknown whether"):
         sides.check()
 
 
-def test_equal_pages_prove_enough_where_the_guest_may_have_run(sides: Sides) -> None:
+def test_equal_pages_pass_even_if_the_guest_may_have_run(sides: Sides) -> None:
     sides.destination.translation_blocks = None
     assert sides.check().exit_code == 0
 
 
-def test_a_difference_counts_where_no_migration_was_expected(sides: Sides) -> None:
+def test_a_difference_counts_if_no_migration_was_expected(sides: Sides) -> None:
     os.pwrite(sides.source.ram_fd, b"lost", 2 * PAGE)
     sides.destination.translation_blocks = None
     found = sides.check(expect_migration=False)
     assert (found.exit_code, found.differing) == (1, 1)
 
 
-def test_a_lost_page_is_placed(sides: Sides) -> None:
+def test_a_lost_page_is_located(sides: Sides) -> None:
     os.pwrite(sides.source.ram_fd, b"lost", 2 * PAGE)
     (difference,) = sides.check().differences
     assert (difference.gpa, difference.region, difference.offset) == (2 * PAGE, "ram0", 2 * PAGE)
@@ -170,17 +170,17 @@ def test_guests_of_different_size_are_refused(sides: Sides) -> None:
 
 def test_two_sockets_of_one_qemu_are_refused(sides: Sides) -> None:
     sides.destination.hvas = sides.source.hvas
-    with pytest.raises(UsageError, match="both sockets are the same QEMU's"):
+    with pytest.raises(UsageError, match="both sockets belong to the same QEMU"):
         sides.check()
 
 
-def test_sockets_that_a_supervisor_opened_may_be_of_two_qemus(sides: Sides) -> None:
-    """They have its process id in common, but not their host addresses."""
+def test_sockets_that_a_supervisor_opened_may_belong_to_two_qemus(sides: Sides) -> None:
+    """Such QEMUs have the supervisor's process id in common, but different host addresses."""
     assert sides.source.pid == sides.destination.pid
     assert sides.check().exit_code == 0
 
 
-def test_one_socket_is_not_two_sides(tmp_path: Path) -> None:
+def test_one_socket_for_both_sides_is_refused(tmp_path: Path) -> None:
     socket = tmp_path / "qmp"
     socket.touch()
     (tmp_path / "link").symlink_to(socket)
@@ -195,7 +195,7 @@ def test_the_time_of_a_comparison_lies_within_that_of_the_check(sides: Sides) ->
 
 
 class Handle(Qemu):
-    """The handle of a simulated QEMU, as those have it who attached to one themselves."""
+    """The handle of a simulated QEMU, like that of a caller who has attached to it."""
 
     def __init__(self, simulated: SimulatedQemu) -> None:
         super().__init__(cast(Qmp, simulated), simulated.pid, simulated.socket_path)
@@ -212,7 +212,7 @@ class Handle(Qemu):
 def attached(
     sides: Sides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> list[tuple[str, Path, float]]:
-    """Let `check` attach to the simulated QEMUs; the name, path and timeout of each time."""
+    """Let `check` attach to the simulated QEMUs; return name, path and timeout of each call."""
     calls = []
 
     @asynccontextmanager
@@ -250,7 +250,7 @@ def test_a_qemu_that_is_given_by_its_handle_is_not_attached_to(
 
 
 @pytest.mark.usefixtures("attached")
-def test_a_check_expects_a_migration_unless_told_otherwise(sides: Sides) -> None:
+def test_a_check_expects_a_migration_by_default(sides: Sides) -> None:
     sides.source.migration = sides.destination.migration = {}
     with pytest.raises(NotMigratedError):
         asyncio.run(check("source", "destination"))
@@ -260,6 +260,8 @@ def test_a_check_expects_a_migration_unless_told_otherwise(sides: Sides) -> None
 @pytest.mark.parametrize(
     ("paths", "side"), [((7, "destination"), "source"), (("source", None), "destination")]
 )
-def test_what_is_no_path_is_refused_by_its_side(paths: tuple[Any, Any], side: str) -> None:
+def test_an_argument_that_is_not_a_path_is_refused_with_its_side(
+    paths: tuple[Any, Any], side: str
+) -> None:
     with pytest.raises(UsageError, match=f"^{side}( QEMU)?: expected a path"):
         asyncio.run(check(*paths))

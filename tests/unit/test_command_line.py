@@ -176,7 +176,7 @@ def test_a_downtime_that_dmaproof_causes_itself_cannot_be_limited(
     way: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["prove", f"--scenario={way}", "--max-downtime=1"]) == 2
-    assert "dmaproof itself stops the guest" in capsys.readouterr().err
+    assert "dmaproof itself pauses the guest" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The comparison of both guests' RAM: what is nobody's loss, and what the scenario decides."""
+"""The comparison of both guests' RAM: hold pages, and the decisions of the scenario."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Guests:
         os.pwrite(self.source.fd, b"late", page * PAGE)
 
     def compared(self, scenario: Scenario, *, ended_early: bool = False) -> Comparison:
-        """What comes of a device that keeps no journal, without rings."""
+        """Compare, for a device that keeps no journal, without rings."""
 
         async def evidence(side: str) -> list[object]:
             return []
@@ -96,7 +96,7 @@ def lost_pages(found: Comparison) -> list[int]:
     return [page.ram_offset // PAGE for page in found.lost]
 
 
-def test_hold_pages_that_qemu_wrote_after_an_early_end_are_no_loss(
+def test_hold_pages_that_qemu_wrote_after_an_early_end_are_not_lost(
     guests: Guests,
 ) -> None:
     for page in (HOLD_PAGE, HOLD_PAGE + 1, OTHER_PAGE):
@@ -106,12 +106,12 @@ def test_hold_pages_that_qemu_wrote_after_an_early_end_are_no_loss(
     assert found.pages == PAGES
 
 
-def test_a_hold_page_that_was_lost_before_the_release_is_a_loss(guests: Guests) -> None:
+def test_a_hold_page_that_differs_after_a_normal_end_is_lost(guests: Guests) -> None:
     guests.write(HOLD_PAGE)
     assert lost_pages(guests.compared(Unix())) == [HOLD_PAGE]
 
 
-def test_a_scenario_judges_the_differences_of_its_own(guests: Guests) -> None:
+def test_a_scenario_can_select_differences_and_set_the_blame(guests: Guests) -> None:
     class Forgiving(Unix):
         blame_without_journal = Blame.SNAPSHOT
 
@@ -124,7 +124,7 @@ def test_a_scenario_judges_the_differences_of_its_own(guests: Guests) -> None:
     assert [(page.ram_offset // PAGE, page.blame) for page in found.lost] == [(2, Blame.SNAPSHOT)]
 
 
-def test_memory_that_was_copied_was_not_handed_over(guests: Guests) -> None:
+def test_copied_memory_is_refused_if_the_scenario_hands_memory_over(guests: Guests) -> None:
     with pytest.raises(UntestableError, match="copied its memory and not handed it over"):
         guests.compared(CprTransfer())
     guests.destination = guests.source

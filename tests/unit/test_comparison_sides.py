@@ -1,7 +1,7 @@
-"""Which side the comparison asks and reads: refusals, sources that continue, rings, several files.
+"""The side that the comparison queries and reads: refusals, continuing sources, rings, files.
 
-Each side has two RAM files. The guest has the second one below the first, so an address is never
-its own offset.
+Each side has two RAM files. The guest has the second file below the first, so an address never
+equals its offset.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 
 PAGES = 8
 HIGH, LOW = 1 << 32, 2 * PAGES * PAGE
-"""Where the guest has the first and the second file."""
+"""The GPAs of the first and the second file."""
 HIDDEN = PAGE
-"""So many bytes at the start of the first file are not in the guest."""
+"""The number of bytes at the start of the first file that are not in the guest."""
 AVAILABLE, USED = HIGH, LOW + PAGES * PAGE - 4
 """The rings at the edges of their slots: the used index is the last two bytes of RAM."""
 ALL_SENT_NS = 1000
@@ -65,7 +65,7 @@ class Qemu:
 
 
 class Guests:
-    """Both sides of a migration; a test changes what it is about, and compares."""
+    """Both sides of a migration, which a test changes before it compares them."""
 
     def __init__(self, sources: Sequence[RamFile], destinations: Sequence[RamFile]) -> None:
         self.sources, self.destinations = sources, destinations
@@ -74,7 +74,7 @@ class Guests:
             Slot(HIGH, PAGES * PAGE - HIDDEN, HIDDEN, *first),
             Slot(LOW, PAGES * PAGE, 0, *second),
         ]
-        self.asked: list[object] = []
+        self.queried: list[object] = []
         self.evidence: list[Evidence] = []
         self.log: LogEvidence | None = None
         self.scenario = Unix()
@@ -95,22 +95,22 @@ class Guests:
         return self.evidence
 
     async def slots_of(self, qemu: object, ram: RamFile) -> list[Slot]:
-        """What QEMU reports of one file."""
-        self.asked.append(qemu)
+        """Return the slots that QEMU reports for one file."""
+        self.queried.append(qemu)
         return [slot for slot in self.slots if slot.inode == ram.inode]
 
     def write(self, rams: Sequence[RamFile], gpa: int, data: bytes) -> None:
-        """Write to the RAM of one side alone."""
+        """Write only to the RAM of one side."""
         file, offset = (0, gpa - HIGH + HIDDEN) if gpa >= HIGH else (1, gpa - LOW)
         os.pwrite(rams[file].fd, data, offset)
 
     def set_ring(self, rams: Sequence[RamFile], *, used: int, available: int) -> None:
-        """Let the ring in the RAM of one side have these indices."""
+        """Set the indices of the ring in the RAM of one side."""
         self.write(rams, AVAILABLE + 2, struct.pack("<H", available))
         self.write(rams, USED + 2, struct.pack("<H", used))
 
     def journal(self, slots: Sequence[Slot], *gpas: int) -> Evidence:
-        """What a device keeps that wrote one byte to each address, which all links saw."""
+        """Return the evidence of a device that wrote a byte to each address, seen by all links."""
         links = {
             link: PageEpochs([IovaRange(LOW, PAGES * PAGE), IovaRange(HIGH, PAGES * PAGE)])
             for link in TRACED_LINKS
@@ -123,7 +123,7 @@ class Guests:
         return Evidence([*slots], records, links, harvests, started_ns=500, requests=0)
 
     def compared(self, *, reports_rings: bool = False) -> Comparison:
-        """The comparison, as it is when the migration is over."""
+        """Compare, as after a migration."""
 
         @contextlib.asynccontextmanager
         async def ram(files: Sequence[RamFile]) -> AsyncIterator[Sequence[RamFile]]:
@@ -166,13 +166,13 @@ def test_the_pages_of_all_files_are_compared(guests: Guests) -> None:
     assert [(page.gpa, page.bytes_differing) for page in found.lost] == [(HIGH + PAGE, 4), (LOW, 4)]
     assert found.pages == 2 * PAGES
     assert found.slots == guests.slots
-    assert guests.asked == [guests.pair.destination] * 2
+    assert guests.queried == [guests.pair.destination] * 2
     assert found.wrong_rings == ()
 
 
-def test_other_memory_backends_cannot_be_compared(guests: Guests) -> None:
+def test_different_memory_backends_cannot_be_compared(guests: Guests) -> None:
     guests.destinations = [replace(guests.destinations[0], backend="other"), guests.destinations[1]]
-    with pytest.raises(UntestableError, match="not the same memory backends"):
+    with pytest.raises(UntestableError, match="do not have the same memory backends"):
         guests.compared()
 
 
@@ -190,10 +190,10 @@ def test_the_scenario_sees_the_ram_of_both_sides(guests: Guests) -> None:
     assert seen == [(guests.sources, guests.destinations)]
 
 
-def test_where_the_destination_refused_the_source_reports_its_slots(guests: Guests) -> None:
+def test_the_source_reports_the_slots_if_the_destination_refused_the_device(guests: Guests) -> None:
     guests.migrated.refusal = "no"
     assert guests.compared().pages == 2 * PAGES
-    assert guests.asked == [guests.pair.source] * 2
+    assert guests.queried == [guests.pair.source] * 2
 
 
 def test_the_ram_of_a_source_that_continued_is_not_compared(guests: Guests) -> None:
@@ -204,7 +204,7 @@ def test_the_ram_of_a_source_that_continued_is_not_compared(guests: Guests) -> N
     assert found.slots == guests.slots
 
 
-def test_what_is_written_to_the_paused_source_later_is_found(guests: Guests) -> None:
+def test_later_writes_to_the_paused_source_are_found(guests: Guests) -> None:
     found = guests.compared()
     assert found.paused is not None
     guests.write(guests.sources, LOW + PAGE, b"late")
@@ -216,25 +216,25 @@ def test_what_is_written_to_the_paused_source_later_is_found(guests: Guests) -> 
     assert late == [LOW + PAGE]
 
 
-def test_ram_of_which_a_part_is_shared_is_not_watched_for_late_writes(guests: Guests) -> None:
+def test_partly_shared_ram_is_not_watched_for_late_writes(guests: Guests) -> None:
     guests.destinations = [guests.destinations[0], guests.sources[1]]
     assert guests.compared().paused is None
 
 
-def test_a_journal_without_slots_gets_those_that_qemu_reports(guests: Guests) -> None:
+def test_a_journal_without_slots_gets_the_slots_that_qemu_reports(guests: Guests) -> None:
     guests.evidence = [guests.journal([], LOW), guests.journal([], HIGH)]
     found = guests.compared()
     assert [each.slots for each in found.evidence] == [guests.slots] * 2
     assert [each.records["gpa"].tolist() for each in found.evidence] == [[LOW], [HIGH]]
 
 
-def test_a_journal_with_slots_keeps_them_and_qemu_is_not_asked(guests: Guests) -> None:
+def test_a_journal_with_slots_keeps_them_and_qemu_is_not_queried(guests: Guests) -> None:
     guests.evidence = [guests.journal(guests.slots, LOW)]
     assert guests.compared().evidence is guests.evidence
-    assert guests.asked == []
+    assert guests.queried == []
 
 
-def test_a_scenario_without_a_journal_does_not_ask_the_device(guests: Guests) -> None:
+def test_a_scenario_without_a_journal_does_not_query_the_device(guests: Guests) -> None:
     class Unlogged(Unix):
         has_journal = False
 
@@ -243,7 +243,7 @@ def test_a_scenario_without_a_journal_does_not_ask_the_device(guests: Guests) ->
     assert guests.compared().evidence == []
 
 
-def test_the_map_shows_what_the_device_wrote_late_and_what_was_lost(guests: Guests) -> None:
+def test_the_map_shows_late_writes_and_lost_pages(guests: Guests) -> None:
     guests.evidence = [guests.journal(guests.slots, LOW, HIGH)]
     guests.evidence[0].records["time_ns"] = (ALL_SENT_NS, ALL_SENT_NS - 1)
     guests.write(guests.sources, LOW + PAGE, b"lost")
@@ -254,7 +254,7 @@ def test_the_map_shows_what_the_device_wrote_late_and_what_was_lost(guests: Gues
     assert [area.region for area in (first.areas[0], second.areas[0])] == ["ram0", "ram1"]
 
 
-def test_the_journal_tells_who_lost_a_page(guests: Guests) -> None:
+def test_the_journal_names_the_request_that_wrote_a_lost_page(guests: Guests) -> None:
     guests.evidence = [guests.journal(guests.slots, LOW)]
     guests.write(guests.sources, LOW, b"x")
     guests.write(guests.sources, HIGH, b"x")
@@ -273,7 +273,7 @@ def test_an_early_bit_in_the_log_is_blamed(guests: Guests) -> None:
     ("used", "available", "is_wrong"),
     [(8, 12, False), (11, 12, True), (8, 9, True), (0, 200, True)],
 )
-def test_the_ring_in_the_sources_ram_is_held_against_the_answer(
+def test_the_ring_in_the_sources_ram_is_checked_against_the_answer(
     guests: Guests, used: int, available: int, is_wrong: bool
 ) -> None:
     guests.set_ring(guests.sources, used=used, available=available)
@@ -281,7 +281,7 @@ def test_the_ring_in_the_sources_ram_is_held_against_the_answer(
     assert [(ring.side, ring.used, ring.available) for ring in found] == (
         [("source", used, available)] if is_wrong else []
     )
-    assert guests.compared().wrong_rings == (), "a QEMU that does not report rings is not asked"
+    assert guests.compared().wrong_rings == (), "a QEMU that does not report rings is not queried"
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_the_ring_in_the_sources_ram_is_held_against_the_answer(
 def test_only_the_consistency_of_the_destinations_ring_counts(
     guests: Guests, used: int, available: int, is_wrong: bool
 ) -> None:
-    """The source's device has answered for the source's ring, which went on."""
+    """The answer of the source's device belongs to the source's ring, which continued."""
     guests.migrated.source_continued = True
     guests.set_ring(guests.sources, used=8, available=12)
     guests.set_ring(guests.destinations, used=used, available=available)
@@ -307,12 +307,12 @@ def test_the_rings_of_a_destination_that_took_over_are_not_read(guests: Guests) 
 
 
 @pytest.mark.parametrize("slot", [0, 1])
-def test_a_ring_that_is_not_wholly_in_ram_is_not_judged(guests: Guests, slot: int) -> None:
-    """The available index is at the start of the first slot, the used one at the second's end."""
+def test_a_ring_that_is_partly_outside_ram_is_not_judged(guests: Guests, slot: int) -> None:
+    """The available index is at the start of slot 0, and the used index at the end of slot 1."""
     guests.set_ring(guests.sources, used=0, available=200)
     assert len(guests.compared(reports_rings=True).wrong_rings) == 1
     short = guests.slots[slot]
-    first = 3 if slot == 0 else 0  # leaves out the lower byte of the available index
+    first = 3 if slot == 0 else 0  # omits the lower byte of the available index
     guests.slots[slot] = short._replace(
         gpa=short.gpa + first,
         file_offset=short.file_offset + first,
@@ -322,7 +322,7 @@ def test_a_ring_that_is_not_wholly_in_ram_is_not_judged(guests: Guests, slot: in
 
 
 def test_an_index_at_the_start_of_a_slot_is_read(guests: Guests) -> None:
-    """The ring begins in the slot before it."""
+    """The ring begins in the previous slot."""
     first, second = guests.slots
     head = first._replace(length=PAGE)
     rest = first._replace(

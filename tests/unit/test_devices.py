@@ -136,7 +136,7 @@ def test_an_unknown_device_is_refused(name: str, text: str | None, message: str)
             )
         ),
         (["--control"], "--control: no fault can be injected in --device qemu:nvme"),
-        (["--guest", "bare"], "--guest linux has one"),
+        (["--guest", "bare"], "use --guest linux"),
     ],
 )
 def test_an_option_that_the_device_does_not_have_is_refused(

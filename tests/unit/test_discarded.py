@@ -1,4 +1,4 @@
-"""Discarded pages and lost ones, told apart in memory of this process."""
+"""Discarded and lost pages are distinguished, in memory of this process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BALLOON = Discarder("balloon b")
 
 
 def ram(data: dict[int, bytes], kind: str = "ram") -> GuestRam:
-    """A guest's RAM in a memfd, in which only the pages of `data` are populated."""
+    """Return a guest's RAM in a memfd, in which only the pages of `data` are populated."""
     fd = os.memfd_create("test", os.MFD_CLOEXEC)
     os.ftruncate(fd, PAGES * PAGE)
     for page, content in data.items():
@@ -56,7 +56,7 @@ def ram(data: dict[int, bytes], kind: str = "ram") -> GuestRam:
 def sort(
     source: GuestRam, destination: GuestRam, *devices: Discarder, pages: int = PAGES
 ) -> list[list[int]]:
-    """The pages that differ, that were discarded, and that may be either."""
+    """Return the pages that differ, that were discarded, and that may be either."""
     sides = (source, destination)
     extents = [Extent(next(iter(side.shared.values())).fd) for side in sides]
     differing = differing_pages(extents[0], extents[1], pages * PAGE)
@@ -78,7 +78,7 @@ def test_without_a_device_that_discards_every_difference_is_a_loss() -> None:
 
 
 @pytest.mark.parametrize("kind", ["rom", "romd"])
-def test_no_guest_gives_back_rom(kind: str) -> None:
+def test_rom_is_never_discarded(kind: str) -> None:
     assert sort(ram({}, kind), ram({6: b"o"}, kind), BALLOON) == [[6], [], []]
 
 
@@ -86,13 +86,13 @@ def test_only_pages_of_a_memory_backend_can_be_given_back() -> None:
     assert sort(replace(ram({}), backends={}), ram({6: b"o"}), BALLOON) == [[6], [], []]
 
 
-def test_a_device_discards_only_what_is_its_own() -> None:
+def test_a_device_discards_only_its_own_range() -> None:
     device = Discarder("virtio-mem v", BASE + 8 * PAGE, BASE + 16 * PAGE)
     destination = dict.fromkeys((7, 8, 15, 16), b"o")
     assert sort(ram({}), ram(destination), device) == [[7, 16], [8, 15], []]
 
 
-def test_each_device_discards_what_is_its_own() -> None:
+def test_each_device_discards_its_own_range() -> None:
     device = Discarder("virtio-mem v", BASE + 8 * PAGE, BASE + 16 * PAGE)
     for devices in ((BALLOON, device), (device, BALLOON)):
         assert sort(ram({}), ram({6: b"o", 8: b"o"}), *devices) == [[], [6, 8], []]
@@ -102,14 +102,14 @@ def test_persistent_memory_can_be_given_back_too() -> None:
     assert sort(ram({}, "nv-ram"), ram({6: b"o"}, "nv-ram"), BALLOON) == [[], [6], []]
 
 
-def test_what_one_device_left_unsent_another_one_does_not_decide() -> None:
+def test_a_second_device_does_not_decide_an_unsent_page_of_the_first() -> None:
     hinting = Discarder("balloon b (free-page-hint)", unsent_block_bytes=16 * PAGE)
     other = Discarder("virtio-mem v", BASE + 48 * PAGE, BASE + 64 * PAGE, 16 * PAGE)
     for devices in ((hinting, other), (other, hinting)):
         assert sort(ram({1: b"n"}), ram({}), *devices) == [[], [], [1]]
 
 
-def test_whole_blocks_that_were_not_sent_are_not_decided() -> None:
+def test_pages_of_whole_unsent_blocks_are_undecided() -> None:
     hinting = Discarder("balloon b (free-page-hint)", unsent_block_bytes=16 * PAGE)
     source = dict.fromkeys((1, 17, 33), b"n")
     assert sort(ram(source), ram({18: b"\0"}), hinting) == [[17], [], [1, 33]]
@@ -117,7 +117,7 @@ def test_whole_blocks_that_were_not_sent_are_not_decided() -> None:
 
 
 @pytest.mark.parametrize("pages", [1, 17])
-def test_a_last_page_alone_in_its_block_is_not_decided_where_it_was_not_sent(pages: int) -> None:
+def test_an_unsent_last_page_alone_in_its_block_is_undecided(pages: int) -> None:
     hinting = Discarder("balloon b (free-page-hint)", unsent_block_bytes=16 * PAGE)
     last = pages - 1
     assert sort(ram({last: b"n"}), ram({}), hinting, pages=pages) == [[], [], [last]]
@@ -125,7 +125,7 @@ def test_a_last_page_alone_in_its_block_is_not_decided_where_it_was_not_sent(pag
 
 @pytest.fixture
 def private() -> Iterator[mmap.mmap]:
-    """Private memory without huge pages: page 0 is untouched, 1 read, 2 and 3 written."""
+    """Map private memory without huge pages: page 0 is untouched, 1 read, 2 and 3 written."""
     memory = mmap.mmap(-1, 4 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_NOHUGEPAGE)
     assert memory[PAGE] == 0
@@ -135,26 +135,26 @@ def private() -> Iterator[mmap.mmap]:
     memory.close()
 
 
-def absent_here(memory: mmap.mmap, pages: int = 4) -> tuple[list[bool], bool]:
+def absent_pages_of(memory: mmap.mmap, pages: int = 4) -> tuple[list[bool], bool]:
     hva = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     found = absent_in_process(os.getpid(), mappings_of(os.getpid(), "test"), hva, pages)
     return found.absent.tolist(), found.certain
 
 
-def test_private_memory_that_was_only_read_holds_nothing(private: mmap.mmap) -> None:
-    assert absent_here(private) == ([True, True, False, False], True)
+def test_private_memory_that_was_only_read_is_absent(private: mmap.mmap) -> None:
+    assert absent_pages_of(private) == ([True, True, False, False], True)
     private.madvise(mmap.MADV_DONTNEED, 2 * PAGE, PAGE)
-    assert absent_here(private) == ([True, True, True, False], True)
+    assert absent_pages_of(private) == ([True, True, True, False], True)
 
 
-def test_private_memory_that_is_not_mapped_decides_nothing() -> None:
+def test_memory_that_is_unmapped_or_shared_gives_no_certain_answer() -> None:
     unmapped = absent_in_process(os.getpid(), [], 1 << 40, 4)
     assert (unmapped.absent.tolist(), unmapped.certain) == ([False] * 4, False)
     with mmap.mmap(-1, 4 * PAGE) as shared:  # MAP_SHARED: it may be swapped out
-        assert absent_here(shared) == ([False] * 4, False)
+        assert absent_pages_of(shared) == ([False] * 4, False)
 
 
-def test_holes_of_a_file_hold_nothing() -> None:
+def test_holes_of_a_file_are_absent() -> None:
     fd = os.memfd_create("test", os.MFD_CLOEXEC)
     os.ftruncate(fd, 8 * PAGE)
     for page in (0, 3, 5):
@@ -185,7 +185,9 @@ USED = UNUSED.replace(
 def test_a_balloon_is_in_use_when_the_guest_has_driven_it() -> None:
     assert not guest_drives_balloon(UNUSED.replace("\n", "\r\n"))
     assert guest_drives_balloon(USED)
-    assert guest_drives_balloon(UNUSED.replace("virtio-balloon", "virtio-blk")), "on no PCI bus"
+    assert guest_drives_balloon(UNUSED.replace("virtio-balloon", "virtio-blk")), (
+        "the balloon is not on a PCI bus"
+    )
 
 
 QOM = {
@@ -205,7 +207,7 @@ QOM = {
 
 
 class Devices:
-    """A QEMU with two balloons, one of them on a bus of its own, and virtio-mem."""
+    """A QEMU with two balloons, one of them not on a PCI bus, and virtio-mem."""
 
     def __init__(
         self, flat_views: str, options: Sequence[str] = ("free-page-hint",), **virtio_mem: str
@@ -230,7 +232,7 @@ class Devices:
         return [{"name": "type", "type": "string"}, *QOM[arguments["path"]]]
 
 
-def test_devices_are_found_whatever_they_are_called() -> None:
+def test_devices_are_found_with_and_without_an_id() -> None:
     found = asyncio.run(discarders(cast(Qemu, Devices(USED))))
     virtio_mem = Discarder("virtio-mem without an id", 1 << 32, 5 << 30, 1 << 21)
     assert found == [

@@ -1,4 +1,4 @@
-"""What a downtime is made of, as far as QEMU reports it."""
+"""The parts of a downtime, as far as QEMU reports them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_the_loading_on_the_destination_is_part_of_the_downtime() -> None:
     assert milliseconds(WITHOUT_DEVICE, 0.9, (0, LOADED)) == pytest.approx([500, 400, 250])
 
 
-def test_a_destination_that_is_done_first_takes_no_time() -> None:
+def test_a_destination_that_loads_before_the_completion_adds_no_time() -> None:
     assert milliseconds(EVENTS, 0.9, (0, COMPLETED - MS))[-1] == 0
 
 
@@ -47,7 +47,7 @@ def test_without_events_qemus_downtime_figure_is_used() -> None:
     assert "do not report its parts" in downtime.sentence
 
 
-def test_without_both_nothing_was_measured() -> None:
+def test_without_figure_and_events_nothing_is_measured() -> None:
     downtime = measure_downtime({}, NONE, None, (0, LOADED), 0.5)
     assert (downtime.seconds, downtime.exceeded, downtime.unmeasured) == (None, False, True)
     assert not measure_downtime({}, NONE, None, (0, LOADED), None).unmeasured

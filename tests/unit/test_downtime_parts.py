@@ -1,4 +1,4 @@
-"""What the parts of a downtime are, by the moments that QEMU reports and the device's harvests."""
+"""The parts of a downtime, from the moments that QEMU reports and the device's harvests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MS = 1_000_000
 STOPPED, HANDED_OVER, COMPLETED = 600 * MS, 700 * MS, 1000 * MS
 EVENTS = {"STOP": STOPPED, "device": HANDED_OVER, "completed": COMPLETED}
 DOWNTIME_S = 0.9
-"""So the downtime began at 100 ms."""
+"""The downtime therefore began at 100 ms."""
 
 WAITS = "QEMU stops the vCPUs and its devices, and waits for them"
 TELLS = "QEMU stops the vCPUs, and tells the device to stop"
@@ -32,7 +32,7 @@ def harvests(*began_and_took_ms: tuple[int, int]) -> NDArray[np.void]:
 def parts(
     *began_and_took_ms: tuple[int, int], moments: dict[str, int] = EVENTS
 ) -> dict[str, float]:
-    """The parts in milliseconds."""
+    """Return the parts in milliseconds."""
     found = downtime_parts(moments, harvests(*began_and_took_ms), DOWNTIME_S)
     return {str(part["what"]): round(float(part["seconds"]) * 1000, 3) for part in found}
 
@@ -48,7 +48,9 @@ def test_the_last_harvest_is_a_part_of_the_downtime() -> None:
 
 
 @pytest.mark.parametrize("harvest", [(100, 80), (100, 500), (520, 80)])
-def test_a_harvest_may_touch_the_edges_of_its_part(harvest: tuple[int, int]) -> None:
+def test_a_harvest_may_touch_the_edges_of_the_part_that_contains_it(
+    harvest: tuple[int, int],
+) -> None:
     began, took = harvest
     found = parts(harvest)
     assert [found[TELLS], found[HARVESTS], found[TAKES]] == [began - 100, took, 600 - began - took]
@@ -63,12 +65,12 @@ def test_only_the_last_harvest_counts() -> None:
     assert parts((300, 80), (700, 5)) == {WAITS: 500, SYNCS: 100, SENDS: 300}
 
 
-@pytest.mark.parametrize(("handed_over", "told"), [(600, True), (1000, True), (599, False)])
+@pytest.mark.parametrize(("handed_over", "is_shown"), [(600, True), (1000, True), (599, False)])
 def test_the_sending_of_the_device_state_is_shown_only_if_it_fits(
-    handed_over: int, told: bool
+    handed_over: int, is_shown: bool
 ) -> None:
     found = parts(moments={**EVENTS, "device": handed_over * MS})
-    if told:
+    if is_shown:
         assert found == {WAITS: 500, SYNCS: handed_over - 600, SENDS: 1000 - handed_over}
     else:
         assert found == {WAITS: 500, SYNCS_AND_SENDS: 400}
@@ -93,7 +95,7 @@ def test_without_one_of_the_moments_there_are_no_parts(missing: str) -> None:
     assert part.seconds == DOWNTIME_S
 
 
-def test_without_a_completion_the_loading_counts_from_its_own_begin() -> None:
+def test_without_a_completion_the_loading_counts_from_its_own_start() -> None:
     found = measure_downtime({}, harvests(), DOWNTIME_S, (20 * MS, 50 * MS), None)
     assert [part.seconds for part in found.parts] == pytest.approx([0.9, 0.03])
 

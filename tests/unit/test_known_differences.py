@@ -1,4 +1,4 @@
-"""Which differences are excused after a sound migration; any other is a loss."""
+"""The differences that are known to occur after a correct migration; any other is a loss."""
 
 from __future__ import annotations
 

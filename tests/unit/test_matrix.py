@@ -1,4 +1,4 @@
-"""A matrix without QEMU: its axes and cells, the room for them, what is kept, and its reports."""
+"""A matrix without QEMU: its axes, cells, resources, result cache and reports."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from qmp_tools.integrations.avocado_plugins import options_of
 from qmp_tools.matrix import axes
 from qmp_tools.matrix.avocado_recipe import runnables
 from qmp_tools.matrix.axes import Matrix, is_matrix, make_matrix, read_matrix, split_values
-from qmp_tools.matrix.resources import Room
+from qmp_tools.matrix.resources import Resources
 from qmp_tools.matrix.result import Result, State, result_of, skipped, untested
-from qmp_tools.matrix.result_cache import Kept
+from qmp_tools.matrix.result_cache import ResultCache
 from qmp_tools.migration.scenarios import known_scenarios
 from qmp_tools.proof.model import Setup
 from qmp_tools.proof.options import OPTIONS, ProofOptions
@@ -33,7 +33,7 @@ from support.setups import key, setup, setup_of_files
 MATRIX = Matrix({"qemu": ["7.2", "11.1"], "scenario": ["unix", "tls"], "guest": ["bare"]})
 LOST = Result(State.LOST, "3 of 9 pages were lost", ["device"], ["GPA 0x1000: …"], seed=7)
 CLEAN = Result(
-    State.CLEAN, "every page equal", guaranteed_detectable=8192, command=["dmaproof", "prove"]
+    State.CLEAN, "all pages are equal", guaranteed_detectable=8192, command=["dmaproof", "prove"]
 )
 
 
@@ -42,7 +42,7 @@ CLEAN = Result(
 
 @pytest.fixture(autouse=True)
 def known_qemus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One QEMU is known; looking for those of this machine would start them."""
+    """Make one QEMU known; a search for those of this machine would start them."""
     build = QemuBuild("7.2.22", "bookworm", Path("/bin/sh"))
     monkeypatch.setattr(axes, "known_qemus", lambda: [build])
 
@@ -50,7 +50,9 @@ def known_qemus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_last_axis_changes_the_fastest() -> None:
     names = [MATRIX.label(cell) for cell in MATRIX.cells()]
     assert names == [
-        f"qemu={qemu} scenario={it}" for qemu in ("7.2", "11.1") for it in ("unix", "tls")
+        f"qemu={qemu} scenario={scenario}"
+        for qemu in ("7.2", "11.1")
+        for scenario in ("unix", "tls")
     ]
     assert all(cell["guest"] == "bare" for cell in MATRIX.cells())
 
@@ -66,8 +68,9 @@ def test_every_option_of_a_proof_can_be_an_axis() -> None:
 def test_all_and_patterns_expand_to_the_known_values() -> None:
     assert make_matrix({"tracker": ["all"]}).axes["tracker"] == sorted(emulated_trackers())
     assert set(make_matrix({"device": ["all"]}).axes["device"]) >= emulated_devices().keys()
-    ways = make_matrix({"scenario": ["multifd-*", "unix", "multifd-4"]}).axes["scenario"]
-    assert ways == [*(way for way in known_scenarios() if way.startswith("multifd-")), "unix"]
+    names = make_matrix({"scenario": ["multifd-*", "unix", "multifd-4"]}).axes["scenario"]
+    multifd = [name for name in known_scenarios() if name.startswith("multifd-")]
+    assert names == [*multifd, "unix"]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +87,9 @@ def test_a_comma_before_a_name_belongs_to_the_value(text: str, values: list[str]
     assert split_values(text) == values
 
 
-def test_a_switch_is_on_or_off_and_what_may_be_repeated_has_blanks(tmp_path: Path) -> None:
+def test_a_switch_is_on_or_off_and_spaces_separate_the_values_of_a_repeatable_option(
+    tmp_path: Path,
+) -> None:
     file = write(tmp_path, '[matrix]\nkill-device = [false, true]\ndevice = "blk rng"\n')
     cells = read_matrix(file).cells()
     assert [ProofOptions.of(cell).words() for cell in cells] == [
@@ -97,7 +102,7 @@ def test_a_switch_is_on_or_off_and_what_may_be_repeated_has_blanks(tmp_path: Pat
         make_matrix({"kill-device": ["maybe"]})
 
 
-def test_an_empty_value_leaves_the_option_out() -> None:
+def test_an_empty_value_omits_the_option() -> None:
     matrix = make_matrix({"fault": ["", "drop-pages=0.01"], "guest": ["bare"]})
     assert matrix.cells() == [{"guest": "bare"}, {"fault": "drop-pages=0.01", "guest": "bare"}]
     assert matrix.label(matrix.cells()[0]) == "fault=none"
@@ -109,9 +114,9 @@ def test_an_empty_value_leaves_the_option_out() -> None:
         ({"wya": ["unix"]}, "wya is not an option of a proof"),
         ({"scenario": ["unix", "pigeon"]}, "pigeon"),
         ({"scenario": ["pigeon-*"]}, "matches none of .*unix"),
-        ({"memory": ["all"]}, "no list of values"),
+        ({"memory": ["all"]}, "has no list of values; give each value"),
         ({"cpus": ["0"]}, "cpus"),
-        ({"scenario": []}, "a value is due"),
+        ({"scenario": []}, "expected at least one value"),
     ],
 )
 def test_wrong_axes_are_refused_before_anything_runs(
@@ -137,7 +142,7 @@ def test_options_replace_the_axes_of_a_file(tmp_path: Path) -> None:
     matrix = read_matrix(file)
     assert matrix.axes["queues"] == ["2"]
     found = {(cell["qemu-destination"], cell["scenario"]) for cell in matrix.cells()}
-    assert found == {("7.2", way) for way in matrix.axes["scenario"]} | {("8", "unix")}
+    assert found == {("7.2", name) for name in matrix.axes["scenario"]} | {("8", "unix")}
     assert len(read_matrix(file, {"scenario": ["tls"], "guest": ["bare"]}).cells()) == 2
 
 
@@ -145,36 +150,36 @@ def test_options_replace_the_axes_of_a_file(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("[matrix", "is not TOML"),
-        ('scenario = "unix"\n', r"a table \[matrix\] is due"),
-        ('[matrix]\nscenario = "unix"\n[except]\n', "except is not known"),
-        ("[matrix]\nscenario = {}\n", "words and numbers are due"),
+        ('scenario = "unix"\n', r"expected a table \[matrix\]"),
+        ('[matrix]\nscenario = "unix"\n[except]\n', "unknown: except; expected only"),
+        ("[matrix]\nscenario = {}\n", "expected a string, a number, or a list"),
         ('[matrix]\nscenario = "unix"\n[exclude]\nscenario = "tls"\n', "double brackets"),
-        ('[matrix]\nscenario = "unix"\n[[exclude]]\nguest = "bare"\n', "guest is no axis"),
-        ('[matrix]\nscenario = "unix"\n[[exclude]]\nscenario = "*"\n', "everything is excluded"),
+        ('[matrix]\nscenario = "unix"\n[[exclude]]\nguest = "bare"\n', "guest is not an axis"),
+        ('[matrix]\nscenario = "unix"\n[[exclude]]\nscenario = "*"\n', "rules exclude all of them"),
     ],
 )
-def test_a_file_that_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None:
+def test_an_error_in_a_matrix_file_names_the_file(tmp_path: Path, text: str, message: str) -> None:
     file = write(tmp_path, text)
     with pytest.raises(UsageError, match=message) as error:
         read_matrix(file)
     assert str(file) in str(error.value)
 
 
-# Room
+# Resources
 
 
-async def most_at_a_time(room: Room, setups: list[Setup]) -> int:
+async def most_at_a_time(resources: Resources, setups: list[Setup]) -> int:
     running = most = 0
 
-    async def one(it: Setup) -> None:
+    async def run_proof(each: Setup) -> None:
         nonlocal running, most
-        async with room.take(it):
+        async with resources.reserve(each):
             running += 1
             most = max(most, running)
             await asyncio.sleep(0.01)
             running -= 1
 
-    await asyncio.gather(*map(one, setups))
+    await asyncio.gather(*map(run_proof, setups))
     return most
 
 
@@ -182,7 +187,7 @@ async def most_at_a_time(room: Room, setups: list[Setup]) -> int:
     ("processors", "memory_bytes", "jobs", "most"),
     [
         (9, 100 * GIB, None, 3),  # three processors each
-        (2, 100 * GIB, None, 1),  # too few for one, which runs alone
+        (2, 100 * GIB, None, 1),  # too few for one proof, which runs alone
         (9, 5 * GIB, None, 2),  # 2 GiB each, and what QEMU needs
         (1, 100 * GIB, 4, 4),
         (9, 5 * GIB, 4, 2),
@@ -192,68 +197,73 @@ def test_proofs_run_side_by_side_as_resources_allow(
     processors: int, memory_bytes: int, jobs: int | None, most: int
 ) -> None:
     async def measure() -> int:
-        return await most_at_a_time(Room(processors, memory_bytes, jobs=jobs), [setup()] * 5)
+        resources = Resources(processors, memory_bytes, jobs=jobs)
+        return await most_at_a_time(resources, [setup()] * 5)
 
     assert asyncio.run(measure()) == most
 
 
 def test_a_proof_larger_than_memory_does_not_start() -> None:
     async def begin() -> None:
-        async with Room(8, GIB).take(setup()):
-            pytest.fail("begun")
+        async with Resources(8, GIB).reserve(setup()):
+            pytest.fail("the proof has started")
 
-    with pytest.raises(UntestableError, match="needs 2448 MiB of memory, and 1024 MiB are free"):
+    with pytest.raises(
+        UntestableError, match="needs 2448 MiB of memory, but only 1024 MiB are free"
+    ):
         asyncio.run(begin())
 
 
-# What is kept
+# The result cache
 
 CELL = {"scenario": "unix", "guest": "bare"}
 REPORT: dict[str, Any] = {"verdict": "could not be tested: x", "exit_code": 3, "reason": "x"}
 
 
 @pytest.fixture
-def now(tmp_path: Path) -> Setup:
+def current(tmp_path: Path) -> Setup:
     return setup_of_files(tmp_path)
 
 
 def test_a_result_is_reused_until_its_cell_or_key_changes(
-    now: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    current: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = key(CELL, now)
-    with Kept.open(tmp_path / "kept") as kept:
-        assert kept.find(CELL, first) is None
-        kept.keep(CELL, first, REPORT, 2.5)
-    with Kept.open(tmp_path / "kept") as kept:
-        found = kept.find(CELL, first)
+    first = key(CELL, current)
+    with ResultCache.open(tmp_path / "cache") as cache:
+        assert cache.find(CELL, first) is None
+        cache.store(CELL, first, REPORT, 2.5)
+    with ResultCache.open(tmp_path / "cache") as cache:
+        found = cache.find(CELL, first)
         assert found is not None
         assert (found["report"], found["seconds"]) == (REPORT, 2.5)
-        assert kept.find({**CELL, "scenario": "tls"}, first) is None
-        assert kept.find(CELL, "another key") is None
-        kept.file(CELL).write_text("{")
-        assert kept.find(CELL, first) is None
-    assert key(CELL, replace(now, options=ProofOptions(seed=2))) == first, "a seed was not given"
-    machines = [replace(now.machine, memory_bytes=2 * GIB), replace(now.machine, cpus=3)]
-    others = [replace(now, machine=machine) for machine in machines]
-    others.append(replace(now, qemu_destination=tmp_path / "kernel"))
-    assert first not in {key(CELL, it) for it in others}
-    assert key({**CELL, "seed": "2"}, now) != first
+        assert cache.find({**CELL, "scenario": "tls"}, first) is None
+        assert cache.find(CELL, "another key") is None
+        cache.file(CELL).write_text("{")
+        assert cache.find(CELL, first) is None
+    assert key(CELL, replace(current, options=ProofOptions(seed=2))) == first, (
+        "the cell gives no seed"
+    )
+    machines = [replace(current.machine, memory_bytes=2 * GIB), replace(current.machine, cpus=3)]
+    others = [replace(current, machine=machine) for machine in machines]
+    others.append(replace(current, qemu_destination=tmp_path / "kernel"))
+    assert first not in {key(CELL, other) for other in others}
+    assert key({**CELL, "seed": "2"}, current) != first
     monkeypatch.setattr(
         "qmp_tools.matrix.result_cache.build_of_dmaproof", lambda: "another dmaproof"
     )
-    assert key(CELL, now) != first
+    assert key(CELL, current) != first
 
 
 @pytest.mark.parametrize("name", ["qemu", "kernel", "initramfs"])
-def test_a_file_counts_by_its_content(now: Setup, tmp_path: Path, name: str) -> None:
+def test_a_file_counts_by_its_content(current: Setup, tmp_path: Path, name: str) -> None:
     file = tmp_path / name
-    first, times = key(CELL, now), (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    first, times = key(CELL, current), (file.stat().st_atime_ns, file.stat().st_mtime_ns)
     file.write_text("two")
     os.utime(file, ns=times)
-    assert key(CELL, now) != first
+    assert key(CELL, current) != first
     file.write_text("one")
     os.utime(file, ns=(1, 1))
-    assert key(CELL, now) == first
+    assert key(CELL, current) == first
 
 
 def test_a_write_that_fails_leaves_the_old_result(
@@ -265,51 +275,55 @@ def test_a_write_that_fails_leaves_the_old_result(
         write_text(self, text[: len(text) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with Kept.open(tmp_path / "kept") as kept:
-        kept.keep(CELL, "old", REPORT, 1.0)
+    with ResultCache.open(tmp_path / "cache") as cache:
+        cache.store(CELL, "old", REPORT, 1.0)
         monkeypatch.setattr(Path, "write_text", half)
         with pytest.raises(UsageError, match="No space left"):
-            kept.keep(CELL, "new", REPORT, 2.0)
-        found = kept.find(CELL, "old")
+            cache.store(CELL, "new", REPORT, 2.0)
+        found = cache.find(CELL, "old")
     assert found is not None
     assert found["seconds"] == 1.0
 
 
 def test_a_file_that_is_not_a_result_is_ignored(tmp_path: Path) -> None:
-    with Kept.open(tmp_path / "kept") as kept:
-        kept.file(CELL).write_text('["key"]')
-        assert kept.find(CELL, "key") is None
+    with ResultCache.open(tmp_path / "cache") as cache:
+        cache.file(CELL).write_text('["key"]')
+        assert cache.find(CELL, "key") is None
 
 
 def test_another_host_python_or_machine_is_another_key(
-    now: Setup, monkeypatch: pytest.MonkeyPatch
+    current: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, host = key(CELL, now), os.uname()
+    first, host = key(CELL, current), os.uname()
     for machine in (
-        replace(now.machine, machine="another"),
-        replace(now.machine, accelerator="another"),
+        replace(current.machine, machine="another"),
+        replace(current.machine, accelerator="another"),
     ):
-        assert key(CELL, replace(now, machine=machine)) != first
+        assert key(CELL, replace(current, machine=machine)) != first
     for place in (2, 3):  # release, version
         other = os.uname_result([*host[:place], "another", *host[place + 1 :]])
         with monkeypatch.context() as patch:
             patch.setattr(os, "uname", lambda other=other: other)
-            assert key(CELL, now) != first
+            assert key(CELL, current) != first
     with monkeypatch.context() as patch:
         patch.setattr(sys, "version", "another")
-        assert key(CELL, now) != first
+        assert key(CELL, current) != first
     with monkeypatch.context() as patch:
         patch.setattr("importlib.metadata.version", lambda name: "another")
-        assert key(CELL, now) != first
-    assert key(CELL, now) == first
+        assert key(CELL, current) != first
+    assert key(CELL, current) == first
 
 
-def test_a_folder_is_one_matrix_at_a_time(tmp_path: Path) -> None:
-    with Kept.open(tmp_path / "kept"), pytest.raises(UsageError, match="another matrix is using"):
-        Kept.open(tmp_path / "kept").__enter__()
+def test_only_one_matrix_at_a_time_uses_a_folder(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with (
+        ResultCache.open(cache),
+        pytest.raises(UsageError, match="another matrix is using"),
+    ):
+        ResultCache.open(cache).__enter__()
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=f"--folder {tmp_path / 'file'}"):
-        Kept.open(tmp_path / "file").__enter__()
+        ResultCache.open(tmp_path / "file").__enter__()
 
 
 # Results and reports
@@ -329,7 +343,7 @@ def proof_report(exit_code: int, lost: dict[str, int], **more: int) -> dict[str,
     }
 
 
-def test_a_result_names_what_is_to_blame() -> None:
+def test_a_result_names_the_cause_of_a_loss() -> None:
     lost = result_of(proof_report(1, {"device": 2, "qemu": 0, "accelerator": 30}), 1.0)
     assert lost.short == "LOST: device, accelerator"
     assert len(lost.stories) == 20
@@ -343,26 +357,28 @@ def test_a_result_names_what_is_to_blame() -> None:
     assert to_json(Matrix({"scenario": ["unix"]}), [slow])["exit_code"] == 1
     assert result_of(REPORT, 1.0) == untested("x")
     assert result_of({**REPORT, "unsupported": True}, 1.0) == skipped("x")
-    blunt = {**proof_report(3, {"device": 0}), "verdict": "nothing was tested: …"}
-    assert result_of(blunt, 1.0) == untested("nothing was tested: …")
+    insensitive = {**proof_report(3, {"device": 0}), "verdict": "nothing was tested: …"}
+    assert result_of(insensitive, 1.0) == untested("nothing was tested: …")
 
 
 @pytest.mark.parametrize(
     ("results", "exit_code", "verdict"),
     [
-        ([CLEAN] * 4, 0, "4 clean of 4 cells"),
-        ([CLEAN, CLEAN, CLEAN, skipped("x")], 0, "3 clean, 1 skipped of 4 cells"),
-        ([CLEAN, LOST, untested("x"), CLEAN], 1, "2 clean, 1 lost, 1 untested of 4 cells"),
-        ([CLEAN, CLEAN, CLEAN, untested("x")], 3, "3 clean, 1 untested of 4 cells"),
-        ([skipped("x")] * 4, 3, "4 skipped of 4 cells"),
+        ([CLEAN] * 4, 0, "4 cells: 4 clean"),
+        ([CLEAN, CLEAN, CLEAN, skipped("x")], 0, "4 cells: 3 clean, 1 skipped"),
+        ([CLEAN, LOST, untested("x"), CLEAN], 1, "4 cells: 2 clean, 1 lost, 1 untested"),
+        ([CLEAN, CLEAN, CLEAN, untested("x")], 3, "4 cells: 3 clean, 1 untested"),
+        ([skipped("x")] * 4, 3, "4 cells: 4 skipped"),
     ],
 )
-def test_the_gravest_cell_decides(results: list[Result], exit_code: int, verdict: str) -> None:
+def test_the_most_serious_cell_decides_the_exit_code(
+    results: list[Result], exit_code: int, verdict: str
+) -> None:
     answer = to_json(MATRIX, results)
     assert (answer["exit_code"], answer["verdict"]) == (exit_code, verdict)
 
 
-def test_the_table_has_qemus_across_and_its_notes_below() -> None:
+def test_the_table_has_qemus_as_columns_and_notes_below() -> None:
     lacks = skipped("source QEMU refused it:\nno TLS")
     text = to_text(to_json(MATRIX, [CLEAN, lacks, LOST, lacks])).splitlines()
     assert text[2:5] == [
@@ -374,7 +390,7 @@ def test_the_table_has_qemus_across_and_its_notes_below() -> None:
     assert text[-1] == "  GPA 0x1000: …"
 
 
-def test_without_several_qemus_the_last_axis_is_across() -> None:
+def test_without_several_qemus_the_columns_are_the_last_axis() -> None:
     matrix = Matrix(
         {"scenario": ["unix", "tls"], "tracker": ["a", "b"]},
         [{"scenario": ["tls"], "tracker": ["b"]}],

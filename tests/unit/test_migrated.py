@@ -1,4 +1,4 @@
-"""What is told of two QEMUs that are not the two sides of a completed migration."""
+"""Two QEMUs that are not the two sides of a completed migration are refused with the reason."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def vcpu(**counts: int) -> dict[str, Any]:
 
 
 @dataclass
-class PlayedQemu:
-    """A QEMU that answers what it is told to; its own QMP session, and its human monitor."""
+class AnsweringQemu:
+    """A QEMU with given answers on its QMP session, which is itself, and on its human monitor."""
 
     state: str = "paused"
     migration: dict[str, Any] = field(default_factory=lambda: {"status": "completed"})
@@ -44,7 +44,7 @@ class PlayedQemu:
     socket_path: Path = Path("/run/qmp")
 
     @property
-    def qmp(self) -> PlayedQemu:
+    def qmp(self) -> AnsweringQemu:
         return self
 
     async def execute(self, command: str, **arguments: Any) -> Any:
@@ -67,8 +67,8 @@ class PlayedQemu:
         return self.jit
 
 
-def played(**what: Any) -> Qemu:
-    return cast(Qemu, PlayedQemu(**what))
+def answering(**answers: Any) -> Qemu:
+    return cast(Qemu, AnsweringQemu(**answers))
 
 
 SENT = {"status": "completed", "ram": {}}
@@ -77,24 +77,26 @@ SOURCE = {"state": "postmigrate", "migration": SENT, "jit": jit(9)}
 
 @pytest.mark.parametrize("state", ["postmigrate", "finish-migrate"])
 def test_a_source_after_its_migration_is_comparable(state: str) -> None:
-    asyncio.run(require_migrated(played(**{**SOURCE, "state": state}), played()))
+    asyncio.run(require_migrated(answering(**{**SOURCE, "state": state}), answering()))
 
 
-def test_a_destination_that_was_migrated_on_is_comparable() -> None:
-    asyncio.run(require_migrated(played(**SOURCE), played(state="postmigrate", migration=SENT)))
+def test_a_destination_that_has_migrated_further_is_comparable() -> None:
+    asyncio.run(
+        require_migrated(answering(**SOURCE), answering(state="postmigrate", migration=SENT))
+    )
 
 
 @pytest.mark.parametrize(
     ("source", "destination", "kind", "message"),
     [
-        ({"migration": {}}, {}, NotMigratedError, "no migration behind it.*--no-migration"),
-        ({"state": "running", "migration": {}}, {}, NotMigratedError, "no migration behind it"),
+        ({"migration": {}}, {}, NotMigratedError, "has not been migrated.*--no-migration"),
+        ({"state": "running", "migration": {}}, {}, NotMigratedError, "has not been migrated"),
         ({"migration": {"status": "active"}}, {}, NotMigratedError, "'active', not 'completed'"),
         ({"migration": {"status": "failed"}}, {}, NotMigratedError, "'failed'"),
         ({"state": "running"}, {}, GuestHasRunError, "was resumed or reset"),
         ({"state": "paused"}, {}, GuestHasRunError, "was resumed or reset"),
         ({"state": "prelaunch"}, {}, GuestHasRunError, "was resumed or reset"),
-        ({}, {"state": "prelaunch", "migration": {}}, NotMigratedError, "no migration behind it"),
+        ({}, {"state": "prelaunch", "migration": {}}, NotMigratedError, "has not been migrated"),
         ({}, {"state": "inmigrate", "migration": {}}, NotMigratedError, "still waits"),
         ({}, {"migration": {"status": "postcopy-active"}}, NotMigratedError, "postcopy-active"),
         ({}, {"state": "running"}, GuestHasRunError, "is running, .*-S, or .*QMP 'stop' while"),
@@ -112,7 +114,7 @@ def test_sides_without_a_completed_migration_are_refused(
     source: dict[str, Any], destination: dict[str, Any], kind: type[Exception], message: str
 ) -> None:
     with pytest.raises(kind, match=message):
-        asyncio.run(require_migrated(played(**{**SOURCE, **source}), played(**destination)))
+        asyncio.run(require_migrated(answering(**{**SOURCE, **source}), answering(**destination)))
 
 
 @pytest.mark.parametrize(
@@ -129,16 +131,16 @@ def test_sides_without_a_completed_migration_are_refused(
         ({"kvm": True}, None),
     ],
 )
-def test_a_guest_has_run_by_its_jit_or_its_vcpu_exits(
+def test_translated_blocks_or_vcpu_exits_show_that_a_guest_has_run(
     qemu: dict[str, Any], expected: bool | None
 ) -> None:
-    assert asyncio.run(has_run(played(**qemu))) is expected
+    assert asyncio.run(has_run(answering(**qemu))) is expected
 
 
 def test_without_a_migration_a_paused_guest_is_enough() -> None:
-    asyncio.run(require_paused(played(state="prelaunch", migration={}, jit=jit(5))))
+    asyncio.run(require_paused(answering(state="prelaunch", migration={}, jit=jit(5))))
     with pytest.raises(UntestableError, match=r"is running.*QMP 'stop'"):
-        asyncio.run(require_paused(played(state="running")))
+        asyncio.run(require_paused(answering(state="running")))
 
 
 @pytest.mark.parametrize(
@@ -146,13 +148,14 @@ def test_without_a_migration_a_paused_guest_is_enough() -> None:
     [
         (
             {},
-            "this QEMU (/run/qmp) has no migration behind it, so nothing was tested. If none was "
-            "intended, say so: --no-migration (expect_migration=False in the library)",
+            "this QEMU (/run/qmp) has not been migrated, so nothing was tested. To compare two "
+            "QEMUs without a migration, use --no-migration (in the library, "
+            "expect_migration=False)",
         ),
         (
             {"status": "active"},
-            "the migration of this QEMU (/run/qmp) is 'active', not 'completed': compare when it "
-            "has completed",
+            "the migration of this QEMU (/run/qmp) is 'active', not 'completed': check again when "
+            "it has completed",
         ),
     ],
 )
@@ -160,5 +163,5 @@ def test_a_migration_that_is_not_complete_is_reported_with_what_to_do(
     migration: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(NotMigratedError) as caught:
-        asyncio.run(require_migrated(played(migration=migration), played()))
+        asyncio.run(require_migrated(answering(migration=migration), answering()))
     assert str(caught.value) == message

@@ -214,7 +214,7 @@ def test_the_tracking_and_the_fault_are_read_from_the_options() -> None:
     ("links", "caught"), [([], False), (["tracker"], True), (["tracker", "qemu"], False)]
 )
 def test_a_control_that_is_not_caught_revokes_the_pass(links: list[str], caught: bool) -> None:
-    report: dict[str, Any] = {"exit_code": 0, "verdict": "every page equal"}
+    report: dict[str, Any] = {"exit_code": 0, "verdict": "all pages are equal"}
     repeated = {"lost_pages": [{"link": link} for link in links]}
     line = add_control(report, repeated, Control("drop=50", Link.TRACKER))
     assert report["control"]["caught"] is caught

@@ -1,4 +1,4 @@
-"""Every report of an outcome says the same, and the JSON is what its schema says."""
+"""All reports of an outcome agree, and the JSON conforms to its schema."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ LOST = [
     ),
     LostPage(ram_offset=0x9000, gpa=None, bytes_differing=1, blame=Blame.ACCELERATOR),
 ]
-SHARP = Sensitivity(40, 20, 10, 5, 0, 0, 0)
+SENSITIVE = Sensitivity(40, 20, 10, 5, 0, 0, 0)
 
 
 def progress(seconds: float, syncs: int, transferred: int, remaining: int) -> Progress:
@@ -100,15 +100,15 @@ MOMENTS = {"STOP": round(11.98 * SECOND), "completed": round(12.0 * SECOND)}
 
 
 class Foreign(EmulatedDevice):
-    """One that keeps no journal."""
+    """A device that keeps no journal."""
 
     @property
     def facts(self) -> DeviceFacts:
-        return DeviceFacts("somebody's", 1)
+        return DeviceFacts("third-party", 1)
 
 
 class FakeDriver(EmulatedDevice):
-    """One whose tracker somebody else asks."""
+    """A device whose tracker is not harvested by dmaproof."""
 
     @property
     def facts(self) -> DeviceFacts:
@@ -117,7 +117,7 @@ class FakeDriver(EmulatedDevice):
 
 def proof(
     lost: list[LostPage],
-    sensitivity: Sensitivity = SHARP,
+    sensitivity: Sensitivity = SENSITIVE,
     errors: int = 0,
     device: EmulatedDevice | None = None,
     downtime: Downtime | None = None,
@@ -168,7 +168,7 @@ LOG = LogEvidence(looks=900, look_interval_s=0.002, judged_queues=[0, 1])
 
 
 def watched(log: LogEvidence, *lost: LostPage) -> Proof:
-    """The proof of a third-party device, whose log was watched."""
+    """Return the proof of a third-party device whose log was watched."""
     found = proof(list(lost), sensitivity_by_guest(5), device=Foreign(OPTIONS))
     return replace(found, verdict=replace(found.verdict, settled_s=4.0, log=log))
 
@@ -210,7 +210,7 @@ def check(
             for it in pages
         ],
         not_compared=[NotCompared("m1", 0xA0000, 0x20000, "hidden, in private memory")],
-        notes=["the source tells of no completed migration"],
+        notes=["the source reports no completed migration"],
         compare_s=0.2,
         discarders=["balloon b"] if discarded or undecided else [],
     )
@@ -229,7 +229,7 @@ UNTESTED = {
     "exit_code": 3,
 }
 CELLS = [
-    Result(State.CLEAN, "every page equal", (), (), ("7.2", "8.0"), 8192, 3, 2.5, ["dmaproof"]),
+    Result(State.CLEAN, "all pages are equal", (), (), ("7.2", "8.0"), 8192, 3, 2.5, ["dmaproof"]),
     Result(State.LOST, "3 of 9 pages were lost", ["device"], ["GPA 0x7000: <bad>"], seed=3),
     skipped("source QEMU refused it:\nno TLS"),
     untested("the guest did not come up"),
@@ -243,7 +243,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "slow": report.to_json(proof([], downtime=Downtime(SLOW, 2.0))),
     "quick": report.to_json(proof([], downtime=Downtime(SLOW, 60.0))),
     "unmeasured": report.to_json(proof([], downtime=Downtime((), 2.0))),
-    "blunt": report.to_json(proof([], Sensitivity(0, 0, 0, 0, 0, 0, 0))),
+    "insensitive": report.to_json(proof([], Sensitivity(0, 0, 0, 0, 0, 0, 0))),
     "driver": report.to_json(proof([], device=FakeDriver(OPTIONS))),
     "foreign": report.to_json(
         proof([], sensitivity_by_guest(5, guaranteed=True), device=Foreign(OPTIONS))
@@ -288,7 +288,7 @@ CASES = {
     "slow": ["passed"] * 4 + ["failed"],
     "quick": ["passed"] * 5,
     "unmeasured": ["passed"] * 4 + ["error"],
-    "blunt": ["passed", "passed", "passed", "error"],
+    "insensitive": ["passed", "passed", "passed", "error"],
     "driver": ["passed"] * 3,
     "foreign": ["passed"] * 3,
     "foreign, lost": ["failed", "passed", "error"],
@@ -310,7 +310,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_the_json_is_what_its_schema_says(name: str) -> None:
+def test_the_json_conforms_to_its_schema(name: str) -> None:
     answer = json.loads(json.dumps(ANSWERS[name]))
     VALIDATOR.validate(answer)
     for member in answer:
@@ -345,7 +345,7 @@ def test_the_schema_refuses_wrong_values() -> None:
 
 
 class Page(HTMLParser):
-    """Follows the tags; what is opened must be closed, and nothing may be fetched."""
+    """A parser that requires that every tag is closed, and that the page fetches nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -371,7 +371,7 @@ class Page(HTMLParser):
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_the_page_is_whole_and_needs_nothing_else(name: str) -> None:
+def test_the_page_is_complete_and_self_contained(name: str) -> None:
     html = to_html(ANSWERS[name])
     page = Page()
     page.feed(html)
@@ -386,7 +386,7 @@ HOSTILE = """<script>'&" src="x"""
 
 
 def hostile(value: Any, names: set[str]) -> Any:
-    """`value` with markup in every text except `names`, which the templates look up."""
+    """Return `value` with markup in every text except `names`, which the templates look up."""
     if isinstance(value, dict):
         return {key: hostile(each, names) for key, each in value.items()}
     if isinstance(value, list):
@@ -395,7 +395,7 @@ def hostile(value: Any, names: set[str]) -> Any:
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_no_text_of_the_json_becomes_markup(name: str) -> None:
+def test_texts_of_the_json_are_escaped(name: str) -> None:
     answer = json.loads(json.dumps(ANSWERS[name]))
     classes = {it["name"] for it in answer.get("ram_map", {"classes": []})["classes"]}
     html = to_html(hostile(answer, {answer["kind"], *State, *EvidenceSource, *classes}))
@@ -407,7 +407,7 @@ def test_no_text_of_the_json_becomes_markup(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["pass", "equal", "matrix"])
-def test_a_page_is_not_made_from_json_that_lacks_something(name: str) -> None:
+def test_json_without_a_required_member_makes_no_page(name: str) -> None:
     member = "counts" if name == "matrix" else "pages"
     answer = {key: value for key, value in ANSWERS[name].items() if key != member}
     with pytest.raises(jinja2.UndefinedError, match=member):
@@ -419,13 +419,13 @@ def test_labels_of_bitmap_syncs_do_not_overlap() -> None:
     (one, *_) = migration["passes"]
     many = [{**one, "sync": number, "began_s": number / 100} for number in range(201)]
     syncs = timeline({**migration, "passes": many})["syncs"]
-    assert len(syncs) == 200, "the part before the first sync has none"
+    assert len(syncs) == 200, "the part before the first sync is not a sync"
     labels = [place for place, is_labelled, _ in syncs if is_labelled]
     assert len(labels) > 20
     assert np.diff(labels).min() >= 26
 
 
-def test_a_cell_of_the_map_shows_the_gravest_of_its_pages() -> None:
+def test_a_cell_of_the_map_shows_its_most_serious_page() -> None:
     classes = np.zeros(8192, dtype=np.uint8)
     classes[[5, 6]] = [3, 1]
     classes[4100] = 2
@@ -443,8 +443,14 @@ def test_a_cell_of_the_map_shows_the_gravest_of_its_pages() -> None:
 def test_the_html_page_shows_the_lost_pages() -> None:
     page = Page()
     page.feed(to_html(ANSWERS["lost"]))
-    for told in ("0x5000", "iterator", "accelerator", "qemu -append 'a b <c>'", "injected"):
-        assert told in page.text
+    for expected in (
+        "0x5000",
+        "the bitmap iterator",
+        "accelerator",
+        "qemu -append 'a b <c>'",
+        "injected",
+    ):
+        assert expected in page.text
 
 
 def test_a_report_without_a_journal_does_not_mention_it() -> None:
@@ -453,10 +459,10 @@ def test_a_report_without_a_journal_does_not_mention_it() -> None:
     text = report.to_text(
         proof([], sensitivity_by_guest(5, guaranteed=True), device=Foreign(OPTIONS))
     )
-    for told in (page.text, text):
-        assert "somebody's, without a journal" in told
-        assert "None" not in told
-    assert "written just once" in text
+    for report_text in (page.text, text):
+        assert "third-party, without a journal" in report_text
+        assert "None" not in report_text
+    assert "wrote 5 pages exactly once" in text
 
 
 def test_pages_that_were_lost_late_are_in_the_map_too() -> None:
@@ -472,9 +478,9 @@ def test_the_report_says_what_could_not_have_been_detected() -> None:
     page.feed(to_html(ANSWERS["watched"]))
     unseen = watched(LOG).verdict.unseen
     assert len(unseen) == 4
-    for told in (page.text, report.to_text(watched(LOG))):
+    for report_text in (page.text, report.to_text(watched(LOG))):
         for each in unseen:
-            assert each in told
+            assert each in report_text
 
 
 @pytest.mark.parametrize(
@@ -510,11 +516,17 @@ def test_junit_and_tap_agree(name: str) -> None:
 def test_the_page_of_a_matrix_has_a_note_for_each_cell_that_is_not_clean() -> None:
     page = Page()
     page.feed(to_html(ANSWERS["matrix"]))
-    for told in ("7.2 → 7.2", "LOST: device 1", "no TLS", "GPA 0x7000: <bad>", "did not come up"):
-        assert told in page.text
+    for expected in (
+        "7.2 → 7.2",
+        "LOST: device 1",
+        "no TLS",
+        "GPA 0x7000: <bad>",
+        "did not come up",
+    ):
+        assert expected in page.text
 
 
-def test_a_wrong_ring_and_what_qemu_said_are_in_every_report() -> None:
+def test_a_wrong_ring_and_the_refusal_of_qemu_are_in_every_report() -> None:
     it = proof([], wrong_rings=[WRONG_RING, WRONG_RING], refusal="VQ 0 size 0x80 < last_avail_idx")
     answer = report.to_json(it)
     assert answer["exit_code"] == 1
@@ -523,26 +535,26 @@ def test_a_wrong_ring_and_what_qemu_said_are_in_every_report() -> None:
     assert "the guest was not continued" in text
     page = Page()
     page.feed(to_html(answer))
-    for told in (text, page.text, to_junit(answer), to_tap(answer)):
-        assert "with 97, at least 3 too few" in told
-        assert "VQ 0 size 0x80" in told
+    for report_text in (text, page.text, to_junit(answer), to_tap(answer)):
+        assert "with 97, at least 3 too low" in report_text
+        assert "VQ 0 size 0x80" in report_text
 
 
-def test_a_refusal_without_a_comparison_claims_none() -> None:
-    unreported = replace(SHARP, unreported=2)
+def test_a_refusal_without_a_comparison_does_not_claim_one() -> None:
+    unreported = replace(SENSITIVE, unreported=2)
     verdict = Verdict(0, [], unreported, GuestOutcome(0, 0, 0), refusal="VQ 0")
     assert verdict.exit_code == 1
     assert "no page was compared" in verdict.sentence
 
 
-def test_a_control_that_is_not_caught_is_no_pass() -> None:
+def test_a_control_that_is_not_caught_is_not_a_pass() -> None:
     answer = {**ANSWERS["control"], "control": {**ANSWERS["control"]["control"], "caught": False}}
     suite = ElementTree.fromstring(to_junit(answer))
     assert suite.get("errors") == "1"
     assert "not ok 5 - the injected fault is caught" in to_tap(answer)
 
 
-def test_passes_have_what_happened_in_them() -> None:
+def test_passes_contain_their_harvests_and_bytes() -> None:
     found = passes(HISTORY, harvest_list(HARVESTS, HISTORY[0].time_ns))
     assert [it["sync"] for it in found] == [1, 2, 4]
     assert [it["harvested_pages"] for it in found] == [14, 6, 3]
@@ -566,9 +578,9 @@ def test_a_downtime_that_is_too_long_is_in_every_report() -> None:
     assert answer["exit_code"] == 1
     assert answer["downtime"]["exceeded"] is True
     text = report.to_text(proof([], downtime=Downtime(SLOW, 2.0)))
-    for told in (text, answer["verdict"], to_html(answer), to_junit(answer), to_tap(answer)):
-        assert "40" in told
-        assert "device" in told
+    for report_text in (text, answer["verdict"], to_html(answer), to_junit(answer), to_tap(answer)):
+        assert "40" in report_text
+        assert "device" in report_text
     page = to_html(answer)
     assert "the &lt;device&gt; stops" in page
     assert "more than the 2000 ms that are allowed" in page
@@ -584,7 +596,7 @@ def test_a_downtime_within_its_limit_is_reported_too() -> None:
     assert "within the 60 s" in report.to_text(proof([], downtime=Downtime(SLOW, 60.0)))
 
 
-def test_a_downtime_that_was_not_measured_is_no_pass() -> None:
+def test_a_downtime_that_was_not_measured_is_not_a_pass() -> None:
     answer = ANSWERS["unmeasured"]
     assert answer["exit_code"] == 3
     assert "could not be measured" in answer["verdict"]
@@ -594,7 +606,9 @@ def test_a_downtime_that_was_not_measured_is_no_pass() -> None:
 def test_a_soak_reports_which_migration_lost_pages() -> None:
     text = soak_report.soak_to_text(soak(proof(LOST), [9, 9, 9]))
     assert text.startswith("FAIL: migration 3 of 3: 2 of 64 pages were lost")
-    assert soak_report.soak_to_text(soak(proof([]), [8, 9, 9])).startswith("PASS: every page equal")
+    assert soak_report.soak_to_text(soak(proof([]), [8, 9, 9])).startswith(
+        "PASS: all pages are equal"
+    )
 
 
 def test_a_soak_reports_growth_in_figures() -> None:
@@ -605,8 +619,13 @@ def test_a_soak_reports_growth_in_figures() -> None:
 
 def test_a_proof_reports_the_migrations_before_it() -> None:
     before = proof([])
-    text = report.to_text(replace(before, earlier=[before.migration_summary, before.migration_summary]))
-    assert "2 more, there and back: 128 pages compared, 10 certain" in text
+    text = report.to_text(
+        replace(before, earlier=[before.migration_summary, before.migration_summary])
+    )
+    assert (
+        "2 earlier migrations between source and destination: 128 pages compared, 10 guaranteed "
+        in text
+    )
 
 
 def test_run_lengths_hold_every_page() -> None:
@@ -615,7 +634,7 @@ def test_run_lengths_hold_every_page() -> None:
     assert run_lengths(classes[:0]) == []
 
 
-def test_a_checks_map_joins_what_follows_each_other() -> None:
+def test_the_map_of_a_check_joins_consecutive_areas() -> None:
     ram_map = ANSWERS["differs"]["ram_map"]
     assert [(it["gpa"], it["pages"]) for it in ram_map["areas"]] == [(0, 32), (1 << 32, 8)]
     runs = [[0, 3], [2, 1], [0, 1], [4, 2], [0, 13], [4, 1], [0, 11]]
@@ -623,9 +642,9 @@ def test_a_checks_map_joins_what_follows_each_other() -> None:
     assert [it["pages"] for it in ram_map["classes"]] == [36, 0, 1, 0, 3]
 
 
-def test_a_checks_text_joins_runs_and_names_known_differences() -> None:
+def test_the_text_of_a_check_joins_runs_and_names_known_differences() -> None:
     text = check_report.to_text(check([5, 6, 20], [3]))
-    assert text.startswith("FAIL: 3 of 40 pages differ, and 1 known to differ")
+    assert text.startswith("FAIL: 3 of 40 pages differ; in addition, 1 known to differ")
     assert "GPA 0x5000 to 0x6fff (m0 +0x5000, DIMM dimm0): 6 bytes differ in 2 pages" in text
     assert "GPA 0x3000 (m0 +0x3000): 3 bytes differ (pvclock): the firmware’s clock" in text
     assert "not compared m1 0xa0000 to 0xbffff: hidden, in private memory" in text
@@ -633,26 +652,29 @@ def test_a_checks_text_joins_runs_and_names_known_differences() -> None:
     assert check([5], [3]).exit_code == 1
 
 
-def test_a_check_counts_what_the_guest_gave_back_by_itself() -> None:
+def test_a_check_counts_pages_that_the_guest_gave_back_separately() -> None:
     sound = check([], [], (8, 9, 11))
     assert sound.exit_code == 0
     assert sound.sentence == (
-        "40 pages compared: all equal but 3 given back by the guest, of which nothing is proved"
+        "40 pages compared: all are equal except 3 given back by the guest, about which the check "
+        "proves nothing"
     )
     text = check_report.to_text(sound)
-    assert "given back by the guest (3 pages, by balloon b):\n  GPA 0x8000 to 0x9fff (m0 " in text
+    assert (
+        "pages given back by the guest through balloon b (3):\n  GPA 0x8000 to 0x9fff (m0 " in text
+    )
     assert ANSWERS["discarded"]["discarded"] == [
         {"gpa": 0x8000, "region": "m0", "offset": 0x8000, "pages": 2},
         {"gpa": 0xB000, "region": "m0", "offset": 0xB000, "pages": 1},
     ]
     assert check([5], [], (8,)).exit_code == check([5], [], (8,), (10,)).exit_code == 1
     assert check([], [], (8,), (10,)).exit_code == 3
-    assert "either lost or given back by the guest (1 pages, by balloon b):" in (
+    assert "pages either lost or given back by the guest through balloon b (1):" in (
         check_report.to_text(check([], [], (8,), (10,)))
     )
 
 
-def test_tcg_is_blamed_only_by_a_rule_that_applies() -> None:
+def test_tcg_is_blamed_only_if_a_known_rule_applies() -> None:
     new = proof([LostPage(0x9000, 0x9000, 1, Blame.ACCELERATOR)])
     assert "Under TCG" not in report.to_text(new), "the first block is sound since 9.0"
     assert "lose such pages of RAM block ram,\nbecause its size, 65536 KiB, is a" in (

@@ -28,7 +28,7 @@ def test_a_ring_may_be_exactly_full(used: int) -> None:
 
 def test_a_tie_between_both_indices_is_reported_as_too_few() -> None:
     story = ring(0x8000 + 50, 0, 100).story
-    assert "at least 32718 too few" in story
+    assert "at least 32718 too low" in story
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Which answers to GET_VRING_BASE can be right, and what is said of those that cannot."""
+"""The answers to GET_VRING_BASE that can be right, and the messages about those that cannot."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def ring(answered: int, used: int, available: int, side: str = "source") -> Ring
 
 @pytest.mark.parametrize("answered", [100, 103, 110])
 def test_an_answer_between_used_and_available_is_right(answered: int) -> None:
-    it = ring(answered, 100, 110)
-    assert it.is_answered_right
-    assert it.is_consistent
+    stopped = ring(answered, 100, 110)
+    assert stopped.is_answered_right
+    assert stopped.is_consistent
 
 
 @pytest.mark.parametrize(
@@ -35,20 +35,20 @@ def test_an_answer_is_right_when_the_indices_wrap(answered: int, used: int, avai
 @pytest.mark.parametrize(
     ("answered", "used", "available", "wrong"),
     [
-        (97, 100, 110, "3 too few"),
-        (0, 100, 110, "100 too few"),
-        (113, 100, 110, "3 too many"),
-        (0xFFFD, 0, 4, "3 too few"),
-        (2, 0xFFF0, 0xFFFF, "3 too many"),
+        (97, 100, 110, "3 too low"),
+        (0, 100, 110, "100 too low"),
+        (113, 100, 110, "3 too high"),
+        (0xFFFD, 0, 4, "3 too low"),
+        (2, 0xFFF0, 0xFFFF, "3 too high"),
     ],
 )
 def test_a_wrong_answer_is_reported_with_its_distance(
     answered: int, used: int, available: int, wrong: str
 ) -> None:
-    it = ring(answered, used, available)
-    assert not it.is_answered_right
-    assert f"with {answered}, at least {wrong}" in it.story
-    assert f"used index {used} and available index {available}" in it.story
+    stopped = ring(answered, used, available)
+    assert not stopped.is_answered_right
+    assert f"with {answered}, at least {wrong}" in stopped.story
+    assert f"used index {used} and available index {available}" in stopped.story
 
 
 @pytest.mark.parametrize(
@@ -64,18 +64,18 @@ def test_a_wrong_answer_is_reported_with_its_distance(
 def test_impossible_indices_are_reported_with_their_cause(
     used: int, available: int, side: str, why: str
 ) -> None:
-    it = ring(available, used, available, side)
-    assert it.is_answered_right
-    assert not it.is_consistent
-    assert f"in the {side}'s RAM cannot be right for a ring of 128: " in it.story
-    assert re.search(why, it.story)
+    stopped = ring(available, used, available, side)
+    assert stopped.is_answered_right
+    assert not stopped.is_consistent
+    assert f"in the {side}'s RAM are impossible for a ring of 128 descriptors: " in stopped.story
+    assert re.search(why, stopped.story)
 
 
 DESCRIPTORS, AVAILABLE, USED = 0x1000, 0x2000, 0x3000
 
 
 class PausedQemu:
-    """Two queues, of which the guest uses the first."""
+    """A QEMU with two queues, of which the guest uses the first."""
 
     async def execute(self, command: str, **arguments: Any) -> Any:
         if command == "x-query-virtio":
@@ -100,7 +100,7 @@ class QemuBefore72(PausedQemu):
 
 
 def read(gpa: int, length: int) -> bytes | None:
-    """RAM in which the ring's indices stand behind 16 bits of flags."""
+    """Read RAM in which the ring's indices follow 16 bits of flags."""
     indices = {AVAILABLE + 2: 12, USED + 2: 10}
     return struct.pack("<H", indices[gpa])[:length]
 
@@ -112,10 +112,10 @@ def test_rings_are_read_at_the_addresses_that_qemu_reports() -> None:
     assert not found[0].is_answered_right
 
 
-def test_a_ring_outside_ram_is_not_a_ring() -> None:
+def test_a_ring_outside_ram_is_ignored() -> None:
     rams = {"source": lambda gpa, length: None}
     assert asyncio.run(stopped_rings(cast(Any, PausedQemu()), rams)) == []
 
 
-def test_a_qemu_without_the_query_has_no_rings() -> None:
+def test_a_qemu_without_the_query_reports_no_rings() -> None:
     assert asyncio.run(stopped_rings(cast(Any, QemuBefore72()), {"source": read})) == []

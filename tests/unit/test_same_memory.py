@@ -1,4 +1,4 @@
-"""Which of two guests' RAM is the same part of one file."""
+"""Detection of RAM that is the same part of one file on both sides."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REGION = MapRegion(16 * MIB, 8 * MIB, "ram", "ram0")
 
 
 def ram(offset: int | None, inode: int = 7, device: int = 1) -> GuestRam:
-    """8 MiB of RAM at `offset` in a file, or private for None."""
+    """Return 8 MiB of RAM at `offset` in a file; private if `offset` is None."""
     return GuestRam(
         qemu=cast(Qemu, None),
         regions=[REGION],
@@ -42,7 +42,7 @@ def test_the_same_place_in_the_same_file_is_the_same_memory() -> None:
     assert same(ram(4 * MIB), ram(4 * MIB))
 
 
-def test_another_file_another_part_and_private_copies_are_not() -> None:
+def test_other_files_other_parts_and_private_copies_are_not_the_same_memory() -> None:
     assert not same(ram(0), ram(0, inode=8))
     assert not same(ram(0), ram(0, device=2))
     assert not same(ram(0), ram(8 * MIB))
@@ -52,7 +52,7 @@ def test_another_file_another_part_and_private_copies_are_not() -> None:
 
 @pytest.mark.parametrize("offset", [4096, 3 * MIB, -3 * MIB])
 def test_parts_that_overlap_are_refused(offset: int) -> None:
-    with pytest.raises(UntestableError, match="each writes to the other's RAM"):
+    with pytest.raises(UntestableError, match="each QEMU writes to the other's RAM"):
         same(ram(4 * MIB), ram(4 * MIB - offset))
 
 
@@ -61,10 +61,10 @@ def test_parts_that_touch_do_not_overlap(source: int, destination: int) -> None:
     assert not same(ram(source), ram(destination))
 
 
-def test_the_same_place_is_found_where_the_maps_have_other_edges() -> None:
-    theirs = MapRegion(18 * MIB, 2 * MIB, "ram", "ram0", 2 * MIB)
+def test_the_same_memory_is_found_if_the_maps_have_different_edges() -> None:
+    other = MapRegion(18 * MIB, 2 * MIB, "ram", "ram0", 2 * MIB)
     destination = replace(
-        ram(None), regions=[theirs], shared={theirs: SharedMemory(-1, 6 * MIB, 1, 7)}
+        ram(None), regions=[other], shared={other: SharedMemory(-1, 6 * MIB, 1, 7)}
     )
-    part = CommonRange(18 * MIB, 2 * MIB, REGION, theirs)
+    part = CommonRange(18 * MIB, 2 * MIB, REGION, other)
     assert is_same_memory(ram(4 * MIB), destination, part)

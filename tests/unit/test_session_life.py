@@ -439,7 +439,7 @@ class Tracked(Guest):
         if predecessor is not None:
             assert predecessor.front_end.inflight is not None
             self.front_end.inflight = os.dup(predecessor.front_end.inflight)
-            self.front_end.inflight_said = predecessor.front_end.inflight_said
+            self.front_end.inflight_reply = predecessor.front_end.inflight_reply
             self.driver = predecessor.driver
         self.front_end.track_inflight(2, self.driver.size)
         if predecessor is not None:

@@ -1,4 +1,4 @@
-"""What a process holds on to is counted, and told from what it needs to warm up."""
+"""The resources of a process are counted, and growth is distinguished from the warm-up."""
 
 from __future__ import annotations
 
@@ -42,23 +42,27 @@ def test_only_private_memory_is_counted() -> None:
     with mmap.mmap(-1, 64 * MIB) as shared:  # anonymous and shared: the kernel's /dev/zero
         touch(shared)
         assert holdings_of(os.getpid()).private_bytes < before.private_bytes + 32 * MIB
-    with mmap.mmap(-1, 64 * MIB, flags=mmap.MAP_PRIVATE) as private:  # no heap that has room left
+    with mmap.mmap(-1, 64 * MIB, flags=mmap.MAP_PRIVATE) as private:  # a heap might have free space
         touch(private)
         assert holdings_of(os.getpid()).private_bytes > before.private_bytes + 48 * MIB
 
 
 def test_a_process_that_has_ended_is_reported() -> None:
-    no_process = int(Path("/proc/sys/kernel/pid_max").read_text())  # one more than the highest
-    with pytest.raises(UntestableError, match=f"process {no_process} cannot be looked at"):
+    no_process = int(
+        Path("/proc/sys/kernel/pid_max").read_text()
+    )  # one more than the highest process id
+    with pytest.raises(
+        UntestableError, match=f"the resources of process {no_process} cannot be read"
+    ):
         holdings_of(no_process)
 
 
-def test_warming_up_is_no_growth() -> None:
-    seen = [holdings(private_mib=it) for it in (5, 18, *[20] * 10)]
+def test_the_warm_up_is_not_growth() -> None:
+    seen = [holdings(private_mib=mib) for mib in (5, 18, *[20] * 10)]
     assert growth("tool", seen).is_none
 
 
-def test_a_spike_is_no_growth() -> None:
+def test_a_spike_is_not_growth() -> None:
     seen = [holdings()] * 20
     seen[17] = holdings(private_mib=60, descriptors=30)
     assert growth("tool", seen).is_none

@@ -1,4 +1,4 @@
-"""Whose loss it was: every kind of loss, injected by hand in two RAM files."""
+"""Attribution of losses: every kind of loss, made by hand in two RAM files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ALL_SENT_NS = 1000
 
 @dataclass
 class Case:
-    """Two RAM files and a journal that is filled write by write."""
+    """Two RAM files, and a journal of the device's writes."""
 
     source: RamFile
     destination: RamFile
@@ -58,7 +58,7 @@ class Case:
         seen_by: tuple[Link, ...] = TRACED_LINKS,
         kind: WriteKind = WriteKind.DATA,
     ) -> None:
-        """The device writes at the source, and the links `seen_by` see it in its epoch."""
+        """Let the device write on the source; the links `seen_by` see the write in its epoch."""
         offset = gpa if gpa < HIGH else gpa - HIGH + PAGES // 2 * PAGE
         os.pwrite(self.source.fd, data, offset)
         self.rows.append(
@@ -99,8 +99,8 @@ def case() -> Iterator[Case]:
         yield Case(*files)
 
 
-def test_each_of_two_devices_answers_for_its_own(case: Case) -> None:
-    def told(device: Case, name: str) -> Evidence:
+def test_a_loss_is_attributed_to_the_one_of_two_devices_that_wrote_the_page(case: Case) -> None:
+    def evidence_of(device: Case, name: str) -> Evidence:
         return replace(device.evidence(), device=name)
 
     disk, net = case, Case(case.source, case.destination)
@@ -109,7 +109,7 @@ def test_each_of_two_devices_answers_for_its_own(case: Case) -> None:
     net.device_writes(4 * PAGE, b"n" * 64, time_ns=3000, seen_by=())
     net.device_writes(5 * PAGE, b"n" * PAGE, time_ns=3000, seen_by=(Link.TRACKER,))
     os.pwrite(case.destination.fd, b"d" * PAGE, 3 * PAGE)
-    evidence = [told(disk, "blk"), told(net, "net")]
+    evidence = [evidence_of(disk, "blk"), evidence_of(net, "net")]
     differing = compare(case.source, case.destination)
     lost = attribute(differing, case.source, case.destination, evidence[0].slots, evidence)
     assert [(page.gpa, page.device, page.link) for page in lost] == [
@@ -182,7 +182,7 @@ def test_a_write_across_pages_loses_just_the_page_that_differs(case: Case) -> No
     assert (page.gpa, page.iova, page.bytes_differing) == (3 * PAGE, 3 * PAGE, 2)
 
 
-def test_an_unlogged_page_is_reported_even_if_it_is_equal(case: Case) -> None:
+def test_an_unlogged_page_fails_the_proof_even_if_it_is_equal(case: Case) -> None:
     case.device_writes(0, b"a", seen_by=())
     case.device_writes(PAGE, b"b", seen_by=TRACED_LINKS[:2])
     case.device_writes(HIGH, b"c", epoch=1)
@@ -196,7 +196,7 @@ def test_an_unlogged_page_is_reported_even_if_it_is_equal(case: Case) -> None:
     verdict = Verdict(PAGES, case.lost(), sensitivity, GuestOutcome(1000, 0, 10))
     assert verdict.lost == []
     assert verdict.exit_code == 1
-    assert "by luck: 3 pages" in verdict.sentence
+    assert "but 3 pages that the device wrote were never reported dirty" in verdict.sentence
 
 
 def test_memory_that_was_unplugged_need_not_be_logged(case: Case) -> None:
@@ -224,14 +224,14 @@ def test_the_sensitivity_counts_the_pages_whose_loss_would_be_detected(case: Cas
     )
 
 
-def test_no_journal_is_no_evidence(case: Case) -> None:
+def test_an_empty_journal_is_not_evidence(case: Case) -> None:
     assert case.sensitivity() == Sensitivity(0, 0, 0, 0, 0, 0, 0)
     verdict = Verdict(PAGES, [], case.sensitivity(), GuestOutcome(1000, 0, 10))
     assert verdict.exit_code == 3
     assert verdict.sentence.startswith("nothing was tested")
 
 
-def test_without_a_journal_it_stays_open_who_lost_a_page(case: Case) -> None:
+def test_without_a_journal_the_cause_of_a_loss_is_unknown(case: Case) -> None:
     for ram in (case.source, case.destination):
         os.pwrite(ram.fd, b"same", PAGE)
     os.pwrite(case.source.fd, b"data", PAGES // 2 * PAGE)
@@ -242,59 +242,61 @@ def test_without_a_journal_it_stays_open_who_lost_a_page(case: Case) -> None:
         PAGES, lost, sensitivity_by_guest(20, guaranteed=True), GuestOutcome(1000, 0, 10)
     )
     assert verdict.exit_code == 1
-    assert "not ours to know" in verdict.sentence
+    assert "cause unknown" in verdict.sentence
 
 
 def test_without_a_journal_the_guest_is_the_evidence_source() -> None:
-    well = GuestOutcome(1000, 0, 10)
-    assert (
-        Verdict(PAGES, [], sensitivity_by_guest(20, guaranteed=True), well).exit_code
-        == 0
-    )
-    assert (
-        Verdict(PAGES, [], sensitivity_by_guest(0, guaranteed=True), well).exit_code == 3
-    )
-    told = sensitivity_by_guest(20, guaranteed=True).to_json()
-    assert (told["guaranteed_detectable"], told["rewritten"], told["evidence_source"]) == (
+    healthy = GuestOutcome(1000, 0, 10)
+    assert Verdict(PAGES, [], sensitivity_by_guest(20, guaranteed=True), healthy).exit_code == 0
+    assert Verdict(PAGES, [], sensitivity_by_guest(0, guaranteed=True), healthy).exit_code == 3
+    members = sensitivity_by_guest(20, guaranteed=True).to_json()
+    assert (members["guaranteed_detectable"], members["rewritten"], members["evidence_source"]) == (
         20,
         20,
         "guest",
     )
-    assert told["unreported"] is None
+    assert members["unreported"] is None
     copied = sensitivity_by_guest(20, guaranteed=False)
     assert (copied.rewritten, copied.guaranteed_detectable) == (20, 0)
-    assert Verdict(PAGES, [], copied, well).exit_code == 0
+    assert Verdict(PAGES, [], copied, healthy).exit_code == 0
     assert Sensitivity(1, 2, 3, 4, 5, 6, 7).to_json()["unreported"] == 5
 
 
 def test_a_loss_exits_with_1_and_a_proof_without_evidence_with_3() -> None:
-    sharp = Sensitivity(10, 10, 5, 5, 0, 0, 0)
-    blunt = Sensitivity(10, 10, 0, 0, 0, 0, 0)
-    well, ill = GuestOutcome(1000, 0, 10), GuestOutcome(1000, 2, 10)
+    sensitive = Sensitivity(10, 10, 5, 5, 0, 0, 0)
+    insensitive = Sensitivity(10, 10, 0, 0, 0, 0, 0)
+    healthy, failing = GuestOutcome(1000, 0, 10), GuestOutcome(1000, 2, 10)
     lost = LostPage(0, 0, 1, Blame.ACCELERATOR)
-    assert Verdict(PAGES, [], sharp, well).exit_code == 0
-    assert Verdict(PAGES, [], blunt, well).exit_code == 3
-    assert Verdict(PAGES, [], sharp, ill).exit_code == 1
-    assert Verdict(PAGES, [lost], sharp, well).exit_code == 1
-    assert Verdict(PAGES, [lost], blunt, well).exit_code == 1
-    assert "1 by the accelerator" in Verdict(PAGES, [lost], sharp, well).sentence
+    assert Verdict(PAGES, [], sensitive, healthy).exit_code == 0
+    assert Verdict(PAGES, [], insensitive, healthy).exit_code == 3
+    assert Verdict(PAGES, [], sensitive, failing).exit_code == 1
+    assert Verdict(PAGES, [lost], sensitive, healthy).exit_code == 1
+    assert Verdict(PAGES, [lost], insensitive, healthy).exit_code == 1
+    assert "1 by the accelerator" in Verdict(PAGES, [lost], sensitive, healthy).sentence
 
 
-def test_a_slow_switchover_fails_what_else_would_pass() -> None:
-    sharp, well = Sensitivity(10, 10, 5, 5, 0, 0, 0), GuestOutcome(1000, 0, 10)
+def test_a_slow_switchover_fails_an_otherwise_passing_proof() -> None:
+    sensitive, healthy = Sensitivity(10, 10, 5, 5, 0, 0, 0), GuestOutcome(1000, 0, 10)
     slow = Downtime([Part("its start", 1.0), Part("its end", 2.5)], 3.0)
-    assert Verdict(PAGES, [], sharp, well, downtime=slow).exit_code == 1
+    assert Verdict(PAGES, [], sensitive, healthy, downtime=slow).exit_code == 1
     assert "the downtime was 3.5 s, longer than the 3 s" in slow.sentence
-    assert "longest part, 2.5 s: its end" in Verdict(PAGES, [], sharp, well, downtime=slow).sentence
-    assert Verdict(PAGES, [], sharp, well, downtime=replace(slow, limit_s=3.5)).exit_code == 0
-    assert Verdict(PAGES, [], sharp, well, downtime=replace(slow, limit_s=None)).exit_code == 0
+    assert (
+        "longest part, 2.5 s: its end"
+        in Verdict(PAGES, [], sensitive, healthy, downtime=slow).sentence
+    )
+    assert (
+        Verdict(PAGES, [], sensitive, healthy, downtime=replace(slow, limit_s=3.5)).exit_code == 0
+    )
+    assert (
+        Verdict(PAGES, [], sensitive, healthy, downtime=replace(slow, limit_s=None)).exit_code == 0
+    )
     unmeasured = Downtime((), 3.0)
-    assert Verdict(PAGES, [], sharp, well, downtime=unmeasured).exit_code == 3
+    assert Verdict(PAGES, [], sensitive, healthy, downtime=unmeasured).exit_code == 3
     lost = [LostPage(0, 0, 1, Blame.ACCELERATOR)]
-    assert "1 of" in Verdict(PAGES, lost, sharp, well, downtime=slow).sentence
+    assert "1 of" in Verdict(PAGES, lost, sensitive, healthy, downtime=slow).sentence
 
 
-def test_slots_of_another_file_are_no_evidence(case: Case) -> None:
+def test_slots_of_another_file_are_ignored(case: Case) -> None:
     case.device_writes(3 * PAGE, b"x", seen_by=())
     (page,) = case.lost()
     assert page.gpa == 3 * PAGE
@@ -305,7 +307,7 @@ def test_slots_of_another_file_are_no_evidence(case: Case) -> None:
     assert page.gpa is None
 
 
-def test_a_write_of_nothing_touches_its_own_page_only() -> None:
+def test_a_write_of_zero_bytes_touches_only_its_own_page() -> None:
     records = np.zeros(3, dtype=RECORD)
     records["gpa"] = (0, PAGE, 2 * PAGE - 1)
     records["length"] = (0, 0, 2)
@@ -313,18 +315,20 @@ def test_a_write_of_nothing_touches_its_own_page_only() -> None:
 
 
 def test_pages_that_a_snapshot_saved_too_late_fail_a_proof() -> None:
-    sharp = sensitivity_by_guest(7, EvidenceSource.SNAPSHOT)
+    sensitive = sensitivity_by_guest(7, EvidenceSource.SNAPSHOT)
     lost = [LostPage(0, 0, 4, Blame.SNAPSHOT)]
-    torn = Verdict(PAGES, lost, sharp, GuestOutcome(0, 0, 0))
+    torn = Verdict(PAGES, lost, sensitive, GuestOutcome(0, 0, 0))
     assert torn.exit_code == 1
-    assert torn.sentence.startswith(f"1 of {PAGES} pages are not of the snapshot's moment")
-    assert sharp.to_json()["evidence_source"] == "snapshot"
+    assert torn.sentence.startswith(
+        f"1 of {PAGES} pages have a newer content than at the start of the snapshot"
+    )
+    assert sensitive.to_json()["evidence_source"] == "snapshot"
 
 
-def test_what_the_log_shows_fails_a_proof_whose_pages_are_equal() -> None:
+def test_a_fault_in_the_log_fails_a_proof_whose_pages_are_equal() -> None:
     log = LogEvidence(looks=100, look_interval_s=0.001, judged_queues=[0, 1])
     verdict = Verdict(64, [], sensitivity_by_guest(5), GuestOutcome(1, 0, 1), settled_s=4, log=log)
-    assert (verdict.exit_code, verdict.sentence) == (0, "every page equal: 64 pages compared")
+    assert (verdict.exit_code, verdict.sentence) == (0, "all pages are equal: 64 pages compared")
     late = replace(verdict, log=replace(log, late_bits=[0x1000, 0x5000]))
     assert late.exit_code == 1
     assert "2 dirty bits were set after" in late.sentence

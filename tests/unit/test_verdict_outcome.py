@@ -1,4 +1,4 @@
-"""What each finding makes of the verdict: its exit code, its sentence, and whether to continue."""
+"""The effect of each finding on the verdict: exit code, sentence, and whether to continue."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from qmp_tools.proof.rings import Ring
 from qmp_tools.proof.sensitivity import Sensitivity, sensitivity_by_guest
 from qmp_tools.proof.verdict import GuestOutcome, Verdict
 
-SHARP = Sensitivity(10, 10, 5, 5, 0, 0, 0)
-PASSED = Verdict(64, [], SHARP, GuestOutcome(1000, 0, 10))
+SENSITIVE = Sensitivity(10, 10, 5, 5, 0, 0, 0)
+PASSED = Verdict(64, [], SENSITIVE, GuestOutcome(1000, 0, 10))
 RING = Ring("source", "virtio-blk", 3, 128, 97, 100, 110)
 OTHER_RING = replace(RING, queue=4)
 
 
 def test_a_proof_without_a_loss_passes_and_can_continue() -> None:
-    assert (PASSED.exit_code, PASSED.can_go_on) == (0, True)
-    assert PASSED.sentence == "every page equal: 64 pages compared"
+    assert (PASSED.exit_code, PASSED.can_continue) == (0, True)
+    assert PASSED.sentence == "all pages are equal: 64 pages compared"
 
 
 def test_a_wrong_ring_fails_by_itself() -> None:
     wrong = replace(PASSED, wrong_rings=[RING])
-    assert (wrong.exit_code, wrong.can_go_on) == (1, False)
+    assert (wrong.exit_code, wrong.can_continue) == (1, False)
     assert wrong.sentence == f"the index of a ring is wrong: {RING.story}"
     two = replace(PASSED, wrong_rings=[RING, OTHER_RING])
     assert two.sentence == f"the indices of 2 rings are wrong: {RING.story}"
 
 
 def test_a_refusal_stops_the_guest_and_names_what_was_not_compared() -> None:
-    refused = replace(PASSED, refusal="no", pages=0, sensitivity=replace(SHARP, unreported=2))
-    assert (refused.exit_code, refused.can_go_on) == (1, False)
-    assert refused.sentence.startswith("no page was compared, as the destination refused")
-    assert replace(refused, pages=64).sentence.startswith("every page equal, but by luck: 2")
+    refused = replace(PASSED, refusal="no", pages=0, sensitivity=replace(SENSITIVE, unreported=2))
+    assert (refused.exit_code, refused.can_continue) == (1, False)
+    assert refused.sentence.startswith("no page was compared, because the destination refused")
+    assert replace(refused, pages=64).sentence.startswith("all pages are equal, but 2")
     assert not replace(refused, pages=0, refusal=None).sentence.startswith("no page was compared")
 
 
 def test_errors_of_the_guest_are_reported() -> None:
-    ill = replace(PASSED, guest=GuestOutcome(1000, 2, 10))
-    assert ill.exit_code == 1
-    assert "the guest found 2 errors on the destination" in ill.sentence
+    failing = replace(PASSED, guest=GuestOutcome(1000, 2, 10))
+    assert failing.exit_code == 1
+    assert "the guest found 2 errors on the destination" in failing.sentence
 
 
 def test_a_migration_that_ended_early_proves_nothing() -> None:
@@ -66,25 +66,25 @@ def test_a_limit_without_a_measurement_proves_nothing() -> None:
         (LogEvidence(9, 0.001, judged_queues=[1], unlogged_queues=[1]), "ring of queue 1"),
     ],
 )
-def test_a_fault_in_the_log_fails_though_every_page_is_equal(
+def test_a_fault_in_the_log_fails_although_all_pages_are_equal(
     log: LogEvidence, message: str
 ) -> None:
     found = replace(PASSED, log=log)
     assert found.exit_code == 1
-    assert found.sentence.startswith("every page equal, but by luck; ")
+    assert found.sentence.startswith("all pages are equal, but ")
     assert message in found.sentence
 
 
-def test_losses_that_a_missing_journal_could_hide_are_named() -> None:
+def test_faults_that_a_missing_journal_could_hide_are_named() -> None:
     assert PASSED.unseen == []
     alone = replace(PASSED, sensitivity=sensitivity_by_guest(7), settled_s=4.0)
     assert alone.sensitivity == sensitivity_by_guest(7, guaranteed=True)
     assert alone.unseen == ["DMA later than 4.0 s after the guest was paused"]
     watched = replace(alone, settled_s=None, log=LogEvidence(9, 0.0025, judged_queues=[1]))
     assert len(watched.unseen) == 3
-    assert "by less than about 2.5 ms" in watched.unseen[0]
-    assert "whose page the device marks for something else" in watched.unseen[1]
-    assert "bits that are forgotten when the device is stopped" in watched.unseen[2]
+    assert "less than about 2.5 ms before it writes" in watched.unseen[0]
+    assert "if the device logs something else on the same page" in watched.unseen[1]
+    assert "dirty bits that the device drops when it is stopped" in watched.unseen[2]
 
 
 def test_a_loss_is_reported_with_each_culprit_and_each_fault_of_the_log() -> None:
@@ -103,24 +103,26 @@ def test_a_loss_is_reported_with_each_culprit_and_each_fault_of_the_log() -> Non
     [
         (
             replace(PASSED, refusal="no", pages=0),
-            "; 0 pages that the device wrote have not reached the dirty log",
+            "; 0 pages that the device wrote were never reported dirty",
         ),
         (
-            replace(PASSED, sensitivity=replace(SHARP, unreported=2)),
-            ": 2 pages that the device wrote have not reached the dirty log",
+            replace(PASSED, sensitivity=replace(SENSITIVE, unreported=2)),
+            " 2 pages that the device wrote were never reported dirty: QEMU sent them for another "
+            "reason",
         ),
         (
             replace(PASSED, ended_early=True),
-            " before the guest had used its write-once pages, though it was to be held in precopy until "
-            "then",
+            " before the guest had used all its write-once pages, although dmaproof tried to hold "
+            "it in precopy until then",
         ),
         (
-            replace(PASSED, sensitivity=replace(SHARP, rewritten=0)),
+            replace(PASSED, sensitivity=replace(SENSITIVE, rewritten=0)),
             "; give the guest more time or the migration less bandwidth",
         ),
         (
             replace(PASSED, lost=[LostPage(0, 0, 4, Blame.SNAPSHOT)]),
-            ": QEMU took it, and does not hold off what a device outside QEMU writes",
+            ": QEMU does not hold back the writes of a device outside QEMU while it takes a "
+            "snapshot",
         ),
         (
             replace(PASSED, lost=[LostPage(0, 0, 4, Blame.UNKNOWN)]),
@@ -136,17 +138,22 @@ def test_what_could_not_be_detected_is_named_in_whole_phrases() -> None:
     log = LogEvidence(9, 0.5)
     alone = replace(PASSED, sensitivity=sensitivity_by_guest(7), log=log)
     early, unjudged, forgotten = alone.unseen
-    assert early.endswith("by less than about 500.0 ms, or on pages that are used again")
+    assert early.endswith(
+        "500.0 ms before it writes the data, or any time before on a page that is reused"
+    )
     assert unjudged == (
-        "an unlogged used ring: too few dirty bits came before the device was stopped, or QEMU "
-        "does not say where the ring is"
+        "a used ring that the device does not log: it set too few dirty bits before it was "
+        "stopped, or QEMU does not report where the ring is"
     )
     assert forgotten == (
-        "bits that are forgotten when the device is stopped, of pages that it has not written just "
-        "before"
+        "dirty bits that the device drops when it is stopped, except those of pages that it wrote "
+        "just before"
     )
     _, judged, _ = replace(alone, log=replace(log, judged_queues=[1])).unseen
-    assert judged == "an unlogged used ring whose page the device marks for something else in it"
+    assert judged == (
+        "a used ring that the device does not log, if the device logs something else on the same "
+        "page"
+    )
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def test_protocol_features_and_queues_are_reported(guest: Guest) -> None:
 @pytest.mark.parametrize("queue_size", [1, 32768])
 def test_an_inflight_file_fits_rings_of_every_size(guest: Guest, queue_size: int) -> None:
     guest.front_end.track_inflight(2, queue_size)
-    size, offset, queues, reported_size = struct.unpack("<QQHH4x", guest.front_end.inflight_said)
+    size, offset, queues, reported_size = struct.unpack("<QQHH4x", guest.front_end.inflight_reply)
     assert (offset, queues, reported_size) == (0, 2, queue_size)
     assert size >= 2 * region_bytes(queue_size)
 
@@ -347,7 +347,7 @@ def restarted(guest: Guest, *, log: bool) -> Guest:
     dead = guest.front_end
     front_end = FrontEnd()
     assert dead.inflight is not None
-    front_end.inflight, front_end.inflight_said = os.dup(dead.inflight), dead.inflight_said
+    front_end.inflight, front_end.inflight_reply = os.dup(dead.inflight), dead.inflight_reply
     front_end.send(Request.SET_PROTOCOL_FEATURES, encode_u64(PROTOCOL_FEATURES))
     front_end.log_all(log)
     front_end.track_inflight(2, 128)

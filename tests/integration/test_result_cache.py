@@ -1,4 +1,4 @@
-"""A kept result is no longer valid when a program that it depends on has changed."""
+"""A cached result is no longer valid after a change to a program that it depends on."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ CELL = {"scenario": "unix", "guest": "bare"}
     ("command", "changed"),
     [
         ("{folder}/backend {{socket}}", "backend"),
-        ("backend {{socket}}", "backend"),  # by PATH
+        ("backend {{socket}}", "backend"),  # found in PATH
         ("interpreter {folder}/backend {{socket}}", "backend"),
         ("interpreter {folder}/backend {{socket}}", "interpreter"),
-        ("wrapper {{socket}}", "backend"),  # which a script starts
-        ("wrapper {{socket}}", "interpreter"),  # of that script
+        ("wrapper {{socket}}", "backend"),  # the script starts it
+        ("wrapper {{socket}}", "interpreter"),  # the script's interpreter
         ("backend {{socket}} --config={folder}/config", "config"),
         ("backend {{socket}} --set file={folder}/config,queues=2", "config"),
     ],
 )
 @pytest.mark.parametrize("beside_another", [False, True])
-def test_a_back_end_that_was_rebuilt_has_no_result(
+def test_a_rebuilt_back_end_has_no_cached_result(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     command: str,
@@ -51,7 +51,7 @@ def test_a_back_end_that_was_rebuilt_has_no_result(
     device: ProofDevice = CommandDevice("blk", parse_command(command.format(folder=tmp_path)))
     if beside_another:
         device = SeveralDevices([EmulatedDevice(DeviceOptions()), device])
-    now = replace(setup_of_files(tmp_path), device=device)
-    first = key(CELL, now)
+    current = replace(setup_of_files(tmp_path), device=device)
+    first = key(CELL, current)
     (tmp_path / changed).write_text(files[changed].replace("one", "two") + "\n")
-    assert key(CELL, now) != first
+    assert key(CELL, current) != first

@@ -105,9 +105,9 @@ def to_text(proof: Proof) -> str:
         f"  QEMU         {proof.qemu_version} → {proof.qemu_destination_version}, "
         f"{proof.setup.machine.machine}, {proof.setup.machine.accelerator}, "
         f"{format_memory(proof.setup.machine.memory_bytes)}",
-        f"  guest        {proof.setup.guest}, {proof.setup.workload.pattern}",
+        f"  guest        {proof.setup.guest}, access pattern {proof.setup.workload.pattern}",
         f"  device       {_device(proof)}",
-        f"  migration    {proof.setup.scenario}, {proof.migration_s:.1f} s, "
+        f"  migration    scenario {proof.setup.scenario}, {proof.migration_s:.1f} s, "
         f"{last.syncs} bitmap syncs"
         + (f", downtime {proof.downtime_s * 1000:.0f} ms" if proof.downtime_s is not None else ""),
         *_earlier(proof.earlier),

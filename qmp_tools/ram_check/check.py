@@ -408,7 +408,7 @@ class _Comparison:
         lost: Counter[str] = Counter()
         for area in self.areas:
             lost[area.region] += len(area.differing)
-        lost.subtract(it.region for it in self.differences if it.known)
+        lost.subtract(difference.region for difference in self.differences if difference.known)
         notes = []
         for region in (region for region, pages in lost.items() if pages):
             block = block_of(region, self.blocks)

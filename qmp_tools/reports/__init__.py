@@ -1,1 +1,1 @@
-"""What a run tells: the JSON, and all that is made of it."""
+"""The reports of a run: the JSON, and the forms that are made from it."""

@@ -114,8 +114,10 @@ def simulate(
 
         for number in range(devices):
             chance = random.Random(options.seed + number)
-            behind = GuestIommu() if iommu else None
-            guests.append(_Guest(start_device(), precopy, source, number, packed, behind, chance))
+            guest_iommu = GuestIommu() if iommu else None
+            guests.append(
+                _Guest(start_device(), precopy, source, number, packed, guest_iommu, chance)
+            )
             stack.callback(guests[-1].close)
         try:
             all_sent_ns = _migrate(
@@ -414,13 +416,13 @@ class _Guest:
         assert self._iommu is not None
         count = self._chance.randrange(len(self._done) + 1)
         self._chance.shuffle(self._done)
-        gone, self._done = self._done[:count], self._done[count:]
-        for run in gone:
+        removed, self._done = self._done[:count], self._done[count:]
+        for run in removed:
             self._iommu.unmap(*run)
-        if gone and self._chance.random() < 0.1:
+        if removed and self._chance.random() < 0.1:
             self.front_end.invalidate(*_EVERYTHING)
             return
-        for iova, length in gone:
+        for iova, length in removed:
             self.front_end.invalidate(iova, length)
 
     def kick(self) -> None:

@@ -104,7 +104,10 @@ def test_an_injected_fault_fails_with_the_story_of_each_page(avocado: Avocado) -
     assert [test["status"] for test in job.tests] == ["FAIL"]
     assert job.exit_code == 1
     assert "pages were lost" in job.tests[0]["fail_reason"]
-    story = r"GPA 0x[0-9a-f]+: \d+ bytes differ; last device write: .* of request \d+ on queue \d .*, lost at the dirty log"
+    story = (
+        r"GPA 0x[0-9a-f]+: \d+ bytes differ; last device write: .* of request \d+ on queue \d .*, "
+        r"lost at the dirty log"
+    )
     assert re.search(story, job.log())
     assert no_runs_left(avocado)
 

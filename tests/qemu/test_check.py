@@ -97,9 +97,10 @@ def test_equal_pages_pass_and_an_injected_byte_is_found(
         report = checked(tool, pair, 1)
         differences = report["differences"]
         assert isinstance(differences, list)
-        assert [(it["gpa"], it["region"], it["bytes_differing"]) for it in differences] == [
-            (INJECTED, "ram0", 1)
-        ]
+        assert [
+            (difference["gpa"], difference["region"], difference["bytes_differing"])
+            for difference in differences
+        ] == [(INJECTED, "ram0", 1)]
         assert differences[0]["known"] is None
         # ram0 is the first RAM block, and a multiple of 256 KiB.
         notes = report["notes"]
@@ -154,8 +155,8 @@ def test_several_backends_and_ram_above_four_gigabytes(tool: Tool, folder: Path)
         report = checked(tool, pair, 1)
         differences = report["differences"]
         assert isinstance(differences, list)
-        assert {it["gpa"]: it["region"] for it in differences} == injected
-        assert [it["device"] for it in differences] == [None, None, "dimm0"]
+        assert {difference["gpa"]: difference["region"] for difference in differences} == injected
+        assert [difference["device"] for difference in differences] == [None, None, "dimm0"]
 
 
 @pytest.mark.parametrize("kind", ["memfd", "private"])
@@ -168,7 +169,9 @@ def test_ram_that_the_map_hides_is_compared(tool: Tool, folder: Path, kind: str)
         report = checked(tool, pair, 1)
         differences = report["differences"]
         assert isinstance(differences, list)
-        assert [(it["gpa"], it["offset"]) for it in differences] == [(None, 0xA1000)]
+        assert [(difference["gpa"], difference["offset"]) for difference in differences] == [
+            (None, 0xA1000)
+        ]
 
 
 NOBODY = 65534
@@ -381,7 +384,7 @@ def test_what_is_not_the_same_memory_is_compared(tool: Tool, folder: Path, share
         dimm = pair.monitors[1].execute("query-memory-devices")[0]["data"]["addr"]
         poke(pair, INJECTED)
         poke(pair, dimm)
-        regions = [it["region"] for it in checked(tool, pair, 1)["differences"]]
+        regions = [difference["region"] for difference in checked(tool, pair, 1)["differences"]]
         assert regions == (["ram0"] if share == "on" else ["ram0", "hot"])
 
 
@@ -405,7 +408,7 @@ def test_what_a_balloon_discards_is_not_lost_and_hides_no_loss(
         lost = balloon_guest.populated_after(pair, report["discarded"][repetition % 2])
         poke(pair, lost)
         after = checked(tool, pair, 1)
-        assert [it["gpa"] for it in after["differences"]] == [lost]
+        assert [difference["gpa"] for difference in after["differences"]] == [lost]
         assert after["pages_discarded"] == report["pages_discarded"]
 
 

@@ -48,8 +48,8 @@ def harvested_and_merged(report: dict[str, Any]) -> tuple[int, int]:
     migration = report["migration"]
     harvested = sum(harvest["pages"] for harvest in migration["harvests"])
     merged = sum(harvest["merged_pages"] for harvest in migration["harvests"])
-    assert sum(it["harvested_pages"] for it in migration["passes"]) == harvested
-    assert sum(it["merged_pages"] for it in migration["passes"]) == merged
+    assert sum(precopy_pass["harvested_pages"] for precopy_pass in migration["passes"]) == harvested
+    assert sum(precopy_pass["merged_pages"] for precopy_pass in migration["passes"]) == merged
     return harvested, merged
 
 

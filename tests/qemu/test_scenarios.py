@@ -38,7 +38,7 @@ def known_capabilities() -> set[str]:
 async def _ask() -> set[str]:
     async with idle_qemu("idle", find_qemu(None), timeout_s=DEFAULT_TIMEOUT_S) as qemu:
         answer: list[dict[str, Any]] = await qemu.qmp.execute("query-migrate-capabilities")
-        return {it["capability"] for it in answer}
+        return {capability["capability"] for capability in answer}
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -68,7 +68,7 @@ def test_a_scenario_passes_or_is_reported_as_unsupported(
         return
     assert outcome.exit_code == 0, outcome.output + outcome.errors
     assert report["setup"]["scenario"] == name
-    assert [it["guaranteed_detectable"] >= 8000 for it in report["migrations"]] == [
+    assert [migration["guaranteed_detectable"] >= 8000 for migration in report["migrations"]] == [
         True
     ] * scenario.migrations
 

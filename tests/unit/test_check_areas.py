@@ -112,7 +112,7 @@ PLACES = [
 
 def test_mapped_and_hidden_memory_is_compared(sides: Sides) -> None:
     found = sides.check()
-    areas = [(it.gpa, it.region, it.offset // PAGE, it.pages) for it in found.areas]
+    areas = [(area.gpa, area.region, area.offset // PAGE, area.pages) for area in found.areas]
     assert areas == [
         (0, "ram0", 0, 5),
         (ROM, "rom", 0, 1),
@@ -139,7 +139,9 @@ def test_pages_compared_in_pieces_have_the_same_addresses(
     sides.lose(4, 8, 15)
     found = sides.check()
     assert places(found) == [PLACES[0], *PLACES[2:4]]
-    assert [(it.gpa, it.offset // PAGE, it.pages) for it in found.areas if it.region == "ram0"] == [
+    assert [
+        (area.gpa, area.offset // PAGE, area.pages) for area in found.areas if area.region == "ram0"
+    ] == [
         *((page * PAGE, page, min(2, 5 - page)) for page in (0, 2, 4)),
         *((HIGH + page * PAGE, 8 + page, 2) for page in (0, 2, 4, 6)),
     ]
@@ -152,7 +154,7 @@ def test_hidden_memory_is_compared_in_pieces_too(
     sides.lose(*LOST)
     found = sides.check()
     assert places(found) == PLACES
-    assert [(it.offset // PAGE, it.pages) for it in found.areas if it.gpa is None] == [
+    assert [(area.offset // PAGE, area.pages) for area in found.areas if area.gpa is None] == [
         (5, 2),
         (7, 1),
     ]
@@ -229,7 +231,7 @@ def test_hidden_memory_that_one_side_cannot_read_is_reported(sides: Sides, side:
     sides.lose(6)
     found = sides.check()
     assert (found.exit_code, found.pages) == (0, PAGES + 1 - len(HIDDEN))
-    (hidden,) = (it for it in found.not_compared if it.region == "ram0")
+    (hidden,) = (part for part in found.not_compared if part.region == "ram0")
     assert (hidden.offset, hidden.length) == (5 * PAGE, 3 * PAGE)
     assert hidden.why == "hidden by the physical map; QEMU can save only memory that the map shows"
 
@@ -265,14 +267,14 @@ def test_only_memory_shared_by_both_sides_is_not_compared(sides: Sides) -> None:
     sides.lose(4, 6, 15)
     found = sides.check()
     assert places(found) == [(HIGH + 7 * PAGE, "ram0", 15)]
-    left = [(it.region, it.offset, it.length) for it in found.not_compared]
+    left = [(part.region, part.offset, part.length) for part in found.not_compared]
     assert left == [
         ("ram0", 0, 5 * PAGE),
         ("rom", 0, PAGE + ROM_TAIL_BYTES),
         ("bar", 0, PAGE),
         ("ram0", 5 * PAGE, 3 * PAGE),
     ]
-    assert [it.why for it in found.not_compared][::3] == ["the same memory on both sides"] * 2
+    assert [part.why for part in found.not_compared][::3] == ["the same memory on both sides"] * 2
 
 
 @pytest.mark.parametrize(
@@ -387,7 +389,10 @@ def test_a_clock_that_kvm_writes_is_named_and_does_not_count_as_lost(sides: Side
         assert sides.check().exit_code == 0
         os.pwrite(sent, b"lost", PAGE)
         found = sides.check()
-    assert [(it.offset // PAGE, it.known, bool(it.why)) for it in found.differences] == [
+    assert [
+        (difference.offset // PAGE, difference.known, bool(difference.why))
+        for difference in found.differences
+    ] == [
         (1, None, False),
         (clock, "pvclock", True),
     ]

@@ -190,7 +190,7 @@ def check(
                 "m0",
                 0,
                 16,
-                np.array([it for it in pages if it < 16], dtype=np.int64),
+                np.array([page for page in pages if page < 16], dtype=np.int64),
                 np.array(discarded, dtype=np.int64),
                 np.array(undecided, dtype=np.int64),
             ),
@@ -199,15 +199,15 @@ def check(
                 "m0",
                 16 * 4096,
                 16,
-                np.array([it - 16 for it in pages if it >= 16], dtype=np.int64),
+                np.array([page - 16 for page in pages if page >= 16], dtype=np.int64),
             ),
             ComparedArea(1 << 32, "m1", 0, 8, np.array([], dtype=np.int64)),
         ],
         differences=[
-            Difference(it * 4096, "m0", it * 4096, 3, None, "pvclock", "the firmware’s clock")
-            if it in known
-            else Difference(it * 4096, "m0", it * 4096, 3, "dimm0")
-            for it in pages
+            Difference(page * 4096, "m0", page * 4096, 3, None, "pvclock", "the firmware’s clock")
+            if page in known
+            else Difference(page * 4096, "m0", page * 4096, 3, "dimm0")
+            for page in pages
         ],
         not_compared=[NotCompared("m1", 0xA0000, 0x20000, "hidden, in private memory")],
         notes=["the source reports no completed migration"],
@@ -397,7 +397,7 @@ def hostile(value: Any, names: set[str]) -> Any:
 @pytest.mark.parametrize("name", ANSWERS)
 def test_texts_of_the_json_are_escaped(name: str) -> None:
     answer = json.loads(json.dumps(ANSWERS[name]))
-    classes = {it["name"] for it in answer.get("ram_map", {"classes": []})["classes"]}
+    classes = {kind["name"] for kind in answer.get("ram_map", {"classes": []})["classes"]}
     html = to_html(hostile(answer, {answer["kind"], *State, *EvidenceSource, *classes}))
     page = Page()
     page.feed(html)
@@ -508,9 +508,9 @@ def test_junit_and_tap_agree(name: str) -> None:
     assert tap[:2] == ["TAP version 14", f"1..{len(outcomes)}"]
     lines = [line for line in tap if re.match(r"(not )?ok \d", line)]
     skipped = [bool(re.match(r"ok \d+ - .* # SKIP .", line)) for line in lines]
-    assert skipped == [it == "skipped" for it in outcomes]
+    assert skipped == [outcome == "skipped" for outcome in outcomes]
     passed = [line.startswith("ok") for line in lines]
-    assert passed == [it in ("passed", "skipped") for it in outcomes]
+    assert passed == [outcome in ("passed", "skipped") for outcome in outcomes]
 
 
 def test_the_page_of_a_matrix_has_a_note_for_each_cell_that_is_not_clean() -> None:
@@ -556,19 +556,19 @@ def test_a_control_that_is_not_caught_is_not_a_pass() -> None:
 
 def test_passes_contain_their_harvests_and_bytes() -> None:
     found = passes(HISTORY, harvest_list(HARVESTS, HISTORY[0].time_ns))
-    assert [it["sync"] for it in found] == [1, 2, 4]
-    assert [it["harvested_pages"] for it in found] == [14, 6, 3]
-    assert [it["merged_pages"] for it in found] == [12, 6, 3]
-    assert [it["sent_bytes"] for it in found] == [800, 200, 300]
-    assert sum(it["harvests"] for it in found) == len(HARVESTS)
+    assert [each["sync"] for each in found] == [1, 2, 4]
+    assert [each["harvested_pages"] for each in found] == [14, 6, 3]
+    assert [each["merged_pages"] for each in found] == [12, 6, 3]
+    assert [each["sent_bytes"] for each in found] == [800, 200, 300]
+    assert sum(each["harvests"] for each in found) == len(HARVESTS)
 
 
 def test_the_report_has_every_part_of_the_downtime() -> None:
     parts = downtime_parts(MOMENTS, HARVESTS, 0.05)
-    assert [it["seconds"] for it in parts] == pytest.approx([0.01, 0.01, 0.01, 0.02])
+    assert [part["seconds"] for part in parts] == pytest.approx([0.01, 0.01, 0.01, 0.02])
     assert parts[1]["what"] == "the device harvests a last time"
     later = downtime_parts({**MOMENTS, "device": MOMENTS["STOP"] + 5_000_000}, HARVESTS, 0.05)
-    assert [it["seconds"] for it in later] == pytest.approx([0.01, 0.01, 0.01, 0.005, 0.015])
+    assert [part["seconds"] for part in later] == pytest.approx([0.01, 0.01, 0.01, 0.005, 0.015])
     assert downtime_parts({}, HARVESTS, 0.05) == []
     assert downtime_parts(MOMENTS, HARVESTS, None) == []
 
@@ -636,10 +636,10 @@ def test_run_lengths_hold_every_page() -> None:
 
 def test_the_map_of_a_check_joins_consecutive_areas() -> None:
     ram_map = ANSWERS["differs"]["ram_map"]
-    assert [(it["gpa"], it["pages"]) for it in ram_map["areas"]] == [(0, 32), (1 << 32, 8)]
+    assert [(area["gpa"], area["pages"]) for area in ram_map["areas"]] == [(0, 32), (1 << 32, 8)]
     runs = [[0, 3], [2, 1], [0, 1], [4, 2], [0, 13], [4, 1], [0, 11]]
     assert ram_map["areas"][0]["runs"] == runs
-    assert [it["pages"] for it in ram_map["classes"]] == [36, 0, 1, 0, 3]
+    assert [kind["pages"] for kind in ram_map["classes"]] == [36, 0, 1, 0, 3]
 
 
 def test_the_text_of_a_check_joins_runs_and_names_known_differences() -> None:
@@ -681,7 +681,7 @@ def test_tcg_is_blamed_only_if_a_known_rule_applies() -> None:
         report.to_text(replace(new, qemu_version="7.2.22 Debian 1:7.2"))
     )
     classes = np.zeros(PAGES, dtype=np.uint8)
-    behind = RamMap(new.ram_map.meanings, [MapArea("dimm0-ram", 0, 0, classes)])
-    text = report.to_text(replace(new, ram_map=behind))
+    after_first = RamMap(new.ram_map.meanings, [MapArea("dimm0-ram", 0, 0, classes)])
+    text = report.to_text(replace(new, ram_map=after_first))
     assert "RAM block dimm0-ram,\nbecause its size, 131072 KiB, is a" in text
     assert "not the first RAM block" in text

@@ -50,11 +50,12 @@ def test_a_scenario_passes_or_is_reported_as_unsupported(
     scenario = SCENARIOS[name]
     missing = set(scenario.capabilities) - known_capabilities
     if name == "background-snapshot":
-        assert "does not hold back the writes of a device outside QEMU" in report["verdict"]
+        assert "a device outside QEMU" in report["verdict"]
         if outcome.exit_code == 3:  # this QEMU cannot load the snapshot
             assert report["unsupported"]
         else:
             assert report["lost"]["snapshot"] == len(report["lost_pages"]) > 0
+            assert "does not hold back the writes" in report["verdict"]
         return
     if "mode" in scenario.parameters and report.get("unsupported"):
         # QEMU 7.2 has neither option. QEMU 10.0 has aux-ram-share, but only mode cpr-transfer.

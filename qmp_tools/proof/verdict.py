@@ -65,7 +65,7 @@ class Verdict:
 
     @property
     def exit_code(self) -> int:
-        """0 pass, 1 lost or too slow, 3 nothing was tested."""
+        """The exit code: 0 for a pass, 1 for a loss or a long downtime, 3 if nothing was tested."""
         found = self.lost or self.guest.errors or self.sensitivity.unreported or self._log_faults
         if found or self.wrong_rings or self.downtime.exceeded:
             return EXIT_LOST
@@ -181,7 +181,7 @@ class Verdict:
 
 _CULPRITS: Final = {
     Blame.DEVICE: "by the device's dirty tracking",
-    Blame.QEMU: "by QEMU's handling of the device's log",
+    Blame.QEMU: "by QEMU, although the device reported them dirty in time",
     Blame.ACCELERATOR: "by the accelerator's own dirty tracking",
     Blame.UNKNOWN: "cause unknown",
     Blame.LATE_DMA: "by DMA after the guest had been paused",

@@ -93,8 +93,8 @@ def test_a_loss_is_reported_with_each_culprit_and_each_fault_of_the_log() -> Non
     log = LogEvidence(9, 0.001, late_bits=[0], judged_queues=[1, 3], unlogged_queues=[1, 3])
     assert replace(PASSED, lost=lost, log=log).sentence == (
         "3 of 64 pages were lost: 1 by the device's dirty tracking, 2 by QEMU, although the device "
-        "reported them dirty in time; 1 dirty bits were set after QEMU had read the log for the last "
-        "time; the device never logged its writes to the used ring of queue 1, 3"
+        "reported them dirty in time; 1 dirty bits were set after QEMU had read the log for the "
+        "last time; the device never logged its writes to the used ring of queue 1, 3"
     )
 
 

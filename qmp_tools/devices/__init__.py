@@ -1,1 +1,1 @@
-"""The devices that a proof can have: what it needs to know of one, and a file for each kind."""
+"""The devices that a proof can use: their common interface, and a file for each kind."""

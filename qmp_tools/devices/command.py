@@ -1,7 +1,7 @@
-"""Somebody else's vhost-user back end in our device's place: one process for each side.
+"""Use a third party's vhost-user back end instead of dmaproof's device: one process for each side.
 
-It keeps no journal, so who lost a page stays open. A disk is an image file with stamped pages, and
-a network is to send back what it gets; so the guest can check whatever comes.
+The back end keeps no journal, so a proof cannot say who lost a page. A disk is an image file with
+stamped pages, and a network must send every frame back, so that the guest can check all data.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from .device import AttachedDevice, DeviceFacts, ProofDevice, on_image, on_netwo
 from .disk_image import write_image
 
 _LAST_SHARE: Final = 4
-"""One of so many write-once pages is written while the migration ends. What a device forgets to mark when
-it is stopped are the pages that it has written last."""
+"""One of so many write-once pages is written while the migration ends. If a device that is stopped
+forgets to mark pages, these are the pages that it has written last."""
 _ACCEPTS_CONNECTIONS: Final = 1 << 16
 """__SO_ACCEPTCON, as /proc/net/unix shows it among a socket's flags."""
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """A device of QEMU's that a back end can stand behind; `arguments` takes socket and queues."""
+    """A QEMU device with an external back end; `arguments` takes socket and number of queues."""
 
     arguments: Callable[[Path, int], list[str]]
     guests: Collection[str]
@@ -63,7 +63,7 @@ KINDS: Final = {
 
 @dataclass(frozen=True)
 class CommandDevice(ProofDevice):
-    """`words` are a command's, with placeholders; see `parse_command`."""
+    """A device that a command serves: its `words` with placeholders (see `parse_command`)."""
 
     kind: str
     words: Sequence[str]
@@ -107,10 +107,14 @@ class CommandDevice(ProofDevice):
 
 
 def parse_command(text: str) -> Sequence[str]:
-    """The words of a command line, quoted as for a shell; no shell reads them.
+    """Split a command line that is quoted as for a shell, though no shell runs it.
+
+    Returns:
+        The words of the command, with placeholders.
 
     Raises:
-        UsageError: it is no command line, or a placeholder in it is not known.
+        UsageError: `text` is not a valid command line, has an unknown placeholder, or does not
+            name {socket}.
     """
     try:
         words = shlex.split(text.replace("\\\n", ""))  # lines may be continued
@@ -118,12 +122,13 @@ def parse_command(text: str) -> Sequence[str]:
             word.format(**dict.fromkeys(_PLACEHOLDERS, ""))
     except (ValueError, KeyError, IndexError) as error:
         raise UsageError(
-            f"--device-command {text!r}: {error}; placeholders are "
-            f"{', '.join('{' + name + '}' for name in _PLACEHOLDERS)}, and braces are doubled"
+            f"--device-command {text!r}: {error}; the placeholders are "
+            f"{', '.join('{' + name + '}' for name in _PLACEHOLDERS)}; write other braces twice"
         ) from None
     if not any("{socket}" in word for word in words):
         raise UsageError(
-            f"--device-command {text!r}: it must name {{socket}}, where QEMU will connect"
+            f"--device-command {text!r}: {{socket}} is missing; pass it to the back end as the "
+            "path of the socket on which to listen for QEMU"
         )
     return words
 
@@ -138,7 +143,7 @@ class _Attached(AttachedDevice):
         self._shared = shared
         self._timeout_s = timeout_s
         self._backends: dict[str, Process] = {}
-        self._news = asyncio.Condition()
+        self._changed = asyncio.Condition()
 
     @property
     def processes(self) -> Sequence[Process]:
@@ -149,7 +154,7 @@ class _Attached(AttachedDevice):
 
     async def attach(self, side: str) -> Sequence[str]:
         path = self._folder / f"{side}-disk.sock"
-        if side in self._backends:  # what it left must not be taken for what is to come
+        if side in self._backends:  # the old back end's socket must not be taken for the new one's
             await self._backends[side].end()
             path.unlink(missing_ok=True)
         values = {
@@ -165,14 +170,14 @@ class _Attached(AttachedDevice):
             self._folder / f"{side}-device.log",
             run_folder=self._folder,
         )
-        async with self._news:
+        async with self._changed:
             self._backends[side] = backend
-            self._news.notify_all()
+            self._changed.notify_all()
 
         def late() -> WaitTimeoutError:
             return WaitTimeoutError(
-                f"{backend.name} has not listened on {path} within {self._timeout_s:g} s\n"
-                f"{backend.log_tail()}".rstrip()
+                f"the {backend.name} does not listen on {path} after {self._timeout_s:g} s; check "
+                f"--device-command, or allow more time (--timeout)\n{backend.log_tail()}".rstrip()
             )
 
         async def is_ready() -> bool:
@@ -186,10 +191,10 @@ class _Attached(AttachedDevice):
         return KINDS[self._setup.kind].arguments(path, self._setup.queues)
 
     async def refusal(self) -> ProcessDiedError:
-        """Wait until a back end ends unexpectedly, also one that is started meanwhile."""
+        """Wait until a back end ends unexpectedly, even one that is started meanwhile."""
         while True:
             backends = list(self._backends.values())
-            missed = [asyncio.ensure_future(it.missed()) for it in backends]
+            missed = [asyncio.ensure_future(backend.missed()) for backend in backends]
             another = asyncio.ensure_future(self._other_than(backends))
             try:
                 await asyncio.wait([*missed, another], return_when=asyncio.FIRST_COMPLETED)
@@ -201,9 +206,9 @@ class _Attached(AttachedDevice):
                     waiting.cancel()
 
     async def _other_than(self, backends: Sequence[Process]) -> None:
-        async with self._news:
+        async with self._changed:
             while backends == list(self._backends.values()):
-                await self._news.wait()
+                await self._changed.wait()
 
     def release(self, side: str) -> None:
         self._backends[side].expect_end()
@@ -214,20 +219,20 @@ class _Attached(AttachedDevice):
 
 
 def listens(path: Path, pid: int) -> bool:
-    """Whether process `pid`, or one that it has started, accepts connections at `path`.
+    """Whether process `pid`, or a process that it has started, accepts connections at `path`.
 
-    No connection is made, as some back ends take only a single one. A socket of another type is
-    refused without one, and the reason tells whether some process still has the file's socket open,
-    whatever its network namespace is (unix_find_bsd in the kernel).
+    The function makes no connection, because some back ends accept only one. It connects a socket
+    of another type, which the kernel refuses. The error says whether a process in any network
+    namespace still has the file's socket open (unix_find_bsd in the kernel).
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         error = probe.connect_ex(os.fspath(path))
-    if error not in (errno.EPROTOTYPE, errno.EACCES):  # ECONNREFUSED: the file was left behind
+    if error not in (errno.EPROTOTYPE, errno.EACCES):  # ECONNREFUSED: only the file is left
         return False
-    for seen_from in ("self", pid):
+    for process in ("self", pid):
         with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{seen_from}/net/unix").read_text().splitlines()[1:]:
+            for line in Path(f"/proc/{process}/net/unix").read_text().splitlines()[1:]:
                 fields = line.split(maxsplit=7)  # address, count, protocol, flags, …, path
                 if fields[7:] == [os.fspath(path)]:
                     return bool(int(fields[3], 16) & _ACCEPTS_CONNECTIONS)
-    return error == errno.EPROTOTYPE  # a namespace that is not seen: bound is all that is known
+    return error == errno.EPROTOTYPE  # in a hidden namespace: it is only known to be bound

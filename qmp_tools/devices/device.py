@@ -1,11 +1,10 @@
-"""The device of a proof: what a proof asks of it, whoever made it.
+"""The interface of a proof's device.
 
-A `ProofDevice` is what a set-up names: plain data, from which the same can be started any number of
-times. Started, it is an `AttachedDevice`: the processes that serve the two QEMUs, what each QEMU is
-told on its command line, and what there is of evidence afterwards. A device may be several: one
-object stands for all that the guest of a proof is given.
+A `ProofDevice` is plain data from a set-up, which can be started any number of times. The started
+device is an `AttachedDevice`: the processes that serve the two QEMUs, the arguments of each QEMU,
+and the evidence after the migration. One object may also represent several devices of a guest.
 
-Both have defaults, so a new kind of device says only what is special about it::
+Both classes have defaults, so a new kind of device overrides only what is different::
 
     @dataclass(frozen=True)
     class NullDisk(ProofDevice):
@@ -41,7 +40,7 @@ from ..host.process import Process
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What reports tell of a device; None where it has no such thing."""
+    """The facts of a device in reports; None for what the device does not have."""
 
     device: str
     queues: int
@@ -53,130 +52,141 @@ class DeviceFacts:
 
 
 class ProofDevice(ABC):
-    """A device as a set-up names it."""
+    """A device in a set-up, not started yet."""
 
     @property
     @abstractmethod
     def facts(self) -> DeviceFacts:
-        """What reports tell of it."""
+        """The facts in reports."""
 
     @property
     @abstractmethod
     def guests(self) -> Collection[str]:
-        """The guests (`guest.choice.GUESTS`) that have a driver for it, or `guest.own.NAME`."""
+        """The guests that drive it: names in `guest.choice.GUESTS`, or `guest.own.OWN_GUEST`."""
 
     @property
     def driver(self) -> Driver:
-        """The one by which the Linux guest comes to it; by default none of ours."""
+        """The Linux guest's driver for it; by default none."""
         return Driver((), "")
 
     @property
     def direct(self) -> bool:
-        """Whether it writes where the guest's program asks it to, not into its kernel's buffers."""
+        """Whether it writes to the memory of the guest's program, not to its kernel's buffers."""
         return True
 
     @property
     def commands(self) -> Sequence[Sequence[str]]:
-        """The words of each command that serves it, but for dmaproof's own and QEMU's."""
+        """The words of each third-party command that serves the device."""
         return ()
 
     def adapt(self, workload: Workload) -> Workload:
-        """The workload, as far as it can be carried out on this device."""
+        """Return `workload` without the parts that this device cannot carry out."""
         return workload
 
     def prerequisites(self, memory_bytes: int) -> Sequence[str]:
-        """Lines about what a proof with so much RAM needs of this machine, and what exists.
+        """Check the prerequisites of a proof with `memory_bytes` of RAM on this machine.
+
+        Returns:
+            Lines about the prerequisites and what was found.
 
         Raises:
-            UntestableError: something is missing; the message has all of it, with its remedy.
+            UntestableError: prerequisites are missing; the message lists them all and how to fix
+                them.
         """
         return ()
 
     @abstractmethod
     def start(self, folder: Path, timeout_s: float) -> AbstractAsyncContextManager[AttachedDevice]:
-        """What it runs besides QEMU; its sockets and logs are in the run's `folder`.
+        """Start the device's processes, with sockets and logs in the run's `folder`.
 
-        `timeout_s` bounds each wait for it.
+        `timeout_s` bounds each wait for the device.
 
         Raises:
-            UntestableError: it does not start.
+            UntestableError: the device does not start.
         """
 
 
 class AttachedDevice(ABC):
     """A device that has been started. `side` is `SOURCE` or `DESTINATION` (`qemu.machine`).
 
-    By default it runs no process of its own, and reports nothing of itself.
+    By default the device has no process of its own and keeps no journal.
     """
 
     @property
     def processes(self) -> Sequence[Process]:
-        """Its own processes, none of which may end before the proof does."""
+        """The device's own processes, none of which may end before the proof does."""
         return ()
 
     def serving(self, side: str) -> Sequence[Process]:
-        """Those of its processes that serve the QEMU of `side`."""
+        """Return the device's processes that serve the QEMU of `side`."""
         return ()
 
     @abstractmethod
     async def attach(self, side: str) -> Sequence[str]:
-        """Be ready for a QEMU that is about to be started as `side`; returns its arguments.
+        """Get ready for a QEMU that is about to be started as `side`.
 
-        A side may come again, after it was released: a cancelled migration has a second
-        destination.
+        After `release`, a side may attach again: a cancelled migration has a second destination.
+
+        Returns:
+            The device's arguments for that QEMU.
 
         Raises:
-            UntestableError: what is to serve it does not start.
+            UntestableError: the process that serves the QEMU does not start.
         """
 
     @property
     def lacks_pagefault(self) -> bool:
-        """Whether it is a vhost-user device that is known to lack VHOST_USER_PROTOCOL_F_PAGEFAULT:
-        with one of these, QEMU must refuse postcopy."""
+        """Whether it is a vhost-user device known to lack VHOST_USER_PROTOCOL_F_PAGEFAULT.
+
+        QEMU must refuse postcopy with such a device.
+        """
         return False
 
     def release(self, side: str) -> None:  # noqa: B027 (a default, not a gap)
-        """The QEMU of `side` is about to be ended: what serves only that may end by itself now."""
+        """Allow the processes that serve only the QEMU of `side` to end, as that QEMU ends next."""
 
     async def inject_restart(self, side: str) -> None:  # noqa: B027
-        """Do to the device what its set-up says, in the middle of the migration from `side`.
+        """Kill and restart the device during the migration from `side`, if its set-up says so.
 
         Raises:
-            UntestableError: it does not survive that as it should.
+            UntestableError: the device does not survive the restart.
         """
 
     async def refusal(self) -> UntestableError:
-        """Wait until it refuses what a QEMU or its guest sent, for ever if it does not."""
+        """Wait until the device refuses data of a QEMU or its guest; for ever if it does not."""
         future: asyncio.Future[UntestableError] = asyncio.get_running_loop().create_future()
         return await future
 
     async def logging_ended(self, side: str) -> None:  # noqa: B027
-        """Wait until the QEMU of `side` has taken its dirty log back; not if that cannot be told.
+        """Wait until the QEMU of `side` has removed its dirty log from the device.
+
+        A device that cannot know this does not wait.
 
         Raises:
-            UntestableError: it does not.
+            UntestableError: QEMU does not remove the log.
         """
 
     def accepted_features(self, side: str) -> int | None:
-        """The virtio features (bits) that the driver of `side` uses; None if that is not known."""
+        """Return the virtio features (bits) that the driver of `side` uses; None if unknown."""
         return None
 
     async def evidence(self, side: str) -> Sequence[Evidence]:
-        """What it knows of its own writes to the RAM of `side`; none if it keeps no journal.
+        """Return the evidence of the device's writes to the RAM of `side`.
 
-        Several devices have one each, by name.
+        Several devices return one `Evidence` each, with the device's name. A device without a
+        journal returns none.
 
         Raises:
-            UntestableError: it should know, and cannot tell.
+            UntestableError: a device with a journal cannot return its evidence.
         """
         return []
 
 
 def on_image(workload: Workload) -> Workload:
-    """The workload on an image file, whose content is the same whenever it is read."""
+    """Return the workload for an image file, whose content is the same at every read."""
     return replace(workload, image=1)
 
 
 def on_network(workload: Workload) -> Workload:
-    """The workload on a network that sends back what it gets, and keeps nothing."""
+    """Return the workload for a network that sends every frame back and stores nothing."""
     return replace(workload, write_every=0, huge_every=0, unaligned_every=0)

@@ -1,8 +1,8 @@
-"""The disk of a device that is not ours: an image file, every page of it stamped.
+"""The disk of a third party's device: an image file whose pages are all stamped.
 
-Its content does not change from read to read, so the LBA alone tells pages apart. That is enough:
-the write-once pages are empty until they are read into, and where a hot page is read into again it is
-from another LBA, but for one time in `IMAGE_BYTES` / 4096.
+The content is the same at every read, so only the LBA distinguishes pages. That is enough: the
+write-once pages are empty until the device writes them, and when a hot page is read into again, the
+data comes from another LBA, except one time in `IMAGE_BYTES` / 4096.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from ..qemu.machine import option_value
 
 IMAGE_BYTES: Final = 64 << 20
 _REQUEST: Final = 1
-"""The request number in every stamp: there is no request yet."""
+"""The request number in every stamp, as no request has been made yet."""
 
 
 def write_image(path: Path) -> None:
-    """Write the image; it is read and written by both sides of a migration, one after the other."""
+    """Write the image, which both sides of a migration read and write, one after the other."""
     with path.open("wb") as image:
         for page in range(IMAGE_BYTES // PAGE_BYTES):
             image.write(stamped_page(page * SECTORS_PER_PAGE, _REQUEST))
 
 
 def file_node(path: Path) -> str:
-    """The value of QEMU's ``-blockdev`` that makes `path` the node 'disk'.
+    """Return the value of QEMU's ``-blockdev`` that makes `path` the node 'disk'.
 
-    Without locks, since the source has the image open while the destination opens it.
+    Locking is off, because the source has the image open while the destination opens it.
     """
     return f"driver=file,node-name=disk,filename={option_value(path)},locking=off"

@@ -1,4 +1,4 @@
-"""A device of ours, with a tracker and a journal, in a process that serves both QEMUs."""
+"""Use one of dmaproof's devices, with a tracker and a journal, in a process for both QEMUs."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ RINGS: Final = ("split", "packed")
 
 @dataclass(frozen=True)
 class EmulatedDevice(ProofDevice):
-    """It has so many `queues`, whose form is one of `RINGS`.
+    """One of dmaproof's devices, with `queues` virtqueues of the form `ring` (one of `RINGS`).
 
-    If it is to be `killed`, that happens in the middle of the migration, and it is started again.
-    One of several has a `name` of its own. One that is behind an IOMMU of QEMU's is plugged into
-    the root port of number `iommu_port`.
+    If `killed`, the device is killed during the migration and started again. Each of several
+    devices has its own `name`. A device behind QEMU's IOMMU is plugged into the root port with the
+    number `iommu_port`.
     """
 
     options: DeviceOptions
@@ -47,7 +47,7 @@ class EmulatedDevice(ProofDevice):
 
     @property
     def has_workload(self) -> bool:
-        """Whether the guests' workload runs on it."""
+        """Whether the guests' workload runs on the device."""
         return self._type.has_workload
 
     @property
@@ -61,8 +61,8 @@ class EmulatedDevice(ProofDevice):
     def __post_init__(self) -> None:
         if self.killed and not self._type.restartable:
             raise UsageError(
-                f"device {self.options.device} cannot be killed and started again: QEMU does not "
-                "keep for it what is in flight"
+                f"device {self.options.device} cannot be killed and started again, because QEMU "
+                "does not store its in-flight requests; choose another device"
             )
 
     @property
@@ -83,17 +83,17 @@ class EmulatedDevice(ProofDevice):
         return self._type.guests
 
     def options_with_state(self, folder: Path) -> DeviceOptions:
-        """The options of a process whose disk has to outlive it in `folder`."""
+        """Return the options of a process whose disk outlives the process in `folder`."""
         device = self.options.device
         if "file" in self._type.options and "file=" not in device:
             device += f"{',' if ':' in device else ':'}file={option_value(folder / 'disk')}"
         return replace(self.options, device=device)
 
     def qemu_arguments(self, socket: Path) -> list[str]:
-        """What attaches it to a QEMU, by way of the `socket` of the two.
+        """Return the QEMU arguments that attach the device over `socket`.
 
-        QEMU listens there if the device is to be killed: to connect again by itself it would need
-        an option whose name differs from version to version.
+        If the device is to be killed, QEMU listens at `socket`: for QEMU to reconnect, it would
+        need an option whose name differs between versions.
         """
         chardev = f"socket,id={self.name},path={option_value(socket)}"
         if self.killed:
@@ -120,9 +120,9 @@ class EmulatedDevice(ProofDevice):
 
 
 class _AttachedDevice(AttachedDevice):
-    """One process serves both sides; or each has its own, if that of one is to be killed.
+    """A started device: one process serves both sides, or each side has its own if one is killed.
 
-    (QEMU 7.2 does not take up a device again that it has lost before it was started.)
+    (QEMU 7.2 does not reconnect to a device that it lost before the device was started.)
     """
 
     def __init__(self, setup: EmulatedDevice, folder: Path, timeout_s: float) -> None:
@@ -134,7 +134,7 @@ class _AttachedDevice(AttachedDevice):
         }
         self._options = setup.options
         self._devices: dict[str, Device] = {}
-        self._news = asyncio.Condition()
+        self._changed = asyncio.Condition()
         self._state: Path | None = None
         if setup.killed:
             self._state = folder / f"{setup.name}-state"
@@ -164,9 +164,9 @@ class _AttachedDevice(AttachedDevice):
             name=f"{side} {self._setup.name}",
             state=self._state,
         )
-        async with self._news:
+        async with self._changed:
             self._devices[side] = device
-            self._news.notify_all()
+            self._changed.notify_all()
 
     async def end(self) -> None:
         for device in set(self._devices.values()):
@@ -195,14 +195,14 @@ class _AttachedDevice(AttachedDevice):
     async def refusal(self) -> UntestableError:
         while True:
             devices = list(self._devices.values())
-            waiting = {it.refused for it in devices} | {it.silent for it in devices}
+            waiting = {device.refused for device in devices} | {device.silent for device in devices}
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for device in devices:
                 if device.refused.done():
                     return device.refused.result()
-            async with self._news:
+            async with self._changed:
                 while devices == list(self._devices.values()):  # until one has been replaced
-                    await self._news.wait()
+                    await self._changed.wait()
 
     async def logging_ended(self, side: str) -> None:
         await self._devices[side].logging_ended(side)
@@ -216,7 +216,8 @@ class _AttachedDevice(AttachedDevice):
             self._setup.ring == "packed"
         ):
             raise UntestableError(
-                f"the guest of the {side} QEMU has not taken up {self._setup.ring} rings"
+                f"the guest of the {side} QEMU does not use {self._setup.ring} rings; use a guest "
+                "whose driver supports them"
             )
         if (
             accepted is not None
@@ -224,8 +225,8 @@ class _AttachedDevice(AttachedDevice):
             and not accepted & F_ACCESS_PLATFORM
         ):
             raise UntestableError(
-                f"the {side} QEMU has not put the device behind its IOMMU: it has accepted the "
-                f"features {accepted:#x}, without VIRTIO_F_ACCESS_PLATFORM"
+                f"the {side} QEMU has not put the device behind its IOMMU: the accepted features "
+                f"{accepted:#x} lack VIRTIO_F_ACCESS_PLATFORM"
             )
         evidence = await self._devices[side].evidence(side, self._folder)
         return [replace(evidence, device=self._setup.facts.device)]

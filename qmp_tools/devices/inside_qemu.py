@@ -1,8 +1,8 @@
-"""A device that QEMU itself emulates, as ``--device qemu:NAME`` names it.
+"""Use a device that QEMU itself emulates (``--device qemu:NAME``).
 
-Its writes go through QEMU's own address space functions, which dirty the pages. It keeps no
-journal. A disk is an image file (see disk_image.py), a network a socket that is its own peer, so
-that whatever the guest sends comes back. Here are those that a guest of ours can drive.
+The device writes with QEMU's address space functions, which mark the pages dirty. It keeps no
+journal. A disk is an image file (see disk_image.py). A network is a socket that is its own peer, so
+every frame of the guest comes back. This module lists the devices that dmaproof's guests can drive.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .disk_image import file_node, write_image
 
 @dataclass(frozen=True)
 class _Kind:
-    """`devices` are the values of QEMU's ``-device``; the first is the one that does the DMA."""
+    """A device of QEMU: `devices` are the values of ``-device``; the first device does the DMA."""
 
     devices: Sequence[str]
     driver: linux.Driver
@@ -56,17 +56,17 @@ KINDS: Final = {
     "igb": _network("igb", linux.IGB),
     "vmxnet3": _network("vmxnet3", linux.VMXNET3),
 }
-"""By QEMU's own names."""
+"""The devices by QEMU's names."""
 
 _DISK: Final = "disk"
 
 
 @dataclass(frozen=True)
 class InsideQemu(ProofDevice):
-    """`name` is one of `KINDS`; `queues` go to those that have a choice.
+    """A device inside QEMU: `name` is one of `KINDS`; `queues` counts only for some of them.
 
     Raises:
-        UsageError: no guest of ours drives such a device.
+        UsageError: none of dmaproof's guests drives this device.
     """
 
     name: str
@@ -75,8 +75,8 @@ class InsideQemu(ProofDevice):
     def __post_init__(self) -> None:
         if self.name not in KINDS:
             raise UsageError(
-                f"--device qemu:{self.name}: no guest drives it; those that one does are "
-                f"{', '.join(KINDS)}"
+                f"--device qemu:{self.name}: none of dmaproof's guests drives this device; choose "
+                f"one of {', '.join(KINDS)}"
             )
 
     @property
@@ -106,7 +106,7 @@ class InsideQemu(ProofDevice):
 
 
 def own_peer(socket: Path) -> str:
-    """The value of QEMU's ``-netdev`` for a network 'net' that is a socket sending to itself."""
+    """Return QEMU's ``-netdev`` value for a network 'net' over a socket that is its own peer."""
     path = option_value(socket)
     ends = (f"{end}.type=unix,{end}.path={path}" for end in ("local", "remote"))
     return f"dgram,id=net,{','.join(ends)}"
@@ -120,9 +120,9 @@ class _Attached(AttachedDevice):
     async def attach(self, side: str) -> Sequence[str]:
         kind = KINDS[self._setup.name]
         devices = [device.format(queues=self._setup.queues) for device in kind.devices]
-        behind = ["-blockdev", file_node(self._folder / _DISK)]
+        backend = ["-blockdev", file_node(self._folder / _DISK)]
         if kind.network:
             socket = self._folder / f"{side}-net.sock"
             socket.unlink(missing_ok=True)
-            behind = ["-netdev", own_peer(socket)]
-        return [*behind, *(word for device in devices for word in ("-device", device))]
+            backend = ["-netdev", own_peer(socket)]
+        return [*backend, *(word for device in devices for word in ("-device", device))]

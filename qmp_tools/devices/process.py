@@ -1,4 +1,4 @@
-"""The device process of a proof: started, listened to, asked for its evidence."""
+"""Start the device process of a proof, read its events, and request its evidence."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class DeviceOptions:
-    """What ``python -m dmaproof.vhost_user`` is told; `harvest` as its ``--harvest``.
+    """The options of ``python -m dmaproof.vhost_user``; `harvest` has the form of ``--harvest``.
 
-    `module` is another in its place, which takes the same arguments. `destination_lacks` are the
-    virtio features (bits) that only the source's side offers.
+    A subclass may set another `module` with the same arguments. `destination_lacks` are the virtio
+    features (bits) that only the source's side offers.
     """
 
     module: ClassVar[str] = "dmaproof.vhost_user"
@@ -40,7 +40,7 @@ class DeviceOptions:
     destination_lacks: int = 0
 
     def arguments(self) -> list[str]:
-        """The same on the command line."""
+        """Return the options as command-line arguments."""
         return [
             *("--device", self.device),
             *("--tracker", self.tracker),
@@ -57,7 +57,7 @@ class DeviceOptions:
 
 
 class Device:
-    """The running process. `refused` is done when it has refused something a front end sent.
+    """The running device process; `refused` is done when it has refused data of a front end.
 
     `timeout_s` bounds the wait for each of its answers.
     """
@@ -75,7 +75,7 @@ class Device:
         self._latest: dict[tuple[str, str], dict[str, Any]] = {}
         """The last event of each kind and session."""
         self._control = control
-        self._news = asyncio.Condition()
+        self._reported = asyncio.Condition()
         self._listening = asyncio.ensure_future(self._listen(reader))
 
     @classmethod
@@ -91,27 +91,26 @@ class Device:
     ) -> Device:
         """Start the process `name` and wait until it listens on `sockets` (session name → path).
 
-        A device that can be killed and started again keeps what that takes in the folder `state`,
-        and does not listen, but seeks the front ends that listen there.
+        A device that can be killed and started again keeps its state in the folder `state`. It
+        does not listen, but connects to the front ends that listen on `sockets`.
 
         Raises:
-            UntestableError: it does not come to listening.
+            UntestableError: the process does not start, or does not listen.
         """
-        ours, theirs = socket.socketpair()
+        own, inherited = socket.socketpair()
         command = [
             *(sys.executable, "-m", options.module),
-            *("--control", str(theirs.fileno())),
+            *("--control", str(inherited.fileno())),
             *options.arguments(),
         ]
         if state is not None:
             command += ["--state", str(state)]
         for session, path in sockets.items():
             command += ["--seek" if state else "--socket", f"{session}={path}"]
-        with theirs:
-            process = await Process.start(
-                name, command, folder / f"{name.replace(' ', '-')}.log", pass_fds=(theirs.fileno(),)
-            )
-        reader, writer = await asyncio.open_connection(sock=ours)
+        with inherited:
+            log = folder / f"{name.replace(' ', '-')}.log"
+            process = await Process.start(name, command, log, pass_fds=(inherited.fileno(),))
+        reader, writer = await asyncio.open_connection(sock=own)
         device = cls(process, reader, writer, timeout_s)
         try:
             for session in sockets:
@@ -123,17 +122,19 @@ class Device:
 
     @property
     def silent(self) -> asyncio.Future[None]:
-        """Done when all that the process has said has been heard, as it has ended."""
+        """Done when the process has ended and all its events have been read."""
         return self._listening
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
-        while (line := await reader.readline()).endswith(b"\n"):  # else it died in mid-word
+        while (line := await reader.readline()).endswith(b"\n"):  # else it died in mid-line
             try:
                 event = json.loads(line)
                 name, session = str(event["event"]), str(event["session"])
             except (ValueError, KeyError, TypeError):
                 self._refuse(
-                    UntestableError(f"the device said something unintelligible: {line[:200]!r}")
+                    UntestableError(
+                        f"the device process sent a line that is not an event: {line[:200]!r}"
+                    )
                 )
                 break
             if name == "refused":
@@ -145,53 +146,58 @@ class Device:
                 )
             elif name == "failed":
                 self._refuse(
-                    UntestableError(f"the {self.process.name} cannot go on: {event.get('message')}")
+                    UntestableError(
+                        f"the {self.process.name} cannot continue: {event.get('message')}"
+                    )
                 )
-            async with self._news:
+            async with self._reported:
                 self._latest[name, session] = event
-                self._news.notify_all()
-        async with self._news:
-            self._news.notify_all()
+                self._reported.notify_all()
+        async with self._reported:
+            self._reported.notify_all()
 
     def _refuse(self, why: UntestableError) -> None:
         if not self.refused.done():
             self.refused.set_result(why)
 
     async def wait_for(self, event: str, session: str) -> dict[str, Any]:
-        """The last `event` of `session`, or the first if there was none.
+        """Return the last `event` of `session`; if there was none, wait for one.
 
         Raises:
             UntestableError: the process ended, or does not answer.
         """
-        return await self._wait_for(lambda: self._latest.get((event, session)), f"no {event!r}")
+        return await self._wait_for(
+            lambda: self._latest.get((event, session)), f"no {event!r} event"
+        )
 
     def accepted_features(self, session: str) -> int | None:
-        """The virtio features that the driver of `session` has accepted last; None if never."""
+        """Return the virtio features that the driver of `session` last accepted; None if never."""
         event = self._latest.get(("features", session))
         return int(event["accepted"]) if event else None
 
     async def logging_ended(self, session: str) -> None:
-        """Wait until logging is off in `session`, or has never been on.
+        """Wait until logging is off in `session`; it may never have been on.
 
         Raises:
-            UntestableError: it stays on, or the process ended.
+            UntestableError: logging stays on, or the process ended.
         """
 
         def is_off() -> bool:
             return not self._latest.get(("logging", session), {"on": False})["on"]
 
-        await self._wait_for(is_off, "its dirty log was not taken back")
+        await self._wait_for(is_off, "QEMU has not removed the dirty log")
 
     async def _wait_for(self, found: Callable[[], T | None], what_is_missing: str) -> T:
         def late() -> WaitTimeoutError:
             return WaitTimeoutError(
                 f"the {self.process.name} has not answered within {self._timeout_s:g} s "
-                f"({what_is_missing})\n{self.process.log_tail()}".rstrip()
+                f"({what_is_missing}); allow more time (--timeout)\n"
+                f"{self.process.log_tail()}".rstrip()
             )
 
-        async with bounded(self._timeout_s, late), self._news:
+        async with bounded(self._timeout_s, late), self._reported:
             while not found() and not self._listening.done():
-                await self._news.wait()
+                await self._reported.wait()
         answer = found()
         if not answer and self.refused.done():
             raise self.refused.result()
@@ -202,10 +208,10 @@ class Device:
         return answer
 
     async def evidence(self, session: str, folder: Path) -> Evidence:
-        """What the device knows of `session`, passed through `folder`.
+        """Request the device's evidence of `session`, which is passed through `folder`.
 
         Raises:
-            UntestableError: the session is over, or the process gone.
+            UntestableError: the session or the process has ended.
         """
         self._latest.pop(("evidence", session), None)
         request = {"do": "evidence", "session": session, "folder": str(folder)}
@@ -213,21 +219,21 @@ class Device:
         await self._control.drain()
         answer = await self.wait_for("evidence", session)
         if not answer["found"]:
-            raise UntestableError(f"the device has no session with the {session} QEMU any more")
+            raise UntestableError(f"the device's session with the {session} QEMU has ended")
         if "error" in answer:
             raise UntestableError(
-                f"the device cannot write its evidence into {folder}: {answer['error']}; "
+                f"the device cannot write its evidence to {folder}: {answer['error']}; "
                 f"{TMPDIR_REMEDY}"
             )
         return Evidence.load(folder)
 
     async def kill(self) -> None:
-        """End the process by SIGKILL, as if it had crashed."""
+        """Kill the process with SIGKILL, to simulate a crash."""
         await self.process.kill()
         self._control.close()
 
     async def end(self) -> None:
-        """End the process: it does so by itself when its control socket is closed."""
+        """End the process, which also ends by itself when its control socket is closed."""
         self.process.expect_end()
         self._control.close()
         await self.process.end()

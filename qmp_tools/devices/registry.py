@@ -1,7 +1,7 @@
-"""Which kinds of device a proof can have, and which of its options each kind accepts.
+"""Find the kinds of device that a proof can use, and the options that each kind accepts.
 
-A kind of another distribution is an entry point of the group ``dmaproof.device_kinds``, whose value
-is a subclass of `DeviceKind`. So are those of ours that need more than the rooms below::
+Another distribution declares a kind as an entry point of the group ``dmaproof.device_kinds``, whose
+value is a subclass of `DeviceKind`. So does dmaproof itself for a kind outside this package::
 
     [project.entry-points."dmaproof.device_kinds"]
     vfio = "qmp_tools.passthrough.kinds:HostFunctionsKind"
@@ -33,16 +33,16 @@ MIGRATION_OPTIONS: Final = frozenset(
 )
 PROOF_OPTIONS: Final = frozenset({"device", "workload", "seed", "requests_after"})
 COMMON_OPTIONS: Final = QEMU_OPTIONS | MIGRATION_OPTIONS | PROOF_OPTIONS
-"""The options of a proof that mean something whatever the device is: for `DeviceKind.accepts`."""
+"""The options of a proof that apply to any device, for `DeviceKind.accepts`."""
 
 
 @dataclass(frozen=True)
 class DeviceRequest:
-    """What the options of a proof say of its devices: `names` as ``--device`` has them.
+    """The options of a proof about its devices; `names` are the values of ``--device``.
 
-    `command` is that of a third party's back end, `options` are those of the process of ours, and
-    `ring` is one of `emulated.RINGS`. Devices of ours may have to be `killed` in the middle of the
-    migration, and to be `behind_iommu`.
+    `command` starts a third party's back end. `options` are those of dmaproof's device process, and
+    `ring` is one of `emulated.RINGS`. dmaproof's devices may be `killed` during the migration, and
+    may be `behind_iommu`.
     """
 
     names: Sequence[str]
@@ -56,45 +56,45 @@ class DeviceRequest:
 
 @dataclass(frozen=True)
 class Control:
-    """A fault that a kind of device must be caught with, and the link at which pages are lost."""
+    """A fault that a proof must detect in a kind of device, and the link that loses the pages."""
 
     fault: str
     link: Link
 
 
 class DeviceKind(ABC):
-    """One kind of device that a proof can have; it has a `name` of its own.
+    """One kind of device that a proof can use, with its own `name`.
 
-    One instance serves every proof of a process, so it keeps nothing of a proof.
+    One instance serves all proofs of a process, so it keeps no state of a proof.
     """
 
     name: ClassVar[str]
     accepts: ClassVar[frozenset[str]]
-    """The options of a proof (fields of `proof.options.ProofOptions`) that mean something here."""
+    """The options of a proof (fields of `proof.options.ProofOptions`) that apply to this kind."""
     several: ClassVar[bool] = False
     """Whether a proof can have several devices of this kind at once."""
     control: ClassVar[Control | None] = None
-    """What ``--control`` injects; None where nothing can be injected."""
+    """The fault that ``--control`` injects; None if no fault can be injected."""
 
     @abstractmethod
     def names(self) -> Sequence[str]:
-        """What ``--device`` can name of it, as people are told."""
+        """Return the values of ``--device`` for this kind, for messages."""
 
     @abstractmethod
     def claims(self, name: str) -> bool:
-        """Whether ``--device NAME`` is one of this kind."""
+        """Whether ``--device NAME`` is a device of this kind."""
 
     @abstractmethod
     def make(self, request: DeviceRequest) -> ProofDevice:
-        """The device, or several as one.
+        """Make the device, or one object for several devices.
 
         Raises:
-            UsageError: it cannot be made so.
+            UsageError: the options do not fit the device.
         """
 
 
 class EmulatedKind(DeviceKind):
-    """Devices of dmaproof's own, in a process of ours, with a tracker and a journal."""
+    """dmaproof's own devices, in a process with a tracker and a journal."""
 
     name = "emulated"
     accepts = COMMON_OPTIONS | {
@@ -105,15 +105,15 @@ class EmulatedKind(DeviceKind):
     control = Control("drop-pages=0.01", Link.LOG)
 
     def names(self) -> Sequence[str]:
-        """The names of `emulated_devices`."""
+        """Return the names of `emulated_devices`."""
         return sorted(emulated_devices())
 
     def claims(self, name: str) -> bool:
-        """Whether one of them has this name; options may follow it."""
+        """Whether the name, which options may follow, is one of `emulated_devices`."""
         return name.partition(":")[0] in emulated_devices()
 
     def make(self, request: DeviceRequest) -> ProofDevice:
-        """One device, or several that keep a journal each; one of them must have the workload."""
+        """Make one device, or several with a journal each; one of them must run the workload."""
         devices = [
             EmulatedDevice(
                 replace(request.options, device=name),
@@ -127,8 +127,8 @@ class EmulatedKind(DeviceKind):
         ]
         if not any(device.has_workload for device in devices):
             raise UsageError(
-                f"--device {' and '.join(request.names)}: the guest needs a disk beside it to work "
-                "on: --device blk"
+                f"--device {' and '.join(request.names)}: the guest's workload needs a disk; add "
+                "--device blk"
             )
         return devices[0] if len(devices) == 1 else SeveralDevices(devices)
 
@@ -141,7 +141,7 @@ class InsideQemuKind(DeviceKind):
     prefix: ClassVar = "qemu:"
 
     def names(self) -> Sequence[str]:
-        """QEMU's own names behind the prefix."""
+        """Return QEMU's names with the prefix."""
         return [self.prefix + name for name in inside_qemu.KINDS]
 
     def claims(self, name: str) -> bool:
@@ -149,7 +149,7 @@ class InsideQemuKind(DeviceKind):
         return name.startswith(self.prefix)
 
     def make(self, request: DeviceRequest) -> ProofDevice:
-        """The device of this name."""
+        """Make the device with this name."""
         return inside_qemu.InsideQemu(request.names[0].removeprefix(self.prefix), request.queues)
 
 
@@ -160,22 +160,22 @@ class ThirdPartyKind(DeviceKind):
     accepts = COMMON_OPTIONS | {"guest", "queues", "settle", "device_command"}
 
     def names(self) -> Sequence[str]:
-        """What a back end can serve."""
+        """Return the devices that a back end can serve."""
         return list(command.KINDS)
 
     def claims(self, name: str) -> bool:
-        """Whether a back end can serve it. With a command, all names are of this kind."""
+        """Whether a back end can serve the device. With a command, all names are of this kind."""
         return name in command.KINDS
 
     def make(self, request: DeviceRequest) -> ProofDevice:
-        """The device, served by the command."""
+        """Make the device that the command serves."""
         (name,) = request.names
         if name not in command.KINDS:
             raise UsageError(
-                f"--device {name}: --device-command can serve {', '.join(command.KINDS)}"
+                f"--device {name}: expected one of {', '.join(command.KINDS)} with --device-command"
             )
         if request.command is None:
-            raise UsageError(f"--device {name} needs a --device-command that serves it")
+            raise UsageError(f"--device {name} needs --device-command, which starts its back end")
         return command.CommandDevice(name, command.parse_command(request.command), request.queues)
 
 
@@ -190,10 +190,10 @@ def device_kinds() -> Registry[DeviceKind]:
 
 
 def kind_of(names: Sequence[str], device_command: str | None) -> DeviceKind:
-    """The kind of the devices that ``--device`` names.
+    """Return the kind of the devices that ``--device`` names.
 
     Raises:
-        UsageError: there is no such device, or they do not go together.
+        UsageError: a device is unknown, or the devices cannot be combined.
     """
     if not names:
         raise UsageError("--device: expected the name of a device, such as blk")
@@ -203,11 +203,13 @@ def kind_of(names: Sequence[str], device_command: str | None) -> DeviceKind:
         for name in names
     ]
     if len(names) > 1:
-        alone = next((it for it in zip(names, kinds, strict=True) if not it[1].several), None)
-        if alone is not None:
+        single = next(
+            (name for name, kind in zip(names, kinds, strict=True) if not kind.several), None
+        )
+        if single is not None:
             raise UsageError(
-                f"--device {alone[0]}: only dmaproof's own devices go together, which keep "
-                "journals; name it alone"
+                f"--device {single} cannot be combined with other devices: only dmaproof's own "
+                "devices can, because they keep journals; use this device alone"
             )
     return kinds[0]
 
@@ -223,6 +225,7 @@ def _kind_of(name: str, kinds: Mapping[str, DeviceKind]) -> DeviceKind:
             return kind
     named = (kind.names() for kind_name, kind in kinds.items() if kind_name != ThirdPartyKind.name)
     raise UsageError(
-        f"--device {name} is unknown. There are {'; '.join(', '.join(names) for names in named)}; "
-        f"and with a --device-command {', '.join(kinds[ThirdPartyKind.name].names())}"
+        f"--device {name} is unknown; expected one of "
+        f"{'; '.join(', '.join(names) for names in named)}; "
+        f"or, with --device-command, {', '.join(kinds[ThirdPartyKind.name].names())}"
     )

@@ -1,4 +1,4 @@
-"""Several devices on one QEMU: what they write goes into one log, and each answers for its own."""
+"""Combine several devices on one QEMU: they share one dirty log, and each has its own evidence."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from .device import AttachedDevice, DeviceFacts, ProofDevice
 
 @dataclass(frozen=True)
 class SeveralDevices(ProofDevice):
-    """Each of the `devices`, at least one, is started as it would be alone."""
+    """Several devices as one: each of the `devices` (at least one) is started separately."""
 
     devices: Sequence[ProofDevice]
 
     @property
     def facts(self) -> DeviceFacts:
-        """The first one's, but for names and queues."""
+        """The facts of the first device, with all names and the sum of the queues."""
         facts = [device.facts for device in self.devices]
         return replace(
             facts[0],
-            device=", ".join(it.device for it in facts),
-            queues=sum(it.queues for it in facts),
+            device=", ".join(each.device for each in facts),
+            queues=sum(each.queues for each in facts),
         )
 
     @property
     def guests(self) -> Collection[str]:
-        """Those that can drive all of them."""
+        """The guests that can drive all devices."""
         first, *others = (device.guests for device in self.devices)
         return [guest for guest in first if all(guest in other for other in others)]
 
     @property
     def driver(self) -> Driver:
-        """All of them."""
+        """The drivers of all devices."""
         drivers = [device.driver for device in self.devices]
         modules = dict.fromkeys(module for driver in drivers for module in driver.modules)
-        return Driver(tuple(modules), " ".join(it.place for it in drivers if it.place))
+        return Driver(tuple(modules), " ".join(each.place for each in drivers if each.place))
 
     @property
     def direct(self) -> bool:
-        """One of them does, and the others add to that."""
+        """Whether any device is direct."""
         return any(device.direct for device in self.devices)
 
     @property
@@ -65,8 +65,8 @@ class SeveralDevices(ProofDevice):
         async with AsyncExitStack() as stack:
             yield _AttachedDevices(
                 [
-                    await stack.enter_async_context(it.start(folder, timeout_s))
-                    for it in self.devices
+                    await stack.enter_async_context(device.start(folder, timeout_s))
+                    for device in self.devices
                 ]
             )
 

@@ -1,1 +1,1 @@
-"""The guests: built, kept, and told what to do."""
+"""Build, cache and control the guests."""

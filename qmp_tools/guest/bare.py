@@ -1,6 +1,6 @@
-"""The guests without a kernel, entered by PVH: machine code of ours and nothing else.
+"""Build the guests without a kernel, which QEMU enters by PVH.
 
-``guests/bare`` carries out a workload as the Linux guest does, and is at its first request a few
+``guests/bare`` carries out a workload as the Linux guest does, and sends its first request a few
 hundredths of a second after the firmware. ``guests/passthrough/guest`` drives the fake VFIO device
 instead of a disk. ``guests/probe`` only dirties pages.
 """
@@ -18,7 +18,7 @@ _logger = logging.getLogger(__name__)
 
 _FREESTANDING: Final = (
     *("-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none"),
-    "-Wl,-Ttext-segment=0x100000",  # behind what belongs to the firmware
+    "-Wl,-Ttext-segment=0x100000",  # above the firmware's memory
 )
 _BARE: Final = (
     *("-std=gnu11", "-ffreestanding", "-fno-pic", "-fno-stack-protector", "-fcf-protection=none"),
@@ -27,17 +27,17 @@ _BARE: Final = (
     "-fno-asynchronous-unwind-tables",
 )
 MEMORY_BYTES: Final = 128 * MIB
-"""The guest's RAM, where no other size is asked for."""
+"""The default size of the guest's RAM."""
 
 _KVM_TIMEOUT_S: Final = 2.0
-"""Under TCG the first request comes after 0.2 s."""
+"""Under TCG the guest sends its first request after 0.2 s."""
 
 
 def bare_guest() -> Guest:
-    """The freestanding guest; compiled the first time.
+    """Return the freestanding guest, compiled if it is not in the cache.
 
     Raises:
-        UntestableError: there is no compiler.
+        UntestableError: no C compiler is installed, or it fails.
     """
     folder = sources()
     files = [*sorted((folder / "bare").glob("*.[cS]")), folder / "workload.c"]
@@ -55,10 +55,10 @@ def bare_guest() -> Guest:
 
 
 def vfio_guest() -> Path:
-    """The ELF of the freestanding guest that drives the fake VFIO device.
+    """Return the ELF of the freestanding guest that drives the fake VFIO device.
 
     Raises:
-        UntestableError: there is no compiler.
+        UntestableError: no C compiler is installed, or it fails.
     """
     folder = sources()
     parts = ("compiler_calls", "console", "exceptions", "memory", "pci")
@@ -69,10 +69,10 @@ def vfio_guest() -> Path:
 
 
 def probe_guest() -> Path:
-    """An ELF whose vCPU dirties a few pages for ever.
+    """Return an ELF whose vCPU dirties a few pages for ever.
 
     Raises:
-        UntestableError: there is no compiler.
+        UntestableError: no C compiler is installed, or it fails.
     """
     return _built("probe", [sources() / "probe" / "probe.S"], [], ("-m32",))
 

@@ -1,4 +1,4 @@
-"""What every guest shares: it is built on this machine, and kept in the user's cache."""
+"""Build guests on this machine and keep them in the user's cache."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from ..host.user_folders import cache_folder
 from .workload import Workload
 
 _UNUSED_S: Final = 24 * 3600.0
-_REMEDY: Final = "set XDG_CACHE_HOME to a folder that can be written to, with room"
+_REMEDY: Final = "set XDG_CACHE_HOME to a writable folder with enough space"
 
 
 @dataclass(frozen=True)
 class Guest:
     """A guest that carries out a workload; `kernel` is an ELF that QEMU enters by PVH.
 
-    `options` stand before the workload on its command line. `version` changes with what it is made
-    of. `memory_bytes` of RAM do for the default workload. `kvm_timeout_s`: where KVM takes longer
-    to its first request, it is not worth using.
+    `options` precede the workload on the guest's command line. `version` changes with the guest's
+    sources. The default workload fits into `memory_bytes` of RAM. If the guest's first request
+    under KVM takes longer than `kvm_timeout_s`, KVM is not worth using.
     """
 
     name: str
@@ -45,34 +45,36 @@ class Guest:
     kvm_timeout_s: float
 
     def command_line(self, workload: Workload) -> str:
-        """What is to be told to the guest that it may carry out `workload`."""
+        """Return the guest's kernel command line for `workload`."""
         return f"{self.options} {workload}".lstrip()
 
 
 def cache() -> Path:
-    """Where what was built and fetched for guests is kept.
+    """Return the folder that caches built and fetched guests.
 
     Raises:
-        UntestableError: this user has no folder for it.
+        UntestableError: this user has no cache folder.
     """
     return cache_folder() / "guest"
 
 
 def sources() -> Path:
-    """The folder ``guests``: inside the installed package, or beside it in a checkout.
+    """Return the folder ``guests``: inside the installed package, or beside it in a checkout.
 
     Raises:
-        UntestableError: it is not there.
+        UntestableError: the folder is missing.
     """
-    here = Path(__file__).parents[1]
-    for folder in (here / "guests", here.parent / "guests"):
+    package = Path(__file__).parents[1]
+    for folder in (package / "guests", package.parent / "guests"):
         if (folder / "workload.h").is_file():
             return folder
-    raise UntestableError(f"the guests' sources are missing beside {here}; install dmaproof anew")
+    raise UntestableError(
+        f"the guests' sources are missing beside {package}; install dmaproof again"
+    )
 
 
 def digest(parts: Sequence[bytes]) -> str:
-    """A short name for what is made of `parts`."""
+    """Return a short digest of `parts`."""
     whole = hashlib.sha256()
     for part in parts:
         whole.update(hashlib.sha256(part).digest())
@@ -81,12 +83,15 @@ def digest(parts: Sequence[bytes]) -> str:
 
 @contextmanager
 def fresh_folder(target: Path) -> Iterator[Path | None]:
-    """A folder to fill in `target`'s place, or None if another process has filled it meanwhile.
+    """Make a folder that is renamed to `target` afterwards.
 
-    Whoever makes another of the same kind (``kind-digest``) waits.
+    Another process that makes a folder of the same kind (``kind-digest``) waits.
+
+    Yields:
+        The folder to fill; None if another process has made `target` meanwhile.
 
     Raises:
-        UntestableError: the cache cannot be written to.
+        UntestableError: the cache is not writable.
     """
     with writing_to(target.parent, _REMEDY), _fresh_folder(target) as fresh:
         yield fresh
@@ -101,8 +106,8 @@ def _fresh_folder(target: Path) -> Iterator[Path | None]:
         if target.is_dir():
             yield None
             return
-        for left in target.parent.glob(f"partial-{kind}-*"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        for partial in target.parent.glob(f"partial-{kind}-*"):  # of a process that was killed
+            shutil.rmtree(partial, ignore_errors=True)
         fresh = Path(tempfile.mkdtemp(prefix=f"partial-{kind}-", dir=target.parent))
         try:
             yield fresh
@@ -116,12 +121,15 @@ def _kind(folder: Path) -> str:
 
 
 def prune(target: Path) -> Path:
-    """Take `target`, named ``kind-digest``, into use, and remove its siblings of the same kind that
-    nobody has used for a day.
+    """Lock `target`, named ``kind-digest``, and remove unused folders of the same kind.
 
-    A folder that is in use is locked by whoever uses it until that process ends. Returns `target`.
+    The lock lasts until this process ends. A folder is unused if it is not locked and no process
+    has locked it for a day.
+
+    Returns:
+        `target`.
     """
-    with contextlib.suppress(OSError):  # of somebody else's, or read-only: nobody removes it there
+    with contextlib.suppress(OSError):  # another user's or a read-only cache, which is not pruned
         os.utime(target)
     fcntl.flock(os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), fcntl.LOCK_SH)
     kind = _kind(target)
@@ -136,7 +144,7 @@ def _remove_unused(folder: Path) -> None:
         if time.time() - folder.stat().st_mtime < _UNUSED_S:
             return
         number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError:  # somebody else has just removed it
+    except FileNotFoundError:  # another process has just removed the folder
         return
     try:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -152,7 +160,7 @@ def compile_c(files: Sequence[Path], target: Path, *options: str) -> None:
     """Compile and link `files` with the machine's C compiler.
 
     Raises:
-        UntestableError: there is no compiler, or it refuses.
+        UntestableError: no C compiler is installed, or it fails.
     """
     command = ["cc", "-O2", *options, "-o", str(target), *map(str, files)]
     try:
@@ -161,7 +169,7 @@ def compile_c(files: Sequence[Path], target: Path, *options: str) -> None:
         )
     except FileNotFoundError:
         raise UntestableError(
-            "a C compiler is needed to build the guest: apt-get install gcc libc6-dev"
+            "building the guest needs a C compiler: apt-get install gcc libc6-dev"
         ) from None
     if done.returncode:
         raise UntestableError(f"{shlex.join(command)} failed:\n{done.stderr}")

@@ -10,6 +10,6 @@ from .build import Guest
 from .linux import Driver, linux_guest
 
 GUESTS: Final[dict[str, Callable[[Driver], Guest]]] = {
-    "bare": lambda driver: bare_guest(),  # it drives virtio disks, and nothing else
+    "bare": lambda driver: bare_guest(),  # it drives virtio disks only
     "linux": linux_guest,
 }

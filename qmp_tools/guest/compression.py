@@ -1,7 +1,7 @@
-"""Decompression of kernel images and kernel modules.
+"""Decompress kernel images and kernel modules.
 
-The first bytes say which format it is. Python decompresses all of them, so the machine needs no
-further program.
+The first bytes of the data tell the format. Python decompresses all formats, so the machine needs
+no other program.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from dmaproof.errors import UntestableError
 
 _ZSTD: Final = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
 _GZIP_WBITS: Final = 31
-"""zlib: the largest window (15), with a gzip header (16)."""
+"""zlib's argument for the largest window (15) and a gzip header (16)."""
 
 
 @dataclass(frozen=True)
 class _Format:
-    """`module` is imported late: a Python that was built without it still runs everything else."""
+    """A compression format; `module` is imported late, because a Python may be built without it."""
 
     name: str
     magic: bytes
@@ -32,14 +32,14 @@ class _Format:
 
 
 _FORMATS: Final = (
-    _Format("gzip", b"\x1f\x8b", "zlib", lambda it: it.decompressobj(_GZIP_WBITS), "error"),
-    _Format("xz", b"\xfd7zXZ\0", "lzma", lambda it: it.LZMADecompressor(), "LZMAError"),
-    _Format("zstd", b"\x28\xb5\x2f\xfd", _ZSTD, lambda it: it.ZstdDecompressor(), "ZstdError"),
+    _Format("gzip", b"\x1f\x8b", "zlib", lambda zlib: zlib.decompressobj(_GZIP_WBITS), "error"),
+    _Format("xz", b"\xfd7zXZ\0", "lzma", lambda lzma: lzma.LZMADecompressor(), "LZMAError"),
+    _Format("zstd", b"\x28\xb5\x2f\xfd", _ZSTD, lambda zstd: zstd.ZstdDecompressor(), "ZstdError"),
 )
 
 
 def missing_modules() -> dict[str, str]:
-    """The formats that this Python cannot decompress, with the Python module that each needs."""
+    """Return the formats that this Python cannot decompress, with the module that each needs."""
     return {form.name: form.module for form in _FORMATS if not _is_importable(form.module)}
 
 
@@ -52,17 +52,18 @@ def _is_importable(module: str) -> bool:
 
 
 def decompress(data: bytes, what: str) -> bytes:
-    """Decompress `data`; bytes after its end are ignored. `what` names the data in messages.
+    """Decompress `data`, called `what` in messages; ignore bytes after the compressed data.
 
     Raises:
-        UntestableError: the format is unknown, this Python has no module for it, or the data is
-            damaged.
+        UntestableError: the format is unknown, this Python has no module for the format, or the
+            data is damaged.
     """
     form = next((form for form in _FORMATS if data.startswith(form.magic)), None)
     if form is None:
         known = ", ".join(form.name for form in _FORMATS)
         raise UntestableError(
-            f"{what} has an unknown compression: expected {known}, it begins with {data[:6].hex()}"
+            f"{what} has an unknown compression format: expected one of {known}, but it begins "
+            f"with {data[:6].hex()}"
         )
     try:
         module = importlib.import_module(form.module)

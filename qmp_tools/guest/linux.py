@@ -1,8 +1,8 @@
-"""The Linux guest: the distribution's own kernel and an init of ours.
+"""Build the Linux guest from the distribution's kernel and dmaproof's init.
 
-The kernel is unpacked to its ELF (QEMU enters that by PVH, which saves the decompressor's seconds
-under TCG); the initramfs holds the modules that the disk needs and one static program,
-``guests/linux/init.c`` with ``guests/workload.c``.
+The kernel is unpacked to its ELF, which QEMU enters by PVH. That saves the seconds that the
+kernel's decompressor takes under TCG. The initramfs holds the modules that the device needs and one
+static program, ``guests/linux/init.c`` with ``guests/workload.c``.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _COMMAND_LINE: Final = (
 
 @dataclass(frozen=True)
 class Driver:
-    """How Linux comes to a device: by `modules`, and what these depend on.
+    """How Linux drives a device: by `modules` and their dependencies.
 
-    `place` tells ``guests/linux/init.c`` where the device is: a disk's node, a file in a virtiofs
-    of such a tag, or a network interface.
+    `place` is an option of ``guests/linux/init.c`` that names the device: a disk's node, a file in
+    the virtiofs with a tag, or a network interface.
     """
 
     modules: Sequence[str]
@@ -46,7 +46,7 @@ class Driver:
 
     @property
     def has_disk(self) -> bool:
-        """Whether it is the node of a disk, for which our guests wait until it is plugged."""
+        """Whether the device is a disk with a node, for which the guest waits until it exists."""
         return "disk=/dev/" in self.place
 
 
@@ -73,24 +73,25 @@ DRIVERS: Final = (
 _MODULES: Final = sorted({name for driver in (*DRIVERS, BALLOON) for name in driver.modules})
 
 _MODULE_TREES: Final = ("lib/modules", "usr/lib/modules")
-"""Where a kernel package has its modules: until Debian 12, and from Debian 13 on."""
+"""The folder of a kernel package's modules: until Debian 12, and from Debian 13 on."""
 _BUILT_IN: Final = "built_in"
 
 _INIT_OPTIONS: Final = ("-static", "-pthread", "-std=c11")
 
 MEMORY_BYTES: Final = 256 * MIB
-"""The guest's RAM, where no other size is asked for."""
+"""The default size of the guest's RAM."""
 
 _KVM_TIMEOUT_S: Final = 6.0
-"""Under TCG the first request comes after 2 s."""
+"""Under TCG the guest sends its first request after 2 s."""
 
 
 def linux_guest(driver: Driver = VIRTIO_BLK) -> Guest:
-    """The Linux guest with one of our `DRIVERS`; the first time its kernel is fetched and its init
-    compiled.
+    """Return the Linux guest with one of the `DRIVERS`.
+
+    The first call fetches the kernel and compiles the init.
 
     Raises:
-        UntestableError: the kernel cannot be had, or there is no compiler.
+        UntestableError: the kernel cannot be fetched, or no C compiler is installed.
     """
     kernel = _linux_kernel()
     version = (kernel / "version").read_text().strip()
@@ -120,12 +121,12 @@ def linux_guest(driver: Driver = VIRTIO_BLK) -> Guest:
 
 
 def kernel_folder() -> Path:
-    """Where the kernel is kept, once it has been fetched."""
+    """Return the folder of the fetched kernel, which may not exist yet."""
     return cache() / f"kernel-{digest([' '.join((*_MODULES, _BUILT_IN)).encode()])}"
 
 
 def _linux_kernel() -> Path:
-    """A folder with ``vmlinux``, ``modules/`` and ``version``."""
+    """Return a folder with ``vmlinux``, ``modules/`` and ``version``."""
     target = kernel_folder()
     if target.is_dir():
         return target
@@ -137,7 +138,9 @@ def _linux_kernel() -> Path:
             archive.unpack(archive.fetch_own(real, fresh), unpacked)
             image = next((unpacked / "boot").glob("vmlinuz-*"), None)
             if image is None:
-                raise UntestableError(f"package {real} has no kernel: expected boot/vmlinuz-*")
+                raise UntestableError(
+                    f"package {real} has no kernel: boot/vmlinuz-* is missing from the package"
+                )
             (fresh / "vmlinux").write_bytes(kernel_elf(image.read_bytes()))
             (fresh / "version").write_text(image.name.removeprefix("vmlinuz-"))
             pick_modules(unpacked, _MODULES, fresh / "modules")
@@ -148,13 +151,13 @@ def _linux_kernel() -> Path:
 
 
 def kernel_elf(image: bytes) -> bytes:
-    """The ELF inside a bzImage (Linux x86 boot protocol 2.08: payload_offset, payload_length).
+    """Return the ELF in a bzImage (Linux x86 boot protocol 2.08: payload_offset, payload_length).
 
     Raises:
-        UntestableError: this is no such image, or it cannot be decompressed.
+        UntestableError: `image` is not a bzImage, or cannot be decompressed.
     """
     if len(image) < 0x250 or image[0x202:0x206] != b"HdrS":
-        raise UntestableError("the kernel is no bzImage")
+        raise UntestableError("the kernel is not a bzImage: the signature 'HdrS' is missing")
     start = (image[0x1F1] + 1) * 512
     offset, length = struct.unpack_from("<II", image, 0x248)
     payload = image[start + offset : start + offset + length]
@@ -162,9 +165,9 @@ def kernel_elf(image: bytes) -> bytes:
 
 
 def pick_modules(unpacked: Path, wanted: Sequence[str], folder: Path) -> None:
-    """Copy the modules that are `wanted`, and what they depend on, uncompressed into `folder`.
+    """Copy the `wanted` modules and their dependencies, uncompressed, into `folder`.
 
-    The names of those that are built into the kernel go into its file ``built_in``.
+    Write the names of the modules that are built into the kernel to the file ``built_in`` there.
     """
     folder.mkdir()
     trees = [unpacked / place for place in _MODULE_TREES]
@@ -190,16 +193,16 @@ def _module(file_name: str) -> str:
 
 
 def _dependencies(module: bytes) -> list[str]:
-    """The modules that an uncompressed one depends on, as its .modinfo section says."""
+    """Return the dependencies of an uncompressed module, from its .modinfo section."""
     match = re.search(rb"\0depends=([^\0]*)\0", module)
     names = match[1].decode().split(",") if match else []
     return [_module(name) for name in names if name]
 
 
 def load_order(wanted: Sequence[str], modules: Path) -> list[str]:
-    """The `wanted` modules and what they depend on, each after its dependencies.
+    """Return the `wanted` modules and their dependencies, each after its dependencies.
 
-    `modules` was filled by `pick_modules`. What is built in needs no loading.
+    `modules` is a folder filled by `pick_modules`. Modules that are built in are left out.
 
     Raises:
         UntestableError: the kernel has a module neither as a file nor built in.
@@ -213,8 +216,8 @@ def load_order(wanted: Sequence[str], modules: Path) -> list[str]:
         file = modules / f"{name}.ko"
         if not file.exists():
             raise UntestableError(
-                f"the kernel has no module {name}: it is not in its package "
-                f"({' or '.join(_MODULE_TREES)}), and modules.builtin does not name it"
+                f"the kernel has no module {name}: the kernel's package has neither a file for it "
+                f"in {' or '.join(_MODULE_TREES)} nor a line in modules.builtin"
             )
         for dependency in _dependencies(file.read_bytes()):
             add(dependency)
@@ -233,9 +236,9 @@ def _initramfs(init: bytes, modules: Path, driver: Driver) -> bytes:
 
 
 def newc_archive(files: dict[str, bytes]) -> bytes:
-    """A cpio archive in the 'newc' form (kernel documentation, initramfs buffer format).
+    """Make a cpio archive in the 'newc' format (kernel documentation, initramfs buffer format).
 
-    Folders are made for the `files`, all of which may be executed.
+    The archive has the folders of `files`, and all files are executable.
     """
     archive_bytes = bytearray()
 

@@ -1,8 +1,8 @@
-"""A guest of the user's own, for devices of which we have no driver.
+"""The user's own guest, for devices that dmaproof's guests cannot drive.
 
-It is a kernel, and mostly an initramfs, that makes the device write its memory, and speaks the line
-to the tool (docs/guests.md) on its second serial port. What the workload says stands on its command
-line, behind the user's own text.
+The guest is a kernel, usually with an initramfs. It makes the device write the guest's memory, and
+speaks dmaproof's protocol (docs/guests.md) on its second serial port. Its command line is the
+user's text followed by the workload.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from ..qemu.machine import GIB
 from .build import Guest
 
 OWN_GUEST: Final = "own"
-"""What a guest of the user's is called among the guests of a device."""
+"""The name of the user's own guest among the guests of a device."""
 MEMORY_BYTES: Final = GIB
-"""The guest's RAM, where no other size is asked for."""
+"""The default size of the guest's RAM."""
 
 
 def own_guest(kernel: Path, initramfs: Path | None, options: str) -> Guest:
-    """The guest of these files.
+    """Make the guest of these files.
 
     Raises:
-        UsageError: one is not there.
+        UsageError: a file does not exist.
     """
     for option, name in (("--kernel", kernel), ("--initrd", initramfs)):
         if name is not None and not name.is_file():
-            raise UsageError(f"{option} {name}: there is no such file")
+            raise UsageError(f"{option} {name}: not found, or not a regular file")
     return Guest(
         name=OWN_GUEST,
         version=str(kernel),

@@ -1,6 +1,6 @@
-"""What a guest does to its disk and its memory: one set of parameters for every guest.
+"""The parameters of a guest's workload: what any guest does to its disk and its memory.
 
-The names are those of docs/guests.md, of ``guests/workload.c``, and of ``--workload``.
+The names are the same in docs/guests.md, in ``guests/workload.c``, and with ``--workload``.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ def values_of(parameter: str) -> str:
 
 @dataclass(frozen=True)
 class Workload:
-    """The parameters; `hot`, `write_once`, `churn`, `hold` and `max_pages` in pages.
+    """A guest's workload; `hot`, `write_once`, `churn`, `hold` and `max_pages` in pages.
 
-    One of so many requests as `write_every`, `huge_every` and `unaligned_every` say is of that
-    kind; 0: none is. `image` is 1 where the disk is an image file, whose stamps stay as they are.
-    So many of the write-once pages as `last` says are used only when the migration is about to end.
+    One request in `write_every`, `huge_every` and `unaligned_every` is of that kind; 0 means none.
+    `image` is 1 if the disk is an image file, whose stamps do not change. The guest uses `last` of
+    its write-once pages only when the migration is about to end.
 
     Raises:
         UsageError: a value is out of bounds.
@@ -85,30 +85,36 @@ class Workload:
         for name, (low, high) in _BOUNDS.items():
             if not low <= getattr(self, name) <= high:
                 raise UsageError(
-                    f"workload: {name}={getattr(self, name)} is not between {low} and {high}"
+                    f"workload: {name}={getattr(self, name)} is out of range; expected {low} to "
+                    f"{high}"
                 )
         if self.pattern not in PATTERNS:
-            raise UsageError(f"workload: pattern={self.pattern} is none of {', '.join(PATTERNS)}")
+            raise UsageError(
+                f"workload: pattern={self.pattern} is unknown; expected one of "
+                f"{', '.join(PATTERNS)}"
+            )
 
     def __str__(self) -> str:
-        """As a guest takes it on its command line."""
+        """The workload as text for a guest's command line."""
         return " ".join(f"{name}={value}" for name, value in asdict(self).items())
 
 
 def parse_workload(text: str, seed: int) -> Workload:
-    """The workload of ``name=value,name=value``, with defaults for what is not named.
+    """Parse ``name=value,name=value``; parameters that are not named get their defaults.
 
     Raises:
-        UsageError: there is no such parameter, or its value is not understood or out of bounds.
+        UsageError: a parameter is unknown, or its value is not a number or is out of bounds.
     """
     known = [field.name for field in fields(Workload)]
     given: dict[str, Any] = {"seed": seed}
     for pair in filter(None, text.split(",")):
         name, _, value = pair.partition("=")
         if name not in known:
-            raise UsageError(f"workload: {name!r} is not known; there are: {', '.join(known)}")
+            raise UsageError(
+                f"workload: unknown parameter {name!r}; expected one of {', '.join(known)}"
+            )
         try:
             given[name] = value if name == "pattern" else int(value)
         except ValueError:
-            raise UsageError(f"workload: {name}={value} is no number") from None
+            raise UsageError(f"workload: {name}: expected a number, got {value!r}") from None
     return Workload(**given)

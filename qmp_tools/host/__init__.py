@@ -1,1 +1,1 @@
-"""The host: processes and folders that cannot outlive the tool, packages, limits of waits."""
+"""The host: processes and folders that cannot outlive dmaproof, packages, bounds of waits."""

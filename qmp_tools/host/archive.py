@@ -1,8 +1,8 @@
-"""Packages of the distribution's archive in a private folder, without root.
+"""Fetch packages of the distribution's archive into a private folder, without root.
 
-apt does the fetching and the checking of signatures, with state, cache and sources of its own, so
-the system's package state is neither read nor touched. Where the archive is, and which keys sign
-it, is taken from what the machine's own apt is set up with.
+apt fetches the packages and checks their signatures. It runs with its own state, cache and sources,
+so it neither reads nor changes the system's package state. The archive's address and keys are those
+of the machine's own apt.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Repository:
 
 
 def _run(command: Sequence[str], what: str, folder: Path | None = None) -> str:
-    """What `command` prints; `what` says in words what it was to do."""
+    """Return the output of `command`; `what` says in messages what the command does."""
     try:
         done = subprocess.run(
             command,
@@ -47,23 +47,24 @@ def _run(command: Sequence[str], what: str, folder: Path | None = None) -> str:
         )
     except FileNotFoundError:
         raise UntestableError(
-            f"{what} needs {command[0]}, which is not there: a Debian machine or container is "
-            "needed"
+            f"{what} needs {command[0]}, which is not installed; use a Debian machine or container"
         ) from None
     except subprocess.TimeoutExpired:
-        raise UntestableError(f"{what} took longer than {_TIMEOUT_S:.0f} s") from None
+        raise UntestableError(
+            f"{what} took longer than {_TIMEOUT_S:.0f} s; check the network, and try again"
+        ) from None
     if done.returncode:
-        complaints = [line for line in done.stderr.splitlines() if line.startswith("E:")]
-        told = "\n".join(f"    {line}" for line in complaints or done.stderr.splitlines()[-5:])
-        raise UntestableError(f"{what} failed ({command[0]} said):\n{told}")
+        errors = [line for line in done.stderr.splitlines() if line.startswith("E:")]
+        lines = "\n".join(f"    {line}" for line in errors or done.stderr.splitlines()[-5:])
+        raise UntestableError(f"{what} failed; {command[0]} printed:\n{lines}")
     return done.stdout
 
 
 def _repositories() -> list[_Repository]:
-    """The Debian repositories that the machine's apt is set up with.
+    """Return the Debian repositories in the configuration of the machine's apt.
 
     Raises:
-        UntestableError: there are none, as without apt's lists, or on another distribution.
+        UntestableError: none was found: apt has no package lists, or this is another distribution.
     """
     listing = _run(
         [
@@ -79,28 +80,30 @@ def _repositories() -> list[_Repository]:
     found = sorted(_Repository(*row[1:]) for row in rows if len(row) == 4 and row[0] == "Debian")
     if not found:
         raise UntestableError(
-            "apt knows no Debian archive: on Debian 'apt-get update' (as root, once) makes it "
-            "known, elsewhere a container of Debian's is needed"
+            "apt knows no Debian archive: on Debian, run 'apt-get update' once as root; on another "
+            "distribution, use a Debian container"
         )
     return found
 
 
 def own_codename() -> str:
-    """The codename of the machine's own release, such as 'bookworm'."""
-    main = next((it for it in _repositories() if it.label != _SECURITY_LABEL), None)
+    """Return the codename of the machine's own release, such as 'bookworm'."""
+    main = next((found for found in _repositories() if found.label != _SECURITY_LABEL), None)
     if main is None:
-        raise UntestableError("apt has no main Debian archive among its sources")
+        raise UntestableError(
+            "apt's sources have no main Debian archive; add it, and run 'apt-get update'"
+        )
     return re.sub("|".join(_POCKETS), "", main.codename)
 
 
 def sources_list(suite: str) -> str:
-    """The lines of a sources.list for `suite` and what it builds on."""
+    """Return the lines of a sources.list for `suite` and the release that it extends."""
     release = re.sub("|".join(_POCKETS), "", suite)
     lines = []
-    # Without the keyring's package, apt takes the keys that the machine trusts anyway.
+    # Without the keyring's package, apt uses the keys that the machine trusts.
     keys = f"[signed-by={_KEYRING}] " if _KEYRING.exists() else ""
     for label in ("Debian", _SECURITY_LABEL):
-        repository = next((it for it in _repositories() if it.label == label), None)
+        repository = next((found for found in _repositories() if found.label == label), None)
         if repository is None:
             continue
         if label == _SECURITY_LABEL:
@@ -116,7 +119,7 @@ class Archive:
     """apt for `suite` (such as 'trixie-backports') with all its state in `folder`.
 
     Raises:
-        UntestableError: there is no apt, the archive cannot be reached, or it has no such suite.
+        UntestableError: apt is not installed, the archive cannot be reached, or it has no `suite`.
     """
 
     def __init__(self, suite: str, folder: Path) -> None:
@@ -142,18 +145,18 @@ class Archive:
             "Acquire::Languages": "none",
             "APT::Get::AllowUnauthenticated": "false",
             "APT::Update::Error-Mode": "any",
-            # As root, apt would fetch as another user, who may not enter a private folder.
+            # As root, apt would fetch as the user _apt, who may not enter a private folder.
             "APT::Sandbox::User": "root",
         }
         options = [part for name, value in settings.items() for part in ("-o", f"{name}={value}")]
         return _run([program, *options, *arguments], what, folder)
 
     def has(self, package: str) -> bool:
-        """Whether the suite, or what it builds on, has `package`."""
+        """Whether the suite, or the release that it extends, has `package`."""
         return self._candidate(package) is not None
 
     def version(self, package: str) -> str:
-        """The version of `package` that the suite would install."""
+        """Return the version of `package` that apt would install from the suite."""
         version = self._candidate(package)
         if version is None:
             raise UntestableError(f"{self.suite} has no package {package}")
@@ -165,20 +168,20 @@ class Archive:
         return match[1] if match and match[1] != "(none)" else None
 
     def dependencies(self, package: str) -> list[str]:
-        """The names of the packages that `package` of this suite depends on.
+        """Return the names of the packages that `package` of this suite depends on.
 
         Raises:
-            UntestableError: the suite has none.
+            UntestableError: the suite has no such package.
         """
         self.version(package)
         what = f"asking apt about {package}"
         return _depends(self._apt("apt-cache", "depends", package, what=what))
 
     def fetch(self, package: str) -> Path:
-        """Download `package` alone.
+        """Download `package`, without its dependencies.
 
         Raises:
-            UntestableError: the suite has none, or it cannot be had.
+            UntestableError: the suite has no such package, or the download fails.
         """
         archives = self._folder / "archives"
         self.version(package)
@@ -190,7 +193,7 @@ class Archive:
         return next(archives.glob(f"{package}_*.deb"))
 
     def fetch_closure(self, packages: Sequence[str]) -> list[Path]:
-        """Download `packages` with all that they depend on, as for an empty system."""
+        """Download `packages` and all their dependencies, as for an empty system."""
         self._apt(
             "apt-get",
             *("-t", self.suite, "install", "--download-only", "--yes", "--no-install-recommends"),
@@ -209,12 +212,12 @@ def fetch_own(package: str, folder: Path) -> Path:
     )
     found = sorted(folder.glob(f"{package}_*.deb"))
     if not found:
-        raise UntestableError(f"apt-get download {package} brought nothing")
+        raise UntestableError(f"apt-get download {package} succeeded, but wrote no package")
     return found[-1]
 
 
 def dependencies(package: str) -> list[str]:
-    """The names of the packages that `package` of the machine's own Debian release depends on.
+    """Return the names of the packages that `package` of the machine's own release depends on.
 
     Raises:
         UntestableError: apt knows no Debian archive, or no such package.
@@ -234,7 +237,7 @@ def unpack(package: Path, folder: Path) -> None:
 
 
 def replace_folder(fresh: Path, target: Path) -> None:
-    """Put the finished folder `fresh` in `target`'s place, whole or not at all."""
+    """Replace the folder `target` by the finished folder `fresh`."""
     if target.exists():
         old = target.with_name(f"{target.name}.old-{os.getpid()}")
         target.rename(old)

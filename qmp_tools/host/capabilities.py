@@ -1,4 +1,4 @@
-"""What this process may do: its effective capabilities (capabilities(7))."""
+"""Check the effective capabilities of a process (capabilities(7))."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ CAP_SYS_ADMIN: Final = 21
 
 
 def is_capable(capability: int, status: Path = Path("/proc/self/status")) -> bool:
-    """Whether the process of `status`, its file in /proc, has the capability of this number.
+    """Whether a process has the capability of this number; False if its file cannot be read.
 
-    It has none where the file cannot be read.
+    `status` is the file of the process in /proc.
     """
     try:
         effective = re.search(r"^CapEff:\s*([0-9a-f]+)", status.read_text(), re.MULTILINE)

@@ -1,4 +1,4 @@
-"""What was found where a machine was looked at, and what mends it."""
+"""Findings about prerequisites of a machine, and how to fix them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from enum import StrEnum
 
 
 class State(StrEnum):
-    """How a finding is to be taken."""
+    """The consequence of a finding."""
 
     OK = "ok"
     LIMITED = "limited"
-    """A proof can run, but not all that dmaproof can do."""
+    """A proof can run, but some features of dmaproof cannot."""
     MISSING = "missing"
     """No proof can run."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at; `remedy` is a command, or words where no command helps."""
+    """The result of one check; `remedy` is a command, or a sentence if no command helps."""
 
     name: str
     state: State

@@ -1,8 +1,8 @@
-"""What the packages log, handed to a handler.
+"""Send the log records of the packages to a handler.
 
-What they tell people while they work, they log: steps as INFO, what a person should act on as
-WARNING. The loggers are called after the modules. Nothing is printed until an application
-configures logging, as the command line does with `logging_to`.
+The packages log their steps as INFO, and as WARNING what a user should act on. Each module has a
+logger of its name. Nothing is printed until an application configures logging, as the command line
+does with `logging_to`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,7 @@ _PACKAGES: Final = ("qmp_tools", "dmaproof")
 
 @contextlib.contextmanager
 def logging_to(handler: logging.Handler) -> Iterator[None]:
-    """Have `handler` take all that the packages log from INFO on, for as long as the context lasts.
-
-    The handler is closed afterwards.
-    """
+    """Send the packages' records from INFO on to `handler`, and close it when the context ends."""
     loggers = [logging.getLogger(name) for name in _PACKAGES]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,10 +1,10 @@
-"""An event loop in a thread of its own, for callers that are not asynchronous.
+"""Run an event loop in a thread, for callers that are not asynchronous.
 
-QEMU's messages are read, and its processes watched, also while the caller does something else; and
-a caller that has an event loop of its own is not in the way.
+The thread reads QEMU's messages and watches its processes while the caller does something else. The
+caller may run its own event loop.
 
-Processes are to be started through one `LoopThread` for as long as they live: a child's
-PR_SET_PDEATHSIG (see process.py) fires when the *thread* that started it ends, see prctl(2).
+The `LoopThread` that starts a process must live as long as the process: a child's PR_SET_PDEATHSIG
+(see process.py) fires when the *thread* that started the child ends, see prctl(2).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class LoopThread:
-    """The loop and its thread, from entering the context to leaving it."""
+    """An event loop and its thread, which run until the context ends."""
 
     def __enter__(self) -> LoopThread:
         self._loop = asyncio.new_event_loop()
@@ -29,14 +29,14 @@ class LoopThread:
 
     def _serve(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-            runner.get_loop().run_forever()  # closing the runner cancels what is left
+            runner.get_loop().run_forever()  # closing the runner cancels the remaining tasks
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, which is cancelled where the caller is interrupted."""
+        """Run `work` and return its result; cancel `work` if the caller is interrupted."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
-        except BaseException:  # a test framework's time-out too, which may be no Exception
+        except BaseException:  # a test framework's timeout may not derive from Exception
             future.cancel()
             raise
 

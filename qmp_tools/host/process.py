@@ -1,4 +1,4 @@
-"""Child processes that are bounded, logged and reaped, and cannot outlive the tool."""
+"""Start child processes with logs, which are reaped and cannot outlive dmaproof."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _END_GRACE_S: Final = 5.0
 _TAIL_BYTES: Final = 1 << 16
 _TAIL_LINES: Final = 15
-_LEAST_ROOM_BYTES: Final = 64 << 10
-"""With less in the log's file system, what somebody wanted to write there may have failed."""
+_LEAST_FREE_BYTES: Final = 64 << 10
+"""With less free space in the log's file system, a process's write may have failed."""
 _WHY_KILLED: Final = {
-    signal.SIGXFSZ: "a file has outgrown what 'ulimit -f' allows",
-    signal.SIGXCPU: "it has used the processor for longer than 'ulimit -t' allows",
+    signal.SIGXFSZ: "a file has exceeded the limit of 'ulimit -f'",
+    signal.SIGXCPU: "the process has exceeded the CPU time limit of 'ulimit -t'",
 }
 
 
 def death_with_parent() -> Callable[[], None]:
-    """Make a ``preexec_fn`` for a child that is not to outlive this process.
+    """Make a ``preexec_fn`` for a child that must not outlive this process.
 
     The kernel kills the child when the *thread* that started it ends, see prctl(2).
     """
@@ -38,14 +38,14 @@ def death_with_parent() -> Callable[[], None]:
 
     def bind() -> None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the signal was asked for
+        if os.getppid() != parent:  # the parent ended before prctl()
             os._exit(1)
 
     return bind
 
 
 class ProcessDiedError(UntestableError):
-    """A process of the proof ended before its time; `killed` tells whether by a signal."""
+    """A process of the proof ended too early; `killed` says whether a signal killed it."""
 
     def __init__(self, message: str, killed: bool) -> None:
         super().__init__(message)
@@ -53,10 +53,10 @@ class ProcessDiedError(UntestableError):
 
 
 class Process:
-    """One child. What it prints goes to `log`; `died` is done when it has ended.
+    """A child process. Its output goes to `log`; `died` is done when it has ended.
 
-    `name` is what messages call it: 'source QEMU', 'device'; `command` is its command line. The end
-    of each of `more_logs` is shown too where the process ends before its time.
+    `name` is its name in messages, such as 'source QEMU' or 'device'; `command` is its command
+    line. If the process ends too early, the error also shows the last lines of each of `more_logs`.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class Process:
         pass_fds: Sequence[int] = (),
         run_folder: Path | None = None,
     ) -> Process:
-        """Start `command` in a session of its own (an interrupt is for the tool alone).
+        """Start `command` in a new session, so that an interrupt reaches only dmaproof.
 
-        A program that is not ours may have children; whatever still runs of them is killed when
-        `run_folder` goes.
+        A third party's program may have children. Pass `run_folder` to have the children that still
+        run killed when `run_folder` is removed.
 
         Raises:
             UntestableError: the program could not be executed.
@@ -102,7 +102,7 @@ class Process:
                 )
             except OSError as error:
                 raise UntestableError(
-                    f"{name} could not be started: {command[0]}: {error.strerror}"
+                    f"cannot start the {name}: {command[0]}: {error.strerror}"
                 ) from error
         return cls(name, command, log, child)
 
@@ -112,19 +112,19 @@ class Process:
         return self._child.pid
 
     def expect_end(self) -> None:
-        """From now on the process may end without being missed."""
+        """Do not report the end of the process from now on."""
         self._expected = True
 
     async def missed(self) -> ProcessDiedError:
-        """Wait until the process has ended unexpectedly; returns the error that says so."""
+        """Wait until the process has ended unexpectedly, and return an error that says so."""
         await asyncio.shield(self.died)
         if self._expected:
-            await asyncio.get_running_loop().create_future()  # for ever: nothing is amiss
+            await asyncio.get_running_loop().create_future()  # wait for ever: no error
         message = f"{self.name} {self.how_it_ended()}\n{self.log_tail()}".rstrip()
         return ProcessDiedError(message, killed=(self._child.returncode or 0) < 0)
 
     def how_it_ended(self) -> str:
-        """'was killed by SIGKILL', 'ended with exit code 1', or 'is running'."""
+        """Return 'was killed by SIGKILL', 'ended with exit code 1', or 'is running'."""
         code = self._child.returncode
         if code is None:
             return "is running"
@@ -136,12 +136,12 @@ class Process:
 
     @property
     def description(self) -> str:
-        """Its name with the process id, and whether it is stopped: 'device (PID 7, stopped)'."""
+        """The name with the process id, and whether it is stopped: 'device (PID 7, stopped)'."""
         return f"{self.name} (PID {self.pid}{', stopped' if self.is_stopped else ''})"
 
     @property
     def is_stopped(self) -> bool:
-        """Whether a signal or a debugger has stopped it (states T and t of proc(5))."""
+        """Whether a signal or a debugger has stopped the process (states T and t of proc(5))."""
         try:
             status = Path(f"/proc/{self.pid}/stat").read_text()
         except OSError:
@@ -149,40 +149,40 @@ class Process:
         return status.rpartition(")")[2].split()[0] in "Tt"
 
     def log_tail(self) -> str:
-        """The last lines of each log, with the log's name; empty if the process was silent."""
+        """Return the last lines of each log, with the log's name; empty without any output."""
         return "\n".join(filter(None, map(log_tail, (self.log, *self.more_logs))))
 
     async def kill(self) -> None:
-        """End the process by SIGKILL, as a crash of its host would; it is not missed."""
+        """Kill the process with SIGKILL, to simulate a crash of its host."""
         self.expect_end()
         with contextlib.suppress(ProcessLookupError):
             self._child.kill()
         await asyncio.shield(self.died)
 
     async def end(self) -> None:
-        """Make sure that the process has ended and is reaped."""
+        """End the process with SIGTERM, or else with SIGKILL, and reap it."""
         self.expect_end()
-        for signal_number, patience_s in ((signal.SIGTERM, _END_GRACE_S), (signal.SIGKILL, None)):
+        for signal_number, timeout_s in ((signal.SIGTERM, _END_GRACE_S), (signal.SIGKILL, None)):
             if self.died.done():
                 break
             with contextlib.suppress(ProcessLookupError):
                 self._child.send_signal(signal_number)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(self.died), patience_s)
+                await asyncio.wait_for(asyncio.shield(self.died), timeout_s)
 
 
 def log_tail(log: Path) -> str:
-    """The last lines of `log` under a heading; empty if there are none.
+    """Return the last lines of `log` under a heading; empty if there are none.
 
-    Where there is no room for more, that is told too.
+    If the log's file system is full, add a line that says so.
     """
-    told = []
+    tail = []
     with contextlib.suppress(OSError), log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
         lines = file.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
-        told += [f"  last lines of {log.name}:"] * bool(lines)
-        told += [f"    {printable(line)}" for line in lines]
-        room = os.statvfs(file.fileno())
-        if room.f_bavail * room.f_frsize < _LEAST_ROOM_BYTES:
-            told.append(f"  there is no room left in {log.parent}: set TMPDIR to another folder")
-    return "\n".join(told)
+        tail += [f"  last lines of {log.name}:"] * bool(lines)
+        tail += [f"    {printable(line)}" for line in lines]
+        space = os.statvfs(file.fileno())
+        if space.f_bavail * space.f_frsize < _LEAST_FREE_BYTES:
+            tail.append(f"  no space left in {log.parent}: set TMPDIR to another folder")
+    return "\n".join(tail)

@@ -1,10 +1,10 @@
-"""Removes a run's folder when the tool that made it is gone, however it went.
+"""Remove a run's folder when the dmaproof that made it has ended, even by SIGKILL.
 
-Run as a script with the folder as its argument and a pipe from the tool as standard input: the
-pipe's end means that the tool ended, by kill -9 even. The tool's children die by themselves
-(PR_SET_PDEATHSIG, see process.py); the files are left to this process, and so are the children of
-programs that are not ours. With ``keep`` as a second argument the files stay. It imports nothing of
-ours, so that it starts in milliseconds.
+This module runs as a script with the folder as its argument and a pipe from dmaproof as standard
+input: the end of the pipe means that dmaproof has ended. dmaproof's children die by themselves
+(PR_SET_PDEATHSIG, see process.py). The script removes the files and kills the children of third
+parties' programs. With ``keep`` as a second argument, the files stay. The script imports none of
+dmaproof's modules, so it starts in milliseconds.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ _MARK = "DMAPROOF_RUN"
 
 
 def marked_environment(folder: Path) -> dict[str, str]:
-    """An environment that shows of a process, and of its children, to which run they belong."""
+    """Return an environment that marks a process and its children as part of a run."""
     return {**os.environ, _MARK: str(folder)}
 
 
 def kill_marked(folder: Path) -> None:
-    """Kill all processes that belong to the run of `folder`, and what they start meanwhile."""
+    """Kill all processes of the run of `folder`, and the processes that they start meanwhile."""
     mark = os.fsencode(f"{_MARK}={folder}")
     for _ in range(_ATTEMPTS):
         marked = [entry for entry in Path("/proc").glob("[0-9]*") if _has(entry, mark)]
@@ -41,12 +41,12 @@ def kill_marked(folder: Path) -> None:
 def _has(process: Path, mark: bytes) -> bool:
     try:
         return mark in (process / "environ").read_bytes().split(b"\0")
-    except OSError:  # it has gone, or it is somebody else's
+    except OSError:  # the process has ended, or belongs to another user
         return False
 
 
 def main() -> None:
-    """Wait for the pipe's end, then remove what is left of the run."""
+    """Wait for the end of the pipe, then kill the run's processes and remove its folder."""
     folder, *options = sys.argv[1:]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -54,7 +54,7 @@ def main() -> None:
     kill_marked(Path(folder))
     if options == ["keep"]:
         return
-    for _ in range(_ATTEMPTS):  # a dying child may still be writing, or removing its own sockets
+    for _ in range(_ATTEMPTS):  # a dying child may still write files, or remove its sockets
         shutil.rmtree(folder, ignore_errors=True)
         if not os.path.lexists(folder):
             return

@@ -1,9 +1,8 @@
-"""The private folder of one run: sockets, logs, evidence; gone when the run is, however it ends.
+"""Make the private folder of one run, for sockets, logs and evidence, and remove it afterwards.
 
-Three guards, each for the case in which the one before it cannot act: the context manager removes
-the folder; the reaper (reaper.py) removes it when the tool was killed; and the next run sweeps
-whatever is left of runs whose tool and reaper were killed together. A lock on the folder tells the
-living from the dead.
+There are three safeguards. The context manager removes the folder. If dmaproof was killed, the
+reaper (reaper.py) removes it. If the reaper was killed too, the next run removes it. A lock on the
+folder shows whether its run is still alive.
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ _LOCK: Final = "lock"
 _LONGEST_SOCKET_NAME: Final = "destination-migration.sock"
 _SOCKET_PATH_BYTES: Final = 107
 """sockaddr_un.sun_path without its final NUL, see unix(7)."""
-TMPDIR_REMEDY: Final = "set TMPDIR to a folder that can be written to, with 200 MiB of room"
-"""A disk's image is 64 MiB, evidence and logs are less; a stream that is saved comes on top."""
+TMPDIR_REMEDY: Final = "set TMPDIR to a writable folder with 200 MiB of free space"
+"""A disk's image is 64 MiB, evidence and logs are smaller. A saved stream needs more space."""
 
 
 @contextlib.contextmanager
 def run_folder(*, keep: bool = False) -> Iterator[Path]:
-    """A folder (mode 0700) for one run, removed at the end unless `keep`.
+    """Make a folder (mode 0700) for one run, and remove it at the end unless `keep`.
 
     Raises:
-        UntestableError: the temporary folder's path is too long for Unix sockets, or it has no room
-            for what is done in the context.
+        UntestableError: the temporary folder's path is too long for Unix sockets, or its file
+            system is full.
     """
     base = _temporary_folder()
     _sweep(base)
@@ -50,9 +49,9 @@ def run_folder(*, keep: bool = False) -> Iterator[Path]:
     if len(os.fsencode(folder / _LONGEST_SOCKET_NAME)) > _SOCKET_PATH_BYTES:
         unlocked.rmdir()
         raise UntestableError(
-            f"{folder} is too long a path for Unix sockets; set TMPDIR to a shorter one"
+            f"the path {folder} is too long for Unix sockets; set TMPDIR to a shorter path"
         )
-    if keep:  # without a lock, and so never swept
+    if keep:  # without a lock, so that no other run removes the folder
         unlocked.rename(folder)
         with _reaper(folder, "keep"), room_in(folder):
             yield folder
@@ -67,10 +66,10 @@ def run_folder(*, keep: bool = False) -> Iterator[Path]:
 
 
 def room_in(folder: Path) -> AbstractContextManager[None]:
-    """Tell of files in a run's `folder` that cannot be written.
+    """Report files in a run's `folder` that cannot be written.
 
     Raises:
-        UntestableError: one cannot.
+        UntestableError: a file cannot be written.
     """
     return writing_to(folder, TMPDIR_REMEDY)
 
@@ -104,7 +103,7 @@ def _reaper(folder: Path, *options: str) -> Iterator[None]:
 
 
 def _sweep(base: Path) -> None:
-    """Remove folders of ours whose lock nobody holds; kept ones have none."""
+    """Remove this user's run folders whose lock is free; kept folders have no lock."""
     for folder in base.glob(_PREFIX + "*"):
         with contextlib.suppress(OSError), (folder / _LOCK).open() as lock:
             if os.fstat(lock.fileno()).st_uid != os.getuid():

@@ -1,8 +1,8 @@
-"""The bound of every wait: one number of seconds, which the caller passes down.
+"""Bound every wait by one number of seconds, which the caller passes down.
 
-``--timeout`` and every `timeout_s` bound each single wait: for a QMP answer, for what a guest or a
-device is to report, for a migration to complete. They do not bound the sum of these. What can be
-waited for takes much longer on a busy machine than on a quiet one, so the default is generous.
+``--timeout`` and every `timeout_s` bound each single wait, such as the wait for a QMP answer, for a
+report of a guest or a device, or for a migration to complete. They do not bound the sum of the
+waits. On a busy machine everything takes much longer, so the default is generous.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _PAUSE_S: Final = 0.01
 
 @asynccontextmanager
 async def bounded(timeout_s: float, error: Callable[[], WaitTimeoutError]) -> AsyncIterator[None]:
-    """Raise what `error` makes if the body takes longer than `timeout_s`.
+    """Cancel the body after `timeout_s`, and raise the error that `error` makes.
 
     Raises:
-        WaitTimeoutError: the body was cancelled, because its time was over.
+        WaitTimeoutError: the body took longer.
     """
     try:
         async with asyncio.timeout(timeout_s) as wait:
             yield
     except TimeoutError:
-        if not wait.expired():  # the system's own, as of a connection
+        if not wait.expired():  # the operating system's error, for example of a connection
             raise
         raise error() from None
 
@@ -42,16 +42,16 @@ async def wait_until(
     error: Callable[[], WaitTimeoutError],
     pause_s: float = _PAUSE_S,
 ) -> None:
-    """Look again and again until something is reached of which nobody brings news.
+    """Poll until `reached` returns True.
 
     Args:
-        reached: looks, once at least. A look that has begun is not cancelled.
-        timeout_s: for how many seconds a new look begins.
-        error: makes what is raised after that.
-        pause_s: seconds between two looks.
+        reached: called at least once. A call that has begun is not cancelled.
+        timeout_s: no new call begins after this number of seconds.
+        error: makes the error that is raised then.
+        pause_s: the seconds between two calls.
 
     Raises:
-        WaitTimeoutError: it is not reached in time.
+        WaitTimeoutError: `reached` has not returned True in time.
     """
     deadline_s = time.monotonic() + timeout_s
     while True:
@@ -69,10 +69,10 @@ def block_until(
     error: Callable[[], WaitTimeoutError],
     pause_s: float = _PAUSE_S,
 ) -> None:
-    """Do what `wait_until` does, for code that is not asynchronous.
+    """Poll until `reached` returns True, like `wait_until`, in code that is not asynchronous.
 
     Raises:
-        WaitTimeoutError: it is not reached in time.
+        WaitTimeoutError: `reached` has not returned True in time.
     """
     deadline_s = time.monotonic() + timeout_s
     while not reached():

@@ -1,6 +1,6 @@
-"""What an exception means that nobody has expected: that this machine is at fault, or dmaproof.
+"""Classify unexpected exceptions: the cause is this machine, or a defect in dmaproof.
 
-Neither is a lost page, so neither may end in Python's own exit code for a traceback, which is 1.
+Neither is a lost page, so neither may end with Python's exit code for a traceback, which is 1.
 """
 
 from __future__ import annotations
@@ -20,44 +20,44 @@ _LACKING: Final = NO_ROOM | {
     *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
     *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN),
 }
-"""What a machine answers that lacks something, whatever it was asked."""
+"""The errors of a machine that is short of a resource or a permission."""
 
 
 class CrashError(UntestableError):
-    """dmaproof itself is at fault; the error's cause has the traceback."""
+    """A defect in dmaproof; the error's cause has the traceback."""
 
 
 def untestable(error: Exception) -> UntestableError:
-    """`error` as the reason why nothing could be tested."""
+    """Turn `error` into the reason why nothing could be tested."""
     if isinstance(error, UntestableError):
         return error
     if isinstance(error, DmaproofError):
         return UntestableError(str(error))
     if isinstance(error, MemoryError):
-        return UntestableError("this machine has no memory left")
+        return UntestableError("this machine is out of memory; free memory, or use a smaller guest")
     if isinstance(error, subprocess.TimeoutExpired):
         return UntestableError(str(error))
     if isinstance(error, OSError) and error.errno in _LACKING:
         return UntestableError(describe(error))
     return CrashError(
-        f"this is a fault of dmaproof ({type(error).__name__}: {error}); please report it with its "
-        "traceback"
+        f"this is a defect in dmaproof ({type(error).__name__}: {error}); please report it with "
+        "the traceback"
     )
 
 
 @contextlib.contextmanager
 def writing_to(folder: Path, remedy: str) -> Iterator[None]:
-    """Tell of files in `folder` that cannot be written, and of the `remedy`.
+    """Report files in `folder` that cannot be written, together with the `remedy`.
 
     Raises:
-        UntestableError: there is no room for one, or it may not be written.
+        UntestableError: the file system is full, or a file may not be written.
     """
     try:
         yield
     except OSError as error:
         if error.filename is not None:
             place = Path(os.fsdecode(error.filename))
-        elif error.errno in NO_ROOM:  # by a write, which does not name its file
+        elif error.errno in NO_ROOM:  # from a write, which does not name its file
             place = folder
         else:
             raise

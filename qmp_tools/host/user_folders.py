@@ -1,4 +1,4 @@
-"""Where dmaproof keeps what outlives a run: the folders of the XDG base directory specification."""
+"""Find the user's folders for files that outlive a run (XDG base directory specification)."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dmaproof.errors import UntestableError
 
 
 def cache_folder() -> Path:
-    """For what can be made again: guests, kernels, answers of probes.
+    """Return the folder for files that can be made again: guests, kernels, probe results.
 
     Raises:
-        UntestableError: this user has no such folder.
+        UntestableError: this user has no home folder.
     """
     return _folder("XDG_CACHE_HOME", ".cache")
 
 
 def data_folder() -> Path:
-    """For what was asked for: QEMUs that were fetched.
+    """Return the folder for files that the user asked for: fetched QEMUs.
 
     Raises:
-        UntestableError: this user has no such folder.
+        UntestableError: this user has no home folder.
     """
     return _folder("XDG_DATA_HOME", ".local/share")
 
@@ -32,6 +32,6 @@ def _folder(variable: str, below_home: str) -> Path:
         return Path(base or Path.home() / below_home) / "dmaproof"
     except RuntimeError:
         raise UntestableError(
-            f"user {os.getuid()} has no home folder: set {variable} to a folder that this user can "
+            f"user {os.getuid()} has no home folder: set {variable} to a folder that this user may "
             "write to"
         ) from None

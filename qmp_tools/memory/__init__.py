@@ -1,1 +1,1 @@
-"""How the RAM of a QEMU is reached: shared files, process memory, copies of it; and compared."""
+"""Read the RAM of a QEMU from shared files, process memory or copies, and compare it."""

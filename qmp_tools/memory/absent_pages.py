@@ -1,10 +1,10 @@
-"""Which pages of a guest's RAM hold nothing: never touched, or discarded.
+"""Find the absent pages of a guest's RAM: pages that were never touched, or were discarded.
 
-A page that anybody wrote, if only with zeros, is populated. An absent page reads as zeros as well,
-so the content does not tell them apart, but the kernel does: an absent page is a hole in a shared
-file (SEEK_HOLE, lseek(2)), and in private memory QEMU's process has no page of its own there
-(/proc/PID/pagemap; Documentation/admin-guide/mm/pagemap.rst). The zero page, which the kernel maps
-where an absent page of private memory is read, counts as absent.
+A page that was written, even with zeros, is populated. An absent page also reads as zeros, so the
+content does not distinguish the two, but the kernel does. In a shared file, an absent page is a
+hole (SEEK_HOLE, lseek(2)). In private memory, QEMU's process has no page of its own at the address
+(/proc/PID/pagemap; Documentation/admin-guide/mm/pagemap.rst). When an absent page of private memory
+is read, the kernel maps the zero page, which counts as absent.
 """
 
 from __future__ import annotations
@@ -33,11 +33,10 @@ _SYSFS: Final = Path("/sys")
 
 @dataclass(frozen=True)
 class Absent:
-    """Which pages are `absent`, as an array of bools.
+    """The `absent` pages, as an array of bools, one for each page.
 
-    Where it is not `certain`, a page that is not `absent` may have been discarded all the same:
-    the kernel fills in zeros around a page that is written in memory of huge pages, or the memory
-    cannot be looked at.
+    If not `certain`, a page that is not `absent` may have been discarded too: in memory of huge
+    pages the kernel fills in zeros around a page that is written, or the memory cannot be examined.
     """
 
     absent: NDArray[np.bool_]
@@ -45,14 +44,14 @@ class Absent:
 
 
 def absent_in_file(extent: Extent, pages: int) -> Absent:
-    """The holes among `pages` pages of a shared file."""
+    """Find the holes among `pages` pages of a shared file."""
     absent = np.ones(pages, dtype=np.bool_)
     end = extent.offset + pages * mmap.PAGESIZE
     position = extent.offset
     while position < end:
         try:
             data = os.lseek(extent.fd, position, os.SEEK_DATA)
-        except OSError:  # ENXIO: nothing but a hole up to the end of the file
+        except OSError:  # ENXIO: a hole up to the end of the file
             break
         if data >= end:
             break
@@ -71,13 +70,15 @@ def absent_in_process(
     proc: Path = PROC,
     sysfs: Path = _SYSFS,
 ) -> Absent:
-    """The pages of private memory from `hva` on that process `pid` has no page of its own for.
+    """Find the absent pages among `pages` pages of private memory of process `pid` from `hva` on.
 
-    The kernel shows the process below `proc`, and whether KSM merges pages below `sysfs`.
+    `proc` is the mount point of procfs; below `sysfs`, the kernel reports whether KSM merges pages.
     """
     unknown = Absent(np.zeros(pages, dtype=np.bool_), certain=False)
     length = pages * mmap.PAGESIZE
-    mapping = next((it for it in mappings if it.start <= hva and hva + length <= it.end), None)
+    mapping = next(
+        (each for each in mappings if each.start <= hva and hva + length <= each.end), None
+    )
     if mapping is None or mapping.shared:
         return unknown
     try:
@@ -94,13 +95,13 @@ def absent_in_process(
         return unknown
     entries = np.frombuffer(content, dtype=np.uint64)
     present = (entries & _PRESENT != 0) & (entries & _FILE == 0)
-    if not merged:  # else a page that is mapped more than once may be one that KSM merged
+    if not merged:  # else KSM may have merged a page that is mapped more than once
         present &= entries & _EXCLUSIVE != 0
     return Absent(~(present | (entries & _SWAPPED != 0)), certain=not huge)
 
 
 def _has_huge_pages(smaps: Path, mapping: Mapping) -> bool:
-    """Whether a mapping has huge pages now, transparent ones or others (proc_pid_smaps(5))."""
+    """Whether a mapping has huge pages now, transparent or hugetlb ones (proc_pid_smaps(5))."""
     inside = False
     with smaps.open() as lines:
         for line in lines:
@@ -111,4 +112,4 @@ def _has_huge_pages(smaps: Path, mapping: Mapping) -> bool:
                 return True
             elif inside and key == "VmFlags:":
                 return False
-    return True  # it has changed meanwhile: take nothing for certain
+    return True  # the mapping has changed meanwhile, so nothing is certain

@@ -1,10 +1,10 @@
-"""One paused guest's RAM, whatever it stands in, as extents of files that can be compared.
+"""Read one paused guest's RAM, of any kind, as extents of files that can be compared.
 
-Memory that QEMU shares (memfd, file, shared anonymous memory) is read where it is, in its process.
-Private memory and huge pages are copied from the process (`copied_memory`). By their host address
-those parts of a backend are read too that the physical map hides (RAM behind the VGA window or the
-firmware). Where the process may not be read, QEMU itself saves what the map shows (QMP's pmemsave),
-a piece at a time, into a folder that only it and this process can read.
+Memory that QEMU shares (memfd, file, shared anonymous memory) is read in place. Private memory and
+huge pages are copied from QEMU's process (`copied_memory`). Both ways also read the parts of a
+backend that the physical map hides (RAM behind the VGA window or the firmware), by their host
+address. If this user may not read the process, QEMU itself saves the RAM in the physical map (QMP's
+pmemsave), one piece at a time, into a folder that only QEMU and this process can read.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from .process_memory import (
 
 @dataclass(frozen=True)
 class GuestRam:
-    """`regions` is the physical map; `shared` has the regions that stand in a shared file.
+    """The RAM of one paused guest.
 
-    `process` is the memory of QEMU's process, where it may be read; what is in neither, QEMU saves.
-    `hvas` are the addresses at which QEMU has its RAM regions mapped.
-    `backends` are QEMU's memory backends (id → bytes), `dimms` its memory devices (id → base
-    address and bytes).
+    `regions` is the physical map, `hvas` the host addresses of the RAM regions. `shared` has the
+    regions that are in a shared file. `process` is the memory of QEMU's process, if this user may
+    read it. QEMU saves the regions that are in neither. `backends` are QEMU's memory backends
+    (id → bytes), `dimms` its memory devices (id → base address and bytes).
     """
 
     qemu: Qemu
@@ -63,13 +63,13 @@ class GuestRam:
         return sum(region.length for region in self.regions if region.is_ram)
 
     def shared_extent(self, region: MapRegion, offset: int) -> Extent | None:
-        """Where byte `offset` of the region's memory stands in a shared file, if it does."""
+        """Return the place of byte `offset` of the region's memory in a shared file, if any."""
         memory = self.shared.get(region)
         return Extent(memory.fd, memory.offset + offset - region.offset) if memory else None
 
     @property
     def copied(self) -> list[MapRegion]:
-        """The regions that are copied from QEMU's process."""
+        """The regions that dmaproof copies from QEMU's process."""
         return [
             region
             for region in self.regions
@@ -79,7 +79,7 @@ class GuestRam:
         ]
 
     def _address(self, region: MapRegion, offset: int, length: int) -> int | None:
-        """Where byte `offset` of the region's memory is in QEMU's process, if it may be read."""
+        """Return the host address of byte `offset` of the region's memory, if it may be read."""
         hva = self.hvas.get(region)
         if self.process is None or hva is None:
             return None
@@ -87,7 +87,7 @@ class GuestRam:
         return address if self.process.has(address, length) else None
 
     def absent(self, region: MapRegion, gpa: int, pages: int) -> Absent:
-        """Which pages from `gpa` on, all of them in `region`, hold nothing."""
+        """Find the absent pages among `pages` pages from `gpa` on, all of them in `region`."""
         offset = region.offset + gpa - region.gpa
         if shared := self.shared_extent(region, offset):
             return absent_in_file(shared, pages)
@@ -97,7 +97,7 @@ class GuestRam:
 
     @contextlib.asynccontextmanager
     async def extent(self, region: MapRegion, gpa: int, length: int) -> AsyncIterator[Extent]:
-        """An extent with `length` bytes from `gpa` on, all of them in `region`.
+        """Make an extent of `length` bytes from `gpa` on, all of them in `region`.
 
         Raises:
             UntestableError: the memory cannot be read, or QEMU could not save it.
@@ -113,10 +113,13 @@ class GuestRam:
             os.close(fd)
 
     async def backend_extent(self, region: MapRegion, offset: int, length: int) -> Extent | None:
-        """An extent with `length` bytes of the region's memory from byte `offset` on.
+        """Make an extent of `length` bytes of the region's memory from byte `offset` on.
 
-        They need not be in the physical map. None where only QEMU could read them. The next extent
-        of this guest may overwrite it.
+        The bytes need not be in the physical map.
+
+        Returns:
+            The extent, which the next extent of this guest may overwrite; None if only QEMU can
+            read the bytes.
 
         Raises:
             UntestableError: the memory cannot be read.
@@ -129,32 +132,33 @@ class GuestRam:
         return await asyncio.to_thread(self.process.copy, address, length)
 
     async def _save(self, gpa: int, length: int) -> int:
-        """Have QEMU save `length` bytes from `gpa` on; a descriptor of the file, which is gone."""
+        """Have QEMU save `length` bytes from `gpa` on; return a descriptor of the deleted file."""
         file = self.folder / f"{gpa:x}"
         try:
             await self.qemu.qmp.execute("pmemsave", val=gpa, size=length, filename=str(file))
             fd = _open_plain(file, length)
         except QmpRefusal as error:
             raise UntestableError(
-                f"{error}. QEMU has to save its memory, since process {self.qemu.pid} may not be "
-                "read: run this as root (with CAP_SYS_PTRACE), or set TMPDIR to a folder that QEMU "
-                "can reach, or give the guest shared memory (memory-backend-memfd,share=on)"
+                f"{error}. QEMU must save its memory, because this user may not read "
+                f"process {self.qemu.pid}: run dmaproof as root (with CAP_SYS_PTRACE), or set "
+                "TMPDIR to a folder that QEMU can reach, or give the guest shared memory "
+                "(memory-backend-memfd,share=on)"
             ) from error
         finally:
             file.unlink(missing_ok=True)
         if fd is None:
             raise UntestableError(
-                f"{self.qemu.name} saved its memory to {file}, but it is not there: QEMU has "
-                "another file system (a container?). Run this inside, or give the guest shared "
-                "memory (memory-backend-memfd,share=on)"
+                f"{self.qemu.name} saved its memory to {file}, but the file does not exist: QEMU "
+                "has another file system, as in a container. Run dmaproof in the container, or "
+                "give the guest shared memory (memory-backend-memfd,share=on)"
             )
         return fd
 
 
 def _open_plain(file: Path, length: int) -> int | None:
-    """Open a file of `length` bytes; None where there is no such plain file.
+    """Open a regular file of `length` bytes; return None if there is no such file.
 
-    It is in a folder that QEMU's user owns, who may have put there whatever it likes.
+    QEMU's user owns the file's folder, and may have put any kind of file there.
     """
     try:
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -169,10 +173,11 @@ def _open_plain(file: Path, length: int) -> int | None:
 
 @contextlib.asynccontextmanager
 async def guest_ram(qemu: Qemu, folder: Path) -> AsyncIterator[GuestRam]:
-    """The RAM of a paused guest; pieces that QEMU saves pass through a folder in `folder`.
+    """Open the RAM of a paused guest; pieces that QEMU saves pass through a folder in `folder`.
 
     Raises:
-        UntestableError: QEMU does not tell its map, or this user can in no way get at its memory.
+        UntestableError: QEMU does not report its physical map, or this user cannot read the memory
+            in any way.
     """
     regions = parse_flat_view(await qemu.monitor("info mtree -f"))
     mappings = await _mappings_of(qemu)
@@ -197,25 +202,25 @@ async def guest_ram(qemu: Qemu, folder: Path) -> AsyncIterator[GuestRam]:
             hvas=hvas,
             shared=shared,
             process=stack.enter_context(process) if process else None,
-            backends={it["id"]: it["size"] for it in backends if "id" in it},
+            backends={backend["id"]: backend["size"] for backend in backends if "id" in backend},
             dimms={
-                it["data"].get("id", it["type"]): _place(it["data"])
-                for it in dimms
-                if "size" in it["data"]
+                dimm["data"].get("id", dimm["type"]): _place(dimm["data"])
+                for dimm in dimms
+                if "size" in dimm["data"]
             },
             folder=_folder_for(qemu, folder),
         )
 
 
 async def _mappings_of(qemu: Qemu) -> list[ProcessMapping]:
-    """The mappings of QEMU's process; none where it is not known, or QEMU can save its memory.
+    """Return the mappings of QEMU's process; none if its PID is unknown or QEMU must save its RAM.
 
     Raises:
-        OutOfReachError: it belongs to another user, and this one is not root.
+        OutOfReachError: the process belongs to another user, and this user is not root.
     """
     threads = [vcpu["thread-id"] for vcpu in await qemu.qmp.execute("query-cpus-fast")]
     if not qemu.pid or (threads and not has_thread(qemu.pid, threads[0])):
-        return []  # a supervisor opened the socket
+        return []  # `pid` is a supervisor's, which opened the socket
     try:
         return mappings_of(qemu.pid, qemu.name)
     except OutOfReachError:
@@ -226,10 +231,10 @@ async def _mappings_of(qemu: Qemu) -> list[ProcessMapping]:
 
 
 def _folder_for(qemu: Qemu, folder: Path) -> Path:
-    """A folder in `folder` that QEMU can write, and nobody else but this process can read."""
+    """Make a folder in `folder` that QEMU can write, and only QEMU and this user can read."""
     own = Path(tempfile.mkdtemp(dir=folder))
     if os.geteuid() == 0 and qemu.pid:
-        with contextlib.suppress(OSError):  # without CAP_CHOWN; QEMU then says what it cannot do
+        with contextlib.suppress(OSError):  # without CAP_CHOWN, QEMU reports that it cannot write
             user, group = user_and_group(qemu.pid)
             os.chown(own, user, group)
             folder.chmod(0o711)

@@ -1,9 +1,8 @@
-"""A guest's physical map as QEMU tells it: which memory region stands at which address.
+"""Parse a guest's physical map as QEMU prints it: the memory region at each address.
 
-QMP has no command for it; the human monitor's ``info mtree -f`` prints the flat view that vCPUs
-see (softmmu's mtree_print_flatview), and ``gpa2hva`` where QEMU has a page mapped. Both have kept
-their form from QEMU 7.2 to 11.1; what they print is read strictly, and refused when it is something
-else.
+QMP has no command for the map. The human monitor's ``info mtree -f`` prints the flat view that
+vCPUs see (softmmu's mtree_print_flatview), and ``gpa2hva`` prints the host address of a page. The
+format of both is the same from QEMU 7.2 to 11.1. The parser is strict, and refuses other formats.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ _RAM_KINDS: Final = frozenset({"ram", "rom", "romd"})
 
 @dataclass(frozen=True)
 class MapRegion:
-    """A run of guest-physical addresses that one memory region answers.
+    """A range of guest-physical addresses that belongs to one memory region.
 
-    `offset` is where the run begins in the region. `kind` is QEMU's: 'ram', 'rom', 'romd', with
-    'nv-' in front where the region is persistent memory; 'ramd' is a passed-through device's.
+    `offset` is where the range begins in the region. `kind` is QEMU's: 'ram', 'rom' or 'romd', with
+    the prefix 'nv-' for persistent memory; 'ramd' is the memory of a passed-through device.
     """
 
     gpa: int
@@ -44,20 +43,20 @@ class MapRegion:
 
     @property
     def is_ram(self) -> bool:
-        """Whether it is memory that a migration carries."""
+        """Whether the region is memory that a migration sends."""
         return self.kind.removeprefix("nv-") in _RAM_KINDS
 
     @property
     def end(self) -> int:
-        """The first address behind it."""
+        """The first address after the range."""
         return self.gpa + self.length
 
 
 def parse_flat_view(text: str) -> list[MapRegion]:
-    """The regions of the system's memory, by address, from what ``info mtree -f`` prints.
+    """Parse the regions of the system's memory, by address, from the output of ``info mtree -f``.
 
     Raises:
-        UntestableError: there is no such view in `text`, or something in it is not understood.
+        UntestableError: `text` has no view of the system's memory, or has an unknown format.
     """
     for view in text.replace("\r", "").split(_VIEW):
         if _SYSTEM_MEMORY.search(view):
@@ -65,21 +64,23 @@ def parse_flat_view(text: str) -> list[MapRegion]:
             for low, high in itertools.pairwise(regions):
                 if high.gpa < low.end:
                     raise UntestableError(
-                        f"QEMU's physical map has {high.name} at {high.gpa:#x}, where {low.name} "
-                        f"still is"
+                        f"QEMU's physical map ('info mtree -f') is contradictory: {high.name} at "
+                        f"{high.gpa:#x} overlaps {low.name}"
                     )
             if regions:
                 return regions
     raise UntestableError(
-        "QEMU's physical map ('info mtree -f') has no view of the system's memory; is its human "
-        "monitor built in?"
+        "QEMU's physical map ('info mtree -f') has no view of the system's memory; check that this "
+        "QEMU is built with the human monitor"
     )
 
 
 def _region(line: str) -> MapRegion:
     match = _REGION.match(line)
     if match is None or int(match[1], 16) > int(match[2], 16):
-        raise UntestableError(f"QEMU's physical map ('info mtree -f') has a strange line: {line!r}")
+        raise UntestableError(
+            f"QEMU's physical map ('info mtree -f') has a line in an unknown format: {line!r}"
+        )
     first, last, kind, name, offset = match.groups(default="0")
     return MapRegion(
         gpa=int(first, 16),
@@ -91,14 +92,14 @@ def _region(line: str) -> MapRegion:
 
 
 def parse_hva(text: str) -> int | None:
-    """The host address that ``gpa2hva`` prints; None where there is no RAM."""
+    """Parse the host address that ``gpa2hva`` prints; None if there is no RAM."""
     match = _HVA.search(text)
     return int(match[1], 16) if match else None
 
 
 @dataclass(frozen=True)
 class CommonRange:
-    """Guest-physical addresses at which both guests have RAM, each in one region of its own."""
+    """A range of guest-physical addresses at which each of both guests has one RAM region."""
 
     gpa: int
     length: int
@@ -109,42 +110,44 @@ class CommonRange:
 def common_ranges(
     source: Sequence[MapRegion], destination: Sequence[MapRegion]
 ) -> list[CommonRange]:
-    """Both maps' RAM, cut where either has an edge.
+    """Return the RAM of both maps, split at the boundaries of either map.
 
     Raises:
-        UntestableError: an address is RAM in only one of them.
+        UntestableError: an address is RAM in only one of the maps.
     """
     maps = [[region for region in regions if region.is_ram] for regions in (source, destination)]
-    edges = sorted({edge for regions in maps for it in regions for edge in (it.gpa, it.end)})
+    edges = sorted(
+        {edge for regions in maps for region in regions for edge in (region.gpa, region.end)}
+    )
     ranges = []
     for low, high in itertools.pairwise(edges):
-        ours, theirs = (
+        at_source, at_destination = (
             next((region for region in regions if region.gpa <= low < region.end), None)
             for regions in maps
         )
-        if ours and theirs:
-            ranges.append(CommonRange(low, high - low, ours, theirs))
-        elif ours or theirs:
+        if at_source and at_destination:
+            ranges.append(CommonRange(low, high - low, at_source, at_destination))
+        elif at_source or at_destination:
             raise UntestableError(
                 f"the physical maps differ: {low:#x} to {high - 1:#x} is "
-                f"{ours.name if ours else 'no RAM'} at the source and "
-                f"{theirs.name if theirs else 'no RAM'} at the destination; the guests are not "
-                "two sides of one migration"
+                f"{at_source.name if at_source else 'not RAM'} on the source and "
+                f"{at_destination.name if at_destination else 'not RAM'} on the destination; check "
+                "that the two QEMUs are the two sides of one migration"
             )
     return ranges
 
 
 def is_backend(region: MapRegion, name: str) -> bool:
-    """Whether the region is memory backend `name`.
+    """Whether the region is the memory backend `name`.
 
-    Machine types up to 4.0, and libvirt's, name RAM by its path
+    Machine types up to 4.0, and those that libvirt sets up, name RAM by the backend's path
     (x-use-canonical-path-for-ramblock-id).
     """
     return region.is_ram and region.name.removeprefix("/objects/") == name
 
 
 def shown_parts(regions: Sequence[MapRegion], name: str) -> list[tuple[int, int, int]]:
-    """Where backend `name` stands, as (GPA, offset, length), each as long as it goes on."""
+    """Return the contiguous parts of backend `name` in the map, as (GPA, offset, length)."""
     parts: list[tuple[int, int, int]] = []
     for region in regions:
         if not is_backend(region, name):
@@ -158,7 +161,7 @@ def shown_parts(regions: Sequence[MapRegion], name: str) -> list[tuple[int, int,
 
 
 def hidden_parts(regions: Sequence[MapRegion], name: str, size: int) -> list[tuple[int, int]]:
-    """The (offset, length) parts of backend `name`, of `size` bytes, that no region shows."""
+    """Return the hidden parts of backend `name`, of `size` bytes, as (offset, length)."""
     hidden = []
     position = 0
     shown = sorted((region.offset, region.length) for region in regions if is_backend(region, name))

@@ -1,7 +1,8 @@
-"""Where a QEMU process has a guest's RAM: the shared file behind a host address, if there is one.
+"""Find the shared file behind a host address of a QEMU process, which holds the guest's RAM.
 
-A file that QEMU holds open is opened through /proc/PID/fd, which the owner may do; one that it has
-only mapped (shared anonymous memory) through /proc/PID/map_files, which root may (proc(5)).
+A file that QEMU holds open is opened through /proc/PID/fd, which its owner may do. A file that QEMU
+has only mapped (shared anonymous memory) is opened through /proc/PID/map_files, which only root may
+do (proc(5)).
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from dmaproof.errors import UntestableError
 from ..qemu.attachment import owner_name
 
 PROC: Final = Path("/proc")
-"""Where the kernel shows processes."""
+"""The mount point of procfs."""
 
 
 class OutOfReachError(UntestableError):
-    """This user may not look at the memory of a process."""
+    """This user may not read the memory of a process."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,10 @@ class Mapping:
 
 
 def parse_maps(lines: Iterable[str]) -> list[Mapping]:
-    """The mappings that /proc/PID/maps tells of.
+    """Parse the lines of /proc/PID/maps.
 
     Raises:
-        UntestableError: a line is none of proc(5)'s.
+        UntestableError: a line does not have the format of proc(5).
     """
     mappings = []
     for line in lines:
@@ -52,17 +53,19 @@ def parse_maps(lines: Iterable[str]) -> list[Mapping]:
             shared = permissions[3] == "s"
             mapping = Mapping(start, end, shared, int(offset, 16), int(inode), "".join(path))
         except (ValueError, IndexError):
-            raise UntestableError(f"/proc/PID/maps has a line that is none: {line!r}") from None
+            raise UntestableError(
+                f"/proc/PID/maps has a line in an unknown format: {line!r}"
+            ) from None
         mappings.append(mapping)
     return mappings
 
 
 def mappings_of(pid: int, name: str) -> list[Mapping]:
-    """The mappings of process `pid`, called `name` in messages.
+    """Read the mappings of process `pid`, called `name` in messages.
 
     Raises:
-        OutOfReachError: this user may not look at them.
-        UntestableError: there is no such process.
+        OutOfReachError: this user may not read them.
+        UntestableError: the process does not exist.
     """
     try:
         with Path(f"/proc/{pid}/maps").open() as lines:
@@ -70,33 +73,35 @@ def mappings_of(pid: int, name: str) -> list[Mapping]:
     except PermissionError:
         owner = owner_name(Path(f"/proc/{pid}").stat().st_uid)
         raise OutOfReachError(
-            f"the memory of {name} (process {pid}) may not be read: it belongs to user {owner}; "
-            f"run this as {'root' if owner == 'root' else f'{owner} or as root'}"
+            f"this user may not read the memory of {name} (process {pid}), which belongs to user "
+            f"{owner}; run dmaproof as {'root' if owner == 'root' else f'{owner} or as root'}"
         ) from None
     except OSError as error:
-        raise UntestableError(f"{name} (process {pid}) cannot be looked at: {error}") from error
+        raise UntestableError(
+            f"cannot read the mappings of {name} (process {pid}): {error}"
+        ) from error
 
 
 def user_and_group(pid: int, *, proc: Path = PROC) -> tuple[int, int]:
-    """The user and the group with which process `pid` opens files.
+    """Return the user and the group with which process `pid` opens files.
 
-    The owner of /proc/PID does not tell them: it is root where a process is not dumpable.
+    The owner of /proc/PID may differ: it is root if the process is not dumpable.
     """
     process = proc / str(pid)
     return _numbers(process, "Uid")[-1], _numbers(process, "Gid")[-1]
 
 
 def has_thread(pid: int, thread: int, *, proc: Path = PROC) -> bool:
-    """Whether process `pid` has a thread that knows itself by `thread`, in a namespace or not."""
+    """Whether process `pid` has a thread whose id in its own PID namespace is `thread`."""
     for task in (proc / str(pid) / "task").glob("*"):
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the thread has ended
             if _numbers(task, "NSpid")[-1:] == [thread]:
                 return True
     return False
 
 
 def _numbers(process: Path, key: str) -> list[int]:
-    """The numbers that /proc/PID/status has behind `key` (proc_pid_status(5))."""
+    """Return the numbers after `key` in /proc/PID/status (proc_pid_status(5))."""
     for line in (process / "status").read_text().splitlines():
         name, _, values = line.partition(":")
         if name == key:
@@ -106,7 +111,7 @@ def _numbers(process: Path, key: str) -> list[int]:
 
 @dataclass(frozen=True)
 class SharedMemory:
-    """A file that is mapped shared, open for reading; `offset` is that of the address looked up."""
+    """A file that is mapped shared, open for reading; `offset` belongs to the requested address."""
 
     fd: int
     offset: int
@@ -118,9 +123,11 @@ class SharedMemory:
 def shared_memory(
     pid: int, mappings: Iterable[Mapping], hva: int, length: int
 ) -> Iterator[SharedMemory | None]:
-    """The file behind `length` bytes at `hva` in process `pid`.
+    """Open the file behind `length` bytes at `hva` in process `pid`.
 
-    None for private memory, and for files of huge pages, which cannot be mapped by the small page.
+    Yields:
+        The file; None for private memory and for files of huge pages, which cannot be mapped by
+        the small page.
     """
     mapping = _shared_mapping(mappings, hva, length)
     fd = _open(pid, mapping) if mapping else None
@@ -128,7 +135,7 @@ def shared_memory(
         yield None
         return
     try:
-        if os.fstatvfs(fd).f_bsize > mmap.PAGESIZE:  # hugetlbfs_statfs gives its page's size
+        if os.fstatvfs(fd).f_bsize > mmap.PAGESIZE:  # hugetlbfs_statfs returns its page size
             yield None
             return
         status = os.fstat(fd)
@@ -138,7 +145,7 @@ def shared_memory(
 
 
 def _shared_mapping(mappings: Iterable[Mapping], hva: int, length: int) -> Mapping | None:
-    """The first mapping of those, one behind the other, that have `length` bytes from `hva` on."""
+    """Return the first of the adjacent mappings that hold `length` bytes from `hva` on."""
     first: Mapping | None = None
     end = hva
     for mapping in mappings:

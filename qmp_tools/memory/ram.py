@@ -1,4 +1,4 @@
-"""Both guests' RAM: found in the QEMU processes, compared page by page while they are paused."""
+"""Find both paused guests' RAM in the QEMU processes, and compare it page by page."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ class RamFile:
 
     @property
     def pages(self) -> int:
-        """How many pages the guest's RAM has."""
+        """The number of pages of the guest's RAM."""
         return self.length // PAGE_BYTES
 
     def read(self, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset`."""
+        """Read `length` bytes from `offset` on."""
         return os.pread(self.fd, length, offset)
 
 
 @contextlib.contextmanager
 def ram_file(pid: int, name: str) -> Iterator[RamFile]:
-    """The memfd that process `pid`, called `name` in messages, has for its guest's RAM.
+    """Open the memfd with the guest's RAM of process `pid`, called `name` in messages.
 
     Raises:
-        UntestableError: there is not exactly one, or it may not be opened.
+        UntestableError: the process has not exactly one such memfd, or it cannot be opened.
     """
     try:
         found = [
@@ -64,10 +64,12 @@ def ram_file(pid: int, name: str) -> Iterator[RamFile]:
         ]
         inodes = {entry.stat().st_ino: entry for entry in found}
         if len(inodes) != 1:
-            raise UntestableError(f"{name} has {len(inodes)} memfds for its RAM, not one")
+            raise UntestableError(
+                f"expected {name} to have one memfd for its RAM, got {len(inodes)}"
+            )
         fd = os.open(next(iter(inodes.values())), os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise UntestableError(f"the RAM of {name} cannot be opened: {error}") from error
+        raise UntestableError(f"cannot open the RAM of {name}: {error}") from error
     try:
         status = os.fstat(fd)
         yield RamFile(fd, status.st_size, status.st_dev, status.st_ino)
@@ -77,10 +79,10 @@ def ram_file(pid: int, name: str) -> Iterator[RamFile]:
 
 @contextlib.asynccontextmanager
 async def ram_files(qemu: Qemu) -> AsyncIterator[list[RamFile]]:
-    """The memfds that `qemu` has for its guest's RAM and for the DIMMs that are plugged into it.
+    """Open the memfds of `qemu` for its guest's RAM and for the plugged DIMMs.
 
     Raises:
-        UntestableError: one of them is not to be found.
+        UntestableError: one of them was not found.
     """
     name, pid = qemu.name, qemu.pid
     places = {RAM_BACKEND: 0}
@@ -94,14 +96,17 @@ async def ram_files(qemu: Qemu) -> AsyncIterator[list[RamFile]]:
             hva = parse_hva(await qemu.monitor(f"gpa2hva {gpa:#x}"))
             memory = hva and stack.enter_context(shared_memory(pid, mappings, hva, PAGE_BYTES))
             if not memory:
-                raise UntestableError(f"{name} has no file for its memory backend {backend}")
+                raise UntestableError(
+                    f"{name} has no shared file for its memory backend {backend}; expected a "
+                    "memory-backend-memfd with share=on"
+                )
             length = os.fstat(memory.fd).st_size
             files.append(RamFile(memory.fd, length, memory.device, memory.inode, backend))
         yield files
 
 
 async def slots_of(qemu: Qemu, ram: RamFile) -> list[Slot]:
-    """Where `ram` stands in the guest's physical map, as `qemu` itself reports it."""
+    """Return the slots of `ram` in the guest's physical map, as `qemu` reports them."""
     return [
         Slot(gpa, length, offset, ram.device, ram.inode)
         for gpa, offset, length in shown_parts(
@@ -112,25 +117,25 @@ async def slots_of(qemu: Qemu, ram: RamFile) -> list[Slot]:
 
 @contextlib.contextmanager
 def copied(files: Iterable[RamFile]) -> Iterator[list[RamFile]]:
-    """Copies of `files` as they are now, for as long as the context lasts.
+    """Copy `files` as they are now; the copies exist until the context ends.
 
     Raises:
-        UntestableError: there is not enough memory for them.
+        UntestableError: there is not enough memory for the copies.
     """
     with contextlib.ExitStack() as stack:
         copies = []
-        for it in files:
+        for file in files:
             fd = os.memfd_create("dmaproof-ram", os.MFD_CLOEXEC)
             stack.callback(os.close, fd)
             try:
-                os.ftruncate(fd, it.length)
-                for offset in range(0, it.length, _COPIED_AT_ONCE):
-                    piece = it.read(offset, min(_COPIED_AT_ONCE, it.length - offset))
-                    if piece.count(0) < len(piece):  # else it stays a hole
+                os.ftruncate(fd, file.length)
+                for offset in range(0, file.length, _COPIED_AT_ONCE):
+                    piece = file.read(offset, min(_COPIED_AT_ONCE, file.length - offset))
+                    if piece.count(0) < len(piece):  # zeros stay a hole
                         os.pwrite(fd, piece, offset)
             except OSError as error:
-                raise UntestableError(f"the guest's RAM cannot be copied: {error}") from error
-            copies.append(replace(it, fd=fd))
+                raise UntestableError(f"cannot copy the guest's RAM: {error}") from error
+            copies.append(replace(file, fd=fd))
         yield copies
 
 
@@ -142,13 +147,14 @@ def _link_of(entry: Path) -> str:
 
 
 def compare(source: RamFile, destination: RamFile) -> NDArray[np.int64]:
-    """The numbers of the pages that differ, sorted.
+    """Return the sorted numbers of the pages that differ.
 
     Raises:
-        UntestableError: the two are not of one size.
+        UntestableError: the sizes differ.
     """
     if source.length != destination.length:
         raise UntestableError(
-            f"the source has {source.length} bytes of RAM, the destination {destination.length}"
+            f"the source has {source.length} bytes of RAM, but the destination has "
+            f"{destination.length}; expected the same size"
         )
     return differing_pages(Extent(source.fd), Extent(destination.fd), source.length, PAGE_BYTES)

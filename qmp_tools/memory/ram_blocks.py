@@ -1,8 +1,8 @@
-"""QEMU's RAM blocks, and in which of them its TCG is known to lose pages that vCPUs write.
+"""Parse QEMU's RAM blocks, and know in which of them TCG loses pages that vCPUs write.
 
-``info ramblock`` of the human monitor prints the blocks, largest first. A block's offset is its
-place among all RAM, by which QEMU counts dirty pages; the first block has offset 0, whatever it is.
-QEMU 7.2 prints five columns, newer versions add the host address and whether it may be written.
+The human monitor's ``info ramblock`` prints the blocks, largest first. A block's offset is its
+place among all RAM, by which QEMU counts dirty pages; the first block has offset 0. QEMU 7.2 prints
+five columns. Newer versions add the host address and whether the block is read-only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BLOCK: Final = re.compile(
     r"(?:  ?0x[0-9a-f]{16} +r[ow])?"
 )
 _WORD_BYTES: Final = 64 * PAGE_BYTES
-"""What one word of QEMU's dirty bitmap stands for."""
+"""The RAM that one word of QEMU's dirty bitmap covers."""
 _RESETS_TLB: Final = (9, 0)
 _LAST_KNOWN: Final = (11, 1)
 
@@ -36,14 +36,14 @@ class RamBlock:
 
 
 def parse_ram_blocks(text: str) -> list[RamBlock]:
-    """The blocks that ``info ramblock`` prints, by offset.
+    """Parse the output of ``info ramblock`` into blocks, sorted by offset.
 
     Raises:
-        UntestableError: `text` is something else.
+        UntestableError: `text` has another format.
     """
     header, *lines = text.splitlines() or [""]
     if not _HEADER.fullmatch(header):
-        raise UntestableError(f"expected QEMU's RAM blocks ('info ramblock'), found {text[:80]!r}")
+        raise UntestableError(f"expected QEMU's RAM blocks ('info ramblock'), got {text[:80]!r}")
     blocks = []
     for line in filter(str.strip, lines):
         match = _BLOCK.fullmatch(line)
@@ -54,20 +54,23 @@ def parse_ram_blocks(text: str) -> list[RamBlock]:
 
 
 def block_of(region: str, blocks: Sequence[RamBlock]) -> RamBlock | None:
-    """The block that the memory region of that name is, or None where that is not certain.
+    """Return the block of the memory region with this name; None if the block is not certain.
 
     A device's block has the device's path before the region's name ('0000:00:01.0/vga.vram').
     """
-    found = [it for it in blocks if it.name == region or it.name.endswith(f"/{region}")]
+    found = [block for block in blocks if block.name == region or block.name.endswith(f"/{region}")]
     return found[0] if len(found) == 1 else None
 
 
 def known_tcg_loss(block: RamBlock, version: str) -> str | None:
-    """Why QEMU of `version` ('7.2.22 …') may lose what vCPUs write to `block` under TCG.
+    """Explain why QEMU of `version` ('7.2.22 …') may lose vCPUs' writes to `block` under TCG.
 
-    None where no such loss is known. See docs/kernel-findings.md: QEMU syncs whole words of the
-    dirty bitmap only where the block's length is a multiple of 64 pages. Before 9.0 it does not
-    reset the TLB then; up to 11.1 it resets only the TLB entries of the block at offset 0.
+    QEMU syncs whole words of the dirty bitmap only if the block's length is a multiple of 64 pages.
+    Before 9.0, QEMU does not reset the TLB in this case; up to 11.1 it resets only the TLB entries
+    of the block at offset 0. See docs/kernel-findings.md.
+
+    Returns:
+        The reason; None if no such loss is known.
     """
     major, minor = map(int, version.split(".")[:2])
     if block.used_bytes % _WORD_BYTES or (major, minor) > _LAST_KNOWN:

@@ -1,1 +1,1 @@
-"""One migration and its scenarios; and a third party's migration, watched."""
+"""Run one migration in one of several scenarios, or watch a third party's migration."""

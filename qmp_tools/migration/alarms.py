@@ -1,4 +1,4 @@
-"""Why a step of a proof ended: of several processes that die, the death that says best why."""
+"""Choose the best reason for a failed step of a proof, when several processes have ended."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from dmaproof.errors import UntestableError
 from ..host.process import ProcessDiedError
 from ..qemu.qmp import QmpError
 
-_LATE_NEWS_S: Final = 1.0
+_LATE_ALARM_S: Final = 1.0
+"""Longest wait for the next alarm: one process's death often causes another's."""
 
 
 async def best_reason(alarms: Sequence[asyncio.Future[UntestableError]]) -> UntestableError | None:
-    """The alarm that says best why something went wrong; None if there is no alarm.
+    """Return the alarm that explains a failure best; None if there is no alarm.
 
-    What ended by itself did so perhaps only because another was killed, and the kernel tells of
-    that a moment later: a QEMU's memory is freed first.
+    A process that ended by itself may have ended only because another process was killed. The
+    kernel reports the killed process a moment later, because it frees a QEMU's memory first.
     """
-    told: set[asyncio.Future[UntestableError]] = set()
-    silent = set(alarms)
-    while silent and not any(_was_killed(alarm.result()) for alarm in told):
-        news, silent = await asyncio.wait(
-            silent, timeout=_LATE_NEWS_S, return_when=asyncio.FIRST_COMPLETED
+    raised: set[asyncio.Future[UntestableError]] = set()
+    pending = set(alarms)
+    while pending and not any(_was_killed(alarm.result()) for alarm in raised):
+        newly_raised, pending = await asyncio.wait(
+            pending, timeout=_LATE_ALARM_S, return_when=asyncio.FIRST_COMPLETED
         )
-        if not news:
+        if not newly_raised:
             break
-        told |= news
-    reasons = [alarm.result() for alarm in alarms if alarm in told]
+        raised |= newly_raised
+    reasons = [alarm.result() for alarm in alarms if alarm in raised]
     return max(reasons, key=lambda reason: (_was_killed(reason), _says_why(reason)), default=None)
 
 
 def with_failure(reason: UntestableError, failure: BaseException | None) -> UntestableError:
-    """`reason`, with what QEMU said of it: a QEMU that has just been started is no alarm yet."""
+    """Add QEMU's message to `reason`: a QEMU that has just been started raises no alarm yet."""
     if isinstance(reason, ProcessDiedError) and isinstance(failure, QmpError):
         return ProcessDiedError(f"{reason}\n{failure}", reason.killed)
     return reason

@@ -1,7 +1,7 @@
 """One migration of a pair of QEMUs, from its preparation until both guests are paused.
 
-The steps of a scenario work on it, and it keeps what they learn: when every page had been sent,
-whether the migration ended before it was allowed to, and the RAM that is to be compared.
+The steps of a scenario work on an `Attempt`. The `Attempt` keeps what the steps find out: when
+every page had been sent, whether the migration ended too early, and the RAM to compare.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from .vhost_log import vhost_log
 
 
 class Attempt:
-    """A migration of `pair` as `procedure` says, and what its steps find out.
+    """A migration of `pair` by `procedure`, and what its steps find out.
 
-    `joined` is set by a scenario whose destination answers on QMP only during the migration (see
-    `Ends`). `all_sent_ns` (CLOCK_MONOTONIC) is when QEMU was seen to have sent every page, None if
-    it was not. `ended_early` says whether the migration ended, if it did, before it was allowed to.
+    A scenario sets `joined` if its destination answers on QMP only during the migration (see
+    `Ends`). `all_sent_ns` (CLOCK_MONOTONIC) is when dmaproof saw that QEMU had sent every page;
+    None if dmaproof has not seen that. `ended_early` is True as long as the end of the migration
+    would be too early.
     """
 
     def __init__(
@@ -39,13 +40,13 @@ class Attempt:
         ring_addresses_are_physical: bool = True,
         watches_log: bool = False,
     ) -> None:
-        """Plan a migration; nothing is done yet.
+        """Plan a migration, without starting anything.
 
         Args:
-            pair: the QEMUs, started or about to be.
+            pair: the QEMUs, started or about to be started.
             procedure: the scenario.
-            limits: bounds of the migration.
-            on_progress: takes each progress of it.
+            limits: the bounds of the migration.
+            on_progress: called with each progress report of the migration.
             ring_addresses_are_physical: False behind an IOMMU, where QEMU reports bus addresses.
             watches_log: whether QEMU's vhost log is the only evidence of what the device reports.
         """
@@ -65,7 +66,7 @@ class Attempt:
 
     @cached_property
     def migration(self) -> Migration:
-        """The migration over QMP; both QEMUs must have been launched."""
+        """The migration over QMP. Both QEMUs must have been launched."""
         return Migration(
             replace(self.pair.ends(), joined=self.joined),
             self._procedure,
@@ -74,52 +75,54 @@ class Attempt:
         )
 
     async def follow(self) -> AsyncIterator[Progress]:
-        """The migration's progress until it is over, reported; the guest's progress is waited for.
+        """Yield and report the migration's progress until the migration is over.
+
+        Progress of the guest restarts the migration's timeout.
 
         Raises:
-            MigrationError: it failed, or took longer than its time.
+            MigrationError: the migration failed or timed out.
         """
-        once = 0
+        used = 0
         async for progress in self.migration.follow():
             self._on_progress(progress)
-            if once < (once := self.once_pages()):
+            if used < (used := self.used_write_once_pages()):
                 self.migration.restart_timeout()
             yield progress
 
-    def once_pages(self) -> int:
-        """How many of its write-once pages the guest has had read into."""
+    def used_write_once_pages(self) -> int:
+        """Return how many of its write-once pages the guest has used."""
         guest = self.pair.source_guest
         return max(guest.number("write-once-done", "pages"), guest.number("progress", "write_once"))
 
     # The RAM that is compared ---------------------------------------------------------------------
 
     async def copy_source_ram(self) -> None:
-        """Pause the source, and copy its RAM: that of this moment is compared.
+        """Pause the source and copy its RAM, which is compared with the destination's later.
 
         Raises:
-            UntestableError: it cannot be had.
+            UntestableError: the RAM cannot be read.
         """
         await self.pair.source.qmp.execute("stop")
         async with ram_files(self.pair.source) as files:
             self._source_ram = self._kept.enter_context(copied(files))
 
     async def open_destination_ram(self) -> None:
-        """Open the destination's RAM before it can end, as it does where it refuses a device.
+        """Open the destination's RAM early: a QEMU that refuses a device's state ends.
 
         Raises:
-            UntestableError: it cannot be had.
+            UntestableError: the RAM cannot be read.
         """
         files = ram_files(self.pair.destination)
         self._destination_ram = await self._kept.enter_async_context(files)
 
     @property
     def has_destination_ram(self) -> bool:
-        """Whether the destination's RAM can still be read when its QEMU has ended."""
+        """Whether the destination's RAM can still be read after its QEMU has ended."""
         return self._destination_ram is not None
 
     @contextlib.asynccontextmanager
     async def source_ram(self) -> AsyncIterator[Sequence[RamFile]]:
-        """The source's RAM as it is now, or as it was when it was copied."""
+        """Open the copy of the source's RAM if there is one, else the source's RAM itself."""
         if self._source_ram is not None:
             yield self._source_ram
             return
@@ -128,7 +131,7 @@ class Attempt:
 
     @contextlib.asynccontextmanager
     async def destination_ram(self) -> AsyncIterator[Sequence[RamFile]]:
-        """The destination's RAM."""
+        """Open the destination's RAM."""
         if self._destination_ram is not None:
             yield self._destination_ram
             return
@@ -138,29 +141,29 @@ class Attempt:
     # QEMU's vhost log -----------------------------------------------------------------------------
 
     async def watch_log(self) -> None:
-        """Watch QEMU's vhost log, where nothing else tells what the device has reported."""
+        """Watch QEMU's vhost log if it is the only evidence of what the device has reported."""
         if not self._watches_log:
             return
         source = self.pair.source
         with vhost_log(source.pid, source.name, os.O_RDWR) as log:
-            if log is None:  # the migration is over already
+            if log is None:  # the migration has ended already
                 return
             rings = await used_rings(source.qmp) if self._ring_addresses_are_physical else []
             async with ram_files(source) as files:
                 slots = [slot for ram in files for slot in await slots_of(source, ram)]
                 self.log_watch = LogWatch(log, files, slots, rings)
 
-    def let_go_of_log(self) -> None:
-        """Take no more bits from the log; go on looking at it."""
+    def release_log(self) -> None:
+        """Take no more bits from the log, but continue to watch it."""
         if self.log_watch is not None:
-            self.log_watch.let_go()
+            self.log_watch.release()
 
     def end_log_watch(self) -> None:
-        """Look at the log no more."""
+        """Stop watching the log."""
         if self.log_watch is not None:
             self.log_watch.end()
 
     async def end(self) -> None:
-        """Release the log and the RAM that was kept."""
+        """Release the log and the RAM."""
         self.end_log_watch()
         await self._kept.aclose()

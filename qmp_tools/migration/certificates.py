@@ -1,7 +1,7 @@
-"""X.509 certificates for one migration under TLS, made by the ``openssl`` command.
+"""Make X.509 certificates for one migration under TLS, with the ``openssl`` command.
 
-A certificate authority of the run's own signs one certificate for each side; the files have the
-names that QEMU's tls-creds-x509 looks for in its folder.
+Each run has its own certificate authority, which signs one certificate for each side. The files
+have the names that QEMU's tls-creds-x509 looks for in its folder.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from dmaproof.errors import UntestableError, WaitTimeoutError
 from ..host.timeout import DEFAULT_TIMEOUT_S
 
 SERVER_NAME: Final = "destination.dmaproof.test"
-"""The name in the destination's certificate; no address has it, so the source must be told."""
+"""The name in the destination's certificate. It resolves to no address, so QEMU's tls-hostname
+must be set to it."""
 
-# Nothing of the system's configuration, which adds extensions of its own.
+# The system's configuration adds other extensions, so it is not used.
 _CONFIGURATION: Final = "[req]\ndistinguished_name = name\n[name]\n"
 _AUTHORITY: Final = ("basicConstraints=critical,CA:TRUE", "keyUsage=critical,keyCertSign")
-# QEMU checks the purposes (qcrypto_tls_creds_check_cert_key_purpose).
+# QEMU checks the key purposes (qcrypto_tls_creds_check_cert_key_purpose).
 _EACH_SIDE: Final = ("basicConstraints=critical,CA:FALSE", "keyUsage=critical,digitalSignature")
 
 
 async def make_certificates(folder: Path) -> None:
-    """Write ca-cert.pem, and ``{client,server}-{cert,key}.pem``, into `folder`.
+    """Write ca-cert.pem and ``{client,server}-{cert,key}.pem`` into `folder`.
 
     Raises:
-        UntestableError: there is no OpenSSL, of version 3 or later, or it fails.
+        UntestableError: OpenSSL 3 or later is not installed, or it fails.
     """
     (folder / "openssl.cnf").write_text(_CONFIGURATION)
     await asyncio.to_thread(_make_all, folder)
@@ -75,8 +76,12 @@ def _make(folder: Path, file: str, name: str, extensions: tuple[str, ...], *sign
     except FileNotFoundError:
         raise UntestableError("TLS needs the openssl command: apt-get install openssl") from None
     except subprocess.TimeoutExpired as error:
-        raise WaitTimeoutError(f"openssl did not end within {DEFAULT_TIMEOUT_S:g} s") from error
+        raise WaitTimeoutError(
+            f"the openssl command did not end within {DEFAULT_TIMEOUT_S:g} s; try again when the "
+            "host is less busy"
+        ) from error
     except subprocess.CalledProcessError as error:
         raise UntestableError(
-            f"openssl (3 or later is needed) could not make the {file} certificate: {error.stderr}"
+            f"openssl failed to make the {file} certificate; dmaproof needs OpenSSL 3 or later: "
+            f"{error.stderr}"
         ) from error

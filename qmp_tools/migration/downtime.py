@@ -1,8 +1,8 @@
-"""How long a migration stopped its guest, what that time went to, and whether it is too long.
+"""Measure the downtime of a migration and its parts, and compare it with the limit.
 
 The downtime begins when the source's QEMU begins to stop the guest, and ends when the destination
-has loaded everything. In a proof the destination stays paused then; the comparison of its RAM is no
-part of the downtime.
+has loaded everything. In a proof the destination then stays paused. The time for the comparison of
+its RAM does not count.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-_LOADING: Final = "the destination loads what was sent last"
-_SOURCE: Final = "the source; this QEMU's events do not report its parts"
+_LOADING: Final = "the destination loads the data that was sent last"
+_SOURCE: Final = "the source; this QEMU's events do not divide its downtime into parts"
 _SOURCE_BY_EVENTS: Final = "the source from its STOP event on; QEMU does not report its downtime"
 
 
@@ -30,9 +30,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Downtime:
-    """The parts of a downtime, in their order; none where it could not be measured.
+    """The parts of a downtime, in order; empty if the downtime could not be measured.
 
-    `limit_s` is what ``--max-downtime`` allows, None for any.
+    `limit_s` is the limit that ``--max-downtime`` sets; None without a limit.
     """
 
     parts: Sequence[Part] = ()
@@ -40,36 +40,36 @@ class Downtime:
 
     @property
     def seconds(self) -> float | None:
-        """All of it; None where it could not be measured."""
+        """The whole downtime; None if it could not be measured."""
         return sum(part.seconds for part in self.parts) if self.parts else None
 
     @property
     def exceeded(self) -> bool:
-        """Whether it is longer than the limit."""
+        """Whether the downtime is longer than the limit."""
         return self.limit_s is not None and self.seconds is not None and self.seconds > self.limit_s
 
     @property
     def unmeasured(self) -> bool:
-        """Whether there is a limit, but nothing to hold against it."""
+        """Whether there is a limit, but no measured downtime to compare with it."""
         return self.limit_s is not None and self.seconds is None
 
     @property
     def sentence(self) -> str:
-        """How it compares with the limit."""
+        """A sentence that compares the downtime with the limit."""
         if self.seconds is None:
             return (
-                f"the downtime could not be measured and held against the {self.limit_s:g} s that "
-                "--max-downtime allows: QEMU reports neither its downtime nor its events"
+                f"the downtime could not be measured and compared with the {self.limit_s:g} s "
+                "that --max-downtime allows: QEMU reported neither a downtime nor migration events"
             )
         longest = max(self.parts, key=lambda part: part.seconds)
         relation = "longer than" if self.exceeded else "within"
         return (
             f"the downtime was {self.seconds:.3g} s, {relation} the {self.limit_s:g} s that "
-            f"--max-downtime allows; its longest part, {longest.seconds:.3g} s: {longest.what}"
+            f"--max-downtime allows; the longest part took {longest.seconds:.3g} s: {longest.what}"
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The members by name."""
+        """Return the downtime as a JSON object."""
         return {
             "limit_s": self.limit_s,
             "seconds": self.seconds,
@@ -85,15 +85,20 @@ def measure_downtime(
     loading_ns: tuple[int, int] | None,
     limit_s: float | None,
 ) -> Downtime:
-    """The downtime of a migration that has completed.
+    """Measure the downtime of a completed migration.
 
-    `moments` are its source's (see `Migration`), `reported_s` is the downtime that QEMU reports;
-    `loading_ns` is when the destination may have begun with what was sent last, and was done.
+    Args:
+        moments: the source's `Migration.moments`.
+        harvests: the device's harvests, with their fields 'time_ns' and 'duration_ns'.
+        reported_s: the downtime in QEMU's query-migrate.
+        loading_ns: when the destination may have begun to load the last data, and when it had
+            loaded everything (CLOCK_MONOTONIC).
+        limit_s: the limit that ``--max-downtime`` sets.
     """
     stopped, completed = moments.get("STOP"), moments.get("completed")
     parts = [
-        Part(str(it["what"]), float(it["seconds"]))
-        for it in downtime_parts(moments, harvests, reported_s or None)
+        Part(str(part["what"]), float(part["seconds"]))
+        for part in downtime_parts(moments, harvests, reported_s or None)
     ]
     if not parts and reported_s:
         parts = [Part(_SOURCE, reported_s)]
@@ -108,27 +113,27 @@ def measure_downtime(
 def downtime_parts(
     moments: Mapping[str, int], harvests: NDArray[np.void], downtime_s: float | None
 ) -> list[dict[str, float | str]]:
-    """What the source's downtime went to, in its order; empty where QEMU does not tell enough.
+    """Return the parts of the source's downtime, in order; empty if QEMU reports too little.
 
-    QEMU counts its downtime from before it stops the vCPUs to the migration's completion, and stops
-    its devices before it says STOP (vm_stop), so the device's last harvest comes before that.
+    QEMU counts its downtime from before it stops the vCPUs to the migration's completion. QEMU
+    stops its devices before it sends STOP (vm_stop), so the device's last harvest precedes STOP.
     """
     stopped, completed = moments.get("STOP"), moments.get("completed")
     if stopped is None or completed is None or downtime_s is None:
         return []
-    steps = [("QEMU stops the vCPUs and its devices, and waits for them", 0)]
+    steps = [("QEMU stops the vCPUs and its devices and waits for them", 0)]
     at = completed - int(downtime_s * 1e9)
     if len(harvests):
         last = harvests[-1]
         began, ended = int(last["time_ns"]), int(last["time_ns"] + last["duration_ns"])
         if at <= began and ended <= stopped:
-            steps = [("QEMU stops the vCPUs, and tells the device to stop", 0)]
-            steps += [("the device harvests a last time", began)]
-            steps += [("QEMU takes the answer, and stops its other devices", ended)]
-    steps += [("QEMU syncs its bitmap, and sends the last pages and the devices' state", stopped)]
+            steps = [("QEMU stops the vCPUs and asks the device to stop", 0)]
+            steps += [("the device harvests for the last time", began)]
+            steps += [("QEMU receives the answer and stops its other devices", ended)]
+    steps += [("QEMU syncs its bitmap and sends the last pages and the devices' state", stopped)]
     handed_over = moments.get("device")
     if handed_over is not None and stopped <= handed_over <= completed:
-        steps[-1] = ("QEMU syncs its bitmap, and sends the last pages", stopped)
+        steps[-1] = ("QEMU syncs its bitmap and sends the last pages", stopped)
         steps += [("QEMU sends the devices' state", handed_over)]
     starts = [at, *(start for _, start in steps[1:])]
     return [

@@ -1,4 +1,4 @@
-"""What a proof can say of a difference, and from where it knows what a device wrote."""
+"""Name the causes that a proof can give for a difference, and its evidence of device writes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Blame(StrEnum):
-    """Whose loss it was."""
+    """The party to which a proof attributes a lost page."""
 
     DEVICE = "device"
     QEMU = "qemu"
@@ -18,10 +18,10 @@ class Blame(StrEnum):
 
 
 class EvidenceSource(StrEnum):
-    """Who knows what a device wrote: its own journal, or only the guest that asked for it.
+    """The evidence of what a device wrote: the device's journal, or the guest that requested it.
 
-    STILL is the guest too, where it was paused before anything moved; SNAPSHOT where it ran on
-    while a snapshot was taken.
+    With STILL and SNAPSHOT the guest is the evidence too. STILL: the guest was paused before QEMU
+    sent anything. SNAPSHOT: the guest continued while QEMU took a snapshot.
     """
 
     JOURNAL = "journal"

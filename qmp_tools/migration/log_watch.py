@@ -1,19 +1,20 @@
-"""QEMU's vhost log as evidence against a device that keeps no journal.
+"""Watch QEMU's vhost log, as evidence about a device that keeps no journal.
 
-A `LogWatch` looks at the log thousands of times a second while a migration is held in precopy, and
-on until the source's guest has been paused for good. It tells three faults that a comparison alone
-mostly misses:
+A `LogWatch` reads the log thousands of times a second, from the time when the migration is held in
+precopy until the source's guest has been paused. It finds three faults that a comparison of RAM
+usually misses:
 
-- *A bit before its data.* QEMU sends the page as it was, if a sync comes just then; with some
-  milliseconds between the two it hardly ever does. So the watch itself does at such a moment what
-  QEMU's sync would have done: it takes the bit of a page that is still empty. Of a page that has
-  been empty since it was sent, this is as if it had been sent again. A device that marks the page
-  when its data is there, or once more then, brings it across all the same. The page of a device
-  that does not is lost, and the comparison shows it.
-- *A bit after QEMU has taken the log for the last time*, which is when all rings have stopped: it
-  stays in the log.
-- *A used ring whose bit is never seen*, though the ring's index moves and other bits come. Nothing
-  need differ, as QEMU dirties a used ring when it stops it (vhost_virtqueue_stop).
+- *A bit that the device sets before it writes the data.* If QEMU syncs between the two, it sends
+  the old page. A sync rarely falls into these few milliseconds, so the watch imitates the sync: it
+  takes the bit of a page that is still empty. QEMU has sent that page as empty before, so taking
+  the bit has the same effect as sending the empty page again. If the device sets the bit after it
+  has written the data, QEMU still sends the page. If the device does not, the page is lost, and the
+  comparison finds it.
+- *A bit that the device sets after QEMU has read the log for the last time*, when all rings have
+  stopped: the bit stays in the log.
+- *A used ring that the device never logs*, although the ring's index moves and other bits are set.
+  The RAM may still be equal, because QEMU dirties a used ring when it stops the ring
+  (vhost_virtqueue_stop).
 """
 
 from __future__ import annotations
@@ -40,24 +41,24 @@ from dmaproof.stamp import read_stamp
 from ..memory.ram import RamFile
 from ..qemu.qmp import Qmp, QmpRefusal
 
-_LOOK_EVERY_S: Final = 100e-6
-"""A look takes some 20 µs: the guest and the device need the processors more."""
+_PAUSE_S: Final = 100e-6
+"""One pass over the log takes some 20 µs. The guest and the device need the processors more."""
 _MOST_NEW: Final = 4096
-"""With more new bits in one look than this, the device may well report what it has not written, and
-reading all of that would fill the holes of the guest's memory."""
+"""A device that sets more bits than this between two passes may report pages that it has not
+written. Reading all these pages would fill the holes of the guest's memory."""
 _MOST_TAKEN: Final = 64
-"""Pages enough to tell the fault; the guest has to go on without them."""
+"""So many pages are enough to prove the fault. The guest has to continue without them."""
 _REPORTS_TO_JUDGE: Final = 8
-"""Looks that found new bits. A device that keeps bits to itself until it is stopped, as it may, has
-fewer, and its used rings are not judged."""
+"""The passes that must have found new bits before used rings are judged. A device may hold bits
+back until it is stopped; such a device has fewer passes with new bits."""
 _REQUESTS_TO_JUDGE: Final = 64
-"""With so many in its ring, a queue has been in use all the time, and not just at the end."""
+"""A queue with so many requests has been in use for the whole time, and not only at the end."""
 _PAUSES_KEPT: Final = 1 << 16
 
 
 @dataclass(frozen=True)
 class UsedRing:
-    """Where the used ring of a queue is."""
+    """The used ring of a queue, and its guest-physical address."""
 
     queue: int
     gpa: int
@@ -65,12 +66,12 @@ class UsedRing:
 
 @dataclass(frozen=True)
 class LogEvidence:
-    """What the log has shown. `late_bits` and `early_bits` are page addresses in bytes.
+    """The findings of a `LogWatch`. `late_bits` and `early_bits` are page addresses in bytes.
 
-    `look_interval_s` is how long all but one in a hundred pauses between looks have been at most.
-    Early bits were taken from the log before their pages' data had come; if the device has not set
-    them again, these pages are lost. Of the `judged_queues`, the used rings of `unlogged_queues`
-    were never logged.
+    `looks` counts the passes over the log; 99 % of the pauses between two passes were no longer
+    than `look_interval_s`. `early_bits` were taken from the log before the device had written the
+    data; these pages are lost unless the device set the bits again. `unlogged_queues` are those of
+    the `judged_queues` whose used rings the device never logged.
     """
 
     looks: int
@@ -82,11 +83,11 @@ class LogEvidence:
 
 
 async def used_rings(qmp: Qmp) -> list[UsedRing]:
-    """The used rings of every vhost device that has been started, by QEMU's own word."""
+    """Ask QEMU for the used rings of every started vhost device."""
     found: list[UsedRing] = []
-    with contextlib.suppress(QmpRefusal):  # QEMU before 7.2 cannot tell
+    with contextlib.suppress(QmpRefusal):  # QEMU before 7.2 does not have the command
         for device in await qmp.execute("x-query-virtio"):
-            with contextlib.suppress(QmpRefusal):  # it has no more queues, or is no vhost device
+            with contextlib.suppress(QmpRefusal):  # no more queues, or not a vhost device
                 for queue in itertools.count():
                     status = await qmp.execute(
                         "x-query-virtio-vhost-queue-status", path=device["path"], queue=queue
@@ -96,10 +97,10 @@ async def used_rings(qmp: Qmp) -> list[UsedRing]:
 
 
 class LogWatch:
-    """Watches the vhost log that is open as `log_fd` for reading and writing, from now on.
+    """A thread that watches the vhost log, which is open as `log_fd` for reading and writing.
 
-    `files` and `slots` say where the guest has its RAM, and `rings` where its used rings are. It
-    has looked `looks` times so far, and `reports` times found new bits.
+    `files` and `slots` say where the guest has its RAM, and `rings` where its used rings are.
+    `looks` counts the passes over the log, and `reports` those that found new bits.
     """
 
     def __init__(
@@ -127,33 +128,33 @@ class LogWatch:
         self.looks = 0
         self.reports = 0
         self._pauses_s: deque[float] = deque(maxlen=_PAUSES_KEPT)
-        self._thread = threading.Thread(target=self._look_on, name="log-watch", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="log-watch", daemon=True)
         self._thread.start()
 
-    def let_go(self) -> None:
-        """Take no more bits, and give those back that were not early, before QEMU needs them."""
+    def release(self) -> None:
+        """Take no more bits; give back the bits that were not early, before QEMU needs them."""
         with self._taking:
             self._takes = False
             for number in list(self._taken):
                 page = self._page(number)
-                if page is None or read_stamp(page.tobytes()) is None:  # it was not read into yet
+                if page is None or read_stamp(page.tobytes()) is None:  # still without the data
                     self._give_back(number)
                     self._taken.remove(number)
 
     def end(self) -> None:
-        """Look no more."""
+        """Stop watching."""
         self._over.set()
         self._thread.join()
 
     def evidence(self) -> LogEvidence:
-        """What has been seen, once it is over; what stands in the log now has come too late."""
+        """Return the findings after the migration; every bit in the log now was set too late."""
         judged = [
             ring
             for ring, index in self._rings.items()
             if self.reports >= _REPORTS_TO_JUDGE
             and (self._used_index(ring) - index) % (1 << 16) >= _REQUESTS_TO_JUDGE
         ]
-        # QEMU reads only the bits of RAM, and may have read the log before a bit was given back.
+        # QEMU takes only the bits of RAM, and may have read the log before a bit was given back.
         late = [
             number
             for number in _bits(self._log).tolist()
@@ -168,9 +169,9 @@ class LogWatch:
             unlogged_queues=[ring.queue for ring in judged if not self._was_logged(ring)],
         )
 
-    def _look_on(self) -> None:
+    def _watch(self) -> None:
         before = np.zeros_like(self._log)
-        looked_s = time.monotonic()
+        last_s = time.monotonic()
         while not self._over.is_set():
             now = self._log.copy()
             fresh = now & ~before
@@ -182,11 +183,11 @@ class LogWatch:
                         self._take_early(_bits(fresh))
             before = now
             self.looks += 1
-            time.sleep(_LOOK_EVERY_S)
-            self._pauses_s.append(-looked_s + (looked_s := time.monotonic()))
+            time.sleep(_PAUSE_S)
+            self._pauses_s.append(-last_s + (last_s := time.monotonic()))
 
     def _take_early(self, pages: NDArray[np.int64]) -> None:
-        """Take the bits of those of the pages (GPA page numbers) that are still empty."""
+        """Take the bits of those `pages` (GPA page numbers) that are still empty."""
         if len(pages) > _MOST_NEW:
             return
         for first, memory in self._memory:
@@ -195,9 +196,9 @@ class LogWatch:
                 if len(self._taken) >= _MOST_TAKEN or memory[page].any():
                     continue
                 number = first + page
-                if not _core.take_set(self._log, number, 1):  # QEMU has
+                if not _core.take_set(self._log, number, 1):  # QEMU has taken the bit
                     continue
-                if memory[page].any():  # its data may have come, and its bit, before that was taken
+                if memory[page].any():  # the device may have set the bit again after the data
                     self._give_back(number)
                 else:
                     self._taken.add(number)
@@ -207,7 +208,7 @@ class LogWatch:
         _core.set_bits(self._log, number, 1)
 
     def _page(self, number: int) -> NDArray[np.uint64] | None:
-        """The words of page `number` of GPA; None where there is no RAM."""
+        """Return the words of GPA page `number`; None if there is no RAM."""
         for first, memory in self._memory:
             if first <= number < first + len(memory):
                 page: NDArray[np.uint64] = memory[number - first]
@@ -215,19 +216,19 @@ class LogWatch:
         return None
 
     def _used_index(self, ring: UsedRing) -> int:
-        """The ring's index, 16 bits after 16 bits of flags, as the device has written it last."""
+        """Return the ring's current index, the 16 bits after 16 bits of flags."""
         number, offset = divmod(ring.gpa, LOG_PAGE_BYTES)
         page = self._page(number)
         return 0 if page is None else int(page.view(np.uint16)[offset // 2 + 1])
 
     def _was_logged(self, ring: UsedRing) -> bool:
-        """Whether the bit of the page that has the ring's index was ever seen."""
+        """Whether the bit of the page with the ring's index was ever set."""
         word, bit = divmod(ring.gpa // LOG_PAGE_BYTES, 64)
         return bool((self._ever[word] | self._log[word]) >> np.uint64(bit) & np.uint64(1))
 
 
 def _pages_of(ram: RamFile, slot: Slot) -> NDArray[np.uint64]:
-    """The words of the slot's pages, as they are from moment to moment."""
+    """Map the slot's pages, as words that change when the guest or a device writes."""
     memory = mmap.mmap(
         ram.fd, slot.length, mmap.MAP_SHARED, mmap.PROT_READ, offset=slot.file_offset
     )
@@ -235,7 +236,7 @@ def _pages_of(ram: RamFile, slot: Slot) -> NDArray[np.uint64]:
 
 
 def _bits(words: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """The numbers of the bits that are set."""
+    """Return the numbers of the bits that are set."""
     places = np.flatnonzero(words)
     bytes_ = words[places].astype("<u8").view(np.uint8).reshape(-1, 8)
     rows, bits = np.nonzero(np.unpackbits(bytes_, axis=1, bitorder="little"))

@@ -1,7 +1,7 @@
-"""One migration over QMP, carried out as the `Procedure` of its scenario says.
+"""Carry out one migration over QMP, by the `Procedure` of its scenario.
 
-Statistics of query-migrate differ by QEMU version, so every member is optional here; what a version
-can do is asked of it, never told by its number.
+The statistics of query-migrate differ by QEMU version, so every member is optional here. dmaproof
+asks each QEMU for its capabilities and never derives them from the version number.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ _POLL_S: Final = 0.05
 _UNLIMITED_BYTES_PER_S: Final = 1 << 40
 _PAUSED: Final = "pre-switchover"
 _OVER: Final = frozenset({"completed", "failed", "cancelled"})
-"""The states in which a migration has come to its end."""
+"""The states in which a migration has ended."""
 
 
 class MigrationError(UntestableError):
-    """The migration did not come to its end."""
+    """The migration failed, or did not complete."""
 
 
 class MigrationTimeoutError(MigrationError, WaitTimeoutError):
-    """The migration did not come to its end in time."""
+    """The migration did not complete in time."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of a migration: bytes a second (None: unlimited), and downtime.
+    """The bounds of a migration: bandwidth in bytes a second (None: unlimited), and downtime.
 
-    `timeout_s` bounds each wait of a proof: for the migration to complete, and for any other thing.
+    `timeout_s` bounds each wait of a proof, such as the wait for the migration to complete.
     """
 
     bandwidth_bytes_per_s: int | None = None
@@ -51,12 +51,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Progress:
-    """One answer of query-migrate: sizes in bytes, times in seconds; None where QEMU was silent."""
+    """One answer of query-migrate: sizes in bytes, times in seconds; None if QEMU left it out."""
 
     time_ns: int
     status: str
     syncs: int
-    """How often QEMU has synced its dirty bitmap; with the second sync every page has been sent."""
+    """How often QEMU has synced its dirty bitmap; by the second sync QEMU has sent every page."""
     total: int | None
     remaining: int | None
     transferred: int | None
@@ -70,16 +70,16 @@ class Progress:
 
     @property
     def is_over(self) -> bool:
-        """Whether the migration has come to its end, and its times are known.
+        """Whether the migration has ended and its times are known.
 
-        QEMU 7.2 says 'completed' a moment before it has reckoned them, and has them as 0 until then
-        (migration_completion, migration_calculate_complete).
+        QEMU 7.2 reports 'completed' a moment before it has calculated the times, which are 0 until
+        then (migration_completion, migration_calculate_complete).
         """
         return self.status in _OVER and self.elapsed_s != 0
 
     @property
     def summary(self) -> str:
-        """How far it is, in a few words."""
+        """The progress in a few words."""
         parts = [f"pass {max(self.syncs, 1)}"]
         if self.remaining is not None:
             parts.append(f"{self.remaining // MIB} MiB remain")
@@ -91,7 +91,7 @@ class Progress:
 
 
 def parse_progress(answer: dict[str, Any]) -> Progress:
-    """What an answer of query-migrate says, now."""
+    """Parse an answer of query-migrate, which has arrived just now."""
     ram = answer.get("ram", {})
 
     def seconds(member: str) -> float | None:
@@ -118,17 +118,18 @@ def parse_progress(answer: dict[str, Any]) -> Progress:
 class Migration:
     """A migration between `ends`; the destination waits with ``-incoming defer``.
 
-    `start` begins it with a downtime limit so low that a busy guest does not converge;
-    `hold.PrecopyHold` sees to it that none does; `release` sets the limits that were asked for. In
-    between, `follow` shows a precopy for as long as the caller has something to do in it;
-    `exercised` says whether the scenario has been used (`Procedure.exercised_by`). `load` is the
-    end on the destination.
+    `start` begins the migration with a downtime limit so low that the migration of a busy guest
+    does not converge. `hold.PrecopyHold` holds the migration of any guest in precopy. `release`
+    sets the limits that the caller asked for. `follow` yields the progress until the migration has
+    completed. `exercised` says whether QEMU has used the scenario (`Procedure.exercised_by`).
+    `load` waits until the destination has loaded everything.
 
     `device_lacks_pagefault` is `AttachedDevice.lacks_pagefault`.
 
     `moments` has the times (CLOCK_MONOTONIC, ns) of the source's events: 'STOP' when its vCPUs have
-    stopped, and the migration's last states, such as 'device' and 'completed'. `loading_ns` is when
-    the destination was let load a stream that was saved first (else 0), and when it had loaded all.
+    stopped, and the migration's last states, such as 'device' and 'completed'. `loading_ns` has two
+    times: when the destination began to load a stream that was saved first (else 0), and when it
+    had loaded everything.
     """
 
     ends: Ends
@@ -142,21 +143,21 @@ class Migration:
     _bytes_per_s: int = 0
     _deadline: float = 0.0
     _loading: dict[str, int] = field(default_factory=dict)
-    """As `moments`, on the destination."""
+    """The same as `moments`, for the destination."""
 
     async def start(self) -> None:
-        """Begin, and hold the migration in precopy.
+        """Begin the migration and hold it in precopy.
 
         Raises:
-            UnsupportedScenarioError: a QEMU lacks what the scenario needs, or refuses it as it
-                must; or dmaproof cannot carry it out.
-            MigrationError: a QEMU does not refuse what it must.
+            UnsupportedScenarioError: a QEMU does not support the scenario or rightly refuses it,
+                or dmaproof cannot carry it out.
+            MigrationError: a QEMU accepted a scenario that it must refuse.
             QmpError: a QEMU refused another step.
         """
         try:
             await self._configure()
         except QmpRefusal as refusal:
-            # QEMU 7.2 prints its reason for refusing postcopy, and does not answer with it.
+            # QEMU 7.2 prints its reason for refusing postcopy, but leaves it out of its answer.
             words = f"{refusal}\n{self.ends.printed()}".rstrip()
             raise self.procedure.explain_refusal(words) from refusal
         self.procedure.check_acceptance(device_lacks_pagefault=self.device_lacks_pagefault)
@@ -181,9 +182,9 @@ class Migration:
             await qmp.execute("migrate-set-parameters", **procedure.parameters)
 
     async def limit_bandwidth(self, bytes_per_s: int) -> None:
-        """Have the source send no more than that, nor more than the limits allow.
+        """Limit the source's bandwidth to `bytes_per_s`, or to `limits` if these are lower.
 
-        Small changes are not worth a command.
+        Changes of less than 10 % are not sent to QEMU.
         """
         if not 0.9 < self._allowed(bytes_per_s) / (self._bytes_per_s or 1) < 1.1:
             await self._set_limits(bytes_per_s)
@@ -199,15 +200,15 @@ class Migration:
 
     @property
     def held_bytes_per_s(self) -> int:
-        """With how much bandwidth the migration stays in precopy, if the guest dirties enough."""
+        """The bandwidth at which the migration stays in precopy, if the guest dirties enough."""
         return self.procedure.held_bytes_per_s if self.exercised else HELD_BYTES_PER_S
 
     def restart_timeout(self) -> None:
-        """Count the limits' timeout from now: something that takes its time has come about."""
+        """Restart the timeout, after the migration or the guest has made progress."""
         self._deadline = time.monotonic() + self.limits.timeout_s
 
     async def release(self) -> None:
-        """Let the migration end as soon as the limits allow."""
+        """Let the migration end as soon as `limits` allow."""
         await self._set_limits(
             self._bandwidth_bytes_per_s,
             downtime_limit=max(1, round(self.limits.downtime_s * 1000)),
@@ -219,13 +220,13 @@ class Migration:
         return self.limits.bandwidth_bytes_per_s or _UNLIMITED_BYTES_PER_S
 
     async def follow(self) -> AsyncGenerator[Progress, None]:
-        """The progress, again and again until the migration has completed.
+        """Yield the progress at short intervals until the migration has completed.
 
         Raises:
-            MigrationTimeoutError: it took longer than its time.
-            MigrationError: it failed, or was cancelled.
+            MigrationTimeoutError: the migration timed out.
+            MigrationError: the migration failed or was cancelled.
         """
-        if self.procedure.is_over_when_begun:  # the source is no more
+        if self.procedure.is_over_when_begun:  # the source has ended
             return
         source, destination = self.ends.source, self.ends.destination
         async with (
@@ -253,64 +254,66 @@ class Migration:
                     f"{self.ends.printed()}".rstrip()
                 )
             if time.monotonic() > self._deadline:
-                unseen = f" (no {self.procedure.exercised_by} has been seen)"
+                unused = f" (QEMU has not reported any {self.procedure.exercised_by})"
                 raise MigrationTimeoutError(
-                    f"the migration has not completed within {self.limits.timeout_s:g} s (it is "
-                    f"{progress.status!r}, {progress.remaining} bytes remain after "
+                    f"the migration has not completed within {self.limits.timeout_s:g} s (its "
+                    f"status is {progress.status!r}, {progress.remaining} bytes remain after "
                     f"{progress.syncs} syncs); allow more bandwidth, downtime or time"
-                    + ("" if self.exercised else unseen)
+                    + ("" if self.exercised else unused)
                 )
             await asyncio.sleep(_POLL_S)
 
     async def cancel(self) -> None:
-        """Cancel, and wait until the source has let go of the migration and its devices' logs.
+        """Cancel, and wait until the source has released the migration and its devices' logs.
 
-        The destination ends by itself then, or may be ended.
+        After that, the destination ends by itself, or the caller may end it.
 
         Raises:
-            MigrationError: the migration came to another end.
+            MigrationError: the migration ended in another state.
         """
         await self.ends.source.execute("migrate_cancel")
-        await self._come_to("cancelled")
+        await self._wait_for_end("cancelled")
 
     async def pause_before_switchover(self) -> None:
-        """Come to where the source stands still, all but the last pages sent, and stay there.
+        """Wait until the source has paused its guest and sent all but the last pages.
 
-        The migration must have been told to by the capability of this name.
+        The capability pause-before-switchover must be set; the migration stays in this state.
 
         Raises:
-            MigrationError: it does not come to that.
+            MigrationError: the migration does not reach this state.
         """
         await self.release()
         async with contextlib.aclosing(self._poll()) as precopy:
             async for progress in precopy:
                 if progress.status == _PAUSED:
                     return
-        raise MigrationError("the migration has completed, though it was to pause before")
+        raise MigrationError(
+            "the migration has completed, although the capability pause-before-switchover was set"
+        )
 
     async def fail(self) -> None:
-        """See the migration fail, as its destination has gone; the source's guest runs again.
+        """Wait until the migration has failed without its destination, and the source runs again.
 
         Raises:
-            MigrationError: the migration came to another end, or the guest stands still.
+            MigrationError: the migration ended in another state, or the guest stays paused.
         """
-        await self._come_to("failed")
+        await self._wait_for_end("failed")
         status = ""
 
-        async def runs() -> bool:
+        async def is_running() -> bool:
             nonlocal status
             status = (await self.ends.source.execute("query-status"))["status"]
             return bool(status == "running")
 
         def late() -> MigrationTimeoutError:
             return MigrationTimeoutError(
-                f"the migration failed, as it was to, but the source is {status!r}, and has not "
-                f"run on within {self.limits.timeout_s:g} s"
+                f"the migration failed as expected, but the source did not continue its guest "
+                f"within {self.limits.timeout_s:g} s: the source is {status!r}; look at its log"
             )
 
-        await wait_until(runs, self.limits.timeout_s, late, _POLL_S)
+        await wait_until(is_running, self.limits.timeout_s, late, _POLL_S)
 
-    async def _come_to(self, end: str) -> None:
+    async def _wait_for_end(self, end: str) -> None:
         paused = False
         try:
             async for progress in self._poll():
@@ -320,17 +323,17 @@ class Migration:
         except MigrationTimeoutError:
             raise
         except MigrationError:
-            pass  # it has come to an end, which is looked at now
+            pass  # the migration has ended; its state is checked next
         if (status := self.history[-1].status) != end:
-            raise MigrationError(f"the migration was to be {end}, and is {status!r}")
+            raise MigrationError(f"expected the migration to be {end!r}, but it is {status!r}")
 
     async def load(self) -> None:
-        """Wait until the destination has loaded everything and stands paused.
+        """Wait until the destination has loaded everything and its guest is paused.
 
-        A stream that was saved first is read only now.
+        The destination begins to read a stream that was saved first only now.
 
         Raises:
-            MigrationError: it does not come to that.
+            MigrationError: the destination does not reach this state.
         """
         async with self.ends.destination.events("MIGRATION") as loading:
             began_ns = time.monotonic_ns() if self.procedure.transport.saved_first else 0
@@ -344,17 +347,18 @@ class Migration:
         async def is_paused() -> bool:
             status = (await self.ends.destination.execute("query-status"))["status"]
             if status not in ("paused", "inmigrate", "prelaunch", "finish-migrate"):
-                raise MigrationError(f"the destination is {status!r} and not paused")
+                raise MigrationError(f"expected the destination to be paused, but it is {status!r}")
             return bool(status == "paused")
 
         late = MigrationTimeoutError(
-            f"the destination has not loaded everything within {self.limits.timeout_s:g} s"
+            f"the destination has not loaded everything within {self.limits.timeout_s:g} s; "
+            "allow more time"
         )
         await wait_until(is_paused, self.limits.timeout_s, lambda: late, _POLL_S)
 
 
 def _moments(listener: qemu_qmp.EventListener) -> dict[str, int]:
-    """When each of the events that have come happened, by name or by the migration's state."""
+    """Return the times of the events received so far, by event name or migration state."""
     to_monotonic_ns = time.monotonic_ns() - time.time_ns()
     found = {}
     for event in cast(list[Mapping[str, Any]], listener.clear()):

@@ -1,8 +1,8 @@
-"""The two QEMUs of a proof with their guests, and its device: started, guarded, exchanged, ended.
+"""Start, guard, swap and end the two QEMUs of a proof with their guests and their device.
 
-The pair knows no scenario. It offers the steps of which a scenario puts its own together
-(`scenarios.base.Scenario`): a destination that starts late, memory or a disk that is plugged, a
-process that executes QEMU anew.
+A `QemuPair` is the same for every scenario. It offers the steps that a scenario
+(`scenarios.base.Scenario`) is made of: start the destination late, plug memory or a disk, execute
+QEMU again in the source's process.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ T = TypeVar("T")
 
 
 class QemuPair:
-    """The processes of one proof: the device, two QEMUs, and what their guests report.
+    """The processes of one proof: the device, two QEMUs, and the reports of their guests.
 
     `qemus` and `guests` have one entry for each side that has been started, `SOURCE` and
-    `DESTINATION`, which are also what its processes and files are called. The guest migrates from
-    `source_side` to `destination_side`; `swap_roles` exchanges them.
+    `DESTINATION`. These are also the names of the side's processes and files. The guest migrates
+    from `source_side` to `destination_side`; `swap_roles` exchanges them.
     """
 
     def __init__(
@@ -52,15 +52,15 @@ class QemuPair:
         host: str = LOCALHOST,
         has_test_channel: bool = False,
     ) -> None:
-        """Plan a pair; nothing is started yet.
+        """Plan a pair, without starting anything.
 
         Args:
-            machine: what both QEMUs emulate.
+            machine: the machine that both QEMUs emulate.
             binaries: the QEMU of each side.
-            device: what serves both QEMUs.
-            folder: where sockets and logs are.
-            timeout_s: bounds each wait.
-            host: where the destination listens, if the migration is over TCP.
+            device: the device, which serves both QEMUs.
+            folder: for sockets and logs.
+            timeout_s: the bound of each wait.
+            host: the address at which the destination listens in a migration over TCP.
             has_test_channel: whether QEMU is to write to the guest's hold pages (`hold`).
         """
         self.device = device
@@ -80,7 +80,7 @@ class QemuPair:
         self._binaries = binaries
         self._has_test_channel = has_test_channel
         self._dimms: list[list[str]] = []
-        """The arguments of the DIMMs that are plugged."""
+        """The arguments of the plugged DIMMs."""
 
     @property
     def source(self) -> OwnedQemu:
@@ -108,25 +108,25 @@ class QemuPair:
         """Start the source.
 
         Raises:
-            UntestableError: it could not be started.
+            UntestableError: QEMU could not be started.
         """
         await self._launch(self.source_side)
         await self.source.connect()
 
     async def start_source_without_devices(self) -> None:
-        """Start the source without the devices themselves, which `plug_devices` adds.
+        """Start the source with only the devices' back ends; `boot_and_plug_devices` plugs them.
 
         Raises:
-            UntestableError: it could not be started.
+            UntestableError: QEMU could not be started.
         """
         await self._launch(self.source_side, only_backends=True)
         await self.source.connect()
 
     async def start_destination(self) -> None:
-        """Start the destination with what is plugged into the source.
+        """Start the destination with everything that is plugged into the source.
 
         Raises:
-            UntestableError: it could not be started.
+            UntestableError: QEMU could not be started.
         """
         await self.launch_destination()
         await self.destination.connect()
@@ -140,7 +140,7 @@ class QemuPair:
         outcomes = await asyncio.gather(
             self.start_source(),
             self.start_destination(),
-            return_exceptions=True,  # so that both are over, and `end` knows of what has started
+            return_exceptions=True,  # waits for both, so that `end` ends whatever has started
         )
         for outcome in outcomes:
             if outcome is not None:
@@ -150,7 +150,7 @@ class QemuPair:
         """Launch the destination with `extra` arguments; it may not answer on QMP yet.
 
         Raises:
-            UntestableError: it could not be started.
+            UntestableError: QEMU could not be started.
         """
         await self._launch(self.destination_side, *INCOMING, *extra)
 
@@ -158,16 +158,16 @@ class QemuPair:
         """Wait until the source's guest is ready to migrate.
 
         Raises:
-            UntestableError: it does not come to that.
+            UntestableError: the guest does not become ready.
         """
         began_s = time.monotonic()
         await self._wait_until_ready(began_s)
 
     async def boot_and_plug_devices(self) -> None:
-        """Plug the devices as soon as the source's guest has booted, and wait until it is ready.
+        """Plug the devices as soon as the source's guest has booted; wait until it is ready.
 
         Raises:
-            UntestableError: it does not come to that.
+            UntestableError: the guest does not become ready.
         """
         began_s = time.monotonic()
         guest = self.source_guest
@@ -184,10 +184,10 @@ class QemuPair:
         _logger.info("guest ready after %.1f s", self.boot_s)
 
     async def plug_dimm(self) -> None:
-        """Plug another DIMM into the source, and let the guest's write-once pages lie in it.
+        """Plug another DIMM into the source, and have the guest put its write-once pages there.
 
         Raises:
-            UntestableError: QEMU refuses it, or the guest does not use it.
+            UntestableError: QEMU refuses the DIMM, or the guest does not use it.
         """
         name = f"dimm{len(self._dimms)}"
         guest = self.source_guest
@@ -199,26 +199,28 @@ class QemuPair:
             if device["data"].get("id") == name
         ]
         self._dimms.append(dimm_arguments(name, address))
-        await guest.tell(USE_NEW_MEMORY)
+        await guest.send(USE_NEW_MEMORY)
         await guest.wait_for(lambda: "memory" in guest.latest, "looked for new memory")
         if not (pages := guest.number("memory", "pages")):
             raise UntestableError(f"the guest did not find the memory of {name}")
         _logger.info(
-            "%s is at %#x; %d write-once pages lie in plugged memory", name, address, pages
+            "%s is at %#x; %d write-once pages are in plugged memory", name, address, pages
         )
 
-    def succeed(self) -> None:
-        """Plan that the source's process becomes the destination, by executing QEMU anew."""
+    def plan_successor(self) -> None:
+        """Plan that the source's process executes QEMU again, which becomes the destination."""
         self.qemus[self.destination_side] = self.source.successor()
         self.guests[self.destination_side] = self.source_guest
 
     async def wait_for_socket(self, path: Path) -> None:
-        """Wait until a QEMU listens at `path`.
+        """Wait until a QEMU listens at the socket `path`.
 
         Raises:
-            WaitTimeoutError: none does.
+            WaitTimeoutError: no QEMU does so in time.
         """
-        error = WaitTimeoutError(f"nobody has listened at {path} within {self.timeout_s:g} s")
+        error = WaitTimeoutError(
+            f"no QEMU listens at {path} after {self.timeout_s:g} s; allow more time (--timeout)"
+        )
         await wait_until(path.exists, self.timeout_s, lambda: error)
 
     async def _launch(self, side: str, *extra: str, only_backends: bool = False) -> None:
@@ -248,18 +250,18 @@ class QemuPair:
         self.guests[side] = GuestChannel(self.qemus[side], self.timeout_s)
 
     async def _open_qtest(self, side: str, inherited: contextlib.ExitStack) -> int:
-        """Open the test channel to the QEMU of `side`; returns the descriptor that it inherits."""
-        ours, theirs = socket.socketpair()
-        inherited.enter_context(theirs)
+        """Open the test channel to the QEMU of `side`; return the descriptor that QEMU inherits."""
+        own, inherited_end = socket.socketpair()
+        inherited.enter_context(inherited_end)
         if side in self.qtests:
             self.qtests[side].close()
-        self.qtests[side] = await Qtest.open(f"{side} QEMU", ours, self.timeout_s)
-        return theirs.fileno()
+        self.qtests[side] = await Qtest.open(f"{side} QEMU", own, self.timeout_s)
+        return inherited_end.fileno()
 
     # Running --------------------------------------------------------------------------------------
 
     def ends(self) -> Ends:
-        """Both QEMUs as a migration wants them."""
+        """Return the two ends of a migration."""
         qemus = (self.source, self.destination)
         return Ends(
             self.source.qmp,
@@ -272,7 +274,7 @@ class QemuPair:
         )
 
     async def swap_roles(self) -> None:
-        """End the QEMU that the guest has left; the destination is the source from now on.
+        """End the QEMU that the guest has left; the destination becomes the source.
 
         Raises:
             UntestableError: the guest does not get ready for another migration.
@@ -282,8 +284,10 @@ class QemuPair:
         await self.source.end()
         self.source_side, self.destination_side = self.destination_side, self.source_side
         guest = self.source_guest
-        await guest.tell(AGAIN)
-        await self.guarded(guest.wait_for(lambda: "again" in guest.latest, "begun anew"))
+        await guest.send(AGAIN)
+        await self.guarded(
+            guest.wait_for(lambda: "again" in guest.latest, "got ready for another migration")
+        )
 
     async def end(self) -> None:
         """End both QEMUs."""
@@ -296,13 +300,13 @@ class QemuPair:
     # Guarding -------------------------------------------------------------------------------------
 
     async def guarded(self, work: Coroutine[Any, Any, T]) -> T:
-        """Do `work`, but end with an error as soon as a process dies or the device refuses.
+        """Do `work`, but raise an error as soon as a process dies or the device refuses.
 
-        Where a wait reaches its bound, the error also names the process that does not answer. Work
-        that is guarded may not guard a part of itself.
+        If a wait in `work` times out, the error also names the process that does not answer. `work`
+        must not call `guarded` itself.
 
         Raises:
-            UntestableError: what died, or what went wrong in `work`.
+            UntestableError: a process died, the device refused, or `work` failed.
         """
         processes = [*self.device.processes, *(qemu.process for qemu in self.qemus.values())]
         task = asyncio.ensure_future(work)
@@ -313,50 +317,51 @@ class QemuPair:
         try:
             await asyncio.wait([task, *alarms], return_when=asyncio.FIRST_COMPLETED)
             if task.done() and isinstance(task.exception(), GuestGaveUpError | None):
-                return task.result()  # where the guest gave up, no death says more
+                return task.result()  # the guest's own reason says more than any process's death
             if reason := await best_reason(alarms):
                 for guest in self.guests.values():
-                    await guest.hear_last_words()
+                    await guest.read_last_lines()
                 raise with_failure(reason, task.exception() if task.done() else None)
             try:
                 return await task
             except WaitTimeoutError as error:
-                raise type(error)("\n".join(self._mute() + self._with_logs(str(error)))) from error
+                lines = self._silent_processes() + self._with_logs(str(error))
+                raise type(error)("\n".join(lines)) from error
         finally:
             for future in (task, *alarms):
                 future.cancel()
             await asyncio.gather(task, *alarms, return_exceptions=True)
 
-    def _mute(self) -> list[str]:
-        """Lines about the processes that do not answer."""
-        told = []
+    def _silent_processes(self) -> list[str]:
+        """Return a line about each process that does not answer."""
+        lines = []
         for side, qemu in self.qemus.items():
             serving = self.device.serving(side)
-            waited_for = unanswered(self._trace(side)) if serving else None
-            if waited_for is not None:
+            request = unanswered(self._trace(side)) if serving else None
+            if request is not None:
                 who = " or ".join(process.description for process in serving)
-                told.append(
-                    f"{who} has not answered {waited_for}, and {qemu.process.name} waits for it"
+                lines.append(
+                    f"{who} has not answered {request}, and {qemu.process.name} waits for it"
                 )
-            silent = [] if waited_for else serving
-            told += [
-                f"{process.description} does not run"
+            silent = [] if request else serving
+            lines += [
+                f"{process.description} is not running; continue it with SIGCONT"
                 for process in (*silent, qemu.process)
                 if process.is_stopped
             ]
-        return list(dict.fromkeys(told))  # one process may serve both sides
+        return list(dict.fromkeys(lines))  # one process may serve both sides
 
     def _with_logs(self, text: str) -> list[str]:
-        """`text`, and what the device's processes have printed last."""
+        """Return `text` and the last lines that the device's processes have printed."""
         tails = [process.log_tail() for process in self.device.processes]
         return [text, *(tail for tail in tails if tail and tail not in text)]
 
     def _trace(self, side: str) -> Path:
-        """Where the QEMU of `side` notes its vhost-user messages."""
+        """Return the file in which the QEMU of `side` traces its vhost-user messages."""
         return self.folder / f"{side}-vhost-user.log"
 
 
 def _devices(arguments: Sequence[str], wanted: bool) -> list[str]:
-    """Of a device's arguments, those of the devices themselves, or those of what is behind them."""
+    """Return a device's ``-device`` arguments if `wanted`, else its other arguments."""
     pairs = zip(arguments[::2], arguments[1::2], strict=True)
     return [word for pair in pairs if (pair[0] == "-device") is wanted for word in pair]

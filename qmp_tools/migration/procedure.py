@@ -1,8 +1,8 @@
-"""What a migration does over QMP: the part of a scenario that needs no processes of dmaproof's.
+"""Define the steps of a migration over QMP: the part of a scenario that works with any two QEMUs.
 
-`migration.Migration` carries a procedure out. Which of it a QEMU version has is found out by asking
-for it: what a QEMU refuses before the migration begins it lacks (`UnsupportedScenarioError`), and
-what goes wrong later is a failure.
+`migration.Migration` carries a procedure out. dmaproof learns what a QEMU version supports by
+trying: if QEMU refuses a step before the migration begins, QEMU does not support the scenario
+(`UnsupportedScenarioError`). An error after that is a failure.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from dmaproof.errors import UnsupportedError
 from ..qemu.qmp import Qmp
 from .transport import UNIX, Ends, Transport
 
-# QEMU hands out its bandwidth in portions of a tenth of a second. With these, a portion is less
-# than what the guest keeps dirtying (Workload.churn), so no pass can be over in no time: not the
-# ones right behind the first (seen: nine passes in 50 ms), and not those while it is held.
+# QEMU sends in portions of a tenth of a second. With these bandwidths, a portion is less than the
+# guest keeps dirty (Workload.churn), so no pass ends at once: neither the passes right after the
+# first (nine passes in 50 ms have been seen) nor those while dmaproof holds the migration.
 FIRST_PASS_BYTES_PER_S: Final = 128 << 20
-# Also for the first pass of a scenario whose stream is so small, or written so fast, that much of a
-# larger portion would be left for the passes behind it (seen: 8 channels, over after 0.2 s).
+# Also for the first pass of a scenario with a small or fast stream. It would leave much of a larger
+# portion to the passes after the first (a migration with 8 channels has ended after 0.2 s).
 HELD_BYTES_PER_S: Final = 32 << 20
 
 NO_PARAMETERS: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
 class UnsupportedScenarioError(UnsupportedError):
-    """A QEMU lacks the scenario or refuses it for this device, or dmaproof cannot carry it out."""
+    """QEMU lacks the scenario or refuses it for this device, or dmaproof cannot carry it out."""
 
 
 class Procedure:
     """The data and the QMP steps of a live precopy migration; subclasses change what differs.
 
-    `capabilities` and `parameters` (named as in QMP) are set on `configured` QEMUs, `set_up` is
-    carried out in between. `exercised_by` is the path of a member of query-migrate
-    ('ram.multifd-bytes') that is more than 0 once the scenario has been used: only then may the
-    migration end. `first_pass_bytes_per_s`, and from when the scenario has been exercised
-    `held_bytes_per_s`, keep the migration from ending before it may.
+    `Migration` sets `capabilities` on the `configured` QEMUs, calls `set_up`, and then sets
+    `parameters` (all named as in QMP). `exercised_by` is the path of a member of query-migrate,
+    such as 'ram.multifd-bytes', that is more than 0 once QEMU has used the scenario; the migration
+    may not end earlier. The bandwidth `first_pass_bytes_per_s`, and `held_bytes_per_s` once the
+    scenario has been exercised, keep the migration from ending too early.
     """
 
     transport: Transport = UNIX
@@ -50,22 +50,24 @@ class Procedure:
     held_bytes_per_s: int = HELD_BYTES_PER_S
 
     def configured(self, ends: Ends) -> Sequence[Qmp]:
-        """The QEMUs that are given the capabilities and parameters."""
+        """Return the QEMUs on which the capabilities and parameters are set."""
         return (ends.source, ends.destination)
 
     async def set_up(self, ends: Ends) -> None:
-        """Provide what the parameters name, such as TLS credentials.
+        """Create the objects that the parameters name, such as TLS credentials.
 
         Raises:
-            QmpRefusal: a QEMU lacks it.
+            QmpRefusal: a QEMU does not support them.
         """
 
     def explain_refusal(self, words: str) -> UnsupportedScenarioError:
-        """What it means that a QEMU refused the capabilities, the set-up or the parameters."""
-        return UnsupportedScenarioError(f"this QEMU lacks the scenario: {words}")
+        """Explain that a QEMU refused the capabilities, the set-up or the parameters."""
+        return UnsupportedScenarioError(
+            f"this QEMU does not support the migration scenario: {words}"
+        )
 
     def check_acceptance(self, *, device_lacks_pagefault: bool) -> None:
-        """Judge that the QEMUs accepted the capabilities, the set-up and the parameters.
+        """Decide what to do after the QEMUs accepted capabilities, set-up and parameters.
 
         `device_lacks_pagefault` is `AttachedDevice.lacks_pagefault`.
 
@@ -74,10 +76,10 @@ class Procedure:
         """
 
     async def begin(self, ends: Ends) -> None:
-        """Have the migration begin.
+        """Begin the migration.
 
         Raises:
-            QmpError: a QEMU refused it.
+            QmpError: a QEMU refused to.
         """
         if not self.transport.saved_first:
             await self.read_stream(ends)
@@ -89,25 +91,25 @@ class Procedure:
         return False
 
     async def load(self, ends: Ends) -> None:
-        """Have the destination load what the source has sent, unless it does so already.
+        """Have the destination load what the source has sent, unless it is loading already.
 
         Raises:
-            QmpError: the destination refused it.
+            QmpError: the destination refused to.
         """
         if self.transport.saved_first:
             await self.read_stream(ends)
 
     async def read_stream(self, ends: Ends) -> None:
-        """Tell the destination where to read the stream.
+        """Have the destination read the stream.
 
         Raises:
-            QmpError: the destination refused it.
+            QmpError: the destination refused to.
         """
         uri = self.transport.read_from(ends)
         await ends.destination.execute("migrate-incoming", uri=uri)
 
     def is_exercised_in(self, answer: Mapping[str, Any]) -> bool:
-        """Whether an answer of query-migrate shows that the scenario has been used."""
+        """Whether an answer of query-migrate shows that QEMU has used the scenario."""
         if self.exercised_by is None:
             return True
         path = self.exercised_by.split(".")

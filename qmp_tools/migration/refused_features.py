@@ -1,10 +1,10 @@
-"""A destination that refuses the virtio features of a guest, and which of them it was.
+"""Explain which virtio features of a guest a destination has refused.
 
-A guest keeps the features that its driver has accepted. Where the destination's device (QEMU's part
-and the back end's together) does not offer all of them, QEMU refuses to load (virtio_load), and
-says which features the guest has and which are allowed. 11.1 names the guest's only after it has
-left out what is not allowed (virtio_set_features_nocheck): each that is named is allowed then, and
-the one that is missing is not named.
+A guest keeps the features that its driver has accepted. If the destination's device (QEMU's part
+and the back end's together) does not offer all of them, QEMU refuses to load the device's state
+(virtio_load). Its message names the features of the guest and the allowed features. QEMU 11.1
+removes the features that are not allowed before it prints those of the guest
+(virtio_set_features_nocheck), so its message does not name the missing feature.
 """
 
 from __future__ import annotations
@@ -23,14 +23,19 @@ FEATURES: Final = {
     "indirect-desc": (28, "VIRTIO_F_INDIRECT_DESC"),
     "event-idx": (29, "VIRTIO_F_EVENT_IDX"),
 }
-"""Features that a device can do without: their bits and virtio's names for them."""
+"""Optional features of a device: their bits and virtio's names for them."""
 _NAMES: Final = dict(FEATURES.values())
 
 
 def explain_refusal(words: str, accepted: int | None) -> str | None:
-    """Why the destination refused to load, if `words` say that it was for a virtio feature.
+    """Explain why the destination refused to load.
 
-    `accepted` are the features (bits) that the guest's driver uses at the source, if known.
+    Args:
+        words: the messages of the destination's QEMU.
+        accepted: the features (bits) that the guest's driver uses on the source, if known.
+
+    Returns:
+        None if `words` do not say that the cause is a virtio feature.
     """
     match = _REFUSAL.search(words)
     if match is None:
@@ -40,12 +45,12 @@ def explain_refusal(words: str, accepted: int | None) -> str | None:
     if not missing:
         return (
             "the guest uses a virtio feature that the destination's device does not offer; QEMU's "
-            "message leaves out which"
+            "message does not say which feature"
         )
     bits = [bit for bit in range(missing.bit_length()) if missing >> bit & 1]
     names = " and ".join(f"{_NAMES.get(bit, 'bit')} ({bit})" for bit in bits)
-    hidden = "" if named & ~allowed else "; its message leaves that out"
+    hidden = "" if named & ~allowed else "; QEMU's message does not name the feature"
     return (
-        f"the guest uses {names}, which the destination's device does not offer: QEMU has to "
-        f"refuse it{hidden}"
+        f"the guest uses {names}, which the destination's device does not offer: QEMU must refuse "
+        f"the migration{hidden}"
     )

@@ -1,8 +1,8 @@
-"""The destination's refusal of a device's state: a migration that failed after all of RAM arrived.
+"""Recognize a destination that refused a device's state after all of RAM had arrived.
 
-QEMU loads the state of RAM first and that of the devices after it. Where it refuses a device's
-state, such as a ring whose indices contradict each other (virtio_load), it ends. Its RAM is still
-worth comparing: what the device lost on the way may be why its state cannot be loaded.
+QEMU loads the state of RAM first and the states of the devices after it. A QEMU that refuses a
+device's state, such as a ring with contradictory indices (virtio_load), ends. Its RAM is still
+worth comparing: a page that the device lost may be the reason for the refusal.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from dmaproof.errors import UntestableError
 from ..host.process import Process
 
 CANNOT_LOAD: Final = "error while loading state"
-"""QEMU's words for a device's state that it refuses (vmstate_load)."""
+"""QEMU's message about a device's state that it refuses (vmstate_load)."""
 _REFUSED: Final = re.compile(f"{CANNOT_LOAD} for instance \\S+ of device '(?!ram')")
-"""The same, but for the state of RAM. A QEMU that ended for it reports it in no other way."""
+"""The same message, except about the state of RAM. A QEMU that ends for this reason only prints
+the message."""
 
 
 @dataclass(frozen=True)
 class StateRefusal:
-    """What is known of a refusal.
+    """A refusal of a device's state.
 
-    `error` is what the migration came to, and `words` how the destination ended, with the last
-    lines of its log. With `source_continued` the source ran its guest again before dmaproof could
-    pause it, so that its RAM is not that of the migration's end any more.
+    `error` is the migration's error. `words` say how the destination ended, with the last lines of
+    its log. If `source_continued`, the source ran its guest again before dmaproof could pause it,
+    so the source's RAM has changed since the end of the migration.
     """
 
     error: UntestableError
@@ -41,6 +42,6 @@ def has_refused_state(destination: Process) -> bool:
 
 
 def last_words(destination: Process) -> str:
-    """How the destination has ended, and the last lines of its log."""
+    """Return how the destination has ended, and the last lines of its log."""
     tail = destination.log_tail()
     return f"{destination.name} {destination.how_it_ended()}\n{tail}".rstrip()

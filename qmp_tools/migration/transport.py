@@ -1,4 +1,4 @@
-"""How the bytes of a migration get across: the URIs that both QEMUs are given."""
+"""Name the transports of a migration, as the migration URIs of both QEMUs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOCALHOST: Final = "127.0.0.1"
 class Ends:
     """Both QEMUs of a migration, and the `folder` and `host` that its transport may use.
 
-    `printed()` is what the QEMUs have said elsewhere than on QMP. `joined()` waits until the
+    `printed()` returns the messages that the QEMUs have printed. `joined()` waits until the
     destination answers on QMP, for a scenario in which it does so only during the migration.
     """
 
@@ -31,10 +31,10 @@ class Ends:
 
 @dataclass(frozen=True)
 class Transport:
-    """Where the destination reads the stream and the source writes it, as migration URIs.
+    """The migration URIs from which the destination reads and to which the source writes.
 
-    With `saved_first` the source writes all of it before the destination is told to read.
-    `written_to` is asked when the destination listens, unless `saved_first`.
+    If `saved_first`, the destination begins to read after the source has written everything. Else
+    `written_to` is called when the destination listens.
     """
 
     read_from: Callable[[Ends], str]
@@ -43,7 +43,7 @@ class Transport:
 
 
 def socket_transport(uri: Callable[[Ends], str]) -> Transport:
-    """A socket at `uri`; of a TCP port that QEMU chooses, the source is told which it is."""
+    """Make a transport over a socket at `uri`; the source learns a TCP port that QEMU chooses."""
 
     async def written_to(ends: Ends) -> str:
         if not uri(ends).startswith("tcp:"):
@@ -55,7 +55,7 @@ def socket_transport(uri: Callable[[Ends], str]) -> Transport:
 
 
 def saved_transport(reading: Callable[[Path], str], writing: Callable[[Path], str]) -> Transport:
-    """A file in the run's folder, with the URIs that read and write it."""
+    """Make a transport over a file in the run's folder, from the URIs that read and write it."""
 
     def file(ends: Ends) -> Path:
         return ends.folder / "saved-guest"
@@ -67,7 +67,7 @@ def saved_transport(reading: Callable[[Path], str], writing: Callable[[Path], st
 
 
 def cat_from(file: Path) -> str:
-    """The URI of a shell command that reads `file`."""
+    """Return the URI of a shell command that reads `file`."""
     return f"exec:cat <{shlex.quote(str(file))}"
 
 
@@ -79,11 +79,11 @@ FILE: Final = saved_transport(lambda file: f"file:{file}", lambda file: f"file:{
 
 
 def channel(folder: Path, kind: str) -> dict[str, Any]:
-    """The migration channel `kind`, 'main' or 'cpr', over a socket in `folder`."""
+    """Return the migration channel `kind`, 'main' or 'cpr', over a socket in `folder`."""
     address = {"transport": "socket", "type": "unix", "path": str(channel_path(folder, kind))}
     return {"channel-type": kind, "addr": address}
 
 
 def channel_path(folder: Path, kind: str) -> Path:
-    """Where the destination listens for channel `kind`."""
+    """Return the path at which the destination listens for channel `kind`."""
     return folder / f"{kind}-channel.sock"

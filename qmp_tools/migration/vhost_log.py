@@ -1,6 +1,6 @@
-"""QEMU's vhost log, in which its out-of-process devices mark the pages that they have written.
+"""Open QEMU's vhost log, in which out-of-process devices mark the pages that they have written.
 
-It is a memfd with one bit for each 4 KiB of guest-physical addresses, which exists while dirty
+The log is a memfd with one bit for each 4 KiB of guest-physical addresses. It exists while dirty
 logging is on. QEMU takes the bits at its bitmap syncs, word by word, by an atomic exchange with 0.
 """
 
@@ -21,11 +21,13 @@ _NAME: Final = "/memfd:vhost-log"
 
 @contextlib.contextmanager
 def vhost_log(pid: int, name: str, flags: int) -> Iterator[int | None]:
-    """The vhost log of process `pid`, called `name` in messages, opened with `flags`; None if it
-    has none.
+    """Open the vhost log of process `pid`, called `name` in messages, with `flags`.
+
+    Yields:
+        The file descriptor; None if the process has no log.
 
     Raises:
-        UntestableError: this user may not look at the process.
+        UntestableError: this user may not open the process's files.
     """
     fd = _open(pid, name, flags)
     try:
@@ -44,8 +46,8 @@ def _open(pid: int, name: str, flags: int) -> int | None:
     except PermissionError:
         owner = owner_name(Path(f"/proc/{pid}").stat().st_uid)
         raise UntestableError(
-            f"{name} (process {pid}) belongs to user {owner}; run this as {owner} or as root"
+            f"{name} (process {pid}) belongs to user {owner}; run dmaproof as {owner} or as root"
         ) from None
-    except FileNotFoundError:  # the process has gone, which QMP tells better
+    except FileNotFoundError:  # the process has ended, which QMP reports better
         pass
     return None

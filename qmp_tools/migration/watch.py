@@ -1,8 +1,8 @@
-"""Follows a migration that somebody else started: how far it is, how fast, and when it will end.
+"""Follow a third party's migration: report its progress, its speed, and when it will end.
 
-QEMU stops the guest once what remains can be sent within the downtime limit. Until then the dirty
-pages come in as fast as the guest writes, so what remains shrinks by the difference of both rates;
-where that is not positive the migration does not converge, and that is what is told.
+QEMU stops the guest when it can send the remaining data within the downtime limit. Until then the
+remaining data shrinks at the bandwidth minus the dirty rate. If this difference is not positive,
+the migration does not converge, and `View.ends_in` says so.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from .migration import Progress, parse_progress
 
 @dataclass(frozen=True)
 class View:
-    """One look at the migration; `downtime_limit_s` is what QEMU was set to."""
+    """The state of a migration at one moment; `downtime_limit_s` is QEMU's setting."""
 
     progress: Progress
     downtime_limit_s: float | None
 
     @property
     def is_over(self) -> bool:
-        """Whether the migration has come to its end."""
+        """Whether the migration has ended."""
         return self.progress.is_over
 
     @property
     def bytes_per_s(self) -> float | None:
-        """The bandwidth that is used; None while QEMU has not measured it."""
+        """The used bandwidth in bytes a second; None while QEMU has not measured it."""
         rate = self.progress.mbit_per_s
         return rate * 1e6 / 8 if rate else None
 
     @property
     def dirty_bytes_per_s(self) -> int | None:
-        """How fast the guest dirties RAM; None before the second bitmap sync."""
+        """The guest's dirty rate in bytes a second; None before the second bitmap sync."""
         pages, page_bytes = self.progress.dirty_pages_per_s, self.progress.page_bytes
         return pages * page_bytes if pages is not None and page_bytes else None
 
     @property
     def ends_in(self) -> str | None:
-        """When the guest will be stopped, in words; None where QEMU does not tell enough."""
+        """When QEMU will stop the guest, in words; None if QEMU reports too little."""
         rate, remaining = self.bytes_per_s, self.progress.remaining
         if self.progress.status != "active" or not rate or remaining is None:
             return None
@@ -53,13 +53,13 @@ class View:
             return "at once"
         net = rate - (self.dirty_bytes_per_s or 0)
         if net <= 0:
-            return "never: dirtied faster than sent"
+            return "never: the guest dirties RAM faster than QEMU sends it"
         return f"in {short_of / net:.1f} s"
 
     def columns(self) -> dict[str, str]:
-        """What there is to tell, by name."""
+        """Return the known figures, formatted, by name."""
         progress = self.progress
-        told = {
+        figures = {
             "status": progress.status,
             "elapsed": _unit(progress.elapsed_s, "s", 1),
             "pass": str(progress.syncs) if progress.syncs else None,
@@ -70,14 +70,14 @@ class View:
             "end": self.ends_in,
         }
         if progress.downtime_s is not None and self.is_over:
-            told["downtime"] = f"{progress.downtime_s * 1000:.0f} ms"
+            figures["downtime"] = f"{progress.downtime_s * 1000:.0f} ms"
         elif progress.expected_downtime_s is not None:
-            told["expected downtime"] = f"{progress.expected_downtime_s * 1000:.0f} ms"
-        return {name: value for name, value in told.items() if value is not None}
+            figures["expected downtime"] = f"{progress.expected_downtime_s * 1000:.0f} ms"
+        return {name: value for name, value in figures.items() if value is not None}
 
     @property
     def line(self) -> str:
-        """The same in one line."""
+        """The known figures in one line."""
         status, *rest = self.columns().items()
         return ", ".join([status[1], *(f"{name} {value}" for name, value in rest)])
 
@@ -91,10 +91,12 @@ def _unit(value: float | None, unit: str, digits: int) -> str | None:
 
 
 async def watch(qemu: Qemu, interval_s: float) -> AsyncIterator[View]:
-    """Looks at the migration every `interval_s` until it is over; waits for one to begin.
+    """Yield a `View` of the migration every `interval_s` until the migration is over.
+
+    If no migration runs, wait for one to begin.
 
     Raises:
-        QmpError: QEMU goes away, or does not know migrations.
+        QmpError: QEMU closes the connection, or does not support migration.
     """
     require("qemu", qemu, Qemu, "a QEMU from start_qemu() or attach()")
     require("interval_s", interval_s, (int, float), "seconds")

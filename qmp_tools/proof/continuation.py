@@ -53,7 +53,7 @@ async def _recheck(
     guest = pair.destination_guest
     before = pair.source_guest.number("progress", "requests")
     await scenario.finish(pair)
-    await guest.tell(RECHECK)
+    await guest.send(RECHECK)
     wanted = before + requests_after
     await guest.wait_for(lambda: "recheck" in guest.latest, "rechecked its pages", timeout_s)
     await guest.wait_for(

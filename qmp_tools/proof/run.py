@@ -336,7 +336,7 @@ class ProofRun:
         source = self.scenario.evidence_source(has_evidence=bool(evidence))
         if source is EvidenceSource.JOURNAL:
             return measure_sensitivity(evidence, migrated.all_sent_ns)
-        write_once = 0 if migrated.source_continued else self._attempt.once_pages()
+        write_once = 0 if migrated.source_continued else self._attempt.used_write_once_pages()
         guaranteed = source is not EvidenceSource.GUEST or self._setup.device.direct
         return sensitivity_by_guest(write_once, source, guaranteed=guaranteed)
 

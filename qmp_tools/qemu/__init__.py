@@ -1,1 +1,1 @@
-"""QEMUs: found and fetched, started or attached to, and what is said to them."""
+"""Find, fetch, start and attach to QEMUs, and talk to them over QMP."""

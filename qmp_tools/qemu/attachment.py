@@ -1,11 +1,11 @@
-"""A QEMU that somebody else started, reached over its QMP socket.
+"""Attach to a third party's QEMU over its QMP socket.
 
-The socket's peer credentials (SO_PEERCRED, unix(7)) name the process that listens, which is QEMU
-unless a supervisor opened the socket for it; whoever uses its `pid` has to make sure.
+The socket's peer credentials (SO_PEERCRED, unix(7)) name the process that listens. That process is
+QEMU, unless a supervisor opened the socket for QEMU; callers that use `pid` must check.
 
-A path that does not lead to a QMP monitor is reported as what it is. What a server says first is
-looked at without being taken from the socket: a QMP monitor opens with a JSON object, a human
-monitor with its banner, and a monitor that another client uses says nothing.
+If a path does not lead to a QMP monitor, the error says what the path leads to. `attach` peeks at
+the server's first bytes without taking them from the socket: a QMP monitor sends a JSON object, a
+human monitor its banner, and a monitor that serves another client nothing.
 """
 
 from __future__ import annotations
@@ -47,48 +47,54 @@ _CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
 class NotASocketError(UsageError):
-    """What was given does not lead to a Unix socket."""
+    """The path does not lead to a Unix socket."""
 
 
 class TcpAddressError(NotASocketError):
-    """What was given is an address of QMP over TCP."""
+    """The argument is the address of a QMP server over TCP, not a path."""
 
 
 class DomainNameError(NotASocketError):
-    """What was given is a name, perhaps of a libvirt domain, and not a path."""
+    """The argument is a name, perhaps of a libvirt domain, not a path."""
 
 
 class HumanMonitorError(UsageError):
-    """The socket is a human monitor's (HMP)."""
+    """The socket belongs to a human monitor (HMP)."""
 
 
 class NotQmpError(UsageError):
-    """A server answers at the socket that does not speak QMP."""
+    """The server at the socket does not speak QMP."""
 
 
 class NoGreetingError(QmpError):
-    """The server accepts the connection and does not greet."""
+    """The server accepts the connection but sends no QMP greeting."""
 
 
 class LibvirtMonitorError(NoGreetingError):
-    """The socket is the monitor that libvirt itself uses."""
+    """The socket belongs to the monitor that libvirt itself uses."""
 
 
 @contextlib.asynccontextmanager
 async def attach(
     name: str, path: AnyPath, *, timeout_s: float = DEFAULT_TIMEOUT_S
 ) -> AsyncIterator[Qemu]:
-    """A session with the QEMU, called `name`, that listens at `path`.
+    """Open a QMP session with a running QEMU that listens at `path`.
 
-    `timeout_s` bounds the wait for each of its answers. The greeting comes at once, or never where
-    the socket serves another client, so a tenth of that bounds the wait for it.
+    Args:
+        name: the name of the QEMU in messages.
+        path: its QMP socket.
+        timeout_s: the bound of the wait for each answer. A tenth of it bounds the wait for the
+            greeting, which QEMU sends at once unless the socket serves another client.
+
+    Yields:
+        The QEMU.
 
     Raises:
-        NotASocketError: there is no socket at `path`; its subclasses say what was given instead.
-        HumanMonitorError: a human monitor listens there.
-        NotQmpError: something else listens there.
-        NoGreetingError: the server says nothing; `LibvirtMonitorError` where libvirt uses it.
-        UntestableError: it may not be opened, or nobody listens.
+        NotASocketError: `path` is not a socket; the subclasses say what it is.
+        HumanMonitorError: a human monitor listens at `path`.
+        NotQmpError: another kind of server listens at `path`.
+        NoGreetingError: the server sends nothing; `LibvirtMonitorError` if libvirt uses the socket.
+        UntestableError: this user may not open the socket, or no server listens.
     """
     require("name", name, str, "a name")
     require("timeout_s", timeout_s, (int, float), "seconds")
@@ -116,10 +122,10 @@ async def attach(
 
 
 async def _first_words(connection: socket.socket, timeout_s: float) -> bytes:
-    """What the server says first, which stays in the socket; empty where it closes.
+    """Peek at the server's first bytes; they are empty if the server closes the connection.
 
     Raises:
-        TimeoutError: it says nothing for `timeout_s`.
+        TimeoutError: the server sends nothing for `timeout_s`.
     """
     loop = asyncio.get_running_loop()
     readable = asyncio.Event()
@@ -135,12 +141,12 @@ async def _first_words(connection: socket.socket, timeout_s: float) -> bytes:
 def _require_qmp(name: str, path: Path, first_words: bytes) -> None:
     if _HUMAN_BANNER.search(first_words):
         raise HumanMonitorError(
-            f"{name}: {path} is a human monitor (HMP), not a QMP monitor: start QEMU with "
-            f"{_SECOND_SOCKET} too, and name that socket"
+            f"{name}: {path} is a human monitor (HMP), not a QMP monitor; start QEMU with "
+            f"{_SECOND_SOCKET} as well, and name that socket"
         )
     if first_words and not first_words.startswith(b"{"):
         raise NotQmpError(
-            f"{name}: the server at {path} does not speak QMP; instead of a QMP greeting it sent "
+            f"{name}: the server at {path} does not speak QMP: expected a QMP greeting, got "
             f"{first_words!r}. Name the socket of QEMU's option {_SECOND_SOCKET}"
         )
 
@@ -149,17 +155,17 @@ def _no_greeting(name: str, path: Path, why: str) -> NoGreetingError:
     if _is_libvirts(path):
         return LibvirtMonitorError(
             f"{name}: {path} is the monitor that libvirt itself uses, and a QMP socket serves one "
-            f"client at a time: {_SECOND_SOCKET_OF_DOMAIN}"
+            f"client at a time; {_SECOND_SOCKET_OF_DOMAIN}"
         )
     return NoGreetingError(
         f"{name}: no QMP greeting from {path} {why}. A QMP socket serves one client at a time: end "
-        f"the other client, or give QEMU a second socket ({_SECOND_SOCKET}). A guest agent's "
-        "socket or a console's never greets"
+        f"the other client, or give QEMU a second socket ({_SECOND_SOCKET}). The socket of a guest "
+        "agent or a console sends no greeting"
     )
 
 
 def _is_libvirts(path: Path) -> bool:
-    """Whether it is named as libvirt names its monitors (qemuProcessPrepareMonitorChr)."""
+    """Whether `path` has the form of libvirt's monitor sockets (qemuProcessPrepareMonitorChr)."""
     return path.name == "monitor.sock" and path.parent.name.startswith("domain-")
 
 
@@ -167,11 +173,13 @@ def _connect(name: str, path: Path, timeout_s: float) -> socket.socket:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        raise _not_there(name, os.fspath(path)) from None
+        raise _not_found(name, os.fspath(path)) from None
     except PermissionError as error:
         if _is_libvirts(path):
             raise _no_greeting(name, path, str(error)) from None
-        raise UntestableError(f"{name}: {path} is out of reach of this user") from None
+        raise UntestableError(
+            f"{name}: this user may not access {path}; run dmaproof as its owner or as root"
+        ) from None
     except OSError as error:  # a file where a folder should be, a name too long, a loop
         raise NotASocketError(f"{name}: {path}: {error.strerror}") from None
     if not stat.S_ISSOCK(mode):
@@ -189,7 +197,7 @@ def _connect(name: str, path: Path, timeout_s: float) -> socket.socket:
             raise _no_greeting(name, path, str(error)) from None
         owner = owner_name(path.stat().st_uid)
         raise UntestableError(
-            f"{name}: {path} belongs to user {owner}; run this as {owner} or as root"
+            f"{name}: {path} belongs to user {owner}; run dmaproof as {owner} or as root"
         ) from None
     except (ConnectionError, TimeoutError, BlockingIOError) as error:
         connection.close()
@@ -201,27 +209,27 @@ def _connect(name: str, path: Path, timeout_s: float) -> socket.socket:
     return connection
 
 
-def _not_there(name: str, given: str) -> NotASocketError:
-    if _TCP_ADDRESS.fullmatch(given):
+def _not_found(name: str, argument: str) -> NotASocketError:
+    if _TCP_ADDRESS.fullmatch(argument):
         return TcpAddressError(
-            f"{name}: {given} is a TCP address; expected the path of a Unix socket, which also "
-            f"tells the process behind it: start QEMU with {_SECOND_SOCKET} too"
+            f"{name}: {argument} is a TCP address; expected the path of a Unix socket, which also "
+            f"identifies QEMU's process; start QEMU with {_SECOND_SOCKET} as well"
         )
-    if given.startswith("unix:"):
-        path = given.removeprefix("unix:").partition(",")[0]
-        return NotASocketError(f"{name}: there is no file {given}; name the path alone: {path}")
-    if "/" not in given:
+    if argument.startswith("unix:"):
+        path = argument.removeprefix("unix:").partition(",")[0]
+        return NotASocketError(f"{name}: not found: {argument}; give only the path: {path}")
+    if "/" not in argument:
         return DomainNameError(
-            f"{name}: there is no file {given} here. If {given} is a libvirt domain: expected the "
-            f"path of a QMP socket, not a domain's name; {_SECOND_SOCKET_OF_DOMAIN}"
+            f"{name}: not found: {argument} in this folder. If {argument} is a libvirt domain: "
+            f"expected the path of a QMP socket, not a domain's name; {_SECOND_SOCKET_OF_DOMAIN}"
         )
     return NotASocketError(
-        f"{name}: there is no {given}; start QEMU with -qmp unix:{given},server=on,wait=off"
+        f"{name}: not found: {argument}; start QEMU with -qmp unix:{argument},server=on,wait=off"
     )
 
 
 def owner_name(uid: int) -> str:
-    """The user's name, or the number where there is none."""
+    """Return the user's name; the number if the user has no name."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:

@@ -1,9 +1,9 @@
-"""QEMU builds from the distribution's archive, each with all its libraries in a folder of its own.
+"""Fetch QEMU builds from the distribution's archive, each with all its libraries in its own folder.
 
-Packages of a newer release do not install on an older one, but they run from a folder: started
-through that folder's own dynamic loader, with its libraries, modules and firmware. A small script
-does that, so a fetched QEMU is a path like any other; it replaces itself by QEMU, so the process id
-stays the same.
+Packages of a newer release do not install on an older one, but they run from a folder if that
+folder's own dynamic loader starts them with its libraries, modules and firmware. A small script
+does that, so a fetched QEMU is a path like any other QEMU. The script replaces itself by QEMU
+(exec), so the process id stays the same.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from ..host.user_folders import data_folder
 _logger = logging.getLogger(__name__)
 
 _RELEASES: Final = ("bookworm", "trixie")
-"""Those whose suites are tried for a version; the machine's own is tried too."""
+"""The releases to search for a version, besides the machine's own release."""
 _PACKAGE: Final = "qemu-system-x86"
 _PACKAGES: Final = (_PACKAGE, "qemu-system-data", "qemu-utils", "seabios", "ipxe-qemu")
 _VIRTIOFSD: Final = "virtiofsd"
-"""A package of its own from Debian 13 on."""
+"""A separate package from Debian 13 on."""
 PROGRAM: Final = "qemu-system-x86_64"
 _PROGRAMS: Final = {
     PROGRAM: "usr/bin",
@@ -39,9 +39,9 @@ _PROGRAMS: Final = {
     "qemu-img": "usr/bin",
     _VIRTIOFSD: "usr/libexec",
 }
-"""Where the packages have them."""
+"""The programs, and their folders in the packages."""
 _SUITE_FILE: Final = "suite"
-_REMEDY: Final = "set XDG_DATA_HOME to a folder that can be written to, with room"
+_REMEDY: Final = "set XDG_DATA_HOME to a writable folder with enough space"
 
 _WRAPPER: Final = """\
 #!/bin/sh
@@ -59,7 +59,7 @@ _FIRMWARE: Final = (
 
 @dataclass(frozen=True)
 class QemuBuild:
-    """A fetched QEMU; `path` is its qemu-system-x86_64."""
+    """A QEMU of the system or a fetched one; `path` is its qemu-system-x86_64."""
 
     version: str
     suite: str
@@ -75,10 +75,10 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def installed() -> list[QemuBuild]:
-    """The builds that are there, oldest version first."""
+    """Return the fetched builds, oldest version first."""
     try:
         home = _home()
-    except UntestableError:  # and so nothing was fetched
+    except UntestableError:  # without a data folder, no build was fetched
         return []
     builds = [
         QemuBuild(file.parent.name, file.read_text().strip(), file.parent / PROGRAM)
@@ -88,18 +88,18 @@ def installed() -> list[QemuBuild]:
 
 
 def files_of_build(program: Path) -> list[Path]:
-    """All files of the fetched QEMU that `program` belongs to; none if it was not fetched."""
+    """Return all files of the fetched QEMU with this `program`; empty for any other program."""
     if not (program.parent / _SUITE_FILE).is_file():
         return []
     return [file for file in (program.parent / "root").rglob("*") if file.is_file()]
 
 
 def fetch(wanted: str) -> QemuBuild:
-    """Bring the QEMU of a suite ('trixie-backports') or of a version ('11.1').
+    """Fetch the QEMU of a suite ('trixie-backports') or of a version ('11.1').
 
     Raises:
         UsageError: no suite of the archive has that version.
-        UntestableError: the archive cannot be reached, or what came does not run.
+        UntestableError: the archive cannot be reached, or the fetched QEMU does not run.
     """
     with writing_to(_home(), _REMEDY):
         return _fetch(wanted)
@@ -126,12 +126,12 @@ def _fetch(wanted: str) -> QemuBuild:
 
 
 def _find(wanted: str, folder: Path) -> tuple[Archive, str]:
-    """The suite that has what is `wanted`, and the upstream version there."""
+    """Find the suite that has the `wanted` QEMU, and QEMU's upstream version there."""
     is_version = wanted[:1].isdigit()
     suites = _suites() if is_version else [wanted]
     seen = []
     for suite in suites:
-        _logger.info("looking into %s", suite)
+        _logger.info("searching %s", suite)
         try:
             archive = Archive(suite, folder / suite)
             version = _upstream(archive.version(_PACKAGE))
@@ -143,7 +143,7 @@ def _find(wanted: str, folder: Path) -> tuple[Archive, str]:
             return archive, version
         seen.append(f"{suite} has {version}")
     raise UsageError(
-        f"no suite has QEMU {wanted}: {', '.join(seen) or 'the archive could not be reached'}"
+        f"no suite has QEMU {wanted}: {', '.join(seen) or 'could not reach the archive'}"
     )
 
 
@@ -153,17 +153,17 @@ def _suites() -> list[str]:
 
 
 def _upstream(version: str) -> str:
-    """'10.0.13' from a Debian version such as '1:10.0.13+ds-0+deb13u1'."""
+    """Return '10.0.13' for a Debian version such as '1:10.0.13+ds-0+deb13u1'."""
     match = re.match(r"(?:\d+:)?([\d.]*\d)", version)
     if match is None:
-        raise UntestableError(f"QEMU's package has a version without numbers: {version}")
+        raise UntestableError(f"QEMU's package has the version {version!r}; expected a number")
     return match[1]
 
 
 def make_whole(build: Path, programs: Mapping[str, str]) -> None:
-    """Make the packages unpacked in ``root`` run: merged /usr, and a script for each program.
+    """Make the packages unpacked in ``root`` run: merge /usr, and write a script for each program.
 
-    `programs` are those that are to be run, with the folder that the packages have them in.
+    `programs` maps each program's name to its folder in the packages.
     """
     root = build / "root"
     for name in ("lib", "lib64"):

@@ -1,4 +1,4 @@
-"""Which QEMU to run, and which machine type two of them have in common."""
+"""Choose a QEMU to run, and a machine type that two QEMUs have in common."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _SYSTEMS: Final = "system"
 
 
 def find_qemu(wanted: AnyPath | None) -> Path:
-    """The QEMU at the path `wanted`, the one of that version, or for None the system's.
+    """Find the QEMU with the path or version `wanted`; for None, the system's.
 
-    Of a version, the system's goes before one that was fetched.
+    The system's QEMU takes precedence over a fetched one of the same version.
 
     Raises:
-        UsageError: there is nothing at the path, and no such version.
-        UntestableError: the system has none, and none was fetched.
+        UsageError: `wanted` is neither a program nor a known version.
+        UntestableError: `wanted` is None, and no QEMU is installed or fetched.
     """
     if wanted is None:
         found = shutil.which(_PROGRAM)
@@ -37,26 +37,26 @@ def find_qemu(wanted: AnyPath | None) -> Path:
         if builds:
             return builds[-1].path
         raise UntestableError(
-            "there is no QEMU: 'apt-get install qemu-system-x86' brings the system's, "
-            "'dmaproof qemu fetch' a newer one without root"
+            "QEMU is not installed: 'apt-get install qemu-system-x86' installs the system's QEMU; "
+            "'dmaproof qemu fetch' fetches a newer one and needs no root"
         )
     wanted = os.fspath(wanted)
     found = shutil.which(wanted)
     if found is not None:
         return Path(found).absolute()
     builds = known_qemus()
-    fitting = [it for it in builds if f"{it.version}.".startswith(f"{wanted}.")]
+    fitting = [build for build in builds if f"{build.version}.".startswith(f"{wanted}.")]
     if fitting:
         return (fitting[0] if fitting[0].suite == _SYSTEMS else fitting[-1]).path
     raise UsageError(
-        f"--qemu {wanted}: no such program, and no such version; there are: "
+        f"--qemu {wanted}: neither a program nor an available version; available: "
         f"{', '.join(build.version for build in builds) or 'none'} "
-        "('dmaproof qemu fetch' brings more)"
+        "('dmaproof qemu fetch' fetches more)"
     )
 
 
 def known_qemus() -> list[QemuBuild]:
-    """The system's QEMU, if there is one, and behind it those that were fetched."""
+    """Return the system's QEMU, if one is installed, followed by the fetched ones."""
     found = shutil.which(_PROGRAM)
     version = version_of(Path(found)) if found is not None else None
     system = [QemuBuild(version, _SYSTEMS, Path(found))] if found and version else []
@@ -64,7 +64,7 @@ def known_qemus() -> list[QemuBuild]:
 
 
 def version_of(binary: Path) -> str | None:
-    """The version that a QEMU says it has, such as '7.2.22'; None where it does not run."""
+    """Return the version that a QEMU prints, such as '7.2.22'; None if the QEMU does not run."""
     try:
         done = subprocess.run(
             [binary, "--version"],
@@ -81,20 +81,23 @@ def version_of(binary: Path) -> str | None:
 
 
 async def common_machine(wanted: str, source: Path, destination: Path, timeout_s: float) -> str:
-    """A versioned machine type that both QEMUs have, for an alias such as 'q35'.
+    """Return a versioned machine type that both QEMUs have, for an alias such as 'q35'.
 
-    Two builds of one version resolve an alias alike; else it is the older one's type. Properties
-    behind a comma ('q35,hpet=off') stay.
+    Two builds of the same version resolve an alias to the same type. Else the result is the older
+    QEMU's type. Properties after a comma ('q35,hpet=off') stay.
 
     Raises:
-        UnsupportedError: one of them does not have the machine type, or they have no version of it
-            in common.
+        UnsupportedError: a QEMU does not have the machine type, or the two QEMUs have no version of
+            it in common.
     """
     name, comma, properties = wanted.partition(",")
     types = [await _machine_types(binary, timeout_s) for binary in (source, destination)]
     for binary, known in zip((source, destination), types, strict=True):
         if name not in known:
-            raise UnsupportedError(f"machine {name}: {binary} has no such machine type")
+            raise UnsupportedError(
+                f"machine {name}: {binary} does not have this machine type; '{binary} -machine "
+                "help' lists its types"
+            )
     for known, other in (types, types[::-1]):
         if known[name] in other:
             return known[name] + comma + properties
@@ -104,7 +107,7 @@ async def common_machine(wanted: str, source: Path, destination: Path, timeout_s
 
 
 async def _machine_types(binary: Path, timeout_s: float) -> dict[str, str]:
-    """Machine type or alias → the name of the type; asked once of each QEMU."""
+    """Return the QEMU's machine types by name and alias; each QEMU is asked only once."""
     if binary in _types:
         return _types[binary]
     async with idle_qemu("machine-types", binary, timeout_s=timeout_s) as qemu:

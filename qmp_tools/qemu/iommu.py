@@ -1,4 +1,4 @@
-"""The virtual IOMMUs that a proof's devices can be put behind."""
+"""The virtual IOMMUs that a proof can put its devices behind."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Final
 
 @dataclass(frozen=True)
 class Iommu:
-    """One of them: what QEMU is told of it, before the devices, and what the Linux guest.
+    """A virtual IOMMU: QEMU's arguments, which precede the devices', and the Linux guest's options.
 
-    `guests` are those that map what they give to devices so.
+    `guests` names the guests that support it.
     """
 
     summary: str
@@ -23,13 +23,13 @@ _INTEL: Final = ("-device", "intel-iommu,device-iotlb=on,intremap=off")
 
 IOMMUS: Final = {
     "intel": Iommu(
-        "VT-d; each mapping goes as soon as its request is done",
+        "VT-d; the guest removes each mapping as soon as its request is done",
         _INTEL,
         "intel_iommu=on iommu.strict=1",
         ("bare", "linux"),
     ),
     "intel-lazy": Iommu(
-        "VT-d; the guest takes mappings away in batches, and the rings' with them",
+        "VT-d; the guest removes mappings in batches, those of the rings included",
         _INTEL,
         "intel_iommu=on iommu.strict=0",
         ("linux",),
@@ -38,14 +38,15 @@ IOMMUS: Final = {
 
 
 def root_port(number: int) -> list[str]:
-    """The QEMU arguments of a PCI Express root port."""
+    """Return the QEMU arguments of a PCI Express root port."""
     return ["-device", f"pcie-root-port,id=port-{number},chassis={number}"]
 
 
 def behind_iommu(port: int) -> list[str]:
-    """What makes a virtio device take IOVAs (VIRTIO_F_ACCESS_PLATFORM), and have an IOTLB.
+    """Return the options of a virtio device that uses IOVAs and has an IOTLB.
 
-    QEMU tells that of what is taken away if it has ATS, PCI's address translation services, which
-    only devices behind a root port have (virtio_pci_realize).
+    The option iommu_platform offers VIRTIO_F_ACCESS_PLATFORM. QEMU reports removed mappings to the
+    device only if the device has ATS (PCI's address translation services), and only devices behind
+    a root port can have ATS (virtio_pci_realize).
     """
     return [f"bus=port-{port}", "iommu_platform=on", "ats=on"]

@@ -1,4 +1,4 @@
-"""The virtual machine of a proof as QEMU arguments: the same for source and destination."""
+"""Describe the virtual machine of a proof as QEMU arguments, equal for source and destination."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from .iommu import IOMMUS
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 RAM_GRANULE_BYTES: Final = 8 * KIB
-"""QEMU's PC machines take RAM in steps of this (MachineClass.fixup_ram_size, pc_memory_init)."""
+"""The size of RAM in QEMU's PC machines is a multiple of this (MachineClass.fixup_ram_size,
+pc_memory_init)."""
 
 RAM_BACKEND: Final = "ram"
 """The id of the memory backend that is the guest's RAM."""
@@ -22,27 +23,30 @@ _SUFFIXES: Final = {"": MIB, "K": KIB, "M": MIB, "G": GIB, "T": 1 << 40}
 
 
 def option_value(text: object) -> str:
-    """`text`, such as a path, as the value of one of several options behind a QEMU option."""
+    """Escape `text`, such as a path, as a value in a comma-separated list of QEMU options."""
     return str(text).replace(",", ",,")
 
 
 def parse_memory(text: str) -> int:
-    """The bytes that '512M', '524296K', '5G' or '512' (MiB, as with QEMU's -m) name.
+    """Parse a size such as '512M', '524296K', '5G' or '512' (MiB, as with QEMU's -m).
+
+    Returns:
+        The size in bytes.
 
     Raises:
-        UsageError: it is no such size, or one that a PC machine cannot have.
+        UsageError: `text` is not a size, or a PC machine cannot have RAM of this size.
     """
     match = re.fullmatch(r"(\d+)([KMGT]?)", text.strip().upper().removesuffix("IB"))
     if match is None:
-        raise UsageError(f"memory {text!r}: a number with K, M or G is due, such as 512M")
+        raise UsageError(f"memory: expected a number with K, M or G, such as 512M, got {text!r}")
     size = int(match[1]) * _SUFFIXES[match[2]]
     if size < 64 * MIB or size % RAM_GRANULE_BYTES:
-        raise UsageError(f"memory {text!r}: at least 64M, in steps of 8K, is due")
+        raise UsageError(f"memory: expected at least 64M and a multiple of 8K, got {text!r}")
     return size
 
 
 def format_memory(size: int) -> str:
-    """The shortest form that `parse_memory` reads back."""
+    """Return the shortest text that `parse_memory` parses to `size` bytes."""
     for suffix, unit in (("G", GIB), ("M", MIB)):
         if size % unit == 0:
             return f"{size // unit}{suffix}"
@@ -51,14 +55,14 @@ def format_memory(size: int) -> str:
 
 _TAKEN_PROPERTIES: Final = {
     **dict.fromkeys(
-        ("append", "dtb", "firmware", "initrd", "kernel"), "dmaproof boots a guest of its own"
+        ("append", "dtb", "firmware", "initrd", "kernel"), "dmaproof boots its own guest"
     ),
-    "accel": "--accel chooses the accelerator",
-    "memory": "--memory sizes the guest's RAM",
-    "memory-backend": "--memory sizes the guest's RAM, which must be one shared memfd",
-    "smp": "--cpus says how many CPUs the guest has",
+    "accel": "use --accel to choose the accelerator",
+    "memory": "use --memory to set the size of the guest's RAM",
+    "memory-backend": "the guest's RAM must be one shared memfd; use --memory to set its size",
+    "smp": "use --cpus to set the number of the guest's CPUs",
 }
-"""Properties of machine types that `Machine` sets, by another option of QEMU or in the same."""
+"""Properties of machine types that `Machine` sets, with -machine or another option of QEMU."""
 
 
 def refuse_taken_properties(machine: str) -> None:
@@ -70,16 +74,16 @@ def refuse_taken_properties(machine: str) -> None:
     for pair in machine.split(",")[1:]:
         name = pair.partition("=")[0]
         if (why := _TAKEN_PROPERTIES.get(name.partition(".")[0])) is not None:
-            raise UsageError(f"--machine {machine}: dmaproof sets {name} itself: {why}")
+            raise UsageError(f"--machine {machine}: dmaproof itself sets {name}; {why}")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A guest to be started twice: as the source and as the destination of a migration.
+    """A guest to start twice: as the source and as the destination of a migration.
 
-    `memory_bytes` of RAM stand in one shared memfd, which the device and the comparison map too. So
-    many DIMMs as `dimm_slots` can be plugged, each of `DIMM_BYTES`. Its devices are behind the
-    `iommu`, if there is one (`iommu.IOMMUS`).
+    Its `memory_bytes` of RAM are in one shared memfd, which the device and the comparison map too.
+    `dimm_slots` DIMMs of `DIMM_BYTES` each can be plugged. The devices are behind the `iommu`, if
+    one is named (`iommu.IOMMUS`).
     """
 
     machine: str
@@ -93,8 +97,8 @@ class Machine:
     iommu: str | None = None
 
     def arguments(self) -> list[str]:
-        """The QEMU arguments that both sides share."""
-        # The firmware registers a pvclock page that KVM updates behind the migration's back.
+        """Return the QEMU arguments that both sides share."""
+        # The firmware registers a pvclock page, which KVM updates without marking it dirty.
         cpu = ["-cpu", "qemu64,-kvmclock"] if self.accelerator == "kvm" else []
         initrd = ["-initrd", str(self.initramfs)] if self.initramfs else []
         return [
@@ -108,14 +112,14 @@ class Machine:
                 f"memory-backend-memfd,id={RAM_BACKEND},size={self.memory_bytes},share=on",
             ),
             *("-machine", f"{self.machine},memory-backend={RAM_BACKEND}"),
-            *("-m", f"{self.memory_bytes // KIB}K{self._room_for_dimms()}"),
+            *("-m", f"{self.memory_bytes // KIB}K{self._dimm_slot_options()}"),
             *("-kernel", str(self.kernel)),
             *initrd,
             *("-append", self.command_line),
             *(IOMMUS[self.iommu].qemu_arguments if self.iommu else ()),
         ]
 
-    def _room_for_dimms(self) -> str:
+    def _dimm_slot_options(self) -> str:
         if not self.dimm_slots:
             return ""
         most_bytes = self.memory_bytes + self.dimm_slots * DIMM_BYTES
@@ -123,11 +127,11 @@ class Machine:
 
 
 DIMM_BYTES: Final = 128 * MIB
-"""A memory block of Linux on x86: what is smaller it does not take."""
+"""The size of a memory block of Linux on x86, which ignores smaller DIMMs."""
 
 
 def dimm_arguments(name: str, address: int | None = None) -> list[str]:
-    """The QEMU arguments of the DIMM `name`, at a guest-physical address or where QEMU likes."""
+    """Return the QEMU arguments of the DIMM `name`; without `address`, QEMU chooses one."""
     place = "" if address is None else f",addr={address:#x}"
     return [
         *("-object", f"memory-backend-memfd,id={name}-ram,size={DIMM_BYTES},share=on"),
@@ -136,7 +140,7 @@ def dimm_arguments(name: str, address: int | None = None) -> list[str]:
 
 
 def vhost_user_blk_arguments(socket: Path, queues: int) -> list[str]:
-    """The QEMU arguments that attach a vhost-user-blk device whose back end listens at `socket`."""
+    """Return the QEMU arguments of a vhost-user-blk device whose back end listens at `socket`."""
     return [
         *("-chardev", f"socket,id=disk,path={option_value(socket)}"),
         *("-device", f"vhost-user-blk-pci,chardev=disk,num-queues={queues},queue-size=128"),
@@ -144,7 +148,7 @@ def vhost_user_blk_arguments(socket: Path, queues: int) -> list[str]:
 
 
 def vhost_user_fs_arguments(socket: Path) -> list[str]:
-    """The QEMU arguments that attach a vhost-user-fs device of tag 'disk'."""
+    """Return the QEMU arguments of a vhost-user-fs device with the tag 'disk'."""
     return [
         *("-chardev", f"socket,id=disk,path={option_value(socket)}"),
         *("-device", "vhost-user-fs-pci,chardev=disk,tag=disk"),
@@ -152,7 +156,7 @@ def vhost_user_fs_arguments(socket: Path) -> list[str]:
 
 
 def vhost_user_net_arguments(socket: Path) -> list[str]:
-    """The QEMU arguments that attach a network card whose back end listens at `socket`."""
+    """Return the QEMU arguments of a network card whose back end listens at `socket`."""
     return [
         *("-chardev", f"socket,id=net,path={option_value(socket)}"),
         *("-netdev", "vhost-user,id=net,chardev=net"),
@@ -162,7 +166,7 @@ def vhost_user_net_arguments(socket: Path) -> list[str]:
 
 SOURCE: Final = "source"
 DESTINATION: Final = "destination"
-"""What the two sides of a proof are called."""
+"""The names of the two sides of a proof."""
 
 INCOMING: Final = ("-S", "-incoming", "defer")
-"""What makes a QEMU a destination: it waits for migrate-incoming, and stays paused afterwards."""
+"""The arguments of a destination: it waits for migrate-incoming, and stays paused afterwards."""

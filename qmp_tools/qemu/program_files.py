@@ -1,9 +1,10 @@
-"""The files that a program consists of, so that a rebuilt program can be told from the one before.
+"""Find the files that a program consists of, to distinguish a rebuilt program from the old one.
 
-A command names its files: the program, which PATH may lead to, a script for an interpreter, a
-configuration file. Each file may name more: a script its interpreter and the programs that it
-starts by their absolute paths, an ELF file its shared libraries (``ldd``), a fetched QEMU its
-folder. What a program opens by itself, such as Python modules and plugins, is not among them.
+A command names its first files: the program (perhaps through PATH), an interpreter's script, a
+configuration file. Each file may name further files: a script names its interpreter and the
+programs that it starts by their absolute paths, an ELF file its shared libraries (``ldd``), and a
+fetched QEMU its folder. Files that a program opens by itself, such as Python modules and plugins,
+are not included.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .builds import files_of_build
 _ABSOLUTE_PATH: Final = re.compile(rb"(?<![\w./-])/[\w./+-]+")
 _LOADED: Final = re.compile(r"(/\S+) \(0x[0-9a-f]+\)$", re.MULTILINE)
 _SCRIPT_BYTES: Final = 1 << 20
-"""Only so much of a script is searched for paths."""
+"""The part of a script that is searched for paths."""
 
 
 class ProgramFiles:
@@ -33,9 +34,9 @@ class ProgramFiles:
         self._digests: dict[Path, str] = {}
 
     def contents(self, words: Sequence[str | Path]) -> dict[str, str]:
-        """The digests of all files that a command of these `words` consists of, by path.
+        """Return the digests of all files that the command of these `words` consists of, by path.
 
-        A value behind ``=`` or a comma counts as a word: ``--config=backend.json``.
+        A value after ``=`` or a comma counts as a word: ``--config=backend.json``.
         """
         texts = [str(word) for word in words]
         parts = [part for text in texts for part in (text, *re.split("[=,]", text))]
@@ -46,7 +47,7 @@ class ProgramFiles:
             found.add(file)
             if file not in self._needed:
                 build = _regular(files_of_build(file))
-                self._needed |= {part: set() for part in build}  # it needs nothing but itself
+                self._needed |= {part: set() for part in build}  # the folder is complete
                 self._needed[file] = build | _needed_by(file)
             left |= self._needed[file] - found
         return {str(file): self._digest(file) for file in sorted(found)}
@@ -61,18 +62,18 @@ def _digest(file: Path) -> str:
     try:
         with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError:  # a program need not be readable to be run
+    except OSError:  # a program may be executable without being readable
         status = file.stat()
         return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _named(word: str) -> set[Path]:
-    """The regular files that a word of a command may mean: found through PATH, or at that path."""
+    """Return the regular files that a word of a command may mean: in PATH, or at that path."""
     return _regular([shutil.which(word) or word, word])
 
 
 def _regular(names: Iterable[str | Path]) -> set[Path]:
-    # Path.is_file raises where a word is too long to be a path.
+    # Path.is_file raises an error if a word is too long to be a path.
     return {Path(name).resolve() for name in names if os.path.isfile(name)}  # noqa: PTH113
 
 
@@ -97,7 +98,7 @@ def _needed_by_script(text: bytes) -> set[Path]:
 
 
 def _shared_libraries(program: Path) -> set[Path]:
-    """What the dynamic loader loads with `program`; nothing where there is no ``ldd`` to ask."""
+    """Return the shared libraries of `program`; empty if ``ldd`` is not installed."""
     try:
         done = subprocess.run(
             ["ldd", program], capture_output=True, text=True, timeout=60, check=False

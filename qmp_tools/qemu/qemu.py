@@ -1,4 +1,4 @@
-"""A QEMU under QMP: anyone's, or one that we start, end and reap whatever happens."""
+"""A QEMU under QMP: a third party's, or one that dmaproof starts, ends and reaps."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .machine import option_value
 from .qmp import Qmp, QmpError, QmpTimeoutError
 
 _PLUGGED_BY: Final = {"-object": "object_add", "-device": "device_add"}
-"""The human monitor's commands that take what the command line's options take."""
+"""The human monitor's commands that take the same values as the command line's options."""
 
 
 class Qemu:
-    """A QEMU that answers on `qmp`, whoever started it.
+    """A QEMU that answers on `qmp`.
 
-    `pid` is its process, or 0 where that cannot be seen from here. `socket_path` is the path of a
-    QMP socket of it.
+    `pid` is its process, or 0 if the process is in another PID namespace. `socket_path` is the path
+    of one of its QMP sockets.
     """
 
     def __init__(self, qmp: Qmp, pid: int, socket_path: Path) -> None:
@@ -34,30 +34,31 @@ class Qemu:
 
     @property
     def name(self) -> str:
-        """What messages call it, such as 'source QEMU'."""
+        """The name in messages, such as 'source QEMU'."""
         return self.qmp.name
 
     @property
     def version(self) -> str:
-        """QEMU's version, with its packager's where it has one: '7.2.22 Debian …'."""
+        """QEMU's version, with the packager's version if there is one: '7.2.22 Debian …'."""
         return self.qmp.version
 
     async def status(self) -> str:
-        """The run state, such as 'running', 'paused' or 'postmigrate'."""
+        """Return the run state, such as 'running', 'paused' or 'postmigrate'."""
         answer: dict[str, Any] = await self.qmp.execute("query-status")
         return str(answer["status"])
 
     async def monitor(self, command: str) -> str:
-        """What the human monitor prints for `command`."""
+        """Return the output of the human monitor for `command`."""
         return str(await self.qmp.execute("human-monitor-command", command_line=command))
 
 
 class OwnedQemu(Qemu):
-    """A QEMU whose process is ours.
+    """A QEMU whose process dmaproof has started.
 
-    Nobody uses its QMP socket at `socket_path` yet: our session has a socket of its own. `report`
-    is its second serial port (COM2) as a stream: the channel on which our guests tell what they
-    see. The first serial port goes to ``<name>-console.log`` in the run's folder.
+    dmaproof's QMP session runs over a socket pair, so the QMP socket at `socket_path` is free for
+    other clients. `report` is QEMU's second serial port (COM2) as a stream, on which dmaproof's
+    guests send their reports. The first serial port goes to ``<name>-console.log`` in the run's
+    folder.
     """
 
     def __init__(self, process: Process, qmp: Qmp, console: Path, socket_path: Path) -> None:
@@ -79,24 +80,24 @@ class OwnedQemu(Qemu):
         timeout_s: float,
         pass_fds: Sequence[int] = (),
     ) -> OwnedQemu:
-        """Start a QEMU without waiting for it on QMP: `connect` has to follow.
+        """Start a QEMU without waiting for its QMP greeting; the caller must call `connect` next.
 
-        Our QMP session runs over a socket pair: no path, no retries, and a wrong command line is an
-        immediate end of file with QEMU's own words in the log.
+        dmaproof's QMP session runs over a socket pair, which needs no path and no retries. If the
+        command line is wrong, QEMU closes the socket at once, with its message in the log.
 
         Args:
-            name: what it is called, before 'QEMU'.
+            name: the name in messages, without 'QEMU'.
             binary: the program.
-            arguments: its arguments, next to those of our QMP session and serial ports.
-            folder: where its logs and its second QMP socket are.
-            timeout_s: bounds the wait for each of its answers, in seconds.
-            pass_fds: the file descriptors that it inherits, which `arguments` may name.
+            arguments: its arguments, besides those of the QMP session and the serial ports.
+            folder: for its logs and its second QMP socket.
+            timeout_s: the bound of the wait for each answer, in seconds.
+            pass_fds: the file descriptors that QEMU inherits, which `arguments` may name.
 
         Raises:
-            UntestableError: it could not be started.
+            UntestableError: QEMU could not be started.
         """
-        ours_qmp, theirs_qmp = socket.socketpair()
-        ours_report, theirs_report = socket.socketpair()
+        own_qmp, qemu_qmp = socket.socketpair()
+        own_report, qemu_report = socket.socketpair()
         console = folder / f"{name}-console.log"
         socket_path = folder / f"{name}-qmp.sock"
         command = [
@@ -104,49 +105,49 @@ class OwnedQemu(Qemu):
             "-nodefaults",
             "-display",
             "none",
-            *("-chardev", f"socket,id=qmp,fd={theirs_qmp.fileno()}"),
+            *("-chardev", f"socket,id=qmp,fd={qemu_qmp.fileno()}"),
             *("-mon", "chardev=qmp,mode=control"),
             *("-qmp", f"unix:{option_value(socket_path)},server=on,wait=off"),
             *("-chardev", f"file,id=console,path={option_value(console)}"),
             *("-serial", "chardev:console"),
-            *("-chardev", f"socket,id=report,fd={theirs_report.fileno()}"),
+            *("-chardev", f"socket,id=report,fd={qemu_report.fileno()}"),
             *("-serial", "chardev:report"),
             *arguments,
         ]
         (folder / f"{name}-command").write_text(" ".join(command) + "\n")
-        with theirs_qmp, theirs_report:
+        with qemu_qmp, qemu_report:
             process = await Process.start(
                 f"{name} QEMU",
                 command,
                 folder / f"{name}-qemu.log",
-                pass_fds=(theirs_qmp.fileno(), theirs_report.fileno(), *pass_fds),
+                pass_fds=(qemu_qmp.fileno(), qemu_report.fileno(), *pass_fds),
             )
-        process.more_logs = (console,)  # a guest that fails early has nothing else to say it on
+        process.more_logs = (console,)  # a guest that fails early writes only to its console
         qemu = cls(process, Qmp(f"{name} QEMU", timeout_s), console, socket_path)
-        qemu._unconnected = ours_qmp
+        qemu._unconnected = own_qmp
         try:
-            qemu.report, qemu.report_input = await asyncio.open_connection(sock=ours_report)
+            qemu.report, qemu.report_input = await asyncio.open_connection(sock=own_report)
         except asyncio.CancelledError:
             await qemu.end()
             raise
         return qemu
 
     def successor(self) -> OwnedQemu:
-        """What the same process is once it has executed QEMU anew; its QMP is not connected yet.
+        """Return the QEMU that the same process executes next; its QMP is not connected yet.
 
-        The serial channel's socket is inherited.
+        The new QEMU inherits the socket of the serial channel.
         """
-        qmp = Qmp(f"{self.process.name}, executed anew,", self.qmp.timeout_s)
+        qmp = Qmp(f"{self.process.name}, executed again,", self.qmp.timeout_s)
         successor = OwnedQemu(self.process, qmp, self.console, self.socket_path)
         successor.report, successor.report_input = self.report, self.report_input
         return successor
 
     async def connect(self) -> None:
-        """Wait until it answers on QMP; where it does not, it has ended afterwards.
+        """Wait until QEMU answers on QMP; if it does not, end it.
 
         Raises:
-            QmpTimeoutError: it runs, and has not answered in time.
-            QmpError: it ended instead.
+            QmpTimeoutError: QEMU runs, but has not answered in time.
+            QmpError: QEMU ended instead.
         """
         connection, self._unconnected = self._unconnected, None
         assert connection is not None
@@ -156,10 +157,10 @@ class OwnedQemu(Qemu):
             await self.end()
             raise QmpTimeoutError(f"{error}\n{self.process.log_tail()}".rstrip()) from error
         except QmpError as error:
-            # It closed its socket, and so is about to end: how it does tells why.
+            # QEMU closed its socket, so it is about to end; its exit code tells more.
             late = QmpTimeoutError(
-                f"{self.process.name} closed its QMP socket and has not ended within "
-                f"{self.qmp.timeout_s:g} s"
+                f"{self.process.name} closed its QMP socket but has not ended within "
+                f"{self.qmp.timeout_s:g} s; look at its log"
             )
             try:
                 async with bounded(self.qmp.timeout_s, lambda: late):
@@ -176,9 +177,9 @@ class OwnedQemu(Qemu):
             raise
 
     async def plug(self, arguments: Sequence[str]) -> None:
-        """Add to the running machine what `arguments` would have made of it at its start.
+        """Plug the objects and devices that `arguments` would have added at QEMU's start.
 
-        Of the options with an argument each, -object and -device.
+        `arguments` are -object and -device options, each followed by its value.
 
         Raises:
             QmpError: QEMU refused one of them.
@@ -189,7 +190,7 @@ class OwnedQemu(Qemu):
                 raise QmpError(f"{self.process.name} refused {command}: {refusal}")
 
     async def end(self) -> None:
-        """End the process if it still runs, and let go of its sockets."""
+        """End the process if it still runs, and close the sockets."""
         await self.process.end()
         if self._unconnected is not None:
             self._unconnected.close()
@@ -207,10 +208,10 @@ async def running_qemu(
     *,
     timeout_s: float,
 ) -> AsyncIterator[OwnedQemu]:
-    """A QEMU that answers on QMP, for as long as the context lasts; see `OwnedQemu.launch`.
+    """Run a QEMU that answers on QMP, until the context ends; see `OwnedQemu.launch`.
 
     Raises:
-        UntestableError: it could not be started, or does not answer on QMP.
+        UntestableError: QEMU could not be started, or does not answer on QMP.
     """
     qemu = await OwnedQemu.launch(name, binary, arguments, folder, timeout_s=timeout_s)
     await qemu.connect()
@@ -222,10 +223,10 @@ async def running_qemu(
 
 @contextlib.asynccontextmanager
 async def idle_qemu(name: str, binary: Path, *, timeout_s: float) -> AsyncIterator[OwnedQemu]:
-    """A QEMU without a machine, which can be asked what it is able to do.
+    """Run a QEMU without a machine, to query its capabilities.
 
     Raises:
-        UntestableError: it could not be started, or does not answer on QMP.
+        UntestableError: QEMU could not be started, or does not answer on QMP.
     """
     with run_folder() as folder:
         machine = ["-machine", "none"]

@@ -1,11 +1,11 @@
-"""The library qemu.qmp, which a folder named ``qemu`` cannot hide.
+"""Load the library qemu.qmp even if another folder named ``qemu`` hides it.
 
 ``qemu`` is a namespace package: qemu.qmp installs no ``qemu/__init__.py``. If a folder ``qemu`` on
-`sys.path` has one (tp-qemu's does), ``import qemu.qmp`` fails; and once qemu.qmp was imported,
-that folder can no longer be. So qemu.qmp is loaded from its own folder under another name here, and
-dmaproof leaves ``qemu`` to whoever needs it.
+`sys.path` has such a file (tp-qemu's does), ``import qemu.qmp`` fails. After an import of qemu.qmp,
+that folder cannot be imported. dmaproof therefore loads qemu.qmp from its folder under another
+name, and leaves the name ``qemu`` to other packages.
 
-It is loaded when it is first needed, so that `UntestableError` reports that it is missing.
+The library is loaded at its first use, so that an `UntestableError` reports that it is missing.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ def _library() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     library = importlib.util.module_from_spec(spec)
-    sys.modules[_NAME] = library  # its modules import one another relative to it
+    sys.modules[_NAME] = library  # the library's modules use relative imports
     spec.loader.exec_module(library)
-    # Under this name its logger is below ours. What it logs is of QMP's insides, and errors that
-    # matter are raised.
+    # Under this name, the library's logger is a child of dmaproof's. The library logs only details
+    # of QMP, and raises the errors that matter.
     logger = logging.getLogger(_NAME)
     logger.addHandler(logging.NullHandler())
     logger.propagate = False
-    logger.setLevel(logging.WARNING)  # pytest captures also what does not propagate
+    logger.setLevel(logging.WARNING)  # pytest captures even records that do not propagate
     return library
 
 
 def folder() -> Path:
-    """The folder ``qemu/qmp`` of qemu.qmp.
+    """Return the folder ``qemu/qmp`` of qemu.qmp.
 
     Raises:
-        UntestableError: it is not installed.
+        UntestableError: qemu.qmp is not installed.
     """
     for entry in sys.path:
         package = Path(entry, "qemu", "qmp")

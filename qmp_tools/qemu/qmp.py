@@ -1,4 +1,4 @@
-"""QMP with errors of ours: every failure names the QEMU, the command, and what QEMU said."""
+"""QMP with dmaproof's errors: every error names the QEMU, the command, and QEMU's message."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class QmpError(UntestableError):
     """QEMU refused a command, or did not answer."""
 
 
-class QmpRefusal(QmpError):  # noqa: N818  (QEMU is well, and has said no)
-    """QEMU refused a command; the message has its words."""
+class QmpRefusal(QmpError):  # noqa: N818  (QEMU works, and has refused)
+    """QEMU refused a command; the message has QEMU's reason."""
 
 
 class QmpTimeoutError(QmpError, WaitTimeoutError):
@@ -26,10 +26,10 @@ class QmpTimeoutError(QmpError, WaitTimeoutError):
 
 
 class Qmp:
-    """A QMP session. `name` is what messages call the QEMU: 'source QEMU'.
+    """A QMP session. `name` is the QEMU's name in messages, such as 'source QEMU'.
 
-    `timeout_s` bounds the wait for each answer, and for the greeting too unless that has a
-    `greeting_s` of its own.
+    `timeout_s` bounds the wait for each answer, and `greeting_s` (default: `timeout_s`) the wait
+    for the greeting.
     """
 
     def __init__(self, name: str, timeout_s: float, greeting_s: float | None = None) -> None:
@@ -39,30 +39,33 @@ class Qmp:
         self._client = qemu_qmp.QMPClient(name)
 
     async def connect(self, address: socket.socket | str) -> None:
-        """Negotiate QMP on a connected socket, or on the one at a path.
+        """Negotiate QMP on a connected socket, or on the socket at a path.
 
         Raises:
-            QmpTimeoutError: QEMU does not greet in time.
-            QmpError: QEMU is not there; with a wrong command line it ends before it greets.
+            QmpTimeoutError: QEMU sends no greeting in time.
+            QmpError: QEMU ended before its greeting, for example because of a wrong command line.
         """
         try:
-            late = self._late("greeted on QMP", self._greeting_s)
+            late = self._late("sent a QMP greeting", self._greeting_s)
             async with bounded(self._greeting_s, lambda: late):
                 await self._client.connect(address)
         except QmpTimeoutError:
             await self.close()
             raise
         except (qemu_qmp.QMPError, OSError, EOFError) as error:
-            await self.close()  # or qemu.qmp's reader may complain later, on stderr
+            await self.close()  # else qemu.qmp's reader may print an error to stderr later
             raise QmpError(f"{self.name} did not answer on QMP: {error}") from error
 
     async def execute(self, command: str, **arguments: Any) -> Any:
         """Execute `command`; underscores in argument names become hyphens.
 
+        Returns:
+            The answer's 'return' member.
+
         Raises:
-            QmpRefusal: QEMU refused it.
+            QmpRefusal: QEMU refused the command.
             QmpTimeoutError: QEMU does not answer in time.
-            QmpError: QEMU has gone.
+            QmpError: QEMU has closed the connection.
         """
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         try:
@@ -72,13 +75,16 @@ class Qmp:
         except qemu_qmp.ExecuteError as error:
             raise QmpRefusal(f"{self.name} refused {command}: {error}") from error
         except (qemu_qmp.QMPError, EOFError) as error:
-            raise QmpError(f"{self.name} went away during {command}") from error
+            raise QmpError(f"{self.name} closed its QMP connection during {command}") from error
 
     def _late(self, what: str, timeout_s: float) -> QmpTimeoutError:
-        return QmpTimeoutError(f"{self.name} has not {what} within {timeout_s:g} s")
+        return QmpTimeoutError(
+            f"{self.name} has not {what} within {timeout_s:g} s; allow more time (--timeout), or "
+            "check what QEMU is waiting for"
+        )
 
     async def send_fd(self, fd: int, name: str) -> None:
-        """Give QEMU a duplicate of `fd`, which its monitor then knows by `name`.
+        """Send QEMU a duplicate of `fd`, which its monitor then knows by `name`.
 
         Raises:
             QmpError: as for `execute`.
@@ -86,14 +92,14 @@ class Qmp:
         try:
             self._client.send_fd_scm(fd)
         except (qemu_qmp.QMPError, OSError) as error:
-            raise QmpError(f"{self.name} took no file descriptor: {error}") from error
+            raise QmpError(f"{self.name} did not accept a file descriptor: {error}") from error
         await self.execute("getfd", fdname=name)
 
     @property
     def version(self) -> str:
-        """QEMU's version, with its packager's where it has one: '7.2.22 Debian …'.
+        """QEMU's version, with the packager's version if there is one: '7.2.22 Debian …'.
 
-        The greeting has it, so a QEMU that has ended is still known by it.
+        The greeting has the version, so it is known even after QEMU has ended.
         """
         assert self._client.greeting is not None, "not connected yet"
         answer: Mapping[str, Any] = self._client.greeting.QMP.version
@@ -103,13 +109,13 @@ class Qmp:
 
     @contextlib.asynccontextmanager
     async def events(self, *names: str) -> AsyncIterator[qemu_qmp.EventListener]:
-        """A listener for the events called `names`."""
+        """Listen for the events called `names`."""
         listener = qemu_qmp.EventListener(names=names)
         with self._client.listen(listener):
             yield listener
 
     async def close(self) -> None:
-        """Disconnect; a QEMU that has gone already is no error."""
-        # qemu.qmp 0.0.6 raises a bare EOFError where QEMU closed first.
+        """Disconnect; a QEMU that has ended already is not an error."""
+        # qemu.qmp 0.0.6 raises a bare EOFError if QEMU closed the connection first.
         with contextlib.suppress(qemu_qmp.QMPError, EOFError, OSError):
             await self._client.disconnect()

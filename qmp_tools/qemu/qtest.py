@@ -1,7 +1,7 @@
-"""QEMU's test channel (``-qtest``, QEMU's docs/devel/testing/qtest.rst), beside any accelerator.
+"""Write guest RAM over QEMU's test channel (``-qtest``, QEMU's docs/devel/testing/qtest.rst).
 
-What is written over it goes through QEMU's own functions (address_space_write), as the DMA of a
-device inside QEMU does: the pages become dirty without any vCPU.
+The test channel works with any accelerator. QEMU writes with the same functions
+(address_space_write) as for the DMA of its own devices: the pages become dirty without any vCPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _READ_BYTES: Final = 1 << 16
 
 
 class Qtest:
-    """The channel to one QEMU; `name` is what messages call it, `timeout_s` bounds each wait."""
+    """The channel to one QEMU, called `name` in messages; `timeout_s` bounds each wait."""
 
     def __init__(
         self,
@@ -38,12 +38,12 @@ class Qtest:
 
     @classmethod
     async def open(cls, name: str, connection: socket.socket, timeout_s: float) -> Qtest:
-        """The channel over a connected socket, whose other end QEMU has."""
+        """Open the channel over a connected socket, whose other end QEMU has."""
         return cls(name, *await asyncio.open_connection(sock=connection), timeout_s)
 
     @staticmethod
     def arguments(fd: int) -> list[str]:
-        """The QEMU arguments that open the channel on the inherited socket `fd`."""
+        """Return the QEMU arguments that open the channel on the inherited socket `fd`."""
         return [
             *("-chardev", f"socket,id={CHARDEV_ID},fd={fd}"),
             *("-qtest", f"chardev:{CHARDEV_ID}", "-qtest-log", "none"),
@@ -54,7 +54,7 @@ class Qtest:
 
         Raises:
             QmpTimeoutError: QEMU does not answer in time.
-            QmpError: QEMU refused a write, or went away.
+            QmpError: QEMU refused a write, or closed the channel.
         """
         data = word.to_bytes(8, "little").hex()
         self._writer.write("".join(f"write {gpa:#x} 0x8 0x{data}\n" for gpa in gpas).encode())
@@ -62,7 +62,7 @@ class Qtest:
         answers = b""
         late = QmpTimeoutError(
             f"{self._name} has not answered on its test channel (qtest) within "
-            f"{self._timeout_s:g} s"
+            f"{self._timeout_s:g} s; allow more time (--timeout)"
         )
         try:
             async with bounded(self._timeout_s, lambda: late):
@@ -80,5 +80,5 @@ class Qtest:
             )
 
     def close(self) -> None:
-        """Close this end."""
+        """Close dmaproof's end of the channel."""
         self._writer.close()

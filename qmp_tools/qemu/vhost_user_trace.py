@@ -1,9 +1,9 @@
-"""Which vhost-user message a QEMU still waits to have answered, by QEMU's own trace.
+"""Find the vhost-user message whose answer a QEMU waits for, from QEMU's own trace.
 
-QEMU sends these messages from whichever thread holds its big lock, and waits for an answer without
-a bound: it answers nothing on QMP meanwhile, and names no message. Its trace events do; every QEMU
-with the 'log' trace back end has them, which is the default. Where they are missing, QEMU warns and
-the log stays empty.
+QEMU sends vhost-user messages from the thread that holds its big lock, and waits for the answer
+without a timeout. Meanwhile QEMU does not answer on QMP, so it cannot name the message. QEMU's
+trace events name it. Every QEMU with the 'log' trace back end, the default, has these events. In
+other builds QEMU prints a warning, and the log stays empty.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Final
 _EVENT: Final = re.compile(r"vhost_user_(read|write) req:(\d+)(?: \(\w+\))? flags:(0x[0-9a-f]+)")
 _TAIL_BYTES: Final = 1 << 12
 _NEEDS_REPLY: Final = 1 << 3
-"""Of a message's flags, where the back end has agreed to REPLY_ACK."""
+"""A bit of a message's flags, used if the back end has agreed to REPLY_ACK."""
 
 _ALWAYS_ANSWERED: Final = {
     1: "GET_FEATURES",
@@ -34,7 +34,7 @@ _ALWAYS_ANSWERED: Final = {
     42: "SET_DEVICE_STATE_FD",
     43: "CHECK_DEVICE_STATE",
 }
-"""Without being told to (vhost-user, "Front-end message types"), by number."""
+"""Messages with an answer of their own (vhost-user, "Front-end message types"), by number."""
 _ANSWERED_IF_ASKED: Final = {
     2: "SET_FEATURES",
     3: "SET_OWNER",
@@ -67,12 +67,12 @@ _ANSWERED_IF_ASKED: Final = {
 
 
 def trace_arguments(log: Path) -> list[str]:
-    """The QEMU arguments that have it note each message and answer in `log`."""
+    """Return the QEMU arguments that trace each message and answer to `log`."""
     return ["-D", str(log), "-trace", "vhost_user_write", "-trace", "vhost_user_read"]
 
 
 def unanswered(log: Path) -> str | None:
-    """The message after which nothing has come, such as 'SET_LOG_BASE'; None if there is none."""
+    """Return the unanswered message, such as 'SET_LOG_BASE'; None if all have been answered."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _TAIL_BYTES))

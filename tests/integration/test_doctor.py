@@ -39,7 +39,7 @@ def test_a_temporary_folder_with_too_long_a_path_is_reported(
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
     facts = look()
-    assert "too long a path" in str(facts.temporary_error)
+    assert "too long for Unix sockets" in str(facts.temporary_error)
     assert facts.qemu_error is None or "TMPDIR" not in facts.qemu_error
     assert not list(folder.iterdir())
 

@@ -17,7 +17,9 @@ def test_the_memory_of_another_users_process_is_refused() -> None:
     with subprocess.Popen(["sleep", "60"]) as process:
         os.seteuid(nobody)
         try:
-            with pytest.raises(UntestableError, match=r"belongs to user root.*run this as root"):
+            with pytest.raises(
+                UntestableError, match=r"belongs to user root; run dmaproof as root"
+            ):
                 mappings_of(process.pid, "source QEMU")
         finally:
             os.seteuid(0)

@@ -136,7 +136,9 @@ def test_a_timeout_names_the_process_that_does_not_answer(tmp_path: Path) -> Non
     with pytest.raises(GuestLateError) as raised:
         outcome_of(tmp_path, fails(late), source=STAYS, device=f"echo hello; {STOPS}")
     mute, told, *log = str(raised.value).splitlines()
-    assert re.fullmatch(r"device \(PID \d+, stopped\) does not run", mute)
+    assert re.fullmatch(
+        r"device \(PID \d+, stopped\) is not running; continue it with SIGCONT", mute
+    )
     assert (told, log) == ("the guest is late", ["  last lines of device:", "    hello"])
 
 

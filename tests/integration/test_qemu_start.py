@@ -37,8 +37,11 @@ def test_a_qemu_that_ends_late_is_waited_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "told"),
     [
-        ("echo starting; exec sleep 1000", "has not greeted on QMP within 1 s\n.*\n    starting"),
-        (f"{CLOSES_QMP} exec sleep 1000", "closed its QMP socket and has not ended within 1 s"),
+        (
+            "echo starting; exec sleep 1000",
+            "has not sent a QMP greeting within 1 s\n.*\n    starting",
+        ),
+        (f"{CLOSES_QMP} exec sleep 1000", "closed its QMP socket but has not ended within 1 s"),
     ],
 )
 def test_a_qemu_that_does_not_answer_in_time_is_reported(

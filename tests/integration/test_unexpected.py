@@ -93,7 +93,7 @@ def test_a_failed_import_is_not_reported_as_a_loss() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 3
     assert done.stderr.startswith(
-        "dmaproof: NOT TESTED: this is a fault of dmaproof (ModuleNotFound"
+        "dmaproof: NOT TESTED: this is a defect in dmaproof (ModuleNotFound"
     )
 
 
@@ -115,4 +115,4 @@ def test_avocados_runner_reports_an_unexpected_exception_as_an_error(
     started, finished = ProofRunner().run(Runnable("dmaproof", "a cell"))
     assert (started["status"], finished["status"]) == ("started", "finished")
     assert finished["result"] == "error"
-    assert "this is a fault of dmaproof (KeyError" in finished["fail_reason"]
+    assert "this is a defect in dmaproof (KeyError" in finished["fail_reason"]

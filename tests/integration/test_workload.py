@@ -60,11 +60,14 @@ def test_a_workload_is_read_by_name() -> None:
     ("text", "message"),
     [
         ("patern=random", "'patern' is not known"),
-        ("pattern=zigzag", "pattern=zigzag is none of random, sequential, hot-set"),
-        ("threads=many", "threads=many is no number"),
+        (
+            "pattern=zigzag",
+            "pattern=zigzag is unknown; expected one of random, sequential, hot-set",
+        ),
+        ("threads=many", "threads: expected a number, got 'many'"),
         ("threads=65", "threads=65 is not between 1 and 64"),
         ("max_pages=0", "max_pages=0 is not between 1 and 16"),
-        ("threads", "threads= is no number"),
+        ("threads", "threads: expected a number, got ''"),
     ],
 )
 def test_a_wrong_workload_is_refused(text: str, message: str) -> None:

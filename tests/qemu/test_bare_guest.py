@@ -52,7 +52,7 @@ async def _boot(
             timeout_s=DEFAULT_TIMEOUT_S,
         ) as qemu:
             channel = GuestChannel(qemu, DEFAULT_TIMEOUT_S)
-            await channel.tell(START_WRITE_ONCE)
+            await channel.send(START_WRITE_ONCE)
             await channel.wait_for(
                 lambda: channel.number("progress", "write_once") == workload.write_once,
                 "used its write-once pages",

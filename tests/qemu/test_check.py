@@ -209,7 +209,7 @@ def test_private_memory_of_another_users_qemu() -> None:
                 folder / "t", ["--reuid=4711" if "reuid" in word else word for word in wrapper]
             )
             os.chown(folder / "t", 4711, 4711)
-            refused(stranger, pair.source, pair.destination, 3, "may not be read: it belongs to")
+            refused(stranger, pair.source, pair.destination, 3, "which belongs to user")
             make_fault(pair, "private")
             for wrapper in list(WRAPPERS.values())[:2]:
                 checked(Tool(folder / "t", wrapper), pair, 1)

@@ -89,7 +89,7 @@ def test_qemu_does_not_migrate_an_entropy_device(tool: Tool) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--device", "net"), "needs a disk beside it"),
+        (("--device", "net"), "workload needs a disk"),
         (("--device", "blk", "--device", "net", "--guest", "bare"), "no driver for blk, net"),
         (("--device", "blk", "--device", "net", "--kill-device"), "cannot be killed"),
         (("--device", "blk:colour=red"), "no option 'colour'"),

@@ -17,8 +17,12 @@ NO_ROOM = "No space left on device; set TMPDIR"
 ROOM = {
     "for the image": ("40M", ["--device", "qemu:virtio-blk-pci"], NO_ROOM),
     "for the evidence": ("64k", [], f"evidence into {{folder}}/dmaproof-\\w+: {NO_ROOM}"),
-    "for the stream": ("16M", ["--scenario", "exec"], "no room left in {folder}"),
-    "for the journal": ("64k", ["--kill-device"], "device cannot go on: No space left on device"),
+    "for the stream": ("16M", ["--scenario", "exec"], "no space left in {folder}"),
+    "for the journal": (
+        "64k",
+        ["--kill-device"],
+        "device cannot continue: No space left on device",
+    ),
 }
 
 

@@ -51,7 +51,10 @@ def test_cells_have_the_expected_states_and_verdicts_are_cached(tool: Tool, tmp_
             assert cell["short"] == "LOST: device"
             assert cell["qemu_versions"][0].startswith(version)
             assert "lost at the dirty log" in cell["stories"][0]
-    assert "no such machine type" in cells["machine=toaster timeout=900 fault=none"]["message"]
+    assert (
+        "does not have this machine type"
+        in cells["machine=toaster timeout=900 fault=none"]["message"]
+    )
     untested = cells["machine=q35 timeout=0.01 fault=none"]["message"]
     assert "within 0.01 s" in untested
     assert untested in unescape(files["report"].read_text())
@@ -111,7 +114,7 @@ def test_the_shared_libraries_of_a_program_count_as_its_contents(tmp_path: Path)
     ("arguments", "message"),
     [
         (["--scenario=pigeon"], "pigeon"),
-        (["--qemu=0.1"], "no such version; there are: "),
+        (["--qemu=0.1"], "nor an available version; available: "),
         (["--fault=gremlins"], "gremlins"),
         (["/no/such/file.toml"], "No such file"),
     ],

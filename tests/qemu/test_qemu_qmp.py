@@ -37,7 +37,7 @@ sys.exit(main(["prove", "--machine", "pigeon"]))
 @pytest.mark.parametrize(
     ("program", "exit_code", "output"),
     [
-        pytest.param(COMMAND_LINE, 3, "has no such machine type", id="command line"),
+        pytest.param(COMMAND_LINE, 3, "does not have this machine type", id="command line"),
         pytest.param(LIBRARY, 0, "", id="library"),
         pytest.param(PLUGIN, 0, "1 passed", id="pytest plugin"),
     ],

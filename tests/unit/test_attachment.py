@@ -105,7 +105,7 @@ def test_a_socket_on_which_nobody_listens_is_reported(tmp_path: Path) -> None:
 
 
 def test_a_path_that_is_not_a_socket(tmp_path: Path) -> None:
-    with pytest.raises(NotASocketError, match=r"there is no .*start QEMU with -qmp"):
+    with pytest.raises(NotASocketError, match=r"not found: .*; start QEMU with -qmp"):
         attach_to(tmp_path / "nothing")
     with pytest.raises(NotASocketError, match=r"is a folder; expected .*-qmp"):
         attach_to(tmp_path)
@@ -135,7 +135,7 @@ def test_a_name_may_be_a_libvirt_domains() -> None:
 
 
 def test_qemus_own_form_of_a_sockets_address() -> None:
-    with pytest.raises(NotASocketError, match=r"name the path alone: /run/no-qmp$"):
+    with pytest.raises(NotASocketError, match=r"give only the path: /run/no-qmp$"):
         attach_to(Path("unix:/run/no-qmp,server=on"))
 
 

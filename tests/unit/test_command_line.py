@@ -187,7 +187,7 @@ def test_only_a_disk_can_be_hotplugged(
     device: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["prove", "--scenario=device-hotplug", *device]) == 2
-    assert "--scenario device-hotplug: it plugs a disk, and " in capsys.readouterr().err
+    assert "--scenario device-hotplug needs a disk, and " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", ["blk", "vfio-fake", "vfio:0000:3b:00.2,0000:3b:00.3"])

@@ -49,7 +49,7 @@ def test_an_unintelligible_event_is_reported(line: bytes) -> None:
     async def scenario() -> None:
         device = await listen(EVENT + line + b"\n")
         with pytest.raises(
-            UntestableError, match="the device said something unintelligible"
+            UntestableError, match="the device process sent a line that is not an event"
         ) as caught:
             raise device.refused.result()
         assert not isinstance(caught.value, RefusedError)
@@ -73,7 +73,7 @@ def test_an_error_that_stops_the_device_is_reported() -> None:
     async def scenario() -> None:
         event = {"event": "failed", "session": "", "message": "No space left on device"}
         device = await listen(json.dumps(event).encode() + b"\n")
-        with pytest.raises(UntestableError, match="cannot go on: No space left on device"):
+        with pytest.raises(UntestableError, match="cannot continue: No space left on device"):
             await device.wait_for("listening", "source")
         assert device.refused.done()
 

@@ -65,9 +65,9 @@ def test_several_devices_are_combined_into_one() -> None:
 @pytest.mark.parametrize(
     ("names", "ring", "killed", "message"),
     [
-        (["net"], "split", False, "needs a disk beside it"),
+        (["net"], "split", False, "workload needs a disk"),
         (["blk", "net"], "split", True, "net cannot be killed"),
-        (["blk", "qemu:nvme"], "split", False, "only dmaproof's own devices go together"),
+        (["blk", "qemu:nvme"], "split", False, "only dmaproof's own devices can"),
         ([], "split", False, "expected the name of a device"),
         (["blk:colour=red"], "split", False, "no option 'colour'"),
     ],
@@ -103,15 +103,19 @@ def test_behind_an_iommu_each_device_has_a_port(tmp_path: Path) -> None:
         (
             "tape",
             None,
-            r"There are blk, .*qemu:nvme.*vfio:SOURCE,DESTINATION.*vfio-fake.*-command .*fs",
+            r"expected one of blk, .*qemu:nvme.*vfio:SOURCE,DESTINATION.*vfio-fake.*-command, .*fs",
         ),
-        ("fs", None, "needs a --device-command"),
-        ("qemu:virtio-balloon-pci", None, "no guest drives it; .* virtio-blk-pci"),
-        ("qemu:nvme", "backend {socket}", "--device-command can serve blk, fs"),
-        ("blk", "backend --socket x", "must name {socket}"),
-        ("blk", "backend {socket} {tag}", "'tag'; placeholders are {socket}"),
+        ("fs", None, "needs --device-command"),
+        (
+            "qemu:virtio-balloon-pci",
+            None,
+            "none of dmaproof's guests drives this device; .* virtio-blk-pci",
+        ),
+        ("qemu:nvme", "backend {socket}", "expected one of blk, fs, net with --device-command"),
+        ("blk", "backend --socket x", "{socket} is missing"),
+        ("blk", "backend {socket} {tag}", "'tag'; the placeholders are {socket}"),
         ("blk", "backend '{socket}", "No closing quotation"),
-        ("blk", "backend {socket} {", "braces are doubled"),
+        ("blk", "backend {socket} {", "write other braces twice"),
     ],
 )
 def test_an_unknown_device_is_refused(name: str, text: str | None, message: str) -> None:

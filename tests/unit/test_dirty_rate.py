@@ -20,16 +20,16 @@ def test_bits_are_counted_as_they_appear_and_never_cleared() -> None:
     fd = log_fd()
     try:
         os.pwrite(fd, b"\xff", 0)  # was there before: not this measurement's
-        meter.look()
+        meter.read()
         assert meter.bytes_per_s is None
         os.pwrite(fd, b"\x03", 100)
-        meter.look()
+        meter.read()
         os.pwrite(fd, b"\x00", 0)  # QEMU syncs
         os.pwrite(fd, b"\x07", 100)
-        meter.look()
+        meter.read()
         assert meter.bytes_per_s == pytest.approx(3 * 4096 / meter.seconds)
         os.pwrite(fd, b"\x01", 0)  # dirty again after the sync: counts again
-        meter.look()
+        meter.read()
         assert meter.bytes_per_s == pytest.approx(4 * 4096 / meter.seconds)
         assert os.pread(fd, 1, 0) == b"\x01"
         assert os.pread(fd, 1, 100) == b"\x07"
@@ -40,18 +40,18 @@ def test_bits_are_counted_as_they_appear_and_never_cleared() -> None:
 def test_a_log_that_is_replaced_starts_anew() -> None:
     meter = VhostLogMeter(os.getpid(), "me")
     first = log_fd()
-    meter.look()
+    meter.read()
     os.pwrite(first, b"\x01", 0)
-    meter.look()
+    meter.read()
     second = log_fd()
     os.pwrite(second, b"\xff", 0)
     os.close(first)
     try:
         seconds = meter.seconds
-        meter.look()
+        meter.read()
         assert meter.seconds == seconds
         os.pwrite(second, b"\x01", 8)
-        meter.look()
+        meter.read()
         assert meter.bytes_per_s == pytest.approx(2 * 4096 / meter.seconds)
     finally:
         os.close(second)
@@ -59,10 +59,10 @@ def test_a_log_that_is_replaced_starts_anew() -> None:
 
 def test_the_text_says_that_there_is_no_log_to_read() -> None:
     meter = VhostLogMeter(os.getpid(), "me")
-    meter.look()
+    meter.read()
     assert meter.bytes_per_s is None
     rates = DirtyRates("page-sampling", 1, 5 << 20, {}, meter.bytes_per_s, meter.seconds)
-    assert "no log to read" in to_text(rates)
+    assert "not measured: QEMU has a vhost log only" in to_text(rates)
     measured = DirtyRates("dirty-ring", 1, 5 << 20, {0: 1 << 20}, 2.0 * (1 << 20), 0.9)
     assert "vCPU 0   1 MiB/s" in to_text(measured)
     assert "at least 2.0 MiB/s over 0.9 s" in to_text(measured)

@@ -83,7 +83,11 @@ NO_PROOF = {
     ),
     "little memory": ({"memory_available": 700 * MIB}, "memory", "prove --guest bare"),
     "no memfd": ({"memfd_error": "Operation not permitted"}, "shared memory", "memfd_create"),
-    "long TMPDIR": ({"temporary_error": "too long a path"}, "temporary folder", "TMPDIR=/tmp"),
+    "long TMPDIR": (
+        {"temporary_error": "too long for Unix sockets"},
+        "temporary folder",
+        "TMPDIR=/tmp",
+    ),
     "no cache": ({"cache_error": "cannot be written to"}, "cache folder", "XDG_CACHE_HOME="),
 }
 

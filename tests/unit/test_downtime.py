@@ -44,7 +44,7 @@ def test_without_qemus_downtime_figure_its_events_are_used(reported_s: float | N
 def test_without_events_qemus_downtime_figure_is_used() -> None:
     downtime = measure_downtime({}, NONE, 0.9, None, 0.5)
     assert (downtime.seconds, downtime.exceeded) == (0.9, True)
-    assert "do not report its parts" in downtime.sentence
+    assert "do not divide its downtime into parts" in downtime.sentence
 
 
 def test_without_figure_and_events_nothing_is_measured() -> None:

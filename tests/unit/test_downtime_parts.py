@@ -15,12 +15,12 @@ EVENTS = {"STOP": STOPPED, "device": HANDED_OVER, "completed": COMPLETED}
 DOWNTIME_S = 0.9
 """The downtime therefore began at 100 ms."""
 
-WAITS = "QEMU stops the vCPUs and its devices, and waits for them"
-TELLS = "QEMU stops the vCPUs, and tells the device to stop"
-HARVESTS = "the device harvests a last time"
-TAKES = "QEMU takes the answer, and stops its other devices"
-SYNCS = "QEMU syncs its bitmap, and sends the last pages"
-SYNCS_AND_SENDS = "QEMU syncs its bitmap, and sends the last pages and the devices' state"
+WAITS = "QEMU stops the vCPUs and its devices and waits for them"
+ASKS = "QEMU stops the vCPUs and asks the device to stop"
+HARVESTS = "the device harvests for the last time"
+TAKES = "QEMU receives the answer and stops its other devices"
+SYNCS = "QEMU syncs its bitmap and sends the last pages"
+SYNCS_AND_SENDS = "QEMU syncs its bitmap and sends the last pages and the devices' state"
 SENDS = "QEMU sends the devices' state"
 
 
@@ -39,7 +39,7 @@ def parts(
 
 def test_the_last_harvest_is_a_part_of_the_downtime() -> None:
     assert parts((50, 5), (300, 80)) == {
-        TELLS: 200,
+        ASKS: 200,
         HARVESTS: 80,
         TAKES: 220,
         SYNCS: 100,
@@ -53,7 +53,7 @@ def test_a_harvest_may_touch_the_edges_of_the_part_that_contains_it(
 ) -> None:
     began, took = harvest
     found = parts(harvest)
-    assert [found[TELLS], found[HARVESTS], found[TAKES]] == [began - 100, took, 600 - began - took]
+    assert [found[ASKS], found[HARVESTS], found[TAKES]] == [began - 100, took, 600 - began - took]
 
 
 @pytest.mark.parametrize("harvest", [(99, 80), (50, 5), (520, 81), (650, 5)])
@@ -109,4 +109,4 @@ def test_events_in_the_wrong_order_make_no_negative_time() -> None:
 
 def test_a_downtime_that_was_not_measured_is_reported_with_its_limit() -> None:
     found = measure_downtime({}, harvests(), None, None, 0.5)
-    assert "could not be measured and held against the 0.5 s" in found.sentence
+    assert "could not be measured and compared with the 0.5 s" in found.sentence

@@ -73,7 +73,7 @@ def test_hold_pages_are_collected_from_all_runs() -> None:
     ],
 )
 def test_hold_pages_that_cannot_be_are_refused(said: bytes) -> None:
-    with pytest.raises(GuestError, match="hold pages"):
+    with pytest.raises(GuestError, match="invalid 'hold' report"):
         asyncio.run(hear(said))
 
 
@@ -81,24 +81,24 @@ def test_hold_pages_that_cannot_be_are_refused(said: bytes) -> None:
     "said", [b"progress requests", b'error "unfinished', b"ready =a b", b"a b=c d", b"\xff\xfe x"]
 )
 def test_an_unintelligible_line_ends_the_wait(said: bytes) -> None:
-    with pytest.raises(GuestError, match="source QEMU gave up: the guest said something unintell"):
+    with pytest.raises(GuestError, match="source QEMU gave up: the guest sent a line that is not"):
         asyncio.run(hear(said))
 
 
 def test_a_line_without_an_end_ends_the_wait() -> None:
-    with pytest.raises(GuestError, match="a line without an end"):
+    with pytest.raises(GuestError, match="a line that is too long"):
         asyncio.run(hear(b"x" * (1 << 18)))
 
 
 def test_more_kinds_of_reports_than_the_limit_end_the_wait() -> None:
-    with pytest.raises(GuestError, match="more than 64 kinds"):
+    with pytest.raises(GuestError, match="more than 64 verbs"):
         asyncio.run(hear(b"".join(b"verb%d\n" % number for number in range(1000))))
 
 
 @pytest.mark.parametrize("value", ["", "-1", "1_000", "0x10", "٣", "1" * 5000, "many"])
 def test_a_malformed_number_is_refused(value: str) -> None:
     channel = asyncio.run(hear(f"progress requests='{value}'".encode()))
-    with pytest.raises(GuestError, match="progress has the number requests"):
+    with pytest.raises(GuestError, match="in a 'progress' report; expected a number"):
         channel.number("progress", "requests")
 
 
@@ -129,7 +129,9 @@ def test_a_timeout_says_what_was_waited_for() -> None:
 
 def test_requests_that_are_not_answered_are_reported() -> None:
     said = b"progress requests=0 under_way=4 writes=0\n"
-    with pytest.raises(GuestLateError, match="\n0 of its requests are finished, and 4 are not"):
+    with pytest.raises(
+        GuestLateError, match="\n0 of the guest's requests are finished, and 4 are unanswered"
+    ):
         asyncio.run(wait_in_vain(said, 0.1))
 
 

@@ -198,7 +198,9 @@ def test_a_saved_piece_that_does_not_exist_is_reported(
     ram: Ram, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ram.qemu, "save", lambda *_: None)
-    with pytest.raises(UntestableError, match="it is not there: QEMU has another file system"):
+    with pytest.raises(
+        UntestableError, match="the file does not exist: QEMU has another file system"
+    ):
         read(ram.saved(), LOW_REGION, 0, 1)
 
 
@@ -227,7 +229,7 @@ def test_only_a_plain_file_of_the_right_length_is_a_saved_piece(
     guest = ram.saved()
     before = descriptors()
     monkeypatch.setattr(ram.qemu, "save", save)
-    with pytest.raises(UntestableError, match="it is not there"):
+    with pytest.raises(UntestableError, match="the file does not exist"):
         read(guest, LOW_REGION, 0, 1)
     assert descriptors() == before
 
@@ -237,7 +239,7 @@ def test_a_qemu_that_cannot_save_its_memory_is_reported(ram: Ram) -> None:
         raise QmpRefusal("source QEMU refused pmemsave: Permission denied")
 
     ram.qemu.on_save = refuse
-    with pytest.raises(UntestableError, match=r"Permission denied\. QEMU has to save its memory"):
+    with pytest.raises(UntestableError, match=r"Permission denied\. QEMU must save its memory"):
         read(ram.saved(), LOW_REGION, 0, 1)
 
 

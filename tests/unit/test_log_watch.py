@@ -57,7 +57,7 @@ class Stage:
         os.pwrite(self.log, bytes(PAGE), 0)
 
     def over(self) -> LogEvidence:
-        self.watch.let_go()
+        self.watch.release()
         self.watch.end()
         return self.watch.evidence()
 
@@ -116,7 +116,7 @@ def test_a_device_may_mark_a_page_before_and_after_it_writes(stage: Stage) -> No
 def test_a_page_that_was_marked_and_never_written_gets_its_bit_back(stage: Stage) -> None:
     stage.mark(3)
     eventually(lambda: stage.marked() == [])
-    stage.watch.let_go()
+    stage.watch.release()
     assert stage.marked() == [3]
     stage.mark(4)  # and from now on nothing is taken
     assert stage.over().early_bits == []

@@ -138,7 +138,7 @@ def test_a_page_after_the_ram_does_not_end_the_watch(guest: Guest) -> None:
 
 def test_bits_that_are_left_are_late_up_to_the_edges_of_ram(guest: Guest) -> None:
     watch = guest.watch()
-    watch.let_go()
+    watch.release()
     watch.end()
     guest.mark([-1, 0, 77, PAGES - 1])
     late = [gpa // PAGE - FIRST for gpa in watch.evidence().late_bits]
@@ -199,7 +199,7 @@ def test_a_bit_that_qemu_takes_first_is_not_early(
 
 def test_nothing_is_taken_after_the_log_is_released(guest: Guest) -> None:
     watch = guest.watch()
-    watch.let_go()
+    watch.release()
     guest.mark([3])
     look_twice(watch)
     guest.write(3)

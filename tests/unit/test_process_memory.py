@@ -111,5 +111,5 @@ def test_a_process_that_does_not_exist_is_reported() -> None:
     ["", "7f0000000000", "x-y rw-s 0 00:01 5", "1000-2000 rw 0 00:01 5", "1000 rw-s 0 00:01 5 /a"],
 )
 def test_a_malformed_line_of_proc_maps_is_refused(line: str) -> None:
-    with pytest.raises(UntestableError, match="a line that is none"):
+    with pytest.raises(UntestableError, match="a line in an unknown format"):
         parse_maps([line])

@@ -171,7 +171,7 @@ def test_the_fake_device_is_recognised_by_its_name_with_or_without_a_tracking() 
     assert not is_fake_vfio(ProofOptions(device="vfio:0000:3b:00.2,0000:3b:00.3"))
     assert not is_fake_vfio(ProofOptions(device=["blk", "net"]))
     assert not is_fake_vfio(ProofOptions())
-    with pytest.raises(UsageError, match="only dmaproof's own devices go together"):
+    with pytest.raises(UsageError, match="only dmaproof's own devices can"):
         is_fake_vfio(ProofOptions(device=["vfio-fake", "blk"]))
 
 

@@ -44,5 +44,5 @@ def test_pages_that_were_never_written_take_no_memory() -> None:
 def test_memory_that_cannot_be_read_is_reported() -> None:
     with ram_fd(PAGE_BYTES) as fd:
         gone = replace(ram(fd), fd=-1)
-    with pytest.raises(UntestableError, match="cannot be copied"), copied([gone]):
+    with pytest.raises(UntestableError, match="cannot copy the guest's RAM"), copied([gone]):
         pass

@@ -566,7 +566,7 @@ def test_passes_contain_their_harvests_and_bytes() -> None:
 def test_the_report_has_every_part_of_the_downtime() -> None:
     parts = downtime_parts(MOMENTS, HARVESTS, 0.05)
     assert [part["seconds"] for part in parts] == pytest.approx([0.01, 0.01, 0.01, 0.02])
-    assert parts[1]["what"] == "the device harvests a last time"
+    assert parts[1]["what"] == "the device harvests for the last time"
     later = downtime_parts({**MOMENTS, "device": MOMENTS["STOP"] + 5_000_000}, HARVESTS, 0.05)
     assert [part["seconds"] for part in later] == pytest.approx([0.01, 0.01, 0.01, 0.005, 0.015])
     assert downtime_parts({}, HARVESTS, 0.05) == []

@@ -204,7 +204,7 @@ def test_a_refused_setting_means_that_qemu_lacks_the_scenario(
     stage = Stage(tmp_path, SCENARIOS["multifd-zstd"])
     qmp = getattr(stage, side)
     qmp.refused, qmp.words = command, "it does not accept value 'zstd'"
-    with pytest.raises(UnsupportedScenarioError, match=f"the scenario: {side} .* value 'zstd'"):
+    with pytest.raises(UnsupportedScenarioError, match=f"scenario: {side} .* value 'zstd'"):
         stage.start()
     assert not stage.told("source", "migrate")
 
@@ -219,9 +219,13 @@ def test_a_migration_that_qemu_refuses_is_a_failure(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "printed", "told"),
     [
-        ("Postcopy is not supported: not capable of postcopy", "", "as it has to be"),
-        ("Postcopy is not supported", "backend not capable of postcopy", "as it has to be"),
-        ("Postcopy is not supported", "userfaultfd: not permitted", "lacks the scenario"),
+        ("Postcopy is not supported: not capable of postcopy", "", "as it must"),
+        ("Postcopy is not supported", "backend not capable of postcopy", "as it must"),
+        (
+            "Postcopy is not supported",
+            "userfaultfd: not permitted",
+            "does not support the migration scenario",
+        ),
     ],
 )
 def test_postcopy_is_refused(tmp_path: Path, words: str, printed: str, told: str) -> None:
@@ -234,7 +238,7 @@ def test_postcopy_is_refused(tmp_path: Path, words: str, printed: str, told: str
 
 def test_postcopy_that_is_not_refused_is_a_failure(tmp_path: Path) -> None:
     stage = Stage(tmp_path, SCENARIOS["postcopy-ram"], device_lacks_pagefault=True)
-    with pytest.raises(MigrationError, match="accepted postcopy-ram, which it must refuse"):
+    with pytest.raises(MigrationError, match="accepted postcopy-ram, but must refuse it"):
         stage.start()
     assert not stage.told("source", "migrate")
 
@@ -242,7 +246,7 @@ def test_postcopy_that_is_not_refused_is_a_failure(tmp_path: Path) -> None:
 def test_postcopy_is_unsupported_and_not_a_failure(tmp_path: Path) -> None:
     stage = Stage(tmp_path, SCENARIOS["postcopy-ram"])
     with pytest.raises(
-        UnsupportedScenarioError, match="dmaproof does not carry out such a migration"
+        UnsupportedScenarioError, match="dmaproof carries out no postcopy migration"
     ):
         stage.start()
     assert not stage.told("source", "migrate")
@@ -340,7 +344,7 @@ def test_a_cancelled_migration_is_over(tmp_path: Path, statuses: list[str]) -> N
 def test_a_migration_that_ends_otherwise_was_not_cancelled(tmp_path: Path, status: str) -> None:
     stage = Stage(tmp_path, SCENARIOS["retry"])
     stage.source.statuses = ["active", status]
-    with pytest.raises(MigrationError, match=f"was to be cancelled, and is '{status}'"):
+    with pytest.raises(MigrationError, match=f"to be 'cancelled', but it is '{status}'"):
         asyncio.run(stage.migration.cancel())
 
 
@@ -367,21 +371,23 @@ def test_a_migration_that_waits_for_switchover_fails_when_it_continues(
 def test_a_migration_that_completes_without_its_destination_is_wrong(tmp_path: Path) -> None:
     stage = Stage(tmp_path, SCENARIOS["destination-killed"])
     stage.source.statuses = ["active", "completed"]
-    with pytest.raises(MigrationError, match="was to be failed, and is 'completed'"):
+    with pytest.raises(MigrationError, match="to be 'failed', but it is 'completed'"):
         asyncio.run(stage.migration.fail())
 
 
 def test_a_source_that_stays_paused_is_reported(tmp_path: Path) -> None:
     stage = Stage(tmp_path, SCENARIOS["destination-killed"], Limits(timeout_s=0.1))
     stage.source.statuses = ["failed"]
-    with pytest.raises(MigrationError, match="is 'paused', and has not run on"):
+    with pytest.raises(
+        MigrationError, match="did not continue its guest within .*: the source is 'paused'"
+    ):
         asyncio.run(stage.migration.fail())
 
 
 def test_a_migration_that_does_not_pause_before_switchover_is_reported(tmp_path: Path) -> None:
     stage = Stage(tmp_path, SCENARIOS["destination-killed-late"])
     stage.source.statuses = ["completed"]
-    with pytest.raises(MigrationError, match="has completed, though it was to pause"):
+    with pytest.raises(MigrationError, match="has completed, although the capability pause"):
         asyncio.run(stage.migration.pause_before_switchover())
 
 

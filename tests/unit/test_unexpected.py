@@ -43,7 +43,7 @@ def test_a_log_that_cannot_grow_says_so(tmp_path: Path, monkeypatch: pytest.Monk
     there = os.statvfs(tmp_path)
     full = os.statvfs_result((*there[:3], 0, 0, *there[5:]))
     monkeypatch.setattr(os, "statvfs", lambda fd: full)
-    assert f"no room left in {tmp_path}" in log_tail(log)
+    assert f"no space left in {tmp_path}" in log_tail(log)
 
 
 def of_a_bug(*arguments: object) -> NoReturn:
@@ -62,7 +62,7 @@ def test_an_unexpected_exception_is_a_fault_of_dmaproof(raised: Exception) -> No
         (PermissionError(errno.EACCES, "Permission denied", "/dev/x"), "/dev/x: Permission denied"),
         (OSError(errno.EFBIG, "File too large"), "ulimit -f"),
         (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
-        (MemoryError(), "no memory"),
+        (MemoryError(), "out of memory"),
         (subprocess.TimeoutExpired(["cc"], 300), "'cc'"),
         (errors.TrackerError("EINVAL"), "EINVAL"),
     ],
@@ -80,7 +80,7 @@ def test_a_crash_is_printed_with_its_traceback_and_reported(
     monkeypatch.setattr(prove, "given_options", of_a_bug)
     assert main(["prove", "--json", str(report)]) == 3
     first, *rest = capsys.readouterr().err.splitlines()
-    assert first.startswith("dmaproof: NOT TESTED: this is a fault of dmaproof (KeyError:")
+    assert first.startswith("dmaproof: NOT TESTED: this is a defect in dmaproof (KeyError:")
     assert "Traceback" in rest[0]
     assert any("of_a_bug" in line for line in rest)
     assert ESCAPE[0] not in first + "".join(rest)

@@ -27,7 +27,10 @@ RATE: dict[str, Any] = {"mbps": 80.0, "page_size": 4096}
         ({"remaining": 15_000_000, **RATE}, "in 1.0 s"),
         ({"remaining": 5_000_000, **RATE}, "at once"),
         ({"remaining": 15_000_000, "dirty_pages_rate": 1000, **RATE}, "in 1.7 s"),
-        ({"remaining": 15_000_000, "dirty_pages_rate": 2500, **RATE}, "never: dirtied faster"),
+        (
+            {"remaining": 15_000_000, "dirty_pages_rate": 2500, **RATE},
+            "never: the guest dirties RAM faster",
+        ),
         ({"remaining": 15_000_000, "mbps": 0.0}, None),
         ({"mbps": 80.0}, None),
     ],

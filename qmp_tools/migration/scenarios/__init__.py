@@ -1,8 +1,8 @@
-"""The migration scenarios by name: those of this package, and those of other distributions.
+"""Find the migration scenarios by name: dmaproof's own, and those of other distributions.
 
-Each is a class with a `name`, derived from `scenarios.base.Scenario`. One of ours is found by
-scanning the package; one of another distribution is an entry point of the group
-``dmaproof.scenarios``, whose name is the scenario's::
+Each scenario is a class with a `name`, derived from `scenarios.base.Scenario`. dmaproof scans this
+package for its own scenarios. Another distribution declares a scenario as an entry point of the
+group ``dmaproof.scenarios``, under the scenario's name::
 
     [project.entry-points."dmaproof.scenarios"]
     precious = "precious_package:Precious"
@@ -23,7 +23,7 @@ def known_scenarios() -> Registry[Scenario]:
     """Find the scenarios: dmaproof's own, and those of entry points.
 
     Returns:
-        The classes by name; call one to make the scenario.
+        The classes by name. Call a class to make the scenario.
 
     Example::
 
@@ -40,9 +40,9 @@ def find_scenario(name: str) -> Scenario:
         name: such as 'unix' or 'multifd-4'.
 
     Returns:
-        A scenario of its own: its steps may keep things in it.
+        A new scenario, in which the steps may keep state.
 
     Raises:
-        UsageError: none has the name, or two distributions have it, or it cannot be used.
+        UsageError: no scenario has the name, two distributions define it, or it cannot be loaded.
     """
     return known_scenarios().find(name)()

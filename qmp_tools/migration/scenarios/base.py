@@ -1,21 +1,20 @@
-"""A migration scenario: a class with the steps of a proof's migration, and how it is judged.
+"""The base class of migration scenarios: the steps of a proof's migration, and rules to judge it.
 
-The defaults are those of a live precopy migration that is held until its proof is sharp. A scenario
-overrides what is different, in a file of this package, or in any other package by the entry-point
-group ``dmaproof.scenarios``::
+The defaults are those of a live precopy migration, held until the proof is sensitive enough. A
+scenario overrides what is different, in a file of this package, or in any other package by the
+entry-point group ``dmaproof.scenarios``::
 
     class Precious(Scenario):
         name = "precious"
-        summary = "sent over a link that loses nothing"
+        summary = "The source and destination use a link that loses nothing"
         capabilities = ("return-path",)
 
-The steps, in their order: `start`, then for each migration `first_attempt`, `prepare`, `migrate`
-and `finish`, and between two migrations `start_return`. The caller guards each step against the
-death of a process (`QemuPair.guarded`), but for `start` and `start_return`, which guard their own
-parts. Between `migrate` and `finish` the guests are compared, as the scenario's answers say.
+The steps, in order: `start`, then for each migration `first_attempt`, `prepare`, `migrate` and
+`finish`; between two migrations `start_return`. The caller guards each step against the death of a
+process (`QemuPair.guarded`), except `start` and `start_return`, which guard their own parts. The
+caller compares the guests between `migrate` and `finish`, by the scenario's rules.
 
-Each proof has a scenario of its own, so a step may keep in `self` what a later step or answer
-needs.
+Each proof makes its own scenario, so a step may keep in `self` what a later step needs.
 """
 
 from __future__ import annotations
@@ -44,16 +43,16 @@ from ..procedure import Procedure
 _logger = logging.getLogger(__name__)
 
 _STEPS: Final = ("start", "first_attempt", "prepare", "migrate", "start_return")
-"""The steps before the guest goes on, all of which take a proof's processes."""
+"""The steps before the guest continues; all of them need a proof's processes."""
 
 
 class Scenario(Procedure):
-    """How a guest migrates; see `Procedure` for what QEMU is told.
+    """How a guest migrates; `Procedure` has the QMP commands.
 
-    `name` is what the command line and reports call it, `summary` says it in some words.
-    `migrations` is how often the guest migrates, there and back. `machine` is the machine type
-    where no other is asked for, `machine_options` what any machine is told besides
-    (",option=value"), and `dimms` how many DIMMs get plugged.
+    `name` is the scenario's name on the command line and in reports, `summary` a sentence about it.
+    The guest migrates `migrations` times, to the destination and back. `machine` is the default
+    machine type, `machine_options` are further options of any machine type (",option=value"), and
+    `dimms` is the number of DIMMs that the scenario plugs.
     """
 
     name: str
@@ -69,31 +68,31 @@ class Scenario(Procedure):
         """Start the QEMUs, and wait until the source's guest is ready.
 
         Raises:
-            UntestableError: one of them could not be started, or the guest does not come to that.
+            UntestableError: a QEMU could not be started, or the guest does not become ready.
         """
         await pair.guarded(pair.start_both())
         await pair.guarded(pair.boot())
 
     async def first_attempt(self, attempt: Attempt) -> None:
-        """Carry out, on an attempt of its own, what comes before the migration that is proved.
+        """Carry out a migration that fails, before the migration that is proved.
 
         Raises:
-            UntestableError: it does not fail as it is to.
+            UntestableError: the first migration does not fail as expected.
         """
 
     async def prepare(self, attempt: Attempt) -> None:
-        """Do what comes right before the migration.
+        """Prepare the migration, right before it begins.
 
         Raises:
-            UntestableError: the guest or a QEMU does not do what it takes.
+            UntestableError: the guest or a QEMU fails.
         """
         await attempt.open_destination_ram()
 
     async def migrate(self, attempt: Attempt) -> None:
-        """Migrate; the destination has loaded everything afterwards, and both guests are paused.
+        """Migrate, until the destination has loaded everything and both guests are paused.
 
         Raises:
-            UntestableError: it does not come to that.
+            UntestableError: the migration does not complete.
         """
         await attempt.migration.start()
         precopy = _HeldPrecopy(attempt)
@@ -101,68 +100,68 @@ class Scenario(Procedure):
             async for progress in attempt.follow():
                 await precopy.step(progress)
         finally:
-            attempt.let_go_of_log()
+            attempt.release_log()
         await attempt.migration.load()
 
     async def finish(self, pair: QemuPair) -> None:
-        """Let the destination's guest go on.
+        """Continue the destination's guest.
 
         Raises:
-            UntestableError: the destination refuses it.
+            UntestableError: the destination refuses to.
         """
         _logger.info("continuing on the destination")
         await pair.destination.qmp.execute("cont")
 
     async def start_return(self, pair: QemuPair) -> None:
-        """Start a new destination, to which the guest goes back; the roles are swapped already.
+        """Start a new destination for the way back, after the roles have been swapped.
 
         Raises:
-            UntestableError: it could not be started.
+            UntestableError: the destination could not be started.
         """
         await pair.guarded(pair.start_destination())
 
-    # What it takes --------------------------------------------------------------------------------
+    # Requirements ---------------------------------------------------------------------------------
 
     @property
     def is_held_in_precopy(self) -> bool:
-        """Whether QEMU writes to the guest's hold pages, which takes a test channel."""
+        """Whether QEMU writes to the guest's hold pages, for which it needs a test channel."""
         return True
 
     def require_device(self, device: ProofDevice) -> None:
-        """Refuse a device that cannot migrate so.
+        """Refuse a device that the scenario cannot migrate.
 
         Raises:
-            UsageError: it cannot.
+            UsageError: the scenario cannot migrate the device.
         """
 
     @property
     def suits_any_guest(self) -> bool:
-        """Whether it is a single migration of any guest with any device, and not only of a proof's.
+        """Whether it is a single migration that works with any guest and any device.
 
-        If so, the steps over QMP (`Procedure`) are all that it changes: `qmp_tools.aio.migrate`
-        carries out no others.
+        Such a scenario changes only the steps over QMP (`Procedure`), because
+        `qmp_tools.aio.migrate` carries out no other steps.
         """
         changed = (getattr(type(self), step) is not getattr(Scenario, step) for step in _STEPS)
         return self.migrations == 1 and not any(changed)
 
     @property
     def is_repeatable(self) -> bool:
-        """Whether a guest that has migrated so can migrate back so, and so on."""
+        """Whether a guest can migrate in this scenario again and again."""
         return True
 
     @property
     def downtime_is_measurable(self) -> bool:
-        """Whether QEMU alone stops the guest, so that its downtime means something."""
+        """Whether QEMU alone stops the guest, so that the measured downtime is QEMU's."""
         return True
 
-    # How it is judged -----------------------------------------------------------------------------
+    # Judgement ------------------------------------------------------------------------------------
 
     def explain_failure(self, error: UntestableError) -> UntestableError:
-        """What it means that `migrate` failed: `error` itself, or one that says it better."""
+        """Return the reason why `migrate` failed: `error` itself, or a better explanation."""
         return error
 
     def source_afterwards(self, pair: QemuPair) -> Qemu:
-        """The QEMU that answers for the source once the migration is over."""
+        """Return the QEMU that answers for the source after the migration."""
         return pair.source
 
     @property
@@ -172,32 +171,32 @@ class Scenario(Procedure):
 
     @property
     def stops_rings(self) -> bool:
-        """Whether the source still reports its rings after the migration, and has stopped them."""
+        """Whether the source stops its rings, and still reports them after the migration."""
         return True
 
     @property
     def has_journal(self) -> bool:
-        """Whether the device's journal covers the migration: it is kept while QEMU logs."""
+        """Whether the device's journal, kept while QEMU logs, covers the migration."""
         return True
 
     def evidence_source(self, *, has_evidence: bool) -> EvidenceSource:
-        """Who knows what the device wrote; the device has kept a journal if it `has_evidence`."""
+        """Return the evidence of what the device wrote: its journal if it `has_evidence`."""
         return EvidenceSource.JOURNAL if has_evidence else EvidenceSource.GUEST
 
     @property
     def blame_without_journal(self) -> Blame:
-        """Whose loss a page is of which no journal tells more."""
+        """The cause of a lost page about which no journal says more."""
         return Blame.UNKNOWN
 
     def require_arrival(self, source: Sequence[RamFile], destination: Sequence[RamFile]) -> None:
-        """See that the RAM has reached the destination as it is to in this scenario.
+        """Check that the RAM has reached the destination in the way of this scenario.
 
         Raises:
-            UntestableError: it has not.
+            UntestableError: the RAM has not.
         """
 
     def differing_pages(self, source: RamFile, destination: RamFile) -> NDArray[np.int64]:
-        """The numbers of the pages of one RAM file that are wrong at the destination, sorted.
+        """Return the sorted numbers of the pages of one RAM file that differ at the destination.
 
         Raises:
             UntestableError: the files cannot be compared.
@@ -206,10 +205,10 @@ class Scenario(Procedure):
 
 
 class _HeldPrecopy:
-    """A migration that may end only when the guest has used its write-once pages.
+    """A migration that may end only after the guest has used its write-once pages.
 
-    QEMU has sent every page once when it has synced its bitmap a second time. Then the guest begins
-    to use pages that the device writes a single time each.
+    By its second bitmap sync, QEMU has sent every page once. Only then the guest begins to use the
+    write-once pages, each of which the device writes a single time.
     """
 
     def __init__(self, attempt: Attempt) -> None:
@@ -221,7 +220,7 @@ class _HeldPrecopy:
         attempt.ended_early = True
 
     async def step(self, progress: Progress) -> None:
-        """Do what is due when the migration is as far as `progress` says."""
+        """Hold the migration, and take the next step when `progress` has come far enough."""
         attempt, guest = self._attempt, self._attempt.pair.source_guest
         if self._hold and attempt.ended_early:
             await self._hold.keep(progress)
@@ -229,7 +228,7 @@ class _HeldPrecopy:
             if progress.syncs >= 2:
                 attempt.all_sent_ns = progress.time_ns
                 await attempt.watch_log()
-                await guest.tell(START_WRITE_ONCE)
+                await guest.send(START_WRITE_ONCE)
         elif not self._restart_injected:
             if guest.number("progress", "write_once") or "write-once-done" in guest.latest:
                 self._restart_injected = True
@@ -244,9 +243,9 @@ class _HeldPrecopy:
     async def _release(self) -> None:
         """Let the migration end while the guest uses the last of its write-once pages."""
         self._attempt.ended_early = False
-        self._attempt.let_go_of_log()
-        await self._attempt.pair.source_guest.tell(START_LAST)
-        await self._attempt.pair.source_guest.tell(QUIET)
+        self._attempt.release_log()
+        await self._attempt.pair.source_guest.send(START_LAST)
+        await self._attempt.pair.source_guest.send(QUIET)
         await self._attempt.migration.release()
 
 
@@ -254,7 +253,7 @@ async def migrate_until_all_sent(attempt: Attempt) -> None:
     """Begin the migration, and return when QEMU has sent every page once.
 
     Raises:
-        UntestableError: the migration ends before.
+        UntestableError: the migration ended too early.
     """
     await attempt.migration.start()
     async with contextlib.aclosing(attempt.migration.follow()) as precopy:

@@ -1,7 +1,7 @@
-"""Checkpoint and restart (QEMU's docs/devel/migration/CPR.rst): QEMU pauses the guest first.
+"""Checkpoint and restart scenarios (QEMU's docs/devel/migration/CPR.rst).
 
-The guest has used its write-once pages before anything moves, so it alone knows what the device wrote
-into them: there is no dirty log, and no journal.
+QEMU pauses the guest first. The guest uses its write-once pages before that, so the guest is the
+only evidence of what the device wrote into them: QEMU has no dirty log, and the device no journal.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ from .base import Scenario
 
 
 class _GuestPaused(Scenario):
-    """The guest is paused before anything moves."""
+    """The guest is paused before QEMU sends or saves anything."""
 
     is_held_in_precopy = False
     has_journal = False
     is_repeatable = False
 
     def evidence_source(self, *, has_evidence: bool) -> EvidenceSource:
-        """The guest, which has used its write-once pages before it was paused."""
+        """Return the guest, which has used its write-once pages before it was paused."""
         return EvidenceSource.STILL
 
-    async def use_once_pages(self, attempt: Attempt) -> None:
-        """Let the guest use its write-once pages, all of them.
+    async def use_write_once_pages(self, attempt: Attempt) -> None:
+        """Have the guest use all its write-once pages.
 
         Raises:
-            UntestableError: it does not.
+            UntestableError: the guest does not.
         """
         guest = attempt.pair.source_guest
-        await guest.tell(START_WRITE_ONCE)
+        await guest.send(START_WRITE_ONCE)
         await guest.wait_for(lambda: "write-once-done" in guest.latest, "used its write-once pages")
 
     async def prepare(self, attempt: Attempt) -> None:
-        """Let the guest use its write-once pages."""
-        await self.use_once_pages(attempt)
+        """Have the guest use its write-once pages."""
+        await self.use_write_once_pages(attempt)
         await super().prepare(attempt)
 
     async def migrate(self, attempt: Attempt) -> None:
-        """Migrate; the guest has nothing to do meanwhile."""
+        """Migrate, without the guest."""
         await attempt.migration.start()
         async for _ in attempt.follow():
             pass
@@ -61,18 +61,16 @@ class _GuestPaused(Scenario):
 
 
 class CprReboot(_GuestPaused):
-    """The guest saved into a file, as before its host gets a new kernel."""
+    """The guest is saved into a file and restored, as around a reboot of its host."""
 
     name = "cpr-reboot"
-    summary = (
-        "stopped, saved into a file, and restored: how a guest outlives a new kernel of its host"
-    )
+    summary = "The guest is paused, saved into a file and restored, as around a reboot of the host"
     transport = FILE
     parameters: Mapping[str, Any] = {"mode": "cpr-reboot"}
 
 
 class _MemoryKept(_GuestPaused):
-    """The guest's memory outlives the source's QEMU; the destination comes when it is needed."""
+    """The guest's memory stays when the source's QEMU ends; the destination starts late."""
 
     machine_options = ",aux-ram-share=on"
 
@@ -87,27 +85,27 @@ class _MemoryKept(_GuestPaused):
         await pair.guarded(pair.boot())
 
     def configured(self, ends: Ends) -> Sequence[Qmp]:
-        """The source alone: the destination does not answer yet."""
+        """Return the source only, because the destination does not answer yet."""
         return (ends.source,)
 
 
 class CprTransfer(_MemoryKept):
-    """The memory's file descriptors handed to another QEMU over a channel of their own."""
+    """The source sends the memory's file descriptors to the destination over a second channel."""
 
     name = "cpr-transfer"
-    summary = "stopped, and its memory handed to another QEMU on the same host without a copy"
+    summary = "The guest is paused; the destination gets its memory by file descriptor, not a copy"
     parameters: Mapping[str, Any] = {"mode": "cpr-transfer"}
 
     async def prepare(self, attempt: Attempt) -> None:
-        """Launch a destination that waits for the source's file descriptors before all else."""
-        await self.use_once_pages(attempt)
+        """Launch a destination that first waits for the source's file descriptors."""
+        await self.use_write_once_pages(attempt)
         pair = attempt.pair
         await pair.launch_destination("-incoming", json.dumps(channel(pair.folder, "cpr")))
         await pair.wait_for_socket(channel_path(pair.folder, "cpr"))
         attempt.joined = pair.destination.connect
 
     async def begin(self, ends: Ends) -> None:
-        """Send the file descriptors; when the destination has them it can be told to read."""
+        """Send the file descriptors, and then have the destination read the stream."""
         assert ends.joined is not None
         main, descriptors = (channel(ends.folder, kind) for kind in ("main", "cpr"))
         await ends.source.execute("migrate", channels=[main, descriptors])
@@ -115,23 +113,25 @@ class CprTransfer(_MemoryKept):
         await ends.destination.execute("migrate-incoming", channels=[main])
 
     def require_arrival(self, source: Sequence[RamFile], destination: Sequence[RamFile]) -> None:
-        """See that both QEMUs have the same memory.
+        """Check that both QEMUs have the same memory.
 
         Raises:
-            UntestableError: they have not.
+            UntestableError: their memory is not the same.
         """
         if source[0].inode != destination[0].inode:
-            raise UntestableError("the source has copied its memory and not handed it over")
+            raise UntestableError(
+                "expected the destination to use the source's memory, but QEMU has copied it"
+            )
 
 
 _SUCCESSOR_SOCKET: Final = "successor-qmp.sock"
 
 
 class CprExec(_MemoryKept):
-    """QEMU executed anew by the source's process, which keeps the memory."""
+    """The source's process executes QEMU again and keeps the memory."""
 
     name = "cpr-exec"
-    summary = "stopped, and QEMU executed anew in the same process, which keeps the memory"
+    summary = "The guest is paused; the source's process executes QEMU again and keeps the memory"
     transport = FILE
     parameters: Mapping[str, Any] = {"mode": "cpr-exec"}
 
@@ -140,15 +140,15 @@ class CprExec(_MemoryKept):
     stops_rings = False
 
     async def prepare(self, attempt: Attempt) -> None:
-        """Tell the source what to execute, and copy its RAM, which is the destination's later.
+        """Set the command that the source executes, and copy its RAM before QEMU changes it.
 
         Raises:
-            UnsupportedScenarioError: the source does not know that parameter.
-            UntestableError: the guest or a QEMU does not do what it takes.
+            UnsupportedScenarioError: the source does not support the parameter.
+            UntestableError: the guest or a QEMU fails.
         """
-        await self.use_once_pages(attempt)
+        await self.use_write_once_pages(attempt)
         pair = attempt.pair
-        pair.succeed()
+        pair.plan_successor()
         attempt.joined = partial(_connect_successor, pair)
         command = await _successor_command(pair)
         stream = self.transport.read_from(pair.ends())
@@ -162,23 +162,23 @@ class CprExec(_MemoryKept):
         await attempt.copy_source_ram()
 
     async def begin(self, ends: Ends) -> None:
-        """Have the source save itself and execute QEMU, which loads at once."""
+        """Have the source save its state and execute QEMU, which loads the state at once."""
         assert ends.joined is not None
         await ends.source.execute("migrate", uri=await self.transport.written_to(ends))
         await ends.joined()
 
     async def load(self, ends: Ends) -> None:
-        """Nothing is left to be done: the new QEMU has been told on its command line."""
+        """Do nothing: the new QEMU loads by its command line."""
 
     def source_afterwards(self, pair: QemuPair) -> Qemu:
-        """The new QEMU: the old one is no more."""
+        """Return the new QEMU, because the old one has ended."""
         return pair.destination
 
 
 async def _successor_command(pair: QemuPair) -> list[str]:
-    """The source's command, but with a new QMP socket and the devices' arguments as destination.
+    """Return the source's command with a new QMP socket and the destination's device arguments.
 
-    A greeting in the midst of the old socket's stream is nothing that a QMP client takes.
+    The old socket cannot be used: a QMP client does not expect a second greeting in its stream.
     """
     command = list(pair.source.process.command)
     place = next(i for i, word in enumerate(command) if word.startswith("socket,id=qmp,"))

@@ -1,4 +1,4 @@
-"""Live migrations into a file: the source saves all of its stream before the destination reads."""
+"""Live migrations into a file: the source saves its whole stream, then the destination reads it."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from .base import Scenario
 
 
 class Exec(Scenario):
-    """Saved and restored by shell commands."""
+    """Shell commands save and restore the guest."""
 
     name = "exec"
-    summary = "saved by a shell command into a file, restored by another"
+    summary = "A shell command saves the guest into a file, and another restores it"
     transport = EXEC
 
 
 class MappedRam(Scenario):
-    """Saved into a file in which each page has its place."""
+    """The guest is saved into a file in which each page has a fixed offset."""
 
     name = "mapped-ram"
-    summary = "saved into a file where each page has its place, then restored"
+    summary = "The guest is saved into a file, each page at a fixed offset, and restored"
     transport = FILE
     capabilities = ("mapped-ram",)
     first_pass_bytes_per_s = HELD_BYTES_PER_S
 
 
 class MappedRamMultifd(Scenario):
-    """Saved likewise, by several threads."""
+    """The same as `MappedRam`, with several threads."""
 
     name = "mapped-ram-multifd"
-    summary = "the same, written and read by 4 threads"
+    summary = "The same as mapped-ram, written and read by 4 threads"
     transport = FILE
     capabilities = ("mapped-ram", "multifd")
     parameters: Mapping[str, Any] = {"multifd-channels": 4}

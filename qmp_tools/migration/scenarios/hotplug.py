@@ -1,4 +1,4 @@
-"""Migrations of a guest into which something was plugged while it ran."""
+"""Migrations of a guest into which dmaproof has plugged memory or a device while it ran."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from .base import Scenario
 
 
 class MemoryHotplug(Scenario):
-    """A DIMM plugged before each of two migrations; the guest's write-once pages lie in it."""
+    """A DIMM is plugged before each of two migrations; it holds the guest's write-once pages."""
 
     name = "memory-hotplug"
-    summary = "a DIMM plugged and used, there; another plugged and used, and back"
+    summary = "The guest migrates there and back; before each migration a DIMM is plugged and used"
     migrations = 2
     dimms = migrations
 
     is_repeatable = False
 
     async def start(self, pair: QemuPair) -> None:
-        """Start the source, plug a DIMM, and start a destination that has it too."""
+        """Start the source, plug a DIMM, and start a destination with the same DIMM."""
         await pair.guarded(pair.start_source())
         await pair.guarded(pair.boot())
         await self.start_return(pair)
@@ -32,28 +32,28 @@ class MemoryHotplug(Scenario):
 
 
 class DeviceHotplug(Scenario):
-    """The disk plugged into the running guest."""
+    """The disk is plugged into the running guest."""
 
     name = "device-hotplug"
-    summary = "the disk plugged into the running guest"
-    # A q35 takes devices only behind a port, and gives them no address there.
+    summary = "The disk is plugged into the running guest, which then migrates"
+    # A q35 accepts hot-plugged devices only behind a port, and assigns them no address there.
     machine = "pc"
 
     is_repeatable = False
 
     async def start(self, pair: QemuPair) -> None:
-        """Start the source, plug the disk, and start a destination that has it from the start."""
+        """Start the source, plug the disk, and start a destination that already has the disk."""
         await pair.guarded(pair.start_source_without_devices())
         await pair.guarded(pair.boot_and_plug_devices())
         await pair.guarded(pair.start_destination())
 
     def require_device(self, device: ProofDevice) -> None:
-        """Refuse what is not a disk.
+        """Refuse a device that is not a disk.
 
         Raises:
-            UsageError: the device is not one.
+            UsageError: the device is not a disk.
         """
         if not device.driver.has_disk:
             raise UsageError(
-                f"--scenario {self.name}: it plugs a disk, and {device.facts.device} is not one"
+                f"--scenario {self.name} needs a disk, and {device.facts.device} is not a disk"
             )

@@ -1,7 +1,7 @@
-"""Migrations after one that has failed: the source's guest must go on as if nothing had been.
+"""Migrations after one that has failed: the source's guest must continue as before.
 
-The first attempt fails once every page has been sent. QEMU must take the dirty log from the device
-then, and what the attempt had collected must not be missed by the next.
+The first attempt fails after QEMU has sent every page. QEMU must then remove the dirty log from the
+device, and the next attempt must not lose what the first one has collected.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from .base import Scenario, migrate_until_all_sent
 _logger = logging.getLogger(__name__)
 
 _REQUESTS_BETWEEN: Final = 100
-"""That the source's guest must do after an attempt has failed, before the next begins."""
+"""Requests that the source's guest must finish after a failed attempt, before the next begins."""
 
 
 class _Interrupted(Scenario):
-    """A first attempt that fails in the way `interruption` says, carried out by `interrupt`."""
+    """A first attempt that `interrupt` makes fail; `interruption` describes the failure."""
 
     interruption: str
 
     async def interrupt(self, attempt: Attempt) -> None:
-        """Make the migration fail, in precopy when every page has been sent.
+        """Make the migration fail in precopy, after QEMU has sent every page.
 
         Raises:
-            UntestableError: it does not fail so.
+            UntestableError: the migration does not fail as expected.
         """
         raise NotImplementedError
 
     async def first_attempt(self, attempt: Attempt) -> None:
-        """Migrate until every page has been sent, and let it fail; the source's guest goes on.
+        """Migrate until every page has been sent, make it fail, and continue the source's guest.
 
-        The device's log must be taken from it, or it would go on logging for nobody. On a machine
-        on which the guest gets nowhere for a while, only the pause keeps it from completing.
+        QEMU must remove the device's log, or the device would continue to log. If the guest makes
+        no progress for a while, only pause-before-switchover keeps the migration from completing.
         """
         pair = attempt.pair
         _logger.info("a first migration, %s", self.interruption)
@@ -57,10 +57,10 @@ class _Interrupted(Scenario):
 
 
 class Retry(_Interrupted):
-    """Cancelled, and migrated again."""
+    """The migration is cancelled during precopy, and the guest migrates again."""
 
     name = "retry"
-    summary = "cancelled in the middle of precopy, and migrated again"
+    summary = "The migration is cancelled during precopy; the guest migrates again"
     interruption = "cancelled in precopy"
 
     async def interrupt(self, attempt: Attempt) -> None:
@@ -70,10 +70,10 @@ class Retry(_Interrupted):
 
 
 class DestinationKilled(_Interrupted):
-    """The destination killed in precopy."""
+    """The destination is killed during precopy."""
 
     name = "destination-killed"
-    summary = "the destination killed in the middle of precopy, and migrated to a new one"
+    summary = "The destination is killed during precopy; the guest migrates to a new destination"
     interruption = "its destination killed in precopy"
 
     async def interrupt(self, attempt: Attempt) -> None:
@@ -84,13 +84,11 @@ class DestinationKilled(_Interrupted):
 
 
 class DestinationKilledLate(DestinationKilled):
-    """The destination killed when the source's guest was paused."""
+    """The destination is killed after the source's guest has been paused."""
 
     name = "destination-killed-late"
-    summary = (
-        "the same when the source stood still already, and all but the last pages had been sent"
-    )
-    interruption = "its destination killed when the guest stood still"
+    summary = "The same as destination-killed, but only after the source's guest has been paused"
+    interruption = "its destination killed after the guest was paused"
 
     async def interrupt(self, attempt: Attempt) -> None:
         """Kill the destination at the switchover."""

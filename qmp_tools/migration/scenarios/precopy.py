@@ -1,4 +1,4 @@
-"""Live migrations in one precopy: what differs is the transport, or what QEMU is told."""
+"""Live precopy migrations, which differ in the transport or in QEMU's capabilities."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from .base import Scenario
 
 
 class Unix(Scenario):
-    """Over a Unix socket."""
+    """Migration over a Unix socket."""
 
     name = "unix"
-    summary = "a Unix socket in the run's private folder"
+    summary = "The source and destination use a Unix socket"
 
 
 class Tcp(Scenario):
-    """Over TCP."""
+    """Migration over TCP."""
 
     name = "tcp"
-    summary = "TCP, on a free port"
+    summary = "The source and destination use TCP, on a free port"
     transport = TCP
 
 
 class Tls(Scenario):
-    """Over TCP under TLS, with certificates of the run's own."""
+    """Migration over TCP under TLS, with certificates made for the run."""
 
     name = "tls"
-    summary = "TCP under TLS: both sides show certificates, made for the run; needs openssl"
+    summary = "The source and destination use TCP under TLS, with certificates made by openssl"
     transport = TCP
     parameters: Mapping[str, Any] = {"tls-creds": "migration-tls", "tls-hostname": SERVER_NAME}
 
@@ -50,14 +50,14 @@ class Tls(Scenario):
 
 
 class Fd(Scenario):
-    """Over file descriptors that QEMU is handed."""
+    """Migration over file descriptors that QEMU receives."""
 
     name = "fd"
-    summary = "a socket pair, handed to both QEMUs"
+    summary = "The source and destination use a socket pair, which they get as file descriptors"
     transport = FD
 
     async def set_up(self, ends: Ends) -> None:
-        """Hand each QEMU its end of a socket pair."""
+        """Send each QEMU its end of a socket pair."""
         for qmp, end in zip((ends.source, ends.destination), socket.socketpair(), strict=True):
             with end:
                 await qmp.send_fd(end.fileno(), "migration")
@@ -71,80 +71,81 @@ class _Multifd(Scenario):
     compression: str | None = None
 
     def __init__(self) -> None:
-        self.summary = f"a Unix socket for each of {self.channels} channels"
+        channels = f"{self.channels} channel{'s' if self.channels > 1 else ''}"
+        self.summary = f"QEMU sends the pages over {channels} beside the main one (multifd)"
         self.parameters = {"multifd-channels": self.channels}
         if self.compression is not None:
-            self.summary += f", compressed by {self.compression}"
+            self.summary += f", compressed with {self.compression}"
             self.parameters["multifd-compression"] = self.compression
 
 
 class Multifd1(_Multifd):
-    """Over one channel beside the main one."""
+    """Migration over one channel beside the main one."""
 
     name = "multifd-1"
     channels = 1
 
 
 class Multifd4(_Multifd):
-    """Over four channels."""
+    """Migration over four channels."""
 
     name = "multifd-4"
 
 
 class Multifd8(_Multifd):
-    """Over eight channels."""
+    """Migration over eight channels."""
 
     name = "multifd-8"
     channels = 8
 
 
 class MultifdZlib(_Multifd):
-    """Over four channels, compressed by zlib."""
+    """Migration over four channels, compressed with zlib."""
 
     name = "multifd-zlib"
     compression = "zlib"
 
 
 class MultifdZstd(_Multifd):
-    """Over four channels, compressed by zstd."""
+    """Migration over four channels, compressed with zstd."""
 
     name = "multifd-zstd"
     compression = "zstd"
 
 
 class Xbzrle(Scenario):
-    """With a page that was sent before as its difference."""
+    """A page that QEMU has sent before is sent as a difference."""
 
     name = "xbzrle"
-    summary = "pages sent before go as their difference"
+    summary = "QEMU sends only the difference of a page that it has sent before"
     capabilities = ("xbzrle",)
     exercised_by = "xbzrle-cache.pages"
-    # A dirty page is some 20 bytes then; the second pass still sends and caches whole pages.
+    # The difference of a dirty page is some 20 bytes. The second pass still sends whole pages.
     held_bytes_per_s = 256 << 10
 
 
 class AutoConverge(Scenario):
-    """With vCPUs that are slowed down."""
+    """QEMU slows the vCPUs down."""
 
     name = "auto-converge"
-    summary = "the vCPUs are slowed down"
+    summary = "QEMU slows the vCPUs down until the migration converges"
     capabilities = ("auto-converge",)
-    # The least that there is: throttled as soon as the guest dirties anything again.
+    # The lowest threshold: QEMU throttles the vCPUs as soon as the guest dirties a page again.
     parameters: Mapping[str, Any] = {"throttle-trigger-threshold": 1}
     exercised_by = "cpu-throttle-percentage"
 
 
 class ReturnPath(Scenario):
-    """With a destination that answers the source."""
+    """The destination answers the source."""
 
     name = "return-path"
-    summary = "the destination answers the source"
+    summary = "The destination answers the source over a return path"
     capabilities = ("return-path",)
 
 
 class SwitchoverAck(Scenario):
-    """With a destination that says when the source may stop."""
+    """The destination acknowledges that the source may stop the guest."""
 
     name = "switchover-ack"
-    summary = "the destination says when the source may stop"
+    summary = "The source waits for the destination's acknowledgement before it stops the guest"
     capabilities = ("return-path", "switchover-ack")

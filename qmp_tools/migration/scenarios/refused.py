@@ -1,4 +1,4 @@
-"""Migrations that QEMU has to refuse with some devices: whether it does is all that is shown."""
+"""Migrations that QEMU must refuse with some devices; dmaproof only checks the refusal."""
 
 from __future__ import annotations
 
@@ -8,40 +8,42 @@ from .base import Scenario
 
 
 class PostcopyRam(Scenario):
-    """Postcopy, with a vhost-user device that cannot wait for a page.
+    """Postcopy with a vhost-user device that cannot wait for a page.
 
-    A page that the device wants to use may still be on the source, so a vhost-user device must have
-    VHOST_USER_PROTOCOL_F_PAGEFAULT. dmaproof carries out no postcopy migration.
+    During postcopy, a page that the device needs may still be on the source. A vhost-user device
+    must therefore have VHOST_USER_PROTOCOL_F_PAGEFAULT. dmaproof carries out no postcopy migration.
     """
 
     name = "postcopy-ram"
-    summary = "pages fetched on demand: only whether QEMU refuses it for a device without PAGEFAULT"
+    summary = "QEMU must refuse postcopy for a device without PAGEFAULT; dmaproof checks only that"
     capabilities = ("postcopy-ram",)
     refusal = "not capable of postcopy"
-    """What QEMU says to these capabilities with such a device (vhost_user_postcopy_notifier)."""
+    """QEMU's answer to the capability with such a device (vhost_user_postcopy_notifier)."""
 
     suits_any_guest = False
     is_repeatable = False
 
     def explain_refusal(self, words: str) -> UnsupportedScenarioError:
-        """Tell the refusal that is due from a QEMU or a host that lacks postcopy."""
+        """Distinguish the expected refusal from a QEMU or a host without postcopy."""
         if self.refusal not in words:
             return super().explain_refusal(words)
-        return UnsupportedScenarioError(f"refused, as it has to be with this device: {words}")
+        return UnsupportedScenarioError(
+            f"QEMU refused postcopy, as it must with this device: {words}"
+        )
 
     def check_acceptance(self, *, device_lacks_pagefault: bool) -> None:
-        """Refuse to migrate; it is a failure of QEMU's where the device lacks PAGEFAULT.
+        """Refuse to migrate; QEMU has failed if it accepted a device without PAGEFAULT.
 
         Raises:
-            MigrationError: QEMU accepted the device.
-            UnsupportedScenarioError: it may accept it.
+            MigrationError: QEMU accepted a device without PAGEFAULT.
+            UnsupportedScenarioError: QEMU accepted a device with PAGEFAULT.
         """
         if device_lacks_pagefault:
             raise MigrationError(
-                f"QEMU accepted {', '.join(self.capabilities)}, which it must refuse with a "
-                f"device like this ({self.refusal!r} was expected)"
+                f"QEMU accepted {', '.join(self.capabilities)}, but must refuse it with this "
+                f"device (expected the error {self.refusal!r})"
             )
         raise UnsupportedScenarioError(
-            f"QEMU accepts {', '.join(self.capabilities)}, as it may with this device; "
-            "dmaproof does not carry out such a migration"
+            f"QEMU accepted {', '.join(self.capabilities)}, which is correct with this device; "
+            "dmaproof carries out no postcopy migration"
         )

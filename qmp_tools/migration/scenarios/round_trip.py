@@ -1,4 +1,4 @@
-"""Migrations there and back of one guest."""
+"""Several migrations of one guest, to the destination and back."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ class PingPong(Scenario):
     """Three migrations over a Unix socket."""
 
     name = "ping-pong"
-    summary = "there, back and there again, each time verified"
+    summary = "The guest migrates there, back and there again; each migration is verified"
     migrations = 3

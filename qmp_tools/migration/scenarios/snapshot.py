@@ -1,7 +1,7 @@
-"""A snapshot of a moment, which QEMU saves while the guest runs on at the source.
+"""A background snapshot, which QEMU saves while the guest continues on the source.
 
-QEMU write-protects the guest's memory and saves a page before it lets a vCPU change it. It does not
-hold off what a device outside QEMU writes.
+QEMU write-protects the guest's memory and saves a page before it lets a vCPU change the page. QEMU
+does not protect the memory against writes of a device outside QEMU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..state_refusal import CANNOT_LOAD
 from ..transport import cat_from, saved_transport
 from .base import Scenario
 
-# QEMU saves a background snapshot without a limit of its own. This reads some 12 MiB a second.
+# QEMU saves a background snapshot without a bandwidth limit. This reads some 12 MiB a second.
 _SLOW_CAT: Final = (
     "import sys, time\n"
     "while piece := sys.stdin.buffer.read(1 << 18):\n"
@@ -35,12 +35,10 @@ _EXEC_SLOWLY: Final = saved_transport(
 
 
 class BackgroundSnapshot(Scenario):
-    """The moment at which the snapshot began, restored at the destination."""
+    """The guest as it was when the snapshot began, restored on the destination."""
 
     name = "background-snapshot"
-    summary = (
-        "the moment saved while the guest runs on; the device writes past QEMU's protection of it"
-    )
+    summary = "QEMU saves a snapshot while the guest continues; devices bypass QEMU's protection"
     transport = _EXEC_SLOWLY
     capabilities = ("background-snapshot",)
 
@@ -50,39 +48,39 @@ class BackgroundSnapshot(Scenario):
     stops_rings = False
     has_journal = False
     blame_without_journal = Blame.SNAPSHOT
-    destination_can_continue = False  # its disk is of another moment: the guest must find it wrong
+    destination_can_continue = False  # the disk has changed since: the guest would find errors
 
     def evidence_source(self, *, has_evidence: bool) -> EvidenceSource:
-        """The guest, which used its write-once pages while the snapshot was taken."""
+        """Return the guest, which used its write-once pages while QEMU took the snapshot."""
         return EvidenceSource.SNAPSHOT
 
     async def prepare(self, attempt: Attempt) -> None:
-        """Keep the RAM of the moment that the snapshot is of."""
+        """Copy the RAM at the moment of the snapshot."""
         await attempt.copy_source_ram()
         await super().prepare(attempt)
 
     async def migrate(self, attempt: Attempt) -> None:
-        """Take the snapshot while the guest runs on, and load it."""
+        """Take the snapshot while the guest continues, and load it."""
         await attempt.migration.start()
         async for progress in attempt.follow():
-            await self._run_on(attempt, progress)
+            await self._continue_guest(attempt, progress)
         await attempt.migration.load()
 
-    async def _run_on(self, attempt: Attempt, progress: Progress) -> None:
-        """Let the source's guest run, and its device write."""
+    async def _continue_guest(self, attempt: Attempt, progress: Progress) -> None:
+        """Let the source's guest run and use its write-once pages."""
         if progress.status != "active":
             return
         qmp = attempt.pair.source.qmp
         if (await qmp.execute("query-status"))["status"] != "running":
             await qmp.execute("cont")  # QEMU 7.2 does so by itself
-        await attempt.pair.source_guest.tell(START_WRITE_ONCE)
+        await attempt.pair.source_guest.send(START_WRITE_ONCE)
 
     def explain_failure(self, error: UntestableError) -> UntestableError:
-        """A snapshot that cannot be loaded has rings of a later moment than the devices' state."""
+        """Explain that rings newer than the devices' state make a snapshot unloadable."""
         if CANNOT_LOAD not in str(error):
             return error
         return UnsupportedScenarioError(
-            "QEMU took a snapshot that cannot be loaded, as it does not hold off what a "
-            "device outside QEMU writes: its rings are of a later moment than the devices' "
-            f"state\n{error}"
+            "QEMU took a snapshot that it cannot load: QEMU does not protect the memory against "
+            "writes of a device outside QEMU, so the rings are newer than the devices' state\n"
+            f"{error}"
         )

@@ -1,0 +1,151 @@
+"""Every error message of dmaproof, read from its source: what docs/messages.md lists.
+
+``python tests/support/messages.py`` writes the page again.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).parents[2]
+PAGE: Final = ROOT / "docs" / "messages.md"
+_TROUBLESHOOTING: Final = ROOT / "docs" / "troubleshooting.md"
+_PACKAGES: Final = ("plugin", "qmp_tools")
+_VALUE: Final = "…"
+"""Stands for what differs from case to case."""
+
+_INTRODUCTION: Final = """\
+# Messages
+
+Look up an error message of dmaproof, and what it means for the exit code. `…` stands for what
+differs from case to case. A linked message is explained in [troubleshooting](troubleshooting.md).
+
+<!-- Written by tests/support/messages.py. -->
+"""
+_SECTIONS: Final = {
+    "UsageError": (
+        "Exit code 2: wrong usage",
+        "A command line, a file or an argument of the library is wrong. Nothing was started.",
+    ),
+    "UntestableError": (
+        "Exit code 3: not tested",
+        "The proof or the check could not be carried out. That is neither a pass nor a failure.",
+    ),
+    "DmaproofError": (
+        "Errors of the library",
+        "Whoever calls `dmaproof` or `qmp_tools` gets these as exceptions. A device of dmaproof "
+        "that meets one ends the session, and a proof then reports it under exit code 3.",
+    ),
+}
+
+
+@dataclass(frozen=True, order=True)
+class Message:
+    """A message with `…` in place of its values, and the exception that carries it."""
+
+    text: str
+    error: str
+
+
+def texts_of(node: ast.AST) -> Iterator[str]:
+    """The string literals below `node`, with `…` in place of each value."""
+    if isinstance(node, ast.Constant):
+        if isinstance(node.value, str):
+            yield node.value
+    elif isinstance(node, ast.JoinedStr):
+        parts = (part.value if isinstance(part, ast.Constant) else _VALUE for part in node.values)
+        yield "".join(map(str, parts))
+    else:
+        for child in ast.iter_child_nodes(node):
+            yield from texts_of(child)
+
+
+def _sources() -> list[ast.Module]:
+    files = (file for name in _PACKAGES for file in sorted((ROOT / name).rglob("*.py")))
+    return [ast.parse(file.read_text()) for file in files]
+
+
+def _name(node: ast.expr) -> str:
+    return str(getattr(node, "id", getattr(node, "attr", "")))
+
+
+def _ancestors(sources: list[ast.Module]) -> dict[str, list[str]]:
+    """The names of the base classes, nearest first, of each class by its name."""
+    bases = {
+        node.name: [_name(base) for base in node.bases]
+        for source in sources
+        for node in ast.walk(source)
+        if isinstance(node, ast.ClassDef)
+    }
+
+    def above(name: str) -> list[str]:
+        return [name, *(found for base in bases.get(name, ()) if base != name for found in above(base))]
+
+    return {name: above(name) for name in bases}
+
+
+def messages() -> dict[str, list[Message]]:
+    """The messages by section: 'UsageError', 'UntestableError', or 'DmaproofError' for the rest."""
+    sources = _sources()
+    ancestors = _ancestors(sources)
+    found: dict[str, set[Message]] = {section: set() for section in _SECTIONS}
+    for source in sources:
+        for node in ast.walk(source):
+            if not (isinstance(node, ast.Call) and node.args):
+                continue
+            error = _name(node.func)
+            section = next((it for it in ancestors.get(error, ()) if it in _SECTIONS), None)
+            if section is not None:
+                found[section] |= {
+                    Message(text, error) for text in texts_of(node.args[0]) if _says_something(text)
+                }
+    return {section: sorted(found[section]) for section in _SECTIONS}
+
+
+def _says_something(text: str) -> bool:
+    return len(re.findall(r"[a-z]{2,}", text)) > 1
+
+
+def headings() -> list[str]:
+    """The messages that docs/troubleshooting.md explains."""
+    return re.findall(r"^### `(.+)`$", _TROUBLESHOOTING.read_text(), re.MULTILINE)
+
+
+def _anchor(heading: str) -> str:
+    """GitHub's anchor of a heading in code format."""
+    kept = re.sub(r"[^\w\- ]", "", heading.lower())
+    return kept.replace(" ", "-")
+
+
+def _line(message: Message, explained: list[str]) -> str:
+    text = " ".join(message.text.split())
+    quoted = f"`` {text} ``" if "`" in text else f"`{text}`"
+    for heading in explained:
+        if heading.removesuffix(" …") in message.text:
+            return f"- [{quoted}](troubleshooting.md#{_anchor(heading)})"
+    return f"- {quoted}"
+
+
+def page() -> str:
+    """The text of docs/messages.md."""
+    explained = headings()
+    parts = [_INTRODUCTION]
+    for section, found in messages().items():
+        title, meaning = _SECTIONS[section]
+        parts.append(f"## {title}\n\n{meaning}\n")
+        by_error: dict[str, list[Message]] = {}
+        for message in found:
+            by_error.setdefault(message.error, []).append(message)
+        for error in sorted(by_error):
+            lines = "\n".join(_line(message, explained) for message in by_error[error])
+            parts.append(f"### {error}\n\n{lines}\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* The workload of both guests; see workload.h. It runs with threads and without a C library. */
+/* The workload of both guests; see workload.h. It works with threads, and needs no C library. */
 #include "workload.h"
 
 #include <stdatomic.h>
@@ -8,8 +8,8 @@ enum {
     PAGE_WORDS = PAGE_BYTES / 8,
     SECTORS_PER_PAGE = PAGE_BYTES / SECTOR_BYTES,
     WRITE_BLOCKS = 256,
-    ERRORS_TOLD = 64,
-    BLOCK_PAGE = OWN_PAGES - 1,  // of a worker's own pages; what is unaligned goes to those before
+    ERRORS_REPORTED = 64,
+    BLOCK_PAGE = OWN_PAGES - 1,  // of a worker's own pages; unaligned data go to the pages before
     HOT_SET_SHARE = 16,
     LAST_EVERY = 16,
 };
@@ -38,18 +38,18 @@ static const struct {
 };
 static const char *const pattern_names[] = {"random", "sequential", "hot-set"};
 
-// The last content of a page that was found right; request 0: none yet.
+// The last correct content of a page; request 0 means none yet.
 struct page_state {
     atomic_flag busy;
     uint32_t offset;
     uint64_t lba, request;
 };
 
-static uint64_t first_hot, first_once, first_churn;
-static uint64_t once_in_a_row;  // so many of the first write-once pages follow each other in memory
+static uint64_t first_hot, first_write_once, first_churn;
+static uint64_t write_once_in_a_row;  // the number of first write-once pages adjacent in memory
 static uint64_t disk_pages;
 static struct page_state *states;
-static uint32_t *once_order;
+static uint32_t *write_once_order;
 static uint8_t *hold;
 
 static struct {
@@ -57,14 +57,15 @@ static struct {
     uint64_t counter;  // of the last write; 0: never written
 } blocks[WRITE_BLOCKS];
 
-static atomic_ulong requests, writes, once_taken, last_taken, once_finished, errors, newest;
+static atomic_ulong requests, writes, errors, newest;
+static atomic_ulong write_once_taken, last_taken, write_once_finished;
 static atomic_ulong disk_cursor, hot_cursor, churn_rounds;
-static atomic_bool once_wanted, last_wanted, quiet;
+static atomic_bool write_once_wanted, last_wanted, quiet;
 
 // Parameters -------------------------------------------------------------------------------------
 
-// What follows `start` in `text`, or NULL if it does not start so.
-static const char *behind(const char *text, const char *start) {
+// The part of `text` after the prefix `start`; NULL if `text` does not start with it.
+static const char *after_prefix(const char *text, const char *start) {
     while (*start)
         if (*text++ != *start++)
             return NULL;
@@ -72,16 +73,16 @@ static const char *behind(const char *text, const char *start) {
 }
 
 bool read_parameter(const char *text) {
-    const char *value = behind(text, "pattern=");
+    const char *value = after_prefix(text, "pattern=");
     for (size_t known = 0; value && known < sizeof pattern_names / sizeof *pattern_names; known++) {
-        const char *rest = behind(value, pattern_names[known]);
+        const char *rest = after_prefix(value, pattern_names[known]);
         if (rest && *rest == '\0') {
             parameters.pattern = known;
             return true;
         }
     }
     for (size_t known = 0; known < sizeof parameter_names / sizeof *parameter_names; known++) {
-        value = behind(text, parameter_names[known].name);
+        value = after_prefix(text, parameter_names[known].name);
         if (!value || *value == '\0')
             continue;
         uint64_t number = 0;
@@ -125,22 +126,22 @@ void stamp_page(uint64_t *words, uint64_t lba, uint64_t number) {
     fill(words, DEVICE_MAGIC, lba, number);
 }
 
-static void tell_error(const char *kind, uint64_t lba, uint64_t request, uint64_t expected,
-                       uint64_t found, const void *place) {
-    if (atomic_fetch_add(&errors, 1) < ERRORS_TOLD)
-        tell("error kind=%s lba=%lu request=%lu expected=%#lx found=%#lx gpa=%#lx", kind, lba,
-             request, expected, found, gpa_of(place));
+static void report_error(const char *kind, uint64_t lba, uint64_t request, uint64_t expected,
+                         uint64_t found, const void *place) {
+    if (atomic_fetch_add(&errors, 1) < ERRORS_REPORTED)
+        report("error kind=%s lba=%lu request=%lu expected=%#lx found=%#lx gpa=%#lx", kind, lba,
+               request, expected, found, gpa_of(place));
 }
 
-// Whether the first `count` words of a page hold just the stamp (magic, lba, number); tells the
-// first word that does not.
+// Whether the first `count` words of a page hold the stamp (magic, lba, number); report the first
+// word that differs.
 static bool check_words(const char *kind, const uint64_t *words, uint64_t count, uint64_t magic,
                         uint64_t lba, uint64_t number) {
     uint64_t first = checksum(lba, number), head[] = {magic, lba, number};
     for (uint64_t index = 0; index < count; index++) {
         uint64_t expected = index < 3 ? head[index] : first + index;
         if (words[index] != expected) {
-            tell_error(kind, lba, number, expected, words[index], words);
+            report_error(kind, lba, number, expected, words[index], words);
             return false;
         }
     }
@@ -154,16 +155,17 @@ static bool check(const char *kind, const uint64_t *words, uint64_t magic, uint6
 
 // Planning ---------------------------------------------------------------------------------------
 
-// How many of the write-once pages come before the last ones.
-static uint64_t early_once(void) {
+// The number of write-once pages that are used before the last ones.
+static uint64_t early_write_once(void) {
     return parameters.write_once - parameters.last;
 }
 
 uint64_t buffer_pages(void) {
-    return parameters.threads * OWN_PAGES + parameters.hot + parameters.write_once + parameters.churn;
+    return parameters.threads * OWN_PAGES + parameters.hot + parameters.write_once +
+           parameters.churn;
 }
 
-// With pages that compress well, a compressed migration would be over in no time.
+// A compressed migration of pages that compress well would end at once.
 static void fill_with_noise(volatile uint64_t *words, uint64_t seed) {
     for (uint64_t word = 0; word < PAGE_WORDS; word++)
         words[word] = splitmix64(seed * PAGE_WORDS + word);
@@ -176,14 +178,14 @@ static void prepare_hold_pages(void) {
         fill_with_noise((void *)(hold + page * PAGE_BYTES), ~page);
 }
 
-static void tell_hold_pages(void) {
+static void report_hold_pages(void) {
     uint64_t first = 0;
     for (uint64_t page = 1; hold && page <= parameters.hold; page++) {
         uint64_t start = gpa_of(hold + first * PAGE_BYTES);
         if (page < parameters.hold &&
             gpa_of(hold + page * PAGE_BYTES) == start + (page - first) * PAGE_BYTES)
             continue;
-        tell("hold gpa=%#lx pages=%lu", start, page - first);
+        report("hold gpa=%#lx pages=%lu", start, page - first);
         first = page;
     }
 }
@@ -191,28 +193,30 @@ static void tell_hold_pages(void) {
 const char *prepare_workload(uint64_t disk_sectors) {
     disk_pages = disk_sectors / SECTORS_PER_PAGE;
     if (disk_pages < 8 * WRITE_BLOCKS)
-        return "the disk is too small: at least 8 MiB are needed";
+        return "the disk is too small; expected at least 8 MiB";
     if (parameters.threads > MAX_WORKERS || parameters.max_pages > MAX_SMALL_PAGES ||
         !parameters.threads || !parameters.max_pages || !parameters.hot)
         return "threads, max_pages or hot is out of bounds";
     if (parameters.last > parameters.write_once)
-        return "last is more than once";
+        return "last is greater than write_once";
     first_hot = parameters.threads * OWN_PAGES;
-    first_once = first_hot + parameters.hot;
-    first_churn = first_once + parameters.write_once;
+    first_write_once = first_hot + parameters.hot;
+    first_churn = first_write_once + parameters.write_once;
     states = allocate(first_churn * sizeof *states);
-    once_order = allocate(parameters.write_once * sizeof *once_order);
+    write_once_order = allocate(parameters.write_once * sizeof *write_once_order);
     for (uint64_t index = 0; index < parameters.write_once; index++)
-        once_order[index] = (uint32_t)(first_once + index);
-    // The first half stays in a row, so that a request's pages are one piece of memory; the second
-    // half is scattered (Fisher and Yates).
-    once_in_a_row = parameters.pattern == SEQUENTIAL ? early_once() : early_once() / 2;
+        write_once_order[index] = (uint32_t)(first_write_once + index);
+    // The first half stays in order, so that the pages of a request are one piece of memory. The
+    // second half is shuffled (Fisher and Yates).
+    uint64_t early = early_write_once();
+    write_once_in_a_row = parameters.pattern == SEQUENTIAL ? early : early / 2;
     uint64_t state = parameters.seed;
-    for (uint64_t index = once_in_a_row; index < parameters.write_once; index++) {
-        uint64_t other = once_in_a_row + random_below(&state, index - once_in_a_row + 1);
-        uint32_t page = once_order[other];
-        once_order[other] = once_order[index];
-        once_order[index] = page;
+    for (uint64_t index = write_once_in_a_row; index < parameters.write_once; index++) {
+        uint64_t shuffled = index - write_once_in_a_row + 1;
+        uint64_t other = write_once_in_a_row + random_below(&state, shuffled);
+        uint32_t page = write_once_order[other];
+        write_once_order[other] = write_once_order[index];
+        write_once_order[index] = page;
     }
     prepare_hold_pages();
     return NULL;
@@ -225,7 +229,7 @@ struct worker new_worker(uint64_t number) {
     };
 }
 
-// Where a request for `count` pages begins among `span` of them, by the pattern.
+// The start of a request for `count` of `span` pages, by the pattern.
 static uint64_t place(uint64_t *random, uint64_t span, uint64_t count, atomic_ulong *cursor) {
     if (parameters.pattern == SEQUENTIAL)
         return atomic_fetch_add(cursor, count) % span;
@@ -234,7 +238,7 @@ static uint64_t place(uint64_t *random, uint64_t span, uint64_t count, atomic_ul
     return random_below(random, span);
 }
 
-// Where on the disk. Its last eighth is not read: there the blocks are written.
+// The start of a read of `count` pages. The disk's last eighth is reserved for written blocks.
 static uint64_t sector_for(uint64_t *random, uint64_t count) {
     uint64_t span = disk_pages / 8 * 7 - HUGE_PAGES;
     return place(random, span, count, &disk_cursor) * SECTORS_PER_PAGE;
@@ -255,25 +259,25 @@ static uint32_t take_hot(uint64_t *random, uint32_t *pages, uint32_t count, bool
     return taken;
 }
 
-static uint32_t take_once(uint32_t *pages, uint32_t count) {
-    uint64_t first = atomic_fetch_add(&once_taken, count);
+static uint32_t take_write_once(uint32_t *pages, uint32_t count) {
+    uint64_t first = atomic_fetch_add(&write_once_taken, count);
     uint32_t taken = 0;
-    while (taken < count && first + taken < early_once()) {
-        pages[taken] = once_order[first + taken];
+    while (taken < count && first + taken < early_write_once()) {
+        pages[taken] = write_once_order[first + taken];
         taken++;
     }
     return taken;
 }
 
 static uint32_t take_last(uint32_t *page) {
-    uint64_t index = early_once() + atomic_fetch_add(&last_taken, 1);
+    uint64_t index = early_write_once() + atomic_fetch_add(&last_taken, 1);
     if (index >= parameters.write_once)
         return 0;
-    *page = once_order[index];
+    *page = write_once_order[index];
     return 1;
 }
 
-// Write a block of our own, or read one back to check that it holds what was written last.
+// Write a block, or read one back to check that it holds the data written last.
 static bool plan_block(struct worker *worker, struct request *request) {
     uint32_t block = (uint32_t)random_below(&worker->random, WRITE_BLOCKS);
     if (atomic_flag_test_and_set(&blocks[block].busy))
@@ -310,13 +314,13 @@ static bool plan_read(uint64_t *random, struct request *request) {
     else if (random_below(random, 4) == 0)
         count += (uint32_t)random_below(random, parameters.max_pages);
     request->count = 0;
-    bool fits = !huge || atomic_load(&once_taken) + HUGE_PAGES <= once_in_a_row;
-    if (atomic_load(&once_wanted) && fits && random_below(random, 4)) {
-        request->region = ONCE;
-        request->count = take_once(request->pages, count);
+    bool fits = !huge || atomic_load(&write_once_taken) + HUGE_PAGES <= write_once_in_a_row;
+    if (atomic_load(&write_once_wanted) && fits && random_below(random, 4)) {
+        request->region = WRITE_ONCE;
+        request->count = take_write_once(request->pages, count);
     }
     if (request->count == 0 && atomic_load(&last_wanted) && one_of(random, LAST_EVERY)) {
-        request->region = ONCE;
+        request->region = WRITE_ONCE;
         request->count = take_last(request->pages);
     }
     if (request->count == 0) {
@@ -373,7 +377,7 @@ static void check_page(const struct request *request, uint32_t index) {
         return;
     }
     if (!parameters.image && number <= request->newest_before)
-        tell_error("stale", lba, number, request->newest_before + 1, number, words);
+        report_error("stale", lba, number, request->newest_before + 1, number, words);
     state->lba = lba;
     state->request = number;
     state->offset = request->offset;
@@ -383,14 +387,14 @@ static void check_page(const struct request *request, uint32_t index) {
 void check_packet(const uint64_t *words, uint64_t count) {
     static uint64_t newest_packet;
     if (count < 3) {
-        tell_error("packet", 0, 0, 3, count, words);
+        report_error("packet", 0, 0, 3, count, words);
         return;
     }
     uint64_t number = words[2];
     if (!check_words("packet", words, count, DEVICE_MAGIC, 0, number))
         return;
     if (number <= newest_packet)
-        tell_error("stale-packet", 0, number, newest_packet + 1, number, words);
+        report_error("stale-packet", 0, number, newest_packet + 1, number, words);
     newest_packet = number;
 }
 
@@ -406,15 +410,15 @@ static void finish_block(const struct request *request, bool moved) {
     atomic_flag_clear(&blocks[request->block].busy);
 }
 
-static void count_once(uint64_t pages) {
-    if (atomic_fetch_add(&once_finished, pages) + pages == early_once())
-        tell("write-once-done pages=%lu", early_once());
+static void count_write_once(uint64_t pages) {
+    if (atomic_fetch_add(&write_once_finished, pages) + pages == early_write_once())
+        report("write-once-done pages=%lu", early_write_once());
 }
 
 void finish_request(struct request *request, uint64_t done) {
     bool moved = done == bytes_of(request);
     if (!moved)
-        tell_error("io", request->sector, 0, bytes_of(request), done, piece_at(request, 0));
+        report_error("io", request->sector, 0, bytes_of(request), done, piece_at(request, 0));
     if (request->kind != READ)
         finish_block(request, moved);
     for (uint32_t index = 0; request->kind == READ && index < request->count; index++) {
@@ -425,8 +429,8 @@ void finish_request(struct request *request, uint64_t done) {
         if (request->region == HOT)
             atomic_flag_clear(&states[request->pages[index]].busy);
     }
-    if (request->region == ONCE)
-        count_once(request->count);
+    if (request->region == WRITE_ONCE)
+        count_write_once(request->count);
     atomic_fetch_add(&requests, 1);
 }
 
@@ -466,86 +470,86 @@ static void recheck(void) {
                   state->request);
         }
     }
-    // The churn may go on meanwhile: a word may be newer than the last whole round, never older.
+    // Churn may continue meanwhile: a word may be newer than the last whole round, never older.
     for (uint64_t page = 0; page < parameters.churn; page++, pages++) {
         uint64_t found = *churn_word(page);
         if (found < round)
-            tell_error("churn", 0, 0, round, found, (const void *)churn_word(page));
+            report_error("churn", 0, 0, round, found, (const void *)churn_word(page));
     }
-    tell("recheck pages=%lu errors=%lu", pages, atomic_load(&errors) - before);
+    report("recheck pages=%lu errors=%lu", pages, atomic_load(&errors) - before);
     pause_requests(false);
 }
 
-// As before the first migration: the write-once pages are empty, and to be used when the tool says so, and
-// once only.
-static void begin_again(void) {
+// Return to the state before the first migration: empty the write-once pages, and wait for
+// dmaproof's command to use them again, a single time.
+static void start_over(void) {
     pause_requests(true);
-    for (uint64_t page = first_once; page < first_churn; page++) {
+    for (uint64_t page = first_write_once; page < first_churn; page++) {
         states[page].request = 0;
         __builtin_memset(page_at(page), 0, PAGE_BYTES);
     }
-    atomic_store(&once_wanted, false);
+    atomic_store(&write_once_wanted, false);
     atomic_store(&last_wanted, false);
-    atomic_store(&once_taken, 0);
+    atomic_store(&write_once_taken, 0);
     atomic_store(&last_taken, 0);
-    atomic_store(&once_finished, 0);
+    atomic_store(&write_once_finished, 0);
     atomic_store(&quiet, false);
-    tell("again");
+    report("again");
     pause_requests(false);
 }
 
 static void use_new_memory(void) {
     pause_requests(true);
-    for (uint64_t page = first_once; page < first_churn; page++)
+    for (uint64_t page = first_write_once; page < first_churn; page++)
         states[page].request = 0;
-    tell("memory pages=%lu", move_to_new_memory(first_once, parameters.write_once));
+    report("memory pages=%lu", move_to_new_memory(first_write_once, parameters.write_once));
     pause_requests(false);
 }
 
-// The line to the tool ---------------------------------------------------------------------------
+// The serial line to dmaproof --------------------------------------------------------------------
 
 void obey(char command) {
     switch (command) {
     case 'o':
-        if (!atomic_exchange(&once_wanted, true))
-            count_once(0);  // there may be none
+        if (!atomic_exchange(&write_once_wanted, true))
+            count_write_once(0);  // the guest may have no write-once pages
         break;
     case 'l':
         atomic_store(&last_wanted, true);
         break;
     case 'q':
         atomic_store(&quiet, true);
-        tell("quiet");
+        report("quiet");
         break;
     case 's':
         recheck();
         break;
     case 'a':
-        begin_again();
+        start_over();
         break;
     case 'm':
         use_new_memory();
         break;
     case 'p':
         pause_requests(true);
-        tell("paused requests=%lu", atomic_load(&requests));
+        report("paused requests=%lu", atomic_load(&requests));
         break;
     case 'r':
         pause_requests(false);
-        tell("resumed");
+        report("resumed");
         break;
     }
 }
 
-void tell_ready(void) {
-    tell_hold_pages();
-    tell("ready threads=%lu hot=%lu write_once=%lu churn=%lu seed=%lu buffer_pages=%lu",
-         parameters.threads, parameters.hot, parameters.write_once, parameters.churn, parameters.seed,
-         parameters.hot + parameters.write_once);
+void report_ready(void) {
+    report_hold_pages();
+    report("ready threads=%lu hot=%lu write_once=%lu churn=%lu seed=%lu buffer_pages=%lu",
+           parameters.threads, parameters.hot, parameters.write_once, parameters.churn,
+           parameters.seed, parameters.hot + parameters.write_once);
 }
 
-void tell_progress(void) {
-    tell("progress requests=%lu under_way=%lu writes=%lu write_once=%lu errors=%lu",
-         atomic_load(&requests), requests_under_way(), atomic_load(&writes),
-         atomic_load(&once_finished), atomic_load(&errors));
+void report_progress(void) {
+    report("progress requests=%lu under_way=%lu writes=%lu write_once=%lu errors=%lu",
+           atomic_load(&requests), requests_under_way(), atomic_load(&writes),
+           atomic_load(&write_once_finished), atomic_load(&errors));
 }

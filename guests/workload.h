@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * The workload that both guests carry out: what to ask of the disk, into which pages, and whether
- * what comes back is right. How a request reaches the device, and what time, memory and threads
- * are, is each guest's own affair.
+ * The workload that both guests carry out: it plans requests to the disk, chooses the pages of the
+ * buffer, and checks the data. Each guest implements the access to the device, time, memory and
+ * threads in its own way.
  *
- * Every page of the disk is stamped by the device (docs/guests.md): a page is known from its LBA
- * and request number, every word of it. Request numbers rise with each request that the device
- * serves, so whatever a read brings must be newer than anything seen when it was asked for. A page
- * that the device wrote and the migration lost holds an older stamp, and cannot pass. The disk may
- * also be an image file (parameter image), with stamps that stay as they are: then a page that was
- * lost holds another LBA's, or none.
+ * The device stamps every page of the disk (docs/guests.md): the LBA and the request number
+ * determine every word of a page. The device increments the request number with each request, so
+ * the data of a read must be newer than all data seen before the request. A page that the device
+ * wrote and the migration lost holds an older stamp, and the check fails. If the disk is an image
+ * file (parameter image), the stamps do not change: then a lost page holds the stamp of another
+ * LBA, or none.
  *
- * The buffer has four regions: a few pages of each worker's own; the hot pages, which are read into
- * again and again; the write-once pages, each of which is read into a single time, after the tool has
- * asked for it, so that a dirty bit that is lost there is never made good by a later write; and the
- * churn pages, which a vCPU keeps dirtying beside the device.
+ * The buffer has four regions: each worker's own few pages; the hot pages, which are read into
+ * again and again; the write-once pages, each of which is read into a single time, after dmaproof
+ * has requested that, so that no later write hides a lost dirty bit; and the churn pages, which a
+ * vCPU dirties continuously.
  *
- * Beside the buffer are the hold pages. Nothing in the guest uses them: the tool has QEMU write to
- * them, so that a migration stays in precopy however slow the guest is.
+ * The hold pages are outside the buffer. Nothing in the guest uses them: dmaproof has QEMU write to
+ * them, so that a migration stays in precopy even if the guest is slow.
  */
 #ifndef DMAPROOF_WORKLOAD_H
 #define DMAPROOF_WORKLOAD_H
@@ -30,14 +30,14 @@ enum {
     PAGE_BYTES = 4096,
     SECTOR_BYTES = 512,
     MAX_WORKERS = 64,
-    OWN_PAGES = 4,         // of each worker, from a page number that is a multiple of this on
-    MAX_SMALL_PAGES = 16,  // of a request that is not huge, and may be scattered
+    OWN_PAGES = 4,         // of each worker; the first page number is a multiple of this
+    MAX_SMALL_PAGES = 16,  // of a request that is not huge; its pages may be scattered
     HUGE_PAGES = 256,
     REPORT_EVERY_US = 100 * 1000,
     CHURN_EVERY_US = 5 * 1000,
 };
 
-// SplitMix64 by Steele, Lea and Flood: what each number adds to the state, and what is made of it.
+// SplitMix64 by Steele, Lea and Flood: the increment of the state, and the output function.
 #define SPLITMIX64_STEP UINT64_C(0x9E3779B97F4A7C15)
 
 static inline uint64_t splitmix64_mix(uint64_t value) {
@@ -48,82 +48,84 @@ static inline uint64_t splitmix64_mix(uint64_t value) {
 
 enum pattern { RANDOM, SEQUENTIAL, HOT_SET };
 
-// The parameters of docs/guests.md, by the names that they have there.
+// The parameters of docs/guests.md, with the same names.
 struct parameters {
     uint64_t threads, hot, write_once, last, churn, hold, seed;
     uint64_t write_every, max_pages, huge_every, unaligned_every, image, pattern;
 };
 extern struct parameters parameters;
 
-// Whoever makes requests, one at a time: a thread, or a slot of a queue.
+// A source of requests, one at a time: a thread, or a slot of a queue.
 struct worker {
     uint64_t random;
     uint32_t own;  // the first of its own pages
 };
 
-// `count` whole pages of the disk. Page number i of it starts `offset` bytes into page pages[i] of
-// the buffer and may run on into the next; it is moved in pieces of `piece_bytes`.
+// A request for `count` whole pages of the disk. Page number i of the request starts `offset` bytes
+// into page pages[i] of the buffer and may extend into the next page. The device transfers it in
+// pieces of `piece_bytes`.
 struct request {
     enum { READ, WRITE, READ_BACK } kind;
-    enum { OWN, HOT, ONCE } region;
+    enum { OWN, HOT, WRITE_ONCE } region;
     uint64_t sector;
     uint32_t count, offset, piece_bytes, block;
     uint64_t newest_before;
     uint32_t pages[HUGE_PAGES];
 };
 
-// What a guest offers to the workload -------------------------------------------------------------
+// Functions that a guest implements for the workload ---------------------------------------------
 
-// The address of a page of the buffer; a worker's own pages follow each other in memory.
+// The address of a page of the buffer; a worker's own pages are adjacent in memory.
 uint8_t *page_at(uint64_t page);
 uint64_t gpa_of(const void *address);
-// Zeroed memory that is never given back.
+// Zeroed memory that is never freed.
 void *allocate(size_t bytes);
-// Memory that keeps its guest-physical addresses, in pieces as large as they can be; NULL if the
-// guest has no such memory.
+// Memory that keeps its guest-physical addresses, in pieces as large as possible; NULL if the guest
+// has no such memory.
 uint8_t *allocate_unmoving(size_t bytes);
-// Send a line to the tool; of conversions, %s, %lu and %#lx are known.
-void tell(const char *format, ...) __attribute__((format(printf, 1, 2)));
-// Stop making requests and wait until none is under way; or go on.
+// Send a line to dmaproof; the supported conversions are %s, %lu and %#lx.
+void report(const char *format, ...) __attribute__((format(printf, 1, 2)));
+// Stop making requests and wait until none is in flight (true), or continue (false).
 void pause_requests(bool wanted);
-// How many requests are under way.
+// The number of requests in flight.
 uint64_t requests_under_way(void);
-// Wait for memory to be plugged, and let `count` pages of the buffer, from page `first` on, lie in
-// plugged memory, as many as there is room for. Returns how many; what they held is gone.
+// Wait for plugged memory, and move `count` pages of the buffer, from page `first` on, to it, as
+// far as they fit. Return the number of moved pages, which lose their content.
 uint64_t move_to_new_memory(uint64_t first, uint64_t count);
-// At which multiples in bytes a request's pieces may begin.
+// The alignment in bytes of a request's pieces.
 extern const uint32_t piece_alignment;
 
-// What the workload offers to a guest -------------------------------------------------------------
+// Functions of the workload for a guest ----------------------------------------------------------
 
-// Take "name=value"; false if there is no such parameter, or its value is not understood.
+// Read "name=value"; return false if the parameter is unknown or its value is invalid.
 bool read_parameter(const char *text);
-// The pages that the buffer must have.
+// The number of pages that the buffer must have.
 uint64_t buffer_pages(void);
-// Once the parameters are read, and before anything below. NULL, or why it cannot be done.
+// Prepare the workload, after the parameters have been read and before the functions below. Return
+// NULL, or the reason for a failure.
 const char *prepare_workload(uint64_t disk_sectors);
 struct worker new_worker(uint64_t number);
 
-// What to ask for next; false if there is nothing to be done at the moment.
+// Plan the next request; return false if no request is possible at the moment.
 bool plan_request(struct worker *worker, struct request *request);
 uint32_t pieces_of(const struct request *request);
 uint8_t *piece_at(const struct request *request, uint32_t piece);
 uint64_t bytes_of(const struct request *request);
-// Stamp a page, as the device would; for a guest that has to make up what is to come back.
+// Stamp a page as the device does, for a guest that must generate the data itself.
 void stamp_page(uint64_t *words, uint64_t lba, uint64_t number);
-// The request is over: `done` bytes were moved, or it is an error number.
+// Finish a request: `done` is the number of transferred bytes, or an error number.
 void finish_request(struct request *request, uint64_t done);
 
-// Check what a packet brought: the first `count` words of a stamped page whose LBA is 0, newer than
-// any before. One thread may do so.
+// Check a packet: it must hold the first `count` words of a stamped page with LBA 0 that is newer
+// than all packets before. Only one thread may call this.
 void check_packet(const uint64_t *words, uint64_t count);
 
 uint64_t requests_finished(void);
-// Write to every churn page, unless the tool wants quiet.
+// Write to every churn page, unless dmaproof has requested quiet.
 void churn(void);
-// Do what a byte of the tool's asks for.
+// Execute a command of dmaproof.
 void obey(char command);
-void tell_ready(void);
-void tell_progress(void);
+void report_ready(void);
+void report_progress(void);
 
 #endif

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * What the compiler calls by itself: without a C library, it has to be served.
+ * The functions that the compiler itself calls, as there is no C library.
  */
 #include <stddef.h>
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * The line to the tool (the second serial port, a 16550A) and the time (channel 0 of the 8254
- * timer): both polled. The timer, unlike the TSC, has a known rate and goes on evenly on the
+ * The line to dmaproof (the second serial port, a 16550A) and the clock (channel 0 of the 8254
+ * timer), both polled. Unlike the TSC, the timer has a known rate, which is the same on the
  * destination of a migration.
  */
 #include "machine.h"
@@ -42,7 +42,7 @@ static void send_number(uint64_t number, unsigned base) {
         send(digits[--count]);
 }
 
-void tell(const char *format, ...) {
+void report(const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
     for (; *format; format++) {
@@ -69,7 +69,7 @@ _Noreturn void stop(void) {
 }
 
 _Noreturn void give_up(const char *why) {
-    tell("fatal message=\"%s\"", why);
+    report("fatal message=\"%s\"", why);
     stop();
 }
 
@@ -90,7 +90,7 @@ uint64_t microseconds(void) {
     out8(TIMER_CONTROL, TIMER_LATCH);
     uint16_t now = in8(TIMER);
     now |= (uint16_t)(in8(TIMER) << 8);
-    ticks += (uint16_t)(before - now);  // it counts down
+    ticks += (uint16_t)(before - now);  // the timer counts down
     before = now;
     return ticks * 1000000 / TIMER_HZ;
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * Exceptions: none is meant to happen. When memory was lost on the way and one does, the tool is
- * told, instead of the CPU resetting itself without a word.
+ * Exceptions: they happen only if a migration has lost memory. The guest reports the exception to
+ * dmaproof. Without a handler, the CPU would reset without a message.
  */
 #include "machine.h"
 
@@ -11,7 +11,7 @@ enum {
     CODE_SELECTOR = 8,
     INTERRUPT_GATE = 0x8e,
 };
-// Those for which the CPU pushes an error code (Intel SDM, volume 3, table 6-1).
+// The exceptions for which the CPU pushes an error code (Intel SDM, volume 3, table 6-1).
 static const uint32_t WITH_ERROR_CODE = 1 << 8 | 0x1f << 10 | 1 << 17 | 1 << 21;
 
 extern const uint8_t exception_stubs[];  // start.S
@@ -41,9 +41,10 @@ void catch_exceptions(void) {
     __asm__ volatile("lidt %0" : : "m"(table));
 }
 
-// From start.S: `top` and `next` are what the stack began with, CR2 the last faulting address.
+// Called by start.S: `top` and `next` are the first two words on the stack, CR2 is the last
+// faulting address.
 _Noreturn void exception_raised(uint64_t vector, uint64_t cr2, uint64_t top, uint64_t next) {
     uint64_t rip = WITH_ERROR_CODE >> vector & 1 ? next : top;
-    tell("fatal message=\"exception %lu at %#lx, CR2 %#lx\"", vector, rip, cr2);
+    report("fatal message=\"exception %lu at %#lx, CR2 %#lx\"", vector, rip, cr2);
     stop();
 }

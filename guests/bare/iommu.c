@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * VT-d, as a q35 machine of QEMU's has it, in legacy mode (VT-d specification, chapters 3.4, 6.5, 9
- * and 11): one device, one domain, a second-stage table of three levels.
+ * The driver for VT-d in QEMU's q35 machine, in legacy mode (VT-d specification, chapters 3.4, 6.5,
+ * 9 and 11), with one device, one domain and a second-stage table of three levels.
  *
- * The IOVAs are cut into windows of 2 MiB, a leaf table for each. A window belongs to whoever
- * makes requests, and is used anew, from its start, for each: so the same IOVA is another page with
- * every request. What is kept for good, such as rings, has a window of its own. IOVAs lie far above
- * the guest's RAM.
+ * The IOVAs are divided into windows of 2 MiB with a leaf table each. Each source of requests has a
+ * window, and uses it from its start for each request, so that the same IOVA leads to another page
+ * with every request. Permanent mappings, such as those of the rings, have their own window. The
+ * IOVAs are far above the guest's RAM.
  */
 #include "machine.h"
 
 enum {
-    // Where QEMU has it (Q35_HOST_BRIDGE_IOMMU_ADDR); ACPI's DMAR table says the same.
+    // QEMU's address (Q35_HOST_BRIDGE_IOMMU_ADDR), which is also in ACPI's DMAR table.
     REGISTERS = 0xfed90000,
     VERSION = 0x00,
     GLOBAL_COMMAND = 0x18,
@@ -27,7 +27,7 @@ enum {
     THREE_LEVELS = 1,     // 39 bits of IOVA
     DOMAIN = 1,
 
-    // Types and granularities of what is put into the queue.
+    // Types and granularities of the queue's entries.
     CONTEXT_CACHE_GLOBALLY = 1 | 1 << 4,
     IOTLB_GLOBALLY = 2 | 1 << 4,
     IOTLB_BY_PAGE = 2 | 3 << 4,
@@ -42,7 +42,7 @@ enum {
 static const uint32_t TRANSLATION_ENABLE = 1u << 31;
 static const uint32_t SET_ROOT_TABLE = 1u << 30;
 static const uint32_t QUEUE_ENABLE = 1u << 26;
-static const uint32_t ONCE_ONLY = 0x69000000;  // commands that are no state (section 11.4.4)
+static const uint32_t ONE_SHOT = 0x69000000;  // commands that are not state (section 11.4.4)
 static const uint64_t FIRST_IOVA = 64ull << 30;
 
 static struct window {
@@ -51,7 +51,7 @@ static struct window {
 } windows[IOMMU_WINDOWS];
 
 static bool active;
-static uint32_t source_id;  // of the device: its bus, and what it is there
+static uint32_t source_id;  // of the device: bus, device and function
 static volatile uint64_t (*queue)[2];
 static unsigned queue_tail;
 
@@ -64,7 +64,7 @@ static volatile uint64_t *register64(unsigned offset) {
 }
 
 static void command(uint32_t bit) {
-    *register32(GLOBAL_COMMAND) = (*register32(GLOBAL_STATUS) & ~ONCE_ONLY) | bit;
+    *register32(GLOBAL_COMMAND) = (*register32(GLOBAL_STATUS) & ~ONE_SHOT) | bit;
     while (!(*register32(GLOBAL_STATUS) & bit))
         ;
 }
@@ -84,7 +84,7 @@ static volatile uint64_t *new_table(void) {
 
 void iommu_open(const struct pci_device *device) {
     if (!*register32(VERSION) || *register32(VERSION) == UINT32_MAX)
-        give_up("the disk is behind an IOMMU that is not there");
+        give_up("the disk is behind an IOMMU, but the machine has no VT-d at its usual address");
     volatile uint64_t *top = new_table(), *middle = new_table();
     top[FIRST_IOVA >> 30] = (uint64_t)middle | READ_WRITE;
     for (unsigned number = 0; number < IOMMU_WINDOWS; number++) {
@@ -113,25 +113,26 @@ void iommu_open(const struct pci_device *device) {
 uint64_t iommu_map(unsigned window, uint64_t address, uint64_t bytes) {
     if (!active)
         return address;
-    struct window *its = &windows[window];
+    struct window *range = &windows[window];
     uint64_t offset = address % PAGE_BYTES, pages = (offset + bytes + PAGE_BYTES - 1) / PAGE_BYTES;
-    if (its->used + pages > TABLE_ENTRIES)
-        give_up("a window of IOVAs is too small");
-    uint64_t iova = FIRST_IOVA + window * (uint64_t)WINDOW_BYTES + its->used * PAGE_BYTES + offset;
+    if (range->used + pages > TABLE_ENTRIES)
+        give_up("a request needs more IOVAs than its window has");
+    uint64_t start = FIRST_IOVA + window * (uint64_t)WINDOW_BYTES;
+    uint64_t iova = start + range->used * PAGE_BYTES + offset;
     for (uint64_t page = 0; page < pages; page++)
-        its->leaf[its->used++] = (address - offset + page * PAGE_BYTES) | READ_WRITE;
+        range->leaf[range->used++] = (address - offset + page * PAGE_BYTES) | READ_WRITE;
     return iova;
 }
 
 void iommu_unmap(unsigned window) {
-    struct window *its = &windows[window];
-    if (!active || !its->used)
+    struct window *range = &windows[window];
+    if (!active || !range->used)
         return;
-    while (its->used)
-        its->leaf[--its->used] = 0;
+    while (range->used)
+        range->leaf[--range->used] = 0;
     uint64_t start = FIRST_IOVA + window * (uint64_t)WINDOW_BYTES;
     invalidate(IOTLB_BY_PAGE | DOMAIN << 16, start | WINDOW_ORDER);
-    // The lowest zero bit of the page number tells the size (section 6.5.2.5).
+    // The lowest zero bit of the page number encodes the size (section 6.5.2.5).
     uint64_t sized = start | (WINDOW_BYTES / 2 - PAGE_BYTES) | 1;
     invalidate(DEVICE_TLB | (uint64_t)source_id << 32, sized);
 }

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * The freestanding guest: carries out the workload (workload.h) on the first virtio disk, without a
- * kernel, on one CPU that polls everything. A slot of a queue is what a thread is in the Linux
- * guest; churn, commands and reports come in between.
+ * The freestanding guest: it carries out the workload (workload.h) on the first virtio disk,
+ * without a kernel, on one CPU that polls everything. A slot of a queue corresponds to a thread of
+ * the Linux guest. Churn, commands and reports run between polls.
  */
 #include "machine.h"
 
 enum {
     COMMAND_LINE_BYTES = 1024,
-    POLLS_BETWEEN_CLOCKS = 64,  // the ports of clock and serial line are slow
+    POLLS_BETWEEN_CLOCKS = 64,  // the ports of the clock and the serial line are slow
 };
 
 const uint32_t piece_alignment = 8;
@@ -24,7 +24,7 @@ static struct {
 static unsigned in_flight;
 static bool paused;
 
-// Take the parameters one by one from the command line.
+// Read the parameters from the command line.
 static void read_parameters(const char *text) {
     static char line[COMMAND_LINE_BYTES];
     size_t length = 0;
@@ -32,7 +32,7 @@ static void read_parameters(const char *text) {
         if (*text == ' ' || *text == '\0') {
             line[length] = '\0';
             if (length && !read_parameter(line)) {
-                tell("fatal message=\"parameter %s is not understood\"", line);
+                report("fatal message=\"the parameter %s is unknown or invalid\"", line);
                 stop();
             }
             length = 0;
@@ -44,12 +44,12 @@ static void read_parameters(const char *text) {
     }
 }
 
-static void finish_what_is_done(void) {
+static void finish_requests(void) {
     uint8_t status;
     int number;
     while ((number = disk_poll(&status)) >= 0) {
-        if (!slots[number].busy)  // so it is where the used ring was lost on the way
-            give_up("the disk has finished a request that was not under way");
+        if (!slots[number].busy)  // happens if the migration has lost the used ring
+            give_up("the disk has finished a request that was not in flight");
         struct request *request = &slots[number].request;
         finish_request(request, status ? status : bytes_of(request));
         slots[number].busy = false;
@@ -57,7 +57,7 @@ static void finish_what_is_done(void) {
     }
 }
 
-static void start_what_is_free(void) {
+static void start_requests(void) {
     for (unsigned number = 0; number < parameters.threads && !paused; number++) {
         if (!slots[number].busy && plan_request(&slots[number].worker, &slots[number].request)) {
             slots[number].busy = true;
@@ -79,17 +79,17 @@ static bool due(uint64_t *next, uint64_t every_us) {
     return true;
 }
 
-static void report(void) {
+static void report_status(void) {
     static uint64_t next;
     if (due(&next, REPORT_EVERY_US))
-        tell_progress();
+        report_progress();
 }
 
 void pause_requests(bool wanted) {
     paused = wanted;
     while (paused && in_flight) {
-        finish_what_is_done();
-        report();
+        finish_requests();
+        report_status();
     }
 }
 
@@ -108,10 +108,10 @@ void guest_main(const void *start_info) {
     for (unsigned number = 0; number < parameters.threads; number++)
         slots[number].worker = new_worker(number);
     for (unsigned polls = 0;; polls++) {
-        start_what_is_free();
-        finish_what_is_done();
+        start_requests();
+        finish_requests();
         if (!ready && requests_finished()) {
-            tell_ready();
+            report_ready();
             ready = true;
         }
         if (polls % POLLS_BETWEEN_CLOCKS)
@@ -119,6 +119,6 @@ void guest_main(const void *start_info) {
         listen();
         if (due(&next_churn, CHURN_EVERY_US))
             churn();
-        report();
+        report_status();
     }
 }

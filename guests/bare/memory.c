@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * Memory. Everything is mapped to itself, so that a pointer is a guest-physical address. What the
- * guest needs for itself is allocated upwards from the end of its image; the buffer lies in what is
- * left, in chunks spread evenly over all of RAM, below 4 GiB and above.
+ * Memory. All memory is mapped to itself, so a pointer is a guest-physical address. The guest's own
+ * memory is allocated upwards from the end of its image. The buffer is in the remaining memory, in
+ * chunks spread evenly over all RAM, below and above 4 GiB.
  */
 #include "machine.h"
 
@@ -14,8 +14,8 @@ enum {
     PRESENT_WRITABLE = 3,
     LARGE = 0x80,
 
-    // Memory that can be plugged, as ACPI would ask for it (QEMU's docs/specs/acpi_mem_hotplug).
-    SLOT = 0xa00,  // written: which slot the others tell of; read: its address, in two halves
+    // Registers of pluggable memory, which ACPI uses too (QEMU's docs/specs/acpi_mem_hotplug).
+    SLOT = 0xa00,  // write: select a slot for all registers; read: its address, in two halves
     SLOT_BYTES = 0xa08,
     SLOT_FLAGS = 0xa14,
     SLOT_ENABLED = 1,
@@ -33,13 +33,13 @@ struct memory_map_entry {
 };
 enum { MEMORY_MAP_RAM = 1 };
 
-// A prime: so a multiple of it takes every value modulo any smaller number.
+// A prime, so that its multiples take every value modulo any smaller number.
 static const uint64_t SCATTER = 2654435761;
 
 extern uint64_t page_map[], page_directory_pointers[];  // start.S; the first 4 GiB are mapped
-extern uint8_t _end[];                                  // of the image, by the linker
+extern uint8_t _end[];                                  // the linker's symbol for the image's end
 
-// RAM that is free; the first region is the one behind the image.
+// Free RAM; the first region is the one after the image.
 static struct region {
     uint64_t start, end;
 } regions[MAX_REGIONS];
@@ -52,7 +52,7 @@ void find_memory(const void *start_info) {
     uint64_t image_end = (uint64_t)_end;
     if (info->version < 1 || !info->memory_map_entries)
         give_up("the PVH start info has no memory map");
-    region_count = 1;  // the first place is kept for the image's own region
+    region_count = 1;  // the first entry is reserved for the image's own region
     for (uint32_t index = 0; index < info->memory_map_entries; index++) {
         uint64_t start = entries[index].start, end = start + entries[index].bytes;
         if (entries[index].type != MEMORY_MAP_RAM || end <= image_end)
@@ -63,7 +63,7 @@ void find_memory(const void *start_info) {
             regions[region_count++] = (struct region){start, end};
     }
     if (!regions[0].end)
-        give_up("the memory map does not have the image's own memory");
+        give_up("the memory map does not contain the guest's own image");
     for (unsigned index = 0; index < region_count; index++)
         map(regions[index].start, regions[index].end - regions[index].start);
 }
@@ -75,7 +75,7 @@ const char *command_line(const void *start_info) {
 void *allocate_aligned(size_t bytes, size_t alignment) {
     uint64_t start = (regions[0].start + alignment - 1) & -alignment;
     if (start + bytes > regions[0].end)
-        give_up("there is not enough memory");
+        give_up("the guest is out of memory; give it more memory");
     regions[0].start = start + bytes;
     void *memory = (void *)start;
     __builtin_memset(memory, 0, bytes);
@@ -90,7 +90,7 @@ uint8_t *allocate_unmoving(size_t bytes) {
     return allocate_aligned(bytes, PAGE_BYTES);
 }
 
-static uint64_t *table_behind(uint64_t *entry) {
+static uint64_t *table_of(uint64_t *entry) {
     if (!*entry)
         *entry = (uint64_t)allocate_aligned(PAGE_BYTES, PAGE_BYTES) | PRESENT_WRITABLE;
     return (void *)(*entry & -(uint64_t)PAGE_BYTES);
@@ -99,8 +99,8 @@ static uint64_t *table_behind(uint64_t *entry) {
 void map(uint64_t address, uint64_t bytes) {
     uint64_t end = address + bytes;
     for (address &= -(uint64_t)CHUNK_BYTES; address < end; address += CHUNK_BYTES) {
-        uint64_t *pointers = table_behind(&page_map[address >> 39 & (TABLE_ENTRIES - 1)]);
-        uint64_t *directory = table_behind(&pointers[address >> 30 & (TABLE_ENTRIES - 1)]);
+        uint64_t *pointers = table_of(&page_map[address >> 39 & (TABLE_ENTRIES - 1)]);
+        uint64_t *directory = table_of(&pointers[address >> 30 & (TABLE_ENTRIES - 1)]);
         directory[address >> 21 & (TABLE_ENTRIES - 1)] = address | PRESENT_WRITABLE | LARGE;
     }
 }
@@ -127,12 +127,13 @@ void lay_out_buffer(uint64_t pages) {
     for (unsigned index = 0; index < region_count; index++)
         available += chunks_of(&regions[index]);
     if (needed > available) {
-        tell("fatal message=\"%lu pages of buffer do not fit into the %lu that are free\"", pages,
-             available * CHUNK_PAGES);
+        report("fatal message=\"the workload needs %lu pages, but only %lu are free; give the "
+               "guest more memory\"",
+               pages, available * CHUNK_PAGES);
         stop();
     }
     for (uint64_t index = 0; index < needed; index++) {
-        // Each of the buffer's regions is to be everywhere, so neighbours are put far apart.
+        // Each region of the buffer must be spread over all RAM, so neighbours are far apart.
         uint64_t place = index * SCATTER % needed;
         chunks[index] = address_of_chunk(place * available / needed);
     }
@@ -153,11 +154,11 @@ uint64_t move_to_new_memory(uint64_t first, uint64_t count) {
     plugged.end = plugged.start + read_halves(SLOT_BYTES);
     map(plugged.start, plugged.end - plugged.start);
     uint64_t chunk = (first + CHUNK_PAGES - 1) / CHUNK_PAGES, end = (first + count) / CHUNK_PAGES;
-    uint64_t room = chunks_of(&plugged), moved = end > chunk ? end - chunk : 0;
-    if (moved > room)
-        moved = room;
-    for (uint64_t index = 0; index < moved; index++)  // from its first to its last page
-        chunks[chunk + index] = (first_chunk(&plugged) + index * room / moved) * CHUNK_BYTES;
+    uint64_t space = chunks_of(&plugged), moved = end > chunk ? end - chunk : 0;
+    if (moved > space)
+        moved = space;
+    for (uint64_t index = 0; index < moved; index++)  // spread from the first to the last chunk
+        chunks[chunk + index] = (first_chunk(&plugged) + index * space / moved) * CHUNK_BYTES;
     return moved * CHUNK_PAGES;
 }
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
  * The packed ring (virtio 1.2, section 2.8): one ring of descriptors, which the driver writes in
- * order and the device writes its answers over, in the order in which requests get done. Whose a
- * descriptor is say its flags AVAIL and USED, compared with a wrap counter that turns over each
- * time round. The buffer ID is the request's place.
+ * order. The device overwrites them with its answers, in the order in which it finishes requests.
+ * The flags AVAIL and USED of a descriptor, compared with a wrap counter that toggles with each
+ * round, say which side owns the descriptor. The buffer ID is the request's place.
  *
  * `next` and `seen` are positions: they count descriptors over two rounds of the ring. The wrap
  * counter is 1 in the first of the two, and 0 in the second.
@@ -26,9 +26,9 @@ struct descriptor {
     uint32_t length;
     uint16_t id, flags;
 };
-// What either side says of when it wants to hear from the other (section 2.8.10).
+// When a side wants to be notified by the other side (section 2.8.10).
 struct event {
-    uint16_t descriptor, flags;  // of the former, bit 15 is the wrap counter
+    uint16_t descriptor, flags;  // bit 15 of `descriptor` is the wrap counter
 };
 
 static unsigned wrap_counter(const struct virtqueue *queue, unsigned position) {
@@ -45,11 +45,11 @@ static volatile struct descriptor *descriptor_at(const struct virtqueue *queue, 
 }
 
 static void want_no_interrupt(struct virtqueue *queue) {
-    volatile struct event *ours = queue->driver;
-    ours->flags = EVENTS_DISABLED;
+    volatile struct event *driver_event = queue->driver;
+    driver_event->flags = EVENTS_DISABLED;
 }
 
-// Section 2.8.7: all of a table is meant, in its order; there are no flags but WRITE, and no IDs.
+// Section 2.8.7: the device uses the whole table in order, of the flags only WRITE, and no IDs.
 static void fill_table(void *table, const struct piece *pieces, unsigned count) {
     struct descriptor *descriptors = table;
     for (unsigned index = 0; index < count; index++)
@@ -59,10 +59,10 @@ static void fill_table(void *table, const struct piece *pieces, unsigned count) 
 
 // Whether the device waits for one of the `count` descriptors from position `first` on.
 static bool is_awaited(const struct virtqueue *queue, uint16_t first, uint16_t count) {
-    const volatile struct event *theirs = queue->device;
-    uint16_t flags = theirs->flags;
+    const volatile struct event *device_event = queue->device;
+    uint16_t flags = device_event->flags;
     atomic_thread_fence(memory_order_acquire);
-    uint16_t awaited = theirs->descriptor;
+    uint16_t awaited = device_event->descriptor;
     if (flags != EVENTS_AT_DESCRIPTOR)
         return flags != EVENTS_DISABLED;
     unsigned second_round = awaited >> EVENT_WRAP_SHIFT ? 0 : queue->size;
@@ -73,18 +73,18 @@ static bool is_awaited(const struct virtqueue *queue, uint16_t first, uint16_t c
 static bool publish(struct virtqueue *queue, uint16_t place, const struct piece *pieces,
                     uint16_t count) {
     uint16_t first = queue->next;
-    for (unsigned index = count; index--;) {  // the first one comes last: it makes all available
+    for (unsigned index = count; index--;) {  // the first descriptor last: it publishes them all
         uint16_t position = advanced(queue, first, index);
         volatile struct descriptor *descriptor = descriptor_at(queue, position);
-        uint16_t whose = wrap_counter(queue, position) ? DESCRIPTOR_AVAIL : DESCRIPTOR_USED;
+        uint16_t owner = wrap_counter(queue, position) ? DESCRIPTOR_AVAIL : DESCRIPTOR_USED;
         descriptor->address = pieces[index].address;
         descriptor->length = pieces[index].length;
         descriptor->id = place;
         atomic_thread_fence(memory_order_release);
-        descriptor->flags = pieces[index].flags | whose | (index + 1 < count ? DESCRIPTOR_NEXT : 0);
+        descriptor->flags = pieces[index].flags | owner | (index + 1 < count ? DESCRIPTOR_NEXT : 0);
     }
     queue->next = advanced(queue, first, count);
-    atomic_thread_fence(memory_order_seq_cst);  // section 2.8.21.3.1: before the device is asked
+    atomic_thread_fence(memory_order_seq_cst);  // section 2.8.21.3.1: before reading device_event
     return is_awaited(queue, first, count);
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * PCI by configuration mechanism #1 (PCI Local Bus 3.0, section 3.2.2.3.2). SeaBIOS gives the BARs
- * their addresses; where another firmware (qboot) leaves that to the guest, we do it.
+ * PCI by configuration mechanism #1 (PCI Local Bus 3.0, section 3.2.2.3.2). SeaBIOS assigns the
+ * addresses of the BARs. Another firmware (qboot) does not, so this guest assigns them.
  */
 #include "machine.h"
 
@@ -20,8 +20,8 @@ enum {
     BAR_IS_IO = 1 << 0,
     BAR_IS_64_BIT = 1 << 2,
     CAPABILITIES = 0x34,
-    // Free on QEMU's PCs: inside the PCI hole, below the I/O APIC at 0xfec00000.
-    OUR_BARS_END = 0xfea00000,
+    // Free in QEMU's PCs: inside the PCI hole, below the I/O APIC at 0xfec00000.
+    ASSIGNED_BARS_END = 0xfea00000,
 };
 
 uint32_t pci_read32(const struct pci_device *device, unsigned offset) {
@@ -46,7 +46,7 @@ bool pci_find(uint16_t vendor, const uint16_t *ids, unsigned count, struct pci_d
             if (id == ((uint32_t)ids[index] << 16 | vendor))
                 return true;
         if (id == UINT32_MAX && number % 8 == 0)
-            number += 7;  // without function 0 there are no others
+            number += 7;  // a device without function 0 does not exist
     }
     return false;
 }
@@ -60,7 +60,7 @@ unsigned pci_capability(const struct pci_device *device, uint8_t id, unsigned af
     return offset;
 }
 
-// How large a BAR is: the address bits that can be set (section 6.2.5.1).
+// The size of a BAR, from the address bits that can be set (section 6.2.5.1).
 static uint32_t bar_bytes(const struct pci_device *device, unsigned offset) {
     uint32_t value = pci_read32(device, offset);
     pci_write32(device, offset, UINT32_MAX);
@@ -70,11 +70,11 @@ static uint32_t bar_bytes(const struct pci_device *device, unsigned offset) {
 }
 
 volatile uint8_t *pci_map_bar(const struct pci_device *device, unsigned bar) {
-    static uint32_t free_end = OUR_BARS_END;
+    static uint32_t free_end = ASSIGNED_BARS_END;
     unsigned offset = BAR0 + 4 * bar;
     uint32_t value = pci_read32(device, offset);
     if (value & BAR_IS_IO)
-        give_up("a BAR that should be memory is I/O ports");
+        give_up("expected a memory BAR of the device, but it has an I/O BAR");
     uint64_t address = value & ~0xfu;
     uint32_t bytes = bar_bytes(device, offset);
     if (value & BAR_IS_64_BIT)

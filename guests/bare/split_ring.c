@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * The split ring (virtio 1.2, section 2.7). Every place has descriptors of its own in the table, as
- * many as the queue has room for; the first of them names the request. `next` and `seen` are the
- * free-running indices of the available and the used ring.
+ * The split ring (virtio 1.2, section 2.7). Every place has its own `room` descriptors in the
+ * table; the first descriptor identifies the request. `next` and `seen` are the free-running
+ * indices of the available and the used ring.
  */
 #include "virtqueue.h"
 
@@ -19,22 +19,22 @@ struct descriptor {
     uint16_t flags, next;
 };
 struct available {
-    uint16_t flags, index, ring[];  // behind the ring: used_event
+    uint16_t flags, index, ring[];  // after the ring: used_event
 };
 struct used {
     uint16_t flags, index;
     struct {
         uint32_t id, length;
-    } ring[];  // behind it: avail_event, the index that a kick is wanted for
+    } ring[];  // after the ring: avail_event, the index for which the device wants a kick
 };
 
 static void want_no_interrupt(struct virtqueue *queue) {
     volatile struct available *available = queue->driver;
     available->flags = NO_INTERRUPT;
-    available->ring[queue->size] = queue->seen + 0x8000;  // the event index is kept far ahead
+    available->ring[queue->size] = queue->seen + 0x8000;  // an event index far ahead
 }
 
-// Chain descriptors from number `first` of a table on.
+// Write a chain of descriptors to a table, from number `first` on.
 static void chain(volatile struct descriptor *table, unsigned first, const struct piece *pieces,
                   unsigned count) {
     for (unsigned index = 0; index < count; index++) {
@@ -60,7 +60,7 @@ static bool publish(struct virtqueue *queue, uint16_t place, const struct piece 
     available->ring[index % queue->size] = head;
     atomic_thread_fence(memory_order_release);
     available->index = queue->next;
-    atomic_thread_fence(memory_order_seq_cst);  // section 2.7.13.4.1: before the device is asked
+    atomic_thread_fence(memory_order_seq_cst);  // section 2.7.13.4.1: before reading avail_event
     const volatile uint16_t *kick_wanted_at = (const volatile void *)&used->ring[queue->size];
     return queue->event_index ? *kick_wanted_at == index : !(used->flags & NO_NOTIFY);
 }

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The entry of the freestanding guest: from PVH's 32-bit protected mode with flat segments
- * (struct hvm_start_info in %ebx) to 64-bit C with the first 4 GiB mapped to themselves.
+ * The entry point of the freestanding guest. It switches from PVH's 32-bit protected mode with flat
+ * segments (struct hvm_start_info in %ebx) to 64-bit mode with the first 4 GiB mapped to
+ * themselves, and calls the C code.
  */
 #define XEN_ELFNOTE_PHYS32_ENTRY 18
 #define STACK_BYTES 65536
@@ -77,7 +78,7 @@ stop:
     hlt
     jmp stop
 
-/* One entry for each exception; they differ in whether the CPU pushes an error code. */
+/* One entry for each exception; the CPU pushes an error code for some of them. */
     .balign EXCEPTION_STUB_BYTES
     .globl exception_stubs
 exception_stubs:

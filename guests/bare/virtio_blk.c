@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * A virtio block driver over the modern PCI transport (virtio 1.2, sections 4.1 and 5.2), polled.
- * Every slot has a place in one of the queues, in turn. Status bytes are on a page of their own,
- * which only the device writes, as it does its area of a queue.
+ * A polled virtio block driver over the modern PCI transport (virtio 1.2, sections 4.1 and 5.2).
+ * The slots are distributed over the queues in turn, and each has a place in its queue. The status
+ * bytes have their own page, which only the device writes, like its area of a queue.
  */
 #include "virtqueue.h"
 
@@ -56,13 +56,13 @@ static struct queue {
 
 static unsigned queue_count;
 static uint64_t features;
-static struct header *headers;      // of each slot
-static volatile uint8_t *statuses;  // likewise
-static uint64_t headers_at, statuses_at;  // where the device finds them
+static struct header *headers;      // one for each slot
+static volatile uint8_t *statuses;  // one for each slot
+static uint64_t headers_at, statuses_at;  // their addresses for the device
 
 // Finding the device -----------------------------------------------------------------------------
 
-// The capability of `type`, and what it points to.
+// Find the capability of `type` and the structure that it points to.
 static unsigned capability(const struct pci_device *device, uint8_t type,
                            volatile uint8_t **structure) {
     unsigned offset = 0;
@@ -70,7 +70,7 @@ static unsigned capability(const struct pci_device *device, uint8_t type,
         if (pci_read8(device, offset + CAPABILITY_TYPE) == type)
             break;
     if (!offset)
-        give_up("the disk is no modern virtio device");
+        give_up("the disk is not a modern virtio device (virtio 1.0 or later)");
     *structure = pci_map_bar(device, pci_read8(device, offset + CAPABILITY_BAR)) +
                  pci_read32(device, offset + CAPABILITY_OFFSET);
     return offset;
@@ -90,7 +90,7 @@ static uint64_t negotiate(volatile struct common_config *common) {
     }
     common->device_status = STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_FEATURES_OK;
     if (!(wanted & F_VERSION_1) || !(common->device_status & STATUS_FEATURES_OK))
-        give_up("the disk and its driver do not agree on features");
+        give_up("the disk refused the virtio features of the guest's driver");
     return wanted;
 }
 
@@ -98,7 +98,7 @@ static void set_up_queue(volatile struct common_config *common, struct virtqueue
                          unsigned places) {
     uint16_t size = common->queue_size < MAX_QUEUE_SIZE ? common->queue_size : MAX_QUEUE_SIZE;
     if (!virtqueue_open(queue, features, size, places))
-        give_up("the disk's queues are too small for so many threads");
+        give_up("the disk's queues are too small for the workload's threads; use fewer threads");
     common->queue_size = size;
     for (unsigned part = 0; part < 3; part++) {
         common->queue_parts[part][0] = (uint32_t)queue->parts[part];
@@ -109,11 +109,12 @@ static void set_up_queue(volatile struct common_config *common, struct virtqueue
 uint64_t disk_open(unsigned slots) {
     static const uint16_t ids[] = {BLK, TRANSITIONAL_BLK};
     struct pci_device device;
-    for (bool told = false; !pci_find(VENDOR, ids, sizeof ids / sizeof *ids, &device); told = true) {
-        if (!told)
-            tell("waiting for=disk");
+    for (bool reported = false; !pci_find(VENDOR, ids, sizeof ids / sizeof *ids, &device);
+         reported = true) {
+        if (!reported)
+            report("waiting for=disk");
         if (microseconds() > DISK_TIMEOUT_US)
-            give_up("there is no virtio disk");
+            give_up("no virtio disk was found within 10 s");
     }
     volatile uint8_t *notifications, *config, *structure;
     uint32_t multiplier = pci_read32(
@@ -146,8 +147,8 @@ uint64_t disk_open(unsigned slots) {
     }
     headers = allocate(slots * sizeof *headers);
     statuses = allocate_aligned(PAGE_BYTES, PAGE_BYTES);
-    headers_at = iommu_map(IOMMU_KEPT, (uint64_t)headers, slots * sizeof *headers);
-    statuses_at = iommu_map(IOMMU_KEPT, (uint64_t)statuses, PAGE_BYTES);
+    headers_at = iommu_map(IOMMU_PERMANENT, (uint64_t)headers, slots * sizeof *headers);
+    statuses_at = iommu_map(IOMMU_PERMANENT, (uint64_t)statuses, PAGE_BYTES);
     common->device_status |= STATUS_DRIVER_OK;
     return *(volatile uint64_t *)config;
 }
@@ -157,12 +158,12 @@ uint64_t disk_open(unsigned slots) {
 static void add(struct piece *pieces, unsigned *count, uint64_t address, uint32_t length,
                 uint16_t flags) {
     if (*count == MAX_PIECES)
-        give_up("a request is in too many pieces");
+        give_up("a request has too many pieces");
     pieces[*count] = (struct piece){address, length, flags};
     ++*count;
 }
 
-// The pieces of a slot's request, pages that follow each other in memory as one; returns how many.
+// Describe a slot's request in pieces, with adjacent pages as one piece; return their number.
 static unsigned describe(unsigned slot, const struct request *request, struct piece *pieces) {
     uint16_t flags = request->kind == WRITE ? 0 : DESCRIPTOR_WRITE;
     unsigned count = 0;

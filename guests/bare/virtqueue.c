@@ -15,15 +15,16 @@ bool virtqueue_open(struct virtqueue *queue, uint64_t features, uint16_t size, u
     size_t descriptors_bytes = (size_t)size * DESCRIPTOR_BYTES;
     size_t driver_bytes = form->driver_bytes + form->driver_bytes_each * size;
     size_t device_bytes = form->device_bytes + form->device_bytes_each * size;
-    uint8_t *ours = allocate_aligned(descriptors_bytes + driver_bytes, PAGE_BYTES);
-    queue->descriptors = ours;
-    queue->driver = ours + descriptors_bytes;
+    uint8_t *driver_areas = allocate_aligned(descriptors_bytes + driver_bytes, PAGE_BYTES);
+    queue->descriptors = driver_areas;
+    queue->driver = driver_areas + descriptors_bytes;
     queue->device = allocate_aligned((device_bytes + PAGE_BYTES - 1) & -PAGE_BYTES, PAGE_BYTES);
     queue->tables = allocate(places * sizeof *queue->tables);
-    queue->parts[0] = iommu_map(IOMMU_KEPT, (uint64_t)ours, descriptors_bytes);
-    queue->parts[1] = iommu_map(IOMMU_KEPT, (uint64_t)queue->driver, driver_bytes);
-    queue->parts[2] = iommu_map(IOMMU_KEPT, (uint64_t)queue->device, device_bytes);
-    queue->tables_at = iommu_map(IOMMU_KEPT, (uint64_t)queue->tables, places * sizeof *queue->tables);
+    queue->parts[0] = iommu_map(IOMMU_PERMANENT, (uint64_t)driver_areas, descriptors_bytes);
+    queue->parts[1] = iommu_map(IOMMU_PERMANENT, (uint64_t)queue->driver, driver_bytes);
+    queue->parts[2] = iommu_map(IOMMU_PERMANENT, (uint64_t)queue->device, device_bytes);
+    queue->tables_at =
+        iommu_map(IOMMU_PERMANENT, (uint64_t)queue->tables, places * sizeof *queue->tables);
     form->want_no_interrupt(queue);
     return true;
 }
@@ -44,6 +45,6 @@ bool virtqueue_submit(struct virtqueue *queue, unsigned place, const struct piec
 int virtqueue_poll(struct virtqueue *queue) {
     int place = queue->form->collect(queue);
     if (place >= queue->places)
-        give_up("the device has finished a request that there is not");
+        give_up("the device has finished a request that does not exist");
     return place;
 }

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * The driver's end of a virtqueue, polled. Its two forms (virtio 1.2, sections 2.7 and 2.8) lay out
- * memory and count in ways of their own, and have a file each: split_ring.c and packed_ring.c. What
- * they share is in virtqueue.c: where the areas are, and what goes into an indirect table.
+ * The driver's side of a virtqueue, polled. The two forms of a virtqueue (virtio 1.2, sections 2.7
+ * and 2.8) differ in their memory layout and their counters, and have a file each: split_ring.c and
+ * packed_ring.c. The common part is in virtqueue.c: the allocation of the areas, and the indirect
+ * tables.
  *
- * A request is known by its place: a number below the queue's `places`, of which each has one
- * request at a time under way.
+ * A request is identified by its place, a number below the queue's `places`. Each place has at most
+ * one request in flight.
  */
 #ifndef DMAPROOF_VIRTQUEUE_H
 #define DMAPROOF_VIRTQUEUE_H
@@ -14,7 +15,7 @@
 
 enum {
     MAX_QUEUE_SIZE = 128,
-    MAX_PIECES = MAX_SMALL_PAGES + 2,  // more than these lie in a row
+    MAX_PIECES = MAX_SMALL_PAGES + 2,  // the pages of larger requests are adjacent
     DESCRIPTOR_BYTES = 16,
     DESCRIPTOR_NEXT = 1,
     DESCRIPTOR_WRITE = 2,
@@ -25,7 +26,7 @@ static const uint64_t F_RING_INDIRECT = 1ull << 28;
 static const uint64_t F_RING_EVENT_INDEX = 1ull << 29;
 static const uint64_t F_RING_PACKED = 1ull << 34;
 
-// What one descriptor is to say; of its flags, WRITE or INDIRECT.
+// The content of one descriptor; `flags` is WRITE, INDIRECT or 0.
 struct piece {
     uint64_t address;
     uint32_t length;
@@ -36,36 +37,36 @@ struct virtqueue {
     const struct ring_form *form;
     bool event_index;
     uint16_t size;                // descriptors
-    uint16_t places, room;        // requests at a time, and the descriptors that each may take
-    uint16_t next, seen;          // of requests and of answers, as the form counts
-    uint16_t taken[MAX_WORKERS];  // descriptors of the ring, by each place's request
-    // The areas (section 2.6). The device's is on pages of its own, which only the device writes:
-    // if it does not report these writes, nothing else hides that.
+    uint16_t places, room;        // requests at a time, and the most descriptors of each
+    uint16_t next, seen;          // counters of requests and of answers, in the form's own way
+    uint16_t taken[MAX_WORKERS];  // the number of ring descriptors of each place's request
+    // The areas (section 2.6). The device's area has its own pages, which only the device writes,
+    // so that no other write hides a missing report of the device.
     volatile void *descriptors, *driver, *device;
-    uint8_t (*tables)[MAX_PIECES * DESCRIPTOR_BYTES];  // an indirect one for each place
-    uint64_t parts[3], tables_at;  // where the device finds the areas, and the tables
+    uint8_t (*tables)[MAX_PIECES * DESCRIPTOR_BYTES];  // an indirect table for each place
+    uint64_t parts[3], tables_at;  // the addresses of the areas and the tables for the device
 };
 
 struct ring_form {
-    // How large the driver's and the device's area are, beside so many bytes for each descriptor.
+    // The sizes of the driver's and the device's area: fixed bytes, and bytes for each descriptor.
     size_t driver_bytes, driver_bytes_each, device_bytes, device_bytes_each;
     void (*want_no_interrupt)(struct virtqueue *queue);
     void (*fill_table)(void *table, const struct piece *pieces, unsigned count);
-    // Make a request available. Returns whether the device wants to be told.
+    // Make a request available. Return whether the device wants a notification.
     bool (*publish)(struct virtqueue *queue, uint16_t place, const struct piece *pieces,
                     uint16_t count);
-    // The place whose request came back, or -1 if there is none.
+    // Return a place whose request the device has finished, or -1.
     int (*collect)(struct virtqueue *queue);
 };
 extern const struct ring_form split_ring, packed_ring;
 
-// Lay out a queue of `size` descriptors for `places` requests at a time, in the form that was
-// negotiated. Returns false if it is too small for them.
+// Set up a queue of `size` descriptors for `places` requests at a time, in the negotiated form.
+// Return false if the queue is too small.
 bool virtqueue_open(struct virtqueue *queue, uint64_t features, uint16_t size, unsigned places);
-// Ask for something in a free place. Returns whether the device wants to be told.
+// Submit a request in a free place. Return whether the device wants a notification.
 bool virtqueue_submit(struct virtqueue *queue, unsigned place, const struct piece *pieces,
                       unsigned count);
-// The place whose request is over, or -1 if there is none.
+// Return a place whose request is finished, or -1.
 int virtqueue_poll(struct virtqueue *queue);
 
 #endif

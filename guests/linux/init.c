@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * The whole user space of the Linux guest: carries out the workload (workload.h) on a disk, past the
- * page cache, or on a network that sends everything back, with a thread for each request that is to
- * be under way.
+ * The whole user space of the Linux guest. It carries out the workload (workload.h) on a disk,
+ * bypassing the page cache, or on a network that sends every frame back, with a thread for each
+ * request in flight.
  *
- * The second serial port is the line to the tool: single bytes in, lines of key=value out.
+ * The second serial port is the line to dmaproof: the guest reads single bytes as commands, and
+ * writes lines of key=value.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -37,28 +38,28 @@ enum {
     MEMORY_TIMEOUT_US = 10 * 1000 * 1000,
     HUGE_PAGE_BYTES = 2 << 20,
     LOOP_SECTORS = 1 << 24,
-    LOOP_TIMEOUT_US = 100 * 1000,  // then a frame is lost, as it may be while a guest migrates
+    LOOP_TIMEOUT_US = 100 * 1000,  // after that a frame is lost, which a migration may cause
     FRAME_DATA_BYTES = 1366,        // three frames for a page
     FIRST_PROTOCOL = 0x9100,        // an Ethernet type for each thread
 };
 
-const uint32_t piece_alignment = SECTOR_BYTES;  // O_DIRECT asks for it
+const uint32_t piece_alignment = SECTOR_BYTES;  // O_DIRECT requires it
 
 static int report_fd = -1, disk_fd = -1;
-static const char *disk;        // its place
-static const char *shared_tag;  // of the virtiofs that it is a file of, or NULL
-static const char *loop;        // a network interface in the disk's place, or NULL
-static const char *packets_interface;  // a network beside the disk, or NULL
+static const char *disk;        // the path of its node or file
+static const char *shared_tag;  // the tag of the virtiofs with the disk's file, or NULL
+static const char *loop;        // a network interface used instead of a disk, or NULL
+static const char *packets_interface;  // a network interface used beside the disk, or NULL
 static uint8_t *buffer;
-static uint64_t ram_end;        // now
-static uint64_t first_ram_end;  // at the start, with nothing plugged
+static uint64_t ram_end;        // the current end of RAM
+static uint64_t first_ram_end;  // the end of RAM before any memory was plugged
 static atomic_bool paused;
 static atomic_int in_flight;
 static atomic_ulong frames_sent, frames_received;  // on the loop
 
-// What the workload needs ------------------------------------------------------------------------
+// The functions that the workload needs ----------------------------------------------------------
 
-void tell(const char *format, ...) {
+void report(const char *format, ...) {
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     char line[512];
     va_list arguments;
@@ -86,8 +87,8 @@ static _Noreturn void power_off(void) {
         pause();
 }
 
-static _Noreturn void give_up(const char *what) {
-    tell("fatal message=\"%s: %s\"", what, strerror(errno));
+static _Noreturn void give_up(const char *action, const char *object) {
+    report("fatal message=\"cannot %s %s: %s\"", action, object, strerror(errno));
     power_off();
 }
 
@@ -106,15 +107,15 @@ uint64_t gpa_of(const void *address) {
     return (entry & ((1ULL << 55) - 1)) * PAGE_BYTES + (uintptr_t)address % PAGE_BYTES;
 }
 
-// There at once, and so not in memory that is plugged later.
+// The memory is populated at once, so it is not in memory that is plugged later.
 void *allocate(size_t bytes) {
     void *memory = calloc(bytes + 1, 1);
     if (!memory || mlock(memory, bytes + 1) < 0)
-        give_up("allocating the buffer's states");
+        give_up("allocate", "the state of the buffer's pages");
     return memory;
 }
 
-// Linux moves ordinary pages when it compacts memory, locked ones too, but no huge pages.
+// When Linux compacts memory, it moves ordinary pages, even locked ones, but not huge pages.
 uint8_t *allocate_unmoving(size_t bytes) {
     FILE *reserve = fopen("/proc/sys/vm/nr_hugepages", "w");
     if (!reserve)
@@ -136,13 +137,13 @@ uint64_t requests_under_way(void) {
     return (uint64_t)atomic_load(&in_flight);
 }
 
-// The first address behind all RAM.
+// The first address after all RAM.
 static uint64_t end_of_ram(void) {
     char line[256];
     uint64_t start, last, end = 0;
     FILE *map = fopen("/proc/iomem", "r");
     if (!map)
-        give_up("opening /proc/iomem");
+        give_up("open", "/proc/iomem");
     while (fgets(line, sizeof line, map))
         if (strstr(line, ": System RAM") && sscanf(line, "%lx-%lx", &start, &last) == 2)
             end = last + 1 > end ? last + 1 : end;
@@ -150,25 +151,25 @@ static uint64_t end_of_ram(void) {
     return end;
 }
 
-// Map pages anew; returns how many of them lie in plugged memory then.
-static uint64_t map_anew(uint64_t first, uint64_t count) {
+// Map pages again; return the number of pages that are in plugged memory afterwards.
+static uint64_t remap(uint64_t first, uint64_t count) {
     uint64_t moved = 0;
     if (mmap(page_at(first), count * PAGE_BYTES, PROT_READ | PROT_WRITE,
              MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE | MAP_LOCKED | MAP_FIXED, -1,
              0) == MAP_FAILED)
-        give_up("mapping the write-once pages anew");
+        give_up("map", "the write-once pages again");
     for (uint64_t page = first; page < first + count; page++)
         moved += gpa_of(page_at(page)) >= first_ram_end;
     return moved;
 }
 
-// The kernel brings plugged memory online in ZONE_MOVABLE (memhp_default_state), a moment after it
-// shows it, and takes the pages of a new mapping from there first; from which of several DIMMs is
-// its own affair.
+// The kernel lists plugged memory in /proc/iomem, and a moment later brings it online in
+// ZONE_MOVABLE (memhp_default_state). It takes the pages of a new mapping from there first, from
+// any of several DIMMs.
 uint64_t move_to_new_memory(uint64_t first, uint64_t count) {
     for (int waited = 0; waited <= MEMORY_TIMEOUT_US; waited += 1000, usleep(1000)) {
         uint64_t end = end_of_ram();
-        uint64_t moved = end > ram_end ? map_anew(first, count) : 0;
+        uint64_t moved = end > ram_end ? remap(first, count) : 0;
         if (moved) {
             ram_end = end;
             return moved;
@@ -179,8 +180,8 @@ uint64_t move_to_new_memory(uint64_t first, uint64_t count) {
 
 // The network ------------------------------------------------------------------------------------
 //
-// Whatever is sent comes back. So a page is stamped here, sent in frames, and put together again
-// from what the device wrote into the kernel's buffers.
+// The network sends every frame back. The guest stamps a page, sends it in frames, and reassembles
+// the page from the frames that the device wrote into the kernel's buffers.
 
 struct frame {
     uint64_t number;
@@ -201,13 +202,13 @@ static void open_interface(void) {
     strncpy(interface.ifr_name, loop, sizeof interface.ifr_name - 1);
     for (int waited = 0; ioctl(fd, SIOCSIFFLAGS, &interface) < 0; waited += 1000, usleep(1000))
         if (waited > DEVICE_TIMEOUT_US)
-            give_up(loop);
+            give_up("bring up the network interface", loop);
     close(fd);
 }
 
 // A socket for the frames of one thread.
 static int open_loop(uintptr_t thread) {
-    static const struct timeval patience = {.tv_usec = LOOP_TIMEOUT_US};
+    static const struct timeval timeout = {.tv_usec = LOOP_TIMEOUT_US};
     uint16_t protocol = htons((uint16_t)(FIRST_PROTOCOL + thread));
     int fd = socket(AF_PACKET, SOCK_DGRAM | SOCK_CLOEXEC, protocol);
     struct sockaddr_ll address = {
@@ -216,8 +217,8 @@ static int open_loop(uintptr_t thread) {
         .sll_ifindex = (int)if_nametoindex(loop),
     };
     if (fd < 0 || bind(fd, (void *)&address, sizeof address) < 0 ||
-        setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience) < 0)
-        give_up("opening a packet socket");
+        setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof timeout) < 0)
+        give_up("open", "a packet socket");
     return fd;
 }
 
@@ -237,7 +238,7 @@ static void send_page(int fd, uintptr_t thread, const uint8_t *page, uint64_t nu
     }
 }
 
-// Put the frames of page `number` together; false if they do not all come.
+// Reassemble page `number` from its frames; return false if some of them do not arrive.
 static bool receive_page(int fd, uint8_t *page, uint64_t number) {
     struct frame frame;
     for (uint32_t missing = (1 << PARTS) - 1; missing;) {
@@ -245,7 +246,7 @@ static bool receive_page(int fd, uint8_t *page, uint64_t number) {
             return false;
         atomic_fetch_add(&frames_received, 1);
         if (frame.number != number || frame.part >= PARTS)
-            continue;  // it was sent before, and is late
+            continue;  // a late frame of an earlier page
         memcpy(page + frame.part * FRAME_DATA_BYTES, frame.data, part_bytes(frame.part));
         missing &= ~(1u << frame.part);
     }
@@ -296,7 +297,7 @@ static void *work(void *argument) {
     return NULL;
 }
 
-// A vCPU's own steady writing, which the accelerator has to track.
+// A vCPU's own continuous writing, which the accelerator must track.
 static void *keep_churning(void *argument) {
     for (;; usleep(CHURN_EVERY_US))
         churn();
@@ -313,7 +314,7 @@ static void *take_commands(void *argument) {
 static void start_thread(void *(*body)(void *), uintptr_t number) {
     pthread_t thread;
     if ((errno = pthread_create(&thread, NULL, body, (void *)number)))
-        give_up("starting a thread");
+        give_up("start", "a thread");
 }
 
 // Setting up -------------------------------------------------------------------------------------
@@ -322,7 +323,7 @@ static void open_report(void) {
     struct termios settings;
     report_fd = open("/dev/ttyS1", O_RDWR | O_NOCTTY | O_CLOEXEC);
     if (report_fd < 0 || tcgetattr(report_fd, &settings) < 0)
-        give_up("opening /dev/ttyS1");
+        give_up("open", "/dev/ttyS1");
     cfmakeraw(&settings);
     cfsetspeed(&settings, B115200);
     settings.c_cflag |= CLOCAL;
@@ -333,11 +334,11 @@ static void load_modules(void) {
     char name[256];
     FILE *list = fopen("/modules/order", "r");
     if (!list)
-        give_up("opening /modules/order");
+        give_up("open", "/modules/order");
     while (fscanf(list, "%255s", name) == 1) {
         int fd = open(name, O_RDONLY | O_CLOEXEC);
         if (fd < 0 || (syscall(SYS_finit_module, fd, "", 0) < 0 && errno != EEXIST))
-            give_up(name);
+            give_up("load the module", name);
         close(fd);
     }
     fclose(list);
@@ -346,44 +347,45 @@ static void load_modules(void) {
 static uint64_t open_disk(void) {
     mkdir("/shared", 0755);
     if (shared_tag && mount(shared_tag, "/shared", "virtiofs", 0, NULL) < 0)
-        give_up("mounting the virtiofs");
+        give_up("mount the virtiofs", shared_tag);
     for (int waited = 0; disk_fd < 0; waited += 1000, usleep(1000)) {
         disk_fd = open(disk, O_RDWR | O_DIRECT | O_CLOEXEC);
         if (disk_fd < 0 && waited == 0)
-            tell("waiting for=disk");
+            report("waiting for=disk");
         if (disk_fd < 0 && waited > DEVICE_TIMEOUT_US)
-            give_up(disk);
+            give_up("open the disk", disk);
     }
     off_t bytes = lseek(disk_fd, 0, SEEK_END);
     if (bytes < 0)
-        give_up("asking the disk for its size");
+        give_up("get the size of the disk", disk);
     return (uint64_t)bytes / SECTOR_BYTES;
 }
 
 static void map_buffer(void) {
     uint64_t pages = buffer_pages(), available = (uint64_t)sysconf(_SC_AVPHYS_PAGES);
     if (pages > available / 8 * 7) {
-        tell("fatal message=\"%lu pages of buffer do not fit into the %lu that are free\"", pages,
-             available);
+        report("fatal message=\"the workload needs %lu pages, but only %lu are free; give the "
+               "guest more memory\"",
+               pages, available / 8 * 7);
         power_off();
     }
     buffer = mmap(NULL, pages * PAGE_BYTES, PROT_READ | PROT_WRITE,
                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
     if (buffer == MAP_FAILED)
-        give_up("mapping the buffer");
+        give_up("map", "the buffer");
     mlock(buffer, pages * PAGE_BYTES);
 }
 
-static void report(void) {
-    tell_progress();
-    tell_network();
+static void report_status(void) {
+    report_progress();
+    report_network();
     if (loop)
-        tell("frames sent=%lu received=%lu", atomic_load(&frames_sent),
-             atomic_load(&frames_received));
+        report("frames sent=%lu received=%lu", atomic_load(&frames_sent),
+               atomic_load(&frames_received));
 }
 
-// What stands behind the kernel's "--". Options that the kernel did not know come along: those with
-// a "=" in init's environment, the others here.
+// Read the options after "--" on the kernel's command line. The kernel also passes options that it
+// does not know: those with a "=" in init's environment, the others among the arguments.
 static void read_parameters(int count, char **arguments) {
     for (int index = 1; index < count; index++) {
         const char *argument = arguments[index];
@@ -397,7 +399,7 @@ static void read_parameters(int count, char **arguments) {
             packets_interface = argument + 8;
         } else if (strchr(argument, '=') && !read_parameter(argument)) {
             errno = EINVAL;
-            give_up(argument);
+            give_up("use the parameter", argument);
         }
     }
 }
@@ -417,19 +419,19 @@ int main(int count, char **arguments) {
     ram_end = first_ram_end = end_of_ram();
     const char *problem = prepare_workload(sectors);
     if (problem) {
-        tell("fatal message=\"%s\"", problem);
+        report("fatal message=\"%s\"", problem);
         power_off();
     }
     if (packets_interface && !start_network(packets_interface))
-        give_up("starting the network");
+        give_up("start the network", packets_interface);
     start_thread(take_commands, 0);
     start_thread(keep_churning, 0);
     for (uintptr_t number = 0; number < parameters.threads; number++)
         start_thread(work, number);
     for (int waited = 0; requests_finished() == 0; waited += 1000, usleep(1000))
         if (waited % REPORT_EVERY_US == 0)
-            report();
-    tell_ready();
+            report_status();
+    report_ready();
     for (;; usleep(REPORT_EVERY_US))
-        report();
+        report_status();
 }

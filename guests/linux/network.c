@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * The network beside the disk: asks the device's generator for packets, a few at a time, and checks
- * each that comes. What is sent and received otherwise (announcements behind a migration, say) has
- * another EtherType and is none of ours.
+ * The network beside the disk: requests packets from the device's generator, a few at a time, and
+ * checks each packet. Other packets, such as announcements after a migration, have another
+ * EtherType and are ignored.
  */
 #define _GNU_SOURCE
 #include "network.h"
@@ -53,7 +53,7 @@ static void *exchange(void *argument) {
         for (int received = 0; received < BURST; received++) {
             ssize_t bytes = recv(line, &frame, sizeof frame, 0);
             if (bytes < 0)
-                break;  // some were lost on the way, which a network may do
+                break;  // a network may lose packets
             bool is_whole = bytes >= (ssize_t)(sizeof frame.header + sizeof words);
             memcpy(words, frame.payload, sizeof words);
             check_packet(words, is_whole ? STAMP_WORDS : 0);
@@ -70,7 +70,7 @@ bool start_network(const char *name) {
         .sll_protocol = htons(ETHERTYPE),
         .sll_ifindex = (int)if_nametoindex(name),
     };
-    struct timeval patience = {.tv_usec = TIMEOUT_US};
+    struct timeval timeout = {.tv_usec = TIMEOUT_US};
     pthread_t thread;
     strncpy(interface.ifr_name, name, IFNAMSIZ - 1);
     line = socket(AF_PACKET, SOCK_RAW | SOCK_CLOEXEC, htons(ETHERTYPE));
@@ -79,13 +79,13 @@ bool start_network(const char *name) {
     interface.ifr_flags |= IFF_UP;
     if (ioctl(line, SIOCSIFFLAGS, &interface) < 0 ||
         bind(line, (struct sockaddr *)&address, sizeof address) < 0 ||
-        setsockopt(line, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience) < 0)
+        setsockopt(line, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof timeout) < 0)
         return false;
     errno = pthread_create(&thread, NULL, exchange, NULL);
     return errno == 0;
 }
 
-void tell_network(void) {
+void report_network(void) {
     if (line >= 0)
-        tell("network packets=%lu", atomic_load(&packets));
+        report("network packets=%lu", atomic_load(&packets));
 }

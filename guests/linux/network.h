@@ -4,10 +4,10 @@
 
 #include <stdbool.h>
 
-// Bring the network device `name` up, and keep it busy in a thread. False if it cannot be done;
-// errno says why.
+// Bring up the network interface `name`, and keep it busy in a thread. Return false on a failure,
+// with the reason in errno.
 bool start_network(const char *name);
-// Tell how many packets have come, if there is a network.
-void tell_network(void);
+// Report the number of received packets, if the network was started.
+void report_network(void);
 
 #endif

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The probe guest: one vCPU that dirties the same 64 pages for ever, and nothing else.
+ * The probe guest: one vCPU that only dirties the same 64 pages for ever.
  *
- * No firmware service, no paging, no interrupts: nothing flushes the TLB, so an accelerator that
- * forgets to reset its dirty state at a bitmap sync loses these pages for certain. QEMU enters by
- * PVH (the note below), in 32-bit protected mode with flat segments. It says "ready" on the second
- * serial port once every page has been written.
+ * The guest uses no firmware service, no paging and no interrupts, so nothing flushes the TLB. An
+ * accelerator that forgets to reset its dirty state at a bitmap sync certainly loses these pages.
+ * QEMU enters the guest by PVH (the note below), in 32-bit protected mode with flat segments. The
+ * guest sends "ready" over the second serial port once it has written every page.
  */
 #define COM2 0x2f8
 #define FIRST_PAGE 0x1000000 /* 16 MiB */
@@ -27,12 +27,12 @@ _start:
     call increment
     mov $text, %esi
     mov $COM2, %dx
-tell:
+report:
     lodsb
     test %al, %al
     jz run
     outb %al, %dx
-    jmp tell
+    jmp report
 run:
     call increment
     jmp run

@@ -39,7 +39,7 @@ def test_a_qemu_that_ends_late_is_waited_for(tmp_path: Path) -> None:
     [
         (
             "echo starting; exec sleep 1000",
-            "has not sent a QMP greeting within 1 s\n.*\n    starting",
+            "has not sent a QMP greeting within 1 s; .*\n.*\n    starting",
         ),
         (f"{CLOSES_QMP} exec sleep 1000", "closed its QMP socket but has not ended within 1 s"),
     ],

@@ -42,7 +42,7 @@ def guests(built: Path, tmp_path: Path) -> WorkloadGuests:
 
 
 def kinds_of_errors(guest: WorkloadGuest) -> list[str]:
-    return [report.values["kind"] for report in guest.told("error")]
+    return [report.values["kind"] for report in guest.reports("error")]
 
 
 # Parameters ---------------------------------------------------------------------------------------
@@ -59,14 +59,14 @@ def test_a_workload_is_read_by_name() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("patern=random", "'patern' is not known"),
+        ("patern=random", "unknown parameter 'patern'"),
         (
             "pattern=zigzag",
             "pattern=zigzag is unknown; expected one of random, sequential, hot-set",
         ),
         ("threads=many", "threads: expected a number, got 'many'"),
-        ("threads=65", "threads=65 is not between 1 and 64"),
-        ("max_pages=0", "max_pages=0 is not between 1 and 16"),
+        ("threads=65", "threads=65 is out of range; expected 1 to 64"),
+        ("max_pages=0", "max_pages=0 is out of range; expected 1 to 16"),
         ("threads", "threads: expected a number, got ''"),
     ],
 )
@@ -100,10 +100,10 @@ def test_a_guest_finds_no_error_on_a_correct_disk(guests: WorkloadGuests, patter
     requests = guest.run(worker, 600)
     guest.library.churn()
     guest.obey("s")
-    assert guest.told("error") == []
+    assert guest.reports("error") == []
     assert {request.kind for request in requests} == {READ, WRITE, READ_BACK}
     assert {request.region for request in requests} == {OWN, HOT, ONCE}
-    (recheck,) = guest.told("recheck")
+    (recheck,) = guest.reports("recheck")
     # Every page that was read into is looked at: all write-once pages, the churn, and many hot ones.
     assert int(recheck.values["pages"]) > 512 + 4096 + 500
 
@@ -115,13 +115,13 @@ def test_once_pages_are_used_once(guests: WorkloadGuests, pattern: str) -> None:
     assert all(request.region != ONCE for request in guest.run(worker, 200))
     guest.obey("o")
     pages: Counter[int] = Counter()
-    while not guest.told("write-once-done"):
+    while not guest.reports("write-once-done"):
         (request,) = guest.run(worker, 1)
         if request.region == ONCE:
             pages.update(request.taken)
     first = 4 * OWN_PAGES + 64
     assert pages == Counter(range(first, first + 1000))
-    assert [report.values for report in guest.told("write-once-done")] == [{"pages": "1000"}]
+    assert [report.values for report in guest.reports("write-once-done")] == [{"pages": "1000"}]
     assert all(request.region != ONCE for request in guest.run(worker, 200))
 
 
@@ -132,7 +132,7 @@ def test_once_pages_are_used_once_in_each_migration(guests: WorkloadGuests) -> N
         assert not any(request.region == ONCE for request in guest.run(worker, 50))
         guest.obey("o")
         once: list[int] = []
-        while len(guest.told("write-once-done")) < migration:
+        while len(guest.reports("write-once-done")) < migration:
             once += [
                 page
                 for request in guest.run(worker, 10)
@@ -145,20 +145,20 @@ def test_once_pages_are_used_once_in_each_migration(guests: WorkloadGuests) -> N
         guest.library.churn()
         assert ctypes.c_uint64.from_address(guest.page(4 * OWN_PAGES + 64 + 256)).value == before
         guest.obey("a")
-        assert len(guest.told("again")) == migration
+        assert len(guest.reports("again")) == migration
         first_once = guest.page(4 * OWN_PAGES + 64)
         assert ctypes.string_at(first_once, 256 * PAGE_BYTES) == bytes(256 * PAGE_BYTES)
         guest.library.churn()
         assert ctypes.c_uint64.from_address(guest.page(4 * OWN_PAGES + 64 + 256)).value > before
         guest.obey("s")
-    assert not guest.told("error")
+    assert not guest.reports("error")
 
 
 def test_no_once_pages_are_done_at_once(guests: WorkloadGuests) -> None:
     guest = guests(write_once=0)
     guest.obey("o")
     guest.obey("o")
-    assert len(guest.told("write-once-done")) == 1
+    assert len(guest.reports("write-once-done")) == 1
 
 
 def test_requests_under_way_share_nothing(guests: WorkloadGuests) -> None:
@@ -176,7 +176,7 @@ def test_requests_under_way_share_nothing(guests: WorkloadGuests) -> None:
         for request in under_way:
             guest.serve(request)
             guest.finish(request)
-    assert guest.told("error") == []
+    assert guest.reports("error") == []
 
 
 def test_sequential_requests_continue_after_the_last_one(guests: WorkloadGuests) -> None:
@@ -226,7 +226,7 @@ def test_an_unaligned_request_is_in_sectors_of_its_worker(guests: WorkloadGuests
         offsets.add((pieces[0] - start) % PAGE_BYTES)
     assert all(offset % 8 == 0 for offset in offsets)
     assert sum(offset % 512 != 0 for offset in offsets) > 100
-    assert guest.told("error") == []
+    assert guest.reports("error") == []
 
 
 # What is found ------------------------------------------------------------------------------------
@@ -246,12 +246,12 @@ def test_a_torn_page_is_found(guests: WorkloadGuests, word: int) -> None:
 
     guest.serve(request, spoil)
     guest.finish(request)
-    (error,) = guest.told("error")
+    (error,) = guest.reports("error")
     assert error.values["kind"] == "stamp"
     assert int(error.values["lba"]) == request.sector
     assert int(error.values["gpa"], 0) // PAGE_BYTES == request.taken[0]
     guest.obey("s")  # what is known to be wrong is not looked at again
-    assert len(guest.told("error")) == 1
+    assert len(guest.reports("error")) == 1
 
 
 def test_an_old_page_is_found(guests: WorkloadGuests) -> None:
@@ -273,7 +273,7 @@ def test_an_images_stamps_need_not_be_new(guests: WorkloadGuests) -> None:
         guest.served = 0  # every answer has the same number
         guest.serve(request)
         guest.finish(request)
-    assert guest.told("error") == []
+    assert guest.reports("error") == []
     elsewhere = stamped_page(request.sector + SECTORS_PER_PAGE, 1)
     ctypes.memmove(guest.pieces(request)[0], elsewhere, PAGE_BYTES)
     guest.obey("s")
@@ -284,7 +284,7 @@ def test_a_lost_write_is_found(guests: WorkloadGuests) -> None:
     guest = guests(write_every=1)
     worker = guest.worker()
     guest.run(worker, 300)
-    assert guest.told("error") == []
+    assert guest.reports("error") == []
     before = dict(guest.written)
     guest.run(worker, 300)
     guest.written = before
@@ -296,7 +296,7 @@ def test_a_failed_request_is_reported(guests: WorkloadGuests) -> None:
     guest = guests(**ONLY_READS)
     request = guest.plan(guest.worker())
     guest.finish(request, 5)
-    (error,) = guest.told("error")
+    (error,) = guest.reports("error")
     assert error.values["kind"] == "io"
     assert int(error.values["found"], 0) == 5
 
@@ -312,7 +312,7 @@ def test_a_page_that_was_lost_in_ram_is_found(guests: WorkloadGuests, region: in
     ctypes.memmove(guest.pieces(last)[0], old, last.piece_bytes)
     guest.obey("s")
     assert kinds_of_errors(guest) == ["recheck"]
-    assert guest.told("recheck")[0].values["errors"] == "1"
+    assert guest.reports("recheck")[0].values["errors"] == "1"
 
 
 def test_a_churn_page_that_was_lost_is_found(guests: WorkloadGuests) -> None:
@@ -334,13 +334,13 @@ def test_quiet_stops_the_churn(guests: WorkloadGuests) -> None:
     before = ctypes.string_at(address, 8)
     guest.library.churn()
     assert ctypes.string_at(address, 8) == before == (1).to_bytes(8, "little")
-    assert len(guest.told("quiet")) == 1
+    assert len(guest.reports("quiet")) == 1
 
 
 def test_the_runs_of_hold_pages_are_reported_before_ready(guests: WorkloadGuests) -> None:
     guest = guests(hold=1100)
-    guest.library.tell_ready()
-    assert [report.values for report in guest.told("hold")] == [
+    guest.library.report_ready()
+    assert [report.values for report in guest.reports("hold")] == [
         {"gpa": "0x100000000", "pages": "512"},
         {"gpa": "0x100400000", "pages": "512"},
         {"gpa": "0x100800000", "pages": "76"},
@@ -350,14 +350,14 @@ def test_the_runs_of_hold_pages_are_reported_before_ready(guests: WorkloadGuests
 
 def test_a_guest_without_hold_pages_reports_none(guests: WorkloadGuests) -> None:
     guest = guests(hold=0)
-    guest.library.tell_ready()
-    assert guest.told("hold") == []
+    guest.library.report_ready()
+    assert guest.reports("hold") == []
 
 
 def test_the_guest_reports_its_parameters_and_progress(guests: WorkloadGuests) -> None:
     guest = guests(write_every=2, seed=9)
-    guest.library.tell_ready()
-    (ready,) = guest.told("ready")
+    guest.library.report_ready()
+    (ready,) = guest.reports("ready")
     assert ready.values == {
         "threads": "4",
         "hot": "1024",
@@ -367,8 +367,8 @@ def test_the_guest_reports_its_parameters_and_progress(guests: WorkloadGuests) -
         "buffer_pages": str(1024 + 8192),
     }
     requests = guest.run(guest.worker(), 100)
-    guest.library.tell_progress()
-    (progress,) = guest.told("progress")
+    guest.library.report_progress()
+    (progress,) = guest.reports("progress")
     writes = sum(request.kind == WRITE for request in requests)
     assert progress.values == {
         "requests": "100",

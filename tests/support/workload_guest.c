@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* A guest for tests: guests/workload.c over plain memory; what it tells is kept as text. */
+/* A guest for tests: guests/workload.c over plain memory; what it reports is kept as text. */
 #include "../../guests/workload.h"
 
 #include <stdarg.h>
@@ -14,8 +14,8 @@ static const uint64_t UNMOVING_GPA = 1ULL << 32;
 
 static uint8_t *buffer, *unmoving;
 static size_t unmoving_bytes;
-static char told[1 << 16];
-static int told_bytes;
+static char reported[1 << 16];
+static int reported_bytes;
 
 uint8_t *page_at(uint64_t page) {
     if (!buffer)
@@ -41,13 +41,13 @@ uint8_t *allocate_unmoving(size_t bytes) {
     return unmoving;
 }
 
-void tell(const char *format, ...) {
+void report(const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
-    told_bytes += vsnprintf(told + told_bytes, sizeof told - told_bytes, format, arguments);
+    reported_bytes += vsnprintf(reported + reported_bytes, sizeof reported - reported_bytes, format, arguments);
     va_end(arguments);
-    told[told_bytes++] = '\n';
-    told[told_bytes] = '\0';
+    reported[reported_bytes++] = '\n';
+    reported[reported_bytes] = '\0';
 }
 
 uint64_t move_to_new_memory(uint64_t first, uint64_t count) {
@@ -63,6 +63,6 @@ uint64_t requests_under_way(void) {
     return 3;
 }
 
-const char *everything_told(void) {
-    return told;
+const char *everything_reported(void) {
+    return reported;
 }

@@ -75,7 +75,7 @@ class WorkloadGuest:
         self.library.page_at.restype = ctypes.c_void_p
         self.library.page_at.argtypes = [ctypes.c_uint64]
         self.library.finish_request.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
-        self.library.everything_told.restype = ctypes.c_char_p
+        self.library.everything_reported.restype = ctypes.c_char_p
         for parameter in str(workload).split():
             assert self.library.read_parameter(parameter.encode()), parameter
         self.problem: bytes | None = self.library.prepare_workload(DISK_SECTORS)
@@ -144,11 +144,11 @@ class WorkloadGuest:
     @property
     def lines(self) -> list[str]:
         """The verbs of all that it has told."""
-        return [it.split()[0] for it in self.library.everything_told().decode().splitlines()]
+        return [it.split()[0] for it in self.library.everything_reported().decode().splitlines()]
 
-    def told(self, verb: str) -> list[GuestReport]:
+    def reports(self, verb: str) -> list[GuestReport]:
         """What it has told with `verb`."""
-        lines = self.library.everything_told().decode().splitlines()
+        lines = self.library.everything_reported().decode().splitlines()
         return [report for report in map(parse_line, lines) if report.verb == verb]
 
 

@@ -88,8 +88,8 @@ static unsigned first_mismatch(const volatile uint64_t *words, uint64_t number) 
 static void report_error(const char *kind, uint64_t expected, uint64_t found,
                          const volatile void *place) {
     if (errors++ < MOST_ERROR_REPORTS)
-        tell("error kind=%s expected=%#lx found=%#lx gpa=%#lx", kind, expected, found,
-             (uint64_t)place);
+        report("error kind=%s expected=%#lx found=%#lx gpa=%#lx", kind, expected, found,
+               (uint64_t)place);
 }
 
 // The engine -------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ static void recheck(void) {
     for (uint64_t page = 0; page < churned.pages; page++, pages++)
         if (churned.words[page][0] < churn_rounds)
             report_error("churn", churn_rounds, churned.words[page][0], churned.words[page]);
-    tell("recheck pages=%lu errors=%lu", pages, errors - before);
+    report("recheck pages=%lu errors=%lu", pages, errors - before);
     write_hot();
 }
 
@@ -212,7 +212,7 @@ static void finish_write_once(void) {
     stop_engine();
     for (; once_written < write_once.pages; once_written++)
         write_once.written[once_written] = writer_of(write_once.words[once_written]);
-    tell("write-once-done pages=%lu", write_once.pages);
+    report("write-once-done pages=%lu", write_once.pages);
     write_hot();
 }
 
@@ -242,7 +242,7 @@ void obey(char command) {
         break;
     case 'q':
         quiet = true;
-        tell("quiet");
+        report("quiet");
         break;
     case 's':
         recheck();
@@ -305,14 +305,15 @@ void guest_main(const void *start_info) {
         if (is_due(&next_churn, CHURN_EVERY_US))
             churn();
         if (!ready && finished) {
-            tell("ready hot=%lu write_once=%lu churn=%lu", hot.pages, write_once.pages,
-                 churned.pages);
+            report("ready hot=%lu write_once=%lu churn=%lu", hot.pages, write_once.pages,
+                   churned.pages);
             ready = true;
         }
         if (ready && is_due(&next_report, REPORT_EVERY_US)) {
             if (read32(ERROR))
                 give_up("the device's engine has failed");
-            tell("progress requests=%lu write_once=%lu errors=%lu", finished, once_written, errors);
+            report("progress requests=%lu write_once=%lu errors=%lu", finished, once_written,
+                   errors);
         }
     }
 }

@@ -1,4 +1,4 @@
-"""What ends a proof: of several processes that die, the death that says best why."""
+"""The end of a proof: of several processes that die, the one that explains the failure best."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ STOPS = "kill -STOP $$"
 def outcome_of(
     folder: Path, work: Coroutine[Any, Any, str], said: bytes = b"", **scripts: str
 ) -> str:
-    """What a guarded `work` comes to while the shell runs `scripts` in the places of QEMUs.
+    """Return the result of a guarded `work` while the shell runs `scripts` instead of QEMUs.
 
-    Their guests have `said` something that nobody has read yet. The script of `device` is in the
-    place of a back end, which serves all of them.
+    Their guests have sent `said`, which has not been read yet. The script of `device` replaces a
+    back end that serves all of them.
     """
 
     async def guard() -> str:
@@ -135,19 +135,20 @@ def test_a_timeout_names_the_process_that_does_not_answer(tmp_path: Path) -> Non
     late = GuestLateError("the guest is late")
     with pytest.raises(GuestLateError) as raised:
         outcome_of(tmp_path, fails(late), source=STAYS, device=f"echo hello; {STOPS}")
-    mute, told, *log = str(raised.value).splitlines()
+    silent, reported, *log = str(raised.value).splitlines()
     assert re.fullmatch(
-        r"device \(PID \d+, stopped\) is not running; continue it with SIGCONT", mute
+        r"device \(PID \d+, stopped\) is not running; continue it with SIGCONT", silent
     )
-    assert (told, log) == ("the guest is late", ["  last lines of device:", "    hello"])
+    assert (reported, log) == ("the guest is late", ["  last lines of device:", "    hello"])
 
 
 def test_a_timeout_names_the_unanswered_message(tmp_path: Path) -> None:
     (tmp_path / "source-vhost-user.log").write_text("vhost_user_write req:6 flags:0x1\n")
     with pytest.raises(WaitTimeoutError) as raised:
         outcome_of(tmp_path, fails(WaitTimeoutError("late")), source=STAYS, device=STOPS)
-    mute, told = str(raised.value).splitlines()
+    silent, reported = str(raised.value).splitlines()
     assert re.fullmatch(
-        r"device \(PID \d+, stopped\) has not answered SET_LOG_BASE, and source waits for it", mute
+        r"device \(PID \d+, stopped\) has not answered SET_LOG_BASE, and source waits for it",
+        silent,
     )
-    assert told == "late"
+    assert reported == "late"

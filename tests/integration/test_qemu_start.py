@@ -35,7 +35,7 @@ def test_a_qemu_that_ends_late_is_waited_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "told"),
+    ("script", "message"),
     [
         (
             "echo starting; exec sleep 1000",
@@ -45,7 +45,7 @@ def test_a_qemu_that_ends_late_is_waited_for(tmp_path: Path) -> None:
     ],
 )
 def test_a_qemu_that_does_not_answer_in_time_is_reported(
-    script: str, told: str, tmp_path: Path
+    script: str, message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(QmpTimeoutError, match=f"source QEMU {told}"):
+    with pytest.raises(QmpTimeoutError, match=f"source QEMU {message}"):
         start(tmp_path, script, 1)

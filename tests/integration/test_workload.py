@@ -1,4 +1,4 @@
-"""What guests are told to do, and what they make of it, against a disk of Python's."""
+"""The guests' workload, against a disk in Python."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_guest_finds_no_error_on_a_correct_disk(guests: WorkloadGuests, patter
     assert {request.kind for request in requests} == {READ, WRITE, READ_BACK}
     assert {request.region for request in requests} == {OWN, HOT, ONCE}
     (recheck,) = guest.reports("recheck")
-    # Every page that was read into is looked at: all write-once pages, the churn, and many hot ones.
+    # The guest checks every page that was read into: write-once, churn, and many hot pages.
     assert int(recheck.values["pages"]) > 512 + 4096 + 500
 
 

@@ -1,4 +1,4 @@
-"""The freestanding guest on real QEMU: it starts whatever the firmware leaves to it, and proves."""
+"""The freestanding guest in a real QEMU: it starts with several firmwares, and runs proofs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def _boot(
     arguments: Sequence[str] = (),
     ring: str = "split",
 ) -> GuestChannel:
-    """What the guest has told when it is through with its write-once pages."""
+    """Boot the guest, and return its channel when it has used its write-once pages."""
     guest = bare_guest()
     socket = folder / "disk.sock"
     machine_arguments = Machine(
@@ -99,7 +99,7 @@ def test_the_reason_for_giving_up_is_reported(tool: Tool) -> None:
     )
     assert outcome.exit_code == 3
     assert "gave up" in outcome.errors
-    assert "pages of buffer do not fit" in outcome.errors
+    assert "the workload needs 1005136 pages, but only" in outcome.errors
 
 
 @pytest.mark.parametrize("ring", RINGS)

@@ -71,7 +71,7 @@ def test_each_of_two_devices_answers_for_its_own_pages(tool: Tool) -> None:
     fault = ("--fault", "drop-pages=0.1")
     outcome = tool.run("prove", "--device", "blk", "--device", "net", *fault, "--json", "-")
     assert outcome.exit_code == 1, outcome.output + outcome.errors
-    # What a driver receives into it also writes to, so the lost pages are mostly the disk's.
+    # A network driver also writes to its receive buffers, so most lost pages are the disk's.
     lost = outcome.report["lost_pages"]
     assert {page["link"] for page in lost} == {"log"}
     assert "blk" in {page["device"] for page in lost}
@@ -95,7 +95,7 @@ def test_qemu_does_not_migrate_an_entropy_device(tool: Tool) -> None:
         (("--device", "blk:colour=red"), "no option 'colour'"),
     ],
 )
-def test_wrong_usage_is_told(tool: Tool, arguments: tuple[str, ...], message: str) -> None:
+def test_wrong_usage_is_reported(tool: Tool, arguments: tuple[str, ...], message: str) -> None:
     outcome = tool.run("prove", *arguments)
     assert outcome.exit_code == 2
     assert message in outcome.errors

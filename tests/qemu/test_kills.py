@@ -1,4 +1,4 @@
-"""Whatever is killed when: the message names it, and nothing is left behind."""
+"""A process killed at any time: the message names it, and nothing is left behind."""
 
 from __future__ import annotations
 

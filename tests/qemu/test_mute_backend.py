@@ -15,7 +15,7 @@ from qmp_tools.blocking import Session
 from qmp_tools.proof.options import ProofOptions
 from support.command import Tool
 
-MUTE: Final = Path(__file__).parents[1] / "back_ends" / "mute.py"
+MUTE: Final = Path(__file__).parents[1] / "back_ends" / "silent.py"
 ACCEPTS_NOTHING: Final = (
     "import socket, sys, time; listener = socket.socket(socket.AF_UNIX); "
     "listener.bind(sys.argv[1]); listener.listen(); print('listening', flush=True); "
@@ -37,11 +37,11 @@ def test_a_message_that_is_not_answered_is_named(message: str, how: str, state: 
         proof.source.qemu.qmp.timeout_s = 5
         with pytest.raises(WaitTimeoutError) as raised:
             proof.migrate()
-    mute, late, *log = str(raised.value).splitlines()
+    silent, late, *log = str(raised.value).splitlines()
     assert re.fullmatch(
         rf"source device \(PID \d+{state}\) has not answered {message}, and source QEMU "
         "waits for it",
-        mute,
+        silent,
     )
     # Whichever waits first: its QMP session, or what keeps the migration in precopy.
     channel = r"\S+ within 5 s; .*|on its test channel \(qtest\) within 60 s; .*"

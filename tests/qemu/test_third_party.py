@@ -48,7 +48,7 @@ DYING: Final = (
     "exec(sys.argv[2])\n"
     "sys.exit(7)"
 )
-"""A back end that does, after it has bound its socket, only what it is told to."""
+"""A back end that binds its socket and then only follows its arguments."""
 
 DISKS: Final = [
     name
@@ -64,11 +64,11 @@ REFUSALS: Final = {
 
 
 def recipe(program: str, word: str = "") -> list[str]:
-    """The arguments of the first recipe in docs/third-party-devices.md that runs `program` and has `word`, told
-    to print JSON.
-    """
+    """Return the first recipe for `program` with `word` in the docs, with JSON output."""
     commands = re.findall(r"(?m)^    (dmaproof prove (?:.*\\\n)*.*)$", RECIPES)
-    command = next(it for it in commands if f"--device-command '{program} " in it and word in it)
+    command = next(
+        text for text in commands if f"--device-command '{program} " in text and word in text
+    )
     return [*shlex.split(command)[1:], "--quiet", "--json", "-"]
 
 
@@ -91,36 +91,36 @@ def assert_passed(
     assert report["sensitivity"]["unreported"] is None
 
 
-def assert_passed_or_let_go(outcome: Outcome) -> None:
-    """It passed, or was caught at what docs/third-party-devices.md tells of it: on a busy machine it may be."""
+def assert_passed_or_released_rings(outcome: Outcome) -> None:
+    """The proof passed, or failed as docs/third-party-devices.md says of a busy machine."""
     if outcome.exit_code == 0:
         assert_passed(outcome, "blk by qemu-storage-daemon")
     else:
-        assert_let_go(outcome)
+        assert_released_rings(outcome)
 
 
-def assert_let_go(outcome: Outcome) -> None:
-    """It has let go of its rings with requests under way."""
+def assert_released_rings(outcome: Outcome) -> None:
+    """The device has released its rings with requests in flight."""
     assert outcome.exit_code == 1, outcome.output + outcome.errors
     report = outcome.report
-    assert any("requests were not answered" in it for it in report["guest"]["error_messages"]), (
-        report
-    )
+    assert any(
+        "requests were not answered" in message for message in report["guest"]["error_messages"]
+    ), report
     assert report["guest"]["errors"] <= Workload().threads
-    lost = report["lost"]  # some of it may come after the comparison
+    lost = report["lost"]  # some pages may be written after the comparison
     assert lost["unknown"] + lost["late-dma"] == len(report["lost_pages"])
 
 
 def test_qemu_storage_daemon(tool: Tool) -> None:
     outcome = tool.run(*recipe("qemu-storage-daemon"))
-    assert_passed_or_let_go(outcome)
+    assert_passed_or_released_rings(outcome)
     assert "source device" in outcome.report["commands"]
     assert tool.leftovers() == []
 
 
 def test_requests_that_qemu_storage_daemon_drops_are_missed(tool: Tool) -> None:
     outcome = tool.run(*recipe("qemu-storage-daemon", "throttle"))
-    assert_let_go(outcome)
+    assert_released_rings(outcome)
     assert outcome.report["lost_pages"]
 
 
@@ -129,14 +129,17 @@ def test_a_back_end_may_serve_the_linux_guest_and_a_second_destination(tool: Too
     guest = arguments.index("--guest")
     arguments[guest + 1] = "linux"
     outcome = tool.run(*arguments, "--scenario", "retry")
-    assert_passed_or_let_go(outcome)
+    assert_passed_or_released_rings(outcome)
 
 
 def test_a_back_end_is_started_anew_with_each_qemu(tool: Tool) -> None:
     outcome = tool.run(*recipe("qemu-storage-daemon"), "--scenario", "ping-pong")
-    assert_passed_or_let_go(outcome)
+    assert_passed_or_released_rings(outcome)
     migrations = outcome.report["migrations"]
-    assert all(it["guaranteed_detectable"] >= Workload().write_once * 3 // 4 for it in migrations)
+    assert all(
+        migration["guaranteed_detectable"] >= Workload().write_once * 3 // 4
+        for migration in migrations
+    )
     assert len(migrations) == 3 or outcome.exit_code
 
 
@@ -145,11 +148,11 @@ def test_migrations_in_a_row_of_a_device_inside_qemu(tool: Tool) -> None:
     outcome = tool.run("soak", "--guest", "bare", *options, "--json", "-")
     assert outcome.exit_code == 0, outcome.output + outcome.errors
     report = outcome.report
-    assert [it["guaranteed_detectable"] for it in report["migrations"]] == [
+    assert [migration["guaranteed_detectable"] for migration in report["migrations"]] == [
         Workload().write_once
     ] * 3
-    assert [it["errors"] for it in report["migrations"]] == [0] * 3
-    assert [it["process"] for it in report["growth"]] == [TOOL]
+    assert [migration["errors"] for migration in report["migrations"]] == [0] * 3
+    assert [growth["process"] for growth in report["growth"]] == [TOOL]
 
 
 def test_a_page_lost_by_a_third_party_device_is_detected(tool: Tool) -> None:
@@ -257,8 +260,8 @@ def test_disks_inside_qemu(tool: Tool, name: str) -> None:
 
 @functools.cache
 def newer_qemu() -> QemuBuild:
-    """A QEMU that has come from Debian 13 or later, with a virtiofsd beside it."""
-    build = next((it for it in installed() if it.path.with_name("virtiofsd").exists()), None)
+    """A QEMU fetched from Debian 13 or later, with its virtiofsd."""
+    build = next((each for each in installed() if each.path.with_name("virtiofsd").exists()), None)
     return build or fetch("trixie")
 
 
@@ -288,7 +291,7 @@ def test_a_virtiofsd_that_qemu_will_not_migrate(tool: Tool) -> None:
 
 
 def dpdk() -> list[str]:
-    """testpmd, and the options by which it finds its drivers: the system's, or fetched once."""
+    """testpmd (the system's, or fetched once), and the options to find its drivers."""
     if testpmd := shutil.which("dpdk-testpmd"):
         return [testpmd]
     # Not below the temporary folder: DPDK loads nothing from where everybody may write.
@@ -331,7 +334,7 @@ def test_a_dpdk_that_takes_frames_and_sends_none(tool: Tool) -> None:
     assert "VHOST_CONFIG: " in outcome.errors  # DPDK's log
 
 
-@pytest.mark.parametrize("name", [name for name, it in inside_qemu.KINDS.items() if it.network])
+@pytest.mark.parametrize("name", [name for name, kind in inside_qemu.KINDS.items() if kind.network])
 def test_networks_inside_qemu(tool: Tool, name: str) -> None:
     outcome = prove(tool, "--device", f"qemu:{name}", *BRIEF)
     if "is not a valid device model name" in outcome.errors:
@@ -380,7 +383,7 @@ def of_run(tool: Tool, *words: str) -> list[int]:
         with contextlib.suppress(OSError):
             line = (entry / "cmdline").read_bytes().split(b"\0")
             if line[0] != b"sh" and all(
-                any(word.encode() in it for it in line) for word in (str(tool.folder), *words)
+                any(word.encode() in part for part in line) for word in (str(tool.folder), *words)
             ):
                 found.append(int(entry.name))
     return found

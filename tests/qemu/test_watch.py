@@ -84,7 +84,7 @@ def test_the_rate_of_a_guest_without_devices(
 
 
 def test_the_devices_log_is_found_in_qemu(tool: Tool) -> None:
-    """The log of a proof's own device: it fills while the migration runs, and is only read."""
+    """The log of dmaproof's own device fills while the migration runs, and is only read."""
     running = tool.start("prove", "--bandwidth", "32M")
     running.wait_for_line("migration active")
     meter = VhostLogMeter(running.children()["source"], "source QEMU")

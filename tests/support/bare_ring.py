@@ -1,7 +1,7 @@
-"""The bare guest's driver of a virtqueue, as a test has it: guests/bare, compiled for this machine.
+"""The bare guest's virtqueue driver for tests: guests/bare, compiled for this machine.
 
-It takes pointers for guest-physical addresses, so guest RAM stands at the address at which it is
-mapped here.
+The driver uses pointers as guest-physical addresses, so the guest-physical address of guest RAM is
+its address in this process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qmp_tools.testbed.ring_driver import PAGE, WRITE, guest_memory, ram_fd
 
 RAM_BYTES: Final = 128 * PAGE
 DATA: Final = 64 * PAGE
-"""From here on RAM is not the driver's own."""
+"""The offset from which RAM is not the driver's own."""
 GAVE_UP: Final = -2
 
 
@@ -38,7 +38,7 @@ def build(folder: Path) -> ctypes.CDLL:
     """Compile the driver for tests."""
     target = folder / "bare_ring.so"
     names = ("virtqueue", "split_ring", "packed_ring")
-    files = [Path(__file__).with_suffix(".c"), *(sources() / f"bare/{it}.c" for it in names)]
+    files = [Path(__file__).with_suffix(".c"), *(sources() / f"bare/{name}.c" for name in names)]
     options = ("-std=gnu11", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror")
     compile_c(files, target, *options)
     library = ctypes.CDLL(str(target))
@@ -56,7 +56,7 @@ def build(folder: Path) -> ctypes.CDLL:
 
 
 class BareRing:
-    """The driver's end of a ring in `memory`, which stands at GPA `start`.
+    """The driver's side of a ring in `memory`, which is at GPA `start`.
 
     Raises:
         ValueError: the ring is too small for so many places.
@@ -82,25 +82,26 @@ class BareRing:
         self.addresses = RingAddresses(*areas)
 
     def submit(self, place: int, readable: Sequence[Segment], writable: Sequence[Segment]) -> bool:
-        """Make a request available; whether the device is to be told."""
-        flagged = [_Piece(*it, 0) for it in readable] + [_Piece(*it, WRITE) for it in writable]
+        """Make a request available; return whether the device wants a notification."""
+        flagged = [_Piece(*segment, 0) for segment in readable]
+        flagged += [_Piece(*segment, WRITE) for segment in writable]
         pieces = (_Piece * len(flagged))(*flagged)
         kick: bool = self._library.virtqueue_submit(self._queue, place, pieces, len(pieces))
         return kick
 
     def poll(self) -> int:
-        """The place whose request is over, -1 if there is none; or `GAVE_UP`."""
+        """Return a place whose request is finished, -1 if there is none, or `GAVE_UP`."""
         place: int = self._library.ring_poll(self._queue)
         return place
 
 
 @contextmanager
 def guest_ram() -> Iterator[tuple[GuestMemory, int]]:
-    """Guest RAM, and the GPA at which it stands: that of its mapping in this process."""
+    """Make guest RAM; yield it and its GPA, which is the address of its mapping."""
     with ram_fd(RAM_BYTES) as fd, mmap.mmap(fd, RAM_BYTES) as mapping:
         anchor = ctypes.c_char.from_buffer(mapping)
         start = ctypes.addressof(anchor)
         try:
             yield guest_memory(fd, (start, RAM_BYTES, 0)), start
         finally:
-            del anchor  # which keeps the mapping from being closed
+            del anchor  # it would keep the mapping from being closed

@@ -27,7 +27,7 @@ from qmp_tools.host.user_folders import cache_folder
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CERTIFICATES: Final = "etc/ssl/certs/ca-certificates.crt"
 _OWN_CERTIFICATES: Final = "usr/local/share/ca-certificates/machine.crt"
-"""From here the package ca-certificates adds to the bundle, which it makes anew."""
+"""The folder from which the package ca-certificates adds to the bundle when it rebuilds it."""
 _NETWORK_FILES: Final = ("etc/resolv.conf", "etc/hosts", "etc/apt/auth.conf", "etc/apt/auth.conf.d")
 _NETWORK_VARIABLES: Final = re.compile(
     r"(\w+_proxy|SSL_CERT_\w+|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE)", re.IGNORECASE
@@ -37,7 +37,7 @@ _TIMEOUT_S: Final = 900.0
 
 _ENTER: Final = """\
 root=$1; shift
-mount --bind "$root" "$root"  # a root that is a mount: programs that pivot_root need it
+mount --bind "$root" "$root"  # programs that call pivot_root need a root that is a mount
 mount --rbind /dev "$root/dev"
 mount --rbind /sys "$root/sys"
 mount -t proc proc "$root/proc"
@@ -52,7 +52,7 @@ exec chroot "$root" "$@"
 
 
 def why_not() -> str | None:
-    """What this machine lacks for such trees."""
+    """Return what this machine is missing for such trees."""
     if os.geteuid() != 0:
         return "only root can make a Debian tree and enter it"
     if shutil.which("debootstrap") is None:
@@ -78,7 +78,7 @@ class Tree:
     def run(
         self, *command: str, folder: Path, timeout_s: float
     ) -> subprocess.CompletedProcess[str]:
-        """Run `command` in `folder` of the system, as its root."""
+        """Run `command` as root in `folder` of the system."""
         mounts = [os.fspath(path) for pair in self.shared.items() for path in pair]
         variables = [f"{name}={value}" for name, value in self.variables.items()]
         return subprocess.run(
@@ -99,7 +99,7 @@ class Tree:
 
 
 def kept_folder() -> Path:
-    """Return the folder for what is kept from one run of the tests to the next."""
+    """Return the folder for files that one run of the tests keeps for the next."""
     return cache_folder().with_name("dmaproof-tests")
 
 
@@ -157,7 +157,7 @@ def _run(*command: str, **variables: str) -> str:
 
 
 def _connect(suite: str, root: Path) -> None:
-    """Let apt in `root` reach what it reaches on this machine."""
+    """Let apt in `root` reach the same archives as on this machine."""
     (root / "etc/apt/sources.list").write_text(archive.sources_list(suite))
     settings = [f'{name} "{value}";\n' for name, value in _apt_settings().items()]
     (root / "etc/apt/apt.conf.d/machine").write_text("".join(settings))
@@ -169,7 +169,7 @@ def _connect(suite: str, root: Path) -> None:
 
 
 def _apt_settings() -> dict[str, str]:
-    """How this machine's apt reaches archives: proxies, certificates, and the like."""
+    """Return the settings with which this machine's apt reaches archives, such as proxies."""
     found = re.findall(r'^(\S+) "(.*)";$', _run("apt-config", "dump"), re.MULTILINE)
     return {name: value for name, value in found if _NETWORK_SETTINGS.match(name)}
 
@@ -182,14 +182,16 @@ def _pip_settings(root: Path) -> tuple[dict[str, str], dict[Path, Path]]:
     pip = (sys.executable, "-m", "pip")
     variables = {"PIP_CACHE_DIR": _run(*pip, "cache", "dir").strip()}
     folders = {Path(variables["PIP_CACHE_DIR"])}
-    for line in _run(*pip, "config", "list").splitlines():  # those of the environment come first
+    for line in _run(
+        *pip, "config", "list"
+    ).splitlines():  # the settings of the environment come first
         name, _, value = line.partition("=")
         option = name.rpartition(".")[2].upper().replace("-", "_")
         words = str(ast.literal_eval(value)).split()
         variables.setdefault(f"PIP_{option}", " ".join(words))
         for path in (Path(word.removeprefix("file://")) for word in words):
             if path.is_absolute() and path.is_dir():
-                folders.add(path.parent)  # an index leads to files beside it
+                folders.add(path.parent)  # an index refers to files beside it
             elif path.is_absolute():
                 _copy(path, root / path.relative_to("/"))
     return variables, {folder: folder for folder in folders}
@@ -206,7 +208,7 @@ def _network_variables(root: Path) -> dict[str, str]:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a file, or a folder of files, if it is there."""
+    """Copy a file or a folder of files, if it exists."""
     if source.is_dir():
         for file in source.iterdir():
             _copy(file, target / file.name)

@@ -1,4 +1,4 @@
-"""guests/workload.c as a test drives it: planned requests, served by a disk of Python's."""
+"""guests/workload.c driven by a test: planned requests, served by a disk in Python."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class Request(ctypes.Structure):
 
     @property
     def taken(self) -> list[int]:
-        """The buffer's pages that it is to move."""
+        """The pages of the buffer in the request."""
         return list(self.pages[: self.count])
 
 
 def build(folder: Path) -> Path:
-    """Compile the workload for tests; every copy of the result has a state of its own."""
+    """Compile the workload for tests; every copy of the result has its own state."""
     target = folder / "workload.so"
     files = [Path(__file__).with_suffix(".c"), sources() / "workload.c"]
     options = ("-std=c11", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror")
@@ -60,7 +60,7 @@ def build(folder: Path) -> Path:
 
 
 class WorkloadGuest:
-    """One guest, with what of its disk was written and the last request number in `served`."""
+    """One guest, with the `written` blocks of its disk and the last request number `served`."""
 
     def __init__(self, built: Path, copy: Path, workload: Workload) -> None:
         shutil.copyfile(built, copy)
@@ -83,12 +83,12 @@ class WorkloadGuest:
         self.written: dict[int, bytes] = {}
 
     def worker(self, number: int = 0) -> Worker:
-        """A worker that has done nothing yet."""
+        """Return a new worker."""
         worker: Worker = self.library.new_worker(number)
         return worker
 
     def plan(self, worker: Worker) -> Request:
-        """The worker's next request."""
+        """Plan the worker's next request."""
         request = Request()
         ctypes.memset(ctypes.byref(request.pages), 0xFF, ctypes.sizeof(request.pages))
         while not self.library.plan_request(ctypes.byref(worker), ctypes.byref(request)):
@@ -97,12 +97,12 @@ class WorkloadGuest:
         return request
 
     def pieces(self, request: Request) -> list[int]:
-        """The addresses of the request's pieces."""
+        """Return the addresses of the request's pieces."""
         count = self.library.pieces_of(ctypes.byref(request))
         return [self.library.piece_at(ctypes.byref(request), piece) for piece in range(count)]
 
     def serve(self, request: Request, change: Callable[[bytes], bytes] = bytes) -> None:
-        """Do what the device does; `change` spoils what a read brings."""
+        """Serve a request as the device does; `change` corrupts the data of a read."""
         self.served += 1
         lbas = [request.sector + SECTORS_PER_PAGE * page for page in range(request.count)]
         pieces = self.pieces(request)
@@ -118,12 +118,12 @@ class WorkloadGuest:
             ctypes.memmove(address, piece, len(piece))
 
     def finish(self, request: Request, done: int | None = None) -> None:
-        """Let the guest check the request; all of it was `done` unless said otherwise."""
+        """Let the guest check the request; `done` is the number of bytes, by default all."""
         moved = request.count * PAGE_BYTES if done is None else done
         self.library.finish_request(ctypes.byref(request), moved)
 
     def run(self, worker: Worker, requests: int) -> list[Request]:
-        """Plan, serve and finish so many requests."""
+        """Plan, serve and finish several requests."""
         done = []
         for _ in range(requests):
             request = self.plan(worker)
@@ -133,33 +133,35 @@ class WorkloadGuest:
         return done
 
     def page(self, number: int) -> int:
-        """The address of a page of the buffer."""
+        """Return the address of a page of the buffer."""
         address: int = self.library.page_at(number)
         return address
 
     def obey(self, command: str) -> None:
-        """Give it a command of the tool's."""
+        """Send a command to the guest."""
         self.library.obey(ctypes.c_char(command.encode()))
 
     @property
     def lines(self) -> list[str]:
-        """The verbs of all that it has told."""
-        return [it.split()[0] for it in self.library.everything_reported().decode().splitlines()]
+        """The verbs of all reports."""
+        return [
+            line.split()[0] for line in self.library.everything_reported().decode().splitlines()
+        ]
 
     def reports(self, verb: str) -> list[GuestReport]:
-        """What it has told with `verb`."""
+        """Return the reports with `verb`."""
         lines = self.library.everything_reported().decode().splitlines()
         return [report for report in map(parse_line, lines) if report.verb == verb]
 
 
 @dataclass(frozen=True)
 class WorkloadGuests:
-    """Makes guests with `folder` for their copies of what was `built`."""
+    """A factory of guests, with copies of the `built` library in `folder`."""
 
     built: Path
     folder: Path
 
     def __call__(self, **parameters: int | str) -> WorkloadGuest:
-        """A fresh guest; `parameters` as of `Workload`."""
+        """Make a new guest; `parameters` are those of `Workload`."""
         copy = self.folder / f"{len(list(self.folder.iterdir()))}.so"
         return WorkloadGuest(self.built, copy, Workload(**parameters))  # type: ignore[arg-type]

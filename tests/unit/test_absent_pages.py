@@ -1,4 +1,4 @@
-"""Which pages of memory hold nothing, by what the kernel tells of each of them."""
+"""Absent pages of memory, found by the kernel's reports about each page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is told of sockets behind which there is no QEMU to talk to."""
+"""The errors for sockets that do not lead to a QMP monitor of QEMU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qmp_tools.qemu.attachment import (
     attach,
 )
 
-VERSION = {"qemu": {"major": 9, "minor": 2, "micro": 1}, "package": "ours"}
+VERSION = {"qemu": {"major": 9, "minor": 2, "micro": 1}, "package": "test"}
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def attach_to(path: Path, timeout_s: float = 600) -> tuple[int, str]:
     return asyncio.run(attached())
 
 
-def test_a_socket_that_does_not_greet_is_busy(tmp_path: Path) -> None:
+def test_a_socket_without_a_greeting_is_reported_as_busy(tmp_path: Path) -> None:
     path = tmp_path / "qmp"
     message = r"no QMP greeting from .*/qmp within 0\.1 s.*one client at a time.*-qmp unix:"
     with listener(path), pytest.raises(NoGreetingError, match=message) as raised:
@@ -52,7 +52,7 @@ def test_a_socket_that_does_not_greet_is_busy(tmp_path: Path) -> None:
     assert not isinstance(raised.value, LibvirtMonitorError)
 
 
-def test_libvirts_monitor_is_known_by_its_name(tmp_path: Path) -> None:
+def test_libvirts_monitor_is_recognized_by_its_path(tmp_path: Path) -> None:
     path = tmp_path / "domain-3-vm" / "monitor.sock"
     path.parent.mkdir()
     with listener(path), pytest.raises(LibvirtMonitorError, match=r"libvirt .*<qemu:commandline>"):
@@ -60,8 +60,8 @@ def test_libvirts_monitor_is_known_by_its_name(tmp_path: Path) -> None:
 
 
 @contextmanager
-def saying(path: Path, words: bytes) -> Iterator[None]:
-    """A server that says `words` to its first client, and closes the connection."""
+def serving(path: Path, words: bytes) -> Iterator[None]:
+    """Run a server that sends `words` to its first client, and closes the connection."""
 
     def serve(server: socket.socket) -> None:
         connection, _ = server.accept()
@@ -92,11 +92,11 @@ def test_a_server_that_does_not_speak_qmp(
     tmp_path: Path, words: bytes, kind: type[Exception], message: str
 ) -> None:
     path = tmp_path / "socket"
-    with saying(path, words), pytest.raises(kind, match=message):
+    with serving(path, words), pytest.raises(kind, match=message):
         attach_to(path)
 
 
-def test_a_socket_on_which_nobody_listens_is_reported(tmp_path: Path) -> None:
+def test_a_socket_without_a_listener_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "qmp"
     with listener(path):
         pass
@@ -104,7 +104,7 @@ def test_a_socket_on_which_nobody_listens_is_reported(tmp_path: Path) -> None:
         attach_to(path)
 
 
-def test_a_path_that_is_not_a_socket(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_socket_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotASocketError, match=r"not found: .*; start QEMU with -qmp"):
         attach_to(tmp_path / "nothing")
     with pytest.raises(NotASocketError, match=r"is a folder; expected .*-qmp"):
@@ -124,17 +124,17 @@ def test_a_path_that_is_not_a_socket(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", ["localhost:4444", "tcp:[::1]:4444", "tcp::4444,server=on"])
-def test_an_address_of_qmp_over_tcp(given: str) -> None:
+def test_a_tcp_address_is_refused(given: str) -> None:
     with pytest.raises(TcpAddressError, match=r"TCP address; expected .*Unix socket.*-qmp unix:"):
         attach_to(Path(given))
 
 
-def test_a_name_may_be_a_libvirt_domains() -> None:
+def test_a_name_without_a_slash_may_be_a_libvirt_domain() -> None:
     with pytest.raises(DomainNameError, match=r"libvirt domain: expected .*<qemu:commandline>"):
         attach_to(Path("my-vm"))
 
 
-def test_qemus_own_form_of_a_sockets_address() -> None:
+def test_a_socket_address_in_qemus_form_is_refused() -> None:
     with pytest.raises(NotASocketError, match=r"give only the path: /run/no-qmp$"):
         attach_to(Path("unix:/run/no-qmp,server=on"))
 
@@ -158,5 +158,5 @@ def test_the_listening_process_is_known(tmp_path: Path) -> None:
     with listener(path) as server:
         thread = Thread(target=serve_version, args=(server,))
         thread.start()
-        assert attach_to(path) == (os.getpid(), "9.2.1 ours")
+        assert attach_to(path) == (os.getpid(), "9.2.1 test")
         thread.join()

@@ -46,7 +46,10 @@ def test_damaged_data_is_reported(name: str) -> None:
 
 
 def test_an_unknown_format_is_reported() -> None:
-    message = "the kernel has an unknown compression format: expected one of gzip, xz, zstd, but it begins with 0222"
+    message = (
+        "the kernel has an unknown compression format: expected one of gzip, xz, zstd, "
+        "but it begins with 0222"
+    )
     with pytest.raises(UntestableError, match=message):
         decompress(b"\x02\x22kernel", "the kernel")
 

@@ -1,4 +1,4 @@
-"""Memory that only a process has mapped, copied from it: this process, with mappings of its own."""
+"""Copies of memory that only a process has mapped, with this process as an example."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_memory_that_is_not_mapped_cannot_be_copied(private: mmap.mmap) -> None:
 def test_memory_in_several_mappings_must_be_contiguous(
     private: mmap.mmap, second: int, found: bool
 ) -> None:
-    mappings = [Mapping(it, it + 0x1000, False, 0, 0, "") for it in (0x1000, second)]
+    mappings = [Mapping(start, start + 0x1000, False, 0, 0, "") for start in (0x1000, second)]
     memory = ProcessMemory("me", mappings, -1, -1, private)
     assert memory.has(0x1000, 0x2000) == found
 

@@ -37,7 +37,7 @@ def test_bits_are_counted_as_they_appear_and_never_cleared() -> None:
         os.close(fd)
 
 
-def test_a_log_that_is_replaced_starts_anew() -> None:
+def test_the_first_read_of_a_new_log_counts_nothing() -> None:
     meter = VhostLogMeter(os.getpid(), "me")
     first = log_fd()
     meter.read()
@@ -57,7 +57,7 @@ def test_a_log_that_is_replaced_starts_anew() -> None:
         os.close(second)
 
 
-def test_the_text_says_that_there_is_no_log_to_read() -> None:
+def test_the_text_says_that_there_is_no_log() -> None:
     meter = VhostLogMeter(os.getpid(), "me")
     meter.read()
     assert meter.bytes_per_s is None

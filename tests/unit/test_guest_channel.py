@@ -1,4 +1,4 @@
-"""What a guest says: believed when it makes sense, told of when it does not, never obeyed."""
+"""The guest's reports: valid ones are used, invalid ones are reported, and none is executed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qmp_tools.qemu.qemu import OwnedQemu
 
 
 def listen_to(said: bytes, timeout_s: float) -> GuestChannel:
-    """A channel whose guest says `said`."""
+    """Open a channel to a guest that sends `said`."""
     report = asyncio.StreamReader()
     report.feed_data(said)
     qemu = SimpleNamespace(
@@ -31,8 +31,8 @@ def listen_to(said: bytes, timeout_s: float) -> GuestChannel:
     return GuestChannel(cast(OwnedQemu, qemu), timeout_s)
 
 
-async def hear(said: bytes) -> GuestChannel:
-    """A channel whose guest says `said`, and then that it is done."""
+async def channel_of(said: bytes) -> GuestChannel:
+    """Open a channel to a guest that sends `said`, and wait until it has reported the end."""
     channel = listen_to(said + b"\ndone\n", 60)
     try:
         await channel.wait_for(lambda: "done" in channel.latest, "said it all")
@@ -50,14 +50,14 @@ def test_a_report_has_a_verb_and_its_values() -> None:
 
 
 def test_the_last_report_of_each_verb_counts() -> None:
-    channel = asyncio.run(hear(b"progress requests=1\n\n  \nprogress requests=20 errors=0\n"))
+    channel = asyncio.run(channel_of(b"progress requests=1\n\n  \nprogress requests=20 errors=0\n"))
     assert channel.number("progress", "requests") == 20
     assert channel.number("progress", "nothing of the kind") == 0
     assert channel.number("never said", "requests") == 0
 
 
 def test_hold_pages_are_collected_from_all_runs() -> None:
-    channel = asyncio.run(hear(b"hold gpa=0x200000 pages=2\nhold gpa=0x400000 pages=1\n"))
+    channel = asyncio.run(channel_of(b"hold gpa=0x200000 pages=2\nhold gpa=0x400000 pages=1\n"))
     assert channel.hold_pages == [0x200000, 0x201000, 0x400000]
 
 
@@ -72,49 +72,49 @@ def test_hold_pages_are_collected_from_all_runs() -> None:
         b"hold gpa=0x0 pages=65536\nhold gpa=0x10000000 pages=1",
     ],
 )
-def test_hold_pages_that_cannot_be_are_refused(said: bytes) -> None:
+def test_invalid_hold_pages_are_refused(said: bytes) -> None:
     with pytest.raises(GuestError, match="invalid 'hold' report"):
-        asyncio.run(hear(said))
+        asyncio.run(channel_of(said))
 
 
 @pytest.mark.parametrize(
     "said", [b"progress requests", b'error "unfinished', b"ready =a b", b"a b=c d", b"\xff\xfe x"]
 )
-def test_an_unintelligible_line_ends_the_wait(said: bytes) -> None:
+def test_an_invalid_line_ends_the_wait(said: bytes) -> None:
     with pytest.raises(GuestError, match="source QEMU gave up: the guest sent a line that is not"):
-        asyncio.run(hear(said))
+        asyncio.run(channel_of(said))
 
 
-def test_a_line_without_an_end_ends_the_wait() -> None:
+def test_a_line_that_is_too_long_ends_the_wait() -> None:
     with pytest.raises(GuestError, match="a line that is too long"):
-        asyncio.run(hear(b"x" * (1 << 18)))
+        asyncio.run(channel_of(b"x" * (1 << 18)))
 
 
-def test_more_kinds_of_reports_than_the_limit_end_the_wait() -> None:
+def test_more_verbs_than_the_limit_end_the_wait() -> None:
     with pytest.raises(GuestError, match="more than 64 verbs"):
-        asyncio.run(hear(b"".join(b"verb%d\n" % number for number in range(1000))))
+        asyncio.run(channel_of(b"".join(b"verb%d\n" % number for number in range(1000))))
 
 
 @pytest.mark.parametrize("value", ["", "-1", "1_000", "0x10", "٣", "1" * 5000, "many"])
 def test_a_malformed_number_is_refused(value: str) -> None:
-    channel = asyncio.run(hear(f"progress requests='{value}'".encode()))
+    channel = asyncio.run(channel_of(f"progress requests='{value}'".encode()))
     with pytest.raises(GuestError, match="in a 'progress' report; expected a number"):
         channel.number("progress", "requests")
 
 
 def test_a_guests_report_cannot_move_the_terminal() -> None:
-    channel = asyncio.run(hear(b"error kind=\x1b[2J\x07 x=\xc2\x9b31m\xef\xbf\xbe\n" * 20))
+    channel = asyncio.run(channel_of(b"error kind=\x1b[2J\x07 x=\xc2\x9b31m\xef\xbf\xbe\n" * 20))
     assert len(channel.error_messages) == 8
     assert channel.error_messages[0] == "error kind=�[2J� x=�31m�"
 
 
-def test_the_guests_own_words_say_why_it_gave_up() -> None:
+def test_the_guests_reason_for_giving_up_is_reported() -> None:
     with pytest.raises(GuestError, match="gave up: no disk"):
-        asyncio.run(hear(b'fatal message="no disk"'))
+        asyncio.run(channel_of(b'fatal message="no disk"'))
 
 
 async def wait_in_vain(said: bytes, timeout_s: float) -> None:
-    """Wait for a guest that says `said`, and is never ready."""
+    """Wait for a guest that sends `said`, but is never ready."""
     channel = listen_to(said, timeout_s)
     try:
         await channel.wait_for(lambda: False, "become ready")
@@ -160,13 +160,13 @@ def test_the_last_lines_of_a_huge_console_are_printable(tmp_path: Path) -> None:
         file.truncate(1 << 36)  # more than could be read
         file.seek(0, 2)
         file.write(b"\nlast \x1b[31mwords\r\n")
-    told = log_tail(console).splitlines()
-    assert told[-1] == "    last �[31mwords"
-    assert len(told) <= 16
+    tail = log_tail(console).splitlines()
+    assert tail[-1] == "    last �[31mwords"
+    assert len(tail) <= 16
 
 
 @pytest.mark.parametrize("line", ["'", "\\", "x y", "x " * 100_000])
-def test_the_error_about_an_unintelligible_line_is_short(line: str) -> None:
+def test_the_error_about_an_invalid_line_is_short(line: str) -> None:
     with pytest.raises(UntestableError) as raised:
         parse_line(line)
     assert len(str(raised.value)) < 400

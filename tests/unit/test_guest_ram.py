@@ -1,4 +1,4 @@
-"""Where the bytes of a guest's RAM are read, whichever way leads to them.
+"""The places from which the bytes of a guest's RAM are read.
 
 Each page of the RAM has its own number in it, so a wrong offset reads a wrong number.
 """
@@ -33,7 +33,7 @@ HIGH = 1 << 32
 LOW_REGION = MapRegion(0, 4 * PAGE, "ram", "ram0")
 CONTAINER = MapRegion(8 * PAGE, PAGE, "container", "pci")
 HIGH_REGION = MapRegion(HIGH, 6 * PAGE, "ram", "ram0", 8 * PAGE)
-"""Pages 4 to 7 of the backend are hidden, and 14 and 15 are behind the last region."""
+"""Pages 4 to 7 of the backend are hidden, and 14 and 15 are after the last region."""
 REGIONS = [LOW_REGION, CONTAINER, HIGH_REGION]
 FILE_PAGE = 3
 """The page of the file at which the backend begins."""
@@ -94,12 +94,12 @@ def ram(tmp_path: Path) -> Iterator[Ram]:
 
 
 def numbers(extent: Extent, pages: int) -> list[int]:
-    """The numbers in the first bytes of `pages` pages of an extent."""
+    """Return the numbers in the first bytes of `pages` pages of an extent."""
     return [os.pread(extent.fd, 1, extent.offset + page * PAGE)[0] - 1 for page in range(pages)]
 
 
 def read(guest: GuestRam, region: MapRegion, gpa: int, pages: int) -> list[int]:
-    """The numbers of the pages from `gpa` on."""
+    """Return the numbers of the pages from `gpa` on."""
 
     async def read_extent() -> list[int]:
         async with guest.extent(region, gpa, pages * PAGE) as extent:
@@ -108,34 +108,34 @@ def read(guest: GuestRam, region: MapRegion, gpa: int, pages: int) -> list[int]:
     return asyncio.run(read_extent())
 
 
-WAYS = pytest.mark.parametrize("way", [Ram.in_file, Ram.in_process, Ram.saved])
+WAYS = pytest.mark.parametrize("reader", [Ram.in_file, Ram.in_process, Ram.saved])
 
 
 @WAYS
 def test_a_guest_physical_address_is_read_in_its_region(
-    ram: Ram, way: Callable[[Ram], GuestRam]
+    ram: Ram, reader: Callable[[Ram], GuestRam]
 ) -> None:
-    guest = way(ram)
+    guest = reader(ram)
     assert read(guest, LOW_REGION, 0, 4) == [0, 1, 2, 3]
     assert read(guest, LOW_REGION, 2 * PAGE, 2) == [2, 3]
     assert read(guest, HIGH_REGION, HIGH, 6) == [8, 9, 10, 11, 12, 13]
     assert read(guest, HIGH_REGION, HIGH + 5 * PAGE, 1) == [13]
 
 
-@pytest.mark.parametrize("way", [Ram.in_file, Ram.in_process])
+@pytest.mark.parametrize("reader", [Ram.in_file, Ram.in_process])
 @pytest.mark.parametrize(
     ("region", "page"),
     [(LOW_REGION, 4), (LOW_REGION, 6), (HIGH_REGION, 4), (HIGH_REGION, 7), (HIGH_REGION, 15)],
 )
 def test_memory_that_the_map_hides_is_read_from_any_region_of_its_backend(
-    ram: Ram, way: Callable[[Ram], GuestRam], region: MapRegion, page: int
+    ram: Ram, reader: Callable[[Ram], GuestRam], region: MapRegion, page: int
 ) -> None:
-    extent = asyncio.run(way(ram).backend_extent(region, page * PAGE, PAGE))
+    extent = asyncio.run(reader(ram).backend_extent(region, page * PAGE, PAGE))
     assert extent is not None
     assert numbers(extent, 1) == [page]
 
 
-def test_memory_that_the_map_hides_is_beyond_qemus_own_saving(ram: Ram) -> None:
+def test_qemu_cannot_save_memory_that_the_map_hides(ram: Ram) -> None:
     assert asyncio.run(ram.saved().backend_extent(LOW_REGION, 4 * PAGE, PAGE)) is None
     assert ram.qemu.saves == 0
 
@@ -161,8 +161,8 @@ def test_only_regions_outside_shared_files_are_copied(ram: Ram) -> None:
 
 
 @WAYS
-def test_the_length_is_that_of_the_ram_alone(ram: Ram, way: Callable[[Ram], GuestRam]) -> None:
-    assert way(ram).length == 10 * PAGE
+def test_the_length_is_that_of_the_ram_alone(ram: Ram, reader: Callable[[Ram], GuestRam]) -> None:
+    assert reader(ram).length == 10 * PAGE
 
 
 def test_absent_pages_are_found_where_the_ram_is(ram: Ram) -> None:
@@ -182,7 +182,7 @@ def test_absent_pages_are_unknown_in_an_unreadable_process(ram: Ram) -> None:
 
 
 def descriptors() -> int:
-    """How many descriptors this process has open."""
+    """Return the number of open file descriptors of this process."""
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
@@ -244,7 +244,7 @@ def test_a_qemu_that_cannot_save_its_memory_is_reported(ram: Ram) -> None:
 
 
 def found_in(ram: Ram, folder: Path) -> tuple[GuestRam, int]:
-    """What `guest_ram` finds of the QEMU, and the mode of the folder for its saved pieces."""
+    """Return what `guest_ram` finds, and the mode of the folder for saved pieces."""
 
     async def find() -> tuple[GuestRam, int]:
         async with guest_ram(ram.qemu.attached, folder) as found:
@@ -281,7 +281,9 @@ def test_ram_in_a_file_is_found_by_its_host_address(ram: Ram, tmp_path: Path) ->
         hva = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         ram.qemu.hvas = {0: ram.hvas[0], HIGH: hva + 9 * PAGE}
         found, _ = found_in(ram, tmp_path)
-    assert {region: it.offset for region, it in found.shared.items()} == {HIGH_REGION: 9 * PAGE}
+    assert {region: memory.offset for region, memory in found.shared.items()} == {
+        HIGH_REGION: 9 * PAGE
+    }
 
 
 def test_ram_that_qemu_does_not_place_has_no_host_address(ram: Ram, tmp_path: Path) -> None:
@@ -314,12 +316,12 @@ def test_a_qemu_without_vcpus_is_read(ram: Ram, tmp_path: Path) -> None:
 QEMUS_USER = 107
 
 
-def refuse_to_look(pid: int, name: str) -> list[ProcessMapping]:
+def refuse_access(pid: int, name: str) -> list[ProcessMapping]:
     raise OutOfReachError("the memory may not be read")
 
 
 def become(monkeypatch: pytest.MonkeyPatch, euid: int) -> None:
-    """Let this user be `euid` and QEMU's `QEMUS_USER`, in what `guest_ram` is told."""
+    """Make `guest_ram` see `euid` as this user and `QEMUS_USER` as QEMU's user."""
     monkeypatch.setattr(os, "geteuid", lambda: euid)
     monkeypatch.setattr(
         "qmp_tools.memory.guest_ram.user_and_group", lambda pid: (QEMUS_USER, QEMUS_USER + 1)
@@ -331,7 +333,7 @@ def test_a_qemu_that_may_not_be_read_can_save_for_its_own_user_and_root(
     ram: Ram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, euid: int
 ) -> None:
     """A process that is not dumpable may not be read by its own user either."""
-    monkeypatch.setattr("qmp_tools.memory.guest_ram.mappings_of", refuse_to_look)
+    monkeypatch.setattr("qmp_tools.memory.guest_ram.mappings_of", refuse_access)
     monkeypatch.setattr(os, "chown", lambda *_: None)
     become(monkeypatch, euid)
     found, _ = found_in(ram, tmp_path)
@@ -339,10 +341,10 @@ def test_a_qemu_that_may_not_be_read_can_save_for_its_own_user_and_root(
 
 
 @pytest.mark.parametrize("euid", [QEMUS_USER + 1, 1])
-def test_a_qemu_of_another_user_is_out_of_reach(
+def test_the_memory_of_another_users_qemu_cannot_be_read(
     ram: Ram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, euid: int
 ) -> None:
-    monkeypatch.setattr("qmp_tools.memory.guest_ram.mappings_of", refuse_to_look)
+    monkeypatch.setattr("qmp_tools.memory.guest_ram.mappings_of", refuse_access)
     become(monkeypatch, euid)
     with pytest.raises(OutOfReachError):
         found_in(ram, tmp_path)
@@ -366,7 +368,7 @@ def test_root_gives_the_folder_for_saved_pieces_to_qemus_user(
     pid: int,
     owners: list[tuple[int, int]],
 ) -> None:
-    """That user must be able to pass through the folder around it, but not to list that."""
+    """QEMU's user must be able to enter the folder's parent, but not to list it."""
     given: list[tuple[Path, int, int]] = []
     monkeypatch.setattr(os, "chown", lambda path, *owner: given.append((path.parent, *owner)))
     become(monkeypatch, euid)
@@ -388,7 +390,7 @@ def test_root_without_the_right_to_chown_reads_the_process(
     assert found_in(ram, tmp_path)[0].process is not None
 
 
-def test_private_memory_that_is_not_mapped_in_whole_is_not_taken_for_absent(ram: Ram) -> None:
+def test_private_memory_that_is_partly_unmapped_does_not_count_as_absent(ram: Ram) -> None:
     found = replace(ram.in_process(), hvas={LOW_REGION: PAGE, HIGH_REGION: PAGE}).absent(
         LOW_REGION, 0, 2
     )

@@ -1,4 +1,4 @@
-"""Holding a migration in precopy: what is dirtied when, and how little QEMU may send meanwhile."""
+"""Holding a migration in precopy: when pages are dirtied, and how much QEMU may send."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAGES = range(0, 8 * MIB, PAGE_BYTES)
 
 
 class FakeQemu:
-    """Notes the bandwidths that it is given, and the words written to its memory."""
+    """A QEMU that records its bandwidth limits and the words written to its memory."""
 
     def __init__(self) -> None:
         self.bandwidths: list[int] = []
@@ -38,8 +38,8 @@ class FakeQemu:
         self.words.append(word)
 
 
-class Stage:
-    """A hold of a migration whose progress the test makes up."""
+class HeldMigration:
+    """A held migration whose progress the test sets."""
 
     def __init__(self, pages: Sequence[int] = PAGES, limits: Limits | None = None) -> None:
         self.qemu = FakeQemu()
@@ -59,21 +59,21 @@ class Stage:
 
 
 def test_the_hold_pages_are_dirtied_once_after_each_sync() -> None:
-    stage = Stage()
+    stage = HeldMigration()
     for syncs in (0, 0, 1, 1, 2, 2, 2, 7):
         stage.look(syncs=syncs)
     assert stage.qemu.words == [1, 2, 3, 4]
 
 
 def test_nothing_is_written_when_the_migration_is_over() -> None:
-    stage = Stage()
+    stage = HeldMigration()
     stage.look(syncs=2)
     stage.look(syncs=3, status="completed")
     assert stage.qemu.words == [1]
 
 
 def test_the_first_pass_ends_no_faster_than_the_hold_pages_allow() -> None:
-    stage = Stage()
+    stage = HeldMigration()
     stage.look(syncs=1)
     assert stage.qemu.bandwidths == [FIRST_PASS_BYTES_PER_S]
     stage.look(syncs=1, remaining=1 * MIB)
@@ -83,8 +83,8 @@ def test_the_first_pass_ends_no_faster_than_the_hold_pages_allow() -> None:
     assert stage.qemu.bandwidths[-1] == HELD_BYTES_PER_S
 
 
-def test_the_later_a_look_comes_the_less_is_sent_until_the_next() -> None:
-    stage = Stage()
+def test_a_late_poll_lowers_the_bandwidth_until_the_next() -> None:
+    stage = HeldMigration()
     stage.look(syncs=2, remaining=16 * MIB)
     stage.look(after_s=1.0)
     assert stage.qemu.bandwidths == [HELD_BYTES_PER_S, 4 * MIB]
@@ -94,14 +94,14 @@ def test_the_later_a_look_comes_the_less_is_sent_until_the_next() -> None:
 
 
 def test_a_bandwidth_that_was_asked_for_is_never_exceeded() -> None:
-    stage = Stage(limits=Limits(bandwidth_bytes_per_s=MIB))
+    stage = HeldMigration(limits=Limits(bandwidth_bytes_per_s=MIB))
     stage.look(syncs=1)
     stage.look(syncs=2)
     assert set(stage.qemu.bandwidths) == {MIB}
 
 
 def test_without_hold_pages_the_guest_has_to_hold_the_migration() -> None:
-    stage = Stage(pages=())
+    stage = HeldMigration(pages=())
     stage.look(syncs=2)
     assert stage.qemu.bandwidths == [HELD_BYTES_PER_S]
 
@@ -110,15 +110,15 @@ def test_without_hold_pages_the_guest_has_to_hold_the_migration() -> None:
 
 
 async def write(answers: bytes, gpas: Sequence[int]) -> bytes:
-    """What QEMU reads when words are written at `gpas`, and answers so."""
-    ours, theirs = socket.socketpair()
-    with theirs:
-        theirs.sendall(answers)
-        theirs.shutdown(socket.SHUT_WR)
-        qtest = await Qtest.open("source QEMU", ours, timeout_s=60)
+    """Return what QEMU reads when words are written at `gpas`, and it sends `answers`."""
+    own, qemu = socket.socketpair()
+    with qemu:
+        qemu.sendall(answers)
+        qemu.shutdown(socket.SHUT_WR)
+        qtest = await Qtest.open("source QEMU", own, timeout_s=60)
         try:
             await qtest.write_words(gpas, 0x0102)
-            return theirs.recv(1 << 16)
+            return qemu.recv(1 << 16)
         finally:
             qtest.close()
 
@@ -136,6 +136,6 @@ def test_words_are_written_in_the_guests_byte_order() -> None:
         (b"OK\nFAIL Unknown command 'write'\n", "source QEMU refused to write guest RAM"),
     ],
 )
-def test_a_write_that_qemu_does_not_do_is_an_error(answers: bytes, message: str) -> None:
+def test_a_write_that_qemu_refuses_is_an_error(answers: bytes, message: str) -> None:
     with pytest.raises(QmpError, match=message):
         asyncio.run(write(answers, [0x1000, 0x2000]))

@@ -1,4 +1,4 @@
-"""Scenarios and kinds of device by name: ours, and those of other distributions."""
+"""Scenarios and kinds of device by name: dmaproof's, and those of other distributions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Install = Callable[[str, str], None]
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Installs a distribution 'fine' with one entry point in a group."""
+    """Return a function that installs a distribution 'fine' with one entry point in a group."""
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "precious_module", raising=False)
     (tmp_path / "precious_module.py").write_text(MODULE)
@@ -61,14 +61,14 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     forget()
 
 
-def test_another_distribution_brings_a_scenario(install: Install) -> None:
+def test_a_scenario_of_another_distribution_is_found(install: Install) -> None:
     install("scenarios", "precious = precious_module:Precious")
     assert "precious" in known_scenarios()
     assert "precious_module" not in sys.modules, "its names must not import it"
     assert find_scenario("precious").summary == "sent with care"
 
 
-def test_another_distribution_brings_a_kind_of_device(install: Install) -> None:
+def test_a_device_kind_of_another_distribution_is_found(install: Install) -> None:
     install("device_kinds", "tape = precious_module:Tape")
     assert kind_of(["tape:1"], None).names() == ["tape:SPOOL"]
     with pytest.raises(UsageError, match="tape:SPOOL"):
@@ -84,7 +84,7 @@ def test_another_distribution_brings_a_kind_of_device(install: Install) -> None:
         ("unix = precious_module:Precious", "'unix' is ambiguous: dmaproof itself and .*'fine'"),
     ],
 )
-def test_a_part_that_is_not_a_scenario_of_its_name_is_wrong_usage(
+def test_an_entry_point_that_is_not_a_scenario_of_its_name_is_wrong_usage(
     install: Install, entry: str, message: str
 ) -> None:
     install("scenarios", entry)
@@ -93,7 +93,7 @@ def test_a_part_that_is_not_a_scenario_of_its_name_is_wrong_usage(
     assert find_scenario("tcp").name == "tcp"
 
 
-def test_a_kind_that_cannot_be_used_leaves_the_others(install: Install) -> None:
+def test_a_kind_that_cannot_be_loaded_does_not_affect_the_others(install: Install) -> None:
     install("device_kinds", "tape = no_such_module:Tape")
     assert kind_of(["blk"], None).several
 

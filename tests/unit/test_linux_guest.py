@@ -1,4 +1,4 @@
-"""Which modules the Linux guest is given, and in which order it loads them."""
+"""The kernel modules of the Linux guest, and the order in which it loads them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qmp_tools.guest.linux import load_order, pick_modules
 
 
 def module(depends: str) -> bytes:
-    """As far as it matters: the strings of a module's .modinfo section."""
+    """Return a module that has only the strings of its .modinfo section."""
     return b"\x7fELF\0license=GPL\0depends=" + depends.encode() + b"\0name=it\0"
 
 
@@ -32,7 +32,7 @@ def package(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_modules_come_with_what_they_depend_on(package: Path) -> None:
+def test_modules_come_with_their_dependencies(package: Path) -> None:
     picked = package / "picked"
     pick_modules(package, ["sd_mod", "built_in"], picked)
     names = sorted(file.name for file in picked.glob("*.ko"))

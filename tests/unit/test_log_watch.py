@@ -1,4 +1,4 @@
-"""What a vhost log tells of a device: the log and the RAM are memfds of the test's own."""
+"""Findings of a watch of the vhost log; the log and the RAM are memfds of the test."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ FIRST = 16
 RING = UsedRing(queue=1, gpa=(FIRST + 5) * PAGE + 256)
 
 
-class Stage:
-    """A guest's RAM and log, watched, and what a device and QEMU do to them."""
+class WatchedGuest:
+    """A guest's RAM and log under watch, with the actions of a device and of QEMU."""
 
     def __init__(self, stack: ExitStack) -> None:
         self.ram = stack.enter_context(ram_fd(PAGES * PAGE))
@@ -63,9 +63,9 @@ class Stage:
 
 
 @pytest.fixture
-def stage() -> Iterator[Stage]:
+def guest() -> Iterator[WatchedGuest]:
     with ExitStack() as stack:
-        found = Stage(stack)
+        found = WatchedGuest(stack)
         stack.callback(found.watch.end)
         yield found
 
@@ -77,114 +77,114 @@ def eventually(reached: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def report(stage: Stage, page: int) -> None:
+def report(guest: WatchedGuest, page: int) -> None:
     """Write the page, mark it, and let QEMU take the bit once it has been seen."""
-    looks = stage.watch.reports
-    stage.write(page)
-    stage.mark(page)
-    eventually(lambda: stage.watch.reports > looks)
-    stage.sync()
-    looks = stage.watch.looks
-    eventually(lambda: stage.watch.looks > looks + 1)
+    looks = guest.watch.reports
+    guest.write(page)
+    guest.mark(page)
+    eventually(lambda: guest.watch.reports > looks)
+    guest.sync()
+    looks = guest.watch.looks
+    eventually(lambda: guest.watch.looks > looks + 1)
 
 
-def test_a_bit_whose_data_is_there_stays_in_the_log(stage: Stage) -> None:
-    stage.write(3)
-    stage.mark(3)
-    eventually(lambda: stage.watch.reports > 0)
-    assert stage.marked() == [3]
-    assert stage.over().early_bits == []
+def test_a_bit_set_after_its_data_stays_in_the_log(guest: WatchedGuest) -> None:
+    guest.write(3)
+    guest.mark(3)
+    eventually(lambda: guest.watch.reports > 0)
+    assert guest.marked() == [3]
+    assert guest.over().early_bits == []
 
 
-def test_a_bit_before_its_data_is_taken_as_qemu_would(stage: Stage) -> None:
-    stage.mark(3)
-    eventually(lambda: stage.marked() == [])
-    stage.write(3)
-    assert stage.over().early_bits == [(FIRST + 3) * PAGE]
-    assert stage.marked() == []
+def test_a_bit_set_before_its_data_is_taken(guest: WatchedGuest) -> None:
+    guest.mark(3)
+    eventually(lambda: guest.marked() == [])
+    guest.write(3)
+    assert guest.over().early_bits == [(FIRST + 3) * PAGE]
+    assert guest.marked() == []
 
 
-def test_a_device_may_mark_a_page_before_and_after_it_writes(stage: Stage) -> None:
-    stage.mark(3)
-    eventually(lambda: stage.marked() == [])
-    stage.write(3)
-    stage.mark(3)
-    stage.over()
-    assert stage.marked() == [3]  # so QEMU sends it
+def test_a_device_may_mark_a_page_before_and_after_it_writes(guest: WatchedGuest) -> None:
+    guest.mark(3)
+    eventually(lambda: guest.marked() == [])
+    guest.write(3)
+    guest.mark(3)
+    guest.over()
+    assert guest.marked() == [3]  # so QEMU sends it
 
 
-def test_a_page_that_was_marked_and_never_written_gets_its_bit_back(stage: Stage) -> None:
-    stage.mark(3)
-    eventually(lambda: stage.marked() == [])
-    stage.watch.release()
-    assert stage.marked() == [3]
-    stage.mark(4)  # and from now on nothing is taken
-    assert stage.over().early_bits == []
-    assert stage.marked() == [3, 4]
+def test_a_page_that_was_marked_and_never_written_gets_its_bit_back(guest: WatchedGuest) -> None:
+    guest.mark(3)
+    eventually(lambda: guest.marked() == [])
+    guest.watch.release()
+    assert guest.marked() == [3]
+    guest.mark(4)  # and from now on nothing is taken
+    assert guest.over().early_bits == []
+    assert guest.marked() == [3, 4]
 
 
-def test_a_bit_that_was_given_back_when_all_was_over_is_not_late(stage: Stage) -> None:
-    stage.mark(3)
-    eventually(lambda: stage.marked() == [])
-    assert stage.over().late_bits == []
-    assert stage.marked() == [3]
+def test_a_bit_that_was_given_back_at_the_end_is_not_late(guest: WatchedGuest) -> None:
+    guest.mark(3)
+    eventually(lambda: guest.marked() == [])
+    assert guest.over().late_bits == []
+    assert guest.marked() == [3]
 
 
-def test_bits_outside_of_ram_stay_in_the_log(stage: Stage) -> None:
-    stage.mark(-FIRST)
-    stage.mark(PAGES)
-    eventually(lambda: stage.watch.reports > 0)
-    assert stage.over().late_bits == []
-    assert stage.marked() == [-FIRST, PAGES]
+def test_bits_outside_of_ram_stay_in_the_log(guest: WatchedGuest) -> None:
+    guest.mark(-FIRST)
+    guest.mark(PAGES)
+    eventually(lambda: guest.watch.reports > 0)
+    assert guest.over().late_bits == []
+    assert guest.marked() == [-FIRST, PAGES]
 
 
-def test_bits_that_are_set_when_all_is_over_are_late(stage: Stage) -> None:
-    report(stage, 3)
-    stage.over()
-    assert stage.watch.evidence().late_bits == []
-    stage.mark(7)
-    assert stage.watch.evidence().late_bits == [(FIRST + 7) * PAGE]
+def test_bits_that_are_set_after_the_end_are_late(guest: WatchedGuest) -> None:
+    report(guest, 3)
+    guest.over()
+    assert guest.watch.evidence().late_bits == []
+    guest.mark(7)
+    assert guest.watch.evidence().late_bits == [(FIRST + 7) * PAGE]
 
 
 @pytest.mark.parametrize("logged", [True, False])
-def test_a_used_ring_that_moves_has_to_be_logged(stage: Stage, logged: bool) -> None:
+def test_a_used_ring_that_moves_must_be_logged(guest: WatchedGuest, logged: bool) -> None:
     for page in range(8, 20):
-        stage.write(5, (10 * page).to_bytes(2, "little"), offset=256 + 2)
+        guest.write(5, (10 * page).to_bytes(2, "little"), offset=256 + 2)
         if logged:
-            stage.mark(5)
-        report(stage, page)
-    evidence = stage.over()
+            guest.mark(5)
+        report(guest, page)
+    evidence = guest.over()
     assert evidence.judged_queues == [1]
     assert evidence.unlogged_queues == ([] if logged else [1])
 
 
-def test_a_used_ring_is_judged_only_if_it_has_been_in_use(stage: Stage) -> None:
-    stage.write(5, b"\x07", offset=256 + 2)
+def test_a_used_ring_is_judged_only_if_it_has_been_in_use(guest: WatchedGuest) -> None:
+    guest.write(5, b"\x07", offset=256 + 2)
     for page in range(8, 20):
-        report(stage, page)
-    assert stage.over().judged_queues == []
+        report(guest, page)
+    assert guest.over().judged_queues == []
 
 
 def test_a_device_that_reports_only_at_the_end_is_not_judged_by_its_used_ring(
-    stage: Stage,
+    guest: WatchedGuest,
 ) -> None:
-    stage.write(5, b"\xff", offset=256 + 2)
-    report(stage, 9)
-    evidence = stage.over()
+    guest.write(5, b"\xff", offset=256 + 2)
+    report(guest, 9)
+    evidence = guest.over()
     assert evidence.judged_queues == []
     assert evidence.unlogged_queues == []
 
 
-def test_late_dma_is_reported_by_page(stage: Stage) -> None:
-    stage.write(2)
-    paused = PausedRam([stage.file])
-    assert paused.written(stage.file, stage.slots) == []
-    stage.write(2, b"x", offset=1000)
-    stage.write(9)
-    (first, second) = paused.written(stage.file, stage.slots)
+def test_late_dma_is_reported_by_page(guest: WatchedGuest) -> None:
+    guest.write(2)
+    paused = PausedRam([guest.file])
+    assert paused.written(guest.file, guest.slots) == []
+    guest.write(2, b"x", offset=1000)
+    guest.write(9)
+    (first, second) = paused.written(guest.file, guest.slots)
     assert [(page.ram_offset, page.gpa) for page in (first, second)] == [
         (2 * PAGE, (FIRST + 2) * PAGE),
         (9 * PAGE, (FIRST + 9) * PAGE),
     ]
     assert {first.blame, second.blame} == {Blame.LATE_DMA}
-    assert paused.written(stage.file, [])[0].gpa is None
+    assert paused.written(guest.file, [])[0].gpa is None

@@ -1,4 +1,4 @@
-"""What a watch of the vhost log takes, judges and leaves alone, at its limits.
+"""What a watch of the vhost log takes, judges and ignores at its limits.
 
 The guest's RAM is at the end of what the log covers.
 """
@@ -86,34 +86,32 @@ def eventually(reached: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def look_twice(watch: LogWatch) -> None:
-    """Wait until the watch has begun to look, and has finished, since now."""
+def wait_for_two_passes(watch: LogWatch) -> None:
+    """Wait until the watch has begun and finished a pass over the log."""
     looks = watch.looks
     eventually(lambda: watch.looks > looks + 1)
 
 
 def early(watch: LogWatch) -> list[int]:
-    """The pages whose bits were early."""
+    """Return the pages whose bits were early."""
     return [gpa // PAGE - FIRST for gpa in watch.evidence().early_bits]
 
 
 @pytest.mark.parametrize(("bits", "taken"), [(4096, 64), (4097, 0)])
-def test_so_many_new_bits_at_once_are_none_of_a_device_that_writes(
-    guest: Guest, bits: int, taken: int
-) -> None:
+def test_no_bit_is_taken_if_more_than_4096_are_new(guest: Guest, bits: int, taken: int) -> None:
     guest.mark(range(bits))
     watch = guest.watch()
-    look_twice(watch)
+    wait_for_two_passes(watch)
     assert early(watch) == [*range(taken)]
     assert guest.marked() == [*range(taken, bits)]
 
 
-def test_no_more_than_64_bits_are_taken_ever(guest: Guest) -> None:
+def test_no_more_than_64_bits_are_taken_in_all(guest: Guest) -> None:
     guest.mark(range(40))
     watch = guest.watch()
-    look_twice(watch)
+    wait_for_two_passes(watch)
     guest.mark(range(100, 140))
-    look_twice(watch)
+    wait_for_two_passes(watch)
     assert early(watch) == [*range(40), *range(100, 124)]
     assert guest.marked() == [*range(124, 140)]
 
@@ -121,7 +119,7 @@ def test_no_more_than_64_bits_are_taken_ever(guest: Guest) -> None:
 def test_the_first_and_the_last_page_of_ram_are_watched(guest: Guest) -> None:
     guest.mark([-1, 0, PAGES - 1])
     watch = guest.watch()
-    look_twice(watch)
+    wait_for_two_passes(watch)
     assert early(watch) == [0, PAGES - 1]
     assert guest.marked() == [-1]
 
@@ -130,13 +128,13 @@ def test_a_page_after_the_ram_does_not_end_the_watch(guest: Guest) -> None:
     guest.slot = guest.slot._replace(length=guest.slot.length - PAGE)
     guest.mark([PAGES - 1])
     watch = guest.watch()
-    look_twice(watch)
+    wait_for_two_passes(watch)
     guest.mark([3])
-    look_twice(watch)
+    wait_for_two_passes(watch)
     assert early(watch) == [3]
 
 
-def test_bits_that_are_left_are_late_up_to_the_edges_of_ram(guest: Guest) -> None:
+def test_remaining_bits_are_late_up_to_the_edges_of_ram(guest: Guest) -> None:
     watch = guest.watch()
     watch.release()
     watch.end()
@@ -149,20 +147,20 @@ def test_a_page_with_data_after_its_first_word_keeps_its_bit(guest: Guest) -> No
     guest.write(3, b"data", offset=PAGE - 8)
     guest.mark([3])
     watch = guest.watch()
-    look_twice(watch)
+    wait_for_two_passes(watch)
     assert (early(watch), guest.marked()) == ([], [3])
 
 
-def test_a_slot_of_another_file_is_none_of_this_ram(guest: Guest) -> None:
+def test_a_slot_of_another_file_is_ignored(guest: Guest) -> None:
     other = guest.slot._replace(gpa=0, inode=guest.slot.inode + 1)
     guest.mark([-FIRST])
     watch = guest.watch(other)
-    look_twice(watch)
+    wait_for_two_passes(watch)
     watch.end()
     assert (early(watch), watch.evidence().late_bits) == ([], [])
 
 
-def test_a_bit_whose_data_comes_as_it_is_taken_goes_back(
+def test_a_bit_whose_data_arrives_while_it_is_taken_is_given_back(
     guest: Guest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     take_set = _core.take_set
@@ -174,7 +172,7 @@ def test_a_bit_whose_data_comes_as_it_is_taken_goes_back(
     monkeypatch.setattr("dmaproof._core.take_set", write_and_take)
     guest.mark([3])
     watch = guest.watch()
-    look_twice(watch)
+    wait_for_two_passes(watch)
     assert guest.marked() == [3]  # so QEMU sends it
     watch.end()
     assert (early(watch), watch.evidence().late_bits) == ([], [])
@@ -192,7 +190,7 @@ def test_a_bit_that_qemu_takes_first_is_not_early(
     monkeypatch.setattr("dmaproof._core.take_set", sync_and_take)
     guest.mark([3])
     watch = guest.watch()
-    look_twice(watch)
+    wait_for_two_passes(watch)
     guest.write(3)
     assert (early(watch), guest.marked()) == ([], [])
 
@@ -201,19 +199,19 @@ def test_nothing_is_taken_after_the_log_is_released(guest: Guest) -> None:
     watch = guest.watch()
     watch.release()
     guest.mark([3])
-    look_twice(watch)
+    wait_for_two_passes(watch)
     guest.write(3)
     assert (early(watch), guest.marked()) == ([], [3])
 
 
-def test_a_bit_that_stays_is_reported_once(guest: Guest) -> None:
+def test_a_bit_that_stays_set_counts_as_one_report(guest: Guest) -> None:
     watch = guest.watch()
-    look_twice(watch)
+    wait_for_two_passes(watch)
     assert watch.reports == 0
     guest.write(3)
     guest.mark([3])
-    look_twice(watch)
-    look_twice(watch)
+    wait_for_two_passes(watch)
+    wait_for_two_passes(watch)
     assert watch.reports == 1
 
 
@@ -237,9 +235,9 @@ def test_a_used_ring_is_judged_after_8_reports_and_64_requests(
     for page in range(reports):
         guest.write(page)
         guest.mark([page])
-        look_twice(watch)
+        wait_for_two_passes(watch)
         guest.sync()
-        look_twice(watch)
+        wait_for_two_passes(watch)
     guest.used_index(last_index)
     evidence = watch.evidence()
     assert watch.reports == reports
@@ -256,17 +254,17 @@ def test_only_the_bit_of_its_own_page_logs_a_used_ring(
     for other in range(8):
         guest.write(other)
         guest.mark([other])
-        look_twice(watch)
+        wait_for_two_passes(watch)
         guest.sync()
-        look_twice(watch)
+        wait_for_two_passes(watch)
     guest.used_index(64)
     guest.write(page, b"x", offset=PAGE - 1)
     guest.mark([page])
-    look_twice(watch)
+    wait_for_two_passes(watch)
     assert watch.evidence().unlogged_queues == unlogged
 
 
-def test_a_look_is_no_more_often_than_every_100_microseconds(guest: Guest) -> None:
+def test_the_log_is_read_at_most_every_100_microseconds(guest: Guest) -> None:
     began_s = time.monotonic()
     watch = guest.watch()
     time.sleep(0.1)
@@ -276,7 +274,7 @@ def test_a_look_is_no_more_often_than_every_100_microseconds(guest: Guest) -> No
 
 
 class VhostQemu:
-    """A QEMU with a device that is no vhost device, and one with two queues."""
+    """A QEMU with a device that is not a vhost device, and one with two queues."""
 
     async def execute(self, command: str, **arguments: Any) -> Any:
         if command == "x-query-virtio":

@@ -1,4 +1,4 @@
-"""QEMU's physical map as its monitor prints it, and where two of them agree."""
+"""QEMU's physical map as its monitor prints it, and the common ranges of two maps."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_hidden_parts_of_a_backend_are_found() -> None:
     assert hidden_parts(regions, "m0", 0x80000000)[-1] == (0xE0000, 0x20000)
 
 
-def test_a_backend_is_shown_in_parts_as_long_as_they_go_on() -> None:
+def test_adjacent_parts_of_a_backend_are_merged() -> None:
     regions = [
         *parse_flat_view(MTREE)[:4],
         MapRegion(0x80000000, 0x1000, "ram", "m0", 0x80000000),
@@ -84,27 +84,27 @@ def test_a_text_without_a_map_is_refused(text: str) -> None:
         parse_flat_view(text)
 
 
-def test_a_host_address_is_read_and_that_of_other_memory_is_none() -> None:
+def test_only_ram_has_a_host_address() -> None:
     assert parse_hva("Host virtual address for 0x0 (m) is 0x7f508fe00000\r\n") == 0x7F508FE00000
     assert parse_hva("Memory at address 0xfec00000 is not RAM\n") is None
 
 
-def test_ranges_are_cut_at_both_maps_edges() -> None:
+def test_ranges_are_split_at_the_boundaries_of_both_maps() -> None:
     whole = [MapRegion(0, 0x3000, "ram", "a"), MapRegion(0x3000, 0x1000, "i/o", "x")]
     cut = [MapRegion(0, 0x1000, "rom", "a"), MapRegion(0x1000, 0x2000, "ram", "a", 0x1000)]
     ranges = common_ranges(whole, cut)
-    assert [(it.gpa, it.length) for it in ranges] == [(0, 0x1000), (0x1000, 0x2000)]
-    assert [it.destination for it in ranges] == cut
-    assert {it.source for it in ranges} == {whole[0]}
+    assert [(each.gpa, each.length) for each in ranges] == [(0, 0x1000), (0x1000, 0x2000)]
+    assert [each.destination for each in ranges] == cut
+    assert {each.source for each in ranges} == {whole[0]}
 
 
-def test_ram_in_only_one_of_them_is_refused() -> None:
-    ours = [MapRegion(0, 0x3000, "ram", "a")]
-    theirs = [MapRegion(0, 0x1000, "ram", "a"), MapRegion(0x2000, 0x2000, "ram", "b")]
+def test_ram_in_only_one_map_is_refused() -> None:
+    whole = [MapRegion(0, 0x3000, "ram", "a")]
+    parts = [MapRegion(0, 0x1000, "ram", "a"), MapRegion(0x2000, 0x2000, "ram", "b")]
     with pytest.raises(UntestableError, match="0x1000 to 0x1fff is a on the source and not RAM"):
-        common_ranges(ours, theirs)
+        common_ranges(whole, parts)
     with pytest.raises(UntestableError, match="0x1000 to 0x1fff is not RAM on the source and a"):
-        common_ranges(theirs, ours)
+        common_ranges(parts, whole)
 
 
 @pytest.mark.parametrize(
@@ -116,13 +116,13 @@ def test_ram_in_only_one_of_them_is_refused() -> None:
         "  something else",
     ],
 )
-def test_a_line_that_is_not_understood_is_no_region_less(line: str) -> None:
+def test_a_line_in_an_unknown_format_is_refused(line: str) -> None:
     text = MTREE.replace(" Root memory region: system\n", f" Root memory region: system\n{line}\n")
     with pytest.raises(UntestableError, match="line in an unknown format: "):
         parse_flat_view(text)
 
 
-def test_regions_that_overlap_are_no_flat_view() -> None:
+def test_overlapping_regions_are_refused() -> None:
     text = MTREE.replace("00000000000a0000-00000000000bffff", "0000000000090000-00000000000bffff")
     with pytest.raises(UntestableError, match="vga-lowmem at 0x90000 overlaps /objects/m0"):
         parse_flat_view(text)

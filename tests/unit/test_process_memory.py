@@ -1,4 +1,4 @@
-"""Shared memory found in a process: this one, with mappings of every kind."""
+"""Shared memory in a process; this process serves as an example, with mappings of every kind."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_private_memory_has_no_shared_file(flags: int) -> None:
 
 
 def test_huge_pages_are_left_to_qemu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their file cannot be mapped at the offsets at which a guest's regions begin."""
+    """A file of huge pages cannot be mapped at the offsets at which a guest's regions begin."""
     with ram_fd(LENGTH) as fd, mmap.mmap(fd, LENGTH) as mapping:
         usual = os.fstatvfs(fd)
         huge = os.statvfs_result((2 << 20, *usual[1:]))

@@ -1,4 +1,4 @@
-"""Where qemu.qmp is looked for."""
+"""The search for the library qemu.qmp."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A guest's RAM, as it was at a moment."""
+"""Copies of a guest's RAM."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def ram(fd: int) -> RamFile:
     return RamFile(fd, status.st_size, status.st_dev, status.st_ino)
 
 
-def test_a_copy_is_of_its_moment() -> None:
+def test_a_copy_does_not_change_with_the_ram() -> None:
     with ram_fd(PAGES * PAGE_BYTES) as fd:
         for page in (0, 299, PAGES - 1):
             os.pwrite(fd, b"then", page * PAGE_BYTES)

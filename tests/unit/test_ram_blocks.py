@@ -1,4 +1,4 @@
-"""QEMU's RAM blocks as its monitor prints them, and which of them TCG may lose pages in."""
+"""QEMU's RAM blocks as its monitor prints them, and those in which TCG may lose pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which folders of other runs a new run removes; the reaper is a stand-in that starts nothing."""
+"""The folders that a new run removes; a stand-in for the reaper starts no process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qmp_tools.host.run_folder import run_folder
 
 
 class NoReaper:
-    """Stands in for the reaper's process."""
+    """A stand-in for the reaper's process."""
 
     commands: list[list[str]]
 
@@ -44,7 +44,7 @@ def left_by_a_dead_run(base: Path) -> Path:
     return folder
 
 
-def test_a_run_removes_its_own_folder_and_no_living_runs(base: Path) -> None:
+def test_a_run_removes_its_own_folder_but_not_those_of_living_runs(base: Path) -> None:
     with run_folder() as first:
         (first / "evidence").touch()
         with run_folder() as second:

@@ -1,4 +1,4 @@
-"""What each migration scenario tells the QEMUs, and what is made of their answers."""
+"""The QMP commands of each migration scenario, and the reaction to QEMU's answers."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ SCENARIOS = {name: find_scenario(name) for name in known_scenarios()}
 
 @pytest.fixture(autouse=True)
 def no_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Making them starts openssl."""
+    """Replace `make_certificates`, which would start openssl."""
     monkeypatch.setattr(precopy, "make_certificates", mock.AsyncMock())
 
 
 class RecordingQmp:
-    """Notes what it is told in `log`; refuses the command `refused` with `words`."""
+    """A QEMU that records its commands in `log`, and refuses the command `refused` with `words`."""
 
     def __init__(self, name: str, log: list[tuple[str, str, dict[str, Any]]]) -> None:
         self.name = name
@@ -68,8 +68,8 @@ class RecordingQmp:
         self.fds.append(os.fstat(fd))
 
 
-class Stage:
-    """A migration between two QEMUs that only take notes."""
+class RecordedMigration:
+    """A migration between two QEMUs that only record their commands."""
 
     def __init__(
         self,
@@ -100,8 +100,8 @@ class Stage:
     def start(self) -> None:
         asyncio.run(self.migration.start())
 
-    def told(self, name: str, command: str) -> list[dict[str, Any]]:
-        return [arguments for it, said, arguments in self.log if (it, said) == (name, command)]
+    def sent(self, name: str, command: str) -> list[dict[str, Any]]:
+        return [arguments for *key, arguments in self.log if key == [name, command]]
 
 
 ONLY_IN_PROOFS = {
@@ -121,26 +121,27 @@ def test_both_sides_get_the_same_settings_before_the_migration_starts(
     tmp_path: Path, name: str
 ) -> None:
     scenario = SCENARIOS[name]
-    stage = Stage(tmp_path, scenario)
-    stage.start()
+    recorded = RecordedMigration(tmp_path, scenario)
+    recorded.start()
     for side in ("source", "destination"):
-        (capabilities,) = stage.told(side, "migrate-set-capabilities")
+        (capabilities,) = recorded.sent(side, "migrate-set-capabilities")
         assert capabilities["capabilities"] == [
-            {"capability": it, "state": True} for it in ("events", *scenario.capabilities)
+            {"capability": capability, "state": True}
+            for capability in ("events", *scenario.capabilities)
         ]
-        assert stage.told(side, "migrate-set-parameters")[0] == scenario.parameters
-    assert stage.log[-1][:2] == ("source", "migrate")
+        assert recorded.sent(side, "migrate-set-parameters")[0] == scenario.parameters
+    assert recorded.log[-1][:2] == ("source", "migrate")
 
 
 @pytest.mark.parametrize("name", PASSABLE)
 def test_the_destination_reads_what_the_source_writes(tmp_path: Path, name: str) -> None:
-    stage = Stage(tmp_path, SCENARIOS[name])
-    stage.start()
+    recorded = RecordedMigration(tmp_path, SCENARIOS[name])
+    recorded.start()
     saved_first = SCENARIOS[name].transport.saved_first
-    assert bool(stage.told("destination", "migrate-incoming")) is not saved_first
-    asyncio.run(stage.migration.load())
-    (reading,) = stage.told("destination", "migrate-incoming")
-    (writing,) = stage.told("source", "migrate")
+    assert bool(recorded.sent("destination", "migrate-incoming")) is not saved_first
+    asyncio.run(recorded.migration.load())
+    (reading,) = recorded.sent("destination", "migrate-incoming")
+    (writing,) = recorded.sent("source", "migrate")
     if reading["uri"] == "tcp:127.0.0.1:0":
         assert writing["uri"] == "tcp:::1:4711"
     else:
@@ -149,9 +150,9 @@ def test_the_destination_reads_what_the_source_writes(tmp_path: Path, name: str)
 
 
 def test_a_destination_that_joins_by_a_channel_gets_its_commands_afterwards(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, SCENARIOS["cpr-transfer"])
-    stage.start()
-    steps = [(name, command) for name, command, _ in stage.log if command != "query-status"]
+    recorded = RecordedMigration(tmp_path, SCENARIOS["cpr-transfer"])
+    recorded.start()
+    steps = [(name, command) for name, command, _ in recorded.log if command != "query-status"]
     assert steps == [
         ("source", "migrate-set-capabilities"),
         ("source", "migrate-set-parameters"),
@@ -160,64 +161,66 @@ def test_a_destination_that_joins_by_a_channel_gets_its_commands_afterwards(tmp_
         ("destination", "join"),
         ("destination", "migrate-incoming"),
     ]
-    (writing,) = stage.told("source", "migrate")
-    (reading,) = stage.told("destination", "migrate-incoming")
-    assert [it["channel-type"] for it in writing["channels"]] == ["main", "cpr"]
+    (writing,) = recorded.sent("source", "migrate")
+    (reading,) = recorded.sent("destination", "migrate-incoming")
+    assert [channel["channel-type"] for channel in writing["channels"]] == ["main", "cpr"]
     assert reading["channels"] == writing["channels"][:1]
 
 
 def test_a_cpr_exec_migration_is_over_when_the_new_program_has_joined(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, SCENARIOS["cpr-exec"])
-    stage.start()
-    steps = [(name, command) for name, command, _ in stage.log[-3:]]
+    recorded = RecordedMigration(tmp_path, SCENARIOS["cpr-exec"])
+    recorded.start()
+    steps = [(name, command) for name, command, _ in recorded.log[-3:]]
     assert steps == [
         ("source", "migrate"),
         ("destination", "join"),
         ("destination", "query-migrate"),
     ]
-    asyncio.run(stage.migration.load())
-    assert not stage.told("destination", "migrate-incoming")
-    assert len(stage.migration.history) == 1
+    asyncio.run(recorded.migration.load())
+    assert not recorded.sent("destination", "migrate-incoming")
+    assert len(recorded.migration.history) == 1
 
 
-def test_a_socket_pair_is_handed_over_and_closed(tmp_path: Path) -> None:
+def test_a_socket_pair_is_sent_and_closed(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
-    stage = Stage(tmp_path, SCENARIOS["fd"])
-    stage.start()
-    ((source,), (destination,)) = stage.source.fds, stage.destination.fds
+    recorded = RecordedMigration(tmp_path, SCENARIOS["fd"])
+    recorded.start()
+    ((source,), (destination,)) = recorded.source.fds, recorded.destination.fds
     assert source.st_ino != destination.st_ino
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
 
 
 def test_each_side_has_its_certificate(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, SCENARIOS["tls"])
-    stage.start()
-    endpoints = [stage.told(it, "object-add")[0]["endpoint"] for it in ("source", "destination")]
+    recorded = RecordedMigration(tmp_path, SCENARIOS["tls"])
+    recorded.start()
+    endpoints = [
+        recorded.sent(side, "object-add")[0]["endpoint"] for side in ("source", "destination")
+    ]
     assert endpoints == ["client", "server"]
 
 
 @pytest.mark.parametrize("side", ["source", "destination"])
 @pytest.mark.parametrize("command", ["migrate-set-capabilities", "migrate-set-parameters"])
-def test_a_refused_setting_means_that_qemu_lacks_the_scenario(
+def test_a_refused_setting_means_that_qemu_does_not_support_the_scenario(
     tmp_path: Path, side: str, command: str
 ) -> None:
-    stage = Stage(tmp_path, SCENARIOS["multifd-zstd"])
-    qmp = getattr(stage, side)
+    recorded = RecordedMigration(tmp_path, SCENARIOS["multifd-zstd"])
+    qmp = getattr(recorded, side)
     qmp.refused, qmp.words = command, "it does not accept value 'zstd'"
     with pytest.raises(UnsupportedScenarioError, match=f"scenario: {side} .* value 'zstd'"):
-        stage.start()
-    assert not stage.told("source", "migrate")
+        recorded.start()
+    assert not recorded.sent("source", "migrate")
 
 
 def test_a_migration_that_qemu_refuses_is_a_failure(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, SCENARIOS["unix"])
-    stage.source.refused, stage.source.words = "migrate", "a device blocks it"
+    recorded = RecordedMigration(tmp_path, SCENARIOS["unix"])
+    recorded.source.refused, recorded.source.words = "migrate", "a device blocks it"
     with pytest.raises(QmpRefusal, match="a device blocks it"):
-        stage.start()
+        recorded.start()
 
 
 @pytest.mark.parametrize(
-    ("words", "printed", "told"),
+    ("words", "printed", "reason"),
     [
         ("Postcopy is not supported: not capable of postcopy", "", "as it must"),
         ("Postcopy is not supported", "backend not capable of postcopy", "as it must"),
@@ -228,28 +231,28 @@ def test_a_migration_that_qemu_refuses_is_a_failure(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_postcopy_is_refused(tmp_path: Path, words: str, printed: str, told: str) -> None:
-    stage = Stage(tmp_path, SCENARIOS["postcopy-ram"], device_lacks_pagefault=True)
-    stage.destination.refused, stage.destination.words = "migrate-set-capabilities", words
-    stage.printed = printed
-    with pytest.raises(UnsupportedScenarioError, match=told):
-        stage.start()
+def test_postcopy_is_refused(tmp_path: Path, words: str, printed: str, reason: str) -> None:
+    recorded = RecordedMigration(tmp_path, SCENARIOS["postcopy-ram"], device_lacks_pagefault=True)
+    recorded.destination.refused, recorded.destination.words = "migrate-set-capabilities", words
+    recorded.printed = printed
+    with pytest.raises(UnsupportedScenarioError, match=reason):
+        recorded.start()
 
 
 def test_postcopy_that_is_not_refused_is_a_failure(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, SCENARIOS["postcopy-ram"], device_lacks_pagefault=True)
+    recorded = RecordedMigration(tmp_path, SCENARIOS["postcopy-ram"], device_lacks_pagefault=True)
     with pytest.raises(MigrationError, match="accepted postcopy-ram, but must refuse it"):
-        stage.start()
-    assert not stage.told("source", "migrate")
+        recorded.start()
+    assert not recorded.sent("source", "migrate")
 
 
 def test_postcopy_is_unsupported_and_not_a_failure(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, SCENARIOS["postcopy-ram"])
+    recorded = RecordedMigration(tmp_path, SCENARIOS["postcopy-ram"])
     with pytest.raises(
         UnsupportedScenarioError, match="dmaproof carries out no postcopy migration"
     ):
-        stage.start()
-    assert not stage.told("source", "migrate")
+        recorded.start()
+    assert not recorded.sent("source", "migrate")
 
 
 @pytest.mark.parametrize(
@@ -267,12 +270,12 @@ def test_a_scenario_is_exercised_only_when_it_was_used(name: str) -> None:
 
 
 def test_scenarios_that_need_the_processes_of_a_proof_do_not_suit_other_guests() -> None:
-    only_in_proofs = {name for name, it in SCENARIOS.items() if not it.suits_any_guest}
+    only_in_proofs = {name for name, scenario in SCENARIOS.items() if not scenario.suits_any_guest}
     assert only_in_proofs == ONLY_IN_PROOFS
 
 
 class RecordingPair:
-    """Notes the steps that it is told to take; `failure` is raised by the first of them."""
+    """A pair that records its steps; the first step raises `failure`, if there is one."""
 
     def __init__(self, failure: Exception | None = None) -> None:
         self.steps: list[str] = []
@@ -302,7 +305,7 @@ class RecordingPair:
         ("cpr-transfer", ["start_source", "boot"]),
     ],
 )
-def test_a_destination_starts_when_it_can_be_like_the_source(name: str, steps: list[str]) -> None:
+def test_a_destination_starts_when_the_source_has_its_devices(name: str, steps: list[str]) -> None:
     pair = RecordingPair()
     asyncio.run(SCENARIOS[name].start(cast(QemuPair, pair)))
     assert pair.steps == steps
@@ -322,7 +325,7 @@ def test_a_dimm_is_plugged_before_each_destination_starts() -> None:
         (QmpTimeoutError("no answer within 60 s"), QmpTimeoutError),
     ],
 )
-def test_a_machine_option_that_is_refused_is_lacking_and_silence_is_not(
+def test_a_refused_machine_option_means_no_support_but_a_timeout_does_not(
     failure: Exception, raised: type[Exception]
 ) -> None:
     pair = RecordingPair(failure)
@@ -334,69 +337,72 @@ def test_a_machine_option_that_is_refused_is_lacking_and_silence_is_not(
 
 @pytest.mark.parametrize("statuses", [["cancelling", "cancelled"], ["cancelled"]])
 def test_a_cancelled_migration_is_over(tmp_path: Path, statuses: list[str]) -> None:
-    stage = Stage(tmp_path, SCENARIOS["retry"])
-    stage.source.statuses = statuses
-    asyncio.run(stage.migration.cancel())
-    assert stage.log[0][:2] == ("source", "migrate_cancel")
+    recorded = RecordedMigration(tmp_path, SCENARIOS["retry"])
+    recorded.source.statuses = statuses
+    asyncio.run(recorded.migration.cancel())
+    assert recorded.log[0][:2] == ("source", "migrate_cancel")
 
 
 @pytest.mark.parametrize("status", ["completed", "failed"])
-def test_a_migration_that_ends_otherwise_was_not_cancelled(tmp_path: Path, status: str) -> None:
-    stage = Stage(tmp_path, SCENARIOS["retry"])
-    stage.source.statuses = ["active", status]
+def test_a_migration_that_ends_in_another_state_is_reported(tmp_path: Path, status: str) -> None:
+    recorded = RecordedMigration(tmp_path, SCENARIOS["retry"])
+    recorded.source.statuses = ["active", status]
     with pytest.raises(MigrationError, match=f"to be 'cancelled', but it is '{status}'"):
-        asyncio.run(stage.migration.cancel())
+        asyncio.run(recorded.migration.cancel())
 
 
-def test_a_migration_whose_destination_is_gone_fails(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, SCENARIOS["destination-killed"])
-    stage.source.statuses, stage.source.run_states = ["active", "failed"], ["paused", "running"]
-    asyncio.run(stage.migration.fail())
-    assert not stage.told("source", "migrate-continue")
+def test_a_migration_fails_when_its_destination_has_ended(tmp_path: Path) -> None:
+    recorded = RecordedMigration(tmp_path, SCENARIOS["destination-killed"])
+    recorded.source.statuses, recorded.source.run_states = (
+        ["active", "failed"],
+        ["paused", "running"],
+    )
+    asyncio.run(recorded.migration.fail())
+    assert not recorded.sent("source", "migrate-continue")
 
 
 @pytest.mark.parametrize("wanted", [True, False], ids=["wanted", "converged too soon"])
 def test_a_migration_that_waits_for_switchover_fails_when_it_continues(
     tmp_path: Path, wanted: bool
 ) -> None:
-    stage = Stage(tmp_path, SCENARIOS["destination-killed-late"])
-    stage.source.statuses = ["active", "pre-switchover", "pre-switchover", "failed"]
-    stage.source.run_states = ["running"]
+    recorded = RecordedMigration(tmp_path, SCENARIOS["destination-killed-late"])
+    recorded.source.statuses = ["active", "pre-switchover", "pre-switchover", "failed"]
+    recorded.source.run_states = ["running"]
     if wanted:
-        asyncio.run(stage.migration.pause_before_switchover())
-    asyncio.run(stage.migration.fail())
-    assert stage.told("source", "migrate-continue") == [{"state": "pre-switchover"}]
+        asyncio.run(recorded.migration.pause_before_switchover())
+    asyncio.run(recorded.migration.fail())
+    assert recorded.sent("source", "migrate-continue") == [{"state": "pre-switchover"}]
 
 
-def test_a_migration_that_completes_without_its_destination_is_wrong(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, SCENARIOS["destination-killed"])
-    stage.source.statuses = ["active", "completed"]
+def test_a_migration_that_completes_without_its_destination_is_reported(tmp_path: Path) -> None:
+    recorded = RecordedMigration(tmp_path, SCENARIOS["destination-killed"])
+    recorded.source.statuses = ["active", "completed"]
     with pytest.raises(MigrationError, match="to be 'failed', but it is 'completed'"):
-        asyncio.run(stage.migration.fail())
+        asyncio.run(recorded.migration.fail())
 
 
 def test_a_source_that_stays_paused_is_reported(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, SCENARIOS["destination-killed"], Limits(timeout_s=0.1))
-    stage.source.statuses = ["failed"]
+    recorded = RecordedMigration(tmp_path, SCENARIOS["destination-killed"], Limits(timeout_s=0.1))
+    recorded.source.statuses = ["failed"]
     with pytest.raises(
-        MigrationError, match="did not continue its guest within .*: the source is 'paused'"
+        MigrationError, match=r"did not continue its guest within .*: the source is 'paused'"
     ):
-        asyncio.run(stage.migration.fail())
+        asyncio.run(recorded.migration.fail())
 
 
 def test_a_migration_that_does_not_pause_before_switchover_is_reported(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, SCENARIOS["destination-killed-late"])
-    stage.source.statuses = ["completed"]
+    recorded = RecordedMigration(tmp_path, SCENARIOS["destination-killed-late"])
+    recorded.source.statuses = ["completed"]
     with pytest.raises(MigrationError, match="has completed, although the capability pause"):
-        asyncio.run(stage.migration.pause_before_switchover())
+        asyncio.run(recorded.migration.pause_before_switchover())
 
 
 def test_a_migration_is_over_only_when_its_times_are_known(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, SCENARIOS["unix"])
-    stage.source.statuses, stage.source.total_times = ["completed", "completed"], [0, 7]
+    recorded = RecordedMigration(tmp_path, SCENARIOS["unix"])
+    recorded.source.statuses, recorded.source.total_times = ["completed", "completed"], [0, 7]
     with pytest.raises(MigrationError, match="is 'completed'"):
-        asyncio.run(stage.migration.cancel())
-    assert [look.elapsed_s for look in stage.migration.history] == [0, 0.007]
+        asyncio.run(recorded.migration.cancel())
+    assert [look.elapsed_s for look in recorded.migration.history] == [0, 0.007]
 
 
 def test_a_dimm_is_the_same_on_both_sides() -> None:

@@ -1,4 +1,4 @@
-"""Waits that look again and again: what they look at, how long, and what they raise."""
+"""Waits that poll: what they call, how long, and what they raise."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def wait(request: pytest.FixtureRequest) -> Wait:
     return chosen
 
 
-def test_a_wait_ends_at_the_first_look_that_succeeds(wait: Wait) -> None:
+def test_a_wait_ends_at_the_first_call_that_succeeds(wait: Wait) -> None:
     looks: Iterator[bool] = iter([False, False, True, True])
     wait(lambda: next(looks), 60)
     assert list(looks) == [True]
@@ -47,7 +47,7 @@ def test_a_condition_that_holds_already_needs_no_time(wait: Wait) -> None:
     wait(lambda: True, -1.0)
 
 
-def test_a_wait_in_vain_ends_with_the_error_that_is_asked_for(wait: Wait) -> None:
+def test_a_wait_that_times_out_raises_the_given_error(wait: Wait) -> None:
     began_s = time.monotonic()
     with pytest.raises(WaitTimeoutError) as raised:
         wait(lambda: False, 0.02)
@@ -55,7 +55,7 @@ def test_a_wait_in_vain_ends_with_the_error_that_is_asked_for(wait: Wait) -> Non
     assert 0.02 <= time.monotonic() - began_s < 10
 
 
-def test_an_error_of_the_look_ends_the_wait(wait: Wait) -> None:
+def test_an_error_of_the_call_ends_the_wait(wait: Wait) -> None:
     def fail() -> bool:
         raise ValueError("no such thing")
 

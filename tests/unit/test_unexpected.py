@@ -1,4 +1,4 @@
-"""What nobody expects: it ends in an exit code and a message of ours, never in Python's own 1."""
+"""Unexpected errors end with dmaproof's exit code and message, never with Python's exit code 1."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def of_a_bug(*arguments: object) -> NoReturn:
 
 
 @pytest.mark.parametrize("raised", [KeyError("x"), ZeroDivisionError(), ConnectionResetError()])
-def test_an_unexpected_exception_is_a_fault_of_dmaproof(raised: Exception) -> None:
+def test_an_unexpected_exception_is_a_defect_in_dmaproof(raised: Exception) -> None:
     assert isinstance(untestable(raised), CrashError)
 
 
 @pytest.mark.parametrize(
-    ("raised", "told"),
+    ("raised", "reported"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "/dev/x"), "/dev/x: Permission denied"),
@@ -67,10 +67,12 @@ def test_an_unexpected_exception_is_a_fault_of_dmaproof(raised: Exception) -> No
         (errors.TrackerError("EINVAL"), "EINVAL"),
     ],
 )
-def test_an_error_of_the_machine_is_not_a_fault_of_dmaproof(raised: Exception, told: str) -> None:
+def test_an_error_of_the_machine_is_not_a_defect_in_dmaproof(
+    raised: Exception, reported: str
+) -> None:
     reason = untestable(raised)
     assert not isinstance(reason, CrashError)
-    assert told in str(reason)
+    assert reported in str(reason)
 
 
 def test_a_crash_is_printed_with_its_traceback_and_reported(
@@ -92,9 +94,9 @@ def test_a_crash_is_printed_with_its_traceback_and_reported(
 @pytest.mark.parametrize(
     "kind",
     [
-        it
-        for it in vars(errors).values()
-        if isinstance(it, type) and issubclass(it, DmaproofError) and it.__init__ is INIT
+        kind
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, DmaproofError) and kind.__init__ is INIT
     ],
 )
 def test_no_message_moves_the_terminal(kind: type[DmaproofError]) -> None:
@@ -106,8 +108,8 @@ def test_nothing_shown_moves_the_terminal(capsys: pytest.CaptureFixture[str]) ->
         logging.getLogger("qmp_tools").info(ESCAPE)
     print_text(ESCAPE)
     print_table(["device"], [[ESCAPE]])
-    told = capsys.readouterr()
-    assert ESCAPE[0] not in told.out + told.err
-    assert told.out.count("taken") == 2
+    reported = capsys.readouterr()
+    assert ESCAPE[0] not in reported.out + reported.err
+    assert reported.out.count("taken") == 2
     failed = parse_progress({"status": "failed", "error-desc": ESCAPE})
     assert ESCAPE[0] not in f"{failed.error}"

@@ -1,4 +1,4 @@
-"""The vhost-user message that a QEMU waits to have answered, read from its trace."""
+"""The vhost-user message whose answer a QEMU waits for, found in its trace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is made of query-migrate's answers while a migration is watched."""
+"""The display of query-migrate's answers while a migration is watched."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_without_a_downtime_limit_all_must_be_sent() -> None:
     assert view(limit_s=None, remaining=15_000_000, **RATE).ends_in == "in 1.5 s"
 
 
-def test_the_line_has_only_what_is_known() -> None:
+def test_the_line_has_only_known_figures() -> None:
     line = view(
         remaining=3 * MIB, transferred=64 * MIB, dirty_sync_count=4, dirty_pages_rate=256, **RATE
     ).line
@@ -55,7 +55,7 @@ def test_the_line_has_only_what_is_known() -> None:
     assert view("setup").line == "setup"
 
 
-def test_the_end_has_no_forecast() -> None:
+def test_a_migration_that_has_ended_has_no_forecast() -> None:
     over = View(parse_progress({"status": "completed", "downtime": 12, "ram": RATE}), 0.3)
     assert over.is_over
     assert over.line.endswith("downtime 12 ms")

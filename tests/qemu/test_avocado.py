@@ -208,7 +208,7 @@ def test_a_recipe_distinguishes_a_skip_from_an_error(avocado: Avocado, tmp_path:
     tests = job.by_name()
     full, toaster = (job.tests[tests[f"machine={name}"]] for name in ("q35", "toaster"))
     assert (full["status"], toaster["status"]) == ("ERROR", "SKIP")
-    assert "pages of buffer do not fit" in full["fail_reason"]
+    assert "pages, but only" in full["fail_reason"]
     assert "does not have this machine type" in toaster["fail_reason"]
     assert no_runs_left(avocado)
 

@@ -1,4 +1,4 @@
-"""Every error message of dmaproof, read from its source: what docs/messages.md lists.
+"""The error messages of dmaproof, read from its source: docs/messages.md lists all of them.
 
 ``python tests/support/messages.py`` writes the page again.
 """
@@ -30,7 +30,7 @@ differs from case to case. A linked message is explained in [troubleshooting](tr
 _SECTIONS: Final = {
     "UsageError": (
         "Exit code 2: wrong usage",
-        "A command line, a file or an argument of the library is wrong. Nothing was started.",
+        "A command line, a file or an argument of the library is wrong. Nothing was tested.",
     ),
     "UntestableError": (
         "Exit code 3: not tested",
@@ -38,8 +38,9 @@ _SECTIONS: Final = {
     ),
     "DmaproofError": (
         "Errors of the library",
-        "Whoever calls `dmaproof` or `qmp_tools` gets these as exceptions. A device of dmaproof "
-        "that meets one ends the session, and a proof then reports it under exit code 3.",
+        "A caller of `dmaproof` or `qmp_tools` gets these errors as exceptions. If a device of "
+        "dmaproof meets one, the device ends its session, and the proof reports the error with exit "
+        "code 3.",
     ),
 }
 
@@ -53,7 +54,7 @@ class Message:
 
 
 def texts_of(node: ast.AST) -> Iterator[str]:
-    """The string literals below `node`, with `…` in place of each value."""
+    """Yield the strings in `node`, with '…' for each value that the program inserts."""
     if isinstance(node, ast.Constant):
         if isinstance(node.value, str):
             yield node.value
@@ -63,6 +64,11 @@ def texts_of(node: ast.AST) -> Iterator[str]:
     else:
         for child in ast.iter_child_nodes(node):
             yield from texts_of(child)
+
+
+def all_texts() -> list[str]:
+    """Return every string of the program."""
+    return [text for source in _sources() for text in texts_of(source)]
 
 
 def _sources() -> list[ast.Module]:
@@ -75,7 +81,7 @@ def _name(node: ast.expr) -> str:
 
 
 def _ancestors(sources: list[ast.Module]) -> dict[str, list[str]]:
-    """The names of the base classes, nearest first, of each class by its name."""
+    """Map the name of each class to its own and its base classes' names, the nearest first."""
     bases = {
         node.name: [_name(base) for base in node.bases]
         for source in sources
@@ -84,13 +90,14 @@ def _ancestors(sources: list[ast.Module]) -> dict[str, list[str]]:
     }
 
     def above(name: str) -> list[str]:
-        return [name, *(found for base in bases.get(name, ()) if base != name for found in above(base))]
+        direct = [base for base in bases.get(name, ()) if base != name]
+        return [name, *(found for base in direct for found in above(base))]
 
     return {name: above(name) for name in bases}
 
 
-def messages() -> dict[str, list[Message]]:
-    """The messages by section: 'UsageError', 'UntestableError', or 'DmaproofError' for the rest."""
+def error_messages() -> dict[str, list[Message]]:
+    """Return the messages by section: 'UsageError', 'UntestableError', 'DmaproofError' (others)."""
     sources = _sources()
     ancestors = _ancestors(sources)
     found: dict[str, set[Message]] = {section: set() for section in _SECTIONS}
@@ -99,7 +106,7 @@ def messages() -> dict[str, list[Message]]:
             if not (isinstance(node, ast.Call) and node.args):
                 continue
             error = _name(node.func)
-            section = next((it for it in ancestors.get(error, ()) if it in _SECTIONS), None)
+            section = next((base for base in ancestors.get(error, ()) if base in _SECTIONS), None)
             if section is not None:
                 found[section] |= {
                     Message(text, error) for text in texts_of(node.args[0]) if _says_something(text)
@@ -112,14 +119,13 @@ def _says_something(text: str) -> bool:
 
 
 def headings() -> list[str]:
-    """The messages that docs/troubleshooting.md explains."""
+    """Return the messages that docs/troubleshooting.md explains; a shortened one ends in ' …'."""
     return re.findall(r"^### `(.+)`$", _TROUBLESHOOTING.read_text(), re.MULTILINE)
 
 
 def _anchor(heading: str) -> str:
-    """GitHub's anchor of a heading in code format."""
-    kept = re.sub(r"[^\w\- ]", "", heading.lower())
-    return kept.replace(" ", "-")
+    """Return GitHub's anchor of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def _line(message: Message, explained: list[str]) -> str:
@@ -132,10 +138,10 @@ def _line(message: Message, explained: list[str]) -> str:
 
 
 def page() -> str:
-    """The text of docs/messages.md."""
+    """Return the text of docs/messages.md."""
     explained = headings()
     parts = [_INTRODUCTION]
-    for section, found in messages().items():
+    for section, found in error_messages().items():
         title, meaning = _SECTIONS[section]
         parts.append(f"## {title}\n\n{meaning}\n")
         by_error: dict[str, list[Message]] = {}

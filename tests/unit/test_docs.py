@@ -12,6 +12,7 @@ import pytest
 
 from qmp_tools.cli.arguments import parsers_of
 from qmp_tools.cli.main import make_parser
+from support import messages
 from support.doc_commands import PAGES, ROOT, Block, all_blocks, error_of, in_prose
 
 
@@ -78,39 +79,23 @@ def test_a_wrong_command_line_is_noticed() -> None:
     assert "horse" in str(error_of(["prove", "--guest", "horse"]))
 
 
-def texts_of(node: ast.AST) -> Iterator[str]:
-    """Yield the strings in `node`, with '…' for each value that the program inserts."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        yield node.value
-    elif isinstance(node, ast.JoinedStr):
-        parts = (each.value if isinstance(each, ast.Constant) else "…" for each in node.values)
-        yield "".join(map(str, parts))
-    else:
-        for child in ast.iter_child_nodes(node):
-            yield from texts_of(child)
-
-
-def messages() -> list[str]:
-    """Return every string of the program."""
-    sources = [file for name in ("qmp_tools", "plugin") for file in (ROOT / name).rglob("*.py")]
-    return [text for file in sources for text in texts_of(ast.parse(file.read_text()))]
-
-
 def test_explained_messages_exist() -> None:
-    page = (ROOT / "docs" / "troubleshooting.md").read_text()
-    explained = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
-    known = messages()
+    explained, known = messages.headings(), messages.all_texts()
     assert len(explained) > 20
-    # A shortened message ends in ' …'.
     cut = [text.removesuffix(" …") for text in explained]
     assert [text for text in cut if not any(text in message for message in known)] == []
 
 
 def test_a_missing_message_is_noticed() -> None:
-    assert list(texts_of(ast.parse('raise E(f"no {this} of " f"{that!r:>4}, " "so")'))) == [
-        "no … of …, so"
-    ]
-    assert not any("there is no such message" in message for message in messages())
+    assert list(
+        messages.texts_of(ast.parse('raise E(f"no {this} of " f"{that!r:>4}, " "so")'))
+    ) == ["no … of …, so"]
+    assert not any("there is no such message" in message for message in messages.all_texts())
+
+
+def test_the_list_of_messages_is_complete() -> None:
+    assert messages.PAGE.read_text() == messages.page(), "run: python tests/support/messages.py"
+    assert all(len(found) > 50 for found in messages.error_messages().values())
 
 
 def kinds_of(node: object) -> Iterator[str]:

@@ -6,7 +6,7 @@ iterator, and in which report. The links after the tracker are the kernel's and 
 one: if a page was reported and did not arrive, QEMU lost it (or the kernel, on the way to QEMU). If
 QEMU does not ask the device for dirty pages, the whole chain counts as QEMU's.
 
-An epoch is a report here: a write is due in the next report.
+An epoch is a report here: the next report must have the write.
 """
 
 from __future__ import annotations

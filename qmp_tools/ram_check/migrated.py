@@ -10,7 +10,7 @@ Measured on QEMU 7.2, 10.0 and 11.1, for precopy, postcopy and guests saved in a
 - The destination reports its incoming migration as 'completed' too.
 - A guest that has not run has no translation block (TCG), and its vCPUs have never exited from
   guest mode (KVM). Both counters start at 0 in each process, and loading a migration does not
-  change them. CPU time is no indication: a guest that runs for a moment needs no more of it than
+  change them. CPU time does not show it: a guest that runs for a moment needs no more of it than
   the loading does.
 """
 

@@ -18,7 +18,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def put(folder: Path, name: str, *lines: str) -> None:
-    """A program that prints these lines, whatever it is told."""
+    """A program that prints these lines, whatever its arguments."""
     program = folder / name
     program.write_text("#!/bin/sh\n" + "".join(f"printf '{line}\\n'\n" for line in lines))
     program.chmod(0o755)
@@ -30,7 +30,7 @@ def test_the_release_is_that_of_the_main_archive(programs: Path) -> None:
         "apt-get",
         r"Debian\tDebian-Security\thttp://security.test/\tbookworm-security",
         r"Debian\tDebian\thttp://archive.test/\tbookworm-updates",
-        r"Somebody\tElse\thttp://else.test/\tsid",
+        r"Another\tOrigin\thttp://else.test/\tsid",
     )
     put(programs, "apt-cache", "linux-image-amd64", "  Depends: linux-image-6.1.0-9-amd64")
     assert archive.own_codename() == "bookworm"

@@ -1,7 +1,7 @@
 """The bare guest's driver: any traffic on any ring arrives once, and comes back once.
 
-The device answers in any order and is replaced in mid-traffic, as by a migration: it goes on from
-its base alone. The driver is to tell it of a request exactly where it asked for that.
+The device answers in any order and is replaced in mid-traffic, as by a migration: it continues from
+its base alone. The driver must kick exactly for the requests for which the device wants a kick.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def test_a_submitted_request_arrives_and_comes_back(
         taken: list[tuple[int, DescriptorChain]] = []
         given_back: list[int] = []
         popped = 0
-        kick_at: int | None = None  # the request of which the device wants to be told
+        kick_at: int | None = None  # the request for which the device wants a kick
         for _ in range(data.draw(st.integers(1, 80))):
             step = data.draw(st.sampled_from(["submit", "pop", "push", "poll", "restart"]))
             if step == "submit" and free:

@@ -81,9 +81,9 @@ def test_the_fuzzers_target_finds_an_injected_bug(
     text = changed.read_text()
     assert text.count(right) == 1
     changed.write_text(text.replace(right, wrong))
-    complaint = fuzz(tmp_path / "tree", tmp_path, libraries)
-    assert complaint is not None
-    assert message in complaint
+    failure = fuzz(tmp_path / "tree", tmp_path, libraries)
+    assert failure is not None
+    assert message in failure
 
 
 @pytest.mark.usefixtures("libraries")

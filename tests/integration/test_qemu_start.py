@@ -1,4 +1,4 @@
-"""A QEMU that does not answer on QMP: what is told of it. A script plays it."""
+"""What is reported of a QEMU that does not answer on QMP; a script simulates QEMU."""
 
 from __future__ import annotations
 

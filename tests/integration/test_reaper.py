@@ -20,8 +20,8 @@ from support.command import is_alive
 FILES = 4000
 
 
-def test_a_folder_goes_while_its_files_are_going(tmp_path: Path) -> None:
-    """As a device does that is told to end, and removes its own sockets."""
+def test_a_folder_is_removed_while_its_files_disappear(tmp_path: Path) -> None:
+    """A device that ends removes its own sockets at the same time."""
     folder = tmp_path / "run"
     folder.mkdir()
     files = [folder / f"{number}.sock" for number in range(FILES)]
@@ -49,11 +49,11 @@ async def first_number(log: Path) -> int:
 def test_children_of_third_party_programs_are_killed_too(tmp_path: Path, keep: bool) -> None:
     """A grandchild in a session of its own, which no signal of a parent's reaches."""
 
-    async def scene() -> tuple[int, int]:
+    async def start_and_kill() -> tuple[int, int]:
         with run_folder(keep=keep) as folder:
             command = ["sh", "-c", "setsid sleep 1000 & echo $!; sleep 1000"]
             processes = [
-                await Process.start("theirs", command, folder / log, run_folder=run)
+                await Process.start("other", command, folder / log, run_folder=run)
                 for log, run in (("marked", folder), ("other", tmp_path))
             ]
             marked, other = [await first_number(folder / log) for log in ("marked", "other")]
@@ -64,7 +64,7 @@ def test_children_of_third_party_programs_are_killed_too(tmp_path: Path, keep: b
             shutil.rmtree(folder)
         return marked, other
 
-    marked, other = asyncio.run(scene())
+    marked, other = asyncio.run(start_and_kill())
     try:
         assert not is_alive(marked)
         assert is_alive(other)

@@ -135,7 +135,7 @@ def broken(target: Path, name: str, group: str, part: str, text: str) -> Path:
 TRACKER = """
 from dmaproof import EmulatedTracker
 class Part(EmulatedTracker):
-    name = "theirs"
+    name = "vendor"
     def start(self, ranges, page_size): return page_size
     def stop(self): pass
     def dma(self, iova, length): pass
@@ -149,48 +149,48 @@ class Part(EmulatedTracker):
         ("import no_such_module", "cannot be loaded: ModuleNotFoundError"),
         ("import sys; sys.exit(3)", "cannot be loaded: SystemExit(3)"),
         ("", "cannot be loaded: AttributeError"),
-        ("class Part: name = 'theirs'", "is not a subclass of dmaproof.EmulatedTracker"),
+        ("class Part: name = 'vendor'", "is not a subclass of dmaproof.EmulatedTracker"),
         ("Part = 7", "is not a subclass of dmaproof.EmulatedTracker"),
         (TRACKER.replace("dma(", "DMA("), "does not define dma;"),
         (TRACKER.replace("    name =", "    title ="), "does not define name;"),
-        (TRACKER.replace('"theirs"', '"mine"'), "the attribute 'name' 'mine'"),
+        (TRACKER.replace('"vendor"', '"mine"'), "the attribute 'name' 'mine'"),
     ],
 )
 def test_a_broken_part_is_refused_only_where_it_is_used(
     tmp_path: Path, text: str, why: str
 ) -> None:
-    folder = broken(tmp_path, "their-tool", "dmaproof.trackers", "theirs", text)
-    message = ask(folder, "emulated_trackers()['theirs']")
-    assert message.startswith("tracker 'theirs' of distribution 'their-tool' (their_module:Part)")
+    folder = broken(tmp_path, "their-tool", "dmaproof.trackers", "vendor", text)
+    message = ask(folder, "emulated_trackers()['vendor']")
+    assert message.startswith("tracker 'vendor' of distribution 'their-tool' (their_module:Part)")
     assert why in message
     assert "fix or uninstall that distribution" in message
-    assert ask(folder, "'theirs' in emulated_trackers()") == "True", "its name is listed"
+    assert ask(folder, "'vendor' in emulated_trackers()") == "True", "its name is listed"
     assert ask(folder, "emulated_trackers()['iommu'].name") == "iommu"
     assert ask(folder, "sorted(set(emulated_trackers()) - set(emulated_trackers().usable()))") == (
-        "['theirs']"
+        "['vendor']"
     )
     assert '"event": "connected"' in python(folder, SERVE, "--tracker", "iommu")
-    refused = python(folder, SERVE, "--tracker", "theirs")
+    refused = python(folder, SERVE, "--tracker", "vendor")
     assert refused.startswith("2 ")
     assert refused.count("of distribution 'their-tool'") == 2, "as event and in the log"
 
 
 def test_a_valid_part_is_accepted(tmp_path: Path) -> None:
-    folder = broken(tmp_path, "their-tool", "dmaproof.trackers", "theirs", TRACKER)
-    assert ask(folder, "emulated_trackers()['theirs'].__module__") == "their_module"
+    folder = broken(tmp_path, "their-tool", "dmaproof.trackers", "vendor", TRACKER)
+    assert ask(folder, "emulated_trackers()['vendor'].__module__") == "their_module"
 
 
 def test_a_fault_must_name_its_link(tmp_path: Path) -> None:
-    text = "from dmaproof import Fault\nclass Part(Fault): name = 'theirs'"
-    folder = broken(tmp_path, "their-tool", "dmaproof.faults", "theirs", text)
-    assert "does not define link;" in ask(folder, "known_faults()['theirs']")
+    text = "from dmaproof import Fault\nclass Part(Fault): name = 'vendor'"
+    folder = broken(tmp_path, "their-tool", "dmaproof.faults", "vendor", text)
+    assert "does not define link;" in ask(folder, "known_faults()['vendor']")
 
 
 def test_a_name_of_two_parts_is_refused_as_ambiguous(tmp_path: Path) -> None:
     for distribution in ("one", "two"):
-        broken(tmp_path, distribution, "dmaproof.trackers", "theirs", TRACKER)
-    message = ask(tmp_path, "emulated_trackers()['theirs']")
-    assert "'theirs' is ambiguous: distribution 'one' (their_module:Part) and" in message
+        broken(tmp_path, distribution, "dmaproof.trackers", "vendor", TRACKER)
+    message = ask(tmp_path, "emulated_trackers()['vendor']")
+    assert "'vendor' is ambiguous: distribution 'one' (their_module:Part) and" in message
     assert "distribution 'two'" in message
     assert "uninstall one of them, or rename" in message
 

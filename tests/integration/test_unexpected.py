@@ -1,4 +1,4 @@
-"""Errors of the machine and of other programs end in an exit code and a message of ours."""
+"""Errors of the machine and of other programs end in an exit code and a message of dmaproof."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def test_without_a_cache_nothing_is_tested(
 ) -> None:
     home(monkeypatch)
     assert main(command) == 3
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith("dmaproof: NOT TESTED: ")
-    assert "XDG_CACHE_HOME" in told
+    reported = capsys.readouterr().err.splitlines()[-1]
+    assert reported.startswith("dmaproof: NOT TESTED: ")
+    assert "XDG_CACHE_HOME" in reported
 
 
 def test_without_a_home_no_qemu_was_fetched(

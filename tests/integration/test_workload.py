@@ -250,7 +250,7 @@ def test_a_torn_page_is_found(guests: WorkloadGuests, word: int) -> None:
     assert error.values["kind"] == "stamp"
     assert int(error.values["lba"]) == request.sector
     assert int(error.values["gpa"], 0) // PAGE_BYTES == request.taken[0]
-    guest.obey("s")  # what is known to be wrong is not looked at again
+    guest.obey("s")  # a page that is known to be wrong is not checked again
     assert len(guest.reports("error")) == 1
 
 

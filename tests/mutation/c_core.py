@@ -336,8 +336,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="c-core-") as temporary:
         folder = Path(temporary)
         for source in core_build.core_sources():
-            complaint = _compile(source, folder / f"{source.stem}.o")
-            assert complaint is None, complaint
+            failure = _compile(source, folder / f"{source.stem}.o")
+            assert failure is None, failure
         core_build.compiled(["-shared", *folder.glob("*.o"), "-o", folder / "_core.abi3.so"])
         with ProcessPoolExecutor(arguments.jobs, context, _prepare) as pool:
             limits = pool.submit(_limits, folder / "_core.abi3.so", arguments.tests).result()

@@ -174,13 +174,13 @@ def test_ram_that_the_map_hides_is_compared(tool: Tool, folder: Path, kind: str)
         ]
 
 
-NOBODY = 65534
+UNPRIVILEGED = 65534
 WRAPPERS = {
     "root": [],
     "root without CAP_SYS_PTRACE": ["setpriv", "--bounding-set=-sys_ptrace"],
     # The Python that runs the tests may be in root's home, and needs the capability to be read.
     "QEMU's user in another group": [
-        *("setpriv", f"--reuid={NOBODY}", "--regid=4711", "--clear-groups"),
+        *("setpriv", f"--reuid={UNPRIVILEGED}", "--regid=4711", "--clear-groups"),
         *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
     ],
 }
@@ -191,9 +191,9 @@ def test_private_memory_of_another_users_qemu() -> None:
     arguments = [*WITH_RAM0, *MEMORY["private"], "-runas", "nobody"]
     with tempfile.TemporaryDirectory(dir="/tmp") as name:  # a folder that every user can reach
         folder = Path(name)
-        os.chown(folder, NOBODY, NOBODY)
+        os.chown(folder, UNPRIVILEGED, UNPRIVILEGED)
         (folder / "t").mkdir()
-        os.chown(folder / "t", NOBODY, NOBODY)
+        os.chown(folder / "t", UNPRIVILEGED, UNPRIVILEGED)
         with foreign_pair(find_qemu(None), folder, arguments) as pair:
             for path in (pair.source, pair.destination):
                 path.chmod(0o777)
@@ -205,11 +205,11 @@ def test_private_memory_of_another_users_qemu() -> None:
                     user == "root",
                     user != "root",
                 ), user
-            stranger = Tool(
+            other_user = Tool(
                 folder / "t", ["--reuid=4711" if "reuid" in word else word for word in wrapper]
             )
             os.chown(folder / "t", 4711, 4711)
-            refused(stranger, pair.source, pair.destination, 3, "which belongs to user")
+            refused(other_user, pair.source, pair.destination, 3, "which belongs to user")
             make_fault(pair, "private")
             for wrapper in list(WRAPPERS.values())[:2]:
                 checked(Tool(folder / "t", wrapper), pair, 1)

@@ -1,4 +1,4 @@
-"""The devices of ours beyond the plain disk, each in a proof on real QEMU."""
+"""The built-in devices beyond the plain disk, each in a proof on real QEMU."""
 
 from __future__ import annotations
 

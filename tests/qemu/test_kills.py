@@ -17,7 +17,7 @@ NAMES = {"source": "source QEMU", "destination": "destination QEMU", "device": "
 
 def run_up_to(tool: Tool, moment: str) -> tuple[Running, dict[str, int]]:
     """A run that has come to `moment`, and its processes."""
-    # It would go on for a long time at each moment, so that the kill comes in time.
+    # Each step would take a long time, so the kill comes before the step ends.
     guest = "linux" if moment == "boot" else "bare"
     options = ("--guest", guest, "--bandwidth", "32M", "--requests-after", "1000000")
     running = tool.start("prove", *options)

@@ -15,7 +15,7 @@ from support.command import Tool
 
 PAGE = (Path(__file__).parents[2] / "docs" / "library.md").read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-TOLD = (
+OUTPUTS = (
     r"all pages are equal: \d+ pages compared\n",
     r"[\d.]+.* running\nall pages are equal: \d+ pages compared\n",
     r"(\w+ \d+ (\d+|None)\n)*completed \d+ 0\nall pages are equal: \d+ pages compared\n",
@@ -40,9 +40,11 @@ def run(number: int, tool: Tool, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("number", [index for index in range(len(TOLD)) if index != RUNNING_QEMU])
+@pytest.mark.parametrize(
+    "number", [index for index in range(len(OUTPUTS)) if index != RUNNING_QEMU]
+)
 def test_an_example_prints_what_it_should(number: int, tool: Tool) -> None:
-    assert re.fullmatch(TOLD[number], run(number, tool))
+    assert re.fullmatch(OUTPUTS[number], run(number, tool))
     assert not tool.leftovers()
 
 
@@ -50,8 +52,8 @@ def test_the_example_for_a_running_qemu(tool: Tool, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("tempfile.tempdir", str(tool.folder))
     with Session() as session:
         qemu = session.qemu(["-machine", "q35", "-m", "64"], accelerator="tcg")
-        assert re.fullmatch(TOLD[RUNNING_QEMU], run(RUNNING_QEMU, tool, str(qemu.socket_path)))
+        assert re.fullmatch(OUTPUTS[RUNNING_QEMU], run(RUNNING_QEMU, tool, str(qemu.socket_path)))
 
 
 def test_every_example_of_the_page_is_tested() -> None:
-    assert len(EXAMPLES) == len(TOLD)
+    assert len(EXAMPLES) == len(OUTPUTS)

@@ -1,4 +1,4 @@
-"""Devices that are not ours: the recipes of docs/third-party-devices.md, carried out."""
+"""Third-party devices: the recipes of docs/third-party-devices.md, carried out."""
 
 from __future__ import annotations
 

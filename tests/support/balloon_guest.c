@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * The whole user space of a Linux guest that frees memory when it is told to: it fills most of its
+ * The whole user space of a Linux guest that frees memory on command: it fills most of its
  * RAM, goes on writing to a small part, so that a migration does not end, and gives the rest back to
  * the kernel at the byte 'f' on its second serial port.
  */

@@ -75,7 +75,7 @@ def test_the_device_sends_the_requested_number_of_packets(guest: Guest) -> None:
     guest.send(ETHERTYPE, struct.pack("<I", 9))
     assert len(guest.received()) == 4, "the guest offered only 6 buffers"
     guest.offer(8)
-    assert len(guest.received()) == 5, "the device still owes 5 of the packets"
+    assert len(guest.received()) == 5, "5 of the packets are still outstanding"
 
 
 @pytest.mark.parametrize(

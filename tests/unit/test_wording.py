@@ -44,7 +44,9 @@ def found_in(text: str) -> list[str]:
 
 
 def test_no_text_uses_an_idiom_that_its_reader_would_have_to_decode() -> None:
-    found = [f"{file.relative_to(ROOT)}:{each}" for file, text in texts() for each in found_in(text)]
+    found = [
+        f"{file.relative_to(ROOT)}:{idiom}" for file, text in texts() for idiom in found_in(text)
+    ]
     assert not found, "\n".join(found)
 
 

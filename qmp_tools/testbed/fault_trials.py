@@ -228,14 +228,28 @@ class _Proofs:
         self._slots = asyncio.Semaphore(max(1, (os.cpu_count() or 1) // _PROCESSORS_OF_A_PROOF))
 
     async def trial(self, name: str, seed: int) -> Trial:
-        """Carry out one proof with the fault `name`."""
+        """Carry out one proof with the fault `name`, and another if the first has no verdict.
+
+        A proof without a verdict says nothing about the fault: its guest has not booted, say, or
+        a busy machine let the migration complete too early.
+        """
         async with self._slots:
-            try:
-                async with self._machine_is_probed:
-                    setup = await self._make_setup(None if name == CONTROL else name, seed)
-                proof = await prove(setup)
-            except UntestableError as error:
-                return _without_verdict(error, seed)
+            trial = await self._proof(name, seed)
+            if trial.untested is not None:
+                _logger.warning(
+                    "%s, seed %d: repeated, because the proof has no verdict: %s",
+                    *(name, seed, trial.untested),
+                )
+                trial = await self._proof(name, seed)
+            return trial
+
+    async def _proof(self, name: str, seed: int) -> Trial:
+        try:
+            async with self._machine_is_probed:
+                setup = await self._make_setup(None if name == CONTROL else name, seed)
+            proof = await prove(setup)
+        except UntestableError as error:
+            return _without_verdict(error, seed)
         return judge(proof.verdict, seed)
 
 

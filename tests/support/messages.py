@@ -39,8 +39,8 @@ _SECTIONS: Final = {
     "DmaproofError": (
         "Errors of the library",
         "A caller of `dmaproof` or `qmp_tools` gets these errors as exceptions. If a device of "
-        "dmaproof meets one, the device ends its session, and the proof reports the error with exit "
-        "code 3.",
+        "dmaproof meets one, the device ends its session, and the proof reports the error under "
+        "exit code 3.",
     ),
 }
 

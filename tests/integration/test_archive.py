@@ -1,4 +1,4 @@
-"""What is asked of the machine's apt, and what is said where it is not Debian's."""
+"""The use of the machine's apt, and the errors on a machine without Debian's archive."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from qmp_tools.host import archive
 
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that has all programs there are."""
+    """Make a folder that is the whole PATH."""
     monkeypatch.setenv("PATH", str(tmp_path))
     return tmp_path
 
 
 def put(folder: Path, name: str, *lines: str) -> None:
-    """A program that prints these lines, whatever its arguments."""
+    """Write a program that prints these lines and ignores its arguments."""
     program = folder / name
     program.write_text("#!/bin/sh\n" + "".join(f"printf '{line}\\n'\n" for line in lines))
     program.chmod(0o755)

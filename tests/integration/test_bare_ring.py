@@ -1,4 +1,4 @@
-"""The bare guest's driver: any traffic on any ring arrives once, and comes back once.
+"""The bare guest's driver: every request on any ring arrives once, and is answered once.
 
 The device answers in any order and is replaced in mid-traffic, as by a migration: it continues from
 its base alone. The driver must kick exactly for the requests for which the device wants a kick.
@@ -77,7 +77,7 @@ def test_a_submitted_request_arrives_and_comes_back(
         taken: list[tuple[int, DescriptorChain]] = []
         given_back: list[int] = []
         popped = 0
-        kick_at: int | None = None  # the request for which the device wants a kick
+        kick_at: int | None = None  # the request for which the device wants a notification
         for _ in range(data.draw(st.integers(1, 80))):
             step = data.draw(st.sampled_from(["submit", "pop", "push", "poll", "restart"]))
             if step == "submit" and free:

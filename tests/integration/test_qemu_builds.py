@@ -1,4 +1,4 @@
-"""How a fetched QEMU is made to run on a machine of another suite."""
+"""The start of a fetched QEMU on a machine of another suite."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qmp_tools.qemu.builds import make_whole
 
 
 def test_a_fetched_program_runs_by_its_own_loader(tmp_path: Path) -> None:
-    """Debian 12's packages name the loader by an absolute link, which would be the machine's."""
+    """Debian 12's packages have an absolute link, which would lead to the machine's loader."""
     libraries = tmp_path / "root/lib/x86_64-linux-gnu"
     loader = libraries / "ld-linux-x86-64.so.2"
     links = tmp_path / "root/lib64"

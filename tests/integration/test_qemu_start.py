@@ -1,4 +1,4 @@
-"""What is reported of a QEMU that does not answer on QMP; a script simulates QEMU."""
+"""The errors about a QEMU that does not answer on QMP; a script simulates the QEMU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CLOSES_QMP = (
 
 
 def start(folder: Path, script: str, timeout_s: float) -> None:
-    """Start the `script` (of bash) in QEMU's place."""
+    """Start the bash `script` instead of QEMU."""
     program = folder / "qemu"
     program.write_text(f"#!/bin/bash\n{script}\n")
     program.chmod(0o755)

@@ -1,4 +1,4 @@
-"""The reaper removes a run's folder, though others remove files in it at the same time."""
+"""The reaper removes a run's folder even if other processes remove files in it meanwhile."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from support.command import is_alive
 FILES = 4000
 
 
-def test_a_folder_is_removed_while_its_files_disappear(tmp_path: Path) -> None:
-    """A device that ends removes its own sockets at the same time."""
+def test_a_folder_is_removed_while_its_files_are_removed(tmp_path: Path) -> None:
+    """A device that ends removes its own sockets."""
     folder = tmp_path / "run"
     folder.mkdir()
     files = [folder / f"{number}.sock" for number in range(FILES)]
@@ -47,7 +47,7 @@ async def first_number(log: Path) -> int:
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_children_of_third_party_programs_are_killed_too(tmp_path: Path, keep: bool) -> None:
-    """A grandchild in a session of its own, which no signal of a parent's reaches."""
+    """The grandchild has its own session, so no signal of a parent reaches it."""
 
     async def start_and_kill() -> tuple[int, int]:
         with run_folder(keep=keep) as folder:

@@ -1,4 +1,4 @@
-"""Errors of the machine and of other programs end in an exit code and a message of dmaproof."""
+"""Errors of the machine and of other programs end with dmaproof's exit code and message."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pwd, "getpwuid", unknown)
 
 
-def with_a_home_that_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def with_a_read_only_home(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("XDG_CACHE_HOME", "XDG_DATA_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/proc")  # root cannot write there either
 
 
 @pytest.mark.parametrize("command", NEED_THE_CACHE.values(), ids=NEED_THE_CACHE)
-@pytest.mark.parametrize("home", [without_a_home, with_a_home_that_takes_nothing])
+@pytest.mark.parametrize("home", [without_a_home, with_a_read_only_home])
 def test_without_a_cache_nothing_is_tested(
     home: Callable[[pytest.MonkeyPatch], None],
     command: list[str],

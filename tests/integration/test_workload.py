@@ -48,7 +48,7 @@ def kinds_of_errors(guest: WorkloadGuest) -> list[str]:
 # Parameters ---------------------------------------------------------------------------------------
 
 
-def test_a_workload_is_read_by_name() -> None:
+def test_a_workload_is_parsed_by_name() -> None:
     assert parse_workload("", 7) == Workload(seed=7)
     assert parse_workload("pattern=hot-set,threads=16,huge_every=0", 7) == Workload(
         seed=7, pattern="hot-set", threads=16, huge_every=0
@@ -76,7 +76,7 @@ def test_a_wrong_workload_is_refused(text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["thread=4", "threads=", "threads=4x", "pattern=randomly", ""])
-def test_a_guest_refuses_what_it_does_not_know(guests: WorkloadGuests, text: str) -> None:
+def test_a_guest_refuses_unknown_parameters(guests: WorkloadGuests, text: str) -> None:
     assert not guests().library.read_parameter(text.encode())
 
 
@@ -88,7 +88,7 @@ def test_parameters_out_of_bounds_and_too_small_a_disk_are_refused(guests: Workl
     assert b"too small" in guest.library.prepare_workload(8)
 
 
-# What is planned ----------------------------------------------------------------------------------
+# Planning -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -109,7 +109,7 @@ def test_a_guest_finds_no_error_on_a_correct_disk(guests: WorkloadGuests, patter
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_once_pages_are_used_once(guests: WorkloadGuests, pattern: str) -> None:
+def test_write_once_pages_are_used_once(guests: WorkloadGuests, pattern: str) -> None:
     guest = guests(pattern=pattern, hot=64, write_once=1000, churn=0, huge_every=8)
     worker = guest.worker()
     assert all(request.region != ONCE for request in guest.run(worker, 200))
@@ -125,7 +125,7 @@ def test_once_pages_are_used_once(guests: WorkloadGuests, pattern: str) -> None:
     assert all(request.region != ONCE for request in guest.run(worker, 200))
 
 
-def test_once_pages_are_used_once_in_each_migration(guests: WorkloadGuests) -> None:
+def test_write_once_pages_are_used_once_in_each_migration(guests: WorkloadGuests) -> None:
     guest = guests(hot=64, write_once=256, churn=8)
     worker = guest.worker()
     for migration in (1, 2, 3):
@@ -154,14 +154,14 @@ def test_once_pages_are_used_once_in_each_migration(guests: WorkloadGuests) -> N
     assert not guest.reports("error")
 
 
-def test_no_once_pages_are_done_at_once(guests: WorkloadGuests) -> None:
+def test_a_guest_without_write_once_pages_is_done_at_once(guests: WorkloadGuests) -> None:
     guest = guests(write_once=0)
     guest.obey("o")
     guest.obey("o")
     assert len(guest.reports("write-once-done")) == 1
 
 
-def test_requests_under_way_share_nothing(guests: WorkloadGuests) -> None:
+def test_requests_in_flight_share_no_page(guests: WorkloadGuests) -> None:
     guest = guests(
         threads=64, hot=256, write_once=512, write_every=4, unaligned_every=4, huge_every=32
     )
@@ -188,7 +188,9 @@ def test_sequential_requests_continue_after_the_last_one(guests: WorkloadGuests)
 
 
 @pytest.mark.parametrize(("pattern", "low", "high"), [("random", 0.0, 0.2), ("hot-set", 0.8, 1.0)])
-def test_a_hot_set_is_hot(guests: WorkloadGuests, pattern: str, low: float, high: float) -> None:
+def test_a_hot_set_gets_most_requests(
+    guests: WorkloadGuests, pattern: str, low: float, high: float
+) -> None:
     guest = guests(pattern=pattern, **ONLY_READS)
     requests = guest.run(guest.worker(), 2000)
     near = sum(request.sector < DISK_SECTORS / 16 for request in requests) / 2000
@@ -229,7 +231,7 @@ def test_an_unaligned_request_is_in_sectors_of_its_worker(guests: WorkloadGuests
     assert guest.reports("error") == []
 
 
-# What is found ------------------------------------------------------------------------------------
+# Checking -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("word", [0, 1, 2, 3, 255, 511])
@@ -254,12 +256,12 @@ def test_a_torn_page_is_found(guests: WorkloadGuests, word: int) -> None:
     assert len(guest.reports("error")) == 1
 
 
-def test_an_old_page_is_found(guests: WorkloadGuests) -> None:
+def test_a_stale_page_is_found(guests: WorkloadGuests) -> None:
     guest = guests(**ONLY_READS)
     worker = guest.worker()
     guest.run(worker, 10)
     request = guest.plan(worker)
-    guest.served -= 1  # the next answer has a number that was there before
+    guest.served -= 1  # the next answer repeats a request number
     guest.serve(request)
     guest.finish(request)
     assert set(kinds_of_errors(guest)) == {"stale"}

@@ -66,10 +66,10 @@ async def _boot(
     return channel
 
 
-# qboot gives the BARs no addresses: then the guest does.
+# qboot assigns no addresses to the BARs, so the guest assigns them.
 @pytest.mark.parametrize("firmware", [(), ("-bios", "qboot.rom")], ids=["seabios", "qboot"])
 @pytest.mark.parametrize("machine", ["q35", "pc"])
-def test_it_starts_on(tmp_path: Path, machine: str, firmware: tuple[str, ...]) -> None:
+def test_the_guest_starts_with(tmp_path: Path, machine: str, firmware: tuple[str, ...]) -> None:
     channel = asyncio.run(_boot(tmp_path, Workload(write_once=256, churn=64), machine, firmware))
     assert channel.error_messages == []
     assert channel.number("ready", "buffer_pages") == 1024 + 256
@@ -78,7 +78,9 @@ def test_it_starts_on(tmp_path: Path, machine: str, firmware: tuple[str, ...]) -
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("threads", [1, 64])
 @pytest.mark.parametrize("ring", RINGS)
-def test_it_carries_out(tmp_path: Path, pattern: str, threads: int, ring: str) -> None:
+def test_the_guest_carries_out_its_workload(
+    tmp_path: Path, pattern: str, threads: int, ring: str
+) -> None:
     workload = Workload(
         pattern=pattern,
         threads=threads,
@@ -103,7 +105,7 @@ def test_the_reason_for_giving_up_is_reported(tool: Tool) -> None:
 
 
 @pytest.mark.parametrize("ring", RINGS)
-def test_its_proof_passes_and_catches(tool: Tool, ring: str) -> None:
+def test_a_proof_passes_and_detects_a_fault(tool: Tool, ring: str) -> None:
     outcome = tool.run("prove", "--guest", "bare", "--ring", ring, "--control", "--json", "-")
     assert outcome.exit_code == 0, outcome.output + outcome.errors
     report = outcome.report
@@ -122,8 +124,8 @@ def test_its_proof_passes_and_catches(tool: Tool, ring: str) -> None:
 
 
 @pytest.mark.usefixtures("much_memory")
-def test_its_pages_lie_on_both_sides_of_4_gib(tool: Tool) -> None:
-    # On q35 the half behind 2 GiB begins at 4 GiB; and 8 KiB more, see docs/guests.md.
+def test_the_guests_pages_are_below_and_above_4_gib(tool: Tool) -> None:
+    # On q35, the RAM after the first 2 GiB begins at 4 GiB; for the 8 KiB see docs/guests.md.
     memory = f"{(2816 << 10) + 8}K"
     arguments = ("--guest", "bare", "--memory", memory, "--fault", "drop-pages=0.01")
     outcome = tool.run("prove", "--json", "-", *arguments)

@@ -20,7 +20,7 @@ ROOT: Final = Path(__file__).parents[2]
 CHECKOUT: Final = Path("/root/dmaproof")
 TIMEOUT_S: Final = 1500.0
 TYPES: Final = Path("/root/types")
-"""In the tree: what mypy found out in the last run. It checks again what has changed since."""
+"""The cache of mypy in the tree, so that mypy checks only what has changed since the last run."""
 SOME_TESTS: Final = (
     "tests/unit/test_doctor.py",
     "tests/unit/test_linux_guest.py",
@@ -31,11 +31,11 @@ SOME_TESTS: Final = (
     "tests/qemu/test_devices.py::test_a_disk_and_a_network_share_a_log",
     "tests/qemu/test_third_party.py::test_qemu_storage_daemon",
 )
-"""Those that depend on the release: on its Python, its kernel and its QEMU."""
+"""The tests that depend on the release: on its Python, its kernel and its QEMU."""
 
 
 def check_out(target: Path) -> None:
-    """Copy what git would have in a checkout, and what is about to be added."""
+    """Copy the files that git has or that are about to be added."""
     options = ("-z", "--cached", "--others", "--exclude-standard")
     listing: list[str | Path] = ["git", "-C", ROOT, "ls-files", *options]
     names = subprocess.run(listing, capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""The built-in devices beyond the plain disk, each in a proof on real QEMU."""
+"""dmaproof's devices other than the plain disk, each in a proof with a real QEMU."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def test_packed_rings(tool: Tool) -> None:
     assert report["sensitivity"]["guaranteed_detectable"] >= 8000
 
 
-def test_what_is_used_in_a_packed_ring_must_be_reported(tool: Tool) -> None:
+def test_the_device_must_report_its_writes_to_a_packed_ring(tool: Tool) -> None:
     options = ("--ring", "packed", "--guest", "bare", "--fault", "used-ring-unlogged")
     outcome = tool.run("prove", *options, "--json", "-")
     assert outcome.exit_code == 1, outcome.output + outcome.errors
-    # The descriptor ring's page and the event suppression structure's, of each of two queues. None
-    # may differ: the driver writes to the former, and QEMU dirties the latter.
+    # The pages of the descriptor ring and of the event suppression structure of each of two queues.
+    # They may all be equal: the driver writes to the former, and QEMU dirties the latter.
     assert outcome.report["sensitivity"]["missed_at"] == {"tracker": 4}
 
 
@@ -50,7 +50,7 @@ def test_a_device_that_is_killed_loses_nothing(tool: Tool, ring: str, guest: str
     assert outcome.report["setup"]["killed"] is True
 
 
-def test_what_a_killed_device_forgets_is_lost(tool: Tool) -> None:
+def test_pages_that_a_killed_device_forgets_are_lost(tool: Tool) -> None:
     outcome = tool.run("prove", "--fault", "forgotten-at-restart", "--guest", "bare", "--json", "-")
     assert outcome.exit_code == 1, outcome.output + outcome.errors
     lost = outcome.report["lost_pages"]
@@ -67,7 +67,7 @@ def test_a_disk_and_a_network_share_a_log(tool: Tool) -> None:
     assert outcome.report["sensitivity"]["unreported"] == 0
 
 
-def test_each_of_two_devices_answers_for_its_own_pages(tool: Tool) -> None:
+def test_each_of_two_devices_is_blamed_for_its_own_pages(tool: Tool) -> None:
     fault = ("--fault", "drop-pages=0.1")
     outcome = tool.run("prove", "--device", "blk", "--device", "net", *fault, "--json", "-")
     assert outcome.exit_code == 1, outcome.output + outcome.errors

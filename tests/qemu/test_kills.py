@@ -16,8 +16,8 @@ NAMES = {"source": "source QEMU", "destination": "destination QEMU", "device": "
 
 
 def run_up_to(tool: Tool, moment: str) -> tuple[Running, dict[str, int]]:
-    """A run that has come to `moment`, and its processes."""
-    # Each step would take a long time, so the kill comes before the step ends.
+    """Start a run, wait until it has reached `moment`, and return it with its processes."""
+    # Each moment lasts long enough for the kill to come in time.
     guest = "linux" if moment == "boot" else "bare"
     options = ("--guest", guest, "--bandwidth", "32M", "--requests-after", "1000000")
     running = tool.start("prove", *options)
@@ -32,7 +32,7 @@ def assert_nothing_is_left(tool: Tool, processes: dict[str, int]) -> None:
         alive = {name: pid for name, pid in processes.items() if is_alive(pid)}
         assert time.monotonic() < deadline, f"still there: {alive} {tool.leftovers()}"
         time.sleep(0.05)
-    # Folders there are other tests' (support/scratch.py).
+    # The folders belong to other tests (support/scratch.py).
     objects = [path for path in Path("/dev/shm").iterdir() if path.is_file()]
     assert not [path for path in objects if "dmaproof" in path.name]
 
@@ -64,7 +64,7 @@ def test_a_killed_tool_leaves_nothing(tool: Tool, how: signal.Signals, moment: s
 @pytest.mark.parametrize("pause_s", [0.0, 0.1])
 def test_an_impatient_user_changes_nothing(tool: Tool, pause_s: float) -> None:
     running, processes = run_up_to(tool, "precopy")
-    while running.process.poll() is None:  # until it has ended, and while it does
+    while running.process.poll() is None:  # until the process has ended
         running.process.send_signal(signal.SIGINT)
         time.sleep(pause_s)
     outcome = running.finish()
@@ -74,7 +74,7 @@ def test_an_impatient_user_changes_nothing(tool: Tool, pause_s: float) -> None:
     assert_nothing_is_left(tool, processes)
 
 
-def test_a_later_run_sweeps_what_nobody_could(tool: Tool) -> None:
+def test_a_later_run_removes_a_folder_without_a_reaper(tool: Tool) -> None:
     """The tool and its reaper killed together leave a folder, but only until the next run."""
     running, processes = run_up_to(tool, "boot")
     (folder,) = tool.leftovers()

@@ -1,4 +1,4 @@
-"""A back end that does not answer: named, with the message and its log, when the wait is over."""
+"""A timeout names a back end that does not answer, with the message and its log."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_message_that_is_not_answered_is_named(message: str, how: str, state: 
         "waits for it",
         silent,
     )
-    # Whichever waits first: its QMP session, or what keeps the migration in precopy.
+    # The QMP session or the test channel, which holds the migration in precopy, waits first.
     channel = r"\S+ within 5 s; .*|on its test channel \(qtest\) within 60 s; .*"
     assert re.fullmatch(f"source QEMU has not answered ({channel})", late)
     assert log[:2] == ["  last lines of source-device.log:", f"    received {message}"]

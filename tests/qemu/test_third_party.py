@@ -1,4 +1,4 @@
-"""Third-party devices: the recipes of docs/third-party-devices.md, carried out."""
+"""Third-party devices: the recipes of docs/third-party-devices.md."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RECIPES: Final = (ROOT / "docs" / "third-party-devices.md").read_text()
 
 
 def faulty(fault: str, *harvest: str) -> str:
-    """The command of a back end that has a fault, or 'none'."""
+    """Return the command of a back end with a fault, or with 'none'."""
     program = str(ROOT / "tests" / "back_ends" / "faulty.py")
     return shlex.join([sys.executable, program, "{socket}", fault, *harvest])
 
@@ -60,7 +60,7 @@ REFUSALS: Final = {
     "nvme": ["State blocked by non-migratable device"],
     "lsi53c895a": ["lsi_pre_save: Assertion", "has not become ready within"],
 }
-"""Of old QEMUs; see docs/third-party-devices.md."""
+"""Defects of old QEMUs; see docs/third-party-devices.md."""
 
 
 def recipe(program: str, word: str = "") -> list[str]:
@@ -132,7 +132,7 @@ def test_a_back_end_may_serve_the_linux_guest_and_a_second_destination(tool: Too
     assert_passed_or_released_rings(outcome)
 
 
-def test_a_back_end_is_started_anew_with_each_qemu(tool: Tool) -> None:
+def test_each_qemu_gets_a_new_back_end(tool: Tool) -> None:
     outcome = tool.run(*recipe("qemu-storage-daemon"), "--scenario", "ping-pong")
     assert_passed_or_released_rings(outcome)
     migrations = outcome.report["migrations"]
@@ -166,7 +166,7 @@ def test_a_page_lost_by_a_third_party_device_is_detected(tool: Tool) -> None:
 
 
 def watch(tool: Tool, command: str, *arguments: str) -> Outcome:
-    """A short proof of a back end, each side of which has a disk of its own."""
+    """Run a short proof of a back end whose two sides have a disk each."""
     options = ("--requests-after", "200", "--workload", "write_once=1024,churn=1024,write_every=0")
     return prove(tool, "--guest", "bare", "--device-command", command, *options, *arguments)
 
@@ -185,7 +185,7 @@ def test_dma_after_the_device_has_stopped_is_seen(tool: Tool) -> None:
     outcome = watch(tool, faulty("dma-after-stop=2"))
     assert outcome.exit_code == 1, outcome.output + outcome.errors
     (page,) = outcome.report["lost_pages"]
-    # On a machine that is so busy that it comes before the comparison, that shows it.
+    # On a busy machine the DMA may precede the comparison, which then shows it.
     assert page["blame"] in ("late-dma", "unknown")
 
 
@@ -213,10 +213,10 @@ def test_a_flush_that_is_missing_when_the_device_stops_is_seen(tool: Tool) -> No
 @pytest.mark.parametrize(
     ("answer", "wrong"),
     [
-        # A source that notices the refusal resumes for a moment, from the wrong index.
-        ("right-3", "3 too low|finished 3 more requests"),
-        ("0", "too low"),
-        ("right+64", "at least (5[6-9]|6[0-4]) too high"),
+        # A source that notices the refusal resumes for a moment, with the wrong index.
+        ("right-3", "3 too few|finished 3 more requests"),
+        ("0", "too few"),
+        ("right+64", "at least (5[6-9]|6[0-4]) too many"),
     ],
 )
 def test_a_wrong_ring_index_is_the_back_ends_fault(tool: Tool, answer: str, wrong: str) -> None:
@@ -236,7 +236,7 @@ def test_a_wrong_ring_index_is_the_back_ends_fault(tool: Tool, answer: str, wron
     assert tool.leftovers() == []
 
 
-def test_nothing_tested_is_no_pass_without_a_journal_either(tool: Tool) -> None:
+def test_a_run_without_sensitivity_is_not_a_pass_without_a_journal(tool: Tool) -> None:
     arguments = ("--device", "qemu:virtio-blk-pci", "--workload", "write_once=0")
     outcome = prove(tool, "--guest", "bare", *arguments)
     assert outcome.exit_code == 3, outcome.output + outcome.errors
@@ -266,7 +266,7 @@ def newer_qemu() -> QemuBuild:
 
 
 def on_newer_qemu(program: str, *command: str) -> list[str]:
-    """The recipe that runs `program`, as the words `command`, on a QEMU that was fetched."""
+    """Return the recipe that runs `program`, as the words `command`, with a fetched QEMU."""
     arguments = recipe(program)
     arguments[arguments.index("--qemu") + 1] = str(newer_qemu().path)
     at = arguments.index("--device-command") + 1
@@ -280,7 +280,7 @@ def test_virtiofsd(tool: Tool) -> None:
     assert_passed(tool.run(*arguments, *BRIEF), "fs by virtiofsd")
 
 
-def test_a_virtiofsd_that_qemu_will_not_migrate(tool: Tool) -> None:
+def test_a_virtiofsd_that_qemu_does_not_migrate(tool: Tool) -> None:
     program = "/usr/lib/qemu/virtiofsd"
     if not Path(program).exists():
         pytest.skip(f"no {program} here: it was part of QEMU 7.2 in Debian 12")
@@ -294,7 +294,7 @@ def dpdk() -> list[str]:
     """testpmd (the system's, or fetched once), and the options to find its drivers."""
     if testpmd := shutil.which("dpdk-testpmd"):
         return [testpmd]
-    # Not below the temporary folder: DPDK loads nothing from where everybody may write.
+    # Not below the temporary folder: DPDK loads nothing from a world-writable folder.
     target = cache() / f"dpdk-{own_codename()}"
     with fresh_folder(target) as fresh:
         if fresh is not None:
@@ -338,7 +338,7 @@ def test_a_dpdk_that_takes_frames_and_sends_none(tool: Tool) -> None:
 def test_networks_inside_qemu(tool: Tool, name: str) -> None:
     outcome = prove(tool, "--device", f"qemu:{name}", *BRIEF)
     if "is not a valid device model name" in outcome.errors:
-        assert name == "igb"  # it came with QEMU 8.0
+        assert name == "igb"  # QEMU has it from 8.0 on
     else:
         assert_passed(outcome, f"qemu:{name}", certain=False)
 
@@ -355,8 +355,8 @@ def test_a_back_end_that_ends_at_once_is_reported_with_its_last_output(
 
 
 @pytest.mark.parametrize("victim", ["back end", "tool"])
-def test_whatever_is_killed_nothing_is_left(tool: Tool, victim: str) -> None:
-    # The shell stays, so that the back end is a grandchild of the tool's.
+def test_nothing_is_left_after_a_kill(tool: Tool, victim: str) -> None:
+    # The shell stays, so the back end is a grandchild of dmaproof.
     command = shlex.join(["sh", "-c", f"{FAULTY}; exit 7"])
     arguments = ("--guest", "bare", "--device-command", command, "--bandwidth", "8M")
     running = tool.start("prove", *arguments)
@@ -377,7 +377,7 @@ def test_whatever_is_killed_nothing_is_left(tool: Tool, victim: str) -> None:
 
 
 def of_run(tool: Tool, *words: str) -> list[int]:
-    """The processes that have the tool's folder and all `words` on their command lines."""
+    """Return the processes whose command lines have the test's folder and all `words`."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

@@ -15,8 +15,8 @@ from support.foreign_pair import PROBE_OUTPUT, Pair, foreign_pair
 
 
 def busy_guest() -> list[str]:
-    """A guest whose vCPU dirties 64 pages for ever, at a RAM size at which any QEMU sees that."""
-    return ["-machine", "q35", "-m", "65544K", "-kernel", str(probe_guest()), *PROBE_OUTPUT]
+    """Return the arguments of a guest whose vCPU dirties 64 pages for ever, which any QEMU sees."""
+    return ["-machine", "q35", "-m", "65544K", "-kernel", str(probe_guest()), *HEARD_PROBE]
 
 
 def slow_down(pair: Pair) -> None:
@@ -47,7 +47,7 @@ def test_a_migration_is_followed_to_its_end(
     assert "downtime" in lines[-1]
 
 
-def test_a_cancelled_migration_is_no_success(
+def test_a_cancelled_migration_is_not_a_success(
     tool: Tool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("p")
@@ -88,7 +88,7 @@ def test_the_devices_log_is_found_in_qemu(tool: Tool) -> None:
     running = tool.start("prove", "--bandwidth", "32M")
     running.wait_for_line("migration active")
     meter = VhostLogMeter(running.children()["source"], "source QEMU")
-    # Until QEMU has emptied the log once, the same hot pages may be dirty again and again.
+    # Until QEMU has cleared the log once, the same hot pages may stay dirty.
     while not any(line.startswith("comparing") for line in running.errors):
         assert running.process.poll() is None, "".join(running.errors)
         meter.read()

@@ -16,7 +16,7 @@ from support.foreign_pair import PROBE_OUTPUT, Pair, foreign_pair
 
 def busy_guest() -> list[str]:
     """Return the arguments of a guest whose vCPU dirties 64 pages for ever, which any QEMU sees."""
-    return ["-machine", "q35", "-m", "65544K", "-kernel", str(probe_guest()), *HEARD_PROBE]
+    return ["-machine", "q35", "-m", "65544K", "-kernel", str(probe_guest()), *PROBE_OUTPUT]
 
 
 def slow_down(pair: Pair) -> None:

@@ -143,7 +143,7 @@ def _find(wanted: str, folder: Path) -> tuple[Archive, str]:
             return archive, version
         seen.append(f"{suite} has {version}")
     raise UsageError(
-        f"no suite has QEMU {wanted}: {', '.join(seen) or 'could not reach the archive'}"
+        f"no Debian suite has QEMU {wanted}: {', '.join(seen) or 'could not reach the archive'}"
     )
 
 

@@ -28,7 +28,7 @@ class FourChannels(Scenario):
     """A migration that sends RAM through four channels."""
 
     name = "four-channels"
-    summary = "a Unix socket for each of 4 channels"
+    summary = "The migration uses 4 channels, each with its own Unix socket"
     capabilities = ("multifd",)
     parameters = {"multifd-channels": 4}  # noqa: RUF012  (it is never changed)
     exercised_by = "ram.multifd-bytes"

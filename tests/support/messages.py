@@ -19,11 +19,15 @@ _PACKAGES: Final = ("plugin", "qmp_tools")
 _VALUE: Final = "…"
 """Stands for what differs from case to case."""
 
+_FUNCTIONS: Final = (ast.FunctionDef, ast.AsyncFunctionDef)
+
 _INTRODUCTION: Final = """\
 # Messages
 
-Look up an error message of dmaproof, and what it means for the exit code. `…` stands for what
-differs from case to case. A linked message is explained in [troubleshooting](troubleshooting.md).
+On this page you can look up an error message of dmaproof and the exit code that goes with it. `…`
+stands for what differs from case to case: a name, a number, a path, or the words of another
+program. The headings are the exception classes of the library; the command line does not print
+them. A linked message is explained in [troubleshooting](troubleshooting.md).
 
 <!-- Written by tests/support/messages.py. -->
 """
@@ -102,20 +106,48 @@ def error_messages() -> dict[str, list[Message]]:
     ancestors = _ancestors(sources)
     found: dict[str, set[Message]] = {section: set() for section in _SECTIONS}
     for source in sources:
-        for node in ast.walk(source):
-            if not (isinstance(node, ast.Call) and node.args):
-                continue
-            error = _name(node.func)
-            section = next((base for base in ancestors.get(error, ()) if base in _SECTIONS), None)
-            if section is not None:
-                found[section] |= {
-                    Message(text, error) for text in texts_of(node.args[0]) if _says_something(text)
-                }
+        functions = [node for node in ast.walk(source) if isinstance(node, _FUNCTIONS)]
+        for scope in (source, *functions):
+            for call in _calls(scope):
+                error = _name(call.func)
+                section = next((name for name in ancestors.get(error, ()) if name in found), None)
+                if section is not None:
+                    texts = _texts_behind(call.args[0], scope, functions)
+                    found[section] |= {Message(text, error) for text in texts}
     return {section: sorted(found[section]) for section in _SECTIONS}
 
 
-def _says_something(text: str) -> bool:
-    return len(re.findall(r"[a-z]{2,}", text)) > 1
+def _calls(scope: ast.AST) -> Iterator[ast.Call]:
+    """Yield the calls with an argument in `scope`."""
+    for node in ast.walk(scope):
+        if isinstance(node, ast.Call) and node.args:
+            yield node
+
+
+def _texts_behind(
+    argument: ast.expr, scope: ast.AST, functions: list[ast.FunctionDef | ast.AsyncFunctionDef]
+) -> Iterator[str]:
+    """Yield the texts of `argument`; if it has none, those of its variables and of its calls."""
+    own = [text for text in texts_of(argument) if _has_words(text, 2)]
+    if own:
+        yield from own
+        return
+    names = {_name(node) for node in ast.walk(argument) if isinstance(node, ast.Name)}
+    called = {_name(node.func) for node in ast.walk(argument) if isinstance(node, ast.Call)}
+    nodes: list[ast.AST] = [
+        node.value
+        for node in ast.walk(scope)
+        if isinstance(node, ast.Assign) and names & {_name(target) for target in node.targets}
+    ]
+    for function in functions:
+        if function.name in called:
+            nodes += [node for node in ast.walk(function) if isinstance(node, ast.Return)]
+    for node in nodes:
+        yield from (text for text in texts_of(node) if _has_words(text, 4))
+
+
+def _has_words(text: str, count: int) -> bool:
+    return sum(bool(re.search(r"[a-z]{2}", word)) for word in text.split()) >= count
 
 
 def headings() -> list[str]:

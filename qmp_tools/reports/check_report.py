@@ -154,7 +154,7 @@ def _story(run: Sequence[Difference]) -> str:
 
 def _describe(side: Side) -> str:
     memory = [
-        f"{length / MIB:.0f} MiB {kind}"
+        f"{round(length / MIB, 2):g} MiB {kind}"
         for length, kind in (
             (side.in_place_bytes, "read in place"),
             (side.copied_bytes, "copied from its process"),

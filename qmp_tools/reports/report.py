@@ -290,7 +290,7 @@ def _accelerator_advice(proof: Proof) -> list[str]:
             odd = format_memory(machine.memory_bytes + (8 << 10))
             lines += [
                 f"Under TCG this QEMU is known to lose such pages of RAM block {block.name},",
-                f"because {why} (docs/kernel-findings.md).",
+                f"because {why} (kernel-findings.md in dmaproof's documentation).",
                 f"Use --memory {odd} or a newer QEMU (dmaproof qemu fetch) to avoid this."
                 if is_main
                 else "To avoid this, use KVM, or --guest bare, whose vCPUs write to no DIMM.",

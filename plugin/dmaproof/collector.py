@@ -45,7 +45,7 @@ class Harvest:
     pages: int
     """The number of dirty pages found."""
     merged: int
-    """The number of these pages that reached the log."""
+    """The number of these pages that reached the log before the device reported that it stopped."""
 
 
 class Collector:

@@ -149,7 +149,7 @@ class ChainTrace:
     The first two links know a page by its IOVA. The trace counts the page by the GPA to which the
     IOVA leads in that harvest, because behind an IOMMU the IOVA may lead elsewhere in the next one.
 
-    `merged_pages` counts the pages that have reached the log; a page counts each time.
+    `merged_pages` counts the pages that have reached the log in time; a page counts each time.
     """
 
     def __init__(self, ranges: Iterable[IovaRange]) -> None:
@@ -168,6 +168,11 @@ class ChainTrace:
     def freeze(self) -> None:
         """Ignore later pages: the device has reported that it stopped, so they come too late."""
         self._frozen = True
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether pages are ignored because they come too late."""
+        return self._frozen
 
     def thaw(self) -> None:
         """Count pages again, because the device runs again."""
@@ -237,7 +242,8 @@ class TracedLog:
     def merge(self, gpa: int, words: Words, first_bit: int, pages: int) -> None:
         self._log.merge(gpa, words, first_bit, pages)
         self._trace.see_bits(Link.LOG, gpa, words, first_bit, pages)
-        self._trace.merged_pages += len(set_bits(words, first_bit, pages))
+        if not self._trace.is_frozen:
+            self._trace.merged_pages += len(set_bits(words, first_bit, pages))
 
     def close(self) -> None:
         self._log.close()

@@ -70,6 +70,8 @@ def _run(arguments: argparse.Namespace) -> int:
     entries = TOPICS[arguments.topic].entries() if arguments.topic else topics()
     if arguments.json != "-":
         print_table(list(entries[0]), [list(entry.values()) for entry in entries])
+        if arguments.topic is None:
+            print("\n'dmaproof list TOPIC' prints one of these lists.")
     if arguments.json:
         answer = {
             "schema_version": SCHEMA_VERSION,

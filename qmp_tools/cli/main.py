@@ -27,7 +27,7 @@ _EXIT_UNREAD: Final = 128 + signal.SIGPIPE
 
 _SUMMARIES: Final = {
     "prove": "migrate a guest under DMA load and compare every page",
-    "list": "print what a proof can be made of: scenarios, devices, faults, …",
+    "list": "print what a proof can be made of: scenarios, devices, faults and more",
     "soak": "migrate one guest many times, and look for lost pages and leaks",
     "matrix": "carry out a proof for each combination of options",
     "passthrough": "prove the VFIO dirty tracking of the kernel and of QEMU, without hardware",

@@ -14,6 +14,7 @@ from ..proof.ram_map import MapArea, RamMap
 from ..qemu.machine import MIB
 from ..ram_check.check import Check, ComparedArea, Difference, Side
 from .report import HEADINGS, SCHEMA_VERSION
+from .words import bytes_differ
 
 _CHECK_CLASSES: Final = {
     "equal": "the same on both sides",
@@ -145,7 +146,7 @@ def _story(run: Sequence[Difference]) -> str:
     region = f"{first.region} +{first.offset:#x}"
     if first.device:
         region += f", DIMM {first.device}"
-    amount = f"{sum(difference.bytes_differing for difference in run)} bytes differ"
+    amount = bytes_differ(sum(difference.bytes_differing for difference in run))
     if len(run) > 1:
         amount += f" in {len(run)} pages"
     known = f" ({first.known})" if first.known else ""

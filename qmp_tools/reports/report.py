@@ -22,6 +22,7 @@ from ..proof.ram_map import MapArea
 from ..proof.sensitivity import Sensitivity
 from ..qemu.machine import DIMM_BYTES, RAM_BACKEND, format_memory
 from .precopy import harvest_list, passes
+from .words import bytes_differ, counted
 
 SCHEMA_VERSION: Final = 3
 _LOST_SHOWN: Final = 10
@@ -193,7 +194,7 @@ def _device(proof: Proof) -> str:
     every = f"every {facts.harvest} s" if facts.harvest[0].isdigit() else facts.harvest
     return (
         f"{facts.device}, {facts.ring} rings, dirty tracker {facts.tracker}, "
-        f"{len(proof.harvests)} harvests ({every}){iommu}{killed}"
+        f"{counted(len(proof.harvests), 'harvest')} ({every}){iommu}{killed}"
     )
 
 
@@ -253,8 +254,8 @@ def _story(page: LostPage) -> str:
         place = f"GPA {page.gpa:#x}" if page.gpa is not None else f"RAM offset {page.ram_offset:#x}"
         return f"{place}: written after the guest had been paused"
     if page.gpa is None:
-        return f"RAM offset {page.ram_offset:#x}: {page.bytes_differing} bytes differ"
-    place = f"GPA {page.gpa:#x}: {page.bytes_differing} bytes differ"
+        return f"RAM offset {page.ram_offset:#x}: {bytes_differ(page.bytes_differing)}"
+    place = f"GPA {page.gpa:#x}: {bytes_differ(page.bytes_differing)}"
     if page.blame in (Blame.UNKNOWN, Blame.SNAPSHOT, Blame.EARLY_BIT):
         return place
     if page.request is None:

@@ -82,6 +82,19 @@ def test_a_second_start_begins_with_a_new_trace(
     ]
 
 
+def test_pages_after_the_stop_are_not_merged_in_time(
+    memory: GuestMemory, tracker: EmulatedTracker
+) -> None:
+    log = bytearray(8)
+    collector = Collector(tracker)
+    collector.start(BufferDirtyLog(log), memory, IovaMap.identity(memory))
+    collector.trace.freeze()
+    tracker.dma(PAGE, 1)
+    collector.harvest()
+    assert pages(log) == [1]
+    assert [(harvest.pages, harvest.merged) for harvest in collector.harvests] == [(1, 0)]
+
+
 def test_without_a_log_nothing_happens(memory: GuestMemory, tracker: EmulatedTracker) -> None:
     collector = Collector(tracker)
     collector.remap(memory, IovaMap.identity(memory))

@@ -128,7 +128,9 @@ def test_a_wait_for_a_back_end_that_does_not_listen_ends_with_the_timeout(tmp_pa
     async def scenario() -> None:
         words = ("sh", "-c", "sleep 1000", "{socket}")
         async with CommandDevice("blk", words).start(tmp_path, 0.1) as device:
-            with pytest.raises(WaitTimeoutError, match=r"source device has not listened.* 0\.1 s"):
+            with pytest.raises(
+                WaitTimeoutError, match=r"source device does not listen on .* 0\.1 s"
+            ):
                 await device.attach(SOURCE)
             (backend,) = device.processes
         assert not is_alive(backend.pid)

@@ -139,9 +139,9 @@ def test_a_guest_that_may_not_survive_still_gets_a_verdict(tool: Tool) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--memory", "lots"], "memory 'lots'"),
-        (["--machine", "q35,memory-backend=x"], "dmaproof sets memory-backend itself: --memory"),
-        (["--machine", "q35,hpet=off,smp.cpus=4"], "dmaproof sets smp.cpus itself: --cpus"),
+        (["--memory", "lots"], "expected a number with K, M or G, such as 512M, got 'lots'"),
+        (["--machine", "q35,memory-backend=x"], "dmaproof itself sets memory-backend; "),
+        (["--machine", "q35,hpet=off,smp.cpus=4"], "dmaproof itself sets smp.cpus; use --cpus"),
         (["--qemu", "qemu-system-i386"], "emulates i386, and dmaproof's guests run on x86_64"),
         (["--memory", "4K"], "at least 64M"),
         (["--qemu", "/no/such/qemu"], "--qemu /no/such/qemu"),

@@ -214,9 +214,9 @@ def test_a_flush_that_is_missing_when_the_device_stops_is_seen(tool: Tool) -> No
     ("answer", "wrong"),
     [
         # A source that notices the refusal resumes for a moment, with the wrong index.
-        ("right-3", "3 too few|finished 3 more requests"),
-        ("0", "too few"),
-        ("right+64", "at least (5[6-9]|6[0-4]) too many"),
+        ("right-3", "3 too low|finished 3 more requests"),
+        ("0", "too low"),
+        ("right+64", "at least (5[6-9]|6[0-4]) too high"),
     ],
 )
 def test_a_wrong_ring_index_is_the_back_ends_fault(tool: Tool, answer: str, wrong: str) -> None:

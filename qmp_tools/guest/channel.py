@@ -31,6 +31,8 @@ USE_NEW_MEMORY: Final = b"m"
 AGAIN: Final = b"a"
 """Get ready for another migration: make all write-once pages unused, and restart the churn."""
 
+LONGER_TIMEOUT: Final = "a busy or slow host needs a longer --timeout"
+
 _MOST_ERROR_MESSAGES: Final = 8
 _FRAMES_BEFORE_ECHO: Final = 5_000
 """A network that sends frames back has returned at least one of so many. Each thread of the guest
@@ -90,15 +92,16 @@ class GuestChannel:
 
     `latest` holds the last report of each verb, and `error_messages` the first error lines.
     `hold_pages` has the guest-physical addresses of the pages that nothing in the guest uses
-    (guests/workload.h). `timeout_s` bounds each wait.
+    (guests/workload.h). `timeout_s` bounds each wait. `remedy` is what helps a late guest.
     """
 
-    def __init__(self, qemu: OwnedQemu, timeout_s: float) -> None:
+    def __init__(self, qemu: OwnedQemu, timeout_s: float, remedy: str = LONGER_TIMEOUT) -> None:
         self.latest: dict[str, GuestReport] = {}
         self.error_messages: list[str] = []
         self.hold_pages: list[int] = []
         self._qemu = qemu
         self._timeout_s = timeout_s
+        self._remedy = remedy
         self._fatal: str | None = None
         self._reported = asyncio.Condition()
         self._reading = asyncio.ensure_future(self._read())
@@ -184,10 +187,7 @@ class GuestChannel:
             if self._frames_without_echo:
                 why = "; ".join([*self._so_far(), _NEEDS_ECHO])
                 return NoEchoError(f"the guest of the {name} has not {what}: {why}")
-            wait = (
-                f"the guest of the {name} has not {what} within {bound_s:g} s; a busy or slow host "
-                "needs a longer --timeout"
-            )
+            wait = f"the guest of the {name} has not {what} within {bound_s:g} s; {self._remedy}"
             lines = [wait, *self._so_far(), log_tail(self._qemu.console)]
             return GuestLateError("\n".join(lines).rstrip())
 

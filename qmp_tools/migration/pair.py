@@ -14,12 +14,18 @@ import socket
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from dmaproof.errors import UntestableError, WaitTimeoutError
 
 from ..devices.device import AttachedDevice
-from ..guest.channel import AGAIN, USE_NEW_MEMORY, GuestChannel, GuestGaveUpError
+from ..guest.channel import (
+    AGAIN,
+    LONGER_TIMEOUT,
+    USE_NEW_MEMORY,
+    GuestChannel,
+    GuestGaveUpError,
+)
 from ..host.timeout import wait_until
 from ..qemu.machine import DESTINATION, INCOMING, SOURCE, Machine, dimm_arguments
 from ..qemu.qemu import OwnedQemu
@@ -31,6 +37,8 @@ from .transport import LOCALHOST, Ends
 _logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_KVM_REMEDY: Final = f"{LONGER_TIMEOUT}, and where KVM does not run guests, use --accel tcg"
 
 
 class QemuPair:
@@ -247,7 +255,8 @@ class QemuPair:
                 timeout_s=self.timeout_s,
                 pass_fds=fds,
             )
-        self.guests[side] = GuestChannel(self.qemus[side], self.timeout_s)
+        remedy = _KVM_REMEDY if self._machine.accelerator == "kvm" else LONGER_TIMEOUT
+        self.guests[side] = GuestChannel(self.qemus[side], self.timeout_s, remedy)
 
     async def _open_qtest(self, side: str, inherited: contextlib.ExitStack) -> int:
         """Open the test channel to the QEMU of `side`; return the descriptor that QEMU inherits."""

@@ -15,7 +15,7 @@ from qmp_tools.integrations.avocado import check_ram  # added
 
 
 class Existing(Test):  # type: ignore[misc]
-    """Migrates a guest that runs its firmware; `spoil` changes a byte of the destination's RAM."""
+    """Migrate a guest that runs its firmware; `spoil` changes a byte of the destination's RAM."""
 
     timeout = 120
 

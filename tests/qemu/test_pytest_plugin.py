@@ -68,7 +68,7 @@ def test_a_project(
         [
             "*AssertionError: 1 of 16* pages differ*",
             "*- dmaproof verdict -*",
-            "*GPA 0x2345000 (ram +0x2345000): 1 bytes differ*",
+            "*GPA 0x2345000 (ram +0x2345000): 1 byte differs*",
             "*AssertionError: * pages were lost*",
             "*- dmaproof verdict -*",
             "*lost by the device*",

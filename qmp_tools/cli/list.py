@@ -16,7 +16,13 @@ from dmaproof.devices import VirtioDevice, emulated_devices
 from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.faults import Fault, known_faults, summary
 
-from ..devices.registry import DeviceKind, EmulatedKind, ThirdPartyKind, device_kinds
+from ..devices.registry import (
+    DeviceKind,
+    EmulatedKind,
+    ThirdPartyKind,
+    device_kinds,
+    first_line,
+)
 from ..guest.workload import MEANINGS, Workload, values_of
 from ..migration.scenarios import known_scenarios
 from ..migration.scenarios.base import Scenario
@@ -116,17 +122,18 @@ def _needs_of_scenario(scenario: Scenario) -> str:
 def devices() -> list[Entry]:
     """Return the devices, with the options that follow each name."""
     entries = [
-        _device(name, _options_of(device), device)
+        _device(name, _options_of(device), first_line(device))
         for name, device in emulated_devices().usable().items()
     ]
     for kind in device_kinds().usable().values():
         if not issubclass(kind, EmulatedKind):
-            entries += [_device(name, _options_of_kind(kind), kind) for name in kind().names()]
+            made, options = kind(), _options_of_kind(kind)
+            entries += [_device(name, options, made.summary(name)) for name in made.names()]
     return entries
 
 
-def _device(name: str, options: str, described: type[Any]) -> Entry:
-    return {"device": name, "summary": _first_line(described), "options": options}
+def _device(name: str, options: str, summary: str) -> Entry:
+    return {"device": name, "summary": summary, "options": options}
 
 
 def _options_of(device: type[VirtioDevice]) -> str:
@@ -175,7 +182,7 @@ def _needs_of_fault(fault: type[Fault]) -> str:
 def trackers() -> list[Entry]:
     """Return the dirty trackers."""
     return [
-        {"tracker": name, "summary": _first_line(tracker)}
+        {"tracker": name, "summary": first_line(tracker)}
         for name, tracker in emulated_trackers().usable().items()
     ]
 
@@ -199,12 +206,6 @@ def workload() -> list[Entry]:
         }
         for field in fields(Workload)
     ]
-
-
-def _first_line(described: type[Any]) -> str:
-    """Return the summary of a class' docstring; names in it are for readers of the code."""
-    first, _, _ = (described.__doc__ or "").strip().partition("\n")
-    return first.replace("`", "").removesuffix(".")
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,12 @@ class Control:
     link: Link
 
 
+def first_line(described: type[object]) -> str:
+    """Return the first line of a class's docstring as a text for users."""
+    first, _, _ = (described.__doc__ or "").strip().partition("\n")
+    return first.replace("`", "").removesuffix(".")
+
+
 class DeviceKind(ABC):
     """One kind of device that a proof can use, with its own `name`.
 
@@ -79,6 +85,10 @@ class DeviceKind(ABC):
     @abstractmethod
     def names(self) -> Sequence[str]:
         """Return the values of ``--device`` for this kind, for messages."""
+
+    def summary(self, name: str) -> str:
+        """Return what ``--device NAME`` is, in one line without a full stop."""
+        return first_line(type(self))
 
     @abstractmethod
     def claims(self, name: str) -> bool:
@@ -144,6 +154,12 @@ class InsideQemuKind(DeviceKind):
         """Return QEMU's names with the prefix."""
         return [self.prefix + name for name in inside_qemu.KINDS]
 
+    def summary(self, name: str) -> str:
+        """Return what the device is, and which guests drive it."""
+        kind = inside_qemu.KINDS[name.removeprefix(self.prefix)]
+        what = "network device" if kind.network else "disk"
+        return f"A {what} that QEMU emulates, for --guest {' or '.join(kind.guests)}"
+
     def claims(self, name: str) -> bool:
         """Whether the name has the prefix."""
         return name.startswith(self.prefix)
@@ -162,6 +178,10 @@ class ThirdPartyKind(DeviceKind):
     def names(self) -> Sequence[str]:
         """Return the devices that a back end can serve."""
         return list(command.KINDS)
+
+    def summary(self, name: str) -> str:
+        """Return what the device is."""
+        return f"A vhost-user {name} device that the back end of --device-command serves"
 
     def claims(self, name: str) -> bool:
         """Whether a back end can serve the device. With a command, all names are of this kind."""

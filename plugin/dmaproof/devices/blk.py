@@ -42,9 +42,10 @@ _SEG_MAX: Final = 126
 
 
 class Blk(VirtioDevice):
-    """A disk of `capacity_bytes` (a multiple of 4096) with up to `queues` virtqueues.
+    """A disk on which every page that was never written has unique content.
 
-    `file` stores its content; the size of a file that is not empty is the disk's capacity.
+    The disk has `capacity_bytes` (a multiple of 4096) and up to `queues` virtqueues. `file` stores
+    what the guest has written; the size of a file that is not empty is the disk's capacity.
 
     Raises:
         UsageError: the file cannot be used.

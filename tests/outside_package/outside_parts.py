@@ -28,7 +28,9 @@ from dmaproof import (
 
 _SECTORS = 1 << 21
 _SECTORS_PER_PAGE = 8
-_READ, _OK, _UNSUPPORTED = 0, 0, 2
+_PAGE_BYTES = 4096
+_READ, _WRITE = 0, 1
+_OK, _UNSUPPORTED = 0, 2
 
 
 class PageList(EmulatedTracker):
@@ -72,11 +74,15 @@ class PageList(EmulatedTracker):
 
 
 class StampedDisk(VirtioDevice):
-    """A read-only disk of 1 GiB that returns unique pages."""
+    """A disk of 1 GiB that keeps what is written, and otherwise returns unique pages."""
 
     name = "stamped-disk"
     guests = ("linux", "bare")
     linux = (("virtio_pci", "virtio_blk"), "disk=/dev/vda")
+    has_workload = True
+
+    def __init__(self) -> None:
+        self._written: dict[int, bytes] = {}  # page number: content
 
     @staticmethod
     def qemu_arguments(chardev: str, queues: int, properties: Sequence[str]) -> list[str]:
@@ -89,7 +95,7 @@ class StampedDisk(VirtioDevice):
         return struct.pack("<QII", _SECTORS, 0, 0)
 
     def process(self, chain: DescriptorChain, dma: Dma) -> int:
-        """Serve a read; refuse any other request with an error status."""
+        """Serve a read or a write; refuse any other request with an error status."""
         number = self.begin_request(dma)
         header = gather(take(chain.readable, 0, 16), dma)
         room = sum(length for _, length in chain.writable) - 1
@@ -97,13 +103,22 @@ class StampedDisk(VirtioDevice):
             raise ProtocolError(f"block request {number}: without a header or a status byte")
         kind, _, sector = struct.unpack("<IIQ", header)
         written, status = 0, _UNSUPPORTED
+        first = sector // _SECTORS_PER_PAGE
         if kind == _READ:
-            pages = range(sector // _SECTORS_PER_PAGE, (sector + room // 512) // _SECTORS_PER_PAGE)
-            content = b"".join(stamped_page(page * _SECTORS_PER_PAGE, number) for page in pages)
+            pages = range(first, first + room // _PAGE_BYTES)
+            content = b"".join(self._content(page, number) for page in pages)
             written, status = scatter(content, take(chain.writable, 0, room), dma), _OK
+        elif kind == _WRITE:
+            data = gather(take(chain.readable, 16, None), dma)
+            for start in range(0, len(data), _PAGE_BYTES):
+                self._written[first + start // _PAGE_BYTES] = data[start : start + _PAGE_BYTES]
+            status = _OK
         status_byte = take(chain.writable, room, 1)[0]
         dma.write(status_byte.iova, bytes([status]), WriteKind.STATUS)
         return written + 1
+
+    def _content(self, page: int, request: int) -> bytes:
+        return self._written.get(page, stamped_page(page * _SECTORS_PER_PAGE, request))
 
 
 class DeafPages(Fault):

@@ -17,11 +17,11 @@ PAGE = (Path(__file__).parents[2] / "docs" / "write-a-device.md").read_text()
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the package of the page where dmaproof finds it."""
-    (toml,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
-    project = tomllib.loads(toml)
+    project = tomllib.loads("\n".join(re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)))
     install(tmp_path, project["project"]["name"], project["project"]["entry-points"])
     modules = re.findall(r"`(my_\w+)\.py`[^`]*```python\n(.*?)```", PAGE, re.DOTALL)
-    assert [name for name, _ in modules] == project["tool"]["setuptools"]["py-modules"]
+    listed = project["tool"]["setuptools"]["py-modules"]
+    assert [name for name, _ in modules] == [*listed, "my_fault"]  # the page adds it in words
     for name, code in modules:
         (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -45,3 +45,10 @@ def test_the_device_and_the_tracker_of_the_page_pass_and_a_lost_bit_is_caught(to
 def test_the_device_of_the_page_passes_with_each_guest(tool: Tool, guest: str) -> None:
     outcome = prove(tool, guest)
     assert outcome.exit_code == 0, outcome.output + outcome.errors
+
+
+@pytest.mark.usefixtures("package")
+def test_the_fault_of_the_page_is_detected_at_its_link(tool: Tool) -> None:
+    outcome = prove(tool, "bare", "--tracker", "my-tracker", "--fault", "my-fault")
+    assert outcome.exit_code == 1, outcome.output + outcome.errors
+    assert {page["link"] for page in outcome.report["lost_pages"]} == {"tracker"}

@@ -17,6 +17,9 @@ class VirtioDevice(ABC):
     not fit. One object serves all sessions of its process, so its counters continue from the source
     to the destination of a migration.
 
+    The device of the example shows the interface, but a proof with it ends without a verdict: QEMU
+    refuses to migrate vhost-user-rng. ``docs/write-a-device.md`` has a disk that can be proved.
+
     Example:
         >>> from dmaproof import scatter
         >>> class Zeros(VirtioDevice):
@@ -48,7 +51,7 @@ class VirtioDevice(ABC):
     features: int = 0
     """Feature bits of the device type; the back end adds transport and vhost bits."""
     queues: int = 1
-    """The largest number of virtqueues of the device."""
+    """The largest number of virtqueues that the device can have."""
     requests: int = 0
     """The number of the last request; it increases by one with each request."""
 
@@ -59,7 +62,7 @@ class VirtioDevice(ABC):
 
         Args:
             chardev: the id of the QEMU chardev over which the device is served.
-            queues: the number of virtqueues.
+            queues: the number of virtqueues that the user asked for (option ``--queues``).
             properties: properties of virtio on PCI, such as 'packed=on'.
 
         Returns:

@@ -208,7 +208,7 @@ def table(rows: Sequence[Row]) -> str:
     lines = [
         "| dirty | density | guest | "
         + " | ".join(f"{name}, ms" for name in names)
-        + " | pins: pieces | on demand | windows | copied bytes |",
+        + " | pins, in pieces | pins, on demand | pins, dmaproof, windows | copied, bytes |",
         "|---|---|---|" + "---:|" * (len(names) + 4),
     ]
     for row in rows:

@@ -170,6 +170,13 @@ def test_a_scenario_of_another_package_is_proved_like_a_built_in_one(tool: Tool)
 
 
 @pytest.mark.usefixtures("outside")
+def test_a_device_of_another_package_is_proved_like_a_built_in_one(tool: Tool) -> None:
+    outcome = prove(tool, "unix", "--device", "stamped-disk")
+    assert outcome.exit_code == 0, outcome.output + outcome.errors
+    assert outcome.report["setup"]["device"] == "stamped-disk"
+
+
+@pytest.mark.usefixtures("outside")
 def test_a_kind_of_device_of_another_package_is_proved_like_a_built_in_one(tool: Tool) -> None:
     outcome = prove(tool, "unix", "--device", "plain-disk")
     assert outcome.exit_code == 0, outcome.output + outcome.errors

@@ -90,7 +90,7 @@ class Registry(Mapping[str, type[Part]]):
         makers = ["dmaproof itself"] * (name in self._own) + sorted(map(_place, entries))
         if len(makers) > 1:
             raise UsageError(
-                f"{self._kind} {name!r} is ambiguous: {' and '.join(makers)} have it; uninstall "
+                f"{self._kind} {name!r} is ambiguous: {' and '.join(makers)} define it; uninstall "
                 "one of them, or rename its entry point and its attribute 'name'"
             )
         if name not in self._loaded:

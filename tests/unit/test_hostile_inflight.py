@@ -113,7 +113,7 @@ def test_requests_that_cannot_be_in_flight_are_refused(
 ) -> None:
     write_inflight(region, *entries)
     with pytest.raises(
-        ProtocolError, match=r"in-flight region: .* in the last request, in a ring of 8"
+        ProtocolError, match=r"in-flight region: the requests have .* at most 8 in all"
     ):
         front_end.start_ring(packed_ring(ram))
 

@@ -398,7 +398,9 @@ def test_a_request_that_waits_when_the_ring_stops_stays_available(guest: Guest) 
 
 def test_an_iova_that_leads_nowhere_is_refused(guest: Guest) -> None:
     guest.submit(Buffer(0x1234_5000, PAGE, WRITABLE))
-    with pytest.raises(MemoryAccessError, match=r"IOVA 0x12345000: .* does not let .* write to it"):
+    with pytest.raises(
+        MemoryAccessError, match=r"IOVA 0x12345000: .* does not permit .* write to it"
+    ):
         guest.front_end.serve()
 
 
@@ -411,13 +413,13 @@ def test_an_iova_beyond_48_bits_is_refused_without_a_request(guest: Guest, iova:
 
 def test_a_read_without_a_mapping_is_reported_as_a_read(guest: Guest) -> None:
     guest.submit(Buffer(0x1234_5000, PAGE))
-    with pytest.raises(MemoryAccessError, match="does not let the device read from it"):
+    with pytest.raises(MemoryAccessError, match="does not permit the device to read from it"):
         guest.front_end.serve()
 
 
 def test_a_read_only_page_is_not_written(guest: Guest) -> None:
     guest.submit(Buffer(guest.map(DATA, PAGE, READ), PAGE, WRITABLE))
-    with pytest.raises(MemoryAccessError, match="does not let the device write to it"):
+    with pytest.raises(MemoryAccessError, match="does not permit the device to write to it"):
         guest.front_end.serve()
 
 
@@ -462,7 +464,7 @@ def test_malformed_iotlb_messages_are_refused(
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (struct.pack("<IIIQ", 1, 5, 8, 0), "an answer without a question"),
+        (struct.pack("<IIIQ", 1, 5, 8, 0), "but the device has asked nothing"),
         (struct.pack("<IIIQ", 2, 5, 8, 0), "sent request 2"),
         (struct.pack("<IIIQ", 1, 1, 8, 0), "flags 0x1"),
         (struct.pack("<IIIQ", 1, 5, 9, 0), "9 bytes"),
@@ -498,7 +500,9 @@ def test_a_full_channel_is_refused_and_a_closed_one_ends_the_session() -> None:
             while True:
                 back_end.send(bytes(1 << 16))
         back_end.setblocking(True)  # the channel must not wait, although its socket is blocking
-        with pytest.raises(ProtocolError, match="does not read the back-end channel"):
+        with pytest.raises(
+            ProtocolError, match="does not read the requests on the back-end channel"
+        ):
             channel.ask([Miss(0, READ)])
         front_end.close()
         with pytest.raises(EOFError, match="the back-end channel"):

@@ -268,7 +268,7 @@ def test_bits_that_the_kernel_loses_are_missing_in_the_bitmap() -> None:
 @pytest.mark.parametrize("name", ["dma-logging", "hwpt", "type1"])
 def test_calls_in_the_wrong_order_are_refused(name: str) -> None:
     kernel, tracker = simulated(name)
-    with pytest.raises(TrackerError, match="not started"):
+    with pytest.raises(TrackerError, match="not tracking: call start first"):
         collect(tracker, RANGES)
     tracker.stop()
     tracker.start(RANGES, PAGE)

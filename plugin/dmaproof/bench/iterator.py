@@ -137,8 +137,8 @@ STRATEGIES: Final[dict[str, Strategy]] = {
 def measure(patterns: Iterable[Pattern], *, repeats: int = 3, seed: int = 1) -> Iterator[Row]:
     """Measure the cost of each pattern for each strategy; the strategies take turns.
 
-    Of a pattern with more than `MOST_REPORTS` reports, only so many are carried. Another
-    measurement gives the cost of a harvest without reports, and the rest is scaled in proportion.
+    Of each pattern, at most `MOST_REPORTS` reports are carried. Another measurement gives the cost
+    of a harvest without reports, and the rest is scaled in proportion.
     """
     patterns = list(patterns)
     with _bitmap(max(pattern.guest_pages for pattern in patterns)) as bitmap:

@@ -34,7 +34,7 @@ class KernelTracker(ABC):
 
     def start(self, ranges: Sequence[IovaRange], page_size: int) -> int:
         if self._pending is not None:
-            raise TrackerError("the kernel's tracker is already started")
+            raise TrackerError("the kernel's tracker is already tracking: call stop first")
         self._page_size = self._begin(ranges, page_size)
         try:
             self._pending = PageSet(ranges, self._page_size)
@@ -50,7 +50,7 @@ class KernelTracker(ABC):
 
     def read_and_clear(self, bitmap: IovaBitmap, iova: int, length: int) -> None:
         if self._pending is None:
-            raise TrackerError("the kernel's tracker is not started")
+            raise TrackerError("the kernel's tracker is not tracking: call start first")
         for first, pages in self._pending.inside(iova, length):
             asked = IovaRange(first * self._page_size, pages * self._page_size)
             for query in self._queries(asked):

@@ -30,7 +30,10 @@ class Container(KernelFile):
         version = request(self.fd, abi.GET_API_VERSION)
         if version != _API_VERSION or not request(self.fd, abi.CHECK_EXTENSION, abi.TYPE1V2_IOMMU):
             self.close()
-            raise TrackerError(f"{path} (API version {version}) has no type1 v2")
+            raise TrackerError(
+                f"{path} (API version {version}) does not support VFIO_TYPE1v2_IOMMU of API "
+                f"version {_API_VERSION}"
+            )
 
     def close(self) -> None:
         """Close the container and its groups; a second call does nothing."""

@@ -74,7 +74,9 @@ class BackendChannel:
             except OSError as error:
                 raise EOFError(f"the back-end channel: {error}") from error
             if sent < len(question):
-                raise ProtocolError("the front end does not read the back-end channel")
+                raise ProtocolError(
+                    "the front end does not read the requests on the back-end channel"
+                )
             self._questions.append(miss)
 
     def answers(self) -> list[tuple[Miss | None, bool]]:
@@ -102,7 +104,10 @@ class BackendChannel:
                 mapped = decode_backend_reply(bytes(self._received))
                 self._received.clear()
                 if not self._questions:
-                    raise ProtocolError("the back-end channel sent an answer without a question")
+                    raise ProtocolError(
+                        "the front end sent an answer on the back-end channel, but the device has "
+                        "asked nothing"
+                    )
                 answers.append((self._questions.popleft(), mapped))
         except BlockingIOError:
             pass

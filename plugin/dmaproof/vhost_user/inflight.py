@@ -366,8 +366,9 @@ class PackedRegion:
             taken += len(entries)
             if not entries or taken > size:
                 raise ProtocolError(
-                    f"in-flight region: {taken} descriptors in flight, {len(entries)} of them in "
-                    f"the last request, in a ring of {size}"
+                    f"in-flight region: the requests have {taken} descriptors, of which the last "
+                    f"request has {len(entries)}; expected at least 1 for each request, and at "
+                    f"most {size} in all"
                 )
             descriptors = [self._descriptor(entry) for entry in entries]
             chains.append(partial(self._queue.chain_of, descriptors))

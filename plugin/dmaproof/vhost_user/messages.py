@@ -270,7 +270,9 @@ def decode_memory_table(message: Message) -> list[MemoryRegion]:
         ProtocolError: the numbers of regions, bytes and file descriptors do not agree.
     """
     if len(message.payload) < 8:
-        raise ProtocolError(f"SET_MEM_TABLE: payload of {len(message.payload)} bytes")
+        raise ProtocolError(
+            f"SET_MEM_TABLE: expected a payload of at least 8 bytes, got {len(message.payload)}"
+        )
     count = int.from_bytes(message.payload[:4], "little")
     regions = message.payload[8 : 8 + 32 * count]
     if not 0 < count <= MAX_FILE_DESCRIPTORS or len(regions) != 32 * count:
@@ -373,7 +375,10 @@ def decode_backend_reply(reply: bytes) -> bool:
 def decode_config(message: Message) -> ConfigAccess:
     """Return the part of the configuration space that is read or written."""
     if len(message.payload) < 12:
-        raise ProtocolError(f"{message.request.name}: payload of {len(message.payload)} bytes")
+        raise ProtocolError(
+            f"{message.request.name}: expected a payload of at least 12 bytes, got "
+            f"{len(message.payload)}"
+        )
     offset, size, flags = struct.unpack_from("<III", message.payload)
     content = message.payload[12:]
     if size != len(content):

@@ -269,7 +269,7 @@ class Server:
         if name in self._listeners:
             listener = self._listeners[name]
             self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(name))
-        self._send_event({"event": "gone", "session": name, "reason": reason})
+        self._send_event({"event": "disconnected", "session": name, "reason": reason})
 
     # Control ------------------------------------------------------------------------------------
 

@@ -457,7 +457,8 @@ class Session:
             if miss is not None and not mapped:
                 verb = "write to" if miss.access & WRITE else "read from"
                 raise MemoryAccessError(
-                    f"IOVA {miss.iova:#x}: the guest's IOMMU does not let the device {verb} it"
+                    f"IOVA {miss.iova:#x}: the guest's IOMMU does not permit the device to {verb} "
+                    "it"
                 )
         if answers and not channel.waiting:
             for vring in self._vrings:

@@ -129,7 +129,7 @@ class PackedVirtqueue:
 
     @property
     def used_place(self) -> tuple[int, bool]:
-        """Index and wrap counter of the next used descriptor."""
+        """The index and the wrap counter of the next used descriptor."""
         return self._next_used % self.size, self._next_used < self.size
 
     def used_place_after(self, chain: DescriptorChain) -> tuple[int, bool]:

@@ -125,9 +125,9 @@ class Peer:
             with contextlib.suppress(BlockingIOError):
                 for line in self.control.recv(1 << 20).splitlines():
                     event = json.loads(line)
-                    if event["event"] in ("connected", "gone"):
+                    if event["event"] in ("connected", "disconnected"):
                         self.connected = event["event"] == "connected"
-                    if event["event"] in ("refused", "gone"):
+                    if event["event"] in ("refused", "disconnected"):
                         self.reasons.append(event.get("message") or event["reason"])
             if not busy and not self._readable() and not self.answer_questions():
                 break

@@ -33,8 +33,8 @@ from .device import AttachedDevice, DeviceFacts, ProofDevice, on_image, on_netwo
 from .disk_image import write_image
 
 _LAST_SHARE: Final = 4
-"""One of so many write-once pages is written while the migration ends. If a device that is stopped
-forgets to mark pages, these are the pages that it has written last."""
+"""One in this many write-once pages is written while the migration ends. If a device that is
+stopped forgets to mark pages, these are the pages that it has written last."""
 _ACCEPTS_CONNECTIONS: Final = 1 << 16
 """__SO_ACCEPTCON, as /proc/net/unix shows it among a socket's flags."""
 
@@ -219,7 +219,7 @@ class _Attached(AttachedDevice):
 
 
 def listens(path: Path, pid: int) -> bool:
-    """Whether process `pid`, or a process that it has started, accepts connections at `path`.
+    """Return whether process `pid`, or one that it has started, accepts connections at `path`.
 
     The function makes no connection, because some back ends accept only one. It connects a socket
     of another type, which the kernel refuses. The error says whether a process in any network

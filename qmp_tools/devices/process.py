@@ -122,7 +122,7 @@ class Device:
 
     @property
     def silent(self) -> asyncio.Future[None]:
-        """Done when the process has ended and all its events have been read."""
+        """A future that is done when the process has ended and all its events have been read."""
         return self._listening
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
@@ -188,6 +188,8 @@ class Device:
         await self._wait_for(is_off, "QEMU has not removed the dirty log")
 
     async def _wait_for(self, found: Callable[[], T | None], what_is_missing: str) -> T:
+        """Return the result of `found` when it is true; `what_is_missing` explains a failure."""
+
         def late() -> WaitTimeoutError:
             return WaitTimeoutError(
                 f"the {self.process.name} has not answered within {self._timeout_s:g} s "
@@ -203,7 +205,8 @@ class Device:
             raise self.refused.result()
         if not answer:
             raise UntestableError(
-                f"the device {self.process.how_it_ended()}\n{self.process.log_tail()}".rstrip()
+                f"the {self.process.name} {self.process.how_it_ended()} before it answered "
+                f"({what_is_missing})\n{self.process.log_tail()}".rstrip()
             )
         return answer
 

@@ -92,7 +92,7 @@ class DeviceKind(ABC):
 
     @abstractmethod
     def claims(self, name: str) -> bool:
-        """Whether ``--device NAME`` is a device of this kind."""
+        """Return whether ``--device NAME`` is a device of this kind."""
 
     @abstractmethod
     def make(self, request: DeviceRequest) -> ProofDevice:
@@ -119,7 +119,7 @@ class EmulatedKind(DeviceKind):
         return sorted(emulated_devices())
 
     def claims(self, name: str) -> bool:
-        """Whether the name, which options may follow, is one of `emulated_devices`."""
+        """Return whether the name, which options may follow, is one of `emulated_devices`."""
         return name.partition(":")[0] in emulated_devices()
 
     def make(self, request: DeviceRequest) -> ProofDevice:
@@ -161,7 +161,7 @@ class InsideQemuKind(DeviceKind):
         return f"A {what} that QEMU emulates, for --guest {' or '.join(kind.guests)}"
 
     def claims(self, name: str) -> bool:
-        """Whether the name has the prefix."""
+        """Return whether the name has the prefix."""
         return name.startswith(self.prefix)
 
     def make(self, request: DeviceRequest) -> ProofDevice:
@@ -184,7 +184,10 @@ class ThirdPartyKind(DeviceKind):
         return f"A vhost-user {name} device that the back end of --device-command serves"
 
     def claims(self, name: str) -> bool:
-        """Whether a back end can serve the device. With a command, all names are of this kind."""
+        """Return whether a back end can serve the device.
+
+        With ``--device-command``, all names are of this kind.
+        """
         return name in command.KINDS
 
     def make(self, request: DeviceRequest) -> ProofDevice:

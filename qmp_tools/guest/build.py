@@ -69,7 +69,7 @@ def sources() -> Path:
         if (folder / "workload.h").is_file():
             return folder
     raise UntestableError(
-        f"the guests' sources are missing beside {package}; install dmaproof again"
+        f"the guests' sources are missing next to {package}; install dmaproof again"
     )
 
 

@@ -35,8 +35,8 @@ LONGER_TIMEOUT: Final = "a busy or slow host needs a longer --timeout"
 
 _MOST_ERROR_MESSAGES: Final = 8
 _FRAMES_BEFORE_ECHO: Final = 5_000
-"""A network that sends frames back has returned at least one of so many. Each thread of the guest
-sends 30 frames a second while it receives none."""
+"""A network that sends frames back has returned at least one of this many frames. Each thread of
+the guest sends 30 frames a second while it receives none."""
 _NEEDS_ECHO: Final = (
     "the guest checks the frames that the network writes into its RAM, so the network must send "
     "every frame back (see docs/third-party-devices.md)"
@@ -217,7 +217,7 @@ class GuestChannel:
         return lines
 
     async def read_last_lines(self) -> None:
-        """If the guest's QEMU has ended, read the lines that the guest sent before.
+        """Read the lines that the guest sent before its QEMU ended; do nothing while QEMU runs.
 
         Raises:
             GuestGaveUpError: the guest reported why it gave up.

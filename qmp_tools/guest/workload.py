@@ -95,7 +95,7 @@ class Workload:
             )
 
     def __str__(self) -> str:
-        """The workload as text for a guest's command line."""
+        """Return the workload as text for a guest's command line."""
         return " ".join(f"{name}={value}" for name, value in asdict(self).items())
 
 

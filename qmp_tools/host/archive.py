@@ -51,12 +51,15 @@ def _run(command: Sequence[str], what: str, folder: Path | None = None) -> str:
         ) from None
     except subprocess.TimeoutExpired:
         raise UntestableError(
-            f"{what} took longer than {_TIMEOUT_S:.0f} s; check the network, and try again"
+            f"{what}: {command[0]} has not ended within {_TIMEOUT_S:.0f} s; check the network, "
+            "and try again"
         ) from None
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("E:")]
         lines = "\n".join(f"    {line}" for line in errors or done.stderr.splitlines()[-5:])
-        raise UntestableError(f"{what} failed; {command[0]} printed:\n{lines}")
+        raise UntestableError(
+            f"{what}: {command[0]} ended with exit code {done.returncode} and printed:\n{lines}"
+        )
     return done.stdout
 
 
@@ -152,14 +155,14 @@ class Archive:
         return _run([program, *options, *arguments], what, folder)
 
     def has(self, package: str) -> bool:
-        """Whether the suite, or the release that it extends, has `package`."""
+        """Return whether the suite, or the release that it extends, has `package`."""
         return self._candidate(package) is not None
 
     def version(self, package: str) -> str:
         """Return the version of `package` that apt would install from the suite."""
         version = self._candidate(package)
         if version is None:
-            raise UntestableError(f"{self.suite} has no package {package}")
+            raise UntestableError(f"Debian's suite {self.suite} has no package {package}")
         return version
 
     def _candidate(self, package: str) -> str | None:

@@ -11,7 +11,7 @@ CAP_SYS_ADMIN: Final = 21
 
 
 def is_capable(capability: int, status: Path = Path("/proc/self/status")) -> bool:
-    """Whether a process has the capability of this number; False if its file cannot be read.
+    """Return whether a process has the capability of this number; False if its file cannot be read.
 
     `status` is the file of the process in /proc.
     """

@@ -14,7 +14,7 @@ The test's parameters are `PARAMETERS`, given by avocado's ``-p name=value`` or 
 prerequisite is missing, the test is cancelled with the reason; with DMAPROOF_NO_SKIP=1 it is an
 error. The test's output folder gets the verdict as JSON and HTML, and the logs of QEMU and device.
 
-avocado calls setUp and tearDown in a thread each, and the thread of setUp ends before tearDown. A
+avocado calls setUp and tearDown in two threads, and the thread of setUp ends before tearDown. A
 QEMU dies with the thread that started it (PR_SET_PDEATHSIG), so the thread of a `blocking.Session`
 starts the QEMUs: it lives from setUp to tearDown.
 """

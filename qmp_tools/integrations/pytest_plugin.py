@@ -116,7 +116,10 @@ _VERSIONS: Final = pytest.StashKey[dict[str | None, str]]()
 
 @pytest.fixture
 def qemu(request: pytest.FixtureRequest) -> Iterator[Callable[..., RunningQemu]]:
-    """Starts QEMUs: ``qemu("-machine", "q35", …)``; they are ended and reaped after the test."""
+    """Return a function that starts a QEMU: ``qemu("-machine", "q35", …)``.
+
+    The QEMUs are ended and reaped after the test.
+    """
     number = 0
 
     with _session(request) as session:
@@ -135,7 +138,7 @@ def qemu(request: pytest.FixtureRequest) -> Iterator[Callable[..., RunningQemu]]
 
 @pytest.fixture
 def migration_pair(request: pytest.FixtureRequest) -> Iterator[Callable[..., Pair]]:
-    """Starts pairs of a source and a destination: ``migration_pair("-machine", "q35", …)``.
+    """Return a function that starts a pair of QEMUs: ``migration_pair("-machine", "q35", …)``.
 
     The pair's `migrate` leaves both guests paused, so that `ram_check` can compare them.
     """
@@ -201,9 +204,9 @@ class VhostUserBlk:
 
 @pytest.fixture
 def vhost_user_blk(request: pytest.FixtureRequest) -> Iterator[Callable[..., VhostUserBlk]]:
-    """Starts guests with dmaproof's disk: ``vhost_user_blk(tracker="dirty-ring", scenario="tcp")``.
+    """Return a function that starts a guest with a disk: ``vhost_user_blk(scenario="tcp")``.
 
-    The arguments are the fields of `ProofOptions`.
+    The disk is dmaproof's. The function's arguments are the fields of `ProofOptions`.
     """
     from ..proof.options import ProofOptions
 
@@ -230,10 +233,10 @@ def vhost_user_blk(request: pytest.FixtureRequest) -> Iterator[Callable[..., Vho
 
 @pytest.fixture
 def ram_check(request: pytest.FixtureRequest) -> Iterator[Callable[..., Check]]:
-    """Fails unless all RAM of two paused QEMUs is equal: ``ram_check(pair.source, …destination)``.
+    """Return a function that fails unless all RAM of two paused QEMUs is equal.
 
-    It takes QEMUs of the fixtures, or paths of QMP sockets, after a migration. With
-    ``expect_migration=False`` it compares any two paused QEMUs.
+    Call ``ram_check(pair.source, pair.destination)`` after a migration, with QEMUs of the fixtures
+    or paths of QMP sockets. With ``expect_migration=False``, any two paused QEMUs are compared.
     """
     from ..exit_codes import EXIT_UNTESTED
     from ..reports import check_report
@@ -281,7 +284,9 @@ def _started(start: Callable[[], T]) -> T:
 
 def _unavailable(reason: str) -> NoReturn:
     if os.environ.get("DMAPROOF_NO_SKIP") == "1":
-        pytest.fail(f"{reason} (DMAPROOF_NO_SKIP=1 forbids to skip)", pytrace=False)
+        pytest.fail(
+            f"{reason} (an error and not a skip, because DMAPROOF_NO_SKIP=1 is set)", pytrace=False
+        )
     pytest.skip(reason)
 
 

@@ -80,8 +80,8 @@ async def measure(qemu: Qemu, mode: str, seconds: int) -> DirtyRates:
             )
         if late_s > qemu.qmp.timeout_s:
             raise WaitTimeoutError(
-                f"{qemu.name} was to measure its dirty rate for {seconds} s, but has returned no "
-                f"result {qemu.qmp.timeout_s:g} s after that; try again when the host is less busy"
+                f"{qemu.name} has returned no dirty rate within {qemu.qmp.timeout_s:g} s after the "
+                f"{seconds} s of the measurement; try again when the host is less busy"
             )
         await asyncio.sleep(_READ_EVERY_S)
     return DirtyRates(

@@ -47,12 +47,14 @@ _MOST_NEW: Final = 4096
 """A device that sets more bits than this between two passes may report pages that it has not
 written. Reading all these pages would fill the holes of the guest's memory."""
 _MOST_TAKEN: Final = 64
-"""So many pages are enough to prove the fault. The guest has to continue without them."""
+"""The most pages to take: they are enough to prove the fault, and the guest has to continue
+without them."""
 _REPORTS_TO_JUDGE: Final = 8
 """The passes that must have found new bits before used rings are judged. A device may hold bits
 back until it is stopped; such a device has fewer passes with new bits."""
 _REQUESTS_TO_JUDGE: Final = 64
-"""A queue with so many requests has been in use for the whole time, and not only at the end."""
+"""The requests after which a queue is judged: it has been in use for the whole time, and not only
+at the end."""
 _PAUSES_KEPT: Final = 1 << 16
 
 
@@ -222,7 +224,7 @@ class LogWatch:
         return 0 if page is None else int(page.view(np.uint16)[offset // 2 + 1])
 
     def _was_logged(self, ring: UsedRing) -> bool:
-        """Whether the bit of the page with the ring's index was ever set."""
+        """Return whether the bit of the page with the ring's index was ever set."""
         word, bit = divmod(ring.gpa // LOG_PAGE_BYTES, 64)
         return bool((self._ever[word] | self._log[word]) >> np.uint64(bit) & np.uint64(1))
 

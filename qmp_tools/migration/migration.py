@@ -352,7 +352,7 @@ class Migration:
 
         late = MigrationTimeoutError(
             f"the destination has not loaded everything within {self.limits.timeout_s:g} s; "
-            "allow more time"
+            "allow more time (--timeout)"
         )
         await wait_until(is_paused, self.limits.timeout_s, lambda: late, _POLL_S)
 

@@ -210,7 +210,10 @@ class QemuPair:
         await guest.send(USE_NEW_MEMORY)
         await guest.wait_for(lambda: "memory" in guest.latest, "looked for new memory")
         if not (pages := guest.number("memory", "pages")):
-            raise UntestableError(f"the guest did not find the memory of {name}")
+            raise UntestableError(
+                f"the guest did not find the plugged memory {name}; use a guest that supports "
+                "memory hotplug"
+            )
         _logger.info(
             "%s is at %#x; %d write-once pages are in plugged memory", name, address, pages
         )

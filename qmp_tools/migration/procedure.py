@@ -21,8 +21,9 @@ from .transport import UNIX, Ends, Transport
 # guest keeps dirty (Workload.churn), so no pass ends at once: neither the passes right after the
 # first (nine passes in 50 ms have been seen) nor those while dmaproof holds the migration.
 FIRST_PASS_BYTES_PER_S: Final = 128 << 20
-# Also for the first pass of a scenario with a small or fast stream. It would leave much of a larger
-# portion to the passes after the first (a migration with 8 channels has ended after 0.2 s).
+# A scenario with a small or fast stream uses this bandwidth for its first pass too. With a larger
+# portion, the end of that pass would leave room for further passes at once (a migration with 8
+# channels has ended after 0.2 s).
 HELD_BYTES_PER_S: Final = 32 << 20
 
 NO_PARAMETERS: Final[Mapping[str, Any]] = MappingProxyType({})
@@ -109,7 +110,7 @@ class Procedure:
         await ends.destination.execute("migrate-incoming", uri=uri)
 
     def is_exercised_in(self, answer: Mapping[str, Any]) -> bool:
-        """Whether an answer of query-migrate shows that QEMU has used the scenario."""
+        """Return whether an answer of query-migrate shows that QEMU has used the scenario."""
         if self.exercised_by is None:
             return True
         path = self.exercised_by.split(".")

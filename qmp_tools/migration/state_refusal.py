@@ -37,7 +37,7 @@ class StateRefusal:
 
 
 def has_refused_state(destination: Process) -> bool:
-    """Whether the destination has ended because it could not load a device's state."""
+    """Return whether the destination has ended because it could not load a device's state."""
     return destination.died.done() and _REFUSED.search(destination.log_tail()) is not None
 
 

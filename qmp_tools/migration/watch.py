@@ -44,7 +44,7 @@ class View:
 
     @property
     def ends_in(self) -> str | None:
-        """When QEMU will stop the guest, in words; None if QEMU reports too little."""
+        """The time until QEMU will stop the guest, in words; None if QEMU reports too little."""
         rate, remaining = self.bytes_per_s, self.progress.remaining
         if self.progress.status != "active" or not rate or remaining is None:
             return None

@@ -115,7 +115,7 @@ def _report_clears() -> str:
 
 
 def _report_unaligned_base() -> str:
-    """Bits are counted from the base, so a page around an unaligned base has two bits."""
+    """Check that bits count from the base, so that a page around an unaligned base has two."""
     with _logging() as driver:
         _mark(driver, _WORD + PAGE_BYTES, PAGE_BYTES)
         bits = driver.device.report(_WORD + 512, _WORD, PAGE_BYTES)

@@ -165,7 +165,7 @@ def _no_greeting(name: str, path: Path, why: str) -> NoGreetingError:
 
 
 def _is_libvirts(path: Path) -> bool:
-    """Whether `path` has the form of libvirt's monitor sockets (qemuProcessPrepareMonitorChr)."""
+    """Return whether `path` is a monitor socket of libvirt's (qemuProcessPrepareMonitorChr)."""
     return path.name == "monitor.sock" and path.parent.name.startswith("domain-")
 
 

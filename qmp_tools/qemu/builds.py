@@ -156,7 +156,9 @@ def _upstream(version: str) -> str:
     """Return '10.0.13' for a Debian version such as '1:10.0.13+ds-0+deb13u1'."""
     match = re.match(r"(?:\d+:)?([\d.]*\d)", version)
     if match is None:
-        raise UntestableError(f"QEMU's package has the version {version!r}; expected a number")
+        raise UntestableError(
+            f"expected a version number in the version of QEMU's package, got {version!r}"
+        )
     return match[1]
 
 

@@ -75,7 +75,10 @@ class Qmp:
         except qemu_qmp.ExecuteError as error:
             raise QmpRefusal(f"{self.name} refused {command}: {error}") from error
         except (qemu_qmp.QMPError, EOFError) as error:
-            raise QmpError(f"{self.name} closed its QMP connection during {command}") from error
+            raise QmpError(
+                f"{self.name} closed its QMP connection before it answered {command}; look at its "
+                "log"
+            ) from error
 
     def _late(self, what: str, timeout_s: float) -> QmpTimeoutError:
         return QmpTimeoutError(
@@ -92,7 +95,7 @@ class Qmp:
         try:
             self._client.send_fd_scm(fd)
         except (qemu_qmp.QMPError, OSError) as error:
-            raise QmpError(f"{self.name} did not accept a file descriptor: {error}") from error
+            raise QmpError(f"cannot send {self.name} a file descriptor: {error}") from error
         await self.execute("getfd", fdname=name)
 
     @property

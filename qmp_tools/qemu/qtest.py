@@ -64,15 +64,16 @@ class Qtest:
             f"{self._name} has not answered on its test channel (qtest) within "
             f"{self._timeout_s:g} s; allow more time (--timeout)"
         )
+        closed = f"{self._name} closed its test channel (qtest) before it answered; look at its log"
         try:
             async with bounded(self._timeout_s, lambda: late):
                 await self._writer.drain()
                 while len(answers) < expected:
                     if not (piece := await self._reader.read(_READ_BYTES)):
-                        raise QmpError(f"{self._name} closed its test channel (qtest)")
+                        raise QmpError(closed)
                     answers += piece
         except ConnectionError as error:
-            raise QmpError(f"{self._name} closed its test channel (qtest)") from error
+            raise QmpError(closed) from error
         if answers != _ANSWER * len(gpas):
             raise QmpError(
                 f"{self._name} refused to write guest RAM over its test channel (qtest): "

@@ -124,7 +124,7 @@ def test_if_one_machine_fails_the_other_is_ended(tool: Tool) -> None:
     os.kill(machines[-1], signal.SIGKILL)
     outcome = running.finish()
     assert outcome.exit_code == 3
-    assert "L1 ended before its command did (was killed by SIGKILL)" in outcome.errors
+    assert "nested machine L1 was killed by SIGKILL before its command ended" in outcome.errors
     wait_until_gone(tool, machines)
 
 

@@ -122,7 +122,7 @@ def test_an_l1_that_prints_nothing_times_out_with_its_last_lines(
     silent = machine.L1(tmp_path, tmp_path, tmp_path)
     with pytest.raises(
         WaitTimeoutError,
-        match=r"no line for 0\.1 s; its last lines:\n    ok\tfirst\n    ok\tsecond",
+        match=r"nothing for 0\.1 s; its last lines:\n    ok\tfirst\n    ok\tsecond",
     ):
         asyncio.run(machine.run_machine(1, silent, tmp_path, tmp_path, lines.append, 0.1))
     assert lines == ["ok\tfirst", "ok\tsecond"]

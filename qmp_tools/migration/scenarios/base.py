@@ -136,7 +136,7 @@ class Scenario(Procedure):
 
     @property
     def suits_any_guest(self) -> bool:
-        """Whether it is a single migration that works with any guest and any device.
+        """Whether the scenario is a single migration that works with any guest and any device.
 
         Such a scenario changes only the steps over QMP (`Procedure`), because
         `qmp_tools.aio.migrate` carries out no other steps.
@@ -189,7 +189,7 @@ class Scenario(Procedure):
         return Blame.UNKNOWN
 
     def require_arrival(self, source: Sequence[RamFile], destination: Sequence[RamFile]) -> None:
-        """Check that the RAM has reached the destination in the way of this scenario.
+        """Check that the RAM has reached the destination by the means of this scenario.
 
         Raises:
             UntestableError: the RAM has not.

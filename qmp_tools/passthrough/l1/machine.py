@@ -154,7 +154,7 @@ async def run_machine(
                 await running.process.died
         except TimeoutError:
             message = [
-                f"L1 has printed no line for {timeout_s:g} s; its last lines:",
+                f"the nested machine L1 has printed nothing for {timeout_s:g} s; its last lines:",
                 *last_lines,
                 log_tail(running.console),
             ]
@@ -163,11 +163,14 @@ async def run_machine(
         code = int((job / f"exit-code-{number}").read_text())
     except (OSError, ValueError):
         raise UntestableError(
-            f"L1 ended before its command did ({running.process.how_it_ended()})\n"
+            f"the nested machine L1 {running.process.how_it_ended()} before its command ended\n"
             f"{running.process.log_tail()}\n{log_tail(running.console)}".rstrip()
         ) from None
     if code:
-        message = [f"L1's command ended with exit code {code}; its last lines:", *last_lines]
+        message = [
+            f"the command in the nested machine L1 ended with exit code {code}; its last lines:",
+            *last_lines,
+        ]
         raise UntestableError("\n".join(message))
 
 

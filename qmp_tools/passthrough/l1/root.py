@@ -133,7 +133,9 @@ def run_inside(
             f"{what} needs the program unshare: apt-get install util-linux"
         ) from None
     except subprocess.TimeoutExpired:
-        raise WaitTimeoutError(f"{what} took longer than {timeout_s:g} s") from None
+        raise WaitTimeoutError(
+            f"{what} has not ended within {timeout_s:g} s; try again when the host is less busy"
+        ) from None
     if done.returncode:
         lines = done.stderr.strip().splitlines()[-12:]
         if any(line.startswith("unshare:") for line in lines):

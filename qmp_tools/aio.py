@@ -19,9 +19,9 @@
         async for view in watch(qemu, 0.5):
             print(view.line)
 
-Every process that is started here is ended and reaped, and its files are removed, when its context
-ends or when this process is killed. The errors are those of `dmaproof.errors` (`UsageError`,
-`UntestableError`, …) and `QmpError`; each names the QEMU and quotes its message.
+When its context ends, or when this process is killed, every process that these functions started
+is ended and reaped, and its files are removed. The errors are those of `dmaproof.errors`
+(`UsageError`, `UntestableError`, …) and `QmpError`; each names the QEMU and quotes its message.
 """
 
 from __future__ import annotations
@@ -99,8 +99,9 @@ async def start_qemu(
         binary: see `find_qemu`.
         accelerator: a value of QEMU's ``-accel``, such as 'tcg'; None leaves it to `arguments`.
         name: the name of the QEMU in messages and files.
-        folder: where logs and sockets are; by default a new folder, which is removed.
-        timeout_s: bounds the wait for each of QEMU's answers.
+        folder: the folder for logs and sockets; by default a temporary one, which is removed when
+            the context ends.
+        timeout_s: bounds the wait for each of QEMU's answers, in seconds.
 
     Raises:
         UsageError: an argument has the wrong type.

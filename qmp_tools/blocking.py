@@ -14,8 +14,9 @@
         proof.migrate()
         assert proof.verdict().verdict.exit_code == 0
 
-When the context of a `Session` ends, also by an exception, every process that it started has ended
-and is reaped, and its files are removed. Only its logs can be copied before: see `Session.logs`.
+When the context of a `Session` ends, also by an exception, the session ends and reaps every process
+that it started, and removes its files. To keep the logs, copy them before that: see
+`Session.logs`.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class RunningQemu:
         return self._loop.run(self.qemu.monitor(command))
 
     def end(self) -> None:
-        """End this QEMU before its session ends."""
+        """End this QEMU and reap its process, before the session ends."""
         self._loop.run(self.qemu.end())
 
 
@@ -120,6 +121,10 @@ class Pair:
 
     def migrate(self, scenario: str = "unix", *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Migrate by one of the `known_scenarios`; both guests are paused afterwards.
+
+        Args:
+            scenario: the name of the scenario.
+            timeout_s: bounds each wait, such as that for the end of the migration, in seconds.
 
         Raises:
             UsageError: the scenario does not exist or is for proofs only, or an argument has the
@@ -149,7 +154,7 @@ class StepwiseProof:
 
     @property
     def source(self) -> RunningQemu:
-        """The QEMU whose guest is migrated."""
+        """The QEMU from which the guest is migrated."""
         return RunningQemu(self._run.qemus[SOURCE], self._session._loop)
 
     @property
@@ -237,10 +242,13 @@ def check(
         destination: a QMP socket of the destination.
         expect_migration: whether to refuse QEMUs that have not migrated; if False, any two paused
             QEMUs are compared.
-        timeout_s: bounds the wait for each of their answers.
+        timeout_s: bounds the wait for each of their answers, in seconds.
+
+    Returns:
+        The outcome: the exit code, a sentence, and every difference.
 
     Raises:
-        UsageError: a path is not a socket, or both sockets are the same QEMU's.
+        UsageError: a path is not a socket, or both sockets belong to the same QEMU.
         UntestableError: the QEMUs have not migrated, a guest has run since, or memory cannot be
             read.
 
@@ -258,7 +266,7 @@ def check(
 class Session:
     """A context that owns the QEMUs and devices started in it, and ends them when it ends.
 
-    `folder` has their sockets and logs.
+    `folder` holds their sockets and logs.
     """
 
     folder: Path
@@ -294,7 +302,7 @@ class Session:
         accelerator: str | None = None,
         name: str = "test",
     ) -> RunningQemu:
-        """Start a QEMU with a `name` of its own; see `aio.start_qemu` for the arguments.
+        """Start a QEMU; each needs its own `name`. See `aio.start_qemu` for the arguments.
 
         Raises:
             UsageError: an argument has the wrong type.
@@ -313,7 +321,9 @@ class Session:
     ) -> Pair:
         """Start a source and a destination with the same `arguments`.
 
-        Each pair of a session needs a `name` of its own, which goes before those of its QEMUs.
+        Each pair of a session needs its own `name`, a prefix of the names of its QEMUs. `binary`
+        runs on both sides, unless `destination_binary` is given. See `aio.start_qemu` for the other
+        arguments.
 
         Raises:
             UsageError: an argument has the wrong type.

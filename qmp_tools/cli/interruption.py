@@ -1,7 +1,7 @@
 """Signals that ask the command to end: the first one starts the clean-up.
 
-Further signals during the clean-up, such as a second Ctrl-C, have no effect. Neither has a signal
-that was ignored when the command was started, as nohup does with SIGHUP.
+Further signals during the clean-up, such as a second Ctrl-C, have no effect. A signal that was
+ignored when the command was started, as nohup does with SIGHUP, stays ignored.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``dmaproof list``: what a proof can be made of, a line for each part.
+"""``dmaproof list``: what a proof can be made of, with a line for each part.
 
 The parts are looked up where ``dmaproof prove`` looks them up, so those of other distributions
 (entry points) are listed too.

@@ -55,8 +55,8 @@ def make_parser(chosen: Container[str] = _SUMMARIES) -> argparse.ArgumentParser:
     """Make the parser of the command line.
 
     Args:
-        chosen: the subcommands whose arguments the parser knows; all by default. Of the others
-            the parser has only name and summary, and their modules are not imported.
+        chosen: the subcommands whose arguments the parser knows; all by default. For the
+            others it has only the name and the summary, and their modules are not imported.
     """
     parser = argparse.ArgumentParser(
         prog="dmaproof",

@@ -38,7 +38,7 @@ class Resources:
     """The processors and the memory that no proof has reserved yet."""
 
     def __init__(self, processors: int, memory_bytes: int, *, jobs: int | None = None) -> None:
-        """With `jobs`, that many proofs run at a time, regardless of the processors."""
+        """Offer these resources; `jobs` limits the proofs at a time instead of `processors`."""
         self._jobs = jobs
         self._all_processors = self._processors = jobs or processors
         self._all_memory_bytes = self._memory_bytes = memory_bytes

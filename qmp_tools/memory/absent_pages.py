@@ -101,7 +101,7 @@ def absent_in_process(
 
 
 def _has_huge_pages(smaps: Path, mapping: Mapping) -> bool:
-    """Whether a mapping has huge pages now, transparent or hugetlb ones (proc_pid_smaps(5))."""
+    """Return whether a mapping has huge pages, transparent or hugetlb ones (proc_pid_smaps(5))."""
     inside = False
     with smaps.open() as lines:
         for line in lines:

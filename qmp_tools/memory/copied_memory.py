@@ -35,7 +35,7 @@ class ProcessMemory:
     _copy: mmap.mmap
 
     def has(self, hva: int, length: int) -> bool:
-        """Whether all of `length` bytes from `hva` on are mapped.
+        """Return whether all of `length` bytes from `hva` on are mapped.
 
         Several adjacent mappings may hold them: a memory policy splits the mapping of a backend.
         """

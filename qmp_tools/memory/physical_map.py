@@ -138,7 +138,7 @@ def common_ranges(
 
 
 def is_backend(region: MapRegion, name: str) -> bool:
-    """Whether the region is the memory backend `name`.
+    """Return whether the region is the memory backend `name`.
 
     Machine types up to 4.0, and those that libvirt sets up, name RAM by the backend's path
     (x-use-canonical-path-for-ramblock-id).

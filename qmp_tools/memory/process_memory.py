@@ -92,7 +92,7 @@ def user_and_group(pid: int, *, proc: Path = PROC) -> tuple[int, int]:
 
 
 def has_thread(pid: int, thread: int, *, proc: Path = PROC) -> bool:
-    """Whether process `pid` has a thread whose id in its own PID namespace is `thread`."""
+    """Return whether process `pid` has a thread whose id in its own PID namespace is `thread`."""
     for task in (proc / str(pid) / "task").glob("*"):
         with contextlib.suppress(OSError):  # the thread has ended
             if _numbers(task, "NSpid")[-1:] == [thread]:

@@ -11,8 +11,8 @@ The bytes that differ are looked up in the device's journal:
   bit was in QEMU's log in time and QEMU did not send the page: **qemu** is to blame. If the source
   holds something else, a vCPU wrote there later, and the accelerator is to blame.
 
-A device that keeps no journal gives none of this information, so the cause of a loss is unknown.
-There are two exceptions, for which the device is certainly to blame: a page that was written after
+A device that keeps no journal gives none of this information, so the cause of a loss is unknown. In
+two cases the device is certainly to blame even so: a page that was written after
 the guest had been paused (`late_dma`), and a page whose dirty bit was in QEMU's log before its data
 was in RAM (`migration.log_watch`).
 """
@@ -113,7 +113,7 @@ def attribute(
 
 
 def blame_early_bits(lost: Sequence[LostPage], log: LogEvidence) -> list[LostPage]:
-    """Return the `lost` pages; where the `log` shows that a page's bit was early, blame that."""
+    """Return the `lost` pages; blame the early bit of each page for which the `log` shows one."""
     early = set(log.early_bits)
     return [replace(page, blame=Blame.EARLY_BIT) if page.gpa in early else page for page in lost]
 

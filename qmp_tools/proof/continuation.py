@@ -49,7 +49,7 @@ def _unanswered(pair: QemuPair) -> int:
 async def _recheck(
     pair: QemuPair, scenario: Scenario, requests_after: int, timeout_s: float | None
 ) -> GuestOutcome:
-    """Continue on the destination; `timeout_s` bounds each wait, None stands for the pair's."""
+    """Continue on the destination; `timeout_s` bounds each wait, by default as in the pair."""
     guest = pair.destination_guest
     before = pair.source_guest.number("progress", "requests")
     await scenario.finish(pair)

@@ -24,8 +24,8 @@ from ..migration.judgement import Blame
 from .attribution import LostPage, gpa_of
 
 SETTLE_S: Final = 4.0
-"""For how long a third-party device is watched after its guest has been paused. Most requests that
-a stopped device still carries out have ended by then."""
+"""The seconds for which a third-party device is watched after its guest has been paused. By then,
+most requests that a stopped device still carries out have ended."""
 
 
 class PausedRam:

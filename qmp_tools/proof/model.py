@@ -61,8 +61,10 @@ class Setup:
 
     @property
     def settle_s(self) -> float:
-        """For how long the source's RAM must not change after its guest was paused. This applies
-        to a device outside QEMU that keeps no journal."""
+        """The seconds for which the source's RAM must not change after its guest was paused.
+
+        This applies to a device outside QEMU that keeps no journal.
+        """
         return self.options.settle
 
     @property

@@ -54,7 +54,7 @@ ACCELERATORS: Final = ("auto", "kvm", "tcg")
 
 def _text(given: object) -> str:
     if not isinstance(given, str):
-        raise ValueError("a text")
+        raise ValueError("a string")
     return given
 
 
@@ -122,7 +122,7 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """The option of ``dmaproof prove``: '--kill-device'."""
+        """The name of the option of ``dmaproof prove``: '--kill-device'."""
         return f"--{self.key}"
 
     @property
@@ -132,12 +132,12 @@ class Option:
 
     @property
     def is_switch(self) -> bool:
-        """Whether it is on or off."""
+        """Whether the option is a switch, which is on or off."""
         return self.read is _switch
 
     @property
     def is_repeatable(self) -> bool:
-        """Whether it can have several values at once."""
+        """Whether the option can have several values at once."""
         return self.read is _several
 
     @property

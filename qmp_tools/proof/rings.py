@@ -62,7 +62,7 @@ class Ring:
 
     @property
     def story(self) -> str:
-        """What is wrong with this ring, in one sentence; only for a ring that is wrong."""
+        """A sentence that says what is wrong with this ring; only for a ring that is wrong."""
         ring = f"queue {self.queue} of {self.device}"
         figures = f"used index {self.used} and available index {self.available}"
         if not self.is_consistent:

@@ -156,7 +156,7 @@ class Soak:
 
     @property
     def exit_code(self) -> int:
-        """As for `Verdict`; growth counts as a loss."""
+        """The exit code, as of `Verdict`; growth counts as a loss."""
         if self.proof.verdict.exit_code != EXIT_PASS:
             return self.proof.verdict.exit_code
         return EXIT_PASS if all(growth.is_none for growth in self.growths) else EXIT_LOST

@@ -1,1 +1,1 @@
-"""Any two QEMUs' RAM, held page against page."""
+"""Compare all RAM of any two QEMUs after a migration, page by page."""

@@ -1,6 +1,6 @@
 """Pages that are known to differ after a correct migration, with the reason.
 
-A difference is recognised only if both its place and its form match, and it is always shown.
+A difference is recognized only if both its place and its form match, and it is always shown.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PVCLOCK_BYTES: Final = 32
 
 @dataclass(frozen=True)
 class KnownDifference:
-    """A known difference; `fits(gpa, differs, accelerator)` recognises it.
+    """A known difference; `fits(gpa, differs, accelerator)` recognizes it.
 
     `differs` are the offsets in the page of the bytes that differ.
     """

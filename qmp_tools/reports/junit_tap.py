@@ -3,7 +3,7 @@
 A proof has four cases: the pages, the guest's own checks, the writes of the device that were not
 reported dirty, and the sensitivity of the run. A wrong ring index, a limit of the downtime and the
 control each add a case. A soak has the cases of its last migration, and one for each process that
-must not grow. A fault, a cell of a matrix, and each proof of the passthrough route is one case.
+must not grow. Each fault, each cell of a matrix and each passthrough proof is one case.
 
 A case that could not be tested is an error in JUnit and 'not ok' in TAP, because a CI must not take
 it for a pass. A case that a QEMU does not support is skipped in both.

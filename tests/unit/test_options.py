@@ -82,7 +82,7 @@ def test_an_option_that_was_not_given_has_its_default() -> None:
     [
         ({"gest": "bare"}, "gest is not an option of a proof; expected one of qemu, "),
         ({"guest": "horse"}, "--guest: expected one of bare, linux, got 'horse'"),
-        ({"guest": 5}, "--guest: expected a text, got 5"),
+        ({"guest": 5}, "--guest: expected a string, got 5"),
         ({"cpus": 0}, "--cpus: expected a whole number from 1 on, got 0"),
         ({"cpus": "two"}, "--cpus: expected a whole number from 1 on, got 'two'"),
         ({"seed": 1.5}, "--seed: expected a whole number, got 1.5"),

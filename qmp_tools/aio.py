@@ -141,7 +141,10 @@ async def migrate(
     require("scenario", scenario, str, "a name")
     chosen = find_scenario(scenario)
     if not chosen.suits_any_guest:
-        raise UsageError(f"scenario {scenario!r} is for proofs with a device of dmaproof's only")
+        raise UsageError(
+            f"scenario {scenario!r} works only in a proof with one of dmaproof's devices; choose "
+            "another scenario, or use prove()"
+        )
     with run_folder() as folder:
         migration = Migration(Ends(source.qmp, destination.qmp, folder), chosen, limits or Limits())
         await migration.start()

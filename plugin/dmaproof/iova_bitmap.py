@@ -12,7 +12,7 @@ One bit stands for one naturally aligned page: bit *n* of a bitmap over [iova, i
 page ``iova // page_size + n``. Bits are stored in little-endian 64-bit words, the form of VFIO's
 and iommufd's bitmaps.
 
-The memory is either a buffer or a file. Of a file, one *window* is mapped at a time, when `set`
+The memory is either a buffer or a file. Only one *window* of a file is mapped at a time, when `set`
 needs it. A window corresponds to the kernel's pinned pages and has the same size: 512 pages of
 bitmap, which stand for 64 GiB of 4 KiB pages. The last window stays mapped, so neighbouring reports
 map nothing. `set_many` sorts its ranges by window, so it maps each window once, even for a million

@@ -88,7 +88,8 @@ def _control_of(options: ProofOptions) -> Control:
     control = kind_of(options.devices, options.device_command).control
     if control is None:
         raise UsageError(
-            f"--control: no fault can be injected in --device {' and '.join(options.devices)}"
+            f"--control: no fault can be injected into --device {' and '.join(options.devices)}; "
+            "leave out --control"
         )
     if is_fake_vfio(options):
         fake_device_of(replace(options, fault=control.fault))

@@ -173,7 +173,7 @@ class GuestChannel:
         Args:
             reached: called after each report of the guest.
             what: what the guest is to do, as a participle for messages: 'become ready'.
-            timeout_s: a lower bound of the wait than the channel's own.
+            timeout_s: the bound of this wait in seconds, if less than the channel's own.
 
         Raises:
             GuestGaveUpError: the guest gave up.

@@ -64,7 +64,8 @@ class Resources:
         if memory_bytes > self._all_memory_bytes:
             raise UntestableError(
                 f"the proof needs {memory_bytes // MIB} MiB of memory, but only "
-                f"{self._all_memory_bytes // MIB} MiB are free"
+                f"{self._all_memory_bytes // MIB} MiB are free: end other programs, or choose a "
+                "smaller --memory"
             )
         async with self._change:
             await self._change.wait_for(

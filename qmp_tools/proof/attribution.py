@@ -163,9 +163,9 @@ def _attribute_page(
         return lost
     _, record, evidence = max(last, key=lambda write: write[0])
     iova = int(record["iova"]) + max(0, gpa - int(record["gpa"]))
-    due = int(record["epoch"])
+    due_epoch = int(record["epoch"])
     seen = {link: evidence.links[link].last(gpa) for link in TRACED_LINKS}
-    link = next((link for link in TRACED_LINKS if seen[link] < due), Link.QEMU)
+    link = next((link for link in TRACED_LINKS if seen[link] < due_epoch), Link.QEMU)
     blame = Blame.DEVICE
     if link == Link.QEMU:
         blame = Blame.QEMU if _source_still_holds(record, source, slots) else Blame.ACCELERATOR
@@ -181,7 +181,7 @@ def _attribute_page(
         queue=int(record["queue"]),
         kind=WriteKind(int(record["kind"])).name.lower().replace("_", " "),
         seconds=(int(record["time_ns"]) - (evidence.started_ns or 0)) / 1e9,
-        due_in_harvest=due,
+        due_in_harvest=due_epoch,
         last_seen_in_harvest={link.value: epoch for link, epoch in seen.items()},
     )
 

@@ -213,7 +213,8 @@ async def _count_vcpu_pages_lost(
             ) as destination,
         ):
             late = WaitTimeoutError(
-                f"the probe's guest on {qemu} has not reported anything within {timeout_s:g} s"
+                f"the probe's guest on {qemu} has not reported anything within {timeout_s:g} s; "
+                "allow more time (--timeout)"
             )
             async with bounded(timeout_s, lambda: late):
                 await source.report.readline()

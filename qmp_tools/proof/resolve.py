@@ -180,7 +180,8 @@ def _scenario_for(options: ProofOptions, device: ProofDevice) -> Scenario:
     if options.max_downtime is not None and not scenario.downtime_is_measurable:
         raise UsageError(
             f"--max-downtime: with --scenario {options.scenario} dmaproof itself pauses the guest "
-            "while its RAM is copied, so the downtime says nothing about QEMU"
+            "while its RAM is copied, so the downtime says nothing about QEMU; leave out "
+            "--max-downtime, or choose another scenario"
         )
     return scenario
 

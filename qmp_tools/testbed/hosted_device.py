@@ -87,7 +87,8 @@ class HostedDevice:
         command = {"do": "evidence", "session": _SESSION, "folder": str(folder)}
         self._control.sendall(json.dumps(command).encode() + b"\n")
         late = WaitTimeoutError(
-            f"the device of the test bed has not sent its evidence within {self.timeout_s:g} s"
+            f"the device of the test bed has not sent its evidence within {self.timeout_s:g} s; "
+            "try again when the host is less busy"
         )
         block_until(
             lambda: any(event["event"] == "evidence" for event in self.events()),

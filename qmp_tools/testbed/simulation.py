@@ -131,7 +131,9 @@ def simulate(
         except (OSError, ProtocolError) as error:
             for guest in guests:
                 guest.device.events()  # raises if the device reported why it closed the connection
-            raise UntestableError(f"the device of the test bed: {error}") from error
+            raise UntestableError(
+                f"the device of the test bed did not carry out a step: {error}"
+            ) from error
         evidence = [
             replace(guest.device.evidence(folder), device=f"device {number}")
             for number, guest in enumerate(guests)
@@ -366,7 +368,7 @@ class _Guest:
         if time.monotonic() - began_s > self.device.timeout_s:
             raise WaitTimeoutError(
                 f"the device of the test bed has not served its ring within "
-                f"{self.device.timeout_s:g} s"
+                f"{self.device.timeout_s:g} s; try again when the host is less busy"
             )
 
     def settle(self) -> None:

@@ -28,7 +28,9 @@ def test_all_processes_end_with_their_session(tool: Tool, monkeypatch: pytest.Mo
             with pytest.raises(UsageError, match="scenario 'pigeon'"):
                 pair.migrate("pigeon")
             for scenario in ("retry", "postcopy-ram"):
-                with pytest.raises(UsageError, match=f"scenario '{scenario}' is for proofs"):
+                with pytest.raises(
+                    UsageError, match=f"scenario '{scenario}' works only in a proof"
+                ):
                     pair.migrate(scenario)
             with pytest.raises(QmpError, match="no-such-command"):
                 pair.source.execute("no-such-command")

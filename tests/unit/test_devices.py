@@ -139,7 +139,7 @@ def test_an_unknown_device_is_refused(name: str, text: str | None, message: str)
                 ["--kernel=vmlinuz"],
             )
         ),
-        (["--control"], "--control: no fault can be injected in --device qemu:nvme"),
+        (["--control"], "--control: no fault can be injected into --device qemu:nvme"),
         (["--guest", "bare"], "use --guest linux"),
     ],
 )

@@ -15,7 +15,10 @@ from qmp_tools.testbed import fault_trials
 from qmp_tools.testbed.fault_trials import CONTROL, Bench, Row, Trial, try_faults
 from support.setups import setup
 
-REASON = "the device of the test bed: it has ended\nAssertionError: the last line of its log"
+REASON = (
+    "the device of the test bed did not carry out a step: it has ended\n"
+    "AssertionError: the last line of its log"
+)
 
 
 def test_a_trial_without_a_verdict_keeps_the_whole_reason(

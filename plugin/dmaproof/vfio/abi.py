@@ -1,8 +1,8 @@
 """VFIO's and iommufd's requests: numbers, structures, flags, and what each errno means.
 
-After include/uapi/linux/vfio.h and iommufd.h of Linux 7.3; all of it is stable ABI. Structures are
-little-endian with explicit padding. The explanations of an errno follow the kernel functions that
-are named.
+The source is include/uapi/linux/vfio.h and iommufd.h of Linux 7.3; all of it is stable ABI.
+Structures are little-endian with explicit padding. The explanations of an errno follow the kernel
+functions that are named.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class Keeper:
         self.journal.resume(saved.started_ns or 0)
         collector.harvests = [Harvest(*(int(value) for value in row)) for row in saved.harvests]
         # The harvest after the last one must report a write.
-        due = int(self.journal.records()["epoch"].max(initial=1))
-        epoch = max([due - 1, *(harvest.epoch for harvest in collector.harvests)])
+        due_epoch = int(self.journal.records()["epoch"].max(initial=1))
+        epoch = max([due_epoch - 1, *(harvest.epoch for harvest in collector.harvests)])
         collector.trace.resume(saved.links, epoch)
         return True

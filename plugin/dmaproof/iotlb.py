@@ -223,7 +223,9 @@ class Iotlb:
 
 def _require_addressable(iova: int, length: int) -> None:
     if iova + length > 1 << ADDRESS_BITS:
-        raise MemoryAccessError(f"IOVA {iova:#x} + {length:#x} is beyond {ADDRESS_BITS} bits")
+        raise MemoryAccessError(
+            f"IOVA {iova:#x} + {length:#x} reaches beyond the {ADDRESS_BITS} bits of an IOVA"
+        )
 
 
 def _pieces_of(entry: Entry) -> range:

@@ -346,7 +346,10 @@ class _Comparison:
         source, destination = self.source, self.destination
         # If a supervisor opened the sockets, different QEMUs have the same process id.
         if source.qemu.pid == destination.qemu.pid and source.hvas == destination.hvas:
-            raise UsageError(f"both sockets belong to the same QEMU (process {source.qemu.pid})")
+            raise UsageError(
+                f"both sockets belong to the same QEMU (process {source.qemu.pid}): give a socket "
+                "of the source and one of the destination"
+            )
         if source.length != destination.length:
             raise UntestableError(
                 f"the source has {source.length // 1024} KiB of RAM in its physical map, the "

@@ -69,7 +69,9 @@ class HostedDevice:
         events = [json.loads(line) for line in lines]
         for event in events:
             if event["event"] == "refused":
-                raise RefusedError(f"the device refused a message: {event['message']}")
+                raise RefusedError(
+                    f"the device of the test bed refused a message: {event['message']}"
+                )
         return events
 
     def kill(self) -> None:

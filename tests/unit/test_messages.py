@@ -28,7 +28,7 @@ from dmaproof.vhost_user.messages import (
 def test_the_longest_payload_is_accepted() -> None:
     header = struct.pack("<III", Request.SET_FEATURES, 1, MAX_PAYLOAD_BYTES)
     assert decode_header(header) == Header(Request.SET_FEATURES, False, MAX_PAYLOAD_BYTES)
-    with pytest.raises(ProtocolError, match="payload of 4097 bytes, more than 4096"):
+    with pytest.raises(ProtocolError, match="at most 4096 bytes, got 4097"):
         decode_header(struct.pack("<III", Request.SET_FEATURES, 1, MAX_PAYLOAD_BYTES + 1))
 
 

@@ -436,7 +436,7 @@ def refused(front_end: FrontEnd, message: str, data: bytes, fds: tuple[int, ...]
         (struct.pack("<III", 999, 1, 0), "request 999"),
         (struct.pack("<III", 1, 2, 0), "expected version 1, got 2"),
         (struct.pack("<III", 1, 5, 0), "a reply"),
-        (struct.pack("<III", 2, 1, 1 << 30), "SET_FEATURES: payload of 1073741824"),
+        (struct.pack("<III", 2, 1, 1 << 30), "at most 4096 bytes, got 1073741824"),
         (encode_request(Request.SET_FEATURES, b"1234"), "expected a payload of 8 bytes, got 4"),
         (encode_request(Request.SET_FEATURES, encode_u64(1 << 63)), "not offered"),
         (encode_request(Request.SET_PROTOCOL_FEATURES, encode_u64(1 << 63)), "not offered"),

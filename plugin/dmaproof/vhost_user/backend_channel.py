@@ -105,8 +105,7 @@ class BackendChannel:
                 self._received.clear()
                 if not self._questions:
                     raise ProtocolError(
-                        "the front end sent an answer on the back-end channel, but the device has "
-                        "asked nothing"
+                        "back-end channel: got an answer, but the device has sent no request"
                     )
                 answers.append((self._questions.popleft(), mapped))
         except BlockingIOError:

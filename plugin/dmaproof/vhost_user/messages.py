@@ -196,7 +196,8 @@ def decode_header(header: bytes) -> Header:
         raise ProtocolError(f"{request.name}: expected a request, got a reply")
     if payload_bytes > MAX_PAYLOAD_BYTES:
         raise ProtocolError(
-            f"{request.name}: payload of {payload_bytes} bytes, more than {MAX_PAYLOAD_BYTES}"
+            f"{request.name}: expected a payload of at most {MAX_PAYLOAD_BYTES} bytes, got "
+            f"{payload_bytes}"
         )
     return Header(request, bool(flags & _FLAG_NEED_REPLY), payload_bytes)
 
@@ -282,7 +283,8 @@ def decode_memory_table(message: Message) -> list[MemoryRegion]:
         )
     if len(message.fds) != count:
         raise ProtocolError(
-            f"SET_MEM_TABLE: {len(message.fds)} file descriptors for {count} regions"
+            f"SET_MEM_TABLE: got {len(message.fds)} file descriptors for {count} regions, expected "
+            "one for each"
         )
     decoded = []
     for gpa, length, hva, file_offset in struct.iter_unpack("<QQQQ", regions):
@@ -366,8 +368,8 @@ def decode_backend_reply(reply: bytes) -> bool:
         8,
     ):
         raise ProtocolError(
-            f"the back-end channel sent request {number} with flags {flags:#x} and "
-            f"{payload_bytes} bytes, not an answer to an IOTLB message"
+            f"back-end channel: expected an answer to an IOTLB message, got request {number} with "
+            f"flags {flags:#x} and {payload_bytes} bytes"
         )
     return not int.from_bytes(reply[HEADER_BYTES:], "little")
 
@@ -383,8 +385,8 @@ def decode_config(message: Message) -> ConfigAccess:
     content = message.payload[12:]
     if size != len(content):
         raise ProtocolError(
-            f"{message.request.name}: declares {size} bytes of configuration, carries "
-            f"{len(content)}"
+            f"{message.request.name}: the message declares {size} bytes of configuration, but "
+            f"carries {len(content)}"
         )
     return ConfigAccess(offset, flags, content)
 

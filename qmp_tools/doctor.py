@@ -1,7 +1,7 @@
 """The prerequisites of a proof: which are missing on this machine, and how to fix each.
 
-`look` finds the facts by trying: it asks QEMU over QMP, links a static program, makes a memfd.
-`examine` judges facts of any machine, so the tests can try all cases on one machine.
+`gather_facts` finds the facts by trying: it asks QEMU over QMP, links a static program, makes a
+memfd. `examine` judges facts of any machine, so the tests can try all cases on one machine.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ def _extra(name: str, missing: Sequence[str]) -> Finding:
     return Finding(title, State.LIMITED, what, f"pip install 'dmaproof[{name}]'")
 
 
-def look() -> Facts:
+def gather_facts() -> Facts:
     """Find the facts about this machine; nothing is installed or changed."""
     temporary_error = _try_temporary_folder()
     qemu, qemu_error = _look_for_qemu(ask=temporary_error is None)

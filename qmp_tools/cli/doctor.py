@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from ..doctor import GUEST_MEMORY_BYTES, can_prove, examine, look
+from ..doctor import GUEST_MEMORY_BYTES, can_prove, examine, gather_facts
 from ..exit_codes import EXIT_PASS, EXIT_UNTESTED
 from ..host.finding import Finding, State
 from ..reports.report import SCHEMA_VERSION
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    findings = examine(look(), arguments.guest)
+    findings = examine(gather_facts(), arguments.guest)
     exit_code = EXIT_PASS if can_prove(findings) else EXIT_UNTESTED
     if arguments.json != "-":
         print_text(to_text(findings, arguments.guest))

@@ -19,7 +19,7 @@ from .fake_device import fake_device, injected
 from .fake_driver import DRIVERS, container_driver, iommufd_driver
 from .host_functions import HostFunctions, MissingError, parse_functions, require_testable
 from .outcome import Proof, require, require_loss, require_pass, retrying
-from .vfio_functions import Host, look
+from .vfio_functions import Host, gather_facts
 
 _DROP_IN_1000: Final = 50
 
@@ -104,7 +104,7 @@ def _in_use() -> tuple[str, dict[str, Any]]:
 
 
 def _refusal(functions: HostFunctions) -> str:
-    facts = look(functions.source, Host(), iommufd=functions.iommufd)
+    facts = gather_facts(functions.source, Host(), iommufd=functions.iommufd)
     require(facts.open_error is not None, "a function that is in use can be opened")
     try:
         require_testable(functions, MEMORY_BYTES, Host())

@@ -25,8 +25,8 @@ from .vfio_functions import (
     examine,
     examine_pair,
     find_function,
+    gather_facts,
     lockable_bytes,
-    look,
 )
 
 PREFIX: Final = "vfio:"
@@ -101,7 +101,7 @@ def require_testable(functions: HostFunctions, memory_bytes: int, host: Host) ->
         MissingError: some are missing; the message has all of these, each with its remedy.
     """
     sides = dict.fromkeys((functions.source, functions.destination))
-    facts = [look(side, host, iommufd=functions.iommufd) for side in sides]
+    facts = [gather_facts(side, host, iommufd=functions.iommufd) for side in sides]
     # The container counts what a QEMU locks, iommufd what the user does (IOPT_PAGES_ACCOUNT_USER).
     locked_bytes = memory_bytes * (2 if functions.iommufd else 1)
     lockable = lockable_bytes()

@@ -67,7 +67,7 @@ class NotSupportedError(Exception):
 
 
 _UNKNOWN: Final = (errno.ENOTTY, errno.EOPNOTSUPP)
-"""The errnos for a request that the kernel, or a feature that the device, does not have."""
+"""The errnos for a request that the kernel does not know, or a feature that the device lacks."""
 
 
 def require(holds: bool, found: str) -> None:

@@ -1,12 +1,12 @@
 """The fake VFIO device as the device of a proof, used by QEMU's own vfio-pci.
 
-The device's journal is the ground truth, as with every built-in device. Of the chain after it, one
-link is visible, the *tracker*: the device records which ranges it reported to the kernel's
-iterator, and in which report. The links after the tracker are the kernel's and QEMU's, and count as
-one: if a page was reported and did not arrive, QEMU lost it (or the kernel, on the way to QEMU). If
-QEMU does not ask the device for dirty pages, the whole chain counts as QEMU's.
+The device's journal is the ground truth, as with every built-in device. Only one link of the chain
+after the journal is visible, the *tracker*: the device records which ranges it reported to the
+kernel's iterator, and in which report. The links after the tracker are the kernel's and QEMU's, and
+count as one: if a page was reported and did not arrive, QEMU lost it (or the kernel, on the way to
+QEMU). If QEMU does not ask the device for dirty pages, the whole chain counts as QEMU's.
 
-An epoch is a report here: the next report must have the write.
+An epoch is one report: the next report after a write must contain the write.
 """
 
 from __future__ import annotations

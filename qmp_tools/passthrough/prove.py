@@ -1,4 +1,4 @@
-"""Boots L1, carries out proofs in it, and reports their outcomes."""
+"""Boot L1, carry out proofs in it, and report their outcomes."""
 
 from __future__ import annotations
 

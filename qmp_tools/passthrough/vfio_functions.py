@@ -1,7 +1,7 @@
 """Check whether two functions of this host can be source and destination of a VFIO migration.
 
-`look` gathers facts from sysfs. If a function is bound to a VFIO driver and free, `look` also opens
-it as QEMU would. `examine` turns the facts into findings, with a remedy for each missing
+`gather_facts` reads sysfs. If a function is bound to a VFIO driver and free, `gather_facts` also
+opens it as QEMU would. `examine` turns the facts into findings, with a remedy for each missing
 prerequisite. Nothing here ever binds, unbinds or configures a function: a user who has not bound a
 function to VFIO does not want it tested.
 """
@@ -102,7 +102,7 @@ def find_function(address: str, host: Host) -> Function:
     return Function(whole, sysfs)
 
 
-def look(function: Function, host: Host, *, iommufd: bool) -> FunctionFacts:
+def gather_facts(function: Function, host: Host, *, iommufd: bool) -> FunctionFacts:
     """Gather the facts about `function`; open it, which resets it, if it is bound to VFIO and free.
 
     `iommufd`: QEMU will open it through iommufd, else through the legacy container.

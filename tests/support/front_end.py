@@ -72,7 +72,7 @@ class FrontEnd(front_end.FrontEnd):
             self.turn()
 
     def turn(self) -> None:
-        """Let the session do what it can without an answer to its questions."""
+        """Let the session do what it can without an answer to its requests for mappings."""
         for key, _ in self.selector.select(0):
             key.data()
         while self.session.serve_rings():

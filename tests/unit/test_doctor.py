@@ -150,7 +150,7 @@ def test_the_command_prints_its_findings_and_exits_with_3_if_one_is_missing(
     facts: Facts,
     exit_code: int,
 ) -> None:
-    monkeypatch.setattr(command, "look", lambda: facts)
+    monkeypatch.setattr(command, "gather_facts", lambda: facts)
     assert cli.main(["doctor"]) == exit_code
     text = capsys.readouterr().out
     assert ("MISSING  QEMU" in text) == (exit_code == 3)

@@ -26,8 +26,8 @@ from qmp_tools.passthrough.vfio_functions import (
     examine,
     examine_pair,
     find_function,
+    gather_facts,
     lockable_bytes,
-    look,
 )
 from qmp_tools.qemu.machine import DESTINATION, GIB, SOURCE
 
@@ -123,7 +123,7 @@ def simulate(
 
 
 def facts_of(tree: Tree, address: str = SOURCE_ADDRESS, *, iommufd: bool = True) -> FunctionFacts:
-    return look(find_function(address, tree.host), tree.host, iommufd=iommufd)
+    return gather_facts(find_function(address, tree.host), tree.host, iommufd=iommufd)
 
 
 def findings_of(tree: Tree) -> dict[str, Finding]:

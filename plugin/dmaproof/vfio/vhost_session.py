@@ -1,6 +1,6 @@
 """A vhost-user device whose DMA a VFIO device does, and whose dirty pages the kernel tracks.
 
-A dirty page takes the same way as with any other device of dmaproof, except at the beginning::
+A dirty page takes the same path as with any other device of dmaproof, except at the beginning::
 
     slots of the front end ──map──▶ the VFIO device's I/O address space
     Dma.write ──▶ the VFIO device ──DMA──▶ guest RAM

@@ -19,8 +19,8 @@ from ..errors import ProtocolError
 from ..iotlb import Miss
 from .messages import BACKEND_REPLY_BYTES, decode_backend_reply, encode_miss
 
-_MOST_QUESTIONS: Final = 64
-"""The most open questions at a time; this many fit into any socket's buffer."""
+_MOST_REQUESTS: Final = 64
+"""The most open requests at a time; this many fit into any socket's buffer."""
 
 
 class BackendChannel:
@@ -36,8 +36,8 @@ class BackendChannel:
         self._selector = selector
         self._socket = _socket_of(fd)
         self._received = bytearray()
-        self._questions: deque[Miss | None] = deque()
-        """Open questions in order; None stands for a question that no longer matters."""
+        self._requests: deque[Miss | None] = deque()
+        """Open requests in order; None stands for a request that no longer matters."""
         self._readable = False
         try:
             selector.register(self._socket, selectors.EVENT_READ, self._wake)
@@ -50,39 +50,39 @@ class BackendChannel:
 
     @property
     def waiting(self) -> bool:
-        """Whether a question that still matters is open."""
-        return any(question is not None for question in self._questions)
+        """Whether a request that still matters is open."""
+        return any(request is not None for request in self._requests)
 
     def ask(self, misses: Iterable[Miss]) -> None:
-        """Ask for the pages that are not asked for yet, up to the limit of open questions.
+        """Request the pages that are not requested yet, up to the limit of open requests.
 
         Raises:
-            ProtocolError: the front end does not read the questions.
+            ProtocolError: the front end does not read the requests.
             EOFError: the front end has disconnected.
         """
         for miss in misses:
-            if len(self._questions) == _MOST_QUESTIONS:
+            if len(self._requests) == _MOST_REQUESTS:
                 break
-            if miss in self._questions:
+            if miss in self._requests:
                 continue
-            question = encode_miss(*miss)
+            request = encode_miss(*miss)
             sent = 0
             try:
-                sent = self._socket.send(question, socket.MSG_DONTWAIT)
+                sent = self._socket.send(request, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 pass  # handled below like a partial send
             except OSError as error:
                 raise EOFError(f"the back-end channel: {error}") from error
-            if sent < len(question):
+            if sent < len(request):
                 raise ProtocolError(
                     "the front end does not read the requests on the back-end channel"
                 )
-            self._questions.append(miss)
+            self._requests.append(miss)
 
     def answers(self) -> list[tuple[Miss | None, bool]]:
-        """Return the questions answered since the last call, each with whether a mapping exists.
+        """Return the requests answered since the last call, each with whether a mapping exists.
 
-        None stands for a question that no longer matters.
+        None stands for a request that no longer matters.
 
         Raises:
             ProtocolError: a message is not an answer.
@@ -103,20 +103,20 @@ class BackendChannel:
                     continue
                 mapped = decode_backend_reply(bytes(self._received))
                 self._received.clear()
-                if not self._questions:
+                if not self._requests:
                     raise ProtocolError(
                         "back-end channel: got an answer, but the device has sent no request"
                     )
-                answers.append((self._questions.popleft(), mapped))
+                answers.append((self._requests.popleft(), mapped))
         except BlockingIOError:
             pass
         except OSError as error:
             raise EOFError(f"the back-end channel: {error}") from error
         return answers
 
-    def forget_questions(self) -> None:
-        """Ignore the answers to all open questions, because the device has stopped."""
-        self._questions = deque(None for _ in self._questions)
+    def forget_requests(self) -> None:
+        """Ignore the answers to all open requests, because the device has stopped."""
+        self._requests = deque(None for _ in self._requests)
 
     def close(self) -> None:
         """Close the socket."""

@@ -428,7 +428,7 @@ class Session:
         if isinstance(self.bus, Iotlb):
             self.bus.clear()
         if self._channel is not None:
-            self._channel.forget_questions()
+            self._channel.forget_requests()
 
     def _ask(self, missing: Sequence[tuple[int, int]]) -> None:
         """Ask the front end for the pages that an IOTLB does not know.
@@ -446,7 +446,7 @@ class Session:
         self._channel.ask(Miss(*page) for page in missing)
 
     def _handle_answers(self, channel: BackendChannel) -> None:
-        """Resume the waiting rings when all questions are answered.
+        """Resume the waiting rings when all requests for mappings are answered.
 
         Raises:
             MemoryAccessError: the guest's IOMMU has no such mapping.

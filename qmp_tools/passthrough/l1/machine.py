@@ -1,4 +1,4 @@
-"""Boots L1 and runs one command in it, with a timeout; L1 is an ordinary QEMU process of the run.
+"""Boot L1 and run one command in it, with a timeout; L1 is an ordinary QEMU process of the run.
 
 A folder of the run is shared with L1 at /mnt. It holds the command, and the files that the command
 writes. The lines that the command prints are passed on while it runs. Several machines may run the

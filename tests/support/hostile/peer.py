@@ -129,7 +129,7 @@ class Peer:
                         self.connected = event["event"] == "connected"
                     if event["event"] in ("refused", "disconnected"):
                         self.reasons.append(event.get("message") or event["reason"])
-            if not busy and not self._readable() and not self.answer_questions():
+            if not busy and not self._readable() and not self.answer_requests():
                 break
         else:
             raise AssertionError("the server never becomes idle")
@@ -196,13 +196,13 @@ class Peer:
         with back_end:
             self.send(Request.SET_BACKEND_REQ_FD, b"", [back_end.fileno()])
 
-    def answer_questions(self) -> bool:
-        """Answer the back end's questions, mostly as QEMU does; return whether it asked any."""
-        questions = b""
+    def answer_requests(self) -> bool:
+        """Answer the back end's requests, mostly as QEMU does; return whether there were any."""
+        requests = b""
         with contextlib.suppress(OSError):
-            questions = self.channel.recv(1 << 16) if self.channel is not None else b""
-        for place in range(0, len(questions) // 44 * 44, 44):
-            iova, access = struct.unpack_from("<Q16xB", questions, place + 12)
+            requests = self.channel.recv(1 << 16) if self.channel is not None else b""
+        for place in range(0, len(requests) // 44 * 44, 44):
+            iova, access = struct.unpack_from("<Q16xB", requests, place + 12)
             gpa = iova - HVA_BASE if iova >= HVA_BASE else iova
             mapped = any(start <= gpa < start + size for start, size in self.logged_gpas)
             if mapped:
@@ -213,7 +213,7 @@ class Peer:
             with contextlib.suppress(OSError):
                 assert self.channel is not None
                 self.channel.send(answer) if answer else None
-        return bool(questions)
+        return bool(requests)
 
     def send_iotlb(self, event: int, iova: int, size: int, hva: int, access: int) -> None:
         """Send an IOTLB message. An IOVA equals the GPA or HVA that it is mapped to."""

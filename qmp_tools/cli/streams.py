@@ -1,7 +1,7 @@
 """Guards of the command's standard streams: against closed ones, full devices and lost readers.
 
-Without the guards, Python reports a full device only at its exit, by a traceback and an exit code
-of its own. And the next file or socket would get the number of a closed descriptor.
+Without the guards, Python would report a full device only at its exit, by a traceback and its own
+exit code, and the next file or socket would get the number of a closed descriptor.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def _command(options: ProofOptions) -> list[str]:
 async def run_matrix(
     matrix: Matrix, cache: ResultCache, resources: Resources, *, again: bool = False
 ) -> list[Result]:
-    """Return the results of the matrix' cells, in their order; `again` ignores cached results.
+    """Return the results of the matrix's cells, in their order; `again` ignores cached results.
 
     Raises:
         UsageError: the options of every cell are wrong, or the `cache` cannot be written to.

@@ -75,7 +75,7 @@ class Grid:
 
 
 def grid_of(answer: Mapping[str, Any]) -> Grid:
-    """Return the grid of a matrix' JSON."""
+    """Return the grid of a matrix's JSON."""
     varying = [name for name, values in answer["axes"].items() if len(values) > 1]
     across = [name for name in varying if name in (_QEMU, _DESTINATION)] or varying[-1:]
     down = [name for name in varying if name not in across]

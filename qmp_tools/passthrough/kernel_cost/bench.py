@@ -1,4 +1,4 @@
-"""Carries out the measurement in L1, and makes the fit and the projection from it."""
+"""Carry out the measurement in L1, and make the fit and the projection from it."""
 
 from __future__ import annotations
 

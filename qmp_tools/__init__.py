@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 from dmaproof.public_names import import_on_demand
 
 if TYPE_CHECKING:
-    from .blocking import Pair, RunningQemu, Session, StepwiseProof, check, prove
+    from .blocking import Environment, Pair, RunningQemu, StepwiseProof, check, prove
     from .devices.device import AttachedDevice, DeviceFacts, ProofDevice
     from .devices.registry import COMMON_OPTIONS, Control, DeviceKind, DeviceRequest
     from .exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED, EXIT_USAGE
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES: Final = {
-    "blocking": ("Pair", "RunningQemu", "Session", "StepwiseProof", "check", "prove"),
+    "blocking": ("Environment", "Pair", "RunningQemu", "StepwiseProof", "check", "prove"),
     "devices.device": ("AttachedDevice", "DeviceFacts", "ProofDevice"),
     "devices.registry": ("COMMON_OPTIONS", "Control", "DeviceKind", "DeviceRequest"),
     "exit_codes": ("EXIT_LOST", "EXIT_PASS", "EXIT_UNTESTED", "EXIT_USAGE"),
@@ -80,6 +80,7 @@ __all__ = [
     "DeviceFacts",
     "DeviceKind",
     "DeviceRequest",
+    "Environment",
     "GuestHasRunError",
     "GuestOutcome",
     "Limits",
@@ -95,7 +96,6 @@ __all__ = [
     "RunningQemu",
     "Scenario",
     "Sensitivity",
-    "Session",
     "StepwiseProof",
     "Verdict",
     "Workload",

@@ -4,19 +4,19 @@
 
 ::
 
-    with Session() as session:
-        pair = session.pair(["-machine", "q35", "-m", "256"])
+    with Environment() as environment:
+        pair = environment.pair(["-machine", "q35", "-m", "256"])
         pair.migrate()
-        assert session.check(pair.source, pair.destination).exit_code == 0
+        assert environment.check(pair.source, pair.destination).exit_code == 0
 
-    with Session() as session:
-        proof = session.proof(guest="bare", tracker="dirty-ring")
+    with Environment() as environment:
+        proof = environment.proof(guest="bare", tracker="dirty-ring")
         proof.migrate()
         assert proof.verdict().verdict.exit_code == 0
 
-When the context of a `Session` ends, also by an exception, the session ends and reaps every process
-that it started, and removes its files. To keep the logs, copy them before that: see
-`Session.logs`.
+When the context of an `Environment` ends, also by an exception, the environment ends and reaps
+every process that it started, and removes its files. To keep the logs, copy them before that: see
+`Environment.logs`.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ from .qemu.machine import DESTINATION, INCOMING, SOURCE
 from .qemu.qemu import OwnedQemu
 from .ram_check.check import Check
 
-__all__ = ["Pair", "RunningQemu", "Session", "StepwiseProof", "check", "prove"]
+__all__ = ["Environment", "Pair", "RunningQemu", "StepwiseProof", "check", "prove"]
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class RunningQemu:
-    """A QEMU that a `Session` has started.
+    """A QEMU that an `Environment` has started.
 
-    `qemu` is the handle for asynchronous code, such as `aio.check`: see `Session.run`.
+    `qemu` is the handle for asynchronous code, such as `aio.check`: see `Environment.run`.
     """
 
     qemu: OwnedQemu
@@ -107,7 +107,7 @@ class RunningQemu:
         return self._loop.run(self.qemu.monitor(command))
 
     def end(self) -> None:
-        """End this QEMU and reap its process, before the session ends."""
+        """End this QEMU and reap its process, before the environment ends."""
         self._loop.run(self.qemu.end())
 
 
@@ -117,7 +117,7 @@ class Pair:
 
     source: RunningQemu
     destination: RunningQemu
-    _session: Session
+    _environment: Environment
 
     def migrate(self, scenario: str = "unix", *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Migrate by one of the `known_scenarios`; both guests are paused afterwards.
@@ -133,7 +133,7 @@ class Pair:
             MigrationError: the migration failed, or took longer than `timeout_s`.
         """
         require("timeout_s", timeout_s, (int, float), "seconds")
-        self._session.run(self._migrate(scenario, timeout_s))
+        self._environment.run(self._migrate(scenario, timeout_s))
 
     async def _migrate(self, scenario: str, timeout_s: float) -> None:
         source, destination = self.source.qemu, self.destination.qemu
@@ -148,23 +148,23 @@ class StepwiseProof:
     it if the caller has left them out. Calling a step again returns the same result.
     """
 
-    def __init__(self, session: Session, run: ProofRun) -> None:
-        self._session = session
+    def __init__(self, environment: Environment, run: ProofRun) -> None:
+        self._environment = environment
         self._run = run
 
     @property
     def source(self) -> RunningQemu:
         """The QEMU from which the guest is migrated."""
-        return RunningQemu(self._run.qemus[SOURCE], self._session._loop)
+        return RunningQemu(self._run.qemus[SOURCE], self._environment._loop)
 
     @property
     def destination(self) -> RunningQemu:
         """The QEMU to which the guest is migrated."""
-        return RunningQemu(self._run.qemus[DESTINATION], self._session._loop)
+        return RunningQemu(self._run.qemus[DESTINATION], self._environment._loop)
 
     @property
     def device(self) -> AttachedDevice:
-        """The device of both QEMUs, with methods for asynchronous code: see `Session.run`."""
+        """The device of both QEMUs, with methods for asynchronous code: see `Environment.run`."""
         return self._run.device
 
     def migrate(self) -> Migrated:
@@ -193,15 +193,15 @@ class StepwiseProof:
 
     @functools.cached_property
     def _migrated(self) -> Migrated:
-        return self._session.run(self._run.migrate())
+        return self._environment.run(self._run.migrate())
 
     @functools.cached_property
     def _compared(self) -> Proof:
-        return self._session.run(self._run.compare(self._migrated))
+        return self._environment.run(self._run.compare(self._migrated))
 
     @functools.cached_property
     def _finished(self) -> Proof:
-        return self._session.run(self._run.finish(self._compared))
+        return self._environment.run(self._run.finish(self._compared))
 
 
 @options_as_keywords(ProofOptions)
@@ -224,8 +224,8 @@ def prove(options: ProofOptions) -> Proof:
         proof = prove(guest="bare", tracker="dirty-ring", scenario="tls")
         assert proof.verdict.exit_code == 0, proof.verdict.sentence
     """
-    with Session() as session:
-        return session.start_proof(options).verdict()
+    with Environment() as environment:
+        return environment.start_proof(options).verdict()
 
 
 def check(
@@ -257,13 +257,13 @@ def check(
         outcome = check("/run/source.qmp", "/run/destination.qmp")
         assert outcome.exit_code == 0, outcome.sentence
     """
-    with Session() as session:
-        return session.run(
+    with Environment() as environment:
+        return environment.run(
             aio.check(source, destination, expect_migration=expect_migration, timeout_s=timeout_s)
         )
 
 
-class Session:
+class Environment:
     """A context that owns the QEMUs and devices started in it, and ends them when it ends.
 
     `folder` holds their sockets and logs.
@@ -271,7 +271,7 @@ class Session:
 
     folder: Path
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Environment:
         with contextlib.ExitStack() as outer:
             self._loop = outer.enter_context(LoopThread())
             self.folder = outer.enter_context(run_folder())
@@ -284,11 +284,11 @@ class Session:
         self._outer.close()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine in the session's event loop, and return its result.
+        """Run a coroutine in the environment's event loop, and return its result.
 
         Raises:
             UsageError: `work` is not a coroutine.
-            UntestableError: the disk with the session's folder is full.
+            UntestableError: the disk with the environment's folder is full.
         """
         require("work", work, Coroutine, "a coroutine")
         with room_in(self.folder):
@@ -321,9 +321,9 @@ class Session:
     ) -> Pair:
         """Start a source and a destination with the same `arguments`.
 
-        Each pair of a session needs its own `name`, a prefix of the names of its QEMUs. `binary`
-        runs on both sides, unless `destination_binary` is given. See `aio.start_qemu` for the other
-        arguments.
+        Each pair of an environment needs its own `name`, a prefix of the names of its QEMUs.
+        `binary` runs on both sides, unless `destination_binary` is given. See `aio.start_qemu` for
+        the other arguments.
 
         Raises:
             UsageError: an argument has the wrong type.
@@ -365,7 +365,7 @@ class Session:
 
         Example::
 
-            proof = session.proof(guest="bare", tracker="dirty-ring")
+            proof = environment.proof(guest="bare", tracker="dirty-ring")
             proof.migrate()
         """
         return self.start_proof(options)
@@ -384,7 +384,7 @@ class Session:
     ) -> Check:
         """Compare all RAM of two QEMUs after a migration.
 
-        Each is a QEMU of this or another session, or the path of a QMP socket. Without
+        Each is a QEMU of this or another environment, or the path of a QMP socket. Without
         `expect_migration`, any two paused QEMUs are compared.
 
         Raises:

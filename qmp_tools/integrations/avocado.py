@@ -15,8 +15,8 @@ prerequisite is missing, the test is cancelled with the reason; with DMAPROOF_NO
 error. The test's output folder gets the verdict as JSON and HTML, and the logs of QEMU and device.
 
 avocado calls setUp and tearDown in two threads, and the thread of setUp ends before tearDown. A
-QEMU dies with the thread that started it (PR_SET_PDEATHSIG), so the thread of a `blocking.Session`
-starts the QEMUs: it lives from setUp to tearDown.
+QEMU dies with the thread that started it (PR_SET_PDEATHSIG), so the thread of a
+`blocking.Environment` starts the QEMUs: it lives from setUp to tearDown.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from avocado import Test
 from dmaproof.errors import UntestableError
 
 from ..arguments import AnyPath
-from ..blocking import RunningQemu, Session, StepwiseProof
+from ..blocking import Environment, RunningQemu, StepwiseProof
 from ..devices.device import AttachedDevice
 from ..exit_codes import EXIT_UNTESTED
 from ..proof.options import OPTIONS, ProofOptions
@@ -54,16 +54,16 @@ class MigrationTest(Test):  # type: ignore[misc]
     destination: RunningQemu
     device: AttachedDevice
     _started: contextlib.ExitStack
-    _session: Session
+    _environment: Environment
     _proof: StepwiseProof
 
     def setUp(self) -> None:
         """Start the device and both QEMUs."""
         chosen = {name: self.params.get(name) for name in PARAMETERS}
         self._started = contextlib.ExitStack()
-        self._session = self._started.enter_context(Session())
+        self._environment = self._started.enter_context(Environment())
         try:
-            self._proof = self._session.start_proof(ProofOptions.of(chosen))
+            self._proof = self._environment.start_proof(ProofOptions.of(chosen))
         except UntestableError as error:
             if os.environ.get("DMAPROOF_NO_SKIP") == "1":
                 raise
@@ -99,7 +99,7 @@ class MigrationTest(Test):  # type: ignore[misc]
     def tearDown(self) -> None:
         """Keep the logs; end and reap all processes."""
         with self._started:
-            for log in self._session.logs():
+            for log in self._environment.logs():
                 shutil.copy(log, self.outputdir)
 
 
@@ -116,8 +116,8 @@ def check_ram(
         UntestableError: the RAM could not be compared, the QEMUs have not migrated, or a guest has
             run since.
     """
-    with Session() as session:
-        outcome = session.check(source, destination, expect_migration=expect_migration)
+    with Environment() as environment:
+        outcome = environment.check(source, destination, expect_migration=expect_migration)
     _write(test, "ram", check_report.to_json(outcome), check_report.to_text(outcome))
     if outcome.exit_code == EXIT_UNTESTED:
         raise UntestableError(outcome.sentence)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
 
     from ..arguments import AnyPath
-    from ..blocking import Pair, RunningQemu, Session, StepwiseProof
+    from ..blocking import Environment, Pair, RunningQemu, StepwiseProof
     from ..proof.model import Proof
     from ..proof.options import ProofOptions
     from ..ram_check.check import Check
@@ -101,15 +101,15 @@ def pytest_runtest_makereport(
         report.sections += verdicts or []
         report.sections += [
             (f"dmaproof {log.name}", printable(log.read_text(errors="replace")[-_LOG_SHOWN:]))
-            for session in item.stash.get(_SESSIONS, [])
-            for log in session.logs()
+            for environment in item.stash.get(_ENVIRONMENTS, [])
+            for log in environment.logs()
             if log.stat().st_size
         ]
     return report
 
 
 _LOG_SHOWN: Final = 4000
-_SESSIONS: Final = pytest.StashKey[list["Session"]]()
+_ENVIRONMENTS: Final = pytest.StashKey[list["Environment"]]()
 _VERDICTS: Final = pytest.StashKey[list[tuple[str, str]]]()
 _VERSIONS: Final = pytest.StashKey[dict[str | None, str]]()
 
@@ -122,13 +122,13 @@ def qemu(request: pytest.FixtureRequest) -> Iterator[Callable[..., RunningQemu]]
     """
     number = 0
 
-    with _session(request) as session:
+    with _environment(request) as environment:
 
         def start(*arguments: str) -> RunningQemu:
             nonlocal number
             number += 1
             running = _started(
-                lambda: session.qemu(arguments, name=f"test{number}", **_arguments(request))
+                lambda: environment.qemu(arguments, name=f"test{number}", **_arguments(request))
             )
             _note_version(request, running.version)
             return running
@@ -144,14 +144,14 @@ def migration_pair(request: pytest.FixtureRequest) -> Iterator[Callable[..., Pai
     """
     number = 0
 
-    with _session(request) as session:
+    with _environment(request) as environment:
 
         def start(*arguments: str) -> Pair:
             nonlocal number
             number += 1
             destination = _option(request.config, "qemu-destination")
             pair = _started(
-                lambda: session.pair(
+                lambda: environment.pair(
                     arguments,
                     destination_binary=destination,
                     name=f"pair{number}-",
@@ -210,7 +210,7 @@ def vhost_user_blk(request: pytest.FixtureRequest) -> Iterator[Callable[..., Vho
     """
     from ..proof.options import ProofOptions
 
-    with contextlib.ExitStack() as sessions:
+    with contextlib.ExitStack() as environments:
 
         def start(**options: object) -> VhostUserBlk:
             config = request.config
@@ -223,10 +223,10 @@ def vhost_user_blk(request: pytest.FixtureRequest) -> Iterator[Callable[..., Vho
                 **options,
             }
             wanted = ProofOptions.of(chosen)
-            session = sessions.enter_context(_session(request))
+            environment = environments.enter_context(_environment(request))
             if _marked_accelerator(request.node) == "kvm":
-                _started(lambda: _require_kvm(session, wanted))
-            return VhostUserBlk(_started(lambda: session.start_proof(wanted)), request)
+                _started(lambda: _require_kvm(environment, wanted))
+            return VhostUserBlk(_started(lambda: environment.start_proof(wanted)), request)
 
         yield start
 
@@ -241,7 +241,7 @@ def ram_check(request: pytest.FixtureRequest) -> Iterator[Callable[..., Check]]:
     from ..exit_codes import EXIT_UNTESTED
     from ..reports import check_report
 
-    with _session(request) as session:
+    with _environment(request) as environment:
 
         def compare(
             source: RunningQemu | AnyPath,
@@ -250,7 +250,7 @@ def ram_check(request: pytest.FixtureRequest) -> Iterator[Callable[..., Check]]:
             expect_migration: bool = True,
         ) -> Check:
             __tracebackhide__ = True
-            outcome = session.check(source, destination, expect_migration=expect_migration)
+            outcome = environment.check(source, destination, expect_migration=expect_migration)
             _note_version(request, outcome.source.version)
             _note_verdict(request, check_report.to_json(outcome), check_report.to_text(outcome))
             if outcome.exit_code == EXIT_UNTESTED:
@@ -263,12 +263,12 @@ def ram_check(request: pytest.FixtureRequest) -> Iterator[Callable[..., Check]]:
 
 
 @contextlib.contextmanager
-def _session(request: pytest.FixtureRequest) -> Iterator[Session]:
-    from ..blocking import Session
+def _environment(request: pytest.FixtureRequest) -> Iterator[Environment]:
+    from ..blocking import Environment
 
-    with Session() as session:
-        request.node.stash.setdefault(_SESSIONS, []).append(session)
-        yield session
+    with Environment() as environment:
+        request.node.stash.setdefault(_ENVIRONMENTS, []).append(environment)
+        yield environment
 
 
 def _started(start: Callable[[], T]) -> T:
@@ -290,11 +290,11 @@ def _unavailable(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
-def _require_kvm(session: Session, options: ProofOptions) -> None:
+def _require_kvm(environment: Environment, options: ProofOptions) -> None:
     """Raise if KVM does not run the guest of these options."""
     from ..proof.resolve import resolve
 
-    found = session.run(resolve(replace(options, accel="auto")))
+    found = environment.run(resolve(replace(options, accel="auto")))
     if found.machine.accelerator != "kvm":
         raise UntestableError(
             f"KVM does not run the guest {options.guest} on this machine: use hardware, or a "
@@ -343,13 +343,13 @@ def _wanted_versions(item: pytest.Item) -> Sequence[SpecifierSet]:
 
 def _qemu_version(config: pytest.Config) -> str:
     """Return the version of the options' QEMU, which is asked once over QMP."""
-    from ..blocking import Session
+    from ..blocking import Environment
 
     wanted = _option(config, "qemu")
     versions = config.stash.setdefault(_VERSIONS, {})
     if wanted not in versions:
-        with Session() as session:
-            running = _started(lambda: session.qemu(["-machine", "none"], binary=wanted))
+        with Environment() as environment:
+            running = _started(lambda: environment.qemu(["-machine", "none"], binary=wanted))
             versions[wanted] = running.version.split()[0]
     return versions[wanted]
 

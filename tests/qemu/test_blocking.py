@@ -1,4 +1,4 @@
-"""QEMUs without asyncio: they end with their session, and with the process that made it."""
+"""QEMUs without asyncio: they end with their environment, and with the process that made it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dmaproof.errors import UsageError
-from qmp_tools.blocking import Session, check
+from qmp_tools.blocking import Environment, check
 from qmp_tools.qemu.qmp import QmpError
 from support.command import TIMEOUT_S, Tool
 
@@ -21,9 +21,9 @@ def test_all_processes_end_with_their_session(tool: Tool, monkeypatch: pytest.Mo
     pids = []
 
     def use() -> None:
-        with Session() as session:
-            pids.append(session.qemu(["-machine", "none"]).pid)
-            pair = session.pair(["-machine", "q35", "-m", "64"], accelerator="tcg")
+        with Environment() as environment:
+            pids.append(environment.qemu(["-machine", "none"]).pid)
+            pair = environment.pair(["-machine", "q35", "-m", "64"], accelerator="tcg")
             pids.extend([pair.source.pid, pair.destination.pid])
             with pytest.raises(UsageError, match="scenario 'pigeon'"):
                 pair.migrate("pigeon")
@@ -47,8 +47,8 @@ def test_a_check_returns_when_it_has_compared(
     tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tool.folder))
-    with Session() as session:
-        pair = session.pair(["-machine", "q35", "-m", "64"], accelerator="tcg")
+    with Environment() as environment:
+        pair = environment.pair(["-machine", "q35", "-m", "64"], accelerator="tcg")
         pair.migrate()
         sockets = [str(pair.source.socket_path), str(pair.destination.socket_path)]
         assert check(*sockets).exit_code == 0
@@ -57,14 +57,14 @@ def test_a_check_returns_when_it_has_compared(
             memory.seek(int(answer.split()[-1], 16))
             memory.write(b"lost")
         assert check(*sockets).differing == 1
-        with Session() as other:
-            for either in (session, other):
+        with Environment() as other:
+            for either in (environment, other):
                 for source in (pair.source, pair.source.socket_path):
                     assert either.check(source, pair.destination).differing == 1
         with pytest.raises(UsageError, match="source: expected a path, got 7"):
-            session.check(7, pair.destination)  # type: ignore[arg-type]
+            environment.check(7, pair.destination)  # type: ignore[arg-type]
         with pytest.raises(UsageError, match="got the string '-m 64'"):
-            session.qemu("-m 64")
+            environment.qemu("-m 64")
     with pytest.raises(UsageError, match="nothing"):
         check(str(tmp_path / "nothing"), tmp_path)
     assert not tool.leftovers()
@@ -72,9 +72,9 @@ def test_a_check_returns_when_it_has_compared(
 
 _SCRIPT = """
 import time
-from qmp_tools.blocking import Session
-with Session() as session:
-    print(session.qemu(["-machine", "none"]).pid, flush=True)
+from qmp_tools.blocking import Environment
+with Environment() as environment:
+    print(environment.qemu(["-machine", "none"]).pid, flush=True)
     time.sleep(1000)
 """
 

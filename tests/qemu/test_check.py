@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qmp_tools.blocking import Session
+from qmp_tools.blocking import Environment
 from qmp_tools.guest.bare import probe_guest
 from qmp_tools.qemu.builds import installed
 from qmp_tools.qemu.choice import find_qemu, version_of
@@ -313,16 +313,16 @@ def test_guests_without_a_migration_are_compared_only_with_no_migration(
 def test_a_guest_that_was_migrated_through_a_file_is_compared(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with Session() as session:
-        pair = session.pair(["-machine", "q35", "-m", "65544K"], accelerator="tcg")
+    with Environment() as environment:
+        pair = environment.pair(["-machine", "q35", "-m", "65544K"], accelerator="tcg")
         with pytest.raises(NotMigratedError):
-            session.check(pair.source, pair.destination)
+            environment.check(pair.source, pair.destination)
         pair.migrate("exec")
-        assert session.check(pair.source, pair.destination).exit_code == 0
+        assert environment.check(pair.source, pair.destination).exit_code == 0
         hva = str(pair.destination.execute("human-monitor-command", command_line="gpa2hva 0x10000"))
         with Path(f"/proc/{pair.destination.pid}/mem").open("r+b", buffering=0) as memory:
             os.pwrite(memory.fileno(), b"!!", int(hva.split()[-1], 16))
-        assert session.check(pair.source, pair.destination).exit_code == 1
+        assert environment.check(pair.source, pair.destination).exit_code == 1
 
         async def unknown(qemu: object) -> None:
             return None
@@ -332,7 +332,7 @@ def test_a_guest_that_was_migrated_through_a_file_is_compared(
         with pytest.raises(
             GuestHasRunError, match=r"1 of \d+ pages differ, but it is unknown whether"
         ):
-            session.check(pair.source, pair.destination)
+            environment.check(pair.source, pair.destination)
 
 
 def test_qemus_of_different_migrations_are_refused(tool: Tool, folder: Path) -> None:

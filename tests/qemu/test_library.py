@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qmp_tools.blocking import Session
+from qmp_tools.blocking import Environment
 from support.command import Tool
 
 PAGE = (Path(__file__).parents[2] / "docs" / "library.md").read_text()
@@ -50,8 +50,8 @@ def test_an_example_prints_what_it_should(number: int, tool: Tool) -> None:
 
 def test_the_example_for_a_running_qemu(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tool.folder))
-    with Session() as session:
-        qemu = session.qemu(["-machine", "q35", "-m", "64"], accelerator="tcg")
+    with Environment() as environment:
+        qemu = environment.qemu(["-machine", "q35", "-m", "64"], accelerator="tcg")
         assert re.fullmatch(OUTPUTS[RUNNING_QEMU], run(RUNNING_QEMU, tool, str(qemu.socket_path)))
 
 

@@ -11,7 +11,7 @@ from typing import Final
 import pytest
 
 from dmaproof.errors import WaitTimeoutError
-from qmp_tools.blocking import Session
+from qmp_tools.blocking import Environment
 from qmp_tools.proof.options import ProofOptions
 from support.command import Tool
 
@@ -32,8 +32,8 @@ def test_a_message_that_is_not_answered_is_named(message: str, how: str, state: 
     command = shlex.join([sys.executable, str(MUTE), "{socket}", message, how])
     workload = "write_once=64,churn=16"
     options = ProofOptions(guest="bare", workload=workload, device_command=command, timeout=60)
-    with Session() as session:
-        proof = session.start_proof(options)
+    with Environment() as environment:
+        proof = environment.start_proof(options)
         proof.source.qemu.qmp.timeout_s = 5
         with pytest.raises(WaitTimeoutError) as raised:
             proof.migrate()

@@ -12,9 +12,9 @@ import pytest
 from support.command import Tool
 
 LIBRARY = """
-from qmp_tools.blocking import Session
-with Session() as session:
-    assert session.qemu(["-machine", "none"]).execute("query-status")["status"] == "running"
+from qmp_tools.blocking import Environment
+with Environment() as environment:
+    assert environment.qemu(["-machine", "none"]).execute("query-status")["status"] == "running"
 import qemu.tests
 assert qemu.tests.FOUND
 """

@@ -40,7 +40,7 @@ FUNCTIONS = dict(_functions())
 
 
 def test_the_functions_of_blocking_are_found() -> None:
-    assert {"check", "prove", "Session.check", "Pair.migrate", "RunningQemu.execute"} <= set(
+    assert {"check", "prove", "Environment.check", "Pair.migrate", "RunningQemu.execute"} <= set(
         FUNCTIONS
     )
 

@@ -69,7 +69,7 @@ INLINE uint64_t mask_of(unsigned first, unsigned count) {
     return (~UINT64_C(0) >> (64 - count)) << first;
 }
 
-// Load a word that another thread or process may be writing. The compiler does not vectorise such
+// Load a word that another thread or process may be writing. The compiler does not vectorize such
 // loads; unrolled loops of them are about as fast.
 INLINE uint64_t load(const uint64_t *word) {
     return atomic_load_explicit((const _Atomic uint64_t *)word, memory_order_relaxed);

@@ -5,7 +5,7 @@
 
 #include "bitmap.h"
 
-// Initialised with zeros; the caller frees `pairs`. `failed`: memory is exhausted.
+// Initialized with zeros; the caller frees `pairs`. `failed`: memory is exhausted.
 struct runs {
     uint64_t *pairs;  // start, length
     size_t count, room;

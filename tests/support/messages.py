@@ -19,8 +19,6 @@ _PACKAGES: Final = ("plugin", "qmp_tools")
 _VALUE: Final = "…"
 """Stands for what differs from case to case."""
 
-_FUNCTIONS: Final = (ast.FunctionDef, ast.AsyncFunctionDef)
-
 _INTRODUCTION: Final = """\
 # Messages
 
@@ -106,27 +104,18 @@ def error_messages() -> dict[str, list[Message]]:
     ancestors = _ancestors(sources)
     found: dict[str, set[Message]] = {section: set() for section in _SECTIONS}
     for source in sources:
-        functions = [node for node in ast.walk(source) if isinstance(node, _FUNCTIONS)]
-        for scope in (source, *functions):
-            for call in _calls(scope):
-                error = _name(call.func)
-                section = next((name for name in ancestors.get(error, ()) if name in found), None)
-                if section is not None:
-                    texts = _texts_behind(call.args[0], scope, functions)
-                    found[section] |= {Message(text, error) for text in texts}
+        for node in ast.walk(source):
+            if not (isinstance(node, ast.Call) and node.args):
+                continue
+            error = _name(node.func)
+            section = next((name for name in ancestors.get(error, ()) if name in found), None)
+            if section is not None:
+                texts = _texts_behind(node.args[0], source)
+                found[section] |= {Message(text, error) for text in texts}
     return {section: sorted(found[section]) for section in _SECTIONS}
 
 
-def _calls(scope: ast.AST) -> Iterator[ast.Call]:
-    """Yield the calls with an argument in `scope`."""
-    for node in ast.walk(scope):
-        if isinstance(node, ast.Call) and node.args:
-            yield node
-
-
-def _texts_behind(
-    argument: ast.expr, scope: ast.AST, functions: list[ast.FunctionDef | ast.AsyncFunctionDef]
-) -> Iterator[str]:
+def _texts_behind(argument: ast.expr, source: ast.Module) -> Iterator[str]:
     """Yield the texts of `argument`; if it has none, those of its variables and of its calls."""
     own = [text for text in texts_of(argument) if _has_words(text, 2)]
     if own:
@@ -134,15 +123,13 @@ def _texts_behind(
         return
     names = {_name(node) for node in ast.walk(argument) if isinstance(node, ast.Name)}
     called = {_name(node.func) for node in ast.walk(argument) if isinstance(node, ast.Call)}
-    nodes: list[ast.AST] = [
-        node.value
-        for node in ast.walk(scope)
-        if isinstance(node, ast.Assign) and names & {_name(target) for target in node.targets}
-    ]
-    for function in functions:
-        if function.name in called:
-            nodes += [node for node in ast.walk(function) if isinstance(node, ast.Return)]
-    for node in nodes:
+    found: list[ast.AST] = []
+    for node in ast.walk(source):
+        if isinstance(node, ast.Assign) and names & {_name(target) for target in node.targets}:
+            found.append(node.value)
+        elif isinstance(node, ast.FunctionDef) and node.name in called:
+            found += [child for child in ast.walk(node) if isinstance(child, ast.Return)]
+    for node in found:
         yield from (text for text in texts_of(node) if _has_words(text, 4))
 
 

@@ -44,7 +44,7 @@ def build_of_dmaproof() -> str:
         file
         for folder in folders
         for file in folder.rglob("*")
-        if file.is_file() and file.suffix != ".pyc"
+        if "__pycache__" not in file.parts and file.is_file()
     }
     files |= {Path(core.origin)} if core is not None and core.origin is not None else set()
     digest = hashlib.sha256()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import dmaproof
 from dmaproof.devices import emulated_devices
 from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.errors import UntestableError, UsageError
@@ -21,7 +22,7 @@ from qmp_tools.matrix.avocado_recipe import runnables
 from qmp_tools.matrix.axes import Matrix, is_matrix, make_matrix, read_matrix, split_values
 from qmp_tools.matrix.resources import Resources
 from qmp_tools.matrix.result import Result, State, result_of, skipped, untested
-from qmp_tools.matrix.result_cache import ResultCache
+from qmp_tools.matrix.result_cache import ResultCache, build_of_dmaproof
 from qmp_tools.migration.scenarios import known_scenarios
 from qmp_tools.proof.model import Setup
 from qmp_tools.proof.options import OPTIONS, ProofOptions
@@ -289,6 +290,20 @@ def test_a_file_that_is_not_a_result_is_ignored(tmp_path: Path) -> None:
     with ResultCache.open(tmp_path / "cache") as cache:
         cache.file(CELL).write_text('["key"]')
         assert cache.find(CELL, "key") is None
+
+
+def test_the_digest_of_dmaproof_leaves_out_pythons_caches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, cache = tmp_path / "part.py", tmp_path / "__pycache__"
+    code.write_text("one")
+    monkeypatch.setattr(dmaproof, "__path__", [str(tmp_path)])
+    first = build_of_dmaproof.__wrapped__()
+    cache.mkdir()
+    (cache / "part.cpython-313.pyc.495").touch()  # Python renames such a file when it is complete
+    assert build_of_dmaproof.__wrapped__() == first
+    code.write_text("two")
+    assert build_of_dmaproof.__wrapped__() != first
 
 
 def test_another_host_python_or_machine_is_another_key(

@@ -22,7 +22,8 @@ from .migration import Migration, Progress
 
 _PORTION_S: Final = 0.1
 """QEMU's BUFFER_DELAY."""
-_SPARE_POLLS: Final = 2
+_SPARE_POLLS: Final = 4
+"""The hold pages suffice for this number of polls: on a busy host, one may come late."""
 _DECAY: Final = 0.9
 """The weight of a late poll falls by this factor with each poll that is in time."""
 

@@ -21,6 +21,8 @@ from qmp_tools.qemu.qtest import Qtest
 
 MIB = 1 << 20
 PAGES = range(0, 8 * MIB, PAGE_BYTES)
+PUNCTUAL_BYTES_PER_S = 20 * MIB
+"""Four portions of a tenth of a second for the hold pages: polls are in time."""
 
 
 class FakeQemu:
@@ -77,20 +79,19 @@ def test_the_first_pass_ends_no_faster_than_the_hold_pages_allow() -> None:
     stage.look(syncs=1)
     assert stage.qemu.bandwidths == [FIRST_PASS_BYTES_PER_S]
     stage.look(syncs=1, remaining=1 * MIB)
-    # Two tenths of a second for 8 MiB: QEMU sends in portions of a tenth.
-    assert stage.qemu.bandwidths[-1] == 40 * MIB
+    assert stage.qemu.bandwidths[-1] == PUNCTUAL_BYTES_PER_S
     stage.look(syncs=2, remaining=20 * MIB)
-    assert stage.qemu.bandwidths[-1] == HELD_BYTES_PER_S
+    assert stage.qemu.bandwidths[-1] == PUNCTUAL_BYTES_PER_S
 
 
 def test_a_late_poll_lowers_the_bandwidth_until_the_next() -> None:
     stage = HeldMigration()
     stage.look(syncs=2, remaining=16 * MIB)
     stage.look(after_s=1.0)
-    assert stage.qemu.bandwidths == [HELD_BYTES_PER_S, 4 * MIB]
+    assert stage.qemu.bandwidths == [PUNCTUAL_BYTES_PER_S, 2 * MIB]
     for _ in range(40):
         stage.look()
-    assert stage.qemu.bandwidths[-1] > HELD_BYTES_PER_S * 0.9  # less is not worth a command
+    assert stage.qemu.bandwidths[-1] > PUNCTUAL_BYTES_PER_S * 0.9  # less is not worth a command
 
 
 def test_a_bandwidth_that_was_asked_for_is_never_exceeded() -> None:

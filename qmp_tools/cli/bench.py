@@ -32,7 +32,7 @@ from ..passthrough.l1.machine import l1
 from ..qemu.choice import find_qemu
 from .arguments import add_parser, reads
 from .interruption import run_interruptibly
-from .outputs import write_json
+from .outputs import add_json, write_json
 
 _EXAMPLES: Final = """\
 examples:
@@ -122,11 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help="draw the figures with matplotlib (default: no picture)",
         )
     for part in (iterator, core_parser, kernel):
-        part.add_argument(
-            "--json",
-            metavar="FILE",
-            help="write the figures as JSON; '-' for standard output (default: no JSON is written)",
-        )
+        add_json(part, "the figures")
 
 
 def _short(size: int) -> str:

@@ -11,7 +11,7 @@ from ..host.finding import Finding, State
 from ..reports.report import SCHEMA_VERSION
 from .arguments import describe
 from .display import print_text
-from .outputs import write_json
+from .outputs import add_json, write_json
 
 _EXAMPLES = """\
 The machine is not changed. A proof can run without what is 'limited', and cannot run without what
@@ -45,11 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="linux",
         help="guest of the proof that is to run (default: %(default)s)",
     )
-    parser.add_argument(
-        "--json",
-        metavar="FILE",
-        help="write the findings as JSON; '-' for standard output (default: no JSON is written)",
-    )
+    add_json(parser, "the findings")
 
 
 def _run(arguments: argparse.Namespace) -> int:

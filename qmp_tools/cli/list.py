@@ -32,7 +32,7 @@ from ..qemu.iommu import IOMMUS
 from ..reports.report import SCHEMA_VERSION
 from .arguments import describe
 from .display import print_table
-from .outputs import write_json
+from .outputs import add_json, write_json
 
 Entry = dict[str, str]
 """One line of a list: its cells by the headings of their columns, in order."""
@@ -65,11 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOPIC",
         help="what to list; without it, the topics are printed",
     )
-    parser.add_argument(
-        "--json",
-        metavar="FILE",
-        help="write the list as JSON; '-' for standard output (default: no JSON is written)",
-    )
+    add_json(parser, "the list")
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -49,6 +49,15 @@ def add_outputs(parser: argparse.ArgumentParser, *, page: bool = True) -> None:
             group.add_argument(f"--{name}", metavar="FILE", help=f"write {what}")
 
 
+def add_json(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add ``--json`` alone, which writes `what`; `write_json` takes its value."""
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help=f"write {what} as JSON; '-' for standard output (default: no JSON is written)",
+    )
+
+
 def writes_to_stdout(arguments: argparse.Namespace) -> bool:
     """Return whether a report goes to standard output, which the text must then not."""
     return any(getattr(arguments, name, None) == "-" for name in _FORMS)

@@ -61,50 +61,50 @@ class HeldMigration:
 
 
 def test_the_hold_pages_are_dirtied_once_after_each_sync() -> None:
-    stage = HeldMigration()
+    held = HeldMigration()
     for syncs in (0, 0, 1, 1, 2, 2, 2, 7):
-        stage.look(syncs=syncs)
-    assert stage.qemu.words == [1, 2, 3, 4]
+        held.look(syncs=syncs)
+    assert held.qemu.words == [1, 2, 3, 4]
 
 
 def test_nothing_is_written_when_the_migration_is_over() -> None:
-    stage = HeldMigration()
-    stage.look(syncs=2)
-    stage.look(syncs=3, status="completed")
-    assert stage.qemu.words == [1]
+    held = HeldMigration()
+    held.look(syncs=2)
+    held.look(syncs=3, status="completed")
+    assert held.qemu.words == [1]
 
 
 def test_the_first_pass_ends_no_faster_than_the_hold_pages_allow() -> None:
-    stage = HeldMigration()
-    stage.look(syncs=1)
-    assert stage.qemu.bandwidths == [FIRST_PASS_BYTES_PER_S]
-    stage.look(syncs=1, remaining=1 * MIB)
-    assert stage.qemu.bandwidths[-1] == PUNCTUAL_BYTES_PER_S
-    stage.look(syncs=2, remaining=20 * MIB)
-    assert stage.qemu.bandwidths[-1] == PUNCTUAL_BYTES_PER_S
+    held = HeldMigration()
+    held.look(syncs=1)
+    assert held.qemu.bandwidths == [FIRST_PASS_BYTES_PER_S]
+    held.look(syncs=1, remaining=1 * MIB)
+    assert held.qemu.bandwidths[-1] == PUNCTUAL_BYTES_PER_S
+    held.look(syncs=2, remaining=20 * MIB)
+    assert held.qemu.bandwidths[-1] == PUNCTUAL_BYTES_PER_S
 
 
 def test_a_late_poll_lowers_the_bandwidth_until_the_next() -> None:
-    stage = HeldMigration()
-    stage.look(syncs=2, remaining=16 * MIB)
-    stage.look(after_s=1.0)
-    assert stage.qemu.bandwidths == [PUNCTUAL_BYTES_PER_S, 2 * MIB]
+    held = HeldMigration()
+    held.look(syncs=2, remaining=16 * MIB)
+    held.look(after_s=1.0)
+    assert held.qemu.bandwidths == [PUNCTUAL_BYTES_PER_S, 2 * MIB]
     for _ in range(40):
-        stage.look()
-    assert stage.qemu.bandwidths[-1] > PUNCTUAL_BYTES_PER_S * 0.9  # less is not worth a command
+        held.look()
+    assert held.qemu.bandwidths[-1] > PUNCTUAL_BYTES_PER_S * 0.9  # less is not worth a command
 
 
 def test_a_bandwidth_that_was_asked_for_is_never_exceeded() -> None:
-    stage = HeldMigration(limits=Limits(bandwidth_bytes_per_s=MIB))
-    stage.look(syncs=1)
-    stage.look(syncs=2)
-    assert set(stage.qemu.bandwidths) == {MIB}
+    held = HeldMigration(limits=Limits(bandwidth_bytes_per_s=MIB))
+    held.look(syncs=1)
+    held.look(syncs=2)
+    assert set(held.qemu.bandwidths) == {MIB}
 
 
 def test_without_hold_pages_the_guest_has_to_hold_the_migration() -> None:
-    stage = HeldMigration(pages=())
-    stage.look(syncs=2)
-    assert stage.qemu.bandwidths == [HELD_BYTES_PER_S]
+    held = HeldMigration(pages=())
+    held.look(syncs=2)
+    assert held.qemu.bandwidths == [HELD_BYTES_PER_S]
 
 
 # The test channel ---------------------------------------------------------------------------------

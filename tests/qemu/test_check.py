@@ -161,8 +161,10 @@ def test_several_backends_and_ram_above_four_gigabytes(tool: Tool, folder: Path)
 
 @pytest.mark.parametrize("kind", ["memfd", "private"])
 def test_ram_that_the_map_hides_is_compared(tool: Tool, folder: Path, kind: str) -> None:
-    arguments = [*WITH_RAM0, *MEMORY[kind], "-vga", "std"]
+    arguments = [*WITH_RAM0, *MEMORY[kind], "-vga", "std", *FIRMWARE_OUTPUT]
     with foreign_pair(find_qemu(None), folder, arguments) as pair:
+        # Before that, SeaBIOS maps RAM in place of the VGA window for a while (SMRAM).
+        pair.wait_for_output("No bootable device")
         pair.migrate()
         assert checked(tool, pair, 0)["not_compared"] == []
         poke(pair, 0, 0xA1000)  # after the VGA window

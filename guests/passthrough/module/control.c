@@ -3,6 +3,7 @@
  * The device's folder in debugfs, for test programs that have not opened the device: see control.h.
  */
 #include <linux/debugfs.h>
+#include <linux/seq_file.h>
 #include <linux/sizes.h>
 #include <linux/slab.h>
 #include <linux/vmalloc.h>
@@ -144,32 +145,25 @@ static const struct file_operations reported_ranges = {
 	.llseek = default_llseek,
 };
 
-static ssize_t stats_read(struct file *file, char __user *buffer, size_t count, loff_t *pos)
+/* A reader that reads twice gets one text: the second read does not format the counters again. */
+static int stats_show(struct seq_file *file, void *unused)
 {
-	struct dmaproof_device *device = file->private_data;
+	struct dmaproof_device *device = file->private;
 	struct dmaproof_tracker *tracker = &device->tracker;
-	char text[256];
-	int length;
 
 	mutex_lock(&device->lock);
 	mutex_lock(&tracker->lock);
-	length = scnprintf(text, sizeof(text),
-			   "state %d\nlogging %d\npage_size %llu\nwrites %u\nstarts %llu\n"
-			   "stops %llu\nreports %llu\nreported %llu\ndropped %llu\n",
-			   device->state, tracker->on, tracker->page_size, device->journal_used,
-			   tracker->starts, tracker->stops, tracker->reports, tracker->reported,
-			   tracker->dropped);
+	seq_printf(file,
+		   "state %d\nlogging %d\npage_size %llu\nwrites %u\nstarts %llu\n"
+		   "stops %llu\nreports %llu\nreported %llu\ndropped %llu\n",
+		   device->state, tracker->on, tracker->page_size, device->journal_used,
+		   tracker->starts, tracker->stops, tracker->reports, tracker->reported,
+		   tracker->dropped);
 	mutex_unlock(&tracker->lock);
 	mutex_unlock(&device->lock);
-	return simple_read_from_buffer(buffer, count, pos, text, length);
+	return 0;
 }
-
-static const struct file_operations stats = {
-	.owner = THIS_MODULE,
-	.open = simple_open,
-	.read = stats_read,
-	.llseek = default_llseek,
-};
+DEFINE_SHOW_ATTRIBUTE(stats);
 
 void dmaproof_control_init(void)
 {
@@ -189,7 +183,7 @@ void dmaproof_control_add(struct dmaproof_device *device, const char *name)
 	debugfs_create_file("dma", 0200, device->folder, device, &dma);
 	debugfs_create_file("journal", 0400, device->folder, device, &journal);
 	debugfs_create_file("reported_ranges", 0400, device->folder, device, &reported_ranges);
-	debugfs_create_file("stats", 0400, device->folder, device, &stats);
+	debugfs_create_file("stats", 0400, device->folder, device, &stats_fops);
 }
 
 void dmaproof_control_remove(struct dmaproof_device *device)

@@ -19,6 +19,7 @@ the kernel's interfaces cost. Modules::
                       vhost_device is its device process
     functions         the steps of `prove --device vfio:…`, tried on the fake device
     device_proof      one whole proof on the fake device: `prove --device vfio-fake`
+    common_setup      the set-up that vhost, functions and device_proof share
 """
 
 from typing import Final

@@ -26,46 +26,24 @@ from ..guest.workload import Workload
 from ..host.log import logging_to
 from ..host.timeout import DEFAULT_TIMEOUT_S
 from ..proof.model import Setup
-from ..proof.options import ProofOptions
 from ..proof.run import prove
-from ..qemu.machine import MIB, Machine
+from ..qemu.machine import MIB
 from ..reports.report import to_json, to_text
 from .clock import Clocks
+from .common_setup import setup_in_l1
 from .fake_device import injected
 from .injected_faults import parse_fault
 from .proof_device import FakeProofDevice
 from .tracking import TRACKINGS
 
-_QEMU: Final = Path("/usr/bin/qemu-system-x86_64")
 MEMORY_BYTES: Final = 64 * MIB
 _WORKLOAD: Final = Workload(hot=256, write_once=1024, churn=512)
-_REQUESTS_AFTER: Final = 50
-_BANDWIDTH_BYTES_PER_S: Final = 4 * MIB
-_DOWNTIME_S: Final = 10.0
 
 
 def setup_of(guest: Path, device: ProofDevice, seed: int, timeout_s: float) -> Setup:
     """Return the set-up of a proof in L1 on `device`; `guest` is the ELF that drives it."""
-    return Setup(
-        options=ProofOptions(
-            seed=seed,
-            bandwidth=_BANDWIDTH_BYTES_PER_S,
-            downtime_limit=_DOWNTIME_S,
-            timeout=timeout_s,
-            requests_after=_REQUESTS_AFTER,
-        ),
-        qemu=_QEMU,
-        qemu_destination=_QEMU,
-        machine=Machine("q35", "tcg", MEMORY_BYTES, 1, guest, command_line=_command_line(seed)),
-        guest="vfio",
-        workload=replace(_WORKLOAD, seed=seed),
-        device=device,
-    )
-
-
-def _command_line(seed: int) -> str:
-    workload = _WORKLOAD
-    return f"hot={workload.hot} write_once={workload.write_once} churn={workload.churn} seed={seed}"
+    workload = replace(_WORKLOAD, seed=seed)
+    return setup_in_l1("vfio", guest, MEMORY_BYTES, workload, device, timeout_s)
 
 
 def main() -> int:

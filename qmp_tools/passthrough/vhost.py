@@ -21,21 +21,16 @@ from ..devices.process import DeviceOptions
 from ..guest.workload import Workload
 from ..migration.judgement import Blame
 from ..proof.model import Proof as MigrationProof
-from ..proof.model import Setup
-from ..proof.options import ProofOptions
 from ..proof.run import prove
-from ..qemu.machine import MIB, Machine
+from ..qemu.machine import MIB
+from .common_setup import setup_in_l1
 from .fake_device import injected
 from .fake_driver import open_iommufd
 from .outcome import Proof, require, require_loss, require_pass, retrying
 from .vhost_device import BY_IOMMUFD, TRACKERS
 
-_QEMU: Final = Path("/usr/bin/qemu-system-x86_64")
 _MEMORY_BYTES: Final = 32 * MIB
 _WORKLOAD: Final = Workload(threads=8, hot=64, write_once=256, churn=512, hold=256, huge_every=0)
-_REQUESTS_AFTER: Final = 50
-_BANDWIDTH_BYTES_PER_S: Final = 4 * MIB
-_DOWNTIME_S: Final = 10.0
 _DROP_IN_1000: Final = 200
 _DROP_PAGES: Final = "drop-pages=0.2"
 _CONTROLS: Final = {TRACKERS[0]: Link.TRACKER, TRACKERS[1]: Link.TRACKER, TRACKERS[2]: Link.LOG}
@@ -70,21 +65,8 @@ def _prove(
     if tracker == BY_IOMMUFD:
         open_iommufd().close()  # fails with the kernel's error if it has no iommufd
     workload = replace(_WORKLOAD, seed=seed)
-    setup = Setup(
-        options=ProofOptions(
-            seed=seed,
-            bandwidth=_BANDWIDTH_BYTES_PER_S,
-            downtime_limit=_DOWNTIME_S,
-            timeout=timeout_s,
-            requests_after=_REQUESTS_AFTER,
-        ),
-        qemu=_QEMU,
-        qemu_destination=_QEMU,
-        machine=Machine("q35", "tcg", _MEMORY_BYTES, 1, guest, command_line=str(workload)),
-        guest="bare",
-        workload=workload,
-        device=EmulatedDevice(_Options(tracker=tracker, fault=fault, seed=seed)),
-    )
+    device = EmulatedDevice(_Options(tracker=tracker, fault=fault, seed=seed))
+    setup = setup_in_l1("bare", guest, _MEMORY_BYTES, workload, device, timeout_s)
     return asyncio.run(prove(setup))
 
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .proof.verdict import GuestOutcome, Verdict
     from .qemu.machine import INCOMING
     from .qemu.qmp import QmpError
-    from .ram_check.check import Check
+    from .ram_check.check import Check, RamDiffersError
     from .ram_check.migrated import GuestHasRunError, NotMigratedError
 
     __version__: str
@@ -61,7 +61,7 @@ _HOMES: Final = {
     "proof.verdict": ("GuestOutcome", "Verdict"),
     "qemu.machine": ("INCOMING",),
     "qemu.qmp": ("QmpError",),
-    "ram_check.check": ("Check",),
+    "ram_check.check": ("Check", "RamDiffersError"),
     "ram_check.migrated": ("GuestHasRunError", "NotMigratedError"),
 }
 """Public names by the module that defines them."""
@@ -93,6 +93,7 @@ __all__ = [
     "ProofDevice",
     "ProofOptions",
     "QmpError",
+    "RamDiffersError",
     "RunningQemu",
     "Scenario",
     "Sensitivity",

@@ -49,9 +49,9 @@ from .proof.resolve import resolve
 from .qemu.attachment import attach
 from .qemu.choice import find_qemu
 from .qemu.machine import INCOMING
-from .qemu.qemu import OwnedQemu, Qemu, running_qemu
+from .qemu.qemu import OwnedQemu, Qemu, SocketQemu, running_qemu
 from .qemu.qmp import Qmp, QmpError
-from .ram_check.check import Check, check
+from .ram_check.check import Check, RamDiffersError, check
 from .ram_check.migrated import GuestHasRunError, NotMigratedError
 
 __all__ = [
@@ -69,6 +69,8 @@ __all__ = [
     "Qemu",
     "Qmp",
     "QmpError",
+    "RamDiffersError",
+    "SocketQemu",
     "UnsupportedScenarioError",
     "View",
     "attach",
@@ -123,7 +125,10 @@ async def start_qemu(
 
 
 async def migrate(
-    source: Qemu, destination: Qemu, scenario: str = "unix", limits: Limits | None = None
+    source: SocketQemu,
+    destination: SocketQemu,
+    scenario: str = "unix",
+    limits: Limits | None = None,
 ) -> AsyncIterator[Progress]:
     """Migrate, and yield the progress; at the end the destination has loaded everything.
 
@@ -136,7 +141,7 @@ async def migrate(
         MigrationError: the migration failed, or took longer than the `limits` allow.
     """
     for argument, qemu in (("source", source), ("destination", destination)):
-        require(argument, qemu, Qemu, "a QEMU from start_qemu() or attach()")
+        require(argument, qemu, SocketQemu, "a QEMU from start_qemu() or attach()")
     require("limits", limits, (Limits, NoneType), "Limits")
     require("scenario", scenario, str, "a name")
     chosen = find_scenario(scenario)

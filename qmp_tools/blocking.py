@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dmaproof.errors import UsageError
+
 from . import aio
 from .arguments import AnyPath, require, words_of
 from .devices.device import AttachedDevice
@@ -39,7 +41,9 @@ from .proof import resolve
 from .proof.model import Migrated, Proof
 from .proof.options import ProofOptions, options_as_keywords, options_as_keywords_of_method
 from .proof.run import ProofRun, proof_run
+from .qemu.borrowed_monitor import is_asynchronous
 from .qemu.machine import DESTINATION, INCOMING, SOURCE
+from .qemu.opening import AnyQemu
 from .qemu.qemu import OwnedQemu
 from .ram_check.check import Check
 
@@ -229,37 +233,44 @@ def prove(options: ProofOptions) -> Proof:
 
 
 def check(
-    source: AnyPath,
-    destination: AnyPath,
+    source: AnyQemu,
+    destination: AnyQemu,
     *,
     expect_migration: bool = True,
+    resume: bool = False,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Check:
     """Compare all RAM of two QEMUs after a migration.
 
     Args:
-        source: a QMP socket of the source.
-        destination: a QMP socket of the destination.
+        source: the path of a QMP socket of the source, or an object of your test that executes QMP
+            commands with ``cmd()`` or ``execute()``, such as a QEMUMachine.
+        destination: the same for the destination.
         expect_migration: whether to refuse QEMUs that have not migrated; if False, any two paused
             QEMUs are compared.
+        resume: whether to continue the guest of the destination after the comparison.
         timeout_s: bounds the wait for each of their answers, in seconds.
 
     Returns:
         The outcome: the exit code, a sentence, and every difference.
 
     Raises:
-        UsageError: a path is not a socket, or both sockets belong to the same QEMU.
+        UsageError: an argument is not a QEMU, both are the same QEMU, or a client works only in
+            another event loop.
         UntestableError: the QEMUs have not migrated, a guest has run since, or memory cannot be
             read.
 
     Example::
 
-        outcome = check("/run/source.qmp", "/run/destination.qmp")
-        assert outcome.exit_code == 0, outcome.sentence
+        check("/run/source.qmp", "/run/destination.qmp").require_equal()
     """
     with Environment() as environment:
-        return environment.run(
-            aio.check(source, destination, expect_migration=expect_migration, timeout_s=timeout_s)
+        return environment.check(
+            source,
+            destination,
+            expect_migration=expect_migration,
+            resume=resume,
+            timeout_s=timeout_s,
         )
 
 
@@ -377,26 +388,30 @@ class Environment:
 
     def check(
         self,
-        source: RunningQemu | AnyPath,
-        destination: RunningQemu | AnyPath,
+        source: RunningQemu | AnyQemu,
+        destination: RunningQemu | AnyQemu,
         *,
         expect_migration: bool = True,
+        resume: bool = False,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Check:
-        """Compare all RAM of two QEMUs after a migration.
+        """Compare all RAM of two QEMUs after a migration; see `check`.
 
-        Each is a QEMU of this or another environment, or the path of a QMP socket. Without
-        `expect_migration`, any two paused QEMUs are compared.
-
-        Raises:
-            UsageError: a path is not a socket, or both are the same QEMU.
-            UntestableError: the QEMUs have not migrated, a guest has run since, or memory cannot be
-                read.
+        Each can also be a QEMU of this or another environment.
         """
         given = (source, destination)
         loop = next((qemu._loop for qemu in given if isinstance(qemu, RunningQemu)), self._loop)
         qemus = [_within(loop, qemu) for qemu in given]
         with room_in(self.folder):
-            return loop.run(aio.check(qemus[0], qemus[1], expect_migration=expect_migration))
+            return loop.run(
+                aio.check(
+                    qemus[0],
+                    qemus[1],
+                    expect_migration=expect_migration,
+                    resume=resume,
+                    timeout_s=timeout_s,
+                )
+            )
 
     def logs(self) -> Iterator[Path]:
         """Yield the logs and command lines of all processes that were started."""
@@ -405,8 +420,19 @@ class Environment:
                 yield file
 
 
-def _within(loop: LoopThread, qemu: RunningQemu | AnyPath) -> OwnedQemu | AnyPath:
-    """Return the handle of a QEMU whose QMP session belongs to `loop`, else its free socket."""
-    if not isinstance(qemu, RunningQemu):
-        return qemu
-    return qemu.qemu if qemu._loop is loop else qemu.socket_path
+def _within(loop: LoopThread, qemu: RunningQemu | AnyQemu) -> AnyQemu:
+    """Return what `aio.check` takes in `loop`.
+
+    A QEMU whose QMP session belongs to another loop is reached by its free socket.
+
+    Raises:
+        UsageError: the client works only in the event loop of its owner.
+    """
+    if isinstance(qemu, RunningQemu):
+        return qemu.qemu if qemu._loop is loop else qemu.socket_path
+    if is_asynchronous(qemu):
+        raise UsageError(
+            f"{type(qemu).__name__} works only in the event loop that connected it: use "
+            "'await qmp_tools.aio.check(…)' there"
+        )
+    return qemu

@@ -32,11 +32,11 @@ from avocado import Test
 
 from dmaproof.errors import UntestableError
 
-from ..arguments import AnyPath
 from ..blocking import Environment, RunningQemu, StepwiseProof
 from ..devices.device import AttachedDevice
 from ..exit_codes import EXIT_UNTESTED
 from ..proof.options import OPTIONS, ProofOptions
+from ..qemu.opening import AnyQemu
 from ..reports import check_report, report
 from ..reports.html import to_html
 
@@ -104,12 +104,13 @@ class MigrationTest(Test):  # type: ignore[misc]
 
 
 def check_ram(
-    test: Test, source: AnyPath, destination: AnyPath, *, expect_migration: bool = True
+    test: Test, source: AnyQemu, destination: AnyQemu, *, expect_migration: bool = True
 ) -> None:
-    """Fail `test` unless all RAM of the QEMUs behind two QMP sockets is equal.
+    """Fail `test` unless all RAM of two QEMUs is equal.
 
-    The guests must still be paused after the migration, and no other client may use the sockets;
-    see docs/check.md. Without `expect_migration`, any two paused QEMUs are compared.
+    Each is the path of a QMP socket, or an object that executes QMP commands (see `check`). The
+    guests must still be paused after the migration, and no other client may use the sockets; see
+    docs/check.md. Without `expect_migration`, any two paused QEMUs are compared.
 
     Raises:
         UsageError: a socket does not exist.

@@ -24,10 +24,10 @@ from dmaproof.errors import UntestableError, UsageError, printable
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
 
-    from ..arguments import AnyPath
     from ..blocking import Environment, Pair, RunningQemu, StepwiseProof
     from ..proof.model import Proof
     from ..proof.options import ProofOptions
+    from ..qemu.opening import AnyQemu
     from ..ram_check.check import Check
 
 T = TypeVar("T")
@@ -235,17 +235,17 @@ def vhost_user_blk(request: pytest.FixtureRequest) -> Iterator[Callable[..., Vho
 def ram_check(request: pytest.FixtureRequest) -> Iterator[Callable[..., Check]]:
     """Return a function that fails unless all RAM of two paused QEMUs is equal.
 
-    Call ``ram_check(pair.source, pair.destination)`` after a migration, with QEMUs of the fixtures
-    or paths of QMP sockets. With ``expect_migration=False``, any two paused QEMUs are compared.
+    Call ``ram_check(pair.source, pair.destination)`` after a migration, with QEMUs of the
+    fixtures, paths of QMP sockets, or objects such as a QEMUMachine. With
+    ``expect_migration=False``, any two paused QEMUs are compared.
     """
-    from ..exit_codes import EXIT_UNTESTED
     from ..reports import check_report
 
     with _environment(request) as environment:
 
         def compare(
-            source: RunningQemu | AnyPath,
-            destination: RunningQemu | AnyPath,
+            source: RunningQemu | AnyQemu,
+            destination: RunningQemu | AnyQemu,
             *,
             expect_migration: bool = True,
         ) -> Check:
@@ -253,10 +253,7 @@ def ram_check(request: pytest.FixtureRequest) -> Iterator[Callable[..., Check]]:
             outcome = environment.check(source, destination, expect_migration=expect_migration)
             _note_version(request, outcome.source.version)
             _note_verdict(request, check_report.to_json(outcome), check_report.to_text(outcome))
-            if outcome.exit_code == EXIT_UNTESTED:
-                raise UntestableError(outcome.sentence)
-            if outcome.exit_code:
-                raise AssertionError(outcome.sentence)
+            outcome.require_equal()
             return outcome
 
         yield compare

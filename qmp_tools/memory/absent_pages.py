@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from dmaproof.page_compare import Extent
 
-from .process_memory import PROC, Mapping
+from ..host.process_status import PROC
+from .process_memory import Mapping
 
 _PRESENT: Final = np.uint64(1 << 63)
 _SWAPPED: Final = np.uint64(1 << 62)

@@ -22,6 +22,7 @@ from pathlib import Path
 from dmaproof.errors import UntestableError
 from dmaproof.page_compare import Extent
 
+from ..host.process_status import has_thread, user_and_group
 from ..qemu.qemu import Qemu
 from ..qemu.qmp import QmpRefusal
 from .absent_pages import Absent, absent_in_file, absent_in_process
@@ -31,10 +32,8 @@ from .process_memory import Mapping as ProcessMapping
 from .process_memory import (
     OutOfReachError,
     SharedMemory,
-    has_thread,
     mappings_of,
     shared_memory,
-    user_and_group,
 )
 
 

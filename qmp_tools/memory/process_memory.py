@@ -13,14 +13,10 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from dmaproof.errors import UntestableError
 
 from ..qemu.attachment import owner_name
-
-PROC: Final = Path("/proc")
-"""The mount point of procfs."""
 
 
 class OutOfReachError(UntestableError):
@@ -80,33 +76,6 @@ def mappings_of(pid: int, name: str) -> list[Mapping]:
         raise UntestableError(
             f"cannot read the mappings of {name} (process {pid}): {error}"
         ) from error
-
-
-def user_and_group(pid: int, *, proc: Path = PROC) -> tuple[int, int]:
-    """Return the user and the group with which process `pid` opens files.
-
-    The owner of /proc/PID may differ: it is root if the process is not dumpable.
-    """
-    process = proc / str(pid)
-    return _numbers(process, "Uid")[-1], _numbers(process, "Gid")[-1]
-
-
-def has_thread(pid: int, thread: int, *, proc: Path = PROC) -> bool:
-    """Return whether process `pid` has a thread whose id in its own PID namespace is `thread`."""
-    for task in (proc / str(pid) / "task").glob("*"):
-        with contextlib.suppress(OSError):  # the thread has ended
-            if _numbers(task, "NSpid")[-1:] == [thread]:
-                return True
-    return False
-
-
-def _numbers(process: Path, key: str) -> list[int]:
-    """Return the numbers after `key` in /proc/PID/status (proc_pid_status(5))."""
-    for line in (process / "status").read_text().splitlines():
-        name, _, values = line.partition(":")
-        if name == key:
-            return [int(value) for value in values.split()]
-    return []
 
 
 @dataclass(frozen=True)

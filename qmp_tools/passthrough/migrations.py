@@ -38,7 +38,7 @@ from ..migration.migration import Limits, Migration, Progress
 from ..migration.scenarios.precopy import Unix
 from ..migration.transport import Ends
 from ..qemu.machine import DESTINATION, INCOMING, SOURCE
-from ..qemu.qemu import Qemu, running_qemu
+from ..qemu.qemu import SocketQemu, running_qemu
 from ..qemu.qmp import QmpRefusal
 from .fake_device import (
     JOURNAL_ENTRIES,
@@ -320,8 +320,8 @@ def _arguments(tracking: Tracking, device: FakeDevice, qemu: TestedQemu) -> list
 
 
 async def _hold_and_release(
-    source: Qemu,
-    destination: Qemu,
+    source: SocketQemu,
+    destination: SocketQemu,
     device: FakeDevice,
     folder: Path,
     timeout_s: float,
@@ -374,7 +374,7 @@ def _window_is_sent(progress: Progress, *, in_precopy: bool) -> bool:
     return progress.total - progress.remaining >= _PASSED_BYTES
 
 
-async def _set_switchover_bandwidth(source: Qemu, bytes_per_s: int) -> None:
+async def _set_switchover_bandwidth(source: SocketQemu, bytes_per_s: int) -> None:
     """Set the bandwidth that QEMU (8.2 or newer) assumes for the switchover.
 
     By default QEMU assumes the bandwidth that it measured last. Without a hold that may be so high
@@ -386,7 +386,9 @@ async def _set_switchover_bandwidth(source: Qemu, bytes_per_s: int) -> None:
         await source.qmp.execute("migrate-set-parameters", avail_switchover_bandwidth=bytes_per_s)
 
 
-async def _continues(destination: Qemu, device: FakeDevice, last: int, timeout_s: float) -> bool:
+async def _continues(
+    destination: SocketQemu, device: FakeDevice, last: int, timeout_s: float
+) -> bool:
     """Return whether the device writes on the destination, with numbers that follow `last`.
 
     Raises:

@@ -26,7 +26,7 @@ from dmaproof.errors import UntestableError, UsageError
 
 from ..arguments import AnyPath, path_of, require
 from ..host.timeout import DEFAULT_TIMEOUT_S
-from .qemu import Qemu
+from .qemu import SocketQemu
 from .qmp import Qmp, QmpError
 
 _LOOKED_AT_BYTES: Final = 80
@@ -77,7 +77,7 @@ class LibvirtMonitorError(NoGreetingError):
 @contextlib.asynccontextmanager
 async def attach(
     name: str, path: AnyPath, *, timeout_s: float = DEFAULT_TIMEOUT_S
-) -> AsyncIterator[Qemu]:
+) -> AsyncIterator[SocketQemu]:
     """Open a QMP session with a running QEMU that listens at `path`.
 
     Args:
@@ -116,7 +116,7 @@ async def attach(
             raise _no_greeting(name, path, f"({error})") from error
         raise
     try:
-        yield Qemu(qmp, pid, path)
+        yield SocketQemu(qmp, pid, path)
     finally:
         await qmp.close()
 

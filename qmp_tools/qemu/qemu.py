@@ -14,7 +14,7 @@ from ..host.process import Process
 from ..host.run_folder import run_folder
 from ..host.timeout import bounded
 from .machine import option_value
-from .qmp import Qmp, QmpError, QmpTimeoutError
+from .qmp import Monitor, Qmp, QmpError, QmpTimeoutError
 
 _PLUGGED_BY: Final = {"-object": "object_add", "-device": "device_add"}
 """The human monitor's commands that take the same values as the command line's options."""
@@ -23,14 +23,15 @@ _PLUGGED_BY: Final = {"-object": "object_add", "-device": "device_add"}
 class Qemu:
     """A QEMU that answers on `qmp`.
 
-    `pid` is its process, or 0 if the process is in another PID namespace. `socket_path` is the path
-    of one of its QMP sockets.
+    `pid` is its process, or 0 if the process is in another PID namespace or on another host.
+    `address` says where the QEMU was found: the path of a QMP socket, the URI of a libvirt domain,
+    or the name of a test's object.
     """
 
-    def __init__(self, qmp: Qmp, pid: int, socket_path: Path) -> None:
+    def __init__(self, qmp: Monitor, pid: int, address: str) -> None:
         self.qmp = qmp
         self.pid = pid
-        self.socket_path = socket_path
+        self.address = address
 
     @property
     def name(self) -> str:
@@ -52,7 +53,20 @@ class Qemu:
         return str(await self.qmp.execute("human-monitor-command", command_line=command))
 
 
-class OwnedQemu(Qemu):
+class SocketQemu(Qemu):
+    """A QEMU with a QMP session of dmaproof's over a socket.
+
+    `socket_path` is the path of one of its QMP sockets.
+    """
+
+    qmp: Qmp
+
+    def __init__(self, qmp: Qmp, pid: int, socket_path: Path) -> None:
+        super().__init__(qmp, pid, str(socket_path))
+        self.socket_path = socket_path
+
+
+class OwnedQemu(SocketQemu):
     """A QEMU whose process dmaproof has started.
 
     dmaproof's QMP session runs over a socket pair, so the QMP socket at `socket_path` is free for

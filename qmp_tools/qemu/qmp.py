@@ -1,9 +1,14 @@
-"""QMP with dmaproof's errors: every error names the QEMU, the command, and QEMU's message."""
+"""QMP with dmaproof's errors: every error names the QEMU, the command, and QEMU's message.
+
+A `Monitor` executes commands. dmaproof's own is `Qmp`, a session over a socket. The others borrow
+the connection of another client (`borrowed_monitor`, `libvirt_domain`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -25,16 +30,67 @@ class QmpTimeoutError(QmpError, WaitTimeoutError):
     """QEMU has not answered in time."""
 
 
-class Qmp:
-    """A QMP session. `name` is the QEMU's name in messages, such as 'source QEMU'.
+def version_text(version: Mapping[str, Any]) -> str:
+    """Return the version of QMP's greeting or of its command query-version as text."""
+    number = version["qemu"]
+    text = f"{number['major']}.{number['minor']}.{number['micro']}"
+    return printable(f"{text} {version['package']}".strip())
 
-    `timeout_s` bounds the wait for each answer, and `greeting_s` (default: `timeout_s`) the wait
-    for the greeting.
+
+class Monitor(ABC):
+    """A means of executing QMP commands.
+
+    `name` is the QEMU's name in messages, such as 'source QEMU'. `timeout_s` bounds the wait for
+    each answer.
+    """
+
+    def __init__(self, name: str, timeout_s: float) -> None:
+        self.name = name
+        self.timeout_s = timeout_s
+
+    @property
+    @abstractmethod
+    def version(self) -> str:
+        """QEMU's version, with the packager's version if there is one: '7.2.22 Debian …'."""
+
+    async def execute(self, command: str, **arguments: Any) -> Any:
+        """Execute `command`; underscores in argument names become hyphens.
+
+        Returns:
+            The answer's 'return' member.
+
+        Raises:
+            QmpRefusal: QEMU refused the command.
+            QmpTimeoutError: QEMU does not answer in time.
+            QmpError: QEMU has closed the connection.
+        """
+        named = {name.replace("_", "-"): value for name, value in arguments.items()}
+        late = self._late(f"answered {command}", self.timeout_s)
+        async with bounded(self.timeout_s, lambda: late):
+            return await self._execute(command, named)
+
+    @abstractmethod
+    async def _execute(self, command: str, arguments: Mapping[str, Any]) -> Any:
+        """Execute `command`; raise a `QmpError`, or a `QmpRefusal` if QEMU refuses it."""
+
+    def _late(self, what: str, timeout_s: float) -> QmpTimeoutError:
+        return QmpTimeoutError(
+            f"{self.name} has not {what} within {timeout_s:g} s; allow more time (--timeout), or "
+            "check what QEMU is waiting for"
+        )
+
+    def _refusal(self, command: str, reason: object) -> QmpRefusal:
+        return QmpRefusal(f"{self.name} refused {command}: {reason}")
+
+
+class Qmp(Monitor):
+    """A QMP session over a socket.
+
+    `greeting_s` (default: `timeout_s`) bounds the wait for the greeting.
     """
 
     def __init__(self, name: str, timeout_s: float, greeting_s: float | None = None) -> None:
-        self.name = name
-        self.timeout_s = timeout_s
+        super().__init__(name, timeout_s)
         self._greeting_s = timeout_s if greeting_s is None else greeting_s
         self._client = qemu_qmp.QMPClient(name)
 
@@ -56,35 +112,16 @@ class Qmp:
             await self.close()  # else qemu.qmp's reader may print an error to stderr later
             raise QmpError(f"{self.name} did not answer on QMP: {error}") from error
 
-    async def execute(self, command: str, **arguments: Any) -> Any:
-        """Execute `command`; underscores in argument names become hyphens.
-
-        Returns:
-            The answer's 'return' member.
-
-        Raises:
-            QmpRefusal: QEMU refused the command.
-            QmpTimeoutError: QEMU does not answer in time.
-            QmpError: QEMU has closed the connection.
-        """
-        named = {name.replace("_", "-"): value for name, value in arguments.items()}
+    async def _execute(self, command: str, arguments: Mapping[str, Any]) -> Any:
         try:
-            late = self._late(f"answered {command}", self.timeout_s)
-            async with bounded(self.timeout_s, lambda: late):
-                return await self._client.execute(command, named)
+            return await self._client.execute(command, arguments)
         except qemu_qmp.ExecuteError as error:
-            raise QmpRefusal(f"{self.name} refused {command}: {error}") from error
+            raise self._refusal(command, error) from error
         except (qemu_qmp.QMPError, EOFError) as error:
             raise QmpError(
                 f"{self.name} closed its QMP connection before it answered {command}; look at its "
                 "log"
             ) from error
-
-    def _late(self, what: str, timeout_s: float) -> QmpTimeoutError:
-        return QmpTimeoutError(
-            f"{self.name} has not {what} within {timeout_s:g} s; allow more time (--timeout), or "
-            "check what QEMU is waiting for"
-        )
 
     async def send_fd(self, fd: int, name: str) -> None:
         """Send QEMU a duplicate of `fd`, which its monitor then knows by `name`.
@@ -100,15 +137,9 @@ class Qmp:
 
     @property
     def version(self) -> str:
-        """QEMU's version, with the packager's version if there is one: '7.2.22 Debian …'.
-
-        The greeting has the version, so it is known even after QEMU has ended.
-        """
+        """QEMU's version. The greeting has it, so it is known even after QEMU has ended."""
         assert self._client.greeting is not None, "not connected yet"
-        answer: Mapping[str, Any] = self._client.greeting.QMP.version
-        number = answer["qemu"]
-        text = f"{number['major']}.{number['minor']}.{number['micro']}"
-        return printable(f"{text} {answer['package']}".strip())
+        return version_text(self._client.greeting.QMP.version)
 
     @contextlib.asynccontextmanager
     async def events(self, *names: str) -> AsyncIterator[qemu_qmp.EventListener]:

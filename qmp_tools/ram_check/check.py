@@ -22,11 +22,10 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dmaproof.errors import UntestableError, UsageError
+from dmaproof.errors import DmaproofError, UntestableError, UsageError
 from dmaproof.page_compare import Extent, differing_pages
 from dmaproof.units import PAGE_BYTES
 
-from ..arguments import AnyPath, path_of
 from ..exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from ..host.run_folder import run_folder
 from ..host.timeout import DEFAULT_TIMEOUT_S
@@ -34,8 +33,8 @@ from ..memory.copied_memory import PIECE_BYTES
 from ..memory.guest_ram import GuestRam, guest_ram
 from ..memory.physical_map import CommonRange, MapRegion, common_ranges, hidden_parts, is_backend
 from ..memory.ram_blocks import RamBlock, block_of, known_tcg_loss, parse_ram_blocks
-from ..qemu.attachment import attach
 from ..qemu.machine import DESTINATION, SOURCE
+from ..qemu.opening import AnyQemu, open_qemu, require_openable
 from ..qemu.qemu import Qemu
 from .discarded import Discarder, discarders, sort_differences
 from .known_differences import known_difference
@@ -46,6 +45,11 @@ _NO_MIGRATION: Final = "no migration was expected, so dmaproof did not check for
 _SAME_MEMORY: Final = "the same memory on both sides"
 _MOST_INSPECTED: Final = 10_000
 """The most differing pages that are inspected; further ones are only counted and mapped."""
+_MOST_NAMED: Final = 10
+
+
+class RamDiffersError(DmaproofError, AssertionError):
+    """Pages differ; the message names the first ones. Test frameworks report it as a failure."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +102,13 @@ class NotCompared:
 
 @dataclass(frozen=True)
 class Side:
-    """The state of one of the QEMUs; `socket` is the path of its QMP socket.
+    """The state of one of the QEMUs; `address` says where it was found (see `Qemu`).
 
     Of its RAM, `in_place_bytes` were read in place, `copied_bytes` were copied from QEMU's process,
     and `saved_bytes` were saved by QEMU.
     """
 
-    socket: str
+    address: str
     pid: int
     version: str
     status: str
@@ -162,6 +166,25 @@ class Check:
             return EXIT_LOST
         return EXIT_UNTESTED if self.undecided else EXIT_PASS
 
+    def require_equal(self) -> None:
+        """Raise unless the check has passed.
+
+        Raises:
+            RamDiffersError: pages differ.
+            UntestableError: it is undecided whether pages were lost.
+        """
+        if self.exit_code == EXIT_UNTESTED:
+            raise UntestableError(self.sentence)
+        if self.exit_code:
+            shown = [
+                f"  {difference.region} +{difference.offset:#x}"
+                + ("" if difference.gpa is None else f" (GPA {difference.gpa:#x})")
+                for difference in self.differences
+                if difference.known is None
+            ]
+            more = ["  …"] if self.differing - self.known > _MOST_NAMED else []
+            raise RamDiffersError("\n".join([self.sentence, *shown[:_MOST_NAMED], *more]))
+
     @property
     def sentence(self) -> str:
         """The outcome in one sentence."""
@@ -183,45 +206,57 @@ class Check:
 
 
 async def check(
-    source: Qemu | AnyPath,
-    destination: Qemu | AnyPath,
+    source: AnyQemu,
+    destination: AnyQemu,
     *,
     expect_migration: bool = True,
+    resume: bool = False,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Check:
-    """Compare the RAM of two QEMUs, which are given as handles or as paths of their QMP sockets.
+    """Compare all RAM of two QEMUs after a migration.
 
-    Both must be paused, as their migration left them. Without `expect_migration`, any two paused
-    QEMUs are compared, for example two that were started with the same options. `timeout_s` bounds
-    the wait for each answer from a socket that is given by its path.
+    Both must be paused, as their migration left them.
+
+    Args:
+        source: the QEMU that the guest was migrated from: its handle, the path of a QMP socket, or
+            an object that executes QMP commands, such as a QEMUMachine or a QMPClient.
+        destination: the QEMU that the guest was migrated to.
+        expect_migration: False to compare any two paused QEMUs, for example two that were started
+            with the same options.
+        resume: whether to continue the guest of the destination after the comparison.
+        timeout_s: bounds the wait for each answer of a QEMU that is not given as a handle.
 
     Raises:
-        UsageError: an argument is not a path or not a QMP socket, both belong to the same QEMU, or
-            they are in the wrong order.
+        UsageError: an argument is not a QEMU, both are the same QEMU, or they are in the wrong
+            order.
         NotMigratedError: the QEMUs are not the two sides of a completed migration.
         GuestHasRunError: a guest has run since the migration, or pages differ and it may have run.
         UntestableError: the sizes or maps differ, or memory cannot be read.
+
+    Example::
+
+        (await check("/run/source.qmp", "/run/destination.qmp")).require_equal()
     """
-    given = {
-        side: qemu if isinstance(qemu, Qemu) else path_of(side, qemu)
-        for side, qemu in ((SOURCE, source), (DESTINATION, destination))
-    }
-    _refuse_one_socket(*given.values())
+    given = {SOURCE: source, DESTINATION: destination}
+    for side, qemu in given.items():
+        require_openable(side, qemu)
+    _refuse_one_socket(source, destination)
     async with contextlib.AsyncExitStack() as stack:
         folder = stack.enter_context(run_folder())
         sides = [
-            qemu
-            if isinstance(qemu, Qemu)
-            else await stack.enter_async_context(attach(f"{side} QEMU", qemu, timeout_s=timeout_s))
+            await stack.enter_async_context(open_qemu(f"{side} QEMU", qemu, timeout_s=timeout_s))
             for side, qemu in given.items()
         ]
-        return await compare_ram(sides[0], sides[1], folder, expect_migration=expect_migration)
+        outcome = await compare_ram(sides[0], sides[1], folder, expect_migration=expect_migration)
+        if resume:
+            await sides[1].qmp.execute("cont")
+        return outcome
 
 
-def _refuse_one_socket(source: Qemu | Path, destination: Qemu | Path) -> None:
-    if isinstance(source, Path) and isinstance(destination, Path):
+def _refuse_one_socket(source: AnyQemu, destination: AnyQemu) -> None:
+    if isinstance(source, (str, os.PathLike)) and isinstance(destination, (str, os.PathLike)):
         with contextlib.suppress(OSError):  # attaching to the socket reports the problem
-            if source.samefile(destination):
+            if Path(source).samefile(destination):
                 raise UsageError(
                     f"{source} is given for both sides: give the socket of the source and that of "
                     "the destination"
@@ -317,7 +352,7 @@ def _side(ram: GuestRam, status: str, accelerator: str) -> Side:
     in_place = sum(region.length for region in ram.shared)
     copied = sum(region.length for region in ram.copied)
     return Side(
-        socket=str(ram.qemu.socket_path),
+        address=ram.qemu.address,
         pid=ram.qemu.pid,
         version=ram.qemu.version,
         status=status,

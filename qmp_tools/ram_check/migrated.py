@@ -68,8 +68,8 @@ async def require_migrated(source: Qemu, destination: Qemu) -> None:
     states = [await qemu.status() for qemu in (source, destination)]
     if states[1] == "postmigrate" and "ram" not in sent and _is_complete(sent):
         raise UsageError(
-            f"{source.socket_path} is the socket of the destination and {destination.socket_path} "
-            "that of the source: give the source first"
+            f"{source.address} is the destination and {destination.address} is the source: give "
+            "the source first"
         )
     if not _is_complete(sent):
         raise NotMigratedError(_incomplete(source, sent))
@@ -116,7 +116,7 @@ def _incomplete(qemu: Qemu, migration: dict[str, Any]) -> str:
 
 
 def _whole_name(qemu: Qemu) -> str:
-    return f"{qemu.name} ({qemu.socket_path})"
+    return f"{qemu.name} ({qemu.address})"
 
 
 async def has_run(qemu: Qemu) -> bool | None:

@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+from qemu.qmp import QMPClient
 
 from dmaproof.errors import UsageError
 from qmp_tools.blocking import Environment, check
 from qmp_tools.qemu.qmp import QmpError
+from qmp_tools.ram_check.check import RamDiffersError
 from support.command import TIMEOUT_S, Tool
 
 
@@ -61,8 +63,14 @@ def test_a_check_returns_when_it_has_compared(
             for either in (environment, other):
                 for source in (pair.source, pair.source.socket_path):
                     assert either.check(source, pair.destination).differing == 1
-        with pytest.raises(UsageError, match="source: expected a path, got 7"):
+        with pytest.raises(UsageError, match=r"source: expected the path .* got 7"):
             environment.check(7, pair.destination)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match=r"await qmp_tools\.aio\.check"):
+            environment.check(QMPClient(), pair.destination)
+        with pytest.raises(RamDiffersError, match=r"pc\.ram \+0x2345000 \(GPA 0x2345000\)"):
+            check(pair.source, pair.destination).require_equal()
+        assert check(*sockets, resume=True).differing == 1
+        assert pair.destination.execute("query-status")["status"] == "running"
         with pytest.raises(UsageError, match="got the string '-m 64'"):
             environment.qemu("-m 64")
     with pytest.raises(UsageError, match="nothing"):

@@ -41,7 +41,7 @@ class SimulatedQemu:
     qom: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     kvm: bool = False
     version: str = "10.0.2"
-    socket_path: Path = Path("/run/qmp")
+    address: str = "/run/qmp"
     on_save: Callable[[], None] = _do_nothing
     saves: int = 0
 

@@ -39,7 +39,7 @@ class Sides:
                 hvas={0: hva},
                 state=state,
                 migration=migration,
-                socket_path=Path(name),
+                address=name,
             )
             for name, hva, state, migration in (
                 ("source", 0x10000, "postmigrate", {"status": "completed", "ram": {}}),
@@ -198,7 +198,7 @@ class Handle(Qemu):
     """The handle of a simulated QEMU, like that of a caller who has attached to it."""
 
     def __init__(self, simulated: SimulatedQemu) -> None:
-        super().__init__(cast(Qmp, simulated), simulated.pid, simulated.socket_path)
+        super().__init__(cast(Qmp, simulated), simulated.pid, simulated.address)
         self._simulated = simulated
 
     async def status(self) -> str:
@@ -220,7 +220,7 @@ def attached(
         calls.append((name, path, timeout_s))
         yield Handle(getattr(sides, path.name))
 
-    monkeypatch.setattr("qmp_tools.ram_check.check.attach", attach)
+    monkeypatch.setattr("qmp_tools.qemu.opening.attach", attach)
     monkeypatch.setattr("qmp_tools.ram_check.check.run_folder", lambda: nullcontext(tmp_path))
     return calls
 
@@ -229,7 +229,7 @@ def test_qemus_are_reached_by_the_paths_of_their_sockets(
     attached: list[tuple[str, Path, float]], tmp_path: Path
 ) -> None:
     found = asyncio.run(check("source", Path("destination"), timeout_s=7.5))
-    assert (found.source.socket, found.destination.socket) == ("source", "destination")
+    assert (found.source.address, found.destination.address) == ("source", "destination")
     assert found.exit_code == 0
     assert attached == [
         ("source QEMU", Path("source"), 7.5),
@@ -263,5 +263,5 @@ def test_a_check_expects_a_migration_by_default(sides: Sides) -> None:
 def test_an_argument_that_is_not_a_path_is_refused_with_its_side(
     paths: tuple[Any, Any], side: str
 ) -> None:
-    with pytest.raises(UsageError, match=f"^{side}( QEMU)?: expected a path"):
+    with pytest.raises(UsageError, match=f"^{side}: expected the path of a QMP socket"):
         asyncio.run(check(*paths))

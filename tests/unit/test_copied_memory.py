@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from dmaproof.errors import UntestableError
+from qmp_tools.host.process_status import has_thread, user_and_group
 from qmp_tools.memory.copied_memory import ProcessMemory, process_memory
-from qmp_tools.memory.process_memory import Mapping, has_thread, mappings_of, user_and_group
+from qmp_tools.memory.process_memory import Mapping, mappings_of
 from qmp_tools.testbed.ring_driver import PAGE
 
 

@@ -66,11 +66,15 @@ async def _first(items: AsyncIterator[object]) -> None:
 
 
 SOCKET = Path("/no/such/socket")
+ANY_QEMU = (
+    "expected the path of a QMP socket, or an object with a method cmd() or execute(), such as a "
+    "QEMUMachine"
+)
 CALLS: Mapping[str, tuple[Callable[[], Coroutine[Any, Any, object]], str]] = {
-    "check": (lambda: aio.check(1, SOCKET), "source: expected a path, got 1 (int)"),  # type: ignore[arg-type]
+    "check": (lambda: aio.check(1, SOCKET), f"source: {ANY_QEMU}, got 1 (int)"),  # type: ignore[arg-type]
     "check, second": (
         lambda: aio.check(str(SOCKET), None),  # type: ignore[arg-type]
-        "destination: expected a path, got None (NoneType)",
+        f"destination: {ANY_QEMU}, got None (NoneType)",
     ),
     "attach": (
         lambda: _enter(aio.attach("a QEMU", b"/run/x")),  # type: ignore[arg-type]

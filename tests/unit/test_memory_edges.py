@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 
 from dmaproof.errors import UntestableError
+from qmp_tools.host.process_status import has_thread, user_and_group
 from qmp_tools.memory.copied_memory import PIECE_BYTES, ProcessMemory, process_memory
 from qmp_tools.memory.process_memory import (
     Mapping,
-    has_thread,
     mappings_of,
     shared_memory,
-    user_and_group,
 )
 from qmp_tools.memory.ram import RamFile, compare, copied, ram_file
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd

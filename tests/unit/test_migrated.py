@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -41,7 +40,7 @@ class AnsweringQemu:
     jit: str = jit(0)
     vcpus: list[dict[str, Any]] | None = None
     name: str = "this QEMU"
-    socket_path: Path = Path("/run/qmp")
+    address: str = "/run/qmp"
 
     @property
     def qmp(self) -> AnsweringQemu:

@@ -18,6 +18,8 @@ import inspect
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Final
 
+from dmaproof.errors import UsageError
+
 from ..host.daemon_thread import in_daemon_thread
 from ..host.process_status import has_thread, process_of_thread
 from ..host.timeout import DEFAULT_TIMEOUT_S
@@ -35,7 +37,11 @@ class BorrowedMonitor(Monitor):
     def __init__(self, name: str, call: Callable[..., Any], timeout_s: float) -> None:
         super().__init__(name, timeout_s)
         self._call = call
-        self._takes_mapping = _takes_mapping(call)
+        parameters = inspect.signature(call).parameters
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self._takes_mapping = sum(each.kind in positional for each in parameters.values()) > 1
+        # avocado-vt's monitor would write each command to the log of the test.
+        self._quiet = {"debug": False} if "debug" in parameters else {}
         self._version = ""
 
     @classmethod
@@ -43,10 +49,17 @@ class BorrowedMonitor(Monitor):
         """Make a monitor, and check that QEMU answers on it.
 
         Raises:
+            UsageError: the client does not speak QMP.
             QmpError: QEMU does not answer.
         """
         monitor = cls(name, call, timeout_s)
-        monitor._version = version_text(await monitor.execute("query-version"))
+        answer = await monitor.execute("query-version")
+        if not isinstance(answer, Mapping):
+            raise UsageError(
+                f"{name}: expected QMP's answer to query-version from the client of the test, got "
+                f"{answer!r}; a human monitor (HMP) does not suffice"
+            )
+        monitor._version = version_text(answer)
         return monitor
 
     @property
@@ -72,17 +85,10 @@ class BorrowedMonitor(Monitor):
 
     async def _pass_on(self, command: str, arguments: Mapping[str, Any]) -> Any:
         positional = (dict(arguments),) if arguments and self._takes_mapping else ()
-        named = {} if self._takes_mapping else dict(arguments)
+        named = {**({} if self._takes_mapping else arguments), **self._quiet}
         if inspect.iscoroutinefunction(self._call):
             return await self._call(command, *positional, **named)
         return await in_daemon_thread(lambda: self._call(command, *positional, **named))
-
-
-def _takes_mapping(call: Callable[..., Any]) -> bool:
-    """Return whether `call` takes all arguments of a command as one mapping, after the name."""
-    kinds = [parameter.kind for parameter in inspect.signature(call).parameters.values()]
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(kind in positional for kind in kinds) > 1
 
 
 def _is_refusal(error: Exception) -> bool:
@@ -111,6 +117,7 @@ async def borrow(
         `client.get_pid()` or `client.pid` says.
 
     Raises:
+        UsageError: the client does not speak QMP.
         QmpError: QEMU does not answer.
     """
     call = _find_method(client)

@@ -66,7 +66,7 @@ def test_a_project(
     result.assert_outcomes(passed=2, failed=3, skipped=1)
     result.stdout.fnmatch_lines(
         [
-            "*AssertionError: 1 of 16* pages differ*",
+            "*RamDiffersError: 1 of 16* pages differ*",
             "*- dmaproof verdict -*",
             "*GPA 0x2345000 (ram +0x2345000): 1 byte differs*",
             "*AssertionError: * pages were lost*",

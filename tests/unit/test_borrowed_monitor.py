@@ -64,6 +64,21 @@ class QEMUMonitorProtocol(Answers):
         return self.answer(cmd, arguments)
 
 
+class QMPMonitor(Answers):
+    """avocado-vt's monitor, which writes to the test's log unless `debug` is False."""
+
+    def cmd(
+        self,
+        cmd: str,
+        args: Mapping[str, Any] | None = None,
+        timeout: float = 30,
+        debug: bool = True,
+    ) -> Any:
+        assert timeout == 30
+        assert not debug
+        return self.answer(cmd, args)
+
+
 class QMPClient(Answers):
     async def execute(
         self, cmd: str, arguments: Mapping[str, Any] | None = None, oob: bool = False
@@ -88,7 +103,7 @@ async def executed(client: AnyQemu, command: str = "stop", **arguments: Any) -> 
         return await qemu.qmp.execute(command, **arguments)
 
 
-@pytest.mark.parametrize("kind", [QEMUMachine, QEMUMonitorProtocol, QMPClient])
+@pytest.mark.parametrize("kind", [QEMUMachine, QEMUMonitorProtocol, QMPMonitor, QMPClient])
 @pytest.mark.parametrize("wrapped", [False, True], ids=["result", "response"])
 def test_arguments_and_answers_pass_through_each_kind_of_client(
     kind: Callable[..., Any], wrapped: bool
@@ -153,6 +168,15 @@ def test_threads_of_no_process_or_of_several_name_no_process() -> None:
     assert process_of_vcpus([*threads, os.getpid()]) == os.getpid()
     with_a_thread.set()
     thread.join()
+
+
+def test_a_human_monitor_is_refused() -> None:
+    class HumanMonitor(QEMUMachine):
+        def answer(self, command: str, arguments: Mapping[str, Any] | None) -> Any:
+            return "unknown command: 'query-version'"
+
+    with pytest.raises(UsageError, match=r"a human monitor \(HMP\) does not suffice"):
+        asyncio.run(executed(HumanMonitor()))
 
 
 def test_an_object_without_qmp_is_refused() -> None:

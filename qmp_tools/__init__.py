@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from .proof.verdict import GuestOutcome, Verdict
     from .qemu.machine import INCOMING
     from .qemu.qmp import QmpError
-    from .ram_check.check import Check, RamDiffersError
     from .ram_check.migrated import GuestHasRunError, NotMigratedError
+    from .ram_check.outcome import Check, RamDiffersError
 
     __version__: str
 
@@ -61,8 +61,8 @@ _HOMES: Final = {
     "proof.verdict": ("GuestOutcome", "Verdict"),
     "qemu.machine": ("INCOMING",),
     "qemu.qmp": ("QmpError",),
-    "ram_check.check": ("Check", "RamDiffersError"),
     "ram_check.migrated": ("GuestHasRunError", "NotMigratedError"),
+    "ram_check.outcome": ("Check", "RamDiffersError"),
 }
 """Public names by the module that defines them."""
 

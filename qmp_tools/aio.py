@@ -51,8 +51,9 @@ from .qemu.choice import find_qemu
 from .qemu.machine import INCOMING
 from .qemu.qemu import OwnedQemu, Qemu, SocketQemu, running_qemu
 from .qemu.qmp import Qmp, QmpError
-from .ram_check.check import Check, RamDiffersError, check
+from .ram_check.check import check
 from .ram_check.migrated import GuestHasRunError, NotMigratedError
+from .ram_check.outcome import Check, RamDiffersError
 
 __all__ = [
     "INCOMING",

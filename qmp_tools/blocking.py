@@ -45,7 +45,7 @@ from .qemu.borrowed_monitor import is_asynchronous
 from .qemu.machine import DESTINATION, INCOMING, SOURCE
 from .qemu.opening import AnyQemu
 from .qemu.qemu import OwnedQemu
-from .ram_check.check import Check
+from .ram_check.outcome import Check
 
 __all__ = ["Environment", "Pair", "RunningQemu", "StepwiseProof", "check", "prove"]
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from ..qemu.machine import DESTINATION, SOURCE
 from ..ram_check.check import check
+from ..ram_check.images import check_images
 from ..reports.check_report import to_json, to_text
 from .arguments import add_timeout, describe
 from .display import print_text
@@ -15,12 +16,15 @@ from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_st
 _EXAMPLES = """\
 Both guests must still be paused after the migration. The source is; the destination is if it was
 started with -S. dmaproof need not know how the QEMUs were started. It reads shared memory in place,
-and copies private memory from the QEMU process in pieces.
+and copies private memory from the QEMU process in pieces. A snapshot ('dmaproof snapshot') takes
+the place of a QEMU that has ended, or that is on another host.
 
 examples:
   dmaproof check /run/source-qmp.sock /run/destination-qmp.sock
   dmaproof check source.sock destination.sock --report check.html --junit check.xml
+  dmaproof check source.snap destination.sock
   dmaproof check one.sock other.sock --no-migration
+  dmaproof check --raw source.mem destination.mem
   dmaproof check source.sock destination.sock --json - | jq '.differences[].gpa'
 
 exit codes:
@@ -41,9 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description="Compare all RAM of two paused QEMUs after a migration, page by page.",
         epilog=_EXAMPLES,
     )
-    parser.add_argument("source", type=Path, help="QMP socket of the source QEMU")
-    parser.add_argument("destination", type=Path, help="QMP socket of the destination QEMU")
-    parser.add_argument(
+    for side in (SOURCE, DESTINATION):
+        parser.add_argument(side, help=f"QMP socket of the {side} QEMU, or a snapshot of it")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--raw",
+        action="store_true",
+        help="compare two raw images of RAM, as Firecracker and cloud-hypervisor save them",
+    )
+    kind.add_argument(
         "--no-migration",
         action="store_true",
         help="compare any two paused QEMUs; without this option, QEMUs that have not migrated are "
@@ -54,14 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    outcome = run_interruptibly(
-        check(
-            arguments.source,
-            arguments.destination,
-            expect_migration=not arguments.no_migration,
-            timeout_s=arguments.timeout,
+    sides = arguments.source, arguments.destination
+    if arguments.raw:
+        outcome = run_interruptibly(check_images(*sides))
+    else:
+        outcome = run_interruptibly(
+            check(*sides, expect_migration=not arguments.no_migration, timeout_s=arguments.timeout)
         )
-    )
     if not writes_to_stdout(arguments):
         print_text(to_text(outcome))
     write_outputs(to_json(outcome), arguments)

@@ -33,6 +33,7 @@ _SUMMARIES: Final = {
     "passthrough": "prove the VFIO dirty tracking of the kernel and of QEMU, without hardware",
     "faults": "inject every known fault, and report which were caught",
     "check": "compare all RAM of two paused QEMUs after a migration",
+    "snapshot": "save a guest's RAM as digests, for a check without its QEMU",
     "watch": "show the progress of any migration",
     "dirty-rate": "measure how fast a running guest dirties its RAM",
     "qemu": "fetch and list QEMU builds in a private folder",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..proof.model import Proof
     from ..proof.options import ProofOptions
     from ..qemu.opening import AnyQemu
-    from ..ram_check.check import Check
+    from ..ram_check.outcome import Check
 
 T = TypeVar("T")
 

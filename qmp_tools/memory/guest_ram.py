@@ -18,15 +18,18 @@ import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from dmaproof.errors import UntestableError
 from dmaproof.page_compare import Extent
+from dmaproof.units import PAGE_BYTES
 
 from ..host.process_status import has_thread, user_and_group
 from ..qemu.qemu import Qemu
 from ..qemu.qmp import QmpRefusal
 from .absent_pages import Absent, absent_in_file, absent_in_process
 from .copied_memory import ProcessMemory, process_memory
+from .pages import FilePlace, PagedRam, ReadablePages
 from .physical_map import MapRegion, parse_flat_view, parse_hva
 from .process_memory import Mapping as ProcessMapping
 from .process_memory import (
@@ -36,15 +39,16 @@ from .process_memory import (
     shared_memory,
 )
 
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")  # random(4)
+
 
 @dataclass(frozen=True)
-class GuestRam:
-    """The RAM of one paused guest.
+class GuestRam(PagedRam):
+    """The RAM of a paused guest of this host.
 
-    `regions` is the physical map, `hvas` the host addresses of the RAM regions. `shared` has the
-    regions that are in a shared file. `process` is the memory of QEMU's process, if this user may
-    read it. QEMU saves the regions that are in neither. `backends` are QEMU's memory backends
-    (id → bytes), `dimms` its memory devices (id → base address and bytes).
+    `hvas` are the host addresses of the RAM regions. `shared` has the regions that are in a shared
+    file. `process` is the memory of QEMU's process, if this user may read it. QEMU saves the
+    regions that are in neither.
     """
 
     qemu: Qemu
@@ -55,11 +59,35 @@ class GuestRam:
     backends: Mapping[str, int]
     dimms: Mapping[str, tuple[int, int]]
     folder: Path
+    boot_id: str
 
     @property
-    def length(self) -> int:
-        """The bytes of RAM in the physical map."""
-        return sum(region.length for region in self.regions if region.is_ram)
+    def files(self) -> dict[MapRegion, FilePlace]:
+        """The regions that are in a shared file."""
+        return {
+            region: FilePlace(memory.device, memory.inode, memory.offset)
+            for region, memory in self.shared.items()
+        }
+
+    def is_in_place(self, region: MapRegion) -> bool:
+        """Return whether the region is in a shared file."""
+        return region in self.shared
+
+    @contextlib.asynccontextmanager
+    async def pages(self, region: MapRegion, gpa: int, count: int) -> AsyncIterator[ReadablePages]:
+        """Make `count` pages from `gpa` on; see `PagedRam`."""
+        async with self.extent(region, gpa, count * PAGE_BYTES) as extent:
+            yield ReadablePages(extent, count, lambda: self.absent(region, gpa, count))
+
+    async def hidden_pages(
+        self, region: MapRegion, offset: int, count: int
+    ) -> ReadablePages | None:
+        """Make `count` pages from byte `offset` of the region's backend on; see `PagedRam`."""
+        extent = await self.backend_extent(region, offset, count * PAGE_BYTES)
+        if extent is None:
+            return None
+        gpa = region.gpa + offset - region.offset
+        return ReadablePages(extent, count, lambda: self.absent(region, gpa, count))
 
     def shared_extent(self, region: MapRegion, offset: int) -> Extent | None:
         """Return the place of byte `offset` of the region's memory in a shared file, if any."""
@@ -208,6 +236,7 @@ async def guest_ram(qemu: Qemu, folder: Path) -> AsyncIterator[GuestRam]:
                 if "size" in dimm["data"]
             },
             folder=_folder_for(qemu, folder),
+            boot_id=_BOOT_ID.read_text().strip(),
         )
 
 

@@ -26,6 +26,10 @@ class QmpRefusal(QmpError):  # noqa: N818  (QEMU works, and has refused)
     """QEMU refused a command; the message has QEMU's reason."""
 
 
+class QmpClosedError(QmpError):
+    """QEMU has closed the connection, usually because it ended."""
+
+
 class QmpTimeoutError(QmpError, WaitTimeoutError):
     """QEMU has not answered in time."""
 
@@ -62,7 +66,7 @@ class Monitor(ABC):
         Raises:
             QmpRefusal: QEMU refused the command.
             QmpTimeoutError: QEMU does not answer in time.
-            QmpError: QEMU has closed the connection.
+            QmpClosedError: QEMU has closed the connection.
         """
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         late = self._late(f"answered {command}", self.timeout_s)
@@ -118,7 +122,7 @@ class Qmp(Monitor):
         except qemu_qmp.ExecuteError as error:
             raise self._refusal(command, error) from error
         except (qemu_qmp.QMPError, EOFError) as error:
-            raise QmpError(
+            raise QmpClosedError(
                 f"{self.name} closed its QMP connection before it answered {command}; look at its "
                 "log"
             ) from error

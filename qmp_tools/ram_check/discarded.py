@@ -9,7 +9,6 @@ has written since is populated again, and is compared like any other.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +17,10 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dmaproof.page_compare import Extent
 from dmaproof.units import PAGE_BYTES
 
-from ..memory.guest_ram import GuestRam
-from ..memory.physical_map import CommonRange, is_backend
+from ..memory.pages import PagedRam, Pages
+from ..memory.physical_map import MapRegion, is_backend
 from ..qemu.machine import MIB
 from ..qemu.qemu import Qemu
 
@@ -32,7 +30,6 @@ _BALLOON_ADDRESS_SPACE: Final = re.compile(r'^ AS "virtio-balloon', re.MULTILINE
 _NO_VIEW: Final = "No rendered FlatView"
 _HINTED_BLOCK_BYTES: Final = 4 * MIB
 """Linux hints free pages in its largest blocks (VIRTIO_BALLOON_HINT_BLOCK_ORDER)."""
-_ZEROS: Final = bytes(PAGE_BYTES)
 
 
 @dataclass(frozen=True)
@@ -123,38 +120,33 @@ def _virtio_mem(data: dict[str, Any]) -> Discarder:
 
 def sort_differences(
     devices: Sequence[Discarder],
-    sides: tuple[GuestRam, GuestRam],
-    common: CommonRange,
     gpa: int,
-    source: Extent,
+    source: Pages,
+    destination: Pages,
     differing: NDArray[np.int64],
-    pages: int,
 ) -> Sorted:
     """Sort pages that are not equal into differing, discarded and undecided ones.
 
     Args:
-        devices: the devices through which the source's guest may give memory back.
-        sides: the RAM of the source and of the destination.
-        common: the range of the physical maps that was compared.
+        devices: the devices through which the source's guest may give this memory back.
         gpa: the address of the first page that was compared.
-        source: the source's content from `gpa` on.
+        source: the pages of the source that were compared.
+        destination: the pages of the destination that were compared.
         differing: the pages that are not equal, counted from `gpa` on, sorted.
-        pages: how many pages were compared.
     """
     none = np.empty(0, dtype=np.int64)
-    source_ram, destination_ram = sides
     addresses = gpa + differing * PAGE_BYTES
     reach = np.zeros(len(differing), dtype=np.bool_)
-    for device in devices if _may_be_discarded(source_ram, common) else ():
+    for device in devices:
         reach |= _within(device, addresses)
     if not reach.any():
         return Sorted(differing, none, none)
-    absence = source_ram.absent(common.source, gpa, pages)
-    zero = reach & np.array([_reads_zero(source, int(page)) for page in differing], dtype=np.bool_)
+    absence = source.absent()
+    zero = reach & source.are_zero(differing)
     discarded = zero & absence.absent[differing]
     undecided = zero & ~discarded & (not absence.certain)
     unsent = np.zeros(len(differing), dtype=np.bool_)
-    unreceived = destination_ram.absent(common.destination, gpa, pages).absent
+    unreceived = destination.absent().absent
     for device in devices:
         if device.unsent_block_bytes:
             whole = _absent_blocks(unreceived, gpa, device.unsent_block_bytes)
@@ -163,19 +155,15 @@ def sort_differences(
     return Sorted(differing[~discarded & ~undecided], differing[discarded], differing[undecided])
 
 
-def _may_be_discarded(ram: GuestRam, common: CommonRange) -> bool:
-    """Return whether the range is RAM of a memory backend; other memory is never discarded."""
-    kind = common.source.kind.removeprefix("nv-")
-    return kind == "ram" and any(is_backend(common.source, name) for name in ram.backends)
+def may_be_discarded(ram: PagedRam, region: MapRegion) -> bool:
+    """Return whether the region is RAM of a memory backend; other memory is never discarded."""
+    is_plain_ram = region.kind.removeprefix("nv-") == "ram"
+    return is_plain_ram and any(is_backend(region, name) for name in ram.backends)
 
 
 def _within(device: Discarder, addresses: NDArray[np.int64]) -> NDArray[np.bool_]:
     inside = addresses >= device.start
     return inside if device.end is None else inside & (addresses < device.end)
-
-
-def _reads_zero(extent: Extent, page: int) -> bool:
-    return os.pread(extent.fd, PAGE_BYTES, extent.offset + page * PAGE_BYTES) == _ZEROS
 
 
 def _absent_blocks(absent: NDArray[np.bool_], gpa: int, block_bytes: int) -> NDArray[np.bool_]:

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _FIRMWARE_LOW_MEMORY: Final = range(0xE0000, 0xF0000)
+PLACES: Final = (_FIRMWARE_LOW_MEMORY,)
+"""Guest-physical addresses at which a known difference may be."""
 _PVCLOCK_BYTES: Final = 32
 """sizeof(struct pvclock_vcpu_time_info), and its alignment."""
 

@@ -1,4 +1,4 @@
-"""Check that two QEMUs are the sides of a completed migration, and that neither has run since.
+"""Check that two guests are the sides of a completed migration, and that neither has run since.
 
 Otherwise a comparison proves nothing: two QEMUs that never migrated may be equal because neither
 has changed, and a guest that has run differs wherever it has written.
@@ -12,11 +12,15 @@ Measured on QEMU 7.2, 10.0 and 11.1, for precopy, postcopy and guests saved in a
   guest mode (KVM). Both counters start at 0 in each process, and loading a migration does not
   change them. CPU time does not show it: a guest that runs for a moment needs no more of it than
   the loading does.
+
+A supervisor such as libvirt ends the source at the end of the migration. What that QEMU would have
+answered is then unknown, but the destination reports that it has received everything.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any, Final
 
 from dmaproof.errors import UntestableError, UsageError
@@ -29,9 +33,11 @@ _EXITS: Final = ("exits", "signal_exits")
 """KVM's counters. A vCPU that is stopped before its first exit leaves guest mode by a signal."""
 _AFTER_SWITCHOVER: Final = ("postmigrate", "finish-migrate")
 """QEMU reports a migration as completed a moment before it sets 'postmigrate'."""
+ENDED: Final = "ended"
+"""The run state of a guest whose QEMU has ended; QEMU itself has no such state."""
 _REMEDY: Final = (
-    "Start the destination with -S, or send it QMP 'stop' while it waits for the migration's data, "
-    "and migrate again"
+    "Start the destination with -S (libvirt: virsh migrate --suspend), or send it QMP 'stop' while "
+    "it waits for the migration's data, and migrate again"
 )
 
 
@@ -43,80 +49,113 @@ class GuestHasRunError(UntestableError):
     """A guest has run since the migration, or may have."""
 
 
-async def require_paused(qemu: Qemu) -> None:
+@dataclass(frozen=True)
+class GuestState:
+    """What a QEMU reports about its guest and its migration.
+
+    `name` is the name in messages, with the address. `run_state` is that of query-status, or
+    `ENDED`. `migration` is the status of query-migrate, or 'none'; `has_sent` says whether this
+    QEMU was the source of that migration. `has_run` says whether the guest has run in this
+    process, None if the accelerator does not report it.
+    """
+
+    name: str
+    address: str
+    run_state: str
+    migration: str
+    has_sent: bool
+    has_run: bool | None
+
+
+async def guest_state(qemu: Qemu) -> GuestState:
+    """Return the state of `qemu`."""
+    migration: dict[str, Any] = await qemu.qmp.execute("query-migrate")
+    return GuestState(
+        name=f"{qemu.name} ({qemu.address})",
+        address=qemu.address,
+        run_state=await qemu.status(),
+        migration=str(migration.get("status", "none")),
+        has_sent="ram" in migration,
+        has_run=await has_run(qemu),
+    )
+
+
+def require_paused(state: GuestState) -> None:
     """Require that the guest is paused.
 
     Raises:
         UntestableError: the guest is running.
     """
-    if await qemu.status() == "running":
+    if state.run_state == "running":
         raise UntestableError(
-            f"{_whole_name(qemu)} is running, so its RAM changes while dmaproof reads it: pause "
+            f"{state.name} is running, so its RAM changes while dmaproof reads it: pause "
             "the guest first (QMP 'stop')"
         )
 
 
-async def require_migrated(source: Qemu, destination: Qemu) -> None:
-    """Require that both QEMUs have been paused since a completed migration between them.
+def require_migrated(source: GuestState, destination: GuestState) -> None:
+    """Require that both guests have been paused since a completed migration between them.
 
     Raises:
         UsageError: the QEMUs are given in the wrong order.
         NotMigratedError: there was no migration, or it has not completed.
         GuestHasRunError: one of the guests has run since the migration.
     """
-    sent, received = [await qemu.qmp.execute("query-migrate") for qemu in (source, destination)]
-    states = [await qemu.status() for qemu in (source, destination)]
-    if states[1] == "postmigrate" and "ram" not in sent and _is_complete(sent):
+    if (
+        destination.run_state == "postmigrate"
+        and not source.has_sent
+        and source.migration == "completed"
+    ):
         raise UsageError(
             f"{source.address} is the destination and {destination.address} is the source: give "
             "the source first"
         )
-    if not _is_complete(sent):
-        raise NotMigratedError(_incomplete(source, sent))
-    if states[0] not in _AFTER_SWITCHOVER:
+    if source.run_state != ENDED:
+        _require_completed(source)
+        require_not_resumed(source)
+    if destination.run_state == "running":
         raise GuestHasRunError(
-            f"{_whole_name(source)} was resumed or reset after its migration (its state is "
-            f"'{states[0]}', not 'postmigrate'), so its RAM may have changed since the migration: "
-            "migrate again, and check before you resume or reset the source"
-        )
-    if states[1] == "running":
-        raise GuestHasRunError(
-            f"{_whole_name(destination)} is running, so its RAM has changed since the migration; "
+            f"{destination.name} is running, so its RAM has changed since the migration; "
             f"pausing it now does not undo that. {_REMEDY}"
         )
-    if states[1] == "inmigrate":
+    if destination.run_state == "inmigrate":
         raise NotMigratedError(
-            f"{_whole_name(destination)} still waits for the data of a migration: let the "
+            f"{destination.name} still waits for the data of a migration: let the "
             "migration complete first"
         )
-    if not _is_complete(received):
-        raise NotMigratedError(_incomplete(destination, received))
-    if await has_run(destination):
+    _require_completed(destination)
+    if destination.has_run:
         raise GuestHasRunError(
-            f"the guest of {_whole_name(destination)} is paused, but has run since the migration, "
+            f"the guest of {destination.name} is paused, but has run since the migration, "
             f"so its RAM has changed. {_REMEDY}"
         )
 
 
-def _is_complete(migration: dict[str, Any]) -> bool:
-    return migration.get("status") == "completed"
+def require_not_resumed(source: GuestState) -> None:
+    """Require that the source of a completed migration has not continued since.
+
+    Raises:
+        GuestHasRunError: it was resumed or reset.
+    """
+    if source.run_state not in _AFTER_SWITCHOVER:
+        raise GuestHasRunError(
+            f"{source.name} was resumed or reset after its migration (its state is "
+            f"'{source.run_state}', not 'postmigrate'), so its RAM may have changed since the "
+            "migration: migrate again, and check before you resume or reset the source"
+        )
 
 
-def _incomplete(qemu: Qemu, migration: dict[str, Any]) -> str:
-    status = migration.get("status", "none")
-    if status == "none":
-        return (
-            f"{_whole_name(qemu)} has not been migrated, so nothing was tested. To compare two "
+def _require_completed(state: GuestState) -> None:
+    if state.migration == "none":
+        raise NotMigratedError(
+            f"{state.name} has not been migrated, so nothing was tested. To compare two "
             "QEMUs without a migration, use --no-migration (in the library, expect_migration=False)"
         )
-    return (
-        f"the migration of {_whole_name(qemu)} is '{status}', not 'completed': check again when it "
-        "has completed"
-    )
-
-
-def _whole_name(qemu: Qemu) -> str:
-    return f"{qemu.name} ({qemu.address})"
+    if state.migration != "completed":
+        raise NotMigratedError(
+            f"the migration of {state.name} is '{state.migration}', not 'completed': check again "
+            "when it has completed"
+        )
 
 
 async def has_run(qemu: Qemu) -> bool | None:

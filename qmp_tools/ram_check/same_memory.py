@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dmaproof.errors import UntestableError
 
-from ..memory.guest_ram import GuestRam
+from ..memory.pages import PagedRam
 from ..memory.physical_map import CommonRange, MapRegion
 
 
@@ -27,19 +27,21 @@ class _FilePart:
         return same_file and self.start < other.end and other.start < self.end
 
 
-def is_same_memory(source: GuestRam, destination: GuestRam, common: CommonRange) -> bool:
+def is_same_memory(source: PagedRam, destination: PagedRam, common: CommonRange) -> bool:
     """Return whether both sides have a range in the same place of the same file.
 
     Raises:
         UntestableError: the destination has part of the range's memory at another address.
     """
+    if source.boot_id != destination.boot_id:  # numbers of files of another host mean nothing here
+        return False
     begin, end = common.gpa, common.gpa + common.length
     source_part = _file_part(source, common.source, begin, end)
     if source_part is None:
         return False
     if source_part == _file_part(destination, common.destination, begin, end):
         return True
-    for region in destination.shared:
+    for region in destination.files:
         destination_part = _file_part(destination, region, region.gpa, region.end)
         if destination_part and destination_part.overlaps(source_part):
             raise UntestableError(
@@ -50,10 +52,27 @@ def is_same_memory(source: GuestRam, destination: GuestRam, common: CommonRange)
     return False
 
 
-def _file_part(ram: GuestRam, region: MapRegion, begin: int, end: int) -> _FilePart | None:
+def is_same_part(
+    source: PagedRam, destination: PagedRam, regions: tuple[MapRegion, MapRegion], offset: int
+) -> bool:
+    """Return whether byte `offset` of a backend is in the same place of the same file.
+
+    `regions` are regions of the backend in the maps of both sides.
+    """
+    places = [
+        place and place._replace(offset=place.offset + offset - region.offset)
+        for ram, region in zip((source, destination), regions, strict=True)
+        for place in [ram.files.get(region)]
+    ]
+    return (
+        source.boot_id == destination.boot_id and places[0] is not None and places[0] == places[1]
+    )
+
+
+def _file_part(ram: PagedRam, region: MapRegion, begin: int, end: int) -> _FilePart | None:
     """Return the part of a file that backs the GPAs from `begin` up to `end` of `region`."""
-    memory = ram.shared.get(region)
-    if memory is None:
+    place = ram.files.get(region)
+    if place is None:
         return None
-    start = memory.offset + begin - region.gpa
-    return _FilePart(memory.device, memory.inode, start, start + end - begin)
+    start = place.offset + begin - region.gpa
+    return _FilePart(place.device, place.inode, start, start + end - begin)

@@ -12,9 +12,10 @@ from dmaproof.units import PAGE_BYTES
 
 from ..proof.ram_map import MapArea, RamMap
 from ..qemu.machine import MIB
-from ..ram_check.check import Check, ComparedArea, Difference, Side
+from ..ram_check.guest import Side
+from ..ram_check.outcome import IMAGE, Check, ComparedArea, Difference
 from .report import HEADINGS, SCHEMA_VERSION
-from .words import bytes_differ
+from .words import bytes_differ, counted
 
 _CHECK_CLASSES: Final = {
     "equal": "the same on both sides",
@@ -137,7 +138,9 @@ def join_runs(differences: Sequence[Difference]) -> list[list[Difference]]:
 
 def _story(run: Sequence[Difference]) -> str:
     first, last = run[0], run[-1]
-    if first.gpa is None or last.gpa is None:
+    if first.region == IMAGE:
+        place = "at an offset"
+    elif first.gpa is None or last.gpa is None:
         place = "in RAM that the physical map hides"
     elif len(run) == 1:
         place = f"GPA {first.gpa:#x}"
@@ -146,14 +149,22 @@ def _story(run: Sequence[Difference]) -> str:
     region = f"{first.region} +{first.offset:#x}"
     if first.device:
         region += f", DIMM {first.device}"
-    amount = bytes_differ(sum(difference.bytes_differing for difference in run))
-    if len(run) > 1:
-        amount += f" in {len(run)} pages"
+    known_bytes = [
+        difference.bytes_differing for difference in run if difference.bytes_differing is not None
+    ]
+    if len(known_bytes) < len(run):
+        amount = f"{counted(len(run), 'page')} by digest"
+    else:
+        amount = bytes_differ(sum(known_bytes))
+        if len(run) > 1:
+            amount += f" in {len(run)} pages"
     known = f" ({first.known})" if first.known else ""
     return f"{place} ({region}): {amount}{known}"
 
 
 def _describe(side: Side) -> str:
+    if not side.version:
+        return f"image {side.address}, {round(side.in_place_bytes / MIB, 2):g} MiB"
     memory = [
         f"{round(length / MIB, 2):g} MiB {kind}"
         for length, kind in (
@@ -163,7 +174,10 @@ def _describe(side: Side) -> str:
         )
         if length
     ]
-    return f"QEMU {side.version}, process {side.pid}, {side.status}; {', '.join(memory)}"
+    read = ", ".join(memory)
+    if side.snapshot:
+        read = f"snapshot {side.snapshot} of {side.taken} on {side.host}"
+    return f"QEMU {side.version}, process {side.pid}, {side.status}; {read}"
 
 
 def map_check(check: Check) -> RamMap:

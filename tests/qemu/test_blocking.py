@@ -14,7 +14,7 @@ from qemu.qmp import QMPClient
 from dmaproof.errors import UsageError
 from qmp_tools.blocking import Environment, check
 from qmp_tools.qemu.qmp import QmpError
-from qmp_tools.ram_check.check import RamDiffersError
+from qmp_tools.ram_check.outcome import RamDiffersError
 from support.command import TIMEOUT_S, Tool
 
 

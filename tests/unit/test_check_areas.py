@@ -20,7 +20,8 @@ import pytest
 
 from dmaproof.errors import UntestableError
 from qmp_tools.memory.physical_map import MapRegion
-from qmp_tools.ram_check.check import Check, NotCompared, compare_ram
+from qmp_tools.ram_check.check import compare_ram
+from qmp_tools.ram_check.outcome import Check, NotCompared
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 from support.simulated_qemu import SimulatedQemu
 
@@ -134,7 +135,7 @@ def test_a_page_that_differs_is_located_by_address_and_backend_offset(sides: Sid
 def test_pages_compared_in_pieces_have_the_same_addresses(
     sides: Sides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qmp_tools.ram_check.check.PIECE_BYTES", 2 * PAGE)
+    monkeypatch.setattr("qmp_tools.ram_check.comparison.PIECE_BYTES", 2 * PAGE)
     sides.source.pid = sides.destination.pid = 0  # then QEMU has to save its RAM
     sides.lose(4, 8, 15)
     found = sides.check()
@@ -150,7 +151,7 @@ def test_pages_compared_in_pieces_have_the_same_addresses(
 def test_hidden_memory_is_compared_in_pieces_too(
     sides: Sides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qmp_tools.ram_check.check.PIECE_BYTES", 2 * PAGE)
+    monkeypatch.setattr("qmp_tools.ram_check.comparison.PIECE_BYTES", 2 * PAGE)
     sides.lose(*LOST)
     found = sides.check()
     assert places(found) == PLACES
@@ -172,7 +173,7 @@ def mapped_ram(found: Check) -> list[tuple[int, int]]:
 def test_only_memory_that_both_sides_share_is_compared_in_one_piece(
     sides: Sides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qmp_tools.ram_check.check.PIECE_BYTES", 4 * PAGE)
+    monkeypatch.setattr("qmp_tools.ram_check.comparison.PIECE_BYTES", 4 * PAGE)
     assert mapped_ram(sides.check()) == [(0, 5), (8, 8)]
     private = simulated(sides.stack, "some", sides.source.ram_fd, mmap.MAP_PRIVATE)
     sides.source.hvas = private.hvas

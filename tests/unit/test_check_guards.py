@@ -17,8 +17,10 @@ from dmaproof.errors import UntestableError, UsageError
 from qmp_tools.memory.physical_map import MapRegion
 from qmp_tools.qemu.qemu import Qemu
 from qmp_tools.qemu.qmp import Qmp
-from qmp_tools.ram_check.check import Check, Side, check, compare_ram
+from qmp_tools.ram_check.check import check, compare_ram
+from qmp_tools.ram_check.guest import Side
 from qmp_tools.ram_check.migrated import GuestHasRunError, NotMigratedError
+from qmp_tools.ram_check.outcome import Check
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 from support.simulated_qemu import SimulatedQemu
 

@@ -14,16 +14,19 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from dmaproof.page_compare import Extent, differing_pages
+from dmaproof.page_compare import Extent
 from qmp_tools.memory.absent_pages import absent_in_file, absent_in_process
 from qmp_tools.memory.guest_ram import GuestRam
-from qmp_tools.memory.physical_map import CommonRange, MapRegion
+from qmp_tools.memory.pages import differing_pages
+from qmp_tools.memory.physical_map import MapRegion
 from qmp_tools.memory.process_memory import SharedMemory, mappings_of
 from qmp_tools.qemu.qemu import Qemu
 from qmp_tools.ram_check.discarded import (
     Discarder,
+    Sorted,
     discarders,
     guest_drives_balloon,
+    may_be_discarded,
     sort_differences,
 )
 
@@ -50,6 +53,7 @@ def ram(data: dict[int, bytes], kind: str = "ram") -> GuestRam:
         backends={"ram0": PAGES * PAGE},
         dimms={},
         folder=Path(),
+        boot_id="this boot",
     )
 
 
@@ -57,12 +61,18 @@ def sort(
     source: GuestRam, destination: GuestRam, *devices: Discarder, pages: int = PAGES
 ) -> list[list[int]]:
     """Return the pages that differ, that were discarded, and that may be either."""
-    sides = (source, destination)
-    extents = [Extent(next(iter(side.shared.values())).fd) for side in sides]
-    differing = differing_pages(extents[0], extents[1], pages * PAGE)
-    common = CommonRange(BASE, pages * PAGE, source.regions[0], destination.regions[0])
-    found = sort_differences(devices, sides, common, BASE, extents[0], differing, pages)
-    for side in sides:
+    region = source.regions[0]
+    reaching = devices if may_be_discarded(source, region) else ()
+
+    async def sorted_pages() -> Sorted:
+        async with (
+            source.pages(region, BASE, pages) as sent,
+            destination.pages(destination.regions[0], BASE, pages) as received,
+        ):
+            return sort_differences(reaching, BASE, sent, received, differing_pages(sent, received))
+
+    found = asyncio.run(sorted_pages())
+    for side in (source, destination):
         os.close(next(iter(side.shared.values())).fd)
     return [numbers.tolist() for numbers in found]
 

@@ -67,6 +67,7 @@ class Ram:
             backends={"ram0": PAGES * PAGE},
             dimms={},
             folder=self.folder,
+            boot_id="this boot",
             **{**parts, **more},
         )
 

@@ -13,7 +13,9 @@ from qmp_tools.qemu.qemu import Qemu
 from qmp_tools.qemu.qmp import QmpRefusal
 from qmp_tools.ram_check.migrated import (
     GuestHasRunError,
+    GuestState,
     NotMigratedError,
+    guest_state,
     has_run,
     require_migrated,
     require_paused,
@@ -70,19 +72,21 @@ def answering(**answers: Any) -> Qemu:
     return cast(Qemu, AnsweringQemu(**answers))
 
 
+def state_of(**answers: Any) -> GuestState:
+    return asyncio.run(guest_state(answering(**answers)))
+
+
 SENT = {"status": "completed", "ram": {}}
 SOURCE = {"state": "postmigrate", "migration": SENT, "jit": jit(9)}
 
 
 @pytest.mark.parametrize("state", ["postmigrate", "finish-migrate"])
 def test_a_source_after_its_migration_is_comparable(state: str) -> None:
-    asyncio.run(require_migrated(answering(**{**SOURCE, "state": state}), answering()))
+    require_migrated(state_of(**{**SOURCE, "state": state}), state_of())
 
 
 def test_a_destination_that_has_migrated_further_is_comparable() -> None:
-    asyncio.run(
-        require_migrated(answering(**SOURCE), answering(state="postmigrate", migration=SENT))
-    )
+    require_migrated(state_of(**SOURCE), state_of(state="postmigrate", migration=SENT))
 
 
 @pytest.mark.parametrize(
@@ -98,8 +102,8 @@ def test_a_destination_that_has_migrated_further_is_comparable() -> None:
         ({}, {"state": "prelaunch", "migration": {}}, NotMigratedError, "has not been migrated"),
         ({}, {"state": "inmigrate", "migration": {}}, NotMigratedError, "still waits"),
         ({}, {"migration": {"status": "postcopy-active"}}, NotMigratedError, "postcopy-active"),
-        ({}, {"state": "running"}, GuestHasRunError, "is running, .*-S, or .*QMP 'stop' while"),
-        ({}, {"jit": jit(1)}, GuestHasRunError, "is paused, but has run since .*-S, or"),
+        ({}, {"state": "running"}, GuestHasRunError, "is running, .*-S .*, or .*QMP 'stop' while"),
+        ({}, {"jit": jit(1)}, GuestHasRunError, "is paused, but has run since .*-S "),
         ({}, {"kvm": True, "vcpus": [vcpu(exits=1)]}, GuestHasRunError, "has run since"),
         (
             {"state": "paused", "migration": {"status": "completed"}},
@@ -113,7 +117,7 @@ def test_sides_without_a_completed_migration_are_refused(
     source: dict[str, Any], destination: dict[str, Any], kind: type[Exception], message: str
 ) -> None:
     with pytest.raises(kind, match=message):
-        asyncio.run(require_migrated(answering(**{**SOURCE, **source}), answering(**destination)))
+        require_migrated(state_of(**{**SOURCE, **source}), state_of(**destination))
 
 
 @pytest.mark.parametrize(
@@ -137,9 +141,9 @@ def test_translated_blocks_or_vcpu_exits_show_that_a_guest_has_run(
 
 
 def test_without_a_migration_a_paused_guest_is_enough() -> None:
-    asyncio.run(require_paused(answering(state="prelaunch", migration={}, jit=jit(5))))
+    require_paused(state_of(state="prelaunch", migration={}, jit=jit(5)))
     with pytest.raises(UntestableError, match=r"is running.*QMP 'stop'"):
-        asyncio.run(require_paused(answering(state="running")))
+        require_paused(state_of(state="running"))
 
 
 @pytest.mark.parametrize(
@@ -162,5 +166,5 @@ def test_a_migration_that_is_not_complete_is_reported_with_what_to_do(
     migration: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(NotMigratedError) as caught:
-        asyncio.run(require_migrated(answering(migration=migration), answering()))
+        require_migrated(state_of(migration=migration), state_of())
     assert str(caught.value) == message

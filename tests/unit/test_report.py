@@ -38,7 +38,8 @@ from qmp_tools.proof.sensitivity import Sensitivity, sensitivity_by_guest
 from qmp_tools.proof.soak import Holdings, Soak
 from qmp_tools.proof.verdict import GuestOutcome, Verdict
 from qmp_tools.qemu.machine import Machine
-from qmp_tools.ram_check.check import Check, ComparedArea, Difference, NotCompared, Side
+from qmp_tools.ram_check.guest import Side
+from qmp_tools.ram_check.outcome import Check, ComparedArea, Difference, NotCompared
 from qmp_tools.reports import check_report, matrix_report, report, soak_report
 from qmp_tools.reports.html import to_html
 from qmp_tools.reports.html_charts import ram_drawing, timeline

@@ -30,6 +30,7 @@ def ram(offset: int | None, inode: int = 7, device: int = 1) -> GuestRam:
         backends={},
         dimms={},
         folder=Path(),
+        boot_id="this boot",
     )
 
 

@@ -1,0 +1,163 @@
+"""The RAM of one guest page by page, in memory that can be read or in a snapshot.
+
+Both kinds of pages answer the same questions: their digests, which of them are absent, and their
+content. Pages that can be read on both sides are compared byte by byte, other pages by digest.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmaproof import page_compare
+from dmaproof.page_compare import Extent
+from dmaproof.units import PAGE_BYTES
+
+from .absent_pages import Absent
+from .page_digests import page_digests
+from .physical_map import MapRegion
+
+
+class Pages(ABC):
+    """`count` consecutive pages of 4 KiB."""
+
+    count: int
+
+    @abstractmethod
+    def digests(self) -> NDArray[np.uint64]:
+        """Return the digests, of shape (count, 2); see `page_digests`."""
+
+    @abstractmethod
+    def absent(self) -> Absent:
+        """Find the absent pages."""
+
+    @abstractmethod
+    def content(self, page: int) -> bytes | None:
+        """Return the bytes of one page; None if only its digest is known."""
+
+    @abstractmethod
+    def are_zero(self, pages: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return whether each of these pages contains only zeros."""
+
+
+@dataclass(frozen=True)
+class ReadablePages(Pages):
+    """Pages that can be read in `extent`; `find_absent` finds the absent ones."""
+
+    extent: Extent
+    count: int
+    find_absent: Callable[[], Absent]
+
+    def digests(self) -> NDArray[np.uint64]:
+        """Read and digest the pages."""
+        return page_digests(self.extent, self.count)
+
+    def absent(self) -> Absent:
+        """Find the absent pages."""
+        return self.find_absent()
+
+    def content(self, page: int) -> bytes:
+        """Read one page."""
+        return os.pread(self.extent.fd, PAGE_BYTES, self.extent.offset + page * PAGE_BYTES)
+
+    def are_zero(self, pages: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Read each of these pages, and return whether it contains only zeros."""
+        return np.array([not any(self.content(int(page))) for page in pages], dtype=np.bool_)
+
+
+@dataclass(frozen=True)
+class SavedPages(Pages):
+    """Pages of a snapshot: their digests, the absent pages, and the content of some pages."""
+
+    count: int
+    saved_digests: NDArray[np.uint64]
+    saved_absent: Absent
+    saved_content: Callable[[int], bytes | None]
+
+    def digests(self) -> NDArray[np.uint64]:
+        """Return the digests."""
+        return self.saved_digests
+
+    def absent(self) -> Absent:
+        """Return the absent pages."""
+        return self.saved_absent
+
+    def content(self, page: int) -> bytes | None:
+        """Return the bytes of one page; None if they were not saved."""
+        return self.saved_content(page)
+
+    def are_zero(self, pages: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return whether each of these pages contained only zeros."""
+        return np.logical_not(self.saved_digests[pages].any(axis=1)).astype(np.bool_)
+
+
+class FilePlace(NamedTuple):
+    """Where a region begins in a file: the file's device and inode (stat(2)), offset in bytes."""
+
+    device: int
+    inode: int
+    offset: int
+
+
+class PagedRam(ABC):
+    """The RAM of one paused guest.
+
+    `regions` is the physical map. `backends` are QEMU's memory backends (id → bytes), `dimms` its
+    memory devices (id → base address and bytes). `files` has the regions that are in a shared file
+    of the host whose boot has the id `boot_id`.
+    """
+
+    regions: Sequence[MapRegion]
+    backends: Mapping[str, int]
+    dimms: Mapping[str, tuple[int, int]]
+    boot_id: str
+
+    @property
+    @abstractmethod
+    def files(self) -> Mapping[MapRegion, FilePlace]:
+        """The regions that are in a shared file."""
+
+    @abstractmethod
+    def is_in_place(self, region: MapRegion) -> bool:
+        """Return whether pages of the region are read without a copy."""
+
+    @abstractmethod
+    def pages(self, region: MapRegion, gpa: int, count: int) -> AbstractAsyncContextManager[Pages]:
+        """Make `count` pages from `gpa` on, all of them in `region`.
+
+        The pages of the next call may overwrite them.
+
+        Raises:
+            UntestableError: the memory cannot be read, or QEMU could not save it.
+        """
+
+    @abstractmethod
+    async def hidden_pages(self, region: MapRegion, offset: int, count: int) -> Pages | None:
+        """Make `count` pages from byte `offset` of the region's backend on.
+
+        Returns:
+            The pages, which need not be in the physical map; None if only QEMU can read them.
+
+        Raises:
+            UntestableError: the memory cannot be read.
+        """
+
+    @property
+    def length(self) -> int:
+        """The bytes of RAM in the physical map."""
+        return sum(region.length for region in self.regions if region.is_ram)
+
+
+def differing_pages(source: Pages, destination: Pages) -> NDArray[np.int64]:
+    """Return the sorted numbers of the pages that differ. Both have the same `count`."""
+    if isinstance(source, ReadablePages) and isinstance(destination, ReadablePages):
+        length = source.count * PAGE_BYTES
+        return page_compare.differing_pages(source.extent, destination.extent, length, PAGE_BYTES)
+    return np.flatnonzero((source.digests() != destination.digests()).any(axis=1))

@@ -1,0 +1,276 @@
+"""The file format of snapshots: what a comparison needs of a guest, without its QEMU.
+
+The file has three parts; docs/snapshot.md describes it for other programs:
+
+1. The magic number `MAGIC`, which contains the version of the format.
+2. The data of pieces of RAM, one piece after the other.
+3. The index, in JSON, followed by its length (8 bytes, little-endian) and `END`.
+
+A file without the third part is incomplete, because its writer was ended. A program that writes a
+snapshot holds a lock on the file (flock(2)), so that a reader can wait for the end.
+"""
+
+from __future__ import annotations
+
+import bisect
+import fcntl
+import json
+import mmap
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmaproof.errors import UntestableError, UsageError
+from dmaproof.units import PAGE_BYTES
+
+from ..memory.absent_pages import Absent
+from ..memory.page_digests import DIGEST_BYTES
+from ..memory.pages import Pages, SavedPages
+
+MAGIC: Final = b"dmaproof snap 1\n"
+END: Final = b"end of snapshot\n"
+_LENGTH_BYTES: Final = 8
+_COUNT: Final = np.dtype("<u8")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The place in a file of the data about `pages` consecutive pages.
+
+    `gpa` is None in RAM that the physical map hides. `offset` is that of the first page in the
+    memory region. The data of a piece begins at byte `position`: `zero_runs` runs of pages of
+    zeros, `absent_runs` runs of absent pages, the digests of the pages that are not zero, and, if
+    `has_content`, the bytes of these pages. A run is the number of its first page and its number of
+    pages. `absent_runs` is None if absent pages were not sought; they are `certain` or not, as in
+    `Absent`.
+    """
+
+    gpa: int | None
+    region: str
+    offset: int
+    pages: int
+    position: int
+    zero_runs: int
+    absent_runs: int | None
+    certain: bool
+    has_content: bool
+
+    @property
+    def start(self) -> int:
+        """The GPA of the first page, or its offset in the region if it is hidden."""
+        return self.offset if self.gpa is None else self.gpa
+
+    @property
+    def hidden_in(self) -> str | None:
+        """The region if the physical map hides the piece, else None."""
+        return self.region if self.gpa is None else None
+
+
+@dataclass
+class SnapshotWriter:
+    """Writes a snapshot into `file`, which contains only `MAGIC`."""
+
+    file: IO[bytes]
+    pieces: list[Piece] = field(default_factory=list)
+
+    def add(
+        self,
+        place: tuple[int | None, str, int],
+        pages: Pages,
+        *,
+        with_absent: bool,
+        with_content: bool,
+    ) -> None:
+        """Append a piece.
+
+        Args:
+            place: the GPA, the memory region and the offset in it of the first page.
+            pages: the pages.
+            with_absent: whether to find the absent pages.
+            with_content: whether to write the content of the pages that are not zero.
+        """
+        digests = pages.digests()
+        is_zero = np.logical_not(digests.any(axis=1)).astype(np.bool_)
+        zero_runs = runs_of(is_zero)
+        absence = pages.absent() if with_absent else None
+        absent_runs = runs_of(absence.absent) if absence else None
+        position = self.file.tell()
+        for data in (zero_runs, absent_runs, digests[~is_zero]):
+            if data is not None:
+                self.file.write(data.tobytes())
+        if with_content:
+            for page in np.flatnonzero(~is_zero):
+                self.file.write(pages.content(int(page)) or b"")
+        self.pieces.append(
+            Piece(
+                *place,
+                pages=pages.count,
+                position=position,
+                zero_runs=len(zero_runs),
+                absent_runs=None if absent_runs is None else len(absent_runs),
+                certain=absence.certain if absence else False,
+                has_content=with_content,
+            )
+        )
+
+    def end(self, index: Mapping[str, Any]) -> None:
+        """Write the index and the end of the file."""
+        text = json.dumps({**index, "pieces": [asdict(piece) for piece in self.pieces]}).encode()
+        self.file.write(text + len(text).to_bytes(_LENGTH_BYTES, "little") + END)
+        self.file.flush()
+
+
+def runs_of(flags: NDArray[np.bool_]) -> NDArray[np.uint64]:
+    """Return the runs of True, of shape (runs, 2): number of the first page, number of pages."""
+    edges = np.flatnonzero(np.diff(flags, prepend=False, append=False)).reshape(-1, 2)
+    return np.column_stack((edges[:, 0], edges[:, 1] - edges[:, 0])).astype(_COUNT)
+
+
+class SnapshotFile:
+    """A complete snapshot in a file; `name` is for messages."""
+
+    def __init__(self, file: IO[bytes], name: str) -> None:
+        """Open the snapshot in `file`, which may be closed afterwards.
+
+        Raises:
+            UntestableError: the file is incomplete or damaged, or has an unknown version.
+        """
+        self.name = name
+        try:
+            self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+            text = _index_of(self._map)
+            self.index: dict[str, Any] = json.loads(text)
+            pieces = [Piece(**piece) for piece in self.index["pieces"]]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UntestableError(
+                f"{name} is not a complete snapshot ({error}): take it again with 'dmaproof "
+                "snapshot'"
+            ) from None
+        self._pieces: dict[str | None, list[Piece]] = {}
+        for piece in sorted(pieces, key=lambda each: each.start):
+            self._pieces.setdefault(piece.hidden_in, []).append(piece)
+
+    def pages(self, start: int, count: int, *, hidden_in: str | None = None) -> SavedPages | None:
+        """Return `count` pages from the GPA `start` on; None if one of them is missing.
+
+        If the physical map hides the pages, `hidden_in` is their region and `start` their offset.
+        """
+        pieces = self._pieces.get(hidden_in, [])
+        parts: list[SavedPages] = []
+        found = 0
+        while found < count:
+            at = start + found * PAGE_BYTES
+            number = bisect.bisect_right(pieces, at, key=lambda piece: piece.start) - 1
+            first = (at - pieces[number].start) // PAGE_BYTES if number >= 0 else 0
+            if number < 0 or first >= pieces[number].pages:
+                return None
+            parts.append(
+                self._part(pieces[number], first, min(count - found, pieces[number].pages - first))
+            )
+            found += parts[-1].count
+        return _joined(parts)
+
+    def _part(self, piece: Piece, first: int, count: int) -> SavedPages:
+        position = piece.position
+        flags = []
+        for runs in (piece.zero_runs, piece.absent_runs or 0):
+            table = self._array(_COUNT, position, runs * 2).reshape(-1, 2)
+            position += table.nbytes
+            flags.append(_flags_of(table, piece.pages))
+        is_zero, is_absent = flags
+        saved = self._array(_COUNT, position, int((~is_zero).sum()) * 2).reshape(-1, 2)
+        digests = np.zeros((piece.pages, 2), dtype=_COUNT)
+        digests[~is_zero] = saved
+        content_position = position + len(saved) * DIGEST_BYTES
+        # The content of the pages that are not zero is in the order of the pages.
+        rank = np.cumsum(~is_zero) - 1
+
+        def content(page: int) -> bytes | None:
+            if is_zero[first + page]:
+                return bytes(PAGE_BYTES)
+            if not piece.has_content:
+                return None
+            begin = content_position + int(rank[first + page]) * PAGE_BYTES
+            return self._map[begin : begin + PAGE_BYTES]
+
+        wanted = slice(first, first + count)
+        return SavedPages(count, digests[wanted], Absent(is_absent[wanted], piece.certain), content)
+
+    def _array(self, kind: np.dtype[Any], position: int, count: int) -> NDArray[Any]:
+        if position + count * kind.itemsize > len(self._map):
+            raise UntestableError(f"{self.name} is damaged: its index names data after its end")
+        return np.frombuffer(self._map, kind, count, position)
+
+
+def _flags_of(runs: NDArray[np.uint64], pages: int) -> NDArray[np.bool_]:
+    flags = np.zeros(pages, dtype=np.bool_)
+    for first, count in runs.tolist():
+        flags[first : first + count] = True
+    return flags
+
+
+def _joined(parts: list[SavedPages]) -> SavedPages:
+    if len(parts) == 1:
+        return parts[0]
+    starts = np.cumsum([0, *(part.count for part in parts)])
+
+    def content(page: int) -> bytes | None:
+        number = int(np.searchsorted(starts, page, side="right")) - 1
+        return parts[number].content(page - int(starts[number]))
+
+    return SavedPages(
+        int(starts[-1]),
+        np.concatenate([part.saved_digests for part in parts]),
+        Absent(
+            np.concatenate([part.saved_absent.absent for part in parts]),
+            all(part.saved_absent.certain for part in parts),
+        ),
+        content,
+    )
+
+
+def _index_of(content: mmap.mmap) -> bytes:
+    if content[: len(MAGIC)] != MAGIC:
+        raise ValueError("it is not a snapshot of this version of the format")
+    end = len(content) - len(END)
+    if content[end:] != END:
+        raise ValueError("the program that wrote it was ended")
+    begin = end - _LENGTH_BYTES
+    length = int.from_bytes(content[begin:end], "little")
+    return content[begin - length : begin]
+
+
+def is_snapshot(path: Path) -> bool:
+    """Return whether the file at `path` begins like a snapshot, complete or not."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
+def create(path: Path) -> IO[bytes]:
+    """Create the file at `path` for a snapshot, locked until it is closed.
+
+    Raises:
+        UsageError: the file cannot be created, or another program writes a snapshot into it.
+    """
+    try:
+        file = path.open("r+b") if path.exists() else path.open("x+b")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(MAGIC)  # a reader that waits for the snapshot recognizes the file by it
+        file.flush()
+    except BlockingIOError:
+        raise UsageError(f"another program writes a snapshot into {path}: name another file") from (
+            None
+        )
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from None
+    return file

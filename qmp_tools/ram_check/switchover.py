@@ -1,0 +1,157 @@
+"""Take the snapshot of a source at the end of its migration, even if its QEMU ends then.
+
+A supervisor such as libvirt ends the source as soon as the migration has completed. The memory is
+therefore opened and held (`exit_hold`) before the migration begins. Nothing changes it after the
+switchover: the guest is paused, and is not resumed if the migration succeeds. Whether it succeeded
+is known from QEMU, or later from the destination.
+
+The physical map is read again whenever the status of the migration changes, because the guest may
+have changed the map meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from dmaproof.errors import UntestableError
+
+from ..host.exit_hold import ExitHold, HoldRefusedError, exit_hold
+from ..qemu.qemu import Qemu
+from ..qemu.qmp import QmpError
+from .guest import LiveGuest, live_guest
+from .migrated import ENDED, GuestState, guest_state, require_not_resumed
+
+_LOOK_EVERY_S: Final = 0.05
+_FAILED: Final = ("failed", "cancelled")
+
+
+class MigrationFailedError(UntestableError):
+    """The migration did not complete, so there was no switchover."""
+
+
+@contextlib.asynccontextmanager
+async def held_source(qemu: Qemu, folder: Path) -> AsyncIterator[HeldSource]:
+    """Hold the memory of `qemu`, whose migration has not completed yet, until the context ends.
+
+    `folder` is for files that QEMU has to write.
+
+    Raises:
+        UntestableError: the memory cannot be held, or the migration has already completed.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        source = HeldSource(qemu, folder, await guest_state(qemu))
+        stack.push_async_callback(source.close)
+        await source.open()
+        source.require_holdable()
+        try:
+            hold = await stack.enter_async_context(exit_hold(qemu.pid))
+        except HoldRefusedError as error:
+            raise UntestableError(
+                f"cannot hold the memory of {qemu.name} (process {qemu.pid}): {error.strerror}. "
+                "Run dmaproof as root (with CAP_SYS_PTRACE), and end other programs that trace the "
+                "process (gdb, strace)"
+            ) from None
+        source.hold = hold
+        yield source
+
+
+class HeldSource:
+    """The source of a migration, whose memory is held. `guest` is its guest."""
+
+    guest: LiveGuest
+    hold: ExitHold
+
+    def __init__(self, qemu: Qemu, folder: Path, state: GuestState) -> None:
+        self._qemu = qemu
+        self._folder = folder
+        self._last = state
+        self._opened = contextlib.AsyncExitStack()
+
+    async def close(self) -> None:
+        """Close the memory."""
+        await self._opened.aclose()
+
+    async def open(self) -> None:
+        """Read the physical map, and open the memory."""
+        async with contextlib.AsyncExitStack() as stack:
+            guest = await stack.enter_async_context(live_guest(self._qemu, self._folder))
+            await self._opened.aclose()
+            self.guest, self._opened = guest, stack.pop_all()
+
+    def require_holdable(self) -> None:
+        """Require that the memory can be held, and that it is not too late.
+
+        Raises:
+            UntestableError: it cannot.
+        """
+        if self._last.migration == "completed":
+            raise UntestableError(
+                f"{self._last.name} has already completed a migration: take the snapshot without "
+                "--at-switchover"
+            )
+        if self.guest.facts.saved_bytes:
+            raise UntestableError(
+                f"this user may not read the memory of {self._qemu.name} (process "
+                f"{self._qemu.pid}), so the memory cannot be held until the switchover: run "
+                "dmaproof as root (with CAP_SYS_PTRACE), on QEMU's host"
+            )
+
+    async def wait_for_switchover(self) -> GuestState:
+        """Wait until the migration has completed or QEMU ends; return the last known state.
+
+        Raises:
+            MigrationFailedError: the migration failed or was cancelled.
+            UntestableError: QEMU ended, and its memory cannot be read.
+        """
+        following = asyncio.create_task(self._follow())
+        ending = asyncio.create_task(self.hold.ended())
+        try:
+            await asyncio.wait((following, ending), return_when=asyncio.FIRST_COMPLETED)
+            if not ending.done():
+                try:
+                    await following
+                    return self._last
+                except QmpError:  # QEMU is about to end
+                    await ending
+            if not ending.result():
+                raise UntestableError(
+                    f"{self._qemu.name} (process {self._qemu.pid}) ended, and its memory was lost"
+                )
+            return replace(self._last, run_state=ENDED)
+        finally:
+            for task in (following, ending):
+                task.cancel()
+            await asyncio.gather(following, ending, return_exceptions=True)
+
+    async def require_still_paused(self) -> None:
+        """Require that the source was not resumed since the switchover, if QEMU still answers.
+
+        Raises:
+            GuestHasRunError: it was resumed or reset.
+        """
+        with contextlib.suppress(QmpError):  # QEMU has ended
+            require_not_resumed(await guest_state(self._qemu))
+
+    async def _follow(self) -> None:
+        """Poll the migration until it has completed.
+
+        Raises:
+            MigrationFailedError: the migration failed or was cancelled.
+            QmpError: QEMU does not answer any more.
+        """
+        while self._last.migration != "completed":
+            await asyncio.sleep(_LOOK_EVERY_S)
+            answer = await self._qemu.qmp.execute("query-migrate")
+            if answer.get("status", "none") != self._last.migration:
+                self._last = await guest_state(self._qemu)
+                await self.open()
+            if self._last.migration in _FAILED:
+                raise MigrationFailedError(
+                    f"the migration of {self._last.name} is '{self._last.migration}': there was no "
+                    "switchover, so there is no snapshot"
+                )

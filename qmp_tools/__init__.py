@@ -23,7 +23,16 @@ from typing import TYPE_CHECKING, Final
 from dmaproof.public_names import import_on_demand
 
 if TYPE_CHECKING:
-    from .blocking import Environment, Pair, RunningQemu, StepwiseProof, check, prove
+    from .blocking import (
+        Environment,
+        Pair,
+        RunningQemu,
+        StepwiseProof,
+        check,
+        check_images,
+        prove,
+        take_snapshot,
+    )
     from .devices.device import AttachedDevice, DeviceFacts, ProofDevice
     from .devices.registry import COMMON_OPTIONS, Control, DeviceKind, DeviceRequest
     from .exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED, EXIT_USAGE
@@ -41,11 +50,22 @@ if TYPE_CHECKING:
     from .qemu.qmp import QmpError
     from .ram_check.migrated import GuestHasRunError, NotMigratedError
     from .ram_check.outcome import Check, RamDiffersError
+    from .ram_check.snapshot import Snapshot
+    from .ram_check.switchover import MigrationFailedError
 
     __version__: str
 
 _HOMES: Final = {
-    "blocking": ("Environment", "Pair", "RunningQemu", "StepwiseProof", "check", "prove"),
+    "blocking": (
+        "Environment",
+        "Pair",
+        "RunningQemu",
+        "StepwiseProof",
+        "check",
+        "check_images",
+        "prove",
+        "take_snapshot",
+    ),
     "devices.device": ("AttachedDevice", "DeviceFacts", "ProofDevice"),
     "devices.registry": ("COMMON_OPTIONS", "Control", "DeviceKind", "DeviceRequest"),
     "exit_codes": ("EXIT_LOST", "EXIT_PASS", "EXIT_UNTESTED", "EXIT_USAGE"),
@@ -63,6 +83,8 @@ _HOMES: Final = {
     "qemu.qmp": ("QmpError",),
     "ram_check.migrated": ("GuestHasRunError", "NotMigratedError"),
     "ram_check.outcome": ("Check", "RamDiffersError"),
+    "ram_check.snapshot": ("Snapshot",),
+    "ram_check.switchover": ("MigrationFailedError",),
 }
 """Public names by the module that defines them."""
 
@@ -86,6 +108,7 @@ __all__ = [
     "Limits",
     "LostPage",
     "MigrationError",
+    "MigrationFailedError",
     "NotMigratedError",
     "Pair",
     "Progress",
@@ -97,12 +120,15 @@ __all__ = [
     "RunningQemu",
     "Scenario",
     "Sensitivity",
+    "Snapshot",
     "StepwiseProof",
     "Verdict",
     "Workload",
     "check",
+    "check_images",
     "known_scenarios",
     "prove",
+    "take_snapshot",
 ]
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())

@@ -52,8 +52,12 @@ from .qemu.machine import INCOMING
 from .qemu.qemu import OwnedQemu, Qemu, SocketQemu, running_qemu
 from .qemu.qmp import Qmp, QmpError
 from .ram_check.check import check
+from .ram_check.images import check_images
 from .ram_check.migrated import GuestHasRunError, NotMigratedError
 from .ram_check.outcome import Check, RamDiffersError
+from .ram_check.snapshot import Snapshot
+from .ram_check.switchover import MigrationFailedError
+from .ram_check.take import take_snapshot
 
 __all__ = [
     "INCOMING",
@@ -62,6 +66,7 @@ __all__ = [
     "GuestHasRunError",
     "Limits",
     "MigrationError",
+    "MigrationFailedError",
     "NotMigratedError",
     "OwnedQemu",
     "Progress",
@@ -71,16 +76,19 @@ __all__ = [
     "Qmp",
     "QmpError",
     "RamDiffersError",
+    "Snapshot",
     "SocketQemu",
     "UnsupportedScenarioError",
     "View",
     "attach",
     "check",
+    "check_images",
     "known_scenarios",
     "measure_dirty_rate",
     "migrate",
     "prove",
     "start_qemu",
+    "take_snapshot",
     "watch",
 ]
 

@@ -46,9 +46,20 @@ from .qemu.machine import DESTINATION, INCOMING, SOURCE
 from .qemu.opening import AnyQemu
 from .qemu.qemu import OwnedQemu
 from .ram_check.outcome import Check
+from .ram_check.snapshot import Snapshot
 
-__all__ = ["Environment", "Pair", "RunningQemu", "StepwiseProof", "check", "prove"]
+__all__ = [
+    "Environment",
+    "Pair",
+    "RunningQemu",
+    "StepwiseProof",
+    "check",
+    "check_images",
+    "prove",
+    "take_snapshot",
+]
 
+G = TypeVar("G", bound=AnyQemu | Snapshot)
 T = TypeVar("T")
 
 
@@ -233,8 +244,8 @@ def prove(options: ProofOptions) -> Proof:
 
 
 def check(
-    source: AnyQemu,
-    destination: AnyQemu,
+    source: AnyQemu | Snapshot,
+    destination: AnyQemu | Snapshot,
     *,
     expect_migration: bool = True,
     resume: bool = False,
@@ -244,7 +255,8 @@ def check(
 
     Args:
         source: the path of a QMP socket of the source, or an object of your test that executes QMP
-            commands with ``cmd()`` or ``execute()``, such as a QEMUMachine.
+            commands with ``cmd()`` or ``execute()``, such as a QEMUMachine; or a snapshot of the
+            source, or its file.
         destination: the same for the destination.
         expect_migration: whether to refuse QEMUs that have not migrated; if False, any two paused
             QEMUs are compared.
@@ -271,6 +283,62 @@ def check(
             expect_migration=expect_migration,
             resume=resume,
             timeout_s=timeout_s,
+        )
+
+
+def check_images(source: AnyPath, destination: AnyPath) -> Check:
+    """Compare two raw images of RAM; see `qmp_tools.aio.check_images`.
+
+    Raises:
+        UsageError: a path is not that of a regular file, or both are the same file.
+        UntestableError: the images have different sizes, or less than a page.
+
+    Example::
+
+        check_images("source.mem", "destination.mem").require_equal()
+    """
+    with Environment() as environment:
+        return environment.run(aio.check_images(source, destination))
+
+
+def take_snapshot(
+    qemu: AnyQemu,
+    file: AnyPath,
+    *,
+    at_switchover: bool = False,
+    with_content: bool = False,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> Snapshot:
+    """Take a snapshot of a guest, which `check` can compare without the guest's QEMU.
+
+    Args:
+        qemu: the QEMU, in each form that `check` takes.
+        file: the path of the file for the snapshot; an existing file is replaced.
+        at_switchover: whether to wait for a migration of the guest to complete. The guest may run
+            until then, and its QEMU may end at the switchover. If False, the guest is paused now.
+        with_content: whether to save the bytes of each page that is not zero. If False, the file
+            has a digest of each page, 16 bytes, and a check cannot count the bytes that differ.
+        timeout_s: bounds the wait for each answer of QEMU.
+
+    Raises:
+        UsageError: `qemu` is not a QEMU, or the file cannot be written.
+        MigrationFailedError: the migration failed or was cancelled.
+        UntestableError: the guest runs, or its memory cannot be held or read.
+
+    Example::
+
+        snapshot = take_snapshot("/run/source.qmp", "source.snap")
+        check(snapshot, "/run/destination.qmp").require_equal()
+    """
+    with Environment() as environment:
+        return environment.run(
+            aio.take_snapshot(
+                _within(environment._loop, qemu),
+                file,
+                at_switchover=at_switchover,
+                with_content=with_content,
+                timeout_s=timeout_s,
+            )
         )
 
 
@@ -388,8 +456,8 @@ class Environment:
 
     def check(
         self,
-        source: RunningQemu | AnyQemu,
-        destination: RunningQemu | AnyQemu,
+        source: RunningQemu | AnyQemu | Snapshot,
+        destination: RunningQemu | AnyQemu | Snapshot,
         *,
         expect_migration: bool = True,
         resume: bool = False,
@@ -420,7 +488,7 @@ class Environment:
                 yield file
 
 
-def _within(loop: LoopThread, qemu: RunningQemu | AnyQemu) -> AnyQemu:
+def _within(loop: LoopThread, qemu: RunningQemu | G) -> OwnedQemu | Path | G:
     """Return what `aio.check` takes in `loop`.
 
     A QEMU whose QMP session belongs to another loop is reached by its free socket.

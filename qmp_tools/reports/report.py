@@ -24,7 +24,7 @@ from ..qemu.machine import DIMM_BYTES, RAM_BACKEND, format_memory
 from .precopy import harvest_list, passes
 from .words import bytes_differ, counted
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 _LOST_SHOWN: Final = 10
 
 

@@ -11,7 +11,6 @@ import contextlib
 import datetime
 import fcntl
 import itertools
-import shutil
 import socket
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +30,7 @@ from .discarded import Discarder
 from .guest import Guest, LiveGuest, Side
 from .known_differences import PLACES
 from .migrated import GuestState
-from .snapshot_file import MAGIC, SnapshotFile, SnapshotWriter, create
+from .snapshot_file import MAGIC, SnapshotFile, SnapshotWriter
 
 _FAILURE: Final = "failure"
 """The member of the index of a file whose writer could not take the snapshot: the reason."""
@@ -48,8 +47,7 @@ class Snapshot(Guest):
     """
 
     def __init__(self, file: IO[bytes], name: str) -> None:
-        """Use the complete snapshot in `file`, called `name` in messages."""
-        self._file = file
+        """Use the complete snapshot in `file`, called `name` in messages; `file` may be closed."""
         saved = SnapshotFile(file, name)
         index = saved.index
         if reason := index.get(_FAILURE):
@@ -70,23 +68,14 @@ class Snapshot(Guest):
         """
         path = path_of("path", path)
         try:
-            return cls(path.open("rb"), str(path))
+            with path.open("rb") as file:
+                return cls(file, str(path))
         except OSError as error:
             raise UntestableError(f"cannot read {path}: {error.strerror}") from None
 
     async def state(self) -> GuestState:
         """Return the state in which the guest was."""
         return replace(self._state, name=f"{self._state.name} in {self.name}")
-
-    def write(self, path: AnyPath) -> None:
-        """Copy the snapshot into a file at `path`.
-
-        Raises:
-            UsageError: the file cannot be written.
-        """
-        with create(path_of("path", path)) as copy:
-            self._file.seek(0)
-            shutil.copyfileobj(self._file, copy)
 
 
 class SavedRam(PagedRam):

@@ -13,6 +13,7 @@ snapshot holds a lock on the file (flock(2)), so that a reader can wait for the 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import fcntl
 import json
 import mmap
@@ -261,16 +262,18 @@ def create(path: Path) -> IO[bytes]:
     Raises:
         UsageError: the file cannot be created, or another program writes a snapshot into it.
     """
-    try:
-        file = path.open("r+b") if path.exists() else path.open("x+b")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.truncate(0)
-        file.write(MAGIC)  # a reader that waits for the snapshot recognizes the file by it
-        file.flush()
-    except BlockingIOError:
-        raise UsageError(f"another program writes a snapshot into {path}: name another file") from (
-            None
-        )
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from None
-    return file
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(path.open("r+b" if path.exists() else "x+b"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(MAGIC)  # a reader that waits for the snapshot recognizes the file by it
+            file.flush()
+        except BlockingIOError:
+            raise UsageError(
+                f"another program writes a snapshot into {path}: name another file"
+            ) from None
+        except OSError as error:
+            raise UsageError(f"cannot write {path}: {error.strerror}") from None
+        stack.pop_all()
+        return file

@@ -44,6 +44,7 @@ class SimulatedQemu:
     address: str = "/run/qmp"
     on_save: Callable[[], None] = _do_nothing
     saves: int = 0
+    closed: Exception | None = None
 
     @property
     def qmp(self) -> SimulatedQemu:
@@ -56,7 +57,9 @@ class SimulatedQemu:
         return cast(Qemu, self)
 
     async def execute(self, command: str, **arguments: Any) -> Any:
-        """Answer a QMP command."""
+        """Answer a QMP command, or raise `closed`."""
+        if self.closed:
+            raise self.closed
         if command == "pmemsave":
             self.on_save()
             self.saves += 1

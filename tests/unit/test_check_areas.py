@@ -1,6 +1,7 @@
 """The memory that a check of two QEMUs compares, locates differences in, and leaves out.
 
-Both QEMUs are simulated: this process maps their RAM.
+Both QEMUs are simulated: this process maps their RAM. Each test compares the QEMUs, a snapshot of
+the source with the destination, and two snapshots.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import asyncio
 import ctypes
 import mmap
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ import pytest
 
 from dmaproof.errors import UntestableError
 from qmp_tools.memory.physical_map import MapRegion
-from qmp_tools.ram_check.check import compare_ram
+from qmp_tools.ram_check.comparison import compare_guests
+from qmp_tools.ram_check.guest import Guest, LiveGuest, live_guest
 from qmp_tools.ram_check.outcome import Check, NotCompared
+from qmp_tools.ram_check.snapshot import Snapshot, write_snapshot
+from qmp_tools.ram_check.snapshot_file import create
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 from support.simulated_qemu import SimulatedQemu
 
@@ -68,8 +72,9 @@ def simulated(
 class Sides:
     """The source and the destination of a migration."""
 
-    def __init__(self, stack: ExitStack, folder: Path) -> None:
+    def __init__(self, stack: ExitStack, folder: Path, saved: Sequence[str]) -> None:
         self._folder = folder
+        self._saved = saved
         self.stack = stack
         fds = [stack.enter_context(ram_fd((PAGES + 2) * PAGE)) for _ in range(2)]
         sent: dict[str, Any] = {"status": "completed", "ram": {}}
@@ -82,14 +87,32 @@ class Sides:
             os.pwrite(self.source.ram_fd, b"lost", page * PAGE)
 
     def check(self) -> Check:
-        sides = (self.source.attached, self.destination.attached)
-        return asyncio.run(compare_ram(*sides, self._folder))
+        return asyncio.run(self._compare())
+
+    async def _compare(self) -> Check:
+        async with AsyncExitStack() as stack:
+            guests: list[Guest] = []
+            for name, qemu in (("source", self.source), ("destination", self.destination)):
+                guest = await stack.enter_async_context(live_guest(qemu.attached, self._folder))
+                guests.append(await self._snapshot(guest) if name in self._saved else guest)
+            return await compare_guests(guests[0], guests[1])
+
+    async def _snapshot(self, guest: LiveGuest) -> Snapshot:
+        path = self._folder / f"{guest.qemu.name}.snap"
+        with create(path) as file:
+            await write_snapshot(guest, await guest.state(), file)
+        return Snapshot.read(path)
 
 
-@pytest.fixture
-def sides(tmp_path: Path) -> Iterator[Sides]:
+LIVE: tuple[str, ...] = ()
+SAVED = ("source", "destination")
+only_live = pytest.mark.parametrize("sides", [LIVE], indirect=True, ids=["live"])
+
+
+@pytest.fixture(params=[LIVE, ("source",), SAVED], ids=["live", "saved source", "saved"])
+def sides(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Sides]:
     with ExitStack() as stack:
-        yield Sides(stack, tmp_path)
+        yield Sides(stack, tmp_path, request.param)
 
 
 def places(found: Check) -> list[tuple[int | None, str, int]]:
@@ -170,6 +193,7 @@ def mapped_ram(found: Check) -> list[tuple[int, int]]:
     ]
 
 
+@only_live
 def test_only_memory_that_both_sides_share_is_compared_in_one_piece(
     sides: Sides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,7 +382,7 @@ def test_pages_that_a_balloon_may_have_changed_are_noted(
     notes: list[str],
 ) -> None:
     """If no page of a block has reached the destination, a hint may have withheld the block."""
-    sides.source.qom = qom
+    sides.source.qom = sides.destination.qom = qom
     sides.lose(2)
     if received_page is not None:
         for qemu in (sides.source, sides.destination):

@@ -46,9 +46,9 @@ from .proof import run as proof_run
 from .proof.model import Proof
 from .proof.options import ProofOptions, options_as_keywords
 from .proof.resolve import resolve
-from .qemu.attachment import attach
 from .qemu.choice import find_qemu
 from .qemu.machine import INCOMING
+from .qemu.opening import open_qemu as attach
 from .qemu.qemu import OwnedQemu, Qemu, SocketQemu, running_qemu
 from .qemu.qmp import Qmp, QmpError
 from .ram_check.check import check
@@ -134,10 +134,7 @@ async def start_qemu(
 
 
 async def migrate(
-    source: SocketQemu,
-    destination: SocketQemu,
-    scenario: str = "unix",
-    limits: Limits | None = None,
+    source: Qemu, destination: Qemu, scenario: str = "unix", limits: Limits | None = None
 ) -> AsyncIterator[Progress]:
     """Migrate, and yield the progress; at the end the destination has loaded everything.
 
@@ -150,7 +147,9 @@ async def migrate(
         MigrationError: the migration failed, or took longer than the `limits` allow.
     """
     for argument, qemu in (("source", source), ("destination", destination)):
-        require(argument, qemu, SocketQemu, "a QEMU from start_qemu() or attach()")
+        require(argument, qemu, SocketQemu, "a QEMU from start_qemu(), or attach() with a socket")
+    assert isinstance(source, SocketQemu)
+    assert isinstance(destination, SocketQemu)
     require("limits", limits, (Limits, NoneType), "Limits")
     require("scenario", scenario, str, "a name")
     chosen = find_scenario(scenario)

@@ -87,6 +87,20 @@ def reads(read: Callable[[object], T]) -> Callable[[str], T]:
     return typed
 
 
+def qemu_address(text: str) -> str:
+    """Return the address of a QEMU: the path of a socket, or a URI, which is not a valid Path."""
+    return text
+
+
+def add_qemu(parser: argparse._ActionsContainer, argument: str, whose: str) -> None:
+    """Add an `argument` that names a QEMU, the one that `whose` describes."""
+    parser.add_argument(
+        argument,
+        type=qemu_address,
+        help=f"QMP socket of {whose}, or the URI of its libvirt domain (qemu:///system/NAME)",
+    )
+
+
 def add_timeout(parser: argparse._ActionsContainer) -> None:
     """Add ``--timeout``, which bounds each wait of a subcommand (see `host.timeout`)."""
     parser.add_argument(

@@ -8,7 +8,7 @@ from typing import Final
 
 import shtab
 
-from .arguments import describe, parsers_of
+from .arguments import describe, parsers_of, qemu_address
 from .main import make_parser
 
 _SHELLS: Final = ("bash", "zsh", "fish")
@@ -42,7 +42,9 @@ def _run(arguments: argparse.Namespace) -> int:
     whole = make_parser()
     for parser in parsers_of(whole):
         for action in parser._actions:
-            if action.type is Path or str(action.metavar).startswith(("FILE", "PATH")):
+            if action.type in (Path, qemu_address) or str(action.metavar).startswith(
+                ("FILE", "PATH")
+            ):
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
     print(shtab.complete(whole, arguments.shell))
     return 0

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Final
 
 from ..arguments import positive
 from ..migration.dirty_rate import MODES, DirtyRates, measure, to_json, to_text
-from ..qemu.attachment import attach
-from .arguments import add_timeout, describe, reads
+from ..qemu.opening import open_qemu
+from .arguments import add_qemu, add_timeout, describe, reads
 from .interruption import run_interruptibly
 
 _EXAMPLES: Final = """\
 examples:
   dmaproof dirty-rate /run/qmp2.sock
+  dmaproof dirty-rate qemu:///system/vm
   dmaproof dirty-rate /run/qmp2.sock --seconds 5 --mode dirty-bitmap --json
 
 exit codes:
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "and\ndmaproof reads what devices write from the vhost log while a migration runs.",
         epilog=_EXAMPLES,
     )
-    parser.add_argument("socket", type=Path, help="QMP socket of the running QEMU")
+    add_qemu(parser, "qemu", "the running QEMU")
     parser.add_argument(
         "--seconds",
         type=reads(positive),
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 async def _measure(arguments: argparse.Namespace) -> DirtyRates:
-    async with attach("QEMU", arguments.socket, timeout_s=arguments.timeout) as qemu:
+    async with open_qemu("QEMU", arguments.qemu, timeout_s=arguments.timeout) as qemu:
         return await measure(qemu, arguments.mode, arguments.seconds)
 
 

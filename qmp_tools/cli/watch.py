@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Final
 
 from rich.console import Console
@@ -18,8 +17,8 @@ from dmaproof.errors import UntestableError, printable
 
 from ..arguments import seconds
 from ..migration.watch import View, watch
-from ..qemu.attachment import attach
-from .arguments import add_timeout, describe, reads
+from ..qemu.opening import open_qemu
+from .arguments import add_qemu, add_timeout, describe, reads
 from .interruption import run_interruptibly
 
 _EXAMPLES: Final = """\
@@ -29,6 +28,7 @@ serves one client at a time, so give QEMU a second one for this command.
 examples:
   dmaproof watch /run/qmp2.sock
   dmaproof watch /run/qmp2.sock --interval 5 | tee migration.log
+  dmaproof watch qemu:///system/vm
 
 exit codes:
   0  the migration completed
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description="Show the progress of a migration: passes over the RAM, rates, expected end.",
         epilog=_EXAMPLES,
     )
-    parser.add_argument("socket", type=Path, help="QMP socket of the source QEMU")
+    add_qemu(parser, "qemu", "the source QEMU")
     parser.add_argument(
         "--interval",
         type=reads(seconds),
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 async def _watch(arguments: argparse.Namespace) -> View:
-    async with attach("QEMU", arguments.socket, timeout_s=arguments.timeout) as qemu:
+    async with open_qemu("QEMU", arguments.qemu, timeout_s=arguments.timeout) as qemu:
         waiting = False
         with _screen() as show:
             async for view in watch(qemu, arguments.interval):
@@ -89,7 +89,9 @@ async def _watch(arguments: argparse.Namespace) -> View:
                     waiting = True
                     continue
                 show(view)
-        return view
+    if view.ended_by_libvirt:
+        print("the migration completed; libvirt ended the source", file=sys.stderr)
+    return view
 
 
 def _run(arguments: argparse.Namespace) -> int:

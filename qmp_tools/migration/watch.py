@@ -12,18 +12,30 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+from dmaproof.errors import UntestableError
+
 from ..arguments import require
+from ..qemu.libvirt_domain import DomainMigratedError
 from ..qemu.machine import MIB
 from ..qemu.qemu import Qemu
+from ..qemu.qmp import QmpClosedError
 from .migration import Progress, parse_progress
+
+
+class SourceEndedError(UntestableError):
+    """The source has ended before it had reported how its migration ended."""
 
 
 @dataclass(frozen=True)
 class View:
-    """The state of a migration at one moment; `downtime_limit_s` is QEMU's setting."""
+    """The state of a migration at one moment; `downtime_limit_s` is QEMU's setting.
+
+    If `ended_by_libvirt`, libvirt has ended the source because the migration has completed.
+    """
 
     progress: Progress
     downtime_limit_s: float | None
+    ended_by_libvirt: bool = False
 
     @property
     def is_over(self) -> bool:
@@ -68,6 +80,7 @@ class View:
             "bandwidth": _unit(_mib(self.bytes_per_s), "MiB/s", 1),
             "dirty rate": _unit(_mib(self.dirty_bytes_per_s), "MiB/s", 1),
             "end": self.ends_in,
+            "source": "ended by libvirt" if self.ended_by_libvirt else None,
         }
         if progress.downtime_s is not None and self.is_over:
             figures["downtime"] = f"{progress.downtime_s * 1000:.0f} ms"
@@ -93,22 +106,48 @@ def _unit(value: float | None, unit: str, digits: int) -> str | None:
 async def watch(qemu: Qemu, interval_s: float) -> AsyncIterator[View]:
     """Yield a `View` of the migration every `interval_s` until the migration is over.
 
-    If no migration runs, wait for one to begin.
+    If no migration runs, wait for one to begin. If libvirt ends QEMU because the migration has
+    completed, the last view says so.
 
     Raises:
-        QmpError: QEMU closes the connection, or does not support migration.
+        SourceEndedError: QEMU ended before it had reported the end of the migration.
+        QmpError: QEMU does not answer, or does not support migration.
     """
     require("qemu", qemu, Qemu, "a QEMU from start_qemu() or attach()")
     require("interval_s", interval_s, (int, float), "seconds")
     began_s = time.monotonic()
     number = 0
+    status = "none"
     while True:
-        progress = parse_progress(await qemu.qmp.execute("query-migrate"))
-        parameters = await qemu.qmp.execute("query-migrate-parameters")
-        limit_ms = parameters.get("downtime-limit")
-        view = View(progress, None if limit_ms is None else limit_ms / 1000)
+        try:
+            view = await _query(qemu)
+        except DomainMigratedError:
+            yield View(parse_progress({"status": "completed"}), None, ended_by_libvirt=True)
+            return
+        except QmpClosedError as error:
+            if status == "completed":
+                return
+            raise SourceEndedError(_ended(qemu, status)) from error
+        status = view.progress.status
         yield view
         if view.is_over:
             return
         number += 1
         await asyncio.sleep(max(0, began_s + number * interval_s - time.monotonic()))
+
+
+async def _query(qemu: Qemu) -> View:
+    progress = parse_progress(await qemu.qmp.execute("query-migrate"))
+    parameters = await qemu.qmp.execute("query-migrate-parameters")
+    limit_ms = parameters.get("downtime-limit")
+    return View(progress, None if limit_ms is None else limit_ms / 1000)
+
+
+def _ended(qemu: Qemu, status: str) -> str:
+    if status == "none":
+        return f"{qemu.name} ended before a migration began; look at its log"
+    return (
+        f"{qemu.name} ended while the migration was {status!r}, so dmaproof cannot tell whether it "
+        "completed: ask the destination (QMP query-migrate), or let the source run until the "
+        "migration is over"
+    )

@@ -33,10 +33,6 @@ _LOOKED_AT_BYTES: Final = 80
 _HUMAN_BANNER: Final = re.compile(rb"QEMU \S+ monitor")  # monitor/hmp.c, monitor_event
 _TCP_ADDRESS: Final = re.compile(r"(tcp:/{0,2})?(\[[^]]*\]|[^/:]*):\d+(,.*)?")
 _SECOND_SOCKET: Final = "-qmp unix:PATH,server=on,wait=off"
-_SECOND_SOCKET_OF_DOMAIN: Final = (
-    f"give the domain a QMP socket of its own ({_SECOND_SOCKET} in <qemu:commandline>, see "
-    "docs/check.md) and name that socket"
-)
 _KINDS: Final = (
     (stat.S_ISREG, "a regular file"),
     (stat.S_ISDIR, "a folder"),
@@ -155,7 +151,7 @@ def _no_greeting(name: str, path: Path, why: str) -> NoGreetingError:
     if _is_libvirts(path):
         return LibvirtMonitorError(
             f"{name}: {path} is the monitor that libvirt itself uses, and a QMP socket serves one "
-            f"client at a time; {_SECOND_SOCKET_OF_DOMAIN}"
+            f"client at a time; give the URI of the domain instead: {_uri_of_domain(path)}"
         )
     return NoGreetingError(
         f"{name}: no QMP greeting from {path} {why}. A QMP socket serves one client at a time: end "
@@ -167,6 +163,15 @@ def _no_greeting(name: str, path: Path, why: str) -> NoGreetingError:
 def _is_libvirts(path: Path) -> bool:
     """Return whether `path` is a monitor socket of libvirt's (qemuProcessPrepareMonitorChr)."""
     return path.name == "monitor.sock" and path.parent.name.startswith("domain-")
+
+
+def _uri_of_domain(monitor: Path) -> str:
+    """Return the URI of the domain whose monitor has this path, …/domain-ID-NAME/monitor.sock.
+
+    libvirt shortens long names in paths (virDomainDefGetShortName).
+    """
+    instance = "system" if monitor.is_relative_to("/var/lib/libvirt") else "session"
+    return f"qemu:///{instance}/{monitor.parent.name.split('-', 2)[-1]}"
 
 
 def _connect(name: str, path: Path, timeout_s: float) -> socket.socket:
@@ -220,8 +225,8 @@ def _not_found(name: str, argument: str) -> NotASocketError:
         return NotASocketError(f"{name}: not found: {argument}; give only the path: {path}")
     if "/" not in argument:
         return DomainNameError(
-            f"{name}: not found: {argument} in this folder. If {argument} is a libvirt domain: "
-            f"expected the path of a QMP socket, not a domain's name; {_SECOND_SOCKET_OF_DOMAIN}"
+            f"{name}: not found: {argument} in this folder. If {argument} is a libvirt domain, "
+            f"give its URI: qemu:///system/{argument}, or qemu:///session/{argument}"
         )
     return NotASocketError(
         f"{name}: not found: {argument}; start QEMU with -qmp unix:{argument},server=on,wait=off"

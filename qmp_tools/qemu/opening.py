@@ -10,10 +10,11 @@ from typing import Any, Protocol, TypeAlias
 
 from dmaproof.errors import UsageError
 
-from ..arguments import AnyPath
+from ..arguments import AnyPath, require
 from ..host.timeout import DEFAULT_TIMEOUT_S
 from .attachment import attach
 from .borrowed_monitor import borrow, is_client
+from .libvirt_domain import domain_address, open_domain
 from .qemu import Qemu
 
 
@@ -42,23 +43,39 @@ class HasMonitor(Protocol):
 
 
 AnyQemu: TypeAlias = Qemu | AnyPath | HasCmd | HasExecute | HasMonitor
-"""A QEMU as a caller can name it: its handle, the path of its QMP socket, or an object of a test
-that executes QMP commands (`borrowed_monitor`)."""
+"""A QEMU as a caller can name it: its handle, the path of its QMP socket, the URI of a libvirt
+domain (`libvirt_domain`), or an object of a test that executes QMP (`borrowed_monitor`)."""
 
 
 @contextlib.asynccontextmanager
 async def open_qemu(
     name: str, given: AnyQemu, *, timeout_s: float = DEFAULT_TIMEOUT_S
 ) -> AsyncIterator[Qemu]:
-    """Open the QEMU that the caller has `given`, called `name` in messages.
+    """Connect to a running QEMU.
+
+    Args:
+        name: the name of the QEMU in messages.
+        given: the path of its QMP socket, the URI of its libvirt domain (qemu:///system/NAME), or
+            an object that executes QMP commands, such as a QEMUMachine or a QMPClient.
+        timeout_s: the bound of the wait for each answer. If `given` is a socket, a tenth of it
+            bounds the wait for the greeting, which QEMU sends at once unless the socket serves
+            another client.
+
+    Yields:
+        The QEMU.
 
     Raises:
         UsageError: `given` is not a QEMU in any of these forms.
-        UntestableError: the QEMU cannot be reached.
+        UntestableError: the QEMU cannot be reached; the message says why.
     """
+    require("name", name, str, "a name")
+    require("timeout_s", timeout_s, (int, float), "seconds")
     require_openable(name, given)
     if isinstance(given, Qemu):
         yield given
+    elif isinstance(given, str) and (domain := domain_address(given)):
+        async with open_domain(name, domain, timeout_s=timeout_s) as qemu:
+            yield qemu
     elif isinstance(given, (str, os.PathLike)):
         async with attach(name, Path(given), timeout_s=timeout_s) as qemu:
             yield qemu
@@ -75,6 +92,7 @@ def require_openable(name: str, given: object) -> None:
     """
     if not isinstance(given, (Qemu, str, os.PathLike)) and not is_client(given):
         raise UsageError(
-            f"{name}: expected the path of a QMP socket, or an object with a method cmd() or "
-            f"execute(), such as a QEMUMachine, got {given!r} ({type(given).__name__})"
+            f"{name}: expected the path of a QMP socket, the URI of a libvirt domain, or an "
+            f"object with a method cmd() or execute(), such as a QEMUMachine, got {given!r} "
+            f"({type(given).__name__})"
         )

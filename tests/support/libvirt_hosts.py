@@ -1,9 +1,9 @@
 """Two hosts with libvirt on one machine, between which virsh migrates domains.
 
-Each host is a libvirtd in namespaces of its own: a host name (UTS), a network that leads only to the
-other host, and mounts that give it its own /run, /etc/libvirt and /var/lib/libvirt. Processes are
-visible everywhere, so a test can look into the QEMU of either host. The hosts are called 'source'
-and 'destination'. Root can log in to the destination by ssh, so qemu+ssh://destination/system works.
+Each host is a libvirtd in namespaces of its own: a host name (UTS), a network that leads only to
+the other host, and mounts that give it its own /run, /etc/libvirt and /var/lib/libvirt. Processes
+are visible everywhere, so a test can look into the QEMU of either host. The hosts are called
+'source' and 'destination'. Root can log in to the destination by ssh, so qemu+ssh:// works.
 """
 
 from __future__ import annotations

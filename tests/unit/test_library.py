@@ -67,8 +67,8 @@ async def _first(items: AsyncIterator[object]) -> None:
 
 SOCKET = Path("/no/such/socket")
 ANY_QEMU = (
-    "expected the path of a QMP socket, or an object with a method cmd() or execute(), such as a "
-    "QEMUMachine"
+    "expected the path of a QMP socket, the URI of a libvirt domain, or an object with a method "
+    "cmd() or execute(), such as a QEMUMachine"
 )
 CALLS: Mapping[str, tuple[Callable[[], Coroutine[Any, Any, object]], str]] = {
     "check": (lambda: aio.check(1, SOCKET), f"source: {ANY_QEMU}, got 1 (int)"),  # type: ignore[arg-type]
@@ -78,7 +78,7 @@ CALLS: Mapping[str, tuple[Callable[[], Coroutine[Any, Any, object]], str]] = {
     ),
     "attach": (
         lambda: _enter(aio.attach("a QEMU", b"/run/x")),  # type: ignore[arg-type]
-        "path: expected a path, got b'/run/x' (bytes)",
+        f"a QEMU: {ANY_QEMU}, got b'/run/x' (bytes)",
     ),
     "attach, timeout_s": (
         lambda: _enter(aio.attach("a QEMU", SOCKET, timeout_s="1")),  # type: ignore[arg-type]
@@ -106,7 +106,7 @@ CALLS: Mapping[str, tuple[Callable[[], Coroutine[Any, Any, object]], str]] = {
     ),
     "migrate": (
         lambda: _first(aio.migrate("a", "b")),  # type: ignore[arg-type]
-        "source: expected a QEMU from start_qemu() or attach(), got 'a' (str)",
+        "source: expected a QEMU from start_qemu(), or attach() with a socket, got 'a' (str)",
     ),
     "watch": (
         lambda: _first(aio.watch("a", 1.0)),  # type: ignore[arg-type]

@@ -12,7 +12,6 @@ import contextlib
 import importlib.util
 import os
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -58,6 +57,15 @@ _CONFIGURATION: Final = {
         "PermitRootLogin yes\nPidFile none\n"
     ),
 }
+
+_DOMAIN: Final = """
+<domain type='qemu'>
+  <name>{name}</name>
+  <memory unit='MiB'>64</memory>
+  <os><type arch='x86_64' machine='q35'>hvm</type><kernel>/var/lib/libvirt/kernel</kernel></os>
+  <devices><emulator>{emulator}</emulator></devices>
+</domain>
+"""
 
 
 def missing_programs() -> list[str]:
@@ -109,10 +117,10 @@ class Host:
         """Return libvirtd's log."""
         return (self.folder / "log").read_text()
 
-    def qemus(self) -> list[int]:
-        """Return the process ids of the host's QEMUs."""
-        files = (self.folder / "run/libvirt/qemu").glob("*.pid")
-        return [int(file.read_text()) for file in files]
+    def destroy_domains(self) -> None:
+        """End the QEMUs of the host, if it has any."""
+        for name in self.run("virsh", "list", "--name").split():
+            self.run("virsh", "destroy", name)
 
 
 @dataclass(frozen=True)
@@ -122,19 +130,14 @@ class Hosts:
     source: Host
     destination: Host
 
-    def define(self, name: str, xml: str) -> None:
-        """Define a domain on the source."""
-        (self.source.folder / "var/lib/libvirt" / f"{name}.xml").write_text(xml)
-        self.source.run("virsh", "define", f"/var/lib/libvirt/{name}.xml")
-
-    def copy(self, file: Path, name: str) -> str:
-        """Copy a file to both hosts; return its path there.
-
-        libvirt gives the files of a domain to QEMU's user, so a domain must not use others' files.
-        """
+    def define(self, name: str, kernel: Path, emulator: Path) -> None:
+        """Define a domain on the source, with 64 MiB of RAM, and `kernel` as its guest."""
         for host in (self.source, self.destination):
-            shutil.copy(file, host.folder / "var/lib/libvirt" / name)
-        return f"/var/lib/libvirt/{name}"
+            # libvirt gives the files of a domain to QEMU's user.
+            shutil.copy(kernel, host.folder / "var/lib/libvirt/kernel")
+        xml = self.source.folder / "var/lib/libvirt/domain.xml"
+        xml.write_text(_DOMAIN.format(name=name, emulator=emulator))
+        self.source.run("virsh", "define", "/var/lib/libvirt/domain.xml")
 
 
 @contextlib.contextmanager
@@ -186,14 +189,13 @@ def _host(folder: Path, name: str) -> Iterator[Host]:
     host = Host(name, folder, libvirtd)
     try:
         _wait_for(folder / "run/libvirt/libvirt-sock", host)
-        yield host
+        try:
+            yield host
+        finally:
+            host.destroy_domains()  # without libvirtd, they would run on
     finally:
         libvirtd.terminate()
         libvirtd.wait(TIMEOUT_S)
-        # libvirtd leaves its QEMUs running, so that it can be started again.
-        for pid in host.qemus():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
 
 
 def _wait_for(file: Path, host: Host) -> None:

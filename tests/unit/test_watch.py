@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
 from qmp_tools.migration.migration import parse_progress
-from qmp_tools.migration.watch import View
+from qmp_tools.migration.watch import SourceEndedError, View, watch
+from qmp_tools.qemu.qemu import Qemu
+from qmp_tools.qemu.qmp import Monitor, QmpClosedError
 
 MIB = 1 << 20
 
@@ -61,3 +65,47 @@ def test_a_migration_that_has_ended_has_no_forecast() -> None:
     assert over.line.endswith("downtime 12 ms")
     assert "end" not in over.columns()
     assert not view("device").is_over
+
+
+class EndingMonitor(Monitor):
+    """The monitor of a QEMU that gives these answers to query-migrate, and ends then."""
+
+    version = "10.0.2"
+
+    def __init__(self, *answers: Mapping[str, Any]) -> None:
+        super().__init__("QEMU", 600)
+        self.answers = list(answers)
+
+    async def _execute(self, command: str, arguments: Mapping[str, Any]) -> Any:
+        if command == "query-migrate-parameters":
+            return {}
+        if not self.answers:
+            raise QmpClosedError("closed")
+        return self.answers.pop(0)
+
+
+async def watched(*answers: Mapping[str, Any]) -> list[str]:
+    qemu = Qemu(EndingMonitor(*answers), 0, "/run/qmp")
+    return [each.progress.status async for each in watch(qemu, 0.001)]
+
+
+def test_a_qemu_that_ends_after_it_has_reported_the_end_of_the_migration_is_no_error() -> None:
+    # QEMU 7.2 has not calculated the times yet (see Progress.is_over).
+    completed = {"status": "completed", "total-time": 0}
+    assert asyncio.run(watched({"status": "active"}, completed)) == ["active", "completed"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ([], "QEMU ended before a migration began"),
+        ([{}], "QEMU ended before a migration began"),
+        ([{"status": "active"}], "QEMU ended while the migration was 'active'"),
+        ([{"status": "active"}, {"status": "device"}], "while the migration was 'device'"),
+    ],
+)
+def test_a_qemu_that_ends_earlier_is_reported_with_its_last_status(
+    answers: list[dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(SourceEndedError, match=message):
+        asyncio.run(watched(*answers))

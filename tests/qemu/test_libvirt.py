@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from collections.abc import Iterator
 
@@ -12,7 +11,7 @@ import pytest
 from qmp_tools.guest.bare import probe_guest
 from qmp_tools.qemu.choice import find_qemu
 from support.command import Tool
-from support.libvirt_hosts import Host, Hosts, libvirt_hosts, missing_programs
+from support.libvirt_hosts import Host, Hosts, libvirt_hosts, missing
 
 VM = "qemu:///system/vm"
 MIGRATE = ("virsh", "migrate", "--live", "--suspend", "vm", "qemu+ssh://destination/system")
@@ -21,10 +20,8 @@ MIGRATE = ("virsh", "migrate", "--live", "--suspend", "vm", "qemu+ssh://destinat
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     """Two hosts for all tests; the source has the domain 'vm', which does not run."""
-    if os.geteuid() != 0:
-        pytest.skip("needs namespaces and the users of QEMU: run the tests as root")
-    if missing := missing_programs():
-        pytest.skip(f"needs {', '.join(missing)} (see .ci/run and the extra dmaproof[libvirt])")
+    if lacking := missing():
+        pytest.skip(f"needs {' '.join(lacking)}")
     with libvirt_hosts(tmp_path_factory.mktemp("v")) as running:  # short, for sockets
         running.define("vm", probe_guest(), find_qemu(None))
         yield running

@@ -9,7 +9,6 @@ are visible everywhere, so a test can look into the QEMU of either host. The hos
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -68,10 +67,15 @@ _DOMAIN: Final = """
 """
 
 
-def missing_programs() -> list[str]:
-    """Return what is missing of the programs and packages that two hosts need."""
-    missing = [name for name in _PROGRAMS if shutil.which(name, path=_PATH) is None]
-    return missing + ["libvirt-python"] * (importlib.util.find_spec("libvirt") is None)
+def missing() -> list[str]:
+    """Return what this machine is missing of what two hosts need."""
+    found = [name for name in _PROGRAMS if shutil.which(name, path=_PATH) is None]
+    if found:
+        return [*found, "(.ci/run installs them)"]
+    trial = ["unshare", "--mount", "--net", "--uts", "true"]
+    if subprocess.run(trial, stderr=subprocess.DEVNULL, check=False).returncode:
+        return ["the permission to make namespaces (root with CAP_SYS_ADMIN)"]
+    return []
 
 
 @dataclass(frozen=True)

@@ -92,13 +92,13 @@ def qemu_address(text: str) -> str:
     return text
 
 
-def add_qemu(parser: argparse._ActionsContainer, argument: str, whose: str) -> None:
-    """Add an `argument` that names a QEMU, the one that `whose` describes."""
-    parser.add_argument(
-        argument,
-        type=qemu_address,
-        help=f"QMP socket of {whose}, or the URI of its libvirt domain (qemu:///system/NAME)",
-    )
+def add_qemu(
+    parser: argparse._ActionsContainer, argument: str, whose: str, *, or_snapshot: bool = False
+) -> None:
+    """Add an `argument` that names a QEMU, or also a snapshot of it; `whose` describes the QEMU."""
+    uri = "URI of its libvirt domain (qemu:///system/NAME)"
+    others = f", {uri}, or a snapshot of it" if or_snapshot else f", or {uri}"
+    parser.add_argument(argument, type=qemu_address, help=f"QMP socket of {whose}{others}")
 
 
 def add_timeout(parser: argparse._ActionsContainer) -> None:

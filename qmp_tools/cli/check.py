@@ -8,7 +8,7 @@ from ..qemu.machine import DESTINATION, SOURCE
 from ..ram_check.check import check
 from ..ram_check.images import check_images
 from ..reports.check_report import to_json, to_text
-from .arguments import add_timeout, describe
+from .arguments import add_qemu, add_timeout, describe
 from .display import print_text
 from .interruption import run_interruptibly
 from .outputs import add_outputs, reporting_failure, write_outputs, writes_to_stdout
@@ -23,6 +23,7 @@ examples:
   dmaproof check /run/source-qmp.sock /run/destination-qmp.sock
   dmaproof check source.sock destination.sock --report check.html --junit check.xml
   dmaproof check source.snap destination.sock
+  dmaproof check source.snap qemu:///system/vm
   dmaproof check one.sock other.sock --no-migration
   dmaproof check --raw source.mem destination.mem
   dmaproof check source.sock destination.sock --json - | jq '.differences[].gpa'
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         epilog=_EXAMPLES,
     )
     for side in (SOURCE, DESTINATION):
-        parser.add_argument(side, help=f"QMP socket of the {side} QEMU, or a snapshot of it")
+        add_qemu(parser, side, f"the {side} QEMU", or_snapshot=True)
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
         "--raw",

@@ -14,7 +14,7 @@ from dmaproof.errors import UsageError
 from ..exit_codes import EXIT_PASS
 from ..qemu.machine import MIB
 from ..ram_check.take import take_snapshot
-from .arguments import add_timeout, describe
+from .arguments import add_qemu, add_timeout, describe
 from .interruption import run_interruptibly
 from .main import main
 
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "compare the RAM without the guest's QEMU.",
         epilog=_EXAMPLES,
     )
-    parser.add_argument("qemu", help="QMP socket of the QEMU")
+    add_qemu(parser, "qemu", "the QEMU")
     parser.add_argument("file", type=Path, help="the file for the snapshot; it is replaced")
     parser.add_argument(
         "--at-switchover",

@@ -30,12 +30,12 @@ class ExitHold:
     """A process whose memory outlives it until the hold ends."""
 
     def __init__(self, tracer: asyncio.subprocess.Process) -> None:
-        self._tracer = tracer
+        assert tracer.stdout is not None
+        self._report = asyncio.ensure_future(tracer.stdout.readline())
 
     async def ended(self) -> bool:
         """Wait until the process ends; return whether its memory can still be read."""
-        assert self._tracer.stdout is not None
-        return await self._tracer.stdout.readline() == exit_tracer.ENDING
+        return await asyncio.shield(self._report) == exit_tracer.ENDING
 
 
 @contextlib.asynccontextmanager

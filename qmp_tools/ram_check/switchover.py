@@ -16,7 +16,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from dmaproof.errors import UntestableError
 
@@ -124,18 +124,25 @@ class HeldSource:
                 )
             return replace(self._last, run_state=ENDED)
         finally:
-            for task in (following, ending):
-                task.cancel()
-            await asyncio.gather(following, ending, return_exceptions=True)
+            await _cancel(following, ending)
 
     async def require_still_paused(self) -> None:
         """Require that the source was not resumed since the switchover, if QEMU still answers.
 
+        A QEMU that has ended does not answer, but libvirt may not say so as long as it is held.
+
         Raises:
             GuestHasRunError: it was resumed or reset.
         """
-        with contextlib.suppress(QmpError):  # QEMU has ended
-            require_not_resumed(await guest_state(self._qemu))
+        asking = asyncio.create_task(guest_state(self._qemu))
+        ending = asyncio.create_task(self.hold.ended())
+        try:
+            await asyncio.wait((asking, ending), return_when=asyncio.FIRST_COMPLETED)
+            if asking.done():
+                with contextlib.suppress(QmpError):  # QEMU has ended
+                    require_not_resumed(await asking)
+        finally:
+            await _cancel(asking, ending)
 
     async def _follow(self) -> None:
         """Poll the migration until it has completed.
@@ -155,3 +162,9 @@ class HeldSource:
                     f"the migration of {self._last.name} is '{self._last.migration}': there was no "
                     "switchover, so there is no snapshot"
                 )
+
+
+async def _cancel(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,70 @@
+"""Python files of QEMU's own source, from Debian's source package, for tests that run them.
+
+QEMU's functional tests and the class `QEMUMachine` are on no package index. apt downloads the
+source package as it downloads packages for `dmaproof qemu fetch`. Only the needed files are kept.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Final
+
+from qmp_tools.host.archive import Archive, sources_list
+
+from .debian_tree import kept_folder
+
+_SUITE: Final = "trixie"
+"""The oldest suite whose QEMU has the tests: QEMU 10.0."""
+_PARTS: Final = ("python/qemu/machine/", "python/qemu/utils/", "tests/functional/")
+"""Without python/qemu/qmp, whose released form is a package of its own: qemu.qmp."""
+
+
+class _SourceArchive(Archive):
+    def fetch_source(self, package: str) -> Path:
+        """Download the original source of `package`, as its authors released it."""
+        with (self._folder / "sources.list").open("a") as listed:
+            listed.write(sources_list(self.suite).replace("deb ", "deb-src "))
+        self._apt("apt-get", "update", what=f"fetching the source lists of {self.suite}")
+        self._apt(
+            *("apt-get", "source", "--download-only", "--tar-only", package),
+            what=f"downloading the source of {package} from {self.suite}",
+            folder=self._folder,
+        )
+        return next(self._folder.glob(f"{package}_*.orig.tar.*"))
+
+
+def qemu_source() -> Path:
+    """Return a folder with these parts of QEMU's source; fetch it if this is the first use.
+
+    Raises:
+        UntestableError: the archive cannot be reached.
+    """
+    kept = kept_folder()
+    kept.mkdir(parents=True, exist_ok=True)
+    source = kept / f"qemu-source-{_SUITE}"
+    with (kept / f"{source.name}-lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not source.exists():
+            fresh = kept / f"{source.name}-new"
+            shutil.rmtree(fresh, ignore_errors=True)  # of a test that was killed
+            _unpack(_SourceArchive(_SUITE, fresh / "apt").fetch_source("qemu"), fresh / "source")
+            (fresh / "source").rename(source)
+            shutil.rmtree(fresh)
+    return source
+
+
+def _unpack(package: Path, folder: Path) -> None:
+    with tarfile.open(package) as tar:
+        for member in tar:
+            member.name = member.name.partition("/")[2]  # without 'qemu-VERSION'
+            if member.isfile() and member.name.startswith(_PARTS):
+                tar.extract(member, folder, filter="data")
+    missing = [part for part in _PARTS if not (folder / part).is_dir()]
+    assert not missing, f"not in {package.name}: {', '.join(missing)}"
+
+
+if __name__ == "__main__":
+    print(qemu_source())

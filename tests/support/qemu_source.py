@@ -12,13 +12,18 @@ import tarfile
 from pathlib import Path
 from typing import Final
 
-from qmp_tools.host.archive import Archive, sources_list
+from qmp_tools.host.archive import Archive, replace_folder, sources_list
 
 from .debian_tree import kept_folder
 
 _SUITE: Final = "trixie"
 """The oldest suite whose QEMU has the tests: QEMU 10.0."""
-_PARTS: Final = ("python/qemu/machine/", "python/qemu/utils/", "tests/functional/")
+_PARTS: Final = (
+    "python/qemu/machine/",
+    "python/qemu/utils/",
+    "tests/functional/",
+    "tests/migration-stress/",
+)
 """Without python/qemu/qmp, whose released form is a package of its own: qemu.qmp."""
 
 
@@ -47,11 +52,11 @@ def qemu_source() -> Path:
     source = kept / f"qemu-source-{_SUITE}"
     with (kept / f"{source.name}-lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not source.exists():
+        if _missing(source):
             fresh = kept / f"{source.name}-new"
             shutil.rmtree(fresh, ignore_errors=True)  # of a test that was killed
             _unpack(_SourceArchive(_SUITE, fresh / "apt").fetch_source("qemu"), fresh / "source")
-            (fresh / "source").rename(source)
+            replace_folder(fresh / "source", source)
             shutil.rmtree(fresh)
     return source
 
@@ -62,8 +67,11 @@ def _unpack(package: Path, folder: Path) -> None:
             member.name = member.name.partition("/")[2]  # without 'qemu-VERSION'
             if member.isfile() and member.name.startswith(_PARTS):
                 tar.extract(member, folder, filter="data")
-    missing = [part for part in _PARTS if not (folder / part).is_dir()]
-    assert not missing, f"not in {package.name}: {', '.join(missing)}"
+    assert not _missing(folder), f"not in {package.name}: {', '.join(_missing(folder))}"
+
+
+def _missing(folder: Path) -> list[str]:
+    return [part for part in _PARTS if not (folder / part).is_dir()]
 
 
 if __name__ == "__main__":

@@ -104,13 +104,19 @@ class MigrationTest(Test):  # type: ignore[misc]
 
 
 def check_ram(
-    test: Test, source: AnyQemu, destination: AnyQemu, *, expect_migration: bool = True
+    test: Test,
+    source: AnyQemu,
+    destination: AnyQemu,
+    *,
+    expect_migration: bool = True,
+    report_name: str = "ram",
 ) -> None:
     """Fail `test` unless all RAM of two QEMUs is equal.
 
     Each is the path of a QMP socket, or an object that executes QMP commands (see `check`). The
     guests must still be paused after the migration, and no other client may use the sockets; see
-    docs/check.md. Without `expect_migration`, any two paused QEMUs are compared.
+    docs/check.md. Without `expect_migration`, any two paused QEMUs are compared. The reports are
+    `report_name` with ``.json`` and ``.html`` in the test's output folder.
 
     Raises:
         UsageError: a socket does not exist.
@@ -119,7 +125,7 @@ def check_ram(
     """
     with Environment() as environment:
         outcome = environment.check(source, destination, expect_migration=expect_migration)
-    _write(test, "ram", check_report.to_json(outcome), check_report.to_text(outcome))
+    _write(test, report_name, check_report.to_json(outcome), check_report.to_text(outcome))
     if outcome.exit_code == EXIT_UNTESTED:
         raise UntestableError(outcome.sentence)
     if outcome.exit_code:

@@ -62,8 +62,9 @@ exec {qemu} "$@"
 """,
     )
     guest = str(probe_guest())  # it has no initrd, but guestperf demands one
-    command = [sys.executable, source / "tests/migration-stress/guestperf.py", "--verbose"]
-    command += ["--binary", wrapper, "--kernel", guest, "--initrd", guest, "--mem", "0"]
+    program = str(source / "tests/migration-stress/guestperf.py")
+    command = [sys.executable, program, "--verbose"]
+    command += ["--binary", str(wrapper), "--kernel", guest, "--initrd", guest, "--mem", "0"]
     guestperf = subprocess.Popen(
         [*command, "--sleep", str(SLEEP_S)],
         cwd=folder,

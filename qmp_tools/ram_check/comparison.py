@@ -58,8 +58,9 @@ async def compare_guests(
         UntestableError: the sizes or maps differ, or memory cannot be read.
     """
     comparison = _Comparison(source, destination)
-    comparison.require_two_equal_sizes()
+    comparison.require_two_guests()
     await _require_comparable(source, destination, expect_migration)
+    comparison.require_equal_sizes()
     began_s = time.monotonic()
     await comparison.compare()
     compare_s = time.monotonic() - began_s
@@ -104,9 +105,8 @@ class _Comparison:
     differences: list[Difference] = field(default_factory=list)
     not_compared: list[NotCompared] = field(default_factory=list)
 
-    def require_two_equal_sizes(self) -> None:
-        """Raise if both sides are the same QEMU, or have RAM of different sizes."""
-        source, destination = self.source.ram, self.destination.ram
+    def require_two_guests(self) -> None:
+        """Raise if both sides are the same QEMU."""
         # If a supervisor opened the sockets, different QEMUs have the same process id.
         if (
             isinstance(self.source, LiveGuest)
@@ -118,6 +118,10 @@ class _Comparison:
                 f"both sockets belong to the same QEMU (process {self.source.qemu.pid}): give a "
                 "socket of the source and one of the destination"
             )
+
+    def require_equal_sizes(self) -> None:
+        """Raise if the sides have RAM of different sizes."""
+        source, destination = self.source.ram, self.destination.ram
         if source.length != destination.length:
             raise UntestableError(
                 f"the source has {source.length // 1024} KiB of RAM in its physical map, the "

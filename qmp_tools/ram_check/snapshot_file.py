@@ -32,7 +32,7 @@ from ..memory.absent_pages import Absent
 from ..memory.page_digests import DIGEST_BYTES
 from ..memory.pages import Pages, SavedPages
 
-MAGIC: Final = b"dmaproof snap 1\n"
+MAGIC: Final = b"dmaproof-snap 1\n"
 END: Final = b"end of snapshot\n"
 _LENGTH_BYTES: Final = 8
 _COUNT: Final = np.dtype("<u8")

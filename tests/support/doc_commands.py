@@ -13,9 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import shlex
-from collections.abc import Iterator
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -24,6 +28,7 @@ from markdown_it import MarkdownIt
 
 from dmaproof.errors import UsageError
 from qmp_tools.cli.main import make_parser
+from qmp_tools.host.user_folders import cache_folder
 
 ROOT: Final = Path(__file__).parents[2]
 PAGES: Final = [
@@ -129,3 +134,48 @@ def error_of(words: list[str]) -> str | None:
         except UsageError as error:
             return str(error)
     return None
+
+
+def type_in(block: Block, folder: Path, wrapper: Sequence[str] = ()) -> tuple[int, str]:
+    """Type the block into a shell in `folder`; return its exit code and output.
+
+    `wrapper` is a command to run the shell by.
+    """
+    script = f"cd {shlex.quote(os.fspath(folder))}\n{block.script}"  # a wrapper may change folders
+    shell = subprocess.Popen(
+        [*wrapper, "bash", "-e", "-o", "pipefail", "-c", script],
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "TMPDIR": str(folder),
+            "HOME": str(folder),
+            "XDG_CACHE_HOME": str(cache_folder().parent),
+        },
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        printed, _ = shell.communicate(timeout=900)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # the block's background processes
+            os.killpg(shell.pid, signal.SIGKILL)
+        shell.wait()
+    return shell.returncode, printed
+
+
+def missing(block: Block, printed: str) -> list[str]:
+    """Return the lines that the page shows and the block did not print in this order.
+
+    Numbers may differ; … stands for any text.
+    """
+    lines = iter(printed.splitlines())
+    absent = []
+    for shown in block.printed:
+        parts = map(re.escape, re.split(r"…|0x[0-9a-f]+|[\d.]*\d", shown))
+        pattern = re.compile(".*?".join(parts))
+        if not any(pattern.fullmatch(line) for line in lines):
+            absent.append(shown)
+    return absent

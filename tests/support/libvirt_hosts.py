@@ -30,7 +30,8 @@ _PATH: Final = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 _START: Final = """
 folder=$1
 hostname "$2"
-for place in /run /etc/libvirt /etc/ssh /var/lib/libvirt /var/cache/libvirt /var/log/libvirt; do
+for place in /run /etc/libvirt /etc/ssh \
+    /var/lib/libvirt /var/cache/libvirt /var/log/libvirt /var/tmp; do
     mkdir -p "$folder$place"
     mount --bind "$folder$place" $place
 done
@@ -53,7 +54,7 @@ _CONFIGURATION: Final = {
     ),
     "etc/ssh/sshd_config": (
         "HostKey /etc/ssh/key\nAuthorizedKeysFile /etc/ssh/key.pub\nStrictModes no\n"
-        "PermitRootLogin yes\nPidFile none\n"
+        "PermitRootLogin yes\nPidFile none\nSubsystem sftp internal-sftp\n"
     ),
 }
 
@@ -67,7 +68,7 @@ _DOMAIN: Final = """
 """
 
 
-def missing() -> list[str]:
+def what_is_missing() -> list[str]:
     """Return what this machine is missing of what two hosts need."""
     found = [name for name in _PROGRAMS if shutil.which(name, path=_PATH) is None]
     if found:

@@ -34,9 +34,9 @@ from dmaproof.errors import UntestableError
 
 from ..blocking import Environment, RunningQemu, StepwiseProof
 from ..devices.device import AttachedDevice
-from ..exit_codes import EXIT_UNTESTED
 from ..proof.options import OPTIONS, ProofOptions
 from ..qemu.opening import AnyQemu
+from ..ram_check.check import RamDiffersError
 from ..reports import check_report, report
 from ..reports.html import to_html
 
@@ -126,10 +126,10 @@ def check_ram(
     with Environment() as environment:
         outcome = environment.check(source, destination, expect_migration=expect_migration)
     _write(test, report_name, check_report.to_json(outcome), check_report.to_text(outcome))
-    if outcome.exit_code == EXIT_UNTESTED:
-        raise UntestableError(outcome.sentence)
-    if outcome.exit_code:
-        test.fail(outcome.sentence)
+    try:
+        outcome.require_equal()
+    except RamDiffersError as error:
+        test.fail(str(error))
 
 
 def _write(test: Test, name: str, answer: dict[str, Any], text: str) -> None:

@@ -36,7 +36,7 @@ from ..blocking import Environment, RunningQemu, StepwiseProof
 from ..devices.device import AttachedDevice
 from ..proof.options import OPTIONS, ProofOptions
 from ..qemu.opening import AnyQemu
-from ..ram_check.check import RamDiffersError
+from ..ram_check.outcome import RamDiffersError
 from ..reports import check_report, report
 from ..reports.html import to_html
 

@@ -86,28 +86,6 @@ def _wrapped(original: Callable[..., Any], wrapper: Callable[..., Any]) -> Calla
     return method
 
 
-class AvocadoVtMonitor:
-    """The QMP monitor of `vm`, without the log of commands, which would be very long.
-
-    Raises:
-        UsageError: `vm` has no QMP monitor.
-    """
-
-    def __init__(self, vm: Any) -> None:
-        self.name = str(vm.name)
-        monitors = vm.get_monitors_by_type("qmp")
-        if not monitors:
-            raise UsageError(
-                f"{vm.name} has no QMP monitor: set the parameter monitor_type to 'qmp', or add a "
-                "monitor: monitors += ' qmp1', monitor_type_qmp1 = qmp"
-            )
-        self._monitor = monitors[0]
-
-    def cmd(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
-        """Execute a QMP command."""
-        return self._monitor.cmd(command, arguments, debug=False)
-
-
 @dataclass
 class _Migration:
     destination: Any = None
@@ -131,7 +109,7 @@ class _Checks:
                 f"the parameter qemu_stop is '{vm.params['qemu_stop']}', so {vm.name} would run on "
                 "the destination before its RAM can be compared: set qemu_stop = on"
             )
-        AvocadoVtMonitor(vm)
+        _qmp_monitor(vm)
         migration = self._migrations[vm] = _Migration()
         try:
             clone = original(vm, *arguments, **named)
@@ -175,10 +153,11 @@ class _Checks:
 
     def _check(self, source: Any) -> None:
         migration = self._migrations.pop(source)
-        sides = [AvocadoVtMonitor(vm) for vm in (source, migration.destination)]
+        sides = [_qmp_monitor(vm) for vm in (source, migration.destination)]
 
         def destination_has_completed() -> bool:  # a moment after the source
-            return bool(sides[1].cmd("query-migrate").get("status") == "completed")
+            answer = sides[1].cmd("query-migrate", debug=False)
+            return bool(answer.get("status") == "completed")
 
         utils_misc.wait_for(destination_has_completed, DEFAULT_TIMEOUT_S, step=_POLL_S)
         self._checked += 1
@@ -189,6 +168,16 @@ class _Checks:
             if not migration.is_in_migrate:
                 raise
             migration.failure = failure
+
+
+def _qmp_monitor(vm: Any) -> Any:
+    monitors = vm.get_monitors_by_type("qmp")
+    if not monitors:
+        raise UsageError(
+            f"{vm.name} has no QMP monitor: set the parameter monitor_type to 'qmp', or add a "
+            "monitor: monitors += ' qmp1', monitor_type_qmp1 = qmp"
+        )
+    return monitors[0]
 
 
 def _no_destination(vm: Any) -> UntestableError:

@@ -31,12 +31,12 @@ class AvocadoTest:
 
 
 class Monitor:
-    """A QMP monitor; the destination's answers 'active' at first."""
+    """A QMP monitor; that of a destination may answer 'active' at first."""
 
-    def __init__(self, *states: str) -> None:
-        self.states = list(states)
+    def __init__(self, name: str, *states: str) -> None:
+        self.name, self.states = name, list(states)
 
-    def cmd(self, command: str, arguments: object, debug: bool) -> dict[str, str]:
+    def cmd(self, command: str, debug: bool) -> dict[str, str]:
         assert (command, debug) == ("query-migrate", False)
         return {"status": self.states.pop(0) if len(self.states) > 1 else self.states[0]}
 
@@ -46,7 +46,7 @@ class Vm:
 
     def __init__(self, name: str, *states: str, **params: str) -> None:
         self.name, self.params = name, params
-        self.monitors = [Monitor(*states)] if states else []
+        self.monitors = [Monitor(name, *states)] if states else []
         self.has_succeeded = True
 
     def get_monitors_by_type(self, kind: str) -> list[Monitor]:

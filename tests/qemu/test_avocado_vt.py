@@ -96,7 +96,10 @@ def test_equal_ram_passes_in_each_migration_and_the_guest_continues(
 def test_a_changed_byte_fails_the_test_with_the_page_named(results: dict[str, Result]) -> None:
     result = results["spoilt.once.checked"]
     assert result.status == "FAIL", result.log
-    assert result.reason == "1 of 16448 pages differ"
+    assert result.reason.splitlines() == [
+        "1 of 16448 pages differ",
+        "  mem-machine_mem +0x2345000 (GPA 0x2345000)",
+    ]
     assert f"GPA {SPOILT_AT:#x}" in result.log
     (difference,) = result.reports["ram"]["differences"]
     assert difference["gpa"] == SPOILT_AT

@@ -24,11 +24,13 @@ from dmaproof.page_compare import Extent
 from ..host.process_status import PROC
 from .process_memory import Mapping
 
-_PRESENT: Final = np.uint64(1 << 63)
-_SWAPPED: Final = np.uint64(1 << 62)
+PRESENT: Final = np.uint64(1 << 63)
+SWAPPED: Final = np.uint64(1 << 62)
 _FILE: Final = np.uint64(1 << 61)
 _EXCLUSIVE: Final = np.uint64(1 << 56)
-_ENTRY_BYTES: Final = 8
+"""Flags of the entries of /proc/PID/pagemap."""
+ENTRY_BYTES: Final = 8
+"""The size of an entry of /proc/PID/pagemap."""
 _SYSFS: Final = Path("/sys")
 
 
@@ -85,20 +87,20 @@ def absent_in_process(
     try:
         with (proc / str(pid) / "pagemap").open("rb", buffering=0) as pagemap:
             content = os.pread(
-                pagemap.fileno(), pages * _ENTRY_BYTES, hva // mmap.PAGESIZE * _ENTRY_BYTES
+                pagemap.fileno(), pages * ENTRY_BYTES, hva // mmap.PAGESIZE * ENTRY_BYTES
             )
         huge = _has_huge_pages(proc / str(pid) / "smaps", mapping)
         merging = sysfs / "kernel/mm/ksm/pages_sharing"
         merged = int(merging.read_text()) > 0 if merging.exists() else False
     except OSError:
         return unknown
-    if len(content) != pages * _ENTRY_BYTES:
+    if len(content) != pages * ENTRY_BYTES:
         return unknown
     entries = np.frombuffer(content, dtype=np.uint64)
-    present = (entries & _PRESENT != 0) & (entries & _FILE == 0)
+    present = (entries & PRESENT != 0) & (entries & _FILE == 0)
     if not merged:  # else KSM may have merged a page that is mapped more than once
         present &= entries & _EXCLUSIVE != 0
-    return Absent(~(present | (entries & _SWAPPED != 0)), certain=not huge)
+    return Absent(~(present | (entries & SWAPPED != 0)), certain=not huge)
 
 
 def _has_huge_pages(smaps: Path, mapping: Mapping) -> bool:

@@ -1,9 +1,12 @@
-"""Copy memory that only QEMU's process has mapped, one piece at a time.
+"""Read or copy memory that only QEMU's process has mapped.
 
 Private memory and huge pages are read through /proc/PID/mem at their host address. Opening that
 file needs the same permission as attaching with ptrace (ptrace(2), PTRACE_MODE_ATTACH_FSCREDS):
 CAP_SYS_PTRACE, or the user and group of a dumpable process. After ``-runas``, QEMU is not dumpable.
 The copies pass through one memfd for each QEMU, so their size does not depend on the guest's RAM.
+
+Anonymous memory that was never written reads as zeros. The kernel reports which pages have content
+(/proc/PID/pagemap; Documentation/admin-guide/mm/pagemap.rst), so that the others need not be read.
 """
 
 from __future__ import annotations
@@ -13,11 +16,15 @@ import mmap
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
+
+import numpy as np
 
 from dmaproof.errors import UntestableError
 from dmaproof.page_compare import Extent
 
+from .absent_pages import ENTRY_BYTES, PRESENT, SWAPPED
 from .process_memory import Mapping
 
 PIECE_BYTES: Final = 64 << 20
@@ -31,6 +38,7 @@ class ProcessMemory:
     name: str
     mappings: Sequence[Mapping]
     _memory: int
+    _pagemap: int
     _copy_fd: int
     _copy: mmap.mmap
 
@@ -56,11 +64,19 @@ class ProcessMemory:
         Raises:
             UntestableError: the memory cannot be read, or there is not enough memory for the copy.
         """
-        copy = memoryview(self._copy)
+        self.read_into(hva, memoryview(self._copy)[:length])
+        return Extent(self._copy_fd)
+
+    def read_into(self, hva: int, buffer: memoryview) -> None:
+        """Read as many bytes as `buffer` has, from `hva` on.
+
+        Raises:
+            UntestableError: the memory cannot be read.
+        """
         done = 0
-        while done < length:
+        while done < len(buffer):
             try:
-                count = os.preadv(self._memory, [copy[done:length]], hva + done)
+                count = os.preadv(self._memory, [buffer[done:]], hva + done)
             except OSError as error:
                 raise UntestableError(
                     f"cannot read the memory of {self.name} at host address {hva + done:#x}: "
@@ -69,7 +85,30 @@ class ProcessMemory:
             if count == 0:  # mem_rw: the process has ended
                 raise UntestableError(f"{self.name} ended while dmaproof read its memory")
             done += count
-        return Extent(self._copy_fd)
+
+    def data_runs(self, hva: int, length: int) -> Iterator[tuple[int, int]]:
+        """Yield the (start, end) runs of `length` bytes from `hva` on that may not be zeros.
+
+        Both are counted from `hva` on. `hva` and `length` are whole pages of the machine.
+        """
+        for mapping in self.mappings:
+            begin, end = max(mapping.start, hva), min(mapping.end, hva + length)
+            if begin >= end:
+                continue
+            if mapping.inode:  # an absent page of a private file has the file's content
+                yield begin - hva, end - hva
+                continue
+            for first, last in self._populated(begin, (end - begin) // mmap.PAGESIZE):
+                yield begin - hva + first * mmap.PAGESIZE, begin - hva + last * mmap.PAGESIZE
+
+    def _populated(self, hva: int, pages: int) -> list[tuple[int, int]]:
+        """Return the runs of pages from `hva` on that are in memory or swapped out."""
+        content = os.pread(self._pagemap, pages * ENTRY_BYTES, hva // mmap.PAGESIZE * ENTRY_BYTES)
+        if len(content) != pages * ENTRY_BYTES:
+            return [(0, pages)]
+        flags = np.frombuffer(content, dtype=np.uint64) & (PRESENT | SWAPPED) != 0
+        edges = np.flatnonzero(np.diff(flags, prepend=False, append=False)).reshape(-1, 2)
+        return [(int(first), int(last)) for first, last in edges]
 
 
 @contextlib.contextmanager
@@ -79,14 +118,16 @@ def process_memory(
     """Open the memory of process `pid`; yield None if this user may not read it."""
     with contextlib.ExitStack() as stack:
         try:
-            memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+            memory, pagemap = (
+                stack.enter_context(Path(f"/proc/{pid}/{file}").open("rb", buffering=0)).fileno()
+                for file in ("mem", "pagemap")
+            )
         except OSError:
             yield None
             return
-        stack.callback(os.close, memory)
         copy_fd = os.memfd_create("dmaproof-copy", os.MFD_CLOEXEC)
         stack.callback(os.close, copy_fd)
         os.ftruncate(copy_fd, PIECE_BYTES)
         # The copy stays mapped: faulting it in again for each piece takes three times as long.
         copy = stack.enter_context(mmap.mmap(copy_fd, PIECE_BYTES))
-        yield ProcessMemory(name, mappings, memory, copy_fd, copy)
+        yield ProcessMemory(name, mappings, memory, pagemap, copy_fd, copy)

@@ -9,7 +9,6 @@ pmemsave), one piece at a time, into a folder that only QEMU and this process ca
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import mmap
 import os
@@ -29,7 +28,7 @@ from ..qemu.qemu import Qemu
 from ..qemu.qmp import QmpRefusal
 from .absent_pages import Absent, absent_in_file, absent_in_process
 from .copied_memory import ProcessMemory, process_memory
-from .pages import FilePlace, PagedRam, ReadablePages
+from .pages import FilePages, FilePlace, PagedRam, ProcessPages, ReadablePages
 from .physical_map import MapRegion, parse_flat_view, parse_hva
 from .process_memory import Mapping as ProcessMapping
 from .process_memory import (
@@ -76,18 +75,34 @@ class GuestRam(PagedRam):
     @contextlib.asynccontextmanager
     async def pages(self, region: MapRegion, gpa: int, count: int) -> AsyncIterator[ReadablePages]:
         """Make `count` pages from `gpa` on; see `PagedRam`."""
-        async with self.extent(region, gpa, count * PAGE_BYTES) as extent:
-            yield ReadablePages(extent, count, lambda: self.absent(region, gpa, count))
+        if found := self._readable(region, region.offset + gpa - region.gpa, count):
+            yield found
+            return
+        fd = await self._save(gpa, count * PAGE_BYTES)
+        try:
+            yield FilePages(Extent(fd), count, lambda: self.absent(region, gpa, count))
+        finally:
+            os.close(fd)
 
     async def hidden_pages(
         self, region: MapRegion, offset: int, count: int
     ) -> ReadablePages | None:
         """Make `count` pages from byte `offset` of the region's backend on; see `PagedRam`."""
-        extent = await self.backend_extent(region, offset, count * PAGE_BYTES)
-        if extent is None:
-            return None
+        return self._readable(region, offset, count)
+
+    def _readable(self, region: MapRegion, offset: int, count: int) -> ReadablePages | None:
+        """Make `count` pages from byte `offset` on; None if only QEMU can read them."""
         gpa = region.gpa + offset - region.offset
-        return ReadablePages(extent, count, lambda: self.absent(region, gpa, count))
+
+        def absent() -> Absent:
+            return self.absent(region, gpa, count)
+
+        if shared := self.shared_extent(region, offset):
+            return FilePages(shared, count, absent)
+        address = self._address(region, offset, count * PAGE_BYTES)
+        if self.process is None or address is None:
+            return None
+        return ProcessPages(self.process, address, count, absent)
 
     def shared_extent(self, region: MapRegion, offset: int) -> Extent | None:
         """Return the place of byte `offset` of the region's memory in a shared file, if any."""
@@ -121,42 +136,6 @@ class GuestRam(PagedRam):
         mappings = self.process.mappings if self.process else ()
         address = self._address(region, offset, pages * mmap.PAGESIZE)
         return absent_in_process(self.qemu.pid, mappings, address or 0, pages)
-
-    @contextlib.asynccontextmanager
-    async def extent(self, region: MapRegion, gpa: int, length: int) -> AsyncIterator[Extent]:
-        """Make an extent of `length` bytes from `gpa` on, all of them in `region`.
-
-        Raises:
-            UntestableError: the memory cannot be read, or QEMU could not save it.
-        """
-        found = await self.backend_extent(region, region.offset + gpa - region.gpa, length)
-        if found:
-            yield found
-            return
-        fd = await self._save(gpa, length)
-        try:
-            yield Extent(fd)
-        finally:
-            os.close(fd)
-
-    async def backend_extent(self, region: MapRegion, offset: int, length: int) -> Extent | None:
-        """Make an extent of `length` bytes of the region's memory from byte `offset` on.
-
-        The bytes need not be in the physical map.
-
-        Returns:
-            The extent, which the next extent of this guest may overwrite; None if only QEMU can
-            read the bytes.
-
-        Raises:
-            UntestableError: the memory cannot be read.
-        """
-        if shared := self.shared_extent(region, offset):
-            return shared
-        address = self._address(region, offset, length)
-        if self.process is None or address is None:
-            return None
-        return await asyncio.to_thread(self.process.copy, address, length)
 
     async def _save(self, gpa: int, length: int) -> int:
         """Have QEMU save `length` bytes from `gpa` on; return a descriptor of the deleted file."""

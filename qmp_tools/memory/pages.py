@@ -17,10 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmaproof import page_compare
+from dmaproof.errors import UntestableError
 from dmaproof.page_compare import Extent
 from dmaproof.units import PAGE_BYTES
 
 from .absent_pages import Absent
+from .copied_memory import ProcessMemory
 from .page_digests import page_digests
 from .physical_map import MapRegion
 
@@ -47,17 +49,46 @@ class Pages(ABC):
         """Return whether each of these pages contains only zeros."""
 
 
-@dataclass(frozen=True)
 class ReadablePages(Pages):
-    """Pages that can be read in `extent`; `find_absent` finds the absent ones."""
+    """Pages whose content can be read."""
 
-    extent: Extent
+    @abstractmethod
+    def extent(self) -> Extent:
+        """Return the pages as an extent that can be mapped.
+
+        Pages of the same guest may overwrite it.
+        """
+
+    @abstractmethod
+    def content(self, page: int) -> bytes:
+        """Read one page."""
+
+    def are_zero(self, pages: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Read each of these pages, and return whether it contains only zeros."""
+        return np.array([not any(self.content(int(page))) for page in pages], dtype=np.bool_)
+
+
+@dataclass(frozen=True)
+class FilePages(ReadablePages):
+    """Pages in a file; `find_absent` finds the absent ones."""
+
+    place: Extent
     count: int
     find_absent: Callable[[], Absent]
 
     def digests(self) -> NDArray[np.uint64]:
-        """Read and digest the pages."""
-        return page_digests(self.extent, self.count)
+        """Read and digest the pages that are not holes."""
+        runs = page_compare.data_runs(self.place, self.count * PAGE_BYTES)
+        return page_digests(self.count, runs, self._read_into)
+
+    def _read_into(self, offset: int, buffer: memoryview) -> None:
+        done = 0
+        while done < len(buffer):
+            at = self.place.offset + offset + done
+            count = os.preadv(self.place.fd, [buffer[done:]], at)
+            if count == 0:
+                raise UntestableError(f"a file with guest memory ends at byte {at}: it has shrunk")
+            done += count
 
     def absent(self) -> Absent:
         """Find the absent pages."""
@@ -65,11 +96,43 @@ class ReadablePages(Pages):
 
     def content(self, page: int) -> bytes:
         """Read one page."""
-        return os.pread(self.extent.fd, PAGE_BYTES, self.extent.offset + page * PAGE_BYTES)
+        return os.pread(self.place.fd, PAGE_BYTES, self.place.offset + page * PAGE_BYTES)
 
-    def are_zero(self, pages: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Read each of these pages, and return whether it contains only zeros."""
-        return np.array([not any(self.content(int(page))) for page in pages], dtype=np.bool_)
+    def extent(self) -> Extent:
+        """Return the place in the file."""
+        return self.place
+
+
+@dataclass(frozen=True)
+class ProcessPages(ReadablePages):
+    """Pages in the memory of a process from host address `hva` on."""
+
+    memory: ProcessMemory
+    hva: int
+    count: int
+    find_absent: Callable[[], Absent]
+
+    def digests(self) -> NDArray[np.uint64]:
+        """Read and digest the pages that have content."""
+        runs = self.memory.data_runs(self.hva, self.count * PAGE_BYTES)
+        return page_digests(self.count, runs, self._read_into)
+
+    def _read_into(self, offset: int, buffer: memoryview) -> None:
+        self.memory.read_into(self.hva + offset, buffer)
+
+    def absent(self) -> Absent:
+        """Find the absent pages."""
+        return self.find_absent()
+
+    def content(self, page: int) -> bytes:
+        """Read one page."""
+        content = bytearray(PAGE_BYTES)
+        self._read_into(page * PAGE_BYTES, memoryview(content))
+        return bytes(content)
+
+    def extent(self) -> Extent:
+        """Copy the pages."""
+        return self.memory.copy(self.hva, self.count * PAGE_BYTES)
 
 
 @dataclass(frozen=True)
@@ -158,6 +221,6 @@ class PagedRam(ABC):
 def differing_pages(source: Pages, destination: Pages) -> NDArray[np.int64]:
     """Return the sorted numbers of the pages that differ. Both have the same `count`."""
     if isinstance(source, ReadablePages) and isinstance(destination, ReadablePages):
-        length = source.count * PAGE_BYTES
-        return page_compare.differing_pages(source.extent, destination.extent, length, PAGE_BYTES)
+        extents = source.extent(), destination.extent()
+        return page_compare.differing_pages(*extents, source.count * PAGE_BYTES, PAGE_BYTES)
     return np.flatnonzero((source.digests() != destination.digests()).any(axis=1))

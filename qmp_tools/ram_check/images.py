@@ -21,7 +21,7 @@ from dmaproof.units import PAGE_BYTES
 
 from ..arguments import AnyPath, path_of
 from ..memory.absent_pages import absent_in_file
-from ..memory.pages import ReadablePages, differing_pages
+from ..memory.pages import FilePages, differing_pages
 from .comparison import MOST_INSPECTED, bytes_differing
 from .guest import Side
 from .outcome import IMAGE, Check, ComparedArea, Difference, NotCompared
@@ -62,7 +62,7 @@ async def check_images(source: AnyPath, destination: AnyPath) -> Check:
 
 def _compare(paths: list[Path], files: list[int], count: int, rest: int) -> Check:
     pages = [
-        ReadablePages(extent, count, functools.partial(absent_in_file, extent, count))
+        FilePages(extent, count, functools.partial(absent_in_file, extent, count))
         for extent in map(Extent, files)
     ]
     began_s = time.monotonic()

@@ -8,13 +8,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dmaproof.errors import UntestableError
 from qmp_tools.host.process_status import has_thread, user_and_group
+from qmp_tools.memory.absent_pages import Absent
 from qmp_tools.memory.copied_memory import ProcessMemory, process_memory
+from qmp_tools.memory.pages import ProcessPages
 from qmp_tools.memory.process_memory import Mapping, mappings_of
-from qmp_tools.testbed.ring_driver import PAGE
+from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 
 
 @pytest.fixture
@@ -41,6 +44,33 @@ def test_private_memory_is_copied_and_the_next_copy_overwrites_it(private: mmap.
         assert os.pread(fd, 5, offset) == b"three"
 
 
+def test_only_pages_with_content_are_read(private: mmap.mmap) -> None:
+    """The kernel maps adjacent anonymous memory together, so the runs begin anywhere in it."""
+    private.madvise(mmap.MADV_NOHUGEPAGE)
+    hva = address_of(private)
+    with process_memory(os.getpid(), "me", mappings_of(os.getpid(), "me")) as memory:
+        assert memory is not None
+        assert list(memory.data_runs(hva, 4 * PAGE)) == [(0, PAGE), (2 * PAGE, 3 * PAGE)]
+        assert list(memory.data_runs(hva + PAGE, PAGE)) == []
+        assert list(memory.data_runs(hva + 2 * PAGE, 2 * PAGE)) == [(0, PAGE)]
+        pages = ProcessPages(memory, hva, 4, lambda: Absent(np.zeros(4, dtype=np.bool_)))
+        assert pages.digests().any(axis=1).tolist() == [True, False, True, False]
+        assert pages.content(2)[:5] == b"three"
+
+
+def test_all_pages_of_a_private_file_are_read() -> None:
+    with ram_fd(4 * PAGE) as fd:
+        os.pwrite(fd, b"file", PAGE)
+        with mmap.mmap(fd, 4 * PAGE, flags=mmap.MAP_PRIVATE) as mapping:
+            mapping[3 * PAGE : 3 * PAGE + 4] = b"mine"
+            hva = address_of(mapping)
+            with process_memory(os.getpid(), "me", mappings_of(os.getpid(), "me")) as memory:
+                assert memory is not None
+                assert list(memory.data_runs(hva, 4 * PAGE)) == [(0, 4 * PAGE)]
+                pages = ProcessPages(memory, hva, 4, lambda: Absent(np.zeros(4, dtype=np.bool_)))
+                assert pages.digests().any(axis=1).tolist() == [False, True, False, True]
+
+
 def test_memory_that_is_not_mapped_cannot_be_copied(private: mmap.mmap) -> None:
     hva = address_of(private)
     with process_memory(os.getpid(), "me", mappings_of(os.getpid(), "me")) as memory:
@@ -61,7 +91,7 @@ def test_memory_in_several_mappings_must_be_contiguous(
     private: mmap.mmap, second: int, found: bool
 ) -> None:
     mappings = [Mapping(start, start + 0x1000, False, 0, 0, "") for start in (0x1000, second)]
-    memory = ProcessMemory("me", mappings, -1, -1, private)
+    memory = ProcessMemory("me", mappings, -1, -1, -1, private)
     assert memory.has(0x1000, 0x2000) == found
 
 

@@ -103,8 +103,10 @@ def read(guest: GuestRam, region: MapRegion, gpa: int, pages: int) -> list[int]:
     """Return the numbers of the pages from `gpa` on."""
 
     async def read_extent() -> list[int]:
-        async with guest.extent(region, gpa, pages * PAGE) as extent:
-            return numbers(extent, pages)
+        async with guest.pages(region, gpa, pages) as found:
+            read = numbers(found.extent(), pages)
+            assert [found.content(page)[0] - 1 for page in range(pages)] == read
+            return read
 
     return asyncio.run(read_extent())
 
@@ -131,26 +133,26 @@ def test_a_guest_physical_address_is_read_in_its_region(
 def test_memory_that_the_map_hides_is_read_from_any_region_of_its_backend(
     ram: Ram, reader: Callable[[Ram], GuestRam], region: MapRegion, page: int
 ) -> None:
-    extent = asyncio.run(reader(ram).backend_extent(region, page * PAGE, PAGE))
-    assert extent is not None
-    assert numbers(extent, 1) == [page]
+    found = asyncio.run(reader(ram).hidden_pages(region, page * PAGE, 1))
+    assert found is not None
+    assert numbers(found.extent(), 1) == [page]
 
 
 def test_qemu_cannot_save_memory_that_the_map_hides(ram: Ram) -> None:
-    assert asyncio.run(ram.saved().backend_extent(LOW_REGION, 4 * PAGE, PAGE)) is None
+    assert asyncio.run(ram.saved().hidden_pages(LOW_REGION, 4 * PAGE, 1)) is None
     assert ram.qemu.saves == 0
 
 
 def test_memory_without_a_host_address_is_not_read_from_the_process(ram: Ram) -> None:
     guest = replace(ram.in_process(), hvas={HIGH_REGION: ram.hvas[HIGH]})
-    assert asyncio.run(guest.backend_extent(LOW_REGION, 0, PAGE)) is None
-    assert asyncio.run(guest.backend_extent(HIGH_REGION, 8 * PAGE, PAGE)) is not None
+    assert asyncio.run(guest.hidden_pages(LOW_REGION, 0, 1)) is None
+    assert asyncio.run(guest.hidden_pages(HIGH_REGION, 8 * PAGE, 1)) is not None
     assert guest.copied == [HIGH_REGION]
 
 
 def test_memory_that_is_not_mapped_is_not_read_from_the_process(ram: Ram) -> None:
     guest = replace(ram.in_process(), hvas={LOW_REGION: PAGE, HIGH_REGION: ram.hvas[HIGH]})
-    assert asyncio.run(guest.backend_extent(LOW_REGION, 0, PAGE)) is None
+    assert asyncio.run(guest.hidden_pages(LOW_REGION, 0, 1)) is None
 
 
 def test_only_regions_outside_shared_files_are_copied(ram: Ram) -> None:

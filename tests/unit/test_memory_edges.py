@@ -111,7 +111,7 @@ def test_copies_hold_a_whole_piece_and_leave_no_open_descriptor() -> None:
 def test_a_mapping_contains_the_bytes_before_its_end(
     private: mmap.mmap, hva: int, length: int, found: bool
 ) -> None:
-    memory = ProcessMemory("me", [Mapping(0x1000, 0x2000, False, 0, 0, "")], -1, -1, private)
+    memory = ProcessMemory("me", [Mapping(0x1000, 0x2000, False, 0, 0, "")], -1, -1, -1, private)
     assert memory.has(hva, length) == found
 
 
@@ -120,7 +120,7 @@ def test_the_first_byte_of_a_mapping_does_not_belong_to_the_mapping_before(
 ) -> None:
     """A mapping that ends at the address comes first in the list, but does not contain it."""
     mappings = [Mapping(0x1000, 0x2000, False, 0, 0, ""), Mapping(0x2000, 0x3000, False, 0, 0, "")]
-    assert ProcessMemory("me", mappings, -1, -1, private).has(0x2000, 0x1000)
+    assert ProcessMemory("me", mappings, -1, -1, -1, private).has(0x2000, 0x1000)
 
 
 def test_a_process_has_the_user_and_group_of_its_file_system_access(tmp_path: Path) -> None:

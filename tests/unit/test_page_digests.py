@@ -9,15 +9,22 @@ import numpy as np
 import pytest
 import xxhash
 
+from dmaproof.errors import UntestableError
 from dmaproof.page_compare import Extent
 from dmaproof.units import PAGE_BYTES
 from qmp_tools.memory.absent_pages import Absent
-from qmp_tools.memory.page_digests import page_digests
-from qmp_tools.memory.pages import ReadablePages, SavedPages, differing_pages
+from qmp_tools.memory.pages import FilePages, SavedPages, differing_pages
 from qmp_tools.testbed.ring_driver import ram_fd
 
 PAGES = 600
 """More than are read at once."""
+
+
+NOTHING = Absent(np.zeros(PAGES, dtype=np.bool_))
+
+
+def pages_of(fd: int, first: int = 0, count: int = PAGES) -> FilePages:
+    return FilePages(Extent(fd, first * PAGE_BYTES), count, lambda: NOTHING)
 
 
 @pytest.fixture
@@ -30,7 +37,7 @@ def test_a_digest_is_the_canonical_xxh3_of_the_page(fd: int) -> None:
     content = {page: os.urandom(PAGE_BYTES) for page in (0, 255, 256, 257, PAGES - 1)}
     for page, data in content.items():
         os.pwrite(fd, data, page * PAGE_BYTES)
-    digests = page_digests(Extent(fd), PAGES)
+    digests = pages_of(fd).digests()
     assert (digests.shape, digests.dtype) == ((PAGES, 2), np.dtype("<u8"))
     for page in range(PAGES):
         expected = xxhash.xxh3_128_digest(content[page]) if page in content else bytes(16)
@@ -40,30 +47,29 @@ def test_a_digest_is_the_canonical_xxh3_of_the_page(fd: int) -> None:
 def test_a_written_page_of_zeros_has_the_digest_of_a_hole(fd: int) -> None:
     os.pwrite(fd, bytes(3 * PAGE_BYTES), 5 * PAGE_BYTES)
     os.pwrite(fd, b"\1", 6 * PAGE_BYTES + PAGE_BYTES - 1)
-    digests = page_digests(Extent(fd, 4 * PAGE_BYTES), 5)
+    digests = pages_of(fd, 4, 5).digests()
     assert digests.any(axis=1).tolist() == [False, False, True, False, False]
 
 
 def test_holes_are_not_filled(fd: int) -> None:
     os.pwrite(fd, b"x", 300 * PAGE_BYTES)
-    page_digests(Extent(fd), PAGES)
+    pages_of(fd).digests()
     assert os.fstat(fd).st_blocks * 512 == PAGE_BYTES
 
 
-def test_an_extent_beyond_the_end_of_its_file_is_an_error(fd: int) -> None:
+def test_a_file_that_has_shrunk_is_an_error(fd: int) -> None:
     for page in range(4):
         os.pwrite(fd, b"x", page * PAGE_BYTES)
     os.ftruncate(fd, 3 * PAGE_BYTES + 1)
-    with pytest.raises(EOFError, match="the file ends 4095 bytes before its extent"):
-        page_digests(Extent(fd), 4)
+    with pytest.raises(UntestableError, match="ends at byte 12289: it has shrunk"):
+        pages_of(fd, 0, 4).digests()
 
 
 def test_every_changed_page_differs_from_its_digest(fd: int) -> None:
     for page in range(0, PAGES, 3):
         os.pwrite(fd, os.urandom(PAGE_BYTES), page * PAGE_BYTES)
-    nothing = Absent(np.zeros(PAGES, dtype=np.bool_))
-    readable = ReadablePages(Extent(fd), PAGES, lambda: nothing)
-    saved = SavedPages(PAGES, readable.digests(), nothing, lambda page: None)
+    readable = pages_of(fd)
+    saved = SavedPages(PAGES, readable.digests(), NOTHING, lambda page: None)
     for sides in ((readable, saved), (saved, readable), (saved, saved)):
         assert differing_pages(*sides).tolist() == []
     changed = [0, 4, PAGES - 1]
@@ -75,9 +81,8 @@ def test_every_changed_page_differs_from_its_digest(fd: int) -> None:
 
 def test_pages_of_zeros_are_known_from_the_content_and_from_the_digests(fd: int) -> None:
     os.pwrite(fd, b"x", 2 * PAGE_BYTES + 5)
-    nothing = Absent(np.zeros(PAGES, dtype=np.bool_))
-    readable = ReadablePages(Extent(fd), PAGES, lambda: nothing)
-    saved = SavedPages(PAGES, readable.digests(), nothing, lambda page: None)
+    readable = pages_of(fd)
+    saved = SavedPages(PAGES, readable.digests(), NOTHING, lambda page: None)
     for pages in (readable, saved):
         assert pages.are_zero(np.array([1, 2, 3])).tolist() == [True, False, True]
         assert pages.are_zero(np.array([], dtype=np.int64)).tolist() == []

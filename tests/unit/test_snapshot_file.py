@@ -16,7 +16,7 @@ from dmaproof.errors import UntestableError, UsageError
 from dmaproof.page_compare import Extent
 from dmaproof.units import PAGE_BYTES
 from qmp_tools.memory.absent_pages import Absent
-from qmp_tools.memory.pages import ReadablePages
+from qmp_tools.memory.pages import FilePages
 from qmp_tools.ram_check.snapshot_file import (
     END,
     MAGIC,
@@ -46,7 +46,7 @@ def path(tmp_path: Path) -> Path:
         for gpa, first, with_content in ((6, 6, True), (0, 0, False), (None, 0, False)):
             absence = Absent(ABSENT[first : first + 6], certain=first == 0)
             extent = Extent(fd, first * PAGE_BYTES)
-            pages = ReadablePages(extent, 6, itertools.repeat(absence).__next__)
+            pages = FilePages(extent, 6, itertools.repeat(absence).__next__)
             place = (None if gpa is None else gpa * PAGE_BYTES, "ram0", first * PAGE_BYTES)
             writer.add(place, pages, with_absent=gpa is not None, with_content=with_content)
         writer.end({"hello": "world"})
@@ -100,7 +100,7 @@ def test_zero_pages_need_no_space(tmp_path: Path) -> None:
     nothing = Absent(np.ones(gibibytes, dtype=np.bool_))
     with ram_fd(gibibytes * PAGE_BYTES) as fd, create(path) as file:
         writer = SnapshotWriter(file)
-        pages = ReadablePages(Extent(fd), gibibytes, lambda: nothing)
+        pages = FilePages(Extent(fd), gibibytes, lambda: nothing)
         writer.add((0, "ram0", 0), pages, with_absent=True, with_content=True)
         writer.end({})
     assert path.stat().st_size < 1000

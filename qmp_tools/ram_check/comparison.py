@@ -57,7 +57,9 @@ async def compare_guests(
         GuestHasRunError: a guest has run since the migration, or pages differ and it may have run.
         UntestableError: the sizes or maps differ, or memory cannot be read.
     """
-    comparison = _Comparison(source, destination)
+    # Without a migration, a snapshot of a QEMU can be compared with the same memory later.
+    both_live = isinstance(source, LiveGuest) and isinstance(destination, LiveGuest)
+    comparison = _Comparison(source, destination, seeks_same=expect_migration or both_live)
     comparison.require_two_guests()
     await _require_comparable(source, destination, expect_migration)
     comparison.require_equal_sizes()
@@ -97,10 +99,14 @@ async def _require_comparable(
 
 @dataclass
 class _Comparison:
-    """Two guests, and the findings so far."""
+    """Two guests, and the findings so far.
+
+    `seeks_same` says whether memory that is the same on both sides is left out.
+    """
 
     source: Guest
     destination: Guest
+    seeks_same: bool
     areas: list[ComparedArea] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
     not_compared: list[NotCompared] = field(default_factory=list)
@@ -137,7 +143,7 @@ class _Comparison:
         """
         ranges = common_ranges(self.source.ram.regions, self.destination.ram.regions)
         rams = self.source.ram, self.destination.ram
-        same = {common for common in ranges if is_same_memory(*rams, common)}
+        same = {common for common in ranges if self.seeks_same and is_same_memory(*rams, common)}
         if same and not any(self._is_guest_ram(common) for common in ranges if common not in same):
             raise UntestableError(
                 "source and destination have their RAM in the same file (x-ignore-shared?), so "
@@ -253,7 +259,7 @@ class _Comparison:
             why = "hidden by the physical map; QEMU can save only memory that the map shows"
             self.not_compared.append(NotCompared(name, start, length, why))
             return
-        if is_same_part(self.source.ram, self.destination.ram, regions, start):
+        if self.seeks_same and is_same_part(self.source.ram, self.destination.ram, regions, start):
             self.not_compared.append(NotCompared(name, start, length, _SAME_MEMORY))
             return
         found = await asyncio.to_thread(differing_pages, sent, received)

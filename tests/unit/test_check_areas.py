@@ -73,7 +73,7 @@ class Sides:
     """The source and the destination of a migration."""
 
     def __init__(self, stack: ExitStack, folder: Path, saved: Sequence[str]) -> None:
-        self._folder = folder
+        self.folder = folder
         self._saved = saved
         self.stack = stack
         fds = [stack.enter_context(ram_fd((PAGES + 2) * PAGE)) for _ in range(2)]
@@ -93,12 +93,12 @@ class Sides:
         async with AsyncExitStack() as stack:
             guests: list[Guest] = []
             for name, qemu in (("source", self.source), ("destination", self.destination)):
-                guest = await stack.enter_async_context(live_guest(qemu.attached, self._folder))
-                guests.append(await self._snapshot(guest) if name in self._saved else guest)
+                guest = await stack.enter_async_context(live_guest(qemu.attached, self.folder))
+                guests.append(await self.snapshot(guest) if name in self._saved else guest)
             return await compare_guests(guests[0], guests[1])
 
-    async def _snapshot(self, guest: LiveGuest) -> Snapshot:
-        path = self._folder / f"{guest.qemu.name}.snap"
+    async def snapshot(self, guest: LiveGuest) -> Snapshot:
+        path = self.folder / f"{guest.qemu.name}.snap"
         with create(path) as file:
             await write_snapshot(guest, await guest.state(), file)
         return Snapshot.read(path)
@@ -283,6 +283,17 @@ def test_one_file_for_both_sides_proves_nothing(sides: Sides) -> None:
     sides.source = twin
     with pytest.raises(UntestableError, match="have their RAM in the same file"):
         sides.check()
+
+
+@only_live
+def test_a_snapshot_is_compared_with_the_same_memory_later(sides: Sides) -> None:
+    async def changed() -> Check:
+        async with live_guest(sides.source.attached, sides.folder) as guest:
+            before = await sides.snapshot(guest)
+            sides.lose(4, 6)
+            return await compare_guests(before, guest, expect_migration=False)
+
+    assert places(asyncio.run(changed())) == [(4 * PAGE, "ram0", 4), (None, "ram0", 6)]
 
 
 def test_only_memory_shared_by_both_sides_is_not_compared(sides: Sides) -> None:

@@ -157,11 +157,11 @@ class HeldSource:
             if answer.get("status", "none") != self._last.migration:
                 self._last = await guest_state(self._qemu)
                 await self.open()
-            if self._last.migration in _FAILED:
-                raise MigrationFailedError(
-                    f"the migration of {self._last.name} is '{self._last.migration}': there was no "
-                    "switchover, so there is no snapshot"
-                )
+                if self._last.migration in _FAILED:  # not that of an earlier attempt
+                    raise MigrationFailedError(
+                        f"the migration of {self._last.name} is '{self._last.migration}': there "
+                        "was no switchover, so there is no snapshot"
+                    )
 
 
 async def _cancel(*tasks: asyncio.Task[Any]) -> None:

@@ -83,7 +83,7 @@ def test_the_commands_of_the_page_check_a_migration(
     source.run("virsh", "suspend", "vm")
     exit_code, printed = type_in(before, folder, source.inside)
     assert (exit_code, missing(before, printed)) == (0, []), printed
-    assert "terminate process" not in source.log(), "libvirt gave up waiting for dmaproof"
+    assert "terminate process" not in source.log(), "libvirt had to wait for dmaproof"
 
     on_destination = tool_on(destination, tool)
     snapshot = folder / "vm.snap"

@@ -112,6 +112,11 @@ def test_a_migration_that_fails_leaves_the_reason_in_the_file(tool: Tool, folder
         assert "has no snapshot: the migration of QEMU" in printed
         assert "is 'failed': there was no switchover" in printed
         assert pair.monitors[0].execute("query-status")["status"] == "running"
+        run(tool, 0, "snapshot", pair.source, file, "--at-switchover", "--background")
+        late = run(tool, 3, "check", file, pair.destination, "--timeout", "0.2")
+        assert "has not finished within 0.2 s" in late, "it takes the failure for a new one"
+        pair.migrate()
+        run(tool, 0, "check", file, pair.destination)
     assert not tool.leftovers()
 
 

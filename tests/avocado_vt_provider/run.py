@@ -81,16 +81,14 @@ def main() -> int:
     if qemu is None:
         sys.exit("qemu-system-x86_64 not found: apt-get install qemu-system-x86")
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    with tempfile.TemporaryDirectory(prefix="vt-") as folder:
-        home = Path(folder)
-        set_up(home, qemu)
-        (home / "t").mkdir()
+    with tempfile.TemporaryDirectory(prefix="vt-", dir="/tmp") as folder:  # short, for sockets
+        set_up(Path(folder), qemu)
         command = [sys.executable, "-m", "avocado", "run", "--max-parallel-tasks", "1"]
         command += ["--disable-sysinfo", "--vt-extra-params", f"kernel={probe_guest()}"]
         command += ["--job-results-dir", str(Path.cwd() / "job-results"), *sys.argv[1:]]
         environment = {
             "HOME": folder,
-            "TMPDIR": str(home / "t"),
+            "TMPDIR": folder,
             "XDG_CACHE_HOME": str(cache_folder().parent),
             # avocado-vt finds its helpers only there.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

@@ -96,14 +96,11 @@ def test_equal_ram_passes_in_each_migration_and_the_guest_continues(
 def test_a_changed_byte_fails_the_test_with_the_page_named(results: dict[str, Result]) -> None:
     result = results["spoilt.once.checked"]
     assert result.status == "FAIL", result.log
-    assert result.reason.splitlines() == [
-        "1 of 16448 pages differ",
-        "  mem-machine_mem +0x2345000 (GPA 0x2345000)",
-    ]
-    assert f"GPA {SPOILT_AT:#x}" in result.log
+    assert "1 of 16448 pages differ" in result.reason
+    assert f"(GPA {SPOILT_AT:#x})" in result.reason
     (difference,) = result.reports["ram"]["differences"]
     assert difference["gpa"] == SPOILT_AT
-    after = result.log.partition(result.reason)[2]
+    after = result.log.partition("1 of 16448 pages differ")[2]
     assert '{"execute": "cont"' in after, "the guest of the destination continues"
 
 
@@ -125,7 +122,7 @@ def test_a_hook_checks_a_test_that_is_not_changed(tmp_path_factory: pytest.TempP
     results = run_tests(folder, "spoilt.once.plain", "--vt-extra-params", option)
     result = results["spoilt.once.plain"]
     assert result.status == "FAIL", result.log
-    assert f"GPA {SPOILT_AT:#x}" in result.log
+    assert f"(GPA {SPOILT_AT:#x})" in result.reason
 
 
 def test_the_docs_show_the_whole_change_to_a_test() -> None:

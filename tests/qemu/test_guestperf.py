@@ -1,4 +1,4 @@
-"""QEMU's benchmark guestperf with the script of docs/guestperf.md, `watch` and `check`."""
+"""QEMU's benchmark guestperf with the scripts of docs/qemu-tests.md, and `dmaproof watch`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,25 @@ import pytest
 
 from qmp_tools.guest.bare import probe_guest
 from qmp_tools.qemu.builds import installed
+from qmp_tools.qemu.choice import find_qemu
 from support.command import TIMEOUT_S, Tool
+from support.foreign_pair import MEMORY, WITH_RAM0, foreign_pair
 from support.qemu_source import qemu_source
 
-PAGE = Path(__file__).parents[2] / "docs" / "guestperf.md"
+PAGE = Path(__file__).parents[2] / "docs" / "qemu-tests.md"
+CHECK = Path(__file__).parents[1] / "unittest_suite" / "check_when_migrated.py"
 SLEEP_S = 5
+
+_TCG = """\
+#!/bin/sh
+# guestperf demands KVM, which not every machine has.
+for word; do
+    shift
+    case $word in kvm) word=tcg ;; host) word=max ;; esac
+    set -- "$@" "$word"
+done
+exec {qemu} "$@"
+"""
 
 
 def write_script(path: Path, text: str) -> Path:
@@ -38,6 +52,31 @@ def wait_for(process: subprocess.Popen[str], socket: Path) -> None:
         time.sleep(0.05)
 
 
+def check_when_migrated(source: Path, destination: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, CHECK, source, destination],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
+def test_a_page_that_differs_is_named_and_the_guest_continues(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("p")
+    with foreign_pair(find_qemu(None), folder, [*WITH_RAM0, *MEMORY["memfd"]]) as pair:
+        pair.migrate()
+        with pair.memory_file(1, "memfd:").open("r+b", buffering=0) as memory:
+            os.pwrite(memory.fileno(), b"!", 0x2345007)
+        checked = check_when_migrated(pair.source, pair.destination)
+        assert checked.returncode == 1
+        assert "1 of " in checked.stderr
+        assert "(GPA 0x2345000)" in checked.stderr
+        assert pair.monitors[1].execute("query-status")["running"] is True
+
+
 def test_guestperf_is_watched_and_its_ram_is_checked(
     tool: Tool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -45,41 +84,27 @@ def test_guestperf_is_watched_and_its_ram_is_checked(
         pytest.skip("needs a newer QEMU: dmaproof qemu fetch 11.1")
     source = qemu_source()
     folder = tmp_path_factory.mktemp("g")
-    script = re.search(r"```sh\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert script
-    wrapper = write_script(folder / "qemu-for-guestperf", script[1])
-    qemu = shlex.quote(str(installed()[-1].path))
-    # guestperf demands KVM, which is not everywhere.
-    write_script(
-        folder / "qemu-system-x86_64",
-        f"""#!/bin/sh
-for word; do
-    shift
-    case $word in kvm) word=tcg ;; host) word=max ;; esac
-    set -- "$@" "$word"
-done
-exec {qemu} "$@"
-""",
-    )
+    shown = re.search(r"```sh\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert shown
+    script = shown[1].replace("unix:/tmp/", f"unix:{folder}/")
+    assert script.count(str(folder)) == 2
+    qemu = write_script(folder / "tcg", _TCG.format(qemu=shlex.quote(str(installed()[-1].path))))
     guest = str(probe_guest())  # it has no initrd, but guestperf demands one
-    program = str(source / "tests/migration-stress/guestperf.py")
-    command = [sys.executable, program, "--verbose"]
-    command += ["--binary", str(wrapper), "--kernel", guest, "--initrd", guest, "--mem", "0"]
     guestperf = subprocess.Popen(
-        [*command, "--sleep", str(SLEEP_S)],
+        [
+            *(sys.executable, source / "tests/migration-stress/guestperf.py", "--verbose"),
+            *("--binary", write_script(folder / "with-qmp-system-x86_64", script)),
+            *("--kernel", guest, "--initrd", guest, "--mem", "0", "--sleep", str(SLEEP_S)),
+        ],
         cwd=folder,
-        env={
-            **os.environ,
-            "TMPDIR": str(folder),
-            "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
-        },
+        env={**os.environ, "QEMU": str(qemu)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
-    sockets = [folder / f"guestperf-{side}" for side in ("source", "destination")]
+    sockets = [folder / "source.sock", folder / "destination.sock"]
     try:
         for socket in sockets:
             wait_for(guestperf, socket)
@@ -92,9 +117,9 @@ exec {qemu} "$@"
         guestperf.send_signal(signal.SIGSTOP)
         assert watched.exit_code == 0, watched.errors
         assert watched.output.splitlines()[-1].startswith("completed")
-        checked = tool.run("check", *map(str, sockets))
-        assert checked.exit_code == 0, checked.output + checked.errors
-        assert "PASS: all pages are equal" in checked.output
+        checked = check_when_migrated(*sockets)
+        assert checked.returncode == 0, checked.stderr
+        assert "all pages are equal" in checked.stdout
         guestperf.send_signal(signal.SIGCONT)
         printed, _ = guestperf.communicate(timeout=TIMEOUT_S)
         assert guestperf.returncode == 0, printed

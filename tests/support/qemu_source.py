@@ -1,7 +1,8 @@
 """Python files of QEMU's own source, from Debian's source package, for tests that run them.
 
-QEMU's functional tests and the class `QEMUMachine` are on no package index. apt downloads the
-source package as it downloads packages for `dmaproof qemu fetch`. Only the needed files are kept.
+QEMU's functional tests, its class QEMUMachine and guestperf are on no package index. apt downloads
+the source package as it downloads packages for `dmaproof qemu fetch`. Only the needed files are
+kept.
 """
 
 from __future__ import annotations

@@ -80,6 +80,11 @@ async def guest_state(qemu: Qemu) -> GuestState:
     )
 
 
+def has_completed(state: GuestState) -> bool:
+    """Return whether the last migration has completed, and the guest was not resumed since."""
+    return state.migration == "completed" and state.run_state in _AFTER_SWITCHOVER
+
+
 def require_paused(state: GuestState) -> None:
     """Require that the guest is paused.
 

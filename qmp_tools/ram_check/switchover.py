@@ -24,7 +24,7 @@ from ..host.exit_hold import ExitHold, HoldRefusedError, exit_hold
 from ..qemu.qemu import Qemu
 from ..qemu.qmp import QmpError
 from .guest import LiveGuest, live_guest
-from .migrated import ENDED, GuestState, guest_state, require_not_resumed
+from .migrated import ENDED, GuestState, guest_state, has_completed, require_not_resumed
 
 _LOOK_EVERY_S: Final = 0.05
 _FAILED: Final = ("failed", "cancelled")
@@ -89,7 +89,7 @@ class HeldSource:
         Raises:
             UntestableError: it cannot.
         """
-        if self._last.migration == "completed":
+        if has_completed(self._last):
             raise UntestableError(
                 f"{self._last.name} has already completed a migration: take the snapshot without "
                 "--at-switchover"
@@ -145,23 +145,29 @@ class HeldSource:
             await _cancel(asking, ending)
 
     async def _follow(self) -> None:
-        """Poll the migration until it has completed.
+        """Poll until a migration has completed; ignore the end of an earlier one.
 
         Raises:
             MigrationFailedError: the migration failed or was cancelled.
             QmpError: QEMU does not answer any more.
         """
-        while self._last.migration != "completed":
+        while True:
             await asyncio.sleep(_LOOK_EVERY_S)
-            answer = await self._qemu.qmp.execute("query-migrate")
-            if answer.get("status", "none") != self._last.migration:
-                self._last = await guest_state(self._qemu)
+            status = (await self._qemu.qmp.execute("query-migrate")).get("status", "none")
+            is_new = status != self._last.migration
+            if not is_new and status != "completed":
+                continue
+            self._last = state = await guest_state(self._qemu)
+            if is_new and state.migration in _FAILED:
+                raise MigrationFailedError(
+                    f"the migration of {state.name} is '{state.migration}': there was no "
+                    "switchover, so there is no snapshot"
+                )
+            has_ended = has_completed(state)
+            if is_new or has_ended:
                 await self.open()
-                if self._last.migration in _FAILED:  # not that of an earlier attempt
-                    raise MigrationFailedError(
-                        f"the migration of {self._last.name} is '{self._last.migration}': there "
-                        "was no switchover, so there is no snapshot"
-                    )
+            if has_ended:
+                return
 
 
 async def _cancel(*tasks: asyncio.Task[Any]) -> None:

@@ -275,6 +275,21 @@ def test_the_switchover_is_the_end_of_the_migration(source: Source) -> None:
     assert asyncio.run(wait()) == ("postmigrate", "completed")
 
 
+@pytest.mark.parametrize("earlier", ["failed", "cancelled", "completed"])
+def test_the_end_of_an_earlier_migration_is_ignored(source: Source, earlier: str) -> None:
+    source.qemu.migration = {"status": earlier, "ram": {}}
+
+    async def wait() -> str:
+        async with source:
+            waiting = asyncio.create_task(source.held.wait_for_switchover())
+            await asyncio.sleep(0.2)
+            assert not waiting.done()
+            source.qemu.state, source.qemu.migration = "postmigrate", SENT
+            return (await waiting).run_state
+
+    assert asyncio.run(wait()) == "postmigrate"
+
+
 @pytest.mark.parametrize("qmp_closes_first", [False, True])
 def test_the_switchover_may_be_the_end_of_qemu(source: Source, *, qmp_closes_first: bool) -> None:
     async def wait() -> tuple[str, str]:
@@ -324,7 +339,7 @@ def test_memory_that_could_not_be_held_is_reported(source: Source) -> None:
 def test_a_source_that_cannot_be_held_is_refused(
     source: Source, migration: dict[str, Any], why: str
 ) -> None:
-    source.qemu.migration = migration
+    source.qemu.state, source.qemu.migration = "postmigrate", migration
 
     async def hold() -> None:
         async with source:

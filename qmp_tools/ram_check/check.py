@@ -81,7 +81,12 @@ async def _open(
 ) -> AsyncIterator[Guest]:
     if isinstance(given, Snapshot):
         yield given
-    elif isinstance(given, (str, os.PathLike)) and is_snapshot(Path(given)):
+    elif isinstance(given, (str, os.PathLike)) and Path(given).is_file():
+        if not is_snapshot(Path(given)):
+            raise UsageError(
+                f"{side}: {given} is a file, but not a snapshot: take one with 'dmaproof "
+                "snapshot', or compare two raw images of RAM with --raw"
+            )
         yield await complete_snapshot(Path(given), timeout_s)
     else:
         async with (

@@ -14,6 +14,7 @@ import itertools
 import socket
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from io import FileIO
 from pathlib import Path
 from typing import IO, Final
 
@@ -132,7 +133,7 @@ class _Place:
 
 
 async def write_snapshot(
-    guest: LiveGuest, state: GuestState, file: IO[bytes], *, with_content: bool = False
+    guest: LiveGuest, state: GuestState, file: FileIO, *, with_content: bool = False
 ) -> None:
     """Write a snapshot of a paused guest into `file`, as `create` makes it.
 
@@ -173,7 +174,7 @@ async def write_snapshot(
     )
 
 
-def write_failure(file: IO[bytes], reason: str) -> None:
+def write_failure(file: FileIO, reason: str) -> None:
     """Write into `file` why there is no snapshot, for a reader that waits for the snapshot."""
     file.seek(len(MAGIC))
     file.truncate()

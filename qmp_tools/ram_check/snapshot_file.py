@@ -19,6 +19,7 @@ import json
 import mmap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -73,9 +74,9 @@ class Piece:
 
 @dataclass
 class SnapshotWriter:
-    """Writes a snapshot into `file`, which contains only `MAGIC`."""
+    """Writes a snapshot into `file`, which `create` has made."""
 
-    file: IO[bytes]
+    file: FileIO
     pieces: list[Piece] = field(default_factory=list)
 
     def add(
@@ -102,10 +103,10 @@ class SnapshotWriter:
         position = self.file.tell()
         for data in (zero_runs, absent_runs, digests[~is_zero]):
             if data is not None:
-                self.file.write(data.tobytes())
+                self._write(data.tobytes())
         if with_content:
             for page in np.flatnonzero(~is_zero):
-                self.file.write(pages.content(int(page)) or b"")
+                self._write(pages.content(int(page)) or b"")
         self.pieces.append(
             Piece(
                 *place,
@@ -121,8 +122,18 @@ class SnapshotWriter:
     def end(self, index: Mapping[str, Any]) -> None:
         """Write the index and the end of the file."""
         text = json.dumps({**index, "pieces": [asdict(piece) for piece in self.pieces]}).encode()
-        self.file.write(text + len(text).to_bytes(_LENGTH_BYTES, "little") + END)
-        self.file.flush()
+        self._write(text + len(text).to_bytes(_LENGTH_BYTES, "little") + END)
+
+    def _write(self, data: bytes) -> None:
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[self.file.write(rest) :]
+        except OSError as error:
+            raise UntestableError(
+                f"cannot write {self.file.name}: {error.strerror}. A snapshot needs 16 bytes for "
+                "each page that is not zero; name a file on another disk"
+            ) from error
 
 
 def runs_of(flags: NDArray[np.bool_]) -> NDArray[np.uint64]:
@@ -256,19 +267,18 @@ def is_snapshot(path: Path) -> bool:
         return False
 
 
-def create(path: Path) -> IO[bytes]:
-    """Create the file at `path` for a snapshot, locked until it is closed.
+def create(path: Path) -> FileIO:
+    """Create the file at `path` for a snapshot, without a buffer, locked until it is closed.
 
     Raises:
         UsageError: the file cannot be created, or another program writes a snapshot into it.
     """
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(path.open("r+b" if path.exists() else "x+b"))
+            file = stack.enter_context(FileIO(path, "r+" if path.exists() else "x+"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
             file.write(MAGIC)  # a reader that waits for the snapshot recognizes the file by it
-            file.flush()
         except BlockingIOError:
             raise UsageError(
                 f"another program writes a snapshot into {path}: name another file"

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from dmaproof.errors import UntestableError
+from dmaproof.errors import UntestableError, UsageError
 from qmp_tools.host.exit_hold import ExitHold
 from qmp_tools.memory.physical_map import MapRegion
 from qmp_tools.memory.ram_blocks import RamBlock
@@ -213,6 +213,16 @@ def test_check_takes_snapshots_and_their_files(
             str(paths[0]),
             str(paths[1]),
         )
+
+
+def test_a_file_that_is_not_a_snapshot_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qmp_tools.ram_check.check.run_folder", lambda: nullcontext(tmp_path))
+    image, other = tmp_path / "image", tmp_path / "other"
+    image.write_bytes(bytes(PAGE))
+    with pytest.raises(UsageError, match=r"^source: .*image is a file, but not a snapshot"):
+        asyncio.run(check(image, other))
 
 
 class Hold:

@@ -177,6 +177,18 @@ def test_a_snapshot_is_recognized_while_it_is_written(tmp_path: Path) -> None:
         fcntl.flock(reader, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
+def test_a_full_disk_is_reported_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "full.snap"
+    path.symlink_to("/dev/full")
+    with ram_fd(PAGE_BYTES) as fd:
+        os.pwrite(fd, b"x", 0)
+        pages = FilePages(Extent(fd), 1, lambda: Absent(np.zeros(1, dtype=np.bool_)))
+        with path.open("wb", buffering=0) as file:
+            writer = SnapshotWriter(file)
+            with pytest.raises(UntestableError, match=r"cannot write .*full\.snap: No space left"):
+                writer.add((0, "ram0", 0), pages, with_absent=False, with_content=False)
+
+
 def test_an_existing_file_is_replaced_and_a_folder_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "old"
     path.write_bytes(b"x" * 1000)

@@ -48,10 +48,9 @@ if TYPE_CHECKING:
     from .proof.verdict import GuestOutcome, Verdict
     from .qemu.machine import INCOMING
     from .qemu.qmp import QmpError
-    from .ram_check.migrated import GuestHasRunError, NotMigratedError
+    from .ram_check.migrated import GuestHasRunError, MigrationFailedError, NotMigratedError
     from .ram_check.outcome import Check, RamDiffersError
     from .ram_check.snapshot import Snapshot
-    from .ram_check.switchover import MigrationFailedError
 
     __version__: str
 
@@ -81,10 +80,9 @@ _HOMES: Final = {
     "proof.verdict": ("GuestOutcome", "Verdict"),
     "qemu.machine": ("INCOMING",),
     "qemu.qmp": ("QmpError",),
-    "ram_check.migrated": ("GuestHasRunError", "NotMigratedError"),
+    "ram_check.migrated": ("GuestHasRunError", "MigrationFailedError", "NotMigratedError"),
     "ram_check.outcome": ("Check", "RamDiffersError"),
     "ram_check.snapshot": ("Snapshot",),
-    "ram_check.switchover": ("MigrationFailedError",),
 }
 """Public names by the module that defines them."""
 

@@ -53,10 +53,9 @@ from .qemu.qemu import OwnedQemu, Qemu, SocketQemu, running_qemu
 from .qemu.qmp import Qmp, QmpError
 from .ram_check.check import check
 from .ram_check.images import check_images
-from .ram_check.migrated import GuestHasRunError, NotMigratedError
+from .ram_check.migrated import GuestHasRunError, MigrationFailedError, NotMigratedError
 from .ram_check.outcome import Check, RamDiffersError
 from .ram_check.snapshot import Snapshot
-from .ram_check.switchover import MigrationFailedError
 from .ram_check.take import take_snapshot
 
 __all__ = [

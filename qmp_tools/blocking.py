@@ -248,6 +248,7 @@ def check(
     destination: AnyQemu | Snapshot,
     *,
     expect_migration: bool = True,
+    wait: bool = False,
     resume: bool = False,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Check:
@@ -260,8 +261,10 @@ def check(
         destination: the same for the destination.
         expect_migration: whether to refuse QEMUs that have not migrated; if False, any two paused
             QEMUs are compared.
+        wait: whether to wait until the sockets of the QEMUs exist and the migration has completed.
         resume: whether to continue the guest of the destination after the comparison.
-        timeout_s: bounds the wait for each of their answers, in seconds.
+        timeout_s: bounds the wait for each of their answers, in seconds, and with `wait` for the
+            end of the migration.
 
     Returns:
         The outcome: the exit code, a sentence, and every difference.
@@ -281,6 +284,7 @@ def check(
             source,
             destination,
             expect_migration=expect_migration,
+            wait=wait,
             resume=resume,
             timeout_s=timeout_s,
         )
@@ -318,7 +322,7 @@ def take_snapshot(
             until then, and its QEMU may end at the switchover. If False, the guest is paused now.
         with_content: whether to save the bytes of each page that is not zero. If False, the file
             has a digest of each page, 16 bytes, and a check cannot count the bytes that differ.
-        timeout_s: bounds the wait for each answer of QEMU.
+        timeout_s: bounds the wait for each answer of QEMU, and for the switchover.
 
     Raises:
         UsageError: `qemu` is not a QEMU, or the file cannot be written.
@@ -460,6 +464,7 @@ class Environment:
         destination: RunningQemu | AnyQemu | Snapshot,
         *,
         expect_migration: bool = True,
+        wait: bool = False,
         resume: bool = False,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Check:
@@ -476,6 +481,7 @@ class Environment:
                     qemus[0],
                     qemus[1],
                     expect_migration=expect_migration,
+                    wait=wait,
                     resume=resume,
                     timeout_s=timeout_s,
                 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from dmaproof.errors import UsageError
+
 from ..qemu.machine import DESTINATION, SOURCE
 from ..ram_check.check import check
 from ..ram_check.images import check_images
@@ -22,6 +24,7 @@ the place of a QEMU that has ended, or that is on another host.
 examples:
   dmaproof check /run/source-qmp.sock /run/destination-qmp.sock
   dmaproof check source.sock destination.sock --report check.html --junit check.xml
+  dmaproof check source.sock destination.sock --wait --resume
   dmaproof check source.snap destination.sock
   dmaproof check source.snap qemu:///system/vm
   dmaproof check one.sock other.sock --no-migration
@@ -60,6 +63,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare any two paused QEMUs; without this option, QEMUs that have not migrated are "
         "not tested",
     )
+    parser.add_argument(
+        "--wait",
+        action="store_true",
+        help="wait until the sockets exist and the migration has completed, at most --timeout",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the guest of the destination after the comparison",
+    )
     add_timeout(parser)
     add_outputs(parser)
 
@@ -67,10 +80,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     sides = arguments.source, arguments.destination
     if arguments.raw:
+        if arguments.wait or arguments.resume:
+            raise UsageError("--raw compares files, so --wait and --resume do not apply")
         outcome = run_interruptibly(check_images(*sides))
     else:
         outcome = run_interruptibly(
-            check(*sides, expect_migration=not arguments.no_migration, timeout_s=arguments.timeout)
+            check(
+                *sides,
+                expect_migration=not arguments.no_migration,
+                wait=arguments.wait,
+                resume=arguments.resume,
+                timeout_s=arguments.timeout,
+            )
         )
     if not writes_to_stdout(arguments):
         print_text(to_text(outcome))

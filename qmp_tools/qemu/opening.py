@@ -73,15 +73,22 @@ async def open_qemu(
     require_openable(name, given)
     if isinstance(given, Qemu):
         yield given
+    elif path := socket_path(given):
+        async with attach(name, path, timeout_s=timeout_s) as qemu:
+            yield qemu
     elif isinstance(given, str) and (domain := domain_address(given)):
         async with open_domain(name, domain, timeout_s=timeout_s) as qemu:
-            yield qemu
-    elif isinstance(given, (str, os.PathLike)):
-        async with attach(name, Path(given), timeout_s=timeout_s) as qemu:
             yield qemu
     else:
         async with borrow(name, given, timeout_s=timeout_s) as qemu:
             yield qemu
+
+
+def socket_path(given: object) -> Path | None:
+    """Return the path of a socket that was `given`; None for all other forms of `AnyQemu`."""
+    if not isinstance(given, (str, os.PathLike)):
+        return None
+    return None if isinstance(given, str) and domain_address(given) else Path(given)
 
 
 def require_openable(name: str, given: object) -> None:

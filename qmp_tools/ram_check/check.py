@@ -9,17 +9,26 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from dmaproof.errors import UsageError
+from dmaproof.errors import UsageError, WaitTimeoutError
 
 from ..host.run_folder import run_folder
-from ..host.timeout import DEFAULT_TIMEOUT_S
+from ..host.timeout import DEFAULT_TIMEOUT_S, wait_until
 from ..qemu.machine import DESTINATION, SOURCE
-from ..qemu.opening import AnyQemu, open_qemu, require_openable
+from ..qemu.opening import AnyQemu, open_qemu, require_openable, socket_path
 from ..qemu.qemu import Qemu
 from .comparison import compare_guests
 from .guest import Guest, LiveGuest, live_guest
+from .migrated import (
+    ENDED,
+    GuestState,
+    guest_state,
+    has_arrived,
+    has_completed,
+    wait_for_migration,
+)
 from .outcome import Check
 from .snapshot import Snapshot, complete_snapshot
 from .snapshot_file import is_snapshot
@@ -30,6 +39,7 @@ async def check(
     destination: AnyQemu | Snapshot,
     *,
     expect_migration: bool = True,
+    wait: bool = False,
     resume: bool = False,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Check:
@@ -44,13 +54,18 @@ async def check(
         destination: the QEMU that the guest was migrated to.
         expect_migration: False to compare any two paused QEMUs, for example two that were started
             with the same options.
+        wait: whether to wait until the sockets of the QEMUs exist and the migration has completed.
+            If False, the source's migration must have completed; the destination may still be
+            about to complete it.
         resume: whether to continue the guest of the destination after the comparison.
-        timeout_s: bounds the wait for each answer of a QEMU that is not given as a handle.
+        timeout_s: bounds the wait for each answer of a QEMU that is not given as a handle, and with
+            `wait` for the end of the migration.
 
     Raises:
         UsageError: an argument is not a QEMU, both are the same QEMU, or they are in the wrong
             order.
-        NotMigratedError: the QEMUs are not the two sides of a completed migration.
+        NotMigratedError: the QEMUs are not the two sides of a completed migration;
+            `MigrationFailedError` if it failed during the wait.
         GuestHasRunError: a guest has run since the migration, or pages differ and it may have run.
         UntestableError: the sizes or maps differ, or memory cannot be read.
 
@@ -63,37 +78,87 @@ async def check(
         if not isinstance(guest, Snapshot):
             require_openable(side, guest)
     _refuse_one_path(source, destination)
+    if wait and not expect_migration:
+        raise UsageError("wait: without a migration (expect_migration=False) it has no end")
     async with contextlib.AsyncExitStack() as stack:
-        folder = stack.enter_context(run_folder())
-        guests = [
-            await stack.enter_async_context(_open(side, guest, folder, timeout_s))
-            for side, guest in given.items()
-        ]
-        outcome = await compare_guests(guests[0], guests[1], expect_migration=expect_migration)
-        if resume and isinstance(guests[1], LiveGuest):
-            await guests[1].qemu.qmp.execute("cont")
+        opening = _Opening(stack.enter_context(run_folder()), timeout_s, wait=wait)
+        before = await stack.enter_async_context(opening.source(source))
+        after = await stack.enter_async_context(opening.destination(destination, before))
+        outcome = await compare_guests(before, after, expect_migration=expect_migration)
+        if resume and isinstance(after, LiveGuest):
+            await after.qemu.qmp.execute("cont")
         return outcome
 
 
-@contextlib.asynccontextmanager
-async def _open(
-    side: str, given: AnyQemu | Snapshot, folder: Path, timeout_s: float
-) -> AsyncIterator[Guest]:
-    if isinstance(given, Snapshot):
-        yield given
-    elif isinstance(given, (str, os.PathLike)) and Path(given).is_file():
+@dataclass(frozen=True)
+class _Opening:
+    """Opens the guests of both sides, whose QEMUs may save memory in `folder`."""
+
+    folder: Path
+    timeout_s: float
+    wait: bool
+
+    @contextlib.asynccontextmanager
+    async def source(self, given: AnyQemu | Snapshot) -> AsyncIterator[Guest]:
+        if snapshot := await self._snapshot(SOURCE, given):
+            yield snapshot
+            return
+        async with self._qemu(SOURCE, given) as qemu:
+            if self.wait:
+                await wait_for_migration(qemu, has_completed, self.timeout_s)
+            async with live_guest(qemu, self.folder) as guest:
+                yield guest
+
+    @contextlib.asynccontextmanager
+    async def destination(self, given: AnyQemu | Snapshot, source: Guest) -> AsyncIterator[Guest]:
+        if snapshot := await self._snapshot(DESTINATION, given):
+            yield snapshot
+            return
+        async with self._qemu(DESTINATION, given) as qemu:
+            if self.wait:
+                await wait_for_migration(qemu, has_arrived, self.timeout_s)
+            else:
+                await self._let_arrive(qemu, await source.state())
+            async with live_guest(qemu, self.folder) as guest:
+                yield guest
+
+    async def _snapshot(self, side: str, given: AnyQemu | Snapshot) -> Snapshot | None:
+        """Return the snapshot that was given, or that is in the file; None if it is a QEMU."""
+        if isinstance(given, Snapshot):
+            return given
+        if not isinstance(given, (str, os.PathLike)) or not Path(given).is_file():
+            return None
         if not is_snapshot(Path(given)):
             raise UsageError(
                 f"{side}: {given} is a file, but not a snapshot: take one with 'dmaproof "
                 "snapshot', or compare two raw images of RAM with --raw"
             )
-        yield await complete_snapshot(Path(given), timeout_s)
-    else:
-        async with (
-            open_qemu(f"{side} QEMU", given, timeout_s=timeout_s) as qemu,
-            live_guest(qemu, folder) as guest,
-        ):
-            yield guest
+        return await complete_snapshot(Path(given), self.timeout_s)
+
+    @contextlib.asynccontextmanager
+    async def _qemu(self, side: str, given: AnyQemu | Snapshot) -> AsyncIterator[Qemu]:
+        assert not isinstance(given, Snapshot)
+        if self.wait and (path := socket_path(given)):
+            await wait_until(
+                path.exists,
+                self.timeout_s,
+                lambda: WaitTimeoutError(
+                    f"{side}: {path} does not exist after {self.timeout_s:g} s: start QEMU, or "
+                    "allow more time (--timeout)"
+                ),
+            )
+        async with open_qemu(f"{side} QEMU", given, timeout_s=self.timeout_s) as qemu:
+            yield qemu
+
+    async def _let_arrive(self, qemu: Qemu, source: GuestState) -> None:
+        """Wait for a destination that is about to complete the migration of the source.
+
+        It does so a moment after the source, which has sent everything.
+        """
+        state = await guest_state(qemu)
+        has_sent_all = has_completed(source) or source.run_state == ENDED
+        if has_sent_all and state.run_state == "inmigrate" and state.migration != "none":
+            await wait_for_migration(qemu, has_arrived, self.timeout_s)
 
 
 def _refuse_one_path(source: object, destination: object) -> None:

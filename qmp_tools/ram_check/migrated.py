@@ -19,12 +19,15 @@ answered is then unknown, but the destination reports that it has received every
 
 from __future__ import annotations
 
+import asyncio
 import re
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from dmaproof.errors import UntestableError, UsageError
+from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError
 
+from ..host.timeout import bounded
 from ..qemu.qemu import Qemu
 from ..qemu.qmp import QmpRefusal
 
@@ -35,6 +38,8 @@ _AFTER_SWITCHOVER: Final = ("postmigrate", "finish-migrate")
 """QEMU reports a migration as completed a moment before it sets 'postmigrate'."""
 ENDED: Final = "ended"
 """The run state of a guest whose QEMU has ended; QEMU itself has no such state."""
+_FAILED: Final = ("failed", "cancelled")
+_LOOK_EVERY_S: Final = 0.05
 _REMEDY: Final = (
     "Start the destination with -S (libvirt: virsh migrate --suspend), or send it QMP 'stop' while "
     "it waits for the migration's data, and migrate again"
@@ -43,6 +48,10 @@ _REMEDY: Final = (
 
 class NotMigratedError(UntestableError):
     """The two QEMUs are not the source and the destination of a completed migration."""
+
+
+class MigrationFailedError(NotMigratedError):
+    """The migration that dmaproof waited for failed or was cancelled."""
 
 
 class GuestHasRunError(UntestableError):
@@ -80,9 +89,84 @@ async def guest_state(qemu: Qemu) -> GuestState:
     )
 
 
-def has_completed(state: GuestState) -> bool:
-    """Return whether the last migration has completed, and the guest was not resumed since."""
-    return state.migration == "completed" and state.run_state in _AFTER_SWITCHOVER
+def has_completed(source: GuestState) -> bool:
+    """Return whether a source's migration has completed, and its guest was not resumed since."""
+    return source.migration == "completed" and source.run_state in _AFTER_SWITCHOVER
+
+
+def has_arrived(destination: GuestState) -> bool:
+    """Return whether a destination has received a guest."""
+    return destination.migration == "completed" and destination.run_state != "inmigrate"
+
+
+async def migration_states(
+    qemu: Qemu, state: GuestState, is_over: Callable[[GuestState], bool]
+) -> AsyncIterator[GuestState]:
+    """Follow a migration that runs or will begin; ignore the end of an earlier one.
+
+    Args:
+        qemu: one side of the migration.
+        state: its present state.
+        is_over: `has_completed` for the source, `has_arrived` for the destination.
+
+    Yields:
+        The state whenever the status of the migration has changed, and at last the state that
+        `is_over`.
+
+    Raises:
+        MigrationFailedError: the migration failed or was cancelled.
+        QmpError: QEMU does not answer any more.
+    """
+    status = state.migration
+    while True:
+        await asyncio.sleep(_LOOK_EVERY_S)
+        before, status = status, (await qemu.qmp.execute("query-migrate")).get("status", "none")
+        if status == before != "completed":
+            continue
+        state = await guest_state(qemu)
+        if status != before:
+            _require_not_failed(state)
+        if status != before or is_over(state):
+            yield state
+        if is_over(state):
+            return
+
+
+async def wait_for_migration(
+    qemu: Qemu, is_over: Callable[[GuestState], bool], timeout_s: float
+) -> None:
+    """Wait until a migration of `qemu` is over; see `migration_states`.
+
+    Raises:
+        MigrationFailedError: the migration has failed or was cancelled.
+        WaitTimeoutError: the migration takes longer than `timeout_s`.
+    """
+    state = await guest_state(qemu)
+
+    def late() -> WaitTimeoutError:
+        return not_completed_in_time(state, timeout_s)
+
+    _require_not_failed(state)
+    async with bounded(timeout_s, late):
+        if not is_over(state):
+            async for latest in migration_states(qemu, state, is_over):
+                state = latest
+
+
+def _require_not_failed(state: GuestState) -> None:
+    if state.migration in _FAILED:
+        raise MigrationFailedError(
+            f"the migration of {state.name} is '{state.migration}', so there is nothing to compare"
+        )
+
+
+def not_completed_in_time(state: GuestState, timeout_s: float) -> WaitTimeoutError:
+    """Return the error of a wait for a migration, whose last known state is `state`."""
+    progress = "has not begun" if state.migration == "none" else f"is '{state.migration}'"
+    return WaitTimeoutError(
+        f"the migration of {state.name} {progress} after {timeout_s:g} s, not 'completed': "
+        "migrate, or allow more time (--timeout)"
+    )
 
 
 def require_paused(state: GuestState) -> None:

@@ -16,22 +16,24 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from dmaproof.errors import UntestableError
 
 from ..host.exit_hold import ExitHold, HoldRefusedError, exit_hold
+from ..host.timeout import bounded
 from ..qemu.qemu import Qemu
 from ..qemu.qmp import QmpError
 from .guest import LiveGuest, live_guest
-from .migrated import ENDED, GuestState, guest_state, has_completed, require_not_resumed
-
-_LOOK_EVERY_S: Final = 0.05
-_FAILED: Final = ("failed", "cancelled")
-
-
-class MigrationFailedError(UntestableError):
-    """The migration did not complete, so there was no switchover."""
+from .migrated import (
+    ENDED,
+    GuestState,
+    guest_state,
+    has_completed,
+    migration_states,
+    not_completed_in_time,
+    require_not_resumed,
+)
 
 
 @contextlib.asynccontextmanager
@@ -101,13 +103,18 @@ class HeldSource:
                 "dmaproof as root (with CAP_SYS_PTRACE), on QEMU's host"
             )
 
-    async def wait_for_switchover(self) -> GuestState:
+    async def wait_for_switchover(self, timeout_s: float) -> GuestState:
         """Wait until the migration has completed or QEMU ends; return the last known state.
 
         Raises:
             MigrationFailedError: the migration failed or was cancelled.
+            WaitTimeoutError: the migration takes longer than `timeout_s`.
             UntestableError: QEMU ended, and its memory cannot be read.
         """
+        async with bounded(timeout_s, lambda: not_completed_in_time(self._last, timeout_s)):
+            return await self._switchover()
+
+    async def _switchover(self) -> GuestState:
         following = asyncio.create_task(self._follow())
         ending = asyncio.create_task(self.hold.ended())
         try:
@@ -145,29 +152,15 @@ class HeldSource:
             await _cancel(asking, ending)
 
     async def _follow(self) -> None:
-        """Poll until a migration has completed; ignore the end of an earlier one.
+        """Follow a migration until it has completed.
 
         Raises:
             MigrationFailedError: the migration failed or was cancelled.
             QmpError: QEMU does not answer any more.
         """
-        while True:
-            await asyncio.sleep(_LOOK_EVERY_S)
-            status = (await self._qemu.qmp.execute("query-migrate")).get("status", "none")
-            is_new = status != self._last.migration
-            if not is_new and status != "completed":
-                continue
-            self._last = state = await guest_state(self._qemu)
-            if is_new and state.migration in _FAILED:
-                raise MigrationFailedError(
-                    f"the migration of {state.name} is '{state.migration}': there was no "
-                    "switchover, so there is no snapshot"
-                )
-            has_ended = has_completed(state)
-            if is_new or has_ended:
-                await self.open()
-            if has_ended:
-                return
+        async for state in migration_states(self._qemu, self._last, has_completed):
+            self._last = state
+            await self.open()
 
 
 async def _cancel(*tasks: asyncio.Task[Any]) -> None:

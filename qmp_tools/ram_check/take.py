@@ -41,7 +41,7 @@ async def take_snapshot(
             begin.
         with_content: whether to save the bytes of each page that is not zero. If False, the file
             has a digest of each page, 16 bytes, and a check cannot count the bytes that differ.
-        timeout_s: bounds the wait for each answer of QEMU.
+        timeout_s: bounds the wait for each answer of QEMU, and for the switchover.
 
     Raises:
         UsageError: `qemu` is not a QEMU, or the file cannot be written.
@@ -56,7 +56,9 @@ async def take_snapshot(
     async with open_qemu("QEMU", qemu, timeout_s=timeout_s) as opened:
         with run_folder() as folder:
             if at_switchover:
-                await _at_switchover(opened, folder, path, on_held, with_content=with_content)
+                await _at_switchover(
+                    opened, folder, path, on_held, timeout_s, with_content=with_content
+                )
             else:
                 await _now(opened, folder, path, with_content=with_content)
     return Snapshot.read(path)
@@ -75,13 +77,19 @@ async def _now(qemu: Qemu, folder: Path, path: Path, *, with_content: bool) -> N
 
 
 async def _at_switchover(
-    qemu: Qemu, folder: Path, path: Path, on_held: Callable[[], None], *, with_content: bool
+    qemu: Qemu,
+    folder: Path,
+    path: Path,
+    on_held: Callable[[], None],
+    timeout_s: float,
+    *,
+    with_content: bool,
 ) -> None:
     async with held_source(qemu, folder) as source:
         with create(path) as file:
             on_held()
             try:
-                state = await source.wait_for_switchover()
+                state = await source.wait_for_switchover(timeout_s)
                 await write_snapshot(source.guest, state, file, with_content=with_content)
                 await source.require_still_paused()
             except BaseException as error:

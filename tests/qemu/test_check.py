@@ -439,3 +439,34 @@ def test_a_vcpus_pages_are_compared_too(tool: Tool, folder: Path) -> None:
         pair.wait_for_output("ready")
         pair.migrate(running=True)
         assert checked(tool, pair, 0)["pages_known_to_differ"] == 0
+
+
+def test_a_check_waits_for_the_migration_and_continues_the_guest(tool: Tool, folder: Path) -> None:
+    """The command is started before the QEMUs, and before the migration."""
+    sockets = [str(folder / side) for side in ("source", "destination")]
+    waiting = tool.start("check", *sockets, "--wait", "--resume")
+    with foreign_pair(find_qemu(None), folder, [*WITH_RAM0, *MEMORY["memfd"]]) as pair:
+        pair.migrate()
+        outcome = waiting.finish()
+        assert outcome.exit_code == 0, outcome.errors
+        assert pair.monitors[1].execute("query-status")["status"] == "running"
+    assert not tool.leftovers()
+
+
+def test_a_wait_for_a_migration_ends_in_time_or_when_it_fails(tool: Tool, folder: Path) -> None:
+    with foreign_pair(find_qemu(None), folder, [*WITH_RAM0, *MEMORY["memfd"]]) as pair:
+        sockets = [str(pair.source), str(pair.destination)]
+        late = tool.run("check", *sockets, "--wait", "--timeout", "0.5")
+        assert late.exit_code == 3
+        assert "has not begun after 0.5 s, not 'completed'" in late.errors
+        failing = tool.start("check", *sockets, "--wait")
+        pair.monitors[0].execute("migrate", uri=f"unix:{folder / 'nothing'}")
+        outcome = failing.finish()
+        assert outcome.exit_code == 3, outcome.output
+        assert "is 'failed', so there is nothing to compare" in outcome.errors
+        missing = tool.run("check", str(folder / "later"), sockets[1], "--wait", "--timeout", "0.2")
+        assert "does not exist after 0.2 s" in missing.errors
+        both = tool.run("check", "--raw", *sockets, "--wait")
+        assert (both.exit_code, "do not apply" in both.errors) == (2, True)
+        neither = tool.run("check", *sockets, "--wait", "--no-migration")
+        assert neither.exit_code == 2

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from dmaproof.errors import UntestableError, UsageError
+from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError
 from qmp_tools.host.exit_hold import ExitHold
 from qmp_tools.memory.physical_map import MapRegion
 from qmp_tools.memory.ram_blocks import RamBlock
@@ -21,7 +21,13 @@ from qmp_tools.ram_check.check import check
 from qmp_tools.ram_check.comparison import compare_guests
 from qmp_tools.ram_check.discarded import Discarder
 from qmp_tools.ram_check.guest import live_guest
-from qmp_tools.ram_check.migrated import ENDED, GuestHasRunError, NotMigratedError, guest_state
+from qmp_tools.ram_check.migrated import (
+    ENDED,
+    GuestHasRunError,
+    MigrationFailedError,
+    NotMigratedError,
+    guest_state,
+)
 from qmp_tools.ram_check.snapshot import (
     Snapshot,
     WaitForSnapshotError,
@@ -30,7 +36,7 @@ from qmp_tools.ram_check.snapshot import (
     write_snapshot,
 )
 from qmp_tools.ram_check.snapshot_file import create
-from qmp_tools.ram_check.switchover import HeldSource, MigrationFailedError
+from qmp_tools.ram_check.switchover import HeldSource
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 from support.simulated_qemu import SimulatedQemu
 
@@ -267,7 +273,7 @@ def source(stack: ExitStack, tmp_path: Path) -> Source:
 def test_the_switchover_is_the_end_of_the_migration(source: Source) -> None:
     async def wait() -> tuple[str, str]:
         async with source:
-            waiting = asyncio.create_task(source.held.wait_for_switchover())
+            waiting = asyncio.create_task(source.held.wait_for_switchover(60))
             for status in ("setup", "active", "device"):
                 source.qemu.migration = {"status": status}
                 await asyncio.sleep(0.1)
@@ -291,7 +297,7 @@ def test_the_end_of_an_earlier_migration_is_ignored(source: Source, earlier: str
 
     async def wait() -> str:
         async with source:
-            waiting = asyncio.create_task(source.held.wait_for_switchover())
+            waiting = asyncio.create_task(source.held.wait_for_switchover(60))
             await asyncio.sleep(0.2)
             assert not waiting.done()
             source.qemu.state, source.qemu.migration = "postmigrate", SENT
@@ -304,7 +310,7 @@ def test_the_end_of_an_earlier_migration_is_ignored(source: Source, earlier: str
 def test_the_switchover_may_be_the_end_of_qemu(source: Source, *, qmp_closes_first: bool) -> None:
     async def wait() -> tuple[str, str]:
         async with source:
-            waiting = asyncio.create_task(source.held.wait_for_switchover())
+            waiting = asyncio.create_task(source.held.wait_for_switchover(60))
             source.qemu.migration = {"status": "active"}
             await asyncio.sleep(0.2)
             if qmp_closes_first:
@@ -323,20 +329,31 @@ def test_the_switchover_may_be_the_end_of_qemu(source: Source, *, qmp_closes_fir
 def test_without_a_switchover_there_is_no_snapshot(source: Source) -> None:
     async def wait(status: str) -> None:
         async with source:
-            waiting = asyncio.create_task(source.held.wait_for_switchover())
+            waiting = asyncio.create_task(source.held.wait_for_switchover(60))
             source.qemu.migration = {"status": status}
             await waiting
 
     for status in ("failed", "cancelled"):
-        with pytest.raises(MigrationFailedError, match=f"is '{status}': there was no switchover"):
+        with pytest.raises(MigrationFailedError, match=f"is '{status}', so there is nothing to"):
             asyncio.run(wait(status))
+
+
+def test_the_wait_for_the_switchover_is_bounded(source: Source) -> None:
+    async def wait() -> None:
+        async with source:
+            source.qemu.migration = {"status": "active"}
+            await source.held.wait_for_switchover(0.2)
+
+    late = r"the migration of source QEMU \(/run/source\) is 'active' after 0\.2 s"
+    with pytest.raises(WaitTimeoutError, match=late):
+        asyncio.run(wait())
 
 
 def test_memory_that_could_not_be_held_is_reported(source: Source) -> None:
     async def wait() -> None:
         async with source:
             source.hold.end.set_result(False)
-            await source.held.wait_for_switchover()
+            await source.held.wait_for_switchover(60)
 
     with pytest.raises(UntestableError, match="ended, and its memory was lost"):
         asyncio.run(wait())

@@ -1,4 +1,4 @@
-"""QEMU's benchmark guestperf with the scripts of docs/qemu-tests.md, and `dmaproof watch`."""
+"""QEMU's benchmark guestperf with the script of docs/qemu-tests.md, watched and checked."""
 
 from __future__ import annotations
 
@@ -16,13 +16,10 @@ import pytest
 
 from qmp_tools.guest.bare import probe_guest
 from qmp_tools.qemu.builds import installed
-from qmp_tools.qemu.choice import find_qemu
 from support.command import TIMEOUT_S, Tool
-from support.foreign_pair import MEMORY, WITH_RAM0, foreign_pair
 from support.qemu_source import qemu_source
 
 PAGE = Path(__file__).parents[2] / "docs" / "qemu-tests.md"
-CHECK = Path(__file__).parents[1] / "unittest_suite" / "check_when_migrated.py"
 SLEEP_S = 5
 
 _TCG = """\
@@ -50,31 +47,6 @@ def wait_for(process: subprocess.Popen[str], socket: Path) -> None:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, f"guestperf has started no QEMU with {socket}"
         time.sleep(0.05)
-
-
-def check_when_migrated(source: Path, destination: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, CHECK, source, destination],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-
-
-def test_a_page_that_differs_is_named_and_the_guest_continues(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    folder = tmp_path_factory.mktemp("p")
-    with foreign_pair(find_qemu(None), folder, [*WITH_RAM0, *MEMORY["memfd"]]) as pair:
-        pair.migrate()
-        with pair.memory_file(1, "memfd:").open("r+b", buffering=0) as memory:
-            os.pwrite(memory.fileno(), b"!", 0x2345007)
-        checked = check_when_migrated(pair.source, pair.destination)
-        assert checked.returncode == 1
-        assert "1 of " in checked.stderr
-        assert "(GPA 0x2345000)" in checked.stderr
-        assert pair.monitors[1].execute("query-status")["running"] is True
 
 
 def test_guestperf_is_watched_and_its_ram_is_checked(
@@ -119,9 +91,9 @@ def test_guestperf_is_watched_and_its_ram_is_checked(
         guestperf.send_signal(signal.SIGSTOP)
         assert watched.exit_code == 0, watched.errors
         assert watched.output.splitlines()[-1].startswith("completed")
-        checked = check_when_migrated(*sockets)
-        assert checked.returncode == 0, checked.stderr
-        assert "all pages are equal" in checked.stdout
+        checked = tool.run("check", *map(str, sockets), "--wait", "--resume")
+        assert checked.exit_code == 0, checked.errors
+        assert "all pages are equal" in checked.output
         guestperf.send_signal(signal.SIGCONT)
         printed, _ = guestperf.communicate(timeout=TIMEOUT_S)
         assert guestperf.returncode == 0, printed

@@ -8,18 +8,19 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from dmaproof.errors import UntestableError, UsageError
+from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError
 from qmp_tools.memory.physical_map import MapRegion
 from qmp_tools.qemu.qemu import Qemu
 from qmp_tools.qemu.qmp import Qmp
 from qmp_tools.ram_check.check import check, compare_ram
 from qmp_tools.ram_check.guest import Side
-from qmp_tools.ram_check.migrated import GuestHasRunError, NotMigratedError
+from qmp_tools.ram_check.migrated import GuestHasRunError, MigrationFailedError, NotMigratedError
 from qmp_tools.ram_check.outcome import Check
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 from support.simulated_qemu import SimulatedQemu
@@ -224,6 +225,7 @@ def attached(
 
     monkeypatch.setattr("qmp_tools.qemu.opening.attach", attach)
     monkeypatch.setattr("qmp_tools.ram_check.check.run_folder", lambda: nullcontext(tmp_path))
+    monkeypatch.setattr(Path, "exists", lambda path: True)
     return calls
 
 
@@ -249,6 +251,48 @@ def test_a_qemu_that_is_given_by_its_handle_is_not_attached_to(
     assert asyncio.run(check(handles[0], "destination")).exit_code == 0
     assert asyncio.run(check("source", handles[1])).exit_code == 0
     assert [name for name, _, _ in attached] == ["destination QEMU", "source QEMU"]
+
+
+async def check_while(sides: Sides, change: Callable[[], None], **more: Any) -> Check:
+    """Check, and `change` the simulated QEMUs when the check has begun."""
+    checking = asyncio.create_task(check("source", "destination", **more))
+    await asyncio.sleep(0.2)
+    change()
+    return await checking
+
+
+@pytest.mark.usefixtures("attached")
+@pytest.mark.parametrize("source_state", ["postmigrate", "finish-migrate"])
+def test_a_destination_that_still_loads_is_awaited(sides: Sides, source_state: str) -> None:
+    sides.source.state = source_state
+    sides.destination.state, sides.destination.migration = "inmigrate", {"status": "active"}
+
+    def arrive() -> None:
+        sides.destination.state = "paused"
+        sides.destination.migration = {"status": "completed"}
+
+    assert asyncio.run(check_while(sides, arrive)).exit_code == 0
+
+
+@pytest.mark.usefixtures("attached")
+def test_a_source_that_has_not_sent_everything_is_awaited_only_on_request(sides: Sides) -> None:
+    def migrate(status: str) -> None:
+        sides.source.state = "running" if status == "active" else "postmigrate"
+        sides.source.migration = {"status": status, "ram": {}}
+        sides.destination.state = "inmigrate" if status == "active" else "paused"
+        sides.destination.migration = {"status": status}
+
+    migrate("active")
+    with pytest.raises(NotMigratedError, match=r"source QEMU \(source\) is 'active'"):
+        asyncio.run(check("source", "destination"))
+    complete = partial(migrate, "completed")
+    assert asyncio.run(check_while(sides, complete, wait=True)).exit_code == 0
+    migrate("active")
+    with pytest.raises(MigrationFailedError, match="is 'cancelled', so there is nothing"):
+        asyncio.run(check_while(sides, partial(migrate, "cancelled"), wait=True))
+    migrate("active")
+    with pytest.raises(WaitTimeoutError, match=r"is 'active' after 0\.1 s"):
+        asyncio.run(check("source", "destination", wait=True, timeout_s=0.1))
 
 
 @pytest.mark.usefixtures("attached")

@@ -91,6 +91,7 @@ def migration(checks: Any, destination: Vm, then: Callable[[Vm], Any] = lambda v
     def migrate(vm: Vm) -> Any:
         start(checks, destination, vm)
         assert not checks.mig_finished(vm, lambda vm: False)
+        assert vm in checks._migrations, "RAM is not compared yet"
         assert end(checks, vm)
         return then(vm)
 

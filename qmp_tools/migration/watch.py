@@ -121,8 +121,8 @@ async def watch(qemu: Qemu, interval_s: float) -> AsyncIterator[View]:
     while True:
         try:
             view = await _query(qemu)
-        except DomainMigratedError:
-            yield View(parse_progress({"status": "completed"}), None, ended_by_libvirt=True)
+        except DomainMigratedError as error:
+            yield View(parse_progress(error.migration), None, ended_by_libvirt=True)
             return
         except QmpClosedError as error:
             if status == "completed":

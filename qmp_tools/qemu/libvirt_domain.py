@@ -39,6 +39,15 @@ _URI: Final = re.compile(
     r"(?P<connection>qemu(\+\w+)?://(?P<host>[^/?]*)/(?P<instance>system|session))"
     r"/(?P<name>[^/?]+)(?P<query>\?.*)?"
 )
+_JOB_STATISTICS: Final = {"total-time": "time_elapsed", "downtime": "downtime"}
+_MEMORY_STATISTICS: Final = {
+    "transferred": "memory_processed",
+    "total": "memory_total",
+    "remaining": "memory_remaining",
+    "dirty-sync-count": "memory_iteration",
+}
+"""The members of query-migrate's answer, and the statistics of libvirt that were made from them
+(qemuDomainMigrationJobDataToParams)."""
 _MOST_LISTED: Final = 20
 _TIDY_UP_S: Final = 5
 _NO_PERMISSION: Final = (errno.EACCES, errno.EPERM)
@@ -66,7 +75,14 @@ class DomainNotRunningError(UntestableError):
 
 
 class DomainMigratedError(QmpClosedError):
-    """The migration of the domain has completed, and libvirt has ended its QEMU."""
+    """The migration of the domain has completed, and libvirt has ended its QEMU.
+
+    `migration` is what QMP's query-migrate would answer, as far as libvirt knows it.
+    """
+
+    def __init__(self, message: str, migration: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.migration = migration
 
 
 class RemoteDomainError(UntestableError):
@@ -216,12 +232,29 @@ class DomainMonitor(Monitor):
         if why == self._libvirt.VIR_DOMAIN_EVENT_STOPPED_MIGRATED:
             return DomainMigratedError(
                 f"the migration of {self.name} has completed, and libvirt has ended it before it "
-                f"answered {command}. {self._keep_memory()}"
+                f"answered {command}. {self._keep_memory()}",
+                await self._completed_migration(),
             )
         return QmpClosedError(
             f"domain {self._address.name} stopped before {self.name} answered {command}; look at "
             f"QEMU's log (for qemu:///system: /var/log/libvirt/qemu/{self._address.name}.log)"
         )
+
+    async def _completed_migration(self) -> dict[str, Any]:
+        kinds = (
+            self._libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED
+            | self._libvirt.VIR_DOMAIN_JOB_STATS_KEEP_COMPLETED  # for virsh domjobinfo
+        )
+        try:
+            statistics = await in_daemon_thread(self._domain.jobStats, kinds)
+        except self._libvirt.libvirtError:  # libvirt has removed the domain
+            statistics = {}
+        ram = _known(statistics, _MEMORY_STATISTICS)
+        return {"status": "completed", "ram": ram, **_known(statistics, _JOB_STATISTICS)}
+
+
+def _known(statistics: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {qmp: statistics[name] for qmp, name in names.items() if name in statistics}
 
 
 @contextlib.asynccontextmanager

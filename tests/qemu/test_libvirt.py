@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,7 +112,8 @@ def test_watch_reports_that_libvirt_ended_the_source(running: Hosts, tool: Tool)
     watching.process.send_signal(signal.SIGCONT)
     outcome = watching.finish()
     assert outcome.exit_code == 0, outcome.errors
-    assert outcome.output.splitlines()[-1] == "completed, source ended by libvirt"
+    *_, last = outcome.output.splitlines()
+    assert re.fullmatch(r"completed, elapsed .*, source ended by libvirt, downtime \d+ ms", last)
     assert outcome.errors.splitlines()[-1] == ("the migration completed; libvirt ended the source")
     # The command that came too late says which command would have come in time.
     late = f"'dmaproof snapshot {VM} FILE --at-switchover --background'"

@@ -100,6 +100,12 @@ class Domain:
             raise LibvirtError("Domain not found", Library.VIR_ERR_NO_DOMAIN)
         return self.active
 
+    def jobStats(self, kinds: int) -> dict[str, int]:  # noqa: N802
+        assert kinds == 1 | 2
+        if self.is_transient:
+            raise LibvirtError("Domain not found", Library.VIR_ERR_NO_DOMAIN)
+        return {"time_elapsed": 379, "downtime": 10, "memory_processed": 3 << 20, "type": 3}
+
     def UUIDString(self) -> str:  # noqa: N802
         return UUID
 
@@ -133,6 +139,8 @@ class Library:
     VIR_DOMAIN_EVENT_ID_LIFECYCLE = 0
     VIR_DOMAIN_EVENT_STOPPED = STOPPED
     VIR_DOMAIN_EVENT_STOPPED_MIGRATED = MIGRATED
+    VIR_DOMAIN_JOB_STATS_COMPLETED = 1
+    VIR_DOMAIN_JOB_STATS_KEEP_COMPLETED = 2
     VIR_DOMAIN_SHUTOFF = SHUTOFF
     VIR_DOMAIN_SHUTOFF_MIGRATED = 4
     VIR_ERR_SYSTEM_ERROR = 38
@@ -284,13 +292,23 @@ async def _views(qemu: Qemu) -> list[View]:
     return [view async for view in watch(qemu, 0.01)]
 
 
-def test_watch_takes_libvirts_word_that_the_migration_completed(library: Library) -> None:
+@pytest.mark.parametrize(
+    ("is_transient", "line"),
+    [
+        (False, "completed, elapsed 0.4 s, sent 3 MiB, source ended by libvirt, downtime 10 ms"),
+        (True, "completed, source ended by libvirt"),
+    ],
+)
+def test_watch_takes_libvirts_word_that_the_migration_completed(
+    library: Library, is_transient: bool, line: str
+) -> None:
     library.domain.answers["query-migrate-parameters"] = ENDED
     library.domain.how_it_stops = MIGRATED
+    library.domain.is_transient = is_transient
     (view,) = used(VM, _views)
     assert view.is_over
     assert view.ended_by_libvirt
-    assert view.line == "completed, source ended by libvirt"
+    assert view.line == line
 
 
 def test_watch_reports_a_domain_that_ended_otherwise(library: Library) -> None:

@@ -255,9 +255,9 @@ def check(
     """Compare all RAM of two QEMUs after a migration.
 
     Args:
-        source: the path of a QMP socket of the source, or an object of your test that executes QMP
-            commands with ``cmd()`` or ``execute()``, such as a QEMUMachine; or a snapshot of the
-            source, or its file.
+        source: the path of a QMP socket of the source, or the URI of its libvirt domain; an object
+            of your test that executes QMP commands with ``cmd()`` or ``execute()``, such as a
+            QEMUMachine; or a snapshot of the source, or its file.
         destination: the same for the destination.
         expect_migration: whether to refuse QEMUs that have not migrated; if False, any two paused
             QEMUs are compared.

@@ -48,9 +48,9 @@ async def check(
     Both must be paused, as their migration left them.
 
     Args:
-        source: the QEMU that the guest was migrated from: its handle, the path of a QMP socket, or
-            an object that executes QMP commands, such as a QEMUMachine or a QMPClient; or a
-            snapshot of it, or the path of a file with a snapshot.
+        source: the QEMU that the guest was migrated from: its handle, the path of a QMP socket, the
+            URI of a libvirt domain, or an object that executes QMP commands, such as a QEMUMachine
+            or a QMPClient; or a snapshot of it, or the path of a file with a snapshot.
         destination: the QEMU that the guest was migrated to.
         expect_migration: False to compare any two paused QEMUs, for example two that were started
             with the same options.

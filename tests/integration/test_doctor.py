@@ -46,7 +46,7 @@ def test_a_temporary_folder_with_too_long_a_path_is_reported(
 
 def test_only_extras_for_users_are_examined() -> None:
     extras = gather_facts().extras
-    assert set(extras) == {"avocado", "bench"}
+    assert set(extras) == {"avocado", "avocado-vt", "bench", "libvirt"}
 
 
 def test_an_extra_that_is_not_installed_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ _BLOCK: Final = re.compile(
 _WORD_BYTES: Final = 64 * PAGE_BYTES
 """The RAM that one word of QEMU's dirty bitmap covers."""
 _RESETS_TLB: Final = (9, 0)
+_SOUND_WITH_POSTCOPY: Final = (10, 0)
 _LAST_KNOWN: Final = (11, 1)
 
 
@@ -62,17 +63,22 @@ def block_of(region: str, blocks: Sequence[RamBlock]) -> RamBlock | None:
     return found[0] if len(found) == 1 else None
 
 
-def known_tcg_loss(block: RamBlock, version: str) -> str | None:
+def known_tcg_loss(block: RamBlock, version: str, *, can_postcopy: bool = False) -> str | None:
     """Explain why QEMU of `version` ('7.2.22 …') may lose vCPUs' writes to `block` under TCG.
+
+    `can_postcopy`: the capability postcopy-ram is on, whether or not postcopy begins.
 
     QEMU syncs whole words of the dirty bitmap only if the block's length is a multiple of 64 pages.
     Before 9.0, QEMU does not reset the TLB in this case; up to 11.1 it resets only the TLB entries
-    of the block at offset 0. See docs/kernel-findings.md.
+    of the block at offset 0. With postcopy-ram, QEMU 11.1 loses writes to any block; 10.0 does not.
+    See docs/kernel-findings.md.
 
     Returns:
         The reason; None if no such loss is known.
     """
     major, minor = map(int, version.split(".")[:2])
+    if can_postcopy and _SOUND_WITH_POSTCOPY < (major, minor) <= _LAST_KNOWN:
+        return "the capability postcopy-ram is on"
     if block.used_bytes % _WORD_BYTES or (major, minor) > _LAST_KNOWN:
         return None
     if (major, minor) < _RESETS_TLB:

@@ -192,7 +192,11 @@ class _Comparison:
         notes = []
         for region in (region for region, pages in lost.items() if pages):
             block = block_of(region, self.source.blocks)
-            why = known_tcg_loss(block, self.source.facts.version) if block else None
+            why = block and known_tcg_loss(
+                block,
+                self.source.facts.version,
+                can_postcopy="postcopy-ram" in self.source.capabilities,
+            )
             if block and why:
                 notes.append(
                     "the source does not use KVM. With TCG this QEMU may lose what vCPUs write to "

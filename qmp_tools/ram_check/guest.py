@@ -44,12 +44,14 @@ class Guest(ABC):
     """A guest that can be compared.
 
     `discarders` are the devices through which the guest may give memory back, and `blocks` are
-    QEMU's RAM blocks, if QEMU reports them. `facts` are for the report.
+    QEMU's RAM blocks, if QEMU reports them. `capabilities` are the migration capabilities that are
+    on. `facts` are for the report.
     """
 
     ram: PagedRam
     discarders: Sequence[Discarder]
     blocks: Sequence[RamBlock]
+    capabilities: Sequence[str]
     facts: Side
 
     @abstractmethod
@@ -69,6 +71,7 @@ class LiveGuest(Guest):
     ram: GuestRam
     discarders: Sequence[Discarder]
     blocks: Sequence[RamBlock]
+    capabilities: Sequence[str]
     facts: Side
 
     async def state(self) -> GuestState:
@@ -98,7 +101,15 @@ async def live_guest(qemu: Qemu, folder: Path) -> AsyncIterator[LiveGuest]:
             copied_bytes=copied,
             saved_bytes=ram.length - in_place - copied,
         )
-        yield LiveGuest(qemu, ram, await discarders(qemu), await _ram_blocks(qemu), facts)
+        capabilities = await qemu.qmp.execute("query-migrate-capabilities")
+        yield LiveGuest(
+            qemu,
+            ram,
+            await discarders(qemu),
+            await _ram_blocks(qemu),
+            [each["capability"] for each in capabilities if each["state"]],
+            facts,
+        )
 
 
 async def _ram_blocks(qemu: Qemu) -> list[RamBlock]:

@@ -57,6 +57,7 @@ class Snapshot(Guest):
         self.ram = SavedRam(saved)
         self.discarders = [Discarder(**device) for device in index["discarders"]]
         self.blocks = [RamBlock(**block) for block in index["ram_blocks"]]
+        self.capabilities = index["capabilities"]
         self.facts = Side(**index["side"], snapshot=name, taken=index["taken"], host=index["host"])
         self._state = GuestState(**index["state"])
 
@@ -170,6 +171,7 @@ async def write_snapshot(
             "dimms": {name: list(place) for name, place in ram.dimms.items()},
             "discarders": [asdict(device) for device in guest.discarders],
             "ram_blocks": [asdict(block) for block in guest.blocks],
+            "capabilities": list(guest.capabilities),
         }
     )
 

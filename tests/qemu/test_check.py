@@ -129,6 +129,25 @@ def test_the_note_on_tcg_names_the_ram_blocks_that_may_be_affected(
         assert ("not the first RAM block" in note) == (_major(qemu) >= 9)
 
 
+QEMU_11_1 = next((path for version, path in BUILDS.items() if version.startswith("11.1.")), None)
+
+
+@pytest.mark.skipif(not QEMU_11_1, reason="needs 'dmaproof qemu fetch 11.1'")
+def test_the_note_on_tcg_names_the_capability_postcopy_ram(tool: Tool, folder: Path) -> None:
+    assert QEMU_11_1
+    with foreign_pair(QEMU_11_1, folder, [*WITH_RAM0, *MEMORY["memfd"]]) as pair:
+        for monitor in pair.monitors:
+            monitor.execute(
+                "migrate-set-capabilities",
+                capabilities=[{"capability": "postcopy-ram", "state": True}],
+            )
+        pair.migrate()
+        assert checked(tool, pair, 0)["notes"] == []
+        poke(pair, INJECTED)
+        (note,) = checked(tool, pair, 1)["notes"]
+        assert "RAM block ram0, because the capability postcopy-ram is on" in note
+
+
 NUMA = [
     *("-machine", "q35", "-m", "4608,slots=2,maxmem=8G"),
     *("-object", "memory-backend-memfd,id=n0,size=4096M,share=on"),

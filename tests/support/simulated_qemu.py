@@ -45,6 +45,7 @@ class SimulatedQemu:
     on_save: Callable[[], None] = _do_nothing
     saves: int = 0
     closed: Exception | None = None
+    capabilities: Sequence[str] = ()
 
     @property
     def qmp(self) -> SimulatedQemu:
@@ -70,6 +71,10 @@ class SimulatedQemu:
             "query-memdev": self.backends,
             "query-memory-devices": self.memory_devices,
             "query-migrate": self.migration,
+            "query-migrate-capabilities": [
+                *({"capability": name, "state": True} for name in self.capabilities),
+                {"capability": "events", "state": False},
+            ],
             "qom-list": self.qom.get(arguments.get("path", ""), []),
             "qom-get": True,
             "query-stats": [{"stats": [{"name": "exits", "value": 0}]}],

@@ -340,6 +340,8 @@ TCG_MAY_LOSE = (
         ((2,), {"kvm": True}, False),
         ((2,), {"ram_blocks": "Error"}, False),
         ((2,), {"version": "11.2.0"}, False),
+        ((2,), {"version": "10.0.2"}, False),
+        ((2,), {"version": "10.0.2", "capabilities": ["postcopy-ram"]}, False),
     ],
 )
 def test_pages_that_tcg_may_have_lost_are_noted(
@@ -351,6 +353,14 @@ def test_pages_that_tcg_may_have_lost_are_noted(
     sides.lose(*lost)
     notes = sides.check().notes
     assert notes == [TCG_MAY_LOSE] * noted
+
+
+def test_a_note_says_that_tcg_may_lose_pages_with_postcopy(sides: Sides) -> None:
+    sides.source.version, sides.source.ram_blocks = "11.1.3", RAM_BLOCKS
+    sides.source.capabilities = ["postcopy-ram"]
+    sides.lose(2)
+    (note,) = sides.check().notes
+    assert "RAM block ram0, because the capability postcopy-ram is on" in note
 
 
 def balloon(**options: bool) -> dict[str, list[dict[str, str]]]:

@@ -85,6 +85,7 @@ def test_a_snapshot_keeps_what_qemu_reported(stack: ExitStack, tmp_path: Path) -
         "source",
         migration=SENT,
         ram_blocks=BLOCKS,
+        capabilities=["postcopy-ram"],
         backends=[{"id": "ram0", "size": PAGES * PAGE}],
         memory_devices=[
             {"type": "dimm", "data": {"id": "dimm0", "addr": PAGE, "size": PAGE}},
@@ -102,6 +103,7 @@ def test_a_snapshot_keeps_what_qemu_reported(stack: ExitStack, tmp_path: Path) -
     assert snapshot.ram.dimms["dimm0"] == (PAGE, PAGE)
     assert snapshot.ram.backends == {"ram0": PAGES * PAGE}
     assert snapshot.blocks == [RamBlock("ram0", 0, 1 << 20)]
+    assert snapshot.capabilities == ["postcopy-ram"]
     assert snapshot.discarders == [Discarder("virtio-mem without an id", 1 << 32, 5 << 30, 1 << 21)]
     state = asyncio.run(snapshot.state())
     assert (state.run_state, state.migration, state.has_sent) == ("postmigrate", "completed", True)

@@ -322,7 +322,8 @@ def take_snapshot(
             until then, and its QEMU may end at the switchover. If False, the guest is paused now.
         with_content: whether to save the bytes of each page that is not zero. If False, the file
             has a digest of each page, 16 bytes, and a check cannot count the bytes that differ.
-        timeout_s: bounds the wait for each answer of QEMU, and for the switchover.
+        timeout_s: bounds the wait for each answer of QEMU. The wait for the switchover ends at the
+            latest when QEMU ends.
 
     Raises:
         UsageError: `qemu` is not a QEMU, or the file cannot be written.

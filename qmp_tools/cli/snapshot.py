@@ -56,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--at-switchover",
         action="store_true",
-        help="wait for a migration of the guest to complete, and take the snapshot then",
+        help="wait for a migration of the guest to complete, for as long as QEMU runs, and take "
+        "the snapshot then",
     )
     parser.add_argument(
         "--background",
@@ -73,6 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if str(arguments.file) == "-":
+        raise UsageError("a snapshot needs the path of a file, and cannot go to standard output")
     if arguments.background:
         return _start_in_background(arguments)
     snapshot = run_interruptibly(
@@ -117,7 +120,8 @@ def _start_in_background(arguments: argparse.Namespace) -> int:
         if output.read(len(_HELD)) != _HELD:
             sys.stderr.write(errors.read().decode(errors="replace"))
             return child.wait()
-    print(f"the memory is held; {arguments.file} will be complete after the migration")
+    when = f"{arguments.file} will be complete after the migration"
+    print(f"process {child.pid} holds the memory; {when}")
     return EXIT_PASS
 
 

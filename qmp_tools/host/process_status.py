@@ -39,6 +39,14 @@ def process_of_thread(thread: int, *, proc: Path = PROC) -> int | None:
     return None
 
 
+def tracer_of(pid: int, *, proc: Path = PROC) -> int:
+    """Return the process that traces process `pid`; 0 if there is none."""
+    try:
+        return _numbers(proc / str(pid), "TracerPid")[0]
+    except (OSError, IndexError):
+        return 0
+
+
 def _numbers(process: Path, key: str) -> list[int]:
     """Return the numbers after `key` in /proc/PID/status."""
     for line in (process / "status").read_text().splitlines():

@@ -45,7 +45,7 @@ _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")  # random(4)
 class GuestRam(PagedRam):
     """The RAM of a paused guest of this host.
 
-    `hvas` are the host addresses of the RAM regions. `shared` has the regions that are in a shared
+    `shared` has the regions that are in a shared
     file. `process` is the memory of QEMU's process, if this user may read it. QEMU saves the
     regions that are in neither.
     """

@@ -172,12 +172,13 @@ class FilePlace(NamedTuple):
 class PagedRam(ABC):
     """The RAM of one paused guest.
 
-    `regions` is the physical map. `backends` are QEMU's memory backends (id → bytes), `dimms` its
-    memory devices (id → base address and bytes). `files` has the regions that are in a shared file
-    of the host whose boot has the id `boot_id`.
+    `regions` is the physical map, and `hvas` has the host addresses of its RAM. `backends` are
+    QEMU's memory backends (id → bytes), `dimms` its memory devices (id → base address and bytes).
+    `files` has the regions that are in a shared file of the host whose boot has the id `boot_id`.
     """
 
     regions: Sequence[MapRegion]
+    hvas: Mapping[MapRegion, int]
     backends: Mapping[str, int]
     dimms: Mapping[str, tuple[int, int]]
     boot_id: str

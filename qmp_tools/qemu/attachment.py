@@ -54,6 +54,10 @@ class DomainNameError(NotASocketError):
     """The argument is a name, perhaps of a libvirt domain, not a path."""
 
 
+class NoListenerError(UntestableError):
+    """The socket exists, but no process listens at it."""
+
+
 class HumanMonitorError(UsageError):
     """The socket belongs to a human monitor (HMP)."""
 
@@ -206,7 +210,7 @@ def _connect(name: str, path: Path, timeout_s: float) -> socket.socket:
         ) from None
     except (ConnectionError, TimeoutError, BlockingIOError) as error:
         connection.close()
-        raise UntestableError(f"{name}: no QEMU listens at {path} ({error})") from None
+        raise NoListenerError(f"{name}: no QEMU listens at {path} ({error})") from None
     except OSError as error:
         connection.close()
         raise UsageError(f"{name}: {path}: {error.strerror or error}") from None

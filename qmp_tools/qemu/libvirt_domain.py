@@ -35,6 +35,7 @@ from .qemu import Qemu
 from .qmp import Monitor, QmpClosedError, QmpError, version_text
 
 _PREFIX: Final = re.compile(r"qemu(\+\w+)?:")
+_OTHER_URI: Final = re.compile(r"(?!tcp:|unix:)[A-Za-z]\w*(\+\w+)?://")
 _URI: Final = re.compile(
     r"(?P<connection>qemu(\+\w+)?://(?P<host>[^/?]*)/(?P<instance>system|session))"
     r"/(?P<name>[^/?]+)(?P<query>\?.*)?"
@@ -110,6 +111,11 @@ def domain_address(argument: str) -> DomainAddress | None:
         DomainAddressError: it begins like a URI of libvirt, but names no domain.
     """
     if not _PREFIX.match(argument):
+        if _OTHER_URI.match(argument):
+            raise DomainAddressError(
+                f"{argument} is not a URI of libvirt's QEMU driver: expected a URI such as "
+                "qemu:///system/NAME"
+            )
         return None
     parts = _URI.fullmatch(argument)
     if parts is None:
@@ -124,6 +130,24 @@ def domain_address(argument: str) -> DomainAddress | None:
         name=urllib.parse.unquote(parts["name"]),
         host=parts["host"],
         uri_on_host=f"qemu:///{parts['instance']}/{parts['name']}",
+    )
+
+
+def require_local(name: str, given: object) -> None:
+    """Require that the memory of the QEMU that was `given` can be on this host.
+
+    Raises:
+        RemoteDomainError: it is the domain of another host.
+    """
+    if isinstance(given, str) and (address := domain_address(given)) and address.host:
+        raise _remote(name, address)
+
+
+def _remote(name: str, address: DomainAddress) -> RemoteDomainError:
+    return RemoteDomainError(
+        f"the memory of {name} is on the host {address.host}: run 'dmaproof snapshot "
+        f"{address.uri_on_host} FILE' there, copy FILE to this host, and give FILE instead of the "
+        "URI"
     )
 
 
@@ -197,11 +221,7 @@ class DomainMonitor(Monitor):
 
     async def _execute(self, command: str, arguments: Mapping[str, Any]) -> Any:
         if command == "pmemsave" and self._address.host:
-            raise RemoteDomainError(
-                f"the memory of {self.name} is on the host {self._address.host}: run 'dmaproof "
-                f"snapshot {self._address.uri_on_host} FILE' there, copy FILE to this host, and "
-                "give FILE instead of the URI"
-            )
+            raise _remote(self.name, self._address)
         words = json.dumps({"execute": command, "arguments": dict(arguments)})
         try:
             text = await in_daemon_thread(

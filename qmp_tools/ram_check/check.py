@@ -6,16 +6,21 @@ cause is not determined.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from dmaproof.errors import UsageError, WaitTimeoutError
 
 from ..host.run_folder import run_folder
 from ..host.timeout import DEFAULT_TIMEOUT_S, wait_until
+from ..qemu.attachment import NoListenerError
+from ..qemu.libvirt_domain import require_local
 from ..qemu.machine import DESTINATION, SOURCE
 from ..qemu.opening import AnyQemu, open_qemu, require_openable, socket_path
 from ..qemu.qemu import Qemu
@@ -27,11 +32,14 @@ from .migrated import (
     guest_state,
     has_arrived,
     has_completed,
+    require_source,
     wait_for_migration,
 )
 from .outcome import Check
 from .snapshot import Snapshot, complete_snapshot
 from .snapshot_file import is_snapshot
+
+_LOOK_EVERY_S: Final = 0.05
 
 
 async def check(
@@ -79,11 +87,15 @@ async def check(
             require_openable(side, guest)
     _refuse_one_path(source, destination)
     if wait and not expect_migration:
-        raise UsageError("wait: without a migration (expect_migration=False) it has no end")
+        raise UsageError(
+            "--wait and --no-migration (wait and expect_migration=False) exclude each other"
+        )
     async with contextlib.AsyncExitStack() as stack:
         opening = _Opening(stack.enter_context(run_folder()), timeout_s, wait=wait)
         before = await stack.enter_async_context(opening.source(source))
         after = await stack.enter_async_context(opening.destination(destination, before))
+        if resume and not isinstance(after, LiveGuest):
+            raise UsageError("the destination is a snapshot, so there is no guest to resume")
         outcome = await compare_guests(before, after, expect_migration=expect_migration)
         if resume and isinstance(after, LiveGuest):
             await after.qemu.qmp.execute("cont")
@@ -105,6 +117,7 @@ class _Opening:
             return
         async with self._qemu(SOURCE, given) as qemu:
             if self.wait:
+                require_source(await guest_state(qemu))
                 await wait_for_migration(qemu, has_completed, self.timeout_s)
             async with live_guest(qemu, self.folder) as guest:
                 yield guest
@@ -126,6 +139,15 @@ class _Opening:
         """Return the snapshot that was given, or that is in the file; None if it is a QEMU."""
         if isinstance(given, Snapshot):
             return given
+        if self.wait and (path := socket_path(given)):
+            await wait_until(
+                path.exists,
+                self.timeout_s,
+                lambda: WaitTimeoutError(
+                    f"{side}: {path} does not exist after {self.timeout_s:g} s: start QEMU, take "
+                    "the snapshot, or allow more time (--timeout)"
+                ),
+            )
         if not isinstance(given, (str, os.PathLike)) or not Path(given).is_file():
             return None
         if not is_snapshot(Path(given)):
@@ -138,17 +160,19 @@ class _Opening:
     @contextlib.asynccontextmanager
     async def _qemu(self, side: str, given: AnyQemu | Snapshot) -> AsyncIterator[Qemu]:
         assert not isinstance(given, Snapshot)
-        if self.wait and (path := socket_path(given)):
-            await wait_until(
-                path.exists,
-                self.timeout_s,
-                lambda: WaitTimeoutError(
-                    f"{side}: {path} does not exist after {self.timeout_s:g} s: start QEMU, or "
-                    "allow more time (--timeout)"
-                ),
-            )
-        async with open_qemu(f"{side} QEMU", given, timeout_s=self.timeout_s) as qemu:
-            yield qemu
+        require_local(side, given)
+        async with contextlib.AsyncExitStack() as stack:
+            deadline_s = time.monotonic() + self.timeout_s
+            while True:
+                qemu = open_qemu(f"{side} QEMU", given, timeout_s=self.timeout_s)
+                try:
+                    opened = await stack.enter_async_context(qemu)
+                    break
+                except NoListenerError:  # the socket of a QEMU that was killed
+                    if not self.wait or time.monotonic() > deadline_s:
+                        raise
+                    await asyncio.sleep(_LOOK_EVERY_S)
+            yield opened
 
     async def _let_arrive(self, qemu: Qemu, source: GuestState) -> None:
         """Wait for a destination that is about to complete the migration of the source.

@@ -101,7 +101,8 @@ async def _require_comparable(
 class _Comparison:
     """Two guests, and the findings so far.
 
-    `seeks_same` says whether memory that is the same on both sides is left out.
+    `seeks_same` says whether both sides must be different QEMUs, and whether memory that is the
+    same on both sides is left out.
     """
 
     source: Guest
@@ -113,16 +114,17 @@ class _Comparison:
 
     def require_two_guests(self) -> None:
         """Raise if both sides are the same QEMU."""
+        source, destination = self.source, self.destination
         # If a supervisor opened the sockets, different QEMUs have the same process id.
         if (
-            isinstance(self.source, LiveGuest)
-            and isinstance(self.destination, LiveGuest)
-            and self.source.qemu.pid == self.destination.qemu.pid
-            and self.source.ram.hvas == self.destination.ram.hvas
+            self.seeks_same
+            and source.facts.pid == destination.facts.pid
+            and source.ram.boot_id == destination.ram.boot_id
+            and source.ram.hvas == destination.ram.hvas
         ):
             raise UsageError(
-                f"both sockets belong to the same QEMU (process {self.source.qemu.pid}): give a "
-                "socket of the source and one of the destination"
+                f"both sides are the same QEMU (process {source.facts.pid}): give the source and "
+                "the destination"
             )
 
     def require_equal_sizes(self) -> None:

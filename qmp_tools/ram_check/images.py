@@ -10,10 +10,11 @@ import asyncio
 import contextlib
 import functools
 import os
-import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
 
 from dmaproof.errors import UntestableError, UsageError
 from dmaproof.page_compare import Extent
@@ -24,7 +25,8 @@ from ..memory.absent_pages import absent_in_file
 from ..memory.pages import FilePages, differing_pages
 from .comparison import MOST_INSPECTED, bytes_differing
 from .guest import Side
-from .outcome import IMAGE, Check, ComparedArea, Difference, NotCompared
+from .outcome import IMAGE, Check, ComparedArea, Difference
+from .snapshot_file import is_snapshot
 
 
 async def check_images(source: AnyPath, destination: AnyPath) -> Check:
@@ -67,12 +69,14 @@ def _compare(paths: list[Path], files: list[int], count: int, rest: int) -> Chec
     ]
     began_s = time.monotonic()
     found = differing_pages(pages[0], pages[1])
+    if rest and pages[0].content(count) != pages[1].content(count):
+        found = np.append(found, count)  # the last page is not whole
     compare_s = time.monotonic() - began_s
     sides = [_side(path, count * PAGE_BYTES + rest) for path in paths]
     return Check(
         source=sides[0],
         destination=sides[1],
-        areas=[ComparedArea(None, IMAGE, 0, count, found)],
+        areas=[ComparedArea(None, IMAGE, 0, count + bool(rest), found)],
         differences=[
             Difference(
                 None,
@@ -82,9 +86,7 @@ def _compare(paths: list[Path], files: list[int], count: int, rest: int) -> Chec
             )
             for page in found[:MOST_INSPECTED]
         ],
-        not_compared=[NotCompared(IMAGE, count * PAGE_BYTES, rest, "less than a page")]
-        if rest
-        else [],
+        not_compared=[],
         notes=["images have no state, so dmaproof did not check for a migration"],
         compare_s=compare_s,
     )
@@ -105,13 +107,18 @@ def _side(path: Path, length: int) -> Side:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[int]:
+    if path.exists() and not path.is_file():
+        raise UsageError(
+            f"{path} is not a regular file; expected a raw image of RAM. For a QMP socket, leave "
+            "out --raw"
+        )
+    if is_snapshot(path):
+        raise UsageError(f"{path} is a snapshot, not a raw image of RAM: leave out --raw")
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise UsageError(f"{path} is not a regular file; expected a raw image of RAM")
         yield fd
     finally:
         os.close(fd)

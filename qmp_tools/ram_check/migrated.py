@@ -190,15 +190,8 @@ def require_migrated(source: GuestState, destination: GuestState) -> None:
         NotMigratedError: there was no migration, or it has not completed.
         GuestHasRunError: one of the guests has run since the migration.
     """
-    if (
-        destination.run_state == "postmigrate"
-        and not source.has_sent
-        and source.migration == "completed"
-    ):
-        raise UsageError(
-            f"{source.address} is the destination and {destination.address} is the source: give "
-            "the source first"
-        )
+    if destination.run_state == "postmigrate":
+        require_source(source)
     if source.run_state != ENDED:
         _require_completed(source)
         require_not_resumed(source)
@@ -217,6 +210,19 @@ def require_migrated(source: GuestState, destination: GuestState) -> None:
         raise GuestHasRunError(
             f"the guest of {destination.name} is paused, but has run since the migration, "
             f"so its RAM has changed. {_REMEDY}"
+        )
+
+
+def require_source(state: GuestState) -> None:
+    """Require that a QEMU that was given as the source is not a destination.
+
+    Raises:
+        UsageError: it has received a guest, and neither sent it nor run it.
+    """
+    if state.migration == "completed" and not state.has_sent and state.run_state != "running":
+        raise UsageError(
+            f"{state.address} was given as the source, but it is the destination of a completed "
+            "migration: give the source first"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dmaproof.errors import DmaproofError, UntestableError
+from dmaproof.errors import DmaproofError, UntestableError, UsageError
 
 from ..exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from .guest import Side
@@ -119,6 +119,17 @@ class Check:
         if self.differing > self.known:
             return EXIT_LOST
         return EXIT_UNTESTED if self.undecided else EXIT_PASS
+
+    def __bool__(self) -> bool:
+        """Refuse: ``assert check(…)`` would not do what it seems to do.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "the outcome of a check is neither true nor false: call require_equal(), or compare "
+            "exit_code with EXIT_PASS"
+        )
 
     def require_equal(self) -> None:
         """Raise unless the check has passed.

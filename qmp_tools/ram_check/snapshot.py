@@ -31,7 +31,7 @@ from .discarded import Discarder
 from .guest import Guest, LiveGuest, Side
 from .known_differences import PLACES
 from .migrated import GuestState
-from .snapshot_file import MAGIC, SnapshotFile, SnapshotWriter
+from .snapshot_file import MAGIC, SnapshotFile, SnapshotWriter, made
 
 _FAILURE: Final = "failure"
 """The member of the index of a file whose writer could not take the snapshot: the reason."""
@@ -54,12 +54,16 @@ class Snapshot(Guest):
         if reason := index.get(_FAILURE):
             raise UntestableError(f"{name} has no snapshot: {reason}")
         self.name = name
-        self.ram = SavedRam(saved)
-        self.discarders = [Discarder(**device) for device in index["discarders"]]
-        self.blocks = [RamBlock(**block) for block in index["ram_blocks"]]
-        self.capabilities = index["capabilities"]
-        self.facts = Side(**index["side"], snapshot=name, taken=index["taken"], host=index["host"])
-        self._state = GuestState(**index["state"])
+        try:
+            self.ram = SavedRam(saved)
+            self.discarders = [made(Discarder, device) for device in index["discarders"]]
+            self.blocks = [made(RamBlock, block) for block in index["ram_blocks"]]
+            self.capabilities = index["capabilities"]
+            side = {**index["side"], "snapshot": name}
+            self.facts = made(Side, {**side, "taken": index["taken"], "host": index["host"]})
+            self._state = made(GuestState, index["state"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise saved.damaged(error) from None
 
     @classmethod
     def read(cls, path: AnyPath) -> Snapshot:
@@ -90,12 +94,14 @@ class SavedRam(PagedRam):
         self.dimms = {name: (base, size) for name, (base, size) in index["dimms"].items()}
         self.boot_id = index["boot_id"]
         self._files: dict[MapRegion, FilePlace] = {}
+        self.hvas: dict[MapRegion, int] = {}
         self.regions = []
         for fields in index["regions"]:
-            file = fields.pop("file")
-            self.regions.append(region := MapRegion(**fields))
-            if file:
-                self._files[region] = FilePlace(*file)
+            self.regions.append(region := made(MapRegion, fields))
+            if fields["file"]:
+                self._files[region] = FilePlace(*fields["file"])
+            if fields["hva"] is not None:
+                self.hvas[region] = fields["hva"]
 
     @property
     def files(self) -> Mapping[MapRegion, FilePlace]:
@@ -164,7 +170,11 @@ async def write_snapshot(
             "side": side,
             "state": asdict(state),
             "regions": [
-                {**asdict(region), "file": list(files[region]) if region in files else None}
+                {
+                    **asdict(region),
+                    "hva": ram.hvas.get(region),
+                    "file": list(files[region]) if region in files else None,
+                }
                 for region in ram.regions
             ],
             "backends": dict(ram.backends),

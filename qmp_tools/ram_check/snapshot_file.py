@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import dataclasses
 import fcntl
 import json
 import mmap
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,10 +35,16 @@ from ..memory.absent_pages import Absent
 from ..memory.page_digests import DIGEST_BYTES
 from ..memory.pages import Pages, SavedPages
 
-MAGIC: Final = b"dmaproof-snap 1\n"
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_NAME: Final = b"dmaproof-snap "
+MAGIC: Final = _NAME + b"1\n"
 END: Final = b"end of snapshot\n"
 _LENGTH_BYTES: Final = 8
 _COUNT: Final = np.dtype("<u8")
+
+D = TypeVar("D", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -154,17 +162,20 @@ class SnapshotFile:
         self.name = name
         try:
             self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-            text = _index_of(self._map)
-            self.index: dict[str, Any] = json.loads(text)
-            pieces = [Piece(**piece) for piece in self.index["pieces"]]
+            self.index: dict[str, Any] = json.loads(_index_of(self._map, name))
+            pieces = [made(Piece, piece) for piece in self.index["pieces"]]
         except (ValueError, TypeError, KeyError) as error:
-            raise UntestableError(
-                f"{name} is not a complete snapshot ({error}): take it again with 'dmaproof "
-                "snapshot'"
-            ) from None
+            raise self.damaged(error) from None
         self._pieces: dict[str | None, list[Piece]] = {}
         for piece in sorted(pieces, key=lambda each: each.start):
             self._pieces.setdefault(piece.hidden_in, []).append(piece)
+
+    def damaged(self, error: Exception) -> UntestableError:
+        """Return the error for an index that does not have the documented form."""
+        return UntestableError(
+            f"{self.name} is not a complete snapshot ({error or type(error).__name__}): take it "
+            "again with 'dmaproof snapshot'"
+        )
 
     def pages(self, start: int, count: int, *, hidden_in: str | None = None) -> SavedPages | None:
         """Return `count` pages from the GPA `start` on; None if one of them is missing.
@@ -245,26 +256,41 @@ def _joined(parts: list[SavedPages]) -> SavedPages:
     )
 
 
-def _index_of(content: mmap.mmap) -> bytes:
+def made(kind: type[D], fields: Mapping[str, Any]) -> D:
+    """Make a dataclass from the members of the index; ignore members of newer versions."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in fields.items() if name in known})
+
+
+def _index_of(content: mmap.mmap, name: str) -> bytes:
     if content[: len(MAGIC)] != MAGIC:
-        raise ValueError("it is not a snapshot of this version of the format")
+        raise UntestableError(
+            f"{name} has another version of the format of snapshots than this dmaproof: use the "
+            "dmaproof that took the snapshot"
+        )
     end = len(content) - len(END)
     if content[end:] != END:
         raise ValueError("the program that wrote it was ended")
     begin = end - _LENGTH_BYTES
     length = int.from_bytes(content[begin:end], "little")
+    if length > begin - len(MAGIC):
+        raise ValueError("its index is damaged")
     return content[begin - length : begin]
 
 
 def is_snapshot(path: Path) -> bool:
-    """Return whether the file at `path` begins like a snapshot, complete or not."""
+    """Return whether the file at `path` begins like a snapshot, complete or not, of any version."""
     try:
         if not path.is_file():
             return False
         with path.open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
+            return file.read(len(_NAME)) == _NAME
     except OSError:
         return False
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)  # it may contain guest memory
 
 
 def create(path: Path) -> FileIO:
@@ -275,7 +301,8 @@ def create(path: Path) -> FileIO:
     """
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(FileIO(path, "r+" if path.exists() else "x+"))
+            mode = "r+" if path.exists() else "x+"
+            file = stack.enter_context(FileIO(path, mode, opener=_open_private))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
             file.write(MAGIC)  # a reader that waits for the snapshot recognizes the file by it

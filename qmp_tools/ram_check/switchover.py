@@ -21,7 +21,7 @@ from typing import Any
 from dmaproof.errors import UntestableError
 
 from ..host.exit_hold import ExitHold, HoldRefusedError, exit_hold
-from ..host.timeout import bounded
+from ..host.process_status import tracer_of
 from ..qemu.qemu import Qemu
 from ..qemu.qmp import QmpError
 from .guest import LiveGuest, live_guest
@@ -31,7 +31,6 @@ from .migrated import (
     guest_state,
     has_completed,
     migration_states,
-    not_completed_in_time,
     require_not_resumed,
 )
 
@@ -55,11 +54,19 @@ async def held_source(qemu: Qemu, folder: Path) -> AsyncIterator[HeldSource]:
         except HoldRefusedError as error:
             raise UntestableError(
                 f"cannot hold the memory of {qemu.name} (process {qemu.pid}): {error.strerror}. "
-                "Run dmaproof as root (with CAP_SYS_PTRACE), and end other programs that trace the "
-                "process (gdb, strace)"
+                f"{_remedy(qemu.pid)}"
             ) from None
         source.hold = hold
         yield source
+
+
+def _remedy(pid: int) -> str:
+    if tracer := tracer_of(pid):
+        return (
+            f"Process {tracer} traces it already (another 'dmaproof snapshot', gdb or strace): end "
+            "that one first"
+        )
+    return "Run dmaproof as root (with CAP_SYS_PTRACE)"
 
 
 class HeldSource:
@@ -103,18 +110,13 @@ class HeldSource:
                 "dmaproof as root (with CAP_SYS_PTRACE), on QEMU's host"
             )
 
-    async def wait_for_switchover(self, timeout_s: float) -> GuestState:
+    async def wait_for_switchover(self) -> GuestState:
         """Wait until the migration has completed or QEMU ends; return the last known state.
 
         Raises:
             MigrationFailedError: the migration failed or was cancelled.
-            WaitTimeoutError: the migration takes longer than `timeout_s`.
-            UntestableError: QEMU ended, and its memory cannot be read.
+            UntestableError: the memory is not held any more.
         """
-        async with bounded(timeout_s, lambda: not_completed_in_time(self._last, timeout_s)):
-            return await self._switchover()
-
-    async def _switchover(self) -> GuestState:
         following = asyncio.create_task(self._follow())
         ending = asyncio.create_task(self.hold.ended())
         try:
@@ -127,7 +129,8 @@ class HeldSource:
                     await ending
             if not ending.result():
                 raise UntestableError(
-                    f"{self._qemu.name} (process {self._qemu.pid}) ended, and its memory was lost"
+                    f"the memory of {self._qemu.name} (process {self._qemu.pid}) is not held any "
+                    "more: the process with which dmaproof traced QEMU has ended"
                 )
             return replace(self._last, run_state=ENDED)
         finally:

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..arguments import AnyPath, path_of
 from ..host.run_folder import run_folder
 from ..host.timeout import DEFAULT_TIMEOUT_S
+from ..qemu.libvirt_domain import require_local
 from ..qemu.opening import AnyQemu, open_qemu
 from ..qemu.qemu import Qemu
 from .guest import live_guest
@@ -41,7 +42,8 @@ async def take_snapshot(
             begin.
         with_content: whether to save the bytes of each page that is not zero. If False, the file
             has a digest of each page, 16 bytes, and a check cannot count the bytes that differ.
-        timeout_s: bounds the wait for each answer of QEMU, and for the switchover.
+        timeout_s: bounds the wait for each answer of QEMU. The wait for the switchover ends at the
+            latest when QEMU ends.
 
     Raises:
         UsageError: `qemu` is not a QEMU, or the file cannot be written.
@@ -53,12 +55,11 @@ async def take_snapshot(
         await take_snapshot("/run/source.qmp", "source.snap")
     """
     path = path_of("file", file)
+    require_local("QEMU", qemu)
     async with open_qemu("QEMU", qemu, timeout_s=timeout_s) as opened:
         with run_folder() as folder:
             if at_switchover:
-                await _at_switchover(
-                    opened, folder, path, on_held, timeout_s, with_content=with_content
-                )
+                await _at_switchover(opened, folder, path, on_held, with_content=with_content)
             else:
                 await _now(opened, folder, path, with_content=with_content)
     return Snapshot.read(path)
@@ -77,19 +78,13 @@ async def _now(qemu: Qemu, folder: Path, path: Path, *, with_content: bool) -> N
 
 
 async def _at_switchover(
-    qemu: Qemu,
-    folder: Path,
-    path: Path,
-    on_held: Callable[[], None],
-    timeout_s: float,
-    *,
-    with_content: bool,
+    qemu: Qemu, folder: Path, path: Path, on_held: Callable[[], None], *, with_content: bool
 ) -> None:
     async with held_source(qemu, folder) as source:
         with create(path) as file:
             on_held()
             try:
-                state = await source.wait_for_switchover(timeout_s)
+                state = await source.wait_for_switchover()
                 await write_snapshot(source.guest, state, file, with_content=with_content)
                 await source.require_still_paused()
             except BaseException as error:

@@ -153,7 +153,8 @@ def _story(run: Sequence[Difference]) -> str:
         difference.bytes_differing for difference in run if difference.bytes_differing is not None
     ]
     if len(known_bytes) < len(run):
-        amount = f"{counted(len(run), 'page')} by digest"
+        verb = "differs" if len(run) == 1 else "differ"
+        amount = f"{counted(len(run), 'page')} {verb} (compared by digest)"
     else:
         amount = bytes_differ(sum(known_bytes))
         if len(run) > 1:

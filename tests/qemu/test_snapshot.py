@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +65,7 @@ def test_the_ram_at_the_switchover_is_compared_although_the_source_has_ended(
     with foreign_pair(find_qemu(None), folder, guest(kind)) as pair:
         source, destination = pair.monitors
         printed = run(tool, 0, "snapshot", pair.source, file, "--at-switchover", "--background")
-        assert f"the memory is held; {file} will be complete" in printed
+        assert f"holds the memory; {file} will be complete after the migration" in printed
         poke(pair, 0, INJECTED)  # after the memory was opened, before the switchover
         source.execute("stop")
         pair.begin_to_migrate()
@@ -93,6 +94,10 @@ def test_snapshots_of_both_sides_take_the_place_of_the_sockets(tool: Tool, folde
         for sides in ((before, after), (pair.source, after), (before, pair.destination)):
             run(tool, 0, "check", *sides)
         assert "give the source first" in run(tool, 2, "check", after, before)
+        assert "give the source first" in run(tool, 2, "check", pair.destination, before, "--wait")
+        assert "both sides are the same QEMU" in run(tool, 2, "check", before, pair.source)
+        assert "no guest to resume" in run(tool, 2, "check", before, after, "--resume")
+        assert "is a snapshot, not a raw image" in run(tool, 2, "check", "--raw", before, after)
         assert "is given for both sides" in run(tool, 2, "check", before, before)
         for gpa in (INJECTED, INJECTED + 1):
             poke(pair, 1, gpa)
@@ -100,6 +105,23 @@ def test_snapshots_of_both_sides_take_the_place_of_the_sockets(tool: Tool, folde
         (difference,) = report["differences"]
         assert (difference["gpa"], difference["bytes_differing"]) == (INJECTED, 2)
         assert report["source"]["snapshot"] == str(before)
+    assert not tool.leftovers()
+
+
+def test_a_check_waits_for_the_snapshot_and_for_the_qemus(tool: Tool, folder: Path) -> None:
+    """The check is started first. A QEMU that was killed has left its socket."""
+    file, destination = folder / "source.snap", folder / "destination"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(destination))
+    waiting = tool.start("check", str(file), str(destination), "--wait", "--resume")
+    waiting.wait_for(waiting.children, "reaper")
+    destination.unlink()
+    with foreign_pair(find_qemu(None), folder, guest("memfd")) as pair:
+        run(tool, 0, "snapshot", pair.source, file, "--at-switchover", "--background")
+        pair.migrate()
+        outcome = waiting.finish()
+        assert outcome.exit_code == 0, outcome.errors
+        assert pair.monitors[1].execute("query-status")["status"] == "running"
     assert not tool.leftovers()
 
 
@@ -161,7 +183,7 @@ def test_a_source_that_another_program_traces_is_refused(tool: Tool, folder: Pat
         run(tool, 0, "snapshot", pair.source, first, "--at-switchover", "--background")
         second = str(pair.source) + "-2"
         words = ("snapshot", second, folder / "second.snap", "--at-switchover", "--background")
-        assert "end other programs that trace the process" in run(tool, 3, *words)
+        assert "traces it already (another 'dmaproof snapshot', gdb" in run(tool, 3, *words)
         assert not (folder / "second.snap").exists()
         assert "needs --at-switchover" in run(tool, 2, *words[:3], "--background")
         kill(pair)
@@ -179,9 +201,9 @@ def test_raw_images_of_other_virtual_machine_monitors_are_compared(
         os.pwrite(image.fileno(), b"content", INJECTED)
     subprocess.run(["cp", "--sparse=always", before, after], timeout=TIMEOUT_S, check=True)
     run(tool, 0, "check", "--raw", before, after)
-    with after.open("r+b") as image:
-        image.seek(INJECTED)
-        image.write(b"!")
+    with after.open("r+b") as changed:
+        changed.seek(INJECTED)
+        changed.write(b"!")
     html = tmp_path / "report.html"
     outcome = tool.run("check", "--raw", str(before), str(after), "--report", str(html))
     assert f"at an offset (image +{INJECTED:#x}): 1 byte differs" in outcome.output
@@ -191,6 +213,9 @@ def test_raw_images_of_other_virtual_machine_monitors_are_compared(
     assert "not images of one guest" in run(tool, 3, "check", "--raw", before, after)
     assert "is not a regular file" in run(tool, 2, "check", "--raw", before, tmp_path)
     assert "is given for both sides" in run(tool, 2, "check", "--raw", before, before)
+    for path, end in ((before, b"x"), (after, b"y")):
+        path.write_bytes(bytes(4096) + end)
+    assert "1 of 2 pages differ" in run(tool, 1, "check", "--raw", before, after)
     before.write_bytes(b"short")
     after.write_bytes(b"small")
     assert "less than a page" in run(tool, 3, "check", "--raw", before, after)

@@ -173,7 +173,7 @@ def test_guests_of_different_size_are_refused(sides: Sides) -> None:
 
 def test_two_sockets_of_one_qemu_are_refused(sides: Sides) -> None:
     sides.destination.hvas = sides.source.hvas
-    with pytest.raises(UsageError, match="both sockets belong to the same QEMU"):
+    with pytest.raises(UsageError, match="both sides are the same QEMU"):
         sides.check()
 
 
@@ -311,3 +311,10 @@ def test_an_argument_that_is_not_a_path_is_refused_with_its_side(
 ) -> None:
     with pytest.raises(UsageError, match=f"^{side}: expected the path of a QMP socket"):
         asyncio.run(check(*paths))
+
+
+@pytest.mark.usefixtures("attached")
+def test_the_outcome_of_a_check_is_not_a_truth_value() -> None:
+    found = asyncio.run(check("source", "destination"))
+    with pytest.raises(UsageError, match=r"call require_equal\(\), or compare exit_code"):
+        assert found

@@ -223,7 +223,7 @@ def test_a_domain_is_named_by_the_uri_of_its_connection_and_its_name(
     assert (address.host, address.uri_on_host) == (host, on_host)
 
 
-@pytest.mark.parametrize("path", ["/run/qmp", "qmp.sock", "qemu/qmp", "qemu", "xen:///system/vm"])
+@pytest.mark.parametrize("path", ["/run/qmp", "qmp.sock", "qemu/qmp", "qemu", "tcp://host:1"])
 def test_other_arguments_are_not_uris(path: str) -> None:
     assert domain_address(path) is None
 
@@ -232,6 +232,7 @@ def test_other_arguments_are_not_uris(path: str) -> None:
     "uri",
     [
         *("qemu:///system", "qemu:///system/", "qemu:///syste/vm", "qemu:/system/vm"),
+        *("xen:///system/vm", "QEMU:///system/vm", "test+unix:///default/test"),
         *("qemu:///system/vm/x", "qemu:///embed/vm", "qemu+ssh:vm", "qemu:///system?socket=/x"),
     ],
 )

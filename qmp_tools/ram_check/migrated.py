@@ -182,6 +182,23 @@ def require_paused(state: GuestState) -> None:
         )
 
 
+def require_not_run(before: GuestState, after: GuestState) -> None:
+    """Require that a guest that was paused has not run between two states.
+
+    Raises:
+        GuestHasRunError: it has run, although it may be paused again.
+        UntestableError: it is running.
+    """
+    require_paused(after)
+    if has_completed(before):
+        require_not_resumed(after)
+    if after.has_run and before.has_run is False:
+        raise GuestHasRunError(
+            f"the guest of {after.name} has run while dmaproof read its RAM: migrate again, and "
+            "keep the guest paused until dmaproof has ended"
+        )
+
+
 def require_migrated(source: GuestState, destination: GuestState) -> None:
     """Require that both guests have been paused since a completed migration between them.
 

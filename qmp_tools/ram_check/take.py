@@ -12,7 +12,7 @@ from ..qemu.libvirt_domain import require_local
 from ..qemu.opening import AnyQemu, open_qemu
 from ..qemu.qemu import Qemu
 from .guest import live_guest
-from .migrated import guest_state, require_paused
+from .migrated import guest_state, require_not_run, require_paused
 from .snapshot import Snapshot, write_failure, write_snapshot
 from .snapshot_file import create
 from .switchover import held_source
@@ -71,7 +71,7 @@ async def _now(qemu: Qemu, folder: Path, path: Path, *, with_content: bool) -> N
         try:
             async with live_guest(qemu, folder) as guest:
                 await write_snapshot(guest, state, file, with_content=with_content)
-            require_paused(await guest_state(qemu))
+            require_not_run(state, await guest_state(qemu))
         except BaseException:
             path.unlink(missing_ok=True)
             raise

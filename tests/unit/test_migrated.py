@@ -18,6 +18,7 @@ from qmp_tools.ram_check.migrated import (
     guest_state,
     has_run,
     require_migrated,
+    require_not_run,
     require_paused,
 )
 
@@ -118,6 +119,28 @@ def test_sides_without_a_completed_migration_are_refused(
 ) -> None:
     with pytest.raises(kind, match=message):
         require_migrated(state_of(**{**SOURCE, **source}), state_of(**destination))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (SOURCE, {**SOURCE, "state": "running"}, "is running, so its RAM changes"),
+        (SOURCE, {**SOURCE, "state": "paused"}, "was resumed or reset"),
+        ({}, {"jit": jit(1)}, "has run while dmaproof read its RAM"),
+    ],
+)
+def test_a_guest_that_was_resumed_meanwhile_is_refused(
+    before: dict[str, Any], after: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UntestableError, match=message):
+        require_not_run(state_of(**before), state_of(**after))
+
+
+@pytest.mark.parametrize("after", [SOURCE, {**SOURCE, "state": "finish-migrate"}])
+def test_a_guest_that_stays_paused_is_accepted(after: dict[str, Any]) -> None:
+    require_not_run(state_of(**{**SOURCE, "state": "finish-migrate"}), state_of(**after))
+    require_not_run(state_of(jit=NO_JIT), state_of(jit=NO_JIT))
+    require_not_run(state_of(jit=jit(3)), state_of(jit=jit(3)))
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,8 @@ def _start_in_background(arguments: argparse.Namespace) -> int:
     words += ["--timeout", str(arguments.timeout), *(["--content"] * arguments.content)]
     # Pipes, because a child of the process would keep the terminal or file of this process open.
     child = subprocess.Popen(
-        [sys.executable, "-c", _PROGRAM, *words],
+        # Without -P, Python would import modules from the current folder, which may be any folder.
+        [sys.executable, "-P", "-c", _PROGRAM, *words],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -166,7 +166,7 @@ def hidden_parts(regions: Sequence[MapRegion], name: str, size: int) -> list[tup
     position = 0
     shown = sorted((region.offset, region.length) for region in regions if is_backend(region, name))
     for offset, length in [*shown, (size, 0)]:
-        if offset > position:
-            hidden.append((position, offset - position))
+        if position < min(offset, size):
+            hidden.append((position, min(offset, size) - position))
         position = max(position, offset + length)
     return hidden

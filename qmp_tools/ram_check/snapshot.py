@@ -31,7 +31,7 @@ from .discarded import Discarder
 from .guest import Guest, LiveGuest, Side
 from .known_differences import PLACES
 from .migrated import GuestState
-from .snapshot_file import MAGIC, SnapshotFile, SnapshotWriter, made
+from .snapshot_file import MAGIC, SnapshotFile, SnapshotWriter, incomplete, made_of, typed
 
 _FAILURE: Final = "failure"
 """The member of the index of a file whose writer could not take the snapshot: the reason."""
@@ -56,14 +56,19 @@ class Snapshot(Guest):
         self.name = name
         try:
             self.ram = SavedRam(saved)
-            self.discarders = [made(Discarder, device) for device in index["discarders"]]
-            self.blocks = [made(RamBlock, block) for block in index["ram_blocks"]]
-            self.capabilities = index["capabilities"]
-            side = {**index["side"], "snapshot": name}
-            self.facts = made(Side, {**side, "taken": index["taken"], "host": index["host"]})
-            self._state = made(GuestState, index["state"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise saved.damaged(error) from None
+            self.discarders = [
+                made_of(Discarder, device) for device in typed(index["discarders"], list)
+            ]
+            self.blocks = [made_of(RamBlock, block) for block in typed(index["ram_blocks"], list)]
+            self.facts = replace(
+                made_of(Side, index["side"]),
+                snapshot=name,
+                taken=typed(index["taken"], str),
+                host=typed(index["host"], str),
+            )
+            self._state = made_of(GuestState, index["state"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise incomplete(name, error) from None
 
     @classmethod
     def read(cls, path: AnyPath) -> Snapshot:
@@ -90,18 +95,20 @@ class SavedRam(PagedRam):
     def __init__(self, saved: SnapshotFile) -> None:
         self._saved = saved
         index = saved.index
-        self.backends = index["backends"]
-        self.dimms = {name: (base, size) for name, (base, size) in index["dimms"].items()}
-        self.boot_id = index["boot_id"]
+        self.backends = {
+            name: typed(size, int) for name, size in typed(index["backends"], dict).items()
+        }
+        self.dimms = {
+            name: (typed(base, int), typed(size, int))
+            for name, (base, size) in typed(index["dimms"], dict).items()
+        }
+        self.boot_id = typed(index["boot_id"], str)
         self._files: dict[MapRegion, FilePlace] = {}
-        self.hvas: dict[MapRegion, int] = {}
         self.regions = []
-        for fields in index["regions"]:
-            self.regions.append(region := made(MapRegion, fields))
-            if fields["file"]:
-                self._files[region] = FilePlace(*fields["file"])
-            if fields["hva"] is not None:
-                self.hvas[region] = fields["hva"]
+        for members in typed(index["regions"], list):
+            self.regions.append(region := made_of(MapRegion, members))
+            if file := typed(members["file"], list, type(None)):
+                self._files[region] = FilePlace(*(typed(number, int) for number in file))
 
     @property
     def files(self) -> Mapping[MapRegion, FilePlace]:
@@ -170,18 +177,13 @@ async def write_snapshot(
             "side": side,
             "state": asdict(state),
             "regions": [
-                {
-                    **asdict(region),
-                    "hva": ram.hvas.get(region),
-                    "file": list(files[region]) if region in files else None,
-                }
+                {**asdict(region), "file": list(files[region]) if region in files else None}
                 for region in ram.regions
             ],
             "backends": dict(ram.backends),
             "dimms": {name: list(place) for name, place in ram.dimms.items()},
             "discarders": [asdict(device) for device in guest.discarders],
             "ram_blocks": [asdict(block) for block in guest.blocks],
-            "capabilities": list(guest.capabilities),
         }
     )
 

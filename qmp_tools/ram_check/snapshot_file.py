@@ -14,37 +14,35 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import dataclasses
 import fcntl
 import json
 import mmap
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
+from typing import IO, Any, Final, TypeVar, get_args, get_type_hints
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from dmaproof.errors import UntestableError, UsageError
 from dmaproof.units import PAGE_BYTES
 
 from ..memory.absent_pages import Absent
+from ..memory.copied_memory import PIECE_BYTES
 from ..memory.page_digests import DIGEST_BYTES
 from ..memory.pages import Pages, SavedPages
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-_NAME: Final = b"dmaproof-snap "
-MAGIC: Final = _NAME + b"1\n"
+MAGIC: Final = b"dmaproof-snap 1\n"
 END: Final = b"end of snapshot\n"
 _LENGTH_BYTES: Final = 8
 _COUNT: Final = np.dtype("<u8")
+_LARGEST: Final = 1 << 64
+"""The largest number in an index: the length of a region that fills the address space."""
 
-D = TypeVar("D", bound="DataclassInstance")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -162,20 +160,14 @@ class SnapshotFile:
         self.name = name
         try:
             self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-            self.index: dict[str, Any] = json.loads(_index_of(self._map, name))
-            pieces = [made(Piece, piece) for piece in self.index["pieces"]]
-        except (ValueError, TypeError, KeyError) as error:
-            raise self.damaged(error) from None
+            text = _index_of(self._map)
+            self.index: dict[str, Any] = json.loads(text)
+            pieces = [_piece(members) for members in typed(self.index["pieces"], list)]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise incomplete(name, error) from None
         self._pieces: dict[str | None, list[Piece]] = {}
         for piece in sorted(pieces, key=lambda each: each.start):
             self._pieces.setdefault(piece.hidden_in, []).append(piece)
-
-    def damaged(self, error: Exception) -> UntestableError:
-        """Return the error for an index that does not have the documented form."""
-        return UntestableError(
-            f"{self.name} is not a complete snapshot ({error or type(error).__name__}): take it "
-            "again with 'dmaproof snapshot'"
-        )
 
     def pages(self, start: int, count: int, *, hidden_in: str | None = None) -> SavedPages | None:
         """Return `count` pages from the GPA `start` on; None if one of them is missing.
@@ -218,7 +210,12 @@ class SnapshotFile:
             if not piece.has_content:
                 return None
             begin = content_position + int(rank[first + page]) * PAGE_BYTES
-            return self._map[begin : begin + PAGE_BYTES]
+            found = self._map[begin : begin + PAGE_BYTES]
+            if xxhash.xxh3_128_digest(found) != digests[first + page].tobytes():
+                raise UntestableError(
+                    f"{self.name} is damaged: the content of a page does not fit its digest"
+                )
+            return found
 
         wanted = slice(first, first + count)
         return SavedPages(count, digests[wanted], Absent(is_absent[wanted], piece.certain), content)
@@ -227,6 +224,52 @@ class SnapshotFile:
         if position + count * kind.itemsize > len(self._map):
             raise UntestableError(f"{self.name} is damaged: its index names data after its end")
         return np.frombuffer(self._map, kind, count, position)
+
+
+def incomplete(name: str, why: object) -> UntestableError:
+    """Return the error about a file, called `name`, that is not a complete snapshot."""
+    return UntestableError(
+        f"{name} is not a complete snapshot ({why}): take it again with 'dmaproof snapshot'"
+    )
+
+
+def typed(value: Any, *kinds: type) -> Any:
+    """Return a value of an index if it has one of these types.
+
+    Raises:
+        ValueError: it has another type, or is a number that no snapshot has.
+    """
+    # A bool is an int for isinstance.
+    if type(value) not in kinds or (type(value) is int and not 0 <= value <= _LARGEST):
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"its index has {str(value)[:40]!r} where it needs {expected}")
+    return value
+
+
+def made_of(kind: type[T], members: Any) -> T:
+    """Make a dataclass from a JSON object of an index.
+
+    Members that the dataclass does not have are from a later version of dmaproof, and are ignored.
+
+    Raises:
+        ValueError: `members` is not an object, or a member has another type.
+        TypeError: a member is missing.
+    """
+    hints = get_type_hints(kind)
+    return kind(
+        **{
+            name: typed(value, *(get_args(hints[name]) or (hints[name],)))
+            for name, value in typed(members, dict).items()
+            if name in hints
+        }
+    )
+
+
+def _piece(members: Any) -> Piece:
+    piece = made_of(Piece, members)
+    if not 0 < piece.pages <= PIECE_BYTES // PAGE_BYTES:
+        raise ValueError(f"its index has a piece of {piece.pages} pages")
+    return piece
 
 
 def _flags_of(runs: NDArray[np.uint64], pages: int) -> NDArray[np.bool_]:
@@ -256,41 +299,26 @@ def _joined(parts: list[SavedPages]) -> SavedPages:
     )
 
 
-def made(kind: type[D], fields: Mapping[str, Any]) -> D:
-    """Make a dataclass from the members of the index; ignore members of newer versions."""
-    known = {field.name for field in dataclasses.fields(kind)}
-    return kind(**{name: value for name, value in fields.items() if name in known})
-
-
-def _index_of(content: mmap.mmap, name: str) -> bytes:
+def _index_of(content: mmap.mmap) -> bytes:
     if content[: len(MAGIC)] != MAGIC:
-        raise UntestableError(
-            f"{name} has another version of the format of snapshots than this dmaproof: use the "
-            "dmaproof that took the snapshot"
-        )
+        raise ValueError("it is not a snapshot of this version of the format")
     end = len(content) - len(END)
     if content[end:] != END:
         raise ValueError("the program that wrote it was ended")
     begin = end - _LENGTH_BYTES
     length = int.from_bytes(content[begin:end], "little")
-    if length > begin - len(MAGIC):
-        raise ValueError("its index is damaged")
     return content[begin - length : begin]
 
 
 def is_snapshot(path: Path) -> bool:
-    """Return whether the file at `path` begins like a snapshot, complete or not, of any version."""
+    """Return whether the file at `path` begins like a snapshot, complete or not."""
     try:
         if not path.is_file():
             return False
         with path.open("rb") as file:
-            return file.read(len(_NAME)) == _NAME
+            return file.read(len(MAGIC)) == MAGIC
     except OSError:
         return False
-
-
-def _open_private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)  # it may contain guest memory
 
 
 def create(path: Path) -> FileIO:
@@ -301,8 +329,7 @@ def create(path: Path) -> FileIO:
     """
     with contextlib.ExitStack() as stack:
         try:
-            mode = "r+" if path.exists() else "x+"
-            file = stack.enter_context(FileIO(path, mode, opener=_open_private))
+            file = stack.enter_context(FileIO(path, "r+" if path.exists() else "x+"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
             file.write(MAGIC)  # a reader that waits for the snapshot recognizes the file by it

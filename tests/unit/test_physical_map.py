@@ -61,6 +61,8 @@ def test_hidden_parts_of_a_backend_are_found() -> None:
         (0x80000000, 0x1000),
     ]
     assert hidden_parts(regions, "m0", 0x80000000)[-1] == (0xE0000, 0x20000)
+    beyond = [MapRegion(0, 0x1000, "ram", "m0", 1 << 60)]
+    assert hidden_parts(beyond, "m0", 0x3000) == [(0, 0x3000)], "the size bounds damaged offsets"
 
 
 def test_adjacent_parts_of_a_backend_are_merged() -> None:

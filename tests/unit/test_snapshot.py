@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -178,6 +178,53 @@ def test_the_index_is_plain_json(stack: ExitStack, tmp_path: Path) -> None:
     index = json.loads(content[-24 - length : -24])
     assert sum(piece["pages"] for piece in index["pieces"]) == PAGES
     assert [piece["gpa"] for piece in index["pieces"]] == [0, FIRMWARE, FIRMWARE + 16 * PAGE]
+
+
+def with_index(content: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
+    """Return the content of a snapshot with a changed index."""
+    length = int.from_bytes(content[-24:-16], "little")
+    index = json.loads(content[-24 - length : -24])
+    change(index)
+    text = json.dumps(index).encode()
+    return content[: -24 - length] + text + len(text).to_bytes(8, "little") + content[-16:]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index.pop("discarders"),
+        lambda index: index["state"].pop("run_state"),
+        lambda index: index["state"].update(has_run=0),
+        lambda index: index["regions"].append("ram"),
+        lambda index: index["regions"][0].update(kind=None),
+        lambda index: index["regions"][0].update(length=-1),
+        lambda index: index["regions"][0].update(file=[1, 2]),
+        lambda index: index.update(backends=[]),
+        lambda index: index.update(dimms={"dimm0": [1]}),
+        lambda index: index["pieces"][0].update(position=True),
+        lambda index: index["pieces"][0].update(pages=1 << 40),
+        lambda index: index["pieces"][0].update(zero_runs=1e9),
+    ],
+)
+def test_a_damaged_index_is_refused(
+    stack: ExitStack, tmp_path: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    path = tmp_path / "a.snap"
+    save(qemu_of(stack, "source", migration=SENT), path)
+    path.write_bytes(with_index(path.read_bytes(), change))
+    with pytest.raises(UntestableError, match=r"a\.snap is not a complete snapshot \("):
+        Snapshot.read(path)
+
+
+def test_members_of_a_later_version_are_ignored(stack: ExitStack, tmp_path: Path) -> None:
+    def add(index: dict[str, Any]) -> None:
+        for members in (index, index["state"], index["side"], index["regions"][0]):
+            members["new"] = [{}]
+
+    path = tmp_path / "a.snap"
+    save(qemu_of(stack, "source", migration=SENT), path)
+    path.write_bytes(with_index(path.read_bytes(), add))
+    assert Snapshot.read(path).facts.address == "/run/source"
 
 
 def test_a_reader_gets_the_reason_if_there_is_no_snapshot(tmp_path: Path) -> None:

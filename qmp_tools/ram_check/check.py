@@ -112,9 +112,10 @@ class _Opening:
 
     @contextlib.asynccontextmanager
     async def source(self, given: AnyQemu | Snapshot) -> AsyncIterator[Guest]:
-        if snapshot := await self._snapshot(SOURCE, given):
-            yield snapshot
-            return
+        async with self._snapshot(SOURCE, given) as snapshot:
+            if snapshot:
+                yield snapshot
+                return
         async with self._qemu(SOURCE, given) as qemu:
             if self.wait:
                 require_source(await guest_state(qemu))
@@ -124,9 +125,10 @@ class _Opening:
 
     @contextlib.asynccontextmanager
     async def destination(self, given: AnyQemu | Snapshot, source: Guest) -> AsyncIterator[Guest]:
-        if snapshot := await self._snapshot(DESTINATION, given):
-            yield snapshot
-            return
+        async with self._snapshot(DESTINATION, given) as snapshot:
+            if snapshot:
+                yield snapshot
+                return
         async with self._qemu(DESTINATION, given) as qemu:
             if self.wait:
                 await wait_for_migration(qemu, has_arrived, self.timeout_s)
@@ -135,27 +137,24 @@ class _Opening:
             async with live_guest(qemu, self.folder) as guest:
                 yield guest
 
-    async def _snapshot(self, side: str, given: AnyQemu | Snapshot) -> Snapshot | None:
-        """Return the snapshot that was given, or that is in the file; None if it is a QEMU."""
+    @contextlib.asynccontextmanager
+    async def _snapshot(
+        self, side: str, given: AnyQemu | Snapshot
+    ) -> AsyncIterator[Snapshot | None]:
+        """Yield the snapshot that was given, or that is in the file; None if it is a QEMU."""
         if isinstance(given, Snapshot):
-            return given
-        if self.wait and (path := socket_path(given)):
-            await wait_until(
-                path.exists,
-                self.timeout_s,
-                lambda: WaitTimeoutError(
-                    f"{side}: {path} does not exist after {self.timeout_s:g} s: start QEMU, take "
-                    "the snapshot, or allow more time (--timeout)"
-                ),
-            )
+            yield given
+            return
         if not isinstance(given, (str, os.PathLike)) or not Path(given).is_file():
-            return None
+            yield None
+            return
         if not is_snapshot(Path(given)):
             raise UsageError(
                 f"{side}: {given} is a file, but not a snapshot: take one with 'dmaproof "
                 "snapshot', or compare two raw images of RAM with --raw"
             )
-        return await complete_snapshot(Path(given), self.timeout_s)
+        async with complete_snapshot(Path(given), self.timeout_s) as snapshot:
+            yield snapshot
 
     @contextlib.asynccontextmanager
     async def _qemu(self, side: str, given: AnyQemu | Snapshot) -> AsyncIterator[Qemu]:

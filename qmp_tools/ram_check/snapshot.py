@@ -249,8 +249,11 @@ class WaitForSnapshotError(WaitTimeoutError):
     """The program that writes a snapshot has not finished in time."""
 
 
-async def complete_snapshot(path: Path, timeout_s: float) -> Snapshot:
+@contextlib.asynccontextmanager
+async def complete_snapshot(path: Path, timeout_s: float) -> AsyncIterator[Snapshot]:
     """Read the snapshot at `path`; first wait for the program that writes it, if there is one.
+
+    No dmaproof replaces the snapshot until the context ends.
 
     Raises:
         WaitForSnapshotError: the snapshot is not complete in time.
@@ -266,7 +269,10 @@ async def complete_snapshot(path: Path, timeout_s: float) -> Snapshot:
             ),
             pause_s=_LOOK_EVERY_S,
         )
-    return Snapshot.read(path)
+        try:
+            yield Snapshot(file, str(path))
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _is_unlocked(file: IO[bytes]) -> bool:

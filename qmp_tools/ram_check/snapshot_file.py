@@ -16,7 +16,8 @@ import bisect
 import contextlib
 import fcntl
 import json
-import mmap
+import os
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from io import FileIO
@@ -158,10 +159,11 @@ class SnapshotFile:
             UntestableError: the file is incomplete or damaged, or has an unknown version.
         """
         self.name = name
+        # The file is not mapped: if it shrinks, an access to a mapping is a SIGBUS.
+        self._fd = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._fd)
         try:
-            self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-            text = _index_of(self._map)
-            self.index: dict[str, Any] = json.loads(text)
+            self.index: dict[str, Any] = json.loads(self._index())
             pieces = [_piece(members) for members in typed(self.index["pieces"], list)]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise incomplete(name, error) from None
@@ -210,7 +212,7 @@ class SnapshotFile:
             if not piece.has_content:
                 return None
             begin = content_position + int(rank[first + page]) * PAGE_BYTES
-            found = self._map[begin : begin + PAGE_BYTES]
+            found = self._read(begin, PAGE_BYTES)
             if xxhash.xxh3_128_digest(found) != digests[first + page].tobytes():
                 raise UntestableError(
                     f"{self.name} is damaged: the content of a page does not fit its digest"
@@ -221,9 +223,27 @@ class SnapshotFile:
         return SavedPages(count, digests[wanted], Absent(is_absent[wanted], piece.certain), content)
 
     def _array(self, kind: np.dtype[Any], position: int, count: int) -> NDArray[Any]:
-        if position + count * kind.itemsize > len(self._map):
+        return np.frombuffer(self._read(position, count * kind.itemsize), kind)
+
+    def _read(self, position: int, length: int) -> bytes:
+        if position + length > os.fstat(self._fd).st_size:
             raise UntestableError(f"{self.name} is damaged: its index names data after its end")
-        return np.frombuffer(self._map, kind, count, position)
+        content = os.pread(self._fd, length, position)
+        if len(content) < length:
+            raise UntestableError(f"{self.name} has changed while dmaproof read it")
+        return content
+
+    def _index(self) -> bytes:
+        if os.pread(self._fd, len(MAGIC), 0) != MAGIC:
+            raise ValueError("it is not a snapshot of this version of the format")
+        end = os.fstat(self._fd).st_size - len(END) - _LENGTH_BYTES
+        tail = os.pread(self._fd, _LENGTH_BYTES + len(END), max(end, 0))
+        if tail[_LENGTH_BYTES:] != END:
+            raise ValueError("the program that wrote it was ended")
+        length = int.from_bytes(tail[:_LENGTH_BYTES], "little")
+        if length > end:
+            raise ValueError("its index is longer than the file")
+        return self._read(end - length, length)
 
 
 def incomplete(name: str, why: object) -> UntestableError:
@@ -299,17 +319,6 @@ def _joined(parts: list[SavedPages]) -> SavedPages:
     )
 
 
-def _index_of(content: mmap.mmap) -> bytes:
-    if content[: len(MAGIC)] != MAGIC:
-        raise ValueError("it is not a snapshot of this version of the format")
-    end = len(content) - len(END)
-    if content[end:] != END:
-        raise ValueError("the program that wrote it was ended")
-    begin = end - _LENGTH_BYTES
-    length = int.from_bytes(content[begin:end], "little")
-    return content[begin - length : begin]
-
-
 def is_snapshot(path: Path) -> bool:
     """Return whether the file at `path` begins like a snapshot, complete or not."""
     try:
@@ -325,7 +334,7 @@ def create(path: Path) -> FileIO:
     """Create the file at `path` for a snapshot, without a buffer, locked until it is closed.
 
     Raises:
-        UsageError: the file cannot be created, or another program writes a snapshot into it.
+        UsageError: the file cannot be created, or another program writes or reads it.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -335,7 +344,7 @@ def create(path: Path) -> FileIO:
             file.write(MAGIC)  # a reader that waits for the snapshot recognizes the file by it
         except BlockingIOError:
             raise UsageError(
-                f"another program writes a snapshot into {path}: name another file"
+                f"another program writes or reads the snapshot {path}: name another file"
             ) from None
         except OSError as error:
             raise UsageError(f"cannot write {path}: {error.strerror}") from None

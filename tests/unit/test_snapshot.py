@@ -244,11 +244,17 @@ def test_a_check_waits_for_the_program_that_writes_the_snapshot(
     complete = save(qemu_of(stack, "source", migration=SENT), tmp_path / "done.snap")
     path = tmp_path / "a.snap"
 
+    async def wait(timeout_s: float) -> Snapshot:
+        async with complete_snapshot(path, timeout_s) as snapshot:
+            with pytest.raises(UsageError, match="another program writes or reads the snapshot"):
+                create(path)
+            return snapshot
+
     async def read() -> Snapshot:
         with create(path) as file:
             with pytest.raises(WaitForSnapshotError, match=r"has not finished within 0\.01 s"):
-                await complete_snapshot(path, 0.01)
-            reading = asyncio.create_task(complete_snapshot(path, 60))
+                await wait(0.01)
+            reading = asyncio.create_task(wait(60))
             await asyncio.sleep(0.1)
             assert not reading.done()
             file.seek(0)
@@ -256,6 +262,7 @@ def test_a_check_waits_for_the_program_that_writes_the_snapshot(
         return await reading
 
     assert asyncio.run(read()).facts.taken == complete.facts.taken
+    create(path).close()
 
 
 def test_check_takes_snapshots_and_their_files(

@@ -144,7 +144,7 @@ def with_another_index(content: bytes) -> bytes:
         (without_index, "is not a complete snapshot"),
         (of_the_next_version, "not a snapshot of this version of the format"),
         (with_another_index, "zero_runs"),
-        (lambda content: b"", "cannot mmap an empty file"),
+        (lambda content: b"", "not a snapshot of this version of the format"),
     ],
 )
 def test_a_damaged_file_is_refused(path: Path, damage: Callable[[bytes], bytes], why: str) -> None:
@@ -161,6 +161,13 @@ def test_content_that_does_not_fit_its_digest_is_refused(path: Path) -> None:
     assert found.content(3) == bytes(PAGE_BYTES)
     with pytest.raises(UntestableError, match="content of a page does not fit its digest"):
         found.content(11)
+
+
+def test_a_file_that_shrinks_meanwhile_is_refused(path: Path) -> None:
+    saved = opened(path)
+    path.write_bytes(MAGIC)
+    with pytest.raises(UntestableError, match="is damaged: its index names data after its end"):
+        saved.pages(0, 1)
 
 
 def test_data_after_the_end_of_the_file_is_refused(path: Path) -> None:
@@ -180,7 +187,7 @@ def test_a_snapshot_is_recognized_while_it_is_written(tmp_path: Path) -> None:
         assert is_snapshot(path)
         with path.open("rb") as reader, pytest.raises(BlockingIOError):
             fcntl.flock(reader, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        with pytest.raises(UsageError, match="another program writes a snapshot into"):
+        with pytest.raises(UsageError, match="another program writes or reads the snapshot"):
             create(path)
         assert file.tell() == len(MAGIC)
     with path.open("rb") as reader:

@@ -39,7 +39,8 @@ class Absent:
     """The `absent` pages, as an array of bools, one for each page.
 
     If not `certain`, a page that is not `absent` may have been discarded too: in memory of huge
-    pages the kernel fills in zeros around a page that is written, or the memory cannot be examined.
+    pages the kernel fills in zeros around a page that is written, KSM may have merged the page, or
+    the memory cannot be examined.
     """
 
     absent: NDArray[np.bool_]
@@ -98,9 +99,12 @@ def absent_in_process(
         return unknown
     entries = np.frombuffer(content, dtype=np.uint64)
     present = (entries & PRESENT != 0) & (entries & _FILE == 0)
-    if not merged:  # else KSM may have merged a page that is mapped more than once
-        present &= entries & _EXCLUSIVE != 0
-    return Absent(~(present | (entries & SWAPPED != 0)), certain=not huge)
+    alone = entries & _EXCLUSIVE != 0
+    # A page that is mapped more than once is the zero page, or one that KSM has merged.
+    undecided = merged and bool((present & ~alone).any())
+    if not merged:
+        present &= alone
+    return Absent(~(present | (entries & SWAPPED != 0)), certain=not huge and not undecided)
 
 
 def _has_huge_pages(smaps: Path, mapping: Mapping) -> bool:

@@ -82,6 +82,22 @@ def test_a_page_is_absent_by_its_pagemap_entry_and_ksm(
     assert absent_among(private, 0, 1, sysfs=tmp_path) == [absent]
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_it_is_uncertain_whether_the_zero_page_is_absent_if_ksm_merges_pages(
+    private: mmap.mmap, tmp_path: Path, *, merged: bool
+) -> None:
+    """A comparison of two running QEMUs reads all pages, and the kernel maps the zero page then."""
+    ksm = tmp_path / "kernel/mm/ksm"
+    ksm.mkdir(parents=True)
+    (ksm / "pages_sharing").write_text(f"{int(merged)}\n")
+    private.madvise(mmap.MADV_DONTNEED)
+    address = address_of(private)
+    with Path("/proc/self/mem").open("rb", buffering=0) as memory:
+        os.pread(memory.fileno(), mmap.PAGESIZE, address)
+    found = absent_in_process(ME, mappings_of(ME, "me"), address, 1, sysfs=tmp_path)
+    assert (found.absent.tolist(), found.certain) == ([not merged], not merged)
+
+
 def test_a_short_read_of_the_pagemap_decides_nothing(
     private: mmap.mmap, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,8 @@ async def in_daemon_thread(function: Callable[..., T], *arguments: object) -> T:
             return
         try:
             result = function(*arguments)
+        except StopIteration as error:  # no future can have it, so nothing would end the wait
+            outcome.set_exception(RuntimeError(f"StopIteration: {error}"))
         except BaseException as error:
             with contextlib.suppress(Exception):
                 outcome.set_exception(error)

@@ -59,7 +59,13 @@ class BorrowedMonitor(Monitor):
                 f"{name}: expected QMP's answer to query-version from the client of the test, got "
                 f"{answer!r}; a human monitor (HMP) does not suffice"
             )
-        monitor._version = version_text(answer)
+        try:
+            monitor._version = version_text(answer)
+        except (LookupError, TypeError, ValueError):
+            raise UsageError(
+                f"{name}: the client of the test returned {answer!r} for query-version: expected "
+                "QEMU's answer. Give the client of QEMU's own QMP socket"
+            ) from None
         return monitor
 
     @property
@@ -77,10 +83,11 @@ class BorrowedMonitor(Monitor):
                 f"{self.name}: the client of the test could not execute {command}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        if isinstance(answer, Mapping) and answer and answer.keys() <= _RESPONSE:
-            if "error" in answer:
-                raise self._refusal(command, answer["error"]["desc"])
-            return answer["return"]
+        if isinstance(answer, Mapping) and answer.keys() <= _RESPONSE:
+            if given := answer.get("error"):
+                why = given.get("desc", given) if isinstance(given, Mapping) else given
+                raise self._refusal(command, why)
+            return answer.get("return", answer)
         return answer
 
     async def _pass_on(self, command: str, arguments: Mapping[str, Any]) -> Any:
@@ -148,8 +155,10 @@ def _find_method(client: object) -> Callable[..., Any] | None:
 
 def _process_of(client: object, threads: list[int]) -> int:
     pid = getattr(client, "get_pid", None) or getattr(client, "pid", None)
-    given = pid() if callable(pid) else pid
-    if isinstance(given, int) and (not threads or has_thread(given, threads[0])):
+    given = None
+    with contextlib.suppress(Exception):  # a virtual machine may say that it was not launched
+        given = pid() if callable(pid) else pid
+    if type(given) is int and given > 0 and (not threads or has_thread(given, threads[0])):
         return given
     # The client's process may be a wrapper around QEMU, such as a shell.
     return process_of_vcpus(threads)

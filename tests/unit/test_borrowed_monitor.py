@@ -179,6 +179,44 @@ def test_a_human_monitor_is_refused() -> None:
         asyncio.run(executed(HumanMonitor()))
 
 
+@pytest.mark.parametrize(
+    "answer", [{}, {"qemu": None}, {"id": 1}, {"return": 7}, {"qemu": {}, "package": ""}]
+)
+def test_an_answer_that_is_not_qemus_is_refused(answer: object) -> None:
+    class Other:
+        def cmd(self, name: str) -> object:
+            return answer
+
+    with pytest.raises(UsageError, match=r"QEMU: .*(returned|expected)"):
+        asyncio.run(executed(Other()))
+
+
+@pytest.mark.parametrize("error", ["no such thing", {"class": "GenericError"}])
+def test_a_response_with_an_error_of_another_form_is_a_refusal(error: object) -> None:
+    class Other(QEMUMachine):
+        def answer(self, command: str, arguments: Mapping[str, Any] | None) -> Any:
+            found = super().answer(command, arguments)
+            return {"error": error} if command == "stop" else found
+
+    with pytest.raises(QmpRefusal, match=r"QEMU refused stop: .*(no such thing|GenericError)"):
+        asyncio.run(executed(Other()))
+
+
+@pytest.mark.parametrize("pid", [True, -1, 0, "7", None, ZeroDivisionError])
+def test_a_client_that_does_not_know_its_process_is_accepted(pid: Any) -> None:
+    class Other(QEMUMachine):
+        def get_pid(self) -> Any:
+            if isinstance(pid, type):
+                raise pid
+            return pid
+
+    async def process() -> int:
+        async with borrow("QEMU", Other(threads=())) as qemu:
+            return qemu.pid
+
+    assert asyncio.run(process()) == 0
+
+
 def test_an_object_without_qmp_is_refused() -> None:
     for given in (object(), 7, None):
         with pytest.raises(UsageError, match=r"^side: expected .* a method cmd\(\) or execute\(\)"):
@@ -205,6 +243,15 @@ def test_a_client_that_never_answers_blocks_neither_the_check_nor_the_end_of_the
         asyncio.run(wait())
     assert any(each.daemon for each in threading.enumerate() if each.name == "dmaproof-call")
     released.set()
+
+
+def test_a_stop_iteration_ends_the_wait_for_a_call_in_a_thread() -> None:
+    with pytest.raises(RuntimeError, match="StopIteration: 3"):
+        asyncio.run(in_daemon_thread(_stop))
+
+
+def _stop() -> None:
+    raise StopIteration(3)
 
 
 def test_a_call_in_a_thread_passes_on_its_error() -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -189,6 +190,21 @@ def test_a_source_that_another_program_traces_is_refused(tool: Tool, folder: Pat
         kill(pair)
         # QEMU ended before a migration: the destination knows that nothing has arrived.
         assert "still waits for the data" in run(tool, 3, "check", first, pair.destination)
+
+
+def test_no_module_of_the_current_folder_is_imported_in_the_background(tmp_path: Path) -> None:
+    """The user root may run the command in a folder of another user."""
+    (tmp_path / "asyncio.py").write_text("raise SystemExit('this is not asyncio')")
+    words = ["snapshot", "missing.sock", "a.snap", "--at-switchover", "--background"]
+    outcome = subprocess.run(
+        [sys.executable, "-P", "-m", "qmp_tools.cli", *words],  # as the installed command does
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert outcome.returncode == 2
+    assert "not found: missing.sock" in outcome.stderr
 
 
 def test_raw_images_of_other_virtual_machine_monitors_are_compared(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from dmaproof.errors import UsageError, WaitTimeoutError
+from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError
 
 from ..host.run_folder import run_folder
 from ..host.timeout import DEFAULT_TIMEOUT_S, wait_until
@@ -148,6 +148,8 @@ class _Opening:
         if not isinstance(given, (str, os.PathLike)) or not Path(given).is_file():
             yield None
             return
+        if not os.access(given, os.R_OK):
+            raise UntestableError(f"{side}: this user may not read {given}")
         if not is_snapshot(Path(given)):
             raise UsageError(
                 f"{side}: {given} is a file, but not a snapshot: take one with 'dmaproof "

@@ -145,6 +145,15 @@ class _Opening:
         if isinstance(given, Snapshot):
             yield given
             return
+        if self.wait and (path := socket_path(given)):
+            await wait_until(
+                path.exists,
+                self.timeout_s,
+                lambda: WaitTimeoutError(
+                    f"{side}: {path} does not exist after {self.timeout_s:g} s: start QEMU, take "
+                    "the snapshot, or allow more time (--timeout)"
+                ),
+            )
         if not isinstance(given, (str, os.PathLike)) or not Path(given).is_file():
             yield None
             return

@@ -61,7 +61,8 @@ async def compare_guests(
     # have been deleted since, and ext4 gives the number of the inode to the next file.
     both_live = isinstance(source, LiveGuest) and isinstance(destination, LiveGuest)
     comparison = _Comparison(source, destination, seeks_same=both_live)
-    comparison.require_two_guests()
+    if expect_migration or both_live:
+        comparison.require_two_guests()
     await _require_comparable(source, destination, expect_migration)
     comparison.require_equal_sizes()
     began_s = time.monotonic()
@@ -102,8 +103,7 @@ async def _require_comparable(
 class _Comparison:
     """Two guests, and the findings so far.
 
-    `seeks_same` says whether both sides must be different QEMUs, and whether memory that is the
-    same on both sides is left out.
+    `seeks_same` says whether memory that is the same on both sides is left out.
     """
 
     source: Guest
@@ -118,8 +118,7 @@ class _Comparison:
         source, destination = self.source, self.destination
         # If a supervisor opened the sockets, different QEMUs have the same process id.
         if (
-            self.seeks_same
-            and source.facts.pid == destination.facts.pid
+            source.facts.pid == destination.facts.pid
             and source.ram.boot_id == destination.ram.boot_id
             and source.ram.hvas == destination.ram.hvas
         ):

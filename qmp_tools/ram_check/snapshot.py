@@ -60,6 +60,7 @@ class Snapshot(Guest):
                 made_of(Discarder, device) for device in typed(index["discarders"], list)
             ]
             self.blocks = [made_of(RamBlock, block) for block in typed(index["ram_blocks"], list)]
+            self.capabilities = [typed(name, str) for name in typed(index["capabilities"], list)]
             self.facts = replace(
                 made_of(Side, index["side"]),
                 snapshot=name,
@@ -103,17 +104,17 @@ class SavedRam(PagedRam):
             for name, (base, size) in typed(index["dimms"], dict).items()
         }
         self.boot_id = typed(index["boot_id"], str)
-        self._files: dict[MapRegion, FilePlace] = {}
+        self.hvas: dict[MapRegion, int] = {}
         self.regions = []
         for members in typed(index["regions"], list):
             self.regions.append(region := made_of(MapRegion, members))
-            if file := typed(members["file"], list, type(None)):
-                self._files[region] = FilePlace(*(typed(number, int) for number in file))
+            if (hva := typed(members["hva"], int, type(None))) is not None:
+                self.hvas[region] = hva
 
     @property
     def files(self) -> Mapping[MapRegion, FilePlace]:
-        """The regions that were in a shared file."""
-        return self._files
+        """No region: the content is that of another time than that of a file."""
+        return {}
 
     def is_in_place(self, region: MapRegion) -> bool:
         """Return False: pages are taken from the snapshot piece by piece."""
@@ -168,7 +169,6 @@ async def write_snapshot(
     side = asdict(guest.side(state))
     for name in ("snapshot", "taken", "host"):
         del side[name]
-    files = ram.files
     writer.end(
         {
             "taken": taken,
@@ -176,14 +176,12 @@ async def write_snapshot(
             "boot_id": ram.boot_id,
             "side": side,
             "state": asdict(state),
-            "regions": [
-                {**asdict(region), "file": list(files[region]) if region in files else None}
-                for region in ram.regions
-            ],
+            "regions": [{**asdict(region), "hva": ram.hvas.get(region)} for region in ram.regions],
             "backends": dict(ram.backends),
             "dimms": {name: list(place) for name, place in ram.dimms.items()},
             "discarders": [asdict(device) for device in guest.discarders],
             "ram_blocks": [asdict(block) for block in guest.blocks],
+            "capabilities": list(guest.capabilities),
         }
     )
 

@@ -36,7 +36,8 @@ from ..memory.copied_memory import PIECE_BYTES
 from ..memory.page_digests import DIGEST_BYTES
 from ..memory.pages import Pages, SavedPages
 
-MAGIC: Final = b"dmaproof-snap 1\n"
+_NAME: Final = b"dmaproof-snap "
+MAGIC: Final = _NAME + b"1\n"
 END: Final = b"end of snapshot\n"
 _LENGTH_BYTES: Final = 8
 _COUNT: Final = np.dtype("<u8")
@@ -234,8 +235,14 @@ class SnapshotFile:
         return content
 
     def _index(self) -> bytes:
-        if os.pread(self._fd, len(MAGIC), 0) != MAGIC:
-            raise ValueError("it is not a snapshot of this version of the format")
+        magic = os.pread(self._fd, len(MAGIC), 0)
+        if not magic.startswith(_NAME):
+            raise ValueError("it does not begin like a snapshot")
+        if magic != MAGIC:
+            raise UntestableError(
+                f"{self.name} has another version of the format of snapshots than this dmaproof: "
+                "use the dmaproof that took the snapshot"
+            )
         end = os.fstat(self._fd).st_size - len(END) - _LENGTH_BYTES
         tail = os.pread(self._fd, _LENGTH_BYTES + len(END), max(end, 0))
         if tail[_LENGTH_BYTES:] != END:
@@ -320,14 +327,18 @@ def _joined(parts: list[SavedPages]) -> SavedPages:
 
 
 def is_snapshot(path: Path) -> bool:
-    """Return whether the file at `path` begins like a snapshot, complete or not."""
+    """Return whether a file begins like a snapshot of any version, complete or not."""
     try:
         if not path.is_file():
             return False
         with path.open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
+            return file.read(len(_NAME)) == _NAME
     except OSError:
         return False
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)  # it may contain guest memory
 
 
 def create(path: Path) -> FileIO:
@@ -338,7 +349,8 @@ def create(path: Path) -> FileIO:
     """
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(FileIO(path, "r+" if path.exists() else "x+"))
+            mode = "r+" if path.exists() else "x+"
+            file = stack.enter_context(FileIO(path, mode, opener=_open_private))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
             file.write(MAGIC)  # a reader that waits for the snapshot recognizes the file by it

@@ -51,10 +51,6 @@ def test_other_files_other_parts_and_private_copies_are_not_the_same_memory() ->
     assert not same(ram(0), ram(None))
 
 
-def test_the_same_numbers_on_another_host_are_not_the_same_memory() -> None:
-    assert not same(ram(4 * MIB), replace(ram(4 * MIB), boot_id="another boot"))
-
-
 @pytest.mark.parametrize("offset", [4096, 3 * MIB, -3 * MIB])
 def test_parts_that_overlap_are_refused(offset: int) -> None:
     with pytest.raises(UntestableError, match="each QEMU writes to the other's RAM"):

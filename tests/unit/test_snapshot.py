@@ -48,10 +48,6 @@ BLOCKS = """\
               Block Name    PSize              Offset               Used              Total
                     ram0    4 KiB  0x0000000000000000 0x0000000000100000 0x0000000000100000
 """
-BALLOON = {
-    "/machine/peripheral": [{"name": "b", "type": "child<virtio-balloon-device>"}],
-    "/machine/peripheral/b": [{"name": "free-page-hint", "type": "bool"}],
-}
 SENT = {"status": "completed", "ram": {}}
 
 
@@ -198,7 +194,8 @@ def with_index(content: bytes, change: Callable[[dict[str, Any]], object]) -> by
         lambda index: index["regions"].append("ram"),
         lambda index: index["regions"][0].update(kind=None),
         lambda index: index["regions"][0].update(length=-1),
-        lambda index: index["regions"][0].update(file=[1, 2]),
+        lambda index: index["regions"][0].update(hva="0x10"),
+        lambda index: index["capabilities"].append(1),
         lambda index: index.update(backends=[]),
         lambda index: index.update(dimms={"dimm0": [1]}),
         lambda index: index["pieces"][0].update(position=True),
@@ -289,6 +286,18 @@ def test_a_file_that_is_not_a_snapshot_is_refused(
     image.write_bytes(bytes(PAGE))
     with pytest.raises(UsageError, match=r"^source: .*image is a file, but not a snapshot"):
         asyncio.run(check(image, other))
+
+
+def test_two_snapshots_of_one_qemu_are_not_the_sides_of_a_migration(
+    stack: ExitStack, tmp_path: Path
+) -> None:
+    qemu = qemu_of(stack, "source", migration=SENT, pid=os.getpid())
+    before, after = (save(qemu, tmp_path / f"{name}.snap") for name in "ab")
+    with pytest.raises(UsageError, match=f"both sides are the same QEMU .process {os.getpid()}"):
+        asyncio.run(compare_guests(before, after))
+    assert asyncio.run(compare_guests(before, after, expect_migration=False)).exit_code == 0
+    other = qemu_of(stack, "destination", state="paused", pid=os.getpid())
+    assert asyncio.run(compare_guests(before, save(other, tmp_path / "c.snap"))).exit_code == 0
 
 
 def test_a_file_that_this_user_may_not_read_is_refused(

@@ -128,10 +128,6 @@ def without_index(content: bytes) -> bytes:
     return content[:100] + content[-8 - len(END) :]
 
 
-def of_the_next_version(content: bytes) -> bytes:
-    return content.replace(MAGIC, MAGIC.replace(b"1", b"2"))
-
-
 def with_another_index(content: bytes) -> bytes:
     return content.replace(b'"zero_runs"', b'"zero_rums"')
 
@@ -142,9 +138,8 @@ def with_another_index(content: bytes) -> bytes:
         (cut, "the program that wrote it was ended"),
         (lambda content: MAGIC, "the program that wrote it was ended"),
         (without_index, "is not a complete snapshot"),
-        (of_the_next_version, "not a snapshot of this version of the format"),
         (with_another_index, "zero_runs"),
-        (lambda content: b"", "not a snapshot of this version of the format"),
+        (lambda content: b"", "does not begin like a snapshot"),
     ],
 )
 def test_a_damaged_file_is_refused(path: Path, damage: Callable[[bytes], bytes], why: str) -> None:
@@ -168,6 +163,18 @@ def test_a_file_that_shrinks_meanwhile_is_refused(path: Path) -> None:
     path.write_bytes(MAGIC)
     with pytest.raises(UntestableError, match="is damaged: its index names data after its end"):
         saved.pages(0, 1)
+
+
+def test_another_version_of_the_format_is_refused(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(MAGIC, MAGIC.replace(b"1", b"2")))
+    assert is_snapshot(path)
+    with pytest.raises(UntestableError, match="has another version of the format"):
+        opened(path)
+
+
+def test_a_snapshot_is_private(tmp_path: Path) -> None:
+    with create(tmp_path / "private.snap"):
+        assert (tmp_path / "private.snap").stat().st_mode & 0o777 == 0o600
 
 
 def test_data_after_the_end_of_the_file_is_refused(path: Path) -> None:

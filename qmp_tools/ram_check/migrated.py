@@ -144,7 +144,11 @@ async def wait_for_migration(
     state = await guest_state(qemu)
 
     def late() -> WaitTimeoutError:
-        return not_completed_in_time(state, timeout_s)
+        progress = "has not begun" if state.migration == "none" else f"is '{state.migration}'"
+        return WaitTimeoutError(
+            f"the migration of {state.name} {progress} after {timeout_s:g} s, not 'completed': "
+            "migrate, or allow more time (--timeout)"
+        )
 
     _require_not_failed(state)
     async with bounded(timeout_s, late):
@@ -158,15 +162,6 @@ def _require_not_failed(state: GuestState) -> None:
         raise MigrationFailedError(
             f"the migration of {state.name} is '{state.migration}', so there is nothing to compare"
         )
-
-
-def not_completed_in_time(state: GuestState, timeout_s: float) -> WaitTimeoutError:
-    """Return the error of a wait for a migration, whose last known state is `state`."""
-    progress = "has not begun" if state.migration == "none" else f"is '{state.migration}'"
-    return WaitTimeoutError(
-        f"the migration of {state.name} {progress} after {timeout_s:g} s, not 'completed': "
-        "migrate, or allow more time (--timeout)"
-    )
 
 
 def require_paused(state: GuestState) -> None:

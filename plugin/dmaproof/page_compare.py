@@ -82,7 +82,9 @@ def page_digests(extent: Extent, length: int, page_size: int = mmap.PAGESIZE) ->
     weights = np.random.default_rng(_WEIGHTS_SEED).integers(
         1 << 64, size=page_size // 8, dtype=np.uint64
     ) | np.uint64(1)
-    for start, end in data_runs(extent, length):
+    for start, end, is_data in _runs(extent, length):
+        if not is_data:
+            continue
         for position in range(start, end, _DIGESTED_AT_ONCE):
             first = position // page_size  # a page may be partly a hole
             last = div_ceil(min(end, position + _DIGESTED_AT_ONCE), page_size)
@@ -123,13 +125,6 @@ def _pieces(
         if in_source or in_destination:
             yield position, end, in_source, in_destination
         position = end
-
-
-def data_runs(extent: Extent, length: int) -> Iterator[tuple[int, int]]:
-    """Yield the (start, end) runs of `length` bytes of an extent that are data, not holes."""
-    for start, end, is_data in _runs(extent, length):
-        if is_data:
-            yield start, end
 
 
 def _runs(extent: Extent, length: int) -> Iterator[tuple[int, int, bool]]:

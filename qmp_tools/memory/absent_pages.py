@@ -19,9 +19,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dmaproof.page_compare import Extent
-
 from ..host.process_status import PROC
+from .data_runs import DataRuns
 from .process_memory import Mapping
 
 PRESENT: Final = np.uint64(1 << 63)
@@ -47,21 +46,11 @@ class Absent:
     certain: bool = True
 
 
-def absent_in_file(extent: Extent, pages: int) -> Absent:
-    """Find the holes among `pages` pages of a shared file."""
+def absent_in_file(runs: DataRuns, offset: int, pages: int) -> Absent:
+    """Find the holes among `pages` pages of a shared file from byte `offset` on."""
     absent = np.ones(pages, dtype=np.bool_)
-    end = extent.offset + pages * mmap.PAGESIZE
-    position = extent.offset
-    while position < end:
-        try:
-            data = os.lseek(extent.fd, position, os.SEEK_DATA)
-        except OSError:  # ENXIO: a hole up to the end of the file
-            break
-        if data >= end:
-            break
-        position = os.lseek(extent.fd, data, os.SEEK_HOLE)
-        first, last = (data - extent.offset, min(position, end) - 1 - extent.offset)
-        absent[first // mmap.PAGESIZE : last // mmap.PAGESIZE + 1] = False
+    for begin, end in runs.within(offset, offset + pages * mmap.PAGESIZE):
+        absent[(begin - offset) // mmap.PAGESIZE : (end - offset) // mmap.PAGESIZE] = False
     return Absent(absent)
 
 

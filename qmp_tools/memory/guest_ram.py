@@ -15,7 +15,7 @@ import os
 import stat
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -28,6 +28,7 @@ from ..qemu.qemu import Qemu
 from ..qemu.qmp import QmpRefusal
 from .absent_pages import Absent, absent_in_file, absent_in_process
 from .copied_memory import ProcessMemory, process_memory
+from .data_runs import DataRuns
 from .pages import FilePages, FilePlace, PagedRam, ProcessPages, ReadablePages
 from .physical_map import MapRegion, parse_flat_view, parse_hva
 from .process_memory import Mapping as ProcessMapping
@@ -59,6 +60,7 @@ class GuestRam(PagedRam):
     dimms: Mapping[str, tuple[int, int]]
     folder: Path
     boot_id: str
+    _data_runs: dict[int, DataRuns] = field(default_factory=dict)
 
     @property
     def files(self) -> dict[MapRegion, FilePlace]:
@@ -80,7 +82,9 @@ class GuestRam(PagedRam):
             return
         fd = await self._save(gpa, count * PAGE_BYTES)
         try:
-            yield FilePages(Extent(fd), count, lambda: self.absent(region, gpa, count))
+            yield FilePages(
+                Extent(fd), count, DataRuns(fd), lambda: self.absent(region, gpa, count)
+            )
         finally:
             os.close(fd)
 
@@ -98,11 +102,14 @@ class GuestRam(PagedRam):
             return self.absent(region, gpa, count)
 
         if shared := self.shared_extent(region, offset):
-            return FilePages(shared, count, absent)
+            return FilePages(shared, count, self._runs_of(shared.fd), absent)
         address = self._address(region, offset, count * PAGE_BYTES)
         if self.process is None or address is None:
             return None
         return ProcessPages(self.process, address, count, absent)
+
+    def _runs_of(self, fd: int) -> DataRuns:
+        return self._data_runs.setdefault(fd, DataRuns(fd))
 
     def shared_extent(self, region: MapRegion, offset: int) -> Extent | None:
         """Return the place of byte `offset` of the region's memory in a shared file, if any."""
@@ -132,7 +139,7 @@ class GuestRam(PagedRam):
         """Find the absent pages among `pages` pages from `gpa` on, all of them in `region`."""
         offset = region.offset + gpa - region.gpa
         if shared := self.shared_extent(region, offset):
-            return absent_in_file(shared, pages)
+            return absent_in_file(self._runs_of(shared.fd), shared.offset, pages)
         mappings = self.process.mappings if self.process else ()
         address = self._address(region, offset, pages * mmap.PAGESIZE)
         return absent_in_process(self.qemu.pid, mappings, address or 0, pages)

@@ -23,6 +23,7 @@ from dmaproof.units import PAGE_BYTES
 
 from .absent_pages import Absent
 from .copied_memory import ProcessMemory
+from .data_runs import DataRuns
 from .page_digests import page_digests
 from .physical_map import MapRegion
 
@@ -70,15 +71,20 @@ class ReadablePages(Pages):
 
 @dataclass(frozen=True)
 class FilePages(ReadablePages):
-    """Pages in a file; `find_absent` finds the absent ones."""
+    """Pages in a file, whose runs of data are `runs`; `find_absent` finds the absent pages."""
 
     place: Extent
     count: int
+    runs: DataRuns
     find_absent: Callable[[], Absent]
 
     def digests(self) -> NDArray[np.uint64]:
         """Read and digest the pages that are not holes."""
-        runs = page_compare.data_runs(self.place, self.count * PAGE_BYTES)
+        begin = self.place.offset
+        runs = (
+            (start - begin, end - begin)
+            for start, end in self.runs.within(begin, begin + self.count * PAGE_BYTES)
+        )
         return page_digests(self.count, runs, self._read_into)
 
     def _read_into(self, offset: int, buffer: memoryview) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import os
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from dmaproof.units import PAGE_BYTES
 
 from ..arguments import AnyPath, path_of
 from ..memory.absent_pages import absent_in_file
+from ..memory.data_runs import DataRuns
 from ..memory.pages import FilePages, differing_pages
 from .comparison import MOST_INSPECTED, bytes_differing
 from .guest import Side
@@ -63,10 +63,7 @@ async def check_images(source: AnyPath, destination: AnyPath) -> Check:
 
 
 def _compare(paths: list[Path], files: list[int], count: int, rest: int) -> Check:
-    pages = [
-        FilePages(extent, count, functools.partial(absent_in_file, extent, count))
-        for extent in map(Extent, files)
-    ]
+    pages = [_pages(fd, count) for fd in files]
     began_s = time.monotonic()
     found = differing_pages(pages[0], pages[1])
     if rest and pages[0].content(count) != pages[1].content(count):
@@ -90,6 +87,11 @@ def _compare(paths: list[Path], files: list[int], count: int, rest: int) -> Chec
         notes=["images have no state, so dmaproof did not check for a migration"],
         compare_s=compare_s,
     )
+
+
+def _pages(fd: int, count: int) -> FilePages:
+    runs = DataRuns(fd)
+    return FilePages(Extent(fd), count, runs, lambda: absent_in_file(runs, 0, count))
 
 
 def _side(path: Path, length: int) -> Side:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dmaproof.page_compare import Extent
 from qmp_tools.memory.absent_pages import absent_in_file, absent_in_process
+from qmp_tools.memory.data_runs import DataRuns
 from qmp_tools.memory.process_memory import Mapping, mappings_of
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 
@@ -150,8 +150,8 @@ def test_data_outside_the_queried_pages_does_not_count() -> None:
     with ram_fd(8 * PAGE) as fd:
         for page in (0, 4):
             os.pwrite(fd, b"data", page * PAGE)
-        assert absent_in_file(Extent(fd, PAGE), 3).absent.tolist() == [True] * 3
-        assert absent_in_file(Extent(fd, PAGE), 4).absent.tolist() == [True] * 3 + [False]
+        assert absent_in_file(DataRuns(fd), PAGE, 3).absent.tolist() == [True] * 3
+        assert absent_in_file(DataRuns(fd), PAGE, 4).absent.tolist() == [True] * 3 + [False]
         os.pwrite(fd, b"data", 5 * PAGE)
-        assert absent_in_file(Extent(fd, 3 * PAGE), 2).absent.tolist() == [True, False]
-        assert absent_in_file(Extent(fd, 4 * PAGE), 1).absent.tolist() == [False]
+        assert absent_in_file(DataRuns(fd), 3 * PAGE, 2).absent.tolist() == [True, False]
+        assert absent_in_file(DataRuns(fd), 4 * PAGE, 1).absent.tolist() == [False]

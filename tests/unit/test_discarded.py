@@ -14,8 +14,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from dmaproof.page_compare import Extent
 from qmp_tools.memory.absent_pages import absent_in_file, absent_in_process
+from qmp_tools.memory.data_runs import DataRuns
 from qmp_tools.memory.guest_ram import GuestRam
 from qmp_tools.memory.pages import differing_pages
 from qmp_tools.memory.physical_map import MapRegion
@@ -170,8 +170,8 @@ def test_holes_of_a_file_are_absent() -> None:
     for page in (0, 3, 5):
         os.pwrite(fd, b"\0" * PAGE, page * PAGE)
     expected = np.array([False, True, False, True])
-    assert np.array_equal(absent_in_file(Extent(fd, 3 * PAGE), 4).absent, expected)
-    assert absent_in_file(Extent(fd, 6 * PAGE), 2).absent.all()
+    assert np.array_equal(absent_in_file(DataRuns(fd), 3 * PAGE, 4).absent, expected)
+    assert absent_in_file(DataRuns(fd), 6 * PAGE, 2).absent.all()
     os.close(fd)
 
 

@@ -13,6 +13,7 @@ from dmaproof.errors import UntestableError
 from dmaproof.page_compare import Extent
 from dmaproof.units import PAGE_BYTES
 from qmp_tools.memory.absent_pages import Absent
+from qmp_tools.memory.data_runs import DataRuns
 from qmp_tools.memory.pages import FilePages, SavedPages, differing_pages
 from qmp_tools.testbed.ring_driver import ram_fd
 
@@ -24,7 +25,7 @@ NOTHING = Absent(np.zeros(PAGES, dtype=np.bool_))
 
 
 def pages_of(fd: int, first: int = 0, count: int = PAGES) -> FilePages:
-    return FilePages(Extent(fd, first * PAGE_BYTES), count, lambda: NOTHING)
+    return FilePages(Extent(fd, first * PAGE_BYTES), count, DataRuns(fd), lambda: NOTHING)
 
 
 @pytest.fixture
@@ -86,3 +87,42 @@ def test_pages_of_zeros_are_known_from_the_content_and_from_the_digests(fd: int)
     for pages in (readable, saved):
         assert pages.are_zero(np.array([1, 2, 3])).tolist() == [True, False, True]
         assert pages.are_zero(np.array([], dtype=np.int64)).tolist() == []
+
+
+def test_each_run_of_data_is_sought_once(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SEEK_HOLE walks through all data up to the next hole, however little of it is asked for."""
+    for first, last in ((2, 300), (310, 500)):
+        os.pwrite(fd, b"x" * (last - first) * PAGE_BYTES, first * PAGE_BYTES)
+    sought: list[int] = []
+
+    def lseek(fd: int, position: int, whence: int) -> int:
+        sought.append(whence)
+        return seek(fd, position, whence)
+
+    seek = os.lseek
+    monkeypatch.setattr(os, "lseek", lseek)
+    runs = DataRuns(fd)
+    found = [
+        (start // PAGE_BYTES, end // PAGE_BYTES)
+        for first in range(0, PAGES, 100)
+        for start, end in runs.within(first * PAGE_BYTES, (first + 100) * PAGE_BYTES)
+    ]
+    data = [(2, 100), (100, 200), (200, 300), (310, 400), (400, 500)]
+    assert found == data
+    assert sought.count(os.SEEK_HOLE) == 2
+
+
+@pytest.mark.parametrize("pieces", [1, 7, 64, 600])
+def test_runs_within_pieces_are_those_of_the_whole(fd: int, pieces: int) -> None:
+    pages = {0, 1, 5, 63, 64, 65, 128, 599}
+    for page in pages:
+        os.pwrite(fd, b"x", page * PAGE_BYTES)
+    runs = DataRuns(fd)
+    for first in [*range(0, PAGES, pieces), 64, 0]:
+        end = min(first + pieces, PAGES)
+        found = {
+            page
+            for start, stop in runs.within(first * PAGE_BYTES, end * PAGE_BYTES)
+            for page in range(start // PAGE_BYTES, stop // PAGE_BYTES)
+        }
+        assert found == pages & set(range(first, end))

@@ -17,6 +17,7 @@ from dmaproof.page_compare import Extent
 from dmaproof.units import PAGE_BYTES
 from qmp_tools.memory.absent_pages import Absent
 from qmp_tools.memory.copied_memory import PIECE_BYTES
+from qmp_tools.memory.data_runs import DataRuns
 from qmp_tools.memory.pages import FilePages
 from qmp_tools.ram_check.snapshot_file import (
     END,
@@ -47,7 +48,7 @@ def path(tmp_path: Path) -> Path:
         for gpa, first, with_content in ((6, 6, True), (0, 0, False), (None, 0, False)):
             absence = Absent(ABSENT[first : first + 6], certain=first == 0)
             extent = Extent(fd, first * PAGE_BYTES)
-            pages = FilePages(extent, 6, itertools.repeat(absence).__next__)
+            pages = FilePages(extent, 6, DataRuns(fd), itertools.repeat(absence).__next__)
             place = (None if gpa is None else gpa * PAGE_BYTES, "ram0", first * PAGE_BYTES)
             writer.add(place, pages, with_absent=gpa is not None, with_content=with_content)
         writer.end({"hello": "world"})
@@ -101,7 +102,7 @@ def test_zero_pages_need_no_space(tmp_path: Path) -> None:
     nothing = Absent(np.ones(count, dtype=np.bool_))
     with ram_fd(count * PAGE_BYTES) as fd, create(path) as file:
         writer = SnapshotWriter(file)
-        pages = FilePages(Extent(fd), count, lambda: nothing)
+        pages = FilePages(Extent(fd), count, DataRuns(fd), lambda: nothing)
         writer.add((0, "ram0", 0), pages, with_absent=True, with_content=True)
         writer.end({})
     assert path.stat().st_size < 1000
@@ -206,7 +207,7 @@ def test_a_full_disk_is_reported_with_the_file(tmp_path: Path) -> None:
     path.symlink_to("/dev/full")
     with ram_fd(PAGE_BYTES) as fd:
         os.pwrite(fd, b"x", 0)
-        pages = FilePages(Extent(fd), 1, lambda: Absent(np.zeros(1, dtype=np.bool_)))
+        pages = FilePages(Extent(fd), 1, DataRuns(fd), lambda: Absent(np.zeros(1, dtype=np.bool_)))
         with path.open("wb", buffering=0) as file:
             writer = SnapshotWriter(file)
             with pytest.raises(UntestableError, match=r"cannot write .*full\.snap: No space left"):

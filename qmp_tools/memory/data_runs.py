@@ -1,0 +1,51 @@
+"""Find the runs of data of a file, between its holes (SEEK_DATA and SEEK_HOLE of lseek(2)).
+
+SEEK_HOLE walks through all data up to the next hole. A file of some gigabytes without a hole needs
+tens of milliseconds for that, so the end of a run is sought only once, even if the file is read in
+many pieces.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+
+from dmaproof.units import div_ceil
+
+
+class DataRuns:
+    """The runs of data of the open file `fd`, which does not change meanwhile."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._start = self._end = 0
+        """The last run that was found, in bytes."""
+
+    def within(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield the (start, end) runs between two bytes of the file, in whole pages.
+
+        `begin` and `end` are multiples of the machine's page size.
+        """
+        while begin < end:
+            if not self._start <= begin < self._end and not self._find(begin):
+                return
+            if self._start >= end:
+                return
+            begin = max(begin, self._start)
+            yield begin, min(end, self._end)
+            begin = self._end
+
+    def _find(self, position: int) -> bool:
+        """Find the first run that ends after byte `position`; return whether there is one."""
+        try:
+            data = os.lseek(self._fd, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return False
+        self._start = data // mmap.PAGESIZE * mmap.PAGESIZE
+        hole = os.lseek(self._fd, data, os.SEEK_HOLE)
+        self._end = div_ceil(hole, mmap.PAGESIZE) * mmap.PAGESIZE
+        return True

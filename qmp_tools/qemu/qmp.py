@@ -112,7 +112,8 @@ class Qmp(Monitor):
         except QmpTimeoutError:
             await self.close()
             raise
-        except (qemu_qmp.QMPError, OSError, EOFError) as error:
+        # qemu.qmp 0.0.6 asserts that a new session still runs; QEMU may have ended at that moment.
+        except (qemu_qmp.QMPError, OSError, EOFError, AssertionError) as error:
             await self.close()  # else qemu.qmp's reader may print an error to stderr later
             raise QmpError(f"{self.name} did not answer on QMP: {error}") from error
 

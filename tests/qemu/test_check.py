@@ -368,7 +368,7 @@ def test_qemus_of_different_migrations_are_refused(tool: Tool, folder: Path) -> 
         pair.migrate()
         larger.migrate()
         refused(tool, pair.source, pair.source, 2, "given for both sides")
-        refused(tool, pair.source, folder / "a" / "source-2", 2, "belong to the same QEMU")
+        refused(tool, pair.source, folder / "a" / "source-2", 2, "both sides are the same QEMU")
         refused(tool, pair.source, larger.destination, 3, "KiB of RAM in its physical map")
 
 

@@ -1,7 +1,8 @@
-"""The search for the library qemu.qmp."""
+"""The search for the library qemu.qmp, and its failures."""
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from dmaproof.errors import UntestableError
 from qmp_tools.qemu import qemu_qmp
+from qmp_tools.qemu.qmp import Qmp, QmpError
 
 
 def test_qemu_qmp_is_found_after_folders_of_its_name(
@@ -35,3 +37,24 @@ def test_qemu_qmp_is_loaded_without_taking_the_name_qemu() -> None:
     assert library.startswith("qmp_tools.qemu.qemu_qmp.")
     with pytest.raises(AttributeError, match="no attribute 'Pigeon'"):
         qemu_qmp.Pigeon  # noqa: B018
+
+
+def test_a_session_that_ends_at_its_beginning_is_a_qmp_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """qemu.qmp asserts after the negotiation that the session runs."""
+
+    class Client:
+        def __init__(self, name: str) -> None:
+            self.is_connected = True
+
+        async def connect(self, address: object) -> None:
+            raise AssertionError
+
+        async def disconnect(self) -> None:
+            self.is_connected = False
+
+    monkeypatch.setattr("qmp_tools.qemu.qmp.qemu_qmp.QMPClient", Client, raising=False)
+    qmp = Qmp("source QEMU", 5)
+    with pytest.raises(QmpError, match="source QEMU did not answer on QMP"):
+        asyncio.run(qmp.connect("/run/qmp"))

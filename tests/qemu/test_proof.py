@@ -77,13 +77,20 @@ def test_every_page_survives(tool: Tool) -> None:
     assert all(page["link"] == "log" for page in control["lost_pages"])
 
 
+ATTEMPTS = 3
+"""Without help from the guest, a hold ends if the host stops dmaproof for 0.4 s."""
+
+
 def test_a_proof_waits_for_a_guest_that_gets_almost_no_cpu_time(tool: Tool, tmp_path: Path) -> None:
     # At a million instructions a second, the guest dirties too little to hold a migration.
     slow = tmp_path / "slow-qemu"
     slow.write_text('#!/bin/sh\nexec qemu-system-x86_64 -icount shift=10,sleep=on "$@"\n')
     slow.chmod(0o755)
     arguments = ("--guest", "bare", "--accel", "tcg", "--memory", "131080K", "--qemu", str(slow))
-    outcome = prove(tool, *arguments, "--workload", "write_once=256,churn=64,hot=64")
+    for _ in range(ATTEMPTS):
+        outcome = prove(tool, *arguments, "--workload", "write_once=256,churn=64,hot=64")
+        if "although dmaproof tried to hold it" not in outcome.report["verdict"]:
+            break  # else the host gave dmaproof no CPU time for several portions of the stream
     assert outcome.exit_code == 0, outcome.output + outcome.errors
     assert outcome.report["sensitivity"]["guaranteed_detectable"] >= 256
     assert "-qtest" in outcome.report["commands"]["source QEMU"]

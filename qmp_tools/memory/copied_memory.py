@@ -25,6 +25,7 @@ from dmaproof.errors import UntestableError
 from dmaproof.page_compare import Extent
 
 from .absent_pages import ENTRY_BYTES, PRESENT, SWAPPED
+from .data_runs import runs_of
 from .process_memory import Mapping
 
 PIECE_BYTES: Final = 64 << 20
@@ -107,8 +108,7 @@ class ProcessMemory:
         if len(content) != pages * ENTRY_BYTES:
             return [(0, pages)]
         flags = np.frombuffer(content, dtype=np.uint64) & (PRESENT | SWAPPED) != 0
-        edges = np.flatnonzero(np.diff(flags, prepend=False, append=False)).reshape(-1, 2)
-        return [(int(first), int(last)) for first, last in edges]
+        return [(int(first), int(last)) for first, last in runs_of(flags)]
 
 
 @contextlib.contextmanager

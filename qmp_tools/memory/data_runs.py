@@ -1,8 +1,8 @@
-"""Find the runs of data of a file, between its holes (SEEK_DATA and SEEK_HOLE of lseek(2)).
+"""Find runs of set flags, and the runs of data between the holes of a file.
 
-SEEK_HOLE walks through all data up to the next hole. A file of some gigabytes without a hole needs
-tens of milliseconds for that, so the end of a run is sought only once, even if the file is read in
-many pieces.
+SEEK_HOLE (lseek(2)) walks through all data up to the next hole. A file of some gigabytes without a
+hole needs tens of milliseconds for that, so the end of a run is sought only once, even if the file
+is read in many pieces.
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ import mmap
 import os
 from collections.abc import Iterator
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dmaproof.units import div_ceil
+
+
+def runs_of(flags: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return the runs of True, of shape (runs, 2): the first number and the one after the last."""
+    return np.flatnonzero(np.diff(flags, prepend=False, append=False)).reshape(-1, 2)
 
 
 class DataRuns:

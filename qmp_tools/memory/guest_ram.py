@@ -70,10 +70,6 @@ class GuestRam(PagedRam):
             for region, memory in self.shared.items()
         }
 
-    def is_in_place(self, region: MapRegion) -> bool:
-        """Return whether the region is in a shared file."""
-        return region in self.shared
-
     @contextlib.asynccontextmanager
     async def pages(self, region: MapRegion, gpa: int, count: int) -> AsyncIterator[ReadablePages]:
         """Make `count` pages from `gpa` on; see `PagedRam`."""

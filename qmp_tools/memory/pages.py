@@ -51,7 +51,13 @@ class Pages(ABC):
 
 
 class ReadablePages(Pages):
-    """Pages whose content can be read."""
+    """Pages whose content can be read; `find_absent` finds the absent ones."""
+
+    find_absent: Callable[[], Absent]
+
+    def absent(self) -> Absent:
+        """Find the absent pages."""
+        return self.find_absent()
 
     @abstractmethod
     def extent(self) -> Extent:
@@ -71,7 +77,7 @@ class ReadablePages(Pages):
 
 @dataclass(frozen=True)
 class FilePages(ReadablePages):
-    """Pages in a file, whose runs of data are `runs`; `find_absent` finds the absent pages."""
+    """Pages in a file, whose runs of data are `runs`."""
 
     place: Extent
     count: int
@@ -95,10 +101,6 @@ class FilePages(ReadablePages):
             if count == 0:
                 raise UntestableError(f"a file with guest memory ends at byte {at}: it has shrunk")
             done += count
-
-    def absent(self) -> Absent:
-        """Find the absent pages."""
-        return self.find_absent()
 
     def content(self, page: int) -> bytes:
         """Read one page."""
@@ -125,10 +127,6 @@ class ProcessPages(ReadablePages):
 
     def _read_into(self, offset: int, buffer: memoryview) -> None:
         self.memory.read_into(self.hva + offset, buffer)
-
-    def absent(self) -> Absent:
-        """Find the absent pages."""
-        return self.find_absent()
 
     def content(self, page: int) -> bytes:
         """Read one page."""
@@ -192,11 +190,7 @@ class PagedRam(ABC):
     @property
     @abstractmethod
     def files(self) -> Mapping[MapRegion, FilePlace]:
-        """The regions that are in a shared file."""
-
-    @abstractmethod
-    def is_in_place(self, region: MapRegion) -> bool:
-        """Return whether pages of the region are read without a copy."""
+        """The regions that are in a shared file, and read there without a copy."""
 
     @abstractmethod
     def pages(self, region: MapRegion, gpa: int, count: int) -> AbstractAsyncContextManager[Pages]:

@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -28,7 +29,6 @@ from .comparison import compare_guests
 from .guest import Guest, LiveGuest, live_guest
 from .migrated import (
     ENDED,
-    GuestState,
     guest_state,
     has_arrived,
     has_completed,
@@ -110,30 +110,28 @@ class _Opening:
     timeout_s: float
     wait: bool
 
-    @contextlib.asynccontextmanager
-    async def source(self, given: AnyQemu | Snapshot) -> AsyncIterator[Guest]:
-        async with self._snapshot(SOURCE, given) as snapshot:
-            if snapshot:
-                yield snapshot
-                return
-        async with self._qemu(SOURCE, given) as qemu:
-            if self.wait:
-                require_source(await guest_state(qemu))
-                await wait_for_migration(qemu, has_completed, self.timeout_s)
-            async with live_guest(qemu, self.folder) as guest:
-                yield guest
+    def source(self, given: AnyQemu | Snapshot) -> AbstractAsyncContextManager[Guest]:
+        return self._guest(SOURCE, given, self._let_complete)
+
+    def destination(
+        self, given: AnyQemu | Snapshot, source: Guest
+    ) -> AbstractAsyncContextManager[Guest]:
+        return self._guest(DESTINATION, given, lambda qemu: self._let_arrive(qemu, source))
 
     @contextlib.asynccontextmanager
-    async def destination(self, given: AnyQemu | Snapshot, source: Guest) -> AsyncIterator[Guest]:
-        async with self._snapshot(DESTINATION, given) as snapshot:
+    async def _guest(
+        self,
+        side: str,
+        given: AnyQemu | Snapshot,
+        let_migrate: Callable[[Qemu], Awaitable[None]],
+    ) -> AsyncIterator[Guest]:
+        """Open the guest of a side; `let_migrate` waits for its migration if there is a QEMU."""
+        async with self._snapshot(side, given) as snapshot:
             if snapshot:
                 yield snapshot
                 return
-        async with self._qemu(DESTINATION, given) as qemu:
-            if self.wait:
-                await wait_for_migration(qemu, has_arrived, self.timeout_s)
-            else:
-                await self._let_arrive(qemu, await source.state())
+        async with self._qemu(side, given) as qemu:
+            await let_migrate(qemu)
             async with live_guest(qemu, self.folder) as guest:
                 yield guest
 
@@ -184,15 +182,23 @@ class _Opening:
                     await asyncio.sleep(_LOOK_EVERY_S)
             yield opened
 
-    async def _let_arrive(self, qemu: Qemu, source: GuestState) -> None:
+    async def _let_complete(self, qemu: Qemu) -> None:
+        if self.wait:
+            require_source(await guest_state(qemu))
+            await wait_for_migration(qemu, has_completed, self.timeout_s)
+
+    async def _let_arrive(self, qemu: Qemu, source: Guest) -> None:
         """Wait for a destination that is about to complete the migration of the source.
 
         It does so a moment after the source, which has sent everything.
         """
-        state = await guest_state(qemu)
-        has_sent_all = has_completed(source) or source.run_state == ENDED
-        if has_sent_all and state.run_state == "inmigrate" and state.migration != "none":
-            await wait_for_migration(qemu, has_arrived, self.timeout_s)
+        if not self.wait:
+            sent, state = await source.state(), await guest_state(qemu)
+            has_sent_all = has_completed(sent) or sent.run_state == ENDED
+            is_loading = state.run_state == "inmigrate" and state.migration != "none"
+            if not (has_sent_all and is_loading):
+                return
+        await wait_for_migration(qemu, has_arrived, self.timeout_s)
 
 
 def _refuse_one_path(source: object, destination: object) -> None:
@@ -202,21 +208,3 @@ def _refuse_one_path(source: object, destination: object) -> None:
                 raise UsageError(
                     f"{source} is given for both sides: give the source and the destination"
                 )
-
-
-async def compare_ram(
-    source_qemu: Qemu,
-    destination_qemu: Qemu,
-    folder: Path,
-    *,
-    expect_migration: bool = True,
-) -> Check:
-    """Compare the RAM of two QEMUs, each of which has an open QMP session; see `compare_guests`.
-
-    QEMUs whose memory cannot be read save it in `folder`, one piece at a time.
-    """
-    async with (
-        live_guest(source_qemu, folder) as source,
-        live_guest(destination_qemu, folder) as destination,
-    ):
-        return await compare_guests(source, destination, expect_migration=expect_migration)

@@ -219,8 +219,9 @@ class _Comparison:
         offset = common.source.offset + common.gpa - common.source.gpa
         if whole < common.length:
             self._leave_out(common, whole, common.length - whole, "less than a page")
-        in_place = self.source.ram.is_in_place(common.source) and self.destination.ram.is_in_place(
-            common.destination
+        in_place = (
+            common.source in self.source.ram.files
+            and common.destination in self.destination.ram.files
         )
         step = whole if in_place else PIECE_BYTES
         discarders = self._discarders_of(common.source)

@@ -116,10 +116,6 @@ class SavedRam(PagedRam):
         """No region: the content is that of another time than that of a file."""
         return {}
 
-    def is_in_place(self, region: MapRegion) -> bool:
-        """Return False: pages are taken from the snapshot piece by piece."""
-        return False
-
     @contextlib.asynccontextmanager
     async def pages(self, region: MapRegion, gpa: int, count: int) -> AsyncIterator[SavedPages]:
         """Make `count` pages from `gpa` on; see `PagedRam`."""

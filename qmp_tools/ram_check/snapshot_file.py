@@ -33,6 +33,7 @@ from dmaproof.units import PAGE_BYTES
 
 from ..memory.absent_pages import Absent
 from ..memory.copied_memory import PIECE_BYTES
+from ..memory.data_runs import runs_of
 from ..memory.page_digests import DIGEST_BYTES
 from ..memory.pages import Pages, SavedPages
 
@@ -105,9 +106,9 @@ class SnapshotWriter:
         """
         digests = pages.digests()
         is_zero = np.logical_not(digests.any(axis=1)).astype(np.bool_)
-        zero_runs = runs_of(is_zero)
+        zero_runs = counted_runs(is_zero)
         absence = pages.absent() if with_absent else None
-        absent_runs = runs_of(absence.absent) if absence else None
+        absent_runs = counted_runs(absence.absent) if absence else None
         position = self.file.tell()
         for data in (zero_runs, absent_runs, digests[~is_zero]):
             if data is not None:
@@ -144,10 +145,10 @@ class SnapshotWriter:
             ) from error
 
 
-def runs_of(flags: NDArray[np.bool_]) -> NDArray[np.uint64]:
+def counted_runs(flags: NDArray[np.bool_]) -> NDArray[np.uint64]:
     """Return the runs of True, of shape (runs, 2): number of the first page, number of pages."""
-    edges = np.flatnonzero(np.diff(flags, prepend=False, append=False)).reshape(-1, 2)
-    return np.column_stack((edges[:, 0], edges[:, 1] - edges[:, 0])).astype(_COUNT)
+    runs = runs_of(flags)
+    return np.column_stack((runs[:, 0], runs[:, 1] - runs[:, 0])).astype(_COUNT)
 
 
 class SnapshotFile:

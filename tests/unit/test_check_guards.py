@@ -18,8 +18,9 @@ from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError
 from qmp_tools.memory.physical_map import MapRegion
 from qmp_tools.qemu.qemu import Qemu
 from qmp_tools.qemu.qmp import Qmp
-from qmp_tools.ram_check.check import check, compare_ram
-from qmp_tools.ram_check.guest import Side
+from qmp_tools.ram_check.check import check
+from qmp_tools.ram_check.comparison import compare_guests
+from qmp_tools.ram_check.guest import Side, live_guest
 from qmp_tools.ram_check.migrated import GuestHasRunError, MigrationFailedError, NotMigratedError
 from qmp_tools.ram_check.outcome import Check
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
@@ -51,14 +52,14 @@ class Sides:
         )
 
     def check(self, *, expect_migration: bool = True) -> Check:
-        return asyncio.run(
-            compare_ram(
-                self.source.attached,
-                self.destination.attached,
-                self._folder,
-                expect_migration=expect_migration,
-            )
-        )
+        return asyncio.run(self._compare(expect_migration=expect_migration))
+
+    async def _compare(self, *, expect_migration: bool) -> Check:
+        async with (
+            live_guest(self.source.attached, self._folder) as source,
+            live_guest(self.destination.attached, self._folder) as destination,
+        ):
+            return await compare_guests(source, destination, expect_migration=expect_migration)
 
 
 @pytest.fixture

@@ -24,9 +24,9 @@ from qmp_tools.ram_check.snapshot_file import (
     MAGIC,
     SnapshotFile,
     SnapshotWriter,
+    counted_runs,
     create,
     is_snapshot,
-    runs_of,
 )
 from qmp_tools.testbed.ring_driver import ram_fd
 
@@ -117,7 +117,9 @@ def test_zero_pages_need_no_space(tmp_path: Path) -> None:
     [("", []), ("0", []), ("1", [[0, 1]]), ("0110111", [[1, 2], [4, 3]]), ("11", [[0, 2]])],
 )
 def test_runs_are_a_first_page_and_a_count(flags: str, runs: list[list[int]]) -> None:
-    found: NDArray[np.uint64] = runs_of(np.array([flag == "1" for flag in flags], dtype=np.bool_))
+    found: NDArray[np.uint64] = counted_runs(
+        np.array([flag == "1" for flag in flags], dtype=np.bool_)
+    )
     assert (found.tolist(), found.dtype) == (runs, np.dtype("<u8"))
 
 

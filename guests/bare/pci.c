@@ -1,14 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * PCI by configuration mechanism #1 (PCI Local Bus 3.0, section 3.2.2.3.2). SeaBIOS assigns the
- * addresses of the BARs. Another firmware (qboot) does not, so this guest assigns them.
+ * PCI devices. SeaBIOS assigns the addresses of the BARs. Another firmware (qboot) does not, so this
+ * guest assigns them.
  */
 #include "machine.h"
 
 enum {
-    CONFIG_ADDRESS = 0xcf8,
-    CONFIG_DATA = 0xcfc,
-    CONFIG_ENABLE = 1u << 31,
     DEVICES = 1 << 16,  // bus, device and function
 
     ID = 0x00,
@@ -20,27 +17,15 @@ enum {
     BAR_IS_IO = 1 << 0,
     BAR_IS_64_BIT = 1 << 2,
     CAPABILITIES = 0x34,
-    // Free in QEMU's PCs: inside the PCI hole, below the I/O APIC at 0xfec00000.
-    ASSIGNED_BARS_END = 0xfea00000,
 };
-
-uint32_t pci_read32(const struct pci_device *device, unsigned offset) {
-    out32(CONFIG_ADDRESS, device->address | (offset & 0xfc));
-    return in32(CONFIG_DATA);
-}
 
 uint8_t pci_read8(const struct pci_device *device, unsigned offset) {
     return (uint8_t)(pci_read32(device, offset) >> offset % 4 * 8);
 }
 
-static void pci_write32(const struct pci_device *device, unsigned offset, uint32_t value) {
-    out32(CONFIG_ADDRESS, device->address | (offset & 0xfc));
-    out32(CONFIG_DATA, value);
-}
-
 bool pci_find(uint16_t vendor, const uint16_t *ids, unsigned count, struct pci_device *device) {
     for (uint32_t number = 0; number < DEVICES; number++) {
-        device->address = CONFIG_ENABLE | number << 8;
+        device->id = (uint16_t)number;
         uint32_t id = pci_read32(device, ID);
         for (unsigned index = 0; index < count; index++)
             if (id == ((uint32_t)ids[index] << 16 | vendor))
@@ -60,7 +45,7 @@ unsigned pci_capability(const struct pci_device *device, uint8_t id, unsigned af
     return offset;
 }
 
-// The size of a BAR, from the address bits that can be set (section 6.2.5.1).
+// The size of a BAR, from the address bits that can be set (PCI Local Bus 3.0, section 6.2.5.1).
 static uint32_t bar_bytes(const struct pci_device *device, unsigned offset) {
     uint32_t value = pci_read32(device, offset);
     pci_write32(device, offset, UINT32_MAX);
@@ -70,7 +55,7 @@ static uint32_t bar_bytes(const struct pci_device *device, unsigned offset) {
 }
 
 volatile uint8_t *pci_map_bar(const struct pci_device *device, unsigned bar) {
-    static uint32_t free_end = ASSIGNED_BARS_END;
+    static uint32_t free_end;
     unsigned offset = BAR0 + 4 * bar;
     uint32_t value = pci_read32(device, offset);
     if (value & BAR_IS_IO)
@@ -80,11 +65,13 @@ volatile uint8_t *pci_map_bar(const struct pci_device *device, unsigned bar) {
     if (value & BAR_IS_64_BIT)
         address |= (uint64_t)pci_read32(device, offset + 4) << 32;
     if (!address) {
+        if (!free_end)
+            free_end = pci_free_end();
         free_end = (free_end - bytes) & -bytes;
         address = free_end;
         pci_write32(device, offset, (uint32_t)address);
     }
-    map(address, bytes);
+    map_registers((struct range){address, address + bytes});
     return (volatile uint8_t *)address;
 }
 

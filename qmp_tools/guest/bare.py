@@ -16,6 +16,7 @@ from .build import Guest, cache, compile_c, digest, fresh_folder, sources
 
 _logger = logging.getLogger(__name__)
 
+_ARCHITECTURE: Final = "x86_64"
 _FREESTANDING: Final = (
     *("-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none"),
     "-Wl,-Ttext-segment=0x100000",  # above the firmware's memory
@@ -40,9 +41,9 @@ def bare_guest() -> Guest:
         UntestableError: no C compiler is installed, or it fails.
     """
     folder = sources()
-    files = [*sorted((folder / "bare").glob("*.[cS]")), folder / "workload.c"]
-    headers = [*sorted((folder / "bare").glob("*.h")), folder / "workload.h"]
-    target = _built("bare", files, headers, _BARE)
+    common = sorted((folder / "bare").glob("*.c"))
+    files = [*common, *_machine_files(), folder / "workload.c"]
+    target = _built("bare", files, _headers(), _BARE)
     return Guest(
         name="bare",
         version=target.parent.name,
@@ -61,11 +62,9 @@ def vfio_guest() -> Path:
         UntestableError: no C compiler is installed, or it fails.
     """
     folder = sources()
-    parts = ("compiler_calls", "console", "exceptions", "memory", "pci")
-    bare = [folder / "bare" / f"{part}.c" for part in parts]
-    files = [folder / "passthrough" / "guest" / "main.c", folder / "bare" / "start.S", *bare]
-    headers = [folder / "workload.h", folder / "bare" / "machine.h"]
-    return _built("vfio", files, headers, _BARE)
+    common = [folder / "bare" / f"{part}.c" for part in ("console", "memory", "pci")]
+    files = [folder / "passthrough" / "guest" / "main.c", *common, *_machine_files()]
+    return _built("vfio", files, _headers(), _BARE)
 
 
 def probe_guest() -> Path:
@@ -74,7 +73,17 @@ def probe_guest() -> Path:
     Raises:
         UntestableError: no C compiler is installed, or it fails.
     """
-    return _built("probe", [sources() / "probe" / "probe.S"], [], ("-m32",))
+    return _built("probe", [sources() / "probe" / f"{_ARCHITECTURE}.S"], [], ("-m32",))
+
+
+def _machine_files() -> list[Path]:
+    """Return the bare guest's sources for its architecture."""
+    return sorted((sources() / "bare" / _ARCHITECTURE).glob("*.[cS]"))
+
+
+def _headers() -> list[Path]:
+    folder = sources()
+    return [*sorted((folder / "bare").rglob("*.h")), folder / "workload.h"]
 
 
 def _built(name: str, files: list[Path], headers: list[Path], options: tuple[str, ...]) -> Path:

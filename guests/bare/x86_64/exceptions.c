@@ -3,7 +3,7 @@
  * Exceptions: they happen only if a migration has lost memory. The guest reports the exception to
  * dmaproof. Without a handler, the CPU would reset without a message.
  */
-#include "machine.h"
+#include "../machine.h"
 
 enum {
     EXCEPTIONS = 32,

@@ -8,7 +8,7 @@
  * with every request. Permanent mappings, such as those of the rings, have their own window. The
  * IOVAs are far above the guest's RAM.
  */
-#include "machine.h"
+#include "../machine.h"
 
 enum {
     // QEMU's address (Q35_HOST_BRIDGE_IOMMU_ADDR), which is also in ACPI's DMAR table.
@@ -91,7 +91,7 @@ void iommu_open(const struct pci_device *device) {
         windows[number].leaf = new_table();
         middle[number] = (uint64_t)windows[number].leaf | READ_WRITE;
     }
-    source_id = device->address >> 8 & 0xffff;
+    source_id = device->id;
     volatile uint64_t *root = new_table(), *context = new_table();
     unsigned bus = source_id >> 8, on_bus = source_id & 0xff;
     root[2 * bus] = (uint64_t)context | PRESENT;

@@ -49,7 +49,7 @@ from .proof.resolve import resolve
 from .qemu.choice import find_qemu
 from .qemu.machine import INCOMING
 from .qemu.opening import open_qemu as attach
-from .qemu.qemu import OwnedQemu, Qemu, SocketQemu, running_qemu
+from .qemu.qemu import SERIAL_PORTS, OwnedQemu, Qemu, SocketQemu, running_qemu
 from .qemu.qmp import Qmp, QmpError
 from .ram_check.check import check
 from .ram_check.images import check_images
@@ -127,7 +127,7 @@ async def start_qemu(
         if accelerator is not None:
             words = ["-accel", accelerator, *words]
         async with running_qemu(
-            name, find_qemu(program), words, where, timeout_s=timeout_s
+            name, find_qemu(program), [*SERIAL_PORTS, *words], where, timeout_s=timeout_s
         ) as qemu:
             yield qemu
 

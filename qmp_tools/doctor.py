@@ -25,6 +25,7 @@ from packaging.requirements import Requirement
 
 from dmaproof.errors import UntestableError
 
+from .arch import find_architecture
 from .guest import bare as bare_guest
 from .guest import compression
 from .guest import linux as linux_guest
@@ -271,7 +272,7 @@ def gather_facts() -> Facts:
         python=sys.version_info[:2],
         qemu=qemu,
         qemu_error=qemu_error,
-        fetched=[build.version for build in installed()],
+        fetched=[build.version for build in installed(find_architecture(None))],
         archive_error=_look_for_archive(),
         compiler=_look_for_compiler(),
         kernel=_look_for_kernel(),
@@ -332,7 +333,7 @@ def _look_for_compiler() -> str | None:
 def _look_for_kernel() -> str:
     # If the cache cannot be read, it holds no kernel; the cache is a finding of its own.
     with contextlib.suppress(OSError, UntestableError):
-        if linux_guest.kernel_folder().is_dir():
+        if linux_guest.kernel_folder(find_architecture(None)).is_dir():
             return "cached"
     try:
         archive.dependencies("linux-image-amd64")

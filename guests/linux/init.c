@@ -4,8 +4,8 @@
  * bypassing the page cache, or on a network that sends every frame back, with a thread for each
  * request in flight.
  *
- * The second serial port is the line to dmaproof: the guest reads single bytes as commands, and
- * writes lines of key=value.
+ * A serial port is the line to dmaproof: the guest reads single bytes as commands, and writes lines
+ * of key=value.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -319,11 +319,19 @@ static void start_thread(void *(*body)(void *), uintptr_t number) {
 
 // Setting up -------------------------------------------------------------------------------------
 
-static void open_report(void) {
+// The value of the option "report=", or NULL.
+static const char *report_tty(int count, char **arguments) {
+    for (int index = 1; index < count; index++)
+        if (strncmp(arguments[index], "report=", 7) == 0)
+            return arguments[index] + 7;
+    return NULL;
+}
+
+static void open_report(const char *tty) {
     struct termios settings;
-    report_fd = open("/dev/ttyS1", O_RDWR | O_NOCTTY | O_CLOEXEC);
+    report_fd = tty ? open(tty, O_RDWR | O_NOCTTY | O_CLOEXEC) : -1;
     if (report_fd < 0 || tcgetattr(report_fd, &settings) < 0)
-        give_up("open", "/dev/ttyS1");
+        give_up("open the line to dmaproof", tty ? tty : "report=");
     cfmakeraw(&settings);
     cfsetspeed(&settings, B115200);
     settings.c_cflag |= CLOCAL;
@@ -393,6 +401,8 @@ static void read_parameters(int count, char **arguments) {
             disk = argument + 5;
         } else if (strncmp(argument, "shared=", 7) == 0) {
             shared_tag = argument + 7;
+        } else if (strncmp(argument, "report=", 7) == 0) {
+            continue;  // read by report_tty
         } else if (strncmp(argument, "loop=", 5) == 0) {
             loop = argument + 5;
         } else if (strncmp(argument, "packets=", 8) == 0) {
@@ -409,7 +419,7 @@ int main(int count, char **arguments) {
     mkdir("/proc", 0755);
     mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
     mount("proc", "/proc", "proc", 0, NULL);
-    open_report();
+    open_report(report_tty(count, arguments));
     read_parameters(count, arguments);
     load_modules();
     if (loop)

@@ -23,6 +23,7 @@ from dmaproof.bench.iterator import (
 from dmaproof.bench.patterns import Locality
 from dmaproof.errors import UsageError
 
+from ..arch.x86_64 import X86_64
 from ..arguments import positive, seconds
 from ..passthrough.kernel_cost import tables
 from ..passthrough.kernel_cost.bench import measure_kernel_cost
@@ -170,7 +171,7 @@ def _run_kernel(arguments: argparse.Namespace) -> int:
     if arguments.picture is not None:
         _matplotlib()
     machine = l1(arguments.kernel)
-    qemu = find_qemu(arguments.qemu)
+    qemu = find_qemu(arguments.qemu, X86_64)
     most = next(size for size in REPORT_SIZES if _short(size) == arguments.most)
     cost = run_interruptibly(measure_kernel_cost(machine, qemu, most, arguments.timeout))
     if arguments.json != "-":

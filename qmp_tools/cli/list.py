@@ -16,6 +16,7 @@ from dmaproof.devices import VirtioDevice, emulated_devices
 from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.faults import Fault, known_faults, summary
 
+from ..arch import ARCHITECTURES
 from ..devices.registry import (
     DeviceKind,
     EmulatedKind,
@@ -28,7 +29,6 @@ from ..migration.scenarios import known_scenarios
 from ..migration.scenarios.base import Scenario
 from ..passthrough.kinds import FakeVfioKind
 from ..passthrough.tracking import TRACKINGS
-from ..qemu.iommu import IOMMUS
 from ..reports.report import SCHEMA_VERSION
 from .arguments import describe
 from .display import print_table
@@ -107,8 +107,8 @@ def _needs_of_scenario(scenario: Scenario) -> str:
             for name, value in scenario.parameters.items()
         ),
     ]
-    if scenario.machine != Scenario.machine:
-        needs.append(f"machine {scenario.machine}")
+    if scenario.plugs_devices:
+        needs.append("a device that can be plugged")
     needs += filter(None, scenario.machine_options.split(","))
     if scenario.dimms:
         needs.append(f"{scenario.dimms} DIMMs")
@@ -186,8 +186,14 @@ def trackers() -> list[Entry]:
 def iommus() -> list[Entry]:
     """Return the virtual IOMMUs, and the guests that can use each."""
     return [
-        {"iommu": name, "guests": ", ".join(iommu.guests), "summary": iommu.summary}
-        for name, iommu in IOMMUS.items()
+        {
+            "iommu": name,
+            "arch": architecture.name,
+            "guests": ", ".join(iommu.guests),
+            "summary": iommu.summary,
+        }
+        for architecture in ARCHITECTURES.values()
+        for name, iommu in architecture.iommus.items()
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from dmaproof.errors import UsageError
 
+from ..arch.x86_64 import X86_64
 from ..arguments import positive
 from ..passthrough import GROUPS, matrix
 from ..passthrough.l1.kernel import KERNELS
@@ -112,7 +113,7 @@ def _run(arguments: argparse.Namespace) -> int:
         keep=arguments.keep,
     )
     tested: list[Path | None] = [_fetched(version) for version in arguments.qemu]
-    machine_qemu = find_qemu(arguments.machine_qemu)
+    machine_qemu = find_qemu(arguments.machine_qemu, X86_64)
     machines = [l1(version) for version in arguments.kernel]
     pairs = [replace(machine, qemu=qemu) for machine in machines for qemu in tested or [None]]
     runs = run_interruptibly(_prove_all(pairs, machine_qemu, request))
@@ -129,7 +130,7 @@ def _fetched(version: str) -> Path:
     Raises:
         UsageError: no QEMU of that version was fetched.
     """
-    for build in reversed(installed()):
+    for build in reversed(installed(X86_64)):
         if build.version == version or build.version.startswith(version + "."):
             return build.path.parent
     raise UsageError(

@@ -16,8 +16,8 @@ from dmaproof.vhost_user.features import F_ACCESS_PLATFORM, F_RING_PACKED
 
 from ..guest.linux import Driver
 from ..host.process import Process
-from ..qemu.iommu import behind_iommu, root_port
 from ..qemu.machine import DESTINATION, SOURCE, option_value
+from ..qemu.pci_express import behind_iommu, root_port
 from .device import AttachedDevice, DeviceFacts, ProofDevice
 from .process import Device, DeviceOptions
 

@@ -27,7 +27,9 @@ from .emulated import EmulatedDevice
 from .process import DeviceOptions
 from .several import SeveralDevices
 
-QEMU_OPTIONS: Final = frozenset({"qemu", "qemu_destination", "machine", "accel", "memory", "cpus"})
+QEMU_OPTIONS: Final = frozenset(
+    {"arch", "qemu", "qemu_destination", "machine", "accel", "memory", "cpus"}
+)
 MIGRATION_OPTIONS: Final = frozenset(
     {"scenario", "host", "bandwidth", "downtime_limit", "max_downtime", "timeout"}
 )

@@ -1,4 +1,4 @@
-"""Build the guests without a kernel, which QEMU enters by PVH.
+"""Build the guests without a kernel.
 
 ``guests/bare`` carries out a workload as the Linux guest does, and sends its first request a few
 hundredths of a second after the firmware. ``guests/passthrough/guest`` drives the fake VFIO device
@@ -8,23 +8,20 @@ instead of a disk. ``guests/probe`` only dirties pages.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from ..arch.architecture import Architecture
+from ..arch.x86_64 import X86_64
 from ..qemu.machine import MIB
 from .build import Guest, cache, compile_c, digest, fresh_folder, sources
 
 _logger = logging.getLogger(__name__)
 
-_ARCHITECTURE: Final = "x86_64"
-_FREESTANDING: Final = (
-    *("-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none"),
-    "-Wl,-Ttext-segment=0x100000",  # above the firmware's memory
-)
+_FREESTANDING: Final = ("-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none")
 _BARE: Final = (
-    *("-std=gnu11", "-ffreestanding", "-fno-pic", "-fno-stack-protector", "-fcf-protection=none"),
-    "-mgeneral-regs-only",  # the FPU is not set up
-    "-mno-red-zone",  # an exception uses the stack at once
+    *("-std=gnu11", "-ffreestanding", "-fno-pic", "-fno-stack-protector"),
     "-fno-asynchronous-unwind-tables",
 )
 MEMORY_BYTES: Final = 128 * MIB
@@ -34,19 +31,20 @@ _KVM_TIMEOUT_S: Final = 2.0
 """Under TCG the guest sends its first request after 0.2 s."""
 
 
-def bare_guest() -> Guest:
-    """Return the freestanding guest, compiled if it is not in the cache.
+def bare_guest(architecture: Architecture) -> Guest:
+    """Return the freestanding guest of `architecture`, compiled if it is not in the cache.
 
     Raises:
         UntestableError: no C compiler is installed, or it fails.
     """
     folder = sources()
     common = sorted((folder / "bare").glob("*.c"))
-    files = [*common, *_machine_files(), folder / "workload.c"]
-    target = _built("bare", files, _headers(), _BARE)
+    files = [*common, *_machine_files(architecture), folder / "workload.c"]
+    target = _built("bare", architecture, files, _headers(), _freestanding(architecture))
     return Guest(
         name="bare",
         version=target.parent.name,
+        architecture=architecture,
         kernel=target,
         initramfs=None,
         options="",
@@ -63,22 +61,27 @@ def vfio_guest() -> Path:
     """
     folder = sources()
     common = [folder / "bare" / f"{part}.c" for part in ("console", "memory", "pci")]
-    files = [folder / "passthrough" / "guest" / "main.c", *common, *_machine_files()]
-    return _built("vfio", files, _headers(), _BARE)
+    files = [folder / "passthrough" / "guest" / "main.c", *common, *_machine_files(X86_64)]
+    return _built("vfio", X86_64, files, _headers(), _freestanding(X86_64))
 
 
-def probe_guest() -> Path:
+def probe_guest(architecture: Architecture) -> Path:
     """Return an ELF whose vCPU dirties a few pages for ever.
 
     Raises:
         UntestableError: no C compiler is installed, or it fails.
     """
-    return _built("probe", [sources() / "probe" / f"{_ARCHITECTURE}.S"], [], ("-m32",))
+    source = sources() / "probe" / f"{architecture.name}.S"
+    return _built("probe", architecture, [source], [], architecture.probe_options)
 
 
-def _machine_files() -> list[Path]:
-    """Return the bare guest's sources for its architecture."""
-    return sorted((sources() / "bare" / _ARCHITECTURE).glob("*.[cS]"))
+def _freestanding(architecture: Architecture) -> Sequence[str]:
+    return (*_BARE, *(architecture.freestanding_options or ()))
+
+
+def _machine_files(architecture: Architecture) -> list[Path]:
+    """Return the bare guest's sources for one architecture."""
+    return sorted((sources() / "bare" / architecture.name).glob("*.[cS]"))
 
 
 def _headers() -> list[Path]:
@@ -86,13 +89,20 @@ def _headers() -> list[Path]:
     return [*sorted((folder / "bare").rglob("*.h")), folder / "workload.h"]
 
 
-def _built(name: str, files: list[Path], headers: list[Path], options: tuple[str, ...]) -> Path:
+def _built(
+    name: str,
+    architecture: Architecture,
+    files: Sequence[Path],
+    headers: Sequence[Path],
+    options: Sequence[str],
+) -> Path:
     options = (*options, *_FREESTANDING)
     parts = [file.read_bytes() for file in (*files, *headers)]
-    target = cache() / f"{name}-{digest([' '.join(options).encode(), *parts])}"
+    how = f"{architecture.name} {' '.join(options)}"
+    target = cache() / f"{name}-{architecture.name}-{digest([how.encode(), *parts])}"
     if not target.is_dir():
         with fresh_folder(target) as fresh:
             if fresh is not None:
                 _logger.info("building the %s guest", name)
-                compile_c(files, fresh / name, *options)
+                compile_c(files, fresh / name, *options, architecture=architecture)
     return target / name

@@ -19,6 +19,8 @@ from typing import Final
 
 from dmaproof.errors import UntestableError
 
+from ..arch import host_architecture
+from ..arch.architecture import Architecture
 from ..host.unexpected import writing_to
 from ..host.user_folders import cache_folder
 from .workload import Workload
@@ -29,7 +31,7 @@ _REMEDY: Final = "set XDG_CACHE_HOME to a writable folder with enough space"
 
 @dataclass(frozen=True)
 class Guest:
-    """A guest that carries out a workload; `kernel` is an ELF that QEMU enters by PVH.
+    """A guest of an `architecture` that carries out a workload; QEMU boots `kernel`.
 
     `options` precede the workload on the guest's command line. `version` changes with the guest's
     sources. The default workload fits into `memory_bytes` of RAM. If the guest's first request
@@ -38,6 +40,7 @@ class Guest:
 
     name: str
     version: str
+    architecture: Architecture
     kernel: Path
     initramfs: Path | None
     options: str
@@ -156,20 +159,27 @@ def _remove_unused(folder: Path) -> None:
         os.close(number)
 
 
-def compile_c(files: Sequence[Path], target: Path, *options: str) -> None:
-    """Compile and link `files` with the machine's C compiler.
+def compile_c(
+    files: Sequence[Path], target: Path, *options: str, architecture: Architecture | None = None
+) -> None:
+    """Compile and link `files` for `architecture`; None is that of this machine.
 
     Raises:
-        UntestableError: no C compiler is installed, or it fails.
+        UntestableError: no C compiler for the architecture is installed, or it fails.
     """
-    command = ["cc", "-O2", *options, "-o", str(target), *map(str, files)]
+    is_foreign = architecture is not None and architecture is not host_architecture()
+    compiler = f"{architecture.gnu}-gcc" if architecture and is_foreign else "cc"
+    command = [compiler, "-O2", *options, "-o", str(target), *map(str, files)]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=300, check=False
         )
     except FileNotFoundError:
+        packages = "gcc libc6-dev"
+        if architecture and is_foreign:
+            packages = f"gcc-{architecture.gnu} libc6-dev-{architecture.debian}-cross"
         raise UntestableError(
-            "building the guest needs a C compiler: apt-get install gcc libc6-dev"
+            f"building the guest needs the C compiler {compiler}: apt-get install {packages}"
         ) from None
     if done.returncode:
         raise UntestableError(f"{shlex.join(command)} failed:\n{done.stderr}")

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Final
 
 from dmaproof.errors import UntestableError
+from dmaproof.units import PAGE_BYTES
 
+from ..arch.architecture import Architecture
 from ..host import archive
 from ..qemu.machine import MIB
 from .build import Guest, cache, compile_c, digest, fresh_folder, sources
@@ -25,9 +27,8 @@ from .compression import decompress
 
 _logger = logging.getLogger(__name__)
 
-_KERNEL_PACKAGE: Final = "linux-image-amd64"
 _COMMAND_LINE: Final = (
-    "console=ttyS0 quiet panic=-1 nokaslr mitigations=off tsc=reliable no_timer_check "
+    "quiet panic=-1 nokaslr mitigations=off "
     "random.trust_cpu=on cryptomgr.notests transparent_hugepage=never "
     "memhp_default_state=online_movable"
 )
@@ -85,68 +86,77 @@ _KVM_TIMEOUT_S: Final = 6.0
 """Under TCG the guest sends its first request after 2 s."""
 
 
-def linux_guest(driver: Driver = VIRTIO_BLK) -> Guest:
-    """Return the Linux guest with one of the `DRIVERS`.
+def linux_guest(driver: Driver, architecture: Architecture) -> Guest:
+    """Return the Linux guest of `architecture` with one of the `DRIVERS`.
 
     The first call fetches the kernel and compiles the init.
 
     Raises:
         UntestableError: the kernel cannot be fetched, or no C compiler is installed.
     """
-    kernel = _linux_kernel()
+    kernel = _linux_kernel(architecture)
     version = (kernel / "version").read_text().strip()
     folder = sources()
     files = [*sorted((folder / "linux").glob("*.c")), folder / "workload.c"]
     headers = [*sorted((folder / "linux").glob("*.h")), folder / "workload.h"]
     parts = [file.read_bytes() for file in (*files, *headers)]
     how = f"{kernel.name} {version} {_INIT_OPTIONS} {driver.modules}"
-    target = cache() / f"linux-{digest([how.encode(), *parts])}"
+    target = cache() / f"linux-{architecture.name}-{digest([how.encode(), *parts])}"
     if not target.is_dir():
         with fresh_folder(target) as fresh:
             if fresh is not None:
                 _logger.info("building the guest's initramfs")
-                compile_c(files, fresh / "init", *_INIT_OPTIONS)
+                compile_c(files, fresh / "init", *_INIT_OPTIONS, architecture=architecture)
                 (fresh / "initramfs").write_bytes(
                     _initramfs((fresh / "init").read_bytes(), kernel / "modules", driver)
                 )
     return Guest(
         name="linux",
         version=f"{version} {target.name}",
-        kernel=kernel / "vmlinux",
+        architecture=architecture,
+        kernel=kernel / "image",
         initramfs=target / "initramfs",
-        options=f"{_COMMAND_LINE} -- {driver.place}",
+        options=(
+            f"{architecture.linux_options} {_COMMAND_LINE} -- report={architecture.report_tty} "
+            f"{driver.place}"
+        ),
         memory_bytes=MEMORY_BYTES,
         kvm_timeout_s=_KVM_TIMEOUT_S,
     )
 
 
-def kernel_folder() -> Path:
+def kernel_folder(architecture: Architecture) -> Path:
     """Return the folder of the fetched kernel, which may not exist yet."""
-    return cache() / f"kernel-{digest([' '.join((*_MODULES, _BUILT_IN)).encode()])}"
+    names = digest([" ".join((*_MODULES, _BUILT_IN)).encode()])
+    return cache() / f"kernel-{architecture.name}-{names}"
 
 
-def _linux_kernel() -> Path:
-    """Return a folder with ``vmlinux``, ``modules/`` and ``version``."""
-    target = kernel_folder()
+def _linux_kernel(architecture: Architecture) -> Path:
+    """Return a folder with ``image``, ``modules/`` and ``version``."""
+    target = kernel_folder(architecture)
     if target.is_dir():
         return target
     with fresh_folder(target) as fresh:
         if fresh is not None:
-            real = archive.dependencies(_KERNEL_PACKAGE)[0]
+            package = architecture.kernels[PAGE_BYTES].name
+            release = archive.Archive(archive.own_codename(), fresh / "apt", architecture.debian)
+            real = release.dependencies(package)[0]
             _logger.info("fetching the guest's kernel (%s), once", real)
             unpacked = fresh / "unpacked"
-            archive.unpack(archive.fetch_own(real, fresh), unpacked)
+            archive.unpack(release.fetch(real), unpacked)
             image = next((unpacked / "boot").glob("vmlinuz-*"), None)
             if image is None:
                 raise UntestableError(
                     f"package {real} has no kernel: boot/vmlinuz-* is missing from the package"
                 )
-            (fresh / "vmlinux").write_bytes(kernel_elf(image.read_bytes()))
+            content = image.read_bytes()
+            (fresh / "image").write_bytes(
+                kernel_elf(content) if architecture.boots_elf else content
+            )
             (fresh / "version").write_text(image.name.removeprefix("vmlinuz-"))
             pick_modules(unpacked, _MODULES, fresh / "modules")
             shutil.rmtree(unpacked)
-            for package in fresh.glob("*.deb"):
-                package.unlink()
+            shutil.rmtree(fresh / "apt")
     return target
 
 

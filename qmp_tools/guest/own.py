@@ -12,6 +12,7 @@ from typing import Final
 
 from dmaproof.errors import UsageError
 
+from ..arch.architecture import Architecture
 from ..qemu.machine import GIB
 from .build import Guest
 
@@ -21,8 +22,10 @@ MEMORY_BYTES: Final = GIB
 """The default size of the guest's RAM."""
 
 
-def own_guest(kernel: Path, initramfs: Path | None, options: str) -> Guest:
-    """Make the guest of these files.
+def own_guest(
+    architecture: Architecture, kernel: Path, initramfs: Path | None, options: str
+) -> Guest:
+    """Make the guest of `architecture` from these files.
 
     Raises:
         UsageError: a file does not exist.
@@ -33,6 +36,7 @@ def own_guest(kernel: Path, initramfs: Path | None, options: str) -> Guest:
     return Guest(
         name=OWN_GUEST,
         version=str(kernel),
+        architecture=architecture,
         kernel=kernel,
         initramfs=initramfs,
         options=options,

@@ -121,12 +121,16 @@ def sources_list(suite: str) -> str:
 class Archive:
     """apt for `suite` (such as 'trixie-backports') with all its state in `folder`.
 
+    `architecture` is Debian's name of that of the packages, such as 'arm64'; None is that of this
+    machine.
+
     Raises:
         UntestableError: apt is not installed, the archive cannot be reached, or it has no `suite`.
     """
 
-    def __init__(self, suite: str, folder: Path) -> None:
+    def __init__(self, suite: str, folder: Path, architecture: str | None = None) -> None:
         self.suite = suite
+        self._architecture = architecture
         self._folder = folder.absolute()
         for name in ("lists/partial", "archives/partial"):
             (self._folder / name).mkdir(parents=True, exist_ok=True)
@@ -135,7 +139,7 @@ class Archive:
         self._apt("apt-get", "update", what=f"fetching the package lists of {suite}")
 
     def _apt(self, program: str, *arguments: str, what: str, folder: Path | None = None) -> str:
-        settings = {
+        settings: dict[str, str | Path] = {
             "Dir::State": self._folder,
             "Dir::State::lists": self._folder / "lists",
             "Dir::State::status": self._folder / "status",
@@ -151,6 +155,10 @@ class Archive:
             # As root, apt would fetch as the user _apt, who may not enter a private folder.
             "APT::Sandbox::User": "root",
         }
+        if self._architecture is not None:
+            settings |= dict.fromkeys(
+                ("APT::Architecture", "APT::Architectures"), self._architecture
+            )
         options = [part for name, value in settings.items() for part in ("-o", f"{name}={value}")]
         return _run([program, *options, *arguments], what, folder)
 

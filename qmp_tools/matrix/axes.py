@@ -19,6 +19,7 @@ from typing import Any, Final, TypeAlias
 from dmaproof.devices import emulated_devices
 from dmaproof.errors import UsageError
 
+from ..arch import ARCHITECTURES
 from ..proof.options import OPTIONS, find_option
 from ..qemu.choice import known_qemus
 
@@ -74,7 +75,8 @@ def _matches(cell: Cell, rule: Values) -> bool:
 
 def known_values() -> dict[str, list[str]]:
     """Return the values that 'all' and patterns can select, for each option that has a list."""
-    qemus = [build.version for build in known_qemus()]
+    builds = (build for each in ARCHITECTURES.values() for build in known_qemus(each))
+    qemus = list(dict.fromkeys(build.version for build in builds))
     # Options may follow a device's name, so the option for the device has no list of choices.
     named = {"device": sorted(emulated_devices()), "qemu": qemus, "qemu-destination": qemus}
     return named | {option.key: option.values for option in OPTIONS.values() if option.values}

@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from dmaproof.errors import UnsupportedError, UntestableError, UsageError
 
+from ..arch import find_architecture
 from ..host.process import Process
 from ..host.run_folder import run_folder
 from ..host.timeout import DEFAULT_TIMEOUT_S
@@ -110,9 +111,11 @@ class _Run:
         Raises:
             UsageError: the options of every cell are wrong.
         """
+        architectures = self._matrix.axes.get("arch", (None,))
         for name in ("qemu", "qemu-destination"):
             for value in self._matrix.axes.get(name, ()):
-                find_qemu(value)
+                for architecture in architectures:
+                    find_qemu(value, find_architecture(architecture))
         files = ProgramFiles()
         found: list[_Planned | Result] = []
         wrong: UsageError | None = None

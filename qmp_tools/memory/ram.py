@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -19,7 +19,7 @@ from dmaproof.units import PAGE_BYTES
 
 from ..qemu.machine import RAM_BACKEND
 from ..qemu.qemu import Qemu
-from .physical_map import parse_flat_view, parse_hva, shown_parts
+from .physical_map import MapRegion, parse_flat_view, parse_hva, shown_parts
 from .process_memory import mappings_of, shared_memory
 
 _COPIED_AT_ONCE: Final = 1 << 20
@@ -85,7 +85,8 @@ async def ram_files(qemu: Qemu) -> AsyncIterator[list[RamFile]]:
         UntestableError: one of them was not found.
     """
     name, pid = qemu.name, qemu.pid
-    places = {RAM_BACKEND: 0}
+    regions = parse_flat_view(await qemu.monitor("info mtree -f"))
+    places = {RAM_BACKEND: _place_of(RAM_BACKEND, regions, name)}
     for device in await qemu.qmp.execute("query-memory-devices"):
         backend = str(device["data"]["memdev"]).removeprefix("/objects/")
         places[backend] = device["data"]["addr"]
@@ -137,6 +138,15 @@ def copied(files: Iterable[RamFile]) -> Iterator[list[RamFile]]:
                 raise UntestableError(f"cannot copy the guest's RAM: {error}") from error
             copies.append(replace(file, fd=fd))
         yield copies
+
+
+def _place_of(backend: str, regions: Sequence[MapRegion], name: str) -> int:
+    for gpa, _, _ in shown_parts(regions, backend):
+        return gpa
+    raise UntestableError(
+        f"{name} has no memory backend {backend} in its guest's physical map; expected one as the "
+        "guest's RAM"
+    )
 
 
 def _link_of(entry: Path) -> str:

@@ -28,6 +28,7 @@ from ..guest.channel import (
 )
 from ..host.timeout import wait_until
 from ..qemu.machine import DESTINATION, INCOMING, SOURCE, Machine, dimm_arguments
+from ..qemu.pci_express import behind_ports, is_port
 from ..qemu.qemu import OwnedQemu
 from ..qemu.qtest import Qtest
 from ..qemu.vhost_user_trace import trace_arguments, unanswered
@@ -87,6 +88,7 @@ class QemuPair:
         self._machine = machine
         self._binaries = binaries
         self._has_test_channel = has_test_channel
+        self._plugs_devices = False
         self._dimms: list[list[str]] = []
         """The arguments of the plugged DIMMs."""
 
@@ -127,6 +129,7 @@ class QemuPair:
         Raises:
             UntestableError: QEMU could not be started.
         """
+        self._plugs_devices = True
         await self._launch(self.source_side, only_backends=True)
         await self.source.connect()
 
@@ -235,8 +238,10 @@ class QemuPair:
         await wait_until(path.exists, self.timeout_s, lambda: error)
 
     async def _launch(self, side: str, *extra: str, only_backends: bool = False) -> None:
-        self.attached[side] = [*await self.device.attach(side)]
-        attached = self.attached[side]
+        attached = [*await self.device.attach(side)]
+        if self._plugs_devices and self._machine.architecture.hotplug_needs_port:
+            attached = behind_ports(attached)
+        self.attached[side] = attached
         arguments = [
             *self._machine.arguments(),
             *(argument for dimm in self._dimms for argument in dimm),
@@ -374,6 +379,13 @@ class QemuPair:
 
 
 def _devices(arguments: Sequence[str], wanted: bool) -> list[str]:
-    """Return a device's ``-device`` arguments if `wanted`, else its other arguments."""
+    """Return a device's ``-device`` arguments if `wanted`, else its other arguments.
+
+    A port is not plugged.
+    """
     pairs = zip(arguments[::2], arguments[1::2], strict=True)
-    return [word for pair in pairs if (pair[0] == "-device") is wanted for word in pair]
+    return [word for pair in pairs if _is_plugged(*pair) is wanted for word in pair]
+
+
+def _is_plugged(option: str, value: str) -> bool:
+    return option == "-device" and not is_port(value)

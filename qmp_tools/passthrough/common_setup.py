@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from ..arch.x86_64 import X86_64
 from ..devices.device import ProofDevice
 from ..guest.workload import Workload
 from ..proof.model import Setup
@@ -40,7 +41,7 @@ def setup_in_l1(
         ),
         qemu=_QEMU,
         qemu_destination=_QEMU,
-        machine=Machine("q35", "tcg", memory_bytes, 1, elf, command_line=str(workload)),
+        machine=Machine(X86_64, "q35", "tcg", memory_bytes, 1, elf, command_line=str(workload)),
         guest=guest,
         workload=workload,
         device=device,

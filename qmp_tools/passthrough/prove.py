@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from ..arch.x86_64 import X86_64
 from ..exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from ..guest.bare import bare_guest, vfio_guest
 from ..host.run_folder import run_folder
@@ -58,7 +59,7 @@ async def prove_passthrough(machine: L1, qemu: Path, request: Request) -> dict[s
     Raises:
         UntestableError: L1 does not boot, ends early, or prints nothing until the timeout.
     """
-    guests = (bare_guest().kernel, vfio_guest())
+    guests = (bare_guest(X86_64).kernel, vfio_guest())
     command = "mkdir -p /mnt/taken; exec python3 -m qmp_tools.passthrough.inside "
     command += f"/mnt/{_RESULTS.format('$MACHINE')} /mnt/taken "
     command += " ".join(f"/mnt/{guest.name}" for guest in guests)
@@ -136,7 +137,7 @@ async def prove_fake_vfio(
         if keep:
             _logger.info("keeping the run's folder: %s", folder)
         job = await run_in_l1(
-            *(machine, find_qemu(options.qemu), command, folder, _logger.info),
+            *(machine, find_qemu(options.qemu, X86_64), command, folder, _logger.info),
             _WAITS_BETWEEN_LINES * options.timeout,
             files=(guest,),
         )

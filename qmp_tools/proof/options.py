@@ -28,6 +28,7 @@ from typing import (
 from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.errors import UsageError
 
+from ..arch import ARCHITECTURES
 from ..arguments import AnyPath, positive, require, seconds, size, whole
 from ..arguments import timeout as bound
 from ..devices.emulated import RINGS
@@ -37,7 +38,6 @@ from ..migration.migration import Limits
 from ..migration.refused_features import FEATURES
 from ..migration.scenarios import known_scenarios
 from ..migration.transport import LOCALHOST
-from ..qemu.iommu import IOMMUS
 from ..qemu.machine import format_memory, parse_memory
 from .late_dma import SETTLE_S
 
@@ -92,6 +92,10 @@ def _switch(given: object) -> bool:
     if value is None:
         raise ValueError("on or off")
     return value
+
+
+def _iommus() -> list[str]:
+    return [name for each in ARCHITECTURES.values() for name in each.iommus]
 
 
 def _several(given: object) -> tuple[str, ...]:
@@ -188,6 +192,14 @@ class ProofOptions:
         UsageError: an option cannot have its value; the message names both.
     """
 
+    arch: Annotated[
+        str | None,
+        Option(
+            "QEMU",
+            "guest's architecture (default: host's)",
+            choices=lambda: ARCHITECTURES,
+        ),
+    ] = None
     qemu: Annotated[
         AnyPath | None,
         Option(
@@ -203,7 +215,7 @@ class ProofOptions:
     ] = None
     machine: Annotated[
         str | None,
-        Option("QEMU", "machine type (default: q35, or the scenario's)", "NAME"),
+        Option("QEMU", "machine type (default: as needed)", "NAME"),
     ] = None
     accel: Annotated[
         Literal["auto", "kvm", "tcg"],
@@ -229,7 +241,7 @@ class ProofOptions:
         Option(
             "QEMU",
             "QEMU's IOMMU in front of the devices (default: none, or what the fault needs)",
-            choices=lambda: IOMMUS,
+            choices=_iommus,
         ),
     ] = None
     guest: Annotated[

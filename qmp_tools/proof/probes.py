@@ -17,12 +17,15 @@ import contextlib
 import json
 import logging
 import os
+import platform
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
 from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError
 
+from ..arch import host_architecture
+from ..arch.architecture import Architecture
 from ..guest.bare import probe_guest
 from ..guest.build import Guest
 from ..guest.workload import Workload
@@ -83,8 +86,10 @@ def identity(qemu: Path) -> str:
     return f"{qemu.resolve()} {status.st_size} {status.st_mtime_ns}"
 
 
-async def require_x86_64(side: str, qemu: Path, timeout_s: float) -> None:
-    """Refuse a QEMU for `side` that does not emulate x86_64, the guests' architecture.
+async def require_architecture(
+    wanted: Architecture, side: str, qemu: Path, timeout_s: float
+) -> None:
+    """Refuse a QEMU for `side` that does not emulate the `wanted` architecture of the guest.
 
     Raises:
         UsageError: the QEMU emulates another architecture.
@@ -93,15 +98,15 @@ async def require_x86_64(side: str, qemu: Path, timeout_s: float) -> None:
 
     async def probe() -> int:
         async with idle_qemu(side, qemu, timeout_s=timeout_s) as running:
-            architecture = (await running.qmp.execute("query-target"))["arch"]
-        if architecture != "x86_64":
+            emulated = (await running.qmp.execute("query-target"))["arch"]
+        if emulated != wanted.name:
             raise UsageError(
-                f"{qemu} emulates {architecture}, and dmaproof's guests run on x86_64: choose a "
-                "qemu-system-x86_64"
+                f"{qemu} emulates {emulated}, but the guest is for {wanted.name}; choose a "
+                f"{wanted.qemu_program}, or the guest for {emulated} with --arch {emulated}"
             )
         return True
 
-    await _cached(f"emulates x86_64 {identity(qemu)}", probe)
+    await _cached(f"emulates {wanted.name} {identity(qemu)}", probe)
 
 
 async def choose_accelerator(
@@ -110,7 +115,19 @@ async def choose_accelerator(
     guest: Guest,
     timeout_s: float,
 ) -> Literal["kvm", "tcg"]:
-    """Return 'kvm' or 'tcg': what was `wanted`; for 'auto', KVM if KVM runs `guest`."""
+    """Return 'kvm' or 'tcg': what was `wanted`; for 'auto', KVM if KVM runs `guest`.
+
+    Raises:
+        UsageError: KVM is `wanted` for a guest of another architecture than the machine's.
+    """
+    architecture = guest.architecture
+    if architecture is not host_architecture():
+        why = f"this machine is {platform.machine()} and the guest is for {architecture.name}"
+        if wanted == "kvm":
+            raise UsageError(f"--accel kvm: {why}; use --accel tcg")
+        if wanted == "auto":
+            _logger.info("accelerator: TCG, because %s", why)
+        return "tcg"
     if wanted != "auto":
         return wanted
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
@@ -132,7 +149,8 @@ async def choose_accelerator(
 
 async def _kvm_runs(qemu: Path, guest: Guest, timeout_s: float) -> int:
     machine = Machine(
-        machine="q35",
+        guest.architecture,
+        guest.architecture.machine,
         accelerator="kvm",
         memory_bytes=256 * MIB,
         cpus=1,
@@ -153,9 +171,11 @@ async def _kvm_runs(qemu: Path, guest: Guest, timeout_s: float) -> int:
     return 0
 
 
-async def choose_memory(qemu: Path, accelerator: str, wanted_bytes: int, timeout_s: float) -> int:
+async def choose_memory(
+    architecture: Architecture, qemu: Path, accelerator: str, wanted_bytes: int, timeout_s: float
+) -> int:
     """Return a RAM size near `wanted_bytes` at which the accelerator's dirty tracking is sound."""
-    lost = await vcpu_pages_lost(qemu, accelerator, timeout_s)
+    lost = await vcpu_pages_lost(architecture, qemu, accelerator, timeout_s)
     if not lost:
         return wanted_bytes
     memory = wanted_bytes + _ODD_BYTES
@@ -167,9 +187,11 @@ async def choose_memory(qemu: Path, accelerator: str, wanted_bytes: int, timeout
     return memory
 
 
-async def warn_of_dimms(qemu: Path, accelerator: str, timeout_s: float) -> None:
+async def warn_of_dimms(
+    architecture: Architecture, qemu: Path, accelerator: str, timeout_s: float
+) -> None:
     """Warn if the accelerator's own dirty tracking is not sound in hot-plugged memory."""
-    if lost := await vcpu_pages_lost(qemu, accelerator, timeout_s, in_dimms=True):
+    if lost := await vcpu_pages_lost(architecture, qemu, accelerator, timeout_s, in_dimms=True):
         _logger.warning(
             "memory: this QEMU may lose pages of a DIMM that its vCPUs write (a probe lost %d); "
             "the report attributes such losses to the accelerator",
@@ -178,7 +200,12 @@ async def warn_of_dimms(qemu: Path, accelerator: str, timeout_s: float) -> None:
 
 
 async def vcpu_pages_lost(
-    qemu: Path, accelerator: str, timeout_s: float, *, in_dimms: bool = False
+    architecture: Architecture,
+    qemu: Path,
+    accelerator: str,
+    timeout_s: float,
+    *,
+    in_dimms: bool = False,
 ) -> int:
     """Return how many pages a migration without any device loses of those that a vCPU writes.
 
@@ -186,24 +213,23 @@ async def vcpu_pages_lost(
     block after the first, as a DIMM is.
     """
     block = " behind the first block" if in_dimms else ""
+    machine = Machine(
+        architecture,
+        architecture.machine,
+        accelerator=accelerator,
+        memory_bytes=_PROBE_MEMORY_BYTES,
+        cpus=1,
+        kernel=probe_guest(architecture),
+    )
     return await _cached(
-        f"vcpu-pages-lost{block} {accelerator} {identity(qemu)} {probe_guest().parent.name}",
-        lambda: _count_vcpu_pages_lost(
-            qemu, accelerator, _BLOCK_BEFORE if in_dimms else (), timeout_s
-        ),
+        f"vcpu-pages-lost{block} {accelerator} {identity(qemu)} {machine.kernel.parent.name}",
+        lambda: _count_vcpu_pages_lost(qemu, machine, _BLOCK_BEFORE if in_dimms else (), timeout_s),
     )
 
 
 async def _count_vcpu_pages_lost(
-    qemu: Path, accelerator: str, before: Sequence[str], timeout_s: float
+    qemu: Path, machine: Machine, before: Sequence[str], timeout_s: float
 ) -> int:
-    machine = Machine(
-        machine="q35",
-        accelerator=accelerator,
-        memory_bytes=_PROBE_MEMORY_BYTES,
-        cpus=1,
-        kernel=probe_guest(),
-    )
     arguments = [*before, *machine.arguments()]
     with run_folder() as folder:
         async with (

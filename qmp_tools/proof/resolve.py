@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from dmaproof.errors import UsageError
+from dmaproof.errors import UnsupportedError, UsageError
 from dmaproof.faults import make_fault
 from dmaproof.faults.fault import Fault
 
+from ..arch import find_architecture
+from ..arch.architecture import Architecture
 from ..devices.device import ProofDevice
 from ..devices.process import DeviceOptions
 from ..devices.registry import DeviceKind, DeviceRequest, kind_of
@@ -28,11 +30,10 @@ from ..migration.refused_features import FEATURES
 from ..migration.scenarios import find_scenario
 from ..migration.scenarios.base import Scenario
 from ..qemu.choice import common_machine, find_qemu
-from ..qemu.iommu import IOMMUS
-from ..qemu.machine import DESTINATION, MIB, SOURCE, Machine, refuse_taken_properties
+from ..qemu.machine import DESTINATION, SOURCE, Machine, refuse_taken_properties
 from .model import Setup
 from .options import OPTIONS, ProofOptions
-from .probes import choose_accelerator, choose_memory, require_x86_64, warn_of_dimms
+from .probes import choose_accelerator, choose_memory, require_architecture, warn_of_dimms
 
 _logger = logging.getLogger(__name__)
 
@@ -55,10 +56,11 @@ async def resolve(options: ProofOptions) -> Setup:
     kind = kind_of(options.devices, options.device_command)
     refuse_unsupported_options(options, kind)
     fault = _fault_of(options)
-    iommu = options.iommu or ("intel" if fault.needs_iommu else None)
+    architecture = find_architecture(options.arch)
+    iommu = _iommu_for(options, fault, architecture)
     device = kind.make(_request(options, fault, iommu))
-    scenario = _scenario_for(options, device)
-    _require_driver(options, device, iommu)
+    scenario = _scenario_for(options, device, architecture)
+    _require_driver(options, device, architecture)
     usual = _BEHIND_IOMMU if iommu else ""
     workload = device.adapt(parse_workload(f"{usual},{options.workload}", seed))
     if options.machine:
@@ -66,33 +68,43 @@ async def resolve(options: ProofOptions) -> Setup:
     if OWN_GUEST in device.guests:
         for line in device.prerequisites(options.memory_bytes or OWN_GUEST_MEMORY_BYTES):
             _logger.info("%s", line)
-    guest = _own_guest(options) if OWN_GUEST in device.guests else None
-    source, destination = _qemus_of(options)
+    guest = _own_guest(options, architecture) if OWN_GUEST in device.guests else None
+    source, destination = _qemus_of(options, architecture)
     for side, qemu in ((SOURCE, source), (DESTINATION, destination)):
-        await require_x86_64(side, qemu, options.timeout)
+        await require_architecture(architecture, side, qemu, options.timeout)
     # Whether KVM works is probed with one of dmaproof's guests, also where the proof uses another.
-    probed = bare_guest() if guest else _guest_of(options, device, iommu)
+    probed = bare_guest(architecture) if guest else _guest_of(options, device, iommu, architecture)
     accelerator = await choose_accelerator(options.accel, source, probed, options.timeout)
     guest = guest or probed
     memory_bytes = options.memory_bytes or await choose_memory(
-        source, accelerator, guest.memory_bytes, options.timeout
+        architecture, source, accelerator, guest.memory_bytes, options.timeout
     )
-    machine = await _machine_of(options, scenario, source, destination)
-    if iommu is not None and "q35" not in machine:
-        raise UsageError(
-            f"--iommu {iommu}: only q35 machines have this IOMMU, and the machine is {machine}"
-        )
+    machine = options.machine or (
+        architecture.hotplug_machine if scenario.plugs_devices else architecture.machine
+    )
+    if destination.resolve() != source.resolve() or options.machine:
+        machine = await common_machine(machine, source, destination, options.timeout)
+    if iommu is not None:
+        of_iommu = architecture.iommus[iommu]
+        if of_iommu.machine not in machine:
+            raise UsageError(
+                f"--iommu {iommu}: only {of_iommu.machine} machines have this IOMMU, and the "
+                f"machine is {machine}"
+            )
+        machine += of_iommu.machine_options
     machine += scenario.machine_options
     if scenario.dimms:
-        await warn_of_dimms(source, accelerator, options.timeout)
+        await warn_of_dimms(architecture, source, accelerator, options.timeout)
     if fault.needs_high_ram:
-        machine += f",max-ram-below-4g={memory_bytes // 2 // MIB}M"
+        high_ram, memory_bytes = architecture.with_high_ram(memory_bytes)
+        machine += high_ram
     return Setup(
         options=replace(options, accel=accelerator, memory=memory_bytes),
         qemu=source,
         qemu_destination=destination,
         machine=Machine(
-            machine=machine,
+            architecture,
+            machine,
             accelerator=accelerator,
             memory_bytes=memory_bytes,
             cpus=options.cpus,
@@ -169,14 +181,50 @@ def _agreed(flag: str, given: str | None, needed: str | None) -> str | None:
     return given or needed
 
 
-def _scenario_for(options: ProofOptions, device: ProofDevice) -> Scenario:
+def _iommu_for(options: ProofOptions, fault: Fault, architecture: Architecture) -> str | None:
+    """Return the IOMMU that the options name or that the fault needs.
+
+    Raises:
+        UsageError: the machines of the architecture do not have this IOMMU, or the guest does not
+            support it.
+    """
+    iommu = options.iommu or (architecture.default_iommu if fault.needs_iommu else None)
+    known = ", ".join(architecture.iommus) or "none"
+    if iommu is None and fault.needs_iommu:
+        raise UsageError(
+            f"--fault {options.fault} needs an IOMMU, and dmaproof knows none for "
+            f"{architecture.name}; use another architecture (--arch)"
+        )
+    if iommu is not None and iommu not in architecture.iommus:
+        raise UsageError(
+            f"--iommu {iommu}: {architecture.name} machines do not have this IOMMU; expected one "
+            f"of {known}"
+        )
+    if iommu is not None and options.guest not in architecture.iommus[iommu].guests:
+        raise UsageError(
+            f"--iommu {iommu}: the guest {options.guest} does not support this mode; use "
+            f"--guest {' or '.join(architecture.iommus[iommu].guests)}"
+        )
+    return iommu
+
+
+def _scenario_for(
+    options: ProofOptions, device: ProofDevice, architecture: Architecture
+) -> Scenario:
     """Return the scenario that the options name.
 
     Raises:
         UsageError: the scenario does not support `device`, or has no measurable downtime.
+        UnsupportedError: QEMU's machines of the architecture do not support the scenario.
     """
     scenario = find_scenario(options.scenario)
     scenario.require_device(device)
+    if scenario.dimms and not architecture.has_dimms:
+        raise UnsupportedError(
+            f"--scenario {options.scenario}: QEMU's {architecture.machine} machine for "
+            f"{architecture.name} takes DIMMs only with ACPI, which needs firmware, and dmaproof's "
+            "guests start without it; choose another scenario"
+        )
     if options.max_downtime is not None and not scenario.downtime_is_measurable:
         raise UsageError(
             f"--max-downtime: with --scenario {options.scenario} dmaproof itself pauses the guest "
@@ -186,48 +234,42 @@ def _scenario_for(options: ProofOptions, device: ProofDevice) -> Scenario:
     return scenario
 
 
-def _require_driver(options: ProofOptions, device: ProofDevice, iommu: str | None) -> None:
+def _require_driver(options: ProofOptions, device: ProofDevice, architecture: Architecture) -> None:
     if OWN_GUEST in device.guests:
         return
+    if options.guest not in architecture.guests:
+        raise UsageError(
+            f"--guest {options.guest}: there is no such guest for {architecture.name}; use --guest "
+            f"{' or '.join(architecture.guests)}"
+        )
     if options.guest not in device.guests:
         raise UsageError(
             f"--guest {options.guest}: this guest has no driver for {device.facts.device}; use "
             f"--guest {' or '.join(sorted(device.guests))}"
         )
-    if iommu is not None and options.guest not in IOMMUS[iommu].guests:
-        raise UsageError(
-            f"--iommu {iommu}: the guest {options.guest} does not support this mode; use "
-            f"--guest {' or '.join(IOMMUS[iommu].guests)}"
-        )
 
 
-def _own_guest(options: ProofOptions) -> Guest:
+def _own_guest(options: ProofOptions, architecture: Architecture) -> Guest:
     if options.kernel is None:
         raise UsageError(
             f"--device {' and '.join(options.devices)} needs your own guest with a driver for the "
             "device: give it with --kernel FILE; docs/passthrough.md describes such a guest"
         )
     initramfs = Path(options.initrd) if options.initrd else None
-    return own_guest(Path(options.kernel), initramfs, options.append)
+    return own_guest(architecture, Path(options.kernel), initramfs, options.append)
 
 
-def _guest_of(options: ProofOptions, device: ProofDevice, iommu: str | None) -> Guest:
-    guest = GUESTS[options.guest](device.driver)
+def _guest_of(
+    options: ProofOptions, device: ProofDevice, iommu: str | None, architecture: Architecture
+) -> Guest:
+    guest = GUESTS[options.guest](device.driver, architecture)
     if iommu is not None and guest.name == "linux":
-        return replace(guest, options=f"{IOMMUS[iommu].linux_options} {guest.options}")
+        of_iommu = architecture.iommus[iommu]
+        return replace(guest, options=f"{of_iommu.linux_options} {guest.options}")
     return guest
 
 
-def _qemus_of(options: ProofOptions) -> tuple[Path, Path]:
-    source = find_qemu(options.qemu)
+def _qemus_of(options: ProofOptions, architecture: Architecture) -> tuple[Path, Path]:
+    source = find_qemu(options.qemu, architecture)
     destination = options.qemu_destination
-    return source, find_qemu(destination) if destination else source
-
-
-async def _machine_of(
-    options: ProofOptions, scenario: Scenario, source: Path, destination: Path
-) -> str:
-    machine = options.machine or scenario.machine
-    if destination.resolve() != source.resolve() or options.machine:
-        return await common_machine(machine, source, destination, options.timeout)
-    return machine
+    return source, find_qemu(destination, architecture) if destination else source

@@ -20,6 +20,7 @@ from typing import Final
 
 from dmaproof.errors import UntestableError, UsageError
 
+from ..arch.architecture import Architecture
 from ..host.archive import Archive, own_codename, replace_folder, unpack
 from ..host.unexpected import writing_to
 from ..host.user_folders import data_folder
@@ -28,18 +29,16 @@ _logger = logging.getLogger(__name__)
 
 _RELEASES: Final = ("bookworm", "trixie")
 """The releases to search for a version, besides the machine's own release."""
-_PACKAGE: Final = "qemu-system-x86"
-_PACKAGES: Final = (_PACKAGE, "qemu-system-data", "qemu-utils", "seabios", "ipxe-qemu")
+_PACKAGES: Final = ("qemu-system-data", "qemu-utils", "ipxe-qemu")
+"""The packages besides those of the guest's architecture."""
 _VIRTIOFSD: Final = "virtiofsd"
 """A separate package from Debian 13 on."""
-PROGRAM: Final = "qemu-system-x86_64"
 _PROGRAMS: Final = {
-    PROGRAM: "usr/bin",
     "qemu-storage-daemon": "usr/bin",
     "qemu-img": "usr/bin",
     _VIRTIOFSD: "usr/libexec",
 }
-"""The programs, and their folders in the packages."""
+"""The programs besides QEMU itself, and their folders in the packages."""
 _SUITE_FILE: Final = "suite"
 _REMEDY: Final = "set XDG_DATA_HOME to a writable folder with enough space"
 
@@ -47,9 +46,10 @@ _WRAPPER: Final = """\
 #!/bin/sh
 # Runs this folder's {program} with this folder's loader, libraries, modules and firmware.
 root=$(dirname "$(readlink -f "$0")")/root
-libraries=$root/lib/x86_64-linux-gnu:$root/usr/lib/x86_64-linux-gnu
-export QEMU_MODULE_DIR="$root/usr/lib/x86_64-linux-gnu/qemu"
-exec "$root/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2" --library-path "$libraries" \\
+loader=$(echo "$root"/usr/lib/*/ld-linux*.so.*)
+libraries=$(dirname "$loader")
+export QEMU_MODULE_DIR="$libraries/qemu"
+exec "$loader" --library-path "$libraries" \\
     "$root/{place}/{program}"{firmware} "$@"
 """
 _FIRMWARE: Final = (
@@ -59,29 +59,31 @@ _FIRMWARE: Final = (
 
 @dataclass(frozen=True)
 class QemuBuild:
-    """A QEMU of the system or a fetched one; `path` is its qemu-system-x86_64."""
+    """A QEMU of the system or a fetched one; `path` is its program."""
 
     version: str
     suite: str
     path: Path
 
 
-def _home() -> Path:
-    return data_folder() / "qemu"
+def _home(architecture: Architecture) -> Path:
+    return data_folder() / "qemu" / architecture.name
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version))
 
 
-def installed() -> list[QemuBuild]:
-    """Return the fetched builds, oldest version first."""
+def installed(architecture: Architecture) -> list[QemuBuild]:
+    """Return the fetched builds for guests of `architecture`, oldest version first."""
     try:
-        home = _home()
+        home = _home(architecture)
     except UntestableError:  # without a data folder, no build was fetched
         return []
     builds = [
-        QemuBuild(file.parent.name, file.read_text().strip(), file.parent / PROGRAM)
+        QemuBuild(
+            file.parent.name, file.read_text().strip(), file.parent / architecture.qemu_program
+        )
         for file in home.glob(f"[0-9]*/{_SUITE_FILE}")
     ]
     return sorted(builds, key=lambda build: _numbers(build.version))
@@ -94,39 +96,48 @@ def files_of_build(program: Path) -> list[Path]:
     return [file for file in (program.parent / "root").rglob("*") if file.is_file()]
 
 
-def fetch(wanted: str) -> QemuBuild:
+def fetch(wanted: str, architecture: Architecture) -> QemuBuild:
     """Fetch the QEMU of a suite ('trixie-backports') or of a version ('11.1').
+
+    It emulates guests of `architecture`.
 
     Raises:
         UsageError: no suite of the archive has that version.
         UntestableError: the archive cannot be reached, or the fetched QEMU does not run.
     """
-    with writing_to(_home(), _REMEDY):
-        return _fetch(wanted)
+    with writing_to(_home(architecture), _REMEDY):
+        return _fetch(wanted, architecture)
 
 
-def _fetch(wanted: str) -> QemuBuild:
-    _home().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="new-", dir=_home()) as temporary:
+def _fetch(wanted: str, architecture: Architecture) -> QemuBuild:
+    home, program, packages = (
+        _home(architecture),
+        architecture.qemu_program,
+        architecture.qemu_packages["debian"].split(),
+    )
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="new-", dir=home) as temporary:
         folder = Path(temporary)
-        archive, version = _find(wanted, folder)
-        target = _home() / version
+        archive, version = _find(wanted, packages[0], folder)
+        target = home / version
         _logger.info("fetching QEMU %s and its libraries from %s", version, archive.suite)
         with_virtiofsd = (_VIRTIOFSD,) if archive.has(_VIRTIOFSD) else ()
-        packages = archive.fetch_closure((*_PACKAGES, *with_virtiofsd))
-        _logger.info("unpacking %d packages", len(packages))
+        fetched = archive.fetch_closure(
+            (*packages, *architecture.firmware_packages, *_PACKAGES, *with_virtiofsd)
+        )
+        _logger.info("unpacking %d packages", len(fetched))
         build = folder / "build"
-        for package in packages:
+        for package in fetched:
             unpack(package, build / "root")
-        make_whole(build, _PROGRAMS)
+        make_whole(build, {program: "usr/bin", **_PROGRAMS})
         (build / _SUITE_FILE).write_text(archive.suite + "\n")
-        _try(build / PROGRAM)
+        _try(build / program)
         replace_folder(build, target)
-    return QemuBuild(version, archive.suite, target / PROGRAM)
+    return QemuBuild(version, archive.suite, target / program)
 
 
-def _find(wanted: str, folder: Path) -> tuple[Archive, str]:
-    """Find the suite that has the `wanted` QEMU, and QEMU's upstream version there."""
+def _find(wanted: str, package: str, folder: Path) -> tuple[Archive, str]:
+    """Find the suite whose `package` has the `wanted` QEMU, and QEMU's upstream version there."""
     is_version = wanted[:1].isdigit()
     suites = _suites() if is_version else [wanted]
     seen = []
@@ -134,7 +145,7 @@ def _find(wanted: str, folder: Path) -> tuple[Archive, str]:
         _logger.info("searching %s", suite)
         try:
             archive = Archive(suite, folder / suite)
-            version = _upstream(archive.version(_PACKAGE))
+            version = _upstream(archive.version(package))
         except UntestableError:
             if not is_version or len(suites) == 1:
                 raise

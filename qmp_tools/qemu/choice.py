@@ -11,40 +11,49 @@ from typing import Any, Final
 
 from dmaproof.errors import UnsupportedError, UntestableError, UsageError
 
+from ..arch import find_architecture, host_architecture
+from ..arch.architecture import Architecture
 from ..arguments import AnyPath
 from ..host.timeout import DEFAULT_TIMEOUT_S
 from .builds import QemuBuild, installed
 from .qemu import idle_qemu
 
-_PROGRAM: Final = "qemu-system-x86_64"
+_RED_HAT_PROGRAM: Final = "/usr/libexec/qemu-kvm"
+"""The only QEMU of RHEL and CentOS Stream, for guests of the machine's own architecture."""
 _SYSTEMS: Final = "system"
 
 
-def find_qemu(wanted: AnyPath | None) -> Path:
+def find_qemu(wanted: AnyPath | None, architecture: Architecture | None = None) -> Path:
     """Find the QEMU with the path or version `wanted`; for None, the system's.
 
     The system's QEMU takes precedence over a fetched one of the same version.
+
+    Args:
+        wanted: a path, the name of a program, or a version such as '11.1'.
+        architecture: the architecture of guests; by default that of this machine.
 
     Raises:
         UsageError: `wanted` is neither a program nor a known version.
         UntestableError: `wanted` is None, and no QEMU is installed or fetched.
     """
+    architecture = architecture or find_architecture(None)
     if wanted is None:
-        found = shutil.which(_PROGRAM)
-        if found is not None:
-            return Path(found)
-        builds = installed()
+        system = _system_qemu(architecture)
+        if system is not None:
+            return system
+        builds = installed(architecture)
         if builds:
             return builds[-1].path
+        package = architecture.qemu_packages["debian"]
         raise UntestableError(
-            "QEMU is not installed: 'apt-get install qemu-system-x86' installs the system's QEMU; "
-            "'dmaproof qemu fetch' fetches a newer one and needs no root"
+            f"{architecture.qemu_program} is not installed: 'apt-get install {package}' installs "
+            "the system's QEMU; 'dmaproof qemu fetch' fetches a newer one and needs no root"
         )
     wanted = os.fspath(wanted)
     found = shutil.which(wanted)
     if found is not None:
         return Path(found).absolute()
-    builds = known_qemus()
+    builds = known_qemus(architecture)
     fitting = [build for build in builds if f"{build.version}.".startswith(f"{wanted}.")]
     if fitting:
         return (fitting[0] if fitting[0].suite == _SYSTEMS else fitting[-1]).path
@@ -55,12 +64,19 @@ def find_qemu(wanted: AnyPath | None) -> Path:
     )
 
 
-def known_qemus() -> list[QemuBuild]:
+def _system_qemu(architecture: Architecture) -> Path | None:
+    names = [architecture.qemu_program]
+    if architecture is host_architecture():
+        names.append(_RED_HAT_PROGRAM)
+    return next((Path(found) for found in map(shutil.which, names) if found), None)
+
+
+def known_qemus(architecture: Architecture) -> list[QemuBuild]:
     """Return the system's QEMU, if one is installed, followed by the fetched ones."""
-    found = shutil.which(_PROGRAM)
-    version = version_of(Path(found)) if found is not None else None
-    system = [QemuBuild(version, _SYSTEMS, Path(found))] if found and version else []
-    return [*system, *installed()]
+    found = _system_qemu(architecture)
+    version = version_of(found) if found is not None else None
+    system = [QemuBuild(version, _SYSTEMS, found)] if found and version else []
+    return [*system, *installed(architecture)]
 
 
 def version_of(binary: Path) -> str | None:

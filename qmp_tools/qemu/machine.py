@@ -9,12 +9,11 @@ from typing import Final
 
 from dmaproof.errors import UsageError
 
-from .iommu import IOMMUS
+from ..arch.architecture import Architecture
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 RAM_GRANULE_BYTES: Final = 8 * KIB
-"""The size of RAM in QEMU's PC machines is a multiple of this (MachineClass.fixup_ram_size,
-pc_memory_init)."""
+"""The size of RAM in QEMU's machines is a multiple of this (MachineClass.fixup_ram_size)."""
 
 RAM_BACKEND: Final = "ram"
 """The id of the memory backend that is the guest's RAM."""
@@ -34,7 +33,7 @@ def parse_memory(text: str) -> int:
         The size in bytes.
 
     Raises:
-        UsageError: `text` is not a size, or a PC machine cannot have RAM of this size.
+        UsageError: `text` is not a size, or a machine cannot have RAM of this size.
     """
     match = re.fullmatch(r"(\d+)([KMGT]?)", text.strip().upper().removesuffix("IB"))
     if match is None:
@@ -83,9 +82,10 @@ class Machine:
 
     Its `memory_bytes` of RAM are in one shared memfd, which the device and the comparison map too.
     `dimm_slots` DIMMs of `DIMM_BYTES` each can be plugged. The devices are behind the `iommu`, if
-    one is named (`iommu.IOMMUS`).
+    one is named (`Architecture.iommus`).
     """
 
+    architecture: Architecture
     machine: str
     accelerator: str
     memory_bytes: int
@@ -98,14 +98,14 @@ class Machine:
 
     def arguments(self) -> list[str]:
         """Return the QEMU arguments that both sides share."""
-        # The firmware registers a pvclock page, which KVM updates without marking it dirty.
-        cpu = ["-cpu", "qemu64,-kvmclock"] if self.accelerator == "kvm" else []
+        cpu = self.architecture.cpus.get(self.accelerator)
         initrd = ["-initrd", str(self.initramfs)] if self.initramfs else []
         return [
             "-no-user-config",
             "-no-reboot",
+            *self.architecture.channels,
             *("-accel", self.accelerator),
-            *cpu,
+            *(("-cpu", cpu) if cpu else ()),
             *("-smp", str(self.cpus)),
             *(
                 "-object",
@@ -116,7 +116,7 @@ class Machine:
             *("-kernel", str(self.kernel)),
             *initrd,
             *("-append", self.command_line),
-            *(IOMMUS[self.iommu].qemu_arguments if self.iommu else ()),
+            *(self.architecture.iommus[self.iommu].qemu_arguments if self.iommu else ()),
         ]
 
     def _dimm_slot_options(self) -> str:

@@ -16,6 +16,9 @@ from ..host.timeout import bounded
 from .machine import option_value
 from .qmp import Monitor, Qmp, QmpError, QmpTimeoutError
 
+SERIAL_PORTS: Final = ("-serial", "chardev:console", "-serial", "chardev:report")
+"""The arguments that connect a machine's two serial ports to the console and to the reports."""
+
 _PLUGGED_BY: Final = {"-object": "object_add", "-device": "device_add"}
 """The human monitor's commands that take the same values as the command line's options."""
 
@@ -70,9 +73,9 @@ class OwnedQemu(SocketQemu):
     """A QEMU whose process dmaproof has started.
 
     dmaproof's QMP session runs over a socket pair, so the QMP socket at `socket_path` is free for
-    other clients. `report` is QEMU's second serial port (COM2) as a stream, on which dmaproof's
-    guests send their reports. The first serial port goes to ``<name>-console.log`` in the run's
-    folder.
+    other clients. `report` is the character device ``report`` as a stream, on which dmaproof's
+    guests send their reports. The character device ``console`` goes to ``<name>-console.log`` in
+    the run's folder.
     """
 
     def __init__(self, process: Process, qmp: Qmp, console: Path, socket_path: Path) -> None:
@@ -102,7 +105,9 @@ class OwnedQemu(SocketQemu):
         Args:
             name: the name in messages, without 'QEMU'.
             binary: the program.
-            arguments: its arguments, besides those of the QMP session and the serial ports.
+            arguments: its arguments, besides those of the QMP session. They connect the character
+                devices ``console`` and ``report`` to the guest (`SERIAL_PORTS`,
+                `Architecture.channels`).
             folder: for its logs and its second QMP socket.
             timeout_s: the bound of the wait for each answer, in seconds.
             pass_fds: the file descriptors that QEMU inherits, which `arguments` may name.
@@ -123,9 +128,7 @@ class OwnedQemu(SocketQemu):
             *("-mon", "chardev=qmp,mode=control"),
             *("-qmp", f"unix:{option_value(socket_path)},server=on,wait=off"),
             *("-chardev", f"file,id=console,path={option_value(console)}"),
-            *("-serial", "chardev:console"),
             *("-chardev", f"socket,id=report,fd={qemu_report.fileno()}"),
-            *("-serial", "chardev:report"),
             *arguments,
         ]
         (folder / f"{name}-command").write_text(" ".join(command) + "\n")

@@ -52,6 +52,7 @@ def to_json(proof: Proof) -> dict[str, Any]:
         "setup": {
             "seed": setup.seed,
             "memory": format_memory(setup.machine.memory_bytes),
+            "arch": setup.machine.architecture.name,
             "machine": setup.machine.machine,
             "accelerator": setup.machine.accelerator,
             "iommu": setup.machine.iommu,

@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
+from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.guest.bare import probe_guest
 from qmp_tools.host.user_folders import cache_folder
 
@@ -84,7 +85,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="vt-", dir="/tmp") as folder:  # short, for sockets
         set_up(Path(folder), qemu)
         command = [sys.executable, "-m", "avocado", "run", "--max-parallel-tasks", "1"]
-        command += ["--disable-sysinfo", "--vt-extra-params", f"kernel={probe_guest()}"]
+        command += ["--disable-sysinfo", "--vt-extra-params", f"kernel={probe_guest(X86_64)}"]
         command += ["--job-results-dir", str(Path.cwd() / "job-results"), *sys.argv[1:]]
         environment = {
             "HOME": folder,

@@ -15,6 +15,7 @@ import pytest
 from avocado.core.nrunner.runnable import Runnable
 
 from dmaproof.errors import UntestableError
+from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.cli.main import main
 from qmp_tools.guest.build import compile_c
 from qmp_tools.host.run_folder import run_folder
@@ -69,7 +70,7 @@ def test_without_a_home_no_qemu_was_fetched(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     without_a_home(monkeypatch)
-    assert qemu_builds.installed() == []
+    assert qemu_builds.installed(X86_64) == []
     assert main(["qemu", "fetch", "11.1"]) == 3
     assert "XDG_DATA_HOME" in capsys.readouterr().err
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dmaproof.vhost_user.features import F_RING_PACKED
+from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.devices.emulated import RINGS, EmulatedDevice
 from qmp_tools.devices.process import Device, DeviceOptions
 from qmp_tools.guest.bare import bare_guest
@@ -29,9 +30,10 @@ async def _boot(
     ring: str = "split",
 ) -> GuestChannel:
     """Boot the guest, and return its channel when it has used its write-once pages."""
-    guest = bare_guest()
+    guest = bare_guest(X86_64)
     socket = folder / "disk.sock"
     machine_arguments = Machine(
+        X86_64,
         machine=machine,
         accelerator="tcg",
         memory_bytes=128 * MIB,

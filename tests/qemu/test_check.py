@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.blocking import Environment
 from qmp_tools.guest.bare import probe_guest
 from qmp_tools.qemu.builds import installed
@@ -31,7 +32,7 @@ PAGE = 4096
 INJECTED = 0x2345000
 REPETITIONS = int(os.environ.get("BALLOON_REPETITIONS", "1"))
 """How often the test with a balloon runs."""
-BUILDS = {build.version: build.path for build in installed()}
+BUILDS = {build.version: build.path for build in installed(X86_64)}
 
 
 @pytest.fixture(params=["system", *BUILDS])
@@ -451,7 +452,14 @@ def test_a_busy_socket_is_named(tool: Tool, folder: Path) -> None:
 def test_a_vcpus_pages_are_compared_too(tool: Tool, folder: Path) -> None:
     """A guest writes during its migration, with a QEMU and a RAM size that lose nothing."""
     size = "64M" if BUILDS else "65544K"
-    arguments = ["-machine", "q35,memory-backend=ram0", "-m", size, "-kernel", str(probe_guest())]
+    arguments = [
+        "-machine",
+        "q35,memory-backend=ram0",
+        "-m",
+        size,
+        "-kernel",
+        str(probe_guest(X86_64)),
+    ]
     arguments += ["-object", f"memory-backend-memfd,id=ram0,size={size},share=on", *PROBE_OUTPUT]
     qemu = next(reversed(BUILDS.values())) if BUILDS else find_qemu(None)
     with foreign_pair(qemu, folder, arguments) as pair:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.guest.bare import probe_guest
 from qmp_tools.qemu.builds import installed
 from support.command import TIMEOUT_S, Tool
@@ -52,7 +53,7 @@ def wait_for(process: subprocess.Popen[str], socket: Path) -> None:
 def test_guestperf_is_watched_and_its_ram_is_checked(
     tool: Tool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    if not installed():  # QEMU before 9.0 may lose pages of this guest under TCG
+    if not installed(X86_64):  # QEMU before 9.0 may lose pages of this guest under TCG
         pytest.skip("needs a newer QEMU: dmaproof qemu fetch 11.1")
     source = qemu_source()
     folder = tmp_path_factory.mktemp("g")
@@ -60,8 +61,10 @@ def test_guestperf_is_watched_and_its_ram_is_checked(
     assert shown
     script = shown[1].replace("unix:/tmp/", f"unix:{folder}/")
     assert script.count(str(folder)) == 2
-    qemu = write_script(folder / "tcg", _TCG.format(qemu=shlex.quote(str(installed()[-1].path))))
-    guest = str(probe_guest())  # it has no initrd, but guestperf demands one
+    qemu = write_script(
+        folder / "tcg", _TCG.format(qemu=shlex.quote(str(installed(X86_64)[-1].path)))
+    )
+    guest = str(probe_guest(X86_64))  # it has no initrd, but guestperf demands one
     guestperf = subprocess.Popen(
         [
             *(sys.executable, source / "tests/migration-stress/guestperf.py", "--verbose"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.qemu.builds import installed
 from support.command import Tool
 
@@ -36,7 +37,7 @@ def test_every_page_survives(tool: Tool, options: tuple[str, ...]) -> None:
 def test_a_ring_larger_than_a_page_is_served(tool: Tool) -> None:
     # QEMU 10.0 gives a ring 1,024 entries, and Linux maps its 16 KiB of descriptors page by page.
     qemu = next(
-        (str(build.path) for build in installed() if build.version.startswith("10.0.")), None
+        (str(build.path) for build in installed(X86_64) if build.version.startswith("10.0.")), None
     )
     if qemu is None:
         pytest.skip("needs QEMU 10.0: dmaproof qemu fetch 10.0")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from dmaproof.units import PAGE_BYTES
+from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.guest.bare import probe_guest
 from qmp_tools.qemu.choice import find_qemu
 from qmp_tools.qemu.machine import MIB
@@ -32,7 +33,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     if lacking := what_is_missing():
         pytest.skip(f"needs {' '.join(lacking)}")
     with libvirt_hosts(tmp_path_factory.mktemp("v")) as running:  # short, for sockets
-        running.define("vm", probe_guest(), find_qemu(None))
+        running.define("vm", probe_guest(X86_64), find_qemu(None))
         yield running
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.guest.build import compile_c
 from qmp_tools.qemu.choice import known_qemus
 from qmp_tools.qemu.program_files import ProgramFiles
@@ -37,7 +38,7 @@ def test_cells_have_the_expected_states_and_verdicts_are_cached(tool: Tool, tmp_
     options = [f"--{form}={file}" for form, file in files.items()]
     options += [f"--folder={tmp_path / 'cache'}", "--json=-", "--jobs=2", *BARE]
     # A machine type that no QEMU has, and a timeout that no wait can meet.
-    version = known_qemus()[0].version
+    version = known_qemus(X86_64)[0].version
     axes = [f"--qemu={version}", "--machine=q35,toaster", "--fault=drop-pages=0.01", "--fault="]
     outcome = tool.run("matrix", *axes, "--timeout=0.01,900", *options)
     assert outcome.exit_code == 1, outcome.errors

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.host.timeout import DEFAULT_TIMEOUT_S
 from qmp_tools.proof.probes import vcpu_pages_lost
 from qmp_tools.qemu.builds import installed
@@ -21,9 +22,9 @@ _MANY = 32
 def qemu(request: pytest.FixtureRequest) -> Path:
     if not request.param:
         return find_qemu(None)
-    if not installed():
+    if not installed(X86_64):
         pytest.skip("needs a newer QEMU: dmaproof qemu fetch 11.1")
-    return installed()[-1].path
+    return installed(X86_64)[-1].path
 
 
 @pytest.mark.parametrize("qemu", [False, True], ids=["system's", "newest"], indirect=True)
@@ -32,7 +33,7 @@ def test_a_probe_counts_the_pages_that_are_lost(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no answer is cached there
     lost, lost_in_dimms = (
-        asyncio.run(vcpu_pages_lost(qemu, "tcg", DEFAULT_TIMEOUT_S, in_dimms=in_dimms))
+        asyncio.run(vcpu_pages_lost(X86_64, qemu, "tcg", DEFAULT_TIMEOUT_S, in_dimms=in_dimms))
         for in_dimms in (False, True)
     )
     version = tuple(int(part) for part in str(version_of(qemu)).split("."))
@@ -44,5 +45,7 @@ def test_a_probe_counts_the_pages_that_are_lost(
 def test_a_proof_with_dimms_warns_of_losses_in_dimms(tool: Tool) -> None:
     outcome = tool.run("prove", "--guest", "bare", "--scenario", "memory-hotplug", "--accel", "tcg")
     assert outcome.exit_code == 0, outcome.output + outcome.errors
-    lost = asyncio.run(vcpu_pages_lost(find_qemu(None), "tcg", DEFAULT_TIMEOUT_S, in_dimms=True))
+    lost = asyncio.run(
+        vcpu_pages_lost(X86_64, find_qemu(None), "tcg", DEFAULT_TIMEOUT_S, in_dimms=True)
+    )
     assert (f"(a probe lost {lost})" in outcome.errors) is (lost > 0)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.qemu.builds import installed
 from support.qemu_source import qemu_source
 
@@ -82,9 +83,9 @@ def run_qemus_test(folder: Path, source: Path, qemu: Path, *spoil: Path) -> Resu
 def test_three_lines_check_all_ram_in_qemus_migration_test(
     source: Path, patched: Path, tmp_path: Path
 ) -> None:
-    if not installed():  # QEMU before 9.0 may lose pages of this guest under TCG
+    if not installed(X86_64):  # QEMU before 9.0 may lose pages of this guest under TCG
         pytest.skip("needs a newer QEMU: dmaproof qemu fetch 11.1")
-    qemu = installed()[-1].path
+    qemu = installed(X86_64)[-1].path
     exec_result = "ok" if shutil.which("ncat") else "skipped"
     before, after = (each.joinpath(TEST).read_text().splitlines() for each in (source, patched))
     changed = [line for line in difflib.ndiff(before, after) if line[0] != " "]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from outside import install_outside_package
+from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.host.timeout import DEFAULT_TIMEOUT_S
 from qmp_tools.migration.scenarios import find_scenario, known_scenarios
 from qmp_tools.migration.scenarios.refused import PostcopyRam
@@ -102,9 +103,9 @@ def test_postcopy_without_a_vhost_user_device_is_unsupported_and_not_a_fault(too
 
 
 def test_linux_uses_plugged_memory(tool: Tool) -> None:
-    if not installed():
+    if not installed(X86_64):
         pytest.skip("needs a newer QEMU: dmaproof qemu fetch 11.1")
-    newest = str(installed()[-1].path)
+    newest = str(installed(X86_64)[-1].path)
     outcome = tool.run("prove", "--scenario", "memory-hotplug", "--qemu", newest, "--json", "-")
     assert "8192 write-once pages are in plugged memory" in outcome.errors
     report = outcome.report
@@ -127,9 +128,9 @@ def test_a_machine_that_takes_no_disk_is_reported(tool: Tool) -> None:
 
 @pytest.mark.parametrize("newer", [False, True], ids=["", "hidden by QEMU"])
 def test_a_destination_with_fewer_features_is_refused(tool: Tool, newer: bool) -> None:
-    if newer and not installed():
+    if newer and not installed(X86_64):
         pytest.skip("needs a newer QEMU: dmaproof qemu fetch 11.1")
-    destination = str(installed()[-1].path if newer else find_qemu(None))
+    destination = str(installed(X86_64)[-1].path if newer else find_qemu(None))
     outcome = prove(
         tool,
         "unix",
@@ -144,9 +145,9 @@ def test_a_destination_with_fewer_features_is_refused(tool: Tool, newer: bool) -
 def test_an_injected_fault_is_caught(tool: Tool, known_capabilities: set[str], name: str) -> None:
     newer = []
     if not set(SCENARIOS[name].capabilities) <= known_capabilities:
-        if not installed():
+        if not installed(X86_64):
             pytest.skip(f"this QEMU does not support {name}: dmaproof qemu fetch 11.1")
-        newer = ["--qemu", str(installed()[-1].path)]
+        newer = ["--qemu", str(installed(X86_64)[-1].path)]
     outcome = prove(tool, name, "--fault", "drop-pages=0.01", *newer)
     assert outcome.exit_code == 1, outcome.errors
     report = outcome.report

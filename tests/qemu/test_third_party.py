@@ -16,6 +16,7 @@ from typing import Final
 
 import pytest
 
+from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.devices import inside_qemu
 from qmp_tools.guest.build import cache, fresh_folder
 from qmp_tools.guest.workload import Workload
@@ -261,8 +262,10 @@ def test_disks_inside_qemu(tool: Tool, name: str) -> None:
 @functools.cache
 def newer_qemu() -> QemuBuild:
     """A QEMU fetched from Debian 13 or later, with its virtiofsd."""
-    build = next((each for each in installed() if each.path.with_name("virtiofsd").exists()), None)
-    return build or fetch("trixie")
+    build = next(
+        (each for each in installed(X86_64) if each.path.with_name("virtiofsd").exists()), None
+    )
+    return build or fetch("trixie", X86_64)
 
 
 def on_newer_qemu(program: str, *command: str) -> list[str]:

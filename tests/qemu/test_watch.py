@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.guest.bare import probe_guest
 from qmp_tools.migration.dirty_rate import VhostLogMeter
 from qmp_tools.qemu.choice import find_qemu
@@ -16,7 +17,7 @@ from support.foreign_pair import PROBE_OUTPUT, Pair, foreign_pair
 
 def busy_guest() -> list[str]:
     """Return the arguments of a guest whose vCPU dirties 64 pages for ever, which any QEMU sees."""
-    return ["-machine", "q35", "-m", "65544K", "-kernel", str(probe_guest()), *PROBE_OUTPUT]
+    return ["-machine", "q35", "-m", "65544K", "-kernel", str(probe_guest(X86_64)), *PROBE_OUTPUT]
 
 
 def slow_down(pair: Pair) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.guest import linux
 from qmp_tools.guest.build import compile_c
 from support.foreign_pair import Pair
@@ -31,9 +32,9 @@ def options(folder: Path) -> list[str]:
 
     `folder` receives its init and initramfs.
     """
-    kernel = linux.linux_guest(linux.BALLOON).kernel
+    kernel = linux.linux_guest(linux.BALLOON, X86_64).kernel
     compile_c([Path(__file__).with_suffix(".c")], folder / "init", "-static")
-    modules = linux.kernel_folder() / "modules"
+    modules = linux.kernel_folder(X86_64) / "modules"
     names = linux.load_order(linux.BALLOON.modules, modules)
     initramfs = folder / "initramfs"
     initramfs.write_bytes(

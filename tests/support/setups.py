@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.devices.emulated import EmulatedDevice
 from qmp_tools.devices.process import DeviceOptions
 from qmp_tools.guest.workload import Workload
@@ -19,7 +20,7 @@ from qmp_tools.qemu.program_files import ProgramFiles
 def setup(memory_bytes: int = GIB, cpus: int = 2, seed: int = 1) -> Setup:
     """Return a set-up whose programs need not exist."""
     qemu = Path("/bin/sh")
-    machine = Machine("q35", "tcg", memory_bytes, cpus, Path("/kernel"))
+    machine = Machine(X86_64, "q35", "tcg", memory_bytes, cpus, Path("/kernel"))
     return Setup(
         ProofOptions(guest="bare", seed=seed),
         qemu,

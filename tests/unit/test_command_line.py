@@ -16,16 +16,18 @@ import dmaproof
 from dmaproof.devices import emulated_devices
 from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.faults import known_faults
+from qmp_tools.arch import ARCHITECTURES
 from qmp_tools.cli.arguments import parsers_of
 from qmp_tools.cli.list import TOPICS
 from qmp_tools.cli.main import main, make_parser
 from qmp_tools.guest.workload import MEANINGS, Workload, values_of
 from qmp_tools.migration.scenarios import known_scenarios
 from qmp_tools.proof.options import OPTIONS
-from qmp_tools.qemu.iommu import IOMMUS
 
 ROOT = Path(__file__).parents[2]
 PARSERS = {parser.prog: parser for parser in parsers_of(make_parser())}
+
+IOMMUS = {name: iommu for each in ARCHITECTURES.values() for name, iommu in each.iommus.items()}
 
 
 @pytest.mark.parametrize("name", PARSERS)

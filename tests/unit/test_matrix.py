@@ -45,7 +45,7 @@ CLEAN = Result(
 def known_qemus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make one QEMU known; a search for those of this machine would start them."""
     build = QemuBuild("7.2.22", "bookworm", Path("/bin/sh"))
-    monkeypatch.setattr(axes, "known_qemus", lambda: [build])
+    monkeypatch.setattr(axes, "known_qemus", lambda architecture: [build])
 
 
 def test_the_last_axis_changes_the_fastest() -> None:

@@ -80,7 +80,7 @@ def test_an_option_that_was_not_given_has_its_default() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gest": "bare"}, "gest is not an option of a proof; expected one of qemu, "),
+        ({"gest": "bare"}, "gest is not an option of a proof; expected one of arch, "),
         ({"guest": "horse"}, "--guest: expected one of bare, linux, got 'horse'"),
         ({"guest": 5}, "--guest: expected a string, got 5"),
         ({"cpus": 0}, "--cpus: expected a whole number from 1 on, got 0"),

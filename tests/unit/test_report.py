@@ -19,6 +19,7 @@ import pytest
 
 from dmaproof.evidence import HARVEST
 from dmaproof.trace import Link
+from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.devices.device import DeviceFacts
 from qmp_tools.devices.emulated import EmulatedDevice
 from qmp_tools.devices.process import DeviceOptions
@@ -136,7 +137,7 @@ def proof(
             options=ProofOptions(guest="bare", seed=3),
             qemu=Path("/usr/bin/qemu"),
             qemu_destination=Path("/usr/bin/qemu"),
-            machine=Machine("q35", "tcg", 64 << 20, 2, Path("kernel")),
+            machine=Machine(X86_64, "q35", "tcg", 64 << 20, 2, Path("kernel")),
             guest="bare",
             workload=Workload(seed=3),
             device=device or EmulatedDevice(OPTIONS if not lost else replace(OPTIONS, fault=FAULT)),

@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 from qemu.qmp import EventListener
 
+from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.migration.migration import Limits, Migration, MigrationError
 from qmp_tools.migration.pair import QemuPair
 from qmp_tools.migration.procedure import Procedure, UnsupportedScenarioError
@@ -411,7 +412,7 @@ def test_a_dimm_is_the_same_on_both_sides() -> None:
 
 
 def test_a_machine_has_room_for_its_dimms() -> None:
-    machine = Machine("q35", "tcg", 128 << 20, 1, Path("kernel"), dimm_slots=2)
+    machine = Machine(X86_64, "q35", "tcg", 128 << 20, 1, Path("kernel"), dimm_slots=2)
     assert machine.arguments()[machine.arguments().index("-m") + 1] == (
         "131072K,slots=2,maxmem=393216K"
     )

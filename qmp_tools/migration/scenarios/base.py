@@ -50,17 +50,17 @@ class Scenario(Procedure):
     """How a guest migrates; `Procedure` has the QMP commands.
 
     `name` is the scenario's name on the command line and in reports, `summary` a sentence about it.
-    The guest migrates `migrations` times, to the destination and back. `machine` is the default
-    machine type, `machine_options` are further options of any machine type (",option=value"), and
-    `dimms` is the number of DIMMs that the scenario plugs.
+    The guest migrates `migrations` times, to the destination and back. `machine_options` are
+    further options of any machine type (",option=value"). The scenario plugs `dimms` DIMMs, and the
+    devices if it `plugs_devices`.
     """
 
     name: str
     summary: str
     migrations: int = 1
-    machine: str = "q35"
     machine_options: str = ""
     dimms: int = 0
+    plugs_devices: bool = False
 
     # The steps ------------------------------------------------------------------------------------
 

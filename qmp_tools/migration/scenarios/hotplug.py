@@ -36,8 +36,7 @@ class DeviceHotplug(Scenario):
 
     name = "device-hotplug"
     summary = "The disk is plugged into the running guest, which then migrates"
-    # A q35 accepts hot-plugged devices only behind a port, and assigns them no address there.
-    machine = "pc"
+    plugs_devices = True
 
     is_repeatable = False
 

@@ -21,9 +21,9 @@ from typing import Final
 from dmaproof import _core, _mapping, errors
 from dmaproof.errors import UntestableError, WaitTimeoutError, printable
 
+from ...arch.x86_64 import X86_64
 from ...host.process import log_tail
 from ...qemu import qemu_qmp
-from ...qemu.builds import PROGRAM as QEMU_PROGRAM
 from ...qemu.machine import option_value
 from ...qemu.qemu import OwnedQemu, running_qemu
 from .kernel import KERNELS, MODULE, l1_kernel, l1_module
@@ -141,7 +141,7 @@ async def run_machine(
     job = folder / _JOB
     last_lines: deque[str] = deque(maxlen=_LAST_LINES)
     loop = asyncio.get_running_loop()
-    arguments = _arguments(number, machine, job)
+    arguments = [*X86_64.channels, *_arguments(number, machine, job)]
     async with running_qemu(
         f"L1-{number}", binary, arguments, folder, timeout_s=timeout_s
     ) as running:
@@ -229,7 +229,7 @@ def _fill(job: Path, machine: L1, command: str, files: Sequence[Path], timeout_s
         shutil.copy(file, job)
     qemu = ""
     if machine.qemu:
-        qemu = f"{_mount('qemu')}export {TESTED_QEMU}=/run/qemu/{QEMU_PROGRAM}\n"
+        qemu = f"{_mount('qemu')}export {TESTED_QEMU}=/run/qemu/{X86_64.qemu_program}\n"
     (job / "command").write_text(
         f"{_mount('python')}export PYTHONPATH=/run/python PYTHONDONTWRITEBYTECODE=1\n"
         f"{qemu}"

@@ -1,0 +1,58 @@
+"""arm64 guests, in QEMU's virt machine without firmware."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from .architecture import Architecture, Iommu, KernelPackage
+
+AARCH64: Final = Architecture(
+    name="aarch64",
+    debian="arm64",
+    gnu="aarch64-linux-gnu",
+    # Without the ROM of ipxe, network devices do not start.
+    qemu_packages={
+        "debian": "qemu-system-arm ipxe-qemu",
+        "fedora": "qemu-system-aarch64-core",
+        "arch": "qemu-system-aarch64",
+        "suse": "qemu-arm qemu-ipxe",
+    },
+    cross_packages={
+        "debian": "gcc-aarch64-linux-gnu libc6-dev-arm64-cross",
+        "fedora": "gcc-aarch64-linux-gnu",
+        "arch": "aarch64-linux-gnu-gcc",
+    },
+    machine="virt",
+    hotplug_machine="virt",
+    hotplug_needs_port=True,
+    # The default CPU is a 32-bit one. This one has pages of 4K, 16K and 64K, and no pointer
+    # authentication, which TCG emulates slowly.
+    cpus={"kvm": "host", "tcg": "neoverse-n1"},
+    # The machine has one serial port. The kernel's own driver (8250_PCI) drives the other.
+    channels=("-serial", "chardev:report", "-device", "pci-serial,chardev=console"),
+    report_tty="/dev/ttyAMA0",
+    ram_start=1 << 30,
+    kernels={
+        4096: KernelPackage("linux-image-arm64"),
+        16384: KernelPackage("linux-image-arm64-16k", "trixie"),
+    },
+    linux_options="console=ttyS0",
+    freestanding_options=("-mgeneral-regs-only",),
+    probe_options=(),
+    iommus={
+        "smmuv3": Iommu(
+            summary="SMMUv3; the guest removes each mapping as soon as its request is done",
+            machine="virt",
+            machine_options=",iommu=smmuv3",
+            linux_options="iommu.passthrough=0 iommu.strict=1",
+            guests=("linux",),
+        ),
+        "smmuv3-lazy": Iommu(
+            summary="SMMUv3; the guest removes mappings in batches, those of the rings included",
+            machine="virt",
+            machine_options=",iommu=smmuv3",
+            linux_options="iommu.passthrough=0 iommu.strict=0",
+            guests=("linux",),
+        ),
+    },
+)

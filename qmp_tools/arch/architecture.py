@@ -1,0 +1,115 @@
+"""What differs between the architectures of guests: one frozen record for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+_GIB: Final = 1 << 30
+_MIB: Final = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Iommu:
+    """A virtual IOMMU of QEMU.
+
+    `machine` is part of the name of the machine types that have it. `machine_options` are added to
+    the machine type (",option=value"), and `qemu_arguments` precede those of the devices.
+    `linux_options` are for the command line of the Linux guest, and `guests` names the guests that
+    support the IOMMU.
+    """
+
+    summary: str
+    machine: str
+    machine_options: str = ""
+    qemu_arguments: Sequence[str] = ()
+    linux_options: str
+    guests: Sequence[str]
+
+
+@dataclass(frozen=True)
+class KernelPackage:
+    """Debian's package of a kernel, and the oldest release that has it (None: every release)."""
+
+    name: str
+    oldest_release: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """An architecture of guests, and how QEMU emulates it.
+
+    - `name`: as in ``uname -m``, in QEMU's query-target and in the name of QEMU's program.
+    - `debian`: the name in Debian's packages; `gnu`: the prefix of the cross compiler's programs.
+    - `qemu_packages`: the packages of QEMU by family of distributions ('debian', 'fedora', 'arch',
+      'suse'); `firmware_packages`: Debian's packages that QEMU starts with besides.
+    - `cross_packages`: the packages, by family, of a compiler that builds the guest on a machine of
+      another architecture, with a static C library.
+    - `machine`: the default machine type. `hotplug_machine` is that of proofs that plug a disk into
+      the running guest.
+    - `hotplug_needs_port`: whether that disk needs a PCI Express port of its own.
+    - `has_dimms`: whether memory can be plugged into the machine without other firmware.
+    - `cpus`: the values of ``-cpu``, by accelerator; QEMU's default for an accelerator without one.
+    - `channels`: QEMU's arguments that connect the character devices ``console`` and ``report`` to
+      the guest; `report_tty`: the file of the report channel in the Linux guest.
+    - `ram_start`: the address of the guest's RAM in bytes.
+    - `low_ram_property`: the property of the machine type that limits the RAM below 4 GiB; None if
+      the RAM is in one piece.
+    - `boots_elf`: whether QEMU enters the kernel's ELF; else it boots an Image.
+    - `kernels`: Debian's packages of the Linux guest's kernel, by the size of its pages in bytes.
+    - `linux_options`: for the command line of the Linux guest.
+    - `freestanding_options`: the options of the C compiler for the bare guest; None if there is no
+      bare guest for the architecture. `probe_options` are those for the probe.
+    - `iommus`: by the value of ``--iommu``, the default first.
+    """
+
+    name: str
+    debian: str
+    gnu: str
+    qemu_packages: Mapping[str, str]
+    cross_packages: Mapping[str, str]
+    firmware_packages: Sequence[str] = ()
+    machine: str
+    hotplug_machine: str
+    hotplug_needs_port: bool = False
+    has_dimms: bool = False
+    cpus: Mapping[str, str]
+    channels: Sequence[str]
+    report_tty: str
+    ram_start: int = 0
+    low_ram_property: str | None = None
+    boots_elf: bool = False
+    kernels: Mapping[int, KernelPackage]
+    linux_options: str
+    freestanding_options: Sequence[str] | None = None
+    probe_options: Sequence[str]
+    iommus: Mapping[str, Iommu] = field(default_factory=dict)
+
+    @property
+    def qemu_program(self) -> str:
+        """The name of QEMU's program for this architecture."""
+        return f"qemu-system-{self.name}"
+
+    @property
+    def guests(self) -> list[str]:
+        """The names of dmaproof's guests for this architecture."""
+        return ["linux"] if self.freestanding_options is None else ["bare", "linux"]
+
+    @property
+    def default_iommu(self) -> str | None:
+        """The name of the IOMMU for a fault that needs one; None if the architecture has none."""
+        return next(iter(self.iommus), None)
+
+    def with_high_ram(self, memory_bytes: int) -> tuple[str, int]:
+        """Return how a guest gets RAM above 4 GiB.
+
+        Args:
+            memory_bytes: the size of the guest's RAM without such RAM.
+
+        Returns:
+            Options of the machine type (",option=value"), and the size of the guest's RAM in bytes.
+        """
+        if self.low_ram_property is not None:
+            return f",{self.low_ram_property}={memory_bytes // 2 // _MIB}M", memory_bytes
+        return "", 4 * _GIB - self.ram_start + memory_bytes

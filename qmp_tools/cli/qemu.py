@@ -12,11 +12,11 @@ from .arguments import add_parser
 
 _EXAMPLES: Final = """\
 examples:
-  dmaproof qemu fetch 11.1                # the newest QEMU 11.1 that Debian has
-  dmaproof qemu fetch trixie-backports    # the QEMU of that suite
-  dmaproof qemu fetch 11.1 --arch aarch64 # the same for arm64 guests
+  dmaproof qemu fetch 11.1                  # the newest QEMU 11.1 that Debian has
+  dmaproof qemu fetch trixie-backports      # the QEMU of that suite
+  dmaproof qemu fetch 11.1 --arch aarch64   # the same for arm64 guests
   dmaproof qemu list
-  dmaproof prove --qemu 11.1              # a proof with the fetched QEMU
+  dmaproof prove --qemu 11.1                # a proof with the fetched QEMU
 
 exit codes:
   0  the QEMU was fetched, or the list was printed

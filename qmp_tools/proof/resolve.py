@@ -185,18 +185,18 @@ def _iommu_for(options: ProofOptions, fault: Fault, architecture: Architecture) 
     """Return the IOMMU that the options name or that the fault needs.
 
     Raises:
-        UsageError: the machines of the architecture do not have this IOMMU, or the guest does not
-            support it.
+        UnsupportedError: the machines of the architecture do not have this IOMMU.
+        UsageError: the guest does not support it.
     """
     iommu = options.iommu or (architecture.default_iommu if fault.needs_iommu else None)
     known = ", ".join(architecture.iommus) or "none"
     if iommu is None and fault.needs_iommu:
-        raise UsageError(
+        raise UnsupportedError(
             f"--fault {options.fault} needs an IOMMU, and dmaproof knows none for "
             f"{architecture.name}; use another architecture (--arch)"
         )
     if iommu is not None and iommu not in architecture.iommus:
-        raise UsageError(
+        raise UnsupportedError(
             f"--iommu {iommu}: {architecture.name} machines do not have this IOMMU; expected one "
             f"of {known}"
         )
@@ -238,7 +238,7 @@ def _require_driver(options: ProofOptions, device: ProofDevice, architecture: Ar
     if OWN_GUEST in device.guests:
         return
     if options.guest not in architecture.guests:
-        raise UsageError(
+        raise UnsupportedError(
             f"--guest {options.guest}: there is no such guest for {architecture.name}; use --guest "
             f"{' or '.join(architecture.guests)}"
         )

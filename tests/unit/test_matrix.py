@@ -16,6 +16,7 @@ import dmaproof
 from dmaproof.devices import emulated_devices
 from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.errors import UntestableError, UsageError
+from qmp_tools.arch import ARCHITECTURES
 from qmp_tools.integrations.avocado_plugins import options_of
 from qmp_tools.matrix import axes
 from qmp_tools.matrix.avocado_recipe import runnables
@@ -98,7 +99,8 @@ def test_a_switch_is_on_or_off_and_spaces_separate_the_values_of_a_repeatable_op
         ["--device=blk", "--device=rng", "--kill-device"],
     ]
     assert make_matrix({"kill-device": ["all"]}).axes["kill-device"] == ["off", "on"]
-    assert make_matrix({"iommu": ["all"]}).axes["iommu"] == ["intel", "intel-lazy"]
+    assert make_matrix({"iommu": ["intel*"]}).axes["iommu"] == ["intel", "intel-lazy"]
+    assert make_matrix({"arch": ["all"]}).axes["arch"] == list(ARCHITECTURES)
     with pytest.raises(UsageError, match="--kill-device: expected on or off, got 'maybe'"):
         make_matrix({"kill-device": ["maybe"]})
 

@@ -33,14 +33,32 @@ void lay_out_buffer(uint64_t pages);
 
 // pci.c: find and enable a device ----------------------------------------------------------------
 
+// Find the first device with this vendor and one of `ids`.
 bool pci_find(uint16_t vendor, const uint16_t *ids, unsigned count, struct pci_device *device);
 uint8_t pci_read8(const struct pci_device *device, unsigned offset);
 // The offset of the next capability `id` after the one at `after` (0: the first one), or 0.
 unsigned pci_capability(const struct pci_device *device, uint8_t id, unsigned after);
-// Map a memory BAR, after assigning an address if it has none.
+// Map a memory BAR, after assigning an address if it has none. pci_enable must follow.
 volatile uint8_t *pci_map_bar(const struct pci_device *device, unsigned bar);
 // Let the device answer memory accesses and do DMA.
 void pci_enable(const struct pci_device *device);
+
+// iommu.c: the mappings of a device behind an IOMMU ----------------------------------------------
+
+// A window for each slot's requests, and one for permanent mappings.
+enum {
+    IOMMU_PERMANENT = MAX_WORKERS,
+    IOMMU_WINDOWS,
+    IOMMU_WINDOW_ORDER = 9,
+    IOMMU_WINDOW_PAGES = 1 << IOMMU_WINDOW_ORDER,
+};
+
+// From now on, let the device access only mapped memory.
+void iommu_open(const struct pci_device *device);
+// Map memory and return its IOVA; without an IOMMU, return `address`.
+uint64_t iommu_map(unsigned window, uint64_t address, uint64_t bytes);
+// Remove all mappings of a window, and wait until the device has dropped them.
+void iommu_unmap(unsigned window);
 
 // virtio_blk.c: the disk -------------------------------------------------------------------------
 
@@ -63,7 +81,7 @@ const char *command_line(const void *start_info);
 
 void catch_exceptions(void);
 
-// paging.c: the identity mapping. At the start, only the first 4 GiB are mapped ------------------
+// paging.c: memory is mapped to itself. At the start, the image and what is below it are mapped --
 
 void map_ram(struct range range);
 void map_registers(struct range range);
@@ -92,16 +110,13 @@ void pci_write32(const struct pci_device *device, unsigned offset, uint32_t valu
 // The end of the addresses that are free for BARs without an address.
 uint32_t pci_free_end(void);
 
-// iommu.c: the mappings of a device behind an IOMMU ----------------------------------------------
+// The driver of the IOMMU -------------------------------------------------------------------------
 
-// A window for each slot's requests, and one for permanent mappings.
-enum { IOMMU_PERMANENT = MAX_WORKERS, IOMMU_WINDOWS };
-
-// From now on, let the device access only mapped memory.
-void iommu_open(const struct pci_device *device);
-// Map memory and return its IOVA; without an IOMMU, return `address`.
-uint64_t iommu_map(unsigned window, uint64_t address, uint64_t bytes);
-// Remove all mappings of a window, and wait until the device has dropped them.
-void iommu_unmap(unsigned window);
+// What is added to the address of a table, and of a page, in an entry of the page tables.
+extern const uint64_t iommu_table_flags, iommu_page_flags;
+// Translate the device's accesses by a table of three levels with 512 entries each.
+void iommu_start(const struct pci_device *device, const volatile uint64_t *table);
+// Wait until the IOMMU and the device have dropped the mappings of the window that begins at `iova`.
+void iommu_invalidate(uint64_t iova);
 
 #endif

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * PCI devices. SeaBIOS assigns the addresses of the BARs. Another firmware (qboot) does not, so this
- * guest assigns them.
+ * PCI devices. SeaBIOS numbers the buses and assigns the addresses of the BARs. Another firmware
+ * (qboot) does not, and aarch64 has no firmware, so this guest does it. The guest uses one device:
+ * only the bridges above the device pass memory accesses on, and all free addresses.
  */
 #include "machine.h"
 
 enum {
-    DEVICES = 1 << 16,  // bus, device and function
+    FUNCTIONS_OF_BUS = 256,
+    BUSES = 256,
 
     ID = 0x00,
     COMMAND = 0x04,
@@ -17,14 +19,60 @@ enum {
     BAR_IS_IO = 1 << 0,
     BAR_IS_64_BIT = 1 << 2,
     CAPABILITIES = 0x34,
+
+    // Registers of a bridge (PCI-to-PCI Bridge 1.2, section 3.2).
+    HEADER_TYPE = 0x0e,
+    HEADER_TYPE_MASK = 0x7f,
+    BRIDGE = 1,
+    BUS_NUMBERS = 0x18,  // primary, secondary, subordinate
+    BUSES_BELOW_UNKNOWN = 0xff,
+    MEMORY_WINDOW = 0x20,  // bits 31 to 20 of its first and of its last address
+    WINDOW_GRANULE = 1 << 20,
 };
+
+static uint32_t free_end;  // of the free addresses for BARs; those above are assigned
 
 uint8_t pci_read8(const struct pci_device *device, unsigned offset) {
     return (uint8_t)(pci_read32(device, offset) >> offset % 4 * 8);
 }
 
+static bool is_bridge(const struct pci_device *device) {
+    return pci_read32(device, ID) != UINT32_MAX &&
+           (pci_read8(device, HEADER_TYPE) & HEADER_TYPE_MASK) == BRIDGE;
+}
+
+static unsigned secondary_bus(const struct pci_device *bridge) {
+    return pci_read8(bridge, BUS_NUMBERS + 1);
+}
+
+static unsigned subordinate_bus(const struct pci_device *bridge) {
+    return pci_read8(bridge, BUS_NUMBERS + 2);
+}
+
+// Number the buses below `bus` that have no number, from `last` + 1 on. Return the last number.
+static unsigned number_buses(unsigned bus, unsigned last) {
+    for (unsigned function = 0; function < FUNCTIONS_OF_BUS; function++) {
+        struct pci_device bridge = {(uint16_t)(bus * FUNCTIONS_OF_BUS + function)};
+        if (!is_bridge(&bridge))
+            continue;
+        if (secondary_bus(&bridge)) {  // the firmware has numbered the buses
+            last = subordinate_bus(&bridge);
+            continue;
+        }
+        unsigned below = last + 1;
+        pci_write32(&bridge, BUS_NUMBERS, BUSES_BELOW_UNKNOWN << 16 | below << 8 | bus);
+        last = number_buses(below, below);
+        pci_write32(&bridge, BUS_NUMBERS, last << 16 | below << 8 | bus);
+    }
+    return last;
+}
+
 bool pci_find(uint16_t vendor, const uint16_t *ids, unsigned count, struct pci_device *device) {
-    for (uint32_t number = 0; number < DEVICES; number++) {
+    static bool numbered;
+    if (!numbered)
+        number_buses(0, 0);
+    numbered = true;
+    for (uint32_t number = 0; number < BUSES * FUNCTIONS_OF_BUS; number++) {
         device->id = (uint16_t)number;
         uint32_t id = pci_read32(device, ID);
         for (unsigned index = 0; index < count; index++)
@@ -55,7 +103,6 @@ static uint32_t bar_bytes(const struct pci_device *device, unsigned offset) {
 }
 
 volatile uint8_t *pci_map_bar(const struct pci_device *device, unsigned bar) {
-    static uint32_t free_end;
     unsigned offset = BAR0 + 4 * bar;
     uint32_t value = pci_read32(device, offset);
     if (value & BAR_IS_IO)
@@ -66,7 +113,7 @@ volatile uint8_t *pci_map_bar(const struct pci_device *device, unsigned bar) {
         address |= (uint64_t)pci_read32(device, offset + 4) << 32;
     if (!address) {
         if (!free_end)
-            free_end = pci_free_end();
+            free_end = pci_free_end() & -WINDOW_GRANULE;
         free_end = (free_end - bytes) & -bytes;
         address = free_end;
         pci_write32(device, offset, (uint32_t)address);
@@ -75,7 +122,24 @@ volatile uint8_t *pci_map_bar(const struct pci_device *device, unsigned bar) {
     return (volatile uint8_t *)address;
 }
 
-void pci_enable(const struct pci_device *device) {
+static void enable(const struct pci_device *device) {
     uint32_t command = pci_read32(device, COMMAND) & 0xffff;
     pci_write32(device, COMMAND, command | COMMAND_MEMORY | COMMAND_BUS_MASTER);
+}
+
+// Let a bridge that the firmware has not enabled pass on accesses to the assigned BARs.
+static void open_bridge(const struct pci_device *bridge) {
+    if (pci_read32(bridge, COMMAND) & COMMAND_MEMORY)
+        return;
+    uint32_t last = (pci_free_end() & -WINDOW_GRANULE) - WINDOW_GRANULE;
+    pci_write32(bridge, MEMORY_WINDOW, last | (free_end & -WINDOW_GRANULE) >> 16);
+    enable(bridge);
+}
+
+void pci_enable(const struct pci_device *device) {
+    unsigned bus = device->id / FUNCTIONS_OF_BUS;
+    for (struct pci_device other = {0}; other.id < bus * FUNCTIONS_OF_BUS; other.id++)
+        if (is_bridge(&other) && secondary_bus(&other) <= bus && bus <= subordinate_bus(&other))
+            open_bridge(&other);
+    enable(device);
 }

@@ -6,6 +6,10 @@ from typing import Final
 
 from .architecture import Architecture, Iommu, KernelPackage
 
+# QEMU puts the device tree at the start of RAM if an ELF leaves room there, and nowhere if not
+# (arm_setup_direct_kernel_boot in hw/arm/boot.c). The tree has at most 1 MiB (FDT_MAX_SIZE).
+_ABOVE_DEVICE_TREE: Final = "-Wl,-Ttext-segment=0x40200000"
+
 AARCH64: Final = Architecture(
     name="aarch64",
     debian="arm64",
@@ -37,15 +41,19 @@ AARCH64: Final = Architecture(
         16384: KernelPackage("linux-image-arm64-16k", "trixie"),
     },
     linux_options="console=ttyS0",
-    freestanding_options=("-mgeneral-regs-only",),
-    probe_options=(),
+    freestanding_options=(
+        "-mgeneral-regs-only",  # accesses to the FPU's registers trap
+        "-mno-outline-atomics",  # the functions for them are in a library
+        _ABOVE_DEVICE_TREE,
+    ),
+    probe_options=(_ABOVE_DEVICE_TREE,),
     iommus={
         "smmuv3": Iommu(
             summary="SMMUv3; the guest removes each mapping as soon as its request is done",
             machine="virt",
             machine_options=",iommu=smmuv3",
             linux_options="iommu.passthrough=0 iommu.strict=1",
-            guests=("linux",),
+            guests=("bare", "linux"),
         ),
         "smmuv3-lazy": Iommu(
             summary="SMMUv3; the guest removes mappings in batches, those of the rings included",

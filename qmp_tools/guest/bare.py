@@ -72,7 +72,8 @@ def probe_guest(architecture: Architecture) -> Path:
         UntestableError: no C compiler is installed, or it fails.
     """
     source = sources() / "probe" / f"{architecture.name}.S"
-    return _built("probe", architecture, [source], [], architecture.probe_options)
+    headers = sorted((sources() / "bare" / architecture.name).glob("*.h"))
+    return _built("probe", architecture, [source], headers, architecture.probe_options)
 
 
 def _freestanding(architecture: Architecture) -> Sequence[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from .architecture import Architecture, Iommu, KernelPackage
+from .architecture import Architecture, Iommu, KernelPackage, MemoryModule
 
 # QEMU puts the device tree at the start of RAM if an ELF leaves room there, and nowhere if not
 # (arm_setup_direct_kernel_boot in hw/arm/boot.c). The tree has at most 1 MiB (FDT_MAX_SIZE).
@@ -29,6 +29,16 @@ AARCH64: Final = Architecture(
     machine="virt",
     hotplug_machine="virt",
     hotplug_needs_port=True,
+    # Without UEFI firmware, QEMU refuses a DIMM ('memory hotplug is not enabled: missing acpi-ged
+    # device', virt_memory_pre_plug), and Debian's kernels lack CONFIG_ACPI_HOTPLUG_MEMORY.
+    memory_module=MemoryModule(
+        device="virtio-mem-pci",
+        address="memaddr",
+        guests=("linux",),
+        properties=f",requested-size={128 << 20}",
+        needs_port=True,
+        linux_modules=("virtio_pci", "virtio_mem"),
+    ),
     # The default CPU is a 32-bit one. This one has pages of 4K, 16K and 64K, and no pointer
     # authentication, which TCG emulates slowly.
     cpus={"kvm": "host", "tcg": "neoverse-n1"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -37,6 +38,23 @@ class KernelPackage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryModule:
+    """Memory that can be plugged into the running machine, and the guests that use it.
+
+    `device` is QEMU's device, whose property `address` is the guest-physical address. `properties`
+    are further ones (",name=value"). `needs_port` says whether the device needs a PCI Express port
+    of its own, and `linux_modules` names its driver's modules.
+    """
+
+    device: str
+    address: str
+    guests: Sequence[str]
+    properties: str = ""
+    needs_port: bool = False
+    linux_modules: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """An architecture of guests, and how QEMU emulates it.
 
@@ -49,7 +67,7 @@ class Architecture:
     - `machine`: the default machine type. `hotplug_machine` is that of proofs that plug a disk into
       the running guest.
     - `hotplug_needs_port`: whether that disk needs a PCI Express port of its own.
-    - `has_dimms`: whether memory can be plugged into the machine without other firmware.
+    - `memory_module`: how memory can be plugged into the machine; None if it cannot.
     - `cpus`: the values of ``-cpu``, by accelerator; QEMU's default for an accelerator without one.
     - `channels`: QEMU's arguments that connect the character devices ``console`` and ``report`` to
       the guest; `report_tty`: the file of the report channel in the Linux guest.
@@ -73,7 +91,7 @@ class Architecture:
     machine: str
     hotplug_machine: str
     hotplug_needs_port: bool = False
-    has_dimms: bool = False
+    memory_module: MemoryModule | None = None
     cpus: Mapping[str, str]
     channels: Sequence[str]
     report_tty: str
@@ -85,6 +103,11 @@ class Architecture:
     freestanding_options: Sequence[str] | None = None
     probe_options: Sequence[str]
     iommus: Mapping[str, Iommu] = field(default_factory=dict)
+
+    @property
+    def is_host(self) -> bool:
+        """Whether this machine has the architecture."""
+        return self.name == platform.machine()
 
     @property
     def qemu_program(self) -> str:

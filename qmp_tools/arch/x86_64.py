@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from .architecture import Architecture, Iommu, KernelPackage
+from .architecture import Architecture, Iommu, KernelPackage, MemoryModule
 
 _VT_D: Final = ("-device", "intel-iommu,device-iotlb=on,intremap=off")
 
@@ -26,7 +26,7 @@ X86_64: Final = Architecture(
     machine="q35",
     # A q35 accepts hot-plugged devices only behind a port, and assigns them no address there.
     hotplug_machine="pc",
-    has_dimms=True,
+    memory_module=MemoryModule(device="pc-dimm", address="addr", guests=("bare", "linux")),
     # The firmware registers a pvclock page, which KVM updates without marking it dirty.
     cpus={"kvm": "qemu64,-kvmclock"},
     channels=("-serial", "chardev:console", "-serial", "chardev:report"),

@@ -17,7 +17,7 @@ from dmaproof.vhost_user.features import F_ACCESS_PLATFORM, F_RING_PACKED
 from ..guest.linux import Driver
 from ..host.process import Process
 from ..qemu.machine import DESTINATION, SOURCE, option_value
-from ..qemu.pci_express import behind_iommu, root_port
+from ..qemu.pci_express import behind_iommu, device_port
 from .device import AttachedDevice, DeviceFacts, ProofDevice
 from .process import Device, DeviceOptions
 
@@ -101,7 +101,7 @@ class EmulatedDevice(ProofDevice):
         properties = ["packed=on"] if self.ring == "packed" else []
         port = []
         if self.iommu_port is not None:
-            port = root_port(self.iommu_port)
+            port = device_port(self.iommu_port)
             properties += behind_iommu(self.iommu_port)
         return [
             *port,

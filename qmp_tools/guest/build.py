@@ -19,7 +19,6 @@ from typing import Final
 
 from dmaproof.errors import UntestableError
 
-from ..arch import host_architecture
 from ..arch.architecture import Architecture
 from ..host.unexpected import writing_to
 from ..host.user_folders import cache_folder
@@ -167,7 +166,7 @@ def compile_c(
     Raises:
         UntestableError: no C compiler for the architecture is installed, or it fails.
     """
-    is_foreign = architecture is not None and architecture is not host_architecture()
+    is_foreign = architecture is not None and not architecture.is_host
     compiler = f"{architecture.gnu}-gcc" if architecture and is_foreign else "cc"
     command = [compiler, "-O2", *options, "-o", str(target), *map(str, files)]
     try:

@@ -19,6 +19,7 @@ from typing import Final
 from dmaproof.errors import UntestableError
 from dmaproof.units import PAGE_BYTES
 
+from ..arch import ARCHITECTURES
 from ..arch.architecture import Architecture
 from ..host import archive
 from ..qemu.machine import MIB
@@ -71,7 +72,13 @@ DRIVERS: Final = (
     *(VIRTIO_BLK, VIRTIO_SCSI, VIRTIOFS, NVME, AHCI, LSI, MEGASAS, PVSCSI),
     *(VIRTIO_NET, E1000, E1000E, IGB, VMXNET3),
 )
-_MODULES: Final = sorted({name for driver in (*DRIVERS, BALLOON) for name in driver.modules})
+_PLUGGED: Final = [each.memory_module for each in ARCHITECTURES.values() if each.memory_module]
+_MODULES: Final = sorted(
+    {
+        *(name for driver in (*DRIVERS, BALLOON) for name in driver.modules),
+        *(name for module in _PLUGGED for name in module.linux_modules),
+    }
+)
 
 _MODULE_TREES: Final = ("lib/modules", "usr/lib/modules")
 """The folder of a kernel package's modules: until Debian 12, and from Debian 13 on."""

@@ -24,6 +24,7 @@ from dmaproof.page_compare import Extent
 from dmaproof.units import PAGE_BYTES
 
 from ..host.process_status import has_thread, user_and_group
+from ..qemu.machine import address_of
 from ..qemu.qemu import Qemu
 from ..qemu.qmp import QmpRefusal
 from .absent_pages import Absent, absent_in_file, absent_in_process
@@ -213,7 +214,10 @@ async def guest_ram(qemu: Qemu, folder: Path) -> AsyncIterator[GuestRam]:
             process=stack.enter_context(process) if process else None,
             backends={backend["id"]: backend["size"] for backend in backends if "id" in backend},
             dimms={
-                dimm["data"].get("id", dimm["type"]): _place(dimm["data"])
+                dimm["data"].get("id", dimm["type"]): (
+                    address_of(dimm["data"]),
+                    dimm["data"]["size"],
+                )
                 for dimm in dimms
                 if "size" in dimm["data"]
             },
@@ -249,8 +253,3 @@ def _folder_for(qemu: Qemu, folder: Path) -> Path:
             os.chown(own, user, group)
             folder.chmod(0o711)
     return own
-
-
-def _place(device: Mapping[str, int]) -> tuple[int, int]:
-    # A DIMM has 'addr', persistent and paravirtual memory 'memaddr' (MemoryDeviceInfo).
-    return device.get("addr", device.get("memaddr", 0)), device["size"]

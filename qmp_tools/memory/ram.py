@@ -17,7 +17,7 @@ from dmaproof.evidence import Slot
 from dmaproof.page_compare import Extent, differing_pages
 from dmaproof.units import PAGE_BYTES
 
-from ..qemu.machine import RAM_BACKEND
+from ..qemu.machine import RAM_BACKEND, address_of
 from ..qemu.qemu import Qemu
 from .physical_map import MapRegion, parse_flat_view, parse_hva, shown_parts
 from .process_memory import mappings_of, shared_memory
@@ -89,7 +89,7 @@ async def ram_files(qemu: Qemu) -> AsyncIterator[list[RamFile]]:
     places = {RAM_BACKEND: _place_of(RAM_BACKEND, regions, name)}
     for device in await qemu.qmp.execute("query-memory-devices"):
         backend = str(device["data"]["memdev"]).removeprefix("/objects/")
-        places[backend] = device["data"]["addr"]
+        places[backend] = address_of(device["data"])
     mappings = mappings_of(pid, name)
     with contextlib.ExitStack() as stack:
         files = []

@@ -27,7 +27,7 @@ from ..guest.channel import (
     GuestGaveUpError,
 )
 from ..host.timeout import wait_until
-from ..qemu.machine import DESTINATION, INCOMING, SOURCE, Machine, dimm_arguments
+from ..qemu.machine import DESTINATION, INCOMING, SOURCE, Machine, address_of, dimm_name
 from ..qemu.pci_express import behind_ports, is_port
 from ..qemu.qemu import OwnedQemu
 from ..qemu.qtest import Qtest
@@ -200,16 +200,17 @@ class QemuPair:
         Raises:
             UntestableError: QEMU refuses the DIMM, or the guest does not use it.
         """
-        name = f"dimm{len(self._dimms)}"
+        number = len(self._dimms)
+        name = dimm_name(number)
         guest = self.source_guest
         _logger.info("plugging %s", name)
-        await self.source.plug(dimm_arguments(name))
+        await self.source.plug(self._machine.dimm_arguments(number))
         (address,) = [
-            device["data"]["addr"]
+            address_of(device["data"])
             for device in await self.source.qmp.execute("query-memory-devices")
             if device["data"].get("id") == name
         ]
-        self._dimms.append(dimm_arguments(name, address))
+        self._dimms.append(self._machine.dimm_arguments(number, address))
         await guest.send(USE_NEW_MEMORY)
         await guest.wait_for(lambda: "memory" in guest.latest, "looked for new memory")
         if not (pages := guest.number("memory", "pages")):

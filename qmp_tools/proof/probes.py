@@ -24,7 +24,6 @@ from typing import Final, Literal
 
 from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError
 
-from ..arch import host_architecture
 from ..arch.architecture import Architecture
 from ..guest.bare import probe_guest
 from ..guest.build import Guest
@@ -121,7 +120,7 @@ async def choose_accelerator(
         UsageError: KVM is `wanted` for a guest of another architecture than the machine's.
     """
     architecture = guest.architecture
-    if architecture is not host_architecture():
+    if not architecture.is_host:
         why = f"this machine is {platform.machine()} and the guest is for {architecture.name}"
         if wanted == "kvm":
             raise UsageError(f"--accel kvm: {why}; use --accel tcg")

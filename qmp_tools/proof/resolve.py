@@ -23,6 +23,7 @@ from ..devices.registry import DeviceKind, DeviceRequest, kind_of
 from ..guest.bare import bare_guest
 from ..guest.build import Guest
 from ..guest.choice import GUESTS
+from ..guest.linux import Driver
 from ..guest.own import MEMORY_BYTES as OWN_GUEST_MEMORY_BYTES
 from ..guest.own import OWN_GUEST, own_guest
 from ..guest.workload import parse_workload
@@ -57,9 +58,10 @@ async def resolve(options: ProofOptions) -> Setup:
     refuse_unsupported_options(options, kind)
     fault = _fault_of(options)
     architecture = find_architecture(options.arch)
+    scenario = _scenario_for(options, architecture)
     iommu = _iommu_for(options, fault, architecture)
     device = kind.make(_request(options, fault, iommu))
-    scenario = _scenario_for(options, device, architecture)
+    scenario.require_device(device)
     _require_driver(options, device, architecture)
     usual = _BEHIND_IOMMU if iommu else ""
     workload = device.adapt(parse_workload(f"{usual},{options.workload}", seed))
@@ -73,7 +75,11 @@ async def resolve(options: ProofOptions) -> Setup:
     for side, qemu in ((SOURCE, source), (DESTINATION, destination)):
         await require_architecture(architecture, side, qemu, options.timeout)
     # Whether KVM works is probed with one of dmaproof's guests, also where the proof uses another.
-    probed = bare_guest(architecture) if guest else _guest_of(options, device, iommu, architecture)
+    probed = (
+        bare_guest(architecture)
+        if guest
+        else _guest_of(options, _driver_of(device, scenario, architecture), iommu, architecture)
+    )
     accelerator = await choose_accelerator(options.accel, source, probed, options.timeout)
     guest = guest or probed
     memory_bytes = options.memory_bytes or await choose_memory(
@@ -208,22 +214,19 @@ def _iommu_for(options: ProofOptions, fault: Fault, architecture: Architecture) 
     return iommu
 
 
-def _scenario_for(
-    options: ProofOptions, device: ProofDevice, architecture: Architecture
-) -> Scenario:
+def _scenario_for(options: ProofOptions, architecture: Architecture) -> Scenario:
     """Return the scenario that the options name.
 
     Raises:
-        UsageError: the scenario does not support `device`, or has no measurable downtime.
+        UsageError: the scenario has no measurable downtime.
         UnsupportedError: QEMU's machines of the architecture do not support the scenario.
     """
     scenario = find_scenario(options.scenario)
-    scenario.require_device(device)
-    if scenario.dimms and not architecture.has_dimms:
+    module = architecture.memory_module
+    if scenario.dimms and (module is None or options.guest not in module.guests):
         raise UnsupportedError(
-            f"--scenario {options.scenario}: QEMU's {architecture.machine} machine for "
-            f"{architecture.name} takes DIMMs only with ACPI, which needs firmware, and dmaproof's "
-            "guests start without it; choose another scenario"
+            f"--scenario {options.scenario}: the guest {options.guest} for {architecture.name} "
+            "cannot use plugged memory; choose another scenario or guest"
         )
     if options.max_downtime is not None and not scenario.downtime_is_measurable:
         raise UsageError(
@@ -259,10 +262,18 @@ def _own_guest(options: ProofOptions, architecture: Architecture) -> Guest:
     return own_guest(architecture, Path(options.kernel), initramfs, options.append)
 
 
+def _driver_of(device: ProofDevice, scenario: Scenario, architecture: Architecture) -> Driver:
+    """Return Linux's driver for the device and for the memory that the scenario plugs."""
+    module = architecture.memory_module
+    if not scenario.dimms or module is None:
+        return device.driver
+    return replace(device.driver, modules=(*device.driver.modules, *module.linux_modules))
+
+
 def _guest_of(
-    options: ProofOptions, device: ProofDevice, iommu: str | None, architecture: Architecture
+    options: ProofOptions, driver: Driver, iommu: str | None, architecture: Architecture
 ) -> Guest:
-    guest = GUESTS[options.guest](device.driver, architecture)
+    guest = GUESTS[options.guest](driver, architecture)
     if iommu is not None and guest.name == "linux":
         of_iommu = architecture.iommus[iommu]
         return replace(guest, options=f"{of_iommu.linux_options} {guest.options}")

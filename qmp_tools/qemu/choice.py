@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from dmaproof.errors import UnsupportedError, UntestableError, UsageError
 
-from ..arch import find_architecture, host_architecture
+from ..arch import find_architecture
 from ..arch.architecture import Architecture
 from ..arguments import AnyPath
 from ..host.timeout import DEFAULT_TIMEOUT_S
@@ -66,7 +66,7 @@ def find_qemu(wanted: AnyPath | None, architecture: Architecture | None = None) 
 
 def _system_qemu(architecture: Architecture) -> Path | None:
     names = [architecture.qemu_program]
-    if architecture is host_architecture():
+    if architecture.is_host:
         names.append(_RED_HAT_PROGRAM)
     return next((Path(found) for found in map(shutil.which, names) if found), None)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from dmaproof.errors import UsageError
 
 from ..arch.architecture import Architecture
+from .pci_express import root_port
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 RAM_GRANULE_BYTES: Final = 8 * KIB
@@ -116,7 +118,37 @@ class Machine:
             *("-kernel", str(self.kernel)),
             *initrd,
             *("-append", self.command_line),
+            *self._dimm_ports(),
             *(self.architecture.iommus[self.iommu].qemu_arguments if self.iommu else ()),
+        ]
+
+    def dimm_arguments(self, number: int, address: int | None = None) -> list[str]:
+        """Return the QEMU arguments of DIMM `number`; without `address`, QEMU chooses one.
+
+        The DIMM is of the architecture's kind (`MemoryModule`).
+        """
+        module = self.architecture.memory_module
+        assert module is not None
+        name = dimm_name(number)
+        place = "" if address is None else f",{module.address}={address:#x}"
+        bus = f",bus={name}-port" if module.needs_port else ""
+        return [
+            *("-object", f"memory-backend-memfd,id={name}-ram,size={DIMM_BYTES},share=on"),
+            *(
+                "-device",
+                f"{module.device},id={name},memdev={name}-ram{module.properties}{bus}{place}",
+            ),
+        ]
+
+    def _dimm_ports(self) -> list[str]:
+        module = self.architecture.memory_module
+        if module is None or not module.needs_port:
+            return []
+        names = [f"{dimm_name(number)}-port" for number in range(self.dimm_slots)]
+        return [
+            word
+            for number, name in enumerate(names, _FIRST_DIMM_CHASSIS)
+            for word in root_port(name, number)
         ]
 
     def _dimm_slot_options(self) -> str:
@@ -127,16 +159,23 @@ class Machine:
 
 
 DIMM_BYTES: Final = 128 * MIB
-"""The size of a memory block of Linux on x86, which ignores smaller DIMMs."""
+"""The size of a memory block of Linux, which ignores smaller DIMMs."""
+
+_FIRST_DIMM_CHASSIS: Final = 200
+"""Ports of devices have lower numbers (`pci_express`)."""
 
 
-def dimm_arguments(name: str, address: int | None = None) -> list[str]:
-    """Return the QEMU arguments of the DIMM `name`; without `address`, QEMU chooses one."""
-    place = "" if address is None else f",addr={address:#x}"
-    return [
-        *("-object", f"memory-backend-memfd,id={name}-ram,size={DIMM_BYTES},share=on"),
-        *("-device", f"pc-dimm,id={name},memdev={name}-ram{place}"),
-    ]
+def address_of(device: Mapping[str, Any]) -> int:
+    """Return the guest-physical address of a memory device's data in query-memory-devices.
+
+    A DIMM has 'addr', persistent and paravirtual memory 'memaddr' (MemoryDeviceInfo).
+    """
+    return int(device.get("addr", device.get("memaddr", 0)))
+
+
+def dimm_name(number: int) -> str:
+    """Return the id of the plugged DIMM `number`, from 0 on."""
+    return f"dimm{number}"
 
 
 def vhost_user_blk_arguments(socket: Path, queues: int) -> list[str]:

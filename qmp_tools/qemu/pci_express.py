@@ -8,9 +8,17 @@ from typing import Final
 _PORT: Final = "pcie-root-port"
 
 
-def root_port(number: int) -> list[str]:
-    """Return the QEMU arguments of a PCI Express root port."""
-    return ["-device", f"{_PORT},id=port-{number},chassis={number}"]
+def root_port(name: str, number: int) -> list[str]:
+    """Return the QEMU arguments of a PCI Express root port with the id `name`.
+
+    The `number` of each port must be different.
+    """
+    return ["-device", f"{_PORT},id={name},chassis={number}"]
+
+
+def device_port(number: int) -> list[str]:
+    """Return the QEMU arguments of the root port ``port-NUMBER`` of a device."""
+    return root_port(f"port-{number}", number)
 
 
 def behind_iommu(port: int) -> list[str]:
@@ -35,7 +43,7 @@ def behind_ports(arguments: Sequence[str]) -> list[str]:
     for number, (option, value) in enumerate(pairs, 1):
         bus = ""
         if option == "-device" and not is_port(value) and ",bus=" not in value:
-            found += root_port(number)
+            found += device_port(number)
             bus = f",bus=port-{number}"
         found += [option, value + bus]
     return found

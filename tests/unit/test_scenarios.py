@@ -13,6 +13,8 @@ from unittest import mock
 import pytest
 from qemu.qmp import EventListener
 
+from qmp_tools.arch.aarch64 import AARCH64
+from qmp_tools.arch.architecture import Architecture
 from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.migration.migration import Limits, Migration, MigrationError
 from qmp_tools.migration.pair import QemuPair
@@ -21,7 +23,7 @@ from qmp_tools.migration.scenarios import find_scenario, known_scenarios, precop
 from qmp_tools.migration.scenarios.cpr import CprExec, CprTransfer
 from qmp_tools.migration.scenarios.refused import PostcopyRam
 from qmp_tools.migration.transport import Ends
-from qmp_tools.qemu.machine import Machine, dimm_arguments
+from qmp_tools.qemu.machine import Machine
 from qmp_tools.qemu.qmp import Qmp, QmpError, QmpRefusal, QmpTimeoutError
 
 DEFAULT_LIMITS = Limits()
@@ -406,9 +408,21 @@ def test_a_migration_is_over_only_when_its_times_are_known(tmp_path: Path) -> No
     assert [look.elapsed_s for look in recorded.migration.history] == [0, 0.007]
 
 
-def test_a_dimm_is_the_same_on_both_sides() -> None:
-    plugged, started = dimm_arguments("dimm0"), dimm_arguments("dimm0", 1 << 32)
-    assert started == [*plugged[:-1], f"{plugged[-1]},addr=0x100000000"]
+@pytest.mark.parametrize(
+    ("architecture", "address"), [(X86_64, "addr"), (AARCH64, "memaddr")], ids=["x86_64", "aarch64"]
+)
+def test_plugged_memory_is_the_same_on_both_sides(architecture: Architecture, address: str) -> None:
+    machine = Machine(architecture, architecture.machine, "tcg", 128 << 20, 1, Path("kernel"))
+    plugged, started = machine.dimm_arguments(0), machine.dimm_arguments(0, 1 << 32)
+    assert started == [*plugged[:-1], f"{plugged[-1]},{address}=0x100000000"]
+
+
+def test_plugged_memory_has_a_port_where_it_needs_one() -> None:
+    machine = Machine(AARCH64, "virt", "tcg", 128 << 20, 1, Path("kernel"), dimm_slots=2)
+    ports = [word for word in machine.arguments() if word.startswith("pcie-root-port")]
+    for number, port in enumerate(ports):
+        assert f",bus={port.split(',id=')[1].split(',')[0]}" in machine.dimm_arguments(number)[-1]
+    assert len(ports) == 2
 
 
 def test_a_machine_has_room_for_its_dimms() -> None:

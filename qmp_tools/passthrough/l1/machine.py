@@ -22,7 +22,6 @@ from typing import Final
 from dmaproof import _core, _mapping, errors
 from dmaproof.errors import UntestableError, WaitTimeoutError, printable
 
-from ...arch import host_architecture
 from ...arch.x86_64 import X86_64
 from ...host.process import log_tail
 from ...qemu import qemu_qmp
@@ -71,7 +70,7 @@ def l1(version: str = next(iter(KERNELS))) -> L1:
     Raises:
         UntestableError: L1 cannot be built; the message says what is missing.
     """
-    if host_architecture() is not X86_64:
+    if not X86_64.is_host:
         raise UntestableError(
             f"the nested machine L1 is made of this machine's packages and must be {X86_64.name}, "
             f"but this machine is {platform.machine()}; use an {X86_64.name} machine"

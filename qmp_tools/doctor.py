@@ -12,7 +12,6 @@ import grp
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -25,12 +24,14 @@ from packaging.requirements import Requirement
 
 from dmaproof.errors import UntestableError
 
-from .arch import find_architecture
+from .arch import host_architecture
+from .arch.architecture import Architecture
 from .guest import bare as bare_guest
 from .guest import compression
 from .guest import linux as linux_guest
 from .guest.build import cache, compile_c
-from .host import archive
+from .host import archive, distribution
+from .host.distribution import Distribution, Need
 from .host.finding import Finding, State
 from .host.run_folder import run_folder
 from .host.timeout import DEFAULT_TIMEOUT_S
@@ -46,6 +47,11 @@ _KVM_MISC_DEVICE: Final = Path("/sys/class/misc/kvm")
 """Exists if the running kernel has KVM; a container sees it even if it has no /dev/kvm."""
 _DEVELOPER_EXTRAS: Final = {"docs", "mutation", "test"}
 """Extras for work on dmaproof itself; `./dmaproof test` installs them."""
+_COMPILERS: Final = {
+    "static": ("-static", "-pthread"),
+    "freestanding": ("-static", "-ffreestanding", "-nostdlib", "-Wl,-e,main"),
+}
+"""What a C compiler can link, and the options with which to try it; the best first."""
 _OVERHEAD_BYTES: Final = 128 * MIB
 """Memory of a QEMU besides its guest's RAM, with its share of the device and the tool."""
 GUEST_MEMORY_BYTES: Final = {"bare": bare_guest.MEMORY_BYTES, "linux": linux_guest.MEMORY_BYTES}
@@ -55,29 +61,36 @@ GUEST_MEMORY_BYTES: Final = {"bare": bare_guest.MEMORY_BYTES, "linux": linux_gue
 class Facts:
     """The facts about a machine. Sizes are in bytes; an error is the text of a message.
 
-    `qemu_error` says why the QEMU that was found does not run, and `archive_error` why QEMUs cannot
-    be fetched from Debian's archive. `compiler` is 'static' if it can link static programs,
-    'dynamic' if it can link only others, and None if no compiler was found. `kernel` is 'cached',
-    'available', or the text of an error. `missing_formats` maps the formats of compressed kernels
-    that this Python cannot decompress to the module that each needs. `kvm` is 'usable',
-    'forbidden', 'withheld' (the kernel has it, the container does not) or 'absent'. `kvm_group` is
-    the group that owns /dev/kvm, and `virtualization` the processor's feature, 'vmx' or 'svm'.
-    `extras` maps each optional extra to its missing packages.
+    `architecture` is the guest's, and `native` says whether it is the machine's too. `qemu_error`
+    says why the QEMU that was found does not run, and `archive_error` why QEMUs cannot be fetched
+    from Debian's archive. `compiler` is 'static' if it can link static programs for the guest,
+    'freestanding' if it can link only programs without a C library, and None if no compiler was
+    found. `kernel` says where the guest's kernel comes from, `kernel_error` why none was found, and
+    `kernel_cached` whether the kernel has been unpacked. `missing_formats` maps the formats of
+    compressed kernels that this Python cannot decompress to the module that each needs. `kvm` is
+    'usable', 'forbidden', 'withheld' (the kernel has it, the container does not) or 'absent'.
+    `kvm_group` is the group that owns /dev/kvm, and `kvm_module` the kernel's module for the
+    processor's virtualization, if that is known. `extras` maps each optional extra to its missing
+    packages.
     """
 
     root: bool
-    apt: bool
+    distribution: Distribution
+    architecture: Architecture
+    native: bool
     python: tuple[int, int]
     qemu: str | None
     qemu_error: str | None
     fetched: Sequence[str]
     archive_error: str | None
     compiler: str | None
-    kernel: str
+    kernel: str | None
+    kernel_error: str | None
+    kernel_cached: bool
     missing_formats: Mapping[str, str]
     kvm: str
     kvm_group: str | None
-    virtualization: str | None
+    kvm_module: str | None
     memory_available: int
     memfd_error: str | None
     temporary_error: str | None
@@ -111,14 +124,9 @@ def _as_root(facts: Facts, command: str) -> str:
     return command if facts.root else f"sudo {command}"
 
 
-def _install(facts: Facts, packages: str) -> str:
-    if not facts.apt:
-        return f"install the equivalent of Debian's {packages} with your distribution's own tool"
-    update, install = (
-        _as_root(facts, f"apt-get {command}")
-        for command in ("update", f"install -y --no-install-recommends {packages}")
-    )
-    return f"{update} && {install}"
+def _install(facts: Facts, *needs: Need, again: bool = False) -> str:
+    command = facts.distribution.command(*needs, root=facts.root, again=again)
+    return command or facts.distribution.how_to_install(*needs, root=facts.root)
 
 
 def _python(facts: Facts) -> Finding:
@@ -126,29 +134,29 @@ def _python(facts: Facts) -> Finding:
     if facts.python >= OLDEST_PYTHON:
         return Finding("Python", State.OK, version)
     oldest = ".".join(map(str, OLDEST_PYTHON))
-    return Finding(
-        "Python",
-        State.MISSING,
-        f"found {version}, need {oldest} or newer",
-        _install(facts, f"python{oldest} python{oldest}-venv"),
-    )
+    what = f"found {version}, need {oldest} or newer"
+    remedy = _install(facts, distribution.python(OLDEST_PYTHON[1]))
+    return Finding("Python", State.MISSING, what, remedy)
 
 
 def _qemu(facts: Facts) -> Finding:
     if facts.qemu is not None:
         return Finding("QEMU", State.OK, facts.qemu)
-    if facts.qemu_error is None:
-        return Finding("QEMU", State.MISSING, "not found", _install(facts, "qemu-system-x86"))
-    remedy = _install(facts, "--reinstall qemu-system-x86")
-    return Finding("QEMU", State.MISSING, facts.qemu_error, remedy)
+    remedy = _install(
+        facts, distribution.qemu(facts.architecture), again=facts.qemu_error is not None
+    )
+    what = facts.qemu_error or f"{facts.architecture.qemu_program} was not found"
+    return Finding("QEMU", State.MISSING, what, remedy)
 
 
 def _fetched(facts: Facts) -> Finding:
     if facts.fetched:
         return Finding("fetched QEMUs", State.OK, ", ".join(facts.fetched))
     remedy = "dmaproof qemu fetch 11.1"
-    if not facts.apt:
-        remedy = "needs Debian's apt"
+    if not facts.native:
+        remedy += f" --arch {facts.architecture.name}"
+    if facts.distribution.family != "debian":
+        remedy = "use --qemu PATH with another QEMU; only Debian's apt can fetch one"
     elif facts.archive_error is not None:
         update = _as_root(facts, "apt-get update")
         remedy = f"on Debian, or in a Debian container: {update} && {remedy}"
@@ -158,37 +166,43 @@ def _fetched(facts: Facts) -> Finding:
 
 
 def _compiler(facts: Facts, guest: str) -> Finding:
+    compiler = "cc" if facts.native else f"{facts.architecture.gnu}-gcc"
     what = {
-        None: "not found, and the guest has to be compiled",
-        "dynamic": "cannot link static programs, such as the Linux guest's init",
-        "static": "links static programs",
+        None: f"{compiler} was not found, and the guest has to be compiled",
+        "freestanding": f"{compiler} cannot link static programs, such as the Linux guest's init",
+        "static": f"{compiler} links static programs",
     }[facts.compiler]
     if facts.compiler == "static":
         return Finding("C compiler", State.OK, what)
     needed = facts.compiler is None or guest == "linux"
-    state = State.MISSING if needed else State.LIMITED
-    return Finding("C compiler", state, what, _install(facts, "gcc libc6-dev"))
+    needs = [distribution.cross_compiler(facts.architecture)]
+    if facts.native:
+        needs = [distribution.COMPILER, distribution.STATIC_LIBC]
+    remedy = _install(facts, *needs)
+    if facts.compiler and not facts.native and facts.distribution.family != "debian":
+        # Fedora's cross compilers have no C library.
+        remedy = f"dmaproof prove --guest bare --arch {facts.architecture.name}"
+    return Finding("C compiler", State.MISSING if needed else State.LIMITED, what, remedy)
 
 
 def _kernel(facts: Facts) -> Finding:
     name = "guest's kernel"
-    if facts.kernel == "cached":
-        return Finding(name, State.OK, f"in {cache()}")
-    if facts.kernel == "available" and facts.missing_formats:
+    if facts.kernel is None:
+        what = facts.kernel_error or "not found"
+        return Finding(name, State.MISSING, what, _kernel_remedy(facts))
+    if facts.missing_formats and not facts.kernel_cached:
         formats = (f"{name} (module {module})" for name, module in facts.missing_formats.items())
-        return Finding(
-            name,
-            State.MISSING,
-            f"apt has it, but this Python cannot decompress {', '.join(formats)}",
-            _python_module(facts),
-        )
-    if facts.kernel == "available":
-        return Finding(name, State.OK, "apt has it; fetched with the first proof")
-    remedy = "dmaproof prove --guest bare"
-    if facts.apt:
-        remedy = f"on Debian: {_as_root(facts, 'apt-get update')}; elsewhere: {remedy}"
-        return Finding(name, State.MISSING, facts.kernel, remedy)
-    return Finding(name, State.MISSING, "cannot be fetched: apt was not found", remedy)
+        what = f"{facts.kernel}; this Python cannot decompress {', '.join(formats)}"
+        return Finding(name, State.MISSING, what, _python_module(facts))
+    return Finding(name, State.OK, facts.kernel)
+
+
+def _kernel_remedy(facts: Facts) -> str:
+    if not facts.native:
+        return f"--kernel FILE --modules FOLDER, with a kernel for {facts.architecture.name}"
+    if facts.distribution.family == "debian":
+        return f"{_as_root(facts, 'apt-get update')}, or dmaproof prove --guest bare"
+    return _install(facts, distribution.KERNEL)
 
 
 def _python_module(facts: Facts) -> str:
@@ -198,6 +212,11 @@ def _python_module(facts: Facts) -> str:
 
 
 def _kvm(facts: Facts) -> Finding:
+    if not facts.native:
+        what = (
+            f"runs only guests of this machine's architecture: {facts.architecture.name} uses TCG"
+        )
+        return Finding("KVM", State.LIMITED, what)
     if facts.kvm == "usable":
         return Finding(
             "KVM", State.OK, f"{_KVM} can be opened; each proof checks whether KVM runs its guest"
@@ -213,11 +232,9 @@ def _kvm(facts: Facts) -> Finding:
     if facts.kvm == "withheld":
         remedy = f"start this container with --device {_KVM}: the host's kernel has KVM"
         return Finding("KVM", State.LIMITED, what, remedy)
-    module = {"vmx": "kvm_intel", "svm": "kvm_amd"}.get(facts.virtualization or "")
-    if module is None:
-        remedy = "enable virtualization in the firmware, or nesting in the hypervisor"
-        return Finding("KVM", State.LIMITED, what, remedy)
-    return Finding("KVM", State.LIMITED, what, _as_root(facts, f"modprobe {module}"))
+    if facts.kvm_module is None:
+        return Finding("KVM", State.LIMITED, what, facts.architecture.kvm_remedy)
+    return Finding("KVM", State.LIMITED, what, _as_root(facts, f"modprobe {facts.kvm_module}"))
 
 
 def _memory(facts: Facts, guest: str) -> Finding:
@@ -261,25 +278,30 @@ def _extra(name: str, missing: Sequence[str]) -> Finding:
     return Finding(title, State.LIMITED, what, f"pip install 'dmaproof[{name}]'")
 
 
-def gather_facts() -> Facts:
-    """Find the facts about this machine; nothing is installed or changed."""
+def gather_facts(architecture: Architecture) -> Facts:
+    """Find the facts about this machine, for guests of `architecture`; nothing is changed."""
     temporary_error = _try_temporary_folder()
-    qemu, qemu_error = _look_for_qemu(ask=temporary_error is None)
+    qemu, qemu_error = _look_for_qemu(architecture, ask=temporary_error is None)
+    kernel, kernel_error, kernel_cached = _look_for_kernel(architecture)
     kvm, group = _look_for_kvm()
     return Facts(
         root=os.geteuid() == 0,
-        apt=_runs("apt-get", "--version"),
+        distribution=distribution.host_distribution(),
+        architecture=architecture,
+        native=architecture is host_architecture(),
         python=sys.version_info[:2],
         qemu=qemu,
         qemu_error=qemu_error,
-        fetched=[build.version for build in installed(find_architecture(None))],
+        fetched=[build.version for build in installed(architecture)],
         archive_error=_look_for_archive(),
-        compiler=_look_for_compiler(),
-        kernel=_look_for_kernel(),
+        compiler=_look_for_compiler(architecture),
+        kernel=kernel,
+        kernel_error=kernel_error,
+        kernel_cached=kernel_cached,
         missing_formats=compression.missing_modules(),
         kvm=kvm,
         kvm_group=group,
-        virtualization=_look_for_virtualization(),
+        kvm_module=_look_for_kvm_module(architecture),
         memory_available=_look_for_memory(),
         memfd_error=_try_memfd(),
         temporary_error=temporary_error,
@@ -288,16 +310,9 @@ def gather_facts() -> Facts:
     )
 
 
-def _runs(*command: str) -> bool:
+def _look_for_qemu(architecture: Architecture, *, ask: bool) -> tuple[str | None, str | None]:
     try:
-        return not subprocess.run(command, capture_output=True, timeout=30, check=False).returncode
-    except OSError:
-        return False
-
-
-def _look_for_qemu(*, ask: bool) -> tuple[str | None, str | None]:
-    try:
-        binary = find_qemu(None)
+        binary = find_qemu(None, architecture)
     except UntestableError:
         return None, None
     if not ask:  # to ask QEMU, it takes a folder for its log
@@ -313,7 +328,7 @@ async def _version(binary: Path) -> str:
         return qemu.version
 
 
-def _look_for_compiler() -> str | None:
+def _look_for_compiler(architecture: Architecture) -> str | None:
     try:
         temporary = tempfile.TemporaryDirectory()
     except OSError:  # the temporary folder is a finding of its own
@@ -321,25 +336,26 @@ def _look_for_compiler() -> str | None:
     with temporary as folder:
         source = Path(folder) / "try.c"
         source.write_text("int main(void) { return 0; }\n")
-        for kind, options in (("static", ["-static", "-pthread"]), ("dynamic", [])):
+        for kind, options in _COMPILERS.items():
             try:
-                compile_c([source], Path(folder) / "try", *options)
+                compile_c([source], Path(folder) / "try", *options, architecture=architecture)
             except UntestableError:
                 continue
             return kind
     return None
 
 
-def _look_for_kernel() -> str:
+def _look_for_kernel(architecture: Architecture) -> tuple[str | None, str | None, bool]:
     # If the cache cannot be read, it holds no kernel; the cache is a finding of its own.
     with contextlib.suppress(OSError, UntestableError):
-        if linux_guest.kernel_folder(find_architecture(None)).is_dir():
-            return "cached"
+        if linux_guest.kernel_folder(architecture).is_dir():
+            return f"in {cache()}", None, True
+    package = next(iter(architecture.kernels.values())).name
     try:
-        archive.dependencies("linux-image-amd64")
+        archive.dependencies(package)
     except UntestableError:
-        return "apt does not know Debian's package linux-image-amd64"
-    return "available"
+        return None, f"apt does not know Debian's package {package}", False
+    return "apt has it; fetched with the first proof", None, False
 
 
 def _look_for_archive() -> str | None:
@@ -362,9 +378,10 @@ def _look_for_kvm() -> tuple[str, str | None]:
     return "usable" if os.access(_KVM, os.R_OK | os.W_OK) else "forbidden", group
 
 
-def _look_for_virtualization() -> str | None:
-    found = re.search(r"\b(vmx|svm)\b", Path("/proc/cpuinfo").read_text())
-    return found[1] if found else None
+def _look_for_kvm_module(architecture: Architecture) -> str | None:
+    words = set(Path("/proc/cpuinfo").read_text().split())
+    found = (module for word, module in architecture.kvm_modules.items() if word in words)
+    return next(found, None)
 
 
 def _look_for_memory() -> int:

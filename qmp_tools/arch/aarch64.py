@@ -42,6 +42,8 @@ AARCH64: Final = Architecture(
     # The default CPU is a 32-bit one. This one has pages of 4K, 16K and 64K, and no pointer
     # authentication, which TCG emulates slowly.
     cpus={"kvm": "host", "tcg": "neoverse-n1"},
+    # Kernels have KVM built in. It needs EL2 (kernel, arch/arm64/kvm/arm.c: kvm_arm_init).
+    kvm_remedy="use hardware, or a hypervisor that starts the kernel at EL2 (nesting)",
     # The machine has one serial port. The kernel's own driver (8250_PCI) drives the other.
     channels=("-serial", "chardev:report", "-device", "pci-serial,chardev=console"),
     report_tty="/dev/ttyAMA0",

@@ -69,6 +69,8 @@ class Architecture:
     - `hotplug_needs_port`: whether that disk needs a PCI Express port of its own.
     - `memory_module`: how memory can be plugged into the machine; None if it cannot.
     - `cpus`: the values of ``-cpu``, by accelerator; QEMU's default for an accelerator without one.
+    - `kvm_modules`: the kernel's module of KVM, by the word of /proc/cpuinfo that says that the
+      processor supports it; `kvm_remedy`: advice for a machine with neither KVM nor such a word.
     - `channels`: QEMU's arguments that connect the character devices ``console`` and ``report`` to
       the guest; `report_tty`: the file of the report channel in the Linux guest.
     - `ram_start`: the address of the guest's RAM in bytes.
@@ -93,6 +95,8 @@ class Architecture:
     hotplug_needs_port: bool = False
     memory_module: MemoryModule | None = None
     cpus: Mapping[str, str]
+    kvm_modules: Mapping[str, str] = field(default_factory=dict)
+    kvm_remedy: str
     channels: Sequence[str]
     report_tty: str
     ram_start: int = 0

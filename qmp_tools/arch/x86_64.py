@@ -29,6 +29,8 @@ X86_64: Final = Architecture(
     memory_module=MemoryModule(device="pc-dimm", address="addr", guests=("bare", "linux")),
     # The firmware registers a pvclock page, which KVM updates without marking it dirty.
     cpus={"kvm": "qemu64,-kvmclock"},
+    kvm_modules={"vmx": "kvm_intel", "svm": "kvm_amd"},
+    kvm_remedy="enable virtualization in the firmware, or nesting in the hypervisor",
     channels=("-serial", "chardev:console", "-serial", "chardev:report"),
     report_tty="/dev/ttyS1",
     low_ram_property="max-ram-below-4g",

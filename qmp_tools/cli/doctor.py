@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
+from dmaproof.errors import UsageError
+
+from ..arch import ARCHITECTURES, find_architecture
 from ..doctor import GUEST_MEMORY_BYTES, can_prove, examine, gather_facts
 from ..exit_codes import EXIT_PASS, EXIT_UNTESTED
 from ..host.finding import Finding, State
@@ -19,7 +22,8 @@ is 'MISSING'. The line below each finding says how to fix it.
 
 examples:
   dmaproof doctor
-  dmaproof doctor --guest bare    # this guest needs neither apt nor a static libc
+  dmaproof doctor --guest bare    # this guest needs neither a kernel nor a static libc
+  dmaproof doctor --arch aarch64  # what a proof with an arm64 guest needs
   dmaproof doctor --json - | jq '.findings[] | select(.state == "missing") | .remedy'
 
 exit codes:
@@ -45,19 +49,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="linux",
         help="guest of the proof that is to run (default: %(default)s)",
     )
+    parser.add_argument(
+        "--arch",
+        choices=sorted(ARCHITECTURES),
+        help="architecture of the guest (default: this machine's)",
+    )
     add_json(parser, "the findings")
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    findings = examine(gather_facts(), arguments.guest)
+    architecture = find_architecture(arguments.arch)
+    if arguments.guest not in architecture.guests:
+        raise UsageError(
+            f"--guest {arguments.guest}: there is no such guest for {architecture.name}; use "
+            f"--guest {' or '.join(architecture.guests)}"
+        )
+    findings = examine(gather_facts(architecture), arguments.guest)
+    proof = f"--guest {arguments.guest}"
+    if arguments.arch is not None:
+        proof += f" --arch {arguments.arch}"
     exit_code = EXIT_PASS if can_prove(findings) else EXIT_UNTESTED
     if arguments.json != "-":
-        print_text(to_text(findings, arguments.guest))
+        print_text(to_text(findings, proof))
     if arguments.json:
         answer = {
             "schema_version": SCHEMA_VERSION,
             "kind": "doctor",
-            "verdict": _sentence(findings, arguments.guest),
+            "verdict": _sentence(findings, proof),
             "exit_code": exit_code,
             "findings": [asdict(finding) for finding in findings],
         }
@@ -65,19 +83,24 @@ def _run(arguments: argparse.Namespace) -> int:
     return exit_code
 
 
-def to_text(findings: list[Finding], guest: str) -> str:
-    """Return a line for each finding, with its remedy below it."""
+def to_text(findings: list[Finding], proof: str) -> str:
+    """Return a line for each finding, with its remedy below it.
+
+    Args:
+        findings: what the doctor has found.
+        proof: the options of the proof for which it has looked, such as '--guest bare'.
+    """
     width = max(len(finding.name) for finding in findings)
     lines = []
     for finding in findings:
         lines.append(f"{_SIGNS[finding.state]}  {finding.name:{width}}  {finding.what}")
         if finding.remedy:
             lines.append(f"{'':9}{'':{width}}  → {finding.remedy}")
-    return "\n".join([*lines, "", _sentence(findings, guest)])
+    return "\n".join([*lines, "", _sentence(findings, proof)])
 
 
-def _sentence(findings: list[Finding], guest: str) -> str:
+def _sentence(findings: list[Finding], proof: str) -> str:
     missing = [finding.name for finding in findings if finding.state == State.MISSING]
     if missing:
-        return f"a proof with guest {guest} cannot run: {', '.join(missing)}"
-    return f"a proof can run: dmaproof prove --guest {guest}"
+        return f"a proof with {proof} cannot run: {', '.join(missing)}"
+    return f"a proof can run: dmaproof prove {proof}"

@@ -1,8 +1,8 @@
 """The host's distribution: its package manager, and the names of its packages.
 
-The launcher ``./dmaproof`` runs this module before anything is built, so it imports only the
-standard library. Package names are keyed by the *family* of a distribution. All members of a family
-have the same package manager and the same names: Ubuntu's are Debian's.
+The launcher ``./dmaproof`` runs this module before anything is built, so it imports the standard
+library, and modules that do the same. Package names are keyed by the *family* of a distribution.
+All members of a family have the same package manager and the same names: Ubuntu's are Debian's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
+
+from ..arch import host_architecture
+from ..arch.architecture import Architecture
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,9 @@ _PACMAN_DATABASES: Final = Path("/var/lib/pacman/sync")
 _OS_RELEASE: Final = (Path("/etc/os-release"), Path("/usr/lib/os-release"))
 """The files of os-release(5), in their order."""
 _RED_HAT: Final = "rhel"
-"""Red Hat's distribution and its rebuilds are like Fedora, but their QEMU is another program."""
+"""RHEL, CentOS Stream and their rebuilds are like Fedora, but have fewer packages."""
+_RED_HAT_QEMU: Final = "/usr/libexec/qemu-kvm"
+"""Their only QEMU, for guests of the machine's own architecture."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,15 @@ STATIC_LIBC: Final = Need(
         "fedora": "glibc-static",
         "arch": "glibc",
         "suse": "glibc-devel-static",
+    },
+)
+KERNEL: Final = Need(
+    "a kernel with its modules (/boot, /lib/modules)",
+    {
+        "debian": "linux-image-generic",
+        "fedora": "kernel-core kernel-modules-core",
+        "arch": "linux",
+        "suse": "kernel-default",
     },
 )
 GIT: Final = Need("git", {"debian": "git", "fedora": "git-core", "arch": "git", "suse": "git-core"})
@@ -126,25 +140,20 @@ def python_headers(minor: int) -> Need:
     )
 
 
-class _Guest(Protocol):
-    """What this module has to know about the architecture of a guest."""
-
-    @property
-    def gnu(self) -> str: ...
-    @property
-    def qemu_program(self) -> str: ...
-    @property
-    def qemu_packages(self) -> Mapping[str, str]: ...
-    @property
-    def cross_packages(self) -> Mapping[str, str]: ...
+def system_qemu(arch: Architecture) -> Path | None:
+    """Return the QEMU for guests of `arch` that a package has installed; None if there is none."""
+    programs = [arch.qemu_program]
+    if arch is host_architecture():
+        programs.append(_RED_HAT_QEMU)
+    return next((Path(found) for found in map(shutil.which, programs) if found), None)
 
 
-def qemu(arch: _Guest) -> Need:
+def qemu(arch: Architecture) -> Need:
     """Return the need for the QEMU of `arch`."""
     return Need(f"QEMU ({arch.qemu_program})", arch.qemu_packages)
 
 
-def cross_compiler(arch: _Guest) -> Need:
+def cross_compiler(arch: Architecture) -> Need:
     """Return the need for a compiler that makes static programs for `arch`."""
     return Need(
         f"a compiler of static programs for another architecture ({arch.gnu}-gcc)",
@@ -160,13 +169,19 @@ class Distribution:
     name: str
     manager: PackageManager | None
 
+    @property
+    def family(self) -> str | None:
+        """The family of the package manager; None if dmaproof does not know the distribution."""
+        return self.manager.family if self.manager else None
+
     def packages(self, *needs: Need) -> list[str]:
         """Return the packages that provide `needs`, each once.
 
         A need that no package of the distribution provides is left out.
         """
-        family = self.manager.family if self.manager else ""
-        names = [name for need in needs for name in need.packages.get(family, "").split()]
+        names = [
+            name for need in needs for name in need.packages.get(self.family or "", "").split()
+        ]
         return list(dict.fromkeys(names))
 
     def command(self, *needs: Need, root: bool, again: bool = False) -> str | None:
@@ -178,13 +193,13 @@ class Distribution:
             again: whether installed packages are to be installed again, because they are damaged.
 
         Returns:
-            None if no package is known.
+            None if there are no `needs`, or a package of one is not known.
         """
-        packages = self.packages(*needs)
-        if self.manager is None or not packages:
+        manager = self.manager
+        if manager is None or not needs or not all(self.packages(need) for need in needs):
             return None
-        install = self.manager.reinstall if again else self.manager.install
-        commands = [self.manager.refresh, f"{install} {' '.join(packages)}"]
+        install = manager.reinstall if again else manager.install
+        commands = [manager.refresh, f"{install} {' '.join(self.packages(*needs))}"]
         return " && ".join(
             command if root else f"sudo {command}" for command in commands if command is not None
         )
@@ -194,10 +209,11 @@ class Distribution:
         if self.manager is None:
             wanted = "; ".join(need.what for need in needs)
             return f"install with the package manager of {self.name}: {wanted}"
-        absent = [need.what for need in needs if not self.packages(need)]
-        sentences = [f"no package of {self.name} has {what}" for what in absent]
-        if command := self.command(*needs, root=root):
-            sentences.insert(0, f"run '{command}'")
+        packaged = [need for need in needs if self.packages(need)]
+        command = self.command(*packaged, root=root)
+        sentences = [] if command is None else [f"run '{command}'"]
+        absent = (need for need in needs if need not in packaged)
+        sentences += [f"no package of {self.name} has {need.what}" for need in absent]
         return "; ".join(sentences)
 
 
@@ -224,7 +240,7 @@ def host_distribution() -> Distribution:
     programs = {each.program for each in _MANAGERS.values() if shutil.which(each.program)}
     found = recognize(_read_os_release(), programs)
     manager = found.manager
-    if manager and manager.family == "arch" and not any(_PACMAN_DATABASES.glob("*.db")):
+    if manager and found.family == "arch" and not any(_PACMAN_DATABASES.glob("*.db")):
         # A container's image has no package databases, and pacman installs nothing without them.
         # Arch Linux supports no databases that are newer than the installed packages.
         fresh = replace(manager, install=manager.install.replace("-S", "-Syu", 1))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qmp_tools.arch import find_architecture
 from qmp_tools.doctor import gather_facts
 from support.command import Tool
 
@@ -29,7 +30,7 @@ def test_a_machine_without_programs_misses_qemu_compiler_and_kernel(
 
 def test_a_format_without_its_module_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lzma", None)
-    assert gather_facts().missing_formats == {"xz": "lzma"}
+    assert gather_facts(find_architecture("x86_64")).missing_formats == {"xz": "lzma"}
 
 
 def test_a_temporary_folder_with_too_long_a_path_is_reported(
@@ -38,14 +39,14 @@ def test_a_temporary_folder_with_too_long_a_path_is_reported(
     folder = tmp_path / ("x" * 100)
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
-    facts = gather_facts()
+    facts = gather_facts(find_architecture("x86_64"))
     assert "too long for Unix sockets" in str(facts.temporary_error)
     assert facts.qemu_error is None or "TMPDIR" not in facts.qemu_error
     assert not list(folder.iterdir())
 
 
 def test_only_extras_for_users_are_examined() -> None:
-    extras = gather_facts().extras
+    extras = gather_facts(find_architecture("x86_64")).extras
     assert set(extras) == {"avocado", "avocado-vt", "bench", "libvirt"}
 
 
@@ -58,4 +59,4 @@ def test_an_extra_that_is_not_installed_is_reported(monkeypatch: pytest.MonkeyPa
         return real(name)
 
     monkeypatch.setattr(metadata, "version", version)
-    assert gather_facts().extras["bench"] == ["matplotlib"]
+    assert gather_facts(find_architecture("x86_64")).extras["bench"] == ["matplotlib"]

@@ -3,10 +3,14 @@
 Guest RAM in a memfd has holes where the guest never touched it. A read of a hole through a mapping
 would allocate its memory. So holes are found with SEEK_DATA and SEEK_HOLE and never read: two holes
 are equal, and data opposite a hole is compared with zeros.
+
+Pages are those of QEMU's dirty log, 4 KiB. A page of this host may be larger. Then several pages
+share a hole, and an extent may begin inside a page of the host.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -17,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from .units import div_ceil
+from .units import PAGE_BYTES, div_ceil
 
 _PIECE_BYTES: Final = 256 << 20
 _DIGESTED_AT_ONCE: Final = 1 << 20
@@ -33,13 +37,12 @@ class Extent(NamedTuple):
 
 
 def differing_pages(
-    source: Extent, destination: Extent, length: int, page_size: int = mmap.PAGESIZE
+    source: Extent, destination: Extent, length: int, page_size: int = PAGE_BYTES
 ) -> NDArray[np.int64]:
     """Return the sorted numbers of the pages that differ, counted from the start of the extents.
 
-    Both extents have `length` bytes and start on a page of the machine. `page_size` is a multiple
-    of the machine's page size, and `length` a multiple of `page_size`. The result has the shape
-    (differences,).
+    Both extents have `length` bytes, a multiple of `page_size`. `page_size` and the offsets of the
+    extents are multiples of 4 KiB. The result has the shape (differences,).
 
     Raises:
         ValueError: `length`, `page_size` or an offset is not such a multiple.
@@ -47,27 +50,35 @@ def differing_pages(
     for extent in (source, destination):
         _check(extent, length, page_size)
     found: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
-    machine_page = mmap.PAGESIZE  # the unit of holes and data
     for start, end, in_source, in_destination in _pieces(source, destination, length):
         extents = [source] * in_source + [destination] * in_destination
-        bits = np.zeros(div_ceil((end - start) // machine_page, 8), dtype=np.uint8)
-        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE  # the piece is all data: this fills no hole
-        mappings = [
-            mmap.mmap(fd, end - start, flags, mmap.PROT_READ, offset=offset + start)
-            for fd, offset in extents
-        ]
-        try:
-            other = mappings[1] if len(mappings) > 1 else None
-            if _core.differing_pages(mappings[0], other, machine_page, bits):
-                pages = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
-                found.append((pages + start // machine_page) // (page_size // machine_page))
-        finally:
-            for mapping in mappings:
-                mapping.close()
+        bits = np.zeros(div_ceil((end - start) // PAGE_BYTES, 8), dtype=np.uint8)
+        with contextlib.ExitStack() as stack:
+            data, *others = (
+                stack.enter_context(_mapped(fd, offset + start, end - start))
+                for fd, offset in extents
+            )
+            count = _core.differing_pages(data, others[0] if others else None, PAGE_BYTES, bits)
+        if count:
+            pages = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
+            found.append((pages + start // PAGE_BYTES) // (page_size // PAGE_BYTES))
     return np.unique(np.concatenate(found))
 
 
-def page_digests(extent: Extent, length: int, page_size: int = mmap.PAGESIZE) -> NDArray[np.uint64]:
+@contextlib.contextmanager
+def _mapped(fd: int, offset: int, length: int) -> Iterator[memoryview]:
+    """Map a run of data of a file; the mapping begins with the page of the host at `offset`."""
+    skipped = offset % mmap.PAGESIZE
+    flags = mmap.MAP_SHARED | mmap.MAP_POPULATE  # the run is all data: this fills no hole
+    with (
+        mmap.mmap(fd, skipped + length, flags, mmap.PROT_READ, offset=offset - skipped) as mapping,
+        memoryview(mapping) as whole,
+        whole[skipped:] as run,
+    ):
+        yield run
+
+
+def page_digests(extent: Extent, length: int, page_size: int = PAGE_BYTES) -> NDArray[np.uint64]:
     """Return a number for each page that changes when the page changes; 0 for a page of zeros.
 
     Like `differing_pages`, the function does not read holes. By chance the number stays the same in
@@ -98,14 +109,13 @@ def page_digests(extent: Extent, length: int, page_size: int = mmap.PAGESIZE) ->
 
 
 def _check(extent: Extent, length: int, page_size: int) -> None:
-    if page_size < 1 or page_size % mmap.PAGESIZE or length % page_size:
+    if page_size < 1 or page_size % PAGE_BYTES or length % page_size:
         raise ValueError(
-            f"{length} bytes: expected whole pages of {page_size} bytes, a multiple of "
-            f"{mmap.PAGESIZE}"
+            f"{length} bytes: expected whole pages of {page_size} bytes, a multiple of {PAGE_BYTES}"
         )
-    if extent.offset % mmap.PAGESIZE:
+    if extent.offset % PAGE_BYTES:
         raise ValueError(
-            f"offset {extent.offset:#x} is not a multiple of the page size {mmap.PAGESIZE}"
+            f"offset {extent.offset:#x} is not a multiple of the page size {PAGE_BYTES}"
         )
 
 
@@ -141,7 +151,10 @@ def _runs(extent: Extent, length: int) -> Iterator[tuple[int, int, bool]]:
 
 
 def _data_at(extent: Extent, position: int, length: int) -> tuple[bool, int]:
-    """Return whether `position` is data, and the end of that run of data or hole (whole pages)."""
+    """Return whether `position` is data, and the end of that run of data or hole.
+
+    Runs consist of whole pages. A page that is partly a hole counts as data.
+    """
     fd, offset = extent
     try:
         data = os.lseek(fd, offset + position, os.SEEK_DATA) - offset
@@ -149,9 +162,9 @@ def _data_at(extent: Extent, position: int, length: int) -> tuple[bool, int]:
         if error.errno != errno.ENXIO:
             raise
         return False, length  # the rest is a hole
-    start = data // mmap.PAGESIZE * mmap.PAGESIZE
+    start = data // PAGE_BYTES * PAGE_BYTES
     if start > position:
         return False, min(start, length)
     hole = os.lseek(fd, offset + position, os.SEEK_HOLE) - offset
-    hole = div_ceil(hole, mmap.PAGESIZE) * mmap.PAGESIZE
+    hole = div_ceil(hole, PAGE_BYTES) * PAGE_BYTES
     return True, min(hole, length)

@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
 from dmaproof.errors import UntestableError
 from dmaproof.page_compare import Extent
+from dmaproof.units import PAGE_BYTES
 
-from .absent_pages import ENTRY_BYTES, PRESENT, SWAPPED
+from .absent_pages import PRESENT, SWAPPED, pagemap_entries
 from .data_runs import runs_of
 from .process_memory import Mapping
 
@@ -90,7 +89,7 @@ class ProcessMemory:
     def data_runs(self, hva: int, length: int) -> Iterator[tuple[int, int]]:
         """Yield the (start, end) runs of `length` bytes from `hva` on that may not be zeros.
 
-        Both are counted from `hva` on. `hva` and `length` are whole pages of the machine.
+        Both are counted from `hva` on. `hva` and `length` are multiples of 4 KiB, as are the runs.
         """
         for mapping in self.mappings:
             begin, end = max(mapping.start, hva), min(mapping.end, hva + length)
@@ -99,15 +98,15 @@ class ProcessMemory:
             if mapping.inode:  # an absent page of a private file has the file's content
                 yield begin - hva, end - hva
                 continue
-            for first, last in self._populated(begin, (end - begin) // mmap.PAGESIZE):
-                yield begin - hva + first * mmap.PAGESIZE, begin - hva + last * mmap.PAGESIZE
+            for first, last in self._populated(begin, (end - begin) // PAGE_BYTES):
+                yield begin - hva + first * PAGE_BYTES, begin - hva + last * PAGE_BYTES
 
     def _populated(self, hva: int, pages: int) -> list[tuple[int, int]]:
         """Return the runs of pages from `hva` on that are in memory or swapped out."""
-        content = os.pread(self._pagemap, pages * ENTRY_BYTES, hva // mmap.PAGESIZE * ENTRY_BYTES)
-        if len(content) != pages * ENTRY_BYTES:
+        entries = pagemap_entries(self._pagemap, hva, pages)
+        if entries is None:
             return [(0, pages)]
-        flags = np.frombuffer(content, dtype=np.uint64) & (PRESENT | SWAPPED) != 0
+        flags = entries & (PRESENT | SWAPPED) != 0
         return [(int(first), int(last)) for first, last in runs_of(flags)]
 
 

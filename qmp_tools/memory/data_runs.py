@@ -8,14 +8,13 @@ is read in many pieces.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dmaproof.units import div_ceil
+from dmaproof.units import PAGE_BYTES, div_ceil
 
 
 def runs_of(flags: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -32,9 +31,9 @@ class DataRuns:
         """The last run that was found, in bytes."""
 
     def within(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """Yield the (start, end) runs between two bytes of the file, in whole pages.
+        """Yield the (start, end) runs between two bytes of the file, in whole pages of 4 KiB.
 
-        `begin` and `end` are multiples of the machine's page size.
+        `begin` and `end` are multiples of 4 KiB. A page that is partly a hole counts as data.
         """
         while begin < end:
             if not self._start <= begin < self._end and not self._find(begin):
@@ -53,7 +52,7 @@ class DataRuns:
             if error.errno != errno.ENXIO:
                 raise
             return False
-        self._start = data // mmap.PAGESIZE * mmap.PAGESIZE
+        self._start = data // PAGE_BYTES * PAGE_BYTES
         hole = os.lseek(self._fd, data, os.SEEK_HOLE)
-        self._end = div_ceil(hole, mmap.PAGESIZE) * mmap.PAGESIZE
+        self._end = div_ceil(hole, PAGE_BYTES) * PAGE_BYTES
         return True

@@ -10,7 +10,6 @@ pmemsave), one piece at a time, into a folder that only QEMU and this process ca
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import stat
 import tempfile
@@ -138,7 +137,7 @@ class GuestRam(PagedRam):
         if shared := self.shared_extent(region, offset):
             return absent_in_file(self._runs_of(shared.fd), shared.offset, pages)
         mappings = self.process.mappings if self.process else ()
-        address = self._address(region, offset, pages * mmap.PAGESIZE)
+        address = self._address(region, offset, pages * PAGE_BYTES)
         return absent_in_process(self.qemu.pid, mappings, address or 0, pages)
 
     async def _save(self, gpa: int, length: int) -> int:

@@ -170,8 +170,9 @@ class _Comparison:
             notes.append(
                 "dmaproof cannot determine from outside whether the undecided pages were lost or "
                 "given back: a page may be zero because the kernel filled in a huge page around "
-                "it, or unsent because the guest hinted that it is free. For a decision, repeat "
-                "the check with RAM in a memfd, without transparent huge pages, and with "
+                "it, or a page of a host whose pages are larger than 4 KiB, or unsent because the "
+                "guest hinted that it is free. For a decision, repeat the check on a host with "
+                "pages of 4 KiB, with RAM in a memfd, without transparent huge pages, and with "
                 "free-page-hint=off"
             )
         any_differ = any(len(area.differing) for area in self.areas)

@@ -9,10 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from qmp_tools.memory.absent_pages import absent_in_file, absent_in_process
+from qmp_tools.memory.absent_pages import (
+    PRESENT,
+    absent_in_file,
+    absent_in_process,
+    pagemap_entries,
+)
 from qmp_tools.memory.data_runs import DataRuns
 from qmp_tools.memory.process_memory import Mapping, mappings_of
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
+from support.host_pages import host_pages
 
 ME = os.getpid()
 
@@ -101,7 +107,7 @@ def test_it_is_uncertain_whether_the_zero_page_is_absent_if_ksm_merges_pages(
 def test_a_short_read_of_the_pagemap_decides_nothing(
     private: mmap.mmap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "pread", lambda *_: bytes(8))
+    monkeypatch.setattr(os, "pread", lambda *_: bytes(4))
     found = absent_in_process(ME, mappings_of(ME, "me"), address_of(private), 2)
     assert (found.absent.tolist(), found.certain) == ([False, False], False)
 
@@ -155,3 +161,37 @@ def test_data_outside_the_queried_pages_does_not_count() -> None:
         os.pwrite(fd, b"data", 5 * PAGE)
         assert absent_in_file(DataRuns(fd), 3 * PAGE, 2).absent.tolist() == [True, False]
         assert absent_in_file(DataRuns(fd), 4 * PAGE, 1).absent.tolist() == [False]
+
+
+HOST_PAGE = 16 * PAGE
+EXCLUSIVE = 1 << 56
+
+
+def test_pages_in_one_page_of_the_host_have_its_entry(tmp_path: Path) -> None:
+    (tmp_path / "pagemap").write_bytes(b"".join(n.to_bytes(8, "little") for n in range(8)))
+    with (tmp_path / "pagemap").open("rb") as file, host_pages(HOST_PAGE):
+        for first, pages in ((0, 16), (3, 2), (15, 2), (17, 40)):
+            entries = pagemap_entries(file.fileno(), first * PAGE, pages)
+            assert entries is not None
+            assert entries.tolist() == [page // 16 for page in range(first, first + pages)]
+        assert pagemap_entries(file.fileno(), 120 * PAGE, 8) is not None
+        assert pagemap_entries(file.fileno(), 120 * PAGE, 9) is None
+
+
+def test_in_larger_pages_of_the_host_it_is_uncertain_which_pages_were_discarded(
+    tmp_path: Path,
+) -> None:
+    mapping = Mapping(0, 4 * HOST_PAGE, False, 0, 0, "")
+    process = tmp_path / str(ME)
+    process.mkdir()
+    (process / "smaps").write_text(smaps(mapping.start, mapping.end, Rss=64) + FLAGS)
+    words = (0, int(PRESENT) | EXCLUSIVE, 0, 0)
+    (process / "pagemap").write_bytes(b"".join(word.to_bytes(8, "little") for word in words))
+    with host_pages(HOST_PAGE), ram_fd(4 * HOST_PAGE) as fd:
+        found = absent_in_process(ME, [mapping], 14 * PAGE, 20, proc=tmp_path, sysfs=tmp_path)
+        assert found.absent.tolist() == [True] * 2 + [False] * 16 + [True] * 2
+        assert not found.certain
+        os.pwrite(fd, bytes(HOST_PAGE), HOST_PAGE)
+        in_file = absent_in_file(DataRuns(fd), 14 * PAGE, 20)
+        assert in_file.absent.tolist() == found.absent.tolist()
+        assert not in_file.certain

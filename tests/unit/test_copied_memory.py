@@ -13,11 +13,12 @@ import pytest
 
 from dmaproof.errors import UntestableError
 from qmp_tools.host.process_status import has_thread, user_and_group
-from qmp_tools.memory.absent_pages import Absent
+from qmp_tools.memory.absent_pages import PRESENT, Absent
 from qmp_tools.memory.copied_memory import ProcessMemory, process_memory
 from qmp_tools.memory.pages import ProcessPages
 from qmp_tools.memory.process_memory import Mapping, mappings_of
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
+from support.host_pages import host_pages
 
 
 @pytest.fixture
@@ -56,6 +57,25 @@ def test_only_pages_with_content_are_read(private: mmap.mmap) -> None:
         pages = ProcessPages(memory, hva, 4, lambda: Absent(np.zeros(4, dtype=np.bool_)))
         assert pages.digests().any(axis=1).tolist() == [True, False, True, False]
         assert pages.content(2)[:5] == b"three"
+
+
+def test_runs_of_content_may_begin_and_end_in_a_page_of_the_host(
+    private: mmap.mmap, tmp_path: Path
+) -> None:
+    words = (0, int(PRESENT), int(PRESENT), 0)
+    (tmp_path / "pagemap").write_bytes(b"".join(word.to_bytes(8, "little") for word in words))
+    mappings = [Mapping(0, 64 * PAGE, False, 0, 0, "")]
+    with (tmp_path / "pagemap").open("rb") as file, host_pages(16 * PAGE):
+        memory = ProcessMemory("me", mappings, -1, file.fileno(), -1, private)
+        for first, pages, runs in (
+            (0, 64, [(16, 48)]),
+            (15, 2, [(1, 2)]),
+            (20, 3, [(0, 3)]),
+            (40, 20, [(0, 8)]),
+            (50, 5, []),
+        ):
+            found = memory.data_runs(first * PAGE, pages * PAGE)
+            assert list(found) == [(begin * PAGE, end * PAGE) for begin, end in runs]
 
 
 def test_all_pages_of_a_private_file_are_read() -> None:

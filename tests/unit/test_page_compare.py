@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from dmaproof.page_compare import Extent, differing_pages, page_digests
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
+from support.host_pages import SIZES, host_pages
 
 PAGES = 12
 CONTENTS = st.lists(st.sampled_from([None, 0, 1, 2]), min_size=PAGES, max_size=PAGES)
@@ -23,11 +25,20 @@ def fill(fd: int, offset: int, contents: list[int | None]) -> None:
             os.pwrite(fd, bytes([byte]) * PAGE, offset + page * PAGE)
 
 
-@given(CONTENTS, CONTENTS, st.integers(0, 3), st.integers(0, 3))
+@given(CONTENTS, CONTENTS, st.integers(0, 3), st.integers(0, 3), st.sampled_from(SIZES))
 def test_pages_with_different_bytes_differ(
-    left: list[int | None], right: list[int | None], left_start: int, right_start: int
+    left: list[int | None],
+    right: list[int | None],
+    left_start: int,
+    right_start: int,
+    host_page_bytes: int,
 ) -> None:
-    with ram_fd((PAGES + 8) * PAGE) as source, ram_fd((PAGES + 8) * PAGE) as destination:
+    """Single pages of 4 KiB, whatever the size of the host's pages."""
+    with (
+        ram_fd((PAGES + 8) * PAGE) as source,
+        ram_fd((PAGES + 8) * PAGE) as destination,
+        host_pages(host_page_bytes),
+    ):
         # Data before and after the extents must have no effect.
         fill(source, 0, [3] * left_start)
         fill(destination, (right_start + PAGES) * PAGE, [4])
@@ -63,7 +74,8 @@ def test_the_end_of_a_run_of_data_is_sought_once(hole_searches: list[int]) -> No
     length = 4 << 20
     with ram_fd(length) as source, ram_fd(length) as destination:
         os.pwrite(source, bytes(length), 0)
-        fill(destination, 0, [0, None] * 8)
+        for run in range(8):
+            os.pwrite(destination, bytes(PAGE), 2 * run * mmap.PAGESIZE)
         assert not differing_pages(Extent(source), Extent(destination), length).size
         assert hole_searches.count(source) == 1
         assert hole_searches.count(destination) == 8
@@ -79,11 +91,11 @@ def test_partial_pages_are_refused(offset: int, length: int, page_size: int) -> 
         differing_pages(Extent(fd, offset), Extent(fd), length, page_size)
 
 
-@given(CONTENTS, st.integers(0, 3), st.data())
+@given(CONTENTS, st.integers(0, 3), st.sampled_from(SIZES), st.data())
 def test_the_digest_of_a_page_changes_with_its_content(
-    contents: list[int | None], start: int, data: st.DataObject
+    contents: list[int | None], start: int, host_page_bytes: int, data: st.DataObject
 ) -> None:
-    with ram_fd((PAGES + 8) * PAGE) as fd:
+    with ram_fd((PAGES + 8) * PAGE) as fd, host_pages(host_page_bytes):
         extent = Extent(fd, start * PAGE)
         fill(fd, start * PAGE, contents)
         before = page_digests(extent, PAGES * PAGE, PAGE)

@@ -231,10 +231,16 @@ class LogWatch:
 
 def _pages_of(ram: RamFile, slot: Slot) -> NDArray[np.uint64]:
     """Map the slot's pages, as words that change when the guest or a device writes."""
+    skipped = slot.file_offset % mmap.PAGESIZE  # a mapping begins with a page of the host
     memory = mmap.mmap(
-        ram.fd, slot.length, mmap.MAP_SHARED, mmap.PROT_READ, offset=slot.file_offset
+        ram.fd,
+        skipped + slot.length,
+        mmap.MAP_SHARED,
+        mmap.PROT_READ,
+        offset=slot.file_offset - skipped,
     )
-    return np.frombuffer(memory, dtype=np.uint64).reshape(-1, LOG_PAGE_BYTES // 8)
+    words = np.frombuffer(memory, dtype=np.uint64, offset=skipped)
+    return words.reshape(-1, LOG_PAGE_BYTES // 8)
 
 
 def _bits(words: NDArray[np.uint64]) -> NDArray[np.int64]:

@@ -22,6 +22,7 @@ from qmp_tools.memory.ram import RamFile
 from qmp_tools.migration.log_watch import LogWatch, UsedRing, used_rings
 from qmp_tools.qemu.qmp import QmpRefusal
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
+from support.host_pages import host_pages
 
 PAGES = 4200
 LOG_BITS = 8 * PAGE
@@ -114,6 +115,22 @@ def test_no_more_than_64_bits_are_taken_in_all(guest: Guest) -> None:
     wait_for_two_passes(watch)
     assert early(watch) == [*range(40), *range(100, 124)]
     assert guest.marked() == [*range(124, 140)]
+
+
+def test_ram_may_begin_inside_a_page_of_the_host(guest: Guest) -> None:
+    """A slot of the guest's RAM begins at any page of its file."""
+    skipped = 3
+    guest.slot = guest.slot._replace(
+        gpa=guest.slot.gpa + skipped * PAGE,
+        length=guest.slot.length - skipped * PAGE,
+        file_offset=skipped * PAGE,
+    )
+    guest.write(skipped + 5)
+    with host_pages(16 * PAGE):
+        watch = guest.watch()
+    guest.mark([skipped + 5, skipped + 6])
+    wait_for_two_passes(watch)
+    assert early(watch) == [skipped + 6]
 
 
 def test_the_first_and_the_last_page_of_ram_are_watched(guest: Guest) -> None:

@@ -12,6 +12,7 @@ enum {
     BLOCK_PAGE = OWN_PAGES - 1,  // of a worker's own pages; unaligned data go to the pages before
     HOT_SET_SHARE = 16,
     LAST_EVERY = 16,
+    REGION_ALIGNMENT = 16,  // pages: 64 KiB, the largest page of a kernel
 };
 
 static const uint64_t DEVICE_MAGIC = 0x464F4F5250414D44;  // "DMAPROOF"
@@ -160,9 +161,19 @@ static uint64_t early_write_once(void) {
     return parameters.write_once - parameters.last;
 }
 
+static uint64_t region_after(uint64_t first, uint64_t pages) {
+    return (first + pages + REGION_ALIGNMENT - 1) / REGION_ALIGNMENT * REGION_ALIGNMENT;
+}
+
+static void lay_out_regions(void) {
+    first_hot = region_after(0, parameters.threads * OWN_PAGES);
+    first_write_once = region_after(first_hot, parameters.hot);
+    first_churn = region_after(first_write_once, parameters.write_once);
+}
+
 uint64_t buffer_pages(void) {
-    return parameters.threads * OWN_PAGES + parameters.hot + parameters.write_once +
-           parameters.churn;
+    lay_out_regions();
+    return first_churn + parameters.churn;
 }
 
 // A compressed migration of pages that compress well would end at once.
@@ -199,9 +210,7 @@ const char *prepare_workload(uint64_t disk_sectors) {
         return "threads, max_pages or hot is out of bounds";
     if (parameters.last > parameters.write_once)
         return "last is greater than write_once";
-    first_hot = parameters.threads * OWN_PAGES;
-    first_write_once = first_hot + parameters.hot;
-    first_churn = first_write_once + parameters.write_once;
+    lay_out_regions();
     states = allocate(first_churn * sizeof *states);
     write_once_order = allocate(parameters.write_once * sizeof *write_once_order);
     for (uint64_t index = 0; index < parameters.write_once; index++)

@@ -6,6 +6,9 @@
  *
  * A serial port is the line to dmaproof: the guest reads single bytes as commands, and writes lines
  * of key=value.
+ *
+ * The kernel's pages may have 4, 16 or 64 KiB. The workload's pages are those of the dirty log,
+ * PAGE_BYTES each.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -36,7 +39,6 @@
 enum {
     DEVICE_TIMEOUT_US = 10 * 1000 * 1000,
     MEMORY_TIMEOUT_US = 10 * 1000 * 1000,
-    HUGE_PAGE_BYTES = 2 << 20,
     LOOP_SECTORS = 1 << 24,
     LOOP_TIMEOUT_US = 100 * 1000,  // after that a frame is lost, which a migration may cause
     FRAME_DATA_BYTES = 1366,        // three frames for a page
@@ -46,6 +48,8 @@ enum {
 const uint32_t piece_alignment = SECTOR_BYTES;  // O_DIRECT requires it
 
 static int report_fd = -1, disk_fd = -1;
+static uint64_t kernel_page_bytes;
+static const char *report_tty;  // the serial port that is the line to dmaproof
 static const char *disk;        // the path of its node or file
 static const char *shared_tag;  // the tag of the virtiofs with the disk's file, or NULL
 static const char *loop;        // a network interface used instead of a disk, or NULL
@@ -101,10 +105,11 @@ uint64_t gpa_of(const void *address) {
     uint64_t entry = 0;
     if (pagemap < 0)
         pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-    off_t position = (uintptr_t)address / PAGE_BYTES * sizeof entry;
+    off_t position = (uintptr_t)address / kernel_page_bytes * sizeof entry;
     if (pread(pagemap, &entry, sizeof entry, position) != sizeof entry)
         return 0;
-    return (entry & ((1ULL << 55) - 1)) * PAGE_BYTES + (uintptr_t)address % PAGE_BYTES;
+    uint64_t frame = entry & ((1ULL << 55) - 1);
+    return frame * kernel_page_bytes + (uintptr_t)address % kernel_page_bytes;
 }
 
 // The memory is populated at once, so it is not in memory that is plugged later.
@@ -115,15 +120,17 @@ void *allocate(size_t bytes) {
     return memory;
 }
 
-// When Linux compacts memory, it moves ordinary pages, even locked ones, but not huge pages.
+// Linux moves locked pages only when it compacts memory, which this setting prevents, or when it
+// allocates from a CMA area or unplugs memory, which the kernel's command line and the workload do
+// not ask for. A kernel without compaction has no such setting.
 uint8_t *allocate_unmoving(size_t bytes) {
-    FILE *reserve = fopen("/proc/sys/vm/nr_hugepages", "w");
-    if (!reserve)
-        return NULL;
-    fprintf(reserve, "%zu", (bytes + HUGE_PAGE_BYTES - 1) / HUGE_PAGE_BYTES);
-    fclose(reserve);
+    FILE *setting = fopen("/proc/sys/vm/compact_unevictable_allowed", "w");
+    if (setting) {
+        fputs("0", setting);
+        fclose(setting);
+    }
     void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | MAP_POPULATE, -1, 0);
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE | MAP_LOCKED, -1, 0);
     return memory == MAP_FAILED ? NULL : memory;
 }
 
@@ -151,7 +158,8 @@ static uint64_t end_of_ram(void) {
     return end;
 }
 
-// Map pages again; return the number of pages that are in plugged memory afterwards.
+// Map pages again; return the number of pages that are in plugged memory afterwards. The pages
+// before `first` and after the last one are in other pages of the kernel.
 static uint64_t remap(uint64_t first, uint64_t count) {
     uint64_t moved = 0;
     if (mmap(page_at(first), count * PAGE_BYTES, PROT_READ | PROT_WRITE,
@@ -319,19 +327,11 @@ static void start_thread(void *(*body)(void *), uintptr_t number) {
 
 // Setting up -------------------------------------------------------------------------------------
 
-// The value of the option "report=", or NULL.
-static const char *report_tty(int count, char **arguments) {
-    for (int index = 1; index < count; index++)
-        if (strncmp(arguments[index], "report=", 7) == 0)
-            return arguments[index] + 7;
-    return NULL;
-}
-
-static void open_report(const char *tty) {
+static void open_report(void) {
     struct termios settings;
-    report_fd = tty ? open(tty, O_RDWR | O_NOCTTY | O_CLOEXEC) : -1;
+    report_fd = report_tty ? open(report_tty, O_RDWR | O_NOCTTY | O_CLOEXEC) : -1;
     if (report_fd < 0 || tcgetattr(report_fd, &settings) < 0)
-        give_up("open the line to dmaproof", tty ? tty : "report=");
+        give_up("open the line to dmaproof", report_tty ? report_tty : "report=");
     cfmakeraw(&settings);
     cfsetspeed(&settings, B115200);
     settings.c_cflag |= CLOCAL;
@@ -370,11 +370,13 @@ static uint64_t open_disk(void) {
 }
 
 static void map_buffer(void) {
-    uint64_t pages = buffer_pages(), available = (uint64_t)sysconf(_SC_AVPHYS_PAGES);
-    if (pages > available / 8 * 7) {
+    uint64_t pages = buffer_pages();
+    uint64_t free_bytes = (uint64_t)sysconf(_SC_AVPHYS_PAGES) * kernel_page_bytes;
+    uint64_t available = free_bytes / 8 * 7 / PAGE_BYTES;
+    if (pages > available) {
         report("fatal message=\"the workload needs %lu pages, but only %lu are free; give the "
                "guest more memory\"",
-               pages, available / 8 * 7);
+               pages, available);
         power_off();
     }
     buffer = mmap(NULL, pages * PAGE_BYTES, PROT_READ | PROT_WRITE,
@@ -392,22 +394,32 @@ static void report_status(void) {
                atomic_load(&frames_received));
 }
 
+static bool read_option(const char *argument) {
+    static const struct {
+        const char *name, **value;
+    } options[] = {
+        {"report=", &report_tty}, {"disk=", &disk}, {"shared=", &shared_tag},
+        {"loop=", &loop},         {"packets=", &packets_interface},
+    };
+    for (size_t known = 0; known < sizeof options / sizeof *options; known++) {
+        size_t length = strlen(options[known].name);
+        if (strncmp(argument, options[known].name, length) == 0) {
+            *options[known].value = argument + length;
+            return true;
+        }
+    }
+    return false;
+}
+
 // Read the options after "--" on the kernel's command line. The kernel also passes options that it
 // does not know: those with a "=" in init's environment, the others among the arguments.
 static void read_parameters(int count, char **arguments) {
+    for (int index = 1; index < count; index++)
+        read_option(arguments[index]);
+    open_report();  // from here on, dmaproof reads what is wrong
     for (int index = 1; index < count; index++) {
         const char *argument = arguments[index];
-        if (strncmp(argument, "disk=", 5) == 0) {
-            disk = argument + 5;
-        } else if (strncmp(argument, "shared=", 7) == 0) {
-            shared_tag = argument + 7;
-        } else if (strncmp(argument, "report=", 7) == 0) {
-            continue;  // read by report_tty
-        } else if (strncmp(argument, "loop=", 5) == 0) {
-            loop = argument + 5;
-        } else if (strncmp(argument, "packets=", 8) == 0) {
-            packets_interface = argument + 8;
-        } else if (strchr(argument, '=') && !read_parameter(argument)) {
+        if (strchr(argument, '=') && !read_option(argument) && !read_parameter(argument)) {
             errno = EINVAL;
             give_up("use the parameter", argument);
         }
@@ -419,7 +431,7 @@ int main(int count, char **arguments) {
     mkdir("/proc", 0755);
     mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
     mount("proc", "/proc", "proc", 0, NULL);
-    open_report(report_tty(count, arguments));
+    kernel_page_bytes = (uint64_t)sysconf(_SC_PAGESIZE);
     read_parameters(count, arguments);
     load_modules();
     if (loop)

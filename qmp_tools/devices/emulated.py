@@ -15,10 +15,11 @@ from dmaproof.evidence import Evidence
 from dmaproof.vhost_user.features import F_ACCESS_PLATFORM, F_RING_PACKED
 
 from ..guest.linux import Driver
+from ..guest.workload import Workload
 from ..host.process import Process
 from ..qemu.machine import DESTINATION, SOURCE, option_value
 from ..qemu.pci_express import behind_iommu, device_port
-from .device import AttachedDevice, DeviceFacts, ProofDevice
+from .device import AttachedDevice, DeviceFacts, ProofDevice, on_network
 from .process import Device, DeviceOptions
 
 RINGS: Final = ("split", "packed")
@@ -56,7 +57,10 @@ class EmulatedDevice(ProofDevice):
 
     @property
     def direct(self) -> bool:
-        return self.has_workload
+        return self.has_workload and not self._type.is_network
+
+    def adapt(self, workload: Workload) -> Workload:
+        return on_network(workload) if self._type.is_network else workload
 
     def __post_init__(self) -> None:
         if self.killed and not self._type.restartable:

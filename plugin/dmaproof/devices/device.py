@@ -48,6 +48,8 @@ class VirtioDevice(ABC):
     """Whether QEMU keeps the requests in flight, so that the device process can be replaced."""
     has_workload: ClassVar[bool] = False
     """Whether the guests' workload runs on the device; otherwise a proof adds one that has it."""
+    is_network: ClassVar[bool] = False
+    """Whether the workload runs over a network, whose frames the guest's kernel copies."""
     features: int = 0
     """Feature bits of the device type; the back end adds transport and vhost bits."""
     queues: int = 1

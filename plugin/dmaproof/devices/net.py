@@ -22,17 +22,32 @@ from ..virtqueue import DescriptorChain
 from .device import VirtioDevice
 from .segments import gather, scatter, take
 
-_HEADER: Final = struct.Struct("<BBHHHHH")
+HEADER: Final = struct.Struct("<BBHHHHH")
 """struct virtio_net_hdr with num_buffers, which it has under VIRTIO_F_VERSION_1."""
+PLAIN_HEADER: Final = HEADER.pack(0, 0, 0, 0, 0, 0, 1)
+"""The header of a frame in one buffer, without checksums or segments."""
 ETHERTYPE: Final = 0x88B5
 """The IEEE 802 EtherType for local experiments."""
 _ETHERNET: Final = struct.Struct("!6s6sH")
 _BROADCAST, _SENDER = b"\xff" * 6, b"\x02dmapr"
 PAYLOAD_BYTES: Final = 1496
 """As many whole words of a stamp as fit into a frame of the usual size."""
-_RECEIVE: Final = 0
+RECEIVE: Final = 0
 """The queue of packets for the guest; the other queue has the packets that the guest sends."""
 _MOST_AT_A_TIME: Final = 1 << 10
+
+
+def network_card(chardev: str, properties: Sequence[str]) -> list[str]:
+    """Return QEMU's arguments for one pair of queues, on PCI always without interrupt vectors.
+
+    With vectors, QEMU 7.2 under TCG dies of SIGSEGV when the guest's driver unmasks one: it calls
+    kvm_virtio_pci_irqfd_use without KVM.
+    """
+    device = (f"virtio-net-pci,netdev=net-{chardev}", "vectors=0", "romfile=")
+    return [
+        *("-netdev", f"vhost-user,id=net-{chardev},chardev={chardev}"),
+        *("-device", ",".join((*device, *properties))),
+    ]
 
 
 class Net(VirtioDevice):
@@ -50,26 +65,17 @@ class Net(VirtioDevice):
 
     @staticmethod
     def qemu_arguments(chardev: str, queues: int, properties: Sequence[str]) -> list[str]:
-        """Return arguments for one pair of queues, always without interrupt vectors.
-
-        With vectors, QEMU 7.2 under TCG dies of SIGSEGV when the guest's driver unmasks one: it
-        calls kvm_virtio_pci_irqfd_use without KVM.
-        """
-        device = (f"virtio-net-pci,netdev=net-{chardev}", "vectors=0", "romfile=")
-        return [
-            *("-netdev", f"vhost-user,id=net-{chardev},chardev={chardev}"),
-            *("-device", ",".join((*device, *properties))),
-        ]
+        return network_card(chardev, properties)
 
     def is_ready(self, queue: int) -> bool:
         """Return False for the receive queue while no packets are asked for."""
-        return queue != _RECEIVE or self._asked_for > 0
+        return queue != RECEIVE or self._asked_for > 0
 
     def process(self, chain: DescriptorChain, dma: Dma) -> int:
         self.begin_request(dma)
-        if dma.journal.queue == _RECEIVE:
+        if dma.journal.queue == RECEIVE:
             return self._receive(chain, dma)
-        frame = gather(take(chain.readable, _HEADER.size, _ETHERNET.size + 4), dma)
+        frame = gather(take(chain.readable, HEADER.size, _ETHERNET.size + 4), dma)
         if len(frame) == _ETHERNET.size + 4 and _ETHERNET.unpack_from(frame)[2] == ETHERTYPE:
             (count,) = struct.unpack_from("<I", frame, _ETHERNET.size)
             self._asked_for = min(self._asked_for + count, _MOST_AT_A_TIME)
@@ -78,7 +84,7 @@ class Net(VirtioDevice):
     def _receive(self, chain: DescriptorChain, dma: Dma) -> int:
         self._asked_for -= 1
         packet = (
-            _HEADER.pack(0, 0, 0, 0, 0, 0, 1)
+            PLAIN_HEADER
             + _ETHERNET.pack(_BROADCAST, _SENDER, ETHERTYPE)
             + stamped_page(0, self.requests)[:PAYLOAD_BYTES]
         )

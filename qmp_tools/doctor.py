@@ -7,7 +7,6 @@ memfd. `examine` judges facts of any machine, so the tests can try all cases on 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import grp
 import os
 import re
@@ -22,14 +21,15 @@ from typing import Final
 
 from packaging.requirements import Requirement
 
-from dmaproof.errors import UntestableError
+from dmaproof.errors import DmaproofError, UntestableError
 
 from .arch import host_architecture
 from .arch.architecture import Architecture
 from .guest import bare as bare_guest
 from .guest import compression
 from .guest import linux as linux_guest
-from .guest.build import cache, compile_c
+from .guest.build import compile_c
+from .guest.kernels import kernel_source
 from .host import archive, distribution
 from .host.distribution import Distribution, Need
 from .host.finding import Finding, State
@@ -346,16 +346,13 @@ def _look_for_compiler(architecture: Architecture) -> str | None:
 
 
 def _look_for_kernel(architecture: Architecture) -> tuple[str | None, str | None, bool]:
-    # If the cache cannot be read, it holds no kernel; the cache is a finding of its own.
-    with contextlib.suppress(OSError, UntestableError):
-        if linux_guest.kernel_folder(architecture).is_dir():
-            return f"in {cache()}", None, True
-    package = next(iter(architecture.kernels.values())).name
     try:
-        archive.dependencies(package)
-    except UntestableError:
-        return None, f"apt does not know Debian's package {package}", False
-    return "apt has it; fetched with the first proof", None, False
+        source = kernel_source(architecture)
+    except DmaproofError as error:
+        return None, str(error), False
+    if source.is_fetched:
+        return source.text, None, True
+    return f"{source.text}, fetched with the first proof", None, False
 
 
 def _look_for_archive() -> str | None:

@@ -27,11 +27,10 @@ static _Noreturn void give_up(const char *what) {
 
 static void load_modules(void) {
     FILE *order = fopen("/modules/order", "r");
-    char name[256], path[300];
+    char path[256];
     if (order == NULL)
         give_up("/modules/order");
-    while (fscanf(order, "%255s", name) == 1) {
-        snprintf(path, sizeof path, "/modules/%s", name);
+    while (fscanf(order, "%255s", path) == 1) {
         int file = open(path, O_RDONLY | O_CLOEXEC);
         if (file < 0 || syscall(SYS_finit_module, file, "", 0) != 0)
             give_up(path);

@@ -20,7 +20,7 @@ from typing import Final
 
 from dmaproof.errors import UsageError, WaitTimeoutError
 
-from ..guest.linux import VIRTIO_BLK, VIRTIO_NET, VIRTIOFS, Driver
+from ..guest.drivers import VIRTIO_BLK, VIRTIO_NET, VIRTIOFS, Driver
 from ..guest.workload import Workload
 from ..host.process import Process, ProcessDiedError
 from ..host.timeout import wait_until

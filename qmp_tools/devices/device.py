@@ -33,7 +33,7 @@ from pathlib import Path
 from dmaproof.errors import UntestableError
 from dmaproof.evidence import Evidence
 
-from ..guest.linux import Driver
+from ..guest.drivers import Driver
 from ..guest.workload import Workload
 from ..host.process import Process
 

@@ -14,7 +14,7 @@ from dmaproof.errors import UntestableError, UsageError
 from dmaproof.evidence import Evidence
 from dmaproof.vhost_user.features import F_ACCESS_PLATFORM, F_RING_PACKED
 
-from ..guest.linux import Driver
+from ..guest.drivers import Driver
 from ..guest.workload import Workload
 from ..host.process import Process
 from ..qemu.machine import DESTINATION, SOURCE, option_value

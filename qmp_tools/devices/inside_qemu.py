@@ -15,7 +15,7 @@ from typing import Final
 
 from dmaproof.errors import UsageError
 
-from ..guest import linux
+from ..guest import drivers
 from ..guest.workload import Workload
 from ..qemu.machine import option_value
 from .device import AttachedDevice, DeviceFacts, ProofDevice, on_image, on_network
@@ -27,34 +27,34 @@ class _Kind:
     """A device of QEMU: `devices` are the values of ``-device``; the first device does the DMA."""
 
     devices: Sequence[str]
-    driver: linux.Driver
+    driver: drivers.Driver
     guests: Collection[str] = ("linux",)
     network: bool = False
 
 
-def _scsi(adapter: str, driver: linux.Driver) -> _Kind:
+def _scsi(adapter: str, driver: drivers.Driver) -> _Kind:
     return _Kind((f"{adapter},id=adapter", "scsi-hd,drive=disk,bus=adapter.0"), driver)
 
 
-def _network(name: str, driver: linux.Driver) -> _Kind:
+def _network(name: str, driver: drivers.Driver) -> _Kind:
     return _Kind((f"{name},netdev=net",), driver, network=True)
 
 
 KINDS: Final = {
     "virtio-blk-pci": _Kind(
-        ("virtio-blk-pci,drive=disk,num-queues={queues}",), linux.VIRTIO_BLK, ("bare", "linux")
+        ("virtio-blk-pci,drive=disk,num-queues={queues}",), drivers.VIRTIO_BLK, ("bare", "linux")
     ),
-    "virtio-scsi-pci": _scsi("virtio-scsi-pci,num_queues={queues}", linux.VIRTIO_SCSI),
-    "nvme": _Kind(("nvme,drive=disk,serial=dmaproof,max_ioqpairs={queues}",), linux.NVME),
-    "ahci": _Kind(("ahci,id=adapter", "ide-hd,drive=disk,bus=adapter.0"), linux.AHCI),
-    "lsi53c895a": _scsi("lsi53c895a", linux.LSI),
-    "megasas": _scsi("megasas", linux.MEGASAS),
-    "pvscsi": _scsi("pvscsi", linux.PVSCSI),
-    "virtio-net-pci": _network("virtio-net-pci", linux.VIRTIO_NET),
-    "e1000": _network("e1000", linux.E1000),
-    "e1000e": _network("e1000e", linux.E1000E),
-    "igb": _network("igb", linux.IGB),
-    "vmxnet3": _network("vmxnet3", linux.VMXNET3),
+    "virtio-scsi-pci": _scsi("virtio-scsi-pci,num_queues={queues}", drivers.VIRTIO_SCSI),
+    "nvme": _Kind(("nvme,drive=disk,serial=dmaproof,max_ioqpairs={queues}",), drivers.NVME),
+    "ahci": _Kind(("ahci,id=adapter", "ide-hd,drive=disk,bus=adapter.0"), drivers.AHCI),
+    "lsi53c895a": _scsi("lsi53c895a", drivers.LSI),
+    "megasas": _scsi("megasas", drivers.MEGASAS),
+    "pvscsi": _scsi("pvscsi", drivers.PVSCSI),
+    "virtio-net-pci": _network("virtio-net-pci", drivers.VIRTIO_NET),
+    "e1000": _network("e1000", drivers.E1000),
+    "e1000e": _network("e1000e", drivers.E1000E),
+    "igb": _network("igb", drivers.IGB),
+    "vmxnet3": _network("vmxnet3", drivers.VMXNET3),
 }
 """The devices by QEMU's names."""
 
@@ -88,7 +88,7 @@ class InsideQemu(ProofDevice):
         return KINDS[self.name].guests
 
     @property
-    def driver(self) -> linux.Driver:
+    def driver(self) -> drivers.Driver:
         return KINDS[self.name].driver
 
     @property

@@ -36,6 +36,8 @@ MIGRATION_OPTIONS: Final = frozenset(
 PROOF_OPTIONS: Final = frozenset({"device", "workload", "seed", "requests_after"})
 COMMON_OPTIONS: Final = QEMU_OPTIONS | MIGRATION_OPTIONS | PROOF_OPTIONS
 """The options of a proof that apply to any device, for `DeviceKind.accepts`."""
+GUEST_OPTIONS: Final = frozenset({"guest", "kernel", "modules"})
+"""The options of a proof that apply to devices that dmaproof's guests drive."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ class EmulatedKind(DeviceKind):
 
     name = "emulated"
     accepts = COMMON_OPTIONS | {
-        *("guest", "iommu", "queues", "ring", "tracker", "harvest", "fault"),
+        *GUEST_OPTIONS,
+        *("iommu", "queues", "ring", "tracker", "harvest", "fault"),
         *("destination_lacks", "kill_device"),
     }
     several = True
@@ -149,7 +152,7 @@ class InsideQemuKind(DeviceKind):
     """Devices that QEMU itself emulates."""
 
     name = "inside-qemu"
-    accepts = COMMON_OPTIONS | {"guest", "queues", "settle"}
+    accepts = COMMON_OPTIONS | GUEST_OPTIONS | {"queues", "settle"}
     prefix: ClassVar = "qemu:"
 
     def names(self) -> Sequence[str]:
@@ -175,7 +178,7 @@ class ThirdPartyKind(DeviceKind):
     """Devices that a vhost-user back end serves, which ``--device-command`` starts."""
 
     name = "third-party"
-    accepts = COMMON_OPTIONS | {"guest", "queues", "settle", "device_command"}
+    accepts = COMMON_OPTIONS | GUEST_OPTIONS | {"queues", "settle", "device_command"}
 
     def names(self) -> Sequence[str]:
         """Return the devices that a back end can serve."""

@@ -34,7 +34,8 @@ class Guest:
 
     `options` precede the workload on the guest's command line. `version` changes with the guest's
     sources. The default workload fits into `memory_bytes` of RAM. If the guest's first request
-    under KVM takes longer than `kvm_timeout_s`, KVM is not worth using.
+    under KVM takes longer than `kvm_timeout_s`, KVM is not worth using. `linux` has the release and
+    the origin of dmaproof's Linux guest's kernel, for reports.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Guest:
     options: str
     memory_bytes: int
     kvm_timeout_s: float
+    linux: str | None = None
 
     def command_line(self, workload: Workload) -> str:
         """Return the guest's kernel command line for `workload`."""

@@ -8,9 +8,12 @@ from typing import Final
 from ..arch.architecture import Architecture
 from .bare import bare_guest
 from .build import Guest
-from .linux import Driver, linux_guest
+from .drivers import Driver
+from .kernels import KernelFiles
+from .linux import linux_guest
 
-GUESTS: Final[dict[str, Callable[[Driver, Architecture], Guest]]] = {
-    "bare": lambda driver, architecture: bare_guest(architecture),  # it drives virtio disks only
+GUESTS: Final[dict[str, Callable[[Driver, Architecture, KernelFiles | None], Guest]]] = {
+    # It drives virtio disks only, and has no kernel.
+    "bare": lambda driver, architecture, files: bare_guest(architecture),
     "linux": linux_guest,
 }

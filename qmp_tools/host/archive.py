@@ -2,12 +2,13 @@
 
 apt fetches the packages and checks their signatures. It runs with its own state, cache and sources,
 so it neither reads nor changes the system's package state. The archive's address and keys are those
-of the machine's own apt.
+of the machine's own apt. A package of another architecture comes from the same archive.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -19,7 +20,8 @@ from typing import Final
 from dmaproof.errors import UntestableError
 
 _TIMEOUT_S: Final = 900.0
-_KEYRING: Final = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+DEBIAN: Final = "Debian"
+"""The origin of Debian's archive, in which every architecture and release is at one address."""
 _SECURITY_LABEL: Final = "Debian-Security"
 _POCKETS: Final = ("-updates", "-backports", "-security")
 
@@ -29,6 +31,9 @@ class _Repository:
     label: str
     uri: str
     codename: str
+    origin: str
+    release: str
+    architecture: str
 
 
 def _run(command: Sequence[str], what: str, folder: Path | None = None) -> str:
@@ -63,56 +68,133 @@ def _run(command: Sequence[str], what: str, folder: Path | None = None) -> str:
     return done.stdout
 
 
-def _repositories() -> list[_Repository]:
-    """Return the Debian repositories in the configuration of the machine's apt.
-
-    Raises:
-        UntestableError: none was found: apt has no package lists, or this is another distribution.
-    """
+def _all_repositories() -> list[_Repository]:
+    fields = ("LABEL", "REPO_URI", "CODENAME", "ORIGIN", "RELEASE", "ARCHITECTURE")
     listing = _run(
         [
-            "apt-get",
-            "indextargets",
-            "--format",
-            "$(ORIGIN)\t$(LABEL)\t$(REPO_URI)\t$(CODENAME)",
-            "Created-By: Packages",
+            *("apt-get", "indextargets", "--format"),
+            *("\t".join(f"$({name})" for name in fields), "Created-By: Packages"),
         ],
         "looking up the machine's package sources",
     )
     rows = {tuple(line.split("\t")) for line in listing.splitlines()}
-    found = sorted(_Repository(*row[1:]) for row in rows if len(row) == 4 and row[0] == "Debian")
+    return sorted(_Repository(*row) for row in rows if len(row) == len(fields))
+
+
+def _repositories(origin: str) -> list[_Repository]:
+    """Return the repositories of `origin` in the configuration of the machine's apt.
+
+    Raises:
+        UntestableError: none was found: apt has no package lists, or this is another distribution.
+    """
+    found = [repository for repository in _all_repositories() if repository.origin == origin]
     if not found:
         raise UntestableError(
-            "apt knows no Debian archive: on Debian, run 'apt-get update' once as root; on another "
-            "distribution, use a Debian container"
+            f"apt knows no {origin} archive: on {origin}, run 'apt-get update' once as root; on "
+            f"another distribution, use a {origin} container"
         )
     return found
 
 
-def own_codename() -> str:
+@dataclass(frozen=True)
+class OwnRelease:
+    """The machine's distribution and its release, from os-release(5).
+
+    `ids` has the name of the distribution ('ubuntu') and of those from which it derives.
+    """
+
+    name: str
+    ids: Sequence[str]
+    codename: str
+
+    @property
+    def is_ubuntu(self) -> bool:
+        """Whether its packages are Ubuntu's."""
+        return "ubuntu" in self.ids
+
+
+def own_release() -> OwnRelease:
+    """Return the machine's release."""
+    try:
+        fields = platform.freedesktop_os_release()
+    except OSError:  # a container without the file
+        fields = {}
+    ids = [fields.get("ID", "linux"), *fields.get("ID_LIKE", "").split()]
+    return OwnRelease(
+        fields.get("NAME", "this distribution"), ids, fields.get("VERSION_CODENAME", "")
+    )
+
+
+def own_origin() -> str:
+    """Return the origin of the archive of the machine's distribution, such as 'Debian' or 'Ubuntu'.
+
+    A derived distribution may use the archive of the one from which it derives.
+
+    Raises:
+        UntestableError: apt has no package lists of such an archive.
+    """
+    release = own_release()
+    origins = {repository.origin.lower(): repository.origin for repository in _all_repositories()}
+    for name in (*release.ids, DEBIAN.lower()):
+        if name in origins:
+            return origins[name]
+    raise UntestableError(
+        f"apt has no package lists of the archive of {release.name}: run 'apt-get update' once as "
+        "root"
+    )
+
+
+def own_codename(origin: str = DEBIAN) -> str:
     """Return the codename of the machine's own release, such as 'bookworm'."""
-    main = next((found for found in _repositories() if found.label != _SECURITY_LABEL), None)
+    repositories = _repositories(origin)
+    main = next((found for found in repositories if found.label != _SECURITY_LABEL), None)
     if main is None:
         raise UntestableError(
-            "apt's sources have no main Debian archive; add it, and run 'apt-get update'"
+            f"apt's sources have no main {origin} archive; add it, and run 'apt-get update'"
         )
-    return re.sub("|".join(_POCKETS), "", main.codename)
+    return _without_pocket(main.codename)
 
 
-def sources_list(suite: str) -> str:
-    """Return the lines of a sources.list for `suite` and the release that it extends."""
-    release = re.sub("|".join(_POCKETS), "", suite)
-    lines = []
+def _without_pocket(suite: str) -> str:
+    return re.sub("|".join(_POCKETS), "", suite)
+
+
+def sources_list(
+    suite: str,
+    origin: str = DEBIAN,
+    architecture: str | None = None,
+    *,
+    pockets: bool = True,
+) -> str:
+    """Return the lines of a sources.list for `suite` and the release that it extends.
+
+    Args:
+        suite: the suite of the archive, such as 'trixie-backports'.
+        origin: the archive's origin. Only Debian's archive has suites that apt does not list.
+        architecture: Debian's name of the packages' architecture; None is the machine's.
+        pockets: whether to include the updates of the release, which no suite needs to be whole.
+    """
+    repositories = _repositories(origin)
+    release = _without_pocket(suite)
+    keyring = Path(f"/usr/share/keyrings/{origin.lower()}-archive-keyring.gpg")
     # Without the keyring's package, apt uses the keys that the machine trusts.
-    keys = f"[signed-by={_KEYRING}] " if _KEYRING.exists() else ""
-    for label in ("Debian", _SECURITY_LABEL):
-        repository = next((found for found in _repositories() if found.label == label), None)
-        if repository is None:
+    keys = f"[signed-by={keyring}] " if keyring.exists() else ""
+    if origin != DEBIAN:
+        known = [each for each in repositories if _without_pocket(each.release) == release]
+        own = [each for each in known if each.architecture == architecture]
+        pairs = sorted(
+            {(each.uri, each.release) for each in own or known if pockets or each.release == suite}
+        )
+        return "".join(f"deb {keys}{uri} {name} main\n" for uri, name in pairs)
+    lines = []
+    for label in (DEBIAN, _SECURITY_LABEL):
+        repository = next((found for found in repositories if found.label == label), None)
+        if repository is None or (label == _SECURITY_LABEL and not pockets):
             continue
         if label == _SECURITY_LABEL:
             suites = [f"{release}-security"]
         else:
-            suites = [release, f"{release}-updates"]
+            suites = [release, f"{release}-updates"] if pockets else [release]
             suites += [suite] if suite not in suites else []
         lines += [f"deb {keys}{repository.uri} {name} main" for name in suites]
     return "\n".join(lines) + "\n"
@@ -122,20 +204,31 @@ class Archive:
     """apt for `suite` (such as 'trixie-backports') with all its state in `folder`.
 
     `architecture` is Debian's name of that of the packages, such as 'arm64'; None is that of this
-    machine.
+    machine. `origin` and `pockets` are as for `sources_list`.
 
     Raises:
         UntestableError: apt is not installed, the archive cannot be reached, or it has no `suite`.
     """
 
-    def __init__(self, suite: str, folder: Path, architecture: str | None = None) -> None:
+    def __init__(
+        self,
+        suite: str,
+        folder: Path,
+        architecture: str | None = None,
+        *,
+        origin: str = DEBIAN,
+        pockets: bool = True,
+    ) -> None:
         self.suite = suite
+        self._origin = origin
         self._architecture = architecture
         self._folder = folder.absolute()
         for name in ("lists/partial", "archives/partial"):
             (self._folder / name).mkdir(parents=True, exist_ok=True)
         (self._folder / "status").touch()
-        (self._folder / "sources.list").write_text(sources_list(suite))
+        (self._folder / "sources.list").write_text(
+            sources_list(suite, origin, architecture, pockets=pockets)
+        )
         self._apt("apt-get", "update", what=f"fetching the package lists of {suite}")
 
     def _apt(self, program: str, *arguments: str, what: str, folder: Path | None = None) -> str:
@@ -170,7 +263,10 @@ class Archive:
         """Return the version of `package` that apt would install from the suite."""
         version = self._candidate(package)
         if version is None:
-            raise UntestableError(f"Debian's suite {self.suite} has no package {package}")
+            raise UntestableError(
+                f"{self._origin}'s suite {self.suite} has no package {package}"
+                + (f" for {self._architecture}" if self._architecture else "")
+            )
         return version
 
     def _candidate(self, package: str) -> str | None:
@@ -186,7 +282,8 @@ class Archive:
         """
         self.version(package)
         what = f"asking apt about {package}"
-        return _depends(self._apt("apt-cache", "depends", package, what=what))
+        listing = self._apt("apt-cache", "-t", self.suite, "depends", package, what=what)
+        return _depends(listing)
 
     def fetch(self, package: str) -> Path:
         """Download `package`, without its dependencies.
@@ -231,9 +328,8 @@ def dependencies(package: str) -> list[str]:
     """Return the names of the packages that `package` of the machine's own release depends on.
 
     Raises:
-        UntestableError: apt knows no Debian archive, or no such package.
+        UntestableError: apt is not installed, or knows no such package.
     """
-    _repositories()
     return _depends(_run(["apt-cache", "depends", package], f"asking apt about {package}"))
 
 

@@ -33,6 +33,12 @@ class Setup:
     guest: str
     workload: Workload
     device: ProofDevice
+    guest_kernel: str | None = None
+
+    @property
+    def guest_text(self) -> str:
+        """The guest's name, and its kernel's version and origin if the guest has one."""
+        return f"{self.guest} {self.guest_kernel or ''}".rstrip()
 
     @property
     def seed(self) -> int:

@@ -258,15 +258,27 @@ class ProofOptions:
     ] = ""
     kernel: Annotated[
         AnyPath | None,
-        Option("guest", "kernel of a guest of your own, for vfio:… (default: none)", "FILE", _path),
+        Option(
+            "guest",
+            "kernel of --guest linux, or of a guest of your own for vfio:…",
+            "FILE",
+            _path,
+        ),
+    ] = None
+    modules: Annotated[
+        AnyPath | None,
+        Option(
+            "guest",
+            "modules of that kernel (default: beside FILE)",
+            "DIR",
+            _path,
+        ),
     ] = None
     initrd: Annotated[
         AnyPath | None,
-        Option("guest", "initramfs of that kernel (default: none)", "FILE", _path),
+        Option("guest", "initramfs for vfio:… (default: none)", "FILE", _path),
     ] = None
-    append: Annotated[
-        str, Option("guest", "command line of that kernel (default: empty)", "TEXT")
-    ] = ""
+    append: Annotated[str, Option("guest", "command line for vfio:… (default: empty)", "TEXT")] = ""
     scenario: Annotated[
         str,
         Option("migration", "how the guest migrates", "NAME", choices=known_scenarios),
@@ -292,7 +304,7 @@ class ProofOptions:
         float,
         Option(
             "migration",
-            "longest single wait, such as for the end of the migration",
+            "longest single wait",
             "SECONDS",
             bound,
         ),

@@ -23,7 +23,8 @@ from ..devices.registry import DeviceKind, DeviceRequest, kind_of
 from ..guest.bare import bare_guest
 from ..guest.build import Guest
 from ..guest.choice import GUESTS
-from ..guest.linux import Driver
+from ..guest.drivers import Driver
+from ..guest.kernels import KernelFiles
 from ..guest.own import MEMORY_BYTES as OWN_GUEST_MEMORY_BYTES
 from ..guest.own import OWN_GUEST, own_guest
 from ..guest.workload import parse_workload
@@ -123,6 +124,7 @@ async def resolve(options: ProofOptions) -> Setup:
         guest=guest.name,
         workload=workload,
         device=device,
+        guest_kernel=guest.linux,
     )
 
 
@@ -270,10 +272,27 @@ def _driver_of(device: ProofDevice, scenario: Scenario, architecture: Architectu
     return replace(device.driver, modules=(*device.driver.modules, *module.linux_modules))
 
 
+def _kernel_files(options: ProofOptions) -> KernelFiles | None:
+    """Return the files of the kernel that the options name.
+
+    Raises:
+        UsageError: the guest has no kernel, or only the folder of the modules was given.
+    """
+    flag = "--kernel" if options.kernel is not None else "--modules"
+    if options.kernel is None and options.modules is None:
+        return None
+    if options.guest != "linux":
+        raise UsageError(f"{flag}: the guest {options.guest} has no kernel; use --guest linux")
+    if options.kernel is None:
+        raise UsageError("--modules needs --kernel FILE, the kernel to which the modules belong")
+    modules = None if options.modules is None else Path(options.modules)
+    return KernelFiles(Path(options.kernel), modules)
+
+
 def _guest_of(
     options: ProofOptions, driver: Driver, iommu: str | None, architecture: Architecture
 ) -> Guest:
-    guest = GUESTS[options.guest](driver, architecture)
+    guest = GUESTS[options.guest](driver, architecture, _kernel_files(options))
     if iommu is not None and guest.name == "linux":
         of_iommu = architecture.iommus[iommu]
         return replace(guest, options=f"{of_iommu.linux_options} {guest.options}")

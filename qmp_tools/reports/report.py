@@ -62,6 +62,7 @@ def to_json(proof: Proof) -> dict[str, Any]:
             "bandwidth_bytes_per_s": setup.limits.bandwidth_bytes_per_s,
             "downtime_limit_s": setup.limits.downtime_s,
             "guest": setup.guest,
+            "guest_kernel": setup.guest_kernel,
             "workload": asdict(setup.workload),
             "qemu": str(setup.qemu),
             "qemu_version": proof.qemu_version,
@@ -107,7 +108,7 @@ def to_text(proof: Proof) -> str:
         f"  QEMU         {proof.qemu_version} → {proof.qemu_destination_version}, "
         f"{proof.setup.machine.machine}, {proof.setup.machine.accelerator}, "
         f"{format_memory(proof.setup.machine.memory_bytes)}",
-        f"  guest        {proof.setup.guest}, access pattern {proof.setup.workload.pattern}",
+        f"  guest        {proof.setup.guest_text}, access pattern {proof.setup.workload.pattern}",
         f"  device       {_device(proof)}",
         f"  migration    scenario {proof.setup.scenario}, {proof.migration_s:.1f} s, "
         f"{last.syncs} bitmap syncs"

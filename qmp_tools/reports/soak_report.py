@@ -54,7 +54,7 @@ def soak_to_text(soak: Soak) -> str:
         "",
         f"  QEMU         {proof.qemu_version} and {proof.qemu_destination_version}, "
         f"{machine.machine}, {machine.accelerator}, {format_memory(machine.memory_bytes)}",
-        f"  guest        {proof.setup.guest}, access pattern {proof.setup.workload.pattern}",
+        f"  guest        {proof.setup.guest_text}, access pattern {proof.setup.workload.pattern}",
         f"  migrations   {len(migrations)} ({proof.setup.scenario}) in {soak.seconds:.0f} s, "
         f"median {median_s:.1f} s",
         f"  downtime     median {statistics.median(downtimes):.0f} ms, maximum "

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qmp_tools.arch.x86_64 import X86_64
-from qmp_tools.guest import linux
 from qmp_tools.guest.build import compile_c
+from qmp_tools.guest.drivers import BALLOON
+from qmp_tools.guest.initramfs import with_modules
+from qmp_tools.guest.kernels import find_kernel
 from support.foreign_pair import Pair
 
 _TIMEOUT_S = 60.0
@@ -32,23 +34,14 @@ def options(folder: Path) -> list[str]:
 
     `folder` receives its init and initramfs.
     """
-    kernel = linux.linux_guest(linux.BALLOON, X86_64).kernel
+    kernel = find_kernel(X86_64, BALLOON.modules)
     compile_c([Path(__file__).with_suffix(".c")], folder / "init", "-static")
-    modules = linux.kernel_folder(X86_64) / "modules"
-    names = linux.load_order(linux.BALLOON.modules, modules)
+    modules = kernel.modules.load_order(BALLOON.modules)
     initramfs = folder / "initramfs"
-    initramfs.write_bytes(
-        linux.newc_archive(
-            {
-                "init": (folder / "init").read_bytes(),
-                "modules/order": "".join(f"/modules/{name}.ko\n" for name in names).encode(),
-                **{f"modules/{name}.ko": (modules / f"{name}.ko").read_bytes() for name in names},
-            }
-        )
-    )
+    initramfs.write_bytes(with_modules((folder / "init").read_bytes(), modules))
     line = "socket,id=line,path={folder}/{side}-line,server=on,wait=off"
     return [
-        *("-no-reboot", "-kernel", str(kernel), "-initrd", str(initramfs)),
+        *("-no-reboot", "-kernel", str(kernel.image), "-initrd", str(initramfs)),
         *("-append", "quiet panic=-1 nokaslr mitigations=off tsc=reliable no_timer_check"),
         *("-chardev", line, "-serial", "null", "-serial", "chardev:line"),
     ]

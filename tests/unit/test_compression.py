@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import lzma
 import sys
@@ -10,8 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from dmaproof.errors import UntestableError
-from qmp_tools.guest.compression import decompress
-from qmp_tools.guest.linux import kernel_elf
+from qmp_tools.guest.compression import NoDecompressorError, decompress, is_compressed
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -22,6 +22,8 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
     "xz": lzma.compress,
     "zstd": zstd.compress,
+    "lzma": lambda data: lzma.compress(data, lzma.FORMAT_ALONE),
+    "bzip2": bz2.compress,
 }
 CONTENT = b"\x7fELF" + bytes(range(256)) * 300
 every_format = pytest.mark.parametrize("name", COMPRESS)
@@ -47,11 +49,27 @@ def test_damaged_data_is_reported(name: str) -> None:
 
 def test_an_unknown_format_is_reported() -> None:
     message = (
-        "the kernel has an unknown compression format: expected one of gzip, xz, zstd, "
-        "but it begins with 0222"
+        "the kernel has an unknown compression format: expected one of gzip, xz, zstd, lzma, "
+        "bzip2, but it begins with 4d5a"
     )
     with pytest.raises(UntestableError, match=message):
-        decompress(b"\x02\x22kernel", "the kernel")
+        decompress(b"MZ", "the kernel")
+
+
+@pytest.mark.parametrize(
+    ("name", "magic"), [("lz4", b"\x02\x21\x4c\x18"), ("lzo", b"\x89LZO\0\r\n\x1a\n")]
+)
+def test_a_format_without_a_module_of_python_is_named(name: str, magic: bytes) -> None:
+    assert is_compressed(magic + b"data")
+    message = rf"the kernel is compressed with {name}, .* with the program {name}$"
+    with pytest.raises(NoDecompressorError, match=message):
+        decompress(magic + b"data", "the kernel")
+
+
+@every_format
+def test_compressed_data_is_recognized(name: str) -> None:
+    assert is_compressed(COMPRESS[name](CONTENT))
+    assert not is_compressed(CONTENT)
 
 
 @pytest.mark.parametrize(("name", "module"), [("xz", "lzma"), ("zstd", zstd.__name__)])
@@ -59,22 +77,5 @@ def test_a_python_without_the_module_is_reported(
     name: str, module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UntestableError, match=rf"compressed with {name}.*no module {module}"):
+    with pytest.raises(NoDecompressorError, match=rf"compressed with {name}.*no module {module}"):
         decompress(COMPRESS[name](CONTENT), "the kernel")
-
-
-def bz_image(payload: bytes) -> bytes:
-    """A kernel image of one set-up sector, with `payload` 32 bytes into its protected-mode code."""
-    header = bytearray(1024)
-    header[0x1F1] = 1
-    header[0x202:0x206] = b"HdrS"
-    header[0x248:0x250] = (32).to_bytes(4, "little") + len(payload).to_bytes(4, "little")
-    return bytes(header) + bytes(32) + payload + b"the decompressor's data"
-
-
-@every_format
-def test_the_elf_in_a_kernel_image_is_found(name: str) -> None:
-    size = (
-        b"" if name == "gzip" else len(CONTENT).to_bytes(4, "little")
-    )  # Makefile.lib's size_append
-    assert kernel_elf(bz_image(COMPRESS[name](CONTENT) + size)) == CONTENT

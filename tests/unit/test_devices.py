@@ -136,7 +136,7 @@ def test_an_unknown_device_is_refused(name: str, text: str | None, message: str)
                 ["--iommu=intel"],
                 ["--kill-device"],
                 ["--destination-lacks=flush"],
-                ["--kernel=vmlinuz"],
+                ["--initrd=initrd.img"],
             )
         ),
         (["--control"], "--control: no fault can be injected into --device qemu:nvme"),

@@ -15,6 +15,7 @@ import pytest
 
 from dmaproof.errors import UntestableError, WaitTimeoutError
 from qmp_tools.guest.build import prune
+from qmp_tools.guest.modules import find_modules
 from qmp_tools.passthrough.l1 import machine, stock
 from qmp_tools.passthrough.l1.kernel import KERNELS
 
@@ -67,7 +68,8 @@ def test_modules_are_loaded_after_what_they_depend_on(tmp_path: Path) -> None:
     module(tmp_path, "vfio", "virtio")
     module(tmp_path, "unwanted", "")
     (tmp_path / "lib/modules/6.1/modules.builtin").write_text("kernel/fs/built-in.ko\n")
-    stock.collect_modules(tmp_path, ["vfio_pci_core", "vfio", "built_in"], tmp_path / "modules")
+    modules = find_modules("6.1", tmp_path / "boot/vmlinuz-6.1", tmp_path)
+    stock.collect_modules(modules, ["vfio_pci_core", "vfio", "built_in"], tmp_path / "modules")
     order = (tmp_path / "modules/order").read_text().split()
     assert order == ["virtio.ko", "vfio.ko", "virtio_ring.ko", "vfio_pci_core.ko"]
     assert sorted(file.name for file in (tmp_path / "modules").glob("*.ko")) == sorted(order)

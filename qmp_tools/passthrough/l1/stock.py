@@ -15,8 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from ...arch.x86_64 import X86_64
 from ...guest.build import cache, compile_c, digest, fresh_folder, prune, sources
-from ...guest.linux import kernel_elf, load_order, newc_archive, pick_modules
+from ...guest.initramfs import with_modules
+from ...guest.kernel_image import read_kernel_image
+from ...guest.modules import Modules, find_modules
 from ...host.archive import Archive, unpack
 
 _logger = logging.getLogger(__name__)
@@ -59,23 +62,24 @@ def _fill(fresh: Path, init: Path) -> None:
     for package in (image, headers, *needed):
         unpack(archive.fetch(package), unpacked)
     vmlinuz = next((unpacked / "boot").glob("vmlinuz-*"))
-    (fresh / "vmlinux").write_bytes(kernel_elf(vmlinuz.read_bytes()))
-    collect_modules(unpacked, _FOR_VFIO, fresh / "modules")
-    early = fresh / "early"
-    collect_modules(unpacked, _FOR_ROOT, early)
+    kernel = read_kernel_image(vmlinuz.read_bytes(), vmlinuz.name, X86_64.name)
+    (fresh / "vmlinux").write_bytes(kernel.content)
+    modules = find_modules(kernel.version or "", vmlinuz, unpacked)
+    collect_modules(modules, _FOR_VFIO, fresh / "modules")
     compile_c([init], fresh / "init", *_INIT_OPTIONS)
-    files = {f"modules/{file.name}": file.read_bytes() for file in sorted(early.iterdir())}
-    files["init"] = (fresh / "init").read_bytes()
-    (fresh / "initramfs").write_bytes(newc_archive(files))
+    early = modules.load_order(_FOR_ROOT)
+    (fresh / "initramfs").write_bytes(with_modules((fresh / "init").read_bytes(), early))
     build_tree(unpacked / "usr", headers, fresh / "build")
-    for folder in (unpacked, early, fresh / "archive"):
+    for folder in (unpacked, fresh / "archive"):
         shutil.rmtree(folder)
 
 
-def collect_modules(unpacked: Path, names: Sequence[str], folder: Path) -> None:
+def collect_modules(modules: Modules, names: Sequence[str], folder: Path) -> None:
     """Copy modules and their dependencies; the file ``order`` lists them in their load order."""
-    pick_modules(unpacked, names, folder)
-    order = load_order(names, folder)
+    folder.mkdir()
+    order = modules.load_order(names)
+    for name, content in order.items():
+        (folder / f"{name}.ko").write_bytes(content)
     (folder / "order").write_text("".join(f"{name}.ko\n" for name in order))
 
 

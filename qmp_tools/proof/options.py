@@ -260,7 +260,7 @@ class ProofOptions:
         AnyPath | None,
         Option(
             "guest",
-            "kernel of --guest linux, or of a guest of your own for vfio:…",
+            "guest's kernel, also for vfio:… (default: host's, or a package's)",
             "FILE",
             _path,
         ),

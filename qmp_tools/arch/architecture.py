@@ -139,4 +139,5 @@ class Architecture:
         """
         if self.low_ram_property is not None:
             return f",{self.low_ram_property}={memory_bytes // 2 // _MIB}M", memory_bytes
-        return "", 4 * _GIB - self.ram_start + memory_bytes
+        below_bytes = 4 * _GIB - self.ram_start
+        return "", memory_bytes if memory_bytes > below_bytes else below_bytes + memory_bytes

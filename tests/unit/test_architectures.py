@@ -18,7 +18,7 @@ from qmp_tools.qemu.pci_express import behind_ports
 GUESTS = Path(__file__).parents[2] / "guests"
 
 
-@pytest.fixture(params=ARCHITECTURES.values(), ids=ARCHITECTURES)
+@pytest.fixture(params=[*ARCHITECTURES.values()], ids=[*ARCHITECTURES])
 def architecture(request: pytest.FixtureRequest) -> Architecture:
     found: Architecture = request.param
     return found

@@ -28,6 +28,11 @@ enum {
     BUSES_BELOW_UNKNOWN = 0xff,
     MEMORY_WINDOW = 0x20,  // bits 31 to 20 of its first and of its last address
     WINDOW_GRANULE = 1 << 20,
+
+    // Registers of a port with a slot (PCI Express 4.0, section 7.5.3).
+    EXPRESS_CAPABILITY = 0x10,
+    SLOT_CONTROL = 0x18,  // the upper half is the status, whose bits are cleared by writing 1
+    SLOT_IS_OFF = 1 << 10,
 };
 
 static uint32_t free_end;  // of the free addresses for BARs; those above are assigned
@@ -67,6 +72,23 @@ static unsigned number_buses(unsigned bus, unsigned last) {
     return last;
 }
 
+unsigned pci_capability(const struct pci_device *device, uint8_t id, unsigned after) {
+    if (!(pci_read32(device, COMMAND) & STATUS_HAS_CAPABILITIES))
+        return 0;
+    unsigned offset = pci_read8(device, after ? after + 1 : CAPABILITIES) & 0xfc;
+    while (offset && pci_read8(device, offset) != id)
+        offset = pci_read8(device, offset + 1) & 0xfc;
+    return offset;
+}
+
+// A device that was plugged into a slot without power does not answer.
+static void switch_slot_on(const struct pci_device *port) {
+    unsigned express = pci_capability(port, EXPRESS_CAPABILITY, 0);
+    uint32_t control = express ? pci_read32(port, express + SLOT_CONTROL) & 0xffff : 0;
+    if (control & SLOT_IS_OFF)
+        pci_write32(port, express + SLOT_CONTROL, control & ~SLOT_IS_OFF);
+}
+
 bool pci_find(uint16_t vendor, const uint16_t *ids, unsigned count, struct pci_device *device) {
     static bool numbered;
     if (!numbered)
@@ -80,17 +102,10 @@ bool pci_find(uint16_t vendor, const uint16_t *ids, unsigned count, struct pci_d
                 return true;
         if (id == UINT32_MAX && number % 8 == 0)
             number += 7;  // a device without function 0 does not exist
+        else if (is_bridge(device))
+            switch_slot_on(device);
     }
     return false;
-}
-
-unsigned pci_capability(const struct pci_device *device, uint8_t id, unsigned after) {
-    if (!(pci_read32(device, COMMAND) & STATUS_HAS_CAPABILITIES))
-        return 0;
-    unsigned offset = pci_read8(device, after ? after + 1 : CAPABILITIES) & 0xfc;
-    while (offset && pci_read8(device, offset) != id)
-        offset = pci_read8(device, offset + 1) & 0xfc;
-    return offset;
 }
 
 // The size of a BAR, from the address bits that can be set (PCI Local Bus 3.0, section 6.2.5.1).

@@ -22,6 +22,7 @@
 /* 48-bit addresses, pages of 4 KiB, walks through write-back caches, nothing behind TTBR1. */
 #define TCR (16 | 1 << 8 | 1 << 10 | 3 << 12 | 1 << 23)
 #define TCR_PHYSICAL_SIZE_SHIFT 32
+#define PHYSICAL_SIZE_48_BITS 5
 #define SCTLR_RESERVED 0x30d00800
 #define SCTLR_MMU_AND_CACHES 0x1005
 
@@ -43,6 +44,10 @@ at_el1:
     msr mair_el1, x0
     ldr x0, =TCR
     mrs x1, id_aa64mmfr0_el1
+    and x1, x1, #7
+    mov x2, #PHYSICAL_SIZE_48_BITS /* the most with these page tables */
+    cmp x1, x2
+    csel x1, x1, x2, lo
     bfi x0, x1, #TCR_PHYSICAL_SIZE_SHIFT, #3
     msr tcr_el1, x0
     ldr x0, =page_map

@@ -71,6 +71,10 @@ def package_kernels(
     yield from map(_cached, cached)
     if failures is None:
         return
+    if not sources:
+        failures.append(
+            f"no package with a kernel for {architecture.name} has pages of {page_bytes} bytes"
+        )
     found = bool(cached)
     for source in sources:
         # A newer release is searched only for a package that the machine's own does not have.

@@ -25,7 +25,7 @@ from ..arch.architecture import Architecture
 from .drivers import VIRTIO_BLK
 from .kernel import Kernel, kernel_of_file
 from .kernel_package import IMAGE_NAMES, fetchable_package, images_in, package_kernels
-from .modules import MODULE_TREES
+from .modules import MODULE_TREES, exists
 
 _logger = logging.getLogger(__name__)
 
@@ -45,6 +45,8 @@ def find_kernel(
     wanted: Sequence[str],
     given: KernelFiles | None = None,
     page_bytes: int | None = None,
+    *,
+    root: Path = _ROOT,
 ) -> Kernel:
     """Return the kernel of the Linux guest, which has the `wanted` modules.
 
@@ -54,13 +56,14 @@ def find_kernel(
         given: the user's kernel. By default, the first usable of the host's own kernels, if the
             guest's architecture is the host's, and of the distribution's packages.
         page_bytes: the size of the kernel's pages; None is any size.
+        root: the host's root folder.
 
     Raises:
         UsageError: a file or folder of `given` does not exist, or has no modules of this kernel.
         UntestableError: no kernel can be had, or the given one lacks a module, or has pages of
             another size.
     """
-    search = _Search(architecture, wanted, page_bytes)
+    search = _Search(architecture, wanted, page_bytes, root)
     if given is None:
         kernel = search.first(fetch=True)
     else:
@@ -81,13 +84,13 @@ class KernelSource:
     is_fetched: bool
 
 
-def kernel_source(architecture: Architecture) -> KernelSource:
+def kernel_source(architecture: Architecture, *, root: Path = _ROOT) -> KernelSource:
     """Return which kernel `find_kernel` would choose for a virtio disk; fetch nothing.
 
     Raises:
         UntestableError: no kernel can be had; the message says why.
     """
-    search = _Search(architecture, VIRTIO_BLK.modules, None)
+    search = _Search(architecture, VIRTIO_BLK.modules, None, root)
     kernel = search.first(fetch=False)
     if kernel is not None:
         return KernelSource(str(kernel), is_fetched=True)
@@ -152,19 +155,14 @@ def host_images(root: Path, running: str) -> list[Path]:
             *(root / tree / version / name for tree in MODULE_TREES),
             root / "boot" / f"{name}-{version}",
         )
-        if _is_file(place)
+        if exists(place)
     ]
     # Some distributions leave the version out of the name, as Alpine does: vmlinuz-lts.
     images += images_in(root / "boot") if found else []
-    real = {image.resolve(): image for image in reversed(images)}
-    return [image for image in images if real[image.resolve()] == image]
-
-
-def _is_file(place: Path) -> bool:
-    try:
-        return place.is_file()
-    except OSError:  # the folder may not be entered
-        return False
+    files: dict[Path, Path] = {}
+    for image in images:
+        files.setdefault(image.resolve(), image)
+    return list(files.values())
 
 
 def _numbers(version: str) -> list[int]:
@@ -182,6 +180,7 @@ class _Search:
     architecture: Architecture
     wanted: Sequence[str]
     page_bytes: int | None
+    root: Path
     reasons: list[str] = field(default_factory=list)
     unreadable: list[Path] = field(default_factory=list)
 
@@ -213,7 +212,7 @@ class _Search:
     def _host_kernels(self) -> Iterator[Kernel]:
         if self.architecture is not host_architecture():
             return
-        for image in host_images(_ROOT, os.uname().release):
+        for image in host_images(self.root, os.uname().release):
             try:
                 kernel = kernel_of_file(image, self.architecture.name, origin=f"the host's {image}")
             except PermissionError:
@@ -235,9 +234,10 @@ class _Search:
         """Return why there is no kernel, and what to do."""
         reasons = "".join(f"\n    {reason}" for reason in self.reasons)
         readable = f"{_remedy(self.unreadable[0])}; or " if self.unreadable else ""
+        bare = "; or use --guest bare" if "bare" in self.architecture.guests else ""
         return (
             f"no kernel for the Linux guest on {self.architecture.name}: neither a kernel of this "
             f"host nor a package of its distribution can be used; {readable}give a kernel with "
             "--kernel FILE --modules DIR; or, where the distribution has apt, run 'apt-get update' "
-            f"as root; or use --guest bare{':' if reasons else ''}{reasons}"
+            f"as root{bare}{':' if reasons else ''}{reasons}"
         )

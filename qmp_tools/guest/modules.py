@@ -97,7 +97,7 @@ class Modules:
 
     @cached_property
     def _built_in(self) -> frozenset[str]:
-        if self.folder is None or not (list_of_names := self.folder / _BUILT_IN).is_file():
+        if self.folder is None or not exists(list_of_names := self.folder / _BUILT_IN):
             return frozenset()
         return frozenset(_module(Path(line).name) for line in list_of_names.read_text().split())
 
@@ -161,7 +161,7 @@ def find_modules(version: str, image: Path, given: Path | None) -> Modules:
     places = [image.parent / f"config-{version}", Path(f"/boot/config-{version}")]
     if folder is not None:
         places = [*(folder / name for name in ("config", ".config", "build/.config")), *places]
-    return Modules(version, folder, next((file for file in places if file.is_file()), None))
+    return Modules(version, folder, next(filter(exists, places), None))
 
 
 def _places(top: Path, version: str) -> Iterator[Path]:
@@ -172,7 +172,15 @@ def _places(top: Path, version: str) -> Iterator[Path]:
 
 
 def _has_modules(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _LISTS) or any(folder.glob("*.ko*"))
+    return any(exists(folder / name) for name in _LISTS) or any(folder.glob("*.ko*"))
+
+
+def exists(file: Path) -> bool:
+    """Return whether this user can see the regular file."""
+    try:
+        return file.is_file()
+    except OSError:  # a folder of its path may not be entered
+        return False
 
 
 def _read(file: Path) -> bytes:

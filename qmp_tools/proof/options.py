@@ -260,7 +260,7 @@ class ProofOptions:
         AnyPath | None,
         Option(
             "guest",
-            "guest's kernel, also for vfio:… (default: host's, or a package's)",
+            "kernel of --guest linux, or of your own for vfio:… (default: host's or packaged)",
             "FILE",
             _path,
         ),

@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
-import lzma
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dmaproof.errors import UntestableError
 from qmp_tools.guest.modules import Modules, find_modules
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
+from support.kernel_files import module, put
 
 VERSION = "6.1.0-9"
-FORMS: dict[str, Callable[[bytes], bytes]] = {
-    "": bytes,
-    ".gz": gzip.compress,
-    ".xz": lzma.compress,
-    ".zst": zstd.compress,
-}
-
-
-def module(depends: str) -> bytes:
-    """Return a module that has only the strings of its .modinfo section."""
-    return b"\x7fELF\0license=GPL\0depends=" + depends.encode() + b"\0name=it\0"
-
-
-def put(folder: Path, name: str, depends: str, form: str = "") -> Path:
-    """Write a module, compressed in one of the `FORMS`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{name}.ko{form}"
-    file.write_bytes(FORMS[form](module(depends)))
-    return file
 
 
 @pytest.fixture(params=["lib/modules", "usr/lib/modules"])

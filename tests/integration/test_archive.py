@@ -62,9 +62,9 @@ def test_the_release_is_that_of_the_main_archive(
     assert archive.dependencies("linux-image-amd64") == ["linux-image-6.1.0-9-amd64"]
 
 
-def sources(*arguments: str, **options: bool) -> list[list[str]]:
+def sources(*arguments: str, pockets: bool = True) -> list[list[str]]:
     """Return the words of each line after the keys."""
-    lines = archive.sources_list(*arguments, **options).splitlines()
+    lines = archive.sources_list(*arguments, pockets=pockets).splitlines()
     return [re.sub(r"^deb (\[.*?\] )?", "", line).split() for line in lines]
 
 

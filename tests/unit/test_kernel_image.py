@@ -142,6 +142,19 @@ LOONGARCH[0x40:0x46] = b"PE\0\0\x64\x62"
         (zboot(bytes(99), "gzip")[:0x220], "^F is damaged: its EFI zboot header names 99 bytes"),
         (compressed(ARM)[:-9], "^F is damaged: its gzip data ends early"),
     ],
+    ids=[
+        *(
+            "Arm",
+            "zboot of RISC-V",
+            "32-bit",
+            "s390",
+            "unknown ELF",
+            "LoongArch",
+            "script",
+            "empty",
+        ),
+        *("zboot of lz4", "lz4", "zboot of data", "short zboot", "short gzip"),
+    ],
 )
 def test_what_is_not_a_kernel_for_the_guest_is_refused(data: bytes, message: str) -> None:
     with pytest.raises(UntestableError, match=message):
@@ -149,7 +162,9 @@ def test_what_is_not_a_kernel_for_the_guest_is_refused(data: bytes, message: str
 
 
 @pytest.mark.parametrize(
-    "content", [vmlinux(), bz_image(compressed(vmlinux())), ARM, bytes(LOONGARCH)]
+    "content",
+    [vmlinux(), bz_image(gzip.compress(vmlinux())), ARM, bytes(LOONGARCH)],
+    ids=["ELF", "bzImage", "Arm", "LoongArch"],
 )
 def test_no_truncated_file_is_a_defect(content: bytes) -> None:
     architecture = "aarch64" if content == ARM else "x86_64"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -11,12 +9,12 @@ from typing import Final
 import pytest
 
 from qmp_tools.host.user_folders import data_folder
+from support.checkout import check_out
 from support.debian_tree import Tree, fresh_tree, kept_folder, why_not
 from support.scratch import scratch_folder
 
 pytestmark = pytest.mark.timeout(3600)
 
-ROOT: Final = Path(__file__).parents[2]
 CHECKOUT: Final = Path("/root/dmaproof")
 TIMEOUT_S: Final = 1500.0
 TYPES: Final = Path("/root/types")
@@ -32,17 +30,6 @@ SOME_TESTS: Final = (
     "tests/qemu/test_third_party.py::test_qemu_storage_daemon",
 )
 """The tests that depend on the release: on its Python, its kernel and its QEMU."""
-
-
-def check_out(target: Path) -> None:
-    """Copy the files that git has or that are about to be added."""
-    options = ("-z", "--cached", "--others", "--exclude-standard")
-    listing: list[str | Path] = ["git", "-C", ROOT, "ls-files", *options]
-    names = subprocess.run(listing, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, names.split("\0")):
-        if (ROOT / name).exists():  # not deleted
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, target / name)
 
 
 @pytest.fixture(params=["bookworm", "trixie"])

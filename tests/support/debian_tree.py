@@ -24,7 +24,11 @@ from dmaproof.errors import UntestableError
 from qmp_tools.host import archive
 from qmp_tools.host.user_folders import cache_folder
 
-_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+VARIABLES: Final = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/root",
+}
+"""The environment of each program in a tree."""
 _CERTIFICATES: Final = "etc/ssl/certs/ca-certificates.crt"
 _OWN_CERTIFICATES: Final = "usr/local/share/ca-certificates/machine.crt"
 """The folder from which the package ca-certificates adds to the bundle when it rebuilds it."""
@@ -116,13 +120,17 @@ def fresh_tree(suite: str, root: Path, shared: Mapping[Path, Path]) -> Iterator[
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             _unpack_base(suite, cache / f"{suite}.tar", root)
-            pip, pip_folders = _pip_settings(root)
             _connect(suite, root)
-            downloads = {packages: Path("/var/cache/apt/archives")}
-            variables = {**_network_variables(root), **pip, "PATH": _PATH, "HOME": "/root"}
-            yield Tree(root, {**downloads, **pip_folders, **shared}, variables)
+            yield with_pip(root, {packages: Path("/var/cache/apt/archives"), **shared})
         finally:
             shutil.rmtree(root, ignore_errors=True)
+
+
+def with_pip(root: Path, shared: Mapping[Path, Path]) -> Tree:
+    """Return the system in `root`, whose pip reaches the same indices as this machine's."""
+    pip, pip_folders = _pip_settings(root)
+    variables = {**_network_variables(root), **pip, **VARIABLES}
+    return Tree(root, {**pip_folders, **shared}, variables)
 
 
 def _unpack_base(suite: str, base: Path, root: Path) -> None:

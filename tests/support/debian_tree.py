@@ -222,4 +222,5 @@ def _copy(source: Path, target: Path) -> None:
             _copy(file, target / file.name)
     elif source.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # a link, which leads to this machine's own file
         shutil.copy(source, target)

@@ -5,13 +5,15 @@ dmaproof is built. In a model, the files that a package provides are set aside, 
 package manager moves them into place when it is asked for the package by its right name. What
 differs between distributions is modelled: os-release, the shell, the names of packages, and the
 place, mode and compression of the kernel and its modules. Debian's own package programs are
-removed.
+removed. The model of Ubuntu keeps them, and has an archive of Ubuntu with small packages.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,14 +25,14 @@ from typing import Final
 from support import checkout
 from support.debian_tree import VARIABLES, Tree, fresh_tree, kept_folder, with_pip
 
-CHECKOUT: Final = Path("/root/dmaproof")
+CHECKOUT: Final = Path("/srv/dmaproof")
 _SUITE: Final = "trixie"
 _TIMEOUT_S: Final = 900.0
 _REQUESTS: Final = "var/log/requests"
 _ASIDE: Final = "packages"
 _PACKAGE_PROGRAMS: Final = ("usr/bin/apt*", "usr/bin/dpkg*", "etc/apt", "var/lib/dpkg")
 
-_KERNELS: Final = "opt/kernels"
+_KERNELS: Final = "var/lib/kernels"
 _INSTALL: Final = f"""\
 apt-get update -qq
 apt-get install -qq -y --no-install-recommends \\
@@ -68,8 +70,8 @@ class Model:
     """A model of a distribution.
 
     `shell` is the program of /bin/sh, and `manager` the package manager. `accepts` is a pattern of
-    ``case`` in the shell for its command line up to the names of packages, and `packages` maps each
-    name to the files that it provides. `modules` is the compression of the kernel's modules, and
+    ``case`` in the shell for its command line up to the names of packages; None is apt itself.
+    `packages` maps each package to the files that it provides. `modules` is the compression of the kernel's modules, and
     `in_boot` says whether the kernel is in /boot, where only root may read it, or beside its
     modules. `kernel_package` is the package that provides both, if they are not installed.
     """
@@ -77,7 +79,7 @@ class Model:
     os_release: str
     shell: str
     manager: str
-    accepts: str
+    accepts: str | None
     packages: Mapping[str, Sequence[str]]
     modules: str
     in_boot: bool = False
@@ -137,6 +139,24 @@ MODELS: Final = {
         },
         modules="zst",
     ),
+    "ubuntu": Model(
+        os_release=(
+            'PRETTY_NAME="Ubuntu 24.04.3 LTS"\nID=ubuntu\nID_LIKE=debian\nVERSION_CODENAME=noble\n'
+        ),
+        shell="dash",
+        manager="apt-get",
+        accepts=None,
+        packages={
+            "python3": _PYTHON,
+            "python3-venv": ("usr/lib/python3.13/ensurepip/__init__.py",),
+            "python3.13-dev": _HEADERS,
+            "gcc": _COMPILER,
+            "libc6-dev": (*_LIBC, *_START_FILES),
+            "qemu-system-x86": _QEMU,
+        },
+        modules="zst",
+        in_boot=True,
+    ),
 }
 
 _MANAGER: Final = """\
@@ -163,22 +183,29 @@ def distribution_tree(model: Model) -> Iterator[Tree]:
     root = kept_folder() / f"tree-{os.getpid()}"
     try:
         _copy_built_tree(root)
-        for pattern in _PACKAGE_PROGRAMS:
-            _remove(root, pattern)
         _write(root / "etc/os-release", model.os_release)
         (root / "usr/bin/sh").unlink()
         (root / "usr/bin/sh").symlink_to(model.shell)
         _add_kernel(root, model)
-        _add_manager(root, model)
+        _set_aside(root, model)
+        if model.accepts is None:
+            _add_archive(root, model)
+        else:
+            for pattern in _PACKAGE_PROGRAMS:
+                _remove(root, pattern)
+            _add_manager(root, model)
         yield Tree(root, {}, VARIABLES)
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
 
 def requests(tree: Tree) -> list[str]:
-    """Return the command lines with which the tree's package manager was called."""
+    """Return the command lines with which the tree's package manager was to install packages."""
     file = tree.root / _REQUESTS
-    return file.read_text().splitlines() if file.exists() else []
+    if file.exists():
+        return file.read_text().splitlines()
+    history = (tree.root / "var/log/apt/history.log").read_text()
+    return re.findall("^Commandline: (.*)", history, re.MULTILINE)
 
 
 def _add_kernel(root: Path, model: Model) -> None:
@@ -197,17 +224,73 @@ def _add_kernel(root: Path, model: Model) -> None:
     _remove(root, _KERNELS)
 
 
-def _add_manager(root: Path, model: Model) -> None:
+def _set_aside(root: Path, model: Model) -> None:
     for package, files in model.packages.items():
         for name in files:
             aside = root / _ASIDE / package / name
             aside.parent.mkdir(parents=True, exist_ok=True)
             (root / name).rename(aside)
+
+
+def _add_manager(root: Path, model: Model) -> None:
     script = _MANAGER.format(
         name=model.manager, requests=_REQUESTS, accepts=model.accepts, aside=_ASIDE
     )
     _write(root / "usr/bin" / model.manager, script)
     (root / "usr/bin" / model.manager).chmod(0o755)
+
+
+_APT_STATE: Final = (
+    *("var/lib/dpkg/info/*", "var/lib/dpkg/status*", "var/lib/apt/*", "var/cache/apt/*"),
+    *("var/log/apt/*", "var/log/dpkg.log", "etc/apt/sources.list*"),
+)
+_CONTROL: Final = """\
+Package: {package}
+Version: 1
+Architecture: amd64
+Maintainer: dmaproof <dmaproof@localhost>
+Description: a model of this package
+"""
+_RELEASE: Final = """\
+Origin: Ubuntu
+Label: Ubuntu
+Suite: noble
+Codename: noble
+Architectures: amd64
+Components: main
+SHA256:
+ {digest} {size} {index}
+"""
+
+
+def _add_archive(root: Path, model: Model) -> None:
+    """Make apt forget what is installed, and give it an archive with the model's packages."""
+    for pattern in _APT_STATE:
+        _remove(root, pattern)
+    (root / "var/lib/dpkg/status").touch()
+    archive = root / "var/lib/archive"
+    release, index = archive / "dists/noble", "main/binary-amd64/Packages"
+    (release / index).parent.mkdir(parents=True)
+    stanzas = []
+    for package in model.packages:
+        control = _CONTROL.format(package=package)
+        folder, file = root / _ASIDE / package, archive / f"{package}.deb"
+        (folder / "DEBIAN").mkdir()
+        (folder / "DEBIAN/control").write_text(control)
+        command = ["dpkg-deb", "--root-owner-group", "-Znone", "-b", folder, file]
+        subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT_S)
+        facts = f"Filename: {file.name}\nSize: {file.stat().st_size}\n"
+        stanzas.append(f"{control}{facts}SHA256: {_sha256(file)}\n")
+    (release / index).write_text("\n".join(stanzas))
+    size, digest = (release / index).stat().st_size, _sha256(release / index)
+    (release / "Release").write_text(_RELEASE.format(digest=digest, size=size, index=index))
+    (root / "etc/apt/sources.list").write_text(
+        "deb [trusted=yes] file:/var/lib/archive noble main\n"
+    )
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _remove(root: Path, pattern: str) -> None:

@@ -198,6 +198,8 @@ def _kernel(facts: Facts) -> Finding:
 
 
 def _kernel_remedy(facts: Facts) -> str:
+    if facts.missing_formats:
+        return _python_module(facts)
     if not facts.native:
         return f"--kernel FILE --modules FOLDER, with a kernel for {facts.architecture.name}"
     if facts.distribution.family == "debian":

@@ -71,9 +71,10 @@ class Model:
 
     `shell` is the program of /bin/sh, and `manager` the package manager. `accepts` is a pattern of
     ``case`` in the shell for its command line up to the names of packages; None is apt itself.
-    `packages` maps each package to the files that it provides. `modules` is the compression of the kernel's modules, and
-    `in_boot` says whether the kernel is in /boot, where only root may read it, or beside its
-    modules. `kernel_package` is the package that provides both, if they are not installed.
+    `packages` maps each package to the files that it provides. `modules` is the compression of the
+    kernel's modules, and `in_boot` says whether the kernel is in /boot, where only root may read
+    it, or beside its modules. `kernel_package` is the package that provides both, if they are not
+    installed.
     """
 
     os_release: str
@@ -277,16 +278,15 @@ def _add_archive(root: Path, model: Model) -> None:
         folder, file = root / _ASIDE / package, archive / f"{package}.deb"
         (folder / "DEBIAN").mkdir()
         (folder / "DEBIAN/control").write_text(control)
-        command = ["dpkg-deb", "--root-owner-group", "-Znone", "-b", folder, file]
+        command = ("dpkg-deb", "--root-owner-group", "-Znone", "-b", str(folder), str(file))
         subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT_S)
         facts = f"Filename: {file.name}\nSize: {file.stat().st_size}\n"
         stanzas.append(f"{control}{facts}SHA256: {_sha256(file)}\n")
     (release / index).write_text("\n".join(stanzas))
     size, digest = (release / index).stat().st_size, _sha256(release / index)
     (release / "Release").write_text(_RELEASE.format(digest=digest, size=size, index=index))
-    (root / "etc/apt/sources.list").write_text(
-        "deb [trusted=yes] file:/var/lib/archive noble main\n"
-    )
+    sources = "deb [trusted=yes] file:/var/lib/archive noble main\n"
+    (root / "etc/apt/sources.list").write_text(sources)
 
 
 def _sha256(file: Path) -> str:

@@ -97,6 +97,15 @@ NO_PROOF = {
         "guest's kernel",
         "-m pip install backports-zstd",
     ),
+    "no zstd for the host's own kernel": (
+        {
+            "kernel": None,
+            "kernel_error": "the modules are compressed with zstd",
+            "missing_formats": {"zstd": "backports.zstd"},
+        },
+        "guest's kernel",
+        "-m pip install backports-zstd",
+    ),
     "a Python without lzma": (
         {"missing_formats": {"xz": "lzma"}},
         "guest's kernel",

@@ -25,6 +25,7 @@ RISCV64: Final = Architecture(
     machine="virt",
     hotplug_machine="virt",
     cpus={"kvm": "host"},
+    kvm_remedy="use a processor with the hypervisor extension (H)",
     # OpenSBI prints to the machine's serial port, too.
     channels=("-serial", "chardev:console", "-device", "pci-serial,chardev=report"),
     report_tty="/dev/ttyS1",

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from ..arch import ARCHITECTURES
+
 
 @dataclass(frozen=True)
 class Driver:
@@ -44,7 +46,11 @@ DRIVERS: Final = (
     *(VIRTIO_BLK, VIRTIO_SCSI, VIRTIOFS, NVME, AHCI, LSI, MEGASAS, PVSCSI),
     *(VIRTIO_NET, E1000, E1000E, IGB, VMXNET3),
 )
-ALL_MODULES: Final = sorted({name for driver in (*DRIVERS, BALLOON) for name in driver.modules})
+_PLUGGED: Final = [each.memory_module for each in ARCHITECTURES.values() if each.memory_module]
+ALL_MODULES: Final = sorted(
+    {name for part in (*DRIVERS, BALLOON) for name in part.modules}
+    | {name for part in _PLUGGED for name in part.linux_modules}
+)
 
 CONFIG_OPTIONS: Final[Mapping[str, str]] = {
     "af_packet": "CONFIG_PACKET",
@@ -58,6 +64,7 @@ CONFIG_OPTIONS: Final[Mapping[str, str]] = {
     "sym53c8xx": "CONFIG_SCSI_SYM53C8XX_2",
     "virtio_balloon": "CONFIG_VIRTIO_BALLOON",
     "virtio_blk": "CONFIG_VIRTIO_BLK",
+    "virtio_mem": "CONFIG_VIRTIO_MEM",
     "virtio_net": "CONFIG_VIRTIO_NET",
     "virtio_pci": "CONFIG_VIRTIO_PCI",
     "virtio_scsi": "CONFIG_SCSI_VIRTIO",

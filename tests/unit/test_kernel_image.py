@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 
@@ -39,7 +38,7 @@ def test_qemu_enters_the_elf_in_a_bz_image(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "payload", [LZ4, compressed(vmlinux(ANOTHER_NOTE))], ids=["lz4", "without PVH"]
+    "payload", [LZ4, gzip.compress(vmlinux(ANOTHER_NOTE))], ids=["lz4", "without PVH"]
 )
 def test_a_bz_image_whose_elf_qemu_cannot_enter_boots_itself(payload: bytes) -> None:
     found = read_kernel_image(bz_image(payload), "vmlinuz", "x86_64")
@@ -48,7 +47,7 @@ def test_a_bz_image_whose_elf_qemu_cannot_enter_boots_itself(payload: bytes) -> 
 
 
 def test_a_damaged_bz_image_is_not_booted() -> None:
-    payload = compressed(vmlinux())[:-9]
+    payload = gzip.compress(vmlinux())[:-9]
     with pytest.raises(UntestableError, match=r"the kernel in vmlinuz is damaged: its gzip data"):
         read_kernel_image(bz_image(payload), "vmlinuz", "x86_64")
 
@@ -78,7 +77,7 @@ def test_an_image_is_unpacked_from_its_efi_program(architecture: str, name: str)
     wrapped = zboot(COMPRESS[name](IMAGES[architecture]), name)
     found = read_kernel_image(wrapped, "vmlinuz", architecture)
     assert (found.form, found.content) == ("Image", IMAGES[architecture])
-    again = read_kernel_image(compressed(wrapped), "vmlinuz.gz", architecture)
+    again = read_kernel_image(gzip.compress(wrapped), "vmlinuz.gz", architecture)
     assert again == found
 
 
@@ -126,7 +125,7 @@ LOONGARCH[0x40:0x46] = b"PE\0\0\x64\x62"
     ("data", "message"),
     [
         (ARM, "^F is a kernel for aarch64, and the guest is x86_64$"),
-        (zboot(compressed(RISCV), "gzip"), "^F is a kernel for riscv64, and the guest is x86"),
+        (zboot(gzip.compress(RISCV), "gzip"), "^F is a kernel for riscv64, and the guest is x86"),
         (bz_image(LZ4, loaded_bits=32), "^F is a kernel for i386, and the guest is x86_64"),
         (elf("s390x"), "^F is a kernel for s390x, and the guest is x86_64"),
         (
@@ -140,7 +139,7 @@ LOONGARCH[0x40:0x46] = b"PE\0\0\x64\x62"
         (LZ4, "^F is compressed with lz4"),
         (zboot(b"data", "gzip"), "^the kernel in F has an unknown compression format"),
         (zboot(bytes(99), "gzip")[:0x220], "^F is damaged: its EFI zboot header names 99 bytes"),
-        (compressed(ARM)[:-9], "^F is damaged: its gzip data ends early"),
+        (gzip.compress(ARM)[:-9], "^F is damaged: its gzip data ends early"),
     ],
     ids=[
         *(

@@ -1,4 +1,4 @@
-"""The freestanding guest in a real QEMU: it starts with several firmwares, and runs proofs."""
+"""The freestanding guest in a real QEMU: it starts on several machines, and runs proofs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from dmaproof.vhost_user.features import F_RING_PACKED
+from qmp_tools.arch.aarch64 import AARCH64
+from qmp_tools.arch.architecture import Architecture
 from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.devices.emulated import RINGS, EmulatedDevice
 from qmp_tools.devices.process import Device, DeviceOptions
@@ -19,22 +21,25 @@ from qmp_tools.host.timeout import DEFAULT_TIMEOUT_S
 from qmp_tools.qemu.choice import find_qemu
 from qmp_tools.qemu.machine import MIB, Machine
 from qmp_tools.qemu.qemu import running_qemu
+from support.architectures import require_guests
 from support.command import Tool
 
 
 async def _boot(
     folder: Path,
     workload: Workload,
-    machine: str = "q35",
+    architecture: Architecture,
+    machine: str | None = None,
     arguments: Sequence[str] = (),
     ring: str = "split",
 ) -> GuestChannel:
     """Boot the guest, and return its channel when it has used its write-once pages."""
-    guest = bare_guest(X86_64)
+    require_guests(architecture)
+    guest = bare_guest(architecture)
     socket = folder / "disk.sock"
     machine_arguments = Machine(
-        X86_64,
-        machine=machine,
+        architecture,
+        machine=machine or architecture.machine,
         accelerator="tcg",
         memory_bytes=128 * MIB,
         cpus=1,
@@ -48,7 +53,7 @@ async def _boot(
         disk = EmulatedDevice(DeviceOptions(), ring=ring).qemu_arguments(socket)
         async with running_qemu(
             "source",
-            find_qemu(None),
+            find_qemu(None, architecture),
             [*machine_arguments, *disk, *arguments],
             folder,
             timeout_s=DEFAULT_TIMEOUT_S,
@@ -72,16 +77,36 @@ async def _boot(
 @pytest.mark.parametrize("firmware", [(), ("-bios", "qboot.rom")], ids=["seabios", "qboot"])
 @pytest.mark.parametrize("machine", ["q35", "pc"])
 def test_the_guest_starts_with(tmp_path: Path, machine: str, firmware: tuple[str, ...]) -> None:
-    channel = asyncio.run(_boot(tmp_path, Workload(write_once=256, churn=64), machine, firmware))
+    workload = Workload(write_once=256, churn=64)
+    channel = asyncio.run(_boot(tmp_path, workload, X86_64, machine, firmware))
     assert channel.error_messages == []
     assert channel.number("ready", "buffer_pages") == 1024 + 256
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("threads", [1, 64])
-@pytest.mark.parametrize("ring", RINGS)
+# The PCI configuration space is elsewhere without highmem; EL2 exists with virtualization.
+@pytest.mark.parametrize("machine", ["virt,highmem=off", "virt,virtualization=on"])
+def test_the_arm64_guest_starts_on(tmp_path: Path, machine: str) -> None:
+    workload = Workload(write_once=256, churn=64)
+    channel = asyncio.run(_boot(tmp_path, workload, AARCH64, machine))
+    assert channel.error_messages == []
+    assert channel.number("ready", "buffer_pages") == 1024 + 256
+
+
+_SETTINGS = [
+    (pattern, threads, ring) for pattern in PATTERNS for threads in (1, 64) for ring in RINGS
+]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "pattern", "threads", "ring"),
+    [
+        *((X86_64, *setting) for setting in _SETTINGS),
+        *((AARCH64, "random", 64, ring) for ring in RINGS),
+    ],
+    ids=lambda value: value.name if isinstance(value, Architecture) else None,
+)
 def test_the_guest_carries_out_its_workload(
-    tmp_path: Path, pattern: str, threads: int, ring: str
+    tmp_path: Path, architecture: Architecture, pattern: str, threads: int, ring: str
 ) -> None:
     workload = Workload(
         pattern=pattern,
@@ -91,7 +116,7 @@ def test_the_guest_carries_out_its_workload(
         unaligned_every=4,
         write_every=4,
     )
-    channel = asyncio.run(_boot(tmp_path, workload, ring=ring))
+    channel = asyncio.run(_boot(tmp_path, workload, architecture, ring=ring))
     assert channel.error_messages == []
     assert channel.number("write-once-done", "pages") == 2048
     assert channel.number("progress", "writes") > 0
@@ -106,9 +131,17 @@ def test_the_reason_for_giving_up_is_reported(tool: Tool) -> None:
     assert "the workload needs 1005136 pages, but only" in outcome.errors
 
 
-@pytest.mark.parametrize("ring", RINGS)
-def test_a_proof_passes_and_detects_a_fault(tool: Tool, ring: str) -> None:
-    outcome = tool.run("prove", "--guest", "bare", "--ring", ring, "--control", "--json", "-")
+@pytest.mark.parametrize(
+    ("architecture", "ring"),
+    [*((X86_64, ring) for ring in RINGS), (AARCH64, "packed")],
+    ids=lambda value: value.name if isinstance(value, Architecture) else None,
+)
+def test_a_proof_passes_and_detects_a_fault(
+    tool: Tool, architecture: Architecture, ring: str
+) -> None:
+    require_guests(architecture)
+    guest = ("--arch", architecture.name, "--guest", "bare")
+    outcome = tool.run("prove", *guest, "--ring", ring, "--control", "--json", "-")
     assert outcome.exit_code == 0, outcome.output + outcome.errors
     report = outcome.report
     assert (report["setup"]["guest"], report["setup"]["ring"]) == ("bare", ring)
@@ -136,3 +169,10 @@ def test_the_guests_pages_are_below_and_above_4_gib(tool: Tool) -> None:
     assert all(page["link"] == "log" for page in lost)
     above = sum(page["gpa"] >= 4 << 30 for page in lost)
     assert 10 < above < len(lost) - 10
+
+
+def test_the_guest_switches_the_slot_of_a_plugged_disk_on(tool: Tool) -> None:
+    require_guests(AARCH64)
+    arguments = ("--arch", "aarch64", "--guest", "bare", "--workload", "write_once=512")
+    outcome = tool.run("prove", *arguments, "--scenario", "device-hotplug")
+    assert outcome.exit_code == 0, outcome.output + outcome.errors

@@ -1,4 +1,4 @@
-"""A device behind QEMU's VT-d, whose mappings change while its dirty pages are logged."""
+"""A device behind QEMU's VT-d or SMMUv3, whose mappings change while its dirty pages are logged."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from typing import Any
 
 import pytest
 
+from qmp_tools.arch.aarch64 import AARCH64
 from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.qemu.builds import installed
+from support.architectures import require_guests
 from support.command import Tool
 
 FEW_PAGES = ("--workload", "write_once=512", "--accel", "tcg", "--seed", "3")
 
 
-def prove(tool: Tool, *options: str) -> dict[str, Any]:
+def prove(tool: Tool, *options: str, iommu: str = "intel") -> dict[str, Any]:
     outcome = tool.run("prove", *FEW_PAGES, *options, "--json", "-", "--quiet")
     assert not tool.leftovers()
     report = outcome.report
-    assert report["setup"]["iommu"] == "intel", outcome.output + outcome.errors
+    assert report["setup"]["iommu"] == iommu, outcome.output + outcome.errors
     return report
 
 
@@ -67,3 +69,16 @@ def test_a_used_ring_that_is_not_logged_is_refused_by_the_destination_and_lost(t
     assert "last_avail_idx" in report["refusal"]
     assert {page["kind"] for page in report["lost_pages"]} <= {"used ring"}
     assert report["sensitivity"]["unreported"]
+
+
+def test_an_smmuv3_reports_every_removed_mapping(tool: Tool) -> None:
+    require_guests(AARCH64)
+    arguments = ("--arch", "aarch64", "--guest", "bare")
+    clean = prove(tool, *arguments, "--iommu", "smmuv3", iommu="smmuv3")
+    assert clean["exit_code"] == 0, clean["verdict"]
+    assert clean["sensitivity"]["guaranteed_detectable"] >= 512
+    faulty = prove(tool, *arguments, "--fault", "unmap-unharvested", iommu="smmuv3")
+    assert faulty["exit_code"] == 1, faulty["verdict"]
+    lost = [page for page in faulty["lost_pages"] if page["blame"] == "device"]
+    assert len(lost) > 100
+    assert {page["link"] for page in lost} == {"tracker"}

@@ -12,9 +12,9 @@
 #define HCR_EL1_IS_64_BIT (1 << 31)
 #define SPSR_EL1_MASKED 0x3c5 /* EL1 with its own stack, all interrupts masked */
 
-/* Memory types; paging.c uses the same numbers. */
-#define MAIR 0xff00 /* 0: device, without gathering, reordering or early answers; 1: write-back */
-#define BLOCK_DEVICE 0x401 /* valid, accessed, memory type 0 */
+/* paging.c uses the same numbers. */
+#define MAIR 0xff00 /* memory types 0: device, no gathering or reordering; 1: write-back */
+#define BLOCK_DEVICE 0x60000000000401 /* valid, accessed, memory type 0, never executed */
 #define BLOCK_NORMAL 0x705 /* valid, accessed, inner shareable, memory type 1 */
 #define TABLE 3
 #define BLOCK_BYTES 0x40000000

@@ -5,13 +5,13 @@
 enum {
     TABLE_ENTRIES = 512,
     TABLE = 3,
-    // As in start.S: valid, accessed; a memory type, and the shareability of normal memory.
-    DEVICE_BLOCK = 0x401,
-    NORMAL_BLOCK = 0x705,
 };
+// As in mmu.h.
+static const uint64_t DEVICE_BLOCK = 0x60000000000401;
+static const uint64_t NORMAL_BLOCK = 0x705;
+
 static const uint64_t BLOCK_BYTES = 1ull << 30;
 static const uint64_t ADDRESS_BITS = 0xfffffffff000;
-static const uint64_t NEVER_EXECUTED = 3ull << 53;
 
 extern volatile uint64_t page_map[];  // start.S; the first 2 GiB are mapped
 
@@ -33,5 +33,5 @@ void map_ram(struct range range) {
 }
 
 void map_registers(struct range range) {
-    map(range, DEVICE_BLOCK | NEVER_EXECUTED);
+    map(range, DEVICE_BLOCK);
 }

@@ -62,10 +62,12 @@ class Architecture:
     - `debian`: the name in Debian's packages; `gnu`: the prefix of the cross compiler's programs.
     - `qemu_packages`: the packages of QEMU by family of distributions ('debian', 'fedora', 'arch',
       'suse'); `firmware_packages`: Debian's packages that QEMU starts with besides.
+      `newer_qemu_package`: the only package of QEMU that Debian needs from release 13 on; None if
+      it is still the same.
     - `cross_packages`: the packages, by family, of a compiler that builds the guest on a machine of
       another architecture, with a static C library.
     - `machine`: the default machine type. `hotplug_machine` is that of proofs that plug a disk into
-      the running guest.
+      the running guest; None if the guest takes no new disk.
     - `hotplug_needs_port`: whether that disk needs a PCI Express port of its own.
     - `memory_module`: how memory can be plugged into the machine; None if it cannot.
     - `cpus`: the values of ``-cpu``, by accelerator; QEMU's default for an accelerator without one.
@@ -88,10 +90,11 @@ class Architecture:
     debian: str
     gnu: str
     qemu_packages: Mapping[str, str]
+    newer_qemu_package: str | None = None
     cross_packages: Mapping[str, str]
     firmware_packages: Sequence[str] = ()
     machine: str
-    hotplug_machine: str
+    hotplug_machine: str | None
     hotplug_needs_port: bool = False
     memory_module: MemoryModule | None = None
     cpus: Mapping[str, str]

@@ -16,6 +16,7 @@ RISCV64: Final = Architecture(
         "arch": "qemu-system-riscv",
         "suse": "qemu-extra qemu-ipxe",
     },
+    newer_qemu_package="qemu-system-riscv",
     firmware_packages=("opensbi",),
     cross_packages={
         "debian": "gcc-riscv64-linux-gnu libc6-dev-riscv64-cross",
@@ -23,7 +24,9 @@ RISCV64: Final = Architecture(
         "arch": "riscv64-linux-gnu-gcc",
     },
     machine="virt",
-    hotplug_machine="virt",
+    # Debian's kernel (6.12) lacks CONFIG_HOTPLUG_PCI and CONFIG_VIRTIO_MEM, so nothing can be
+    # plugged. It lacks CONFIG_RISCV_IOMMU, too.
+    hotplug_machine=None,
     cpus={"kvm": "host"},
     kvm_remedy="use a processor with the hypervisor extension (H)",
     # OpenSBI prints to the machine's serial port, too.

@@ -86,9 +86,8 @@ async def resolve(options: ProofOptions) -> Setup:
     memory_bytes = options.memory_bytes or await choose_memory(
         architecture, source, accelerator, guest.memory_bytes, options.timeout
     )
-    machine = options.machine or (
-        architecture.hotplug_machine if scenario.plugs_devices else architecture.machine
-    )
+    usual_machine = architecture.hotplug_machine if scenario.plugs_devices else None
+    machine = options.machine or usual_machine or architecture.machine
     if destination.resolve() != source.resolve() or options.machine:
         machine = await common_machine(machine, source, destination, options.timeout)
     if iommu is not None:
@@ -229,6 +228,11 @@ def _scenario_for(options: ProofOptions, architecture: Architecture) -> Scenario
         raise UnsupportedError(
             f"--scenario {options.scenario}: the guest {options.guest} for {architecture.name} "
             "cannot use plugged memory; choose another scenario or guest"
+        )
+    if scenario.plugs_devices and architecture.hotplug_machine is None:
+        raise UnsupportedError(
+            f"--scenario {options.scenario}: the guest for {architecture.name} takes no new disk "
+            "while it runs; choose another scenario"
         )
     if options.max_downtime is not None and not scenario.downtime_is_measurable:
         raise UsageError(

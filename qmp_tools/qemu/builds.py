@@ -110,20 +110,21 @@ def fetch(wanted: str, architecture: Architecture) -> QemuBuild:
 
 
 def _fetch(wanted: str, architecture: Architecture) -> QemuBuild:
-    home, program, packages = (
-        _home(architecture),
-        architecture.qemu_program,
-        architecture.qemu_packages["debian"].split(),
-    )
+    home, program = _home(architecture), architecture.qemu_program
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="new-", dir=home) as temporary:
         folder = Path(temporary)
-        archive, version = _find(wanted, packages[0], folder)
+        archive, version = _find(wanted, architecture, folder)
         target = home / version
         _logger.info("fetching QEMU %s and its libraries from %s", version, archive.suite)
         with_virtiofsd = (_VIRTIOFSD,) if archive.has(_VIRTIOFSD) else ()
         fetched = archive.fetch_closure(
-            (*packages, *architecture.firmware_packages, *_PACKAGES, *with_virtiofsd)
+            (
+                *_qemu_packages(architecture, archive),
+                *architecture.firmware_packages,
+                *_PACKAGES,
+                *with_virtiofsd,
+            )
         )
         _logger.info("unpacking %d packages", len(fetched))
         build = folder / "build"
@@ -136,8 +137,16 @@ def _fetch(wanted: str, architecture: Architecture) -> QemuBuild:
     return QemuBuild(version, archive.suite, target / program)
 
 
-def _find(wanted: str, package: str, folder: Path) -> tuple[Archive, str]:
-    """Find the suite whose `package` has the `wanted` QEMU, and QEMU's upstream version there."""
+def _qemu_packages(architecture: Architecture, archive: Archive) -> list[str]:
+    """Return the suite's packages of QEMU for `architecture`; the first one has the program."""
+    newer = architecture.newer_qemu_package
+    if newer is not None and archive.has(newer):
+        return [newer]
+    return architecture.qemu_packages["debian"].split()
+
+
+def _find(wanted: str, architecture: Architecture, folder: Path) -> tuple[Archive, str]:
+    """Find the suite that has the `wanted` QEMU, and QEMU's upstream version there."""
     is_version = wanted[:1].isdigit()
     suites = _suites() if is_version else [wanted]
     seen = []
@@ -145,7 +154,7 @@ def _find(wanted: str, package: str, folder: Path) -> tuple[Archive, str]:
         _logger.info("searching %s", suite)
         try:
             archive = Archive(suite, folder / suite)
-            version = _upstream(archive.version(package))
+            version = _upstream(archive.version(_qemu_packages(architecture, archive)[0]))
         except UntestableError:
             if not is_version or len(suites) == 1:
                 raise

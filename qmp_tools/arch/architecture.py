@@ -78,7 +78,6 @@ class Architecture:
     - `ram_start`: the address of the guest's RAM in bytes.
     - `low_ram_property`: the property of the machine type that limits the RAM below 4 GiB; None if
       the RAM is in one piece.
-    - `boots_elf`: whether QEMU enters the kernel's ELF; else it boots an Image.
     - `kernels`: Debian's packages of the Linux guest's kernel, by the size of its pages in bytes.
     - `linux_options`: for the command line of the Linux guest.
     - `freestanding_options`: the options of the C compiler for the bare guest; None if there is no
@@ -104,7 +103,6 @@ class Architecture:
     report_tty: str
     ram_start: int = 0
     low_ram_property: str | None = None
-    boots_elf: bool = False
     kernels: Mapping[int, KernelPackage]
     linux_options: str
     freestanding_options: Sequence[str] | None = None

@@ -34,8 +34,6 @@ X86_64: Final = Architecture(
     channels=("-serial", "chardev:console", "-serial", "chardev:report"),
     report_tty="/dev/ttyS1",
     low_ram_property="max-ram-below-4g",
-    # The entry by PVH saves the seconds that the kernel's decompressor takes under TCG.
-    boots_elf=True,
     kernels={4096: KernelPackage("linux-image-amd64")},
     linux_options="console=ttyS0 tsc=reliable no_timer_check",
     freestanding_options=(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,6 +16,7 @@ from ..arch.architecture import Architecture
 from ..host import archive
 from .build import cache, digest, fresh_folder
 from .drivers import ALL_MODULES
+from .installed_kernels import installed_images
 from .kernel import Kernel, unpack_image, unpacked_image
 from .modules import Modules, find_modules
 
@@ -26,9 +27,6 @@ _PARTS: Final = ("linux-image-", "linux-binary-", "linux-modules-", "linux-base-
 its modules in one or two of their own."""
 _UBUNTU: Final = ("linux-image-virtual", "linux-image-generic")
 """The first has the virtio drivers and is a third of the size of the second."""
-IMAGE_NAMES: Final = ("vmlinuz", "vmlinux", "Image")
-"""The names of kernels in /boot, and in the folders of modules: Debian has vmlinux for riscv64, and
-openSUSE has Image for aarch64."""
 _CONFIG: Final = "config"
 _MODULES: Final = "modules"
 _ORIGIN: Final = "origin"
@@ -137,11 +135,11 @@ def _fill(fresh: Path, source: _Source) -> None:
     for name, package in _fetch(source, downloads):
         archive.unpack(package, system)
         names.append(name)
-    image = next(iter(images_in(system / "boot")), None)
+    image = next(iter(installed_images(system)), None)
     if image is None:
         raise UntestableError(
-            f"{', '.join(names)} of the distribution's archive: no kernel (boot/vmlinuz-*) is in "
-            "these packages"
+            f"{', '.join(names)} of the distribution's archive: no kernel (vmlinuz) is in these "
+            "packages"
         )
     unpack_image(image.read_bytes(), image, source.architecture.name, fresh)
     modules = find_modules(unpacked_image(fresh).version, image, system)
@@ -184,8 +182,3 @@ def _private_archive(source: _Source, folder: Path) -> archive.Archive:
         # A mirror may have the updates of an architecture only in part.
         _logger.info("%s; trying without the updates of the release", error)
         return archive.Archive(suite, folder, debian, origin=origin, pockets=False)
-
-
-def images_in(folder: Path) -> Iterable[Path]:
-    """Return the kernels in a folder such as /boot, by name."""
-    return sorted(file for name in IMAGE_NAMES for file in folder.glob(f"{name}*"))

@@ -1,10 +1,7 @@
 """Choose the kernel of the Linux guest: a given one, the host's own, or the distribution's package.
 
-The host's own kernel needs no network and no apt, so any Linux host with a readable kernel will do:
-
-- Fedora and its relatives, Arch and openSUSE have ``/usr/lib/modules/VERSION/vmlinuz``;
-- Debian has ``/boot/vmlinuz-VERSION``;
-- Ubuntu has that too, but lets only root read it.
+The host's own kernel needs neither a network nor apt, so any Linux host with a readable kernel will
+do. Ubuntu lets only root read its kernels.
 """
 
 from __future__ import annotations
@@ -12,7 +9,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +19,9 @@ from dmaproof.errors import UntestableError, UsageError
 from ..arch import host_architecture
 from ..arch.architecture import Architecture
 from .drivers import VIRTIO_BLK
+from .installed_kernels import installed_images
 from .kernel import Kernel, kernel_of_file
-from .kernel_package import IMAGE_NAMES, fetchable_package, images_in, package_kernels
-from .modules import MODULE_TREES, exists
+from .kernel_package import fetchable_package, package_kernels
 
 _logger = logging.getLogger(__name__)
 
@@ -132,43 +128,6 @@ def given_kernel(given: KernelFiles, architecture: str) -> Kernel:
     return kernel
 
 
-def host_images(root: Path, running: str) -> list[Path]:
-    """Return the files of the host's kernels: of the `running` version first, then the newest.
-
-    Args:
-        root: the host's root folder.
-        running: the release of the host's running kernel, which need not be installed: a container
-            has the files of its own distribution.
-    """
-    found = {
-        folder.name: _numbers(folder.name)
-        for tree in MODULE_TREES
-        for folder in (root / tree).glob("*")
-        if folder.is_dir()
-    }
-    versions = sorted(found, key=lambda name: (name == running, found[name], name), reverse=True)
-    images = [
-        place
-        for version in versions
-        for name in IMAGE_NAMES
-        for place in (
-            *(root / tree / version / name for tree in MODULE_TREES),
-            root / "boot" / f"{name}-{version}",
-        )
-        if exists(place)
-    ]
-    # Some distributions leave the version out of the name, as Alpine does: vmlinuz-lts.
-    images += images_in(root / "boot") if found else []
-    files: dict[Path, Path] = {}
-    for image in images:
-        files.setdefault(image.resolve(), image)
-    return list(files.values())
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", version)]
-
-
 def _remedy(image: Path) -> str:
     return f"run 'sudo chmod a+r {image}', or run dmaproof as root"
 
@@ -212,7 +171,7 @@ class _Search:
     def _host_kernels(self) -> Iterator[Kernel]:
         if self.architecture is not host_architecture():
             return
-        for image in host_images(self.root, os.uname().release):
+        for image in installed_images(self.root, os.uname().release):
             try:
                 kernel = kernel_of_file(image, self.architecture.name, origin=f"the host's {image}")
             except PermissionError:

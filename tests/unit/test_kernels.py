@@ -15,8 +15,9 @@ from dmaproof.errors import UntestableError, UsageError
 from qmp_tools.arch import ARCHITECTURES, find_architecture
 from qmp_tools.arch.architecture import Architecture
 from qmp_tools.guest import kernels
+from qmp_tools.guest.installed_kernels import installed_images
 from qmp_tools.guest.kernel import Kernel, kernel_of_file
-from qmp_tools.guest.kernels import KernelFiles, find_kernel, host_images, kernel_source
+from qmp_tools.guest.kernels import KernelFiles, find_kernel, kernel_source
 from qmp_tools.guest.modules import Modules
 from support.kernel_files import ARM, RELEASE, RISCV, bz_image, put, vmlinux
 
@@ -175,7 +176,7 @@ def test_the_running_kernel_is_tried_first_and_then_the_newest(tmp_path: Path) -
     (boot / "vmlinuz-5.0.0").symlink_to("../lib/modules/5.0.0/vmlinuz")
     (boot / "vmlinuz-linux").touch()
     (boot / "config-6.10.2").touch()
-    images = [str(image.relative_to(tmp_path)) for image in host_images(tmp_path, "6.2.0")]
+    images = [str(image.relative_to(tmp_path)) for image in installed_images(tmp_path, "6.2.0")]
     assert images == [
         "lib/modules/6.2.0/vmlinuz",
         "lib/modules/6.10.2/vmlinuz",
@@ -184,7 +185,7 @@ def test_the_running_kernel_is_tried_first_and_then_the_newest(tmp_path: Path) -
         "lib/modules/5.0.0/vmlinuz",
         "boot/vmlinuz-linux",
     ]
-    assert host_images(tmp_path / "empty", "6.2.0") == []
+    assert installed_images(tmp_path / "empty", "6.2.0") == []
 
 
 def test_a_given_kernel_is_used_with_its_modules(tmp_path: Path, packages: list[str]) -> None:

@@ -16,7 +16,7 @@ from support.command import Tool
 
 _TESTS: Final = Path(__file__).parent
 _IS_WORKER: Final = "PYTEST_XDIST_WORKER" in os.environ
-_TAKE_MINUTES: Final = ("test_debian.py", "test_passthrough.py")
+_TAKE_MINUTES: Final = ("test_debian.py", "test_distributions.py", "test_passthrough.py")
 
 # Test machines are busy, so examples have no deadline. Other settings are hypothesis's defaults.
 settings.register_profile(

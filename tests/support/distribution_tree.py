@@ -30,8 +30,11 @@ _SUITE: Final = "trixie"
 _TIMEOUT_S: Final = 900.0
 _REQUESTS: Final = "var/log/requests"
 _ASIDE: Final = "packages"
-_PACKAGE_PROGRAMS: Final = ("usr/bin/apt*", "usr/bin/dpkg*", "etc/apt", "var/lib/dpkg")
+_DEBIAN: Final = ("usr/bin/apt*", "usr/bin/dpkg*", "etc/apt", "var/lib/dpkg", "var/log/apt")
+"""What a system without Debian's package programs does not have."""
 
+_ORIGIN: Final = "var/lib/made-from"
+"""The file of a kept tree that says from what the tree was made."""
 _KERNELS: Final = "var/lib/kernels"
 _INSTALL: Final = f"""\
 apt-get update -qq
@@ -158,6 +161,16 @@ MODELS: Final = {
         modules="zst",
         in_boot=True,
     ),
+    # dmaproof does not know its packages.
+    "alpine": Model(
+        os_release='PRETTY_NAME="Alpine Linux v3.22"\nID=alpine\n',
+        shell="busybox",
+        manager="apk",
+        accepts="*",
+        packages={"qemu-system-x86_64": _QEMU},
+        modules="zst",
+        in_boot=True,
+    ),
 }
 
 _MANAGER: Final = """\
@@ -181,7 +194,7 @@ def distribution_tree(model: Model) -> Iterator[Tree]:
 
     The checkout is in the folder `CHECKOUT` of the tree.
     """
-    root = kept_folder() / f"tree-{os.getpid()}"
+    root = _kept() / f"tree-{os.getpid()}"
     try:
         _copy_built_tree(root)
         _write(root / "etc/os-release", model.os_release)
@@ -192,7 +205,7 @@ def distribution_tree(model: Model) -> Iterator[Tree]:
         if model.accepts is None:
             _add_archive(root, model)
         else:
-            for pattern in _PACKAGE_PROGRAMS:
+            for pattern in _DEBIAN:
                 _remove(root, pattern)
             _add_manager(root, model)
         yield Tree(root, {}, VARIABLES)
@@ -202,11 +215,10 @@ def distribution_tree(model: Model) -> Iterator[Tree]:
 
 def requests(tree: Tree) -> list[str]:
     """Return the command lines with which the tree's package manager was to install packages."""
-    file = tree.root / _REQUESTS
-    if file.exists():
-        return file.read_text().splitlines()
-    history = (tree.root / "var/log/apt/history.log").read_text()
-    return re.findall("^Commandline: (.*)", history, re.MULTILINE)
+    file, history = tree.root / _REQUESTS, tree.root / "var/log/apt/history.log"
+    if history.exists():
+        return re.findall("^Commandline: (.*)", history.read_text(), re.MULTILINE)
+    return file.read_text().splitlines() if file.exists() else []
 
 
 def _add_kernel(root: Path, model: Model) -> None:
@@ -312,23 +324,35 @@ def _copy_built_tree(root: Path) -> None:
 
     A program in the copy must not write into the files that it finds there.
     """
-    cache = kept_folder()
+    cache = _kept()
     cache.mkdir(parents=True, exist_ok=True)
-    with (cache / "complete-lock").open("w") as lock:
+    with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        _remove_leftovers(cache)
         complete, built = cache / "complete", cache / "built"
-        installed = cache / "complete-by"
-        if not installed.exists() or installed.read_text() != _INSTALL:
+        if _read(complete / _ORIGIN) != _INSTALL:
             for folder in (complete, built):
                 shutil.rmtree(folder, ignore_errors=True)
             _make_complete(complete)
-            installed.write_text(_INSTALL)
-        sources = cache / "built-from"
-        if not built.exists() or sources.read_text() != checkout.digest():
+        if _read(built / _ORIGIN) != checkout.digest():
             shutil.rmtree(built, ignore_errors=True)
             _build(complete, built)
-            sources.write_text(checkout.digest())
         _copy_links(built, root)
+
+
+def _remove_leftovers(cache: Path) -> None:
+    """Remove the trees of processes that were killed; a tree's name ends with the process's id."""
+    for tree in cache.glob("*-*"):
+        if not Path("/proc", tree.name.rpartition("-")[2]).exists():
+            shutil.rmtree(tree, ignore_errors=True)
+
+
+def _kept() -> Path:
+    return kept_folder() / "distributions"
+
+
+def _read(file: Path) -> str | None:
+    return file.read_text() if file.exists() else None
 
 
 def _copy_links(source: Path, target: Path) -> None:
@@ -338,6 +362,7 @@ def _copy_links(source: Path, target: Path) -> None:
 def _make_complete(complete: Path) -> None:
     with fresh_tree(_SUITE, complete.with_name(f"complete-{os.getpid()}"), {}) as tree:
         _run(tree, "sh", "-ec", _INSTALL, folder=Path("/"))
+        _write(tree.root / _ORIGIN, _INSTALL)
         tree.root.rename(complete)
 
 
@@ -348,6 +373,7 @@ def _build(complete: Path, built: Path) -> None:
         _copy_links(complete, root)
         checkout.check_out(root / CHECKOUT.relative_to("/"))
         _run(with_pip(root, {}), "./dmaproof", "doctor", folder=CHECKOUT)
+        _write(root / _ORIGIN, checkout.digest())
         root.rename(built)
     finally:
         shutil.rmtree(root, ignore_errors=True)

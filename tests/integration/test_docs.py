@@ -16,6 +16,8 @@ import yaml
 import dmaproof
 import qmp_tools
 from qmp_tools import aio
+from qmp_tools.arch import ARCHITECTURES
+from qmp_tools.host import distribution
 from qmp_tools.integrations.pytest_plugin import pytest_addoption
 from support.doc_commands import ROOT, commands_in, error_of
 
@@ -33,6 +35,36 @@ def scripts_of(node: object) -> Iterator[str]:
     elif isinstance(node, list):
         for value in node:
             yield from scripts_of(value)
+
+
+RUNNERS = {
+    "github.yml": ("jobs", "runner", "strategy", "matrix", "include"),
+    "gitlab.yml": ("runner", "parallel", "matrix"),
+}
+"""The lists of the workflows' runners, by their keys; each entry names the packages of its QEMU."""
+
+
+@pytest.mark.parametrize(("name", "keys"), RUNNERS.items())
+def test_a_workflow_installs_the_qemu_of_each_runners_architecture(
+    name: str, keys: tuple[str, ...]
+) -> None:
+    workflow = yaml.safe_load((ROOT / "docs" / "ci" / name).read_text())
+    for key in keys:
+        workflow = workflow[key]
+    packages = {value for entry in workflow for value in entry.values()}
+    for architecture in ("x86_64", "aarch64"):
+        assert ARCHITECTURES[architecture].qemu_packages["debian"] in packages
+
+
+@pytest.mark.parametrize("name", RUNNERS)
+def test_a_workflow_installs_what_dmaproof_and_its_guests_are_built_with(name: str) -> None:
+    text = (ROOT / "docs" / "ci" / name).read_text()
+    needs = (distribution.COMPILER, distribution.STATIC_LIBC)
+    packages = {word for need in needs for word in need.packages["debian"].split()}
+    lists = re.findall(r"(?<= )gcc [a-z0-9 -]+(?=\n)", text)
+    assert len(lists) == 2  # with the system's QEMU, and with fetched ones
+    for found in lists:
+        assert packages | {"python3-dev", "python3-venv"} == set(found.split())
 
 
 def plugin_options() -> set[str]:

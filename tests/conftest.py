@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(item.path.relative_to(_TESTS).parts[0])
     if shutil.which("qemu-system-x86_64") is not None or os.environ.get("DMAPROOF_NO_SKIP") == "1":
         return
-    no_qemu = pytest.mark.skip(reason="QEMU is not installed: apt-get install qemu-system-x86")
+    no_qemu = pytest.mark.skip(reason="qemu-system-x86_64 is not installed: see 'dmaproof doctor'")
     for item in items:
         if item.get_closest_marker("qemu") is not None:
             item.add_marker(no_qemu)

@@ -20,6 +20,7 @@ from typing import Final
 from dmaproof.errors import UntestableError
 
 from ..arch.architecture import Architecture
+from ..host import distribution
 from ..host.unexpected import writing_to
 from ..host.user_folders import cache_folder
 from .workload import Workload
@@ -176,11 +177,12 @@ def compile_c(
             command, capture_output=True, text=True, errors="replace", timeout=300, check=False
         )
     except FileNotFoundError:
-        packages = "gcc libc6-dev"
+        needs = [distribution.COMPILER, distribution.STATIC_LIBC]
         if architecture and is_foreign:
-            packages = f"gcc-{architecture.gnu} libc6-dev-{architecture.debian}-cross"
+            needs = [distribution.cross_compiler(architecture)]
         raise UntestableError(
-            f"building the guest needs the C compiler {compiler}: apt-get install {packages}"
+            f"building the guest needs the C compiler {compiler}: "
+            f"{distribution.how_to_install(*needs)}"
         ) from None
     if done.returncode:
         raise UntestableError(f"{shlex.join(command)} failed:\n{done.stderr}")

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from ..arch import host_architecture
 from ..arch.architecture import Architecture
 
 
@@ -143,14 +142,18 @@ def python_headers(minor: int) -> Need:
 def system_qemu(arch: Architecture) -> Path | None:
     """Return the QEMU for guests of `arch` that a package has installed; None if there is none."""
     programs = [arch.qemu_program]
-    if arch is host_architecture():
+    if arch.is_host:
         programs.append(_RED_HAT_QEMU)
     return next((Path(found) for found in map(shutil.which, programs) if found), None)
 
 
 def qemu(arch: Architecture) -> Need:
     """Return the need for the QEMU of `arch`."""
-    return Need(f"QEMU ({arch.qemu_program})", arch.qemu_packages)
+    packages = dict(arch.qemu_packages)
+    if arch.newer_qemu_package is not None:
+        # apt installs the package that provides this name, which depends on the release.
+        packages["debian"] = arch.qemu_program
+    return Need(f"QEMU ({arch.qemu_program})", packages)
 
 
 def cross_compiler(arch: Architecture) -> Need:

@@ -24,7 +24,8 @@ from typing import Final
 
 from dmaproof.errors import UsageError
 
-from ..arch import find_architecture, host_architecture
+from ..arch import ARCHITECTURES, find_architecture
+from ..arch.architecture import Architecture
 from . import distribution
 from .distribution import Distribution, Need
 
@@ -95,21 +96,25 @@ def _missing_for_build() -> list[Need]:
 
 def _missing_for_guest(arguments: Sequence[str]) -> list[Need]:
     arch = find_architecture(_option("--arch", arguments))
-    native = arch is host_architecture()
     linux = _option("--guest", arguments) != "bare"
-    needs = []
-    if _option("--qemu", arguments) is None and distribution.system_qemu(arch) is None:
-        needs.append(distribution.qemu(arch))
-    if not native:
-        # Fedora's cross compilers have no C library, and are enough for the bare guest.
-        if shutil.which(f"{arch.gnu}-gcc") is None:
-            needs.append(distribution.cross_compiler(arch))
+    needs = [] if _option("--qemu", arguments) else _missing_qemu(arch)
+    if not arch.is_host:
+        needs += _missing_cross_compiler(arch)
     elif linux:
         if not _links_static_programs():
             needs.append(distribution.STATIC_LIBC)
         if _option("--kernel", arguments) is None and not _has_kernel():
             needs.append(distribution.KERNEL)
     return needs
+
+
+def _missing_qemu(arch: Architecture) -> list[Need]:
+    return [] if distribution.system_qemu(arch) else [distribution.qemu(arch)]
+
+
+def _missing_cross_compiler(arch: Architecture) -> list[Need]:
+    # Fedora's cross compilers have no C library, and are enough for the bare guest.
+    return [] if shutil.which(f"{arch.gnu}-gcc") else [distribution.cross_compiler(arch)]
 
 
 def _has_kernel() -> bool:
@@ -144,6 +149,9 @@ def _missing_for_tests() -> list[Need]:
     needs = [need for program, need in programs.items() if shutil.which(program) is None]
     if not _has_library("libvirt"):  # pip compiles libvirt-python
         needs.append(distribution.LIBVIRT_HEADERS)
+    for arch in ARCHITECTURES.values():
+        if not arch.is_host:
+            needs += _missing_qemu(arch) + _missing_cross_compiler(arch)
     return needs
 
 

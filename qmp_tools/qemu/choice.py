@@ -14,12 +14,11 @@ from dmaproof.errors import UnsupportedError, UntestableError, UsageError
 from ..arch import find_architecture
 from ..arch.architecture import Architecture
 from ..arguments import AnyPath
+from ..host import distribution
 from ..host.timeout import DEFAULT_TIMEOUT_S
 from .builds import QemuBuild, installed
 from .qemu import idle_qemu
 
-_RED_HAT_PROGRAM: Final = "/usr/libexec/qemu-kvm"
-"""The only QEMU of RHEL and CentOS Stream, for guests of the machine's own architecture."""
 _SYSTEMS: Final = "system"
 
 
@@ -38,16 +37,16 @@ def find_qemu(wanted: AnyPath | None, architecture: Architecture | None = None) 
     """
     architecture = architecture or find_architecture(None)
     if wanted is None:
-        system = _system_qemu(architecture)
+        system = distribution.system_qemu(architecture)
         if system is not None:
             return system
         builds = installed(architecture)
         if builds:
             return builds[-1].path
-        package = architecture.qemu_packages["debian"]
+        remedy = distribution.how_to_install(distribution.qemu(architecture))
         raise UntestableError(
-            f"{architecture.qemu_program} is not installed: 'apt-get install {package}' installs "
-            "the system's QEMU; 'dmaproof qemu fetch' fetches a newer one and needs no root"
+            f"{architecture.qemu_program} is not installed: {remedy}; on Debian, 'dmaproof qemu "
+            "fetch' fetches one without root"
         )
     wanted = os.fspath(wanted)
     found = shutil.which(wanted)
@@ -64,16 +63,9 @@ def find_qemu(wanted: AnyPath | None, architecture: Architecture | None = None) 
     )
 
 
-def _system_qemu(architecture: Architecture) -> Path | None:
-    names = [architecture.qemu_program]
-    if architecture.is_host:
-        names.append(_RED_HAT_PROGRAM)
-    return next((Path(found) for found in map(shutil.which, names) if found), None)
-
-
 def known_qemus(architecture: Architecture) -> list[QemuBuild]:
     """Return the system's QEMU, if one is installed, followed by the fetched ones."""
-    found = _system_qemu(architecture)
+    found = distribution.system_qemu(architecture)
     version = version_of(found) if found is not None else None
     system = [QemuBuild(version, _SYSTEMS, found)] if found and version else []
     return [*system, *installed(architecture)]

@@ -6,11 +6,13 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
 import pytest
 
+from qmp_tools.arch import ARCHITECTURES
 from support.scratch import scratch_folder
 
 pytestmark = pytest.mark.timeout(600)
@@ -60,8 +62,11 @@ def build_wheel(folder, config_settings=None, metadata_directory=None):
 
 def check_out(folder: Path) -> Path:
     """Make a checkout in `folder` in which nothing was built, and return it."""
-    for name in ("plugin", "qmp_tools", "guests"):
-        (folder / name).mkdir(parents=True)
+    # The launcher runs a module of the checkout.
+    for name in ("plugin", "qmp_tools"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(LAUNCHER.parent / name, folder / name, ignore=ignored)
+    (folder / "guests").mkdir()
     for name in ("meson.build", "README.md"):
         (folder / name).touch()
     (folder / "pyproject.toml").write_text(PROJECT)
@@ -74,7 +79,8 @@ def check_out(folder: Path) -> Path:
 def programs_in_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Put the programs that the launcher needs into PATH, so that it installs no package."""
     folder = tmp_path_factory.mktemp("programs")
-    for name in ("qemu-system-x86_64", "qemu-storage-daemon"):
+    of_guests = {(arch.qemu_program, f"{arch.gnu}-gcc") for arch in ARCHITECTURES.values()}
+    for name in ("qemu-storage-daemon", *chain.from_iterable(of_guests)):
         (folder / name).touch(0o755)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", str(folder), prepend=os.pathsep)
@@ -188,8 +194,9 @@ def test_the_fast_tests_run_with_the_linters_and_fetch_nothing(built: Path) -> N
 def test_all_tests_run_with_the_linters_on_a_newer_qemu(built: Path) -> None:
     done = launch(built / "dmaproof", "test", "-k", "ring")
     assert done.returncode == 0, done.stderr
-    *_, fetched, check, form, types, imports, tests = done.stdout.splitlines()
-    assert fetched == f"runs in {built}/.venv qemu fetch 11.1"
+    *fetched, check, form, types, imports, tests = done.stdout.splitlines()
+    fetches = [f"runs in {built}/.venv qemu fetch 11.1 --arch {name}" for name in ARCHITECTURES]
+    assert fetched == fetches
     assert [check, form, types] == ["ruff check", "ruff format --check", "mypy"]
     assert imports == "lint-imports"
     workers = min(len(os.sched_getaffinity(0)) + 1, 8)

@@ -39,9 +39,7 @@ SMALL_TESTS = {
 def test_a_skip_says_how_to_fix_it(project: pytest.Pytester, text: str) -> None:
     result = run(project, text)
     result.assert_outcomes(skipped=1)
-    result.stdout.fnmatch_lines(
-        ["*SKIPPED*QEMU is not installed: 'apt-get install qemu-system-x86'*"]
-    )
+    result.stdout.fnmatch_lines(["*SKIPPED*is not installed: install with the package manager*"])
 
 
 @pytest.mark.parametrize("text", SMALL_TESTS.values(), ids=SMALL_TESTS)
@@ -53,7 +51,9 @@ def test_a_test_fails_where_skipping_is_forbidden(
     outcomes = result.parseoutcomes()
     assert "skipped" not in outcomes
     assert outcomes.get("failed", 0) + outcomes.get("errors", 0) == 1
-    result.stdout.fnmatch_lines(["*QEMU is not installed*because DMAPROOF_NO_SKIP=1 is set*"])
+    result.stdout.fnmatch_lines(
+        ["*qemu-system-* is not installed*because DMAPROOF_NO_SKIP=1 is set*"]
+    )
 
 
 @pytest.mark.parametrize(

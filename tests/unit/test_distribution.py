@@ -105,6 +105,12 @@ def test_every_family_has_qemu_for_every_architecture(name: str) -> None:
     assert set(distribution.qemu(ARCHITECTURES[name]).packages) == set(FAMILIES)
 
 
+def test_apt_chooses_the_package_that_has_qemu_in_its_release() -> None:
+    """riscv64's is qemu-system-misc in Debian 12, and qemu-system-riscv later."""
+    packages = distribution_of("debian").packages(distribution.qemu(find_architecture("riscv64")))
+    assert packages == ["qemu-system-riscv64"]
+
+
 def test_every_family_has_what_dmaproof_is_built_and_tested_with() -> None:
     constants = [each for each in vars(distribution).values() if isinstance(each, Need)]
     assert distribution.KERNEL in constants

@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 
-from qmp_tools.arch import find_architecture
+from qmp_tools.arch import ARCHITECTURES, find_architecture
 from qmp_tools.host import distribution, launcher
 from qmp_tools.host.distribution import recognize
 
@@ -150,8 +150,13 @@ def test_a_command_needs_what_its_proof_uses(
 
 @pytest.mark.parametrize("command", ["test", "develop"])
 def test_the_tests_need_more(machine: Machine, command: str) -> None:
-    needs = (distribution.GIT, distribution.STORAGE_DAEMON, distribution.TCPDUMP)
-    assert launcher.missing([command]) == [*needs, distribution.LIBVIRT_HEADERS]
+    """Among other things, QEMU and a compiler for guests of every other architecture."""
+    needs = launcher.missing([command])
+    programs = [distribution.GIT, distribution.STORAGE_DAEMON, distribution.TCPDUMP]
+    assert needs[:4] == [*programs, distribution.LIBVIRT_HEADERS]
+    others = [arch for arch in ARCHITECTURES.values() if arch.name != HOST.name]
+    of_guests = [distribution.qemu, distribution.cross_compiler]
+    assert needs[4:] == [need(arch) for arch in others for need in of_guests]
 
 
 def test_a_cross_compiler_without_a_libc_stops_no_command(machine: Machine) -> None:

@@ -74,7 +74,9 @@ def _make(folder: Path, file: str, name: str, extensions: tuple[str, ...], *sign
             timeout=DEFAULT_TIMEOUT_S,
         )
     except FileNotFoundError:
-        raise UntestableError("TLS needs the openssl command: apt-get install openssl") from None
+        raise UntestableError(
+            "TLS needs the openssl command: install the package openssl"
+        ) from None
     except subprocess.TimeoutExpired as error:
         raise WaitTimeoutError(
             f"the openssl command did not end within {DEFAULT_TIMEOUT_S:g} s; try again when the "

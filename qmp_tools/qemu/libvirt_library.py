@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 import threading
 from typing import Any, Final
 
 from dmaproof.errors import UntestableError
+
+from ..host import distribution
 
 _MODULES: Final = ("libvirt", "libvirt_qemu")
 
@@ -31,10 +34,12 @@ def load_libvirt() -> tuple[Any, Any]:
     try:
         libvirt, libvirt_qemu = (importlib.import_module(module) for module in _MODULES)
     except ImportError as error:
+        headers = distribution.python_headers(sys.version_info.minor)
+        needs = (distribution.COMPILER, headers, distribution.LIBVIRT_HEADERS)
         raise LibvirtMissingError(
             f"domains of libvirt need libvirt-python ({error}): install the extra "
             "'dmaproof[libvirt]' with pip, which compiles it and needs a C compiler, pkg-config "
-            "and libvirt's headers (Debian: apt-get install gcc python3-dev pkg-config libvirt-dev)"
+            f"and the headers of libvirt and Python: {distribution.how_to_install(*needs)}"
         ) from None
     # Each error also comes as an exception; by default, libvirt prints it to stderr as well.
     libvirt.registerErrorHandler(_ignore_error, None)

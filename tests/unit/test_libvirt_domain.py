@@ -400,7 +400,7 @@ def test_a_missing_library_is_named_with_the_packages_that_it_needs(
     monkeypatch.setitem(sys.modules, "libvirt_qemu", None)  # makes its import fail
     error = failure(library)
     assert isinstance(error, LibvirtMissingError)
-    for word in ("dmaproof[libvirt]", "pkg-config", "libvirt-dev"):
+    for word in ("dmaproof[libvirt]", "pkg-config", "headers of libvirt"):
         assert word in str(error)
 
 

@@ -130,7 +130,7 @@ def run_inside(
         )
     except FileNotFoundError:
         raise UntestableError(
-            f"{what} needs the program unshare: apt-get install util-linux"
+            f"{what} needs the program unshare: install the package util-linux"
         ) from None
     except subprocess.TimeoutExpired:
         raise WaitTimeoutError(

@@ -33,7 +33,7 @@ void lay_out_buffer(uint64_t pages);
 
 // pci.c: find and enable a device ----------------------------------------------------------------
 
-// Find the first device with this vendor and one of `ids`.
+// Find the first device with this vendor and one of `ids`, from `device` on.
 bool pci_find(uint16_t vendor, const uint16_t *ids, unsigned count, struct pci_device *device);
 uint8_t pci_read8(const struct pci_device *device, unsigned offset);
 // The offset of the next capability `id` after the one at `after` (0: the first one), or 0.

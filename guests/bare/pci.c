@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
  * PCI devices. SeaBIOS numbers the buses and assigns the addresses of the BARs. Another firmware
- * (qboot) does not, and aarch64 has no firmware, so this guest does it. The guest uses one device:
- * only the bridges above the device pass memory accesses on, and all free addresses.
+ * (qboot) does not, and aarch64 has no firmware, so this guest does it. Only the bridges above a
+ * device that the guest uses pass memory accesses on. There must be one such device behind a bridge.
  */
 #include "machine.h"
 
@@ -35,7 +35,9 @@ enum {
     SLOT_IS_OFF = 1 << 10,
 };
 
-static uint32_t free_end;  // of the free addresses for BARs; those above are assigned
+// Addresses for BARs: those below `free_end` are free, and those from `window_end` on belong to the
+// devices that are enabled.
+static uint32_t free_end, window_end;
 
 uint8_t pci_read8(const struct pci_device *device, unsigned offset) {
     return (uint8_t)(pci_read32(device, offset) >> offset % 4 * 8);
@@ -94,7 +96,7 @@ bool pci_find(uint16_t vendor, const uint16_t *ids, unsigned count, struct pci_d
     if (!numbered)
         number_buses(0, 0);
     numbered = true;
-    for (uint32_t number = 0; number < BUSES * FUNCTIONS_OF_BUS; number++) {
+    for (uint32_t number = device->id; number < BUSES * FUNCTIONS_OF_BUS; number++) {
         device->id = (uint16_t)number;
         uint32_t id = pci_read32(device, ID);
         for (unsigned index = 0; index < count; index++)
@@ -128,7 +130,7 @@ volatile uint8_t *pci_map_bar(const struct pci_device *device, unsigned bar) {
         address |= (uint64_t)pci_read32(device, offset + 4) << 32;
     if (!address) {
         if (!free_end)
-            free_end = pci_free_end() & -WINDOW_GRANULE;
+            free_end = window_end = pci_free_end() & -WINDOW_GRANULE;
         free_end = (free_end - bytes) & -bytes;
         address = free_end;
         pci_write32(device, offset, (uint32_t)address);
@@ -142,19 +144,20 @@ static void enable(const struct pci_device *device) {
     pci_write32(device, COMMAND, command | COMMAND_MEMORY | COMMAND_BUS_MASTER);
 }
 
-// Let a bridge that the firmware has not enabled pass on accesses to the assigned BARs.
+// Let a bridge that the firmware has not enabled pass on accesses to the BARs from `free_end` on.
 static void open_bridge(const struct pci_device *bridge) {
     if (pci_read32(bridge, COMMAND) & COMMAND_MEMORY)
         return;
-    uint32_t last = (pci_free_end() & -WINDOW_GRANULE) - WINDOW_GRANULE;
-    pci_write32(bridge, MEMORY_WINDOW, last | (free_end & -WINDOW_GRANULE) >> 16);
+    pci_write32(bridge, MEMORY_WINDOW, (window_end - WINDOW_GRANULE) | free_end >> 16);
     enable(bridge);
 }
 
 void pci_enable(const struct pci_device *device) {
     unsigned bus = device->id / FUNCTIONS_OF_BUS;
+    free_end &= -WINDOW_GRANULE;
     for (struct pci_device other = {0}; other.id < bus * FUNCTIONS_OF_BUS; other.id++)
         if (is_bridge(&other) && secondary_bus(&other) <= bus && bus <= subordinate_bus(&other))
             open_bridge(&other);
+    window_end = free_end;
     enable(device);
 }

@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "virtqueue.h"
 
+static uint64_t address_for_device(uint64_t features, const volatile void *memory, size_t bytes) {
+    uint64_t address = (uint64_t)memory;
+    return features & F_ACCESS_PLATFORM ? iommu_map(IOMMU_PERMANENT, address, bytes) : address;
+}
+
 bool virtqueue_open(struct virtqueue *queue, uint64_t features, uint16_t size, unsigned places) {
     const struct ring_form *form = features & F_RING_PACKED ? &packed_ring : &split_ring;
     *queue = (struct virtqueue){
@@ -20,11 +25,10 @@ bool virtqueue_open(struct virtqueue *queue, uint64_t features, uint16_t size, u
     queue->driver = driver_areas + descriptors_bytes;
     queue->device = allocate_aligned((device_bytes + PAGE_BYTES - 1) & -PAGE_BYTES, PAGE_BYTES);
     queue->tables = allocate(places * sizeof *queue->tables);
-    queue->parts[0] = iommu_map(IOMMU_PERMANENT, (uint64_t)driver_areas, descriptors_bytes);
-    queue->parts[1] = iommu_map(IOMMU_PERMANENT, (uint64_t)queue->driver, driver_bytes);
-    queue->parts[2] = iommu_map(IOMMU_PERMANENT, (uint64_t)queue->device, device_bytes);
-    queue->tables_at =
-        iommu_map(IOMMU_PERMANENT, (uint64_t)queue->tables, places * sizeof *queue->tables);
+    queue->parts[0] = address_for_device(features, driver_areas, descriptors_bytes);
+    queue->parts[1] = address_for_device(features, queue->driver, driver_bytes);
+    queue->parts[2] = address_for_device(features, queue->device, device_bytes);
+    queue->tables_at = address_for_device(features, queue->tables, places * sizeof *queue->tables);
     form->want_no_interrupt(queue);
     return true;
 }

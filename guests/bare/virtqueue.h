@@ -25,6 +25,7 @@ enum {
 static const uint64_t F_RING_INDIRECT = 1ull << 28;
 static const uint64_t F_RING_EVENT_INDEX = 1ull << 29;
 static const uint64_t F_RING_PACKED = 1ull << 34;
+static const uint64_t F_ACCESS_PLATFORM = 1ull << 33;  // the device is behind the IOMMU, if any
 
 // The content of one descriptor; `flags` is WRITE, INDIRECT or 0.
 struct piece {

@@ -34,7 +34,7 @@ AARCH64: Final = Architecture(
     memory_module=MemoryModule(
         device="virtio-mem-pci",
         address="memaddr",
-        guests=("linux",),
+        guests=("bare", "linux"),
         properties=f",requested-size={128 << 20}",
         needs_port=True,
         linux_modules=("virtio_pci", "virtio_mem"),

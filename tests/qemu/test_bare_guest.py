@@ -176,3 +176,13 @@ def test_the_guest_switches_the_slot_of_a_plugged_disk_on(tool: Tool) -> None:
     arguments = ("--arch", "aarch64", "--guest", "bare", "--workload", "write_once=512")
     outcome = tool.run("prove", *arguments, "--scenario", "device-hotplug")
     assert outcome.exit_code == 0, outcome.output + outcome.errors
+
+
+def test_plugged_memory_is_used_beside_a_disk_behind_an_iommu(tool: Tool) -> None:
+    # The virtio-mem device uses guest-physical addresses, and the disk IOVAs.
+    require_guests(AARCH64)
+    arguments = ("--arch", "aarch64", "--guest", "bare", "--workload", "write_once=1024")
+    hotplug = ("--scenario", "memory-hotplug", "--iommu", "smmuv3")
+    outcome = tool.run("prove", *arguments, *hotplug, "--json", "-")
+    assert outcome.exit_code == 0, outcome.output + outcome.errors
+    assert outcome.report["sensitivity"]["guaranteed_detectable"] >= 1024

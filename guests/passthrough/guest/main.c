@@ -139,7 +139,7 @@ static void stop_engine(void) {
 
 static void find_engine(void) {
     static const uint16_t ids[] = {DEVICE};
-    struct pci_device device;
+    struct pci_device device = {0};
     if (!pci_find(VENDOR, ids, 1, &device))
         give_up("fake VFIO device not found");
     bar = pci_map_bar(&device, 0);

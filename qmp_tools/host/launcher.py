@@ -68,6 +68,8 @@ def missing(arguments: Sequence[str]) -> list[Need]:
             needs += _missing_for_guest(arguments)
     if command in ("develop", "test"):
         needs += _missing_for_tests()
+        if not any(word == "--fast" or word.startswith("tests/") for word in arguments):
+            needs += _missing_for_other_guests()
     return needs
 
 
@@ -149,10 +151,15 @@ def _missing_for_tests() -> list[Need]:
     needs = [need for program, need in programs.items() if shutil.which(program) is None]
     if not _has_library("libvirt"):  # pip compiles libvirt-python
         needs.append(distribution.LIBVIRT_HEADERS)
-    for arch in ARCHITECTURES.values():
-        if not arch.is_host:
-            needs += _missing_qemu(arch) + _missing_cross_compiler(arch)
     return needs
+
+
+def _missing_for_other_guests() -> list[Need]:
+    """Return what the whole test suite needs for guests of other architectures."""
+    foreign = [arch for arch in ARCHITECTURES.values() if not arch.is_host]
+    return [
+        need for arch in foreign for need in (*_missing_qemu(arch), *_missing_cross_compiler(arch))
+    ]
 
 
 def _has_library(name: str) -> bool:

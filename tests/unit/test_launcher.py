@@ -148,15 +148,25 @@ def test_a_command_needs_what_its_proof_uses(
     assert launcher.missing(words.split()) == [NAMED[name] for name in names]
 
 
-@pytest.mark.parametrize("command", ["test", "develop"])
-def test_the_tests_need_more(machine: Machine, command: str) -> None:
-    """Among other things, QEMU and a compiler for guests of every other architecture."""
-    needs = launcher.missing([command])
-    programs = [distribution.GIT, distribution.STORAGE_DAEMON, distribution.TCPDUMP]
-    assert needs[:4] == [*programs, distribution.LIBVIRT_HEADERS]
+FOR_TESTS: Final = [
+    *(distribution.GIT, distribution.STORAGE_DAEMON, distribution.TCPDUMP),
+    distribution.LIBVIRT_HEADERS,
+]
+
+
+@pytest.mark.parametrize("words", ["test", "develop", "test -k ring"])
+def test_all_tests_need_qemu_and_a_compiler_for_every_other_architecture(
+    machine: Machine, words: str
+) -> None:
     others = [arch for arch in ARCHITECTURES.values() if arch.name != HOST.name]
     of_guests = [distribution.qemu, distribution.cross_compiler]
-    assert needs[4:] == [need(arch) for arch in others for need in of_guests]
+    needs = [*FOR_TESTS, *(need(arch) for arch in others for need in of_guests)]
+    assert launcher.missing(words.split()) == needs
+
+
+@pytest.mark.parametrize("words", ["test --fast", "test tests/unit/test_launcher.py"])
+def test_some_tests_need_less(machine: Machine, words: str) -> None:
+    assert launcher.missing(words.split()) == FOR_TESTS
 
 
 def test_a_cross_compiler_without_a_libc_stops_no_command(machine: Machine) -> None:

@@ -110,6 +110,11 @@ static bool one_of(uint64_t *state, uint64_t many) {
     return many && random_below(state, many) == 0;
 }
 
+// A word of a stamp, which is little-endian on every machine.
+static uint64_t little_endian(uint64_t word) {
+    return __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__ ? __builtin_bswap64(word) : word;
+}
+
 static uint64_t checksum(uint64_t lba, uint64_t number) {
     return splitmix64(lba ^ (number << 32 | number >> 32));
 }
@@ -117,10 +122,10 @@ static uint64_t checksum(uint64_t lba, uint64_t number) {
 static void fill(uint64_t *words, uint64_t magic, uint64_t lba, uint64_t number) {
     uint64_t first = checksum(lba, number);
     for (uint64_t index = 0; index < PAGE_WORDS; index++)
-        words[index] = first + index;
-    words[0] = magic;
-    words[1] = lba;
-    words[2] = number;
+        words[index] = little_endian(first + index);
+    words[0] = little_endian(magic);
+    words[1] = little_endian(lba);
+    words[2] = little_endian(number);
 }
 
 void stamp_page(uint64_t *words, uint64_t lba, uint64_t number) {
@@ -141,8 +146,9 @@ static bool check_words(const char *kind, const uint64_t *words, uint64_t count,
     uint64_t first = checksum(lba, number), head[] = {magic, lba, number};
     for (uint64_t index = 0; index < count; index++) {
         uint64_t expected = index < 3 ? head[index] : first + index;
-        if (words[index] != expected) {
-            report_error(kind, lba, number, expected, words[index], words);
+        uint64_t found = little_endian(words[index]);
+        if (found != expected) {
+            report_error(kind, lba, number, expected, found, words);
             return false;
         }
     }
@@ -380,7 +386,8 @@ static void advance_newest(uint64_t request) {
 static void check_page(const struct request *request, uint32_t index) {
     struct page_state *state = &states[request->pages[index]];
     const uint64_t *words = (void *)(page_at(request->pages[index]) + request->offset);
-    uint64_t lba = request->sector + (uint64_t)index * SECTORS_PER_PAGE, number = words[2];
+    uint64_t lba = request->sector + (uint64_t)index * SECTORS_PER_PAGE;
+    uint64_t number = little_endian(words[2]);
     if (!check("stamp", words, DEVICE_MAGIC, lba, number)) {
         state->request = 0;
         return;
@@ -399,7 +406,7 @@ void check_packet(const uint64_t *words, uint64_t count) {
         report_error("packet", 0, 0, 3, count, words);
         return;
     }
-    uint64_t number = words[2];
+    uint64_t number = little_endian(words[2]);
     if (!check_words("packet", words, count, DEVICE_MAGIC, 0, number))
         return;
     if (number <= newest_packet)

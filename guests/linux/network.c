@@ -8,6 +8,7 @@
 #include "network.h"
 
 #include <arpa/inet.h>
+#include <endian.h>
 #include <errno.h>
 #include <net/if.h>
 #include <netinet/if_ether.h>
@@ -39,7 +40,7 @@ struct frame {
 
 static void ask_for_packets(void) {
     struct frame frame = {.header.ether_type = htons(ETHERTYPE)};
-    uint32_t count = BURST;
+    uint32_t count = htole32(BURST);
     memset(frame.header.ether_dhost, 0xff, ETH_ALEN);
     memcpy(frame.payload, &count, sizeof count);
     send(line, &frame, sizeof frame.header + sizeof count, 0);

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-_GIB: Final = 1 << 30
+_KIB: Final = 1 << 10
 _MIB: Final = 1 << 20
+_GIB: Final = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,8 @@ class Architecture:
     - `ram_start`: the address of the guest's RAM in bytes.
     - `low_ram_property`: the property of the machine type that limits the RAM below 4 GiB; None if
       the RAM is in one piece.
+    - `virtio_bus`: the bus of QEMU's virtio devices, at the end of their names: 'pci' or 'ccw'.
+    - `ram_granule_bytes`: the size of RAM is a multiple of this (MachineClass.fixup_ram_size).
     - `kernels`: Debian's packages of the Linux guest's kernel, by the size of its pages in bytes.
     - `linux_options`: for the command line of the Linux guest.
     - `freestanding_options`: the options of the C compiler for the bare guest; None if there is no
@@ -103,6 +106,8 @@ class Architecture:
     report_tty: str
     ram_start: int = 0
     low_ram_property: str | None = None
+    virtio_bus: str = "pci"
+    ram_granule_bytes: int = 8 * _KIB
     kernels: Mapping[int, KernelPackage]
     linux_options: str
     freestanding_options: Sequence[str] | None = None

@@ -75,7 +75,7 @@ def linux_guest(
         kernel=kernel.image,
         initramfs=target / "initramfs",
         options=(
-            f"{architecture.linux_options} {_COMMAND_LINE} -- report={architecture.report_tty} "
+            f"{_COMMAND_LINE} {architecture.linux_options} -- report={architecture.report_tty} "
             f"{driver.place}"
         ),
         memory_bytes=MEMORY_BYTES,

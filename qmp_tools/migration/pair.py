@@ -32,6 +32,7 @@ from ..qemu.pci_express import behind_ports, is_port
 from ..qemu.qemu import OwnedQemu
 from ..qemu.qtest import Qtest
 from ..qemu.vhost_user_trace import trace_arguments, unanswered
+from ..qemu.virtio_bus import on_bus
 from .alarms import best_reason, with_failure
 from .transport import LOCALHOST, Ends
 
@@ -239,8 +240,9 @@ class QemuPair:
         await wait_until(path.exists, self.timeout_s, lambda: error)
 
     async def _launch(self, side: str, *extra: str, only_backends: bool = False) -> None:
-        attached = [*await self.device.attach(side)]
-        if self._plugs_devices and self._machine.architecture.hotplug_needs_port:
+        architecture = self._machine.architecture
+        attached = on_bus(architecture.virtio_bus, await self.device.attach(side))
+        if self._plugs_devices and architecture.hotplug_needs_port:
             attached = behind_ports(attached)
         self.attached[side] = attached
         arguments = [

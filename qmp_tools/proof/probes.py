@@ -40,8 +40,8 @@ from ..qemu.qemu import idle_qemu, running_qemu
 
 _logger = logging.getLogger(__name__)
 
-_ODD_BYTES: Final = 8 * KIB
-"""A RAM size plus this is not a multiple of 64 pages."""
+_SOUND_GRANULE_BYTES: Final = 256 * KIB
+"""TCG's dirty tracking is sound in RAM whose size is not a multiple of this, 64 pages."""
 
 _PROBE_MEMORY_BYTES: Final = 64 * MIB
 _BLOCK_BEFORE: Final = ("-object", f"memory-backend-ram,id=before,size={_PROBE_MEMORY_BYTES}")
@@ -177,7 +177,15 @@ async def choose_memory(
     lost = await vcpu_pages_lost(architecture, qemu, accelerator, timeout_s)
     if not lost:
         return wanted_bytes
-    memory = wanted_bytes + _ODD_BYTES
+    if architecture.ram_granule_bytes >= _SOUND_GRANULE_BYTES:
+        _logger.warning(
+            "memory: this QEMU loses pages that its vCPUs write (a probe lost %d), and no size of "
+            "RAM prevents that on %s; the report attributes such losses to the accelerator; a "
+            "newer QEMU may not lose any",
+            *(lost, architecture.name),
+        )
+        return wanted_bytes
+    memory = wanted_bytes + architecture.ram_granule_bytes
     _logger.info(
         "memory: %s, because with sizes such as %s this QEMU loses pages that its vCPUs write "
         "(a probe lost %d)",

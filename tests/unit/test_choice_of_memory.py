@@ -1,0 +1,47 @@
+"""The size of RAM at which an accelerator loses no pages."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+import pytest
+
+from qmp_tools.arch.architecture import Architecture
+from qmp_tools.arch.s390x import S390X
+from qmp_tools.arch.x86_64 import X86_64
+from qmp_tools.proof import probes
+from qmp_tools.qemu.machine import KIB, MIB
+
+WANTED_BYTES = 256 * MIB
+
+
+def _choose(architecture: Architecture, lost: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    async def pages_lost(*arguments: object) -> int:
+        return lost
+
+    monkeypatch.setattr(probes, "vcpu_pages_lost", pages_lost)
+    return asyncio.run(probes.choose_memory(architecture, Path("qemu"), "tcg", WANTED_BYTES, 1.0))
+
+
+def test_an_accelerator_that_loses_nothing_gets_the_wanted_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for architecture in (X86_64, S390X):
+        assert _choose(architecture, 0, monkeypatch) == WANTED_BYTES
+
+
+def test_a_lossy_accelerator_gets_a_size_that_is_no_whole_number_of_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert _choose(X86_64, 64, monkeypatch) == WANTED_BYTES + 8 * KIB
+
+
+def test_a_machine_with_a_coarse_ram_size_gets_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    assert _choose(S390X, 64, monkeypatch) == WANTED_BYTES
+    assert "loses pages that its vCPUs write (a probe lost 64)" in caplog.text
+    assert "no size of RAM prevents that on s390x" in caplog.text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from .architecture import Architecture, Iommu, KernelPackage, MemoryModule
+from .architecture import Architecture, Iommu, KernelBuild, KernelPackage, MemoryModule
 
 # QEMU puts the device tree at the start of RAM if an ELF leaves room there, and nowhere if not
 # (arm_setup_direct_kernel_boot in hw/arm/boot.c). The tree has at most 1 MiB (FDT_MAX_SIZE).
@@ -51,6 +51,9 @@ AARCH64: Final = Architecture(
     kernels={
         4096: KernelPackage("linux-image-arm64"),
         16384: KernelPackage("linux-image-arm64-16k", "trixie"),
+    },
+    kernel_builds={
+        65536: KernelBuild("kernel-64k.config", "arm64", "Image", "arch/arm64/boot/Image"),
     },
     linux_options="console=ttyS0",
     freestanding_options=(

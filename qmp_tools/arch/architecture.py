@@ -55,6 +55,21 @@ class MemoryModule:
     linux_modules: Sequence[str] = ()
 
 
+@dataclass(frozen=True)
+class KernelBuild:
+    """A kernel that no distribution packages, so that dmaproof builds it.
+
+    - `config`: a file of options in ``guests/linux``, on top of allnoconfig.
+    - `kbuild`: the kernel's own name of the architecture (make's ARCH).
+    - `goals`: what make builds; `image`: the built file that QEMU boots.
+    """
+
+    config: str
+    kbuild: str
+    goals: str
+    image: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """An architecture of guests, and how QEMU emulates it.
@@ -82,6 +97,7 @@ class Architecture:
     - `virtio_bus`: the bus of QEMU's virtio devices, at the end of their names: 'pci' or 'ccw'.
     - `ram_granule_bytes`: the size of RAM is a multiple of this (MachineClass.fixup_ram_size).
     - `kernels`: Debian's packages of the Linux guest's kernel, by the size of its pages in bytes.
+      `kernel_builds`: those that dmaproof builds.
     - `linux_options`: for the command line of the Linux guest.
     - `freestanding_options`: the options of the C compiler for the bare guest; None if there is no
       bare guest for the architecture. `probe_options` are those for the probe.
@@ -109,6 +125,7 @@ class Architecture:
     virtio_bus: str = "pci"
     ram_granule_bytes: int = 8 * _KIB
     kernels: Mapping[int, KernelPackage]
+    kernel_builds: Mapping[int, KernelBuild] = field(default_factory=dict)
     linux_options: str
     freestanding_options: Sequence[str] | None = None
     probe_options: Sequence[str]

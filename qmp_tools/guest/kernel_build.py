@@ -1,0 +1,225 @@
+"""Build a small kernel from the source package of the machine's distribution.
+
+A kernel is allnoconfig plus a file of options. Distributions package no kernel with pages of 64 KiB
+for arm64, and Debian's own kernels leave out what the nested machine tests (`passthrough.l1`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from dmaproof.errors import UntestableError, WaitTimeoutError
+
+from ..arch.architecture import Architecture, KernelBuild
+from ..host import archive, distribution
+from ..host.reaper import kill_marked, marked_environment
+from ..host.run_folder import run_folder
+from .build import cache, digest, fresh_folder, prune, sources
+from .kernel import Kernel, kernel_of_file
+
+_logger = logging.getLogger(__name__)
+
+Run = Callable[[str, str], str]
+"""Runs a shell script in the folder of a kernel's source, and returns its output.
+
+Its arguments are the script, and what the script does, for messages.
+"""
+
+BUILD_TIMEOUT_S: Final = 3600.0
+_SOURCE: Final = "linux-source"
+"""The package of the release's own version, which it depends on (Debian and Ubuntu)."""
+_CONFIG: Final = "dmaproof.config"
+_TARBALL: Final = "source.tar"
+_IMAGE: Final = "Image"
+_ORIGIN: Final = "origin"
+
+CONFIGURE: Final = f"""\
+tar -xf {_TARBALL} --strip-components=1
+rm {_TARBALL}
+make -s KCONFIG_ALLCONFIG={_CONFIG} allnoconfig
+find . -name 'Kconfig*' -exec sed -En 's/^(menu)?config[ \\t]+//p' {{}} + >known
+while read -r line; do
+    case $line in
+        CONFIG_*)
+            name=${{line#CONFIG_}}
+            grep -qxF "$line" .config || ! grep -qxF "${{name%%=*}}" known || echo "$line" ;;
+    esac
+done <{_CONFIG}
+"""
+"""Prints each line of the configuration that this version knows and did not accept."""
+
+_TOOLS: Final = distribution.Need(
+    "the tools that build a kernel (gcc, make, flex, bison, bc, tar, xz)",
+    {
+        "debian": "gcc libc6-dev make flex bison bc xz-utils",
+        "fedora": "gcc make flex bison bc xz",
+        "arch": "gcc make flex bison bc xz",
+        "suse": "gcc make flex bison bc xz",
+    },
+)
+_MAKE_VARIABLES: Final = ("MAKE", "KBUILD", "KCONFIG")
+_PROGRAMS: Final = ("gcc", "make", "flex", "bison", "bc", "tar", "xz")
+
+
+def options_of(config: Path) -> list[str]:
+    """Return the lines of a configuration that set an option."""
+    return [line for line in config.read_text().splitlines() if line.startswith("CONFIG_")]
+
+
+def build_tree(tree: Path, package: Path, config: Path, goals: str, run: Run) -> None:
+    """Build a kernel in the folder `tree`, which need not exist.
+
+    Args:
+        tree: the folder.
+        package: the distribution's package with the source, a .deb.
+        config: the options on top of allnoconfig.
+        goals: what make builds.
+        run: runs a script in `tree`.
+
+    Raises:
+        UntestableError: the package has no source, or `config` has options that the kernel knows
+            and does not accept; or the error of `run`.
+    """
+    archive.unpack(package, tree / "package")
+    found = (tree / "package/usr/src").rglob("linux-source-*.tar.*")
+    tarball = next((file for file in found if not file.is_symlink()), None)
+    if tarball is None:
+        raise UntestableError(
+            f"{package.name} has no kernel source: usr/src/linux-source-*.tar.* is missing from "
+            "the package"
+        )
+    tarball.rename(tree / _TARBALL)
+    shutil.rmtree(tree / "package")
+    shutil.copy(config, tree / _CONFIG)
+    _logger.info("unpacking and configuring the kernel of %s", package.name)
+    unmet = run(CONFIGURE, "configuring a kernel")
+    if unmet:
+        raise UntestableError(f"{package.name} rejects these lines of {config}:\n{unmet}")
+    _logger.info("building the kernel (first use only; some minutes)")
+    run(f"make -s -j{len(os.sched_getaffinity(0))} {goals}", "building a kernel")
+
+
+def built_kernel(architecture: Architecture, page_bytes: int) -> Kernel | None:
+    """Return the kernel that dmaproof builds itself for pages of `page_bytes`.
+
+    The first call fetches the source and builds the kernel, which takes some minutes.
+
+    Returns:
+        The kernel; None if `architecture` has no `kernel_builds` for pages of this size.
+
+    Raises:
+        UntestableError: a tool is missing, the source cannot be fetched, or the build fails.
+    """
+    build = architecture.kernel_builds.get(page_bytes)
+    if build is None:
+        return None
+    folder = prune(_built(architecture, build))
+    origin = (folder / _ORIGIN).read_text()
+    return kernel_of_file(folder / _IMAGE, architecture.name, modules=folder, origin=origin)
+
+
+def _built(architecture: Architecture, build: KernelBuild) -> Path:
+    """Return a folder with the kernel's image, the list of its drivers, and its configuration."""
+    config = sources() / "linux" / build.config
+    compiler = _compiler(architecture)
+    release = archive.own_release()
+    made_of = [
+        f"{release.ids[0]} {release.codename}",  # one version of the kernel in each release
+        *(compiler, build.goals, build.image, CONFIGURE),
+        *options_of(config),
+    ]
+    key = digest(["\n".join(made_of).encode()])
+    target = cache() / f"{Path(build.config).stem}-{architecture.debian}-{key}"
+    if not target.is_dir():
+        with fresh_folder(target) as fresh:
+            if fresh is not None:
+                _build(architecture, build, config, fresh)
+    return target
+
+
+def _compiler(architecture: Architecture) -> str:
+    """Return the version of the compiler for `architecture`.
+
+    Raises:
+        UntestableError: the compiler, or another tool, is missing.
+    """
+    missing = [program for program in _PROGRAMS if shutil.which(program) is None]
+    needs = [_TOOLS] if missing else []
+    compiler = f"{_prefix(architecture)}gcc"
+    if shutil.which(compiler) is None and not architecture.is_host:
+        missing.append(compiler)
+        needs.append(distribution.cross_compiler(architecture))
+    if missing:
+        raise UntestableError(
+            f"building a kernel for {architecture.name} needs {', '.join(missing)}, not found in "
+            f"PATH: {distribution.how_to_install(*needs)}"
+        )
+    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
+    return done.stdout.partition("\n")[0]
+
+
+def _prefix(architecture: Architecture) -> str:
+    return "" if architecture.is_host else f"{architecture.gnu}-"
+
+
+def _build(architecture: Architecture, build: KernelBuild, config: Path, fresh: Path) -> None:
+    package = archive.dependencies(_SOURCE)[0]
+    _logger.info("fetching %s (first use only)", package)
+    tree = fresh / "tree"
+    tree.mkdir()
+
+    def run(script: str, what: str) -> str:
+        return _run_in(tree, script, what, architecture, build)
+
+    deb = archive.fetch_own(package, fresh)
+    build_tree(tree, deb, config, build.goals, run)
+    shutil.copyfile(tree / build.image, fresh / _IMAGE)
+    for name in ("modules.builtin", ".config"):
+        shutil.copyfile(tree / name, fresh / name.removeprefix("."))
+    (fresh / _ORIGIN).write_text(f"built from {package} with {build.config}")
+    deb.unlink()
+    shutil.rmtree(tree)
+
+
+def _run_in(
+    tree: Path, script: str, what: str, architecture: Architecture, build: KernelBuild
+) -> str:
+    """Run a shell script in `tree`, and end every process that it leaves."""
+    with run_folder() as folder:
+        inherited = marked_environment(folder).items()
+        environment = {
+            # Variables of a make that runs dmaproof would change the build.
+            **{name: value for name, value in inherited if not name.startswith(_MAKE_VARIABLES)},
+            "LC_ALL": "C",
+            "ARCH": build.kbuild,
+            "CROSS_COMPILE": _prefix(architecture),
+        }
+        try:
+            done = subprocess.run(
+                ["sh", "-ec", script],
+                cwd=tree,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=BUILD_TIMEOUT_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise WaitTimeoutError(
+                f"{what} has not ended within {BUILD_TIMEOUT_S:g} s; try again when the host is "
+                "less busy"
+            ) from None
+        finally:
+            kill_marked(folder)
+    if done.returncode:
+        lines = "\n".join(f"    {line}" for line in done.stderr.strip().splitlines()[-12:])
+        raise UntestableError(f"{what} failed:\n{lines}")
+    return done.stdout

@@ -129,18 +129,27 @@ def _built(architecture: Architecture, build: KernelBuild) -> Path:
     config = sources() / "linux" / build.config
     compiler = _compiler(architecture)
     release = archive.own_release()
-    made_of = [
-        f"{release.ids[0]} {release.codename}",  # one version of the kernel in each release
-        *(compiler, build.goals, build.image, CONFIGURE),
-        *options_of(config),
-    ]
-    key = digest(["\n".join(made_of).encode()])
+    # A release has one version of the kernel.
+    key = build_key(build, config, compiler, f"{release.ids[0]} {release.codename}")
     target = cache() / f"{Path(build.config).stem}-{architecture.debian}-{key}"
     if not target.is_dir():
         with fresh_folder(target) as fresh:
             if fresh is not None:
                 _build(architecture, build, config, fresh)
     return target
+
+
+def build_key(build: KernelBuild, config: Path, compiler: str, release: str) -> str:
+    """Return a digest of everything that decides what a built kernel is.
+
+    Args:
+        build: what is built.
+        config: the options on top of allnoconfig; comments do not count.
+        compiler: the compiler's version.
+        release: the distribution's release, whose source is built.
+    """
+    made_of = (release, compiler, build.kbuild, build.goals, build.image, CONFIGURE)
+    return digest(["\n".join((*made_of, *options_of(config))).encode()])
 
 
 def _compiler(architecture: Architecture) -> str:

@@ -58,6 +58,7 @@ class Modules:
             if file is None:
                 raise UntestableError(self._explain_missing(name))
             content = _read(file)
+            self._require_version(content, file)
             for dependency in _dependencies(content):
                 add(dependency)
             order[name] = content
@@ -82,6 +83,21 @@ class Modules:
                 continue
             copy.write_bytes(_read(self._files[name]))
             left += _dependencies(copy.read_bytes())
+
+    def _require_version(self, module: bytes, file: Path) -> None:
+        """Refuse a module of another kernel, which this kernel would not load (check_modinfo).
+
+        The folder of this version may have modules of a compatible kernel (weak-updates).
+        """
+        match = re.search(rb"\0vermagic=(\S+)", module)
+        built_for = match[1].decode(errors="replace") if match else self.version
+        in_own_folder = self.folder is not None and self.folder.name == self.version
+        # The version of an s390 kernel is only known from the name of its file.
+        if built_for != self.version and self.version[:1].isdigit() and not in_own_folder:
+            raise UntestableError(
+                f"module {file} is for kernel {built_for}, and the kernel is {self.version}; give "
+                "the folder with this kernel's modules with --modules DIR"
+            )
 
     @cached_property
     def _files(self) -> dict[str, Path]:

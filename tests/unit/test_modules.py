@@ -120,6 +120,22 @@ def test_the_folder_may_be_given_in_several_ways(tmp_path: Path, given: str) -> 
     assert find_modules("another version", image, tmp_path).folder is None
 
 
+def test_a_module_of_another_kernel_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / VERSION
+    file = put(folder, "virtio_blk", "")
+    file.write_bytes(module("") + b"vermagic=6.12.9 SMP\0")
+    message = (
+        rf"virtio_blk\.ko is for kernel 6\.12\.9, and the kernel is {VERSION}; give .*--modules"
+    )
+    renamed = folder.rename(tmp_path / "modules")
+    with pytest.raises(UntestableError, match=message):
+        Modules(VERSION, renamed).load_order(["virtio_blk"])
+    assert Modules("6.12.9", renamed).load_order(["virtio_blk"])
+    assert Modules("bzImage", renamed).load_order(["virtio_blk"])
+    compatible = renamed.rename(folder)
+    assert Modules(VERSION, compatible).load_order(["virtio_blk"])
+
+
 def test_without_modules_only_built_in_drivers_are_usable(tmp_path: Path) -> None:
     assert Modules(VERSION, None).load_order(["virtio_pci", "virtio_blk"]) == {}
     config = tmp_path / "config"

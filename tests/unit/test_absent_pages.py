@@ -18,7 +18,7 @@ from qmp_tools.memory.absent_pages import (
 from qmp_tools.memory.data_runs import DataRuns
 from qmp_tools.memory.process_memory import Mapping, mappings_of
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
-from support.host_pages import host_pages
+from support.host_pages import HOST_PAGE, IS_ALONE, PER_PAGE, host_pages, of_each
 
 ME = os.getpid()
 
@@ -29,21 +29,21 @@ def address_of(mapping: mmap.mmap) -> int:
 
 @pytest.fixture
 def private() -> mmap.mmap:
-    """Four pages of private memory, without huge pages, each full of its own number from 1 on."""
-    memory = mmap.mmap(-1, 4 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """Four pages of the host, private and not huge, each full of its own number from 1 on."""
+    memory = mmap.mmap(-1, 4 * HOST_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_NOHUGEPAGE)
-    memory[:] = b"".join(bytes([page]) * PAGE for page in range(1, 5))
+    memory[:] = b"".join(bytes([page]) * HOST_PAGE for page in range(1, 5))
     return memory
 
 
 def absent_among(memory: mmap.mmap, first: int, pages: int, **places: Path) -> list[bool]:
-    hva = address_of(memory) + first * PAGE
-    found = absent_in_process(ME, mappings_of(ME, "me"), hva, pages, **places)
-    return [bool(each) for each in found.absent]
+    hva = address_of(memory) + first * HOST_PAGE
+    found = absent_in_process(ME, mappings_of(ME, "me"), hva, pages * PER_PAGE, **places)
+    return of_each(found.absent)
 
 
 def test_absent_pages_are_counted_from_the_address(private: mmap.mmap) -> None:
-    private.madvise(mmap.MADV_DONTNEED, 2 * PAGE, PAGE)
+    private.madvise(mmap.MADV_DONTNEED, 2 * HOST_PAGE, HOST_PAGE)
     assert absent_among(private, 0, 4) == [False, False, True, False]
     assert absent_among(private, 2, 2) == [True, False]
 
@@ -51,7 +51,7 @@ def test_absent_pages_are_counted_from_the_address(private: mmap.mmap) -> None:
 def test_memory_before_or_after_a_mapping_decides_nothing(private: mmap.mmap) -> None:
     hva = address_of(private)
     private.madvise(mmap.MADV_DONTNEED)
-    mapping = Mapping(hva + PAGE, hva + 3 * PAGE, False, 0, 0, "")
+    mapping = Mapping(hva + PAGE, hva + 3 * PAGE, False, 0, 0, "")  # fewer than there really are
     for first, pages in ((0, 2), (2, 2), (0, 4)):
         found = absent_in_process(ME, [mapping], hva + first * PAGE, pages)
         assert (found.absent.tolist(), found.certain) == ([False] * pages, False)
@@ -101,7 +101,7 @@ def test_it_is_uncertain_whether_the_zero_page_is_absent_if_ksm_merges_pages(
     with Path("/proc/self/mem").open("rb", buffering=0) as memory:
         os.pread(memory.fileno(), mmap.PAGESIZE, address)
     found = absent_in_process(ME, mappings_of(ME, "me"), address, 1, sysfs=tmp_path)
-    assert (found.absent.tolist(), found.certain) == ([not merged], not merged)
+    assert (found.absent.tolist(), found.certain) == ([not merged], not merged and IS_ALONE)
 
 
 def test_a_short_read_of_the_pagemap_decides_nothing(
@@ -149,27 +149,32 @@ def test_only_huge_pages_in_the_same_mapping_make_absence_uncertain(
     process.mkdir()
     (process / "smaps").write_text(text + smaps(1 << 47, 1 << 48, **behind) + FLAGS)
     (process / "pagemap").symlink_to("/proc/self/pagemap")
-    assert absent_in_process(ME, [mapping], hva, 4, proc=tmp_path).certain == certain
+    found = absent_in_process(ME, [mapping], hva, 4, proc=tmp_path)
+    assert found.certain == (certain and IS_ALONE)
 
 
 def test_data_outside_the_queried_pages_does_not_count() -> None:
-    with ram_fd(8 * PAGE) as fd:
+    def absent(first: int, pages: int) -> list[bool]:
+        return of_each(absent_in_file(DataRuns(fd), first * HOST_PAGE, pages * PER_PAGE).absent)
+
+    with ram_fd(8 * HOST_PAGE) as fd:
         for page in (0, 4):
-            os.pwrite(fd, b"data", page * PAGE)
-        assert absent_in_file(DataRuns(fd), PAGE, 3).absent.tolist() == [True] * 3
-        assert absent_in_file(DataRuns(fd), PAGE, 4).absent.tolist() == [True] * 3 + [False]
-        os.pwrite(fd, b"data", 5 * PAGE)
-        assert absent_in_file(DataRuns(fd), 3 * PAGE, 2).absent.tolist() == [True, False]
-        assert absent_in_file(DataRuns(fd), 4 * PAGE, 1).absent.tolist() == [False]
+            os.pwrite(fd, b"data", page * HOST_PAGE)
+        assert absent(1, 3) == [True] * 3
+        assert absent(1, 4) == [True] * 3 + [False]
+        os.pwrite(fd, b"data", 5 * HOST_PAGE)
+        assert absent(3, 2) == [True, False]
+        assert absent(4, 1) == [False]
 
 
-HOST_PAGE = 16 * PAGE
+LARGE = 16 * PAGE
+"""A page of a host with pages of 64 KiB."""
 EXCLUSIVE = 1 << 56
 
 
 def test_pages_in_one_page_of_the_host_have_its_entry(tmp_path: Path) -> None:
     (tmp_path / "pagemap").write_bytes(b"".join(n.to_bytes(8, "little") for n in range(8)))
-    with (tmp_path / "pagemap").open("rb") as file, host_pages(HOST_PAGE):
+    with (tmp_path / "pagemap").open("rb") as file, host_pages(LARGE):
         for first, pages in ((0, 16), (3, 2), (15, 2), (17, 40)):
             entries = pagemap_entries(file.fileno(), first * PAGE, pages)
             assert entries is not None
@@ -181,17 +186,17 @@ def test_pages_in_one_page_of_the_host_have_its_entry(tmp_path: Path) -> None:
 def test_in_larger_pages_of_the_host_it_is_uncertain_which_pages_were_discarded(
     tmp_path: Path,
 ) -> None:
-    mapping = Mapping(0, 4 * HOST_PAGE, False, 0, 0, "")
+    mapping = Mapping(0, 4 * LARGE, False, 0, 0, "")
     process = tmp_path / str(ME)
     process.mkdir()
     (process / "smaps").write_text(smaps(mapping.start, mapping.end, Rss=64) + FLAGS)
     words = (0, int(PRESENT) | EXCLUSIVE, 0, 0)
     (process / "pagemap").write_bytes(b"".join(word.to_bytes(8, "little") for word in words))
-    with host_pages(HOST_PAGE), ram_fd(4 * HOST_PAGE) as fd:
+    with host_pages(LARGE), ram_fd(4 * LARGE) as fd:
         found = absent_in_process(ME, [mapping], 14 * PAGE, 20, proc=tmp_path, sysfs=tmp_path)
         assert found.absent.tolist() == [True] * 2 + [False] * 16 + [True] * 2
         assert not found.certain
-        os.pwrite(fd, bytes(HOST_PAGE), HOST_PAGE)
+        os.pwrite(fd, bytes(LARGE), LARGE)
         in_file = absent_in_file(DataRuns(fd), 14 * PAGE, 20)
         assert in_file.absent.tolist() == found.absent.tolist()
         assert not in_file.certain

@@ -18,15 +18,15 @@ from qmp_tools.memory.copied_memory import ProcessMemory, process_memory
 from qmp_tools.memory.pages import ProcessPages
 from qmp_tools.memory.process_memory import Mapping, mappings_of
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
-from support.host_pages import host_pages
+from support.host_pages import HOST_PAGE, PER_PAGE, host_pages
 
 
 @pytest.fixture
 def private() -> Iterator[mmap.mmap]:
-    """Four pages of private memory; the second is never touched."""
-    with mmap.mmap(-1, 4 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as mapping:
+    """Four pages of the host in private memory; the second is never touched."""
+    with mmap.mmap(-1, 4 * HOST_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as mapping:
         mapping[:3] = b"one"
-        mapping[2 * PAGE : 2 * PAGE + 5] = b"three"
+        mapping[2 * HOST_PAGE : 2 * HOST_PAGE + 5] = b"three"
         yield mapping
 
 
@@ -38,10 +38,10 @@ def test_private_memory_is_copied_and_the_next_copy_overwrites_it(private: mmap.
     with process_memory(os.getpid(), "me", mappings_of(os.getpid(), "me")) as memory:
         assert memory is not None
         hva = address_of(private)
-        assert memory.has(hva, 4 * PAGE)
-        fd, offset = memory.copy(hva, 3 * PAGE)
-        assert os.pread(fd, 3 * PAGE, offset) == private[: 3 * PAGE]
-        fd, offset = memory.copy(hva + 2 * PAGE, PAGE)
+        assert memory.has(hva, 4 * HOST_PAGE)
+        fd, offset = memory.copy(hva, 3 * HOST_PAGE)
+        assert os.pread(fd, 3 * HOST_PAGE, offset) == private[: 3 * HOST_PAGE]
+        fd, offset = memory.copy(hva + 2 * HOST_PAGE, PAGE)
         assert os.pread(fd, 5, offset) == b"three"
 
 
@@ -51,12 +51,14 @@ def test_only_pages_with_content_are_read(private: mmap.mmap) -> None:
     hva = address_of(private)
     with process_memory(os.getpid(), "me", mappings_of(os.getpid(), "me")) as memory:
         assert memory is not None
-        assert list(memory.data_runs(hva, 4 * PAGE)) == [(0, PAGE), (2 * PAGE, 3 * PAGE)]
-        assert list(memory.data_runs(hva + PAGE, PAGE)) == []
-        assert list(memory.data_runs(hva + 2 * PAGE, 2 * PAGE)) == [(0, PAGE)]
-        pages = ProcessPages(memory, hva, 4, lambda: Absent(np.zeros(4, dtype=np.bool_)))
-        assert pages.digests().any(axis=1).tolist() == [True, False, True, False]
-        assert pages.content(2)[:5] == b"three"
+        runs = [(0, HOST_PAGE), (2 * HOST_PAGE, 3 * HOST_PAGE)]
+        assert list(memory.data_runs(hva, 4 * HOST_PAGE)) == runs
+        assert list(memory.data_runs(hva + HOST_PAGE, HOST_PAGE)) == []
+        assert list(memory.data_runs(hva + 2 * HOST_PAGE, 2 * HOST_PAGE)) == [(0, HOST_PAGE)]
+        count = 4 * PER_PAGE
+        pages = ProcessPages(memory, hva, count, lambda: Absent(np.zeros(count, dtype=np.bool_)))
+        assert np.flatnonzero(pages.digests().any(axis=1)).tolist() == [0, 2 * PER_PAGE]
+        assert pages.content(2 * PER_PAGE)[:5] == b"three"
 
 
 def test_runs_of_content_may_begin_and_end_in_a_page_of_the_host(

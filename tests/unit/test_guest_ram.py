@@ -1,6 +1,6 @@
 """The places from which the bytes of a guest's RAM are read.
 
-Each page of the RAM has its own number in it, so a wrong offset reads a wrong number.
+Each page of the host has its own number in it, so a wrong offset reads a wrong number.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from qmp_tools.memory.physical_map import MapRegion
 from qmp_tools.memory.process_memory import Mapping as ProcessMapping
 from qmp_tools.memory.process_memory import OutOfReachError, SharedMemory, mappings_of
 from qmp_tools.qemu.qmp import QmpRefusal
-from qmp_tools.testbed.ring_driver import PAGE, ram_fd
+from qmp_tools.testbed.ring_driver import ram_fd
+from support.host_pages import HOST_PAGE as PAGE
+from support.host_pages import IS_ALONE, PER_PAGE, of_each
 from support.simulated_qemu import SimulatedQemu
 
 PAGES = 16
@@ -103,9 +105,9 @@ def read(guest: GuestRam, region: MapRegion, gpa: int, pages: int) -> list[int]:
     """Return the numbers of the pages from `gpa` on."""
 
     async def read_extent() -> list[int]:
-        async with guest.pages(region, gpa, pages) as found:
+        async with guest.pages(region, gpa, pages * PER_PAGE) as found:
             read = numbers(found.extent(), pages)
-            assert [found.content(page)[0] - 1 for page in range(pages)] == read
+            assert [found.content(page * PER_PAGE)[0] - 1 for page in range(pages)] == read
             return read
 
     return asyncio.run(read_extent())
@@ -170,13 +172,13 @@ def test_the_length_is_that_of_the_ram_alone(ram: Ram, reader: Callable[[Ram], G
 
 def test_absent_pages_are_found_where_the_ram_is(ram: Ram) -> None:
     ram.private.madvise(mmap.MADV_DONTNEED, 9 * PAGE, PAGE)
-    found = ram.in_process().absent(HIGH_REGION, HIGH + PAGE, 2)
-    assert (found.absent.tolist(), found.certain) == ([True, False], True)
+    found = ram.in_process().absent(HIGH_REGION, HIGH + PAGE, 2 * PER_PAGE)
+    assert (of_each(found.absent), found.certain) == ([True, False], IS_ALONE)
     with ram_fd((FILE_PAGE + PAGES) * PAGE) as sparse:
         os.pwrite(sparse, b"here", (FILE_PAGE + 9) * PAGE)
         shared = {HIGH_REGION: SharedMemory(sparse, (FILE_PAGE + 8) * PAGE, 0, 0)}
-        found = replace(ram.in_file(), shared=shared).absent(HIGH_REGION, HIGH + PAGE, 2)
-    assert (found.absent.tolist(), found.certain) == ([False, True], True)
+        found = replace(ram.in_file(), shared=shared).absent(HIGH_REGION, HIGH + PAGE, 2 * PER_PAGE)
+    assert (of_each(found.absent), found.certain) == ([False, True], IS_ALONE)
 
 
 def test_absent_pages_are_unknown_in_an_unreadable_process(ram: Ram) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from dmaproof._mapping import SharedMapping
-from qmp_tools.testbed.ring_driver import PAGE, ram_fd
+from qmp_tools.testbed.ring_driver import ram_fd
+from support.host_pages import HOST_PAGE as PAGE
 
 
 @pytest.fixture

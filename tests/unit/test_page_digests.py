@@ -16,6 +16,7 @@ from qmp_tools.memory.absent_pages import Absent
 from qmp_tools.memory.data_runs import DataRuns
 from qmp_tools.memory.pages import FilePages, SavedPages, differing_pages
 from qmp_tools.testbed.ring_driver import ram_fd
+from support.host_pages import HOST_PAGE
 
 PAGES = 600
 """More than are read at once."""
@@ -55,7 +56,7 @@ def test_a_written_page_of_zeros_has_the_digest_of_a_hole(fd: int) -> None:
 def test_holes_are_not_filled(fd: int) -> None:
     os.pwrite(fd, b"x", 300 * PAGE_BYTES)
     pages_of(fd).digests()
-    assert os.fstat(fd).st_blocks * 512 == PAGE_BYTES
+    assert os.fstat(fd).st_blocks * 512 == HOST_PAGE
 
 
 def test_a_file_that_has_shrunk_is_an_error(fd: int) -> None:
@@ -89,10 +90,18 @@ def test_pages_of_zeros_are_known_from_the_content_and_from_the_digests(fd: int)
         assert pages.are_zero(np.array([], dtype=np.int64)).tolist() == []
 
 
-def test_each_run_of_data_is_sought_once(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def large_fd() -> Iterator[int]:
+    """A file of pages of the host, which are what is a hole or data."""
+    with ram_fd(PAGES * HOST_PAGE) as opened:
+        yield opened
+
+
+def test_each_run_of_data_is_sought_once(large_fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """SEEK_HOLE walks through all data up to the next hole, however little of it is asked for."""
     for first, last in ((2, 300), (310, 500)):
-        os.pwrite(fd, b"x" * (last - first) * PAGE_BYTES, first * PAGE_BYTES)
+        for page in range(first, last):
+            os.pwrite(large_fd, b"x", page * HOST_PAGE)
     sought: list[int] = []
 
     def lseek(fd: int, position: int, whence: int) -> int:
@@ -101,11 +110,11 @@ def test_each_run_of_data_is_sought_once(fd: int, monkeypatch: pytest.MonkeyPatc
 
     seek = os.lseek
     monkeypatch.setattr(os, "lseek", lseek)
-    runs = DataRuns(fd)
+    runs = DataRuns(large_fd)
     found = [
-        (start // PAGE_BYTES, end // PAGE_BYTES)
+        (start // HOST_PAGE, end // HOST_PAGE)
         for first in range(0, PAGES, 100)
-        for start, end in runs.within(first * PAGE_BYTES, (first + 100) * PAGE_BYTES)
+        for start, end in runs.within(first * HOST_PAGE, (first + 100) * HOST_PAGE)
     ]
     data = [(2, 100), (100, 200), (200, 300), (310, 400), (400, 500)]
     assert found == data
@@ -113,16 +122,16 @@ def test_each_run_of_data_is_sought_once(fd: int, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("pieces", [1, 7, 64, 600])
-def test_runs_within_pieces_are_those_of_the_whole(fd: int, pieces: int) -> None:
+def test_runs_within_pieces_are_those_of_the_whole(large_fd: int, pieces: int) -> None:
     pages = {0, 1, 5, 63, 64, 65, 128, 599}
     for page in pages:
-        os.pwrite(fd, b"x", page * PAGE_BYTES)
-    runs = DataRuns(fd)
+        os.pwrite(large_fd, b"x", page * HOST_PAGE)
+    runs = DataRuns(large_fd)
     for first in [*range(0, PAGES, pieces), 64, 0]:
         end = min(first + pieces, PAGES)
         found = {
             page
-            for start, stop in runs.within(first * PAGE_BYTES, end * PAGE_BYTES)
-            for page in range(start // PAGE_BYTES, stop // PAGE_BYTES)
+            for start, stop in runs.within(first * HOST_PAGE, end * HOST_PAGE)
+            for page in range(start // HOST_PAGE, stop // HOST_PAGE)
         }
         assert found == pages & set(range(first, end))

@@ -14,8 +14,9 @@ import pytest
 from dmaproof.errors import UntestableError
 from qmp_tools.memory.process_memory import Mapping, mappings_of, parse_maps, shared_memory
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
+from support.host_pages import HOST_PAGE
 
-LENGTH = 4 * PAGE
+LENGTH = 4 * HOST_PAGE
 
 
 def address_of(mapping: mmap.mmap) -> int:

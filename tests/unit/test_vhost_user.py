@@ -140,7 +140,7 @@ def test_written_sectors_stay_in_the_file(tmp_path: Path) -> None:
         assert request(guest, OUT, 21, Buffer(DATA, 512)) == 0
         assert request(guest, FLUSH, 0) == 0
     assert image.stat().st_size == 1 << 30
-    assert image.stat().st_blocks * 512 == PAGE
+    assert image.stat().st_blocks * 512 == max(PAGE, image.stat().st_blksize)
     for guest in start_guest(FrontEnd(Blk(file=image, queues=2))):
         assert request(guest, IN, 16, Buffer(DATA, 3 * PAGE, WRITE)) == 0
         assert guest.driver.read(DATA + 5 * 512, 512) == content

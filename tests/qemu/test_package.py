@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -111,6 +112,10 @@ def test_the_sdist_has_every_committed_file(built: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {file.name.partition("/")[2] for file in archive.getmembers() if file.isfile()}
     assert names - {"PKG-INFO"} == committed()
+
+
+def test_one_wheel_serves_all_later_versions_of_python(wheel: Path) -> None:
+    assert wheel.name.endswith(f"-cp311-abi3-linux_{platform.machine()}.whl")
 
 
 def test_the_wheel_has_code_and_guests(wheel: Path) -> None:

@@ -1,6 +1,6 @@
 """Proofs of guests of RISC-V and s390x, under TCG, with QEMUs of Debian 13 or later.
 
-With the QEMU of Debian 12, the timer of a migrated RISC-V guest and the transmit queue of a
+With the QEMU of Debian 12, a migrated RISC-V guest and the transmit queue of a
 migrated s390x guest stop.
 """
 

@@ -64,7 +64,9 @@ class ProcessMemory:
         Raises:
             UntestableError: the memory cannot be read, or there is not enough memory for the copy.
         """
-        self.read_into(hva, memoryview(self._copy)[:length])
+        # A view that is not released would keep `_copy` from being closed after an error.
+        with memoryview(self._copy) as whole, whole[:length] as part:
+            self.read_into(hva, part)
         return Extent(self._copy_fd)
 
     def read_into(self, hva: int, buffer: memoryview) -> None:

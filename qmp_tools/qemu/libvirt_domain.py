@@ -228,7 +228,7 @@ class DomainMonitor(Monitor):
                 self._libvirt_qemu.qemuMonitorCommand, self._domain, words, 0
             )
         except self._libvirt.libvirtError as error:
-            if await self._is_running():
+            if not self._has_lost_monitor(error) and await self._is_running():
                 raise QmpError(
                     f"{self.name}: libvirt could not execute {command}: {error}"
                 ) from error
@@ -237,6 +237,13 @@ class DomainMonitor(Monitor):
         if "error" in answer:
             raise self._refusal(command, answer["error"]["desc"])
         return answer["return"]
+
+    def _has_lost_monitor(self, error: Any) -> bool:
+        """Return whether QEMU closed its monitor; libvirt may still call the domain active."""
+        return (error.get_error_domain(), error.get_error_code()) == (
+            self._libvirt.VIR_FROM_QEMU,
+            self._libvirt.VIR_ERR_SYSTEM_ERROR,  # qemuMonitorIORead
+        )
 
     async def _is_running(self) -> bool:
         try:

@@ -145,10 +145,10 @@ def test_a_missing_prerequisite_cancels_with_its_remedy(avocado: Avocado) -> Non
     empty = {"PATH": "/nowhere", "XDG_DATA_HOME": "/nowhere"}
     job = avocado.run("disk.py", "-p", "guest=bare", **empty)
     assert [test["status"] for test in job.tests] == ["CANCEL"]
-    assert "apt-get install qemu-system-x86" in job.log()
+    assert "qemu-system-x86" in job.log()
     job = avocado.run("disk.py", "-p", "guest=bare", **empty, DMAPROOF_NO_SKIP="1")
     assert [test["status"] for test in job.tests] == ["ERROR"]
-    assert "apt-get install qemu-system-x86" in job.tests[0]["fail_reason"]
+    assert "qemu-system-x86" in job.tests[0]["fail_reason"]
     assert no_runs_left(avocado)
 
 

@@ -128,4 +128,5 @@ def require_pass_and_find(folder: Path, test: Path, *python_path: Path) -> None:
     spoiled = run(folder, test, SPOIL, *python_path)
     assert spoiled.exit_code == 1, spoiled.output
     assert "FAILED (failures=2)" in spoiled.output
-    assert spoiled.output.count("pc.ram +0x200000 (GPA 0x200000)") == 2, spoiled.output
+    lines = [line.strip() for line in spoiled.output.splitlines()]
+    assert lines.count("pc.ram +0x200000 (GPA 0x200000)") == 2, spoiled.output

@@ -108,6 +108,15 @@ def test_memory_that_is_not_mapped_cannot_be_copied(private: mmap.mmap) -> None:
         assert not memory.has(hva, 2 * PAGE)
 
 
+def test_an_error_while_copying_is_not_replaced_by_another() -> None:
+    with (
+        pytest.raises(UntestableError, match=r"^cannot read the memory of me"),
+        process_memory(os.getpid(), "me", []) as memory,
+    ):
+        assert memory is not None
+        memory.copy(0x1000, PAGE)
+
+
 @pytest.mark.parametrize(("second", "found"), [(0x2000, True), (0x3000, False)])
 def test_memory_in_several_mappings_must_be_contiguous(
     private: mmap.mmap, second: int, found: bool

@@ -38,13 +38,15 @@ VERSION = {"qemu": {"major": 9, "minor": 2, "micro": 0}, "package": "p"}
 STOPPED, DESTROYED, MIGRATED = 5, 1, 3  # values of virDomainEventType and of its details
 SHUTOFF = 5  # of virDomainState
 ENDED = "the domain has ended"
+LOST = "QEMU has ended, and libvirt has not noticed yet"
 
 
 class LibvirtError(Exception):
     """libvirt's exception."""
 
-    def __init__(self, text: str, code: int = 1, number: int = -1) -> None:
+    def __init__(self, text: str, code: int = 1, number: int = -1, domain: int = 0) -> None:
         super().__init__(text)
+        self.get_error_domain = lambda: domain
         self.get_error_code = lambda: code
         self.get_int1 = lambda: number
 
@@ -127,6 +129,13 @@ class Domain:
             self.notify(STOPPED - 1, MIGRATED)  # another event
             threading.Timer(0.05, self.notify, (STOPPED, self.how_it_stops)).start()
             raise LibvirtError("domain is not running")
+        if answer == LOST:
+            threading.Timer(0.05, self.notify, (STOPPED, self.how_it_stops)).start()
+            raise LibvirtError(
+                "Unable to read from monitor: Connection reset by peer",
+                Library.VIR_ERR_SYSTEM_ERROR,
+                domain=Library.VIR_FROM_QEMU,
+            )
         if isinstance(answer, Exception):
             raise answer
         return json.dumps(answer)
@@ -144,6 +153,7 @@ class Library:
     VIR_DOMAIN_SHUTOFF = SHUTOFF
     VIR_DOMAIN_SHUTOFF_MIGRATED = 4
     VIR_ERR_SYSTEM_ERROR = 38
+    VIR_FROM_QEMU = 10
     VIR_ERR_NO_DOMAIN = 42
     VIR_ERR_AUTH_FAILED = 45
     VIR_ERR_AUTH_CANCELLED = 79
@@ -312,8 +322,9 @@ def test_watch_takes_libvirts_word_that_the_migration_completed(
     assert view.line == line
 
 
-def test_watch_reports_a_domain_that_ended_otherwise(library: Library) -> None:
-    library.domain.answers["query-migrate"] = ENDED
+@pytest.mark.parametrize("answer", [ENDED, LOST])
+def test_watch_reports_a_domain_that_ended_otherwise(library: Library, answer: str) -> None:
+    library.domain.answers["query-migrate"] = answer
     library.domain.how_it_stops = DESTROYED
     with pytest.raises(SourceEndedError, match="ended before a migration began"):
         used(VM, _views)

@@ -36,7 +36,7 @@ MIGRATION_OPTIONS: Final = frozenset(
 PROOF_OPTIONS: Final = frozenset({"device", "workload", "seed", "requests_after"})
 COMMON_OPTIONS: Final = QEMU_OPTIONS | MIGRATION_OPTIONS | PROOF_OPTIONS
 """The options of a proof that apply to any device, for `DeviceKind.accepts`."""
-GUEST_OPTIONS: Final = frozenset({"guest", "kernel", "modules"})
+GUEST_OPTIONS: Final = frozenset({"guest", "guest_pages", "kernel", "modules"})
 """The options of a proof that apply to devices that dmaproof's guests drive."""
 
 

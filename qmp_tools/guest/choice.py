@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeAlias
 
 from ..arch.architecture import Architecture
 from .bare import bare_guest
@@ -12,8 +12,10 @@ from .drivers import Driver
 from .kernels import KernelFiles
 from .linux import linux_guest
 
-GUESTS: Final[dict[str, Callable[[Driver, Architecture, KernelFiles | None], Guest]]] = {
+_MakeGuest: TypeAlias = Callable[[Driver, Architecture, KernelFiles | None, int | None], Guest]
+
+GUESTS: Final[dict[str, _MakeGuest]] = {
     # It drives virtio disks only, and has no kernel.
-    "bare": lambda driver, architecture, files: bare_guest(architecture),
+    "bare": lambda driver, architecture, files, page_bytes: bare_guest(architecture),
     "linux": linux_guest,
 }

@@ -63,6 +63,9 @@ def package_kernels(
         architecture: the guest's architecture.
         page_bytes: the size of the kernel's pages; None is the architecture's usual one.
         failures: receives why a kernel could not be fetched; with None, nothing is fetched.
+
+    Raises:
+        UntestableError: the cache is not writable.
     """
     sources = list(_sources(architecture, page_bytes))
     cached = [source for source in sources if source.folder.is_dir()]
@@ -82,7 +85,7 @@ def package_kernels(
             with fresh_folder(source.folder) as fresh:
                 if fresh is not None:
                     _fill(fresh, source)
-        except UntestableError as error:
+        except _NoPackageError as error:
             failures.append(f"package {source}: {error}")
             continue
         found = True
@@ -127,7 +130,18 @@ def _cached(source: _Source) -> Kernel:
     return Kernel(unpacked.image, modules, unpacked.page_bytes, origin)
 
 
+class _NoPackageError(UntestableError):
+    """A package that cannot be used, in contrast to a cache that cannot be written."""
+
+
 def _fill(fresh: Path, source: _Source) -> None:
+    try:
+        _fill_from_package(fresh, source)
+    except UntestableError as error:
+        raise _NoPackageError(str(error)) from error
+
+
+def _fill_from_package(fresh: Path, source: _Source) -> None:
     downloads = fresh / "downloads"
     downloads.mkdir()
     system = fresh / "system"

@@ -21,6 +21,7 @@ from ..arch.architecture import Architecture
 from .drivers import VIRTIO_BLK
 from .installed_kernels import installed_images
 from .kernel import Kernel, kernel_of_file
+from .kernel_build import built_kernel
 from .kernel_package import fetchable_package, package_kernels
 
 _logger = logging.getLogger(__name__)
@@ -148,7 +149,8 @@ class _Search:
         packages = package_kernels(
             self.architecture, self.page_bytes, self.reasons if fetch else None
         )
-        for kernel in itertools.chain(self._host_kernels(), packages):
+        built = self._built_kernels() if fetch else ()
+        for kernel in itertools.chain(self._host_kernels(), packages, built):
             reason = self.why_unusable(kernel)
             if reason is None:
                 return kernel
@@ -184,6 +186,18 @@ class _Search:
                     self._skip(f"{image}: no modules of kernel {kernel.version} were found")
                 else:
                     yield kernel
+
+    def _built_kernels(self) -> Iterator[Kernel]:
+        """Yield the kernel that dmaproof builds, if no distribution packages such pages."""
+        if self.page_bytes is None:
+            return
+        try:
+            kernel = built_kernel(self.architecture, self.page_bytes)
+        except UntestableError as error:
+            self._skip(str(error))
+            return
+        if kernel is not None:
+            yield kernel
 
     def _skip(self, reason: str) -> None:
         self.reasons.append(reason)

@@ -21,7 +21,8 @@ _logger = logging.getLogger(__name__)
 _COMMAND_LINE: Final = (
     "quiet panic=-1 nokaslr mitigations=off "
     "random.trust_cpu=on cryptomgr.notests transparent_hugepage=never "
-    "memhp_default_state=online_movable"
+    "memhp_default_state=online_movable "
+    "cma=0"  # from CMA's memory, Linux may move even locked pages (alloc_contig_range)
 )
 _INIT_OPTIONS: Final = ("-static", "-pthread", "-std=c11")
 

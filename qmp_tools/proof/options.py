@@ -38,7 +38,7 @@ from ..migration.migration import Limits
 from ..migration.refused_features import FEATURES
 from ..migration.scenarios import known_scenarios
 from ..migration.transport import LOCALHOST
-from ..qemu.machine import format_memory, parse_memory
+from ..qemu.machine import KIB, format_memory, parse_memory
 from .late_dma import SETTLE_S
 
 P = ParamSpec("P")
@@ -49,6 +49,8 @@ Read: TypeAlias = Callable[[object], Any]
 """Converts a given value, or its text, to the option's value; its ValueError names what it
 expected."""
 
+GUEST_PAGES: Final = {"4K": 4 * KIB, "16K": 16 * KIB, "64K": 64 * KIB}
+"""The values of ``--guest-pages``, in bytes."""
 ACCELERATORS: Final = ("auto", "kvm", "tcg")
 
 
@@ -248,6 +250,14 @@ class ProofOptions:
         str,
         Option("guest", "guest to run; bare: no kernel, one CPU", choices=lambda: sorted(GUESTS)),
     ] = "linux"
+    guest_pages: Annotated[
+        str | None,
+        Option(
+            "guest",
+            "size of Linux's pages (default: the kernel's)",
+            choices=lambda: GUEST_PAGES,
+        ),
+    ] = None
     workload: Annotated[
         str,
         Option(

@@ -34,7 +34,7 @@ from ..migration.scenarios.base import Scenario
 from ..qemu.choice import common_machine, find_qemu
 from ..qemu.machine import DESTINATION, SOURCE, Machine, refuse_taken_properties
 from .model import Setup
-from .options import OPTIONS, ProofOptions
+from .options import GUEST_PAGES, OPTIONS, ProofOptions
 from .probes import choose_accelerator, choose_memory, require_architecture, warn_of_dimms
 
 _logger = logging.getLogger(__name__)
@@ -293,10 +293,35 @@ def _kernel_files(options: ProofOptions) -> KernelFiles | None:
     return KernelFiles(Path(options.kernel), modules)
 
 
+def _guest_page_bytes(options: ProofOptions, architecture: Architecture) -> int | None:
+    """Return the size of pages that the guest's kernel must have.
+
+    Raises:
+        UsageError: the guest has no kernel.
+        UnsupportedError: dmaproof knows no kernel with such pages.
+    """
+    if options.guest_pages is None:
+        return None
+    if options.guest != "linux":
+        raise UsageError(
+            f"--guest-pages: the guest {options.guest} has no kernel; use --guest linux"
+        )
+    known = {*architecture.kernels, *architecture.kernel_builds}
+    if options.kernel is None and GUEST_PAGES[options.guest_pages] not in known:
+        sizes = [text for text, size in GUEST_PAGES.items() if size in known]
+        raise UnsupportedError(
+            f"--guest-pages {options.guest_pages}: dmaproof knows no kernel for "
+            f"{architecture.name} with such pages; expected one of {', '.join(sizes)}, or give a "
+            "kernel with --kernel"
+        )
+    return GUEST_PAGES[options.guest_pages]
+
+
 def _guest_of(
     options: ProofOptions, driver: Driver, iommu: str | None, architecture: Architecture
 ) -> Guest:
-    guest = GUESTS[options.guest](driver, architecture, _kernel_files(options))
+    files, page_bytes = _kernel_files(options), _guest_page_bytes(options, architecture)
+    guest = GUESTS[options.guest](driver, architecture, files, page_bytes)
     if iommu is not None and guest.name == "linux":
         of_iommu = architecture.iommus[iommu]
         return replace(guest, options=f"{of_iommu.linux_options} {guest.options}")

@@ -55,3 +55,21 @@ def test_a_kernel_that_only_qemu_can_unpack_boots(tool: Tool) -> None:
     assert cloud.modules.folder is not None
     files = ("--kernel", str(cloud.image), "--modules", str(cloud.modules.folder))
     assert setup_of_pass(tool, *files)["guest_kernel"].startswith(f"{cloud.version} (--kernel ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        (["--kernel", "/etc/passwd"], 3, "/etc/passwd is not a kernel: expected a bzImage"),
+        (["--kernel", "/no/such/kernel"], 2, "--kernel /no/such/kernel: not found"),
+        (["--kernel", "vmlinuz", "--guest", "bare"], 2, "--kernel: the guest bare has no kernel"),
+        (["--modules", "/"], 2, "--modules needs --kernel FILE"),
+        (["--guest-pages", "64K", "--guest", "bare"], 2, "--guest-pages: the guest bare has no"),
+        (["--guest-pages", "64K", "--arch", "x86_64"], 3, "with such pages; expected one of 4K"),
+    ],
+)
+def test_a_kernel_that_cannot_be_had_is_refused(
+    tool: Tool, arguments: list[str], exit_code: int, message: str
+) -> None:
+    outcome = tool.run("prove", *arguments)
+    assert (outcome.exit_code, message in outcome.errors) == (exit_code, True), outcome.errors

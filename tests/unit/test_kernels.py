@@ -243,6 +243,24 @@ def test_a_kernel_with_pages_of_another_size_is_refused(tmp_path: Path) -> None:
         find_kernel(HOST, WANTED, KernelFiles(image), size * 4)
 
 
+@pytest.mark.usefixtures("no_packages")
+def test_a_kernel_that_no_distribution_packages_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = Kernel(tmp_path / "Image", Modules("7.0", None), 65536, "built by dmaproof")
+    monkeypatch.setattr(kernels, "built_kernel", lambda architecture, page_bytes: built)
+    assert find_kernel(FOREIGN, WANTED, page_bytes=65536, root=tmp_path) == built
+    with pytest.raises(UntestableError, match="no kernel for the Linux guest"):
+        find_kernel(FOREIGN, WANTED, root=tmp_path)  # of any size: nothing is built
+
+    def fail(*arguments: object) -> None:
+        raise UntestableError("make is not installed")
+
+    monkeypatch.setattr(kernels, "built_kernel", fail)
+    with pytest.raises(UntestableError, match=r"\n    make is not installed"):
+        find_kernel(FOREIGN, WANTED, page_bytes=65536, root=tmp_path)
+
+
 def test_an_unpacked_kernel_is_cached_by_its_content(tmp_path: Path, cache: Path) -> None:
     image = tmp_path / "kernel"
     image.write_bytes(KERNELS[HOST.name])

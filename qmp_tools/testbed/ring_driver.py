@@ -74,7 +74,7 @@ class Driver:
         self.size = size
         self.descriptors = base
         self.available = base + 16 * size
-        self.used = base + PAGE
+        self.used = base + PAGE * div_ceil(self.available + 6 + 2 * size - base, PAGE)
         self.used_bytes = 6 + 8 * size
         self.event_index = False
 

@@ -63,6 +63,15 @@ _TOOLS: Final = distribution.Need(
         "suse": "gcc make flex bison bc xz",
     },
 )
+_LEFT_OUT: Final = (
+    *("Documentation/*/*", "tools/testing/*", "boot/dts/*/*"),
+    *(
+        f"{folder}/*.[ch]"
+        for folder in ("drivers/gpu", "drivers/media", "drivers/staging", "sound")
+    ),
+)
+"""A third of the source's 80,000 files, of which none is used; to delete them takes minutes on some
+file systems. Kbuild needs their Kconfig and Makefile."""
 _MAKE_VARIABLES: Final = ("MAKE", "KBUILD", "KCONFIG")
 _PROGRAMS: Final = ("gcc", "make", "flex", "bison", "bc", "tar", "xz")
 
@@ -119,24 +128,33 @@ def built_kernel(architecture: Architecture, page_bytes: int) -> Kernel | None:
     build = architecture.kernel_builds.get(page_bytes)
     if build is None:
         return None
-    folder = prune(_built(architecture, build))
+    folder = build_folder(architecture, build)
+    if not folder.is_dir():
+        with fresh_folder(folder) as fresh:
+            if fresh is not None:
+                _build(architecture, build, fresh)
+    prune(folder)
     origin = (folder / _ORIGIN).read_text()
     return kernel_of_file(folder / _IMAGE, architecture.name, modules=folder, origin=origin)
 
 
-def _built(architecture: Architecture, build: KernelBuild) -> Path:
-    """Return a folder with the kernel's image, the list of its drivers, and its configuration."""
-    config = sources() / "linux" / build.config
-    compiler = _compiler(architecture)
+def build_folder(architecture: Architecture, build: KernelBuild) -> Path:
+    """Return the cached folder of a built kernel, which may not exist yet.
+
+    It has the kernel's image, the list of its drivers, and its configuration.
+
+    Raises:
+        UntestableError: a tool that builds kernels is missing.
+    """
     release = archive.own_release()
     # A release has one version of the kernel.
-    key = build_key(build, config, compiler, f"{release.ids[0]} {release.codename}")
-    target = cache() / f"{Path(build.config).stem}-{architecture.debian}-{key}"
-    if not target.is_dir():
-        with fresh_folder(target) as fresh:
-            if fresh is not None:
-                _build(architecture, build, config, fresh)
-    return target
+    name = f"{release.ids[0]} {release.codename}"
+    key = build_key(build, _config(build), _compiler(architecture), name)
+    return cache() / f"{Path(build.config).stem}-{architecture.debian}-{key}"
+
+
+def _config(build: KernelBuild) -> Path:
+    return sources() / "linux" / build.config
 
 
 def build_key(build: KernelBuild, config: Path, compiler: str, release: str) -> str:
@@ -177,7 +195,7 @@ def _prefix(architecture: Architecture) -> str:
     return "" if architecture.is_host else f"{architecture.gnu}-"
 
 
-def _build(architecture: Architecture, build: KernelBuild, config: Path, fresh: Path) -> None:
+def _build(architecture: Architecture, build: KernelBuild, fresh: Path) -> None:
     package = archive.dependencies(_SOURCE)[0]
     _logger.info("fetching %s (first use only)", package)
     tree = fresh / "tree"
@@ -187,7 +205,7 @@ def _build(architecture: Architecture, build: KernelBuild, config: Path, fresh: 
         return _run_in(tree, script, what, architecture, build)
 
     deb = archive.fetch_own(package, fresh)
-    build_tree(tree, deb, config, build.goals, run)
+    build_tree(tree, deb, _config(build), build.goals, run)
     shutil.copyfile(tree / build.image, fresh / _IMAGE)
     for name in ("modules.builtin", ".config"):
         shutil.copyfile(tree / name, fresh / name.removeprefix("."))
@@ -206,6 +224,7 @@ def _run_in(
             # Variables of a make that runs dmaproof would change the build.
             **{name: value for name, value in inherited if not name.startswith(_MAKE_VARIABLES)},
             "LC_ALL": "C",
+            "TAR_OPTIONS": " ".join(f"--exclude=*/{pattern}" for pattern in _LEFT_OUT),
             "ARCH": build.kbuild,
             "CROSS_COMPILE": _prefix(architecture),
         }

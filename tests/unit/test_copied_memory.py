@@ -109,12 +109,13 @@ def test_memory_that_is_not_mapped_cannot_be_copied(private: mmap.mmap) -> None:
 
 
 def test_an_error_while_copying_is_not_replaced_by_another() -> None:
-    with (
-        pytest.raises(UntestableError, match=r"^cannot read the memory of me"),
-        process_memory(os.getpid(), "me", []) as memory,
-    ):
-        assert memory is not None
-        memory.copy(0x1000, PAGE)
+    def copy() -> None:
+        with process_memory(os.getpid(), "me", []) as memory:
+            assert memory is not None
+            memory.copy(0x1000, PAGE)
+
+    with pytest.raises(UntestableError, match=r"^cannot read the memory of me"):
+        copy()
 
 
 @pytest.mark.parametrize(("second", "found"), [(0x2000, True), (0x3000, False)])

@@ -3,6 +3,7 @@ echo "pages of $(getconf PAGESIZE) bytes, Linux $(uname -rm), $(python3 --versio
 python3 -m pip --quiet install --root-user-action=ignore --break-system-packages \
     --no-build-isolation --no-deps --no-index .
 result=0
-python3 -m pytest -q tests/unit tests/property -n 2 --dist worksteal || result=1
 dmaproof prove --guest bare || result=1
+# With -v, a run that reaches its limit has already said which tests have failed.
+python3 -m pytest -v tests/unit tests/property -n 2 --dist worksteal || result=1
 exit $result

@@ -24,6 +24,7 @@ from typing import Final, Literal
 
 from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError
 
+from ..arch import ARCHITECTURES
 from ..arch.architecture import Architecture
 from ..guest.bare import probe_guest
 from ..guest.build import Guest
@@ -99,9 +100,10 @@ async def require_architecture(
         async with idle_qemu(side, qemu, timeout_s=timeout_s) as running:
             emulated = (await running.qmp.execute("query-target"))["arch"]
         if emulated != wanted.name:
+            other = f", or --arch {emulated}" if emulated in ARCHITECTURES else ""
             raise UsageError(
                 f"{qemu} emulates {emulated}, but the guest is for {wanted.name}; choose a "
-                f"{wanted.qemu_program}, or the guest for {emulated} with --arch {emulated}"
+                f"{wanted.qemu_program}{other}"
             )
         return True
 

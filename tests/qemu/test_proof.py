@@ -149,7 +149,7 @@ def test_a_guest_that_may_not_survive_still_gets_a_verdict(tool: Tool) -> None:
         (["--memory", "lots"], "expected a number with K, M or G, such as 512M, got 'lots'"),
         (["--machine", "q35,memory-backend=x"], "dmaproof itself sets memory-backend; "),
         (["--machine", "q35,hpet=off,smp.cpus=4"], "dmaproof itself sets smp.cpus; use --cpus"),
-        (["--qemu", "qemu-system-i386"], "emulates i386, and dmaproof's guests run on x86_64"),
+        (["--qemu", "qemu-system-i386"], "emulates i386, but the guest is for x86_64; choose a "),
         (["--memory", "4K"], "at least 64M"),
         (["--qemu", "/no/such/qemu"], "--qemu /no/such/qemu"),
         (["--machine", "toaster", "--qemu-destination", "/bin/sh"], "sh"),

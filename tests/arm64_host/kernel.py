@@ -22,7 +22,8 @@ from support.debian_tree import kept_folder
 from .system import ARCHITECTURE, SUITE
 
 _ARM64: Final = find_architecture("aarch64")
-_MODULES: Final = ("virtio_blk", "ext4")
+# ext4 asks for its checksum by name (ext4_fill_super), and the initramfs has no modprobe.
+_MODULES: Final = ("virtio_blk", "crc32c_generic", "ext4")
 _FOLDER: Final = Path(__file__).parent
 _INIT: Final = _FOLDER / "initramfs.sh"
 _BUSYBOX: Final = "busybox-static"

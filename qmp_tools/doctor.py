@@ -166,7 +166,7 @@ def _fetched(facts: Facts) -> Finding:
 
 
 def _compiler(facts: Facts, guest: str) -> Finding:
-    compiler = "cc" if facts.native else f"{facts.architecture.gnu}-gcc"
+    compiler = "cc" if facts.native else facts.architecture.cross_compiler
     what = {
         None: f"{compiler} was not found, and the guest has to be compiled",
         "freestanding": f"{compiler} cannot link static programs, such as the Linux guest's init",

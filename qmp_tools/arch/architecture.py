@@ -137,6 +137,16 @@ class Architecture:
         return self.name == platform.machine()
 
     @property
+    def cross_compiler(self) -> str:
+        """The name of the C compiler for this architecture on a machine of another one."""
+        return f"{self.gnu}-gcc"
+
+    @property
+    def compiler(self) -> str:
+        """The name of the C compiler for this architecture on this machine."""
+        return "cc" if self.is_host else self.cross_compiler
+
+    @property
     def qemu_program(self) -> str:
         """The name of QEMU's program for this architecture."""
         return f"qemu-system-{self.name}"

@@ -169,8 +169,7 @@ def compile_c(
     Raises:
         UntestableError: no C compiler for the architecture is installed, or it fails.
     """
-    is_foreign = architecture is not None and not architecture.is_host
-    compiler = f"{architecture.gnu}-gcc" if architecture and is_foreign else "cc"
+    compiler = "cc" if architecture is None else architecture.compiler
     command = [compiler, "-O2", *options, "-o", str(target), *map(str, files)]
     try:
         done = subprocess.run(
@@ -178,7 +177,7 @@ def compile_c(
         )
     except FileNotFoundError:
         needs = [distribution.COMPILER, distribution.STATIC_LIBC]
-        if architecture and is_foreign:
+        if architecture is not None and not architecture.is_host:
             needs = [distribution.cross_compiler(architecture)]
         raise UntestableError(
             f"building the guest needs the C compiler {compiler}: "

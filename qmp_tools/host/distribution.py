@@ -159,7 +159,7 @@ def qemu(arch: Architecture) -> Need:
 def cross_compiler(arch: Architecture) -> Need:
     """Return the need for a compiler that makes static programs for `arch`."""
     return Need(
-        f"a compiler of static programs for another architecture ({arch.gnu}-gcc)",
+        f"a compiler of static programs for another architecture ({arch.cross_compiler})",
         arch.cross_packages,
     )
 

@@ -26,10 +26,10 @@ from dmaproof.errors import UsageError
 
 from ..arch import ARCHITECTURES, find_architecture
 from ..arch.architecture import Architecture
+from ..exit_codes import EXIT_UNTESTED
 from . import distribution
 from .distribution import Distribution, Need
 
-_EXIT_MISSING: Final = 3
 _WITHOUT_GUEST: Final = ("-h", "--help", "--version", "completion", "doctor", "list", "qemu")
 """Commands that only have to be built; `doctor` says what a proof needs."""
 _KERNELS: Final = ((Path("/lib/modules"), "*/vmlinu*"), (Path("/boot"), "vmlinu*"))
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     command = host.command(*installable, root=os.geteuid() == 0)
     if host.manager is None and needs:
         _say(host.how_to_install(*needs, root=False))
-        return _EXIT_MISSING
+        return EXIT_UNTESTED
     for need in needs:
         if need not in installable:
             _say(f"no package of {host.name} has {need.what}")
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         return _refresh_apt(host)
     if os.geteuid() != 0:
         _say(f"packages are missing; run: {command}")
-        return _EXIT_MISSING
+        return EXIT_UNTESTED
     _say(f"installing {' '.join(host.packages(*installable))}")
     return _run(command)
 
@@ -116,7 +116,7 @@ def _missing_qemu(arch: Architecture) -> list[Need]:
 
 def _missing_cross_compiler(arch: Architecture) -> list[Need]:
     # Fedora's cross compilers have no C library, and are enough for the bare guest.
-    return [] if shutil.which(f"{arch.gnu}-gcc") else [distribution.cross_compiler(arch)]
+    return [] if shutil.which(arch.cross_compiler) else [distribution.cross_compiler(arch)]
 
 
 def _has_kernel() -> bool:
@@ -198,7 +198,7 @@ def _run(command: str) -> int:
         return 0
     print("\n".join(done.stdout.splitlines()[-_SHOWN_LINES:]), file=sys.stderr)
     _say(f"'{command}' failed with exit code {done.returncode}: its last lines are above")
-    return _EXIT_MISSING
+    return EXIT_UNTESTED
 
 
 def _say(message: str) -> None:

@@ -22,7 +22,7 @@ def _prove(tool: Tool, architecture: Architecture, *options: str) -> Outcome:
     builds = installed(architecture)
     if not builds:
         pytest.skip(f"needs a newer QEMU: dmaproof qemu fetch 11.1 --arch {architecture.name}")
-    if shutil.which(f"{architecture.gnu}-gcc") is None:
+    if shutil.which(architecture.cross_compiler) is None:
         pytest.skip(
             f"needs a cross compiler: apt-get install {architecture.cross_packages['debian']}"
         )

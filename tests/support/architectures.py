@@ -15,8 +15,7 @@ def require_guests(architecture: Architecture, *, in_qemu: bool = True) -> None:
 
     With DMAPROOF_NO_SKIP=1 the test fails instead.
     """
-    compiler = "cc" if architecture.is_host else f"{architecture.gnu}-gcc"
-    programs = [compiler, *([architecture.qemu_program] if in_qemu else [])]
+    programs = [architecture.compiler, *([architecture.qemu_program] if in_qemu else [])]
     missing = [program for program in programs if shutil.which(program) is None]
     if not missing:
         return

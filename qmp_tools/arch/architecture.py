@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from dmaproof.errors import UnsupportedError
+
 _KIB: Final = 1 << 10
 _MIB: Final = 1 << 20
 _GIB: Final = 1 << 30
@@ -155,6 +157,14 @@ class Architecture:
     def guests(self) -> list[str]:
         """The names of dmaproof's guests for this architecture."""
         return ["linux"] if self.freestanding_options is None else ["bare", "linux"]
+
+    def require_guest(self, name: str) -> None:
+        """Raise UnsupportedError if dmaproof has no guest `name` for this architecture."""
+        if name not in self.guests:
+            raise UnsupportedError(
+                f"--guest {name}: there is no such guest for {self.name}; use --guest "
+                f"{' or '.join(self.guests)}"
+            )
 
     @property
     def default_iommu(self) -> str | None:

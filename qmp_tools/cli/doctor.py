@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from dmaproof.errors import UsageError
-
 from ..arch import ARCHITECTURES, find_architecture
 from ..doctor import GUEST_MEMORY_BYTES, can_prove, examine, gather_facts
 from ..exit_codes import EXIT_PASS, EXIT_UNTESTED
@@ -59,11 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     architecture = find_architecture(arguments.arch)
-    if arguments.guest not in architecture.guests:
-        raise UsageError(
-            f"--guest {arguments.guest}: there is no such guest for {architecture.name}; use "
-            f"--guest {' or '.join(architecture.guests)}"
-        )
+    architecture.require_guest(arguments.guest)
     findings = examine(gather_facts(architecture), arguments.guest)
     proof = f"--guest {arguments.guest}"
     if arguments.arch is not None:

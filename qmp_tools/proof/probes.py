@@ -36,7 +36,17 @@ from ..memory.ram import compare, ram_file
 from ..migration.migration import Limits, Migration
 from ..migration.scenarios.precopy import Unix
 from ..migration.transport import Ends
-from ..qemu.machine import DESTINATION, GIB, INCOMING, KIB, MIB, SOURCE, Machine, format_memory
+from ..qemu.machine import (
+    DESTINATION,
+    GIB,
+    INCOMING,
+    KIB,
+    MIB,
+    SOURCE,
+    Machine,
+    format_memory,
+    ram_granule_bytes,
+)
 from ..qemu.qemu import idle_qemu, running_qemu
 
 _logger = logging.getLogger(__name__)
@@ -187,7 +197,7 @@ async def choose_memory(
             *(lost, architecture.name),
         )
         return wanted_bytes
-    memory = wanted_bytes + architecture.ram_granule_bytes
+    memory = wanted_bytes + ram_granule_bytes(architecture.ram_granule_bytes)
     _logger.info(
         "memory: %s, because with sizes such as %s this QEMU loses pages that its vCPUs write "
         "(a probe lost %d)",

@@ -246,11 +246,7 @@ def _scenario_for(options: ProofOptions, architecture: Architecture) -> Scenario
 def _require_driver(options: ProofOptions, device: ProofDevice, architecture: Architecture) -> None:
     if OWN_GUEST in device.guests:
         return
-    if options.guest not in architecture.guests:
-        raise UnsupportedError(
-            f"--guest {options.guest}: there is no such guest for {architecture.name}; use --guest "
-            f"{' or '.join(architecture.guests)}"
-        )
+    architecture.require_guest(options.guest)
     if options.guest not in device.guests:
         raise UsageError(
             f"--guest {options.guest}: this guest has no driver for {device.facts.device}; use "

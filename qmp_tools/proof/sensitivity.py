@@ -25,6 +25,7 @@ from dmaproof.trace import TRACED_LINKS, Link
 from dmaproof.units import PAGE_BYTES
 
 from ..migration.judgement import EvidenceSource
+from ..words import counted
 from .attribution import WrittenPages
 
 
@@ -58,6 +59,13 @@ class Sensitivity:
     missed_at: dict[str, int] = field(default_factory=dict)
     missed_by: dict[str, int] = field(default_factory=dict)
     evidence_source: EvidenceSource = EvidenceSource.JOURNAL
+
+    @property
+    def never_reported(self) -> str:
+        """The number of `unreported` pages, as a clause."""
+        pages = counted(self.unreported, "page")
+        verb = "was" if self.unreported == 1 else "were"
+        return f"{pages} that the device wrote {verb} never reported dirty"
 
     def to_json(self) -> dict[str, Any]:
         """Return the members by name; a figure that is not known is None."""

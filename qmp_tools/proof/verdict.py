@@ -14,6 +14,7 @@ from ..exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from ..migration.downtime import Downtime
 from ..migration.judgement import Blame, EvidenceSource
 from ..migration.log_watch import LogEvidence
+from ..words import counted
 from .attribution import LostPage
 from .rings import Ring
 from .sensitivity import Sensitivity
@@ -96,8 +97,7 @@ class Verdict:
         if self.refusal and not self.pages:
             return (
                 "no page was compared, because the destination refused the device and the source "
-                f"continued; {self.sensitivity.unreported} pages that the device wrote were never "
-                "reported dirty"
+                f"continued; {self.sensitivity.never_reported}"
             )
         if self.lost:
             return "; ".join((self._loss, *self._log_faults))
@@ -105,13 +105,13 @@ class Verdict:
             return f"all pages are equal, but {'; '.join(self._log_faults)}"
         if self.guest.errors:
             return (
-                f"all pages are equal, but the guest found {self.guest.errors} errors on the "
-                "destination"
+                f"all pages are equal, but the guest found {counted(self.guest.errors, 'error')} "
+                "on the destination"
             )
         if self.sensitivity.unreported:
             return (
-                f"all pages are equal, but {self.sensitivity.unreported} pages that the device "
-                "wrote were never reported dirty: QEMU sent them for another reason"
+                f"all pages are equal, but {self.sensitivity.never_reported}: QEMU "
+                "sent the new content for another reason"
             )
         if self.downtime.exceeded:
             return f"all pages are equal, but {self.downtime.sentence}"
@@ -137,15 +137,13 @@ class Verdict:
                 "the snapshot: QEMU does not hold back the writes of a device outside QEMU while "
                 "it takes a snapshot"
             )
+        lost = f"{len(self.lost)} of {self.pages} pages were lost"
         if self.count(Blame.UNKNOWN) == len(self.lost):
-            return (
-                f"{len(self.lost)} of {self.pages} pages were lost, cause unknown: the device "
-                "keeps no journal"
-            )
+            return f"{lost}, cause unknown: the device keeps no journal"
         shares = ", ".join(
             f"{self.count(blame)} {_CULPRITS[blame]}" for blame in Blame if self.count(blame)
         )
-        return f"{len(self.lost)} of {self.pages} pages were lost: {shares}"
+        return f"{lost}: {shares}"
 
     @property
     def unseen(self) -> list[str]:

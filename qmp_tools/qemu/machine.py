@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from ..arch.architecture import Architecture
 from .pci_express import root_port
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-RAM_GRANULE_BYTES: Final = 8 * KIB
+_LEAST_GRANULE_BYTES: Final = 8 * KIB
 """The size of RAM in QEMU's machines is a multiple of this (MachineClass.fixup_ram_size)."""
 
 RAM_BACKEND: Final = "ram"
@@ -41,9 +42,25 @@ def parse_memory(text: str) -> int:
     if match is None:
         raise UsageError(f"memory: expected a number with K, M or G, such as 512M, got {text!r}")
     size = int(match[1]) * _SUFFIXES[match[2]]
-    if size < 64 * MIB or size % RAM_GRANULE_BYTES:
-        raise UsageError(f"memory: expected at least 64M and a multiple of 8K, got {text!r}")
+    granule = ram_granule_bytes()
+    if size < 64 * MIB or size % granule:
+        raise UsageError(
+            f"memory: expected at least 64M and a multiple of {format_memory(granule)}, "
+            f"got {text!r}"
+        )
     return size
+
+
+def ram_granule_bytes(machine_bytes: int = _LEAST_GRANULE_BYTES) -> int:
+    """Return what the size of RAM must be a multiple of on this host.
+
+    Args:
+        machine_bytes: what it must be a multiple of in the machine.
+
+    QEMU 8.2 and newer refuse a memory backend that is not whole pages of the host
+    (host_memory_backend_memory_complete).
+    """
+    return max(machine_bytes, mmap.PAGESIZE)
 
 
 def format_memory(size: int) -> str:

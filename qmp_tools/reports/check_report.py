@@ -14,8 +14,8 @@ from ..proof.ram_map import MapArea, RamMap
 from ..qemu.machine import MIB
 from ..ram_check.guest import Side
 from ..ram_check.outcome import IMAGE, Check, ComparedArea, Difference
+from ..words import bytes_differ, counted
 from .report import HEADINGS, SCHEMA_VERSION
-from .words import bytes_differ, counted
 
 _CHECK_CLASSES: Final = {
     "equal": "the same on both sides",

@@ -20,9 +20,9 @@ from ..proof.attribution import LostPage
 from ..proof.model import MigrationSummary, Proof
 from ..proof.ram_map import MapArea
 from ..proof.sensitivity import Sensitivity
-from ..qemu.machine import DIMM_BYTES, RAM_BACKEND, format_memory
+from ..qemu.machine import DIMM_BYTES, RAM_BACKEND, format_memory, ram_granule_bytes
+from ..words import bytes_differ, counted
 from .precopy import harvest_list, passes
-from .words import bytes_differ, counted
 
 SCHEMA_VERSION: Final = 4
 _LOST_SHOWN: Final = 10
@@ -135,8 +135,7 @@ def to_text(proof: Proof) -> str:
             for link, pages in sensitivity.missed_at.items()
         )
         lines += [
-            f"  unreported   {sensitivity.unreported} pages that the device wrote were never "
-            f"reported dirty ({places});",
+            f"  unreported   {sensitivity.never_reported} ({places});",
             f"               {sensitivity.unreported_guaranteed} of them are guaranteed detectable",
         ]
     if verdict.downtime.limit_s is not None:
@@ -290,7 +289,7 @@ def _accelerator_advice(proof: Proof) -> list[str]:
         why = known_tcg_loss(block, proof.qemu_version)
         lost = (page for page in proof.verdict.lost if page.blame == Blame.ACCELERATOR)
         if why and any(_is_in(page, area) for page in lost):
-            odd = format_memory(machine.memory_bytes + (8 << 10))
+            odd = format_memory(machine.memory_bytes + ram_granule_bytes())
             lines += [
                 f"Under TCG this QEMU is known to lose such pages of RAM block {block.name},",
                 f"because {why} (kernel-findings.md in dmaproof's documentation).",

@@ -83,7 +83,9 @@ def system_image() -> Path:
 def _requirements() -> list[str]:
     """Return what dmaproof and its plugins for avocado require."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [*project["dependencies"], *project["optional-dependencies"]["avocado"]]
+    extras = project["optional-dependencies"]
+    plugins = [each for each in extras["avocado-vt"] if not each.startswith(f"{project['name']}[")]
+    return [*project["dependencies"], *extras["avocado"], *plugins]
 
 
 def _build(folder: Path, requirements: tuple[str, ...]) -> None:

@@ -12,6 +12,8 @@ from qmp_tools.arch import ARCHITECTURES, find_architecture, host_architecture
 from qmp_tools.arch.aarch64 import AARCH64
 from qmp_tools.arch.architecture import Architecture
 from qmp_tools.arch.x86_64 import X86_64
+from qmp_tools.cli.main import main
+from qmp_tools.exit_codes import EXIT_UNTESTED
 from qmp_tools.qemu.machine import GIB, MIB, Machine
 from qmp_tools.qemu.pci_express import behind_ports
 
@@ -60,3 +62,11 @@ def test_a_plugged_device_has_a_port_of_its_own() -> None:
         *("-chardev", "null,id=a", "-device", "pcie-root-port,id=port-2,chassis=2"),
         *("-device", "x,id=b,bus=port-2", "-device", "y,bus=b.0"),
     ]
+
+
+def test_a_guest_that_an_architecture_lacks_is_refused_by_every_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for command in ("doctor", "prove"):
+        assert main([command, "--arch", "riscv64", "--guest", "bare"]) == EXIT_UNTESTED
+        assert "there is no such guest for riscv64; use --guest linux" in capsys.readouterr().err

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from dmaproof.errors import UsageError
 from qmp_tools.arch.architecture import Architecture
 from qmp_tools.arch.s390x import S390X
 from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.proof import probes
-from qmp_tools.qemu.machine import KIB, MIB
+from qmp_tools.qemu.machine import KIB, MIB, parse_memory
+from support.host_pages import host_pages
 
 WANTED_BYTES = 256 * MIB
 
@@ -36,6 +38,14 @@ def test_a_lossy_accelerator_gets_a_size_that_is_no_whole_number_of_words(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert _choose(X86_64, 64, monkeypatch) == WANTED_BYTES + 8 * KIB
+
+
+def test_the_size_is_whole_pages_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    with host_pages(64 * KIB):
+        assert _choose(X86_64, 64, monkeypatch) == WANTED_BYTES + 64 * KIB
+        assert parse_memory("64M") == 64 * MIB
+        with pytest.raises(UsageError, match=r"a multiple of 64K, got '262152K'"):
+            parse_memory("262152K")
 
 
 def test_a_machine_with_a_coarse_ram_size_gets_a_warning(

@@ -3,63 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import pytest
 
 from dmaproof.devices.echo import Echo
 from dmaproof.errors import ProtocolError
-from dmaproof.vhost_user.features import PROTOCOL_FEATURES
-from dmaproof.vhost_user.messages import ProtocolFeature, Request, encode_u64
 from qmp_tools.devices.emulated import EmulatedDevice
 from qmp_tools.devices.process import DeviceOptions
 from qmp_tools.guest.workload import Workload
-from qmp_tools.testbed.ring_driver import PAGE, WRITE, Buffer, RingDriver, guest_memory, ram_fd
-from support.front_end import FEATURES, FrontEnd
+from support.network_guest import NetworkGuest as Guest
+from support.network_guest import network_guest
 
-OFFERED = PROTOCOL_FEATURES & ~ProtocolFeature.CONFIG
-RAM_BYTES = 1024 * PAGE
-RECEIVE, TRANSMIT = 8 * PAGE, 16 * PAGE
-DATA, SENT = 512 * PAGE, 100 * PAGE
 HEADER = bytes(10) + b"\1\0"  # struct virtio_net_hdr: one buffer
 FRAME = bytes(range(256)) * 5
 
 
-class Guest(NamedTuple):
-    front_end: FrontEnd
-    receive: RingDriver
-    transmit: RingDriver
-
-    def send(self, frame: bytes) -> None:
-        self.transmit.write(SENT, bytes(12) + frame)
-        self.transmit.submit([Buffer(SENT, 12), Buffer(SENT + 12, len(frame))])
-        self.front_end.serve()
-
-    def offer(self, count: int, length: int = PAGE) -> None:
-        for number in range(count):
-            self.receive.submit([Buffer(DATA + number * PAGE, length, WRITE)])
-        self.front_end.serve()
-
-    def received(self) -> list[bytes]:
-        return [
-            self.receive.read(DATA + head * PAGE, written)
-            for head, written in self.receive.collect()
-        ]
-
-
 @pytest.fixture
 def guest() -> Iterator[Guest]:
-    front_end = FrontEnd(Echo())
-    with ram_fd(RAM_BYTES) as ram:
-        memory = guest_memory(ram, (0, RAM_BYTES, 0))
-        drivers = [RingDriver(memory, base) for base in (RECEIVE, TRANSMIT)]
-        front_end.send(Request.SET_FEATURES, encode_u64(FEATURES))
-        front_end.send(Request.SET_PROTOCOL_FEATURES, encode_u64(OFFERED))
-        front_end.set_memory(ram, (0, RAM_BYTES, 0))
-        for index, driver in enumerate(drivers):
-            front_end.start_ring(driver, index)
-        yield Guest(front_end, *drivers)
-        front_end.close()
+    with network_guest(Echo()) as guest:
+        yield guest
 
 
 def test_each_frame_comes_back_in_order(guest: Guest) -> None:

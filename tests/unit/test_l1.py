@@ -99,6 +99,7 @@ def test_the_stock_kernel_replaces_one_that_cannot_be_built(
     def fails(root: Path, version: str) -> Path:
         raise UntestableError("no space left")
 
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr(machine, "l1_root", lambda: tmp_path)
     monkeypatch.setattr(machine, "l1_kernel", fails)
     monkeypatch.setattr(machine, "stock_kernel", lambda: tmp_path / "stock")

@@ -51,6 +51,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(os, "geteuid", lambda: 0 if machine.is_root else 1000)
     monkeypatch.setattr(launcher, "_has_kernel", lambda: machine.has_kernel)
     monkeypatch.setattr(launcher, "_APT_LISTS", tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
     (tmp_path / "Python.h").touch()
     run_on(monkeypatch, "fedora")

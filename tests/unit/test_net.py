@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import pytest
 
@@ -12,67 +11,36 @@ from dmaproof.devices.net import ETHERTYPE, PAYLOAD_BYTES, Net
 from dmaproof.devices.rng import Rng
 from dmaproof.errors import ProtocolError
 from dmaproof.stamp import stamped_page
-from dmaproof.vhost_user.features import PROTOCOL_FEATURES
-from dmaproof.vhost_user.messages import ProtocolFeature, Request, encode_u64
+from dmaproof.vhost_user.messages import Request, encode_u64
 from qmp_tools.testbed.ring_driver import PAGE, WRITE, Buffer, RingDriver, guest_memory, ram_fd
 from support.front_end import FEATURES, FrontEnd
+from support.network_guest import DATA, OFFERED, RAM_BYTES, RECEIVE, network_guest
+from support.network_guest import NetworkGuest as Guest
 
-OFFERED = PROTOCOL_FEATURES & ~ProtocolFeature.CONFIG
-RAM_BYTES = 128 * PAGE
-RECEIVE, TRANSMIT = 8 * PAGE, 16 * PAGE
-DATA, SENT = 32 * PAGE, 100 * PAGE
 FRAME_BYTES = 12 + 14 + PAYLOAD_BYTES
-
-
-class Guest(NamedTuple):
-    front_end: FrontEnd
-    receive: RingDriver
-    transmit: RingDriver
-
-    def send(self, ethertype: int, content: bytes) -> None:
-        frame = bytes(12) + b"\xff" * 6 + b"\x52" * 6 + struct.pack("!H", ethertype) + content
-        self.transmit.write(SENT, frame)
-        self.transmit.submit([Buffer(SENT, 12), Buffer(SENT + 12, len(frame) - 12)])
-        self.front_end.serve()
-
-    def offer(self, count: int) -> None:
-        for number in range(count):
-            self.receive.submit([Buffer(DATA + number * PAGE, PAGE, WRITE)])
-        self.front_end.serve()
-
-    def received(self) -> list[bytes]:
-        return [
-            self.receive.read(DATA + head * PAGE, written)
-            for head, written in self.receive.collect()
-        ]
 
 
 @pytest.fixture
 def guest() -> Iterator[Guest]:
-    front_end = FrontEnd(Net())
-    with ram_fd(RAM_BYTES) as ram:
-        memory = guest_memory(ram, (0, RAM_BYTES, 0))
-        drivers = [RingDriver(memory, base) for base in (RECEIVE, TRANSMIT)]
-        front_end.send(Request.SET_FEATURES, encode_u64(FEATURES))
-        front_end.send(Request.SET_PROTOCOL_FEATURES, encode_u64(OFFERED))
-        front_end.set_memory(ram, (0, RAM_BYTES, 0))
-        for index, driver in enumerate(drivers):
-            front_end.start_ring(driver, index)
-        yield Guest(front_end, *drivers)
-        front_end.close()
+    with network_guest(Net()) as guest:
+        yield guest
+
+
+def _frame(ethertype: int, content: bytes) -> bytes:
+    return b"\xff" * 6 + b"\x52" * 6 + struct.pack("!H", ethertype) + content
 
 
 def test_the_device_sends_the_requested_number_of_packets(guest: Guest) -> None:
     guest.offer(6)
     assert guest.received() == []
-    guest.send(ETHERTYPE, struct.pack("<I", 2))
+    guest.send(_frame(ETHERTYPE, struct.pack("<I", 2)))
     assert guest.transmit.collect() == [(0, 0)]
     for number, packet in enumerate(guest.received(), 2):  # request 1 was the guest's frame
         assert len(packet) == FRAME_BYTES
         assert packet[:12] == bytes(10) + b"\1\0"  # struct virtio_net_hdr: one buffer
         assert packet[24:26] == b"\x88\xb5"
         assert packet[26:] == stamped_page(0, number)[:PAYLOAD_BYTES]
-    guest.send(ETHERTYPE, struct.pack("<I", 9))
+    guest.send(_frame(ETHERTYPE, struct.pack("<I", 9)))
     assert len(guest.received()) == 4, "the guest offered only 6 buffers"
     guest.offer(8)
     assert len(guest.received()) == 5, "5 of the packets are still outstanding"
@@ -84,15 +52,15 @@ def test_the_device_sends_the_requested_number_of_packets(guest: Guest) -> None:
 )
 def test_frames_without_a_request_are_ignored(guest: Guest, ethertype: int, content: bytes) -> None:
     guest.offer(2)
-    guest.send(ethertype, content)
+    guest.send(_frame(ethertype, content))
     assert guest.transmit.collect() == [(0, 0)]
     assert guest.received() == []
 
 
 def test_a_buffer_too_small_for_a_packet_is_refused(guest: Guest) -> None:
-    guest.receive.submit([Buffer(DATA, FRAME_BYTES - 1, WRITE)])
+    guest.offer(1, length=FRAME_BYTES - 1)
     with pytest.raises(ProtocolError, match="shorter than 1522 bytes"):
-        guest.send(ETHERTYPE, struct.pack("<I", 1))
+        guest.send(_frame(ETHERTYPE, struct.pack("<I", 1)))
 
 
 def test_a_ring_of_unused_buffers_does_not_keep_the_server_busy(guest: Guest) -> None:

@@ -107,8 +107,13 @@ def test_a_loss_is_reported_with_each_culprit_and_each_fault_of_the_log() -> Non
         ),
         (
             replace(PASSED, sensitivity=replace(SENSITIVE, unreported=2)),
-            " 2 pages that the device wrote were never reported dirty: QEMU sent them for another "
-            "reason",
+            " 2 pages that the device wrote were never reported dirty: QEMU sent the new content "
+            "for another reason",
+        ),
+        (
+            replace(PASSED, sensitivity=replace(SENSITIVE, unreported=1)),
+            " 1 page that the device wrote was never reported dirty: QEMU sent the new content "
+            "for another reason",
         ),
         (
             replace(PASSED, ended_early=True),

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
@@ -257,6 +257,25 @@ def test_an_edit_needs_no_build_in_a_developed_checkout(developed: Path) -> None
     assert_runs_in(developed)
     assert launch(developed / "dmaproof").stderr == ""
     assert (developed / ".venv/build.builds").read_text() == "editable "
+
+
+def test_a_required_package_without_a_wheel_is_built_in_a_developed_checkout(
+    developed: Path, tmp_path: Path
+) -> None:
+    wheel: dict[str, Any] = {}
+    exec(BACKEND.replace("dmaproof", "needed").replace("program.py", "needed.py"), wheel)
+    needed = wheel["build_wheel"](tmp_path)
+    source = tmp_path / "sdist"
+    source.mkdir()
+    (source / "backend.py").write_text("import needed\n" + BACKEND.replace("dmaproof", "sdist"))
+    requires = f'requires = ["needed @ {(tmp_path / needed).as_uri()}"]'
+    (source / "pyproject.toml").write_text(PROJECT.replace("requires = []", requires))
+    backend = (developed / "backend.py").read_text()
+    (developed / "backend.py").write_text(
+        backend.replace("Version: 1", f"Version: 1\\nRequires-Dist: sdist @ {source.as_uri()}")
+    )
+    (developed / "meson.build").write_text("# another version\n")
+    assert_runs_in(developed)
 
 
 def test_a_checkout_stays_developed_when_its_metadata_changes(developed: Path) -> None:

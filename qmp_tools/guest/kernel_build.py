@@ -54,15 +54,6 @@ done <{_CONFIG}
 """
 """Prints each line of the configuration that this version knows and did not accept."""
 
-_TOOLS: Final = distribution.Need(
-    "the tools that build a kernel (gcc, make, flex, bison, bc, tar, xz)",
-    {
-        "debian": "gcc libc6-dev make flex bison bc xz-utils",
-        "fedora": "gcc make flex bison bc xz",
-        "arch": "gcc make flex bison bc xz",
-        "suse": "gcc make flex bison bc xz",
-    },
-)
 _LEFT_OUT: Final = (
     *("Documentation/*/*", "tools/testing/*", "boot/dts/*/*"),
     *(
@@ -73,7 +64,6 @@ _LEFT_OUT: Final = (
 """A third of the source's 80,000 files, of which none is used; to delete them takes minutes on some
 file systems. Kbuild needs their Kconfig and Makefile."""
 _MAKE_VARIABLES: Final = ("MAKE", "KBUILD", "KCONFIG")
-_PROGRAMS: Final = ("gcc", "make", "flex", "bison", "bc", "tar", "xz")
 
 
 def options_of(config: Path) -> list[str]:
@@ -176,8 +166,8 @@ def _compiler(architecture: Architecture) -> str:
     Raises:
         UntestableError: the compiler, or another tool, is missing.
     """
-    missing = [program for program in _PROGRAMS if shutil.which(program) is None]
-    needs = [_TOOLS] if missing else []
+    missing = distribution.missing_kernel_tools()
+    needs = [distribution.KERNEL_TOOLS] if missing else []
     compiler = f"{_prefix(architecture)}gcc"
     if shutil.which(compiler) is None and not architecture.is_host:
         missing.append(compiler)

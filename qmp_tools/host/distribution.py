@@ -111,6 +111,19 @@ LIBVIRT_HEADERS: Final = Need(
     },
 )
 TCPDUMP: Final = Need("tcpdump", dict.fromkeys(_MANAGERS, "tcpdump"))
+_KERNEL_TOOLS: Final = ("gcc", "make", "flex", "bison", "bc", "tar", "xz")
+KERNEL_TOOLS: Final = Need(
+    f"the tools that build a kernel ({', '.join(_KERNEL_TOOLS)})",
+    {
+        **dict.fromkeys(_MANAGERS, "gcc make flex bison bc xz"),
+        "debian": "gcc libc6-dev make flex bison bc xz-utils",
+    },
+)
+
+
+def missing_kernel_tools() -> list[str]:
+    """Return the programs that build a kernel and that this machine does not have."""
+    return [program for program in _KERNEL_TOOLS if shutil.which(program) is None]
 
 
 def python(minor: int) -> Need:

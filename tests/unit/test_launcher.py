@@ -162,6 +162,7 @@ def test_all_tests_need_qemu_and_a_compiler_for_every_other_architecture(
     others = [arch for arch in ARCHITECTURES.values() if arch.name != HOST.name]
     of_guests = [distribution.qemu, distribution.cross_compiler]
     needs = [*FOR_TESTS, *(need(arch) for arch in others for need in of_guests)]
+    needs.append(distribution.KERNEL_TOOLS)
     assert launcher.missing(words.split()) == needs
 
 

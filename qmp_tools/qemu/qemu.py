@@ -125,7 +125,7 @@ class OwnedQemu(SocketQemu):
             "-display",
             "none",
             *("-chardev", f"socket,id=qmp,fd={qemu_qmp.fileno()}"),
-            *("-mon", "chardev=qmp,mode=control"),
+            *("-qmp", "chardev:qmp"),
             *("-qmp", f"unix:{option_value(socket_path)},server=on,wait=off"),
             *("-chardev", f"file,id=console,path={option_value(console)}"),
             *("-chardev", f"socket,id=report,fd={qemu_report.fileno()}"),

@@ -18,6 +18,7 @@ from dmaproof.errors import ProtocolError, UsageError
 from dmaproof.stamp import SECTOR_BYTES, read_stamp, stamped_page
 from dmaproof.virtqueue import DescriptorChain, Segment
 from qmp_tools.testbed.ring_driver import PAGE, guest_memory, ram_fd
+from support.host_pages import HOST_PAGE
 from support.rings import dma_for
 
 RAM_BYTES = 64 * PAGE
@@ -70,8 +71,18 @@ class Disk:
         assert self.written == 1
 
 
-@pytest.fixture
-def disk() -> Iterator[Disk]:
+@pytest.fixture(params=[1, 3], ids=["", "large blocks"])
+def disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    """A disk whose file seems to be in a file system with blocks of one page, or of several."""
+    fstat, lseek = os.fstat, os.lseek
+    block: int = request.param * HOST_PAGE
+
+    def seek(fd: int, position: int, whence: int) -> int:
+        data = lseek(fd, position - position % block, whence)
+        return max(position, data - data % block)
+
+    monkeypatch.setattr(os, "fstat", lambda fd: os.stat_result(fstat(fd), {"st_blksize": block}))
+    monkeypatch.setattr(os, "lseek", seek)
     with ram_fd(RAM_BYTES) as fd:
         yield Disk(fd)
 

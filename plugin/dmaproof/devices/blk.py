@@ -157,11 +157,17 @@ class Blk(VirtioDevice):
         return _S_OK
 
 
+_NEVER_WRITTEN: Final = b"dmaproof: this page was never written\n".ljust(PAGE_BYTES, b"\0")
+
+
 class _Content:
     """The data written to a disk: a file of whole pages, with holes for pages never written.
 
     Without `file`, a file in memory is used. `pages` is the disk's size. All state is in the file,
     because each side of a migration may be served by its own process.
+
+    A block of the file system may be larger than a page, as on hosts with pages of 64 KiB. It is no
+    hole as soon as one of its pages was written; the others then have the content `_NEVER_WRITTEN`.
     """
 
     def __init__(self, file: Path | None, capacity_bytes: int) -> None:
@@ -178,10 +184,12 @@ class _Content:
             )
         os.ftruncate(self._fd, capacity_bytes)
         self.pages = capacity_bytes // PAGE_BYTES
+        self._block_pages = div_ceil(os.fstat(self._fd).st_blksize, PAGE_BYTES)
 
-    def _is_hole(self, page: int) -> bool:
+    def _is_hole(self, first: int, end: int) -> bool:
+        """Return whether no page from `first` to before `end` has data."""
         try:
-            return os.lseek(self._fd, page * PAGE_BYTES, os.SEEK_DATA) >= (page + 1) * PAGE_BYTES
+            return os.lseek(self._fd, first * PAGE_BYTES, os.SEEK_DATA) >= end * PAGE_BYTES
         except OSError as error:
             if error.errno != errno.ENXIO:  # ENXIO: there is no data from here to the end
                 raise
@@ -189,9 +197,10 @@ class _Content:
 
     def read(self, page: int) -> bytes | None:
         """Return the content of a page; None if the page was never written."""
-        if self._is_hole(page):
+        if self._is_hole(page, page + 1):
             return None
-        return os.pread(self._fd, PAGE_BYTES, page * PAGE_BYTES)
+        content = os.pread(self._fd, PAGE_BYTES, page * PAGE_BYTES)
+        return None if content == _NEVER_WRITTEN else content
 
     def write(self, page: int, content: bytes | bytearray) -> None:
         """Write the content of a page.
@@ -199,8 +208,15 @@ class _Content:
         Raises:
             OSError: the file cannot store it.
         """
-        if os.pwrite(self._fd, content, page * PAGE_BYTES) != PAGE_BYTES:
-            raise OSError(errno.ENOSPC, "only a part of a page was written")
+        first = page - page % self._block_pages
+        end = min(first + self._block_pages, self.pages)
+        if end - first > 1 and self._is_hole(first, end):
+            self._put(first, _NEVER_WRITTEN * (end - first))
+        self._put(page, content)
+
+    def _put(self, page: int, content: bytes | bytearray) -> None:
+        if os.pwrite(self._fd, content, page * PAGE_BYTES) != len(content):
+            raise OSError(errno.ENOSPC, "only a part of the data was written")
 
     def flush(self) -> int:
         """Make written data durable, and return the status for the request."""

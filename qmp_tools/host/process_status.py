@@ -23,7 +23,7 @@ def has_thread(pid: int, thread: int, *, proc: Path = PROC) -> bool:
     """Return whether process `pid` has a thread whose id in its own PID namespace is `thread`."""
     for task in (proc / str(pid) / "task").glob("*"):
         with contextlib.suppress(OSError):  # the thread has ended
-            if _numbers(task, "NSpid")[-1:] == [thread]:
+            if _own_id(task) == thread:
                 return True
     return False
 
@@ -32,7 +32,7 @@ def process_of_thread(thread: int, *, proc: Path = PROC) -> int | None:
     """Return the process of a `thread` in this PID namespace; None if there is no such thread."""
     task = proc / str(thread)
     try:
-        if _numbers(task, "NSpid")[-1:] == [thread]:  # else a thread of another namespace
+        if _own_id(task) == thread:  # else a thread of another namespace
             return _numbers(task, "Tgid")[0]
     except OSError:
         pass
@@ -45,6 +45,13 @@ def tracer_of(pid: int, *, proc: Path = PROC) -> int:
         return _numbers(proc / str(pid), "TracerPid")[0]
     except (OSError, IndexError):
         return 0
+
+
+def _own_id(task: Path) -> int | None:
+    """Return the id of a thread in its own PID namespace; None if it is unknown."""
+    # A kernel without PID namespaces has no NSpid.
+    ids = _numbers(task, "NSpid") or _numbers(task, "Pid")
+    return ids[-1] if ids else None
 
 
 def _numbers(process: Path, key: str) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dmaproof.errors import UntestableError
-from qmp_tools.host.process_status import has_thread, user_and_group
+from qmp_tools.host.process_status import has_thread, process_of_thread, user_and_group
 from qmp_tools.memory.copied_memory import PIECE_BYTES, ProcessMemory, process_memory
 from qmp_tools.memory.process_memory import (
     Mapping,
@@ -140,6 +140,15 @@ def test_a_thread_is_known_by_its_number_in_the_innermost_namespace(tmp_path: Pa
     (tasks / "302").mkdir()  # a thread that has ended
     found = [thread for thread in (300, 9, 4, 301, 302) if has_thread(1, thread, proc=tmp_path)]
     assert found == [4]
+
+
+def test_a_kernel_without_pid_namespaces_names_its_threads_too(tmp_path: Path) -> None:
+    (tmp_path / "1/task/300").mkdir(parents=True)
+    (tmp_path / "300").mkdir()
+    for status in (tmp_path / "1/task/300/status", tmp_path / "300/status"):
+        status.write_text("Tgid:\t1\nPid:\t300\n")
+    assert has_thread(1, 300, proc=tmp_path)
+    assert process_of_thread(300, proc=tmp_path) == 1
 
 
 def test_shared_memory_is_read_by_its_own_file_and_closed_again() -> None:

@@ -10,6 +10,7 @@ import pytest
 from dmaproof.errors import MemoryAccessError, ProtocolError
 from dmaproof.guest_memory import GuestMemory, IovaMap, IovaMapping, MemorySlot, map_slot
 from qmp_tools.testbed.ring_driver import HVA_BASE, PAGE, guest_memory, ram_fd
+from support.host_pages import HOST_PAGE
 
 
 @pytest.fixture
@@ -191,10 +192,12 @@ def test_each_piece_keeps_its_offset(iova: int, length: int, pieces: list[tuple[
     assert iova_map.translate(iova, length) == pieces
 
 
-def test_a_slot_whose_file_is_truncated_is_reported(fd: int) -> None:
-    memory = guest_memory(fd, (0, PAGE, 0), (PAGE, PAGE, PAGE))
-    memory.check()
-    os.ftruncate(fd, PAGE)
-    bytes(memory.view(PAGE, 1))
-    with pytest.raises(ProtocolError, match=r"GPA 0x1000 \+ 0x1000: its file was truncated"):
+def test_a_slot_whose_file_is_truncated_is_reported() -> None:
+    with ram_fd(2 * HOST_PAGE) as fd:
+        memory = guest_memory(fd, (0, HOST_PAGE, 0), (HOST_PAGE, HOST_PAGE, HOST_PAGE))
         memory.check()
+        os.ftruncate(fd, HOST_PAGE)
+        bytes(memory.view(HOST_PAGE, 1))
+        slot = rf"GPA {HOST_PAGE:#x} \+ {HOST_PAGE:#x}"
+        with pytest.raises(ProtocolError, match=f"{slot}: its file was truncated"):
+            memory.check()

@@ -33,6 +33,7 @@ from qmp_tools.testbed.ring_driver import (
     ram_fd,
 )
 from support.front_end import FEATURES, FrontEnd
+from support.host_pages import HOST_PAGE
 
 RAM_BYTES = 32 * PAGE
 LOG_BYTES = 8
@@ -204,7 +205,7 @@ def test_slow_requests_do_not_block_other_sessions(ram: int) -> None:
     front_end.close()
 
 
-@pytest.mark.parametrize("remaining", [0, DATA])
+@pytest.mark.parametrize("remaining", [0, DATA - DATA % HOST_PAGE])
 def test_truncated_ram_is_refused(front_end: FrontEnd, ram: int, remaining: int) -> None:
     driver = boot(front_end, ram)
     driver.publish(0)

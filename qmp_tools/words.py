@@ -1,4 +1,4 @@
-"""Numbers of things in the sentences of the reports."""
+"""Numbers of things in sentences."""
 
 from __future__ import annotations
 

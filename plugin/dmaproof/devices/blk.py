@@ -166,8 +166,8 @@ class _Content:
     Without `file`, a file in memory is used. `pages` is the disk's size. All state is in the file,
     because each side of a migration may be served by its own process.
 
-    A block of the file system may be larger than a page, as on hosts with pages of 64 KiB. It is no
-    hole as soon as one of its pages was written; the others then have the content `_NEVER_WRITTEN`.
+    A block of the file system may be larger than a page, as on hosts with pages of 64 KiB. Once one
+    of its pages was written, it has no holes, and its other pages have the content `_NEVER_WRITTEN`.
     """
 
     def __init__(self, file: Path | None, capacity_bytes: int) -> None:

@@ -167,7 +167,7 @@ class _Content:
     because each side of a migration may be served by its own process.
 
     A block of the file system may be larger than a page, as on hosts with pages of 64 KiB. Once one
-    of its pages was written, it has no holes, and its other pages have the content `_NEVER_WRITTEN`.
+    of its pages was written, it has no holes, and the other pages contain `_NEVER_WRITTEN`.
     """
 
     def __init__(self, file: Path | None, capacity_bytes: int) -> None:

@@ -96,11 +96,10 @@ KERNEL: Final = Need(
     },
 )
 GIT: Final = Need("git", {"debian": "git", "fedora": "git-core", "arch": "git", "suse": "git-core"})
-STORAGE_DAEMON: Final = Need(
-    "qemu-storage-daemon",
-    # In Debian 12, qemu-system-x86 depends on another package, which has this program.
-    {"debian": "qemu-utils", "fedora": "qemu-img", "arch": "qemu-img", "suse": "qemu-img"},
-)
+_QEMU_TOOLS: Final = {**dict.fromkeys(_MANAGERS, "qemu-img"), "debian": "qemu-utils"}
+QEMU_IMG: Final = Need("qemu-img", _QEMU_TOOLS)
+# In Debian 12, qemu-system-x86 depends on another package, which has this program.
+STORAGE_DAEMON: Final = Need("qemu-storage-daemon", _QEMU_TOOLS)
 LIBVIRT_HEADERS: Final = Need(
     "the headers of libvirt, and pkg-config",
     {

@@ -145,6 +145,7 @@ def _links_static_programs() -> bool:
 def _missing_for_tests() -> list[Need]:
     programs = {
         "git": distribution.GIT,
+        "qemu-img": distribution.QEMU_IMG,  # avocado-vt refuses to run without it
         "qemu-storage-daemon": distribution.STORAGE_DAEMON,
         "tcpdump": distribution.TCPDUMP,  # avocado-vt starts it
     }

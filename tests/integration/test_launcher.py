@@ -80,7 +80,7 @@ def programs_in_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     """Put the programs that the launcher needs into PATH, so that it installs no package."""
     folder = tmp_path_factory.mktemp("programs")
     of_guests = {(arch.qemu_program, f"{arch.gnu}-gcc") for arch in ARCHITECTURES.values()}
-    for name in ("qemu-storage-daemon", *chain.from_iterable(of_guests)):
+    for name in ("qemu-img", "qemu-storage-daemon", *chain.from_iterable(of_guests)):
         (folder / name).touch(0o755)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", str(folder), prepend=os.pathsep)

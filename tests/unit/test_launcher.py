@@ -150,7 +150,7 @@ def test_a_command_needs_what_its_proof_uses(
 
 
 FOR_TESTS: Final = [
-    *(distribution.GIT, distribution.STORAGE_DAEMON, distribution.TCPDUMP),
+    *(distribution.GIT, distribution.QEMU_IMG, distribution.STORAGE_DAEMON, distribution.TCPDUMP),
     distribution.LIBVIRT_HEADERS,
 ]
 

@@ -162,7 +162,7 @@ class Architecture:
         """Raise UnsupportedError if dmaproof has no guest `name` for this architecture."""
         if name not in self.guests:
             raise UnsupportedError(
-                f"--guest {name}: there is no such guest for {self.name}; use --guest "
+                f"--guest {name}: this guest does not exist for {self.name}; use --guest "
                 f"{' or '.join(self.guests)}"
             )
 

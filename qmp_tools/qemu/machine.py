@@ -15,9 +15,6 @@ from ..arch.architecture import Architecture
 from .pci_express import root_port
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-_LEAST_GRANULE_BYTES: Final = 8 * KIB
-"""The size of RAM in QEMU's machines is a multiple of this (MachineClass.fixup_ram_size)."""
-
 RAM_BACKEND: Final = "ram"
 """The id of the memory backend that is the guest's RAM."""
 
@@ -51,7 +48,7 @@ def parse_memory(text: str) -> int:
     return size
 
 
-def ram_granule_bytes(machine_bytes: int = _LEAST_GRANULE_BYTES) -> int:
+def ram_granule_bytes(machine_bytes: int = Architecture.ram_granule_bytes) -> int:
     """Return what the size of RAM must be a multiple of on this host.
 
     Args:

@@ -69,4 +69,4 @@ def test_a_guest_that_an_architecture_lacks_is_refused_by_every_command(
 ) -> None:
     for command in ("doctor", "prove"):
         assert main([command, "--arch", "riscv64", "--guest", "bare"]) == EXIT_UNTESTED
-        assert "there is no such guest for riscv64; use --guest linux" in capsys.readouterr().err
+        assert "this guest does not exist for riscv64; use --guest linux" in capsys.readouterr().err

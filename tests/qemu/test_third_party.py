@@ -230,7 +230,6 @@ def test_a_wrong_ring_index_is_the_back_ends_fault(tool: Tool, answer: str, wron
     assert "answered GET_VRING_BASE with" in report["verdict"]
     (ring, _) = report["wrong_rings"]
     assert re.search(wrong, ring["story"])
-    assert ring["answered"] != ring["used"]
     assert (report["refusal"] is not None) == (answer == "right-3")
     assert report["lost_pages"] == []
     assert "every ring index is right" in junit.read_text()

@@ -31,7 +31,10 @@ QEMU_OPTIONS: Final = frozenset(
     {"arch", "qemu", "qemu_destination", "machine", "accel", "memory", "cpus"}
 )
 MIGRATION_OPTIONS: Final = frozenset(
-    {"scenario", "host", "bandwidth", "downtime_limit", "max_downtime", "timeout"}
+    {
+        *("scenario", "capability", "parameter", "host"),
+        *("bandwidth", "downtime_limit", "max_downtime", "timeout"),
+    }
 )
 PROOF_OPTIONS: Final = frozenset({"device", "workload", "seed", "requests_after"})
 COMMON_OPTIONS: Final = QEMU_OPTIONS | MIGRATION_OPTIONS | PROOF_OPTIONS

@@ -233,7 +233,7 @@ class Migration:
             source.events("STOP", "MIGRATION") as listener,
             destination.events("MIGRATION") as loading,
         ):
-            async for progress in self._poll():
+            async for progress in self._poll_past_pause():
                 self.moments |= _moments(listener)
                 self._loading |= _moments(loading)
                 yield progress
@@ -262,6 +262,15 @@ class Migration:
                     + ("" if self.exercised else unused)
                 )
             await asyncio.sleep(_POLL_S)
+
+    async def _poll_past_pause(self) -> AsyncGenerator[Progress, None]:
+        """Poll, and continue a migration that pauses because of pause-before-switchover."""
+        paused = False
+        async for progress in self._poll():
+            if progress.status == _PAUSED and not paused:
+                paused = True
+                await self.ends.source.execute("migrate-continue", state=_PAUSED)
+            yield progress
 
     async def cancel(self) -> None:
         """Cancel, and wait until the source has released the migration and its devices' logs.
@@ -314,12 +323,9 @@ class Migration:
         await wait_until(is_running, self.limits.timeout_s, late, _POLL_S)
 
     async def _wait_for_end(self, end: str) -> None:
-        paused = False
         try:
-            async for progress in self._poll():
-                if progress.status == _PAUSED and not paused:
-                    paused = True
-                    await self.ends.source.execute("migrate-continue", state=_PAUSED)
+            async for _ in self._poll_past_pause():
+                pass
         except MigrationTimeoutError:
             raise
         except MigrationError:

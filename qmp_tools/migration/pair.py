@@ -239,12 +239,20 @@ class QemuPair:
         )
         await wait_until(path.exists, self.timeout_s, lambda: error)
 
-    async def _launch(self, side: str, *extra: str, only_backends: bool = False) -> None:
+    async def attach_device(self, side: str) -> list[str]:
+        """Return the QEMU arguments of the device on `side`, as this machine has it.
+
+        Raises:
+            UntestableError: the device could not be started.
+        """
         architecture = self._machine.architecture
         attached = on_bus(architecture.virtio_bus, await self.device.attach(side))
         if self._plugs_devices and architecture.hotplug_needs_port:
             attached = behind_ports(attached)
-        self.attached[side] = attached
+        return attached
+
+    async def _launch(self, side: str, *extra: str, only_backends: bool = False) -> None:
+        attached = self.attached[side] = await self.attach_device(side)
         arguments = [
             *self._machine.arguments(),
             *(argument for dimm in self._dimms for argument in dimm),

@@ -50,6 +50,14 @@ class Procedure:
     first_pass_bytes_per_s: int = FIRST_PASS_BYTES_PER_S
     held_bytes_per_s: int = HELD_BYTES_PER_S
 
+    def extend(self, capabilities: Sequence[str], parameters: Mapping[str, Any]) -> None:
+        """Add a user's settings to the scenario's own; a parameter replaces the scenario's."""
+        if capabilities or parameters:
+            self.capabilities = (*self.capabilities, *capabilities)
+            self.parameters = {**self.parameters, **parameters}
+            # With any of them, the stream may be small or fast.
+            self.first_pass_bytes_per_s = HELD_BYTES_PER_S
+
     def configured(self, ends: Ends) -> Sequence[Qmp]:
         """Return the QEMUs on which the capabilities and parameters are set."""
         return (ends.source, ends.destination)

@@ -11,6 +11,7 @@ from typing import Any, Final
 from ..qemu.qmp import Qmp
 
 LOCALHOST: Final = "127.0.0.1"
+_LOCALHOST_IPV6: Final = "::1"
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,14 @@ def socket_transport(uri: Callable[[Ends], str]) -> Transport:
         if not uri(ends).startswith("tcp:"):
             return uri(ends)
         address = (await ends.destination.execute("query-migrate"))["socket-address"][0]
-        return f"tcp:{address['host']}:{address['port']}"
+        return tcp_uri(address["host"], address["port"])
 
     return Transport(uri, written_to)
+
+
+def tcp_uri(host: str, port: str) -> str:
+    """Return the URI of a TCP port; an IPv6 address is in brackets (inet_parse)."""
+    return f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}"
 
 
 def saved_transport(reading: Callable[[Path], str], writing: Callable[[Path], str]) -> Transport:
@@ -72,7 +78,8 @@ def cat_from(file: Path) -> str:
 
 
 UNIX: Final = socket_transport(lambda ends: f"unix:{ends.folder / 'destination-migration.sock'}")
-TCP: Final = socket_transport(lambda ends: f"tcp:{ends.host}:0")
+TCP: Final = socket_transport(lambda ends: tcp_uri(ends.host, "0"))
+TCP_IPV6: Final = socket_transport(lambda ends: tcp_uri(_LOCALHOST_IPV6, "0"))
 FD: Final = socket_transport(lambda ends: "fd:migration")
 EXEC: Final = saved_transport(cat_from, lambda file: f"exec:cat >{shlex.quote(str(file))}")
 FILE: Final = saved_transport(lambda file: f"file:{file}", lambda file: f"file:{file}")

@@ -37,6 +37,7 @@ from ..host.timeout import DEFAULT_TIMEOUT_S
 from ..migration.migration import Limits
 from ..migration.refused_features import FEATURES
 from ..migration.scenarios import known_scenarios
+from ..migration.settings import parse_parameters, require_capabilities
 from ..migration.transport import LOCALHOST
 from ..qemu.machine import KIB, format_memory, parse_memory
 from .late_dma import SETTLE_S
@@ -109,6 +110,18 @@ def _several(given: object) -> tuple[str, ...]:
     return tuple(given)
 
 
+def _capabilities(given: object) -> tuple[str, ...]:
+    names = _several(given)
+    require_capabilities(names)
+    return names
+
+
+def _parameters(given: object) -> tuple[str, ...]:
+    texts = _several(given)
+    parse_parameters(texts)
+    return texts
+
+
 @dataclass(frozen=True)
 class Option:
     """How a field of `ProofOptions` is read, written and explained.
@@ -144,7 +157,7 @@ class Option:
     @property
     def is_repeatable(self) -> bool:
         """Whether the option can have several values at once."""
-        return self.read is _several
+        return isinstance(self.default, tuple)
 
     @property
     def values(self) -> list[str]:
@@ -293,6 +306,25 @@ class ProofOptions:
         str,
         Option("migration", "how the guest migrates", "NAME", choices=known_scenarios),
     ] = "unix"
+    capability: Annotated[
+        str | Sequence[str],
+        Option(
+            "migration",
+            "QEMU's migration capability to enable too; may be repeated (default: none)",
+            "NAME",
+            _capabilities,
+        ),
+    ] = ()
+    parameter: Annotated[
+        str | Sequence[str],
+        Option(
+            "migration",
+            "QEMU's migration parameter to set; VALUE is JSON or a string; may be repeated "
+            "(default: none)",
+            "NAME=VALUE",
+            _parameters,
+        ),
+    ] = ()
     host: Annotated[str, Option("migration", "address for tcp and tls", "ADDRESS")] = LOCALHOST
     bandwidth: Annotated[
         int | str | None,
@@ -434,6 +466,16 @@ class ProofOptions:
         """The bounds of the migration."""
         bandwidth = None if self.bandwidth is None else size(self.bandwidth)
         return Limits(bandwidth, self.downtime_limit, self.timeout)
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """The names in `capability`, one or several."""
+        return _several(self.capability)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The values in `parameter`, by name."""
+        return parse_parameters(_several(self.parameter))
 
     @property
     def devices(self) -> tuple[str, ...]:

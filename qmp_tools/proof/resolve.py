@@ -118,6 +118,7 @@ async def resolve(options: ProofOptions) -> Setup:
             initramfs=guest.initramfs,
             command_line=guest.command_line(workload),
             dimm_slots=scenario.dimms,
+            extra_arguments=scenario.qemu_arguments,
             iommu=iommu,
         ),
         guest=guest.name,

@@ -141,6 +141,7 @@ class ProofRun:
             on_progress: receives each progress of a migration; None logs it once a second.
         """
         self.scenario = find_scenario(setup.scenario)
+        self.scenario.extend(setup.options.capabilities, setup.options.parameters)
         self.pair = QemuPair(
             setup.machine,
             {SOURCE: setup.qemu, DESTINATION: setup.qemu_destination},

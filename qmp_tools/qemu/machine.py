@@ -111,6 +111,7 @@ class Machine:
     command_line: str = ""
     dimm_slots: int = 0
     iommu: str | None = None
+    extra_arguments: tuple[str, ...] = ()
 
     def arguments(self) -> list[str]:
         """Return the QEMU arguments that both sides share."""
@@ -134,6 +135,7 @@ class Machine:
             *("-append", self.command_line),
             *self._dimm_ports(),
             *(self.architecture.iommus[self.iommu].qemu_arguments if self.iommu else ()),
+            *self.extra_arguments,
         ]
 
     def dimm_arguments(self, number: int, address: int | None = None) -> list[str]:

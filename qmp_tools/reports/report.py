@@ -6,6 +6,7 @@ may be added. docs/report.schema.json describes them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Final
@@ -18,6 +19,7 @@ from ..migration.downtime import downtime_parts
 from ..migration.judgement import Blame, EvidenceSource
 from ..proof.attribution import LostPage
 from ..proof.model import MigrationSummary, Proof
+from ..proof.options import ProofOptions
 from ..proof.ram_map import MapArea
 from ..proof.sensitivity import Sensitivity
 from ..qemu.machine import DIMM_BYTES, RAM_BACKEND, format_memory, ram_granule_bytes
@@ -59,6 +61,8 @@ def to_json(proof: Proof) -> dict[str, Any]:
             "cpus": setup.machine.cpus,
             **asdict(setup.device.facts),
             "scenario": setup.scenario,
+            "capabilities": list(setup.options.capabilities),
+            "parameters": setup.options.parameters,
             "bandwidth_bytes_per_s": setup.limits.bandwidth_bytes_per_s,
             "downtime_limit_s": setup.limits.downtime_s,
             "guest": setup.guest,
@@ -113,6 +117,7 @@ def to_text(proof: Proof) -> str:
         f"  migration    scenario {proof.setup.scenario}, {proof.migration_s:.1f} s, "
         f"{last.syncs} bitmap syncs"
         + (f", downtime {proof.downtime_s * 1000:.0f} ms" if proof.downtime_s is not None else ""),
+        *_settings(proof.setup.options),
         *_earlier(proof.earlier),
         *_sensitivity(sensitivity),
         f"  destination  the guest did {guest.requests} more requests and rechecked "
@@ -182,6 +187,13 @@ LINK_NAMES: Final = {
     Link.QEMU: "QEMU",
 }
 """The links of the device's chain, from the write to QEMU, in the order of a dirty page's path."""
+
+
+def _settings(options: ProofOptions) -> list[str]:
+    """Return a line about the capabilities and parameters that the user has added."""
+    parameters = (f"{name} = {json.dumps(value)}" for name, value in options.parameters.items())
+    settings = ", ".join((*options.capabilities, *parameters))
+    return [f"  settings     {settings}"] * bool(settings)
 
 
 def _device(proof: Proof) -> str:

@@ -61,7 +61,12 @@ def test_the_last_axis_changes_the_fastest() -> None:
 
 def test_every_option_of_a_proof_can_be_an_axis() -> None:
     for option in OPTIONS.values():
-        texts = {"memory": "1G", "destination-lacks": "flush"}
+        texts = {
+            "memory": "1G",
+            "destination-lacks": "flush",
+            "capability": "xbzrle",
+            "parameter": "multifd-channels=8",
+        }
         value = next(iter(option.values), texts.get(option.key, "1"))
         matrix = make_matrix({option.key: [value]})
         assert matrix.cells() == [{option.key: value}]

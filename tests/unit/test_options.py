@@ -20,6 +20,8 @@ CHOSEN = ProofOptions(
     guest="bare",
     workload="threads=4",
     scenario="tls",
+    capability=["auto-converge", "return-path"],
+    parameter='multifd-channels=4 tls-authz="7"',
     bandwidth="64M",
     max_downtime=2,
     device=["blk", "net:mtu=9000"],

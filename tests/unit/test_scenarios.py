@@ -16,11 +16,11 @@ from qemu.qmp import EventListener
 from qmp_tools.arch.aarch64 import AARCH64
 from qmp_tools.arch.architecture import Architecture
 from qmp_tools.arch.x86_64 import X86_64
-from qmp_tools.migration.migration import Limits, Migration, MigrationError
+from qmp_tools.migration.migration import Limits, Migration, MigrationError, Progress
 from qmp_tools.migration.pair import QemuPair
 from qmp_tools.migration.procedure import Procedure, UnsupportedScenarioError
 from qmp_tools.migration.scenarios import find_scenario, known_scenarios, precopy
-from qmp_tools.migration.scenarios.cpr import CprExec, CprTransfer
+from qmp_tools.migration.scenarios.cpr import CprExec, CprTransfer, _successor_command
 from qmp_tools.migration.scenarios.refused import PostcopyRam
 from qmp_tools.migration.transport import Ends
 from qmp_tools.qemu.machine import Machine
@@ -145,8 +145,8 @@ def test_the_destination_reads_what_the_source_writes(tmp_path: Path, name: str)
     asyncio.run(recorded.migration.load())
     (reading,) = recorded.sent("destination", "migrate-incoming")
     (writing,) = recorded.sent("source", "migrate")
-    if reading["uri"] == "tcp:127.0.0.1:0":
-        assert writing["uri"] == "tcp:::1:4711"
+    if reading["uri"] in ("tcp:127.0.0.1:0", "tcp:[::1]:0"):
+        assert writing["uri"] == "tcp:[::1]:4711"
     else:
         assert writing["uri"].split(":")[0] == reading["uri"].split(":")[0]
         assert writing["uri"].split("/")[-1] == reading["uri"].split("/")[-1]
@@ -182,6 +182,33 @@ def test_a_cpr_exec_migration_is_over_when_the_new_program_has_joined(tmp_path: 
     asyncio.run(recorded.migration.load())
     assert not recorded.sent("destination", "migrate-incoming")
     assert len(recorded.migration.history) == 1
+
+
+class _PairToExecuteAgain:
+    """A pair whose source has the device of a CCW machine."""
+
+    folder = Path("/run")
+    source_side, destination_side = "source", "destination"
+
+    def __init__(self) -> None:
+        self.attached = {"source": ["-device", "virtio-net-ccw,netdev=a"]}
+        self.source = mock.Mock()
+        self.source.process.command = [
+            *("qemu", "-device", "sclpconsole", "-chardev", "socket,id=qmp,fd=5"),
+            *(*self.attached["source"], "-append", ""),
+        ]
+
+    async def attach_device(self, side: str) -> list[str]:
+        return ["-device", f"virtio-net-ccw,netdev={side}"]
+
+
+def test_a_qemu_that_is_executed_again_has_the_destinations_device_on_the_same_bus() -> None:
+    command = asyncio.run(_successor_command(cast(QemuPair, _PairToExecuteAgain())))
+    assert command == [
+        *("qemu", "-device", "sclpconsole"),
+        *("-chardev", "socket,id=qmp,path=/run/successor-qmp.sock,server=on,wait=off"),
+        *("-device", "virtio-net-ccw,netdev=destination", "-append", ""),
+    ]
 
 
 def test_a_socket_pair_is_sent_and_closed(tmp_path: Path) -> None:
@@ -375,6 +402,17 @@ def test_a_migration_that_waits_for_switchover_fails_when_it_continues(
         asyncio.run(recorded.migration.pause_before_switchover())
     asyncio.run(recorded.migration.fail())
     assert recorded.sent("source", "migrate-continue") == [{"state": "pre-switchover"}]
+
+
+def test_a_migration_that_waits_for_switchover_continues(tmp_path: Path) -> None:
+    recorded = RecordedMigration(tmp_path, SCENARIOS["unix"])
+    recorded.source.statuses = ["active", "pre-switchover", "pre-switchover", "completed"]
+    assert len(asyncio.run(_progress_of(recorded.migration))) == 4
+    assert recorded.sent("source", "migrate-continue") == [{"state": "pre-switchover"}]
+
+
+async def _progress_of(migration: Migration) -> list[Progress]:
+    return [progress async for progress in migration.follow()]
 
 
 def test_a_migration_that_completes_without_its_destination_is_reported(tmp_path: Path) -> None:

@@ -51,14 +51,15 @@ class Scenario(Procedure):
 
     `name` is the scenario's name on the command line and in reports, `summary` a sentence about it.
     The guest migrates `migrations` times, to the destination and back. `machine_options` are
-    further options of any machine type (",option=value"). The scenario plugs `dimms` DIMMs, and the
-    devices if it `plugs_devices`.
+    further options of any machine type (",option=value"), and `qemu_arguments` further arguments of
+    both QEMUs. The scenario plugs `dimms` DIMMs, and the devices if it `plugs_devices`.
     """
 
     name: str
     summary: str
     migrations: int = 1
     machine_options: str = ""
+    qemu_arguments: tuple[str, ...] = ()
     dimms: int = 0
     plugs_devices: bool = False
 

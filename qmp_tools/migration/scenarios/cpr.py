@@ -188,7 +188,7 @@ async def _successor_command(pair: QemuPair) -> list[str]:
     place = command.index(attached[0])
     while command[place : place + len(attached)] != attached:
         place = command.index(attached[0], place + 1)
-    command[place : place + len(attached)] = await pair.device.attach(pair.destination_side)
+    command[place : place + len(attached)] = await pair.attach_device(pair.destination_side)
     return command
 
 

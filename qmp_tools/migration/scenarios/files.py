@@ -38,3 +38,11 @@ class MappedRamMultifd(Scenario):
     parameters: Mapping[str, Any] = {"multifd-channels": 4}
     exercised_by = "ram.multifd-bytes"
     first_pass_bytes_per_s = HELD_BYTES_PER_S
+
+
+class MappedRamDirectIo(MappedRamMultifd):
+    """The same as `MappedRamMultifd`, past the page cache."""
+
+    name = "mapped-ram-direct-io"
+    summary = "The same as mapped-ram-multifd, with O_DIRECT"
+    parameters: Mapping[str, Any] = {**MappedRamMultifd.parameters, "direct-io": True}

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..certificates import SERVER_NAME, make_certificates
 from ..procedure import HELD_BYTES_PER_S
-from ..transport import FD, TCP, Ends
+from ..transport import FD, TCP, TCP_IPV6, Ends
 from .base import Scenario
 
 
@@ -25,6 +25,14 @@ class Tcp(Scenario):
     name = "tcp"
     summary = "The source and destination use TCP, on a free port"
     transport = TCP
+
+
+class TcpIpv6(Scenario):
+    """Migration over TCP and IPv6."""
+
+    name = "tcp-ipv6"
+    summary = "The source and destination use TCP over IPv6 (::1), on a free port"
+    transport = TCP_IPV6
 
 
 class Tls(Scenario):
@@ -64,7 +72,7 @@ class Fd(Scenario):
 
 
 class _Multifd(Scenario):
-    capabilities = ("multifd",)
+    capabilities: tuple[str, ...] = ("multifd",)
     exercised_by = "ram.multifd-bytes"
     first_pass_bytes_per_s = HELD_BYTES_PER_S
     channels = 4
@@ -111,6 +119,53 @@ class MultifdZstd(_Multifd):
 
     name = "multifd-zstd"
     compression = "zstd"
+
+
+class ZeroCopySend(_Multifd):
+    """Migration over four channels, from which the kernel sends RAM without copying it."""
+
+    name = "zero-copy-send"
+    transport = TCP
+    capabilities = ("multifd", "zero-copy-send")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.summary += ", and Linux sends them without copying them (MSG_ZEROCOPY)"
+
+
+class _ZeroPage(Scenario):
+    detection: str
+
+    def __init__(self) -> None:
+        self.parameters = {"zero-page-detection": self.detection}
+
+
+class ZeroPageNone(_ZeroPage):
+    """Zero pages are sent like others."""
+
+    name = "zero-page-none"
+    summary = "QEMU sends zero pages like other pages"
+    detection = "none"
+
+
+class ZeroPageLegacy(_ZeroPage):
+    """The migration's main thread looks for zero pages."""
+
+    name = "zero-page-legacy"
+    summary = "QEMU's migration thread looks for zero pages, and 4 channels send the others"
+    capabilities = ("multifd",)
+    exercised_by = "ram.multifd-bytes"
+    first_pass_bytes_per_s = HELD_BYTES_PER_S
+    detection = "legacy"
+
+
+class ValidateUuid(Scenario):
+    """The destination checks the machine's UUID."""
+
+    name = "validate-uuid"
+    summary = "The destination checks that its machine has the UUID of the source's"
+    capabilities = ("validate-uuid",)
+    qemu_arguments = ("-uuid", "6ba7b810-9dad-11d1-80b4-00c04fd430c8")
 
 
 class Xbzrle(Scenario):

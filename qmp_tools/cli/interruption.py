@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Final, NoReturn, TypeVar
 
+from ..host.blocking_work import forget_interruptions, interrupt_blocking_work
+
 T = TypeVar("T")
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -29,7 +31,7 @@ def _interrupt() -> NoReturn:
 
 
 def run_interruptibly(work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of `work`, which the first of the signals cancels.
+    """Return the result of `work`, which the first of the signals cancels or interrupts.
 
     Raises:
         KeyboardInterrupt: a signal cancelled it.
@@ -58,12 +60,14 @@ def _first_signal(react: Callable[[], object]) -> Iterator[None]:
     def handle(number: int, frame: object) -> None:
         for handled in before:
             signal.signal(handled, signal.SIG_IGN)
+        interrupt_blocking_work()
         react()
 
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     before = {
         number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN
     }
+    forget_interruptions()
     for number in before:
         signal.signal(number, handle)
     try:

@@ -21,6 +21,7 @@ from dmaproof.errors import UntestableError
 
 from ..arch.architecture import Architecture
 from ..host import distribution
+from ..host.blocking_work import blocking_work
 from ..host.unexpected import writing_to
 from ..host.user_folders import cache_folder
 from .workload import Workload
@@ -98,7 +99,7 @@ def fresh_folder(target: Path) -> Iterator[Path | None]:
     Raises:
         UntestableError: the cache is not writable.
     """
-    with writing_to(target.parent, _REMEDY), _fresh_folder(target) as fresh:
+    with blocking_work(), writing_to(target.parent, _REMEDY), _fresh_folder(target) as fresh:
         yield fresh
 
 
@@ -173,7 +174,13 @@ def compile_c(
     command = [compiler, "-O2", *options, "-o", str(target), *map(str, files)]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=300, check=False
+            command,
+            env={**os.environ, "LC_ALL": "C"},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=300,
+            check=False,
         )
     except FileNotFoundError:
         needs = [distribution.COMPILER, distribution.STATIC_LIBC]

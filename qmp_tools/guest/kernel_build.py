@@ -214,6 +214,7 @@ def _run_in(
             # Variables of a make that runs dmaproof would change the build.
             **{name: value for name, value in inherited if not name.startswith(_MAKE_VARIABLES)},
             "LC_ALL": "C",
+            "TMPDIR": str(folder),  # a compiler that is killed leaves its files
             "TAR_OPTIONS": " ".join(f"--exclude=*/{pattern}" for pattern in _LEFT_OUT),
             "ARCH": build.kbuild,
             "CROSS_COMPILE": _prefix(architecture),

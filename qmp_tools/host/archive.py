@@ -19,6 +19,8 @@ from typing import Final
 
 from dmaproof.errors import UntestableError
 
+from .blocking_work import blocking_work
+
 _TIMEOUT_S: Final = 900.0
 DEBIAN: Final = "Debian"
 """The origin of Debian's archive, in which every architecture and release is at one address."""
@@ -39,17 +41,18 @@ class _Repository:
 def _run(command: Sequence[str], what: str, folder: Path | None = None) -> str:
     """Return the output of `command`; `what` says in messages what the command does."""
     try:
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env={**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_TIMEOUT_S,
-            check=False,
-        )
+        with blocking_work():
+            done = subprocess.run(
+                command,
+                cwd=folder,
+                env={**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_TIMEOUT_S,
+                check=False,
+            )
     except FileNotFoundError:
         raise UntestableError(
             f"{what} needs {command[0]}, which is not installed; use a Debian machine or container"

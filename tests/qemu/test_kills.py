@@ -61,6 +61,30 @@ def test_a_killed_tool_leaves_nothing(tool: Tool, how: signal.Signals, moment: s
     assert_nothing_is_left(tool, processes)
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_build_of_a_guest(
+    tool: Tool, tmp_path_factory: pytest.TempPathFactory, how: signal.Signals
+) -> None:
+    folder = tmp_path_factory.mktemp("build")
+    compiler = folder / "cc"
+    compiler.write_text(
+        f"#!/bin/sh\necho $$ >{folder}/new && mv {folder}/new {folder}/pid && exec sleep 900\n"
+    )
+    compiler.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        running = tool.start("prove", "--guest", "bare")
+    running.wait_for((folder / "pid").exists, "the compiler")
+    running.process.send_signal(how)
+    outcome = running.finish()
+    assert outcome.exit_code == 3
+    assert "interrupted" in outcome.errors
+    assert "Traceback" not in outcome.errors
+    assert_nothing_is_left(tool, {"compiler": int((folder / "pid").read_text())})
+    assert not list((folder / "cache").rglob("partial-*"))
+
+
 @pytest.mark.parametrize("pause_s", [0.0, 0.1])
 def test_an_impatient_user_changes_nothing(tool: Tool, pause_s: float) -> None:
     running, processes = run_up_to(tool, "precopy")

@@ -97,6 +97,7 @@ class Architecture:
     - `low_ram_property`: the property of the machine type that limits the RAM below 4 GiB; None if
       the RAM is in one piece.
     - `virtio_bus`: the bus of QEMU's virtio devices, at the end of their names: 'pci' or 'ccw'.
+    - `devices`: dmaproof's devices that QEMU has and migrates there; empty for all.
     - `ram_granule_bytes`: the size of RAM is a multiple of this (MachineClass.fixup_ram_size).
     - `kernels`: Debian's packages of the Linux guest's kernel, by the size of its pages in bytes.
       `kernel_builds`: those that dmaproof builds.
@@ -125,6 +126,7 @@ class Architecture:
     ram_start: int = 0
     low_ram_property: str | None = None
     virtio_bus: str = "pci"
+    devices: Sequence[str] = ()
     ram_granule_bytes: int = 8 * _KIB
     kernels: Mapping[int, KernelPackage]
     kernel_builds: Mapping[int, KernelBuild] = field(default_factory=dict)
@@ -165,6 +167,19 @@ class Architecture:
                 f"--guest {name}: this guest does not exist for {self.name}; use --guest "
                 f"{' or '.join(self.guests)}"
             )
+
+    def require_device(self, name: str) -> None:
+        """Raise UnsupportedError if QEMU has dmaproof's device `name` not on this machine."""
+        if self.devices and name not in self.devices:
+            raise UnsupportedError(
+                f"--device {name}: QEMU does not have or does not migrate this device on "
+                f"{self.name}; use --device {' or '.join(self.devices)}"
+            )
+
+    @property
+    def fetch_options(self) -> str:
+        """What follows ``dmaproof qemu fetch VERSION`` on this machine."""
+        return "" if self.is_host else f" --arch {self.name}"
 
     @property
     def default_iommu(self) -> str | None:

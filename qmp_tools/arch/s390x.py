@@ -28,6 +28,8 @@ S390X: Final = Architecture(
     kvm_remedy="KVM needs a logical partition (LPAR), or a hypervisor with nested virtualization",
     # QEMU refuses to migrate PCI devices ("State blocked by non-migratable device 'zpci'").
     virtio_bus="ccw",
+    # vhost-user-blk and others are not on this bus ("not a valid device model name").
+    devices=("echo",),
     # The line-mode console transfers whole lines only, so the other one carries the reports.
     channels=("-device", "sclplmconsole,chardev=console", "-device", "sclpconsole,chardev=report"),
     report_tty="/dev/ttysclp0",

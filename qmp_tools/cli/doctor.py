@@ -62,6 +62,8 @@ def _run(arguments: argparse.Namespace) -> int:
     proof = f"--guest {arguments.guest}"
     if arguments.arch is not None:
         proof += f" --arch {arguments.arch}"
+    if architecture.devices:
+        proof += f" --device {architecture.devices[0]}"
     exit_code = EXIT_PASS if can_prove(findings) else EXIT_UNTESTED
     if arguments.json != "-":
         print_text(to_text(findings, proof))

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from dmaproof.devices import emulated_devices
 from dmaproof.errors import UnsupportedError, UsageError
 from dmaproof.faults import make_fault
 from dmaproof.faults.fault import Fault
@@ -59,6 +60,7 @@ async def resolve(options: ProofOptions) -> Setup:
     refuse_unsupported_options(options, kind)
     fault = _fault_of(options)
     architecture = find_architecture(options.arch)
+    _require_devices(options, architecture)
     scenario = _scenario_for(options, architecture)
     iommu = _iommu_for(options, fault, architecture)
     device = kind.make(_request(options, fault, iommu))
@@ -242,6 +244,14 @@ def _scenario_for(options: ProofOptions, architecture: Architecture) -> Scenario
             "--max-downtime, or choose another scenario"
         )
     return scenario
+
+
+def _require_devices(options: ProofOptions, architecture: Architecture) -> None:
+    """Refuse dmaproof's devices that QEMU does not have for the architecture."""
+    names = {device.partition(":")[0] for device in options.devices}
+    if options.device_command is None:
+        for name in names & emulated_devices().keys():
+            architecture.require_device(name)
 
 
 def _require_driver(options: ProofOptions, device: ProofDevice, architecture: Architecture) -> None:

@@ -63,3 +63,8 @@ def test_an_extra_that_is_not_installed_is_reported(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(metadata, "version", version)
     assert gather_facts(find_architecture("x86_64")).extras["bench"] == ["matplotlib"]
+
+
+def test_the_doctor_recommends_a_device_that_the_machine_has(tool: Tool) -> None:
+    outcome = tool.run("doctor", "--arch", "s390x", "--json", "-")
+    assert "--guest linux --arch s390x --device echo" in outcome.report["verdict"]

@@ -70,3 +70,11 @@ def test_a_guest_that_an_architecture_lacks_is_refused_by_every_command(
     for command in ("doctor", "prove"):
         assert main([command, "--arch", "riscv64", "--guest", "bare"]) == EXIT_UNTESTED
         assert "this guest does not exist for riscv64; use --guest linux" in capsys.readouterr().err
+
+
+def test_a_device_that_a_machine_lacks_is_refused_before_anything_starts(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["prove", "--arch", "s390x"]) == EXIT_UNTESTED
+    message = "--device blk: QEMU does not have or does not migrate this device on s390x; use --dev"
+    assert message in capsys.readouterr().err

@@ -102,7 +102,7 @@ def decompress(data: bytes, what: str) -> bytes:
         known = ", ".join(form.name for form in _FORMATS)
         raise UntestableError(
             f"{what} has an unknown compression format: expected one of {known}, but it begins "
-            f"with {data[:6].hex()}"
+            f"with {data[:6].hex() or 'nothing'}"
         )
     try:
         module = importlib.import_module(form.module)

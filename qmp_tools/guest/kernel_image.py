@@ -92,14 +92,17 @@ def read_kernel_image(data: bytes, what: str, architecture: str) -> KernelImage:
         return _read(_unpacked(data, what), what, architecture)
     except (struct.error, IndexError):
         raise UntestableError(
-            f"{what} is damaged: a header is not complete in its {len(data)} bytes"
+            f"{what} is damaged: a header or a segment is not complete in its {len(data)} bytes"
         ) from None
 
 
 def _read(image: bytes, what: str, architecture: str) -> KernelImage:
     found, form = _identify(image, what)
     if found != architecture:
-        raise UntestableError(f"{what} is a kernel for {found}, and the guest is {architecture}")
+        raise UntestableError(
+            f"{what} is a kernel for {found}, and the guest is {architecture}; give another "
+            "kernel, or choose the guest's architecture with --arch"
+        )
     if form == "bzImage":
         return _of_bz_image(image, what)
     if form == "ELF":
@@ -165,6 +168,11 @@ def _of_bz_image(image: bytes, what: str) -> KernelImage:
     release = version[0].decode(errors="replace") if version else None
     start = ((image[0x1F1] or 4) + 1) * 512
     offset, length = struct.unpack_from("<II", image, 0x248)
+    if start + offset + length > len(image):
+        raise UntestableError(
+            f"{what} is damaged: its header names a payload of {length} bytes at offset "
+            f"{start + offset}, and the file has {len(image)} bytes"
+        )
     payload = image[start + offset : start + offset + length]
     try:
         elf = decompress(payload, f"the kernel in {what}")
@@ -210,6 +218,8 @@ def _segments(elf: bytes) -> Iterator[_Segment]:
     )
     for at in range(start, min(start + size * count, len(elf) - 55), size or 56):
         kind, _, offset, address, _, in_file = struct.unpack_from("<IIQQQQ", elf, at)
+        if offset + in_file > len(elf):
+            raise IndexError("a segment is not complete")
         yield _Segment(kind, address, elf[offset : offset + in_file])
 
 

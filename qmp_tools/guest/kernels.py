@@ -105,16 +105,18 @@ def given_kernel(given: KernelFiles, architecture: str) -> Kernel:
         UntestableError: the file is not a kernel for this architecture.
     """
     image, modules = given.image, given.modules
-    if not image.is_file():
-        raise UsageError(f"--kernel {image}: not found, or not a regular file")
-    if modules is not None and not modules.is_dir():
-        raise UsageError(f"--modules {modules}: not found, or not a folder")
     try:
+        if not image.is_file():
+            raise UsageError(f"--kernel {image}: not found, or not a regular file")
+        if modules is not None:
+            _require_folder(modules)
         kernel = kernel_of_file(image, architecture, modules=modules, origin=f"--kernel {image}")
     except PermissionError:
         raise UsageError(
             f"--kernel {image}: this user may not read the file: {_remedy(image)}"
         ) from None
+    except OSError as error:
+        raise UntestableError(f"--kernel {image}: {error.strerror}; use another file") from error
     if kernel.modules.folder is None:
         if modules is not None:
             raise UsageError(
@@ -127,6 +129,18 @@ def given_kernel(given: KernelFiles, architecture: str) -> Kernel:
             kernel.version,
         )
     return kernel
+
+
+def _require_folder(modules: Path) -> None:
+    try:
+        if not modules.is_dir():
+            raise UsageError(f"--modules {modules}: not found, or not a folder")
+        next(modules.iterdir(), None)
+    except PermissionError:
+        raise UsageError(
+            f"--modules {modules}: this user may not read the folder: run 'sudo chmod -R a+rX "
+            f"{modules}', or run dmaproof as root"
+        ) from None
 
 
 def _remedy(image: Path) -> str:
@@ -207,10 +221,11 @@ class _Search:
         """Return why there is no kernel, and what to do."""
         reasons = "".join(f"\n    {reason}" for reason in self.reasons)
         readable = f"{_remedy(self.unreadable[0])}; or " if self.unreadable else ""
-        bare = "; or use --guest bare" if "bare" in self.architecture.guests else ""
+        has_bare = "bare" in self.architecture.guests and self.page_bytes is None
+        bare = "; or use --guest bare" if has_bare else ""
         return (
             f"no kernel for the Linux guest on {self.architecture.name}: neither a kernel of this "
             f"host nor a package of its distribution can be used; {readable}give a kernel with "
-            "--kernel FILE --modules DIR; or, where the distribution has apt, run 'apt-get update' "
-            f"as root{bare}{':' if reasons else ''}{reasons}"
+            "--kernel FILE --modules DIR; or, where the distribution has apt, check the network "
+            f"and run 'apt-get update' as root{bare}{':' if reasons else ''}{reasons}"
         )

@@ -104,7 +104,7 @@ class Modules:
         if self.folder is None:
             return {}
         try:
-            listing = (self.folder / _DEPENDENCIES).read_text()
+            listing = (self.folder / _DEPENDENCIES).read_text(errors="replace")
         except OSError:  # depmod writes the list when a kernel is installed, not in its package
             listing = ""
         # Of several modules with a name, such as a newer one in 'updates', depmod lists one.
@@ -115,7 +115,8 @@ class Modules:
     def _built_in(self) -> frozenset[str]:
         if self.folder is None or not exists(list_of_names := self.folder / _BUILT_IN):
             return frozenset()
-        return frozenset(_module(Path(line).name) for line in list_of_names.read_text().split())
+        names = list_of_names.read_text(errors="replace").split()
+        return frozenset(_module(Path(name).name) for name in names)
 
     def _is_built_in(self, name: str) -> bool:
         if name in self._built_in:
@@ -129,9 +130,10 @@ class Modules:
         if option is None or self.config is None:
             return None
         try:
-            found = re.search(rf"^{option}=(\S+)$", self.config.read_text(), re.MULTILINE)
+            content = self.config.read_text(errors="replace")
         except OSError:
             return None
+        found = re.search(rf"^{option}=(\S+)$", content, re.MULTILINE)
         return found[1] if found else "n"
 
     def _explain_missing(self, name: str) -> str:
@@ -152,6 +154,11 @@ class Modules:
         elif value == "n":
             where += f"; {option} is not set in {self.config}"
             remedy = f"use a kernel with {option}=m or {option}=y"
+        elif self.folder is not None and not exists(self.folder / _BUILT_IN):
+            remedy = (
+                f"copy {_BUILT_IN}, which names the drivers that are built in, from the kernel's "
+                "build or package into that folder"
+            )
         elif option is not None:
             remedy = f"use a kernel with {option}=m or {option}=y"
         else:
@@ -188,7 +195,10 @@ def _places(top: Path, version: str) -> Iterator[Path]:
 
 
 def _has_modules(folder: Path) -> bool:
-    return any(exists(folder / name) for name in _LISTS) or any(folder.glob("*.ko*"))
+    try:
+        return any(exists(folder / name) for name in _LISTS) or any(folder.glob("*.ko*"))
+    except PermissionError:
+        return False
 
 
 def exists(file: Path) -> bool:
@@ -203,7 +213,10 @@ def _read(file: Path) -> bytes:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise UntestableError(f"module {file}: {error.strerror}") from error
+        raise UntestableError(
+            f"module {file}: {error.strerror}; install the kernel's modules again, or give another "
+            "folder with --modules DIR"
+        ) from error
     return content if file.suffix == ".ko" else decompress(content, f"module {file}")
 
 
@@ -215,5 +228,5 @@ def _module(file_name: str) -> str:
 def _dependencies(module: bytes) -> list[str]:
     """Return the dependencies of an uncompressed module, from its .modinfo section."""
     match = re.search(rb"\0depends=([^\0]*)\0", module)
-    names = match[1].decode().split(",") if match else []
+    names = match[1].decode(errors="replace").split(",") if match else []
     return [_module(name) for name in names if name]

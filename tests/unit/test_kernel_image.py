@@ -46,6 +46,16 @@ def test_a_bz_image_whose_elf_qemu_cannot_enter_boots_itself(payload: bytes) -> 
     assert found.version == RELEASE
 
 
+def test_a_kernel_that_is_not_complete_is_damaged() -> None:
+    kernel, boots = bz_image(gzip.compress(vmlinux())), vmlinux()
+    for whole, message in (
+        (kernel, "its header names a payload of"),
+        (boots, "a header or a segment is not complete"),
+    ):
+        with pytest.raises(UntestableError, match=f"^F is damaged: {message}"):
+            read_kernel_image(whole[: len(whole) // 2], "F", "x86_64")
+
+
 def test_a_damaged_bz_image_is_not_booted() -> None:
     payload = gzip.compress(vmlinux())[:-9]
     with pytest.raises(UntestableError, match=r"the kernel in vmlinuz is damaged: its gzip data"):
@@ -124,7 +134,7 @@ LOONGARCH[0x40:0x46] = b"PE\0\0\x64\x62"
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (ARM, "^F is a kernel for aarch64, and the guest is x86_64$"),
+        (ARM, "^F is a kernel for aarch64, and the guest is x86_64; .* with --arch$"),
         (zboot(gzip.compress(RISCV), "gzip"), "^F is a kernel for riscv64, and the guest is x86"),
         (bz_image(LZ4, loaded_bits=32), "^F is a kernel for i386, and the guest is x86_64"),
         (elf("s390x"), "^F is a kernel for s390x, and the guest is x86_64"),

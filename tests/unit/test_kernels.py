@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import gzip
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,39 @@ def test_files_that_cannot_be_the_users_kernel_are_refused(
     refuse_to_read(monkeypatch, image)
     with pytest.raises(UsageError, match=r"--kernel .*: this user may not read.*chmod a\+r"):
         find_kernel(HOST, WANTED, KernelFiles(image))
+
+
+def test_a_folder_that_the_user_may_not_read_is_not_blamed_on_the_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, modules = tmp_path / "kernel", tmp_path / "private"
+    image.write_bytes(KERNELS[HOST.name])
+    modules.mkdir()
+
+    def refusing(step: Callable[..., Iterator[Path]]) -> Callable[..., Iterator[Path]]:
+        def take(folder: Path, *arguments: str) -> Iterator[Path]:
+            if folder.is_relative_to(tmp_path):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+            return step(folder, *arguments)
+
+        return take
+
+    for step in ("iterdir", "glob"):
+        monkeypatch.setattr(Path, step, refusing(getattr(Path, step)))
+    with pytest.raises(UsageError, match=r"--modules .*private: this user may not read the folder"):
+        find_kernel(HOST, WANTED, KernelFiles(image, modules))
+    assert find_kernel(HOST, WANTED, KernelFiles(image)).modules.folder is None
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UntestableError, match="--kernel /proc/self/mem: Input/output error; use a"):
+        find_kernel(HOST, WANTED, KernelFiles(Path("/proc/self/mem")))
+
+
+def test_a_guest_that_cannot_have_such_pages_is_not_advised() -> None:
+    for page_bytes, advised in ((None, True), (64 << 10, False)):
+        search = kernels._Search(HOST, WANTED, page_bytes, Path("/"))
+        assert ("--guest bare" in search.explanation()) is advised
 
 
 def test_a_kernel_with_pages_of_another_size_is_refused(tmp_path: Path) -> None:

@@ -75,6 +75,29 @@ def test_the_configuration_says_why_a_module_is_missing(
         of_system(system).load_order(["vmxnet3"])
 
 
+def test_a_missing_list_of_what_is_built_in_is_not_the_kernels_fault(system: Path) -> None:
+    built_in = next(system.rglob("modules.builtin"))
+    built_in.rename(built_in.with_name("modules.order"))
+    built_in.with_name("modules.dep").write_text("kernel/drivers/sd_mod.ko:\n")
+    with pytest.raises(UntestableError, match=r"no module vmxnet3: .*; copy modules\.builtin, wh"):
+        of_system(system).load_order(["vmxnet3"])
+
+
+@pytest.mark.parametrize("name", ["modules.dep", "modules.builtin", "config"])
+def test_a_damaged_list_is_not_a_defect(system: Path, name: str) -> None:
+    folder = next(system.rglob("modules.builtin")).parent
+    (folder / name).write_bytes(b"\xff\xfe\x80 kernel\n" * 9)
+    with pytest.raises(UntestableError, match="has no module vmxnet3"):
+        of_system(system).load_order(["vmxnet3"])
+
+
+def test_a_damaged_name_of_a_dependency_is_not_a_defect(system: Path) -> None:
+    file = next(system.rglob("sd_mod.ko"))
+    file.write_bytes(file.read_bytes().replace(b"scsi_mod", b"scsi\xffmod"))
+    with pytest.raises(UntestableError, match="has no module scsi"):
+        of_system(system).load_order(["sd_mod"])
+
+
 def test_a_missing_dependency_is_named(system: Path) -> None:
     next(system.rglob("t10-pi.ko.zst")).unlink()
     with pytest.raises(UntestableError, match=r"has no module t10_pi: .*whose modules are compl"):

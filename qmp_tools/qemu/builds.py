@@ -102,7 +102,7 @@ def fetch(wanted: str, architecture: Architecture) -> QemuBuild:
     It emulates guests of `architecture`.
 
     Raises:
-        UsageError: no suite of the archive has that version.
+        UsageError: the archive's suites have other versions.
         UntestableError: the archive cannot be reached, or the fetched QEMU does not run.
     """
     with writing_to(_home(architecture), _REMEDY):
@@ -149,22 +149,27 @@ def _find(wanted: str, architecture: Architecture, folder: Path) -> tuple[Archiv
     """Find the suite that has the `wanted` QEMU, and QEMU's upstream version there."""
     is_version = wanted[:1].isdigit()
     suites = _suites() if is_version else [wanted]
-    seen = []
+    seen: list[str] = []
+    failures: dict[str, UntestableError] = {}
     for suite in suites:
         _logger.info("searching %s", suite)
         try:
             archive = Archive(suite, folder / suite)
             version = _upstream(archive.version(_qemu_packages(architecture, archive)[0]))
-        except UntestableError:
-            if not is_version or len(suites) == 1:
-                raise
+        except UntestableError as error:
+            failures[suite] = error
             continue
         if not is_version or version == wanted or version.startswith(wanted + "."):
             return archive, version
         seen.append(f"{suite} has {version}")
-    raise UsageError(
-        f"no Debian suite has QEMU {wanted}: {', '.join(seen) or 'could not reach the archive'}"
-    )
+    if not seen:
+        suite, failure = next(iter(failures.items()))
+        raise UntestableError(
+            f"cannot fetch QEMU {wanted}: none of {', '.join(suites)} could be searched; check the "
+            f"network and apt's sources. For {suite}:\n{failure}"
+        )
+    unknown = f"; {', '.join(failures)} could not be searched" if failures else ""
+    raise UsageError(f"no Debian suite has QEMU {wanted}: {', '.join(seen)}{unknown}")
 
 
 def _suites() -> list[str]:

@@ -46,7 +46,7 @@ def find_qemu(wanted: AnyPath | None, architecture: Architecture | None = None) 
         remedy = distribution.how_to_install(distribution.qemu(architecture))
         raise UntestableError(
             f"{architecture.qemu_program} is not installed: {remedy}; on Debian, 'dmaproof qemu "
-            "fetch' fetches one without root"
+            f"fetch 11.1{architecture.fetch_options}' fetches one without root"
         )
     wanted = os.fspath(wanted)
     found = shutil.which(wanted)
@@ -59,7 +59,7 @@ def find_qemu(wanted: AnyPath | None, architecture: Architecture | None = None) 
     raise UsageError(
         f"--qemu {wanted}: neither a program nor an available version; available: "
         f"{', '.join(build.version for build in builds) or 'none'} "
-        "('dmaproof qemu fetch' fetches more)"
+        f"('dmaproof qemu fetch VERSION{architecture.fetch_options}' fetches more)"
     )
 
 

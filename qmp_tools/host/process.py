@@ -14,6 +14,7 @@ from typing import Final
 from dmaproof.errors import UntestableError, printable
 
 from .reaper import marked_environment
+from .unexpected import is_full
 
 _PR_SET_PDEATHSIG: Final = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -21,8 +22,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _END_GRACE_S: Final = 5.0
 _TAIL_BYTES: Final = 1 << 16
 _TAIL_LINES: Final = 15
-_LEAST_FREE_BYTES: Final = 64 << 10
-"""With less free space in the log's file system, a process's write may have failed."""
 _WHY_KILLED: Final = {
     signal.SIGXFSZ: "a file has exceeded the limit of 'ulimit -f'",
     signal.SIGXCPU: "the process has exceeded the CPU time limit of 'ulimit -t'",
@@ -182,7 +181,6 @@ def log_tail(log: Path) -> str:
         lines = file.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
         tail += [f"  last lines of {log.name}:"] * bool(lines)
         tail += [f"    {printable(line)}" for line in lines]
-        space = os.statvfs(file.fileno())
-        if space.f_bavail * space.f_frsize < _LEAST_FREE_BYTES:
+        if is_full(log.parent):
             tail.append(f"  no space left in {log.parent}: set TMPDIR to another folder")
     return "\n".join(tail)

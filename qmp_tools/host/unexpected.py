@@ -23,6 +23,19 @@ _LACKING: Final = NO_ROOM | {
 """The errors of a machine that is short of a resource or a permission."""
 
 
+_LEAST_FREE_BYTES: Final = 64 << 10
+"""With less free space, a process's write may have failed."""
+
+
+def is_full(folder: Path) -> bool:
+    """Return whether the file system of `folder` has hardly any space left."""
+    try:
+        space = os.statvfs(folder)
+    except OSError:
+        return False
+    return space.f_bavail * space.f_frsize < _LEAST_FREE_BYTES
+
+
 class CrashError(UntestableError):
     """A defect in dmaproof; the error's cause has the traceback."""
 
@@ -49,11 +62,19 @@ def untestable(error: Exception) -> UntestableError:
 def writing_to(folder: Path, remedy: str) -> Iterator[None]:
     """Report files in `folder` that cannot be written, together with the `remedy`.
 
+    A program that runs meanwhile may fail for this reason too, and name neither.
+
     Raises:
         UntestableError: the file system is full, or a file may not be written.
     """
     try:
         yield
+    except UntestableError as error:
+        # A linker that fails for want of space removes its output, so there is space again.
+        full = is_full(folder) or os.strerror(errno.ENOSPC) in str(error)
+        if not full or remedy in str(error):
+            raise
+        raise UntestableError(f"{error}\nno space left in {folder}; {remedy}") from error
     except OSError as error:
         if error.filename is not None:
             place = Path(os.fsdecode(error.filename))

@@ -72,6 +72,13 @@ def test_every_option_of_a_proof_can_be_an_axis() -> None:
         assert matrix.cells() == [{option.key: value}]
 
 
+def test_an_axis_that_is_named_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "m.toml"
+    file.write_text("[matrix]\nkill_device = [true]\nkill-device = [false]\n")
+    with pytest.raises(UsageError, match="kill-device is given twice"):
+        read_matrix(file)
+
+
 def test_all_and_patterns_expand_to_the_known_values() -> None:
     assert make_matrix({"tracker": ["all"]}).axes["tracker"] == sorted(emulated_trackers())
     assert set(make_matrix({"device": ["all"]}).axes["device"]) >= emulated_devices().keys()

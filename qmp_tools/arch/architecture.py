@@ -169,7 +169,7 @@ class Architecture:
             )
 
     def require_device(self, name: str) -> None:
-        """Raise UnsupportedError if QEMU has dmaproof's device `name` not on this machine."""
+        """Raise UnsupportedError if the machine cannot have dmaproof's device `name`."""
         if self.devices and name not in self.devices:
             raise UnsupportedError(
                 f"--device {name}: QEMU does not have or does not migrate this device on "

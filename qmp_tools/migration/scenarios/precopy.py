@@ -133,30 +133,23 @@ class ZeroCopySend(_Multifd):
         self.summary += ", and Linux sends them without copying them (MSG_ZEROCOPY)"
 
 
-class _ZeroPage(Scenario):
-    detection: str
-
-    def __init__(self) -> None:
-        self.parameters = {"zero-page-detection": self.detection}
-
-
-class ZeroPageNone(_ZeroPage):
+class ZeroPageNone(Scenario):
     """Zero pages are sent like others."""
 
     name = "zero-page-none"
     summary = "QEMU sends zero pages like other pages"
-    detection = "none"
+    parameters: Mapping[str, Any] = {"zero-page-detection": "none"}
 
 
-class ZeroPageLegacy(_ZeroPage):
+class ZeroPageLegacy(Scenario):
     """The migration's main thread looks for zero pages."""
 
     name = "zero-page-legacy"
     summary = "QEMU's migration thread looks for zero pages, and 4 channels send the others"
     capabilities = ("multifd",)
+    parameters: Mapping[str, Any] = {"multifd-channels": 4, "zero-page-detection": "legacy"}
     exercised_by = "ram.multifd-bytes"
     first_pass_bytes_per_s = HELD_BYTES_PER_S
-    detection = "legacy"
 
 
 class ValidateUuid(Scenario):

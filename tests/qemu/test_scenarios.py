@@ -48,6 +48,8 @@ def test_a_scenario_passes_or_is_reported_as_unsupported(
     tool: Tool, known_settings: set[str], name: str
 ) -> None:
     outcome = prove(tool, name)
+    if name == "multifd-zlib" and "Unable to write to socket: Broken pipe" in outcome.errors:
+        outcome = prove(tool, name)  # QEMU 7.2 fails now and then (docs/scenarios.md)
     report = outcome.report
     scenario = SCENARIOS[name]
     missing = {*scenario.capabilities, *scenario.parameters} - known_settings

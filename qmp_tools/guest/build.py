@@ -8,7 +8,6 @@ import hashlib
 import os
 import shlex
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from dmaproof.errors import UntestableError
 from ..arch.architecture import Architecture
 from ..host import distribution
 from ..host.blocking_work import blocking_work
+from ..host.captured import run_captured
 from ..host.unexpected import writing_to
 from ..host.user_folders import cache_folder
 from .workload import Workload
@@ -173,15 +173,7 @@ def compile_c(
     compiler = "cc" if architecture is None else architecture.compiler
     command = [compiler, "-O2", *options, "-o", str(target), *map(str, files)]
     try:
-        done = subprocess.run(
-            command,
-            env={**os.environ, "LC_ALL": "C"},
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=300,
-            check=False,
-        )
+        done = run_captured(command, timeout_s=300, env={**os.environ, "LC_ALL": "C"})
     except FileNotFoundError:
         needs = [distribution.COMPILER, distribution.STATIC_LIBC]
         if architecture is not None and not architecture.is_host:

@@ -18,6 +18,7 @@ from dmaproof.errors import UntestableError, WaitTimeoutError
 
 from ..arch.architecture import Architecture, KernelBuild
 from ..host import archive, distribution
+from ..host.captured import run_captured
 from ..host.reaper import kill_marked, marked_environment
 from ..host.run_folder import run_folder
 from .build import cache, digest, fresh_folder, prune, sources
@@ -220,16 +221,8 @@ def _run_in(
             "CROSS_COMPILE": _prefix(architecture),
         }
         try:
-            done = subprocess.run(
-                ["sh", "-ec", script],
-                cwd=tree,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=BUILD_TIMEOUT_S,
-                check=False,
+            done = run_captured(
+                ["sh", "-ec", script], timeout_s=BUILD_TIMEOUT_S, cwd=tree, env=environment
             )
         except subprocess.TimeoutExpired:
             raise WaitTimeoutError(

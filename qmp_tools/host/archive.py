@@ -20,6 +20,7 @@ from typing import Final
 from dmaproof.errors import UntestableError
 
 from .blocking_work import blocking_work
+from .captured import run_captured
 
 _TIMEOUT_S: Final = 900.0
 DEBIAN: Final = "Debian"
@@ -42,16 +43,11 @@ def _run(command: Sequence[str], what: str, folder: Path | None = None) -> str:
     """Return the output of `command`; `what` says in messages what the command does."""
     try:
         with blocking_work():
-            done = subprocess.run(
+            done = run_captured(
                 command,
+                timeout_s=_TIMEOUT_S,
                 cwd=folder,
                 env={**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=_TIMEOUT_S,
-                check=False,
             )
     except FileNotFoundError:
         raise UntestableError(

@@ -13,6 +13,7 @@ from typing import Final
 
 from dmaproof.errors import UntestableError, WaitTimeoutError
 
+from ..host.captured import run_captured
 from ..host.timeout import DEFAULT_TIMEOUT_S
 
 SERVER_NAME: Final = "destination.dmaproof.test"
@@ -63,16 +64,7 @@ def _make(folder: Path, file: str, name: str, extensions: tuple[str, ...], *sign
         *signed,
     ]
     try:
-        subprocess.run(
-            command,
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=True,
-            timeout=DEFAULT_TIMEOUT_S,
-        )
+        done = run_captured(command, timeout_s=DEFAULT_TIMEOUT_S, cwd=folder)
     except FileNotFoundError:
         raise UntestableError(
             "TLS needs the openssl command: install the package openssl"
@@ -82,8 +74,8 @@ def _make(folder: Path, file: str, name: str, extensions: tuple[str, ...], *sign
             f"the openssl command did not end within {DEFAULT_TIMEOUT_S:g} s; try again when the "
             "host is less busy"
         ) from error
-    except subprocess.CalledProcessError as error:
+    if done.returncode:
         raise UntestableError(
             f"openssl failed to make the {file} certificate; dmaproof needs OpenSSL 3 or later: "
-            f"{error.stderr}"
-        ) from error
+            f"{done.stderr}"
+        )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from dmaproof.errors import UntestableError, UsageError
 
 from ..arch.architecture import Architecture
 from ..host.archive import Archive, own_codename, replace_folder, unpack
+from ..host.captured import run_captured
 from ..host.unexpected import writing_to
 from ..host.user_folders import data_folder
 
@@ -211,13 +211,6 @@ def make_whole(build: Path, programs: Mapping[str, str]) -> None:
 
 def _try(program: Path) -> None:
     for option in ("--version", "-machine help"):
-        done = subprocess.run(
-            [program, *option.split()],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=60,
-            check=False,
-        )
+        done = run_captured([program, *option.split()], timeout_s=60)
         if done.returncode:
             raise UntestableError(f"the fetched QEMU does not run: {done.stderr.strip()}")

@@ -15,6 +15,7 @@ from ..arch import find_architecture
 from ..arch.architecture import Architecture
 from ..arguments import AnyPath
 from ..host import distribution
+from ..host.captured import run_captured
 from ..host.timeout import DEFAULT_TIMEOUT_S
 from .builds import QemuBuild, installed
 from .qemu import idle_qemu
@@ -74,14 +75,7 @@ def known_qemus(architecture: Architecture) -> list[QemuBuild]:
 def version_of(binary: Path) -> str | None:
     """Return the version that a QEMU prints, such as '7.2.22'; None if the QEMU does not run."""
     try:
-        done = subprocess.run(
-            [binary, "--version"],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=DEFAULT_TIMEOUT_S,
-            check=False,
-        )
+        done = run_captured([binary, "--version"], timeout_s=DEFAULT_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired):
         return None
     match = re.search(r"version (\d[\d.]*\d)", done.stdout)

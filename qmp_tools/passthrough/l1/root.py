@@ -20,6 +20,7 @@ from dmaproof.errors import UntestableError, WaitTimeoutError
 from ...guest.build import cache, digest, fresh_folder, prune, sources
 from ...host.archive import Archive, unpack
 from ...host.capabilities import CAP_SYS_ADMIN, is_capable
+from ...host.captured import run_captured
 from ...host.process import death_with_parent
 
 _logger = logging.getLogger(__name__)
@@ -118,16 +119,7 @@ def run_inside(
         *("sh", "-ec", script),
     ]
     try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout_s,
-            check=False,
-            preexec_fn=death_with_parent(),
-        )
+        done = run_captured(command, timeout_s=timeout_s, preexec_fn=death_with_parent())
     except FileNotFoundError:
         raise UntestableError(
             f"{what} needs the program unshare: install the package util-linux"

@@ -152,8 +152,9 @@ def _qemu(facts: Facts) -> Finding:
 def _fetched(facts: Facts) -> Finding:
     if facts.fetched:
         return Finding("fetched QEMUs", State.OK, ", ".join(facts.fetched))
-    arch = "" if facts.native else f" --arch {facts.architecture.name}"
-    remedy = f"dmaproof qemu fetch 11.1{arch}"
+    remedy = "dmaproof qemu fetch 11.1"
+    if not facts.native:
+        remedy += f" --arch {facts.architecture.name}"
     if facts.distribution.family != "debian":
         remedy = "use --qemu PATH with another QEMU; only Debian's apt can fetch one"
     elif facts.archive_error is not None:

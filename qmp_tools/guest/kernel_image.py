@@ -116,17 +116,23 @@ def _unpacked(data: bytes, what: str) -> bytes:
         if data[:2] == b"MZ" and data[4:8] == b"zimg":
             # drivers/firmware/efi/libstub/zboot-header.S: offset and size of the payload
             offset, size = struct.unpack_from("<II", data, 8)
-            if offset + size > len(data):
-                raise UntestableError(
-                    f"{what} is damaged: its EFI zboot header names {size} bytes at offset "
-                    f"{offset}, and the file has {len(data)} bytes"
-                )
-            data = decompress(data[offset : offset + size], f"the kernel in {what}")
+            payload = _payload(data, offset, size, what, "EFI zboot header names")
+            data = decompress(payload, f"the kernel in {what}")
         elif is_compressed(data):
             data = decompress(data, what)
         else:
             break
     return data
+
+
+def _payload(data: bytes, offset: int, size: int, what: str, names: str) -> bytes:
+    """Return the part of a file that its header names; `names` says so in a message."""
+    if offset + size > len(data):
+        raise UntestableError(
+            f"{what} is damaged: its {names} {size} bytes at offset {offset}, and the file has "
+            f"{len(data)} bytes"
+        )
+    return data[offset : offset + size]
 
 
 def _identify(image: bytes, what: str) -> tuple[str, str]:
@@ -168,12 +174,7 @@ def _of_bz_image(image: bytes, what: str) -> KernelImage:
     release = version[0].decode(errors="replace") if version else None
     start = ((image[0x1F1] or 4) + 1) * 512
     offset, length = struct.unpack_from("<II", image, 0x248)
-    if start + offset + length > len(image):
-        raise UntestableError(
-            f"{what} is damaged: its header names a payload of {length} bytes at offset "
-            f"{start + offset}, and the file has {len(image)} bytes"
-        )
-    payload = image[start + offset : start + offset + length]
+    payload = _payload(image, start + offset, length, what, "header names a payload of")
     try:
         elf = decompress(payload, f"the kernel in {what}")
     except NoDecompressorError:

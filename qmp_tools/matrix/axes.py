@@ -165,10 +165,13 @@ def read_matrix(file: Path, chosen: Values | None = None) -> Matrix:
 
 
 def _values(file: Path, table: Mapping[str, Any]) -> dict[str, list[str]]:
-    names = [name.replace("_", "-") for name in table]
-    if twice := sorted(name for name in set(names) if names.count(name) > 1):
-        raise UsageError(f"{file}: {', '.join(twice)} is given twice, with '-' and with '_'")
-    return {name.replace("_", "-"): list(_texts(file, name, table[name])) for name in table}
+    values: dict[str, list[str]] = {}
+    for given, value in table.items():
+        name = given.replace("_", "-")
+        if name in values:
+            raise UsageError(f"{file}: {name} is given twice, with '-' and with '_'")
+        values[name] = list(_texts(file, given, value))
+    return values
 
 
 def _texts(file: Path, name: str, value: object) -> Iterable[str]:

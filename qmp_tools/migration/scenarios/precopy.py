@@ -141,15 +141,17 @@ class ZeroPageNone(Scenario):
     parameters: Mapping[str, Any] = {"zero-page-detection": "none"}
 
 
-class ZeroPageLegacy(Scenario):
+class ZeroPageLegacy(_Multifd):
     """The migration's main thread looks for zero pages."""
 
     name = "zero-page-legacy"
-    summary = "QEMU's migration thread looks for zero pages, and 4 channels send the others"
-    capabilities = ("multifd",)
-    parameters: Mapping[str, Any] = {"multifd-channels": 4, "zero-page-detection": "legacy"}
-    exercised_by = "ram.multifd-bytes"
-    first_pass_bytes_per_s = HELD_BYTES_PER_S
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.summary = (
+            "QEMU's migration thread looks for zero pages, and 4 channels send the others"
+        )
+        self.parameters = {**self.parameters, "zero-page-detection": "legacy"}
 
 
 class ValidateUuid(Scenario):

@@ -17,6 +17,7 @@ any byte is not mapped, before a byte is written.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -60,6 +61,11 @@ class MemorySlot:
     def end(self) -> int:
         """The first GPA after the slot."""
         return self.gpa + self.length
+
+    @property
+    def address(self) -> int:
+        """The address of the slot in this process."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self.mapping))
 
 
 def map_slot(fd: int, *, gpa: int, length: int, hva: int, file_offset: int) -> MemorySlot:

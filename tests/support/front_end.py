@@ -14,6 +14,7 @@ from dmaproof.dirty_tracker import emulated_trackers
 from dmaproof.faults import make_fault
 from dmaproof.vfio.vhost_session import StandIn, StandInSession
 from dmaproof.vhost_user.connection import Connection
+from dmaproof.vhost_user.messages import Request, encode_u64
 from dmaproof.vhost_user.session import Session
 from qmp_tools.testbed import front_end
 from qmp_tools.testbed.front_end import FEATURES
@@ -52,6 +53,14 @@ class FrontEnd(front_end.FrontEnd):
             on_event=self.events.append,
             **options,
         )
+
+    def begin_postcopy(self) -> int:
+        """Send the messages with which QEMU begins a postcopy; return the session's userfaultfd."""
+        self.send(Request.POSTCOPY_ADVISE)
+        answer, (userfaultfd,) = self._receive(Request.POSTCOPY_ADVISE)
+        assert answer == b""
+        assert self.ask(Request.POSTCOPY_LISTEN) == encode_u64(0)
+        return userfaultfd
 
     def close(self) -> None:
         """Close everything."""

@@ -32,6 +32,7 @@ PROTOCOL_FEATURES: Final = int(
     | ProtocolFeature.LOG_SHMFD
     | ProtocolFeature.REPLY_ACK
     | ProtocolFeature.BACKEND_REQ
+    | ProtocolFeature.PAGEFAULT
     | ProtocolFeature.CONFIG
     | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.RESET_DEVICE

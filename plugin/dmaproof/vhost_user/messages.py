@@ -7,6 +7,7 @@ The functions are pure functions over bytes. A message that breaks the specifica
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from enum import IntEnum, IntFlag
 from typing import Final, NamedTuple
 
@@ -57,6 +58,9 @@ class Request(IntEnum):
     IOTLB_MSG = 22
     GET_CONFIG = 24
     SET_CONFIG = 25
+    POSTCOPY_ADVISE = 28
+    POSTCOPY_LISTEN = 29
+    POSTCOPY_END = 30
     GET_INFLIGHT_FD = 31
     SET_INFLIGHT_FD = 32
     RESET_DEVICE = 34
@@ -69,6 +73,7 @@ class ProtocolFeature(IntFlag):
     LOG_SHMFD = 1 << 1
     REPLY_ACK = 1 << 3
     BACKEND_REQ = 1 << 5
+    PAGEFAULT = 1 << 8
     CONFIG = 1 << 9
     INFLIGHT_SHMFD = 1 << 12
     RESET_DEVICE = 1 << 13
@@ -290,6 +295,12 @@ def decode_memory_table(message: Message) -> list[MemoryRegion]:
     for gpa, length, hva, file_offset in struct.iter_unpack("<QQQQ", regions):
         decoded.append(MemoryRegion(gpa, length, hva, file_offset))
     return decoded
+
+
+def encode_memory_table(regions: Sequence[MemoryRegion]) -> bytes:
+    """Return the payload of a message that carries a memory table."""
+    table = b"".join(struct.pack("<QQQQ", *region) for region in regions)
+    return struct.pack("<I4x", len(regions)) + table
 
 
 def decode_log_base(message: Message) -> LogBase:

@@ -9,6 +9,11 @@ Behind a virtual IOMMU ("IOMMU support") rings and requests are addressed by IOV
 carries the mappings. The session asks for missing mappings, and serves other rings until they
 arrive; it takes a request only when all of its addresses are known. Before the session answers the
 removal of a mapping, it harvests the mapping: afterwards the guest may reuse the pages.
+
+On the destination of a postcopy migration, guest RAM arrives while the rings run. POSTCOPY_ADVISE
+opens the userfaultfd, and POSTCOPY_LISTEN precedes the memory table. The answer to that table has
+the addresses of the mappings in this process. The front end then acknowledges the answer. It can
+serve faults only from then on, so only then the session registers and uses the mappings.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from .._userfault import Userfault
 from ..collector import Collector
 from ..devices import VirtioDevice
 from ..dirty_log import VhostDirtyLog, log_bytes_needed
@@ -66,6 +72,7 @@ from .messages import (
     decode_vring_state,
     encode_config,
     encode_inflight,
+    encode_memory_table,
     encode_reply,
     encode_u64,
     encode_vring_state,
@@ -150,6 +157,11 @@ class Session:
         self._inflight: InflightRegions | None = None
         self._predecessor_died = False
         """Whether the previous process died, perhaps while logging was on."""
+        self._userfault: Userfault | None = None
+        self._listens = False
+        """Whether memory tables are those of a postcopy, until its end."""
+        self._arriving: GuestMemory | None = None
+        """A memory table that the front end has not acknowledged yet."""
         self._must_report_all = False
         """Whether all pages must be reported, because a killed process may have left some out."""
 
@@ -223,7 +235,10 @@ class Session:
     def _accept(self, message: Message) -> None:
         """Accept SET_OWNER, SET_VRING_ERR, …, which need no action."""
 
-    def _set_mem_table(self, message: Message) -> None:
+    def _set_mem_table(self, message: Message) -> bytes | None:
+        if self._arriving is not None and not message.fds:
+            self._take_arriving_memory(message, self._arriving)
+            return None
         regions = decode_memory_table(message)
         if (total := sum(region.length for region in regions)) > _MAX_GUEST_BYTES:
             raise ProtocolError(
@@ -242,9 +257,29 @@ class Session:
                 )
             )
         memory = GuestMemory(slots)
+        if self._listens:
+            self._arriving = memory
+            return encode_memory_table(
+                [
+                    region._replace(hva=slot.address)
+                    for region, slot in zip(regions, slots, strict=True)
+                ]
+            )
+        self._use_memory(memory, message.request)
+        return None
+
+    def _take_arriving_memory(self, message: Message, memory: GuestMemory) -> None:
+        decode_u64(message)
+        assert self._userfault is not None
+        for slot in memory.slots:
+            self._userfault.register(slot.mapping)
+        self._arriving = None
+        self._use_memory(memory, message.request)
+
+    def _use_memory(self, memory: GuestMemory, request: Request) -> None:
         self.collector.harvest()  # while the bus still maps to the RAM that was written
         if self._log is not None or self.collector.active:
-            _check_log_covers(self._log_bytes, memory, message.request)
+            _check_log_covers(self._log_bytes, memory, request)
         self.memory = memory
         self._reset_bus()
 
@@ -381,6 +416,32 @@ class Session:
                 "of configuration"
             )
         return encode_config(ConfigAccess(offset, flags, config[offset : offset + len(space)]))
+
+    # Postcopy -----------------------------------------------------------------------------------
+
+    def _postcopy_advise(self, message: Message) -> _ReplyWithFile:
+        self._end_postcopy()
+        self._userfault = Userfault(self.connection.fileno())
+        return _ReplyWithFile(b"", os.dup(self._userfault.fileno()))
+
+    def _postcopy_listen(self, message: Message) -> bytes:
+        if self._userfault is None:
+            raise ProtocolError("POSTCOPY_LISTEN: expected POSTCOPY_ADVISE before it")
+        self._listens = True
+        self.journal.start()  # until the end, RAM differs from the source's by these writes
+        self._on_event({"event": "postcopy", "listens": True})
+        return encode_u64(0)
+
+    def _postcopy_end(self, message: Message) -> bytes:
+        self._end_postcopy()
+        self._on_event({"event": "postcopy", "listens": False})
+        return encode_u64(0)
+
+    def _end_postcopy(self) -> None:
+        self._listens, self._arriving = False, None
+        if self._userfault is not None:
+            self._userfault.close()
+            self._userfault = None
 
     # The virtual IOMMU --------------------------------------------------------------------------
 
@@ -552,6 +613,7 @@ class Session:
         with contextlib.suppress(ProtocolError):  # a truncated log cannot take the last harvest
             self.collector.stop()
         self._drop_unused_log()
+        self._end_postcopy()
         self._inflight = None
         if self._channel is not None:
             self._channel.close()
@@ -602,6 +664,9 @@ _HANDLERS: Final[dict[Request, Callable[[Session, Message], bytes | _ReplyWithFi
     Request.IOTLB_MSG: Session._iotlb_msg,
     Request.GET_CONFIG: Session._get_config,
     Request.SET_CONFIG: Session._accept,
+    Request.POSTCOPY_ADVISE: Session._postcopy_advise,
+    Request.POSTCOPY_LISTEN: Session._postcopy_listen,
+    Request.POSTCOPY_END: Session._postcopy_end,
     Request.GET_INFLIGHT_FD: Session._get_inflight_fd,
     Request.SET_INFLIGHT_FD: lambda session, message: session._set_inflight_fd(message),
     Request.RESET_DEVICE: Session._reset_device,

@@ -546,6 +546,10 @@ void obey(char command) {
     case 'm':
         use_new_memory();
         break;
+    case 'w':
+        report_own_memory();
+        report("declared");
+        break;
     case 'p':
         pause_requests(true);
         report("paused requests=%lu", atomic_load(&requests));
@@ -555,6 +559,17 @@ void obey(char command) {
         report("resumed");
         break;
     }
+}
+
+void report_own(uint64_t start, uint64_t end) {
+    uint64_t first = start / PAGE_BYTES, pages = (end + PAGE_BYTES - 1) / PAGE_BYTES - first;
+    if (pages)
+        report("own gpa=%#lx pages=%lu", first * PAGE_BYTES, pages);
+}
+
+uint64_t device_pages(uint64_t *first) {
+    *first = first_hot;
+    return first_churn - first_hot;
 }
 
 void report_ready(void) {

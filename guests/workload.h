@@ -16,6 +16,10 @@
  * has requested that, so that no later write hides a lost dirty bit; and the churn pages, which a
  * vCPU dirties continuously.
  *
+ * A guest that runs on the destination before all pages have arrived changes pages there. On
+ * dmaproof's command it declares the pages that it may write itself ("own" reports), which cannot be
+ * compared then.
+ *
  * The hold pages are outside the buffer. Nothing in the guest uses them: dmaproof has QEMU write to
  * them, so that a migration stays in precopy even if the guest is slow.
  */
@@ -83,6 +87,8 @@ void *allocate(size_t bytes);
 // Memory that keeps its guest-physical addresses, in pieces as large as possible; NULL if the guest
 // has no such memory.
 uint8_t *allocate_unmoving(size_t bytes);
+// Report, with report_own(), all memory that the guest may write itself while churn is quiet.
+void report_own_memory(void);
 // Send a line to dmaproof; the supported conversions are %s, %lu and %#lx.
 void report(const char *format, ...) __attribute__((format(printf, 1, 2)));
 // Stop making requests and wait until none is in flight (true), or continue (false).
@@ -121,6 +127,10 @@ void finish_request(struct request *request, uint64_t done);
 void check_packet(const uint64_t *words, uint64_t count);
 
 uint64_t requests_finished(void);
+// Return the number of the buffer's pages that only the device writes, and the number of the first.
+uint64_t device_pages(uint64_t *first);
+// Report the pages from guest-physical address `start` to `end` as the guest's own.
+void report_own(uint64_t start, uint64_t end);
 // Write to every churn page, unless dmaproof has requested quiet.
 void churn(void);
 // Execute a command of dmaproof.

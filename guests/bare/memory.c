@@ -15,7 +15,7 @@ enum {
 // A prime, so that its multiples take every value modulo any smaller number.
 static const uint64_t SCATTER = 2654435761;
 
-extern uint8_t _end[];  // the linker's symbol for the image's end
+extern uint8_t __executable_start[], _end[];  // the linker's symbols for the image
 
 // Free RAM; the first region is the one after the image.
 static struct range regions[MAX_REGIONS];
@@ -56,6 +56,15 @@ void *allocate(size_t bytes) {
 
 uint8_t *allocate_unmoving(size_t bytes) {
     return allocate_aligned(bytes, PAGE_BYTES);
+}
+
+void report_own_memory(void) {
+    report_own((uint64_t)__executable_start, regions[0].start);
+    // The first pages of the buffer, into which the workers put the data that the device reads.
+    uint64_t first;
+    device_pages(&first);
+    for (uint64_t page = 0; page < first; page++)
+        report_own(gpa_of(page_at(page)), gpa_of(page_at(page)) + PAGE_BYTES);
 }
 
 static uint64_t first_chunk(const struct range *region) {

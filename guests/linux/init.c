@@ -134,6 +134,26 @@ uint8_t *allocate_unmoving(size_t bytes) {
     return memory == MAP_FAILED ? NULL : memory;
 }
 
+static int by_address(const void *left, const void *right) {
+    uint64_t first = *(const uint64_t *)left, second = *(const uint64_t *)right;
+    return (first > second) - (first < second);
+}
+
+// The kernel may write anywhere except to the pages that only the device writes, which are locked
+// and do not move.
+void report_own_memory(void) {
+    uint64_t first, count = device_pages(&first), start = 0;
+    uint64_t *pages = allocate(count * sizeof *pages);
+    for (uint64_t index = 0; index < count; index++)
+        pages[index] = gpa_of(page_at(first + index));
+    qsort(pages, count, sizeof *pages, by_address);
+    for (uint64_t index = 0; index < count; index++) {
+        report_own(start, pages[index]);
+        start = pages[index] + PAGE_BYTES;
+    }
+    report_own(start, ram_end);
+}
+
 void pause_requests(bool wanted) {
     atomic_store(&paused, wanted);
     while (wanted && atomic_load(&in_flight))

@@ -28,6 +28,8 @@ QUIET: Final = b"q"
 """Stop the vCPU's own continuous writing (churn)."""
 USE_NEW_MEMORY: Final = b"m"
 """Wait for plugged memory, and put the write-once pages there."""
+DECLARE: Final = b"w"
+"""Declare the pages that the guest may write itself."""
 AGAIN: Final = b"a"
 """Get ready for another migration: make all write-once pages unused, and restart the churn."""
 
@@ -43,6 +45,10 @@ _NEEDS_ECHO: Final = (
 )
 _MOST_VERBS: Final = 64
 """Far more than guests use. A report of each verb is kept, and a guest must not fill the memory."""
+_MOST_OWN_RANGES: Final = 1 << 16
+"""The buffer of the Linux guest is far smaller, and no more ranges are between its pages."""
+_MOST_PAGES: Final = 1 << 40
+"""More than any guest's RAM."""
 _MOST_DIGITS: Final = 20
 _SHOWN_CHARACTERS: Final = 200
 
@@ -91,14 +97,17 @@ class GuestChannel:
     """Reads the guest's lines as they arrive, and sends commands.
 
     `latest` holds the last report of each verb, and `error_messages` the first error lines.
-    `hold_pages` has the guest-physical addresses of the pages that nothing in the guest uses
-    (guests/workload.h). `timeout_s` bounds each wait. `remedy` is what helps a late guest.
+    `hold_pages` has the guest-physical addresses of the pages that nothing in the guest uses.
+    `own_pages` has ranges of page numbers (GPA / PAGE_BYTES): the pages that the guest may write
+    itself, as far as it has declared them (`DECLARE`). `timeout_s` bounds each wait. `remedy` is
+    what helps a late guest.
     """
 
     def __init__(self, qemu: OwnedQemu, timeout_s: float, remedy: str = LONGER_TIMEOUT) -> None:
         self.latest: dict[str, GuestReport] = {}
         self.error_messages: list[str] = []
         self.hold_pages: list[int] = []
+        self.own_pages: list[range] = []
         self._qemu = qemu
         self._timeout_s = timeout_s
         self._remedy = remedy
@@ -127,7 +136,11 @@ class GuestChannel:
             if report.verb == "error" and len(self.error_messages) < _MOST_ERROR_MESSAGES:
                 self.error_messages.append(text)
             elif report.verb == "hold":
-                self.hold_pages += self._hold_pages_of(report)
+                pages = _pages_of(report, MOST_HOLD_PAGES - len(self.hold_pages))
+                self.hold_pages += [page * PAGE_BYTES for page in pages]
+            elif report.verb == "own":
+                left = _MOST_OWN_RANGES - len(self.own_pages)
+                self.own_pages.append(_pages_of(report, _MOST_PAGES if left else 0))
             elif report.verb == "fatal":
                 self._fatal = report.values.get("message", text)
             self._reported.notify_all()
@@ -136,19 +149,6 @@ class GuestChannel:
         async with self._reported:
             self._fatal = why
             self._reported.notify_all()
-
-    def _hold_pages_of(self, report: GuestReport) -> range:
-        gpa, pages = report.values.get("gpa", ""), report.values.get("pages", "")
-        if not (
-            re.fullmatch("0x[0-9a-f]{1,16}", gpa)
-            and re.fullmatch("[0-9]{1,8}", pages)
-            and len(self.hold_pages) + int(pages) <= MOST_HOLD_PAGES
-        ):
-            raise UntestableError(
-                f"the guest sent an invalid 'hold' report (gpa={gpa} pages={pages}); expected an "
-                f"address in hexadecimal and at most {MOST_HOLD_PAGES} pages in all"
-            )
-        return range(int(gpa, 16), int(gpa, 16) + int(pages) * PAGE_BYTES, PAGE_BYTES)
 
     def number(self, verb: str, key: str) -> int:
         """Return the number `key` of the last `verb` report; 0 before the first report.
@@ -242,3 +242,23 @@ class GuestChannel:
     def close(self) -> None:
         """Stop reading."""
         self._reading.cancel()
+
+
+def _pages_of(report: GuestReport, most: int) -> range:
+    """Return the numbers of the guest-physical pages that a report declares.
+
+    Raises:
+        UntestableError: the report is not of this form, or declares more than `most` pages.
+    """
+    gpa, pages = report.values.get("gpa", ""), report.values.get("pages", "")
+    if not (
+        re.fullmatch("0|0x[0-9a-f]{1,16}", gpa)
+        and re.fullmatch("[0-9]{1,13}", pages)
+        and int(pages) <= most
+    ):
+        raise UntestableError(
+            f"the guest sent an invalid {report.verb!r} report (gpa={gpa} pages={pages}); expected "
+            f"an address in hexadecimal and at most {most} more pages"
+        )
+    first = int(gpa, 16) // PAGE_BYTES
+    return range(first, first + int(pages))

@@ -356,6 +356,17 @@ def test_a_guest_without_hold_pages_reports_none(guests: WorkloadGuests) -> None
     assert guest.reports("hold") == []
 
 
+def test_the_guest_declares_the_pages_that_it_may_write_itself(guests: WorkloadGuests) -> None:
+    guest = guests(threads=4, hot=1024, write_once=512, churn=64)
+    guest.obey("w")
+    first, second = (report.values for report in guest.reports("own"))
+    assert first["gpa"] == "0", "an empty range must not be reported"
+    end = int(second["gpa"], 16) // 4096
+    assert end - int(first["pages"]) >= 1024 + 512, "only the device writes to these pages"
+    assert int(second["pages"]) == 64
+    assert guest.lines[-1].startswith("declared")
+
+
 def test_the_guest_reports_its_parameters_and_progress(guests: WorkloadGuests) -> None:
     guest = guests(write_every=2, seed=9)
     guest.library.report_ready()

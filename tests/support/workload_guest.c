@@ -55,6 +55,12 @@ uint64_t move_to_new_memory(uint64_t first, uint64_t count) {
     return count;
 }
 
+void report_own_memory(void) {
+    uint64_t first, count = device_pages(&first);
+    report_own(0, gpa_of(page_at(first)));
+    report_own(gpa_of(page_at(first + count)), gpa_of(page_at(buffer_pages())));
+}
+
 void pause_requests(bool wanted) {
     (void)wanted;
 }

@@ -61,6 +61,17 @@ def test_hold_pages_are_collected_from_all_runs() -> None:
     assert channel.hold_pages == [0x200000, 0x201000, 0x400000]
 
 
+def test_the_pages_that_the_guest_may_write_itself_are_collected() -> None:
+    said = b"own gpa=0 pages=2\nown gpa=0x400000 pages=300000000\ndeclared\n"
+    channel = asyncio.run(channel_of(said))
+    assert channel.own_pages == [range(2), range(0x400, 0x400 + 300_000_000)]
+
+
+def test_a_guest_cannot_fill_the_memory_with_its_own_pages() -> None:
+    with pytest.raises(GuestError, match="invalid 'own' report"):
+        asyncio.run(channel_of(b"own gpa=0 pages=1\n" * 70_000))
+
+
 @pytest.mark.parametrize(
     "said",
     [

@@ -1,9 +1,10 @@
-"""Find the vhost-user message whose answer a QEMU waits for, from QEMU's own trace.
+"""Find out from QEMU's own trace which vhost-user message waits, and how often a device waited.
 
 QEMU sends vhost-user messages from the thread that holds its big lock, and waits for the answer
 without a timeout. Meanwhile QEMU does not answer on QMP, so it cannot name the message. QEMU's
-trace events name it. Every QEMU with the 'log' trace back end, the default, has these events. In
-other builds QEMU prints a warning, and the log stays empty.
+trace events name it. Others count the pages for which a device waits in a postcopy migration. Every
+QEMU with the 'log' trace back end, the default, has these events. In other builds QEMU prints a
+warning, and the log stays empty.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 _EVENT: Final = re.compile(r"vhost_user_(read|write) req:(\d+)(?: \(\w+\))? flags:(0x[0-9a-f]+)")
+_FAULT: Final = b"vhost_user_postcopy_fault_handler "
 _TAIL_BYTES: Final = 1 << 12
 _NEEDS_REPLY: Final = 1 << 3
 """A bit of a message's flags, used if the back end has agreed to REPLY_ACK."""
@@ -67,8 +69,20 @@ _ANSWERED_IF_ASKED: Final = {
 
 
 def trace_arguments(log: Path) -> list[str]:
-    """Return the QEMU arguments that trace each message and answer to `log`."""
-    return ["-D", str(log), "-trace", "vhost_user_write", "-trace", "vhost_user_read"]
+    """Return the QEMU arguments that trace each message, answer and page fault to `log`."""
+    events = ("vhost_user_write", "vhost_user_read", "vhost_user_postcopy_fault_handler")
+    return ["-D", str(log), *(word for event in events for word in ("-trace", event))]
+
+
+def page_faults(log: Path) -> int:
+    """Return for how many accesses to pages that had not arrived a device has waited.
+
+    QEMU calls vhost_user_postcopy_fault_handler for each of them.
+    """
+    try:
+        return log.read_bytes().count(_FAULT)
+    except OSError:
+        return 0
 
 
 def unanswered(log: Path) -> str | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qmp_tools.qemu.vhost_user_trace import unanswered
+from qmp_tools.qemu.vhost_user_trace import page_faults, unanswered
 
 GET_FEATURES = "vhost_user_write req:1 flags:0x1\nvhost_user_read req:1 flags:0x5\n"
 
@@ -35,3 +35,12 @@ def test_the_last_message_counts_until_its_answer_comes(
 
 def test_without_trace_events_no_message_is_named(tmp_path: Path) -> None:
     assert unanswered(tmp_path / "none") is None
+
+
+def test_each_page_for_which_a_device_waits_is_counted(tmp_path: Path) -> None:
+    log = tmp_path / "trace"
+    assert page_faults(log) == 0
+    fault = "vhost_user_postcopy_fault_handler vhost-user: @0x7f24b2905000 nregions:1\n"
+    found = "vhost_user_postcopy_fault_handler_found fault @0x1000 (region 1) from 0x0\n"
+    log.write_text(f"{GET_FEATURES}{fault}{found}{GET_FEATURES}7@1700000000.5:{fault}")
+    assert page_faults(log) == 2

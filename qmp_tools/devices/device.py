@@ -134,14 +134,6 @@ class AttachedDevice(ABC):
             UntestableError: the process that serves the QEMU does not start.
         """
 
-    @property
-    def lacks_pagefault(self) -> bool:
-        """Whether it is a vhost-user device known to lack VHOST_USER_PROTOCOL_F_PAGEFAULT.
-
-        QEMU must refuse postcopy with such a device.
-        """
-        return False
-
     def release(self, side: str) -> None:  # noqa: B027 (a default, not a gap)
         """Allow the processes that serve only the QEMU of `side` to end, as that QEMU ends next."""
 

@@ -183,10 +183,6 @@ class _AttachedDevice(AttachedDevice):
     def serving(self, side: str) -> Sequence[Process]:
         return [self._devices[side].process]
 
-    @property
-    def lacks_pagefault(self) -> bool:
-        return True
-
     async def attach(self, side: str) -> Sequence[str]:
         return self._setup.qemu_arguments(self._sockets[side])
 
@@ -232,5 +228,7 @@ class _AttachedDevice(AttachedDevice):
                 f"the {side} QEMU has not put the device behind its IOMMU: the accepted features "
                 f"{accepted:#x} lack VIRTIO_F_ACCESS_PLATFORM"
             )
-        evidence = await self._devices[side].evidence(side, self._folder)
+        folder = self._folder / f"{side}-{self._setup.name}-evidence"
+        folder.mkdir(exist_ok=True)
+        evidence = await self._devices[side].evidence(side, folder)
         return [replace(evidence, device=self._setup.facts.device)]

@@ -82,10 +82,6 @@ class _AttachedDevices(AttachedDevice):
     def serving(self, side: str) -> Sequence[Process]:
         return [process for device in self._devices for process in device.serving(side)]
 
-    @property
-    def lacks_pagefault(self) -> bool:
-        return any(device.lacks_pagefault for device in self._devices)
-
     async def attach(self, side: str) -> Sequence[str]:
         return [word for device in self._devices for word in await device.attach(side)]
 

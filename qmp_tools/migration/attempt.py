@@ -71,7 +71,6 @@ class Attempt:
             replace(self.pair.ends(), joined=self.joined),
             self._procedure,
             self._limits,
-            device_lacks_pagefault=self.pair.device.lacks_pagefault,
         )
 
     async def follow(self) -> AsyncIterator[Progress]:

@@ -66,7 +66,7 @@ class PrecopyHold:
         procedure = self._migration.procedure
         safe_s = _SPARE_POLLS * self._poll_every_s
         safe = int(len(self._pages) * PAGE_BYTES / safe_s) or procedure.held_bytes_per_s
-        if progress.syncs >= 2:
+        if self._migration.has_sent_all(progress):
             return min(self._migration.held_bytes_per_s, safe)
         left = progress.total if progress.remaining is None else progress.remaining
         return min(procedure.first_pass_bytes_per_s, max(safe, int((left or 0) / safe_s)))

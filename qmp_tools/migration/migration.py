@@ -24,13 +24,20 @@ from .transport import Ends
 
 _POLL_S: Final = 0.05
 _UNLIMITED_BYTES_PER_S: Final = 1 << 40
+_LEAST_BYTES_PER_S: Final = 10
+"""QEMU divides its limit by ten (XFER_LIMIT_RATIO), and takes 0 for no limit."""
 _PAUSED: Final = "pre-switchover"
+_POSTCOPY: Final = "postcopy-ram"
 _OVER: Final = frozenset({"completed", "failed", "cancelled"})
 """The states in which a migration has ended."""
 
 
 class MigrationError(UntestableError):
     """The migration failed, or did not complete."""
+
+
+class ConnectionLostError(MigrationError):
+    """The connection broke in postcopy: each side has a part of the guest's RAM."""
 
 
 class MigrationTimeoutError(MigrationError, WaitTimeoutError):
@@ -67,6 +74,8 @@ class Progress:
     error: str | None
     elapsed_s: float | None = None
     page_bytes: int | None = None
+    pages_sent: int = 0
+    """How many pages QEMU has sent; a page that was sent again counts again."""
 
     @property
     def is_over(self) -> bool:
@@ -111,6 +120,7 @@ def parse_progress(answer: dict[str, Any]) -> Progress:
         error=printable(answer["error-desc"]) if "error-desc" in answer else None,
         elapsed_s=seconds("total-time"),
         page_bytes=ram.get("page-size"),
+        pages_sent=ram.get("normal", 0) + ram.get("duplicate", 0),
     )
 
 
@@ -123,8 +133,6 @@ class Migration:
     sets the limits that the caller asked for. `follow` yields the progress until the migration has
     completed. `exercised` says whether QEMU has used the scenario (`Procedure.exercised_by`).
     `load` waits until the destination has loaded everything.
-
-    `device_lacks_pagefault` is `AttachedDevice.lacks_pagefault`.
 
     `moments` has the times (CLOCK_MONOTONIC, ns) of the source's events: 'STOP' when its vCPUs have
     stopped, and the migration's last states, such as 'device' and 'completed'. `loading_ns` has two
@@ -139,8 +147,8 @@ class Migration:
     moments: dict[str, int] = field(default_factory=dict)
     loading_ns: tuple[int, int] | None = None
     exercised: bool = False
-    device_lacks_pagefault: bool = False
     _bytes_per_s: int = 0
+    _stalled: bool = False
     _deadline: float = 0.0
     _loading: dict[str, int] = field(default_factory=dict)
     """The same as `moments`, for the destination."""
@@ -160,7 +168,6 @@ class Migration:
             # QEMU 7.2 prints its reason for refusing postcopy, but leaves it out of its answer.
             words = f"{refusal}\n{self.ends.printed()}".rstrip()
             raise self.procedure.explain_refusal(words) from refusal
-        self.procedure.check_acceptance(device_lacks_pagefault=self.device_lacks_pagefault)
         # With a downtime limit of 0, QEMU takes an empty first pass for convergence.
         await self._set_limits(self.procedure.first_pass_bytes_per_s, downtime_limit=1)
         self.restart_timeout()
@@ -196,19 +203,48 @@ class Migration:
         )
 
     def _allowed(self, bytes_per_s: int) -> int:
-        return max(1, min(self._bandwidth_bytes_per_s, bytes_per_s))
+        if self._stalled:
+            return _LEAST_BYTES_PER_S
+        return max(_LEAST_BYTES_PER_S, min(self._bandwidth_bytes_per_s, bytes_per_s))
 
     @property
     def held_bytes_per_s(self) -> int:
         """The bandwidth at which the migration stays in precopy, if the guest dirties enough."""
         return self.procedure.held_bytes_per_s if self.exercised else HELD_BYTES_PER_S
 
+    def has_sent_all(self, progress: Progress) -> bool:
+        """Return whether QEMU has sent every page at least once.
+
+        By its second bitmap sync it has. But if RAM can also be sent after the precopy, QEMU syncs
+        many times in its first pass (migration_iteration_run). QEMU takes dirty pages in the order
+        of their addresses, and all of them are dirty at first. So it sends each page once before it
+        sends any page for a second time.
+        """
+        if _POSTCOPY not in self.procedure.capabilities:
+            return progress.syncs >= 2
+        pages = (progress.total or 0) // (progress.page_bytes or 1)
+        return 0 < pages <= progress.pages_sent
+
     def restart_timeout(self) -> None:
         """Restart the timeout, after the migration or the guest has made progress."""
         self._deadline = time.monotonic() + self.limits.timeout_s
 
+    async def stall(self) -> None:
+        """Send next to nothing until `release`, so that dirty pages accumulate."""
+        self._stalled = True
+        await self.limit_bandwidth(_LEAST_BYTES_PER_S)
+
+    async def start_postcopy(self) -> None:
+        """Let the destination take over and fetch the pages that it lacks.
+
+        The bandwidth limit of the precopy stays, so that pages are left for the postcopy.
+        """
+        await self.ends.source.execute("migrate-start-postcopy")
+        self.restart_timeout()
+
     async def release(self) -> None:
         """Let the migration end as soon as `limits` allow."""
+        self._stalled = False
         await self._set_limits(
             self._bandwidth_bytes_per_s,
             downtime_limit=max(1, round(self.limits.downtime_s * 1000)),
@@ -252,6 +288,12 @@ class Migration:
                 raise MigrationError(
                     f"the migration {progress.status}: {progress.error or 'QEMU gave no reason'}\n"
                     f"{self.ends.printed()}".rstrip()
+                )
+            if progress.status == "postcopy-paused" and not self.procedure.breaks_connection:
+                reason = progress.error or "QEMU gave no reason"
+                raise ConnectionLostError(
+                    "the connection broke after the switchover to postcopy, before all pages had "
+                    f"arrived: {reason}\n{self.ends.printed()}".rstrip()
                 )
             if time.monotonic() > self._deadline:
                 unused = f" (QEMU has not reported any {self.procedure.exercised_by})"

@@ -260,7 +260,7 @@ class QemuPair:
             *extra,
         ]
         if self.device.serving(side):
-            arguments += trace_arguments(self._trace(side))
+            arguments += trace_arguments(self.trace(side))
         with contextlib.ExitStack() as inherited:
             fds = []
             if self._has_test_channel:
@@ -285,6 +285,10 @@ class QemuPair:
             self.qtests[side].close()
         self.qtests[side] = await Qtest.open(f"{side} QEMU", own, self.timeout_s)
         return inherited_end.fileno()
+
+    def trace(self, side: str) -> Path:
+        """Return the file in which the QEMU of `side` traces what its vhost-user devices do."""
+        return self.folder / f"{side}-vhost-user.log"
 
     # Running --------------------------------------------------------------------------------------
 
@@ -365,7 +369,7 @@ class QemuPair:
         lines = []
         for side, qemu in self.qemus.items():
             serving = self.device.serving(side)
-            request = unanswered(self._trace(side)) if serving else None
+            request = unanswered(self.trace(side)) if serving else None
             if request is not None:
                 who = " or ".join(process.description for process in serving)
                 lines.append(
@@ -383,10 +387,6 @@ class QemuPair:
         """Return `text` and the last lines that the device's processes have printed."""
         tails = [process.log_tail() for process in self.device.processes]
         return [text, *(tail for tail in tails if tail and tail not in text)]
-
-    def _trace(self, side: str) -> Path:
-        """Return the file in which the QEMU of `side` traces its vhost-user messages."""
-        return self.folder / f"{side}-vhost-user.log"
 
 
 def _devices(arguments: Sequence[str], wanted: bool) -> list[str]:

@@ -49,6 +49,8 @@ class Procedure:
     exercised_by: str | None = None
     first_pass_bytes_per_s: int = FIRST_PASS_BYTES_PER_S
     held_bytes_per_s: int = HELD_BYTES_PER_S
+    breaks_connection: bool = False
+    """Whether the scenario itself breaks and restores the connection of a postcopy."""
 
     def extend(self, capabilities: Sequence[str], parameters: Mapping[str, Any]) -> None:
         """Add a user's settings to the scenario's own; a parameter replaces the scenario's."""
@@ -74,15 +76,6 @@ class Procedure:
         return UnsupportedScenarioError(
             f"this QEMU does not support the migration scenario: {words}"
         )
-
-    def check_acceptance(self, *, device_lacks_pagefault: bool) -> None:
-        """Decide what to do after the QEMUs accepted capabilities, set-up and parameters.
-
-        `device_lacks_pagefault` is `AttachedDevice.lacks_pagefault`.
-
-        Raises:
-            UntestableError: the migration must not begin.
-        """
 
     async def begin(self, ends: Ends) -> None:
         """Begin the migration.

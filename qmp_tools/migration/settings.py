@@ -15,8 +15,7 @@ from dmaproof.errors import UsageError
 
 TAKEN_CAPABILITIES: Final = {
     "background-snapshot": "use --scenario background-snapshot",
-    # migration_iteration_run syncs the bitmap again and again if RAM can be sent after precopy.
-    "postcopy-ram": "with it, bitmap syncs do not show when QEMU has sent every page",
+    "postcopy-ram": "use --scenario postcopy",
     "x-colo": "a migration with COLO never completes",
     "x-ignore-shared": "the guest's RAM is shared memory, so QEMU would not migrate it",
 }

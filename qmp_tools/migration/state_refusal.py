@@ -17,9 +17,12 @@ from ..host.process import Process
 
 CANNOT_LOAD: Final = "error while loading state"
 """QEMU's message about a device's state that it refuses (vmstate_load)."""
-_REFUSED: Final = re.compile(f"{CANNOT_LOAD} for instance \\S+ of device '(?!ram')")
-"""The same message, except about the state of RAM. A QEMU that ends for this reason only prints
-the message."""
+_REFUSED: Final = re.compile(
+    f"{CANNOT_LOAD} for instance \\S+ of device '(?!ram')"
+    "|loadvm failed during postcopy: .*Failed to load vmstate"
+)
+"""The same message, except about the state of RAM, and QEMU 11.1's message if it refuses the devices'
+states of a postcopy. A QEMU that ends for this reason only prints the message."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +31,24 @@ class StateRefusal:
 
     `error` is the migration's error. `words` say how the destination ended, with the last lines of
     its log. If `source_continued`, the source ran its guest again before dmaproof could pause it,
-    so the source's RAM has changed since the end of the migration.
+    so the source's RAM has changed since the end of the migration. Unless `has_all_pages`, pages
+    were still to arrive in postcopy.
     """
 
     error: UntestableError
     words: str
-    source_continued: bool
+    source_continued: bool = False
+    has_all_pages: bool = True
 
 
 def has_refused_state(destination: Process) -> bool:
     """Return whether the destination has ended because it could not load a device's state."""
-    return destination.died.done() and _REFUSED.search(destination.log_tail()) is not None
+    return destination.died.done() and is_refusal(destination.log_tail())
+
+
+def is_refusal(words: str) -> bool:
+    """Return whether a QEMU printed these words because it could not load a device's state."""
+    return _REFUSED.search(words) is not None
 
 
 def last_words(destination: Process) -> str:

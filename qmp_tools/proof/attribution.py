@@ -146,7 +146,7 @@ def _attribute_page(
     written: Sequence[WrittenPages],
 ) -> LostPage:
     ram_offset = index * PAGE_BYTES
-    differs = _differs(ram_offset, source, destination)
+    differs = differing_bytes(ram_offset, source, destination)
     bytes_differing = int(differs.sum())
     gpa = gpa_of(ram_offset, slots)
     if gpa is None:
@@ -190,11 +190,12 @@ def _unattributed(
     index: int, slots: Sequence[Slot], source: RamFile, destination: RamFile, blame: Blame
 ) -> LostPage:
     ram_offset = index * PAGE_BYTES
-    bytes_differing = int(_differs(ram_offset, source, destination).sum())
+    bytes_differing = int(differing_bytes(ram_offset, source, destination).sum())
     return LostPage(ram_offset, gpa_of(ram_offset, slots), bytes_differing, blame)
 
 
-def _differs(ram_offset: int, source: RamFile, destination: RamFile) -> NDArray[np.bool_]:
+def differing_bytes(ram_offset: int, source: RamFile, destination: RamFile) -> NDArray[np.bool_]:
+    """Return for each byte of the page at `ram_offset` whether it differs."""
     sent, received = (
         np.frombuffer(ram.read(ram_offset, PAGE_BYTES), dtype=np.uint8)
         for ram in (source, destination)

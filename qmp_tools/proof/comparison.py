@@ -13,6 +13,7 @@ from ..migration.attempt import Attempt
 from ..migration.pair import QemuPair
 from ..migration.scenarios.base import Scenario
 from .attribution import LostPage, attribute, blame_early_bits
+from .changes import Changes, RunningDestination
 from .late_dma import PausedRam
 from .model import Migrated
 from .ram_map import RamMap, map_proof
@@ -25,7 +26,8 @@ class Comparison:
 
     `slots` are the guest's memory slots. `evidence` is the device's evidence, with these slots.
     `paused` holds digests of the source's RAM at the comparison. It is None if the source continued
-    or if both sides share memory.
+    or if both sides share memory. `running_destination` and `changes` are about a destination that
+    ran before the comparison.
     """
 
     evidence: Sequence[Evidence]
@@ -35,6 +37,8 @@ class Comparison:
     slots: list[Slot] = field(default_factory=list)
     wrong_rings: Sequence[Ring] = ()
     paused: PausedRam | None = None
+    running_destination: RunningDestination | None = None
+    changes: Changes | None = None
 
 
 async def compare_guests(
@@ -53,16 +57,22 @@ async def compare_guests(
     evidence = await pair.device.evidence(pair.source_side) if scenario.has_journal else []
     known = evidence[0].slots if evidence else []
     found = Comparison(evidence)
+    if scenario.destination_runs and migrated.ram_is_comparable:
+        found.running_destination = RunningDestination(
+            await pair.device.evidence(pair.destination_side),
+            pair.source_guest.own_pages,
+            pair.hold_pages,
+        )
     reporting = pair.source if migrated.refusal else pair.destination
     async with attempt.source_ram() as sources, attempt.destination_ram() as destinations:
         _require_same_backends(sources, destinations)
         scenario.require_arrival(sources, destinations)
-        if not migrated.source_continued and _nothing_shared(sources, destinations):
+        if migrated.ram_is_comparable and _nothing_shared(sources, destinations):
             found.paused = PausedRam(sources)
         for source, destination in zip(sources, destinations, strict=True):
             slots = known or await slots_of(reporting, source)
             found.slots += slots
-            if not migrated.source_continued:
+            if migrated.ram_is_comparable:
                 lost = _lost_pages(found, scenario, slots, source, destination)
                 if migrated.ended_early:
                     lost = without_hold_pages(lost, pair.hold_pages)
@@ -108,6 +118,11 @@ def _lost_pages(
     destination: RamFile,
 ) -> list[LostPage]:
     differing = scenario.differing_pages(source, destination)
+    if found.running_destination is not None:
+        differing, changes = found.running_destination.explain(
+            differing, source, destination, slots
+        )
+        found.changes = (found.changes or Changes()) + changes
     blame = scenario.blame_without_journal
     return attribute(differing, source, destination, slots, found.evidence, blame)
 

@@ -84,6 +84,7 @@ class Migrated:
     """The state of a migration once it is over and both guests are paused.
 
     `refusal` is set if the destination refused a device's state, which ended the migration.
+    `untested` is the reason if the scenario has not tested enough.
     """
 
     versions: Sequence[str]
@@ -92,11 +93,19 @@ class Migrated:
     ended_early: bool
     migration: Migration
     refusal: StateRefusal | None = None
+    untested: str | None = None
 
     @property
     def source_continued(self) -> bool:
         """Whether the source's guest has run since the end of the migration."""
         return self.refusal is not None and self.refusal.source_continued
+
+    @property
+    def ram_is_comparable(self) -> bool:
+        """Whether RAM that differs has been lost."""
+        return self.refusal is None or (
+            self.refusal.has_all_pages and not self.refusal.source_continued
+        )
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from ..memory.ram import ram_files, slots_of
 from ..migration.attempt import Attempt
 from ..migration.downtime import Downtime, measure_downtime
 from ..migration.judgement import EvidenceSource
-from ..migration.migration import Migration, MigrationError
+from ..migration.migration import ConnectionLostError, Migration, MigrationError
 from ..migration.pair import QemuPair
 from ..migration.procedure import UnsupportedScenarioError
 from ..migration.progress_log import OnProgress, ProgressLog
@@ -237,6 +237,7 @@ class ProofRun:
             ended_early=attempt.ended_early,
             migration=attempt.migration,
             refusal=refusal,
+            untested=None if refusal else self.scenario.untested(attempt),
         )
 
     async def _refusal(self, attempt: Attempt, error: UntestableError) -> StateRefusal:
@@ -261,15 +262,17 @@ class ProofRun:
         destination = self.pair.destination.process
         destination.expect_end()
         self.pair.device.release(self.pair.destination_side)
-        source_continued = False
+        refusal = StateRefusal(error, last_words(destination))
         try:
             async for _ in migration.follow():
                 pass
+        except ConnectionLostError:
+            return replace(refusal, has_all_pages=False)
         except MigrationError:
-            source_continued = True
             await migration.fail()
             await self.pair.source.qmp.execute("stop")
-        return StateRefusal(error, last_words(destination), source_continued)
+            return replace(refusal, source_continued=True)
+        return refusal
 
     # Comparing ------------------------------------------------------------------------------------
 
@@ -325,19 +328,23 @@ class ProofRun:
         return Verdict(
             found.pages,
             found.lost,
-            self._sensitivity(found.evidence, migrated),
+            self._sensitivity(found, migrated),
             GuestOutcome(0, 0, 0),
             migrated.ended_early,
             downtime=self._downtime(migrated.migration, harvests),
             wrong_rings=found.wrong_rings,
             refusal=migrated.refusal.words if migrated.refusal else None,
+            untested=migrated.untested,
+            changes=found.changes,
         )
 
-    def _sensitivity(self, evidence: Sequence[Evidence], migrated: Migrated) -> Sensitivity:
-        source = self.scenario.evidence_source(has_evidence=bool(evidence))
+    def _sensitivity(self, found: Comparison, migrated: Migrated) -> Sensitivity:
+        source = self.scenario.evidence_source(has_evidence=bool(found.evidence))
         if source is EvidenceSource.JOURNAL:
-            return measure_sensitivity(evidence, migrated.all_sent_ns)
-        write_once = 0 if migrated.source_continued else self._attempt.used_write_once_pages()
+            return measure_sensitivity(
+                found.evidence, migrated.all_sent_ns, found.running_destination
+            )
+        write_once = self._attempt.used_write_once_pages() if migrated.ram_is_comparable else 0
         guaranteed = source is not EvidenceSource.GUEST or self._setup.device.direct
         return sensitivity_by_guest(write_once, source, guaranteed=guaranteed)
 

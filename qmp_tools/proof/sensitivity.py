@@ -27,6 +27,7 @@ from dmaproof.units import PAGE_BYTES
 from ..migration.judgement import EvidenceSource
 from ..words import counted
 from .attribution import WrittenPages
+from .changes import RunningDestination
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,15 @@ def _pages_of(evidence: Evidence, all_sent_ns: int) -> _DevicePages:
     )
 
 
-def measure_sensitivity(evidence: Sequence[Evidence], all_sent_ns: int) -> Sensitivity:
+def measure_sensitivity(
+    evidence: Sequence[Evidence],
+    all_sent_ns: int,
+    running_destination: RunningDestination | None = None,
+) -> Sensitivity:
     """Measure the sensitivity; by `all_sent_ns` (CLOCK_MONOTONIC) every page had been sent once.
 
-    A page is guaranteed detectable if exactly one device wrote it, and only once.
+    A page is guaranteed detectable if exactly one device wrote it, and only once, and if nothing on
+    a `running_destination` may have written it.
     """
     by_device = [_pages_of(each, all_sent_ns) for each in evidence]
     every_write = _together([pages.written for pages in by_device])
@@ -132,6 +138,8 @@ def measure_sensitivity(evidence: Sequence[Evidence], all_sent_ns: int) -> Sensi
     guaranteed = np.intersect1d(
         _together([pages.guaranteed_detectable for pages in by_device]), written[writers == 1]
     )
+    if running_destination is not None:
+        guaranteed = guaranteed[~running_destination.may_have_written(guaranteed)]
     missed = np.unique(_together([pages.missed for pages in by_device]))
     return Sensitivity(
         writes=sum(len(each.records) for each in evidence),

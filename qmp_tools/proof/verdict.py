@@ -16,6 +16,7 @@ from ..migration.judgement import Blame, EvidenceSource
 from ..migration.log_watch import LogEvidence
 from ..words import counted
 from .attribution import LostPage
+from .changes import Changes
 from .rings import Ring
 from .sensitivity import Sensitivity
 
@@ -42,6 +43,9 @@ class Verdict:
 
     `refusal` holds QEMU's error messages if the destination refused the devices' state after it had
     received all of RAM. In this case, and if there are `wrong_rings`, the guest was not continued.
+
+    `untested` is a reason why equal pages are not a pass. `changes` are the pages that changed on a
+    destination that ran before the comparison.
     """
 
     pages: int
@@ -54,6 +58,8 @@ class Verdict:
     downtime: Downtime = field(default_factory=Downtime)
     wrong_rings: Sequence[Ring] = ()
     refusal: str | None = None
+    untested: str | None = None
+    changes: Changes | None = None
 
     def count(self, blame: Blame) -> int:
         """Return how many of the lost pages are attributed to `blame`."""
@@ -70,7 +76,9 @@ class Verdict:
         found = self.lost or self.guest.errors or self.sensitivity.unreported or self._log_faults
         if found or self.wrong_rings or self.downtime.exceeded:
             return EXIT_LOST
-        tested = self.sensitivity.rewritten and not (self.ended_early or self.downtime.unmeasured)
+        tested = self.sensitivity.rewritten and not (
+            self.ended_early or self.untested or self.downtime.unmeasured
+        )
         return EXIT_PASS if tested else EXIT_UNTESTED
 
     @property
@@ -96,8 +104,8 @@ class Verdict:
             return f"the {wrong} wrong: {self.wrong_rings[0].story}"
         if self.refusal and not self.pages:
             return (
-                "no page was compared, because the destination refused the device and the source "
-                f"continued; {self.sensitivity.never_reported}"
+                "no page was compared, because the destination refused the device; "
+                f"{self.sensitivity.never_reported}"
             )
         if self.lost:
             return "; ".join((self._loss, *self._log_faults))
@@ -120,6 +128,8 @@ class Verdict:
                 "too little was tested: the migration completed before the guest had used all its "
                 "write-once pages, although dmaproof tried to hold it in precopy until then"
             )
+        if self.untested:
+            return f"too little was tested: {self.untested}"
         if not self.sensitivity.rewritten:
             return (
                 "nothing was tested: the device wrote no page after QEMU had already sent it; "
@@ -127,6 +137,12 @@ class Verdict:
             )
         if self.downtime.unmeasured:
             return f"all pages are equal, but {self.downtime.sentence}"
+        if self.changes:
+            compared = self.pages - self.changes.not_compared
+            return (
+                f"all pages are equal except for what was written on the destination: {compared} "
+                "pages compared"
+            )
         return f"all pages are equal: {self.pages} pages compared"
 
     @property
@@ -147,7 +163,12 @@ class Verdict:
 
     @property
     def unseen(self) -> list[str]:
-        """The faults of a device without a journal that this proof could not have detected."""
+        """The faults that this proof could not have detected, although others like it can."""
+        if self.changes:
+            return [
+                f"a loss of any of the {self.changes.not_compared} pages that the guest may write "
+                f"itself; {self.changes.by_guest} of them differ"
+            ]
         if self.sensitivity.evidence_source is not EvidenceSource.GUEST:
             return []
         found = []

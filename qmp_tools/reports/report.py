@@ -51,6 +51,7 @@ def to_json(proof: Proof) -> dict[str, Any]:
         "downtime": verdict.downtime.to_json(),
         "wrong_rings": [{**asdict(ring), "story": ring.story} for ring in verdict.wrong_rings],
         "refusal": verdict.refusal,
+        "changes": asdict(verdict.changes) if verdict.changes else None,
         "setup": {
             "seed": setup.seed,
             "memory": format_memory(setup.machine.memory_bytes),
@@ -125,6 +126,11 @@ def to_text(proof: Proof) -> str:
         if verdict.can_continue
         else "  destination  the guest was not continued",
     ]
+    if verdict.changes:
+        lines.append(
+            f"  changed      the destination's devices wrote the bytes that differ in "
+            f"{verdict.changes.by_devices} pages"
+        )
     lines += [
         f"  {'not covered' if index == 0 else '':<12} {fault}"
         for index, fault in enumerate(verdict.unseen)

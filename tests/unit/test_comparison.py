@@ -65,7 +65,11 @@ class Guests:
             log_watch=None,
         )
         migrated = SimpleNamespace(
-            refusal=None, source_continued=False, ended_early=ended_early, all_sent_ns=0
+            refusal=None,
+            source_continued=False,
+            ram_is_comparable=True,
+            ended_early=ended_early,
+            all_sent_ns=0,
         )
         work = compare_guests(
             cast(Any, pair),

@@ -87,7 +87,11 @@ class Guests:
             hold_pages=range(0),
         )
         self.migrated = SimpleNamespace(
-            refusal=None, source_continued=False, ended_early=False, all_sent_ns=ALL_SENT_NS
+            refusal=None,
+            source_continued=False,
+            ram_is_comparable=True,
+            ended_early=False,
+            all_sent_ns=ALL_SENT_NS,
         )
 
     async def _evidence(self, side: str) -> list[Evidence]:
@@ -197,7 +201,7 @@ def test_the_source_reports_the_slots_if_the_destination_refused_the_device(gues
 
 
 def test_the_ram_of_a_source_that_continued_is_not_compared(guests: Guests) -> None:
-    guests.migrated.source_continued = True
+    guests.migrated.source_continued, guests.migrated.ram_is_comparable = True, False
     guests.write(guests.sources, HIGH, b"later")
     found = guests.compared()
     assert (found.pages, found.lost, found.maps, found.paused) == (0, [], [], None)
@@ -291,7 +295,7 @@ def test_only_the_consistency_of_the_destinations_ring_counts(
     guests: Guests, used: int, available: int, is_wrong: bool
 ) -> None:
     """The answer of the source's device belongs to the source's ring, which continued."""
-    guests.migrated.source_continued = True
+    guests.migrated.source_continued, guests.migrated.ram_is_comparable = True, False
     guests.set_ring(guests.sources, used=8, available=12)
     guests.set_ring(guests.destinations, used=used, available=available)
     found = guests.compared(reports_rings=True).wrong_rings

@@ -16,12 +16,17 @@ from qemu.qmp import EventListener
 from qmp_tools.arch.aarch64 import AARCH64
 from qmp_tools.arch.architecture import Architecture
 from qmp_tools.arch.x86_64 import X86_64
-from qmp_tools.migration.migration import Limits, Migration, MigrationError, Progress
+from qmp_tools.migration.migration import (
+    Limits,
+    Migration,
+    MigrationError,
+    Progress,
+    parse_progress,
+)
 from qmp_tools.migration.pair import QemuPair
 from qmp_tools.migration.procedure import Procedure, UnsupportedScenarioError
 from qmp_tools.migration.scenarios import find_scenario, known_scenarios, precopy
 from qmp_tools.migration.scenarios.cpr import CprExec, CprTransfer, _successor_command
-from qmp_tools.migration.scenarios.refused import PostcopyRam
 from qmp_tools.migration.transport import Ends
 from qmp_tools.qemu.machine import Machine
 from qmp_tools.qemu.qmp import Qmp, QmpError, QmpRefusal, QmpTimeoutError
@@ -79,8 +84,6 @@ class RecordedMigration:
         folder: Path,
         procedure: Procedure,
         limits: Limits = DEFAULT_LIMITS,
-        *,
-        device_lacks_pagefault: bool = False,
     ) -> None:
         self.log: list[tuple[str, str, dict[str, Any]]] = []
         self.source = RecordingQmp("source", self.log)
@@ -93,9 +96,7 @@ class RecordedMigration:
             printed=lambda: self.printed,
             joined=self.join,
         )
-        self.migration = Migration(
-            ends, procedure, limits, device_lacks_pagefault=device_lacks_pagefault
-        )
+        self.migration = Migration(ends, procedure, limits)
 
     async def join(self) -> None:
         self.log.append(("destination", "join", {}))
@@ -108,14 +109,14 @@ class RecordedMigration:
 
 
 ONLY_IN_PROOFS = {
-    *("background-snapshot", "cpr-exec", "cpr-reboot", "cpr-transfer", "postcopy-ram"),
+    *("background-snapshot", "cpr-exec", "cpr-reboot", "cpr-transfer"),
+    *("postcopy", "postcopy-multifd", "postcopy-preempt", "postcopy-recover"),
+    *("postcopy-running", "postcopy-tls"),
     *("destination-killed", "destination-killed-late", "retry", "ping-pong"),
     *("device-hotplug", "memory-hotplug"),
 }
 PASSABLE = [
-    name
-    for name, scenario in SCENARIOS.items()
-    if not isinstance(scenario, CprExec | CprTransfer | PostcopyRam)
+    name for name, scenario in SCENARIOS.items() if not isinstance(scenario, CprExec | CprTransfer)
 ]
 
 
@@ -262,27 +263,41 @@ def test_a_migration_that_qemu_refuses_is_a_failure(tmp_path: Path) -> None:
     ],
 )
 def test_postcopy_is_refused(tmp_path: Path, words: str, printed: str, reason: str) -> None:
-    recorded = RecordedMigration(tmp_path, SCENARIOS["postcopy-ram"], device_lacks_pagefault=True)
+    recorded = RecordedMigration(tmp_path, SCENARIOS["postcopy"])
     recorded.destination.refused, recorded.destination.words = "migrate-set-capabilities", words
     recorded.printed = printed
     with pytest.raises(UnsupportedScenarioError, match=reason):
         recorded.start()
 
 
-def test_postcopy_that_is_not_refused_is_a_failure(tmp_path: Path) -> None:
-    recorded = RecordedMigration(tmp_path, SCENARIOS["postcopy-ram"], device_lacks_pagefault=True)
-    with pytest.raises(MigrationError, match="accepted postcopy-ram, but must refuse it"):
-        recorded.start()
-    assert not recorded.sent("source", "migrate")
+def test_a_stalled_migration_sends_next_to_nothing_until_it_is_released(tmp_path: Path) -> None:
+    async def stall(migration: Migration) -> None:
+        await migration.start()
+        await migration.stall()
+        await migration.limit_bandwidth(32 << 20)
+        await migration.release()
+
+    recorded = RecordedMigration(tmp_path, SCENARIOS["unix"])
+    asyncio.run(stall(recorded.migration))
+    parameters = recorded.sent("source", "migrate-set-parameters")
+    limits = [each["max_bandwidth"] for each in parameters if "max_bandwidth" in each]
+    assert limits[1] == 10, "QEMU takes a tenth of its limit, and 0 for no limit"
+    assert limits[2:] == [1 << 40]
 
 
-def test_postcopy_is_unsupported_and_not_a_failure(tmp_path: Path) -> None:
-    recorded = RecordedMigration(tmp_path, SCENARIOS["postcopy-ram"])
-    with pytest.raises(
-        UnsupportedScenarioError, match="dmaproof carries out no postcopy migration"
-    ):
-        recorded.start()
-    assert not recorded.sent("source", "migrate")
+def test_the_precopy_of_a_postcopy_has_sent_all_when_it_has_sent_as_many_pages(
+    tmp_path: Path,
+) -> None:
+    def progress(*, syncs: int, sent: int) -> Progress:
+        ram = {"total": 8 << 12, "page-size": 4096, "dirty-sync-count": syncs, "normal": sent}
+        return parse_progress({"status": "active", "ram": ram})
+
+    precopy, postcopy = (
+        RecordedMigration(tmp_path, SCENARIOS[name]).migration for name in ("unix", "postcopy")
+    )
+    assert precopy.has_sent_all(progress(syncs=2, sent=8))
+    assert not postcopy.has_sent_all(progress(syncs=20, sent=7))
+    assert postcopy.has_sent_all(progress(syncs=2, sent=8))
 
 
 @pytest.mark.parametrize(

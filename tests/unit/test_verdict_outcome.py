@@ -10,6 +10,7 @@ from qmp_tools.migration.downtime import Downtime
 from qmp_tools.migration.judgement import Blame
 from qmp_tools.migration.log_watch import LogEvidence
 from qmp_tools.proof.attribution import LostPage
+from qmp_tools.proof.changes import Changes
 from qmp_tools.proof.rings import Ring
 from qmp_tools.proof.sensitivity import Sensitivity, sensitivity_by_guest
 from qmp_tools.proof.verdict import GuestOutcome, Verdict
@@ -51,6 +52,23 @@ def test_a_migration_that_ended_early_proves_nothing() -> None:
     early = replace(PASSED, ended_early=True)
     assert early.exit_code == 3
     assert early.sentence.startswith("too little was tested")
+
+
+def test_a_scenario_that_tested_too_little_proves_nothing_but_a_loss() -> None:
+    untested = replace(PASSED, untested="the device waited for no page")
+    assert untested.exit_code == 3
+    assert untested.sentence == "too little was tested: the device waited for no page"
+    assert replace(untested, guest=GuestOutcome(1000, 2, 10)).exit_code == 1
+
+
+def test_what_changed_on_a_running_destination_is_reported() -> None:
+    changed = replace(PASSED, changes=Changes(by_devices=5, by_guest=2, not_compared=PASSED.pages))
+    assert changed.exit_code == 0
+    assert changed.sentence.endswith("written on the destination: 0 pages compared")
+    assert changed.unseen == [
+        f"a loss of any of the {PASSED.pages} pages that the guest may write itself; 2 of them "
+        "differ"
+    ]
 
 
 def test_a_limit_without_a_measurement_proves_nothing() -> None:

@@ -62,6 +62,8 @@ class Scenario(Procedure):
     qemu_arguments: tuple[str, ...] = ()
     dimms: int = 0
     plugs_devices: bool = False
+    destination_runs: bool = False
+    """Whether the destination's guest runs while pages arrive; it is paused for the comparison."""
 
     # The steps ------------------------------------------------------------------------------------
 
@@ -96,13 +98,42 @@ class Scenario(Procedure):
             UntestableError: the migration does not complete.
         """
         await attempt.migration.start()
-        precopy = _HeldPrecopy(attempt)
+        precopy = _HeldPrecopy(self, attempt)
         try:
             async for progress in attempt.follow():
-                await precopy.step(progress)
+                if attempt.ended_early:
+                    await precopy.step(progress)
+                else:
+                    await self.follow_postcopy(attempt, progress)
         finally:
             attempt.release_log()
         await attempt.migration.load()
+
+    async def may_end_precopy(self, attempt: Attempt) -> bool:
+        """Return whether the precopy may end, now that the proof is sensitive enough.
+
+        The guest has got the command to end its churn. After False, this method is called again
+        with the next progress.
+
+        Raises:
+            QmpError: a QEMU refuses a step.
+        """
+        return True
+
+    async def end_precopy(self, attempt: Attempt) -> None:
+        """Let the precopy end.
+
+        Raises:
+            QmpError: a QEMU refuses to.
+        """
+        await attempt.migration.release()
+
+    async def follow_postcopy(self, attempt: Attempt, progress: Progress) -> None:
+        """Take a step in a migration that continues after its precopy has ended.
+
+        Raises:
+            UntestableError: the migration cannot continue.
+        """
 
     async def finish(self, pair: QemuPair) -> None:
         """Continue the destination's guest.
@@ -165,6 +196,10 @@ class Scenario(Procedure):
         """Return the QEMU that answers for the source after the migration."""
         return pair.source
 
+    def untested(self, attempt: Attempt) -> str | None:
+        """Return why the migration of `attempt` has not tested enough; None if it has."""
+        return None
+
     @property
     def destination_can_continue(self) -> bool:
         """Whether the destination's guest finds its devices as it left them, and can `finish`."""
@@ -212,21 +247,23 @@ class _HeldPrecopy:
     write-once pages, each of which the device writes a single time.
     """
 
-    def __init__(self, attempt: Attempt) -> None:
+    def __init__(self, scenario: Scenario, attempt: Attempt) -> None:
+        self._scenario = scenario
         self._attempt = attempt
         pair = attempt.pair
         qtest = pair.qtests.get(pair.source_side)
         self._hold = PrecopyHold(attempt.migration, qtest, pair.hold_pages) if qtest else None
         self._restart_injected = False
+        self._is_last_part = False
         attempt.ended_early = True
 
     async def step(self, progress: Progress) -> None:
         """Hold the migration, and take the next step when `progress` has come far enough."""
         attempt, guest = self._attempt, self._attempt.pair.source_guest
-        if self._hold and attempt.ended_early:
+        if self._hold:
             await self._hold.keep(progress)
         if attempt.all_sent_ns is None:
-            if progress.syncs >= 2:
+            if attempt.migration.has_sent_all(progress):
                 attempt.all_sent_ns = progress.time_ns
                 await attempt.watch_log()
                 await guest.send(START_WRITE_ONCE)
@@ -234,20 +271,20 @@ class _HeldPrecopy:
             if guest.number("progress", "write_once") or "write-once-done" in guest.latest:
                 self._restart_injected = True
                 await attempt.pair.device.inject_restart(attempt.pair.source_side)
-        elif (
-            attempt.ended_early
-            and "write-once-done" in guest.latest
-            and attempt.migration.exercised
-        ):
-            await self._release()
+        elif "write-once-done" in guest.latest and attempt.migration.exercised:
+            await self._end()
 
-    async def _release(self) -> None:
+    async def _end(self) -> None:
         """Let the migration end while the guest uses the last of its write-once pages."""
-        self._attempt.ended_early = False
-        self._attempt.release_log()
-        await self._attempt.pair.source_guest.send(START_LAST)
-        await self._attempt.pair.source_guest.send(QUIET)
-        await self._attempt.migration.release()
+        attempt = self._attempt
+        if not self._is_last_part:
+            self._is_last_part = True
+            attempt.release_log()
+            await attempt.pair.source_guest.send(START_LAST)
+            await attempt.pair.source_guest.send(QUIET)
+        if await self._scenario.may_end_precopy(attempt):
+            attempt.ended_early = False
+            await self._scenario.end_precopy(attempt)
 
 
 async def migrate_until_all_sent(attempt: Attempt) -> None:
@@ -259,5 +296,5 @@ async def migrate_until_all_sent(attempt: Attempt) -> None:
     await attempt.migration.start()
     async with contextlib.aclosing(attempt.migration.follow()) as precopy:
         async for progress in precopy:
-            if progress.syncs >= 2:
+            if attempt.migration.has_sent_all(progress):
                 return

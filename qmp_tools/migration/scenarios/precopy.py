@@ -45,16 +45,26 @@ class Tls(Scenario):
 
     async def set_up(self, ends: Ends) -> None:
         """Give each QEMU its certificate."""
-        await make_certificates(ends.folder)
-        for qmp, endpoint in ((ends.source, "client"), (ends.destination, "server")):
-            await qmp.execute(
-                "object-add",
-                qom_type="tls-creds-x509",
-                id="migration-tls",
-                dir=str(ends.folder),
-                endpoint=endpoint,
-                verify_peer=True,
-            )
+        await give_certificates(ends)
+
+
+async def give_certificates(ends: Ends) -> None:
+    """Give each QEMU the certificate that the parameters of `Tls` name.
+
+    Raises:
+        UntestableError: openssl does not make the certificates.
+        QmpRefusal: a QEMU does not support TLS.
+    """
+    await make_certificates(ends.folder)
+    for qmp, endpoint in ((ends.source, "client"), (ends.destination, "server")):
+        await qmp.execute(
+            "object-add",
+            qom_type="tls-creds-x509",
+            id="migration-tls",
+            dir=str(ends.folder),
+            endpoint=endpoint,
+            verify_peer=True,
+        )
 
 
 class Fd(Scenario):

@@ -1,6 +1,6 @@
-"""Find the vhost-user message whose answer a QEMU waits for, from QEMU's own trace.
+"""Find the vhost-user messages that a QEMU has sent, and the one whose answer it waits for.
 
-QEMU sends vhost-user messages from the thread that holds its big lock, and waits for the answer
+QEMU's own trace shows them. QEMU sends vhost-user messages from the thread that holds its big lock, and waits for the answer
 without a timeout. Meanwhile QEMU does not answer on QMP, so it cannot name the message. QEMU's
 trace events name it. Every QEMU with the 'log' trace back end, the default, has these events. In
 other builds QEMU prints a warning, and the log stays empty.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 _EVENT: Final = re.compile(r"vhost_user_(read|write) req:(\d+)(?: \(\w+\))? flags:(0x[0-9a-f]+)")
+_SET_LOG_BASE: Final = "6"
 _TAIL_BYTES: Final = 1 << 12
 _NEEDS_REPLY: Final = 1 << 3
 """A bit of a message's flags, used if the back end has agreed to REPLY_ACK."""
@@ -69,6 +70,15 @@ _ANSWERED_IF_ASKED: Final = {
 def trace_arguments(log: Path) -> list[str]:
     """Return the QEMU arguments that trace each message and answer to `log`."""
     return ["-D", str(log), "-trace", "vhost_user_write", "-trace", "vhost_user_read"]
+
+
+def logs_installed(log: Path) -> int:
+    """Return how often QEMU has sent its dirty log to a back end; 0 if QEMU does not trace."""
+    try:
+        events = _EVENT.findall(log.read_text(errors="replace"))
+    except OSError:
+        return 0
+    return sum((direction, number) == ("write", _SET_LOG_BASE) for direction, number, _ in events)
 
 
 def unanswered(log: Path) -> str | None:

@@ -42,7 +42,9 @@ from ..procedure import Procedure
 
 _logger = logging.getLogger(__name__)
 
-_STEPS: Final = ("start", "first_attempt", "prepare", "migrate", "start_return")
+_STEPS: Final = (
+    *("start", "first_attempt", "prepare", "migrate", "amid_precopy", "start_return"),
+)
 """The steps before the guest continues; all of them need a proof's processes."""
 
 
@@ -52,7 +54,8 @@ class Scenario(Procedure):
     `name` is the scenario's name on the command line and in reports, `summary` a sentence about it.
     The guest migrates `migrations` times, to the destination and back. `machine_options` are
     further options of any machine type (",option=value"), and `qemu_arguments` further arguments of
-    both QEMUs. The scenario plugs `dimms` DIMMs, and the devices if it `plugs_devices`.
+    both QEMUs. The scenario plugs `dimms` DIMMs, and the devices if it `plugs_devices`. The guest
+    initialises its device again while QEMU logs if the scenario `resets`.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Scenario(Procedure):
     qemu_arguments: tuple[str, ...] = ()
     dimms: int = 0
     plugs_devices: bool = False
+    resets: bool = False
 
     # The steps ------------------------------------------------------------------------------------
 
@@ -96,13 +100,28 @@ class Scenario(Procedure):
             UntestableError: the migration does not complete.
         """
         await attempt.migration.start()
-        precopy = _HeldPrecopy(attempt)
+        precopy = _HeldPrecopy(attempt, self)
         try:
             async for progress in attempt.follow():
                 await precopy.step(progress)
         finally:
             attempt.release_log()
         await attempt.migration.load()
+
+    async def amid_precopy(self, attempt: Attempt, hold: PrecopyHold | None) -> bool:
+        """Disturb the guest or its device while QEMU logs; the guest uses its write-once pages.
+
+        Call `hold.rest` before a step that takes longer than a poll of the migration.
+
+        Returns:
+            Whether the guest must begin to use write-once pages again, when QEMU has sent all pages
+            that are dirty now.
+
+        Raises:
+            UntestableError: the guest or the device does not survive it.
+        """
+        await attempt.pair.device.inject_restart(attempt.pair.source_side)
+        return False
 
     async def finish(self, pair: QemuPair) -> None:
         """Continue the destination's guest.
@@ -112,6 +131,17 @@ class Scenario(Procedure):
         """
         _logger.info("continuing on the destination")
         await pair.destination.qmp.execute("cont")
+
+    async def disturb_destination(self, pair: QemuPair) -> bool:
+        """Disturb the destination's guest or its device, after the guest has rechecked its pages.
+
+        Returns:
+            Whether anything was disturbed, so that the guest must do more requests.
+
+        Raises:
+            UntestableError: the guest or the device does not survive it.
+        """
+        return False
 
     async def start_return(self, pair: QemuPair) -> None:
         """Start a new destination for the way back, after the roles have been swapped.
@@ -212,12 +242,15 @@ class _HeldPrecopy:
     write-once pages, each of which the device writes a single time.
     """
 
-    def __init__(self, attempt: Attempt) -> None:
+    def __init__(self, attempt: Attempt, scenario: Scenario) -> None:
         self._attempt = attempt
+        self._scenario = scenario
         pair = attempt.pair
         qtest = pair.qtests.get(pair.source_side)
         self._hold = PrecopyHold(attempt.migration, qtest, pair.hold_pages) if qtest else None
-        self._restart_injected = False
+        self._first_sync: int | None = 0
+        """The number of syncs before `all_sent_ns` was awaited; None until the next progress."""
+        self._is_disturbed = False
         attempt.ended_early = True
 
     async def step(self, progress: Progress) -> None:
@@ -225,15 +258,18 @@ class _HeldPrecopy:
         attempt, guest = self._attempt, self._attempt.pair.source_guest
         if self._hold and attempt.ended_early:
             await self._hold.keep(progress)
+        if self._first_sync is None:
+            self._first_sync = progress.syncs
         if attempt.all_sent_ns is None:
-            if progress.syncs >= 2:
+            if progress.syncs >= self._first_sync + 2:
                 attempt.all_sent_ns = progress.time_ns
                 await attempt.watch_log()
                 await guest.send(START_WRITE_ONCE)
-        elif not self._restart_injected:
+        elif not self._is_disturbed:
             if guest.number("progress", "write_once") or "write-once-done" in guest.latest:
-                self._restart_injected = True
-                await attempt.pair.device.inject_restart(attempt.pair.source_side)
+                self._is_disturbed = True
+                if await self._scenario.amid_precopy(attempt, self._hold):
+                    self._first_sync = attempt.all_sent_ns = None
         elif (
             attempt.ended_early
             and "write-once-done" in guest.latest

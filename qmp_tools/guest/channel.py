@@ -131,8 +131,7 @@ class GuestChannel:
             await self._give_up(str(error))
 
     async def _take(self, text: str) -> None:
-        if self._awaits_boot and text == _BOOT:
-            self._begin_again()
+        self._awaits_boot = self._awaits_boot and text != _BOOT
         if self._awaits_boot or not text:
             return
         report = parse_line(text)
@@ -151,19 +150,15 @@ class GuestChannel:
             self._reported.notify_all()
 
     def await_boot(self) -> None:
-        """Ignore the guest's reports until it boots again; then forget all reports before that.
+        """Forget the guest's reports, and ignore further ones until the guest boots again.
 
-        The guest must be running, and its machine must be reset after this call. A reset may
-        interrupt a line.
+        The machine must be reset after this call. A reset may interrupt a line.
         """
         self._awaits_boot = True
-
-    def _begin_again(self) -> None:
         self.earlier_errors += max(self._errors_seen, self.number("progress", "errors"))
         self._errors_seen = 0
         self.latest.clear()
         self.hold_pages.clear()
-        self._awaits_boot = False
 
     async def _give_up(self, why: str) -> None:
         async with self._reported:

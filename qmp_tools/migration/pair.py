@@ -216,13 +216,14 @@ class QemuPair:
         guest.await_boot()
         async with qmp.events("RESET") as resets, bounded(self.timeout_s, lambda: late):
             await reset()
-            event = await resets.get()
-        await qmp.execute("set-action", reboot="shutdown")
+            event: Mapping[str, Any] = await resets.get()
         if (found := event["data"]["reason"]) != reason:
             raise UntestableError(
                 f"{qmp.name} has reset its machine for the reason {found!r}; expected {reason!r}"
             )
         await self._wait_until_ready(guest)
+        # Only now, because SeaBIOS resets the machine again on its way (tryReboot).
+        await qmp.execute("set-action", reboot="shutdown")
 
     def logs_installed(self, side: str) -> int | None:
         """Return how often the QEMU of `side` has sent its dirty log to a device's process.

@@ -1,9 +1,9 @@
 """Find the vhost-user messages that a QEMU has sent, and the one whose answer it waits for.
 
-QEMU's own trace shows them. QEMU sends vhost-user messages from the thread that holds its big lock, and waits for the answer
-without a timeout. Meanwhile QEMU does not answer on QMP, so it cannot name the message. QEMU's
-trace events name it. Every QEMU with the 'log' trace back end, the default, has these events. In
-other builds QEMU prints a warning, and the log stays empty.
+QEMU's own trace shows both. QEMU sends vhost-user messages from the thread that holds its big lock,
+and waits for the answer without a timeout. Meanwhile QEMU does not answer on QMP, so it cannot name
+the message. QEMU's trace events name it. Every QEMU with the 'log' trace back end, the default, has
+these events. In other builds QEMU prints a warning, and the log stays empty.
 """
 
 from __future__ import annotations

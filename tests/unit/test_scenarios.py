@@ -111,6 +111,7 @@ ONLY_IN_PROOFS = {
     *("background-snapshot", "cpr-exec", "cpr-reboot", "cpr-transfer", "postcopy-ram"),
     *("destination-killed", "destination-killed-late", "retry", "ping-pong"),
     *("device-hotplug", "memory-hotplug"),
+    *("device-reset", "driver-reload", "guest-reboot", "machine-reset"),
 }
 PASSABLE = [
     name

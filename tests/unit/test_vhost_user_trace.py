@@ -1,4 +1,4 @@
-"""The vhost-user message whose answer a QEMU waits for, found in its trace."""
+"""The vhost-user messages that a QEMU has sent, found in its trace."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qmp_tools.qemu.vhost_user_trace import unanswered
+from qmp_tools.qemu.vhost_user_trace import logs_installed, unanswered
 
 GET_FEATURES = "vhost_user_write req:1 flags:0x1\nvhost_user_read req:1 flags:0x5\n"
 
@@ -35,3 +35,12 @@ def test_the_last_message_counts_until_its_answer_comes(
 
 def test_without_trace_events_no_message_is_named(tmp_path: Path) -> None:
     assert unanswered(tmp_path / "none") is None
+
+
+def test_each_log_that_qemu_sends_counts_once(tmp_path: Path) -> None:
+    log = tmp_path / "trace"
+    assert logs_installed(log) == 0
+    set_log_base = "vhost_user_write req:6 flags:0x1\nvhost_user_read req:6 flags:0x5\n"
+    named = "7@1700000000.5:vhost_user_write req:6 (SET_LOG_BASE) flags:0x1\n"
+    log.write_text(f"{GET_FEATURES}{set_log_base}{GET_FEATURES}{named}")
+    assert logs_installed(log) == 2

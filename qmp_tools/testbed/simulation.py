@@ -353,7 +353,7 @@ class _Guest:
             self.wrong_rings += [] if ring.is_answered_right else [ring]
 
     def start_again(self) -> None:
-        """Start the ring anew, with the messages that QEMU sends after a reset, but the log."""
+        """Start the ring again, with the messages that QEMU sends after a reset, but the log."""
         self._driver.write(
             self._base, bytes(self._driver.used + self._driver.used_bytes - self._base)
         )

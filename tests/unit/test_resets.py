@@ -28,13 +28,13 @@ RESETS = ("device-reset", "driver-reload", "guest-reboot", "machine-reset")
 
 
 class ResetPair:
-    """A pair that records what its source is told; its trace shows the logs `installed` so far."""
+    """A pair that records what its source is sent; its trace shows the logs `installed` so far."""
 
     source_side = SOURCE
 
     def __init__(self, installed: Sequence[int | None]) -> None:
         self.installed = list(installed)
-        self.told: list[object] = []
+        self.sent: list[object] = []
         self.hold_pages = (0x5000,)
         self.device = mock.AsyncMock()
         self.source = SimpleNamespace(name="source QEMU")
@@ -53,13 +53,13 @@ class ResetPair:
         assert what == "used 2048 write-once pages"
 
     async def ask(self, command: bytes, verb: str, what: str) -> None:
-        self.told.append(verb)
+        self.sent.append(verb)
 
     async def send(self, command: bytes) -> None:
-        self.told.append(command)
+        self.sent.append(command)
 
     async def reboot(self, side: str, reset: Any, reason: ResetReason) -> None:
-        self.told.append(reason)
+        self.sent.append(reason)
 
 
 def reset_amid_precopy(name: str, pair: ResetPair) -> tuple[bool, mock.AsyncMock]:
@@ -81,7 +81,7 @@ def reset_amid_precopy(name: str, pair: ResetPair) -> tuple[bool, mock.AsyncMock
 
 
 @pytest.mark.parametrize(
-    ("name", "told", "starts_over"),
+    ("name", "sent", "starts_over"),
     [
         ("device-reset", ["device-reset"], False),
         ("driver-reload", ["driver-reloaded"], False),
@@ -91,11 +91,11 @@ def reset_amid_precopy(name: str, pair: ResetPair) -> tuple[bool, mock.AsyncMock
 )
 @pytest.mark.parametrize("installed", [(1, 2), (1, 4), (None, None)])
 def test_a_guest_that_rebooted_uses_other_write_once_pages(
-    name: str, told: list[object], starts_over: bool, installed: tuple[int | None, ...]
+    name: str, sent: list[object], starts_over: bool, installed: tuple[int | None, ...]
 ) -> None:
     pair = ResetPair(installed)
     answer, hold = reset_amid_precopy(name, pair)
-    assert (answer, pair.told) == (starts_over, told)
+    assert (answer, pair.sent) == (starts_over, sent)
     hold.rest.assert_awaited_once_with()
     assert hold.pages == pair.hold_pages
 

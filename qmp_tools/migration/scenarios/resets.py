@@ -1,7 +1,7 @@
 """Migrations of a guest whose device or whole machine is reset: before, during and after them.
 
 While QEMU logs, a reset stops the device's rings, and QEMU takes the device's log away after a last
-sync (vhost_dev_stop). When the guest initialises the device again, QEMU starts the rings anew at
+sync (vhost_dev_stop). When the guest initialises the device again, QEMU starts the rings again at
 index 0 and gives the device another log (vhost_dev_start). Pages that the device wrote before the
 reset must still be sent, and pages that it writes afterwards must be logged again.
 """

@@ -42,5 +42,5 @@ def test_each_log_that_qemu_sends_counts_once(tmp_path: Path) -> None:
     assert logs_installed(log) == 0
     set_log_base = "vhost_user_write req:6 flags:0x1\nvhost_user_read req:6 flags:0x5\n"
     named = "7@1700000000.5:vhost_user_write req:6 (SET_LOG_BASE) flags:0x1\n"
-    log.write_text(f"{GET_FEATURES}{set_log_base}{GET_FEATURES}{named}")
+    log.write_text(f"{GET_FEATURES * 3}{set_log_base}{GET_FEATURES}{named}")
     assert logs_installed(log) == 2

@@ -42,7 +42,7 @@ from ..procedure import Procedure
 
 _logger = logging.getLogger(__name__)
 
-_STEPS: Final = (*("start", "first_attempt", "prepare", "migrate", "amid_precopy", "start_return"),)
+_STEPS: Final = ("start", "first_attempt", "prepare", "migrate", "amid_precopy", "start_return")
 """The steps before the guest continues; all of them need a proof's processes."""
 
 

@@ -60,6 +60,7 @@ static struct {
 
 static atomic_ulong requests, writes, errors, newest;
 static atomic_ulong write_once_taken, last_taken, write_once_finished;
+static atomic_ulong write_once_left_out;  // pages that are not written a single time
 static atomic_ulong disk_cursor, hot_cursor, churn_rounds;
 static atomic_bool write_once_wanted, last_wanted, quiet;
 
@@ -427,8 +428,18 @@ static void finish_block(const struct request *request, bool moved) {
 }
 
 static void count_write_once(uint64_t pages) {
-    if (atomic_fetch_add(&write_once_finished, pages) + pages == early_write_once())
-        report("write-once-done pages=%lu", early_write_once());
+    uint64_t wanted = early_write_once() - atomic_load(&write_once_left_out);
+    if (atomic_fetch_add(&write_once_finished, pages) + pages == wanted)
+        report("write-once-done pages=%lu", wanted);
+}
+
+// The device may have written the request's pages already, so they are no longer write-once pages.
+void repeat_request(struct request *request) {
+    if (request->region != WRITE_ONCE)
+        return;
+    request->region = OWN;
+    atomic_fetch_add(&write_once_left_out, request->count);
+    count_write_once(0);
 }
 
 void finish_request(struct request *request, uint64_t done) {
@@ -509,9 +520,17 @@ static void start_over(void) {
     atomic_store(&write_once_taken, 0);
     atomic_store(&last_taken, 0);
     atomic_store(&write_once_finished, 0);
+    atomic_store(&write_once_left_out, 0);
     atomic_store(&quiet, false);
     report("again");
     pause_requests(false);
+}
+
+// The guest may have used the first half of its write-once pages before it rebooted.
+static void leave_out_half(void) {
+    uint64_t half = early_write_once() / 2;
+    atomic_store(&write_once_taken, half);
+    atomic_store(&write_once_left_out, half);
 }
 
 static void use_new_memory(void) {
@@ -550,6 +569,20 @@ void obey(char command) {
         report_own_memory();
         report("declared");
         break;
+    case 'h':
+        leave_out_half();
+        break;
+    case 'd':
+        reset_device();
+        report("device-reset");
+        break;
+    case 'u':
+        reload_driver();
+        report("driver-reloaded");
+        break;
+    case 'b':
+        reset_machine();
+        break;
     case 'p':
         pause_requests(true);
         report("paused requests=%lu", atomic_load(&requests));
@@ -570,6 +603,11 @@ void report_own(uint64_t start, uint64_t end) {
 uint64_t device_pages(uint64_t *first) {
     *first = first_hot;
     return first_churn - first_hot;
+}
+
+// A reset of the machine may have interrupted a line, which the empty line ends.
+void report_boot(void) {
+    report("\nboot");
 }
 
 void report_ready(void) {

@@ -98,6 +98,12 @@ uint64_t requests_under_way(void);
 // Wait for plugged memory, and move `count` pages of the buffer, from page `first` on, to it, as
 // far as they fit. Return the number of moved pages, which lose their content.
 uint64_t move_to_new_memory(uint64_t first, uint64_t count);
+// Reset the device and initialise it again, with the requests in flight.
+void reset_device(void);
+// Remove the device's driver and load it again.
+void reload_driver(void);
+// Reset the machine.
+_Noreturn void reset_machine(void);
 // The alignment in bytes of a request's pieces.
 extern const uint32_t piece_alignment;
 
@@ -119,6 +125,8 @@ uint8_t *piece_at(const struct request *request, uint32_t piece);
 uint64_t bytes_of(const struct request *request);
 // Stamp a page as the device does, for a guest that must generate the data itself.
 void stamp_page(uint64_t *words, uint64_t lba, uint64_t number);
+// Note that a request is made again, because the device was reset before the request was finished.
+void repeat_request(struct request *request);
 // Finish a request: `done` is the number of transferred bytes, or an error number.
 void finish_request(struct request *request, uint64_t done);
 
@@ -135,6 +143,8 @@ void report_own(uint64_t start, uint64_t end);
 void churn(void);
 // Execute a command of dmaproof.
 void obey(char command);
+// Report that the guest boots; this must be its first report.
+void report_boot(void);
 void report_ready(void);
 void report_progress(void);
 

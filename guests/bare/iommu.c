@@ -29,6 +29,8 @@ static volatile uint64_t *new_table(void) {
 }
 
 void iommu_open(const struct pci_device *device) {
+    if (active)  // the disk's driver was loaded again, but not the IOMMU's
+        return;
     volatile uint64_t *top = new_table(), *middle = new_table();
     top[FIRST_IOVA >> 30] = (uint64_t)middle | iommu_table_flags;
     for (unsigned number = 0; number < IOMMU_WINDOWS; number++) {

@@ -63,8 +63,10 @@ void iommu_unmap(unsigned window);
 // virtio_blk.c: the disk -------------------------------------------------------------------------
 
 // Find the first virtio disk, and set up its queues for `slots` requests at a time. Return its size
-// in sectors.
+// in sectors. If the disk is in use already, it is reset, and no request is in flight afterwards.
 uint64_t disk_open(unsigned slots);
+// Reset the disk and set up the same queues again. No request is in flight afterwards.
+void disk_reset(void);
 void disk_submit(unsigned slot, const struct request *request);
 // Return a slot whose request is finished, or -1; `status` is virtio's, 0 for success.
 int disk_poll(uint8_t *status);
@@ -102,6 +104,7 @@ void start_clock(void);
 // The time since the first call; call it at least every 50 ms, or it loses time.
 uint64_t microseconds(void);
 _Noreturn void stop(void);
+// reset_machine() of workload.h is here, too.
 
 // pci_configuration.c ----------------------------------------------------------------------------
 

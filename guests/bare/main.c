@@ -93,10 +93,32 @@ void pause_requests(bool wanted) {
     }
 }
 
+// Use the disk again after it was reset, and repeat the requests that were in flight.
+static void repeat_requests(void) {
+    for (unsigned number = 0; number < parameters.threads; number++) {
+        if (!slots[number].busy)
+            continue;
+        iommu_unmap(number);
+        repeat_request(&slots[number].request);
+        disk_submit(number, &slots[number].request);
+    }
+}
+
+void reset_device(void) {
+    disk_reset();
+    repeat_requests();
+}
+
+void reload_driver(void) {
+    disk_open((unsigned)parameters.threads);
+    repeat_requests();
+}
+
 void guest_main(const void *start_info) {
     uint64_t next_churn = 0;
     bool ready = false;
     catch_exceptions();
+    report_boot();
     start_clock();
     find_memory(start_info);
     read_parameters(command_line(start_info));

@@ -2,7 +2,8 @@
 /*
  * Memory. All memory is mapped to itself, so a pointer is a guest-physical address. The guest's own
  * memory is allocated upwards from the end of its image. The buffer is in the remaining memory, in
- * chunks spread evenly over all RAM, below and above 4 GiB.
+ * chunks spread evenly over all RAM, below and above 4 GiB. LATER_BYTES remain for allocations after
+ * the buffer has been laid out.
  */
 #include "machine.h"
 
@@ -10,6 +11,7 @@ enum {
     MAX_REGIONS = 32,
     CHUNK_BYTES = 2 << 20,
     CHUNK_PAGES = CHUNK_BYTES / PAGE_BYTES,
+    LATER_BYTES = 2 << 20,
 };
 
 // A prime, so that its multiples take every value modulo any smaller number.
@@ -86,6 +88,9 @@ static uint64_t address_of_chunk(uint64_t number) {
 void lay_out_buffer(uint64_t pages) {
     uint64_t needed = (pages + CHUNK_PAGES - 1) / CHUNK_PAGES, available = 0;
     chunks = allocate(needed * sizeof *chunks);
+    // What the guest allocates from now on, such as the rings of a driver that is loaded again.
+    struct range later = {regions[0].start, regions[0].start + LATER_BYTES};
+    regions[0].start = later.end < regions[0].end ? later.end : regions[0].end;
     for (unsigned index = 0; index < region_count; index++)
         available += chunks_of(&regions[index]);
     if (needed > available) {
@@ -99,6 +104,7 @@ void lay_out_buffer(uint64_t pages) {
         uint64_t place = index * SCATTER % needed;
         chunks[index] = address_of_chunk(place * available / needed);
     }
+    regions[0] = later;
 }
 
 uint64_t move_to_new_memory(uint64_t first, uint64_t count) {

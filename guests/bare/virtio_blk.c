@@ -25,27 +25,28 @@ struct header {
     uint64_t sector;
 };
 
+static struct virtio_device disk;
 static struct virtio_queue queues[MAX_QUEUES];
 static unsigned queue_count;
 static struct header *headers;      // one for each slot
 static volatile uint8_t *statuses;  // one for each slot
 static uint64_t headers_at, statuses_at;  // their addresses for the device
 
-static void find_disk(struct virtio_device *disk) {
+static void find_disk(void) {
     static const uint16_t ids[] = {BLK, TRANSITIONAL_BLK};
-    for (bool reported = false; !virtio_find(disk, ids, sizeof ids / sizeof *ids);
+    disk = (struct virtio_device){0};
+    for (bool reported = false; !virtio_find(&disk, ids, sizeof ids / sizeof *ids);
          reported = true) {
         if (!reported)
             report("waiting for=disk");
         if (microseconds() > DISK_TIMEOUT_US)
             give_up("no virtio disk was found within 10 s");
-        disk->pci = (struct pci_device){0};
+        disk.pci = (struct pci_device){0};
     }
 }
 
 uint64_t disk_open(unsigned slots) {
-    struct virtio_device disk = {0};
-    find_disk(&disk);
+    find_disk();
     virtio_open(&disk, F_BLK_MQ);
     if (disk.features & F_ACCESS_PLATFORM)
         iommu_open(&disk.pci);
@@ -66,6 +67,15 @@ uint64_t disk_open(unsigned slots) {
     statuses_at = iommu_map(IOMMU_PERMANENT, (uint64_t)statuses, PAGE_BYTES);
     virtio_start(&disk);
     return *(volatile uint64_t *)disk.config;
+}
+
+void disk_reset(void) {
+    virtio_reset(&disk, F_BLK_MQ);
+    for (unsigned index = 0; index < queue_count; index++) {
+        virtqueue_reset(&queues[index].ring);
+        virtio_enable_queue(&disk, index, &queues[index]);
+    }
+    virtio_start(&disk);
 }
 
 // Requests ---------------------------------------------------------------------------------------

@@ -72,6 +72,11 @@ void virtio_open(struct virtio_device *device, uint64_t wanted) {
     pci_enable(&device->pci);
 
     device->common = (volatile void *)structure;
+    virtio_reset(device, wanted);
+}
+
+// Section 3.1.1; the device has stopped when its status reads 0 (section 2.4.2).
+void virtio_reset(struct virtio_device *device, uint64_t wanted) {
     device->common->device_status = 0;
     while (device->common->device_status)
         ;
@@ -86,7 +91,14 @@ bool virtio_open_queue(struct virtio_device *device, unsigned index, struct virt
     uint16_t size = common->queue_size < MAX_QUEUE_SIZE ? common->queue_size : MAX_QUEUE_SIZE;
     if (!virtqueue_open(&queue->ring, device->features, size, places))
         return false;
-    common->queue_size = size;
+    virtio_enable_queue(device, index, queue);
+    return true;
+}
+
+void virtio_enable_queue(struct virtio_device *device, unsigned index, struct virtio_queue *queue) {
+    volatile struct common_config *common = device->common;
+    common->queue_select = (uint16_t)index;
+    common->queue_size = queue->ring.size;
     for (unsigned part = 0; part < 3; part++) {
         common->queue_parts[part][0] = (uint32_t)queue->ring.parts[part];
         common->queue_parts[part][1] = (uint32_t)(queue->ring.parts[part] >> 32);
@@ -94,7 +106,6 @@ bool virtio_open_queue(struct virtio_device *device, unsigned index, struct virt
     unsigned doorbell = common->queue_notify_off * device->notification_multiplier;
     queue->doorbell = (volatile uint16_t *)(device->notifications + doorbell);
     common->queue_enable = 1;
-    return true;
 }
 
 void virtio_start(struct virtio_device *device) {

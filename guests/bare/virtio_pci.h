@@ -26,9 +26,13 @@ bool virtio_find(struct virtio_device *device, const uint16_t *ids, unsigned cou
 // Reset the device, and negotiate those of the `wanted` features that the device offers, besides
 // those of version 1, of the ring and of the IOMMU.
 void virtio_open(struct virtio_device *device, uint64_t wanted);
+// Do so again with a device that was opened; its queues must be enabled again, and the device started.
+void virtio_reset(struct virtio_device *device, uint64_t wanted);
 // Set up queue number `index`. Return false if it is too small.
 bool virtio_open_queue(struct virtio_device *device, unsigned index, struct virtio_queue *queue,
                        unsigned places);
+// Let the device use a queue that has been set up (virtqueue_open, virtqueue_reset).
+void virtio_enable_queue(struct virtio_device *device, unsigned index, struct virtio_queue *queue);
 void virtio_start(struct virtio_device *device);
 // Submit a request (virtqueue_submit), with a notification if the device wants one.
 void virtio_submit(struct virtio_queue *queue, unsigned index, unsigned place,

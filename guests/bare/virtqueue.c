@@ -6,6 +6,19 @@ static uint64_t address_for_device(uint64_t features, const volatile void *memor
     return features & F_ACCESS_PLATFORM ? iommu_map(IOMMU_PERMANENT, address, bytes) : address;
 }
 
+struct area_bytes {
+    size_t descriptors, driver, device;
+};
+
+static struct area_bytes area_bytes_of(const struct virtqueue *queue) {
+    const struct ring_form *form = queue->form;
+    return (struct area_bytes){
+        .descriptors = (size_t)queue->size * DESCRIPTOR_BYTES,
+        .driver = form->driver_bytes + form->driver_bytes_each * queue->size,
+        .device = form->device_bytes + form->device_bytes_each * queue->size,
+    };
+}
+
 bool virtqueue_open(struct virtqueue *queue, uint64_t features, uint16_t size, unsigned places) {
     const struct ring_form *form = features & F_RING_PACKED ? &packed_ring : &split_ring;
     *queue = (struct virtqueue){
@@ -17,20 +30,26 @@ bool virtqueue_open(struct virtqueue *queue, uint64_t features, uint16_t size, u
     };
     if (queue->room < (features & F_RING_INDIRECT ? 1 : MAX_PIECES))
         return false;
-    size_t descriptors_bytes = (size_t)size * DESCRIPTOR_BYTES;
-    size_t driver_bytes = form->driver_bytes + form->driver_bytes_each * size;
-    size_t device_bytes = form->device_bytes + form->device_bytes_each * size;
-    uint8_t *driver_areas = allocate_aligned(descriptors_bytes + driver_bytes, PAGE_BYTES);
+    struct area_bytes bytes = area_bytes_of(queue);
+    uint8_t *driver_areas = allocate_aligned(bytes.descriptors + bytes.driver, PAGE_BYTES);
     queue->descriptors = driver_areas;
-    queue->driver = driver_areas + descriptors_bytes;
-    queue->device = allocate_aligned((device_bytes + PAGE_BYTES - 1) & -PAGE_BYTES, PAGE_BYTES);
+    queue->driver = driver_areas + bytes.descriptors;
+    queue->device = allocate_aligned((bytes.device + PAGE_BYTES - 1) & -PAGE_BYTES, PAGE_BYTES);
     queue->tables = allocate(places * sizeof *queue->tables);
-    queue->parts[0] = address_for_device(features, driver_areas, descriptors_bytes);
-    queue->parts[1] = address_for_device(features, queue->driver, driver_bytes);
-    queue->parts[2] = address_for_device(features, queue->device, device_bytes);
+    queue->parts[0] = address_for_device(features, driver_areas, bytes.descriptors);
+    queue->parts[1] = address_for_device(features, queue->driver, bytes.driver);
+    queue->parts[2] = address_for_device(features, queue->device, bytes.device);
     queue->tables_at = address_for_device(features, queue->tables, places * sizeof *queue->tables);
     form->want_no_interrupt(queue);
     return true;
+}
+
+void virtqueue_reset(struct virtqueue *queue) {
+    struct area_bytes bytes = area_bytes_of(queue);
+    __builtin_memset((void *)queue->descriptors, 0, bytes.descriptors + bytes.driver);
+    __builtin_memset((void *)queue->device, 0, bytes.device);
+    queue->next = queue->seen = 0;
+    queue->form->want_no_interrupt(queue);
 }
 
 bool virtqueue_submit(struct virtqueue *queue, unsigned place, const struct piece *pieces,

@@ -14,6 +14,7 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <net/if.h>
 #include <netpacket/packet.h>
 #include <pthread.h>
@@ -162,6 +163,61 @@ void pause_requests(bool wanted) {
 
 uint64_t requests_under_way(void) {
     return (uint64_t)atomic_load(&in_flight);
+}
+
+static void write_to(const char *path, const char *text) {
+    int fd = open(path, O_WRONLY | O_CLOEXEC);
+    if (fd < 0 || write(fd, text, strlen(text)) < 0)
+        give_up("write to", path);
+    close(fd);
+}
+
+// Suspend all devices and resume them at once, as the kernel's self-test of suspending does
+// (Documentation/power/basic-pm-debugging.rst). A virtio driver resets its device for that, and
+// initialises it again (virtio_device_freeze, virtio_device_restore).
+void reset_device(void) {
+    write_to("/sys/module/suspend/parameters/pm_test_delay", "0");
+    write_to("/sys/power/pm_test", "devices");
+    write_to("/sys/power/state", "freeze");
+}
+
+// The PCI device of the disk, as a path in /sys.
+static void find_pci_device(char path[PATH_MAX]) {
+    char name[PATH_MAX], subsystem[PATH_MAX];
+    snprintf(name, sizeof name, "/sys/class/block/%s", strrchr(disk, '/') + 1);
+    if (!realpath(name, path))
+        give_up("find", name);
+    do {
+        *strrchr(path, '/') = '\0';
+        snprintf(name, sizeof name, "%.*s/subsystem", PATH_MAX - 16, path);
+    } while (*path && !(realpath(name, subsystem) && strcmp(subsystem, "/sys/bus/pci") == 0));
+    if (!*path)
+        give_up("find the PCI device of", disk);
+}
+
+static uint64_t open_disk(void);
+
+void reload_driver(void) {
+    char device[PATH_MAX], driver[PATH_MAX], control[PATH_MAX];
+    find_pci_device(device);
+    snprintf(control, sizeof control, "%.*s/driver", PATH_MAX - 16, device);
+    if (!realpath(control, driver))
+        give_up("find the driver of", device);
+    pause_requests(true);
+    close(disk_fd);
+    disk_fd = -1;
+    snprintf(control, sizeof control, "%.*s/unbind", PATH_MAX - 16, driver);
+    write_to(control, strrchr(device, '/') + 1);
+    snprintf(control, sizeof control, "%.*s/bind", PATH_MAX - 16, driver);
+    write_to(control, strrchr(device, '/') + 1);
+    open_disk();
+    pause_requests(false);
+}
+
+_Noreturn void reset_machine(void) {
+    tcdrain(report_fd);
+    reboot(RB_AUTOBOOT);
+    give_up("reboot", "the machine");
 }
 
 // The first address after all RAM.
@@ -437,6 +493,7 @@ static void read_parameters(int count, char **arguments) {
     for (int index = 1; index < count; index++)
         read_option(arguments[index]);
     open_report();  // from here on, dmaproof reads what is wrong
+    report_boot();
     for (int index = 1; index < count; index++) {
         const char *argument = arguments[index];
         if (strchr(argument, '=') && !read_option(argument) && !read_parameter(argument)) {
@@ -451,6 +508,8 @@ int main(int count, char **arguments) {
     mkdir("/proc", 0755);
     mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
     mount("proc", "/proc", "proc", 0, NULL);
+    mkdir("/sys", 0755);
+    mount("sysfs", "/sys", "sysfs", 0, NULL);
     kernel_page_bytes = (uint64_t)sysconf(_SC_PAGESIZE);
     read_parameters(count, arguments);
     load_modules();

@@ -154,7 +154,7 @@ def faults() -> list[Entry]:
             "fault": name,
             "value": fault.value_means,
             "default": f"{fault.default:g}" if fault.value_means else "",
-            "link": fault.link.value,
+            "link": fault.link or "",
             "needs": _needs_of_fault(fault),
             "summary": summary(fault).removesuffix("."),
         }
@@ -171,6 +171,7 @@ def _needs_of_fault(fault: type[Fault]) -> str:
         "RAM above 4 GiB": fault.needs_high_ram,
         "--iommu": fault.needs_iommu,
         "--kill-device": fault.needs_kill,
+        "a scenario that resets the device": fault.needs_reset,
     }
     return ", ".join(need for need, is_needed in needs.items() if is_needed)
 

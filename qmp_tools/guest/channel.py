@@ -30,11 +30,21 @@ USE_NEW_MEMORY: Final = b"m"
 """Wait for plugged memory, and put the write-once pages there."""
 DECLARE: Final = b"w"
 """Declare the pages that the guest may write itself."""
+RESET_DEVICE: Final = b"d"
+"""Reset the device and initialise it again."""
+RELOAD_DRIVER: Final = b"u"
+"""Remove the device's driver and load it again."""
+RESET_MACHINE: Final = b"b"
+"""Reset the machine."""
+LEAVE_OUT_HALF: Final = b"h"
+"""Leave out the first half of the write-once pages, which were used before a reboot."""
 AGAIN: Final = b"a"
 """Get ready for another migration: make all write-once pages unused, and restart the churn."""
 
 LONGER_TIMEOUT: Final = "a busy or slow host needs a longer --timeout"
 
+_BOOT: Final = "boot"
+"""The guest's first report."""
 _MOST_ERROR_MESSAGES: Final = 8
 _FRAMES_BEFORE_ECHO: Final = 5_000
 """A network that sends frames back has returned at least one of this many frames. Each thread of
@@ -99,8 +109,9 @@ class GuestChannel:
     `latest` holds the last report of each verb, and `error_messages` the first error lines.
     `hold_pages` has the guest-physical addresses of the pages that nothing in the guest uses.
     `own_pages` has ranges of page numbers (GPA / PAGE_BYTES): the pages that the guest may write
-    itself, as far as it has declared them (`DECLARE`). `timeout_s` bounds each wait. `remedy` is
-    what helps a late guest.
+    itself, as far as it has declared them (`DECLARE`). `earlier_errors` counts the errors that the
+    guest found before it was rebooted. `timeout_s` bounds each wait. `remedy` is what helps a late
+    guest.
     """
 
     def __init__(self, qemu: OwnedQemu, timeout_s: float, remedy: str = LONGER_TIMEOUT) -> None:
@@ -108,6 +119,9 @@ class GuestChannel:
         self.error_messages: list[str] = []
         self.hold_pages: list[int] = []
         self.own_pages: list[range] = []
+        self.earlier_errors = 0
+        self._errors_seen = 0
+        self._awaits_boot = False
         self._qemu = qemu
         self._timeout_s = timeout_s
         self._remedy = remedy
@@ -126,15 +140,18 @@ class GuestChannel:
             await self._give_up(str(error))
 
     async def _take(self, text: str) -> None:
-        if not text:
+        self._awaits_boot = self._awaits_boot and text != _BOOT
+        if self._awaits_boot or not text:
             return
         report = parse_line(text)
         if report.verb not in self.latest and len(self.latest) == _MOST_VERBS:
             raise UntestableError(f"the guest sent reports with more than {_MOST_VERBS} verbs")
         async with self._reported:
             self.latest[report.verb] = report
-            if report.verb == "error" and len(self.error_messages) < _MOST_ERROR_MESSAGES:
-                self.error_messages.append(text)
+            if report.verb == "error":
+                self._errors_seen += 1
+                if len(self.error_messages) < _MOST_ERROR_MESSAGES:
+                    self.error_messages.append(text)
             elif report.verb == "hold":
                 pages = _pages_of(report, MOST_HOLD_PAGES - len(self.hold_pages))
                 self.hold_pages += [page * PAGE_BYTES for page in pages]
@@ -144,6 +161,17 @@ class GuestChannel:
             elif report.verb == "fatal":
                 self._fatal = report.values.get("message", text)
             self._reported.notify_all()
+
+    def await_boot(self) -> None:
+        """Forget the guest's reports, and ignore further ones until the guest boots again.
+
+        The machine must be reset after this call. A reset may interrupt a line.
+        """
+        self._awaits_boot = True
+        self.earlier_errors += max(self._errors_seen, self.number("progress", "errors"))
+        self._errors_seen = 0
+        self.latest.clear()
+        self.hold_pages.clear()
 
     async def _give_up(self, why: str) -> None:
         async with self._reported:
@@ -232,6 +260,18 @@ class GuestChannel:
             raise GuestGaveUpError(
                 f"the guest of the {self._qemu.process.name} gave up: {self._fatal}"
             )
+
+    async def ask(
+        self, command: bytes, verb: str, what: str, timeout_s: float | None = None
+    ) -> None:
+        """Send a command, and wait until the guest reports `verb`; see `wait_for`.
+
+        Raises:
+            UntestableError: as for `wait_for`.
+        """
+        self.latest.pop(verb, None)
+        await self.send(command)
+        await self.wait_for(lambda: verb in self.latest, what, timeout_s)
 
     async def send(self, command: bytes) -> None:
         """Send a command to the guest."""

@@ -38,7 +38,7 @@ class PrecopyHold:
     def __init__(self, migration: Migration, qtest: Qtest, pages: Sequence[int]) -> None:
         self._migration = migration
         self._qtest = qtest
-        self._pages = pages
+        self.pages = pages
         self._polled_ns: int | None = None
         self._poll_every_s = _PORTION_S
         self._dirtied = 0
@@ -59,13 +59,28 @@ class PrecopyHold:
         await self._migration.limit_bandwidth(self._bytes_per_s(progress))
         if progress.syncs != self._syncs_when_dirtied and not progress.is_over:
             self._syncs_when_dirtied = progress.syncs
-            self._dirtied += 1
-            await self._qtest.write_words(self._pages, self._dirtied)
+            await self._dirty()
+
+    async def rest(self) -> None:
+        """Hold the migration until the next call of `keep`, without writing to any page meanwhile.
+
+        From now on QEMU sends so slowly that the dirty pages last longer than any wait.
+
+        Raises:
+            QmpError: QEMU does not answer.
+        """
+        await self._dirty()
+        last_s = 2 * self._migration.limits.timeout_s
+        await self._migration.limit_bandwidth(int(len(self.pages) * PAGE_BYTES / last_s))
+
+    async def _dirty(self) -> None:
+        self._dirtied += 1
+        await self._qtest.write_words(self.pages, self._dirtied)
 
     def _bytes_per_s(self, progress: Progress) -> int:
         procedure = self._migration.procedure
         safe_s = _SPARE_POLLS * self._poll_every_s
-        safe = int(len(self._pages) * PAGE_BYTES / safe_s) or procedure.held_bytes_per_s
+        safe = int(len(self.pages) * PAGE_BYTES / safe_s) or procedure.held_bytes_per_s
         if self._migration.has_sent_all(progress):
             return min(self._migration.held_bytes_per_s, safe)
         left = progress.total if progress.remaining is None else progress.remaining

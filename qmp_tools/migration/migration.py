@@ -148,7 +148,6 @@ class Migration:
     loading_ns: tuple[int, int] | None = None
     exercised: bool = False
     _bytes_per_s: int = 0
-    _stalled: bool = False
     _deadline: float = 0.0
     _loading: dict[str, int] = field(default_factory=dict)
     """The same as `moments`, for the destination."""
@@ -203,8 +202,6 @@ class Migration:
         )
 
     def _allowed(self, bytes_per_s: int) -> int:
-        if self._stalled:
-            return _LEAST_BYTES_PER_S
         return max(_LEAST_BYTES_PER_S, min(self._bandwidth_bytes_per_s, bytes_per_s))
 
     @property
@@ -212,27 +209,22 @@ class Migration:
         """The bandwidth at which the migration stays in precopy, if the guest dirties enough."""
         return self.procedure.held_bytes_per_s if self.exercised else HELD_BYTES_PER_S
 
-    def has_sent_all(self, progress: Progress) -> bool:
-        """Return whether QEMU has sent every page at least once.
+    def has_sent_all(self, progress: Progress, first_sync: int = 0) -> bool:
+        """Return whether QEMU has sent every page at least once since its sync `first_sync`.
 
-        By its second bitmap sync it has. But if RAM can also be sent after the precopy, QEMU syncs
-        many times in its first pass (migration_iteration_run). QEMU takes dirty pages in the order
-        of their addresses, and all of them are dirty at first. So it sends each page once before it
-        sends any page for a second time.
+        By the second bitmap sync after that it has. But if RAM can also be sent after the precopy,
+        QEMU syncs many times in its first pass (migration_iteration_run). QEMU takes dirty pages in
+        the order of their addresses, and all of them are dirty at first. So it sends each page once
+        before it sends any page for a second time.
         """
         if _POSTCOPY not in self.procedure.capabilities:
-            return progress.syncs >= 2
+            return progress.syncs >= first_sync + 2
         pages = (progress.total or 0) // (progress.page_bytes or 1)
         return 0 < pages <= progress.pages_sent
 
     def restart_timeout(self) -> None:
         """Restart the timeout, after the migration or the guest has made progress."""
         self._deadline = time.monotonic() + self.limits.timeout_s
-
-    async def stall(self) -> None:
-        """Send next to nothing until `release`, so that dirty pages accumulate."""
-        self._stalled = True
-        await self.limit_bandwidth(_LEAST_BYTES_PER_S)
 
     async def start_postcopy(self) -> None:
         """Let the destination take over and fetch the pages that it lacks.
@@ -244,7 +236,6 @@ class Migration:
 
     async def release(self) -> None:
         """Let the migration end as soon as `limits` allow."""
-        self._stalled = False
         await self._set_limits(
             self._bandwidth_bytes_per_s,
             downtime_limit=max(1, round(self.limits.downtime_s * 1000)),

@@ -12,7 +12,8 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -26,12 +27,12 @@ from ..guest.channel import (
     GuestChannel,
     GuestGaveUpError,
 )
-from ..host.timeout import wait_until
+from ..host.timeout import bounded, wait_until
 from ..qemu.machine import DESTINATION, INCOMING, SOURCE, Machine, address_of, dimm_name
 from ..qemu.pci_express import behind_ports, is_port
 from ..qemu.qemu import OwnedQemu
 from ..qemu.qtest import Qtest
-from ..qemu.vhost_user_trace import trace_arguments, unanswered
+from ..qemu.vhost_user_trace import logs_installed, trace_arguments, unanswered
 from ..qemu.virtio_bus import on_bus
 from .alarms import best_reason, with_failure
 from .transport import LOCALHOST, Ends
@@ -41,6 +42,13 @@ _logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _KVM_REMEDY: Final = f"{LONGER_TIMEOUT}, and where KVM does not run guests, use --accel tcg"
+
+
+class ResetReason(StrEnum):
+    """Who has reset a machine: QEMU's names (ShutdownCause)."""
+
+    OPERATOR = "host-qmp-system-reset"
+    GUEST = "guest-reset"
 
 
 class QemuPair:
@@ -173,7 +181,7 @@ class QemuPair:
             UntestableError: the guest does not become ready.
         """
         began_s = time.monotonic()
-        await self._wait_until_ready(began_s)
+        await self._boot(began_s)
 
     async def boot_and_plug_devices(self) -> None:
         """Plug the devices as soon as the source's guest has booted; wait until it is ready.
@@ -186,14 +194,53 @@ class QemuPair:
         await guest.wait_for(lambda: "waiting" in guest.latest, "booted")
         _logger.info("plugging the disk")
         await self.source.plug(_devices(self.attached[self.source_side], True))
-        await self._wait_until_ready(began_s)
+        await self._boot(began_s)
 
-    async def _wait_until_ready(self, began_s: float) -> None:
+    async def reboot(
+        self, side: str, reset: Callable[[], Awaitable[Any]], reason: ResetReason
+    ) -> None:
+        """Wait until `reset` has reset the machine of `side` and its guest is ready again.
+
+        At any other time, a reset ends QEMU (-no-reboot), because dmaproof's guests reset their
+        machine only on command.
+
+        Raises:
+            UntestableError: the machine is not reset for this reason, or its guest does not become
+                ready.
+        """
+        qmp, guest = self.qemus[side].qmp, self.guests[side]
+        late = WaitTimeoutError(
+            f"{qmp.name} has not reset its machine within {self.timeout_s:g} s; {LONGER_TIMEOUT}"
+        )
+        await qmp.execute("set-action", reboot="reset")
+        guest.await_boot()
+        async with qmp.events("RESET") as resets, bounded(self.timeout_s, lambda: late):
+            await reset()
+            event: Mapping[str, Any] = await resets.get()
+        if (found := event["data"]["reason"]) != reason:
+            raise UntestableError(
+                f"{qmp.name} has reset its machine for the reason {found!r}; expected {reason!r}"
+            )
+        await self._wait_until_ready(guest)
+        # Only now, because SeaBIOS resets the machine again on its way (tryReboot).
+        await qmp.execute("set-action", reboot="shutdown")
+
+    def logs_installed(self, side: str) -> int | None:
+        """Return how often the QEMU of `side` has sent its dirty log to a device's process.
+
+        None if the device has no process. 0 if this QEMU does not trace its messages.
+        """
+        return logs_installed(self.trace(side)) if self.device.serving(side) else None
+
+    async def _boot(self, began_s: float) -> None:
         guest = self.source_guest
-        await guest.wait_for(lambda: "ready" in guest.latest, "become ready")
-        self.hold_pages = guest.hold_pages
+        await self._wait_until_ready(guest)
         self.boot_s = time.monotonic() - began_s
         _logger.info("guest ready after %.1f s", self.boot_s)
+
+    async def _wait_until_ready(self, guest: GuestChannel) -> None:
+        await guest.wait_for(lambda: "ready" in guest.latest, "become ready")
+        self.hold_pages = tuple(guest.hold_pages)
 
     async def plug_dimm(self) -> None:
         """Plug another DIMM into the source, and have the guest put its write-once pages there.

@@ -21,8 +21,8 @@ _REFUSED: Final = re.compile(
     f"{CANNOT_LOAD} for instance \\S+ of device '(?!ram')"
     "|loadvm failed during postcopy: .*Failed to load vmstate"
 )
-"""The same message, except about the state of RAM; or QEMU 11.1's message if it refuses the state of
-a device in postcopy. A QEMU that ends for this reason only prints the message."""
+"""The same message, except about the state of RAM; or what QEMU 11.1 prints if it refuses the state
+of a device in postcopy. A QEMU that ends for this reason only prints the message."""
 
 
 @dataclass(frozen=True)

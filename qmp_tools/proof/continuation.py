@@ -6,7 +6,7 @@ from typing import Final
 
 from dmaproof.errors import UntestableError
 
-from ..guest.channel import RECHECK, GuestLateError
+from ..guest.channel import RECHECK, GuestChannel, GuestLateError
 from ..migration.pair import QemuPair
 from ..migration.scenarios.base import Scenario
 from .verdict import GuestOutcome
@@ -24,8 +24,9 @@ async def continue_guest(
         UntestableError: the guest does not continue, although no page and no request was lost.
     """
     try:
-        timeout_s = _TIMEOUT_AFTER_LOSS_S if pages_are_lost else None
-        return await pair.guarded(_recheck(pair, scenario, requests_after, timeout_s))
+        return await pair.guarded(
+            _continue(pair, scenario, requests_after, pages_are_lost=pages_are_lost)
+        )
     except UntestableError as error:
         unanswered = _unanswered(pair) if isinstance(error, GuestLateError) else 0
         if not (pages_are_lost or unanswered):
@@ -46,24 +47,41 @@ def _unanswered(pair: QemuPair) -> int:
     return 0 if "recheck" in guest.latest else guest.number("progress", "under_way")
 
 
-async def _recheck(
-    pair: QemuPair, scenario: Scenario, requests_after: int, timeout_s: float | None
+async def _continue(
+    pair: QemuPair, scenario: Scenario, requests_after: int, *, pages_are_lost: bool
 ) -> GuestOutcome:
-    """Continue on the destination; `timeout_s` bounds each wait, by default as in the pair."""
     guest = pair.destination_guest
+    timeout_s = _TIMEOUT_AFTER_LOSS_S if pages_are_lost else None
     before = pair.source_guest.number("progress", "requests")
     await scenario.finish(pair)
-    await guest.send(RECHECK)
-    wanted = before + requests_after
-    await guest.wait_for(lambda: "recheck" in guest.latest, "rechecked its pages", timeout_s)
-    await guest.wait_for(
-        lambda: guest.number("progress", "requests") >= wanted,
-        f"done {requests_after} more requests",
-        timeout_s,
-    )
+    rechecked = await _recheck(guest, timeout_s)
+    requests = await _more_requests(guest, before, requests_after, timeout_s)
+    if not pages_are_lost and await scenario.disturb_destination(pair):
+        before = guest.number("progress", "requests")
+        await _recheck(guest, timeout_s)
+        requests += await _more_requests(guest, before, requests_after, timeout_s)
+    earlier_errors = pair.source_guest.earlier_errors + guest.earlier_errors
     return GuestOutcome(
-        requests=guest.number("progress", "requests") - before,
-        errors=guest.number("progress", "errors"),
-        rechecked=guest.number("recheck", "pages"),
+        requests=requests,
+        errors=earlier_errors + guest.number("progress", "errors"),
+        rechecked=rechecked,
         error_messages=guest.error_messages,
     )
+
+
+async def _recheck(guest: GuestChannel, timeout_s: float | None) -> int:
+    """Have the guest check all its pages, and return how many it has checked."""
+    await guest.ask(RECHECK, "recheck", "rechecked its pages", timeout_s)
+    return guest.number("recheck", "pages")
+
+
+async def _more_requests(
+    guest: GuestChannel, before: int, wanted: int, timeout_s: float | None
+) -> int:
+    """Wait for `wanted` requests more than `before`; return how many more the guest has done."""
+
+    def done() -> int:
+        return guest.number("progress", "requests") - before
+
+    await guest.wait_for(lambda: done() >= wanted, f"done {wanted} more requests", timeout_s)
+    return done()

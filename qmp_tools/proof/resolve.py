@@ -32,6 +32,7 @@ from ..guest.workload import parse_workload
 from ..migration.refused_features import FEATURES
 from ..migration.scenarios import find_scenario
 from ..migration.scenarios.base import Scenario
+from ..migration.scenarios.resets import DeviceReset
 from ..qemu.choice import common_machine, find_qemu
 from ..qemu.machine import DESTINATION, SOURCE, Machine, refuse_taken_properties
 from .model import Setup
@@ -59,6 +60,7 @@ async def resolve(options: ProofOptions) -> Setup:
     kind = kind_of(options.devices, options.device_command)
     refuse_unsupported_options(options, kind)
     fault = _fault_of(options)
+    options = replace(options, scenario=_scenario_name(options, fault))
     architecture = find_architecture(options.arch)
     _require_devices(options, architecture)
     scenario = _scenario_for(options, architecture)
@@ -216,6 +218,22 @@ def _iommu_for(options: ProofOptions, fault: Fault, architecture: Architecture) 
             f"--guest {' or '.join(architecture.iommus[iommu].guests)}"
         )
     return iommu
+
+
+def _scenario_name(options: ProofOptions, fault: Fault) -> str:
+    """Return the scenario that the options name, or else one that the fault needs.
+
+    Raises:
+        UsageError: the fault cannot be detected with the scenario that was named.
+    """
+    if not fault.needs_reset or find_scenario(options.scenario).resets:
+        return options.scenario
+    if "scenario" in options.changed:
+        raise UsageError(
+            f"--scenario {options.scenario}: the fault {options.fault} can be detected only if the "
+            f"guest resets its device; use --scenario {DeviceReset.name}"
+        )
+    return DeviceReset.name
 
 
 def _scenario_for(options: ProofOptions, architecture: Architecture) -> Scenario:

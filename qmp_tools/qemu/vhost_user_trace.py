@@ -1,9 +1,9 @@
-"""Find out from QEMU's own trace which vhost-user message waits, and how often a device waited.
+"""Find out from QEMU's own trace what its vhost-user devices do.
 
+The trace names the messages that QEMU has sent, and counts the pages for which a device has waited.
 QEMU sends vhost-user messages from the thread that holds its big lock, and waits for the answer
-without a timeout. Meanwhile QEMU does not answer on QMP, so it cannot name the message. QEMU's
-trace events name it. Others count the pages for which a device waits in a postcopy migration. Every
-QEMU with the 'log' trace back end, the default, has these events. In other builds QEMU prints a
+without a timeout. Meanwhile QEMU does not answer on QMP, so it cannot name the message. Every QEMU
+with the 'log' trace back end, the default, has these trace events. In other builds QEMU prints a
 warning, and the log stays empty.
 """
 
@@ -15,6 +15,7 @@ from typing import Final
 
 _EVENT: Final = re.compile(r"vhost_user_(read|write) req:(\d+)(?: \(\w+\))? flags:(0x[0-9a-f]+)")
 _FAULT: Final = b"vhost_user_postcopy_fault_handler "
+_SET_LOG_BASE: Final = "6"
 _TAIL_BYTES: Final = 1 << 12
 _NEEDS_REPLY: Final = 1 << 3
 """A bit of a message's flags, used if the back end has agreed to REPLY_ACK."""
@@ -83,6 +84,15 @@ def page_faults(log: Path) -> int:
         return log.read_bytes().count(_FAULT)
     except OSError:
         return 0
+
+
+def logs_installed(log: Path) -> int:
+    """Return how often QEMU has sent its dirty log to a back end; 0 if QEMU does not trace."""
+    try:
+        events = _EVENT.findall(log.read_text(errors="replace"))
+    except OSError:
+        return 0
+    return sum((direction, number) == ("write", _SET_LOG_BASE) for direction, number, _ in events)
 
 
 def unanswered(log: Path) -> str | None:

@@ -61,13 +61,16 @@ class TestbedForm:
     harvest: str = "0.01"
     devices: int = 1
     killed: bool = False
+    reset: bool = False
     iommu: bool = False
 
 
 TESTBED_FORMS: Final = {
     "bit-before-data": TestbedForm("=0.01"),
     "forgotten-at-restart": TestbedForm(harvest="final", killed=True),
+    "index-kept-at-reset": TestbedForm(reset=True),
     "iova-as-gpa": TestbedForm(iommu=True),
+    "log-forgotten-at-reset": TestbedForm(reset=True),
     "non-atomic-or": TestbedForm(harvest="0.002", devices=2),
     "tracker-after-log": TestbedForm("=1", harvest="final"),
     "unmap-unharvested": TestbedForm(iommu=True),
@@ -117,11 +120,12 @@ class Row:
         """The number of trials in which the broken link was found, and no other."""
         if self.fault == CONTROL:
             return sum(bool(trial.caught_by) for trial in self.trials)
-        return sum(
-            Means.REFUSAL in trial.caught_by or set(trial.links) == {self.link}
-            for trial in self.trials
-            if trial.caught_by
-        )
+        return sum(self._has_found_link(trial) for trial in self.trials if trial.caught_by)
+
+    def _has_found_link(self, trial: Trial) -> bool:
+        if not self.link:  # the fault loses no page
+            return Means.RING in trial.caught_by and not trial.links
+        return Means.REFUSAL in trial.caught_by or set(trial.links) == {self.link}
 
     @property
     def as_wanted(self) -> bool:
@@ -214,7 +218,7 @@ def _row(name: str, bench: Bench, trials: Sequence[Trial]) -> Row:
         row = Row(name, "", "control: no fault is injected", bench, trials)
     else:
         fault = known_faults()[name]
-        row = Row(name, fault.link, summary(fault), bench, trials)
+        row = Row(name, fault.link or "", summary(fault), bench, trials)
     _logger.info("%s", "  ".join(row.cells()))
     return row
 
@@ -271,6 +275,7 @@ def try_on_testbed(name: str, seed: int, folder: Path, timeout_s: float) -> Tria
             folder,
             devices=form.devices,
             killed=form.killed,
+            reset=form.reset,
             iommu=form.iommu,
             timeout_s=timeout_s,
         )

@@ -219,7 +219,9 @@ class FrontEnd:
         self.send(Request.SET_VRING_KICK, encode_u64(index), [self.kick])
         self.send(Request.SET_VRING_ENABLE, struct.pack("<II", index, 1))
 
-    def stop_ring(self, index: int = 0) -> None:
-        """Send the messages with which QEMU stops a ring, and wait until it has stopped."""
+    def stop_ring(self, index: int = 0) -> int:
+        """Send the messages with which QEMU stops a ring, and return its position."""
         self.send(Request.SET_VRING_ENABLE, struct.pack("<II", index, 0))
-        self.ask(Request.GET_VRING_BASE, struct.pack("<II", index, 0))
+        answer = self.ask(Request.GET_VRING_BASE, struct.pack("<II", index, 0))
+        position: int = struct.unpack("<II", answer)[1]
+        return position

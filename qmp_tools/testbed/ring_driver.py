@@ -187,6 +187,11 @@ class RingDriver(Driver):
         self.write(self.available, struct.pack("<HH", flags, self._next))
 
     @property
+    def available_index(self) -> int:
+        """The available ring's free-running index."""
+        return self._next
+
+    @property
     def used_index(self) -> int:
         """The used ring's free-running index."""
         return int.from_bytes(self.read(self.used + 2, 2), "little")

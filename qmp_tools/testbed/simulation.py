@@ -44,8 +44,10 @@ from ..host.timeout import DEFAULT_TIMEOUT_S
 from ..memory.ram import RamFile, compare
 from ..migration.judgement import Blame
 from ..proof.attribution import LostPage, attribute
+from ..proof.rings import Ring
 from ..proof.sensitivity import measure_sensitivity
 from ..proof.verdict import GuestOutcome, Verdict
+from ..qemu.machine import SOURCE
 from .front_end import FEATURES, FrontEnd
 from .guest_iommu import GuestIommu
 from .hosted_device import HostedDevice, device_process, device_thread
@@ -81,6 +83,7 @@ def simulate(
     devices: int = 1,
     packed: bool = False,
     killed: bool = False,
+    reset: bool = False,
     iommu: bool = False,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Verdict:
@@ -95,6 +98,7 @@ def simulate(
         devices: 1 or 2.
         packed: whether the rings are packed instead of split.
         killed: whether the device is killed half-way and started again.
+        reset: whether the guest resets the device half-way.
         iommu: whether the device is behind an IOMMU.
         timeout_s: bounds each wait for a device, in seconds.
 
@@ -127,6 +131,7 @@ def simulate(
                 random.Random(options.seed),
                 stack,
                 start_device if killed else None,
+                reset=reset,
             )
         except (OSError, ProtocolError) as error:
             for guest in guests:
@@ -142,7 +147,9 @@ def simulate(
         sensitivity = measure_sensitivity(evidence, all_sent_ns)
         lost = _attribute(ram[0], ram[1], evidence, precopy)
         done = sum(guest.requests for guest in guests)
-        return Verdict(ram[0].pages, lost, sensitivity, GuestOutcome(done, 0, 0))
+        rings = [ring for guest in guests for ring in guest.wrong_rings]
+        outcome = GuestOutcome(done, 0, 0)
+        return Verdict(ram[0].pages, lost, sensitivity, outcome, wrong_rings=rings)
 
 
 def _swapped_bus(memory: GuestMemory) -> IovaMap:
@@ -169,10 +176,13 @@ def _migrate(
     chance: random.Random,
     stack: contextlib.ExitStack,
     start_another: Callable[[], HostedDevice] | None,
+    *,
+    reset: bool,
 ) -> int:
     """Run from the boot to the last pass; return the time at which every page had been sent once.
 
-    With `start_another`, the device of the first guest is killed and another one started.
+    With `start_another`, the device of the first guest is killed and another one started. With
+    `reset`, the guests reset their devices.
     """
     for guest in guests:
         guest.boot(ram)
@@ -186,6 +196,14 @@ def _migrate(
     _write(guests, runs[:half], precopy)
     if start_another is not None:
         guests[0].lose_device(runs[half], runs[half + 1], precopy, start_another)
+    if reset:
+        for guest in guests:
+            guest.stop()
+        precopy.pass_on()
+        for guest in guests:
+            guest.start_again()
+        precopy.pass_on()
+        _set_log(guests, precopy, stack)
     precopy.places += (_PLUGGED,)
     _set_log(guests, precopy, stack)
     for guest in guests:
@@ -195,7 +213,7 @@ def _migrate(
     chance.shuffle(rest)
     _write(guests, rest, precopy)
     for guest in guests:
-        guest.front_end.stop_ring()
+        guest.stop()
     precopy.pass_on()
     return all_sent_ns
 
@@ -296,8 +314,15 @@ class _Guest:
         """The remaining mappings of requests that are done."""
         self._base = (number + 1) * _DRIVER_PAGES * PAGE_BYTES
         make_driver = _PackedDriver if packed else _SplitDriver
-        self._driver = make_driver(guest_memory(ram, _LOW), self._base, _RING_SIZE)
-        self._driver.precopy = precopy
+
+        def load_driver() -> _SplitDriver | _PackedDriver:
+            driver = make_driver(guest_memory(ram, _LOW), self._base, _RING_SIZE)
+            driver.precopy = precopy
+            return driver
+
+        self._load_driver = load_driver
+        self._driver = load_driver()
+        self.wrong_rings: list[Ring] = []
 
     def close(self) -> None:
         """Release everything."""
@@ -318,6 +343,26 @@ class _Guest:
         """Send a dirty log of `size` bytes to the device."""
         self._log = log, size
         self.front_end.set_log(log, size)
+
+    def stop(self) -> None:
+        """Stop the ring, and check the device's answer as `proof.rings` does."""
+        answered = self.front_end.stop_ring()
+        if isinstance(self._driver, RingDriver):
+            used, available = self._driver.used_index, self._driver.available_index
+            ring = Ring(SOURCE, "the test bed", 0, _RING_SIZE, answered, used, available)
+            self.wrong_rings += [] if ring.is_answered_right else [ring]
+
+    def start_again(self) -> None:
+        """Start the ring again, with the messages that QEMU sends after a reset, but the log."""
+        self._driver.write(
+            self._base, bytes(self._driver.used + self._driver.used_bytes - self._base)
+        )
+        self._driver = self._load_driver()
+        self._served = self.requests
+        self.front_end.log_all(True)
+        self.front_end.set_memory(self._ram, _LOW, _HIGH)
+        self.front_end.start_ring(self._driver, logged=True)
+        self.settle()
 
     def lose_device(
         self,

@@ -1,7 +1,8 @@
 """The bare guest's driver: every request on any ring arrives once, and is answered once.
 
 The device answers in any order and is replaced in mid-traffic, as by a migration: it continues from
-its base alone. The driver must kick exactly for the requests for which the device wants a kick.
+its base alone. It is also reset in mid-traffic: then both sides begin again. The driver must kick
+exactly for the requests for which the device wants a kick.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def test_a_submitted_request_arrives_and_comes_back(
         popped = 0
         kick_at: int | None = None  # the request for which the device wants a notification
         for _ in range(data.draw(st.integers(1, 80))):
-            step = data.draw(st.sampled_from(["submit", "pop", "push", "poll", "restart"]))
+            step = data.draw(st.sampled_from(["submit", "pop", "push", "poll", "restart", "reset"]))
             if step == "submit" and free:
                 place = free.pop(data.draw(st.integers(0, len(free) - 1)))
                 pieces = data.draw(st.integers(1, MAX_PIECES))
@@ -117,6 +118,12 @@ def test_a_submitted_request_arrives_and_comes_back(
                 given_back = []
             elif step == "restart":
                 queue = queue_for(ring, features, size, queue.base)
+            elif step == "reset":
+                ring.reset()
+                queue = queue_for(ring, features, size)
+                free = list(range(places))
+                submitted, taken, given_back = [], [], []
+                popped, kick_at = 0, None
 
 
 @pytest.mark.parametrize("start", range(16))

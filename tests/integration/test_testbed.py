@@ -152,6 +152,21 @@ def test_dirty_bits_that_a_killed_device_forgets_are_lost(tmp_path: Path) -> Non
     assert {page.link for page in verdict.lost} == {Link.TRACKER}
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("harvest", ["0.005", "final", "immediate"])
+def test_a_reset_device_loses_nothing(tmp_path: Path, harvest: str, packed: bool) -> None:
+    options = DeviceOptions(harvest=harvest, seed=3)
+    verdict = simulate(options, tmp_path, packed=packed, reset=True)
+    assert verdict.exit_code == 0, verdict
+    assert verdict.sensitivity.guaranteed_detectable == 1061 + 77
+
+
+@pytest.mark.parametrize("fault", ["log-forgotten-at-reset", "index-kept-at-reset"])
+def test_without_a_reset_its_faults_do_not_show(tmp_path: Path, fault: str) -> None:
+    verdict = simulate(DeviceOptions(harvest="0.005", seed=3, fault=fault), tmp_path)
+    assert verdict.exit_code == 0, verdict
+
+
 def test_two_devices_share_a_log(tmp_path: Path) -> None:
     verdict = simulate(DeviceOptions(harvest="0.002", seed=3), tmp_path, devices=2)
     assert verdict.exit_code == 0, verdict
@@ -169,6 +184,9 @@ def test_every_fault_is_caught_at_its_link(
     assert row["caught"] == (0 if name == CONTROL else 3)
     for trial in row["trials"]:
         assert trial["untested"] is None
+        if name == "index-kept-at-reset":
+            assert trial["caught_by"] == ["ring"]
+            continue
         assert ("comparison" in trial["caught_by"]) is (name != CONTROL)
         assert set(trial["links"]) == (set() if name == CONTROL else {row["link"]})
 
@@ -268,6 +286,15 @@ def test_a_fault_counts_as_caught_only_at_the_broken_link() -> None:
     assert not row(right, Trial(2, untested="no QEMU")).as_wanted
     assert row(uncaught, fault=CONTROL).as_wanted
     assert not row(*[uncaught] * 19, right, fault=CONTROL).as_wanted
+
+
+def test_a_fault_that_loses_no_page_is_caught_by_a_ring_alone() -> None:
+    def row(*trials: Trial) -> Row:
+        return Row("index-kept-at-reset", "", "…", Bench.QEMU, trials)
+
+    assert row(Trial(1, (Means.RING,))).as_wanted
+    assert not row(Trial(1, (Means.COMPARISON,))).as_wanted
+    assert not row(Trial(1, (Means.RING, Means.COMPARISON), {"log": 1})).as_wanted
 
 
 def test_pages_that_a_vcpu_lost_do_not_count_for_a_fault() -> None:

@@ -231,6 +231,55 @@ def test_an_unaligned_request_is_in_sectors_of_its_worker(guests: WorkloadGuests
     assert guest.reports("error") == []
 
 
+# Resets -------------------------------------------------------------------------------------------
+
+
+def test_after_a_reboot_the_first_half_of_the_write_once_pages_is_left_out(
+    guests: WorkloadGuests,
+) -> None:
+    before, after = (guests(hot=64, write_once=256, churn=0) for _ in range(2))
+    used = []
+    after.obey("h")
+    for guest in (before, after):
+        guest.obey("o")
+        requests = guest.run(guest.worker(), 2000)
+        used.append(
+            [page for request in requests if request.region == ONCE for page in request.taken]
+        )
+    assert [len(pages) for pages in used] == [256, 128]
+    assert used[0][128:] == used[1]
+    (done,) = after.reports("write-once-done")
+    assert done.values == {"pages": "128"}
+
+
+def test_pages_of_a_repeated_request_are_no_write_once_pages(guests: WorkloadGuests) -> None:
+    guest = guests(hot=64, write_once=256, churn=0, **ONLY_READS)
+    worker = guest.worker()
+    guest.obey("o")
+    request = guest.plan(worker)
+    while request.region != ONCE:
+        request = guest.plan(worker)
+    guest.serve(request)
+    guest.library.repeat_request(ctypes.byref(request))
+    guest.serve(request)
+    guest.finish(request)
+    guest.run(worker, 2000)
+    (done,) = guest.reports("write-once-done")
+    assert done.values == {"pages": str(256 - request.count)}
+    assert guest.reports("error") == []
+
+
+@pytest.mark.parametrize(
+    ("command", "lines"), [("d", ["reset", "device-reset"]), ("u", ["reloaded", "driver-reloaded"])]
+)
+def test_a_device_is_reset_on_command(
+    guests: WorkloadGuests, command: str, lines: list[str]
+) -> None:
+    guest = guests()
+    guest.obey(command)
+    assert guest.lines[-2:] == lines
+
+
 # Checking -----------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,9 @@ def test_without_a_fault_there_is_no_alarm(tool: Tool) -> None:
     assert trial(tool, "none")["caught_by"] == []
 
 
-@pytest.mark.parametrize("fault", ["late-final-flush", "forget-high-slot", "off-by-one-end"])
+@pytest.mark.parametrize(
+    "fault", ["late-final-flush", "forget-high-slot", "off-by-one-end", "log-forgotten-at-reset"]
+)
 def test_lost_pages_are_found_by_the_comparison_and_by_the_journal(tool: Tool, fault: str) -> None:
     found = trial(tool, fault)
     assert {"comparison", "journal"} <= set(found["caught_by"])
@@ -39,3 +41,8 @@ def test_unreported_pages_that_qemu_sends_anyway_are_found_by_the_journal(
     found = trial(tool, fault)
     assert "journal" in found["caught_by"]
     assert set(found["links"]) == {"tracker"}
+
+
+def test_a_wrong_index_is_found_at_its_ring(tool: Tool) -> None:
+    found = trial(tool, "index-kept-at-reset")
+    assert (found["caught_by"], found["links"]) == (["ring"], {})

@@ -52,6 +52,7 @@ def build(folder: Path) -> ctypes.CDLL:
         *(ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint)
     ]
     library.ring_poll.argtypes = [ctypes.c_void_p]
+    library.virtqueue_reset.argtypes = [ctypes.c_void_p]
     return library
 
 
@@ -88,6 +89,10 @@ class BareRing:
         pieces = (_Piece * len(flagged))(*flagged)
         kick: bool = self._library.virtqueue_submit(self._queue, place, pieces, len(pieces))
         return kick
+
+    def reset(self) -> None:
+        """Empty the ring, whose device was reset."""
+        self._library.virtqueue_reset(self._queue)
 
     def poll(self) -> int:
         """Return a place whose request is finished, -1 if there is none, or `GAVE_UP`."""

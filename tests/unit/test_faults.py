@@ -47,7 +47,10 @@ def test_every_fault_has_a_summary_of_one_line() -> None:
     for name, fault in known_faults().items():
         assert len(summary(fault)) > 20, name
         assert summary(fault).endswith("."), name
-        assert fault.link in set(Link) - {Link.QEMU}
+        if name == "index-kept-at-reset":
+            assert fault.link is None, "it loses no page"
+        else:
+            assert fault.link in set(Link) - {Link.QEMU}
         assert bool(fault.value_means) == bool(fault.default)
 
 
@@ -434,3 +437,37 @@ def test_the_tracker_starts_late(memory: GuestMemory) -> None:
     links = collector.trace.links
     assert [links[Link.TRACKER].last(page * PAGE) for page in range(6)] == [0, 0, 0, 4, 5, 6]
     collector.stop()
+
+
+@pytest.mark.parametrize("spec", [None, "log-forgotten-at-reset"])
+def test_a_reset_device_forgets_the_log_until_the_next_migration(spec: str | None) -> None:
+    with logging_device(spec) as (front_end, driver, log):
+        front_end.session.dma.write(20 * PAGE, b"before")
+        front_end.stop_ring()
+        front_end.start_ring(driver)
+        front_end.session.dma.write(30 * PAGE, b"after")
+        front_end.stop_ring()
+        in_log = pages_in(bytearray(os.pread(log, 64, 0)))
+        assert in_log & {20, 30} == ({20, 30} if spec is None else {20})
+        front_end.log_all(False)
+        front_end.set_log(log, 64)
+        front_end.log_all(True)
+        front_end.session.dma.write(40 * PAGE, b"next")
+        front_end.stop_ring()
+        assert 40 in pages_in(bytearray(os.pread(log, 64, 0)))
+
+
+@pytest.mark.parametrize(("spec", "after"), [(None, 2), ("index-kept-at-reset", 5)])
+def test_a_reset_device_counts_on_only_while_logging(spec: str | None, after: int) -> None:
+    with logging_device(spec) as (front_end, driver, _):
+
+        def stopped_at(base: int) -> int:
+            """Start the ring at `base`; return where the device says that the ring has stopped."""
+            front_end.start_ring(driver, base=base)
+            return front_end.stop_ring()
+
+        front_end.stop_ring()
+        assert stopped_at(3) == 3, "nothing was counted before"
+        assert stopped_at(2) == after
+        front_end.log_all(False)
+        assert stopped_at(2) == 2

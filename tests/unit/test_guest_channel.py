@@ -21,14 +21,31 @@ from qmp_tools.host.process import log_tail
 from qmp_tools.qemu.qemu import OwnedQemu
 
 
+class FakeQemu:
+    """A QEMU whose guest sends `said`; `commands` are those that the guest has received."""
+
+    def __init__(self, said: bytes) -> None:
+        self.report = asyncio.StreamReader()
+        self.report.feed_data(said)
+        self.report_input = self
+        self.process = SimpleNamespace(name="source QEMU")
+        self.console = Path("/nowhere")
+        self.commands: list[bytes] = []
+
+    def write(self, command: bytes) -> None:
+        self.commands.append(command)
+
+    async def drain(self) -> None:
+        pass
+
+    def listen(self, timeout_s: float) -> GuestChannel:
+        """Open a channel to the guest."""
+        return GuestChannel(cast(OwnedQemu, self), timeout_s)
+
+
 def listen_to(said: bytes, timeout_s: float) -> GuestChannel:
     """Open a channel to a guest that sends `said`."""
-    report = asyncio.StreamReader()
-    report.feed_data(said)
-    qemu = SimpleNamespace(
-        report=report, process=SimpleNamespace(name="source QEMU"), console=Path("/nowhere")
-    )
-    return GuestChannel(cast(OwnedQemu, qemu), timeout_s)
+    return FakeQemu(said).listen(timeout_s)
 
 
 async def channel_of(said: bytes) -> GuestChannel:
@@ -70,6 +87,53 @@ def test_the_pages_that_the_guest_may_write_itself_are_collected() -> None:
 def test_a_guest_cannot_fill_the_memory_with_its_own_pages() -> None:
     with pytest.raises(GuestError, match="invalid 'own' report"):
         asyncio.run(channel_of(b"own gpa=0 pages=1\n" * 70_000))
+
+
+async def _after_reboot(said: bytes) -> GuestChannel:
+    """Return a channel to a guest that says all this while and after its machine is reset."""
+    qemu = FakeQemu(b"hold gpa=0x1000 pages=1\nerror kind=stale\nready\n")
+    channel = qemu.listen(60)
+    try:
+        await channel.wait_for(lambda: "ready" in channel.latest, "become ready")
+        channel.await_boot()
+        assert "ready" not in channel.latest
+        qemu.report.feed_data(said)
+        await channel.wait_for(lambda: "ready" in channel.latest, "become ready")
+    finally:
+        channel.close()
+    return channel
+
+
+def test_a_rebooted_guest_is_not_mistaken_for_the_guest_before() -> None:
+    channel = asyncio.run(
+        _after_reboot(
+            b"progress requests=900 errors=1\nready\nprogress requ\nboot\n"
+            b"hold gpa=0x5000 pages=1\nprogress requests=1 errors=0\nready\n"
+        )
+    )
+    assert channel.hold_pages == [0x5000]
+    assert channel.number("progress", "requests") == 1
+
+
+def test_errors_before_a_reboot_are_remembered() -> None:
+    channel = asyncio.run(_after_reboot(b"boot\nerror kind=stamp\nready\n"))
+    assert channel.earlier_errors == 1
+    assert channel.error_messages == ["error kind=stale", "error kind=stamp"]
+
+
+def test_an_answer_must_come_after_its_question() -> None:
+    async def ask_again() -> None:
+        qemu = FakeQemu(b"recheck pages=1\n")
+        channel = qemu.listen(0.1)
+        await channel.wait_for(lambda: "recheck" in channel.latest, "rechecked")
+        try:
+            with pytest.raises(GuestLateError, match="rechecked"):
+                await channel.ask(b"s", "recheck", "rechecked")
+        finally:
+            channel.close()
+        assert qemu.commands == [b"s"]
+
+    asyncio.run(ask_again())
 
 
 @pytest.mark.parametrize(

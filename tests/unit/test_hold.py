@@ -107,6 +107,17 @@ def test_without_hold_pages_the_guest_has_to_hold_the_migration() -> None:
     assert held.qemu.bandwidths == [HELD_BYTES_PER_S]
 
 
+def test_at_rest_the_hold_pages_last_longer_than_any_wait_and_are_not_written() -> None:
+    held = HeldMigration(limits=Limits(timeout_s=64))
+    held.look(syncs=2)
+    asyncio.run(held.hold.rest())
+    assert held.qemu.words == [1, 2]
+    assert held.qemu.bandwidths[-1] == 8 * MIB // 128
+    held.hold.pages = PAGES[:1024]
+    held.look(syncs=2)
+    assert held.qemu.bandwidths[-1] == PUNCTUAL_BYTES_PER_S // 2
+
+
 # The test channel ---------------------------------------------------------------------------------
 
 

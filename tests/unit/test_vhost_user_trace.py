@@ -1,4 +1,4 @@
-"""The vhost-user message whose answer a QEMU waits for, found in its trace."""
+"""The vhost-user messages that a QEMU has sent, found in its trace."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qmp_tools.qemu.vhost_user_trace import page_faults, unanswered
+from qmp_tools.qemu.vhost_user_trace import logs_installed, page_faults, unanswered
 
 GET_FEATURES = "vhost_user_write req:1 flags:0x1\nvhost_user_read req:1 flags:0x5\n"
 
@@ -44,3 +44,12 @@ def test_each_page_for_which_a_device_waits_is_counted(tmp_path: Path) -> None:
     found = "vhost_user_postcopy_fault_handler_found fault @0x1000 (region 1) from 0x0\n"
     log.write_text(f"{GET_FEATURES}{fault}{found}{GET_FEATURES}7@1700000000.5:{fault}")
     assert page_faults(log) == 2
+
+
+def test_each_log_that_qemu_sends_counts_once(tmp_path: Path) -> None:
+    log = tmp_path / "trace"
+    assert logs_installed(log) == 0
+    set_log_base = "vhost_user_write req:6 flags:0x1\nvhost_user_read req:6 flags:0x5\n"
+    named = "7@1700000000.5:vhost_user_write req:6 (SET_LOG_BASE) flags:0x1\n"
+    log.write_text(f"{GET_FEATURES * 3}{set_log_base}{GET_FEATURES}{named}")
+    assert logs_installed(log) == 2

@@ -23,6 +23,13 @@ uint64_t microseconds(void) {
     return ticks / hz * 1000000 + ticks % hz * 1000000 / hz;
 }
 
+// SYSTEM_RESET of PSCI (Arm DEN 0022, section 5.1.12), which QEMU's virt machine provides by HVC.
+_Noreturn void reset_machine(void) {
+    register uint64_t function __asm__("x0") = 0x84000009;
+    __asm__ volatile("hvc #0" : "+r"(function) : : "memory");
+    stop();
+}
+
 _Noreturn void stop(void) {
     for (;;)
         __asm__ volatile("wfi");  // interrupts are masked

@@ -12,6 +12,9 @@ enum {
     TIMER_RATE_GENERATOR = 0x34,  // channel 0, low byte then high byte, mode 2
     TIMER_LATCH = 0x00,
     TIMER_HZ = 1193182,
+
+    KEYBOARD_COMMAND = 0x64,
+    PULSE_RESET_LINE = 0xfe,
 };
 
 void start_clock(void) {
@@ -29,6 +32,11 @@ uint64_t microseconds(void) {
     ticks += (uint16_t)(before - now);  // the timer counts down
     before = now;
     return ticks * 1000000 / TIMER_HZ;
+}
+
+_Noreturn void reset_machine(void) {
+    out8(KEYBOARD_COMMAND, PULSE_RESET_LINE);
+    stop();
 }
 
 _Noreturn void stop(void) {

@@ -45,8 +45,8 @@ class Fault:
 
     name: ClassVar[str]
     """The fault's name for users: the value of option ``--fault``, up to an equals sign."""
-    link: ClassVar[Link]
-    """The first link at which a page is missing."""
+    link: ClassVar[Link | None]
+    """The first link at which a page is missing; None if the fault loses no page."""
     value_means: ClassVar[str] = ""
     """The meaning of the value, such as 'the share of pages'; empty if the fault takes none."""
     default: ClassVar[float] = 0.0
@@ -63,6 +63,8 @@ class Fault:
     """Whether the fault is detectable only behind a virtual IOMMU."""
     needs_kill: ClassVar[bool] = False
     """Whether the fault is detectable only with a device that is killed and restarted."""
+    needs_reset: ClassVar[bool] = False
+    """Whether the fault is detectable only if the guest resets the device while QEMU logs."""
     session_type: ClassVar[type[Session]] = Session
     collector_type: ClassVar[type[Collector]] = Collector
 

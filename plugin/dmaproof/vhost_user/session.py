@@ -652,7 +652,7 @@ _HANDLERS: Final[dict[Request, Callable[[Session, Message], bytes | _ReplyWithFi
     Request.SET_VRING_NUM: Session._set_vring_num,
     Request.SET_VRING_ADDR: Session._set_vring_addr,
     Request.SET_VRING_BASE: Session._set_vring_base,
-    Request.GET_VRING_BASE: Session._get_vring_base,
+    Request.GET_VRING_BASE: lambda session, message: session._get_vring_base(message),
     Request.SET_VRING_KICK: Session._set_vring_kick,
     Request.SET_VRING_CALL: Session._set_vring_call,
     Request.SET_VRING_ERR: Session._accept,

@@ -42,7 +42,7 @@ from ..procedure import Procedure
 
 _logger = logging.getLogger(__name__)
 
-_STEPS: Final = ("start", "first_attempt", "prepare", "migrate", "start_return")
+_STEPS: Final = ("start", "first_attempt", "prepare", "migrate", "amid_precopy", "start_return")
 """The steps before the guest continues; all of them need a proof's processes."""
 
 
@@ -52,7 +52,8 @@ class Scenario(Procedure):
     `name` is the scenario's name on the command line and in reports, `summary` a sentence about it.
     The guest migrates `migrations` times, to the destination and back. `machine_options` are
     further options of any machine type (",option=value"), and `qemu_arguments` further arguments of
-    both QEMUs. The scenario plugs `dimms` DIMMs, and the devices if it `plugs_devices`.
+    both QEMUs. The scenario plugs `dimms` DIMMs, and the devices if it `plugs_devices`. The guest
+    initialises its device again while QEMU logs if the scenario `resets`.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Scenario(Procedure):
     plugs_devices: bool = False
     destination_runs: bool = False
     """Whether the destination's guest runs while pages arrive; it is paused for the comparison."""
+    resets: bool = False
 
     # The steps ------------------------------------------------------------------------------------
 
@@ -109,22 +111,26 @@ class Scenario(Procedure):
             attempt.release_log()
         await attempt.migration.load()
 
-    async def may_end_precopy(self, attempt: Attempt) -> bool:
-        """Return whether the precopy may end, now that the proof is sensitive enough.
+    async def amid_precopy(self, attempt: Attempt, hold: PrecopyHold | None) -> bool:
+        """Disturb the guest or its device while QEMU logs; the guest uses its write-once pages.
 
-        The guest has got the command to end its churn. After False, this method is called again
-        with the next progress.
+        Call `hold.rest` before a step that takes longer than a poll of the migration.
+
+        Returns:
+            Whether the guest must begin to use write-once pages again, when QEMU has sent all pages
+            that are dirty now.
 
         Raises:
-            QmpError: a QEMU refuses a step.
+            UntestableError: the guest or the device does not survive it.
         """
-        return True
+        await attempt.pair.device.inject_restart(attempt.pair.source_side)
+        return False
 
-    async def end_precopy(self, attempt: Attempt) -> None:
-        """Let the precopy end.
+    async def end_precopy(self, attempt: Attempt, hold: PrecopyHold | None) -> None:
+        """Let the precopy end. The guest has got the command to end its churn.
 
         Raises:
-            QmpError: a QEMU refuses to.
+            UntestableError: the guest or a QEMU fails.
         """
         await attempt.migration.release()
 
@@ -143,6 +149,17 @@ class Scenario(Procedure):
         """
         _logger.info("continuing on the destination")
         await pair.destination.qmp.execute("cont")
+
+    async def disturb_destination(self, pair: QemuPair) -> bool:
+        """Disturb the destination's guest or its device, after the guest has rechecked its pages.
+
+        Returns:
+            Whether anything was disturbed, so that the guest must do more requests.
+
+        Raises:
+            UntestableError: the guest or the device does not survive it.
+        """
+        return False
 
     async def start_return(self, pair: QemuPair) -> None:
         """Start a new destination for the way back, after the roles have been swapped.
@@ -253,8 +270,9 @@ class _HeldPrecopy:
         pair = attempt.pair
         qtest = pair.qtests.get(pair.source_side)
         self._hold = PrecopyHold(attempt.migration, qtest, pair.hold_pages) if qtest else None
-        self._restart_injected = False
-        self._is_last_part = False
+        self._first_sync: int | None = 0
+        """The number of syncs before `all_sent_ns` was awaited; None until the next progress."""
+        self._is_disturbed = False
         attempt.ended_early = True
 
     async def step(self, progress: Progress) -> None:
@@ -262,29 +280,29 @@ class _HeldPrecopy:
         attempt, guest = self._attempt, self._attempt.pair.source_guest
         if self._hold:
             await self._hold.keep(progress)
+        if self._first_sync is None:
+            self._first_sync = progress.syncs
         if attempt.all_sent_ns is None:
-            if attempt.migration.has_sent_all(progress):
+            if attempt.migration.has_sent_all(progress, self._first_sync):
                 attempt.all_sent_ns = progress.time_ns
                 await attempt.watch_log()
                 await guest.send(START_WRITE_ONCE)
-        elif not self._restart_injected:
+        elif not self._is_disturbed:
             if guest.number("progress", "write_once") or "write-once-done" in guest.latest:
-                self._restart_injected = True
-                await attempt.pair.device.inject_restart(attempt.pair.source_side)
+                self._is_disturbed = True
+                if await self._scenario.amid_precopy(attempt, self._hold):
+                    self._first_sync = attempt.all_sent_ns = None
         elif "write-once-done" in guest.latest and attempt.migration.exercised:
             await self._end()
 
     async def _end(self) -> None:
         """Let the migration end while the guest uses the last of its write-once pages."""
         attempt = self._attempt
-        if not self._is_last_part:
-            self._is_last_part = True
-            attempt.release_log()
-            await attempt.pair.source_guest.send(START_LAST)
-            await attempt.pair.source_guest.send(QUIET)
-        if await self._scenario.may_end_precopy(attempt):
-            attempt.ended_early = False
-            await self._scenario.end_precopy(attempt)
+        attempt.ended_early = False
+        attempt.release_log()
+        await attempt.pair.source_guest.send(START_LAST)
+        await attempt.pair.source_guest.send(QUIET)
+        await self._scenario.end_precopy(attempt, self._hold)
 
 
 async def migrate_until_all_sent(attempt: Attempt) -> None:

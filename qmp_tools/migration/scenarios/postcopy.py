@@ -23,6 +23,7 @@ from ...host.timeout import wait_until
 from ...qemu.qmp import Qmp
 from ...qemu.vhost_user_trace import page_faults
 from ..attempt import Attempt
+from ..hold import PrecopyHold
 from ..migration import MigrationTimeoutError, Progress
 from ..pair import QemuPair
 from ..procedure import UnsupportedScenarioError
@@ -69,7 +70,7 @@ class Postcopy(Scenario):
             f"feature PAGEFAULT: {words}"
         )
 
-    async def end_precopy(self, attempt: Attempt) -> None:
+    async def end_precopy(self, attempt: Attempt, hold: PrecopyHold | None) -> None:
         """Switch to postcopy while pages are still dirty."""
         self._has_switched = True
         await attempt.migration.start_postcopy()
@@ -123,8 +124,6 @@ class PostcopyRunning(Postcopy):
     destination_runs = True
     _is_slow = True
     """Whether the source still sends few pages that were not requested."""
-    _stalled_at: int | None = None
-    """How many requests the guest had done when the precopy was stalled."""
 
     def require_device(self, device: ProofDevice) -> None:
         """Refuse a device whose writes on the destination would not be known."""
@@ -138,26 +137,26 @@ class PostcopyRunning(Postcopy):
     async def prepare(self, attempt: Attempt) -> None:
         """Have the guest declare the pages that it may write itself."""
         await super().prepare(attempt)
-        self._is_slow, self._stalled_at = True, None
-        guest = attempt.pair.source_guest
-        await guest.send(DECLARE)
-        await guest.wait_for(
-            lambda: "declared" in guest.latest, "declared the pages that it may write itself"
+        self._is_slow = True
+        await attempt.pair.source_guest.ask(
+            DECLARE, "declared", "declared the pages that it may write itself"
         )
 
-    async def may_end_precopy(self, attempt: Attempt) -> bool:
-        """Return whether enough pages are dirty, and the churn pages do not change any more."""
-        guest = attempt.pair.source_guest
-        requests = guest.number("progress", "requests")
-        if self._stalled_at is None:
-            self._stalled_at = requests
-            await attempt.migration.stall()
-        return "quiet" in guest.latest and requests >= self._stalled_at + _UNSENT_REQUESTS
+    async def end_precopy(self, attempt: Attempt, hold: PrecopyHold | None) -> None:
+        """Switch to postcopy when many pages are dirty; the destination's guest continues.
 
-    async def end_precopy(self, attempt: Attempt) -> None:
-        """Switch to postcopy; the destination's guest continues."""
+        The churn must have ended, because the guest writes to its churn pages itself.
+        """
+        if hold:
+            await hold.rest()
+        guest = attempt.pair.source_guest
+        wanted = guest.number("progress", "requests") + _UNSENT_REQUESTS
+        await guest.wait_for(
+            lambda: "quiet" in guest.latest and guest.number("progress", "requests") >= wanted,
+            f"ended the churn and done {_UNSENT_REQUESTS} more requests",
+        )
         await attempt.pair.destination.qmp.execute("cont")  # takes effect at the switchover
-        await super().end_precopy(attempt)
+        await super().end_precopy(attempt, hold)
 
     async def follow_postcopy(self, attempt: Attempt, progress: Progress) -> None:
         """Let the other pages arrive once the device has waited for enough of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +31,8 @@ _MEMFD_NAME: Final = "/memfd:memory-backend-memfd"
 class RamFile:
     """The file behind a guest's RAM, open for reading; `length` in bytes.
 
-    `backend` is the id of the memory backend.
+    `backend` is the id of the memory backend. `page_bytes` is the size of the file's pages; see
+    `process_memory.SharedMemory`.
     """
 
     fd: int
@@ -38,6 +40,7 @@ class RamFile:
     device: int
     inode: int
     backend: str = RAM_BACKEND
+    page_bytes: int = mmap.PAGESIZE
 
     @property
     def pages(self) -> int:
@@ -98,11 +101,13 @@ async def ram_files(qemu: Qemu) -> AsyncIterator[list[RamFile]]:
             memory = hva and stack.enter_context(shared_memory(pid, mappings, hva, PAGE_BYTES))
             if not memory:
                 raise UntestableError(
-                    f"{name} has no shared file for its memory backend {backend}; expected a "
-                    "memory-backend-memfd with share=on"
+                    f"{name} has no shared file for its memory backend {backend}; expected "
+                    "memory that a device outside QEMU can map"
                 )
             length = os.fstat(memory.fd).st_size
-            files.append(RamFile(memory.fd, length, memory.device, memory.inode, backend))
+            files.append(
+                RamFile(memory.fd, length, memory.device, memory.inode, backend, memory.page_bytes)
+            )
         yield files
 
 
@@ -136,7 +141,7 @@ def copied(files: Iterable[RamFile]) -> Iterator[list[RamFile]]:
                         os.pwrite(fd, piece, offset)
             except OSError as error:
                 raise UntestableError(f"cannot copy the guest's RAM: {error}") from error
-            copies.append(replace(file, fd=fd))
+            copies.append(replace(file, fd=fd, page_bytes=mmap.PAGESIZE))
         yield copies
 
 
@@ -167,4 +172,19 @@ def compare(source: RamFile, destination: RamFile) -> NDArray[np.int64]:
             f"the source has {source.length} bytes of RAM, but the destination has "
             f"{destination.length}; expected the same size"
         )
+    if max(source.page_bytes, destination.page_bytes) > mmap.PAGESIZE:
+        return _compare_copies(source, destination)
     return differing_pages(Extent(source.fd), Extent(destination.fd), source.length, PAGE_BYTES)
+
+
+def _compare_copies(source: RamFile, destination: RamFile) -> NDArray[np.int64]:
+    """Compare by read(2), which fills no hole and takes no huge page."""
+    found = [np.empty(0, dtype=np.int64)]
+    for offset in range(0, source.length, _COPIED_AT_ONCE):
+        pieces = (
+            np.frombuffer(ram.read(offset, _COPIED_AT_ONCE), dtype=np.uint64)
+            for ram in (source, destination)
+        )
+        differs = np.not_equal(*pieces).reshape(-1, PAGE_BYTES // 8).any(axis=1)
+        found.append(np.flatnonzero(differs) + offset // PAGE_BYTES)
+    return np.concatenate(found)

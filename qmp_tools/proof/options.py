@@ -40,6 +40,8 @@ from ..migration.scenarios import known_scenarios
 from ..migration.settings import parse_parameters, require_capabilities
 from ..migration.transport import LOCALHOST
 from ..qemu.machine import KIB, format_memory, parse_memory
+from ..qemu.memory_backend import KINDS as MEMORY_KINDS
+from ..qemu.memory_backend import parse_memory_backend
 from .late_dma import SETTLE_S
 
 P = ParamSpec("P")
@@ -69,6 +71,12 @@ def _path(given: object) -> str:
 
 def _memory(given: object) -> int:
     return given if isinstance(given, int) else parse_memory(str(given))
+
+
+def _memory_backend(given: object) -> str:
+    text = _text(given)
+    parse_memory_backend(text)
+    return text
 
 
 def _downtime(given: object) -> float:
@@ -250,6 +258,15 @@ class ProofOptions:
             format_memory,
         ),
     ] = None
+    memory_backend: Annotated[
+        str,
+        Option(
+            "QEMU",
+            f"what the guest's RAM is in: {', '.join(MEMORY_KINDS)}, or file:FOLDER",
+            "KIND[:FOLDER]",
+            _memory_backend,
+        ),
+    ] = "memfd"
     cpus: Annotated[int, Option("QEMU", "number of virtual CPUs", "N", positive)] = 2
     iommu: Annotated[
         str | None,

@@ -33,10 +33,23 @@ from ..migration.refused_features import FEATURES
 from ..migration.scenarios import find_scenario
 from ..migration.scenarios.base import Scenario
 from ..qemu.choice import common_machine, find_qemu
-from ..qemu.machine import DESTINATION, SOURCE, Machine, refuse_taken_properties
+from ..qemu.machine import (
+    DESTINATION,
+    SOURCE,
+    Machine,
+    format_memory,
+    refuse_taken_properties,
+)
+from ..qemu.memory_backend import parse_memory_backend, require_huge_pages
 from .model import Setup
 from .options import GUEST_PAGES, OPTIONS, ProofOptions
-from .probes import choose_accelerator, choose_memory, require_architecture, warn_of_dimms
+from .probes import (
+    choose_accelerator,
+    choose_memory,
+    require_architecture,
+    require_file_behind_ram,
+    warn_of_dimms,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -74,9 +87,13 @@ async def resolve(options: ProofOptions) -> Setup:
         for line in device.prerequisites(options.memory_bytes or OWN_GUEST_MEMORY_BYTES):
             _logger.info("%s", line)
     guest = _own_guest(options, architecture) if OWN_GUEST in device.guests else None
+    backend = parse_memory_backend(options.memory_backend)
+    scenario.require_memory(backend)
     source, destination = _qemus_of(options, architecture)
     for side, qemu in ((SOURCE, source), (DESTINATION, destination)):
         await require_architecture(architecture, side, qemu, options.timeout)
+        if backend.kind == "ram":
+            await require_file_behind_ram(qemu, options.timeout)
     # Whether KVM works is probed with one of dmaproof's guests, also where the proof uses another.
     probed = (
         bare_guest(architecture)
@@ -86,7 +103,7 @@ async def resolve(options: ProofOptions) -> Setup:
     accelerator = await choose_accelerator(options.accel, source, probed, options.timeout)
     guest = guest or probed
     memory_bytes = options.memory_bytes or await choose_memory(
-        architecture, source, accelerator, guest.memory_bytes, options.timeout
+        architecture, source, accelerator, guest.memory_bytes, options.timeout, backend.page_bytes
     )
     usual_machine = architecture.hotplug_machine if scenario.plugs_devices else None
     machine = options.machine or usual_machine or architecture.machine
@@ -106,28 +123,47 @@ async def resolve(options: ProofOptions) -> Setup:
     if fault.needs_high_ram:
         high_ram, memory_bytes = architecture.with_high_ram(memory_bytes)
         machine += high_ram
+    whole = Machine(
+        architecture,
+        machine,
+        accelerator=accelerator,
+        memory_bytes=memory_bytes,
+        cpus=options.cpus,
+        kernel=guest.kernel,
+        initramfs=guest.initramfs,
+        command_line=guest.command_line(workload),
+        dimm_slots=scenario.dimms,
+        extra_arguments=scenario.qemu_arguments,
+        iommu=iommu,
+        backend=backend,
+    )
+    _require_memory(whole)
     return Setup(
         options=replace(options, accel=accelerator, memory=memory_bytes),
         qemu=source,
         qemu_destination=destination,
-        machine=Machine(
-            architecture,
-            machine,
-            accelerator=accelerator,
-            memory_bytes=memory_bytes,
-            cpus=options.cpus,
-            kernel=guest.kernel,
-            initramfs=guest.initramfs,
-            command_line=guest.command_line(workload),
-            dimm_slots=scenario.dimms,
-            extra_arguments=scenario.qemu_arguments,
-            iommu=iommu,
-        ),
+        machine=whole,
         guest=guest.name,
         workload=workload,
         device=device,
         guest_kernel=guest.linux,
     )
+
+
+def _require_memory(machine: Machine) -> None:
+    """Check that this host can give both sides the machine's memory.
+
+    Raises:
+        UsageError: the RAM is not whole pages of the memory backend.
+        UntestableError: the host has not enough huge pages.
+    """
+    backend = machine.backend
+    if machine.memory_bytes % backend.page_bytes:
+        raise UsageError(
+            f"--memory {format_memory(machine.memory_bytes)}: expected a multiple of "
+            f"{format_memory(backend.page_bytes)} with --memory-backend {backend}"
+        )
+    require_huge_pages(backend, machine.most_memory_bytes)
 
 
 def refuse_unsupported_options(options: ProofOptions, kind: DeviceKind) -> None:

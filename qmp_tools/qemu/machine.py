@@ -12,6 +12,7 @@ from typing import Any, Final
 from dmaproof.errors import UsageError
 
 from ..arch.architecture import Architecture
+from .memory_backend import MEMFD, MemoryBackend
 from .pci_express import root_port
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -74,7 +75,7 @@ _TAKEN_PROPERTIES: Final = {
     ),
     "accel": "use --accel to choose the accelerator",
     "memory": "use --memory to set the size of the guest's RAM",
-    "memory-backend": "the guest's RAM must be one shared memfd; use --memory to set its size",
+    "memory-backend": "use --memory and --memory-backend to set the guest's RAM",
     "smp": "use --cpus to set the number of the guest's CPUs",
 }
 """Properties of machine types that `Machine` sets, with -machine or another option of QEMU."""
@@ -96,7 +97,7 @@ def refuse_taken_properties(machine: str) -> None:
 class Machine:
     """A guest to start twice: as the source and as the destination of a migration.
 
-    Its `memory_bytes` of RAM are in one shared memfd, which the device and the comparison map too.
+    Its `memory_bytes` of RAM are in shared memory, a `backend` that the device maps too.
     `dimm_slots` DIMMs of `DIMM_BYTES` each can be plugged. The devices are behind the `iommu`, if
     one is named (`Architecture.iommus`).
     """
@@ -112,6 +113,12 @@ class Machine:
     dimm_slots: int = 0
     iommu: str | None = None
     extra_arguments: tuple[str, ...] = ()
+    backend: MemoryBackend = MEMFD
+
+    @property
+    def most_memory_bytes(self) -> int:
+        """The RAM of one side with all DIMMs plugged."""
+        return self.memory_bytes + self.dimm_slots * DIMM_BYTES
 
     def arguments(self) -> list[str]:
         """Return the QEMU arguments that both sides share."""
@@ -124,10 +131,7 @@ class Machine:
             *("-accel", self.accelerator),
             *(("-cpu", cpu) if cpu else ()),
             *("-smp", str(self.cpus)),
-            *(
-                "-object",
-                f"memory-backend-memfd,id={RAM_BACKEND},size={self.memory_bytes},share=on",
-            ),
+            *("-object", self.backend.object(RAM_BACKEND, self.memory_bytes)),
             *("-machine", f"{self.machine},memory-backend={RAM_BACKEND}"),
             *("-m", f"{self.memory_bytes // KIB}K{self._dimm_slot_options()}"),
             *("-kernel", str(self.kernel)),
@@ -149,7 +153,7 @@ class Machine:
         place = "" if address is None else f",{module.address}={address:#x}"
         bus = f",bus={name}-port" if module.needs_port else ""
         return [
-            *("-object", f"memory-backend-memfd,id={name}-ram,size={DIMM_BYTES},share=on"),
+            *("-object", self.backend.object(f"{name}-ram", DIMM_BYTES)),
             *(
                 "-device",
                 f"{module.device},id={name},memdev={name}-ram{module.properties}{bus}{place}",
@@ -170,8 +174,7 @@ class Machine:
     def _dimm_slot_options(self) -> str:
         if not self.dimm_slots:
             return ""
-        most_bytes = self.memory_bytes + self.dimm_slots * DIMM_BYTES
-        return f",slots={self.dimm_slots},maxmem={most_bytes // KIB}K"
+        return f",slots={self.dimm_slots},maxmem={self.most_memory_bytes // KIB}K"
 
 
 DIMM_BYTES: Final = 128 * MIB

@@ -22,7 +22,14 @@ from ..proof.model import MigrationSummary, Proof
 from ..proof.options import ProofOptions
 from ..proof.ram_map import MapArea
 from ..proof.sensitivity import Sensitivity
-from ..qemu.machine import DIMM_BYTES, RAM_BACKEND, format_memory, ram_granule_bytes
+from ..qemu.machine import (
+    DIMM_BYTES,
+    RAM_BACKEND,
+    Machine,
+    format_memory,
+    ram_granule_bytes,
+)
+from ..qemu.memory_backend import MEMFD
 from ..words import bytes_differ, counted
 from .precopy import harvest_list, passes
 
@@ -54,6 +61,7 @@ def to_json(proof: Proof) -> dict[str, Any]:
         "setup": {
             "seed": setup.seed,
             "memory": format_memory(setup.machine.memory_bytes),
+            "memory_backend": str(setup.machine.backend),
             "arch": setup.machine.architecture.name,
             "machine": setup.machine.machine,
             "accelerator": setup.machine.accelerator,
@@ -111,7 +119,7 @@ def to_text(proof: Proof) -> str:
         "",
         f"  QEMU         {proof.qemu_version} → {proof.qemu_destination_version}, "
         f"{proof.setup.machine.machine}, {proof.setup.machine.accelerator}, "
-        f"{format_memory(proof.setup.machine.memory_bytes)}",
+        f"{format_memory(proof.setup.machine.memory_bytes)}{_kind_of_memory(proof.setup.machine)}",
         f"  guest        {proof.setup.guest_text}, access pattern {proof.setup.workload.pattern}",
         f"  device       {_device(proof)}",
         f"  migration    scenario {proof.setup.scenario}, {proof.migration_s:.1f} s, "
@@ -187,6 +195,10 @@ LINK_NAMES: Final = {
     Link.QEMU: "QEMU",
 }
 """The links of the device's chain, from the write to QEMU, in the order of a dirty page's path."""
+
+
+def _kind_of_memory(machine: Machine) -> str:
+    return "" if machine.backend == MEMFD else f" in {machine.backend}"
 
 
 def _settings(options: ProofOptions) -> list[str]:
@@ -302,10 +314,11 @@ def _accelerator_advice(proof: Proof) -> list[str]:
         lost = (page for page in proof.verdict.lost if page.blame == Blame.ACCELERATOR)
         if why and any(_is_in(page, area) for page in lost):
             odd = format_memory(machine.memory_bytes + ram_granule_bytes())
+            size = "" if machine.backend.has_huge_pages else f"--memory {odd} or "
             lines += [
                 f"Under TCG this QEMU is known to lose such pages of RAM block {block.name},",
                 f"because {why} (kernel-findings.md in dmaproof's documentation).",
-                f"Use --memory {odd} or a newer QEMU (dmaproof qemu fetch) to avoid this."
+                f"Use {size}a newer QEMU (dmaproof qemu fetch) to avoid this."
                 if is_main
                 else "To avoid this, use KVM, or --guest bare, whose vCPUs write to no DIMM.",
             ]

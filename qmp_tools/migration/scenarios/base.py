@@ -32,6 +32,7 @@ from dmaproof.errors import UntestableError
 from ...devices.device import ProofDevice
 from ...guest.channel import QUIET, START_LAST, START_WRITE_ONCE
 from ...memory.ram import RamFile, compare
+from ...qemu.memory_backend import MemoryBackend
 from ...qemu.qemu import Qemu
 from ..attempt import Attempt
 from ..hold import PrecopyHold
@@ -133,6 +134,13 @@ class Scenario(Procedure):
 
         Raises:
             UsageError: the scenario cannot migrate the device.
+        """
+
+    def require_memory(self, backend: MemoryBackend) -> None:
+        """Refuse a kind of memory that the scenario cannot migrate.
+
+        Raises:
+            UsageError: the scenario cannot migrate memory of this kind.
         """
 
     @property

@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from dmaproof.errors import UntestableError
+from dmaproof.errors import UntestableError, UsageError
 
 from ...guest.channel import START_WRITE_ONCE
 from ...memory.ram import RamFile
 from ...qemu.machine import option_value
+from ...qemu.memory_backend import MemoryBackend
 from ...qemu.qemu import Qemu
 from ...qemu.qmp import Qmp, QmpError, QmpRefusal, QmpTimeoutError
 from ..attempt import Attempt
@@ -83,6 +84,18 @@ class _MemoryKept(_GuestPaused):
         except QmpError as error:
             raise self.explain_refusal(str(error)) from error
         await pair.guarded(pair.boot())
+
+    def require_memory(self, backend: MemoryBackend) -> None:
+        """Refuse a file without a name, which QEMU cannot open again.
+
+        Raises:
+            UsageError: the memory is in such a file.
+        """
+        if backend.folder is not None:
+            raise UsageError(
+                f"--scenario {self.name}: the new QEMU cannot open the source's file, because the "
+                "file has no name; use another --memory-backend"
+            )
 
     def configured(self, ends: Ends) -> Sequence[Qmp]:
         """Return the source only, because the destination does not answer yet."""

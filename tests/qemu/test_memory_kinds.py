@@ -1,0 +1,71 @@
+"""Proofs of guests whose RAM is in every kind of memory, on the newest QEMU that is installed."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Final
+
+import pytest
+
+from qmp_tools.arch.x86_64 import X86_64
+from qmp_tools.qemu.builds import installed
+from qmp_tools.qemu.choice import find_qemu
+from qmp_tools.qemu.machine import MIB
+from support.command import Outcome, Tool
+from support.huge_pages import reserved
+
+SIDE_BYTES: Final = 128 * MIB
+HUGE_PAGES: Final = 2 * SIDE_BYTES // (2 * MIB)
+FAULT: Final = ("--fault", "drop-pages=0.01")
+ON_DISK: Final = "file:/var/tmp"
+IN_RAM: Final = "file:/dev/shm"
+
+
+def prove(tool: Tool, *options: str) -> Outcome:
+    builds = installed(X86_64)
+    qemu = str(builds[-1].path if builds else find_qemu(None))
+    outcome = tool.run(
+        "prove", "--guest", "bare", "--qemu", qemu, "--quiet", "--json", "-", *options
+    )
+    assert not tool.leftovers(), "the run's folder was left behind"
+    return outcome
+
+
+def require_pass(outcome: Outcome) -> None:
+    assert outcome.exit_code == 0, outcome.output + outcome.errors
+    assert outcome.report["sensitivity"]["guaranteed_detectable"] >= 8000
+
+
+def require_detected(outcome: Outcome) -> None:
+    report = outcome.report
+    assert outcome.exit_code == 1, report["verdict"]
+    assert report["lost"]["device"] == len(report["lost_pages"]) > 0
+
+
+def prerequisites(kind: str) -> AbstractContextManager[None]:
+    if kind.startswith("hugetlb"):
+        return reserved(HUGE_PAGES)
+    return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("kind", [IN_RAM, ON_DISK, "ram", "hugetlb-2M"])
+def test_a_kind_of_memory_passes_and_fails_with_a_fault(
+    tool: Tool, kind: str, much_memory: None
+) -> None:
+    with prerequisites(kind):
+        outcome = prove(tool, "--memory-backend", kind)
+        if kind == "ram" and outcome.exit_code == 3:
+            assert outcome.report["unsupported"]
+            assert "keeps this memory in no file" in outcome.report["verdict"]
+            return
+        require_pass(outcome)
+        assert outcome.report["setup"]["memory_backend"] == kind
+        require_detected(prove(tool, "--memory-backend", kind, *FAULT))
+
+
+def test_huge_pages_that_are_not_reserved_are_reported_before_anything_starts(tool: Tool) -> None:
+    outcome = prove(tool, "--memory-backend", "hugetlb-2M", "--memory", "1024G")
+    assert outcome.exit_code == 3
+    assert "reserve them with: echo " in outcome.report["verdict"]
+    assert not outcome.report["unsupported"]

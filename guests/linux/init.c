@@ -14,6 +14,7 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/mempolicy.h>
 #include <net/if.h>
 #include <netpacket/packet.h>
 #include <pthread.h>
@@ -38,6 +39,7 @@
 
 enum {
     DEVICE_TIMEOUT_US = 10 * 1000 * 1000,
+    MOST_NODES = 8,  // as dmaproof prove --numa
     MEMORY_TIMEOUT_US = 10 * 1000 * 1000,
     LOOP_SECTORS = 1 << 24,
     LOOP_TIMEOUT_US = 100 * 1000,  // after that a frame is lost, which a migration may cause
@@ -369,6 +371,12 @@ static uint64_t open_disk(void) {
     return (uint64_t)bytes / SECTOR_BYTES;
 }
 
+// Take the pages of new mappings from all NUMA nodes in turn. A kernel without NUMA refuses this.
+static void use_all_nodes(bool wanted) {
+    unsigned long nodes = wanted ? (1ul << MOST_NODES) - 1 : 0;
+    syscall(SYS_set_mempolicy, wanted ? MPOL_INTERLEAVE : MPOL_DEFAULT, &nodes, MOST_NODES + 1ul);
+}
+
 static void map_buffer(void) {
     uint64_t pages = buffer_pages();
     uint64_t free_bytes = (uint64_t)sysconf(_SC_AVPHYS_PAGES) * kernel_page_bytes;
@@ -379,8 +387,10 @@ static void map_buffer(void) {
                pages, available);
         power_off();
     }
+    use_all_nodes(true);
     buffer = mmap(NULL, pages * PAGE_BYTES, PROT_READ | PROT_WRITE,
                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    use_all_nodes(false);
     if (buffer == MAP_FAILED)
         give_up("map", "the buffer");
     mlock(buffer, pages * PAGE_BYTES);

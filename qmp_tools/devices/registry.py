@@ -30,7 +30,7 @@ from .several import SeveralDevices
 QEMU_OPTIONS: Final = frozenset(
     {
         *("arch", "qemu", "qemu_destination", "machine", "accel", "cpus"),
-        *("memory", "memory_backend"),
+        *("memory", "memory_backend", "numa"),
     }
 )
 MIGRATION_OPTIONS: Final = frozenset(

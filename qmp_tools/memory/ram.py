@@ -7,6 +7,7 @@ import mmap
 import os
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +19,7 @@ from dmaproof.evidence import Slot
 from dmaproof.page_compare import Extent, differing_pages
 from dmaproof.units import PAGE_BYTES
 
-from ..qemu.machine import RAM_BACKEND, address_of
+from ..qemu.machine import RAM_BACKEND
 from ..qemu.qemu import Qemu
 from .physical_map import MapRegion, parse_flat_view, parse_hva, shown_parts
 from .process_memory import mappings_of, shared_memory
@@ -82,21 +83,23 @@ def ram_file(pid: int, name: str) -> Iterator[RamFile]:
 
 @contextlib.asynccontextmanager
 async def ram_files(qemu: Qemu) -> AsyncIterator[list[RamFile]]:
-    """Open the memfds of `qemu` for its guest's RAM and for the plugged DIMMs.
+    """Open the files of `qemu`'s memory backends: its guest's RAM and the plugged DIMMs.
+
+    The files are in the order of their guest-physical addresses.
 
     Raises:
         UntestableError: one of them was not found.
     """
     name, pid = qemu.name, qemu.pid
     regions = parse_flat_view(await qemu.monitor("info mtree -f"))
-    places = {RAM_BACKEND: _place_of(RAM_BACKEND, regions, name)}
-    for device in await qemu.qmp.execute("query-memory-devices"):
-        backend = str(device["data"]["memdev"]).removeprefix("/objects/")
-        places[backend] = address_of(device["data"])
+    places = {
+        memdev["id"]: _place_of(memdev["id"], regions, name)
+        for memdev in await qemu.qmp.execute("query-memdev")
+    }
     mappings = mappings_of(pid, name)
     with contextlib.ExitStack() as stack:
         files = []
-        for backend, gpa in places.items():
+        for backend, gpa in sorted(places.items(), key=itemgetter(1)):
             hva = parse_hva(await qemu.monitor(f"gpa2hva {gpa:#x}"))
             memory = hva and stack.enter_context(shared_memory(pid, mappings, hva, PAGE_BYTES))
             if not memory:
@@ -149,8 +152,8 @@ def _place_of(backend: str, regions: Sequence[MapRegion], name: str) -> int:
     for gpa, _, _ in shown_parts(regions, backend):
         return gpa
     raise UntestableError(
-        f"{name} has no memory backend {backend} in its guest's physical map; expected one as the "
-        "guest's RAM"
+        f"{name} has no memory backend {backend} in its guest's physical map; expected it as RAM "
+        "of the guest"
     )
 
 

@@ -54,6 +54,8 @@ expected."""
 
 GUEST_PAGES: Final = {"4K": 4 * KIB, "16K": 16 * KIB, "64K": 64 * KIB}
 """The values of ``--guest-pages``, in bytes."""
+MOST_NODES: Final = 8
+"""As in guests/linux/init.c."""
 ACCELERATORS: Final = ("auto", "kvm", "tcg")
 
 
@@ -77,6 +79,13 @@ def _memory_backend(given: object) -> str:
     text = _text(given)
     parse_memory_backend(text)
     return text
+
+
+def _nodes(given: object) -> int:
+    nodes = whole(given)
+    if not 1 <= nodes <= MOST_NODES:
+        raise ValueError(f"1 to {MOST_NODES} nodes")
+    return nodes
 
 
 def _downtime(given: object) -> float:
@@ -267,6 +276,15 @@ class ProofOptions:
             _memory_backend,
         ),
     ] = "memfd"
+    numa: Annotated[
+        int | None,
+        Option(
+            "QEMU",
+            "number of NUMA nodes, each with RAM of its own (default: no nodes)",
+            "N",
+            _nodes,
+        ),
+    ] = None
     cpus: Annotated[int, Option("QEMU", "number of virtual CPUs", "N", positive)] = 2
     iommu: Annotated[
         str | None,

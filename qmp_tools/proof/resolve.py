@@ -103,7 +103,13 @@ async def resolve(options: ProofOptions) -> Setup:
     accelerator = await choose_accelerator(options.accel, source, probed, options.timeout)
     guest = guest or probed
     memory_bytes = options.memory_bytes or await choose_memory(
-        architecture, source, accelerator, guest.memory_bytes, options.timeout, backend.page_bytes
+        architecture,
+        source,
+        accelerator,
+        guest.memory_bytes,
+        options.timeout,
+        backend.page_bytes,
+        options.numa or 1,
     )
     usual_machine = architecture.hotplug_machine if scenario.plugs_devices else None
     machine = options.machine or usual_machine or architecture.machine
@@ -136,6 +142,7 @@ async def resolve(options: ProofOptions) -> Setup:
         extra_arguments=scenario.qemu_arguments,
         iommu=iommu,
         backend=backend,
+        numa_nodes=options.numa or 0,
     )
     _require_memory(whole)
     return Setup(
@@ -155,9 +162,15 @@ def _require_memory(machine: Machine) -> None:
 
     Raises:
         UsageError: the RAM is not whole pages of the memory backend.
+        UnsupportedError: the architecture's machines have no NUMA nodes.
         UntestableError: the host has not enough huge pages.
     """
-    backend = machine.backend
+    backend, nodes = machine.backend, machine.numa_nodes
+    if nodes and not machine.architecture.has_numa:
+        raise UnsupportedError(
+            f"--numa {nodes}: {machine.architecture.name} machines have no NUMA nodes; leave out "
+            "--numa, or choose another architecture"
+        )
     if machine.memory_bytes % backend.page_bytes:
         raise UsageError(
             f"--memory {format_memory(machine.memory_bytes)}: expected a multiple of "

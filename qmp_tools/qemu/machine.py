@@ -19,6 +19,9 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 RAM_BACKEND: Final = "ram"
 """The id of the memory backend that is the guest's RAM."""
 
+_LOG_WORD_BYTES: Final = 256 * KIB
+"""The RAM that one word of QEMU's vhost log covers."""
+
 _SUFFIXES: Final = {"": MIB, "K": KIB, "M": MIB, "G": GIB, "T": 1 << 40}
 
 
@@ -97,7 +100,9 @@ def refuse_taken_properties(machine: str) -> None:
 class Machine:
     """A guest to start twice: as the source and as the destination of a migration.
 
-    Its `memory_bytes` of RAM are in shared memory, a `backend` that the device maps too.
+    Its `memory_bytes` of RAM are in shared memory, a `backend` that the device maps too. With
+    `numa_nodes`, each node has a part of the RAM in a backend of its own, and the parts have equal
+    sizes except for a rest in the last one.
     `dimm_slots` DIMMs of `DIMM_BYTES` each can be plugged. The devices are behind the `iommu`, if
     one is named (`Architecture.iommus`).
     """
@@ -114,6 +119,20 @@ class Machine:
     iommu: str | None = None
     extra_arguments: tuple[str, ...] = ()
     backend: MemoryBackend = MEMFD
+    numa_nodes: int = 0
+
+    @property
+    def ram_backends(self) -> dict[str, int]:
+        """The bytes of each memory backend of the guest's RAM, by the backend's id."""
+        if not self.numa_nodes:
+            return {RAM_BACKEND: self.memory_bytes}
+        # QEMU loses bits of its vhost log if a node begins inside a word of the log
+        # (vhost_dev_sync_region; see docs/kernel-findings.md).
+        unit_bytes = max(_LOG_WORD_BYTES, self.backend.page_bytes)
+        node_bytes = self.memory_bytes // self.numa_nodes // unit_bytes * unit_bytes
+        names = [f"{RAM_BACKEND}{node}" for node in range(self.numa_nodes)]
+        rest_bytes = self.memory_bytes - node_bytes * (self.numa_nodes - 1)
+        return {**dict.fromkeys(names, node_bytes), names[-1]: rest_bytes}
 
     @property
     def most_memory_bytes(self) -> int:
@@ -131,8 +150,7 @@ class Machine:
             *("-accel", self.accelerator),
             *(("-cpu", cpu) if cpu else ()),
             *("-smp", str(self.cpus)),
-            *("-object", self.backend.object(RAM_BACKEND, self.memory_bytes)),
-            *("-machine", f"{self.machine},memory-backend={RAM_BACKEND}"),
+            *self._ram_arguments(),
             *("-m", f"{self.memory_bytes // KIB}K{self._dimm_slot_options()}"),
             *("-kernel", str(self.kernel)),
             *initrd,
@@ -159,6 +177,18 @@ class Machine:
                 f"{module.device},id={name},memdev={name}-ram{module.properties}{bus}{place}",
             ),
         ]
+
+    def _ram_arguments(self) -> list[str]:
+        backends = self.ram_backends
+        objects = [
+            word
+            for name, size in backends.items()
+            for word in ("-object", self.backend.object(name, size))
+        ]
+        if not self.numa_nodes:
+            return [*objects, "-machine", f"{self.machine},memory-backend={RAM_BACKEND}"]
+        nodes = [word for name in backends for word in ("-numa", f"node,memdev={name}")]
+        return [*objects, "-machine", self.machine, *nodes]
 
     def _dimm_ports(self) -> list[str]:
         module = self.architecture.memory_module

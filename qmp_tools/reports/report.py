@@ -24,7 +24,6 @@ from ..proof.ram_map import MapArea
 from ..proof.sensitivity import Sensitivity
 from ..qemu.machine import (
     DIMM_BYTES,
-    RAM_BACKEND,
     Machine,
     format_memory,
     ram_granule_bytes,
@@ -62,6 +61,7 @@ def to_json(proof: Proof) -> dict[str, Any]:
             "seed": setup.seed,
             "memory": format_memory(setup.machine.memory_bytes),
             "memory_backend": str(setup.machine.backend),
+            "numa_nodes": setup.machine.numa_nodes,
             "arch": setup.machine.architecture.name,
             "machine": setup.machine.machine,
             "accelerator": setup.machine.accelerator,
@@ -198,7 +198,8 @@ LINK_NAMES: Final = {
 
 
 def _kind_of_memory(machine: Machine) -> str:
-    return "" if machine.backend == MEMFD else f" in {machine.backend}"
+    kind = "" if machine.backend == MEMFD else f" in {machine.backend}"
+    return f"{kind}, {counted(machine.numa_nodes, 'NUMA node')}" if machine.numa_nodes else kind
 
 
 def _settings(options: ProofOptions) -> list[str]:
@@ -303,18 +304,21 @@ def _accelerator_advice(proof: Proof) -> list[str]:
     ]
     if machine.accelerator != "tcg":
         return lines
+    backends = machine.ram_backends
     for area in proof.ram_map.areas:
-        is_main = area.region == RAM_BACKEND  # QEMU's first RAM block: it is given first
+        is_main = area.region in backends
+        is_first = area.region == next(iter(backends))  # QEMU's first RAM block: it is given first
         block = RamBlock(
             area.region,
-            0 if is_main else machine.memory_bytes,
-            machine.memory_bytes if is_main else DIMM_BYTES,
+            0 if is_first else machine.memory_bytes,
+            backends.get(area.region, DIMM_BYTES),
         )
         why = known_tcg_loss(block, proof.qemu_version)
         lost = (page for page in proof.verdict.lost if page.blame == Blame.ACCELERATOR)
         if why and any(_is_in(page, area) for page in lost):
             odd = format_memory(machine.memory_bytes + ram_granule_bytes())
-            size = "" if machine.backend.has_huge_pages else f"--memory {odd} or "
+            is_fixed = machine.backend.has_huge_pages or machine.numa_nodes
+            size = "" if is_fixed else f"--memory {odd} or "
             lines += [
                 f"Under TCG this QEMU is known to lose such pages of RAM block {block.name},",
                 f"because {why} (kernel-findings.md in dmaproof's documentation).",

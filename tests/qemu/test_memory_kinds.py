@@ -64,6 +64,22 @@ def test_a_kind_of_memory_passes_and_fails_with_a_fault(
         require_detected(prove(tool, "--memory-backend", kind, *FAULT))
 
 
+def test_every_numa_node_has_pages_that_would_be_missed(tool: Tool) -> None:
+    outcome = prove(tool, "--numa", "2")
+    require_pass(outcome)
+    report = outcome.report
+    late = next(
+        number for number, kind in enumerate(report["ram_map"]["classes"]) if kind["name"] == "late"
+    )
+    found = {
+        area["region"]: sum(pages for kind, pages in area["runs"] if kind == late)
+        for area in report["ram_map"]["areas"]
+    }
+    assert found.keys() == {"ram0", "ram1"}
+    assert all(pages > 1000 for pages in found.values())
+    require_detected(prove(tool, "--numa", "2", *FAULT))
+
+
 def test_huge_pages_that_are_not_reserved_are_reported_before_anything_starts(tool: Tool) -> None:
     outcome = prove(tool, "--memory-backend", "hugetlb-2M", "--memory", "1024G")
     assert outcome.exit_code == 3

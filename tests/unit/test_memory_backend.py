@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 from pathlib import Path
@@ -11,10 +12,12 @@ import pytest
 
 from dmaproof.errors import UntestableError, UsageError
 from dmaproof.units import PAGE_BYTES
+from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.memory.process_memory import mappings_of, shared_memory
 from qmp_tools.memory.ram import RamFile, compare
 from qmp_tools.migration.scenarios import find_scenario
-from qmp_tools.qemu.machine import MIB
+from qmp_tools.proof.options import ProofOptions
+from qmp_tools.qemu.machine import KIB, MIB, Machine
 from qmp_tools.qemu.memory_backend import (
     KINDS,
     MEMFD,
@@ -25,6 +28,7 @@ from qmp_tools.qemu.memory_backend import (
 from qmp_tools.testbed.ring_driver import ram_fd
 
 HUGE_BYTES = 2 * MIB
+LOG_WORD_BYTES = 256 * KIB
 HUGE = MemoryBackend("hugetlb-2M")
 PAGES = 600  # more than are read at once, and no multiple of that
 
@@ -73,6 +77,34 @@ def test_a_file_needs_a_folder(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(UsageError, match=f"{file} is not a folder; give the folder"):
         parse_memory_backend(f"file:{file}")
+
+
+@pytest.mark.parametrize("memory_bytes", [128 * MIB, 128 * MIB + 8192])
+@pytest.mark.parametrize("nodes", [1, 2, 3, 8])
+def test_no_numa_node_begins_inside_a_word_of_the_vhost_log(memory_bytes: int, nodes: int) -> None:
+    machine = Machine(X86_64, "q35", "tcg", memory_bytes, 1, Path("kernel"), numa_nodes=nodes)
+    *sizes, last = machine.ram_backends.values()
+    assert all(size % LOG_WORD_BYTES == 0 for size in sizes)
+    assert len(sizes) == nodes - 1
+    assert sum(sizes) + last == memory_bytes
+    words = machine.arguments()
+    assert [f"node,memdev=ram{node}" for node in range(nodes)] == [
+        value for option, value in itertools.pairwise(words) if option == "-numa"
+    ]
+    assert not any("memory-backend=" in word for word in words)
+
+
+def test_numa_nodes_consist_of_whole_huge_pages() -> None:
+    machine = Machine(
+        X86_64, "q35", "tcg", 126 * MIB, 1, Path("kernel"), backend=HUGE, numa_nodes=4
+    )
+    assert all(size % HUGE_BYTES == 0 for size in machine.ram_backends.values())
+
+
+@pytest.mark.parametrize("text", ["0", "9", "x"])
+def test_a_number_of_nodes_out_of_bounds_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--numa: expected"):
+        ProofOptions(numa=text)  # type: ignore[arg-type]
 
 
 def test_too_few_huge_pages_are_reported_with_the_command_that_reserves_them(

@@ -35,6 +35,8 @@ from ..migration.scenarios.base import Scenario
 from ..qemu.choice import common_machine, find_qemu
 from ..qemu.machine import (
     DESTINATION,
+    GIB,
+    NVDIMM_START,
     SOURCE,
     Machine,
     format_memory,
@@ -53,6 +55,8 @@ from .probes import (
 
 _logger = logging.getLogger(__name__)
 
+_MOST_BELOW_NVDIMM_BYTES: Final = 2 * GIB
+"""A PC puts at least this much RAM below 4 GiB (pc_q35_init)."""
 TRACKER: Final = "iommu"
 HARVEST: Final = 0.2
 """The defaults of the options of these names, unless a fault needs another value."""
@@ -102,6 +106,9 @@ async def resolve(options: ProofOptions) -> Setup:
     )
     accelerator = await choose_accelerator(options.accel, source, probed, options.timeout)
     guest = guest or probed
+    if scenario.nvdimm_bytes:
+        memory = f"memory={NVDIMM_START}-{NVDIMM_START + scenario.nvdimm_bytes}"
+        guest = replace(guest, options=f"{guest.options} {memory}".strip())
     memory_bytes = options.memory_bytes or await choose_memory(
         architecture,
         source,
@@ -124,7 +131,7 @@ async def resolve(options: ProofOptions) -> Setup:
             )
         machine += of_iommu.machine_options
     machine += scenario.machine_options
-    if scenario.dimms:
+    if scenario.dimms or scenario.resizable_bytes or scenario.nvdimm_bytes:
         await warn_of_dimms(architecture, source, accelerator, options.timeout)
     if fault.needs_high_ram:
         high_ram, memory_bytes = architecture.with_high_ram(memory_bytes)
@@ -143,6 +150,8 @@ async def resolve(options: ProofOptions) -> Setup:
         iommu=iommu,
         backend=backend,
         numa_nodes=options.numa or 0,
+        resizable_bytes=scenario.resizable_bytes,
+        nvdimm_bytes=scenario.nvdimm_bytes,
     )
     _require_memory(whole)
     return Setup(
@@ -166,6 +175,11 @@ def _require_memory(machine: Machine) -> None:
         UntestableError: the host has not enough huge pages.
     """
     backend, nodes = machine.backend, machine.numa_nodes
+    if machine.nvdimm_bytes and machine.memory_bytes > _MOST_BELOW_NVDIMM_BYTES:
+        raise UsageError(
+            f"--memory {format_memory(machine.memory_bytes)}: expected at most "
+            f"{format_memory(_MOST_BELOW_NVDIMM_BYTES)} with an NVDIMM, which is at 4 GiB"
+        )
     if nodes and not machine.architecture.has_numa:
         raise UnsupportedError(
             f"--numa {nodes}: {machine.architecture.name} machines have no NUMA nodes; leave out "
@@ -281,6 +295,16 @@ def _scenario_for(options: ProofOptions, architecture: Architecture) -> Scenario
             f"--scenario {options.scenario}: the guest {options.guest} for {architecture.name} "
             "cannot use plugged memory; choose another scenario or guest"
         )
+    if scenario.nvdimm_bytes and (options.guest, architecture.name) != ("bare", "x86_64"):
+        raise UnsupportedError(
+            f"--scenario {options.scenario}: only the bare guest for x86_64 uses persistent memory "
+            "as RAM; use --guest bare and --arch x86_64"
+        )
+    if scenario.linux_modules and options.guest != "linux":
+        raise UsageError(
+            f"--scenario {options.scenario}: the guest {options.guest} has no driver for "
+            f"{' and '.join(scenario.linux_modules)}; use --guest linux"
+        )
     if scenario.plugs_devices and architecture.hotplug_machine is None:
         raise UnsupportedError(
             f"--scenario {options.scenario}: the guest for {architecture.name} takes no new disk "
@@ -325,11 +349,12 @@ def _own_guest(options: ProofOptions, architecture: Architecture) -> Guest:
 
 
 def _driver_of(device: ProofDevice, scenario: Scenario, architecture: Architecture) -> Driver:
-    """Return Linux's driver for the device and for the memory that the scenario plugs."""
+    """Return Linux's driver for the device and for what the scenario adds."""
     module = architecture.memory_module
-    if not scenario.dimms or module is None:
-        return device.driver
-    return replace(device.driver, modules=(*device.driver.modules, *module.linux_modules))
+    plugged = module.linux_modules if scenario.dimms and module else ()
+    modules = (*device.driver.modules, *plugged, *scenario.linux_modules)
+    place = " ".join((device.driver.place, *scenario.linux_options))
+    return replace(device.driver, modules=modules, place=place)
 
 
 def _kernel_files(options: ProofOptions) -> KernelFiles | None:

@@ -331,6 +331,7 @@ class ProofRun:
             downtime=self._downtime(migrated.migration, harvests),
             wrong_rings=found.wrong_rings,
             refusal=migrated.refusal.words if migrated.refusal else None,
+            given_back=found.given_back,
         )
 
     def _sensitivity(self, evidence: Sequence[Evidence], migrated: Migrated) -> Sensitivity:

@@ -34,6 +34,8 @@ class GuestOutcome:
 class Verdict:
     """The outcome of one proof.
 
+    `given_back` counts the pages that were not compared because the guest has given them back.
+
     With `ended_early` the migration completed before the guest had used its write-once pages, so
     that equal pages are not a pass.
 
@@ -54,6 +56,7 @@ class Verdict:
     downtime: Downtime = field(default_factory=Downtime)
     wrong_rings: Sequence[Ring] = ()
     refusal: str | None = None
+    given_back: int = 0
 
     def count(self, blame: Blame) -> int:
         """Return how many of the lost pages are attributed to `blame`."""
@@ -127,7 +130,13 @@ class Verdict:
             )
         if self.downtime.unmeasured:
             return f"all pages are equal, but {self.downtime.sentence}"
-        return f"all pages are equal: {self.pages} pages compared"
+        compared = f"all pages are equal: {self.pages} pages compared"
+        if self.given_back:
+            return (
+                f"{compared}; {self.given_back} others were not, because the guest gave them back "
+                "and their content no longer matters"
+            )
+        return compared
 
     @property
     def _loss(self) -> str:

@@ -19,6 +19,12 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 RAM_BACKEND: Final = "ram"
 """The id of the memory backend that is the guest's RAM."""
 
+RESIZABLE: Final = "resizable"
+"""The id of the virtio-mem device of a machine with `resizable_bytes`."""
+
+NVDIMM_START: Final = 4 * GIB
+"""Where an NVDIMM is. Memory can be plugged here if all RAM is below (pc_memory_init)."""
+
 _LOG_WORD_BYTES: Final = 256 * KIB
 """The RAM that one word of QEMU's vhost log covers."""
 
@@ -102,9 +108,10 @@ class Machine:
 
     Its `memory_bytes` of RAM are in shared memory, a `backend` that the device maps too. With
     `numa_nodes`, each node has a part of the RAM in a backend of its own, and the parts have equal
-    sizes except for a rest in the last one.
-    `dimm_slots` DIMMs of `DIMM_BYTES` each can be plugged. The devices are behind the `iommu`, if
-    one is named (`Architecture.iommus`).
+    sizes except for a rest in the last one. A virtio-mem device has up to `resizable_bytes`, none
+    of which are plugged at the start. An NVDIMM has `nvdimm_bytes`. `dimm_slots` DIMMs of
+    `DIMM_BYTES` each can be plugged. The devices are behind the `iommu`, if one is named
+    (`Architecture.iommus`).
     """
 
     architecture: Architecture
@@ -120,6 +127,8 @@ class Machine:
     extra_arguments: tuple[str, ...] = ()
     backend: MemoryBackend = MEMFD
     numa_nodes: int = 0
+    resizable_bytes: int = 0
+    nvdimm_bytes: int = 0
 
     @property
     def ram_backends(self) -> dict[str, int]:
@@ -136,8 +145,9 @@ class Machine:
 
     @property
     def most_memory_bytes(self) -> int:
-        """The RAM of one side with all DIMMs plugged."""
-        return self.memory_bytes + self.dimm_slots * DIMM_BYTES
+        """The RAM of one side with everything plugged."""
+        plugged_bytes = self.dimm_slots * DIMM_BYTES + self.resizable_bytes + self.nvdimm_bytes
+        return self.memory_bytes + plugged_bytes
 
     def arguments(self) -> list[str]:
         """Return the QEMU arguments that both sides share."""
@@ -156,6 +166,8 @@ class Machine:
             *initrd,
             *("-append", self.command_line),
             *self._dimm_ports(),
+            *self._resizable_arguments(),
+            *self._nvdimm_arguments(),
             *(self.architecture.iommus[self.iommu].qemu_arguments if self.iommu else ()),
             *self.extra_arguments,
         ]
@@ -201,10 +213,29 @@ class Machine:
             for word in root_port(name, number)
         ]
 
+    def _resizable_arguments(self) -> list[str]:
+        if not self.resizable_bytes:
+            return []
+        backend = f"{RESIZABLE}-ram"
+        return [
+            *("-object", self.backend.object(backend, self.resizable_bytes)),
+            *("-device", f"virtio-mem-pci,id={RESIZABLE},memdev={backend},requested-size=0"),
+        ]
+
+    def _nvdimm_arguments(self) -> list[str]:
+        if not self.nvdimm_bytes:
+            return []
+        return [
+            *("-object", self.backend.object("nvdimm-ram", self.nvdimm_bytes)),
+            *("-device", f"nvdimm,id=nvdimm,memdev=nvdimm-ram,addr={NVDIMM_START}"),
+        ]
+
     def _dimm_slot_options(self) -> str:
-        if not self.dimm_slots:
+        if self.most_memory_bytes == self.memory_bytes:
             return ""
-        return f",slots={self.dimm_slots},maxmem={self.most_memory_bytes // KIB}K"
+        count = self.dimm_slots + bool(self.nvdimm_bytes)
+        slots = f",slots={count}" if count else ""
+        return f"{slots},maxmem={self.most_memory_bytes // KIB}K"
 
 
 DIMM_BYTES: Final = 128 * MIB

@@ -53,6 +53,7 @@ def to_json(proof: Proof) -> dict[str, Any]:
         "settled_s": verdict.settled_s,
         "log": asdict(verdict.log) if verdict.log else None,
         "unseen": verdict.unseen,
+        "given_back_pages": verdict.given_back,
         "guest": asdict(verdict.guest),
         "downtime": verdict.downtime.to_json(),
         "wrong_rings": [{**asdict(ring), "story": ring.story} for ring in verdict.wrong_rings],

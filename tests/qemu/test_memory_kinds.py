@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
@@ -43,6 +43,15 @@ def require_detected(outcome: Outcome) -> None:
     assert report["lost"]["device"] == len(report["lost_pages"]) > 0
 
 
+def late_pages(report: dict[str, Any]) -> dict[str, int]:
+    """Return how many pages of each RAM block the device wrote after QEMU had sent them."""
+    names = [kind["name"] for kind in report["ram_map"]["classes"]]
+    return {
+        area["region"]: sum(pages for kind, pages in area["runs"] if names[kind] == "late")
+        for area in report["ram_map"]["areas"]
+    }
+
+
 def prerequisites(kind: str) -> AbstractContextManager[None]:
     if kind.startswith("hugetlb"):
         return reserved(HUGE_PAGES)
@@ -67,17 +76,30 @@ def test_a_kind_of_memory_passes_and_fails_with_a_fault(
 def test_every_numa_node_has_pages_that_would_be_missed(tool: Tool) -> None:
     outcome = prove(tool, "--numa", "2")
     require_pass(outcome)
-    report = outcome.report
-    late = next(
-        number for number, kind in enumerate(report["ram_map"]["classes"]) if kind["name"] == "late"
-    )
-    found = {
-        area["region"]: sum(pages for kind, pages in area["runs"] if kind == late)
-        for area in report["ram_map"]["areas"]
-    }
+    found = late_pages(outcome.report)
     assert found.keys() == {"ram0", "ram1"}
     assert all(pages > 1000 for pages in found.values())
     require_detected(prove(tool, "--numa", "2", *FAULT))
+
+
+def test_a_device_writes_into_an_nvdimm(tool: Tool) -> None:
+    outcome = prove(tool, "--scenario", "nvdimm")
+    require_pass(outcome)
+    assert late_pages(outcome.report)["nvdimm-ram"] > 4096
+    require_detected(prove(tool, "--scenario", "nvdimm", *FAULT))
+
+
+@pytest.mark.parametrize("scenario", ["virtio-mem", "balloon", "free-page-reporting"])
+def test_a_guest_that_gives_memory_back_passes_and_fails_with_a_fault(
+    tool: Tool, scenario: str
+) -> None:
+    options = ("--guest", "linux", "--scenario", scenario)
+    outcome = prove(tool, *options)
+    require_pass(outcome)
+    given_back = outcome.report["given_back_pages"]
+    assert (given_back > 4096) is (scenario == "free-page-reporting")
+    assert ("the guest gave them back" in outcome.report["verdict"]) is bool(given_back)
+    require_detected(prove(tool, *options, *FAULT))
 
 
 def test_huge_pages_that_are_not_reserved_are_reported_before_anything_starts(tool: Tool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import mmap
 import os
@@ -10,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dmaproof.errors import UntestableError, UsageError
+from dmaproof.errors import UnsupportedError, UntestableError, UsageError
 from dmaproof.units import PAGE_BYTES
 from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.memory.process_memory import mappings_of, shared_memory
 from qmp_tools.memory.ram import RamFile, compare
 from qmp_tools.migration.scenarios import find_scenario
 from qmp_tools.proof.options import ProofOptions
+from qmp_tools.proof.resolve import resolve
 from qmp_tools.qemu.machine import KIB, MIB, Machine
 from qmp_tools.qemu.memory_backend import (
     KINDS,
@@ -160,3 +162,58 @@ def test_a_file_without_a_name_cannot_be_opened_again(scenario: str, tmp_path: P
     find_scenario(scenario).require_memory(HUGE)
     with pytest.raises(UsageError, match="the file has no name; use another --memory-backend"):
         find_scenario(scenario).require_memory(parse_memory_backend(f"file:{tmp_path}"))
+
+
+def test_pages_that_the_guest_gave_back_are_not_lost_and_are_counted() -> None:
+    scenario = find_scenario("free-page-reporting")
+    with ram_fd(PAGES * PAGE_BYTES) as source, ram_fd(PAGES * PAGE_BYTES) as destination:
+        rams = []
+        for fd in (source, destination):
+            status = os.fstat(fd)
+            rams.append(RamFile(fd, status.st_size, status.st_dev, status.st_ino))
+        for page in (3, 4, 5):
+            os.pwrite(destination, b"old", page * PAGE_BYTES)
+        os.pwrite(source, b"new", 4 * PAGE_BYTES)
+        os.pwrite(source, bytes(PAGE_BYTES), 5 * PAGE_BYTES)  # zeros that a device wrote
+        assert scenario.differing_pages(*rams).tolist() == [4, 5]
+        assert scenario.given_back == 1
+        assert compare(*rams).tolist() == [3, 4, 5]
+
+
+@pytest.mark.parametrize("name", ["virtio-mem", "balloon", "free-page-reporting"])
+def test_a_guest_without_a_driver_for_what_the_scenario_adds_is_refused(name: str) -> None:
+    options = ProofOptions(guest="bare", scenario=name)
+    with pytest.raises(UsageError, match=r"bare has no driver for .*; use --guest linux"):
+        asyncio.run(resolve(options))
+
+
+def test_a_machine_has_room_for_the_memory_of_virtio_mem() -> None:
+    machine = Machine(X86_64, "q35", "tcg", 128 * MIB, 1, Path("kernel"), resizable_bytes=256 * MIB)
+    words = machine.arguments()
+    assert words[words.index("-m") + 1] == "131072K,maxmem=393216K"
+    assert "virtio-mem-pci,id=resizable,memdev=resizable-ram,requested-size=0" in words
+    assert machine.most_memory_bytes == 384 * MIB
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"guest": "linux"}, r"only the bare guest .*; use --guest bare"),
+        ({"guest": "bare", "arch": "aarch64"}, r"only the bare guest for x86_64"),
+    ],
+)
+def test_persistent_memory_needs_the_bare_guest(options: dict[str, str], expected: str) -> None:
+    with pytest.raises(UnsupportedError, match=expected):
+        asyncio.run(resolve(ProofOptions.of({**options, "scenario": "nvdimm"})))
+
+
+def test_a_machine_has_its_nvdimm_at_a_known_address() -> None:
+    machine = Machine(X86_64, "q35", "tcg", 128 * MIB, 1, Path("kernel"), nvdimm_bytes=128 * MIB)
+    words = machine.arguments()
+    assert words[words.index("-m") + 1] == "131072K,slots=1,maxmem=262144K"
+    assert "nvdimm,id=nvdimm,memdev=nvdimm-ram,addr=4294967296" in words
+
+
+def test_huge_pages_cannot_tell_what_the_guest_gave_back() -> None:
+    with pytest.raises(UsageError, match="cannot tell the pages that the guest gave back"):
+        find_scenario("free-page-reporting").require_memory(HUGE)

@@ -53,7 +53,11 @@ class Scenario(Procedure):
     `name` is the scenario's name on the command line and in reports, `summary` a sentence about it.
     The guest migrates `migrations` times, to the destination and back. `machine_options` are
     further options of any machine type (",option=value"), and `qemu_arguments` further arguments of
-    both QEMUs. The scenario plugs `dimms` DIMMs, and the devices if it `plugs_devices`.
+    both QEMUs. The scenario plugs `dimms` DIMMs, and the devices if it `plugs_devices`. The machine
+    has a virtio-mem device of `resizable_bytes`, and an NVDIMM of `nvdimm_bytes`. The guest drives
+    what the scenario adds by `linux_modules`, so that only a Linux guest can migrate if there are
+    any; `linux_options` are further options of ``guests/linux/init.c``. `given_back` counts the
+    differing pages that are not compared because the guest has given them back.
     """
 
     name: str
@@ -62,7 +66,12 @@ class Scenario(Procedure):
     machine_options: str = ""
     qemu_arguments: tuple[str, ...] = ()
     dimms: int = 0
+    resizable_bytes: int = 0
+    nvdimm_bytes: int = 0
+    linux_modules: tuple[str, ...] = ()
+    linux_options: tuple[str, ...] = ()
     plugs_devices: bool = False
+    given_back: int = 0
 
     # The steps ------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import logging
 import socket
 import time
 from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -37,6 +38,7 @@ from ..qemu.machine import (
     dimm_name,
     format_memory,
 )
+from ..qemu.memory_backend import MemoryBackend
 from ..qemu.pci_express import behind_ports, is_port
 from ..qemu.qemu import OwnedQemu
 from ..qemu.qtest import Qtest
@@ -121,6 +123,11 @@ class QemuPair:
     def destination_guest(self) -> GuestChannel:
         """The guest after the migration."""
         return self.guests[self.destination_side]
+
+    def share_ram(self) -> None:
+        """Plan that both QEMUs have their guest's RAM in the same files, in the run's folder."""
+        backend = MemoryBackend("file", str(self.folder), named=True)
+        self._machine = replace(self._machine, backend=backend)
 
     # Starting -------------------------------------------------------------------------------------
 

@@ -36,14 +36,22 @@ KINDS: Final = tuple(_OBJECTS)
 
 @dataclass(frozen=True)
 class MemoryBackend:
-    """A kind of memory backend; `folder` is that of ``file``."""
+    """A kind of memory backend; `folder` is that of ``file``.
+
+    Two QEMUs have the same files if the files are `named`.
+    """
 
     kind: str
     folder: str | None = None
+    named: bool = False
 
     def object(self, name: str, size: int) -> str:
         """Return the value of QEMU's ``-object`` for a backend of `size` bytes with an id."""
-        place = "" if self.folder is None else f",mem-path={self.folder.replace(',', ',,')}"
+        if self.folder is None:
+            place = ""
+        else:
+            path = Path(self.folder, name if self.named else "")
+            place = f",mem-path={str(path).replace(',', ',,')}"
         return f"{_OBJECTS[self.kind]},id={name},size={size},share=on{place}"
 
     @property

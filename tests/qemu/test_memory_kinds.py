@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from contextlib import AbstractContextManager
 from typing import Any, Final
@@ -9,6 +10,12 @@ from typing import Any, Final
 import pytest
 
 from qmp_tools.arch.x86_64 import X86_64
+from qmp_tools.migration.attempt import Attempt
+from qmp_tools.migration.scenarios.cpr import IgnoreShared
+from qmp_tools.proof.model import Proof
+from qmp_tools.proof.options import ProofOptions
+from qmp_tools.proof.resolve import resolve
+from qmp_tools.proof.run import prove as prove_setup
 from qmp_tools.qemu.builds import installed
 from qmp_tools.qemu.choice import find_qemu
 from qmp_tools.qemu.machine import MIB
@@ -22,11 +29,14 @@ ON_DISK: Final = "file:/var/tmp"
 IN_RAM: Final = "file:/dev/shm"
 
 
-def prove(tool: Tool, *options: str) -> Outcome:
+def newest_qemu() -> str:
     builds = installed(X86_64)
-    qemu = str(builds[-1].path if builds else find_qemu(None))
+    return str(builds[-1].path if builds else find_qemu(None))
+
+
+def prove(tool: Tool, *options: str) -> Outcome:
     outcome = tool.run(
-        "prove", "--guest", "bare", "--qemu", qemu, "--quiet", "--json", "-", *options
+        "prove", "--guest", "bare", "--qemu", newest_qemu(), "--quiet", "--json", "-", *options
     )
     assert not tool.leftovers(), "the run's folder was left behind"
     return outcome
@@ -100,6 +110,29 @@ def test_a_guest_that_gives_memory_back_passes_and_fails_with_a_fault(
     assert (given_back > 4096) is (scenario == "free-page-reporting")
     assert ("the guest gave them back" in outcome.report["verdict"]) is bool(given_back)
     require_detected(prove(tool, *options, *FAULT))
+
+
+def test_ram_in_a_common_file_is_checked_by_the_guest(
+    monkeypatch: pytest.MonkeyPatch, tool: Tool
+) -> None:
+    require_pass(prove(tool, "--scenario", "ignore-shared"))
+    migrate = IgnoreShared.migrate
+
+    async def migrate_and_damage(self: IgnoreShared, attempt: Attempt) -> None:
+        await migrate(self, attempt)
+        with (attempt.pair.folder / "ram").open("r+b") as file:
+            file.seek(SIDE_BYTES // 2)
+            file.write(bytes(SIDE_BYTES // 8))
+
+    monkeypatch.setattr(IgnoreShared, "migrate", migrate_and_damage)
+    options = ProofOptions(guest="bare", scenario="ignore-shared", qemu=newest_qemu())
+    verdict = asyncio.run(_proof(options)).verdict
+    assert (verdict.exit_code, len(verdict.lost)) == (1, 0)
+    assert verdict.guest.errors > 100
+
+
+async def _proof(options: ProofOptions) -> Proof:
+    return await prove_setup(await resolve(options))
 
 
 def test_huge_pages_that_are_not_reserved_are_reported_before_anything_starts(tool: Tool) -> None:

@@ -109,6 +109,7 @@ class RecordedMigration:
 
 ONLY_IN_PROOFS = {
     *("background-snapshot", "cpr-exec", "cpr-reboot", "cpr-transfer", "postcopy-ram"),
+    "ignore-shared",
     *("destination-killed", "destination-killed-late", "retry", "ping-pong"),
     *("device-hotplug", "memory-hotplug"),
     *("virtio-mem", "nvdimm", "balloon", "free-page-reporting"),

@@ -232,9 +232,10 @@ class LogWatch:
 
 def _pages_of(ram: RamFile, slot: Slot) -> NDArray[np.uint64]:
     """Map the slot's pages, as words that change when the guest or a device writes."""
-    skipped = slot.file_offset % ram.page_bytes  # a mapping consists of whole pages of the file
+    page_bytes = max(ram.page_bytes, mmap.PAGESIZE)  # a mapping consists of whole pages
+    skipped = slot.file_offset % page_bytes
     start = slot.file_offset - skipped
-    end = div_ceil(slot.file_offset + slot.length, ram.page_bytes) * ram.page_bytes
+    end = div_ceil(slot.file_offset + slot.length, page_bytes) * page_bytes
     memory = mmap.mmap(
         ram.fd,
         min(end, ram.length) - start,

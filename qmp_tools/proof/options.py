@@ -271,8 +271,8 @@ class ProofOptions:
         str,
         Option(
             "QEMU",
-            f"what the guest's RAM is in: {', '.join(MEMORY_KINDS)}, or file:FOLDER",
-            "KIND[:FOLDER]",
+            f"{', '.join(MEMORY_KINDS)} or file:FOLDER",
+            "KIND",
             _memory_backend,
         ),
     ] = "memfd"
@@ -280,7 +280,7 @@ class ProofOptions:
         int | None,
         Option(
             "QEMU",
-            "number of NUMA nodes, each with RAM of its own (default: no nodes)",
+            "number of NUMA nodes (default: none)",
             "N",
             _nodes,
         ),

@@ -24,6 +24,23 @@ static struct {
 static unsigned in_flight;
 static bool paused;
 
+// Read a parameter "memory=START-END" with decimal addresses.
+static bool read_memory(const char *text) {
+    uint64_t numbers[2] = {0};
+    unsigned index = 0;
+    for (const char *name = "memory="; *name; name++)
+        if (*text++ != *name)
+            return false;
+    for (; *text; text++) {
+        if (*text >= '0' && *text <= '9')
+            numbers[index] = numbers[index] * 10 + (uint64_t)(*text - '0');
+        else if (*text != '-' || index++)
+            return false;
+    }
+    expect_memory((struct range){numbers[0], numbers[1]});
+    return numbers[0] < numbers[1];
+}
+
 // Read the parameters from the command line.
 static void read_parameters(const char *text) {
     static char line[COMMAND_LINE_BYTES];
@@ -31,7 +48,7 @@ static void read_parameters(const char *text) {
     for (;; text++) {
         if (*text == ' ' || *text == '\0') {
             line[length] = '\0';
-            if (length && !read_parameter(line)) {
+            if (length && !read_memory(line) && !read_parameter(line)) {
                 report("fatal message=\"the parameter %s is unknown or invalid\"", line);
                 stop();
             }

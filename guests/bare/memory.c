@@ -23,6 +23,7 @@ extern uint8_t __executable_start[], _end[];  // the linker's symbols for the im
 static struct range regions[MAX_REGIONS];
 static unsigned region_count;
 static uint64_t *chunks;
+static struct range expected;
 
 void find_memory(const void *start_info) {
     struct range range;
@@ -107,9 +108,14 @@ void lay_out_buffer(uint64_t pages) {
     regions[0] = later;
 }
 
+void expect_memory(struct range range) {
+    expected = range;
+}
+
 uint64_t move_to_new_memory(uint64_t first, uint64_t count) {
-    struct range plugged;
-    if (!plugged_range(&plugged))
+    struct range plugged = expected;
+    expected = (struct range){0};
+    if (!plugged.end && !plugged_range(&plugged))
         return 0;
     map_ram(plugged);
     uint64_t chunk = (first + CHUNK_PAGES - 1) / CHUNK_PAGES, end = (first + count) / CHUNK_PAGES;

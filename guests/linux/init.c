@@ -15,6 +15,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <linux/mempolicy.h>
 #include <net/if.h>
 #include <netpacket/packet.h>
 #include <pthread.h>
@@ -39,6 +40,9 @@
 
 enum {
     DEVICE_TIMEOUT_US = 10 * 1000 * 1000,
+    SPARE_BYTE = 0x5a,
+    USE_WRITE_ONCE = 'o',  // a command; see obey
+    MOST_NODES = 8,  // as dmaproof prove --numa
     MEMORY_TIMEOUT_US = 10 * 1000 * 1000,
     LOOP_SECTORS = 1 << 24,
     LOOP_TIMEOUT_US = 100 * 1000,  // after that a frame is lost, which a migration may cause
@@ -55,7 +59,9 @@ static const char *disk;        // the path of its node or file
 static const char *shared_tag;  // the tag of the virtiofs with the disk's file, or NULL
 static const char *loop;        // a network interface used instead of a disk, or NULL
 static const char *packets_interface;  // a network interface used beside the disk, or NULL
-static uint8_t *buffer;
+static const char *spare_pages;  // the number of pages to free during a migration, or NULL
+static uint8_t *buffer, *spare;
+static size_t spare_bytes;
 static uint64_t ram_end;        // the current end of RAM
 static uint64_t first_ram_end;  // the end of RAM before any memory was plugged
 static atomic_bool paused;
@@ -388,10 +394,31 @@ static void *keep_churning(void *argument) {
     return argument;
 }
 
+// Fill memory that the guest frees when QEMU has sent it.
+static void fill_spare(void) {
+    size_t bytes = spare_pages ? strtoul(spare_pages, NULL, 10) * PAGE_BYTES : 0;
+    if (!bytes)
+        return;
+    spare = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (spare == MAP_FAILED)
+        give_up("map", "the memory that is freed");
+    memset(spare, SPARE_BYTE, bytes);
+    spare_bytes = bytes;
+}
+
+static void free_spare(void) {
+    if (spare_bytes)
+        munmap(spare, spare_bytes);
+    spare_bytes = 0;
+}
+
 static void *take_commands(void *argument) {
     char command;
-    while (read(report_fd, &command, 1) == 1)
+    while (read(report_fd, &command, 1) == 1) {
+        if (command == USE_WRITE_ONCE)
+            free_spare();
         obey(command);
+    }
     return argument;
 }
 
@@ -445,6 +472,12 @@ static uint64_t open_disk(void) {
     return (uint64_t)bytes / SECTOR_BYTES;
 }
 
+// Take the pages of new mappings from all NUMA nodes in turn. A kernel without NUMA refuses this.
+static void use_all_nodes(bool wanted) {
+    unsigned long nodes = wanted ? (1ul << MOST_NODES) - 1 : 0;
+    syscall(SYS_set_mempolicy, wanted ? MPOL_INTERLEAVE : MPOL_DEFAULT, &nodes, MOST_NODES + 1ul);
+}
+
 static void map_buffer(void) {
     uint64_t pages = buffer_pages();
     uint64_t free_bytes = (uint64_t)sysconf(_SC_AVPHYS_PAGES) * kernel_page_bytes;
@@ -455,8 +488,10 @@ static void map_buffer(void) {
                pages, available);
         power_off();
     }
+    use_all_nodes(true);
     buffer = mmap(NULL, pages * PAGE_BYTES, PROT_READ | PROT_WRITE,
                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    use_all_nodes(false);
     if (buffer == MAP_FAILED)
         give_up("map", "the buffer");
     mlock(buffer, pages * PAGE_BYTES);
@@ -474,8 +509,9 @@ static bool read_option(const char *argument) {
     static const struct {
         const char *name, **value;
     } options[] = {
-        {"report=", &report_tty}, {"disk=", &disk}, {"shared=", &shared_tag},
-        {"loop=", &loop},         {"packets=", &packets_interface},
+        {"report=", &report_tty}, {"disk=", &disk},
+        {"shared=", &shared_tag}, {"loop=", &loop},
+        {"spare=", &spare_pages}, {"packets=", &packets_interface},
     };
     for (size_t known = 0; known < sizeof options / sizeof *options; known++) {
         size_t length = strlen(options[known].name);
@@ -517,6 +553,7 @@ int main(int count, char **arguments) {
         open_interface();
     uint64_t sectors = loop ? LOOP_SECTORS : open_disk();
     map_buffer();
+    fill_spare();
     ram_end = first_ram_end = end_of_ram();
     const char *problem = prepare_workload(sectors);
     if (problem) {

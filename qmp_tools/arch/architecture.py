@@ -98,6 +98,7 @@ class Architecture:
       the RAM is in one piece.
     - `virtio_bus`: the bus of QEMU's virtio devices, at the end of their names: 'pci' or 'ccw'.
     - `devices`: dmaproof's devices that QEMU has and migrates there; empty for all.
+    - `has_numa`: whether its machines have NUMA nodes.
     - `ram_granule_bytes`: the size of RAM is a multiple of this (MachineClass.fixup_ram_size).
     - `kernels`: Debian's packages of the Linux guest's kernel, by the size of its pages in bytes.
       `kernel_builds`: those that dmaproof builds.
@@ -127,6 +128,7 @@ class Architecture:
     low_ram_property: str | None = None
     virtio_bus: str = "pci"
     devices: Sequence[str] = ()
+    has_numa: bool = True
     ram_granule_bytes: int = 8 * _KIB
     kernels: Mapping[int, KernelPackage]
     kernel_builds: Mapping[int, KernelBuild] = field(default_factory=dict)

@@ -34,6 +34,7 @@ S390X: Final = Architecture(
     channels=("-device", "sclplmconsole,chardev=console", "-device", "sclpconsole,chardev=report"),
     report_tty="/dev/ttysclp0",
     # QEMU: "ram size must be multiples of 1 MiB".
+    has_numa=False,
     ram_granule_bytes=1 << 20,
     kernels={4096: KernelPackage("linux-image-s390x")},
     # Linux prints its messages to both consoles, whatever console= or conmode= says

@@ -28,7 +28,10 @@ from .process import DeviceOptions
 from .several import SeveralDevices
 
 QEMU_OPTIONS: Final = frozenset(
-    {"arch", "qemu", "qemu_destination", "machine", "accel", "memory", "cpus"}
+    {
+        *("arch", "qemu", "qemu_destination", "machine", "accel", "cpus"),
+        *("memory", "memory_backend", "numa"),
+    }
 )
 MIGRATION_OPTIONS: Final = frozenset(
     {

@@ -22,6 +22,7 @@ from dmaproof.errors import UsageError
 from ..arch import ARCHITECTURES
 from ..proof.options import OPTIONS, find_option
 from ..qemu.choice import known_qemus
+from ..qemu.memory_backend import KINDS as MEMORY_KINDS
 
 Cell: TypeAlias = Mapping[str, str]
 """The options of one proof by name, in the order of the matrix."""
@@ -77,8 +78,9 @@ def known_values() -> dict[str, list[str]]:
     """Return the values that 'all' and patterns can select, for each option that has a list."""
     builds = (build for each in ARCHITECTURES.values() for build in known_qemus(each))
     qemus = list(dict.fromkeys(build.version for build in builds))
-    # Options may follow a device's name, so the option for the device has no list of choices.
-    named = {"device": sorted(emulated_devices()), "qemu": qemus, "qemu-destination": qemus}
+    # More may follow the name of a device or backend, so these options have no list of choices.
+    named = {"device": sorted(emulated_devices()), "memory-backend": list(MEMORY_KINDS)}
+    named |= {"qemu": qemus, "qemu-destination": qemus}
     return named | {option.key: option.values for option in OPTIONS.values() if option.values}
 
 

@@ -10,6 +10,7 @@ pmemsave), one piece at a time, into a folder that only QEMU and this process ca
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import stat
 import tempfile
@@ -200,7 +201,7 @@ async def guest_ram(qemu: Qemu, folder: Path) -> AsyncIterator[GuestRam]:
             if hva is not None:
                 hvas[region] = hva
                 memory = stack.enter_context(shared_memory(qemu.pid, mappings, hva, region.length))
-                if memory:
+                if memory and memory.page_bytes == mmap.PAGESIZE:
                     shared[region] = memory
         backends = await qemu.qmp.execute("query-memdev")
         dimms = await qemu.qmp.execute("query-memory-devices")

@@ -80,12 +80,17 @@ def mappings_of(pid: int, name: str) -> list[Mapping]:
 
 @dataclass(frozen=True)
 class SharedMemory:
-    """A file that is mapped shared, open for reading; `offset` belongs to the requested address."""
+    """A file that is mapped shared, open for reading; `offset` belongs to the requested address.
+
+    `page_bytes` is the size of its pages. A mapping of a file of huge pages consists of whole ones,
+    and a read of a hole through the mapping fills a huge page.
+    """
 
     fd: int
     offset: int
     device: int
     inode: int
+    page_bytes: int = mmap.PAGESIZE
 
 
 @contextlib.contextmanager
@@ -95,8 +100,7 @@ def shared_memory(
     """Open the file behind `length` bytes at `hva` in process `pid`.
 
     Yields:
-        The file; None for private memory and for files of huge pages, which cannot be mapped by
-        the small page.
+        The file; None for private memory.
     """
     mapping = _shared_mapping(mappings, hva, length)
     fd = _open(pid, mapping) if mapping else None
@@ -104,11 +108,14 @@ def shared_memory(
         yield None
         return
     try:
-        if os.fstatvfs(fd).f_bsize > mmap.PAGESIZE:  # hugetlbfs_statfs returns its page size
-            yield None
-            return
         status = os.fstat(fd)
-        yield SharedMemory(fd, mapping.offset + hva - mapping.start, status.st_dev, status.st_ino)
+        yield SharedMemory(
+            fd,
+            mapping.offset + hva - mapping.start,
+            status.st_dev,
+            status.st_ino,
+            max(mmap.PAGESIZE, os.fstatvfs(fd).f_bsize),  # hugetlbfs_statfs returns its page size
+        )
     finally:
         os.close(fd)
 

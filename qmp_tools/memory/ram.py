@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +19,7 @@ from dmaproof.evidence import Slot
 from dmaproof.page_compare import Extent, differing_pages
 from dmaproof.units import PAGE_BYTES
 
-from ..qemu.machine import RAM_BACKEND, address_of
+from ..qemu.machine import RAM_BACKEND
 from ..qemu.qemu import Qemu
 from .physical_map import MapRegion, parse_flat_view, parse_hva, shown_parts
 from .process_memory import mappings_of, shared_memory
@@ -30,7 +32,8 @@ _MEMFD_NAME: Final = "/memfd:memory-backend-memfd"
 class RamFile:
     """The file behind a guest's RAM, open for reading; `length` in bytes.
 
-    `backend` is the id of the memory backend.
+    `backend` is the id of the memory backend. `page_bytes` is the size of the file's pages; see
+    `process_memory.SharedMemory`.
     """
 
     fd: int
@@ -38,6 +41,7 @@ class RamFile:
     device: int
     inode: int
     backend: str = RAM_BACKEND
+    page_bytes: int = mmap.PAGESIZE
 
     @property
     def pages(self) -> int:
@@ -79,30 +83,34 @@ def ram_file(pid: int, name: str) -> Iterator[RamFile]:
 
 @contextlib.asynccontextmanager
 async def ram_files(qemu: Qemu) -> AsyncIterator[list[RamFile]]:
-    """Open the memfds of `qemu` for its guest's RAM and for the plugged DIMMs.
+    """Open the files of `qemu`'s memory backends: its guest's RAM and the plugged DIMMs.
+
+    The files are in the order of their guest-physical addresses.
 
     Raises:
         UntestableError: one of them was not found.
     """
     name, pid = qemu.name, qemu.pid
     regions = parse_flat_view(await qemu.monitor("info mtree -f"))
-    places = {RAM_BACKEND: _place_of(RAM_BACKEND, regions, name)}
-    for device in await qemu.qmp.execute("query-memory-devices"):
-        backend = str(device["data"]["memdev"]).removeprefix("/objects/")
-        places[backend] = address_of(device["data"])
+    places = {
+        memdev["id"]: _place_of(memdev["id"], regions, name)
+        for memdev in await qemu.qmp.execute("query-memdev")
+    }
     mappings = mappings_of(pid, name)
     with contextlib.ExitStack() as stack:
         files = []
-        for backend, gpa in places.items():
+        for backend, gpa in sorted(places.items(), key=itemgetter(1)):
             hva = parse_hva(await qemu.monitor(f"gpa2hva {gpa:#x}"))
             memory = hva and stack.enter_context(shared_memory(pid, mappings, hva, PAGE_BYTES))
             if not memory:
                 raise UntestableError(
-                    f"{name} has no shared file for its memory backend {backend}; expected a "
-                    "memory-backend-memfd with share=on"
+                    f"{name} has no shared file for its memory backend {backend}; expected "
+                    "memory that a device outside QEMU can map"
                 )
             length = os.fstat(memory.fd).st_size
-            files.append(RamFile(memory.fd, length, memory.device, memory.inode, backend))
+            files.append(
+                RamFile(memory.fd, length, memory.device, memory.inode, backend, memory.page_bytes)
+            )
         yield files
 
 
@@ -136,7 +144,7 @@ def copied(files: Iterable[RamFile]) -> Iterator[list[RamFile]]:
                         os.pwrite(fd, piece, offset)
             except OSError as error:
                 raise UntestableError(f"cannot copy the guest's RAM: {error}") from error
-            copies.append(replace(file, fd=fd))
+            copies.append(replace(file, fd=fd, page_bytes=mmap.PAGESIZE))
         yield copies
 
 
@@ -144,8 +152,8 @@ def _place_of(backend: str, regions: Sequence[MapRegion], name: str) -> int:
     for gpa, _, _ in shown_parts(regions, backend):
         return gpa
     raise UntestableError(
-        f"{name} has no memory backend {backend} in its guest's physical map; expected one as the "
-        "guest's RAM"
+        f"{name} has no memory backend {backend} in its guest's physical map; expected it as RAM "
+        "of the guest"
     )
 
 
@@ -167,4 +175,19 @@ def compare(source: RamFile, destination: RamFile) -> NDArray[np.int64]:
             f"the source has {source.length} bytes of RAM, but the destination has "
             f"{destination.length}; expected the same size"
         )
+    if max(source.page_bytes, destination.page_bytes) > mmap.PAGESIZE:
+        return _compare_copies(source, destination)
     return differing_pages(Extent(source.fd), Extent(destination.fd), source.length, PAGE_BYTES)
+
+
+def _compare_copies(source: RamFile, destination: RamFile) -> NDArray[np.int64]:
+    """Compare by read(2), which fills no hole and takes no huge page."""
+    found = [np.empty(0, dtype=np.int64)]
+    for offset in range(0, source.length, _COPIED_AT_ONCE):
+        pieces = (
+            np.frombuffer(ram.read(offset, _COPIED_AT_ONCE), dtype=np.uint64)
+            for ram in (source, destination)
+        )
+        differs = np.not_equal(*pieces).reshape(-1, PAGE_BYTES // 8).any(axis=1)
+        found.append(np.flatnonzero(differs) + offset // PAGE_BYTES)
+    return np.concatenate(found)

@@ -105,6 +105,14 @@ class Attempt:
         async with ram_files(self.pair.source) as files:
             self._source_ram = self._kept.enter_context(copied(files))
 
+    async def open_source_ram(self) -> Sequence[RamFile]:
+        """Open the source's RAM until the end of the migration.
+
+        Raises:
+            UntestableError: the RAM cannot be read.
+        """
+        return await self._kept.enter_async_context(ram_files(self.pair.source))
+
     async def open_destination_ram(self) -> None:
         """Open the destination's RAM early: a QEMU that refuses a device's state ends.
 

@@ -37,6 +37,7 @@ from dmaproof import _core
 from dmaproof.dirty_log import LOG_PAGE_BYTES
 from dmaproof.evidence import Slot
 from dmaproof.stamp import read_stamp
+from dmaproof.units import div_ceil
 
 from ..memory.ram import RamFile
 from ..qemu.qmp import Qmp, QmpRefusal
@@ -231,15 +232,18 @@ class LogWatch:
 
 def _pages_of(ram: RamFile, slot: Slot) -> NDArray[np.uint64]:
     """Map the slot's pages, as words that change when the guest or a device writes."""
-    skipped = slot.file_offset % mmap.PAGESIZE  # a mapping begins with a page of the host
+    page_bytes = max(ram.page_bytes, mmap.PAGESIZE)  # a mapping consists of whole pages
+    skipped = slot.file_offset % page_bytes
+    start = slot.file_offset - skipped
+    end = div_ceil(slot.file_offset + slot.length, page_bytes) * page_bytes
     memory = mmap.mmap(
         ram.fd,
-        skipped + slot.length,
+        min(end, ram.length) - start,
         mmap.MAP_SHARED,
         mmap.PROT_READ,
-        offset=slot.file_offset - skipped,
+        offset=start,
     )
-    words = np.frombuffer(memory, dtype=np.uint64, offset=skipped)
+    words = np.frombuffer(memory, dtype=np.uint64, offset=skipped, count=slot.length // 8)
     return words.reshape(-1, LOG_PAGE_BYTES // 8)
 
 

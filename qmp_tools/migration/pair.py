@@ -13,6 +13,7 @@ import logging
 import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -28,7 +29,17 @@ from ..guest.channel import (
     GuestGaveUpError,
 )
 from ..host.timeout import bounded, wait_until
-from ..qemu.machine import DESTINATION, INCOMING, SOURCE, Machine, address_of, dimm_name
+from ..qemu.machine import (
+    DESTINATION,
+    INCOMING,
+    RESIZABLE,
+    SOURCE,
+    Machine,
+    address_of,
+    dimm_name,
+    format_memory,
+)
+from ..qemu.memory_backend import MemoryBackend
 from ..qemu.pci_express import behind_ports, is_port
 from ..qemu.qemu import OwnedQemu
 from ..qemu.qtest import Qtest
@@ -120,6 +131,11 @@ class QemuPair:
     def destination_guest(self) -> GuestChannel:
         """The guest after the migration."""
         return self.guests[self.destination_side]
+
+    def share_ram(self) -> None:
+        """Plan that both QEMUs have their guest's RAM in the same files, in the run's folder."""
+        backend = MemoryBackend("file", str(self.folder), named=True)
+        self._machine = replace(self._machine, backend=backend)
 
     # Starting -------------------------------------------------------------------------------------
 
@@ -250,7 +266,6 @@ class QemuPair:
         """
         number = len(self._dimms)
         name = dimm_name(number)
-        guest = self.source_guest
         _logger.info("plugging %s", name)
         await self.source.plug(self._machine.dimm_arguments(number))
         (address,) = [
@@ -259,6 +274,16 @@ class QemuPair:
             if device["data"].get("id") == name
         ]
         self._dimms.append(self._machine.dimm_arguments(number, address))
+        await self.use_new_memory(f"{name} at {address:#x}")
+
+    async def use_new_memory(self, name: str) -> None:
+        """Have the source's guest put its write-once pages into plugged memory, called `name`.
+
+        Raises:
+            UntestableError: the guest does not use it.
+        """
+        guest = self.source_guest
+        guest.latest.pop("memory", None)
         await guest.send(USE_NEW_MEMORY)
         await guest.wait_for(lambda: "memory" in guest.latest, "looked for new memory")
         if not (pages := guest.number("memory", "pages")):
@@ -266,9 +291,46 @@ class QemuPair:
                 f"the guest did not find the plugged memory {name}; use a guest that supports "
                 "memory hotplug"
             )
-        _logger.info(
-            "%s is at %#x; %d write-once pages are in plugged memory", name, address, pages
+        _logger.info("%d write-once pages are in plugged memory: %s", pages, name)
+
+    async def resize_memory(self, size: int) -> None:
+        """Have the source's guest plug or unplug memory until virtio-mem has `size` bytes.
+
+        Raises:
+            WaitTimeoutError: the guest does not.
+        """
+        qmp, path = self.source.qmp, f"/machine/peripheral/{RESIZABLE}"
+        _logger.info("resizing the memory of virtio-mem to %s", format_memory(size))
+        await qmp.execute("qom-set", path=path, property="requested-size", value=size)
+
+        async def has_size() -> bool:
+            return bool(await qmp.execute("qom-get", path=path, property="size") == size)
+
+        error = WaitTimeoutError(
+            f"the guest has not resized its memory of virtio-mem to {format_memory(size)} within "
+            f"{self.timeout_s:g} s; {LONGER_TIMEOUT}"
         )
+        await wait_until(has_size, self.timeout_s, lambda: error)
+
+    async def inflate_balloon(self, size: int) -> None:
+        """Have the source's guest give `size` bytes to its balloon.
+
+        Raises:
+            WaitTimeoutError: the guest does not.
+        """
+        qmp, rest = self.source.qmp, self._machine.memory_bytes - size
+        _logger.info("inflating the balloon by %s", format_memory(size))
+        await qmp.execute("balloon", value=rest)
+
+        async def is_inflated() -> bool:
+            return bool((await qmp.execute("query-balloon"))["actual"] == rest)
+
+        error = WaitTimeoutError(
+            f"the guest has not given {format_memory(size)} to its balloon within "
+            f"{self.timeout_s:g} s; give the guest more memory (--memory), or allow more time "
+            "(--timeout)"
+        )
+        await wait_until(is_inflated, self.timeout_s, lambda: error)
 
     def plan_successor(self) -> None:
         """Plan that the source's process executes QEMU again, which becomes the destination."""

@@ -26,8 +26,9 @@ class Comparison:
 
     `slots` are the guest's memory slots. `evidence` is the device's evidence, with these slots.
     `paused` holds digests of the source's RAM at the comparison. It is None if the source continued
-    or if both sides share memory. `running_destination` and `changes` are about a destination that
-    ran before the comparison.
+    or if both sides share memory. `given_back` counts the pages that were not compared because the
+    guest has given them back. `running_destination` and `changes` are about a destination that ran
+    before the comparison.
     """
 
     evidence: Sequence[Evidence]
@@ -39,6 +40,7 @@ class Comparison:
     paused: PausedRam | None = None
     running_destination: RunningDestination | None = None
     changes: Changes | None = None
+    given_back: int = 0
 
 
 async def compare_guests(
@@ -79,6 +81,8 @@ async def compare_guests(
                 found.maps.append(map_proof(slots, evidence, lost, source, migrated.all_sent_ns))
                 found.lost += lost
                 found.pages += source.pages
+        found.given_back = scenario.given_back
+        found.pages -= found.given_back
         if reports_rings:
             rams = {pair.source_side: _reader(found.slots, sources, sources)}
             if migrated.source_continued:

@@ -40,6 +40,8 @@ from ..migration.scenarios import known_scenarios
 from ..migration.settings import parse_parameters, require_capabilities
 from ..migration.transport import LOCALHOST
 from ..qemu.machine import KIB, format_memory, parse_memory
+from ..qemu.memory_backend import KINDS as MEMORY_KINDS
+from ..qemu.memory_backend import parse_memory_backend
 from .late_dma import SETTLE_S
 
 P = ParamSpec("P")
@@ -52,6 +54,8 @@ expected."""
 
 GUEST_PAGES: Final = {"4K": 4 * KIB, "16K": 16 * KIB, "64K": 64 * KIB}
 """The values of ``--guest-pages``, in bytes."""
+MOST_NODES: Final = 8
+"""As in guests/linux/init.c."""
 ACCELERATORS: Final = ("auto", "kvm", "tcg")
 
 
@@ -69,6 +73,19 @@ def _path(given: object) -> str:
 
 def _memory(given: object) -> int:
     return given if isinstance(given, int) else parse_memory(str(given))
+
+
+def _memory_backend(given: object) -> str:
+    text = _text(given)
+    parse_memory_backend(text)
+    return text
+
+
+def _nodes(given: object) -> int:
+    nodes = whole(given)
+    if not 1 <= nodes <= MOST_NODES:
+        raise ValueError(f"1 to {MOST_NODES} nodes")
+    return nodes
 
 
 def _downtime(given: object) -> float:
@@ -248,6 +265,24 @@ class ProofOptions:
             "SIZE",
             _memory,
             format_memory,
+        ),
+    ] = None
+    memory_backend: Annotated[
+        str,
+        Option(
+            "QEMU",
+            f"{', '.join(MEMORY_KINDS)} or file:FOLDER",
+            "KIND",
+            _memory_backend,
+        ),
+    ] = "memfd"
+    numa: Annotated[
+        int | None,
+        Option(
+            "QEMU",
+            "number of NUMA nodes (default: none)",
+            "N",
+            _nodes,
         ),
     ] = None
     cpus: Annotated[int, Option("QEMU", "number of virtual CPUs", "N", positive)] = 2

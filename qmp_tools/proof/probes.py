@@ -16,13 +16,15 @@ import asyncio
 import contextlib
 import json
 import logging
+import mmap
 import os
 import platform
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
-from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError
+from dmaproof.errors import UnsupportedError, UntestableError, UsageError, WaitTimeoutError
+from dmaproof.units import div_ceil
 
 from ..arch import ARCHITECTURES
 from ..arch.architecture import Architecture
@@ -32,6 +34,7 @@ from ..guest.workload import Workload
 from ..host.run_folder import run_folder
 from ..host.timeout import bounded
 from ..host.user_folders import cache_folder
+from ..memory.process_memory import mappings_of
 from ..memory.ram import compare, ram_file
 from ..migration.migration import Limits, Migration
 from ..migration.scenarios.precopy import Unix
@@ -57,6 +60,8 @@ _SOUND_GRANULE_BYTES: Final = 256 * KIB
 _PROBE_MEMORY_BYTES: Final = 64 * MIB
 _BLOCK_BEFORE: Final = ("-object", f"memory-backend-ram,id=before,size={_PROBE_MEMORY_BYTES}")
 """Becomes QEMU's first RAM block, which otherwise is that of the guest's RAM."""
+_ANONYMOUS: Final = "/dev/zero"
+"""What /proc/PID/maps calls shared memory without a file (shmem_zero_setup in mm/shmem.c)."""
 _PROBE_BANDWIDTH_BYTES_PER_S: Final = 1 * MIB
 _PROBE_SYNCS: Final = 4
 
@@ -118,6 +123,32 @@ async def require_architecture(
         return True
 
     await _cached(f"emulates {wanted.name} {identity(qemu)}", probe)
+
+
+async def require_file_behind_ram(qemu: Path, timeout_s: float) -> None:
+    """Refuse a QEMU that keeps a shared memory-backend-ram in no file, as QEMU before 10.0 does.
+
+    Raises:
+        UnsupportedError: a device outside this QEMU cannot map such memory.
+        UntestableError: the QEMU does not start.
+    """
+
+    async def probe() -> int:
+        async with idle_qemu("QEMU", qemu, timeout_s=timeout_s) as running:
+            backend = {"qom-type": "memory-backend-ram", "id": "ram", "share": True}
+            await running.qmp.execute("object-add", size=_PROBE_MEMORY_BYTES, **backend)
+            found = [
+                mapping.path
+                for mapping in mappings_of(running.pid, running.name)
+                if mapping.shared and mapping.end - mapping.start == _PROBE_MEMORY_BYTES
+            ]
+            return not found[0].startswith(_ANONYMOUS)
+
+    if not await _cached(f"file-behind-ram {identity(qemu)}", probe):
+        raise UnsupportedError(
+            f"--memory-backend ram: {qemu} keeps this memory in no file, so a device outside QEMU "
+            "cannot map it; use another kind of memory, or QEMU 10.0 or newer"
+        )
 
 
 async def choose_accelerator(
@@ -183,21 +214,45 @@ async def _kvm_runs(qemu: Path, guest: Guest, timeout_s: float) -> int:
 
 
 async def choose_memory(
-    architecture: Architecture, qemu: Path, accelerator: str, wanted_bytes: int, timeout_s: float
+    architecture: Architecture,
+    qemu: Path,
+    accelerator: str,
+    wanted_bytes: int,
+    timeout_s: float,
+    page_bytes: int = mmap.PAGESIZE,
+    blocks: int = 1,
 ) -> int:
-    """Return a RAM size near `wanted_bytes` at which the accelerator's dirty tracking is sound."""
+    """Return a RAM size near `wanted_bytes` at which the accelerator's dirty tracking is sound.
+
+    The RAM is in `blocks` RAM blocks, whose pages have `page_bytes`. The sizes of all but the last
+    one are multiples of 256 KiB (`Machine.ram_backends`).
+    """
+    wanted_bytes = div_ceil(wanted_bytes, page_bytes) * page_bytes
+    granule_bytes = max(ram_granule_bytes(architecture.ram_granule_bytes), page_bytes)
     lost = await vcpu_pages_lost(architecture, qemu, accelerator, timeout_s)
+    lost_behind = (
+        await vcpu_pages_lost(architecture, qemu, accelerator, timeout_s, in_dimms=True)
+        if blocks > 1
+        else 0
+    )
+    if lost_behind > 0 and (blocks > 2 or lost):
+        _logger.warning(
+            "memory: this QEMU may lose pages of a NUMA node that its vCPUs write (a probe lost "
+            "%d); the report attributes such losses to the accelerator",
+            lost_behind,
+        )
+    lost = max(lost, lost_behind)
     if not lost:
         return wanted_bytes
-    if architecture.ram_granule_bytes >= _SOUND_GRANULE_BYTES:
+    if granule_bytes >= _SOUND_GRANULE_BYTES:
         _logger.warning(
             "memory: this QEMU loses pages that its vCPUs write (a probe lost %d), and no size of "
-            "RAM prevents that on %s; the report attributes such losses to the accelerator; a "
+            "RAM prevents that on %s%s; the report attributes such losses to the accelerator; a "
             "newer QEMU may not lose any",
-            *(lost, architecture.name),
+            *(lost, architecture.name, " with huge pages" if page_bytes > mmap.PAGESIZE else ""),
         )
         return wanted_bytes
-    memory = wanted_bytes + ram_granule_bytes(architecture.ram_granule_bytes)
+    memory = wanted_bytes + granule_bytes
     _logger.info(
         "memory: %s, because with sizes such as %s this QEMU loses pages that its vCPUs write "
         "(a probe lost %d)",

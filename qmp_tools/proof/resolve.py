@@ -34,13 +34,30 @@ from ..migration.scenarios import find_scenario
 from ..migration.scenarios.base import Scenario
 from ..migration.scenarios.resets import DeviceReset
 from ..qemu.choice import common_machine, find_qemu
-from ..qemu.machine import DESTINATION, SOURCE, Machine, refuse_taken_properties
+from ..qemu.machine import (
+    DESTINATION,
+    GIB,
+    NVDIMM_START,
+    SOURCE,
+    Machine,
+    format_memory,
+    refuse_taken_properties,
+)
+from ..qemu.memory_backend import parse_memory_backend, require_huge_pages
 from .model import Setup
 from .options import GUEST_PAGES, OPTIONS, ProofOptions
-from .probes import choose_accelerator, choose_memory, require_architecture, warn_of_dimms
+from .probes import (
+    choose_accelerator,
+    choose_memory,
+    require_architecture,
+    require_file_behind_ram,
+    warn_of_dimms,
+)
 
 _logger = logging.getLogger(__name__)
 
+_MOST_BELOW_NVDIMM_BYTES: Final = 2 * GIB
+"""A PC puts at least this much RAM below 4 GiB (pc_q35_init)."""
 TRACKER: Final = "iommu"
 HARVEST: Final = 0.2
 """The defaults of the options of these names, unless a fault needs another value."""
@@ -76,9 +93,13 @@ async def resolve(options: ProofOptions) -> Setup:
         for line in device.prerequisites(options.memory_bytes or OWN_GUEST_MEMORY_BYTES):
             _logger.info("%s", line)
     guest = _own_guest(options, architecture) if OWN_GUEST in device.guests else None
+    backend = parse_memory_backend(options.memory_backend)
+    scenario.require_memory(backend)
     source, destination = _qemus_of(options, architecture)
     for side, qemu in ((SOURCE, source), (DESTINATION, destination)):
         await require_architecture(architecture, side, qemu, options.timeout)
+        if backend.kind == "ram":
+            await require_file_behind_ram(qemu, options.timeout)
     # Whether KVM works is probed with one of dmaproof's guests, also where the proof uses another.
     probed = (
         bare_guest(architecture)
@@ -87,8 +108,17 @@ async def resolve(options: ProofOptions) -> Setup:
     )
     accelerator = await choose_accelerator(options.accel, source, probed, options.timeout)
     guest = guest or probed
+    if scenario.nvdimm_bytes:
+        memory = f"memory={NVDIMM_START}-{NVDIMM_START + scenario.nvdimm_bytes}"
+        guest = replace(guest, options=f"{guest.options} {memory}".strip())
     memory_bytes = options.memory_bytes or await choose_memory(
-        architecture, source, accelerator, guest.memory_bytes, options.timeout
+        architecture,
+        source,
+        accelerator,
+        guest.memory_bytes,
+        options.timeout,
+        backend.page_bytes,
+        options.numa or 1,
     )
     usual_machine = architecture.hotplug_machine if scenario.plugs_devices else None
     machine = options.machine or usual_machine or architecture.machine
@@ -103,33 +133,66 @@ async def resolve(options: ProofOptions) -> Setup:
             )
         machine += of_iommu.machine_options
     machine += scenario.machine_options
-    if scenario.dimms:
+    if scenario.dimms or scenario.resizable_bytes or scenario.nvdimm_bytes:
         await warn_of_dimms(architecture, source, accelerator, options.timeout)
     if fault.needs_high_ram:
         high_ram, memory_bytes = architecture.with_high_ram(memory_bytes)
         machine += high_ram
+    whole = Machine(
+        architecture,
+        machine,
+        accelerator=accelerator,
+        memory_bytes=memory_bytes,
+        cpus=options.cpus,
+        kernel=guest.kernel,
+        initramfs=guest.initramfs,
+        command_line=guest.command_line(workload),
+        dimm_slots=scenario.dimms,
+        extra_arguments=scenario.qemu_arguments,
+        iommu=iommu,
+        backend=backend,
+        numa_nodes=options.numa or 0,
+        resizable_bytes=scenario.resizable_bytes,
+        nvdimm_bytes=scenario.nvdimm_bytes,
+    )
+    _require_memory(whole)
     return Setup(
         options=replace(options, accel=accelerator, memory=memory_bytes),
         qemu=source,
         qemu_destination=destination,
-        machine=Machine(
-            architecture,
-            machine,
-            accelerator=accelerator,
-            memory_bytes=memory_bytes,
-            cpus=options.cpus,
-            kernel=guest.kernel,
-            initramfs=guest.initramfs,
-            command_line=guest.command_line(workload),
-            dimm_slots=scenario.dimms,
-            extra_arguments=scenario.qemu_arguments,
-            iommu=iommu,
-        ),
+        machine=whole,
         guest=guest.name,
         workload=workload,
         device=device,
         guest_kernel=guest.linux,
     )
+
+
+def _require_memory(machine: Machine) -> None:
+    """Check that this host can give both sides the machine's memory.
+
+    Raises:
+        UsageError: the RAM is not whole pages of the memory backend.
+        UnsupportedError: the architecture's machines have no NUMA nodes.
+        UntestableError: the host has not enough huge pages.
+    """
+    backend, nodes = machine.backend, machine.numa_nodes
+    if machine.nvdimm_bytes and machine.memory_bytes > _MOST_BELOW_NVDIMM_BYTES:
+        raise UsageError(
+            f"--memory {format_memory(machine.memory_bytes)}: expected at most "
+            f"{format_memory(_MOST_BELOW_NVDIMM_BYTES)} with an NVDIMM, which is at 4 GiB"
+        )
+    if nodes and not machine.architecture.has_numa:
+        raise UnsupportedError(
+            f"--numa {nodes}: {machine.architecture.name} machines have no NUMA nodes; leave out "
+            "--numa, or choose another architecture"
+        )
+    if machine.memory_bytes % backend.page_bytes:
+        raise UsageError(
+            f"--memory {format_memory(machine.memory_bytes)}: expected a multiple of "
+            f"{format_memory(backend.page_bytes)} with --memory-backend {backend}"
+        )
+    require_huge_pages(backend, machine.most_memory_bytes)
 
 
 def refuse_unsupported_options(options: ProofOptions, kind: DeviceKind) -> None:
@@ -250,6 +313,16 @@ def _scenario_for(options: ProofOptions, architecture: Architecture) -> Scenario
             f"--scenario {options.scenario}: the guest {options.guest} for {architecture.name} "
             "cannot use plugged memory; choose another scenario or guest"
         )
+    if scenario.nvdimm_bytes and (options.guest, architecture.name) != ("bare", "x86_64"):
+        raise UnsupportedError(
+            f"--scenario {options.scenario}: only the bare guest for x86_64 uses persistent memory "
+            "as RAM; use --guest bare and --arch x86_64"
+        )
+    if scenario.linux_modules and options.guest != "linux":
+        raise UsageError(
+            f"--scenario {options.scenario}: the guest {options.guest} has no driver for "
+            f"{' and '.join(scenario.linux_modules)}; use --guest linux"
+        )
     if scenario.plugs_devices and architecture.hotplug_machine is None:
         raise UnsupportedError(
             f"--scenario {options.scenario}: the guest for {architecture.name} takes no new disk "
@@ -294,11 +367,12 @@ def _own_guest(options: ProofOptions, architecture: Architecture) -> Guest:
 
 
 def _driver_of(device: ProofDevice, scenario: Scenario, architecture: Architecture) -> Driver:
-    """Return Linux's driver for the device and for the memory that the scenario plugs."""
+    """Return Linux's driver for the device and for what the scenario adds."""
     module = architecture.memory_module
-    if not scenario.dimms or module is None:
-        return device.driver
-    return replace(device.driver, modules=(*device.driver.modules, *module.linux_modules))
+    plugged = module.linux_modules if scenario.dimms and module else ()
+    modules = (*device.driver.modules, *plugged, *scenario.linux_modules)
+    place = " ".join((device.driver.place, *scenario.linux_options))
+    return replace(device.driver, modules=modules, place=place)
 
 
 def _kernel_files(options: ProofOptions) -> KernelFiles | None:

@@ -336,6 +336,7 @@ class ProofRun:
             refusal=migrated.refusal.words if migrated.refusal else None,
             untested=migrated.untested,
             changes=found.changes,
+            given_back=found.given_back,
         )
 
     def _sensitivity(self, found: Comparison, migrated: Migrated) -> Sensitivity:

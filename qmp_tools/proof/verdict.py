@@ -35,6 +35,8 @@ class GuestOutcome:
 class Verdict:
     """The outcome of one proof.
 
+    `given_back` counts the pages that were not compared because the guest has given them back.
+
     With `ended_early` the migration completed before the guest had used its write-once pages, so
     that equal pages are not a pass.
 
@@ -60,6 +62,7 @@ class Verdict:
     refusal: str | None = None
     untested: str | None = None
     changes: Changes | None = None
+    given_back: int = 0
 
     def count(self, blame: Blame) -> int:
         """Return how many of the lost pages are attributed to `blame`."""
@@ -138,12 +141,17 @@ class Verdict:
         if self.downtime.unmeasured:
             return f"all pages are equal, but {self.downtime.sentence}"
         if self.changes:
-            compared = self.pages - self.changes.not_compared
             return (
-                f"all pages are equal except for what was written on the destination: {compared} "
-                "pages compared"
+                "all pages are equal except for what was written on the destination: "
+                f"{self.pages - self.changes.not_compared} pages compared"
             )
-        return f"all pages are equal: {self.pages} pages compared"
+        compared = f"all pages are equal: {self.pages} pages compared"
+        if self.given_back:
+            return (
+                f"{compared}; {self.given_back} others were not, because the guest gave them back "
+                "and their content no longer matters"
+            )
+        return compared
 
     @property
     def _loss(self) -> str:

@@ -22,7 +22,13 @@ from ..proof.model import MigrationSummary, Proof
 from ..proof.options import ProofOptions
 from ..proof.ram_map import MapArea
 from ..proof.sensitivity import Sensitivity
-from ..qemu.machine import DIMM_BYTES, RAM_BACKEND, format_memory, ram_granule_bytes
+from ..qemu.machine import (
+    DIMM_BYTES,
+    Machine,
+    format_memory,
+    ram_granule_bytes,
+)
+from ..qemu.memory_backend import MEMFD
 from ..words import bytes_differ, counted
 from .precopy import harvest_list, passes
 
@@ -47,6 +53,7 @@ def to_json(proof: Proof) -> dict[str, Any]:
         "settled_s": verdict.settled_s,
         "log": asdict(verdict.log) if verdict.log else None,
         "unseen": verdict.unseen,
+        "given_back_pages": verdict.given_back,
         "guest": asdict(verdict.guest),
         "downtime": verdict.downtime.to_json(),
         "wrong_rings": [{**asdict(ring), "story": ring.story} for ring in verdict.wrong_rings],
@@ -55,6 +62,8 @@ def to_json(proof: Proof) -> dict[str, Any]:
         "setup": {
             "seed": setup.seed,
             "memory": format_memory(setup.machine.memory_bytes),
+            "memory_backend": str(setup.machine.backend),
+            "numa_nodes": setup.machine.numa_nodes,
             "arch": setup.machine.architecture.name,
             "machine": setup.machine.machine,
             "accelerator": setup.machine.accelerator,
@@ -112,7 +121,7 @@ def to_text(proof: Proof) -> str:
         "",
         f"  QEMU         {proof.qemu_version} → {proof.qemu_destination_version}, "
         f"{proof.setup.machine.machine}, {proof.setup.machine.accelerator}, "
-        f"{format_memory(proof.setup.machine.memory_bytes)}",
+        f"{format_memory(proof.setup.machine.memory_bytes)}{_kind_of_memory(proof.setup.machine)}",
         f"  guest        {proof.setup.guest_text}, access pattern {proof.setup.workload.pattern}",
         f"  device       {_device(proof)}",
         f"  migration    scenario {proof.setup.scenario}, {proof.migration_s:.1f} s, "
@@ -193,6 +202,11 @@ LINK_NAMES: Final = {
     Link.QEMU: "QEMU",
 }
 """The links of the device's chain, from the write to QEMU, in the order of a dirty page's path."""
+
+
+def _kind_of_memory(machine: Machine) -> str:
+    kind = "" if machine.backend == MEMFD else f" in {machine.backend}"
+    return f"{kind}, {counted(machine.numa_nodes, 'NUMA node')}" if machine.numa_nodes else kind
 
 
 def _settings(options: ProofOptions) -> list[str]:
@@ -297,21 +311,25 @@ def _accelerator_advice(proof: Proof) -> list[str]:
     ]
     if machine.accelerator != "tcg":
         return lines
+    backends = machine.ram_backends
     for area in proof.ram_map.areas:
-        is_main = area.region == RAM_BACKEND  # QEMU's first RAM block: it is given first
+        is_main = area.region in backends
+        is_first = area.region == next(iter(backends))  # QEMU's first RAM block: it is given first
         block = RamBlock(
             area.region,
-            0 if is_main else machine.memory_bytes,
-            machine.memory_bytes if is_main else DIMM_BYTES,
+            0 if is_first else machine.memory_bytes,
+            backends.get(area.region, DIMM_BYTES),
         )
         why = known_tcg_loss(block, proof.qemu_version)
         lost = (page for page in proof.verdict.lost if page.blame == Blame.ACCELERATOR)
         if why and any(_is_in(page, area) for page in lost):
             odd = format_memory(machine.memory_bytes + ram_granule_bytes())
+            is_fixed = machine.backend.has_huge_pages or machine.numa_nodes
+            size = "" if is_fixed else f"--memory {odd} or "
             lines += [
                 f"Under TCG this QEMU is known to lose such pages of RAM block {block.name},",
                 f"because {why} (kernel-findings.md in dmaproof's documentation).",
-                f"Use --memory {odd} or a newer QEMU (dmaproof qemu fetch) to avoid this."
+                f"Use {size}a newer QEMU (dmaproof qemu fetch) to avoid this."
                 if is_main
                 else "To avoid this, use KVM, or --guest bare, whose vCPUs write to no DIMM.",
             ]

@@ -23,9 +23,8 @@ SCENARIOS = {name: find_scenario(name) for name in known_scenarios()}
 
 
 def prove(tool: Tool, scenario: str, *arguments: str) -> Outcome:
-    outcome = tool.run(
-        "prove", "--guest", "bare", "--json", "-", "--scenario", scenario, *arguments
-    )
+    guest = "linux" if SCENARIOS[scenario].linux_modules else "bare"
+    outcome = tool.run("prove", "--guest", guest, "--json", "-", "--scenario", scenario, *arguments)
     assert not tool.leftovers(), "the run's folder was left behind"
     return outcome
 

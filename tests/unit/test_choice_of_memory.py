@@ -55,3 +55,20 @@ def test_a_machine_with_a_coarse_ram_size_gets_a_warning(
     assert _choose(S390X, 64, monkeypatch) == WANTED_BYTES
     assert "loses pages that its vCPUs write (a probe lost 64)" in caplog.text
     assert "no size of RAM prevents that on s390x" in caplog.text
+
+
+def test_the_last_numa_node_of_a_lossy_accelerator_is_no_whole_number_of_words(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def behind_the_first(*arguments: object, in_dimms: bool = False) -> int:
+        return 64 if in_dimms else 0
+
+    monkeypatch.setattr(probes, "vcpu_pages_lost", behind_the_first)
+    caplog.set_level(logging.WARNING)
+    for nodes, warnings in {1: 0, 2: 0, 3: 1}.items():
+        caplog.clear()
+        chosen = asyncio.run(
+            probes.choose_memory(X86_64, Path("qemu"), "tcg", WANTED_BYTES, 1.0, blocks=nodes)
+        )
+        assert chosen == WANTED_BYTES + (nodes > 1) * max(8 * KIB, HOST_PAGE)
+        assert len(caplog.messages) == warnings

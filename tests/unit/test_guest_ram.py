@@ -291,6 +291,19 @@ def test_ram_in_a_file_is_found_by_its_host_address(ram: Ram, tmp_path: Path) ->
     }
 
 
+def test_a_file_of_huge_pages_is_not_read_in_place(
+    ram: Ram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huge = os.statvfs_result((2 << 20, *os.fstatvfs(ram.fd)[1:]))
+    monkeypatch.setattr(os, "fstatvfs", lambda fd: huge)
+    with mmap.mmap(ram.fd, 16 * PAGE) as mapping:
+        hva = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        ram.qemu.hvas = {0: ram.hvas[0], HIGH: hva + 9 * PAGE}
+        found, _ = found_in(ram, tmp_path)
+    assert not found.shared
+    assert HIGH_REGION in found.hvas
+
+
 def test_ram_that_qemu_does_not_place_has_no_host_address(ram: Ram, tmp_path: Path) -> None:
     ram.qemu.hvas = {HIGH: ram.hvas[HIGH]}
     found, _ = found_in(ram, tmp_path)

@@ -63,6 +63,7 @@ def test_every_option_of_a_proof_can_be_an_axis() -> None:
     for option in OPTIONS.values():
         texts = {
             "memory": "1G",
+            "memory-backend": "file:/tmp",
             "destination-lacks": "flush",
             "capability": "xbzrle",
             "parameter": "multifd-channels=8",
@@ -82,6 +83,8 @@ def test_an_axis_that_is_named_twice_is_refused(tmp_path: Path) -> None:
 def test_all_and_patterns_expand_to_the_known_values() -> None:
     assert make_matrix({"tracker": ["all"]}).axes["tracker"] == sorted(emulated_trackers())
     assert set(make_matrix({"device": ["all"]}).axes["device"]) >= emulated_devices().keys()
+    kinds = make_matrix({"memory-backend": ["memfd", "hugetlb-*"]}).axes["memory-backend"]
+    assert kinds == ["memfd", "hugetlb-2M", "hugetlb-1G"]
     names = make_matrix({"scenario": ["multifd-*", "unix", "multifd-4"]}).axes["scenario"]
     multifd = [name for name in known_scenarios() if name.startswith("multifd-")]
     assert names == [*multifd, "unix"]

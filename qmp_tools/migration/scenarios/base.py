@@ -32,6 +32,7 @@ from dmaproof.errors import UntestableError
 from ...devices.device import ProofDevice
 from ...guest.channel import QUIET, START_LAST, START_WRITE_ONCE
 from ...memory.ram import RamFile, compare
+from ...qemu.memory_backend import MemoryBackend
 from ...qemu.qemu import Qemu
 from ..attempt import Attempt
 from ..hold import PrecopyHold
@@ -52,8 +53,13 @@ class Scenario(Procedure):
     `name` is the scenario's name on the command line and in reports, `summary` a sentence about it.
     The guest migrates `migrations` times, to the destination and back. `machine_options` are
     further options of any machine type (",option=value"), and `qemu_arguments` further arguments of
-    both QEMUs. The scenario plugs `dimms` DIMMs, and the devices if it `plugs_devices`. The guest
-    initialises its device again while QEMU logs if the scenario `resets`.
+    both QEMUs. The scenario plugs `dimms` DIMMs, and the devices if it `plugs_devices`. The machine
+    has a virtio-mem device of `resizable_bytes`, and an NVDIMM of `nvdimm_bytes`. The guest drives
+    what the scenario adds by `linux_modules`, so that only a Linux guest can migrate if there are
+    any; `linux_options` are further options of ``guests/linux/init.c``. `given_back` counts the
+    differing pages that are not compared because the guest has given them back. The guest
+    initialises its device again while QEMU logs if the scenario `resets`. If `destination_runs`,
+    the destination's guest runs while pages arrive, and is paused for the comparison.
     """
 
     name: str
@@ -62,10 +68,14 @@ class Scenario(Procedure):
     machine_options: str = ""
     qemu_arguments: tuple[str, ...] = ()
     dimms: int = 0
+    resizable_bytes: int = 0
+    nvdimm_bytes: int = 0
+    linux_modules: tuple[str, ...] = ()
+    linux_options: tuple[str, ...] = ()
     plugs_devices: bool = False
     destination_runs: bool = False
-    """Whether the destination's guest runs while pages arrive; it is paused for the comparison."""
     resets: bool = False
+    given_back: int = 0
 
     # The steps ------------------------------------------------------------------------------------
 
@@ -181,6 +191,13 @@ class Scenario(Procedure):
 
         Raises:
             UsageError: the scenario cannot migrate the device.
+        """
+
+    def require_memory(self, backend: MemoryBackend) -> None:
+        """Refuse a kind of memory that the scenario cannot migrate.
+
+        Raises:
+            UsageError: the scenario cannot migrate memory of this kind.
         """
 
     @property

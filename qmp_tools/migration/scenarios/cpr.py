@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from dmaproof.errors import UntestableError
+from dmaproof.errors import UntestableError, UsageError
 
 from ...guest.channel import START_WRITE_ONCE
 from ...memory.ram import RamFile
 from ...qemu.machine import option_value
+from ...qemu.memory_backend import MEMFD, MemoryBackend
 from ...qemu.qemu import Qemu
 from ...qemu.qmp import Qmp, QmpError, QmpRefusal, QmpTimeoutError
 from ..attempt import Attempt
@@ -84,6 +85,18 @@ class _MemoryKept(_GuestPaused):
             raise self.explain_refusal(str(error)) from error
         await pair.guarded(pair.boot())
 
+    def require_memory(self, backend: MemoryBackend) -> None:
+        """Refuse a file without a name, which QEMU cannot open again.
+
+        Raises:
+            UsageError: the memory is in such a file.
+        """
+        if backend.folder is not None:
+            raise UsageError(
+                f"--scenario {self.name}: the new QEMU cannot open the source's file, because the "
+                "file has no name; use another --memory-backend"
+            )
+
     def configured(self, ends: Ends) -> Sequence[Qmp]:
         """Return the source only, because the destination does not answer yet."""
         return (ends.source,)
@@ -118,10 +131,70 @@ class CprTransfer(_MemoryKept):
         Raises:
             UntestableError: their memory is not the same.
         """
-        if source[0].inode != destination[0].inode:
+        _require_same_memory(source, destination)
+
+
+_MOST_STATE_BYTES: Final = 4 << 20
+"""More than the state of all devices with their small memories, and less than the guest's RAM."""
+
+
+class IgnoreShared(_GuestPaused):
+    """Both QEMUs have the guest's RAM in one file, and QEMU sends only the devices' state."""
+
+    name = "ignore-shared"
+    summary = "The guest is paused; both QEMUs have its RAM in one file, which QEMU does not send"
+    capabilities = ("x-ignore-shared",)
+    downtime_is_measurable = False
+
+    async def start(self, pair: QemuPair) -> None:
+        """Start both QEMUs with the same file, and wait until the source's guest is ready."""
+        pair.share_ram()
+        await super().start(pair)
+
+    async def prepare(self, attempt: Attempt) -> None:
+        """Have the guest use its write-once pages, and pause the guest."""
+        await super().prepare(attempt)
+        await attempt.pair.source.qmp.execute("stop")
+
+    async def migrate(self, attempt: Attempt) -> None:
+        """Migrate, and check that QEMU has not sent the RAM.
+
+        Raises:
+            UntestableError: the migration failed, or QEMU has sent the RAM.
+        """
+        await super().migrate(attempt)
+        sent = attempt.migration.history[-1].transferred or 0
+        if sent > _MOST_STATE_BYTES:
             raise UntestableError(
-                "expected the destination to use the source's memory, but QEMU has copied it"
+                f"expected QEMU to send only the devices' state, but QEMU has sent {sent} bytes"
             )
+
+    def require_memory(self, backend: MemoryBackend) -> None:
+        """Refuse any kind of memory, because the scenario itself chooses the file.
+
+        Raises:
+            UsageError: a kind was chosen.
+        """
+        if backend != MEMFD:
+            raise UsageError(
+                f"--scenario {self.name} puts the RAM of both sides into one file of its own; "
+                "leave out --memory-backend"
+            )
+
+    def require_arrival(self, source: Sequence[RamFile], destination: Sequence[RamFile]) -> None:
+        """Check that both QEMUs have the same memory.
+
+        Raises:
+            UntestableError: their memory is not the same.
+        """
+        _require_same_memory(source, destination)
+
+
+def _require_same_memory(source: Sequence[RamFile], destination: Sequence[RamFile]) -> None:
+    if [ram.inode for ram in source] != [ram.inode for ram in destination]:
+        raise UntestableError(
+            "expected the destination to use the source's memory, but QEMU has copied it"
+        )
 
 
 _SUCCESSOR_SOCKET: Final = "successor-qmp.sock"

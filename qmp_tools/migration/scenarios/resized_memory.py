@@ -1,0 +1,144 @@
+"""Migrations of a guest whose memory was resized, or that gives memory back while it migrates.
+
+A memory balloon and virtio-mem discard what the guest gives back: QEMU punches a hole into the file
+of the source's RAM. The destination may still have what was sent before. QEMU need not send such a
+page again, because the guest has given up its content.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmaproof.errors import UsageError
+from dmaproof.units import PAGE_BYTES
+
+from ...memory.absent_pages import absent_in_file
+from ...memory.data_runs import DataRuns
+from ...memory.ram import RamFile
+from ...qemu.machine import MIB
+from ...qemu.memory_backend import MemoryBackend
+from ..attempt import Attempt
+from ..pair import QemuPair
+from .base import Scenario
+
+_BALLOON: Final = "virtio-balloon-pci,id=balloon"
+_BALLOON_MODULES: Final = ("virtio_pci", "virtio_balloon")
+_PLUGGED_BYTES: Final = 128 * MIB
+"""The size of a memory block of Linux, which virtio-mem plugs as a whole or in parts."""
+_SPARE_PAGES: Final = 8192
+"""Linux frees these pages when QEMU has sent them. It reports free blocks of 2 MiB or 4 MiB."""
+_BLOCK_BYTES: Final = 512
+"""The unit of st_blocks (stat(2))."""
+_BALLOON_BYTES: Final = 64 * MIB
+"""Linux's default RAM has more free memory than this besides the workload's pages."""
+
+
+class VirtioMem(Scenario):
+    """Memory is plugged by virtio-mem before each of two migrations, and unplugged once."""
+
+    name = "virtio-mem"
+    summary = "The guest migrates there and back; virtio-mem plugs memory before, and unplugs some"
+    migrations = 2
+    resizable_bytes = 2 * _PLUGGED_BYTES
+    linux_modules = ("virtio_pci", "virtio_mem")
+
+    is_repeatable = False
+
+    async def start(self, pair: QemuPair) -> None:
+        """Start the source, plug memory, and start a destination."""
+        await pair.guarded(pair.start_source())
+        await pair.guarded(pair.boot())
+        await pair.guarded(pair.resize_memory(_PLUGGED_BYTES))
+        await pair.guarded(pair.use_new_memory("memory of virtio-mem"))
+        await super().start_return(pair)
+
+    async def start_return(self, pair: QemuPair) -> None:
+        """Plug more memory, unplug as much again, and start a new destination."""
+        await pair.guarded(pair.resize_memory(2 * _PLUGGED_BYTES))
+        await pair.guarded(pair.use_new_memory("memory of virtio-mem"))
+        await pair.guarded(pair.resize_memory(_PLUGGED_BYTES))
+        await super().start_return(pair)
+
+
+class Nvdimm(Scenario):
+    """The guest's write-once pages are in an NVDIMM."""
+
+    name = "nvdimm"
+    summary = "The device writes into persistent memory (an NVDIMM) of the guest, which migrates"
+    machine_options = ",nvdimm=on"
+    nvdimm_bytes = _PLUGGED_BYTES
+
+    is_repeatable = False
+
+    async def start(self, pair: QemuPair) -> None:
+        """Start the QEMUs, and have the guest put its write-once pages into the NVDIMM."""
+        await super().start(pair)
+        await pair.guarded(pair.use_new_memory("the NVDIMM"))
+
+
+class Balloon(Scenario):
+    """The guest has given memory to a balloon."""
+
+    name = "balloon"
+    summary = "The guest has given 64 MiB to a memory balloon (virtio-balloon), and migrates"
+    qemu_arguments = ("-device", _BALLOON)
+    linux_modules = _BALLOON_MODULES
+
+    is_repeatable = False
+
+    async def start(self, pair: QemuPair) -> None:
+        """Start the QEMUs, and inflate the balloon."""
+        await super().start(pair)
+        await pair.guarded(pair.inflate_balloon(_BALLOON_BYTES))
+
+
+class FreePageReporting(Scenario):
+    """The guest reports its free pages while it migrates, and QEMU discards them."""
+
+    name = "free-page-reporting"
+    summary = "The guest reports free pages, which QEMU discards (virtio-balloon), and migrates"
+    qemu_arguments = ("-device", f"{_BALLOON},free-page-reporting=on")
+    linux_modules = _BALLOON_MODULES
+    linux_options = (f"spare={_SPARE_PAGES}",)
+    exercised_by = "discarded pages"
+
+    is_repeatable = False
+
+    async def prepare(self, attempt: Attempt) -> None:
+        """Keep the source's RAM open, in which the discarded pages become holes."""
+        await super().prepare(attempt)
+        self._source_ram = await attempt.open_source_ram()
+        self._most_bytes = 0
+
+    def is_exercised_in(self, answer: Mapping[str, Any]) -> bool:
+        """Return whether QEMU has discarded most of the pages that the guest has freed."""
+        allocated_bytes = sum(os.fstat(ram.fd).st_blocks * _BLOCK_BYTES for ram in self._source_ram)
+        self._most_bytes = max(self._most_bytes, allocated_bytes)
+        return self._most_bytes - allocated_bytes > _SPARE_PAGES * PAGE_BYTES // 2
+
+    def require_memory(self, backend: MemoryBackend) -> None:
+        """Refuse huge pages, in which a discarded page is not a hole.
+
+        Raises:
+            UsageError: the memory has huge pages.
+        """
+        if backend.has_huge_pages:
+            raise UsageError(
+                f"--scenario {self.name}: with huge pages, dmaproof cannot tell the pages that the "
+                "guest gave back from lost ones; use another --memory-backend"
+            )
+
+    def differing_pages(self, source: RamFile, destination: RamFile) -> NDArray[np.int64]:
+        """Return the pages that differ, without those that the source's guest has given back.
+
+        A page that a device or a vCPU has written since is not a hole, and is compared.
+        """
+        differing = super().differing_pages(source, destination)
+        absent = absent_in_file(DataRuns(source.fd), 0, source.pages).absent[differing]
+        self.given_back += int(absent.sum())
+        return differing[~absent]

@@ -1,0 +1,146 @@
+"""The kinds of memory that a guest's RAM can be in: QEMU's memory backends.
+
+Each side of a migration has a file of its own. A file in a folder has no name: QEMU creates it and
+removes its name at once (file_ram_open in QEMU's system/physmem.c), so that no other QEMU uses it
+and nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from dmaproof.errors import UntestableError, UsageError
+from dmaproof.units import div_ceil
+
+_KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
+_FILE: Final = "file"
+_OBJECTS: Final = {
+    "memfd": "memory-backend-memfd",
+    _FILE: "memory-backend-file",
+    "ram": "memory-backend-ram",
+    "hugetlb-2M": "memory-backend-memfd,hugetlb=on,hugetlbsize=2M",
+    "hugetlb-1G": "memory-backend-memfd,hugetlb=on,hugetlbsize=1G",
+}
+_HUGE_PAGE_BYTES: Final = {"hugetlb-2M": 2 * _MIB, "hugetlb-1G": _GIB}
+HUGE_PAGES: Final = Path("/sys/kernel/mm/hugepages")
+_MOUNTS: Final = Path("/proc/self/mountinfo")
+
+KINDS: Final = tuple(_OBJECTS)
+"""The kinds of memory backend; ``file`` may be followed by ':' and a folder."""
+
+
+@dataclass(frozen=True)
+class MemoryBackend:
+    """A kind of memory backend; `folder` is that of ``file``.
+
+    Two QEMUs have the same files if the files are `named`.
+    """
+
+    kind: str
+    folder: str | None = None
+    named: bool = False
+
+    def object(self, name: str, size: int) -> str:
+        """Return the value of QEMU's ``-object`` for a backend of `size` bytes with an id."""
+        if self.folder is None:
+            place = ""
+        else:
+            path = Path(self.folder, name if self.named else "")
+            place = f",mem-path={str(path).replace(',', ',,')}"
+        return f"{_OBJECTS[self.kind]},id={name},size={size},share=on{place}"
+
+    @property
+    def page_bytes(self) -> int:
+        """The size of the memory's pages."""
+        if self.folder is not None and _is_hugetlbfs(Path(self.folder)):
+            return os.statvfs(self.folder).f_bsize  # hugetlbfs_statfs returns its page size
+        return _HUGE_PAGE_BYTES.get(self.kind, mmap.PAGESIZE)
+
+    @property
+    def has_huge_pages(self) -> bool:
+        """Whether the memory's pages are larger than the host's own."""
+        return self.page_bytes > mmap.PAGESIZE
+
+    def __str__(self) -> str:
+        """The text from which `parse_memory_backend` makes this backend."""
+        return self.kind if self.folder is None else f"{self.kind}:{self.folder}"
+
+
+MEMFD: Final = MemoryBackend("memfd")
+
+
+def parse_memory_backend(text: str) -> MemoryBackend:
+    """Parse the name of a kind, or 'file:FOLDER'; 'file' alone is in the folder of TMPDIR.
+
+    Raises:
+        UsageError: the kind is unknown, or the folder does not exist.
+    """
+    kind, separator, folder = text.partition(":")
+    if kind not in KINDS or (separator and kind != _FILE):
+        raise UsageError(
+            f"--memory-backend: expected one of {', '.join(KINDS)}, or {_FILE}:FOLDER, got {text!r}"
+        )
+    if kind != _FILE:
+        return MemoryBackend(kind)
+    folder = folder or tempfile.gettempdir()
+    if not Path(folder).is_dir():
+        raise UsageError(
+            f"--memory-backend {text}: {folder} is not a folder; give the folder in which QEMU is "
+            "to create a file for each side"
+        )
+    return MemoryBackend(kind, folder)
+
+
+def require_huge_pages(
+    backend: MemoryBackend, side_bytes: int, *, huge_pages: Path = HUGE_PAGES
+) -> None:
+    """Check that this host has enough free huge pages, if the backend has any, for two sides.
+
+    Args:
+        backend: what each side's RAM is in.
+        side_bytes: the RAM of one side.
+        huge_pages: the folder in which the kernel reports on its huge pages.
+
+    Raises:
+        UntestableError: it has not; the message has the command that reserves them.
+    """
+    if not backend.has_huge_pages:
+        return
+    page_bytes = backend.page_bytes
+    size = f"{page_bytes // _GIB}G" if page_bytes >= _GIB else f"{page_bytes // _MIB}M"
+    folder = huge_pages / f"hugepages-{page_bytes // _KIB}kB"
+    if not folder.is_dir():
+        raise UntestableError(
+            f"--memory-backend {backend}: this host has no huge pages of {size}; use another kind "
+            "of memory"
+        )
+    needed = 2 * div_ceil(side_bytes, page_bytes)
+    free = _number(folder, "free") - _number(folder, "resv")
+    free += max(0, _number(folder, "nr_overcommit") - _number(folder, "surplus"))
+    if free < needed:
+        count = _number(folder, "nr") + needed - free
+        raise UntestableError(
+            f"--memory-backend {backend}: expected {needed} free huge pages of {size} for both "
+            f"sides, got {free}; reserve them with: echo {count} | sudo tee "
+            f"{folder / 'nr_hugepages'}"
+        )
+
+
+def _number(folder: Path, name: str) -> int:
+    """Return a number of huge pages (the kernel's Documentation/admin-guide/mm/hugetlbpage.rst)."""
+    return int((folder / f"{name}_hugepages").read_text())
+
+
+def _is_hugetlbfs(folder: Path) -> bool:
+    device = folder.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in _MOUNTS.read_text().splitlines():  # proc_pid_mountinfo(5)
+        words = line.split()
+        if words[2] == number and words[words.index("-") + 1] == "hugetlbfs":
+            return True
+    return False

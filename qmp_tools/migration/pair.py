@@ -31,6 +31,7 @@ from ..qemu.machine import DESTINATION, INCOMING, SOURCE, Machine, address_of, d
 from ..qemu.pci_express import behind_ports, is_port
 from ..qemu.qemu import OwnedQemu
 from ..qemu.qtest import Qtest
+from ..qemu.reconnection import with_reconnection
 from ..qemu.vhost_user_trace import trace_arguments, unanswered
 from ..qemu.virtio_bus import on_bus
 from .alarms import best_reason, with_failure
@@ -191,6 +192,7 @@ class QemuPair:
     async def _wait_until_ready(self, began_s: float) -> None:
         guest = self.source_guest
         await guest.wait_for(lambda: "ready" in guest.latest, "become ready")
+        self.device.check_guest(guest)
         self.hold_pages = guest.hold_pages
         self.boot_s = time.monotonic() - began_s
         _logger.info("guest ready after %.1f s", self.boot_s)
@@ -247,6 +249,7 @@ class QemuPair:
         """
         architecture = self._machine.architecture
         attached = on_bus(architecture.virtio_bus, await self.device.attach(side))
+        attached = await with_reconnection(attached, self._binaries[side], timeout_s=self.timeout_s)
         if self._plugs_devices and architecture.hotplug_needs_port:
             attached = behind_ports(attached)
         return attached

@@ -233,13 +233,24 @@ class _HeldPrecopy:
         elif not self._restart_injected:
             if guest.number("progress", "write_once") or "write-once-done" in guest.latest:
                 self._restart_injected = True
-                await attempt.pair.device.inject_restart(attempt.pair.source_side)
+                await self._inject_restart()
         elif (
             attempt.ended_early
             and "write-once-done" in guest.latest
             and attempt.migration.exercised
         ):
             await self._release()
+
+    async def _inject_restart(self) -> None:
+        """Kill and restart the device, if its set-up says so: QEMU then makes a new log."""
+        pair = self._attempt.pair
+        killed = pair.device.is_killed
+        if killed:
+            self._attempt.release_log()
+            self._attempt.end_log_watch()
+        await pair.device.inject_restart(pair.source_side)
+        if killed:
+            await self._attempt.watch_new_log()
 
     async def _release(self) -> None:
         """Let the migration end while the guest uses the last of its write-once pages."""

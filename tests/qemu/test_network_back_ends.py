@@ -15,6 +15,7 @@ from support.recipes import (
     assert_passed,
     dpdk,
     newer_qemu,
+    newest_qemu,
     on_newer_qemu,
     passt,
     prove,
@@ -31,7 +32,8 @@ def test_dpdk(tool: Tool, suite: str, ring: str) -> None:
 
 
 def test_dpdk_behind_an_iommu(tool: Tool) -> None:
-    arguments = on_newer_qemu("dpdk-testpmd", *dpdk("trixie"), word="iommu-support")
+    program = dpdk("trixie")
+    arguments = on_newer_qemu("dpdk-testpmd", *program, word="iommu-support", qemu=newest_qemu())
     outcome = tool.run(*arguments)
     assert_passed(outcome, "net by dpdk-testpmd", certain=False, least=64)
     assert outcome.report["setup"]["iommu"] == "intel"

@@ -58,10 +58,20 @@ def newer_qemu() -> QemuBuild:
     return build or fetch("trixie", X86_64)
 
 
-def on_newer_qemu(program: str, *command: str, word: str = "") -> list[str]:
-    """Return the recipe of `program` with `word` for a fetched QEMU; `command` is the program."""
+@functools.cache
+def newest_qemu() -> QemuBuild:
+    """The newest QEMU that the recipes name, fetched."""
+    return next(
+        (each for each in installed(X86_64) if each.version.startswith("11.1.")), None
+    ) or fetch("11.1", X86_64)
+
+
+def on_newer_qemu(
+    program: str, *command: str, word: str = "", qemu: QemuBuild | None = None
+) -> list[str]:
+    """Return the recipe of `program` with `word` for a fetched `qemu`; `command` is the program."""
     arguments = recipe(program, word)
-    arguments[arguments.index("--qemu") + 1] = str(newer_qemu().path)
+    arguments[arguments.index("--qemu") + 1] = str((qemu or newer_qemu()).path)
     at = arguments.index("--device-command") + 1
     arguments[at] = " ".join([*command, arguments[at].removeprefix(program)])
     return arguments

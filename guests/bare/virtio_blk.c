@@ -66,6 +66,7 @@ uint64_t disk_open(unsigned slots) {
     headers_at = iommu_map(IOMMU_PERMANENT, (uint64_t)headers, slots * sizeof *headers);
     statuses_at = iommu_map(IOMMU_PERMANENT, (uint64_t)statuses, PAGE_BYTES);
     virtio_start(&disk);
+    report("virtio-0002 features=%lu", disk.features);
     return *(volatile uint64_t *)disk.config;
 }
 

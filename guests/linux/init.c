@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
  * The whole user space of the Linux guest. It carries out the workload (workload.h) on a disk,
- * bypassing the page cache, or on a network that sends every frame back, with a thread for each
+ * bypassing the page cache, or on a network that sends everything back, with a thread for each
  * request in flight.
  *
  * A serial port is the line to dmaproof: the guest reads single bytes as commands, and writes lines
@@ -11,24 +11,19 @@
  * PAGE_BYTES each.
  */
 #define _GNU_SOURCE
-#include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <linux/mempolicy.h>
-#include <net/if.h>
-#include <netpacket/packet.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
@@ -36,18 +31,18 @@
 #include <unistd.h>
 
 #include "../workload.h"
+#include "init.h"
+#include "loop.h"
 #include "network.h"
+#include "virtio_features.h"
 
 enum {
     DEVICE_TIMEOUT_US = 10 * 1000 * 1000,
     SPARE_BYTE = 0x5a,
     USE_WRITE_ONCE = 'o',  // a command; see obey
-    MOST_NODES = 8,  // as dmaproof prove --numa
+    MOST_NODES = 8,        // as dmaproof prove --numa
     MEMORY_TIMEOUT_US = 10 * 1000 * 1000,
     LOOP_SECTORS = 1 << 24,
-    LOOP_TIMEOUT_US = 100 * 1000,  // after that a frame is lost, which a migration may cause
-    FRAME_DATA_BYTES = 1366,        // three frames for a page
-    FIRST_PROTOCOL = 0x9100,        // an Ethernet type for each thread
 };
 
 const uint32_t piece_alignment = SECTOR_BYTES;  // O_DIRECT requires it
@@ -58,6 +53,7 @@ static const char *report_tty;  // the serial port that is the line to dmaproof
 static const char *disk;        // the path of its node or file
 static const char *shared_tag;  // the tag of the virtiofs with the disk's file, or NULL
 static const char *loop;        // a network interface used instead of a disk, or NULL
+static const char *echo_port;   // of the UDP server that sends datagrams back, or NULL: all frames
 static const char *packets_interface;  // a network interface used beside the disk, or NULL
 static const char *spare_pages;  // the number of pages to free during a migration, or NULL
 static uint8_t *buffer, *spare;
@@ -66,7 +62,6 @@ static uint64_t ram_end;        // the current end of RAM
 static uint64_t first_ram_end;  // the end of RAM before any memory was plugged
 static atomic_bool paused;
 static atomic_int in_flight;
-static atomic_ulong frames_sent, frames_received;  // on the loop
 
 // The functions that the workload needs ----------------------------------------------------------
 
@@ -98,7 +93,7 @@ static _Noreturn void power_off(void) {
         pause();
 }
 
-static _Noreturn void give_up(const char *action, const char *object) {
+void give_up(const char *action, const char *object) {
     report("fatal message=\"cannot %s %s: %s\"", action, object, strerror(errno));
     power_off();
 }
@@ -268,95 +263,6 @@ uint64_t move_to_new_memory(uint64_t first, uint64_t count) {
     return 0;
 }
 
-// The network ------------------------------------------------------------------------------------
-//
-// The network sends every frame back. The guest stamps a page, sends it in frames, and reassembles
-// the page from the frames that the device wrote into the kernel's buffers.
-
-struct frame {
-    uint64_t number;
-    uint32_t part;
-    uint8_t data[FRAME_DATA_BYTES];
-};
-
-enum { PARTS = (PAGE_BYTES + FRAME_DATA_BYTES - 1) / FRAME_DATA_BYTES };
-
-static size_t part_bytes(uint32_t part) {
-    size_t rest = PAGE_BYTES - part * FRAME_DATA_BYTES;
-    return rest < FRAME_DATA_BYTES ? rest : FRAME_DATA_BYTES;
-}
-
-static void open_interface(void) {
-    int fd = socket(AF_PACKET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    struct ifreq interface = {.ifr_flags = IFF_UP | IFF_PROMISC};
-    strncpy(interface.ifr_name, loop, sizeof interface.ifr_name - 1);
-    for (int waited = 0; ioctl(fd, SIOCSIFFLAGS, &interface) < 0; waited += 1000, usleep(1000))
-        if (waited > DEVICE_TIMEOUT_US)
-            give_up("bring up the network interface", loop);
-    close(fd);
-}
-
-// A socket for the frames of one thread.
-static int open_loop(uintptr_t thread) {
-    static const struct timeval timeout = {.tv_usec = LOOP_TIMEOUT_US};
-    uint16_t protocol = htons((uint16_t)(FIRST_PROTOCOL + thread));
-    int fd = socket(AF_PACKET, SOCK_DGRAM | SOCK_CLOEXEC, protocol);
-    struct sockaddr_ll address = {
-        .sll_family = AF_PACKET,
-        .sll_protocol = protocol,
-        .sll_ifindex = (int)if_nametoindex(loop),
-    };
-    if (fd < 0 || bind(fd, (void *)&address, sizeof address) < 0 ||
-        setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof timeout) < 0)
-        give_up("open", "a packet socket");
-    return fd;
-}
-
-static void send_page(int fd, uintptr_t thread, const uint8_t *page, uint64_t number) {
-    struct sockaddr_ll address = {
-        .sll_family = AF_PACKET,
-        .sll_protocol = htons((uint16_t)(FIRST_PROTOCOL + thread)),
-        .sll_ifindex = (int)if_nametoindex(loop),
-        .sll_halen = 6,
-        .sll_addr = {0xff, 0xff, 0xff, 0xff, 0xff, 0xff},
-    };
-    for (uint32_t part = 0; part < PARTS; part++) {
-        struct frame frame = {.number = number, .part = part};
-        memcpy(frame.data, page + part * FRAME_DATA_BYTES, part_bytes(part));
-        if (sendto(fd, &frame, sizeof frame, 0, (void *)&address, sizeof address) > 0)
-            atomic_fetch_add(&frames_sent, 1);
-    }
-}
-
-// Reassemble page `number` from its frames; return false if some of them do not arrive.
-static bool receive_page(int fd, uint8_t *page, uint64_t number) {
-    struct frame frame;
-    for (uint32_t missing = (1 << PARTS) - 1; missing;) {
-        if (recv(fd, &frame, sizeof frame, 0) < (ssize_t)sizeof frame)
-            return false;
-        atomic_fetch_add(&frames_received, 1);
-        if (frame.number != number || frame.part >= PARTS)
-            continue;  // a late frame of an earlier page
-        memcpy(page + frame.part * FRAME_DATA_BYTES, frame.data, part_bytes(frame.part));
-        missing &= ~(1u << frame.part);
-    }
-    return true;
-}
-
-static uint64_t transfer_by_loop(int fd, uintptr_t thread, const struct request *request) {
-    static atomic_ulong sent;
-    uint64_t words[PAGE_BYTES / sizeof(uint64_t)];
-    for (uint32_t index = 0; index < request->count; index++) {
-        uint64_t number;
-        do {
-            number = atomic_fetch_add(&sent, 1) + 1;
-            stamp_page(words, request->sector + index * (PAGE_BYTES / SECTOR_BYTES), number);
-            send_page(fd, thread, (void *)words, number);
-        } while (!receive_page(fd, piece_at(request, index), number));
-    }
-    return bytes_of(request);
-}
-
 // Threads ----------------------------------------------------------------------------------------
 
 static uint64_t transfer(const struct request *request) {
@@ -374,11 +280,11 @@ static void *work(void *argument) {
     struct worker worker = new_worker((uintptr_t)argument);
     struct request request;
     uintptr_t thread = (uintptr_t)argument;
-    int loop_fd = loop ? open_loop(thread) : -1;
+    int loop_fd = loop ? loop_open(thread) : -1;
     for (;;) {
         atomic_fetch_add(&in_flight, 1);
         if (!atomic_load(&paused) && plan_request(&worker, &request))
-            finish_request(&request, loop ? transfer_by_loop(loop_fd, thread, &request)
+            finish_request(&request, loop ? loop_transfer(loop_fd, &request)
                                           : transfer(&request));
         atomic_fetch_sub(&in_flight, 1);
         while (atomic_load(&paused))
@@ -501,17 +407,16 @@ static void report_status(void) {
     report_progress();
     report_network();
     if (loop)
-        report("frames sent=%lu received=%lu", atomic_load(&frames_sent),
-               atomic_load(&frames_received));
+        report_loop();
 }
 
 static bool read_option(const char *argument) {
     static const struct {
         const char *name, **value;
     } options[] = {
-        {"report=", &report_tty}, {"disk=", &disk},
-        {"shared=", &shared_tag}, {"loop=", &loop},
-        {"spare=", &spare_pages}, {"packets=", &packets_interface},
+        {"report=", &report_tty}, {"disk=", &disk},      {"shared=", &shared_tag},
+        {"loop=", &loop},         {"echo=", &echo_port}, {"spare=", &spare_pages},
+        {"packets=", &packets_interface},
     };
     for (size_t known = 0; known < sizeof options / sizeof *options; known++) {
         size_t length = strlen(options[known].name);
@@ -542,15 +447,15 @@ static void read_parameters(int count, char **arguments) {
 int main(int count, char **arguments) {
     mkdir("/dev", 0755);
     mkdir("/proc", 0755);
+    mkdir("/sys", 0755);
     mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
     mount("proc", "/proc", "proc", 0, NULL);
-    mkdir("/sys", 0755);
     mount("sysfs", "/sys", "sysfs", 0, NULL);
     kernel_page_bytes = (uint64_t)sysconf(_SC_PAGESIZE);
     read_parameters(count, arguments);
     load_modules();
     if (loop)
-        open_interface();
+        loop_start(loop, echo_port);
     uint64_t sectors = loop ? LOOP_SECTORS : open_disk();
     map_buffer();
     fill_spare();
@@ -569,6 +474,7 @@ int main(int count, char **arguments) {
     for (int waited = 0; requests_finished() == 0; waited += 1000, usleep(1000))
         if (waited % REPORT_EVERY_US == 0)
             report_status();
+    report_virtio_features();
     report_ready();
     for (;; usleep(REPORT_EVERY_US))
         report_status();

@@ -12,66 +12,122 @@ import errno
 import os
 import shlex
 import socket
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from dmaproof.errors import UsageError, WaitTimeoutError
+from dmaproof.errors import UnsupportedError, UsageError, WaitTimeoutError
+from dmaproof.vhost_user.features import F_ACCESS_PLATFORM, F_RING_PACKED
 
+from ..guest.channel import GuestChannel
 from ..guest.drivers import VIRTIO_BLK, VIRTIO_NET, VIRTIOFS, Driver
 from ..guest.workload import Workload
 from ..host.process import Process, ProcessDiedError
 from ..host.timeout import wait_until
-from ..qemu.machine import (
-    vhost_user_blk_arguments,
-    vhost_user_fs_arguments,
-    vhost_user_net_arguments,
-)
+from ..qemu.machine import option_value
+from ..qemu.pci_express import behind_iommu, device_port
+from ..qemu.reconnection import RECONNECT
 from .device import AttachedDevice, DeviceFacts, ProofDevice, on_image, on_network
 from .disk_image import write_image
+from .udp_echo import udp_echo
 
 _LAST_SHARE: Final = 4
 """One in this many write-once pages is written while the migration ends. If a device that is
 stopped forgets to mark pages, these are the pages that it has written last."""
+_PORT: Final = 1
+"""The number of the root port that a device behind an IOMMU needs."""
 _ACCEPTS_CONNECTIONS: Final = 1 << 16
 """__SO_ACCEPTCON, as /proc/net/unix shows it among a socket's flags."""
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """A QEMU device with an external back end; `arguments` takes socket and number of queues."""
+    """A QEMU device with an external back end: `device` is the value of ``-device``.
 
-    arguments: Callable[[Path, int], list[str]]
+    `virtio_type` is the number of the device type (virtio 1.2, section 5).
+    """
+
+    device: str
+    virtio_type: int
     guests: Collection[str]
     driver: Driver
     network: bool = False
+    carries_only_ip: bool = False
+    restartable: bool = True
 
 
+_NET: Final = _Kind("virtio-net-pci,netdev=net", 1, ("linux",), VIRTIO_NET, network=True)
 KINDS: Final = {
-    "blk": _Kind(vhost_user_blk_arguments, ("bare", "linux"), VIRTIO_BLK),
-    "fs": _Kind(lambda socket, queues: vhost_user_fs_arguments(socket), ("linux",), VIRTIOFS),
-    "net": _Kind(
-        lambda socket, queues: vhost_user_net_arguments(socket),
-        ("linux",),
-        VIRTIO_NET,
-        network=True,
+    "blk": _Kind(
+        "vhost-user-blk-pci,chardev=device,num-queues={queues},queue-size=128",
+        2,
+        ("bare", "linux"),
+        VIRTIO_BLK,
     ),
+    "fs": _Kind(
+        "vhost-user-fs-pci,chardev=device,tag=disk", 26, ("linux",), VIRTIOFS, restartable=False
+    ),
+    "net": _NET,
+    "net-udp": replace(_NET, carries_only_ip=True),
 }
 
 
 @dataclass(frozen=True)
 class CommandDevice(ProofDevice):
-    """A device that a command serves: its `words` with placeholders (see `parse_command`)."""
+    """A device that a command serves: its `words` with placeholders (see `parse_command`).
+
+    It has `queues` virtqueues of the form `ring` (one of `emulated.RINGS`), and may be
+    `behind_iommu`. If `killed`, its back end is killed during the migration and started again. If
+    its network carries only IP, it must forward the guest's datagrams to `udp_port` of this host,
+    where dmaproof sends them back.
+    """
 
     kind: str
     words: Sequence[str]
     queues: int = 2
+    ring: str = "split"
+    behind_iommu: bool = False
+    killed: bool = False
+    udp_port: int = 0
+
+    def __post_init__(self) -> None:
+        if self.killed and not KINDS[self.kind].restartable:
+            raise UsageError(
+                f"--kill-device: QEMU does not connect again to the back end of --device "
+                f"{self.kind}; choose another device"
+            )
 
     @property
     def facts(self) -> DeviceFacts:
-        return DeviceFacts(f"{self.kind} by {Path(self.words[0]).name}", self.queues)
+        name = f"{self.kind} by {Path(self.words[0]).name}"
+        return DeviceFacts(name, self.queues, self.ring, killed=self.killed)
+
+    def qemu_arguments(self, socket: Path) -> list[str]:
+        """Return the QEMU arguments of the device whose back end listens at `socket`."""
+        kind = KINDS[self.kind]
+        device = [kind.device.format(queues=self.queues)]
+        if self.ring == "packed":
+            device.append("packed=on")
+        if self.behind_iommu:
+            device += behind_iommu(_PORT)
+        reconnect = f",{RECONNECT}" if self.killed else ""
+        return [
+            *(device_port(_PORT) if self.behind_iommu else ()),
+            *("-chardev", f"socket,id=device,path={option_value(socket)}{reconnect}"),
+            *(("-netdev", "vhost-user,id=net,chardev=device") if kind.network else ()),
+            *("-device", ",".join(device)),
+        ]
+
+    def required_features(self) -> Mapping[str, int]:
+        """Return the virtio features (bits) that the guest's driver must use, by virtio's names."""
+        features = {}
+        if self.ring == "packed":
+            features["VIRTIO_F_RING_PACKED"] = F_RING_PACKED
+        if self.behind_iommu:
+            features["VIRTIO_F_ACCESS_PLATFORM"] = F_ACCESS_PLATFORM
+        return features
 
     @property
     def guests(self) -> Collection[str]:
@@ -79,7 +135,10 @@ class CommandDevice(ProofDevice):
 
     @property
     def driver(self) -> Driver:
-        return KINDS[self.kind].driver
+        kind = KINDS[self.kind]
+        if kind.carries_only_ip:
+            return replace(kind.driver, place=f"{kind.driver.place} echo={self.udp_port}")
+        return kind.driver
 
     @property
     def direct(self) -> bool:
@@ -100,10 +159,11 @@ class CommandDevice(ProofDevice):
         shared.mkdir()
         write_image(shared / "disk")
         attached = _Attached(self, folder, shared, timeout_s)
-        try:
+        async with contextlib.AsyncExitStack() as ended_last:
+            if KINDS[self.kind].carries_only_ip:
+                await ended_last.enter_async_context(udp_echo(self.udp_port))
+            ended_last.push_async_callback(attached.end)
             yield attached
-        finally:
-            await attached.end()
 
 
 def parse_command(text: str) -> Sequence[str]:
@@ -153,10 +213,24 @@ class _Attached(AttachedDevice):
         return [self._backends[side]] if side in self._backends else []
 
     async def attach(self, side: str) -> Sequence[str]:
-        path = self._folder / f"{side}-disk.sock"
-        if side in self._backends:  # the old back end's socket must not be taken for the new one's
+        if side in self._backends:
             await self._backends[side].end()
-            path.unlink(missing_ok=True)
+        return self._setup.qemu_arguments(await self._start(side))
+
+    @property
+    def is_killed(self) -> bool:
+        return self._setup.killed
+
+    async def inject_restart(self, side: str) -> None:
+        if self._setup.killed:
+            await self._backends[side].kill()
+            await self._start(side)
+            self._backends[side].allow_success()
+
+    async def _start(self, side: str) -> Path:
+        """Start the back end of `side`; return the path of the socket on which it listens."""
+        path = self._folder / f"{side}-disk.sock"
+        path.unlink(missing_ok=True)  # of an old back end
         values = {
             "socket": path,
             "side": side,
@@ -188,7 +262,23 @@ class _Attached(AttachedDevice):
             return False
 
         await wait_until(is_ready, self._timeout_s, late)
-        return KINDS[self._setup.kind].arguments(path, self._setup.queues)
+        return path
+
+    def check_guest(self, guest: GuestChannel) -> None:
+        accepted = guest.number(f"virtio-{KINDS[self._setup.kind].virtio_type:04x}", "features")
+        missing = [
+            name for name, bit in self._setup.required_features().items() if not accepted & bit
+        ]
+        if missing:
+            raise UnsupportedError(
+                f"the guest's driver uses the features {accepted:#x}, without "
+                f"{' and '.join(missing)}: the back end or QEMU does not offer it; leave out "
+                "--ring and --iommu, or use a back end with this feature"
+            )
+
+    def migrates_from(self, side: str) -> None:
+        # A back end may end when it has handed its state over to the destination, as passt does.
+        self._backends[side].allow_success()
 
     async def refusal(self) -> ProcessDiedError:
         """Wait until a back end ends unexpectedly, even one that is started meanwhile."""

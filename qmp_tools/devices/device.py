@@ -33,6 +33,7 @@ from pathlib import Path
 from dmaproof.errors import UntestableError
 from dmaproof.evidence import Evidence
 
+from ..guest.channel import GuestChannel
 from ..guest.drivers import Driver
 from ..guest.workload import Workload
 from ..host.process import Process
@@ -137,8 +138,23 @@ class AttachedDevice(ABC):
     def release(self, side: str) -> None:  # noqa: B027 (a default, not a gap)
         """Allow the processes that serve only the QEMU of `side` to end, as that QEMU ends next."""
 
+    def check_guest(self, guest: GuestChannel) -> None:  # noqa: B027
+        """Check that the guest, which is ready, uses the device as its set-up says.
+
+        Raises:
+            UntestableError: it does not.
+        """
+
+    def migrates_from(self, side: str) -> None:  # noqa: B027
+        """Take note that the QEMU of `side` is about to migrate."""
+
+    @property
+    def is_killed(self) -> bool:
+        """Whether `inject_restart` kills and restarts the device."""
+        return False
+
     async def inject_restart(self, side: str) -> None:  # noqa: B027
-        """Kill and restart the device during the migration from `side`, if its set-up says so.
+        """Kill and restart the device during the migration from `side`, if it `is_killed`.
 
         Raises:
             UntestableError: the device does not survive the restart.

@@ -186,6 +186,10 @@ class _AttachedDevice(AttachedDevice):
     async def attach(self, side: str) -> Sequence[str]:
         return self._setup.qemu_arguments(self._sockets[side])
 
+    @property
+    def is_killed(self) -> bool:
+        return self._setup.killed
+
     async def inject_restart(self, side: str) -> None:
         if self._setup.killed:
             await self._devices[side].kill()

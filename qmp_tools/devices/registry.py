@@ -26,6 +26,7 @@ from .device import ProofDevice
 from .emulated import EmulatedDevice
 from .process import DeviceOptions
 from .several import SeveralDevices
+from .udp_echo import free_udp_port
 
 QEMU_OPTIONS: Final = frozenset(
     {
@@ -184,7 +185,10 @@ class ThirdPartyKind(DeviceKind):
     """Devices that a vhost-user back end serves, which ``--device-command`` starts."""
 
     name = "third-party"
-    accepts = COMMON_OPTIONS | GUEST_OPTIONS | {"queues", "settle", "device_command"}
+    accepts = COMMON_OPTIONS | {
+        *GUEST_OPTIONS,
+        *("iommu", "queues", "ring", "settle", "device_command", "kill_device"),
+    }
 
     def names(self) -> Sequence[str]:
         """Return the devices that a back end can serve."""
@@ -210,7 +214,15 @@ class ThirdPartyKind(DeviceKind):
             )
         if request.command is None:
             raise UsageError(f"--device {name} needs --device-command, which starts its back end")
-        return command.CommandDevice(name, command.parse_command(request.command), request.queues)
+        return command.CommandDevice(
+            name,
+            command.parse_command(request.command),
+            request.queues,
+            request.ring,
+            request.behind_iommu,
+            request.killed,
+            udp_port=free_udp_port() if command.KINDS[name].carries_only_ip else 0,
+        )
 
 
 @cache

@@ -89,6 +89,10 @@ class _AttachedDevices(AttachedDevice):
         for device in self._devices:
             device.release(side)
 
+    @property
+    def is_killed(self) -> bool:
+        return any(device.is_killed for device in self._devices)
+
     async def inject_restart(self, side: str) -> None:
         for device in self._devices:
             await device.inject_restart(side)

@@ -46,9 +46,9 @@ LONGER_TIMEOUT: Final = "a busy or slow host needs a longer --timeout"
 _BOOT: Final = "boot"
 """The guest's first report."""
 _MOST_ERROR_MESSAGES: Final = 8
-_FRAMES_BEFORE_ECHO: Final = 5_000
+_FRAMES_BEFORE_ECHO: Final = 20_000
 """A network that sends frames back has returned at least one of this many frames. Each thread of
-the guest sends 30 frames a second while it receives none."""
+the guest sends 150 frames a second while it receives none."""
 _NEEDS_ECHO: Final = (
     "the guest checks the frames that the network writes into its RAM, so the network must send "
     "every frame back (see docs/third-party-devices.md)"

@@ -67,6 +67,7 @@ class Process:
         self.more_logs: Sequence[Path] = ()
         self._child = child
         self._expected = False
+        self._may_succeed = False
         self.died = asyncio.ensure_future(self._child.wait())
 
     @classmethod
@@ -114,10 +115,14 @@ class Process:
         """Do not report the end of the process from now on."""
         self._expected = True
 
+    def allow_success(self) -> None:
+        """Do not report from now on that the process has ended with exit code 0."""
+        self._may_succeed = True
+
     async def missed(self) -> ProcessDiedError:
         """Wait until the process has ended unexpectedly, and return an error that says so."""
         await asyncio.shield(self.died)
-        if self._expected:
+        if self._expected or (self._may_succeed and self._child.returncode == 0):
             await asyncio.get_running_loop().create_future()  # wait for ever: no error
         message = f"{self.name} {self.how_it_ended()}\n{self.log_tail()}".rstrip()
         return ProcessDiedError(message, killed=(self._child.returncode or 0) < 0)
@@ -152,10 +157,10 @@ class Process:
         return "\n".join(filter(None, map(log_tail, (self.log, *self.more_logs))))
 
     async def kill(self) -> None:
-        """Kill the process with SIGKILL, to simulate a crash of its host."""
+        """Kill the process and its children with SIGKILL, to simulate a crash of its host."""
         self.expect_end()
         with contextlib.suppress(ProcessLookupError):
-            self._child.kill()
+            os.killpg(self.pid, signal.SIGKILL)  # it leads a session, see `start`
         await asyncio.shield(self.died)
 
     async def end(self) -> None:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cached_property
 
+from dmaproof.errors import WaitTimeoutError
+
+from ..host.timeout import wait_until
 from ..memory.ram import RamFile, copied, ram_files, slots_of
 from .log_watch import LogWatch, used_rings
 from .migration import Limits, Migration, Progress
@@ -27,7 +30,8 @@ class Attempt:
     A scenario sets `joined` if its destination answers on QMP only during the migration (see
     `Ends`). `all_sent_ns` (CLOCK_MONOTONIC) is when dmaproof saw that QEMU had sent every page;
     None if dmaproof has not seen that. `ended_early` is True as long as the end of the migration
-    would be too early.
+    would be too early. `discarded_bits` has the addresses (in bytes) of the pages whose bits QEMU
+    left in the log of a device that was killed.
     """
 
     def __init__(
@@ -37,7 +41,7 @@ class Attempt:
         limits: Limits,
         on_progress: OnProgress,
         *,
-        ring_addresses_are_physical: bool = True,
+        has_readable_rings: bool = True,
         watches_log: bool = False,
     ) -> None:
         """Plan a migration, without starting anything.
@@ -47,7 +51,8 @@ class Attempt:
             procedure: the scenario.
             limits: the bounds of the migration.
             on_progress: called with each progress report of the migration.
-            ring_addresses_are_physical: False behind an IOMMU, where QEMU reports bus addresses.
+            has_readable_rings: whether each used ring has an index in RAM, at an address that QEMU
+                reports.
             watches_log: whether QEMU's vhost log is the only evidence of what the device reports.
         """
         self.pair = pair
@@ -58,8 +63,10 @@ class Attempt:
         self._procedure = procedure
         self._limits = limits
         self._on_progress = on_progress
-        self._ring_addresses_are_physical = ring_addresses_are_physical
+        self._has_readable_rings = has_readable_rings
         self._watches_log = watches_log
+        self._watched_log = 0
+        self.discarded_bits: Collection[int] = ()
         self._source_ram: Sequence[RamFile] | None = None
         self._destination_ram: Sequence[RamFile] | None = None
         self._kept = contextlib.AsyncExitStack()
@@ -155,10 +162,36 @@ class Attempt:
         with vhost_log(source.pid, source.name, os.O_RDWR) as log:
             if log is None:  # the migration has ended already
                 return
-            rings = await used_rings(source.qmp) if self._ring_addresses_are_physical else []
+            rings = await used_rings(source.qmp) if self._has_readable_rings else []
             async with ram_files(source) as files:
                 slots = [slot for ram in files for slot in await slots_of(source, ram)]
                 self.log_watch = LogWatch(log, files, slots, rings)
+                self._watched_log = os.fstat(log).st_ino
+
+    async def watch_new_log(self) -> None:
+        """Watch the log that QEMU makes when the restarted device has been started.
+
+        Raises:
+            WaitTimeoutError: QEMU does not start the device.
+        """
+        old = self.log_watch
+        if old is None:
+            return
+        source = self.pair.source
+
+        async def is_new() -> bool:
+            with vhost_log(source.pid, source.name, os.O_RDWR) as log:
+                return log is not None and os.fstat(log).st_ino != self._watched_log
+
+        def late() -> WaitTimeoutError:
+            return WaitTimeoutError(
+                f"{source.name} has not started the device again within "
+                f"{self._limits.timeout_s:g} s after its back end was killed and restarted"
+            )
+
+        await wait_until(is_new, self._limits.timeout_s, late)
+        self.discarded_bits = frozenset(old.evidence().late_bits)
+        await self.watch_log()
 
     def release_log(self) -> None:
         """Take no more bits from the log, but continue to watch it."""

@@ -43,6 +43,7 @@ from ..qemu.memory_backend import MemoryBackend
 from ..qemu.pci_express import behind_ports, is_port
 from ..qemu.qemu import OwnedQemu
 from ..qemu.qtest import Qtest
+from ..qemu.reconnection import with_reconnection
 from ..qemu.vhost_user_trace import logs_installed, trace_arguments, unanswered
 from ..qemu.virtio_bus import on_bus
 from .alarms import best_reason, with_failure
@@ -251,6 +252,7 @@ class QemuPair:
     async def _boot(self, began_s: float) -> None:
         guest = self.source_guest
         await self._wait_until_ready(guest)
+        self.device.check_guest(guest)
         self.boot_s = time.monotonic() - began_s
         _logger.info("guest ready after %.1f s", self.boot_s)
 
@@ -356,6 +358,7 @@ class QemuPair:
         """
         architecture = self._machine.architecture
         attached = on_bus(architecture.virtio_bus, await self.device.attach(side))
+        attached = await with_reconnection(attached, self._binaries[side], timeout_s=self.timeout_s)
         if self._plugs_devices and architecture.hotplug_needs_port:
             attached = behind_ports(attached)
         return attached

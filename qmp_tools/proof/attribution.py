@@ -20,7 +20,7 @@ was in RAM (`migration.log_watch`).
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -116,6 +116,14 @@ def blame_early_bits(lost: Sequence[LostPage], log: LogEvidence) -> list[LostPag
     """Return the `lost` pages; blame the early bit of each page for which the `log` shows one."""
     early = set(log.early_bits)
     return [replace(page, blame=Blame.EARLY_BIT) if page.gpa in early else page for page in lost]
+
+
+def blame_discarded_bits(lost: Sequence[LostPage], discarded: Collection[int]) -> list[LostPage]:
+    """Return the `lost` pages; blame QEMU for those whose `discarded` bits it never read.
+
+    `discarded` are page addresses in bytes (`Attempt.discarded_bits`).
+    """
+    return [replace(page, blame=Blame.QEMU) if page.gpa in discarded else page for page in lost]
 
 
 def with_late_dma(lost: Sequence[LostPage], late: Sequence[LostPage]) -> list[LostPage]:

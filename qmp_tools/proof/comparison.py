@@ -12,7 +12,7 @@ from ..memory.ram import RamFile, slots_of
 from ..migration.attempt import Attempt
 from ..migration.pair import QemuPair
 from ..migration.scenarios.base import Scenario
-from .attribution import LostPage, attribute, blame_early_bits
+from .attribution import LostPage, attribute, blame_discarded_bits, blame_early_bits
 from .changes import Changes, RunningDestination
 from .late_dma import PausedRam
 from .model import Migrated
@@ -93,6 +93,7 @@ async def compare_guests(
         found.evidence = [replace(each, slots=found.slots) for each in evidence]
     if attempt.log_watch is not None:
         found.lost = blame_early_bits(found.lost, attempt.log_watch.evidence())
+        found.lost = blame_discarded_bits(found.lost, attempt.discarded_bits)
     return found
 
 

@@ -206,6 +206,7 @@ class ProofRun:
         attempt = self._attempt = self._new_attempt()
         self._paused = None
         await pair.guarded(scenario.prepare(attempt))
+        self.device.migrates_from(pair.source_side)
         _logger.info("migrating (%s)", scenario.name)
         began_s = time.monotonic()
         refusal = None
@@ -221,7 +222,7 @@ class ProofRun:
             self.scenario,
             self._setup.limits,
             self._on_progress,
-            ring_addresses_are_physical=self._setup.machine.iommu is None,
+            has_readable_rings=self._has_readable_rings,
             watches_log=self._is_third_party,
         )
 
@@ -360,16 +361,18 @@ class ProofRun:
 
     @property
     def _reports_rings(self) -> bool:
-        """Whether QEMU reports the guest-physical addresses of the rings in the source's RAM.
-
-        It does so for split rings. Behind an IOMMU it reports their IOVAs instead.
-        """
+        """Whether the rings of the source are stopped and can be read after the migration."""
         return (
-            self.scenario.stops_rings
-            and bool(self.device.processes)
-            and self._setup.machine.iommu is None
-            and self._setup.device.facts.ring != "packed"
+            self.scenario.stops_rings and bool(self.device.processes) and self._has_readable_rings
         )
+
+    @property
+    def _has_readable_rings(self) -> bool:
+        """Whether rings have indices in RAM, at addresses that QEMU reports.
+
+        A packed ring has no index. Behind an IOMMU, QEMU reports IOVAs.
+        """
+        return self._setup.machine.iommu is None and self._setup.device.facts.ring != "packed"
 
     @property
     def _is_third_party(self) -> bool:

@@ -258,31 +258,6 @@ def dimm_name(number: int) -> str:
     return f"dimm{number}"
 
 
-def vhost_user_blk_arguments(socket: Path, queues: int) -> list[str]:
-    """Return the QEMU arguments of a vhost-user-blk device whose back end listens at `socket`."""
-    return [
-        *("-chardev", f"socket,id=disk,path={option_value(socket)}"),
-        *("-device", f"vhost-user-blk-pci,chardev=disk,num-queues={queues},queue-size=128"),
-    ]
-
-
-def vhost_user_fs_arguments(socket: Path) -> list[str]:
-    """Return the QEMU arguments of a vhost-user-fs device with the tag 'disk'."""
-    return [
-        *("-chardev", f"socket,id=disk,path={option_value(socket)}"),
-        *("-device", "vhost-user-fs-pci,chardev=disk,tag=disk"),
-    ]
-
-
-def vhost_user_net_arguments(socket: Path) -> list[str]:
-    """Return the QEMU arguments of a network card whose back end listens at `socket`."""
-    return [
-        *("-chardev", f"socket,id=net,path={option_value(socket)}"),
-        *("-netdev", "vhost-user,id=net,chardev=net"),
-        *("-device", "virtio-net-pci,netdev=net"),
-    ]
-
-
 SOURCE: Final = "source"
 DESTINATION: Final = "destination"
 """The names of the two sides of a proof."""

@@ -218,12 +218,13 @@ def _settings(options: ProofOptions) -> list[str]:
 
 def _device(proof: Proof) -> str:
     facts = proof.setup.device.facts
-    if facts.tracker is None:
-        return f"{facts.device}, without a journal"
-    if facts.harvest is None:
-        return f"{facts.device}, dirty tracker {facts.tracker}"
     killed = ", killed and restarted" if facts.killed else ""
     iommu = f", behind IOMMU {proof.setup.machine.iommu}" if proof.setup.machine.iommu else ""
+    if facts.tracker is None:
+        rings = f", {facts.ring} rings" if facts.ring else ""
+        return f"{facts.device}{rings}{iommu}{killed}, without a journal"
+    if facts.harvest is None:
+        return f"{facts.device}, dirty tracker {facts.tracker}"
     every = f"every {facts.harvest} s" if facts.harvest[0].isdigit() else facts.harvest
     return (
         f"{facts.device}, {facts.ring} rings, dirty tracker {facts.tracker}, "

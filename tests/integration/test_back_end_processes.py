@@ -69,7 +69,7 @@ def test_each_side_has_a_back_end(tmp_path: Path) -> None:
         async with attached(tmp_path, *LISTENS) as device:
             for side in (SOURCE, DESTINATION):
                 arguments = await device.attach(side)
-                assert f"socket,id=disk,path={tmp_path / side}-disk.sock" in arguments
+                assert f"socket,id=device,path={tmp_path / side}-disk.sock" in arguments
                 assert (tmp_path / f"{side}-device.log").read_text() == f"side {side}\n"
             first = device.processes
             device.release(DESTINATION)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -16,17 +14,13 @@ from typing import Final
 
 import pytest
 
-from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.devices import inside_qemu
-from qmp_tools.guest.build import cache, fresh_folder
 from qmp_tools.guest.workload import Workload
-from qmp_tools.host.archive import Archive, own_codename, unpack
 from qmp_tools.proof.soak import TOOL
-from qmp_tools.qemu.builds import QemuBuild, fetch, installed, make_whole
 from support.command import TIMEOUT_S, Outcome, Tool
+from support.recipes import BRIEF, assert_passed, newer_qemu, on_newer_qemu, prove, recipe
 
 ROOT: Final = Path(__file__).parents[2]
-RECIPES: Final = (ROOT / "docs" / "third-party-devices.md").read_text()
 
 
 def faulty(fault: str, *harvest: str) -> str:
@@ -56,40 +50,11 @@ DISKS: Final = [
     for name, kind in inside_qemu.KINDS.items()
     if not kind.network and name != "virtio-blk-pci"
 ]
-BRIEF: Final = ("--requests-after", "200", "--workload", "write_once=1400")
 REFUSALS: Final = {
     "nvme": ["State blocked by non-migratable device"],
     "lsi53c895a": ["lsi_pre_save: Assertion", "has not become ready within"],
 }
 """Defects of old QEMUs; see docs/third-party-devices.md."""
-
-
-def recipe(program: str, word: str = "") -> list[str]:
-    """Return the first recipe for `program` with `word` in the docs, with JSON output."""
-    commands = re.findall(r"(?m)^    (dmaproof prove (?:.*\\\n)*.*)$", RECIPES)
-    command = next(
-        text for text in commands if f"--device-command '{program} " in text and word in text
-    )
-    return [*shlex.split(command)[1:], "--quiet", "--json", "-"]
-
-
-def prove(tool: Tool, *arguments: str) -> Outcome:
-    return tool.run("prove", "--quiet", "--json", "-", *arguments)
-
-
-def assert_passed(
-    outcome: Outcome, device: str, *, certain: bool = True, least: int = 1000
-) -> None:
-    assert outcome.exit_code == 0, outcome.output + outcome.errors
-    report = outcome.report
-    assert report["setup"]["device"] == device
-    assert report["setup"]["tracker"] is None
-    assert report["lost_pages"] == []
-    assert report["guest"]["errors"] == 0
-    assert report["sensitivity"]["evidence_source"] == "guest"
-    assert report["sensitivity"]["rewritten"] >= least
-    assert (report["sensitivity"]["guaranteed_detectable"] > 0) == certain
-    assert report["sensitivity"]["unreported"] is None
 
 
 def assert_passed_or_released_rings(outcome: Outcome) -> None:
@@ -258,24 +223,6 @@ def test_disks_inside_qemu(tool: Tool, name: str) -> None:
         assert_passed(outcome, f"qemu:{name}")
 
 
-@functools.cache
-def newer_qemu() -> QemuBuild:
-    """A QEMU fetched from Debian 13 or later, with its virtiofsd."""
-    build = next(
-        (each for each in installed(X86_64) if each.path.with_name("virtiofsd").exists()), None
-    )
-    return build or fetch("trixie", X86_64)
-
-
-def on_newer_qemu(program: str, *command: str) -> list[str]:
-    """Return the recipe that runs `program`, as the words `command`, with a fetched QEMU."""
-    arguments = recipe(program)
-    arguments[arguments.index("--qemu") + 1] = str(newer_qemu().path)
-    at = arguments.index("--device-command") + 1
-    arguments[at] = " ".join([*command, arguments[at].removeprefix(program)])
-    return arguments
-
-
 def test_virtiofsd(tool: Tool) -> None:
     program = str(newer_qemu().path.with_name("virtiofsd"))
     arguments = on_newer_qemu("virtiofsd", program)
@@ -290,50 +237,6 @@ def test_a_virtiofsd_that_qemu_does_not_migrate(tool: Tool) -> None:
     assert outcome.exit_code == 3, outcome.output + outcome.errors
     assert "non-migratable device" in outcome.errors
     assert "vhost-user-fs" in outcome.errors
-
-
-def dpdk() -> list[str]:
-    """testpmd (the system's, or fetched once), and the options to find its drivers."""
-    if testpmd := shutil.which("dpdk-testpmd"):
-        return [testpmd]
-    # Not below the temporary folder: DPDK loads nothing from a world-writable folder.
-    target = cache() / f"dpdk-{own_codename()}"
-    with fresh_folder(target) as fresh:
-        if fresh is not None:
-            archive = Archive(own_codename(), fresh / "apt")
-            for package in archive.fetch_closure(["dpdk-dev"]):
-                unpack(package, fresh / "root")
-            make_whole(fresh, {"dpdk-testpmd": "usr/bin"})
-            shutil.rmtree(fresh / "apt")
-    folder = next((target / "root/usr/lib").glob("*/dpdk/pmds-*"))
-    drivers = [f"-d {folder}/librte_{name}.so" for name in ("net_vhost", "mempool_ring")]
-    return [str(target / "dpdk-testpmd"), *drivers]
-
-
-def test_dpdk(tool: Tool) -> None:
-    arguments = on_newer_qemu("dpdk-testpmd", *dpdk())
-    assert_passed(tool.run(*arguments, *BRIEF), "net by dpdk-testpmd", certain=False)
-
-
-def test_a_network_that_does_not_echo_is_reported_with_both_counts_and_its_log(tool: Tool) -> None:
-    program = str(ROOT / "tests" / "back_ends" / "silent.py")
-    command = shlex.join([sys.executable, program, "{socket}", "net"])
-    qemu = str(newer_qemu().path)
-    outcome = prove(tool, "--qemu", qemu, "--device", "net", "--device-command", command)
-    assert outcome.exit_code == 3, outcome.output + outcome.errors
-    assert re.search(r"the guest sent \d{4} frames and received 0 of them", outcome.errors)
-    assert "the network must send every frame back" in outcome.errors
-    assert "device.log:\n    silent" in outcome.errors
-
-
-def test_a_dpdk_that_takes_frames_and_sends_none(tool: Tool) -> None:
-    arguments = on_newer_qemu("dpdk-testpmd", *dpdk())
-    at = arguments.index("--device-command") + 1
-    arguments[at] += " --forward-mode=rxonly"
-    outcome = tool.run(*arguments)
-    assert outcome.exit_code == 3, outcome.output + outcome.errors
-    assert "and received 0 of them" in outcome.errors
-    assert "VHOST_CONFIG: " in outcome.errors  # DPDK's log
 
 
 @pytest.mark.parametrize("name", [name for name, kind in inside_qemu.KINDS.items() if kind.network])
@@ -408,3 +311,25 @@ def test_a_device_that_stops_slowly_is_reported(tool: Tool) -> None:
     slowest = max(report["downtime"]["parts"], key=lambda part: float(part["seconds"]))
     assert slowest["what"].startswith("QEMU stops the vCPUs and its devices")
     assert slowest["seconds"] >= 0.5
+
+
+def test_qemu_discards_the_dirty_bits_of_a_back_end_that_is_killed(tool: Tool) -> None:
+    outcome = tool.run(*recipe("qemu-storage-daemon"), "--kill-device")
+    assert outcome.exit_code == 1, outcome.output + outcome.errors
+    report = outcome.report
+    assert report["setup"]["killed"]
+    assert report["lost"]["qemu"] > 0
+    assert report["sensitivity"]["guaranteed_detectable"] > 1000
+    assert tool.leftovers() == []
+
+
+def test_packed_rings_that_a_back_end_does_not_offer_are_not_tested(tool: Tool) -> None:
+    outcome = tool.run(*recipe("qemu-storage-daemon"), "--ring", "packed")
+    assert outcome.exit_code == 3, outcome.output + outcome.errors
+    assert "without VIRTIO_F_RING_PACKED: the back end or QEMU does not offer it" in outcome.errors
+
+
+def test_packed_rings_of_a_third_party_device_pass(tool: Tool) -> None:
+    outcome = watch(tool, faulty("none", "immediate"), "--settle", "1", "--ring", "packed")
+    assert_passed(outcome, f"blk by {Path(sys.executable).name}", least=768)
+    assert outcome.report["log"]["judged_queues"] == []

@@ -20,7 +20,14 @@ from dmaproof.journal import RECORD, WriteKind
 from dmaproof.trace import TRACED_LINKS, Link, PageEpochs
 from qmp_tools.memory.ram import RamFile, compare
 from qmp_tools.migration.judgement import Blame, EvidenceSource
-from qmp_tools.proof.attribution import LostPage, WrittenPages, attribute, gpa_of, slots_in
+from qmp_tools.proof.attribution import (
+    LostPage,
+    WrittenPages,
+    attribute,
+    blame_discarded_bits,
+    gpa_of,
+    slots_in,
+)
 from qmp_tools.proof.sensitivity import Sensitivity, measure_sensitivity, sensitivity_by_guest
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 
@@ -297,3 +304,9 @@ def test_json_without_a_journal_has_only_the_known_figures() -> None:
         "missed_by": {},
         "evidence_source": "guest",
     }
+
+
+def test_qemu_lost_the_pages_whose_bits_it_left_in_a_discarded_log() -> None:
+    pages = [LostPage(gpa, gpa, 9, Blame.UNKNOWN) for gpa in (PAGE, 2 * PAGE)]
+    blamed = blame_discarded_bits(pages, {2 * PAGE, 3 * PAGE})
+    assert [page.blame for page in blamed] == [Blame.UNKNOWN, Blame.QEMU]

@@ -138,6 +138,7 @@ class Guests:
             source_ram=lambda: ram(self.sources),
             destination_ram=lambda: ram(self.destinations),
             log_watch=SimpleNamespace(evidence=lambda: log) if log else None,
+            discarded_bits=frozenset(),
         )
         work = compare_guests(
             cast(Any, self.pair),

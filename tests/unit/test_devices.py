@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from dmaproof.errors import UsageError
+from dmaproof.errors import UnsupportedError, UsageError
 from dmaproof.stamp import Stamp, read_stamp
 from dmaproof.units import PAGE_BYTES
+from dmaproof.vhost_user.features import F_RING_PACKED, F_VERSION_1
 from qmp_tools.cli import main as cli
 from qmp_tools.devices import command
-from qmp_tools.devices.command import CommandDevice
+from qmp_tools.devices.command import KINDS, CommandDevice
 from qmp_tools.devices.device import ProofDevice
 from qmp_tools.devices.disk_image import IMAGE_BYTES, write_image
 from qmp_tools.devices.emulated import EmulatedDevice
@@ -22,6 +25,7 @@ from qmp_tools.devices.inside_qemu import InsideQemu
 from qmp_tools.devices.process import DeviceOptions
 from qmp_tools.devices.registry import DeviceRequest, device_kinds, kind_of
 from qmp_tools.devices.several import SeveralDevices
+from qmp_tools.guest.channel import GuestChannel
 from qmp_tools.proof.options import OPTIONS
 
 
@@ -111,7 +115,11 @@ def test_behind_an_iommu_each_device_has_a_port(tmp_path: Path) -> None:
             None,
             "none of dmaproof's guests drives this device; .* virtio-blk-pci",
         ),
-        ("qemu:nvme", "backend {socket}", "expected one of blk, fs, net with --device-command"),
+        (
+            "qemu:nvme",
+            "backend {socket}",
+            "expected one of blk, fs, net, net-udp with --device",
+        ),
         ("blk", "backend --socket x", "{socket} is missing"),
         ("blk", "backend {socket} {tag}", "'tag'; the placeholders are {socket}"),
         ("blk", "backend '{socket}", "No closing quotation"),
@@ -178,3 +186,75 @@ def test_a_socket_listens_once_it_accepts_connections(tmp_path: Path) -> None:
     path.unlink()
     path.touch()
     assert not command.listens(path, own_pid)
+
+
+BACK_END = "/opt/back-end '{socket}'"
+
+
+def third_party(kind: str, ring: str = "split", *, behind_iommu: bool = False) -> CommandDevice:
+    device = choose_device([kind], BACK_END, DeviceOptions(), 2, ring, behind_iommu=behind_iommu)
+    assert isinstance(device, CommandDevice)
+    return device
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_options_of_a_third_partys_device_reach_qemu(kind: str) -> None:
+    def options(device: CommandDevice) -> set[str]:
+        (value,) = [
+            value
+            for value in device.qemu_arguments(Path("/run/socket"))
+            if value.startswith(("vhost-user-", "virtio-net-")) and "id=" not in value
+        ]
+        return set(value.split(","))
+
+    plain = options(third_party(kind))
+    assert options(third_party(kind, "packed")) - plain == {"packed=on"}
+    behind_iommu = options(third_party(kind, behind_iommu=True)) - plain
+    assert behind_iommu == {"bus=port-1", "iommu_platform=on", "ats=on"}
+
+
+@pytest.mark.parametrize(
+    ("device", "accepted", "missing"),
+    [
+        (third_party("blk", "packed"), F_VERSION_1, "VIRTIO_F_RING_PACKED"),
+        (third_party("blk", behind_iommu=True), F_RING_PACKED, "VIRTIO_F_ACCESS_PLATFORM"),
+        (third_party("blk", "packed"), F_RING_PACKED, None),
+        (third_party("blk"), 0, None),
+    ],
+)
+def test_a_feature_that_the_driver_does_not_use_is_missing(
+    tmp_path: Path, device: CommandDevice, accepted: int, missing: str | None
+) -> None:
+    async def check() -> None:
+        guest = mock.create_autospec(GuestChannel)
+        guest.number.side_effect = lambda *key: (
+            accepted if key == ("virtio-0002", "features") else 0
+        )
+        async with device.start(tmp_path, 1) as attached:
+            attached.check_guest(guest)
+
+    if missing is None:
+        asyncio.run(check())
+    else:
+        with pytest.raises(UnsupportedError, match=f"without {missing}: the back end or QEMU"):
+            asyncio.run(check())
+
+
+def test_the_guest_knows_the_port_of_the_echo_server() -> None:
+    device = third_party("net-udp")
+    assert device.driver.place == f"loop=eth0 echo={device.udp_port}"
+    assert third_party("net").driver.place == "loop=eth0"
+
+
+def test_qemu_connects_again_to_a_back_end_that_is_killed() -> None:
+    def chardev(*, killed: bool) -> str:
+        device = choose_device(["blk"], BACK_END, DeviceOptions(), 2, killed=killed)
+        assert isinstance(device, CommandDevice)
+        return device.qemu_arguments(Path("/run/socket"))[1]
+
+    assert chardev(killed=True).removeprefix(chardev(killed=False)) == ",reconnect-ms=100"
+
+
+def test_a_killed_back_end_to_which_qemu_does_not_connect_again_is_refused() -> None:
+    with pytest.raises(UsageError, match="does not connect again to the back end of --device fs"):
+        choose_device(["fs"], BACK_END, DeviceOptions(), 2, killed=True)

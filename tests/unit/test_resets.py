@@ -36,7 +36,7 @@ class ResetPair:
         self.installed = list(installed)
         self.sent: list[object] = []
         self.hold_pages = (0x5000,)
-        self.device = mock.AsyncMock()
+        self.device = mock.AsyncMock(is_killed=False)
         self.source = SimpleNamespace(name="source QEMU")
         self.source_guest = self
         self.guests = {SOURCE: self}
@@ -67,7 +67,9 @@ def reset_amid_precopy(name: str, pair: ResetPair) -> tuple[bool, mock.AsyncMock
     attempt = SimpleNamespace(
         pair=pair,
         used_write_once_pages=lambda: 2048,
+        release_log=mock.Mock(),
         end_log_watch=mock.Mock(),
+        watch_new_log=mock.AsyncMock(),
         watch_log=mock.AsyncMock(),
         migration=mock.Mock(),
     )
@@ -111,6 +113,7 @@ def test_a_reset_that_does_not_reach_the_device_is_not_a_proof(
 
 def test_a_device_that_is_to_be_killed_is_killed_too() -> None:
     pair = ResetPair((1, 2))
+    pair.device.is_killed = True
     reset_amid_precopy("device-reset", pair)
     pair.device.inject_restart.assert_awaited_once_with(SOURCE)
 

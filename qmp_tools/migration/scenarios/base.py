@@ -133,7 +133,12 @@ class Scenario(Procedure):
         Raises:
             UntestableError: the guest or the device does not survive it.
         """
-        await attempt.pair.device.inject_restart(attempt.pair.source_side)
+        pair = attempt.pair
+        if pair.device.is_killed:
+            attempt.release_log()
+            attempt.end_log_watch()
+            await pair.device.inject_restart(pair.source_side)
+            await attempt.watch_new_log()  # QEMU makes one for the restarted device
         return False
 
     async def end_precopy(self, attempt: Attempt, hold: PrecopyHold | None) -> None:

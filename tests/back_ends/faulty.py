@@ -1,9 +1,10 @@
 """A third-party vhost-user back end with a fault: dmaproof's device, without a control socket.
 
 Run with the path to listen on, the fault to inject ('none': no fault), and optionally when to
-harvest (as ``--harvest``). The faults are those of `dmaproof.faults` and two more:
-``dma-after-stop=SECONDS`` writes a page again that many seconds after the device has stopped, and
-``base=EXPRESSION`` answers GET_VRING_BASE with an expression of the ``right`` answer.
+harvest (as ``--harvest``). The faults are those of `dmaproof.faults` and three more:
+``dma-after-stop=SECONDS`` writes a page again that many seconds after the device has stopped,
+``base=EXPRESSION`` answers GET_VRING_BASE with an expression of the ``right`` answer, and
+``no-pagefault`` does not offer the protocol feature PAGEFAULT.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from dmaproof.journal import WriteKind
 from dmaproof.stamp import stamped_page
 from dmaproof.units import PAGE_BYTES
 from dmaproof.vhost_user import session
-from dmaproof.vhost_user.messages import VringState, encode_vring_state
+from dmaproof.vhost_user.features import PROTOCOL_FEATURES
+from dmaproof.vhost_user.messages import ProtocolFeature, VringState, encode_vring_state
 from dmaproof.vhost_user.session import Session
 
 _DMA_AFTER_STOP: Final = "dma-after-stop="
 _BASE: Final = "base="
+_NO_PAGEFAULT: Final = "no-pagefault"
 
 
 class _LastPage:
@@ -97,6 +100,10 @@ def main() -> int:
     if fault.startswith(_BASE):
         wrong = _wrong_encoder(fault.removeprefix(_BASE))
         with mock.patch.object(session, "encode_vring_state", wrong):
+            return unobserved.serve(path, *options)
+    if fault == _NO_PAGEFAULT:
+        others = PROTOCOL_FEATURES & ~ProtocolFeature.PAGEFAULT
+        with mock.patch.object(session, "PROTOCOL_FEATURES", others):
             return unobserved.serve(path, *options)
     options += ["--fault", fault] if fault != "none" else []
     return unobserved.serve(path, *options)

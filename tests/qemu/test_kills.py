@@ -11,7 +11,12 @@ import pytest
 
 from support.command import TIMEOUT_S, Running, Tool, is_alive
 
-MOMENTS = {"boot": "starting", "precopy": "migration active", "after": "continuing"}
+MOMENTS = {
+    "boot": "starting",
+    "precopy": "migration active",
+    "postcopy": "switching to postcopy",
+    "after": "continuing",
+}
 NAMES = {"source": "source QEMU", "destination": "destination QEMU", "device": "device"}
 
 
@@ -19,7 +24,11 @@ def run_up_to(tool: Tool, moment: str) -> tuple[Running, dict[str, int]]:
     """Start a run, wait until it has reached `moment`, and return it with its processes."""
     # Each moment lasts long enough for the kill to come in time.
     guest = "linux" if moment == "boot" else "bare"
-    options = ("--guest", guest, "--bandwidth", "32M", "--requests-after", "1000000")
+    scenario = "postcopy-running" if moment == "postcopy" else "unix"
+    options = (
+        *("--guest", guest, "--scenario", scenario, "--bandwidth", "32M"),
+        *("--requests-after", "1000000"),
+    )
     running = tool.start("prove", *options)
     running.wait_for_line(MOMENTS[moment])
     running.wait_for(lambda: NAMES.keys() <= running.children().keys(), "all processes")
@@ -45,6 +54,7 @@ def test_a_killed_process_is_named(tool: Tool, victim: str, moment: str) -> None
     outcome = running.finish()
     assert outcome.exit_code == 3, outcome.errors
     assert f"{NAMES[victim]} was killed by SIGKILL" in outcome.errors
+    assert ("The guest is lost" in outcome.errors) is (moment == "postcopy")
     assert "Traceback" not in outcome.errors
     assert_nothing_is_left(tool, processes)
 

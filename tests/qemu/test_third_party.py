@@ -137,6 +137,13 @@ def watch(tool: Tool, command: str, *arguments: str) -> Outcome:
     return prove(tool, "--guest", "bare", "--device-command", command, *options, *arguments)
 
 
+def test_qemu_must_refuse_postcopy_with_a_device_without_pagefault(tool: Tool) -> None:
+    command = ("--device-command", faulty("no-pagefault"))
+    outcome = prove(tool, "--guest", "bare", "--scenario", "postcopy", *command)
+    assert (outcome.exit_code, outcome.report["unsupported"]) == (3, True), outcome.errors
+    assert "lacks the vhost-user protocol feature PAGEFAULT" in outcome.report["verdict"]
+
+
 def test_a_third_party_device_without_a_fault_passes(tool: Tool) -> None:
     outcome = watch(tool, faulty("none", "immediate"), "--settle", "1")
     assert_passed(outcome, f"blk by {Path(sys.executable).name}", least=768)

@@ -11,6 +11,7 @@ journal then distinguishes what has changed on the destination from what was los
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -31,6 +32,8 @@ from ..state_refusal import is_refusal
 from ..transport import TCP, Ends
 from .base import Scenario
 from .precopy import Tls, give_certificates
+
+_logger = logging.getLogger(__name__)
 
 _SLOW_BYTES_PER_S: Final = 512 << 10
 """The bandwidth for pages that were not requested. QEMU sends requested pages at once."""
@@ -72,6 +75,7 @@ class Postcopy(Scenario):
 
     async def end_precopy(self, attempt: Attempt, hold: PrecopyHold | None) -> None:
         """Switch to postcopy while pages are still dirty."""
+        _logger.info("switching to postcopy")
         self._has_switched = True
         await attempt.migration.start_postcopy()
 
@@ -188,6 +192,16 @@ class PostcopyPreempt(PostcopyRunning):
     name = "postcopy-preempt"
     summary = "The same as postcopy-running; requested pages arrive over a channel of their own"
     capabilities = ("postcopy-ram", "postcopy-preempt")
+
+    def explain_failure(self, error: UntestableError) -> UntestableError:
+        """Name the defect because of which QEMU never completes such a migration."""
+        error = super().explain_failure(error)
+        if not isinstance(error, MigrationTimeoutError):
+            return error
+        return MigrationTimeoutError(
+            f"{error}\nQEMU 10.0 and 11.1 never complete this migration if a vhost-user device has "
+            "waited for a page (docs/kernel-findings.md); QEMU 7.2 does"
+        )
 
 
 class PostcopyRecover(PostcopyRunning):

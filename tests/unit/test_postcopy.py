@@ -147,7 +147,7 @@ def test_the_connection_breaks_twice_while_the_device_waits(attempt: PostcopyAtt
 
 
 def test_a_side_that_does_not_notice_the_break_is_named(
-    attempt: PostcopyAttempt, monkeypatch: pytest.MonkeyPatch
+    attempt: PostcopyAttempt,
 ) -> None:
     attempt.pair.timeout_s = 0.01
     attempt.status = "postcopy-active"
@@ -206,7 +206,7 @@ def test_a_running_destination_needs_a_device_with_a_journal() -> None:
 
 
 def test_the_certificates_of_tls_are_made_for_postcopy_too(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = mock.AsyncMock()
     monkeypatch.setattr(postcopy, "give_certificates", given)

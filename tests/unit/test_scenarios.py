@@ -62,7 +62,7 @@ class RecordingQmp:
         if command == "query-migrate":
             status = self.statuses.pop(0) if self.statuses else "active"
             times = {"total-time": self.total_times.pop(0)} if self.total_times else {}
-            address = {"host": "::1", "port": "4711"}
+            address = {"host": "::1", "cid": "1", "port": "4711"}
             return {"status": status, "socket-address": [address], **times}
         if command == "query-status" and self.run_states:
             return {"status": self.run_states.pop(0)}
@@ -150,6 +150,8 @@ def test_the_destination_reads_what_the_source_writes(tmp_path: Path, name: str)
     (writing,) = recorded.sent("source", "migrate")
     if reading["uri"] in ("tcp:127.0.0.1:0", "tcp:[::1]:0"):
         assert writing["uri"] == "tcp:[::1]:4711"
+    elif reading["uri"] == "vsock:1:4294967295":
+        assert writing["uri"] == "vsock:1:4711"
     else:
         assert writing["uri"].split(":")[0] == reading["uri"].split(":")[0]
         assert writing["uri"].split("/")[-1] == reading["uri"].split("/")[-1]

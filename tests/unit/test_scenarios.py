@@ -115,7 +115,8 @@ ONLY_IN_PROOFS = {
     *("destination-killed", "destination-killed-late", "retry", "ping-pong"),
     *("device-hotplug", "memory-hotplug"),
     *("device-reset", "driver-reload", "guest-reboot", "machine-reset"),
-    *("virtio-mem", "nvdimm", "balloon", "free-page-reporting", "ignore-shared"),
+    *("virtio-mem", "nvdimm", "balloon", "free-page-reporting", "free-page-hint"),
+    "ignore-shared",
 }
 PASSABLE = [
     name for name, scenario in SCENARIOS.items() if not isinstance(scenario, CprExec | CprTransfer)

@@ -111,7 +111,7 @@ def test_qemu_refuses_postcopy_of_a_file_that_is_not_in_memory(tool: Tool) -> No
     outcome = prove(tool, "--memory-backend", ON_DISK, "--scenario", "postcopy")
     assert outcome.exit_code == 3
     assert outcome.report["unsupported"]
-    assert "Postcopy is not supported" in outcome.report["verdict"]
+    assert "Host backend files need to be TMPFS or HUGETLBFS only" in outcome.report["verdict"]
 
 
 HINTS: Final = "free-page-hint"

@@ -16,6 +16,7 @@ from qemu.qmp import EventListener
 from qmp_tools.arch.aarch64 import AARCH64
 from qmp_tools.arch.architecture import Architecture
 from qmp_tools.arch.x86_64 import X86_64
+from qmp_tools.host.process import ProcessDiedError
 from qmp_tools.migration.migration import (
     Limits,
     Migration,
@@ -273,6 +274,16 @@ def test_postcopy_is_refused(tmp_path: Path, words: str, printed: str, reason: s
     recorded.printed = printed
     with pytest.raises(UnsupportedScenarioError, match=reason):
         recorded.start()
+
+
+def test_memory_that_userfaultfd_does_not_know_is_not_supported_in_postcopy() -> None:
+    words = "ram_block_enable_notify userfault register: Invalid argument"
+    died = ProcessDiedError(f"destination QEMU ended with exit code 1\n{words}", killed=False)
+    explained = SCENARIOS["postcopy"].explain_failure(died)
+    assert isinstance(explained, UnsupportedScenarioError)
+    assert words in str(explained)
+    other = ProcessDiedError("destination QEMU ended with exit code 1", killed=False)
+    assert SCENARIOS["postcopy"].explain_failure(other) is other
 
 
 def test_the_lowest_bandwidth_is_not_no_limit(tmp_path: Path) -> None:

@@ -43,6 +43,9 @@ _LEAST_HUGE_FAULTS: Final = 1
 """The same for huge pages. A guest has few of them, and its vCPUs access most of them first."""
 _BREAKS: Final = 2
 """How often the connection is broken."""
+_CANNOT_REGISTER: Final = "ram_block_enable_notify userfault register"
+"""What QEMU 7.2 prints when userfaultfd does not support the file system of the guest's RAM. Newer
+versions refuse such RAM before the migration begins (postcopy_ram_supported_by_host)."""
 _MAX_BANDWIDTH: Final = "max-postcopy-bandwidth"
 
 
@@ -79,7 +82,11 @@ class Postcopy(Scenario):
         await attempt.migration.start_postcopy()
 
     def explain_failure(self, error: UntestableError) -> UntestableError:
-        """Say that the guest is lost if a process was killed after the switchover."""
+        """Say that the memory is not supported, or that a kill has lost the guest."""
+        if _CANNOT_REGISTER in str(error):
+            return UnsupportedScenarioError(
+                f"this QEMU does not support postcopy with this kind of memory: {error}"
+            )
         was_killed = isinstance(error, ProcessDiedError) and error.killed
         if not (self._has_switched and was_killed) or is_refusal(str(error)):
             return error

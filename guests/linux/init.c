@@ -39,7 +39,8 @@
 enum {
     DEVICE_TIMEOUT_US = 10 * 1000 * 1000,
     SPARE_BYTE = 0x5a,
-    USE_WRITE_ONCE = 'o',  // a command; see obey
+    USE_WRITE_ONCE = 'o',  // commands; see obey
+    DECLARE = 'w',
     MOST_NODES = 8,        // as dmaproof prove --numa
     MEMORY_TIMEOUT_US = 10 * 1000 * 1000,
     LOOP_SECTORS = 1 << 24,
@@ -300,7 +301,7 @@ static void *keep_churning(void *argument) {
     return argument;
 }
 
-// Fill memory that the guest frees when QEMU has sent it.
+// Fill memory that the guest frees when QEMU has sent it, or when the guest declares its own pages.
 static void fill_spare(void) {
     size_t bytes = spare_pages ? strtoul(spare_pages, NULL, 10) * PAGE_BYTES : 0;
     if (!bytes)
@@ -321,7 +322,7 @@ static void free_spare(void) {
 static void *take_commands(void *argument) {
     char command;
     while (read(report_fd, &command, 1) == 1) {
-        if (command == USE_WRITE_ONCE)
+        if (command == USE_WRITE_ONCE || command == DECLARE)
             free_spare();
         obey(command);
     }

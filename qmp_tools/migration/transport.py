@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from ..qemu.qmp import Qmp
 
 LOCALHOST: Final = "127.0.0.1"
 _LOCALHOST_IPV6: Final = "::1"
+VSOCK_LOCAL_CID: Final = 1
+"""VMADDR_CID_LOCAL of vsock(7), by which a host connects to itself. Python has no name for it."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,23 @@ def cat_from(file: Path) -> str:
     return f"exec:cat <{shlex.quote(str(file))}"
 
 
+def _vsock_uri(cid: int | str, port: int | str) -> str:
+    return f"vsock:{cid}:{port}"
+
+
+async def _written_to_vsock(ends: Ends) -> str:
+    address = (await ends.destination.execute("query-migrate"))["socket-address"][0]
+    return _vsock_uri(address["cid"], address["port"])
+
+
 UNIX: Final = socket_transport(lambda ends: f"unix:{ends.folder / 'destination-migration.sock'}")
 TCP: Final = socket_transport(lambda ends: tcp_uri(ends.host, "0"))
 TCP_IPV6: Final = socket_transport(lambda ends: tcp_uri(_LOCALHOST_IPV6, "0"))
+VSOCK: Final = Transport(
+    # The kernel chooses a free port (vsock(7)).
+    lambda ends: _vsock_uri(VSOCK_LOCAL_CID, socket.VMADDR_PORT_ANY),
+    _written_to_vsock,
+)
 FD: Final = socket_transport(lambda ends: "fd:migration")
 EXEC: Final = saved_transport(cat_from, lambda file: f"exec:cat >{shlex.quote(str(file))}")
 FILE: Final = saved_transport(lambda file: f"file:{file}", lambda file: f"file:{file}")

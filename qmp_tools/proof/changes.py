@@ -50,6 +50,31 @@ class Changes:
         )
 
 
+class GuestPages:
+    """The pages that the guest may write itself, as it has declared them.
+
+    Args:
+        declared: ranges of page numbers (GPA).
+        unused: the GPAs of pages in these ranges that the guest does not use.
+    """
+
+    def __init__(self, declared: Sequence[range], unused: Sequence[int] = ()) -> None:
+        starts = np.array([pages.start for pages in declared], dtype=np.uint64)
+        ends = np.array([pages.stop for pages in declared], dtype=np.uint64)
+        order = np.argsort(starts, kind="stable")
+        self._starts = starts[order]
+        self._ends = np.maximum.accumulate(ends[order])
+        self._unused = np.array(unused, dtype=np.uint64) // PAGE_BYTES
+
+    def among(self, pages: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Return for each page number (GPA) whether the guest may write the page itself."""
+        if not len(self._starts):
+            return np.zeros(len(pages), dtype=np.bool_)
+        at = np.searchsorted(self._starts, pages, side="right") - 1
+        inside: NDArray[np.bool_] = (at >= 0) & (pages < self._ends[at])
+        return inside & ~np.isin(pages, self._unused)
+
+
 class RunningDestination:
     """Knows what the guest and the devices of the destination wrote before the comparison.
 
@@ -66,16 +91,11 @@ class RunningDestination:
         unused_pages: Sequence[int] = (),
     ) -> None:
         self._written = [(each.records, WrittenPages(each.records)) for each in evidence]
-        starts = np.array([pages.start for pages in guest_pages], dtype=np.uint64)
-        ends = np.array([pages.stop for pages in guest_pages], dtype=np.uint64)
-        order = np.argsort(starts, kind="stable")
-        self._starts = starts[order]
-        self._ends = np.maximum.accumulate(ends[order])
-        self._unused = np.array(unused_pages, dtype=np.uint64) // PAGE_BYTES
+        self._guest_pages = GuestPages(guest_pages, unused_pages)
 
     def may_have_written(self, pages: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Return for each page number (GPA) whether a loss of the page could be hidden."""
-        hidden = self._may_be_guests(pages)
+        hidden = self._guest_pages.among(pages)
         for _, written in self._written:
             hidden |= np.isin(pages, written.pages)
         return hidden
@@ -92,8 +112,8 @@ class RunningDestination:
         `differing` are sorted page numbers in the RAM files, both of whose guests are paused.
         `slots` are the guest's memory slots, as the source's evidence has them.
         """
-        gpa_pages = _gpa_pages(source, slots)
-        guests = self._may_be_guests(gpa_pages)
+        gpa_pages = gpa_pages_of(source, slots)
+        guests = self._guest_pages.among(gpa_pages)
         others = differing[~guests[differing]]
         lost = [
             page
@@ -107,13 +127,6 @@ class RunningDestination:
         )
         return np.array(lost, dtype=np.int64), changes
 
-    def _may_be_guests(self, pages: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        if not len(self._starts):
-            return np.zeros(len(pages), dtype=np.bool_)
-        at = np.searchsorted(self._starts, pages, side="right") - 1
-        inside: NDArray[np.bool_] = (at >= 0) & (pages < self._ends[at])
-        return inside & ~np.isin(pages, self._unused)
-
     def _explains(self, page: int, gpa_page: int, source: RamFile, destination: RamFile) -> bool:
         differs = differing_bytes(page * PAGE_BYTES, source, destination)
         for records, written in self._written:
@@ -123,7 +136,7 @@ class RunningDestination:
         return not differs.any()
 
 
-def _gpa_pages(ram: RamFile, slots: Sequence[Slot]) -> NDArray[np.uint64]:
+def gpa_pages_of(ram: RamFile, slots: Sequence[Slot]) -> NDArray[np.uint64]:
     """Return the page number (GPA) of each page of a RAM file."""
     pages = np.full(ram.pages, _NO_GPA)
     for slot in slots_in(ram, slots):

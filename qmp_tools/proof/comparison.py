@@ -13,7 +13,8 @@ from ..migration.attempt import Attempt
 from ..migration.pair import QemuPair
 from ..migration.scenarios.base import Scenario
 from .attribution import LostPage, attribute, blame_discarded_bits, blame_early_bits
-from .changes import Changes, RunningDestination
+from .changes import Changes, GuestPages, RunningDestination
+from .free_pages import without_free_pages
 from .late_dma import PausedRam
 from .model import Migrated
 from .ram_map import RamMap, map_proof
@@ -28,7 +29,7 @@ class Comparison:
     `paused` holds digests of the source's RAM at the comparison. It is None if the source continued
     or if both sides share memory. `given_back` counts the pages that were not compared because the
     guest has given them back. `running_destination` and `changes` are about a destination that ran
-    before the comparison.
+    before the comparison. `guest_pages` are the pages that QEMU may have skipped as free.
     """
 
     evidence: Sequence[Evidence]
@@ -39,6 +40,7 @@ class Comparison:
     wrong_rings: Sequence[Ring] = ()
     paused: PausedRam | None = None
     running_destination: RunningDestination | None = None
+    guest_pages: GuestPages | None = None
     changes: Changes | None = None
     given_back: int = 0
 
@@ -65,6 +67,8 @@ async def compare_guests(
             pair.source_guest.own_pages,
             pair.hold_pages,
         )
+    if scenario.skips_free_pages:
+        found.guest_pages = GuestPages(pair.source_guest.own_pages, pair.hold_pages)
     reporting = pair.source if migrated.refusal else pair.destination
     async with attempt.source_ram() as sources, attempt.destination_ram() as destinations:
         _require_same_backends(sources, destinations)
@@ -128,6 +132,10 @@ def _lost_pages(
             differing, source, destination, slots
         )
         found.changes = (found.changes or Changes()) + changes
+    if found.guest_pages is not None:
+        all_differing = len(differing)
+        differing = without_free_pages(differing, source, slots, found.guest_pages, found.evidence)
+        scenario.given_back += all_differing - len(differing)
     blame = scenario.blame_without_journal
     return attribute(differing, source, destination, slots, found.evidence, blame)
 

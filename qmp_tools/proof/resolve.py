@@ -95,6 +95,7 @@ async def resolve(options: ProofOptions) -> Setup:
     guest = _own_guest(options, architecture) if OWN_GUEST in device.guests else None
     backend = parse_memory_backend(options.memory_backend)
     scenario.require_memory(backend)
+    scenario.require_host()
     source, destination = _qemus_of(options, architecture)
     for side, qemu in ((SOURCE, source), (DESTINATION, destination)):
         await require_architecture(architecture, side, qemu, options.timeout)
@@ -107,10 +108,13 @@ async def resolve(options: ProofOptions) -> Setup:
         else _guest_of(options, _driver_of(device, scenario, architecture), iommu, architecture)
     )
     accelerator = await choose_accelerator(options.accel, source, probed, options.timeout)
+    scenario.require_accelerator(accelerator)
     guest = guest or probed
     if scenario.nvdimm_bytes:
         memory = f"memory={NVDIMM_START}-{NVDIMM_START + scenario.nvdimm_bytes}"
         guest = replace(guest, options=f"{guest.options} {memory}".strip())
+    if scenario.kernel_options:
+        guest = replace(guest, options=f"{scenario.kernel_options} {guest.options}")
     memory_bytes = options.memory_bytes or await choose_memory(
         architecture,
         source,
@@ -154,6 +158,7 @@ async def resolve(options: ProofOptions) -> Setup:
         numa_nodes=options.numa or 0,
         resizable_bytes=scenario.resizable_bytes,
         nvdimm_bytes=scenario.nvdimm_bytes,
+        accelerator_options=scenario.kvm_options if accelerator == "kvm" else "",
     )
     _require_memory(whole)
     return Setup(

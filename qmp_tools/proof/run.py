@@ -338,6 +338,7 @@ class ProofRun:
             untested=migrated.untested,
             changes=found.changes,
             given_back=found.given_back,
+            skips_free_pages=self.scenario.skips_free_pages,
         )
 
     def _sensitivity(self, found: Comparison, migrated: Migrated) -> Sensitivity:

@@ -35,7 +35,8 @@ class GuestOutcome:
 class Verdict:
     """The outcome of one proof.
 
-    `given_back` counts the pages that were not compared because the guest has given them back.
+    `given_back` counts the pages that were not compared because the guest has given them back, or,
+    if QEMU `skips_free_pages`, because they differ and may be free.
 
     With `ended_early` the migration completed before the guest had used its write-once pages, so
     that equal pages are not a pass.
@@ -63,6 +64,7 @@ class Verdict:
     untested: str | None = None
     changes: Changes | None = None
     given_back: int = 0
+    skips_free_pages: bool = False
 
     def count(self, blame: Blame) -> int:
         """Return how many of the lost pages are attributed to `blame`."""
@@ -146,6 +148,11 @@ class Verdict:
                 f"{self.pages - self.changes.not_compared} pages compared"
             )
         compared = f"all pages are equal: {self.pages} pages compared"
+        if self.given_back and self.skips_free_pages:
+            return (
+                f"{compared}; {self.given_back} others differ, but the guest's program uses none "
+                "of them, and QEMU may skip pages that the guest says are free"
+            )
         if self.given_back:
             return (
                 f"{compared}; {self.given_back} others were not, because the guest gave them back "

@@ -111,7 +111,7 @@ class Machine:
     sizes except for a rest in the last one. A virtio-mem device has up to `resizable_bytes`, none
     of which are plugged at the start. An NVDIMM has `nvdimm_bytes`. `dimm_slots` DIMMs of
     `DIMM_BYTES` each can be plugged. The devices are behind the `iommu`, if one is named
-    (`Architecture.iommus`).
+    (`Architecture.iommus`). `accelerator_options` are further ones (",option=value").
     """
 
     architecture: Architecture
@@ -129,6 +129,7 @@ class Machine:
     numa_nodes: int = 0
     resizable_bytes: int = 0
     nvdimm_bytes: int = 0
+    accelerator_options: str = ""
 
     @property
     def ram_backends(self) -> dict[str, int]:
@@ -157,7 +158,7 @@ class Machine:
             "-no-user-config",
             "-no-reboot",
             *self.architecture.channels,
-            *("-accel", self.accelerator),
+            *("-accel", f"{self.accelerator}{self.accelerator_options}"),
             *(("-cpu", cpu) if cpu else ()),
             *("-smp", str(self.cpus)),
             *self._ram_arguments(),

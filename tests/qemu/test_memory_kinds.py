@@ -99,7 +99,25 @@ def test_a_device_writes_into_an_nvdimm(tool: Tool) -> None:
     require_detected(prove(tool, "--scenario", "nvdimm", *FAULT))
 
 
-@pytest.mark.parametrize("scenario", ["virtio-mem", "balloon", "free-page-reporting"])
+@pytest.mark.parametrize("scenario", ["postcopy", "postcopy-running"])
+def test_huge_pages_arrive_in_postcopy(tool: Tool, scenario: str, much_memory: None) -> None:
+    with reserved(HUGE_PAGES):
+        options = ("--memory-backend", "hugetlb-2M", "--scenario", scenario)
+        require_pass(prove(tool, *options))
+        require_detected(prove(tool, *options, *FAULT))
+
+
+def test_qemu_refuses_postcopy_of_a_file_that_is_not_in_memory(tool: Tool) -> None:
+    outcome = prove(tool, "--memory-backend", ON_DISK, "--scenario", "postcopy")
+    assert outcome.exit_code == 3
+    assert outcome.report["unsupported"]
+    assert "Host backend files need to be TMPFS or HUGETLBFS only" in outcome.report["verdict"]
+
+
+HINTS: Final = "free-page-hint"
+
+
+@pytest.mark.parametrize("scenario", ["virtio-mem", "balloon", "free-page-reporting", HINTS])
 def test_a_guest_that_gives_memory_back_passes_and_fails_with_a_fault(
     tool: Tool, scenario: str
 ) -> None:
@@ -107,8 +125,9 @@ def test_a_guest_that_gives_memory_back_passes_and_fails_with_a_fault(
     outcome = prove(tool, *options)
     require_pass(outcome)
     given_back = outcome.report["given_back_pages"]
-    assert (given_back > 4096) is (scenario == "free-page-reporting")
-    assert ("the guest gave them back" in outcome.report["verdict"]) is bool(given_back)
+    assert (given_back > 4096) is scenario.startswith("free-page-")
+    reason = "the guest says are free" if scenario == HINTS else "the guest gave them back"
+    assert (reason in outcome.report["verdict"]) is bool(given_back)
     require_detected(prove(tool, *options, *FAULT))
 
 

@@ -181,7 +181,7 @@ def test_pages_that_the_guest_gave_back_are_not_lost_and_are_counted() -> None:
         assert compare(*rams).tolist() == [3, 4, 5]
 
 
-@pytest.mark.parametrize("name", ["virtio-mem", "balloon", "free-page-reporting"])
+@pytest.mark.parametrize("name", ["virtio-mem", "balloon", "free-page-reporting", "free-page-hint"])
 def test_a_guest_without_a_driver_for_what_the_scenario_adds_is_refused(name: str) -> None:
     options = ProofOptions(guest="bare", scenario=name)
     with pytest.raises(UsageError, match=r"bare has no driver for .*; use --guest linux"):

@@ -16,6 +16,7 @@ from qemu.qmp import EventListener
 from qmp_tools.arch.aarch64 import AARCH64
 from qmp_tools.arch.architecture import Architecture
 from qmp_tools.arch.x86_64 import X86_64
+from qmp_tools.host.process import ProcessDiedError
 from qmp_tools.migration.migration import (
     Limits,
     Migration,
@@ -62,7 +63,7 @@ class RecordingQmp:
         if command == "query-migrate":
             status = self.statuses.pop(0) if self.statuses else "active"
             times = {"total-time": self.total_times.pop(0)} if self.total_times else {}
-            address = {"host": "::1", "port": "4711"}
+            address = {"host": "::1", "cid": "1", "port": "4711"}
             return {"status": status, "socket-address": [address], **times}
         if command == "query-status" and self.run_states:
             return {"status": self.run_states.pop(0)}
@@ -115,7 +116,8 @@ ONLY_IN_PROOFS = {
     *("destination-killed", "destination-killed-late", "retry", "ping-pong"),
     *("device-hotplug", "memory-hotplug"),
     *("device-reset", "driver-reload", "guest-reboot", "machine-reset"),
-    *("virtio-mem", "nvdimm", "balloon", "free-page-reporting", "ignore-shared"),
+    *("virtio-mem", "nvdimm", "balloon", "free-page-reporting", "free-page-hint"),
+    "ignore-shared",
 }
 PASSABLE = [
     name for name, scenario in SCENARIOS.items() if not isinstance(scenario, CprExec | CprTransfer)
@@ -150,6 +152,8 @@ def test_the_destination_reads_what_the_source_writes(tmp_path: Path, name: str)
     (writing,) = recorded.sent("source", "migrate")
     if reading["uri"] in ("tcp:127.0.0.1:0", "tcp:[::1]:0"):
         assert writing["uri"] == "tcp:[::1]:4711"
+    elif reading["uri"] == "vsock:1:4294967295":
+        assert writing["uri"] == "vsock:1:4711"
     else:
         assert writing["uri"].split(":")[0] == reading["uri"].split(":")[0]
         assert writing["uri"].split("/")[-1] == reading["uri"].split("/")[-1]
@@ -270,6 +274,16 @@ def test_postcopy_is_refused(tmp_path: Path, words: str, printed: str, reason: s
     recorded.printed = printed
     with pytest.raises(UnsupportedScenarioError, match=reason):
         recorded.start()
+
+
+def test_memory_that_userfaultfd_does_not_know_is_not_supported_in_postcopy() -> None:
+    words = "ram_block_enable_notify userfault register: Invalid argument"
+    died = ProcessDiedError(f"destination QEMU ended with exit code 1\n{words}", killed=False)
+    explained = SCENARIOS["postcopy"].explain_failure(died)
+    assert isinstance(explained, UnsupportedScenarioError)
+    assert words in str(explained)
+    other = ProcessDiedError("destination QEMU ended with exit code 1", killed=False)
+    assert SCENARIOS["postcopy"].explain_failure(other) is other
 
 
 def test_the_lowest_bandwidth_is_not_no_limit(tmp_path: Path) -> None:

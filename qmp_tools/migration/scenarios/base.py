@@ -52,14 +52,16 @@ class Scenario(Procedure):
 
     `name` is the scenario's name on the command line and in reports, `summary` a sentence about it.
     The guest migrates `migrations` times, to the destination and back. `machine_options` are
-    further options of any machine type (",option=value"), and `qemu_arguments` further arguments of
-    both QEMUs. The scenario plugs `dimms` DIMMs, and the devices if it `plugs_devices`. The machine
-    has a virtio-mem device of `resizable_bytes`, and an NVDIMM of `nvdimm_bytes`. The guest drives
-    what the scenario adds by `linux_modules`, so that only a Linux guest can migrate if there are
-    any; `linux_options` are further options of ``guests/linux/init.c``. `given_back` counts the
-    differing pages that are not compared because the guest has given them back. The guest
-    initialises its device again while QEMU logs if the scenario `resets`. If `destination_runs`,
-    the destination's guest runs while pages arrive, and is paused for the comparison.
+    further options of any machine type (",option=value"), `kvm_options` further options of KVM, and
+    `qemu_arguments` further arguments of both QEMUs. The scenario plugs `dimms` DIMMs, and the
+    devices if it `plugs_devices`. The machine has a virtio-mem device of `resizable_bytes`, and an
+    NVDIMM of `nvdimm_bytes`. The guest drives what the scenario adds by `linux_modules`, so that
+    only a Linux guest can migrate if there are any; `linux_options` are further options of
+    ``guests/linux/init.c``, and `kernel_options` of its kernel. `given_back` counts the differing
+    pages that are not compared because the guest has given them back. The guest initialises its
+    device again while QEMU logs if the scenario `resets`. If `destination_runs`, the destination's
+    guest runs while pages arrive, and is paused for the comparison. If QEMU `skips_free_pages`, it
+    does not send pages that the guest says are free.
     """
 
     name: str
@@ -72,9 +74,12 @@ class Scenario(Procedure):
     nvdimm_bytes: int = 0
     linux_modules: tuple[str, ...] = ()
     linux_options: tuple[str, ...] = ()
+    kernel_options: str = ""
+    kvm_options: str = ""
     plugs_devices: bool = False
     destination_runs: bool = False
     resets: bool = False
+    skips_free_pages: bool = False
     given_back: int = 0
 
     # The steps ------------------------------------------------------------------------------------
@@ -196,6 +201,20 @@ class Scenario(Procedure):
 
         Raises:
             UsageError: the scenario cannot migrate the device.
+        """
+
+    def require_host(self) -> None:
+        """Check that the host has what the scenario needs.
+
+        Raises:
+            UntestableError: a prerequisite is missing.
+        """
+
+    def require_accelerator(self, accelerator: str) -> None:
+        """Refuse an accelerator with which QEMU cannot carry out the scenario.
+
+        Raises:
+            UnsupportedError: QEMU cannot.
         """
 
     def require_memory(self, backend: MemoryBackend) -> None:

@@ -12,6 +12,7 @@ journal then distinguishes what has changed on the destination from what was los
 from __future__ import annotations
 
 import logging
+import mmap
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -41,8 +42,13 @@ _UNSENT_REQUESTS: Final = 256
 """Before the switchover, the device serves this number of requests whose pages are not sent."""
 _LEAST_FAULTS: Final = 8
 """The least number of pages for which the device must have waited."""
+_LEAST_HUGE_FAULTS: Final = 1
+"""The same for huge pages. A guest has few of them, and its vCPUs access most of them first."""
 _BREAKS: Final = 2
 """How often the connection is broken."""
+_CANNOT_REGISTER: Final = "ram_block_enable_notify userfault register"
+"""What QEMU 7.2 prints when userfaultfd does not support the file system of the guest's RAM. Newer
+versions refuse such RAM before the migration begins (postcopy_ram_supported_by_host)."""
 _MAX_BANDWIDTH: Final = "max-postcopy-bandwidth"
 
 
@@ -80,7 +86,11 @@ class Postcopy(Scenario):
         await attempt.migration.start_postcopy()
 
     def explain_failure(self, error: UntestableError) -> UntestableError:
-        """Say that the guest is lost if a process was killed after the switchover."""
+        """Say that the memory is not supported, or that a kill has lost the guest."""
+        if _CANNOT_REGISTER in str(error):
+            return UnsupportedScenarioError(
+                f"this QEMU does not support postcopy with this kind of memory: {error}"
+            )
         was_killed = isinstance(error, ProcessDiedError) and error.killed
         if not (self._has_switched and was_killed) or is_refusal(str(error)):
             return error
@@ -128,6 +138,7 @@ class PostcopyRunning(Postcopy):
     destination_runs = True
     _is_slow = True
     """Whether the source still sends few pages that were not requested."""
+    _least_faults = _LEAST_FAULTS
 
     def require_device(self, device: ProofDevice) -> None:
         """Refuse a device whose writes on the destination would not be known."""
@@ -142,6 +153,9 @@ class PostcopyRunning(Postcopy):
         """Have the guest declare the pages that it may write itself."""
         await super().prepare(attempt)
         self._is_slow = True
+        async with attempt.destination_ram() as files:
+            if any(ram.page_bytes > mmap.PAGESIZE for ram in files):
+                self._least_faults = _LEAST_HUGE_FAULTS
         await attempt.pair.source_guest.ask(
             DECLARE, "declared", "declared the pages that it may write itself"
         )
@@ -164,7 +178,7 @@ class PostcopyRunning(Postcopy):
 
     async def follow_postcopy(self, attempt: Attempt, progress: Progress) -> None:
         """Let the other pages arrive once the device has waited for enough of them."""
-        if self._is_slow and self._faults(attempt.pair) >= _LEAST_FAULTS:
+        if self._is_slow and self._faults(attempt.pair) >= self._least_faults:
             self._is_slow = False
             await attempt.pair.source.qmp.execute("migrate-set-parameters", **{_MAX_BANDWIDTH: 0})
 
@@ -175,11 +189,11 @@ class PostcopyRunning(Postcopy):
     def untested(self, attempt: Attempt) -> str | None:
         """Return a reason if the device has waited for too few pages."""
         faults = self._faults(attempt.pair)
-        if (reason := super().untested(attempt)) or faults >= _LEAST_FAULTS:
+        if (reason := super().untested(attempt)) or faults >= self._least_faults:
             return reason
         return (
             f"the device waited for only {faults} pages that had not arrived, expected at least "
-            f"{_LEAST_FAULTS}; give the guest more threads (--threads)"
+            f"{self._least_faults}; give the guest more threads (--threads)"
         )
 
     def _faults(self, pair: QemuPair) -> int:

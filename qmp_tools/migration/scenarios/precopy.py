@@ -6,9 +6,11 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
+from dmaproof.errors import UnsupportedError, UntestableError
+
 from ..certificates import SERVER_NAME, make_certificates
 from ..procedure import HELD_BYTES_PER_S
-from ..transport import FD, TCP, TCP_IPV6, Ends
+from ..transport import FD, TCP, TCP_IPV6, VSOCK, VSOCK_LOCAL_CID, Ends
 from .base import Scenario
 
 
@@ -65,6 +67,25 @@ async def give_certificates(ends: Ends) -> None:
             endpoint=endpoint,
             verify_peer=True,
         )
+
+
+class Vsock(Scenario):
+    """Migration over vsock, to the same host."""
+
+    name = "vsock"
+    summary = "The source and destination use vsock, on a free port of the same host"
+    transport = VSOCK
+
+    def require_host(self) -> None:
+        """Check that the host can connect to itself; only then it has this address (vsock_bind)."""
+        try:
+            with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as listener:
+                listener.bind((VSOCK_LOCAL_CID, socket.VMADDR_PORT_ANY))
+        except OSError as error:
+            raise UntestableError(
+                f"--scenario {self.name}: this host cannot connect to itself by vsock "
+                f"({error.strerror}); load the kernel module: sudo modprobe vsock_loopback"
+            ) from error
 
 
 class Fd(Scenario):
@@ -193,6 +214,27 @@ class AutoConverge(Scenario):
     # The lowest threshold: QEMU throttles the vCPUs as soon as the guest dirties a page again.
     parameters: Mapping[str, Any] = {"throttle-trigger-threshold": 1}
     exercised_by = "cpu-throttle-percentage"
+
+
+class DirtyLimit(Scenario):
+    """QEMU slows down the vCPUs that dirty many pages."""
+
+    name = "dirty-limit"
+    summary = "QEMU slows down the vCPUs that dirty many pages, which KVM's dirty ring reports"
+    capabilities = ("dirty-limit",)
+    # The lowest limit, in MB/s of each vCPU, and the lowest threshold.
+    parameters: Mapping[str, Any] = {"vcpu-dirty-limit": 1, "throttle-trigger-threshold": 1}
+    exercised_by = "dirty-limit-throttle-time-per-round"
+    kvm_options = ",dirty-ring-size=4096"
+
+    def require_accelerator(self, accelerator: str) -> None:
+        """Refuse an accelerator without a dirty ring."""
+        if accelerator != "kvm":
+            raise UnsupportedError(
+                f"--scenario {self.name} needs KVM's dirty ring, and the accelerator is "
+                f"{accelerator}; use --accel kvm on a host whose KVM runs the guest, or another "
+                "scenario"
+            )
 
 
 class ReturnPath(Scenario):

@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 from dmaproof.errors import UsageError
 from dmaproof.units import PAGE_BYTES
 
+from ...guest.channel import DECLARE
 from ...memory.absent_pages import absent_in_file
 from ...memory.data_runs import DataRuns
 from ...memory.ram import RamFile
 from ...qemu.machine import MIB
 from ...qemu.memory_backend import MemoryBackend
 from ..attempt import Attempt
+from ..migration import parse_progress
 from ..pair import QemuPair
 from .base import Scenario
 
@@ -142,3 +144,41 @@ class FreePageReporting(Scenario):
         absent = absent_in_file(DataRuns(source.fd), 0, source.pages).absent[differing]
         self.given_back += int(absent.sum())
         return differing[~absent]
+
+
+class FreePageHint(Scenario):
+    """The guest says which of its pages are free, and QEMU does not send them."""
+
+    name = "free-page-hint"
+    summary = "QEMU skips pages that the guest says are free (virtio-balloon), and migrates"
+    qemu_arguments = (
+        *("-object", "iothread,id=balloon-thread"),
+        *("-device", f"{_BALLOON},free-page-hint=on,iothread=balloon-thread"),
+    )
+    linux_modules = _BALLOON_MODULES
+    linux_options = (f"spare={_SPARE_PAGES}",)
+    # The balloon's driver allocates the free pages. Linux must not fill them with zeros then: such
+    # pages are equal at the destination, whether or not QEMU has sent them.
+    kernel_options = "init_on_alloc=0"
+    exercised_by = "skipped pages"
+    skips_free_pages = True
+
+    is_repeatable = False
+
+    async def prepare(self, attempt: Attempt) -> None:
+        """Have the guest free pages, and declare the pages that may be free."""
+        await super().prepare(attempt)
+        await attempt.pair.source_guest.ask(
+            DECLARE, "declared", "declared the pages that it may write itself"
+        )
+
+    def is_exercised_in(self, answer: Mapping[str, Any]) -> bool:
+        """Return whether QEMU has begun a second pass, but not sent as many pages as RAM has.
+
+        QEMU counts each page that it sends, also one that contains only zeros.
+        """
+        progress = parse_progress(dict(answer))
+        if progress.syncs < 2 or progress.total is None or progress.page_bytes is None:
+            return False
+        pages = progress.total // progress.page_bytes
+        return pages - progress.pages_sent > _SPARE_PAGES // 2

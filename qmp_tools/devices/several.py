@@ -97,6 +97,18 @@ class _AttachedDevices(AttachedDevice):
         for device in self._devices:
             await device.inject_restart(side)
 
+    @property
+    def is_killed_on_destination(self) -> bool:
+        return any(device.is_killed_on_destination for device in self._devices)
+
+    async def kill(self, side: str) -> None:
+        for device in self._devices:
+            await device.kill(side)
+
+    async def start_again(self, side: str) -> None:
+        for device in self._devices:
+            await device.start_again(side)
+
     async def refusal(self) -> UntestableError:
         refusals = [asyncio.ensure_future(device.refusal()) for device in self._devices]
         try:

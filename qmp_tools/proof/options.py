@@ -451,6 +451,14 @@ class ProofOptions:
             read=_switch,
         ),
     ] = False
+    kill_destination_device: Annotated[
+        bool,
+        Option(
+            "device",
+            "kill and restart the destination's device when the guest has continued there",
+            read=_switch,
+        ),
+    ] = False
     seed: Annotated[
         int | None,
         Option("proof", "seed of an earlier run, to repeat it (default: random)", "N", whole),

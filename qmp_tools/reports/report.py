@@ -239,7 +239,7 @@ def _restart(proof: Proof) -> list[str]:
         return []
     awaiting = proof.verdict.guest.awaiting_restart
     if awaiting is None:
-        return ["  restart      the destination's device was not killed, as the proof failed before"]
+        return ["  restart      none: the destination's device was not killed after the failure"]
     return [
         "  restart      the destination's device was killed after the guest had continued; "
         f"{counted(awaiting, 'request')} awaited the restarted device"

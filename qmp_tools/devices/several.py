@@ -63,7 +63,7 @@ class SeveralDevices(ProofDevice):
     @asynccontextmanager
     async def start(self, folder: Path, timeout_s: float) -> AsyncIterator[AttachedDevice]:
         async with AsyncExitStack() as stack:
-            yield _AttachedDevices(
+            yield AttachedDevices(
                 [
                     await stack.enter_async_context(device.start(folder, timeout_s))
                     for device in self.devices
@@ -71,7 +71,9 @@ class SeveralDevices(ProofDevice):
             )
 
 
-class _AttachedDevices(AttachedDevice):
+class AttachedDevices(AttachedDevice):
+    """Started devices as one."""
+
     def __init__(self, devices: Sequence[AttachedDevice]) -> None:
         self._devices = devices
 

@@ -28,10 +28,13 @@ _LOST_BY_SOURCE: Final = (
     "the source's device released its rings before it had completed these requests, or its last "
     "writes to the rings were lost"
 )
+_REMEDY: Final = (
+    "requests that were under way survive if the back end notes them in QEMU's file (protocol "
+    "feature INFLIGHT_SHMFD)"
+)
 _LOST_BY_RESTART: Final = (
-    "the destination's device was killed and restarted, and its back end or QEMU lost the requests "
-    "that were under way; they survive if the back end keeps them in QEMU's file (protocol feature "
-    "INFLIGHT_SHMFD)"
+    "the destination's device was killed and restarted, and the back end or QEMU lost them; "
+    f"{_REMEDY}"
 )
 
 
@@ -149,7 +152,7 @@ class _Continuation:
         elif gave_up:
             error_messages.append(
                 "the guest gave up after the destination's device had been killed and restarted: "
-                "the back end or QEMU has repeated or damaged requests that were under way"
+                f"the back end or QEMU repeated or damaged requests; {_REMEDY}"
             )
         return GuestOutcome(
             0, unanswered or 1, 0, error_messages, awaiting_restart=self._awaiting_restart

@@ -1,7 +1,7 @@
 """Continue the guest on the destination after the comparison, and collect what it reports.
 
-If the proof kills the destination's device, it does so as soon as the guest has requests under way
-there. The device is started again only when the guest has reported, after the device's death, how
+If the proof kills the destination's device, it does so as soon as the device has done requests of
+the guest there and others are under way. The device is started again only when the guest has reported, after the device's death, how
 many requests are unanswered: so the restarted device has requests to find. The guest pauses before
 it rechecks its pages, until every request is answered. All requests that it does after that are
 answered by the restarted device.
@@ -24,17 +24,9 @@ _logger = logging.getLogger(__name__)
 _TIMEOUT_AFTER_LOSS_S: Final = 30.0
 """The bound of each wait for a guest whose RAM is damaged: it may never answer."""
 
-_LOST_BY_SOURCE: Final = (
-    "the source's device released its rings before it had completed these requests, or its last "
-    "writes to the rings were lost"
-)
 _REMEDY: Final = (
     "requests that were under way survive if the back end notes them in QEMU's file (protocol "
     "feature INFLIGHT_SHMFD)"
-)
-_LOST_BY_RESTART: Final = (
-    "the destination's device was killed and restarted, and the back end or QEMU lost them; "
-    f"{_REMEDY}"
 )
 
 
@@ -97,20 +89,25 @@ class _Continuation:
 
     async def _restart_device(self) -> None:
         """Kill the destination's device while the guest has requests under way; start it again."""
-        pair, side = self._pair, self._pair.destination_side
-        await self._requests_under_way()
+        pair, side, guest = self._pair, self._pair.destination_side, self._guest
+        await self._new_progress()
+        first = guest.number("progress", "requests")
+        await guest.wait_for(
+            lambda: self._under_way > 0 and guest.number("progress", "requests") > first,
+            "done requests while others were under way",
+        )
         _logger.info("killing the destination's device")
         await pair.device.kill(side)
-        # The guest answers after the death of the device, so its next report is no older than that.
-        await self._guest.ask(QUIET, "quiet", "answered a command", self._timeout_s)
-        self._guest.latest.pop("progress", None)
-        await self._requests_under_way()
-        self._awaiting_restart = self._guest.number("progress", "under_way")
+        # The guest answers after the death of the device, so its next report is newer than that.
+        await guest.ask(QUIET, "quiet", "answered a command")
+        guest.latest.pop("progress", None)
+        await guest.wait_for(lambda: self._under_way > 0, "made requests of its dead device")
+        self._awaiting_restart = self._under_way
         await pair.device.start_again(side)
 
-    async def _requests_under_way(self) -> None:
-        guest = self._guest
-        await guest.wait_for(lambda: bool(guest.number("progress", "under_way")), "made requests")
+    @property
+    def _under_way(self) -> int:
+        return self._guest.number("progress", "under_way")
 
     async def _new_progress(self) -> None:
         guest = self._guest
@@ -146,9 +143,17 @@ class _Continuation:
         if not (self._pages_are_lost or unanswered or gave_up):
             raise error
         error_messages = [str(error).splitlines()[0]]
-        if unanswered:
-            why = _LOST_BY_RESTART if is_restarted else _LOST_BY_SOURCE
-            error_messages.append(f"{unanswered} of the guest's requests were not answered: {why}")
+        if unanswered and is_restarted:
+            error_messages.append(
+                f"{unanswered} of the guest's requests were not answered: the destination's device "
+                f"was killed and restarted, and the back end or QEMU lost them; {_REMEDY}"
+            )
+        elif unanswered:
+            error_messages.append(
+                f"{unanswered} of the guest's requests were not answered: the source's device "
+                "released its rings before it had completed these requests, or its last writes to "
+                "the rings were lost"
+            )
         elif gave_up:
             error_messages.append(
                 "the guest gave up after the destination's device had been killed and restarted: "
@@ -161,5 +166,4 @@ class _Continuation:
     @property
     def _unanswered(self) -> int:
         """How many requests the destination's guest waits for, if it makes no new ones."""
-        guest = self._guest
-        return 0 if "recheck" in guest.latest else guest.number("progress", "under_way")
+        return 0 if "recheck" in self._guest.latest else self._under_way

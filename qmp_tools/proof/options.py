@@ -447,7 +447,7 @@ class ProofOptions:
         bool,
         Option(
             "device",
-            "kill and restart the device's process during the migration",
+            "kill and restart the device in the migration",
             read=_switch,
         ),
     ] = False
@@ -455,7 +455,7 @@ class ProofOptions:
         bool,
         Option(
             "device",
-            "kill and restart the destination's device when the guest has continued there",
+            "kill and restart the destination's device",
             read=_switch,
         ),
     ] = False

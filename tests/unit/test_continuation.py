@@ -49,7 +49,9 @@ class Guest:
         while not reached():
             self._numbers["requests"] += 100
 
-    async def ask(self, command: bytes, verb: str, what: str, timeout_s: float | None) -> None:
+    async def ask(
+        self, command: bytes, verb: str, what: str, timeout_s: float | None = None
+    ) -> None:
         if verb == "recheck":
             self._steps.append(verb)
             if self._failure is not None:

@@ -1,10 +1,10 @@
 """Continue the guest on the destination after the comparison, and collect what it reports.
 
 If the proof kills the destination's device, it does so as soon as the device has done requests of
-the guest there and others are under way. The device is started again only when the guest has reported, after the device's death, how
-many requests are unanswered: so the restarted device has requests to find. The guest pauses before
-it rechecks its pages, until every request is answered. All requests that it does after that are
-answered by the restarted device.
+the guest there and others are under way. The device is started again only when the guest has
+reported, after the device's death, how many requests are unanswered: so the restarted device has
+requests to find. The guest pauses before it rechecks its pages, until every request is answered.
+All requests that it does after that are answered by the restarted device.
 """
 
 from __future__ import annotations

@@ -79,9 +79,10 @@ class CommandDevice(ProofDevice):
     """A device that a command serves: its `words` with placeholders (see `parse_command`).
 
     It has `queues` virtqueues of the form `ring` (one of `emulated.RINGS`), and may be
-    `behind_iommu`. If `killed`, its back end is killed during the migration and started again. If
-    its network carries only IP, it must forward the guest's datagrams to `udp_port` of this host,
-    where dmaproof sends them back.
+    `behind_iommu`. If `killed`, its back end is killed during the migration and started again; if
+    `destination_killed`, the destination's back end is, after the migration. If its network carries
+    only IP, it must forward the guest's datagrams to `udp_port` of this host, where dmaproof sends
+    them back.
     """
 
     kind: str
@@ -90,19 +91,30 @@ class CommandDevice(ProofDevice):
     ring: str = "split"
     behind_iommu: bool = False
     killed: bool = False
+    destination_killed: bool = False
     udp_port: int = 0
 
     def __post_init__(self) -> None:
-        if self.killed and not KINDS[self.kind].restartable:
+        if self._restarts and not KINDS[self.kind].restartable:
+            flag = "--kill-device" if self.killed else "--kill-destination-device"
             raise UsageError(
-                f"--kill-device: QEMU does not connect again to the back end of --device "
+                f"{flag}: QEMU does not connect again to the back end of --device "
                 f"{self.kind}; choose another device"
             )
 
     @property
+    def _restarts(self) -> bool:
+        return self.killed or self.destination_killed
+
+    @property
     def facts(self) -> DeviceFacts:
-        name = f"{self.kind} by {Path(self.words[0]).name}"
-        return DeviceFacts(name, self.queues, self.ring, killed=self.killed)
+        return DeviceFacts(
+            f"{self.kind} by {Path(self.words[0]).name}",
+            self.queues,
+            self.ring,
+            killed=self.killed,
+            destination_killed=self.destination_killed,
+        )
 
     def qemu_arguments(self, socket: Path) -> list[str]:
         """Return the QEMU arguments of the device whose back end listens at `socket`."""
@@ -112,7 +124,7 @@ class CommandDevice(ProofDevice):
             device.append("packed=on")
         if self.behind_iommu:
             device += behind_iommu(_PORT)
-        reconnect = f",{RECONNECT}" if self.killed else ""
+        reconnect = f",{RECONNECT}" if self._restarts else ""
         return [
             *(device_port(_PORT) if self.behind_iommu else ()),
             *("-chardev", f"socket,id=device,path={option_value(socket)}{reconnect}"),
@@ -223,9 +235,19 @@ class _Attached(AttachedDevice):
 
     async def inject_restart(self, side: str) -> None:
         if self._setup.killed:
-            await self._backends[side].kill()
-            await self._start(side)
+            await self.kill(side)
+            await self.start_again(side)
             self._backends[side].allow_success()
+
+    @property
+    def is_killed_on_destination(self) -> bool:
+        return self._setup.destination_killed
+
+    async def kill(self, side: str) -> None:
+        await self._backends[side].kill()
+
+    async def start_again(self, side: str) -> None:
+        await self._start(side)
 
     async def _start(self, side: str) -> Path:
         """Start the back end of `side`; return the path of the socket on which it listens."""

@@ -50,6 +50,7 @@ class DeviceFacts:
     harvest: str | None = None
     fault: str | None = None
     killed: bool = False
+    destination_killed: bool = False
 
 
 class ProofDevice(ABC):
@@ -158,6 +159,21 @@ class AttachedDevice(ABC):
 
         Raises:
             UntestableError: the device does not survive the restart.
+        """
+
+    @property
+    def is_killed_on_destination(self) -> bool:
+        """Whether the proof kills and starts the device again after the migration."""
+        return False
+
+    async def kill(self, side: str) -> None:  # noqa: B027
+        """Kill the device's process that serves the QEMU of `side`; `start_again` must follow."""
+
+    async def start_again(self, side: str) -> None:  # noqa: B027
+        """Start the device of `side` again after `kill`.
+
+        Raises:
+            UntestableError: the device does not start.
         """
 
     async def refusal(self) -> UntestableError:

@@ -30,8 +30,9 @@ RINGS: Final = ("split", "packed")
 class EmulatedDevice(ProofDevice):
     """One of dmaproof's devices, with `queues` virtqueues of the form `ring` (one of `RINGS`).
 
-    If `killed`, the device is killed during the migration and started again. Each of several
-    devices has its own `name`. A device behind QEMU's IOMMU is plugged into the root port with the
+    If `killed`, the device is killed during the migration and started again; if
+    `destination_killed`, the destination's device is, after the migration. Each of several devices
+    has its own `name`. A device behind QEMU's IOMMU is plugged into the root port with the
     number `iommu_port`.
     """
 
@@ -41,6 +42,12 @@ class EmulatedDevice(ProofDevice):
     killed: bool = False
     name: str = "device"
     iommu_port: int | None = None
+    destination_killed: bool = False
+
+    @property
+    def restarts(self) -> bool:
+        """Whether a process of the device is killed and started again."""
+        return self.killed or self.destination_killed
 
     @property
     def _type(self) -> type[VirtioDevice]:
@@ -63,7 +70,7 @@ class EmulatedDevice(ProofDevice):
         return on_network(workload) if self._type.is_network else workload
 
     def __post_init__(self) -> None:
-        if self.killed and not self._type.restartable:
+        if self.restarts and not self._type.restartable:
             raise UsageError(
                 f"device {self.options.device} cannot be killed and started again, because QEMU "
                 "does not store its in-flight requests; choose another device"
@@ -80,6 +87,7 @@ class EmulatedDevice(ProofDevice):
             options.harvest,
             options.fault,
             self.killed,
+            self.destination_killed,
         )
 
     @property
@@ -100,7 +108,7 @@ class EmulatedDevice(ProofDevice):
         need an option whose name differs between versions.
         """
         chardev = f"socket,id={self.name},path={option_value(socket)}"
-        if self.killed:
+        if self.restarts:
             chardev += ",server=on,wait=off"
         properties = ["packed=on"] if self.ring == "packed" else []
         port = []
@@ -140,13 +148,13 @@ class _AttachedDevice(AttachedDevice):
         self._devices: dict[str, Device] = {}
         self._changed = asyncio.Condition()
         self._state: Path | None = None
-        if setup.killed:
+        if setup.restarts:
             self._state = folder / f"{setup.name}-state"
             self._state.mkdir()
             self._options = setup.options_with_state(self._state)
 
     async def start(self) -> None:
-        if self._setup.killed:
+        if self._setup.restarts:
             for side in self._sockets:
                 await self._start_for(side)
             return
@@ -192,9 +200,19 @@ class _AttachedDevice(AttachedDevice):
 
     async def inject_restart(self, side: str) -> None:
         if self._setup.killed:
-            await self._devices[side].kill()
-            await self._start_for(side)
+            await self.kill(side)
+            await self.start_again(side)
             await self._devices[side].wait_for("logging", side)
+
+    @property
+    def is_killed_on_destination(self) -> bool:
+        return self._setup.destination_killed
+
+    async def kill(self, side: str) -> None:
+        await self._devices[side].kill()
+
+    async def start_again(self, side: str) -> None:
+        await self._start_for(side)
 
     async def refusal(self) -> UntestableError:
         while True:

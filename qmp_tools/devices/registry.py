@@ -52,8 +52,8 @@ class DeviceRequest:
     """The options of a proof about its devices; `names` are the values of ``--device``.
 
     `command` starts a third party's back end. `options` are those of dmaproof's device process, and
-    `ring` is one of `emulated.RINGS`. dmaproof's devices may be `killed` during the migration, and
-    may be `behind_iommu`.
+    `ring` is one of `emulated.RINGS`. The devices may be `killed` during the migration, or
+    `destination_killed` after it, and may be `behind_iommu`.
     """
 
     names: Sequence[str]
@@ -63,6 +63,7 @@ class DeviceRequest:
     ring: str
     killed: bool
     behind_iommu: bool
+    destination_killed: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class EmulatedKind(DeviceKind):
     accepts = COMMON_OPTIONS | {
         *GUEST_OPTIONS,
         *("iommu", "queues", "ring", "tracker", "harvest", "fault"),
-        *("destination_lacks", "kill_device"),
+        *("destination_lacks", "kill_device", "kill_destination_device"),
     }
     several = True
     control = Control("drop-pages=0.01", Link.LOG)
@@ -144,6 +145,7 @@ class EmulatedKind(DeviceKind):
                 request.killed,
                 f"device-{number}" if number > 1 else "device",
                 number if request.behind_iommu else None,
+                request.destination_killed,
             )
             for number, name in enumerate(request.names, 1)
         ]
@@ -187,7 +189,8 @@ class ThirdPartyKind(DeviceKind):
     name = "third-party"
     accepts = COMMON_OPTIONS | {
         *GUEST_OPTIONS,
-        *("iommu", "queues", "ring", "settle", "device_command", "kill_device"),
+        *("iommu", "queues", "ring", "settle"),
+        *("device_command", "kill_device", "kill_destination_device"),
     }
 
     def names(self) -> Sequence[str]:
@@ -221,6 +224,7 @@ class ThirdPartyKind(DeviceKind):
             request.ring,
             request.behind_iommu,
             request.killed,
+            request.destination_killed,
             udp_port=free_udp_port() if command.KINDS[name].carries_only_ip else 0,
         )
 

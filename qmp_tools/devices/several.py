@@ -63,7 +63,7 @@ class SeveralDevices(ProofDevice):
     @asynccontextmanager
     async def start(self, folder: Path, timeout_s: float) -> AsyncIterator[AttachedDevice]:
         async with AsyncExitStack() as stack:
-            yield _AttachedDevices(
+            yield AttachedDevices(
                 [
                     await stack.enter_async_context(device.start(folder, timeout_s))
                     for device in self.devices
@@ -71,7 +71,9 @@ class SeveralDevices(ProofDevice):
             )
 
 
-class _AttachedDevices(AttachedDevice):
+class AttachedDevices(AttachedDevice):
+    """Started devices as one."""
+
     def __init__(self, devices: Sequence[AttachedDevice]) -> None:
         self._devices = devices
 
@@ -96,6 +98,18 @@ class _AttachedDevices(AttachedDevice):
     async def inject_restart(self, side: str) -> None:
         for device in self._devices:
             await device.inject_restart(side)
+
+    @property
+    def is_killed_on_destination(self) -> bool:
+        return any(device.is_killed_on_destination for device in self._devices)
+
+    async def kill(self, side: str) -> None:
+        for device in self._devices:
+            await device.kill(side)
+
+    async def start_again(self, side: str) -> None:
+        for device in self._devices:
+            await device.start_again(side)
 
     async def refusal(self) -> UntestableError:
         refusals = [asyncio.ensure_future(device.refusal()) for device in self._devices]

@@ -447,7 +447,15 @@ class ProofOptions:
         bool,
         Option(
             "device",
-            "kill and restart the device's process during the migration",
+            "kill and restart the device in the migration",
+            read=_switch,
+        ),
+    ] = False
+    kill_destination_device: Annotated[
+        bool,
+        Option(
+            "device",
+            "kill and restart the destination's device",
             read=_switch,
         ),
     ] = False

@@ -245,6 +245,7 @@ def _request(options: ProofOptions, fault: Fault, iommu: str | None) -> DeviceRe
         ring=options.ring,
         killed=options.kill_device or fault.needs_kill,
         behind_iommu=iommu is not None,
+        destination_killed=options.kill_destination_device,
     )
 
 

@@ -23,12 +23,17 @@ from .sensitivity import Sensitivity
 
 @dataclass(frozen=True)
 class GuestOutcome:
-    """The guest's own findings on the destination; `rechecked` counts the rechecked pages."""
+    """The guest's own findings on the destination; `rechecked` counts the rechecked pages.
+
+    `awaiting_restart` counts the requests that were unanswered while the destination's device was
+    dead; None if that device was not killed.
+    """
 
     requests: int
     errors: int
     rechecked: int
     error_messages: Sequence[str] = ()
+    awaiting_restart: int | None = None
 
 
 @dataclass(frozen=True)
@@ -117,9 +122,10 @@ class Verdict:
         if self._log_faults:
             return f"all pages are equal, but {'; '.join(self._log_faults)}"
         if self.guest.errors:
+            restarted = ", whose device was killed and restarted"
             return (
                 f"all pages are equal, but the guest found {counted(self.guest.errors, 'error')} "
-                "on the destination"
+                f"on the destination{'' if self.guest.awaiting_restart is None else restarted}"
             )
         if self.sensitivity.unreported:
             return (

@@ -134,6 +134,7 @@ def to_text(proof: Proof) -> str:
         f"{guest.rechecked} pages: {guest.errors} errors"
         if verdict.can_continue
         else "  destination  the guest was not continued",
+        *_restart(proof),
     ]
     if verdict.changes:
         lines.append(
@@ -230,6 +231,19 @@ def _device(proof: Proof) -> str:
         f"{facts.device}, {facts.ring} rings, dirty tracker {facts.tracker}, "
         f"{counted(len(proof.harvests), 'harvest')} ({every}){iommu}{killed}"
     )
+
+
+def _restart(proof: Proof) -> list[str]:
+    """Return a line about the restart of the destination's device, if it was asked for."""
+    if not proof.setup.device.facts.destination_killed:
+        return []
+    awaiting = proof.verdict.guest.awaiting_restart
+    if awaiting is None:
+        return ["  restart      none: the destination's device was not killed after the failure"]
+    return [
+        "  restart      the destination's device was killed after the guest had continued; "
+        f"{counted(awaiting, 'request')} awaited the restarted device"
+    ]
 
 
 def _sensitivity(sensitivity: Sensitivity) -> list[str]:

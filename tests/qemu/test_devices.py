@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from support.command import Tool
+from support.recipes import prove
 
 
 def test_packed_rings(tool: Tool) -> None:
@@ -48,6 +49,22 @@ def test_a_device_that_is_killed_loses_nothing(tool: Tool, ring: str, guest: str
     assert outcome.report["lost_pages"] == []
     assert outcome.report["guest"]["errors"] == 0
     assert outcome.report["setup"]["killed"] is True
+
+
+@pytest.mark.parametrize("options", [(), ("--ring", "packed", "--kill-device")])
+def test_a_device_that_is_killed_on_the_destination_loses_nothing(
+    tool: Tool, options: tuple[str, ...]
+) -> None:
+    outcome = prove(tool, "--guest", "bare", "--kill-destination-device", *options)
+    assert outcome.exit_code == 0, outcome.output + outcome.errors
+    report = outcome.report
+    assert report["setup"]["destination_killed"] is True
+    assert report["setup"]["killed"] is ("--kill-device" in options)
+    assert report["lost_pages"] == []
+    assert report["guest"]["errors"] == 0
+    assert report["guest"]["awaiting_restart"] > 0
+    assert report["guest"]["requests"] >= 1000
+    assert tool.leftovers() == []
 
 
 def test_pages_that_a_killed_device_forgets_are_lost(tool: Tool) -> None:

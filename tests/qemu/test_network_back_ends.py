@@ -39,7 +39,7 @@ def test_dpdk_behind_an_iommu(tool: Tool) -> None:
     assert outcome.report["setup"]["iommu"] == "intel"
 
 
-@pytest.mark.parametrize("options", [(), ("--kill-device",)])
+@pytest.mark.parametrize("options", [(), ("--kill-device", "--kill-destination-device")])
 def test_passt(tool: Tool, options: tuple[str, ...]) -> None:
     outcome = tool.run(*on_newer_qemu("passt", passt()), *BRIEF, *options)
     assert_passed(outcome, "net-udp by passt", certain=False)

@@ -35,6 +35,13 @@ SLOW: Final = shlex.join(
     [sys.executable, str(ROOT / "tests" / "back_ends" / "slow.py"), "{socket}"]
 )
 
+RESTARTABLE: Final = shlex.join(
+    [
+        *(sys.executable, str(ROOT / "tests" / "back_ends" / "restartable.py")),
+        *("{socket}", "{folder}/written"),
+    ]
+)
+
 DYING: Final = (
     "import socket, sys\n"
     "print('about to end', flush=True)\n"
@@ -328,6 +335,27 @@ def test_qemu_discards_the_dirty_bits_of_a_back_end_that_is_killed(tool: Tool) -
     assert report["lost"]["qemu"] > 0
     assert report["sensitivity"]["guaranteed_detectable"] > 1000
     assert tool.leftovers() == []
+
+
+def test_a_back_end_that_notes_no_requests_repeats_them_after_a_kill(tool: Tool) -> None:
+    outcome = tool.run(*recipe("qemu-storage-daemon", "--kill-destination-device"))
+    assert outcome.exit_code == 1, outcome.output + outcome.errors
+    report = outcome.report
+    assert report["lost_pages"] == []
+    assert report["guest"]["errors"] > 0
+    assert report["guest"]["awaiting_restart"] > 0
+    assert "whose device was killed and restarted" in report["verdict"]
+    assert any("INFLIGHT_SHMFD" in message for message in report["guest"]["error_messages"])
+    assert tool.leftovers() == []
+
+
+def test_a_back_end_that_notes_its_requests_survives_a_kill_on_the_destination(tool: Tool) -> None:
+    outcome = prove(
+        tool, "--guest", "bare", "--kill-destination-device", "--device-command", RESTARTABLE
+    )
+    assert_passed(outcome, f"blk by {Path(sys.executable).name}")
+    assert outcome.report["guest"]["awaiting_restart"] > 0
+    assert outcome.report["guest"]["requests"] >= 1000
 
 
 def test_packed_rings_that_a_back_end_does_not_offer_are_not_tested(tool: Tool) -> None:

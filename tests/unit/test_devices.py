@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import socket
 from collections.abc import Sequence
@@ -18,13 +19,13 @@ from dmaproof.vhost_user.features import F_RING_PACKED, F_VERSION_1
 from qmp_tools.cli import main as cli
 from qmp_tools.devices import command
 from qmp_tools.devices.command import KINDS, CommandDevice
-from qmp_tools.devices.device import ProofDevice
+from qmp_tools.devices.device import AttachedDevice, ProofDevice
 from qmp_tools.devices.disk_image import IMAGE_BYTES, write_image
 from qmp_tools.devices.emulated import EmulatedDevice
 from qmp_tools.devices.inside_qemu import InsideQemu
 from qmp_tools.devices.process import DeviceOptions
 from qmp_tools.devices.registry import DeviceRequest, device_kinds, kind_of
-from qmp_tools.devices.several import SeveralDevices
+from qmp_tools.devices.several import AttachedDevices, SeveralDevices
 from qmp_tools.guest.channel import GuestChannel
 from qmp_tools.proof.options import OPTIONS
 
@@ -38,10 +39,18 @@ def choose_device(
     *,
     killed: bool = False,
     behind_iommu: bool = False,
+    destination_killed: bool = False,
 ) -> ProofDevice:
     return kind_of(names, device_command).make(
         DeviceRequest(
-            names, device_command, options or DeviceOptions(), queues, ring, killed, behind_iommu
+            names,
+            device_command,
+            options or DeviceOptions(),
+            queues,
+            ring,
+            killed,
+            behind_iommu,
+            destination_killed,
         )
     )
 
@@ -246,15 +255,61 @@ def test_the_guest_knows_the_port_of_the_echo_server() -> None:
     assert third_party("net").driver.place == "loop=eth0"
 
 
-def test_qemu_connects_again_to_a_back_end_that_is_killed() -> None:
-    def chardev(*, killed: bool) -> str:
-        device = choose_device(["blk"], BACK_END, DeviceOptions(), 2, killed=killed)
-        assert isinstance(device, CommandDevice)
+@pytest.mark.parametrize("command", [None, BACK_END])
+@pytest.mark.parametrize("side", ["killed", "destination_killed"])
+def test_qemu_connects_again_to_a_device_that_is_killed_on_either_side(
+    command: str | None, side: str
+) -> None:
+    def chardev(**killed: bool) -> str:
+        device = choose_device(["blk"], command, DeviceOptions(), 2, "split", **killed)
+        assert isinstance(device, CommandDevice | EmulatedDevice)
         return device.qemu_arguments(Path("/run/socket"))[1]
 
-    assert chardev(killed=True).removeprefix(chardev(killed=False)) == ",reconnect-ms=100"
+    extra = ",reconnect-ms=100" if command else ",server=on,wait=off"
+    assert chardev(**{side: True}).removeprefix(chardev()) == extra
 
 
-def test_a_killed_back_end_to_which_qemu_does_not_connect_again_is_refused() -> None:
-    with pytest.raises(UsageError, match="does not connect again to the back end of --device fs"):
-        choose_device(["fs"], BACK_END, DeviceOptions(), 2, killed=True)
+@pytest.mark.parametrize("command", [None, BACK_END])
+def test_a_device_is_killed_only_on_the_sides_that_were_asked_for(command: str | None) -> None:
+    for source, destination in itertools.product((False, True), repeat=2):
+        facts = choose_device(["blk"], command, killed=source, destination_killed=destination).facts
+        assert (facts.killed, facts.destination_killed) == (source, destination)
+
+
+@pytest.mark.parametrize(
+    ("side", "flag"),
+    [("killed", "--kill-device"), ("destination_killed", "--kill-destination-device")],
+)
+def test_a_killed_back_end_to_which_qemu_does_not_connect_again_is_refused(
+    side: str, flag: str
+) -> None:
+    refusal = f"{flag}: QEMU does not connect again to the back end of --device fs"
+    with pytest.raises(UsageError, match=refusal):
+        choose_device(["fs"], BACK_END, DeviceOptions(), 2, "split", **{side: True})
+
+
+def test_each_of_several_devices_is_killed_and_started_again() -> None:
+    class Mortal(AttachedDevice):
+        is_killed_on_destination = True
+
+        def __init__(self) -> None:
+            self.steps: list[str] = []
+
+        async def attach(self, side: str) -> Sequence[str]:
+            return ()
+
+        async def kill(self, side: str) -> None:
+            self.steps.append(f"kill {side}")
+
+        async def start_again(self, side: str) -> None:
+            self.steps.append(f"start {side}")
+
+    async def kill_all() -> None:
+        assert both.is_killed_on_destination
+        await both.kill("destination")
+        await both.start_again("destination")
+
+    devices = [Mortal(), Mortal()]
+    both = AttachedDevices(devices)
+    asyncio.run(kill_all())
+    assert [device.steps for device in devices] == [["kill destination", "start destination"]] * 2

@@ -28,6 +28,7 @@ CHOSEN = ProofOptions(
     harvest="immediate",
     destination_lacks="flush mq",
     kill_device=True,
+    kill_destination_device=True,
     seed=0,
 )
 

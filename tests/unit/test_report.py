@@ -630,6 +630,16 @@ def test_a_proof_reports_the_migrations_before_it() -> None:
     )
 
 
+def test_the_restart_of_the_destination_s_device_is_reported() -> None:
+    before = proof([], device=EmulatedDevice(OPTIONS, destination_killed=True))
+    guest = replace(before.verdict.guest, awaiting_restart=4)
+    restarted = replace(before, verdict=replace(before.verdict, guest=guest))
+    assert "4 requests awaited the restarted device" in report.to_text(restarted)
+    assert report.to_json(restarted)["guest"]["awaiting_restart"] == 4
+    assert "the destination's device was not killed after the failure" in report.to_text(before)
+    assert "restart " not in report.to_text(proof([]))
+
+
 def test_run_lengths_hold_every_page() -> None:
     classes = np.array([0, 0, 3, 1, 1, 1], dtype=np.uint8)
     assert run_lengths(classes) == [[0, 2], [3, 1], [1, 3]]

@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 from qemu.qmp import EventListener
 
+from dmaproof.errors import UsageError
 from qmp_tools.arch.aarch64 import AARCH64
 from qmp_tools.arch.architecture import Architecture
 from qmp_tools.arch.x86_64 import X86_64
@@ -29,6 +30,8 @@ from qmp_tools.migration.procedure import Procedure, UnsupportedScenarioError
 from qmp_tools.migration.scenarios import find_scenario, known_scenarios, precopy
 from qmp_tools.migration.scenarios.cpr import CprExec, CprTransfer, _successor_command
 from qmp_tools.migration.transport import Ends
+from qmp_tools.proof.options import ProofOptions
+from qmp_tools.proof.resolve import resolve
 from qmp_tools.qemu.machine import Machine
 from qmp_tools.qemu.qmp import Qmp, QmpError, QmpRefusal, QmpTimeoutError
 
@@ -107,6 +110,12 @@ class RecordedMigration:
 
     def sent(self, name: str, command: str) -> list[dict[str, Any]]:
         return [arguments for *key, arguments in self.log if key == [name, command]]
+
+
+def test_a_guest_that_does_not_continue_has_no_device_to_kill() -> None:
+    options = ProofOptions(scenario="background-snapshot", kill_destination_device=True)
+    with pytest.raises(UsageError, match="does not continue the guest on the destination"):
+        asyncio.run(resolve(options))
 
 
 ONLY_IN_PROOFS = {

@@ -45,7 +45,11 @@ def test_a_refusal_stops_the_guest_and_names_what_was_not_compared() -> None:
 def test_errors_of_the_guest_are_reported() -> None:
     failing = replace(PASSED, guest=GuestOutcome(1000, 2, 10))
     assert failing.exit_code == 1
-    assert "the guest found 2 errors on the destination" in failing.sentence
+    assert failing.sentence.endswith("the guest found 2 errors on the destination")
+    restarted = replace(failing, guest=GuestOutcome(0, 1, 0, awaiting_restart=4))
+    assert restarted.sentence.endswith(
+        "1 error on the destination, whose device was killed and restarted"
+    )
 
 
 def test_a_migration_that_ended_early_proves_nothing() -> None:

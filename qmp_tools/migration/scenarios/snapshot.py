@@ -10,8 +10,9 @@ import shlex
 import sys
 from typing import Final
 
-from dmaproof.errors import UntestableError
+from dmaproof.errors import UntestableError, UsageError
 
+from ...devices.device import ProofDevice
 from ...guest.channel import START_WRITE_ONCE
 from ..attempt import Attempt
 from ..judgement import Blame, EvidenceSource
@@ -49,6 +50,18 @@ class BackgroundSnapshot(Scenario):
     has_journal = False
     blame_without_journal = Blame.SNAPSHOT
     destination_can_continue = False  # the disk has changed since: the guest would find errors
+
+    def require_device(self, device: ProofDevice) -> None:
+        """Refuse to kill the destination's device, which serves nothing.
+
+        Raises:
+            UsageError: it is to be killed.
+        """
+        if device.facts.destination_killed:
+            raise UsageError(
+                f"--kill-destination-device: --scenario {self.name} does not continue the guest on "
+                "the destination; choose another scenario"
+            )
 
     def evidence_source(self, *, has_evidence: bool) -> EvidenceSource:
         """Return the guest, which used its write-once pages while QEMU took the snapshot."""

@@ -71,7 +71,7 @@ def known_tcg_loss(block: RamBlock, version: str, *, can_postcopy: bool = False)
     QEMU syncs whole words of the dirty bitmap only if the block's length is a multiple of 64 pages.
     Before 9.0, QEMU does not reset the TLB in this case; up to 11.1 it resets only the TLB entries
     of the block at offset 0. With postcopy-ram, QEMU 11.1 loses writes to any block; 10.0 does not.
-    See docs/kernel-findings.md.
+    See docs/qemu-findings.md.
 
     Returns:
         The reason; None if no such loss is known.

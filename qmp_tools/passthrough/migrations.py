@@ -7,7 +7,7 @@ destination.
 
 If dirty pages are reported to QEMU in precopy, the migration is held in precopy for some syncs. If
 not, it is held in its first pass. After that pass nothing would be left to send, and QEMU 11.1
-would sync again and again without a pause and hardly answer QMP (docs/kernel-findings.md).
+would sync again and again without a pause and hardly answer QMP (docs/qemu-findings.md).
 
 Each way of tracking is followed by controls: the same migration with an injected fault of the
 module. A control must corrupt RAM, and only pages that the fault withheld from the report.

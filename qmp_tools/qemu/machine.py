@@ -137,7 +137,7 @@ class Machine:
         if not self.numa_nodes:
             return {RAM_BACKEND: self.memory_bytes}
         # QEMU loses bits of its vhost log if a node begins inside a word of the log
-        # (vhost_dev_sync_region; see docs/kernel-findings.md).
+        # (vhost_dev_sync_region; see docs/qemu-findings.md).
         unit_bytes = max(_LOG_WORD_BYTES, self.backend.page_bytes)
         node_bytes = self.memory_bytes // self.numa_nodes // unit_bytes * unit_bytes
         names = [f"{RAM_BACKEND}{node}" for node in range(self.numa_nodes)]

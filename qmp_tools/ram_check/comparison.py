@@ -203,7 +203,7 @@ class _Comparison:
             if block and why:
                 notes.append(
                     "the source does not use KVM. With TCG this QEMU may lose what vCPUs write to "
-                    f"RAM block {block.name}, because {why} (kernel-findings.md in dmaproof's "
+                    f"RAM block {block.name}, because {why} (qemu-findings.md in dmaproof's "
                     "documentation). Check whether pages also differ under KVM"
                 )
         return notes

@@ -343,7 +343,7 @@ def _accelerator_advice(proof: Proof) -> list[str]:
             size = "" if is_fixed else f"--memory {odd} or "
             lines += [
                 f"Under TCG this QEMU is known to lose such pages of RAM block {block.name},",
-                f"because {why} (kernel-findings.md in dmaproof's documentation).",
+                f"because {why} (qemu-findings.md in dmaproof's documentation).",
                 f"Use {size}a newer QEMU (dmaproof qemu fetch) to avoid this."
                 if is_main
                 else "To avoid this, use KVM, or --guest bare, whose vCPUs write to no DIMM.",

@@ -81,7 +81,7 @@ def test_the_commands_of_the_page_check_a_migration(
     folder = tmp_path_factory.mktemp("d")  # short, for sockets
     source, destination = running.source, running.destination
     before, after = (block for block in blocks(PAGE) if block.printed)
-    # QEMU 7.2 loses under TCG what vCPUs write meanwhile (docs/kernel-findings.md).
+    # QEMU 7.2 loses under TCG what vCPUs write meanwhile (docs/qemu-findings.md).
     source.run("virsh", "suspend", "vm")
     exit_code, printed = type_in(before, folder, source.inside)
     assert (exit_code, missing(before, printed)) == (0, []), printed

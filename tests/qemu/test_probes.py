@@ -45,7 +45,7 @@ def test_a_probe_counts_the_pages_that_are_lost(
     )
     version = tuple(int(part) for part in str(version_of(qemu)).split("."))
     assert (lost == 0) if version >= (9,) else (lost >= _MANY)
-    if version < (11, 2):  # docs/kernel-findings.md
+    if version < (11, 2):  # docs/qemu-findings.md
         assert lost_in_dimms >= _MANY
 
 

@@ -103,7 +103,7 @@ class Pair:
         """Migrate from the source to the destination, which stays paused.
 
         The source's vCPUs are paused first, unless they are to be `running`: under TCG some QEMUs
-        lose what vCPUs write during a migration (docs/kernel-findings.md).
+        lose what vCPUs write during a migration (docs/qemu-findings.md).
         """
         if not running:
             self.monitors[0].execute("stop")

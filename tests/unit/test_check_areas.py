@@ -351,7 +351,7 @@ def test_a_page_that_differs_names_its_dimm(sides: Sides, page: int, dimm: str |
 
 TCG_MAY_LOSE = (
     "the source does not use KVM. With TCG this QEMU may lose what vCPUs write to RAM block ram0, "
-    "because its size, 256 KiB, is a multiple of 256 KiB (kernel-findings.md in dmaproof's "
+    "because its size, 256 KiB, is a multiple of 256 KiB (qemu-findings.md in dmaproof's "
     "documentation). Check whether pages also differ under KVM"
 )
 

@@ -214,7 +214,7 @@ class PostcopyPreempt(PostcopyRunning):
             return error
         return MigrationTimeoutError(
             f"{error}\nQEMU 10.0 and 11.1 never complete this migration if a vhost-user device has "
-            "waited for a page (docs/kernel-findings.md); QEMU 7.2 does"
+            "waited for a page (docs/qemu-findings.md); QEMU 7.2 does"
         )
 
 

@@ -325,7 +325,7 @@ def _scenario_for(options: ProofOptions, architecture: Architecture) -> Scenario
             "as RAM; use --guest bare and --arch x86_64"
         )
     if scenario.linux_modules and options.guest != "linux":
-        raise UsageError(
+        raise UnsupportedError(
             f"--scenario {options.scenario}: the guest {options.guest} has no driver for "
             f"{' and '.join(scenario.linux_modules)}; use --guest linux"
         )

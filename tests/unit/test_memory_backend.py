@@ -184,7 +184,7 @@ def test_pages_that_the_guest_gave_back_are_not_lost_and_are_counted() -> None:
 @pytest.mark.parametrize("name", ["virtio-mem", "balloon", "free-page-reporting", "free-page-hint"])
 def test_a_guest_without_a_driver_for_what_the_scenario_adds_is_refused(name: str) -> None:
     options = ProofOptions(guest="bare", scenario=name)
-    with pytest.raises(UsageError, match=r"bare has no driver for .*; use --guest linux"):
+    with pytest.raises(UnsupportedError, match=r"bare has no driver for .*; use --guest linux"):
         asyncio.run(resolve(options))
 
 

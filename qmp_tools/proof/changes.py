@@ -80,18 +80,12 @@ class RunningDestination:
 
     Args:
         evidence: the evidence of each device, of what it wrote to the destination's RAM.
-        guest_pages: the pages that the guest may write itself, as ranges of page numbers (GPA).
-        unused_pages: the GPAs of pages in these ranges that the guest does not use.
+        guest_pages: the pages that the guest may write itself.
     """
 
-    def __init__(
-        self,
-        evidence: Sequence[Evidence],
-        guest_pages: Sequence[range],
-        unused_pages: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, evidence: Sequence[Evidence], guest_pages: GuestPages) -> None:
         self._written = [(each.records, WrittenPages(each.records)) for each in evidence]
-        self._guest_pages = GuestPages(guest_pages, unused_pages)
+        self._guest_pages = guest_pages
 
     def may_have_written(self, pages: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Return for each page number (GPA) whether a loss of the page could be hidden."""

@@ -62,13 +62,10 @@ async def compare_guests(
     known = evidence[0].slots if evidence else []
     found = Comparison(evidence)
     if scenario.destination_runs and migrated.ram_is_comparable:
-        found.running_destination = RunningDestination(
-            await pair.device.evidence(pair.destination_side),
-            pair.source_guest.own_pages,
-            pair.hold_pages,
-        )
+        written = await pair.device.evidence(pair.destination_side)
+        found.running_destination = RunningDestination(written, _declared_pages(pair))
     if scenario.skips_free_pages:
-        found.guest_pages = GuestPages(pair.source_guest.own_pages, pair.hold_pages)
+        found.guest_pages = _declared_pages(pair)
     reporting = pair.source if migrated.refusal else pair.destination
     async with attempt.source_ram() as sources, attempt.destination_ram() as destinations:
         _require_same_backends(sources, destinations)
@@ -99,6 +96,10 @@ async def compare_guests(
         found.lost = blame_early_bits(found.lost, attempt.log_watch.evidence())
         found.lost = blame_discarded_bits(found.lost, attempt.discarded_bits)
     return found
+
+
+def _declared_pages(pair: QemuPair) -> GuestPages:
+    return GuestPages(pair.source_guest.own_pages, pair.hold_pages)
 
 
 def without_hold_pages(lost: Sequence[LostPage], hold_pages: Container[int]) -> list[LostPage]:

@@ -12,7 +12,7 @@ import pytest
 from dmaproof.evidence import HARVEST, Evidence, Slot
 from dmaproof.journal import Journal, WriteKind
 from qmp_tools.memory.ram import RamFile, compare
-from qmp_tools.proof.changes import Changes, RunningDestination
+from qmp_tools.proof.changes import Changes, GuestPages, RunningDestination
 from qmp_tools.testbed.ring_driver import PAGE, ram_fd
 
 PAGES = 16
@@ -41,7 +41,7 @@ class Sides:
     def explained(
         self, *guest_pages: range, unused: tuple[int, ...] = ()
     ) -> tuple[list[int], Changes]:
-        running = RunningDestination([self.evidence()], guest_pages, unused)
+        running = RunningDestination([self.evidence()], GuestPages(guest_pages, unused))
         slots = self.evidence().slots
         differing = compare(self.source, self.destination)
         lost, changes = running.explain(differing, self.source, self.destination, slots)
@@ -108,7 +108,7 @@ def test_an_unused_page_among_those_of_the_guest_is_compared(sides: Sides) -> No
 
 def test_a_page_outside_the_guests_memory_belongs_to_nobody(sides: Sides) -> None:
     os.pwrite(sides.source.fd, b"?", 3 * PAGE)
-    running = RunningDestination([sides.evidence()], [range(1 << 50)])
+    running = RunningDestination([sides.evidence()], GuestPages([range(1 << 50)]))
     lost, changes = running.explain(
         np.array([3], dtype=np.int64), sides.source, sides.destination, []
     )
@@ -121,6 +121,6 @@ def test_changes_of_several_memory_backends_add_up() -> None:
 
 def test_a_loss_on_a_page_that_was_written_on_the_destination_may_be_hidden(sides: Sides) -> None:
     sides.device_writes(1, 0, b"again")
-    running = RunningDestination([sides.evidence()], [range(FIRST + 3, FIRST + 4)])
+    running = RunningDestination([sides.evidence()], GuestPages([range(FIRST + 3, FIRST + 4)]))
     written = np.array([FIRST, FIRST + 1, FIRST + 2, FIRST + 3], dtype=np.uint64)
     assert running.may_have_written(written).tolist() == [False, True, False, True]

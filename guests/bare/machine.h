@@ -28,6 +28,8 @@ void listen(void);
 
 void find_memory(const void *start_info);
 void *allocate_aligned(size_t bytes, size_t alignment);
+// The image and all memory that was allocated.
+struct range own_memory(void);
 // Use this memory as plugged memory, although no register of the machine names it.
 void expect_memory(struct range range);
 // Spread the buffer's pages over all RAM that was not allocated.

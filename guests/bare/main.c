@@ -102,6 +102,16 @@ static void report_status(void) {
         report_progress();
 }
 
+void report_own_memory(void) {
+    struct range own = own_memory();
+    report_own(own.start, own.end);
+    // The first pages of the buffer, into which the workers put the data that the device reads.
+    uint64_t first;
+    device_pages(&first);
+    for (uint64_t page = 0; page < first; page++)
+        report_own(gpa_of(page_at(page)), gpa_of(page_at(page)) + PAGE_BYTES);
+}
+
 void pause_requests(bool wanted) {
     paused = wanted;
     while (paused && in_flight) {

@@ -61,13 +61,8 @@ uint8_t *allocate_unmoving(size_t bytes) {
     return allocate_aligned(bytes, PAGE_BYTES);
 }
 
-void report_own_memory(void) {
-    report_own((uint64_t)__executable_start, regions[0].start);
-    // The first pages of the buffer, into which the workers put the data that the device reads.
-    uint64_t first;
-    device_pages(&first);
-    for (uint64_t page = 0; page < first; page++)
-        report_own(gpa_of(page_at(page)), gpa_of(page_at(page)) + PAGE_BYTES);
+struct range own_memory(void) {
+    return (struct range){(uint64_t)__executable_start, regions[0].start};
 }
 
 static uint64_t first_chunk(const struct range *region) {

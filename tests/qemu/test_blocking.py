@@ -29,7 +29,7 @@ def test_all_processes_end_with_their_session(tool: Tool, monkeypatch: pytest.Mo
             pids.extend([pair.source.pid, pair.destination.pid])
             with pytest.raises(UsageError, match="scenario 'pigeon'"):
                 pair.migrate("pigeon")
-            for scenario in ("retry", "postcopy-ram"):
+            for scenario in ("retry", "postcopy"):
                 with pytest.raises(
                     UsageError, match=f"scenario '{scenario}' works only in a proof"
                 ):

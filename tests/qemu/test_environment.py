@@ -16,7 +16,11 @@ SMALL = ["--guest", "bare", "--workload", "write_once=512", "--quiet"]
 NO_ROOM = "No space left on device; set TMPDIR"
 ROOM = {
     "for the image": ("40M", ["--device", "qemu:virtio-blk-pci"], NO_ROOM),
-    "for the evidence": ("64k", [], f"evidence to {{folder}}/dmaproof-\\w+: {NO_ROOM}"),
+    "for the evidence": (
+        "64k",
+        [],
+        f"evidence to {{folder}}/dmaproof-\\w+/source-device-evidence: {NO_ROOM}",
+    ),
     "for the stream": ("16M", ["--scenario", "exec"], "no space left in {folder}"),
     "for the journal": (
         "64k",

@@ -22,11 +22,20 @@ from support.recipes import (
 )
 
 
+MOST_RING_PAGES = 6
+"""A page of descriptors and one of event suppression for each of three queues."""
+
+
 @pytest.mark.parametrize("suite", ["bookworm", "trixie"])
 @pytest.mark.parametrize("ring", ["split", "packed"])
 def test_dpdk(tool: Tool, suite: str, ring: str) -> None:
     arguments = on_newer_qemu("dpdk-testpmd", *dpdk(suite))
     outcome = tool.run(*arguments, "--ring", ring, *BRIEF)
+    if ring == "packed" and outcome.exit_code == 1:
+        # DPDK logs other pages than those of its packed rings (docs/third-party-devices.md).
+        lost = outcome.report["lost_pages"]
+        assert 0 < len(lost) == outcome.report["lost"]["unknown"] <= MOST_RING_PAGES
+        return
     assert_passed(outcome, "net by dpdk-testpmd", certain=False)
     assert outcome.report["setup"]["ring"] == ring
 

@@ -348,7 +348,9 @@ class ProofRun:
                 found.evidence, migrated.all_sent_ns, found.running_destination
             )
         write_once = self._attempt.used_write_once_pages() if migrated.ram_is_comparable else 0
-        guaranteed = source is not EvidenceSource.GUEST or self._setup.device.direct
+        huge_pages = self.scenario.sends_whole_pages and self._setup.machine.backend.has_huge_pages
+        shows = self._setup.device.direct and not huge_pages
+        guaranteed = source is not EvidenceSource.GUEST or shows
         return sensitivity_by_guest(write_once, source, guaranteed=guaranteed)
 
     def _downtime(self, migration: Migration, harvests: NDArray[np.void]) -> Downtime:

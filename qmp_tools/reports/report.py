@@ -129,7 +129,7 @@ def to_text(proof: Proof) -> str:
         + (f", downtime {proof.downtime_s * 1000:.0f} ms" if proof.downtime_s is not None else ""),
         *_settings(proof.setup.options),
         *_earlier(proof.earlier),
-        *_sensitivity(sensitivity),
+        *_sensitivity(sensitivity, direct=proof.setup.device.direct),
         f"  destination  the guest did {guest.requests} more requests and rechecked "
         f"{guest.rechecked} pages: {guest.errors} errors"
         if verdict.can_continue
@@ -246,7 +246,7 @@ def _restart(proof: Proof) -> list[str]:
     ]
 
 
-def _sensitivity(sensitivity: Sensitivity) -> list[str]:
+def _sensitivity(sensitivity: Sensitivity, *, direct: bool) -> list[str]:
     if (
         sensitivity.evidence_source == EvidenceSource.GUEST
         and not sensitivity.guaranteed_detectable
@@ -254,7 +254,8 @@ def _sensitivity(sensitivity: Sensitivity) -> list[str]:
         return [
             f"  sensitivity  after every page had been sent, the device wrote "
             f"{sensitivity.rewritten} pages for the guest, but in",
-            "               reused buffers: a single lost dirty bit is not guaranteed detectable",
+            f"               {'huge pages that arrive whole' if direct else 'reused buffers'}: "
+            "a single lost dirty bit is not guaranteed detectable",
         ]
     guaranteed = sensitivity.guaranteed_detectable
     if sensitivity.evidence_source == EvidenceSource.GUEST:

@@ -21,7 +21,6 @@ from support.recipes import (
     prove,
 )
 
-
 MOST_RING_PAGES = 6
 """A page of descriptors and one of event suppression for each of three queues."""
 

@@ -109,6 +109,14 @@ class Foreign(EmulatedDevice):
         return DeviceFacts("third-party", 1)
 
 
+class Network(Foreign):
+    """A device that writes to buffers of the guest's kernel."""
+
+    @property
+    def direct(self) -> bool:
+        return False
+
+
 class FakeDriver(EmulatedDevice):
     """A device whose tracker is not harvested by dmaproof."""
 
@@ -697,3 +705,14 @@ def test_tcg_is_blamed_only_if_a_known_rule_applies() -> None:
     text = report.to_text(replace(new, ram_map=after_first))
     assert "RAM block dimm0-ram,\nbecause its size, 131072 KiB, is a" in text
     assert "not the first RAM block" in text
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [(Foreign(OPTIONS), "huge pages that arrive whole"), (Network(OPTIONS), "reused buffers")],
+)
+def test_the_text_says_why_a_lost_bit_is_not_guaranteed_detectable(
+    device: EmulatedDevice, reason: str
+) -> None:
+    text = report.to_text(proof([], sensitivity_by_guest(5, guaranteed=False), device=device))
+    assert f"but in\n               {reason}: a single lost dirty bit is not guaranteed" in text

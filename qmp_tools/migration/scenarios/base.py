@@ -61,7 +61,8 @@ class Scenario(Procedure):
     pages that are not compared because the guest has given them back. The guest initialises its
     device again while QEMU logs if the scenario `resets`. If `destination_runs`, the destination's
     guest runs while pages arrive, and is paused for the comparison. If QEMU `skips_free_pages`, it
-    does not send pages that the guest says are free.
+    does not send pages that the guest says are free. If it `sends_whole_pages`, a huge page arrives
+    whole if any bit of it is set.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Scenario(Procedure):
     destination_runs: bool = False
     resets: bool = False
     skips_free_pages: bool = False
+    sends_whole_pages: bool = False
     given_back: int = 0
 
     # The steps ------------------------------------------------------------------------------------

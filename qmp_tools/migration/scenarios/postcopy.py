@@ -62,6 +62,7 @@ class Postcopy(Scenario):
     """QEMU's answer for a device that lacks PAGEFAULT (vhost_user_postcopy_notifier)."""
 
     suits_any_guest = False
+    sends_whole_pages = True  # postcopy_chunk_hostpages_pass
     _has_switched = False
     """Whether the destination has taken over, so that the source cannot continue the guest."""
 

@@ -27,7 +27,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dmaproof.errors import UntestableError
+from dmaproof.errors import UntestableError, UsageError
 
 from ...devices.device import ProofDevice
 from ...guest.channel import QUIET, START_LAST, START_WRITE_ONCE
@@ -346,6 +346,18 @@ class _HeldPrecopy:
         await attempt.pair.source_guest.send(START_LAST)
         await attempt.pair.source_guest.send(QUIET)
         await self._scenario.end_precopy(attempt, self._hold)
+
+
+def require_disk(scenario: Scenario, device: ProofDevice) -> None:
+    """Refuse a device that is not a disk.
+
+    Raises:
+        UsageError: the device is not a disk.
+    """
+    if not device.driver.has_disk:
+        raise UsageError(
+            f"--scenario {scenario.name} needs a disk, and {device.facts.device} is not a disk"
+        )
 
 
 async def migrate_until_all_sent(attempt: Attempt) -> None:

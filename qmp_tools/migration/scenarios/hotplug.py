@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dmaproof.errors import UsageError
-
 from ...devices.device import ProofDevice
 from ..pair import QemuPair
-from .base import Scenario
+from .base import Scenario, require_disk
 
 
 class MemoryHotplug(Scenario):
@@ -47,12 +45,5 @@ class DeviceHotplug(Scenario):
         await pair.guarded(pair.start_destination())
 
     def require_device(self, device: ProofDevice) -> None:
-        """Refuse a device that is not a disk.
-
-        Raises:
-            UsageError: the device is not a disk.
-        """
-        if not device.driver.has_disk:
-            raise UsageError(
-                f"--scenario {self.name} needs a disk, and {device.facts.device} is not a disk"
-            )
+        """Refuse a device that is not a disk."""
+        require_disk(self, device)

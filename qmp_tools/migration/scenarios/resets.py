@@ -11,14 +11,14 @@ from __future__ import annotations
 import logging
 from typing import ClassVar
 
-from dmaproof.errors import UntestableError, UsageError
+from dmaproof.errors import UntestableError
 
 from ...devices.device import ProofDevice
 from ...guest.channel import LEAVE_OUT_HALF, RELOAD_DRIVER, RESET_DEVICE, RESET_MACHINE
 from ..attempt import Attempt
 from ..hold import PrecopyHold
 from ..pair import QemuPair, ResetReason
-from .base import Scenario
+from .base import Scenario, require_disk
 
 _logger = logging.getLogger(__name__)
 
@@ -36,15 +36,8 @@ class _Resets(Scenario):
     is_repeatable = False
 
     def require_device(self, device: ProofDevice) -> None:
-        """Refuse a device that is not a disk.
-
-        Raises:
-            UsageError: the device is not a disk.
-        """
-        if not device.driver.has_disk:
-            raise UsageError(
-                f"--scenario {self.name} needs a disk, and {device.facts.device} is not a disk"
-            )
+        """Refuse a device that is not a disk."""
+        require_disk(self, device)
 
     async def reset(self, pair: QemuPair, side: str) -> None:
         """Reset the device or the machine of `side`, and wait until the guest uses it again.

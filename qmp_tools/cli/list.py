@@ -109,9 +109,11 @@ def _needs_of_scenario(scenario: Scenario) -> str:
     ]
     if scenario.plugs_devices:
         needs.append("a device that can be plugged")
-    needs += filter(None, scenario.machine_options.split(","))
-    if scenario.dimms:
-        needs.append(f"{scenario.dimms} DIMMs")
+    needs += filter(None, scenario.added.machine_options.split(","))
+    if scenario.added.dimms:
+        needs.append(f"{scenario.added.dimms} DIMMs")
+    if scenario.linux_needs:
+        needs.append("a Linux guest")
     return ", ".join(needs)
 
 

@@ -26,6 +26,19 @@ class Driver:
         return "disk=/dev/" in self.place
 
 
+@dataclass(frozen=True)
+class LinuxNeeds:
+    """What a scenario needs of the Linux guest.
+
+    Linux drives what the scenario adds to the machine by `modules` and their dependencies.
+    `options` are further options of ``guests/linux/init.c``, and `kernel_options` of the kernel.
+    """
+
+    modules: Sequence[str]
+    options: Sequence[str] = ()
+    kernel_options: str = ""
+
+
 _SCSI_DISK: Final = "disk=/dev/sda"
 _NETWORK: Final = "loop=eth0"
 VIRTIO_BLK: Final = Driver(("virtio_pci", "virtio_blk"), "disk=/dev/vda")

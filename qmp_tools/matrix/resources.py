@@ -60,7 +60,7 @@ class Resources:
         """
         # At any time, the vCPUs of one side and the device are busy.
         processors = 1 if self._jobs else min(setup.machine.cpus + 1, self._all_processors)
-        memory_bytes = 2 * setup.machine.memory_bytes + _OVERHEAD_BYTES
+        memory_bytes = 2 * setup.machine.most_memory_bytes + _OVERHEAD_BYTES
         if memory_bytes > self._all_memory_bytes:
             raise UntestableError(
                 f"the proof needs {memory_bytes // MIB} MiB of memory, but only "

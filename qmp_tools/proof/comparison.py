@@ -82,7 +82,6 @@ async def compare_guests(
                 found.maps.append(map_proof(slots, evidence, lost, source, migrated.all_sent_ns))
                 found.lost += lost
                 found.pages += source.pages
-        found.given_back = scenario.given_back
         found.pages -= found.given_back
         if reports_rings:
             rams = {pair.source_side: _reader(found.slots, sources, sources)}
@@ -128,17 +127,18 @@ def _lost_pages(
     destination: RamFile,
 ) -> list[LostPage]:
     differing = scenario.differing_pages(source, destination)
+    is_given_back = scenario.given_back(differing, source)
+    compared = differing[~is_given_back]
     if found.running_destination is not None:
-        differing, changes = found.running_destination.explain(
-            differing, source, destination, slots
-        )
+        compared, changes = found.running_destination.explain(compared, source, destination, slots)
         found.changes = (found.changes or Changes()) + changes
+    found.given_back += int(is_given_back.sum())
     if found.guest_pages is not None:
-        all_differing = len(differing)
-        differing = without_free_pages(differing, source, slots, found.guest_pages, found.evidence)
-        scenario.given_back += all_differing - len(differing)
+        not_free = without_free_pages(compared, source, slots, found.guest_pages, found.evidence)
+        found.given_back += len(compared) - len(not_free)
+        compared = not_free
     blame = scenario.blame_without_journal
-    return attribute(differing, source, destination, slots, found.evidence, blame)
+    return attribute(compared, source, destination, slots, found.evidence, blame)
 
 
 def _is_wrong(ring: Ring, destination_side: str) -> bool:

@@ -227,7 +227,7 @@ async def choose_memory(
     The RAM is in `blocks` RAM blocks, whose pages have `page_bytes`. The sizes of all but the last
     one are multiples of 256 KiB (`Machine.ram_backends`).
     """
-    wanted_bytes = div_ceil(wanted_bytes, page_bytes) * page_bytes
+    wanted_bytes = max(div_ceil(wanted_bytes, page_bytes), blocks) * page_bytes
     granule_bytes = max(ram_granule_bytes(architecture.ram_granule_bytes), page_bytes)
     lost = await vcpu_pages_lost(architecture, qemu, accelerator, timeout_s)
     lost_behind = (

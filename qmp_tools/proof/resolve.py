@@ -24,7 +24,7 @@ from ..devices.registry import DeviceKind, DeviceRequest, kind_of
 from ..guest.bare import bare_guest
 from ..guest.build import Guest
 from ..guest.choice import GUESTS
-from ..guest.drivers import Driver
+from ..guest.drivers import Driver, LinuxNeeds
 from ..guest.kernels import KernelFiles
 from ..guest.own import MEMORY_BYTES as OWN_GUEST_MEMORY_BYTES
 from ..guest.own import OWN_GUEST, own_guest
@@ -109,12 +109,7 @@ async def resolve(options: ProofOptions) -> Setup:
     )
     accelerator = await choose_accelerator(options.accel, source, probed, options.timeout)
     scenario.require_accelerator(accelerator)
-    guest = guest or probed
-    if scenario.nvdimm_bytes:
-        memory = f"memory={NVDIMM_START}-{NVDIMM_START + scenario.nvdimm_bytes}"
-        guest = replace(guest, options=f"{guest.options} {memory}".strip())
-    if scenario.kernel_options:
-        guest = replace(guest, options=f"{scenario.kernel_options} {guest.options}")
+    guest = _with_options_for(scenario, guest or probed)
     memory_bytes = options.memory_bytes or await choose_memory(
         architecture,
         source,
@@ -124,48 +119,34 @@ async def resolve(options: ProofOptions) -> Setup:
         backend.page_bytes,
         options.numa or 1,
     )
-    usual_machine = architecture.hotplug_machine if scenario.plugs_devices else None
-    machine = options.machine or usual_machine or architecture.machine
-    if destination.resolve() != source.resolve() or options.machine:
-        machine = await common_machine(machine, source, destination, options.timeout)
-    if iommu is not None:
-        of_iommu = architecture.iommus[iommu]
-        if of_iommu.machine not in machine:
-            raise UsageError(
-                f"--iommu {iommu}: only {of_iommu.machine} machines have this IOMMU, and the "
-                f"machine is {machine}"
-            )
-        machine += of_iommu.machine_options
-    machine += scenario.machine_options
-    if scenario.dimms or scenario.resizable_bytes or scenario.nvdimm_bytes:
+    if scenario.added.memory_device_bytes:
         await warn_of_dimms(architecture, source, accelerator, options.timeout)
+    machine_type = await _machine_type(
+        options, architecture, scenario, iommu, (source, destination)
+    )
     if fault.needs_high_ram:
         high_ram, memory_bytes = architecture.with_high_ram(memory_bytes)
-        machine += high_ram
-    whole = Machine(
+        machine_type += high_ram
+    machine = Machine(
         architecture,
-        machine,
+        machine_type,
         accelerator=accelerator,
         memory_bytes=memory_bytes,
         cpus=options.cpus,
         kernel=guest.kernel,
         initramfs=guest.initramfs,
         command_line=guest.command_line(workload),
-        dimm_slots=scenario.dimms,
-        extra_arguments=scenario.qemu_arguments,
         iommu=iommu,
         backend=backend,
         numa_nodes=options.numa or 0,
-        resizable_bytes=scenario.resizable_bytes,
-        nvdimm_bytes=scenario.nvdimm_bytes,
-        accelerator_options=scenario.kvm_options if accelerator == "kvm" else "",
+        added=scenario.added,
     )
-    _require_memory(whole)
+    require_memory(machine)
     return Setup(
         options=replace(options, accel=accelerator, memory=memory_bytes),
         qemu=source,
         qemu_destination=destination,
-        machine=whole,
+        machine=machine,
         guest=guest.name,
         workload=workload,
         device=device,
@@ -173,16 +154,56 @@ async def resolve(options: ProofOptions) -> Setup:
     )
 
 
-def _require_memory(machine: Machine) -> None:
+def _with_options_for(scenario: Scenario, guest: Guest) -> Guest:
+    """Return the guest with what the scenario adds to its command line."""
+    text = guest.options
+    if nvdimm_bytes := scenario.added.nvdimm_bytes:
+        text = f"{text} memory={NVDIMM_START}-{NVDIMM_START + nvdimm_bytes}"
+    if scenario.linux_needs:
+        text = f"{scenario.linux_needs.kernel_options} {text}"
+    return replace(guest, options=text.strip())
+
+
+async def _machine_type(
+    options: ProofOptions,
+    architecture: Architecture,
+    scenario: Scenario,
+    iommu: str | None,
+    qemus: tuple[Path, Path],
+) -> str:
+    """Return the machine type that both QEMUs have, with the options of its IOMMU.
+
+    Raises:
+        UsageError: this machine type does not have the IOMMU.
+        UntestableError: the QEMUs have no such machine type in common.
+    """
+    source, destination = qemus
+    usual = architecture.hotplug_machine if scenario.plugs_devices else None
+    machine_type = options.machine or usual or architecture.machine
+    if destination.resolve() != source.resolve() or options.machine:
+        machine_type = await common_machine(machine_type, source, destination, options.timeout)
+    if iommu is None:
+        return machine_type
+    of_iommu = architecture.iommus[iommu]
+    if of_iommu.machine not in machine_type:
+        raise UsageError(
+            f"--iommu {iommu}: only {of_iommu.machine} machines have this IOMMU, and the "
+            f"machine is {machine_type}"
+        )
+    return machine_type + of_iommu.machine_options
+
+
+def require_memory(machine: Machine) -> None:
     """Check that this host can give both sides the machine's memory.
 
     Raises:
-        UsageError: the RAM is not whole pages of the memory backend.
+        UsageError: some memory is not whole pages of the memory backend, or a node has none.
         UnsupportedError: the architecture's machines have no NUMA nodes.
         UntestableError: the host has not enough huge pages.
     """
     backend, nodes = machine.backend, machine.numa_nodes
-    if machine.nvdimm_bytes and machine.memory_bytes > _MOST_BELOW_NVDIMM_BYTES:
+    page_bytes = backend.page_bytes
+    if machine.added.nvdimm_bytes and machine.memory_bytes > _MOST_BELOW_NVDIMM_BYTES:
         raise UsageError(
             f"--memory {format_memory(machine.memory_bytes)}: expected at most "
             f"{format_memory(_MOST_BELOW_NVDIMM_BYTES)} with an NVDIMM, which is at 4 GiB"
@@ -192,11 +213,19 @@ def _require_memory(machine: Machine) -> None:
             f"--numa {nodes}: {machine.architecture.name} machines have no NUMA nodes; leave out "
             "--numa, or choose another architecture"
         )
-    if machine.memory_bytes % backend.page_bytes:
+    if machine.memory_bytes % page_bytes or machine.memory_bytes < nodes * page_bytes:
+        least = f" and at least {format_memory(nodes * page_bytes)}" if nodes else ""
         raise UsageError(
             f"--memory {format_memory(machine.memory_bytes)}: expected a multiple of "
-            f"{format_memory(backend.page_bytes)} with --memory-backend {backend}"
+            f"{format_memory(page_bytes)}{least} with --memory-backend {backend}"
         )
+    for name, size in machine.added.memory_device_bytes.items():
+        if size % page_bytes:
+            raise UsageError(
+                f"--memory-backend {backend}: the scenario adds {name} of {format_memory(size)}, "
+                f"which is not a multiple of {format_memory(page_bytes)}; use memory with smaller "
+                "pages, or choose another scenario"
+            )
     require_huge_pages(backend, machine.most_memory_bytes)
 
 
@@ -314,20 +343,20 @@ def _scenario_for(options: ProofOptions, architecture: Architecture) -> Scenario
     """
     scenario = find_scenario(options.scenario)
     module = architecture.memory_module
-    if scenario.dimms and (module is None or options.guest not in module.guests):
+    if scenario.added.dimms and (module is None or options.guest not in module.guests):
         raise UnsupportedError(
             f"--scenario {options.scenario}: the guest {options.guest} for {architecture.name} "
             "cannot use plugged memory; choose another scenario or guest"
         )
-    if scenario.nvdimm_bytes and (options.guest, architecture.name) != ("bare", "x86_64"):
+    if scenario.added.nvdimm_bytes and (options.guest, architecture.name) != ("bare", "x86_64"):
         raise UnsupportedError(
             f"--scenario {options.scenario}: only the bare guest for x86_64 uses persistent memory "
             "as RAM; use --guest bare and --arch x86_64"
         )
-    if scenario.linux_modules and options.guest != "linux":
+    if scenario.linux_needs and options.guest != "linux":
         raise UnsupportedError(
             f"--scenario {options.scenario}: the guest {options.guest} has no driver for "
-            f"{' and '.join(scenario.linux_modules)}; use --guest linux"
+            f"{' and '.join(scenario.linux_needs.modules)}; use --guest linux"
         )
     if scenario.plugs_devices and architecture.hotplug_machine is None:
         raise UnsupportedError(
@@ -375,9 +404,10 @@ def _own_guest(options: ProofOptions, architecture: Architecture) -> Guest:
 def _driver_of(device: ProofDevice, scenario: Scenario, architecture: Architecture) -> Driver:
     """Return Linux's driver for the device and for what the scenario adds."""
     module = architecture.memory_module
-    plugged = module.linux_modules if scenario.dimms and module else ()
-    modules = (*device.driver.modules, *plugged, *scenario.linux_modules)
-    place = " ".join((device.driver.place, *scenario.linux_options))
+    plugged = module.linux_modules if scenario.added.dimms and module else ()
+    needs = scenario.linux_needs or LinuxNeeds(())
+    modules = (*device.driver.modules, *plugged, *needs.modules)
+    place = " ".join((device.driver.place, *needs.options))
     return replace(device.driver, modules=modules, place=place)
 
 

@@ -22,6 +22,9 @@ RAM_BACKEND: Final = "ram"
 RESIZABLE: Final = "resizable"
 """The id of the virtio-mem device of a machine with `resizable_bytes`."""
 
+NVDIMM: Final = "nvdimm"
+"""The id of the NVDIMM of a machine with `nvdimm_bytes`."""
+
 NVDIMM_START: Final = 4 * GIB
 """Where an NVDIMM is. Memory can be plugged here if all RAM is below (pc_memory_init)."""
 
@@ -103,15 +106,38 @@ def refuse_taken_properties(machine: str) -> None:
 
 
 @dataclass(frozen=True)
+class Hardware:
+    """What a scenario adds to a machine.
+
+    `machine_options` are further options of any machine type (",option=value"), `kvm_options` those
+    of KVM, and `qemu_arguments` further arguments of both QEMUs. `dimms` DIMMs of `DIMM_BYTES` each
+    can be plugged. A virtio-mem device has up to `resizable_bytes`, none of which are plugged at
+    the start. An NVDIMM has `nvdimm_bytes`.
+    """
+
+    machine_options: str = ""
+    kvm_options: str = ""
+    qemu_arguments: tuple[str, ...] = ()
+    dimms: int = 0
+    resizable_bytes: int = 0
+    nvdimm_bytes: int = 0
+
+    @property
+    def memory_device_bytes(self) -> Mapping[str, int]:
+        """The bytes of each memory device, once all of it is plugged, by the device's name."""
+        dimms = {dimm_name(number): DIMM_BYTES for number in range(self.dimms)}
+        others = {RESIZABLE: self.resizable_bytes, NVDIMM: self.nvdimm_bytes}
+        return dimms | {name: size for name, size in others.items() if size}
+
+
+@dataclass(frozen=True)
 class Machine:
     """A guest to start twice: as the source and as the destination of a migration.
 
     Its `memory_bytes` of RAM are in shared memory, a `backend` that the device maps too. With
     `numa_nodes`, each node has a part of the RAM in a backend of its own, and the parts have equal
-    sizes except for a rest in the last one. A virtio-mem device has up to `resizable_bytes`, none
-    of which are plugged at the start. An NVDIMM has `nvdimm_bytes`. `dimm_slots` DIMMs of
-    `DIMM_BYTES` each can be plugged. The devices are behind the `iommu`, if one is named
-    (`Architecture.iommus`). `accelerator_options` are further ones (",option=value").
+    sizes except for a rest in the last one. The devices are behind the `iommu`, if one is named
+    (`Architecture.iommus`). `added` is what the scenario adds.
     """
 
     architecture: Architecture
@@ -122,14 +148,10 @@ class Machine:
     kernel: Path
     initramfs: Path | None = None
     command_line: str = ""
-    dimm_slots: int = 0
     iommu: str | None = None
-    extra_arguments: tuple[str, ...] = ()
     backend: MemoryBackend = MEMFD
     numa_nodes: int = 0
-    resizable_bytes: int = 0
-    nvdimm_bytes: int = 0
-    accelerator_options: str = ""
+    added: Hardware = Hardware()
 
     @property
     def ram_backends(self) -> dict[str, int]:
@@ -147,18 +169,18 @@ class Machine:
     @property
     def most_memory_bytes(self) -> int:
         """The RAM of one side with everything plugged."""
-        plugged_bytes = self.dimm_slots * DIMM_BYTES + self.resizable_bytes + self.nvdimm_bytes
-        return self.memory_bytes + plugged_bytes
+        return self.memory_bytes + sum(self.added.memory_device_bytes.values())
 
     def arguments(self) -> list[str]:
         """Return the QEMU arguments that both sides share."""
         cpu = self.architecture.cpus.get(self.accelerator)
+        accelerator_options = self.added.kvm_options if self.accelerator == "kvm" else ""
         initrd = ["-initrd", str(self.initramfs)] if self.initramfs else []
         return [
             "-no-user-config",
             "-no-reboot",
             *self.architecture.channels,
-            *("-accel", f"{self.accelerator}{self.accelerator_options}"),
+            *("-accel", f"{self.accelerator}{accelerator_options}"),
             *(("-cpu", cpu) if cpu else ()),
             *("-smp", str(self.cpus)),
             *self._ram_arguments(),
@@ -170,7 +192,7 @@ class Machine:
             *self._resizable_arguments(),
             *self._nvdimm_arguments(),
             *(self.architecture.iommus[self.iommu].qemu_arguments if self.iommu else ()),
-            *self.extra_arguments,
+            *self.added.qemu_arguments,
         ]
 
     def dimm_arguments(self, number: int, address: int | None = None) -> list[str]:
@@ -198,16 +220,17 @@ class Machine:
             for name, size in backends.items()
             for word in ("-object", self.backend.object(name, size))
         ]
+        machine = self.machine + self.added.machine_options
         if not self.numa_nodes:
-            return [*objects, "-machine", f"{self.machine},memory-backend={RAM_BACKEND}"]
+            return [*objects, "-machine", f"{machine},memory-backend={RAM_BACKEND}"]
         nodes = [word for name in backends for word in ("-numa", f"node,memdev={name}")]
-        return [*objects, "-machine", self.machine, *nodes]
+        return [*objects, "-machine", machine, *nodes]
 
     def _dimm_ports(self) -> list[str]:
         module = self.architecture.memory_module
         if module is None or not module.needs_port:
             return []
-        names = [f"{dimm_name(number)}-port" for number in range(self.dimm_slots)]
+        names = [f"{dimm_name(number)}-port" for number in range(self.added.dimms)]
         return [
             word
             for number, name in enumerate(names, _FIRST_DIMM_CHASSIS)
@@ -215,26 +238,27 @@ class Machine:
         ]
 
     def _resizable_arguments(self) -> list[str]:
-        if not self.resizable_bytes:
+        if not self.added.resizable_bytes:
             return []
         backend = f"{RESIZABLE}-ram"
         return [
-            *("-object", self.backend.object(backend, self.resizable_bytes)),
+            *("-object", self.backend.object(backend, self.added.resizable_bytes)),
             *("-device", f"virtio-mem-pci,id={RESIZABLE},memdev={backend},requested-size=0"),
         ]
 
     def _nvdimm_arguments(self) -> list[str]:
-        if not self.nvdimm_bytes:
+        if not self.added.nvdimm_bytes:
             return []
+        backend = f"{NVDIMM}-ram"
         return [
-            *("-object", self.backend.object("nvdimm-ram", self.nvdimm_bytes)),
-            *("-device", f"nvdimm,id=nvdimm,memdev=nvdimm-ram,addr={NVDIMM_START}"),
+            *("-object", self.backend.object(backend, self.added.nvdimm_bytes)),
+            *("-device", f"nvdimm,id={NVDIMM},memdev={backend},addr={NVDIMM_START}"),
         ]
 
     def _dimm_slot_options(self) -> str:
         if self.most_memory_bytes == self.memory_bytes:
             return ""
-        count = self.dimm_slots + bool(self.nvdimm_bytes)
+        count = self.added.dimms + bool(self.added.nvdimm_bytes)
         slots = f",slots={count}" if count else ""
         return f"{slots},maxmem={self.most_memory_bytes // KIB}K"
 

@@ -23,7 +23,8 @@ from support.command import Outcome, Tool
 from support.huge_pages import reserved
 
 SIDE_BYTES: Final = 128 * MIB
-HUGE_PAGES: Final = 2 * SIDE_BYTES // (2 * MIB)
+HUGE_PAGES: Final = {"hugetlb-2M": 2 * SIDE_BYTES // (2 * MIB), "hugetlb-1G": 2}
+"""How many huge pages both sides need."""
 FAULT: Final = ("--fault", "drop-pages=0.01")
 ON_DISK: Final = "file:/var/tmp"
 IN_RAM: Final = "file:/dev/shm"
@@ -63,12 +64,12 @@ def late_pages(report: dict[str, Any]) -> dict[str, int]:
 
 
 def prerequisites(kind: str) -> AbstractContextManager[None]:
-    if kind.startswith("hugetlb"):
-        return reserved(HUGE_PAGES)
+    if kind in HUGE_PAGES:
+        return reserved(kind, HUGE_PAGES[kind])
     return contextlib.nullcontext()
 
 
-@pytest.mark.parametrize("kind", [IN_RAM, ON_DISK, "ram", "hugetlb-2M"])
+@pytest.mark.parametrize("kind", [IN_RAM, ON_DISK, "ram", *HUGE_PAGES])
 def test_a_kind_of_memory_passes_and_fails_with_a_fault(
     tool: Tool, kind: str, much_memory: None
 ) -> None:
@@ -101,8 +102,9 @@ def test_a_device_writes_into_an_nvdimm(tool: Tool) -> None:
 
 @pytest.mark.parametrize("scenario", ["postcopy", "postcopy-running"])
 def test_huge_pages_arrive_in_postcopy(tool: Tool, scenario: str, much_memory: None) -> None:
-    with reserved(HUGE_PAGES):
-        options = ("--memory-backend", "hugetlb-2M", "--scenario", scenario)
+    kind = "hugetlb-2M"
+    with prerequisites(kind):
+        options = ("--memory-backend", kind, "--scenario", scenario)
         require_pass(prove(tool, *options))
         faulty = prove(tool, *options, *FAULT)
     # A huge page arrives whole if any of its bits is set, so that a lost bit may lose no page.

@@ -23,7 +23,7 @@ SCENARIOS = {name: find_scenario(name) for name in known_scenarios()}
 
 
 def prove(tool: Tool, scenario: str, *arguments: str) -> Outcome:
-    needs_linux = scenario in SCENARIOS and SCENARIOS[scenario].linux_modules
+    needs_linux = scenario in SCENARIOS and SCENARIOS[scenario].linux_needs
     guest = "linux" if needs_linux else "bare"
     outcome = tool.run("prove", "--guest", guest, "--json", "-", "--scenario", scenario, *arguments)
     assert not tool.leftovers(), "the run's folder was left behind"
@@ -63,7 +63,8 @@ def test_a_scenario_passes_or_is_reported_as_unsupported(
         return
     if "mode" in scenario.parameters and report.get("unsupported"):
         # QEMU 7.2 has neither option. QEMU 10.0 has aux-ram-share, but only mode cpr-transfer.
-        newer = ("aux-ram-share", "cpr-exec-command") if scenario.machine_options else ("'mode'",)
+        is_cpr = bool(scenario.added.machine_options)
+        newer = ("aux-ram-share", "cpr-exec-command") if is_cpr else ("'mode'",)
         assert any(option in report["verdict"] for option in newer), report["verdict"]
         return
     if missing:

@@ -1,27 +1,29 @@
-"""Huge pages of 2 MiB, reserved for a test and given back."""
+"""Huge pages, reserved for a test and given back."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Final
 
 import pytest
 
-_FOLDER: Final = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+from qmp_tools.qemu.machine import KIB, format_memory
+from qmp_tools.qemu.memory_backend import HUGE_PAGES, parse_memory_backend
 
 
 @contextlib.contextmanager
-def reserved(count: int) -> Iterator[None]:
-    """Have at least `count` free huge pages until the context ends; skip the test if it cannot.
+def reserved(kind: str, count: int) -> Iterator[None]:
+    """Have at least `count` free pages of the memory backend `kind` until the context ends.
 
-    Only one process may do this at a time.
+    Skip the test if this machine cannot reserve them. Only one process may do this at a time.
     """
-    number = _FOLDER / "nr_hugepages"
+    page_bytes = parse_memory_backend(kind).page_bytes
+    size = format_memory(page_bytes)
+    folder = HUGE_PAGES / f"hugepages-{page_bytes // KIB}kB"
+    number = folder / "nr_hugepages"
     if not number.exists():
-        pytest.skip("the kernel has no huge pages of 2M")
-    before, free = int(number.read_text()), int((_FOLDER / "free_hugepages").read_text())
+        pytest.skip(f"the kernel has no huge pages of {size}")
+    before, free = int(number.read_text()), int((folder / "free_hugepages").read_text())
     wanted = before + max(0, count - free)
     try:
         number.write_text(str(wanted))
@@ -29,7 +31,7 @@ def reserved(count: int) -> Iterator[None]:
         pytest.skip(f"huge pages must be reserved by root: echo {wanted} | sudo tee {number}")
     try:
         if int(number.read_text()) < wanted:
-            pytest.skip(f"the kernel has no contiguous memory for {count} huge pages of 2M")
+            pytest.skip(f"the kernel has no contiguous memory for {count} huge pages of {size}")
         yield
     finally:
         number.write_text(str(before))

@@ -57,6 +57,19 @@ def test_a_machine_with_a_coarse_ram_size_gets_a_warning(
     assert "no size of RAM prevents that on s390x" in caplog.text
 
 
+def test_every_numa_node_has_a_huge_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def nothing_lost(*arguments: object, in_dimms: bool = False) -> int:
+        return 0
+
+    monkeypatch.setattr(probes, "vcpu_pages_lost", nothing_lost)
+    huge_page = 2 * WANTED_BYTES
+    for nodes in (1, 3):
+        chosen = probes.choose_memory(
+            X86_64, Path("qemu"), "tcg", WANTED_BYTES, 1.0, page_bytes=huge_page, blocks=nodes
+        )
+        assert asyncio.run(chosen) == nodes * huge_page
+
+
 def test_the_last_numa_node_of_a_lossy_accelerator_is_no_whole_number_of_words(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

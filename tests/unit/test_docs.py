@@ -93,6 +93,17 @@ def test_a_missing_message_is_noticed() -> None:
     assert not any("there is no such message" in message for message in messages.all_texts())
 
 
+def test_every_option_that_a_remedy_names_exists() -> None:
+    remedy = re.compile(r"(?:\(|use |leave out |choose |give )(--(?!dmaproof-)[a-z-]+)", re.I)
+    known = {
+        option
+        for parser in parsers_of(make_parser())
+        for action in parser._actions
+        for option in action.option_strings
+    }
+    assert {option for text in messages.all_texts() for option in remedy.findall(text)} <= known
+
+
 def test_the_list_of_messages_is_complete() -> None:
     assert messages.PAGE.read_text() == messages.page(), "run: python tests/support/messages.py"
     assert all(len(found) > 50 for found in messages.error_messages().values())

@@ -92,9 +92,7 @@ def test_a_dirty_limit_was_used_if_qemu_throttled_a_vcpu() -> None:
 
 
 def test_a_machine_has_the_options_of_its_accelerator() -> None:
-    options = find_scenario("dirty-limit").kvm_options
-    machine = Machine(
-        X86_64, "q35", "kvm", 128 * MIB, 1, Path("kernel"), accelerator_options=options
-    )
+    options = find_scenario("dirty-limit").added
+    machine = Machine(X86_64, "q35", "kvm", 128 * MIB, 1, Path("kernel"), added=options)
     words = machine.arguments()
     assert words[words.index("-accel") + 1] == "kvm,dirty-ring-size=4096"

@@ -32,7 +32,7 @@ from qmp_tools.migration.scenarios.cpr import CprExec, CprTransfer, _successor_c
 from qmp_tools.migration.transport import Ends
 from qmp_tools.proof.options import ProofOptions
 from qmp_tools.proof.resolve import resolve
-from qmp_tools.qemu.machine import Machine
+from qmp_tools.qemu.machine import Hardware, Machine
 from qmp_tools.qemu.qmp import Qmp, QmpError, QmpRefusal, QmpTimeoutError
 
 DEFAULT_LIMITS = Limits()
@@ -497,7 +497,7 @@ def test_plugged_memory_is_the_same_on_both_sides(architecture: Architecture, ad
 
 
 def test_plugged_memory_has_a_port_where_it_needs_one() -> None:
-    machine = Machine(AARCH64, "virt", "tcg", 128 << 20, 1, Path("kernel"), dimm_slots=2)
+    machine = Machine(AARCH64, "virt", "tcg", 128 << 20, 1, Path("kernel"), added=Hardware(dimms=2))
     ports = [word for word in machine.arguments() if word.startswith("pcie-root-port")]
     for number, port in enumerate(ports):
         assert f",bus={port.split(',id=')[1].split(',')[0]}" in machine.dimm_arguments(number)[-1]
@@ -505,7 +505,7 @@ def test_plugged_memory_has_a_port_where_it_needs_one() -> None:
 
 
 def test_a_machine_has_room_for_its_dimms() -> None:
-    machine = Machine(X86_64, "q35", "tcg", 128 << 20, 1, Path("kernel"), dimm_slots=2)
+    machine = Machine(X86_64, "q35", "tcg", 128 << 20, 1, Path("kernel"), added=Hardware(dimms=2))
     assert machine.arguments()[machine.arguments().index("-m") + 1] == (
         "131072K,slots=2,maxmem=393216K"
     )

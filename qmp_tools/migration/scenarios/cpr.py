@@ -16,7 +16,7 @@ from dmaproof.errors import UntestableError, UsageError
 
 from ...guest.channel import START_WRITE_ONCE
 from ...memory.ram import RamFile
-from ...qemu.machine import option_value
+from ...qemu.machine import Hardware, option_value
 from ...qemu.memory_backend import MEMFD, MemoryBackend
 from ...qemu.qemu import Qemu
 from ...qemu.qmp import Qmp, QmpError, QmpRefusal, QmpTimeoutError
@@ -73,7 +73,7 @@ class CprReboot(_GuestPaused):
 class _MemoryKept(_GuestPaused):
     """The guest's memory stays when the source's QEMU ends; the destination starts late."""
 
-    machine_options = ",aux-ram-share=on"
+    added = Hardware(machine_options=",aux-ram-share=on")
 
     async def start(self, pair: QemuPair) -> None:
         """Start the source alone, and wait until its guest is ready."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...devices.device import ProofDevice
+from ...qemu.machine import Hardware
 from ..pair import QemuPair
 from .base import Scenario, require_disk
 
@@ -13,7 +14,7 @@ class MemoryHotplug(Scenario):
     name = "memory-hotplug"
     summary = "The guest migrates there and back; before each migration a DIMM is plugged and used"
     migrations = 2
-    dimms = migrations
+    added = Hardware(dimms=migrations)
 
     is_repeatable = False
 

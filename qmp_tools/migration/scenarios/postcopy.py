@@ -192,9 +192,12 @@ class PostcopyRunning(Postcopy):
         faults = self._faults(attempt.pair)
         if (reason := super().untested(attempt)) or faults >= self._least_faults:
             return reason
+        remedy = "give the guest more requests at a time (--workload threads=16)"
+        if self._least_faults == _LEAST_HUGE_FAULTS:
+            remedy = "give the guest smaller pages (--memory-backend) or more RAM (--memory)"
         return (
             f"the device waited for only {faults} pages that had not arrived, expected at least "
-            f"{self._least_faults}; give the guest more threads (--threads)"
+            f"{self._least_faults}; {remedy}"
         )
 
     def _faults(self, pair: QemuPair) -> int:

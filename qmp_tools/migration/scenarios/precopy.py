@@ -8,6 +8,7 @@ from typing import Any
 
 from dmaproof.errors import UnsupportedError, UntestableError
 
+from ...qemu.machine import Hardware
 from ..certificates import SERVER_NAME, make_certificates
 from ..procedure import HELD_BYTES_PER_S
 from ..transport import FD, TCP, TCP_IPV6, VSOCK, VSOCK_LOCAL_CID, Ends
@@ -191,7 +192,7 @@ class ValidateUuid(Scenario):
     name = "validate-uuid"
     summary = "The destination checks that its machine has the UUID of the source's"
     capabilities = ("validate-uuid",)
-    qemu_arguments = ("-uuid", "6ba7b810-9dad-11d1-80b4-00c04fd430c8")
+    added = Hardware(qemu_arguments=("-uuid", "6ba7b810-9dad-11d1-80b4-00c04fd430c8"))
 
 
 class Xbzrle(Scenario):
@@ -225,7 +226,7 @@ class DirtyLimit(Scenario):
     # The lowest limit, in MB/s of each vCPU, and the lowest threshold.
     parameters: Mapping[str, Any] = {"vcpu-dirty-limit": 1, "throttle-trigger-threshold": 1}
     exercised_by = "dirty-limit-throttle-time-per-round"
-    kvm_options = ",dirty-ring-size=4096"
+    added = Hardware(kvm_options=",dirty-ring-size=4096")
 
     def require_accelerator(self, accelerator: str) -> None:
         """Refuse an accelerator without a dirty ring."""

@@ -18,10 +18,11 @@ from dmaproof.errors import UsageError
 from dmaproof.units import PAGE_BYTES
 
 from ...guest.channel import DECLARE
+from ...guest.drivers import BALLOON, LinuxNeeds
 from ...memory.absent_pages import absent_in_file
 from ...memory.data_runs import DataRuns
 from ...memory.ram import RamFile
-from ...qemu.machine import MIB
+from ...qemu.machine import MIB, Hardware
 from ...qemu.memory_backend import MemoryBackend
 from ..attempt import Attempt
 from ..migration import parse_progress
@@ -29,11 +30,11 @@ from ..pair import QemuPair
 from .base import Scenario
 
 _BALLOON: Final = "virtio-balloon-pci,id=balloon"
-_BALLOON_MODULES: Final = ("virtio_pci", "virtio_balloon")
 _PLUGGED_BYTES: Final = 128 * MIB
 """The size of a memory block of Linux, which virtio-mem plugs as a whole or in parts."""
 _SPARE_PAGES: Final = 8192
 """Linux frees these pages when QEMU has sent them. It reports free blocks of 2 MiB or 4 MiB."""
+_SPARE: Final = f"spare={_SPARE_PAGES}"
 _BLOCK_BYTES: Final = 512
 """The unit of st_blocks (stat(2))."""
 _BALLOON_BYTES: Final = 64 * MIB
@@ -46,8 +47,8 @@ class VirtioMem(Scenario):
     name = "virtio-mem"
     summary = "The guest migrates there and back; virtio-mem plugs memory before, and unplugs some"
     migrations = 2
-    resizable_bytes = 2 * _PLUGGED_BYTES
-    linux_modules = ("virtio_pci", "virtio_mem")
+    added = Hardware(resizable_bytes=2 * _PLUGGED_BYTES)
+    linux_needs = LinuxNeeds(("virtio_pci", "virtio_mem"))
 
     is_repeatable = False
 
@@ -72,8 +73,7 @@ class Nvdimm(Scenario):
 
     name = "nvdimm"
     summary = "The device writes into persistent memory (an NVDIMM) of the guest, which migrates"
-    machine_options = ",nvdimm=on"
-    nvdimm_bytes = _PLUGGED_BYTES
+    added = Hardware(machine_options=",nvdimm=on", nvdimm_bytes=_PLUGGED_BYTES)
 
     is_repeatable = False
 
@@ -88,8 +88,8 @@ class Balloon(Scenario):
 
     name = "balloon"
     summary = "The guest has given 64 MiB to a memory balloon (virtio-balloon), and migrates"
-    qemu_arguments = ("-device", _BALLOON)
-    linux_modules = _BALLOON_MODULES
+    added = Hardware(qemu_arguments=("-device", _BALLOON))
+    linux_needs = LinuxNeeds(BALLOON.modules)
 
     is_repeatable = False
 
@@ -104,9 +104,8 @@ class FreePageReporting(Scenario):
 
     name = "free-page-reporting"
     summary = "The guest reports free pages, which QEMU discards (virtio-balloon), and migrates"
-    qemu_arguments = ("-device", f"{_BALLOON},free-page-reporting=on")
-    linux_modules = _BALLOON_MODULES
-    linux_options = (f"spare={_SPARE_PAGES}",)
+    added = Hardware(qemu_arguments=("-device", f"{_BALLOON},free-page-reporting=on"))
+    linux_needs = LinuxNeeds(BALLOON.modules, (_SPARE,))
     exercised_by = "discarded pages"
 
     is_repeatable = False
@@ -135,15 +134,9 @@ class FreePageReporting(Scenario):
                 "guest gave back from lost ones; use another --memory-backend"
             )
 
-    def differing_pages(self, source: RamFile, destination: RamFile) -> NDArray[np.int64]:
-        """Return the pages that differ, without those that the source's guest has given back.
-
-        A page that a device or a vCPU has written since is not a hole, and is compared.
-        """
-        differing = super().differing_pages(source, destination)
-        absent = absent_in_file(DataRuns(source.fd), 0, source.pages).absent[differing]
-        self.given_back += int(absent.sum())
-        return differing[~absent]
+    def given_back(self, differing: NDArray[np.int64], source: RamFile) -> NDArray[np.bool_]:
+        """Return which pages are holes; a page that was written since is none, and is compared."""
+        return absent_in_file(DataRuns(source.fd), 0, source.pages).absent[differing]
 
 
 class FreePageHint(Scenario):
@@ -151,15 +144,15 @@ class FreePageHint(Scenario):
 
     name = "free-page-hint"
     summary = "QEMU skips pages that the guest says are free (virtio-balloon), and migrates"
-    qemu_arguments = (
-        *("-object", "iothread,id=balloon-thread"),
-        *("-device", f"{_BALLOON},free-page-hint=on,iothread=balloon-thread"),
+    added = Hardware(
+        qemu_arguments=(
+            *("-object", "iothread,id=balloon-thread"),
+            *("-device", f"{_BALLOON},free-page-hint=on,iothread=balloon-thread"),
+        )
     )
-    linux_modules = _BALLOON_MODULES
-    linux_options = (f"spare={_SPARE_PAGES}",)
     # The balloon's driver allocates the free pages. Linux must not fill them with zeros then: such
     # pages are equal at the destination, whether or not QEMU has sent them.
-    kernel_options = "init_on_alloc=0"
+    linux_needs = LinuxNeeds(BALLOON.modules, (_SPARE,), kernel_options="init_on_alloc=0")
     exercised_by = "skipped pages"
     skips_free_pages = True
 

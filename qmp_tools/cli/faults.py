@@ -100,6 +100,7 @@ def _run(arguments: argparse.Namespace) -> int:
             make_setup,
             folder,
             options.timeout,
+            skips_refused=not arguments.only,
         )
         rows = run_interruptibly(trials)
     if not writes_to_stdout(arguments):

@@ -9,6 +9,7 @@ other than a pass is then a false alarm.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import statistics
@@ -19,7 +20,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
-from dmaproof.errors import RefusedError, UntestableError
+from dmaproof.errors import RefusedError, UntestableError, UsageError
 from dmaproof.faults import known_faults, summary
 
 from ..devices.process import DeviceOptions
@@ -178,6 +179,8 @@ async def try_faults(
     make_setup: MakeSetup,
     folder: Path,
     timeout_s: float = DEFAULT_TIMEOUT_S,
+    *,
+    skips_refused: bool = False,
 ) -> list[Row]:
     """Try the faults `names` (which may include `CONTROL`), each with every seed.
 
@@ -188,12 +191,19 @@ async def try_faults(
         make_setup: makes the set-up of a proof with a fault and a seed.
         folder: where the test bed's devices write their evidence.
         timeout_s: bounds each wait on the test bed, in seconds; a set-up has its own bound.
+        skips_refused: whether to leave out a fault that the other options of a set-up exclude.
 
     Returns:
         A row for each fault on each bench.
+
+    Raises:
+        UsageError: the options of a set-up contradict each other, or exclude a fault.
     """
     names, rows = list(names), []
     benches = list(benches)
+    reachable = [name for name in names if name == CONTROL or not known_faults()[name].needs]
+    if Bench.QEMU in benches:
+        reachable = await _accepted(reachable, seeds[0], make_setup, skips_refused=skips_refused)
     if Bench.TESTBED in benches:
         for name in names:
             trials = []
@@ -208,9 +218,36 @@ async def try_faults(
             trials = await asyncio.gather(*(proofs.trial(name, seed) for seed in seeds))
             return _row(name, Bench.QEMU, trials)
 
-        reachable = [name for name in names if name == CONTROL or not known_faults()[name].needs]
         rows += await asyncio.gather(*(try_in_proofs(name) for name in reachable))
     return sorted(rows, key=lambda row: names.index(row.fault))
+
+
+async def _accepted(
+    names: Sequence[str], seed: int, make_setup: MakeSetup, *, skips_refused: bool
+) -> list[str]:
+    """Return the faults `names` without those that a set-up refuses.
+
+    Raises:
+        UsageError: the set-up refuses a fault that is not to be skipped, or everything.
+    """
+    accepted = []
+    with contextlib.suppress(UntestableError):  # each trial reports this itself
+        await make_setup(None, seed)
+    for name in names:
+        try:
+            with contextlib.suppress(UntestableError):
+                await make_setup(_fault_of(name), seed)
+        except UsageError as error:
+            if not skips_refused:
+                raise
+            _logger.warning("%s: not tried in proofs: %s", name, error)
+        else:
+            accepted.append(name)
+    return accepted
+
+
+def _fault_of(name: str) -> str | None:
+    return None if name == CONTROL else name
 
 
 def _row(name: str, bench: Bench, trials: Sequence[Trial]) -> Row:
@@ -250,7 +287,7 @@ class _Proofs:
     async def _proof(self, name: str, seed: int) -> Trial:
         try:
             async with self._machine_is_probed:
-                setup = await self._make_setup(None if name == CONTROL else name, seed)
+                setup = await self._make_setup(_fault_of(name), seed)
             proof = await prove(setup)
         except UntestableError as error:
             return _without_verdict(error, seed)

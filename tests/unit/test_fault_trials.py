@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import pytest
 
-from dmaproof.errors import UntestableError
+from dmaproof.errors import UntestableError, UsageError
 from qmp_tools.proof.model import Setup
 from qmp_tools.testbed import fault_trials
 from qmp_tools.testbed.fault_trials import CONTROL, Bench, Row, Trial, try_faults
@@ -54,3 +54,37 @@ def test_a_proof_without_a_verdict_is_repeated_once(
     (row,) = asyncio.run(try_faults([CONTROL], [Bench.QEMU], [1], make_setup, tmp_path))
     assert len(carried_out) == proofs
     assert row.trials == [Trial(1, untested=REASON if without_verdict == 2 else None)]
+
+
+def test_faults_that_a_set_up_refuses_are_left_out_before_any_proof(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def prove(planned: Setup) -> SimpleNamespace:
+        return SimpleNamespace(verdict=None)
+
+    async def make_setup(fault: str | None, seed: int) -> Setup:
+        if fault == "drop-bits":
+            raise UsageError("drop-bits cannot be combined with this")
+        return setup(seed=seed)
+
+    monkeypatch.setattr(fault_trials, "prove", prove)
+    monkeypatch.setattr(fault_trials, "judge", lambda verdict, seed: Trial(seed))
+    trials = try_faults(
+        ["drop-bits", "drop-pages"], [Bench.QEMU], [1], make_setup, tmp_path, skips_refused=True
+    )
+    assert [row.fault for row in asyncio.run(trials)] == ["drop-pages"]
+    assert "drop-bits: not tried in proofs: drop-bits cannot" in caplog.text
+
+    monkeypatch.setattr(fault_trials, "prove", lambda planned: pytest.fail("a proof has begun"))
+    trials = try_faults(["drop-pages", "drop-bits"], [Bench.QEMU], [1], make_setup, tmp_path)
+    with pytest.raises(UsageError, match="cannot be combined"):
+        asyncio.run(trials)
+
+
+def test_options_that_no_set_up_accepts_are_refused(tmp_path: Path) -> None:
+    async def make_setup(fault: str | None, seed: int) -> Setup:
+        raise UsageError("no proof accepts this")
+
+    trials = try_faults(["drop-pages"], [Bench.QEMU], [1], make_setup, tmp_path, skips_refused=True)
+    with pytest.raises(UsageError, match="no proof accepts this"):
+        asyncio.run(trials)

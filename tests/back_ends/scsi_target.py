@@ -1,7 +1,7 @@
 """A third-party vhost-user-scsi target: a virtio SCSI host with one disk, on dmaproof's session.
 
 Run with the path to listen on, the disk's image file, and optionally a fault to inject (one of
-`dmaproof.faults`). The target logs what its session writes: data, responses and used rings.
+`dmaproof.faults`). The target logs each write at once: data, responses and used rings.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ def main() -> int:
     path, image, *fault = sys.argv[1:]
     target = ScsiTarget(ScsiDisk(os.open(image, os.O_RDWR | os.O_CLOEXEC)))
     with mock.patch.object(device_process, "make_device", return_value=target):
-        return unobserved.serve(path, *(("--fault", *fault) if fault else ()))
+        options = ("--fault", *fault) if fault else ()
+        return unobserved.serve(path, "--harvest", "immediate", *options)
 
 
 if __name__ == "__main__":

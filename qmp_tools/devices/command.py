@@ -22,7 +22,7 @@ from dmaproof.errors import UnsupportedError, UsageError, WaitTimeoutError
 from dmaproof.vhost_user.features import F_ACCESS_PLATFORM, F_RING_PACKED
 
 from ..guest.channel import GuestChannel
-from ..guest.drivers import VIRTIO_BLK, VIRTIO_NET, VIRTIOFS, Driver
+from ..guest.drivers import VIRTIO_BLK, VIRTIO_NET, VIRTIO_SCSI, VIRTIOFS, Driver
 from ..guest.workload import Workload
 from ..host.process import Process, ProcessDiedError
 from ..host.timeout import wait_until
@@ -71,6 +71,12 @@ KINDS: Final = {
     ),
     "net": _NET,
     "net-udp": replace(_NET, carries_only_ip=True),
+    "scsi": _Kind(
+        "vhost-user-scsi-pci,chardev=device,num_queues={queues},virtqueue_size=128",
+        8,
+        ("linux",),
+        VIRTIO_SCSI,
+    ),
 }
 
 

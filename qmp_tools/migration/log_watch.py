@@ -57,6 +57,9 @@ _REQUESTS_TO_JUDGE: Final = 64
 """The requests after which a queue is judged: it has been in use for the whole time, and not only
 at the end."""
 _PAUSES_KEPT: Final = 1 << 16
+_CRASHES_FOR_SCSI_BEFORE: Final = (8, 2)
+"""Older versions crash if they are asked about the queues of a vhost-user-scsi device that runs:
+its class has no get_vhost, which qmp_x_query_virtio_vhost_queue_status calls."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,14 @@ class LogEvidence:
 
 
 async def used_rings(qmp: Qmp) -> list[UsedRing]:
-    """Ask QEMU for the used rings of every started vhost device."""
+    """Ask QEMU for the used rings of every started vhost device, unless it would crash."""
     found: list[UsedRing] = []
     with contextlib.suppress(QmpRefusal):  # QEMU before 7.2 does not have the command
+        version = (await qmp.execute("query-version"))["qemu"]
+        crashes_for_scsi = (version["major"], version["minor"]) < _CRASHES_FOR_SCSI_BEFORE
         for device in await qmp.execute("x-query-virtio"):
+            if crashes_for_scsi and device["name"] == "virtio-scsi":
+                continue
             with contextlib.suppress(QmpRefusal):  # no more queues, or not a vhost device
                 for queue in itertools.count():
                     status = await qmp.execute(

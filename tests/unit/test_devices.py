@@ -127,7 +127,7 @@ def test_behind_an_iommu_each_device_has_a_port(tmp_path: Path) -> None:
         (
             "qemu:nvme",
             "backend {socket}",
-            "expected one of blk, fs, net, net-udp with --device",
+            "expected one of blk, fs, net, net-udp, scsi with --device",
         ),
         ("blk", "backend --socket x", "{socket} is missing"),
         ("blk", "backend {socket} {tag}", "'tag'; the placeholders are {socket}"),

@@ -7,6 +7,7 @@ worth comparing: a page that the device lost may be the reason for the refusal.
 
 from __future__ import annotations
 
+import errno
 import re
 from dataclasses import dataclass
 from typing import Final
@@ -19,10 +20,12 @@ CANNOT_LOAD: Final = "error while loading state"
 """QEMU's message about a device's state that it refuses (vmstate_load)."""
 _REFUSED: Final = re.compile(
     f"{CANNOT_LOAD} for instance \\S+ of device '(?!ram')"
-    "|loadvm failed during postcopy: .*Failed to load vmstate"
+    f"|loadvm failed during postcopy: (?:.*Failed to load vmstate|-{errno.EINVAL}: )"
 )
 """The same message, except about the state of RAM; or what QEMU 11.1 prints if it refuses the state
-of a device in postcopy. A QEMU that ends for this reason only prints the message."""
+of a device in postcopy: the thread that loads the devices marks the stream with EINVAL
+(qemu_loadvm_state_main), and the thread that loads RAM may find this mark first. A QEMU that ends
+for this reason only prints the message."""
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,10 @@ KINDS: Final = {
         VIRTIO_SCSI,
     ),
 }
+NOT_MIGRATED: Final = frozenset(
+    ("gpio", "gpu", "i2c", "input", "rng", "rtc", "scmi", "snd", "spi", "vsock")
+)
+"""The devices ``vhost-user-NAME-pci`` that no QEMU up to 11.1 migrates."""
 
 
 @dataclass(frozen=True)

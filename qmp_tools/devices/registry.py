@@ -18,7 +18,7 @@ from typing import ClassVar, Final
 
 from dmaproof.devices import emulated_devices
 from dmaproof.discovery import Registry
-from dmaproof.errors import UsageError
+from dmaproof.errors import UnsupportedError, UsageError
 from dmaproof.trace import Link
 
 from . import command, inside_qemu
@@ -206,11 +206,16 @@ class ThirdPartyKind(DeviceKind):
 
         With ``--device-command``, all names are of this kind.
         """
-        return name in command.KINDS
+        return name in command.KINDS or name in command.NOT_MIGRATED
 
     def make(self, request: DeviceRequest) -> ProofDevice:
         """Make the device that the command serves."""
         (name,) = request.names
+        if name in command.NOT_MIGRATED:
+            raise UnsupportedError(
+                f"--device {name}: QEMU does not migrate vhost-user-{name}; expected one of "
+                f"{', '.join(command.KINDS)} (docs/third-party-devices.md has a table)"
+            )
         if name not in command.KINDS:
             raise UsageError(
                 f"--device {name}: expected one of {', '.join(command.KINDS)} with --device-command"

@@ -129,10 +129,10 @@ def _lost_pages(
     differing = scenario.differing_pages(source, destination)
     is_given_back = scenario.given_back(differing, source)
     compared = differing[~is_given_back]
+    found.given_back += int(is_given_back.sum())
     if found.running_destination is not None:
         compared, changes = found.running_destination.explain(compared, source, destination, slots)
         found.changes = (found.changes or Changes()) + changes
-    found.given_back += int(is_given_back.sum())
     if found.guest_pages is not None:
         not_free = without_free_pages(compared, source, slots, found.guest_pages, found.evidence)
         found.given_back += len(compared) - len(not_free)

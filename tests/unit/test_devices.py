@@ -313,3 +313,9 @@ def test_each_of_several_devices_is_killed_and_started_again() -> None:
     both = AttachedDevices(devices)
     asyncio.run(kill_all())
     assert [device.steps for device in devices] == [["kill destination", "start destination"]] * 2
+
+
+@pytest.mark.parametrize("back_end", [None, BACK_END])
+def test_a_device_that_no_qemu_migrates_is_refused_by_name(back_end: str | None) -> None:
+    with pytest.raises(UnsupportedError, match="QEMU does not migrate vhost-user-vsock"):
+        choose_device(["vsock"], back_end)

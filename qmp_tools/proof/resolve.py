@@ -81,6 +81,8 @@ async def resolve(options: ProofOptions) -> Setup:
     architecture = find_architecture(options.arch)
     _require_devices(options, architecture)
     scenario = _scenario_for(options, architecture)
+    if options.fault:
+        scenario.require_dirty_log(f"--fault {options.fault}")
     iommu = _iommu_for(options, fault, architecture)
     device = kind.make(_request(options, fault, iommu))
     scenario.require_device(device)

@@ -99,6 +99,7 @@ async def resolve(options: ProofOptions) -> Setup:
     scenario.require_memory(backend)
     scenario.require_host()
     source, destination = _qemus_of(options, architecture)
+    scenario.require_qemus(source, destination)
     for side, qemu in ((SOURCE, source), (DESTINATION, destination)):
         await require_architecture(architecture, side, qemu, options.timeout)
         if backend.kind == "ram":

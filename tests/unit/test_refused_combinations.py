@@ -1,8 +1,9 @@
-"""Options that a migration scenario cannot carry out, and that are refused before anything starts."""
+"""Options that a scenario or a host cannot carry out, refused before anything starts."""
 
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +49,14 @@ def test_a_control_without_effect_is_refused(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize("name", ["unix", "retry", "exec"])
 def test_a_live_migration_takes_faults(name: str) -> None:
     find_scenario(name).require_dirty_log("--control")
+
+
+def test_a_process_that_executes_its_own_qemu_again_migrates_to_no_other(tmp_path: Path) -> None:
+    source, other, link = (tmp_path / name for name in ("source", "other", "link"))
+    source.touch()
+    other.touch()
+    link.symlink_to(source)
+    find_scenario("cpr-exec").require_qemus(source, link)
+    find_scenario("cpr-transfer").require_qemus(source, other)
+    with pytest.raises(UsageError, match=f"--qemu-destination {other}: .* executes .* {source}"):
+        find_scenario("cpr-exec").require_qemus(source, other)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -194,8 +195,8 @@ class Scenario(Procedure):
         """
         if device.facts.killed and not self.is_held_in_precopy:
             raise UsageError(
-                f"--kill-device: --scenario {self.name} has no precopy in which dmaproof could kill "
-                "the device; choose another scenario"
+                f"--kill-device: --scenario {self.name} has no precopy in which dmaproof could "
+                "kill the device; choose another scenario"
             )
 
     def require_dirty_log(self, option: str) -> None:
@@ -209,6 +210,13 @@ class Scenario(Procedure):
                 f"{option}: with --scenario {self.name} QEMU has no dirty log, so the fault would "
                 "have no effect; choose another scenario"
             )
+
+    def require_qemus(self, source: Path, destination: Path) -> None:
+        """Refuse QEMUs between which the scenario cannot migrate.
+
+        Raises:
+            UsageError: the scenario cannot.
+        """
 
     def require_host(self) -> None:
         """Check that the host has what the scenario needs.

@@ -212,6 +212,19 @@ class CprExec(_MemoryKept):
     downtime_is_measurable = False
     stops_rings = False
 
+    def require_qemus(self, source: Path, destination: Path) -> None:
+        """Refuse another QEMU on the destination, which the source's process would not execute.
+
+        Raises:
+            UsageError: the QEMUs are not the same file.
+        """
+        if destination.resolve() != source.resolve():
+            raise UsageError(
+                f"--qemu-destination {destination}: --scenario {self.name} executes the source's "
+                f"{source} again, and no other QEMU; leave out --qemu-destination, or choose "
+                "--scenario cpr-transfer"
+            )
+
     async def prepare(self, attempt: Attempt) -> None:
         """Set the command that the source executes, and copy its RAM before QEMU changes it.
 

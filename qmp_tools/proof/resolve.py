@@ -43,7 +43,7 @@ from ..qemu.machine import (
     format_memory,
     refuse_taken_properties,
 )
-from ..qemu.memory_backend import parse_memory_backend, require_huge_pages
+from ..qemu.memory_backend import parse_memory_backend, require_huge_pages, require_space
 from .model import Setup
 from .options import GUEST_PAGES, OPTIONS, ProofOptions
 from .probes import (
@@ -200,9 +200,10 @@ def require_memory(machine: Machine) -> None:
     """Check that this host can give both sides the machine's memory.
 
     Raises:
-        UsageError: some memory is not whole pages of the memory backend, or a node has none.
+        UsageError: some memory is not whole pages of the memory backend, a node has none, or the
+            backend's folder takes no files.
         UnsupportedError: the architecture's machines have no NUMA nodes.
-        UntestableError: the host has not enough huge pages.
+        UntestableError: the host has not enough huge pages, or the folder not enough space.
     """
     backend, nodes = machine.backend, machine.numa_nodes
     page_bytes = backend.page_bytes
@@ -230,6 +231,7 @@ def require_memory(machine: Machine) -> None:
                 "pages, or choose another scenario"
             )
     require_huge_pages(backend, machine.most_memory_bytes)
+    require_space(backend, machine.most_memory_bytes)
 
 
 def refuse_unsupported_options(options: ProofOptions, kind: DeviceKind) -> None:

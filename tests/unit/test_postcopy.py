@@ -95,6 +95,15 @@ def test_a_device_that_hardly_waited_tested_too_little(attempt: PostcopyAttempt)
     assert attempt.untested(PostcopyRunning()) is None
 
 
+def test_a_bandwidth_that_lets_no_device_wait_is_named(attempt: PostcopyAttempt) -> None:
+    scenario = PostcopyRunning()
+    scenario.extend([], {"max-postcopy-bandwidth": 0})
+    attempt.wait_for_pages(7)
+    assert (attempt.untested(scenario) or "").endswith(
+        "leave out --parameter max-postcopy-bandwidth"
+    )
+
+
 def test_the_other_pages_arrive_once_the_device_has_waited(attempt: PostcopyAttempt) -> None:
     scenario = PostcopyRunning()
     attempt.wait_for_pages(7)

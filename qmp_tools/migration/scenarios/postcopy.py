@@ -195,6 +195,8 @@ class PostcopyRunning(Postcopy):
         remedy = "give the guest more requests at a time (--workload threads=16)"
         if self._least_faults == _LEAST_HUGE_FAULTS:
             remedy = "give the guest smaller pages (--memory-backend) or more RAM (--memory)"
+        if self.parameters[_MAX_BANDWIDTH] != _SLOW_BYTES_PER_S:
+            remedy = f"leave out --parameter {_MAX_BANDWIDTH}"
         return (
             f"the device waited for only {faults} pages that had not arrived, expected at least "
             f"{self._least_faults}; {remedy}"

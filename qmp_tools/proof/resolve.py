@@ -51,6 +51,7 @@ from .probes import (
     choose_memory,
     require_architecture,
     require_file_behind_ram,
+    require_first_block,
     warn_of_dimms,
 )
 
@@ -145,6 +146,8 @@ async def resolve(options: ProofOptions) -> Setup:
         added=scenario.added,
     )
     require_memory(machine)
+    for qemu in (source, destination):
+        await require_first_block(machine, qemu, options.timeout)
     return Setup(
         options=replace(options, accel=accelerator, memory=memory_bytes),
         qemu=source,

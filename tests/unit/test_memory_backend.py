@@ -89,6 +89,7 @@ def test_no_numa_node_begins_inside_a_word_of_the_vhost_log(memory_bytes: int, n
     machine = Machine(X86_64, "q35", "tcg", memory_bytes, 1, Path("kernel"), numa_nodes=nodes)
     *sizes, last = machine.ram_backends.values()
     assert all(size % LOG_WORD_BYTES == 0 for size in sizes)
+    assert not machine.larger_than_first
     assert len(sizes) == nodes - 1
     assert sum(sizes) + last == memory_bytes
     words = machine.arguments()

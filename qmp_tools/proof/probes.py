@@ -280,7 +280,7 @@ async def require_first_block(machine: Machine, qemu: Path, timeout_s: float) ->
     state of the first one, up to the size of the other.
 
     Raises:
-        UntestableError: this QEMU aborts.
+        UnsupportedError: this QEMU aborts.
     """
     larger = machine.larger_than_first
     if not larger:
@@ -293,7 +293,7 @@ async def require_first_block(machine: Machine, qemu: Path, timeout_s: float) ->
         first, first_bytes = next(iter(machine.ram_backends.items()))
         least = format_memory(size * max(machine.numa_nodes, 1))
         other = ", or leave out --numa" if machine.numa_nodes else ""
-        raise UntestableError(
+        raise UnsupportedError(
             f"{qemu} aborts under TCG if memory is larger than the guest's first memory backend: "
             f"{name} has {format_memory(size)}, and {first} has {format_memory(first_bytes)}; give "
             f"the guest at least --memory {least}{other}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dmaproof.errors import UntestableError, UsageError
+from dmaproof.errors import UnsupportedError, UsageError
 from qmp_tools.arch.architecture import Architecture
 from qmp_tools.arch.s390x import S390X
 from qmp_tools.arch.x86_64 import X86_64
@@ -107,6 +107,6 @@ def test_memory_for_which_qemu_aborts_is_refused(
     asyncio.run(probes.require_first_block(fits, Path("qemu"), 1.0))
     too_small = replace(fits, memory_bytes=255 * MIB)
     message = "nvdimm has 128M, and ram0 has 130560K; give the guest at least --memory 256M"
-    refused = pytest.raises(UntestableError, match=message)
+    refused = pytest.raises(UnsupportedError, match=message)
     with refused if aborts else contextlib.nullcontext():
         asyncio.run(probes.require_first_block(too_small, Path("qemu"), 1.0))

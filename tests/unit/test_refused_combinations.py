@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dmaproof.errors import UsageError
+from dmaproof.errors import UnsupportedError, UsageError
 from qmp_tools.cli.main import main
 from qmp_tools.migration.scenarios import find_scenario
 from qmp_tools.proof.options import ProofOptions
@@ -58,5 +58,7 @@ def test_a_process_that_executes_its_own_qemu_again_migrates_to_no_other(tmp_pat
     link.symlink_to(source)
     find_scenario("cpr-exec").require_qemus(source, link)
     find_scenario("cpr-transfer").require_qemus(source, other)
-    with pytest.raises(UsageError, match=f"--qemu-destination {other}: .* executes .* {source}"):
+    with pytest.raises(
+        UnsupportedError, match=f"--qemu-destination {other}: .* executes .* {source}"
+    ):
         find_scenario("cpr-exec").require_qemus(source, other)

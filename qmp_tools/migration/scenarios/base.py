@@ -215,7 +215,7 @@ class Scenario(Procedure):
         """Refuse QEMUs between which the scenario cannot migrate.
 
         Raises:
-            UsageError: the scenario cannot.
+            UnsupportedError: the scenario cannot.
         """
 
     def require_host(self) -> None:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from dmaproof.errors import UntestableError, UsageError
+from dmaproof.errors import UnsupportedError, UntestableError, UsageError
 
 from ...guest.channel import START_WRITE_ONCE
 from ...memory.ram import RamFile
@@ -216,10 +216,10 @@ class CprExec(_MemoryKept):
         """Refuse another QEMU on the destination, which the source's process would not execute.
 
         Raises:
-            UsageError: the QEMUs are not the same file.
+            UnsupportedError: the QEMUs are not the same file.
         """
         if destination.resolve() != source.resolve():
-            raise UsageError(
+            raise UnsupportedError(
                 f"--qemu-destination {destination}: --scenario {self.name} executes the source's "
                 f"{source} again, and no other QEMU; leave out --qemu-destination, or choose "
                 "--scenario cpr-transfer"

@@ -12,6 +12,7 @@ from dmaproof.errors import UsageError
 from ..devices.registry import Control, kind_of
 from ..exit_codes import EXIT_PASS, EXIT_UNTESTED
 from ..migration.progress_log import OnProgress
+from ..migration.scenarios import find_scenario
 from ..passthrough.kinds import fake_device_of, is_fake_vfio
 from ..passthrough.prove import prove_fake_vfio
 from ..proof.options import ProofOptions
@@ -93,6 +94,8 @@ def _control_of(options: ProofOptions) -> Control:
         )
     if is_fake_vfio(options):
         fake_device_of(replace(options, fault=control.fault))
+    else:
+        find_scenario(options.scenario).require_dirty_log("--control")
     return control
 
 

@@ -170,7 +170,12 @@ class Migration:
         # With a downtime limit of 0, QEMU takes an empty first pass for convergence.
         await self._set_limits(self.procedure.first_pass_bytes_per_s, downtime_limit=1)
         self.restart_timeout()
-        await self.procedure.begin(self.ends)
+        try:
+            await self.procedure.begin(self.ends)
+        except QmpRefusal as refusal:
+            if not self.procedure.user_options:
+                raise
+            raise self.procedure.explain_refusal(str(refusal)) from refusal
         if self.procedure.is_over_when_begun:
             answer = await self.ends.destination.execute("query-migrate")
             self.history.append(parse_progress(answer))

@@ -51,12 +51,18 @@ class Procedure:
     held_bytes_per_s: int = HELD_BYTES_PER_S
     breaks_connection: bool = False
     """Whether the scenario itself breaks and restores the connection of a postcopy."""
+    user_options: tuple[str, ...] = ()
+    """The options with which a user has added settings."""
 
     def extend(self, capabilities: Sequence[str], parameters: Mapping[str, Any]) -> None:
         """Add a user's settings to the scenario's own; a parameter replaces the scenario's."""
         if capabilities or parameters:
             self.capabilities = (*self.capabilities, *capabilities)
             self.parameters = {**self.parameters, **parameters}
+            self.user_options = (
+                *(f"--capability {name}" for name in capabilities),
+                *(f"--parameter {name}" for name in parameters),
+            )
             # With any of them, the stream may be small or fast.
             self.first_pass_bytes_per_s = HELD_BYTES_PER_S
 
@@ -73,8 +79,9 @@ class Procedure:
 
     def explain_refusal(self, words: str) -> UnsupportedScenarioError:
         """Explain that a QEMU refused the capabilities, the set-up or the parameters."""
+        settings = f" with {' '.join(self.user_options)}" if self.user_options else ""
         return UnsupportedScenarioError(
-            f"this QEMU does not support the migration scenario: {words}"
+            f"this QEMU does not support the migration scenario{settings}: {words}"
         )
 
     async def begin(self, ends: Ends) -> None:

@@ -17,7 +17,8 @@ TAKEN_CAPABILITIES: Final = {
     "background-snapshot": "use --scenario background-snapshot",
     "postcopy-ram": "use --scenario postcopy",
     "x-colo": "a migration with COLO never completes",
-    "x-ignore-shared": "the guest's RAM is shared memory, so QEMU would not migrate it",
+    "x-ignore-shared": "the guest's RAM is shared memory, so QEMU would not migrate it; use "
+    "--scenario ignore-shared",
 }
 """Capabilities that a user cannot add to a scenario, and why."""
 

@@ -273,6 +273,33 @@ async def warn_of_dimms(
         )
 
 
+async def require_first_block(machine: Machine, qemu: Path, timeout_s: float) -> None:
+    """Refuse memory that is larger than the first RAM block, if QEMU aborts because of that.
+
+    QEMU 9.0 to 11.1 do under TCG: when they have synced such a block, they reset the TLB's dirty
+    state of the first one, up to the size of the other.
+
+    Raises:
+        UnsupportedError: this QEMU aborts.
+    """
+    larger = machine.larger_than_first
+    if not larger:
+        return
+    architecture, accelerator = machine.architecture, machine.accelerator
+    if await vcpu_pages_lost(architecture, qemu, accelerator, timeout_s):
+        return  # this QEMU resets nothing
+    if await vcpu_pages_lost(architecture, qemu, accelerator, timeout_s, in_dimms=True):
+        name, size = max(larger.items(), key=lambda block: block[1])
+        first, first_bytes = next(iter(machine.ram_backends.items()))
+        least = format_memory(size * max(machine.numa_nodes, 1))
+        other = ", or leave out --numa" if machine.numa_nodes else ""
+        raise UnsupportedError(
+            f"{qemu} aborts under TCG if memory is larger than the guest's first memory backend: "
+            f"{name} has {format_memory(size)}, and {first} has {format_memory(first_bytes)}; give "
+            f"the guest at least --memory {least}{other}"
+        )
+
+
 async def vcpu_pages_lost(
     architecture: Architecture,
     qemu: Path,

@@ -43,7 +43,7 @@ from ..qemu.machine import (
     format_memory,
     refuse_taken_properties,
 )
-from ..qemu.memory_backend import parse_memory_backend, require_huge_pages
+from ..qemu.memory_backend import parse_memory_backend, require_huge_pages, require_space
 from .model import Setup
 from .options import GUEST_PAGES, OPTIONS, ProofOptions
 from .probes import (
@@ -51,6 +51,7 @@ from .probes import (
     choose_memory,
     require_architecture,
     require_file_behind_ram,
+    require_first_block,
     warn_of_dimms,
 )
 
@@ -81,6 +82,8 @@ async def resolve(options: ProofOptions) -> Setup:
     architecture = find_architecture(options.arch)
     _require_devices(options, architecture)
     scenario = _scenario_for(options, architecture)
+    if options.fault:
+        scenario.require_dirty_log(f"--fault {options.fault}")
     iommu = _iommu_for(options, fault, architecture)
     device = kind.make(_request(options, fault, iommu))
     scenario.require_device(device)
@@ -97,6 +100,7 @@ async def resolve(options: ProofOptions) -> Setup:
     scenario.require_memory(backend)
     scenario.require_host()
     source, destination = _qemus_of(options, architecture)
+    scenario.require_qemus(source, destination)
     for side, qemu in ((SOURCE, source), (DESTINATION, destination)):
         await require_architecture(architecture, side, qemu, options.timeout)
         if backend.kind == "ram":
@@ -142,6 +146,8 @@ async def resolve(options: ProofOptions) -> Setup:
         added=scenario.added,
     )
     require_memory(machine)
+    for qemu in (source, destination):
+        await require_first_block(machine, qemu, options.timeout)
     return Setup(
         options=replace(options, accel=accelerator, memory=memory_bytes),
         qemu=source,
@@ -197,9 +203,10 @@ def require_memory(machine: Machine) -> None:
     """Check that this host can give both sides the machine's memory.
 
     Raises:
-        UsageError: some memory is not whole pages of the memory backend, or a node has none.
+        UsageError: some memory is not whole pages of the memory backend, a node has none, or the
+            backend's folder takes no files.
         UnsupportedError: the architecture's machines have no NUMA nodes.
-        UntestableError: the host has not enough huge pages.
+        UntestableError: the host has not enough huge pages, or the folder not enough space.
     """
     backend, nodes = machine.backend, machine.numa_nodes
     page_bytes = backend.page_bytes
@@ -227,6 +234,7 @@ def require_memory(machine: Machine) -> None:
                 "pages, or choose another scenario"
             )
     require_huge_pages(backend, machine.most_memory_bytes)
+    require_space(backend, machine.most_memory_bytes)
 
 
 def refuse_unsupported_options(options: ProofOptions, kind: DeviceKind) -> None:

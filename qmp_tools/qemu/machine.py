@@ -136,7 +136,7 @@ class Machine:
 
     Its `memory_bytes` of RAM are in shared memory, a `backend` that the device maps too. With
     `numa_nodes`, each node has a part of the RAM in a backend of its own, and the parts have equal
-    sizes except for a rest in the last one. The devices are behind the `iommu`, if one is named
+    sizes except for the first and the last one. The devices are behind the `iommu`, if one is named
     (`Architecture.iommus`). `added` is what the scenario adds.
     """
 
@@ -161,10 +161,26 @@ class Machine:
         # QEMU loses bits of its vhost log if a node begins inside a word of the log
         # (vhost_dev_sync_region; see docs/qemu-findings.md).
         unit_bytes = max(_LOG_WORD_BYTES, self.backend.page_bytes)
-        node_bytes = self.memory_bytes // self.numa_nodes // unit_bytes * unit_bytes
+        units, rest_bytes = divmod(self.memory_bytes, unit_bytes)
+        node_bytes = units // self.numa_nodes * unit_bytes
         names = [f"{RAM_BACKEND}{node}" for node in range(self.numa_nodes)]
-        rest_bytes = self.memory_bytes - node_bytes * (self.numa_nodes - 1)
-        return {**dict.fromkeys(names, node_bytes), names[-1]: rest_bytes}
+        sizes = dict.fromkeys(names, node_bytes)
+        # Under TCG, QEMU aborts if the first block is smaller than another one that it syncs by
+        # whole words (tlb_reset_dirty_range_all; see docs/qemu-findings.md).
+        sizes[names[0]] += units % self.numa_nodes * unit_bytes
+        sizes[names[-1]] += rest_bytes
+        return sizes
+
+    @property
+    def larger_than_first(self) -> Mapping[str, int]:
+        """The bytes of the blocks that are larger than the first, and whole words of bitmaps."""
+        blocks = {**self.ram_backends, **self.added.memory_device_bytes}
+        first_bytes = next(iter(blocks.values()))
+        return {
+            name: size
+            for name, size in blocks.items()
+            if size > first_bytes and size % _LOG_WORD_BYTES == 0
+        }
 
     @property
     def most_memory_bytes(self) -> int:

@@ -131,6 +131,41 @@ def require_huge_pages(
         )
 
 
+def require_space(backend: MemoryBackend, side_bytes: int) -> None:
+    """Check that QEMU can create the files of two sides in the backend's folder, if it has one.
+
+    The files are sparse. If a guest writes to a page for which there is no space, the kernel kills
+    QEMU (SIGBUS).
+
+    Args:
+        backend: what each side's RAM is in.
+        side_bytes: the RAM of one side.
+
+    Raises:
+        UsageError: no file can be created there.
+        UntestableError: the file system has too little space.
+    """
+    folder = backend.folder
+    if folder is None:
+        return
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            space = os.statvfs(folder)
+    except OSError as error:
+        raise UsageError(
+            f"--memory-backend {backend}: no file can be created in {folder}: {error.strerror}; "
+            "give another folder"
+        ) from error
+    free_bytes = space.f_bavail * space.f_frsize
+    # A tmpfs or hugetlbfs without a limit has no blocks (shmem_statfs, hugetlbfs_statfs).
+    if space.f_blocks and free_bytes < 2 * side_bytes:
+        raise UntestableError(
+            f"--memory-backend {backend}: expected {div_ceil(2 * side_bytes, _MIB)} MiB of free "
+            f"space in {folder} for both sides, got {free_bytes // _MIB} MiB; free some space, or "
+            "give another folder"
+        )
+
+
 def _number(folder: Path, name: str) -> int:
     """Return a number of huge pages (the kernel's Documentation/admin-guide/mm/hugetlbpage.rst)."""
     return int((folder / f"{name}_hugepages").read_text())

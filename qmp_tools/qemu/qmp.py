@@ -117,9 +117,21 @@ class Qmp(Monitor):
             await self.close()  # else qemu.qmp's reader may print an error to stderr later
             raise QmpError(f"{self.name} did not answer on QMP: {error}") from error
 
-    async def _execute(self, command: str, arguments: Mapping[str, Any]) -> Any:
+    async def execute_out_of_band(self, command: str, **arguments: Any) -> Any:
+        """Execute `command` even while QEMU's main loop waits; few commands support that.
+
+        Raises:
+            QmpError: as for `execute`.
+        """
+        late = self._late(f"answered {command}", self.timeout_s)
+        async with bounded(self.timeout_s, lambda: late):
+            return await self._execute(command, arguments, out_of_band=True)
+
+    async def _execute(
+        self, command: str, arguments: Mapping[str, Any], *, out_of_band: bool = False
+    ) -> Any:
         try:
-            return await self._client.execute(command, arguments)
+            return await self._client.execute(command, arguments, oob=out_of_band)
         except qemu_qmp.ExecuteError as error:
             raise self._refusal(command, error) from error
         except (qemu_qmp.QMPError, EOFError) as error:

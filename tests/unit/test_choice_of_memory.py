@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from dmaproof.errors import UsageError
+from dmaproof.errors import UnsupportedError, UsageError
 from qmp_tools.arch.architecture import Architecture
 from qmp_tools.arch.s390x import S390X
 from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.proof import probes
-from qmp_tools.qemu.machine import KIB, MIB, parse_memory
+from qmp_tools.qemu.machine import KIB, MIB, Hardware, Machine, parse_memory
 from support.host_pages import HOST_PAGE, host_pages
 
 WANTED_BYTES = 256 * MIB
@@ -85,3 +87,26 @@ def test_the_last_numa_node_of_a_lossy_accelerator_is_no_whole_number_of_words(
         )
         assert chosen == WANTED_BYTES + (nodes > 1) * max(8 * KIB, HOST_PAGE)
         assert len(caplog.messages) == warnings
+
+
+@pytest.mark.parametrize(
+    ("lost_first", "lost_behind", "aborts"), [(0, 64, True), (64, 64, False), (0, 0, False)]
+)
+def test_memory_for_which_qemu_aborts_is_refused(
+    monkeypatch: pytest.MonkeyPatch, lost_first: int, lost_behind: int, aborts: bool
+) -> None:
+    async def lost(*arguments: object, in_dimms: bool = False) -> int:
+        return lost_behind if in_dimms else lost_first
+
+    monkeypatch.setattr(probes, "vcpu_pages_lost", lost)
+    fits = Machine(
+        *(X86_64, "q35", "tcg", 256 * MIB, 1, Path("kernel")),
+        numa_nodes=2,
+        added=Hardware(nvdimm_bytes=128 * MIB),
+    )
+    asyncio.run(probes.require_first_block(fits, Path("qemu"), 1.0))
+    too_small = replace(fits, memory_bytes=255 * MIB)
+    message = "nvdimm has 128M, and ram0 has 130560K; give the guest at least --memory 256M"
+    refused = pytest.raises(UnsupportedError, match=message)
+    with refused if aborts else contextlib.nullcontext():
+        asyncio.run(probes.require_first_block(too_small, Path("qemu"), 1.0))

@@ -7,6 +7,7 @@ import itertools
 import mmap
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from qmp_tools.qemu.memory_backend import (
     MemoryBackend,
     parse_memory_backend,
     require_huge_pages,
+    require_space,
 )
 from qmp_tools.testbed.ring_driver import ram_fd
 
@@ -87,6 +89,7 @@ def test_no_numa_node_begins_inside_a_word_of_the_vhost_log(memory_bytes: int, n
     machine = Machine(X86_64, "q35", "tcg", memory_bytes, 1, Path("kernel"), numa_nodes=nodes)
     *sizes, last = machine.ram_backends.values()
     assert all(size % LOG_WORD_BYTES == 0 for size in sizes)
+    assert not machine.larger_than_first
     assert len(sizes) == nodes - 1
     assert sum(sizes) + last == memory_bytes
     words = machine.arguments()
@@ -153,6 +156,28 @@ def test_a_size_of_huge_pages_that_the_host_lacks_is_refused(huge_pages: Path) -
 
 def test_other_memory_needs_no_huge_pages(tmp_path: Path) -> None:
     require_huge_pages(MEMFD, 1 << 40, huge_pages=tmp_path / "missing")
+
+
+def test_a_folder_that_takes_no_files_is_refused() -> None:
+    require_space(MEMFD, 1 << 60)
+    with pytest.raises(UsageError, match=r"no file can be created in /proc: .*; give another"):
+        require_space(MemoryBackend("file", "/proc"), MIB)
+
+
+@pytest.mark.parametrize("blocks", [1, 0])
+def test_files_need_space_for_both_sides_where_space_is_limited(
+    blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = SimpleNamespace(f_blocks=blocks, f_bavail=3 * blocks, f_frsize=MIB)
+    monkeypatch.setattr(os, "statvfs", lambda folder: space)
+    backend = MemoryBackend("file", str(tmp_path))
+    if blocks:
+        require_space(backend, MIB)
+        with pytest.raises(UntestableError, match=r"expected 4 MiB of free space .*, got 3 MiB"):
+            require_space(backend, 2 * MIB)
+    else:
+        require_space(backend, 1 << 40)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_huge_pages_are_compared_without_filling_a_hole(monkeypatch: pytest.MonkeyPatch) -> None:

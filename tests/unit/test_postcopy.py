@@ -23,6 +23,7 @@ from qmp_tools.migration.scenarios.postcopy import (
     PostcopyRecover,
     PostcopyRunning,
 )
+from qmp_tools.qemu.qmp import QmpRefusal
 
 FAULT = "vhost_user_postcopy_fault_handler vhost-user: @0x7f24b2905000 nregions:1\n"
 
@@ -39,6 +40,7 @@ class PostcopyAttempt:
         self.wait_for_pages(0)
         self.log: list[tuple[object, ...]] = []
         self.status = "postcopy-paused"
+        self.refusals: list[QmpRefusal] = []
         self.source = self.qmp("source")
         self.destination = self.qmp("destination")
         self.guest = mock.AsyncMock(latest={"quiet": ""})
@@ -64,7 +66,12 @@ class PostcopyAttempt:
             self.log.append((name, command, *arguments.values()))
             return {}
 
-        return SimpleNamespace(execute=execute)
+        async def execute_out_of_band(command: str, **arguments: object) -> None:
+            if self.refusals:
+                raise self.refusals.pop()
+            self.log.append((f"{name}, out of band", command, *arguments.values()))
+
+        return SimpleNamespace(execute=execute, execute_out_of_band=execute_out_of_band)
 
     def wait_for_pages(self, count: int) -> None:
         self._trace.write_text(FAULT * count)
@@ -93,6 +100,15 @@ def test_a_device_that_hardly_waited_tested_too_little(attempt: PostcopyAttempt)
     assert "waited for only 7 pages" in (attempt.untested(PostcopyRunning()) or "")
     attempt.wait_for_pages(8)
     assert attempt.untested(PostcopyRunning()) is None
+
+
+def test_a_bandwidth_that_lets_no_device_wait_is_named(attempt: PostcopyAttempt) -> None:
+    scenario = PostcopyRunning()
+    scenario.extend([], {"max-postcopy-bandwidth": 0})
+    attempt.wait_for_pages(7)
+    assert (attempt.untested(scenario) or "").endswith(
+        "leave out --parameter max-postcopy-bandwidth"
+    )
 
 
 def test_the_other_pages_arrive_once_the_device_has_waited(attempt: PostcopyAttempt) -> None:
@@ -134,7 +150,7 @@ def test_the_connection_breaks_twice_while_the_device_waits(attempt: PostcopyAtt
     first = f"unix:{attempt.pair.ends().folder / 'recovery-1.sock'}"
     assert attempt.log == [
         ("source", "migrate-pause"),
-        ("destination", "migrate-recover", first),
+        ("destination, out of band", "migrate-recover", first),
         ("source", "migrate", first, True),
     ]
     attempt.wait_for_pages(8)
@@ -154,6 +170,21 @@ def test_a_side_that_does_not_notice_the_break_is_named(
     attempt.wait_for_pages(1)
     with pytest.raises(
         MigrationTimeoutError, match=r"the source has not noticed .* 'postcopy-active'"
+    ):
+        attempt.step(PostcopyRecover())
+
+
+def test_a_destination_is_asked_to_recover_until_it_has_noticed_the_break(
+    attempt: PostcopyAttempt,
+) -> None:
+    attempt.wait_for_pages(1)
+    attempt.refusals = [QmpRefusal("postcopy is not paused")]
+    attempt.step(PostcopyRecover())
+    assert attempt.log[1][:2] == ("destination, out of band", "migrate-recover")
+    attempt.pair.timeout_s = 0.01
+    attempt.refusals = [QmpRefusal("postcopy is not paused")] * 1000
+    with pytest.raises(
+        MigrationTimeoutError, match=r"the destination has not noticed .*: postcopy is not paused"
     ):
         attempt.step(PostcopyRecover())
 

@@ -258,6 +258,17 @@ def test_a_refused_setting_means_that_qemu_does_not_support_the_scenario(
     assert not recorded.sent("source", "migrate")
 
 
+@pytest.mark.parametrize("command", ["migrate-set-parameters", "migrate-incoming"])
+def test_a_refusal_names_the_settings_that_the_user_added(tmp_path: Path, command: str) -> None:
+    scenario = find_scenario("unix")
+    scenario.extend(["mapped-ram"], {"multifd-channels": "x"})
+    recorded = RecordedMigration(tmp_path, scenario)
+    recorded.destination.refused = command
+    expected = f"scenario with --capability mapped-ram --parameter multifd-channels: .* {command}"
+    with pytest.raises(UnsupportedScenarioError, match=expected):
+        recorded.start()
+
+
 def test_a_migration_that_qemu_refuses_is_a_failure(tmp_path: Path) -> None:
     recorded = RecordedMigration(tmp_path, SCENARIOS["unix"])
     recorded.source.refused, recorded.source.words = "migrate", "a device blocks it"

@@ -83,3 +83,12 @@ def test_small_growth_at_each_migration_is_growth(step: Holdings) -> None:
 
 def test_a_single_migration_has_no_growth() -> None:
     assert growth("tool", [holdings()]).is_none
+
+
+@pytest.mark.parametrize("migrations", range(1, 9))
+def test_a_process_that_holds_more_while_its_side_has_the_guest_does_not_grow(
+    migrations: int,
+) -> None:
+    for low, high in ((5, 9), (9, 5)):
+        seen = [Holdings(0, (low, high)[number % 2], 0) for number in range(migrations)]
+        assert growth("source device", seen).is_none

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -190,7 +191,31 @@ class Scenario(Procedure):
         """Refuse a device that the scenario cannot migrate.
 
         Raises:
-            UsageError: the scenario cannot migrate the device.
+            UsageError: the scenario cannot migrate the device, or cannot kill it in precopy.
+        """
+        if device.facts.killed and not self.is_held_in_precopy:
+            raise UsageError(
+                f"--kill-device: --scenario {self.name} has no precopy in which dmaproof could "
+                "kill the device; choose another scenario"
+            )
+
+    def require_dirty_log(self, option: str) -> None:
+        """Refuse an `option` that breaks what the device reports, where QEMU keeps no dirty log.
+
+        Raises:
+            UsageError: QEMU keeps none in this scenario.
+        """
+        if not self.has_journal:
+            raise UsageError(
+                f"{option}: with --scenario {self.name} QEMU has no dirty log, so the fault would "
+                "have no effect; choose another scenario"
+            )
+
+    def require_qemus(self, source: Path, destination: Path) -> None:
+        """Refuse QEMUs between which the scenario cannot migrate.
+
+        Raises:
+            UnsupportedError: the scenario cannot.
         """
 
     def require_host(self) -> None:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from dmaproof.errors import UntestableError, UsageError
+from dmaproof.errors import UnsupportedError, UntestableError, UsageError
 
 from ...guest.channel import START_WRITE_ONCE
 from ...memory.ram import RamFile
@@ -211,6 +211,19 @@ class CprExec(_MemoryKept):
     is_over_when_begun = True
     downtime_is_measurable = False
     stops_rings = False
+
+    def require_qemus(self, source: Path, destination: Path) -> None:
+        """Refuse another QEMU on the destination, which the source's process would not execute.
+
+        Raises:
+            UnsupportedError: the QEMUs are not the same file.
+        """
+        if destination.resolve() != source.resolve():
+            raise UnsupportedError(
+                f"--qemu-destination {destination}: --scenario {self.name} executes the source's "
+                f"{source} again, and no other QEMU; leave out --qemu-destination, or choose "
+                "--scenario cpr-transfer"
+            )
 
     async def prepare(self, attempt: Attempt) -> None:
         """Set the command that the source executes, and copy its RAM before QEMU changes it.

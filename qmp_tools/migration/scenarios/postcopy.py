@@ -22,7 +22,7 @@ from ...devices.device import ProofDevice
 from ...guest.channel import DECLARE
 from ...host.process import ProcessDiedError
 from ...host.timeout import wait_until
-from ...qemu.qmp import Qmp
+from ...qemu.qmp import Qmp, QmpRefusal
 from ...qemu.vhost_user_trace import page_faults
 from ..attempt import Attempt
 from ..hold import PrecopyHold
@@ -195,6 +195,8 @@ class PostcopyRunning(Postcopy):
         remedy = "give the guest more requests at a time (--workload threads=16)"
         if self._least_faults == _LEAST_HUGE_FAULTS:
             remedy = "give the guest smaller pages (--memory-backend) or more RAM (--memory)"
+        if self.parameters[_MAX_BANDWIDTH] != _SLOW_BYTES_PER_S:
+            remedy = f"leave out --parameter {_MAX_BANDWIDTH}"
         return (
             f"the device waited for only {faults} pages that had not arrived, expected at least "
             f"{self._least_faults}; {remedy}"
@@ -249,12 +251,11 @@ class PostcopyRecover(PostcopyRunning):
                 await self._break(attempt)
 
     async def _break(self, attempt: Attempt) -> None:
-        ends = attempt.pair.ends()
+        ends, timeout_s = attempt.pair.ends(), attempt.pair.timeout_s
         await ends.source.execute("migrate-pause")
-        for name, qmp in (("source", ends.source), ("destination", ends.destination)):
-            await _wait_until_paused(name, qmp, attempt.pair.timeout_s)
+        await _wait_until_paused(ends.source, timeout_s)
         uri = f"unix:{ends.folder / f'recovery-{self._breaks}.sock'}"
-        await ends.destination.execute("migrate-recover", uri=uri)
+        await _recover(ends.destination, uri, timeout_s)
         await ends.source.execute("migrate", uri=uri, resume=True)
 
     def untested(self, attempt: Attempt) -> str | None:
@@ -264,18 +265,44 @@ class PostcopyRecover(PostcopyRunning):
         return f"the connection was broken only {self._breaks} times, expected {_BREAKS}"
 
 
-async def _wait_until_paused(name: str, qmp: Qmp, timeout_s: float) -> None:
+async def _wait_until_paused(source: Qmp, timeout_s: float) -> None:
     status = ""
 
     async def is_paused() -> bool:
         nonlocal status
-        status = (await qmp.execute("query-migrate"))["status"]
+        status = (await source.execute("query-migrate"))["status"]
         return bool(status == "postcopy-paused")
 
     def late() -> MigrationTimeoutError:
         return MigrationTimeoutError(
-            f"the {name} has not noticed within {timeout_s:g} s that the connection is broken: its "
+            f"the source has not noticed within {timeout_s:g} s that the connection is broken: its "
             f"migration status is {status!r}, expected 'postcopy-paused'"
         )
 
     await wait_until(is_paused, timeout_s, late)
+
+
+async def _recover(destination: Qmp, uri: str, timeout_s: float) -> None:
+    """Have the destination accept the source's new connection once it has noticed the break.
+
+    Its main loop may be waiting for the device's answer to a message, and the device for a page
+    that arrives only over the new connection.
+    """
+    refusal: QmpRefusal | None = None
+
+    async def is_listening() -> bool:
+        nonlocal refusal
+        try:
+            await destination.execute_out_of_band("migrate-recover", uri=uri)
+        except QmpRefusal as error:
+            refusal = error
+            return False
+        return True
+
+    def late() -> MigrationTimeoutError:
+        return MigrationTimeoutError(
+            f"the destination has not noticed within {timeout_s:g} s that the connection is "
+            f"broken: {refusal}"
+        )
+
+    await wait_until(is_listening, timeout_s, late)

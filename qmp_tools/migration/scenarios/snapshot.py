@@ -52,11 +52,12 @@ class BackgroundSnapshot(Scenario):
     destination_can_continue = False  # the disk has changed since: the guest would find errors
 
     def require_device(self, device: ProofDevice) -> None:
-        """Refuse to kill the destination's device, which serves nothing.
+        """Refuse to kill a device: QEMU does not log, and the destination's serves nothing.
 
         Raises:
-            UsageError: it is to be killed.
+            UsageError: a device is to be killed.
         """
+        super().require_device(device)
         if device.facts.destination_killed:
             raise UsageError(
                 f"--kill-destination-device: --scenario {self.name} does not continue the guest on "

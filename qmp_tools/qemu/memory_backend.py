@@ -61,6 +61,10 @@ class MemoryBackend:
             return os.statvfs(self.folder).f_bsize  # hugetlbfs_statfs returns its page size
         return _HUGE_PAGE_BYTES.get(self.kind, mmap.PAGESIZE)
 
+    def page_counters(self, huge_pages: Path = HUGE_PAGES) -> Path:
+        """Return the folder in which the kernel counts the huge pages of this size."""
+        return huge_pages / f"hugepages-{self.page_bytes // _KIB}kB"
+
     @property
     def has_huge_pages(self) -> bool:
         """Whether the memory's pages are larger than the host's own."""
@@ -113,7 +117,7 @@ def require_huge_pages(
         return
     page_bytes = backend.page_bytes
     size = f"{page_bytes // _GIB}G" if page_bytes >= _GIB else f"{page_bytes // _MIB}M"
-    folder = huge_pages / f"hugepages-{page_bytes // _KIB}kB"
+    folder = backend.page_counters(huge_pages)
     if not folder.is_dir():
         raise UntestableError(
             f"--memory-backend {backend}: this host has no huge pages of {size}; use another kind "
@@ -134,7 +138,7 @@ def require_huge_pages(
 def require_space(backend: MemoryBackend, side_bytes: int) -> None:
     """Check that QEMU can create the files of two sides in the backend's folder, if it has one.
 
-    The files are sparse. If a guest writes to a page for which there is no space, the kernel kills
+    The files are sparse. If a guest writes to a page and the file system is full, the kernel kills
     QEMU (SIGBUS).
 
     Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from typing import Any
 
 from dmaproof.errors import UntestableError, WaitTimeoutError, printable
@@ -68,10 +68,12 @@ class Monitor(ABC):
             QmpTimeoutError: QEMU does not answer in time.
             QmpClosedError: QEMU has closed the connection.
         """
-        named = {name.replace("_", "-"): value for name, value in arguments.items()}
+        return await self._in_time(command, self._execute(command, _named(arguments)))
+
+    async def _in_time(self, command: str, answer: Awaitable[Any]) -> Any:
         late = self._late(f"answered {command}", self.timeout_s)
         async with bounded(self.timeout_s, lambda: late):
-            return await self._execute(command, named)
+            return await answer
 
     @abstractmethod
     async def _execute(self, command: str, arguments: Mapping[str, Any]) -> Any:
@@ -85,6 +87,10 @@ class Monitor(ABC):
 
     def _refusal(self, command: str, reason: object) -> QmpRefusal:
         return QmpRefusal(f"{self.name} refused {command}: {reason}")
+
+
+def _named(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.replace("_", "-"): value for name, value in arguments.items()}
 
 
 class Qmp(Monitor):
@@ -123,9 +129,8 @@ class Qmp(Monitor):
         Raises:
             QmpError: as for `execute`.
         """
-        late = self._late(f"answered {command}", self.timeout_s)
-        async with bounded(self.timeout_s, lambda: late):
-            return await self._execute(command, arguments, out_of_band=True)
+        answer = self._execute(command, _named(arguments), out_of_band=True)
+        return await self._in_time(command, answer)
 
     async def _execute(
         self, command: str, arguments: Mapping[str, Any], *, out_of_band: bool = False

@@ -230,20 +230,17 @@ async def _accepted(
     Raises:
         UsageError: the set-up refuses a fault that is not to be skipped, or everything.
     """
-    accepted = []
-    with contextlib.suppress(UntestableError):  # each trial reports this itself
-        await make_setup(None, seed)
-    for name in names:
+    refused = set()
+    for name in dict.fromkeys((CONTROL, *names)):
         try:
-            with contextlib.suppress(UntestableError):
+            with contextlib.suppress(UntestableError):  # each trial reports this itself
                 await make_setup(_fault_of(name), seed)
         except UsageError as error:
-            if not skips_refused:
+            if name == CONTROL or not skips_refused:
                 raise
             _logger.warning("%s: not tried in proofs: %s", name, error)
-        else:
-            accepted.append(name)
-    return accepted
+            refused.add(name)
+    return [name for name in names if name not in refused]
 
 
 def _fault_of(name: str) -> str | None:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from qmp_tools.qemu.machine import KIB, format_memory
-from qmp_tools.qemu.memory_backend import HUGE_PAGES, parse_memory_backend
+from qmp_tools.qemu.machine import format_memory
+from qmp_tools.qemu.memory_backend import parse_memory_backend
 
 
 @contextlib.contextmanager
@@ -17,9 +17,9 @@ def reserved(kind: str, count: int) -> Iterator[None]:
 
     Skip the test if this machine cannot reserve them. Only one process may do this at a time.
     """
-    page_bytes = parse_memory_backend(kind).page_bytes
-    size = format_memory(page_bytes)
-    folder = HUGE_PAGES / f"hugepages-{page_bytes // KIB}kB"
+    backend = parse_memory_backend(kind)
+    size = format_memory(backend.page_bytes)
+    folder = backend.page_counters()
     number = folder / "nr_hugepages"
     if not number.exists():
         pytest.skip(f"the kernel has no huge pages of {size}")

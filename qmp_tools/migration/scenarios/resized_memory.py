@@ -135,7 +135,7 @@ class FreePageReporting(Scenario):
             )
 
     def given_back(self, differing: NDArray[np.int64], source: RamFile) -> NDArray[np.bool_]:
-        """Return which pages are holes; a page that was written since is none, and is compared."""
+        """Return which pages are holes. A page that was written since then is compared."""
         return absent_in_file(DataRuns(source.fd), 0, source.pages).absent[differing]
 
 

@@ -8,17 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from dmaproof.errors import UsageError
-
 from ..arch.x86_64 import X86_64
 from ..arguments import positive
 from ..passthrough import GROUPS, matrix
-from ..passthrough.l1.kernel import KERNELS
+from ..passthrough.l1.kernel import DEFAULT_KERNEL, KERNELS
 from ..passthrough.l1.machine import L1, l1
 from ..passthrough.l1.stock import STOCK
 from ..passthrough.prove import Request, prove_passthrough, to_text
 from ..proof.resolve import chosen_seed
-from ..qemu.builds import installed
+from ..qemu.builds import build_folder
 from ..qemu.choice import find_qemu
 from .arguments import add_keep, add_quiet, add_timeout, describe, reads
 from .display import print_text
@@ -57,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kernel",
         nargs="+",
         choices=(*KERNELS, STOCK),
-        default=[next(iter(KERNELS))],
-        help=f"kernels of the machine; '{STOCK}': Debian's own (default: {next(iter(KERNELS))})",
+        default=[DEFAULT_KERNEL],
+        help=f"kernels of the machine; '{STOCK}': Debian's own (default: {DEFAULT_KERNEL})",
     )
     parser.add_argument(
         "--qemu",
@@ -112,7 +110,7 @@ def _run(arguments: argparse.Namespace) -> int:
         timeout_s=arguments.timeout,
         keep=arguments.keep,
     )
-    tested: list[Path | None] = [_fetched(version) for version in arguments.qemu]
+    tested: list[Path | None] = [build_folder(version, X86_64) for version in arguments.qemu]
     machine_qemu = find_qemu(arguments.machine_qemu, X86_64)
     machines = [l1(version) for version in arguments.kernel]
     pairs = [replace(machine, qemu=qemu) for machine in machines for qemu in tested or [None]]
@@ -122,20 +120,6 @@ def _run(arguments: argparse.Namespace) -> int:
         print_text(to_text(runs[0]) if len(runs) == 1 else matrix.table(runs))
     write_outputs(results, arguments)
     return int(results["exit_code"])
-
-
-def _fetched(version: str) -> Path:
-    """Return the folder of a fetched QEMU; the system's own cannot run in L1.
-
-    Raises:
-        UsageError: no QEMU of that version was fetched.
-    """
-    for build in reversed(installed(X86_64)):
-        if build.version == version or build.version.startswith(version + "."):
-            return build.path.parent
-    raise UsageError(
-        f"--qemu {version}: this version was not fetched; run 'dmaproof qemu fetch {version}'"
-    )
 
 
 async def _prove_all(

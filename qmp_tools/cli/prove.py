@@ -13,8 +13,7 @@ from ..devices.registry import Control, kind_of
 from ..exit_codes import EXIT_PASS, EXIT_UNTESTED
 from ..migration.progress_log import OnProgress
 from ..migration.scenarios import find_scenario
-from ..passthrough.kinds import fake_device_of, is_fake_vfio
-from ..passthrough.prove import prove_fake_vfio
+from ..passthrough.nested import nested_options, prove_nested, runs_in_l1
 from ..proof.options import ProofOptions
 from ..proof.resolve import resolve
 from ..proof.run import prove
@@ -92,8 +91,8 @@ def _control_of(options: ProofOptions) -> Control:
             f"--control: no fault can be injected into --device {' and '.join(options.devices)}; "
             "leave out --control"
         )
-    if is_fake_vfio(options):
-        fake_device_of(replace(options, fault=control.fault))
+    if runs_in_l1(options):
+        nested_options(replace(options, fault=control.fault))
     else:
         find_scenario(options.scenario).require_dirty_log("--control")
     return control
@@ -115,8 +114,8 @@ async def _prove_once(
     options: ProofOptions, on_progress: OnProgress | None, keep: bool
 ) -> tuple[Report, str, ProofOptions]:
     """Carry out a proof; return its JSON, its text, and the options that repeat it."""
-    if is_fake_vfio(options):
-        report, text = await prove_fake_vfio(options, keep=keep)
+    if runs_in_l1(options):
+        report, text = await prove_nested(options, keep=keep)
         return report, text, replace(options, seed=report["setup"]["seed"])
     setup = await resolve(options)
     proof = await prove(setup, on_progress, keep=keep)

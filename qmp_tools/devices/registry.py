@@ -106,6 +106,14 @@ class DeviceKind(ABC):
     def claims(self, name: str) -> bool:
         """Return whether ``--device NAME`` is a device of this kind."""
 
+    def runs_here(self) -> bool:
+        """Return whether this machine can run the device.
+
+        If not, ``dmaproof prove`` carries out the proof in the nested machine L1
+        (`passthrough.nested`), which has the device.
+        """
+        return True
+
     @abstractmethod
     def make(self, request: DeviceRequest) -> ProofDevice:
         """Make the device, or one object for several devices.

@@ -18,8 +18,9 @@ the kernel's interfaces cost. Modules::
     vhost             dmaproof's vhost-user disk on the kernel's trackers, with controls;
                       vhost_device is its device process
     functions         the steps of `prove --device vfio:…`, tried on the fake device
-    device_proof      one whole proof on the fake device: `prove --device vfio-fake`
-    common_setup      the set-up that vhost, functions and device_proof share
+    nested            an ordinary proof, carried out in L1: `prove --device vfio-fake`;
+                      nested_proof is its program in L1
+    common_setup      the set-up that vhost, functions and nested_proof share
 """
 
 from typing import Final

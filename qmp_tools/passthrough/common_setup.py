@@ -1,7 +1,8 @@
-"""The set-up that all whole proofs in L1 share."""
+"""The set-ups of the proofs in L1 that are not resolved from options."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +17,14 @@ _QEMU: Final = Path("/usr/bin/qemu-system-x86_64")
 _REQUESTS_AFTER: Final = 50
 _BANDWIDTH_BYTES_PER_S: Final = 4 * MIB
 _DOWNTIME_S: Final = 10.0
+VFIO_MEMORY_BYTES: Final = 64 * MIB
+_VFIO_WORKLOAD: Final = Workload(hot=256, write_once=1024, churn=512)
+
+
+def vfio_setup(guest: Path, device: ProofDevice, seed: int, timeout_s: float) -> Setup:
+    """Return the set-up of a proof on the VFIO `device`; `guest` is the ELF that drives it."""
+    workload = replace(_VFIO_WORKLOAD, seed=seed)
+    return setup_in_l1("vfio", guest, VFIO_MEMORY_BYTES, workload, device, timeout_s)
 
 
 def setup_in_l1(

@@ -14,7 +14,7 @@ from typing import Any, Final
 from ..migration.judgement import Blame
 from ..proof.model import Proof as MigrationProof
 from ..proof.run import prove
-from .device_proof import MEMORY_BYTES, setup_of
+from .common_setup import VFIO_MEMORY_BYTES, vfio_setup
 from .fake_device import fake_device, injected
 from .fake_driver import DRIVERS, container_driver, iommufd_driver
 from .host_functions import HostFunctions, MissingError, parse_functions, require_testable
@@ -45,8 +45,8 @@ def _prove(guest: Path, suffix: str, seed: int, timeout_s: float) -> tuple[Migra
     _require_kernel_support(suffix)
     with fake_device(timeout_s) as source, fake_device(timeout_s) as destination:
         functions = parse_functions(f"vfio:{source.sysfs},{destination.sysfs}{suffix}", Host())
-        lines = require_testable(functions, MEMORY_BYTES, Host())
-        setup = setup_of(guest, functions, seed, timeout_s)
+        lines = require_testable(functions, VFIO_MEMORY_BYTES, Host())
+        setup = vfio_setup(guest, functions, seed, timeout_s)
         return asyncio.run(prove(setup)), len(lines)
 
 
@@ -107,7 +107,7 @@ def _refusal(functions: HostFunctions) -> str:
     facts = gather_facts(functions.source, Host(), iommufd=functions.iommufd)
     require(facts.open_error is not None, "a function that is in use can be opened")
     try:
-        require_testable(functions, MEMORY_BYTES, Host())
+        require_testable(functions, VFIO_MEMORY_BYTES, Host())
     except MissingError as error:
         remedies = [finding.remedy for finding in error.missing if finding.what == facts.open_error]
         require(any(remedies), f"the refusal names no remedy: {error}")

@@ -45,7 +45,9 @@ class FakeVfioKind(DeviceKind):
     """The fake VFIO device, whose whole proof runs in the nested machine, with its own guest."""
 
     name = "vfio-fake"
-    accepts: ClassVar[frozenset[str]] = frozenset({"device", "qemu", "fault", "seed", "timeout"})
+    accepts: ClassVar[frozenset[str]] = frozenset(
+        {"device", "qemu", "l1_kernel", "fault", "seed", "timeout"}
+    )
     control = Control("drop=50", Link.TRACKER)
 
     def names(self) -> Sequence[str]:
@@ -56,11 +58,14 @@ class FakeVfioKind(DeviceKind):
         """Return whether it is the name, with or without a way of tracking after a colon."""
         return name.partition(":")[0] == NAME
 
+    def runs_here(self) -> bool:
+        """Return False: the fake device exists only in L1."""
+        return False
+
     def make(self, request: DeviceRequest) -> ProofDevice:
-        """Refuse: the fake device runs only in the nested machine (`prove.prove_fake_vfio`)."""
-        raise UsageError(
-            f"--device {NAME} works only with 'dmaproof prove', which boots a machine for it"
-        )
+        """Return the fake device with its way of tracking."""
+        (name,) = request.names
+        return _fake_device(name.partition(":")[2] or DEFAULT_TRACKING, request.options.fault)
 
 
 def is_fake_vfio(options: ProofOptions) -> bool:
@@ -75,16 +80,19 @@ def fake_device_of(options: ProofOptions) -> FakeProofDevice:
         UsageError: an option does not apply to the fake device, or has an invalid value.
     """
     refuse_unsupported_options(options, FakeVfioKind())
-    tracking = options.devices[0].partition(":")[2] or DEFAULT_TRACKING
+    return _fake_device(options.devices[0].partition(":")[2] or DEFAULT_TRACKING, options.fault)
+
+
+def _fake_device(tracking: str, fault: str | None) -> FakeProofDevice:
     if tracking not in TRACKINGS:
         raise UsageError(
             f"--device {NAME}:{tracking}: expected one of {', '.join(TRACKINGS)} after {NAME}"
         )
-    if options.fault is not None:
-        parse_fault(options.fault)
+    if fault is not None:
+        parse_fault(fault)
         if not TRACKINGS[tracking].device:
             raise UsageError(
                 f"--device {NAME}:{tracking}: QEMU does not ask the device for dirty pages, so "
-                f"--fault {options.fault} would have no effect"
+                f"--fault {fault} would have no effect"
             )
-    return FakeProofDevice(tracking, options.fault)
+    return FakeProofDevice(tracking, fault)

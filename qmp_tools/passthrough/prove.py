@@ -17,13 +17,8 @@ from ..guest.bare import bare_guest, vfio_guest
 from ..host.run_folder import run_folder
 from ..host.timeout import DEFAULT_TIMEOUT_S
 from ..matrix.resources import free_memory_bytes
-from ..proof.options import ProofOptions
-from ..proof.resolve import chosen_seed
-from ..qemu.choice import find_qemu
 from ..reports.report import SCHEMA_VERSION
-from .kinds import fake_device_of
-from .l1.machine import L1, l1, run_in_l1
-from .l1.root import quoted
+from .l1.machine import L1, run_in_l1
 from .outcome import NOT_HELD, State
 
 _logger = logging.getLogger(__name__)
@@ -109,42 +104,6 @@ def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "seconds": max(part["seconds"] for part in parts),
         "outcomes": [outcomes[number] for number in sorted(outcomes)],
     }
-
-
-async def prove_fake_vfio(
-    options: ProofOptions, *, keep: bool = False
-) -> tuple[dict[str, Any], str]:
-    """Carry out the proof of QEMU's vfio-pci on the fake device, in L1; see `device_proof`.
-
-    Returns:
-        The report as for JSON, and as text.
-
-    Raises:
-        UsageError: an option does not apply to the fake device, or has an invalid value.
-        UntestableError: L1 does not boot, or the proof ends without a verdict.
-    """
-    options = replace(options, seed=chosen_seed(options.seed, bits=16))
-    device = fake_device_of(options)
-    machine = l1()
-    guest = vfio_guest()
-    report = _RESULTS.format(1)
-    command = f"python3 -m qmp_tools.passthrough.device_proof /mnt/{report} /mnt/{guest.name} "
-    command += quoted("--tracking", device.tracking, "--seed", str(options.seed))
-    command += f" --timeout {options.timeout}"
-    if device.fault:
-        command += " " + quoted("--fault", device.fault)
-    with run_folder(keep=keep) as folder:
-        if keep:
-            _logger.info("keeping the run's folder: %s", folder)
-        job = await run_in_l1(
-            *(machine, find_qemu(options.qemu, X86_64), command, folder, _logger.info),
-            _WAITS_BETWEEN_LINES * options.timeout,
-            files=(guest,),
-        )
-        found = json.loads((job / report).read_text())
-        text = (job / report).with_suffix(".txt").read_text()
-    found["commands"]["dmaproof"] = ["dmaproof", "prove", *options.words()]
-    return found, text
 
 
 def to_json(results: dict[str, Any]) -> dict[str, Any]:

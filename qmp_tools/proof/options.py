@@ -245,6 +245,14 @@ class ProofOptions:
         AnyPath | None,
         Option("QEMU", "QEMU of the destination (default: as --qemu)", "PATH", _path),
     ] = None
+    l1_kernel: Annotated[
+        str | None,
+        Option(
+            "QEMU",
+            "kernel of the nested machine, for devices that need one (default: 7.3)",
+            "VERSION",
+        ),
+    ] = None
     machine: Annotated[
         str | None,
         Option("QEMU", "machine type (default: as needed)", "NAME"),

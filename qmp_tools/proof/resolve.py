@@ -77,6 +77,11 @@ async def resolve(options: ProofOptions) -> Setup:
     options = replace(options, seed=seed)
     kind = kind_of(options.devices, options.device_command)
     refuse_unsupported_options(options, kind)
+    if not kind.runs_here():
+        raise UnsupportedError(
+            f"--device {' and '.join(options.devices)}: this machine does not have the device; "
+            "'dmaproof prove' boots a machine that has it"
+        )
     fault = _fault_of(options)
     options = replace(options, scenario=_scenario_name(options, fault))
     architecture = find_architecture(options.arch)

@@ -89,6 +89,21 @@ def installed(architecture: Architecture) -> list[QemuBuild]:
     return sorted(builds, key=lambda build: _numbers(build.version))
 
 
+def build_folder(version: str, architecture: Architecture) -> Path:
+    """Return the folder of a fetched QEMU of this `version`, such as '11.1'.
+
+    Raises:
+        UsageError: no QEMU of that version was fetched.
+    """
+    for build in reversed(installed(architecture)):
+        if f"{build.version}.".startswith(f"{version}."):
+            return build.path.parent
+    raise UsageError(
+        f"--qemu {version}: this version was not fetched; run 'dmaproof qemu fetch "
+        f"{version}{architecture.fetch_options}'"
+    )
+
+
 def files_of_build(program: Path) -> list[Path]:
     """Return all files of the fetched QEMU with this `program`; empty for any other program."""
     if not (program.parent / _SUITE_FILE).is_file():

@@ -24,6 +24,7 @@ _logger = logging.getLogger(__name__)
 MODULE: Final = "dmaproof_vfio"
 KERNELS: Final = {"7.3": SUITE}
 """The suite that has the source of each version; the first version is the default."""
+DEFAULT_KERNEL: Final = next(iter(KERNELS))
 _CONFIG: Final = "kernel.config"
 _KERNEL_MODULES: Final = ("drivers/vfio/mdev/mdev.ko",)
 

@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import Final
 
 from dmaproof import _core, _mapping, errors
-from dmaproof.errors import UntestableError, WaitTimeoutError, printable
+from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError, printable
 
 from ...arch.x86_64 import X86_64
+from ...guest.build import sources
 from ...host.process import log_tail
+from ...host.user_folders import cache_folder
 from ...qemu import qemu_qmp
 from ...qemu.machine import option_value
 from ...qemu.qemu import OwnedQemu, running_qemu
-from .kernel import KERNELS, MODULE, l1_kernel, l1_module
+from .kernel import DEFAULT_KERNEL, KERNELS, MODULE, l1_kernel, l1_module
 from .root import COMPILE_PYTHON, l1_root, run_inside
 from .stock import STOCK, stock_kernel
 
@@ -42,8 +44,11 @@ _COMMAND_LINE: Final = (
 )
 TESTED_QEMU: Final = "DMAPROOF_TESTED_QEMU"
 """The environment variable that names a QEMU other than that of L1's root file system."""
+TESTED_QEMU_PATH: Final = f"/run/qemu/{X86_64.qemu_program}"
+"""Where L1 has that QEMU."""
 _JOB: Final = "job"
 _PYTHON: Final = "python"
+_CACHE: Final = "cache"
 _LAST_LINES: Final = 15
 """The number of a command's last lines that the error for its failure quotes."""
 
@@ -62,14 +67,20 @@ class L1:
     """Whether L1's clock counts instructions, one as a nanosecond, on one CPU."""
 
 
-def l1(version: str = next(iter(KERNELS))) -> L1:
+def l1(version: str = DEFAULT_KERNEL) -> L1:
     """Return an L1 with the kernel `version`; the first build takes about 6 minutes on two cores.
 
     If that kernel cannot be built, L1 has Debian's stock kernel, as with `version` "stock".
 
     Raises:
+        UsageError: dmaproof knows no such kernel.
         UntestableError: L1 cannot be built; the message says what is missing.
     """
+    if version not in (*KERNELS, STOCK):
+        raise UsageError(
+            f"kernel {version} of the nested machine L1: expected one of "
+            f"{', '.join((*KERNELS, STOCK))}"
+        )
     if not X86_64.is_host:
         raise UntestableError(
             f"the nested machine L1 is made of this machine's packages and must be {X86_64.name}, "
@@ -97,12 +108,14 @@ async def run_in_l1(
     timeout_s: float,
     *,
     files: Sequence[Path] = (),
+    guests: Sequence[Path] = (),
     machines: int = 1,
 ) -> Path:
     """Boot L1 with the QEMU `binary`, run the shell `command` in it, and wait for its end.
 
     The command finds dmaproof's Python packages in PYTHONPATH, the kernel modules that L1 needs in
-    /mnt/modules, and `files` in /mnt. `machines` of them run side by side; MACHINE is the number of
+    /mnt/modules, `files` in /mnt, and `guests`, programs in the cache of guests, in its own cache.
+    `machines` of them run side by side; MACHINE is the number of
     each one, from 1 on. If one fails, the others are ended.
 
     Args:
@@ -117,7 +130,7 @@ async def run_in_l1(
         UntestableError: a machine does not boot or ends early, or its command fails.
     """
     job = folder / _JOB
-    _fill(job, machine, command, files, timeout_s)
+    _fill(job, machine, command, files, guests, timeout_s)
     tasks = [
         asyncio.ensure_future(run_machine(number, machine, binary, folder, on_line, timeout_s))
         for number in range(1, machines + 1)
@@ -220,7 +233,14 @@ def _mount(tag: str) -> str:
     return f"mkdir {where} && mount -t 9p -o {_SHARE},cache=loose,ro {tag} {where} || exit 3\n"
 
 
-def _fill(job: Path, machine: L1, command: str, files: Sequence[Path], timeout_s: float) -> None:
+def _fill(
+    job: Path,
+    machine: L1,
+    command: str,
+    files: Sequence[Path],
+    guests: Sequence[Path],
+    timeout_s: float,
+) -> None:
     """Fill the folder that is /mnt in L1."""
     python = job / _PYTHON
     _copy_packages(python)
@@ -233,11 +253,16 @@ def _fill(job: Path, machine: L1, command: str, files: Sequence[Path], timeout_s
         shutil.copy(file, modules)
     for file in files:
         shutil.copy(file, job)
+    cache = cache_folder()
+    for guest in guests:
+        folder = guest.parent.relative_to(cache)
+        shutil.copytree(guest.parent, job / _CACHE / cache.name / folder)
     qemu = ""
     if machine.qemu:
-        qemu = f"{_mount('qemu')}export {TESTED_QEMU}=/run/qemu/{X86_64.qemu_program}\n"
+        qemu = f"{_mount('qemu')}export {TESTED_QEMU}={TESTED_QEMU_PATH}\n"
     (job / "command").write_text(
         f"{_mount('python')}export PYTHONPATH=/run/python PYTHONDONTWRITEBYTECODE=1\n"
+        f"export XDG_CACHE_HOME=/mnt/{_CACHE}\n"
         f"{qemu}"
         f"for module in $(cat /mnt/modules/order) {MODULE}.ko; do\n"
         "    insmod /mnt/modules/$module || exit 3\n"
@@ -256,6 +281,8 @@ def _copy_packages(target: Path) -> None:
     for name, folder in folders.items():
         ignored = shutil.ignore_patterns("__pycache__", "*.c", "guests")
         shutil.copytree(folder, target / name, ignore=ignored)
+    # The guests' sources are the keys of L1's cache of guests.
+    shutil.copytree(sources(), target / "qmp_tools/guests")
     # An editable installation keeps the extensions elsewhere.
     for extension in (_core.__file__, _mapping.__file__):
         shutil.copy(extension, target / "dmaproof")

@@ -27,7 +27,8 @@ _logger = logging.getLogger(__name__)
 
 SUITE: Final = "trixie-backports"
 _RUNNING: Final = ("coreutils", "dash", "libc-bin", "mount", "kmod", "python3", "python3-numpy")
-_QEMU: Final = ("qemu-system-x86", "qemu-system-data", "seabios")
+_QEMU: Final = ("qemu-system-x86", "qemu-system-data", "qemu-utils", "seabios")
+_NETWORK: Final = ("iproute2",)
 _BUILDING: Final = (
     *("gcc", "libc6-dev", "make", "flex", "bison", "bc", "libelf-dev", "libssl-dev", "tar"),
     *("xz-utils", "mawk", "bash", "sed", "grep", "gzip", "findutils", "diffutils", "perl-base"),
@@ -66,7 +67,7 @@ def l1_root() -> Path:
     Raises:
         UntestableError: the archive cannot be reached.
     """
-    packages = (*_RUNNING, *_QEMU, *_BUILDING)
+    packages = (*_RUNNING, *_QEMU, *_NETWORK, *_BUILDING)
     init = sources() / "passthrough" / "init"
     recipe = "\n".join((SUITE, *packages, *_LINKS.values())).encode()
     target = cache() / "l1" / f"root-{digest([recipe, init.read_bytes()])}"

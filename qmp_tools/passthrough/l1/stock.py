@@ -28,7 +28,12 @@ STOCK: Final = "stock"
 _SUITE: Final = "bookworm"
 _PACKAGE: Final = "linux-image-amd64"
 _FOR_ROOT: Final = ("virtio_pci", "9pnet_virtio", "9p")
-_FOR_VFIO: Final = ("vfio", "vfio_iommu_type1", "mdev")
+_FOR_PROOFS: Final = (
+    *("vfio", "vfio_iommu_type1", "mdev"),
+    *("tun", "sch_ingress", "cls_matchall", "act_mirred", "vhost_net", "vhost_vsock"),
+    *("configfs", "target_core_file", "vhost_scsi"),
+    *("vdpa_sim_net", "vdpa_sim_blk", "vduse", "vhost_vdpa"),
+)
 _INIT_OPTIONS: Final = ("-static", "-std=c11")
 
 
@@ -39,7 +44,7 @@ def stock_kernel() -> Path:
         UntestableError: the archive cannot be reached, or there is no C compiler.
     """
     init = sources() / "passthrough" / "early_init.c"
-    parts = [init.read_bytes(), " ".join((_SUITE, _PACKAGE, *_FOR_ROOT, *_FOR_VFIO)).encode()]
+    parts = [init.read_bytes(), " ".join((_SUITE, _PACKAGE, *_FOR_ROOT, *_FOR_PROOFS)).encode()]
     target = cache() / "l1" / f"kernel-{STOCK}-{digest(parts)}"
     if not target.is_dir():
         with fresh_folder(target) as fresh:
@@ -65,7 +70,7 @@ def _fill(fresh: Path, init: Path) -> None:
     kernel = read_kernel_image(vmlinuz.read_bytes(), vmlinuz.name, X86_64.name)
     (fresh / "vmlinux").write_bytes(kernel.content)
     modules = find_modules(kernel.version or "", vmlinuz, unpacked)
-    collect_modules(modules, _FOR_VFIO, fresh / "modules")
+    collect_modules(modules, _FOR_PROOFS, fresh / "modules")
     compile_c([init], fresh / "init", *_INIT_OPTIONS)
     early = modules.load_order(_FOR_ROOT)
     (fresh / "initramfs").write_bytes(with_modules((fresh / "init").read_bytes(), early))

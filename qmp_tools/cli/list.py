@@ -27,6 +27,7 @@ from ..devices.registry import (
 from ..guest.workload import MEANINGS, Workload, values_of
 from ..migration.scenarios import known_scenarios
 from ..migration.scenarios.base import Scenario
+from ..passthrough.catalog import names
 from ..passthrough.kinds import FakeVfioKind
 from ..passthrough.tracking import TRACKINGS
 from ..reports.report import SCHEMA_VERSION
@@ -186,6 +187,11 @@ def trackers() -> list[Entry]:
     ]
 
 
+def passthrough() -> list[Entry]:
+    """Return the proofs of the passthrough route."""
+    return [{"proof": name} for name in names()]
+
+
 def iommus() -> list[Entry]:
     """Return the virtual IOMMUs, and the guests that can use each."""
     return [
@@ -227,6 +233,7 @@ TOPICS: Final[Mapping[str, Topic]] = {
     "faults": Topic("what can be broken on purpose: the values of --fault", faults),
     "trackers": Topic("how a device remembers what it wrote: the values of --tracker", trackers),
     "iommus": Topic("the virtual IOMMUs: the values of --iommu", iommus),
+    "passthrough": Topic("proofs of VFIO: the values of passthrough --only", passthrough),
     "workload": Topic("what the guest does: the parameters of --workload", workload),
 }
 """The topics by name, in the order in which they are printed."""

@@ -11,6 +11,7 @@ from typing import Final
 from ..arguments import positive
 from ..matrix.avocado_recipe import runnables
 from ..matrix.axes import Matrix, make_matrix, read_matrix, split_values
+from ..matrix.cells import Axis, extra_axes
 from ..matrix.resources import Resources
 from ..matrix.result_cache import ResultCache
 from ..matrix.run import run_matrix
@@ -51,6 +52,7 @@ examples:
   dmaproof matrix --guest bare --scenario unix,tls,multifd-4 --tracker all
   dmaproof matrix --qemu 7.2,11.1 --qemu-destination 7.2,11.1 --scenario all --report matrix.html
   dmaproof matrix matrix.toml --junit matrix.xml --json matrix.json
+  dmaproof matrix --passthrough all --l1-kernel 7.3,stock --qemu 10.0,11.1
   dmaproof matrix matrix.toml --list
   dmaproof matrix matrix.toml --avocado recipe.json    # for: avocado run recipe.json
 
@@ -80,6 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group(f"axes: {title}")
         for option in options:
             _add_axis(group, option)
+    others = parser.add_argument_group("axes: other than options of a proof")
+    for axis in extra_axes().values():
+        _add_extra_axis(others, axis)
     run = parser.add_argument_group("run")
     run.add_argument(
         "--folder",
@@ -104,6 +109,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_quiet(run)
     add_outputs(parser)
+
+
+def _add_extra_axis(group: argparse._ArgumentGroup, axis: Axis) -> None:
+    group.add_argument(
+        f"--{axis.name}", action="append", dest=_DEST + axis.name, metavar="NAME", help=axis.help
+    )
 
 
 def _add_axis(group: argparse._ArgumentGroup, option: Option) -> None:

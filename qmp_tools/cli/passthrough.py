@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from ..arch.x86_64 import X86_64
 from ..arguments import positive
-from ..passthrough import GROUPS, matrix
+from ..passthrough.catalog import GROUPS, Request, select
 from ..passthrough.l1.kernel import DEFAULT_KERNEL, KERNELS
-from ..passthrough.l1.machine import L1, l1
+from ..passthrough.l1.machine import l1
 from ..passthrough.l1.stock import STOCK
-from ..passthrough.prove import Request, prove_passthrough, to_text
+from ..passthrough.prove import prove_passthrough, to_text
 from ..proof.resolve import chosen_seed
 from ..qemu.builds import build_folder
 from ..qemu.choice import find_qemu
@@ -28,7 +26,8 @@ examples:
   dmaproof passthrough    # all proofs; the first run builds the machine
   dmaproof passthrough --only migration
   dmaproof passthrough --quick --json - --quiet
-  dmaproof passthrough --kernel 7.3 stock --qemu 10.0 11.1    # a table of all pairs
+  dmaproof passthrough --only 'rules: HWPT*' --kernel stock --qemu 10.0
+  dmaproof matrix --passthrough all --l1-kernel 7.3,stock --qemu 10.0,11.1    # a table
 
 exit codes:
   0  pass: all proofs passed, and each injected fault was caught
@@ -53,17 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--kernel",
-        nargs="+",
         choices=(*KERNELS, STOCK),
-        default=[DEFAULT_KERNEL],
-        help=f"kernels of the machine; '{STOCK}': Debian's own (default: {DEFAULT_KERNEL})",
+        default=DEFAULT_KERNEL,
+        help=f"kernel of the machine; '{STOCK}': Debian's own (default: %(default)s)",
     )
     parser.add_argument(
         "--qemu",
-        nargs="+",
-        default=[],
         metavar="VERSION",
-        help="fetched QEMUs to test (default: the QEMU of the machine's distribution)",
+        help="fetched QEMU to test (default: the QEMU of the machine's distribution)",
     )
     parser.add_argument(
         "--machine-qemu",
@@ -73,10 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=GROUPS,
         default=[],
-        metavar="GROUP",
-        help=f"groups of proofs to carry out: {', '.join(GROUPS)} (default: all)",
+        metavar="NAME",
+        help=f"proofs to carry out: groups ({', '.join(GROUPS)}), names, or patterns of names "
+        "(default: all)",
     )
     parser.add_argument(
         "--quick", action="store_true", help="try fewer random cases and injected faults"
@@ -101,28 +97,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    seed = chosen_seed(arguments.seed, bits=16)
     request = Request(
-        seed=seed,
-        groups=tuple(arguments.only),
+        seed=chosen_seed(arguments.seed, bits=16),
+        only=select(arguments.only, quick=arguments.quick),
         quick=arguments.quick,
         controls=arguments.controls,
         timeout_s=arguments.timeout,
-        keep=arguments.keep,
     )
-    tested: list[Path | None] = [build_folder(version, X86_64) for version in arguments.qemu]
+    tested = build_folder(arguments.qemu, X86_64) if arguments.qemu else None
     machine_qemu = find_qemu(arguments.machine_qemu, X86_64)
-    machines = [l1(version) for version in arguments.kernel]
-    pairs = [replace(machine, qemu=qemu) for machine in machines for qemu in tested or [None]]
-    runs = run_interruptibly(_prove_all(pairs, machine_qemu, request))
-    results = runs[0] if len(runs) == 1 else matrix.to_json(runs)
+    machine = replace(l1(arguments.kernel), qemu=tested)
+    work = prove_passthrough(machine, machine_qemu, request, keep=arguments.keep)
+    results = run_interruptibly(work)
     if not writes_to_stdout(arguments):
-        print_text(to_text(runs[0]) if len(runs) == 1 else matrix.table(runs))
+        print_text(to_text(results))
     write_outputs(results, arguments)
     return int(results["exit_code"])
-
-
-async def _prove_all(
-    pairs: Sequence[L1], machine_qemu: Path, request: Request
-) -> list[dict[str, Any]]:
-    return [await prove_passthrough(machine, machine_qemu, request) for machine in pairs]

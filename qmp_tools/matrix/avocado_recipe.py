@@ -8,13 +8,25 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from dmaproof.errors import UsageError
+
 from .axes import Matrix
+from .cells import extra_axes
 
 KIND: Final = "dmaproof"
 
 
 def runnables(matrix: Matrix) -> list[dict[str, Any]]:
-    """Return the cells as avocado's runnables, in the JSON form that avocado reads."""
+    """Return the cells as avocado's runnables, in the JSON form that avocado reads.
+
+    Raises:
+        UsageError: an axis is not an option of a proof.
+    """
+    for name in matrix.axes.keys() & extra_axes().keys():
+        raise UsageError(
+            f"--{name}: a recipe for avocado can have only proofs; run these cells with 'dmaproof "
+            "matrix'"
+        )
     return [
         {"kind": KIND, "uri": matrix.label(cell), "kwargs": dict(cell)} for cell in matrix.cells()
     ]

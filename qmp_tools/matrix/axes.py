@@ -1,7 +1,8 @@
 """The axes of a matrix, and the cells that result from them.
 
 Any option of a proof can be an axis. `proof.options.OPTIONS` defines the values of an option, so
-that a new device, tracker, scenario or option needs no change in this file. A matrix comes from
+that a new device, tracker, scenario or option needs no change in this file. Kinds of cells other
+than proofs may add an axis of their own (`cells.extra_axes`). A matrix comes from
 options (``--scenario unix,tls``) or from a TOML file, whose form ``dmaproof matrix --help`` shows.
 """
 
@@ -23,9 +24,7 @@ from ..arch import ARCHITECTURES
 from ..proof.options import OPTIONS, find_option
 from ..qemu.choice import known_qemus
 from ..qemu.memory_backend import KINDS as MEMORY_KINDS
-
-Cell: TypeAlias = Mapping[str, str]
-"""The options of one proof by name, in the order of the matrix."""
+from .cells import Axis, Cell, extra_axes
 
 Values: TypeAlias = Mapping[str, Sequence[str]]
 """The values of each option, by its name."""
@@ -98,10 +97,13 @@ def make_matrix(axes: Values, excluded: Sequence[Values] = ()) -> Matrix:
     known = known_values()
     expanded: dict[str, list[str]] = {}
     for name, values in axes.items():
-        option = find_option(name)
-        found = [each for value in values for each in _expand(name, value, known.get(name, []))]
-        for value in filter(None, found):
-            option.value_of(value)
+        if axis := extra_axes().get(name):
+            found = [each for value in values for each in _selected(axis, value)]
+        else:
+            option = find_option(name)
+            found = [each for value in values for each in _expand(name, value, known.get(name, []))]
+            for value in filter(None, found):
+                option.value_of(value)
         if not found:
             raise UsageError(f"{name}: expected at least one value")
         expanded[name] = list(dict.fromkeys(found))
@@ -112,6 +114,12 @@ def make_matrix(axes: Values, excluded: Sequence[Values] = ()) -> Matrix:
     if not matrix.cells():
         raise UsageError("the matrix has no cells: the [[exclude]] rules exclude all of them")
     return matrix
+
+
+def _selected(axis: Axis, value: str) -> Sequence[str]:
+    if value in ("", ALL):
+        return axis.values() if value else [value]
+    return axis.select(value)
 
 
 def _expand(name: str, value: str, known: Sequence[str]) -> list[str]:

@@ -16,12 +16,9 @@ from typing import Final
 
 from dmaproof.errors import UntestableError
 
-from ..proof.model import Setup
 from ..qemu.machine import MIB
 
 _CGROUP: Final = Path("/sys/fs/cgroup")
-_OVERHEAD_BYTES: Final = 400 * MIB
-"""What a proof needs in addition to its guests' RAM: two QEMUs, the device and the tool."""
 
 
 def free_memory_bytes() -> int:
@@ -50,17 +47,15 @@ class Resources:
         return cls(len(os.sched_getaffinity(0)), free_memory_bytes(), jobs=jobs)
 
     @contextlib.asynccontextmanager
-    async def reserve(self, setup: Setup) -> AsyncIterator[None]:
+    async def reserve(self, processors: int, memory_bytes: int) -> AsyncIterator[None]:
         """Wait for the resources of one proof, and reserve them.
 
-        A proof that needs more processors than the machine has gets all of them.
+        A proof that keeps more processors busy than the machine has gets all of them.
 
         Raises:
             UntestableError: the proof needs more memory than the machine has.
         """
-        # At any time, the vCPUs of one side and the device are busy.
-        processors = 1 if self._jobs else min(setup.machine.cpus + 1, self._all_processors)
-        memory_bytes = 2 * setup.machine.most_memory_bytes + _OVERHEAD_BYTES
+        processors = 1 if self._jobs else min(processors, self._all_processors)
         if memory_bytes > self._all_memory_bytes:
             raise UntestableError(
                 f"the proof needs {memory_bytes // MIB} MiB of memory, but only "

@@ -17,6 +17,8 @@ class State(StrEnum):
 
     CLEAN = "clean"
     LOST = "lost"
+    FAILED = "failed"
+    """A passthrough proof does not hold; `Result.message` says what was found."""
     SLOW = "slow"
     """No page was lost, but the downtime was longer than ``--max-downtime`` allows."""
     SKIPPED = "skipped"

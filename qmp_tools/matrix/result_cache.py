@@ -28,7 +28,7 @@ from dmaproof.errors import UsageError
 from ..guest.build import sources
 from ..proof.model import Setup
 from ..qemu.program_files import ProgramFiles
-from .axes import Cell
+from .cells import Cell
 
 _NAME_LENGTH: Final = 120
 _PACKAGES: Final = ("numpy", "qemu.qmp")
@@ -57,17 +57,26 @@ def key_of(cell: Cell, setup: Setup, files: ProgramFiles) -> str:
     """Return a digest of everything on which the result of `cell` with its `setup` depends."""
     machine = setup.machine
     guest = [file for file in (machine.kernel, machine.initramfs) if file is not None]
-    parts = {
+    return key_of_parts(
+        cell,
+        {
+            "qemu": [files.contents([qemu]) for qemu in (setup.qemu, setup.qemu_destination)],
+            "device": [files.contents(command) for command in setup.device.commands],
+            "guest": files.contents(guest),
+            "machine": [machine.machine, machine.accelerator, machine.memory_bytes, machine.cpus],
+        },
+    )
+
+
+def key_of_parts(cell: Cell, parts: Mapping[str, Any]) -> str:
+    """Return a digest of `parts`, and of what the results of all cells depend on."""
+    common = {
         "dmaproof": build_of_dmaproof(),
         "python": [sys.version, *map(importlib.metadata.version, _PACKAGES)],
-        "qemu": [files.contents([qemu]) for qemu in (setup.qemu, setup.qemu_destination)],
-        "device": [files.contents(command) for command in setup.device.commands],
         "host": [os.uname().release, os.uname().version],
-        "guest": files.contents(guest),
-        "machine": [machine.machine, machine.accelerator, machine.memory_bytes, machine.cpus],
         "options": dict(cell),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps({**common, **parts}, sort_keys=True).encode()).hexdigest()
 
 
 class ResultCache:

@@ -1,8 +1,9 @@
 """The passthrough route, proved without hardware: the real kernel, and QEMU's own vfio-pci.
 
 All proofs run in the nested machine L1 (`l1`), in which the fake device's kernel module is loaded.
-`prove` starts L1 from the host, `inside` runs in L1, and `kernel_cost` counts the instructions that
-the kernel's interfaces cost. Modules::
+`prove` starts L1 from the host, `inside` runs in L1, `catalog` lists the proofs, `cells` makes them
+cells of a matrix, and `kernel_cost` counts the instructions that the kernel's interfaces cost.
+Modules::
 
     fake_device       the fake VFIO device, created and controlled through its debugfs files
     fake_driver       a user-space VFIO driver of it, on iommufd or on the legacy container
@@ -22,8 +23,3 @@ the kernel's interfaces cost. Modules::
                       nested_proof is its program in L1
     common_setup      the set-up that vhost, functions and nested_proof share
 """
-
-from typing import Final
-
-GROUPS: Final = ("rules", "states", "differential", "faults", "migration", "vhost", "functions")
-"""The groups of proofs, in the order in which they run."""

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from dmaproof.errors import UnsupportedError, UntestableError, UsageError
+from dmaproof.errors import UntestableError, UsageError
 
 from ..guest.bare import vfio_guest
 from ..host.log import logging_to
@@ -32,7 +32,7 @@ from .common_setup import vfio_setup
 from .fake_device import injected
 from .injected_faults import parse_fault
 from .kinds import fake_device_of, is_fake_vfio
-from .nested import FAILURE, OPTIONS_FILE, REPORT, TEXT
+from .nested import ERRORS, FAILURE, OPTIONS_FILE, REPORT, TEXT
 
 
 async def _setup_of(options: ProofOptions, faults: ExitStack) -> Setup:
@@ -42,7 +42,10 @@ async def _setup_of(options: ProofOptions, faults: ExitStack) -> Setup:
     device, seed = fake_device_of(options), options.seed or 0
     if device.fault:
         faults.enter_context(injected(**parse_fault(device.fault), seed=seed))
-    return vfio_setup(vfio_guest(), device, seed, options.timeout)
+    setup = vfio_setup(vfio_guest(), device, seed, options.timeout)
+    if options.qemu is None:
+        return setup
+    return replace(setup, qemu=Path(options.qemu), qemu_destination=Path(options.qemu))
 
 
 async def _prove(options: ProofOptions) -> tuple[str, str]:
@@ -62,8 +65,9 @@ def main() -> int:
     try:
         with logging_to(logging.StreamHandler(sys.stdout)):
             report, text = asyncio.run(_prove(options))
-    except (UsageError, UnsupportedError, UntestableError) as error:
-        failure = {"error": type(error).__name__, "message": str(error)}
+    except (UsageError, UntestableError) as error:
+        name = next(name for name, kind in ERRORS.items() if isinstance(error, kind))
+        failure = {"error": name, "message": str(error)}
         (folder / FAILURE).write_text(json.dumps(failure))
         return 0
     (folder / TEXT).write_text(text)

@@ -6,8 +6,8 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,38 +15,40 @@ from ..arch.x86_64 import X86_64
 from ..exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from ..guest.bare import bare_guest, vfio_guest
 from ..host.run_folder import run_folder
-from ..host.timeout import DEFAULT_TIMEOUT_S
 from ..matrix.resources import free_memory_bytes
 from ..reports.report import SCHEMA_VERSION
-from .l1.machine import L1, run_in_l1
+from .catalog import Request
+from .inside import CLAIMED, MACHINE, OUTCOMES, REQUEST
+from .l1.machine import JOB, L1, run_in_l1
 from .outcome import NOT_HELD, State
 
 _logger = logging.getLogger(__name__)
 
-_RESULTS: Final = "results-{}.json"
 _MEMORY_MIB: Final = 1024
 """The memory of an L1, whose guests in L2 are small."""
 _OVERHEAD_BYTES: Final = 256 << 20
 """The memory that an L1's QEMU takes besides its guest RAM."""
+MACHINE_BYTES: Final = (_MEMORY_MIB << 20) + _OVERHEAD_BYTES
+"""The memory that one machine takes."""
 _WAITS_BETWEEN_LINES: Final = 4
 """An attempt in L1 may use up this many timeouts before it prints its next line."""
 
-
-@dataclass(frozen=True)
-class Request:
-    """Which proofs to carry out; all of them if `groups` is empty."""
-
-    seed: int
-    groups: tuple[str, ...] = ()
-    quick: bool = False
-    controls: int = 1
-    """The number of repetitions of each control of a migration."""
-    timeout_s: float = DEFAULT_TIMEOUT_S
-    """The bound of each wait in L1."""
-    keep: bool = False
+OnOutcome = Callable[[dict[str, Any]], None]
+"""Called with the outcome of each proof, as for JSON, as soon as it has ended."""
 
 
-async def prove_passthrough(machine: L1, qemu: Path, request: Request) -> dict[str, Any]:
+def _ignore(outcome: dict[str, Any]) -> None:
+    pass
+
+
+async def prove_passthrough(
+    machine: L1,
+    qemu: Path,
+    request: Request,
+    *,
+    keep: bool = False,
+    on_outcome: OnOutcome = _ignore,
+) -> dict[str, Any]:
     """Carry out the proofs in L1, booted by `qemu`; return the report as for JSON.
 
     If the host has processors and memory for two machines, they share the proofs.
@@ -54,56 +56,45 @@ async def prove_passthrough(machine: L1, qemu: Path, request: Request) -> dict[s
     Raises:
         UntestableError: L1 does not boot, ends early, or prints nothing until the timeout.
     """
-    guests = (bare_guest(X86_64).kernel, vfio_guest())
-    command = "mkdir -p /mnt/taken; exec python3 -m qmp_tools.passthrough.inside "
-    command += f"/mnt/{_RESULTS.format('$MACHINE')} /mnt/taken "
-    command += " ".join(f"/mnt/{guest.name}" for guest in guests)
-    command += f" --seed {request.seed} --timeout {request.timeout_s}"
-    if request.quick:
-        command += " --quick"
-    if request.groups:
-        command += " --only " + " ".join(request.groups)
-    command += f" --controls {request.controls}"
-
-    def log_outcome(line: str) -> None:
-        state, tab, text = line.partition("\t")
-        if tab:
-            _logger.info("%-11s %s", state, text)
-
     machine = replace(machine, memory_mib=_MEMORY_MIB)
     machines = machines_side_by_side(len(os.sched_getaffinity(0)), free_memory_bytes())
-    with run_folder(keep=request.keep) as folder:
-        if request.keep:
+    outcomes: dict[int, dict[str, Any]] = {}
+    with run_folder(keep=keep) as folder:
+        if keep:
             _logger.info("keeping the run's folder: %s", folder)
+        given = folder / REQUEST
+        given.write_text(json.dumps(request.to_json()))
+
+        def read_line(line: str) -> None:
+            state, _, rest = line.partition("\t")
+            number, tab, text = rest.partition("\t")
+            _logger.info("%-11s %s", state, text or rest)
+            if not tab:  # an attempt that is repeated
+                return
+            file = folder / JOB / OUTCOMES / f"{number}.json"
+            outcomes[int(number)] = json.loads(file.read_text())
+            on_outcome(outcomes[int(number)])
+
         job = await run_in_l1(
-            *(machine, qemu, command, folder, log_outcome),
+            machine,
+            qemu,
+            f"mkdir -p /mnt/{OUTCOMES} /mnt/{CLAIMED}\n"
+            "exec python3 -m qmp_tools.passthrough.inside /mnt",
+            folder,
+            read_line,
             _WAITS_BETWEEN_LINES * request.timeout_s,
-            files=guests,
+            files=(given,),
+            guests=(bare_guest(X86_64).kernel, vfio_guest()),
             machines=machines,
         )
-        parts = [
-            json.loads((job / _RESULTS.format(number)).read_text())
-            for number in range(1, machines + 1)
-        ]
-    return to_json(joined(parts))
+        about = json.loads((job / MACHINE).read_text())
+    found = [outcomes[number] for number in sorted(outcomes)]
+    return to_json({**about, "seed": request.seed, "outcomes": found})
 
 
 def machines_side_by_side(processors: int, free_bytes: int) -> int:
     """Return 2 if there are processors and `free_bytes` of memory for two machines, else 1."""
-    by_memory = free_bytes // ((_MEMORY_MIB << 20) + _OVERHEAD_BYTES)
-    return max(1, min(2, processors, by_memory))
-
-
-def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Join the results of several machines; the outcomes are in the order of the proofs."""
-    outcomes = {
-        int(number): outcome for part in parts for number, outcome in part["outcomes"].items()
-    }
-    return {
-        **parts[0],
-        "seconds": max(part["seconds"] for part in parts),
-        "outcomes": [outcomes[number] for number in sorted(outcomes)],
-    }
+    return max(1, min(2, processors, free_bytes // MACHINE_BYTES))
 
 
 def to_json(results: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ _ALL_EQUAL: Final = "all pages are equal"
 _MATRIX_OUTCOMES: Final = {
     "clean": "passed",
     "lost": "failed",
+    "failed": "failed",
     "slow": "failed",
     "skipped": "skipped",
     "untested": "error",
@@ -63,12 +64,6 @@ def cases(answer: Mapping[str, Any]) -> list[Case]:
         ]
     if answer["kind"] == "passthrough":
         return [_passthrough_case(row) for row in answer["outcomes"]]
-    if answer["kind"] == "passthrough-matrix":
-        return [
-            _passthrough_case(row, f"kernel {run['kernel']}, QEMU {run['qemu']}: ")
-            for run in answer["runs"]
-            for row in run["outcomes"]
-        ]
     return [Case(_ALL_EQUAL, "error", answer["verdict"])]
 
 
@@ -87,9 +82,9 @@ _OF_PASSTHROUGH: Final = {
 }
 
 
-def _passthrough_case(row: Mapping[str, Any], where: str = "") -> Case:
+def _passthrough_case(row: Mapping[str, Any]) -> Case:
     outcome = _OF_PASSTHROUGH[row["state"]]
-    name = f"{where}{row['group']}: {row['name']}"
+    name = f"{row['group']}: {row['name']}"
     return Case(name, outcome, row["found"], seconds=row["seconds"])
 
 

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from ..exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
-from ..matrix.axes import NONE, Cell, Matrix
+from ..matrix.axes import NONE, Matrix
+from ..matrix.cells import Cell
 from ..matrix.result import Result, State
 from .report import HEADINGS, SCHEMA_VERSION
 
@@ -44,7 +45,7 @@ def to_json(matrix: Matrix, results: Sequence[Result]) -> dict[str, Any]:
 
 def _exit_code(counts: Mapping[str, int]) -> int:
     """Return the exit code: a failure outweighs an untested cell, and only a verdict can pass."""
-    if counts[State.LOST] or counts[State.SLOW]:
+    if counts[State.LOST] or counts[State.FAILED] or counts[State.SLOW]:
         return EXIT_LOST
     return EXIT_UNTESTED if counts[State.UNTESTED] or not counts[State.CLEAN] else EXIT_PASS
 

@@ -12,7 +12,7 @@ def test_the_programs_in_l1_need_no_optional_package() -> None:
         "for name in ('rich', 'jinja2', 'packaging', 'jsonschema', 'matplotlib', 'pytest',\n"
         "             'avocado'):\n"
         "    sys.modules[name] = None\n"
-        "import qmp_tools.passthrough.inside, qmp_tools.passthrough.device_proof\n"
+        "import qmp_tools.passthrough.inside, qmp_tools.passthrough.nested_proof\n"
         "import qmp_tools.passthrough.vhost_device\n"
     )
     done = subprocess.run(

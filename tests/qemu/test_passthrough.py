@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from qmp_tools.passthrough import GROUPS
+from qmp_tools.passthrough.catalog import GROUPS
 from qmp_tools.passthrough.migrations import NAMES, UNTRACKED
 from qmp_tools.passthrough.tracking import TRACKINGS
 from qmp_tools.passthrough.vhost_device import TRACKERS

@@ -9,7 +9,7 @@ from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.devices.emulated import EmulatedDevice
 from qmp_tools.devices.process import DeviceOptions
 from qmp_tools.guest.workload import Workload
-from qmp_tools.matrix.axes import Cell
+from qmp_tools.matrix.cells import Cell
 from qmp_tools.matrix.result_cache import key_of
 from qmp_tools.proof.model import Setup
 from qmp_tools.proof.options import ProofOptions

@@ -21,6 +21,7 @@ from qmp_tools.integrations.avocado_plugins import options_of
 from qmp_tools.matrix import axes
 from qmp_tools.matrix.avocado_recipe import runnables
 from qmp_tools.matrix.axes import Matrix, is_matrix, make_matrix, read_matrix, split_values
+from qmp_tools.matrix.proof_cells import memory_of
 from qmp_tools.matrix.resources import Resources
 from qmp_tools.matrix.result import Result, State, result_of, skipped, untested
 from qmp_tools.matrix.result_cache import ResultCache, build_of_dmaproof
@@ -186,18 +187,21 @@ def test_an_error_in_a_matrix_file_names_the_file(tmp_path: Path, text: str, mes
 # Resources
 
 
-async def most_at_a_time(resources: Resources, setups: list[Setup]) -> int:
+PROCESSORS = setup().machine.cpus + 1
+
+
+async def most_at_a_time(resources: Resources, proofs: int) -> int:
     running = most = 0
 
-    async def run_proof(each: Setup) -> None:
+    async def run_proof() -> None:
         nonlocal running, most
-        async with resources.reserve(each):
+        async with resources.reserve(PROCESSORS, memory_of(setup())):
             running += 1
             most = max(most, running)
             await asyncio.sleep(0.01)
             running -= 1
 
-    await asyncio.gather(*map(run_proof, setups))
+    await asyncio.gather(*(run_proof() for _ in range(proofs)))
     return most
 
 
@@ -216,14 +220,14 @@ def test_proofs_run_side_by_side_as_resources_allow(
 ) -> None:
     async def measure() -> int:
         resources = Resources(processors, memory_bytes, jobs=jobs)
-        return await most_at_a_time(resources, [setup()] * 5)
+        return await most_at_a_time(resources, 5)
 
     assert asyncio.run(measure()) == most
 
 
 def test_a_proof_larger_than_memory_does_not_start() -> None:
     async def begin() -> None:
-        async with Resources(8, GIB).reserve(setup()):
+        async with Resources(8, GIB).reserve(PROCESSORS, memory_of(setup())):
             pytest.fail("the proof has started")
 
     with pytest.raises(

@@ -19,10 +19,9 @@ from dmaproof.vfio.requests import VfioError
 from qmp_tools.guest.channel import GuestLateError
 from qmp_tools.migration.judgement import Blame
 from qmp_tools.migration.migration import MigrationError, MigrationTimeoutError
-from qmp_tools.passthrough import clock, differential, matrix
+from qmp_tools.passthrough import clock, differential
 from qmp_tools.passthrough.fake_device import content, dropped_pages
 from qmp_tools.passthrough.inside import claimed
-from qmp_tools.passthrough.migrations import NAMES, UNTRACKED
 from qmp_tools.passthrough.outcome import (
     NothingTestedError,
     NotSupportedError,
@@ -35,7 +34,7 @@ from qmp_tools.passthrough.outcome import (
     retrying,
     run,
 )
-from qmp_tools.passthrough.prove import joined, machines_side_by_side, to_json, to_text
+from qmp_tools.passthrough.prove import machines_side_by_side, to_json, to_text
 from qmp_tools.passthrough.tracking import Tracking
 from qmp_tools.proof.attribution import LostPage
 from qmp_tools.proof.sensitivity import Sensitivity
@@ -189,8 +188,7 @@ def test_an_untested_proof_is_neither_a_pass_nor_a_failure() -> None:
     assert '<error message="b: untested"' in to_junit(starved)
     failed = report("7.3", "11.1", row("a", "fails"), row("b", "untested"))
     assert failed["exit_code"] == 1
-    assert matrix.to_json([starved])["exit_code"] == 3
-    assert VALIDATOR.is_valid(matrix.to_json([starved]))
+    assert VALIDATOR.is_valid(starved)
 
 
 LOST = LostPage(0, 0, 1, Blame.DEVICE)
@@ -234,20 +232,6 @@ def test_each_proof_is_claimed_by_exactly_one_machine(tmp_path: Path) -> None:
     first, second = claimed(5, tmp_path), claimed(5, tmp_path)
     assert [next(first), next(second), next(second), next(first)] == [0, 1, 2, 3]
     assert [*second, *first] == [4]
-
-
-def test_the_results_of_two_machines_are_joined_in_order() -> None:
-    rows = [row(str(number), "holds", group="rules") for number in range(11)]
-    common = {"kernel": "7.3", "qemu": "11.1", "seed": 1}
-    parts = [
-        {**common, "seconds": 7.0, "outcomes": {"10": rows[10], "0": rows[0], "2": rows[2]}},
-        {
-            **common,
-            "seconds": 9.0,
-            "outcomes": {str(number): rows[number] for number in (1, *range(3, 10))},
-        },
-    ]
-    assert joined(parts) == {**common, "seconds": 9.0, "outcomes": rows}
 
 
 @pytest.mark.parametrize(
@@ -313,66 +297,11 @@ def test_an_unsupported_feature_is_neither_a_failure_nor_a_pass() -> None:
     assert report("6.1", "7.2", row("a", "lacking"), row("b", "fails"))["exit_code"] == 1
 
 
-MIGRATIONS = list(NAMES)
-
-
-def test_the_matrix_has_a_cell_for_each_migration_and_its_control() -> None:
-    runs = [
-        report(
-            *("7.3.4", "11.1.3"),
-            row(MIGRATIONS[0], "holds", differing=0, guaranteed_detectable=5),
-            row(f"{MIGRATIONS[0]}, control: drop", "holds", differing=7, kept_back=9),
-            row(MIGRATIONS[1], "fails"),
-            row(UNTRACKED, "holds", differing=5, guaranteed_detectable=6),
-            row("START", "holds", group="rules"),
-            row("HWPT", "lacking", group="rules"),
-        ),
-        report(
-            *("6.1.0", "7.2.22"),
-            row(MIGRATIONS[0], "lacking"),
-            row(MIGRATIONS[4], "lacking"),
-            row(f"{MIGRATIONS[0]}, control: drop", "lacking"),
-        ),
-    ]
-    assert VALIDATOR.is_valid(matrix.to_json(runs))
-    lines = matrix.table(runs).splitlines()
-    assert lines[0] == f"| {' | '.join(matrix.COLUMNS)} |"
-    first = [cell.strip() for cell in lines[2].strip("|").split("|")]
-    assert first[2:4] == ["0 differ; control 7 of 9", "FAILED [1]"]
-    assert first[-2:] == ["5 of 6 stale", "1 of 2 hold, 1 unsupported"]
-    second = [cell.strip() for cell in lines[3].strip("|").split("|")]
-    assert (second[:3], second[6]) == (["6.1.0", "7.2.22", "unsupported [2]"], "unsupported [3]")
-    assert lines[-1] == f"3. {MIGRATIONS[4]}: lacking"
-    assert matrix.to_json(runs)["exit_code"] == 1
-    assert matrix.to_json(runs[1:])["exit_code"] == 3
-
-
-def test_a_control_that_is_not_caught_shows_in_the_matrix() -> None:
-    lost = report(
-        *("7.3.4", "11.1.3"),
-        row(MIGRATIONS[0], "holds", differing=0, guaranteed_detectable=5),
-        row(f"{MIGRATIONS[0]}, control: drop", "fails"),
-    )
-    assert "0 differ; control FAILED [1]" in matrix.table([lost])
-
-
-def test_the_docs_table_has_the_columns_of_the_code() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "passthrough.md").read_text()
-    lines = page.splitlines()
-    at = lines.index(f"| {' | '.join(matrix.COLUMNS)} |")
-    body = lines[at + 2 : lines.index("", at)]
-    cells = [line.strip("|").split("|") for line in body]
-    assert all(len(row) == len(matrix.COLUMNS) for row in cells)
-    assert all(len({row[place].strip() for row in cells}) >= 2 for place in (0, 1))
-
-
 def test_junit_and_tap_have_skipped_proofs() -> None:
     answer = report("6.1", "10.0", row("a", "holds"), row("b", "lacking"))
     assert '<skipped message="b: lacking"' in to_junit(answer)
     assert 'name="migration: a" time="2.5"' in to_junit(answer)
     assert "ok 2 - migration: b # SKIP b: lacking" in to_tap(answer)
-    both = matrix.to_json([answer, answer])
-    assert 'name="kernel 6.1, QEMU 10.0: migration: a"' in to_junit(both)
 
 
 def test_arguments_follow_what_this_qemu_s_vfio_pci_has() -> None:

@@ -46,7 +46,8 @@ TESTED_QEMU: Final = "DMAPROOF_TESTED_QEMU"
 """The environment variable that names a QEMU other than that of L1's root file system."""
 TESTED_QEMU_PATH: Final = f"/run/qemu/{X86_64.qemu_program}"
 """Where L1 has that QEMU."""
-_JOB: Final = "job"
+JOB: Final = "job"
+"""The folder in the run's folder that is /mnt in L1."""
 _PYTHON: Final = "python"
 _CACHE: Final = "cache"
 _LAST_LINES: Final = 15
@@ -129,7 +130,7 @@ async def run_in_l1(
         WaitTimeoutError: a machine printed no line within the timeout.
         UntestableError: a machine does not boot or ends early, or its command fails.
     """
-    job = folder / _JOB
+    job = folder / JOB
     _fill(job, machine, command, files, guests, timeout_s)
     tasks = [
         asyncio.ensure_future(run_machine(number, machine, binary, folder, on_line, timeout_s))
@@ -157,7 +158,7 @@ async def run_machine(
     Raises:
         WaitTimeoutError, UntestableError: see `run_in_l1`.
     """
-    job = folder / _JOB
+    job = folder / JOB
     last_lines: deque[str] = deque(maxlen=_LAST_LINES)
     loop = asyncio.get_running_loop()
     arguments = [*X86_64.channels, *_arguments(number, machine, job)]

@@ -16,6 +16,7 @@ import shutil
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import files
 from pathlib import Path
 from typing import Final
 
@@ -46,6 +47,7 @@ TESTED_QEMU: Final = "DMAPROOF_TESTED_QEMU"
 """The environment variable that names a QEMU other than that of L1's root file system."""
 TESTED_QEMU_PATH: Final = f"/run/qemu/{X86_64.qemu_program}"
 """Where L1 has that QEMU."""
+_DISTRIBUTION: Final = "dmaproof"
 JOB: Final = "job"
 """The folder in the run's folder that is /mnt in L1."""
 _PYTHON: Final = "python"
@@ -282,6 +284,10 @@ def _copy_packages(target: Path) -> None:
     for name, folder in folders.items():
         ignored = shutil.ignore_patterns("__pycache__", "*.c", "guests")
         shutil.copytree(folder, target / name, ignore=ignored)
+    for file in files(_DISTRIBUTION) or []:
+        if file.name == "entry_points.txt":  # L1 finds its kinds of devices there
+            metadata = Path(file.locate()).parent
+            shutil.copytree(metadata, target / metadata.name)
     # The guests' sources are the keys of L1's cache of guests.
     shutil.copytree(sources(), target / "qmp_tools/guests")
     # An editable installation keeps the extensions elsewhere.

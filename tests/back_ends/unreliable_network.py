@@ -55,7 +55,7 @@ def main() -> int:
     path, *fault = sys.argv[1:]
     with mock.patch.object(device_process, "make_device", return_value=UnreliableNetwork()):
         options = ("--fault", *fault) if fault else ()
-        return unobserved.serve(path, "--harvest", "immediate", *options)
+        return unobserved.serve(path, *options)
 
 
 if __name__ == "__main__":

@@ -105,8 +105,7 @@ static void start(void) {
     first_waiting = end_waiting = 0;
     next_page = page_count = 0;
     missing = awaiting = sending = 0;
-    is_flushing = false;
-    is_disturbed = true;
+    is_flushing = is_disturbed = false;
     virtio_start(network);
 }
 

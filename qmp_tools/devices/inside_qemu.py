@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -44,13 +44,17 @@ KINDS: Final = {
     "virtio-blk-pci": _Kind(
         ("virtio-blk-pci,drive=disk,num-queues={queues}",), drivers.VIRTIO_BLK, ("bare", "linux")
     ),
-    "virtio-scsi-pci": _scsi("virtio-scsi-pci,num_queues={queues}", drivers.VIRTIO_SCSI),
+    "virtio-scsi-pci": replace(
+        _scsi("virtio-scsi-pci,num_queues={queues}", drivers.VIRTIO_SCSI), guests=("bare", "linux")
+    ),
     "nvme": _Kind(("nvme,drive=disk,serial=dmaproof,max_ioqpairs={queues}",), drivers.NVME),
     "ahci": _Kind(("ahci,id=adapter", "ide-hd,drive=disk,bus=adapter.0"), drivers.AHCI),
     "lsi53c895a": _scsi("lsi53c895a", drivers.LSI),
     "megasas": _scsi("megasas", drivers.MEGASAS),
     "pvscsi": _scsi("pvscsi", drivers.PVSCSI),
-    "virtio-net-pci": _network("virtio-net-pci", drivers.VIRTIO_NET),
+    "virtio-net-pci": replace(
+        _network("virtio-net-pci", drivers.VIRTIO_NET), guests=("bare", "linux")
+    ),
     "e1000": _network("e1000", drivers.E1000),
     "e1000e": _network("e1000e", drivers.E1000E),
     "igb": _network("igb", drivers.IGB),

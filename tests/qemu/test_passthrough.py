@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +71,29 @@ def test_qemus_vfio_pci_passes_and_the_controls_lost_pages_are_attributed(tool: 
     assert control["exit_code"] == 1
     assert 0 < control["lost"]["device"] == len(control["lost_pages"])
     assert control["sensitivity"]["missed_at"] == {"tracker": control["sensitivity"]["unreported"]}
+    assert tool.leftovers() == []
+
+
+def test_the_proofs_are_cells_of_a_matrix_that_continues(tool: Tool, tmp_path: Path) -> None:
+    cells = ("--passthrough", "rules: START*", "--passthrough", "states", "--folder", str(tmp_path))
+    first = tool.run("matrix", *cells, "--json", "-")
+    assert first.exit_code == 0, first.errors[-4000:]
+    assert {cell["state"] for cell in first.report["cells"]} == {"clean"}
+    assert {cell["options"]["passthrough"].partition(":")[0] for cell in first.report["cells"]} == {
+        "rules",
+        "states",
+    }
+    second = tool.run("matrix", *cells, "--json", "-")
+    assert all(cell["cached"] for cell in second.report["cells"])
+    assert tool.leftovers() == []
+
+
+def test_a_proof_in_the_nested_machine_is_a_cell_of_a_matrix(tool: Tool, tmp_path: Path) -> None:
+    cells = ("--device", "vfio-fake", "--fault", "drop=50", "--folder", str(tmp_path))
+    outcome = tool.run("matrix", *cells, "--json", "-")
+    assert outcome.exit_code == 1, outcome.errors[-4000:]
+    (cell,) = outcome.report["cells"]
+    assert (cell["state"], cell["blame"]) == ("lost", ["device"])
     assert tool.leftovers() == []
 
 

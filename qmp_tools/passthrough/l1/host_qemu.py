@@ -56,7 +56,8 @@ def qemu_for_l1(path: Path) -> Path:
     program = _program(path)
     if files_of_build(program):
         return program.parent
-    if '"vfio-pci"' not in _output([program, "-device", "help"], path):
+    _output([program, "--version"], path)
+    if run_captured([program, "-device", "vfio-pci,help"], timeout_s=_TIMEOUT_S).returncode:
         raise UsageError(
             f"--qemu {path}: {program} has no device vfio-pci; build QEMU with CONFIG_VFIO and "
             "CONFIG_VFIO_PCI, which its configure selects on Linux unless "

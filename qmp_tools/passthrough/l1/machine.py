@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from dmaproof import _core, _mapping, errors
+from dmaproof import _core, _mapping, _userfault, errors
 from dmaproof.errors import UntestableError, WaitTimeoutError, printable
 
 from ...arch.x86_64 import X86_64
@@ -288,5 +288,5 @@ def _copy_packages(target: Path) -> None:
         ignored = shutil.ignore_patterns("__pycache__", "*.c", "guests")
         shutil.copytree(folder, target / name, ignore=ignored)
     # An editable installation keeps the extensions elsewhere.
-    for extension in (_core.__file__, _mapping.__file__):
+    for extension in (_core.__file__, _mapping.__file__, _userfault.__file__):
         shutil.copy(extension, target / "dmaproof")

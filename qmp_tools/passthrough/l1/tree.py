@@ -31,7 +31,7 @@ from ...guest.build import (
 )
 from ...guest.kernel_build import BUILD_TIMEOUT_S, KERNEL_CONFIG, configuring
 from .kernel import CONFIG, KERNEL_MODULES, MODULE, jobs, module_sources, write_order
-from .root import SOURCE, run_inside
+from .root import SOURCE, quoted, run_inside
 
 _logger = logging.getLogger(__name__)
 
@@ -99,8 +99,9 @@ def check_source(source: Path) -> None:
         if (source / name).exists():
             raise UsageError(
                 f"--kernel-source {source}: the tree has been built in-tree ({name} exists), and "
-                f"kbuild then refuses to build outside of it; clean it with 'make -C {source} "
-                "mrproper', which deletes .config too, or give a git worktree of it"
+                "kbuild then refuses to build outside of it; clean it with "
+                f"'make -C {quoted(source)} mrproper', which deletes .config too, or give a git "
+                "worktree of it"
             )
 
 

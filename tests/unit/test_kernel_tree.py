@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dmaproof.errors import UntestableError, UsageError
+from qmp_tools.guest.build import cache
 from qmp_tools.passthrough.l1 import patched, tree
 from qmp_tools.passthrough.l1.kernel import KERNEL_MODULES, MODULE, module_sources
 
@@ -96,13 +97,13 @@ def test_each_tree_has_its_own_build_which_ends_with_the_tree(source: Path, root
     shutil.copytree(source, other)
     for folder in (source, other):
         tree.tree_kernel(root, folder)
-    builds = {folder.name: folder for folder in tree.cache().glob("l1/tree-*")}
+    builds = {folder.name: folder for folder in cache().glob("l1/tree-*")}
     assert len(builds) == 2
     shutil.rmtree(other)
     tree.tree_kernel(root, source)
     # This process has locked the other build, so it is removed only when the process has ended.
-    assert len(list(tree.cache().glob("l1/tree-*"))) == 2
-    gone = tree.cache() / "l1/tree-aaaa-bbbb"
+    assert len(list(cache().glob("l1/tree-*"))) == 2
+    gone = cache() / "l1/tree-aaaa-bbbb"
     gone.mkdir()
     (gone / "source").write_bytes(os.fsencode(other))
     tree.tree_kernel(root, source)
@@ -112,7 +113,7 @@ def test_each_tree_has_its_own_build_which_ends_with_the_tree(source: Path, root
 @pytest.mark.usefixtures("scripts")
 def test_the_modules_files_keep_their_time_unless_they_change(source: Path, root: Path) -> None:
     tree.tree_kernel(root, source)
-    (module,) = tree.cache().glob("l1/tree-*/module")
+    (module,) = cache().glob("l1/tree-*/module")
     files = [module / file.name for file in module_sources()]
     for file in files:
         os.utime(file, (1, 1))

@@ -58,6 +58,7 @@ def patched_kernel(root: Path, patches: Sequence[Path]) -> BuiltKernel:
     """
     contents = [_read(patch) for patch in patches]
     version = next(iter(KERNELS))
+    origin = f"linux-source-{version} with {', '.join(patch.name for patch in patches)}"
     plain = _plain_build(root, version)
     module = [part for file in module_sources() for part in (file.name.encode(), file.read_bytes())]
     key = digest([plain.name.encode(), *contents, *module])
@@ -65,10 +66,9 @@ def patched_kernel(root: Path, patches: Sequence[Path]) -> BuiltKernel:
     if not target.is_dir():
         with fresh_folder(target) as fresh:
             if fresh is not None:
-                _build(root, plain, patches, contents, fresh)
+                _build(root, plain, patches, contents, fresh, origin)
     prune(target)
-    names = ", ".join(patch.name for patch in patches)
-    return BuiltKernel(target, target / f"{MODULE}.ko", f"linux-source-{version} with {names}")
+    return BuiltKernel(target, target / f"{MODULE}.ko", origin)
 
 
 def _read(patch: Path) -> bytes:
@@ -107,9 +107,14 @@ def _build_plain(root: Path, version: str, fresh: Path) -> None:
 
 
 def _build(
-    root: Path, plain: Path, patches: Sequence[Path], contents: Sequence[bytes], fresh: Path
+    root: Path,
+    plain: Path,
+    patches: Sequence[Path],
+    contents: Sequence[bytes],
+    fresh: Path,
+    origin: str,
 ) -> None:
-    """Build in `fresh` the source of `plain` with patches."""
+    """Build in `fresh` the source of `plain` with patches; `origin` names it in messages."""
     work = fresh / "work"
     shutil.copytree(plain / "source", work / "source", symlinks=True, copy_function=os.link)
     for folder in ("patches", "names"):
@@ -120,7 +125,7 @@ def _build(
     _run(root, work, _PATCH, "applying the patches", plain)
     for name in ("build", "module"):
         shutil.copytree(plain / name, work / name, symlinks=True)
-    build_outside(root, work / "source", work, f"{len(patches)} patches")
+    build_outside(root, work / "source", work, origin)
     collect(work, fresh)
     shutil.rmtree(work)
 

@@ -21,11 +21,11 @@ from ..matrix.resources import free_memory_bytes
 from ..matrix.result import Result, State
 from ..matrix.result_cache import key_of_parts
 from ..proof.options import OPTIONS, ProofOptions
-from ..qemu.builds import build_folder
 from ..qemu.choice import find_qemu
 from ..qemu.machine import MIB
 from ..qemu.program_files import ProgramFiles
 from .catalog import Request, names, select
+from .l1.host_qemu import tested_qemu_folder
 from .l1.kernel import DEFAULT_KERNEL
 from .l1.machine import L1, l1
 from .nested import nested_options, runs_in_l1
@@ -46,7 +46,7 @@ _NESTED_PROOF_BYTES: Final = 2560 * MIB
 def _machine_of(kernel: str | None, qemu: str | None) -> L1:
     """Return the L1 with this kernel whose L2 runs on this QEMU; builds it if necessary."""
     machine = l1(kernel or DEFAULT_KERNEL)
-    return machine if qemu is None else replace(machine, qemu=build_folder(qemu, X86_64))
+    return machine if qemu is None else replace(machine, qemu=tested_qemu_folder(qemu))
 
 
 def _parts_of(machine: L1, files: ProgramFiles) -> dict[str, Any]:

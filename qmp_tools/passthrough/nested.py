@@ -21,10 +21,10 @@ from ..guest.bare import bare_guest, vfio_guest
 from ..host.run_folder import run_folder
 from ..proof.options import OPTIONS, ProofOptions
 from ..proof.resolve import chosen_seed, refuse_unsupported_options
-from ..qemu.builds import build_folder
 from ..qemu.choice import find_qemu
 from ..qemu.machine import MIB
 from .kinds import fake_device_of, is_fake_vfio
+from .l1.host_qemu import tested_qemu_folder
 from .l1.kernel import DEFAULT_KERNEL
 from .l1.machine import TESTED_QEMU_PATH, l1, run_in_l1
 
@@ -98,7 +98,7 @@ async def prove_nested(options: ProofOptions, *, keep: bool = False) -> tuple[di
         UntestableError: L1 does not boot, or the proof ends without a verdict.
     """
     inside = nested_options(options)
-    tested = None if options.qemu is None else build_folder(str(options.qemu), X86_64)
+    tested = None if options.qemu is None else tested_qemu_folder(options.qemu)
     machine = replace(l1(options.l1_kernel or DEFAULT_KERNEL), qemu=tested)
     inside = replace(inside, qemu=TESTED_QEMU_PATH if tested else None, l1_kernel=None)
     with run_folder(keep=keep) as folder:

@@ -88,6 +88,8 @@ async def prove_passthrough(
             machines=machines,
         )
         about = json.loads((job / MACHINE).read_text())
+    if machine.origin is not None:
+        about["kernel_source"] = machine.origin
     found = [outcomes[number] for number in sorted(outcomes)]
     return to_json({**about, "seed": request.seed, "outcomes": found})
 
@@ -116,10 +118,13 @@ def to_json(results: dict[str, Any]) -> dict[str, Any]:
         )
     else:
         verdict = "every proof holds"
+    kernel = results["kernel"]
+    if "kernel_source" in results:
+        kernel += f" from {results['kernel_source']}"
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "passthrough",
-        "verdict": f"{verdict}: the passthrough route on kernel {results['kernel']}",
+        "verdict": f"{verdict}: the passthrough route on kernel {kernel}",
         "exit_code": exit_code,
         **results,
     }

@@ -100,7 +100,8 @@ def build_folder(version: str, architecture: Architecture) -> Path:
             return build.path.parent
     raise UsageError(
         f"--qemu {version}: this version was not fetched; run 'dmaproof qemu fetch "
-        f"{version}{architecture.fetch_options}'"
+        f"{version}{architecture.fetch_options}', or give the path of a QEMU that you have built, "
+        "such as ./build"
     )
 
 

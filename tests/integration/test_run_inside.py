@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dmaproof.errors import UntestableError
-from qmp_tools.passthrough.l1.root import run_inside
+from qmp_tools.passthrough.l1.root import SOURCE, run_inside
 from support.command import TIMEOUT_S
 
 
@@ -21,3 +21,13 @@ def test_a_failing_command_inside_is_reported(tmp_path: Path) -> None:
 def test_a_command_runs_inside_a_root_file_system(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert run_inside(Path("/"), tmp_path, "id -u; ls /mnt", "listing", TIMEOUT_S) == "0\nfile\n"
+
+
+def test_a_source_is_mounted_and_cannot_be_modified(tmp_path: Path) -> None:
+    source = tmp_path / "my source"
+    source.mkdir()
+    (source / "file").write_text("content")
+    script = f"cat {SOURCE}/file; touch {SOURCE}/file 2>/mnt/refused || true"
+    output = run_inside(Path("/"), tmp_path, script, "reading", TIMEOUT_S, source=source)
+    assert output == "content"
+    assert "Read-only file system" in (tmp_path / "refused").read_text()

@@ -25,6 +25,7 @@ from ..host.timeout import DEFAULT_TIMEOUT_S
 from . import GROUPS, differential, functions, hwpt, injected_faults, migrations, states, vhost
 from .clock import Clocks
 from .fake_driver import DRIVERS
+from .l2 import tested_qemu
 from .outcome import Proof, State, run
 from .rules import rules
 
@@ -115,7 +116,7 @@ def claimed(count: int, taken: Path) -> Iterator[int]:
 
 def _qemu_version(timeout_s: float) -> str:
     try:
-        return migrations.tested_qemu(timeout_s).version
+        return tested_qemu(timeout_s).version
     except DmaproofError:  # each migration has reported the reason
         return "unknown, it does not run"
 

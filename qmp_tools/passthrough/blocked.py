@@ -1,4 +1,4 @@
-"""The reasons for which QEMU refuses to migrate L2, before any page is sent."""
+"""The reasons for which QEMU does not start L2 or refuses to migrate it, before pages are sent."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Final
 
 from ..qemu.machine import SOURCE
-from ..qemu.qmp import QmpRefusal
+from ..qemu.qmp import QmpError, QmpRefusal, QmpTimeoutError
 from .fake_device import fake_device, injected
 from .l2 import Plan, TestedQemu, machine_arguments, require_kernel_support, run_l2, tested_qemu
-from .outcome import require
+from .outcome import NotSupportedError, require
 
 _NOWHERE: Final = "tcp:127.0.0.1:1"
 """Nothing listens there; QEMU looks for reasons to refuse before it connects."""
@@ -32,6 +32,27 @@ def blocked_reasons(plan: Plan, timeout_s: float, *front: str) -> list[str]:
     qemu = tested_qemu(timeout_s)
     require_kernel_support(plan.trackings)
     return asyncio.run(_blocked_reasons(plan, qemu, timeout_s, front))
+
+
+def require_start(plan: Plan, timeout_s: float) -> None:
+    """Raise NotSupportedError, with QEMU's words, if QEMU ends instead of starting L2."""
+    qemu = tested_qemu(timeout_s)
+    require_kernel_support(plan.trackings)
+    asyncio.run(_require_start(plan, qemu, timeout_s))
+
+
+async def _require_start(plan: Plan, qemu: TestedQemu, timeout_s: float) -> None:
+    with contextlib.ExitStack() as stack:
+        numbers = range(len(plan.trackings))
+        devices = {number: stack.enter_context(fake_device(timeout_s)) for number in numbers}
+        try:
+            async with run_l2(SOURCE, machine_arguments(plan, devices, qemu), timeout_s):
+                pass
+        except QmpTimeoutError:
+            raise
+        except QmpError as error:
+            first, *_, last = str(error).splitlines()
+            raise NotSupportedError(f"{first}: {last.strip()}") from error
 
 
 async def _blocked_reasons(

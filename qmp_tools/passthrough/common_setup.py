@@ -25,12 +25,14 @@ def setup_in_l1(
     workload: Workload,
     device: ProofDevice,
     timeout_s: float,
+    *more: str,
 ) -> Setup:
     """Return the set-up of a proof in L1 on `device`.
 
     `elf` is the program of the `guest` ('bare' or 'vfio'), which gets its workload from its command
-    line. The proof has the workload's seed. `timeout_s` bounds each wait.
+    line, and the words `more`. The proof has the workload's seed. `timeout_s` bounds each wait.
     """
+    line = " ".join([str(workload), *more])
     return Setup(
         options=ProofOptions(
             seed=workload.seed,
@@ -41,7 +43,7 @@ def setup_in_l1(
         ),
         qemu=_QEMU,
         qemu_destination=_QEMU,
-        machine=Machine(X86_64, "q35", "tcg", memory_bytes, 1, elf, command_line=str(workload)),
+        machine=Machine(X86_64, "q35", "tcg", memory_bytes, 1, elf, command_line=line),
         guest=guest,
         workload=workload,
         device=device,

@@ -33,7 +33,7 @@ from .clock import Clocks
 from .common_setup import setup_in_l1
 from .fake_device import injected
 from .injected_faults import parse_fault
-from .proof_device import FakeProofDevice
+from .proof_device import FakeProofDevice, is_behind_viommu
 from .tracking import TRACKINGS
 
 MEMORY_BYTES: Final = 64 * MIB
@@ -43,7 +43,8 @@ _WORKLOAD: Final = Workload(hot=256, write_once=1024, churn=512)
 def setup_of(guest: Path, device: ProofDevice, seed: int, timeout_s: float) -> Setup:
     """Return the set-up of a proof in L1 on `device`; `guest` is the ELF that drives it."""
     workload = replace(_WORKLOAD, seed=seed)
-    return setup_in_l1("vfio", guest, MEMORY_BYTES, workload, device, timeout_s)
+    more = ("iommu=1",) if is_behind_viommu(device) else ()
+    return setup_in_l1("vfio", guest, MEMORY_BYTES, workload, device, timeout_s, *more)
 
 
 def main() -> int:

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from dmaproof.errors import WaitTimeoutError
 from dmaproof.splitmix import GOLDEN, MASK, mix64
 from dmaproof.units import PAGE_BYTES
+from dmaproof.vfio.abi import MigrationState
 
 from ..host.timeout import DEFAULT_TIMEOUT_S, block_until
 
@@ -32,6 +33,13 @@ _OP: Final = np.dtype(
     [("kind", "<u4"), ("count", "<u4"), ("iova", "<u8"), ("length", "<u8"), ("stride", "<i8")]
 )
 _ALL_DEVICES: Final = "all"
+_WRITING_STATES: Final = (
+    MigrationState.RUNNING,
+    MigrationState.RUNNING_P2P,
+    MigrationState.PRE_COPY,
+    MigrationState.PRE_COPY_P2P,
+)
+"""As in engine.c."""
 _CLOSE_PAUSE_S: Final = 0.05
 _WRITE: Final = 1
 _MARK: Final = 2
@@ -199,6 +207,11 @@ class FakeDevice:
         """Return the device's counters: reports, reported ranges, dropped pages, and so on."""
         lines = (self._folder / "stats").read_text().split()
         return dict(zip(lines[::2], map(int, lines[1::2]), strict=True))
+
+
+def was_stopped(journal: Journal) -> NDArray[np.bool_]:
+    """Return for each write whether the device was in a state in which it must not write."""
+    return ~np.isin(journal["state"], _WRITING_STATES)
 
 
 def content(sequence: int, iova: int, length: int) -> NDArray[np.uint8]:

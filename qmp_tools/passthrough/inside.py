@@ -92,7 +92,7 @@ def _proofs(
         return vhost.proofs(guests.bare, seed, timeout_s)
     if group == "functions":
         return functions.proofs(guests.vfio, seed, timeout_s)
-    return migrations.proofs(seed, timeout_s, controls, quick=quick)
+    return migrations.proofs(guests.vfio, seed, timeout_s, controls, quick=quick)
 
 
 def _all_proofs(

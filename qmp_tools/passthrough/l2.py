@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 
 from dmaproof.errors import WaitTimeoutError
 from dmaproof.units import PAGE_BYTES
-from dmaproof.vfio.abi import MigrationState
 
 from ..host.timeout import wait_until
 from ..memory.ram import compare, ram_file
@@ -47,6 +46,7 @@ from .fake_device import (
     dropped_pages,
     fake_device,
     injected,
+    was_stopped,
 )
 from .fake_driver import any_driver, open_iommufd
 from .l1.machine import TESTED_QEMU
@@ -82,12 +82,6 @@ _FIRST_SLOT: Final = 5
 _HOTPLUG_BUS_PORT: Final = 0xAE10
 _HOTPLUG_EJECT_PORT: Final = 0xAE08
 """The ports by which a guest ejects a PCI device (QEMU's docs/specs/acpi_pci_hotplug.rst)."""
-_MAY_WRITE: Final = (
-    MigrationState.RUNNING,
-    MigrationState.RUNNING_P2P,
-    MigrationState.PRE_COPY,
-    MigrationState.PRE_COPY_P2P,
-)
 
 
 @dataclass(frozen=True)
@@ -124,8 +118,8 @@ class DeviceResult:
     stats: Mapping[str, int]
     states: EnteredStates
     destination_states: EnteredStates
-    continued: bool
-    """Whether the device continued to write on the destination."""
+    discontinued: str = ""
+    """Why the device did not continue to write on the destination, or nothing if it did."""
 
     def rewritten(self) -> int:
         """Return the number of pages that the device wrote after they had been sent."""
@@ -142,7 +136,7 @@ class DeviceResult:
 
     def written_after_stop(self) -> NDArray[np.int64]:
         """Return the numbers of the pages that the device wrote when it was not allowed to."""
-        late = self.journal[~np.isin(self.journal["state"], _MAY_WRITE)]
+        late = self.journal[was_stopped(self.journal)]
         return np.unique(late["iova"] // PAGE_BYTES).astype(np.int64)
 
 
@@ -179,8 +173,9 @@ class Result:
         self.require_test()
         for number, device in self.devices.items():
             require(
-                device.continued,
-                f"device {number} does not continue to write on the destination",
+                not device.discontinued,
+                f"device {number} does not continue to write on the destination: "
+                f"{device.discontinued}",
             )
             if trackings[number].device:
                 require(
@@ -325,7 +320,7 @@ async def _migrate(plan: Plan, qemu: TestedQemu, timeout_s: float) -> Result:
                 removed_pages = 0
                 if plan.removed is not None:
                     ram = destination_ram.read(0, RAM_BYTES)
-                    removed_pages = _complete_pages(on_source[plan.removed].journal(), ram)
+                    removed_pages = complete_pages(on_source[plan.removed].journal(), ram)
             await destination.qmp.execute("cont")
             devices = {
                 n: await _result_of(running[n], on_destination[n], sent[n], timeout_s)
@@ -398,8 +393,7 @@ async def _wait_for_writes_after_stop(plan: Plan, device: FakeDevice, timeout_s:
     expected = plan.faults.get("write_after_stop", 0)
 
     def have_come() -> bool:
-        stopped = ~np.isin(device.journal()["state"], _MAY_WRITE)
-        return int(stopped.sum()) >= expected
+        return int(was_stopped(device.journal()).sum()) >= expected
 
     def late() -> WaitTimeoutError:
         return WaitTimeoutError(f"the stopped device has not written again within {timeout_s:g} s")
@@ -408,7 +402,7 @@ async def _wait_for_writes_after_stop(plan: Plan, device: FakeDevice, timeout_s:
         await wait_until(have_come, timeout_s, late)
 
 
-def _complete_pages(journal: Journal, ram: bytes) -> int:
+def complete_pages(journal: Journal, ram: bytes) -> int:
     """Return the number of pages that have every byte of their last write in `ram`.
 
     Raises:
@@ -528,15 +522,15 @@ async def _result_of(
     journal = source.journal()
     if len(journal) == JOURNAL_ENTRIES:
         raise NothingTestedError("the device stopped writing, because its journal was full")
-    stopped = journal[np.isin(journal["state"], _MAY_WRITE)]
-    continued = await _continues(destination, int(stopped["sequence"][-1]), timeout_s)
+    allowed = journal[~was_stopped(journal)]
+    discontinued = await _why_discontinued(destination, int(allowed["sequence"][-1]), timeout_s)
     return DeviceResult(
-        *(journal, sent, source.stats(), source.states(), destination.states(), continued)
+        *(journal, sent, source.stats(), source.states(), destination.states(), discontinued)
     )
 
 
-async def _continues(device: FakeDevice, last: int, timeout_s: float) -> bool:
-    """Return whether the device writes on the destination, with numbers that follow `last`.
+async def _why_discontinued(device: FakeDevice, last: int, timeout_s: float) -> str:
+    """Return nothing if the device writes on the destination, with numbers that follow `last`.
 
     Raises:
         WaitTimeoutError: the device neither writes nor reports an error.
@@ -550,7 +544,7 @@ async def _continues(device: FakeDevice, last: int, timeout_s: float) -> bool:
         return registers["sequence"] > last + 100 or bool(registers["error"])
 
     await wait_until(has_written_or_failed, timeout_s, lambda: not_written)
-    if device.registers()["error"]:
-        return False
-    first: Sequence[int] = device.journal()["sequence"][:1].tolist()
-    return list(first) == [last + 1]
+    if error := device.registers()["error"]:
+        return f"its engine has stopped with errno {error}"
+    first = int(device.journal()["sequence"][0])
+    return "" if first == last + 1 else f"it continues write {last} with write {first}"

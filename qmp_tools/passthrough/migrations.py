@@ -7,9 +7,10 @@ module. A control must corrupt RAM, and only pages that the fault withheld from 
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
-from . import two_devices, unplug
+from . import two_devices, unplug, viommu
 from .injected_faults import FAULTS
 from .l2 import RAM_PAGES, Plan, migrate
 from .outcome import Proof, repeated, require, retrying
@@ -26,17 +27,18 @@ UNTRACKED: Final = "iommufd, nothing tracks"
 
 
 def proofs(
-    seed: int, timeout_s: float, controls: int = 1, *, quick: bool = False
+    guest: Path, seed: int, timeout_s: float, controls: int = 1, *, quick: bool = False
 ) -> dict[str, Proof]:
     """Return the proofs of the group, each followed by its controls.
 
-    Each control is repeated `controls` times; if `quick`, each way of tracking has one control.
-    `timeout_s` bounds each wait.
+    `guest` is the ELF that drives the fake device. Each control is repeated `controls` times; if
+    `quick`, each way of tracking has one control. `timeout_s` bounds each wait.
     """
     return {
         **_of_one_device(seed, timeout_s, controls, quick=quick),
         **two_devices.proofs(seed, timeout_s, controls, quick=quick),
         **unplug.proofs(seed, timeout_s, controls),
+        **viommu.proofs(guest, seed, timeout_s, controls),
     }
 
 

@@ -10,6 +10,8 @@ from typing import Final
 from .outcome import NotSupportedError
 
 _IOMMUFD: Final = "iommufd0"
+INTEL_IOMMU: Final = "intel-iommu,caching-mode=on"
+"""QEMU's VT-d, which reports a guest's mappings to vfio-pci only in caching mode."""
 
 
 @dataclass(frozen=True)
@@ -18,12 +20,14 @@ class Tracking:
 
     `iommufd`: QEMU opens the device through iommufd, else through the legacy container. `device`:
     QEMU asks the device's own log, else type1's log, which only the legacy container has.
-    `precopy`: QEMU asks during precopy too, else only when the device is stopped.
+    `precopy`: QEMU asks during precopy too, else only when the device is stopped. `viommu`: the
+    device is behind QEMU's intel-iommu.
     """
 
     iommufd: bool = True
     device: bool = True
     precopy: bool = True
+    viommu: bool = False
 
     @property
     def reports_in_precopy(self) -> bool:
@@ -33,7 +37,8 @@ class Tracking:
     @property
     def objects(self) -> tuple[str, ...]:
         """QEMU's arguments for what all devices with such a tracking share."""
-        return ("-object", f"iommufd,id={_IOMMUFD}") if self.iommufd else ()
+        iommufd = ("-object", f"iommufd,id={_IOMMUFD}") if self.iommufd else ()
+        return (*iommufd, *(("-device", INTEL_IOMMU) if self.viommu else ()))
 
     def arguments(self, sysfs: Path, known: Container[str] | None = None) -> list[str]:
         """Return QEMU's arguments for a vfio-pci on the device with the folder `sysfs`.
@@ -99,5 +104,6 @@ TRACKINGS: Final[dict[str, Tracking]] = {
     "container": Tracking(iommufd=False),
     "container-once-stopped": Tracking(iommufd=False, precopy=False),
     "container-type1": Tracking(iommufd=False, device=False),
+    "container-type1-viommu": Tracking(iommufd=False, device=False, viommu=True),
 }
 """By name: how QEMU opens the device, and what tracks if not the device's log from the start."""

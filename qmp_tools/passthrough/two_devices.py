@@ -15,7 +15,7 @@ import numpy as np
 
 from dmaproof.vfio.abi import MigrationState
 
-from .blocked import refused
+from .blocked import refused, require_start
 from .fake_device import EnteredStates
 from .injected_faults import FAULTS
 from .l2 import RAM_PAGES, DeviceResult, Plan, migrate
@@ -63,7 +63,10 @@ def proofs(
 
 def _equal(trackings: tuple[Tracking, Tracking], timeout_s: float) -> tuple[str, dict[str, Any]]:
     """Migrate, and check that all of RAM is equal, and the order of the states."""
-    result = migrate(Plan(trackings), timeout_s)
+    plan = Plan(trackings)
+    if len({tracking.iommufd for tracking in trackings}) > 1:
+        require_start(plan, timeout_s)  # QEMU 11.1 aborts: docs/qemu-findings.md
+    result = migrate(plan, timeout_s)
     result.require_equal(joint(trackings))
     require_order(result.devices)
     return (

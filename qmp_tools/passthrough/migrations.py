@@ -12,7 +12,8 @@ from typing import Any, Final
 
 from . import two_devices, unplug, viommu
 from .injected_faults import FAULTS
-from .l2 import RAM_PAGES, Plan, migrate
+from .l2 import RAM_PAGES, Plan
+from .l2_migration import migrate
 from .outcome import Proof, repeated, require, retrying
 from .tracking import TRACKINGS, Tracking
 

@@ -10,8 +10,11 @@ from typing import Final
 from .outcome import NotSupportedError
 
 _IOMMUFD: Final = "iommufd0"
-INTEL_IOMMU: Final = "intel-iommu,caching-mode=on"
-"""QEMU's VT-d, which reports a guest's mappings to vfio-pci only in caching mode."""
+INTEL_IOMMU: Final = "intel-iommu,caching-mode=on,device-iotlb=on"
+"""QEMU's VT-d, which reports a guest's mappings to vfio-pci only in caching mode.
+
+The guest's driver (guests/bare/x86_64/vt_d.c) uses context entries for devices with a device TLB.
+"""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ from dmaproof.vfio.abi import MigrationState
 from .blocked import refused, require_start
 from .fake_device import EnteredStates
 from .injected_faults import FAULTS
-from .l2 import RAM_PAGES, DeviceResult, Plan, migrate
+from .l2 import RAM_PAGES, Plan
+from .l2_migration import migrate
+from .l2_result import DeviceResult
 from .outcome import Proof, ProofFailedError, repeated, require, retrying
 from .tracking import TRACKINGS, Tracking, joint
 

@@ -12,7 +12,9 @@ from typing import Any, Final
 from dmaproof.units import PAGE_BYTES
 
 from .injected_faults import FAULTS
-from .l2 import RAM_PAGES, Plan, Result, migrate
+from .l2 import RAM_PAGES, Plan
+from .l2_migration import migrate
+from .l2_result import Result
 from .outcome import Proof, repeated, require, retrying
 from .tracking import TRACKINGS, Tracking
 

@@ -19,9 +19,10 @@ from qmp_tools.passthrough.fake_device import (
     content,
     dropped_pages,
 )
-from qmp_tools.passthrough.l2 import DeviceResult, Plan, Result, machine_arguments
+from qmp_tools.passthrough.l2 import Plan, machine_arguments
+from qmp_tools.passthrough.l2_result import DeviceResult, Result, complete_pages
 from qmp_tools.passthrough.outcome import NothingTestedError, ProofFailedError, repeated
-from qmp_tools.passthrough.tracking import TRACKINGS, joint
+from qmp_tools.passthrough.tracking import INTEL_IOMMU, TRACKINGS, joint
 from qmp_tools.passthrough.two_devices import require_order
 
 PAGE = 4096
@@ -55,7 +56,7 @@ def test_devices_on_iommufd_share_one_object() -> None:
 
 def test_a_viommu_comes_before_the_device() -> None:
     words = arguments(Plan((TRACKINGS["container-type1-viommu"],)))
-    assert words.index("intel-iommu,caching-mode=on") < len(words) - 2
+    assert words.index(INTEL_IOMMU) < len(words) - 2
     words = arguments(Plan((TRACKINGS["container"],)), "-device", "virtio-iommu-pci")
     assert words.index("virtio-iommu-pci") < len(words) - 2
     assert (
@@ -204,10 +205,10 @@ def test_the_pages_of_a_removed_device_must_be_complete() -> None:
     ram = bytearray(4 * PAGE)
     for page, sequence in ((1, 3), (2, 2)):
         ram[page * PAGE : (page + 1) * PAGE] = content(sequence, page * PAGE, PAGE).tobytes()
-    assert l2.complete_pages(writes, bytes(ram)) == 2
+    assert complete_pages(writes, bytes(ram)) == 2
     ram[PAGE + 5] ^= 1
     with pytest.raises(ProofFailedError, match=r"1 of 2 pages .* the first at 0x1000"):
-        l2.complete_pages(writes, bytes(ram))
+        complete_pages(writes, bytes(ram))
 
 
 def test_a_repeated_control_uses_other_seeds_and_counts() -> None:

@@ -141,14 +141,20 @@ async def _unplug(source: SocketQemu, plan: Plan, device: FakeDevice, timeout_s:
             await source.monitor(line)
 
         def not_deleted() -> WaitTimeoutError:
-            return WaitTimeoutError(f"QEMU has not removed the device within {timeout_s:g} s")
+            return WaitTimeoutError(
+                f"QEMU has not removed the device within {timeout_s:g} s; "
+                "allow more time (--timeout)"
+            )
 
         await wait_until(lambda: not deleted.empty(), timeout_s, not_deleted)
 
 
 async def _wait_for_writes(device: FakeDevice, count: int, timeout_s: float) -> None:
     def late() -> WaitTimeoutError:
-        return WaitTimeoutError(f"the device made fewer than {count} writes in {timeout_s:g} s")
+        return WaitTimeoutError(
+            f"the device made fewer than {count} writes within {timeout_s:g} s; "
+            "allow more time (--timeout)"
+        )
 
     await wait_until(lambda: device.stats()["writes"] >= count, timeout_s, late)
 
@@ -161,7 +167,10 @@ async def _wait_for_writes_after_stop(plan: Plan, device: FakeDevice, timeout_s:
         return int(was_stopped(device.journal()).sum()) >= expected
 
     def late() -> WaitTimeoutError:
-        return WaitTimeoutError(f"the stopped device has not written again within {timeout_s:g} s")
+        return WaitTimeoutError(
+            f"the stopped device has not written again within {timeout_s:g} s; "
+            "allow more time (--timeout)"
+        )
 
     if expected:
         await wait_until(have_come, timeout_s, late)

@@ -53,7 +53,7 @@ static void add_record(struct dmaproof_stream *stream, bool final)
 	stream->precopy = !final;
 }
 
-/* The user has all data: what the device writes from now on, nobody expects any more. */
+/* The user has read all data, and does not expect that the device still writes. */
 static ssize_t end_of_data(struct dmaproof_device *device)
 {
 	if (dmaproof_writes_after_stop(device))

@@ -270,12 +270,14 @@ async def _result_of(
     """Return the result of one device, when it has continued on the destination or failed there.
 
     Raises:
-        NothingTestedError: the device's journal is full.
+        NothingTestedError: the device's journal is full, or its engine failed on the source.
         WaitTimeoutError: the device neither writes on the destination nor reports an error.
     """
     journal = source.journal()
     if len(journal) == JOURNAL_ENTRIES:
         raise NothingTestedError("the device stopped writing, because its journal was full")
+    if error := source.registers()["error"]:
+        raise NothingTestedError(f"the device's engine stopped on the source with errno {error}")
     allowed = journal[~was_stopped(journal)]
     discontinued = await _why_discontinued(destination, int(allowed["sequence"][-1]), timeout_s)
     return DeviceResult(

@@ -61,8 +61,10 @@ def vfio_guest() -> Path:
     """
     folder = sources()
     common = [folder / "bare" / f"{part}.c" for part in ("console", "memory", "pci")]
-    files = [folder / "passthrough" / "guest" / "main.c", *common, *_machine_files(X86_64)]
-    return _built("vfio", X86_64, files, _headers(), _freestanding(X86_64))
+    own = folder / "passthrough" / "guest"
+    files = [*sorted(own.glob("*.c")), *common, *_machine_files(X86_64)]
+    headers = [*_headers(), *sorted(own.glob("*.h"))]
+    return _built("vfio", X86_64, files, headers, _freestanding(X86_64))
 
 
 def probe_guest(architecture: Architecture) -> Path:

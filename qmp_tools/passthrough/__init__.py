@@ -16,6 +16,11 @@ Modules::
     hwpt              the same comparison for a page table's dirty bits
     injected_faults   each fault of the module, which must be caught every time
     migrations        L2 migrated with vfio-pci by each way of tracking, with controls
+    two_devices       L2 with two devices, their tracking and their states
+    unplug            L2 migrated after a device was unplugged
+    viommu            L2 with a vIOMMU in front of the device
+    l2                L2 as it is started; l2_migration, l2_result: its migration and the result;
+                      blocked: why QEMU does not start or migrate it
     vhost             dmaproof's vhost-user disk on the kernel's trackers, with controls;
                       vhost_device is its device process
     functions         the steps of `prove --device vfio:…`, tried on the fake device

@@ -94,7 +94,9 @@ def _faults(request: Request, guests: Guests) -> dict[str, Proof]:
 
 
 def _migration(request: Request, guests: Guests) -> dict[str, Proof]:
-    return migrations.proofs(request.seed, request.timeout_s, request.controls, quick=request.quick)
+    return migrations.proofs(
+        guests.vfio, request.seed, request.timeout_s, request.controls, quick=request.quick
+    )
 
 
 def _vhost(request: Request, guests: Guests) -> dict[str, Proof]:

@@ -12,6 +12,7 @@ from ..guest.workload import Workload
 from ..proof.model import Setup
 from ..proof.options import ProofOptions
 from ..qemu.machine import MIB, Machine
+from .proof_device import is_behind_viommu
 
 _QEMU: Final = Path("/usr/bin/qemu-system-x86_64")
 _REQUESTS_AFTER: Final = 50
@@ -24,7 +25,8 @@ _VFIO_WORKLOAD: Final = Workload(hot=256, write_once=1024, churn=512)
 def vfio_setup(guest: Path, device: ProofDevice, seed: int, timeout_s: float) -> Setup:
     """Return the set-up of a proof on the VFIO `device`; `guest` is the ELF that drives it."""
     workload = replace(_VFIO_WORKLOAD, seed=seed)
-    return setup_in_l1("vfio", guest, VFIO_MEMORY_BYTES, workload, device, timeout_s)
+    more = ("iommu=1",) if is_behind_viommu(device) else ()
+    return setup_in_l1("vfio", guest, VFIO_MEMORY_BYTES, workload, device, timeout_s, *more)
 
 
 def setup_in_l1(
@@ -34,12 +36,14 @@ def setup_in_l1(
     workload: Workload,
     device: ProofDevice,
     timeout_s: float,
+    *more: str,
 ) -> Setup:
     """Return the set-up of a proof in L1 on `device`.
 
     `elf` is the program of the `guest` ('bare' or 'vfio'), which gets its workload from its command
-    line. The proof has the workload's seed. `timeout_s` bounds each wait.
+    line, and the words `more`. The proof has the workload's seed. `timeout_s` bounds each wait.
     """
+    line = " ".join([str(workload), *more])
     return Setup(
         options=ProofOptions(
             seed=workload.seed,
@@ -50,7 +54,7 @@ def setup_in_l1(
         ),
         qemu=_QEMU,
         qemu_destination=_QEMU,
-        machine=Machine(X86_64, "q35", "tcg", memory_bytes, 1, elf, command_line=str(workload)),
+        machine=Machine(X86_64, "q35", "tcg", memory_bytes, 1, elf, command_line=line),
         guest=guest,
         workload=workload,
         device=device,

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from dmaproof.errors import WaitTimeoutError
 from dmaproof.splitmix import GOLDEN, MASK, mix64
 from dmaproof.units import PAGE_BYTES
+from dmaproof.vfio.abi import MigrationState
 
 from ..host.timeout import DEFAULT_TIMEOUT_S, block_until
 
@@ -31,6 +32,14 @@ _PARAMETERS: Final = Path("/sys/module/dmaproof_vfio/parameters")
 _OP: Final = np.dtype(
     [("kind", "<u4"), ("count", "<u4"), ("iova", "<u8"), ("length", "<u8"), ("stride", "<i8")]
 )
+_ALL_DEVICES: Final = "all"
+_WRITING_STATES: Final = (
+    MigrationState.RUNNING,
+    MigrationState.RUNNING_P2P,
+    MigrationState.PRE_COPY,
+    MigrationState.PRE_COPY_P2P,
+)
+"""As in engine.c."""
 _CLOSE_PAUSE_S: Final = 0.05
 _WRITE: Final = 1
 _MARK: Final = 2
@@ -50,6 +59,10 @@ ENTRY: Final = np.dtype(
 """An entry of a `Journal`."""
 REPORTED_RANGE: Final = np.dtype([(name, "<u8") for name in ("report", "iova", "length")])
 """An entry of `ReportedRanges`."""
+ENTERED_STATE: Final = np.dtype(
+    [("order", "<u8"), ("time_ns", "<u8"), ("state", "<u4"), ("writes", "<u4")]
+)
+"""An entry of `EnteredStates`."""
 JOURNAL_ENTRIES: Final = 1 << 20
 """As in engine.c: when its journal has this many entries, the device stops writing."""
 
@@ -59,6 +72,12 @@ Journal = NDArray[np.void]
 
 Structured, with the fields sequence, iova, length, reports, state, logged, time_ns
 (CLOCK_MONOTONIC); control.h describes them.
+"""
+EnteredStates = NDArray[np.void]
+"""The migration states that the device has entered since it was opened, in their order.
+
+Structured, with the fields order (rises with each entry of any device), time_ns, state, writes (the
+number of entries in the journal); control.h describes them.
 """
 ReportedRanges = NDArray[np.void]
 """The ranges that the device reported to the kernel's iterator, in their order.
@@ -180,10 +199,19 @@ class FakeDevice:
         data = (self._folder / "reported_ranges").read_bytes()
         return np.frombuffer(data, dtype=REPORTED_RANGE)
 
+    def states(self) -> EnteredStates:
+        """Return the migration states that the device has entered since it was opened."""
+        return np.frombuffer((self._folder / "states").read_bytes(), dtype=ENTERED_STATE)
+
     def stats(self) -> dict[str, int]:
         """Return the device's counters: reports, reported ranges, dropped pages, and so on."""
         lines = (self._folder / "stats").read_text().split()
         return dict(zip(lines[::2], map(int, lines[1::2]), strict=True))
+
+
+def was_stopped(journal: Journal) -> NDArray[np.bool_]:
+    """Return for each write whether the device was in a state in which it must not write."""
+    return ~np.isin(journal["state"], _WRITING_STATES)
 
 
 def content(sequence: int, iova: int, length: int) -> NDArray[np.uint8]:
@@ -195,8 +223,13 @@ def content(sequence: int, iova: int, length: int) -> NDArray[np.uint8]:
 
 
 @contextlib.contextmanager
-def injected(**faults: int) -> Iterator[None]:
-    """Set the module's fault parameters, and reset them to 0 at the end."""
+def injected(device: FakeDevice | None = None, /, **faults: int) -> Iterator[None]:
+    """Set the module's fault parameters, and reset them to 0 at the end.
+
+    Only `device` has the faults; None: all devices.
+    """
+    victim = _PARAMETERS / "victim"
+    victim.write_text(_ALL_DEVICES if device is None else device.name)
     for name, value in faults.items():
         (_PARAMETERS / name).write_text(str(value))
     try:
@@ -204,6 +237,7 @@ def injected(**faults: int) -> Iterator[None]:
     finally:
         for name in faults:
             (_PARAMETERS / name).write_text("0")
+        victim.write_text(_ALL_DEVICES)
 
 
 @contextlib.contextmanager

@@ -23,9 +23,9 @@ from dmaproof.errors import DmaproofError
 
 from ..arch.x86_64 import X86_64
 from ..guest.bare import bare_guest, vfio_guest
-from . import migrations
 from .catalog import Guests, NamedProof, Request, proofs
 from .clock import Clocks
+from .l2 import tested_qemu
 from .outcome import State, run
 
 REQUEST: Final = "request.json"
@@ -54,7 +54,7 @@ def claimed(count: int, taken: Path) -> Iterator[int]:
 
 def _qemu_version(timeout_s: float) -> str:
     try:
-        return migrations.tested_qemu(timeout_s).version
+        return tested_qemu(timeout_s).version
     except DmaproofError:  # each migration reports the reason
         return "unknown, it does not run"
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from typing import Any, Final
 
 from dmaproof.errors import DmaproofError, WaitTimeoutError
@@ -140,6 +141,20 @@ def retrying(proof: Proof) -> Proof:
             if reasons:
                 found += f"; attempt {len(reasons) + 1}, after failed ones: {'; '.join(reasons)}"
             return found, {**figures, "tries": len(reasons) + 1}
+
+    return carry_out
+
+
+def repeated(control: Callable[[int], tuple[str, dict[str, Any]]], seed: int, rounds: int) -> Proof:
+    """Return a proof that carries out a control `rounds` times, each time with another seed."""
+
+    def carry_out() -> tuple[str, dict[str, Any]]:
+        attempts = [retrying(partial(control, seed + number))() for number in range(rounds)]
+        found, figures = attempts[0]
+        if rounds > 1:
+            found = f"caught {rounds} of {rounds}; the first: {found}"
+        tries = sum(figures["tries"] for _, figures in attempts)
+        return found, {**figures, "rounds": rounds, "tries": tries}
 
     return carry_out
 

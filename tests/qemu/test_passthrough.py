@@ -23,17 +23,38 @@ def test_all_proofs_hold_and_all_controls_are_caught(tool: Tool) -> None:
     outcome = tool.run("passthrough", "--json", "-", "--seed", "1")
     assert outcome.exit_code == 0, outcome.errors[-4000:]
     rows = {(row["group"], row["name"]): row for row in outcome.report["outcomes"]}
-    assert {row["state"] for row in rows.values()} == {"holds"}
+    # QEMU 11.1 aborts with these two: docs/qemu-findings.md
+    beside = {("migration", name) for _, name in rows if "one in a container" in name}
+    beside |= {("migration", name) for _, name in rows if "on iommufd, and type1's log" in name}
+    assert len(beside) == 2
+    assert {row["state"] for key, row in rows.items() if key not in beside} == {"holds"}
+    assert all(rows[key]["state"] == "lacking" for key in beside), "update the finding"
     groups = {group for group, _ in rows}
     assert groups == set(GROUPS)
     assert rows["differential", "the kernel's iterator and IovaBitmap"]["figures"]["cases"] >= 3000
-    figures = {name: row["figures"] for (kind, name), row in rows.items() if kind == "migration"}
+    figures = {
+        name: row["figures"]
+        for (kind, name), row in rows.items()
+        if kind == "migration" and row["state"] == "holds"
+    }
     controls = {name: found for name, found in figures.items() if "control" in name}
     controlled = {name.partition(", control")[0] for name in controls}
-    assert controlled == {name for name, short in NAMES.items() if TRACKINGS[short].device}
+    assert controlled >= {name for name, short in NAMES.items() if TRACKINGS[short].device}
+    assert controlled >= {
+        "two devices: iommufd, device logs",
+        "two devices: container, device logs",
+        "two devices: one writes after it was stopped",
+        "unplugged: one of two devices, container",
+        "intel-iommu and type1's log",
+    }
     assert all(found["differing"] > 0 for found in controls.values())
-    clean = figures.keys() - controls.keys() - {UNTRACKED}
-    assert clean == NAMES.keys()
+    refused = {name for name, found in figures.items() if "refused" in found}
+    assert len(refused) == 5  # four vIOMMUs, and one device without P2P
+    mixed = "two devices: a device log on iommufd, and nothing tracks the other"
+    only = "unplugged: the only device, container"
+    assert figures[only]["removed_pages"] == 2048
+    clean = figures.keys() - controls.keys() - refused - {UNTRACKED, mixed, only}
+    assert clean >= NAMES.keys()
     assert all(
         figures[name]["differing"] == 0 and figures[name]["guaranteed_detectable"] > 0
         for name in clean
@@ -108,6 +129,9 @@ def test_the_stock_kernel_fails_no_proof_that_it_supports(tool: Tool) -> None:
     held = [key for key, row in rows.items() if row["state"] == "holds"]
     assert ("migration", "container, device log") in held
     assert ("migration", "container, device log, control: drop") in held
+    assert ("migration", "two devices: container, device logs") in held
+    assert ("migration", "two devices: one without P2P") in held
+    assert ("migration", "unplugged: one of two devices, container") in held
     assert ("rules", "TYPE1: overwrites the bitmap") in held
     unsupported = {key: row["found"] for key, row in rows.items() if row["state"] == "lacking"}
     assert "/dev/iommu" in unsupported["rules", "HWPT: only sets bits"]

@@ -12,6 +12,7 @@ import pytest
 from dmaproof.errors import UsageError
 from dmaproof.evidence import Evidence, Slot
 from dmaproof.trace import Link
+from dmaproof.vfio.abi import MigrationState
 from qmp_tools.cli.main import main
 from qmp_tools.cli.prove import add_control
 from qmp_tools.devices.registry import Control
@@ -26,7 +27,12 @@ from qmp_tools.passthrough.fake_device import (
 )
 from qmp_tools.passthrough.injected_faults import parse_fault
 from qmp_tools.passthrough.kinds import fake_device_of, is_fake_vfio
-from qmp_tools.passthrough.proof_device import FakeProofDevice, evidence_of
+from qmp_tools.passthrough.proof_device import (
+    FakeProofDevice,
+    evidence_of,
+    gpas_of,
+    is_behind_viommu,
+)
 from qmp_tools.proof.attribution import LostPage, attribute
 from qmp_tools.proof.options import ProofOptions
 from qmp_tools.proof.sensitivity import Sensitivity, measure_sensitivity
@@ -44,10 +50,20 @@ class Case:
         self._writes: list[tuple[int, ...]] = []
         self._reported: list[tuple[int, int, int]] = []
 
-    def write(self, page: int, *, reports: int, time_ns: int = 2000, logged: int = 1) -> None:
-        sequence, iova = len(self._writes) + 1, page * PAGE
-        os.pwrite(self.source.fd, content(sequence, iova, PAGE).tobytes(), iova)
-        self._writes.append((sequence, iova, PAGE, reports, 1, logged, time_ns))
+    def write(
+        self,
+        page: int,
+        *,
+        reports: int,
+        time_ns: int = 2000,
+        logged: int = 1,
+        state: MigrationState = MigrationState.RUNNING,
+        iova: int | None = None,
+    ) -> None:
+        sequence = len(self._writes) + 1
+        iova = page * PAGE if iova is None else iova
+        os.pwrite(self.source.fd, content(sequence, iova, PAGE).tobytes(), page * PAGE)
+        self._writes.append((sequence, iova, PAGE, reports, state, logged, time_ns))
 
     def report(self, page: int, report: int) -> None:
         self._reported.append((report, page * PAGE, PAGE))
@@ -63,13 +79,14 @@ class Case:
     def reported_ranges(self) -> ReportedRanges:
         return np.array(self._reported, dtype=REPORTED_RANGE)
 
-    def evidence(self, *, asked: bool = True) -> Evidence:
-        return evidence_of(self.journal, self.reported_ranges if asked else None)
+    def evidence(self, *, asked: bool = True, viommu: bool = False) -> Evidence:
+        reported = self.reported_ranges if asked else None
+        return evidence_of(self.journal, reported, viommu=viommu)
 
-    def lost(self, *, asked: bool = True) -> list[LostPage]:
+    def lost(self, *, asked: bool = True, viommu: bool = False) -> list[LostPage]:
         slots = [Slot(0, PAGES * PAGE, 0, self.source.device, self.source.inode)]
         differing = compare(self.source, self.destination)
-        evidence = self.evidence(asked=asked)
+        evidence = self.evidence(asked=asked, viommu=viommu)
         return attribute(differing, self.source, self.destination, slots, [evidence])
 
     def sensitivity(self, *, asked: bool = True) -> Sensitivity:
@@ -134,6 +151,27 @@ def test_a_device_that_qemu_does_not_ask_has_missed_no_page(case: Case) -> None:
     assert page.blame is Blame.QEMU
     sensitivity = case.sensitivity(asked=False)
     assert (sensitivity.unreported, sensitivity.reported_unwritten) == (0, 0)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_what_a_stopped_device_writes_is_lost_by_the_device(case: Case, asked: bool) -> None:
+    case.write(3, reports=0, logged=asked)
+    case.report(3, 1)
+    case.send(3)
+    case.write(3, reports=1, logged=asked, state=MigrationState.STOP_COPY)
+    (page,) = case.lost(asked=asked)
+    assert (page.blame, page.link, page.request) == (Blame.DEVICE, Link.TRACKER, 2)
+
+
+def test_behind_a_viommu_pages_are_found_by_the_mapping_of_the_guest(case: Case) -> None:
+    first_iova = 64 << 30
+    iova = first_iova + (255 - 3) * PAGE  # the guest maps each MiB in reverse
+    case.write(3, reports=0, logged=0, iova=iova)
+    assert gpas_of(case.journal["iova"]).tolist() == [3 * PAGE]
+    (page,) = case.lost(asked=False, viommu=True)
+    assert (page.gpa, page.iova, page.blame) == (3 * PAGE, iova, Blame.QEMU)
+    case.send(3)
+    assert not case.lost(asked=False, viommu=True)
 
 
 def test_writes_before_logging_are_not_counted_as_missed(case: Case) -> None:
@@ -206,6 +244,9 @@ def test_the_tracking_and_the_fault_are_read_from_the_options() -> None:
     )
     assert fake_device_of(options) == FakeProofDevice("container-once-stopped", "drop=20")
     assert fake_device_of(ProofOptions(device="vfio-fake")) == FakeProofDevice("iommufd")
+    behind = fake_device_of(ProofOptions(device="vfio-fake:container-type1-viommu"))
+    assert is_behind_viommu(behind)
+    assert not is_behind_viommu(FakeProofDevice("container-type1"))
     assert parse_fault("drop=20") == {"drop": 20}
     assert parse_fault("clear-before-read") == {"clear_before_read": 200}
 

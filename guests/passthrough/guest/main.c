@@ -9,9 +9,11 @@
  * engine's write that left it (../module/control.h), so the guest can check that the page is
  * complete, in the right place, and not stale.
  *
+ * With iommu=1 on the command line, the device is behind a vIOMMU, and its IOVAs are those of iova.c.
+ *
  * The line to the tool is that of the other guests (docs/guests.md).
  */
-#include "../../bare/machine.h"
+#include "iova.h"
 
 enum {
     VENDOR = 0xfffd,
@@ -69,12 +71,12 @@ static uint64_t unmix(uint64_t value) {
 
 // The word that write `number` puts at `at` (control.h).
 static uint64_t written_word(uint64_t number, const volatile uint64_t *at) {
-    return splitmix64_mix(number * SPLITMIX64_STEP ^ (uint64_t)at / 8);
+    return splitmix64_mix(number * SPLITMIX64_STEP ^ iova_of(at) / 8);
 }
 
 // The number of the write that left a page's first word, if the engine wrote it.
 static uint64_t writer_of(const volatile uint64_t *words) {
-    return (unmix(words[0]) ^ (uint64_t)words / 8) * STEP_INVERSE;
+    return (unmix(words[0]) ^ iova_of(words) / 8) * STEP_INVERSE;
 }
 
 // The index of the first word that is not of write `number`, or PAGE_WORDS.
@@ -114,7 +116,7 @@ static void write64(unsigned offset, uint64_t value) {
 // Let the engine write a window, page by page in a scattered order, `burst` pages in a tick. It
 // stops after `limit` pages, or never if `limit` is 0.
 static void run_engine(const struct window *window, uint32_t burst, uint32_t limit) {
-    write64(IOVA, (uint64_t)window->words);
+    write64(IOVA, iova_of_blocks(window->words));
     write64(LENGTH, window->pages * PAGE_BYTES);
     write32(PIECE, PAGE_BYTES);
     write32(SKEW, 0);
@@ -137,13 +139,18 @@ static void stop_engine(void) {
         give_up("the device's engine has failed");
 }
 
-static void find_engine(void) {
+static void find_engine(bool behind_iommu) {
     static const uint16_t ids[] = {DEVICE};
     struct pci_device device = {0};
     if (!pci_find(VENDOR, ids, 1, &device))
         give_up("fake VFIO device not found");
     bar = pci_map_bar(&device, 0);
     pci_enable(&device);
+    if (behind_iommu) {
+        iova_map(hot.words, hot.pages * PAGE_BYTES);
+        iova_map(write_once.words, write_once.pages * PAGE_BYTES);
+        iova_start(&device);
+    }
     if (read64(MAGIC) != DEVICE_MAGIC)
         give_up("the fake VFIO device has no valid magic register");
 }
@@ -183,7 +190,7 @@ static void recheck(void) {
     stop_engine();
     uint64_t done = read64(DONE), first = done < hot.pages ? 0 : done - hot.pages;
     for (uint64_t piece = first; piece < done; piece++, pages++) {
-        uint64_t page = piece % hot.pages * SCATTER % hot.pages;
+        uint64_t page = iova_page(piece % hot.pages * SCATTER % hot.pages);
         check_exactly(&hot, page, hot_start + piece + 1);
         hot.written[page] = hot_start + piece + 1;
     }
@@ -268,7 +275,7 @@ static uint64_t parameter(const char *line, const char *name) {
 
 static void prepare(struct window *window, const char *line) {
     window->pages = parameter(line, window->name);
-    window->words = allocate_aligned(window->pages * PAGE_BYTES, PAGE_BYTES);
+    window->words = allocate_aligned(window->pages * PAGE_BYTES, IOVA_BLOCK_BYTES);
     window->written = allocate(window->pages * sizeof *window->written);
 }
 
@@ -296,7 +303,7 @@ void guest_main(const void *start_info) {
     if (!hot.pages)
         give_up("the command line has no hot= with at least one page");
     fill_churn();
-    find_engine();
+    find_engine(parameter(line, "iommu="));
     write_hot();
     for (;;) {
         check_hot();

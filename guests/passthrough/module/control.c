@@ -145,6 +145,26 @@ static const struct file_operations reported_ranges = {
 	.llseek = default_llseek,
 };
 
+static ssize_t states_read(struct file *file, char __user *buffer, size_t count, loff_t *pos)
+{
+	struct dmaproof_device *device = file->private_data;
+	u32 used;
+
+	mutex_lock(&device->lock);
+	used = device->states_used;
+	mutex_unlock(&device->lock);
+	/* As in the journal, entries are only added. */
+	return simple_read_from_buffer(buffer, count, pos, device->states,
+				       used * sizeof(*device->states));
+}
+
+static const struct file_operations states = {
+	.owner = THIS_MODULE,
+	.open = simple_open,
+	.read = states_read,
+	.llseek = default_llseek,
+};
+
 /* A reader that reads twice gets one text: the second read does not format the counters again. */
 static int stats_show(struct seq_file *file, void *unused)
 {
@@ -183,6 +203,7 @@ void dmaproof_control_add(struct dmaproof_device *device, const char *name)
 	debugfs_create_file("dma", 0200, device->folder, device, &dma);
 	debugfs_create_file("journal", 0400, device->folder, device, &journal);
 	debugfs_create_file("reported_ranges", 0400, device->folder, device, &reported_ranges);
+	debugfs_create_file("states", 0400, device->folder, device, &states);
 	debugfs_create_file("stats", 0400, device->folder, device, &stats_fops);
 }
 

@@ -9,6 +9,7 @@
  * dma: write bytes; the device writes them by DMA at the IOVA that is the file's position
  * journal: read an array of struct dmaproof_entry
  * reported_ranges: read an array of struct dmaproof_reported_range
+ * states: read an array of struct dmaproof_entered_state
  * stats: read text, with a "name value" on each line
  */
 #ifndef DMAPROOF_CONTROL_H
@@ -71,6 +72,14 @@ struct dmaproof_reported_range {
 	__le64 report;
 	__le64 iova;
 	__le64 length;
+};
+
+/* A migration state that the device has entered since it was opened. */
+struct dmaproof_entered_state {
+	__le64 order;	/* a number that rises with each entry of any device */
+	__le64 time_ns; /* CLOCK_MONOTONIC */
+	__le32 state;	/* enum vfio_device_mig_state */
+	__le32 writes;	/* number of entries in the journal */
 };
 
 /*

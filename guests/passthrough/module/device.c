@@ -244,6 +244,7 @@ static int device_open(struct vfio_device *vdev)
 	mutex_lock(&device->lock);
 	device->journal_used = 0;
 	device->tracker.reported_ranges_used = 0;
+	dmaproof_migration_open(device);
 	device->opened = true;
 	mutex_unlock(&device->lock);
 	return 0;
@@ -270,21 +271,28 @@ static int device_init(struct vfio_device *vdev)
 	ret = dmaproof_tracker_init(&device->tracker);
 	if (ret)
 		return ret;
-	device->state = VFIO_DEVICE_STATE_RUNNING;
+	ret = dmaproof_migration_init(device);
+	if (ret)
+		goto err_tracker;
 	reset_config(device);
-	vdev->migration_flags =
-		VFIO_MIGRATION_STOP_COPY | VFIO_MIGRATION_P2P | VFIO_MIGRATION_PRE_COPY;
 	vdev->mig_ops = &dmaproof_migration_ops;
 	vdev->log_ops = &dmaproof_log_ops;
 	ret = dmaproof_engine_init(device);
 	if (ret)
-		dmaproof_tracker_release(&device->tracker);
+		goto err_migration;
+	return 0;
+
+err_migration:
+	dmaproof_migration_release(device);
+err_tracker:
+	dmaproof_tracker_release(&device->tracker);
 	return ret;
 }
 
 static void device_release(struct vfio_device *vdev)
 {
 	dmaproof_engine_release(to_dmaproof(vdev));
+	dmaproof_migration_release(to_dmaproof(vdev));
 	dmaproof_tracker_release(&to_dmaproof(vdev)->tracker);
 }
 

@@ -51,10 +51,13 @@ struct dmaproof_device {
 	 */
 	struct mutex lock;
 	enum vfio_device_mig_state state;
+	struct dmaproof_entered_state *states;
+	u32 states_used;
 	bool opened;
 	struct dmaproof_registers registers;
 	struct workqueue_struct *workers;
 	struct delayed_work tick;
+	struct work_struct write_again; /* the fault "write_after_stop" */
 	struct dmaproof_entry *journal;
 	u32 journal_used;
 	void *piece; /* a page: the bytes of the next write */
@@ -91,7 +94,9 @@ void dmaproof_tracker_pass_on(struct dmaproof_tracker *tracker, struct iova_bitm
 void dmaproof_tracker_clear(struct dmaproof_tracker *tracker, u64 iova, u64 last);
 
 /* faults.c */
-bool dmaproof_fault_state(enum vfio_device_mig_state state);
+bool dmaproof_fault_state(struct dmaproof_device *device, enum vfio_device_mig_state state);
+u32 dmaproof_writes_after_stop(struct dmaproof_device *device);
+bool dmaproof_has_p2p(struct dmaproof_device *device);
 void dmaproof_fault_before_read(struct dmaproof_tracker *tracker, struct iova_bitmap *dirty,
 				u64 iova, u64 last);
 void dmaproof_report(struct dmaproof_tracker *tracker, struct iova_bitmap *dirty, u64 iova,
@@ -99,6 +104,9 @@ void dmaproof_report(struct dmaproof_tracker *tracker, struct iova_bitmap *dirty
 
 /* migration.c */
 extern const struct vfio_migration_ops dmaproof_migration_ops;
+int dmaproof_migration_init(struct dmaproof_device *device);
+void dmaproof_migration_release(struct dmaproof_device *device);
+void dmaproof_migration_open(struct dmaproof_device *device);
 void dmaproof_migration_reset(struct dmaproof_device *device);
 
 /* control.c */

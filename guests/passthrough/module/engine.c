@@ -47,7 +47,10 @@ static bool may_write(struct dmaproof_device *device)
 	}
 }
 
-/* Write the bytes `given`, or if NULL, the content that control.h defines. */
+/*
+ * Write the bytes `given`, or if NULL, the content that control.h defines. The caller has checked
+ * that the device may write.
+ */
 static int dma_write(struct dmaproof_device *device, u64 iova, u64 length, u8 *given)
 {
 	struct dmaproof_entry *entry;
@@ -56,8 +59,6 @@ static int dma_write(struct dmaproof_device *device, u64 iova, u64 length, u8 *g
 	bool logged;
 	int ret = 0;
 
-	if (!may_write(device))
-		return -EBUSY;
 	if (device->journal_used == JOURNAL_ENTRIES)
 		return -ENOSPC;
 	while (done < length && !ret) {
@@ -160,6 +161,22 @@ void dmaproof_engine_kick(struct dmaproof_device *device)
 		queue_delayed_work(device->workers, &device->tick, 0);
 }
 
+/* The fault "write_after_stop": write the journal's last ranges once more, the newest first. */
+static void write_again(struct work_struct *work)
+{
+	struct dmaproof_device *device = container_of(work, struct dmaproof_device, write_again);
+	u32 count;
+
+	mutex_lock(&device->lock);
+	count = min(dmaproof_writes_after_stop(device), device->journal_used);
+	for (u32 last = device->journal_used; device->opened && count; count--) {
+		const struct dmaproof_entry *entry = &device->journal[--last];
+
+		dma_write(device, le64_to_cpu(entry->iova), le64_to_cpu(entry->length), NULL);
+	}
+	mutex_unlock(&device->lock);
+}
+
 struct batch {
 	struct work_struct work;
 	struct dmaproof_device *device;
@@ -193,7 +210,9 @@ static int execute_one(struct dmaproof_device *device, const struct dmaproof_op 
 		return -EINVAL;
 	switch (le32_to_cpu(op->kind)) {
 	case DMAPROOF_OP_WRITE:
-		return count == 1 ? dma_write(device, iova, length, given) : -EINVAL;
+		if (count != 1)
+			return -EINVAL;
+		return may_write(device) ? dma_write(device, iova, length, given) : -EBUSY;
 	case DMAPROOF_OP_MARK:
 		return dmaproof_tracker_mark(&device->tracker, iova, length, count, stride);
 	}
@@ -258,6 +277,7 @@ void dmaproof_engine_reset(struct dmaproof_device *device)
 int dmaproof_engine_init(struct dmaproof_device *device)
 {
 	INIT_DELAYED_WORK(&device->tick, tick);
+	INIT_WORK(&device->write_again, write_again);
 	dmaproof_engine_reset(device);
 	device->piece = kzalloc(PAGE_SIZE, GFP_KERNEL);
 	device->journal = vcalloc(JOURNAL_ENTRIES, sizeof(*device->journal));

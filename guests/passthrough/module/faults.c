@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Faults, which module parameters inject at any time, for all devices of the module.
+ * Faults, which module parameters inject at any time, for all devices of the module or for one.
  *
  * Each fault imitates a mistake of real hardware or of a driver, and always loses dirty pages. All
  * faults are off by default; then dmaproof_report() only calls dmaproof_tracker_pass_on().
+ * without_p2p is not a fault, but a feature that devices may lack.
  */
 #include <linux/delay.h>
 #include <linux/ktime.h>
@@ -11,6 +12,10 @@
 #include <linux/slab.h>
 
 #include "device.h"
+
+static char victim[64] = "all";
+module_param_string(victim, victim, sizeof(victim), 0644);
+MODULE_PARM_DESC(victim, "the UUID of the only device that has the faults, or all");
 
 static uint drop;
 module_param(drop, uint, 0644);
@@ -36,9 +41,38 @@ static uint fail_state;
 module_param(fail_state, uint, 0644);
 MODULE_PARM_DESC(fail_state, "entering this migration state fails and leaves the device in ERROR");
 
-bool dmaproof_fault_state(enum vfio_device_mig_state state)
+static uint write_after_stop;
+module_param(write_after_stop, uint, 0644);
+MODULE_PARM_DESC(write_after_stop, "when the stopped device's state has been read, the device "
+				   "writes its last ranges, this many, once more");
+
+static uint without_p2p;
+module_param(without_p2p, uint, 0644);
+MODULE_PARM_DESC(without_p2p, "1: devices that are opened do not support the P2P states");
+
+static bool selected(struct dmaproof_device *device)
 {
-	return fail_state && state == fail_state;
+	return !strcmp(victim, "all") || !strcmp(victim, dev_name(device->vdev.dev));
+}
+
+bool dmaproof_fault_state(struct dmaproof_device *device, enum vfio_device_mig_state state)
+{
+	return fail_state && state == fail_state && selected(device);
+}
+
+u32 dmaproof_writes_after_stop(struct dmaproof_device *device)
+{
+	return write_after_stop && selected(device) ? write_after_stop : 0;
+}
+
+bool dmaproof_has_p2p(struct dmaproof_device *device)
+{
+	return !without_p2p || !selected(device);
+}
+
+static struct dmaproof_device *device_of(struct dmaproof_tracker *tracker)
+{
+	return container_of(tracker, struct dmaproof_device, tracker);
 }
 
 static bool dropped(u64 page)
@@ -87,7 +121,7 @@ void dmaproof_fault_before_read(struct dmaproof_tracker *tracker, struct iova_bi
 {
 	struct dmaproof_mark *mark, *next;
 
-	if (clear_before_read) {
+	if (clear_before_read && selected(device_of(tracker))) {
 		dmaproof_tracker_clear(tracker, iova, last);
 		mutex_unlock(&tracker->lock);
 		fsleep(clear_before_read);
@@ -107,8 +141,12 @@ void dmaproof_fault_before_read(struct dmaproof_tracker *tracker, struct iova_bi
 void dmaproof_report(struct dmaproof_tracker *tracker, struct iova_bitmap *dirty, u64 iova,
 		     u64 length)
 {
+	bool faulty = (late || drop || shift) && selected(device_of(tracker));
+
 	tracker->reported++;
-	if (late)
+	if (!faulty)
+		dmaproof_tracker_pass_on(tracker, dirty, iova, length);
+	else if (late)
 		hold(tracker, iova, length);
 	else if (drop)
 		report_undropped(tracker, dirty, iova, length);

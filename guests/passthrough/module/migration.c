@@ -12,12 +12,16 @@
 #include <linux/file.h>
 #include <linux/fs.h>
 #include <linux/slab.h>
+#include <linux/vmalloc.h>
 
 #include "device.h"
 
 #define RECORD_BYTES 4096
 #define RECORDS 2
 #define VERSION 1
+#define STATES 1024
+
+static atomic64_t entered_states;
 
 struct record {
 	__le64 magic;
@@ -49,6 +53,14 @@ static void add_record(struct dmaproof_stream *stream, bool final)
 	stream->precopy = !final;
 }
 
+/* The user has read all data, and does not expect that the device still writes. */
+static ssize_t end_of_data(struct dmaproof_device *device)
+{
+	if (dmaproof_writes_after_stop(device))
+		queue_work(device->workers, &device->write_again);
+	return 0;
+}
+
 static ssize_t stream_read(struct file *file, char __user *buffer, size_t count, loff_t *pos)
 {
 	struct dmaproof_stream *stream = file->private_data;
@@ -59,7 +71,7 @@ static ssize_t stream_read(struct file *file, char __user *buffer, size_t count,
 	if (!stream->device)
 		ret = -ENODEV;
 	else if (!count)
-		ret = stream->precopy ? -ENOMSG : 0;
+		ret = stream->precopy ? -ENOMSG : end_of_data(stream->device);
 	else if (copy_to_user(buffer, stream->data + stream->position, count))
 		ret = -EFAULT;
 	else
@@ -233,6 +245,19 @@ static struct file *step(struct dmaproof_device *device, enum vfio_device_mig_st
 	return NULL;
 }
 
+static void enter(struct dmaproof_device *device, enum vfio_device_mig_state state)
+{
+	device->state = state;
+	if (device->states_used == STATES)
+		return;
+	device->states[device->states_used++] = (struct dmaproof_entered_state){
+		.order = cpu_to_le64(atomic64_inc_return(&entered_states)),
+		.time_ns = cpu_to_le64(ktime_get_ns()),
+		.state = cpu_to_le32(state),
+		.writes = cpu_to_le32(device->journal_used),
+	};
+}
+
 static struct file *set_state(struct vfio_device *vdev, enum vfio_device_mig_state wanted)
 {
 	struct dmaproof_device *device = to_dmaproof(vdev);
@@ -243,9 +268,9 @@ static struct file *set_state(struct vfio_device *vdev, enum vfio_device_mig_sta
 		enum vfio_device_mig_state next;
 		int ret = vfio_mig_get_next_state(vdev, device->state, wanted, &next);
 
-		if (!ret && dmaproof_fault_state(next)) {
+		if (!ret && dmaproof_fault_state(device, next)) {
 			close_stream(device);
-			device->state = VFIO_DEVICE_STATE_ERROR;
+			enter(device, VFIO_DEVICE_STATE_ERROR);
 			ret = -EIO;
 		}
 		if (ret) {
@@ -255,7 +280,7 @@ static struct file *set_state(struct vfio_device *vdev, enum vfio_device_mig_sta
 		file = step(device, next);
 		if (IS_ERR(file))
 			break;
-		device->state = next;
+		enter(device, next);
 		dmaproof_engine_kick(device);
 	}
 	mutex_unlock(&device->lock);
@@ -292,5 +317,31 @@ const struct vfio_migration_ops dmaproof_migration_ops = {
 void dmaproof_migration_reset(struct dmaproof_device *device)
 {
 	close_stream(device);
+	enter(device, VFIO_DEVICE_STATE_RUNNING);
+}
+
+/* Begin a new record of states; the device has been reset, and its lock is held. */
+void dmaproof_migration_open(struct dmaproof_device *device)
+{
+	device->vdev.migration_flags = VFIO_MIGRATION_STOP_COPY | VFIO_MIGRATION_PRE_COPY;
+	if (dmaproof_has_p2p(device))
+		device->vdev.migration_flags |= VFIO_MIGRATION_P2P;
+	device->states_used = 0;
+	enter(device, VFIO_DEVICE_STATE_RUNNING);
+}
+
+int dmaproof_migration_init(struct dmaproof_device *device)
+{
+	device->states = vcalloc(STATES, sizeof(*device->states));
+	if (!device->states)
+		return -ENOMEM;
 	device->state = VFIO_DEVICE_STATE_RUNNING;
+	/* The kernel requires flags when the device is registered; see dmaproof_migration_open(). */
+	device->vdev.migration_flags = VFIO_MIGRATION_STOP_COPY;
+	return 0;
+}
+
+void dmaproof_migration_release(struct dmaproof_device *device)
+{
+	vfree(device->states);
 }

@@ -1,7 +1,7 @@
 """The program in L1: runs the proofs, prints a line as each one ends, and writes them as JSON.
 
 python3 -m qmp_tools.passthrough.inside RESULTS TAKEN BARE VFIO [--seed N] [--quick] [--controls N]
-    [--only GROUP…] [--timeout SECONDS]
+    [--only GROUP…] [--proofs NAME…] [--timeout SECONDS]
 
 Several machines may run it side by side. Each claims the next unclaimed proof by making a folder
 for it in TAKEN. BARE and VFIO are the ELFs of the guests of these names.
@@ -129,6 +129,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--controls", type=int, default=1)
     parser.add_argument("--only", nargs="*", choices=GROUPS, default=[])
+    parser.add_argument("--proofs", nargs="*", default=[])
     parser.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT_S)
     arguments = parser.parse_args()
     groups = arguments.only or list(GROUPS)
@@ -139,7 +140,11 @@ def main() -> int:
     def proofs() -> list[tuple[str, str, Proof]]:
         """Return all proofs, with the timeout that fits the present rate of L1's clock."""
         timeout_s = clocks.in_l1(arguments.timeout)
-        return list(_all_proofs(groups, guests, *choices, timeout_s))
+        return [
+            (group, name, proof)
+            for group, name, proof in _all_proofs(groups, guests, *choices, timeout_s)
+            if not arguments.proofs or name in arguments.proofs
+        ]
 
     outcomes = {}
     for number in claimed(len(proofs()), arguments.taken):

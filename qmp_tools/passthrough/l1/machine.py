@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from dmaproof import _core, _mapping, errors
+from dmaproof import _core, _mapping, _userfault, errors
 from dmaproof.errors import UntestableError, WaitTimeoutError, printable
 
 from ...arch.x86_64 import X86_64
@@ -62,10 +62,11 @@ class L1:
     """Whether L1's clock counts instructions, one as a nanosecond, on one CPU."""
 
 
-def l1(version: str = next(iter(KERNELS))) -> L1:
+def l1(version: str = next(iter(KERNELS)), *, falls_back: bool = True) -> L1:
     """Return an L1 with the kernel `version`; the first build takes about 6 minutes on two cores.
 
-    If that kernel cannot be built, L1 has Debian's stock kernel, as with `version` "stock".
+    If that kernel cannot be built, and with `falls_back`, L1 has Debian's stock kernel, as with
+    `version` "stock".
 
     Raises:
         UntestableError: L1 cannot be built; the message says what is missing.
@@ -79,7 +80,7 @@ def l1(version: str = next(iter(KERNELS))) -> L1:
     try:
         kernel = stock_kernel() if version == STOCK else l1_kernel(root, version)
     except UntestableError as error:
-        if version == STOCK:
+        if version == STOCK or not falls_back:
             raise
         _logger.warning(
             "%s\nusing Debian's stock kernel instead, which supports fewer of the proofs", error
@@ -257,5 +258,5 @@ def _copy_packages(target: Path) -> None:
         ignored = shutil.ignore_patterns("__pycache__", "*.c", "guests")
         shutil.copytree(folder, target / name, ignore=ignored)
     # An editable installation keeps the extensions elsewhere.
-    for extension in (_core.__file__, _mapping.__file__):
+    for extension in (_core.__file__, _mapping.__file__, _userfault.__file__):
         shutil.copy(extension, target / "dmaproof")

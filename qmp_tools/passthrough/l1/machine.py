@@ -24,11 +24,12 @@ from dmaproof.errors import UntestableError, WaitTimeoutError, printable
 
 from ...arch.x86_64 import X86_64
 from ...host.process import log_tail
+from ...host.unpacked_root import run_inside
 from ...qemu import qemu_qmp
 from ...qemu.machine import option_value
 from ...qemu.qemu import OwnedQemu, running_qemu
 from .kernel import KERNELS, MODULE, l1_kernel, l1_module
-from .root import COMPILE_PYTHON, l1_root, run_inside
+from .root import COMPILE_PYTHON, l1_root
 from .stock import STOCK, stock_kernel
 
 _logger = logging.getLogger(__name__)

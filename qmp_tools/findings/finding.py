@@ -19,6 +19,11 @@ class Program(StrEnum):
     LINUX = "linux"
     QEMU = "qemu"
 
+    @property
+    def proper_name(self) -> str:
+        """The program's name, as people write it."""
+        return {Program.LINUX: "Linux", Program.QEMU: "QEMU"}[self]
+
 
 @dataclass(frozen=True)
 class UnderTest:
@@ -106,7 +111,7 @@ class Finding(ABC):
             for option, value in under_test.options_of(program).items():
                 if program is not self.program:
                     raise UsageError(
-                        f"{option} {value}: the finding {self.name} is about {self.program.title()}"
+                        f"{option} {value}: the finding {self.name} is about {self.program.proper_name}"
                         f"; leave out {option}"
                     )
 

@@ -125,12 +125,6 @@ LINUX_FINDINGS: Final = (
         ("ITERATOR: if the bitmap cannot be written, bits are lost silently",),
     ),
     LinuxFinding(
-        "report-unaligned-base",
-        "DMA_LOGGING_REPORT accepts a base that is not aligned to the page size",
-        "DMA logging in Linux 6.1 and 7.3.4",
-        ("REPORT: an unaligned base is accepted, and a page then has two bits",),
-    ),
-    LinuxFinding(
         "hwpt-odd-page-size",
         "GET_DIRTY_BITMAP accepts a page size that is not a power of two",
         "iommufd in Linux 7.3.4",

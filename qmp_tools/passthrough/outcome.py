@@ -105,6 +105,15 @@ def _require_test(verdict: Verdict) -> None:
         raise NothingTestedError(f"no page was guaranteed detectable; {verdict.sentence}")
 
 
+def observe(as_known: bool, found: str) -> None:
+    """Raise NotSupportedError unless the kernel behaves `as_known`.
+
+    This is for behaviour that the kernel does not specify, so a difference is not a failure.
+    """
+    if not as_known:
+        raise NotSupportedError(f"this kernel behaves differently: {found}")
+
+
 def require_defect(present: bool, corrected: bool, found: str) -> None:
     """Raise an error unless a defect that a rule describes is `present`.
 

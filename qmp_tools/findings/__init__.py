@@ -14,9 +14,10 @@ from dmaproof.errors import UsageError
 
 from .finding import Finding
 from .linux import LINUX_FINDINGS
+from .qemu import QEMU_FINDINGS
 
 FINDINGS: Final[Mapping[str, Finding]] = MappingProxyType(
-    {finding.name: finding for finding in (*LINUX_FINDINGS,)}
+    {finding.name: finding for finding in (*LINUX_FINDINGS, *QEMU_FINDINGS)}
 )
 """All findings by name, in the order in which they are listed."""
 

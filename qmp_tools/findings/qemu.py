@@ -13,8 +13,9 @@ from typing import Final
 from dmaproof.errors import RefusedError, UntestableError
 
 from ..arch.x86_64 import X86_64
-from ..exit_codes import EXIT_PASS
+from ..exit_codes import EXIT_LOST, EXIT_PASS
 from ..migration.migration import MigrationTimeoutError
+from ..passthrough.prove import prove_fake_vfio
 from ..proof.model import Proof, Setup
 from ..proof.options import ProofOptions
 from ..proof.probes import vcpu_pages_lost
@@ -44,7 +45,8 @@ class ProofFinding(QemuFinding):
 
     async def try_on(self, qemu: Path, under_test: UnderTest) -> tuple[State, str]:
         """Carry out proofs until one shows the defect."""
-        options = replace(self.options_for(qemu), qemu=str(qemu))
+        given = self.options_for(qemu)
+        options = replace(given, qemu=str(qemu), timeout=under_test.timeout_s)
         for attempt in range(1, self.tries + 1):
             try:
                 proof = await prove(self.adapt(await resolve(options)), keep=under_test.keep)
@@ -134,6 +136,23 @@ class LostVcpuWrites(QemuFinding):
         return (State.REPRODUCED if lost else State.NOT_REPRODUCED), found
 
 
+@dataclass(frozen=True)
+class UntrackedVfio(QemuFinding):
+    """A VFIO device that nothing tracks, in the nested machine L1."""
+
+    async def try_on(self, qemu: Path, under_test: UnderTest) -> tuple[State, str]:
+        """Carry out the proof of vfio-pci on the fake device."""
+        options = ProofOptions(
+            device="vfio-fake:iommufd-untracked", qemu=str(qemu), timeout=under_test.timeout_s
+        )
+        report, _ = await prove_fake_vfio(options, keep=under_test.keep)
+        if report["exit_code"] == EXIT_LOST:
+            return State.REPRODUCED, str(report["verdict"])
+        if report["exit_code"] == EXIT_PASS:
+            return State.NOT_REPRODUCED, "the proof passed: all pages are equal"
+        raise UntestableError(str(report["verdict"]))
+
+
 QEMU_FINDINGS: Final = (
     SharedWord(
         "vhost-log-shared-word",
@@ -147,6 +166,11 @@ QEMU_FINDINGS: Final = (
         "the vhost log is discarded if a vhost-user-blk back end dies",
         "QEMU 7.2, 10.0 and 11.1",
         ProofOptions(guest="bare", kill_device=True),
+    ),
+    UntrackedVfio(
+        "vfio-untracked",
+        "every page that a VFIO device writes is lost if nothing tracks dirty pages",
+        "QEMU 10.0 and 11.1",
     ),
     LostVcpuWrites(
         "tcg-later-blocks",

@@ -111,8 +111,8 @@ class Finding(ABC):
             for option, value in under_test.options_of(program).items():
                 if program is not self.program:
                     raise UsageError(
-                        f"{option} {value}: the finding {self.name} is about {self.program.proper_name}"
-                        f"; leave out {option}"
+                        f"{option} {value}: the finding {self.name} is about "
+                        f"{self.program.proper_name}; leave out {option}"
                     )
 
 

@@ -49,11 +49,25 @@ Errors are ignored, because some files are not valid Python.
 """
 _MOUNT_POINTS: Final = ("dev", "proc", "sys", "tmp", "run", "mnt")
 
+SOURCE: Final = "/usr/src"
+"""Where a script inside the root file system finds a folder with source code."""
+_LOCKED: Final = {
+    os.ST_NOSUID: "nosuid",
+    os.ST_NODEV: "nodev",
+    os.ST_NOEXEC: "noexec",
+}
+"""The options of a mount that a user namespace must keep when it makes the mount read-only."""
+
 _ENTER: Final = """\
 root=$1; shift
 mount --rbind /dev "$root/dev"
 mount -t proc proc "$root/proc"
 mount --bind "$1" "$root/mnt"; shift
+if [ "$1" ]; then
+    mount --bind "$1" "$root$2"
+    mount -o "remount,bind,ro$3" "$root$2"
+fi
+shift 3
 exec chroot "$root" /usr/bin/env -i PATH=/usr/sbin:/usr/bin HOME=/ LC_ALL=C "$@"
 """
 
@@ -101,11 +115,19 @@ def _fill(fresh: Path, packages: Sequence[str], init: Path) -> None:
 
 
 def run_inside(
-    root: Path, mounted: Path, script: str, what: str, timeout_s: float, **variables: str
+    root: Path,
+    mounted: Path,
+    script: str,
+    what: str,
+    timeout_s: float,
+    *,
+    source: Path | None = None,
+    **variables: str,
 ) -> str:
     """Run a shell script inside `root`, with the folder `mounted` as ``/mnt``; return its output.
 
-    `variables` are the script's environment. `what` describes its task in messages.
+    The folder `source` is mounted read-only at `SOURCE`. `variables` are the script's environment.
+    `what` describes its task in messages.
 
     Raises:
         UntestableError: the script failed or took too long, or namespaces are not permitted.
@@ -115,6 +137,7 @@ def run_inside(
         # In a chroot not even root can have a user namespace (create_user_ns in the kernel).
         *(() if is_capable(CAP_SYS_ADMIN) else ("--map-root-user",)),
         *("sh", "-ec", _ENTER, "sh", os.fspath(root), os.fspath(mounted)),
+        *(("", "", "") if source is None else (os.fspath(source), SOURCE, _options(source))),
         *_assignments(variables),
         *("sh", "-ec", script),
     ]
@@ -137,6 +160,11 @@ def run_inside(
             )
         raise UntestableError(f"{what} failed:\n" + "\n".join(f"    {line}" for line in lines))
     return done.stdout
+
+
+def _options(folder: Path) -> str:
+    flags = os.statvfs(folder).f_flag
+    return "".join(f",{name}" for flag, name in _LOCKED.items() if flags & flag)
 
 
 def _assignments(variables: Mapping[str, str]) -> list[str]:

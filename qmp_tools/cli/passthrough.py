@@ -14,7 +14,7 @@ from ..arch.x86_64 import X86_64
 from ..arguments import positive
 from ..passthrough import GROUPS, matrix
 from ..passthrough.l1.kernel import KERNELS
-from ..passthrough.l1.machine import L1, l1
+from ..passthrough.l1.machine import L1, l1, l1_of_patches, l1_of_source
 from ..passthrough.l1.stock import STOCK
 from ..passthrough.prove import Request, prove_passthrough, to_text
 from ..proof.resolve import chosen_seed
@@ -53,12 +53,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         epilog=_EXAMPLES,
         usage="[OPTION]...",
     )
-    parser.add_argument(
+    kernel = parser.add_mutually_exclusive_group()
+    kernel.add_argument(
         "--kernel",
         nargs="+",
         choices=(*KERNELS, STOCK),
         default=[next(iter(KERNELS))],
         help=f"kernels of the machine; '{STOCK}': Debian's own (default: {next(iter(KERNELS))})",
+    )
+    kernel.add_argument(
+        "--kernel-source",
+        type=Path,
+        metavar="DIR",
+        help="build the kernel of this source tree, which is not modified",
+    )
+    kernel.add_argument(
+        "--kernel-patch",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help=f"build Linux {next(iter(KERNELS))} with these patches, which patch -p1 applies",
     )
     parser.add_argument(
         "--qemu",
@@ -114,7 +128,7 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     tested: list[Path | None] = [_fetched(version) for version in arguments.qemu]
     machine_qemu = find_qemu(arguments.machine_qemu, X86_64)
-    machines = [l1(version) for version in arguments.kernel]
+    machines = _machines(arguments)
     pairs = [replace(machine, qemu=qemu) for machine in machines for qemu in tested or [None]]
     runs = run_interruptibly(_prove_all(pairs, machine_qemu, request))
     results = runs[0] if len(runs) == 1 else matrix.to_json(runs)
@@ -122,6 +136,15 @@ def _run(arguments: argparse.Namespace) -> int:
         print_text(to_text(runs[0]) if len(runs) == 1 else matrix.table(runs))
     write_outputs(results, arguments)
     return int(results["exit_code"])
+
+
+def _machines(arguments: argparse.Namespace) -> list[L1]:
+    """Return an L1 for each kernel to test; a kernel that is not in the cache is built."""
+    if arguments.kernel_source is not None:
+        return [l1_of_source(arguments.kernel_source)]
+    if arguments.kernel_patch is not None:
+        return [l1_of_patches(arguments.kernel_patch)]
+    return [l1(version) for version in arguments.kernel]
 
 
 def _fetched(version: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from dmaproof.errors import UsageError
@@ -24,6 +25,7 @@ examples:
   dmaproof reproduce --list                   # the findings
   dmaproof reproduce iova-bitmap-overrun      # on the default kernel
   dmaproof reproduce iova-bitmap-overrun --kernel stock
+  dmaproof reproduce hwpt-hole --kernel-patch fix.patch
   dmaproof reproduce hwpt-hole iova-bitmap-lost-fault --json -
 
 exit codes:
@@ -46,11 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--list", action="store_true", dest="lists", help="print all findings, and try none"
     )
-    parser.add_argument(
-        "--kernel",
-        choices=(*KERNELS, STOCK),
-        help=f"kernel to test; '{STOCK}': Debian's own (default: {next(iter(KERNELS))})",
-    )
+    add_kernel(parser)
     parser.add_argument(
         "--qemu",
         metavar="VERSION|PATH",
@@ -60,6 +58,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_keep(parser)
     add_quiet(parser)
     add_json(parser, "the outcomes, or with --list the findings,")
+
+
+def add_kernel(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose the kernel; only one of them may be given."""
+    kernel = parser.add_mutually_exclusive_group()
+    kernel.add_argument(
+        "--kernel",
+        choices=(*KERNELS, STOCK),
+        help=f"kernel to test; '{STOCK}': Debian's own (default: {next(iter(KERNELS))})",
+    )
+    kernel.add_argument(
+        "--kernel-source",
+        type=Path,
+        metavar="DIR",
+        help="test the kernel of this source tree, which is not modified",
+    )
+    kernel.add_argument(
+        "--kernel-patch",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help=f"test Linux {next(iter(KERNELS))} with these patches, which patch -p1 applies",
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -74,6 +96,8 @@ def _run(arguments: argparse.Namespace) -> int:
     findings = [find_finding(name) for name in arguments.names]
     under_test = UnderTest(
         kernel=arguments.kernel,
+        kernel_source=arguments.kernel_source,
+        kernel_patches=tuple(arguments.kernel_patch),
         qemu=arguments.qemu,
         timeout_s=arguments.timeout,
         keep=arguments.keep,

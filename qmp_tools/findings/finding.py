@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from dmaproof.errors import UntestableError, UsageError
@@ -31,6 +32,10 @@ class UnderTest:
 
     kernel: str | None = None
     """The version of a kernel as in ``dmaproof passthrough --kernel``."""
+    kernel_source: Path | None = None
+    """The source tree of the kernel."""
+    kernel_patches: tuple[Path, ...] = ()
+    """The patches on the default version of the kernel."""
     qemu: str | None = None
     """The version or the path of a QEMU as in ``dmaproof prove --qemu``."""
     timeout_s: float = DEFAULT_TIMEOUT_S
@@ -40,8 +45,15 @@ class UnderTest:
 
     def options_of(self, program: Program) -> dict[str, str]:
         """Return the options that were given for `program`, by their names."""
-        given = {Program.LINUX: {"--kernel": self.kernel}, Program.QEMU: {"--qemu": self.qemu}}
-        return {name: value for name, value in given[program].items() if value is not None}
+        given = {
+            Program.LINUX: {
+                "--kernel": self.kernel or "",
+                "--kernel-source": str(self.kernel_source or ""),
+                "--kernel-patch": " ".join(map(str, self.kernel_patches)),
+            },
+            Program.QEMU: {"--qemu": self.qemu or ""},
+        }
+        return {name: value for name, value in given[program].items() if value}
 
 
 class State(StrEnum):
@@ -111,8 +123,8 @@ class Finding(ABC):
             for option, value in under_test.options_of(program).items():
                 if program is not self.program:
                     raise UsageError(
-                        f"{option} {value}: the finding {self.name} is about {self.program.proper_name}"
-                        f"; leave out {option}"
+                        f"{option} {value}: the finding {self.name} is about "
+                        f"{self.program.proper_name}; leave out {option}"
                     )
 
 

@@ -15,7 +15,7 @@ from dmaproof.errors import UnsupportedError, UntestableError
 from ..arch.x86_64 import X86_64
 from ..passthrough import outcome
 from ..passthrough.l1.kernel import KERNELS
-from ..passthrough.l1.machine import l1
+from ..passthrough.l1.machine import L1, l1, l1_of_patches, l1_of_source
 from ..passthrough.prove import Request, prove_passthrough
 from ..qemu.choice import find_qemu
 from .finding import Attempt, Finding, Program, Reproduction, State, UnderTest
@@ -45,7 +45,7 @@ class LinuxFinding(Finding):
         Raises:
             UntestableError: L1 does not boot.
         """
-        machine = l1(under_test.kernel or next(iter(KERNELS)), falls_back=False)
+        machine = _machine(under_test)
         request = Request(
             seed=1,  # no rule makes a random choice
             groups=("rules",),
@@ -59,9 +59,23 @@ class LinuxFinding(Finding):
     def _judge(self, report: Mapping[str, Any]) -> Attempt:
         outcomes = [each for each in report["outcomes"] if each["name"] in self.proofs]
         try:
-            return Attempt(self, judged(outcomes, f"Linux {report['kernel']}"))
+            return Attempt(self, judged(outcomes, _tested(report)))
         except UntestableError as error:
             return Attempt(self, error)
+
+
+def _machine(under_test: UnderTest) -> L1:
+    """Return an L1 with the kernel to test, and never with another one."""
+    if under_test.kernel_source is not None:
+        return l1_of_source(under_test.kernel_source)
+    if under_test.kernel_patches:
+        return l1_of_patches(under_test.kernel_patches)
+    return l1(under_test.kernel or next(iter(KERNELS)), falls_back=False)
+
+
+def _tested(report: Mapping[str, Any]) -> str:
+    origin = report.get("kernel_source")
+    return f"Linux {report['kernel']}" + (f" from {origin}" if origin else "")
 
 
 def judged(outcomes: Sequence[Mapping[str, Any]], tested: str) -> Reproduction:

@@ -36,25 +36,38 @@ Its arguments are the script, and what the script does, for messages.
 BUILD_TIMEOUT_S: Final = 3600.0
 _SOURCE: Final = "linux-source"
 """The package of the release's own version, which it depends on (Debian and Ubuntu)."""
-_CONFIG: Final = "dmaproof.config"
+KERNEL_CONFIG: Final = "dmaproof.config"
 _TARBALL: Final = "source.tar"
 _IMAGE: Final = "Image"
 _ORIGIN: Final = "origin"
 
-CONFIGURE: Final = f"""\
-tar -xf {_TARBALL} --strip-components=1
-rm {_TARBALL}
-make -s KCONFIG_ALLCONFIG={_CONFIG} allnoconfig
-find . -name 'Kconfig*' -exec sed -En 's/^(menu)?config[ \\t]+//p' {{}} + >known
+
+def configuring(make: str, source: str) -> str:
+    """Return a script that configures a kernel with the lines of the file `KERNEL_CONFIG`.
+
+    The script prints each of these lines that the kernel's version knows and did not accept.
+
+    Args:
+        make: the command that runs the kernel's Makefile.
+        source: the folder of the source, as the script names it.
+    """
+    return f"""\
+{make} KCONFIG_ALLCONFIG={KERNEL_CONFIG} allnoconfig
+find {source} -name 'Kconfig*' -exec sed -En 's/^(menu)?config[ \\t]+//p' {{}} + >known
 while read -r line; do
     case $line in
         CONFIG_*)
             name=${{line#CONFIG_}}
             grep -qxF "$line" .config || ! grep -qxF "${{name%%=*}}" known || echo "$line" ;;
     esac
-done <{_CONFIG}
+done <{KERNEL_CONFIG}
 """
-"""Prints each line of the configuration that this version knows and did not accept."""
+
+
+CONFIGURE: Final = f"""\
+tar -xf {_TARBALL} --strip-components=1
+rm {_TARBALL}
+{configuring("make -s", ".")}"""
 
 _LEFT_OUT: Final = (
     *("Documentation/*/*", "tools/testing/*", "boot/dts/*/*"),
@@ -97,7 +110,7 @@ def build_tree(tree: Path, package: Path, config: Path, goals: str, run: Run) ->
         )
     tarball.rename(tree / _TARBALL)
     shutil.rmtree(tree / "package")
-    shutil.copy(config, tree / _CONFIG)
+    shutil.copy(config, tree / KERNEL_CONFIG)
     _logger.info("unpacking and configuring the kernel of %s", package.name)
     unmet = run(CONFIGURE, "configuring a kernel")
     if unmet:

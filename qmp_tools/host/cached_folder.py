@@ -64,6 +64,20 @@ def _fresh_folder(target: Path) -> Iterator[Path | None]:
             shutil.rmtree(fresh, ignore_errors=True)
 
 
+@contextmanager
+def changed_folder(target: Path) -> Iterator[None]:
+    """Make the folder `target`, or change what is in it; another process that does so waits.
+
+    Raises:
+        UntestableError: the cache is not writable.
+    """
+    with blocking_work(), writing_to(target.parent, _REMEDY):
+        target.mkdir(parents=True, exist_ok=True)
+        with (target / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
 def _kind(folder: Path) -> str:
     return folder.name.rpartition("-")[0] or folder.name
 
@@ -89,11 +103,19 @@ def prune(target: Path) -> Path:
 
 def _remove_unused(folder: Path) -> None:
     try:
-        if time.time() - folder.stat().st_mtime < _UNUSED_S:
-            return
-        number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if time.time() - folder.stat().st_mtime >= _UNUSED_S:
+            remove_unlocked(folder)
     except FileNotFoundError:  # another process has just removed the folder
         return
+
+
+def remove_unlocked(folder: Path) -> None:
+    """Remove `folder`, unless a process has locked it with `prune`.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+    """
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -6,6 +6,7 @@ namespaces of its own, and is killed when dmaproof ends.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -19,14 +20,26 @@ from .capabilities import CAP_SYS_ADMIN, is_capable
 from .captured import run_captured
 from .process import death_with_parent
 
-_MOUNT_POINTS: Final = ("dev", "proc", "sys", "tmp", "run", "mnt", "srv")
+_MOUNT_POINTS: Final = ("dev", "proc", "sys", "tmp", "run", "mnt", "usr/src")
+
+SOURCE: Final = "/usr/src"
+"""Where a script inside the root file system finds a folder with source code."""
+_LOCKED: Final = {
+    os.ST_NOSUID: "nosuid",
+    os.ST_NODEV: "nodev",
+    os.ST_NOEXEC: "noexec",
+}
+"""The options of a mount that a user namespace must keep when it makes the mount read-only."""
 
 _ENTER: Final = """\
-root=$1 mounted=$2 beside=$3; shift 3
+root=$1 mounted=$2 source=$3 place=$4 options=$5; shift 5
 mount --rbind /dev "$root/dev"
 mount -t proc proc "$root/proc"
 mount --bind "$mounted" "$root/mnt"
-[ -z "$beside" ] || mount --bind "$beside" "$root/srv"
+if [ "$source" ]; then
+    mount --bind "$source" "$root$place"
+    mount -o "remount,bind,ro$options" "$root$place"
+fi
 exec chroot "$root" /usr/bin/env -i PATH=/usr/sbin:/usr/bin HOME=/ LC_ALL=C "$@"
 """
 
@@ -72,13 +85,13 @@ def run_inside(
     what: str,
     timeout_s: float,
     *,
-    beside: Path | None = None,
+    source: Path | None = None,
     **variables: str,
 ) -> str:
     """Run a shell script inside `root`, with the folder `mounted` as ``/mnt``; return its output.
 
-    `beside` is mounted as ``/srv``. `variables` are the script's environment. `what` describes its
-    task in messages.
+    The folder `source` is mounted read-only at `SOURCE`. `variables` are the script's environment.
+    `what` describes its task in messages.
 
     Raises:
         UntestableError: the script failed or took too long, or namespaces are not permitted.
@@ -87,7 +100,8 @@ def run_inside(
         *("unshare", "--mount", "--pid", "--fork", "--kill-child=SIGKILL"),
         # In a chroot not even root can have a user namespace (create_user_ns in the kernel).
         *(() if is_capable(CAP_SYS_ADMIN) else ("--map-root-user",)),
-        *("sh", "-ec", _ENTER, "sh", str(root), str(mounted), str(beside or "")),
+        *("sh", "-ec", _ENTER, "sh", str(root), str(mounted)),
+        *(("", "", "") if source is None else (str(source), SOURCE, _options(source))),
         *(f"{name}={value}" for name, value in variables.items()),
         *("sh", "-ec", script),
     ]
@@ -110,3 +124,8 @@ def run_inside(
             )
         raise UntestableError(f"{what} failed:\n" + "\n".join(f"    {line}" for line in lines))
     return done.stdout
+
+
+def _options(folder: Path) -> str:
+    flags = os.statvfs(folder).f_flag
+    return "".join(f",{name}" for flag, name in _LOCKED.items() if flags & flag)

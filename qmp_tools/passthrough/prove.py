@@ -97,7 +97,10 @@ async def prove_passthrough(machine: L1, qemu: Path, request: Request) -> dict[s
             json.loads((job / _RESULTS.format(number)).read_text())
             for number in range(1, machines + 1)
         ]
-    return to_json(joined(parts))
+    results = joined(parts)
+    if machine.origin is not None:
+        results["kernel_source"] = machine.origin
+    return to_json(results)
 
 
 def machines_side_by_side(processors: int, free_bytes: int) -> int:
@@ -173,10 +176,13 @@ def to_json(results: dict[str, Any]) -> dict[str, Any]:
         )
     else:
         verdict = "every proof holds"
+    kernel = results["kernel"]
+    if "kernel_source" in results:
+        kernel += f" from {results['kernel_source']}"
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "passthrough",
-        "verdict": f"{verdict}: the passthrough route on kernel {results['kernel']}",
+        "verdict": f"{verdict}: the passthrough route on kernel {kernel}",
         "exit_code": exit_code,
         **results,
     }

@@ -12,7 +12,6 @@ compiled again each time.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import re
@@ -28,10 +27,10 @@ from dmaproof.errors import UntestableError, UsageError
 
 from ..arch.architecture import Architecture
 from ..host.archive import Archive
-from ..host.cached_folder import digest, fresh_folder, prune
+from ..host.cached_folder import changed_folder, digest, fresh_folder, prune
 from ..host.source_package import SourcePackage, read_source_package
 from ..host.unexpected import writing_to
-from ..host.unpacked_root import run_inside, unpack_root
+from ..host.unpacked_root import SOURCE, run_inside, unpack_root
 from ..host.user_folders import cache_folder
 from .builds import (
     REMEDY,
@@ -125,14 +124,14 @@ class _Tree:
         target = architecture.qemu_program.removeprefix("qemu-system-")
         options = " ".join((f"--target-list={target}-softmmu", *_OPTIONS))
         goals = " ".join((architecture.qemu_program, *_TOOLS.values()))
-        where = "/mnt/source" if self.source is None else "/srv"
+        where = "/mnt/source" if self.source is None else SOURCE
         self._run(root, _CONFIGURE, "configuring QEMU", SOURCE=where, OPTIONS=options)
         jobs = str(len(os.sched_getaffinity(0)))
         self._run(root, _COMPILE, "building QEMU", GOALS=goals, JOBS=jobs)
 
     def _run(self, root: Path, script: str, what: str, **variables: str) -> None:
         whole, bound = f"cd /mnt\n{script}", BUILD_TIMEOUT_S
-        run_inside(root, self.folder, whole, what, bound, beside=self.source, **variables)
+        run_inside(root, self.folder, whole, what, bound, source=self.source, **variables)
 
     def programs(self, architecture: Architecture) -> Iterator[Path]:
         """Yield the compiled programs."""
@@ -200,7 +199,8 @@ def build_own(
         described = QemuBuild(f"{version}+{name}", archive.suite, Path())
         place = os.fsencode(source.resolve())
         kept = digest([place, root.name.encode(), architecture.name.encode()])
-        with _locked(_cache() / f"own-{kept}") as folder:
+        folder = _cache() / f"own-{kept}"
+        with changed_folder(folder):
             _logger.info("building QEMU %s in %s", version, source)
             tree = _Tree(folder, source.resolve())
             tree.compile(root, architecture)
@@ -347,13 +347,3 @@ def _install(
         shutil.copy(program, place)
     (fresh / _MADE_OF_FILE).write_text(made_of)
     return finish(fresh, described, architecture)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[Path]:
-    """Make `folder`, and let no other process use it meanwhile."""
-    with writing_to(_cache(), _CACHE_REMEDY):
-        folder.mkdir(parents=True, exist_ok=True)
-        with folder.with_name(f"lock-{folder.name}").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield folder

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import jsonschema
 import pytest
 
-from dmaproof.errors import UnsupportedError, UntestableError
+from dmaproof.errors import UnsupportedError, UntestableError, UsageError
 from qmp_tools.cli import reproduce
 from qmp_tools.cli.main import main
 from qmp_tools.findings import FINDINGS
@@ -171,6 +171,21 @@ def test_the_text_says_what_was_seen_on_which_program(
         "NOT TESTED: untested: a defect",
         "  no kernel",
     ]
+
+
+def test_a_finding_of_qemu_refuses_each_option_of_the_kernel() -> None:
+    class OfQemu(FakeFinding):
+        program = Program.QEMU
+
+    finding = OfQemu("of-qemu", "a defect", "QEMU 7.2", State.REPRODUCED)
+    finding.refuse_other_programs(UnderTest(qemu="7.2"))
+    for option, chosen in {
+        "--kernel stock": UnderTest(kernel="stock"),
+        "--kernel-source tree": UnderTest(kernel_source=Path("tree")),
+        "--kernel-patch a b": UnderTest(kernel_patches=(Path("a"), Path("b"))),
+    }.items():
+        with pytest.raises(UsageError, match=f"^{option}: the finding of-qemu is about QEMU; "):
+            finding.refuse_other_programs(chosen)
 
 
 @pytest.mark.parametrize(

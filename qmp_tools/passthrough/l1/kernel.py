@@ -26,8 +26,8 @@ _logger = logging.getLogger(__name__)
 MODULE: Final = "dmaproof_vfio"
 KERNELS: Final = {"7.3": SUITE}
 """The suite that has the source of each version; the first version is the default."""
-_CONFIG: Final = "kernel.config"
-_KERNEL_MODULES: Final = ("drivers/vfio/mdev/mdev.ko",)
+CONFIG: Final = "kernel.config"
+KERNEL_MODULES: Final = ("drivers/vfio/mdev/mdev.ko",)
 
 _PRUNE: Final = """\
 find . -mindepth 1 -maxdepth 1 ! -name include ! -name scripts ! -name arch ! -name tools \\
@@ -49,7 +49,7 @@ def l1_kernel(root: Path, version: str) -> Path:
     Raises:
         UntestableError: the kernel cannot be built here.
     """
-    config = sources() / "passthrough" / _CONFIG
+    config = sources() / "passthrough" / CONFIG
     options = "\n".join(options_of(config)).encode()
     made_of = [options, (root / "packages").read_bytes(), CONFIGURE.encode()]
     target = cache() / "l1" / f"kernel-{version}-{digest(made_of)}"
@@ -74,15 +74,27 @@ def _build_kernel(root: Path, version: str, config: Path, fresh: Path) -> None:
     shutil.rmtree(fresh / "archive")
     modules = fresh / "modules"
     modules.mkdir()
-    for name in _KERNEL_MODULES:
+    for name in KERNEL_MODULES:
         shutil.copy(tree / name, modules)
-    (modules / "order").write_text("".join(f"{Path(name).name}\n" for name in _KERNEL_MODULES))
+    write_order(modules)
     run(_PRUNE, "tidying up the kernel's build tree")
     (tree / "vmlinux").rename(fresh / "vmlinux")
 
 
-def _jobs() -> str:
+def write_order(modules: Path) -> None:
+    """Write the file ``order``, which lists the kernel's modules in their load order."""
+    (modules / "order").write_text("".join(f"{Path(name).name}\n" for name in KERNEL_MODULES))
+
+
+def jobs() -> str:
+    """Return the number of compilers that run at the same time."""
     return str(len(os.sched_getaffinity(0)))
+
+
+def module_sources() -> list[Path]:
+    """Return the files that the fake device's module is built of."""
+    folder = sources() / "passthrough" / "module"
+    return sorted(file for file in folder.iterdir() if file.suffix in (".c", ".h", ""))
 
 
 def l1_module(root: Path, kernel: Path) -> Path:
@@ -91,8 +103,7 @@ def l1_module(root: Path, kernel: Path) -> Path:
     Raises:
         UntestableError: the build failed; the message has the compiler's output.
     """
-    folder = sources() / "passthrough" / "module"
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".c", ".h", ""))
+    files = module_sources()
     made_of = [kernel.name.encode()]
     for file in files:
         made_of += [file.name.encode(), file.read_bytes()]
@@ -113,6 +124,6 @@ def _build_module(root: Path, kernel: Path, files: list[Path], fresh: Path) -> N
         shutil.copy(file, build / "module")
     shutil.copytree(kernel / "build", build / "kernel", symlinks=True)
     what = "building the fake device's module"
-    run_inside(root, build, _BUILD_MODULE, what, BUILD_TIMEOUT_S, JOBS=_jobs())
+    run_inside(root, build, _BUILD_MODULE, what, BUILD_TIMEOUT_S, JOBS=jobs())
     (build / "module" / f"{MODULE}.ko").rename(fresh / f"{MODULE}.ko")
     shutil.rmtree(build)

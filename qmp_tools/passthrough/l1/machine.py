@@ -29,8 +29,10 @@ from ...qemu import qemu_qmp
 from ...qemu.machine import option_value
 from ...qemu.qemu import OwnedQemu, running_qemu
 from .kernel import KERNELS, MODULE, l1_kernel, l1_module
+from .patched import patched_kernel
 from .root import COMPILE_PYTHON, l1_root
 from .stock import STOCK, stock_kernel
+from .tree import check_source, tree_kernel
 
 _logger = logging.getLogger(__name__)
 
@@ -59,6 +61,8 @@ class L1:
     qemu: Path | None = None
     """The folder of a fetched QEMU, which L1 mounts and `TESTED_QEMU` names."""
     memory_mib: int = 2048
+    origin: str | None = None
+    """The source of the kernel, if it is the user's."""
     counting: bool = False
     """Whether L1's clock counts instructions, one as a nanosecond, on one CPU."""
 
@@ -72,12 +76,7 @@ def l1(version: str = next(iter(KERNELS)), *, falls_back: bool = True) -> L1:
     Raises:
         UntestableError: L1 cannot be built; the message says what is missing.
     """
-    if not X86_64.is_host:
-        raise UntestableError(
-            f"the nested machine L1 is made of this machine's packages and must be {X86_64.name}, "
-            f"but this machine is {platform.machine()}; use an {X86_64.name} machine"
-        )
-    root = l1_root()
+    root = _root()
     try:
         kernel = stock_kernel() if version == STOCK else l1_kernel(root, version)
     except UntestableError as error:
@@ -88,6 +87,38 @@ def l1(version: str = next(iter(KERNELS)), *, falls_back: bool = True) -> L1:
         )
         kernel = stock_kernel()
     return L1(root, kernel, l1_module(root, kernel))
+
+
+def l1_of_source(source: Path) -> L1:
+    """Return an L1 with the kernel of the tree `source`; see `tree_kernel`.
+
+    Raises:
+        UsageError, UntestableError: the kernel cannot be built; the message says why.
+    """
+    check_source(source)
+    root = _root()
+    kernel = tree_kernel(root, source)
+    return L1(root, kernel.folder, kernel.module, origin=kernel.origin)
+
+
+def l1_of_patches(patches: Sequence[Path]) -> L1:
+    """Return an L1 with the distribution's kernel and `patches`; see `patched_kernel`.
+
+    Raises:
+        UsageError, UntestableError: a patch does not apply, or the kernel cannot be built.
+    """
+    root = _root()
+    kernel = patched_kernel(root, patches)
+    return L1(root, kernel.folder, kernel.module, origin=kernel.origin)
+
+
+def _root() -> Path:
+    if not X86_64.is_host:
+        raise UntestableError(
+            f"the nested machine L1 is made of this machine's packages and must be {X86_64.name}, "
+            f"but this machine is {platform.machine()}; use an {X86_64.name} machine"
+        )
+    return l1_root()
 
 
 async def run_in_l1(

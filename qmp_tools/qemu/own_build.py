@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +170,7 @@ def build_patched(
         if existing is not None and _made_of(existing) == made_of:
             return existing
         base = _base_tree(package, version, root, architecture)
-        with _patched(base, patches, version, root) as tree:
+        with _patched(base, dict(zip(patches, contents, strict=True)), version, root) as tree:
             if patches:
                 tree.compile(root, architecture)
             return _install(archive, architecture, tree, fresh, described, made_of)
@@ -290,7 +290,9 @@ def _base_tree(
 
 
 @contextmanager
-def _patched(base: _Tree, patches: Sequence[Path], version: str, root: Path) -> Iterator[_Tree]:
+def _patched(
+    base: _Tree, patches: Mapping[Path, bytes], version: str, root: Path
+) -> Iterator[_Tree]:
     """Yield the tree with `patches`: a copy of `base`, which exists only meanwhile."""
     if not patches:
         yield base
@@ -301,9 +303,9 @@ def _patched(base: _Tree, patches: Sequence[Path], version: str, root: Path) -> 
     ):
         copy = Path(temporary) / "tree"
         shutil.copytree(base.folder, copy, symlinks=True)
-        for patch in patches:
+        for patch, content in patches.items():
             _logger.info("applying %s", patch.name)
-            shutil.copyfile(patch, copy / "applied")
+            (copy / "applied").write_bytes(content)
             try:
                 run_inside(root, copy, _APPLY, f"applying {patch.name}", _SHORT_S)
             except UntestableError as error:

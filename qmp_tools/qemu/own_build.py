@@ -63,12 +63,12 @@ _PACKAGES: Final = (
 _LINKS: Final = {"usr/bin/cc": "gcc", "usr/bin/awk": "mawk"}
 _OPTIONS: Final = (
     *("--without-default-features", "--disable-download", "--disable-docs", "--disable-werror"),
-    *("--disable-debug-info", "--disable-user", "--enable-system", "--enable-tools"),
-    *("--enable-tcg", "--enable-kvm", "--enable-pixman", "--enable-gnutls", "--enable-zstd"),
-    *("--enable-linux-aio", "--enable-numa", "--enable-seccomp", "--enable-fdt=system"),
-    *("--enable-vhost-kernel", "--enable-vhost-net", "--enable-vhost-user", "--enable-vhost-vdpa"),
-    *("--enable-vhost-crypto", "--enable-vhost-user-blk-server", "--enable-malloc-trim"),
-    *("--enable-coroutine-pool", "--audio-drv-list="),
+    *("--disable-debug-info", "--disable-install-blobs", "--disable-user", "--enable-system"),
+    *("--enable-tools", "--enable-tcg", "--enable-kvm", "--enable-pixman", "--enable-gnutls"),
+    *("--enable-zstd", "--enable-linux-aio", "--enable-numa", "--enable-seccomp"),
+    *("--enable-fdt=system", "--enable-vhost-kernel", "--enable-vhost-net", "--enable-vhost-user"),
+    *("--enable-vhost-vdpa", "--enable-vhost-crypto", "--enable-vhost-user-blk-server"),
+    *("--enable-malloc-trim", "--enable-coroutine-pool", "--audio-drv-list="),
 )
 """What dmaproof's proofs use. Options that a version does not know are left out."""
 _TOOLS: Final = {

@@ -59,6 +59,7 @@ _PACKAGES: Final = (
     *("bison", "python3", "python3-venv", "python3-pip", "python3-setuptools", "meson"),
     *("ninja-build", "pkgconf", "libglib2.0-dev", "zlib1g-dev", "libzstd-dev", "libgnutls28-dev"),
     *("libpixman-1-dev", "libaio-dev", "libnuma-dev", "libseccomp-dev", "libfdt-dev"),
+    *("libattr1-dev", "libcap-ng-dev"),
 )
 _LINKS: Final = {"usr/bin/cc": "gcc", "usr/bin/awk": "mawk"}
 _OPTIONS: Final = (
@@ -68,9 +69,13 @@ _OPTIONS: Final = (
     *("--enable-zstd", "--enable-linux-aio", "--enable-numa", "--enable-seccomp"),
     *("--enable-fdt=system", "--enable-vhost-kernel", "--enable-vhost-net", "--enable-vhost-user"),
     *("--enable-vhost-vdpa", "--enable-vhost-crypto", "--enable-vhost-user-blk-server"),
-    *("--enable-malloc-trim", "--enable-coroutine-pool", "--audio-drv-list="),
+    *("--enable-virtfs", "--enable-attr", "--enable-cap-ng", "--enable-malloc-trim"),
+    *("--enable-coroutine-pool", "--audio-drv-list="),
 )
-"""What dmaproof's proofs use. Options that a version does not know are left out."""
+"""What dmaproof's proofs use, and the nested machine's file systems (virtfs).
+
+Options that a version does not know are left out.
+"""
 _TOOLS: Final = {
     "qemu-img": "qemu-img",
     "qemu-storage-daemon": "storage-daemon/qemu-storage-daemon",

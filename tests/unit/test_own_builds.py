@@ -8,6 +8,7 @@ import pytest
 
 from qmp_tools.arch.x86_64 import X86_64
 from qmp_tools.cli.main import main
+from qmp_tools.host import distribution
 from qmp_tools.qemu import builds, choice
 from qmp_tools.qemu.builds import QemuBuild
 
@@ -16,7 +17,7 @@ from qmp_tools.qemu.builds import QemuBuild
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Let only the builds below this folder be available."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    monkeypatch.setattr(choice.distribution, "system_qemu", lambda architecture: None)
+    monkeypatch.setattr(distribution, "system_qemu", lambda architecture: None)
     return tmp_path / "dmaproof/qemu/x86_64"
 
 

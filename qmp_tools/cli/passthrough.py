@@ -18,7 +18,7 @@ from ..passthrough.l1.machine import L1, l1, l1_of_patches, l1_of_source
 from ..passthrough.l1.stock import STOCK
 from ..passthrough.prove import Request, prove_passthrough, to_text
 from ..proof.resolve import chosen_seed
-from ..qemu.builds import installed
+from ..qemu.builds import installed, own_builds
 from ..qemu.choice import find_qemu
 from .arguments import add_keep, add_quiet, add_timeout, describe, reads
 from .display import print_text
@@ -148,13 +148,13 @@ def _machines(arguments: argparse.Namespace) -> list[L1]:
 
 
 def _fetched(version: str) -> Path:
-    """Return the folder of a fetched QEMU; the system's own cannot run in L1.
+    """Return the folder of a fetched or own build; the system's own QEMU cannot run in L1.
 
     Raises:
         UsageError: no QEMU of that version was fetched.
     """
-    for build in reversed(installed(X86_64)):
-        if build.version == version or build.version.startswith(version + "."):
+    for build in reversed([*installed(X86_64), *own_builds(X86_64)]):
+        if build.fits(version):
             return build.path.parent
     raise UsageError(
         f"--qemu {version}: this version was not fetched; run 'dmaproof qemu fetch {version}'"

@@ -13,14 +13,18 @@ from typing import Final
 from dmaproof.errors import RefusedError, UntestableError
 
 from ..arch.x86_64 import X86_64
-from ..exit_codes import EXIT_LOST, EXIT_PASS
+from ..exit_codes import EXIT_PASS
 from ..migration.migration import MigrationTimeoutError
-from ..passthrough.prove import prove_fake_vfio
+from ..passthrough.l1.machine import l1
+from ..passthrough.migrations import UNTRACKED
+from ..passthrough.prove import Request, prove_passthrough
 from ..proof.model import Proof, Setup
 from ..proof.options import ProofOptions
 from ..proof.probes import vcpu_pages_lost
 from ..proof.resolve import resolve
 from ..proof.run import prove
+from ..qemu.builds import is_whole
+from ..qemu.choice import find_qemu
 from ..qemu.machine import KIB, Machine
 from ..qemu.qmp import QmpTimeoutError
 from .finding import State, UnderTest
@@ -141,16 +145,30 @@ class UntrackedVfio(QemuFinding):
     """A VFIO device that nothing tracks, in the nested machine L1."""
 
     async def try_on(self, qemu: Path, under_test: UnderTest) -> tuple[State, str]:
-        """Carry out the proof of vfio-pci on the fake device."""
-        options = ProofOptions(
-            device="vfio-fake:iommufd-untracked", qemu=str(qemu), timeout=under_test.timeout_s
+        """Carry out the migration of vfio-pci on the fake device.
+
+        Raises:
+            UntestableError: `qemu` is the system's, or cannot carry out this migration.
+        """
+        if not is_whole(qemu):
+            raise UntestableError(
+                f"{qemu} does not run in L1, which has other libraries; name one (--qemu) that "
+                "'dmaproof qemu fetch' or 'dmaproof qemu build' has made"
+            )
+        request = Request(
+            seed=1,  # the migration makes no random choice
+            groups=("migration",),
+            proofs=(UNTRACKED,),
+            timeout_s=under_test.timeout_s,
+            keep=under_test.keep,
         )
-        report, _ = await prove_fake_vfio(options, keep=under_test.keep)
-        if report["exit_code"] == EXIT_LOST:
-            return State.REPRODUCED, str(report["verdict"])
-        if report["exit_code"] == EXIT_PASS:
-            return State.NOT_REPRODUCED, "the proof passed: all pages are equal"
-        raise UntestableError(str(report["verdict"]))
+        machine = replace(l1(), qemu=qemu.parent)
+        report = await prove_passthrough(machine, find_qemu(None, X86_64), request)
+        (outcome,) = report["outcomes"]
+        if "differing" not in outcome["figures"]:
+            raise UntestableError(outcome["found"])
+        lost = outcome["figures"]["differing"]
+        return (State.REPRODUCED if lost else State.NOT_REPRODUCED), outcome["found"]
 
 
 QEMU_FINDINGS: Final = (

@@ -78,6 +78,15 @@ class QemuBuild:
         """Whether it was built on this machine by `own_build`."""
         return "+" in self.version
 
+    def fits(self, wanted: str) -> bool:
+        """Return whether '11.1' or '11.1+NAME' is this version, which may have more numbers.
+
+        An own build fits only with its name.
+        """
+        numbers, _, name = self.version.partition("+")
+        wanted_numbers, _, wanted_name = wanted.partition("+")
+        return name == wanted_name and f"{numbers}.".startswith(f"{wanted_numbers}.")
+
 
 def home(architecture: Architecture) -> Path:
     """Return the folder of the builds for guests of `architecture`.
@@ -119,9 +128,14 @@ def _described(folder: Path, architecture: Architecture) -> QemuBuild:
     return QemuBuild(folder.name, suite, folder / architecture.qemu_program, names)
 
 
+def is_whole(program: Path) -> bool:
+    """Return whether `program` is a build with all its libraries in its folder."""
+    return (program.parent / _SUITE_FILE).is_file()
+
+
 def files_of_build(program: Path) -> list[Path]:
     """Return all files of the fetched QEMU with this `program`; empty for any other program."""
-    if not (program.parent / _SUITE_FILE).is_file():
+    if not is_whole(program):
         return []
     return [file for file in (program.parent / "root").rglob("*") if file.is_file()]
 

@@ -55,7 +55,7 @@ def find_qemu(wanted: AnyPath | None, architecture: Architecture | None = None) 
     if found is not None:
         return Path(found).absolute()
     builds = [*known_qemus(architecture), *own_builds(architecture)]
-    fitting = [build for build in builds if _fits(build.version, wanted)]
+    fitting = [build for build in builds if build.fits(wanted)]
     if fitting:
         return (fitting[0] if fitting[0].suite == _SYSTEMS else fitting[-1]).path
     raise UsageError(
@@ -63,16 +63,6 @@ def find_qemu(wanted: AnyPath | None, architecture: Architecture | None = None) 
         f"{', '.join(build.version for build in builds) or 'none'} "
         f"('dmaproof qemu fetch VERSION{architecture.fetch_options}' fetches more)"
     )
-
-
-def _fits(version: str, wanted: str) -> bool:
-    """Return whether '11.1' or '11.1+NAME' is `version`, which may have more numbers.
-
-    An own build fits only with its name.
-    """
-    numbers, _, name = version.partition("+")
-    wanted_numbers, _, wanted_name = wanted.partition("+")
-    return name == wanted_name and f"{numbers}.".startswith(f"{wanted_numbers}.")
 
 
 def known_qemus(architecture: Architecture) -> list[QemuBuild]:

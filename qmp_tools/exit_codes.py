@@ -12,3 +12,15 @@ EXIT_USAGE: Final = 2
 """The caller's arguments are wrong."""
 EXIT_UNTESTED: Final = 3
 """The proof came to no verdict; the message says why."""
+BISECT: Final = "--bisect"
+"""The option that makes dmaproof report its outcome to 'git bisect run'."""
+BISECT_SKIP: Final = 125
+"""Makes 'git bisect run' try another commit."""
+BISECT_ABORT: Final = 128
+"""Makes 'git bisect run' stop; from this code on, git does not take it for a bad commit."""
+
+
+def for_bisect(exit_code: int) -> int:
+    """Return the exit code that reports `exit_code` to 'git bisect run'."""
+    known = {EXIT_PASS: EXIT_PASS, EXIT_LOST: EXIT_LOST, EXIT_UNTESTED: BISECT_SKIP}
+    return known.get(exit_code, BISECT_ABORT)

@@ -14,7 +14,7 @@ from typing import Final
 import dmaproof
 from dmaproof.errors import UsageError, printable
 
-from ..exit_codes import EXIT_UNTESTED, EXIT_USAGE
+from ..exit_codes import BISECT, BISECT_ABORT, EXIT_UNTESTED, EXIT_USAGE, for_bisect
 from ..host.log import logging_to
 from ..host.unexpected import CrashError, untestable
 from .help_formatter import HelpFormatter
@@ -86,10 +86,22 @@ class _ShowVersion(argparse.Action):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; it raises nothing."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    # argparse accepts options that are cut short.
+    if not ("passthrough" in words and any(word[2:] and BISECT.startswith(word) for word in words)):
+        return _exit_code(words, EXIT_UNTESTED)
+    try:
+        return for_bisect(_exit_code(words, BISECT_ABORT))
+    except SystemExit as wrong_usage:  # of argparse, whose exit code git takes for a bad commit
+        return for_bisect(wrong_usage.code if isinstance(wrong_usage.code, int) else EXIT_USAGE)
+
+
+def _exit_code(words: Sequence[str], interrupted: int) -> int:
+    """Run the command; the exit code `interrupted` says that something else stopped it."""
     with guarded_streams(), interruptible():
         try:
             try:
-                return _run(argv)
+                return _run(words)
             finally:
                 sys.stdout.flush()  # fails now, and not at exit, if the device is full
         except UsageError as error:
@@ -99,19 +111,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _EXIT_UNREAD
         except KeyboardInterrupt:
             _say("interrupted; everything was cleaned up")
+            return interrupted
         except OutputError as error:
             _say(f"{error}; the outcome could not be printed")
+            return interrupted
         except Exception as error:
             reason = untestable(error)
             _say(f"NOT TESTED: {reason}")
             if isinstance(reason, CrashError):
                 cause = reason.__cause__ or error
                 _say(printable("".join(traceback.format_exception(cause)).rstrip()))
+                return interrupted
         return EXIT_UNTESTED
 
 
-def _run(argv: Sequence[str] | None) -> int:
-    words = list(sys.argv[1:] if argv is None else argv)
+def _run(words: Sequence[str]) -> int:
     log = StderrLog()
     with logging_to(log):
         # No option in front of the subcommand has a value, so the first other word chooses it.

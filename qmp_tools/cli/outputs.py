@@ -1,4 +1,4 @@
-"""The reports that a subcommand writes besides its text: JSON, HTML, JUnit XML, TAP.
+"""The reports that a subcommand writes besides its text: JSON, HTML, JUnit XML, TAP, KTAP.
 
 All of them are made from the JSON. If a run could not be tested, the reports are written too and
 give the reason. A CI that collects them then shows that reason, and not a missing file.
@@ -19,6 +19,7 @@ from dmaproof.system_errors import NO_ROOM
 from ..exit_codes import EXIT_UNTESTED
 from ..host.unexpected import untestable
 from ..reports.junit_tap import to_junit, to_tap
+from ..reports.ktap import to_ktap
 from ..reports.report import SCHEMA_VERSION
 from .streams import OutputError
 
@@ -31,21 +32,25 @@ def _to_html(answer: Answer) -> str:
     return to_html(answer)
 
 
+_PAGE: Final = "report"
+_KTAP: Final = "ktap"
 _FORMS: Final[dict[str, tuple[str, Callable[[Answer], str]]]] = {
     "json": ("the outcome as JSON", lambda answer: json.dumps(answer, indent=2) + "\n"),
-    "report": ("one self-contained HTML page", _to_html),
+    _PAGE: ("one self-contained HTML page", _to_html),
     "junit": ("JUnit XML", to_junit),
     "tap": ("TAP, the Test Anything Protocol", to_tap),
+    _KTAP: ("KTAP, the form of the kernel's own tests", to_ktap),
 }
 
 
-def add_outputs(parser: argparse.ArgumentParser, *, page: bool = True) -> None:
-    """Add the options of the reports; without `page`, the outcome has no HTML page."""
+def add_outputs(parser: argparse.ArgumentParser, *, page: bool = True, ktap: bool = False) -> None:
+    """Add the options of the reports; the outcome may have no HTML `page`, and a form as `ktap`."""
+    left_out = {*(() if page else (_PAGE,)), *(() if ktap else (_KTAP,))}
     group = parser.add_argument_group(
         "reports", "None is written by default. '-' as FILE stands for standard output."
     )
     for name, (what, _) in _FORMS.items():
-        if page or name != "report":
+        if name not in left_out:
             group.add_argument(f"--{name}", metavar="FILE", help=f"write {what}")
 
 

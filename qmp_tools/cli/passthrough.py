@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,9 @@ from dmaproof.errors import UsageError
 
 from ..arch.x86_64 import X86_64
 from ..arguments import positive
+from ..exit_codes import BISECT
 from ..passthrough import GROUPS, matrix
+from ..passthrough.l1.host_qemu import qemu_for_l1
 from ..passthrough.l1.kernel import KERNELS
 from ..passthrough.l1.machine import L1, l1, l1_of_patches, l1_of_source
 from ..passthrough.l1.stock import STOCK
@@ -31,13 +34,19 @@ examples:
   dmaproof passthrough --only migration
   dmaproof passthrough --quick --json - --quiet
   dmaproof passthrough --kernel 7.3 stock --qemu 10.0 11.1    # a table of all pairs
+  dmaproof passthrough --kernel-source ~/linux    # the kernel of this tree
+  dmaproof passthrough --kernel-patch *.patch
+  git bisect run dmaproof passthrough --kernel-source . --only differential rules --bisect
 
 exit codes:
   0  pass: all proofs passed, and each injected fault was caught
   1  fail: a proof failed
   2  wrong usage
-  3  not tested: a proof could not be carried out, for instance on a busy machine; the message says
-     why
+  3  not tested: a proof could not be carried out, for instance on a busy machine, or the kernel
+     does not build or boot; the message says why
+
+with --bisect:
+  125 instead of 3, and 128 for wrong usage, an interruption or a defect in dmaproof
 """
 
 
@@ -78,8 +87,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--qemu",
         nargs="+",
         default=[],
-        metavar="VERSION",
-        help="fetched QEMUs to test (default: the QEMU of the machine's distribution)",
+        metavar="QEMU",
+        help="QEMUs to test: versions of fetched ones, or the build folder of your own (default: "
+        "the QEMU of the machine's distribution)",
     )
     parser.add_argument(
         "--machine-qemu",
@@ -113,7 +123,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_timeout(parser)
     add_keep(parser)
     add_quiet(parser)
-    add_outputs(parser, page=False)
+    parser.add_argument(
+        BISECT,
+        action="store_true",
+        help="exit as 'git bisect run' expects it: with 125, which skips a commit, instead of 3",
+    )
+    add_outputs(parser, page=False, ktap=True)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -126,7 +141,7 @@ def _run(arguments: argparse.Namespace) -> int:
         timeout_s=arguments.timeout,
         keep=arguments.keep,
     )
-    tested: list[Path | None] = [_fetched(version) for version in arguments.qemu]
+    tested: list[Path | None] = [_tested(qemu) for qemu in arguments.qemu]
     machine_qemu = find_qemu(arguments.machine_qemu, X86_64)
     machines = _machines(arguments)
     pairs = [replace(machine, qemu=qemu) for machine in machines for qemu in tested or [None]]
@@ -147,17 +162,21 @@ def _machines(arguments: argparse.Namespace) -> list[L1]:
     return [l1(version) for version in arguments.kernel]
 
 
-def _fetched(version: str) -> Path:
-    """Return the folder of a fetched or own build; the system's own QEMU cannot run in L1.
+def _tested(qemu: str) -> Path:
+    """Return the folder of a fetched or own build, or of a QEMU that was built at a path.
 
     Raises:
-        UsageError: no QEMU of that version was fetched.
+        UsageError: no QEMU of that version was fetched, or the path has no QEMU for this.
+        UntestableError: the QEMU at the path does not run on this machine.
     """
+    if os.sep in qemu or not qemu[:1].isdigit():
+        return qemu_for_l1(Path(qemu).expanduser())
     for build in reversed([*installed(X86_64), *own_builds(X86_64)]):
-        if build.fits(version):
+        if build.fits(qemu):
             return build.path.parent
     raise UsageError(
-        f"--qemu {version}: this version was not fetched; run 'dmaproof qemu fetch {version}'"
+        f"--qemu {qemu}: this version was not fetched; run 'dmaproof qemu fetch {qemu}', or give "
+        "the path of a QEMU that you have built, such as ./build"
     )
 
 

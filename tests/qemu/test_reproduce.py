@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Final
+
 import pytest
 
 from qmp_tools.findings.linux import LINUX_FINDINGS
 from support.command import Tool
 
 pytestmark = pytest.mark.timeout(3600)
+
+PATCHES: Final = Path(__file__).parents[2] / "docs" / "upstream" / "linux"
 
 
 def states_of(tool: Tool, exit_code: int, *arguments: str) -> dict[str, str]:
@@ -32,3 +37,12 @@ def test_the_stock_kernel_has_the_defects_that_are_documented(tool: Tool) -> Non
         "iova-bitmap-lost-fault": "not-reproduced",
         "hwpt-odd-page-size": "untested",
     }
+
+
+def test_no_defect_is_left_with_the_patches_for_upstream(tool: Tool) -> None:
+    """The first run builds the kernel without and with the patches, which takes minutes."""
+    names = [finding.name for finding in LINUX_FINDINGS]
+    patches = [str(patch) for patch in sorted(PATCHES.glob("*.patch"))]
+    assert states_of(tool, 0, *names, "--kernel-patch", *patches) == dict.fromkeys(
+        names, "not-reproduced"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -16,7 +16,7 @@ import pytest
 from dmaproof.errors import UnsupportedError, UntestableError, UsageError
 from qmp_tools.cli import reproduce
 from qmp_tools.cli.main import main
-from qmp_tools.findings import FINDINGS
+from qmp_tools.findings import FINDINGS, linux
 from qmp_tools.findings.finding import (
     Attempt,
     Finding,
@@ -72,6 +72,35 @@ def test_each_finding_is_listed_under_its_name() -> None:
     assert [finding.name for finding in FINDINGS.values()] == list(FINDINGS)
     assert [name for name in FINDINGS if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name)] == []
     assert all(finding.title and finding.affects for finding in FINDINGS.values())
+
+
+@pytest.mark.parametrize(
+    ("under_test", "chosen"),
+    [
+        (UnderTest(), ("l1", "7.3")),
+        (UnderTest(kernel="stock"), ("l1", "stock")),
+        (UnderTest(kernel_source=Path("tree")), ("l1_of_source", Path("tree"))),
+        (UnderTest(kernel_patches=(Path("a"),)), ("l1_of_patches", (Path("a"),))),
+    ],
+)
+def test_a_finding_is_tried_on_the_kernel_that_was_chosen_and_on_no_other(
+    under_test: UnderTest, chosen: tuple[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    booted: list[tuple[str, object]] = []
+
+    def stand_in(name: str) -> Callable[..., None]:
+        def choose(kernel: object, *, falls_back: bool = False) -> None:
+            assert not falls_back
+            booted.append((name, kernel))
+            raise UntestableError("nothing is booted")
+
+        return choose
+
+    for name in ("l1", "l1_of_source", "l1_of_patches"):
+        monkeypatch.setattr(linux, name, stand_in(name))
+    (attempt,) = asyncio.run(attempts(LINUX_FINDINGS[:1], under_test))
+    assert attempt.found == "nothing is booted"
+    assert booted == [chosen]
 
 
 def test_each_proof_of_a_finding_exists_and_shows_only_this_finding() -> None:

@@ -59,7 +59,7 @@ class L1:
     kernel: Path
     module: Path
     qemu: Path | None = None
-    """The folder of a fetched QEMU, which L1 mounts and `TESTED_QEMU` names."""
+    """The folder of a fetched QEMU, or that of `qemu_for_l1`; `TESTED_QEMU` names it in L1."""
     memory_mib: int = 2048
     origin: str | None = None
     """The source of the kernel, if it is the user's."""

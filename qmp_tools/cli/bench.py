@@ -28,7 +28,7 @@ from ..arguments import positive, seconds
 from ..passthrough.kernel_cost import tables
 from ..passthrough.kernel_cost.bench import measure_kernel_cost
 from ..passthrough.kernel_cost.measure import REPORT_SIZES
-from ..passthrough.l1.kernel import KERNELS
+from ..passthrough.l1.kernel import DEFAULT_KERNEL, KERNELS
 from ..passthrough.l1.machine import l1
 from ..qemu.choice import find_qemu
 from .arguments import add_parser, reads
@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernel.add_argument(
         "--kernel",
         choices=KERNELS,
-        default=next(iter(KERNELS)),
+        default=DEFAULT_KERNEL,
         help="kernel of the machine (default: %(default)s)",
     )
     kernel.add_argument(

@@ -31,6 +31,7 @@ _SUMMARIES: Final = {
     "soak": "migrate one guest many times, and look for lost pages and leaks",
     "matrix": "carry out a proof for each combination of options",
     "passthrough": "prove the VFIO dirty tracking of the kernel and of QEMU, without hardware",
+    "reproduce": "try the known defects of Linux and QEMU on a kernel or a QEMU",
     "faults": "inject every known fault, and report which were caught",
     "check": "compare all RAM of two paused QEMUs after a migration",
     "snapshot": "save a guest's RAM as digests, for a check without its QEMU",

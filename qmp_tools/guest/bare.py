@@ -14,8 +14,9 @@ from typing import Final
 
 from ..arch.architecture import Architecture
 from ..arch.x86_64 import X86_64
+from ..host.cached_folder import digest, fresh_folder
 from ..qemu.machine import MIB
-from .build import Guest, cache, compile_c, digest, fresh_folder, sources
+from .build import Guest, cache, compile_c, sources
 
 _logger = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from typing import Final
 
 from dmaproof.errors import UntestableError
 
-from .build import cache, digest, fresh_folder, prune
+from ..host.cached_folder import digest, fresh_folder, prune
+from .build import cache
 from .kernel_image import read_kernel_image
 from .modules import Modules, find_modules
 

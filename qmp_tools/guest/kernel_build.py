@@ -18,10 +18,11 @@ from dmaproof.errors import UntestableError, WaitTimeoutError
 
 from ..arch.architecture import Architecture, KernelBuild
 from ..host import archive, distribution
+from ..host.cached_folder import digest, fresh_folder, prune
 from ..host.captured import run_captured
 from ..host.reaper import kill_marked, marked_environment
 from ..host.run_folder import run_folder
-from .build import cache, digest, fresh_folder, prune, sources
+from .build import cache, sources
 from .kernel import Kernel, kernel_of_file
 
 _logger = logging.getLogger(__name__)

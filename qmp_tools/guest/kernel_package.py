@@ -14,7 +14,8 @@ from dmaproof.errors import UntestableError
 from ..arch import host_architecture
 from ..arch.architecture import Architecture
 from ..host import archive
-from .build import cache, digest, fresh_folder
+from ..host.cached_folder import digest, fresh_folder
+from .build import cache
 from .drivers import ALL_MODULES
 from .installed_kernels import installed_images
 from .kernel import Kernel, unpack_image, unpacked_image

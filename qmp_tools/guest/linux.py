@@ -10,8 +10,9 @@ import logging
 from typing import Final
 
 from ..arch.architecture import Architecture
+from ..host.cached_folder import digest, fresh_folder
 from ..qemu.machine import MIB
-from .build import Guest, cache, compile_c, digest, fresh_folder, sources
+from .build import Guest, cache, compile_c, sources
 from .drivers import Driver
 from .initramfs import with_modules
 from .kernels import KernelFiles, find_kernel

@@ -299,6 +299,27 @@ class Archive:
         )
         return next(archives.glob(f"{package}_*.deb"))
 
+    def fetch_source(self, package: str) -> Path:
+        """Download the source package of `package`; return its description, a .dsc.
+
+        The files that it lists are beside it. apt compares all of them with the signed index.
+
+        Raises:
+            UntestableError: the suite has no such package, or the download fails.
+        """
+        listed = self._folder / "sources.list"
+        lines = listed.read_text()
+        listed.write_text(lines + lines.replace("deb ", "deb-src "))
+        self._apt("apt-get", "update", what=f"fetching the source lists of {self.suite}")
+        sources = self._folder / "sources"
+        sources.mkdir()
+        self._apt(
+            *("apt-get", "-t", self.suite, "source", "--download-only", package),
+            what=f"downloading the source of {package} from {self.suite}",
+            folder=sources,
+        )
+        return next(sources.glob("*.dsc"))
+
     def fetch_closure(self, packages: Sequence[str]) -> list[Path]:
         """Download `packages` and all their dependencies, as for an empty system."""
         self._apt(

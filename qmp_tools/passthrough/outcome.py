@@ -46,6 +46,8 @@ class Outcome:
     state: State
     found: str
     figures: dict[str, Any] = field(default_factory=dict)
+    corrected: bool = False
+    """Whether the kernel behaves correctly where the proof describes a defect."""
     seconds: float = 0.0
     """The duration of the proof."""
 
@@ -65,6 +67,10 @@ class NothingTestedError(ProofFailedError):
 
 class NotSupportedError(Exception):
     """The kernel or QEMU does not have the feature; the message is that of the kernel or QEMU."""
+
+
+class DefectAbsentError(NotSupportedError):
+    """The kernel behaves correctly where the proof describes a defect."""
 
 
 _UNKNOWN: Final = (errno.ENOTTY, errno.EOPNOTSUPP)
@@ -107,6 +113,23 @@ def observe(as_known: bool, found: str) -> None:
     """
     if not as_known:
         raise NotSupportedError(f"this kernel behaves differently: {found}")
+
+
+def require_defect(present: bool, corrected: bool, found: str) -> None:
+    """Raise an error unless a defect that a rule describes is `present`.
+
+    Args:
+        present: whether the kernel behaves as with the defect.
+        corrected: whether it behaves correctly; then its difference is not a failure.
+        found: what the kernel does.
+
+    Raises:
+        DefectAbsentError: the kernel behaves correctly.
+        ProofFailedError: the kernel does neither.
+    """
+    if corrected:
+        raise DefectAbsentError(f"this kernel behaves differently: {found}")
+    require(present, f"neither the known defect nor correct: {found}")
 
 
 Proof = Callable[[], tuple[str, dict[str, Any]]]
@@ -177,6 +200,8 @@ def run(group: str, name: str, proof: Proof) -> Outcome:
 def _carry_out(group: str, name: str, proof: Proof) -> Outcome:
     try:
         found, figures = proof()
+    except DefectAbsentError as error:
+        return Outcome(group, name, State.NOT_SUPPORTED, str(error), corrected=True)
     except NotSupportedError as error:
         return Outcome(group, name, State.NOT_SUPPORTED, str(error))
     except VfioError as error:

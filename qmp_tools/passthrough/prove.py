@@ -30,6 +30,8 @@ _OVERHEAD_BYTES: Final = 256 << 20
 """The memory that an L1's QEMU takes besides its guest RAM."""
 MACHINE_BYTES: Final = (_MEMORY_MIB << 20) + _OVERHEAD_BYTES
 """The memory that one machine takes."""
+_FEW_PROOFS: Final = 8
+"""So many proofs take less time than the boot of a second machine."""
 _WAITS_BETWEEN_LINES: Final = 4
 """An attempt in L1 may use up this many timeouts before it prints its next line."""
 
@@ -51,13 +53,16 @@ async def prove_passthrough(
 ) -> dict[str, Any]:
     """Carry out the proofs in L1, booted by `qemu`; return the report as for JSON.
 
-    If the host has processors and memory for two machines, they share the proofs.
+    If the host has processors and memory for two machines, they share the proofs, unless these are
+    few.
 
     Raises:
         UntestableError: L1 does not boot, ends early, or prints nothing until the timeout.
     """
     machine = replace(machine, memory_mib=_MEMORY_MIB)
     machines = machines_side_by_side(len(os.sched_getaffinity(0)), free_memory_bytes())
+    if 0 < len(request.only) <= _FEW_PROOFS:
+        machines = 1
     outcomes: dict[int, dict[str, Any]] = {}
     with run_folder(keep=keep) as folder:
         if keep:

@@ -12,8 +12,9 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -40,7 +41,9 @@ _PROGRAMS: Final = {
 }
 """The programs besides QEMU itself, and their folders in the packages."""
 _SUITE_FILE: Final = "suite"
-_REMEDY: Final = "set XDG_DATA_HOME to a writable folder with enough space"
+_PATCHES_FILE: Final = "patches"
+"""Has the names of an own build's patches."""
+REMEDY: Final = "set XDG_DATA_HOME to a writable folder with enough space"
 
 _WRAPPER: Final = """\
 #!/bin/sh
@@ -59,44 +62,85 @@ _FIRMWARE: Final = (
 
 @dataclass(frozen=True)
 class QemuBuild:
-    """A QEMU of the system or a fetched one; `path` is its program."""
+    """A QEMU of the system, a fetched or an own one; `path` is its program.
+
+    The version of an own build ends with its name: '10.0.13+fixed'. `patches` are the names of the
+    patches that it was built with.
+    """
 
     version: str
     suite: str
     path: Path
+    patches: tuple[str, ...] = ()
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it was built on this machine by `own_build`."""
+        return "+" in self.version
+
+    def fits(self, wanted: str) -> bool:
+        """Return whether '11.1' or '11.1+NAME' is this version, which may have more numbers.
+
+        An own build fits only with its name.
+        """
+        numbers, _, name = self.version.partition("+")
+        wanted_numbers, _, wanted_name = wanted.partition("+")
+        return name == wanted_name and f"{numbers}.".startswith(f"{wanted_numbers}.")
 
 
-def _home(architecture: Architecture) -> Path:
+def home(architecture: Architecture) -> Path:
+    """Return the folder of the builds for guests of `architecture`.
+
+    Raises:
+        UntestableError: this user has no data folder.
+    """
     return data_folder() / "qemu" / architecture.name
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version))
+def _order(build: QemuBuild) -> tuple[tuple[int, ...], str]:
+    numbers, _, name = build.version.partition("+")
+    return tuple(int(number) for number in re.findall(r"\d+", numbers)), name
 
 
 def installed(architecture: Architecture) -> list[QemuBuild]:
     """Return the fetched builds for guests of `architecture`, oldest version first."""
+    return [build for build in _all_builds(architecture) if not build.is_own]
+
+
+def own_builds(architecture: Architecture) -> list[QemuBuild]:
+    """Return the builds of ``dmaproof qemu build`` for guests of `architecture`, oldest first."""
+    return [build for build in _all_builds(architecture) if build.is_own]
+
+
+def _all_builds(architecture: Architecture) -> list[QemuBuild]:
     try:
-        home = _home(architecture)
+        folder = home(architecture)
     except UntestableError:  # without a data folder, no build was fetched
         return []
-    builds = [
-        QemuBuild(
-            file.parent.name, file.read_text().strip(), file.parent / architecture.qemu_program
-        )
-        for file in home.glob(f"[0-9]*/{_SUITE_FILE}")
-    ]
-    return sorted(builds, key=lambda build: _numbers(build.version))
+    files = folder.glob(f"[0-9]*/{_SUITE_FILE}")
+    return sorted((_described(file.parent, architecture) for file in files), key=_order)
+
+
+def _described(folder: Path, architecture: Architecture) -> QemuBuild:
+    patches = folder / _PATCHES_FILE
+    names = tuple(patches.read_text().splitlines()) if patches.exists() else ()
+    suite = (folder / _SUITE_FILE).read_text().strip()
+    return QemuBuild(folder.name, suite, folder / architecture.qemu_program, names)
+
+
+def is_whole(program: Path) -> bool:
+    """Return whether `program` is a build with all its libraries in its folder."""
+    return (program.parent / _SUITE_FILE).is_file()
 
 
 def build_folder(version: str, architecture: Architecture) -> Path:
-    """Return the folder of a fetched QEMU of this `version`, such as '11.1'.
+    """Return the folder of a fetched QEMU of this `version`, such as '11.1', or of an own build.
 
     Raises:
-        UsageError: no QEMU of that version was fetched.
+        UsageError: no QEMU of that version was fetched or built.
     """
-    for build in reversed(installed(architecture)):
-        if f"{build.version}.".startswith(f"{version}."):
+    for build in reversed([*installed(architecture), *own_builds(architecture)]):
+        if build.fits(version):
             return build.path.parent
     raise UsageError(
         f"--qemu {version}: this version was not fetched; run 'dmaproof qemu fetch "
@@ -107,7 +151,7 @@ def build_folder(version: str, architecture: Architecture) -> Path:
 
 def files_of_build(program: Path) -> list[Path]:
     """Return all files of the fetched QEMU with this `program`; empty for any other program."""
-    if not (program.parent / _SUITE_FILE).is_file():
+    if not is_whole(program):
         return []
     return [file for file in (program.parent / "root").rglob("*") if file.is_file()]
 
@@ -121,36 +165,63 @@ def fetch(wanted: str, architecture: Architecture) -> QemuBuild:
         UsageError: the archive's suites have other versions.
         UntestableError: the archive cannot be reached, or the fetched QEMU does not run.
     """
-    with writing_to(_home(architecture), _REMEDY):
+    with writing_to(home(architecture), REMEDY):
         return _fetch(wanted, architecture)
 
 
 def _fetch(wanted: str, architecture: Architecture) -> QemuBuild:
-    home, program = _home(architecture), architecture.qemu_program
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="new-", dir=home) as temporary:
-        folder = Path(temporary)
-        archive, version = _find(wanted, architecture, folder)
-        target = home / version
+    with new_build(architecture) as build:
+        archive, version = find_suite(wanted, architecture, build.parent)
         _logger.info("fetching QEMU %s and its libraries from %s", version, archive.suite)
-        with_virtiofsd = (_VIRTIOFSD,) if archive.has(_VIRTIOFSD) else ()
-        fetched = archive.fetch_closure(
-            (
-                *_qemu_packages(architecture, archive),
-                *architecture.firmware_packages,
-                *_PACKAGES,
-                *with_virtiofsd,
-            )
+        unpack_qemu(archive, architecture, build)
+        return finish(build, QemuBuild(version, archive.suite, Path()), architecture)
+
+
+@contextmanager
+def new_build(architecture: Architecture) -> Iterator[Path]:
+    """Yield an empty folder for a build; its parent is a temporary folder for anything else."""
+    home(architecture).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="new-", dir=home(architecture)) as temporary:
+        build = Path(temporary) / "build"
+        build.mkdir()
+        yield build
+
+
+def unpack_qemu(archive: Archive, architecture: Architecture, build: Path) -> None:
+    """Fetch the QEMU of `archive` with libraries and firmware, and unpack it into `build`."""
+    with_virtiofsd = (_VIRTIOFSD,) if archive.has(_VIRTIOFSD) else ()
+    fetched = archive.fetch_closure(
+        (
+            *_qemu_packages(architecture, archive),
+            *architecture.firmware_packages,
+            *_PACKAGES,
+            *with_virtiofsd,
         )
-        _logger.info("unpacking %d packages", len(fetched))
-        build = folder / "build"
-        for package in fetched:
-            unpack(package, build / "root")
-        make_whole(build, {program: "usr/bin", **_PROGRAMS})
-        (build / _SUITE_FILE).write_text(archive.suite + "\n")
-        _try(build / program)
-        replace_folder(build, target)
-    return QemuBuild(version, archive.suite, target / program)
+    )
+    _logger.info("unpacking %d packages", len(fetched))
+    for package in fetched:
+        unpack(package, build / "root")
+
+
+def finish(build: Path, described: QemuBuild, architecture: Architecture) -> QemuBuild:
+    """Make the unpacked `build` run, try it, and move it to its place.
+
+    Args:
+        build: the folder of `new_build`.
+        described: the build; its path is not used.
+        architecture: the architecture of its guests.
+
+    Raises:
+        UntestableError: QEMU does not run.
+    """
+    program = architecture.qemu_program
+    make_whole(build, {program: "usr/bin", **_PROGRAMS})
+    (build / _SUITE_FILE).write_text(described.suite + "\n")
+    (build / _PATCHES_FILE).write_text("".join(f"{name}\n" for name in described.patches))
+    _try(build / program)
+    target = home(architecture) / described.version
+    replace_folder(build, target)
+    return replace(described, path=target / program)
 
 
 def _qemu_packages(architecture: Architecture, archive: Archive) -> list[str]:
@@ -161,8 +232,18 @@ def _qemu_packages(architecture: Architecture, archive: Archive) -> list[str]:
     return architecture.qemu_packages["debian"].split()
 
 
-def _find(wanted: str, architecture: Architecture, folder: Path) -> tuple[Archive, str]:
-    """Find the suite that has the `wanted` QEMU, and QEMU's upstream version there."""
+def find_suite(wanted: str, architecture: Architecture, folder: Path) -> tuple[Archive, str]:
+    """Find the suite that has the `wanted` QEMU, and QEMU's upstream version there.
+
+    Args:
+        wanted: a suite ('trixie-backports') or a version ('11.1').
+        architecture: the architecture of the guests.
+        folder: an existing folder for apt's state.
+
+    Raises:
+        UsageError: the archive's suites have other versions.
+        UntestableError: the archive cannot be reached.
+    """
     is_version = wanted[:1].isdigit()
     suites = _suites() if is_version else [wanted]
     seen: list[str] = []
@@ -229,4 +310,4 @@ def _try(program: Path) -> None:
     for option in ("--version", "-machine help"):
         done = run_captured([program, *option.split()], timeout_s=60)
         if done.returncode:
-            raise UntestableError(f"the fetched QEMU does not run: {done.stderr.strip()}")
+            raise UntestableError(f"this QEMU does not run: {done.stderr.strip()}")

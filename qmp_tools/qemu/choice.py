@@ -17,7 +17,7 @@ from ..arguments import AnyPath
 from ..host import distribution
 from ..host.captured import run_captured
 from ..host.timeout import DEFAULT_TIMEOUT_S
-from .builds import QemuBuild, installed
+from .builds import QemuBuild, installed, own_builds
 from .qemu import idle_qemu
 
 _SYSTEMS: Final = "system"
@@ -29,7 +29,8 @@ def find_qemu(wanted: AnyPath | None, architecture: Architecture | None = None) 
     The system's QEMU takes precedence over a fetched one of the same version.
 
     Args:
-        wanted: a path, the name of a program, or a version such as '11.1'.
+        wanted: a path, the name of a program, a version such as '11.1', or the version and name of
+            an own build ('11.1+fixed').
         architecture: the architecture of guests; by default that of this machine.
 
     Raises:
@@ -53,8 +54,8 @@ def find_qemu(wanted: AnyPath | None, architecture: Architecture | None = None) 
     found = shutil.which(wanted)
     if found is not None:
         return Path(found).absolute()
-    builds = known_qemus(architecture)
-    fitting = [build for build in builds if f"{build.version}.".startswith(f"{wanted}.")]
+    builds = [*known_qemus(architecture), *own_builds(architecture)]
+    fitting = [build for build in builds if build.fits(wanted)]
     if fitting:
         return (fitting[0] if fitting[0].suite == _SYSTEMS else fitting[-1]).path
     raise UsageError(

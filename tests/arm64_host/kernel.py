@@ -12,11 +12,11 @@ from dmaproof.errors import UntestableError
 from qmp_tools.arch import find_architecture
 from qmp_tools.arch.architecture import KernelBuild
 from qmp_tools.guest import kernel as guest_kernel
-from qmp_tools.guest.build import digest, fresh_folder, prune
 from qmp_tools.guest.initramfs import newc_archive
 from qmp_tools.guest.kernel import kernel_of_file
 from qmp_tools.guest.kernel_build import built_kernel
 from qmp_tools.host.archive import Archive, unpack
+from qmp_tools.host.cached_folder import digest, fresh_folder, prune
 from support.debian_tree import kept_folder
 
 from .system import ARCHITECTURE, SUITE

@@ -16,8 +16,8 @@ from typing import Final
 
 from dmaproof.errors import UntestableError
 from dmaproof.units import div_ceil
-from qmp_tools.guest.build import digest, fresh_folder, prune
 from qmp_tools.host.archive import Archive
+from qmp_tools.host.cached_folder import digest, fresh_folder, prune
 from support.debian_tree import kept_folder
 
 SUITE: Final = "trixie"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dmaproof.errors import UntestableError
-from qmp_tools.passthrough.l1.root import SOURCE, run_inside
+from qmp_tools.host.unpacked_root import SOURCE, run_inside
 from support.command import TIMEOUT_S
 
 

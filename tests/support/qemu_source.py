@@ -17,7 +17,8 @@ from typing import Final
 import pytest
 
 from dmaproof.errors import UntestableError
-from qmp_tools.host.archive import Archive, replace_folder, sources_list
+from qmp_tools.host.archive import Archive, replace_folder
+from qmp_tools.host.source_package import read_source_package
 
 from .debian_tree import kept_folder
 
@@ -30,20 +31,6 @@ _PARTS: Final = (
     "tests/migration-stress/",
 )
 """Without python/qemu/qmp, whose released form is a package of its own: qemu.qmp."""
-
-
-class _SourceArchive(Archive):
-    def fetch_source(self, package: str) -> Path:
-        """Download the original source of `package`, as its authors released it."""
-        with (self._folder / "sources.list").open("a") as listed:
-            listed.write(sources_list(self.suite).replace("deb ", "deb-src "))
-        self._apt("apt-get", "update", what=f"fetching the source lists of {self.suite}")
-        self._apt(
-            *("apt-get", "source", "--download-only", "--tar-only", package),
-            what=f"downloading the source of {package} from {self.suite}",
-            folder=self._folder,
-        )
-        return next(self._folder.glob(f"{package}_*.orig.tar.*"))
 
 
 def qemu_source() -> Path:
@@ -68,7 +55,8 @@ def _fetched() -> Path:
         if _missing(source):
             fresh = kept / f"{source.name}-new"
             shutil.rmtree(fresh, ignore_errors=True)  # of a test that was killed
-            _unpack(_SourceArchive(_SUITE, fresh / "apt").fetch_source("qemu"), fresh / "source")
+            dsc = Archive(_SUITE, fresh / "apt").fetch_source("qemu")
+            _unpack(read_source_package(dsc).original, fresh / "source")
             replace_folder(fresh / "source", source)
             shutil.rmtree(fresh)
     return source

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Final
 
 from qmp_tools.arch.x86_64 import X86_64
-from qmp_tools.guest.build import cache, fresh_folder
+from qmp_tools.guest.build import cache
 from qmp_tools.host.archive import Archive, unpack
+from qmp_tools.host.cached_folder import fresh_folder
 from qmp_tools.qemu.builds import QemuBuild, fetch, installed, make_whole
 
 from .command import Outcome, Tool

@@ -39,7 +39,7 @@ def reachable(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 def test_a_version_is_found_although_a_suite_cannot_be_searched(
     reachable: set[str], tmp_path: Path, wanted: str, suite: str
 ) -> None:
-    archive, version = builds._find(wanted, X86_64, tmp_path)
+    archive, version = builds.find_suite(wanted, X86_64, tmp_path)
     assert archive.suite == suite
     assert version.startswith(wanted)
 
@@ -50,7 +50,7 @@ def test_a_version_that_no_suite_has_is_wrong_usage(reachable: set[str], tmp_pat
         "could not be searched"
     )
     with pytest.raises(UsageError, match=message):
-        builds._find("9.9", X86_64, tmp_path)
+        builds.find_suite("9.9", X86_64, tmp_path)
 
 
 def test_without_a_network_nothing_is_said_about_versions(
@@ -59,4 +59,4 @@ def test_without_a_network_nothing_is_said_about_versions(
     reachable.clear()
     message = r"none of trixie-backports, .* could be searched; check the network(.|\n)*404"
     with pytest.raises(UntestableError, match=message):
-        builds._find("11.1", X86_64, tmp_path)
+        builds.find_suite("11.1", X86_64, tmp_path)

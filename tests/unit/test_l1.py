@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 
 from dmaproof.errors import UntestableError, WaitTimeoutError
-from qmp_tools.guest.build import prune
 from qmp_tools.guest.modules import find_modules
+from qmp_tools.host.cached_folder import prune
 from qmp_tools.passthrough.l1 import machine, stock
 from qmp_tools.passthrough.l1.kernel import KERNELS
 

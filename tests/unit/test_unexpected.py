@@ -18,7 +18,7 @@ from qmp_tools.cli import prove
 from qmp_tools.cli.display import print_table, print_text
 from qmp_tools.cli.log import StderrLog
 from qmp_tools.cli.main import main
-from qmp_tools.guest.build import fresh_folder
+from qmp_tools.host.cached_folder import fresh_folder
 from qmp_tools.host.log import logging_to
 from qmp_tools.host.process import log_tail
 from qmp_tools.host.unexpected import CrashError, untestable

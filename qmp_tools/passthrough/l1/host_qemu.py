@@ -21,7 +21,8 @@ from dmaproof.errors import UntestableError, UsageError
 
 from ...arch.x86_64 import X86_64
 from ...arguments import AnyPath
-from ...guest.build import cache, digest, fresh_folder, prune
+from ...guest.build import cache
+from ...host.cached_folder import digest, fresh_folder, prune
 from ...host.captured import run_captured
 from ...qemu.builds import build_folder, files_of_build
 

@@ -14,10 +14,12 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-from ...guest.build import cache, digest, fresh_folder, prune, sources
+from ...guest.build import cache, sources
 from ...guest.kernel_build import BUILD_TIMEOUT_S, CONFIGURE, build_tree, options_of
 from ...host.archive import Archive
-from .root import SUITE, run_inside
+from ...host.cached_folder import digest, fresh_folder, prune
+from ...host.unpacked_root import run_inside
+from .root import SUITE
 
 _logger = logging.getLogger(__name__)
 

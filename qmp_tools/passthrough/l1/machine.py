@@ -26,13 +26,14 @@ from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError, print
 from ...arch.x86_64 import X86_64
 from ...guest.build import sources
 from ...host.process import log_tail
+from ...host.unpacked_root import run_inside
 from ...host.user_folders import cache_folder
 from ...qemu import qemu_qmp
 from ...qemu.machine import option_value
 from ...qemu.qemu import OwnedQemu, running_qemu
 from .kernel import DEFAULT_KERNEL, KERNELS, MODULE, l1_kernel, l1_module
 from .patched import patched_kernel
-from .root import COMPILE_PYTHON, l1_root, run_inside
+from .root import COMPILE_PYTHON, l1_root
 from .stock import STOCK, stock_kernel
 from .tree import check_source, tree_kernel
 
@@ -74,10 +75,11 @@ class L1:
     """Whether L1's clock counts instructions, one as a nanosecond, on one CPU."""
 
 
-def l1(version: str = DEFAULT_KERNEL) -> L1:
+def l1(version: str = DEFAULT_KERNEL, *, falls_back: bool = True) -> L1:
     """Return an L1 with the kernel `version`; the first build takes about 6 minutes on two cores.
 
-    If that kernel cannot be built, L1 has Debian's stock kernel, as with `version` "stock".
+    If that kernel cannot be built, and with `falls_back`, L1 has Debian's stock kernel, as with
+    `version` "stock".
 
     Raises:
         UsageError: dmaproof knows no such kernel.
@@ -92,7 +94,7 @@ def l1(version: str = DEFAULT_KERNEL) -> L1:
     try:
         kernel = stock_kernel() if version == STOCK else l1_kernel(root, version)
     except UntestableError as error:
-        if version == STOCK:
+        if version == STOCK or not falls_back:
             raise
         _logger.warning(
             "%s\nusing Debian's stock kernel instead, which supports fewer of the proofs", error

@@ -16,11 +16,12 @@ from typing import Final
 
 from dmaproof.errors import UsageError
 
-from ...guest.build import cache, digest, fresh_folder, prune, sources
+from ...guest.build import cache, sources
 from ...guest.kernel_build import BUILD_TIMEOUT_S, options_of
 from ...host.archive import Archive, unpack
+from ...host.cached_folder import digest, fresh_folder, prune
+from ...host.unpacked_root import SOURCE, run_inside
 from .kernel import CONFIG, KERNELS, MODULE, module_sources
-from .root import SOURCE, run_inside
 from .tree import BuiltKernel, build_outside, collect
 
 _logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def patched_kernel(root: Path, patches: Sequence[Path]) -> BuiltKernel:
         UntestableError: a patch does not apply, or the patched kernel cannot be built.
     """
     contents = [_read(patch) for patch in patches]
-    version = next(iter(KERNELS))
+    version = DEFAULT_KERNEL
     origin = f"linux-source-{version} with {', '.join(patch.name for patch in patches)}"
     plain = _plain_build(root, version)
     module = [part for file in module_sources() for part in (file.name.encode(), file.read_bytes())]

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Final
 
 from ...arch.x86_64 import X86_64
-from ...guest.build import cache, compile_c, digest, fresh_folder, prune, sources
+from ...guest.build import cache, compile_c, sources
 from ...guest.initramfs import with_modules
 from ...guest.kernel_image import read_kernel_image
 from ...guest.modules import Modules, find_modules
 from ...host.archive import Archive, unpack
+from ...host.cached_folder import digest, fresh_folder, prune
 
 _logger = logging.getLogger(__name__)
 

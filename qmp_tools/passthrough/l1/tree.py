@@ -20,18 +20,12 @@ from typing import Final
 
 from dmaproof.errors import UntestableError, UsageError
 
-from ...guest.build import (
-    cache,
-    changed_folder,
-    digest,
-    fresh_folder,
-    prune,
-    remove_unlocked,
-    sources,
-)
+from ...guest.build import cache, sources
 from ...guest.kernel_build import BUILD_TIMEOUT_S, KERNEL_CONFIG, configuring
+from ...host.cached_folder import changed_folder, digest, fresh_folder, prune, remove_unlocked
+from ...host.unpacked_root import SOURCE, run_inside
 from .kernel import CONFIG, KERNEL_MODULES, MODULE, jobs, module_sources, write_order
-from .root import SOURCE, quoted, run_inside
+from .root import quoted
 
 _logger = logging.getLogger(__name__)
 

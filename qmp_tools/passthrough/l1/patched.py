@@ -21,7 +21,7 @@ from ...guest.kernel_build import BUILD_TIMEOUT_S, options_of
 from ...host.archive import Archive, unpack
 from ...host.cached_folder import digest, fresh_folder, prune
 from ...host.unpacked_root import SOURCE, run_inside
-from .kernel import CONFIG, KERNELS, MODULE, module_sources
+from .kernel import CONFIG, DEFAULT_KERNEL, KERNELS, MODULE, module_sources
 from .tree import BuiltKernel, build_outside, collect
 
 _logger = logging.getLogger(__name__)

@@ -249,7 +249,7 @@ class ProofOptions:
         str | None,
         Option(
             "QEMU",
-            "kernel of the nested machine, for devices that need one (default: 7.3)",
+            "the nested machine's kernel (default: 7.3)",
             "VERSION",
         ),
     ] = None
@@ -469,7 +469,7 @@ class ProofOptions:
     ] = False
     seed: Annotated[
         int | None,
-        Option("proof", "seed of an earlier run, to repeat it (default: random)", "N", whole),
+        Option("proof", "seed, to repeat a run (default: random)", "N", whole),
     ] = None
     requests_after: Annotated[
         int, Option("proof", "requests that the guest must complete afterwards", "N", positive)

@@ -75,11 +75,14 @@ class _Run:
         Raises:
             UsageError: the options of every cell are wrong.
         """
-        architectures = self._matrix.axes.get("arch", (None,))
-        for name in ("qemu", "qemu-destination"):
-            for value in self._matrix.axes.get(name, ()):
-                for architecture in architectures:
-                    find_qemu(value, find_architecture(architecture))
+        proofs = [cell for cell in self._cells if self._kind_of(cell).name == ProofCells.name]
+        for qemu, architecture in dict.fromkeys(
+            (cell[name], cell.get("arch"))
+            for cell in proofs
+            for name in ("qemu", "qemu-destination")
+            if name in cell
+        ):
+            find_qemu(qemu, find_architecture(architecture))
         files = ProgramFiles()
         wrong: UsageError | None = None
         for index, cell in enumerate(self._cells):

@@ -17,6 +17,7 @@ from dmaproof.errors import UnsupportedError, UntestableError, UsageError
 
 from ..arch.x86_64 import X86_64
 from ..devices.registry import kind_of
+from ..devices.vhost_witness import witness_library
 from ..guest.bare import bare_guest, vfio_guest
 from ..host.run_folder import run_folder
 from ..proof.options import OPTIONS, ProofOptions
@@ -57,12 +58,13 @@ _NOT_IN_L1: Final = ("arch", "qemu_destination", "kernel", "modules", "initrd", 
 
 
 def runs_in_l1(options: ProofOptions) -> bool:
-    """Return whether the options select a device that this machine cannot run.
+    """Return whether the options select L1's kernel, or a device that this machine cannot run.
 
     Raises:
         UsageError: the device is unknown.
     """
-    return not kind_of(options.devices, options.device_command).runs_here()
+    kind = kind_of(options.devices, options.device_command)
+    return options.l1_kernel is not None or not kind.runs_here()
 
 
 def nested_options(options: ProofOptions) -> ProofOptions:
@@ -114,7 +116,7 @@ async def prove_nested(options: ProofOptions, *, keep: bool = False) -> tuple[di
             _logger.info,
             _WAITS_BETWEEN_LINES * options.timeout,
             files=(given,),
-            guests=(bare_guest(X86_64).kernel, vfio_guest()),
+            guests=(bare_guest(X86_64).kernel, vfio_guest(), witness_library()),
         )
         if (job / FAILURE).exists():
             failure = json.loads((job / FAILURE).read_text())

@@ -1,0 +1,229 @@
+"""Use a virtio device that the host's kernel serves (vhost), and whose DMA QEMU does not see.
+
+The device keeps no journal. By default QEMU and the kernel are left alone. With the witness
+(`vhost_witness`) dmaproof records what the kernel logs, and can inject a fault.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Final
+
+from dmaproof.errors import UntestableError, UsageError
+from dmaproof.faults import make_fault
+from dmaproof.faults.log import DropPages
+from dmaproof.trace import Link
+
+from ..guest.channel import GuestChannel
+from ..guest.drivers import VIRTIO_NET, Driver
+from ..guest.workload import Workload
+from ..host.tap import Tap, open_tap
+from ..qemu.pci_express import behind_iommu, device_port
+from .device import AttachedDevice, DeviceFacts, ProofDevice, on_network
+from .registry import COMMON_OPTIONS, GUEST_OPTIONS, Control, DeviceKind, DeviceRequest
+from .vhost_witness import KernelLogs, Witness
+
+WITNESS: Final = "witness"
+"""The option after the device's name: 'vhost-net:witness'."""
+_NOT_HERE: Final = (errno.ENOENT, errno.ENODEV, errno.ENXIO)
+"""The errors of opening a device file that no driver of this kernel serves."""
+
+
+@dataclass(frozen=True)
+class KernelDevice(ProofDevice):
+    """A vhost device of the kernel; `has_witness` if QEMU runs with the witness.
+
+    The witness withholds the `share` of pages that the `fault` names, and `seed` selects.
+    """
+
+    has_witness: bool = False
+    fault: str | None = None
+    share: float = 0.0
+    seed: int = 0
+    behind_iommu: bool = False
+
+    name: ClassVar[str]
+    node: ClassVar[Path]
+    """The device file by which QEMU uses the device."""
+
+    @property
+    def facts(self) -> DeviceFacts:
+        return DeviceFacts(self.name, queues=1, ring="split", fault=self.fault)
+
+    def require_node(self) -> None:
+        """Check that this user may use the device.
+
+        Raises:
+            UntestableError: this user may not.
+        """
+        if number := _open_error(self.node):
+            raise UntestableError(
+                f"--device {self.name}: {self.node} cannot be opened ({os.strerror(number)}): let "
+                "this user read and write it (usually as a member of the group kvm), and let the "
+                "container have it"
+            )
+
+    def device_arguments(self, device: str) -> list[str]:
+        """Return the arguments of QEMU's `device`, behind its IOMMU if there is one."""
+        if not self.behind_iommu:
+            return ["-device", device]
+        return [*device_port(1), "-device", ",".join((device, *behind_iommu(1)))]
+
+    def witness(self, folder: Path, side: str) -> Witness | None:
+        """Make the witness of the QEMU that is started next as `side`, if there is one."""
+        return Witness(folder, side, self.share, self.seed) if self.has_witness else None
+
+
+class AttachedKernelDevice(AttachedDevice):
+    """A vhost device of the kernel in use, with the witnesses of both sides."""
+
+    def __init__(self, setup: KernelDevice, folder: Path) -> None:
+        self._setup = setup
+        self._folder = folder
+        self._witnesses: dict[str, Witness | None] = {}
+
+    async def attach(self, side: str) -> Sequence[str]:
+        self._witnesses[side] = self._setup.witness(self._folder, side)
+        return await self.arguments(side)
+
+    @abstractmethod
+    async def arguments(self, side: str) -> Sequence[str]:
+        """Return the device's arguments for the QEMU that is about to be started as `side`."""
+
+    def program(self, side: str, qemu: Path) -> Path:
+        witness = self._witnesses[side]
+        return qemu if witness is None else witness.program(qemu)
+
+    def check_guest(self, guest: GuestChannel) -> None:
+        for witness in filter(None, self._witnesses.values()):
+            witness.require_loaded()
+
+    def kernel_logs(self, side: str) -> KernelLogs | None:
+        witness = self._witnesses[side]
+        return None if witness is None else witness.logs()
+
+
+@dataclass(frozen=True)
+class VhostNet(KernelDevice):
+    """vhost-net on a tap that sends every frame back; each side has a tap of its own."""
+
+    name: ClassVar = "vhost-net"
+    node: ClassVar = Path("/dev/vhost-net")
+
+    @property
+    def guests(self) -> Collection[str]:
+        return ("bare", "linux")
+
+    @property
+    def driver(self) -> Driver:
+        return VIRTIO_NET
+
+    @property
+    def direct(self) -> bool:
+        return False
+
+    def adapt(self, workload: Workload) -> Workload:
+        return on_network(workload)
+
+    @asynccontextmanager
+    async def start(self, folder: Path, timeout_s: float) -> AsyncIterator[AttachedDevice]:
+        self.require_node()
+        attached = _AttachedNet(self, folder, timeout_s)
+        try:
+            yield attached
+        finally:
+            attached.close()
+
+
+class _AttachedNet(AttachedKernelDevice):
+    def __init__(self, setup: VhostNet, folder: Path, timeout_s: float) -> None:
+        super().__init__(setup, folder)
+        self._timeout_s = timeout_s
+        self._taps: dict[str, Tap] = {}
+
+    async def arguments(self, side: str) -> Sequence[str]:
+        self.release(side)
+        tap = self._taps[side] = open_tap(self._timeout_s)
+        return [
+            *("-netdev", f"tap,id=net,fd={tap.fd},vhost=on"),
+            *self._setup.device_arguments("virtio-net-pci,netdev=net"),
+        ]
+
+    def inherited(self, side: str) -> Sequence[int]:
+        return [self._taps[side].fd]
+
+    def release(self, side: str) -> None:
+        if side in self._taps:
+            self._taps.pop(side).close()
+
+    def close(self) -> None:
+        for side in list(self._taps):
+            self.release(side)
+
+
+class KernelDeviceKind(DeviceKind):
+    """The base class of the kernel's vhost devices: one kind for each."""
+
+    accepts = COMMON_OPTIONS | GUEST_OPTIONS | {"iommu", "fault", "l1_kernel"}
+    control = Control(f"{DropPages.name}=0.01", Link.LOG)
+    device: ClassVar[type[KernelDevice]]
+
+    def names(self) -> Sequence[str]:
+        """Return the device's name, without and with the witness."""
+        return [self.device.name, f"{self.device.name}:{WITNESS}"]
+
+    def claims(self, name: str) -> bool:
+        """Return whether it is the device's name, with or without an option after a colon."""
+        return name.partition(":")[0] == self.device.name
+
+    def runs_here(self) -> bool:
+        """Return whether the kernel of this machine has the device."""
+        return _open_error(self.device.node) not in _NOT_HERE
+
+    def make(self, request: DeviceRequest) -> ProofDevice:
+        """Make the device; a fault needs the witness, which injects it."""
+        name, _, option = request.names[0].partition(":")
+        if option not in ("", WITNESS):
+            raise UsageError(
+                f"--device {request.names[0]}: expected {' or '.join(self.names())}"
+            )
+        fault, seed = request.options.fault, request.options.seed
+        dropped = None if fault is None else make_fault(fault, seed)
+        if not isinstance(dropped, DropPages | None):
+            raise UsageError(
+                f"--fault {fault}: the kernel keeps {name}'s chain, so dmaproof can only withhold "
+                f"pages that the kernel has logged; expected {DropPages.name}=SHARE"
+            )
+        return self.device(
+            has_witness=bool(option or dropped),
+            fault=fault,
+            share=dropped.value if dropped else 0.0,
+            seed=seed,
+            behind_iommu=request.behind_iommu,
+        )
+
+
+class VhostNetKind(KernelDeviceKind):
+    """The kernel's vhost-net on a tap that sends every frame back; 'vhost-net:witness' records
+    what the kernel logs."""
+
+    name = VhostNet.name
+    device = VhostNet
+
+
+def _open_error(node: Path) -> int:
+    """Return the error of opening a device file; 0 if it can be opened.
+
+    The kernel loads the driver if the file is opened.
+    """
+    try:
+        os.close(os.open(node, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0

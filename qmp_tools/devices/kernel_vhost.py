@@ -21,16 +21,23 @@ from dmaproof.faults.log import DropPages
 from dmaproof.trace import Link
 
 from ..guest.channel import GuestChannel
-from ..guest.drivers import VIRTIO_NET, Driver
+from ..guest.drivers import VIRTIO_NET, VIRTIO_SCSI, Driver
 from ..guest.workload import Workload
 from ..host.tap import Tap, open_tap
 from ..qemu.pci_express import behind_iommu, device_port
-from .device import AttachedDevice, DeviceFacts, ProofDevice, on_network
+from .device import AttachedDevice, DeviceFacts, ProofDevice, on_image, on_network
+from .disk_image import write_image
 from .registry import COMMON_OPTIONS, GUEST_OPTIONS, Control, DeviceKind, DeviceRequest
+from .scsi_target import scsi_target
 from .vhost_witness import KernelLogs, Witness
 
 WITNESS: Final = "witness"
 """The option after the device's name: 'vhost-net:witness'."""
+_WITH_WITNESS: Final = ", with a witness of what the kernel logs"
+IN_L1: Final = "DMAPROOF_L1"
+"""The environment variable that says that this machine is the nested machine L1."""
+_SCSI_IMAGE_BYTES: Final = 16 << 20
+"""Less than other images: L1 takes long to write one."""
 _NOT_HERE: Final = (errno.ENOENT, errno.ENODEV, errno.ENXIO)
 """The errors of opening a device file that no driver of this kernel serves."""
 
@@ -167,6 +174,43 @@ class _AttachedNet(AttachedKernelDevice):
             self.release(side)
 
 
+@dataclass(frozen=True)
+class VhostScsi(KernelDevice):
+    """vhost-scsi on a target of the kernel, which both sides use, one after the other."""
+
+    name: ClassVar = "vhost-scsi"
+    node: ClassVar = Path("/dev/vhost-scsi")
+
+    @property
+    def guests(self) -> Collection[str]:
+        return ("bare", "linux")
+
+    @property
+    def driver(self) -> Driver:
+        return VIRTIO_SCSI
+
+    def adapt(self, workload: Workload) -> Workload:
+        return on_image(workload)
+
+    @asynccontextmanager
+    async def start(self, folder: Path, timeout_s: float) -> AsyncIterator[AttachedDevice]:
+        self.require_node()
+        image = folder / "disk"
+        write_image(image, _SCSI_IMAGE_BYTES)
+        with scsi_target(image) as target:
+            yield _AttachedScsi(self, folder, target)
+
+
+class _AttachedScsi(AttachedKernelDevice):
+    def __init__(self, setup: VhostScsi, folder: Path, target: str) -> None:
+        super().__init__(setup, folder)
+        self._target = target
+
+    async def arguments(self, side: str) -> Sequence[str]:
+        device = f"vhost-scsi-pci,wwpn={self._target},migratable=on,num_queues=1"
+        return self._setup.device_arguments(device)
+
+
 class KernelDeviceKind(DeviceKind):
     """The base class of the kernel's vhost devices: one kind for each."""
 
@@ -177,6 +221,10 @@ class KernelDeviceKind(DeviceKind):
     def names(self) -> Sequence[str]:
         """Return the device's name, without and with the witness."""
         return [self.device.name, f"{self.device.name}:{WITNESS}"]
+
+    def summary(self, name: str) -> str:
+        """Return what the device is, and what the witness does."""
+        return super().summary(name) + _WITH_WITNESS * (WITNESS in name)
 
     def claims(self, name: str) -> bool:
         """Return whether it is the device's name, with or without an option after a colon."""
@@ -210,11 +258,21 @@ class KernelDeviceKind(DeviceKind):
 
 
 class VhostNetKind(KernelDeviceKind):
-    """The kernel's vhost-net on a tap that sends every frame back; 'vhost-net:witness' records
-    what the kernel logs."""
+    """The kernel's vhost-net, on a tap that sends every frame back"""
 
     name = VhostNet.name
     device = VhostNet
+
+
+class VhostScsiKind(KernelDeviceKind):
+    """The kernel's vhost-scsi with a disk of the kernel's own SCSI target"""
+
+    name = VhostScsi.name
+    device = VhostScsi
+
+    def runs_here(self) -> bool:
+        """Return whether this machine is L1: a target would stay if dmaproof was killed."""
+        return IN_L1 in os.environ and super().runs_here()
 
 
 def _open_error(node: Path) -> int:

@@ -238,9 +238,7 @@ class KernelDeviceKind(DeviceKind):
         """Make the device; a fault needs the witness, which injects it."""
         name, _, option = request.names[0].partition(":")
         if option not in ("", WITNESS):
-            raise UsageError(
-                f"--device {request.names[0]}: expected {' or '.join(self.names())}"
-            )
+            raise UsageError(f"--device {request.names[0]}: expected {' or '.join(self.names())}")
         fault, seed = request.options.fault, request.options.seed
         dropped = None if fault is None else make_fault(fault, seed)
         if not isinstance(dropped, DropPages | None):
@@ -268,6 +266,7 @@ class VhostScsiKind(KernelDeviceKind):
     """The kernel's vhost-scsi with a disk of the kernel's own SCSI target"""
 
     name = VhostScsi.name
+    accepts = KernelDeviceKind.accepts - {"iommu"}  # it lacks VIRTIO_F_ACCESS_PLATFORM
     device = VhostScsi
 
     def runs_here(self) -> bool:

@@ -137,7 +137,7 @@ def with_kernel_logs(lost: Sequence[LostPage], logs: KernelLogs) -> list[LostPag
     for page in lost:
         log = KernelLog.NEVER if page.gpa is None else logs.of(page.gpa)
         if log is KernelLog.WITHHELD:
-            page = replace(page, blame=Blame.DEVICE, link=Link.LOG)  # noqa: PLW2901
+            page = replace(page, blame=Blame.DEVICE, link=Link.LOG)
         found.append(replace(page, kernel_log=log))
     return found
 

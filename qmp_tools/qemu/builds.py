@@ -231,9 +231,7 @@ def make_whole(build: Path, programs: Mapping[str, str]) -> None:
         script.chmod(0o755)
 
 
-def _wrapper(
-    program: str, place: str, root: str, *, preload: str = "", variables: str = ""
-) -> str:
+def _wrapper(program: str, place: str, root: str, *, preload: str = "", variables: str = "") -> str:
     firmware = _FIRMWARE if program.startswith("qemu-system") else ""
     return _WRAPPER.format(
         program=program,
@@ -245,9 +243,7 @@ def _wrapper(
     )
 
 
-def preloading(
-    program: Path, library: Path, script: Path, environment: Mapping[str, str]
-) -> Path:
+def preloading(program: Path, library: Path, script: Path, environment: Mapping[str, str]) -> Path:
     """Write a `script` that runs the QEMU `program` with `library` preloaded, and return it.
 
     QEMU has the variables of `environment`. A fetched QEMU's own loader preloads the library, so

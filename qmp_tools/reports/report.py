@@ -14,10 +14,10 @@ from typing import Any, Final
 from dmaproof.trace import Link
 from dmaproof.units import PAGE_BYTES
 
+from ..devices.vhost_witness import KernelLog
 from ..memory.ram_blocks import RamBlock, known_tcg_loss
 from ..migration.downtime import downtime_parts
 from ..migration.judgement import Blame, EvidenceSource
-from ..devices.vhost_witness import KernelLog
 from ..proof.attribution import LostPage
 from ..proof.model import MigrationSummary, Proof
 from ..proof.options import ProofOptions

@@ -1,9 +1,11 @@
 """Open a tap, a network card of the host, which sends every frame back.
 
 The kernel itself sends the frames back, if the host has tc and its kernel the modules. Otherwise a
-packet socket in dmaproof's process does, which is slower. The tap is in a network namespace of its own, so the configuration of the host does not change. Only
-the file descriptor keeps the tap and the namespace alive: both vanish with the last process that
-has it. A child process makes them, because without root a new network namespace needs a new user
+packet socket in dmaproof's process does, which is slower.
+
+The tap is in a network namespace of its own, so the configuration of the host does not change. Only
+the file descriptors keep the tap and the namespace alive: both vanish with the last process that
+has one. A child process makes them, because without root a new network namespace needs a new user
 namespace, and only a process with a single thread may enter one.
 """
 

@@ -15,8 +15,8 @@ A device that keeps no journal gives none of this information, so the cause of a
 two cases the device is certainly to blame even so: a page that was written after
 the guest had been paused (`late_dma`), and a page whose dirty bit was in QEMU's log before its data
 was in RAM (`migration.log_watch`). If a witness has seen what the kernel logged, each page says
-that too (`kernel_log`). The witness does not see when the kernel wrote the page. So it names a cause
-only for a page that it has withheld itself.
+that too (`kernel_log`). The witness does not see when the kernel wrote the page, so it names a
+cause only for a page that it has withheld itself.
 """
 
 from __future__ import annotations

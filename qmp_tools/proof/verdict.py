@@ -54,8 +54,8 @@ class Verdict:
     received all of RAM. In this case, and if there are `wrong_rings`, the guest was not continued.
 
     `untested` is a reason why equal pages are not a pass. `changes` are the pages that changed on a
-    destination that ran before the comparison. `kernel_logs` is what the kernel has logged, if there
-    is a witness.
+    destination that ran before the comparison. `kernel_logs` is what the kernel has logged, if
+    there is a witness.
     """
 
     pages: int

@@ -37,7 +37,7 @@ from ..guest.channel import GuestChannel
 from ..guest.drivers import Driver
 from ..guest.workload import Workload
 from ..host.process import Process
-from .vhost_witness import KernelLogs
+from .vhost_recorder import KernelLogs
 
 
 @dataclass(frozen=True)
@@ -205,10 +205,10 @@ class AttachedDevice(ABC):
         return None
 
     def kernel_logs(self, side: str) -> KernelLogs | None:
-        """Return what the kernel has logged for the QEMU of `side`; None without a witness.
+        """Return what the kernel has logged for the QEMU of `side`; None without a recorder.
 
         Raises:
-            UntestableError: the witness has seen nothing.
+            UntestableError: the recorder has seen nothing.
         """
         return None
 

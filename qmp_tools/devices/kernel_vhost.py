@@ -1,7 +1,7 @@
 """Use a virtio device that the host's kernel serves (vhost), and whose DMA QEMU does not see.
 
-The device keeps no journal. By default QEMU and the kernel are left alone. With the witness
-(`vhost_witness`) dmaproof records what the kernel logs, and can inject a fault.
+The device keeps no journal. By default QEMU and the kernel are left alone. With the recorder
+(`vhost_recorder`) dmaproof records what the kernel logs, and can inject a fault.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ from .device import AttachedDevice, DeviceFacts, ProofDevice, on_image, on_netwo
 from .disk_image import write_image
 from .registry import COMMON_OPTIONS, GUEST_OPTIONS, Control, DeviceKind, DeviceRequest
 from .scsi_target import scsi_target
-from .vhost_witness import KernelLogs, Witness
+from .vhost_recorder import KernelLogs, Recorder
 
-WITNESS: Final = "witness"
-"""The option after the device's name: 'vhost-net:witness'."""
-_WITH_WITNESS: Final = ", with a witness of what the kernel logs"
+RECORDER: Final = "recorder"
+"""The option after the device's name: 'vhost-net:recorder'."""
 IN_L1: Final = "DMAPROOF_L1"
 """The environment variable that says that this machine is the nested machine L1."""
 _SCSI_IMAGE_BYTES: Final = 16 << 20
@@ -44,12 +43,12 @@ _NOT_HERE: Final = (errno.ENOENT, errno.ENODEV, errno.ENXIO)
 
 @dataclass(frozen=True)
 class KernelDevice(ProofDevice):
-    """A vhost device of the kernel; `has_witness` if QEMU runs with the witness.
+    """A vhost device of the kernel; `has_recorder` if QEMU runs with the recorder.
 
-    The witness withholds the `share` of pages that the `fault` names, and `seed` selects.
+    The recorder withholds the `share` of pages that the `fault` names, and `seed` selects.
     """
 
-    has_witness: bool = False
+    has_recorder: bool = False
     fault: str | None = None
     share: float = 0.0
     seed: int = 0
@@ -82,21 +81,21 @@ class KernelDevice(ProofDevice):
             return ["-device", device]
         return [*device_port(1), "-device", ",".join((device, *behind_iommu(1)))]
 
-    def witness(self, folder: Path, side: str) -> Witness | None:
-        """Make the witness of the QEMU that is started next as `side`, if there is one."""
-        return Witness(folder, side, self.share, self.seed) if self.has_witness else None
+    def recorder(self, folder: Path, side: str) -> Recorder | None:
+        """Make the recorder of the QEMU that is started next as `side`, if there is one."""
+        return Recorder(folder, side, self.share, self.seed) if self.has_recorder else None
 
 
 class AttachedKernelDevice(AttachedDevice):
-    """A vhost device of the kernel in use, with the witnesses of both sides."""
+    """A vhost device of the kernel in use, with the recorders of both sides."""
 
     def __init__(self, setup: KernelDevice, folder: Path) -> None:
         self._setup = setup
         self._folder = folder
-        self._witnesses: dict[str, Witness | None] = {}
+        self._recorders: dict[str, Recorder | None] = {}
 
     async def attach(self, side: str) -> Sequence[str]:
-        self._witnesses[side] = self._setup.witness(self._folder, side)
+        self._recorders[side] = self._setup.recorder(self._folder, side)
         return await self.arguments(side)
 
     @abstractmethod
@@ -104,16 +103,16 @@ class AttachedKernelDevice(AttachedDevice):
         """Return the device's arguments for the QEMU that is about to be started as `side`."""
 
     def program(self, side: str, qemu: Path) -> Path:
-        witness = self._witnesses[side]
-        return qemu if witness is None else witness.program(qemu)
+        recorder = self._recorders[side]
+        return qemu if recorder is None else recorder.program(qemu)
 
     def check_guest(self, guest: GuestChannel) -> None:
-        for witness in filter(None, self._witnesses.values()):
-            witness.require_loaded()
+        for recorder in filter(None, self._recorders.values()):
+            recorder.require_loaded()
 
     def kernel_logs(self, side: str) -> KernelLogs | None:
-        witness = self._witnesses[side]
-        return None if witness is None else witness.logs()
+        recorder = self._recorders[side]
+        return None if recorder is None else recorder.logs()
 
 
 @dataclass(frozen=True)
@@ -219,12 +218,12 @@ class KernelDeviceKind(DeviceKind):
     device: ClassVar[type[KernelDevice]]
 
     def names(self) -> Sequence[str]:
-        """Return the device's name, without and with the witness."""
-        return [self.device.name, f"{self.device.name}:{WITNESS}"]
+        """Return the device's name."""
+        return [self.device.name]
 
     def summary(self, name: str) -> str:
-        """Return what the device is, and what the witness does."""
-        return super().summary(name) + _WITH_WITNESS * (WITNESS in name)
+        """Return what the device is, and what its option does."""
+        return f"{super().summary(name)}; {name}:{RECORDER} also records what the kernel logs"
 
     def claims(self, name: str) -> bool:
         """Return whether it is the device's name, with or without an option after a colon."""
@@ -235,10 +234,10 @@ class KernelDeviceKind(DeviceKind):
         return _open_error(self.device.node) not in _NOT_HERE
 
     def make(self, request: DeviceRequest) -> ProofDevice:
-        """Make the device; a fault needs the witness, which injects it."""
+        """Make the device; a fault needs the recorder, which injects it."""
         name, _, option = request.names[0].partition(":")
-        if option not in ("", WITNESS):
-            raise UsageError(f"--device {request.names[0]}: expected {' or '.join(self.names())}")
+        if option not in ("", RECORDER):
+            raise UsageError(f"--device {request.names[0]}: expected {name} or {name}:{RECORDER}")
         fault, seed = request.options.fault, request.options.seed
         dropped = None if fault is None else make_fault(fault, seed)
         if not isinstance(dropped, DropPages | None):
@@ -247,7 +246,7 @@ class KernelDeviceKind(DeviceKind):
                 f"pages that the kernel has logged; expected {DropPages.name}=SHARE"
             )
         return self.device(
-            has_witness=bool(option or dropped),
+            has_recorder=bool(option or dropped),
             fault=fault,
             share=dropped.value if dropped else 0.0,
             seed=seed,

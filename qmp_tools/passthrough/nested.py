@@ -17,7 +17,7 @@ from dmaproof.errors import UnsupportedError, UntestableError, UsageError
 
 from ..arch.x86_64 import X86_64
 from ..devices.registry import kind_of
-from ..devices.vhost_witness import witness_library
+from ..devices.vhost_recorder import recorder_library
 from ..guest.bare import bare_guest, vfio_guest
 from ..host.run_folder import run_folder
 from ..proof.options import OPTIONS, ProofOptions
@@ -116,7 +116,7 @@ async def prove_nested(options: ProofOptions, *, keep: bool = False) -> tuple[di
             _logger.info,
             _WAITS_BETWEEN_LINES * options.timeout,
             files=(given,),
-            guests=(bare_guest(X86_64).kernel, vfio_guest(), witness_library()),
+            guests=(bare_guest(X86_64).kernel, vfio_guest(), recorder_library()),
         )
         if (job / FAILURE).exists():
             failure = json.loads((job / FAILURE).read_text())

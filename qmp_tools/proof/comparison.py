@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from dmaproof.errors import UntestableError
 from dmaproof.evidence import Evidence, Slot
 
-from ..devices.vhost_witness import KernelLogs
+from ..devices.vhost_recorder import KernelLogs
 from ..memory.ram import RamFile, slots_of
 from ..migration.attempt import Attempt
 from ..migration.pair import QemuPair
@@ -37,7 +37,7 @@ class Comparison:
     or if both sides share memory. `given_back` counts the pages that were not compared because the
     guest has given them back. `running_destination` and `changes` are about a destination that ran
     before the comparison. `guest_pages` are the pages that QEMU may have skipped as free.
-    `kernel_logs` is what the kernel has logged, if there is a witness.
+    `kernel_logs` is what the kernel has logged, if there is a recorder.
     """
 
     evidence: Sequence[Evidence]

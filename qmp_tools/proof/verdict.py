@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from ..devices.vhost_witness import KernelLogs
+from ..devices.vhost_recorder import KernelLogs
 from ..exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from ..migration.downtime import Downtime
 from ..migration.judgement import Blame, EvidenceSource
@@ -55,7 +55,7 @@ class Verdict:
 
     `untested` is a reason why equal pages are not a pass. `changes` are the pages that changed on a
     destination that ran before the comparison. `kernel_logs` is what the kernel has logged, if
-    there is a witness.
+    there is a recorder.
     """
 
     pages: int

@@ -14,7 +14,7 @@ from typing import Any, Final
 from dmaproof.trace import Link
 from dmaproof.units import PAGE_BYTES
 
-from ..devices.vhost_witness import KernelLog
+from ..devices.vhost_recorder import KernelLog
 from ..memory.ram_blocks import RamBlock, known_tcg_loss
 from ..migration.downtime import downtime_parts
 from ..migration.judgement import Blame, EvidenceSource

@@ -10,6 +10,7 @@ import pytest
 
 from dmaproof.errors import UntestableError
 from qmp_tools.host import tap as tap_module
+from qmp_tools.host.capabilities import CAP_SYS_ADMIN, is_capable
 from qmp_tools.host.tap import TUN, Tap, open_tap
 
 pytestmark = pytest.mark.skipif(
@@ -34,7 +35,7 @@ async def exchange(tap: Tap, frame: bytes) -> bytes:
 
 @pytest.mark.parametrize("is_root", [True, False])
 def test_every_frame_comes_back(is_root: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if is_root and not tap_module.is_capable(tap_module.CAP_SYS_ADMIN):
+    if is_root and not is_capable(CAP_SYS_ADMIN):
         pytest.skip("this user may not make a network namespace without a user namespace")
     monkeypatch.setattr(tap_module, "is_capable", lambda capability: is_root)
 

@@ -37,7 +37,7 @@ def test_vhost_net_passes_and_a_withheld_page_is_caught(tool: Tool) -> None:
 
 @pytest.mark.parametrize("kernel", ["7.3", "stock"])
 def test_vhost_net_behind_an_iommu_passes_and_logs_guest_addresses(tool: Tool, kernel: str) -> None:
-    report = prove(tool, "vhost-net:witness", "--iommu", "intel", kernel)
+    report = prove(tool, "vhost-net:recorder", "--iommu", "intel", kernel)
     assert report["exit_code"] == 0
     logged = report["kernel_log"]
     assert isinstance(logged, dict)
@@ -46,12 +46,12 @@ def test_vhost_net_behind_an_iommu_passes_and_logs_guest_addresses(tool: Tool, k
 
 
 def test_vhost_scsi_passes(tool: Tool) -> None:
-    report = prove(tool, "vhost-scsi:witness")
+    report = prove(tool, "vhost-scsi:recorder")
     assert report["exit_code"] == 0, report["verdict"]
 
 
 def test_vhost_scsi_of_linux_6_1_logs_only_its_used_ring(tool: Tool) -> None:
-    report = prove(tool, "vhost-scsi:witness", "stock")
+    report = prove(tool, "vhost-scsi:recorder", "stock")
     assert report["exit_code"] == 1
     assert report["kernel_log"] == {"logged": 1, "withheld": 0}
     lost = report["lost_pages"]

@@ -1,4 +1,4 @@
-"""The kernel's vhost devices: names, options, errors, and how QEMU gets the witness."""
+"""The kernel's vhost devices: names, options, errors, and how QEMU gets the recorder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qmp_tools.devices.kernel_vhost import (
 )
 from qmp_tools.devices.process import DeviceOptions
 from qmp_tools.devices.registry import DeviceRequest, kind_of
-from qmp_tools.devices.vhost_witness import KernelLog, KernelLogs
+from qmp_tools.devices.vhost_recorder import KernelLog, KernelLogs
 from qmp_tools.migration.judgement import Blame
 from qmp_tools.passthrough.nested import runs_in_l1
 from qmp_tools.proof.attribution import LostPage, with_kernel_logs
@@ -46,18 +46,22 @@ def make(name: str, fault: str | None = None) -> KernelDevice:
 def test_the_plain_device_leaves_qemu_and_the_kernel_alone(tmp_path: Path) -> None:
     plain = make("vhost-net")
     assert plain == VhostNet(seed=3)
-    assert plain.witness(tmp_path, "source") is None
+    assert plain.recorder(tmp_path, "source") is None
     assert make("vhost-scsi") == VhostScsi(seed=3)
 
 
-def test_a_fault_needs_the_witness() -> None:
-    assert make("vhost-net:witness") == VhostNet(has_witness=True, seed=3)
+def test_a_fault_needs_the_recorder() -> None:
+    assert make("vhost-net:recorder") == VhostNet(has_recorder=True, seed=3)
     faulty = make("vhost-net", "drop-pages=0.25")
-    assert (faulty.has_witness, faulty.share, faulty.facts.fault) == (True, 0.25, "drop-pages=0.25")
+    assert (faulty.has_recorder, faulty.share, faulty.facts.fault) == (
+        True,
+        0.25,
+        "drop-pages=0.25",
+    )
 
 
 def test_other_options_and_faults_are_refused() -> None:
-    with pytest.raises(UsageError, match="expected vhost-net or vhost-net:witness"):
+    with pytest.raises(UsageError, match="expected vhost-net or vhost-net:recorder$"):
         make("vhost-net:queues")
     with pytest.raises(UsageError, match=r"--fault drop-bits=0.1: .* expected drop-pages=SHARE"):
         make("vhost-net", "drop-bits=0.1")
@@ -138,7 +142,7 @@ def test_a_kernel_without_scsi_targets_is_explained(tmp_path: Path) -> None:
         pass
 
 
-def test_a_lost_page_says_what_the_witness_saw() -> None:
+def test_a_lost_page_says_what_the_recorder_saw() -> None:
     logs = KernelLogs(np.array([1, 2]), np.array([2]))
     lost = [LostPage(page * PAGE_BYTES, page * PAGE_BYTES, 9, Blame.UNKNOWN) for page in range(3)]
     found = with_kernel_logs([*lost, LostPage(0, None, 9, Blame.UNKNOWN)], logs)
@@ -150,7 +154,7 @@ def test_a_lost_page_says_what_the_witness_saw() -> None:
     ]
 
 
-def test_a_fetched_qemu_preloads_the_witness_by_its_own_loader(tmp_path: Path) -> None:
+def test_a_fetched_qemu_preloads_the_recorder_by_its_own_loader(tmp_path: Path) -> None:
     build = tmp_path / "it's 7.2"
     build.mkdir()
     (build / "suite").write_text("bookworm\n")
@@ -163,7 +167,7 @@ def test_a_fetched_qemu_preloads_the_witness_by_its_own_loader(tmp_path: Path) -
     assert os.access(script, os.X_OK)
 
 
-def test_another_qemu_preloads_the_witness_before_other_libraries(tmp_path: Path) -> None:
+def test_another_qemu_preloads_the_recorder_before_other_libraries(tmp_path: Path) -> None:
     script = preloading(Path("/opt/my qemu"), Path("/w.so"), tmp_path / "script", {})
     text = script.read_text()
     assert 'export LD_PRELOAD=/w.so"${LD_PRELOAD:+:$LD_PRELOAD}"' in text

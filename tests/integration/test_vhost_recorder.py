@@ -1,7 +1,7 @@
-"""The witness of the kernel's vhost devices, compiled with a simulated kernel.
+"""The recorder of the kernel's vhost devices, compiled with a simulated kernel.
 
 The simulated kernel logs pages into the log that it was given, as the real one does with atomic
-operations from a thread of its own. Each test has its own copy of the witness, whose state is
+operations from a thread of its own. Each test has its own copy of the recorder, whose state is
 global.
 """
 
@@ -19,11 +19,11 @@ import pytest
 
 from dmaproof.errors import UntestableError
 from dmaproof.units import PAGE_BYTES
-from qmp_tools.devices.vhost_witness import (
+from qmp_tools.devices.vhost_recorder import (
     ENVIRONMENT,
     MOST_RAM_BYTES,
     KernelLog,
-    Witness,
+    Recorder,
 )
 from qmp_tools.guest.build import compile_c, sources
 
@@ -48,7 +48,7 @@ class Log:
         return {row * 64 + bit for row, word in numbered for bit in range(64) if word >> bit & 1}
 
     def take(self) -> set[int]:
-        """Return the pages, and clear the log; the witness must have nothing to hand on."""
+        """Return the pages, and clear the log; the recorder must have nothing to hand on."""
         pages = self.pages()
         ctypes.memset(self.address, 0, ctypes.sizeof(self._words))
         return pages
@@ -90,30 +90,30 @@ class SimulatedKernel:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("witness") / "witness.so"
-    source = Path(__file__).parents[1] / "support/vhost_witness.c"
+    target = tmp_path_factory.mktemp("recorder") / "recorder.so"
+    source = Path(__file__).parents[1] / "support/vhost_recorder.c"
     options = ("-std=gnu11", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{sources()}")
     compile_c([source], target, *options)
     return target
 
 
-Start = Callable[..., tuple[Witness, SimulatedKernel]]
+Start = Callable[..., tuple[Recorder, SimulatedKernel]]
 
 
 @pytest.fixture
 def start(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
-    def start(share: float = 0.0, seed: int = 1) -> tuple[Witness, SimulatedKernel]:
-        witness = Witness(tmp_path, "source", share, seed)
-        monkeypatch.setenv(ENVIRONMENT, os.fspath(tmp_path / "source-vhost-witness"))
+    def start(share: float = 0.0, seed: int = 1) -> tuple[Recorder, SimulatedKernel]:
+        recorder = Recorder(tmp_path, "source", share, seed)
+        monkeypatch.setenv(ENVIRONMENT, os.fspath(tmp_path / "source-vhost-recorder"))
         library = ctypes.CDLL(os.fspath(shutil.copy(built, tmp_path / "loaded.so")))
-        witness.require_loaded()
-        return witness, SimulatedKernel(library)
+        recorder.require_loaded()
+        return recorder, SimulatedKernel(library)
 
     return start
 
 
 def test_the_kernel_has_a_log_of_its_own_whose_bits_reach_qemus(start: Start) -> None:
-    witness, kernel = start()
+    recorder, kernel = start()
     kernel.start(log := Log())
     assert kernel.log_base != log.address
     kernel.write(3, 64, RAM_PAGES - 1)
@@ -121,7 +121,7 @@ def test_the_kernel_has_a_log_of_its_own_whose_bits_reach_qemus(start: Start) ->
     while len(log.pages()) < 3 and time.monotonic() < deadline:
         time.sleep(0.001)
     assert log.pages() == {3, 64, RAM_PAGES - 1}
-    assert witness.logs().logged.tolist() == [3, 64, RAM_PAGES - 1]
+    assert recorder.logs().logged.tolist() == [3, 64, RAM_PAGES - 1]
 
 
 def test_what_is_logged_while_a_ring_stops_is_in_qemus_log_before_the_ioctl_returns(
@@ -162,14 +162,14 @@ def test_a_log_that_qemu_frees_is_not_written(start: Start) -> None:
 
 
 def test_withheld_pages_never_reach_qemu(start: Start) -> None:
-    witness, kernel = start(share=0.25, seed=9)
+    recorder, kernel = start(share=0.25, seed=9)
     kernel.start(log := Log())
     received: set[int] = set()
     for _ in range(3):
         kernel.pages_during = set(range(RAM_PAGES))
         kernel.ioctl(GET_VRING_BASE)
         received |= log.take()
-    logs = witness.logs()
+    logs = recorder.logs()
     withheld = set(logs.withheld.tolist())
     assert logs.to_json() == {"logged": RAM_PAGES, "withheld": len(withheld)}
     assert RAM_PAGES / 8 < len(withheld) < RAM_PAGES / 2
@@ -188,19 +188,19 @@ def test_all_pages_can_be_withheld(start: Start) -> None:
 
 
 def test_a_log_that_is_too_large_is_left_alone_and_reported(start: Start) -> None:
-    witness, kernel = start()
+    recorder, kernel = start()
     kernel.start(log := Log(), ram_pages=MOST_RAM_BYTES // PAGE_BYTES + 1)
     assert kernel.log_base == log.address
-    with pytest.raises(UntestableError, match="more RAM than the witness's 1 TiB"):
-        witness.logs()
+    with pytest.raises(UntestableError, match="more RAM than the recorder's 1 TiB"):
+        recorder.logs()
 
 
-def test_a_witness_without_a_log_has_seen_nothing(start: Start) -> None:
-    witness, _ = start()
+def test_a_recorder_without_a_log_has_seen_nothing(start: Start) -> None:
+    recorder, _ = start()
     with pytest.raises(UntestableError, match="has not given the kernel a dirty log"):
-        witness.logs()
+        recorder.logs()
 
 
 def test_a_qemu_that_loads_no_library_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UntestableError, match="statically linked or has the setuid bit"):
-        Witness(tmp_path, "source", 0.0, 1).require_loaded()
+        Recorder(tmp_path, "source", 0.0, 1).require_loaded()

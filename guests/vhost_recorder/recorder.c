@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * A witness between the kernel's vhost devices and QEMU, loaded into QEMU (LD_PRELOAD, or the
+ * A recorder between the kernel's vhost devices and QEMU, loaded into QEMU (LD_PRELOAD, or the
  * loader's --preload).
  *
  * QEMU gives the kernel the address of its dirty log (VHOST_SET_LOG_BASE), and the kernel sets bits
- * there. The witness gives the kernel a log of its own instead, and hands the bits on to QEMU's log.
+ * there. The recorder gives the kernel a log of its own instead, and hands the bits on to QEMU's log.
  * So it sees each page that the kernel logs, and can withhold pages from QEMU.
  *
  * The bits are handed on all the time by a thread, and completely before any vhost ioctl returns to
  * QEMU. That includes those after which a bit would be too late: the ioctls that stop a ring, and
  * those that replace or remove QEMU's log, which QEMU reads for the last time after them. To QEMU
- * the witness is a kernel that takes somewhat longer to set a bit.
+ * the recorder is a kernel that takes somewhat longer to set a bit.
  *
  * The kernel logs only between these ioctls. So the thread never writes to a log that QEMU has freed,
  * because after a device has stopped it finds no bits, and `mutex` ends its pass before.
@@ -35,7 +35,7 @@
 #include <unistd.h>
 
 #include "../workload.h"
-#include "witness.h"
+#include "recorder.h"
 
 enum {
     MOST_DEVICES = 64,
@@ -53,22 +53,22 @@ struct device {
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static struct device devices[MOST_DEVICES];
-static struct witness_header *header;  // NULL: the witness does nothing
+static struct recorder_header *header;  // NULL: the recorder does nothing
 static uint64_t words;                 // of each bitmap
 static uint64_t *logged, *withheld;
 
 __attribute__((constructor)) static void open_file(void) {
-    const char *path = getenv("DMAPROOF_VHOST_WITNESS");
+    const char *path = getenv("DMAPROOF_VHOST_RECORDER");
     struct stat status;
     int file = path == NULL ? -1 : open(path, O_RDWR | O_CLOEXEC);
     if (file < 0)
         return;
-    if (fstat(file, &status) == 0 && status.st_size > WITNESS_HEADER_BYTES) {
+    if (fstat(file, &status) == 0 && status.st_size > RECORDER_HEADER_BYTES) {
         char *start = mmap(NULL, (size_t)status.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
         if (start != MAP_FAILED) {
-            header = (struct witness_header *)start;
-            words = ((uint64_t)status.st_size - WITNESS_HEADER_BYTES) / 2 / sizeof(uint64_t);
-            logged = (uint64_t *)(start + WITNESS_HEADER_BYTES);
+            header = (struct recorder_header *)start;
+            words = ((uint64_t)status.st_size - RECORDER_HEADER_BYTES) / 2 / sizeof(uint64_t);
+            logged = (uint64_t *)(start + RECORDER_HEADER_BYTES);
             withheld = logged + words;
             header->is_loaded = 1;
         }

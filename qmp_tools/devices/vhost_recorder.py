@@ -1,8 +1,8 @@
-"""A witness between the kernel's vhost devices and a QEMU (``guests/vhost_witness``).
+"""A recorder between the kernel's vhost devices and a QEMU (``guests/vhost_recorder``).
 
-The witness is a library that QEMU loads. It gives the kernel a dirty log of its own, and hands each
-bit on to QEMU's log. So it records which pages the kernel has logged, and can withhold a share of
-them from QEMU: the fault that a proof must detect.
+The recorder is a library that QEMU loads. It gives the kernel a dirty log of its own, and hands
+each bit on to QEMU's log. So it records which pages the kernel has logged, and can withhold a share
+of them from QEMU: the fault that a proof must detect.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from dmaproof.units import PAGE_BYTES
 from ..guest.build import cache, compile_c, digest, fresh_folder, prune, sources
 from ..qemu.builds import preloading
 
-ENVIRONMENT: Final = "DMAPROOF_VHOST_WITNESS"
-"""The variable with the path of the witness's file."""
+ENVIRONMENT: Final = "DMAPROOF_VHOST_RECORDER"
+"""The variable with the path of the recorder's file."""
 MOST_RAM_BYTES: Final = 1 << 40
 _HEADER_BYTES: Final = 4096
 _HEADER: Final = struct.Struct("<QQQQQ")
-"""See `witness_header`."""
+"""See `recorder_header`."""
 _BITMAP_BYTES: Final = MOST_RAM_BYTES // PAGE_BYTES // 8
 _OPTIONS: Final = (
     *("-shared", "-fPIC", "-nostdlib", "-std=gnu11", "-Wall", "-Wextra", "-Werror"),
     *("-fno-stack-protector", "-U_FORTIFY_SOURCE"),
 )
-_LIBRARY: Final = "witness.so"
+_LIBRARY: Final = "recorder.so"
 
 
 class KernelLog(StrEnum):
-    """What the witness says about a page: whether the kernel has logged it, and QEMU got the bit.
+    """What the recorder says about a page: whether the kernel has logged it, and QEMU got the bit.
 
     WITHHELD: the injected fault kept all bits of the page from QEMU.
     """
@@ -62,23 +62,23 @@ class KernelLogs:
         return {"logged": len(self.logged), "withheld": len(self.withheld)}
 
     def of(self, gpa: int) -> KernelLog:
-        """Return what the witness says about the page at `gpa`."""
+        """Return what the recorder says about the page at `gpa`."""
         page = gpa // PAGE_BYTES
         if page in self.withheld:
             return KernelLog.WITHHELD
         return KernelLog.HANDED_ON if page in self.logged else KernelLog.NEVER
 
 
-def witness_library() -> Path:
+def recorder_library() -> Path:
     """Return the library, compiled if it is not in the cache.
 
     Raises:
         UntestableError: no C compiler is installed, or it fails.
     """
     folder = sources()
-    files = [folder / "vhost_witness" / name for name in ("witness.c", "witness.h")]
+    files = [folder / "vhost_recorder" / name for name in ("recorder.c", "recorder.h")]
     parts = [file.read_bytes() for file in (*files, folder / "workload.h")]
-    target = cache() / f"vhost-witness-{digest([' '.join(_OPTIONS).encode(), *parts])}"
+    target = cache() / f"vhost-recorder-{digest([' '.join(_OPTIONS).encode(), *parts])}"
     if not target.is_dir():
         with fresh_folder(target) as fresh:
             if fresh is not None:
@@ -86,13 +86,13 @@ def witness_library() -> Path:
     return prune(target) / _LIBRARY
 
 
-class Witness:
-    """The witness of one QEMU, the one that is started next as `side`."""
+class Recorder:
+    """The recorder of one QEMU, the one that is started next as `side`."""
 
     def __init__(self, folder: Path, side: str, share: float, seed: int) -> None:
-        """Make the witness's file in the run's `folder`; it withholds a `share` of all pages."""
-        self._file = folder / f"{side}-vhost-witness"
-        self._script = folder / f"{side}-qemu-with-witness"
+        """Make the recorder's file in the run's `folder`; it withholds a `share` of all pages."""
+        self._file = folder / f"{side}-vhost-recorder"
+        self._script = folder / f"{side}-qemu-with-recorder"
         self._side = side
         self._file.unlink(missing_ok=True)  # an earlier QEMU of the side may still have mapped it
         with self._file.open("wb") as file:
@@ -100,12 +100,12 @@ class Witness:
             file.truncate(_HEADER_BYTES + 2 * _BITMAP_BYTES)
 
     def program(self, qemu: Path) -> Path:
-        """Return a program that runs `qemu` with the witness."""
+        """Return a program that runs `qemu` with the recorder."""
         variables = {ENVIRONMENT: str(self._file)}
-        return preloading(qemu, witness_library(), self._script, variables)
+        return preloading(qemu, recorder_library(), self._script, variables)
 
     def require_loaded(self) -> None:
-        """Check that QEMU, which runs, has loaded the witness.
+        """Check that QEMU, which runs, has loaded the recorder.
 
         Raises:
             UntestableError: it has not.
@@ -113,7 +113,7 @@ class Witness:
         _, _, is_loaded, _, _ = self._header()
         if not is_loaded:
             raise UntestableError(
-                f"the {self._side} QEMU has not loaded the witness {witness_library()}: a QEMU "
+                f"the {self._side} QEMU has not loaded the recorder {recorder_library()}: a QEMU "
                 "that is statically linked or has the setuid bit loads none; use another QEMU "
                 "(--qemu)"
             )
@@ -122,17 +122,17 @@ class Witness:
         """Return what the kernel has logged until now.
 
         Raises:
-            UntestableError: the witness has seen no log of the kernel.
+            UntestableError: the recorder has seen no log of the kernel.
         """
         _, _, _, logs, too_large = self._header()
         if too_large:
             raise UntestableError(
-                f"the {self._side} QEMU has more RAM than the witness's {MOST_RAM_BYTES >> 40} "
+                f"the {self._side} QEMU has more RAM than the recorder's {MOST_RAM_BYTES >> 40} "
                 "TiB; use less memory (--memory)"
             )
         if not logs:
             raise UntestableError(
-                f"the {self._side} QEMU has not given the kernel a dirty log, so the witness has "
+                f"the {self._side} QEMU has not given the kernel a dirty log, so the recorder has "
                 "seen nothing; the device must be in use when the migration begins"
             )
         bitmaps = np.memmap(self._file, np.uint8, "r", _HEADER_BYTES).reshape(2, -1)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-/* The witness of the kernel's vhost devices with a kernel that a test simulates. */
+/* The recorder of the kernel's vhost devices with a kernel that a test simulates. */
 #define syscall simulated_syscall
-#include "vhost_witness/witness.c"
+#include "vhost_recorder/recorder.c"
 
 typedef long kernel_ioctl(int fd, unsigned long request, void *argument);
 static kernel_ioctl *kernel;

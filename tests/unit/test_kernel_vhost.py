@@ -61,7 +61,7 @@ def test_a_fault_needs_the_recorder() -> None:
 
 
 def test_other_options_and_faults_are_refused() -> None:
-    with pytest.raises(UsageError, match="expected vhost-net or vhost-net:recorder$"):
+    with pytest.raises(UsageError, match=r"expected vhost-net or vhost-net:recorder$"):
         make("vhost-net:queues")
     with pytest.raises(UsageError, match=r"--fault drop-bits=0.1: .* expected drop-pages=SHARE"):
         make("vhost-net", "drop-bits=0.1")

@@ -37,6 +37,7 @@ from ..guest.channel import GuestChannel
 from ..guest.drivers import Driver
 from ..guest.workload import Workload
 from ..host.process import Process
+from .vhost_recorder import KernelLogs
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,14 @@ class AttachedDevice(ABC):
             UntestableError: the process that serves the QEMU does not start.
         """
 
+    def inherited(self, side: str) -> Sequence[int]:
+        """Return the file descriptors for the QEMU of `side`, which the arguments name."""
+        return ()
+
+    def program(self, side: str, qemu: Path) -> Path:
+        """Return the program to start as the QEMU of `side`, after `attach`: by default `qemu`."""
+        return qemu
+
     def release(self, side: str) -> None:  # noqa: B027 (a default, not a gap)
         """Allow the processes that serve only the QEMU of `side` to end, as that QEMU ends next."""
 
@@ -193,6 +202,14 @@ class AttachedDevice(ABC):
 
     def accepted_features(self, side: str) -> int | None:
         """Return the virtio features (bits) that the driver of `side` uses; None if unknown."""
+        return None
+
+    def kernel_logs(self, side: str) -> KernelLogs | None:
+        """Return what the kernel has logged for the QEMU of `side`; None without a recorder.
+
+        Raises:
+            UntestableError: the recorder has seen nothing.
+        """
         return None
 
     async def evidence(self, side: str) -> Sequence[Evidence]:

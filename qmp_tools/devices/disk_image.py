@@ -20,10 +20,10 @@ _REQUEST: Final = 1
 """The request number in every stamp, as no request has been made yet."""
 
 
-def write_image(path: Path) -> None:
+def write_image(path: Path, image_bytes: int = IMAGE_BYTES) -> None:
     """Write the image, which both sides of a migration read and write, one after the other."""
     with path.open("wb") as image:
-        for page in range(IMAGE_BYTES // PAGE_BYTES):
+        for page in range(image_bytes // PAGE_BYTES):
             image.write(stamped_page(page * SECTORS_PER_PAGE, _REQUEST))
 
 

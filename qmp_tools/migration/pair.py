@@ -374,13 +374,13 @@ class QemuPair:
         if self.device.serving(side):
             arguments += trace_arguments(self.trace(side))
         with contextlib.ExitStack() as inherited:
-            fds = []
+            fds = [*self.device.inherited(side)]
             if self._has_test_channel:
                 fds.append(await self._open_qtest(side, inherited))
-                arguments += Qtest.arguments(fds[0])
+                arguments += Qtest.arguments(fds[-1])
             self.qemus[side] = await OwnedQemu.launch(
                 side,
-                self._binaries[side],
+                self.device.program(side, self._binaries[side]),
                 arguments,
                 self.folder,
                 timeout_s=self.timeout_s,

@@ -14,7 +14,9 @@ The bytes that differ are looked up in the device's journal:
 A device that keeps no journal gives none of this information, so the cause of a loss is unknown. In
 two cases the device is certainly to blame even so: a page that was written after
 the guest had been paused (`late_dma`), and a page whose dirty bit was in QEMU's log before its data
-was in RAM (`migration.log_watch`).
+was in RAM (`migration.log_watch`). If a recorder has seen what the kernel logged, each page says
+that too (`kernel_log`). The recorder does not see when the kernel wrote the page, so it names a
+cause only for a page that it has withheld itself.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from dmaproof.journal import WriteKind
 from dmaproof.trace import TRACED_LINKS, Link
 from dmaproof.units import PAGE_BYTES
 
+from ..devices.vhost_recorder import KernelLog, KernelLogs
 from ..memory.ram import RamFile
 from ..migration.judgement import Blame
 from ..migration.log_watch import LogEvidence
@@ -41,7 +44,8 @@ class LostPage:
     """One page that differs. Addresses are in bytes.
 
     `gpa` is None if no memory slot contains the page. `bytes_differing` is None if the page was
-    written only after the comparison.
+    written only after the comparison. `kernel_log` is what the recorder of the kernel's log says
+    about the page, if there is one.
 
     The members from `device` on describe the device's last write to the bytes that differ, and are
     None if there was no such write. `device` is the name of that device. `seconds` counts from the
@@ -61,6 +65,7 @@ class LostPage:
     seconds: float | None = None
     due_in_harvest: int | None = None
     last_seen_in_harvest: dict[str, int] = field(default_factory=dict)
+    kernel_log: KernelLog | None = None
 
 
 class WrittenPages:
@@ -124,6 +129,17 @@ def blame_discarded_bits(lost: Sequence[LostPage], discarded: Collection[int]) -
     `discarded` are page addresses in bytes (`Attempt.discarded_bits`).
     """
     return [replace(page, blame=Blame.QEMU) if page.gpa in discarded else page for page in lost]
+
+
+def with_kernel_logs(lost: Sequence[LostPage], logs: KernelLogs) -> list[LostPage]:
+    """Return the `lost` pages with what the recorder says; blame the fault for withheld pages."""
+    found = []
+    for page in lost:
+        log = KernelLog.NEVER if page.gpa is None else logs.of(page.gpa)
+        if log is KernelLog.WITHHELD:
+            page = replace(page, blame=Blame.DEVICE, link=Link.LOG)
+        found.append(replace(page, kernel_log=log))
+    return found
 
 
 def with_late_dma(lost: Sequence[LostPage], late: Sequence[LostPage]) -> list[LostPage]:

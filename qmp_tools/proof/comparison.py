@@ -8,11 +8,18 @@ from dataclasses import dataclass, field, replace
 from dmaproof.errors import UntestableError
 from dmaproof.evidence import Evidence, Slot
 
+from ..devices.vhost_recorder import KernelLogs
 from ..memory.ram import RamFile, slots_of
 from ..migration.attempt import Attempt
 from ..migration.pair import QemuPair
 from ..migration.scenarios.base import Scenario
-from .attribution import LostPage, attribute, blame_discarded_bits, blame_early_bits
+from .attribution import (
+    LostPage,
+    attribute,
+    blame_discarded_bits,
+    blame_early_bits,
+    with_kernel_logs,
+)
 from .changes import Changes, GuestPages, RunningDestination
 from .free_pages import without_free_pages
 from .late_dma import PausedRam
@@ -30,6 +37,7 @@ class Comparison:
     or if both sides share memory. `given_back` counts the pages that were not compared because the
     guest has given them back. `running_destination` and `changes` are about a destination that ran
     before the comparison. `guest_pages` are the pages that QEMU may have skipped as free.
+    `kernel_logs` is what the kernel has logged, if there is a recorder.
     """
 
     evidence: Sequence[Evidence]
@@ -43,6 +51,7 @@ class Comparison:
     guest_pages: GuestPages | None = None
     changes: Changes | None = None
     given_back: int = 0
+    kernel_logs: KernelLogs | None = None
 
 
 async def compare_guests(
@@ -94,6 +103,9 @@ async def compare_guests(
     if attempt.log_watch is not None:
         found.lost = blame_early_bits(found.lost, attempt.log_watch.evidence())
         found.lost = blame_discarded_bits(found.lost, attempt.discarded_bits)
+    found.kernel_logs = pair.device.kernel_logs(pair.source_side)
+    if found.kernel_logs is not None:
+        found.lost = with_kernel_logs(found.lost, found.kernel_logs)
     return found
 
 

@@ -338,6 +338,7 @@ class ProofRun:
             untested=migrated.untested,
             changes=found.changes,
             given_back=found.given_back,
+            kernel_logs=found.kernel_logs,
             skips_free_pages=self.scenario.skips_free_pages,
         )
 

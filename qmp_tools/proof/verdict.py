@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from ..devices.vhost_recorder import KernelLogs
 from ..exit_codes import EXIT_LOST, EXIT_PASS, EXIT_UNTESTED
 from ..migration.downtime import Downtime
 from ..migration.judgement import Blame, EvidenceSource
@@ -53,7 +54,8 @@ class Verdict:
     received all of RAM. In this case, and if there are `wrong_rings`, the guest was not continued.
 
     `untested` is a reason why equal pages are not a pass. `changes` are the pages that changed on a
-    destination that ran before the comparison.
+    destination that ran before the comparison. `kernel_logs` is what the kernel has logged, if
+    there is a recorder.
     """
 
     pages: int
@@ -70,6 +72,7 @@ class Verdict:
     changes: Changes | None = None
     given_back: int = 0
     skips_free_pages: bool = False
+    kernel_logs: KernelLogs | None = None
 
     def count(self, blame: Blame) -> int:
         """Return how many of the lost pages are attributed to `blame`."""

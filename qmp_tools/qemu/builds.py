@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -45,15 +46,22 @@ _PATCHES_FILE: Final = "patches"
 """Has the names of an own build's patches."""
 REMEDY: Final = "set XDG_DATA_HOME to a writable folder with enough space"
 
+_OWN_ROOT: Final = '$(dirname "$(readlink -f "$0")")/root'
 _WRAPPER: Final = """\
 #!/bin/sh
-# Runs this folder's {program} with this folder's loader, libraries, modules and firmware.
-root=$(dirname "$(readlink -f "$0")")/root
+# Runs the {program} of a folder with the folder's loader, libraries, modules and firmware.
+{variables}root={root}
 loader=$(echo "$root"/usr/lib/*/ld-linux*.so.*)
 libraries=$(dirname "$loader")
 export QEMU_MODULE_DIR="$libraries/qemu"
-exec "$loader" --library-path "$libraries" \\
+exec "$loader" --library-path "$libraries"{preload} \\
     "$root/{place}/{program}"{firmware} "$@"
+"""
+_PRELOADING: Final = """\
+#!/bin/sh
+# Runs a program with a library preloaded.
+{variables}export LD_PRELOAD={library}"${{LD_PRELOAD:+:$LD_PRELOAD}}"
+exec {program} "$@"
 """
 _FIRMWARE: Final = (
     ' -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" \\\n    -L "$root/usr/lib/ipxe/qemu"'
@@ -300,10 +308,41 @@ def make_whole(build: Path, programs: Mapping[str, str]) -> None:
     for program, place in programs.items():
         if not (root / place / program).exists():
             continue
-        firmware = _FIRMWARE if program.startswith("qemu-system") else ""
         script = build / program
-        script.write_text(_WRAPPER.format(program=program, place=place, firmware=firmware))
+        script.write_text(_wrapper(program, place, _OWN_ROOT))
         script.chmod(0o755)
+
+
+def _wrapper(program: str, place: str, root: str, *, preload: str = "", variables: str = "") -> str:
+    firmware = _FIRMWARE if program.startswith("qemu-system") else ""
+    return _WRAPPER.format(
+        program=program,
+        place=place,
+        firmware=firmware,
+        root=root,
+        preload=preload,
+        variables=variables,
+    )
+
+
+def preloading(program: Path, library: Path, script: Path, environment: Mapping[str, str]) -> Path:
+    """Write a `script` that runs the QEMU `program` with `library` preloaded, and return it.
+
+    QEMU has the variables of `environment`. A fetched QEMU's own loader preloads the library, so
+    that no other program does, which may have another libc.
+    """
+    quoted = shlex.quote(str(library))
+    variables = "".join(f"export {key}={shlex.quote(text)}\n" for key, text in environment.items())
+    if (program.parent / _SUITE_FILE).is_file():
+        root = shlex.quote(str(program.parent.resolve() / "root"))
+        preload = f" --preload {quoted}"
+        text = _wrapper(program.name, "usr/bin", root, preload=preload, variables=variables)
+    else:
+        quoted_program = shlex.quote(str(program))
+        text = _PRELOADING.format(library=quoted, program=quoted_program, variables=variables)
+    script.write_text(text)
+    script.chmod(0o755)
+    return script
 
 
 def _try(program: Path) -> None:

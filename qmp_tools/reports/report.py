@@ -14,6 +14,7 @@ from typing import Any, Final
 from dmaproof.trace import Link
 from dmaproof.units import PAGE_BYTES
 
+from ..devices.vhost_recorder import KernelLog
 from ..memory.ram_blocks import RamBlock, known_tcg_loss
 from ..migration.downtime import downtime_parts
 from ..migration.judgement import Blame, EvidenceSource
@@ -52,6 +53,7 @@ def to_json(proof: Proof) -> dict[str, Any]:
         "sensitivity": verdict.sensitivity.to_json(),
         "settled_s": verdict.settled_s,
         "log": asdict(verdict.log) if verdict.log else None,
+        "kernel_log": verdict.kernel_logs.to_json() if verdict.kernel_logs else None,
         "unseen": verdict.unseen,
         "given_back_pages": verdict.given_back,
         "guest": asdict(verdict.guest),
@@ -145,6 +147,11 @@ def to_text(proof: Proof) -> str:
         f"  {'not covered' if index == 0 else '':<12} {fault}"
         for index, fault in enumerate(verdict.unseen)
     ]
+    if (logs := verdict.kernel_logs) is not None:
+        lines.append(
+            f"  kernel log   the kernel logged {counted(len(logs.logged), 'page')}; "
+            f"{len(logs.withheld)} of them were withheld from QEMU"
+        )
     if sensitivity.reported_unwritten:
         lines.append(
             f"  extra bits   {sensitivity.reported_unwritten} pages were reported dirty although "
@@ -298,6 +305,13 @@ def _earlier(migrations: Sequence[MigrationSummary]) -> list[str]:
 HEADINGS: Final = {0: "PASS", 1: "FAIL", 3: "NOT TESTED"}
 
 
+_KERNEL_LOGS: Final = {
+    KernelLog.NEVER: "the kernel never logged the page",
+    KernelLog.HANDED_ON: "the kernel logged the page, and QEMU received the bit",
+    KernelLog.WITHHELD: "the kernel logged the page, and the injected fault withheld the bit",
+}
+
+
 def _story(page: LostPage) -> str:
     if page.blame is Blame.LATE_DMA:
         place = f"GPA {page.gpa:#x}" if page.gpa is not None else f"RAM offset {page.ram_offset:#x}"
@@ -305,6 +319,8 @@ def _story(page: LostPage) -> str:
     if page.gpa is None:
         return f"RAM offset {page.ram_offset:#x}: {bytes_differ(page.bytes_differing)}"
     place = f"GPA {page.gpa:#x}: {bytes_differ(page.bytes_differing)}"
+    if page.kernel_log is not None:
+        return f"{place}; {_KERNEL_LOGS[page.kernel_log]}"
     if page.blame in (Blame.UNKNOWN, Blame.SNAPSHOT, Blame.EARLY_BIT):
         return place
     if page.request is None:

@@ -56,7 +56,7 @@ class Guests:
             source="source",
             destination="destination",
             source_side="source",
-            device=SimpleNamespace(evidence=evidence),
+            device=SimpleNamespace(evidence=evidence, kernel_logs=lambda side: None),
             hold_pages=range(GPA + HOLD_PAGE * PAGE, GPA + OTHER_PAGE * PAGE, PAGE),
         )
         attempt = SimpleNamespace(

@@ -23,6 +23,7 @@ from dmaproof.evidence import HARVEST, Evidence, Slot
 from dmaproof.iova_bitmap import IovaRange
 from dmaproof.journal import RECORD, WriteKind
 from dmaproof.trace import TRACED_LINKS, PageEpochs
+from qmp_tools.devices.vhost_recorder import KernelLog, KernelLogs
 from qmp_tools.memory.ram import RamFile
 from qmp_tools.migration.judgement import Blame
 from qmp_tools.migration.log_watch import LogEvidence
@@ -77,13 +78,14 @@ class Guests:
         self.queried: list[object] = []
         self.evidence: list[Evidence] = []
         self.log: LogEvidence | None = None
+        self.kernel_logs: KernelLogs | None = None
         self.scenario = Unix()
         self.pair = SimpleNamespace(
             source=Qemu(),
             destination=Qemu(),
             source_side="source",
             destination_side="destination",
-            device=SimpleNamespace(evidence=self._evidence),
+            device=SimpleNamespace(evidence=self._evidence, kernel_logs=self._kernel_logs),
             hold_pages=range(0),
         )
         self.migrated = SimpleNamespace(
@@ -93,6 +95,10 @@ class Guests:
             ended_early=False,
             all_sent_ns=ALL_SENT_NS,
         )
+
+    def _kernel_logs(self, side: str) -> KernelLogs | None:
+        assert side == "source"
+        return self.kernel_logs
 
     async def _evidence(self, side: str) -> list[Evidence]:
         assert side == "source"
@@ -272,6 +278,16 @@ def test_an_early_bit_in_the_log_is_blamed(guests: Guests) -> None:
         guests.write(guests.sources, gpa, b"lost")
     found = guests.compared()
     assert [page.blame for page in found.lost] == [Blame.UNKNOWN, Blame.EARLY_BIT]
+
+
+def test_lost_pages_say_what_the_kernel_logged(guests: Guests) -> None:
+    low_page = LOW // PAGE
+    guests.kernel_logs = KernelLogs(np.array([low_page]), np.array([], dtype=np.int64))
+    for gpa in (HIGH, LOW):
+        guests.write(guests.sources, gpa, b"lost")
+    found = guests.compared()
+    assert found.kernel_logs == guests.kernel_logs
+    assert [page.kernel_log for page in found.lost] == [KernelLog.NEVER, KernelLog.HANDED_ON]
 
 
 @pytest.mark.parametrize(

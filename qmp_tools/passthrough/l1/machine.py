@@ -24,6 +24,7 @@ from dmaproof import _core, _mapping, _userfault, errors
 from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError, printable
 
 from ...arch.x86_64 import X86_64
+from ...devices.kernel_vhost import IN_L1
 from ...guest.build import sources
 from ...host.process import log_tail
 from ...host.unpacked_root import run_inside
@@ -298,11 +299,12 @@ def _fill(
         qemu = f"{_mount('qemu')}export {TESTED_QEMU}={TESTED_QEMU_PATH}\n"
     (job / "command").write_text(
         f"{_mount('python')}export PYTHONPATH=/run/python PYTHONDONTWRITEBYTECODE=1\n"
-        f"export XDG_CACHE_HOME=/mnt/{_CACHE}\n"
+        f"export XDG_CACHE_HOME=/mnt/{_CACHE} {IN_L1}=1\n"
         f"{qemu}"
         f"for module in $(cat /mnt/modules/order) {MODULE}.ko; do\n"
         "    insmod /mnt/modules/$module || exit 3\n"
         "done\n"
+        "mount -t configfs configfs /sys/kernel/config 2>/dev/null\n"  # where it is a module
         f"{command}\n"
     )
 

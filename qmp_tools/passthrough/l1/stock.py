@@ -32,7 +32,6 @@ _FOR_PROOFS: Final = (
     *("vfio", "vfio_iommu_type1", "mdev"),
     *("tun", "sch_ingress", "cls_matchall", "act_mirred", "vhost_net", "vhost_vsock"),
     *("configfs", "target_core_file", "vhost_scsi"),
-    *("vdpa_sim_net", "vdpa_sim_blk", "vduse", "vhost_vdpa"),
 )
 _INIT_OPTIONS: Final = ("-static", "-std=c11")
 

@@ -64,16 +64,19 @@ uint64_t iommu_map(unsigned window, uint64_t address, uint64_t bytes);
 // Remove all mappings of a window, and wait until the device has dropped them.
 void iommu_unmap(unsigned window);
 
-// virtio_blk.c: the disk -------------------------------------------------------------------------
+// storage.c: the device that carries out the workload's requests ----------------------------------
 
-// Find the first virtio disk, and set up its queues for `slots` requests at a time. Return its size
-// in sectors. If the disk is in use already, it is reset, and no request is in flight afterwards.
-uint64_t disk_open(unsigned slots);
-// Reset the disk and set up the same queues again. No request is in flight afterwards.
-void disk_reset(void);
-void disk_submit(unsigned slot, const struct request *request);
-// Return a slot whose request is finished, or -1; `status` is virtio's, 0 for success.
-int disk_poll(uint8_t *status);
+// Find the first such device, and set up its queues for `slots` requests at a time. Return its size
+// in sectors. If the device is in use already, it is reset, and no request is in flight afterwards.
+uint64_t storage_open(unsigned slots);
+// Reset the device and set up the same queues again. No request is in flight afterwards.
+void storage_reset(void);
+// Submit a request, which must remain in place until it is finished.
+void storage_submit(unsigned slot, struct request *request);
+// Return a slot whose request is finished, or -1; `status` is 0 for success.
+int storage_poll(uint8_t *status);
+// Report what the device's driver counts, if anything.
+void storage_report(void);
 
 // What an architecture implements ================================================================
 

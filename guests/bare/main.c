@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * The freestanding guest: it carries out the workload (workload.h) on the first virtio disk,
- * without a kernel, on one CPU that polls everything. A slot of a queue corresponds to a thread of
+ * The freestanding guest: it carries out the workload (workload.h) on a virtio device
+ * (storage.c), without a kernel, on one CPU that polls everything. A slot corresponds to a thread of
  * the Linux guest. Churn, commands and reports run between polls.
  */
 #include "machine.h"
@@ -64,9 +64,9 @@ static void read_parameters(const char *text) {
 static void finish_requests(void) {
     uint8_t status;
     int number;
-    while ((number = disk_poll(&status)) >= 0) {
+    while ((number = storage_poll(&status)) >= 0) {
         if (!slots[number].busy)  // happens if the migration has lost the used ring
-            give_up("the disk has finished a request that was not in flight");
+            give_up("the device has finished a request that was not in flight");
         struct request *request = &slots[number].request;
         finish_request(request, status ? status : bytes_of(request));
         slots[number].busy = false;
@@ -79,7 +79,7 @@ static void start_requests(void) {
         if (!slots[number].busy && plan_request(&slots[number].worker, &slots[number].request)) {
             slots[number].busy = true;
             in_flight++;
-            disk_submit(number, &slots[number].request);
+            storage_submit(number, &slots[number].request);
         }
     }
 }
@@ -98,8 +98,10 @@ static bool due(uint64_t *next, uint64_t every_us) {
 
 static void report_status(void) {
     static uint64_t next;
-    if (due(&next, REPORT_EVERY_US))
-        report_progress();
+    if (!due(&next, REPORT_EVERY_US))
+        return;
+    report_progress();
+    storage_report();
 }
 
 void report_own_memory(void) {
@@ -120,24 +122,24 @@ void pause_requests(bool wanted) {
     }
 }
 
-// Use the disk again after it was reset, and repeat the requests that were in flight.
+// Use the device again after it was reset, and repeat the requests that were in flight.
 static void repeat_requests(void) {
     for (unsigned number = 0; number < parameters.threads; number++) {
         if (!slots[number].busy)
             continue;
         iommu_unmap(number);
         repeat_request(&slots[number].request);
-        disk_submit(number, &slots[number].request);
+        storage_submit(number, &slots[number].request);
     }
 }
 
 void reset_device(void) {
-    disk_reset();
+    storage_reset();
     repeat_requests();
 }
 
 void reload_driver(void) {
-    disk_open((unsigned)parameters.threads);
+    storage_open((unsigned)parameters.threads);
     repeat_requests();
 }
 
@@ -149,7 +151,7 @@ void guest_main(const void *start_info) {
     start_clock();
     find_memory(start_info);
     read_parameters(command_line(start_info));
-    uint64_t sectors = disk_open((unsigned)parameters.threads);
+    uint64_t sectors = storage_open((unsigned)parameters.threads);
     const char *problem = prepare_workload(sectors);
     if (problem)
         give_up(problem);

@@ -4,79 +4,59 @@
  * in turn, and each has a place in its queue. The status bytes have their own page, which only the
  * device writes, like its area of a queue.
  */
-#include "virtio_pci.h"
+#include "storage.h"
 
 enum {
-    BLK = 0x1042,
+    BLK = 2,
     TRANSITIONAL_BLK = 0x1001,
     CONFIG_QUEUES = 34,
-
-    DISK_TIMEOUT_US = 10 * 1000 * 1000,
+    F_BLK_MQ = 1 << 12,
     MAX_QUEUES = 16,
 
     REQUEST_IN = 0,
     REQUEST_OUT = 1,
 };
 
-static const uint64_t F_BLK_MQ = 1ull << 12;
-
 struct header {
     uint32_t type, reserved;
     uint64_t sector;
 };
 
-static struct virtio_device disk;
+static struct virtio_device *disk;
 static struct virtio_queue queues[MAX_QUEUES];
 static unsigned queue_count;
 static struct header *headers;      // one for each slot
 static volatile uint8_t *statuses;  // one for each slot
 static uint64_t headers_at, statuses_at;  // their addresses for the device
 
-static void find_disk(void) {
-    static const uint16_t ids[] = {BLK, TRANSITIONAL_BLK};
-    disk = (struct virtio_device){0};
-    for (bool reported = false; !virtio_find(&disk, ids, sizeof ids / sizeof *ids);
-         reported = true) {
-        if (!reported)
-            report("waiting for=disk");
-        if (microseconds() > DISK_TIMEOUT_US)
-            give_up("no virtio disk was found within 10 s");
-        disk.pci = (struct pci_device){0};
-    }
-}
-
-uint64_t disk_open(unsigned slots) {
-    find_disk();
-    virtio_open(&disk, F_BLK_MQ);
-    if (disk.features & F_ACCESS_PLATFORM)
-        iommu_open(&disk.pci);
-
-    queue_count = disk.features & F_BLK_MQ ? *(volatile uint16_t *)(disk.config + CONFIG_QUEUES) : 1;
+static uint64_t disk_open(struct virtio_device *device, unsigned slots) {
+    disk = device;
+    queue_count = 1;
+    if (disk->features & F_BLK_MQ)
+        queue_count = *(volatile uint16_t *)(disk->config + CONFIG_QUEUES);
     if (queue_count > MAX_QUEUES)
         queue_count = MAX_QUEUES;
     if (queue_count > slots)
         queue_count = slots;
     for (unsigned index = 0; index < queue_count; index++) {
         unsigned places = (slots - index + queue_count - 1) / queue_count;
-        if (!virtio_open_queue(&disk, index, &queues[index], places))
+        if (!virtio_open_queue(disk, index, &queues[index], places, MAX_PIECES))
             give_up("the disk's queues are too small for the workload's threads; use fewer threads");
     }
     headers = allocate(slots * sizeof *headers);
     statuses = allocate_aligned(PAGE_BYTES, PAGE_BYTES);
     headers_at = iommu_map(IOMMU_PERMANENT, (uint64_t)headers, slots * sizeof *headers);
     statuses_at = iommu_map(IOMMU_PERMANENT, (uint64_t)statuses, PAGE_BYTES);
-    virtio_start(&disk);
-    report("virtio-0002 features=%lu", disk.features);
-    return *(volatile uint64_t *)disk.config;
+    virtio_start(disk);
+    return *(volatile uint64_t *)disk->config;
 }
 
-void disk_reset(void) {
-    virtio_reset(&disk, F_BLK_MQ);
+static void disk_reset(void) {
     for (unsigned index = 0; index < queue_count; index++) {
         virtqueue_reset(&queues[index].ring);
-        virtio_enable_queue(&disk, index, &queues[index]);
+        virtio_enable_queue(disk, index, &queues[index]);
     }
-    virtio_start(&disk);
+    virtio_start(disk);
 }
 
 // Requests ---------------------------------------------------------------------------------------
@@ -111,13 +91,13 @@ static unsigned describe(unsigned slot, const struct request *request, struct pi
     return count;
 }
 
-void disk_submit(unsigned slot, const struct request *request) {
+static void disk_submit(unsigned slot, struct request *request) {
     struct piece pieces[MAX_PIECES];
     unsigned count = describe(slot, request, pieces), index = slot % queue_count;
     virtio_submit(&queues[index], index, slot / queue_count, pieces, count);
 }
 
-int disk_poll(uint8_t *status) {
+static int disk_poll(uint8_t *status) {
     static unsigned turn;
     for (unsigned tried = 0; tried < queue_count; tried++) {
         unsigned index = turn++ % queue_count;
@@ -131,3 +111,13 @@ int disk_poll(uint8_t *status) {
     }
     return -1;
 }
+
+const struct storage virtio_blk = {
+    .type = BLK,
+    .transitional_id = TRANSITIONAL_BLK,
+    .features = F_BLK_MQ,
+    .open = disk_open,
+    .reset = disk_reset,
+    .submit = disk_submit,
+    .poll = disk_poll,
+};

@@ -34,7 +34,7 @@ bool virtio_mem_plug(struct range *range) {
     next = device.pci.id + 1u;
     struct virtio_queue *queue = allocate(sizeof *queue);
     virtio_open(&device, F_UNPLUGGED_INACCESSIBLE);
-    if (!virtio_open_queue(&device, 0, queue, 1))
+    if (!virtio_open_queue(&device, 0, queue, 1, 2))
         give_up("the queue of a virtio-mem device is too small");
     virtio_start(&device);
 

@@ -85,11 +85,11 @@ void virtio_reset(struct virtio_device *device, uint64_t wanted) {
 }
 
 bool virtio_open_queue(struct virtio_device *device, unsigned index, struct virtio_queue *queue,
-                       unsigned places) {
+                       unsigned places, unsigned pieces) {
     volatile struct common_config *common = device->common;
     common->queue_select = (uint16_t)index;
     uint16_t size = common->queue_size < MAX_QUEUE_SIZE ? common->queue_size : MAX_QUEUE_SIZE;
-    if (!virtqueue_open(&queue->ring, device->features, size, places))
+    if (!virtqueue_open(&queue->ring, device->features, size, places, pieces))
         return false;
     virtio_enable_queue(device, index, queue);
     return true;

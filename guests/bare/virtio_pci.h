@@ -28,9 +28,9 @@ bool virtio_find(struct virtio_device *device, const uint16_t *ids, unsigned cou
 void virtio_open(struct virtio_device *device, uint64_t wanted);
 // Do so again with a device that was opened; its queues must be enabled again, and the device started.
 void virtio_reset(struct virtio_device *device, uint64_t wanted);
-// Set up queue number `index`. Return false if it is too small.
+// Set up queue number `index` (virtqueue_open). Return false if it is too small.
 bool virtio_open_queue(struct virtio_device *device, unsigned index, struct virtio_queue *queue,
-                       unsigned places);
+                       unsigned places, unsigned pieces);
 // Let the device use a queue that has been set up (virtqueue_open, virtqueue_reset).
 void virtio_enable_queue(struct virtio_device *device, unsigned index, struct virtio_queue *queue);
 void virtio_start(struct virtio_device *device);

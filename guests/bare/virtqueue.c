@@ -19,7 +19,8 @@ static struct area_bytes area_bytes_of(const struct virtqueue *queue) {
     };
 }
 
-bool virtqueue_open(struct virtqueue *queue, uint64_t features, uint16_t size, unsigned places) {
+bool virtqueue_open(struct virtqueue *queue, uint64_t features, uint16_t size, unsigned places,
+                    unsigned pieces) {
     const struct ring_form *form = features & F_RING_PACKED ? &packed_ring : &split_ring;
     *queue = (struct virtqueue){
         .form = form,
@@ -28,7 +29,7 @@ bool virtqueue_open(struct virtqueue *queue, uint64_t features, uint16_t size, u
         .places = (uint16_t)places,
         .room = (uint16_t)(size / places),
     };
-    if (queue->room < (features & F_RING_INDIRECT ? 1 : MAX_PIECES))
+    if (queue->room < (features & F_RING_INDIRECT ? 1 : pieces))
         return false;
     struct area_bytes bytes = area_bytes_of(queue);
     uint8_t *driver_areas = allocate_aligned(bytes.descriptors + bytes.driver, PAGE_BYTES);

@@ -61,9 +61,10 @@ struct ring_form {
 };
 extern const struct ring_form split_ring, packed_ring;
 
-// Set up a queue of `size` descriptors for `places` requests at a time, in the negotiated form.
-// Return false if the queue is too small.
-bool virtqueue_open(struct virtqueue *queue, uint64_t features, uint16_t size, unsigned places);
+// Set up a queue of `size` descriptors, in the negotiated form, for `places` requests at a time of at
+// most `pieces` each. Return false if the queue is too small.
+bool virtqueue_open(struct virtqueue *queue, uint64_t features, uint16_t size, unsigned places,
+                    unsigned pieces);
 // Empty a queue whose device was reset, and let it begin again in the same memory.
 void virtqueue_reset(struct virtqueue *queue);
 // Submit a request in a free place. Return whether the device wants a notification.

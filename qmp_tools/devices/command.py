@@ -58,7 +58,7 @@ class _Kind:
     restartable: bool = True
 
 
-_NET: Final = _Kind("virtio-net-pci,netdev=net", 1, ("linux",), VIRTIO_NET, network=True)
+_NET: Final = _Kind("virtio-net-pci,netdev=net", 1, ("bare", "linux"), VIRTIO_NET, network=True)
 KINDS: Final = {
     "blk": _Kind(
         "vhost-user-blk-pci,chardev=device,num-queues={queues},queue-size=128",
@@ -70,7 +70,7 @@ KINDS: Final = {
         "vhost-user-fs-pci,chardev=device,tag=disk", 26, ("linux",), VIRTIOFS, restartable=False
     ),
     "net": _NET,
-    "net-udp": replace(_NET, carries_only_ip=True),
+    "net-udp": replace(_NET, guests=("linux",), carries_only_ip=True),
     "scsi": _Kind(
         "vhost-user-scsi-pci,chardev=device,num_queues={queues},virtqueue_size=128",
         8,

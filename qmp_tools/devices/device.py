@@ -73,7 +73,8 @@ class ProofDevice(ABC):
 
     @property
     def direct(self) -> bool:
-        """Whether it writes to the memory of the guest's program, not to its kernel's buffers."""
+        """Whether it writes to the memory of the Linux guest's program, not to its kernel's
+        buffers. The bare guest has no kernel."""
         return True
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -50,7 +50,9 @@ KINDS: Final = {
     "lsi53c895a": _scsi("lsi53c895a", drivers.LSI),
     "megasas": _scsi("megasas", drivers.MEGASAS),
     "pvscsi": _scsi("pvscsi", drivers.PVSCSI),
-    "virtio-net-pci": _network("virtio-net-pci", drivers.VIRTIO_NET),
+    "virtio-net-pci": replace(
+        _network("virtio-net-pci", drivers.VIRTIO_NET), guests=("bare", "linux")
+    ),
     "e1000": _network("e1000", drivers.E1000),
     "e1000e": _network("e1000e", drivers.E1000E),
     "igb": _network("igb", drivers.IGB),

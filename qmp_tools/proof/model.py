@@ -41,6 +41,11 @@ class Setup:
         return f"{self.guest} {self.guest_kernel or ''}".rstrip()
 
     @property
+    def direct(self) -> bool:
+        """Whether the device writes to the pages of the guest's program themselves."""
+        return self.device.direct or self.guest == "bare"
+
+    @property
     def seed(self) -> int:
         """The seed of the random choices of workload, device and fault."""
         return self.options.seed or 0

@@ -349,7 +349,7 @@ class ProofRun:
             )
         write_once = self._attempt.used_write_once_pages() if migrated.ram_is_comparable else 0
         huge_pages = self.scenario.sends_whole_pages and self._setup.machine.backend.has_huge_pages
-        shows = self._setup.device.direct and not huge_pages
+        shows = self._setup.direct and not huge_pages
         guaranteed = source is not EvidenceSource.GUEST or shows
         return sensitivity_by_guest(write_once, source, guaranteed=guaranteed)
 

@@ -129,7 +129,7 @@ def to_text(proof: Proof) -> str:
         + (f", downtime {proof.downtime_s * 1000:.0f} ms" if proof.downtime_s is not None else ""),
         *_settings(proof.setup.options),
         *_earlier(proof.earlier),
-        *_sensitivity(sensitivity, direct=proof.setup.device.direct),
+        *_sensitivity(sensitivity, direct=proof.setup.direct),
         f"  destination  the guest did {guest.requests} more requests and rechecked "
         f"{guest.rechecked} pages: {guest.errors} errors"
         if verdict.can_continue

@@ -33,7 +33,7 @@ uint64_t iommu_map(unsigned window, uint64_t address, uint64_t bytes) {
 struct virtqueue *ring_open(void *memory, uint64_t features, uint16_t size, unsigned places) {
     free_memory = memory;
     struct virtqueue *queue = allocate(sizeof *queue);
-    return virtqueue_open(queue, features, size, places) ? queue : NULL;
+    return virtqueue_open(queue, features, size, places, MAX_PIECES) ? queue : NULL;
 }
 
 void ring_areas(const struct virtqueue *queue, uint64_t areas[3]) {

@@ -9,7 +9,7 @@ s390x.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import ClassVar, Final
 
 from ..dma import Dma
@@ -27,6 +27,7 @@ class Echo(VirtioDevice):
     """A network card with one pair of virtqueues; every frame comes back."""
 
     name: ClassVar[str] = "echo"
+    guests: ClassVar[Collection[str]] = ("bare", "linux")
     linux: ClassVar[tuple[Sequence[str], str]] = (
         ("virtio_pci", "virtio_net", "af_packet"),
         "loop=eth0",

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
-from dmaproof.errors import UntestableError, WaitTimeoutError, printable
+from dmaproof.errors import UnsupportedError, UntestableError, WaitTimeoutError, printable
 
 from ..host.timeout import DEFAULT_TIMEOUT_S, wait_until
 from ..qemu import qemu_qmp
@@ -158,6 +158,7 @@ class Migration:
         Raises:
             UnsupportedScenarioError: a QEMU does not support the scenario or rightly refuses it,
                 or dmaproof cannot carry it out.
+            UnsupportedError: QEMU does not migrate a device of the machine.
             MigrationError: a QEMU accepted a scenario that it must refuse.
             QmpError: a QEMU refused another step.
         """
@@ -173,12 +174,21 @@ class Migration:
         try:
             await self.procedure.begin(self.ends)
         except QmpRefusal as refusal:
+            if reasons := await self._blocked_reasons():
+                raise UnsupportedError(
+                    f"QEMU does not migrate this machine: {'; '.join(reasons)}"
+                ) from refusal
             if not self.procedure.user_options:
                 raise
             raise self.procedure.explain_refusal(str(refusal)) from refusal
         if self.procedure.is_over_when_begun:
             answer = await self.ends.destination.execute("query-migrate")
             self.history.append(parse_progress(answer))
+
+    async def _blocked_reasons(self) -> list[str]:
+        """Return QEMU's words for each device of the source that it does not migrate."""
+        answer = await self.ends.source.execute("query-migrate")
+        return [printable(reason) for reason in answer.get("blocked-reasons", ())]
 
     async def _configure(self) -> None:
         procedure = self.procedure

@@ -247,12 +247,13 @@ def _vdpa(*arguments: str, timeout_s: float) -> None:
     Raises:
         UntestableError: it failed; the message has its words.
     """
-    try:
-        done = run_captured(["vdpa", *arguments], timeout_s=timeout_s)
-    except FileNotFoundError:
+    program = shutil.which("vdpa")
+    if program is None:
         raise UntestableError(
             "the program vdpa, which makes vDPA devices, is missing: install the package iproute2"
-        ) from None
+        )
+    try:
+        done = run_captured([program, *arguments], timeout_s=timeout_s)
     except subprocess.TimeoutExpired:
         raise WaitTimeoutError(
             f"vdpa {' '.join(arguments)} has not ended within {timeout_s:g} s; allow more time "

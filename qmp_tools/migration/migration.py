@@ -174,9 +174,9 @@ class Migration:
         try:
             await self.procedure.begin(self.ends)
         except QmpRefusal as refusal:
-            if reasons := await self._blocked_reasons():
+            if (await self.ends.source.execute("query-migrate")).get("blocked-reasons"):
                 raise UnsupportedError(
-                    f"QEMU does not migrate this machine: {'; '.join(reasons)}"
+                    f"QEMU does not migrate one of the machine's devices: {refusal}"
                 ) from refusal
             if not self.procedure.user_options:
                 raise
@@ -184,11 +184,6 @@ class Migration:
         if self.procedure.is_over_when_begun:
             answer = await self.ends.destination.execute("query-migrate")
             self.history.append(parse_progress(answer))
-
-    async def _blocked_reasons(self) -> list[str]:
-        """Return QEMU's words for each device of the source that it does not migrate."""
-        answer = await self.ends.source.execute("query-migrate")
-        return [printable(reason) for reason in answer.get("blocked-reasons", ())]
 
     async def _configure(self) -> None:
         procedure = self.procedure

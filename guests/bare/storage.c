@@ -7,7 +7,7 @@ enum {
 };
 
 // In the order in which devices are preferred.
-static const struct storage *const drivers[] = {&virtio_blk, &virtio_net};
+static const struct storage *const drivers[] = {&virtio_blk, &virtio_scsi, &virtio_net};
 
 static const struct storage *driver;
 static struct virtio_device device;
@@ -29,7 +29,7 @@ uint64_t storage_open(unsigned slots) {
         if (!reported)
             report("waiting for=disk");
         if (microseconds() > TIMEOUT_US)
-            give_up("no virtio disk or network was found within 10 s");
+            give_up("no virtio disk, SCSI host or network was found within 10 s");
     }
     virtio_open(&device, driver->features);
     if (device.features & F_ACCESS_PLATFORM)
@@ -55,4 +55,40 @@ int storage_poll(uint8_t *status) {
 void storage_report(void) {
     if (driver->report)
         driver->report();
+}
+
+// For the drivers of disks ------------------------------------------------------------------------
+
+unsigned add_data(unsigned slot, const struct request *request, struct piece *pieces,
+                  unsigned count) {
+    uint16_t flags = request->kind == WRITE ? 0 : DESCRIPTOR_WRITE;
+    unsigned first = count;
+    for (uint32_t piece = 0; piece < pieces_of(request); piece++) {
+        uint64_t address = (uint64_t)piece_at(request, piece);
+        struct piece *last = &pieces[count - 1];
+        bool follows = count > first && address == last->address + last->length;
+        if (follows && request->piece_bytes == PAGE_BYTES)
+            last->length += request->piece_bytes;
+        else if (count - first == MAX_PIECES - 2)
+            give_up("a request has too many pieces");
+        else
+            pieces[count++] = (struct piece){address, request->piece_bytes, flags};
+    }
+    for (unsigned index = first; index < count; index++)
+        pieces[index].address = iommu_map(slot, pieces[index].address, pieces[index].length);
+    return count;
+}
+
+int poll_slots(struct virtio_queue *queues, unsigned count) {
+    static unsigned turn;
+    for (unsigned tried = 0; tried < count; tried++) {
+        unsigned index = turn++ % count;
+        int place = virtqueue_poll(&queues[index].ring);
+        if (place < 0)
+            continue;
+        unsigned slot = (unsigned)place * count + index;
+        iommu_unmap(slot);
+        return (int)slot;
+    }
+    return -1;
 }

@@ -19,6 +19,15 @@ struct storage {
     int (*poll)(uint8_t *status);
     void (*report)(void);  // NULL: nothing to report
 };
-extern const struct storage virtio_blk, virtio_net;
+extern const struct storage virtio_blk, virtio_scsi, virtio_net;
+
+// For the drivers of disks: slot s has place s / count of queue number s % count.
+
+// Append a request's data, with adjacent pages as one piece, to the `count` pieces of its slot, and
+// map the data. Return the new number of pieces.
+unsigned add_data(unsigned slot, const struct request *request, struct piece *pieces,
+                  unsigned count);
+// Return a slot whose request is finished and is not mapped any more, or -1.
+int poll_slots(struct virtio_queue *queues, unsigned count);
 
 #endif

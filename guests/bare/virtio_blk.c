@@ -61,55 +61,22 @@ static void disk_reset(void) {
 
 // Requests ---------------------------------------------------------------------------------------
 
-static void add(struct piece *pieces, unsigned *count, uint64_t address, uint32_t length,
-                uint16_t flags) {
-    if (*count == MAX_PIECES)
-        give_up("a request has too many pieces");
-    pieces[*count] = (struct piece){address, length, flags};
-    ++*count;
-}
-
-// Describe a slot's request in pieces, with adjacent pages as one piece; return their number.
-static unsigned describe(unsigned slot, const struct request *request, struct piece *pieces) {
-    uint16_t flags = request->kind == WRITE ? 0 : DESCRIPTOR_WRITE;
-    unsigned count = 0;
+static void disk_submit(unsigned slot, struct request *request) {
+    struct piece pieces[MAX_PIECES] = {
+        {headers_at + slot * sizeof *headers, sizeof *headers, 0},
+    };
     headers[slot].type = request->kind == WRITE ? REQUEST_OUT : REQUEST_IN;
     headers[slot].sector = request->sector;
-    add(pieces, &count, headers_at + slot * sizeof *headers, sizeof *headers, 0);
-    for (uint32_t piece = 0; piece < pieces_of(request); piece++) {
-        const uint8_t *address = piece_at(request, piece);
-        struct piece *last = &pieces[count - 1];
-        bool follows = count > 1 && (uint64_t)address == last->address + last->length;
-        if (follows && request->piece_bytes == PAGE_BYTES)
-            last->length += request->piece_bytes;
-        else
-            add(pieces, &count, (uint64_t)address, request->piece_bytes, flags);
-    }
-    for (unsigned index = 1; index < count; index++)
-        pieces[index].address = iommu_map(slot, pieces[index].address, pieces[index].length);
-    add(pieces, &count, statuses_at + slot, 1, DESCRIPTOR_WRITE);
-    return count;
-}
-
-static void disk_submit(unsigned slot, struct request *request) {
-    struct piece pieces[MAX_PIECES];
-    unsigned count = describe(slot, request, pieces), index = slot % queue_count;
+    unsigned count = add_data(slot, request, pieces, 1), index = slot % queue_count;
+    pieces[count++] = (struct piece){statuses_at + slot, 1, DESCRIPTOR_WRITE};
     virtio_submit(&queues[index], index, slot / queue_count, pieces, count);
 }
 
 static int disk_poll(uint8_t *status) {
-    static unsigned turn;
-    for (unsigned tried = 0; tried < queue_count; tried++) {
-        unsigned index = turn++ % queue_count;
-        int place = virtqueue_poll(&queues[index].ring);
-        if (place < 0)
-            continue;
-        unsigned slot = (unsigned)place * queue_count + index;
+    int slot = poll_slots(queues, queue_count);
+    if (slot >= 0)
         *status = statuses[slot];
-        iommu_unmap(slot);
-        return (int)slot;
-    }
-    return -1;
+    return slot;
 }
 
 const struct storage virtio_blk = {

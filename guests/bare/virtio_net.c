@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
  * A polled virtio network driver (virtio 1.2, section 5.1), for a network that sends every frame
- * back. It carries out a read as an exchange: it stamps the request's pages in its own memory, sends
- * them in frames, and lets the device write what comes back into the request's pages.
+ * back. It carries out reads by an exchange: it stamps pages in its own memory, sends them in frames,
+ * and lets the device write what comes back into the requests' pages.
  *
  * The device fills the receive buffers in the order in which it got them. So the driver offers the
  * buffers of an exchange in the order of their frames, and has one exchange at a time. But a frame
@@ -10,7 +10,7 @@
  * each frame has a tag, which no other frame has, and each buffer waits for one tag:
  *
  * - If a buffer has received another tag, the device has written to a page what does not belong
- *   there. The request's pages are no longer write-once pages (repeat_request), and an exchange of
+ *   there. The pages of that request are no longer write-once pages (repeat_request), and an exchange of
  *   the missing frames follows.
  * - If nothing arrives for some time, the driver sends the frames of the buffers without a frame
  *   again. A buffer takes one frame, so this does not write a page twice.
@@ -34,7 +34,8 @@ enum {
     SECTORS = 1 << 24,  // any number: the network stores nothing
     PART_BYTES = 1024,  // of a page, in a frame
     PAGE_PARTS = PAGE_BYTES / PART_BYTES,
-    MOST_FRAMES = 32,  // at a time; the shortest queues on the way (of a tap) have 500 places
+    MOST_PAGES = 8,    // at a time; the queue of a tap has room for 500 frames or more
+    MOST_FRAMES = MOST_PAGES * PAGE_PARTS,
     FRAME_BYTES = 1526,  // the least size of a receive buffer (section 5.1.6.3.1)
 
     ETHERTYPE = 0xb688,  // 0x88b6 in network byte order: for local experiments (IEEE 802)
@@ -60,7 +61,7 @@ struct received {
 // What only the driver writes.
 struct sent {
     struct header headers[MOST_FRAMES];
-    uint64_t pages[MOST_FRAMES / PAGE_PARTS][PAGE_BYTES / 8];
+    uint64_t pages[MOST_PAGES][PAGE_BYTES / 8];
 };
 
 static struct virtio_device *network;
@@ -73,14 +74,22 @@ static struct request *requests[MAX_WORKERS];  // of the slots
 static uint8_t waiting_slots[MAX_WORKERS];     // a ring, with free-running indices
 static uint8_t first_waiting, end_waiting;
 
-// The exchange: place number i has a receive buffer, and a frame with part `first_part` + i of the
-// request in slot `current`. The sets of places are bit maps.
-static int current = NONE;
-static uint32_t first_part;
-static uint32_t missing;   // parts that the request's pages do not hold
+static uint32_t next_page;                     // of the first waiting request
+static uint32_t unfinished[MAX_WORKERS];       // pages of each slot's request
+
+// The pages of the exchange: the slot of the request, and the page's address for the device.
+static struct {
+    unsigned slot;
+    uint64_t address;
+} pages[MOST_PAGES];
+static unsigned page_count;
+
+// Each place of the exchange has a receive buffer, and a frame with a part of a page: the first
+// PAGE_PARTS places belong to the first page. The sets of places are bit maps.
+static uint64_t tags[MOST_FRAMES];
+static uint32_t missing;   // parts that the pages do not hold
 static uint32_t awaiting;  // buffers without a frame
 static uint32_t sending;   // frames that the device may still read
-static uint64_t tags[MOST_FRAMES];
 static bool is_disturbed;  // frames without a buffer may be under way
 static bool is_flushing;   // place 0 belongs to no request
 static bool is_heard;      // a frame has arrived since the last look at the clock
@@ -93,8 +102,8 @@ static void open_queue(unsigned index, unsigned pieces) {
 }
 
 static void start(void) {
-    current = NONE;
     first_waiting = end_waiting = 0;
+    next_page = page_count = 0;
     missing = awaiting = sending = 0;
     is_flushing = false;
     is_disturbed = true;
@@ -127,10 +136,7 @@ static void network_reset(void) {
 static uint64_t part_at(unsigned place) {
     if (is_flushing)
         return received_at + offsetof(struct received, part);
-    uint32_t part = first_part + place;
-    uint8_t *page = piece_at(requests[current], part / PAGE_PARTS);
-    return iommu_map((unsigned)current, (uint64_t)(page + part % PAGE_PARTS * PART_BYTES),
-                     PART_BYTES);
+    return pages[place / PAGE_PARTS].address + place % PAGE_PARTS * PART_BYTES;
 }
 
 static void offer_buffer(unsigned place) {
@@ -185,7 +191,7 @@ static void take_frame(unsigned place) {
         missing &= ~(1u << place);
     } else {
         is_disturbed = true;
-        repeat_request(requests[current]);
+        repeat_request(requests[pages[place / PAGE_PARTS].slot]);
     }
 }
 
@@ -219,20 +225,40 @@ static void network_submit(unsigned slot, struct request *request) {
         give_up("a network carries whole pages and stores nothing: write_every and "
                 "unaligned_every must be 0");
     requests[slot] = request;
+    unfinished[slot] = request->count;
     waiting_slots[end_waiting++ % MAX_WORKERS] = (uint8_t)slot;
 }
 
-static void stamp_parts(void) {
-    const struct request *request = requests[current];
-    uint32_t parts = request->count * PAGE_PARTS - first_part;
-    if (parts > MOST_FRAMES)
-        parts = MOST_FRAMES;
-    missing = (uint32_t)((1ull << parts) - 1);
-    for (uint32_t index = 0; index < parts / PAGE_PARTS; index++) {
-        uint64_t page = first_part / PAGE_PARTS + index;
-        stamp_page(sent->pages[index], request->sector + page * (PAGE_BYTES / SECTOR_BYTES),
-                   ++newest_stamp);
+// Choose the pages of the next exchange, of as many requests as possible.
+static void choose_pages(void) {
+    while (page_count < MOST_PAGES && first_waiting != end_waiting) {
+        unsigned slot = waiting_slots[first_waiting % MAX_WORKERS];
+        const struct request *request = requests[slot];
+        stamp_page(sent->pages[page_count],
+                   request->sector + next_page * (PAGE_BYTES / SECTOR_BYTES), ++newest_stamp);
+        uint64_t page = (uint64_t)piece_at(request, next_page);
+        pages[page_count].slot = slot;
+        pages[page_count].address = iommu_map(slot, page, PAGE_BYTES);
+        page_count++;
+        if (++next_page == request->count) {
+            next_page = 0;
+            first_waiting++;
+        }
     }
+    missing = (uint32_t)((1ull << page_count * PAGE_PARTS) - 1);
+}
+
+// Remove pages from the exchange, all of whose parts have arrived, until a request is finished.
+// Return its slot, or NONE.
+static int finish_pages(void) {
+    while (page_count) {
+        unsigned slot = pages[--page_count].slot;
+        if (--unfinished[slot])
+            continue;
+        iommu_unmap(slot);
+        return (int)slot;
+    }
+    return NONE;
 }
 
 // Do the next step, when no buffer is offered. Return a slot whose request is finished, or NONE.
@@ -244,20 +270,11 @@ static int advance(void) {
         is_flushing = true;
         exchange(1);
     } else if (missing) {
-        iommu_unmap((unsigned)current);
         exchange(missing);
-    } else if (current == NONE) {
-        if (first_waiting != end_waiting) {
-            current = waiting_slots[first_waiting++ % MAX_WORKERS];
-            first_part = 0;
-            stamp_parts();
-        }
-    } else if ((first_part += MOST_FRAMES) < requests[current]->count * PAGE_PARTS) {
-        stamp_parts();
     } else {
-        int finished = current;
-        iommu_unmap((unsigned)current);
-        current = NONE;
+        int finished = finish_pages();
+        if (finished == NONE)
+            choose_pages();
         return finished;
     }
     return NONE;

@@ -74,7 +74,7 @@ KINDS: Final = {
     "scsi": _Kind(
         "vhost-user-scsi-pci,chardev=device,num_queues={queues},virtqueue_size=128",
         8,
-        ("linux",),
+        ("bare", "linux"),
         VIRTIO_SCSI,
     ),
 }

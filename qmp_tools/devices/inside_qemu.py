@@ -44,7 +44,9 @@ KINDS: Final = {
     "virtio-blk-pci": _Kind(
         ("virtio-blk-pci,drive=disk,num-queues={queues}",), drivers.VIRTIO_BLK, ("bare", "linux")
     ),
-    "virtio-scsi-pci": _scsi("virtio-scsi-pci,num_queues={queues}", drivers.VIRTIO_SCSI),
+    "virtio-scsi-pci": replace(
+        _scsi("virtio-scsi-pci,num_queues={queues}", drivers.VIRTIO_SCSI), guests=("bare", "linux")
+    ),
     "nvme": _Kind(("nvme,drive=disk,serial=dmaproof,max_ioqpairs={queues}",), drivers.NVME),
     "ahci": _Kind(("ahci,id=adapter", "ide-hd,drive=disk,bus=adapter.0"), drivers.AHCI),
     "lsi53c895a": _scsi("lsi53c895a", drivers.LSI),

@@ -15,7 +15,7 @@ from .linux import linux_guest
 _MakeGuest: TypeAlias = Callable[[Driver, Architecture, KernelFiles | None, int | None], Guest]
 
 GUESTS: Final[dict[str, _MakeGuest]] = {
-    # It drives virtio disks only, and has no kernel.
+    # It drives virtio disks, SCSI hosts and networks only, and has no kernel.
     "bare": lambda driver, architecture, files, page_bytes: bare_guest(architecture),
     "linux": linux_guest,
 }

@@ -275,7 +275,7 @@ def test_a_device_that_blocks_migrations_is_not_supported(tmp_path: Path) -> Non
     recorded = RecordedMigration(tmp_path, SCENARIOS["unix"])
     recorded.source.refused, recorded.source.words = "migrate", "a device blocks it"
     recorded.source.blocked_reasons = ["a device blocks it"]
-    with pytest.raises(UnsupportedError, match="one of the machine's devices: .* blocks it"):
+    with pytest.raises(UnsupportedError, match=r"one of the machine's devices: .* blocks it"):
         recorded.start()
 
 

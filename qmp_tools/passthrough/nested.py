@@ -36,7 +36,7 @@ FAILURE: Final = "failure.json"
 OPTIONS_FILE: Final = "options.json"
 """The files in L1's /mnt: what `nested_proof` reads, and what it writes."""
 ERRORS: Final = {error.__name__: error for error in (UsageError, UnsupportedError, UntestableError)}
-"""The errors that `nested_proof` hands over, by name."""
+"""The errors that `nested_proof` hands over, by name; a base class is after its subclasses."""
 _WAITS_BETWEEN_LINES: Final = 4
 """A proof in L1 may use up this many timeouts before it prints its next line."""
 _SEED_BITS: Final = 16

@@ -32,7 +32,7 @@ from .common_setup import vfio_setup
 from .fake_device import injected
 from .injected_faults import parse_fault
 from .kinds import fake_device_of, is_fake_vfio
-from .nested import FAILURE, OPTIONS_FILE, REPORT, TEXT
+from .nested import ERRORS, FAILURE, OPTIONS_FILE, REPORT, TEXT
 
 
 async def _setup_of(options: ProofOptions, faults: ExitStack) -> Setup:
@@ -63,7 +63,8 @@ def main() -> int:
         with logging_to(logging.StreamHandler(sys.stdout)):
             report, text = asyncio.run(_prove(options))
     except (UsageError, UnsupportedError, UntestableError) as error:
-        failure = {"error": type(error).__name__, "message": str(error)}
+        kind = next(name for name, known in ERRORS.items() if isinstance(error, known))
+        failure = {"error": kind, "message": str(error)}
         (folder / FAILURE).write_text(json.dumps(failure))
         return 0
     (folder / TEXT).write_text(text)

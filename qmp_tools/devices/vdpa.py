@@ -10,6 +10,7 @@ between the guest and the device, and marks dirty what the device's used ring co
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -209,7 +210,7 @@ class _Attached(AttachedDevice):
 
     async def refusal(self) -> UntestableError:
         if isinstance(self._server, Device):
-            return await self._server.refused
+            return await asyncio.shield(self._server.refused)
         return await super().refusal()
 
     async def evidence(self, side: str) -> Sequence[Evidence]:

@@ -41,4 +41,4 @@ def test_a_disk_is_refused_with_qemus_words(tool: Tool) -> None:
     outcome = prove(tool, "vduse-blk")
     assert outcome.exit_code == 3
     assert outcome.report["unsupported"]
-    assert "State blocked by non-migratable device" in outcome.report["error"]
+    assert "State blocked by non-migratable device" in outcome.report["reason"]

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from dmaproof.errors import UntestableError
 from dmaproof.units import PAGE_BYTES
 
-from ..guest.build import cache, compile_c, digest, fresh_folder, prune, sources
+from ..guest.build import cache, compile_c, sources
+from ..host.cached_folder import digest, fresh_folder, prune
 from ..qemu.builds import preloading
 
 ENVIRONMENT: Final = "DMAPROOF_VHOST_RECORDER"

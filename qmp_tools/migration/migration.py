@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
-from dmaproof.errors import UntestableError, WaitTimeoutError, printable
+from dmaproof.errors import UnsupportedError, UntestableError, WaitTimeoutError, printable
 
 from ..host.timeout import DEFAULT_TIMEOUT_S, wait_until
 from ..qemu import qemu_qmp
@@ -158,6 +158,7 @@ class Migration:
         Raises:
             UnsupportedScenarioError: a QEMU does not support the scenario or rightly refuses it,
                 or dmaproof cannot carry it out.
+            UnsupportedError: QEMU does not migrate a device of the machine.
             MigrationError: a QEMU accepted a scenario that it must refuse.
             QmpError: a QEMU refused another step.
         """
@@ -173,6 +174,10 @@ class Migration:
         try:
             await self.procedure.begin(self.ends)
         except QmpRefusal as refusal:
+            if (await self.ends.source.execute("query-migrate")).get("blocked-reasons"):
+                raise UnsupportedError(
+                    f"QEMU does not migrate one of the machine's devices: {refusal}"
+                ) from refusal
             if not self.procedure.user_options:
                 raise
             raise self.procedure.explain_refusal(str(refusal)) from refusal

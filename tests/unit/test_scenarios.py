@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 from qemu.qmp import EventListener
 
-from dmaproof.errors import UsageError
+from dmaproof.errors import UnsupportedError, UsageError
 from qmp_tools.arch.aarch64 import AARCH64
 from qmp_tools.arch.architecture import Architecture
 from qmp_tools.arch.x86_64 import X86_64
@@ -53,6 +53,7 @@ class RecordingQmp:
         self.log = log
         self.refused = ""
         self.words = ""
+        self.blocked_reasons: list[str] = []
         self.statuses: list[str] = []
         self.total_times: list[int] = []
         self.run_states: list[str] = []
@@ -67,7 +68,8 @@ class RecordingQmp:
             status = self.statuses.pop(0) if self.statuses else "active"
             times = {"total-time": self.total_times.pop(0)} if self.total_times else {}
             address = {"host": "::1", "cid": "1", "port": "4711"}
-            return {"status": status, "socket-address": [address], **times}
+            blocked = {"blocked-reasons": self.blocked_reasons} if self.blocked_reasons else {}
+            return {"status": status, "socket-address": [address], **times, **blocked}
         if command == "query-status" and self.run_states:
             return {"status": self.run_states.pop(0)}
         return {"status": "paused"}
@@ -266,6 +268,14 @@ def test_a_refusal_names_the_settings_that_the_user_added(tmp_path: Path, comman
     recorded.destination.refused = command
     expected = f"scenario with --capability mapped-ram --parameter multifd-channels: .* {command}"
     with pytest.raises(UnsupportedScenarioError, match=expected):
+        recorded.start()
+
+
+def test_a_device_that_blocks_migrations_is_not_supported(tmp_path: Path) -> None:
+    recorded = RecordedMigration(tmp_path, SCENARIOS["unix"])
+    recorded.source.refused, recorded.source.words = "migrate", "a device blocks it"
+    recorded.source.blocked_reasons = ["a device blocks it"]
+    with pytest.raises(UnsupportedError, match=r"one of the machine's devices: .* blocks it"):
         recorded.start()
 
 

@@ -24,7 +24,6 @@ from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError
 from dmaproof.evidence import Evidence
 from dmaproof.faults import make_fault
 from dmaproof.faults.log import DropPages
-from dmaproof.trace import Link
 
 from ..guest.workload import Workload
 from ..host.captured import run_captured
@@ -34,7 +33,7 @@ from ..qemu.machine import DESTINATION, SOURCE, option_value
 from .device import AttachedDevice, DeviceFacts, ProofDevice, on_image, on_network
 from .disk_image import file_node, write_image
 from .process import Device, DeviceOptions
-from .registry import COMMON_OPTIONS, Control, DeviceKind, DeviceRequest
+from .registry import COMMON_OPTIONS, DeviceKind, DeviceRequest
 
 _MAC: Final = "52:54:00:12:34:56"
 """On both sides, because a network card keeps its address (see also `dmaproof.vduse.__main__`)."""
@@ -322,7 +321,6 @@ class OwnVdpaKind(_VdpaKind):
 
     name = "vdpa-own"
     accepts = _OPTIONS | {"fault"}
-    control = Control(f"{DropPages.name}=0.05", Link.LOG)
     devices = (OwnCard,)
 
     def _made(

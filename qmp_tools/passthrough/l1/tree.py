@@ -66,15 +66,19 @@ def tree_kernel(root: Path, source: Path) -> BuiltKernel:
     """
     source = source.resolve()
     check_source(source)
-    parent = cache() / "l1"
-    of_tree, of_root = digest([os.fsencode(source)]), digest([(root / "packages").read_bytes()])
-    folder = parent / f"{_KIND}-{of_tree}-{of_root}"
-    _remove_orphans(parent)
+    folder = folder_of_tree(root, source)
+    _remove_orphans(folder.parent)
     with changed_folder(folder):
         prune(folder)
         (folder / _ORIGIN).write_bytes(os.fsencode(source))
         build_outside(root, source, folder, str(source))
         return _published(folder, f"the tree {source}")
+
+
+def folder_of_tree(root: Path, source: Path) -> Path:
+    """Return the folder of the build of the tree with the resolved path `source`."""
+    of_tree, of_root = digest([os.fsencode(source)]), digest([(root / "packages").read_bytes()])
+    return cache() / "l1" / f"{_KIND}-{of_tree}-{of_root}"
 
 
 def check_source(source: Path) -> None:

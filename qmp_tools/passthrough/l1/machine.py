@@ -20,7 +20,7 @@ from importlib.metadata import files
 from pathlib import Path
 from typing import Final
 
-from dmaproof import _core, _mapping, errors
+from dmaproof import _core, _mapping, _userfault, errors
 from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError, printable
 
 from ...arch.x86_64 import X86_64
@@ -291,5 +291,5 @@ def _copy_packages(target: Path) -> None:
     # The guests' sources are the keys of L1's cache of guests.
     shutil.copytree(sources(), target / "qmp_tools/guests")
     # An editable installation keeps the extensions elsewhere.
-    for extension in (_core.__file__, _mapping.__file__):
+    for extension in (_core.__file__, _mapping.__file__, _userfault.__file__):
         shutil.copy(extension, target / "dmaproof")

@@ -56,9 +56,9 @@ def random_cases(
     iotlb: bool = False,
 ) -> tuple[str, dict[str, Any]]:
     """Let the device receive random frames, and require the bit of each page that changed."""
-    choose = random.Random(seed)
     totals = Totals()
     for number in range(cases):
+        choose = random.Random(f"{seed}, {number}")
         memory = GuestMemory(REGIONS, choose, iotlb=iotlb)
         case = Case.random(choose, memory, fixed)
         with open_case(case, memory, timeout_s=timeout_s) as device:
@@ -70,10 +70,11 @@ def random_cases(
                 require(
                     not found.lost,
                     f"seed {seed}, case {number}, round {round_number}: {len(found.lost)} of "
-                    f"{len(found.changed)} changed pages have no bit: {_pages(found.lost)}; ring "
-                    f"of {case.size}, used ring at {case.used:#x}, {names}",
+                    f"{len(found.changed)} changed pages have no bit: {_pages(found.lost)}, those "
+                    f"of the used ring are {_pages(used_pages(memory) & found.changed)}; ring of "
+                    f"{case.size} at index {case.start}, used ring at {case.used:#x}, {names}",
                 )
-                require_cleared_bit_shows(found, choose)
+                require_cleared_bit_shows(found, random.Random(round_number))
                 totals.rounds += 1
                 totals.chains += before - len(device.ring.capacities)
                 totals.pages += len(found.changed)

@@ -8,6 +8,7 @@ ring, and writes nothing there but the used ring.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import random
 import select
 import socket
@@ -88,8 +89,7 @@ class Guest:
             self._vhost.request(Ioctl.VSOCK_SET_GUEST_CID, U64.pack(_GUEST_CID))
             self.socket = stack.enter_context(socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM))
             self.socket.setblocking(False)
-            timeout = struct.pack("ll", int(timeout_s), 0)
-            self.socket.setsockopt(socket.AF_VSOCK, _CONNECT_TIMEOUT, timeout)
+            _set_connect_timeout(self.socket, timeout_s)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -180,6 +180,14 @@ class Guest:
         """Return the guest pages of the rings."""
         first = self.memory.bus(_REGIONS[0].page)
         return self.memory.guest_pages(first, (_TABLE_PAGE - _REGIONS[0].page) * PAGE_BYTES)
+
+
+def _set_connect_timeout(vsock: socket.socket, timeout_s: float) -> None:
+    """Set the timeout by a call of the C library: Python gives such sockets integers only."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    value = struct.pack("ll", int(timeout_s), 0)  # struct timeval
+    if libc.setsockopt(vsock.fileno(), socket.AF_VSOCK, _CONNECT_TIMEOUT, value, len(value)):
+        raise OSError(ctypes.get_errno(), "SO_VM_SOCKETS_CONNECT_TIMEOUT")
 
 
 def _rounds(seed: int, timeout_s: float, *, iotlb: bool) -> list[tuple[Comparison, frozenset[int]]]:

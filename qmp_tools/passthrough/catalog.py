@@ -16,7 +16,9 @@ from . import differential, functions, hwpt, injected_faults, migrations, states
 from .fake_driver import DRIVERS
 from .outcome import Proof
 from .rules import rules
+from .vhost_log.net_findings import net_findings
 from .vhost_log.net_proofs import net_proofs
+from .vhost_log.scsi import scsi_proofs
 from .vhost_log.vsock import vsock_proofs
 
 
@@ -107,7 +109,9 @@ def _vhost_log(request: Request, guests: Guests) -> dict[str, Proof]:
     cases = 3 if request.quick else 12
     return {
         **net_proofs(request.seed, cases, request.timeout_s),
+        **net_findings(request.timeout_s),
         **vsock_proofs(request.seed, request.timeout_s),
+        **scsi_proofs(request.seed, request.timeout_s),
     }
 
 

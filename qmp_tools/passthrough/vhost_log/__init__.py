@@ -16,7 +16,9 @@ finished its work. So the comparison is exact, and depends on no timing. Modules
     ring          the driver's side of a split virtqueue
     device        what all vhost devices have in common
     net           vhost-net on a tap, whose frames this process sends
+    net_cases     random rings, buffers and frames
     net_proofs    the proofs with vhost-net
+    net_findings  what vhost-net writes without a bit
     vsock         vhost-vsock, with sockets of this process on the other side
     scsi          vhost-scsi on a file
 

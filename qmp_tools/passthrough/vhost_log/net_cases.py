@@ -74,8 +74,8 @@ class Case:
     def random(cls, choose: random.Random, memory: GuestMemory, fixed: Iterable[Feature]) -> Case:
         """Choose a ring; the features are `fixed` and some of the others.
 
-        With VIRTIO_F_IN_ORDER the used ring is in one page, since the kernel does not log all of
-        it (`net_proofs.in_order_…`).
+        With VIRTIO_F_IN_ORDER or an IOTLB the used ring is in one page, since the kernel does not
+        log all of it otherwise (`net_findings`).
         """
         features = {*fixed, Feature.LOG_ALL}
         optional = (
@@ -89,7 +89,7 @@ class Case:
         border = memory.bus(USED_BORDER_PAGE)
         length = 6 + 8 * size
         used = border - 4 * choose.randrange(1, length // 4)
-        if Feature.IN_ORDER in features:
+        if Feature.IN_ORDER in features or memory.iotlb:
             used = border - PAGE_BYTES + 4 * choose.randrange((PAGE_BYTES - length) // 4)
         return cls(size, used, choose.randrange(65536), frozenset(features))
 

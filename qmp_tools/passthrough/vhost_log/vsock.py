@@ -25,7 +25,7 @@ from .abi import U64, Feature, Ioctl
 from .device import VhostDevice, wait_until
 from .memory import Comparison, GuestMemory, Region
 from .net_proofs import require_cleared_bit_shows
-from .ring import Buffer, Layout, Ring
+from .ring import Buffer, Layout, Ring, used_bytes_before
 
 PATH: Final = "/dev/vhost-vsock"
 _RECEIVE: Final = 0
@@ -64,13 +64,18 @@ class Guest:
     def __init__(
         self, choose: random.Random, features: Iterable[Feature], timeout_s: float, *, iotlb: bool
     ) -> None:
-        """Open the device with two rings; each used ring crosses a page border."""
+        """Open the device with two rings; each used ring crosses a page border.
+
+        With an IOTLB no entry crosses the border, since the kernel does not log all of such an
+        entry (`net_findings.split_write_is_lost`).
+        """
         self.memory = GuestMemory(_REGIONS, choose, iotlb=iotlb)
         self._choose = choose
         self._timeout_s = timeout_s
         self.rings: dict[int, Ring] = {}
         for index, page in _RING_PAGES.items():
-            used = self.memory.bus(page + 3) - 4 * choose.randrange(1, 100)
+            odd = 0 if iotlb else choose.choice((0, 4))
+            used = self.memory.bus(page + 3) - used_bytes_before(choose.randrange(_SIZE)) - odd
             layout = Layout(
                 _SIZE,
                 self.memory.bus(page),

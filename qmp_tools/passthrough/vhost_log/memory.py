@@ -140,9 +140,13 @@ class GuestMemory:
             yield page * PAGE_BYTES, address_of(self._page(guest_page))
 
     def snapshot(self) -> None:
-        """Keep a copy to compare with, and clear the log."""
-        self._copy = [memory.copy() for memory in self._memory]
+        """Clear the log, and keep a copy to compare with."""
         self.log[:] = 0
+        self.copy()
+
+    def copy(self) -> None:
+        """Keep a copy to compare with."""
+        self._copy = [memory.copy() for memory in self._memory]
 
     def compare(self) -> Comparison:
         """Compare the memory with the copy, page by page, and with the log."""

@@ -17,7 +17,14 @@ from typing import Any, Final, Self
 
 from dmaproof.units import PAGE_BYTES
 
-from ..outcome import NotSupportedError, Proof, require
+from ..outcome import (
+    NothingTestedError,
+    NotSupportedError,
+    Proof,
+    observe,
+    require,
+    retrying,
+)
 from .abi import SCSI_TARGET, Feature, Ioctl
 from .device import VhostDevice, wait_until
 from .memory import Comparison, GuestMemory, Region
@@ -114,14 +121,17 @@ class Target:
 class ScsiDevice:
     """A vhost-scsi device with its three rings; it runs only in `run`."""
 
-    def __init__(self, choose: random.Random, timeout_s: float) -> None:
-        """Open the device; each used ring crosses a page border."""
+    def __init__(self, choose: random.Random, timeout_s: float, *, logs: bool = True) -> None:
+        """Open the device; each used ring crosses a page border.
+
+        If the device does not log from the beginning, `start_log` begins that.
+        """
         self.memory = GuestMemory(_REGIONS, choose)
         self._choose = choose
         self._timeout_s = timeout_s
-        features = {Feature.LOG_ALL, Feature.INDIRECT, Feature.SCSI_HOTPLUG}
+        self._features = {Feature.INDIRECT, Feature.SCSI_HOTPLUG}
         if choose.random() < 0.5:
-            features.add(Feature.EVENT_INDEX)
+            self._features.add(Feature.EVENT_INDEX)
         self.rings = []
         for index in range(_COMMAND + 1):
             page = _FIRST_RING_PAGE + index * _PAGES_OF_RING
@@ -129,6 +139,7 @@ class ScsiDevice:
             used = place(page + 4) - 4 * choose.randrange(1, 50)
             layout = Layout(_SIZE, place(page), place(page + 2), used, place(_TABLE_PAGE))
             self.rings.append(Ring(self.memory, layout, choose.randrange(65536)))
+        features = self._features | ({Feature.LOG_ALL} if logs else set())
         self._vhost = VhostDevice(PATH, self.memory, features)
         with contextlib.ExitStack() as undo:
             undo.callback(self._vhost.close)
@@ -141,6 +152,10 @@ class ScsiDevice:
 
     def __exit__(self, *exception: object) -> None:
         self._vhost.close()
+
+    def start_log(self) -> None:
+        """Let the running device log what it writes from now on."""
+        self._vhost.set_features(self._features | {Feature.VERSION_1, Feature.LOG_ALL})
 
     def buffer(self, length: int, alignment: int = 1) -> Buffer:
         """Return a buffer anywhere."""
@@ -182,7 +197,13 @@ def _lun(number: int) -> bytes:
     return bytes([1, _TPGT, 0x40, number, 0, 0, 0, 0])
 
 
-def _reads(device: ScsiDevice, choose: random.Random, *, aligned: bool) -> Comparison:
+def _reads(
+    device: ScsiDevice,
+    choose: random.Random,
+    *,
+    aligned: bool,
+    begin: Callable[[], object] = lambda: None,
+) -> Comparison:
     """Read sectors into buffers in several parts; their borders are anywhere unless `aligned`."""
     unit = _SECTOR_BYTES if aligned else 1
     for number in range(_COMMANDS):
@@ -199,7 +220,7 @@ def _reads(device: ScsiDevice, choose: random.Random, *, aligned: bool) -> Compa
         ]
         device.rings[_COMMAND].add(chain, indirect=choose.random() < 0.5)
     used = device.rings[_COMMAND].used
-    return device.run(lambda: None, lambda: used() == _COMMANDS, "read all sectors")
+    return device.run(begin, lambda: used() == _COMMANDS, "read all sectors")
 
 
 def _reset(device: ScsiDevice) -> Comparison:
@@ -269,9 +290,45 @@ def all_is_logged(what: str, seed: int, timeout_s: float) -> tuple[str, dict[str
     )
 
 
+def in_flight_is_lost(seed: int, timeout_s: float) -> tuple[str, dict[str, Any]]:
+    """Observe what a read writes that is in flight when user space has the device log.
+
+    Raises:
+        NothingTestedError: all reads ended before.
+        NotSupportedError: the kernel logs no buffer of vhost-scsi.
+    """
+    all_is_logged("unaligned reads", seed, timeout_s)
+    choose = random.Random(seed)
+    with _target(choose), ScsiDevice(choose, timeout_s, logs=False) as device:
+        used = device.rings[_COMMAND].used
+        ended = 0
+
+        def start_log() -> None:
+            nonlocal ended
+            device.start_log()
+            device.memory.copy()  # What changes from now on has to be logged.
+            ended = used()
+
+        found = _reads(device, choose, aligned=False, begin=start_log)
+        rings = device.ring_pages()
+    if ended == _COMMANDS or not found.changed - rings:
+        raise NothingTestedError(f"all {_COMMANDS} reads ended before the device logged")
+    lost = found.lost - rings
+    observe(bool(lost), "no page is lost")
+    return (
+        f"{_COMMANDS - ended} of {_COMMANDS} reads ended after VHOST_F_LOG_ALL was set: of "
+        f"{len(found.changed - rings)} pages that changed after that, {len(lost)} have no bit",
+        {"in_flight": _COMMANDS - ended, "lost": len(lost), "changed": len(found.changed)},
+    )
+
+
 def scsi_proofs(seed: int, timeout_s: float) -> dict[str, Proof]:
     """Return the proofs with vhost-scsi by name."""
-    return {
+    found: dict[str, Proof] = {
         f"scsi: {what}": partial(all_is_logged, what, seed, timeout_s)
         for what in ("aligned reads", "unaligned reads", "a reset", "events")
     }
+    found["scsi: reads in flight when the log begins are not logged"] = retrying(
+        partial(in_flight_is_lost, seed, timeout_s)
+    )
+    return found

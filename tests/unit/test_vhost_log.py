@@ -150,6 +150,8 @@ def test_an_indirect_chain_takes_one_descriptor() -> None:
     assert descriptor(memory, table, 0) == (0x9000, 3, 3, 1)
     assert descriptor(memory, table, 1) == (0xA000, 4, 2, 0)
     assert ring.free == 2
+    ring.add([Buffer(0xB000, 5)])
+    assert descriptor(memory, ring.layout.descriptors, 2) == (0xB000, 5, 2, 0)
 
 
 def test_used_chains_are_counted_across_the_end_of_the_index_and_reclaimed() -> None:
@@ -173,6 +175,7 @@ def test_used_chains_are_counted_across_the_end_of_the_index_and_reclaimed() -> 
 def test_frames_use_one_chain_each_or_several_if_mergeable() -> None:
     assert usage([10, 10], [20, 20, 20], mergeable=False) == (2, 2)
     assert usage([10, 10], [20], mergeable=False) == (1, 1)
+    assert usage([30], [20, 20], mergeable=False) == (0, 0)
     assert usage([50, 20], [20, 20, 20, 20], mergeable=True) == (2, 4)
     assert usage([50, 21], [20, 20, 20, 20], mergeable=True) == (1, 3)
     assert usage([], [20], mergeable=True) == (0, 0)

@@ -274,7 +274,7 @@ def all_is_logged(what: str, seed: int, timeout_s: float) -> tuple[str, dict[str
     if found.lost == buffers:
         raise NotSupportedError(
             f"this kernel's vhost-scsi logs no buffer: all {len(buffers)} changed pages of "
-            "buffers have no bit, those of used rings have theirs"
+            "buffers have no bit; those of the used rings have"
         )
     require(not found.lost, f"seed {seed}: {len(found.lost)} of {len(found.changed)} pages lost")
     require_cleared_bit_shows(found, choose)

@@ -10,7 +10,7 @@ Modules::
     mock_iommu        iommufd's test device: a page table in which user space sets dirty bits
     clock             corrects timeouts in L1, whose clock may run too fast on a busy host
     rules             what the kernel accepts, refuses, and does where no behaviour is specified:
-                      vfio_rules, iommufd_rules, vhost_rules
+                      vfio_rules, iommufd_rules
     states            VFIO's migration states, and the device's state as a stream
     differential      the kernel's iterator and trackers compared with dmaproof's, bit for bit
     hwpt              the same comparison for a page table's dirty bits

@@ -16,6 +16,10 @@ from . import differential, functions, hwpt, injected_faults, migrations, states
 from .fake_driver import DRIVERS
 from .outcome import Proof
 from .rules import rules
+from .vhost_log.net_findings import net_findings
+from .vhost_log.net_proofs import net_proofs
+from .vhost_log.scsi import scsi_proofs
+from .vhost_log.vsock import vsock_proofs
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,16 @@ def _vhost(request: Request, guests: Guests) -> dict[str, Proof]:
     return vhost.proofs(guests.bare, request.seed, request.timeout_s)
 
 
+def _vhost_log(request: Request, guests: Guests) -> dict[str, Proof]:
+    cases = 3 if request.quick else 12
+    return {
+        **net_proofs(request.seed, cases, request.timeout_s),
+        **net_findings(request.timeout_s),
+        **vsock_proofs(request.seed, request.timeout_s),
+        **scsi_proofs(request.seed, request.timeout_s),
+    }
+
+
 def _functions(request: Request, guests: Guests) -> dict[str, Proof]:
     return functions.proofs(guests.vfio, request.seed, request.timeout_s)
 
@@ -114,6 +128,7 @@ GROUPS: Final[Mapping[str, Callable[[Request, Guests], dict[str, Proof]]]] = {
     "faults": _faults,
     "migration": _migration,
     "vhost": _vhost,
+    "vhost-log": _vhost_log,
     "functions": _functions,
 }
 """The groups of proofs, in the order in which they run."""

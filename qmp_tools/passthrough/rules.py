@@ -12,7 +12,6 @@ from typing import Any
 from .iommufd_rules import iommufd_rules
 from .outcome import Proof, Rule
 from .vfio_rules import vfio_rules
-from .vhost_rules import vhost_rules
 
 
 def rules() -> dict[str, Proof]:
@@ -24,5 +23,5 @@ def rules() -> dict[str, Proof]:
 
         return carry_out
 
-    checks = {**vfio_rules(), **iommufd_rules(), **vhost_rules()}
+    checks = {**vfio_rules(), **iommufd_rules()}
     return {name: proof(rule) for name, rule in checks.items()}

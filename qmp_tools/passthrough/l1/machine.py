@@ -51,6 +51,7 @@ _DISTRIBUTION: Final = "dmaproof"
 JOB: Final = "job"
 """The folder in the run's folder that is /mnt in L1."""
 _PYTHON: Final = "python"
+_CONFIGFS: Final = "/sys/kernel/config"
 _CACHE: Final = "cache"
 _LAST_LINES: Final = 15
 """The number of a command's last lines that the error for its failure quotes."""
@@ -270,6 +271,8 @@ def _fill(
         f"for module in $(cat /mnt/modules/order) {MODULE}.ko; do\n"
         "    insmod /mnt/modules/$module || exit 3\n"
         "done\n"
+        # Debian's kernel has configfs as a module, which L1's init runs too early for.
+        f"[ -d {_CONFIGFS}/target ] || mount -t configfs configfs {_CONFIGFS}\n"
         f"{command}\n"
     )
 

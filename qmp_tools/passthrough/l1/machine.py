@@ -304,7 +304,8 @@ def _fill(
         f"for module in $(cat /mnt/modules/order) {MODULE}.ko; do\n"
         "    insmod /mnt/modules/$module || exit 3\n"
         "done\n"
-        "mount -t configfs configfs /sys/kernel/config 2>/dev/null\n"  # where it is a module
+        # Debian's kernel has configfs as a module, which L1's init runs too early for.
+        "[ -d /sys/kernel/config/target ] || mount -t configfs configfs /sys/kernel/config || :\n"
         f"{command}\n"
     )
 

@@ -27,14 +27,12 @@ from ..host.tap import Tap, open_tap
 from ..qemu.pci_express import behind_iommu, device_port
 from .device import AttachedDevice, DeviceFacts, ProofDevice, on_image, on_network
 from .disk_image import write_image
-from .registry import COMMON_OPTIONS, GUEST_OPTIONS, Control, DeviceKind, DeviceRequest
+from .registry import COMMON_OPTIONS, GUEST_OPTIONS, Control, DeviceKind, DeviceRequest, is_l1
 from .scsi_target import scsi_target
 from .vhost_recorder import KernelLogs, Recorder
 
 RECORDER: Final = "recorder"
 """The option after the device's name: 'vhost-net:recorder'."""
-IN_L1: Final = "DMAPROOF_L1"
-"""The environment variable that says that this machine is the nested machine L1."""
 _SCSI_IMAGE_BYTES: Final = 16 << 20
 """Less than other images: L1 takes long to write one."""
 _NOT_HERE: Final = (errno.ENOENT, errno.ENODEV, errno.ENXIO)
@@ -270,7 +268,7 @@ class VhostScsiKind(KernelDeviceKind):
 
     def runs_here(self) -> bool:
         """Return whether this machine is L1: a target would stay if dmaproof was killed."""
-        return IN_L1 in os.environ and super().runs_here()
+        return is_l1() and super().runs_here()
 
 
 def _open_error(node: Path) -> int:

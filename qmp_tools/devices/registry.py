@@ -9,6 +9,7 @@ value is a subclass of `DeviceKind`. So does dmaproof itself for a kind outside 
 
 from __future__ import annotations
 
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,18 @@ COMMON_OPTIONS: Final = QEMU_OPTIONS | MIGRATION_OPTIONS | PROOF_OPTIONS
 """The options of a proof that apply to any device, for `DeviceKind.accepts`."""
 GUEST_OPTIONS: Final = frozenset({"guest", "guest_pages", "kernel", "modules"})
 """The options of a proof that apply to devices that dmaproof's guests drive."""
+
+
+IN_L1: Final = "DMAPROOF_L1"
+"""The environment variable that says that this machine is the nested machine L1."""
+
+
+def is_l1() -> bool:
+    """Return whether this machine is the nested machine L1, which ends with the proof.
+
+    A device that would stay if dmaproof was killed can be made only there.
+    """
+    return IN_L1 in os.environ
 
 
 @dataclass(frozen=True)

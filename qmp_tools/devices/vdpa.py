@@ -1,8 +1,8 @@
-"""Use a vDPA device that this machine's kernel makes without hardware, through QEMU's vhost-vdpa.
+"""Use a vDPA device that L1's kernel makes without hardware, through QEMU's vhost-vdpa.
 
 The kernel simulates a network card, and offers devices that a process serves (VDUSE). The program
-``vdpa`` makes one device for each side, and QEMU opens it as /dev/vhost-vdpa-N. A machine without
-these devices carries out the proof in L1.
+``vdpa`` makes one device for each side, and QEMU opens it as /dev/vhost-vdpa-N. All of this happens
+in L1.
 
 QEMU reads no dirty log of a vDPA device. When a migration starts, QEMU puts shadow virtqueues
 between the guest and the device, and marks dirty what the device's used ring covers.
@@ -33,13 +33,12 @@ from ..qemu.machine import DESTINATION, SOURCE, option_value
 from .device import AttachedDevice, DeviceFacts, ProofDevice, on_image, on_network
 from .disk_image import file_node, write_image
 from .process import Device, DeviceOptions
-from .registry import COMMON_OPTIONS, DeviceKind, DeviceRequest
+from .registry import COMMON_OPTIONS, DeviceKind, DeviceRequest, is_l1
 
 _MAC: Final = "52:54:00:12:34:56"
 """On both sides, because a network card keeps its address (see also `dmaproof.vduse.__main__`)."""
 _VDPA_DEVICES: Final = Path("/sys/bus/vdpa/devices")
 _VDUSE_DEVICES: Final = Path("/dev/vduse")
-_SIMULATORS: Final = Path("/sys/devices/vdpasim_net")
 _SHADOWED: Final = "svq"
 _OPTIONS: Final = COMMON_OPTIONS - {"arch", "numa"} | {"guest", "l1_kernel"}
 
@@ -284,9 +283,8 @@ class _VdpaKind(DeviceKind):
         return any(name.partition(":")[0] == device.name for device in self.devices)
 
     def runs_here(self) -> bool:
-        """Return whether this process may make vDPA devices, and the kernel has all of them."""
-        kernel = _SIMULATORS.exists() and _VDUSE_DEVICES.exists()
-        return kernel and os.geteuid() == 0 and shutil.which("vdpa") is not None
+        """Return whether this machine is L1: a vDPA device would stay if dmaproof was killed."""
+        return is_l1()
 
     def make(self, request: DeviceRequest) -> ProofDevice:
         """Return the device."""

@@ -14,7 +14,6 @@ from dmaproof.errors import UntestableError, UsageError
 from dmaproof.units import PAGE_BYTES
 from qmp_tools.devices import kernel_vhost, scsi_target
 from qmp_tools.devices.kernel_vhost import (
-    IN_L1,
     KernelDevice,
     VhostNet,
     VhostNetKind,
@@ -22,7 +21,7 @@ from qmp_tools.devices.kernel_vhost import (
     VhostScsiKind,
 )
 from qmp_tools.devices.process import DeviceOptions
-from qmp_tools.devices.registry import DeviceRequest, kind_of
+from qmp_tools.devices.registry import IN_L1, DeviceRequest, kind_of
 from qmp_tools.devices.vhost_recorder import KernelLog, KernelLogs
 from qmp_tools.migration.judgement import Blame
 from qmp_tools.passthrough.nested import runs_in_l1

@@ -11,7 +11,7 @@ from dmaproof.errors import UntestableError, UsageError
 from qmp_tools.cli.main import main
 from qmp_tools.devices.device import ProofDevice
 from qmp_tools.devices.process import DeviceOptions
-from qmp_tools.devices.registry import DeviceRequest, kind_of
+from qmp_tools.devices.registry import IN_L1, DeviceRequest, kind_of
 from qmp_tools.devices.vdpa import DaemonDisk, OwnCard, SimulatedCard
 from qmp_tools.passthrough.nested import nested_options
 from qmp_tools.proof.options import ProofOptions
@@ -92,3 +92,10 @@ def test_without_the_program_vdpa_the_error_names_the_package(
 
     with pytest.raises(UntestableError, match="install the package iproute2"):
         asyncio.run(start())
+
+
+def test_vdpa_devices_are_made_only_in_l1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(IN_L1, raising=False)
+    assert not kind_of(["vdpa-net"], None).runs_here()
+    monkeypatch.setenv(IN_L1, "1")
+    assert kind_of(["vdpa-net"], None).runs_here()

@@ -24,7 +24,7 @@ from dmaproof import _core, _mapping, _userfault, errors
 from dmaproof.errors import UntestableError, UsageError, WaitTimeoutError, printable
 
 from ...arch.x86_64 import X86_64
-from ...devices.kernel_vhost import IN_L1
+from ...devices.registry import IN_L1
 from ...guest.build import sources
 from ...host.process import log_tail
 from ...host.unpacked_root import run_inside

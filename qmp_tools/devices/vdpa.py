@@ -28,10 +28,8 @@ from dmaproof.faults.log import DropPages
 from ..guest.workload import Workload
 from ..host.captured import run_captured
 from ..host.process import Process
-from ..host.timeout import wait_until
 from ..qemu.machine import DESTINATION, SOURCE, option_value
-from .device import AttachedDevice, DeviceFacts, ProofDevice, on_image, on_network
-from .disk_image import file_node, write_image
+from .device import AttachedDevice, DeviceFacts, ProofDevice, on_network
 from .process import Device, DeviceOptions
 from .registry import COMMON_OPTIONS, DeviceKind, DeviceRequest, is_l1
 
@@ -45,11 +43,10 @@ _OPTIONS: Final = COMMON_OPTIONS - {"arch", "numa"} | {"guest", "l1_kernel"}
 
 @dataclass(frozen=True)
 class VdpaDevice(ProofDevice):
-    """One vDPA device for each side, of the management device `management`."""
+    """One vDPA network card for each side, of the management device `management`."""
 
     name: ClassVar[str]
     management: ClassVar[str]
-    is_network: ClassVar[bool] = True
     guests: ClassVar[Collection[str]] = ("bare",)
 
     is_shadowed: bool = False
@@ -61,25 +58,23 @@ class VdpaDevice(ProofDevice):
 
     @property
     def direct(self) -> bool:
-        return not self.is_network
+        return False
 
     def adapt(self, workload: Workload) -> Workload:
-        return on_network(workload) if self.is_network else on_image(workload)
+        return on_network(workload)
 
     def qemu_arguments(self, file: Path) -> Sequence[str]:
         """Return QEMU's arguments for the vDPA device that it opens as `file`."""
-        opened = f"vhostdev={option_value(file)}"
-        if not self.is_network:
-            return ["-device", f"vhost-vdpa-device-pci,{opened}"]
+        opened = f"vhostdev={option_value(file)}{',x-svq=on' if self.is_shadowed else ''}"
         return [
-            *("-netdev", f"vhost-vdpa,id=net,{opened}{',x-svq=on' if self.is_shadowed else ''}"),
+            *("-netdev", f"vhost-vdpa,id=net,{opened}"),
             *("-device", f"virtio-net-pci,netdev=net,mac={_MAC},vectors=0,romfile="),
         ]
 
     @asynccontextmanager
     async def served(
         self, names: Mapping[str, str], folder: Path, timeout_s: float
-    ) -> AsyncIterator[Device | Process | None]:
+    ) -> AsyncIterator[Device | None]:
         """Start what serves the devices, whose `names` are by side; by default the kernel does."""
         yield None
 
@@ -121,7 +116,7 @@ class OwnCard(VdpaDevice):
     @asynccontextmanager
     async def served(
         self, names: Mapping[str, str], folder: Path, timeout_s: float
-    ) -> AsyncIterator[Device | Process | None]:
+    ) -> AsyncIterator[Device | None]:
         files = {side: _VDUSE_DEVICES / name for side, name in names.items()}
         options = _OwnOptions(fault=self.fault, seed=self.seed)
         device = await Device.start(options, files, folder, timeout_s=timeout_s)
@@ -139,57 +134,12 @@ class _OwnOptions(DeviceOptions):
         return ["--seed", str(self.seed), *(("--fault", self.fault) if self.fault else ())]
 
 
-@dataclass(frozen=True)
-class DaemonDisk(VdpaDevice):
-    """A disk that qemu-storage-daemon serves in user space (VDUSE)"""
-
-    name = "vduse-blk"
-    management = "vduse"
-    is_network = False
-
-    @asynccontextmanager
-    async def served(
-        self, names: Mapping[str, str], folder: Path, timeout_s: float
-    ) -> AsyncIterator[Device | Process | None]:
-        program = "qemu-storage-daemon"
-        write_image(folder / "disk")
-        command = [program, "--blockdev", file_node(folder / "disk")]
-        for name in names.values():
-            export = f"vduse-blk,id={name},name={name},node-name=disk,writable=on"
-            command += ["--export", f"{export},num-queues=1,queue-size=128"]
-        daemon = await Process.start(program, command, folder / f"{program}.log")
-
-        async def listens() -> bool:
-            return daemon.died.done() or all(
-                (_VDUSE_DEVICES / name).exists() for name in names.values()
-            )
-
-        try:
-            await wait_until(
-                listens,
-                timeout_s,
-                lambda: WaitTimeoutError(
-                    f"{program} has not made its VDUSE devices within {timeout_s:g} s; allow more "
-                    f"time (--timeout)\n{daemon.log_tail()}".rstrip()
-                ),
-            )
-            if daemon.died.done():
-                raise UntestableError(
-                    f"{program} {daemon.how_it_ended()}; the proof needs one with VDUSE, and a "
-                    f"kernel with VDUSE\n{daemon.log_tail()}".rstrip()
-                )
-            yield daemon
-        finally:
-            daemon.expect_end()
-            await daemon.end()
-
-
 class _Attached(AttachedDevice):
     def __init__(
         self,
         setup: VdpaDevice,
         files: Mapping[str, Path],
-        server: Device | Process | None,
+        server: Device | None,
         folder: Path,
     ) -> None:
         self._setup = setup
@@ -199,20 +149,18 @@ class _Attached(AttachedDevice):
 
     @property
     def processes(self) -> Sequence[Process]:
-        if isinstance(self._server, Device):
-            return [self._server.process]
-        return [self._server] if self._server else []
+        return [] if self._server is None else [self._server.process]
 
     async def attach(self, side: str) -> Sequence[str]:
         return self._setup.qemu_arguments(self._files[side])
 
     async def refusal(self) -> UntestableError:
-        if isinstance(self._server, Device):
-            return await asyncio.shield(self._server.refused)
-        return await super().refusal()
+        if self._server is None:
+            return await super().refusal()
+        return await asyncio.shield(self._server.refused)
 
     async def evidence(self, side: str) -> Sequence[Evidence]:
-        if not isinstance(self._server, Device):
+        if self._server is None:
             return []
         folder = self._folder / f"{side}-evidence"
         folder.mkdir(exist_ok=True)
@@ -270,8 +218,9 @@ class _VdpaKind(DeviceKind):
     devices: ClassVar[Sequence[type[VdpaDevice]]]
 
     def names(self) -> Sequence[str]:
-        """Return the names of the devices; those of network cards also with always-on shadows."""
-        return [name for device in self.devices for name in (device.name, *_shadowed(device))]
+        """Return the names of the devices, and those with always-on shadows."""
+        shadowed = f":{_SHADOWED}"
+        return [name for each in self.devices for name in (each.name, each.name + shadowed)]
 
     def summary(self, name: str) -> str:
         """Return what the device is."""
@@ -302,16 +251,12 @@ class _VdpaKind(DeviceKind):
         return next(device for device in self.devices if device.name == name.partition(":")[0])
 
 
-def _shadowed(device: type[VdpaDevice]) -> Sequence[str]:
-    return [f"{device.name}:{_SHADOWED}"] if device.is_network else []
-
-
 class VdpaKind(_VdpaKind):
-    """vDPA devices that keep no journal."""
+    """A vDPA device that keeps no journal."""
 
     name = "vdpa"
     accepts = _OPTIONS | {"settle"}
-    devices = (SimulatedCard, DaemonDisk)
+    devices = (SimulatedCard,)
 
 
 class OwnVdpaKind(_VdpaKind):

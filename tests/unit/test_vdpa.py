@@ -12,12 +12,12 @@ from qmp_tools.cli.main import main
 from qmp_tools.devices.device import ProofDevice
 from qmp_tools.devices.process import DeviceOptions
 from qmp_tools.devices.registry import IN_L1, DeviceRequest, kind_of
-from qmp_tools.devices.vdpa import DaemonDisk, OwnCard, SimulatedCard
+from qmp_tools.devices.vdpa import OwnCard, SimulatedCard
 from qmp_tools.passthrough.nested import nested_options
 from qmp_tools.proof.options import ProofOptions
 
 FILE = Path("/dev/vhost-vdpa-3")
-NAMES = ("vdpa-net", "vdpa-net:svq", "vduse-net", "vduse-net:svq", "vduse-blk")
+NAMES = ("vdpa-net", "vdpa-net:svq", "vduse-net", "vduse-net:svq")
 
 
 def make(name: str, fault: str | None = None) -> ProofDevice:
@@ -48,12 +48,7 @@ def test_qemu_always_shadows_the_queues_if_the_name_says_so() -> None:
     assert SimulatedCard(True).qemu_arguments(FILE)[:2] == [passed[0], f"{passed[1]},x-svq=on"]
 
 
-def test_a_disk_is_qemus_generic_vdpa_device() -> None:
-    expected = ["-device", f"vhost-vdpa-device-pci,vhostdev={FILE}"]
-    assert DaemonDisk().qemu_arguments(FILE) == expected
-
-
-@pytest.mark.parametrize("name", ["vduse-blk:svq", "vdpa-net:shadow"])
+@pytest.mark.parametrize("name", ["vduse-net:on", "vdpa-net:shadow"])
 def test_another_ending_of_a_name_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match=f"--device {name}: expected one of vd"):
         make(name)

@@ -12,6 +12,7 @@ from ..guest.workload import Workload
 from ..proof.model import Setup
 from ..proof.options import ProofOptions
 from ..qemu.machine import MIB, Machine
+from .fake_driver import container_driver, iommufd_driver
 from .proof_device import is_behind_viommu
 
 _QEMU: Final = Path("/usr/bin/qemu-system-x86_64")
@@ -20,6 +21,19 @@ _BANDWIDTH_BYTES_PER_S: Final = 4 * MIB
 _DOWNTIME_S: Final = 10.0
 VFIO_MEMORY_BYTES: Final = 64 * MIB
 _VFIO_WORKLOAD: Final = Workload(hot=256, write_once=1024, churn=512)
+
+
+def require_state_size(*, iommufd: bool) -> None:
+    """Fail with the kernel's error if it does not have the interface, or VFIO's MIG_DATA_SIZE.
+
+    Without MIG_DATA_SIZE (before Linux 6.2), QEMU assumes 100 GiB of device state and never stops
+    the guest.
+
+    Raises:
+        NotSupportedError, VfioError: the kernel does not have one of them.
+    """
+    with iommufd_driver() if iommufd else container_driver() as driver:
+        driver.device.stop_copy_bytes()
 
 
 def vfio_setup(guest: Path, device: ProofDevice, seed: int, timeout_s: float) -> Setup:

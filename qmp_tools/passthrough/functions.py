@@ -14,9 +14,9 @@ from typing import Any, Final
 from ..migration.judgement import Blame
 from ..proof.model import Proof as MigrationProof
 from ..proof.run import prove
-from .common_setup import VFIO_MEMORY_BYTES, vfio_setup
+from .common_setup import VFIO_MEMORY_BYTES, require_state_size, vfio_setup
 from .fake_device import fake_device, injected
-from .fake_driver import DRIVERS, container_driver, iommufd_driver
+from .fake_driver import DRIVERS
 from .host_functions import HostFunctions, MissingError, parse_functions, require_testable
 from .outcome import Proof, require, require_loss, require_pass, retrying
 from .vfio_functions import Host, gather_facts
@@ -42,22 +42,12 @@ def _prove(guest: Path, suffix: str, seed: int, timeout_s: float) -> tuple[Migra
 
     `suffix` is the end of ``vfio:SOURCE,DESTINATION``: ",container", or nothing for iommufd.
     """
-    _require_kernel_support(suffix)
+    require_state_size(iommufd=not suffix)
     with fake_device(timeout_s) as source, fake_device(timeout_s) as destination:
         functions = parse_functions(f"vfio:{source.sysfs},{destination.sysfs}{suffix}", Host())
         lines = require_testable(functions, VFIO_MEMORY_BYTES, Host())
         setup = vfio_setup(guest, functions, seed, timeout_s)
         return asyncio.run(prove(setup)), len(lines)
-
-
-def _require_kernel_support(suffix: str) -> None:
-    """Fail with the kernel's error if it does not have the interface, or VFIO's MIG_DATA_SIZE.
-
-    Without MIG_DATA_SIZE (before Linux 6.2), QEMU assumes 100 GiB of device state and never stops
-    the guest.
-    """
-    with container_driver() if suffix else iommufd_driver() as driver:
-        driver.device.stop_copy_bytes()
 
 
 def _equal(guest: Path, suffix: str, seed: int, timeout_s: float) -> tuple[str, dict[str, Any]]:

@@ -18,7 +18,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from dmaproof.errors import UntestableError, UsageError
+from dmaproof.errors import UnsupportedError, UntestableError, UsageError
+from dmaproof.vfio.requests import VfioError
 
 from ..guest.bare import vfio_guest
 from ..host.log import logging_to
@@ -28,11 +29,13 @@ from ..proof.resolve import resolve
 from ..proof.run import prove
 from ..reports.report import to_json, to_text
 from .clock import Clocks
-from .common_setup import vfio_setup
+from .common_setup import require_state_size, vfio_setup
 from .fake_device import injected
 from .injected_faults import parse_fault
 from .kinds import fake_device_of, is_fake_vfio
 from .nested import ERRORS, FAILURE, OPTIONS_FILE, REPORT, TEXT
+from .outcome import NotSupportedError
+from .tracking import TRACKINGS
 
 
 async def _setup_of(options: ProofOptions, faults: ExitStack) -> Setup:
@@ -40,6 +43,10 @@ async def _setup_of(options: ProofOptions, faults: ExitStack) -> Setup:
     if not is_fake_vfio(options):
         return await resolve(options)
     device, seed = fake_device_of(options), options.seed or 0
+    try:
+        require_state_size(iommufd=TRACKINGS[device.tracking].iommufd)
+    except (NotSupportedError, VfioError) as error:
+        raise UnsupportedError(f"L1's kernel cannot migrate the device: {error}") from error
     if device.fault:
         faults.enter_context(injected(**parse_fault(device.fault), seed=seed))
     setup = vfio_setup(vfio_guest(), device, seed, options.timeout)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, ClassVar, Final, cast
 
 from dmaproof.errors import UsageError
@@ -44,7 +45,10 @@ _NESTED_PROOF_BYTES: Final = 2560 * MIB
 
 
 def _machine_of(kernel: str | None, qemu: str | None) -> L1:
-    """Return the L1 with this kernel whose L2 runs on this QEMU; builds it if necessary."""
+    """Return the L1 with this kernel whose L2 runs on this QEMU; builds it if necessary.
+
+    Each call locks L1's parts in the cache until this process ends, so cells share the result.
+    """
     machine = l1(kernel or DEFAULT_KERNEL)
     return machine if qemu is None else replace(machine, qemu=tested_qemu_folder(qemu))
 
@@ -65,6 +69,9 @@ class NestedProofCells(ProofCells):
 
     name = "nested-proof"
 
+    def __init__(self) -> None:
+        self._machine_of = cache(_machine_of)
+
     def claims(self, cell: Cell) -> bool:
         """Return whether the device of the cell runs in L1."""
         return _AXIS not in cell and runs_in_l1(ProofOptions.of(cell))
@@ -73,7 +80,7 @@ class NestedProofCells(ProofCells):
         """Check the options, and build L1 if it is not in the cache."""
         options = ProofOptions.of(cell)
         nested_options(options)
-        machine = _machine_of(options.l1_kernel, cell.get("qemu"))
+        machine = self._machine_of(options.l1_kernel, cell.get("qemu"))
         key = key_of_parts(cell, _parts_of(machine, files))
         return PlannedProof(cell, key, options, 2, _NESTED_PROOF_BYTES)
 
@@ -108,6 +115,9 @@ class PassthroughCells(CellKind):
     )
     _accepts: ClassVar = (_AXIS, "qemu", "l1-kernel", "seed", "timeout")
 
+    def __init__(self) -> None:
+        self._machine_of = cache(_machine_of)
+
     def claims(self, cell: Cell) -> bool:
         """Return whether the cell names such a proof."""
         return _AXIS in cell
@@ -121,7 +131,7 @@ class PassthroughCells(CellKind):
                     f"proof {cell[_AXIS]!r}; expected only {', '.join(self._accepts[1:])}"
                 )
         options = ProofOptions.of({name: cell[name] for name in cell if name != _AXIS})
-        machine = _machine_of(options.l1_kernel, cell.get("qemu"))
+        machine = self._machine_of(options.l1_kernel, cell.get("qemu"))
         key = key_of_parts(cell, _parts_of(machine, files))
         return _PlannedOutcome(cell, key, machine, options.timeout)
 

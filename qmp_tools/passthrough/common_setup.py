@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ..arch.x86_64 import X86_64
 from ..devices.device import ProofDevice
 from ..guest.workload import Workload
-from ..proof.model import Setup
+from ..proof.model import Proof, Setup
 from ..proof.options import ProofOptions
 from ..qemu.machine import MIB, Machine
 from .fake_driver import container_driver, iommufd_driver
@@ -41,6 +41,15 @@ def vfio_setup(guest: Path, device: ProofDevice, seed: int, timeout_s: float) ->
     workload = replace(_VFIO_WORKLOAD, seed=seed)
     more = ("iommu=1",) if is_behind_viommu(device) else ()
     return setup_in_l1("vfio", guest, VFIO_MEMORY_BYTES, workload, device, timeout_s, *more)
+
+
+def common_figures(proof: Proof) -> dict[str, Any]:
+    """Return the figures that the outcome of each whole proof has."""
+    return {
+        "differing": len(proof.verdict.lost),
+        "guaranteed_detectable": proof.verdict.sensitivity.guaranteed_detectable,
+        "seconds": round(proof.migration_s, 1),
+    }
 
 
 def setup_in_l1(

@@ -14,7 +14,7 @@ from typing import Any, Final
 from ..migration.judgement import Blame
 from ..proof.model import Proof as MigrationProof
 from ..proof.run import prove
-from .common_setup import VFIO_MEMORY_BYTES, require_state_size, vfio_setup
+from .common_setup import VFIO_MEMORY_BYTES, common_figures, require_state_size, vfio_setup
 from .fake_device import fake_device, injected
 from .fake_driver import DRIVERS
 from .host_functions import HostFunctions, MissingError, parse_functions, require_testable
@@ -53,7 +53,7 @@ def _prove(guest: Path, suffix: str, seed: int, timeout_s: float) -> tuple[Migra
 def _equal(guest: Path, suffix: str, seed: int, timeout_s: float) -> tuple[str, dict[str, Any]]:
     proof, checked = _prove(guest, suffix, seed, timeout_s)
     require_pass(proof.verdict)
-    return f"{checked} prerequisites met; {_summary(proof)}", _figures(proof)
+    return f"{checked} prerequisites met; {_summary(proof)}", common_figures(proof)
 
 
 def _corrupts(guest: Path, suffix: str, seed: int, timeout_s: float) -> tuple[str, dict[str, Any]]:
@@ -62,7 +62,7 @@ def _corrupts(guest: Path, suffix: str, seed: int, timeout_s: float) -> tuple[st
     require_loss(proof.verdict, _summary(proof))
     blamed = sum(page.blame is not Blame.UNKNOWN for page in proof.verdict.lost)
     require(not blamed, f"{blamed} lost pages have a known cause, though there is no journal")
-    return _summary(proof), _figures(proof)
+    return _summary(proof), common_figures(proof)
 
 
 def _summary(proof: MigrationProof) -> str:
@@ -72,14 +72,6 @@ def _summary(proof: MigrationProof) -> str:
         f"{verdict.sensitivity.guaranteed_detectable} guaranteed detectable, "
         f"{verdict.guest.errors} guest errors, {proof.migration_s:.1f} s"
     )
-
-
-def _figures(proof: MigrationProof) -> dict[str, Any]:
-    return {
-        "differing": len(proof.verdict.lost),
-        "guaranteed_detectable": proof.verdict.sensitivity.guaranteed_detectable,
-        "seconds": round(proof.migration_s, 1),
-    }
 
 
 def _in_use() -> tuple[str, dict[str, Any]]:

@@ -23,7 +23,7 @@ from ..migration.judgement import Blame
 from ..proof.model import Proof as MigrationProof
 from ..proof.run import prove
 from ..qemu.machine import MIB
-from .common_setup import setup_in_l1
+from .common_setup import common_figures, setup_in_l1
 from .fake_device import injected
 from .fake_driver import open_iommufd
 from .outcome import Proof, require, require_loss, require_pass, retrying
@@ -108,11 +108,9 @@ def _summary(proof: MigrationProof) -> str:
 def _figures(proof: MigrationProof) -> dict[str, Any]:
     sensitivity = proof.verdict.sensitivity
     return {
-        "differing": len(proof.verdict.lost),
-        "guaranteed_detectable": sensitivity.guaranteed_detectable,
+        **common_figures(proof),
         "written": sensitivity.written,
         "unreported": sensitivity.unreported,
         "harvests": len(proof.harvests),
         "syncs": proof.history[-1].syncs,
-        "seconds": round(proof.migration_s, 1),
     }

@@ -19,7 +19,7 @@ from ..migration.judgement import Blame
 from ..proof.model import Proof as MigrationProof
 from ..proof.run import prove
 from .blocked import blocked_reasons, require_start
-from .common_setup import require_state_size, vfio_setup
+from .common_setup import common_figures, require_state_size, vfio_setup
 from .fake_device import injected
 from .l2 import Plan
 from .outcome import (
@@ -107,9 +107,4 @@ def _summary(proof: MigrationProof) -> str:
 
 
 def _figures(proof: MigrationProof) -> dict[str, Any]:
-    return {
-        "differing": len(proof.verdict.lost),
-        "guaranteed_detectable": proof.verdict.sensitivity.guaranteed_detectable,
-        "syncs": proof.history[-1].syncs,
-        "seconds": round(proof.migration_s, 1),
-    }
+    return {**common_figures(proof), "syncs": proof.history[-1].syncs}

@@ -68,7 +68,7 @@ def qemu_for_l1(path: Path) -> Path:
             source folder with the build in ``build``.
 
     Raises:
-        UsageError: there is no QEMU, or it was built without vfio-pci.
+        UsageError: no QEMU was found, or it was built without vfio-pci.
         UntestableError: the QEMU does not run on this machine.
     """
     program = _program(path)

@@ -59,7 +59,7 @@ def test_bash_completes_subcommands_options_and_values(
     assert "--tracker" in complete("dmaproof prove --t")
     assert "address-queue" in complete("dmaproof prove --tracker a")
     assert complete("dmaproof list ") == [
-        *("scenarios", "devices", "faults", "trackers", "iommus", "workload")
+        *("scenarios", "devices", "faults", "trackers", "iommus", "passthrough", "workload")
     ]
     assert complete("dmaproof list dev") == ["devices"]
 

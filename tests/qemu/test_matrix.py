@@ -64,7 +64,8 @@ def test_cells_have_the_expected_states_and_verdicts_are_cached(tool: Tool, tmp_
 
     again = tool.run("matrix", *axes, "--timeout=900", *options).report
     assert [cell["cached"] for cell in again["cells"]] == [True, True, False, False]
-    assert again["counts"] == {"clean": 1, "lost": 1, "slow": 0, "skipped": 2, "untested": 0}
+    counts = {state: number for state, number in again["counts"].items() if number}
+    assert counts == {"clean": 1, "lost": 1, "skipped": 2}
     command = again["cells"][0]["command"]
     assert command[:2] == ["dmaproof", "prove"]
     assert f"--seed={cells['machine=q35 timeout=900 fault=drop-pages=0.01']['seed']}" in command

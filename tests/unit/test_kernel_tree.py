@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,13 @@ def test_patched_kernels_are_cached_by_their_patches(
 def test_a_patch_that_cannot_be_read_is_wrong_usage(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--kernel-patch .*/none\.patch: No such file"):
         patched.patched_kernel(root, [tmp_path / "none.patch"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["drivers/net/loopback.c", "drivers/net/tun.c", "tools/testing/selftests/vfio/lib/libvfio.c"],
+)
+def test_the_files_that_l1s_configuration_builds_are_unpacked(name: str) -> None:
+    file = f"linux-source-7.3/{name}"
+    assert not [pattern for pattern in patched._NOT_BUILT if fnmatchcase(file, pattern)]
+    assert any(fnmatchcase("x/drivers/net/ethernet/a.c", each) for each in patched._NOT_BUILT)

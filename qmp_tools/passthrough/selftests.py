@@ -43,10 +43,11 @@ KNOWN_FAILURES: Final = {
 }
 """The tests that fail on Linux 7.3.4, because of a defect in the kernel's test code.
 
-In drivers/iommu/iommufd/selftest.c, iommufd_test_dmabuf_get() returns 0 and not the file descriptor.
+In drivers/iommu/iommufd/selftest.c, iommufd_test_dmabuf_get() returns 0 and not the file
+descriptor.
 """
 _ARGUMENTS: Final = {
-    # 4095 copies in one request take QEMU's card more than a minute under TCG, in each of 5 variants.
+    # 4095 copies take QEMU's card more than a minute under TCG, in each of five variants.
     "vfio_pci_driver_test": ("-T", "memcpy_storm"),
 }
 """The options of a program that exclude tests."""

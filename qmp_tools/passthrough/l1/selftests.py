@@ -47,7 +47,7 @@ def build_script(make: str, source: str, build: str) -> str:
     """Return a script that builds the selftests in the folder `SELFTESTS` of `build`.
 
     A program that does not compile is missing there. Its folder has the compiler's output. The
-    programs are built from scratch, because kbuild's rules do not cover all headers that they include.
+    programs are built from scratch, because make does not know all headers that they include.
 
     Args:
         make: the command that runs the kernel's Makefile.

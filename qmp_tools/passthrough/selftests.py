@@ -46,11 +46,6 @@ KNOWN_FAILURES: Final = {
 In drivers/iommu/iommufd/selftest.c, iommufd_test_dmabuf_get() returns 0 and not the file
 descriptor.
 """
-_ARGUMENTS: Final = {
-    # 4095 copies take QEMU's card more than a minute under TCG, in each of five variants.
-    "vfio_pci_driver_test": ("-T", "memcpy_storm"),
-}
-"""The options of a program that exclude tests."""
 _NAMED: Final = 8
 """The number of failed tests that a message names."""
 _LAST_LINES: Final = 12
@@ -71,7 +66,7 @@ def _run(folder: str, name: str, timeout_s: float) -> tuple[str, dict[str, Any]]
     program = _FOLDER / folder / name
     if not program.is_file():
         raise NotSupportedError(why_missing(_FOLDER / folder, name))
-    arguments = [*_ARGUMENTS.get(name, ()), *([_bound_nic()] if folder == "vfio" else [])]
+    arguments = [_bound_nic()] if folder == "vfio" else []
     with _huge_pages(_HUGE_PAGES.get(name, {})):
         output, code = run_program([program, *arguments], timeout_s)
     return judge(read_ktap(output), code, output, KNOWN_FAILURES.get(name, frozenset()))

@@ -74,7 +74,7 @@ def test_all_proofs_hold_and_all_controls_are_caught(tool: Tool) -> None:
         if kind == "selftests" and row["figures"]
     }
     assert selftests["iommufd"]["passed"] >= 230
-    assert selftests["vfio_pci_driver_test"]["passed"] >= 30
+    assert selftests["vfio_dma_mapping_test"]["passed"] >= 20
     assert all(found["skipped"] <= 5 for found in selftests.values())
     vhost = {name for name in whole if name.startswith("vhost: ")}
     controlled = {name.partition(", control")[0] for name in vhost if "control" in name}

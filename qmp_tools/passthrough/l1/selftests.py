@@ -1,8 +1,7 @@
 """The kernel's own selftests of iommufd and VFIO, and what a machine needs to run them.
 
 They are built with each kernel, from the same source. They test hardware, which QEMU emulates: an
-Intel IOMMU, and a network card (82576) that the selftests have a driver for. The card copies memory
-by DMA, and has a virtual function.
+Intel IOMMU, and a network card (82576).
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ PROGRAMS: Final = {
         "vfio_iommufd_setup_test",
         "vfio_pci_device_test",
         "vfio_pci_device_init_perf_test",
-        "vfio_pci_driver_test",
         "vfio_pci_sriov_uapi_test",
     ),
 }
@@ -40,7 +38,7 @@ LOG: Final = "log"
 _TIMEOUT_S: Final = 60.0
 _NIC: Final = "igb"
 _MEMORY_MIB: Final = 2560
-"""vfio_pci_driver_test maps 1 GiB for the device, and vfio_dma_mapping_test a page of 1 GiB."""
+"""vfio_dma_mapping_test maps a page of 1 GiB."""
 
 
 def build_script(make: str, source: str, build: str) -> str:

@@ -12,7 +12,16 @@ from typing import Any, Final, Self
 from dmaproof.errors import UsageError
 
 from ..host.timeout import DEFAULT_TIMEOUT_S
-from . import differential, functions, hwpt, injected_faults, migrations, states, vhost
+from . import (
+    differential,
+    functions,
+    hwpt,
+    injected_faults,
+    migrations,
+    selftests,
+    states,
+    vhost,
+)
 from .fake_driver import DRIVERS
 from .outcome import Proof
 from .rules import rules
@@ -34,6 +43,11 @@ class Request:
     """The number of repetitions of each control of a migration."""
     timeout_s: float = DEFAULT_TIMEOUT_S
     """The bound of each wait in L1."""
+
+    @property
+    def has_selftests(self) -> bool:
+        """Whether some of the proofs are the kernel's selftests."""
+        return not self.only or any(name.startswith(f"{SELFTESTS}: ") for name in self.only)
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields; `of` reads them again."""
@@ -121,6 +135,12 @@ def _functions(request: Request, guests: Guests) -> dict[str, Proof]:
     return functions.proofs(guests.vfio, request.seed, request.timeout_s)
 
 
+def _selftests(request: Request, guests: Guests) -> dict[str, Proof]:
+    return selftests.proofs(request.timeout_s)
+
+
+SELFTESTS: Final = "selftests"
+"""The group whose proofs the first machine alone carries out, because it has their hardware."""
 GROUPS: Final[Mapping[str, Callable[[Request, Guests], dict[str, Proof]]]] = {
     "rules": _rules,
     "states": _states,
@@ -130,6 +150,7 @@ GROUPS: Final[Mapping[str, Callable[[Request, Guests], dict[str, Proof]]]] = {
     "vhost": _vhost,
     "vhost-log": _vhost_log,
     "functions": _functions,
+    SELFTESTS: _selftests,
 }
 """The groups of proofs, in the order in which they run."""
 

@@ -6,7 +6,6 @@ of them boots L1 only once. Each outcome is kept as soon as the proof has ended.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -18,7 +17,6 @@ from ..arch.x86_64 import X86_64
 from ..guest.bare import bare_guest, vfio_guest
 from ..matrix.cells import Axis, Cell, CellKind, PlannedCell, Report, Run
 from ..matrix.proof_cells import PlannedProof, ProofCells
-from ..matrix.resources import free_memory_bytes
 from ..matrix.result import Result, State
 from ..matrix.result_cache import key_of_parts
 from ..proof.options import OPTIONS, ProofOptions
@@ -31,7 +29,7 @@ from .l1.kernel import DEFAULT_KERNEL
 from .l1.machine import L1, l1
 from .nested import nested_options, runs_in_l1
 from .outcome import State as Outcome
-from .prove import MACHINE_BYTES, machines_side_by_side, prove_passthrough
+from .prove import machines_of, prove_passthrough
 
 _AXIS: Final = "passthrough"
 _STATES: Final = {
@@ -150,7 +148,6 @@ class PassthroughCells(CellKind):
         """Boot L1 for the whole batch, and finish each cell when its proof has ended."""
         cells = {each.cell[_AXIS]: each for each in batch}
         first = cast(_PlannedOutcome, batch[0])
-        machines = machines_side_by_side(len(os.sched_getaffinity(0)), free_memory_bytes())
         request = Request(
             seed=int(first.cell.get("seed", run.seed % (1 << 16))),
             only=tuple(cells),
@@ -161,7 +158,7 @@ class PassthroughCells(CellKind):
             name = f"{outcome['group']}: {outcome['name']}"
             run.finish(cells[name], {"outcome": outcome}, outcome["seconds"])
 
-        async with run.resources.reserve(machines, machines * MACHINE_BYTES):
+        async with run.resources.reserve(*machines_of(request)):
             await prove_passthrough(
                 *(first.machine, find_qemu(None, X86_64), request), on_outcome=finish
             )

@@ -3,7 +3,8 @@
 python3 -m qmp_tools.passthrough.inside FOLDER
 
 FOLDER, which the host shares, has the request (`catalog.Request`) as JSON. Several machines may run
-the program side by side: each claims the next unclaimed proof by making a folder for it. The
+the program side by side: each claims the next unclaimed proof by making a folder for it, and the
+environment variable MACHINE has its number. The
 outcome of a proof is written to a file of its own before its line is printed, so that the host can
 keep it even if the machine ends early.
 """
@@ -11,10 +12,11 @@ keep it even if the machine ends early.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -23,8 +25,9 @@ from dmaproof.errors import DmaproofError
 
 from ..arch.x86_64 import X86_64
 from ..guest.bare import bare_guest, vfio_guest
-from .catalog import Guests, NamedProof, Request, proofs
+from .catalog import SELFTESTS, Guests, NamedProof, Request, proofs
 from .clock import Clocks
+from .l1.machine import FIRST
 from .l2 import tested_qemu
 from .outcome import State, run
 
@@ -42,9 +45,21 @@ _TAGS: Final = {
 """The first word of a proof's line, which its number and its text follow, separated by tabs."""
 
 
-def claimed(count: int, taken: Path) -> Iterator[int]:
-    """Claim each proof number below `count` that no machine has claimed yet, and yield it."""
-    for number in range(count):
+def order(groups: Sequence[str], machine: int) -> list[int]:
+    """Return the numbers of the proofs that `machine` may carry out, in its order.
+
+    `groups` has the group of each proof. The first machine begins with the kernel's selftests,
+    which need most of its memory.
+    """
+    rest = [number for number, group in enumerate(groups) if group != SELFTESTS]
+    if machine != FIRST:
+        return rest
+    return [*(number for number, group in enumerate(groups) if group == SELFTESTS), *rest]
+
+
+def claimed(numbers: Iterable[int], taken: Path) -> Iterator[int]:
+    """Claim each proof of `numbers` that no machine has claimed yet, and yield its number."""
+    for number in numbers:
         try:
             (taken / str(number)).mkdir()
         except FileExistsError:
@@ -71,7 +86,9 @@ def main() -> int:
         timeout_s = clocks.in_l1(request.timeout_s)
         return proofs(replace(request, timeout_s=timeout_s), guests)
 
-    for number in claimed(len(all_proofs()), folder / CLAIMED):
+    groups = [named.group for named in all_proofs()]
+    numbers = order(groups, int(os.environ["MACHINE"]))
+    for number in claimed(numbers, folder / CLAIMED):
         named = all_proofs()[number]
         outcome = run(named.group, named.name, named.proof)
         (folder / OUTCOMES / f"{number}.json").write_text(json.dumps(outcome.to_json()))

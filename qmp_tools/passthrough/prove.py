@@ -20,6 +20,7 @@ from ..reports.report import SCHEMA_VERSION
 from .catalog import Request
 from .inside import CLAIMED, MACHINE, OUTCOMES, REQUEST
 from .l1.machine import JOB, L1, run_in_l1
+from .l1.selftests import Hardware, selftest_hardware
 from .outcome import NOT_HELD, State
 
 _logger = logging.getLogger(__name__)
@@ -28,10 +29,12 @@ _MEMORY_MIB: Final = 1024
 """The memory of an L1, whose guests in L2 are small."""
 _OVERHEAD_BYTES: Final = 256 << 20
 """The memory that an L1's QEMU takes besides its guest RAM."""
-MACHINE_BYTES: Final = (_MEMORY_MIB << 20) + _OVERHEAD_BYTES
+_MACHINE_BYTES: Final = (_MEMORY_MIB << 20) + _OVERHEAD_BYTES
 """The memory that one machine takes."""
 _FEW_PROOFS: Final = 8
 """So many proofs take less time than the boot of a second machine."""
+_HARDWARE_BYTES: Final = (Hardware.memory_mib - _MEMORY_MIB) << 20
+"""The memory that the first machine takes besides if it carries out the kernel's selftests."""
 _WAITS_BETWEEN_LINES: Final = 4
 """An attempt in L1 may use up this many timeouts before it prints its next line."""
 
@@ -60,13 +63,13 @@ async def prove_passthrough(
         UntestableError: L1 does not boot, ends early, or prints nothing until the timeout.
     """
     machine = replace(machine, memory_mib=_MEMORY_MIB)
-    machines = machines_side_by_side(len(os.sched_getaffinity(0)), free_memory_bytes())
-    if 0 < len(request.only) <= _FEW_PROOFS:
-        machines = 1
+    machines, _ = machines_of(request)
     outcomes: dict[int, dict[str, Any]] = {}
     with run_folder(keep=keep) as folder:
         if keep:
             _logger.info("keeping the run's folder: %s", folder)
+        if request.has_selftests:
+            machine = replace(machine, first=selftest_hardware(qemu, machine.root, folder))
         given = folder / REQUEST
         given.write_text(json.dumps(request.to_json()))
 
@@ -99,9 +102,17 @@ async def prove_passthrough(
     return to_json({**about, "seed": request.seed, "outcomes": found})
 
 
+def machines_of(request: Request) -> tuple[int, int]:
+    """Return the number of machines that this host has room for, and the bytes that they take."""
+    extra_bytes = _HARDWARE_BYTES if request.has_selftests else 0
+    processors, free_bytes = len(os.sched_getaffinity(0)), free_memory_bytes() - extra_bytes
+    machines = machines_side_by_side(processors, free_bytes)
+    return machines, machines * _MACHINE_BYTES + extra_bytes
+
+
 def machines_side_by_side(processors: int, free_bytes: int) -> int:
     """Return 2 if there are processors and `free_bytes` of memory for two machines, else 1."""
-    return max(1, min(2, processors, free_bytes // MACHINE_BYTES))
+    return max(1, min(2, processors, free_bytes // _MACHINE_BYTES))
 
 
 def to_json(results: dict[str, Any]) -> dict[str, Any]:

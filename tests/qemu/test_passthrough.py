@@ -27,6 +27,7 @@ def test_all_proofs_hold_and_all_controls_are_caught(tool: Tool) -> None:
     beside = {("migration", name) for _, name in rows if "one in a container" in name}
     beside |= {("migration", name) for _, name in rows if "on iommufd, and type1's log" in name}
     assert len(beside) == 2
+    beside.add(("selftests", "vfio_pci_sriov_uapi_test"))  # docs/passthrough.md
     assert {row["state"] for key, row in rows.items() if key not in beside} == {"holds"}
     assert all(rows[key]["state"] == "lacking" for key in beside), "update the finding"
     groups = {group for group, _ in rows}
@@ -67,6 +68,14 @@ def test_all_proofs_hold_and_all_controls_are_caught(tool: Tool) -> None:
     assert [row["group"] for row in outcome.report["outcomes"]] == [
         group for group in GROUPS for kind, _ in rows if kind == group
     ]
+    selftests = {
+        name: row["figures"]
+        for (kind, name), row in rows.items()
+        if kind == "selftests" and row["figures"]
+    }
+    assert selftests["iommufd"]["passed"] >= 230
+    assert selftests["vfio_dma_mapping_test"]["passed"] >= 20
+    assert all(found["skipped"] <= 5 for found in selftests.values())
     vhost = {name for name in whole if name.startswith("vhost: ")}
     controlled = {name.partition(", control")[0] for name in vhost if "control" in name}
     assert controlled == {f"vhost: {tracker}" for tracker in TRACKERS}

@@ -21,7 +21,7 @@ from qmp_tools.migration.judgement import Blame
 from qmp_tools.migration.migration import MigrationError, MigrationTimeoutError
 from qmp_tools.passthrough import clock, differential
 from qmp_tools.passthrough.fake_device import content, dropped_pages
-from qmp_tools.passthrough.inside import claimed
+from qmp_tools.passthrough.inside import claimed, order
 from qmp_tools.passthrough.outcome import (
     NothingTestedError,
     NotSupportedError,
@@ -229,9 +229,15 @@ def test_a_wait_is_stretched_where_l1_s_clock_is_too_fast(tmp_path: Path) -> Non
 
 
 def test_each_proof_is_claimed_by_exactly_one_machine(tmp_path: Path) -> None:
-    first, second = claimed(5, tmp_path), claimed(5, tmp_path)
+    first, second = claimed(range(5), tmp_path), claimed(range(5), tmp_path)
     assert [next(first), next(second), next(second), next(first)] == [0, 1, 2, 3]
     assert [*second, *first] == [4]
+
+
+def test_the_first_machine_alone_carries_out_the_selftests_and_begins_with_them() -> None:
+    groups = ["rules", "states", "selftests", "selftests", "vhost"]
+    assert order(groups, 1) == [2, 3, 0, 1, 4]
+    assert order(groups, 2) == [0, 1, 4]
 
 
 @pytest.mark.parametrize(

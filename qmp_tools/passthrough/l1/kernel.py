@@ -20,6 +20,7 @@ from ...host.archive import Archive
 from ...host.cached_folder import digest, fresh_folder, prune
 from ...host.unpacked_root import run_inside
 from .root import SUITE
+from .selftests import SELFTESTS, build_script, collect_selftests
 
 _logger = logging.getLogger(__name__)
 
@@ -38,14 +39,15 @@ find tools -mindepth 1 -maxdepth 1 ! -name objtool ! -name include ! -name scrip
     -exec rm -rf {} +
 find . -name '*.o' ! -path './scripts/*' -delete
 """
+_BUILD_SELFTESTS: Final = build_script("make -s", "/mnt", "/mnt")
 _BUILD_MODULE: Final = 'make -s -C /mnt/kernel M=/mnt/module -j"$JOBS" modules'
 
 
 def l1_kernel(root: Path, version: str) -> Path:
     """Build the kernel, or take it from the cache; return its folder.
 
-    The folder has ``vmlinux``, the kernel's own modules in ``modules/``, and in ``build/`` what
-    other modules are built against.
+    The folder has ``vmlinux``, the kernel's own modules in ``modules/``, its selftests in
+    ``selftests/``, and in ``build/`` what other modules are built against.
 
     Raises:
         UntestableError: the kernel cannot be built here.
@@ -53,6 +55,7 @@ def l1_kernel(root: Path, version: str) -> Path:
     config = sources() / "passthrough" / CONFIG
     options = "\n".join(options_of(config)).encode()
     made_of = [options, (root / "packages").read_bytes(), CONFIGURE.encode()]
+    made_of.append(_BUILD_SELFTESTS.encode())
     target = cache() / "l1" / f"kernel-{version}-{digest(made_of)}"
     if not target.is_dir():
         with fresh_folder(target) as fresh:
@@ -66,7 +69,8 @@ def _build_kernel(root: Path, version: str, config: Path, fresh: Path) -> None:
     tree.mkdir()
 
     def run(script: str, what: str) -> str:
-        return run_inside(root, tree, f"cd /mnt\n{script}", what, BUILD_TIMEOUT_S)
+        script = f"cd /mnt\n{script}"
+        return run_inside(root, tree, script, what, BUILD_TIMEOUT_S, JOBS=jobs())
 
     package = f"linux-source-{version}"
     _logger.info("fetching %s from %s (first use only)", package, KERNELS[version])
@@ -78,6 +82,8 @@ def _build_kernel(root: Path, version: str, config: Path, fresh: Path) -> None:
     for name in KERNEL_MODULES:
         shutil.copy(tree / name, modules)
     write_order(modules)
+    run(_BUILD_SELFTESTS, "building the kernel's selftests")
+    collect_selftests(tree, fresh / SELFTESTS)
     run(_PRUNE, "tidying up the kernel's build tree")
     (tree / "vmlinux").rename(fresh / "vmlinux")
 

@@ -35,6 +35,7 @@ from ...qemu.qemu import OwnedQemu, running_qemu
 from .kernel import DEFAULT_KERNEL, KERNELS, MODULE, l1_kernel, l1_module
 from .patched import patched_kernel
 from .root import COMPILE_PYTHON, l1_root
+from .selftests import SELFTESTS, Hardware
 from .stock import STOCK, stock_kernel
 from .tree import check_source, tree_kernel
 
@@ -56,6 +57,8 @@ JOB: Final = "job"
 """The folder in the run's folder that is /mnt in L1."""
 _PYTHON: Final = "python"
 _CACHE: Final = "cache"
+FIRST: Final = 1
+"""The number of the machine that has `L1.first`."""
 _LAST_LINES: Final = 15
 """The number of a command's last lines that the error for its failure quotes."""
 
@@ -74,6 +77,8 @@ class L1:
     """The source of the kernel, if it is the user's."""
     counting: bool = False
     """Whether L1's clock counts instructions, one as a nanosecond, on one CPU."""
+    first: Hardware | None = None
+    """What the first of several machines has besides, for the kernel's selftests."""
 
 
 def l1(version: str = DEFAULT_KERNEL, *, falls_back: bool = True) -> L1:
@@ -198,6 +203,8 @@ async def run_machine(
     last_lines: deque[str] = deque(maxlen=_LAST_LINES)
     loop = asyncio.get_running_loop()
     arguments = [*X86_64.channels, *_arguments(number, machine, job)]
+    if machine.first is not None and number == FIRST:
+        binary = machine.first.binary
     async with running_qemu(
         f"L1-{number}", binary, arguments, folder, timeout_s=timeout_s
     ) as running:
@@ -245,8 +252,12 @@ def _arguments(number: int, machine: L1, job: Path) -> list[str]:
         cpu += ["-cpu", "max,erms=off,fsrm=off"]
     else:
         cpu = ["-accel", "tcg,thread=multi", "-smp", "2", "-cpu", "max"]
+    memory_mib = machine.memory_mib
+    devices: tuple[str, ...] = ()
+    if machine.first is not None and number == FIRST:
+        memory_mib, devices = machine.first.memory_mib, machine.first.arguments
     return [
-        *("-machine", "q35", *cpu, "-m", f"{machine.memory_mib}M", "-no-reboot"),
+        *("-machine", "q35", *cpu, "-m", f"{memory_mib}M", "-no-reboot", *devices),
         *("-kernel", os.fspath(machine.kernel / "vmlinux"), "-append", line),
         *(("-initrd", os.fspath(initramfs)) if initramfs.exists() else ()),
         *_share("root", machine.root),
@@ -286,6 +297,8 @@ def _fill(
     )
     modules = job / "modules"
     modules.mkdir()
+    if machine.first is not None and (machine.kernel / SELFTESTS).is_dir():
+        shutil.copytree(machine.kernel / SELFTESTS, job / SELFTESTS)
     for file in (*(machine.kernel / "modules").iterdir(), machine.module):
         shutil.copy(file, modules)
     for file in files:

@@ -22,7 +22,7 @@ from ...host.archive import Archive, unpack
 from ...host.cached_folder import digest, fresh_folder, prune
 from ...host.unpacked_root import SOURCE, run_inside
 from .kernel import CONFIG, DEFAULT_KERNEL, KERNELS, MODULE, module_sources
-from .tree import BuiltKernel, build_outside, collect
+from .tree import BUILD_SELFTESTS, BuiltKernel, build_outside, collect
 
 _logger = logging.getLogger(__name__)
 
@@ -37,12 +37,12 @@ _UNPACK: Final = f"""\
 tar -xf {SOURCE}/usr/src/linux-source-*.tar.xz --strip-components=1 -C source \\
     {" ".join(f"--exclude='{pattern}'" for pattern in _NOT_BUILT)}
 """
-_PATCH: Final = f"""\
+_PATCH: Final = """\
 for file in patches/*; do
-    if ! {SOURCE}/patch/usr/bin/patch -d source -p1 -N -f --no-backup-if-mismatch -r - \\
+    if ! patch -d source -p1 -N -f --no-backup-if-mismatch -r - \\
         <"$file" >output 2>&1
     then
-        echo "patch -p1 does not apply $(cat "names/${{file#patches/}}"):" >&2
+        echo "patch -p1 does not apply $(cat "names/${file#patches/}"):" >&2
         tail -n 10 output >&2
         exit 1
     fi
@@ -62,7 +62,7 @@ def patched_kernel(root: Path, patches: Sequence[Path]) -> BuiltKernel:
     origin = f"linux-source-{version} with {', '.join(patch.name for patch in patches)}"
     plain = _plain_build(root, version)
     module = [part for file in module_sources() for part in (file.name.encode(), file.read_bytes())]
-    key = digest([plain.name.encode(), *contents, *module])
+    key = digest([plain.name.encode(), *contents, *module, BUILD_SELFTESTS.encode()])
     target = cache() / "l1" / f"kernel-{version}.patched-{key}"
     if not target.is_dir():
         with fresh_folder(target) as fresh:
@@ -82,7 +82,7 @@ def _read(patch: Path) -> bytes:
 
 
 def _plain_build(root: Path, version: str) -> Path:
-    """Return a folder with the source without patches, its build, and the program patch."""
+    """Return a folder with the source without patches, and with its build."""
     options = "\n".join(options_of(sources() / "passthrough" / CONFIG)).encode()
     made_of = [options, (root / "packages").read_bytes(), " ".join(_NOT_BUILT).encode()]
     target = cache() / "l1" / f"plain-{version}-{digest(made_of)}"
@@ -98,7 +98,6 @@ def _build_plain(root: Path, version: str, fresh: Path) -> None:
     _logger.info("fetching %s from %s (first use only)", package, KERNELS[version])
     archive = Archive(KERNELS[version], fresh / "archive")
     unpack(archive.fetch(package), fresh / "package")
-    unpack(archive.fetch("patch"), fresh / "patch")
     _logger.info("unpacking %s", package)
     (fresh / "source").mkdir()
     _run(root, fresh, _UNPACK, f"unpacking {package}", fresh / "package")

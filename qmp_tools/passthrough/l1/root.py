@@ -26,6 +26,7 @@ _NETWORK: Final = ("iproute2",)
 _BUILDING: Final = (
     *("gcc", "libc6-dev", "make", "flex", "bison", "bc", "libelf-dev", "libssl-dev", "tar"),
     *("xz-utils", "mawk", "bash", "sed", "grep", "gzip", "findutils", "diffutils", "perl-base"),
+    *("patch", "libcap-dev", "uuid-dev"),
 )
 _LINKS: Final = {
     "usr/bin/awk": "mawk",

@@ -26,6 +26,7 @@ from ...host.cached_folder import changed_folder, digest, fresh_folder, prune, r
 from ...host.unpacked_root import SOURCE, run_inside
 from .kernel import CONFIG, KERNEL_MODULES, MODULE, jobs, module_sources, write_order
 from .root import quoted
+from .selftests import SELFTESTS, build_script, collect_selftests, selftest_files
 
 _logger = logging.getLogger(__name__)
 
@@ -43,13 +44,17 @@ trap 'rm ../unfinished' EXIT
 """
 """A build that was killed may leave half a file, which make would take for a whole one."""
 _BUILD_MODULE: Final = 'make -s -C /mnt/build M=/mnt/module -j"$JOBS" modules'
+BUILD_SELFTESTS: Final = build_script(_MAKE, SOURCE, "/mnt/build")
 _IN_TREE: Final = (".config", "include/config", "arch/x86/include/generated")
 """What an in-tree build leaves. If one of these exists, kbuild refuses to build with O=."""
 
 
 @dataclass(frozen=True)
 class BuiltKernel:
-    """A kernel for L1 and its module; `folder` has ``vmlinux`` and ``modules/``."""
+    """A kernel for L1 and its module.
+
+    `folder` has ``vmlinux``, ``modules/`` and ``selftests/``.
+    """
 
     folder: Path
     module: Path
@@ -104,7 +109,9 @@ def check_source(source: Path) -> None:
 
 
 def build_outside(root: Path, source: Path, folder: Path, name: str) -> None:
-    """Build the kernel and the fake device's module below `folder`, in ``build`` and ``module``.
+    """Build the kernel, its selftests and the fake device's module below `folder`.
+
+    The folders of the build are ``build`` and ``module``.
 
     Args:
         root: L1's root file system, which has the compiler.
@@ -130,6 +137,7 @@ def build_outside(root: Path, source: Path, folder: Path, name: str) -> None:
     how_long = "the first build takes some minutes" if is_first else "incrementally"
     _logger.info("building the kernel of %s (%s)", name, how_long)
     run(_BUILD, f"building the kernel of {name}")
+    run(BUILD_SELFTESTS, f"building the selftests of {name}")
     _update_module(folder / "module")
     run(_BUILD_MODULE, f"building the fake device's module for the kernel of {name}")
 
@@ -161,13 +169,14 @@ def collect(folder: Path, target: Path) -> None:
     write_order(modules)
     shutil.copy(build / "vmlinux", target)
     shutil.copy(folder / "module" / f"{MODULE}.ko", target)
+    collect_selftests(build, target / SELFTESTS)
 
 
 def _published(folder: Path, origin: str) -> BuiltKernel:
     """Return a copy of the kernel in `folder` that later builds do not change."""
     build = folder / "build"
     files = [build / "vmlinux", *(build / name for name in KERNEL_MODULES)]
-    files.append(folder / "module" / f"{MODULE}.ko")
+    files += [folder / "module" / f"{MODULE}.ko", *selftest_files(build)]
     parts = [file.read_bytes() for file in files if file.is_file()]
     target = folder.parent / f"kernel-tree-{digest(parts)}"
     if not target.is_dir():

@@ -10,7 +10,7 @@ from typing import Final
 from ..arch.x86_64 import X86_64
 from ..arguments import positive
 from ..exit_codes import BISECT
-from ..passthrough.catalog import GROUPS, Request, select
+from ..passthrough.catalog import GROUPS, SELFTESTS, Request, select
 from ..passthrough.l1.host_qemu import tested_qemu_folder
 from ..passthrough.l1.kernel import DEFAULT_KERNEL, KERNELS
 from ..passthrough.l1.machine import L1, l1, l1_of_patches, l1_of_source
@@ -92,10 +92,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only",
         nargs="+",
-        default=[],
         metavar="NAME",
         help=f"proofs to carry out: groups ({', '.join(GROUPS)}), names, or patterns of names "
-        "(default: all)",
+        f"(default: all; the {SELFTESTS} only with --kernel-source or --kernel-patch)",
     )
     parser.add_argument(
         "--quick", action="store_true", help="try fewer random cases and injected faults"
@@ -127,7 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     request = Request(
         seed=chosen_seed(arguments.seed, bits=16),
-        only=select(arguments.only, quick=arguments.quick),
+        only=select(arguments.only or _default_groups(arguments), quick=arguments.quick),
         quick=arguments.quick,
         controls=arguments.controls,
         timeout_s=arguments.timeout,
@@ -141,6 +140,11 @@ def _run(arguments: argparse.Namespace) -> int:
         print_text(to_text(results))
     write_outputs(results, arguments)
     return int(results["exit_code"])
+
+
+def _default_groups(arguments: argparse.Namespace) -> list[str]:
+    is_own_kernel = bool(arguments.kernel_source or arguments.kernel_patch)
+    return [group for group in GROUPS if group != SELFTESTS or is_own_kernel]
 
 
 def _machine(arguments: argparse.Namespace) -> L1:

@@ -23,7 +23,7 @@ from ..proof.options import OPTIONS, ProofOptions
 from ..qemu.choice import find_qemu
 from ..qemu.machine import MIB
 from ..qemu.program_files import ProgramFiles
-from .catalog import Request, names, select
+from .catalog import Request, own_proofs, select
 from .l1.host_qemu import tested_qemu_folder
 from .l1.kernel import DEFAULT_KERNEL
 from .l1.machine import L1, l1
@@ -108,7 +108,7 @@ class PassthroughCells(CellKind):
     axis: ClassVar = Axis(
         _AXIS,
         "proofs of VFIO in the nested machine, by group or name, such as rules (default: none)",
-        names,
+        own_proofs,
         lambda value: select([value]),
     )
     _accepts: ClassVar = (_AXIS, "qemu", "l1-kernel", "seed", "timeout")

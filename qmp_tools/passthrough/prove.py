@@ -103,10 +103,12 @@ async def prove_passthrough(
 
 
 def machines_of(request: Request) -> tuple[int, int]:
-    """Return the number of machines that this host has room for, and the bytes that they take."""
+    """Return the number of machines that share the proofs, and the bytes that they take."""
     extra_bytes = _HARDWARE_BYTES if request.has_selftests else 0
-    processors, free_bytes = len(os.sched_getaffinity(0)), free_memory_bytes() - extra_bytes
-    machines = machines_side_by_side(processors, free_bytes)
+    machines = 1
+    if len(request.only) > _FEW_PROOFS:
+        processors, free_bytes = len(os.sched_getaffinity(0)), free_memory_bytes() - extra_bytes
+        machines = machines_side_by_side(processors, free_bytes)
     return machines, machines * _MACHINE_BYTES + extra_bytes
 
 

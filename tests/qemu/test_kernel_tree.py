@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from qmp_tools.passthrough.l1 import patched
 from qmp_tools.passthrough.l1.kernel import DEFAULT_KERNEL
+from qmp_tools.passthrough.l1.packaged import plain_build
 from qmp_tools.passthrough.l1.root import l1_root
 from qmp_tools.passthrough.l1.tree import folder_of_tree
 from support.command import TIMEOUT_S, Tool
@@ -32,7 +32,7 @@ PROOFS = ("--only", "differential", "--quick")
 @pytest.fixture(scope="module")
 def source() -> Path:
     """Return the distribution's source without patches."""
-    return patched._plain_build(l1_root(), DEFAULT_KERNEL) / "source"
+    return plain_build(l1_root(), DEFAULT_KERNEL) / "source"
 
 
 def git(tree: Path, *words: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from dmaproof.errors import UntestableError, UsageError
 from qmp_tools.guest.build import cache
-from qmp_tools.passthrough.l1 import patched, tree
+from qmp_tools.passthrough.l1 import packaged, tree
 from qmp_tools.passthrough.l1.kernel import KERNEL_MODULES, MODULE, module_sources
 
 
@@ -60,7 +60,7 @@ def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return ""
 
     monkeypatch.setattr(tree, "run_inside", run_inside)
-    monkeypatch.setattr(patched, "run_inside", run_inside)
+    monkeypatch.setattr(packaged, "run_inside", run_inside)
     return collected
 
 
@@ -89,7 +89,7 @@ def test_what_boots_is_a_copy_that_the_next_build_does_not_change(source: Path, 
     assert (second.folder / "vmlinux").read_text() == "changed"
     assert second.module.read_text() == "module"
     assert (second.folder / "modules/order").read_text() == "mdev.ko\n"
-    assert str(source) in second.origin
+    assert second.origin == f"the tree {source}"
 
 
 @pytest.mark.usefixtures("scripts")
@@ -139,8 +139,7 @@ def plain_build(source: Path) -> Callable[[Path, str], Path]:
         plain = source.with_name("plain")
         if not plain.exists():
             shutil.copytree(source, plain / "source")
-            for name in ("build", "module"):
-                (plain / name).mkdir()
+            (plain / "build").mkdir()
         return plain
 
     return build
@@ -149,24 +148,27 @@ def plain_build(source: Path) -> Callable[[Path, str], Path]:
 def test_patched_kernels_are_cached_by_their_patches(
     source: Path, root: Path, scripts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patched, "_plain_build", plain_build(source))
+    monkeypatch.setattr(packaged, "plain_build", plain_build(source))
     files = [source.with_name(name) for name in ("0001-a.patch", "0002-b.patch")]
     for file in files:
         file.write_text(file.name)
-    first = patched.patched_kernel(root, files)
+    first = packaged.packaged_kernel(root, "7.3", files)
     assert "patch -d source -p1" in scripts[0]
     assert first.origin == "linux-source-7.3 with 0001-a.patch, 0002-b.patch"
     built = len(scripts)
-    assert patched.patched_kernel(root, files).folder == first.folder
+    assert packaged.packaged_kernel(root, "7.3", files).folder == first.folder
     assert len(scripts) == built
-    assert patched.patched_kernel(root, files[:1]).folder != first.folder
-    assert patched.patched_kernel(root, files[::-1]).folder != first.folder
+    assert packaged.packaged_kernel(root, "7.3", files[:1]).folder != first.folder
+    assert packaged.packaged_kernel(root, "7.3", files[::-1]).folder != first.folder
     assert not (first.folder / "work").exists()
+    unpatched = packaged.packaged_kernel(root, "7.3")
+    assert unpatched.folder.name.startswith("kernel-7.3-")
+    assert unpatched.origin is None
 
 
 def test_a_patch_that_cannot_be_read_is_wrong_usage(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--kernel-patch .*/none\.patch: No such file"):
-        patched.patched_kernel(root, [tmp_path / "none.patch"])
+        packaged.packaged_kernel(root, "7.3", [tmp_path / "none.patch"])
 
 
 @pytest.mark.parametrize(
@@ -175,5 +177,5 @@ def test_a_patch_that_cannot_be_read_is_wrong_usage(root: Path, tmp_path: Path) 
 )
 def test_the_files_that_l1s_configuration_builds_are_unpacked(name: str) -> None:
     file = f"linux-source-7.3/{name}"
-    assert not [pattern for pattern in patched._NOT_BUILT if fnmatchcase(file, pattern)]
-    assert any(fnmatchcase("x/drivers/net/ethernet/a.c", each) for each in patched._NOT_BUILT)
+    assert not [pattern for pattern in packaged._NOT_BUILT if fnmatchcase(file, pattern)]
+    assert any(fnmatchcase("x/drivers/net/ethernet/a.c", each) for each in packaged._NOT_BUILT)

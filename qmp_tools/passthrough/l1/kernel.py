@@ -1,10 +1,4 @@
-"""L1's kernel and the fake device's module, built from the distribution's kernel source.
-
-Debian's recent stock kernels have no iommufd and only a stub of the iova_bitmap, so they cannot be
-tested. This kernel is allnoconfig plus ``guests/passthrough/kernel.config``. Building it
-takes some minutes, once for each version. Only the part of the build tree that modules are built
-against is kept.
-"""
+"""The versions of L1's kernel, and the fake device's module."""
 
 from __future__ import annotations
 
@@ -15,12 +9,10 @@ from pathlib import Path
 from typing import Final
 
 from ...guest.build import cache, sources
-from ...guest.kernel_build import BUILD_TIMEOUT_S, CONFIGURE, build_tree, options_of
-from ...host.archive import Archive
+from ...guest.kernel_build import BUILD_TIMEOUT_S
 from ...host.cached_folder import digest, fresh_folder, prune
 from ...host.unpacked_root import run_inside
 from .root import SUITE
-from .selftests import SELFTESTS, build_script, collect_selftests
 
 _logger = logging.getLogger(__name__)
 
@@ -31,61 +23,7 @@ DEFAULT_KERNEL: Final = next(iter(KERNELS))
 CONFIG: Final = "kernel.config"
 KERNEL_MODULES: Final = ("drivers/vfio/mdev/mdev.ko",)
 
-_PRUNE: Final = """\
-find . -mindepth 1 -maxdepth 1 ! -name include ! -name scripts ! -name arch ! -name tools \\
-    ! -name Makefile ! -name .config ! -name Module.symvers ! -name vmlinux -exec rm -rf {} +
-find arch -mindepth 1 -maxdepth 1 ! -name x86 -exec rm -rf {} +
-find tools -mindepth 1 -maxdepth 1 ! -name objtool ! -name include ! -name scripts \\
-    -exec rm -rf {} +
-find . -name '*.o' ! -path './scripts/*' -delete
-"""
-_BUILD_SELFTESTS: Final = build_script("make -s", "/mnt", "/mnt")
 _BUILD_MODULE: Final = 'make -s -C /mnt/kernel M=/mnt/module -j"$JOBS" modules'
-
-
-def l1_kernel(root: Path, version: str) -> Path:
-    """Build the kernel, or take it from the cache; return its folder.
-
-    The folder has ``vmlinux``, the kernel's own modules in ``modules/``, its selftests in
-    ``selftests/``, and in ``build/`` what other modules are built against.
-
-    Raises:
-        UntestableError: the kernel cannot be built here.
-    """
-    config = sources() / "passthrough" / CONFIG
-    options = "\n".join(options_of(config)).encode()
-    made_of = [options, (root / "packages").read_bytes(), CONFIGURE.encode()]
-    made_of.append(_BUILD_SELFTESTS.encode())
-    target = cache() / "l1" / f"kernel-{version}-{digest(made_of)}"
-    if not target.is_dir():
-        with fresh_folder(target) as fresh:
-            if fresh is not None:
-                _build_kernel(root, version, config, fresh)
-    return prune(target)
-
-
-def _build_kernel(root: Path, version: str, config: Path, fresh: Path) -> None:
-    tree = fresh / "build"
-    tree.mkdir()
-
-    def run(script: str, what: str) -> str:
-        script = f"cd /mnt\n{script}"
-        return run_inside(root, tree, script, what, BUILD_TIMEOUT_S, JOBS=jobs())
-
-    package = f"linux-source-{version}"
-    _logger.info("fetching %s from %s (first use only)", package, KERNELS[version])
-    deb = Archive(KERNELS[version], fresh / "archive").fetch(package)
-    build_tree(tree, deb, config, "vmlinux modules", run)
-    shutil.rmtree(fresh / "archive")
-    modules = fresh / "modules"
-    modules.mkdir()
-    for name in KERNEL_MODULES:
-        shutil.copy(tree / name, modules)
-    write_order(modules)
-    run(_BUILD_SELFTESTS, "building the kernel's selftests")
-    collect_selftests(tree, fresh / SELFTESTS)
-    run(_PRUNE, "tidying up the kernel's build tree")
-    (tree / "vmlinux").rename(fresh / "vmlinux")
 
 
 def write_order(modules: Path) -> None:

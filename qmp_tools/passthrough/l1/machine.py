@@ -32,12 +32,12 @@ from ...host.user_folders import cache_folder
 from ...qemu import qemu_qmp
 from ...qemu.machine import option_value
 from ...qemu.qemu import OwnedQemu, running_qemu
-from .kernel import DEFAULT_KERNEL, KERNELS, MODULE, l1_kernel, l1_module
-from .patched import patched_kernel
+from .kernel import DEFAULT_KERNEL, KERNELS, MODULE, l1_module
+from .packaged import packaged_kernel
 from .root import COMPILE_PYTHON, l1_root
 from .selftests import SELFTESTS, Hardware
 from .stock import STOCK, stock_kernel
-from .tree import check_source, tree_kernel
+from .tree import BuiltKernel, check_source, tree_kernel
 
 _logger = logging.getLogger(__name__)
 
@@ -97,15 +97,16 @@ def l1(version: str = DEFAULT_KERNEL, *, falls_back: bool = True) -> L1:
             f"{', '.join((*KERNELS, STOCK))}"
         )
     root = _root()
-    try:
-        kernel = stock_kernel() if version == STOCK else l1_kernel(root, version)
-    except UntestableError as error:
-        if version == STOCK or not falls_back:
-            raise
-        _logger.warning(
-            "%s\nusing Debian's stock kernel instead, which supports fewer of the proofs", error
-        )
-        kernel = stock_kernel()
+    if version != STOCK:
+        try:
+            return _with(root, packaged_kernel(root, version))
+        except UntestableError as error:
+            if not falls_back:
+                raise
+            _logger.warning(
+                "%s\nusing Debian's stock kernel instead, which supports fewer of the proofs", error
+            )
+    kernel = stock_kernel()
     return L1(root, kernel, l1_module(root, kernel))
 
 
@@ -117,18 +118,20 @@ def l1_of_source(source: Path) -> L1:
     """
     check_source(source)
     root = _root()
-    kernel = tree_kernel(root, source)
-    return L1(root, kernel.folder, kernel.module, origin=kernel.origin)
+    return _with(root, tree_kernel(root, source))
 
 
 def l1_of_patches(patches: Sequence[Path]) -> L1:
-    """Return an L1 with the distribution's kernel and `patches`; see `patched_kernel`.
+    """Return an L1 with the default kernel and `patches`; see `packaged_kernel`.
 
     Raises:
         UsageError, UntestableError: a patch does not apply, or the kernel cannot be built.
     """
     root = _root()
-    kernel = patched_kernel(root, patches)
+    return _with(root, packaged_kernel(root, DEFAULT_KERNEL, patches))
+
+
+def _with(root: Path, kernel: BuiltKernel) -> L1:
     return L1(root, kernel.folder, kernel.module, origin=kernel.origin)
 
 

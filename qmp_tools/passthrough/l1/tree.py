@@ -58,8 +58,8 @@ class BuiltKernel:
 
     folder: Path
     module: Path
-    origin: str
-    """Where its source is from, for reports."""
+    origin: str | None
+    """Where its source is from, for reports; None for the distribution's without patches."""
 
 
 def tree_kernel(root: Path, source: Path) -> BuiltKernel:
@@ -111,35 +111,43 @@ def check_source(source: Path) -> None:
 def build_outside(root: Path, source: Path, folder: Path, name: str) -> None:
     """Build the kernel, its selftests and the fake device's module below `folder`.
 
-    The folders of the build are ``build`` and ``module``.
+    The folders of the build are ``build`` and ``module``. An earlier build in them is updated.
 
     Args:
         root: L1's root file system, which has the compiler.
         source: the kernel's source.
-        folder: where the build is; an earlier build in it is updated.
+        folder: where the build is.
         name: the name of the source in messages.
 
     Raises:
         UntestableError: a step fails.
     """
+    build_kernel(root, source, folder, name)
+    what = f"building the selftests of {name}"
+    _run(root, source, folder, BUILD_SELFTESTS, what)
+    _update_module(folder / "module")
+    what = f"building the fake device's module for the kernel of {name}"
+    _run(root, source, folder, _BUILD_MODULE, what)
+
+
+def build_kernel(root: Path, source: Path, folder: Path, name: str) -> None:
+    """Do the first step of `build_outside`, which takes longest."""
     build, config = folder / "build", sources() / "passthrough" / CONFIG
     is_first = not (build / "vmlinux").exists()
     build.mkdir(exist_ok=True)
     shutil.copy(config, build / KERNEL_CONFIG)
-
-    def run(script: str, what: str) -> str:
-        script = f"cd /mnt/build\n{script}"
-        return run_inside(root, folder, script, what, BUILD_TIMEOUT_S, source=source, JOBS=jobs())
-
-    unmet = run(configuring(_MAKE, SOURCE), f"configuring the kernel of {name}")
+    what = f"configuring the kernel of {name}"
+    unmet = _run(root, source, folder, configuring(_MAKE, SOURCE), what)
     if unmet:
         raise UntestableError(f"the kernel of {name} rejects these lines of {config}:\n{unmet}")
     how_long = "the first build takes some minutes" if is_first else "incrementally"
     _logger.info("building the kernel of %s (%s)", name, how_long)
-    run(_BUILD, f"building the kernel of {name}")
-    run(BUILD_SELFTESTS, f"building the selftests of {name}")
-    _update_module(folder / "module")
-    run(_BUILD_MODULE, f"building the fake device's module for the kernel of {name}")
+    _run(root, source, folder, _BUILD, f"building the kernel of {name}")
+
+
+def _run(root: Path, source: Path, folder: Path, script: str, what: str) -> str:
+    script = f"cd /mnt/build\n{script}"
+    return run_inside(root, folder, script, what, BUILD_TIMEOUT_S, source=source, JOBS=jobs())
 
 
 def _update_module(folder: Path) -> None:

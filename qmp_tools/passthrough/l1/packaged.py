@@ -1,8 +1,11 @@
-"""The distribution's kernel source with a user's patches, built for L1.
+"""The distribution's kernel source, with or without a user's patches, built for L1.
 
-The source is unpacked and built once without patches. A patched kernel starts from hard links to
-that source and from a copy of that build, so make compiles only what the patches change. Kernels
-are cached under a digest of their patches.
+Debian's recent stock kernels have no iommufd and only a stub of the iova_bitmap, so they cannot be
+tested. These kernels are allnoconfig plus ``guests/passthrough/kernel.config``.
+
+The source is unpacked and built once without patches, which takes some minutes. Each kernel starts
+from hard links to that source and from a copy of that build, so make compiles only what the patches
+and dmaproof's own module change. Kernels are cached under a digest of these.
 """
 
 from __future__ import annotations
@@ -21,8 +24,8 @@ from ...guest.kernel_build import BUILD_TIMEOUT_S, options_of
 from ...host.archive import Archive, unpack
 from ...host.cached_folder import digest, fresh_folder, prune
 from ...host.unpacked_root import SOURCE, run_inside
-from .kernel import CONFIG, DEFAULT_KERNEL, KERNELS, MODULE, module_sources
-from .tree import BUILD_SELFTESTS, BuiltKernel, build_outside, collect
+from .kernel import CONFIG, KERNELS, MODULE, module_sources
+from .tree import BUILD_SELFTESTS, BuiltKernel, build_kernel, build_outside, collect
 
 _logger = logging.getLogger(__name__)
 
@@ -50,26 +53,28 @@ done
 """
 
 
-def patched_kernel(root: Path, patches: Sequence[Path]) -> BuiltKernel:
-    """Build the default version of the kernel with `patches`, or take it from the cache.
+def packaged_kernel(root: Path, version: str, patches: Sequence[Path] = ()) -> BuiltKernel:
+    """Build the kernel `version`, one of `KERNELS`, with `patches`, or take it from the cache.
 
     Raises:
         UsageError: a patch cannot be read.
-        UntestableError: a patch does not apply, or the patched kernel cannot be built.
+        UntestableError: a patch does not apply, or the kernel cannot be built.
     """
     contents = [_read(patch) for patch in patches]
-    version = DEFAULT_KERNEL
-    origin = f"linux-source-{version} with {', '.join(patch.name for patch in patches)}"
-    plain = _plain_build(root, version)
+    origin = f"linux-source-{version}"
+    if patches:
+        origin += f" with {', '.join(patch.name for patch in patches)}"
+    plain = plain_build(root, version)
     module = [part for file in module_sources() for part in (file.name.encode(), file.read_bytes())]
     key = digest([plain.name.encode(), *contents, *module, BUILD_SELFTESTS.encode()])
-    target = cache() / "l1" / f"kernel-{version}.patched-{key}"
+    kind = f"{version}.patched" if patches else version
+    target = cache() / "l1" / f"kernel-{kind}-{key}"
     if not target.is_dir():
         with fresh_folder(target) as fresh:
             if fresh is not None:
                 _build(root, plain, patches, contents, fresh, origin)
     prune(target)
-    return BuiltKernel(target, target / f"{MODULE}.ko", origin)
+    return BuiltKernel(target, target / f"{MODULE}.ko", origin if patches else None)
 
 
 def _read(patch: Path) -> bytes:
@@ -81,8 +86,12 @@ def _read(patch: Path) -> bytes:
         ) from error
 
 
-def _plain_build(root: Path, version: str) -> Path:
-    """Return a folder with the source without patches, and with its build."""
+def plain_build(root: Path, version: str) -> Path:
+    """Return a folder with the source without patches, and with its build.
+
+    Raises:
+        UntestableError: the source cannot be fetched or built.
+    """
     options = "\n".join(options_of(sources() / "passthrough" / CONFIG)).encode()
     made_of = [options, (root / "packages").read_bytes(), " ".join(_NOT_BUILT).encode()]
     target = cache() / "l1" / f"plain-{version}-{digest(made_of)}"
@@ -103,7 +112,7 @@ def _build_plain(root: Path, version: str, fresh: Path) -> None:
     _run(root, fresh, _UNPACK, f"unpacking {package}", fresh / "package")
     for name in ("archive", "package"):
         shutil.rmtree(fresh / name)
-    build_outside(root, fresh / "source", fresh, package)
+    build_kernel(root, fresh / "source", fresh, package)
 
 
 def _build(
@@ -122,9 +131,9 @@ def _build(
     for number, (patch, content) in enumerate(zip(patches, contents, strict=True)):
         (work / f"patches/{number:04}").write_bytes(content)
         (work / f"names/{number:04}").write_bytes(os.fsencode(patch))
-    _run(root, work, _PATCH, "applying the patches", plain)
-    for name in ("build", "module"):
-        shutil.copytree(plain / name, work / name, symlinks=True)
+    if patches:
+        _run(root, work, _PATCH, "applying the patches", plain)
+    shutil.copytree(plain / "build", work / "build", symlinks=True)
     build_outside(root, work / "source", work, origin)
     collect(work, fresh)
     shutil.rmtree(work)

@@ -13,9 +13,9 @@ from ..proof.model import Proof, Setup
 from ..proof.options import ProofOptions
 from ..qemu.machine import MIB, Machine
 from .fake_driver import container_driver, iommufd_driver
+from .l2 import QEMU
 from .proof_device import is_behind_viommu
 
-_QEMU: Final = Path("/usr/bin/qemu-system-x86_64")
 _REQUESTS_AFTER: Final = 50
 _BANDWIDTH_BYTES_PER_S: Final = 4 * MIB
 _DOWNTIME_S: Final = 10.0
@@ -75,8 +75,8 @@ def setup_in_l1(
             timeout=timeout_s,
             requests_after=_REQUESTS_AFTER,
         ),
-        qemu=_QEMU,
-        qemu_destination=_QEMU,
+        qemu=QEMU,
+        qemu_destination=QEMU,
         machine=Machine(X86_64, "q35", "tcg", memory_bytes, 1, elf, command_line=line),
         guest=guest,
         workload=workload,

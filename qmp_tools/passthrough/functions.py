@@ -14,11 +14,13 @@ from typing import Any, Final
 from ..migration.judgement import Blame
 from ..proof.model import Proof as MigrationProof
 from ..proof.run import prove
+from .blocked import require_migration
 from .common_setup import VFIO_MEMORY_BYTES, common_figures, require_state_size, vfio_setup
 from .fake_device import fake_device, injected
 from .fake_driver import DRIVERS
 from .host_functions import HostFunctions, MissingError, parse_functions, require_testable
 from .outcome import Proof, require, require_loss, require_pass, retrying
+from .tracking import TRACKINGS
 from .vfio_functions import Host, gather_facts
 
 _DROP_IN_1000: Final = 50
@@ -43,6 +45,7 @@ def _prove(guest: Path, suffix: str, seed: int, timeout_s: float) -> tuple[Migra
     `suffix` is the end of ``vfio:SOURCE,DESTINATION``: ",container", or nothing for iommufd.
     """
     require_state_size(iommufd=not suffix)
+    require_migration(TRACKINGS["container" if suffix else "iommufd"], timeout_s)
     with fake_device(timeout_s) as source, fake_device(timeout_s) as destination:
         functions = parse_functions(f"vfio:{source.sysfs},{destination.sysfs}{suffix}", Host())
         lines = require_testable(functions, VFIO_MEMORY_BYTES, Host())

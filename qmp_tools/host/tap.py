@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import fcntl
 import logging
 import os
 import socket
@@ -29,10 +28,9 @@ from dmaproof.errors import UntestableError, WaitTimeoutError
 from .blocking_work import blocking_work
 from .capabilities import CAP_SYS_ADMIN, is_capable
 from .captured import run_captured
+from .tap_interface import TUN, bring_up, make_interface
 
 _logger = logging.getLogger(__name__)
-
-TUN: Final = Path("/dev/net/tun")
 
 _NAME: Final = "tap0"
 _SEND_BACK: Final = (
@@ -46,19 +44,12 @@ _NO_IPV6: Final = Path("/proc/sys/net/ipv6/conf/default/disable_ipv6")
 _FRAMES_AT_ONCE: Final = 64
 _MOST_FRAME_BYTES: Final = 1 << 16
 
-# Constants of <sched.h>, <linux/if_tun.h>, <linux/sockios.h>, <linux/if_packet.h> and others.
+# Constants of <sched.h>, <linux/if_packet.h> and others.
 _CLONE_NEWUSER: Final = 0x10000000
 _CLONE_NEWNET: Final = 0x40000000
-_TUNSETIFF: Final = 0x400454CA
-_IFF_TAP: Final = 0x0002
-_IFF_NO_PI: Final = 0x1000
-_IFF_VNET_HDR: Final = 0x4000
-_SIOCSIFFLAGS: Final = 0x8914
-_IFF_UP: Final = 0x1
 _ETH_P_ALL: Final = 0x0003
 _SOL_PACKET: Final = 263
 _PACKET_IGNORE_OUTGOING: Final = 23
-_IFREQ: Final = struct.Struct("16sh22x")
 
 _FAILURE: Final = struct.Struct("=ii")
 """A step of the child that failed, and its errno."""
@@ -150,10 +141,8 @@ def _making_tap(answer: socket.socket) -> Callable[[], None]:
             step = 1
             tap = os.open(TUN, os.O_RDWR)
             step = 2
-            flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
-            fcntl.ioctl(tap, _TUNSETIFF, _IFREQ.pack(_NAME.encode(), flags))
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-                fcntl.ioctl(any_socket, _SIOCSIFFLAGS, _IFREQ.pack(_NAME.encode(), _IFF_UP))
+            make_interface(tap, _NAME, header=True)
+            bring_up(_NAME)
             step = 3
             echo = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
             echo.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)

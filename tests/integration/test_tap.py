@@ -11,7 +11,8 @@ import pytest
 from dmaproof.errors import UntestableError
 from qmp_tools.host import tap as tap_module
 from qmp_tools.host.capabilities import CAP_SYS_ADMIN, is_capable
-from qmp_tools.host.tap import TUN, Tap, open_tap
+from qmp_tools.host.tap import Tap, open_tap
+from qmp_tools.host.tap_interface import TUN
 
 pytestmark = pytest.mark.skipif(
     not os.access(TUN, os.R_OK | os.W_OK), reason=f"this user may not open {TUN}"

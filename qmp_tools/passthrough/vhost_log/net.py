@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final, Self
 
+from ...host.tap_interface import TUN, bring_up, make_interface
 from ..outcome import NotSupportedError, require
 from .abi import FILE, Feature, Ioctl
 from .device import VhostDevice, wait_until
@@ -25,17 +26,8 @@ HEADER_BYTES: Final = 12
 ETHERNET_HEADER_BYTES: Final = 14
 LARGEST_FRAME: Final = 9000
 _RECEIVE: Final = 0
-_TUNSETIFF: Final = 0x400454CA
 _TUNSETVNETHDRSZ: Final = 0x400454D8
-_SIOCSIFFLAGS: Final = 0x8914
-_SIOCSIFMTU: Final = 0x8922
-_IFF_UP: Final = 1
-_IFF_TAP: Final = 0x0002
-_IFF_NO_PI: Final = 0x1000
-_IFF_VNET_HDR: Final = 0x4000
-_INTERFACE: Final = struct.Struct("=16sh22x")
-"""struct ifreq with flags."""
-_MTU: Final = struct.Struct("=16si20x")
+"""From <linux/if_tun.h>."""
 _NO_FILE: Final = -1
 
 
@@ -49,23 +41,18 @@ class Tap:
             NotSupportedError: the kernel has no taps.
         """
         try:
-            self.fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+            self.fd = os.open(TUN, os.O_RDWR | os.O_NONBLOCK)
         except OSError as error:
             raise NotSupportedError(str(error)) from None
-        flags = _IFF_TAP | _IFF_NO_PI | (_IFF_VNET_HDR if header else 0)
-        answer = fcntl.ioctl(self.fd, _TUNSETIFF, _INTERFACE.pack(b"vhostlog%d", flags))
-        name = answer[:16]
+        interface = make_interface(self.fd, "vhostlog%d", header=header)
         if header:
             fcntl.ioctl(self.fd, _TUNSETVNETHDRSZ, struct.pack("=i", HEADER_BYTES))
-        self._interface = name.rstrip(b"\0").decode()
         # The kernel's own frames would make the number of used chains unknown.
         with contextlib.suppress(FileNotFoundError):
-            ipv6 = Path(f"/proc/sys/net/ipv6/conf/{self._interface}/disable_ipv6")
-            ipv6.write_text("1")
+            Path(f"/proc/sys/net/ipv6/conf/{interface}/disable_ipv6").write_text("1")
         self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-        fcntl.ioctl(self._socket, _SIOCSIFMTU, _MTU.pack(name, LARGEST_FRAME))
-        fcntl.ioctl(self._socket, _SIOCSIFFLAGS, _INTERFACE.pack(name, _IFF_UP))
-        self._socket.bind((self._interface, 0))
+        bring_up(interface, LARGEST_FRAME)
+        self._socket.bind((interface, 0))
 
     def send(self, frame: bytes) -> None:
         """Send a frame, which waits in the tap until the device takes it."""

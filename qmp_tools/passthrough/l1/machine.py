@@ -177,14 +177,15 @@ async def run_in_l1(
     job = folder / JOB
     _fill(job, machine, command, files, guests, timeout_s)
     tasks = [
-        asyncio.ensure_future(run_machine(number, machine, binary, folder, on_line, timeout_s))
+        asyncio.create_task(run_machine(number, machine, binary, folder, on_line, timeout_s))
         for number in range(1, machines + 1)
     ]
     try:
         await asyncio.gather(*tasks)
     finally:
         for task in tasks:
-            task.cancel()
+            if not task.cancelling():  # a second request would interrupt its cleaning up
+                task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     return job
 

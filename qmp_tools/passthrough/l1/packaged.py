@@ -33,7 +33,7 @@ _NOT_BUILT: Final = (
     "*/Documentation/*/*",
     "*/boot/dts/*/*",
     *(f"*/{folder}/*.[ch]" for folder in ("drivers/gpu", "drivers/media", "drivers/staging")),
-    *(f"*/{folder}/*.[ch]" for folder in ("drivers/net/*", "sound")),
+    *("*/sound/*.[ch]", "*/drivers/net/*/*.c"),  # the selftests include headers of drivers/net
 )
 """A third of the source's files. None is built for L1, and no patch of dirty tracking is there."""
 _UNPACK: Final = f"""\

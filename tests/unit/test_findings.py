@@ -27,9 +27,9 @@ from qmp_tools.findings.finding import (
     attempts,
 )
 from qmp_tools.findings.linux import LINUX_FINDINGS, judged
+from qmp_tools.passthrough import catalog
 from qmp_tools.passthrough.outcome import ProofFailedError, require_defect, run
 from qmp_tools.passthrough.outcome import State as ProofState
-from qmp_tools.passthrough.rules import rules
 
 ROOT = Path(__file__).parents[2]
 UPSTREAM = ROOT / "docs" / "upstream"
@@ -105,7 +105,7 @@ def test_a_finding_is_tried_on_the_kernel_that_was_chosen_and_on_no_other(
 
 def test_each_proof_of_a_finding_exists_and_shows_only_this_finding() -> None:
     proofs = [name for finding in LINUX_FINDINGS for name in finding.proofs]
-    assert set(proofs) <= rules().keys()
+    assert set(proofs) <= set(catalog.names())
     assert len(set(proofs)) == len(proofs)
 
 

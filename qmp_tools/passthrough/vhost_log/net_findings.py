@@ -48,7 +48,7 @@ def _batch(
     return found, memory
 
 
-def _require_lost(found: Comparison, expected: frozenset[int]) -> None:
+def require_lost(found: Comparison, expected: frozenset[int]) -> None:
     """Require the loss of the `expected` pages; a kernel that loses no page is correct."""
     text = f"lost pages: {name_pages(found.lost) or 'none'}"
     require_defect(found.lost == expected, not found.lost, text)
@@ -65,7 +65,7 @@ def in_order_loses(
     found, _ = _batch(size, start, before_border, [Feature.IN_ORDER], timeout_s)
     without, _ = _batch(size, start, before_border, [], timeout_s)
     require(not without.lost, f"without IN_ORDER too, pages are lost: {name_pages(without.lost)}")
-    _require_lost(found, frozenset({page}))
+    require_lost(found, frozenset({page}))
     return (
         f"ring of {size}, {_BATCH} buffers from entry {start} on, entry {border_entry} begins a "
         f"page: that page of the used ring changed without a bit; without IN_ORDER it has one",
@@ -100,7 +100,7 @@ def split_write_is_lost(timeout_s: float) -> tuple[str, dict[str, Any]]:
     without, _ = _batch(size, start, before_border, [], timeout_s)
     require(not without.lost, f"without IOTLB too, pages are lost: {name_pages(without.lost)}")
     expected = memory.guest_pages(memory.bus(USED_BORDER_PAGE), 1)
-    _require_lost(found, expected)
+    require_lost(found, expected)
     return (
         f"ring of {size}, {_BATCH} buffers from entry {start} on, entry {border_entry} begins a "
         "page with an IOTLB entry of its own: that page changed without a bit; without an IOTLB "
@@ -123,7 +123,7 @@ def discarded_frame_writes(timeout_s: float) -> tuple[str, dict[str, Any]]:
         found = device.discard()
         after = memory.read(buffer.bus, SMALL_CHAIN)
     bytes_written = sum(old != new for old, new in zip(before, after, strict=True))
-    _require_lost(found, memory.guest_pages(buffer.bus, 1))
+    require_lost(found, memory.guest_pages(buffer.bus, 1))
     return (
         f"{bytes_written} byte is written to a buffer that stays available, its page has no bit",
         {"lost": len(found.lost), "bytes": bytes_written},

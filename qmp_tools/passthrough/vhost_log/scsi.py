@@ -67,7 +67,7 @@ class StallingDisk:
         """Make the pipe."""
         self._data = choose.randbytes(_COMMANDS * _MOST_SECTORS * _SECTOR_BYTES)
         os.mkfifo(path)
-        self._pipe = os.open(path, os.O_RDWR)
+        self._pipe = os.open(path, os.O_RDWR | os.O_NONBLOCK)
         fcntl.fcntl(self._pipe, fcntl.F_SETPIPE_SZ, len(self._data))
 
     def answer(self) -> None:

@@ -1,7 +1,8 @@
-"""The findings in Linux, each shown by proofs of ``dmaproof passthrough --only rules``.
+"""The findings in Linux, each shown by proofs of ``dmaproof passthrough``.
 
-The proofs are in `passthrough.vfio_rules` and `passthrough.iommufd_rules`. Here they run alone, in
-one boot of the nested machine L1. docs/kernel-findings.md explains the defects.
+The proofs are in `passthrough.vfio_rules`, `passthrough.iommufd_rules` and `passthrough.vhost_log`.
+Here they run alone, in one boot of the nested machine L1. docs/kernel-findings.md explains the
+defects.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from .finding import Attempt, Finding, Program, Reproduction, State, UnderTest
 
 @dataclass(frozen=True)
 class LinuxFinding(Finding):
-    """A defect of the kernel that one or more rules show.
+    """A defect of the kernel that one or more proofs show.
 
-    The kernel has the defect if it shows in one of them. `proofs` are the names of the rules.
+    The kernel has the defect if it shows in one of them. `proofs` are their names, as in
+    `passthrough.catalog.names`.
     """
 
     program = Program.LINUX
@@ -48,8 +50,8 @@ class LinuxFinding(Finding):
         """
         machine = _machine(under_test)
         request = Request(
-            seed=1,  # no rule makes a random choice
-            only=tuple(f"rules: {name}" for finding in findings for name in finding.proofs),
+            seed=1,  # the defects show with any seed
+            only=tuple(name for finding in findings for name in finding.proofs),
             timeout_s=under_test.timeout_s,
         )
         binary = find_qemu(None, X86_64)
@@ -57,7 +59,9 @@ class LinuxFinding(Finding):
         return [finding._judge(report) for finding in findings]
 
     def _judge(self, report: Mapping[str, Any]) -> Attempt:
-        outcomes = [each for each in report["outcomes"] if each["name"] in self.proofs]
+        outcomes = [
+            each for each in report["outcomes"] if f"{each['group']}: {each['name']}" in self.proofs
+        ]
         try:
             return Attempt(self, judged(outcomes, _tested(report)))
         except UntestableError as error:
@@ -113,8 +117,8 @@ LINUX_FINDINGS: Final = (
         "a dirty huge entry that begins before the requested range is lost",
         "iommufd in Linux 7.3.4, DMA logging in Linux 6.1 and 7.3.4",
         (
-            "HWPT: a huge entry that begins before the requested range is lost",
-            "ITERATOR: a range that begins before the bitmap is dropped entirely",
+            "rules: HWPT: a huge entry that begins before the requested range is lost",
+            "rules: ITERATOR: a range that begins before the bitmap is dropped entirely",
         ),
     ),
     LinuxFinding(
@@ -122,26 +126,63 @@ LINUX_FINDINGS: Final = (
         "a dirty huge entry that ends after the requested range overruns the bitmap",
         "iommufd in Linux 7.3.4, DMA logging in Linux 6.1 and 7.3.4",
         (
-            "HWPT: a huge entry that ends after the requested range overruns the bitmap",
-            "ITERATOR: a range that ends after the bitmap overruns it",
+            "rules: HWPT: a huge entry that ends after the requested range overruns the bitmap",
+            "rules: ITERATOR: a range that ends after the bitmap overruns it",
         ),
     ),
     LinuxFinding(
         "hwpt-hole",
         "a hole ends GET_DIRTY_BITMAP, and the request succeeds",
         "iommufd in Linux 7.3.4",
-        ("HWPT: a hole ends the walk, and the request succeeds",),
+        ("rules: HWPT: a hole ends the walk, and the request succeeds",),
     ),
     LinuxFinding(
         "iova-bitmap-lost-fault",
         "dirty bits that cannot be written are lost, and the request succeeds",
         "DMA logging in Linux 7.3.4, but not in 6.1",
-        ("ITERATOR: if the bitmap cannot be written, bits are lost silently",),
+        ("rules: ITERATOR: if the bitmap cannot be written, bits are lost silently",),
     ),
     LinuxFinding(
         "hwpt-odd-page-size",
         "GET_DIRTY_BITMAP accepts a page size that is not a power of two",
         "iommufd in Linux 7.3.4",
-        ("HWPT: a page size that is not a power of two is accepted",),
+        ("rules: HWPT: a page size that is not a power of two is accepted",),
+    ),
+    LinuxFinding(
+        "vhost-iotlb-used-ring",
+        "with an IOTLB, a write to the used ring is logged up to a page border only",
+        "vhost in Linux 6.1 and 7.3.4",
+        ("vhost-log: net: IOTLB, the used ring is logged up to a page border only",),
+    ),
+    LinuxFinding(
+        "vhost-in-order-used-ring",
+        "the wrong part of the used ring is logged if buffers are used in order",
+        "vhost in Linux 7.3.4; 6.1 does not have the feature",
+        (
+            "vhost-log: net: in order, the last entries of a batch are not logged",
+            "vhost-log: net: in order, entries after the wrap are not logged",
+            "vhost-log: net: in order, pages after the used ring are logged",
+        ),
+    ),
+    LinuxFinding(
+        "vhost-vsock-buffers",
+        "vhost-vsock logs no buffer of a received packet",
+        "vhost-vsock in Linux 6.1 and 7.3.4",
+        (
+            "vhost-log: vsock: received buffers are not logged",
+            "vhost-log: vsock: received buffers are not logged, IOTLB",
+        ),
+    ),
+    LinuxFinding(
+        "vhost-net-discarded-frame",
+        "a byte of a frame that does not fit changes a buffer, and is not logged",
+        "vhost-net in Linux 6.1 and 7.3.4",
+        ("vhost-log: net: a frame that does not fit writes a byte that is not logged",),
+    ),
+    LinuxFinding(
+        "vhost-scsi-in-flight",
+        "vhost-scsi does not log commands that are in flight when the log begins",
+        "vhost-scsi in Linux 7.3.4; 6.1 logs no command at all",
+        ("vhost-log: scsi: reads in flight when the log begins are not logged",),
     ),
 )

@@ -36,6 +36,11 @@ def test_the_stock_kernel_has_the_defects_that_are_documented(tool: Tool) -> Non
         "hwpt-hole": "untested",  # this kernel has no iommufd
         "iova-bitmap-lost-fault": "not-reproduced",
         "hwpt-odd-page-size": "untested",
+        "vhost-iotlb-used-ring": "reproduced",
+        "vhost-in-order-used-ring": "untested",  # this kernel does not have the feature
+        "vhost-vsock-buffers": "reproduced",
+        "vhost-net-discarded-frame": "reproduced",
+        "vhost-scsi-in-flight": "untested",  # vhost-scsi of this kernel logs no buffer at all
     }
 
 

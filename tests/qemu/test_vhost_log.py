@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import pytest
 
+from qmp_tools.findings.linux import LINUX_FINDINGS
 from support.command import Tool
 
 pytestmark = pytest.mark.timeout(3600)
+
+PATCHES: Final = Path(__file__).parents[2] / "docs" / "upstream" / "linux"
 
 
 def outcomes(tool: Tool, *options: str) -> dict[str, dict[str, Any]]:
@@ -45,3 +49,14 @@ def test_linux_6_1_has_neither_buffers_in_order_nor_a_log_of_scsi_data(tool: Too
         assert reason in found
     assert {row["state"] for name, row in rows.items() if name not in unsupported} == {"holds"}
     assert rows["vsock: received buffers are not logged"]["figures"]["lost"] > 0
+
+
+def test_with_the_patches_for_upstream_only_the_findings_differ(tool: Tool) -> None:
+    """The first run builds the kernel without and with the patches, which takes minutes."""
+    patches = [str(patch) for patch in sorted(PATCHES.glob("*.patch"))]
+    rows = outcomes(tool, "--kernel-patch", *patches)
+    findings = {name for finding in LINUX_FINDINGS for name in finding.proofs}
+    corrected = {name for name in rows if f"vhost-log: {name}" in findings}
+    assert len(corrected) == 8
+    assert {name for name, row in rows.items() if row["corrected"]} == corrected
+    assert {row["state"] for name, row in rows.items() if name not in corrected} == {"holds"}

@@ -26,10 +26,11 @@ from qmp_tools.findings.finding import (
     UnderTest,
     attempts,
 )
-from qmp_tools.findings.linux import LINUX_FINDINGS, judged
+from qmp_tools.findings.linux import LINUX_FINDINGS, LinuxFinding, judged
+from qmp_tools.passthrough import catalog
+from qmp_tools.passthrough.catalog import Request
 from qmp_tools.passthrough.outcome import ProofFailedError, require_defect, run
 from qmp_tools.passthrough.outcome import State as ProofState
-from qmp_tools.passthrough.rules import rules
 
 ROOT = Path(__file__).parents[2]
 UPSTREAM = ROOT / "docs" / "upstream"
@@ -105,12 +106,35 @@ def test_a_finding_is_tried_on_the_kernel_that_was_chosen_and_on_no_other(
 
 def test_each_proof_of_a_finding_exists_and_shows_only_this_finding() -> None:
     proofs = [name for finding in LINUX_FINDINGS for name in finding.proofs]
-    assert set(proofs) <= rules().keys()
+    assert set(proofs) <= set(catalog.names())
     assert len(set(proofs)) == len(proofs)
 
 
 def proof(state: ProofState, *, corrected: bool = False) -> dict[str, Any]:
     return {"name": str(state), "state": state, "corrected": corrected, "found": "bits"}
+
+
+def test_a_finding_is_judged_by_the_proofs_of_its_own_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+
+    async def stand_in(machine: object, qemu: object, request: Request, *, keep: bool) -> object:
+        asked.extend(request.only)
+        present, absent = proof(ProofState.HOLDS), proof(ProofState.NOT_SUPPORTED, corrected=True)
+        rows = [("one", present), ("two", absent)]
+        return {
+            "kernel": "1.2",
+            "outcomes": [{**row, "group": group, "name": "a proof"} for group, row in rows],
+        }
+
+    monkeypatch.setattr(linux, "l1", lambda kernel, *, falls_back: None)
+    monkeypatch.setattr(linux, "find_qemu", lambda chosen, arch: None)
+    monkeypatch.setattr(linux, "prove_passthrough", stand_in)
+    findings = [LinuxFinding(name, "", "", (f"{name}: a proof",)) for name in ("two", "one")]
+    tried = asyncio.run(attempts(findings, UnderTest()))
+    assert asked == ["two: a proof", "one: a proof"]
+    assert [attempt.to_json()["state"] for attempt in tried] == ["not-reproduced", "reproduced"]
 
 
 SHOWN = proof(ProofState.HOLDS)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 import struct
+from pathlib import Path
 
 import pytest
 
 from dmaproof.units import PAGE_BYTES
-from qmp_tools.passthrough.outcome import ProofFailedError
+from qmp_tools.passthrough.outcome import DefectAbsentError, ProofFailedError
 from qmp_tools.passthrough.vhost_log.abi import Feature
 from qmp_tools.passthrough.vhost_log.memory import Comparison, GuestMemory, Region
 from qmp_tools.passthrough.vhost_log.net import usage
@@ -20,8 +22,10 @@ from qmp_tools.passthrough.vhost_log.net_cases import (
     layout,
     used_pages,
 )
+from qmp_tools.passthrough.vhost_log.net_findings import require_lost
 from qmp_tools.passthrough.vhost_log.net_proofs import require_cleared_bit_shows
 from qmp_tools.passthrough.vhost_log.ring import Buffer, Layout, Ring, used_bytes_before
+from qmp_tools.passthrough.vhost_log.scsi import StallingDisk
 
 TWO_REGIONS = (Region(4, 8), Region(100, 4))
 
@@ -90,6 +94,16 @@ def test_a_cleared_bit_must_be_noticed() -> None:
 
     with pytest.raises(ProofFailedError, match="the bit of page 0x7 is cleared"):
         require_cleared_bit_shows(Blind(frozenset({7}), frozenset({7})), choose)
+
+
+def test_a_finding_is_the_loss_of_its_pages_and_a_correct_kernel_loses_none() -> None:
+    expected = frozenset({2})
+    require_lost(Comparison(frozenset({1, 2}), frozenset({1})), expected)
+    with pytest.raises(DefectAbsentError, match="lost pages: none"):
+        require_lost(Comparison(frozenset({1, 2}), frozenset({1, 2})), expected)
+    for logged in ({2}, set[int]()):
+        with pytest.raises(ProofFailedError, match=r"neither .* nor correct: lost pages: 0x1"):
+            require_lost(Comparison(frozenset({1, 2}), frozenset(logged)), expected)
 
 
 # Guest memory ------------------------------------------------------------------------------------
@@ -167,6 +181,36 @@ def test_used_chains_are_counted_across_the_end_of_the_index_and_reclaimed() -> 
     assert ring.used_lengths() == [77, 88]
     ring.reclaim()
     assert (ring.used(), ring.capacities, ring.free) == (0, [30], 3)
+
+
+@pytest.mark.parametrize("start", [0, 65534])
+def test_the_device_has_taken_all_chains_if_it_asks_for_a_notification_of_the_next(
+    start: int,
+) -> None:
+    memory = memory_of()
+    ring = ring_in(memory, start)
+    for _ in range(2):
+        ring.add([Buffer(0x9000, 1)])
+    event = ring.layout.used + 4 + 8 * ring.layout.size
+    for taken in (1, 2):
+        memory.write(event, struct.pack("<H", (start + taken) % 65536))
+        assert ring.is_taken() is (taken == 2)
+
+
+# vhost-scsi --------------------------------------------------------------------------------------
+
+
+def test_a_stalling_disk_has_no_data_until_it_answers_all_reads(tmp_path: Path) -> None:
+    disk = StallingDisk(tmp_path / "disk", random.Random(1))
+    reader = os.open(tmp_path / "disk", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with pytest.raises(BlockingIOError):
+            os.read(reader, 1)
+        disk.answer()
+        assert len(os.read(reader, 1 << 20)) == 12 * 32 * 512
+    finally:
+        os.close(reader)
+        disk.close()
 
 
 # vhost-net ---------------------------------------------------------------------------------------

@@ -128,6 +128,14 @@ class Ring:
         index = int.from_bytes(self._memory.read(self.layout.used + 2, _INDEX.size), "little")
         return (index - self._reclaimed) % 65536
 
+    def is_taken(self) -> bool:
+        """Return whether the device has taken all chains; it needs VIRTIO_F_EVENT_IDX.
+
+        Then it asks for a notification of the next chain (virtio 1.2, section 2.7.10).
+        """
+        event = self.layout.used + self.layout.used_bytes - _INDEX.size
+        return self._memory.read(event, _INDEX.size) == _INDEX.pack(self._index % 65536)
+
     def used_lengths(self) -> list[int]:
         """Return the bytes that the device has written to each chain that was not reclaimed."""
         places = ((self._reclaimed + number) % self.layout.size for number in range(self.used()))

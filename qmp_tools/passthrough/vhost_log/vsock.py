@@ -20,7 +20,7 @@ from typing import Any, Final, Self
 
 from dmaproof.units import PAGE_BYTES
 
-from ..outcome import Proof, observe, require
+from ..outcome import Proof, require, require_defect
 from .abi import U64, Feature, Ioctl
 from .device import VhostDevice, wait_until
 from .memory import Comparison, GuestMemory, Region
@@ -218,8 +218,9 @@ def buffers_are_lost(seed: int, timeout_s: float, *, iotlb: bool) -> tuple[str, 
     lost = sum(len(found.lost) for found, _ in rounds)
     written = sum(len(found.changed - rings) for found, rings in rounds)
     require(written > 0, "the device wrote no buffer")
-    observe(
+    require_defect(
         all(found.lost == found.changed - rings for found, rings in rounds),
+        lost == 0,
         f"{lost} of {written} pages of buffers have no bit",
     )
     return (

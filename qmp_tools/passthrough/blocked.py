@@ -38,20 +38,30 @@ def blocked_reasons(plan: Plan, timeout_s: float, *front: str) -> list[str]:
 
 @functools.cache
 def require_migration(tracking: Tracking, timeout_s: float) -> None:
-    """Raise NotSupportedError, with QEMU's words, if QEMU does not migrate L2 with one device."""
-    if reasons := require_start(Plan((tracking,)), timeout_s):
+    """Raise NotSupportedError, with QEMU's words, if QEMU refuses to migrate L2 with one device."""
+    if reasons := blocked_reasons(Plan((tracking,)), timeout_s):
         raise NotSupportedError(f"QEMU refuses: {'; '.join(reasons)}")
 
 
-def require_start(plan: Plan, timeout_s: float) -> list[str]:
-    """Return `blocked_reasons`; if QEMU ends, raise NotSupportedError with its words."""
-    try:
-        return blocked_reasons(plan, timeout_s)
-    except QmpTimeoutError:
-        raise
-    except QmpError as error:
-        first, *_, last = str(error).splitlines()
-        raise NotSupportedError(f"{first}: {last.strip()}") from error
+def require_start(plan: Plan, timeout_s: float) -> None:
+    """Raise NotSupportedError, with QEMU's words, if QEMU ends instead of starting L2."""
+    qemu = tested_qemu(timeout_s)
+    require_kernel_support(plan.trackings)
+    asyncio.run(_require_start(plan, qemu, timeout_s))
+
+
+async def _require_start(plan: Plan, qemu: TestedQemu, timeout_s: float) -> None:
+    with contextlib.ExitStack() as stack:
+        numbers = range(len(plan.trackings))
+        devices = {number: stack.enter_context(fake_device(timeout_s)) for number in numbers}
+        try:
+            async with run_l2(SOURCE, machine_arguments(plan, devices, qemu), timeout_s):
+                pass
+        except QmpTimeoutError:
+            raise
+        except QmpError as error:
+            first, *_, last = str(error).splitlines()
+            raise NotSupportedError(f"{first}: {last.strip()}") from error
 
 
 async def _blocked_reasons(

@@ -19,7 +19,7 @@ from .proof_device import is_behind_viommu
 _REQUESTS_AFTER: Final = 50
 _BANDWIDTH_BYTES_PER_S: Final = 4 * MIB
 _DOWNTIME_S: Final = 10.0
-VFIO_MEMORY_BYTES: Final = 64 * MIB
+VFIO_MEMORY_BYTES: Final = 32 * MIB
 _VFIO_WORKLOAD: Final = Workload(hot=256, write_once=1024, churn=512)
 
 

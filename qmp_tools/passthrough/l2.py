@@ -25,7 +25,7 @@ from .l1.machine import TESTED_QEMU
 from .tracking import Tracking
 
 QEMU: Final = Path(os.environ.get(TESTED_QEMU, "/usr/bin/qemu-system-x86_64"))
-RAM_BYTES: Final = 64 << 20
+RAM_BYTES: Final = 32 << 20
 RAM_PAGES: Final = RAM_BYTES // PAGE_BYTES
 FIRST_WINDOW: Final = 8 << 20  # above what the firmware uses
 WINDOWS_BYTES: Final = 8 << 20

@@ -29,7 +29,7 @@ from .fake_driver import open_iommufd
 from .outcome import Proof, require, require_loss, require_pass, retrying
 from .vhost_device import BY_IOMMUFD, TRACKERS
 
-_MEMORY_BYTES: Final = 32 * MIB
+_MEMORY_BYTES: Final = 16 * MIB
 _WORKLOAD: Final = Workload(threads=8, hot=64, write_once=256, churn=512, hold=256, huge_every=0)
 _DROP_IN_1000: Final = 200
 _DROP_PAGES: Final = "drop-pages=0.2"

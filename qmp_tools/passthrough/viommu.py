@@ -18,7 +18,7 @@ from dmaproof.trace import Link
 from ..migration.judgement import Blame
 from ..proof.model import Proof as MigrationProof
 from ..proof.run import prove
-from .blocked import blocked_reasons, require_migration
+from .blocked import blocked_reasons, require_start
 from .common_setup import common_figures, require_state_size, vfio_setup
 from .fake_device import injected
 from .l2 import Plan
@@ -67,7 +67,7 @@ def _refused(option: str, short: str, timeout_s: float) -> tuple[str, dict[str, 
 
 def _prove(guest: Path, seed: int, timeout_s: float) -> MigrationProof:
     require_state_size(iommufd=TRACKINGS[_MAPPED].iommufd)
-    require_migration(TRACKINGS[_MAPPED], timeout_s)  # QEMU 10.0 refuses
+    require_start(Plan((TRACKINGS[_MAPPED],)), timeout_s)  # QEMU 10.0 refuses
     device = FakeProofDevice(_MAPPED)
     return asyncio.run(prove(vfio_setup(guest, device, seed, timeout_s)))
 

@@ -7,7 +7,7 @@ enum {
 };
 
 // In the order in which devices are preferred.
-static const struct storage *const drivers[] = {&virtio_blk, &virtio_scsi, &virtio_net};
+static const struct storage *const drivers[] = {&virtio_blk, &virtio_scsi, &virtio_net, &virtio_vsock};
 
 static const struct storage *driver;
 static struct virtio_device device;
@@ -29,13 +29,14 @@ uint64_t storage_open(unsigned slots) {
         if (!reported)
             report("waiting for=disk");
         if (microseconds() > TIMEOUT_US)
-            give_up("no virtio disk, SCSI host or network was found within 10 s");
+            give_up("no virtio disk, SCSI host, network or socket device was found within 10 s");
     }
     virtio_open(&device, driver->features);
     if (device.features & F_ACCESS_PLATFORM)
         iommu_open(&device.pci);
     uint64_t sectors = driver->open(&device, slots);
-    report("virtio-000%lu features=%lu", (uint64_t)driver->type, device.features);
+    uint64_t type = driver->type;  // in hexadecimal; no driver's type has a digit above 9
+    report("virtio-00%lu%lu features=%lu", type / 16, type % 16, device.features);
     return sectors;
 }
 

@@ -9,7 +9,7 @@
 // same names in machine.h.
 struct storage {
     uint16_t type;
-    uint16_t transitional_id;  // the PCI device ID of a transitional device (section 4.1.2.1)
+    uint16_t transitional_id;  // the PCI device ID of a transitional device (section 4.1.2.1), or 0
     uint64_t features;         // those of this type that the driver can use
     // Set up the queues of `device`, whose features are negotiated, and start it.
     uint64_t (*open)(struct virtio_device *device, unsigned slots);
@@ -19,7 +19,7 @@ struct storage {
     int (*poll)(uint8_t *status);
     void (*report)(void);  // NULL: nothing to report
 };
-extern const struct storage virtio_blk, virtio_scsi, virtio_net;
+extern const struct storage virtio_blk, virtio_scsi, virtio_net, virtio_vsock;
 
 // For the drivers of disks: slot s has place s / count of queue number s % count.
 

@@ -12,6 +12,7 @@ from abc import abstractmethod
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -30,11 +31,14 @@ from .disk_image import write_image
 from .registry import COMMON_OPTIONS, GUEST_OPTIONS, Control, DeviceKind, DeviceRequest, is_l1
 from .scsi_target import scsi_target
 from .vhost_recorder import KernelLogs, Recorder
+from .vsock_echo import vsock_echo
 
 RECORDER: Final = "recorder"
 """The option after the device's name: 'vhost-net:recorder'."""
 _SCSI_IMAGE_BYTES: Final = 16 << 20
 """Less than other images: L1 takes long to write one."""
+_FIRST_CID: Final = 3
+"""The lower numbers are reserved (virtio 1.2, section 5.10.4)."""
 _NOT_HERE: Final = (errno.ENOENT, errno.ENODEV, errno.ENXIO)
 """The errors of opening a device file that no driver of this kernel serves."""
 
@@ -208,6 +212,38 @@ class _AttachedScsi(AttachedKernelDevice):
         return self._setup.device_arguments(device)
 
 
+@dataclass(frozen=True)
+class VhostVsock(KernelDevice):
+    """vhost-vsock, and a program on the host that sends every byte back."""
+
+    name: ClassVar = "vhost-vsock"
+    node: ClassVar = Path("/dev/vhost-vsock")
+
+    @property
+    def guests(self) -> Collection[str]:
+        return ("bare",)
+
+    def adapt(self, workload: Workload) -> Workload:
+        return on_network(workload)
+
+    @asynccontextmanager
+    async def start(self, folder: Path, timeout_s: float) -> AsyncIterator[AttachedDevice]:
+        self.require_node()
+        async with vsock_echo():
+            yield _AttachedVsock(self, folder)
+
+
+class _AttachedVsock(AttachedKernelDevice):
+    """Each QEMU has another CID, which the kernel gives to one device at a time."""
+
+    def __init__(self, setup: VhostVsock, folder: Path) -> None:
+        super().__init__(setup, folder)
+        self._cids = count(_FIRST_CID)
+
+    async def arguments(self, side: str) -> Sequence[str]:
+        return self._setup.device_arguments(f"vhost-vsock-pci,guest-cid={next(self._cids)}")
+
+
 class KernelDeviceKind(DeviceKind):
     """The base class of the kernel's vhost devices: one kind for each."""
 
@@ -268,6 +304,17 @@ class VhostScsiKind(KernelDeviceKind):
 
     def runs_here(self) -> bool:
         """Return whether this machine is L1: a target would stay if dmaproof was killed."""
+        return is_l1() and super().runs_here()
+
+
+class VhostVsockKind(KernelDeviceKind):
+    """The kernel's vhost-vsock, and a program on the host that sends every byte back"""
+
+    name = VhostVsock.name
+    device = VhostVsock
+
+    def runs_here(self) -> bool:
+        """Return whether this machine is L1: all of a kernel's guests share its CIDs and ports."""
         return is_l1() and super().runs_here()
 
 

@@ -58,3 +58,17 @@ def test_vhost_scsi_of_linux_6_1_logs_only_its_used_ring(tool: Tool) -> None:
     assert isinstance(lost, list)
     assert len(lost) >= 256
     assert {page["kernel_log"] for page in lost} == {"never"}
+
+
+@pytest.mark.parametrize("kernel", ["7.3", "stock"])
+def test_vhost_vsock_logs_only_its_used_rings(tool: Tool, kernel: str) -> None:
+    report = prove(tool, "vhost-vsock:recorder", kernel)
+    assert report["exit_code"] == 1
+    assert report["kernel_log"] == {"logged": 2, "withheld": 0}
+    lost = report["lost_pages"]
+    assert isinstance(lost, list)
+    assert len(lost) >= 256
+    assert {page["kernel_log"] for page in lost} == {"never"}
+    migrations = report["migrations"]
+    assert isinstance(migrations, list)
+    assert migrations[0]["requests"] >= 50  # the guest has connected again

@@ -15,10 +15,13 @@ from dmaproof.units import PAGE_BYTES
 from qmp_tools.devices import kernel_vhost, scsi_target
 from qmp_tools.devices.kernel_vhost import (
     KernelDevice,
+    KernelDeviceKind,
     VhostNet,
     VhostNetKind,
     VhostScsi,
     VhostScsiKind,
+    VhostVsock,
+    VhostVsockKind,
 )
 from qmp_tools.devices.process import DeviceOptions
 from qmp_tools.devices.registry import IN_L1, DeviceRequest, kind_of
@@ -70,7 +73,8 @@ def test_vhost_scsi_is_not_used_behind_an_iommu() -> None:
     behind = ProofOptions(device=("vhost-scsi",), iommu="intel")
     with pytest.raises(UsageError, match="--iommu does not apply to --device vhost-scsi"):
         refuse_unsupported_options(behind, kind_of(["vhost-scsi"], None))
-    refuse_unsupported_options(ProofOptions(device=("vhost-net",), iommu="intel"), VhostNetKind())
+    for kind in (VhostNetKind(), VhostVsockKind()):
+        refuse_unsupported_options(ProofOptions(device=(kind.name,), iommu="intel"), kind)
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.ENODEV, errno.ENXIO])
@@ -88,12 +92,15 @@ def test_a_device_that_this_kernel_has_runs_here(monkeypatch: pytest.MonkeyPatch
     assert runs_in_l1(ProofOptions(device=("vhost-net",), l1_kernel="stock"))
 
 
-def test_a_scsi_target_is_made_only_in_l1(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [VhostScsiKind, VhostVsockKind])
+def test_scsi_targets_and_cids_are_made_only_in_l1(
+    kind: type[KernelDeviceKind], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kernel_vhost, "_open_error", lambda node: 0)
     monkeypatch.delenv(IN_L1, raising=False)
-    assert not VhostScsiKind().runs_here()
+    assert not kind().runs_here()
     monkeypatch.setenv(IN_L1, "1")
-    assert VhostScsiKind().runs_here()
+    assert kind().runs_here()
 
 
 def test_a_device_file_that_may_not_be_opened_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,6 +123,13 @@ def test_both_sides_use_the_same_scsi_target(tmp_path: Path) -> None:
         assert f"wwpn={scsi_target.WWN},migratable=on" in device
         assert attached.program(side, Path("/opt/qemu")) == Path("/opt/qemu")
         assert attached.kernel_logs(side) is None
+
+
+def test_each_qemu_has_a_cid_of_its_own(tmp_path: Path) -> None:
+    attached = kernel_vhost._AttachedVsock(VhostVsock(), tmp_path)
+    sides = ("source", "destination", "destination")  # after a cancelled migration
+    found = [list(asyncio.run(attached.attach(side))) for side in sides]
+    assert found == [["-device", f"vhost-vsock-pci,guest-cid={cid}"] for cid in (3, 4, 5)]
 
 
 def test_a_scsi_target_has_the_image_as_unit_0_of_target_0(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from dmaproof.errors import RefusedError, UntestableError
 from ..arch.x86_64 import X86_64
 from ..exit_codes import EXIT_PASS
 from ..migration.migration import MigrationTimeoutError
+from ..passthrough import virtio_mem
 from ..passthrough.catalog import Request
 from ..passthrough.l1.machine import l1
 from ..passthrough.migrations import UNTRACKED
@@ -142,8 +143,13 @@ class LostVcpuWrites(QemuFinding):
 
 
 @dataclass(frozen=True)
-class UntrackedVfio(QemuFinding):
-    """A VFIO device that nothing tracks, in the nested machine L1."""
+class VfioMigration(QemuFinding):
+    """A migration of vfio-pci in the nested machine L1: the `proof` of the group migration.
+
+    The proof has the number of differing pages, or says that QEMU has crashed or is correct.
+    """
+
+    proof: str
 
     async def try_on(self, qemu: Path, under_test: UnderTest) -> tuple[State, str]:
         """Carry out the migration of vfio-pci on the fake device.
@@ -158,12 +164,16 @@ class UntrackedVfio(QemuFinding):
             )
         request = Request(
             seed=1,  # the migration makes no random choice
-            only=(f"migration: {UNTRACKED}",),
+            only=(f"migration: {self.proof}",),
             timeout_s=under_test.timeout_s,
         )
         machine, binary = replace(l1(), qemu=qemu.parent), find_qemu(None, X86_64)
         report = await prove_passthrough(machine, binary, request, keep=under_test.keep)
         (outcome,) = report["outcomes"]
+        if outcome["corrected"]:
+            return State.NOT_REPRODUCED, outcome["found"]
+        if outcome["figures"].get("crashed"):
+            return State.REPRODUCED, outcome["found"]
         if "differing" not in outcome["figures"]:
             raise UntestableError(outcome["found"])
         lost = outcome["figures"]["differing"]
@@ -184,10 +194,17 @@ QEMU_FINDINGS: Final = (
         "QEMU 7.2, 10.0 and 11.1",
         ProofOptions(guest="bare", kill_device=True),
     ),
-    UntrackedVfio(
+    VfioMigration(
         "vfio-untracked",
         "every page that a VFIO device writes is lost if nothing tracks dirty pages",
         "QEMU 10.0 and 11.1",
+        UNTRACKED,
+    ),
+    VfioMigration(
+        "vfio-virtio-mem",
+        "pages of virtio-mem that a VFIO device writes are lost, or QEMU crashes",
+        "QEMU 10.0 and 11.1",
+        virtio_mem.DEFECTS["iommufd"],
     ),
     LostVcpuWrites(
         "tcg-later-blocks",

@@ -19,9 +19,11 @@ from typing import Final
 from dmaproof.units import PAGE_BYTES
 
 from ..qemu.qemu import OwnedQemu, running_qemu
+from . import plugged_memory
 from .fake_device import Engine, FakeDevice
 from .fake_driver import any_driver, open_iommufd
 from .l1.machine import TESTED_QEMU
+from .outcome import NotSupportedError
 from .tracking import Tracking
 
 QEMU: Final = Path(os.environ.get(TESTED_QEMU, "/usr/bin/qemu-system-x86_64"))
@@ -33,19 +35,25 @@ WINDOWS_BYTES: Final = 8 << 20
 FIRST_SLOT: Final = 5
 """The PCI slot of device 0; the other devices are in the slots after it."""
 
+_MULTIFD: Final = "x-migration-multifd-transfer"
+"""The property with which QEMU refuses a migration that does not use multifd for the state."""
+
 
 @dataclass(frozen=True)
 class Plan:
     """What to migrate: an L2 with a device for each of `trackings`.
 
     `faults` are parameters of the module, which the source's device number `victim` has. The device
-    number `removed` is unplugged before the migration.
+    number `removed` is unplugged before the migration. If `in_plugged_memory`, the devices write
+    memory of virtio-mem. With `multifd`, QEMU migrates also the devices' states over its channels.
     """
 
     trackings: tuple[Tracking, ...]
     faults: Mapping[str, int] = field(default_factory=dict)
     victim: int = 0
     removed: int | None = None
+    in_plugged_memory: bool = False
+    multifd: bool = False
 
     @property
     def migrated(self) -> tuple[int, ...]:
@@ -55,7 +63,8 @@ class Plan:
     def engine(self, number: int) -> Engine:
         """Return what the device writes."""
         length = WINDOWS_BYTES // len(self.trackings)
-        return Engine(iova=FIRST_WINDOW + number * length, length=length)
+        first = plugged_memory.PLUGGED_FIRST if self.in_plugged_memory else FIRST_WINDOW
+        return Engine(iova=first + number * length, length=length)
 
 
 @dataclass(frozen=True)
@@ -116,15 +125,24 @@ def machine_arguments(
     """Return QEMU's arguments for L2 with these devices of the plan.
 
     `front` comes before the devices. Each device has these `options`.
+
+    Raises:
+        NotSupportedError: this QEMU's vfio-pci has no property that the plan needs.
     """
+    if plan.multifd:
+        if _MULTIFD not in qemu.vfio_pci:
+            raise NotSupportedError(f"this QEMU's vfio-pci has no property {_MULTIFD}")
+        options[_MULTIFD] = "on"
     # On a q35 only devices behind a bridge can be unplugged.
     machine = "q35" if plan.removed is None else "pc"
+    most = f",maxmem={RAM_BYTES + plugged_memory.BYTES}" if plan.in_plugged_memory else ""
     objects = dict.fromkeys(plan.trackings[n].objects for n in devices)
     arguments = [
         # Some QEMUs are built without qtest; with TCG, the firmware runs in L2.
         *("-machine", f"{machine},memory-backend=ram", "-accel", "qtest", "-accel", "tcg"),
-        *("-m", f"{RAM_BYTES >> 20}M"),
+        *("-m", f"size={RAM_BYTES >> 20}M{most}"),
         *("-object", f"memory-backend-memfd,id=ram,size={RAM_BYTES},share=on"),
+        *(plugged_memory.arguments() if plan.in_plugged_memory else ()),
         *(word for words in objects for word in words),
         *front,
     ]

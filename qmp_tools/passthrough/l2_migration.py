@@ -13,21 +13,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from dmaproof.errors import WaitTimeoutError
+import numpy as np
+from numpy.typing import NDArray
+
+from dmaproof.errors import DmaproofError, WaitTimeoutError
 from dmaproof.units import PAGE_BYTES
 
 from ..host.timeout import wait_until
-from ..memory.ram import compare, ram_file
+from ..memory.ram import RamFile, compare, ram_files
 from ..migration.migration import Limits, Migration, Progress
-from ..migration.scenarios.precopy import Unix
+from ..migration.scenarios.precopy import Multifd4, Unix
 from ..migration.transport import Ends
 from ..qemu.machine import DESTINATION, INCOMING, SOURCE
-from ..qemu.qemu import SocketQemu, running_qemu
-from ..qemu.qmp import QmpRefusal
+from ..qemu.qemu import OwnedQemu, SocketQemu, running_qemu
+from ..qemu.qmp import QmpClosedError, QmpRefusal
+from . import plugged_memory
 from .fake_device import JOURNAL_ENTRIES, FakeDevice, fake_device, injected, was_stopped
 from .l2 import (
     FIRST_SLOT,
@@ -65,6 +69,8 @@ QEMU stops the guest when the rest fits in the downtime limit, which is 1 ms unt
 first bandwidth a page never fits. With the second the last 4 MiB of the first pass fit, so that
 QEMU does not get past that pass if the release is late."""
 _DOWNTIME_S: Final = 60.0
+_DEATH_PAUSE_S: Final = 2.0
+"""So long after the end of a destination, the source that caused it may still be ending."""
 _HOTPLUG_BUS_PORT: Final = 0xAE10
 _HOTPLUG_EJECT_PORT: Final = 0xAE08
 """The ports by which a guest ejects a PCI device (QEMU's docs/specs/acpi_pci_hotplug.rst)."""
@@ -76,6 +82,7 @@ def migrate(plan: Plan, timeout_s: float) -> Result:
     Raises:
         NotSupportedError: the kernel or QEMU does not have what the plan needs, or refuses it.
         NothingTestedError: the attempt proves nothing.
+        ProcessDiedError: a QEMU has ended during the migration.
     """
     qemu = tested_qemu(timeout_s)
     require_kernel_support(plan.trackings)
@@ -98,24 +105,27 @@ async def _migrate(plan: Plan, qemu: TestedQemu, timeout_s: float) -> Result:
             running_qemu(SOURCE, QEMU, outgoing, folder, timeout_s=timeout_s) as source,
             running_qemu(DESTINATION, QEMU, incoming, folder, timeout_s=timeout_s) as destination,
         ):
+            if plan.in_plugged_memory:
+                async with ram_files(source) as (ram, _):
+                    await plugged_memory.plug(source, ram, timeout_s)
             for number, device in on_source.items():
                 device.start(plan.engine(number))
             if plan.removed is not None:
                 await _unplug(source, plan, on_source[plan.removed], timeout_s)
             running = {n: on_source[n] for n in plan.migrated}
-            syncs, sent = await _hold_and_release(
-                source, destination, running, folder, plan, timeout_s
-            )
+            try:
+                syncs, sent = await _hold_and_release(
+                    source, destination, running, folder, plan, timeout_s
+                )
+            except QmpClosedError as error:
+                raise await _why_closed(error, source, destination, timeout_s) from error
             await _wait_for_writes_after_stop(plan, on_source[plan.victim], timeout_s)
-            with (
-                ram_file(source.pid, source.name) as source_ram,
-                ram_file(destination.pid, destination.name) as destination_ram,
-            ):
-                differing = compare(source_ram, destination_ram)
+            async with ram_files(source) as sent_ram, ram_files(destination) as received_ram:
+                differing = _differing(sent_ram, received_ram)
                 removed_pages = 0
                 if plan.removed is not None:
-                    ram = destination_ram.read(0, RAM_BYTES)
-                    removed_pages = complete_pages(on_source[plan.removed].journal(), ram)
+                    content = received_ram[0].read(0, RAM_BYTES)
+                    removed_pages = complete_pages(on_source[plan.removed].journal(), content)
             await destination.qmp.execute("cont")
             devices = {
                 n: await _result_of(running[n], on_destination[n], sent[n], timeout_s)
@@ -124,6 +134,33 @@ async def _migrate(plan: Plan, qemu: TestedQemu, timeout_s: float) -> Result:
         warned = _WARNING in source.process.log.read_text(errors="replace")
     seconds = loop.time() - started
     return Result(devices, differing, syncs, seconds, warned, removed_pages)
+
+
+async def _why_closed(
+    error: QmpClosedError, source: OwnedQemu, destination: OwnedQemu, timeout_s: float
+) -> DmaproofError:
+    """Return how the QEMU that has closed its connection ended, or `error` if none has ended.
+
+    A destination also ends if its source has died, so the source comes first.
+    """
+    deaths = [asyncio.ensure_future(qemu.process.missed()) for qemu in (source, destination)]
+    try:
+        await asyncio.wait(deaths, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(deaths[:1], timeout=_DEATH_PAUSE_S)
+        return next((death.result() for death in deaths if death.done()), error)
+    finally:
+        for death in deaths:
+            death.cancel()
+
+
+def _differing(sent: Sequence[RamFile], received: Sequence[RamFile]) -> NDArray[np.int64]:
+    """Return the numbers of the guest's pages that differ.
+
+    The files are in the order of their addresses: RAM, and memory of virtio-mem if there is any.
+    """
+    firsts = (0, plugged_memory.FIRST // PAGE_BYTES)
+    sides = zip(firsts, sent, received, strict=False)
+    return np.concatenate([first + compare(source, other) for first, source, other in sides])
 
 
 async def _unplug(source: SocketQemu, plan: Plan, device: FakeDevice, timeout_s: float) -> None:
@@ -197,7 +234,8 @@ async def _hold_and_release(
     tracked = joint([plan.trackings[number] for number in devices])
     in_precopy = not tracked or any(tracking.reports_in_precopy for tracking in tracked)
     limits = Limits(downtime_s=_DOWNTIME_S, timeout_s=timeout_s)
-    migration = Migration(Ends(source.qmp, destination.qmp, folder), Unix(), limits)
+    scenario = Multifd4() if plan.multifd else Unix()
+    migration = Migration(Ends(source.qmp, destination.qmp, folder), scenario, limits)
     await _set_switchover_bandwidth(
         source, _HOLD_IN_PRECOPY_BYTES_PER_S if in_precopy else _HOLD_IN_FIRST_PASS_BYTES_PER_S
     )

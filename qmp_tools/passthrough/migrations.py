@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from . import two_devices, unplug, viommu
+from . import multifd, precopy_info, two_devices, unplug, viommu, virtio_mem
 from .injected_faults import FAULTS
 from .l2 import RAM_PAGES, Plan
 from .l2_migration import migrate
@@ -40,6 +40,9 @@ def proofs(
         **two_devices.proofs(seed, timeout_s, controls, quick=quick),
         **unplug.proofs(seed, timeout_s, controls),
         **viommu.proofs(guest, seed, timeout_s, controls),
+        **multifd.proofs(seed, timeout_s, controls),
+        **precopy_info.proofs(seed, timeout_s, controls),
+        **virtio_mem.proofs(seed, timeout_s, controls),
     }
 
 

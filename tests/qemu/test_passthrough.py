@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qmp_tools.passthrough import virtio_mem
 from qmp_tools.passthrough.catalog import GROUPS, SELFTESTS
 from qmp_tools.passthrough.migrations import NAMES, UNTRACKED
 from qmp_tools.passthrough.tracking import TRACKINGS
@@ -26,7 +27,9 @@ def test_all_proofs_hold_and_all_controls_are_caught(tool: Tool) -> None:
     # QEMU 11.1 aborts with these two: docs/qemu-findings.md
     beside = {("migration", name) for _, name in rows if "one in a container" in name}
     beside |= {("migration", name) for _, name in rows if "on iommufd, and type1's log" in name}
-    assert len(beside) == 2
+    # QEMU 11.1 loses the pages of this control without its fault, too
+    beside |= {("migration", virtio_mem.CONTROL)}
+    assert len(beside) == 3
     assert {row["state"] for key, row in rows.items() if key not in beside} == {"holds"}
     assert all(rows[key]["state"] == "lacking" for key in beside), "update the finding"
     groups = {group for group, _ in rows}
@@ -46,6 +49,8 @@ def test_all_proofs_hold_and_all_controls_are_caught(tool: Tool) -> None:
         "two devices: one writes after it was stopped",
         "unplugged: one of two devices, container",
         "intel-iommu and type1's log",
+        "multifd: iommufd, device log",
+        "the device's estimates are too large",
     }
     assert all(found["differing"] > 0 for found in controls.values())
     refused = {name for name, found in figures.items() if "refused" in found}
@@ -53,7 +58,12 @@ def test_all_proofs_hold_and_all_controls_are_caught(tool: Tool) -> None:
     mixed = "two devices: a device log on iommufd, and nothing tracks the other"
     only = "unplugged: the only device, container"
     assert figures[only]["removed_pages"] == 2048
-    clean = figures.keys() - controls.keys() - refused - {UNTRACKED, mixed, only}
+    defects = set(virtio_mem.DEFECTS.values())
+    # What QEMU does is undefined: docs/qemu-findings.md
+    assert all(
+        figures[name].get("crashed") or figures[name]["differing"] == 2048 for name in defects
+    )
+    clean = figures.keys() - controls.keys() - refused - defects - {UNTRACKED, mixed, only}
     assert clean >= NAMES.keys()
     assert all(
         figures[name]["differing"] == 0 and figures[name]["guaranteed_detectable"] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from dmaproof.vfio.abi import MigrationState
-from qmp_tools.passthrough import l2
+from qmp_tools.host.process import ProcessDiedError
+from qmp_tools.passthrough import l2, plugged_memory, virtio_mem
 from qmp_tools.passthrough.fake_device import (
     ENTERED_STATE,
     ENTRY,
@@ -21,7 +23,13 @@ from qmp_tools.passthrough.fake_device import (
 )
 from qmp_tools.passthrough.l2 import Plan, machine_arguments
 from qmp_tools.passthrough.l2_result import DeviceResult, Result, complete_pages
-from qmp_tools.passthrough.outcome import NothingTestedError, ProofFailedError, repeated
+from qmp_tools.passthrough.outcome import (
+    DefectAbsentError,
+    NothingTestedError,
+    NotSupportedError,
+    ProofFailedError,
+    repeated,
+)
 from qmp_tools.passthrough.tracking import INTEL_IOMMU, TRACKINGS, joint
 from qmp_tools.passthrough.two_devices import require_order
 
@@ -77,6 +85,32 @@ def test_the_windows_of_two_devices_do_not_overlap() -> None:
     first, second = plan.engine(0), plan.engine(1)
     assert first.iova + first.length == second.iova
     assert plan.engine(0).length < Plan((TRACKINGS["container"],)).engine(0).length
+
+
+def test_devices_write_memory_of_virtio_mem_beside_unplugged_blocks() -> None:
+    plan = Plan((TRACKINGS["iommufd"],), in_plugged_memory=True)
+    words = arguments(plan)
+    assert f"size=64M,maxmem={(64 << 20) + plugged_memory.BYTES}" in words
+    assert any(word.startswith("virtio-mem-pci,") for word in words)
+    assert not any(
+        word.startswith("virtio-mem-pci,") for word in arguments(Plan((TRACKINGS["iommufd"],)))
+    )
+    engine = plan.engine(0)
+    assert engine.iova > plugged_memory.FIRST
+    assert engine.iova + engine.length < plugged_memory.FIRST + plugged_memory.BYTES
+    assert (engine.iova, engine.length) == (
+        plugged_memory.PLUGGED_FIRST,
+        plugged_memory.PLUGGED_BYTES,
+    )
+
+
+def test_multifd_must_transfer_the_state_and_an_older_qemu_cannot() -> None:
+    plan = Plan((TRACKINGS["container"],), multifd=True)
+    with pytest.raises(NotSupportedError, match="x-migration-multifd-transfer"):
+        arguments(plan)
+    newer = l2.TestedQemu("11.1.3", QEMU.vfio_pci | {"x-migration-multifd-transfer"})
+    devices = {0: cast(FakeDevice, Device("d0"))}
+    assert "x-migration-multifd-transfer=on" in machine_arguments(plan, devices, newer)[-1]
 
 
 @pytest.mark.parametrize(
@@ -181,6 +215,55 @@ def test_equal_ram_is_required_and_that_qemu_asks_only_devices_with_a_log() -> N
         result().require_equal([type1])
     with pytest.raises(NothingTestedError):
         result(written=journal((1, S.RUNNING))).require_equal([log])
+
+
+def dies(*, killed: bool) -> Callable[..., Result]:
+    def migrate(*_: object) -> Result:
+        raise ProcessDiedError("source QEMU has died", killed)
+
+    return migrate
+
+
+def test_lost_pages_of_virtio_mem_are_a_defect_that_a_corrected_qemu_does_not_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lost = virtio_mem.proofs(1, 1.0)[virtio_mem.DEFECTS["iommufd"]]
+
+    def migrates(outcome: Result) -> None:
+        monkeypatch.setattr(virtio_mem, "migrate", lambda *_: outcome)
+
+    migrates(result(2))
+    assert lost()[1]["differing"] == 1
+    migrates(result())
+    with pytest.raises(DefectAbsentError, match="0 pages differ"):
+        lost()
+    migrates(result(2, 3))
+    with pytest.raises(ProofFailedError, match="1 pages differ that the device has not written"):
+        lost()
+
+
+def test_a_control_needs_a_qemu_that_loses_no_other_page_of_virtio_mem(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    control = virtio_mem.proofs(1, 1.0)[virtio_mem.CONTROL]
+    monkeypatch.setattr(virtio_mem, "migrate", lambda *_: result(2, 3))
+    with pytest.raises(NotSupportedError, match="without a fault, this QEMU loses"):
+        control()
+    monkeypatch.setattr(virtio_mem, "migrate", dies(killed=True))
+    with pytest.raises(NotSupportedError, match="without a fault, this QEMU crashes"):
+        control()
+
+
+def test_a_qemu_that_a_signal_kills_has_the_defect_and_one_that_gives_up_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ends = virtio_mem.proofs(1, 1.0)[virtio_mem.DEFECTS["container"]]
+
+    monkeypatch.setattr(virtio_mem, "migrate", dies(killed=True))
+    assert ends() == ("source QEMU has died", {"crashed": True, "tries": 1})
+    monkeypatch.setattr(virtio_mem, "migrate", dies(killed=False))
+    with pytest.raises(ProofFailedError, match="has died"):
+        ends()
 
 
 def test_a_fault_must_be_noticed_on_its_own_pages_only() -> None:

@@ -97,6 +97,7 @@ void dmaproof_tracker_clear(struct dmaproof_tracker *tracker, u64 iova, u64 last
 bool dmaproof_fault_state(struct dmaproof_device *device, enum vfio_device_mig_state state);
 u32 dmaproof_writes_after_stop(struct dmaproof_device *device);
 bool dmaproof_has_p2p(struct dmaproof_device *device);
+int dmaproof_fault_precopy(struct dmaproof_device *device, u64 *initial_bytes, u64 *dirty_bytes);
 void dmaproof_fault_before_read(struct dmaproof_tracker *tracker, struct iova_bitmap *dirty,
 				u64 iova, u64 last);
 void dmaproof_report(struct dmaproof_tracker *tracker, struct iova_bitmap *dirty, u64 iova,

@@ -2,8 +2,9 @@
 /*
  * Faults, which module parameters inject at any time, for all devices of the module or for one.
  *
- * Each fault imitates a mistake of real hardware or of a driver, and always loses dirty pages. All
- * faults are off by default; then dmaproof_report() only calls dmaproof_tracker_pass_on().
+ * Each fault imitates a mistake of real hardware or of a driver, and almost all of them lose dirty
+ * pages. All faults are off by default; then dmaproof_report() only calls
+ * dmaproof_tracker_pass_on(). precopy_bytes and precopy_errno concern estimates, and lose no page.
  * without_p2p is not a fault, but a feature that devices may lack.
  */
 #include <linux/delay.h>
@@ -50,6 +51,14 @@ static uint without_p2p;
 module_param(without_p2p, uint, 0644);
 MODULE_PARM_DESC(without_p2p, "1: devices that are opened do not support the P2P states");
 
+static ullong precopy_bytes;
+module_param(precopy_bytes, ullong, 0644);
+MODULE_PARM_DESC(precopy_bytes, "the initial and the dirty bytes of PRE_COPY's information");
+
+static uint precopy_errno;
+module_param(precopy_errno, uint, 0644);
+MODULE_PARM_DESC(precopy_errno, "the request for PRE_COPY's information fails with this errno");
+
 static bool selected(struct dmaproof_device *device)
 {
 	return !strcmp(victim, "all") || !strcmp(victim, dev_name(device->vdev.dev));
@@ -68,6 +77,16 @@ u32 dmaproof_writes_after_stop(struct dmaproof_device *device)
 bool dmaproof_has_p2p(struct dmaproof_device *device)
 {
 	return !without_p2p || !selected(device);
+}
+
+/* Change PRE_COPY's estimates; returns the error of the request. */
+int dmaproof_fault_precopy(struct dmaproof_device *device, u64 *initial_bytes, u64 *dirty_bytes)
+{
+	if (!selected(device))
+		return 0;
+	if (precopy_bytes)
+		*initial_bytes = *dirty_bytes = precopy_bytes;
+	return -(int)precopy_errno;
 }
 
 static struct dmaproof_device *device_of(struct dmaproof_tracker *tracker)

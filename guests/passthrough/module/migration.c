@@ -106,6 +106,7 @@ static long stream_ioctl(struct file *file, unsigned int command, unsigned long 
 {
 	struct dmaproof_stream *stream = file->private_data;
 	struct vfio_precopy_info info = {};
+	u64 initial_bytes, dirty_bytes = 0;
 	int ret = -ENODEV;
 
 	mutex_lock(&stream->lock);
@@ -113,8 +114,12 @@ static long stream_ioctl(struct file *file, unsigned int command, unsigned long 
 		ret = vfio_check_precopy_ioctl(&stream->device->vdev, command, arg, &info);
 	if (!ret && !stream->precopy)
 		ret = -EINVAL;
+	initial_bytes = stream->size - stream->position;
+	if (!ret)
+		ret = dmaproof_fault_precopy(stream->device, &initial_bytes, &dirty_bytes);
 	if (!ret) {
-		info.initial_bytes = stream->size - stream->position;
+		info.initial_bytes = initial_bytes;
+		info.dirty_bytes = dirty_bytes;
 		if (copy_to_user((void __user *)arg, &info,
 				 offsetofend(struct vfio_precopy_info, dirty_bytes)))
 			ret = -EFAULT;

@@ -101,7 +101,7 @@ def test_the_stock_kernel_replaces_one_that_cannot_be_built(
 
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr(machine, "l1_root", lambda: tmp_path)
-    monkeypatch.setattr(machine, "l1_kernel", fails)
+    monkeypatch.setattr(machine, "packaged_kernel", fails)
     monkeypatch.setattr(machine, "stock_kernel", lambda: tmp_path / "stock")
     monkeypatch.setattr(machine, "l1_module", lambda root, kernel: kernel / "module.ko")
     found = machine.l1(next(iter(KERNELS)))

@@ -21,7 +21,7 @@ from qmp_tools.passthrough.fake_device import (
     content,
     dropped_pages,
 )
-from qmp_tools.passthrough.l2 import Plan, machine_arguments
+from qmp_tools.passthrough.l2 import RAM_BYTES, Plan, machine_arguments
 from qmp_tools.passthrough.l2_result import DeviceResult, Result, complete_pages
 from qmp_tools.passthrough.outcome import (
     DefectAbsentError,
@@ -90,7 +90,7 @@ def test_the_windows_of_two_devices_do_not_overlap() -> None:
 def test_devices_write_memory_of_virtio_mem_beside_unplugged_blocks() -> None:
     plan = Plan((TRACKINGS["iommufd"],), in_plugged_memory=True)
     words = arguments(plan)
-    assert f"size=64M,maxmem={(64 << 20) + plugged_memory.BYTES}" in words
+    assert f"size={RAM_BYTES >> 20}M,maxmem={RAM_BYTES + plugged_memory.BYTES}" in words
     assert any(word.startswith("virtio-mem-pci,") for word in words)
     assert not any(
         word.startswith("virtio-mem-pci,") for word in arguments(Plan((TRACKINGS["iommufd"],)))

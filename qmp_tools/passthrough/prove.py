@@ -62,8 +62,9 @@ async def prove_passthrough(
     Raises:
         UntestableError: L1 does not boot, ends early, or prints nothing until the timeout.
     """
-    machine = replace(machine, memory_mib=_MEMORY_MIB)
     machines, _ = machines_of(request)
+    processors = max(1, min(machine.processors, len(os.sched_getaffinity(0)) // machines))
+    machine = replace(machine, memory_mib=_MEMORY_MIB, processors=processors)
     outcomes: dict[int, dict[str, Any]] = {}
     with run_folder(keep=keep) as folder:
         if keep:

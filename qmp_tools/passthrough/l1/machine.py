@@ -73,6 +73,8 @@ class L1:
     qemu: Path | None = None
     """The folder of a fetched QEMU, or that of `qemu_for_l1`; `TESTED_QEMU` names it in L1."""
     memory_mib: int = 2048
+    processors: int = 2
+    """Should have one of the host's each: a kernel waits actively for its other processors."""
     origin: str | None = None
     """The source of the kernel, if it is the user's."""
     counting: bool = False
@@ -255,7 +257,7 @@ def _arguments(number: int, machine: L1, job: Path) -> list[str]:
         cpu = ["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"]
         cpu += ["-cpu", "max,erms=off,fsrm=off"]
     else:
-        cpu = ["-accel", "tcg,thread=multi", "-smp", "2", "-cpu", "max"]
+        cpu = ["-accel", "tcg,thread=multi", "-smp", f"{machine.processors}", "-cpu", "max"]
     memory_mib = machine.memory_mib
     devices: tuple[str, ...] = ()
     if machine.first is not None and number == FIRST:

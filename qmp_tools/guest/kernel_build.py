@@ -1,7 +1,7 @@
 """Build a small kernel from the source package of the machine's distribution.
 
 A kernel is allnoconfig plus a file of options. Distributions package no kernel with pages of 64 KiB
-for arm64, and Debian's own kernels leave out what the nested machine tests (`passthrough.l1`).
+for arm64. The nested machine's kernels (`passthrough.l1`) are configured in the same way.
 """
 
 from __future__ import annotations

@@ -25,8 +25,7 @@ async def vsock_echo() -> AsyncIterator[None]:
         UntestableError: this kernel has no vsock, or another program listens there.
     """
     try:
-        listening = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
-        listening.bind((socket.VMADDR_CID_ANY, PORT))
+        listening = _bound_socket()
     except OSError as error:
         raise UntestableError(
             f"cannot listen at vsock port {PORT}: {error.strerror}; load the module vsock, and end "
@@ -37,6 +36,16 @@ async def vsock_echo() -> AsyncIterator[None]:
         yield
     finally:
         server.close()
+
+
+def _bound_socket() -> socket.socket:
+    bound = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    try:
+        bound.bind((socket.VMADDR_CID_ANY, PORT))
+    except OSError:
+        bound.close()
+        raise
+    return bound
 
 
 async def _send_back(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

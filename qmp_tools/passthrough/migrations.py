@@ -12,8 +12,9 @@ from typing import Any, Final
 
 from . import multifd, precopy_info, two_devices, unplug, viommu, virtio_mem
 from .injected_faults import FAULTS
-from .l2 import RAM_PAGES, Plan
+from .l2 import Plan
 from .l2_migration import migrate
+from .l2_proofs import equal
 from .outcome import Proof, repeated, require, retrying
 from .tracking import TRACKINGS, Tracking
 
@@ -50,7 +51,7 @@ def _of_one_device(seed: int, timeout_s: float, controls: int, *, quick: bool) -
     found: dict[str, Proof] = {}
     for name, short in NAMES.items():
         tracking = TRACKINGS[short]
-        found[name] = retrying(partial(_equal, tracking, timeout_s))
+        found[name] = retrying(partial(equal, Plan((tracking,)), timeout_s))
         if tracking.device:
             # All faults with the first way; the others have only the fault whose pages are known.
             faults = FAULTS if tracking == Tracking() and not quick else ("drop",)
@@ -60,13 +61,6 @@ def _of_one_device(seed: int, timeout_s: float, controls: int, *, quick: bool) -
                 )
     found[UNTRACKED] = retrying(partial(_untracked, timeout_s))
     return found
-
-
-def _equal(tracking: Tracking, timeout_s: float) -> tuple[str, dict[str, Any]]:
-    """Migrate, and check that all of RAM is equal."""
-    result = migrate(Plan((tracking,)), timeout_s)
-    result.require_equal([tracking])
-    return f"0 of {RAM_PAGES} pages differ, {result}", result.figures()
 
 
 def _untracked(timeout_s: float) -> tuple[str, dict[str, Any]]:

@@ -7,38 +7,24 @@ and received. The device's last dirty pages must arrive nevertheless.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
-from .injected_faults import FAULTS
-from .l2 import RAM_PAGES, Plan
-from .l2_migration import migrate
+from .l2 import Plan
+from .l2_proofs import drops, equal
 from .outcome import Proof, repeated, retrying
-from .tracking import TRACKINGS, Tracking
+from .tracking import TRACKINGS
 
 _TRACKINGS: Final = ("iommufd", "container")
 
 
 def proofs(seed: int, timeout_s: float, controls: int = 1) -> dict[str, Proof]:
     """Return the proofs by name, and a control; see `migrations.proofs`."""
+    plans = {short: Plan((TRACKINGS[short],), multifd=True) for short in _TRACKINGS}
     found: dict[str, Proof] = {
-        f"multifd: {short}, device log": retrying(partial(_equal, TRACKINGS[short], timeout_s))
-        for short in _TRACKINGS
+        f"multifd: {short}, device log": retrying(partial(equal, plan, timeout_s))
+        for short, plan in plans.items()
     }
     found["multifd: iommufd, device log, control: drop"] = repeated(
-        partial(_drops, timeout_s=timeout_s), seed, controls
+        partial(drops, plans["iommufd"], timeout_s=timeout_s), seed, controls
     )
     return found
-
-
-def _equal(tracking: Tracking, timeout_s: float) -> tuple[str, dict[str, Any]]:
-    """Migrate, and check that all of RAM is equal, and that the device continues."""
-    result = migrate(Plan((tracking,), multifd=True), timeout_s)
-    result.require_equal([tracking])
-    return f"0 of {RAM_PAGES} pages differ, {result}", result.figures()
-
-
-def _drops(seed: int, timeout_s: float) -> tuple[str, dict[str, Any]]:
-    """Migrate with an injected fault, which must corrupt RAM, and only its own pages."""
-    faults = {**FAULTS["drop"], "seed": seed}
-    result = migrate(Plan((TRACKINGS["iommufd"],), faults, multifd=True), timeout_s)
-    return result.require_noticed(result.devices[0].dropped(faults["drop"], seed))

@@ -11,9 +11,9 @@ from typing import Any, Final
 
 from dmaproof.units import PAGE_BYTES
 
-from .injected_faults import FAULTS
 from .l2 import RAM_PAGES, Plan
 from .l2_migration import migrate
+from .l2_proofs import drops
 from .l2_result import Result
 from .outcome import Proof, repeated, require, retrying
 from .tracking import TRACKINGS, Tracking
@@ -29,8 +29,9 @@ def proofs(seed: int, timeout_s: float, controls: int = 1) -> dict[str, Proof]:
         found[f"unplugged: one of two devices, {short}"] = retrying(
             partial(_of_two, pair, timeout_s)
         )
+    plan = Plan((TRACKINGS["container"], TRACKINGS["container"]), victim=1, removed=0)
     found["unplugged: one of two devices, container, control: drop in the other"] = repeated(
-        partial(_drops, timeout_s=timeout_s), seed, controls
+        partial(drops, plan, timeout_s=timeout_s), seed, controls
     )
     found["unplugged: the only device, container"] = retrying(partial(_only, timeout_s))
     return found
@@ -61,11 +62,3 @@ def _found(plan: Plan, result: Result) -> tuple[str, dict[str, Any]]:
         f"0 of {RAM_PAGES} pages differ, all {pages} pages of the removed device arrived, {result}",
         {**result.figures(), "removed_pages": pages},
     )
-
-
-def _drops(seed: int, timeout_s: float) -> tuple[str, dict[str, Any]]:
-    """Migrate with a fault in the remaining device, which must corrupt RAM."""
-    faults = {**FAULTS["drop"], "seed": seed}
-    pair = (TRACKINGS["container"], TRACKINGS["container"])
-    result = migrate(Plan(pair, faults, victim=1, removed=0), timeout_s)
-    return result.require_noticed(result.devices[1].dropped(faults["drop"], seed))

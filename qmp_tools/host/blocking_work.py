@@ -31,6 +31,24 @@ def blocking_work() -> Iterator[None]:
         _thread.depth -= 1
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Defer a signal's KeyboardInterrupt to the end of this part of `blocking_work`.
+
+    Raises:
+        KeyboardInterrupt: a signal has arrived.
+    """
+    depth = getattr(_thread, "depth", 0)
+    _thread.depth = 0
+    try:
+        yield
+    finally:
+        _thread.depth = depth
+    is_main = threading.current_thread() is threading.main_thread()
+    if depth and is_main and _interrupted.is_set():
+        raise KeyboardInterrupt
+
+
 def interrupt_blocking_work() -> None:
     """Interrupt the blocking work of this thread; called by the handler of a signal.
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from .blocking_work import uninterrupted
 
 
 def run_captured(
@@ -28,15 +31,20 @@ def run_captured(
         OSError: the program could not be executed.
         subprocess.TimeoutExpired: the program has not ended in time, and was killed.
     """
-    return subprocess.run(
-        command,
-        cwd=cwd,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=timeout_s,
-        check=False,
-        preexec_fn=preexec_fn,
-    )
+    with contextlib.ExitStack() as stack:
+        with uninterrupted():  # else a program that has just been started may be left
+            process = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                preexec_fn=preexec_fn,
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+        output, errors = process.communicate(timeout=timeout_s)
+        return subprocess.CompletedProcess(command, process.returncode, output, errors)

@@ -86,8 +86,8 @@ def test_a_bisection_finds_the_commit_that_loses_pages(source: Path, tmp_path: P
     tree = tmp_path.resolve() / "my linux"
     shutil.copytree(source, tree, symlinks=True, copy_function=os.link)
     build = folder_of_tree(l1_root(), tree)
-    for name in ("build", "module"):  # of the same source, so that only the changes are compiled
-        shutil.copytree(source.parent / name, build / name, symlinks=True)
+    # A build of the same source, so that only the changes are compiled.
+    shutil.copytree(source.parent / "build", build / "build", symlinks=True)
     content = (tree / FILE).read_text()
     git(tree, "init", "-q")
     commits = []

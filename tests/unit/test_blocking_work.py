@@ -14,6 +14,7 @@ from qmp_tools.host.blocking_work import (
     blocking_work,
     forget_interruptions,
     interrupt_blocking_work,
+    uninterrupted,
 )
 
 
@@ -38,6 +39,21 @@ def test_a_signal_ends_a_task_that_blocks_the_loop() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_interruptibly(work())
     assert steps == []
+
+
+def test_a_signal_in_an_uninterrupted_part_takes_effect_at_its_end() -> None:
+    steps: list[str] = []
+
+    async def work() -> None:
+        with blocking_work():
+            with uninterrupted():
+                signal.raise_signal(signal.SIGTERM)
+                steps.append("uninterrupted")
+            steps.append("blocked on")
+
+    with pytest.raises(KeyboardInterrupt):
+        run_interruptibly(work())
+    assert steps == ["uninterrupted"]
 
 
 def test_a_signal_between_two_blocking_steps_prevents_the_second() -> None:

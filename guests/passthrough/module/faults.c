@@ -51,7 +51,7 @@ static uint without_p2p;
 module_param(without_p2p, uint, 0644);
 MODULE_PARM_DESC(without_p2p, "1: devices that are opened do not support the P2P states");
 
-static ullong precopy_bytes;
+static unsigned long long precopy_bytes;
 module_param(precopy_bytes, ullong, 0644);
 MODULE_PARM_DESC(precopy_bytes, "the initial and the dirty bytes of PRE_COPY's information");
 

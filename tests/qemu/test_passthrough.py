@@ -107,7 +107,7 @@ def test_qemus_vfio_pci_passes_and_the_controls_lost_pages_are_attributed(tool: 
     outcome = tool.run("prove", "--device", "vfio-fake", "--control", "--json", "-", "--seed", "1")
     assert outcome.exit_code == 0, outcome.errors[-4000:]
     report = outcome.report
-    assert report["sensitivity"]["guaranteed_detectable"] == 1024
+    assert report["sensitivity"]["guaranteed_detectable"] >= 1024
     assert report["sensitivity"]["unreported"] == 0
     assert report["guest"]["rechecked"] > 1024
     control = report["control"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -10,7 +11,7 @@ from typing import Final
 from ..arch.x86_64 import X86_64
 from ..arguments import positive
 from ..exit_codes import BISECT
-from ..passthrough.catalog import GROUPS, SELFTESTS, Request, select
+from ..passthrough.catalog import GROUPS, OWN_GROUPS, SELFTESTS, Request, select
 from ..passthrough.l1.host_qemu import tested_qemu_folder
 from ..passthrough.l1.kernel import DEFAULT_KERNEL, KERNELS
 from ..passthrough.l1.machine import L1, l1, l1_of_patches, l1_of_source
@@ -142,9 +143,9 @@ def _run(arguments: argparse.Namespace) -> int:
     return int(results["exit_code"])
 
 
-def _default_groups(arguments: argparse.Namespace) -> list[str]:
+def _default_groups(arguments: argparse.Namespace) -> Sequence[str]:
     is_own_kernel = bool(arguments.kernel_source or arguments.kernel_patch)
-    return [group for group in GROUPS if group != SELFTESTS or is_own_kernel]
+    return tuple(GROUPS) if is_own_kernel else OWN_GROUPS
 
 
 def _machine(arguments: argparse.Namespace) -> L1:

@@ -153,6 +153,8 @@ GROUPS: Final[Mapping[str, Callable[[Request, Guests], dict[str, Proof]]]] = {
     SELFTESTS: _selftests,
 }
 """The groups of proofs, in the order in which they run."""
+OWN_GROUPS: Final = tuple(group for group in GROUPS if group != SELFTESTS)
+"""All groups but the kernel's selftests, which say nothing about QEMU."""
 
 
 @dataclass(frozen=True)
@@ -187,8 +189,8 @@ def names(*, quick: bool = False) -> list[str]:
 
 
 def own_proofs() -> tuple[str, ...]:
-    """Return the names of all proofs but the kernel's selftests, which say nothing about QEMU."""
-    return select([group for group in GROUPS if group != SELFTESTS])
+    """Return the names of the proofs of `OWN_GROUPS`."""
+    return select(OWN_GROUPS)
 
 
 def select(patterns: Sequence[str], *, quick: bool = False) -> tuple[str, ...]:
